@@ -247,7 +247,7 @@ def test_images_are_found_by_the_end_of_their_path(tmp_path: Path) -> None:
 def test_what_is_neither_coco_nor_relations_is_refused(
     tmp_path: Path, data: Any, named: str
 ) -> None:
-    refuses(rf"annotations\.json .*{named}", written, tmp_path, data)
+    refuses(rf"annotations\.json.*{named}", written, tmp_path, data)
 
 
 def compress(text: str) -> str:

@@ -1,3 +1,5 @@
+"""Grounding DINO and OWLv2: names, boxes, batches and vocabularies."""
+
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,7 +17,8 @@ from spear.labels.models.open_vocabulary import (
 )
 from spear.labels.models.protocols import Detection
 
-THINGS = ["red cup", "forks", "plate", "Steel Bowl."]
+VOCABULARY = ["red cup", "forks", "plate", "Steel Bowl."]
+CLEAN_NAMES = ["red cup", "forks", "plate", "steel bowl"]
 
 
 @pytest.fixture(scope="module")
@@ -28,106 +31,150 @@ def owl(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(save_owlv2(tmp_path_factory.mktemp("owlv2")))
 
 
-def rows(detections: list[Detection]) -> list[tuple[str, list[float], float]]:
+def to_rows(detections: list[Detection]) -> list[tuple[str, list[float], float]]:
     return [(d.name, d.box2d.round(3).tolist(), round(d.score, 4)) for d in detections]
 
 
-def test_names_are_those_of_the_best_token(dino: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def round_box(detection: Detection) -> tuple[float, ...]:
+    return tuple(detection.box2d.round(2).tolist())
+
+
+def test_a_prompt_has_each_name_in_lower_case(dino: str) -> None:
+    detector = GroundingDinoDetector(dino, vocabulary=VOCABULARY)
+
+    assert detector._prompts == [("red cup. forks. plate. steel bowl.", CLEAN_NAMES)]
+
+
+def test_an_object_has_the_name_of_its_best_token(
+    dino: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(GroundingDinoDetector, "threshold", 0.4)
-    detector = GroundingDinoDetector(dino, vocabulary=THINGS)
+    detector = GroundingDinoDetector(dino, vocabulary=VOCABULARY)
     ((prompt, names),) = detector._prompts
-    assert prompt == "red cup. forks. plate. steel bowl."
-    assert names == ["red cup", "forks", "plate", "steel bowl"]
     tokens = detector._processor.tokenizer(prompt)["input_ids"]
-    # [CLS] red cup . fork ##s . plate . steel bowl . [SEP]; per box, the scores of some, and centre and size
-    objects: list[tuple[dict[int, float], list[float]]] = [
+    # [CLS] red cup . fork ##s . plate . steel bowl . [SEP]; per box its token scores, center and size
+    boxes: list[tuple[dict[int, float], list[float]]] = [
         ({1: 0.2, 2: 0.6, 5: 0.5}, [0.5, 0.5, 0.5, 0.25]),
         ({4: 0.3, 5: 0.7, 9: 0.69}, [0.25, 0.25, 0.1, 0.1]),
         ({3: 0.99, 12: 0.99, 7: 0.35}, [0.5, 0.5, 0.5, 0.5]),  # only a mark between names fits
     ]
-    logits = torch.full((1, len(objects), 16), -torch.inf)
-    for i, (scores, _) in enumerate(objects):
-        for place, score in scores.items():
-            logits[0, i, place] = torch.logit(torch.tensor(score))
-    said = SimpleNamespace(logits=logits, pred_boxes=torch.tensor([[box for _, box in objects]]))
-    (found,) = detector._read_outputs(said, tokens, (40, 60), names)
-    assert rows(found) == [("red cup", [15, 15, 45, 25], 0.6), ("forks", [12, 8, 18, 12], 0.7)]
+    logits = torch.full((1, len(boxes), 16), -torch.inf)
+    for i, (token_scores, _) in enumerate(boxes):
+        for position, score in token_scores.items():
+            logits[0, i, position] = torch.logit(torch.tensor(score))
+    pred_boxes = torch.tensor([[box for _, box in boxes]])
+    outputs = SimpleNamespace(logits=logits, pred_boxes=pred_boxes)
+
+    (detections,) = detector._read_outputs(outputs, tokens, (40, 60), names)
+
+    assert to_rows(detections) == [
+        ("red cup", [15, 15, 45, 25], 0.6),
+        ("forks", [12, 8, 18, 12], 0.7),
+    ]
 
 
-@pytest.mark.parametrize("made", [GroundingDinoDetector, Owlv2Detector])
-def test_batches_change_nothing(
-    made: Any, dino: str, owl: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(made, "threshold", 0.2)
-    detector = made(dino if made is GroundingDinoDetector else owl, vocabulary=THINGS)
+@pytest.fixture(params=[GroundingDinoDetector, Owlv2Detector])
+def detector(
+    request: pytest.FixtureRequest, dino: str, owl: str, monkeypatch: pytest.MonkeyPatch
+) -> Any:
+    monkeypatch.setattr(request.param, "threshold", 0.2)
+    folder = dino if request.param is GroundingDinoDetector else owl
+    return request.param(folder, vocabulary=VOCABULARY)
+
+
+def test_an_image_in_a_batch_gets_the_detections_that_it_gets_alone(detector: Any) -> None:
     frames = [noise(0), noise(1, 48, 32), noise(2), noise(3, 30, 90)]
-    together = detector.detect(frames)
-    assert all(together) and len({tuple(rows(found)[0][1]) for found in together}) == 4
-    for single, found in zip(frames, together, strict=True):
-        (alone,) = detector.detect([single])
-        assert [d.name for d in alone] == [d.name for d in found]
-        np.testing.assert_allclose([d.box2d for d in alone], [d.box2d for d in found], atol=0.01)
-        height, width = single.image.shape[:2]
-        for d in found:
-            assert d.name in ("red cup", "forks", "plate", "steel bowl") and d.score > 0.2
-            assert 0 <= d.box2d[0] < d.box2d[2] <= width and 0 <= d.box2d[1] < d.box2d[3] <= height
+
+    batch_detections = detector.detect(frames)
+
+    assert all(batch_detections)
+    first_boxes = {tuple(to_rows(detections)[0][1]) for detections in batch_detections}
+    assert len(first_boxes) == 4
+    for frame, detections in zip(frames, batch_detections, strict=True):
+        (single_detections,) = detector.detect([frame])
+        assert [d.name for d in single_detections] == [d.name for d in detections]
+        np.testing.assert_allclose(
+            [d.box2d for d in single_detections], [d.box2d for d in detections], atol=0.01
+        )
 
 
-def test_a_long_vocabulary_is_asked_in_several_prompts(
+def test_detections_have_names_of_the_vocabulary_and_boxes_inside_the_image(detector: Any) -> None:
+    frames = [noise(0), noise(1, 48, 32), noise(2), noise(3, 30, 90)]
+
+    for frame, detections in zip(frames, detector.detect(frames), strict=True):
+        height, width = frame.image.shape[:2]
+        for detection in detections:
+            x0, y0, x1, y1 = detection.box2d
+            assert detection.name in CLEAN_NAMES
+            assert detection.score > 0.2
+            assert 0 <= x0 < x1 <= width
+            assert 0 <= y0 < y1 <= height
+
+
+def test_a_long_vocabulary_is_divided_over_several_prompts(
     dino: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(GroundingDinoDetector, "threshold", 0.2)
     names = ["red cup", "fork", "plate", "bowl", "steel fork", "red plate", "steel cup", "red bowl"]
     detector = GroundingDinoDetector(dino, vocabulary=names)
-    prompts = detector._prompts
-    assert len(prompts) > 1 and [n for _, part in prompts for n in part] == names
-    assert (
-        max([len(detector._processor.tokenizer(prompt)["input_ids"]) for prompt, _ in prompts])
-        <= 16
-    )
-    (found,) = detector.detect([noise(0)])
-    parts = [
-        GroundingDinoDetector(dino, vocabulary=part).detect([noise(0)])[0] for _, part in prompts
-    ]
-    assert rows(found) == rows(clean_detections([d for part in parts for d in part], 40, 60, 0.7))
+
+    (detections,) = detector.detect([noise(0)])
+
+    names_in_prompts = []
+    detections_of_prompts = []
+    for prompt, prompt_names in detector._prompts:
+        names_in_prompts += prompt_names
+        assert len(detector._processor.tokenizer(prompt)["input_ids"]) <= 16
+        single_prompt = GroundingDinoDetector(dino, vocabulary=prompt_names)
+        detections_of_prompts += single_prompt.detect([noise(0)])[0]
+    assert len(detector._prompts) > 1
+    assert names_in_prompts == names
+    expected = clean_detections(detections_of_prompts, 40, 60, 0.7)
+    assert to_rows(detections) == to_rows(expected)
 
 
-def test_owlv2_scores_are_those_of_its_query(owl: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_owlv2_scores_do_not_depend_on_the_other_names(
+    owl: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(Owlv2Detector, "threshold", 0.0)
     monkeypatch.setattr(Owlv2Detector, "overlap", 1.0)
-    both, cup = (Owlv2Detector(owl, vocabulary=names) for names in (["cup", "forks"], ["cup"]))
-    (of_both,), (of_cup,) = both.detect([noise(0)]), cup.detect([noise(0)])
-    scores = {tuple(d.box2d.round(2).tolist()): d.score for d in of_cup}
-    named_cup = [d for d in of_both if d.name == "cup"]
-    assert named_cup
-    for d in named_cup:
-        assert scores[tuple(d.box2d.round(2).tolist())] == pytest.approx(d.score, abs=1e-4)
+    (of_two_names,) = Owlv2Detector(owl, vocabulary=["cup", "forks"]).detect([noise(0)])
+    (of_one_name,) = Owlv2Detector(owl, vocabulary=["cup"]).detect([noise(0)])
+
+    scores = {round_box(detection): detection.score for detection in of_one_name}
+    cups = [detection for detection in of_two_names if detection.name == "cup"]
+    assert cups
+    for cup in cups:
+        assert scores[round_box(cup)] == pytest.approx(cup.score, abs=1e-4)
 
 
-def test_tidy_keeps_the_best_of_what_is_inside() -> None:
-    found = [
+def test_cleaning_keeps_the_best_detections_inside_the_image() -> None:
+    detections = [
         Detection("cup", np.array([0, 0, 10, 10]), 0.5),
         Detection("mug", np.array([0, 0, 10, 9.5]), 0.8),
         Detection("", np.array([20, 0, 30, 10]), 0.9),
         Detection("fork", np.array([39.5, 0, 50, 10]), 0.9),
         Detection("plate", np.array([30, 10, 60, 40]), 0.3),
     ]
-    assert rows(clean_detections(found, 20, 40, 0.7)) == [
+
+    cleaned = clean_detections(detections, 20, 40, 0.7)
+
+    assert to_rows(cleaned) == [
         ("mug", [0, 0, 10, 9.5], 0.8),
         ("plate", [30, 10, 40, 20], 0.3),
     ]
 
 
 @pytest.mark.parametrize(
-    ("vocabulary", "named"),
+    ("vocabulary", "message"),
     [
         ([" ", "."], "--vocabulary"),
         ("cup", "list"),
         (["a red cup on the plate " * 4], "a red cup on"),
     ],
 )
-def test_what_cannot_be_looked_for_is_refused(
-    dino: str, owl: str, vocabulary: Any, named: str
+def test_a_vocabulary_that_is_empty_or_too_long_is_refused(
+    dino: str, owl: str, vocabulary: Any, message: str
 ) -> None:
-    refuses(named, GroundingDinoDetector, dino, vocabulary=vocabulary)
-    refuses(named, Owlv2Detector, owl, vocabulary=vocabulary)
+    refuses(message, GroundingDinoDetector, dino, vocabulary=vocabulary)
+    refuses(message, Owlv2Detector, owl, vocabulary=vocabulary)

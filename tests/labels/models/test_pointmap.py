@@ -1,9 +1,10 @@
-"""MoGe as the labeller's point map."""
+"""MoGe as the labeler's point-map model."""
 
 import copy
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 
 from labels_stand_ins import noise
@@ -12,53 +13,96 @@ from refusals import refuses
 from spear.labels.fit.image import project
 from spear.labels.models.pointmap import MogePointMapModel
 from spear.models.moge.infer import infer_geometry
+from spear.models.moge.networks import MogeV1
 
 
-def test_images_of_all_sizes_come_back_in_order() -> None:
-    frames = [noise(0), noise(1, 56, 42), noise(2)]
-    pointmap = MogePointMapModel(build_small_v1(), device="cpu")
-    for one, result in zip(frames, pointmap.predict(frames), strict=True):
-        assert result.points.shape == one.image.shape and result.points.dtype == np.float32
-        assert (
-            result.mask.shape == one.image.shape[:2]
-            and result.mask.dtype == bool
-            and result.mask.all()
-        )
-        assert result.unit == "relative"
-        (alone,) = pointmap.predict([one])
-        np.testing.assert_allclose(result.points, alone.points, rtol=1e-3, atol=1e-3)
-    assert pointmap.predict([]) == []
+@pytest.fixture
+def small_v1() -> MogePointMapModel:
+    return MogePointMapModel(build_small_v1(), device="cpu")
 
 
-def test_points_lie_on_the_rays_of_their_pixels() -> None:
-    (found,) = MogePointMapModel(build_small_v1(), device="cpu").predict([noise(0)])
-    y, x = np.mgrid[:40, :60] + 0.5
-    np.testing.assert_allclose(
-        project(found.points, found.intrinsics), np.stack([x, y], -1), atol=1e-2
-    )
-    assert found.intrinsics[0, 2] == 30 and found.intrinsics[1, 2] == 20
-
-
-def test_moge_2_gives_metres_and_leaves_unknown_points_at_zero(shared: Path) -> None:
+@pytest.fixture
+def metric_model(shared: Path) -> MogePointMapModel:
     model = copy.deepcopy(build_reference_model(shared, 2))
     model.max_tokens = 20
-    pointmap = MogePointMapModel(model, make_checkpoint(shared, 2).path.name, device="cpu")
-    assert pointmap.name == "moge-2 reference-v2.pt"
-    one = noise(0)
-    (found,) = pointmap.predict([one])
-    assert found.unit == "metre" and 0 < found.mask.mean() < 1
-    assert not found.points[~found.mask].any() and (found.points[found.mask][:, 2] > 0).all()
-    plain = infer_geometry(model, torch.from_numpy(one.image).permute(2, 0, 1)[None])
-    np.testing.assert_allclose(
-        found.points[found.mask], plain.points[0].numpy()[found.mask], rtol=1e-5
-    )
+    return MogePointMapModel(model, make_checkpoint(shared, 2).path.name, device="cpu")
 
 
-def test_points_to_which_no_camera_fits_are_an_error() -> None:
+def test_point_maps_have_the_sizes_of_their_images(small_v1: MogePointMapModel) -> None:
+    frames = [noise(0), noise(1, 56, 42), noise(2)]
+
+    results = small_v1.predict(frames)
+
+    assert [result.points.shape for result in results] == [frame.image.shape for frame in frames]
+    assert [result.mask.shape for result in results] == [(40, 60), (56, 42), (40, 60)]
+    for result in results:
+        assert result.points.dtype == np.float32
+        assert result.mask.dtype == bool
+        assert result.mask.all()
+        assert result.unit == "relative"
+
+
+def test_an_image_in_a_batch_gets_the_points_that_it_gets_alone(
+    small_v1: MogePointMapModel,
+) -> None:
+    frames = [noise(0), noise(1, 56, 42), noise(2)]
+
+    results = small_v1.predict(frames)
+
+    for frame, result in zip(frames, results, strict=True):
+        (single_result,) = small_v1.predict([frame])
+        np.testing.assert_allclose(result.points, single_result.points, rtol=1e-3, atol=1e-3)
+
+
+def test_no_images_give_no_point_maps(small_v1: MogePointMapModel) -> None:
+    assert small_v1.predict([]) == []
+
+
+def test_points_lie_on_the_rays_of_their_pixels(small_v1: MogePointMapModel) -> None:
+    (result,) = small_v1.predict([noise(0)])
+
+    y, x = np.mgrid[:40, :60] + 0.5
+    pixels = project(result.points, result.intrinsics)
+    np.testing.assert_allclose(pixels, np.stack([x, y], -1), atol=1e-2)
+    assert result.intrinsics[0, 2] == 30
+    assert result.intrinsics[1, 2] == 20
+
+
+def test_moge_2_gives_the_metric_points_of_its_network(metric_model: MogePointMapModel) -> None:
+    frame = noise(0)
+
+    (result,) = metric_model.predict([frame])
+
+    pixels = torch.from_numpy(frame.image).permute(2, 0, 1)[None]
+    geometry = infer_geometry(metric_model.model, pixels)
+    expected = geometry.points[0].numpy()[result.mask]
+    np.testing.assert_allclose(result.points[result.mask], expected, rtol=1e-5)
+    assert result.unit == "metre"
+    assert metric_model.name == "moge-2 reference-v2.pt"
+
+
+def test_unknown_points_are_zero_and_known_ones_in_front_of_the_camera(
+    metric_model: MogePointMapModel,
+) -> None:
+    (result,) = metric_model.predict([noise(0)])
+
+    assert 0 < result.mask.mean() < 1
+    assert not result.points[~result.mask].any()
+    assert (result.points[result.mask][:, 2] > 0).all()
+
+
+def overflow(model: MogeV1) -> None:
+    model.head.output_block[0][2].bias.data[2] = 200.0  # exp(200) overflows
+
+
+def mirror(model: MogeV1) -> None:
+    model.head.output_block[0][2].weight.data[:2] *= -1  # only a negative focal length fits
+
+
+@pytest.mark.parametrize("spoil", [overflow, mirror])
+def test_an_image_to_whose_points_no_camera_fits_is_refused(spoil: object) -> None:
     model = copy.deepcopy(build_small_v1())
-    last = model.head.output_block[0][2]
-    last.bias.data[2] = 200.0  # exp(200) overflows
-    refuses(r"No camera fits .* 0\.jpg", MogePointMapModel(model, device="cpu").predict, [noise(0)])
-    last.bias.data[2] = 0.0
-    last.weight.data[:2] *= -1  # mirrored: only a negative focal length fits
+    assert callable(spoil)
+    spoil(model)
+
     refuses(r"No camera fits .* 0\.jpg", MogePointMapModel(model, device="cpu").predict, [noise(0)])

@@ -1,3 +1,5 @@
+"""Networks of Transformers by name: what is missing, broken or of another kind is refused."""
+
 import json
 from pathlib import Path
 from typing import Any
@@ -12,8 +14,8 @@ from spear.labels.models.pretrained import load_model
 from spear.models.weights.load import download_from_hub
 
 
-def load(model: str | Path, **changes: Any) -> Any:
-    return load_model(Sam2Model, model=str(model), **{"kind": "sam2", "device": "cpu", **changes})
+def load(model: str | Path, kind: str = "sam2") -> Any:
+    return load_model(Sam2Model, kind, str(model), "cpu")
 
 
 @pytest.fixture
@@ -24,14 +26,16 @@ def folder(tmp_path: Path) -> Path:
 @pytest.mark.parametrize(
     "model", ["./nothing", "/nothing/here", "~/nothing", "a/b/c", "nobody/nothing", "no name!"]
 )
-def test_a_model_that_is_not_there_is_named(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_that_does_not_exist_is_named(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+
     refuses(model, load, model)
 
 
-def test_without_a_network_only_the_cache_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_network_only_the_cache_is_searched(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://nowhere.invalid")
+
     refuses(r"no/body.*sam2=FOLDER", load, "no/body")
     refuses(r"no/body.*a file", download_from_hub, "no/body", "a file", "model.pt")
 
@@ -40,13 +44,24 @@ def test_missing_weights_are_not_made_up(folder: Path) -> None:
     path = folder / "model.safetensors"
     weights = load_file(path)
     name = next(key for key in weights if key.startswith("mask_decoder"))
-    save_file({key: value for key, value in weights.items() if key != name}, path, {"format": "pt"})
+    del weights[name]
+    save_file(weights, path, {"format": "pt"})
+
     refuses(rf"lacks 1 weight, the first is {name}", load, folder)
 
 
-def test_another_kind_and_broken_folders_are_said(folder: Path) -> None:
+def test_a_model_of_another_kind_is_refused(folder: Path) -> None:
     refuses(r"a sam2 model, not a owlv2 model", load, folder, kind="owlv2")
-    (folder / "model.safetensors").write_bytes(b"\0" * 40)
-    refuses(str(folder), load, folder)
-    (folder / "config.json").write_text(json.dumps({"model_type": "unheard-of"}))
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("model.safetensors", b"\0" * 40),
+        ("config.json", json.dumps({"model_type": "unheard-of"}).encode()),
+    ],
+)
+def test_a_broken_folder_is_named(folder: Path, file: str, content: bytes) -> None:
+    (folder / file).write_bytes(content)
+
     refuses(str(folder), load, folder)
