@@ -2,7 +2,7 @@
 
 import gc
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,13 +33,27 @@ def shared() -> Path:
     return path
 
 
+def list_words(arguments: Sequence[str | Sequence[str]]) -> list[str]:
+    """Return a command's words from words and lists of words."""
+    words: list[str] = []
+    for argument in arguments:
+        if isinstance(argument, str):
+            words.append(argument)
+        else:
+            words.extend(argument)
+    return words
+
+
 @pytest.fixture
 def run_command(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
-    """Runs a command that must succeed, and returns what it prints on stdout."""
+    """Runs a command, given as words and lists of words, that must succeed.
 
-    def run(*words: str) -> str:
+    Returns what it prints on stdout.
+    """
+
+    def run(*arguments: str | Sequence[str]) -> str:
         capsys.readouterr()
-        assert main(words) == 0
+        assert main(list_words(arguments)) == 0
         return capsys.readouterr().out
 
     return run
@@ -47,11 +61,14 @@ def run_command(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
 
 @pytest.fixture
 def run_refused_command(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
-    """Runs a command that must be refused with one line on stderr, which it returns."""
+    """Runs a command, given as words and lists of words, that must be refused.
 
-    def run(*words: str) -> str:
+    Returns what it prints on stderr, which must be one line.
+    """
+
+    def run(*arguments: str | Sequence[str]) -> str:
         capsys.readouterr()
-        assert main(words) == 2
+        assert main(list_words(arguments)) == 2
         message = capsys.readouterr().err
         assert message.startswith("error: ")
         assert message.count("\n") == 1

@@ -1,4 +1,4 @@
-"""What the README and the pages show works when pasted: commands, links, the Python, the tutorial."""
+"""What the README and the pages show works: commands, links, the Python, the tutorial."""
 
 import ast
 import json

@@ -166,7 +166,7 @@ def test_bad_input_is_one_line_and_leaves_nothing_behind(
         pytest.importorskip("vla_eval")
     monkeypatch.chdir(tmp_path)
 
-    message = run_refused_command(*shlex.split(command))
+    message = run_refused_command(shlex.split(command))
 
     assert hint in message
     assert not list(tmp_path.iterdir())

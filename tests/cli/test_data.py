@@ -82,7 +82,7 @@ def prepare_two(store: Path, tmp_path: Path) -> list[str]:
 def test_each_prepared_dataset_keeps_its_cameras(
     prepare_two: list[str], tmp_path: Path, run_command: Command
 ) -> None:
-    run_command(*prepare_two, "--size", "32x32", "wrist=16x16")
+    run_command(prepare_two, "--size", "32x32", "wrist=16x16")
 
     assert EpisodeStore(tmp_path / "out" / "store").cameras == ["external"]
     assert EpisodeStore(tmp_path / "out" / "other").cameras == ["wrist"]
@@ -91,7 +91,7 @@ def test_each_prepared_dataset_keeps_its_cameras(
 def test_a_size_of_an_unknown_camera_is_refused(
     prepare_two: list[str], tmp_path: Path, run_refused_command: Command
 ) -> None:
-    assert "'wrist'" in run_refused_command(*prepare_two, "--size", "wrsit=16x16")
+    assert "'wrist'" in run_refused_command(prepare_two, "--size", "wrsit=16x16")
 
     assert not (tmp_path / "out").exists()
 
@@ -148,7 +148,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(
     data = shared / "data" / "lerobot" / "v3.0_image"
     arguments = words.format(out=out, layout=wrong_layout).split()
 
-    assert message in run_refused_command("data", command, str(data), *arguments)
+    assert message in run_refused_command("data", command, str(data), arguments)
 
     assert not out.exists()
 
@@ -177,7 +177,7 @@ def test_a_layout_that_does_not_exist_is_refused(
     out = tmp_path / "out"
     command = words.format(folder=tmp_path / source, out=out)
 
-    message = run_refused_command("data", *command.split(), "--layout", str(layout))
+    message = run_refused_command("data", command.split(), "--layout", str(layout))
 
     assert f"--layout {layout}: no such file" in message
     assert not out.exists()
@@ -193,7 +193,7 @@ def test_a_layout_for_a_store_is_refused(
     command = words.format(folder=store, out=out)
 
     assert "needs no layout" in run_refused_command(
-        "data", *command.split(), "--layout", str(layout)
+        "data", command.split(), "--layout", str(layout)
     )
 
     assert not out.exists()

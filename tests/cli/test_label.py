@@ -59,7 +59,7 @@ def test_questions_are_asked_about_the_labeled_scenes(scene_labels: Path) -> Non
 def test_the_same_command_finds_its_labels_finished(
     scene_labels: Path, run_command: Command
 ) -> None:
-    output = run_command("label", "sim:3-4", *scene_options(scene_labels))
+    output = run_command("label", "sim:3-4", scene_options(scene_labels))
 
     for words in ("2 labeled images", "0 skipped", "questions about"):
         assert words in output
@@ -68,7 +68,7 @@ def test_the_same_command_finds_its_labels_finished(
 def test_a_folder_with_labels_of_other_inputs_is_refused(
     scene_labels: Path, run_refused_command: Command
 ) -> None:
-    assert "inputs" in run_refused_command("label", "sim:3-5", *scene_options(scene_labels))
+    assert "inputs" in run_refused_command("label", "sim:3-5", scene_options(scene_labels))
 
 
 def test_labels_are_shown_with_point_clouds(
@@ -123,7 +123,7 @@ def test_what_cannot_be_labeled_is_refused_with_a_way_out_and_leaves_nothing(
     (tmp_path / "bad.json").write_text("{}")
     files = set(tmp_path.iterdir())
 
-    message = run_refused_command("label", *words.split(), "--workers", "0")
+    message = run_refused_command("label", words.split(), "--workers", "0")
 
     assert hint in message
     assert set(tmp_path.iterdir()) == files
@@ -143,7 +143,7 @@ def plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def test_a_plan_says_what_labeling_costs_and_labels_nothing(
     plan: list[str], tmp_path: Path, run_command: Command
 ) -> None:
-    output = run_command(*plan, "--segmenter", "sam2=somebody/else", "--pointmap", "moge")
+    output = run_command(plan, "--segmenter", "sam2=somebody/else", "--pointmap", "moge")
 
     assert output.startswith("3 images, 2 at a time")
     assert "314 M parameters, 1.17 GiB" in output
@@ -168,7 +168,7 @@ def test_planned_operations_are_those_of_the_encoder_and_a_head() -> None:
 
 def test_a_plan_needs_depth(plan: list[str], run_refused_command: Command) -> None:
     """Photos have no true masks and depth."""
-    assert run_refused_command(*plan, "--detector", "grounding-dino", *TRUE_MASKS_AND_DEPTH)
+    assert run_refused_command(plan, "--detector", "grounding-dino", TRUE_MASKS_AND_DEPTH)
 
 
 class BillingDetector(BrightDetector):
@@ -234,7 +234,7 @@ def test_a_broken_frame_is_skipped_and_labeled_when_it_is_mended(
     depth.write_bytes(depth.read_bytes()[:100])
     command = ("label", f"rgbd:{folder}", "--out", str(out), "--workers", "0", *GROUND_TRUTH)
 
-    assert "2 labeled images" in run_command(*command)
+    assert "2 labeled images" in run_command(command)
 
     (skipped,) = pq.read_table(out / "skipped.parquet").to_pylist()
     assert skipped["source"] == str(folder / "color" / "0.png")
@@ -245,4 +245,4 @@ def test_a_broken_frame_is_skipped_and_labeled_when_it_is_mended(
     assert compare_labels(labels, true_frames).center < 0.005
 
     depth.write_bytes((folder / "depth" / "1.png").read_bytes())
-    assert "3 labeled images" in run_command(*command)
+    assert "3 labeled images" in run_command(command)

@@ -51,7 +51,7 @@ def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_bad_options_are_found_before_a_model_is_loaded(
     option: str, named: str, run_refused_command: Command
 ) -> None:
-    assert named in run_refused_command("serve", "nano", *option.split())
+    assert named in run_refused_command("serve", "nano", option.split())
 
 
 @pytest.mark.usefixtures("no_model")

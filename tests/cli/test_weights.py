@@ -76,13 +76,13 @@ class TestFromBackbonesToAPolicy:
         policy: Path,
     ) -> None:
         for command, folder in ((make_vlm, vlm), (make_policy, policy)):
-            dry_output = run_command(*command, "--dry-run")
+            dry_output = run_command(command, "--dry-run")
 
             assert "nothing written" in dry_output
             assert "SPEAR-VLM" in dry_output
             assert not folder.exists()
             report = dry_output.partition("nothing written")[0]
-            assert run_command(*command).startswith(report)
+            assert run_command(command).startswith(report)
 
     def test_the_policy_has_the_weights_of_its_vlm(
         self,
@@ -92,8 +92,8 @@ class TestFromBackbonesToAPolicy:
         vlm: Path,
         policy: Path,
     ) -> None:
-        run_command(*make_vlm)
-        run_command(*make_policy)
+        run_command(make_vlm)
+        run_command(make_policy)
 
         expected = load_inner_vlm(vlm).state_dict()
         weights = load_inner_vlm(policy).state_dict()
@@ -109,8 +109,8 @@ class TestFromBackbonesToAPolicy:
         vlm: Path,
         policy: Path,
     ) -> None:
-        run_command(*make_vlm)
-        run_command(*make_policy)
+        run_command(make_vlm)
+        run_command(make_policy)
 
         for folder in (vlm, policy):
             processor = Processor.load(folder)
@@ -134,7 +134,7 @@ class TestWithoutTokenizer:
         coordinates = save_coordinates(tmp_path / "few.json", 8)
 
         message = run_refused_command(
-            *BACKBONES, paligemma, "none", "--coordinates", coordinates, *SIZE, "--dry-run"
+            BACKBONES, paligemma, "none", "--coordinates", coordinates, SIZE, "--dry-run"
         )
 
         assert "tokenizer" in message
@@ -142,7 +142,7 @@ class TestWithoutTokenizer:
     def test_an_unknown_option_gets_a_suggestion(
         self, run_refused_command: Command, paligemma: str
     ) -> None:
-        assert "'--dry-run'" in run_refused_command(*BACKBONES, paligemma, "none", "--dryrun")
+        assert "'--dry-run'" in run_refused_command(BACKBONES, paligemma, "none", "--dryrun")
 
     def test_a_file_cannot_be_written_into(
         self, run_refused_command: Command, paligemma: str, tmp_path: Path
@@ -151,7 +151,7 @@ class TestWithoutTokenizer:
         out = str(tmp_path / "file" / "out")
 
         assert "cannot write" in run_refused_command(
-            *BACKBONES, paligemma, "none", "--out", out, *SIZE
+            BACKBONES, paligemma, "none", "--out", out, SIZE
         )
 
     def test_a_full_disk_leaves_nothing_behind(
@@ -165,7 +165,7 @@ class TestWithoutTokenizer:
         out = str(tmp_path / "full")
 
         assert "no room for" in run_refused_command(
-            *BACKBONES, paligemma, "none", "--out", out, *SIZE
+            BACKBONES, paligemma, "none", "--out", out, SIZE
         )
 
         names = [path.name for path in tmp_path.iterdir()]
@@ -177,7 +177,7 @@ class TestWithoutTokenizer:
         out = str(tmp_path / "out")
 
         assert "without a processor" in run_command(
-            *BACKBONES, paligemma, "none", "--out", out, *SIZE
+            BACKBONES, paligemma, "none", "--out", out, SIZE
         )
 
     @pytest.mark.parametrize("command", [(*BACKBONES, "{}", "none"), ("convert", "vlm", "{}")])

@@ -1,4 +1,4 @@
-"""A tiny SPEAR-1 as a training task, short runs of it and of recipes, and processes to run them on."""
+"""A tiny SPEAR-1 as a training task, short runs of it and of recipes, and processes for them."""
 
 import json
 import math

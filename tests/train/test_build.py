@@ -47,7 +47,7 @@ def test_new_3d_tokens_have_new_embeddings_and_words_keep_theirs(
     bins: int, spacing: str | None, inputs: TrainingInputs
 ) -> None:
     original = load_vlm(inputs.init)
-    before = original.model.get_parameter(EMBEDDINGS)
+    original_rows = original.model.get_parameter(EMBEDDINGS)
 
     model, _, _ = build(VLM_RECIPE.with_changes(bins=bins, spacing=spacing), inputs)
 
@@ -57,11 +57,11 @@ def test_new_3d_tokens_have_new_embeddings_and_words_keep_theirs(
     assert model.config.coordinate_bins == bins
     assert len(rows) == first + max(bins, 1024)
     assert model.config.text_config.vocab_size == len(rows)
-    assert torch.equal(rows[:first], before[:first])
-    words = before[: original.processor.location_start]
+    assert torch.equal(rows[:first], original_rows[:first])
+    words = original_rows[: original.processor.location_start]
     expected = init_new_embeddings(words, bins, torch.Generator().manual_seed(0))
     assert torch.equal(rows[first : first + bins], expected)
-    is_close = torch.isclose(rows[first : first + 256], before[first : first + 256])
+    is_close = torch.isclose(rows[first : first + 256], original_rows[first : first + 256])
     assert not is_close.all(1).any()
 
 
@@ -71,11 +71,11 @@ def test_a_vlm_with_new_3d_tokens_learns_and_answers(
 ) -> None:
     model, task, save = build(VLM_RECIPE.with_changes(bins=bins, spacing=spacing), inputs)
 
-    loss, parts = task.loss(task.batch(0), torch.Generator())
+    loss, loss_parts = task.loss(task.batch(0), torch.Generator())
     loss.backward()
     assert torch.isfinite(loss)
     assert model.get_parameter(EMBEDDINGS).grad is not None
-    assert parts["coordinates"] > 0
+    assert loss_parts["coordinates"] > 0
 
     save(tmp_path / "out")
     vlm = load_vlm(tmp_path / "out")

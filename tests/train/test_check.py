@@ -1,4 +1,4 @@
-"""Mistakes in a training are found before its data are made, by all commands, and leave no files."""
+"""Mistakes in a training are found before its data are made, and leave no files."""
 
 import json
 import math
@@ -108,7 +108,7 @@ def test_mistakes_are_found_before_data_are_made(
         if option not in arguments:
             arguments += [option, value]
 
-    message = run_refused_command(*arguments)
+    message = run_refused_command(arguments)
 
     assert named in message
     assert not (tmp_path / "run").exists()
@@ -134,7 +134,7 @@ def refused_vlm(tmp_path: Path, run_refused_command: Command) -> Callable[[str],
     """Refuse to train a VLM's recipe, with other words, on labels."""
     labels = tmp_path / "labels"
     write_labels([labelled(0)], labels / "labels-00000.parquet")
-    return lambda words: run_refused_command("train", *words.split(), "--labels", str(labels))
+    return lambda words: run_refused_command("train", words.split(), "--labels", str(labels))
 
 
 @pytest.mark.parametrize("recipe", ["nano-vlm-0", "nano-vlm-2 --set moge=false lr_scale={}"])
@@ -167,7 +167,7 @@ def test_evaluation_finds_unknown_names_before_data_are_made(
     monkeypatch.setattr("spear.data.store.prepare.prepare", None)
 
     arguments = words.format(folders / "mine").split()
-    assert "nowhere" in run_refused_command("evaluate", "data", *arguments)
+    assert "nowhere" in run_refused_command("evaluate", "data", arguments)
 
 
 def test_evaluation_refuses_episodes_that_were_trained_on(
@@ -175,7 +175,7 @@ def test_evaluation_refuses_episodes_that_were_trained_on(
 ) -> None:
     words = f"evaluate data nano {folders / 'mine'} --split train[:1] --train-split train"
 
-    assert "--train-split train: " in run_refused_command(*words.split())
+    assert "--train-split train: " in run_refused_command(words.split())
 
 
 @pytest.mark.parametrize(
@@ -225,7 +225,7 @@ def test_keys_that_a_recipe_does_not_use_are_refused(
 ) -> None:
     inputs = "--init nano --episodes mine" if name == "nano-post" else "--labels labels"
 
-    message = run_refused_command("train", name, *inputs.split(), "--set", *changes.split())
+    message = run_refused_command("train", name, inputs.split(), "--set", changes.split())
 
     first_change = changes.split()[0]
     assert f"--set {first_change}: recipe {name}" in message

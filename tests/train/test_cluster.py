@@ -133,4 +133,4 @@ def test_kubernetes_runs_one_of_our_commands(job: Any, run_refused_command: Comm
     words = container["command"]
     command = words[words.index("spear") + 1 :]
 
-    assert "lr" in run_refused_command(*command, "--set", "lr=-1")
+    assert "lr" in run_refused_command(command, "--set", "lr=-1")

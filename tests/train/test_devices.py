@@ -223,8 +223,8 @@ def test_a_training_step_says_where_it_creates_tensors(changes: dict[str, Any]) 
 
     assert creations.count > 20
     # Batches are made on the CPU; and PyTorch's own checkpointing (2.11) is not ours.
-    for place in creations.without_device:
-        assert "tests/" in place or "torch/utils/checkpoint" in place
+    for location in creations.without_device:
+        assert "tests/" in location or "torch/utils/checkpoint" in location
 
 
 def test_a_depth_step_says_where_it_creates_tensors() -> None:

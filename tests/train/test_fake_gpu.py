@@ -1,8 +1,8 @@
 """Training on another device than the CPU, without one.
 
-The device is pretended: fake tensors of a backend that PyTorch lets Python define, and of CUDA where
-PyTorch is built with it. A stray tensor on the CPU is an error there, and so is reading a value.
-The tests run in processes of their own, because such a backend stays.
+The device is pretended: fake tensors of a backend that PyTorch lets Python define, and of CUDA
+where PyTorch is built with it. A stray tensor on the CPU is an error there, and so is reading a
+value. The tests run in processes of their own, because such a backend stays.
 """
 
 import os
@@ -40,8 +40,8 @@ class FakePolicyTask(PolicyTask):
 
     def loss(self, batch: dict[str, Any], generator: torch.Generator | None) -> Any:
         robot_batch = {key: value for key, value in batch.items() if key != "questions"}
-        loss, parts = super().loss(robot_batch, generator)
-        return loss + 0 * self.model.vlm.language_model.norm.weight.sum(), parts
+        loss, loss_parts = super().loss(robot_batch, generator)
+        return loss + 0 * self.model.vlm.language_model.norm.weight.sum(), loss_parts
 
 
 def count_readings() -> None:
@@ -113,7 +113,7 @@ def check_one_process(device: str, root: Path, **changes: Any) -> None:
 
 
 def check_sharded() -> None:
-    """Check that the parts of a sharded model are on the device and divide it evenly."""
+    """Check that the shards of a model are on the device and divide it evenly."""
     dist.init_process_group("fake", rank=0, world_size=WORLD_SIZE, store=FakeStore())
     # Made outside of the fake mode, because the numbers inside a mesh are read.
     meshes = {
@@ -124,12 +124,12 @@ def check_sharded() -> None:
     stepper = make_stepper("pretend", sharded=True)
 
     assert parallel.is_sharded(stepper.model)
-    parts = [parameter.to_local() for parameter in stepper.model.parameters()]
-    assert {part.device.type for part in parts} == {"pretend"}
+    shards = [parameter.to_local() for parameter in stepper.model.parameters()]
+    assert {shard.device.type for shard in shards} == {"pretend"}
     num_parameters = sum(p.numel() for p in FakePolicyTask().model.parameters())
-    num_in_parts = WORLD_SIZE * sum(part.numel() for part in parts)
-    assert num_parameters <= num_in_parts
-    assert num_in_parts < 1.02 * num_parameters
+    num_in_shards = WORLD_SIZE * sum(shard.numel() for shard in shards)
+    assert num_parameters <= num_in_shards
+    assert num_in_shards < 1.02 * num_parameters
     # FSDP's steps want streams, which the pretended device lacks.
     check_steps(make_stepper("cpu", sharded=True))
 

@@ -1,4 +1,4 @@
-"""The loop's promises: schedule, freezing, checkpoints, and a killed run that continues bit for bit."""
+"""The loop: schedule, freezing, checkpoints, and a killed run that continues bit for bit."""
 
 import errno
 import json
@@ -150,11 +150,11 @@ def test_ema_is_the_ramped_average(tmp_path: Path) -> None:
 def test_only_the_trainable_rows_change(tmp_path: Path) -> None:
     task = Regression()
     vars(task)["trainable_rows"] = {"0.weight": (2, 5)}
-    before = task.model.get_parameter("0.weight").detach().clone()
+    original = task.model.get_parameter("0.weight").detach().clone()
 
     averaged = run_loop(task, replace(FORTY_STEPS, weight_decay=0.5), tmp_path)
 
-    is_unchanged = (before == averaged["0.weight"]).all(dim=1)
+    is_unchanged = (original == averaged["0.weight"]).all(dim=1)
     assert not is_unchanged[2:5].any()
     assert is_unchanged[:2].all()
     assert is_unchanged[5:].all()
@@ -293,10 +293,12 @@ def refuses_to_continue(words: str, out: Path) -> None:
 
 
 def test_a_checkpoint_of_another_model_is_refused(trained: Path) -> None:
-    other = Regression()
-    other.model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Tanh(), torch.nn.Linear(8, 1))
+    other_task = Regression()
+    other_task.model = torch.nn.Sequential(
+        torch.nn.Linear(4, 8), torch.nn.Tanh(), torch.nn.Linear(8, 1)
+    )
 
-    refuses(r"model\.0\.weight", run_loop, other, FORTY_STEPS, trained)
+    refuses(r"model\.0\.weight", run_loop, other_task, FORTY_STEPS, trained)
 
 
 def test_a_checkpoint_with_cut_off_or_missing_weights_is_named(trained: Path) -> None:

@@ -1,4 +1,4 @@
-"""LoRA on the nano policy: what learns, what is saved, and that a stopped run continues bit for bit."""
+"""LoRA on the nano policy: what learns, what is saved, and a stopped run that continues exactly."""
 
 import shutil
 from pathlib import Path
@@ -57,30 +57,32 @@ def trained(store: EpisodeStore, tmp_path_factory: pytest.TempPathFactory) -> Pa
 
 
 @pytest.fixture(scope="module")
-def before() -> dict[str, torch.Tensor]:
+def original() -> dict[str, torch.Tensor]:
     return load_weights(locate("nano"))
 
 
 @pytest.fixture(scope="module")
-def after(trained: Path) -> dict[str, torch.Tensor]:
+def trained_weights(trained: Path) -> dict[str, torch.Tensor]:
     return load_weights(trained)
 
 
 @pytest.fixture(scope="module")
-def changed(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]) -> set[str]:
+def changed(
+    original: dict[str, torch.Tensor], trained_weights: dict[str, torch.Tensor]
+) -> set[str]:
     """Names of the weights that the training changed."""
-    return {name for name in before if not torch.equal(before[name], after[name])}
+    return {name for name in original if not torch.equal(original[name], trained_weights[name])}
 
 
 @pytest.fixture(scope="module")
-def read_layers(before: dict[str, torch.Tensor]) -> set[str]:
+def read_layers(original: dict[str, torch.Tensor]) -> set[str]:
     """Names of the language model's linear layers that have a part in an action.
 
     Of the last layer the action expert reads keys and values alone.
     """
     layers = {
         name
-        for name in before
+        for name in original
         if name.startswith(f"{LANGUAGE_MODEL}layers.") and name.endswith("_proj.weight")
     }
     assert len(layers) == len(LINEAR_LAYERS) * 5
@@ -94,10 +96,10 @@ def read_layers(before: dict[str, torch.Tensor]) -> set[str]:
 
 
 def test_the_result_has_the_same_weights_in_float32(
-    before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]
+    original: dict[str, torch.Tensor], trained_weights: dict[str, torch.Tensor]
 ) -> None:
-    assert before.keys() == after.keys()
-    assert all(value.dtype == torch.float32 for value in after.values())
+    assert original.keys() == trained_weights.keys()
+    assert all(value.dtype == torch.float32 for value in trained_weights.values())
 
 
 def test_the_linear_layers_of_the_language_model_learn(
@@ -110,24 +112,28 @@ def test_the_encoders_do_not_learn(changed: set[str]) -> None:
     assert not [name for name in changed if name.startswith(("vlm.vision_tower.", "vlm.moge."))]
 
 
-def test_the_action_expert_learns_fully(before: dict[str, torch.Tensor], changed: set[str]) -> None:
+def test_the_action_expert_learns_fully(
+    original: dict[str, torch.Tensor], changed: set[str]
+) -> None:
     names = {
-        name for name in before if name.startswith("expert.") and name.endswith("_proj.weight")
+        name for name in original if name.startswith("expert.") and name.endswith("_proj.weight")
     }
 
     assert names < changed
 
 
 def test_what_lora_adds_has_its_rank(
-    before: dict[str, torch.Tensor], after: dict[str, torch.Tensor], read_layers: set[str]
+    original: dict[str, torch.Tensor],
+    trained_weights: dict[str, torch.Tensor],
+    read_layers: set[str],
 ) -> None:
     for name in read_layers:
-        spectrum = torch.linalg.svdvals((after[name] - before[name]).double())
+        spectrum = torch.linalg.svdvals((trained_weights[name] - original[name]).double())
         assert spectrum[RANK] < 1e-4 * spectrum[0], name
 
 
 def test_peft_reads_the_adapter_and_merges_it_to_the_same_weights(
-    trained: Path, after: dict[str, torch.Tensor]
+    trained: Path, trained_weights: dict[str, torch.Tensor]
 ) -> None:
     from peft import PeftModel
 
@@ -136,13 +142,13 @@ def test_peft_reads_the_adapter_and_merges_it_to_the_same_weights(
     model = PeftModel.from_pretrained(base, str(trained / "adapter"))
     merged = model.merge_and_unload().state_dict()
 
-    for name, value in after.items():
+    for name, value in trained_weights.items():
         if name.startswith(f"{LANGUAGE_MODEL}layers."):
             torch.testing.assert_close(merged[name], value, rtol=1e-6, atol=1e-7)
 
 
 def test_a_stopped_run_continues_bit_for_bit(
-    trained: Path, after: dict[str, torch.Tensor], store: EpisodeStore, tmp_path: Path
+    trained: Path, trained_weights: dict[str, torch.Tensor], store: EpisodeStore, tmp_path: Path
 ) -> None:
     run(tmp_path, store, 1)
     continued = run(tmp_path, store, 3)
@@ -150,7 +156,7 @@ def test_a_stopped_run_continues_bit_for_bit(
     losses = read_losses(continued.parent)
     assert len(losses) == 3
     assert losses == read_losses(trained.parent)
-    torch.testing.assert_close(load_weights(continued), after, rtol=0, atol=0)
+    torch.testing.assert_close(load_weights(continued), trained_weights, rtol=0, atol=0)
 
 
 def test_one_folder_is_all_that_serving_needs(trained: Path, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The memory estimate against what PyTorch's allocator and autograd really do, at sizes that fit here."""
+"""The memory estimate, compared with what PyTorch's allocator and autograd really do."""
 
 import dataclasses
 from collections.abc import Iterator, Mapping
@@ -196,7 +196,7 @@ PLAN_LARGE_BATCH = (*PLAN, "--batch-size", "64", "--recipe", "post-train-bridge"
 
 @pytest.mark.usefixtures("instant_estimates")
 def test_the_command_shows_what_a_recipe_needs_and_that_it_fits(run_command: Command) -> None:
-    output = run_command(*PLAN_LARGE_BATCH, "--gpu", "16GB")
+    output = run_command(PLAN_LARGE_BATCH, "--gpu", "16GB")
 
     assert "total" in output
     assert "usable on 16GB: 14.8 GiB" in output
@@ -215,7 +215,7 @@ def test_the_command_plans_inference_in_both_precisions(
 
     monkeypatch.setattr(memory, "measure_inference", measure_and_keep)
 
-    output = run_command(*PLAN, "--gpu", "8GB", "--recipe", "inference")
+    output = run_command(PLAN, "--gpu", "8GB", "--recipe", "inference")
 
     assert "bfloat16" in output
     assert output.count("fits on 8GB") == 2
@@ -238,7 +238,7 @@ def test_the_command_plans_inference_in_both_precisions(
 def test_the_command_names_what_it_cannot_plan(
     words: str, named: str, run_refused_command: Command
 ) -> None:
-    assert named in run_refused_command(*PLAN, *words.split())
+    assert named in run_refused_command(PLAN, words.split())
 
 
 def test_the_command_names_the_changes_that_make_a_recipe_fit(
@@ -252,7 +252,7 @@ def test_the_command_names_the_changes_that_make_a_recipe_fit(
         lambda recipe: MemoryEstimate(next(totals), 0, 0, 0, 0, 1, 1),
     )
 
-    output = run_command(*PLAN_LARGE_BATCH)
+    output = run_command(PLAN_LARGE_BATCH)
 
     assert "fits with --set frozen_precision=bf16 gradient_checkpointing=true: " in output
 
@@ -265,4 +265,4 @@ def test_the_command_says_that_no_change_makes_a_recipe_fit(
         memory, "measure_training", lambda recipe: MemoryEstimate(51, 0, 0, 0, 0, 1, 1)
     )
 
-    assert "does not fit even with --set" in run_command(*PLAN_LARGE_BATCH)
+    assert "does not fit even with --set" in run_command(PLAN_LARGE_BATCH)

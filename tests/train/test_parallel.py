@@ -91,8 +91,10 @@ def run_everything(root: Path) -> None:
 
     # Processes of different runs, and steps that are not finite.
     rank = parallel.get_rank()
-    other = replace(REGRESSION, lr=1e-2 * (1 + rank))
-    refuses("process 1 .*lr.*seed", run_loop, FixedNoiseRegression(), other, root, seed=rank)
+    other_settings = replace(REGRESSION, lr=1e-2 * (1 + rank))
+    refuses(
+        "process 1 .*lr.*seed", run_loop, FixedNoiseRegression(), other_settings, root, seed=rank
+    )
     run_loop(NonFiniteRegression({7}), REGRESSION, root / "skipped")
     with pytest.raises(SpearError if rank == 0 else SystemExit) as end:
         one_skipped = replace(REGRESSION, max_skipped=1)
@@ -101,7 +103,7 @@ def run_everything(root: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def two(tmp_path_factory: pytest.TempPathFactory) -> Any:
+def two_processes(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """Runs by two processes: their folder, and how they ended when one was killed or stopped."""
     root = tmp_path_factory.mktemp("two")
 
@@ -140,7 +142,7 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 @pytest.fixture(scope="module")
-def one(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def one_process(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The policy's run by one process that takes both pieces."""
     out = tmp_path_factory.mktemp("one")
     run_loop(PolicyTask(), replace(POLICY, accumulate=2), out)
@@ -181,21 +183,23 @@ def check_same_tensors(first: Path, second: Path, step: int) -> None:
 
 
 @pytest.mark.parametrize("name", ["ddp", "fsdp", "from-one"])
-def test_two_processes_are_one_that_takes_both_pieces(name: str, one: Path, two: Any) -> None:
+def test_two_processes_are_one_that_takes_both_pieces(
+    name: str, one_process: Path, two_processes: Any
+) -> None:
     """With whole models and sharded ones, and where two continue what one began."""
-    check_same_logs(one, two.root / name, 2)
-    check_same_tensors(one, two.root / name, 2)
+    check_same_logs(one_process, two_processes.root / name, 2)
+    check_same_tensors(one_process, two_processes.root / name, 2)
 
 
-def test_one_process_continues_what_two_began(one: Path, two: Any) -> None:
-    run_loop(PolicyTask(), POLICY, two.root / "from-two")
+def test_one_process_continues_what_two_began(one_process: Path, two_processes: Any) -> None:
+    run_loop(PolicyTask(), POLICY, two_processes.root / "from-two")
 
-    check_same_logs(one, two.root / "from-two", 2)
-    check_same_tensors(one, two.root / "from-two", 2)
+    check_same_logs(one_process, two_processes.root / "from-two", 2)
+    check_same_tensors(one_process, two_processes.root / "from-two", 2)
 
 
-def test_both_processes_write_half_of_a_sharded_checkpoint(two: Any) -> None:
-    files = (two.root / "fsdp" / "checkpoints" / "step-00000002").glob("*.safetensors")
+def test_both_processes_write_half_of_a_sharded_checkpoint(two_processes: Any) -> None:
+    files = (two_processes.root / "fsdp" / "checkpoints" / "step-00000002").glob("*.safetensors")
 
     sizes = [file.stat().st_size for file in files]
     assert len(sizes) == 2
@@ -203,42 +207,42 @@ def test_both_processes_write_half_of_a_sharded_checkpoint(two: Any) -> None:
 
 
 @pytest.mark.parametrize("name", ["one", "ddp", "fsdp"])
-def test_only_the_trainable_rows_learn(name: str, one: Path, two: Any) -> None:
-    out = one if name == "one" else two.root / name
-    before = dict(PolicyTask().model.named_parameters())[EMBEDDINGS].detach()
+def test_only_the_trainable_rows_learn(name: str, one_process: Path, two_processes: Any) -> None:
+    out = one_process if name == "one" else two_processes.root / name
+    original = dict(PolicyTask().model.named_parameters())[EMBEDDINGS].detach()
 
-    after = read_tensors(out, 2)[f"model.{EMBEDDINGS}"]
+    trained = read_tensors(out, 2)[f"model.{EMBEDDINGS}"]
 
-    assert torch.equal(before[:FIRST_COORDINATE_ID], after[:FIRST_COORDINATE_ID])
-    assert not torch.equal(before[FIRST_COORDINATE_ID:], after[FIRST_COORDINATE_ID:])
+    assert torch.equal(original[:FIRST_COORDINATE_ID], trained[:FIRST_COORDINATE_ID])
+    assert not torch.equal(original[FIRST_COORDINATE_ID:], trained[FIRST_COORDINATE_ID:])
 
 
-def test_the_result_of_a_sharded_run_is_a_plain_model(two: Any) -> None:
-    model = weights.load(Spear1ForActionPrediction, two.root / "plain")
+def test_the_result_of_a_sharded_run_is_a_plain_model(two_processes: Any) -> None:
+    model = weights.load(Spear1ForActionPrediction, two_processes.root / "plain")
 
-    trained = read_tensors(two.root / "fsdp", 2)
+    trained = read_tensors(two_processes.root / "fsdp", 2)
     for name, value in model.state_dict().items():
         assert torch.equal(value, trained[f"model.{name}"]), name
-    config = json.loads((two.root / "plain" / "config.json").read_text())
+    config = json.loads((two_processes.root / "plain" / "config.json").read_text())
     assert config["architectures"] == ["Spear1ForActionPrediction"]
 
 
-def test_when_a_process_is_killed_the_other_ends_with_one_line(two: Any) -> None:
-    message = read_stderr(run_until_killed, two.root, 0)
+def test_when_a_process_is_killed_the_other_ends_with_one_line(two_processes: Any) -> None:
+    message = read_stderr(run_until_killed, two_processes.root, 0)
 
-    assert two.exit_code_of_survivor == 2
+    assert two_processes.exit_code_of_survivor == 2
     assert message.count("error: process 0") == 1
     assert "Traceback" not in message
 
 
-def test_when_a_process_is_told_to_stop_all_stop(two: Any) -> None:
-    assert two.exit_codes_of_stopped == [143, 143]
+def test_when_a_process_is_told_to_stop_all_stop(two_processes: Any) -> None:
+    assert two_processes.exit_codes_of_stopped == [143, 143]
 
 
 @pytest.mark.parametrize("name", ["killed", "stopped"])
-def test_a_run_of_two_processes_continues_bit_for_bit(name: str, two: Any) -> None:
-    uninterrupted = two.root / "uninterrupted"
-    continued = two.root / name
+def test_a_run_of_two_processes_continues_bit_for_bit(name: str, two_processes: Any) -> None:
+    uninterrupted = two_processes.root / "uninterrupted"
+    continued = two_processes.root / name
 
     assert read_losses(uninterrupted) == read_losses(continued)
     torch.testing.assert_close(
@@ -246,8 +250,8 @@ def test_a_run_of_two_processes_continues_bit_for_bit(name: str, two: Any) -> No
     )
 
 
-def test_a_piece_that_is_not_finite_makes_all_processes_skip_the_step(two: Any) -> None:
-    out = two.root / "skipped"
+def test_a_piece_that_is_not_finite_makes_all_processes_skip_the_step(two_processes: Any) -> None:
+    out = two_processes.root / "skipped"
 
     losses = read_losses(out)
     assert losses[3] is None
@@ -256,9 +260,11 @@ def test_a_piece_that_is_not_finite_makes_all_processes_skip_the_step(two: Any) 
     assert names == ["step-00000004-piece-00000007.safetensors"]
 
 
-def test_too_many_skipped_steps_end_all_processes_and_the_first_explains(two: Any) -> None:
-    assert "1 skipped step" in (two.root / "too-many-0").read_text()
-    assert (two.root / "too-many-1").read_text() == "2"
+def test_too_many_skipped_steps_end_all_processes_and_the_first_explains(
+    two_processes: Any,
+) -> None:
+    assert "1 skipped step" in (two_processes.root / "too-many-0").read_text()
+    assert (two_processes.root / "too-many-1").read_text() == "2"
 
 
 def test_pieces_that_the_processes_cannot_share_are_refused(

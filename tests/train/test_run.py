@@ -1,4 +1,4 @@
-"""The whole path at nano: scenes → labels → depth → VLM stages → demonstrations → SPEAR-1 → actions."""
+"""The whole pipeline at nano: scenes, labels, depth, VLM, demonstrations, SPEAR-1, actions."""
 
 import json
 import shutil
@@ -156,16 +156,16 @@ def test_moge_changes_no_visual_token_before_it_has_learned(walked: SimpleNamesp
 
 
 def test_stage_one_learns_what_the_paper_says_and_nothing_else(walked: SimpleNamespace) -> None:
-    before = load_vlm_parameters(walked.folders["grown"])
-    after = load_vlm_parameters(walked.folders["nano-vlm-1"])
+    original = load_vlm_parameters(walked.folders["grown"])
+    trained = load_vlm_parameters(walked.folders["nano-vlm-1"])
     first_token = load_vlm(walked.folders["nano-vlm-1"]).processor.coordinate_ids.start
 
-    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    changed = {name for name in original if not torch.equal(original[name], trained[name])}
 
     projectors = ("multi_modal_projector.", "moge_projector.")
-    assert changed == {EMBEDDINGS} | {name for name in before if name.startswith(projectors)}
-    assert torch.equal(before[EMBEDDINGS][:first_token], after[EMBEDDINGS][:first_token])
-    assert not torch.equal(before[EMBEDDINGS][first_token:], after[EMBEDDINGS][first_token:])
+    assert changed == {EMBEDDINGS} | {name for name in original if name.startswith(projectors)}
+    assert torch.equal(original[EMBEDDINGS][:first_token], trained[EMBEDDINGS][:first_token])
+    assert not torch.equal(original[EMBEDDINGS][first_token:], trained[EMBEDDINGS][first_token:])
 
 
 def test_stage_one_has_the_encoder_that_learned_depth(walked: SimpleNamespace) -> None:
@@ -316,13 +316,13 @@ def test_the_result_records_settings_that_changed(finished: SimpleNamespace) -> 
 def test_a_result_with_other_weights_replaces_the_one_before(
     finished: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Even if they differ only where `hash_files`, which reads parts of large files, does not look."""
-    before = (finished.final / "model.safetensors").read_bytes()
+    """Even where they differ only in what `hash_files` does not read of large files."""
+    original = (finished.final / "model.safetensors").read_bytes()
     monkeypatch.setattr("spear.train.run.hash_files", lambda folder: {"model.safetensors": ""})
 
     final = continue_finished(finished, steps=2)
 
-    assert (final / "model.safetensors").read_bytes() != before
+    assert (final / "model.safetensors").read_bytes() != original
 
 
 def test_a_result_keeps_files_that_users_added(finished: SimpleNamespace) -> None:
@@ -419,10 +419,10 @@ def stores(tmp_path: Path) -> dict[str, EpisodeStore]:
 
 
 def sampling_weights(
-    stores: dict[str, EpisodeStore], names: Sequence[str], given: Sequence[float] = ()
+    stores: dict[str, EpisodeStore], names: Sequence[str], requested: Sequence[float] = ()
 ) -> list[float]:
     weighed = weigh_datasets(
-        [Path(name) for name in names], [stores[name] for name in names], given
+        [Path(name) for name in names], [stores[name] for name in names], requested
     )
     assert [name for name, _, _ in weighed] == list(names)
     return [weight for _, _, weight in weighed]
@@ -483,7 +483,9 @@ def learn(tiny: Path, tmp_path: Path) -> Any:
         "failed": failed,
         "blind": [blind],
     }
-    stores = {name: write_store(some, tmp_path / name) for name, some in episodes_of_store.items()}
+    stores = {
+        name: write_store(episodes, tmp_path / name) for name, episodes in episodes_of_store.items()
+    }
 
     def learn_from(name: str, out: str = "run", steps: int = 2) -> dict[str, bytes]:
         changes = {**TINY_CHANGES, "batch_size": 4, "schedule": "constant", "steps": steps}

@@ -172,10 +172,10 @@ def test_the_loss_of_questions_is_added_with_its_weight() -> None:
     batch = policy_task.batch(0)
     batch["action_mask"][1, 1:] = False
 
-    total, parts = task.loss(dict(batch), torch.Generator().manual_seed(1))
+    total, loss_parts = task.loss(dict(batch), torch.Generator().manual_seed(1))
 
     question_loss = model.vlm(**batch.pop("questions")).loss
     batch["actions"] = Action.from_vector(batch["actions"])
     policy = model(**batch, flow_samples=2, generator=torch.Generator().manual_seed(1))
     torch.testing.assert_close(total, policy.loss + 0.25 * question_loss)
-    assert parts.keys() == {*policy.parts, "question_text", "question_coordinates"}
+    assert loss_parts.keys() == {*policy.parts, "question_text", "question_coordinates"}

@@ -242,7 +242,7 @@ class EvaluateVqaOptions(Options):
     one)."""
     images: Annotated[int, Range(1)] = 300
     """Maximum number of images; of a folder, they are spread evenly over it."""
-    asked: QuestionOptions = field(default_factory=QuestionOptions)
+    query: QuestionOptions = field(default_factory=QuestionOptions)
     device: Device = "auto"
     dtype: Dtype = "float32"
     out: Path = Path("runs/evaluate-vqa")
@@ -278,7 +278,7 @@ def evaluate_vqa(options: EvaluateVqaOptions) -> None:
     # Ask.
     bundle = load_vlm(options.model, options.device, options.dtype)
     labels = load_labeled_images(
-        options.questions, options.images, options.asked.view, bundle.processor
+        options.questions, options.images, options.query.view, bundle.processor
     )
     if options.calibrate and len(labels) < MIN_CALIBRATION_IMAGES:
         raise SpearError(
@@ -287,7 +287,7 @@ def evaluate_vqa(options: EvaluateVqaOptions) -> None:
         )
     _note_learned_images(options.model, labels)
     trust = None if options.calibrate else Trust.load(locate(options.model))
-    scores = run.evaluate_vqa(bundle, labels, options.asked, trust)
+    scores = run.evaluate_vqa(bundle, labels, options.query, trust)
 
     # Save and print.
     scores.save(scores_file, settings)
@@ -304,7 +304,7 @@ def evaluate_vqa(options: EvaluateVqaOptions) -> None:
 def _describe_vqa_run(options: EvaluateVqaOptions) -> dict[str, Any]:
     """Return the settings that scores depend on, as they are recorded with the scores."""
     settings: dict[str, Any] = {}
-    for name, value in vars(options.asked).items():
+    for name, value in vars(options.query).items():
         if name != "batch":  # which changes no score
             settings[f"--{name}"] = value
     settings["model"] = options.model
@@ -320,7 +320,7 @@ def _check_vqa_run(
     from spear.evaluate.vqa.calibration import CALIBRATION_FILE
     from spear.policy import locate
 
-    if options.calibrate and (options.asked.families or options.asked.view != "external"):
+    if options.calibrate and (options.query.families or options.query.view != "external"):
         raise SpearError(
             "--calibrate measures everything that `spear ask` may be asked. Leave out --families "
             "and --view."
@@ -436,7 +436,7 @@ def _save_and_print_results(policy: str, out: Path | None, num_requested: int) -
     for table in find_matching_references(results):
         show(table.to_table([(policy, results)]))
     num_others = len(results.outcomes) - num_requested
-    others = ""
+    note = ""
     if num_others:
-        others = f", including {format_count(num_others, 'episodes')} of other commands"
-    print(f"results in {out}{others}")
+        note = f", including {format_count(num_others, 'episodes')} of other commands"
+    print(f"results in {out}{note}")

@@ -103,10 +103,10 @@ def _label_photos(options: LabelOptions) -> None:
 
     result = label_photos(options, list_scenes)
     num_labeled = format_count(result.num_done - result.num_skipped, "labeled images")
-    parts = [f"{num_labeled} in {options.out}", f"{result.num_skipped:,} skipped"]
+    messages = [f"{num_labeled} in {options.out}", f"{result.num_skipped:,} skipped"]
     if result.rate:
-        parts.append(result.rate)
-    print(", ".join(parts))
+        messages.append(result.rate)
+    print(", ".join(messages))
     if result.num_retryable:
         print(
             f"{result.num_retryable:,} of them failed for a temporary reason: --retry-skipped "

@@ -420,7 +420,8 @@ def find_checkpoint_to_resume(
             )
     if state["step"] > steps:
         raise SpearError(
-            f"{out} holds {format_count(state['step'], 'steps')}, more than {steps}. Use a new --out."
+            f"{out} holds {format_count(state['step'], 'steps')}, more than {steps}. Use a new "
+            "--out."
         )
     return checkpoint
 

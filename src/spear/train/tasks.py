@@ -178,7 +178,10 @@ def patch_targets(
 def _cell_coverage(
     item: LabeledObject, label: LabeledImage, patch: int, size: tuple[int, int]
 ) -> Array:
-    """Return the part of each cell that an object covers, [rows, columns, CELLS_PER_SIDE, CELLS_PER_SIDE]."""
+    """Return the part of each cell that an object covers.
+
+    The shape is [rows, columns, CELLS_PER_SIDE, CELLS_PER_SIDE].
+    """
     width, height = size
     mask = decode_mask(item.mask, label.height, label.width)
     if mask.shape != (height, width):
