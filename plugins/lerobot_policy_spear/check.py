@@ -282,10 +282,13 @@ def write_joint_dataset(root: Path) -> None:
     dataset.finalize()
 
 
-def roll_out(saved: Path) -> None:
-    """Drive a stand-in for the arm with lerobot-rollout, in this process."""
+def register_made_up_arm() -> tuple[list[dict[str, Any]], list[float]]:
+    """Make a stand-in for the arm known to LeRobot; return lists of its commands and their times in
+    s.
+
+    The lists are filled while LeRobot drives it.
+    """
     from lerobot.robots import Robot, RobotConfig
-    from lerobot.scripts import lerobot_rollout
 
     commands: list[dict[str, Any]] = []
     times_s: list[float] = []
@@ -330,7 +333,14 @@ def roll_out(saved: Path) -> None:
     sys.modules["made_up_arm"] = module
     MadeUpArmConfig.__module__ = "made_up_arm"
     MadeUpArm.__module__ = "made_up_arm"
+    return commands, times_s
 
+
+def roll_out(saved: Path) -> None:
+    """Drive the stand-in for the arm with lerobot-rollout, in this process."""
+    from lerobot.scripts import lerobot_rollout
+
+    commands, times_s = register_made_up_arm()
     sys.argv = [
         "lerobot-rollout",
         f"--policy.path={saved}",

@@ -145,8 +145,7 @@ def _read_file(path: Path) -> tuple[Weights, Any]:
         ) from error
 
     weights = content.get("model", content) if isinstance(content, dict) else None
-    is_named = isinstance(weights, dict) and all(isinstance(w, Tensor) for w in weights.values())
-    if not is_named:
+    if not isinstance(weights, dict) or not all(isinstance(w, Tensor) for w in weights.values()):
         raise SpearError(
             f"not a MoGe checkpoint: {path} holds no weights by name. Use the published file."
         )

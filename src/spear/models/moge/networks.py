@@ -51,16 +51,17 @@ def dinov2_config(encoder: str) -> Dinov2Config:
     """
     check_known("MoGe encoder", ENCODERS, encoder)
     width, num_layers, num_heads = ENCODERS[encoder]
-    return Dinov2Config(
-        hidden_size=width,
-        num_hidden_layers=num_layers,
-        num_attention_heads=num_heads,
-        patch_size=PATCH_SIZE_PX,
-        image_size=37 * PATCH_SIZE_PX,
-        position_offset=0.1,
-        use_mask_token=False,
-        attn_implementation="sdpa",
-    )
+    fields: dict[str, Any] = {
+        "hidden_size": width,
+        "num_hidden_layers": num_layers,
+        "num_attention_heads": num_heads,
+        "patch_size": PATCH_SIZE_PX,
+        "image_size": 37 * PATCH_SIZE_PX,
+        "position_offset": 0.1,
+        "use_mask_token": False,
+        "attn_implementation": "sdpa",
+    }
+    return Dinov2Config(**fields)
 
 
 def check_supported(prefix: str, config: Mapping[str, Any], supported: Mapping[str, Any]) -> None:
