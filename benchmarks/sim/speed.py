@@ -55,7 +55,7 @@ class Bare:
     def step(self, ctrl: np.ndarray) -> None:
         """Towards the joint angles `ctrl`, then look."""
         self.data.ctrl[:] = ctrl
-        mujoco.mj_step(self.model, self.data, control.SUBSTEPS)
+        mujoco.mj_step(self.model, self.data, control.PHYSICS_STEPS_PER_CONTROL_STEP)
         for k, rectangle in enumerate(self.rectangles):
             self.camera.fixedcamid = k
             if k == 0:

@@ -34,9 +34,9 @@ def pressed(agent: Agent, family: str, seed: int) -> tuple[bool, int]:
     count = 0
     while env.steps < MAX_STEPS and not info["success"]:
         action = agent.act([env], [seen])[0][0]
-        low = env.world.servo.pose()[0][2] < LOW
+        low = env.world.servo.measure_pose()[0][2] < LOW
         seen, *_, info = env.step(action)
-        count += bool(low and action[7] < 0.5 and env.world.servo.opening() > 0.9)
+        count += bool(low and action[7] < 0.5 and env.world.servo.measure_opening() > 0.9)
     return bool(info["success"]), count
 
 

@@ -6,77 +6,154 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 from numpy.typing import NDArray
 from PIL import Image
 from scipy.spatial.transform import Rotation
 
 from data_tiny import assert_same
 from spear.sim.record import Disturbance, InterveningPolicy, record_episode, record_episodes
-from spear.sim.render import Renderer
 from spear.sim.scene import FAMILIES
+from spear.types import Episode
 from spear.util.held_out import FIRST_TRAIN_SEED
 
-SIZES = (96, 72), (48, 48)
-NOTHING = np.array([0, 0, 0, 1, 0, 0, 0, 1], np.float32)
+IMAGE_SIZE = (96, 72)
+WRIST_SIZE = (48, 48)
+NO_MOTION = np.array([0, 0, 0, 1, 0, 0, 0, 1], np.float32)
+MAX_EXPERT_STEP_M = 0.0601
+MAX_EXPERT_TURN_RAD = np.radians(8.1)
+
+pytestmark = pytest.mark.usefixtures("renderer")
 
 
-def test_commands_are_what_the_poses_then_do(renderer: Renderer) -> None:
-    episode = record_episode("spoon_on_towel", FIRST_TRAIN_SEED + 1, *SIZES, Disturbance(start=0))
-    assert episode.success and episode.rate_hz == 5
-    for name, size in zip(("external", "wrist"), SIZES, strict=True):
-        assert len(episode.images[name]) == len(episode)
-        assert Image.open(io.BytesIO(episode.images[name][-1])).size == size
-    assert episode.action is not None and episode.action.shape == (len(episode), 8)
-    assert episode.action_mask is not None and episode.action_mask.all()
-    error = np.linalg.norm(np.diff(episode.position, axis=0) - episode.action[:-1, :3], axis=1)
-    assert np.median(error) < 1e-3 and np.quantile(error, 0.9) < 5e-3
-    poses = Rotation.from_quat(episode.rotation, scalar_first=True)
-    wanted = Rotation.from_quat(episode.action[:-1, 3:7], scalar_first=True)
-    assert np.median((wanted.inv() * poses[:-1].inv() * poses[1:]).magnitude()) < np.radians(0.5)
+def record(family: str, seed: int, **options: Any) -> Episode:
+    return record_episode(family, FIRST_TRAIN_SEED + seed, IMAGE_SIZE, WRIST_SIZE, **options)
 
 
-def test_disturbed_steps_are_masked_and_recovered_from(renderer: Renderer) -> None:
-    tasks = [(family, FIRST_TRAIN_SEED + seed) for family in FAMILIES for seed in range(2)]
-    episodes = [record_episode(*task, *SIZES, Disturbance(start=0.15)) for task in tasks]
-    masks = np.concatenate([episode.action_mask for episode in episodes])
-    assert 0.03 < (~masks).mean() < 0.4
-    assert sum(bool(episode.success) for episode in episodes) >= len(episodes) - 1
-    actions = np.concatenate([episode.action for episode in episodes])
-    assert np.linalg.norm(actions[masks, :3], axis=1).max() < 0.0601
-    # the gripper turns all along, near the object as well: there alone the wrist camera shows by how much
-    turns = 2 * np.arccos(np.clip(actions[:, 3], -1, 1))
-    late = np.concatenate([np.arange(len(episode)) >= 5 for episode in episodes])
-    assert (turns[masks & late] > np.radians(5)).mean() > 0.2 and turns[masks].max() < np.radians(
-        8.1
-    )
+class TestUndisturbedEpisode:
+    @pytest.fixture(scope="class")
+    def episode(self) -> Episode:
+        return record("spoon_on_towel", 1, disturbance=Disturbance(start=0))
+
+    def test_succeeds_and_is_whole(self, episode: Episode) -> None:
+        assert episode.success
+        assert episode.rate_hz == 5
+        assert episode.action is not None
+        assert episode.action.shape == (len(episode), 8)
+        assert episode.action_mask is not None
+        assert episode.action_mask.all()
+
+    @pytest.mark.parametrize(("camera", "size"), [("external", IMAGE_SIZE), ("wrist", WRIST_SIZE)])
+    def test_has_an_image_per_step(
+        self, episode: Episode, camera: str, size: tuple[int, int]
+    ) -> None:
+        assert len(episode.images[camera]) == len(episode)
+        assert Image.open(io.BytesIO(episode.images[camera][-1])).size == size
+
+    def test_translations_are_what_the_positions_then_do(self, episode: Episode) -> None:
+        assert episode.action is not None
+        translations = episode.action[:-1, :3]
+
+        error_m = np.linalg.norm(np.diff(episode.position, axis=0) - translations, axis=1)
+
+        assert np.median(error_m) < 1e-3
+        assert np.quantile(error_m, 0.9) < 5e-3
+
+    def test_rotations_are_what_the_orientations_then_do(self, episode: Episode) -> None:
+        assert episode.action is not None
+        orientations = Rotation.from_quat(episode.rotation, scalar_first=True)
+        expected = Rotation.from_quat(episode.action[:-1, 3:7], scalar_first=True)
+        measured = orientations[:-1].inv() * orientations[1:]
+
+        error_rad = (expected.inv() * measured).magnitude()
+
+        assert np.median(error_rad) < np.radians(0.5)
 
 
-def test_processes_share_the_work_without_changing_it(renderer: Renderer) -> None:
+class TestDisturbedEpisodes:
+    @pytest.fixture(scope="class")
+    def episodes(self) -> list[Episode]:
+        disturbance = Disturbance(start=0.15)
+        episodes = []
+        for family in FAMILIES:
+            for seed in range(2):
+                episodes.append(record(family, seed, disturbance=disturbance))
+        return episodes
+
+    @pytest.fixture
+    def actions(self, episodes: list[Episode]) -> np.ndarray:
+        return np.concatenate([episode.action for episode in episodes])
+
+    @pytest.fixture
+    def masks(self, episodes: list[Episode]) -> np.ndarray:
+        return np.concatenate([episode.action_mask for episode in episodes])
+
+    def test_some_steps_are_masked(self, masks: np.ndarray) -> None:
+        assert 0.03 < (~masks).mean() < 0.4
+
+    def test_the_expert_recovers(self, episodes: list[Episode]) -> None:
+        num_successes = sum(bool(episode.success) for episode in episodes)
+
+        assert num_successes >= len(episodes) - 1
+
+    def test_unmasked_steps_are_the_experts(self, actions: np.ndarray, masks: np.ndarray) -> None:
+        lengths_m = np.linalg.norm(actions[masks, :3], axis=1)
+
+        assert lengths_m.max() < MAX_EXPERT_STEP_M
+
+    def test_the_gripper_turns_also_near_the_object(
+        self, episodes: list[Episode], actions: np.ndarray, masks: np.ndarray
+    ) -> None:
+        """Only there the wrist camera shows by how much it must turn."""
+        turns_rad = 2 * np.arccos(np.clip(actions[:, 3], -1, 1))
+        is_late = np.concatenate([np.arange(len(episode)) >= 5 for episode in episodes])
+
+        assert (turns_rad[masks & is_late] > np.radians(5)).mean() > 0.2
+        assert turns_rad[masks].max() < MAX_EXPERT_TURN_RAD
+
+
+def test_processes_share_the_work_without_changing_it() -> None:
     tasks = [("stack_cube", FIRST_TRAIN_SEED), ("put_in_basket", FIRST_TRAIN_SEED + 3)]
-    one = list(record_episodes(tasks, *SIZES, workers=1))
-    two = list(record_episodes(tasks, *SIZES, workers=2))
-    assert [episode.source for episode in one] == [f"sim/{family}/{seed}" for family, seed in tasks]
-    for a, b in zip(
-        [*one, record_episode("stack_cube", FIRST_TRAIN_SEED, *SIZES)], [*two, one[0]], strict=True
-    ):
-        assert_same(a, b)
+
+    by_one = list(record_episodes(tasks, IMAGE_SIZE, WRIST_SIZE, workers=1))
+    by_two = list(record_episodes(tasks, IMAGE_SIZE, WRIST_SIZE, workers=2))
+
+    sources = [f"sim/{family}/{seed}" for family, seed in tasks]
+    assert [episode.source for episode in by_one] == sources
+    for first, second in zip(by_one, by_two, strict=True):
+        assert_same(first, second)
+    assert_same(record("stack_cube", 0), by_one[0])
 
 
-def test_a_policy_takes_turns_and_is_never_a_target(renderer: Renderer) -> None:
-    seeds = []
+class TestPolicyThatTakesTurns:
+    @pytest.fixture
+    def turns(self) -> list[tuple[int, int]]:
+        """(seed, step) of the policy's steps, as they come."""
+        return []
 
-    def stay(
-        folder: Path, observation: Mapping[str, Any], seed: int, step: int
-    ) -> NDArray[np.float32]:
-        assert folder == Path("weights") and observation["observation/image"].shape == (72, 96, 3)
-        seeds.append((seed, step))
-        return NOTHING
+    @pytest.fixture
+    def episode(self, turns: list[tuple[int, int]]) -> Episode:
+        def stay(
+            folder: Path, observation: Mapping[str, Any], seed: int, step: int
+        ) -> NDArray[np.float32]:
+            assert folder == Path("weights")
+            assert observation["observation/image"].shape == (72, 96, 3)
+            turns.append((seed, step))
+            return NO_MOTION
 
-    episode = record_episode(
-        "stack_cube", FIRST_TRAIN_SEED + 2, *SIZES, policy=InterveningPolicy(Path("weights"), stay)
-    )
-    assert episode.action is not None and episode.action_mask is not None and episode.success
-    stayed = (episode.action == NOTHING).all(axis=1)
-    assert (stayed == ~episode.action_mask).all() and 0.1 < stayed.mean() < 0.9
-    assert len(set(seeds)) == stayed.sum()
-    assert episode.source != record_episode("stack_cube", FIRST_TRAIN_SEED + 2, *SIZES).source
+        return record("stack_cube", 2, policy=InterveningPolicy(Path("weights"), stay))
+
+    def test_its_steps_are_never_a_target(
+        self, episode: Episode, turns: list[tuple[int, int]]
+    ) -> None:
+        assert episode.action is not None
+        assert episode.action_mask is not None
+        is_policys = (episode.action == NO_MOTION).all(axis=1)
+
+        assert episode.success
+        np.testing.assert_array_equal(is_policys, ~episode.action_mask)
+        assert 0.1 < is_policys.mean() < 0.9
+        assert len(set(turns)) == is_policys.sum()
+
+    def test_the_source_says_that_there_were_turns(self, episode: Episode) -> None:
+        assert episode.source != record("stack_cube", 2).source

@@ -1,4 +1,4 @@
-"""Pictures: depth, masks, boxes and cameras tell one story; rendering contexts leave each other alone."""
+"""Images: depth, masks, boxes and cameras agree; rendering contexts do not disturb each other."""
 
 from concurrent.futures import ThreadPoolExecutor
 
@@ -13,76 +13,110 @@ from spear.sim.world import GRIPPER_NAME, World
 from spear.types import Frame
 
 SIZE = (280, 210)
+BOX_TOLERANCE_M = 0.004
 
 
-def points_of(frame: Frame) -> np.ndarray:
+def compute_points(frame: Frame) -> np.ndarray:
     """[h, w, 3], camera frame."""
     return unproject(frame.depth, frame.intrinsics)
 
 
-def in_box(points: np.ndarray, vertices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Box coordinates of points (0 … 1 inside) and the box's side lengths; corners in binary order."""
-    edges = vertices[[4, 2, 1]] - vertices[0]
-    lengths = np.linalg.norm(edges, axis=1)
-    return (points - vertices[0]) @ (edges / lengths[:, None] ** 2).T, lengths
+def measure_box_edges(vertices: np.ndarray) -> np.ndarray:
+    """[3, 3] edges of a box from its first corner; corners are in binary order."""
+    return vertices[[4, 2, 1]] - vertices[0]
 
 
+def to_box_coordinates(points: np.ndarray, vertices: np.ndarray) -> np.ndarray:
+    """Coordinates of points along a box's edges: 0 … 1 inside."""
+    edges = measure_box_edges(vertices)
+    lengths_m = np.linalg.norm(edges, axis=1)
+    return (points - vertices[0]) @ (edges / lengths_m[:, None] ** 2).T
+
+
+@pytest.mark.usefixtures("renderer")
 @pytest.mark.parametrize("camera", ["external", "wrist"])
-def test_points_of_an_object_lie_in_its_box_and_reach_its_sides(
-    renderer: Renderer, camera: str
-) -> None:
-    checked = 0
+def test_points_of_an_object_lie_in_its_box(camera: str) -> None:
+    num_objects = 0
     for seed in range(6):
         frame = render_clutter_frame(seed, camera, SIZE)
-        points = points_of(frame)
+        points = compute_points(frame)
         for index, name in frame.names.items():
-            inside, lengths = in_box(points[frame.instances == index], frame.boxes[index])
-            slack = 0.004 / lengths
-            assert ((inside > -slack) & (inside < 1 + slack)).all(axis=1).mean() > 0.97, (
-                seed,
-                name,
-            )
-            checked += 1
-    assert checked > 12
+            box = frame.boxes[index]
+            coordinates = to_box_coordinates(points[frame.instances == index], box)
+            slack = BOX_TOLERANCE_M / np.linalg.norm(measure_box_edges(box), axis=1)
+
+            is_inside = (coordinates > -slack) & (coordinates < 1 + slack)
+
+            assert is_inside.all(axis=1).mean() > 0.97, (seed, name)
+            num_objects += 1
+    assert num_objects > 12
 
 
-def test_an_object_seen_whole_fills_its_box(renderer: Renderer) -> None:
+@pytest.mark.usefixtures("renderer")
+def test_an_object_seen_whole_fills_its_box() -> None:
     spreads = []
     for seed in range(4):
         frame = render_frame(World(sample_scene("put_in_basket", seed)), "external", SIZE)
-        inside, _ = in_box(points_of(frame)[frame.instances == 1], frame.boxes[1])
-        spreads.append(np.ptp(inside, axis=0))
+        points = compute_points(frame)[frame.instances == 1]
+        coordinates = to_box_coordinates(points, frame.boxes[1])
+        spreads.append(np.ptp(coordinates, axis=0))
+
     assert np.median(spreads, axis=0).min() > 0.85
 
 
 def test_the_table_is_flat_at_zero_height(renderer: Renderer) -> None:
     world = World(sample_scene("stack_cube", 5))
     frame = render_frame(world, "external", SIZE)
-    points = points_of(frame).reshape(-1, 3) @ frame.extrinsics[:3, :3].T + frame.extrinsics[:3, 3]
-    heights = points[
-        renderer.layers(world, "external", SIZE)[2].ravel() == world.model.geom("table").id, 2
-    ]
-    assert len(heights) > 5000 and np.abs(heights).max() < 2e-3
+    _, _, geom_ids = renderer.layers(world, "external", SIZE)
+    is_table = geom_ids.ravel() == world.model.geom("table").id
+
+    camera_points = compute_points(frame).reshape(-1, 3)
+    points = camera_points @ frame.extrinsics[:3, :3].T + frame.extrinsics[:3, 3]
+
+    heights_m = points[is_table, 2]
+    assert len(heights_m) > 5000
+    assert np.abs(heights_m).max() < 2e-3
 
 
-def test_labels_and_pictures_show_the_same(renderer: Renderer) -> None:
-    assert GRIPPER_NAME in render_clutter_frame(2, "wrist", (112, 112)).names.values()
+@pytest.mark.usefixtures("renderer")
+def test_the_gripper_is_an_instance() -> None:
+    frame = render_clutter_frame(2, "wrist", (112, 112))
+
+    assert GRIPPER_NAME in frame.names.values()
+
+
+@pytest.mark.parametrize("size", [SIZE, (700, 525)], ids=["small", "larger than the buffer"])
+def test_images_and_labeled_frames_show_the_same(renderer: Renderer, size: tuple[int, int]) -> None:
     world = World(sample_scene("put_on", 6))
-    for large in (SIZE, (700, 525)):  # the buffer grows
-        image, wrist = renderer.images(world, [("external", large), ("wrist", (60, 90))])
-        np.testing.assert_array_equal(image, render_frame(world, "external", large).image)
-        assert image[-100:].std() > 3 and wrist.shape == (90, 60, 3) and wrist.std() > 5
+
+    image, wrist_image = renderer.images(world, [("external", size), ("wrist", (60, 90))])
+
+    np.testing.assert_array_equal(image, render_frame(world, "external", size).image)
+    assert image[-100:].std() > 3
+    assert wrist_image.shape == (90, 60, 3)
+    assert wrist_image.std() > 5
+
+
+@pytest.mark.usefixtures("renderer")
+def test_an_unknown_camera_is_refused() -> None:
+    world = World(sample_scene("put_on", 6))
+
     refuses("wrst", render_frame, world, "wrst", SIZE)
 
 
 def test_threads_have_contexts_of_their_own(renderer: Renderer) -> None:
-    def shot() -> tuple[Renderer, bytes]:
-        return get_thread_renderer(), render_clutter_frame(0, "external", (96, 72)).image.tobytes()
+    def render() -> tuple[Renderer, bytes]:
+        frame = render_clutter_frame(0, "external", (96, 72))
+        return get_thread_renderer(), frame.image.tobytes()
 
-    found = [shot()]
+    results = [render()]
     for _ in range(2):  # one after the other: the first one's context outlives it
         with ThreadPoolExecutor(1) as thread:
-            found.append(thread.submit(shot).result())
-    found.append(shot())
-    assert len({seen for _, seen in found}) == 1
-    assert found[0][0] is found[-1][0] is renderer and len({id(own) for own, _ in found}) == 3
+            results.append(thread.submit(render).result())
+    results.append(render())
+
+    renderers = [used for used, _ in results]
+    assert len({image for _, image in results}) == 1
+    assert renderers[0] is renderer
+    assert renderers[-1] is renderer
+    assert len({id(used) for used in renderers}) == 3

@@ -12,51 +12,105 @@ from spear.sim.scene import (
     PUT_ON,
     SYNONYMS,
     TEMPLATES,
+    SceneSpec,
     clutter_scene,
     sample_scene,
 )
 from spear.sim.world import World
 
+NUM_SEEDS = 30
+
+
+def sample(family: str, seed: int) -> SceneSpec:
+    return clutter_scene(seed) if family == "clutter" else sample_scene(family, seed)
+
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_same_seed_same_scene_and_other_seeds_differ(family: str) -> None:
+def test_the_same_seed_gives_the_same_scene(family: str) -> None:
     assert sample_scene(family, 7) == sample_scene(family, 7)
-    scenes = [sample_scene(family, seed) for seed in range(30)]
-    assert (
-        len({scene.objects for scene in scenes}) == 30
-        and len({scene.instruction for scene in scenes}) >= 6
-    )
-    assert len({scene.appearance.camera for scene in scenes}) == 30
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_other_seeds_give_other_scenes(family: str) -> None:
+    scenes = [sample_scene(family, seed) for seed in range(NUM_SEEDS)]
+
+    assert len({scene.objects for scene in scenes}) == NUM_SEEDS
+    assert len({scene.appearance.camera for scene in scenes}) == NUM_SEEDS
+    assert len({scene.instruction for scene in scenes}) >= 6
 
 
 @pytest.mark.parametrize("family", [*FAMILIES, "clutter"])
-def test_objects_lie_apart_inside_the_workspace_and_stay_where_they_are_put(family: str) -> None:
+def test_objects_lie_inside_the_workspace(family: str) -> None:
     for seed in range(12):
-        scene = clutter_scene(seed) if family == "clutter" else sample_scene(family, seed)
-        for i, one in enumerate(scene.objects):
-            assert 0.36 < one.position[0] < 0.64 and abs(one.position[1]) < 0.24
-            for other in scene.objects[:i]:
-                apart = math.dist(one.position[:2], other.position[:2])
-                assert apart > OBJECT_KINDS[one.kind].radius + OBJECT_KINDS[other.kind].radius
-        if family != "clutter":
-            placed = np.array([thing.position for thing in scene.objects])
-            np.testing.assert_allclose(World(scene).start, placed, atol=2e-3)
+        for item in sample(family, seed).objects:
+            assert 0.36 < item.position[0] < 0.64
+            assert abs(item.position[1]) < 0.24
 
 
-def test_each_family_casts_its_roles_and_names_them() -> None:
-    assert all(len(set(templates)) >= 6 for templates in TEMPLATES.values())
-    for seed in range(30):
-        scenes = {f: sample_scene(f, seed) for f in FAMILIES}
-        kinds = {f: [t.kind for t in scene.objects] for f, scene in scenes.items()}
-        assert kinds["put_on"][1] in PUT_ON[kinds["put_on"][0]]
-        assert kinds["put_in_basket"][0] == "basket" and kinds["put_in_basket"][1] in IN_BASKET
-        assert kinds["spoon_on_towel"][:2] == ["towel", "spoon"]
-        assert {*kinds["stack_cube"][:2]} <= {*CUBES} and kinds["stack_cube"][0] != kinds[
-            "stack_cube"
-        ][1]
-        for family, names in kinds.items():
-            assert 2 <= len(names) <= 5 and len(set(names)) == len(names)
-            for name in names[:2]:
-                assert any(
-                    word in scenes[family].instruction for word in SYNONYMS.get(name, (name,))
-                )
+@pytest.mark.parametrize("family", [*FAMILIES, "clutter"])
+def test_objects_lie_apart(family: str) -> None:
+    for seed in range(12):
+        objects = sample(family, seed).objects
+        for index, first in enumerate(objects):
+            for second in objects[:index]:
+                distance_m = math.dist(first.position[:2], second.position[:2])
+                first_radius_m = OBJECT_KINDS[first.kind].radius
+                second_radius_m = OBJECT_KINDS[second.kind].radius
+                assert distance_m > first_radius_m + second_radius_m
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_objects_stay_where_they_are_put(family: str) -> None:
+    for seed in range(12):
+        scene = sample_scene(family, seed)
+        expected = np.array([item.position for item in scene.objects])
+
+        np.testing.assert_allclose(World(scene).start_positions, expected, atol=2e-3)
+
+
+def list_kinds(family: str, seed: int) -> list[str]:
+    return [item.kind for item in sample_scene(family, seed).objects]
+
+
+@pytest.mark.parametrize("seed", range(NUM_SEEDS))
+class TestRoles:
+    """The first object is the target, the second the source, others are distractors."""
+
+    def test_put_on(self, seed: int) -> None:
+        target, source, *_ = list_kinds("put_on", seed)
+
+        assert source in PUT_ON[target]
+
+    def test_put_in_basket(self, seed: int) -> None:
+        target, source, *_ = list_kinds("put_in_basket", seed)
+
+        assert target == "basket"
+        assert source in IN_BASKET
+
+    def test_spoon_on_towel(self, seed: int) -> None:
+        assert list_kinds("spoon_on_towel", seed)[:2] == ["towel", "spoon"]
+
+    def test_stack_cube(self, seed: int) -> None:
+        target, source, *_ = list_kinds("stack_cube", seed)
+
+        assert {target, source} <= set(CUBES)
+        assert target != source
+
+    @pytest.mark.parametrize("family", FAMILIES)
+    def test_distractors_are_few_and_different(self, family: str, seed: int) -> None:
+        kinds = list_kinds(family, seed)
+
+        assert 2 <= len(kinds) <= 5
+        assert len(set(kinds)) == len(kinds)
+
+    @pytest.mark.parametrize("family", FAMILIES)
+    def test_the_instruction_names_source_and_target(self, family: str, seed: int) -> None:
+        instruction = sample_scene(family, seed).instruction
+
+        for kind in list_kinds(family, seed)[:2]:
+            assert any(word in instruction for word in SYNONYMS.get(kind, (kind,)))
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_instructions_have_several_wordings(name: str) -> None:
+    assert len(set(TEMPLATES[name])) >= 6

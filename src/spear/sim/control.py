@@ -1,12 +1,12 @@
 """From end-effector actions to joint motion: the servo that follows the inverse kinematics.
 
-`embodiments/franka.xml` describes the arm, and world.xml puts it at a table. The base stands at the origin of
-the base frame, on the table surface (z = 0). The axes of the end-effector frame are our choice, and
-BridgeData's: the orientation of a gripper pointing down is near the identity.
+`embodiments/franka.xml` describes the arm, and world.xml puts it at a table. The base stands at the
+origin of the base frame, on the table surface (z = 0). The axes of the end-effector frame are our
+choice, and BridgeData's: the orientation of a gripper pointing down is near the identity.
 
-A damped-least-squares solver turns end-effector targets into joint angles, which stiff position servos follow
-during the 0.2 s of a control step. Each target adds to the one before, which is kept close to where the arm
-really is, so that a blocked arm does not wind up.
+A damped-least-squares solver turns end-effector targets into joint angles, which stiff position
+servos follow during the 0.2 s of a control step. Each target adds to the one before, which is kept
+close to where the arm really is, so that a blocked arm does not wind up.
 """
 
 import mujoco
@@ -26,131 +26,183 @@ from spear.embodiments.inverse_kinematics import (
 from spear.errors import SpearError
 from spear.geometry import UNIT_NORM_TOLERANCE
 
+NUM_JOINTS = 7
 HIDDEN_GROUP = 3
 """Geom group of collision shapes that no camera sees; 1 is the robot's."""
 
-FINGER_TRAVEL = float(ARM.joint("finger1").range[1])
-"""Each finger's travel, m: the gripper opens 8 cm."""
-_stiffness, _held_back = -ARM.actuator_biasprm[:7, 1:3].T
-LAG = _held_back / _stiffness
-"""Of the joints' servos: the joint angle (rad) by which one stays behind its command, per rad/s."""
-LEASH = (0.03, np.deg2rad(15.0))
-"""How far the target may be from the measured pose before an action is added to it: m, rad."""
-MAX_STEP = (0.12, np.deg2rad(45.0))
-"""The largest displacement that one action asks for, m and rad; larger ones are shortened."""
-SUBSTEPS = 50
-"""Physics steps (of 4 ms) per control step: 5 Hz."""
-FLOOR = 0.004
-"""The finger tips' middle is never sent below this height over the table, m."""
-TOLERANCE = (0.004, np.deg2rad(2.0))
-"""A target counts as unreachable when the solver ends farther from it than this, m and rad."""
+FINGER_TRAVEL_M = float(ARM.joint("finger1").range[1])  # of each finger: the gripper opens 8 cm
+PHYSICS_STEPS_PER_CONTROL_STEP = 50  # of 4 ms: 5 Hz
+
+_SERVO_STIFFNESS = -ARM.actuator_biasprm[:NUM_JOINTS, 1]
+_SERVO_DAMPING = -ARM.actuator_biasprm[:NUM_JOINTS, 2]
+SERVO_LAG_S = _SERVO_DAMPING / _SERVO_STIFFNESS
+"""By how much a moving joint stays behind its command, rad per rad/s."""
+
+MAX_LEAD_M = 0.03  # how far the target may be from the measured pose before an action is added
+MAX_LEAD_RAD = np.deg2rad(15.0)
+MAX_STEP_M = 0.12  # the largest displacement of one action; larger ones are shortened
+MAX_STEP_RAD = np.deg2rad(45.0)
+MIN_EE_HEIGHT_M = 0.004  # over the table: the middle of the finger tips never goes lower
+REACHED_TOLERANCE_M = 0.004  # beyond this the solver has not reached a target
+REACHED_TOLERANCE_RAD = np.deg2rad(2.0)
 
 
 class Servo:
-    """Moves the arm of one world. Poses: metres, quaternions (w, x, y, z), base frame."""
+    """Moves the arm of one world. Poses are in meters, quaternions (w, x, y, z), base frame."""
 
     def __init__(self, model: mujoco.MjModel, data: mujoco.MjData) -> None:
-        self._model, self._data = model, data
-        self._site = model.site("ee").id
-        start = int(model.joint("joint1").qposadr[0])
-        self._joints = slice(start, start + 7)
-        self._fingers = slice(start + 7, start + 9)
-        self._command = np.array(HOME_JOINTS_RAD)
-        self._position, self._rotation = np.zeros(3), np.array([1.0, 0, 0, 0])
+        self._model = model
+        self._data = data
+        self._ee_site = model.site("ee").id
+        first_joint = int(model.joint("joint1").qposadr[0])
+        self._joints = slice(first_joint, first_joint + NUM_JOINTS)
+        self._fingers = slice(first_joint + NUM_JOINTS, first_joint + NUM_JOINTS + 2)
+        # What the last action asked for.
+        self._joint_command = np.array(HOME_JOINTS_RAD)
+        self._target_position = np.zeros(3)
+        self._target_rotation = np.array([1.0, 0, 0, 0])
 
-    def pose(self) -> tuple[Floats, Floats]:
-        """Measured ([3], [4]) end-effector pose, quaternion with w >= 0."""
-        quat = np.zeros(4)
-        mujoco.mju_mat2Quat(quat, self._data.site_xmat[self._site])
-        return self._data.site_xpos[self._site].copy(), quat if quat[0] >= 0 else -quat
+    def measure_pose(self) -> tuple[Floats, Floats]:
+        """Return the end-effector's position [3] and quaternion [4], with w >= 0."""
+        rotation = np.zeros(4)
+        mujoco.mju_mat2Quat(rotation, self._data.site_xmat[self._ee_site])
+        position = self._data.site_xpos[self._ee_site].copy()
+        return position, rotation if rotation[0] >= 0 else -rotation
 
-    def opening(self) -> float:
-        """Measured gripper opening, 0 closed … 1 open."""
-        return float(np.clip(self._data.qpos[self._fingers].sum() / (2 * FINGER_TRAVEL), 0.0, 1.0))
+    def measure_opening(self) -> float:
+        """Return the gripper opening, 0 closed … 1 open."""
+        travel = self._data.qpos[self._fingers].sum()
+        return float(np.clip(travel / (2 * FINGER_TRAVEL_M), 0.0, 1.0))
 
-    def place(self, position: Floats, rotation: Floats, opening: float) -> None:
-        """Put the arm at a pose at once, at rest (as near as it can reach)."""
-        self._command = solve_joints(HOME_JOINTS_RAD, position, rotation, iterations=60)
-        self._data.qpos[self._joints] = self._data.ctrl[:7] = self._command
-        self._data.qpos[self._fingers] = self._data.ctrl[7:9] = opening * FINGER_TRAVEL
+    def set_pose(self, position: Floats, rotation: Floats, opening: float) -> None:
+        """Put the arm at a pose at once, at rest (as near to it as the arm can reach)."""
+        self._joint_command = solve_joints(HOME_JOINTS_RAD, position, rotation, iterations=60)
+        self._data.qpos[self._joints] = self._joint_command
+        self._data.ctrl[:NUM_JOINTS] = self._joint_command
+        finger_position = opening * FINGER_TRAVEL_M
+        self._data.qpos[self._fingers] = finger_position
+        self._data.ctrl[NUM_JOINTS : NUM_JOINTS + 2] = finger_position
         mujoco.mj_kinematics(self._model, self._data)
-        self._position, self._rotation = compute_ee_pose(self._command)
+        self._target_position, self._target_rotation = compute_ee_pose(self._joint_command)
 
     def move(self, translation: Floats, rotation: Floats, opening: float) -> bool:
-        """One control step: move the target by `translation` (m, base frame) and the quaternion `rotation`
-        (end-effector frame), open (>= 0.5) or close the gripper, and run the physics. Returns whether the
-        target was out of reach."""
-        measured, turn = self.pose()
-        position, quat = _leash(self._position, self._rotation, measured, turn)
-        translation = _shorten(translation, MAX_STEP[0])
-        delta = np.zeros(3)
-        mujoco.mju_quat2Vel(delta, rotation, 1.0)
-        delta = _shorten(delta, MAX_STEP[1])
-        position = position + translation
-        low = position[2] < FLOOR
-        position[2] = max(position[2], FLOOR)
-        mujoco.mju_quatIntegrate(quat, delta, 1.0)
-        goal = solve_joints(self._command, position, quat)
-        reached, reached_turn = compute_ee_pose(goal)
-        off, turned = (
-            euclidean_norm(reached - position),
-            euclidean_norm(rotation_vector_between(reached_turn, quat)),
-        )
-        missed = off > TOLERANCE[0] or turned > TOLERANCE[1]
-        step = goal - self._command
-        excess = float(
-            (np.abs(step) / (MAX_JOINT_SPEED_RAD_S * SUBSTEPS * self._model.opt.timestep)).max()
-        )
-        if excess > 1:
-            goal = self._command + step / excess
-            reached, reached_turn = compute_ee_pose(goal)
-        # a target that is not reached does not run ahead of the arm
-        out = missed or excess > 1
-        self._position, self._rotation = (reached, reached_turn) if out else (position, quat)
-        path = np.linspace(self._command, goal, SUBSTEPS + 1)[1:]
-        # lead the servo by what its damping holds back; the last steps let it settle
-        path[:-1] += LAG * ((goal - self._command) / (SUBSTEPS * self._model.opt.timestep))
-        self._data.ctrl[7:9] = FINGER_TRAVEL if opening >= 0.5 else 0.0
-        for row in path:
-            self._data.ctrl[:7] = row
+        """Move the target, and run the physics for one control step.
+
+        Args:
+            translation: [3] of the target, m, base frame.
+            rotation: [4] quaternion of the target's turn, end-effector frame.
+            opening: From 0.5 on the gripper opens, below it closes.
+
+        Returns:
+            Whether the target was out of reach.
+        """
+        # The target, and joint angles that reach it.
+        position, target_rotation, is_too_low = self._add_to_target(translation, rotation)
+        joints = solve_joints(self._joint_command, position, target_rotation)
+        reached_position, reached_rotation = compute_ee_pose(joints)
+        is_missed = _is_far(reached_position, reached_rotation, position, target_rotation)
+
+        # No joint moves faster than it can.
+        control_step_s = PHYSICS_STEPS_PER_CONTROL_STEP * self._model.opt.timestep
+        step = joints - self._joint_command
+        speed_ratio = float((np.abs(step) / self._max_joint_step()).max())
+        if speed_ratio > 1:
+            joints = self._joint_command + step / speed_ratio
+            reached_position, reached_rotation = compute_ee_pose(joints)
+
+        # A target that is not reached does not run ahead of the arm.
+        if is_missed or speed_ratio > 1:
+            position, target_rotation = reached_position, reached_rotation
+        self._target_position = position
+        self._target_rotation = target_rotation
+
+        # Lead the servo by what its damping holds back; the last physics step lets it settle.
+        num_steps = PHYSICS_STEPS_PER_CONTROL_STEP
+        path = np.linspace(self._joint_command, joints, num_steps + 1)[1:]
+        path[:-1] += SERVO_LAG_S * ((joints - self._joint_command) / control_step_s)
+        is_opening = opening >= 0.5
+        self._data.ctrl[NUM_JOINTS : NUM_JOINTS + 2] = FINGER_TRAVEL_M if is_opening else 0.0
+        for joint_command in path:
+            self._data.ctrl[:NUM_JOINTS] = joint_command
             mujoco.mj_step(self._model, self._data)
-        # positions that belong to the new joint angles, for whoever looks next
+
+        # Compute the positions that belong to the new joint angles, for later measurements.
         mujoco.mj_kinematics(self._model, self._data)
-        self._command = goal
-        return bool(missed or low)
+        self._joint_command = joints
+        return bool(is_missed or is_too_low)
+
+    def _add_to_target(self, translation: Floats, rotation: Floats) -> tuple[Floats, Floats, bool]:
+        """Return the target's new position and rotation, and whether it would be in the table."""
+        measured_position, measured_rotation = self.measure_pose()
+        position = _limit_lead(self._target_position, measured_position)
+        target_rotation = _limit_rotation_lead(self._target_rotation, measured_rotation)
+
+        translation = _shorten(translation, MAX_STEP_M)
+        rotation_vector = np.zeros(3)
+        mujoco.mju_quat2Vel(rotation_vector, rotation, 1.0)
+        rotation_vector = _shorten(rotation_vector, MAX_STEP_RAD)
+
+        position = position + translation
+        is_too_low = position[2] < MIN_EE_HEIGHT_M
+        position[2] = max(position[2], MIN_EE_HEIGHT_M)
+        mujoco.mju_quatIntegrate(target_rotation, rotation_vector, 1.0)
+        return position, target_rotation, is_too_low
+
+    def _max_joint_step(self) -> Floats:
+        """[7] how far each joint can move in a control step, rad."""
+        num_steps = PHYSICS_STEPS_PER_CONTROL_STEP
+        return MAX_JOINT_SPEED_RAD_S * num_steps * self._model.opt.timestep
 
 
 def check_action(action: NDArray[np.floating]) -> tuple[Floats, Floats, float]:
-    """Translation [3], unit quaternion [4] and opening of an action [8]. Raises `SpearError`."""
+    """Return translation [3], unit quaternion [4] and opening of an action [8].
+
+    Raises `SpearError` for anything else.
+    """
     values = np.asarray(action, np.float64)
     if values.shape != (8,):
         raise SpearError(
-            f"action: shape {values.shape}: give 8 numbers: translation, quaternion, gripper"
+            f"action: its shape is {values.shape}."
+            " Give 8 numbers: translation, quaternion, gripper."
         )
     if not np.isfinite(values).all():
-        raise SpearError(f"action: {values.tolist()}: every number must be finite")
+        raise SpearError(f"action: {values.tolist()}. Every number must be finite.")
     norm = euclidean_norm(values[3:7])
     if abs(norm - 1.0) > UNIT_NORM_TOLERANCE:
         raise SpearError(
-            f"action: quaternion of norm {norm:.4f}: give a unit quaternion (w, x, y, z)"
+            f"action: its quaternion has norm {norm:.4f}. Give a unit quaternion (w, x, y, z)."
         )
     return values[:3], values[3:7] / norm, float(values[7])
 
 
-def _leash(
-    position: Floats, rotation: Floats, measured: Floats, turn: Floats
-) -> tuple[Floats, Floats]:
-    """The target (position, rotation) drawn within `LEASH` of the measured pose."""
-    offset, apart = _shorten(position - measured, LEASH[0]), rotation_vector_between(turn, rotation)
-    if euclidean_norm(apart) <= LEASH[1]:
-        return measured + offset, rotation.copy()
-    step, quat, difference = np.empty(4), np.empty(4), _shorten(apart, LEASH[1])
-    angle = euclidean_norm(difference)
-    mujoco.mju_axisAngle2Quat(step, difference / angle, angle)
-    mujoco.mju_mulQuat(quat, step, turn)
-    return measured + offset, quat
+def _is_far(
+    position: Floats, rotation: Floats, target_position: Floats, target_rotation: Floats
+) -> bool:
+    """Return whether a pose misses a target by more than the tolerance."""
+    distance_m = euclidean_norm(position - target_position)
+    angle_rad = euclidean_norm(rotation_vector_between(rotation, target_rotation))
+    return distance_m > REACHED_TOLERANCE_M or angle_rad > REACHED_TOLERANCE_RAD
 
 
-def _shorten(vector: Floats, longest: float) -> Floats:
+def _limit_lead(target: Floats, measured: Floats) -> Floats:
+    """Return the target position drawn to within `MAX_LEAD_M` of the measured one."""
+    return measured + _shorten(target - measured, MAX_LEAD_M)
+
+
+def _limit_rotation_lead(target: Floats, measured: Floats) -> Floats:
+    """Return the target rotation drawn to within `MAX_LEAD_RAD` of the measured one; a copy."""
+    difference = rotation_vector_between(measured, target)
+    if euclidean_norm(difference) <= MAX_LEAD_RAD:
+        return target.copy()
+    difference = _shorten(difference, MAX_LEAD_RAD)
+    angle_rad = euclidean_norm(difference)
+    step = np.empty(4)
+    rotation = np.empty(4)
+    mujoco.mju_axisAngle2Quat(step, difference / angle_rad, angle_rad)
+    mujoco.mju_mulQuat(rotation, step, measured)
+    return rotation
+
+
+def _shorten(vector: Floats, max_length: float) -> Floats:
     norm = euclidean_norm(vector)
-    return vector if norm <= longest else vector * (longest / norm)
+    return vector if norm <= max_length else vector * (max_length / norm)

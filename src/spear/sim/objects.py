@@ -1,12 +1,12 @@
-"""The catalogue of everyday objects (objects.toml): MuJoCo primitives, and what the expert needs to know.
+"""The catalog of everyday objects (objects.toml, objects_wild.toml): MuJoCo primitives, and what
+the expert needs to know.
 
-An object's frame stands near its middle: z up when it rests as placed on the table, x along its long side.
-Sizes in metres, masses in kg, angles in rad, colours 0 … 1.
+An object's frame stands near its middle: z up when it rests as placed on the table, x along its
+long side. Sizes are in meters, masses in kg, angles in rad, colors 0 … 1.
 """
 
 import math
 import tomllib
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,10 +19,13 @@ Vec3 = tuple[float, float, float]
 class Part:
     """One primitive of an object.
 
-    shape    "box", "cylinder", "capsule", "ellipsoid" or "sphere"; size as MuJoCo's geom size.
-    pos      centre in the object frame, m; euler: turns about the fixed x, then y, then z axis, rad.
-    color    None takes the object's own colour.
-    visible  cameras see it; solid: it collides.
+    shape    "box", "cylinder", "capsule", "ellipsoid" or "sphere".
+    size     as MuJoCo's geom size.
+    pos      center in the object frame, m.
+    euler    turns about the fixed x, then y, then z axis, rad.
+    color    None takes the object's own color.
+    visible  whether cameras see it.
+    solid    whether it collides.
     """
 
     shape: str
@@ -38,16 +41,20 @@ class Part:
 class ObjectKind:
     """A kind of object.
 
-    name    what people call it.
-    height  from its frame's origin down to the surface it rests on, m.
-    radius  of the disc on the table that it needs, m.
-    colors  it comes in one of these.
-    grasp   centre and half-sizes of the box that the gripper takes hold of, object frame; None when the
-            object is not picked up. `round` grasps have no preferred yaw.
-    inside  of what things are put on or in: half-sizes (x, y) of the area in which a thing counts as placed,
-            and its height above the object's origin; `inside_round` when the area is an ellipse.
-    rim     height of the highest point above the object's origin, m.
-    fixed   it cannot be moved.
+    name          what people call it.
+    parts         its primitives.
+    height        from its frame's origin down to the surface it rests on, m.
+    radius        of the disc on the table that it needs, m.
+    colors        it comes in one of these.
+    mass          kg.
+    grasp         center and half-sizes of the box that the gripper takes hold of, object frame;
+                  None when the object is not picked up.
+    round         whether the grasp has no preferred yaw.
+    inside        of what objects are put on or in: half-sizes (x, y) of the area in which an object
+                  counts as placed, and its height above the origin.
+    inside_round  whether that area is an ellipse.
+    rim           height of the highest point above the object's origin, m.
+    fixed         whether it cannot be moved.
     """
 
     name: str
@@ -64,46 +71,63 @@ class ObjectKind:
     fixed: bool = False
 
 
-def _tuples(value: Any) -> Any:
+def load_catalog(file_name: str) -> dict[str, ObjectKind]:
+    """Read the kinds of objects that a file next to this one describes, by name."""
+    text = Path(__file__).with_name(file_name).read_text("utf-8")
+    tables = _lists_to_tuples(tomllib.loads(text))
+    palette = tables.pop("palette", {})
+    kinds = {}
+    for name, table in tables.items():
+        parts: list[Part] = []
+        for row in table.pop("parts"):
+            color = row.get("color")
+            row["color"] = palette.get(color, color)
+            parts += _expand_part(row)
+        kinds[name] = ObjectKind(name, parts=tuple(parts), **table)
+    return kinds
+
+
+def _lists_to_tuples(value: Any) -> Any:
     if isinstance(value, dict):
-        return {key: _tuples(inner) for key, inner in value.items()}
-    return tuple(map(_tuples, value)) if isinstance(value, list) else value
+        return {key: _lists_to_tuples(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return tuple(map(_lists_to_tuples, value))
+    return value
 
 
-def _parts(row: dict[str, Any]) -> Iterator[Part]:
-    """The primitives of a part of the catalogue. Two shapes are our own:
+def _expand_part(row: dict[str, Any]) -> list[Part]:
+    """Return the primitives of a part in the catalog. Two shapes are our own:
 
     rod   a capsule along the object's x axis, turned by `pitch` and `yaw`; it does not collide.
-    ring  a wall: `count` boxes of half-sizes (thickness, width, height) on a circle at height `z`, leaning
-          out by `lean`.
+    ring  a wall: `count` boxes of half-sizes (thickness, width, height) on a circle at height `z`,
+          leaning out by `lean`.
     """
     if row["shape"] == "rod":
-        euler = (0.0, math.pi / 2 + row.pop("pitch", 0.0), row.pop("yaw", 0.0))
-        yield Part(**{**row, "shape": "capsule"}, euler=euler, solid=False)
-    elif row["shape"] == "ring":
-        count, radius, z, lean = (row.pop(key, 0.0) for key in ("count", "radius", "z", "lean"))
-        for angle in (2 * math.pi * i / count for i in range(count)):
-            pos = (radius * math.cos(angle), radius * math.sin(angle), z)
-            yield Part(**{**row, "shape": "box"}, pos=pos, euler=(0.0, lean, angle))
-    else:
-        yield Part(**row)
+        pitch = row.pop("pitch", 0.0)
+        yaw = row.pop("yaw", 0.0)
+        fields = {**row, "shape": "capsule"}
+        return [Part(**fields, euler=(0.0, math.pi / 2 + pitch, yaw), solid=False)]
+    if row["shape"] == "ring":
+        return _expand_ring(row)
+    return [Part(**row)]
 
 
-def _catalogue(file_name: str) -> dict[str, ObjectKind]:
-    """The kinds of objects that a file beside this one describes, by name."""
-    tables = _tuples(tomllib.loads(Path(__file__).with_name(file_name).read_text("utf-8")))
-    palette = tables.pop("palette", {})
-    for table in tables.values():
-        rows = [
-            {**row, "color": palette.get(row.get("color"), row.get("color"))}
-            for row in table["parts"]
-        ]
-        table["parts"] = tuple(part for row in rows for part in _parts(row))
-    return {name: ObjectKind(name, **table) for name, table in tables.items()}
+def _expand_ring(row: dict[str, Any]) -> list[Part]:
+    count = row.pop("count", 0.0)
+    radius = row.pop("radius", 0.0)
+    z = row.pop("z", 0.0)
+    lean = row.pop("lean", 0.0)
+    fields = {**row, "shape": "box"}
+    parts = []
+    for i in range(count):
+        angle = 2 * math.pi * i / count
+        pos = (radius * math.cos(angle), radius * math.sin(angle), z)
+        parts.append(Part(**fields, pos=pos, euler=(0.0, lean, angle)))
+    return parts
 
 
-_TASK_KINDS = _catalogue("objects.toml")
-_OTHER_KINDS = _catalogue("objects_wild.toml")
+_TASK_KINDS = load_catalog("objects.toml")
+_OTHER_KINDS = load_catalog("objects_wild.toml")
 OBJECT_KINDS = _TASK_KINDS | _OTHER_KINDS
 """Every kind of object, by name."""
 TASK_FREE_KINDS = tuple(_OTHER_KINDS)
@@ -111,4 +135,4 @@ TASK_FREE_KINDS = tuple(_OTHER_KINDS)
 CUBES = tuple(name for name in OBJECT_KINDS if name.endswith("cube"))
 GRASPABLE = tuple(name for name, kind in OBJECT_KINDS.items() if kind.grasp is not None)
 SUPPORTS = ("plate", "bowl", "basket", "towel")
-"""What things are put on or in."""
+"""What objects are put on or in."""

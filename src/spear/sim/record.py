@@ -1,9 +1,11 @@
-"""Demonstrations: the expert at work, with disturbances that it recovers from, as `Episode`s.
+"""Demonstrations: the scripted expert at work, with disturbances that it recovers from, as
+`Episode`s.
 
-At random moments the arm is pushed and twisted off course for a step or two, drops what it holds, or closes
-its gripper on nothing and lifts it as if it held something. Those steps are part of the episode, but masked:
-they are never a training target. What follows them shows how to recover. Where a policy is given, the pushes
-are its own steps, so that recoveries begin where it goes wrong (as DAgger, arXiv 1011.0686, but by turns).
+At random moments the arm is pushed and twisted off course for a step or two, drops what it holds,
+or closes its gripper on nothing and lifts it as if it held something. Those steps are part of the
+episode, but masked: they are never a training target. What follows them shows how to recover. Where
+a policy is given, the pushes are its own steps, so that recoveries begin where it goes wrong (as
+DAgger, arXiv 1011.0686, but by turns).
 """
 
 import functools
@@ -23,20 +25,22 @@ from spear.types import CONTROL_RATE_HZ, Array, Episode
 from spear.util import processes
 from spear.util.images import encode_jpeg
 
-MISSED = 5
-"""Longest time that a missed grasp goes unnoticed, steps."""
-_LIFT = 0.03
-"""How far a missed grasp is lifted per step, m."""
-_EXTRA_STEPS = 20
-"""Disturbed episodes may take this much longer than an evaluation."""
+MIN_MISSED_GRASP_STEPS = 2
+MAX_MISSED_GRASP_STEPS = 5  # the longest time that a missed grasp goes unnoticed
+MAX_PUSH_STEPS = 2
+MISSED_GRASP_LIFT_M = 0.03  # how far a missed grasp is lifted per step
+NUM_EXTRA_STEPS = 20  # disturbed episodes may take this much longer than an evaluation
+POLICY_TURN_PROBABILITY = 0.25  # per step of the expert's, that a turn of the policy begins
+MAX_POLICY_TURN_STEPS = 8
 
 
 @dataclass(frozen=True)
 class InterveningPolicy:
     """A policy that takes turns with the expert, as it is sent to processes.
 
-    folder  its weights. act: (folder, observation, seed of the scene, step) → what it does, [8]; seed and
-            step fix its noise.
+    folder  its weights.
+    act     (folder, observation, seed of the scene, step) -> its action, [8]. Seed and step fix its
+            noise.
     """
 
     folder: Path
@@ -47,14 +51,16 @@ class InterveningPolicy:
 class Disturbance:
     """How the arm is pushed off course (our choice).
 
-    start        chance per step that a push begins; it lasts one or two steps.
-    translation  standard deviation of a pushed step, m; rotation the same, rad.
-    twist        standard deviation of the turn about the gripper's own axis that comes on top, rad: how far
-                 the gripper is turned from the object under it is seen at all heights, not only where the
-                 approach begins.
-    drop         chance that a push while holding the object opens the gripper instead.
-    miss         chance that a push while holding nothing closes the gripper and lifts it, for up to `MISSED`
-                 steps: what a policy does that has missed its grasp and has not noticed.
+    start        probability per step that a push begins; it lasts one or two steps.
+    translation  standard deviation of a pushed step, m.
+    rotation     the same, rad.
+    twist        standard deviation of an additional turn about the gripper's own axis, rad. Thus
+                 the demonstrations show at all heights, not only where the approach begins, a
+                 gripper that is turned from the object under it.
+    drop         probability that a push while holding the object opens the gripper instead.
+    miss         probability that a push while holding nothing closes the gripper and lifts it, for
+                 up to `MAX_MISSED_GRASP_STEPS`: what a policy does that has missed its grasp and
+                 has not noticed.
     """
 
     start: float = 0.10
@@ -65,10 +71,6 @@ class Disturbance:
     miss: float = 0.3
 
 
-POLICY_STARTS, POLICY_STEPS = 0.25, 8
-"""Of a policy's turns: the chance per step of the expert's that one begins, and its longest, steps."""
-
-
 def record_episodes(
     tasks: Iterable[tuple[str, int]],
     image_size: ImageSize = (280, 210),
@@ -76,16 +78,30 @@ def record_episodes(
     workers: int = 2,
     policy: InterveningPolicy | None = None,
 ) -> Iterator[Episode]:
-    """An `Episode` for each (family, seed) of `tasks`, in that order; also of failures (`success` False).
+    """Record an `Episode` for each task, in their order; also of failures (`success` False).
 
-    Images are JPEG (quality 95) at the given (width, height). With `workers` > 1, that many processes share
-    the work, to whom `policy` is sent; the episodes are the same whatever their number.
+    Args:
+        tasks: (family, seed) of each scene.
+        image_size: (width, height) of the external camera's JPEG images (quality 95), pixels.
+        wrist_size: The same of the wrist camera.
+        workers: With more than one, so many processes share the work. The episodes are the same
+            whatever their number.
+        policy: Takes turns with the expert; it is sent to the processes.
     """
-    job = functools.partial(_job, image_size, wrist_size, policy)
-    with processes.open_worker_pool(
-        workers if workers > 1 else 0, __name__, "give fewer --workers"
-    ) as executor:
+    job = functools.partial(_record_task, image_size, wrist_size, policy)
+    num_processes = workers if workers > 1 else 0
+    with processes.open_worker_pool(num_processes, __name__, "give fewer --workers") as executor:
         yield from processes.map_in_order(executor, job, tasks, num_ahead=2 * workers)
+
+
+def _record_task(
+    image_size: ImageSize,
+    wrist_size: ImageSize,
+    policy: InterveningPolicy | None,
+    task: tuple[str, int],
+) -> Episode:
+    family, seed = task
+    return record_episode(family, seed, image_size, wrist_size, policy=policy)
 
 
 def record_episode(
@@ -96,97 +112,139 @@ def record_episode(
     disturbance: Disturbance = Disturbance(),
     policy: InterveningPolicy | None = None,
 ) -> Episode:
-    """The expert's demonstration of one scene, disturbed, or by turns with a policy."""
+    """Record the expert's demonstration of one scene, disturbed, or by turns with a policy."""
     env = TabletopEnv(family, image_size, wrist_size)
     observation, info = env.reset(seed=seed)
-    push = ArmDisturber(disturbance, np.random.default_rng([seed, 1]), policy)
-    tape = EpisodeRecorder()
-    while env.steps < MAX_STEPS + _EXTRA_STEPS and not info["success"]:
-        action, pushed = push(expert.act(env.world), env.steps, observation, seed)
-        seen = {
+    disturber = ArmDisturber(disturbance, np.random.default_rng([seed, 1]), policy)
+    recorder = EpisodeRecorder()
+    while env.steps < MAX_STEPS + NUM_EXTRA_STEPS and not info["success"]:
+        expert_action = expert.act(env.world)
+        action, is_pushed = disturber(expert_action, env.steps, observation, seed)
+        images = {
             "external": observation["observation/image"],
             "wrist": observation["observation/wrist_image"],
         }
-        tape.add(seen, observation["observation/state"], action, pushed)
+        recorder.add(images, observation["observation/state"], action, is_pushed)
         info = env.physics_step(action)
         observation = env.observe()
     source = format_episode_source(family, seed, policy is not None)
-    return tape.episode(env.world.spec.instruction, CONTROL_RATE_HZ, source, bool(info["success"]))
+    instruction = env.world.spec.instruction
+    return recorder.episode(instruction, CONTROL_RATE_HZ, source, bool(info["success"]))
+
+
+@dataclass(frozen=True)
+class _RecordedStep:
+    images: Mapping[str, bytes]
+    state: Array
+    action: Array
+    is_pushed: bool
 
 
 @dataclass
 class EpisodeRecorder:
-    """The steps of an episode as they come; pushed steps are masked."""
+    """Collects the steps of an episode. Pushed steps are masked."""
 
-    steps: list[tuple[dict[str, bytes], Array, Array, bool]] = field(default_factory=list)
+    steps: list[_RecordedStep] = field(default_factory=list)
 
-    def add(self, images: Mapping[str, Array], state: Array, action: Array, pushed: bool) -> None:
-        """A step: what the cameras ([h, w, 3] uint8) and the robot say [8], and what is done [8]."""
+    def add(
+        self, images: Mapping[str, Array], state: Array, action: Array, is_pushed: bool
+    ) -> None:
+        """Add a step: images [h, w, 3] uint8 by camera, state [8] and action [8]."""
         encoded = {camera: encode_jpeg(image) for camera, image in images.items()}
-        self.steps.append((encoded, state, action, not pushed))
+        self.steps.append(_RecordedStep(encoded, state, action, is_pushed))
 
     def episode(self, instruction: str, rate_hz: float, source: str, success: bool) -> Episode:
-        """All of them."""
-        images, states, actions, mask = zip(*self.steps, strict=True)
-        state = np.array(states)
+        """Return all steps as an episode."""
+        states = np.array([step.state for step in self.steps])
+        images = {}
+        for camera in self.steps[0].images:
+            images[camera] = [step.images[camera] for step in self.steps]
         return Episode(
-            images={camera: [seen[camera] for seen in images] for camera in images[0]},
-            position=state[:, :3],
-            rotation=state[:, 3:7],
-            gripper=state[:, 7],
+            images=images,
+            position=states[:, :3],
+            rotation=states[:, 3:7],
+            gripper=states[:, 7],
             instruction=instruction,
             rate_hz=rate_hz,
             source=source,
-            action=np.array(actions, np.float32),
-            action_mask=np.array(mask),
+            action=np.array([step.action for step in self.steps], np.float32),
+            action_mask=np.array([not step.is_pushed for step in self.steps]),
             success=success,
         )
 
 
-def format_episode_source(family: str, seed: int, turns: bool, simulator: str = "sim") -> str:
-    """What an episode is called; turns: a policy took turns with the expert."""
-    return f"{simulator}/{family}/{seed}" + "/turns" * turns
+def format_episode_source(
+    family: str, seed: int, has_policy_turns: bool, simulator: str = "sim"
+) -> str:
+    """Return the name of a recorded episode.
 
-
-def _job(
-    external: ImageSize, wrist: ImageSize, policy: InterveningPolicy | None, task: tuple[str, int]
-) -> Episode:
-    return record_episode(*task, external, wrist, policy=policy)
+    >>> format_episode_source("put_on", 10000, has_policy_turns=True)
+    'sim/put_on/10000/turns'
+    """
+    source = f"{simulator}/{family}/{seed}"
+    return f"{source}/turns" if has_policy_turns else source
 
 
 @dataclass
 class ArmDisturber:
-    """When the arm is pushed in an episode, and how: by chance, or by the policy's turns if there is one.
-    left: steps that the push still lasts; missed: it is a missed grasp."""
+    """Decides when the arm is pushed in an episode, and how: at random, or by a policy's turns.
 
-    how: Disturbance
+    disturbance        how it is pushed at random.
+    rng                the random numbers.
+    policy             takes turns, if there is one.
+    num_steps_left     steps that the present push still lasts.
+    is_missed_grasp    whether the present push is a missed grasp.
+    """
+
+    disturbance: Disturbance
     rng: np.random.Generator
     policy: InterveningPolicy | None = None
-    left: int = 0
-    missed: bool = False
+    num_steps_left: int = 0
+    is_missed_grasp: bool = False
 
     def __call__(
         self, action: Array, step: int, observation: Mapping[str, Any], seed: int
     ) -> tuple[Array, bool]:
-        """What is done instead of the expert's `action`, and whether it is a push: none in the first step."""
-        rng, how, holding = self.rng, self.how, bool(action[7] < 0.5)
-        if self.policy is not None:
-            if self.left == 0 and step > 0 and rng.random() < POLICY_STARTS:
-                self.left = int(rng.integers(1, POLICY_STEPS + 1))
-        elif self.left == 0 and step > 0 and rng.random() < how.start:
-            self.missed = not holding and rng.random() < how.miss
-            self.left = int(rng.integers(2, MISSED + 1) if self.missed else rng.integers(1, 3))
-        if self.left == 0:
+        """Return the action instead of the expert's, and whether it is a push. The first is never
+        one."""
+        is_holding = bool(action[7] < 0.5)
+        if self.num_steps_left == 0 and step > 0:
+            self._maybe_begin(is_holding)
+        if self.num_steps_left == 0:
             return action, False
-        self.left -= 1
+
+        self.num_steps_left -= 1
         if self.policy is not None:
             return self.policy.act(self.policy.folder, observation, seed, step), True
-        move, vector = rng.normal(0, how.translation, 3), rng.normal(0, how.rotation, 3)
-        vector[2] += rng.normal(0, how.twist)
-        angle = euclidean_norm(vector)
-        quat = np.array([math.cos(angle / 2), *(math.sin(angle / 2) * vector / max(angle, 1e-9))])
-        opening = 1.0 if holding and rng.random() < how.drop else action[7]
-        if self.missed:
-            move[2] += _LIFT
+        return self._push(action, is_holding), True
+
+    def _maybe_begin(self, is_holding: bool) -> None:
+        rng = self.rng
+        if self.policy is not None:
+            if rng.random() < POLICY_TURN_PROBABILITY:
+                self.num_steps_left = int(rng.integers(1, MAX_POLICY_TURN_STEPS + 1))
+            return
+        if rng.random() < self.disturbance.start:
+            self.is_missed_grasp = not is_holding and rng.random() < self.disturbance.miss
+            if self.is_missed_grasp:
+                num_steps = rng.integers(MIN_MISSED_GRASP_STEPS, MAX_MISSED_GRASP_STEPS + 1)
+            else:
+                num_steps = rng.integers(1, MAX_PUSH_STEPS + 1)
+            self.num_steps_left = int(num_steps)
+
+    def _push(self, action: Array, is_holding: bool) -> Array:
+        """Return a random action [8]."""
+        rng = self.rng
+        translation = rng.normal(0, self.disturbance.translation, 3)
+        rotation_vector = rng.normal(0, self.disturbance.rotation, 3)
+        rotation_vector[2] += rng.normal(0, self.disturbance.twist)
+        angle_rad = euclidean_norm(rotation_vector)
+        axis_part = math.sin(angle_rad / 2) * rotation_vector / max(angle_rad, 1e-9)
+        quaternion = np.array([math.cos(angle_rad / 2), *axis_part])
+
+        is_dropped = is_holding and rng.random() < self.disturbance.drop
+        opening = 1.0 if is_dropped else action[7]
+        if self.is_missed_grasp:
+            translation[2] += MISSED_GRASP_LIFT_M
             opening = 0.0
-        return np.array([*move, *quat, opening], np.float32), True
+        return np.array([*translation, *quaternion, opening], np.float32)

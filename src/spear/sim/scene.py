@@ -1,6 +1,7 @@
 """What a scene contains, as pure data, and how scenes are drawn at random from a seed.
 
-The same seed always gives the same scene. Seeds below `FIRST_TRAIN_SEED` are held out for evaluation.
+The same seed always gives the same scene. Seeds below `FIRST_TRAIN_SEED` are held out for
+evaluation.
 """
 
 import math
@@ -16,15 +17,15 @@ from spear.sim.objects import CUBES, GRASPABLE, OBJECT_KINDS, SUPPORTS, Color, V
 from spear.util.held_out import FIRST_TRAIN_SEED
 
 FAMILIES = ("put_on", "put_in_basket", "spoon_on_towel", "stack_cube")
-TARGET_INDEX, SOURCE_INDEX = 0, 1
-"""Of the objects in a scene with a task: where the source, which is to be moved, goes."""
+TARGET_INDEX = 0  # of the object in a scene's task on or in which the source goes
+SOURCE_INDEX = 1  # of the object that is to be moved
 WORKSPACE = ((0.37, 0.63), (-0.23, 0.23))
 """Where objects lie: x and y ranges on the table, m, base frame."""
 EXTERNAL_CAMERA_FOV_Y_DEG = 36.5
-"""The external camera's vertical view angle, degrees. One camera, as on a real robot: a degree more or less
-would hide 13 mm of depth, and no picture tells."""
+"""The external camera's vertical view angle. All scenes have one camera, as a real robot has: a
+degree more or less would hide 13 mm of depth, which no image shows."""
 NOMINAL_START_POSITION_M = np.array([0.45, 0.0, 0.23])
-"""Middle of the gripper's start positions, m, base frame."""
+"""Middle of the gripper's start positions, base frame."""
 
 COMPACT = (*CUBES, "tomato", "lemon")
 PUT_ON: dict[str, Sequence[str]] = {
@@ -35,10 +36,11 @@ PUT_ON: dict[str, Sequence[str]] = {
 """put_on: what may be put on each target. A spoon on a towel is a family of its own."""
 IN_BASKET = ("eggplant", "carrot", "banana", "cucumber", "sponge", "can", *COMPACT)
 DISTRACTORS = (*GRASPABLE, "bottle")
+MAX_DISTRACTORS = 3
 
 _DATA = tomllib.loads(Path(__file__).with_suffix(".toml").read_text("utf-8"))
 TEMPLATES: dict[str, Sequence[str]] = _DATA["templates"]
-"""Task family → its instructions, with {source} and {target}."""
+"""Task family -> its instructions, with {source} and {target}."""
 SYNONYMS: dict[str, Sequence[str]] = _DATA["synonyms"]
 """What some objects are called, the usual word first."""
 SURFACES = {
@@ -46,14 +48,19 @@ SURFACES = {
     "floor": (("tiles", "planks", "plain"), 0.08),
     "wall": (("plain", "cloth", "tiles"), 0.08),
 }
-"""Surface → the materials that it may have, and how far its colours are spread."""
+"""Surface -> the materials that it may have, and how far its colors are spread."""
+
+NUM_PLACING_ATTEMPTS = 40
+TASK_OBJECT_GAP_M = 0.03  # between the two objects of the task
+OBJECT_GAP_M = 0.02  # to the others
+OBJECT_COLOR_SPREAD = 0.04
 
 Quat = tuple[float, float, float, float]
 
 
 @dataclass(frozen=True)
 class SceneObject:
-    """An object in a scene: its kind, pose (m, quaternion w x y z, base frame) and colour."""
+    """An object in a scene: its kind, pose (m, quaternion w x y z, base frame) and color."""
 
     kind: str
     position: Vec3
@@ -63,8 +70,8 @@ class SceneObject:
 
 @dataclass(frozen=True)
 class SceneAppearance:
-    """How a scene looks: the external camera and what it looks at (m, base frame), the material and color of
-    each of the `SURFACES`, and the light.
+    """How a scene looks: the external camera and what it looks at (m, base frame), the material and
+    color of each of the `SURFACES`, and the light.
 
     fovy_deg           the external camera's vertical view angle, degrees.
     fill_lights        further lights, each with its direction and color.
@@ -92,10 +99,15 @@ class SceneAppearance:
 class SceneSpec:
     """A scene: the objects, where the gripper starts, what to do, how it looks.
 
-    things     the objects; where there is a task, `TARGET_INDEX` and `SOURCE_INDEX` are indices into it.
-    ee_position, ee_rotation   the gripper's pose at the start (m, quaternion w x y z, base frame).
-    opening    the gripper's opening at the start, 0 closed … 1 open.
-    held       index of an object that is between the fingers at the start, or None.
+    family       the task family, or "clutter".
+    seed         what it was drawn from.
+    objects      where there is a task, `TARGET_INDEX` and `SOURCE_INDEX` are indices into them.
+    ee_position  the gripper's position at the start, m, base frame.
+    ee_rotation  its quaternion (w, x, y, z).
+    appearance   how the scene looks.
+    instruction  what to do.
+    opening      the gripper's opening at the start, 0 closed … 1 open.
+    held_object  index of an object that is between the fingers at the start, or None.
     """
 
     family: str
@@ -110,169 +122,229 @@ class SceneSpec:
 
 
 def held_out_seeds(first: int, count: int) -> range:
-    """`count` seeds from `first` on. Raises `SpearError` where training uses one, or there is none."""
+    """Return `count` seeds from `first` on.
+
+    Raises `SpearError` where training uses one of them, or there is none.
+    """
     if count < 1 or first < 0 or first + count > FIRST_TRAIN_SEED:
-        which = f"scenes {first} … {first + count - 1}" if count > 0 else f"{count} scenes"
-        known = f"held-out seeds are 0 … {FIRST_TRAIN_SEED - 1}"
-        raise SpearError(f"{which}: {known}: choose scenes among them")
+        scenes = f"{count} scenes"
+        if count > 0:
+            scenes = f"scenes {first} … {first + count - 1}"
+        raise SpearError(
+            f"{scenes}: these are not all held out."
+            f" Choose scenes among the held-out seeds 0 … {FIRST_TRAIN_SEED - 1}."
+        )
     return range(first, first + count)
 
 
 def sample_scene(family: str, seed: int) -> SceneSpec:
-    """The scene of a task `family` (see `FAMILIES`) and `seed`: one source, one target, 0–3 distractors."""
+    """Draw the scene of a task: one source, one target, and up to three distractors.
+
+    Args:
+        family: One of `FAMILIES`.
+        seed: The same seed gives the same scene.
+    """
     check_known("task family", FAMILIES, family)
+    # The order of these draws decides what a seed's scene is.
     rng = np.random.default_rng([FAMILIES.index(family), seed])
-    source, target, pool = _cast(family, rng)
-    wanted = [target, source, *_choose(rng, pool, int(rng.integers(0, 4)))]
+    source, target = _choose_roles(family, rng)
+    others = [name for name in DISTRACTORS if name not in (source, target)]
+    num_distractors = int(rng.integers(0, MAX_DISTRACTORS + 1))
+    distractors = _choose(rng, others, num_distractors)
+    objects = _place([target, source, *distractors], rng)
+    ee_position = NOMINAL_START_POSITION_M + rng.uniform(-0.08, 0.08, 3)
+    ee_rotation = _sample_ee_rotation(rng, math.radians(18), math.radians(30))
+    instruction = _write_instruction(family, source, target, rng)
+    appearance = _sample_appearance(rng)
     return SceneSpec(
         family=family,
         seed=seed,
-        # drawn in this order
-        objects=_place(wanted, rng),
-        ee_position=_vec(NOMINAL_START_POSITION_M + rng.uniform(-0.08, 0.08, 3)),
-        ee_rotation=_tilted(rng, math.radians(18), math.radians(30)),
-        instruction=_instruct(family, source, target, rng),
-        appearance=_sample_appearance(rng),
+        objects=objects,
+        ee_position=_to_vec3(ee_position),
+        ee_rotation=ee_rotation,
+        instruction=instruction,
+        appearance=appearance,
     )
 
 
 def clutter_scene(seed: int) -> SceneSpec:
-    """A scene without a task, for labelling: 2–7 objects, the arm anywhere plausible, perhaps holding one.
+    """Draw a scene without a task, for labeling: 2–7 objects, the arm anywhere plausible, perhaps
+    holding one.
 
-    Its images cover what the policy sees on the way: the gripper over, beside or low between the objects.
+    The gripper is lifted until it touches nothing (see `spear.sim.world.World`).
     """
+    # The order of these draws decides what a seed's scene is.
     rng = np.random.default_rng([len(FAMILIES), seed])
-    names = _choose(rng, DISTRACTORS, int(rng.integers(2, 6)), repeats=0.15)
-    supports = _choose(rng, SUPPORTS, int(rng.choice([0, 1, 2], p=[0.15, 0.7, 0.15])))
-    things = _place([*supports, *names], rng)
+    num_objects = int(rng.integers(2, 6))
+    names = _choose(rng, DISTRACTORS, num_objects, repeat_probability=0.15)
+    num_supports = int(rng.choice([0, 1, 2], p=[0.15, 0.7, 0.15]))
+    supports = _choose(rng, SUPPORTS, num_supports)
+    objects = _place([*supports, *names], rng)
+
     opening = float(rng.choice([1.0, rng.uniform(0.0, 1.0)]))
-    graspable = [i for i, thing in enumerate(things) if OBJECT_KINDS[thing.kind].grasp]
+    graspable = [i for i, item in enumerate(objects) if OBJECT_KINDS[item.kind].grasp]
     xy = np.array([rng.uniform(*WORKSPACE[0]), rng.uniform(*WORKSPACE[1])])
     if graspable and rng.random() < 0.7:
-        xy = np.array(things[int(rng.choice(graspable))].position[:2]) + rng.normal(0, 0.03, 2)
-    held = int(rng.choice(graspable)) if graspable and rng.random() < 0.25 else None
+        approached = objects[int(rng.choice(graspable))]
+        xy = np.array(approached.position[:2]) + rng.normal(0, 0.03, 2)
+    held_object = None
+    if graspable and rng.random() < 0.25:
+        held_object = int(rng.choice(graspable))
     height = float(rng.choice([rng.uniform(0.02, 0.12), rng.uniform(0.06, 0.32)]))
-    tilt = float(rng.choice([3.0, 20.0]))
+    max_tilt_deg = float(rng.choice([3.0, 20.0]))
+    ee_rotation = _sample_ee_rotation(rng, math.radians(max_tilt_deg), math.radians(90))
+    appearance = _sample_appearance(rng)
     return SceneSpec(
         family="clutter",
         seed=seed,
-        objects=things,
-        ee_position=_vec([*xy, height]),
-        ee_rotation=_tilted(rng, math.radians(tilt), math.radians(90)),
+        objects=objects,
+        ee_position=_to_vec3([*xy, height]),
+        ee_rotation=ee_rotation,
         opening=opening,
-        held_object=held,
-        appearance=_sample_appearance(rng),
+        held_object=held_object,
+        appearance=appearance,
     )
+
+
+# --- How a scene looks ---
 
 
 def _sample_appearance(rng: np.random.Generator) -> SceneAppearance:
-    """Camera, surfaces and light at random around one nominal view from the front left (our choice)."""
+    """Draw camera, surfaces and light around one nominal view from the front left (our choice)."""
     camera = np.array([1.12, 0.32, 0.62]) + rng.uniform(-0.04, 0.04, 3)
     target = np.array([0.48, 0.01, 0.09]) + rng.uniform(-0.02, 0.02, 3)
     light = np.array([rng.uniform(-0.7, 0.7), rng.uniform(-0.7, 0.7), -1.0])
-    warm = rng.uniform(-0.05, 0.05)
-    bright = rng.uniform(0.45, 0.70)
+    warmth = rng.uniform(-0.05, 0.05)
+    brightness = rng.uniform(0.45, 0.70)
+    diffuse = np.clip([brightness + warmth, brightness, brightness - warmth], 0, 1)
+    surfaces = {}
+    for name, (materials, color_spread) in SURFACES.items():
+        material = str(rng.choice(materials))
+        surfaces[name] = (material, _sample_color(rng, _DATA["colors"][name], color_spread))
+    ambient = np.full(3, rng.uniform(0.38, 0.55))
     return SceneAppearance(
-        camera=_vec(camera),
-        target=_vec(target),
-        surfaces={
-            name: (str(rng.choice(materials)), _pick(rng, _DATA["colors"][name], spread))
-            for name, (materials, spread) in SURFACES.items()
-        },
-        light=_vec(light / math.hypot(*light)),
-        diffuse=_vec(np.clip([bright + warm, bright, bright - warm], 0, 1)),
-        ambient=_vec(np.full(3, rng.uniform(0.38, 0.55))),
+        camera=_to_vec3(camera),
+        target=_to_vec3(target),
+        surfaces=surfaces,
+        light=_to_vec3(light / math.hypot(*light)),
+        diffuse=_to_vec3(diffuse),
+        ambient=_to_vec3(ambient),
     )
 
 
-def _cast(family: str, rng: np.random.Generator) -> tuple[str, str, Sequence[str]]:
-    """Who plays: the source, the target, and who may be a distractor."""
+def _sample_color(rng: np.random.Generator, colors: Sequence[Color], spread: float) -> Color:
+    """Draw one of the colors, with its brightness and its parts varied by up to `spread`."""
+    color = np.array(colors[int(rng.integers(len(colors)))])
+    color = color * (1 + rng.uniform(-spread, spread)) + rng.uniform(-spread, spread, 3) / 2
+    return _to_vec3(np.clip(color, 0, 1))
+
+
+# --- What is in a scene, and what to do ---
+
+
+def _choose_roles(family: str, rng: np.random.Generator) -> tuple[str, str]:
+    """Draw the kinds of the source and the target."""
     if family == "put_on":
         target = str(rng.choice(list(PUT_ON)))
-        source = str(rng.choice(PUT_ON[target]))
-    elif family == "put_in_basket":
-        target = "basket"
-        source = str(rng.choice(IN_BASKET))
-    elif family == "spoon_on_towel":
-        source, target = "spoon", "towel"
-    else:
-        source, target = (str(name) for name in rng.choice(CUBES, 2, replace=False))
-    return source, target, [name for name in DISTRACTORS if name not in (source, target)]
+        return str(rng.choice(PUT_ON[target])), target
+    if family == "put_in_basket":
+        return str(rng.choice(IN_BASKET)), "basket"
+    if family == "spoon_on_towel":
+        return "spoon", "towel"
+    source, target = rng.choice(CUBES, 2, replace=False)
+    return str(source), str(target)
 
 
-def _instruct(family: str, source: str, target: str, rng: np.random.Generator) -> str:
-    """One wording at random of "`source` to `target`"."""
+def _write_instruction(family: str, source: str, target: str, rng: np.random.Generator) -> str:
+    """Draw one wording of "put `source` on `target`"."""
+    is_in_bowl = family == "put_on" and target == "bowl"
+    template = _choose_word(TEMPLATES["put_in_bowl" if is_in_bowl else family], rng)
+    source_word = _choose_word(SYNONYMS.get(source, (source,)), rng)
+    target_word = _choose_word(SYNONYMS.get(target, (target,)), rng)
+    return template.format(source=source_word, target=target_word)
 
-    def one_of(words: Sequence[str]) -> str:
-        return words[int(rng.integers(len(words)))]
 
-    template = one_of(
-        TEMPLATES["put_in_bowl" if family == "put_on" and target == "bowl" else family]
-    )
-    source, target = (one_of(SYNONYMS.get(name, (name,))) for name in (source, target))
-    return template.format(source=source, target=target)
+def _choose_word(words: Sequence[str], rng: np.random.Generator) -> str:
+    return words[int(rng.integers(len(words)))]
 
 
 def _choose(
-    rng: np.random.Generator, pool: Sequence[str], count: int, repeats: float = 0.0
+    rng: np.random.Generator, pool: Sequence[str], count: int, repeat_probability: float = 0.0
 ) -> list[str]:
+    """Draw different names; with a probability the last is the same as the first."""
     names = [str(name) for name in rng.choice(pool, min(count, len(pool)), replace=False)]
-    if repeats and len(names) > 1 and rng.random() < repeats:
+    can_repeat = repeat_probability > 0 and len(names) > 1
+    if can_repeat and rng.random() < repeat_probability:
         names[-1] = names[0]
     return names
 
 
+# --- Where things are ---
+
+
 def _place(names: Sequence[str], rng: np.random.Generator) -> tuple[SceneObject, ...]:
-    """Lay the objects apart from each other; those after the first two are left out when room is short."""
+    """Lay objects apart from each other. Those after the first two are left out when room is
+    short."""
     while True:
-        things: list[SceneObject] = []
-        for i, name in enumerate(names):
-            thing = _find_room(name, things, rng, gap=0.03 if i < 2 else 0.02)
-            if thing is not None:
-                things.append(thing)
-            elif i < 2:
-                break
-        else:
-            return tuple(things)
+        objects = _try_to_place(names, rng)
+        if objects is not None:
+            return tuple(objects)
+
+
+def _try_to_place(names: Sequence[str], rng: np.random.Generator) -> list[SceneObject] | None:
+    """Lay objects one after the other; None if there is no room for one of the first two."""
+    objects: list[SceneObject] = []
+    for index, name in enumerate(names):
+        is_of_task = index in (TARGET_INDEX, SOURCE_INDEX)
+        gap_m = TASK_OBJECT_GAP_M if is_of_task else OBJECT_GAP_M
+        placed = _find_room(name, objects, rng, gap_m)
+        if placed is not None:
+            objects.append(placed)
+        elif is_of_task:
+            return None
+    return objects
 
 
 def _find_room(
-    name: str, others: Sequence[SceneObject], rng: np.random.Generator, gap: float
+    name: str, others: Sequence[SceneObject], rng: np.random.Generator, gap_m: float
 ) -> SceneObject | None:
+    """Draw a place where an object keeps its distance from the others; None if there is none."""
     kind = OBJECT_KINDS[name]
-    # large things keep their middle further inside
+    (min_x, max_x), (min_y, max_y) = WORKSPACE
+    # Large objects keep their middle further inside.
     inset = max(0.0, kind.radius - 0.08)
-    for _ in range(40):
-        x = rng.uniform(WORKSPACE[0][0] + inset, WORKSPACE[0][1] - inset)
-        y = rng.uniform(WORKSPACE[1][0] + inset, WORKSPACE[1][1] - inset)
-        if all(
-            math.hypot(x - o.position[0], y - o.position[1])
-            > kind.radius + OBJECT_KINDS[o.kind].radius + gap
-            for o in others
-        ):
-            yaw = rng.uniform(-math.pi, math.pi) * (0.12 if name in ("basket", "towel") else 1)
-            turn = (math.cos(yaw / 2), 0.0, 0.0, math.sin(yaw / 2))
-            return SceneObject(name, _vec([x, y, kind.height]), turn, _pick(rng, kind.colors, 0.04))
+    for _ in range(NUM_PLACING_ATTEMPTS):
+        x = rng.uniform(min_x + inset, max_x - inset)
+        y = rng.uniform(min_y + inset, max_y - inset)
+        if not all(_is_apart(x, y, kind.radius, other, gap_m) for other in others):
+            continue
+        max_yaw_share = 0.12 if name in ("basket", "towel") else 1
+        yaw = rng.uniform(-math.pi, math.pi) * max_yaw_share
+        rotation = (math.cos(yaw / 2), 0.0, 0.0, math.sin(yaw / 2))
+        color = _sample_color(rng, kind.colors, OBJECT_COLOR_SPREAD)
+        return SceneObject(name, _to_vec3([x, y, kind.height]), rotation, color)
     return None
 
 
-def _tilted(rng: np.random.Generator, tilt: float, yaw: float) -> Quat:
-    """A gripper orientation: straight down, turned by up to ±`yaw` and leaning by up to `tilt` (rad)."""
-    turn = rng.uniform(-yaw, yaw)
-    lean = tilt * math.sqrt(rng.random())
-    way = rng.uniform(-math.pi, math.pi)
-    # yaw first, then a turn about a horizontal axis of the turned frame
-    c, s = math.cos(lean / 2), math.sin(lean / 2)
-    ct, st = math.cos(turn / 2), math.sin(turn / 2)
-    ax, ay = math.cos(way), math.sin(way)
-    return ct * c, s * (ct * ax - st * ay), s * (ct * ay + st * ax), st * c
+def _is_apart(x: float, y: float, radius: float, other: SceneObject, gap_m: float) -> bool:
+    distance_m = math.hypot(x - other.position[0], y - other.position[1])
+    return distance_m > radius + OBJECT_KINDS[other.kind].radius + gap_m
 
 
-def _pick(rng: np.random.Generator, colors: Sequence[Color], spread: float) -> Color:
-    color = np.array(colors[int(rng.integers(len(colors)))])
-    color = color * (1 + rng.uniform(-spread, spread)) + rng.uniform(-spread, spread, 3) / 2
-    return _vec(np.clip(color, 0, 1))
+def _sample_ee_rotation(rng: np.random.Generator, max_tilt: float, max_yaw: float) -> Quat:
+    """Draw a gripper orientation: straight down, turned by up to ±`max_yaw` and leaning by up to
+    `max_tilt` (rad)."""
+    yaw = rng.uniform(-max_yaw, max_yaw)
+    tilt = max_tilt * math.sqrt(rng.random())
+    direction = rng.uniform(-math.pi, math.pi)
+    # Yaw first, then a turn about a horizontal axis (a, b) of the turned frame.
+    cos_tilt, sin_tilt = math.cos(tilt / 2), math.sin(tilt / 2)
+    cos_yaw, sin_yaw = math.cos(yaw / 2), math.sin(yaw / 2)
+    a, b = math.cos(direction), math.sin(direction)
+    x = sin_tilt * (cos_yaw * a - sin_yaw * b)
+    y = sin_tilt * (cos_yaw * b + sin_yaw * a)
+    return cos_yaw * cos_tilt, x, y, sin_yaw * cos_tilt
 
 
-def _vec(values: Sequence[float] | np.ndarray) -> Vec3:
+def _to_vec3(values: Sequence[float] | np.ndarray) -> Vec3:
     return float(values[0]), float(values[1]), float(values[2])

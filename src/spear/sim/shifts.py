@@ -1,10 +1,11 @@
 """Shifts: scenes that differ from those of training along one axis, by one of three levels.
 
-The axes are those of LIBERO-Plus (arXiv 2510.13626); their levels here are our choice. Six of them change
-the scene and stand here: camera, light, background, layout, robot, language. The seventh, noise, changes what
-the policy is shown and when its answer counts (`spear.evaluate.noise`).
+The axes are those of LIBERO-Plus (arXiv 2510.13626); their levels here are our choice. Six of them
+change the scene and stand here: camera, light, background, layout, robot, language. The seventh,
+noise, changes what the policy is shown and when its answer counts (`spear.evaluate.noise`).
 
-The same scene, axis and level always give the same result, and an axis changes nothing but what it says.
+The same scene, axis and level always give the same result, and an axis changes nothing but what it
+says.
 """
 
 import dataclasses
@@ -38,7 +39,8 @@ AXES = (*SCENE_AXES, "noise")
 LEVELS = (1, 2, 3)
 
 _STREAM = 103
-"""First number of the seeds of the random streams here, so that they differ from those of scenes."""
+"""First number of the seeds of the random streams here, so that they differ from those of
+scenes."""
 
 MIN_CAMERA_ELEVATION_DEG = 12.0
 MAX_CAMERA_ELEVATION_DEG = 78.0
@@ -223,7 +225,8 @@ def _without_task_objects(scene: SceneSpec, kinds: Sequence[str]) -> tuple[str, 
 
 
 def _shift_start_position(level: int, rng: np.random.Generator) -> tuple[float, float, float]:
-    """A start outside the box from which training starts, by up to the level's distance along one axis."""
+    """A start outside the box from which training starts, by up to the level's distance along one
+    axis."""
     inner = TRAINING_START_RANGE_M
     outer = inner + START_DISTANCE_M[level]
     offset = rng.uniform(-outer, outer, 3)
@@ -242,7 +245,8 @@ def _shift_start_rotation(level: int, rng: np.random.Generator) -> Quat:
 
 
 def _shift_words(scene: SceneSpec, level: int, rng: np.random.Generator) -> str:
-    """Level 1: unseen templates. Level 2: unseen synonyms too, and politeness. Level 3: relations too."""
+    """Level 1: unseen templates. Level 2: unseen synonyms too, and politeness. Level 3: relations
+    too."""
     source, target = scene.objects[SOURCE_INDEX], scene.objects[TARGET_INDEX]
     is_in_bowl = scene.family == "put_on" and target.kind == "bowl"
     template = _pick_word(UNSEEN_TEMPLATES["put_in_bowl" if is_in_bowl else scene.family], rng)

@@ -1,19 +1,21 @@
 """Procedural gray textures for surfaces, made of a few waves, patches and grains.
 
-Every texture is a function of a pixel grid and a random generator, and returns gray values around 0.9; the
-surface's own color multiplies them. `WILD_TEXTURES` appear in wild worlds, in which models may be trained.
-`UNSEEN_TEXTURES` appear only in the hardest shift of the background, so that no training has shown them.
+Every texture is a function of a pixel grid and a random generator, and returns gray values around
+0.9; the surface's own color multiplies them. `WILD_TEXTURES` appear in wild worlds, in which models
+may be trained. `UNSEEN_TEXTURES` appear only in the hardest shift of the background, so that no
+training has shown them.
 """
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 TEXTURE_SIZE_PX = 128
 
-Gray = NDArray[np.float64]
+Gray = NDArray[np.floating[Any]]
 """[h, w] gray values, 0 … 1."""
 TextureFunction = Callable[[Gray, Gray, np.random.Generator], Gray]
 """(x, y, random generator) → gray values; x and y are [h, w] in [0, 1)."""

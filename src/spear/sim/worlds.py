@@ -1,12 +1,14 @@
 """Worlds: in which surroundings the scenes of the simulator stand.
 
     default  the table, camera and light that `spear.sim.scene` draws. Nothing here changes it.
-    lab:N    laboratory number N: one camera, table, wall and light, drawn once and used by all its scenes.
-    wild     other surroundings in every scene: camera anywhere around the table, any colors and textures,
-             several lights, tables and floors of other sizes and heights, and clutter that no task uses.
+    lab:N    laboratory number N: one camera, table, wall and light, drawn once and used by all its
+             scenes.
+    wild     other surroundings in every scene: camera anywhere around the table, any colors and
+             textures, several lights, tables and floors of other sizes and heights, and clutter
+             that no task uses.
 
-A world changes surroundings only. The objects of a task, where they lie and what is asked for stay those of
-the scene's seed, so that two worlds can be compared on the same tasks.
+A world changes surroundings only. The objects of a task, where they lie and what is asked for stay
+those of the scene's seed, so that two worlds can be compared on the same tasks.
 
 All ranges are our choice.
 """
@@ -35,10 +37,12 @@ _LAB = re.compile(r"lab:(\d{1,6})")
 
 _WILD_STREAM = 101
 _LAB_STREAM = 102
-"""First numbers of the seeds of the random streams here, so that they differ from those of scenes."""
+"""First numbers of the seeds of the random streams here, so that they differ from those of
+scenes."""
 
 CLUTTER_AREA_M = ((0.22, 0.80), (-0.40, 0.40))
-"""Where clutter may lie: x and y ranges on the table, m, base frame. Larger than where tasks happen."""
+"""Where clutter may lie: x and y ranges on the table, m, base frame. Larger than where tasks
+happen."""
 CLUTTER_GAP_M = 0.015
 """Free space between clutter and what lay there before, m."""
 
@@ -47,7 +51,8 @@ CLUTTER_GAP_M = 0.015
 class CameraOrbit:
     """Where a camera is, seen from the point that it looks at.
 
-    azimuth_deg    about the vertical axis; 0 looks along −x at the robot, positive is to the robot's left.
+    azimuth_deg    about the vertical axis; 0 looks along −x at the robot, positive is to the
+                   robot's left.
     elevation_deg  above the horizon.
     distance_m     from the point.
     """
@@ -85,7 +90,8 @@ def check_world(name: str) -> str:
     if name in (DEFAULT, WILD) or _LAB.fullmatch(name):
         return name
     raise SpearError(
-        f"There is no world {name!r}. Choose default, wild, or lab:N with a number N, such as lab:3."
+        f"There is no world {name!r}."
+        " Choose default, wild, or lab:N with a number N, such as lab:3."
     )
 
 
@@ -137,7 +143,8 @@ def without_robot(scene: SceneSpec) -> SceneSpec:
 def add_clutter(
     objects: tuple[SceneObject, ...], kinds: tuple[str, ...], number: int, rng: np.random.Generator
 ) -> tuple[SceneObject, ...]:
-    """Lay up to `number` further objects on the table, as far as there is room. They keep their distance."""
+    """Lay up to `number` further objects on the table, as far as there is room. They keep their
+    distance."""
     result = list(objects)
     for _ in range(number):
         name = str(rng.choice(kinds))
