@@ -1,4 +1,4 @@
-"""The page for people, over real sockets: who sees it, what a tab may ask, tabs beside each other."""
+"""The page for people, over real sockets: who sees it, what a tab may ask, several tabs at once."""
 
 import base64
 import io
@@ -6,8 +6,8 @@ import json
 import re
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import closing
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,7 @@ from spear.policy import Spear1Policy, VlmBundle
 from spear.serve.client import RemotePolicy
 from spear.serve.connection import ConnectionLimits
 from spear.serve.server import PolicyServer
+from spear.types import Array, Episode
 from spear.util.images import decode_image
 
 pytest.importorskip("mujoco")
@@ -48,8 +49,9 @@ from spear.ui.episodes import EpisodeFolder
 from spear.ui.page import Page
 from spear.ui.tab import SharedModel
 
-LIMIT = 2**20
-PATIENCE = 240
+MAX_MESSAGE_BYTES = 2**20
+TIMEOUT_S = 240
+NUM_LAST_FRAMES = 5  # for which a film shows its last step
 
 
 @pytest.fixture(scope="module")
@@ -59,13 +61,14 @@ def policy() -> Spear1Policy:
 
 @pytest.fixture(scope="module")
 def server(policy: Spear1Policy) -> Iterator[PolicyServer]:
-    page = Page(policy, "nano", None, LIMIT)
-    with run_server(policy, page=page, limits=ConnectionLimits(max_message_bytes=LIMIT)) as running:
+    page = Page(policy, "nano", None, MAX_MESSAGE_BYTES)
+    limits = ConnectionLimits(max_message_bytes=MAX_MESSAGE_BYTES)
+    with run_server(policy, page=page, limits=limits) as running:
         yield running
 
 
 @pytest.fixture
-def studio(server: PolicyServer) -> SharedModel:
+def shared_model(server: PolicyServer) -> SharedModel:
     return server.page._shared
 
 
@@ -76,388 +79,737 @@ class Tab:
         address = f"ws://127.0.0.1:{server.port}/ui"
         self.socket = connect(address, max_size=None, compression=None, proxy=None, **options)
         self.view: dict[str, Any] = {}
-        self.until(lambda part: "images" in self.view and part.get("problem", "") is None)
+        self.receive_until(lambda part: "images" in self.view and part.get("problem", "") is None)
 
-    def until(self, true: Any) -> None:
+    def receive_until(self, is_last: Callable[[dict[str, Any]], bool]) -> list[dict[str, Any]]:
+        """Receive parts of the view until one is the last; returns them."""
+        parts = []
         while True:
-            part = json.loads(self.socket.recv(timeout=PATIENCE))
+            part = json.loads(self.socket.recv(timeout=TIMEOUT_S))
+            parts.append(part)
             self.view |= part
-            if true(part):
-                return
+            if is_last(part):
+                return parts
 
-    def send(self, what: bytes | str | dict[str, Any]) -> str | None:
-        """Ask for something; the problem with it, or None."""
-        self.socket.send(json.dumps(what) if isinstance(what, dict) else what)
-        self.until(lambda part: "problem" in part and "running" not in part)
+    def send(self, message: bytes | str | dict[str, Any]) -> str | None:
+        """Ask for something; returns the problem with it, or None."""
+        self.socket.send(json.dumps(message) if isinstance(message, dict) else message)
+        self.receive_until(lambda part: "problem" in part and "running" not in part)
         return self.view["problem"]
 
-    def ask(self, do: str, **what: Any) -> str | None:
-        return self.send({"do": do, **what})
+    def fail(self, request: str, **arguments: Any) -> str:
+        """Ask for something that must have a problem, which is returned."""
+        problem = self.send({"do": request, **arguments})
+        assert problem is not None
+        return problem
+
+    def ask(self, request: str, **arguments: Any) -> dict[str, Any]:
+        """Ask for something that must have no problem; returns the view."""
+        assert self.send({"do": request, **arguments}) is None
+        return dict(self.view)
+
+    def make_film(self) -> list[Array]:
+        """Make a film; returns its frames [h, w, 3]."""
+        data = base64.b64decode(self.ask("film")["film"]["data"])
+        with av.open(io.BytesIO(data)) as film:
+            return [frame.to_ndarray(format="rgb24") for frame in film.decode(video=0)]
+
+
+@contextmanager
+def open_tab(server: PolicyServer, **options: Any) -> Iterator[Tab]:
+    tab = Tab(server, **options)
+    with tab.socket:
+        yield tab
 
 
 @pytest.fixture
 def tab(server: PolicyServer, renderer: Any) -> Iterator[Tab]:
     """`renderer`: skips where nothing can be rendered."""
-    with (opened := Tab(server)).socket:
+    with open_tab(server) as opened:
         yield opened
 
 
-def test_the_page_is_whole(server: PolicyServer) -> None:
-    status, headers, html = http_get(server, "/")
-    assert status == 200 and headers["Content-Type"] == "text/html; charset=utf-8"
+def decode_external(view: dict[str, Any]) -> Array:
+    return decode_image(base64.b64decode(view["images"]["external"].partition(",")[2]))
+
+
+# The page's files, and who may see them
+
+
+def test_the_page_has_a_content_security_policy(server: PolicyServer) -> None:
+    status, headers, _ = http_get(server, "/")
+
+    assert status == 200
+    assert headers["Content-Type"] == "text/html; charset=utf-8"
     assert "default-src 'self'" in headers["Content-Security-Policy"]
-    wanted = re.findall(r'(?:src|href)="([^"]+)"', html)
-    assert len(wanted) >= 4
-    for path in wanted:
-        if not path.startswith("data:"):
-            status, _, text = http_get(server, path)
-            assert status == 200 and "://" not in text
+
+
+def test_all_files_of_the_page_are_served_and_need_no_other_site(server: PolicyServer) -> None:
+    _, _, html = http_get(server, "/")
+    links = re.findall(r'(?:src|href)="([^"]+)"', html)
+    paths = [link for link in links if not link.startswith("data:")]
+
+    assert len(links) >= 4
+    for path in paths:
+        status, _, text = http_get(server, path)
+        assert status == 200
+        assert "://" not in text
+
+
+def test_other_paths_are_not_found(server: PolicyServer) -> None:
     assert http_get(server, "/nowhere")[0] == 404
-    with run_server() as plain:  # a server without a page
-        assert http_get(plain, "/")[0] == http_get(plain, "/ui.js")[0] == 404
 
 
-def test_the_token_is_asked_for(policy: Spear1Policy, renderer: Any) -> None:
-    with run_server(policy, token="secret", page=Page(policy, "nano", "secret", LIMIT)) as server:
-        for path in ("/", "/?token=wrong", "/ui.js", "/memory.js", "/space.js", "/timeline.js"):
-            status, _, body = http_get(server, path)
-            assert status == 401 and "secret" not in body and 'name="token"' in body
-        with pytest.raises(InvalidStatus, match="401"):
-            Tab(server)
-        status, headers, _ = http_get(server, "/?token=secret")
-        assert status == 303 and headers["Location"] == "/"
-        cookie, *rest = headers["Set-Cookie"].split("; ")
-        assert "secret" not in cookie and {"HttpOnly", "SameSite=Strict"} <= set(rest)
-        assert (
-            http_get(server, "/", Cookie=cookie)[0] == 200
-            and http_get(server, "/", Cookie=cookie[:-1])[0] == 401
-        )
-        with (opened := Tab(server, additional_headers={"Cookie": f"other=1; {cookie}"})).socket:
-            assert opened.view["source"] == "simulator"
+@pytest.mark.parametrize("path", ["/", "/ui.js"])
+def test_a_server_without_a_page_has_no_files(path: str) -> None:
+    with run_server() as server:
+        assert http_get(server, path)[0] == 404
 
 
-def test_other_sites_get_nothing_and_tabs_are_bounded(
-    server: PolicyServer, renderer: Any, monkeypatch: pytest.MonkeyPatch
+@pytest.fixture(scope="module")
+def server_with_token(policy: Spear1Policy) -> Iterator[PolicyServer]:
+    page = Page(policy, "nano", "secret", MAX_MESSAGE_BYTES)
+    with run_server(policy, token="secret", page=page) as server:
+        yield server
+
+
+@pytest.mark.parametrize(
+    "path", ["/", "/?token=wrong", "/ui.js", "/memory.js", "/space.js", "/timeline.js"]
+)
+def test_the_page_asks_for_the_token(server_with_token: PolicyServer, path: str) -> None:
+    status, _, body = http_get(server_with_token, path)
+
+    assert status == 401
+    assert "secret" not in body
+    assert 'name="token"' in body
+
+
+def test_a_tab_without_the_token_is_refused(server_with_token: PolicyServer, renderer: Any) -> None:
+    with pytest.raises(InvalidStatus, match="401"):
+        Tab(server_with_token)
+
+
+def test_the_token_is_exchanged_for_a_cookie(
+    server_with_token: PolicyServer, renderer: Any
 ) -> None:
-    for path in (*pages.SUBTYPE_BY_PATH, "/ui"):
-        assert http_get(server, path, Host=f"evil.example:{server.port}")[0] == 403
+    status, headers, _ = http_get(server_with_token, "/?token=secret")
+
+    assert status == 303
+    assert headers["Location"] == "/"
+    cookie, *attributes = headers["Set-Cookie"].split("; ")
+    assert "secret" not in cookie
+    assert {"HttpOnly", "SameSite=Strict"} <= set(attributes)
+    assert http_get(server_with_token, "/", Cookie=cookie)[0] == 200
+    assert http_get(server_with_token, "/", Cookie=cookie[:-1])[0] == 401
+    tab_headers = {"Cookie": f"other=1; {cookie}"}
+    with open_tab(server_with_token, additional_headers=tab_headers) as tab:
+        assert tab.view["source"] == "simulator"
+
+
+@pytest.mark.parametrize("path", [*pages.SUBTYPE_BY_PATH, "/ui"])
+def test_other_sites_get_nothing(server: PolicyServer, path: str) -> None:
+    assert http_get(server, path, Host=f"evil.example:{server.port}")[0] == 403
+
+
+def test_other_sites_open_no_tab(server: PolicyServer, renderer: Any) -> None:
     with pytest.raises(InvalidStatus, match="403"):
         Tab(server, origin="http://evil.example")
     Tab(server, origin=f"http://127.0.0.1:{server.port}").socket.close()
+
+
+def test_the_number_of_tabs_is_bounded(
+    server: PolicyServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(pages, "MAX_TABS", 0)
+
     with pytest.raises(InvalidStatus, match="503"):
         Tab(server)
 
 
-def test_every_step_can_be_looked_at_asked_about_and_filmed_later(tab: Tab) -> None:
-    assert tab.ask("reset", family="put_on", seed=2) is None
-    assert (tab.view["step"], tab.view["chunk"], tab.view["outcome"]) == (0, None, None)
+# An episode in the simulator
+
+
+@pytest.fixture
+def passed_views(tab: Tab) -> list[dict[str, Any]]:
+    """The views of four steps, of which the last follows another instruction."""
+    views = [tab.ask("reset", family="put_on", seed=2)]
+    task = views[0]["told"]
+    for instruction in (task, task, "wave"):
+        tab.ask("instruct", text=instruction)
+        views.append(tab.ask("step"))
+    tab.ask("instruct", text=task)
+    return views
+
+
+def test_an_episode_begins_without_a_chunk(tab: Tab) -> None:
+    view = tab.ask("reset", family="put_on", seed=2)
+
+    assert view["step"] == 0
+    assert view["chunk"] is None
+    assert view["outcome"] is None
+
+
+def test_every_step_can_be_looked_at_again(tab: Tab, passed_views: list[dict[str, Any]]) -> None:
+    for step, passed in enumerate(passed_views):
+        view = tab.ask("look", step=step)
+
+        assert passed["step"] == step
+        for key in ("images", "gripper", "things", "arm"):
+            assert view[key] == passed[key]
+
+
+def test_boxes_can_be_asked_for_at_an_earlier_step(tab: Tab) -> None:
     names = tab.view["objects"][:1]
-    assert tab.ask("boxes", objects=names) is None
-    passed = [dict(tab.view)]
-    for told in (tab.view["told"], tab.view["told"], "wave"):
-        assert tab.ask("instruct", text=told) is None and tab.ask("step") is None
-        passed.append(dict(tab.view))
-    assert tab.ask("instruct", text=passed[0]["told"]) is None
-    for step, then in enumerate(passed):
-        assert then["step"] == step and tab.ask("look", step=step) is None
-        assert all(tab.view[key] == then[key] for key in ("images", "gripper", "things", "arm"))
-    assert (
-        tab.ask("boxes", objects=names, step=0) is None and tab.view["boxes"] == passed[0]["boxes"]
-    )
-    assert tab.ask("boxes", objects=names) is None and tab.view["boxes"][0]["step"] == 3
-    assert (
-        DEFAULT_REPLAN_INTERVAL == 1 and tab.ask("predict", step=1) is None
-    )  # with the same noise as then
-    assert {**tab.view["chunk"], "ms": 0} == {**passed[2]["chunk"], "ms": 0}
-    with film(tab) as opened:
-        frames = [frame.to_ndarray(format="rgb24") for frame in opened.decode(video=0)]
-    assert len(frames) == 4 + 5  # the last stays for a second
-    shown = Image.fromarray(picture(passed[1]))
-    assert shown.width / shown.height == passed[1]["camera"]["aspect"]
-    bars = [frame[: video.BAR].astype(float) for frame in frames]  # each step's own instruction
-    assert np.abs(bars[2] - bars[0]).mean() < 2 < np.abs(bars[3] - bars[0]).mean()
+    first_boxes = tab.ask("boxes", objects=names)["boxes"]
+    tab.ask("step")
+
+    assert tab.ask("boxes", objects=names)["boxes"][0]["step"] == 1
+    assert tab.ask("boxes", objects=names, step=0)["boxes"] == first_boxes
+
+
+def test_a_chunk_predicted_again_has_the_same_noise(
+    tab: Tab, passed_views: list[dict[str, Any]]
+) -> None:
+    assert DEFAULT_REPLAN_INTERVAL == 1  # so the step after has the chunk of this one
+
+    chunk = tab.ask("predict", step=1)["chunk"]
+
+    assert {**chunk, "ms": 0} == {**passed_views[2]["chunk"], "ms": 0}
+
+
+def test_the_film_shows_every_step_with_its_instruction(
+    tab: Tab, passed_views: list[dict[str, Any]]
+) -> None:
+    frames = tab.make_film()
+
+    assert len(frames) == len(passed_views) + NUM_LAST_FRAMES
+    captions = [frame[: video.BAR].astype(float) for frame in frames]
+    assert np.abs(captions[2] - captions[0]).mean() < 2  # the same instruction
+    assert np.abs(captions[3] - captions[0]).mean() > 2
+    shown = Image.fromarray(decode_external(passed_views[1]))
+    assert shown.width / shown.height == passed_views[1]["camera"]["aspect"]
     large = shown.resize((round(video.HEIGHT * shown.width / shown.height), video.HEIGHT))
-    assert np.abs(frames[1][video.BAR :, : large.width].astype(float) - large).mean() < 6
+    filmed = frames[1][video.BAR :, : large.width].astype(float)
+    assert np.abs(filmed - large).mean() < 6
 
 
-def test_a_rollout_that_is_stopped_says_each_step_that_it_made(
+def test_a_rollout_that_is_stopped_sends_each_step_that_it_made(
     tab: Tab, policy: Spear1Policy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    thinks, infer, told = threading.Event(), policy.infer, list[int]()
-
-    def slowly(seen: Any) -> Any:
-        thinks.set()
-        time.sleep(0.2)
-        return infer(seen)
-
-    monkeypatch.setattr(policy, "infer", slowly)
-    tab.ask("start")
-    assert thinks.wait(PATIENCE)  # it is stopped in the middle of a step
-    for do in ("stop", "step"):
-        tab.socket.send(json.dumps({"do": do}))
-    while 2 not in told:
-        part = json.loads(tab.socket.recv(timeout=PATIENCE))
-        told += [part["step"]] if "images" in part else []
-    assert told == [1, 2]
-
-
-def picture(view: dict[str, Any]) -> np.ndarray:
-    return decode_image(base64.b64decode(view["images"]["external"].partition(",")[2]))
-
-
-def film(tab: Tab) -> Any:
-    """What Save film gives, opened."""
-    assert tab.ask("film") is None
-    return av.open(io.BytesIO(base64.b64decode(tab.view["film"]["data"])))
-
-
-def test_recorded_episodes_are_replayed(
-    server: PolicyServer,
-    tab: Tab,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    run_refused_command: Command,
-) -> None:
-    said = [make_episode(k, num_steps=4 + k, success=(True, False, None)[k]) for k in range(3)]
-    write_episodes(said, tmp_path)
-    monkeypatch.setattr(server.page._shared, "episode_folder", EpisodeFolder(tmp_path))
-    assert tab.ask("open", episode=1) is None
-    assert (tab.view["source"], tab.view["limit"], tab.view["outcome"]) == ("recording", 4, None)
-    np.testing.assert_allclose(tab.view["track"]["position"], said[1].position, atol=1e-4)
-    np.testing.assert_allclose(tab.view["track"]["opening"], said[1].gripper, atol=1e-4)
-    assert tab.ask("look", step=4) is None and tab.view["outcome"] == "failure"
-    assert (
-        np.abs(picture(tab.view).astype(float) - decode_image(said[1].images["external"][4])).mean()
-        < 6
-    )
-    assert tab.ask("predict", step=2) is None and tab.view["chunk"]["step"] == 2
-    np.testing.assert_allclose(tab.view["chunk"]["positions"][0], said[1].position[2], atol=1e-5)
-    assert "recording" in (tab.ask("step") or "") and "episode 3" in (
-        tab.ask("open", episode=3) or ""
-    )
-    with film(tab) as opened:
-        assert opened.streams.video[0].frames == 5 + 5
-    for step in range(3 * ConnectionLimits().max_small_frames_per_s):  # as when it is dragged
-        assert tab.ask("look", step=step % 5) is None
-    (tmp_path / "empty").mkdir()
-    assert "--episodes" in run_refused_command(
-        "serve", "nano", "--ui", "--episodes", str(tmp_path / "empty")
-    )
-    assert "--ui" in run_refused_command("serve", "nano", "--episodes", str(tmp_path))
-    drawn = list[None]()
-    monkeypatch.setattr(
-        video, "compose_frame", lambda *a: (drawn.append(tab.socket.close()), time.sleep(1), *a)[2]
-    )
-    tab.socket.send(json.dumps({"do": "film"}))
-    Tab(server).socket.close()  # has its picture, as the film of the tab that has gone has ended
-    assert len(drawn) == 1
-
-
-def test_a_policy_is_shown_the_cameras_that_it_takes(
-    tab: Tab,
-    studio: SharedModel,
-    policy: Spear1Policy,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """In the simulator as in a recording: one of two; and a third, where it takes that."""
-    seen: list[set[str]] = []
+    is_inferring = threading.Event()
     infer = policy.infer
-    monkeypatch.setattr(
-        policy, "infer", lambda o: (seen.append({k for k in o if "image" in k}), infer(o))[1]
-    )
-    three = dict.fromkeys(
-        ("external", "wrist", "left"), make_episode(0, num_steps=4).images["external"]
-    )
-    write_episodes(
-        [make_episode(0, num_steps=4, images=i) for i in (three, {"wrist": three["wrist"]})],
-        tmp_path,
-    )
-    monkeypatch.setattr(studio, "episode_folder", EpisodeFolder(tmp_path))
+
+    def infer_slowly(observation: Any) -> Any:
+        is_inferring.set()
+        time.sleep(0.2)
+        return infer(observation)
+
+    monkeypatch.setattr(policy, "infer", infer_slowly)
+    tab.ask("start")
+    assert is_inferring.wait(TIMEOUT_S)  # it is stopped in the middle of a step
+    for request in ("stop", "step"):
+        tab.socket.send(json.dumps({"do": request}))
+
+    parts = tab.receive_until(lambda part: "images" in part and part["step"] == 2)
+
+    assert [part["step"] for part in parts if "images" in part] == [1, 2]
+
+
+# Recorded episodes
+
+
+@pytest.fixture
+def recorded(
+    shared_model: SharedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> list[Episode]:
+    """Three recorded episodes of 4, 5 and 6 steps that the page offers."""
+    recorded_episodes = []
+    for index, success in enumerate((True, False, None)):
+        recorded_episodes.append(make_episode(index, num_steps=4 + index, success=success))
+    write_episodes(recorded_episodes, tmp_path)
+    monkeypatch.setattr(shared_model, "episode_folder", EpisodeFolder(tmp_path))
+    return recorded_episodes
+
+
+def test_a_recorded_episode_is_opened_with_its_track(tab: Tab, recorded: list[Episode]) -> None:
+    view = tab.ask("open", episode=1)
+
+    assert view["source"] == "recording"
+    assert view["limit"] == 4
+    assert view["outcome"] is None
+    np.testing.assert_allclose(view["track"]["position"], recorded[1].position, atol=1e-4)
+    np.testing.assert_allclose(view["track"]["opening"], recorded[1].gripper, atol=1e-4)
+
+
+def test_the_last_step_of_a_recording_shows_its_outcome(tab: Tab, recorded: list[Episode]) -> None:
+    tab.ask("open", episode=1)
+
+    view = tab.ask("look", step=4)
+
+    assert view["outcome"] == "failure"
+    original = decode_image(recorded[1].images["external"][4])
+    assert np.abs(decode_external(view).astype(float) - original).mean() < 6
+
+
+def test_a_chunk_is_predicted_from_a_recorded_step(tab: Tab, recorded: list[Episode]) -> None:
+    tab.ask("open", episode=1)
+
+    chunk = tab.ask("predict", step=2)["chunk"]
+
+    assert chunk["step"] == 2
+    np.testing.assert_allclose(chunk["positions"][0], recorded[1].position[2], atol=1e-5)
+
+
+def test_a_recording_does_not_move(tab: Tab, recorded: list[Episode]) -> None:
+    tab.ask("open", episode=1)
+
+    assert "recording" in tab.fail("step")
+
+
+def test_an_episode_that_is_not_there_is_refused(tab: Tab, recorded: list[Episode]) -> None:
+    assert "episode 3" in tab.fail("open", episode=3)
+
+
+def test_a_recording_is_filmed(tab: Tab, recorded: list[Episode]) -> None:
+    tab.ask("open", episode=1)
+
+    assert len(tab.make_film()) == 5 + NUM_LAST_FRAMES
+
+
+def test_a_tab_may_be_dragged_through_a_recording(tab: Tab, recorded: list[Episode]) -> None:
+    tab.ask("open", episode=1)
+
+    for number in range(3 * ConnectionLimits().max_small_frames_per_s):
+        tab.ask("look", step=number % 5)
+
+
+def test_the_film_of_a_closed_tab_is_given_up(
+    server: PolicyServer, tab: Tab, recorded: list[Episode], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    num_composed = 0
+
+    def close_tab_and_compose(*frame: Any) -> Array:
+        nonlocal num_composed
+        num_composed += 1
+        tab.socket.close()
+        time.sleep(1)
+        return frame[0]
+
+    tab.ask("open", episode=1)
+    monkeypatch.setattr(video, "compose_frame", close_tab_and_compose)
+    tab.socket.send(json.dumps({"do": "film"}))
+
+    Tab(server).socket.close()  # it gets its first scene after the film has ended
+
+    assert num_composed == 1
+
+
+def test_a_folder_without_episodes_is_refused(tmp_path: Path, run_refused_command: Command) -> None:
+    error = run_refused_command("serve", "nano", "--ui", "--episodes", str(tmp_path))
+
+    assert "--episodes" in error
+
+
+def test_episodes_need_the_page(tmp_path: Path, run_refused_command: Command) -> None:
+    assert "--ui" in run_refused_command("serve", "nano", "--episodes", str(tmp_path))
+
+
+# The cameras of the policy
+
+
+@pytest.fixture
+def inferred_cameras(policy: Spear1Policy, monkeypatch: pytest.MonkeyPatch) -> list[set[str]]:
+    """The keys of the images of each observation that the policy gets."""
+    key_sets: list[set[str]] = []
+    infer = policy.infer
+
+    def infer_and_record(observation: dict[str, Any]) -> Any:
+        key_sets.append({key for key in observation if "image" in key})
+        return infer(observation)
+
+    monkeypatch.setattr(policy, "infer", infer_and_record)
+    return key_sets
+
+
+@pytest.fixture
+def image_sizes(
+    policy: Spear1Policy, monkeypatch: pytest.MonkeyPatch
+) -> dict[str, tuple[int, int]]:
+    """The cameras of the policy, which now takes the external one only."""
     sizes = {"external": policy.image_sizes["external"]}
     monkeypatch.setattr(policy, "processor", replace(policy.processor, image_sizes=sizes))
-    assert tab.ask("reset", family="put_on", seed=0) is None and tab.ask("step") is None
-    assert seen == [{"observation/image"}] and tab.view["images"]["wrist"] is None
-    with film(tab) as opened:
-        assert opened.streams.video[0].frames == 2 + 5
-    assert tab.ask("open", episode=0) is None and tab.ask("predict") is None
-    assert (
-        "external" in (tab.ask("open", episode=1) or "") and tab.ask("look") is None
-    )  # the last one stays
-    assert seen == [{"observation/image"}] * 2 and tab.view["images"]["wrist"] is None
-    sizes["left"] = (96, 96)
-    other = EpisodeFolder(tmp_path).open(0, policy).observation_at(1)
-    assert {key for key in other if "image" in key} == {
-        "observation/image",
-        "observation/left_image",
-    }
+    return sizes
 
 
-def test_an_evaluations_failure_is_run_again(
+@pytest.fixture
+def three_camera_folder(
+    shared_model: SharedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> EpisodeFolder:
+    """An episode with three cameras, and one with a wrist camera only."""
+    images = make_episode(0, num_steps=4).images["external"]
+    cameras = {"external": images, "wrist": images, "left": images}
+    write_episodes(
+        [
+            make_episode(0, num_steps=4, images=cameras),
+            make_episode(0, num_steps=4, images={"wrist": images}),
+        ],
+        tmp_path,
+    )
+    folder = EpisodeFolder(tmp_path)
+    monkeypatch.setattr(shared_model, "episode_folder", folder)
+    return folder
+
+
+def test_a_policy_with_one_camera_gets_one_in_the_simulator(
+    tab: Tab, image_sizes: dict[str, tuple[int, int]], inferred_cameras: list[set[str]]
+) -> None:
+    tab.ask("reset", family="put_on", seed=0)
+
+    view = tab.ask("step")
+
+    assert inferred_cameras == [{"observation/image"}]
+    assert view["images"]["wrist"] is None
+    assert len(tab.make_film()) == 2 + NUM_LAST_FRAMES
+
+
+def test_a_policy_with_one_camera_gets_one_of_a_recording(
     tab: Tab,
+    image_sizes: dict[str, tuple[int, int]],
+    three_camera_folder: EpisodeFolder,
+    inferred_cameras: list[set[str]],
+) -> None:
+    tab.ask("open", episode=0)
+
+    view = tab.ask("predict")
+
+    assert inferred_cameras == [{"observation/image"}]
+    assert view["images"]["wrist"] is None
+
+
+def test_a_recording_without_the_external_camera_is_refused_and_the_last_one_stays(
+    tab: Tab, image_sizes: dict[str, tuple[int, int]], three_camera_folder: EpisodeFolder
+) -> None:
+    tab.ask("open", episode=0)
+
+    assert "external" in tab.fail("open", episode=1)
+    tab.ask("look")
+
+
+def test_a_policy_may_take_a_third_camera_of_a_recording(
     policy: Spear1Policy,
-    studio: SharedModel,
+    image_sizes: dict[str, tuple[int, int]],
+    three_camera_folder: EpisodeFolder,
+) -> None:
+    image_sizes["left"] = (96, 96)
+
+    observation = three_camera_folder.open(0, policy).observation_at(1)
+
+    image_keys = {key for key in observation if "image" in key}
+    assert image_keys == {"observation/image", "observation/left_image"}
+
+
+# Episodes of an evaluation
+
+
+@pytest.fixture
+def evaluated_chunks(
+    policy: Spear1Policy,
+    shared_model: SharedModel,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-) -> None:
+) -> dict[int, tuple[Array, Array]]:
+    """The state and the chunk of each inference in an evaluated episode, by step; the page offers
+    it.
+    """
     for module in (closed_loop, episodes):
         monkeypatch.setattr(module, "MAX_STEPS", 7)
     agent = PolicyAgent(policy, "nano", policy.identity)
-    evaluated = {}
+    chunk_of_step = {}
 
-    def act(envs: Any, observations: Any) -> Any:
+    def act_and_record(envs: Any, observations: Any) -> Any:
         chunks = PolicyAgent.act(agent, envs, observations)
-        evaluated[envs[0].steps] = observations[0]["observation/state"], chunks[0]
+        chunk_of_step[envs[0].steps] = (observations[0]["observation/state"], chunks[0])
         return chunks
 
-    monkeypatch.setattr(agent, "act", act)
-    options = TabletopOptions(scenes=1, families=("stack_cube",), out=tmp_path, replan=2)
-    closed_loop.evaluate_tabletop(agent, replace(options, execution="async", latency_ms=200.0))
-    monkeypatch.setattr(studio, "episode_folder", EpisodeFolder(tmp_path))
-    with monkeypatch.context() as patched:
-        patched.setattr(policy, "steps", 3)
-        assert "stack_cube 0 can be run again only" in (tab.ask("open", episode=0) or "")
-    assert tab.ask("open", episode=0) is None
-    parts: list[Any] = []
-    tab.until(lambda part: parts.append(part) or part.get("running") is False)
-    assert (tab.view["outcome"], tab.view["recorded"]) == (
-        "time is up",
-        "recorded: failure, 7 steps",
+    monkeypatch.setattr(agent, "act", act_and_record)
+    options = TabletopOptions(
+        scenes=1,
+        families=("stack_cube",),
+        out=tmp_path,
+        replan=2,
+        execution="async",
+        latency_ms=200.0,
     )
+    closed_loop.evaluate_tabletop(agent, options)
+    monkeypatch.setattr(shared_model, "episode_folder", EpisodeFolder(tmp_path))
+    return chunk_of_step
+
+
+def test_an_evaluated_episode_is_run_again(
+    tab: Tab, evaluated_chunks: dict[int, tuple[Array, Array]]
+) -> None:
+    tab.ask("open", episode=0)
+
+    parts = tab.receive_until(lambda part: part.get("running") is False)
+
+    assert tab.view["outcome"] == "time is up"
+    assert tab.view["recorded"] == "recorded: failure, 7 steps"
     assert tab.view["milestones"][-1] == "as recorded"
-    again = {part["chunk"]["step"]: part["chunk"] for part in parts if "chunk" in part}
-    assert again.keys() == evaluated.keys() and len(again) > 2
-    for step, (state, actions) in evaluated.items():
-        np.testing.assert_allclose(again[step]["positions"][0], state[:3], atol=1e-4)
-        np.testing.assert_allclose(
-            np.diff(again[step]["positions"], axis=0), actions[:, :3], atol=1e-4
-        )
+    chunk_of_step = {part["chunk"]["step"]: part["chunk"] for part in parts if "chunk" in part}
+    assert chunk_of_step.keys() == evaluated_chunks.keys()
+    assert len(chunk_of_step) > 2
+    for step, (state, actions) in evaluated_chunks.items():
+        positions = chunk_of_step[step]["positions"]
+        np.testing.assert_allclose(positions[0], state[:3], atol=1e-4)
+        np.testing.assert_allclose(np.diff(positions, axis=0), actions[:, :3], atol=1e-4)
+
+
+def test_another_policy_does_not_run_an_evaluated_episode_again(
+    tab: Tab,
+    policy: Spear1Policy,
+    evaluated_chunks: dict[int, tuple[Array, Array]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(policy, "steps", 3)
+
+    assert "stack_cube 0 can be run again only" in tab.fail("open", episode=0)
+
+
+def test_an_unfinished_evaluation_brings_a_notice(
+    evaluated_chunks: dict[int, tuple[Array, Array]], tmp_path: Path
+) -> None:
     with next(tmp_path.glob("*.jsonl")).open("a") as journal:
         journal.write('{"scenes": {"stack_cube": [1]}}\n')
+
     with pytest.warns(Notice, match="1 scene left"):
         EpisodeFolder(tmp_path)
 
 
-def test_boxes_are_spear_vlms_and_measured_against_the_truth(
+# SPEAR-VLM's answers
+
+
+def test_boxes_are_those_of_spear_vlm_with_their_true_errors(
     tab: Tab, policy: Spear1Policy
 ) -> None:
-    names = tab.view["objects"]
-    assert len(names) >= 2 and tab.ask("boxes", objects=names[:2]) is None
+    names = tab.view["objects"][:2]
+    assert len(names) == 2
     env = TabletopEnv("put_on", *policy.processor.image_sizes.values())
     env.reset(seed=0)
-    prompts = [f"Provide the 3D bounding box coordinates of the {name}" for name in names[:2]]
+    prompts = [f"Provide the 3D bounding box coordinates of the {name}" for name in names]
     vlm = VlmBundle(policy.model.vlm, policy.processor)
     answers = vlm.answer([env.render()] * 2, prompts, "box_vertices")
+
+    boxes = tab.ask("boxes", objects=names)["boxes"]
+
     pose = camera_pose(env.world, "external")
-    for index, (box, answer) in enumerate(zip(tab.view["boxes"], answers, strict=True)):
+    for index, (box, answer) in enumerate(zip(boxes, answers, strict=True)):
         vertices = np.reshape(answer.values, (8, 3))
         np.testing.assert_allclose(box["vertices"], vertices)
-        true = object_boxes(env.world)[index + 1].mean(0)
-        answered = pose[:3, :3] @ vertices.mean(0) + pose[:3, 3]
-        assert box["error_mm"] == pytest.approx(1000 * np.linalg.norm(answered - true), abs=0.01)
+        true_center = object_boxes(env.world)[index + 1].mean(0)
+        center = pose[:3, :3] @ vertices.mean(0) + pose[:3, 3]
+        error_mm = 1000 * np.linalg.norm(center - true_center)
+        assert box["error_mm"] == pytest.approx(error_mm, abs=0.01)
 
 
-def test_numbers_without_a_scale_are_no_metres(
-    studio: SharedModel, tab: Tab, policy: Spear1Policy, monkeypatch: pytest.MonkeyPatch
+@pytest.fixture
+def relative_unit(policy: Spear1Policy, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The model's 3D numbers have no metric unit."""
+    coordinates = replace(policy.processor.coordinates, unit="relative")
+    monkeypatch.setattr(policy.processor, "coordinates", coordinates)
+
+
+def test_nano_answers_in_meters(shared_model: SharedModel) -> None:
+    assert shared_model.describe()["unit"] == "metre"
+
+
+@pytest.mark.usefixtures("relative_unit")
+def test_boxes_in_relative_units_have_no_errors_in_meters(
+    tab: Tab, shared_model: SharedModel
 ) -> None:
-    assert studio.describe()["unit"] == "metre"
-    relative = replace(policy.processor.coordinates, unit="relative")
-    monkeypatch.setattr(policy.processor, "coordinates", relative)
-    assert (
-        studio.describe()["unit"] == "relative"
-        and tab.ask("boxes", objects=tab.view["objects"][:1]) is None
-    )
-    assert [(b["error_mm"], b["within_mm"]) for b in tab.view["boxes"]] == [(None, None)]
-    assert tab.ask("question", text=f"How far away is the {tab.view['objects'][0]}?") is None
-    assert re.search(r"\d\.\d{3} units", tab.view["answer"]["text"])
+    [box] = tab.ask("boxes", objects=tab.view["objects"][:1])["boxes"]
+
+    assert shared_model.describe()["unit"] == "relative"
+    assert box["error_mm"] is None
+    assert box["within_mm"] is None
 
 
-def test_boxes_say_how_sure_they_are(
-    studio: SharedModel, tab: Tab, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.usefixtures("relative_unit")
+def test_distances_in_relative_units_are_said_in_units(tab: Tab) -> None:
+    name = tab.view["objects"][0]
+
+    answer = tab.ask("question", text=f"How far away is the {name}?")["answer"]
+
+    assert re.search(r"\d\.\d{3} units", answer["text"])
+
+
+def test_a_model_without_a_calibration_does_not_say_how_sure_it_is(
+    shared_model: SharedModel, tab: Tab, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    names = [tab.view["objects"][0], "zebra"]
-    monkeypatch.setattr(studio, "trust", None)
-    assert tab.ask("boxes", objects=names) is None
-    assert [b["within_mm"] for b in tab.view["boxes"]] == [None, None] and tab.view["absent"] == []
+    monkeypatch.setattr(shared_model, "trust", None)
+
+    view = tab.ask("boxes", objects=[tab.view["objects"][0], "zebra"])
+
+    assert [box["within_mm"] for box in view["boxes"]] == [None, None]
+    assert view["absent"] == []
+
+
+@pytest.fixture
+def zebra_is_absent(shared_model: SharedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A calibrated model that finds no zebra."""
     trust = Trust("held-out scenes", {"box_vertices": 2.0}, names_present=1.0, names_absent=0.0)
-    monkeypatch.setattr(studio, "trust", trust)
-    monkeypatch.setattr(
-        ask,
-        "find_absent_objects",
-        lambda vlm, image, names: {n: "bowl" for n in names if n == "zebra"},
-    )
-    assert tab.ask("boxes", objects=names) is None
-    (box,) = tab.view["boxes"]
-    assert box["name"] == names[0] and box["within_mm"] > 0 and tab.view["absent"] == ["zebra"]
-    assert tab.ask("boxes", objects=["zebra"]) is None and tab.view["boxes"] == []
+    monkeypatch.setattr(shared_model, "trust", trust)
+
+    def find_absent_objects(vlm: Any, image: Any, names: list[str]) -> dict[str, str]:
+        return {name: "bowl" for name in names if name == "zebra"}
+
+    monkeypatch.setattr(ask, "find_absent_objects", find_absent_objects)
 
 
-def test_a_photo_can_be_asked_about(
-    studio: SharedModel, tab: Tab, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.usefixtures("zebra_is_absent")
+def test_a_calibrated_model_says_how_sure_it_is_and_what_is_absent(tab: Tab) -> None:
+    name = tab.view["objects"][0]
+
+    view = tab.ask("boxes", objects=[name, "zebra"])
+
+    [box] = view["boxes"]
+    assert box["name"] == name
+    assert box["within_mm"] > 0
+    assert view["absent"] == ["zebra"]
+
+
+@pytest.mark.usefixtures("zebra_is_absent")
+def test_only_absent_objects_have_no_boxes(tab: Tab) -> None:
+    assert tab.ask("boxes", objects=["zebra"])["boxes"] == []
+
+
+# Photos
+
+
+def test_a_photo_is_shown_without_a_scene(tab: Tab) -> None:
     assert tab.send(make_png(120, 300, 200)) is None
-    assert tab.ask("boxes", objects=["mug"]) is None and tab.view["absent"] == ["mug"]
-    monkeypatch.setattr(studio, "trust", None)  # now the model answers whatever it is asked
-    assert (tab.view["source"], tab.view["things"], tab.view["camera"]["aspect"]) == (
-        "photo",
-        [],
-        1.5,
-    )
-    assert tab.ask("boxes", objects=["mug"]) is None
-    (box,) = tab.view["boxes"]
-    assert np.shape(box["vertices"]) == (8, 3) and box["error_mm"] is None
-    assert tab.ask("instruct", text="lift the mug") is None and tab.ask("predict") is None
-    assert np.shape(tab.view["chunk"]["positions"]) == (6, 3)
-    tab.ask("start")  # is heard at once; the rollout then says what is wrong
-    tab.until(lambda part: "photo" in (part.get("problem") or ""))
+
+    assert tab.view["source"] == "photo"
+    assert tab.view["things"] == []
+    assert tab.view["camera"]["aspect"] == 1.5
 
 
-def test_whatever_is_wrong_is_one_line_and_the_next_request_works(tab: Tab) -> None:
-    for request, said in (
+def test_an_object_that_a_photo_does_not_show_is_absent(tab: Tab) -> None:
+    tab.send(make_png(120, 300, 200))
+
+    assert tab.ask("boxes", objects=["mug"])["absent"] == ["mug"]
+
+
+def test_boxes_in_a_photo_have_no_error(
+    shared_model: SharedModel, tab: Tab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shared_model, "trust", None)  # so that the model answers in any case
+    tab.send(make_png(120, 300, 200))
+
+    [box] = tab.ask("boxes", objects=["mug"])["boxes"]
+
+    assert np.shape(box["vertices"]) == (8, 3)
+    assert box["error_mm"] is None
+
+
+def test_a_chunk_is_predicted_from_a_photo(tab: Tab) -> None:
+    tab.send(make_png(120, 300, 200))
+    tab.ask("instruct", text="lift the mug")
+
+    chunk = tab.ask("predict")["chunk"]
+
+    assert np.shape(chunk["positions"]) == (6, 3)
+
+
+def test_a_photo_does_not_move(tab: Tab) -> None:
+    tab.send(make_png(120, 300, 200))
+
+    tab.ask("start")  # is answered at once; the rollout reports the problem later
+
+    tab.receive_until(lambda part: "photo" in (part.get("problem") or ""))
+
+
+# Wrong requests
+
+
+@pytest.mark.parametrize(
+    ("message", "words"),
+    [
         ("nonsense", "nonsense"),
         ("[" * 5000, "[["),
         ("[" + 300_000 * "[]," + "[]]", "[[],[]"),
         ('{"do": ["reset"]}', "reset"),
         ({"do": "explode"}, "explode"),
+        ({"do": "photo", "data": "x"}, "photo"),
         ({"do": "reset", "family": "put_onn", "seed": 0}, "put_onn"),
         ({"do": "reset", "family": 7, "seed": 0}, "task family '7'"),
         ({"do": "reset", "family": "put_on"}, "seed None"),
         ({"do": "boxes", "objects": "mug"}, "objects"),
         ({"do": "boxes", "objects": ["mug"] * 9}, "objects"),
-        *(({"do": "look", "step": step}, "step ") for step in (1, -1, True, "0", 10**30)),
-        ({"do": "open", "episode": 0}, "--episodes"),
         ({"do": "boxes", "objects": [{}]}, "object"),
+        ({"do": "look", "step": 1}, "step "),
+        ({"do": "look", "step": -1}, "step "),
+        ({"do": "look", "step": True}, "step "),
+        ({"do": "look", "step": "0"}, "step "),
+        ({"do": "look", "step": 10**30}, "step "),
+        ({"do": "open", "episode": 0}, "--episodes"),
         ({"do": "question", "text": "  "}, "question"),
         (b"GIF89a", "the image"),
         (make_png(120, 300, 200)[:200], "the image"),
         (make_png(120, 300, 8), "the image has 300 x 8"),
-        (assemble_png((10_000, 10_000, 8, 2), b""), "the image: 10000 x 10000"),
-    ):
-        problem = tab.send(request)
-        assert problem is not None and said in problem and "\n" not in problem, (request, problem)
-    assert tab.ask("instruct", text="") is None
-    assert "prompt" in (tab.ask("predict") or "") and tab.view["source"] == "simulator"
+        (assemble_png((10_000, 10_000, 8, 2), b""), "10000 x 10000"),
+    ],
+)
+def test_a_wrong_request_is_reported_in_one_line_and_the_next_one_works(
+    server: PolicyServer, tab: Tab, message: bytes | str | dict[str, Any], words: str
+) -> None:
+    problem = tab.send(message)
+
+    assert problem is not None
+    assert words in problem
+    assert "\n" not in problem
+    assert tab.ask("look")["source"] == "simulator"
 
 
-def test_tabs_run_beside_each_other_and_the_server_stays_awake(
+def test_a_chunk_needs_an_instruction(tab: Tab) -> None:
+    tab.ask("instruct", text="")
+
+    assert "prompt" in tab.fail("predict")
+
+
+# Several tabs at once
+
+
+def test_tabs_have_scenes_of_their_own(server: PolicyServer, tab: Tab) -> None:
+    tab.ask("reset", family="put_in_basket", seed=5)
+    tab.ask("start")
+
+    with open_tab(server) as other:
+        assert other.view["running"] is False
+        assert other.view["step"] == 0
+        other.ask("reset", family="stack_cube", seed=1)
+        tab.receive_until(lambda part: part.get("step", 0) >= 2)
+        view = tab.ask("stop")
+        other_view = other.ask("predict")
+
+    assert view["running"] is False
+    assert view["family"] == "put_in_basket"
+    assert other_view["step"] == 0
+    assert other_view["family"] == "stack_cube"
+
+
+def test_the_server_answers_others_while_a_tab_runs(server: PolicyServer, tab: Tab) -> None:
+    tab.ask("start")
+
+    assert http_get(server, "/healthz")[0] == 200
+    with closing(RemotePolicy(f"ws://127.0.0.1:{server.port}")) as robot:
+        assert robot.infer(load("generic").example())["actions"].shape == (5, 8)
+
+
+def test_a_tab_that_is_closed_while_it_runs_leaves_the_page_working(
     server: PolicyServer, tab: Tab
 ) -> None:
-    assert tab.ask("reset", family="put_in_basket", seed=5) is None and tab.ask("start") is None
-    with (other := Tab(server)).socket:
-        assert other.view["running"] is False and other.view["step"] == 0
-        assert (
-            other.ask("reset", family="stack_cube", seed=1) is None
-            and http_get(server, "/healthz")[0] == 200
-        )
-        with closing(RemotePolicy(f"ws://127.0.0.1:{server.port}")) as robot:
-            assert robot.infer(load("generic").example())["actions"].shape == (5, 8)
-        tab.until(lambda part: part.get("step", 0) >= 2)
-        assert tab.ask("stop") is None and tab.view["running"] is False
-        assert tab.view["family"] == "put_in_basket"
-        assert other.ask("predict") is None and other.view["step"] == 0
-        assert other.view["family"] == "stack_cube"
-    assert tab.ask("start") is None  # and a tab that is closed while it runs takes nothing with it
+    tab.ask("start")
     tab.socket.close()
-    with (third := Tab(server)).socket:
-        assert third.ask("step") is None
+
+    with open_tab(server) as other:
+        other.ask("step")
