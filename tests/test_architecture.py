@@ -15,8 +15,8 @@ SOURCE = Path(__file__).parents[1] / "src" / "spear"
 
 
 def _module_name(path: Path) -> str:
-    parts = path.relative_to(SOURCE.parent).with_suffix("").parts
-    return ".".join(parts).removesuffix(".__init__")
+    names = path.relative_to(SOURCE.parent).with_suffix("").parts
+    return ".".join(names).removesuffix(".__init__")
 
 
 MODULES = {_module_name(path): path for path in sorted(SOURCE.rglob("*.py"))}
@@ -70,8 +70,8 @@ OPTIONAL_MODULES = (
 
 def room_of(module: str) -> str:
     """The room of a module: of "spear.data.actions" it is "data"."""
-    parts = module.split(".")
-    return parts[1] if len(parts) > 1 else "__init__"
+    names = module.split(".")
+    return names[1] if len(names) > 1 else "__init__"
 
 
 def imported_modules(module: str) -> set[str]:

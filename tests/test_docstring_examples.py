@@ -14,8 +14,8 @@ def modules_with_examples() -> list[str]:
     names = []
     for path in sorted(SOURCE.rglob("*.py")):
         if ">>> " in path.read_text(encoding="utf-8"):
-            parts = path.relative_to(SOURCE).with_suffix("").parts
-            names.append(".".join(parts).removesuffix(".__init__"))
+            path_names = path.relative_to(SOURCE).with_suffix("").parts
+            names.append(".".join(path_names).removesuffix(".__init__"))
     return names
 
 

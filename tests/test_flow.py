@@ -192,8 +192,10 @@ def draw_perturbed() -> tuple[Action, Action, Tensor]:
 def test_poses_differ_while_actions_are_committed_and_agree_from_the_next_action_on() -> None:
     data, perturbed, is_committed = draw_perturbed()
     num_chunks, horizon = PERTURBED_SHAPE
-    x = perturbed_x = torch.zeros(num_chunks, 3).double()
-    q = perturbed_q = quat_exp(torch.ones(num_chunks, 3).double())
+    x = torch.zeros(num_chunks, 3).double()
+    q = quat_exp(torch.ones(num_chunks, 3).double())
+    perturbed_x = x
+    perturbed_q = q
 
     for i in range(horizon):
         x, q = apply_action(x, q, data.translation[:, i], data.rotation[:, i])
@@ -330,20 +332,20 @@ def test_loss_is_zero_at_the_truth(config: FlowConfig) -> None:
 
 @pytest.mark.parametrize("config", ALL_CONFIGS, ids=config_name)
 @pytest.mark.parametrize(
-    ("column", "wrong_parts"),
+    ("column", "wrong_losses"),
     [(1, {"translation"}), (5, {"rotation", "geodesic"}), (7, {"gripper"})],
 )
 def test_a_wrong_part_has_a_loss_and_the_others_have_none(
-    config: FlowConfig, column: int, wrong_parts: set[str]
+    config: FlowConfig, column: int, wrong_losses: set[str]
 ) -> None:
     noise, data, tau = draw_pair(config)
     prediction = true_prediction(noise, data, tau, config).to_vector().clone()
     prediction[..., column] += 0.1
 
-    _, parts = flow.compute_loss(Action.from_vector(prediction), noise, data, tau, config)
+    _, losses = flow.compute_loss(Action.from_vector(prediction), noise, data, tau, config)
 
-    for name, loss in parts.items():
-        if name in wrong_parts:
+    for name, loss in losses.items():
+        if name in wrong_losses:
             assert float(loss) > 1e-4
         else:
             assert float(loss) == pytest.approx(0, abs=1e-7)
@@ -355,7 +357,9 @@ def test_gradients_are_finite_at_every_degenerate_place(
     config: FlowConfig, dtype: torch.dtype
 ) -> None:
     for theta, tau in itertools.product((0.0, math.pi), (0.0, 0.5, 0.999, 1.0)):
-        noise, data = (Action.from_vector(x.to_vector().to(dtype)) for x in pair_at_angle(theta))
+        noise, data = pair_at_angle(theta)
+        noise = noise.to(dtype)
+        data = data.to(dtype)
         taus = torch.tensor([tau], dtype=dtype)
         truth = true_prediction(noise, data, taus, config).to_vector()
         for prediction in (truth, -truth, torch.zeros_like(truth), truth * 1e-6, truth * 30):
@@ -451,27 +455,27 @@ def test_cosine_loss_is_the_papers_with_normalized_velocities(paper: PaperFormul
     assert np.linalg.norm(u, axis=-1).min() > 0.01
     cosine = (v * u).sum(-1) / (np.linalg.norm(v, axis=-1) * np.linalg.norm(u, axis=-1))
 
-    parts = paper.loss_parts(FlowConfig(rotation_loss="cosine"))
+    losses = paper.loss_parts(FlowConfig(rotation_loss="cosine"))
 
-    assert parts["rotation"].item() == pytest.approx((1 - cosine).mean(), rel=1e-6)
+    assert losses["rotation"].item() == pytest.approx((1 - cosine).mean(), rel=1e-6)
 
 
 def test_mse_loss_of_rotations_is_a_quarter_of_the_squared_distance(paper: PaperFormulas) -> None:
     squared_distance = ((paper.v - paper.u) ** 2).sum(-1)
 
-    parts = paper.loss_parts(FlowConfig(rotation_loss="mse"))
+    losses = paper.loss_parts(FlowConfig(rotation_loss="mse"))
 
-    assert parts["rotation"].item() == pytest.approx(squared_distance.mean() / 4, rel=1e-6)
+    assert losses["rotation"].item() == pytest.approx(squared_distance.mean() / 4, rel=1e-6)
 
 
-@pytest.mark.parametrize("part", ["translation", "gripper"])
+@pytest.mark.parametrize("name", ["translation", "gripper"])
 def test_translation_and_gripper_have_the_mean_squared_error(
-    paper: PaperFormulas, part: str
+    paper: PaperFormulas, name: str
 ) -> None:
-    u = getattr(paper.data, part) - getattr(paper.noise, part)
-    error = (getattr(paper.prediction, part) - u).numpy()
+    u = getattr(paper.data, name) - getattr(paper.noise, name)
+    error = (getattr(paper.prediction, name) - u).numpy()
 
-    assert paper.loss_parts(S3)[part].item() == pytest.approx(np.mean(error**2), rel=1e-12)
+    assert paper.loss_parts(S3)[name].item() == pytest.approx(np.mean(error**2), rel=1e-12)
 
 
 @pytest.mark.parametrize("delta", [None, 0.003, 0.05, 0.1, 0.5])
@@ -483,9 +487,9 @@ def test_geodesic_loss_is_the_chord_after_a_step_of_delta(
     q = paper.step(paper.u, step)
     chords = np.linalg.norm([q - q_hat, q + q_hat], axis=-1).min(0)
 
-    parts = paper.loss_parts(dataclasses.replace(S3, geodesic_step=delta))
+    losses = paper.loss_parts(dataclasses.replace(S3, geodesic_step=delta))
 
-    assert parts["geodesic"].item() == pytest.approx(chords.mean(), rel=1e-6)
+    assert losses["geodesic"].item() == pytest.approx(chords.mean(), rel=1e-6)
 
 
 @pytest.mark.parametrize("rotation_loss", ["mse", "cosine"])
@@ -496,13 +500,13 @@ def test_clean_losses_are_functions_of_the_angle(rotation_loss: Any) -> None:
     prediction = Action(data.translation, -2 * quat_multiply(data.rotation, rotation), data.gripper)
     config = FlowConfig(prediction="clean", rotation_loss=rotation_loss)
 
-    _, parts = flow.compute_loss(
+    _, losses = flow.compute_loss(
         prediction, draw_noise((4, 5), S3), data, torch.rand(4).double(), config
     )
 
     expected = {"mse": angle_rad**2, "cosine": math.sin(angle_rad / 2) ** 2}[rotation_loss]
-    assert float(parts["rotation"]) == pytest.approx(expected, rel=1e-9)
-    assert float(parts["geodesic"]) == pytest.approx(2 * math.sin(angle_rad / 4), rel=1e-9)
+    assert float(losses["rotation"]) == pytest.approx(expected, rel=1e-9)
+    assert float(losses["geodesic"]) == pytest.approx(2 * math.sin(angle_rad / 4), rel=1e-9)
 
 
 @pytest.mark.parametrize(
@@ -515,7 +519,8 @@ def test_the_best_single_guess_for_sparse_rotations(
 ) -> None:
     """Of ten steps a fifth rotates: the chord is least at the median, nano's squares at the
     mean."""
-    angle_rad, num_steps = 0.35, 10
+    angle_rad = 0.35
+    num_steps = 10
     rotation_vectors = torch.zeros(1, num_steps, 3, dtype=torch.float64)
     rotation_vectors[:, : num_steps // 5, 2] = angle_rad
     data = dataclasses.replace(draw_data((1, num_steps)), rotation=quat_exp(rotation_vectors))
@@ -541,10 +546,10 @@ def test_the_total_is_the_weighted_sum_of_the_parts() -> None:
         translation_weight=2, rotation_weight=3, gripper_weight=5, geodesic_weight=7
     )
 
-    total, parts = flow.compute_loss(prediction, noise, data, tau, config)
+    total, losses = flow.compute_loss(prediction, noise, data, tau, config)
 
-    rotation = parts["rotation"] + 7 * parts["geodesic"]
-    expected = 2 * parts["translation"] + 3 * rotation + 5 * parts["gripper"]
+    rotation = losses["rotation"] + 7 * losses["geodesic"]
+    expected = 2 * losses["translation"] + 3 * rotation + 5 * losses["gripper"]
     torch.testing.assert_close(total, expected)
 
 
@@ -559,14 +564,16 @@ def test_a_masked_loss_is_the_loss_of_the_valid_actions(mask: Tensor) -> None:
     noise, data, tau = draw_pair(S3)
     prediction = Action.from_vector(draw_vector(64, 5, 8, seed=5))
 
-    _, masked_parts = flow.compute_loss(prediction, noise, data, tau, S3, mask)
+    _, masked_losses = flow.compute_loss(prediction, noise, data, tau, S3, mask)
 
     def select(chunk: Action) -> Action:
         return Action.from_vector(chunk.to_vector()[mask][:, None])
 
     tau_of_action = tau[:, None].expand(64, 5)[mask]
-    _, parts = flow.compute_loss(select(prediction), select(noise), select(data), tau_of_action, S3)
-    torch.testing.assert_close(masked_parts, parts)
+    _, losses = flow.compute_loss(
+        select(prediction), select(noise), select(data), tau_of_action, S3
+    )
+    torch.testing.assert_close(masked_losses, losses)
 
 
 def test_the_loss_of_no_valid_action_is_zero(mask: Tensor) -> None:
@@ -702,9 +709,9 @@ def test_error_falls_as_one_over_the_number_of_steps() -> None:
 
     def predict(state: Action, _: Tensor) -> Action:
         assert float(state.rotation[..., 0].min()) >= 0  # as all states in training
-        left = quat_multiply(torch.cat([zero, a]), state.rotation)
-        right = quat_multiply(state.rotation, torch.cat([zero, b]))
-        return Action(state.translation, (left + right) / 2, -state.gripper)
+        left_product = quat_multiply(torch.cat([zero, a]), state.rotation)
+        right_product = quat_multiply(state.rotation, torch.cat([zero, b]))
+        return Action(state.translation, (left_product + right_product) / 2, -state.gripper)
 
     true_rotation = quat_multiply(quat_multiply(quat_exp(a), noise.rotation), quat_exp(b))
     true_end = Action(noise.translation * math.e, true_rotation, noise.gripper / math.e)
@@ -717,7 +724,9 @@ def test_error_falls_as_one_over_the_number_of_steps() -> None:
             float(quat_distance(end.rotation, true_end.rotation).mean()),
         ]
 
-    errors_50, errors_100, errors_200 = errors(50), errors(100), errors(200)
+    errors_50 = errors(50)
+    errors_100 = errors(100)
+    errors_200 = errors(200)
 
     assert np.divide(errors_50, errors_100) == pytest.approx(2, rel=0.05)
     assert np.divide(errors_100, errors_200) == pytest.approx(2, rel=0.05)

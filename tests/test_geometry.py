@@ -54,7 +54,8 @@ def assert_close(actual: Tensor, expected: Any, atol: float = 1e-12) -> None:
 
 
 def test_product_agrees_with_scipy() -> None:
-    a, b = draw_quats(seed=1), draw_quats(seed=2)
+    a = draw_quats(seed=1)
+    b = draw_quats(seed=2)
 
     product = geo.quat_canonical(geo.quat_multiply(a, b))
 
@@ -169,7 +170,8 @@ def test_both_signs_of_a_quaternion_are_at_distance_0(dtype: torch.dtype) -> Non
 
 
 def test_slerp_agrees_with_scipy() -> None:
-    a, b = draw_quats(50, seed=4), draw_quats(50, seed=5)
+    a = draw_quats(50, seed=4)
+    b = draw_quats(50, seed=5)
     t = torch.linspace(0, 1, 7, dtype=torch.float64)
 
     slerped = geo.quat_slerp(a[:, None], b[:, None], t)
@@ -181,7 +183,8 @@ def test_slerp_agrees_with_scipy() -> None:
 
 
 def test_slerp_goes_half_the_distance_in_half_the_time() -> None:
-    a, b = draw_quats(50, seed=4), draw_quats(50, seed=5)
+    a = draw_quats(50, seed=4)
+    b = draw_quats(50, seed=5)
 
     halfway = geo.quat_slerp(a, b, 0.5)
 
@@ -189,7 +192,8 @@ def test_slerp_goes_half_the_distance_in_half_the_time() -> None:
 
 
 def test_slerp_takes_the_short_way_whatever_the_signs() -> None:
-    a, b = draw_quats(50, seed=4), draw_quats(50, seed=5)
+    a = draw_quats(50, seed=4)
+    b = draw_quats(50, seed=5)
 
     to_itself = geo.quat_distance(a, geo.quat_slerp(a, -a, 0.3))
     between_signs = geo.quat_distance(geo.quat_slerp(a, -b, 0.3), geo.quat_slerp(a, b, 0.3))
@@ -296,7 +300,8 @@ def draw_pose(seed: int) -> tuple[Tensor, Tensor]:
 
 
 def test_composing_poses_multiplies_their_matrices() -> None:
-    outer, inner = draw_pose(7), draw_pose(8)
+    outer = draw_pose(7)
+    inner = draw_pose(8)
 
     composed = pose_matrix(*geo.pose_compose(*outer, *inner))
 
@@ -323,7 +328,8 @@ def test_actions_translate_in_the_base_frame_and_rotate_in_the_end_effector_fram
 
 
 def test_applying_the_action_between_two_poses_leads_to_the_second() -> None:
-    pose, next_pose = draw_pose(7), draw_pose(8)
+    pose = draw_pose(7)
+    next_pose = draw_pose(8)
     action = geo.action_between_poses(*pose, *next_pose)
 
     position, rotation = geo.apply_action(*pose, *action)
@@ -336,7 +342,8 @@ def test_applying_the_action_between_two_poses_leads_to_the_second() -> None:
 
 
 def test_sphere_log_is_tangent_and_as_long_as_the_arc() -> None:
-    a, b = draw_quats(seed=9), draw_quats(seed=10)
+    a = draw_quats(seed=9)
+    b = draw_quats(seed=10)
 
     tangent = geo.sphere_log(a, b)
 
@@ -346,7 +353,8 @@ def test_sphere_log_is_tangent_and_as_long_as_the_arc() -> None:
 
 @pytest.mark.parametrize("fraction", [0.0, 0.4, 1.0])
 def test_ways_on_the_sphere_are_great_circles(fraction: float) -> None:
-    a, b = draw_quats(seed=9), draw_quats(seed=10)
+    a = draw_quats(seed=9)
+    b = draw_quats(seed=10)
     angle = torch.arccos((a * b).sum(-1, keepdim=True))
     expected = (((1 - fraction) * angle).sin() * a + (fraction * angle).sin() * b) / angle.sin()
 
@@ -356,7 +364,8 @@ def test_ways_on_the_sphere_are_great_circles(fraction: float) -> None:
 
 @pytest.mark.parametrize("fraction", [0.0, 0.4, 1.0])
 def test_slerp_on_the_sphere_is_precise_between_near_points(fraction: float) -> None:
-    a, b = draw_quats(seed=9), draw_quats(seed=10)
+    a = draw_quats(seed=9)
+    b = draw_quats(seed=10)
     tangent = 1e-5 * geo.sphere_log(a, b)
     near = geo.sphere_exp(a, tangent)
 

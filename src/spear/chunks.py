@@ -278,13 +278,13 @@ class ChunkExecutor:
                 num_ticks = max(1, round(fraction * (1 + chunk.delay_ticks)))
             num_ticks = max(num_ticks, math.ceil((_lengths(action) / longest).max() - 1e-3))
 
-            parts = np.repeat(_scale_action(action, 1 / num_ticks)[None], num_ticks, axis=0)
-            parts[:-1, 7] = gripper  # the gripper acts where the action ends
+            step_actions = np.repeat(_scale_action(action, 1 / num_ticks)[None], num_ticks, axis=0)
+            step_actions[:-1, 7] = gripper  # the gripper acts where the action ends
             gripper = action[7]
 
             # In rtc the next committed prefix contains each part as an action.
-            part_fraction = 1.0 if self.mode == "rtc" else fraction / num_ticks
-            steps += [_Step(part, part_fraction) for part in parts]
+            step_fraction = 1.0 if self.mode == "rtc" else fraction / num_ticks
+            steps += [_Step(step_action, step_fraction) for step_action in step_actions]
         return steps
 
     def _executed_since(self, tick: int) -> list[_Step]:

@@ -101,7 +101,7 @@ def summarize_error(error: BaseException | str) -> str:
 
     if isinstance(error, ValidationError):
         first_problem = error.errors()[0]
-        key = ".".join(str(part) for part in first_problem["loc"])
+        key = ".".join(str(name) for name in first_problem["loc"])
         reason = first_problem["msg"].removeprefix("Value error, ").removeprefix("Input ")
         return f"{key} {reason}".strip()
     lines = str(error).strip().splitlines()

@@ -113,9 +113,9 @@ def sample_noise(
         >>> noise.translation.shape, noise.rotation.shape, noise.gripper.shape
         (torch.Size([2, 5, 3]), torch.Size([2, 5, 4]), torch.Size([2, 5, 1]))
     """
-    translation = torch.randn(*shape, 3, generator=generator, device=device)
-    rotation = torch.randn(*shape, 4, generator=generator, device=device)
-    gripper = torch.randn(*shape, 1, generator=generator, device=device)
+    translation = torch.randn((*shape, 3), generator=generator, device=device)
+    rotation = torch.randn((*shape, 4), generator=generator, device=device)
+    gripper = torch.randn((*shape, 1), generator=generator, device=device)
     if config.rotation == "s3":
         rotation = quat_canonical(quat_normalize(rotation))
     return Action(translation, rotation, gripper)
@@ -348,18 +348,19 @@ def compute_loss(
         q_hat = _integrate_rotation(state.rotation, predicted.rotation, delta, config)
         q = _integrate_rotation(state.rotation, target.rotation, delta, config)
 
-    parts = {
+    losses = {
         "translation": _mean(_squared_error(predicted.translation, target.translation), mask),
         "rotation": _mean(rotation_errors, mask),
         "geodesic": _mean(_chord(q_hat, q), mask),
         "gripper": _mean(_squared_error(predicted.gripper, target.gripper), mask),
     }
     total = (
-        config.translation_weight * parts["translation"]
-        + config.rotation_weight * (parts["rotation"] + config.geodesic_weight * parts["geodesic"])
-        + config.gripper_weight * parts["gripper"]
+        config.translation_weight * losses["translation"]
+        + config.rotation_weight
+        * (losses["rotation"] + config.geodesic_weight * losses["geodesic"])
+        + config.gripper_weight * losses["gripper"]
     )
-    return total, parts
+    return total, losses
 
 
 def euler_step(

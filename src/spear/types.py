@@ -347,8 +347,8 @@ class Policy(Protocol):
 
         "actions"                  [H, 8] float32, in the layout of `Action`, meters.
 
-    A policy may say which cameras it takes, by an attribute `image_sizes`, view → (width, height), as
-    `spear.embodiments.observations.get_image_sizes` returns them.
+    A policy may say which cameras it takes, by an attribute `image_sizes`, view → (width, height),
+    as `spear.embodiments.observations.get_image_sizes` returns them.
     """
 
     def infer(self, observation: Mapping[str, Any]) -> dict[str, Any]:

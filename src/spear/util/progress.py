@@ -76,13 +76,13 @@ class ProgressBar:
 
     def format_line(self) -> str:
         """All that is known: "training: 100 of 1,000 steps, 5.0 steps/s, 0:03:00 left"."""
-        parts = [
+        phrases = [
             f"{self.name}: {self.done:,} of {format_count(self.total, self.unit)}",
             self.format_rate(),
             self._format_remaining_time(),
             self._info,
         ]
-        return ", ".join(part for part in parts if part)
+        return ", ".join(phrase for phrase in phrases if phrase)
 
     def format_rate(self) -> str:
         """How fast this command works, "5.0 steps/s" or "3.0 steps/min"; empty before the first
