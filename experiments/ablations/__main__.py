@@ -22,7 +22,7 @@ import tyro
 from experiments.ablations import plan as planning
 from experiments.ablations.plan import Plan, Weights
 from experiments.ablations.rows import AblationOptions
-from experiments.ablations.run import done, run
+from experiments.ablations.run import is_done, run
 from spear.cli import run_reporting_errors
 from spear.errors import SpearError
 from spear.train.options import TrainingInputs
@@ -39,15 +39,15 @@ def run_ablations(options: AblationOptions) -> None:
     start = planning.pretrained(options.init, options.moge)
     expected_plan = planning.make_plan(options, planning.expected(options), start)
     if options.plan:
-        finished = [job for job in expected_plan.jobs if done(options.out, job)]
+        finished = [job for job in expected_plan.jobs if is_done(options.out, job)]
         print(planning.describe(expected_plan, finished))
         return
 
     # From here on the networks are needed; a plan is printed without PyTorch.
     from transformers.utils.logging import disable_progress_bar
 
-    from experiments.ablations.report import write
-    from experiments.ablations.table import fill
+    from experiments.ablations.report import write_report
+    from experiments.ablations.table import fill_tables
 
     disable_progress_bar()
     check_trainings(expected_plan, options)
@@ -57,7 +57,7 @@ def run_ablations(options: AblationOptions) -> None:
     plan = planning.make_plan(options, data, start)
 
     def write_tables() -> list[object]:
-        return list(write(plan, fill(plan, options.out, data), options.out))
+        return list(write_report(plan, fill_tables(plan, options.out, data), options.out))
 
     failed = run(plan, options.out, data, options.workers, say=say, on_score=write_tables)
     for path in write_tables():

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from experiments.ablations.scores import find_key, load_scores
-from experiments.ablations.table import successes
+from experiments.ablations.table import stack_successes
 from spear.evaluate.compare import load_references
 from spear.evaluate.stats import Estimate, estimate_difference_over_seeds, estimate_mean_over_seeds
 from spear.report.plot import LINE_COLORS, Axis, Line, draw_chart
@@ -29,7 +29,9 @@ Rows = dict[str, list[Array]]
 
 
 def tables() -> list[list[str]]:
-    """Of each table of the page the lines that name their episodes; tables without such are left out."""
+    """Of each table of the page the lines that name their episodes; tables without such are left
+    out.
+    """
     blocks = (DOCS / "ablations.md").read_text().split("\n\n")
     lines = ([line for line in block.splitlines() if re.search(KEY, line)] for block in blocks)
     return [table for table in lines if table]
@@ -38,7 +40,7 @@ def tables() -> list[list[str]]:
 def successes_of(line: str) -> list[Array]:
     """Success [seeds, scenes] of each task family behind a line of a table."""
     seeds = [load_scores()[find_key(prefix)] for prefix in re.findall(KEY, line)]
-    return successes(seeds, seeds[0].families)
+    return stack_successes(seeds, seeds[0].families)
 
 
 def rows(table: list[str]) -> Rows:

@@ -1,7 +1,8 @@
-"""From rows to the data they learn from, and to what is trained and scored: each training once.
+"""From rows to the data they learn from, and to what is trained and scored, each training once.
 
-A training is known by its contents: recipe, preset, seed, data, and what it begins with. Its key is a hash of
-these, so that what was trained under a key stays valid whatever else is asked for later.
+A training is identified by its contents: recipe, preset, seed, data, and what it begins with. Its
+key is a hash of these, so that a trained policy and its score stay valid whatever else is asked for
+later.
 """
 
 import dataclasses
@@ -12,7 +13,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from experiments.ablations.rows import LENGTHS, SETTINGS, AblationOptions, Row, Stage, Table, choose
+from experiments.ablations.rows import (
+    RECIPE_SETTINGS,
+    STEP_FACTORS,
+    AblationOptions,
+    Row,
+    Stage,
+    Table,
+    select_tables,
+)
 from spear.data.store.episode_store import EpisodeStore
 from spear.errors import SpearError, check_known, format_count
 from spear.labels.store import count_labels
@@ -27,85 +36,110 @@ from spear.util.held_out import FIRST_TRAIN_SEED
 from spear.util.options import parse_key_values
 from spear.util.run_lock import hold_lock
 
-SCENES = 13_056
-FIRST_SCENE = 200_000
-DEMONSTRATIONS = 2000
-"""Labelled scenes, and demonstrations per task family (from the first seed that is not kept for testing), as
-in experiments/nano/train.sh."""
+# The data are those of experiments/nano/train.sh.
+NUM_LABELED_SCENES = 13_056
+FIRST_LABELED_SEED = 200_000
+NUM_DEMONSTRATIONS = 2000  # per task family, from the first seed that is not held out
 PRESET = "nano"
-POLICY = "nano-vla"
-"""A budget is given as the steps of this recipe."""
+POLICY_RECIPE = "nano-vla"  # a budget is given in steps of this recipe
+
+KEY_LENGTH = 12
+HASHED_FILES = ("*.parquet", "*.arrow", "*.txt")
+NEW_ORDER_SEED_OFFSET = 1000  # of a stage that sees the same data in another order
 
 
 @dataclass(frozen=True)
 class Data:
-    """What is learned from: labels and episodes, the labelled images per view, and hashes of the files.
+    """What is learned from.
 
-    key  of the labels and the episodes; labels_key: of the labels alone.
+    labels      folder of labels.
+    episodes    folder of episodes.
+    num_images  labeled images per view.
+    key         hash of the labels and the episodes; "" before there are episodes.
+    labels_key  hash of the labels alone.
     """
 
     labels: Path
     episodes: Path
-    images: int
+    num_images: int
     key: str
     labels_key: str
 
 
-def look_at(labels: Path, episodes: Path) -> Data:
-    """What is in two folders; there may be no episodes yet. `SpearError` for one without labelled images."""
+def read_data(labels: Path, episodes: Path) -> Data:
+    """Read what is in two folders; the second may not exist yet.
+
+    Raises `SpearError` if the first has no labeled images.
+    """
     view = labels / "external"
-    images = count_labels(view if view.is_dir() else labels)
-    kinds = "*.parquet", "*.arrow", "*.txt"
-    keys = [hash_file_ends(folders, kinds)[:12] for folders in ((labels,), (labels, episodes))]
-    return Data(labels, episodes, images, keys[1] if episodes.is_dir() else "", keys[0])
+    num_images = count_labels(view if view.is_dir() else labels)
+    key = ""
+    if episodes.is_dir():
+        key = hash_file_ends((labels, episodes), HASHED_FILES)[:KEY_LENGTH]
+    labels_key = hash_file_ends((labels,), HASHED_FILES)[:KEY_LENGTH]
+    return Data(labels, episodes, num_images, key, labels_key)
 
 
 def obtain(options: AblationOptions, say: Callable[[str], None] = print) -> Data:
-    """What is given, or made in OUT as for the shipped weights: by one process, while others wait."""
-    from spear.sim_data.demonstrations import (
-        record_demonstrations,  # here: a plan does without PyTorch
-    )
+    """The given data, or data made in OUT as for the bundled weights.
+
+    One process makes them, while the others wait.
+    """
+    # A plan is printed without PyTorch.
+    from spear.sim_data.demonstrations import record_demonstrations
     from spear.sim_data.label_scenes import label_scenes
 
-    (labels, episodes), sizes = _folders(options), dict(get_preset(PRESET).image_sizes)
+    labels, episodes = _find_folders(options)
+    image_sizes = dict(get_preset(PRESET).image_sizes)
     with hold_lock(options.out / "locks" / "data", wait=True):
         complete = labels / "complete"
         if options.labels is None and not complete.is_file():
-            say(f"labelling {SCENES:,} scenes into {labels}")
-            label_scenes(labels, SCENES, sizes, FIRST_SCENE, 2)
+            say(f"labelling {NUM_LABELED_SCENES:,} scenes into {labels}")
+            label_scenes(labels, NUM_LABELED_SCENES, image_sizes, FIRST_LABELED_SEED, 2)
             complete.touch()
         if options.episodes is None and not episodes.is_dir():
-            say(f"recording {DEMONSTRATIONS:,} demonstrations of each family into {episodes}")
-            part = episodes.with_name(f".part-{episodes.name}")  # all or none
+            say(f"recording {NUM_DEMONSTRATIONS:,} demonstrations of each family into {episodes}")
+            families = sort_families(options.families)
+            # The folder appears when all demonstrations are in it.
+            unfinished = episodes.with_name(f".part-{episodes.name}")
             record_demonstrations(
-                part, settle(options.families), DEMONSTRATIONS, FIRST_TRAIN_SEED, sizes
+                unfinished, families, NUM_DEMONSTRATIONS, FIRST_TRAIN_SEED, image_sizes
             )
-            part.replace(episodes)
-        return look_at(labels, episodes)
+            unfinished.replace(episodes)
+        return read_data(labels, episodes)
 
 
 def expected(options: AblationOptions) -> Data:
-    """What `obtain` gives, as far as it can be known without making anything."""
-    labels, episodes = _folders(options)
+    """The data that `obtain` returns, as far as they can be known without making anything."""
+    labels, episodes = _find_folders(options)
     if options.labels or (labels / "complete").is_file():
-        return look_at(labels, episodes)
-    return Data(labels, episodes, SCENES, "", "")
+        return read_data(labels, episodes)
+    return Data(labels, episodes, NUM_LABELED_SCENES, "", "")
 
 
-def settle(families: Sequence[str]) -> tuple[str, ...]:
-    """Task families in the simulator's order; all for none. Raises `SpearError` for unknown ones."""
+def sort_families(families: Sequence[str]) -> tuple[str, ...]:
+    """Task families in the simulator's order; all if there are none.
+
+    Raises `SpearError` for unknown ones.
+    """
     check_known("task family", FAMILIES, *families)
     return tuple(family for family in FAMILIES if family in families) or FAMILIES
 
 
-def _folders(options: AblationOptions) -> tuple[Path, Path]:
-    """Of labels and of episodes, given or made here. `SpearError` for a folder of episodes without any."""
-    chosen = settle(options.families)
-    made = "-".join(("episodes", *(() if chosen == FAMILIES else chosen)))
-    episodes = options.episodes or options.out / made
+def _find_folders(options: AblationOptions) -> tuple[Path, Path]:
+    """The folders of labels and of episodes, given or in OUT.
+
+    Raises `SpearError` for a folder of episodes without any.
+    """
+    labels = options.labels or options.out / "labels"
+    families = sort_families(options.families)
+    name = "episodes"
+    if families != FAMILIES:
+        name = "-".join(["episodes", *families])
+    episodes = options.episodes or options.out / name
     if options.episodes or episodes.is_dir():
         EpisodeStore(episodes)
-    return options.labels or options.out / "labels", episodes
+    return labels, episodes
 
 
 @dataclass(frozen=True)
@@ -118,9 +152,12 @@ class Weights:
 
 @dataclass(frozen=True)
 class Training:
-    """One stage to train: a recipe as it will run, its seed, and what it begins with.
+    """One stage to train.
 
-    init  another training, pretrained weights, or nothing. moge: a pretrained encoder that joins.
+    key     identifies it.
+    recipe  as it will run.
+    init    what it begins with: another training, pretrained weights, or nothing.
+    moge    a pretrained depth encoder that joins.
     """
 
     key: str
@@ -130,50 +167,56 @@ class Training:
     moge: Weights | None = None
 
     @property
-    def before(self) -> "Training | None":
-        """The training that comes before it."""
+    def previous(self) -> "Training | None":
+        """The training that must be done first."""
         return self.init if isinstance(self.init, Training) else None
 
     @property
     def folder(self) -> str:
-        """Its folder's name."""
+        """The name of its folder."""
         return f"{self.recipe.name}-{self.key}"
 
     @property
     def steps(self) -> int:
-        """How long it is."""
         return self.recipe.optimization.steps
 
 
 @dataclass(frozen=True)
 class Scoring:
-    """A trained policy to score, on so many scenes of each of some task families."""
+    """A trained policy to score.
 
-    before: Training
+    previous  the policy's training, which must be done first.
+    scenes    of each task family.
+    """
+
+    previous: Training
     scenes: int
     families: Sequence[str]
 
     @property
     def key(self) -> str:
         """As of a training, among all jobs."""
-        return f"score-{self.before.key}"
+        return f"score-{self.previous.key}"
 
     @property
     def episodes(self) -> int:
-        """Of all families together."""
+        """The number of episodes of all families together."""
         return self.scenes * len(self.families)
+
+
+Job = Training | Scoring
 
 
 @dataclass(frozen=True)
 class Plan:
     """What there is to do, in order.
 
-    jobs     trainings and scorings, each after what it needs; all rows of the first seed come first.
-    chains   (row, seed) -> its trainings, the policy last.
+    jobs    trainings and scorings, each after what it needs; all rows of the first seed come first.
+    chains  (row, seed) → its trainings, the policy last.
     """
 
     tables: Sequence[tuple[Table, Sequence[Row]]]
-    jobs: Sequence[Training | Scoring]
+    jobs: Sequence[Job]
     chains: Mapping[tuple[str, int], Sequence[Training]]
     seeds: int
     scenes: int
@@ -185,95 +228,155 @@ class Plan:
         return [job for job in self.jobs if isinstance(job, Training)]
 
     def scoring(self, row: str, seed: int) -> Scoring:
-        """The one that gives a row's number for a seed."""
-        return Scoring(self.chains[row, seed][-1], self.scenes, self.families)
+        """The scoring that gives a row's number for a seed."""
+        policy = self.chains[row, seed][-1]
+        return Scoring(policy, self.scenes, self.families)
 
 
 def pretrained(vlm: str = "nano-vlm-0", depth: str = "nano-depth") -> tuple[Weights, Weights]:
-    """What stands for PaliGemma's weights and for MoGe's in all rows, by names or folders. Raises
-    `SpearError` where there are none."""
-    one, two = locate(vlm), locate(depth)
-    return Weights(one, fingerprint_checkpoint(one)), Weights(two, fingerprint_checkpoint(two))
+    """What stands for PaliGemma's weights and for MoGe's in all rows, by names or folders.
+
+    Raises `SpearError` if they are not there.
+    """
+    vlm_folder = locate(vlm)
+    depth_folder = locate(depth)
+    return (
+        Weights(vlm_folder, fingerprint_checkpoint(vlm_folder)),
+        Weights(depth_folder, fingerprint_checkpoint(depth_folder)),
+    )
 
 
 def make_plan(options: AblationOptions, data: Data, start: tuple[Weights, Weights]) -> Plan:
-    """All trainings and scorings that some rows need.
+    """Plan all trainings and scorings that some rows need.
 
-    Raises `SpearError` for an unknown row, family or change.
+    Args:
+        options: Which rows, and what is the same in all of them.
+        data: What is learned from.
+        start: The pretrained VLM and depth encoder.
+
+    Raises:
+        SpearError: A row, family or change is unknown.
     """
-    (vlm, depth), tables, families = start, choose(options.rows), settle(options.families)
+    tables = select_tables(options.rows)
+    families = sort_families(options.families)
     changes = parse_key_values(options.set)
     if "steps" in changes:
         raise SpearError("--set steps: every stage has its own number: use --budget")
-    jobs: dict[str, Any] = {}
+
+    jobs: dict[str, Any] = {}  # by key: what rows share is done once
     chains: dict[tuple[str, int], Sequence[Training]] = {}
     for seed in range(options.seeds):
         for _, rows in tables:
             for row in rows:
-                chain: list[Training] = []
-                before: Training | Weights | None = vlm if row.pretrained else None
-                for stage in row.stages:
-                    one = _recipe(stage, row, options, changes, data)
-                    own = seed + 1000 * stage.again  # the same data in another order
-                    training = _training(one, own, data, before, depth if stage.moge else None)
-                    before = training = jobs.setdefault(training.key, training)
-                    chain.append(training)
+                chain = _plan_chain(row, seed, options, changes, data, start, jobs)
                 chains[row.name, seed] = chain
                 scoring = Scoring(chain[-1], options.scenes, families)
                 jobs.setdefault(scoring.key, scoring)
     return Plan(tables, list(jobs.values()), chains, options.seeds, options.scenes, families)
 
 
-def _recipe(
+def _plan_chain(
+    row: Row,
+    seed: int,
+    options: AblationOptions,
+    changes: Mapping[str, Any],
+    data: Data,
+    start: tuple[Weights, Weights],
+    jobs: dict[str, Any],
+) -> list[Training]:
+    """Add the trainings of a row to the jobs; each of them begins with the one before it."""
+    vlm, depth = start
+    init: Training | Weights | None = vlm if row.pretrained else None
+    chain = []
+    for stage in row.stages:
+        recipe = _adapt_recipe(stage, row, options, changes, data)
+        stage_seed = seed
+        if stage.another_order:
+            stage_seed += NEW_ORDER_SEED_OFFSET
+        training = _identify(recipe, stage_seed, data, init, depth if stage.moge else None)
+        training = jobs.setdefault(training.key, training)
+        chain.append(training)
+        init = training
+    return chain
+
+
+def _adapt_recipe(
     stage: Stage, row: Row, options: AblationOptions, changes: Mapping[str, Any], data: Data
 ) -> Recipe:
-    """A row's stage as it will run. What a row is about it keeps, whatever the changes to all recipes."""
-    plain = get_recipe(stage.recipe)
-    policy_pace = (
-        1.0 if options.budget is None else options.budget / RECIPES[POLICY].optimization.steps
-    )
-    pace = policy_pace if plain.kind == "vla" else options.pretraining
-    steps = round(plain.optimization.steps * (stage.length * LENGTHS.get(stage.recipe, 1.0)) * pace)
-    given = SETTINGS.get(stage.recipe, {}), changes, stage.changes
-    one = plain.with_changes(**{key: value for part in given for key, value in part.items()})
-    flow = {key: value for part in given for key, value in part.get("flow", {}).items()}
-    one = one.with_changes(flow=flow) if flow else one
-    one = one.with_changes(steps=max(1, steps) if stage.length else 0)
+    """The recipe of a row's stage as it will run.
+
+    A stage's own changes win over `changes` to all recipes, because they are what the row is about.
+    """
+    recipe = get_recipe(stage.recipe)
+
+    # How long it is trained.
+    if recipe.kind != "vla":
+        pace = options.pretraining
+    elif options.budget is None:
+        pace = 1.0
+    else:
+        pace = options.budget / RECIPES[POLICY_RECIPE].optimization.steps
+    factor = stage.length * STEP_FACTORS.get(stage.recipe, 1.0)
+    steps = max(1, round(recipe.optimization.steps * factor * pace)) if stage.length else 0
+
+    # What is different from the recipe; later settings win, those of the flow one by one.
+    all_changes: dict[str, Any] = {}
+    flow: dict[str, Any] = {}
+    for settings in (RECIPE_SETTINGS.get(stage.recipe, {}), changes, stage.changes):
+        all_changes |= settings
+        flow |= settings.get("flow", {})
+    recipe = recipe.with_changes(**all_changes)
+    if flow:
+        recipe = recipe.with_changes(flow=flow)
+    recipe = recipe.with_changes(steps=steps)
     if 0 < row.images < 1:
-        one = one.with_changes(most_images=max(1, round(row.images * data.images)))
-    return one
+        recipe = recipe.with_changes(most_images=max(1, round(row.images * data.num_images)))
+    return recipe
 
 
-def _training(
-    one: Recipe, seed: int, data: Data, init: Training | Weights | None, moge: Weights | None
+def _identify(
+    recipe: Recipe, seed: int, data: Data, init: Training | Weights | None, moge: Weights | None
 ) -> Training:
-    fields = {k: v for k, v in dataclasses.asdict(one).items() if k not in ("name", "description")}
+    """A training with its key, which is a hash of everything that decides its result."""
+    fields = dataclasses.asdict(recipe)
+    del fields["name"]
+    del fields["description"]
     # rate_hz was a field of presets: the keys of scores that are kept have it.
-    size = {**dataclasses.asdict(get_preset(one.preset)), "rate_hz": 5.0}
+    size = {**dataclasses.asdict(get_preset(recipe.preset)), "rate_hz": 5.0}
     # A recipe that says what its preset or a default says is the same as one that says nothing.
     size["flow"] = {**dataclasses.asdict(FlowConfig()), **size["flow"], **fields.pop("flow")}
-    if one.kind != "vla" or size["flow"]["steps"] == FlowConfig.steps:  # of acting
+    is_policy = recipe.kind == "vla"
+    if not is_policy or size["flow"]["steps"] == FlowConfig.steps:  # of acting
         del size["flow"]["steps"]
-    learned_from = data.key if one.kind == "vla" else data.labels_key
-    fields["normalization"] = one.normalization or "quantile"
-    begins = init and init.key, moge and moge.key
-    identity = json.dumps([fields, size, seed, *begins, learned_from], sort_keys=True)
-    return Training(hashlib.sha256(identity.encode()).hexdigest()[:12], one, seed, init, moge)
+    fields["normalization"] = recipe.normalization or "quantile"
+    identity = [
+        fields,
+        size,
+        seed,
+        init.key if init else None,
+        moge.key if moge else None,
+        data.key if is_policy else data.labels_key,
+    ]
+    content = json.dumps(identity, sort_keys=True)
+    key = hashlib.sha256(content.encode()).hexdigest()[:KEY_LENGTH]
+    return Training(key, recipe, seed, init, moge)
 
 
-def describe(plan: Plan, finished: Sequence[Training | Scoring]) -> str:
+def describe(plan: Plan, finished: Sequence[Job]) -> str:
     """What a plan trains and scores, and how much of it is done, as text."""
-    groups: dict[str, list[Training | Scoring]] = {}
+    jobs_by_name: dict[str, list[Job]] = {}
     for job in plan.jobs:
-        groups.setdefault(job.recipe.name if isinstance(job, Training) else "scoring", []).append(
-            job
-        )
+        name = job.recipe.name if isinstance(job, Training) else "scoring"
+        jobs_by_name.setdefault(name, []).append(job)
+
     lines = [f"{'':<14} {'number':>7} {'done':>5} {'steps or episodes each':>24}"]
-    for name, jobs in groups.items():
+    for name, jobs in jobs_by_name.items():
         sizes = [job.steps if isinstance(job, Training) else job.episodes for job in jobs]
-        span = f"{min(sizes):,}" + (f" … {max(sizes):,}" if min(sizes) < max(sizes) else "")
-        lines.append(
-            f"{name:<14} {len(jobs):7} {sum(job in finished for job in jobs):5} {span:>24}"
-        )
-    rows = sum(len(members) for _, members in plan.tables)
-    return "\n".join([*lines, f"{format_count(rows, 'rows')}, {format_count(plan.seeds, 'seeds')}"])
+        size = f"{min(sizes):,}"
+        if min(sizes) < max(sizes):
+            size += f" … {max(sizes):,}"
+        num_done = sum(job in finished for job in jobs)
+        lines.append(f"{name:<14} {len(jobs):7} {num_done:5} {size:>24}")
+    num_rows = sum(len(rows) for _, rows in plan.tables)
+    lines.append(f"{format_count(num_rows, 'rows')}, {format_count(plan.seeds, 'seeds')}")
+    return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""The tables of the ablations for people: Markdown, and one HTML page with bars and the scaling curve."""
+"""The tables of the ablations as Markdown, as one HTML page with charts, and as data."""
 
 import json
 from collections.abc import Sequence
@@ -7,118 +7,148 @@ from pathlib import Path
 from typing import Any
 
 from experiments.ablations.plan import Plan
-from experiments.ablations.table import Filled, Line, to_json
+from experiments.ablations.table import FilledTable, Line, to_json
 from spear.report import plot
 from spear.report.page import render_from
 from spear.report.plot import GREY, LINE_COLORS, Axis, Bar, draw_bars, draw_chart, draw_differences
 from spear.util.files import write_text
 
 TEMPLATES = Path(__file__).with_name("templates")
-CURVE = "images"
-"""The table that is also drawn as a curve."""
+CURVE_TABLE = "images"  # this table is also drawn as a curve
+CHART_SIZE = (760, 340)
+ZERO_OFFSET = 0.5  # decades between 0 images and the first number, on a logarithmic axis
+DOT_OFFSET = 0.03  # decades between an interval and the dots of its trainings
 
 
-def write(plan: Plan, tables: Sequence[Filled], out: Path) -> list[Path]:
-    """As Markdown, as a page and as data, into a folder: ablations.md, ablations.html, ablations.json."""
+def write_report(plan: Plan, tables: Sequence[FilledTable], out: Path) -> list[Path]:
+    """Write ablations.md, ablations.html and ablations.json into a folder; returns their paths."""
     lines = [line for filled in tables for line in filled.lines]
     verdicts = [line.verdict.partition(":")[0] for line in lines]
-    waiting = sum(line.success is None for line in lines)
+    num_waiting = sum(line.success is None for line in lines)
     values: dict[str, Any] = {
         "title": "Ablations at nano size",
         "facts": [
             (verdicts.count("agrees"), "rows in which nano agrees with the paper"),
             (verdicts.count("disagrees"), "in which it disagrees"),
             (verdicts.count("cannot tell"), "in which the intervals cannot tell"),
-            (waiting, "rows that have not run yet"),
+            (num_waiting, "rows that have not run yet"),
         ],
         "plan": plan,
         "done": sum(len(line.by_seed) for line in lines),
         "wanted": plan.seeds * len(lines),
-        "waiting": waiting,
-        "tables": [_section(filled) for filled in tables],
+        "waiting": num_waiting,
+        "tables": [_make_section(filled) for filled in tables],
     }
-    texts = [render_from(TEMPLATES, name, **values) for name in ("ablations.md", "ablations.html")]
-    files = [out / f"ablations.{ending}" for ending in ("md", "html", "json")]
-    for file, text in zip(files, [*texts, json.dumps(to_json(tables), indent=1)], strict=True):
-        write_text(file, text)
-    return files
+    contents = {
+        "ablations.md": render_from(TEMPLATES, "ablations.md", **values),
+        "ablations.html": render_from(TEMPLATES, "ablations.html", **values),
+        "ablations.json": json.dumps(to_json(tables), indent=1),
+    }
+    for name, content in contents.items():
+        write_text(out / name, content)
+    return [out / name for name in contents]
 
 
-def _section(filled: Filled) -> dict[str, Any]:
+def _make_section(filled: FilledTable) -> dict[str, Any]:
     """A table as the templates show it."""
-    apart = [(line.row.title, line.against) for line in filled.lines if line.against is not None]
     has_run = any(line.success is not None for line in filled.lines)
+    if filled.table.name == CURVE_TABLE and has_run:
+        figure = _draw_scaling_curve(filled)
+    else:
+        figure = _draw_bars(filled)
+    row_differences = []
+    for line in filled.lines:
+        if line.against is not None:
+            row_differences.append((line.row.title, line.against))
+    titles = {line.row.name: line.row.title for line in filled.lines}
     return {
         "table": filled.table,
         "source": filled.source,
-        "chart": _scaling_curve(filled)
-        if filled.table.name == CURVE and has_run
-        else _bars(filled),
-        "against": next(
-            line.row.title for line in filled.lines if line.row.name == filled.table.against
-        ),
-        "differences": draw_differences(apart) if apart else "",
-        "headers": list(_cells(filled.lines[0], filled)),
-        "rows": [list(_cells(line, filled).values()) for line in filled.lines],
+        "chart": figure,
+        "against": titles[filled.table.against],
+        "differences": draw_differences(row_differences) if row_differences else "",
+        "headers": list(_make_cells(filled.lines[0], filled)),
+        "rows": [list(_make_cells(line, filled).values()) for line in filled.lines],
     }
 
 
-def _cells(line: Line, filled: Filled) -> dict[str, str]:
-    """A line as text, by the columns' names."""
+def _make_cells(line: Line, filled: FilledTable) -> dict[str, str]:
+    """A line as text, by the columns' headers."""
     cells = {"row": line.row.title}
-    if filled.table.name == CURVE:
+    if filled.table.name == CURVE_TABLE:
         cells["3D-labelled images"] = f"{line.images:,}"
-    success, against = line.success, line.against
-    cells["success, % [95 %]"] = "not run yet" if success is None else success.to_text(".1f", 100)
-    cells["difference, points [95 %]"] = "–" if against is None else against.to_text("+.1f", 100)
+
+    success = "not run yet"
+    if line.success is not None:
+        success = line.success.to_text(".1f", 100)
+    cells["success, % [95 %]"] = success
+    against = "–"
+    if line.against is not None:
+        against = line.against.to_text("+.1f", 100)
+    cells["difference, points [95 %]"] = against
+
     if filled.source:
-        theirs, apart = line.published, line.published_against
-        cells["paper (theirs), %"] = "–" if theirs is None else f"{theirs:.1f}"
-        cells["points (theirs)"] = "–" if apart is None else f"{apart:+.1f}"
+        published = "–" if line.published is None else f"{line.published:.1f}"
+        cells["paper (theirs), %"] = published
+        points = "–" if line.published_against is None else f"{line.published_against:+.1f}"
+        cells["points (theirs)"] = points
         cells["verdict"] = line.verdict
     cells["each seed, %"] = " ".join(f"{100 * value:.1f}" for value in line.by_seed) or "–"
-    return {**cells, "policy steps": f"{line.steps:,}"}
+    cells["policy steps"] = f"{line.steps:,}"
+    return cells
 
 
-def _bars(filled: Filled) -> str:
-    """Ours as full bars with intervals; below each the paper's number as a hollow one."""
+def _draw_bars(filled: FilledTable) -> str:
+    """Our numbers as full bars with intervals; below each the paper's number as a hollow one."""
     groups = []
     for line in filled.lines:
-        e, rows = line.success, [Bar("here", None, "not run yet")]
-        if e is not None:
-            rows = [Bar("here", e.value, e.to_text(".1f", 100), e.low, e.high)]
+        success = line.success
+        if success is None:
+            group = [Bar("here", None, "not run yet")]
+        else:
+            text = success.to_text(".1f", 100)
+            group = [Bar("here", success.value, text, success.low, success.high)]
         if line.published is not None:
-            rows.append(
-                Bar("paper", line.published / 100, f"{line.published:.1f} (theirs)", style="theirs")
-            )
-        groups.append((line.row.title, rows))
+            text = f"{line.published:.1f} (theirs)"
+            group.append(Bar("paper", line.published / 100, text, style="theirs"))
+        groups.append((line.row.title, group))
     return draw_bars(groups)
 
 
-def _scaling_curve(filled: Filled) -> str:
-    """Success over the number of 3D-labelled images: means with 95 % intervals, and a dot per training.
+def _draw_scaling_curve(filled: FilledTable) -> str:
+    """Success over the number of 3D-labeled images: means with intervals, and a dot per training.
 
-    The horizontal axis is logarithmic, with 0 set apart at its left end.
+    The horizontal axis is logarithmic, with 0 at its left end.
     """
-    lines = sorted(filled.lines, key=lambda line: line.images)
-    found = [(line.images, e, line.by_seed) for line in lines if (e := line.success) is not None]
-    first = min((images for images, _, _ in found if images), default=1)
-    x = [log10(images) if images else log10(first) - 0.5 for images, _, _ in found]
-    top = min(100, 10 * ceil(10 * max(max(e.high, *singles) for _, e, singles in found)))
+    finished = []
+    for line in sorted(filled.lines, key=lambda line: line.images):
+        if line.success is not None:
+            finished.append((line.images, line.success, line.by_seed))
+    smallest = min((images for images, _, _ in finished if images), default=1)
+
+    x = []
+    tops = []
+    dot_x = []
+    dot_y = []
+    for images, success, by_seed in finished:
+        position = log10(images) if images else log10(smallest) - ZERO_OFFSET
+        x.append(position)
+        tops.append(max(success.high, *by_seed))
+        for rate in by_seed:
+            dot_x.append(position + DOT_OFFSET)
+            dot_y.append(100 * rate)
+
     mean = plot.Line(
         "mean of the trainings, with its 95 % interval",
         x,
-        [100 * e.value for _, e, _ in found],
+        [100 * success.value for _, success, _ in finished],
         LINE_COLORS[0],
-        low=[100 * e.low for _, e, _ in found],
-        high=[100 * e.high for _, e, _ in found],
+        low=[100 * success.low for _, success, _ in finished],
+        high=[100 * success.high for _, success, _ in finished],
         dots=True,
     )
-    trainings = [
-        (a + 0.03, 100 * s) for a, (_, _, some) in zip(x, found, strict=True) for s in some
-    ]
-    places, successes = zip(*trainings, strict=True)
-    each = plot.Line("one training", places, successes, GREY, dots=True, joined=False)
-    ticks = [(a, f"{n:,}") for a, (n, _, _) in zip(x, found, strict=True)]
-    images = Axis("3D-labelled images", (x[0] - 0.2, x[-1] + 0.2), ticks)
-    return draw_chart([each, mean], images, Axis("success", (0, top), unit=" %"), size=(760, 340))
+    trainings = plot.Line("one training", dot_x, dot_y, GREY, dots=True, joined=False)
+    ticks = [(a, f"{images:,}") for a, (images, _, _) in zip(x, finished, strict=True)]
+    images_axis = Axis("3D-labelled images", (x[0] - 0.2, x[-1] + 0.2), ticks)
+    success_axis = Axis("success", (0, min(100, 10 * ceil(10 * max(tops)))), unit=" %")
+    return draw_chart([trainings, mean], images_axis, success_axis, size=CHART_SIZE)

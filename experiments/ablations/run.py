@@ -1,16 +1,17 @@
-"""Does what a plan says. Killed at any moment, it goes on; started several times, they share the work.
+"""Carries out a plan. Killed at any moment, it resumes; started several times, it shares the work.
 
-OUT/stages/RECIPE-KEY/   a training: log, TensorBoard events, `final` (checkpoints only while it runs)
-OUT/scores/KEY/          the journal of a policy's episodes
-OUT/locks/               who works on what
+OUT/stages/RECIPE-KEY/   a training: log, TensorBoard events, `final` (checkpoints only while it
+runs) OUT/scores/KEY/          the journal of a policy's episodes
+OUT/locks/               which process works on what
 """
 
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-from experiments.ablations.plan import Data, Plan, Scoring, Training, Weights
+from experiments.ablations.plan import Data, Job, Plan, Scoring, Training, Weights
 from spear.data.store.episode_store import EpisodeStore
 from spear.errors import SpearError, format_count
 from spear.evaluate.options import TabletopOptions
@@ -18,43 +19,49 @@ from spear.evaluate.results import Results, find_journals, merge_results, read_j
 from spear.train.options import TrainingInputs
 from spear.util.run_lock import hold_lock
 
-Job = Training | Scoring
+POLL_INTERVAL_S = 5
 
 
-def final(out: Path, training: Training) -> Path:
-    """Where a training's result lies."""
+def final_folder(out: Path, training: Training) -> Path:
+    """Where a training's result is."""
     return out / "stages" / training.folder / "final"
 
 
-def scored(out: Path, scoring: Scoring) -> Results | None:
-    """The episodes of a scoring once all have ended, those of its scenes and families only; None before."""
-    if not (found := find_journals(out / "scores" / scoring.before.key)):
+def load_score(out: Path, scoring: Scoring) -> Results | None:
+    """The episodes of a scoring, those of its scenes and families only; None before all have
+    ended.
+    """
+    journals = find_journals(out / "scores" / scoring.previous.key)
+    if not journals:
         return None
-    whole = merge_results([read_journal(path) for path in found])
-    outcomes = [
-        o for o in whole.outcomes if o.seed < scoring.scenes and o.family in scoring.families
-    ]
+    results = merge_results([read_journal(path) for path in journals])
+    outcomes = []
+    for outcome in results.outcomes:
+        if outcome.seed < scoring.scenes and outcome.family in scoring.families:
+            outcomes.append(outcome)
     if len(outcomes) < scoring.episodes:
         return None
-    return Results(whole.policy, whole.settings, outcomes, whole.seconds)
+    return Results(results.policy, results.settings, outcomes, results.seconds)
 
 
-def done(out: Path, job: Job) -> bool:
-    """Whether nothing is left to do for it."""
+def is_done(out: Path, job: Job) -> bool:
+    """Whether nothing is left to do for a job."""
     if isinstance(job, Scoring):
-        return scored(out, job) is not None
-    return (final(out, job) / "recipe.json").is_file()
+        return load_score(out, job) is not None
+    return (final_folder(out, job) / "recipe.json").is_file()
 
 
-def left(plan: Plan, out: Path) -> list[Job]:
-    """What there is still to do, in order. Nothing is trained for policies that are scored."""
-    wanted: set[str] = set()
+def find_remaining_jobs(plan: Plan, out: Path) -> list[Job]:
+    """What there is still to do, in order. Policies that are scored need no training."""
+    remaining_keys: set[str] = set()
     for scoring in plan.jobs:
-        job: Job | None = scoring if isinstance(scoring, Scoring) else None
-        while job is not None and job.key not in wanted and not done(out, job):
-            wanted.add(job.key)
-            job = job.before
-    return [job for job in plan.jobs if job.key in wanted]
+        if not isinstance(scoring, Scoring):
+            continue
+        job: Job | None = scoring
+        while job is not None and job.key not in remaining_keys and not is_done(out, job):
+            remaining_keys.add(job.key)
+            job = job.previous
+    return [job for job in plan.jobs if job.key in remaining_keys]
 
 
 def run(
@@ -65,68 +72,105 @@ def run(
     say: Callable[[str], None] = print,
     on_score: Callable[[], object] = lambda: None,
 ) -> list[str]:
-    """Trains and scores until all is done, here or in other processes with the same `out`.
+    """Train and score until everything is done, here or in other processes with the same `out`.
 
-    workers   processes that prepare batches, per training.
-    on_score  called after each scoring of this process.
+    Args:
+        plan: What there is to do.
+        out: Folder for everything.
+        data: What is learned from.
+        workers: Processes that prepare batches, per training.
+        say: Prints what is being done.
+        on_score: Called after each scoring of this process.
 
-    Returns what was skipped, with the reasons: a training that failed, which stops no other row.
+    Returns:
+        What was skipped, with the reasons: a training that fails stops no other row.
     """
-    waiting = left(plan, out)
-    failed: dict[str, str] = {}
+    worker = _Worker(out, data, workers, say, on_score)
+    remaining = find_remaining_jobs(plan, out)
+    reasons: dict[str, str] = {}  # by the key of a job that failed, or that needs one that failed
     while True:
-        for job in waiting:
-            if job.before is not None and job.before.key in failed:
-                failed[job.key] = failed[job.before.key]
-        waiting = [job for job in waiting if job.key not in failed and not done(out, job)]
-        if not waiting:
-            return list(dict.fromkeys(failed.values()))
-        for job in waiting:
-            if job.before is not None and not done(out, job.before):
+        _skip_dependent_jobs(remaining, reasons)
+        remaining = [job for job in remaining if job.key not in reasons and not is_done(out, job)]
+        if not remaining:
+            return list(dict.fromkeys(reasons.values()))
+        if not worker.do_first_possible(remaining, reasons):
+            time.sleep(POLL_INTERVAL_S)  # until another process has finished something
+
+
+def _skip_dependent_jobs(jobs: Sequence[Job], reasons: dict[str, str]) -> None:
+    """Mark the jobs that need a job that failed; the jobs are in order."""
+    for job in jobs:
+        if job.previous is not None and job.previous.key in reasons:
+            reasons[job.key] = reasons[job.previous.key]
+
+
+@dataclass(frozen=True)
+class _Worker:
+    """One of the processes that share the work; see `run`."""
+
+    out: Path
+    data: Data
+    num_loaders: int
+    say: Callable[[str], None]
+    on_score: Callable[[], object]
+
+    def do_first_possible(self, jobs: Sequence[Job], reasons: dict[str, str]) -> bool:
+        """Do the first job that can be done and that no other process does.
+
+        A failure is added to `reasons`. Returns False if there is no such job.
+        """
+        for job in jobs:
+            if job.previous is not None and not is_done(self.out, job.previous):
                 continue
-            with hold_lock(out / "locks" / job.key) as ours:
-                if not ours or done(out, job):
+            with hold_lock(self.out / "locks" / job.key) as is_ours:
+                if not is_ours or is_done(self.out, job):
                     continue
                 try:
-                    if isinstance(job, Scoring):
-                        _score(job, out, say)
-                        on_score()
-                    else:
-                        _train(job, out, data, workers, say)
+                    self._do(job)
                 except SpearError as error:
-                    failed[job.key] = f"{job.key}: {error}"
-            break
+                    reasons[job.key] = f"{job.key}: {error}"
+            return True
+        return False
+
+    def _do(self, job: Job) -> None:
+        if isinstance(job, Scoring):
+            self._score(job)
+            self.on_score()
         else:
-            time.sleep(5)  # until another process has finished something
+            self._train(job)
 
+    def _score(self, job: Scoring) -> None:
+        from spear.evaluate.agents import load_agent  # a plan is printed without PyTorch
+        from spear.evaluate.closed_loop import evaluate_tabletop
 
-def _score(job: Scoring, out: Path, say: Callable[[str], None]) -> None:
-    from spear.evaluate.agents import load_agent  # here: a plan does without PyTorch
-    from spear.evaluate.closed_loop import evaluate_tabletop
+        policy = job.previous
+        num_scenes = format_count(job.scenes, "scenes")
+        self.say(f"scoring {policy.folder}, seed {policy.seed}, {num_scenes} per family")
+        agent = load_agent(str(final_folder(self.out, policy)), device="cpu")
+        agent.name = policy.folder  # the folder may be moved
+        journal = self.out / "scores" / policy.key
+        options = TabletopOptions(job.scenes, out=journal, families=tuple(job.families))
+        evaluate_tabletop(agent, options)
 
-    policy = job.before
-    say(
-        f"scoring {policy.folder}, seed {policy.seed}, {format_count(job.scenes, 'scenes')} per family"
-    )
-    agent = load_agent(str(final(out, policy)), device="cpu")
-    agent.name = policy.folder  # the folder may be moved
-    journal, families = out / "scores" / policy.key, tuple(job.families)
-    evaluate_tabletop(agent, TabletopOptions(job.scenes, out=journal, families=families))
+    def _train(self, job: Training) -> None:
+        from spear.train.loop import RunOptions
+        from spear.train.run import train
 
+        self.say(f"training {job.folder}, seed {job.seed}, {format_count(job.steps, 'steps')}")
+        folder = self.out / "stages" / job.folder
+        options = RunOptions(job.seed, self.num_loaders if job.steps else 0)
+        train(job.recipe, folder, self._find_inputs(job), options)
+        shutil.rmtree(folder / "checkpoints", ignore_errors=True)
 
-def _train(job: Training, out: Path, data: Data, workers: int, say: Callable[[str], None]) -> None:
-    from spear.train.loop import RunOptions
-    from spear.train.run import train
-
-    say(f"training {job.folder}, seed {job.seed}, {format_count(job.steps, 'steps')}")
-    init = job.init.folder if isinstance(job.init, Weights) else None
-    if job.before is not None:
-        init = final(out, job.before)
-    robots = [("sim", EpisodeStore(data.episodes), 1.0)] if job.recipe.kind == "vla" else []
-    asks = job.recipe.kind != "vla" or job.recipe.question_images or init is None
-    inputs = TrainingInputs(
-        [data.labels] if asks else [], robots, init, job.moge.folder if job.moge else None
-    )
-    folder = out / "stages" / job.folder
-    train(job.recipe, folder, inputs, RunOptions(job.seed, workers if job.steps else 0))
-    shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+    def _find_inputs(self, job: Training) -> TrainingInputs:
+        """What a training learns from and begins with."""
+        init = None
+        if job.previous is not None:
+            init = final_folder(self.out, job.previous)
+        elif isinstance(job.init, Weights):
+            init = job.init.folder
+        is_policy = job.recipe.kind == "vla"
+        asks_questions = not is_policy or job.recipe.question_images or init is None
+        labels = [self.data.labels] if asks_questions else []
+        episodes = [("sim", EpisodeStore(self.data.episodes), 1.0)] if is_policy else []
+        return TrainingInputs(labels, episodes, init, job.moge.folder if job.moge else None)

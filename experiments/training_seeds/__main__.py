@@ -13,7 +13,7 @@ from pathlib import Path
 
 import tyro
 
-from experiments.ablations.table import successes
+from experiments.ablations.table import stack_successes
 from spear.cli import run_reporting_errors
 from spear.errors import SpearError
 from spear.evaluate.compare import compare_results
@@ -41,7 +41,7 @@ def main(first: tuple[Path, ...], second: tuple[Path, ...] = ()) -> None:
         {words for one in every for words in compare_results(every[0], one).settings}
     ):
         print(f"run differently: {words}")
-    tables = [successes(seeds, families) for seeds in found]
+    tables = [stack_successes(seeds, families) for seeds in found]
     for folders, table in zip((first, second), tables, strict=False):
         print(", ".join(map(str, folders)))
         for family, success in zip(families, table, strict=True):

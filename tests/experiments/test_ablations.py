@@ -1,10 +1,11 @@
-"""The ablations: rows that can be trained, plans that share, runs that go on, tables that say what is so."""
+"""The ablations: rows that can be trained, plans that share, runs that resume, tables that are right."""
 
 import json
 import os
 import re
 import shutil
 import signal
+from collections import Counter
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -21,14 +22,14 @@ from experiments.ablations.plan import (
     Weights,
     describe,
     expected,
-    look_at,
     make_plan,
     pretrained,
+    read_data,
 )
-from experiments.ablations.report import write
-from experiments.ablations.rows import SETTINGS, TABLES, AblationOptions
-from experiments.ablations.run import done, final, run, scored
-from experiments.ablations.table import fill, judge
+from experiments.ablations.report import write_report
+from experiments.ablations.rows import RECIPE_SETTINGS, TABLES, AblationOptions, Row
+from experiments.ablations.run import final_folder, is_done, load_score, run
+from experiments.ablations.table import Line, fill_tables, judge
 from processes import run_in_process
 from spear import flow
 from spear.evaluate import closed_loop
@@ -46,170 +47,322 @@ from spear.types import Action
 from spear.util.held_out import FIRST_TRAIN_SEED
 
 DATA = Data(Path("labels"), Path("episodes"), 13_056, "data", "labels")
-ROTATIONS = next(table.rows for table in TABLES if table.name == "rotation")
 START = (Weights(Path("vlm"), "vlm"), Weights(Path("depth"), "depth"))
-TINY = ("batch_size=2", "question_images=1", "flow_samples=1")
+TINY_CHANGES = ("batch_size=2", "question_images=1", "flow_samples=1")
 
 
-def planned(
-    *names: str, data: Data = DATA, start: tuple[Weights, Weights] = START, **given: Any
+def plan_rows(
+    *names: str, data: Data = DATA, start: tuple[Weights, Weights] = START, **options: Any
 ) -> Plan:
-    return make_plan(AblationOptions(rows=names, **{"scenes": 2, **given}), data, start)
+    return make_plan(AblationOptions(rows=names, **{"scenes": 2, **options}), data, start)
 
 
-def flow_of(row: str) -> dict[str, Any]:
-    return {**PRESETS["nano"].flow, **planned(row, seeds=1).chains[row, 0][-1].recipe.flow}
-
-
-def short(*names: str, data: Data, changes: tuple[str, ...] = TINY, **given: Any) -> Plan:
-    few: dict[str, Any] = {
+def plan_tiny(
+    *names: str, data: Data, changes: tuple[str, ...] = TINY_CHANGES, **options: Any
+) -> Plan:
+    """A plan that takes seconds: one step per training, one scene, one seed."""
+    tiny_options: dict[str, Any] = {
         "seeds": 1,
         "scenes": 1,
         "budget": 1,
         "pretraining": 1e-9,
         "set": changes,
     }
-    return planned(*names, data=data, start=pretrained(), **few, **given)
+    return plan_rows(*names, data=data, start=pretrained(), **tiny_options, **options)
 
 
-def test_every_row_has_its_published_number_and_something_to_compare_with() -> None:
-    for table in TABLES:
-        assert table.against in [row.name for row in table.rows]
-        if table.reference:
-            assert set(load_references()[table.reference].means) <= {
-                row.title for row in table.rows
-            }
-    every = [row.name for table in TABLES for row in table.rows] + [table.name for table in TABLES]
-    assert len(set(every)) == len(every)
+def find_row(name: str) -> Row:
+    rows = [row for table in TABLES for row in table.rows]
+    return next(row for row in rows if row.name == name)
+
+
+def policy_key(plan: Plan, row: str = "full") -> str:
+    return plan.scoring(row, 0).previous.key
+
+
+def flow_config(row: str) -> flow.FlowConfig:
+    policy = plan_rows(row, seeds=1).chains[row, 0][-1]
+    return flow.FlowConfig(**{**PRESETS["nano"].flow, **policy.recipe.flow})
+
+
+# ---- Rows.
+
+
+@pytest.mark.parametrize("table", TABLES, ids=lambda table: table.name)
+def test_every_table_has_the_row_that_it_compares_with(table: Any) -> None:
+    assert table.against in [row.name for row in table.rows]
+
+
+@pytest.mark.parametrize("table", TABLES, ids=lambda table: table.name)
+def test_every_published_number_has_its_row(table: Any) -> None:
+    if not table.reference:
+        return
+
+    published_titles = set(load_references()[table.reference].means)
+
+    assert published_titles <= {row.title for row in table.rows}
+
+
+def test_names_of_rows_and_tables_are_unique() -> None:
+    names = [row.name for table in TABLES for row in table.rows]
+    names += [table.name for table in TABLES]
+
+    assert len(set(names)) == len(names)
 
 
 def test_every_row_names_modules_that_its_network_has() -> None:
     models = {}
-    for moge in (True, False):
+    for has_moge in (True, False):
         config = build_spear1_config(get_preset("nano"))
-        if not moge:
+        if not has_moge:
             config.vlm_config.moge_config = None
         with torch.device("meta"):
-            models[moge] = Spear1ForActionPrediction(config)
-    for training in planned(seeds=1).trainings:
-        stage = training.recipe
-        if stage.kind in ("vlm", "vla"):
-            model = models[stage.moge]
-            apply_freeze(model if stage.kind == "vla" else model.vlm, stage.optimization)
+            models[has_moge] = Spear1ForActionPrediction(config)
+
+    for training in plan_rows(seeds=1).trainings:
+        recipe = training.recipe
+        model = models[recipe.moge]
+        if recipe.kind == "vla":
+            apply_freeze(model, recipe.optimization)
+        elif recipe.kind == "vlm":
+            apply_freeze(model.vlm, recipe.optimization)
 
 
-def test_the_vlms_rates_and_the_longer_trainings_follow_the_recipes() -> None:
-    alone, rates = RECIPES["nano-vla"], SETTINGS["nano-vla"]
-    assert rates["lr"] * rates["lr_scale"]["vlm"] == pytest.approx(alone.optimization.lr)
-    ours, theirs = (r.optimization.steps * r.batch_size for r in (alone, RECIPES["nano-vla-no-3d"]))
-    longer = next(row for table in TABLES for row in table.rows if row.name == "no-3d-as-long")
-    assert longer.stages[0].length == pytest.approx(theirs / ours)
+def test_the_vlm_learns_at_its_recipes_rate() -> None:
+    settings = RECIPE_SETTINGS["nano-vla"]
+
+    vlm_rate = settings["lr"] * settings["lr_scale"]["vlm"]
+
+    assert vlm_rate == pytest.approx(RECIPES["nano-vla"].optimization.lr)
 
 
-def test_four_rotation_losses_ask_the_same_of_a_small_error() -> None:
+def test_the_longer_training_without_3d_sees_as_many_samples_as_its_recipe() -> None:
+    recipe = RECIPES["nano-vla"]
+    longer_recipe = RECIPES["nano-vla-no-3d"]
+    num_samples = recipe.optimization.steps * recipe.batch_size
+    num_longer_samples = longer_recipe.optimization.steps * longer_recipe.batch_size
+
+    (stage,) = find_row("no-3d-as-long").stages
+
+    assert stage.length == pytest.approx(num_samples / num_longer_samples)
+
+
+def test_four_rotation_losses_penalize_a_small_error_alike() -> None:
     target = quat_exp(torch.tensor([0.3, -0.2, 0.5]))[None, None]
-    guess = quat_multiply(target, quat_exp(torch.tensor([0.0, 0.02, 0.0]))[None, None])
-    data, said = (Action(torch.zeros(1, 1, 3), q, torch.zeros(1, 1, 1)) for q in (target, guess))
-    configs = [flow.FlowConfig(**flow_of(row.name)) for row in ROTATIONS[:4]]
-    costs = [
-        float(flow.compute_loss(said, data, data, torch.full((1,), 0.5), config)[0])
-        for config in configs
-    ]
-    assert costs == pytest.approx([costs[0]] * 4, rel=0.01)
-    assert costs[0] == pytest.approx(PRESETS["nano"].flow["rotation_weight"] * 0.02**2, rel=0.01)
+    error = quat_exp(torch.tensor([0.0, 0.02, 0.0]))[None, None]
+    data = Action(torch.zeros(1, 1, 3), target, torch.zeros(1, 1, 1))
+    prediction = Action(torch.zeros(1, 1, 3), quat_multiply(target, error), torch.zeros(1, 1, 1))
+    rotation_table = next(table for table in TABLES if table.name == "rotation")
+
+    losses = []
+    for row in rotation_table.rows[:4]:
+        config = flow_config(row.name)
+        loss, *_ = flow.loss(prediction, data, data, torch.full((1,), 0.5), config)
+        losses.append(float(loss))
+
+    assert losses == pytest.approx([losses[0]] * 4, rel=0.01)
+    assert losses[0] == pytest.approx(PRESETS["nano"].flow["rotation_weight"] * 0.02**2, rel=0.01)
 
 
-def test_velocities_cost_as_much_when_a_turn_is_missed() -> None:
-    generator, n = torch.Generator().manual_seed(0), 20_000
+def test_velocities_are_penalized_as_clean_actions_when_a_turn_is_missed() -> None:
+    generator = torch.Generator().manual_seed(0)
+    n = 20_000
     noise = flow.sample_noise((n, 1), flow.FlowConfig(), generator).to(torch.float64)
-    axes = torch.nn.functional.normalize(torch.randn(n, 1, 3, generator=generator).double(), dim=-1)
-    still = torch.tensor([1.0, 0, 0, 0]).double().expand(n, 1, 4)
-    data, said = (Action(*(torch.zeros(n, 1, k).double() for k in (3, 4, 1))) for _ in range(2))
-    data, said = replace(data, rotation=quat_exp(0.1 * axes)), replace(said, rotation=still)
-    time, costs = torch.zeros(n).double(), []
-    for row in ("s3-cosine", "velocity"):
-        config = flow.FlowConfig(**flow_of(row))
-        if row == "velocity":
-            said = flow.prediction_to_velocity(
-                said, noise, time, replace(config, prediction="clean")
-            )
-        costs.append(float(flow.compute_loss(said, noise, data, time, config)[0]))
-    assert costs[1] == pytest.approx(costs[0], rel=0.02)
+    random_axes = torch.randn(n, 1, 3, generator=generator).double()
+    axes = torch.nn.functional.normalize(random_axes, dim=-1)
+    no_translation = torch.zeros(n, 1, 3).double()
+    no_gripper = torch.zeros(n, 1, 1).double()
+    no_turn = torch.tensor([1.0, 0, 0, 0]).double().expand(n, 1, 4)
+    data = Action(no_translation, quat_exp(0.1 * axes), no_gripper)
+    prediction = Action(no_translation, no_turn, no_gripper)
+    time = torch.zeros(n).double()
+
+    clean_loss, *_ = flow.loss(prediction, noise, data, time, flow_config("s3-cosine"))
+    velocity_config = flow_config("velocity")
+    velocity = flow.prediction_to_velocity(
+        prediction, noise, time, replace(velocity_config, prediction="clean")
+    )
+    velocity_loss, *_ = flow.loss(velocity, noise, data, time, velocity_config)
+
+    assert float(velocity_loss) == pytest.approx(float(clean_loss), rel=0.02)
 
 
-def test_what_rows_share_is_trained_once() -> None:
-    plan = planned("3d")
-    count = {name: sum(t.recipe.name == name for t in plan.trainings) for name in RECIPES}
-    assert {n: c for n, c in count.items() if c} == {
+# ---- Plans.
+
+
+def test_trainings_that_rows_share_are_planned_once() -> None:
+    plan = plan_rows("3d")
+
+    num_trainings = Counter(training.recipe.name for training in plan.trainings)
+
+    assert num_trainings == {
         "nano-vlm-1": 9,  # as in the paper, about points, without MoGe
         "nano-vlm-2": 12,  # and with frozen encoders
         "nano-vla": 21,
     }
     assert sum(isinstance(job, Scoring) for job in plan.jobs) == 21
-    full = plan.chains["full", 1]
-    assert [(t.recipe.name, t.seed) for t in full] == [
+
+
+def test_a_chain_leads_from_the_pretrained_weights_to_the_policy() -> None:
+    chain = plan_rows("3d").chains["full", 1]
+
+    assert [(training.recipe.name, training.seed) for training in chain] == [
         ("nano-vlm-1", 1),
         ("nano-vlm-2", 1),
         ("nano-vla", 1),
     ]
-    assert full[0].init == START[0] and [t.moge for t in full] == [START[1], None, None]
-    assert all(t.init == before for before, t in pairwise(full))
-    assert planned("scratch").chains["scratch", 0][0].init is None
-    asked = plan.chains["points", 0][-2].recipe.questions.families
-    assert "pixel_point" in asked and "box_vertices" not in asked
-    assert plan.chains["no-moge", 0][0].moge is None
-    learns = list(plan.chains["no-moge", 0][0].recipe.optimization.trained)
-    assert learns == ["multi_modal_projector", "language_model.embed_tokens"]
-    everything = planned()
-    assert len({t.key for t in everything.trainings}) == len(everything.trainings)
+    vlm, depth = START
+    assert chain[0].init == vlm
+    assert [training.moge for training in chain] == [depth, None, None]
+    assert all(training.init == previous for previous, training in pairwise(chain))
+
+
+def test_a_row_from_scratch_begins_with_nothing() -> None:
+    first_training = plan_rows("scratch").chains["scratch", 0][0]
+
+    assert first_training.init is None
+
+
+def test_the_row_about_points_asks_about_no_objects() -> None:
+    stage = plan_rows("points").chains["points", 0][-2]
+
+    families = stage.recipe.questions.families
+
+    assert "pixel_point" in families
+    assert "box_vertices" not in families
+
+
+def test_the_row_without_moge_trains_the_projection_alone() -> None:
+    first_training = plan_rows("no-moge").chains["no-moge", 0][0]
+
+    assert first_training.moge is None
+    assert list(first_training.recipe.optimization.trained) == [
+        "multi_modal_projector",
+        "language_model.embed_tokens",
+    ]
+
+
+def test_rows_of_different_tables_that_mean_the_same_share_their_policy() -> None:
+    plan = plan_rows()
+
     names = ("full", "mean-std", "siglip-trained", "all-images", "full-again", "s3-cosine")
-    assert len({everything.scoring(row, 0).before.key for row in names}) == 1
-    assert everything.scoring("s3-mse", 0).before.key != everything.scoring("full", 0).before.key
+    keys = {policy_key(plan, name) for name in names}
+
+    assert len(keys) == 1
+    assert policy_key(plan, "s3-mse") not in keys
+    assert len({training.key for training in plan.trainings}) == len(plan.trainings)
 
 
-def test_keys_follow_what_decides_the_result() -> None:
-    key = planned("full", seeds=1).scoring("full", 0).before.key
-    assert key == "0364d014e594"  # else scores that are kept count no more
-    assert planned("rotation", "full", seeds=2, scenes=9).scoring("full", 0).before.key == key
-    more = planned("full", data=replace(DATA, key="other"), seeds=1)
-    sets = ("lr=1e-5",), ('flow={"steps":2}',), ('flow={"steps":3}',)
-    changes = [{"start": (one, one)} for one in START] + [
-        {"budget": 7},
-        *({"set": one} for one in sets),
+def test_a_key_stays_as_it_was() -> None:
+    """Otherwise the kept scores would count no more."""
+    assert policy_key(plan_rows("full", seeds=1)) == "0364d014e594"
+
+
+def test_a_key_does_not_depend_on_what_else_is_planned() -> None:
+    key = policy_key(plan_rows("full", seeds=1))
+
+    assert policy_key(plan_rows("rotation", "full", seeds=2, scenes=9)) == key
+
+
+def test_a_key_does_not_depend_on_where_the_weights_are() -> None:
+    vlm, depth = START
+    moved_vlm = replace(vlm, folder=Path("elsewhere"))
+
+    key = policy_key(plan_rows("full", seeds=1))
+
+    assert policy_key(plan_rows("full", start=(moved_vlm, depth), seeds=1)) == key
+
+
+def test_keys_differ_with_everything_that_decides_the_result() -> None:
+    vlm, depth = START
+    plans = [
+        plan_rows("full", seeds=1),
+        plan_rows("full", seeds=1, data=replace(DATA, key="other")),
+        plan_rows("full", seeds=1, start=(vlm, vlm)),
+        plan_rows("full", seeds=1, start=(depth, depth)),
+        plan_rows("full", seeds=1, budget=7),
+        plan_rows("full", seeds=1, set=("lr=1e-5",)),
+        plan_rows("full", seeds=1, set=('flow={"steps":2}',)),
+        plan_rows("full", seeds=1, set=('flow={"steps":3}',)),
     ]
-    others = [more, *(planned("full", seeds=1, **change) for change in changes)]
-    assert len({key, *(plan.scoring("full", 0).before.key for plan in others)}) == 8
-    for row, loss in (("s3-cosine", "cosine"), ("linear-mse", "mse")):  # what a row is about stays
-        flow = planned(row, seeds=1, set=sets[1]).chains[row, 0][-1].recipe.flow
-        assert (flow["rotation_loss"], flow["steps"]) == (loss, 2)
-    moved = (replace(START[0], folder=Path("elsewhere")), START[1])
-    assert planned("full", start=moved, seeds=1).scoring("full", 0).before.key == key
-    # What sees no demonstrations is shared, whatever they are.
-    ours, theirs = (
-        [t.key for t in plan.chains["full", 0]] for plan in (planned("full", seeds=1), more)
-    )
-    assert ours[:-1] == theirs[:-1] and ours[-1] != theirs[-1]
+
+    assert len({policy_key(plan) for plan in plans}) == len(plans)
 
 
-def test_a_budget_is_the_same_for_every_row() -> None:
-    plan = planned("3d", "converged", "siglip", "images", seeds=1, budget=1200)
-    steps = {row: [t.steps for t in chain] for (row, _), chain in plan.chains.items()}
-    assert steps["full"] == [200, 2600, 1200] and steps["no-3d"] == [1200]
-    assert steps["points"] == steps["no-moge"] == steps["images-64th"] == steps["full"]
-    assert steps["no-3d-as-long"] == [2800] and steps["scratch-x9"] == [11_200]
-    assert steps["siglip-thawed"][-2:] == [600, 600] and steps["no-images"] == [0, 1200]
-    halves = plan.chains["siglip-thawed", 0][-2:]
-    assert halves[0].seed != halves[1].seed
-    assert halves[1].recipe.optimization.frozen == RECIPES["nano-vla"].optimization.frozen
-    assert [t.recipe.questions.most_images for t in plan.chains["images-64th", 0]] == [
-        204,
-        204,
-        204,
-    ]
+@pytest.mark.parametrize(("row", "loss"), [("s3-cosine", "cosine"), ("linear-mse", "mse")])
+def test_what_a_row_is_about_stays_whatever_is_set_for_all(row: str, loss: str) -> None:
+    plan = plan_rows(row, seeds=1, set=('flow={"steps":2}',))
+
+    policy_flow = plan.chains[row, 0][-1].recipe.flow
+
+    assert policy_flow["rotation_loss"] == loss
+    assert policy_flow["steps"] == 2
+
+
+def test_trainings_that_see_no_demonstrations_are_shared_whatever_these_are() -> None:
+    chain = plan_rows("full", seeds=1).chains["full", 0]
+    other_data = replace(DATA, key="other")
+    other_chain = plan_rows("full", data=other_data, seeds=1).chains["full", 0]
+
+    keys = [training.key for training in chain]
+    other_keys = [training.key for training in other_chain]
+
+    assert keys[:-1] == other_keys[:-1]
+    assert keys[-1] != other_keys[-1]
 
 
 @pytest.mark.parametrize(
-    ("ours", "theirs", "seeds", "said"),
+    ("row", "steps"),
+    [
+        ("full", [200, 2600, 1200]),
+        ("no-3d", [1200]),
+        ("points", [200, 2600, 1200]),
+        ("no-moge", [200, 2600, 1200]),
+        ("images-64th", [200, 2600, 1200]),
+        ("no-3d-as-long", [2800]),
+        ("scratch-x9", [11_200]),
+        ("siglip-thawed", [200, 2600, 600, 600]),
+        ("no-images", [0, 1200]),
+    ],
+)
+def test_a_budget_is_the_same_for_every_row(row: str, steps: list[int]) -> None:
+    chain = plan_rows(row, seeds=1, budget=1200).chains[row, 0]
+
+    assert [training.steps for training in chain] == steps
+
+
+def test_the_second_half_of_a_thawed_row_sees_the_data_in_another_order() -> None:
+    plan = plan_rows("siglip-thawed", seeds=1, budget=1200)
+
+    frozen_half, thawed_half = plan.chains["siglip-thawed", 0][-2:]
+
+    assert frozen_half.seed != thawed_half.seed
+    assert thawed_half.recipe.optimization.frozen == RECIPES["nano-vla"].optimization.frozen
+
+
+def test_a_fraction_of_the_images_limits_every_stage() -> None:
+    chain = plan_rows("images-64th", seeds=1).chains["images-64th", 0]
+
+    assert [training.recipe.questions.most_images for training in chain] == [204, 204, 204]
+
+
+@pytest.mark.parametrize(
+    ("families", "name"),
+    [((), "episodes"), (FAMILIES[::-1], "episodes"), (("put_on",), "episodes-put_on")],
+)
+def test_demonstrations_of_some_families_have_their_own_folder(
+    families: tuple[str, ...], name: str, tmp_path: Path
+) -> None:
+    data = expected(AblationOptions(out=tmp_path, families=families))
+
+    assert data.episodes.name == name
+
+
+# ---- Tables.
+
+
+@pytest.mark.parametrize(
+    ("ours", "published", "seeds", "verdict"),
     [
         ((-0.2, -0.3, -0.1), -14.6, 3, "agrees"),
         ((0.2, 0.1, 0.3), -14.6, 3, "disagrees"),
@@ -220,78 +373,140 @@ def test_a_budget_is_the_same_for_every_row() -> None:
     ],
 )
 def test_verdicts(
-    ours: tuple[float, ...] | None, theirs: float | None, seeds: int, said: str
+    ours: tuple[float, float, float] | None, published: float | None, seeds: int, verdict: str
 ) -> None:
-    assert judge(None if ours is None else Estimate(*ours, 10), theirs, seeds) == said
+    against = None if ours is None else Estimate(*ours, 10)
+
+    assert judge(against, published, seeds) == verdict
 
 
-def scores(plan: Plan, out: Path, rates: dict[str, float], **how: Any) -> None:
-    """Journals as scoring writes them, with so many successes."""
+def write_scores(plan: Plan, out: Path, rates: dict[str, float], **settings: Any) -> None:
+    """Write journals as scoring does, with these success rates."""
     for (row, seed), chain in plan.chains.items():
-        if row in rates:
-            folder = out / "scores" / plan.scoring(row, seed).before.key
-            journal = Journal(folder, chain[-1].folder, {"weights": row, **how}, (1, 1), {})
-            rng = np.random.default_rng(seed)
-            for family in FAMILIES:
-                for scene in range(plan.scenes + 1):  # one more than is asked for
-                    won = bool(rng.random() < rates[row])
-                    journal.add(Outcome(family, scene, "go", won, won, won, False, 0, 9), 0.1, 0.1)
+        if row not in rates:
+            continue
+        policy = chain[-1]
+        folder = out / "scores" / policy.key
+        journal = Journal(folder, policy.folder, {"weights": row, **settings}, (1, 1), {})
+        rng = np.random.default_rng(seed)
+        for family in FAMILIES:
+            for scene in range(plan.scenes + 1):  # one more than is asked for
+                success = bool(rng.random() < rates[row])
+                outcome = Outcome(family, scene, "go", success, success, success, False, 0, 9)
+                journal.add(outcome, 0.1, 0.1)
 
 
-def test_tables_say_what_is_so(tmp_path: Path) -> None:
-    plan = planned("3d", "images", scenes=12)
-    scores(plan, tmp_path, {"full": 0.8, "no-3d": 0.2, "no-moge": 0.8, "images-64th": 0.5})
-    tables = fill(plan, tmp_path, DATA)
-    lines = {line.row.name: line for line in tables[0].lines}
-    assert lines["full"].success is not None and lines["full"].success.n == 144
-    assert lines["full"].success.value == pytest.approx(np.mean(lines["full"].by_seed))
-    assert lines["no-3d"].verdict == "agrees" and lines["no-3d"].published_against == pytest.approx(
-        -14.6
-    )
-    assert lines["no-moge"].verdict == "cannot tell"  # the same draws
-    assert lines["points"].verdict == "not run yet" and lines["points"].success is None
-    assert [line.images for line in tables[1].lines] == [0, 51, 204, 816, 3264, 13_056]
-    markdown, page, numbers = (path.read_text() for path in write(plan, tables, tmp_path))
-    assert re.search(
-        r"\| no 3D \| \d\d\.\d \[.*\] \| 20\.8 \| -14\.6 \| agrees \| .* \| 12,000 \|", markdown
-    )
-    assert "not run yet" in markdown and "arXiv 2511.17411" in markdown
-    assert page.count("(theirs)</div>") == 6 and "<svg" in page
+@pytest.fixture
+def scored_plan(tmp_path: Path) -> Plan:
+    """A plan of which some rows are scored in `tmp_path`."""
+    plan = plan_rows("3d", "images", scenes=12)
+    rates = {"full": 0.8, "no-3d": 0.2, "no-moge": 0.8, "images-64th": 0.5}
+    write_scores(plan, tmp_path, rates)
+    return plan
+
+
+def lines_by_row(plan: Plan, out: Path) -> dict[str, Line]:
+    table, *_ = fill_tables(plan, out, DATA)
+    return {line.row.name: line for line in table.lines}
+
+
+def test_a_line_has_the_mean_of_its_seeds(scored_plan: Plan, tmp_path: Path) -> None:
+    line = lines_by_row(scored_plan, tmp_path)["full"]
+
+    assert line.success is not None
+    assert line.success.n == 144
+    assert line.success.value == pytest.approx(np.mean(line.by_seed))
+
+
+def test_a_line_is_compared_with_the_papers_difference(scored_plan: Plan, tmp_path: Path) -> None:
+    line = lines_by_row(scored_plan, tmp_path)["no-3d"]
+
+    assert line.verdict == "agrees"
+    assert line.published_against == pytest.approx(-14.6)
+
+
+def test_rows_with_the_same_outcomes_cannot_be_told_apart(
+    scored_plan: Plan, tmp_path: Path
+) -> None:
+    assert lines_by_row(scored_plan, tmp_path)["no-moge"].verdict == "cannot tell"
+
+
+def test_a_row_without_scores_has_not_run_yet(scored_plan: Plan, tmp_path: Path) -> None:
+    line = lines_by_row(scored_plan, tmp_path)["points"]
+
+    assert line.verdict == "not run yet"
+    assert line.success is None
+
+
+def test_lines_say_how_many_images_questions_were_asked_about(
+    scored_plan: Plan, tmp_path: Path
+) -> None:
+    _, images_table = fill_tables(scored_plan, tmp_path, DATA)
+
+    assert [line.images for line in images_table.lines] == [0, 51, 204, 816, 3264, 13_056]
+
+
+def test_the_report_is_written_as_markdown_html_and_json(scored_plan: Plan, tmp_path: Path) -> None:
+    tables = fill_tables(scored_plan, tmp_path, DATA)
+
+    paths = write_report(scored_plan, tables, tmp_path)
+
+    markdown, page, numbers = [path.read_text() for path in paths]
+    no_3d_line = r"\| no 3D \| \d\d\.\d \[.*\] \| 20\.8 \| -14\.6 \| agrees \| .* \| 12,000 \|"
+    assert re.search(no_3d_line, markdown)
+    assert "not run yet" in markdown
+    assert "arXiv 2511.17411" in markdown
+    assert page.count("(theirs)</div>") == 6
+    assert "<svg" in page
     assert json.loads(numbers)[0]["lines"][1]["verdict"] == "agrees"
-    scores(plan, tmp_path, {"points": 0.5}, replan=5)
-    markdown_now, *_ = (
-        path.read_text() for path in write(plan, fill(plan, tmp_path, DATA), tmp_path)
-    )
-    assert "alike: replan is null there, 5 here." in markdown_now and "alike" not in markdown
 
 
-def test_other_families_are_left_out(tmp_path: Path) -> None:
-    plan = planned("full", "no-3d", scenes=12)
-    scores(plan, tmp_path, {"full": 0.8, "no-3d": 0.2})
-    some = planned("full", "no-3d", scenes=12, families=("stack_cube", "put_on"))
-    assert [job.key for job in some.trainings] == [job.key for job in plan.trainings]
-    scoring = next(job for job in some.jobs if isinstance(job, Scoring))
-    assert some.families == ("put_on", "stack_cube") and scoring.episodes == 24
-    tables = fill(some, tmp_path, DATA)
+def test_the_report_says_whether_rows_were_scored_alike(scored_plan: Plan, tmp_path: Path) -> None:
+    tables = fill_tables(scored_plan, tmp_path, DATA)
+    markdown_file, *_ = write_report(scored_plan, tables, tmp_path)
+    assert "alike" not in markdown_file.read_text()
+
+    write_scores(scored_plan, tmp_path, {"points": 0.5}, replan=5)
+    tables = fill_tables(scored_plan, tmp_path, DATA)
+    markdown_file, *_ = write_report(scored_plan, tables, tmp_path)
+
+    assert "alike: replan is null there, 5 here." in markdown_file.read_text()
+
+
+@pytest.fixture
+def two_family_plan(tmp_path: Path) -> Plan:
+    """A plan of two families, in a folder with scores of all families."""
+    plan = plan_rows("full", "no-3d", scenes=12)
+    write_scores(plan, tmp_path, {"full": 0.8, "no-3d": 0.2})
+    return plan_rows("full", "no-3d", scenes=12, families=("stack_cube", "put_on"))
+
+
+def test_families_do_not_change_what_is_trained(two_family_plan: Plan) -> None:
+    plan = plan_rows("full", "no-3d", scenes=12)
+
+    assert [job.key for job in two_family_plan.trainings] == [job.key for job in plan.trainings]
+    assert two_family_plan.families == ("put_on", "stack_cube")
+
+
+def test_only_scenes_of_the_chosen_families_count(two_family_plan: Plan, tmp_path: Path) -> None:
+    score = load_score(tmp_path, two_family_plan.scoring("full", 0))
+
+    assert score is not None
+    assert len(score.outcomes) == 24
+    assert {outcome.family for outcome in score.outcomes} == {"put_on", "stack_cube"}
+
+
+def test_tables_name_the_families_that_count(two_family_plan: Plan, tmp_path: Path) -> None:
+    tables = fill_tables(two_family_plan, tmp_path, DATA)
+
+    markdown_file, *_ = write_report(two_family_plan, tables, tmp_path)
+
     assert [line.success.n for line in tables[0].lines if line.success] == [72, 72]
-    assert (
-        "of each task family (put on, stack cube) per"
-        in write(some, tables, tmp_path)[0].read_text()
-    )
-    whole, part = (scored(tmp_path, one.scoring("full", 0)) for one in (plan, some))
-    assert (
-        whole is not None
-        and part is not None
-        and len(whole.outcomes) == 48
-        and len(part.outcomes) == 24
-    )
-    assert {o.family for o in part.outcomes} == {"put_on", "stack_cube"}
-    for families, name in (
-        ((), "episodes"),
-        (FAMILIES[::-1], "episodes"),
-        (("put_on",), "episodes-put_on"),
-    ):
-        assert expected(AblationOptions(out=tmp_path, families=families)).episodes.name == name
+    text = markdown_file.read_text()
+    assert "of each task family (put on, stack cube) per" in text
+
+
+# ---- Runs.
 
 
 @pytest.fixture(scope="module")
@@ -300,65 +515,83 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Data:
     from spear.sim_data.label_scenes import label_scenes
 
     folder = tmp_path_factory.mktemp("data")
-    label_scenes(folder / "labels", 3, dict(PRESETS["nano"].image_sizes), 10_000, workers=1)
-    record_demonstrations(
-        folder / "episodes", ("put_on",), 1, FIRST_TRAIN_SEED, get_preset("nano").image_sizes, 1
-    )
-    return look_at(folder / "labels", folder / "episodes")
+    image_sizes = get_preset("nano").image_sizes
+    label_scenes(folder / "labels", 3, dict(image_sizes), 10_000, workers=1)
+    record_demonstrations(folder / "episodes", ("put_on",), 1, FIRST_TRAIN_SEED, image_sizes, 1)
+    return read_data(folder / "labels", folder / "episodes")
 
 
 def test_a_plan_knows_the_labels_before_there_are_episodes(data: Data, tmp_path: Path) -> None:
-    """Else what was learned from them alone would count as not done."""
-    found = expected(AblationOptions(labels=data.labels, out=tmp_path))
-    assert (found.labels_key, found.images, found.key) == (data.labels_key, data.images, "")
+    """Otherwise what was learned from the labels alone would count as not done."""
+    expected_data = expected(AblationOptions(labels=data.labels, out=tmp_path))
+
+    assert expected_data.labels_key == data.labels_key
+    assert expected_data.num_images == data.num_images
+    assert expected_data.key == ""
 
 
-def die(words: str) -> None:
-    if "nano-vlm-2" in words:
+def kill_this_process(message: str) -> None:
+    """Instead of printing what comes next, when that is the second stage."""
+    if "nano-vlm-2" in message:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
-def test_killed_at_any_moment_it_goes_on(
+def test_a_killed_run_resumes_until_everything_is_scored(
     data: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(closed_loop, "MAX_STEPS", 3)
-    plan = short("full", data=data, families=("put_on",))
-    said: list[str] = []
-    # Not forked: what tests before left in this process would go with it.
-    run_in_process(-signal.SIGKILL, run, plan, tmp_path, data, 0, die, start_method="spawn")
-    made = {job.key: done(tmp_path, job) for job in plan.trainings}
-    assert [job.recipe.name for job in plan.trainings if made[job.key]] == ["nano-vlm-1"]
-    kept = {t.key: final(tmp_path, t).stat().st_mtime_ns for t in plan.trainings if made[t.key]}
-    assert run(plan, tmp_path, data, 0, said.append) == []
-    assert {
-        t.key: final(tmp_path, t).stat().st_mtime_ns for t in plan.trainings if made[t.key]
-    } == kept
-    assert all(done(tmp_path, job) for job in plan.jobs) and len(said) == len(plan.jobs) - len(kept)
+    plan = plan_tiny("full", data=data, families=("put_on",))
+
+    # Not forked: what earlier tests left in this process would be inherited.
+    run_in_process(
+        -signal.SIGKILL, run, plan, tmp_path, data, 0, kill_this_process, start_method="spawn"
+    )
+    finished = [training for training in plan.trainings if is_done(tmp_path, training)]
+    assert [training.recipe.name for training in finished] == ["nano-vlm-1"]
+    first_folder = final_folder(tmp_path, finished[0])
+    first_time = first_folder.stat().st_mtime_ns
+
+    messages: list[str] = []
+    assert run(plan, tmp_path, data, 0, messages.append) == []
+
+    assert first_folder.stat().st_mtime_ns == first_time
+    assert all(is_done(tmp_path, job) for job in plan.jobs)
+    assert len(messages) == len(plan.jobs) - 1
     assert not list(tmp_path.glob("stages/*/checkpoints"))
-    assert all(line.success is not None for line in fill(plan, tmp_path, data)[0].lines)
-    lines = describe(plan, plan.jobs).splitlines()[1:-1]
-    assert [line.split()[0] for line in lines] == [
-        "nano-vlm-1",
-        "nano-vlm-2",
-        "nano-vla",
-        "scoring",
-    ]
-    assert all(line.split()[1:3] == ["1", "1"] for line in lines)
+    table, *_ = fill_tables(plan, tmp_path, data)
+    assert all(line.success is not None for line in table.lines)
+
+    # A scored policy needs no training.
     shutil.rmtree(tmp_path / "stages")
-    again: list[str] = []
-    assert (
-        run(plan, tmp_path, data, 0, again.append) == [] and again == []
-    )  # all policies are scored
+    messages = []
+    assert run(plan, tmp_path, data, 0, messages.append) == []
+    assert messages == []
+
+
+def test_a_plan_is_described_by_recipe(data: Data) -> None:
+    plan = plan_tiny("full", data=data, families=("put_on",))
+
+    _, *lines, _ = describe(plan, plan.jobs).splitlines()
+
+    names = [line.split()[0] for line in lines]
+    assert names == ["nano-vlm-1", "nano-vlm-2", "nano-vla", "scoring"]
+    assert all(line.split()[1:3] == ["1", "1"] for line in lines)
 
 
 def test_a_row_that_fails_stops_no_other(
     data: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(closed_loop, "MAX_STEPS", 3)
-    good = short("no-3d", data=data, families=("put_on",)).scoring("no-3d", 0)
-    bad = short("scratch", data=data, changes=(*TINY, "lr=1e30", "warmup=0", "max_skipped=0"))
-    scratch = bad.scoring("scratch", 0)
-    jobs = [scratch.before, scratch, good.before, good]
-    failed = run(replace(bad, jobs=jobs), tmp_path, data, 0, lambda _: None)
-    assert len(failed) == 1 and "not finite" in failed[0] and scratch.before.key in failed[0]
-    assert [done(tmp_path, job) for job in jobs] == [False, False, True, True]
+    good_plan = plan_tiny("no-3d", data=data, families=("put_on",))
+    good_score = good_plan.scoring("no-3d", 0)
+    bad_changes = (*TINY_CHANGES, "lr=1e30", "warmup=0", "max_skipped=0")
+    bad_plan = plan_tiny("scratch", data=data, changes=bad_changes)
+    bad_score = bad_plan.scoring("scratch", 0)
+    jobs = [bad_score.previous, bad_score, good_score.previous, good_score]
+
+    reasons = run(replace(bad_plan, jobs=jobs), tmp_path, data, 0, lambda _: None)
+
+    assert len(reasons) == 1
+    assert "not finite" in reasons[0]
+    assert bad_score.previous.key in reasons[0]
+    assert [is_done(tmp_path, job) for job in jobs] == [False, False, True, True]
