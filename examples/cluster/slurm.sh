@@ -1,8 +1,9 @@
 #!/bin/bash
-# Trains on 2 nodes with 8 GPUs each:
-#     sbatch examples/cluster/slurm.sh spear train vla-pretrain --init runs/vlm-stage2 --episodes data/bridge
-# All nodes must see this folder. Preempted, or out of time, the job is queued again and continues from its last
-# checkpoint, because the same command does.
+# Train on 2 nodes with 8 GPUs each:
+#     sbatch examples/cluster/slurm.sh \
+#         spear train vla-pretrain --init runs/vlm-stage2 --episodes data/bridge
+# All nodes must see the current folder. A job that is preempted or runs out of time is queued again. It
+# continues from its last checkpoint, because it runs the same command.
 #SBATCH --job-name=spear
 #SBATCH --nodes=2
 #SBATCH --gpus-per-node=8
@@ -18,13 +19,15 @@ set -euo pipefail
 [ -f .venv/bin/activate ] && . .venv/bin/activate
 export OMP_NUM_THREADS=8
 
-# Five minutes before the time is over (--signal), ask for another turn.
-trap 'echo "out of time: queued again"; scontrol requeue "$SLURM_JOB_ID"' USR1
+# Five minutes before the time is over (--signal), queue the job again.
+trap 'echo "The job is out of time and is queued again."; scontrol requeue "$SLURM_JOB_ID"' USR1
 
-# One torchrun per node, one process per GPU; the first node is where they meet. A process that fails is started
-# again three times.
+# Each node runs one torchrun, which starts one process per GPU. The first node is the rendezvous.
+# torchrun restarts processes that fail, up to three times.
 head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n 1p)
-srun --kill-on-bad-exit=1 torchrun --nnodes="$SLURM_NNODES" --nproc-per-node="${SLURM_GPUS_ON_NODE:-1}" \
-    --rdzv-backend=c10d --rdzv-endpoint="$head:$((20000 + SLURM_JOB_ID % 20000))" --rdzv-id="$SLURM_JOB_ID" \
+port=$((20000 + SLURM_JOB_ID % 20000))
+srun --kill-on-bad-exit=1 torchrun \
+    --nnodes="$SLURM_NNODES" --nproc-per-node="${SLURM_GPUS_ON_NODE:-1}" \
+    --rdzv-backend=c10d --rdzv-endpoint="$head:$port" --rdzv-id="$SLURM_JOB_ID" \
     --max-restarts=3 --no-python "$@" &
 wait $!
