@@ -1,0 +1,78 @@
+"""Every format of orientations gives back what SciPy writes in it."""
+
+from typing import get_args
+
+import numpy as np
+import pytest
+from scipy.spatial.transform import Rotation
+
+from refusals import refuses
+from rotation_writers import ROTATION_WRITERS
+from spear.audit.hypotheses import TESTED_FORMATS
+from spear.data.readers.dataset_layout import ANGLE_FORMATS, RECORDED_ONLY, RotationFormat
+from spear.data.readers.rotation_formats import ROTATION_FORMATS, to_quaternion
+from spear.embodiments.kinematics import franka_pose
+
+
+@pytest.mark.parametrize("rotation_format", ROTATION_WRITERS)
+def test_every_format_gives_the_orientation_back(rotation_format: RotationFormat) -> None:
+    rotation = Rotation.random(50, random_state=0)
+    values = ROTATION_WRITERS[rotation_format](rotation)
+
+    quaternion = to_quaternion(values, rotation_format)
+
+    difference = rotation.inv() * Rotation.from_quat(quaternion, scalar_first=True)
+    assert difference.magnitude().max() < 1e-6
+
+
+def test_a_layout_can_name_every_format() -> None:
+    named_formats: set[str] = set()
+    for literal in get_args(RotationFormat):
+        named_formats.update(get_args(literal))
+
+    assert named_formats == {*ROTATION_WRITERS, "franka_joints"}
+    assert set(ROTATION_FORMATS) == set(ROTATION_WRITERS)
+
+
+def test_a_layout_can_name_what_the_audit_may_find() -> None:
+    assert set(TESTED_FORMATS) == set(ROTATION_WRITERS) - {"euler_zxy"}
+    tested_angles = {name for name in TESTED_FORMATS if ROTATION_FORMATS[name].num_components == 3}
+    assert tested_angles == set(ANGLE_FORMATS) - set(RECORDED_ONLY)
+
+
+IDENTITY_BY_COLUMNS = ROTATION_WRITERS["matrix4_columns"](Rotation.identity(1))
+IDENTITY_BY_ROWS = ROTATION_WRITERS["matrix4_rows"](Rotation.identity(1))
+
+
+def test_a_pose_is_read_column_by_column() -> None:
+    quaternion = to_quaternion(IDENTITY_BY_COLUMNS, "matrix4_columns")
+
+    np.testing.assert_allclose(quaternion[0, 0], 1)
+
+
+@pytest.mark.parametrize(
+    ("values", "rotation_format"),
+    [
+        (IDENTITY_BY_ROWS, "matrix4_columns"),
+        (IDENTITY_BY_COLUMNS, "matrix4_rows"),
+        (np.eye(2, 6), "6d_rows"),
+    ],
+)
+def test_numbers_that_are_no_rotation_are_refused(
+    values: np.ndarray, rotation_format: RotationFormat
+) -> None:
+    message = rf"mine step 0: .* {rotation_format}"
+    refuses(message, to_quaternion, values, rotation_format, "mine")
+
+
+def test_another_number_of_components_is_refused() -> None:
+    message = r"mine: rotation is \(1, 4\).*euler_xyz"
+    refuses(message, to_quaternion, np.zeros((1, 4)), "euler_xyz", "mine")
+
+
+def test_another_number_of_joints_is_refused() -> None:
+    refuses(r"mine: joint angles are \(2, 6\)", franka_pose, np.zeros((2, 6)), "mine")
+
+
+def test_joint_angles_in_degrees_are_refused() -> None:
+    refuses(r"45 .* mine: radians", franka_pose, np.full((2, 7), 45.0), "mine")
