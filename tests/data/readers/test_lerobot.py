@@ -1,7 +1,7 @@
 """LeRobot: datasets that its own library wrote, read exactly; broken ones named."""
 
 import json
-import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +17,18 @@ from spear.audit.dataset_audit import audit
 from spear.audit.describe import describe
 from spear.audit.inspect import inspect
 from spear.data.readers.formats import read_episodes
-from spear.data.readers.lerobot import open_lerobot
+from spear.data.readers.lerobot import LeRobotFolder, open_lerobot
 from spear.data.readers.rlds import open_rlds
 from spear.data.store.lerobot_write import write_lerobot
 from spear.data.store.prepare import prepare
-from spear.errors import Notice, SpearError
+from spear.errors import Notice
+from spear.types import Episode
 from spear.util.images import decode_image
 
 VERSIONS = ("v2.1_video", "v3.0_image", "v3.0_video")
+NUM_EPISODES = 8
+STEPS_PER_EPISODE = 10
+IMAGE_COLUMN = "observation/images/image_0"
 
 
 @pytest.fixture(scope="session")
@@ -33,190 +37,389 @@ def lerobot(shared: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
-def raw(shared: Path) -> list[Any]:
+def rlds_steps(shared: Path) -> list[Any]:
     """The same episodes as the RLDS folder has them."""
-    return [
-        steps for _, steps in open_rlds(shared / "data/bridge_v2_sample").read_steps("train[:8]")
-    ]
+    folder = open_rlds(shared / "data/bridge_v2_sample")
+    return [steps for _, steps in folder.read_steps("train[:8]")]
 
 
-@pytest.mark.parametrize("version", VERSIONS)
-def test_what_the_library_wrote_is_read_exactly(
-    lerobot: Path, raw: list[Any], version: str
+@pytest.fixture(scope="module", params=VERSIONS)
+def version(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def folder(lerobot: Path, version: str) -> LeRobotFolder:
+    return open_lerobot(lerobot / version)
+
+
+@pytest.fixture(scope="module")
+def read_columns(folder: LeRobotFolder) -> list[dict[str, Any]]:
+    """The columns of all episodes of a version."""
+    return [folder.read_episode(episode.index) for episode in folder.episodes]
+
+
+def test_the_metadata_are_read(folder: LeRobotFolder, version: str) -> None:
+    assert folder.info.codebase_version == version[:4]
+    assert folder.info.fps == 5
+    assert folder.split_lengths == {"train": NUM_EPISODES}
+    assert folder.cameras == ["observation.images.image_0"]
+    assert [episode.length for episode in folder.episodes] == [STEPS_PER_EPISODE] * NUM_EPISODES
+    assert len(folder.tasks) == 4
+
+
+def test_numbers_are_read_exactly(
+    read_columns: list[dict[str, Any]], rlds_steps: list[Any]
 ) -> None:
-    folder = open_lerobot(lerobot / version)
-    assert folder.info.codebase_version == version[:4] and folder.info.fps == 5
-    assert folder.split_lengths == {"train": 8} and folder.cameras == ["observation.images.image_0"]
-    assert [e.length for e in folder.episodes] == [10] * 8 and len(folder.tasks) == 4
-    for episode, steps in zip(folder.episodes, raw, strict=True):
-        got = folder.read_episode(episode.index)
-        np.testing.assert_array_equal(got["observation/state"], steps["observation"]["state"])
-        np.testing.assert_array_equal(got["action"], steps["action"])
-        np.testing.assert_array_equal(got["frame_index"], np.arange(10))
-        np.testing.assert_array_equal(got["index"], 10 * episode.index + np.arange(10))
-        np.testing.assert_array_equal(got["timestamp"], (np.arange(10) / 5).astype(np.float32))
-        assert set(got["task"]) == {steps["language_instruction"][0]}
-        images = [decode_image(image).astype(float) for image in got["observation/images/image_0"]]
-        truth = [decode_image(image).astype(float) for image in steps["observation"]["image_0"]]
-        errors = np.array([np.abs(a - b).mean() for a, b in zip(images, truth, strict=True)])
-        # Lossless images: only the difference of two JPEG decoders; AV1 at 64 x 64 costs a few grey levels.
-        assert len(images) == 10 and errors.max() < (1.5 if "image" in version else 12)
-        if "video" in version:  # and every frame is the one of its row, where frames differ at all
-            for step, image in enumerate(images):
-                distance = [np.abs(image - other).mean() for other in truth]
-                assert distance[step] <= min(distance) + 1.0
+    for index, (columns, expected) in enumerate(zip(read_columns, rlds_steps, strict=True)):
+        steps = np.arange(STEPS_PER_EPISODE)
+        np.testing.assert_array_equal(
+            columns["observation/state"], expected["observation"]["state"]
+        )
+        np.testing.assert_array_equal(columns["action"], expected["action"])
+        np.testing.assert_array_equal(columns["frame_index"], steps)
+        np.testing.assert_array_equal(columns["index"], STEPS_PER_EPISODE * index + steps)
+        np.testing.assert_array_equal(columns["timestamp"], (steps / 5).astype(np.float32))
 
 
-def test_ranges_of_columns_are_shown(lerobot: Path, raw: list[Any]) -> None:
-    rows = np.concatenate([steps["observation"]["state"] for steps in raw])
-    for said in map(inspect, (lerobot / version for version in VERSIONS)):
-        for end in (rows.min(0), rows.max(0)):
-            assert "".join(f" {number:>9.4g}" for number in end) in said
+def test_instructions_are_read_exactly(
+    read_columns: list[dict[str, Any]], rlds_steps: list[Any]
+) -> None:
+    for columns, expected in zip(read_columns, rlds_steps, strict=True):
+        assert set(columns["task"]) == {expected["language_instruction"][0]}
 
 
-def change_rows(file: Path, change: Any) -> None:
+def decode_images(encoded_images: list[bytes]) -> np.ndarray:
+    return np.array([decode_image(encoded).astype(float) for encoded in encoded_images])
+
+
+def test_images_are_read_up_to_their_compression(
+    read_columns: list[dict[str, Any]], rlds_steps: list[Any], version: str
+) -> None:
+    """Images differ by two JPEG decoders only; AV1 at 64 x 64 pixels costs a few gray levels."""
+    max_difference = 1.5 if "image" in version else 12
+    for columns, expected in zip(read_columns, rlds_steps, strict=True):
+        images = decode_images(columns[IMAGE_COLUMN])
+        expected_images = decode_images(expected["observation"]["image_0"])
+        assert len(images) == STEPS_PER_EPISODE
+        differences = np.abs(images - expected_images).mean((1, 2, 3))
+        assert differences.max() < max_difference
+
+
+def test_each_frame_is_the_one_of_its_row(
+    read_columns: list[dict[str, Any]], rlds_steps: list[Any]
+) -> None:
+    for columns, expected in zip(read_columns, rlds_steps, strict=True):
+        images = decode_images(columns[IMAGE_COLUMN])
+        expected_images = decode_images(expected["observation"]["image_0"])
+        for step, image in enumerate(images):
+            distances = np.abs(image - expected_images).mean((1, 2, 3))
+            assert distances[step] <= distances.min() + 1.0
+
+
+def test_ranges_of_columns_are_shown(lerobot: Path, rlds_steps: list[Any], version: str) -> None:
+    rows = np.concatenate([steps["observation"]["state"] for steps in rlds_steps])
+
+    text = inspect(lerobot / version)
+
+    for bounds in (rows.min(0), rows.max(0)):
+        assert "".join(f" {number:>9.4g}" for number in bounds) in text
+
+
+def change_rows(file: Path, change: Callable[[pa.Table], pa.Table]) -> None:
     pq.write_table(change(pq.read_table(file)), file)
 
 
-def test_bad_episodes_are_skipped_by_name(lerobot: Path, tmp_path: Path) -> None:
-    folder = copy_dataset(lerobot / "v2.1_video", tmp_path / "set")
-    data, videos = folder / "data/chunk-000", folder / "videos/chunk-000/observation.images.image_0"
-    listed = folder / "meta/episodes.jsonl"
-    listed.write_text("\n".join(listed.read_text().splitlines()[::-1]))  # in whatever order
-    change_rows(data / "episode_000002.parquet", lambda t: t.slice(0, 9))
-    (data / "episode_000003.parquet").write_bytes(
-        (data / "episode_000003.parquet").read_bytes()[:900]
-    )
-    (videos / "episode_000004.mp4").unlink()
-    video = (videos / "episode_000005.mp4").read_bytes()
-    (videos / "episode_000005.mp4").write_bytes(video[: len(video) // 2])
-    change_rows(data / "episode_000006.parquet", lambda t: t.drop_columns(["observation.state"]))
-    for other in (["a"] * 10, [["a"]] * 10, [None] * 10, [[1.0]] * 9 + [[]], [{"x": 1.0}] * 10):
-        added = lambda t, row=other: t.append_column(f"words{len(t.columns)}", pa.array(row))  # noqa: E731
-        change_rows(data / "episode_000000.parquet", added)
-    assert describe(folder)["position"] == "observation/state[0:3]" and "words" in inspect(folder)
+def truncate(file: Path, num_bytes: int) -> None:
+    file.write_bytes(file.read_bytes()[:num_bytes])
+
+
+def read_good(folder: Path) -> tuple[list[Episode], list[str]]:
+    """The good episodes of a folder, and why the others are not."""
     reasons: list[str] = []
-    good = list(read_episodes(folder, on_error=lambda error: reasons.append(str(error))))
-    assert [e.source for e in good] == [f"set/train#{i}" for i in (0, 1, 7)]
-    named = ("set#2", "episode_000003.parquet", "episode_000004.mp4", "episode_000005.mp4", "state")
-    assert all(
-        name in reason and "\n" not in reason for reason, name in zip(reasons, named, strict=True)
+    episodes = list(read_episodes(folder, on_error=lambda error: reasons.append(str(error))))
+    return episodes, reasons
+
+
+@pytest.fixture
+def version_2_copy(lerobot: Path, tmp_path: Path) -> Path:
+    return copy_dataset(lerobot / "v2.1_video", tmp_path / "set")
+
+
+def test_bad_episodes_are_skipped_by_name(version_2_copy: Path) -> None:
+    data = version_2_copy / "data/chunk-000"
+    videos = version_2_copy / "videos/chunk-000/observation.images.image_0"
+    change_rows(data / "episode_000002.parquet", lambda table: table.slice(0, 9))
+    truncate(data / "episode_000003.parquet", 900)
+    (videos / "episode_000004.mp4").unlink()
+    truncate(videos / "episode_000005.mp4", (videos / "episode_000005.mp4").stat().st_size // 2)
+    change_rows(
+        data / "episode_000006.parquet", lambda table: table.drop_columns(["observation.state"])
     )
 
+    episodes, reasons = read_good(version_2_copy)
 
-def test_rows_that_are_lost_are_noticed_by_their_times(tmp_path: Path) -> None:
-    """Where there are no videos nothing else tells: a second of motion would become one step of it."""
-    write_lerobot([make_episode(0), make_episode(1)], folder := tmp_path / "set")
+    assert [episode.source for episode in episodes] == [f"set/train#{i}" for i in (0, 1, 7)]
+    assert len(reasons) == 5
+    assert "set#2" in reasons[0]
+    assert "episode_000003.parquet" in reasons[1]
+    assert "episode_000004.mp4" in reasons[2]
+    assert "episode_000005.mp4" in reasons[3]
+    assert "state" in reasons[4]
+    assert not any("\n" in reason for reason in reasons)
+
+
+def test_episodes_may_be_listed_in_any_order(version_2_copy: Path) -> None:
+    listed = version_2_copy / "meta/episodes.jsonl"
+    listed.write_text("\n".join(listed.read_text().splitlines()[::-1]))
+
+    indices = [episode.index for episode in open_lerobot(version_2_copy).episodes]
+
+    assert indices == list(range(NUM_EPISODES))
+
+
+STRANGE_COLUMNS = {
+    "texts": ["a"] * 10,
+    "lists of texts": [["a"]] * 10,
+    "empty cells": [None] * 10,
+    "lists of different lengths": [[1.0]] * 9 + [[]],
+    "structs": [{"x": 1.0}] * 10,
+}
+
+
+def test_columns_of_any_type_do_no_harm(version_2_copy: Path) -> None:
+    file = version_2_copy / "data/chunk-000/episode_000000.parquet"
+    table = pq.read_table(file)
+    for name, cells in STRANGE_COLUMNS.items():
+        table = table.append_column(name, pa.array(cells))
+    pq.write_table(table, file)
+
+    assert len(read_good(version_2_copy)[0]) == NUM_EPISODES
+    assert describe(version_2_copy)["position"] == "observation/state[0:3]"
+    assert "lists of texts" in inspect(version_2_copy)
+
+
+@pytest.mark.parametrize(
+    ("fps", "gap_s", "num_good", "message"),
+    [
+        (5, 0.0, 2, ""),
+        (5, 0.05, 2, ""),
+        (5, 1.0, 1, "set#1: rows 2 and 3"),
+        (10, 0.0, 0, "fps"),
+        (6, 0.0, 0, "fps"),
+    ],
+)
+def test_lost_rows_and_wrong_rates_are_noticed_by_their_times(
+    tmp_path: Path, fps: int, gap_s: float, num_good: int, message: str
+) -> None:
+    """Without videos nothing else tells: a second of motion would become one step of it."""
+    folder = tmp_path / "set"
+    write_lerobot([make_episode(0), make_episode(1)], folder)
+    times_s = np.tile(np.arange(6) / 5, 2) + gap_s * (np.arange(12) > 8)
+    timestamps = pa.array(times_s, pa.float32())
     (data,) = folder.glob("data/*/*.parquet")
-    for rate, gap, good in ((5, 0.0, 2), (5, 0.05, 2), (5, 1.0, 1), (10, 0.0, 0), (6, 0.0, 0)):
-        copy = shutil.copytree(folder, tmp_path / f"{rate}-{gap}" / "set")
-        times = np.tile(np.arange(6) / 5, 2) + gap * (np.arange(12) > 8)
-        place, column = (
-            pq.read_schema(data).get_field_index("timestamp"),
-            pa.array(times, pa.float32()),
-        )
-        changed = pq.read_table(data).set_column(place, "timestamp", column)
-        pq.write_table(changed, copy / data.relative_to(folder))
-        edit_json(copy / "meta/info.json", lambda info, fps=rate: info.update(fps=fps))
-        reasons: list[SpearError] = []
-        assert len(list(read_episodes(copy, on_error=reasons.append))) == good
-        assert len(reasons) == 2 - good and all("in time" in str(reason) for reason in reasons)
-        assert good == 2 or ("fps" if rate != 5 else "set#1: rows 2 and 3") in str(reasons[0])
+    index = pq.read_schema(data).get_field_index("timestamp")
+    change_rows(data, lambda table: table.set_column(index, "timestamp", timestamps))
+    edit_json(folder / "meta/info.json", lambda info: info.update(fps=fps))
+
+    episodes, reasons = read_good(folder)
+
+    assert len(episodes) == num_good
+    assert len(reasons) == 2 - num_good
+    for reason in reasons:
+        assert "in time" in reason
+        assert message in reason
 
 
-def test_other_metadata_are_other_data(lerobot: Path, tmp_path: Path) -> None:
-    folder = copy_dataset(lerobot / "v2.1_video", tmp_path / "set")
-    prepare(folder, tmp_path / "out", "train[:2]")
-    for file, old, new in (("tasks.jsonl", "cup", "mug"), ("info.json", '"fps": 5', '"fps": 10')):
-        text = (folder / "meta" / file).read_text()
-        (folder / "meta" / file).write_text(text.replace(old, new))
-        refuses(r"in another way \(data is", prepare, folder, tmp_path / "out", "train[:2]")
-        (folder / "meta" / file).write_text(text)
-    assert prepare(folder, tmp_path / "out", "train[:2]")[0] == 2
+@pytest.mark.parametrize(
+    ("file", "old", "new"),
+    [("tasks.jsonl", "cup", "mug"), ("info.json", '"fps": 5', '"fps": 10')],
+)
+def test_other_metadata_are_other_data(
+    version_2_copy: Path, tmp_path: Path, file: str, old: str, new: str
+) -> None:
+    prepare(version_2_copy, tmp_path / "out", "train[:2]")
+    metadata_file = version_2_copy / "meta" / file
+    text = metadata_file.read_text()
+    metadata_file.write_text(text.replace(old, new))
+
+    message = r"in another way \(data is"
+    refuses(message, prepare, version_2_copy, tmp_path / "out", "train[:2]")
+    metadata_file.write_text(text)
+    assert prepare(version_2_copy, tmp_path / "out", "train[:2]")[0] == 2
 
 
-def test_metadata_that_are_not_in_order(lerobot: Path, tmp_path: Path) -> None:
-    folder = copy_dataset(lerobot / "v3.0_image", tmp_path / "set")
-    info = json.loads((folder / "meta/info.json").read_text())
-    for change, message in (
+@pytest.fixture
+def version_3_copy(lerobot: Path, tmp_path: Path) -> Path:
+    return copy_dataset(lerobot / "v3.0_image", tmp_path / "set")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
         ({"codebase_version": "v1.6"}, "info.json: codebase_version "),
         ({"total_episodes": 9}, "info.json says 9, 8 are listed"),
         ({"fps": 0}, "unreadable: .*info.json: fps "),
         ({"features": None}, "unreadable: .*info.json: features "),
-    ):
-        (folder / "meta/info.json").write_text(json.dumps({**info, **change}))
-        refuses(message, open_lerobot, folder)
-    (folder / "meta/info.json").write_text(json.dumps(info))
-    (folder / "meta/tasks.parquet").unlink()
-    refuses(r"unreadable: .*meta: .*tasks\.parquet", open_lerobot, folder)
+    ],
+)
+def test_broken_metadata_are_named(
+    version_3_copy: Path, change: dict[str, Any], message: str
+) -> None:
+    edit_json(version_3_copy / "meta/info.json", lambda info: info.update(change))
+
+    refuses(message, open_lerobot, version_3_copy)
 
 
-def test_metadata_that_contradict_themselves(lerobot: Path, tmp_path: Path) -> None:
-    folder = copy_dataset(lerobot / "v2.1_video", tmp_path / "set")
-    for splits in ({"train": "0:6"}, {"train": "0:8", "val": "6:8"}):  # left out, or taken twice
-        edit_json(folder / "meta/info.json", lambda info, splits=splits: info.update(splits=splits))
-        with pytest.warns(Notice, match="splits"):
-            assert open_lerobot(folder).split_lengths["train"] == int(splits["train"][2:])
-    for name, key in (
-        ("tasks", "task_index"),
-        ("episodes", "episode_index"),
-        ("episodes", "length"),
-    ):
-        file = copy_dataset(lerobot / "v2.1_video", tmp_path / key) / f"meta/{name}.jsonl"
-        lines = file.read_text().splitlines()
-        file.write_text("\n".join([lines[1], *lines[1:]]).replace('"length": 10', '"length": -1'))
-        refuses(key, open_lerobot, tmp_path / key)
-    folder = copy_dataset(lerobot / "v3.0_image", tmp_path / "columns")
+def test_missing_tasks_are_named(version_3_copy: Path) -> None:
+    (version_3_copy / "meta/tasks.parquet").unlink()
+
+    refuses(r"unreadable: .*meta: .*tasks\.parquet", open_lerobot, version_3_copy)
+
+
+@pytest.mark.parametrize(
+    ("splits", "num_train"), [({"train": "0:6"}, 6), ({"train": "0:8", "val": "6:8"}, 8)]
+)
+def test_splits_that_lack_or_repeat_episodes_are_noticed(
+    version_2_copy: Path, splits: dict[str, str], num_train: int
+) -> None:
+    edit_json(version_2_copy / "meta/info.json", lambda info: info.update(splits=splits))
+
+    with pytest.warns(Notice, match="splits"):
+        assert open_lerobot(version_2_copy).split_lengths["train"] == num_train
+
+
+@pytest.mark.parametrize(
+    ("file", "key"), [("tasks.jsonl", "task_index"), ("episodes.jsonl", "episode_index")]
+)
+def test_an_index_that_is_there_twice_is_refused(version_2_copy: Path, file: str, key: str) -> None:
+    lines = (version_2_copy / "meta" / file).read_text().splitlines()
+    (version_2_copy / "meta" / file).write_text("\n".join([lines[1], *lines[1:]]))
+
+    refuses(key, open_lerobot, version_2_copy)
+
+
+def test_a_negative_length_is_refused(version_2_copy: Path) -> None:
+    file = version_2_copy / "meta/episodes.jsonl"
+    file.write_text(file.read_text().replace('"length": 10', '"length": -1'))
+
+    refuses("length", open_lerobot, version_2_copy)
+
+
+def test_the_table_of_tasks_may_have_other_columns(lerobot: Path, version_3_copy: Path) -> None:
     change_rows(
-        folder / "meta/tasks.parquet", lambda t: t.add_column(0, "split", pa.array(["a"] * len(t)))
+        version_3_copy / "meta/tasks.parquet",
+        lambda table: table.add_column(0, "split", pa.array(["a"] * len(table))),
     )
-    assert open_lerobot(folder).tasks == open_lerobot(lerobot / "v3.0_image").tasks
-    (folder / "spear.json").write_text(json.dumps({**LAYOUT, "rate_hz": 30.0}))
-    refuses("rate_hz", lambda: next(read_episodes(folder)))
-    write_lerobot([make_episode(0)], folder := tmp_path / "quaternions")
-    edit_json(folder / "spear.json", lambda layout: layout.update(rotation_format="quat_xyzw"))
-    refuses("rotation_format", lambda: next(read_episodes(folder)))
-    state = [*"xyz", "qx", "qy", "qz", "qw", "gripper"]
+
+    assert open_lerobot(version_3_copy).tasks == open_lerobot(lerobot / "v3.0_image").tasks
+
+
+def test_another_rate_in_the_layout_is_refused(version_3_copy: Path) -> None:
+    (version_3_copy / "spear.json").write_text(json.dumps({**LAYOUT, "rate_hz": 30.0}))
+
+    refuses("rate_hz", next, read_episodes(version_3_copy))
+
+
+@pytest.fixture
+def exported(tmp_path: Path) -> Path:
+    """A dataset that our own writer made."""
+    write_lerobot([make_episode(0)], tmp_path / "exported")
+    return tmp_path / "exported"
+
+
+def test_another_order_of_quaternions_than_the_names_is_refused(exported: Path) -> None:
+    edit_json(exported / "spear.json", lambda layout: layout.update(rotation_format="quat_xyzw"))
+
+    refuses("rotation_format", next, read_episodes(exported))
+
+
+def test_the_names_of_components_tell_the_order_of_quaternions(exported: Path) -> None:
+    edit_json(exported / "spear.json", lambda layout: layout.update(rotation_format="quat_xyzw"))
+    names = [*"xyz", "qx", "qy", "qz", "qw", "gripper"]
     edit_json(
-        folder / "meta/info.json",
-        lambda info: info["features"]["observation.state"].update(names=state),
+        exported / "meta/info.json",
+        lambda info: info["features"]["observation.state"].update(names=names),
     )
-    assert next(read_episodes(folder)) and describe(folder)["rotation_format"] == "quat_xyzw"
-    image, depth = "observation.images.external", {"is_depth_map": True}
-    edit_json(folder / "meta/info.json", lambda info: info["features"][image].update(info=depth))
-    refuses("observation/images/external", lambda: next(read_episodes(folder)))
-    assert "80 x 3, depth: not read" in inspect(folder)
+
+    next(read_episodes(exported))
+    assert describe(exported)["rotation_format"] == "quat_xyzw"
 
 
-def test_files_that_do_not_fit_their_rows_are_named(lerobot: Path, tmp_path: Path) -> None:
-    folder = copy_dataset(lerobot / "v3.0_video", tmp_path / "set")
-    file = folder / "videos/observation.images.image_0/chunk-000/file-000.mp4"
-    with av.open(str(file)) as source:
-        frames = [f.to_ndarray(format="rgb24") for f in source.decode(video=0)][:75]
-    with av.open(str(file), "w", format="mp4") as out:
-        stream: Any = out.add_stream("libx264", rate=5)
-        stream.width = stream.height = 64
-        for image in frames:
-            out.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
-        out.mux(stream.encode())
-    reasons: list[str] = []
-    good = list(read_episodes(folder, on_error=lambda error: reasons.append(str(error))))
-    assert (
-        len(good) == 7
-        and "frames and rows differ: set#7" in reasons[0]
-        and "5 frames" in reasons[0]
+def test_depth_is_no_camera(exported: Path) -> None:
+    edit_json(
+        exported / "meta/info.json",
+        lambda info: info["features"]["observation.images.external"].update(
+            info={"is_depth_map": True}
+        ),
     )
-    assert "skipped" not in inspect(lerobot / "v3.0_video") and f"broken video: {file}" in inspect(
-        folder
-    )
-    for broken in (file, folder / "data/chunk-000/file-000.parquet"):
-        broken.write_bytes(broken.read_bytes()[:-2000])
-        refuses(rf"no good episode.*{broken}", inspect, folder)
-        refuses(
-            "bad episodes: 8 of 8|no good episode", audit, folder
-        )  # the numbers alone are consistent
-    folder = copy_dataset(lerobot / "v3.0_image", tmp_path / "unnumbered")
-    change_rows(
-        folder / "data/chunk-000/file-000.parquet", lambda t: t.drop_columns(["episode_index"])
-    )
-    refuses(r"file-000\.parquet: .*episode_index", next, read_episodes(folder))
+
+    refuses("observation/images/external", next, read_episodes(exported))
+    assert "80 x 3, depth: not read" in inspect(exported)
+
+
+@pytest.fixture
+def video_copy(lerobot: Path, tmp_path: Path) -> Path:
+    return copy_dataset(lerobot / "v3.0_video", tmp_path / "set")
+
+
+def video_file(folder: Path) -> Path:
+    return folder / "videos/observation.images.image_0/chunk-000/file-000.mp4"
+
+
+def decode_frames(file: Path) -> Iterator[np.ndarray]:
+    with av.open(str(file)) as container:
+        for frame in container.decode(video=0):
+            yield frame.to_ndarray(format="rgb24")
+
+
+@pytest.fixture
+def short_video_copy(video_copy: Path) -> Path:
+    """A dataset whose video has only 75 of its 80 frames."""
+    file = video_file(video_copy)
+    images = list(decode_frames(file))[:75]
+    with av.open(str(file), "w", format="mp4") as container:
+        stream: Any = container.add_stream("libx264", rate=5)
+        stream.width = 64
+        stream.height = 64
+        for image in images:
+            frame = av.VideoFrame.from_ndarray(image, format="rgb24")
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    return video_copy
+
+
+def test_a_video_with_too_few_frames_is_named(short_video_copy: Path) -> None:
+    episodes, reasons = read_good(short_video_copy)
+
+    assert len(episodes) == 7
+    assert "frames and rows differ: set#7" in reasons[0]
+    assert "5 frames" in reasons[0]
+    assert f"broken video: {video_file(short_video_copy)}" in inspect(short_video_copy)
+
+
+def test_a_good_dataset_is_inspected_without_complaints(lerobot: Path) -> None:
+    assert "skipped" not in inspect(lerobot / "v3.0_video")
+
+
+@pytest.mark.parametrize(
+    "file",
+    [
+        "videos/observation.images.image_0/chunk-000/file-000.mp4",
+        "data/chunk-000/file-000.parquet",
+    ],
+)
+def test_a_truncated_file_of_all_episodes_is_named(short_video_copy: Path, file: str) -> None:
+    """For the audit the numbers alone would be consistent."""
+    path = short_video_copy / file
+    truncate(path, path.stat().st_size - 2000)
+
+    refuses(rf"no good episode.*{path}", inspect, short_video_copy)
+    refuses("bad episodes: 8 of 8|no good episode", audit, short_video_copy)
+
+
+def test_rows_without_the_number_of_their_episode_are_named(version_3_copy: Path) -> None:
+    file = version_3_copy / "data/chunk-000/file-000.parquet"
+    change_rows(file, lambda table: table.drop_columns(["episode_index"]))
+
+    refuses(r"file-000\.parquet: .*episode_index", next, read_episodes(version_3_copy))
