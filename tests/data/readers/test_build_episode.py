@@ -1,0 +1,199 @@
+"""From columns to episodes: every column is checked, and means what the layout says."""
+
+import dataclasses
+import re
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from refusals import refuses
+from spear.data.readers.build_episode import build_episode, read_openings
+from spear.data.readers.columns import read_column
+from spear.data.readers.dataset_layout import REGISTRY, DatasetLayout
+from spear.data.readers.rlds import open_rlds
+
+SOURCE = "bridge_dataset/train#0"
+LAYOUT = REGISTRY["bridge_dataset"]
+STAY = [0, 0, 0, 1.0, 0, 0, 0, 1]
+
+
+@pytest.fixture(scope="module")
+def original_steps(shared: Path) -> dict[str, Any]:
+    """The first episode of BridgeData, ten steps."""
+    folder = open_rlds(shared / "data" / "bridge_v2_sample")
+    ((_, steps),) = folder.read_steps("train[:1]")
+    return steps
+
+
+@pytest.fixture
+def steps(original_steps: dict[str, Any]) -> dict[str, Any]:
+    """A copy of the episode that a test may change."""
+    return deepcopy(original_steps)
+
+
+@pytest.mark.parametrize(
+    ("column", "component"),
+    [
+        ("action", 6),
+        ("observation/state", 6),
+        ("observation/state", 4),
+        ("observation/state", 1),
+    ],
+)
+def test_a_number_that_is_nan_is_named(steps: dict[str, Any], column: str, component: int) -> None:
+    """Not only of the pose: a command that is NaN would be a gripper that is always closed."""
+    read_column(steps, column, SOURCE)[3, component] = np.nan
+
+    refuses(rf"{SOURCE} step 3: {re.escape(column)}", build_episode, steps, LAYOUT, SOURCE)
+
+
+def test_the_outcome_of_a_dataset_without_one_is_not_known(steps: dict[str, Any]) -> None:
+    assert build_episode(steps, LAYOUT, SOURCE).success is None
+
+
+@pytest.mark.parametrize(("reward", "expected"), [(0, False), (1, True), (-1, None)])
+def test_the_last_number_of_a_column_tells_the_outcome(
+    steps: dict[str, Any], reward: float, expected: bool | None
+) -> None:
+    steps["reward"] = np.append(np.zeros(9), reward)
+    layout = dataclasses.replace(LAYOUT, success="reward")
+
+    assert build_episode(steps, layout, SOURCE).success is expected
+
+
+@pytest.mark.parametrize(
+    ("folder", "expected"), [("failure", False), ("success", True), ("unsuccessful", None)]
+)
+def test_the_folder_of_a_path_tells_the_outcome(
+    steps: dict[str, Any], folder: str, expected: bool | None
+) -> None:
+    column = "episode_metadata/file_path"
+    assert REGISTRY["droid"].success == column
+    path = f"gs://a/success-rates/{folder}/2023-04-21/trajectory.h5"
+    steps[column] = [path.encode()] * 10
+    layout = dataclasses.replace(LAYOUT, success=column)
+
+    assert build_episode(steps, layout, SOURCE).success is expected
+
+
+@pytest.mark.parametrize(
+    "fields", [{"success": "reward"}, {"action": "mine", "action_mask": "reward"}]
+)
+def test_an_outcome_or_a_mask_that_is_nan_is_named(
+    steps: dict[str, Any], fields: dict[str, str]
+) -> None:
+    steps["reward"] = np.append(np.zeros(9), np.nan)
+    steps["mine"] = np.tile(STAY, (10, 1))
+    layout = dataclasses.replace(LAYOUT, **fields)
+
+    refuses(rf"{SOURCE} step 9: reward", build_episode, steps, layout, SOURCE)
+
+
+def test_actions_that_are_texts_are_refused(steps: dict[str, Any]) -> None:
+    layout = dataclasses.replace(LAYOUT, action="language_instruction")
+
+    message = "no numbers in column 'language_instruction'"
+    refuses(message, build_episode, steps, layout, SOURCE)
+
+
+def test_a_gripper_outside_of_its_range_is_named_with_its_readings(steps: dict[str, Any]) -> None:
+    layout = dataclasses.replace(LAYOUT, gripper_range=(0.0, 0.08))
+
+    message = r"step 0: .*gripper_range is \[0, 0\.08\].* to 1"
+    refuses(message, build_episode, steps, layout, SOURCE)
+
+
+def test_a_broken_image_is_named_without_an_address_in_memory(steps: dict[str, Any]) -> None:
+    steps["observation"]["image_0"][4] = b"\xff\xd8no image"
+
+    message = r"train#0 step 4 camera 'external': [^<]*$"
+    refuses(message, build_episode, steps, LAYOUT, SOURCE)
+
+
+@pytest.fixture
+def steps_with_pause(shared: Path) -> dict[str, Any]:
+    """An episode whose arm does not move from step 2 to step 4."""
+    folder = open_rlds(shared / "data" / "bridge_v2_sample")
+    ((_, steps),) = folder.read_steps("train[5:6]")
+    states = steps["observation"]["state"] = steps["observation"]["state"].copy()
+    states[2:5] = states[2]
+    return steps
+
+
+DROP_IDLE = dataclasses.replace(LAYOUT, drop_idle=True)
+
+
+def test_idle_steps_are_removed_if_the_layout_says_so(steps_with_pause: dict[str, Any]) -> None:
+    with_pause = build_episode(steps_with_pause, LAYOUT, SOURCE)
+    without_pause = build_episode(steps_with_pause, DROP_IDLE, SOURCE)
+
+    moving_steps = [0, 1, 4, 5, 6, 7, 8, 9]
+    assert len(with_pause) == 10
+    assert len(without_pause) == 8
+    assert len(without_pause.images["external"]) == 8
+    np.testing.assert_array_equal(without_pause.position, with_pause.position[moving_steps])
+
+
+def test_the_actions_without_idle_steps_lead_to_the_same_end(
+    steps_with_pause: dict[str, Any],
+) -> None:
+    episode = build_episode(steps_with_pause, DROP_IDLE, SOURCE)
+
+    assert episode.action is not None
+    total_translation = episode.action[:-1, :3].sum(0)
+    expected = episode.position[-1] - episode.position[0]
+    np.testing.assert_allclose(total_translation, expected, atol=1e-6)
+
+
+def test_idle_steps_of_droid_are_removed() -> None:
+    assert REGISTRY["droid"].drop_idle
+
+
+def make_still(steps: dict[str, Any], roll: float) -> None:
+    """Let the arm rest in one pose, with an open gripper."""
+    steps["action"][:, 6] = 1
+    steps["observation"]["state"][:] = [0.3, 0, 0.2, roll, 0.4, -0.7, 1]
+
+
+@pytest.mark.parametrize("roll", np.linspace(-1, 1, 20))
+def test_an_arm_that_rests_is_idle_whatever_its_orientation(
+    steps: dict[str, Any], roll: float
+) -> None:
+    """In float32 the scalar product of a quaternion with itself may lie below 1."""
+    make_still(steps, roll)
+    layout = dataclasses.replace(DROP_IDLE, rate_hz=15)
+
+    assert len(build_episode(steps, layout, SOURCE)) == 1
+
+
+def test_a_slow_drift_becomes_steps_of_the_smallest_motion(steps: dict[str, Any]) -> None:
+    """Otherwise it would add up to a jump in the action of the step before."""
+    make_still(steps, roll=1)
+    steps["observation"]["state"][1:, 0] += 0.01 + 0.0019 * np.arange(9)
+    layout = dataclasses.replace(DROP_IDLE, rate_hz=1)
+
+    episode = build_episode(steps, layout, SOURCE)
+
+    assert episode.action is not None
+    largest_step_m = episode.action[:, 0].max()
+    assert largest_step_m >= 0.01
+    assert largest_step_m < 0.013
+
+
+def test_an_opening_that_is_its_command_but_for_rounding_was_not_measured() -> None:
+    layout = DatasetLayout(
+        "mine",
+        gripper="state",
+        gripper_range=(0.0, 0.08),
+        command="action",
+        command_range=(0.0, 1.0),
+    )
+    steps = {"state": np.array([0.08, 0, 0.04]), "action": np.array([1, 0.0003, 0.5])}
+
+    opening, command = read_openings(steps, layout, "mine")
+
+    np.testing.assert_allclose(opening, [1, 1, 0], atol=1e-3)
+    np.testing.assert_allclose(command, [1, 0, 0.5], atol=1e-3)
