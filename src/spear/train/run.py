@@ -52,7 +52,7 @@ TEXT_FILES = (
     "tokenizer.json",
     "wording.txt",
 )
-MIN_SAMPLES_FOR_MISTAKES = 4  # a piece with fewer gives `with_mistakes` too little to draw from
+MIN_SAMPLES_FOR_MISTAKES = 4  # fewer give `perturb_committed` too little to draw from
 
 Checkpoint = tuple[Path, dict[str, Any]]
 
@@ -248,7 +248,7 @@ def _note_settings_without_effect(recipe: Recipe, steps: int, options: RunOption
     if 0 < steps < opt.warmup:
         notice(f"lr is never reached: warmup takes {opt.warmup} steps, and the run has {steps}.")
     if recipe.committed:
-        # `with_mistakes` makes committed actions wrong by differences between a piece's samples.
+        # `perturb_committed` makes actions wrong by differences between the samples of a piece.
         piece_size = recipe.batch_size / opt.accumulate / parallel.get_world_size()
         if 0 < piece_size < MIN_SAMPLES_FOR_MISTAKES:
             notice(
