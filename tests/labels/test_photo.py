@@ -1,5 +1,4 @@
-"""A real photograph through every component with a network in it: random weights, real code, real
-files."""
+"""A real photograph through all three networks: random weights, real code, real files."""
 
 from copy import deepcopy
 from dataclasses import replace
@@ -7,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from labels_tiny import WORDS, save_grounding_dino, save_sam2
 from moge_reference import build_small_v1
@@ -18,46 +18,88 @@ from spear.labels.pipeline import label_images
 from spear.labels.questions.generate import generate_questions
 from spear.labels.store import read_labels, write_labels
 from spear.question_types import QUESTION_TYPES
-from spear.types import Frame
+from spear.types import Frame, LabeledImage
 from spear.util.images import decode_image
 
-data = pytest.importorskip("skimage.data", reason="scikit-image brings the photograph")
+photographs = pytest.importorskip("skimage.data", reason="scikit-image brings the photograph")
 VOCABULARY = [word for word in WORDS if word in ("cup", "plate", "bowl")]
 
+Models = tuple[GroundingDinoDetector, Sam2Segmenter, MogePointMapModel]
 
-def test_a_photograph_goes_through_the_whole_graph(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+
+@pytest.fixture
+def photo() -> Frame:
     """A cup of coffee with a spoon on a saucer."""
-    photo = Frame(data.coffee()[::2, ::2].copy(), source="coffee.png")
-    network = str(save_grounding_dino(tmp_path / "grounding-dino"))
+    return Frame(photographs.coffee()[::2, ::2].copy(), source="coffee.png")
+
+
+@pytest.fixture
+def models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Models:
     monkeypatch.setattr(GroundingDinoDetector, "threshold", 0.0)
+    monkeypatch.setattr("spear.labels.objects.MIN_POINTS", 8)
+    network = str(save_grounding_dino(tmp_path / "grounding-dino"))
     detector = GroundingDinoDetector(network, vocabulary=VOCABULARY)
     segmenter = Sam2Segmenter(str(save_sam2(tmp_path / "sam2")))
-    pointmap = MogePointMapModel(deepcopy(build_small_v1()), device="cpu")
-    monkeypatch.setattr(pointmap.model, "max_tokens", 60)
-    monkeypatch.setattr("spear.labels.objects.MIN_POINTS", 8)
-    write_labels(
-        label_images([photo], detector, segmenter, pointmap, True), tmp_path / "labels.parquet"
-    )
-    (seen,) = read_labels(tmp_path / "labels.parquet")
+    point_map_model = MogePointMapModel(deepcopy(build_small_v1()), device="cpu")
+    monkeypatch.setattr(point_map_model.model, "max_tokens", 60)
+    return detector, segmenter, point_map_model
 
-    assert (seen.width, seen.height, seen.unit) == (300, 200, "relative")
-    assert np.abs(decode_image(seen.image).astype(int) - photo.image).mean() < 3
-    assert seen.source == "coffee.png"
-    names = {"detector": detector.name, "segmenter": segmenter.name, "pointmap": pointmap.name}
-    assert seen.provenance == names and seen.intrinsics[0, 0] > 0
-    assert seen.objects and {o.name for o in seen.objects} <= set(VOCABULARY)
-    boxed = [o for o in seen.objects if o.box3d is not None]
-    assert boxed
-    # random networks find nothing that is good enough to be asked about: make it so
-    good = [replace(o, name=str(i), scores={}) for i, o in enumerate(boxed)]
-    asked = generate_questions(
-        replace(seen, objects=good), np.random.default_rng(0), (4, 4), QUESTION_TYPES
-    )
-    assert asked and {question.unit for question in asked} == {"relative"}
-    parts = {"its 0 points": pointmap.model, "Sam2": segmenter._network, "Dino": detector._network}
-    for said, part in parts.items():
-        for weights in part.parameters():
-            weights.data.fill_(np.nan)  # in each before those that are broken already
-        refuses(said, list, label_images([photo], detector, segmenter, pointmap, True))
+
+@pytest.fixture
+def label(photo: Frame, models: Models, tmp_path: Path) -> LabeledImage:
+    """The photo's label, written and read again."""
+    shard = tmp_path / "labels.parquet"
+    write_labels(label_images([photo], *models, exact=True), shard)
+    (label,) = read_labels(shard)
+    return label
+
+
+def test_a_photograph_gets_a_label_with_boxes(
+    photo: Frame, models: Models, label: LabeledImage
+) -> None:
+    detector, segmenter, point_map_model = models
+
+    assert (label.width, label.height, label.unit) == (300, 200, "relative")
+    assert np.abs(decode_image(label.image).astype(int) - photo.image).mean() < 3
+    assert label.source == "coffee.png"
+    assert label.provenance == {
+        "detector": detector.name,
+        "segmenter": segmenter.name,
+        "pointmap": point_map_model.name,
+    }
+    assert label.intrinsics[0, 0] > 0
+    assert label.objects
+    assert {o.name for o in label.objects} <= set(VOCABULARY)
+    assert any(o.box3d is not None for o in label.objects)
+
+
+def test_questions_about_a_photograph_are_in_relative_units(label: LabeledImage) -> None:
+    # Random networks find nothing that is good enough to be asked about, so scores are removed.
+    objects = []
+    for number, o in enumerate(label.objects):
+        if o.box3d is not None:
+            objects.append(replace(o, name=str(number), scores={}))
+    askable_label = replace(label, objects=objects)
+
+    rng = np.random.default_rng(0)
+    questions = generate_questions(askable_label, rng, (4, 4), QUESTION_TYPES)
+
+    assert questions
+    assert {question.unit for question in questions} == {"relative"}
+
+
+def fill_with_nan(network: torch.nn.Module) -> None:
+    for weights in network.parameters():
+        weights.data.fill_(np.nan)
+
+
+def test_a_network_with_broken_weights_is_named(photo: Frame, models: Models) -> None:
+    detector, segmenter, point_map_model = models
+
+    # From the last network to the first, so that each breaks before those that are broken already.
+    fill_with_nan(point_map_model.model)
+    refuses("the 0 known points", list, label_images([photo], *models, exact=True))
+    fill_with_nan(segmenter._network)
+    refuses("Sam2", list, label_images([photo], *models, exact=True))
+    fill_with_nan(detector._network)
+    refuses("Dino", list, label_images([photo], *models, exact=True))

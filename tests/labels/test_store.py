@@ -1,77 +1,110 @@
+"""Shards of labels: round trips, reading a part of them, and broken files."""
+
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from labels_scenes import TRUTH, random_frame
+from labels_scenes import random_frame
 from refusals import refuses
-from spear.labels.pipeline import label_images
+from spear.labels.pipeline import label_with_ground_truth
 from spear.labels.store import SCHEMA, count_labels, read_labels, select_labels, write_labels
 from spear.types import LabeledImage
 
 
 @pytest.fixture(scope="module")
 def labels() -> list[LabeledImage]:
+    """23 labels with none to three objects."""
     rng = np.random.default_rng(3)
-    return list(label_images([random_frame(rng, objects=n % 4) for n in range(23)], *TRUTH))
+    frames = [random_frame(rng, objects=number % 4) for number in range(23)]
+    return list(label_with_ground_truth(frames))
 
 
-def write(labels: Sequence[LabeledImage], folder: Path, size: int = 18) -> list[Path]:
-    paths = [folder / f"labels-{number:05d}.parquet" for number in range(-(-len(labels) // size))]
-    for number, path in enumerate(paths):
-        write_labels(labels[number * size : (number + 1) * size], path)
+@pytest.fixture
+def shards(labels: list[LabeledImage], tmp_path: Path) -> list[Path]:
+    """The labels in two shards of 18 and 5."""
+    paths = [tmp_path / "labels-00000.parquet", tmp_path / "labels-00001.parquet"]
+    write_labels(labels[:18], paths[0])
+    write_labels(labels[18:], paths[1])
     return paths
 
 
-def test_round_trip_in_order_and_spread_evenly(labels: list[LabeledImage], tmp_path: Path) -> None:
-    paths = write(labels, tmp_path)
-    assert sorted(tmp_path.iterdir()) == paths
-    np.testing.assert_equal([*map(asdict, labels)], [*map(asdict, read_labels(tmp_path))])
-    assert (
-        len(list(read_labels(paths[1]))) == 5
-        and count_labels(tmp_path) == 23
-        and count_labels(paths[1]) == 5
+def assert_equal(labels: Sequence[LabeledImage], expected: Sequence[LabeledImage]) -> None:
+    np.testing.assert_equal(
+        [asdict(label) for label in labels], [asdict(label) for label in expected]
     )
-    for images in (1, 4, 7, 23, 99):
-        shown = min(images, 23)
-        expected = [labels[i * 23 // shown] for i in range(shown)]
-        np.testing.assert_equal(
-            [*map(asdict, expected)], [*map(asdict, select_labels(tmp_path, images))]
-        )
 
 
-def test_without_pixels_the_rest_is_the_same(labels: list[LabeledImage], tmp_path: Path) -> None:
-    write(labels, tmp_path)
-    for a, b in zip(labels, read_labels(tmp_path, pixels=False), strict=True):
-        assert b.image == b"" and all(len(o.mask) == 0 for o in b.objects)
-        masked = [replace(o, mask=a.objects[i].mask) for i, o in enumerate(b.objects)]
-        np.testing.assert_equal(asdict(a), asdict(replace(b, image=a.image, objects=masked)))
-
-
-def test_broken_shards_and_other_files_are_named(
-    labels: list[LabeledImage], tmp_path: Path
+def test_a_folder_gives_its_labels_back_in_order(
+    labels: list[LabeledImage], shards: list[Path], tmp_path: Path
 ) -> None:
-    (path,) = write(labels, tmp_path, 99)
-    whole = path.read_bytes()
-    path.write_bytes(whole[: len(whole) // 2])
+    assert sorted(tmp_path.iterdir()) == shards
+    assert_equal(list(read_labels(tmp_path)), labels)
+    assert count_labels(tmp_path) == 23
+
+
+def test_a_shard_gives_its_labels_alone(labels: list[LabeledImage], shards: list[Path]) -> None:
+    assert_equal(list(read_labels(shards[1])), labels[18:])
+    assert count_labels(shards[1]) == 5
+
+
+@pytest.mark.parametrize("max_images", [1, 4, 7, 23, 99])
+def test_selected_labels_are_spread_evenly(
+    labels: list[LabeledImage], shards: list[Path], tmp_path: Path, max_images: int
+) -> None:
+    num_selected = min(max_images, 23)
+    expected = [labels[i * 23 // num_selected] for i in range(num_selected)]
+
+    assert_equal(select_labels(tmp_path, max_images), expected)
+
+
+def test_without_pixels_everything_but_images_and_masks_is_the_same(
+    labels: list[LabeledImage], shards: list[Path], tmp_path: Path
+) -> None:
+    for label, bare in zip(labels, read_labels(tmp_path, pixels=False), strict=True):
+        assert bare.image == b""
+        assert all(len(o.mask) == 0 for o in bare.objects)
+        objects = []
+        for o, bare_object in zip(label.objects, bare.objects, strict=True):
+            objects.append(replace(bare_object, mask=o.mask))
+        assert_equal([replace(bare, image=label.image, objects=objects)], [label])
+
+
+def test_a_shard_that_is_cut_off_is_named(shards: list[Path], tmp_path: Path) -> None:
+    content = shards[0].read_bytes()
+    shards[0].write_bytes(content[: len(content) // 2])
+
     refuses(r"labels-00000\.parquet is broken.*label it again", count_labels, tmp_path)
-    path.write_bytes(whole[:100] + bytes(4000) + whole[4100:])
-    refuses(r"labels-00000\.parquet is broken", list, read_labels(path))
-    for change in (
-        {"width": None},
-        {"unit": "inch"},
-        {"provenance": ""},
-        {"intrinsics": [np.nan] * 9},
-    ):
-        (first, *rest) = pq.read_table(pa.BufferReader(whole)).to_pylist()
-        pq.write_table(pa.Table.from_pylist([first | change, *rest], SCHEMA), path)
-        refuses(r"labels-00000\.parquet is broken", list, read_labels(path, pixels=False))
-    path.unlink()
+
+
+def test_a_shard_with_other_bytes_in_it_is_named(shards: list[Path]) -> None:
+    content = shards[0].read_bytes()
+    shards[0].write_bytes(content[:100] + bytes(4000) + content[4100:])
+
+    refuses(r"labels-00000\.parquet is broken", list, read_labels(shards[0]))
+
+
+@pytest.mark.parametrize(
+    "change", [{"width": None}, {"unit": "inch"}, {"provenance": ""}, {"intrinsics": [np.nan] * 9}]
+)
+def test_a_label_that_makes_no_sense_is_refused(shards: list[Path], change: dict[str, Any]) -> None:
+    first, *other_rows = pq.read_table(shards[0]).to_pylist()
+    pq.write_table(pa.Table.from_pylist([first | change, *other_rows], SCHEMA), shards[0])
+
+    refuses(r"labels-00000\.parquet is broken", list, read_labels(shards[0], pixels=False))
+
+
+def test_a_folder_without_shards_is_named(tmp_path: Path) -> None:
     refuses("no label shards", count_labels, tmp_path)
     refuses("no label shards", list, read_labels(tmp_path / "absent"))
+
+
+def test_another_parquet_file_is_refused(tmp_path: Path) -> None:
     pq.write_table(pa.table({"x": [1]}), tmp_path / "labels.parquet")
+
     refuses("not a label shard, because it has no", count_labels, tmp_path)

@@ -2,6 +2,7 @@
 
 import re
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,166 +25,284 @@ from spear.policy import locate
 from spear.question_types import QUESTION_TYPES, QUESTION_TYPES_2D, QUESTION_TYPES_PIXEL
 from spear.train.options import QuestionMix
 from spear.train.tasks import QuestionSamples, load_depth, load_labels
-from spear.types import LabeledImage, LabeledObject, Pixel, Question
+from spear.types import Array, Frame, LabeledImage, LabeledObject, Pixel, Question
 from spear.util.images import encode_jpeg
+
+
+def generate_for_seeds(
+    label: LabeledImage, family: str, num_seeds: int, depth: Array | None = None
+) -> list[Question]:
+    """A question of one type about an image for each seed that allows one."""
+    questions = []
+    for seed in range(num_seeds):
+        rng = np.random.default_rng(seed)
+        questions += generate_questions(label, rng, (1, 1), [family], depth)
+    return questions
 
 
 @pytest.fixture(scope="module")
 def questions(labels: list[LabeledImage]) -> list[tuple[LabeledImage, Question]]:
-    rng, families = np.random.default_rng(2), QUESTION_TYPES + QUESTION_TYPES_2D
-    return [
-        (x, q)
-        for _ in range(30)
-        for x in labels
-        for q in generate_questions(x, rng, families=families)
-    ]
+    """Many questions of all types, each with the label of its image."""
+    rng = np.random.default_rng(2)
+    questions = []
+    for _ in range(30):
+        for label in labels:
+            for question in generate_questions(
+                label, rng, families=QUESTION_TYPES + QUESTION_TYPES_2D
+            ):
+                questions.append((label, question))
+    return questions
 
 
-def one(image: LabeledImage, name: str) -> LabeledObject:
-    (found,) = (o for o in image.objects if o.name == name)
-    return found
+# Answers in 2D
 
 
-def middle(image: LabeledImage, name: str) -> float:
-    return float(one(image, name).box2d[::2].mean()) / image.width
+def find_object(label: LabeledImage, name: str) -> LabeledObject:
+    (o,) = (o for o in label.objects if o.name == name)
+    return o
 
 
-def derived(image: LabeledImage, q: Question) -> list:
+def find_middle(label: LabeledImage, name: str) -> float:
+    """How far right the middle of an object is, as a fraction of the image's width."""
+    return float(find_object(label, name).box2d[::2].mean()) / label.width
+
+
+def find_relative_box(label: LabeledImage, name: str) -> list[float]:
+    size = [label.width, label.height, label.width, label.height]
+    return (find_object(label, name).box2d / size).tolist()
+
+
+def read_location(prompt: str) -> tuple[float, float]:
+    """x and y of the location tokens in a prompt, as fractions of the image."""
+    y, x = (int(number) / 1024 for number in re.findall(r"<loc(\d{4})>", prompt))
+    return x, y
+
+
+def check_point_is_in_the_middle(label: LabeledImage, question: Question) -> None:
+    x, y = read_location(question.prompt)
+    x0, y0, x1, y1 = find_relative_box(label, question.objects[0])
+    assert abs(x - (x0 + x1) / 2) <= 0.2 * (x1 - x0) + 1 / 1024
+    assert abs(y - (y0 + y1) / 2) <= 0.2 * (y1 - y0) + 1 / 1024
+
+
+def answer_again(label: LabeledImage, question: Question) -> list[str | Pixel]:
     """The answer, worked out again from the label and the words of the question alone."""
-    names = [o.name for o in image.objects]
-    match q.family:
+    names = [o.name for o in label.objects]
+    match question.family:
         case "what_at":
-            y, x = (int(n) / 1024 for n in re.findall(r"<loc(\d{4})>", q.prompt))
-            (o,) = (o for o in image.objects if o.name == q.objects[0])
-            x0, y0, x1, y1 = o.box2d / [image.width, image.height, image.width, image.height]
-            assert abs(x - (x0 + x1) / 2) <= 0.2 * (x1 - x0) + 1 / 1024
-            assert abs(y - (y0 + y1) / 2) <= 0.2 * (y1 - y0) + 1 / 1024
-            return [o.name]
-        case "where_2d" | "centre_2d":
-            x0, y0, x1, y1 = one(image, q.objects[0]).box2d / np.tile(
-                [image.width, image.height], 2
-            )
-            centre = Pixel((x0 + x1) / 2, (y0 + y1) / 2)
-            return [centre] if q.family == "centre_2d" else [Pixel(x0, y0), Pixel(x1, y1)]
+            return [question.objects[0]]
+        case "where_2d":
+            x0, y0, x1, y1 = find_relative_box(label, question.objects[0])
+            return [Pixel(x0, y0), Pixel(x1, y1)]
+        case "centre_2d":
+            x0, y0, x1, y1 = find_relative_box(label, question.objects[0])
+            return [Pixel((x0 + x1) / 2, (y0 + y1) / 2)]
         case "exists":
-            return ["yes" if q.objects[0] in names else "no"]
+            return ["yes" if question.objects[0] in names else "no"]
         case "count":
-            return [str(names.count(q.objects[0]))]
+            return [str(names.count(question.objects[0]))]
         case "which_side":
-            return ["left" if middle(image, q.objects[0]) < 0.5 else "right"]
+            return ["left" if find_middle(label, question.objects[0]) < 0.5 else "right"]
         case "left_or_right":
-            return [
-                "left" if middle(image, q.objects[0]) < middle(image, q.objects[1]) else "right"
-            ]
+            first, second = (find_middle(label, name) for name in question.objects)
+            return ["left" if first < second else "right"]
         case "list":
-            return [
-                ", ".join(
-                    o.name for o in sorted(image.objects, key=lambda o: o.box2d[0] + o.box2d[2])
-                )
-            ]
-    raise AssertionError(q.family)
+            from_left = sorted(label.objects, key=lambda o: o.box2d[0] + o.box2d[2])
+            return [", ".join(o.name for o in from_left)]
+    raise AssertionError(question.family)
 
 
+@pytest.mark.parametrize("family", QUESTION_TYPES_2D)
 def test_every_2d_answer_follows_from_the_label(
-    questions: list[tuple[LabeledImage, Question]],
+    questions: list[tuple[LabeledImage, Question]], family: str
 ) -> None:
-    assert {q.family for _, q in questions} == set(QUESTION_TYPES + QUESTION_TYPES_2D)
-    for image, q in questions:
-        if q.family in QUESTION_TYPES:
-            continue
-        for got, want in zip(q.segments, derived(image, q), strict=True):
-            if isinstance(want, Pixel):
-                assert (got.x, got.y) == pytest.approx((want.x, want.y), abs=1e-5)
-                assert 0 <= got.x < 1 and 0 <= got.y < 1
+    questions_2d = [(label, q) for label, q in questions if q.family == family]
+
+    assert questions_2d
+    for label, question in questions_2d:
+        expected = answer_again(label, question)
+        for segment, expected_segment in zip(question.segments, expected, strict=True):
+            if isinstance(expected_segment, Pixel):
+                expected_location = pytest.approx(
+                    (expected_segment.x, expected_segment.y), abs=1e-5
+                )
+                assert (segment.x, segment.y) == expected_location
+                assert 0 <= segment.x < 1
+                assert 0 <= segment.y < 1
             else:
-                assert got == want
+                assert segment == expected_segment
+        if family == "what_at":
+            check_point_is_in_the_middle(label, question)
 
 
-def test_what_a_name_speaks_of_is_not_said_to_be_absent(labels: list[LabeledImage]) -> None:
-    image = replace(labels[0], objects=[replace(labels[0].objects[0], name="bowl_of apples")])
-    asked = [
-        generate_questions(image, np.random.default_rng(s), (1, 1), ["exists"]) for s in range(400)
-    ]
-    absent = {q.objects[0] for some in asked for q in some} & set(EVERYDAY_NAMES)
-    assert "banana" in absent and not absent & {"apple", "bowl"}
+def test_all_question_types_are_asked(questions: list[tuple[LabeledImage, Question]]) -> None:
+    assert {q.family for _, q in questions} == set(QUESTION_TYPES + QUESTION_TYPES_2D)
 
 
-def test_near_ties_are_not_compared_nor_boxes_off_the_image_projected(
-    labels: list[LabeledImage],
+def test_what_a_name_contains_is_not_said_to_be_absent(labels: list[LabeledImage]) -> None:
+    bowl = replace(labels[0].objects[0], name="bowl_of apples")
+    label = replace(labels[0], objects=[bowl])
+
+    questions = generate_for_seeds(label, "exists", num_seeds=400)
+
+    absent_names = {q.objects[0] for q in questions} & set(EVERYDAY_NAMES)
+    assert "banana" in absent_names
+    assert not absent_names & {"apple", "bowl"}
+
+
+# What is not asked
+
+
+@pytest.mark.parametrize(("stretch", "is_asked"), [(1.03, False), (1.1, True)])
+def test_distances_that_are_nearly_equal_are_not_compared(
+    labels: list[LabeledImage], stretch: float, is_asked: bool
 ) -> None:
-    rng = np.random.default_rng(0)
-    image = next(x for x in labels if len(find_askable_objects(x)) >= 2)
-    a, b = find_askable_objects(image)[:2]
-    for stretch, expected in ((1.03, False), (1.1, True)):
-        moved = (
-            a.box3d.center
-            / np.linalg.norm(a.box3d.center)
-            * np.linalg.norm(b.box3d.center)
-            * stretch
-        )
-        pair = replace(image, objects=[replace(a, box3d=replace(a.box3d, center=moved)), b])
-        assert bool(generate_questions(pair, rng, families=["chain_of_thought"])) is expected
-    vertices = a.box3d.vertices.copy()
+    label = next(label for label in labels if len(find_askable_objects(label)) >= 2)
+    a, b = find_askable_objects(label)[:2]
+    direction = a.box3d.center / np.linalg.norm(a.box3d.center)
+    center = direction * np.linalg.norm(b.box3d.center) * stretch
+    moved = replace(a, box3d=replace(a.box3d, center=center))
+    pair = replace(label, objects=[moved, b])
+
+    questions = generate_questions(pair, np.random.default_rng(0), families=["chain_of_thought"])
+
+    assert bool(questions) is is_asked
+
+
+def test_boxes_that_reach_out_of_the_image_are_not_projected(labels: list[LabeledImage]) -> None:
+    label = next(label for label in labels if find_askable_objects(label))
+    o = find_askable_objects(label)[0]
+    vertices = o.box3d.vertices.copy()
     vertices[0, 0] += 5
-    wide = replace(image, objects=[replace(a, box3d=replace(a.box3d, vertices=vertices))])
-    assert generate_questions(wide, np.random.default_rng(0), families=["back_projection"]) == []
+    outside = replace(o, box3d=replace(o.box3d, vertices=vertices))
+    label = replace(label, objects=[outside])
+
+    questions = generate_questions(label, np.random.default_rng(0), families=["back_projection"])
+
+    assert questions == []
 
 
-def test_the_seed_decides_one_to_four_different_questions(labels: list[LabeledImage]) -> None:
-    asked = [
-        [generate_questions(x, rng) for x in labels]
-        for rng in (np.random.default_rng(s) for s in (5, 5, 6))
-    ]
-    assert asked[0] == asked[1] != asked[2]
+# Randomness
+
+
+def test_equal_seeds_give_equal_questions(labels: list[LabeledImage]) -> None:
+    questions_of_seeds = []
+    for seed in (5, 5, 6):
+        rng = np.random.default_rng(seed)
+        questions_of_seeds.append([generate_questions(label, rng) for label in labels])
+
+    assert questions_of_seeds[0] == questions_of_seeds[1]
+    assert questions_of_seeds[0] != questions_of_seeds[2]
+
+
+def test_one_to_four_different_questions_are_asked(labels: list[LabeledImage]) -> None:
     rng = np.random.default_rng(0)
-    image = max(labels, key=lambda x: len(find_askable_objects(x)))
-    sizes, seen = Counter(), Counter()
+    label = max(labels, key=lambda label: len(find_askable_objects(label)))
+
+    num_questions = Counter[int]()
     for _ in range(200):
-        asked = generate_questions(image, rng)
-        sizes[len(asked)] += 1
-        seen.update(q.family for q in generate_questions(image, rng, pairs=(1, 1)))
-        assert len({(q.family, q.objects, tuple(q.segments)) for q in asked}) == len(asked)
-    assert set(sizes) == {1, 2, 3, 4} and min(sizes.values()) > 25
-    assert min(seen[f] for f in QUESTION_TYPES) > 0.5 * max(seen.values())
+        questions = generate_questions(label, rng)
+        num_questions[len(questions)] += 1
+        assert len({(q.family, q.objects, tuple(q.segments)) for q in questions}) == len(questions)
+
+    assert set(num_questions) == {1, 2, 3, 4}
+    assert min(num_questions.values()) > 25
 
 
-def test_tokenizer_text_covers_every_word_used(
+def test_question_types_are_drawn_with_equal_chance(labels: list[LabeledImage]) -> None:
+    rng = np.random.default_rng(0)
+    label = max(labels, key=lambda label: len(find_askable_objects(label)))
+
+    counts = Counter[str]()
+    for _ in range(400):
+        counts.update(q.family for q in generate_questions(label, rng, pairs=(1, 1)))
+
+    assert min(counts[family] for family in QUESTION_TYPES) > 0.5 * max(counts.values())
+
+
+# Words
+
+
+def find_words(texts: Sequence[str]) -> set[str]:
+    words = set[str]()
+    for text in texts:
+        words.update(re.findall(r"\w+", text))
+    return words
+
+
+def test_tokenizer_texts_contain_every_word_that_is_used(
     questions: list[tuple[LabeledImage, Question]],
 ) -> None:
-    names = {o.name for x, _ in questions for o in x.objects}
-    known = {
-        w for text in iterate_tokenizer_texts([*names, "mug"]) for w in re.findall(r"\w+", text)
-    }
-    answers = [s for _, q in questions for s in q.segments if isinstance(s, str)]
-    used = {
-        w for text in [q.prompt for _, q in questions] + answers for w in re.findall(r"\w+", text)
-    }
-    assert {w for w in used if not re.fullmatch(r"loc\d{4}", w)} - known <= set(EVERYDAY_NAMES)
+    names = set[str]()
+    used_texts = []
+    for label, question in questions:
+        names.update(o.name for o in label.objects)
+        used_texts.append(question.prompt)
+        used_texts += [segment for segment in question.segments if isinstance(segment, str)]
+
+    known_words = find_words(list(iterate_tokenizer_texts([*names, "mug"])))
+
+    used_words = {word for word in find_words(used_texts) if not re.fullmatch(r"loc\d{4}", word)}
+    assert used_words - known_words <= set(EVERYDAY_NAMES)
 
 
-def test_what_is_asked_to_be_named_is_seen_at_the_point(labels: list[LabeledImage]) -> None:
-    image = next(x for x in labels if any(o.scores["visible"] == 1 for o in x.objects))
-    o = next(o for o in image.objects if o.scores["visible"] == 1)
-    mask = np.zeros((image.height, image.width), bool)
-    mask[:, : image.width // 2] = True  # the right half shows something else
-    box = np.array([0, 0, image.width, image.height], np.float32)
-    halved = replace(image, objects=[replace(o, box2d=box, mask=encode_mask(mask))])
-    asked = [
-        generate_questions(halved, np.random.default_rng(s), (1, 1), ["what_at"]) for s in range(50)
-    ]
-    places = [int(re.findall(r"<loc(\d{4})>", q.prompt)[1]) for some in asked for q in some]
-    assert len(places) > 40 and max(places) <= 512 and np.ptp(places) > 100
-    mask[:, 2 * image.width // 5 :] = False  # what lies on it
-    shirt = replace(o, name="shirt", box2d=box / 1000, mask=encode_mask(mask))
-    both = replace(halved, objects=[*halved.objects, shirt])
-    asked = [
-        generate_questions(both, np.random.default_rng(s), (1, 1), ["what_at"]) for s in range(50)
-    ]
-    others = [q for some in asked for q in some if "shirt" not in q.objects]
-    places = {int(re.findall(r"<loc(\d{4})>", q.prompt)[1]) for q in others}
-    assert len(places) > 3 and 400 <= min(places) <= max(places) <= 512
-    unseen = replace(halved, objects=[replace(halved.objects[0], mask=())])
-    assert not generate_questions(unseen, np.random.default_rng(0), families=["what_at"])
+# What is at a point
+
+
+@pytest.fixture
+def half_covered(labels: list[LabeledImage]) -> LabeledImage:
+    """An image with one object, whose mask covers the left half of its box, which is the whole image."""
+    for label in labels:
+        for o in label.objects:
+            if o.scores["visible"] == 1:
+                mask = np.zeros((label.height, label.width), bool)
+                mask[:, : label.width // 2] = True
+                box2d = np.array([0, 0, label.width, label.height], np.float32)
+                return replace(label, objects=[replace(o, box2d=box2d, mask=encode_mask(mask))])
+    raise AssertionError("no object is wholly visible")
+
+
+def read_columns(questions: Sequence[Question]) -> list[int]:
+    """The columns of the points in prompts, in 1024ths of the image's width."""
+    return [int(re.findall(r"<loc(\d{4})>", question.prompt)[1]) for question in questions]
+
+
+def test_points_are_on_the_pixels_of_their_object(half_covered: LabeledImage) -> None:
+    columns = read_columns(generate_for_seeds(half_covered, "what_at", num_seeds=50))
+
+    assert len(columns) > 40
+    assert max(columns) <= 512
+    assert np.ptp(columns) > 100
+
+
+def test_points_are_not_on_a_smaller_object(half_covered: LabeledImage) -> None:
+    o = half_covered.objects[0]
+    mask = np.zeros((half_covered.height, half_covered.width), bool)
+    mask[:, : 2 * half_covered.width // 5] = True
+    shirt = replace(o, name="shirt", box2d=o.box2d / 1000, mask=encode_mask(mask))
+    both = replace(half_covered, objects=[o, shirt])
+
+    questions = generate_for_seeds(both, "what_at", num_seeds=50)
+
+    columns = set(read_columns([q for q in questions if "shirt" not in q.objects]))
+    assert len(columns) > 3
+    assert min(columns) >= 400
+    assert max(columns) <= 512
+
+
+def test_nothing_is_at_a_point_of_an_object_without_a_mask(half_covered: LabeledImage) -> None:
+    without_mask = replace(half_covered, objects=[replace(half_covered.objects[0], mask=())])
+
+    rng = np.random.default_rng(0)
+    assert not generate_questions(without_mask, rng, families=["what_at"])
+
+
+# Points of pixels
+
+
+def make_label(frame: Frame, image: bytes, source: str = "made") -> LabeledImage:
+    height, width = frame.image.shape[:2]
+    return LabeledImage(image, width, height, frame.intrinsics, [], "metre", source)
 
 
 @pytest.mark.parametrize("size", [(160, 120), (159, 119)])
@@ -194,63 +313,94 @@ def test_the_answer_is_the_point_that_the_pixel_shows(
     frame = random_frame(rng, width=size[0], height=size[1])
     height, width = frame.depth.shape
     image = encode_jpeg(frame.image)
-    label = LabeledImage(image, width, height, frame.intrinsics, [], "metre", "made")
+    label = make_label(frame, image)
     write_depth([(image, frame.depth)], tmp_path / "depth/external/depth-00000.parquet")
     depth = load_depth([tmp_path], {"external": [label]})["external"][0][1]
-    truth = unproject(frame.depth, frame.intrinsics)
-    asked = [
-        q
-        for _ in range(50)
-        for q in generate_questions(label, rng, (4, 4), QUESTION_TYPES_PIXEL, depth=depth)
-    ]
-    assert len(asked) == 200
-    for question in asked:
-        y, x = (int(n) / 1024 for n in re.findall(r"<loc(\d{4})>", question.prompt))
-        near = truth[round(y * height - 0.5), round(x * width - 0.5)]
-        assert question.values == pytest.approx(near.tolist(), abs=0.02)
-    assert (
-        generate_questions(label, rng, (4, 4), QUESTION_TYPES_PIXEL) == []
-    )  # without depth there is nothing to ask
-    assert (
-        generate_questions(label, rng, (4, 4), QUESTION_TYPES_PIXEL, depth=np.zeros_like(depth))
-        == []
-    )
+
+    questions = []
+    for _ in range(50):
+        questions += generate_questions(label, rng, (4, 4), QUESTION_TYPES_PIXEL, depth=depth)
+
+    true_points = unproject(frame.depth, frame.intrinsics)
+    assert len(questions) == 200
+    for question in questions:
+        x, y = read_location(question.prompt)
+        true_point = true_points[round(y * height - 0.5), round(x * width - 0.5)]
+        assert question.values == pytest.approx(true_point.tolist(), abs=0.02)
 
 
-def test_labels_of_several_folders_come_together(tmp_path: Path) -> None:
-    """By view, each image with its own depth; a folder need not have every view. Held-out scenes are told."""
-    frames = {}
-    for number, views in enumerate((("external", "wrist"), ("external",))):
-        for view in views:
-            frame = random_frame(np.random.default_rng(len(frames)))
-            folder, image = tmp_path / f"{number}", encode_jpeg(frame.image)
-            size, source = frame.image.shape[1::-1], f"sim:{9_999 + number}"
-            label = LabeledImage(image, *size, frame.intrinsics, [], "metre", source)
-            frames[view, number] = image
-            write_labels([label], folder / view / "labels-00000.parquet")
-            write_depth([(image, frame.depth)], folder / "depth" / view / "depth-00000.parquet")
-    folders = [tmp_path / "0", tmp_path / "1"]
+@pytest.mark.parametrize("depth", [None, np.zeros((30, 40), np.float16)])
+def test_without_depth_no_pixel_is_asked_about(depth: Array | None) -> None:
+    rng = np.random.default_rng(0)
+    frame = random_frame(rng, width=160, height=120)
+    label = make_label(frame, encode_jpeg(frame.image))
+
+    assert generate_questions(label, rng, (4, 4), QUESTION_TYPES_PIXEL, depth=depth) == []
+
+
+# Folders of labels in training
+
+
+@pytest.fixture
+def two_folders(tmp_path: Path) -> tuple[list[Path], dict[tuple[str, int], bytes]]:
+    """Two folders of labels with depth, the second without wrist images; and their images."""
+    images = {}
+    for view, number in (("external", 0), ("wrist", 0), ("external", 1)):
+        frame = random_frame(np.random.default_rng(len(images)))
+        image = encode_jpeg(frame.image)
+        images[view, number] = image
+        folder = tmp_path / f"{number}"
+        label = make_label(frame, image, source=f"sim:{9_999 + number}")
+        write_labels([label], folder / view / "labels-00000.parquet")
+        write_depth([(image, frame.depth)], folder / "depth" / view / "depth-00000.parquet")
+    return [tmp_path / "0", tmp_path / "1"], images
+
+
+def test_labels_of_several_folders_come_together_by_view(
+    two_folders: tuple[list[Path], dict[tuple[str, int], bytes]],
+) -> None:
+    """A folder need not have every view, and a notice names held-out scenes."""
+    folders, images = two_folders
+
     with pytest.warns(match=r"^2 of 3 "):
-        known = load_labels(folders, ["external", "wrist"])
-    assert [one.image for one in known["external"]] == [
-        frames["external", 0],
-        frames["external", 1],
-    ]
-    assert [one.image for one in known["wrist"]] == [frames["wrist", 0]] and len(known) == 2
-    for view, some in load_depth(folders, known).items():
-        for number, (_, depth) in enumerate(some):
-            ((_, alone),) = read_depth(folders[number] / "depth" / view)
-            np.testing.assert_array_equal(depth, alone)
-    refuses("of other images than the labels", load_depth, folders[::-1], known)
+        labels = load_labels(folders, ["external", "wrist"])
+
+    assert set(labels) == {"external", "wrist"}
+    external_images = [label.image for label in labels["external"]]
+    assert external_images == [images["external", 0], images["external", 1]]
+    assert [label.image for label in labels["wrist"]] == [images["wrist", 0]]
 
 
-def test_labels_that_cannot_be_asked_about_end_the_training() -> None:
+@pytest.mark.filterwarnings("ignore:2 of 3")
+def test_each_image_of_several_folders_has_its_own_depth(
+    two_folders: tuple[list[Path], dict[tuple[str, int], bytes]],
+) -> None:
+    folders, _ = two_folders
+    labels = load_labels(folders, ["external", "wrist"])
+
+    depths = load_depth(folders, labels)
+
+    for view, depth_images in depths.items():
+        for folder, (_, depth) in zip(folders, depth_images, strict=False):
+            ((_, stored_depth),) = read_depth(folder / "depth" / view)
+            np.testing.assert_array_equal(depth, stored_depth)
+
+
+@pytest.mark.filterwarnings("ignore:2 of 3")
+def test_depth_of_other_images_is_refused(
+    two_folders: tuple[list[Path], dict[tuple[str, int], bytes]],
+) -> None:
+    folders, _ = two_folders
+    labels = load_labels(folders, ["external", "wrist"])
+
+    refuses("of other images than the labels", load_depth, folders[::-1], labels)
+
+
+def test_labels_without_askable_objects_end_the_training() -> None:
     """Instead of looking for another image for ever."""
-    image = LabeledImage(
-        encode_jpeg(np.zeros((8, 8, 3), np.uint8)), 8, 8, np.eye(3), [], "metre", "made"
-    )
-    folder = locate("nano")
-    samples = QuestionSamples(
-        {"external": [image]}, Processor.load(folder), QuestionMix(("offset",)), 2, 0
-    )
+    image = encode_jpeg(np.zeros((8, 8, 3), np.uint8))
+    label = LabeledImage(image, 8, 8, np.eye(3), [], "metre", "made")
+    processor = Processor.load(locate("nano"))
+    samples = QuestionSamples({"external": [label]}, processor, QuestionMix(("offset",)), 2, 0)
+
     refuses("offset", samples.batch, 0)
