@@ -1,191 +1,213 @@
-"""Draws docs/figures/ablation_*.svg, one per question, from the episodes in results/scores.parquet.
+"""Draws docs/figures/ablation_*.svg from the episodes in results/scores.parquet. Needs Matplotlib.
 
     python -m experiments.ablations.figures
 
 The paper's numbers are those that `spear evaluate reference` shows.
 """
 
-from __future__ import annotations
-
 import re
-from math import log10
-from pathlib import Path
+from collections.abc import Sequence
 
+import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
-from experiments.ablations.scores import find_key, load_scores
-from experiments.ablations.table import stack_successes
+from experiments.ablations.published import (
+    DOCS,
+    SuccessTables,
+    load_rows,
+    read_published_tables,
+)
 from spear.evaluate.compare import load_references
-from spear.evaluate.stats import Estimate, estimate_difference_over_seeds, estimate_mean_over_seeds
-from spear.report.plot import LINE_COLORS, Axis, Line, draw_chart
+from spear.evaluate.stats import (
+    Estimate,
+    estimate_difference_over_seeds,
+    estimate_mean_over_seeds,
+)
 from spear.types import Array
 
-DOCS = Path(__file__).parents[2] / "docs"
-KEY = r"`([0-9a-f]{4})`"
-STYLE = """<style>text{font:12px sans-serif;fill:#444}.grid-line{stroke:#e3e6ea;fill:none}
-.zero-line{stroke:#555;fill:none}.whisker-line{stroke:#333;stroke-width:1.4;fill:none}</style>"""
-Rows = dict[str, list[Array]]
-"""Row of a table → success [seeds, scenes] of each task family."""
+Rows = dict[str, SuccessTables]
+
+BLUE = "#2563eb"
+ORANGE = "#d97706"
+FIGURE_SIZE_INCHES = (7.6, 3.4)
+STYLE = {
+    "svg.hashsalt": "ablations",  # the same file from the same numbers
+    "font.size": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "#e3e6ea",
+}
+NUM_DEMONSTRATIONS = (250, 500, 1000, 2000)
+DEFAULT_NUM_DEMONSTRATIONS = 500  # of the table of long trainings
+ZERO_IMAGES_X = 16  # where no images are drawn on a logarithmic axis
 
 
-def tables() -> list[list[str]]:
-    """Of each table of the page the lines that name their episodes; tables without such are left
-    out.
-    """
-    blocks = (DOCS / "ablations.md").read_text().split("\n\n")
-    lines = ([line for line in block.splitlines() if re.search(KEY, line)] for block in blocks)
-    return [table for table in lines if table]
+def main() -> None:
+    """Draw all figures of the page."""
+    tables = [load_rows(table) for table in read_published_tables()]
+    three_seeds, long, demonstrations, _, _, images, _ = tables
+    with plt.rc_context(STYLE):
+        draw_parts(three_seeds, long)
+        draw_demonstrations(long, demonstrations)
+        draw_images(images)
+        draw_error_by_time()
 
 
-def successes_of(line: str) -> list[Array]:
-    """Success [seeds, scenes] of each task family behind a line of a table."""
-    seeds = [load_scores()[find_key(prefix)] for prefix in re.findall(KEY, line)]
-    return stack_successes(seeds, seeds[0].families)
-
-
-def rows(table: list[str]) -> Rows:
-    """Of each line of a table, by its name."""
-    return {
-        line.split("|")[1].split("(")[0].replace("`", "").strip(): successes_of(line)
-        for line in table
-    }
-
-
-def points(
-    x: list[float], found: list[Estimate], name: str, colour: str, joined: bool = True
-) -> Line:
-    """Estimates, in percent, over x."""
-    mean, low, high = ([100 * getattr(e, end) for e in found] for end in ("value", "low", "high"))
-    return Line(name, x, mean, colour, low=low, high=high, dots=True, joined=joined)
-
-
-def trainings(x: list[float], found: list[list[Array]], colour: str) -> Line:
-    """Every training behind rows, in percent, at their x."""
-    each = [100 * np.mean(row, axis=(0, 2)) for row in found]
-    places = [place for place, row in zip(x, each, strict=True) for _ in row]
-    return Line("", places, np.concatenate(each), colour, dots=True, joined=False)
-
-
-def write(name: str, lines: list[Line], x: Axis, y: Axis) -> None:
-    """A chart as a file of its own, its legend above it, on white."""
-    size = (760, 320)
-    body = re.search(r"<svg[^>]*>(.*)</svg>", draw_chart(lines, x, y, size=size), re.S)
-    assert body is not None
-    legend, left = [], 60.0
-    for line in (line for line in lines if line.name):
-        legend.append(f'<circle cx="{left:g}" cy="14" r="4" fill="{line.color}"/>')
-        legend.append(f'<text x="{left + 9:g}" y="18">{line.name}</text>')
-        left += 30 + 6.4 * len(line.name)
-    whole = (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {size[0]} {size[1] + 26}">{STYLE}'
-    )
-    whole += f'<rect width="100%" height="100%" fill="#fff"/>{"".join(legend)}'
-    text = f'{whole}<g transform="translate(0 26)">{body[1]}</g></svg>\n'
-    (DOCS / "figures" / f"ablation_{name}.svg").write_text(re.sub(r"\n\s*", "\n", text))
-
-
-def parts(three: Rows, long: Rows) -> None:
-    """What each choice of the paper brings over the other, here and there."""
-
-    def published(table: str, choice: str, other: str) -> float:
-        means = load_references()[table].means
-        return means[choice] - means[other]
-
-    full = three["full method"]
-    brings_3d = published("ablations", "full", "no 3D")
-    found = [
-        ("3D, 1,500 steps", full, three["no-3d"], brings_3d),
-        ("3D, 3,500 steps", long["full method"], long["no-3d"], brings_3d),
+def draw_parts(three_seeds: Rows, long: Rows) -> None:
+    """What each choice of the paper brings, here and in the paper."""
+    full = three_seeds["full method"]
+    three_d_gain = find_published_gain("ablations", "full", "no 3D")
+    parts = [
+        ("3D,\n1,500 steps", full, three_seeds["no-3d"], three_d_gain),
+        ("3D,\n3,500 steps", long["full method"], long["no-3d"], three_d_gain),
         (
-            "objects, no pixels",
+            "objects,\nno pixels",
             full,
-            three["points"],
-            published("ablations", "full", "points but no objects"),
+            three_seeds["points"],
+            find_published_gain("ablations", "full", "points but no objects"),
         ),
-        ("MoGe's encoder", full, three["no-moge"], published("ablations", "full", "no MoGe")),
         (
-            "S³ and cosine",
+            "MoGe's\nencoder",
             full,
-            three["linear-mse"],
-            published("rotation", "S³, cosine", "linear, MSE"),
+            three_seeds["no-moge"],
+            find_published_gain("ablations", "full", "no MoGe"),
+        ),
+        (
+            "S³ and\ncosine",
+            full,
+            three_seeds["linear-mse"],
+            find_published_gain("rotation", "S³, cosine", "linear, MSE"),
         ),
         (
             "quantiles",
-            three["quantile"],
+            three_seeds["quantile"],
             full,
-            published("normalisation", "1–99 % quantile", "mean-std"),
+            find_published_gain("normalisation", "1–99 % quantile", "mean-std"),
         ),
-        ("velocities", three["velocity"], full, np.nan),
+        ("velocities", three_seeds["velocity"], full, np.nan),
     ]
-    places = [float(place) for place in range(len(found))]
-    ours = [estimate_difference_over_seeds(with_it, without) for _, with_it, without, _ in found]
-    here = points(places, ours, "here, with its 95 % interval", LINE_COLORS[0], joined=False)
-    beside, theirs = [place + 0.12 for place in places], [there for *_, there in found]
-    paper = Line("paper", beside, theirs, LINE_COLORS[1], dots=True, joined=False)
-    ticks = [(place, name) for place, (name, *_) in zip(places, found, strict=True)]
-    across = Axis(ends=(-0.6, len(found) - 0.4), ticks=ticks)
-    write("parts", [here, paper], across, Axis("points that it brings"))
+    positions = np.arange(len(parts))
+    gains = [estimate_difference_over_seeds(a, b) for _, a, b, _ in parts]
+    published_gains = [published for *_, published in parts]
+
+    figure, axes = plt.subplots(figsize=FIGURE_SIZE_INCHES)
+    axes.axhline(0, color="#555", linewidth=1)
+    draw_estimates(axes, positions, gains, "here, with its 95 % interval", BLUE, fmt="o")
+    axes.plot(positions + 0.12, published_gains, "D", color=ORANGE, label="paper")
+    axes.set_xticks(positions, [name for name, *_ in parts])
+    axes.set_ylabel("gain in success, points")
+    save(figure, axes, "parts")
 
 
-def demonstrations(long: Rows, some: Rows) -> None:
-    """Success over demonstrations, with and without 3D, and every training."""
-    lines = []
-    for name, title, shift, colour in (
-        ("full method", "with 3D", -0.012, LINE_COLORS[0]),
-        ("no-3d", "without (dots beside the intervals: single trainings)", 0.012, LINE_COLORS[1]),
+def find_published_gain(table: str, choice: str, alternative: str) -> float:
+    """How many points the paper gains by a choice."""
+    means = load_references()[table].means
+    return means[choice] - means[alternative]
+
+
+def draw_demonstrations(long: Rows, demonstrations: Rows) -> None:
+    """Success over the number of demonstrations, with and without 3D, and every training."""
+    figure, axes = plt.subplots(figsize=FIGURE_SIZE_INCHES)
+    for name, title, shift, color in (
+        ("full method", "with 3D", 0.97, BLUE),
+        ("no-3d", "without 3D (small dots: single trainings)", 1.03, ORANGE),
     ):
-        rows = {
-            n: long[name] if n == 500 else some[f"{n:,}, {name}"] for n in (250, 500, 1000, 2000)
-        }
-        x = [log10(n) + shift for n in rows]
-        lines.append(
-            points(x, [estimate_mean_over_seeds(row) for row in rows.values()], title, colour)
-        )
-        lines.append(trainings([place + shift for place in x], [*rows.values()], colour))
-    ticks = [(log10(n), f"{n:,}") for n in (250, 500, 1000, 2000)]
-    across = Axis("demonstrations of each family (3,500 steps)", (2.33, 3.37), ticks)
-    write("demonstrations", lines, across, Axis("success", (50, 100), unit=" %"))
+        rows = []
+        for number in NUM_DEMONSTRATIONS:
+            if number == DEFAULT_NUM_DEMONSTRATIONS:
+                rows.append(long[name])
+            else:
+                rows.append(demonstrations[f"{number:,}, {name}"])
+        x = shift * np.array(NUM_DEMONSTRATIONS)
+        means = [estimate_mean_over_seeds(row) for row in rows]
+        draw_estimates(axes, x, means, title, color, fmt="o-")
+        draw_trainings(axes, shift * x, rows, color)
+    set_log_axis(axes, NUM_DEMONSTRATIONS, [f"{number:,}" for number in NUM_DEMONSTRATIONS])
+    axes.set_xlabel("demonstrations of each family (3,500 steps)")
+    axes.set_ylabel("success, %")
+    axes.set_ylim(50, 100)
+    save(figure, axes, "demonstrations")
 
 
-def images(curve: Rows) -> None:
-    """Success over 3D-labelled images, and every training."""
+def draw_images(curve: Rows) -> None:
+    """Success over the number of 3D-labeled images, and every training."""
     numbers = [int(name.replace(",", "").replace("none", "0")) for name in curve]
-    x = [log10(max(n, 16)) for n in numbers]
-    found = [estimate_mean_over_seeds(row) for row in curve.values()]
-    lines = [
-        points(
-            x,
-            found,
-            "three trainings each, the last two (dots beside the intervals)",
-            LINE_COLORS[0],
-        )
-    ]
-    lines.append(trainings([place + 0.03 for place in x], [*curve.values()], LINE_COLORS[0]))
-    ticks = [(place, f"{n:,}") for place, n in zip(x, numbers, strict=True)]
-    across, up = Axis("3D-labelled images", (1, 4.3), ticks), Axis("success", (20, 80), unit=" %")
-    write("images", lines, across, up)
+    x = np.maximum(numbers, ZERO_IMAGES_X)
+    rows = list(curve.values())
+    means = [estimate_mean_over_seeds(row) for row in rows]
+
+    figure, axes = plt.subplots(figsize=FIGURE_SIZE_INCHES)
+    title = "three trainings each, the last two (small dots: single trainings)"
+    draw_estimates(axes, x, means, title, BLUE, fmt="o-")
+    draw_trainings(axes, 1.07 * x, rows, BLUE)
+    set_log_axis(axes, x, [f"{number:,}" for number in numbers])
+    axes.set_xlabel("3D-labeled images")
+    axes.set_ylabel("success, %")
+    axes.set_ylim(20, 80)
+    save(figure, axes, "images")
 
 
-def error_by_time() -> None:
+def draw_error_by_time() -> None:
     """How far the end that the network predicts at time τ is from the demonstrated action."""
-    blocks = re.split(r"\n(nano-vla-\w+)\n", (DOCS / "tables" / "error_by_time.txt").read_text())
-    found = [
-        np.array(re.findall(r"^\| (0[.\d]*) \| ([\d.]+) ", text, re.M), float)
-        for text in blocks[2::2]
-    ]
-    kinds = {"velocity (the paper's loss)": found[:3], "clean action": found[3:6]}
-    lines = [
-        Line("" if seed else name, table[:, 0], table[:, 1], colour)
-        for (name, seeds), colour in zip(kinds.items(), LINE_COLORS, strict=False)
-        for seed, table in enumerate(seeds)
-    ]
-    error = Axis("error, mm", (0, 21))
-    write("error_by_time", lines, Axis("flow time τ (0: noise, 1: action)", (0, 1)), error)
+    text = (DOCS / "tables" / "error_by_time.txt").read_text()
+    policies = re.split(r"\n(nano-vla-\w+)\n", text)[2::2]
+    curves = []
+    for policy in policies:
+        rows = re.findall(r"^\| (0[.\d]*) \| ([\d.]+) ", policy, re.M)
+        curves.append(np.array(rows, float))
+
+    figure, axes = plt.subplots(figsize=FIGURE_SIZE_INCHES)
+    for title, seeds, color in (
+        ("velocity (the paper's loss)", curves[:3], BLUE),
+        ("clean action", curves[3:6], ORANGE),
+    ):
+        for index, curve in enumerate(seeds):
+            label = title if index == 0 else None
+            axes.plot(curve[:, 0], curve[:, 1], color=color, label=label)
+    axes.set_xlabel("flow time τ (0: noise, 1: action)")
+    axes.set_ylabel("error, mm")
+    axes.set_xlim(0, 1)
+    axes.set_ylim(0, 21)
+    save(figure, axes, "error_by_time")
+
+
+def draw_estimates(
+    axes: Axes, x: Array, estimates: Sequence[Estimate], title: str, color: str, fmt: str
+) -> None:
+    """Draw estimates with their intervals, in percent."""
+    values = 100 * np.array([estimate.value for estimate in estimates])
+    low = 100 * np.array([estimate.low for estimate in estimates])
+    high = 100 * np.array([estimate.high for estimate in estimates])
+    axes.errorbar(
+        x, values, [values - low, high - values], fmt=fmt, color=color, label=title, capsize=3
+    )
+
+
+def draw_trainings(axes: Axes, x: Array, rows: Sequence[SuccessTables], color: str) -> None:
+    """Draw a small dot for every training behind rows, in percent."""
+    for position, row in zip(x, rows, strict=True):
+        rates = 100 * np.mean(row, axis=(0, 2))
+        axes.plot([position] * len(rates), rates, ".", color=color, alpha=0.6)
+
+
+def set_log_axis(axes: Axes, ticks: Sequence[float] | Array, labels: Sequence[str]) -> None:
+    axes.set_xscale("log")
+    axes.set_xticks(ticks, labels)
+    axes.minorticks_off()
+
+
+def save(figure: Figure, axes: Axes, name: str) -> None:
+    """Write a figure of the page."""
+    axes.legend(frameon=False, loc="lower left", bbox_to_anchor=(0, 1), ncols=2)
+    figure.tight_layout()
+    path = DOCS / "figures" / f"ablation_{name}.svg"
+    figure.savefig(path, metadata={"Date": None})
+    plt.close(figure)
 
 
 if __name__ == "__main__":
-    three, long, some, _, _, curve, _ = map(rows, tables())
-    parts(three, long)
-    demonstrations(long, some)
-    images(curve)
-    error_by_time()
+    main()

@@ -86,8 +86,8 @@ def read_rows(folder: Path) -> Iterator[dict[str, Any]]:
 
 def is_finished(folder: Path) -> bool:
     """Whether all scenes that a folder's journals name have ended."""
-    parts = [read_journal(journal) for journal in find_journals(folder)]
-    return bool(parts) and not merge_results(parts).describe_unfinished()
+    shards = [read_journal(journal) for journal in find_journals(folder)]
+    return bool(shards) and not merge_results(shards).describe_unfinished()
 
 
 def add_scores(out: Positional[Path], scores: Path = SCORES) -> None:

@@ -5,13 +5,13 @@ from pathlib import Path
 
 import pytest
 
-from experiments.ablations.figures import KEY, successes_of, tables
+from experiments.ablations.published import find_keys, load_line, read_published_tables
 from experiments.ablations.scores import add_scores, find_key, load_scores
 from spear.errors import SpearError
 from spear.evaluate.results import Journal, Outcome, load_results
 from spear.evaluate.stats import estimate_difference_over_seeds, estimate_mean_over_seeds
 
-TABLES = tables()
+TABLES = read_published_tables()
 LINES = [
     pytest.param(table, number, id=f"{index}-{line.split('|')[1].strip()}")
     for index, table in enumerate(TABLES)
@@ -29,7 +29,7 @@ def baseline_line(table: list[str], number: int) -> str:
 def test_a_published_success_rate_is_that_of_the_kept_episodes(
     table: list[str], number: int
 ) -> None:
-    families = successes_of(table[number])
+    families = load_line(table[number])
 
     assert sum(family.size for family in families) >= 200
     assert f"| {estimate_mean_over_seeds(families).to_text('.1f', 100)} |" in table[number]
@@ -42,14 +42,16 @@ def test_a_published_difference_is_that_of_the_kept_episodes(table: list[str], n
     if line == baseline:
         return
 
-    difference = estimate_difference_over_seeds(successes_of(line), successes_of(baseline))
+    difference = estimate_difference_over_seeds(load_line(line), load_line(baseline))
 
     assert f"| {difference.to_text('+.1f', 100)} |" in line
 
 
 def test_every_kept_score_is_published() -> None:
     lines = [line for table in TABLES for line in table]
-    published = {find_key(prefix) for line in lines for prefix in re.findall(KEY, line)}
+    published: set[str] = set()
+    for line in lines:
+        published.update(find_keys(line))
 
     assert set(load_scores()) == published
     assert published
