@@ -1,7 +1,6 @@
 """Reading, fitting and writing images."""
 
 import base64
-import contextlib
 import io
 from pathlib import Path
 from typing import NamedTuple
@@ -13,7 +12,8 @@ from PIL import ExifTags, Image, ImageOps
 from spear.errors import SpearError, summarize_error
 from spear.types import Array
 
-IMAGE_MAGIC_BYTES = (b"\xff\xd8\xff", b"\x89PNG")
+JPEG_MAGIC_BYTES = b"\xff\xd8\xff"
+IMAGE_MAGIC_BYTES = (JPEG_MAGIC_BYTES, b"\x89PNG")
 """The first bytes of JPEG and PNG files."""
 
 # Values of EXIF orientation. 1 is upright; 2 to 4 mirror or turn by 180°, which keeps the size; 5
@@ -23,8 +23,18 @@ _EXCHANGED_SIZE_ORIENTATIONS = (5, 6, 7, 8)
 _INVERSE_ORIENTATION = {6: 8, 8: 6}  # the others are their own inverses
 
 
+_JPEG_DAMAGE = ("premature end", "bad huffman code", "bad arithmetic code", "instead of rst")
+"""Parts of libjpeg's warnings about lost data, in lower case. Others, such as extraneous bytes
+before a marker, are harmless."""
+
+_MAX_12_BIT = 4095  # a brightest pixel of 16 bits that is no brighter leaves the scale open
+
+
 def decode_image(encoded: bytes, name: str = "an image", out: Array | None = None) -> Array:
-    """Decode a JPEG or PNG to [h, w, 3] uint8 RGB, writable, as it is stored.
+    """Decode a JPEG or PNG of a robot's camera to [h, w, 3] uint8 RGB, writable, as it is stored.
+
+    Transparency is dropped, because a camera's pixels have none: simulators write an alpha channel
+    that says nothing about what a camera sees.
 
     JPEGs are decoded by libjpeg-turbo itself, in half of the time that Pillow takes around it for
     the same numbers. Pillow decodes what is not plain (CMYK, of no sane size, broken), or says why
@@ -38,8 +48,8 @@ def decode_image(encoded: bytes, name: str = "an image", out: Array | None = Non
     Raises:
         SpearError: the image is broken.
     """
-    if encoded.startswith(IMAGE_MAGIC_BYTES[0]):
-        with contextlib.suppress(ValueError):
+    if encoded.startswith(JPEG_MAGIC_BYTES):
+        try:
             height, width, color_space, _ = simplejpeg.decode_jpeg_header(encoded)
             is_plain = color_space in ("YCbCr", "RGB", "Gray")
             if is_plain and height * width <= (Image.MAX_IMAGE_PIXELS or 0):
@@ -47,7 +57,42 @@ def decode_image(encoded: bytes, name: str = "an image", out: Array | None = Non
                     simplejpeg.decode_jpeg(encoded, buffer=out)
                     return out
                 return np.asarray(simplejpeg.decode_jpeg(encoded))
-    return load_image(encoded, name, stored=True)
+        except ValueError as error:
+            _raise_if_data_are_lost(error, name)
+    return load_image(encoded, name, stored=True, keep_transparent_colors=True)
+
+
+def check_jpeg_is_complete(encoded: bytes, name: str) -> None:
+    """Check that a JPEG has all of its data, without decoding it at full size.
+
+    Cameras that lose packets write JPEGs that end early but close properly. Decoders fill the rest
+    with gray, and only warn.
+
+    Args:
+        encoded: the content of the file; anything but a JPEG passes.
+        name: the image's name in messages.
+
+    Raises:
+        SpearError: data are missing.
+    """
+    if not encoded.startswith(JPEG_MAGIC_BYTES):
+        return
+    try:
+        height, width, *_ = simplejpeg.decode_jpeg_header(encoded)
+        if height * width > (Image.MAX_IMAGE_PIXELS or 0):  # whoever decodes it refuses it
+            return
+        simplejpeg.decode_jpeg(encoded, colorspace="GRAY", min_factor=8, min_height=1, min_width=1)
+    except ValueError as error:
+        _raise_if_data_are_lost(error, name)
+
+
+def _raise_if_data_are_lost(warning: ValueError, name: str) -> None:
+    """Raise `SpearError` for a decoder's warning that means lost data; ignore others."""
+    reason = summarize_error(warning)
+    if any(words in reason.lower() for words in _JPEG_DAMAGE):
+        raise SpearError(
+            f"{name}: not a readable image ({reason}): a part of it is missing; record it again"
+        ) from warning
 
 
 class Placement(NamedTuple):
@@ -164,13 +209,20 @@ def to_data_uri(data: bytes, mime: str) -> str:
 
 
 def load_image(
-    source: str | Path | bytes, name: str = "", longest: int | None = None, stored: bool = False
+    source: str | Path | bytes,
+    name: str = "",
+    longest: int | None = None,
+    stored: bool = False,
+    keep_transparent_colors: bool = False,
 ) -> Array:
     """Load an image file as [h, w, 3] uint8 RGB, upright as its EXIF orientation says.
 
     CMYK, palette and gray images become RGB. 16-bit ones lose their lower byte, transparent parts
     are laid on white, and of an animation the first frame is loaded. Color profiles are not
     applied. (Our choice.)
+
+    Images of 16 bits that use only 12 or fewer of them are refused, because they would be nearly
+    black and nothing tells their scale.
 
     Args:
         source: a path, or the content of the file.
@@ -179,18 +231,23 @@ def load_image(
             decoded.
         stored: whether to leave the image as it is stored, because depth, intrinsics or other views
             belong to its pixels.
+        keep_transparent_colors: whether to drop transparency instead of laying the image on white.
 
     Raises:
         SpearError: for a missing file, for what is no image, for a broken or truncated image, for
-            one that claims to be enormous (Pillow's limit, 179 million pixels), and for pixels that
-            are no brightness (floating point, more than 16 bits).
+            one that claims to be enormous (Pillow's limit, 179 million pixels), and for pixels
+            whose brightness is not known (floating point, more than 16 bits, few bits of 16).
     """
-    image, _ = load_image_and_orientation(source, name, longest, stored)
+    image, _ = load_image_and_orientation(source, name, longest, stored, keep_transparent_colors)
     return image
 
 
 def load_image_and_orientation(
-    source: str | Path | bytes, name: str = "", longest: int | None = None, stored: bool = False
+    source: str | Path | bytes,
+    name: str = "",
+    longest: int | None = None,
+    stored: bool = False,
+    keep_transparent_colors: bool = False,
 ) -> tuple[Array, bool]:
     """Load an image as `load_image` does, and find out whether its EXIF turns it invisibly.
 
@@ -205,9 +262,15 @@ def load_image_and_orientation(
     except OSError as error:
         reason = error.strerror or type(error).__name__
         raise SpearError(f"{name}: cannot read the image ({reason}): check the path") from error
+    check_jpeg_is_complete(data, name)
     try:
         with Image.open(io.BytesIO(data)) as image:
-            return _read_pixels(image, name, longest, stored)
+            if longest and max(image.size) > longest:
+                width, height = image.size
+                raise SpearError(
+                    f"{name}: {width} x {height} pixels: send sides of at most {longest}"
+                )
+            return _read_pixels(image, name, stored, keep_transparent_colors)
     except SpearError:
         raise
     except Exception as error:  # on broken files decoders raise errors of many types
@@ -218,20 +281,21 @@ def load_image_and_orientation(
 
 
 def _read_pixels(
-    image: Image.Image, name: str, longest: int | None, stored: bool
+    image: Image.Image, name: str, stored: bool, keep_transparent_colors: bool
 ) -> tuple[Array, bool]:
     """The pixels of an opened image, and whether its EXIF turns it invisibly."""
-    if longest and max(image.size) > longest:
-        width, height = image.size
-        raise SpearError(f"{name}: {width} x {height} pixels: send sides of at most {longest}")
-    orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
+    has_16_bit_colors = image.mode in ("RGB", "RGBA") and _has_16_bits_in_file(image)
+    orientation = image.getexif().get(ExifTags.Base.Orientation, 1)  # for PNG this loads the pixels
     image.load()
     was_turned_by_pillow = orientation != image.getexif().get(ExifTags.Base.Orientation, 1)
     if stored and was_turned_by_pillow:  # Pillow turns TIFF files by itself: turn them back
         inverse = _INVERSE_ORIENTATION.get(orientation, orientation)
         image.getexif()[ExifTags.Base.Orientation] = inverse
         stored = False
-    upright = _to_rgb(image if stored else ImageOps.exif_transpose(image), name)
+    oriented = image if stored else ImageOps.exif_transpose(image)
+    upright = _to_rgb(oriented, name, keep_transparent_colors)
+    if has_16_bit_colors:
+        _check_16_bit_colors(upright, name)
 
     if orientation in _SAME_SIZE_ORIENTATIONS:
         is_turned_invisibly = True
@@ -241,18 +305,54 @@ def _read_pixels(
     return np.array(upright), is_turned_invisibly
 
 
-def _to_rgb(image: Image.Image, name: str) -> Image.Image:
+def _has_16_bits_in_file(image: Image.Image) -> bool:
+    """Whether the file of an opened image, whose pixels are not loaded yet, has 16 bits per color."""
+    raw_modes = [str(tile[3]) for tile in image.tile]
+    return any(";16" in raw_mode for raw_mode in raw_modes)
+
+
+def _to_rgb(image: Image.Image, name: str, keep_transparent_colors: bool) -> Image.Image:
     """Convert an image of any mode to RGB, see `load_image`."""
     if image.mode == "F":
         raise SpearError(
             f"{name}: floating-point pixels: convert it to 8 bits, as you want it to look"
         )
     if image.mode == "I" or image.mode.startswith("I;16"):
-        values = np.asarray(image)
-        if values.min() < 0 or values.max() > 0xFFFF:
-            raise SpearError(f"{name}: pixels of more than 16 bits: convert it to 8 bits")
-        image = Image.fromarray((values // 256).astype(np.uint8))
+        image = Image.fromarray(_to_8_bits(np.asarray(image), image.mode, name))
     if image.has_transparency_data:
-        white = Image.new("RGBA", image.size, "white")
-        image = Image.alpha_composite(white, image.convert("RGBA"))
+        image = image.convert("RGBA")
+        if not keep_transparent_colors:
+            white = Image.new("RGBA", image.size, "white")
+            image = Image.alpha_composite(white, image)
     return image.convert("RGB")
+
+
+def _to_8_bits(values: Array, mode: str, name: str) -> Array:
+    """Scale gray values of 16 or 32 bits to 8 bits.
+
+    Values of at most 255 in 32 bits are 8-bit values. Values that use at most 12 of 16 bits are
+    refused: whether the camera has 10 or 12 bits, or the picture is dark, nothing tells.
+    """
+    lowest = int(values.min())
+    brightest = int(values.max())
+    if lowest < 0 or brightest > 0xFFFF:
+        raise SpearError(f"{name}: pixels of more than 16 bits: convert it to 8 bits")
+    if mode == "I" and brightest <= 0xFF:
+        return values.astype(np.uint8)
+    if 0 < brightest <= _MAX_12_BIT:
+        raise SpearError(_describe_unused_bits(name, brightest.bit_length(), values.itemsize * 8))
+    return (values // 256).astype(np.uint8)
+
+
+def _check_16_bit_colors(image: Image.Image, name: str) -> None:
+    """Refuse colors of 16 bits whose upper byte, which is all that is left of them, is nearly 0."""
+    brightest = int(np.asarray(image).max())
+    if 0 < brightest <= _MAX_12_BIT >> 8:
+        raise SpearError(_describe_unused_bits(name, 8 + brightest.bit_length(), 16))
+
+
+def _describe_unused_bits(name: str, num_used_bits: int, num_bits: int) -> str:
+    return (
+        f"{name}: pixels use {num_used_bits} of {num_bits} bits, so the image would be nearly "
+        "black: convert it to 8 bits, as you want it to look"
+    )

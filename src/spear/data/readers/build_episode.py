@@ -23,7 +23,7 @@ from spear.errors import SpearError
 from spear.geometry import quat_canonical, quat_multiply
 from spear.gripper import binarize_commands, observed_openings
 from spear.types import MAX_EE_SPEED_M_S, MAX_EE_TURN_RAD_S, Array, Episode
-from spear.util.images import decode_image, encode_jpeg
+from spear.util.images import check_jpeg_is_complete, decode_image, encode_jpeg
 from spear.util.units import ANGLE_UNITS, LENGTH_UNITS
 
 MAX_MEDIAN_ANGLE_RAD = 4 * math.pi  # wrists turn once or twice; larger angles are degrees
@@ -235,8 +235,9 @@ def _select_steps(episode: Episode, steps: list[int]) -> Episode:
 def _read_images(steps: Steps, layout: DatasetLayout, camera: str, source: str) -> list[bytes]:
     """Read a camera's encoded images.
 
-    An image that does not end like a JPEG or PNG is decoded, to see whether it is cut off. Images
-    that the dataset squeezed get their true aspect ratio back, because depth depends on it.
+    An image that does not end like a JPEG or PNG is decoded, to see whether it is cut off; one that
+    does may still lack data. Images that the dataset squeezed get their true aspect ratio back,
+    because depth depends on it.
     """
     column = layout.images[camera]
     aspect = layout.image_aspect.get(camera)
@@ -245,14 +246,17 @@ def _read_images(steps: Steps, layout: DatasetLayout, camera: str, source: str) 
         if not isinstance(encoded, bytes) or is_depth_png(encoded):
             raise SpearError(f"no images in column {column!r}: {source}: name another column")
 
+        name = f"{source} step {step} camera {camera!r}"
         ends_well = encoded.endswith((JPEG_END, PNG_END))
         if encoded and (aspect is not None or not ends_well):
-            pixels = decode_image(encoded, f"{source} step {step} camera {camera!r}")
+            pixels = decode_image(encoded, name)
             if aspect is not None:
                 height = len(pixels)
                 width = round(height * aspect)
                 resized = Image.fromarray(pixels).resize((width, height), Image.Resampling.BICUBIC)
                 encoded = encode_jpeg(np.asarray(resized))
+        else:
+            check_jpeg_is_complete(encoded, name)
         images.append(encoded)
     return images
 

@@ -1,0 +1,132 @@
+"""What cameras and simulators really write: JPEGs with lost data, alpha channels, few bits of 16."""
+
+import io
+import zlib
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from data_tiny import bare_png
+from refusals import refuses
+from spear.util.images import check_jpeg_is_complete, decode_image, load_image
+
+
+def photo() -> Image.Image:
+    noise = np.random.default_rng(0).integers(0, 255, (12, 16, 3)).astype(np.uint8)
+    return Image.fromarray(noise).resize((160, 120), Image.Resampling.BICUBIC)
+
+
+def encode(image: Image.Image, image_format: str, **options: object) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, image_format, **options)
+    return buffer.getvalue()
+
+
+def cut_but_close(jpeg: bytes, fraction: float) -> bytes:
+    """A JPEG that ends early, with an end marker, as from a camera that loses packets."""
+    return jpeg[: int(fraction * len(jpeg))] + b"\xff\xd9"
+
+
+@pytest.mark.parametrize("fraction", [0.4, 0.7, 0.95])
+@pytest.mark.parametrize("options", [{}, {"progressive": True}, {"restart_marker_rows": 1}])
+def test_a_jpeg_that_lacks_data_is_refused(fraction: float, options: dict[str, object]) -> None:
+    damaged = cut_but_close(encode(photo(), "JPEG", **options), fraction)
+
+    refuses("not a readable image", load_image, damaged)
+    refuses("not a readable image", decode_image, damaged)
+    refuses("not a readable image", check_jpeg_is_complete, damaged, "frame 3")
+
+
+def test_a_gray_jpeg_that_lacks_data_is_refused() -> None:
+    damaged = cut_but_close(encode(photo().convert("L"), "JPEG"), 0.5)
+
+    refuses("frame 3", decode_image, damaged, "frame 3")
+
+
+@pytest.mark.parametrize(
+    "padding", [b"\0" * 7 + b"\xff\xd9", b"\xff\xd9" + b"\0" * 500, b"\xff\xd9garbage"]
+)
+def test_harmless_extra_bytes_are_accepted(padding: bytes) -> None:
+    jpeg = encode(photo(), "JPEG")
+
+    padded = jpeg.removesuffix(b"\xff\xd9") + padding
+
+    assert np.array_equal(decode_image(padded), decode_image(jpeg))
+    assert np.array_equal(load_image(padded), load_image(jpeg))
+    check_jpeg_is_complete(padded, "frame 3")
+
+
+@pytest.mark.parametrize("alpha", [0, 100, 255])
+def test_a_robots_picture_loses_its_alpha(alpha: int) -> None:
+    image = photo()
+    transparent = image.copy()
+    transparent.putalpha(alpha)
+
+    assert np.array_equal(decode_image(encode(transparent, "PNG")), np.asarray(image))
+
+
+def test_a_gray_picture_of_a_robot_loses_its_alpha() -> None:
+    gray = photo().convert("L")
+    transparent = gray.copy()
+    transparent.putalpha(0)
+
+    decoded = decode_image(encode(transparent, "PNG"))
+
+    assert np.array_equal(decoded, np.asarray(gray.convert("RGB")))
+
+
+def test_a_photo_is_laid_on_white() -> None:
+    image = photo()
+    image.putalpha(0)
+
+    assert (load_image(encode(image, "PNG")) == 255).all()
+
+
+def gray_png_16(values: np.ndarray) -> bytes:
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
+    height, width = values.shape[:2]
+    color_type = 2 if values.ndim == 3 else 0
+    return bare_png((width, height, 16, color_type), zlib.compress(rows))
+
+
+def ramp(num_bits: int) -> np.ndarray:
+    return np.linspace(0, 2**num_bits - 1, 64).reshape(8, 8).round()
+
+
+@pytest.mark.parametrize("num_bits", [10, 12])
+def test_gray_values_that_use_few_of_16_bits_are_refused(num_bits: int) -> None:
+    refuses(f"use {num_bits} of 16 bits", load_image, gray_png_16(ramp(num_bits)))
+
+
+def test_colors_that_use_few_of_16_bits_are_refused() -> None:
+    colors = np.repeat(ramp(12)[..., None], 3, axis=-1)
+
+    refuses("use 12 of 16 bits", load_image, gray_png_16(colors))
+
+
+def test_a_tiff_that_uses_10_of_16_bits_is_refused() -> None:
+    tiff = encode(Image.fromarray(ramp(10).astype(np.uint16)), "TIFF")
+
+    refuses("use 10 of 16 bits", load_image, tiff)
+
+
+def test_gray_values_that_use_all_16_bits_are_scaled() -> None:
+    image = load_image(gray_png_16(ramp(16)))
+
+    assert image.max() == 255
+    assert image.min() == 0
+
+
+def test_integers_of_32_bits_with_values_of_8_bits_are_read() -> None:
+    values = ramp(8).astype(np.int32)
+
+    image = load_image(encode(Image.fromarray(values), "TIFF"))
+
+    assert np.array_equal(image[..., 0], values)
+
+
+def test_a_black_picture_of_16_bits_is_black() -> None:
+    image = load_image(gray_png_16(np.zeros((8, 8))))
+
+    assert (image == 0).all()
