@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_tiny import bare_png
+from data_tiny import assemble_png
 from refusals import refuses
 from spear.util.images import check_jpeg_is_complete, decode_image, load_image
 
@@ -87,7 +87,7 @@ def gray_png_16(values: np.ndarray) -> bytes:
     rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
     height, width = values.shape[:2]
     color_type = 2 if values.ndim == 3 else 0
-    return bare_png((width, height, 16, color_type), zlib.compress(rows))
+    return assemble_png((width, height, 16, color_type), zlib.compress(rows))
 
 
 def ramp(num_bits: int) -> np.ndarray:
