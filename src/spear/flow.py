@@ -1,22 +1,25 @@
-"""Flow matching on R³ × S³ × R: from noise to action chunks (the paper's section on the action
-expert).
+"""Flow matching on R³ × S³ × R, from noise to action chunks (the paper's action expert).
 
 Each action is a = [x, q, g]: translation x in R³, rotation q in S³ (a unit quaternion) and gripper
 g in R. An action flows from noise at the flow time τ = 0 to data at τ = 1. The network v_θ learns
 the velocity of that flow. Acting means to draw noise and to follow the velocity in Euler steps.
 
-The equations, in the paper's letters; the numbers are ours:
+The equations in the paper's letters (the numbers are ours):
 
-    (1)  x_τ = τ x + (1 - τ) ε,  ε ~ N(0, I)                         translation at τ (gripper
-    alike) (2)  u = x - ε                                                   its velocity (3)  q_τ =
-    sin((1-τ)θ)/sin θ q_ε + sin(τθ)/sin θ q,              rotation at τ (slerp)
-         q_ε ~ U(S³),  θ = arccos(q_ε · q)
-    (4)  u = θ/sin θ (cos(τθ) q - cos((1-τ)θ) q_ε)                   its velocity, tangent to S³
-    (5)  L_R3 = ‖v_θ - u‖²                                           loss of the translation
-    (6)  L_S3 = 1 - v_θ · u                                          loss of the rotation: cosine
-                loss and + min(‖q_{τ+δ} - q̂_{τ+δ}‖, ‖q_{τ+δ} + q̂_{τ+δ}‖)      geodesic loss
-    (7)  ω = 2 Im(q* ⊗ q̇),  Δφ = ‖ω‖ Δτ,                             integration step, also for
-         q̂_{τ+δ} q ← q ⊗ [cos(Δφ/2), ω̂ sin(Δφ/2)]
+    Translation at τ, and its velocity; the gripper is alike:
+    (1)  x_τ = τ x + (1 - τ) ε,  ε ~ N(0, I)
+    (2)  u = x - ε
+
+    Rotation at τ (slerp), and its velocity, which is tangent to S³:
+    (3)  q_τ = sin((1-τ)θ)/sin θ q_ε + sin(τθ)/sin θ q,  q_ε ~ U(S³),  θ = arccos(q_ε · q)
+    (4)  u = θ/sin θ (cos(τθ) q - cos((1-τ)θ) q_ε)
+
+    Losses; the rotation's is a cosine loss plus a geodesic loss after a step of length δ:
+    (5)  L_R3 = ‖v_θ - u‖²
+    (6)  L_S3 = 1 - v_θ · u + min(‖q_{τ+δ} - q̂_{τ+δ}‖, ‖q_{τ+δ} + q̂_{τ+δ}‖)
+
+    Integration step on S³, when acting and for q̂_{τ+δ}:
+    (7)  ω = 2 Im(q* ⊗ q̇),  Δφ = ‖ω‖ Δτ,  q ← q ⊗ [cos(Δφ/2), ω̂ sin(Δφ/2)]
 
 Where the code differs from the paper:
 
@@ -29,7 +32,7 @@ Where the code differs from the paper:
   addition, better for small models). The velocity follows from it: (x̂ - x_τ) / (1 - τ), and on the
   sphere log_{q_τ}(q̂) / (1 - τ).
 - With `rotation="linear"`, the paper's ablation, quaternions flow in straight lines of R⁴, as
-translations.
+  translations do.
 
 All functions work on `Action`s in the model's normalized units. A velocity is an `Action`, too:
 d/dτ of each part. A flow time is per chunk [...] or per action [..., H], because some actions of a

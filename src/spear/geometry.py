@@ -27,11 +27,10 @@ from torch import Tensor, nn
 from spear.errors import SpearError, check_known
 
 EulerConvention = Literal["xyz", "XYZ"]
-"""How three angles make a rotation. They are always in the order (about x, about y, about z), in
-radians.
+"""How three angles make a rotation. Their order is always (about x, about y, about z), in radians.
 
-"xyz"  about fixed axes: R = Rz(yaw) Ry(pitch) Rx(roll). Roll, pitch, yaw of URDF, BridgeData and
-DROID. "XYZ"  about moving axes: R = Rx(a) Ry(b) Rz(c).
+"xyz"  About fixed axes: R = Rz(yaw) Ry(pitch) Rx(roll), as in URDF, BridgeData and DROID.
+"XYZ"  About moving axes: R = Rx(a) Ry(b) Rz(c).
 
 The letters' case means what it means in SciPy's `Rotation`.
 """
@@ -40,8 +39,7 @@ UNIT_NORM_TOLERANCE = 1e-3
 """How far from 1 the norm of a quaternion from outside may be (our choice). Others are refused."""
 
 _MAX_SQUARE_FOR_SERIES = 1e-4
-"""Squared angle below which Taylor series replace quotients; their error is below float64
-rounding."""
+"""Squared angle below which Taylor series replace quotients, with less error than rounding."""
 
 
 def quat_multiply(a: Tensor, b: Tensor) -> Tensor:
