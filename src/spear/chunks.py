@@ -1,5 +1,4 @@
-"""Executing action chunks: how many of the H actions to use, and what to do while the next chunk is
-computed.
+"""Executing action chunks: how many of the H actions to use, and what to do during inference.
 
 Time counts in ticks of the control loop (5 Hz). A policy predicts a chunk from what the robot
 observed at one tick. The chunk arrives at that tick or at a later one, when inference is done.
@@ -91,16 +90,14 @@ class _Chunk:
 
 @dataclass(frozen=True)
 class _Step:
-    """What to do in one tick: an action [8], and which fraction of one of the chunk's actions it
-    is."""
+    """What to do in one tick: an action [8], and the fraction of a chunk's action that it is."""
 
     action: Array
     fraction: float
 
 
 class ChunkExecutor:
-    """Chooses the action of each tick from the chunks that it gets. Each robot, or scene, needs its
-    own.
+    """Chooses the action of each tick from the chunks that it gets, for one robot or scene.
 
     A control loop calls it like this:
 
@@ -235,8 +232,7 @@ class ChunkExecutor:
         return step.action.copy()
 
     def _adopt_arrived_chunks(self) -> None:
-        """Plan the next ticks by the chunks that have arrived; the last one replaces those
-        before."""
+        """Plan the next ticks by the chunks that have arrived; the last one replaces others."""
         for chunk in self._arriving:
             if chunk.arrival_tick > self.tick:
                 continue
@@ -249,8 +245,7 @@ class ChunkExecutor:
         self._arriving = [chunk for chunk in self._arriving if chunk.arrival_tick > self.tick]
 
     def _plan_steps(self, chunk: _Chunk) -> list[_Step]:
-        """The steps of the next ticks by a chunk: its remaining actions, joined to the executed
-        ones.
+        """Plan the next ticks: a chunk's remaining actions, joined to the executed ones.
 
         An action that takes several ticks becomes several steps: before the gripper acts, and where
         joining has made an action longer than any that the chunk or the robot has made.
@@ -288,8 +283,7 @@ class ChunkExecutor:
         return steps
 
     def _executed_since(self, tick: int) -> list[_Step]:
-        """The steps executed since the observation of a tick; ticks without a step had no
-        motion."""
+        """The steps executed since the observation of a tick, without ticks of no motion."""
         first = max(0, len(self._executed) - (self.tick - tick))
         return [step for step in list(self._executed)[first:] if step is not None]
 
@@ -363,8 +357,7 @@ class Pilot:
         self._inference_s = math.inf  # the first inference may take long
 
     def step(self, observation: Mapping[str, Any]) -> Array:
-        """The action [8] to execute now, after `observation` (its keys: see
-        `spear.types.Policy`)."""
+        """The action [8] to execute now, after an observation (see `spear.types.Policy`)."""
         now_s = time.monotonic()
         tick_s = 1 / CONTROL_RATE_HZ
         self._begin_anew_if_outdated(observation.get("prompt"), now_s)
@@ -406,8 +399,7 @@ class Pilot:
         self._inference = _Inference(self._executor.tick, result, time.monotonic())
 
     def _collect_chunk(self, wait: bool) -> None:
-        """Give the executor the chunk of an inference that has ended, or first wait for the end of
-        it."""
+        """Give the executor the chunk of the inference if that has ended, or wait for it."""
         inference = self._inference
         if inference is None or not (wait or inference.result.done()):
             return
@@ -426,8 +418,7 @@ class Pilot:
 
 
 def check_replan_interval(replan_interval: int, horizon: int | None = None) -> None:
-    """Raise `SpearError` for a replan interval below 1, or above the number of actions in a
-    chunk."""
+    """Raise `SpearError` for a replan interval below 1 or above the number of actions."""
     if replan_interval >= 1 and (horizon is None or replan_interval <= horizon):
         return
     maximum = "" if horizon is None else f", and at most the {horizon} that the policy predicts"

@@ -1,5 +1,4 @@
-"""What a user sees when something is wrong: one line that says what happened, where, and what to
-do.
+"""What a user sees when something is wrong: what happened, where, and what to do.
 
 Errors are `SpearError`s. Notices (`notice`) tell of an input that was usable but could be better.
 """
@@ -91,8 +90,7 @@ def missing_extra_message(feature: str, module: str, extra: str) -> str:
 
 
 def summarize_error(error: BaseException | str) -> str:
-    """Say in one line what an error says: the first line of its message, or its type if that is
-    empty.
+    """The first line of an error's message, or its type if that is empty.
 
     A pydantic error becomes the first key that is wrong and why: "features.state.dtype should be
     …".
@@ -123,8 +121,7 @@ def format_count(number: int, unit: str) -> str:
 
 
 class Notice(UserWarning):
-    """What was done with an input that could be better, in one line. The CLI shows it as "note:
-    …"."""
+    """What was done with an input that could be better. The CLI shows it as "note: …"."""
 
 
 _are_notices_enabled: ContextVar[bool] = ContextVar("are notices enabled", default=True)
@@ -146,8 +143,7 @@ def disable_notices() -> None:
 
 
 def is_first_process() -> bool:
-    """Whether this process reports for its run: it is the only one, or the first that `torchrun`
-    started."""
+    """Whether this process is the only one of its run, or the first that `torchrun` started."""
     return os.environ.get("RANK", "0") == "0"
 
 

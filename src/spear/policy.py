@@ -330,8 +330,7 @@ class Spear1Policy:
 
     @property
     def committed(self) -> int:
-        """The longest committed prefix that the policy was trained with; 0 if it was trained with
-        none."""
+        """The longest committed prefix that the policy was trained with; 0 means none."""
         return int(self.model.config.committed)
 
     @property
@@ -374,8 +373,7 @@ class Spear1Policy:
         return results
 
     def predict(self, inputs: Mapping[str, Any]) -> Action:
-        """Run the network alone: normalized actions [B, H, ·] for the result of
-        `prepare_inputs`."""
+        """Run the network alone: from `prepare_inputs` to normalized actions [B, H, ·]."""
         return self.model.sample_actions(**inputs, steps=self.steps)
 
     def prepare_inputs(self, observations: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -453,8 +451,7 @@ class Spear1Policy:
         return torch.zeros(3, height, width, dtype=torch.uint8)
 
     def _report_camera_differences(self, key: str, view: str, is_present: Sequence[bool]) -> None:
-        """Print a notice if observations lack a camera of the training, or have one that it
-        lacked."""
+        """Print a notice if observations have another set of cameras than training had."""
         distribution = self.training_distribution
         is_trained_view = distribution is None or view in distribution.red_minus_blue
         untrained = "the policy was trained without that camera"

@@ -134,8 +134,7 @@ class CoordinateTokenizer:
         return np.asarray(self.bin_centers[index])
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the tokenizer as JSON, with all digits, so that `load` gives exactly the same
-        back."""
+        """Write the tokenizer as JSON with all digits, so that `load` is exact."""
         content = {
             "unit": self.unit,
             "edges": self.bin_edges.tolist(),
@@ -164,8 +163,7 @@ class CoordinateTokenizer:
 
 
 def _find_bin_centers(edges: Array, sorted_values: Array) -> Array:
-    """The median of the values in each bin (the lower one of two), or the middle of a bin without
-    values."""
+    """The median of the values in each bin (the lower of two), or the middle of an empty bin."""
     middle = edges[:-1] + (edges[1:] - edges[:-1]) / 2
     middle = np.where(middle < edges[1:], middle, edges[:-1])
     ends = np.searchsorted(sorted_values, [*edges[1:-1], math.inf])

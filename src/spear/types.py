@@ -1,5 +1,4 @@
-"""The types that pass between rooms: few and frozen. Their shapes, units and frames are stated
-here.
+"""The types that pass between rooms, with their shapes, units and frames.
 
 Frames:
     base    robot base: x forward, y left, z up, in meters.
@@ -84,8 +83,9 @@ class Action:
 
 @dataclass(frozen=True)
 class FlowConfig:
-    """Configuration of the flow-matching objective. The defaults are the paper's unless marked as
-    ours.
+    """Configuration of the flow-matching objective.
+
+    The defaults are the paper's unless they are marked as ours.
 
     Attributes:
         rotation: "s3" (quaternions flow along great circles of S³) or "linear" (straight lines in

@@ -34,8 +34,7 @@ def report_write_errors(path: Path) -> Iterator[None]:
 
 
 def check_writable(path: Path) -> None:
-    """Raise `SpearError` if `write_bytes` could not write `path`, before any work. It creates
-    nothing."""
+    """Raise `SpearError` if `write_bytes` could not write `path`. It creates nothing."""
     with report_write_errors(path):
         if path.is_dir():
             raise IsADirectoryError(errno.EISDIR, "it is a folder")
@@ -98,8 +97,7 @@ def read_json_as(json_type: type[T], path: Path, advice: str, problem: str = "ca
 
 
 def check_new_folder(folder: Path) -> None:
-    """Raise `SpearError` unless a folder is new or empty; the current folder is not allowed
-    either."""
+    """Raise `SpearError` unless a folder is new or empty, and not the current one."""
     if folder.exists() and folder.samefile("."):
         raise SpearError(f"{folder}: is the folder that you are in: give a new one in it")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):

@@ -120,8 +120,7 @@ def compute_placement(source: tuple[int, int], target: tuple[int, int]) -> Place
 
 
 def fit_image(image: Array, height: int, width: int, bars: bool = True) -> Array:
-    """Bring an image to a size without stretching it, because depth depends on the aspect (the
-    paper).
+    """Bring an image to a size without stretching it: depth depends on the aspect (the paper).
 
     The image is scaled with antialiasing, and padded with black bars. PyTorch does it in a sixth of
     Pillow's time, for the same numbers but for one level in 0.2 % of them.
@@ -179,16 +178,17 @@ def find_image_format(name: str) -> str:
 
 
 def encode_image_file(image: Array, name: str) -> bytes:
-    """Encode [h, w, 3] uint8 RGB for a file of this name; errors are those of
-    `find_image_format`."""
+    """Encode [h, w, 3] uint8 RGB in the format that `find_image_format` finds."""
     buffer = io.BytesIO()
     Image.fromarray(image).save(buffer, find_image_format(name))
     return buffer.getvalue()
 
 
 def encode_jpeg(image: Array, quality: int = 95) -> bytes:
-    """Encode [h, w, 3] uint8 RGB as JPEG, with color at full resolution: it distinguishes small
-    objects."""
+    """Encode [h, w, 3] uint8 RGB as JPEG.
+
+    Color has full resolution, because it distinguishes small objects.
+    """
     buffer = io.BytesIO()
     Image.fromarray(image).save(buffer, "JPEG", quality=quality, subsampling=0)
     return buffer.getvalue()

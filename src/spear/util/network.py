@@ -52,8 +52,7 @@ def is_hub_name(name: str) -> bool:
 
 
 def explain_hub_unreachable() -> str | None:
-    """Why the Hugging Face Hub cannot be asked, but only its cache on this machine; None if it
-    can."""
+    """Why only the local cache of the Hugging Face Hub can be used; None if the Hub can."""
     from huggingface_hub import constants
 
     if constants.HF_HUB_OFFLINE:

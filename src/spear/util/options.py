@@ -1,5 +1,4 @@
-"""Options of commands: dataclasses next to what they configure, from which the command line is
-made.
+"""Options of commands: dataclasses, from which the command line is made.
 
 The docstring below each field is its help. Options that several commands have are defined here,
 with one description. Ranges are annotations (`Range`), and are checked whenever options are made,
@@ -89,8 +88,7 @@ def list_changed_options(options: Options, *names: str) -> list[str]:
 
 
 def list_option_names(options: type) -> list[str]:
-    """The names, on the command line, of a dataclass's options and of those of dataclasses inside
-    it.
+    """The command-line names of a dataclass's options, with those of dataclasses inside it.
 
     Positional arguments are left out. As a side effect the docstring of each field becomes its
     help, as one paragraph; tyro by itself would keep the line breaks.

@@ -78,8 +78,7 @@ def _kill_workers(executor: ProcessPoolExecutor) -> None:
 
 @contextmanager
 def block_interrupts() -> Iterator[None]:
-    """Let processes that are started in the `with` block ignore Ctrl-C, which is for this process
-    alone."""
+    """Let processes that are started in the `with` block ignore Ctrl-C."""
     previous_mask = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
     try:
         yield

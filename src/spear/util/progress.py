@@ -1,5 +1,4 @@
-"""Progress of long work on stderr, with rate and remaining time: a bar in a terminal, lines
-elsewhere."""
+"""Progress of long work on stderr: a bar in a terminal, lines elsewhere."""
 
 import sys
 import time
@@ -85,8 +84,7 @@ class ProgressBar:
         return ", ".join(phrase for phrase in phrases if phrase)
 
     def format_rate(self) -> str:
-        """How fast this command works, "5.0 steps/s" or "3.0 steps/min"; empty before the first
-        item."""
+        """How fast this command works, "5.0 steps/s"; empty before the first item."""
         rate_hz = self._rate_hz()
         if rate_hz == 0:
             return ""

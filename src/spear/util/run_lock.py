@@ -15,8 +15,7 @@ from spear.util.files import report_write_errors
 
 @contextlib.contextmanager
 def hold_lock(path: Path, wait: bool = False) -> Iterator[bool]:
-    """Try to hold the lock file `path` inside the `with` block, and yield whether this process
-    holds it.
+    """Try to hold a lock in the `with` block, and yield whether this process holds it.
 
     With `wait`, the call blocks until no other process holds the lock, and then always yields True.
 
@@ -83,8 +82,7 @@ def _has_results(folder: Path, ignored_names: set[str]) -> bool:
 
 
 def _remove_new_folders(folder: Path, new_parents: list[Path]) -> None:
-    """Remove a folder with its content, and those of its parents that were created for it and are
-    empty."""
+    """Remove a folder and its content, and parents that were created for it and are empty."""
     shutil.rmtree(folder, ignore_errors=True)
     with contextlib.suppress(OSError):  # another process has written to one of them meanwhile
         for parent in new_parents:

@@ -48,8 +48,7 @@ def describe_difference(recorded: Mapping[str, Any], current: Mapping[str, Any])
 
 
 def record_or_check_settings(path: Path, settings: Mapping[str, Any], is_resuming: bool) -> None:
-    """Write the settings of new work to the file `path`; of resumed work, compare them with that
-    file.
+    """Record the settings of new work in a file; compare those of resumed work with it.
 
     Args:
         path: the file of settings. New work replaces an earlier one.

@@ -1,5 +1,4 @@
-"""Batches from worker processes, through shared memory that is mapped once and filled again and
-again.
+"""Batches from worker processes, through shared memory that is mapped once.
 
 PyTorch's own way makes new shared memory for every tensor, clears it, sends its descriptor through
 a socket and maps it (docs/speed.md). Here a worker copies a batch into a slot of shared memory, and
@@ -39,8 +38,7 @@ class TensorLocation:
     stride: tuple[int, ...]
 
     def view(self, slot: Array) -> torch.Tensor:
-        """The tensor in the memory of `slot` [SLOT_BYTES] uint8. It keeps the slot from being
-        freed."""
+        """The tensor in a slot [SLOT_BYTES] uint8, which stays taken as long as it lives."""
         num_bytes = self.dtype.itemsize * math.prod(self.shape)
         tensor_bytes = slot[self.offset : self.offset + num_bytes]
         return torch.from_numpy(tensor_bytes).view(self.dtype).as_strided(self.shape, self.stride)
@@ -102,8 +100,7 @@ class SharedBatchSlots:
         return SlottedBatch((worker, number), locations)
 
     def take(self, slotted: SlottedBatch) -> dict[str, Any]:
-        """In the parent: reconstruct a batch. Its slot becomes free when nobody holds its tensors
-        any more."""
+        """In the parent: reconstruct a batch. Its slot is free when all its tensors are gone."""
         worker, number = slotted.slot
         slot = np.frombuffer(self._memory[worker][number], np.uint8)
         weakref.finalize(slot, self._is_taken.__setitem__, slotted.slot, False)
