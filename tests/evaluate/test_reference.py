@@ -1,4 +1,4 @@
-"""Published numbers: consistent in themselves, beside ours where the tasks are the same, never mixed in."""
+"""Published numbers: consistent, shown next to ours where the tasks are the same, never mixed in."""
 
 from dataclasses import replace
 
@@ -11,42 +11,71 @@ from spear.evaluate.results import Outcome, Results
 SIMPLER = load_references()["simpler_widowx"]
 
 
-def results(families: tuple[str, ...]) -> Results:
-    outcomes = [
-        Outcome(f, s, "go", s < 3, True, True, False, 0, 9) for f in families for s in range(4)
-    ]
+def make_results(*families: str) -> Results:
+    """Three successes of four scenes in each family."""
+    outcomes = []
+    for family in families:
+        for seed in range(4):
+            outcomes.append(Outcome(family, seed, "go", seed < 3, True, True, False, 0, 9))
     return Results("mine", {}, outcomes, 1.0)
 
 
 @pytest.mark.parametrize("name", load_references())
 def test_every_table_has_a_source_and_fitting_rows(name: str) -> None:
     table = load_references()[name]
-    assert "arXiv" in table.source and len(table.columns) == len(table.families)
+
+    assert "arXiv" in table.source
+    assert len(table.columns) == len(table.families)
     assert set(table.rows) <= set(table.means)
+    assert all(len(row) == len(table.columns) for row in table.rows.values())
+    assert all(0 <= mean <= 100 for mean in table.means.values())
+
+
+@pytest.mark.parametrize("name", load_references())
+def test_published_means_are_those_of_their_rows(name: str) -> None:
+    table = load_references()[name]
+
     for method, row in table.rows.items():
-        assert len(row) == len(table.columns)
-        assert np.mean(row) == pytest.approx(
-            table.means[method], abs=0.1
-        )  # published means are rounded
-    assert all(0 <= v <= 100 for v in table.means.values())
+        assert np.mean(row) == pytest.approx(table.means[method], abs=0.1)  # rounded
 
 
-def test_ours_stand_below_theirs_on_the_same_tasks_only() -> None:
-    assert (
-        find_matching_references(results(("spoon_on_towel", "stack_cube"))) == []
-    )  # our simulator's tasks are not SIMPLER's
-    one = results(SIMPLER.families[:1])
-    assert (
-        find_matching_references(one) == [SIMPLER]
-        and find_matching_references(replace(one, settings={"starts": "off the grid"})) == []
-    )
-    *theirs, ours = SIMPLER.cells([("mine", one)])
-    assert theirs == SIMPLER.cells() and all("(published)" in line[0] for line in theirs)
-    mean_alone = replace(
-        SIMPLER, rows={}
-    ).cells()  # a published mean without its tasks stays in its column
-    assert all(
-        line[1:-1] == ["–"] * 4 and len(line) == len(SIMPLER.headers()) for line in mean_alone
-    )
-    assert ours == ["mine (measured here)", "75.0 [30, 95]", "–", "–", "–", "–"]
-    assert SIMPLER.cells([("mine", results(tuple(SIMPLER.families)))])[-1][-1] == "75.0 [51, 90]"
+def test_our_simulators_tasks_match_no_published_table() -> None:
+    assert find_matching_references(make_results("spoon_on_towel", "stack_cube")) == []
+
+
+def test_results_of_the_same_tasks_match_a_table() -> None:
+    results = make_results(SIMPLER.families[0])
+
+    assert find_matching_references(results) == [SIMPLER]
+
+
+def test_results_of_other_starts_match_no_table() -> None:
+    results = replace(make_results(SIMPLER.families[0]), settings={"starts": "off the grid"})
+
+    assert find_matching_references(results) == []
+
+
+def test_our_numbers_stand_below_the_published_ones() -> None:
+    results = make_results(SIMPLER.families[0])
+
+    *published, measured = SIMPLER.cells([("mine", results)])
+
+    assert published == SIMPLER.cells()
+    assert all("(published)" in line[0] for line in published)
+    assert measured == ["mine (measured here)", "75.0 [30, 95]", "–", "–", "–", "–"]
+
+
+def test_a_mean_is_shown_where_all_tasks_were_measured() -> None:
+    results = make_results(*SIMPLER.families)
+
+    measured = SIMPLER.cells([("mine", results)])[-1]
+
+    assert measured[-1] == "75.0 [51, 90]"
+
+
+def test_a_published_mean_without_its_tasks_stays_in_its_column() -> None:
+    table = replace(SIMPLER, rows={})
+
+    for line in table.cells():
+        assert line[1:-1] == ["–"] * 4
+        assert len(line) == len(table.headers())

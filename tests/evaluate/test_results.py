@@ -1,4 +1,4 @@
-"""Results: summaries, a faithful file, journals that go on after any cut, parts that come together."""
+"""Results: summaries, files that can be read back, journals that resume, shards that merge."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -8,100 +8,162 @@ import pytest
 from refusals import refuses
 from spear.evaluate.results import Journal, Outcome, Results, load_results, merge_results
 
-HOW = {"replan": 5, "weights": "x"}
+SETTINGS = {"replan": 5, "weights": "x"}
+JOURNAL_NAME = "episodes-1-of-1.jsonl"
 
 
-def outcome(seed: int, success: bool = True, family: str = "a") -> Outcome:
+def make_outcome(seed: int, success: bool = True, family: str = "a") -> Outcome:
     return Outcome(family, seed, "put it there", success, True, success, False, 0, 10 + seed)
 
 
-def results(wins: dict[str, list[bool]]) -> Results:
-    outcomes = [outcome(seed, won, f) for f, row in wins.items() for seed, won in enumerate(row)]
+def make_results(successes: dict[str, list[bool]]) -> Results:
+    outcomes = []
+    for family, family_successes in successes.items():
+        for seed, success in enumerate(family_successes):
+            outcomes.append(make_outcome(seed, success, family))
     return Results("x", {"scenes": 4}, outcomes, 1.5)
 
 
-def journal(folder: Path, seeds: range, shard: tuple[int, int] = (1, 1)) -> Journal:
-    written = Journal(folder, "me", HOW, shard, {"a": seeds})
+def write_journal(folder: Path, seeds: range, shard: tuple[int, int] = (1, 1)) -> Journal:
+    journal = Journal(folder, "me", SETTINGS, shard, {"a": seeds})
     for seed in seeds:
-        written.add(outcome(seed, success=seed < 3), 9.0, 1.5)
-    return written
+        journal.add(make_outcome(seed, success=seed < 3), 9.0, 1.5)
+    return journal
 
 
-def test_summary_counts_per_family_and_the_mean_weighs_families_equally() -> None:
-    r = results({"a": [True, False, True, True], "b": [False, False]})
-    assert r.summarize("a").success.value == r.summarize("a").grasped.value == 0.75
-    assert r.summarize("a").steps == pytest.approx((10 + 12 + 13) / 3)
-    assert (
-        r.families == ["a", "b"]
-        and r.summarize("b").steps is None
-        and r.summarize("b").reached.value == 1
-    )
-    assert r.summarize().success.n == 6 and r.mean_success().value == pytest.approx(0.375)
+def test_a_summary_counts_the_episodes_of_a_family() -> None:
+    results = make_results({"a": [True, False, True, True], "b": [False, False]})
+
+    summary = results.summarize("a")
+
+    assert results.families == ["a", "b"]
+    assert summary.success.value == 0.75
+    assert summary.grasped.value == 0.75
+    assert summary.steps == pytest.approx((10 + 12 + 13) / 3)
 
 
-def test_a_file_gives_the_same_results_and_a_broken_one_is_named(tmp_path: Path) -> None:
-    r = replace(
-        results({"a": [True, False], "b": [False, True]}), wanted=frozenset({("a", 0), ("b", 7)})
-    )
+def test_a_summary_without_successes_has_no_steps_to_success() -> None:
+    summary = make_results({"b": [False, False]}).summarize("b")
+
+    assert summary.steps is None
+    assert summary.reached.value == 1
+
+
+def test_the_mean_weighs_families_equally() -> None:
+    results = make_results({"a": [True, False, True, True], "b": [False, False]})
+
+    assert results.summarize().success.n == 6
+    assert results.mean_success().value == pytest.approx(0.375)
+
+
+def test_a_file_gives_the_same_results(tmp_path: Path) -> None:
+    wanted = frozenset({("a", 0), ("b", 7)})
+    results = replace(make_results({"a": [True, False], "b": [False, True]}), wanted=wanted)
     path = tmp_path / "deep" / "r.json"
-    r.save(path)
-    assert load_results(path) == r and [p.name for p in path.parent.iterdir()] == ["r.json"]
-    for text in ("", "[]", '{"policy": "x"}', '{"outcomes": [{"family": "a"}]}'):
-        path.write_text(text)
-        refuses(r"r\.json", load_results, path)
-    path.unlink()
-    refuses(r"r\.json", load_results, path)
-    r.save(tmp_path / "results.json")  # nor is one replaced by what begins anew
-    refuses("without journals", journal, tmp_path, range(1))
 
+    results.save(path)
 
-def test_a_line_cut_short_is_run_again_and_the_others_are_kept(tmp_path: Path) -> None:
-    journal(tmp_path, range(3))
-    path = tmp_path / "episodes-1-of-1.jsonl"
-    whole = path.read_bytes()
-    for cut in range(1, len(whole.splitlines()[-1]) + 2):
-        path.write_bytes(whole[:-cut])
-        again = journal(tmp_path, range(0))
-        assert sorted(seed for _, seed in again.outcomes) == [0, 1]
-    again.add(outcome(2), 9.0, 1.5)
-    assert path.read_bytes() == whole and load_results(tmp_path).outcomes == [
-        outcome(0),
-        outcome(1),
-        outcome(2),
-    ]
-    path.write_bytes(whole.replace(b'"steps": 10', b'"steps": {}'))
-    refuses("not a journal", load_results, tmp_path)
-    path.write_bytes(whole[:5])  # in its head
-    journal(tmp_path, range(1))
-    assert load_results(tmp_path).outcomes == [outcome(0)] and load_results(tmp_path).seconds == 1.5
+    assert load_results(path) == results
+    assert [file.name for file in path.parent.iterdir()] == ["r.json"]
 
 
 @pytest.mark.parametrize(
-    ("policy", "settings", "named"),
-    [
-        ("you", HOW, "policy"),
-        ("me", {**HOW, "weights": "y"}, "weights"),
-        ("me", {"weights": "x"}, "replan"),
-    ],
+    "text", ["", "[]", '{"policy": "x"}', '{"outcomes": [{"family": "a"}]}', None]
 )
-def test_results_of_another_policy_or_settings_do_not_mix(
-    policy: str, settings: dict[str, object], named: str, tmp_path: Path
+def test_a_broken_or_missing_file_is_named(text: str | None, tmp_path: Path) -> None:
+    path = tmp_path / "r.json"
+    if text is not None:
+        path.write_text(text)
+
+    refuses(r"r\.json", load_results, path)
+
+
+def test_results_without_journals_are_not_replaced(tmp_path: Path) -> None:
+    make_results({"a": [True]}).save(tmp_path / "results.json")
+
+    refuses("without journals", write_journal, tmp_path, range(1))
+
+
+def test_a_line_cut_short_is_run_again_and_the_others_are_kept(tmp_path: Path) -> None:
+    write_journal(tmp_path, range(3))
+    path = tmp_path / JOURNAL_NAME
+    complete = path.read_bytes()
+    last_line = complete.splitlines()[-1]
+
+    for num_missing_bytes in range(1, len(last_line) + 2):
+        path.write_bytes(complete[:-num_missing_bytes])
+        journal = write_journal(tmp_path, range(0))
+        assert sorted(seed for _, seed in journal.outcomes) == [0, 1]
+    journal.add(make_outcome(2), 9.0, 1.5)
+
+    assert path.read_bytes() == complete
+    assert load_results(tmp_path).outcomes == [make_outcome(seed) for seed in range(3)]
+
+
+def test_a_journal_cut_in_its_first_line_begins_anew(tmp_path: Path) -> None:
+    write_journal(tmp_path, range(3))
+    path = tmp_path / JOURNAL_NAME
+    path.write_bytes(path.read_bytes()[:5])
+
+    write_journal(tmp_path, range(1))
+
+    results = load_results(tmp_path)
+    assert results.outcomes == [make_outcome(0)]
+    assert results.seconds == 1.5
+
+
+def test_a_line_that_is_no_episode_is_refused(tmp_path: Path) -> None:
+    write_journal(tmp_path, range(3))
+    path = tmp_path / JOURNAL_NAME
+    path.write_bytes(path.read_bytes().replace(b'"steps": 10', b'"steps": {}'))
+
+    refuses("not a journal", load_results, tmp_path)
+
+
+@pytest.mark.parametrize("content", [b"nonsense\n", b"\xff\n"])
+def test_a_file_that_is_no_journal_is_named(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "episodes-2-of-2.jsonl").write_bytes(content)
+
+    refuses("episodes-2-of-2", load_results, tmp_path)
+
+
+OTHER_EVALUATIONS = [
+    ("you", SETTINGS, "policy"),
+    ("me", {**SETTINGS, "weights": "y"}, "weights"),
+    ("me", {"weights": "x"}, "replan"),
+]
+
+
+@pytest.mark.parametrize(("policy", "settings", "difference"), OTHER_EVALUATIONS)
+def test_a_folder_has_results_of_one_evaluation_only(
+    policy: str, settings: dict[str, object], difference: str, tmp_path: Path
 ) -> None:
-    journal(tmp_path, range(1))
-    refuses(f"{named} is", Journal, tmp_path, policy, settings, (2, 2), {})
-    refuses(
-        f"{named} is",
-        merge_results,
-        [load_results(tmp_path), Results(policy, settings, [outcome(1)], 1.0)],
-    )
+    write_journal(tmp_path, range(1))
+
+    refuses(f"{difference} is", Journal, tmp_path, policy, settings, (2, 2), {})
 
 
-def test_parts_come_together_and_contradictions_are_refused(tmp_path: Path) -> None:
-    one, two = (
-        Results("me", {"r": 1}, [outcome(s) for s in seeds], 1.0) for seeds in ((2, 0), (1, 0))
-    )
-    assert [o.seed for o in merge_results([one, two]).outcomes] == [0, 1, 2]
-    refuses("scene 0", merge_results, [one, replace(two, outcomes=[outcome(0, success=False)])])
-    for nonsense in (b"nonsense\n", b"\xff\n"):
-        (tmp_path / "episodes-2-of-2.jsonl").write_bytes(nonsense)
-        refuses("episodes-2-of-2", load_results, tmp_path)
+@pytest.mark.parametrize(("policy", "settings", "difference"), OTHER_EVALUATIONS)
+def test_results_of_different_evaluations_do_not_merge(
+    policy: str, settings: dict[str, object], difference: str
+) -> None:
+    results = Results("me", SETTINGS, [make_outcome(0)], 1.0)
+    other_results = Results(policy, settings, [make_outcome(1)], 1.0)
+
+    refuses(f"{difference} is", merge_results, [results, other_results])
+
+
+def test_merged_scenes_are_in_order_and_each_once() -> None:
+    first = Results("me", {"r": 1}, [make_outcome(2), make_outcome(0)], 1.0)
+    second = Results("me", {"r": 1}, [make_outcome(1), make_outcome(0)], 1.0)
+
+    merged = merge_results([first, second])
+
+    assert [outcome.seed for outcome in merged.outcomes] == [0, 1, 2]
+
+
+def test_a_scene_that_ended_differently_in_two_shards_is_refused() -> None:
+    first = Results("me", {"r": 1}, [make_outcome(0)], 1.0)
+    second = replace(first, outcomes=[make_outcome(0, success=False)])
+
+    refuses("scene 0", merge_results, [first, second])

@@ -1,4 +1,4 @@
-"""The runner that all simulators share: films as episodes end, or of episodes run again."""
+"""The runner that all simulators share: films as episodes end, or of episodes that are run again."""
 
 import json
 import weakref
@@ -21,33 +21,34 @@ IDLE = IdleAgent()
 
 
 class Track(str):
-    """What a film is made of: pictures, in SIMPLER some 100 MB per episode."""
+    """What a film is made of: images, in SIMPLER some 100 MB per episode."""
 
 
-class Parity:
+class ParitySimulator:
     """A simulator in which even seeds succeed.
 
-    ran: (seed, whether it was filmed) of each episode. most: tracks that were alive when an episode began.
-    fickle: every episode fails at first, and succeeds when it is filmed.
+    is_fickle        every episode fails at first, and succeeds when it is filmed.
+    episodes         (seed, whether it was filmed) of each episode.
+    max_live_tracks  tracks that were in memory when an episode began.
     """
 
     films_are_free = False
 
-    def __init__(self, fickle: bool = False) -> None:
-        self.fickle = fickle
-        self.ran: list[tuple[int, bool]] = []
-        self.tracks: weakref.WeakSet[Track] = weakref.WeakSet()
-        self.most = 0
+    def __init__(self, is_fickle: bool = False) -> None:
+        self.is_fickle = is_fickle
+        self.episodes: list[tuple[int, bool]] = []
+        self.live_tracks: weakref.WeakSet[Track] = weakref.WeakSet()
+        self.max_live_tracks = 0
 
     def run(
         self, agent: Agent, family: str, seeds: Sequence[int], filming: bool
     ) -> Iterator[tuple[Outcome, float, str]]:
         for seed in seeds:
-            self.ran.append((seed, filming))
-            self.most = max(self.most, len(self.tracks))
-            success = filming if self.fickle else seed % 2 == 0
+            self.episodes.append((seed, filming))
+            self.max_live_tracks = max(self.max_live_tracks, len(self.live_tracks))
+            success = filming if self.is_fickle else seed % 2 == 0
             track = Track(f"{family} {seed}" if filming else "")
-            self.tracks.add(track)
+            self.live_tracks.add(track)
             yield Outcome(family, seed, "go", success, True, True, False, 0, 9), 2.5, track
             del track
 
@@ -55,84 +56,123 @@ class Parity:
         return track
 
 
+class StoppedSimulator(ParitySimulator):
+    """Is stopped when only its successes have ended."""
+
+    def run(self, *arguments: Any) -> Iterator[tuple[Outcome, float, str]]:
+        for episode in super().run(*arguments):
+            outcome, _, _ = episode
+            if outcome.success:
+                yield episode
+        raise KeyboardInterrupt
+
+
 @pytest.fixture(autouse=True)
 def _tracks_are_films(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(film, "encode_film", lambda track, rate_hz: track.encode())
 
 
+ALL_UNFILMED = [(seed, False) for seed in range(20)]
+ALL_FILMED = [(seed, True) for seed in range(20)]
+
+
 @pytest.mark.parametrize(
-    ("films", "ran", "made"),
+    ("films", "episodes", "num_films"),
     [
-        (0, [(s, False) for s in range(20)], 0),
-        (1, [*((s, False) for s in range(20)), (0, True), (1, True)], 2),
-        ("failures", [(s, True) for s in range(20)], 10),
-        ("all", [(s, True) for s in range(20)], 20),
+        (0, ALL_UNFILMED, 0),
+        (1, [*ALL_UNFILMED, (0, True), (1, True)], 2),
+        ("failures", ALL_FILMED, 10),
+        ("all", ALL_FILMED, 20),
     ],
 )
-def test_films_that_cost_are_made_of_few_episodes_and_few_are_in_memory(
-    films: Films, ran: list[tuple[int, bool]], made: int, tmp_path: Path
+def test_costly_films_are_made_of_few_episodes_with_few_tracks_in_memory(
+    films: Films, episodes: list[tuple[int, bool]], num_films: int, tmp_path: Path
 ) -> None:
-    simulator, options = Parity(), EpisodeOptions(films=films, out=tmp_path)
-    results, found = run_evaluation(simulator, IDLE, {"a": range(20)}, {}, options)
-    assert simulator.ran == ran and simulator.most <= 3 and results.mean_success().value == 0.5
-    assert {f.data.decode() for f in found} == {f"a {f.outcome.seed}" for f in found}
-    lines = [
-        json.loads(line)
-        for line in (tmp_path / "episodes-1-of-1.jsonl").read_text().splitlines()[2:]
-    ]
-    assert all(line["seconds"] == 2.5 for line in lines)  # its own, whatever runs beside it
-    assert results.seconds >= sum(line["wall"] for line in lines) == load_results(tmp_path).seconds
-    assert len(found) == len(list(tmp_path.glob("*.mp4"))) == made
+    simulator = ParitySimulator()
+    options = EpisodeOptions(films=films, out=tmp_path)
+
+    results, made_films = run_evaluation(simulator, IDLE, {"a": range(20)}, {}, options)
+
+    assert simulator.episodes == episodes
+    assert simulator.max_live_tracks <= 3
+    assert results.mean_success().value == 0.5
+    assert len(made_films) == len(list(tmp_path.glob("*.mp4"))) == num_films
+    contents = {made_film.data.decode() for made_film in made_films}
+    assert contents == {f"a {made_film.outcome.seed}" for made_film in made_films}
 
 
-def test_what_was_stopped_is_not_taken_for_the_whole(tmp_path: Path) -> None:
+def test_the_journal_has_each_episodes_own_time_and_the_wall_time(tmp_path: Path) -> None:
+    options = EpisodeOptions(out=tmp_path)
+
+    results, _ = run_evaluation(ParitySimulator(), IDLE, {"a": range(20)}, {}, options)
+
+    lines = (tmp_path / "episodes-1-of-1.jsonl").read_text().splitlines()
+    episodes = [json.loads(line) for line in lines[2:]]
+    assert all(episode["seconds"] == 2.5 for episode in episodes)
+    wall_time = sum(episode["wall"] for episode in episodes)
+    assert load_results(tmp_path).seconds == wall_time
+    assert results.seconds >= wall_time
+
+
+def run_shard(simulator: ParitySimulator, scenes: int, shard: str, out: Path) -> Results:
+    """Run a shard, perhaps until it is stopped; returns what the folder has then."""
+    with suppress(KeyboardInterrupt):
+        options = EpisodeOptions(out=out, shard=shard)
+        run_evaluation(simulator, IDLE, {"a": range(scenes)}, {}, options)
+    return load_results(out)
+
+
+def test_a_stopped_evaluation_says_that_it_is_unfinished(tmp_path: Path) -> None:
     """Successes end first: of half of the scenes, nine in ten may have succeeded."""
+    results = run_shard(StoppedSimulator(), 8, "1/1", tmp_path)
 
-    class Stopped(Parity):
-        def run(self, *how: Any) -> Iterator[tuple[Outcome, float, str]]:
-            for ended in super().run(*how):
-                if ended[0].success:
-                    yield ended
-            raise KeyboardInterrupt
-
-    def run(simulator: Parity, scenes: int, shard: str) -> str:
-        options = EpisodeOptions(out=tmp_path, shard=shard)
-        with suppress(KeyboardInterrupt):
-            run_evaluation(simulator, IDLE, {"a": range(scenes)}, {}, options)
-        return load_results(tmp_path).describe_unfinished()
-
-    assert (
-        run(Stopped(), 8, "1/1").startswith("4 scenes")
-        and "UNFINISHED: 4" in load_results(tmp_path).describe_precision()
-    )
-    whole = Results("other", {}, load_results(tmp_path).outcomes, 1.0)
-    assert [
-        words.partition(" ")[0] for words in compare_results(load_results(tmp_path), whole).settings
-    ] == [f"{IDLE.name}:"]
-    assert run(Parity(), 8, "1/2").startswith("4 ") and run(Parity(), 12, "2/2") == ""
-    assert (
-        run(Parity(), 12, "1/1") == ""
-        and "UNFINISHED" not in load_results(tmp_path).describe_precision()
-    )
+    assert results.describe_unfinished().startswith("4 scenes")
+    assert "UNFINISHED: 4" in results.describe_precision()
 
 
-def test_one_that_ends_otherwise_has_no_film(
+def test_a_comparison_names_the_unfinished_result(tmp_path: Path) -> None:
+    unfinished = run_shard(StoppedSimulator(), 8, "1/1", tmp_path)
+    finished = Results("other", {}, unfinished.outcomes, 1.0)
+
+    (warning,) = compare_results(unfinished, finished).settings
+
+    assert warning.startswith(f"{IDLE.name}: ")
+
+
+def test_an_evaluation_is_finished_when_all_shards_are(tmp_path: Path) -> None:
+    run_shard(StoppedSimulator(), 8, "1/1", tmp_path)
+
+    first_half = run_shard(ParitySimulator(), 8, "1/2", tmp_path)
+    both_halves = run_shard(ParitySimulator(), 12, "2/2", tmp_path)
+    everything = run_shard(ParitySimulator(), 12, "1/1", tmp_path)
+
+    assert first_half.describe_unfinished().startswith("4 ")
+    assert both_halves.describe_unfinished() == ""
+    assert everything.describe_unfinished() == ""
+    assert "UNFINISHED" not in everything.describe_precision()
+
+
+def test_an_episode_that_ends_differently_when_run_again_has_no_film(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    simulator = ParitySimulator(is_fickle=True)
     options = EpisodeOptions(films=1, out=tmp_path)
-    results, made = run_evaluation(Parity(fickle=True), IDLE, {"a": range(3)}, {}, options)
-    assert (
-        results.mean_success().value == 0
-        and made == []
-        and "no film of a 0" in capsys.readouterr().err
-    )
+
+    results, made_films = run_evaluation(simulator, IDLE, {"a": range(3)}, {}, options)
+
+    assert results.mean_success().value == 0
+    assert made_films == []
+    assert "no film of a 0" in capsys.readouterr().err
 
 
 def test_a_simulator_that_cannot_run_leaves_nothing_behind(tmp_path: Path) -> None:
-    class Broken(Parity):
+    class BrokenSimulator(ParitySimulator):
         def run(self, *_: object) -> Iterator[tuple[Outcome, float, str]]:
             raise SpearError("no renderer")
 
+    options = EpisodeOptions(out=tmp_path / "new")
+
     with pytest.raises(SpearError, match="no renderer"):
-        run_evaluation(Broken(), IDLE, {"a": range(2)}, {}, EpisodeOptions(out=tmp_path / "new"))
+        run_evaluation(BrokenSimulator(), IDLE, {"a": range(2)}, {}, options)
+
     assert not list(tmp_path.iterdir())
