@@ -283,8 +283,9 @@ def write_joint_dataset(root: Path) -> None:
 
 
 def register_made_up_arm() -> tuple[list[dict[str, Any]], list[float]]:
-    """Make a stand-in for the arm known to LeRobot; return lists of its commands and their times in
-    s.
+    """Make a stand-in for the arm known to LeRobot.
+
+    Returns lists of its commands and of their times in s.
 
     The lists are filled while LeRobot drives it.
     """

@@ -1,5 +1,4 @@
-"""The plugin for LeRobot: what a dataset's numbers mean, compared with SciPy. Its check.py runs
-LeRobot."""
+"""The plugin for LeRobot: what a dataset's numbers mean. Its check.py runs LeRobot itself."""
 
 import importlib.util
 import itertools

@@ -1,5 +1,4 @@
-"""Answers with a grammar are, token by token, the likeliest that it allows; how numbers are read
-off."""
+"""Answers are, token by token, the likeliest that the grammar allows; numbers are read off."""
 
 from typing import Any
 

@@ -1,5 +1,4 @@
-"""The fast paths on a GPU: CUDA graphs and compiled layers give what the plain network gives
-there."""
+"""The fast paths on a GPU: CUDA graphs and compiled layers give what the plain network gives."""
 
 import pytest
 import torch

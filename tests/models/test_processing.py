@@ -34,8 +34,7 @@ def processor() -> Processor:
 class TestFitImage:
     @pytest.mark.parametrize(("width", "height"), [(60, 40), (60, 97), (400, 250)])
     def test_scales_as_pillow_does(self, width: int, height: int) -> None:
-        """With antialiasing, as the encoders learned to see; Pillow rounds some numbers
-        otherwise."""
+        """With antialiasing, as encoders learned to see; Pillow rounds some numbers otherwise."""
         image = np.random.default_rng(0).integers(0, 256, (97, 151, 3), np.uint8)
         _, left, top, across, down = compute_placement((151, 97), (width, height))
 
@@ -220,8 +219,10 @@ class TestPrompts:
     "typed", ["<bos>", "<eos>x", "<loc0001>", "<loc0001><loc1024>", "a<3d0007> [x] < y"]
 )
 class TestTypedTokenNames:
-    """Somebody who types the name of a token types text. Only the two tokens of a pixel are
-    tokens."""
+    """Somebody who types the name of a token types text.
+
+    Only the two tokens of a pixel are tokens.
+    """
 
     @pytest.fixture
     def named_ids(self, processor: Processor) -> set[int]:

@@ -1,5 +1,4 @@
-"""SPEAR-VLM: fusion of the encoders, masks, loss, sizes of the presets; and the depth loss of stage
-0."""
+"""SPEAR-VLM: fusion of the encoders, masks, loss, sizes of presets; stage 0's depth loss."""
 
 import math
 from typing import Any

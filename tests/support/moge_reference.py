@@ -1,5 +1,4 @@
-"""MoGe with weights that a rule makes from their names: the parity data's, and small ones for other
-tests.
+"""MoGe with weights that a rule makes from their names, and a small MoGe for other tests.
 
 The rule is the README's in the folder of reference outputs: seeded by the CRC of the name, scaled
 by the fan-in, then changed a little such that x and y are about the view plane and a sane camera
@@ -43,8 +42,7 @@ def make_weight(name: str, shape: list[int]) -> torch.Tensor:
 
 
 def pass_view_plane_through(weights: Weights) -> None:
-    """Let the x and y channels of the points pass on the uv channels, with a little noise. In
-    place."""
+    """Let the x and y channels of the points pass on the uv channels, in place."""
     if "head.projects.0.weight" in weights:
         _pass_view_plane_through_v1(weights)
     else:
@@ -110,8 +108,10 @@ def build_reference_model(shared: Path, version: int) -> MogeV1 | MogeV2:
 
 @cache
 def build_small_v1() -> MogeV1:
-    """A MoGe v1 with a small encoder and random weights, which knows every point and fits a
-    camera."""
+    """A MoGe v1 with a small encoder and random weights.
+
+    It knows every point and fits a camera.
+    """
     torch.manual_seed(0)
     config = {
         "encoder": "dinov2_vits14",

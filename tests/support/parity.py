@@ -1,5 +1,4 @@
-"""The same inputs through SPEAR-VLM and Transformers' PaliGemma, and how far apart two results
-are."""
+"""The same inputs through SPEAR-VLM and Transformers' PaliGemma, and the error of a result."""
 
 from typing import Any
 
@@ -21,8 +20,7 @@ def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
 def compute_logits_of_both(
     ours: SpearVLMForConditionalGeneration, theirs: Any, width: int, height: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits of both models on images and padded questions with answers: [valid tokens, vocabulary]
-    each.
+    """Logits of both models on the same images and questions: [valid tokens, vocabulary] each.
 
     theirs: a `PaliGemmaForConditionalGeneration` whose image token has about the highest id.
     """

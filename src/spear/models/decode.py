@@ -227,8 +227,10 @@ class _FreeTextState:
             self.is_after_word = torch.zeros_like(self.is_done)
 
     def choose(self, logits: Tensor) -> Tensor:
-        """The likeliest tokens [N] that may come next, of logits [N, vocabulary]; padding after the
-        end."""
+        """The likeliest tokens [N] that may come next; padding after the end.
+
+        logits: [N, vocabulary].
+        """
         if self.grammar is not None:
             logits = logits.masked_fill(self._forbidden(), float("-inf"))
         token = logits.argmax(-1).masked_fill(self.is_done, self.pad_token)

@@ -1,5 +1,4 @@
-"""The device that a process computes on: which one, how many threads, and what happens to freed
-memory."""
+"""The device that a process computes on, its threads, and what happens to freed memory."""
 
 import ctypes
 import os
@@ -76,8 +75,9 @@ def choose_device(name: str = "auto") -> torch.device:
 
 
 def is_bfloat16_fast(device: torch.device) -> bool:
-    """Whether training takes less time in bfloat16 than in float32: on GPUs, with AMX, with AMD's
-    AVX-512.
+    """Whether training takes less time in bfloat16 than in float32.
+
+    It does on GPUs, with AMX, and with AMD's AVX-512.
 
     With Intel's AVX-512 it takes longer, because everything around the matrix products has to be
     converted. On AMD's Zen 5 a nano step takes 0.4 to 0.5 of float32's time
@@ -118,8 +118,7 @@ def limit_threads(model: nn.Module, batch_size: int) -> Iterator[None]:
 
 
 def keep_freed_memory() -> bool:
-    """From now on, let this process keep memory that it frees, except for tensors of 32 MB and
-    more.
+    """From now on, let this process keep freed memory, except for tensors of 32 MB and more.
 
     Without it, glibc gives the memory of most large tensors back to the system, which hands out
     cleared pages again in every step, one by one. On a CPU that is up to a twelfth of a nano

@@ -1,5 +1,6 @@
-"""Parts that both networks share: Gemma, attention and its masks, the KV cache, gradient
-checkpointing, configs.
+"""Parts that both networks share.
+
+Gemma, attention and its masks, the KV cache, gradient checkpointing, and configs.
 
 All masks are boolean and True where attention is allowed. Their shape is [B, 1, queries, keys], as
 `torch.nn.functional.scaled_dot_product_attention` (SDPA) takes it. Rows of padding may attend to
@@ -152,16 +153,16 @@ AttentionMaskInterface.register(ATTENTION_NAME, sdpa_mask)
 
 
 def choose_attention(config: PreTrainedConfig) -> PreTrainedConfig:
-    """Make a config and all its parts ask for `grouped_attention`, unless the user chose an
-    attention."""
+    """Make a config ask for `grouped_attention`, unless the user chose an attention."""
     if config._attn_implementation is None:
         config._attn_implementation = ATTENTION_NAME
     return config
 
 
 def compute_position_ids(valid: Tensor) -> Tensor:
-    """[B, S] bool -> [B, S]: the number of valid tokens before each token, so that padding takes no
-    position.
+    """Position ids [B, S] of valid tokens [B, S] bool: how many valid tokens come before each.
+
+    Padding takes no position.
 
     Example:
         >>> compute_position_ids(torch.tensor([[True, False, True, True]]))
@@ -171,8 +172,9 @@ def compute_position_ids(valid: Tensor) -> Tensor:
 
 
 def make_prefix_lm_mask(valid: Tensor, causal: Tensor) -> Tensor:
-    """PaliGemma's mask: the prefix (images and prompt) sees all of itself, the answer sees all
-    before it.
+    """PaliGemma's mask for a prefix and an answer.
+
+    The prefix (images and prompt) sees all of itself; the answer sees all before it.
 
     Args:
         valid: [B, S] bool, False for padding.
@@ -223,16 +225,17 @@ def make_suffix_mask(valid: Tensor, horizon: int, num_chunks: int) -> Tensor:
 
 
 def prepare_mask(model: GemmaModel | Gemma2Model, allowed: Tensor, dtype: torch.dtype) -> Tensor:
-    """A boolean mask in the form that the model's attention takes: Transformers' "eager" adds it to
-    scores."""
+    """A boolean mask in the form that the model's attention takes.
+
+    Transformers' "eager" attention adds it to scores; all others take it as it is.
+    """
     if model.config._attn_implementation == "eager":
         return mask_to_bias(allowed, dtype)
     return allowed
 
 
 def mask_to_bias(allowed: Tensor, dtype: torch.dtype) -> Tensor:
-    """What is added to scores: 0 where attention is allowed, otherwise the lowest number of the
-    type."""
+    """What is added to scores: 0 where attention is allowed, otherwise the type's lowest number."""
     return torch.zeros_like(allowed, dtype=dtype).masked_fill_(~allowed, torch.finfo(dtype).min)
 
 
@@ -250,8 +253,9 @@ def embed_flow_time(time: Tensor, width: int, min_period: float, max_period: flo
 
 
 class KVCache:
-    """Keys and values of a prefix, one tensor [B, kv heads, S, head_dim] of each per layer, in
-    layer order.
+    """Keys and values of a prefix.
+
+    One tensor of each per layer, [B, kv heads, S, head_dim], in layer order.
 
     Gemma takes it as its cache, and gradients flow through it. While `frozen` is False, `update`
     stores new keys and values; the action expert reads a frozen cache. Inference uses
@@ -266,8 +270,7 @@ class KVCache:
     def update(
         self, keys: Tensor, values: Tensor, layer: int, *_: Any, **__: Any
     ) -> tuple[Tensor, Tensor]:
-        """All that the new tokens of `layer` attend to: the stored keys and values, followed by
-        their own.
+        """All that new tokens attend to: the stored keys and values of `layer`, then their own.
 
         Transformers calls it, and passes further arguments that are not needed.
         """
@@ -296,8 +299,7 @@ def set_gradient_checkpointing(model: nn.Module, enabled: bool = True) -> None:
 
 
 def _run_checkpointed(forward: Any, *args: Any, **kwargs: Any) -> Any:
-    """Run one layer, and put its keys and values into the cache once, not again when it is
-    recomputed."""
+    """Run one layer, and put its keys and values into the cache, but not again on recomputation."""
     cache: KVCache | None = kwargs.get(CACHE_ARGUMENT)
     if not torch.is_grad_enabled():
         return forward(*args, **kwargs)
@@ -315,8 +317,9 @@ def _run_checkpointed(forward: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def build_language_model(config: GemmaConfig | Gemma2Config) -> GemmaModel | Gemma2Model:
-    """Transformers' Gemma, or Gemma 2 (PaliGemma 2's), with `FastRMSNorm`: same parameters, same
-    results.
+    """Transformers' Gemma or Gemma 2 (PaliGemma 2's) with `FastRMSNorm`.
+
+    Its parameters and results stay the same.
 
     Every layer of a Gemma 2 sees the whole sequence, because its window of 4,096 tokens is longer
     than any of our sequences.

@@ -1,5 +1,4 @@
-"""How much memory a computation takes, measured by running it on fake tensors, which have no
-contents."""
+"""How much memory a computation takes, measured on fake tensors, which have no contents."""
 
 import weakref
 from typing import Any
@@ -11,8 +10,11 @@ from torch.utils._pytree import tree_map_only
 
 
 class MemoryMeter(TorchDispatchMode):
-    """While it is on, counts the bytes of all tensors that operations make: `live` now, `peak` at
-    most."""
+    """Counts the bytes of all tensors that operations make while it is on.
+
+    live  Bytes in use now.
+    peak  The most bytes in use so far.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -47,8 +49,7 @@ class MemoryMeter(TorchDispatchMode):
 
 
 def allocate_storage(model: torch.nn.Module, device: str = "cpu") -> None:
-    """Replace a model's meta tensors, which have only a shape, by fake tensors, which have a
-    storage.
+    """Replace a model's meta tensors by fake tensors, which have a storage.
 
     Runs inside a `FakeTensorMode`.
     """

@@ -1,5 +1,4 @@
-"""Between people and tensors: images to pixels, text to tokens, and answers back to text and
-numbers."""
+"""Between people and tensors: images, text and answers."""
 
 import itertools
 import json
@@ -50,8 +49,7 @@ MIN_ENLARGEMENT = 1.25
 
 
 def visible_window(source: Size, target: Size) -> tuple[float, float, float, float]:
-    """What an image of the target size shows of the source image that is fitted into it, padding
-    included.
+    """The window of the source image that an image of the target size shows, padding included.
 
     Returns:
         (left, top, width, height) in pixels of the source. They are no whole numbers, because
@@ -85,8 +83,7 @@ def map_pixel(pixel: Pixel, source: Size, target: Size, inverse: bool = False) -
 
 
 def describe_fit(source: Size, target: Size) -> str | None:
-    """What an image loses when it is fitted into the target size, in words; None if that is next to
-    nothing.
+    """Describe what an image loses when it is fitted into the target size; None if next to nothing.
 
     It loses by black bars, if the aspects differ, and by enlargement, because the model sees less
     in it than in an image recorded at the target size.
@@ -183,8 +180,7 @@ class Processor:
         return pixels.permute(2, 0, 1).clone(memory_format=torch.contiguous_format)
 
     def map_text_pixels(self, text: str, size: Size, view: str) -> str:
-        """Map the location tokens in a text about an image of this size to the image that the model
-        sees."""
+        """Map the location tokens in a text from an image of this size to what the model sees."""
 
         def map_tokens(match: re.Match[str]) -> str:
             y, x = match.groups()
@@ -325,8 +321,7 @@ class Processor:
     # Tokens to answers
 
     def coordinate_grammar(self, num_numbers: int, num_pixels: int) -> list[tuple[int, int]]:
-        """The grammar of answers that are so many numbers, then so many pixels, and nothing
-        else."""
+        """The grammar of answers that consist of numbers, then pixels."""
         number = (self.coordinate_ids.start, self.coordinate_ids.stop)
         location = (self.location_start, self.location_start + NUM_LOCATIONS)
         return [number] * num_numbers + [location] * (2 * num_pixels)

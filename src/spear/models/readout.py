@@ -89,8 +89,10 @@ class Distribution:
         return np.array(below) / cumulative[:, -1]
 
     def spread(self) -> Array:
-        """Half the width of the central 68 %: [numbers]; of a normal, this is the standard
-        deviation."""
+        """Half the width of the central 68 %: [numbers].
+
+        For a normal distribution, this is the standard deviation.
+        """
         low = self.quantile((1 - ONE_SIGMA_PROBABILITY) / 2)
         high = self.quantile((1 + ONE_SIGMA_PROBABILITY) / 2)
         return np.asarray((high - low) / 2)

@@ -1,5 +1,6 @@
-"""Fast sampling of actions: the prefix runs once into static buffers, then the flow steps run on
-it.
+"""Fast sampling of actions.
+
+The prefix runs once into static buffers, then the flow steps run on it.
 
 The result is that of `flow.integrate` around `Spear1ForActionPrediction.predict`, up to rounding.
 Work whose result nobody reads is skipped: the VLM's last layer stops at its keys and values, and
@@ -128,8 +129,10 @@ def sample_plain(model: Any, inputs: Inputs, steps: int) -> Tensor:
 
 
 def _input_kind(inputs: Inputs, is_autocast: bool) -> Hashable:
-    """What decides which code runs. On a GPU shapes do, too, because each has a CUDA graph of its
-    own."""
+    """What decides which code runs.
+
+    On a GPU shapes do, too, because each set of shapes has its own CUDA graph.
+    """
     is_on_gpu = inputs["noise"].device.type == "cuda"
     signature = []
     for name, tensor in inputs.items():
@@ -235,8 +238,7 @@ class Sampler:
         ] = {}  # kind of inputs -> fast and plain sampling agree
 
     def time_embeddings(self, steps: int) -> Tensor:
-        """What the flow time adds to the hidden layer of the embedding at each flow step: [steps,
-        width]."""
+        """What the flow time adds to the embedding's hidden layer at each step: [steps, width]."""
         if steps not in self._time_embeddings:
             with torch.inference_mode(False), torch.no_grad():
                 tau = torch.arange(steps, device=self._bias.device, dtype=torch.float32) / steps
@@ -326,8 +328,10 @@ def _integrate(
 
 
 class _ExpertFlow:
-    """The action expert over the flow steps of one sample: `predict` is called once per step, in
-    order."""
+    """The action expert over the flow steps of one sample.
+
+    `predict` is called once per step, in order.
+    """
 
     def __init__(
         self, model: Any, sampler: Sampler, inputs: Inputs, steps: int, prefix: PrefilledCache

@@ -143,8 +143,10 @@ class Spear1ForActionPrediction(PreTrainedModel):
         attention_mask: Tensor | None = None,
         view_mask: Mapping[str, Tensor] | None = None,
     ) -> Prefix:
-        """Run images and instruction through the VLM, once per observation; arguments as in
-        `forward`."""
+        """Run images and instruction through the VLM, once per observation.
+
+        Arguments as in `forward`.
+        """
         features, valid = self.vlm.encode_images(pixel_values, view_mask)
         prefix = self.vlm.run_language_model(features, valid, input_ids, attention_mask)
         prefix.cache.frozen = True

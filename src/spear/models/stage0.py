@@ -1,5 +1,4 @@
-"""Stage 0 at nano size: pretraining that replaces MoGe's and SigLIP's, of which there are no small
-ones.
+"""Stage 0 at nano size: pretraining instead of MoGe's and SigLIP's, which have no small models.
 
 None of it is from the paper.
 """
@@ -34,8 +33,9 @@ class MogeDepthConfig(PortableConfig):
 
 
 class MogeForDepth(PreTrainedModel):
-    """Metric depth from one image, to pretrain a small `MogeEncoder` for which there are no MoGe
-    weights.
+    """Metric depth from one image, to pretrain a small `MogeEncoder`.
+
+    There are no MoGe weights of that size.
 
     As in MoGe-2, shape and scale are two losses, because most of depth is shape. The head is a
     single linear layer, so that the encoder learns what depth needs.
@@ -115,8 +115,9 @@ class PatchClassification(nn.Module):
     def forward(
         self, pixels: Tensor, shown: Tensor, cells: Tensor, centre: Tensor, largest: Tensor
     ) -> LossOutput:
-        """The loss of a batch and its parts: "names", "cells" (nats) and "centres" (mean error,
-        patches).
+        """The loss of a batch, and its parts.
+
+        The parts are "names" and "cells" (nats), and "centres" (mean error in patches).
 
         Args:
             pixels: [B, 3, h, w] uint8.

@@ -44,8 +44,7 @@ def normalize_pixels(
 
 
 def standardize(images: Tensor) -> Tensor:
-    """Images [..., 3, h, w] from 0 to 1 -> (image - mean) / std per channel, with ImageNet's
-    statistics."""
+    """Normalize images [..., 3, h, w] from 0 to 1 per channel, with ImageNet's statistics."""
     mean = torch.tensor(IMAGENET_MEAN, device=images.device).view(3, 1, 1)
     std = torch.tensor(IMAGENET_STD, device=images.device).view(3, 1, 1)
     return (images - mean) / std
@@ -148,8 +147,9 @@ class _WithStem:
             super()._init_weights(module)  # type: ignore[misc]
 
     def _add_stem(self: Any, owner: nn.Module, name: str, positions: Tensor) -> None:
-        """Make the patch embedding `owner.name` a `ConvStem` if `config.stem` is "conv", else a
-        `PatchConv`.
+        """Make the patch embedding `owner.name` the stem that `config.stem` asks for.
+
+        "conv" is a `ConvStem`, "patch" a `PatchConv`.
 
         Behind a `ConvStem`, position embeddings [..., tokens, width] begin as
         `make_sinusoidal_positions`.
@@ -207,8 +207,10 @@ _interpolation_cache: dict[Hashable, Tensor] = {}
 
 
 def _interpolation_weights(side: int, count: int, offset: float, template: Tensor) -> Tensor:
-    """The weight of each of `side` positions in each of `count` resampled ones: [count, side],
-    cached."""
+    """The weight of each of `side` positions in each of `count` resampled ones.
+
+    [count, side], cached.
+    """
     key = (side, count, offset, template.device)
     is_fake = isinstance(template, FakeTensor)
     if key in _interpolation_cache and not is_fake:
@@ -261,8 +263,10 @@ class _FusedProjections:
 
 
 def fuse_attention_projections(model: nn.Module) -> None:
-    """Lay the weights of images' attention side by side, before a CUDA graph that reads them is
-    recorded."""
+    """Lay the weights of images' attention side by side.
+
+    This must happen before a CUDA graph that reads them is recorded.
+    """
     for module in model.modules():
         if isinstance(module, _FusedProjections):
             module.fused_projections()
@@ -321,8 +325,10 @@ class SiglipEncoder(_WithStem, SiglipVisionModel):
             layer.self_attn.__class__ = _SiglipAttention
 
     def features(self, views: Sequence[Tensor]) -> Tensor:
-        """Features of uint8 images [B, 3, h, w], view by view, patches row by row: [B, T,
-        width]."""
+        """Features of uint8 images [B, 3, h, w]: [B, T, width].
+
+        They are ordered view by view, patches row by row.
+        """
         embedded = []
         for view in views:
             images = normalize_pixels(view, SIGLIP_MEAN, SIGLIP_STD)

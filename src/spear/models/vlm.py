@@ -1,5 +1,4 @@
-"""SPEAR-VLM: PaliGemma with a second, 3D-aware visual encoder and 1,024 tokens for 3D
-coordinates."""
+"""SPEAR-VLM: PaliGemma with a second, 3D-aware visual encoder and 1,024 3D tokens."""
 
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
@@ -112,8 +111,7 @@ class Prefix:
 
 
 class SpearVLMForConditionalGeneration(PreTrainedModel):
-    """SPEAR-VLM (the paper, section "SPEAR-VLM"): images and a question in, text with 3D tokens
-    out.
+    """SPEAR-VLM: images and a question in, text with 3D tokens out (the paper, "SPEAR-VLM").
 
     A sequence is [tokens of each view | text]. A visual token is the average of SigLIP's and MoGe's
     features of the same patch, each after its own linear projection. Scaling, masks and positions
@@ -140,14 +138,12 @@ class SpearVLMForConditionalGeneration(PreTrainedModel):
         self.post_init()
 
     def encode_views(self, *views: Tensor) -> list[Tensor]:
-        """Visual tokens of each view: [B, 3, h, w] uint8 -> [B, patches, width], patches row by
-        row."""
+        """Visual tokens of each view: [B, 3, h, w] uint8 -> [B, patches, width], row by row."""
         features, num_tokens = self._encode_side_by_side(views)
         return list(features.split(num_tokens, dim=1))
 
     def _encode_side_by_side(self, views: Sequence[Tensor]) -> tuple[Tensor, list[int]]:
-        """Visual tokens of all views side by side, [B, T, width], and how many tokens each view
-        has."""
+        """Visual tokens of all views side by side, [B, T, width], and the number of each view."""
         moge = self.moge
         moge_projector = self.moge_projector
         encoders = [lambda: self.multi_modal_projector(self.vision_tower.features(views))]
@@ -203,8 +199,7 @@ class SpearVLMForConditionalGeneration(PreTrainedModel):
         token_type_ids: Tensor | None = None,
         keep_cache: bool = True,
     ) -> Prefix:
-        """Run visual tokens (of `encode_images`, one row per text) and text through the language
-        model.
+        """Run visual tokens, one row per text, and text through the language model.
 
         Args:
             features: [N, T, width].
@@ -234,14 +229,18 @@ class SpearVLMForConditionalGeneration(PreTrainedModel):
         return Prefix(cache, valid, output.last_hidden_state[:, num_visual_tokens:])
 
     def embed_text(self, input_ids: Tensor) -> Tensor:
-        """Token embeddings [..., width]; float32 under autocast, even if the weights are
-        bfloat16."""
+        """Token embeddings [..., width].
+
+        They are float32 under autocast, even if the weights are bfloat16.
+        """
         text = self.language_model.embed_tokens(input_ids)
         return text.float() if torch.is_autocast_enabled(text.device.type) else text
 
     def compute_logits(self, hidden: Tensor, first: int = 0, last: int | None = None) -> Tensor:
-        """Logits of the tokens first … last - 1, by the embedding matrix: [..., D] -> [...,
-        tokens]."""
+        """Logits of the tokens from `first` to before `last`: [..., D] -> [..., tokens].
+
+        The embedding matrix computes them.
+        """
         logits = linear(hidden, self.language_model.embed_tokens.weight[first:last])
         softcap = getattr(
             self.config.text_config, "final_logit_softcapping", None
@@ -251,8 +250,7 @@ class SpearVLMForConditionalGeneration(PreTrainedModel):
     def compute_token_loss(
         self, hidden: Tensor, labels: Tensor
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """`compute_token_loss` of the tokens whose hidden states are [M, D] and whose labels are
-        [M]."""
+        """`compute_token_loss` of hidden states [M, D] with labels [M]."""
         return compute_token_loss(
             self.compute_logits(hidden),
             labels,
@@ -336,8 +334,9 @@ class SpearVLMForConditionalGeneration(PreTrainedModel):
 def compute_token_loss(
     logits: Tensor, labels: Tensor, coordinate_ids: range, weight: float, smoothing: float = 0.0
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Weighted mean cross-entropy, Σ wᵢ·lossᵢ / Σ wᵢ, where w is λ on 3D tokens (the paper) and 1
-    on text.
+    """Weighted mean cross-entropy, Σ wᵢ·lossᵢ / Σ wᵢ.
+
+    The weight w is λ on 3D tokens (the paper) and 1 on text.
 
     Args:
         logits: [M, vocabulary].
@@ -391,8 +390,10 @@ def _expected_log_probability(log_p: Tensor, bins: Tensor, sigma: float) -> Tens
 
 
 def _group_by_length(attention_mask: Tensor, num_groups: int) -> Iterator[tuple[Tensor, int]]:
-    """Divide texts [N, L] into groups of similar length: the rows of each group, and the length it
-    needs."""
+    """Divide texts [N, L] into groups of similar length.
+
+    Yields the rows of each group, and the length it needs.
+    """
     if num_groups <= 1:
         all_rows = torch.arange(len(attention_mask), device=attention_mask.device)
         yield all_rows, attention_mask.shape[1]
@@ -407,8 +408,10 @@ def _group_by_length(attention_mask: Tensor, num_groups: int) -> Iterator[tuple[
 
 
 def build_projector(in_width: int, out_width: int) -> nn.Module:
-    """One layer, `linear`, from an encoder's width to the language model's: [..., in] -> [...,
-    out]."""
+    """A linear layer from an encoder's width to the language model's.
+
+    It is called `linear`, as in PaliGemma: [..., in] -> [..., out].
+    """
     return nn.Sequential(OrderedDict(linear=nn.Linear(in_width, out_width)))
 
 

@@ -182,8 +182,10 @@ class Spear1Config(PreTrainedConfig):
 
     @property
     def action_delta_indices(self) -> list[int]:
-        """The last frame of each of the 5 actions, and one more, which shows where an episode
-        ends."""
+        """The last frame of each of the 5 actions, and one more.
+
+        The last one shows where an episode ends.
+        """
         ends = [(action + 1) * self.stride for action in range(HORIZON)]
         return [*(end - 1 for end in ends), ends[-1]]
 

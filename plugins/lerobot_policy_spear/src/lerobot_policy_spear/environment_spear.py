@@ -1,5 +1,7 @@
-"""`--env.type=spear`: the embedded simulator for lerobot-eval; `--env.task` is one of its task
-families."""
+"""`--env.type=spear`: the embedded simulator for lerobot-eval.
+
+`--env.task` is one of its task families.
+"""
 
 from __future__ import annotations
 

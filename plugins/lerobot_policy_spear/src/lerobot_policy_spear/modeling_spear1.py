@@ -211,7 +211,7 @@ class Spear1Policy(PreTrainedPolicy):
         }
 
     def _collect(self, raw: dict[str, Any]) -> None:
-        """Collect a batch for the training distribution summary; summarize when there are
+        """Collect a batch for the training distribution summary, and summarize when there are
         enough."""
         self._batches.append(raw)
         num_samples = len(self._batches) * len(raw["position"])
@@ -236,8 +236,10 @@ class Spear1Policy(PreTrainedPolicy):
         return state
 
     def _images(self, batch: dict[str, Any]) -> dict[str, Array]:
-        """View → images [B, h, w, 3]. The wrist camera may be missing, as with spear's own
-        commands."""
+        """View → images [B, h, w, 3].
+
+        The wrist camera may be missing, as with spear's own commands.
+        """
         images = {}
         for key, view in self.views.items():
             if key in batch:

@@ -1,5 +1,4 @@
-"""LeRobot's pipelines around the policy: images are fitted to SPEAR-1's sizes, and numbers stay as
-they are.
+"""LeRobot's pipelines around the policy: images are fitted, and numbers stay as they are.
 
 The policy itself converts and normalizes states and actions, with spear's own classes, whose
 statistics are saved with its weights.
@@ -36,8 +35,9 @@ from .configuration_spear1 import Spear1Config
 @ProcessorStepRegistry.register("spear1_fit_images")
 @dataclass
 class FitImagesProcessorStep(ObservationProcessorStep):
-    """Fits images [..., 3, h, w], float from 0 to 1 or uint8, into `sizes`, as uint8, without
-    stretching.
+    """Fits images [..., 3, h, w], float from 0 to 1 or uint8, into sizes, without stretching.
+
+    The result is uint8.
 
     sizes  Image feature → [width, height].
     """

@@ -376,8 +376,7 @@ def _load_kinematics(urdf: str, tip: str, joints: list[str]) -> Any:
 
 
 def notice_unlikely_units(robot: Robot, state: Array) -> None:
-    """Give a notice if a dataset's numbers [frames, d] are hardly degrees, or percent of an open
-    gripper."""
+    """Give a notice if numbers [frames, d] are hardly degrees, or percent of an open gripper."""
     max_values = np.abs(state).max(axis=0)
     if isinstance(robot, JointRobot):
         max_angle = max_values[:-1].max()
@@ -426,8 +425,9 @@ def find_demonstrated_frames(dataset_meta: Any, robot: Robot) -> Array:
 
 
 def find_demonstrated_actions(is_demonstrated: Array, index: Array) -> Array:
-    """Which actions of the chunks that begin at the frames `index` [B] are demonstrations: [B, 5]
-    bool.
+    """Which actions of chunks are demonstrations: [B, 5] bool.
+
+    index: [B] the frames at which the chunks begin.
 
     is_demonstrated: [frames]. From the first frame on that is none, no action is.
     """

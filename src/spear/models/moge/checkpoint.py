@@ -165,8 +165,10 @@ def fill_encoder(encoder: MogeEncoder, checkpoint: Checkpoint) -> None:
 
 
 def match_encoder(encoder: MogeEncoder, checkpoint: Checkpoint) -> dict[str, str]:
-    """The encoder's names -> the checkpoint's, checked as in `fill_encoder`, without reading
-    weights."""
+    """The encoder's names -> the checkpoint's.
+
+    They are checked as in `fill_encoder`, without reading weights.
+    """
     offset = getattr(encoder.backbone.config, "position_offset", 0.0)
     if offset != 0.1:
         raise SpearError(
@@ -216,8 +218,7 @@ def to_published_name(name: str, prefixes: Prefixes) -> str:
 def get_published_shapes(
     model: nn.Module, version: int, prefixes: Prefixes | None = None
 ) -> dict[str, tuple[int, ...]]:
-    """The shapes of the weights that a checkpoint must hold for a model, by the checkpoint's
-    names."""
+    """The shapes of a model's weights in a checkpoint, by the checkpoint's names."""
     if prefixes is None:
         prefixes = NAME_PREFIXES[version]
     shapes: dict[str, tuple[int, ...]] = {}

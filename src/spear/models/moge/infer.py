@@ -39,8 +39,9 @@ class Geometry:
 def infer_geometry(
     model: MogeV1 | MogeV2, images: Tensor, dtype: torch.dtype = torch.float32
 ) -> Geometry:
-    """Predict the geometry of a batch of images of one size; each point lies on the ray of its
-    pixel.
+    """Predict the geometry of a batch of images of one size.
+
+    Each point lies on the ray of its pixel.
 
     Args:
         model: The network.
@@ -101,8 +102,10 @@ def recover_focal_shift(points: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _fit_focal_shift(rows: Array) -> tuple[float, float]:
-    """Focal length and shift of one map; rows [n, 6] are x, y, z, u, v and whether the point is
-    known."""
+    """Focal length and shift of one map.
+
+    rows: [n, 6], x, y, z, u, v and whether the point is known.
+    """
     from scipy.optimize import least_squares
 
     is_known = rows[:, 5] > 0
@@ -130,8 +133,10 @@ def _fit_focal_shift(rows: Array) -> tuple[float, float]:
 
 
 def make_centered_intrinsics(focal: Tensor, width: int, height: int) -> Tensor:
-    """Focal lengths [B] in half diagonals -> intrinsics [B, 3, 3] in pixels (centers at integer +
-    0.5)."""
+    """Focal lengths [B] in half diagonals -> intrinsics [B, 3, 3] in pixels.
+
+    Pixel centers are at integer + 0.5.
+    """
     focal_px = focal * math.hypot(width, height) / 2
     intrinsics = torch.eye(3, dtype=focal.dtype, device=focal.device).repeat(len(focal), 1, 1)
     intrinsics[:, 0, 0] = focal_px
@@ -142,8 +147,10 @@ def make_centered_intrinsics(focal: Tensor, width: int, height: int) -> Tensor:
 
 
 def unproject(depth: Tensor, intrinsics: Tensor) -> Tensor:
-    """Depth along z [B, h, w] and intrinsics [B, 3, 3] in pixels -> points [B, h, w, 3], camera
-    frame."""
+    """Unproject depth along z [B, h, w] to points [B, h, w, 3] in the camera frame.
+
+    intrinsics: [B, 3, 3] in pixels.
+    """
     height, width = depth.shape[1:]
     y_px = torch.arange(height, device=depth.device) + 0.5
     x_px = torch.arange(width, device=depth.device) + 0.5

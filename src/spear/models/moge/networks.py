@@ -1,5 +1,4 @@
-"""MoGe v1 (arXiv 2410.19115) and MoGe-2 (arXiv 2507.02546): from an image to a point map and its
-mask.
+"""MoGe v1 (arXiv 2410.19115) and MoGe-2 (arXiv 2507.02546): networks that predict point maps.
 
 v1 labeled SPEAR's images; its points are correct up to a scale and a shift along z. MoGe-2's are
 correct up to a shift, and have a metric scale. Modules are nested so that their weights have the
@@ -31,8 +30,7 @@ ENCODERS = {
 
 @dataclass(frozen=True)
 class MogeOutput:
-    """What a network predicts about B images, before a camera is fitted
-    (`moge.infer.infer_geometry`).
+    """What a network predicts about B images, before a camera is fitted.
 
     points  [B, h, w, 3] float32, affine: z is off by a shift, and all coordinates by a scale.
     mask    [B, h, w] float32, above 0.5 where a point is known.
@@ -107,8 +105,10 @@ class ResidualBlock(nn.Module):
 
 
 def build_upsampler(kind: str, in_width: int, out_width: int) -> nn.Sequential:
-    """[B, in, h, w] -> [B, out, 2h, 2w]: learned ("conv_transpose") or "bilinear", then a
-    convolution."""
+    """Double the resolution: [B, in, h, w] -> [B, out, 2h, 2w].
+
+    kind: "conv_transpose" (learned) or "bilinear"; a convolution follows.
+    """
     if kind == "bilinear":
         upsample = nn.Upsample(scale_factor=2, mode="bilinear")
         return nn.Sequential(upsample, build_conv3x3(in_width, out_width))
@@ -139,8 +139,7 @@ def make_view_plane(
 def make_uv_channels(
     batch: int, width: int, height: int, aspect: float, template: Tensor
 ) -> Tensor:
-    """`make_view_plane` as channels [B, 2, height, width], with the type and device of another
-    tensor.
+    """`make_view_plane` as channels [B, 2, height, width], with type and device of `template`.
 
     It is computed in float32 first, because in float16 the errors of the steps would add up along a
     row.
@@ -150,8 +149,7 @@ def make_uv_channels(
 
 
 def append_uv(x: Tensor, aspect: float) -> Tensor:
-    """Append where each cell lies on the view plane of an image: [B, c, h, w] -> [B, c + 2, h,
-    w]."""
+    """Append the uv channels of an image of that aspect: [B, c, h, w] -> [B, c + 2, h, w]."""
     batch, _, height, width = x.shape
     return torch.cat([x, make_uv_channels(batch, width, height, aspect, x)], dim=1)
 
@@ -182,8 +180,9 @@ def upsample_output(raw_points: Tensor, raw_mask: Tensor, images: Tensor) -> tup
 
 
 def to_feature_map(layer: Tensor, patches: Tensor) -> Tensor:
-    """A layer's output [B, 1 + rows · columns, width] -> [B, width, rows, columns], without class
-    token.
+    """A layer's output [B, 1 + rows · columns, width] -> [B, width, rows, columns].
+
+    The class token is left out.
 
     patches: The encoder's input [B, 3, 14·rows, 14·columns].
     """
@@ -222,8 +221,7 @@ class MogeV1(nn.Module):
     unit: Unit = "relative"
 
     def __init__(self, config: Mapping[str, Any]) -> None:
-        """config: The `model_config` of a published checkpoint. Raises SpearError if it is not
-        supported."""
+        """config: A published checkpoint's `model_config`; SpearError if it is not supported."""
         super().__init__()
         check_supported("", {"remap_output": "linear", **config}, _SUPPORTED_V1)
         num_tokens_range = config.get("num_tokens_range", (1200, 2500))
@@ -238,8 +236,7 @@ class MogeV1(nn.Module):
         self.head = MogeV1Head(config, encoder_config.hidden_size)
 
     def cut_into_patches(self, images: Tensor, num_tokens: int) -> tuple[Tensor, tuple[int, int]]:
-        """Bring images [B, 3, h, w] from 0 to 1 to a size that is cut into about `num_tokens`
-        patches.
+        """Resize images [B, 3, h, w] from 0 to 1, to be cut into about `num_tokens` patches.
 
         Returns:
             The encoder's input [B, 3, 14·rows, 14·columns], and the head's size (height, width),
@@ -263,8 +260,7 @@ class MogeV1(nn.Module):
         return patches, head_size
 
     def forward(self, images: Tensor, num_tokens: int) -> MogeOutput:
-        """Points and mask of images [B, 3, h, w] from 0 to 1, cut into about `num_tokens`
-        patches."""
+        """Points and mask of images [B, 3, h, w] from 0 to 1, cut into about `num_tokens`."""
         patches, head_size = self.cut_into_patches(images, num_tokens)
         layers = self.encoder.layers(patches, self.feature_layers)
         features = [to_feature_map(layer, patches) for layer in layers]
@@ -335,8 +331,7 @@ _SUPPORTED_STACK = {
 
 
 class MogeV2(nn.Module):
-    """DINOv2's features, projected and summed, a neck that all heads share, and one head per
-    output.
+    """MoGe-2: DINOv2's features, projected and summed, a neck, and one head per output.
 
     unit        Of the points times the scale.
     max_tokens  As of `MogeV1`.
@@ -345,8 +340,7 @@ class MogeV2(nn.Module):
     unit: Unit = "metre"
 
     def __init__(self, config: Mapping[str, Any]) -> None:
-        """config: The `model_config` of a published checkpoint. Raises SpearError if it is not
-        supported."""
+        """config: A published checkpoint's `model_config`; SpearError if it is not supported."""
         super().__init__()
         check_supported("", {"remap_output": "linear", **config}, {"remap_output": "exp"})
         num_tokens_range = config.get("num_tokens_range", (1200, 3600))
@@ -374,8 +368,7 @@ class MogeV2(nn.Module):
         self.scale_head = nn.Sequential(*layers[:-1])
 
     def cut_into_patches(self, images: Tensor, num_tokens: int) -> Tensor:
-        """Bring images [B, 3, h, w] from 0 to 1 to a size that is cut into about `num_tokens`
-        patches.
+        """Resize images [B, 3, h, w] from 0 to 1, to be cut into about `num_tokens` patches.
 
         Returns:
             The encoder's input [B, 3, 14·rows, 14·columns].
@@ -409,8 +402,8 @@ class MogeV2(nn.Module):
         return torch.stack(projected).sum(dim=0), layers[-1][:, 0]
 
     def forward(self, images: Tensor, num_tokens: int) -> MogeOutput:
-        """Points, mask and scale of images [B, 3, h, w] from 0 to 1, cut into about `num_tokens`
-        patches."""
+        """Points, mask and scale of images [B, 3, h, w] from 0 to 1, cut into about
+        `num_tokens`."""
         features, class_token = self.encode(self.cut_into_patches(images, num_tokens))
         batch, _, rows, columns = features.shape
         height, width = images.shape[2:]
@@ -433,8 +426,10 @@ class MogeV2(nn.Module):
 
 
 class ConvStack(nn.Module):
-    """A pyramid from coarse to fine: each level is the one before, upsampled, plus its input,
-    refined."""
+    """A pyramid from coarse to fine.
+
+    Each level is the one before, upsampled, plus its input, refined.
+    """
 
     def __init__(self, name: str, config: Mapping[str, Any]) -> None:
         """config: The published fields, where a single value stands for all levels.
@@ -471,7 +466,7 @@ class ConvStack(nn.Module):
         )
 
     def forward(self, pyramid: Sequence[Tensor]) -> list[Tensor]:
-        """[B, channels, h, w] per level, each twice the size of the one before -> the same,
+        """[B, channels, h, w] per level, each twice as large as the one before -> the same,
         refined."""
         outputs: list[Tensor] = []
         x: Tensor | None = None
