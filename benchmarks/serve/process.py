@@ -10,41 +10,44 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-SERVE = "import sys; from spear.cli import main; sys.exit(main(['serve', *sys.argv[1:]]))"
+SERVE_CODE = "import sys; from spear.cli import main; sys.exit(main(['serve', *sys.argv[1:]]))"
+KIB_PER_MIB = 1024
 
 
 @dataclass(frozen=True)
-class Server:
-    """Where it listens, and its process."""
+class ServerProcess:
+    """Where a server listens, and its process."""
 
     url: str
     pid: int
 
-    def memory(self) -> float:
-        """MiB of memory that is its own (Linux): without pages of files, which the system drops and reads
-        again."""
-        status = Path(f"/proc/{self.pid}/status").read_text()
-        return int(re.findall(r"RssAnon:\s+(\d+) kB", status)[0]) / 1024
+    def measure_memory_mib(self) -> float:
+        """Measure the memory that is the server's own (Linux).
 
-    def files(self) -> int:
-        """How many files and sockets it has open (Linux)."""
+        Pages of files do not count, because the system drops and reads them again.
+        """
+        status = Path(f"/proc/{self.pid}/status").read_text()
+        [anonymous_kib] = re.findall(r"RssAnon:\s+(\d+) kB", status)
+        return int(anonymous_kib) / KIB_PER_MIB
+
+    def count_open_files(self) -> int:
+        """Count the files and sockets that the server has open (Linux)."""
         return len(list(Path(f"/proc/{self.pid}/fd").iterdir()))
 
 
 @contextmanager
-def server(*options: str) -> Iterator[Server]:
-    """Starts one on a free port and stops it with SIGTERM; it must end with exit code 0."""
-    process = subprocess.Popen(
-        [sys.executable, "-c", SERVE, *options, "--port", "0"], stdout=subprocess.PIPE, text=True
-    )
+def run_server(*options: str) -> Iterator[ServerProcess]:
+    """Start a server on a free port, and stop it with SIGTERM; its exit code must be 0."""
+    command = [sys.executable, "-c", SERVE_CODE, *options, "--port", "0"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     try:
         assert process.stdout is not None
-        found = re.search(r"ws://\S+", process.stdout.readline())
-        if not found:
+        address = re.search(r"ws://\S+", process.stdout.readline())
+        if not address:
             raise SystemExit("the server did not start")
-        yield Server(found[0], process.pid)
+        yield ServerProcess(address[0], process.pid)
     finally:
         process.terminate()
-        code = process.wait()
-    if code:
-        raise SystemExit(f"the server ended with exit code {code}")
+        exit_code = process.wait()
+    if exit_code:
+        raise SystemExit(f"the server ended with exit code {exit_code}")

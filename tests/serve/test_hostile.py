@@ -9,7 +9,7 @@ from contextlib import closing
 
 import numpy as np
 import pytest
-from benchmarks.serve.structures import Maker, check_message, check_observation
+from benchmarks.serve.structures import MessageMaker, check_message, check_observation
 from websockets.exceptions import InvalidStatus
 from websockets.sync.client import connect
 
@@ -62,7 +62,7 @@ def test_a_bomb_is_refused_before_it_takes_memory(bomb: bytes) -> None:
 
 
 def test_messages_of_every_shape_are_refused_or_understood() -> None:
-    maker = Maker(np.random.default_rng(0))
+    maker = MessageMaker(np.random.default_rng(0))
     example = {}
     for key, value in GENERIC.example().items():
         example[key] = value[:16, :16] if np.ndim(value) == 3 else value
