@@ -1,4 +1,4 @@
-"""Labelling into a folder: whole, resumable after any death, the same whatever made it."""
+"""Labeling into a folder: whole, resumable after any death, the same whatever made it."""
 
 import json
 import multiprocessing
@@ -7,6 +7,7 @@ import random
 import shutil
 import signal
 import time
+from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -24,8 +25,9 @@ from spear.labels.run import LabelingProgress, label_folder, prepare_run
 from spear.labels.store import count_labels, read_labels
 
 SETTINGS = {"inputs": ["photos"], "detector": "bright"}
-UNREACHED = (0.0, "none", ("00000.png", "00004.png", "00010.png", "00020.png"))
-"""A detector to which four images do not get through."""
+UNREACHED_FILES = ("00000.png", "00004.png", "00010.png", "00020.png")
+UNREACHED = (0.0, "none", UNREACHED_FILES)
+"""Arguments of a detector to which four images do not get through."""
 
 
 def run(
@@ -33,23 +35,27 @@ def run(
     out: Path,
     workers: int = 0,
     detector: tuple[Any, ...] = (),
-    shard: int = 8,
-    stop: int | None = None,
+    shard_size: int = 8,
+    stop_after: int | None = None,
     retry_skipped: bool = False,
 ) -> LabelingProgress:
-    """stop: the batches of three images after which the user does."""
+    """Label a folder of photos, in batches of three; the user interrupts after `stop_after` batches."""
 
-    def stopped(batches: Any) -> Any:
-        yield from islice(engine(workers, *detector)(batches), stop)
-        if stop is not None:
+    def run_engine(batches: Any) -> Any:
+        yield from islice(engine(workers, *detector)(batches), stop_after)
+        if stop_after is not None:
             raise KeyboardInterrupt
 
-    work = WorkOptions(shard_size=shard, batch_size=3)
-    return label_folder(list_images(str(source)), out, stopped, SETTINGS, work, retry_skipped)
+    work = WorkOptions(shard_size=shard_size, batch_size=3)
+    return label_folder(list_images(str(source)), out, run_engine, SETTINGS, work, retry_skipped)
 
 
-def contents(folder: Path) -> dict[str, bytes]:
+def read_files(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(folder.glob("[!.]*"))}
+
+
+def read_skipped(folder: Path) -> list[dict[str, Any]]:
+    return pq.read_table(folder / "skipped.parquet").to_pylist()
 
 
 @pytest.fixture(scope="module")
@@ -61,247 +67,385 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def whole(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder that an undisturbed run makes."""
     out = tmp_path_factory.mktemp("whole") / "labels"
-    assert run(source, out) == LabelingProgress(
-        num_total=21, num_before=0, num_done=21, num_skipped=3
-    )
+    run(source, out)
     return out
 
 
-def test_every_image_is_labelled_or_set_aside_with_its_reason(source: Path, whole: Path) -> None:
+# A whole run
+
+
+def test_a_run_counts_its_images(source: Path, tmp_path: Path) -> None:
+    progress = run(source, tmp_path / "labels")
+
+    assert progress == LabelingProgress(num_total=21, num_before=0, num_done=21, num_skipped=3)
+
+
+def test_a_folder_has_shards_skipped_images_settings_and_a_card(whole: Path) -> None:
     shards = [f"labels-{number:05d}.parquet" for number in range(3)]
-    assert list(contents(whole)) == ["README.md", *shards, "run.json", "skipped.parquet"]
-    labels = list(read_labels(whole))
-    good = [source / f"{i:05d}.png" for i in range(21) if i not in (3, 5, 7)]
-    assert [label.source for label in labels] == [*map(str, good)] and count_labels(whole) == 18
-    for label in labels:
-        (block,) = label.objects
-        assert block.box3d is not None and block.box3d.center[2] == pytest.approx(1.15, abs=0.2)
-        assert label.provenance == {"detector": "bright", "segmenter": "box", "pointmap": "slope"}
-    rows = pq.read_table(whole / "skipped.parquet").to_pylist()
-    skipped = {Path(row["source"]).stem: row["reason"] for row in rows}
-    assert (
-        list(skipped) == ["00003", "00005", "00007"] and "not a readable image" in skipped["00003"]
-    )
-    assert skipped["00005"] == "request refused" and skipped["00007"] == "no object was found"
-    card = (whole / "README.md").read_text()
-    assert "18 images with 18 objects, 18 of them with an oriented 3D box; " in card
-    assert "3 images were skipped (`skipped.parquet`)" in card
+
+    assert list(read_files(whole)) == ["README.md", *shards, "run.json", "skipped.parquet"]
     assert json.loads((whole / "run.json").read_text())["detector"] == "bright"
 
 
-def test_what_did_not_get_through_is_tried_again(source: Path, whole: Path, tmp_path: Path) -> None:
-    out = tmp_path / "labels"
-    assert run(source, out, detector=UNREACHED) == LabelingProgress(
-        21, 0, 21, num_skipped=7, num_retryable=4
-    )
-    rows = pq.read_table(out / "skipped.parquet").to_pylist()
-    assert tuple(Path(row["source"]).name for row in rows if row["retryable"]) == UNREACHED[2]
-    before = contents(out)
-    assert run(source, out) == LabelingProgress(21, 21, 21, num_skipped=7, num_retryable=4)
-    assert contents(out) == before  # nothing is tried again unless asked
-    done = run(source, out, detector=(0.0, "none", ("00004.png",)), retry_skipped=True)
-    assert done == LabelingProgress(21, 0, 21, num_skipped=4, num_retryable=1)
-    assert run(source, out, workers=2, retry_skipped=True) == LabelingProgress(
-        21, 13, 21, num_skipped=3
-    )
-    assert contents(out) == contents(whole)
-    assert run(source, out, retry_skipped=True) == LabelingProgress(21, 21, 21, num_skipped=3)
+def test_every_good_image_is_labeled_in_order(source: Path, whole: Path) -> None:
+    labels = list(read_labels(whole))
+
+    good_numbers = [number for number in range(21) if number not in (3, 5, 7)]
+    expected_sources = [str(source / f"{number:05d}.png") for number in good_numbers]
+    assert [label.source for label in labels] == expected_sources
+    assert count_labels(whole) == 18
+    for label in labels:
+        (block,) = label.objects
+        assert block.box3d is not None
+        assert block.box3d.center[2] == pytest.approx(1.15, abs=0.2)
+        assert label.provenance == {"detector": "bright", "segmenter": "box", "pointmap": "slope"}
 
 
-def test_trying_again_may_be_interrupted(source: Path, tmp_path: Path) -> None:
-    """In one large shard, whose rows are stored in several groups; and with an unfinished shard after it."""
-    run(source, tmp_path / "whole", shard=17)
-    out = tmp_path / "labels"
-    with pytest.raises(KeyboardInterrupt):
-        run(source, out, detector=UNREACHED, shard=17, stop=7)
-    (out / "questions.parquet").touch()  # about the labels so far
-    first = (out / "labels-00000.parquet").read_bytes()
-    with pytest.raises(KeyboardInterrupt):
-        run(source, out, shard=17, retry_skipped=True, stop=2)
-    assert (out / "labels-00000.parquet").read_bytes() == first and not list(out.glob(".*.tmp"))
-    assert run(source, out, shard=17, retry_skipped=True) == LabelingProgress(
-        21, 0, 21, num_skipped=3
-    )
-    assert contents(out) == contents(tmp_path / "whole")
+def test_skipped_images_are_recorded_with_their_reasons(whole: Path) -> None:
+    reasons = {Path(row["source"]).stem: row["reason"] for row in read_skipped(whole)}
+
+    assert list(reasons) == ["00003", "00005", "00007"]
+    assert "not a readable image" in reasons["00003"]
+    assert reasons["00005"] == "request refused"
+    assert reasons["00007"] == "no object was found"
 
 
-@pytest.mark.parametrize(
-    ("detector", "key"), [("file:{}/one+gemini", "annotations"), ("owlv2={}", "files of")]
-)
-def test_what_was_replaced_since_is_found_out(
-    source: Path, tmp_path: Path, detector: str, key: str
-) -> None:
-    """Annotations, or a model's weights."""
-    (made := tmp_path / "made").mkdir()
-    given = LabelOptions(photos=(str(source),), detector=detector.format(made), vocabulary="mug")
+def test_the_card_counts_images_and_objects(whole: Path) -> None:
+    card = (whole / "README.md").read_text()
 
-    def labelled() -> LabelingProgress:
-        settings, work = prepare_run(given)[2], WorkOptions(shard_size=8)
-        return label_folder(list_images(str(source)), tmp_path / "out", engine(0), settings, work)
-
-    (made / "one").write_text("first")
-    assert labelled().num_done == labelled().num_before == 21
-    (made / "one").write_text("another")
-    refuses(key, labelled)
+    assert "18 images with 18 objects, 18 of them with an oriented 3D box; " in card
+    assert "3 images were skipped (`skipped.parquet`)" in card
 
 
 def test_it_opens_as_a_hugging_face_dataset_with_images(whole: Path, tmp_path: Path) -> None:
     datasets = pytest.importorskip("datasets")
-    found = datasets.load_dataset(str(whole), cache_dir=str(tmp_path))["train"]
-    assert isinstance(found.features["image"], datasets.Image)
-    assert len(found) == 18 and found[4]["image"].size == (60, 40)
-    assert found[0]["objects"][0]["name"] == "block"
-    aside = datasets.load_dataset(str(whole), "skipped", cache_dir=str(tmp_path))["train"]
-    assert aside["reason"][2] == "no object was found"
-    one = str(whole / "labels-00001.parquet")
-    single = datasets.load_dataset("parquet", data_files=one, cache_dir=str(tmp_path))
-    assert isinstance(single["train"].features["image"], datasets.Image)
+
+    labels = datasets.load_dataset(str(whole), cache_dir=str(tmp_path))["train"]
+
+    assert isinstance(labels.features["image"], datasets.Image)
+    assert len(labels) == 18
+    assert labels[4]["image"].size == (60, 40)
+    assert labels[0]["objects"][0]["name"] == "block"
 
 
-def _labels_in_a_process(source: str, out: str, workers: int) -> None:
-    """In a process group of its own, 20 ms per image; it is stuck at one in the last shard."""
+def test_skipped_images_open_as_a_hugging_face_dataset(whole: Path, tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+
+    skipped = datasets.load_dataset(str(whole), "skipped", cache_dir=str(tmp_path))["train"]
+
+    assert skipped["reason"][2] == "no object was found"
+
+
+def test_a_shard_opens_as_a_hugging_face_dataset_with_images(whole: Path, tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+
+    shard = str(whole / "labels-00001.parquet")
+    labels = datasets.load_dataset("parquet", data_files=shard, cache_dir=str(tmp_path))["train"]
+
+    assert isinstance(labels.features["image"], datasets.Image)
+
+
+# Images that do not get through
+
+
+@pytest.fixture
+def partial_out(source: Path, tmp_path: Path) -> Path:
+    """The folder of a run in which four images did not get through."""
+    out = tmp_path / "labels"
+    run(source, out, detector=UNREACHED)
+    return out
+
+
+def test_images_that_do_not_get_through_are_recorded_as_retryable(partial_out: Path) -> None:
+    retryable = [Path(row["source"]).name for row in read_skipped(partial_out) if row["retryable"]]
+
+    assert tuple(retryable) == UNREACHED_FILES
+
+
+def test_nothing_is_retried_unless_asked(source: Path, partial_out: Path) -> None:
+    files = read_files(partial_out)
+
+    progress = run(source, partial_out)
+
+    assert progress == LabelingProgress(21, 21, 21, num_skipped=7, num_retryable=4)
+    assert read_files(partial_out) == files
+
+
+def test_retried_images_that_get_through_are_labeled(
+    source: Path, whole: Path, partial_out: Path
+) -> None:
+    one_unreached = (0.0, "none", ("00004.png",))
+
+    first_retry = run(source, partial_out, detector=one_unreached, retry_skipped=True)
+    second_retry = run(source, partial_out, workers=2, retry_skipped=True)
+    third_retry = run(source, partial_out, retry_skipped=True)
+
+    assert first_retry == LabelingProgress(21, 0, 21, num_skipped=4, num_retryable=1)
+    assert second_retry == LabelingProgress(21, 13, 21, num_skipped=3)
+    assert third_retry == LabelingProgress(21, 21, 21, num_skipped=3)
+    assert read_files(partial_out) == read_files(whole)
+
+
+@pytest.mark.filterwarnings("ignore:.*questions.parquet")
+def test_a_retry_may_be_interrupted(source: Path, tmp_path: Path) -> None:
+    """In one large shard, whose rows are stored in several groups, and with an unfinished shard after it."""
+    run(source, tmp_path / "whole", shard_size=17)
+    out = tmp_path / "labels"
+    with pytest.raises(KeyboardInterrupt):
+        run(source, out, detector=UNREACHED, shard_size=17, stop_after=7)
+    (out / "questions.parquet").touch()  # about the labels so far
+    first_shard = (out / "labels-00000.parquet").read_bytes()
+
+    with pytest.raises(KeyboardInterrupt):
+        run(source, out, shard_size=17, retry_skipped=True, stop_after=2)
+
+    assert (out / "labels-00000.parquet").read_bytes() == first_shard
+    assert not list(out.glob(".*.tmp"))
+    progress = run(source, out, shard_size=17, retry_skipped=True)
+    assert progress == LabelingProgress(21, 0, 21, num_skipped=3)
+    assert read_files(out) == read_files(tmp_path / "whole")
+
+
+# Death
+
+
+def label_in_a_process(source: str, out: str, workers: int) -> None:
+    """Label at 20 ms per image, in a process group of its own; stuck at an image of the last shard."""
     os.setpgid(0, 0)
     run(Path(source), Path(out), workers, detector=(0.02, "00017.png"))
 
 
 def test_killed_again_and_again_it_loses_nothing(source: Path, whole: Path, tmp_path: Path) -> None:
-    out, chance = tmp_path / "labels", random.Random(0)
-    deaths = shards = 0
-    while (
-        deaths < 6 or not shards
-    ):  # on a slow computer, all may die young: then give them more time
+    out = tmp_path / "labels"
+    chance = random.Random(0)
+    num_deaths = 0
+    num_shards = 0
+    while num_deaths < 6 or num_shards == 0:  # on a slow computer all may die young: give more time
         # A forked process has no workers: it would take its parent's fork server for its own.
-        context: Any = multiprocessing.get_context("forkserver" if deaths == 2 else "fork")
-        process = context.Process(
-            target=_labels_in_a_process, args=(str(source), str(out), deaths == 2)
-        )
+        has_workers = num_deaths == 2
+        context: Any = multiprocessing.get_context("forkserver" if has_workers else "fork")
+        arguments = (str(source), str(out), has_workers)
+        process = context.Process(target=label_in_a_process, args=arguments)
         process.start()
         wait_until((out / "run.json").is_file, "a run", process)
-        time.sleep(chance.uniform(0, 0.4 * max(1, deaths - 4)))
+        time.sleep(chance.uniform(0, 0.4 * max(1, num_deaths - 4)))
         os.kill(process.pid, signal.SIGKILL)
         process.join()
         assert process.exitcode == -signal.SIGKILL
-        there = list(out.glob("labels-*.parquet"))
-        assert all(path.read_bytes() == (whole / path.name).read_bytes() for path in there)
-        deaths, shards = deaths + 1, len(there)
+        shards = list(out.glob("labels-*.parquet"))
+        for shard in shards:
+            assert shard.read_bytes() == (whole / shard.name).read_bytes()
+        num_deaths += 1
+        num_shards = len(shards)
     assert not (out / "README.md").exists()
+
     run(source, out)
-    assert contents(out) == contents(whole)
+
+    assert read_files(out) == read_files(whole)
 
 
 def test_workers_end_with_the_process_that_is_killed(source: Path, tmp_path: Path) -> None:
     context = multiprocessing.get_context("forkserver")
-    process = context.Process(
-        target=_labels_in_a_process, args=(str(source), str(tmp_path / "out"), 2)
-    )
+    arguments = (str(source), str(tmp_path / "out"), 2)
+    process = context.Process(target=label_in_a_process, args=arguments)
     process.start()
-    while (
-        len(group := _group(process.pid)) < 4
-    ):  # itself, the server that forks workers, two workers
+    members = list_process_group(process.pid)
+    while len(members) < 4:  # itself, the server that forks workers, two workers
         time.sleep(0.05)
+        members = list_process_group(process.pid)
+
     os.kill(process.pid, signal.SIGKILL)
+
     process.join()
-    wait_until(lambda: not _group(process.pid), f"the end of {group}")
+    wait_until(lambda: not list_process_group(process.pid), f"the end of {members}")
 
 
-def _group(leader: int) -> list[int]:
-    found = []
+def list_process_group(leader: int | None) -> list[int]:
+    """The processes of a group that are not zombies."""
+    members = []
     for path in Path("/proc").glob("[0-9]*/stat"):
         try:
             state, _, group = path.read_text().rpartition(")")[2].split()[:3]
         except OSError:
             continue
         if int(group) == leader and state != "Z":
-            found.append(int(path.parent.name))
-    return found
+            members.append(int(path.parent.name))
+    return members
 
 
-def refused(source: Path, out: Path, settings: dict[str, Any] | None = None, shard: int = 8) -> str:
-    work = WorkOptions(shard_size=shard, batch_size=3)
-    return refuses(
-        "", label_folder, list_images(str(source)), out, engine(), settings or SETTINGS, work
-    )
+# Other settings, other inputs
 
 
-def test_the_difference_to_another_run_is_named(source: Path, whole: Path, tmp_path: Path) -> None:
-    before = contents(whole)
-    assert run(source, whole) == LabelingProgress(
-        num_total=21, num_before=21, num_done=21, num_skipped=3
-    )
-    assert '"bright" there, "owlv2" here' in refused(
-        source, whole, {**SETTINGS, "detector": "owlv2"}
-    )
-    assert "rate is null there, 2 here" in refused(source, whole, {**SETTINGS, "rate": 2})
-    assert (
-        "shard_size is 8 there, 9 here" in refused(source, whole, shard=9)
-        and contents(whole) == before
-    )
-    copy = shutil.copy(whole / "labels-00001.parquet", whole / "labels-00001 (copy).parquet")
-    assert "not of this run" in refused(source, whole)
-    copy.unlink()
+def refused(
+    source: Path, out: Path, settings: dict[str, Any] | None = None, shard_size: int = 8
+) -> str:
+    """The message with which a run is refused."""
+    items = list_images(str(source))
+    work = WorkOptions(shard_size=shard_size, batch_size=3)
+    return refuses("", label_folder, items, out, engine(), settings or SETTINGS, work)
+
+
+def test_a_finished_run_is_not_done_again(source: Path, whole: Path) -> None:
+    files = read_files(whole)
+
+    progress = run(source, whole)
+
+    assert progress == LabelingProgress(num_total=21, num_before=21, num_done=21, num_skipped=3)
+    assert read_files(whole) == files
+
+
+@pytest.mark.parametrize(
+    ("changes", "shard_size", "difference"),
+    [
+        ({"detector": "owlv2"}, 8, '"bright" there, "owlv2" here'),
+        ({"rate": 2}, 8, "rate is null there, 2 here"),
+        ({}, 9, "shard_size is 8 there, 9 here"),
+    ],
+)
+def test_other_settings_are_refused_and_named(
+    source: Path, whole: Path, changes: dict[str, Any], shard_size: int, difference: str
+) -> None:
+    files = read_files(whole)
+
+    assert difference in refused(source, whole, {**SETTINGS, **changes}, shard_size)
+    assert read_files(whole) == files
+
+
+def test_a_shard_of_another_run_is_refused(source: Path, tmp_path: Path, whole: Path) -> None:
+    out = tmp_path / "labels"
+    shutil.copytree(whole, out)
+    shutil.copy(out / "labels-00001.parquet", out / "labels-00001 (copy).parquet")
+
+    assert "not of this run" in refused(source, out)
+
+
+def test_a_folder_with_other_files_is_refused(source: Path, tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("words")
+
     assert "holds other files" in refused(source, tmp_path)
     assert "holds other files" in refused(source, Path(__file__).parent)
 
 
 @pytest.mark.parametrize(
-    "change",
-    [
-        lambda at: shutil.copy(at / "00009.png", at / "00010.png"),
-        lambda at: [(at / f"{number:05d}.png").unlink() for number in (8, 9)],
-        lambda at: (at / "00009.png").rename(at / "10000.png"),
-    ],
+    ("detector", "changed_setting"),
+    [("file:{}/one+gemini", "annotations"), ("owlv2={}", "files of")],
 )
-def test_an_input_that_has_changed_is_found_out(tmp_path: Path, change: Any) -> None:
-    run(folder := photos(tmp_path / "photos", 10, bad=False), tmp_path / "labels")
-    change(folder)
-    assert "the input has changed since labels-00001.parquet" in refused(
-        folder, tmp_path / "labels"
+def test_replaced_annotations_and_weights_are_other_settings(
+    source: Path, tmp_path: Path, detector: str, changed_setting: str
+) -> None:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    options = LabelOptions(
+        photos=(str(source),), detector=detector.format(folder), vocabulary="mug"
     )
 
+    def label() -> LabelingProgress:
+        settings = prepare_run(options).settings
+        items = list_images(str(source))
+        work = WorkOptions(shard_size=8)
+        return label_folder(items, tmp_path / "out", engine(0), settings, work)
 
-def test_an_image_that_was_replaced_is_labelled_again_with_those_beside_it(tmp_path: Path) -> None:
-    folder, out = photos(tmp_path / "photos", 10, bad=False), tmp_path / "labels"
+    (folder / "one").write_text("first")
+    label()
+    assert label().num_before == 21
+
+    (folder / "one").write_text("another")
+    refuses(changed_setting, label)
+
+
+def replace_one_image(folder: Path) -> None:
+    shutil.copy(folder / "00009.png", folder / "00010.png")
+
+
+def remove_two_images(folder: Path) -> None:
+    (folder / "00008.png").unlink()
+    (folder / "00009.png").unlink()
+
+
+def rename_one_image(folder: Path) -> None:
+    (folder / "00009.png").rename(folder / "10000.png")
+
+
+@pytest.mark.parametrize("change", [replace_one_image, remove_two_images, rename_one_image])
+def test_a_list_of_images_that_has_changed_is_refused(
+    tmp_path: Path, change: Callable[[Path], None]
+) -> None:
+    folder = photos(tmp_path / "photos", 10, bad=False)
+    run(folder, tmp_path / "labels")
+
+    change(folder)
+
+    message = refused(folder, tmp_path / "labels")
+    assert "the input has changed since labels-00001.parquet" in message
+
+
+@pytest.mark.filterwarnings("ignore:.*questions.parquet")
+def test_a_replaced_image_is_labeled_again_with_those_of_its_shard(tmp_path: Path) -> None:
+    folder = photos(tmp_path / "photos", 10, bad=False)
+    out = tmp_path / "labels"
     run(folder, out)
-    (out / "questions.parquet").touch()  # about what is no longer there
-    shutil.copy(folder / "00008.png", folder / "00009.png")  # which had as many bytes
+    (out / "questions.parquet").touch()  # about the image as it was
+    shutil.copy(folder / "00008.png", folder / "00009.png")  # it has as many bytes
+
     with pytest.warns(Notice, match="1 image changed"):
-        assert run(folder, out) == LabelingProgress(10, 8, 10, 0)
-    run(folder, tmp_path / "anew", workers=2)  # which change nothing
-    assert contents(out) == contents(tmp_path / "anew")
+        progress = run(folder, out)
+
+    assert progress == LabelingProgress(10, 8, 10, 0)
+    run(folder, tmp_path / "anew", workers=2)
+    assert read_files(out) == read_files(tmp_path / "anew")
+
+
+def test_images_with_other_stamps_but_equal_contents_are_not_labeled_again(tmp_path: Path) -> None:
+    folder = photos(tmp_path / "photos", 10, bad=False)
+    out = tmp_path / "labels"
+    run(folder, out)
     for path in folder.iterdir():
         os.utime(path, (0, 0))  # as in a copy
+
     assert run(folder, out) == LabelingProgress(10, 10, 10, 0)
 
 
-def test_too_many_failures_stop_the_run_before_they_are_kept(tmp_path: Path) -> None:
+# Runs that fail
+
+
+def test_too_many_failures_stop_the_run_before_it_writes_anything(tmp_path: Path) -> None:
     folder = photos(tmp_path / "photos", 8, bad=False)
     for path in sorted(folder.iterdir())[:5]:
         path.write_bytes(b"words")
-    line = refused(folder, tmp_path / "labels")
-    assert "5 of 8" in line and "photos" in line and not (tmp_path / "labels").exists()
+
+    message = refused(folder, tmp_path / "labels")
+
+    assert "5 of 8" in message
+    assert "photos" in message
+    assert not (tmp_path / "labels").exists()
 
 
-def test_the_settings_of_a_run_that_was_refused_do_not_bind(tmp_path: Path) -> None:
-    """Such as one whose detector has no key: the next may have another; nor is no input a run."""
+def test_without_images_there_is_no_run(tmp_path: Path) -> None:
+    out = tmp_path / "labels"
 
-    def no_key(batches: Any) -> Any:
-        raise SpearError("no API key: set ONE")
-        yield
-
-    source, out = photos(tmp_path / "photos", 2, bad=False), tmp_path / "labels"
     refuses("no image to label", label_folder, iter(()), out, engine(), SETTINGS, WorkOptions())
+
     assert not out.exists()
-    refuses(
-        "no API key",
-        label_folder,
-        list_images(str(source)),
-        out,
-        no_key,
-        {"detector": "bright"},
-        WorkOptions(),
-    )
-    label_folder(list_images(str(source)), out, engine(), {"detector": "other"}, WorkOptions())
+
+
+def run_without_key(batches: Any) -> Iterator[Any]:
+    """An engine whose detector has no key."""
+    raise SpearError("no API key: set ONE")
+    yield
+
+
+def test_the_settings_of_a_run_that_labeled_nothing_do_not_bind(tmp_path: Path) -> None:
+    source = photos(tmp_path / "photos", 2, bad=False)
+    out = tmp_path / "labels"
+    settings = {"detector": "bright"}
+    other_settings = {"detector": "other"}
+    work = WorkOptions()
+
+    items = list_images(str(source))
+    refuses("no API key", label_folder, items, out, run_without_key, settings, work)
+    label_folder(list_images(str(source)), out, engine(), other_settings, work)
+
     assert json.loads((out / "run.json").read_text())["detector"] == "other"
-    settings, there = {"detector": "bright"}, 'detector is "other" there, "bright" here'
-    refuses(there, label_folder, list_images(str(source)), out, no_key, settings, WorkOptions())
+    difference = 'detector is "other" there, "bright" here'
+    items = list_images(str(source))
+    refuses(difference, label_folder, items, out, run_without_key, settings, work)
