@@ -103,9 +103,9 @@ def test_labels_are_shown_with_point_clouds(
         ("--scenes 2 --retry-skipped", "--retry-skipped"),
         ("photos --seed 3", "--questions"),
         ("photos --detector gemni", "did you mean 'gemini'"),
-        ("photos --detector file:absent.json", "no such file: write file:PATH"),
-        ("photos --detector ground-truth+gemini", "only file:"),
-        ("photos --segmenter ground-truth=foo", "no network"),
+        ("photos --detector file:absent.json", "names no existing file. Write file:PATH"),
+        ("photos --detector ground-truth+gemini", "only file:PATH"),
+        ("photos --segmenter ground-truth=foo", "names weights"),
     ],
 )
 def test_what_cannot_be_labeled_is_refused_with_a_way_out_and_leaves_nothing(

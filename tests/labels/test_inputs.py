@@ -6,6 +6,7 @@ import tarfile
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -21,18 +22,27 @@ from spear.labels.inputs import Item, list_images
 from spear.labels.pipeline import read_images
 from spear.util.images import decode_image
 
-
-def grey(items: Sequence[Item], **options: int) -> list[int | str]:
-    """The grey value of each item's image, or why there is none."""
-    return [
-        str(work.error)
-        if work.frame is None or work.error
-        else round(float(work.frame.image.mean()))
-        for work in read_images(items, **options)
-    ]
+FILM_RATE_HZ = 10
 
 
-def tarred(path: Path, files: Mapping[str, bytes]) -> None:
+def read_values(items: Sequence[Item]) -> list[int | str]:
+    """The gray value of each item's image, or why there is none."""
+    values: list[int | str] = []
+    for image in read_images(items):
+        if image.frame is None or image.error:
+            values.append(str(image.error))
+        else:
+            values.append(round(float(image.frame.image.mean())))
+    return values
+
+
+def assert_near(values: Sequence[int | str], expected: Sequence[int]) -> None:
+    """Equal up to what the compression of a video changes."""
+    for value, expected_value in zip(values, expected, strict=True):
+        assert abs(int(value) - expected_value) <= 2
+
+
+def write_tar(path: Path, files: Mapping[str, bytes]) -> None:
     with tarfile.open(path, "w") as tar:
         for name, data in files.items():
             member = tarfile.TarInfo(name)
@@ -40,168 +50,281 @@ def tarred(path: Path, files: Mapping[str, bytes]) -> None:
             tar.addfile(member, io.BytesIO(data))
 
 
-def film(
-    path: Path, frames: int = 40, fps: int = 10, gop: int = 7, aspect: Fraction = Fraction(1)
-) -> None:
-    """A video whose frame i is grey of value 5 i, of pixels so many times as wide as high."""
+def write_film(path: Path, num_frames: int = 40, aspect: Fraction = Fraction(1)) -> None:
+    """Write a video whose frame i is gray of value 5 i, of pixels so many times as wide as high."""
     av = pytest.importorskip("av")
     with av.open(str(path), "w") as container:
-        stream = container.add_stream("mpeg4", rate=fps)
-        stream.width, stream.height, stream.pix_fmt, stream.gop_size = 64, 48, "yuv420p", gop
-        stream.bit_rate, stream.codec_context.sample_aspect_ratio = 8_000_000, aspect
-        for i in range(frames):
+        stream = container.add_stream("mpeg4", rate=FILM_RATE_HZ)
+        stream.width = 64
+        stream.height = 48
+        stream.pix_fmt = "yuv420p"
+        stream.gop_size = 7
+        stream.bit_rate = 8_000_000
+        stream.codec_context.sample_aspect_ratio = aspect
+        for i in range(num_frames):
             frame = av.VideoFrame.from_ndarray(
                 np.full((48, 64, 3), 5 * i, np.uint8), format="rgb24"
             )
-            frame.pts, frame.time_base = i, Fraction(1, fps)
+            frame.pts = i
+            frame.time_base = Fraction(1, FILM_RATE_HZ)
             container.mux(stream.encode(frame))
         container.mux(stream.encode(None))
 
 
-def test_a_photo_of_a_phone_held_upright_stands_whatever_it_is_in(tmp_path: Path) -> None:
-    """In what the networks see, and in what is kept of it for people and for training."""
+# Photos
+
+
+def test_a_photo_of_a_phone_held_upright_is_upright_whatever_it_is_in(tmp_path: Path) -> None:
+    """In what the networks see, and in what is stored of it for people and for training."""
     exif = Image.Exif()
     exif[0x0112] = 6  # stored lying on its left side: the top is at the left
     lying = np.zeros((32, 64, 3), np.uint8)
     lying[:, :16] = 250
-    Image.fromarray(lying).save(file := tmp_path / "photo.jpg", quality=95, exif=exif)
-    tarred(tmp_path / "photos.tar", {"photo.jpg": file.read_bytes()})
-    pq.write_table(pa.table({"image": [file.read_bytes()]}), tmp_path / "photos.parquet")
-    works = read_images(list(list_images(str(tmp_path))))
-    seen = [work.frame.image for work in works if work.frame] + [
-        decode_image(w.encoded) for w in works
-    ]
-    for image in [*seen, load_picture(str(file), (64, 32)).image]:
-        assert image.shape == (64, 32, 3) and image[:12].min() > 200 and image[20:].max() < 50
-    assert len(seen) == 6
+    photo = tmp_path / "photo.jpg"
+    Image.fromarray(lying).save(photo, quality=95, exif=exif)
+    write_tar(tmp_path / "photos.tar", {"photo.jpg": photo.read_bytes()})
+    pq.write_table(pa.table({"image": [photo.read_bytes()]}), tmp_path / "photos.parquet")
+
+    images = read_images(list(list_images(str(tmp_path))))
+
+    assert len(images) == 3
+    upright_images = [load_picture(str(photo), (64, 32)).image]
+    for image in images:
+        upright_images += [image.frame.image, decode_image(image.encoded)]
+    for upright in upright_images:
+        assert upright.shape == (64, 32, 3)
+        assert upright[:12].min() > 200
+        assert upright[20:].max() < 50
 
 
-def test_a_folder_is_walked_in_order_and_passes_over_what_is_no_image(tmp_path: Path) -> None:
-    for name, value in (
-        ("b/2.png", 20),
-        ("b/1.PNG", 10),
-        ("a.png", 5),
-        ("c.png", 30),
-        (".hidden.png", 9),
-    ):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
+# Folders and patterns
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A folder with four images, one hidden image and one text."""
+    values = {"b/2.png": 20, "b/1.PNG": 10, "a.png": 5, "c.png": 30, ".hidden.png": 9}
+    (tmp_path / "b").mkdir()
+    for name, value in values.items():
         (tmp_path / name).write_bytes(make_png(value))
     (tmp_path / "notes.txt").write_text("no image")
+    return tmp_path
+
+
+def list_names(argument: Path | str, folder: Path, **options: Any) -> list[str]:
+    """The names of the images behind an argument, inside the folder."""
+    items = list_images(str(argument), **options)
+    return [Path(item.key).relative_to(folder).as_posix() for item in items]
+
+
+def test_a_folder_gives_its_images_in_order(folder: Path) -> None:
+    items = list(list_images(str(folder)))
+
+    assert list_names(folder, folder) == ["a.png", "b/1.PNG", "b/2.png", "c.png"]
+    assert read_values(items) == [5, 10, 20, 30]
+
+
+def test_items_can_be_sent_to_another_process(folder: Path) -> None:
+    items = list(list_images(str(folder)))
+
+    assert pickle.loads(pickle.dumps(items)) == items
+
+
+def test_an_image_is_listed_by_its_path(folder: Path) -> None:
+    assert list_names(folder / "a.png", folder) == ["a.png"]
+
+
+def test_a_pattern_gives_the_images_that_it_matches(folder: Path) -> None:
+    assert list_names(f"{folder}/**/*.png", folder) == ["a.png", "b/2.png", "c.png"]
+
+
+def test_a_pattern_that_matches_a_folder_and_its_files_gives_each_once(folder: Path) -> None:
+    assert list_names(f"{folder}/**", folder) == list_names(folder, folder)
+
+
+@pytest.mark.parametrize("pattern", ["", "/**"])
+def test_an_excluded_folder_is_not_entered(folder: Path, pattern: str) -> None:
+    names = list_names(f"{folder}{pattern}", folder, excluded_folder=folder / "b")
+
+    assert names == ["a.png", "c.png"]
+
+
+def test_a_link_that_leads_back_is_not_followed(folder: Path) -> None:
+    names = list_names(folder, folder)
+
+    (folder / "b" / "back").symlink_to(folder)
+
+    assert list_names(folder, folder) == names
+
+
+def test_a_folder_of_labels_is_ignored_with_a_notice(folder: Path) -> None:
+    names = list_names(folder, folder)
+    (folder / "b" / "old").mkdir()
+    for name in ("run.json", "labels-00000.parquet"):
+        (folder / "b" / "old" / name).touch()
+
+    with pytest.warns(Notice, match="b/old contains labels"):
+        assert list_names(folder, folder) == names
+
+
+def test_files_of_unsupported_formats_are_counted_in_a_notice(folder: Path) -> None:
+    names = list_names(folder, folder)
+    for name in ("IMG_1.HEIC", "IMG_2.CR2", "film.MTS"):
+        (folder / "b" / name).touch()
+
+    with pytest.warns(Notice, match=r"1 \.cr2, 1 \.heic, 1 \.mts"):
+        assert list_names(folder, folder) == names
+
+
+def test_a_stereo_picture_is_listed(folder: Path) -> None:
+    (folder / "z.MPO").touch()  # a JPEG for each eye, the first of which is read
+
+    assert list_names(folder, folder)[-1] == "z.MPO"
+
+
+# Archives
+
+
+def test_a_tar_shard_gives_its_images(tmp_path: Path) -> None:
+    files = {"x/0.png": make_png(40), "x/0.json": b"{}", "x/1.jpg": make_png(50)[:60]}
+    write_tar(tmp_path / "shard.tar", files)
+
     items = list(list_images(str(tmp_path)))
-    names = [Path(i.key).relative_to(tmp_path).as_posix() for i in items]
-    assert names == ["a.png", "b/1.PNG", "b/2.png", "c.png"]
-    assert grey(items) == [5, 10, 20, 30] and pickle.loads(pickle.dumps(items)) == items
-    assert [Path(i.key).name for i in list_images(f"{tmp_path}/**/*.png")] == [
-        "a.png",
-        "2.png",
-        "c.png",
-    ]
-    assert [i.key for i in list_images(str(tmp_path / "a.png"))] == [str(tmp_path / "a.png")]
-    assert list(list_images(str(tmp_path), excluded_folder=tmp_path / "b")) == [items[0], items[-1]]
-    assert (
-        list(list_images(f"{tmp_path}/**")) == items
-    )  # the pattern names a folder and each file in it
-    assert [i.key for i in list_images(f"{tmp_path}/**", excluded_folder=tmp_path / "b")] == [
-        items[0].key,
-        items[-1].key,
-    ]
-    (tmp_path / "b" / "back").symlink_to(tmp_path)
-    (tmp_path / "b" / "old").mkdir()
-    for name in ("IMG_1.HEIC", "IMG_2.CR2", "film.MTS", "old/run.json", "old/labels-00000.parquet"):
-        (tmp_path / "b" / name).touch()
-    aside = pytest.warns(Notice, match=r"1 \.cr2, 1 \.heic, 1 \.mts")
-    with aside, pytest.warns(Notice, match="b/old contains labels"):
-        assert list(list_images(str(tmp_path))) == items
-    (tmp_path / "z.MPO").touch()  # a JPEG for each eye, the first of which is read
-    with pytest.warns(Notice):
-        assert [i.key for i in list_images(str(tmp_path))][-1] == str(tmp_path / "z.MPO")
+
+    names = [item.key.removeprefix(f"{tmp_path}/") for item in items]
+    assert names == ["shard.tar/x/0.png", "shard.tar/x/1.jpg"]
+    value, reason = read_values(items)
+    assert value == 40
+    assert "not a readable image" in str(reason)
 
 
-def test_a_tar_shard_and_a_parquet_file_give_their_images(tmp_path: Path) -> None:
-    tarred(
-        tmp_path / "shard.tar",
-        {"x/0.png": make_png(40), "x/0.json": b"{}", "x/1.jpg": make_png(50)[:60]},
-    )
+def test_a_parquet_file_gives_its_images_in_any_order(tmp_path: Path) -> None:
     rows = [{"bytes": make_png(60 + i), "path": None} for i in range(5)] + [None]
     table = pa.table({"image": rows, "label": list(range(6))})
     pq.write_table(table, tmp_path / "t.parquet", row_group_size=2)
-    pq.write_table(pa.table({"jpg": [make_png(80)], "n": [1]}), tmp_path / "u.parquet")
+
     items = list(list_images(str(tmp_path)))
-    assert [i.key.removeprefix(f"{tmp_path}/") for i in items] == [
-        "shard.tar/x/0.png", "shard.tar/x/1.jpg", *(f"t.parquet#{i}" for i in range(6)), "u.parquet#0"
-    ]  # fmt: skip
-    first, broken, *others = grey(items)
-    assert first == 40 and "not a readable image" in str(broken)
-    assert others[:5] == [60, 61, 62, 63, 64] and "no image" in str(others[5]) and others[6] == 80
-    assert grey([items[6], items[3]]) == [64, 61]  # any item, in any order
+
+    assert [item.key for item in items] == [f"{tmp_path}/t.parquet#{i}" for i in range(6)]
+    *values, reason = read_values(items)
+    assert values == [60, 61, 62, 63, 64]
+    assert "no image" in str(reason)
+    assert read_values([items[4], items[1]]) == [64, 61]
+
+
+def test_the_only_column_of_bytes_is_that_of_the_images(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"jpg": [make_png(80)], "n": [1]}), tmp_path / "u.parquet")
+
+    assert read_values(list(list_images(str(tmp_path)))) == [80]
+
+
+# Videos
 
 
 def test_a_video_gives_frames_at_a_rate(tmp_path: Path) -> None:
-    film(tmp_path / "film.mp4")
+    write_film(tmp_path / "film.mp4")
+
     items = list(list_images(str(tmp_path / "film.mp4"), rate=2.5))
-    assert [i.key.rpartition("#")[2] for i in items] == [str(4 * n) for n in range(10)]
-    assert np.abs(np.array([int(v) for v in grey(items)]) - 20 * np.arange(10)).max() <= 2
-    assert abs(int(grey([items[7]])[0]) - 140) <= 2  # alone, after a seek
-    every = list(list_images(str(tmp_path / "film.mp4"), rate=1000))
-    assert len(every) == 40
-    assert np.abs(np.array([int(v) for v in grey(every[30:])]) - 5 * np.arange(30, 40)).max() <= 2
-    assert "ends before 99.00 s" in str(grey([items[9], items[0]._replace(location=99.0)])[1])
+
+    assert [item.key.rpartition("#")[2] for item in items] == [str(4 * n) for n in range(10)]
+    assert_near(read_values(items), [20 * n for n in range(10)])
+    assert_near(read_values([items[7]]), [140])  # alone, after a seek
+
+
+def test_a_rate_above_that_of_the_video_gives_every_frame_once(tmp_path: Path) -> None:
+    write_film(tmp_path / "film.mp4")
+
+    items = list(list_images(str(tmp_path / "film.mp4"), rate=1000))
+
+    assert len(items) == 40
+    assert_near(read_values(items[30:]), [5 * n for n in range(30, 40)])
+
+
+def test_a_time_after_the_end_of_a_video_is_refused(tmp_path: Path) -> None:
+    write_film(tmp_path / "film.mp4")
+    items = list(list_images(str(tmp_path / "film.mp4")))
+
+    _, reason = read_values([items[-1], items[0]._replace(location=99.0)])
+
+    assert "ends before 99.00 s" in str(reason)
 
 
 def test_a_video_of_pixels_that_are_not_square_is_seen_as_it_is_shown(tmp_path: Path) -> None:
-    film(tmp_path / "film.mp4", frames=2, aspect=Fraction(4, 3))
-    (work,) = read_images(list(list_images(str(tmp_path / "film.mp4"))))
-    assert work.frame is not None and work.frame.image.shape == (48, 85, 3)
+    write_film(tmp_path / "film.mp4", num_frames=2, aspect=Fraction(4, 3))
+
+    (image,) = read_images(list(list_images(str(tmp_path / "film.mp4"))))
+
+    assert image.frame is not None
+    assert image.frame.image.shape == (48, 85, 3)
 
 
 def test_frames_of_a_real_video_are_those_that_a_full_decoding_gives(shared: Path) -> None:
     av = pytest.importorskip("av")
     path = next((shared / "data/lerobot/v2.1_video").rglob("*.mp4"))
     with av.open(str(path)) as container:
-        truth = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+        frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+
     items = list(list_images(str(path), rate=1000))
-    assert len(items) == len(truth)
-    chosen = [2, 3, 5, len(truth) - 1]
-    for work, index in zip(read_images([items[i] for i in chosen]), chosen, strict=True):
-        np.testing.assert_array_equal(work.frame.image, truth[index])
+
+    assert len(items) == len(frames)
+    indices = [2, 3, 5, len(frames) - 1]
+    images = read_images([items[index] for index in indices])
+    for image, index in zip(images, indices, strict=True):
+        np.testing.assert_array_equal(image.frame.image, frames[index])
 
 
-def test_a_take_gives_its_colour_cameras_once(tmp_path: Path) -> None:
+@pytest.fixture
+def take(tmp_path: Path) -> Path:
+    """An EgoExo4D take with the smaller copies of its videos."""
     take = tmp_path / "takes" / "cooking_7"
-    small = take / "frame_aligned_videos" / "downscaled" / "448"
-    small.mkdir(parents=True)
-    names = (
-        "cam01.mp4",
-        "aria01_214-1.mp4",
-        "aria01_1201-1.mp4",
-        "aria01_1201-2.mp4",
-        "aria01_211-1.mp4",
-    )
-    for name in names:
-        film(small / name, frames=10)
-    assert {Path(i.path).name for i in list_images(str(tmp_path / "takes"))} == {
-        "cam01.mp4",
-        "aria01_214-1.mp4",
-    }
-    film(take / "frame_aligned_videos" / "cam02.mp4", frames=30)
-    keys = [i.key for i in list_images(str(tmp_path))]
-    assert keys == [str(take / "frame_aligned_videos" / f"cam02.mp4#{n}") for n in (0, 10, 20)]
+    copies = take / "frame_aligned_videos" / "downscaled" / "448"
+    copies.mkdir(parents=True)
+    for camera in ("cam01", "aria01_214-1", "aria01_1201-1", "aria01_1201-2", "aria01_211-1"):
+        write_film(copies / f"{camera}.mp4", num_frames=10)
+    return take
 
 
-def test_what_cannot_be_read_is_set_aside_alone(tmp_path: Path) -> None:
-    for name, data in {"good": make_png(7), "tiny": make_png(7, 1, 1), "zero": b""}.items():
+def test_a_take_gives_the_copies_of_its_color_cameras(take: Path) -> None:
+    names = {Path(item.path).name for item in list_images(str(take.parent))}
+
+    assert names == {"cam01.mp4", "aria01_214-1.mp4"}
+
+
+def test_a_take_gives_its_full_videos_rather_than_the_copies(take: Path) -> None:
+    video = take / "frame_aligned_videos" / "cam02.mp4"
+    write_film(video, num_frames=30)
+
+    keys = [item.key for item in list_images(str(take.parent))]
+
+    assert keys == [f"{video}#{n}" for n in (0, 10, 20)]
+
+
+# What cannot be read
+
+
+def test_what_cannot_be_read_is_skipped_alone_with_its_reason(tmp_path: Path) -> None:
+    files = {"good": make_png(7), "tiny": make_png(7, 1, 1), "zero": b""}
+    for name, data in files.items():
         (tmp_path / f"{name}.png").write_bytes(data)
     items = list(list_images(str(tmp_path)))
-    gone = items[0]._replace(key="gone.png", path=str(tmp_path / "gone.png"))
-    kinds = [type(work.error) for work in read_images([*items, gone])]
-    assert kinds == [type(None), SpearError, SpearError, RetryableError]
-    good, tiny, zero, missing = grey([*items, gone])
-    assert good == 7
-    assert (
-        "1×1 pixels" in str(tiny)
-        and "not a readable" in str(zero)
-        and "No such file" in str(missing)
-    )
+    removed = items[0]._replace(key="gone.png", path=str(tmp_path / "gone.png"))
+
+    value, tiny_reason, zero_reason, removed_reason = read_values([*items, removed])
+
+    assert value == 7
+    assert "1×1 pixels" in str(tiny_reason)
+    assert "not a readable" in str(zero_reason)
+    assert "No such file" in str(removed_reason)
+
+
+def test_only_a_file_that_cannot_be_opened_may_be_retried(tmp_path: Path) -> None:
+    (tmp_path / "zero.png").write_bytes(b"")
+    (item,) = list_images(str(tmp_path))
+    removed = item._replace(key="gone.png", path=str(tmp_path / "gone.png"))
+
+    images = read_images([item, removed])
+
+    assert [type(image.error) for image in images] == [SpearError, RetryableError]
 
 
 @pytest.mark.parametrize(
@@ -222,9 +345,12 @@ def test_bad_input_is_named(tmp_path: Path, name: str, hint: str) -> None:
     (tmp_path / "empty").mkdir()
     for file in ("notes.txt", "bad.parquet", "bad.mp4"):
         (tmp_path / file).write_text("words")
-    tarred(tmp_path / "whole.tar", dict.fromkeys(("0.png", "1.png"), bytes(5000)))
+    write_tar(tmp_path / "whole.tar", dict.fromkeys(("0.png", "1.png"), bytes(5000)))
     (tmp_path / "cut.tar").write_bytes((tmp_path / "whole.tar").read_bytes()[:5700])
     pq.write_table(pa.table({"x": ["y"]}), tmp_path / "words.parquet")
     pq.write_table(pa.table({"a": [b"y"], "b": [b"y"]}), tmp_path / "two.parquet")
-    said = refuses("", list, list_images(str(tmp_path / name)))
-    assert hint in said and str(tmp_path) in said
+
+    message = refuses("", list, list_images(str(tmp_path / name)))
+
+    assert hint in message
+    assert str(tmp_path) in message

@@ -88,13 +88,17 @@ def resolve_factory(role: str, description: str, options: LabelOptions) -> Calla
     entry = MODELS_BY_ROLE[role][name]
     if name == "file":
         if not argument or not Path(argument).is_file():
-            raise SpearError(f"{role} {first!r}: no such file: write file:PATH")
+            raise SpearError(f"{role} {first} names no existing file. Write file:PATH.")
         make_second = resolve_factory(role, second, options) if plus else None
         return partial(_make_file_model, entry.location, argument, make_second)
     if plus:
-        raise SpearError(f"{role} {description!r}: only file:… can leave the rest to another")
+        raise SpearError(
+            f"{role} {description} is not possible, because only file:PATH leaves the rest to another."
+        )
     if argument and "model" not in entry.arguments:
-        raise SpearError(f"{role} {first!r}: {name} is no network: leave out what follows its name")
+        raise SpearError(
+            f"{role} {first} names weights, but {name} has none. Leave out what follows its name."
+        )
     return partial(_make_model, entry, name, argument, options)
 
 
@@ -110,7 +114,9 @@ def _make_model(entry: ModelEntry, name: str, model: str | None, options: LabelO
     if name in PUBLISHED:  # checked first: to import the network takes longer than to ask the Hub
         model = model or PUBLISHED[name].repository
         if "vocabulary" in entry.arguments and not options.vocabulary_names:
-            raise SpearError(f'--detector {name}: name what to look for: --vocabulary "mug, spoon"')
+            raise SpearError(
+                f'--detector {name} needs names to look for. Add --vocabulary "mug, spoon".'
+            )
         check_available_on_hub(model, f"a folder or file that holds it, as in {name}=PATH")
     values = {
         "model": model,
@@ -167,6 +173,6 @@ def _check_options_have_effect(options: LabelOptions) -> None:
     unused = list_changed_options(options, *(OPTIONS_OF_SOME_MODELS - used))
     if unused:
         raise SpearError(
-            f"{min(unused)} has no effect on {', '.join(descriptions)}: leave it out, or choose "
-            "a model that takes it"
+            f"{min(unused)} has no effect on {', '.join(descriptions)}. Leave it out, or choose "
+            "a model that takes it."
         )

@@ -165,12 +165,12 @@ def admit_frame(frame: Frame) -> PendingImage:
 def _find_problem(image: Array) -> str | None:
     """Why an image cannot be labeled, or None."""
     if not isinstance(image, np.ndarray):
-        return f"image is {type(image).__name__}: convert it to [h, w, 3] uint8 RGB"
+        return f"the image is {type(image).__name__}. Convert it to [h, w, 3] uint8 RGB."
     if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
-        return f"image is {image.dtype} {image.shape}: convert it to [h, w, 3] uint8 RGB"
+        return f"the image is {image.dtype} {image.shape}. Convert it to [h, w, 3] uint8 RGB."
     height, width = image.shape[:2]
     if min(height, width) < MIN_SIDE_PX:
-        return f"image is {width}×{height} pixels: give at least {MIN_SIDE_PX}×{MIN_SIDE_PX}"
+        return f"the image has {width}×{height} pixels. Give at least {MIN_SIDE_PX}×{MIN_SIDE_PX}."
     return None
 
 
@@ -307,6 +307,7 @@ def _find_support_plane(
     plane = fit_support_plane(background)
     if plane is not None:
         notice(
-            "poses fit no level surface that is seen, so are not used: are they camera to world, z up?"
+            "Poses fit no level surface that is seen, so they are not used. Check that they are "
+            "camera to world, z up."
         )
     return plane

@@ -128,7 +128,7 @@ def label_photos(options: LabelOptions, list_scenes: ListScenes | None = None) -
         unused = list_changed_options(work, "workers")
         engine = partial(run_ray, run.factories, work, longest=max_side_px)
     if unused:
-        raise SpearError(f"{unused[0]} has no effect with the {work.engine} engine: leave it out")
+        raise SpearError(f"{unused[0]} has no effect with the {work.engine} engine. Leave it out.")
     return label_folder(run.items, options.out, engine, run.settings, work, options.retry_skipped)
 
 
@@ -164,8 +164,8 @@ def _check_ground_truth(options: LabelOptions, inputs: Sequence[str]) -> None:
         for path in inputs:
             if not path.startswith(("rgbd:", "sim:")):
                 raise SpearError(
-                    f"--{role} {GROUND_TRUTH}: {path} comes without it: give rgbd:FOLDER with "
-                    f"measured depth, or sim:SEED, or leave --{role} out"
+                    f"--{role} {GROUND_TRUTH} needs ground truth, which {path} comes without. Give "
+                    f"rgbd:FOLDER with measured depth, or sim:SEED, or leave --{role} out."
                 )
 
 
@@ -222,7 +222,7 @@ def label_folder(
     """
     shards = _split(list(items), work.shard_size)
     if not shards:
-        raise SpearError("no image to label: give photos, folders, videos or episodes")
+        raise SpearError("There is no image to label. Give photos, folders, videos or episodes.")
     check_no_foreign_files(out, SETTINGS_FILE, "label")
 
     with acquire_run_lock(out, "labeling into", SETTINGS_FILE):
@@ -350,11 +350,11 @@ def _find_finished_shards(
         footer = json.loads(read_footer(path, FOOTER_KEY) or "{}")
         digits = path.stem.removeprefix("labels-")
         if "digests" not in footer or not digits.isdecimal():
-            raise SpearError(f"{path}: not of this run: move it elsewhere")
+            raise SpearError(f"{path} is not of this run. Move it elsewhere.")
         number = int(digits)
         if number >= len(shards) or footer["keys"] != _hash_keys(shards[number]):
             raise SpearError(
-                f"{out}: the input has changed since {path.name} was made: give another folder"
+                f"In {out}, the input has changed since {path.name} was made. Use another --out."
             )
         num_changed_here = _count_changed_images(shards[number], footer)
         skipped = [SkippedImage(*fields) for fields in footer["skipped"]]
@@ -364,8 +364,8 @@ def _find_finished_shards(
         num_changed += num_changed_here
     if num_changed:
         notice(
-            f"{out}: {format_count(num_changed, 'images')} changed since: made again, with all in "
-            "the same files"
+            f"{format_count(num_changed, 'images')} changed since they were labeled into {out}. They are "
+            "labeled again, with all others in the same files."
         )
     return finished
 

@@ -67,7 +67,7 @@ def decode_mask(runs: Sequence[int] | Array, height: int, width: int) -> Array:
     counts = np.asarray(runs, dtype=np.int64)
     if (counts < 0).any() or counts.sum() != height * width:
         raise SpearError(
-            f"mask of {counts.sum()} pixels, not {height}×{width}: label the image again"
+            f"a mask has {counts.sum()} pixels, not {height}×{width}. Label the image again."
         )
     is_one = np.arange(len(counts)) % 2 == 1
     return np.repeat(is_one, counts).reshape((height, width), order="F")
@@ -91,7 +91,10 @@ def rasterize_polygons(polygons: Sequence[Sequence[float]], height: int, width: 
     for polygon in polygons:
         if not _is_polygon(np.asarray(polygon, np.float64)):
             size = np.asarray(polygon, np.float64).size
-            raise SpearError(f"polygon of size {size}: give x, y of three points or more, finite")
+            raise SpearError(
+                f"a polygon has {size} coordinates, or one that is not finite. Give x, y of three "
+                "points or more."
+            )
     coco = import_optional("pycocotools.mask", "label", "a COCO polygon")
     return np.asarray(coco.decode(coco.merge(coco.frPyObjects(polygons, height, width))), bool)
 
@@ -118,7 +121,7 @@ def decode_run_lengths(text: str) -> list[int]:
     remainder = re.sub(r"^([P-o]*[0-O])*", "", text)
     if remainder:
         raise SpearError(
-            f"compressed mask: {remainder[:20]!r} is none, or cut off: give the whole string"
+            f"a compressed mask is cut off, or is none ({remainder[:20]!r}). Give the whole string."
         )
     runs: list[int] = []
     for number in re.findall(r"[P-o]*[0-O]", text):

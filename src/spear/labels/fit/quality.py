@@ -128,7 +128,7 @@ def compare_labels(
     for label, frame in zip(labels, frames, strict=True):
         if frame.instances is None or frame.boxes is None:
             name = frame.source or "frame"
-            raise SpearError(f"{name}: no instances or boxes: give frames that have both")
+            raise SpearError(f"{name} has no instances or no boxes. Give frames that have both.")
         matched: set[int] = set()
         errors_by_instance: dict[int, tuple[float, ...]] = {}
         for o in label.objects:
@@ -145,8 +145,6 @@ def compare_labels(
         num_missed += len(visible - matched)
 
     if not errors:
-        raise SpearError(
-            "accuracy: no labelled box has a true box: give frames with instances and boxes"
-        )
+        raise SpearError("No labeled box has a true box. Give frames with instances and boxes.")
     center, vertex, overlap = np.median(errors, axis=0).tolist()
     return BoxAccuracy(len(errors), center, vertex, overlap, num_missed)
