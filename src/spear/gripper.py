@@ -71,8 +71,8 @@ def commands_from_motion(opening: Array, rate_hz: float) -> Array:
 
     ends = [stroke.start for stroke in strokes[1:]] + [len(opening)]
     for stroke, end in zip(strokes, ends, strict=False):
-        rest = _last_rest_while_closing(opening[stroke.start : end], rate_hz)
-        commands[stroke.start + rest :] = stroke.command
+        rest_step = _last_rest_while_closing(opening[stroke.start : end], rate_hz)
+        commands[stroke.start + rest_step :] = stroke.command
     return commands
 
 

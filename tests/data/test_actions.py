@@ -64,12 +64,14 @@ def test_following_a_chunk_reproduces_the_states(seed: int, num_steps: int, star
 
 def test_translations_are_along_the_base_and_rotations_about_the_gripper() -> None:
     """A gripper yawed by 90° moves along the base's x axis and turns about its own x, the base's y."""
-    before = Rotation.from_euler("z", 90, degrees=True)
-    after = Rotation.from_euler("y", 10, degrees=True) * before
+    first_rotation = Rotation.from_euler("z", 90, degrees=True)
+    second_rotation = Rotation.from_euler("y", 10, degrees=True) * first_rotation
     episode = dataclasses.replace(
         make_smooth_episode(0, 2),
         position=np.array([[0.1, 0, 0], [0.15, 0, 0]]),
-        rotation=np.stack([before.as_quat(scalar_first=True), after.as_quat(scalar_first=True)]),
+        rotation=np.stack(
+            [first_rotation.as_quat(scalar_first=True), second_rotation.as_quat(scalar_first=True)]
+        ),
     )
 
     actions, _ = canonicalize_actions(check_episode(episode))

@@ -98,11 +98,11 @@ def test_a_failed_demonstration_is_not_tried_again(recorded: Path, tmp_path: Pat
     ],
 )
 def test_a_folder_with_others_stays(recorded: Path, changed: dict[str, object], words: str) -> None:
-    before = modification_times(recorded)
+    times_before = modification_times(recorded)
 
     refuses(words, record, recorded, **changed)
 
-    assert modification_times(recorded) == before
+    assert modification_times(recorded) == times_before
 
 
 def test_one_recording_at_a_time(recorded: Path) -> None:

@@ -26,7 +26,7 @@ from spear.types import ACTION_DIM, CONTROL_RATE_HZ, Array, Episode
 
 HORIZON = 5  # actions in a chunk (the paper)
 ACTION_RULES_VERSION = 4
-"""Raised when a recording becomes other steps or actions than before: what was prepared before is
+"""Raised when a recording becomes other steps or actions than before: what was prepared earlier is
 then prepared again."""
 TIME_TOLERANCE_STEPS = 1e-6  # of the rounding of times, when an episode is resampled
 OPENING_TOLERANCE = 1e-3  # by which an opening may be outside 0 … 1
@@ -135,24 +135,24 @@ def resample_episode(episode: Episode, rate_hz: float = CONTROL_RATE_HZ) -> Epis
     ends = times[1:]
 
     # States, between the source steps before and after.
-    before = np.floor(starts).astype(int)
-    after = np.minimum(before + 1, last_source_step)
-    part = starts - before
-    position = (1 - part[:, None]) * episode.position[before]
-    position = position + part[:, None] * episode.position[after]
+    step_before = np.floor(starts).astype(int)
+    step_after = np.minimum(step_before + 1, last_source_step)
+    fraction = starts - step_before
+    position = (1 - fraction[:, None]) * episode.position[step_before]
+    position = position + fraction[:, None] * episode.position[step_after]
     rotations = torch.tensor(episode.rotation)
-    part_tensor = torch.as_tensor(part, dtype=rotations.dtype)
-    rotation = quat_slerp(rotations[before], rotations[after], part_tensor)
+    fraction_tensor = torch.as_tensor(fraction, dtype=rotations.dtype)
+    rotation = quat_slerp(rotations[step_before], rotations[step_after], fraction_tensor)
     quaternion = quat_canonical(quat_normalize(rotation)).numpy()
     gripper = np.interp(starts, np.arange(num_source_steps), episode.gripper)
 
     # Actions, and which of them are known.
     last_covered = np.ceil(ends - TIME_TOLERANCE_STEPS).astype(int) - 1
-    last_covered = np.maximum(last_covered, before)
+    last_covered = np.maximum(last_covered, step_before)
     is_source_known = episode.action_mask
     if is_source_known is None:
         is_source_known = np.ones(num_source_steps, bool)
-    covered = zip(before, last_covered, strict=True)
+    covered = zip(step_before, last_covered, strict=True)
     is_known = np.array([is_source_known[first : last + 1].all() for first, last in covered])
     action = None
     if episode.action is not None:
@@ -253,27 +253,27 @@ def find_first(mask: Any) -> int | None:
     return int(mask.argmax()) if mask.any() else None
 
 
-def _check_length(name: str, what: str, length: int, num_steps: int) -> None:
+def _check_length(name: str, field: str, length: int, num_steps: int) -> None:
     if length != num_steps:
         raise SpearError(
-            f"lengths: {name}: {what} has {format_count(length, 'rows')} "
+            f"lengths: {name}: {field} has {format_count(length, 'rows')} "
             f"but there are {num_steps} steps"
         )
 
 
-def _check_array(name: str, what: str, values: Array, shape: tuple[int, ...]) -> Array:
+def _check_array(name: str, field: str, values: Array, shape: tuple[int, ...]) -> Array:
     """Convert an array to float32; raise SpearError for another shape, or what is not finite."""
     array = np.asarray(values, np.float32)
     if array.shape != shape:
-        raise SpearError(f"wrong shape: {name}: {what} is {array.shape}, expected {shape}")
+        raise SpearError(f"wrong shape: {name}: {field} is {array.shape}, expected {shape}")
     is_finite = np.isfinite(array.reshape(shape[0], -1)).all(axis=1)
     step = find_first(~is_finite)
     if step is not None:
-        raise SpearError(f"not a number: {name} step {step}: {what} is {array[step].tolist()}")
+        raise SpearError(f"not a number: {name} step {step}: {field} is {array[step].tolist()}")
     return array
 
 
-def check_unit_norm(quaternion: Array, name: str, what: str) -> Array:
+def check_unit_norm(quaternion: Array, name: str, field: str) -> Array:
     """Check that quaternions [T, 4] have norms within 1e-3 of 1.
 
     Returns:
@@ -286,24 +286,24 @@ def check_unit_norm(quaternion: Array, name: str, what: str) -> Array:
     step = find_first(np.abs(norm - 1) > UNIT_NORM_TOLERANCE)
     if step is not None:
         raise SpearError(
-            f"not a rotation: {name} step {step}: {what} quaternion has norm {norm[step]:.4g}, "
+            f"not a rotation: {name} step {step}: {field} quaternion has norm {norm[step]:.4g}, "
             "expected 1; check the layout (w x y z) or leave the episode out"
         )
     return norm
 
 
-def _normalize_rotation(name: str, what: str, quaternion: Array) -> Array:
+def _normalize_rotation(name: str, field: str, quaternion: Array) -> Array:
     """Normalize quaternions [T, 4] to norm 1 and w >= 0, after checking their norms."""
-    unit = quaternion / check_unit_norm(quaternion, name, what)[:, None]
+    unit = quaternion / check_unit_norm(quaternion, name, field)[:, None]
     return np.where(unit[:, :1] < 0, -unit, unit).astype(np.float32)
 
 
-def _clip_opening(name: str, what: str, opening: Array) -> Array:
+def _clip_opening(name: str, field: str, opening: Array) -> Array:
     """Clip openings [T] to 0 … 1; raise SpearError for one that is outside by more than rounding."""
     is_outside = (opening < -OPENING_TOLERANCE) | (opening > 1 + OPENING_TOLERANCE)
     step = find_first(is_outside)
     if step is not None:
         raise SpearError(
-            f"out of range: {name} step {step}: {what} is {opening[step]:.4g}, not in 0 … 1"
+            f"out of range: {name} step {step}: {field} is {opening[step]:.4g}, not in 0 … 1"
         )
     return np.clip(opening, 0, 1)

@@ -204,11 +204,11 @@ class TrainingSamples:
             out[...] = fitted
 
         if self.augment:
-            _, left, top, fitted_width, fitted_height = compute_placement(
+            _, left_px, top_px, fitted_width, fitted_height = compute_placement(
                 image.shape[1::-1], out.shape[1::-1]
             )
             # The bars at the sides stay black, as in acting.
-            picture = out[top : top + fitted_height, left : left + fitted_width]
+            picture = out[top_px : top_px + fitted_height, left_px : left_px + fitted_width]
             jitter_colors(picture, sample.draws, self.augment, picture)
         return True
 

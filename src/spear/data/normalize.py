@@ -241,12 +241,12 @@ def _load_sketches(file: Path, store: EpisodeStore) -> list[QuantileSketch] | No
         sketches: list[QuantileSketch] = []
         for axis in range(NUM_AXES):
             prefix = f"{axis} "
-            parts = {
+            sketch_arrays = {
                 name.removeprefix(prefix): arrays[name]
                 for name in arrays.files
                 if name.startswith(prefix)
             }
-            sketches.append(QuantileSketch.from_arrays(parts))
+            sketches.append(QuantileSketch.from_arrays(sketch_arrays))
         return sketches
 
 

@@ -52,11 +52,11 @@ class Conversion(Options):
 
 def _parse_size(text: str) -> tuple[int, int] | None:
     """Parse "280x210" as (width, height); None for anything else, or a size that is too large."""
-    parts = text.split("x")
-    if len(parts) != 2 or not all(part.isdecimal() for part in parts):
+    side_texts = text.split("x")
+    if len(side_texts) != 2 or not all(side.isdecimal() for side in side_texts):
         return None
-    width = int(parts[0])
-    height = int(parts[1])
+    width = int(side_texts[0])
+    height = int(side_texts[1])
     if not (0 < width <= MAX_IMAGE_SIDE_PX and 0 < height <= MAX_IMAGE_SIDE_PX):
         return None
     return width, height

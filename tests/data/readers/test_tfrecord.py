@@ -65,10 +65,10 @@ START_OF_RECORD_ONE = HEADER_BYTES + len(b"zero") + CHECKSUM_BYTES
 def test_a_broken_record_is_named_and_the_next_one_is_read(three_records: Path) -> None:
     flip_bit(three_records, START_OF_RECORD_ONE + HEADER_BYTES + 1)
 
-    zero, one, two = read_records(three_records, 0, 3)
+    zero, first_bad, two = read_records(three_records, 0, 3)
 
     assert zero == (0, b"zero")
-    assert "a.tfrecord record 1: its checksum" in str(one[1])
+    assert "a.tfrecord record 1: its checksum" in str(first_bad[1])
     assert two == (2, b"two")
 
 
@@ -81,10 +81,10 @@ def test_a_broken_record_before_the_range_does_not_matter(three_records: Path) -
 def test_nothing_behind_a_broken_length_can_be_found(three_records: Path) -> None:
     flip_bit(three_records, START_OF_RECORD_ONE)
 
-    zero, one, two = read_records(three_records, 0, 3)
+    zero, first_bad, two = read_records(three_records, 0, 3)
 
     assert zero == (0, b"zero")
-    assert "record 1: the checksum of its length" in str(one[1])
+    assert "record 1: the checksum of its length" in str(first_bad[1])
     assert two[0] == 2
     assert "record 2: " in str(two[1])
 
@@ -104,10 +104,10 @@ def test_a_truncated_file_is_named(tmp_path: Path, num_bytes_cut: int) -> None:
     path = write_records(tmp_path / "a.tfrecord", records)
     os.truncate(path, path.stat().st_size - num_bytes_cut)
 
-    zero, one = read_records(path, 0, 2)
+    zero, first_bad = read_records(path, 0, 2)
 
     assert zero == (0, b"zero")
-    assert "a.tfrecord record 1: the file ends" in str(one[1])
+    assert "a.tfrecord record 1: the file ends" in str(first_bad[1])
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:

@@ -30,7 +30,7 @@ from spear.util.images import decode_image
 OWN_COLUMNS = ("action_mask", "success", "source")
 """Columns that the library's dataset does not have."""
 OTHER_ROTATIONS = ("observation.state", "action")
-"""Columns in which theirs have Euler angles, and ours a quaternion."""
+"""Columns in which their_folder have Euler angles, and our_folder a quaternion."""
 DATA_FILE = "data/chunk-000/file-000.parquet"
 EPISODES_FILE = "meta/episodes/chunk-000/file-000.parquet"
 TASKS_FILE = "meta/tasks.parquet"
@@ -74,13 +74,13 @@ def kind(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture
-def theirs(shared: Path, kind: str) -> Path:
+def their_folder(shared: Path, kind: str) -> Path:
     """What the library wrote."""
     return shared / f"data/lerobot/v3.0_{kind}"
 
 
 @pytest.fixture
-def ours(written: dict[str, Path], kind: str) -> Path:
+def our_folder(written: dict[str, Path], kind: str) -> Path:
     return written[kind]
 
 
@@ -93,22 +93,24 @@ def list_files(folder: Path) -> list[str]:
     return sorted(our_name(str(path.relative_to(folder))) for path in paths)
 
 
-def test_our_files_are_those_of_the_library_and_the_layout(theirs: Path, ours: Path) -> None:
-    assert list_files(ours) == sorted([*list_files(theirs), "spear.json"])
+def test_our_files_are_those_of_the_library_and_the_layout(
+    their_folder: Path, our_folder: Path
+) -> None:
+    assert list_files(our_folder) == sorted([*list_files(their_folder), "spear.json"])
 
 
-def test_info_has_the_same_keys_and_values(theirs: Path, ours: Path) -> None:
-    their_info = read_json_file(theirs / "meta/info.json")
-    our_info = read_json_file(ours / "meta/info.json")
+def test_info_has_the_same_keys_and_values(their_folder: Path, our_folder: Path) -> None:
+    their_info = read_json_file(their_folder / "meta/info.json")
+    our_info = read_json_file(our_folder / "meta/info.json")
 
     assert list(our_info) == list(their_info)
     for key in set(their_info) - {"features", "robot_type"}:
         assert our_info[key] == their_info[key], key
 
 
-def test_info_describes_features_in_the_same_way(theirs: Path, ours: Path) -> None:
-    their_features = read_json_file(theirs / "meta/info.json")["features"]
-    our_features = read_json_file(ours / "meta/info.json")["features"]
+def test_info_describes_features_in_the_same_way(their_folder: Path, our_folder: Path) -> None:
+    their_features = read_json_file(their_folder / "meta/info.json")["features"]
+    our_features = read_json_file(our_folder / "meta/info.json")["features"]
 
     common_names = [name for name in our_features if name not in OWN_COLUMNS]
     assert common_names == [our_name(name) for name in their_features]
@@ -121,9 +123,11 @@ def test_info_describes_features_in_the_same_way(theirs: Path, ours: Path) -> No
 
 
 @pytest.mark.parametrize("file", [DATA_FILE, EPISODES_FILE, TASKS_FILE])
-def test_parquet_schemas_are_the_same(theirs: Path, ours: Path, file: str) -> None:
-    their_types = {our_name(field.name): field.type for field in pq.read_schema(theirs / file)}
-    our_types = {field.name: field.type for field in pq.read_schema(ours / file)}
+def test_parquet_schemas_are_the_same(their_folder: Path, our_folder: Path, file: str) -> None:
+    their_types = {
+        our_name(field.name): field.type for field in pq.read_schema(their_folder / file)
+    }
+    our_types = {field.name: field.type for field in pq.read_schema(our_folder / file)}
 
     assert [name for name in our_types if not is_own_column(name)] == list(their_types)
     for name, their_type in their_types.items():
@@ -131,21 +135,21 @@ def test_parquet_schemas_are_the_same(theirs: Path, ours: Path, file: str) -> No
         assert our_type == str(their_type), name
 
 
-def test_each_episode_is_a_row_group(theirs: Path, ours: Path) -> None:
-    assert pq.ParquetFile(theirs / DATA_FILE).num_row_groups == 8
-    assert pq.ParquetFile(ours / DATA_FILE).num_row_groups == 8
+def test_each_episode_is_a_row_group(their_folder: Path, our_folder: Path) -> None:
+    assert pq.ParquetFile(their_folder / DATA_FILE).num_row_groups == 8
+    assert pq.ParquetFile(our_folder / DATA_FILE).num_row_groups == 8
 
 
-def test_tasks_are_the_index_of_a_pandas_table(theirs: Path, ours: Path) -> None:
-    for folder in (theirs, ours):
+def test_tasks_are_the_index_of_a_pandas_table(their_folder: Path, our_folder: Path) -> None:
+    for folder in (their_folder, our_folder):
         table = pandas.read_parquet(folder / TASKS_FILE)
         assert list(table.columns) == ["task_index"]
         assert table.loc["put carrot on plate"].task_index == 3
 
 
-def test_statistics_are_the_same(theirs: Path, ours: Path) -> None:
-    their_stats = read_json_file(theirs / "meta/stats.json")
-    our_stats = read_json_file(ours / "meta/stats.json")
+def test_statistics_are_the_same(their_folder: Path, our_folder: Path) -> None:
+    their_stats = read_json_file(their_folder / "meta/stats.json")
+    our_stats = read_json_file(our_folder / "meta/stats.json")
 
     assert set(our_stats) - set(OWN_COLUMNS) == {our_name(name) for name in their_stats}
     for name, stats in their_stats.items():
@@ -164,9 +168,9 @@ def test_statistics_are_the_same(theirs: Path, ours: Path) -> None:
             )
 
 
-def test_the_rows_of_episodes_are_the_same(theirs: Path, ours: Path) -> None:
-    their_rows = pq.read_table(theirs / EPISODES_FILE).to_pylist()
-    our_rows = pq.read_table(ours / EPISODES_FILE).to_pylist()
+def test_the_rows_of_episodes_are_the_same(their_folder: Path, our_folder: Path) -> None:
+    their_rows = pq.read_table(their_folder / EPISODES_FILE).to_pylist()
+    our_rows = pq.read_table(our_folder / EPISODES_FILE).to_pylist()
 
     for their_row, our_row in zip(their_rows, our_rows, strict=True):
         for name, value in their_row.items():
@@ -198,13 +202,13 @@ def source_episodes(shared: Path, layout_file: Path) -> list[Episode]:
     return list(read_episodes(shared / "data/lerobot/v3.0_image", layout_file=layout_file))
 
 
-def test_states_and_actions_are_read_back(source_episodes: list[Episode], ours: Path) -> None:
-    for source, episode in zip(source_episodes, read_episodes(ours), strict=True):
+def test_states_and_actions_are_read_back(source_episodes: list[Episode], our_folder: Path) -> None:
+    for source, episode in zip(source_episodes, read_episodes(our_folder), strict=True):
         assert_same(replace(episode, images={}), replace(source, images={}), 1e-7)
 
 
-def test_images_are_read_back(source_episodes: list[Episode], ours: Path, kind: str) -> None:
-    for source, episode in zip(source_episodes, read_episodes(ours), strict=True):
+def test_images_are_read_back(source_episodes: list[Episode], our_folder: Path, kind: str) -> None:
+    for source, episode in zip(source_episodes, read_episodes(our_folder), strict=True):
         images = list(episode.images["external"])
         source_images = list(source.images["external"])
         if kind == "image":
@@ -214,9 +218,9 @@ def test_images_are_read_back(source_episodes: list[Episode], ours: Path, kind: 
 
 
 def test_an_export_is_prepared_for_training(
-    source_episodes: list[Episode], ours: Path, tmp_path: Path, kind: str
+    source_episodes: list[Episode], our_folder: Path, tmp_path: Path, kind: str
 ) -> None:
-    store, reasons = open_store(ours, tmp_path)
+    store, reasons = open_store(our_folder, tmp_path)
 
     assert len(store) == 8
     assert not reasons

@@ -115,11 +115,11 @@ def test_the_result_is_a_store(prepared: Path) -> None:
 
 def test_only_a_subset_of_a_store_is_not_complete(prepared: Path, tmp_path: Path) -> None:
     store, _ = open_store(prepared, tmp_path)
-    part, _ = open_store(prepared, tmp_path, "train[1:]")
+    partial_store, _ = open_store(prepared, tmp_path, "train[1:]")
 
     assert store.is_complete
     assert not store.subset([0]).is_complete
-    assert not part.is_complete
+    assert not partial_store.is_complete
 
 
 def resampled_sources(recorded: Path) -> list[Episode]:
@@ -379,10 +379,10 @@ def test_missing_images_are_named(prepared_copy: Path) -> None:
     refuses(r"missing file: .*episodes-00001\.images", EpisodeStore, prepared_copy)
 
 
-@pytest.mark.parametrize("part_kept", [0.98, 0.7, 0.0])
-def test_a_truncated_shard_is_named(prepared_copy: Path, part_kept: float) -> None:
+@pytest.mark.parametrize("fraction_kept", [0.98, 0.7, 0.0])
+def test_a_truncated_shard_is_named(prepared_copy: Path, fraction_kept: float) -> None:
     shard = prepared_copy / "episodes-00001.arrow"
-    os.truncate(shard, int(shard.stat().st_size * part_kept))
+    os.truncate(shard, int(shard.stat().st_size * fraction_kept))
 
     message = r"truncated shard: .*episodes-00001\.arrow.*write it again"
     refuses(message, EpisodeStore, prepared_copy)
@@ -492,7 +492,7 @@ def test_commands_that_come_after_the_motion_are_noticed(tmp_path: Path) -> None
 
 
 BLACK = make_png(0)
-SEEN = make_episode(0).images["external"]
+TEXTURED_IMAGES = make_episode(0).images["external"]
 
 
 @pytest.mark.parametrize(
@@ -500,8 +500,8 @@ SEEN = make_episode(0).images["external"]
     [
         ([BLACK] * 6, 1, ["external"]),
         ([*[BLACK] * 5, make_png(9)], 1, ["external", "wrist"]),
-        ([SEEN[0]] * 6, 2, ["external"]),
-        ([SEEN[0]] * 6, 0.5, ["external", "wrist"]),
+        ([TEXTURED_IMAGES[0]] * 6, 2, ["external"]),
+        ([TEXTURED_IMAGES[0]] * 6, 0.5, ["external", "wrist"]),
     ],
     ids=["black", "not always black", "frozen while the arm moves", "the arm hardly moves"],
 )
@@ -509,7 +509,7 @@ def test_a_camera_that_shows_nothing_is_left_out(
     tmp_path: Path, wrist: list[bytes], distance: float, expected_cameras: list[str]
 ) -> None:
     """Many datasets have black images if a camera was absent: the policy would take them for a view."""
-    episode = make_episode(3, images={"external": SEEN, "wrist": wrist})
+    episode = make_episode(3, images={"external": TEXTURED_IMAGES, "wrist": wrist})
     moved = dataclasses.replace(episode, position=distance * episode.position)
     write_episodes([moved], tmp_path / "arm")
 
@@ -580,13 +580,13 @@ def test_the_fingerprint_of_contents_depends_on_words_images_and_cameras(
     assert len(fingerprints) == 4
 
 
-@pytest.mark.parametrize("other", ["other_words_store", "other_size_store"])
+@pytest.mark.parametrize("other_store", ["other_words_store", "other_size_store"])
 def test_other_contents_at_the_same_place_are_not_taken_for_prepared(
-    plain_store: EpisodeStore, tmp_path: Path, request: pytest.FixtureRequest, other: str
+    plain_store: EpisodeStore, tmp_path: Path, request: pytest.FixtureRequest, other_store: str
 ) -> None:
     prepare(plain_store.path, tmp_path / "out")
     shutil.rmtree(plain_store.path)
-    shutil.copytree(request.getfixturevalue(other).path, plain_store.path)
+    shutil.copytree(request.getfixturevalue(other_store).path, plain_store.path)
 
     refuses("other episodes", prepare, plain_store.path, tmp_path / "out")
 
@@ -599,6 +599,17 @@ def test_a_lerobot_dataset_of_other_episodes_is_not_taken_for_prepared(tmp_path:
     write_lerobot([make_episode(1)], folder)
 
     refuses("other episodes", prepare, folder, tmp_path / "out")
+
+
+def test_the_hash_of_a_layout_is_the_one_of_earlier_versions(tmp_path: Path) -> None:
+    """Otherwise what they prepared would be refused as data of another layout."""
+    write_lerobot([make_episode(0)], tmp_path / "set")
+    prepare(tmp_path / "set", tmp_path / "out")
+
+    request = json.loads((tmp_path / "out/request.json").read_text())
+
+    expected = "890a0190d3a5ac33ed986d683d598a32fc05915778213f5910f24e05c45a3aa3"
+    assert request["layout"] == expected
 
 
 def test_what_was_prepared_by_other_rules_is_refused(

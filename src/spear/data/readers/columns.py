@@ -51,23 +51,27 @@ def read_column(steps: Steps, column: str, source: str) -> Any:
 def _find_values(steps: Steps, path: str, column: str, source: str) -> Any:
     """Follow a path through nested columns. The names of a dataset may themselves contain slashes."""
     values: Any = steps
-    parts = path.split("/")
-    while parts:
-        name = _longest_prefix_in(values, parts)
+    names = path.split("/")
+    while names:
+        name = _longest_prefix_in(values, names)
         if name is None:
-            known = ", ".join(sorted(values)) if isinstance(values, Mapping) else "nothing below it"
-            raise SpearError(f"no column {column!r}: {source}: no {parts[0]!r} (there is: {known})")
+            known_names = "nothing below it"
+            if isinstance(values, Mapping):
+                known_names = ", ".join(sorted(values))
+            raise SpearError(
+                f"no column {column!r}: {source}: no {names[0]!r} (there is: {known_names})"
+            )
         values = values[name]
-        parts = parts[name.count("/") + 1 :]
+        names = names[name.count("/") + 1 :]
     return values
 
 
-def _longest_prefix_in(values: Any, parts: list[str]) -> str | None:
+def _longest_prefix_in(values: Any, names: list[str]) -> str | None:
     """Find the longest leading part of a path that is a key of `values`."""
     if not isinstance(values, Mapping):
         return None
-    for count in range(len(parts), 0, -1):
-        name = "/".join(parts[:count])
+    for count in range(len(names), 0, -1):
+        name = "/".join(names[:count])
         if name in values:
             return name
     return None

@@ -234,16 +234,16 @@ def read_layout_file(
         SpearError: If the file or one of its keys is bad; the message names both.
     """
     fields = read_json(path, "give a file like spear.json")
-    like = fields.pop("like", None)
+    like_name = fields.pop("like", None)
     known_keys = {field.name for field in dataclasses.fields(DatasetLayout)} | {"like"}
     known_keys.remove("weight")  # `--shares` sets it
     check_known(f"key (in {path})", known_keys, *fields)
 
     # The entry that "like" names, without what describes columns that this file replaces.
     base_fields: dict[str, Any] = {}
-    if like is not None:
-        check_known(f"dataset (like, in {path})", REGISTRY, str(like))
-        base_fields = dict(vars(REGISTRY[like]))
+    if like_name is not None:
+        check_known(f"dataset (like, in {path})", REGISTRY, str(like_name))
+        base_fields = dict(vars(REGISTRY[like_name]))
     for field_name, dependent_fields in DEPENDENT_FIELDS.items():
         if field_name in fields:
             for dependent_field in dependent_fields:
@@ -309,9 +309,9 @@ def _load_registry() -> dict[str, DatasetLayout]:
         family_names = ["all", *table.pop("like", ())]
         facts: dict[str, str] = {}
         fields: dict[str, Any] = {}
-        for part in [*(families[family] for family in family_names), table]:
-            facts.update(part.get("facts", {}))
-            fields.update(part)
+        for source_table in [*(families[family] for family in family_names), table]:
+            facts.update(source_table.get("facts", {}))
+            fields.update(source_table)
         layouts[name] = _make_layout({**fields, "name": name, "facts": facts}, Path(str(file)))
     return layouts
 

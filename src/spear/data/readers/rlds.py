@@ -125,7 +125,7 @@ def _repeat_episode_values(episode: Mapping[str, Any], num_steps: int) -> dict[s
 
 
 def _version_numbers(version: str) -> list[int]:
-    return [int(part) for part in version.split(".") if part.isdecimal()]
+    return [int(number) for number in version.split(".") if number.isdecimal()]
 
 
 def find_rlds_folders(path: Path) -> list[Path]:

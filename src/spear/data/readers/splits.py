@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from spear.errors import SpearError, check_known, format_count
 
-_SPLIT_PART = re.compile(r"^(?P<name>[\w-]+)(\[(?P<first>-?[\d_]+%?)?:(?P<end>-?[\d_]+%?)?\])?$")
+_RANGE_TEXT = re.compile(r"^(?P<name>[\w-]+)(\[(?P<first>-?[\d_]+%?)?:(?P<end>-?[\d_]+%?)?\])?$")
 
 
 class EpisodeRange(NamedTuple):
@@ -42,11 +42,11 @@ def parse_split(lengths: Mapping[str, int], split: str, dataset: str | Path) -> 
         [EpisodeRange(split='train', first=0, end=2)]
     """
     ranges: list[EpisodeRange] = []
-    for part in re.split(r"\s*\+\s*", split.strip()):
-        if part == "all":
+    for range_text in re.split(r"\s*\+\s*", split.strip()):
+        if range_text == "all":
             new_ranges = [EpisodeRange(name, 0, total) for name, total in lengths.items()]
         else:
-            new_ranges = [_parse_part(part, lengths, split, dataset)]
+            new_ranges = [_parse_range(range_text, lengths, split, dataset)]
         ranges.extend(new_ranges)
 
     for index, current in enumerate(ranges):
@@ -57,12 +57,12 @@ def parse_split(lengths: Mapping[str, int], split: str, dataset: str | Path) -> 
     return ranges
 
 
-def _parse_part(
-    part: str, lengths: Mapping[str, int], split: str, dataset: str | Path
+def _parse_range(
+    range_text: str, lengths: Mapping[str, int], split: str, dataset: str | Path
 ) -> EpisodeRange:
     """Parse one part of a split, such as "train[:20%]"."""
-    match = _SPLIT_PART.match(part)
-    if match is None or part.endswith("[:]") or _mixes_units(match["first"], match["end"]):
+    match = _RANGE_TEXT.match(range_text)
+    if match is None or range_text.endswith("[:]") or _mixes_units(match["first"], match["end"]):
         raise SpearError(
             f"unreadable split {split!r}: {dataset}: write it like train or train[:20%]"
         )

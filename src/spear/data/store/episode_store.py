@@ -272,8 +272,8 @@ class EpisodeStore:
         digest = self._hash_texts("instruction")
         digest.update("\0".join(self.cameras).encode())
         for shard, steps in self._spread_steps():
-            for _, places in sorted(shard.image_places.items()):
-                image_bytes = places[:, 1]
+            for _, image_places in sorted(shard.image_places.items()):
+                image_bytes = image_places[:, 1]
                 digest.update(image_bytes[steps].tobytes())
         return digest.hexdigest()
 

@@ -163,8 +163,8 @@ def write_shard(path: Path, episodes: Sequence[Episode], note: Mapping[str, str]
         columns[name] = to_list_column(offsets, np.concatenate(arrays))
 
     with open(path.with_suffix(".images"), "wb") as file:
-        for camera, places in _write_images(file, episodes).items():
-            columns[PLACE_PREFIX + camera] = to_list_column(offsets, places)
+        for camera, image_places in _write_images(file, episodes).items():
+            columns[PLACE_PREFIX + camera] = to_list_column(offsets, image_places)
         metadata = {"format": FORMAT, "bytes": str(file.tell()), **note}
         _flush_to_disk(file)
 
@@ -181,16 +181,16 @@ def _write_images(file: IO[bytes], episodes: Sequence[Episode]) -> dict[str, Arr
     for episode in episodes:
         cameras.update(episode.images)
 
-    places: dict[str, Array] = {}
+    image_places: dict[str, Array] = {}
     for camera in sorted(cameras):
         images: list[bytes] = []
         for episode in episodes:
             images.extend(episode.images.get(camera, [b""] * len(episode)))
         lengths = np.array([len(image) for image in images])
         starts = file.tell() + np.cumsum(lengths) - lengths
-        places[camera] = np.stack([starts, lengths], axis=1)
+        image_places[camera] = np.stack([starts, lengths], axis=1)
         file.writelines(images)
-    return places
+    return image_places
 
 
 def _flush_to_disk(file: IO[bytes]) -> None:
