@@ -452,7 +452,7 @@ def check_chunk(actions: Array) -> Array:
             f"the policy wants to go {max_length_m:.2g} m, or turn by {max_turn_rad:.2g} rad, in "
             "one step: do not move: check it with spear doctor"
         )
-    check_unit_quat(torch.tensor(actions[:, 3:7], dtype=torch.float64), "actions[3:7]")
+    check_unit_quat(torch.from_numpy(np.float64(actions[:, 3:7])), "actions[3:7]")
     return actions
 
 
@@ -491,7 +491,10 @@ def _join(
 
     # The poses of the new path: the actual one, then those of the chunk with the fading offset.
     num_fading = num_remaining if gripper_change is None else gripper_change
-    fade = (1 - torch.arange(1, num_remaining + 1) / max(1, num_fading)).clamp_min(0)[:, None]
+    fade = (
+        1
+        - torch.arange(1, num_remaining + 1, dtype=torch.float32, device="cpu") / max(1, num_fading)
+    ).clamp_min(0)[:, None]
     path_positions, path_rotations = _path(actions)
     positions = path_positions[first:] + fade * position_offset
     rotations = quat_multiply(path_rotations[first:], quat_exp(fade * quat_log(rotation_offset)))

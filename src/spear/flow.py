@@ -98,7 +98,7 @@ def sample_noise(
     shape: Sequence[int],
     config: FlowConfig,
     generator: torch.Generator | None = None,
-    device: Any = None,
+    device: Any = "cpu",
 ) -> Action:
     """Draw noise ε at τ = 0.
 
@@ -116,23 +116,29 @@ def sample_noise(
         >>> noise.translation.shape, noise.rotation.shape, noise.gripper.shape
         (torch.Size([2, 5, 3]), torch.Size([2, 5, 4]), torch.Size([2, 5, 1]))
     """
-    translation = torch.randn((*shape, 3), generator=generator, device=device)
-    rotation = torch.randn((*shape, 4), generator=generator, device=device)
-    gripper = torch.randn((*shape, 1), generator=generator, device=device)
+
+    def draw(size: int) -> Tensor:
+        return torch.randn((*shape, size), generator=generator, device=device, dtype=torch.float32)
+
+    translation = draw(3)
+    rotation = draw(4)
+    gripper = draw(1)
     if config.rotation == "s3":
         rotation = quat_canonical(quat_normalize(rotation))
     return Action(translation, rotation, gripper)
 
 
 def sample_time(
-    batch: int, config: FlowConfig, generator: torch.Generator | None = None, device: Any = None
+    batch: int, config: FlowConfig, generator: torch.Generator | None = None, device: Any = "cpu"
 ) -> Tensor:
     """Draw flow times τ [batch] in [0, time_scale], of density Beta((scale - τ) / scale; alpha,
     beta)."""
     # A Beta variable is a ratio of Gamma variables. `torch.distributions` takes no generator, but
     # what it calls does. The constants are filled in, because copying a tensor of them to a GPU
     # would mean waiting.
-    concentration = torch.full((batch, 2), float(config.time_alpha), device=device)
+    concentration = torch.full(
+        (batch, 2), float(config.time_alpha), device=device, dtype=torch.float32
+    )
     concentration[:, 1].fill_(config.time_beta)
     gamma = torch._standard_gamma(concentration, generator=generator)
     total = gamma.sum(-1).clamp_min(torch.finfo(gamma.dtype).tiny)
@@ -143,7 +149,7 @@ def sample_committed(
     shape: Sequence[int],
     max_committed: int,
     generator: torch.Generator | None = None,
-    device: Any = None,
+    device: Any = "cpu",
 ) -> Tensor:
     """Draw which actions of a chunk are committed: the first d, with d uniform on 0 …
     max_committed.

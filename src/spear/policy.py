@@ -21,7 +21,13 @@ from spear.embodiments.observations import (
 )
 from spear.errors import SpearError, check_known, notice, unknown_name_error
 from spear.models.decode import LogitRecorder, decode_greedily
-from spear.models.devices import choose_device, is_bfloat16_fast, keep_freed_memory, limit_threads
+from spear.models.devices import (
+    choose_device,
+    ignore_default_device,
+    is_bfloat16_fast,
+    keep_freed_memory,
+    limit_threads,
+)
 from spear.models.processing import Processor, map_pixel
 from spear.models.readout import Distribution
 from spear.models.spear1 import Spear1ForActionPrediction, load_inner_vlm
@@ -81,6 +87,7 @@ class VlmBundle:
     model: SpearVLMForConditionalGeneration
     processor: Processor
 
+    @ignore_default_device
     def answer(
         self,
         images: Sequence[Array],
@@ -205,6 +212,7 @@ def load_vlm(
     return VlmBundle(model, Processor.load(folder, model.config))
 
 
+@ignore_default_device
 def _load_model(
     read_model: Callable[[Path, torch.dtype], ModelT],
     name: str | Path,
@@ -266,6 +274,7 @@ class Spear1Policy:
     _monitor: DriftMonitor = field(default_factory=DriftMonitor, init=False, repr=False)
 
     @staticmethod
+    @ignore_default_device
     def load(
         name: str | Path = "nano",
         device: str | torch.device = "cpu",
@@ -358,6 +367,7 @@ class Spear1Policy:
         """
         return self.infer_batch([observation])[0]
 
+    @ignore_default_device
     def infer_batch(self, observations: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         """Compute an action chunk for each of several observations in one pass, as `infer` does."""
         if not observations:
@@ -372,10 +382,12 @@ class Spear1Policy:
         self._monitor.record_commands(observations, chunks)
         return results
 
+    @ignore_default_device
     def predict(self, inputs: Mapping[str, Any]) -> Action:
         """Run the network alone: from `prepare_inputs` to normalized actions [B, H, ·]."""
         return self.model.sample_actions(**inputs, steps=self.steps)
 
+    @ignore_default_device
     def prepare_inputs(self, observations: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """Convert observations to the network's arguments.
 
@@ -471,10 +483,11 @@ class Spear1Policy:
                 f"{self.committed}"
             )
         horizon = self.model.config.horizon
-        is_committed = torch.arange(horizon) < torch.tensor(num_committed)[:, None]
-        vectors = torch.zeros(len(prefixes), horizon, ACTION_DIM)
+        limits = torch.tensor(num_committed, device="cpu")[:, None]
+        is_committed = torch.arange(horizon, device="cpu") < limits
+        vectors = torch.zeros(len(prefixes), horizon, ACTION_DIM, dtype=torch.float32, device="cpu")
         vectors[is_committed] = torch.cat(
-            [torch.as_tensor(prefix) for prefix in prefixes if len(prefix)]
+            [torch.as_tensor(prefix, device="cpu") for prefix in prefixes if len(prefix)]
         )
         actions = self.normalizer.normalize_action(Action.from_vector(vectors))
         device = self.model.device

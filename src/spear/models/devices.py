@@ -1,9 +1,11 @@
 """The device that a process computes on, its threads, and what happens to freed memory."""
 
 import ctypes
+import functools
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import ParamSpec, TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
@@ -20,7 +22,26 @@ NEVER_TRIM = -1
 
 PARAMETERS_PER_THREAD = 100_000_000  # times inputs of a batch
 
+P = ParamSpec("P")
+T = TypeVar("T")
+
 _num_parameters: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
+
+
+def ignore_default_device(function: Callable[P, T]) -> Callable[P, T]:
+    """Decorate a function that makes tensors on the CPU, whatever PyTorch's default device is.
+
+    A host program may have changed that default (`torch.set_default_device`), for its own tensors.
+    """
+
+    @functools.wraps(function)
+    def run(*args: P.args, **kwargs: P.kwargs) -> T:
+        if torch.get_default_device().type == "cpu":
+            return function(*args, **kwargs)
+        with torch.device("cpu"):
+            return function(*args, **kwargs)
+
+    return run
 
 
 def choose_device(name: str = "auto") -> torch.device:

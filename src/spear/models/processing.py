@@ -254,8 +254,9 @@ class Processor:
             sequences.append([*prompt, *answer, self.tokenizer.eos_token_id])
         batch = self._pad(sequences, vlm.PAD_LENGTH_TO_MULTIPLE)
 
-        position = torch.arange(batch["input_ids"].shape[1])
-        answer_start = torch.tensor([len(prompt) for prompt in prompts])[:, None]
+        position = torch.arange(batch["input_ids"].shape[1], device="cpu")
+        prompt_lengths = [len(prompt) for prompt in prompts]
+        answer_start = torch.tensor(prompt_lengths, device="cpu")[:, None]
         is_answer = (position >= answer_start) & batch["attention_mask"].bool()
         batch["token_type_ids"] = is_answer.long()
         batch["labels"] = batch["input_ids"].masked_fill(~is_answer, vlm.IGNORE_LABEL)
@@ -312,10 +313,13 @@ class Processor:
         """Pad on the right to the longest sequence, rounded up to a multiple."""
         longest = max(map(len, sequences), default=0)
         length = -(-longest // multiple) * multiple
-        lengths = torch.tensor([len(sequence) for sequence in sequences])
-        is_token = torch.arange(length) < lengths[:, None]
-        ids = torch.full((len(sequences), length), self.tokenizer.pad_token_id)
-        ids[is_token] = torch.tensor(list(itertools.chain(*sequences)), dtype=torch.long)
+        sequence_lengths = [len(sequence) for sequence in sequences]
+        lengths = torch.tensor(sequence_lengths, device="cpu")
+        is_token = torch.arange(length, device="cpu") < lengths[:, None]
+        ids = torch.full((len(sequences), length), self.tokenizer.pad_token_id, device="cpu")
+        ids[is_token] = torch.tensor(
+            list(itertools.chain(*sequences)), dtype=torch.long, device="cpu"
+        )
         return {"input_ids": ids, "attention_mask": is_token.long()}
 
     # Tokens to answers

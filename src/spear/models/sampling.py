@@ -232,7 +232,9 @@ class Sampler:
         # few.
         self.euler_step: Any = torch.compile(flow.euler_step) if compiled else flow.euler_step
         self._time_embeddings: dict[int, Tensor] = {}
-        self.time_embedding_at_one = self._embed_time(torch.ones(1, device=device))
+        self.time_embedding_at_one = self._embed_time(
+            torch.ones(1, device=device, dtype=torch.float32)
+        )
         self.agreements: dict[
             Hashable, bool
         ] = {}  # kind of inputs -> fast and plain sampling agree

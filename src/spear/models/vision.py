@@ -45,8 +45,8 @@ def normalize_pixels(
 
 def standardize(images: Tensor) -> Tensor:
     """Normalize images [..., 3, h, w] from 0 to 1 per channel, with ImageNet's statistics."""
-    mean = torch.tensor(IMAGENET_MEAN, device=images.device).view(3, 1, 1)
-    std = torch.tensor(IMAGENET_STD, device=images.device).view(3, 1, 1)
+    mean = torch.tensor(IMAGENET_MEAN, device=images.device, dtype=torch.float32).view(3, 1, 1)
+    std = torch.tensor(IMAGENET_STD, device=images.device, dtype=torch.float32).view(3, 1, 1)
     return (images - mean) / std
 
 
@@ -178,7 +178,7 @@ def make_sinusoidal_positions(side: int, width: int) -> Tensor:
     ones hardly learn where things are.
     """
     position = torch.arange(side, dtype=torch.float32)
-    frequency = 0.5 * math.pi * 8.0 ** -torch.linspace(0, 1, width // 4)
+    frequency = 0.5 * math.pi * 8.0 ** -torch.linspace(0, 1, width // 4, dtype=torch.float32)
     angle_rad = position[:, None] * frequency
     waves = torch.cat([angle_rad.sin(), angle_rad.cos()], dim=-1)  # [side, width / 2]
     rows = waves[:, None].expand(side, side, -1)

@@ -307,7 +307,7 @@ def _read_pixels(
 
 def _has_16_bits_in_file(image: Image.Image) -> bool:
     """Whether the file of an opened image, whose pixels are not loaded yet, has 16 bits per color."""
-    raw_modes = [str(tile[3]) for tile in image.tile]
+    raw_modes = [str(tile[3]) for tile in getattr(image, "tile", ())]
     return any(";16" in raw_mode for raw_mode in raw_modes)
 
 

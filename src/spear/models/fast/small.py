@@ -33,7 +33,7 @@ MLP_BLOCK_ROWS = 128
 choice)."""
 
 GELU_FACTOR = math.sqrt(2 / math.pi)
-TWICE_GELU_FACTOR = torch.tensor(2 * GELU_FACTOR, device="cpu")
+TWICE_GELU_FACTOR = torch.tensor(2 * GELU_FACTOR, device="cpu", dtype=torch.float32)
 """A tensor, because PyTorch would make one of a Python number at every use."""
 
 
@@ -75,7 +75,7 @@ class SmallLayerStack(LayerStack):
         # `_to_unit_length` divides by the length of x instead of its root mean square.
         sqrt_width = math.sqrt(len(self.last_norm_scale))
         self.last_norm_scale = self.last_norm_scale * sqrt_width
-        self._min_length = torch.tensor(sqrt_width * math.sqrt(self.eps))
+        self._min_length = torch.tensor(sqrt_width * math.sqrt(self.eps), dtype=torch.float32)
 
     def _prepare_weights(self, layer: Any) -> LayerWeights:
         attention = layer.self_attn

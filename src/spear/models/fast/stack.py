@@ -91,7 +91,7 @@ class LayerStack:
         self.num_kv_heads: int = config.num_key_value_heads
         self.head_dim: int = config.head_dim
         self.eps: float = config.rms_norm_eps
-        self._eps_tensor = torch.tensor(self.eps)
+        self._eps_tensor = torch.tensor(self.eps, dtype=torch.float32)
         self.dtype: torch.dtype = model.norm.weight.dtype
         self.scale: float = first_layer.self_attn.scaling
         self.softcap: float | None = getattr(first_layer.self_attn, "attn_logit_softcapping", None)

@@ -97,7 +97,7 @@ def recover_focal_shift(points: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     maps = nn.functional.interpolate(maps, (FIT_SIDE_PX, FIT_SIDE_PX), mode="nearest")
     rows_per_map = maps.flatten(2).transpose(1, 2).detach().cpu().numpy()
     fits = [_fit_focal_shift(rows) for rows in rows_per_map]
-    focal_shift = torch.tensor(fits, device=points.device)
+    focal_shift = torch.tensor(fits, device=points.device, dtype=torch.float32)
     return focal_shift[:, 0], focal_shift[:, 1]
 
 
@@ -152,8 +152,8 @@ def unproject(depth: Tensor, intrinsics: Tensor) -> Tensor:
     intrinsics: [B, 3, 3] in pixels.
     """
     height, width = depth.shape[1:]
-    y_px = torch.arange(height, device=depth.device) + 0.5
-    x_px = torch.arange(width, device=depth.device) + 0.5
+    y_px = torch.arange(height, device=depth.device, dtype=torch.float32) + 0.5
+    x_px = torch.arange(width, device=depth.device, dtype=torch.float32) + 0.5
     y, x = torch.meshgrid(y_px, x_px, indexing="ij")
     pixels = torch.stack([x, y, torch.ones_like(x)], dim=-1).to(depth.dtype)
     rays = pixels @ torch.linalg.inv(intrinsics).to(depth.dtype).mT[:, None]

@@ -131,8 +131,8 @@ def make_view_plane(
     diagonal = math.sqrt(1 + ratio**2)
     u_end = (width - 1) / width * ratio / diagonal
     v_end = (height - 1) / height * 1.0 / diagonal
-    u = torch.linspace(-u_end, u_end, width, device=device)
-    v = torch.linspace(-v_end, v_end, height, device=device)
+    u = torch.linspace(-u_end, u_end, width, device=device, dtype=torch.float32)
+    v = torch.linspace(-v_end, v_end, height, device=device, dtype=torch.float32)
     return torch.stack(torch.meshgrid(u, v, indexing="xy"), dim=-1)
 
 
