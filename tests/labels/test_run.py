@@ -1,4 +1,4 @@
-"""Labeling into a folder: whole, resumable after any death, the same whatever made it."""
+"""Labeling into a folder: whole_run, resumable after any death, the same whatever made it."""
 
 import json
 import multiprocessing
@@ -64,7 +64,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def whole(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def whole_run(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder that an undisturbed run makes."""
     out = tmp_path_factory.mktemp("whole") / "labels"
     run(source, out)
@@ -80,20 +80,20 @@ def test_a_run_counts_its_images(source: Path, tmp_path: Path) -> None:
     assert progress == LabelingProgress(num_total=21, num_before=0, num_done=21, num_skipped=3)
 
 
-def test_a_folder_has_shards_skipped_images_settings_and_a_card(whole: Path) -> None:
+def test_a_folder_has_shards_skipped_images_settings_and_a_card(whole_run: Path) -> None:
     shards = [f"labels-{number:05d}.parquet" for number in range(3)]
 
-    assert list(read_files(whole)) == ["README.md", *shards, "run.json", "skipped.parquet"]
-    assert json.loads((whole / "run.json").read_text())["detector"] == "bright"
+    assert list(read_files(whole_run)) == ["README.md", *shards, "run.json", "skipped.parquet"]
+    assert json.loads((whole_run / "run.json").read_text())["detector"] == "bright"
 
 
-def test_every_good_image_is_labeled_in_order(source: Path, whole: Path) -> None:
-    labels = list(read_labels(whole))
+def test_every_good_image_is_labeled_in_order(source: Path, whole_run: Path) -> None:
+    labels = list(read_labels(whole_run))
 
     good_numbers = [number for number in range(21) if number not in (3, 5, 7)]
     expected_sources = [str(source / f"{number:05d}.png") for number in good_numbers]
     assert [label.source for label in labels] == expected_sources
-    assert count_labels(whole) == 18
+    assert count_labels(whole_run) == 18
     for label in labels:
         (block,) = label.objects
         assert block.box3d is not None
@@ -101,8 +101,8 @@ def test_every_good_image_is_labeled_in_order(source: Path, whole: Path) -> None
         assert label.provenance == {"detector": "bright", "segmenter": "box", "pointmap": "slope"}
 
 
-def test_skipped_images_are_recorded_with_their_reasons(whole: Path) -> None:
-    reasons = {Path(row["source"]).stem: row["reason"] for row in read_skipped(whole)}
+def test_skipped_images_are_recorded_with_their_reasons(whole_run: Path) -> None:
+    reasons = {Path(row["source"]).stem: row["reason"] for row in read_skipped(whole_run)}
 
     assert list(reasons) == ["00003", "00005", "00007"]
     assert "not a readable image" in reasons["00003"]
@@ -110,17 +110,17 @@ def test_skipped_images_are_recorded_with_their_reasons(whole: Path) -> None:
     assert reasons["00007"] == "no object was found"
 
 
-def test_the_card_counts_images_and_objects(whole: Path) -> None:
-    card = (whole / "README.md").read_text()
+def test_the_card_counts_images_and_objects(whole_run: Path) -> None:
+    card = (whole_run / "README.md").read_text()
 
     assert "18 images with 18 objects, 18 of them with an oriented 3D box; " in card
     assert "3 images were skipped (`skipped.parquet`)" in card
 
 
-def test_it_opens_as_a_hugging_face_dataset_with_images(whole: Path, tmp_path: Path) -> None:
+def test_it_opens_as_a_hugging_face_dataset_with_images(whole_run: Path, tmp_path: Path) -> None:
     datasets = pytest.importorskip("datasets")
 
-    labels = datasets.load_dataset(str(whole), cache_dir=str(tmp_path))["train"]
+    labels = datasets.load_dataset(str(whole_run), cache_dir=str(tmp_path))["train"]
 
     assert isinstance(labels.features["image"], datasets.Image)
     assert len(labels) == 18
@@ -128,18 +128,20 @@ def test_it_opens_as_a_hugging_face_dataset_with_images(whole: Path, tmp_path: P
     assert labels[0]["objects"][0]["name"] == "block"
 
 
-def test_skipped_images_open_as_a_hugging_face_dataset(whole: Path, tmp_path: Path) -> None:
+def test_skipped_images_open_as_a_hugging_face_dataset(whole_run: Path, tmp_path: Path) -> None:
     datasets = pytest.importorskip("datasets")
 
-    skipped = datasets.load_dataset(str(whole), "skipped", cache_dir=str(tmp_path))["train"]
+    skipped = datasets.load_dataset(str(whole_run), "skipped", cache_dir=str(tmp_path))["train"]
 
     assert skipped["reason"][2] == "no object was found"
 
 
-def test_a_shard_opens_as_a_hugging_face_dataset_with_images(whole: Path, tmp_path: Path) -> None:
+def test_a_shard_opens_as_a_hugging_face_dataset_with_images(
+    whole_run: Path, tmp_path: Path
+) -> None:
     datasets = pytest.importorskip("datasets")
 
-    shard = str(whole / "labels-00001.parquet")
+    shard = str(whole_run / "labels-00001.parquet")
     labels = datasets.load_dataset("parquet", data_files=shard, cache_dir=str(tmp_path))["train"]
 
     assert isinstance(labels.features["image"], datasets.Image)
@@ -172,7 +174,7 @@ def test_nothing_is_retried_unless_asked(source: Path, partial_out: Path) -> Non
 
 
 def test_retried_images_that_get_through_are_labeled(
-    source: Path, whole: Path, partial_out: Path
+    source: Path, whole_run: Path, partial_out: Path
 ) -> None:
     one_unreached = (0.0, "none", ("00004.png",))
 
@@ -183,7 +185,7 @@ def test_retried_images_that_get_through_are_labeled(
     assert first_retry == LabelingProgress(21, 0, 21, num_skipped=4, num_retryable=1)
     assert second_retry == LabelingProgress(21, 13, 21, num_skipped=3)
     assert third_retry == LabelingProgress(21, 21, 21, num_skipped=3)
-    assert read_files(partial_out) == read_files(whole)
+    assert read_files(partial_out) == read_files(whole_run)
 
 
 @pytest.mark.filterwarnings("ignore:.*questions.parquet")
@@ -215,7 +217,9 @@ def label_in_a_process(source: str, out: str, workers: int) -> None:
     run(Path(source), Path(out), workers, detector=(0.02, "00017.png"))
 
 
-def test_killed_again_and_again_it_loses_nothing(source: Path, whole: Path, tmp_path: Path) -> None:
+def test_killed_again_and_again_it_loses_nothing(
+    source: Path, whole_run: Path, tmp_path: Path
+) -> None:
     out = tmp_path / "labels"
     chance = random.Random(0)
     num_deaths = 0
@@ -234,14 +238,14 @@ def test_killed_again_and_again_it_loses_nothing(source: Path, whole: Path, tmp_
         assert process.exitcode == -signal.SIGKILL
         shards = list(out.glob("labels-*.parquet"))
         for shard in shards:
-            assert shard.read_bytes() == (whole / shard.name).read_bytes()
+            assert shard.read_bytes() == (whole_run / shard.name).read_bytes()
         num_deaths += 1
         num_shards = len(shards)
     assert not (out / "README.md").exists()
 
     run(source, out)
 
-    assert read_files(out) == read_files(whole)
+    assert read_files(out) == read_files(whole_run)
 
 
 def test_workers_end_with_the_process_that_is_killed(source: Path, tmp_path: Path) -> None:
@@ -285,13 +289,13 @@ def refused(
     return refuses("", label_folder, items, out, engine(), settings or SETTINGS, work)
 
 
-def test_a_finished_run_is_not_done_again(source: Path, whole: Path) -> None:
-    files = read_files(whole)
+def test_a_finished_run_is_not_done_again(source: Path, whole_run: Path) -> None:
+    files = read_files(whole_run)
 
-    progress = run(source, whole)
+    progress = run(source, whole_run)
 
     assert progress == LabelingProgress(num_total=21, num_before=21, num_done=21, num_skipped=3)
-    assert read_files(whole) == files
+    assert read_files(whole_run) == files
 
 
 @pytest.mark.parametrize(
@@ -303,17 +307,17 @@ def test_a_finished_run_is_not_done_again(source: Path, whole: Path) -> None:
     ],
 )
 def test_other_settings_are_refused_and_named(
-    source: Path, whole: Path, changes: dict[str, Any], shard_size: int, difference: str
+    source: Path, whole_run: Path, changes: dict[str, Any], shard_size: int, difference: str
 ) -> None:
-    files = read_files(whole)
+    files = read_files(whole_run)
 
-    assert difference in refused(source, whole, {**SETTINGS, **changes}, shard_size)
-    assert read_files(whole) == files
+    assert difference in refused(source, whole_run, {**SETTINGS, **changes}, shard_size)
+    assert read_files(whole_run) == files
 
 
-def test_a_shard_of_another_run_is_refused(source: Path, tmp_path: Path, whole: Path) -> None:
+def test_a_shard_of_another_run_is_refused(source: Path, tmp_path: Path, whole_run: Path) -> None:
     out = tmp_path / "labels"
-    shutil.copytree(whole, out)
+    shutil.copytree(whole_run, out)
     shutil.copy(out / "labels-00001.parquet", out / "labels-00001 (copy).parquet")
 
     assert "not of this run" in refused(source, out)

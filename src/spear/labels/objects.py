@@ -228,8 +228,8 @@ def _trace_outline(
     length = 0
     num_occluded = 0
     touching = []
-    for ahead, behind in ((np.s_[1:], np.s_[:-1]), (np.s_[:, 1:], np.s_[:, :-1])):
-        for inner, outer in ((ahead, behind), (behind, ahead)):
+    for later, earlier in ((np.s_[1:], np.s_[:-1]), (np.s_[:, 1:], np.s_[:, :-1])):
+        for inner, outer in ((later, earlier), (earlier, later)):
             border = inside[inner] & ~inside[outer]
             length += int(np.count_nonzero(border))
             border &= is_known[inner] & is_known[outer]

@@ -1,4 +1,4 @@
-"""What can be chosen when labelling, and when asking questions about labels."""
+"""The options of labeling, and of asking questions about labels."""
 
 from pathlib import Path
 from typing import Annotated, Literal
@@ -9,7 +9,7 @@ from spear.util.options import Device, OptionalFolder, Options, Range
 
 
 class WorkOptions(Options):
-    """How the work is done. What the labels are does not depend on it."""
+    """How the work is done. The labels do not depend on it."""
 
     engine: Literal["local", "ray"] = "local"
     """local, or ray to use a Ray cluster."""
@@ -26,12 +26,13 @@ class WorkOptions(Options):
 
 
 class SceneOptions(Options):
-    """Scenes of the simulator, which are labelled where no photos are given."""
+    """Scenes of the simulator, which are labeled when no photos are given."""
 
     scenes: Annotated[int, Range(1)] = 1000
     """How many scenes to label (two images each)."""
     first_seed: Annotated[int, Range(0)] = 10_000
-    """Scenes first-seed, first-seed + 1, … Those below 10000 are kept for testing."""
+    """Seed of the first scene; the others follow it. Scenes below 10000 are held out for
+    testing."""
     preset: str = "nano"
     """Model size whose cameras are used for scenes."""
 
@@ -48,12 +49,12 @@ class LabelOptions(Options):
     segmenter: str = "sam2"
     """sam2, file:ANNOTATIONS.json or ground-truth."""
     pointmap: str = "moge-2"
-    """moge-2 (metres), moge (up to scale, as in the paper) or ground-truth."""
+    """moge-2 (meters), moge (up to scale, as in the paper) or ground-truth."""
     vocabulary: str = ""
     """Names of objects to look for, separated by commas."""
     size: Annotated[int, Range(0)] = 840
-    """Larger photos are labelled and kept at so many pixels on their longer side; 0 keeps their
-    size. Frames of rgbd: and sim: keep theirs."""
+    """Scale larger photos down to this many pixels on their longer side; 0 keeps their size. Frames
+    of rgbd: and sim: keep theirs."""
     rate: Annotated[float, Range(0.001, 1000)] = 1.0
     """Frames per second of video."""
     per_episode: Annotated[int, Range(1)] = 4
@@ -63,10 +64,10 @@ class LabelOptions(Options):
     per_minute: Annotated[int, Range(0)] = 0
     """Most requests to Gemini in a minute, by each detector; 0 leaves that to the service."""
     retry_skipped: bool = False
-    """Make the files again in which images were skipped for a reason that may pass: no network,
-    say."""
+    """Make the files again in which images were skipped for a reason that may pass, such as no
+    network."""
     plan: bool = False
-    """Only say what labelling PHOTOS would cost: memory, time, Gemini's tokens. Downloads
+    """Only print what labeling PHOTOS would cost in memory, time and Gemini's tokens. Downloads
     nothing."""
     questions: bool = False
     """Also write questions and answers, as spear questions does."""

@@ -345,10 +345,10 @@ def _find_pairs(folder: Path) -> tuple[list[tuple[Path, Path]], int]:
 def _check_unique_stems(images: list[Path]) -> None:
     by_stem = {path.stem: path for path in images}
     for path in images:
-        other = by_stem[path.stem]
-        if other != path:
+        image_of_stem = by_stem[path.stem]
+        if image_of_stem != path:
             raise SpearError(
-                f"{path} and {other.name} have the same depth image. Leave one of them out."
+                f"{path} and {image_of_stem.name} have the same depth image. Leave one of them out."
             )
 
 

@@ -35,12 +35,22 @@ def on_table(size: Array, yaw: float, pitch: float = 40.0) -> Array:
 def test_order_does_not_depend_on_the_order_given(seed: int) -> None:
     rng = np.random.default_rng(seed)
     box = random_box(rng)
-    mixed, expected = box.vertices[rng.permutation(8)], order_vertices(box.vertices)
-    np.testing.assert_array_equal(order_vertices(mixed), expected)
-    np.testing.assert_array_equal(order_vertices(expected), expected)
-    again = make_box_from_vertices(mixed)
-    np.testing.assert_allclose(again.vertices, box.vertices, atol=1e-5)
-    np.testing.assert_allclose(again.size, box.size, atol=1e-5)
+    shuffled = box.vertices[rng.permutation(8)]
+    ordered = order_vertices(box.vertices)
+
+    np.testing.assert_array_equal(order_vertices(shuffled), ordered)
+    np.testing.assert_array_equal(order_vertices(ordered), ordered)
+
+
+@given(seeds)
+def test_a_box_is_made_from_its_vertices_in_any_order(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    box = random_box(rng)
+
+    box_again = make_box_from_vertices(box.vertices[rng.permutation(8)])
+
+    np.testing.assert_allclose(box_again.vertices, box.vertices, atol=1e-5)
+    np.testing.assert_allclose(box_again.size, box.size, atol=1e-5)
     assert np.linalg.det(box.rotation) == pytest.approx(1, abs=1e-5)
 
 
@@ -62,7 +72,8 @@ def test_top_near_left_comes_first(yaw: float, pitch: float) -> None:
     v = order_vertices(on_table(np.array([0.1, 0.2, 0.05]), np.radians(yaw), pitch))
     _, pose = camera(pitch=pitch)
     base = v @ pose[:3, :3].T + pose[:3, 3]
-    assert base[:4, 2].min() > base[4:, 2].max() and (v[[0, 3, 4, 7], 0] < v[[1, 2, 5, 6], 0]).all()
+    assert base[:4, 2].min() > base[4:, 2].max()
+    assert (v[[0, 3, 4, 7], 0] < v[[1, 2, 5, 6], 0]).all()
     facing = np.radians(yaw)  # the camera looks along +x
     along = base @ np.array([np.cos(facing), np.sin(facing), 0])
     assert along[[0, 1, 4, 5]].max() < along[[2, 3, 6, 7]].min()
@@ -84,39 +95,48 @@ def test_iou_agrees_with_sampling_where_faces_lie_in_one_plane(
     b = make_box(a.center + slide + turn[:, 2] * rise, size * taller, yaw @ turn)
     points = a.center + (rng.uniform(-0.5, 0.5, (20_000, 3)) * a.size) @ a.rotation.T
     inside = (np.abs((points - b.center) @ b.rotation) <= b.size / 2 + 1e-6).all(axis=1).mean()
-    both, volumes = inside * np.prod(a.size), np.prod(a.size) + np.prod(b.size)
-    assert compute_iou_3d(a, b) == pytest.approx(both / (volumes - both), abs=0.015)
+    intersection = inside * np.prod(a.size)
+    union = np.prod(a.size) + np.prod(b.size) - intersection
+    assert compute_iou_3d(a, b) == pytest.approx(intersection / union, abs=0.015)
 
 
+@pytest.mark.parametrize(
+    ("shift", "shrink", "expected"),
+    [(0, 1, 1), (0.5, 1, 1 / 3), (0, 2, 1 / 8), (1.01, 1, 0), (50, 1, 0)],
+)
 @given(seeds)
-def test_iou_identities(seed: int) -> None:
+def test_iou_of_a_box_with_itself_shifted_or_shrunk(
+    shift: float, shrink: float, expected: float, seed: int
+) -> None:
     box = random_box(np.random.default_rng(seed))
-    for shift, shrink, expected in (
-        (0, 1, 1),
-        (0.5, 1, 1 / 3),
-        (0, 2, 1 / 8),
-        (1.01, 1, 0),
-        (50, 1, 0),
-    ):
-        along = shift * box.size[0] * box.rotation[:, 0]
-        other = make_box(box.center + along, box.size / shrink, box.rotation)
-        assert compute_iou_3d(box, other) == pytest.approx(expected, 1e-4)
+    along = shift * box.size[0] * box.rotation[:, 0]
+    changed_box = make_box(box.center + along, box.size / shrink, box.rotation)
+
+    assert compute_iou_3d(box, changed_box) == pytest.approx(expected, 1e-4)
+
+
+def test_iou_of_a_cube_with_itself_turned_by_45_degrees() -> None:
     cube = make_box(np.zeros(3), np.ones(3), np.eye(3))
-    shared = 2 * (np.sqrt(2) - 1)  # with the same cube turned by 45 degrees
+    intersection = 2 * (np.sqrt(2) - 1)
     turned = make_box(np.zeros(3), np.ones(3), rotation(np.pi / 4))
-    assert compute_iou_3d(cube, turned) == pytest.approx(shared / (2 - shared), 1e-5)
+    assert compute_iou_3d(cube, turned) == pytest.approx(intersection / (2 - intersection), 1e-5)
 
 
 @given(seeds)
-def test_vertex_error_ignores_relabelling_only(seed: int) -> None:
+def test_vertex_error_ignores_a_relabeling_of_the_vertices(seed: int) -> None:
+    box = random_box(np.random.default_rng(seed))
+    relabeled_signs = VERTEX_SIGNS[:, [2, 0, 1]] * [1, -1, 1]
+    relabeled = box.center + (relabeled_signs * box.size / 2) @ box.rotation.T
+
+    assert compute_vertex_error(relabeled, box.vertices) == pytest.approx(0, abs=1e-6)
+
+
+@given(seeds)
+def test_vertex_error_of_a_shifted_box_is_the_shift(seed: int) -> None:
     rng = np.random.default_rng(seed)
     box = random_box(rng)
-    relabelled = (
-        box.center
-        + (VERTEX_SIGNS[:, [2, 0, 1]] * [1, -1, 1] * box.size[[0, 1, 2]] / 2) @ box.rotation.T
-    )
-    assert compute_vertex_error(relabelled, box.vertices) == pytest.approx(0, abs=1e-6)
     shift = rng.normal(size=3) * 1e-3
+
     assert compute_vertex_error(box.vertices + shift, box.vertices) == pytest.approx(
         np.linalg.norm(shift), rel=1e-2
     )
@@ -131,10 +151,9 @@ def test_upright_fit_reaches_the_support(seed: int, yaw: float) -> None:
     points = seen_sides(true, rng, 0.0)
     height = (points @ up).min()
     upper = points[points @ up > height + 0.5 * true.size[1]]  # the lower half is hidden
-    assert (
-        compute_iou_3d(fit_box(upper, up, support=height), true) > 0.85
-        and compute_iou_3d(fit_box(upper, up), true) < 0.6
-    )
+
+    assert compute_iou_3d(fit_box(upper, up, support=height), true) > 0.85
+    assert compute_iou_3d(fit_box(upper, up), true) < 0.6
 
 
 @pytest.mark.parametrize("radius", [0.02, 0.05])
@@ -145,8 +164,10 @@ def test_the_hidden_back_of_a_ball_is_part_of_its_box(radius: float) -> None:
     normals = np.random.default_rng(0).normal(size=(2000, 3))
     normals /= np.linalg.norm(normals, axis=1, keepdims=True)
     points = center + radius * normals
-    seen = points[np.einsum("ij,ij->i", normals, points) < -0.3 * np.linalg.norm(points, axis=1)]
-    box = fit_box(seen, up, support=up @ center - radius)
+    facing = np.einsum("ij,ij->i", normals, points)
+    visible_points = points[facing < -0.3 * np.linalg.norm(points, axis=1)]
+
+    box = fit_box(visible_points, up, support=up @ center - radius)
     np.testing.assert_allclose(box.size, 2 * radius, rtol=0.1)
     assert np.linalg.norm(box.center - center) < 0.15 * radius
 
@@ -160,17 +181,26 @@ def test_full_fit_finds_a_box_in_any_orientation(seed: int) -> None:
     assert compute_iou_3d(fit_box(solid), true) > 0.7
 
 
-@pytest.mark.parametrize("n", [1, 2, 3])
-def test_a_box_around_very_few_points_is_finite(n: int) -> None:
-    points = np.random.default_rng(0).normal((0, 0, 3), size=(n, 3))
-    for box in (fit_box(points), fit_box(points, np.array([0, -1.0, 0]), 0.0)):
-        assert np.isfinite(box.vertices).all() and (box.size > 0).all()
+@pytest.mark.parametrize("num_points", [1, 2, 3])
+@pytest.mark.parametrize(("up", "support"), [(None, None), (np.array([0, -1.0, 0]), 0.0)])
+def test_a_box_around_very_few_points_is_finite(
+    num_points: int, up: Array | None, support: float | None
+) -> None:
+    points = np.random.default_rng(0).normal((0, 0, 3), size=(num_points, 3))
+
+    box = fit_box(points, up, support)
+
+    assert np.isfinite(box.vertices).all()
+    assert (box.size > 0).all()
 
 
 def test_keypoints_are_the_extremes() -> None:
     """In their distance from the camera, which is not their depth."""
     points = np.array([[0, 0, 1.2], [1.5, 0, 1.8], [0.9, 0, 1.0], [0, 0, 2.0], [0, 0.5, 1.5]])
     box = fit_box(points)
-    found = find_keypoints(points, box)
-    np.testing.assert_allclose([found["closest"], found["furthest"]], points[:2], rtol=1e-6)
-    np.testing.assert_allclose(found["centre"], box.vertices.mean(0), atol=1e-6)
+
+    keypoints = find_keypoints(points, box)
+
+    np.testing.assert_allclose(keypoints["closest"], points[0], rtol=1e-6)
+    np.testing.assert_allclose(keypoints["furthest"], points[1], rtol=1e-6)
+    np.testing.assert_allclose(keypoints["centre"], box.vertices.mean(0), atol=1e-6)

@@ -67,7 +67,8 @@ def test_what_is_left_of_a_leak_shows_in_a_score() -> None:
 def on_table(turn: Rotation, size: Array) -> tuple[Box3D, Array, float]:
     """A box that touches a table, camera frame; up; the table's height."""
     _, pose = camera(pitch=40.0)
-    up, axes = pose[2, :3], pose[:3, :3].T @ turn.as_matrix()
+    up = pose[2, :3]
+    axes = pose[:3, :3].T @ turn.as_matrix()
     bottom = np.abs(turn.as_matrix()[2]) @ size / 2
     center = (np.array([0, 0, bottom]) - pose[:3, 3]) @ pose[:3, :3]
     return make_box(center, size, axes), up, float(up @ center - bottom)
@@ -76,8 +77,9 @@ def on_table(turn: Rotation, size: Array) -> tuple[Box3D, Array, float]:
 @given(seeds, st.sampled_from([0.0, 0.0025]))
 def test_a_box_that_leans_gets_a_box_that_leans(seed: int, noise: float) -> None:
     rng = np.random.default_rng(seed)
-    way = rng.uniform(0, 6)
-    lean = np.radians(rng.uniform(20, 45)) * np.array([np.cos(way), np.sin(way), 0])
+    direction = rng.uniform(0, 6)
+    axis = np.array([np.cos(direction), np.sin(direction), 0])
+    lean = np.radians(rng.uniform(20, 45)) * axis
     turn = Rotation.from_rotvec(lean) * Rotation.from_rotvec([0, 0, rng.uniform(0, 6)])
     true, up, support = on_table(turn, rng.uniform(0.06, 0.15, 3))
     ray = true.center / np.linalg.norm(true.center)
@@ -95,7 +97,7 @@ def test_a_standing_box_stands_and_noise_does_not_change_its_order(seed: int, ya
     true, up, support = on_table(
         Rotation.from_rotvec([0, 0, np.radians(yaw)]), rng.uniform(0.05, 0.16, 3)
     )
-    found = fit_box(seen_sides(true, rng, 0.0025), up, support, noise=0.0025)
-    assert np.abs(found.rotation.T @ up).max() > 0.999
-    assert np.linalg.norm(found.vertices - true.vertices, axis=1).mean() < 0.012
-    assert compute_vertex_error(found.vertices, true.vertices) < 0.012
+    box = fit_box(seen_sides(true, rng, 0.0025), up, support, noise=0.0025)
+    assert np.abs(box.rotation.T @ up).max() > 0.999
+    assert np.linalg.norm(box.vertices - true.vertices, axis=1).mean() < 0.012
+    assert compute_vertex_error(box.vertices, true.vertices) < 0.012

@@ -84,7 +84,7 @@ def test_answers_about_made_up_labels(seed: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "meant", "not_meant"), [
+    ("kind", "meant_names", "other_names"), [
         ("cube", "cube #1, Cube 2, red cube, cube (left), cubes, small cube on the tray", "ice cube tray"),
         ("red cube", "big red cube, cube (red), red cubes", "cube, blue cube, red tray"),
         ("cup", "mug, white cup on table, cups of tea, red_mug", "cup holder, teacup"),
@@ -96,11 +96,11 @@ def test_answers_about_made_up_labels(seed: int) -> None:
         ("woman", "young woman", "man"), ("tub", "bath tubs", "tubes"), ("7", "7", "8"),
 ])  # fmt: skip
 def test_a_name_means_objects_with_its_noun_and_all_its_words(
-    kind: str, meant: str, not_meant: str
+    kind: str, meant_names: str, other_names: str
 ) -> None:
-    for name in [kind, *meant.split(", ")]:
+    for name in [kind, *meant_names.split(", ")]:
         assert is_a(name, kind), name
-    for name in not_meant.split(", "):
+    for name in other_names.split(", "):
         assert not is_a(name, kind), name
 
 

@@ -280,9 +280,9 @@ def test_points_are_not_on_a_smaller_object(half_covered: LabeledImage) -> None:
     mask = np.zeros((half_covered.height, half_covered.width), bool)
     mask[:, : 2 * half_covered.width // 5] = True
     shirt = replace(o, name="shirt", box2d=o.box2d / 1000, mask=encode_mask(mask))
-    both = replace(half_covered, objects=[o, shirt])
+    with_shirt = replace(half_covered, objects=[o, shirt])
 
-    questions = generate_for_seeds(both, "what_at", num_seeds=50)
+    questions = generate_for_seeds(with_shirt, "what_at", num_seeds=50)
 
     columns = set(read_columns([q for q in questions if "shirt" not in q.objects]))
     assert len(columns) > 3

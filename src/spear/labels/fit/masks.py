@@ -125,7 +125,7 @@ def decode_run_lengths(text: str) -> list[int]:
         )
     runs: list[int] = []
     for number in re.findall(r"[P-o]*[0-O]", text):
-        value = sum((ord(letter) - 48 & 31) << 5 * place for place, letter in enumerate(number))
+        value = sum((ord(letter) - 48 & 31) << 5 * group for group, letter in enumerate(number))
         value -= (ord(number[-1]) - 48 >> 4 & 1) << 5 * len(number)  # the sign
         if len(runs) > 2:
             value += runs[-2]
@@ -170,19 +170,19 @@ def keep_main_part(mask: Array, points: Array, is_known: Array, limit: float) ->
         links.append(np.stack([index[a][is_linked], index[b][is_linked]]))
     starts, ends = np.concatenate(links, axis=1)
     graph = coo_array((np.ones(len(starts), bool), (starts, ends)), shape=(num_pixels, num_pixels))
-    _, part = connected_components(graph, directed=False)
+    _, component = connected_components(graph, directed=False)
 
     # Those that stay: large enough, and at the depth of the largest
-    sizes = np.bincount(part)
+    sizes = np.bincount(component)
     main = int(sizes.argmax())
     z = depth[usable]
-    low = z[part == main].min()
-    high = z[part == main].max()
-    median_depth = ndimage.median(z, part, np.arange(len(sizes)))
+    low = z[component == main].min()
+    high = z[component == main].max()
+    median_depth = ndimage.median(z, component, np.arange(len(sizes)))
     is_large = sizes >= MIN_PART_FRACTION * sizes[main]
     is_as_far = (median_depth > low * (1 - limit)) & (median_depth < high * (1 + limit))
     result = np.zeros_like(mask)
-    result[usable] = (is_large & is_as_far)[part]
+    result[usable] = (is_large & is_as_far)[component]
     return result
 
 

@@ -293,7 +293,7 @@ def open_annotations(path: str | Path) -> Annotations:
 
 def _split_path(path: str) -> list[str]:
     """The folders and the file of a path, whichever slashes it has; "#" separates like a slash."""
-    return [part for part in re.split(r"[\\/#]+", path) if part not in ("", ".")]
+    return [name for name in re.split(r"[\\/#]+", path) if name not in ("", ".")]
 
 
 class _CocoIndex:
@@ -427,13 +427,13 @@ class _RelationsIndex:
 
     def find(self, source: str) -> list[Annotation] | None:
         suffix = r"\.(mp4|jpe?g|png|webp)$"
-        path = [re.sub(suffix, "", part, flags=re.IGNORECASE) for part in _split_path(source)]
-        takes = [index for index, part in enumerate(path) if part in self._takes]
+        path = [re.sub(suffix, "", name, flags=re.IGNORECASE) for name in _split_path(source)]
+        takes = [index for index, name in enumerate(path) if name in self._takes]
         if not takes:
             return None
         take = takes[-1]
         cameras = self._takes[path[take]]
-        camera = next((part for part in path[take + 1 : -1] if part in cameras), None)
+        camera = next((name for name in path[take + 1 : -1] if name in cameras), None)
         number = re.search(r"\d+$", path[-1])
         if camera is None or number is None:
             return None

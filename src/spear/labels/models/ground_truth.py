@@ -16,10 +16,10 @@ MIN_VISIBLE_PIXELS = 12  # of an instance that is detected
 MIN_MATCH_IOU = 0.5  # of a detection with the instance whose mask it gets
 
 
-def _missing_error(frame: Frame, what: str) -> SpearError:
+def _missing_error(frame: Frame, missing: str) -> SpearError:
     name = frame.source or "the image"
     return SpearError(
-        f"{name} has no {what}. Give frames with ground truth, or label with a model."
+        f"{name} has no {missing}. Give frames with ground truth, or label with a model."
     )
 
 

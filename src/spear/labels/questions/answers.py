@@ -1,8 +1,8 @@
 """The answers to all types of questions, 3D and 2D, worked out from a label.
 
-Most types ask about one object or two, drawn at random; `_about_one` and `_about_two` make drafters
-of these from a function that answers for the objects drawn. Random numbers are drawn in a fixed
-order: objects first, their wording last.
+Most types ask about one object or two, drawn at random; `_about_one_object` and
+`_about_two_objects` make drafters of these from a function that answers for the objects drawn.
+Random numbers are drawn in a fixed order: objects first, their wording last.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -74,7 +74,7 @@ def _word_object(o: LabeledObject, rng: Random) -> str:
     return with_article(o.name)
 
 
-def _about_one(
+def _about_one_object(
     choice: ObjectChoice, answer: Callable[[LabeledObject, LabeledImage], Segments | None]
 ) -> Drafter:
     """A drafter that asks about one object."""
@@ -92,7 +92,7 @@ def _about_one(
     return draft
 
 
-def _about_two(
+def _about_two_objects(
     choice: ObjectChoice,
     answer: Callable[[LabeledObject, LabeledObject, LabeledImage], Segments | None],
     num_tries: int = 1,
@@ -297,7 +297,7 @@ def _draft_exists(scene: QuestionScene, rng: Random) -> Draft | None:
 def _may_mean(visible_name: str, name: str) -> bool:
     """Whether an object's name, or a word of it, may mean what `name` asks for."""
     words = visible_name.replace("_", " ").split()
-    return any(is_a(part, name) for part in (visible_name, *words))
+    return any(is_a(candidate, name) for candidate in (visible_name, *words))
 
 
 def _draft_count(scene: QuestionScene, rng: Random) -> Draft | None:
@@ -329,20 +329,20 @@ def _get_location(located: tuple[float, str]) -> float:
 
 
 DRAFTERS: Mapping[str, Drafter] = {
-    "box_vertices": _about_one("objects_3d", _answer_box_vertices),
+    "box_vertices": _about_one_object("objects_3d", _answer_box_vertices),
     "keypoint": _draft_keypoint,
-    "offset": _about_two("objects_3d", _answer_offset),
-    "distance": _about_one("objects_3d", _answer_distance),
-    "back_projection": _about_one("objects_3d", _answer_back_projection),
+    "offset": _about_two_objects("objects_3d", _answer_offset),
+    "distance": _about_one_object("objects_3d", _answer_distance),
+    "back_projection": _about_one_object("objects_3d", _answer_back_projection),
     # Two objects that are too close to compare are no reason to ask about something else.
-    "chain_of_thought": _about_two("objects_3d", _answer_chain_of_thought, NUM_PAIR_TRIES),
+    "chain_of_thought": _about_two_objects("objects_3d", _answer_chain_of_thought, NUM_PAIR_TRIES),
     "what_at": _draft_what_at,
-    "where_2d": _about_one("objects_2d", _answer_where_2d),
-    "centre_2d": _about_one("objects_2d", _answer_center_2d),
+    "where_2d": _about_one_object("objects_2d", _answer_where_2d),
+    "centre_2d": _about_one_object("objects_2d", _answer_center_2d),
     "exists": _draft_exists,
     "count": _draft_count,
-    "which_side": _about_one("objects_2d", _answer_which_side),
-    "left_or_right": _about_two("objects_2d", _answer_left_or_right),
+    "which_side": _about_one_object("objects_2d", _answer_which_side),
+    "left_or_right": _about_two_objects("objects_2d", _answer_left_or_right),
     "list": _draft_list,
     "pixel_point": _draft_pixel_point,
 }

@@ -16,7 +16,7 @@ Questions are about objects that a reader can tell apart and whose label is good
 `find_exclusion_reasons`.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain
 from typing import Any
 
@@ -64,7 +64,7 @@ def find_exclusion_reasons(label: LabeledImage) -> list[tuple[str, ...]]:
 
 
 def _is_name_unique(o: LabeledObject, label: LabeledImage) -> bool:
-    return sum(is_a(other.name, o.name) for other in label.objects) == 1
+    return sum(is_a(neighbor.name, o.name) for neighbor in label.objects) == 1
 
 
 def find_askable_objects(label: LabeledImage) -> list[LabeledObject]:
@@ -165,19 +165,24 @@ def abbreviate_unit(unit: Unit) -> str:
     return "m" if unit == "metre" else "units"
 
 
+def _fill_prompt_templates(words: Mapping[str, str]) -> Iterator[str]:
+    """Every prompt template with these words, and with every word for a keypoint."""
+    keypoint_words = list(chain.from_iterable(KEYPOINT_NAMES.values()))
+    for family, templates in PROMPT_TEMPLATES.items():
+        fillings = keypoint_words if family == "keypoint" else [""]
+        for template in templates:
+            for filling in fillings:
+                yield template.format_map({**words, "p": filling})
+
+
 def iterate_tokenizer_texts(names: Sequence[str]) -> Iterator[str]:
     """Every template with every name, and every answer in words; a small tokenizer is trained on
     them."""
-    keypoint_words = list(chain.from_iterable(KEYPOINT_NAMES.values()))
     next_names = [*names[1:], *names[:1]]
     for x, y in zip(names, next_names, strict=True):
         for definite in (True, False):
             words = {"x": with_article(x, definite), "y": with_article(y, definite)}
-            for family, templates in PROMPT_TEMPLATES.items():
-                fillings = keypoint_words if family == "keypoint" else [""]
-                for template in templates:
-                    for filling in fillings:
-                        yield template.format_map({**words, "p": filling})
+            yield from _fill_prompt_templates(words)
         yield f"the {x} is  and the {y} is  so the {x} is closer"
         yield f"{x}, {y}"
     for templates in UNIT_TEMPLATES.values():
