@@ -39,73 +39,137 @@ def folder(labels: list[LabeledImage], tmp_path: Path) -> Path:
     return tmp_path / "labels"
 
 
-@pytest.mark.parametrize("families", [QUESTION_TYPES, QUESTION_TYPES_2D, ("what_at",)])
-def test_questions_are_kept_exactly_and_depend_on_seed_and_source_alone(
+QUESTION_TYPE_SETS = pytest.mark.parametrize(
+    "families", [QUESTION_TYPES, QUESTION_TYPES_2D, ("what_at",)]
+)
+
+
+@QUESTION_TYPE_SETS
+def test_written_questions_are_those_that_were_generated(
     families: tuple[str, ...], labels: list[LabeledImage], folder: Path
 ) -> None:
-    images, counts = write_questions(folder, seed=3, families=families)
-    kept = list(read_questions(folder))
-    assert images == 12 and counts.total() == len(kept) > 12 and set(counts) == set(families)
-    expected = [
-        (item.source, question)
-        for item in labels
-        for question in generate_label_questions(item, 3, families=families)
-    ]
-    assert [source for source, _ in kept] == [source for source, _ in expected]
-    for (_, a), (_, b) in zip(kept, expected, strict=True):
-        assert (a.family, a.prompt, a.unit, list(a.objects)) == (
-            b.family,
-            b.prompt,
-            b.unit,
-            list(b.objects),
-        )
-        assert list(a.segments) == list(b.segments)
+    """They depend on the seed and an image's source alone."""
+    num_images, counts = write_questions(folder, seed=3, families=families)
+
+    written = list(read_questions(folder))
+    assert num_images == 12
+    assert counts.total() == len(written) > 12
+    assert set(counts) == set(families)
+    expected = []
+    for label in labels:
+        for question in generate_label_questions(label, 3, families=families):
+            expected.append((label.source, question))
+    assert [source for source, _ in written] == [source for source, _ in expected]
+    for (_, question), (_, expected_question) in zip(written, expected, strict=True):
+        assert question.family == expected_question.family
+        assert question.prompt == expected_question.prompt
+        assert question.unit == expected_question.unit
+        assert list(question.objects) == list(expected_question.objects)
+        assert list(question.segments) == list(expected_question.segments)
+
+
+def read_families(folder: Path) -> set[str]:
+    return {question.family for _, question in read_questions(folder)}
+
+
+def test_new_questions_replace_those_that_were_written(folder: Path) -> None:
+    write_questions(folder, seed=3)
+
     write_questions(folder, seed=4, pairs=(2, 2), families=("distance",))
-    assert {question.family for _, question in read_questions(folder)} == {"distance"}
-    assert "config_name: questions" in (folder / "README.md").read_text()
-    assert count_labels(folder) == 12  # the questions are not taken for labels
-    refuses(
-        "pixel_point", write_questions, folder, families=("distance", "pixel_point")
-    )  # without depth
-    assert {question.family for _, question in read_questions(folder)} == {"distance"}
+
+    assert read_families(folder) == {"distance"}
 
 
-def test_the_page_is_whole_in_itself_and_says_what_is_there(folder: Path, tmp_path: Path) -> None:
+def test_questions_that_need_depth_are_refused_and_the_written_ones_stay(folder: Path) -> None:
+    write_questions(folder, families=("distance",))
+
+    refuses("pixel_point", write_questions, folder, families=("distance", "pixel_point"))
+
+    assert read_families(folder) == {"distance"}
+
+
+def test_questions_are_described_and_not_taken_for_labels(folder: Path) -> None:
     write_questions(folder)
-    shown = select_labels(folder, 5)
-    assert [item.source for item in shown] == [f"scene & {n}" for n in (0, 2, 4, 7, 9)]
-    out = tmp_path / "page.html"
-    write_label_page(folder, shown, out)
-    html = out.read_text()
-    assert html.count("data:image/jpeg;base64,") == 5 and "Contact sheet: 5 of 12" in html
+
+    assert "config_name: questions" in (folder / "README.md").read_text()
+    assert count_labels(folder) == 12
+
+
+def test_the_labels_on_the_page_are_spread_over_the_folder(folder: Path) -> None:
+    sources = [label.source for label in select_labels(folder, 5)]
+
+    assert sources == [f"scene & {number}" for number in (0, 2, 4, 7, 9)]
+
+
+def test_the_page_is_self_contained_and_shows_labels_and_questions(
+    folder: Path, tmp_path: Path
+) -> None:
+    write_questions(folder)
+
+    write_label_page(folder, select_labels(folder, 5), tmp_path / "page.html")
+
+    html = (tmp_path / "page.html").read_text()
+    assert html.count("data:image/jpeg;base64,") == 5
     assert not re.findall(r'(?:src|href)="(?!data:)', html)
-    assert "scene &amp; 4" in html and "<b>12</b>" in html and "written yet" not in html
+    assert "Contact sheet: 5 of 12" in html
+    assert "scene &amp; 4" in html
+    assert "<b>12</b>" in html
+    assert "numbers;" in html
+    assert "box vertices" in html
+    assert "written yet" not in html
     question = next(q for source, q in read_questions(folder) if source == "scene & 4")
     assert question.prompt.split("{")[0] in html
-    assert "numbers;" in html and "box vertices" in html and not list(tmp_path.glob(".*"))
+    assert not list(tmp_path.glob(".*"))  # no temporary files
+
+
+def test_the_page_generates_questions_if_none_were_written(folder: Path, tmp_path: Path) -> None:
+    write_label_page(folder, select_labels(folder, 2), tmp_path / "page.html")
+
+    assert "none of them written yet" in (tmp_path / "page.html").read_text()
+
+
+def test_a_broken_list_of_skipped_images_is_refused(folder: Path, tmp_path: Path) -> None:
     (folder / "skipped.parquet").write_bytes(b"PAR1")
-    refuses(r"skipped\.parquet is broken", write_label_page, folder, shown, out)
+
+    refuses(
+        r"skipped\.parquet is broken",
+        write_label_page,
+        folder,
+        select_labels(folder, 2),
+        tmp_path / "page.html",
+    )
 
 
-def test_the_rerun_file_is_whole(
+def test_the_rerun_file_has_every_label(
     frames: list[Frame], labels: list[LabeledImage], tmp_path: Path
 ) -> None:
     pytest.importorskip("rerun")
+    path = tmp_path / "labels.rrd"
     clouds = [*GroundTruth().predict(frames[:2]), None]
-    write_rerun(labels[:3], clouds, path := tmp_path / "labels.rrd")
+
+    write_rerun(labels[:3], clouds, path)
+
     assert path.stat().st_size > 100_000
-    show = [sys.executable, "-m", "rerun", "rrd", "print", str(path)]
-    told = subprocess.run(show, capture_output=True, text=True, check=True).stdout
-    rows: Counter[str] = Counter()
-    for number, entity in re.findall(r"with (\d+) rows .* - (\S+) - data", told):
-        rows[entity] += int(number)
+    command = [sys.executable, "-m", "rerun", "rrd", "print", str(path)]
+    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    num_rows: Counter[str] = Counter()
+    for number, entity in re.findall(r"with (\d+) rows .* - (\S+) - data", printed):
+        num_rows[entity] += int(number)
     for entity in ("/camera/boxes", "/camera/points", "/camera/keypoints", "/source"):
-        assert rows[entity] == 3
+        assert num_rows[entity] == 3
+
+
+def test_a_rerun_file_that_cannot_be_made_leaves_nothing(
+    frames: list[Frame], labels: list[LabeledImage], tmp_path: Path
+) -> None:
+    pytest.importorskip("rerun")
+    [cloud] = GroundTruth().predict(frames[:1])
+    wrong_cloud = replace(cloud, mask=np.ones((9, 9), bool))
+
     with pytest.raises(IndexError):
-        write_rerun(
-            labels[:1], [replace(clouds[0], mask=np.ones((9, 9), bool))], tmp_path / "x.rrd"
-        )
-    assert list(tmp_path.iterdir()) == [path]
+        write_rerun(labels[:1], [wrong_cloud], tmp_path / "labels.rrd")
+
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_the_commands_ask_and_show(

@@ -46,7 +46,7 @@ def compute_base_rotations(state: Array, actions: Array) -> Array:
         [H, 4] canonical unit quaternions R of R_next = R · R_now, float64.
     """
     _, target_rotations = compute_target_poses(state, actions)
-    after = torch.from_numpy(target_rotations)
+    rotations_after = torch.from_numpy(target_rotations)
     first = torch.from_numpy(np.float64(state[3:7]))
-    before = torch.cat([first[None], after[:-1]])
-    return quat_canonical(quat_multiply(after, quat_conjugate(before))).numpy()
+    rotations_before = torch.cat([first[None], rotations_after[:-1]])
+    return quat_canonical(quat_multiply(rotations_after, quat_conjugate(rotations_before))).numpy()

@@ -94,8 +94,8 @@ def remove_padding(image: Array) -> Array:
         return image
     for axis, content_side in itertools.product((0, 1), PADDED_CONTENT_SIDES_PX):
         first = (PADDED_SIDE_PX - content_side) // 2
-        before, content, after = np.split(image, (first, first + content_side), axis)
-        are_bands_black = before.max() == 0 and after.max() == 0
+        band_before, content, band_after = np.split(image, (first, first + content_side), axis)
+        are_bands_black = band_before.max() == 0 and band_after.max() == 0
         reaches_bands = content.take(0, axis).max() > 0 and content.take(-1, axis).max() > 0
         if are_bands_black and reaches_bands:
             return content

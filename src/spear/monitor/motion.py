@@ -130,10 +130,10 @@ class MotionAxesCheck:
 
         The best rotation or reflection is the solution of the orthogonal Procrustes problem.
         """
-        left, gains, right = np.linalg.svd(mean_product)
+        left_vectors, gains, right_vectors = np.linalg.svd(mean_product)
         if gains.sum() - np.trace(mean_product) <= MIN_AXES_GAIN:
             return None
-        best = left @ right
+        best = left_vectors @ right_vectors
         names = []
         for column, row in enumerate(np.abs(best).argmax(0)):
             sign = "-" if best[row, column] < 0 else ""

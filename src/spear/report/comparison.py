@@ -55,7 +55,7 @@ def make_comparison_page(
     folders: tuple[Path, Path],
     max_films: int = 12,
     published: Sequence[Reference] = (),
-    ours: Sequence[tuple[str, Results]] = (),
+    named_results: Sequence[tuple[str, Results]] = (),
 ) -> str:
     """Make a self-contained page that compares two policies.
 
@@ -64,7 +64,7 @@ def make_comparison_page(
         folders: where the films of the first and the second policy lie.
         max_films: the largest number of pairs of films, chosen by `select_filmed_pairs`.
         published: tables of published numbers.
-        ours: results by name, shown below each of these tables.
+        named_results: results by name, shown below each of these tables.
     """
     rows = comparison.rows
     rate_groups = []
@@ -88,7 +88,7 @@ def make_comparison_page(
         ),
         rows=table_rows,
         scenes=[_show_scene(comparison, pair, folders) for pair in pairs],
-        published=[(table, table.headers(), table.cells(ours)) for table in published],
+        published=[(table, table.headers(), table.cells(named_results)) for table in published],
     )
 
 

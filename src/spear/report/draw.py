@@ -156,12 +156,12 @@ def _draw_points(canvas: Image.Image, points: Array, color: Color) -> None:
     """Draw eight points [8, 2] as a box, other points as rings; in pixels of the canvas."""
     pen = ImageDraw.Draw(canvas)
     line_width = max(2, canvas.width // 190)
-    places = [(float(x), float(y)) for x, y in points]
+    pixels = [(float(x), float(y)) for x, y in points]
     for rim_width, ink in ((2, RIM_COLOR), (0, color)):
-        if len(places) == NUM_BOX_VERTICES:
-            _draw_box(pen, places, ink, line_width, rim_width)
+        if len(pixels) == NUM_BOX_VERTICES:
+            _draw_box(pen, pixels, ink, line_width, rim_width)
         else:
-            _draw_rings(pen, places, ink, line_width, rim_width)
+            _draw_rings(pen, pixels, ink, line_width, rim_width)
 
 
 def _draw_box(
@@ -205,11 +205,11 @@ def _draw_names(canvas: Image.Image, boxes: Sequence[_NamedBox], font_size: int)
         width = round(font.getlength(box.name)) + 2 * padding
         height = font_size + 2 * padding
         anchor = np.clip([box.corners[:, 0].mean(), box.corners[:, 1].min() - 3], 0, canvas.size)
-        place = _find_place(canvas.size, (width, height), anchor, centers, tags)
-        if place is None:
+        tag_position = _find_place(canvas.size, (width, height), anchor, centers, tags)
+        if tag_position is None:
             continue
 
-        left, top = place
+        left, top = tag_position
         right, bottom = left + width, top + height
         tags.append((left, top, right, bottom))
         line_end = (

@@ -39,13 +39,13 @@ MAX_CLOUD_POINTS = 60_000  # about; of a cloud in the Rerun file
 KEYPOINT_RADIUS = 4
 
 
-def write_label_page(folder: Path, shown: Sequence[LabeledImage], out: Path) -> None:
+def write_label_page(folder: Path, shown_labels: Sequence[LabeledImage], out: Path) -> None:
     """Write one self-contained page about a folder of labels; the file is complete or not there.
 
     Args:
         folder: the shards of labels. If questions were not written beside them, those of seed 0 are
             generated.
-        shown: the labels on the contact sheet.
+        shown_labels: the labels on the contact sheet.
         out: the HTML file.
 
     Raises:
@@ -78,7 +78,7 @@ def write_label_page(folder: Path, shown: Sequence[LabeledImage], out: Path) -> 
         title=f"3D labels: {folder.resolve().name}",
         facts=facts,
         statistics=statistics,
-        cards=[_make_card(label, questions_by_source[label.source]) for label in shown],
+        cards=[_make_card(label, questions_by_source[label.source]) for label in shown_labels],
         histograms=_draw_histograms(statistics),
         names=_format_counts(statistics.names)[:MAX_LISTED_NAMES],
         reasons=_format_counts(statistics.reasons),
@@ -237,18 +237,18 @@ def _log_boxes(rr: Any, stream: Any, label: LabeledImage) -> None:
 
 
 def _log_keypoints(rr: Any, stream: Any, label: LabeledImage) -> None:
-    places = []
+    positions = []
     names = []
     colors = []
     palette = make_palette(len(label.objects))
     for labeled_object, color in zip(label.objects, palette, strict=True):
         if labeled_object.box3d is not None:
-            for kind, place in labeled_object.keypoints.items():
-                places.append(place)
+            for kind, position in labeled_object.keypoints.items():
+                positions.append(position)
                 names.append(f"{labeled_object.name}: {kind}")
                 colors.append(color)
     points = rr.Points3D(
-        places,
+        positions,
         labels=names,
         colors=colors,
         show_labels=False,

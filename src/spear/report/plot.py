@@ -66,7 +66,7 @@ class Axis:
     Attributes:
         title: beside the axis.
         ends: where it begins and ends; by default, so that all lines fit.
-        ticks: (place, label) of each; by default round numbers, followed by `unit`.
+        ticks: (value, label) of each; by default round numbers, followed by `unit`.
         unit: of the ticks' labels.
         log: whether the axis is logarithmic.
         reverse: whether it runs to the left, or down.
@@ -117,10 +117,10 @@ def draw_chart(
     """
     # The box inside of the margins.
     width, height = size
-    left = LEFT_MARGIN_WITH_TITLE_PX if y.title else LEFT_MARGIN_PX
-    right = width - RIGHT_MARGIN_PX
-    top = TOP_MARGIN_PX
-    bottom = height - (BOTTOM_MARGIN_WITH_TITLE_PX if x.title else BOTTOM_MARGIN_PX)
+    left_px = LEFT_MARGIN_WITH_TITLE_PX if y.title else LEFT_MARGIN_PX
+    right_px = width - RIGHT_MARGIN_PX
+    top_px = TOP_MARGIN_PX
+    bottom_px = height - (BOTTOM_MARGIN_WITH_TITLE_PX if x.title else BOTTOM_MARGIN_PX)
 
     # The ranges of the axes.
     x_range = _find_range(x, [line.x for line in lines])
@@ -129,21 +129,21 @@ def draw_chart(
         y_values += [line.low, line.high]
     y_range = _find_range(y, y_values)
     if equal:
-        x_units_per_px = abs(x_range[1] - x_range[0]) / (right - left)
-        y_units_per_px = abs(y_range[1] - y_range[0]) / (bottom - top)
+        x_units_per_px = abs(x_range[1] - x_range[0]) / (right_px - left_px)
+        y_units_per_px = abs(y_range[1] - y_range[0]) / (bottom_px - top_px)
         units_per_px = max(x_units_per_px, y_units_per_px)
-        x_range = _widen(x_range, units_per_px * (right - left))
-        y_range = _widen(y_range, units_per_px * (bottom - top))
+        x_range = _widen(x_range, units_per_px * (right_px - left_px))
+        y_range = _widen(y_range, units_per_px * (bottom_px - top_px))
 
     # Everything in pixels.
-    to_x = _make_scale(x_range, left, right, x.log)
-    to_y = _make_scale(y_range, bottom, top, y.log)
+    to_x = _make_scale(x_range, left_px, right_px, x.log)
+    to_y = _make_scale(y_range, bottom_px, top_px, y.log)
     drawn_lines = []
     for index, line in enumerate(lines):
         default_color = LINE_COLORS[index % len(LINE_COLORS)]
         drawn_lines.append(_draw_line(line, default_color, to_x, to_y))
-    x_ticks = x.ticks or _choose_ticks(x_range, x, (right - left) // X_TICK_SPACING_PX)
-    y_ticks = y.ticks or _choose_ticks(y_range, y, (bottom - top) // Y_TICK_SPACING_PX)
+    x_ticks = x.ticks or _choose_ticks(x_range, x, (right_px - left_px) // X_TICK_SPACING_PX)
+    y_ticks = y.ticks or _choose_ticks(y_range, y, (bottom_px - top_px) // Y_TICK_SPACING_PX)
     has_zero_line = not y.log and y_range[0] < 0 < y_range[1]
     return render(
         "chart.html",
@@ -151,10 +151,10 @@ def draw_chart(
         title=title,
         x_title=x.title,
         y_title=y.title,
-        box=(left, right, top, bottom),
+        box=(left_px, right_px, top_px, bottom_px),
         size=size,
-        x_ticks=[(to_x(place), label) for place, label in x_ticks],
-        y_ticks=[(to_y(place), label) for place, label in y_ticks],
+        x_ticks=[(to_x(value), label) for value, label in x_ticks],
+        y_ticks=[(to_y(value), label) for value, label in y_ticks],
         zero=to_y(0) if has_zero_line else None,
     )
 
@@ -234,15 +234,15 @@ def _find_range(axis: Axis, values: Sequence[Sequence[float] | Array]) -> Range:
     """Find where an axis begins and ends: around all finite values, with some space."""
     if axis.ends is not None:
         return axis.ends
-    flat = np.concatenate([np.ravel(part).astype(float) for part in values])
+    flat = np.concatenate([np.ravel(column).astype(float) for column in values])
     is_shown = np.isfinite(flat)
     if axis.log:
         is_shown &= flat > 0
-    shown = flat[is_shown]
+    shown_values = flat[is_shown]
     low, high = 0.1, 1.0
-    if len(shown):
-        low = float(shown.min())
-        high = float(shown.max())
+    if len(shown_values):
+        low = float(shown_values.min())
+        high = float(shown_values.max())
 
     if axis.log:
         return low / 1.2, high * 1.2
@@ -293,17 +293,17 @@ def _make_path(points: Sequence[tuple[float, float]]) -> str:
 def _choose_ticks(ends: Range, axis: Axis, max_ticks: int) -> list[tuple[float, str]]:
     """Choose round numbers within a range, and label them."""
     low, high = sorted(ends)
-    places = _log_ticks(low, high) if axis.log else _linear_ticks(low, high, max_ticks)
-    return [(place, f"{place:g}{axis.unit}") for place in places]
+    values = _log_ticks(low, high) if axis.log else _linear_ticks(low, high, max_ticks)
+    return [(value, f"{value:g}{axis.unit}") for value in values]
 
 
 def _log_ticks(low: float, high: float) -> list[float]:
-    places = []
+    values = []
     for power in range(floor(log10(low)), floor(log10(high)) + 1):
-        for place in (10.0**power, 2 * 10.0**power, 5 * 10.0**power):
-            if low <= place <= high:
-                places.append(place)
-    return places
+        for value in (10.0**power, 2 * 10.0**power, 5 * 10.0**power):
+            if low <= value <= high:
+                values.append(value)
+    return values
 
 
 def _linear_ticks(low: float, high: float, max_ticks: int) -> list[float]:

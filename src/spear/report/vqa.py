@@ -65,26 +65,26 @@ def make_vqa_page(scores: Scores, checkpoint: str, questions: str) -> str:
     )
 
 
-def draw_figure(asked: AnsweredQuestion) -> Figure:
+def draw_figure(answered: AnsweredQuestion) -> Figure:
     """Draw an answer (orange) and the truth (green) on the image.
 
     What lies behind the camera, or has no place in the image, is not drawn. The caption is the
     question, and how far off the answer is.
     """
-    label = asked.label
+    label = answered.label
     image = decode_image(label.image, label.source)
     scale = max(1, round(MIN_FIGURE_WIDTH_PX / label.width))
-    answers = [(asked.question.segments, TRUTH_COLOR), (asked.answer, PREDICTION_COLOR)]
+    answers = [(answered.question.segments, TRUTH_COLOR), (answered.answer, PREDICTION_COLOR)]
     drawing = to_jpeg_data_uri(draw_answers(image, label.intrinsics, answers, scale))
 
     errors = []
     for name in CAPTION_MEASURES:
-        if name in asked.measures:
-            errors.append(MEASURES[name].to_text(asked.measures[name]))
-    if "iou" in asked.measures:
-        errors.append(f"IoU {asked.measures['iou']:.2f}")
+        if name in answered.measures:
+            errors.append(MEASURES[name].to_text(answered.measures[name]))
+    if "iou" in answered.measures:
+        errors.append(f"IoU {answered.measures['iou']:.2f}")
     verdict = f"off by {', '.join(errors)}" if errors else "broken"
-    return drawing, f"{asked.question.prompt} — {verdict}"
+    return drawing, f"{answered.question.prompt} — {verdict}"
 
 
 def _list_facts(scores: Scores) -> list[tuple[str, str]]:

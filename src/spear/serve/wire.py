@@ -109,9 +109,9 @@ def _check_key(key: Any, path: str) -> str:
     return key
 
 
-def _quote(part: Any) -> str:
+def _quote(value: Any) -> str:
     """Return a part of a message for an error, on one line and not too long."""
-    text = str(part)[:_MAX_QUOTED_CHARS]
+    text = str(value)[:_MAX_QUOTED_CHARS]
     return text if text.isprintable() else repr(text)
 
 

@@ -145,8 +145,8 @@ class Page:
         return response
 
     def _ask_for_token(self, words: str) -> Response:
-        form = self._token_form.format(words)
-        return _make_response(http.HTTPStatus.UNAUTHORIZED, form, "text/html")
+        form_html = self._token_form.format(words)
+        return _make_response(http.HTTPStatus.UNAUTHORIZED, form_html, "text/html")
 
     def _make_cookie(self, request: Request) -> str:
         """Return what a browser that knows the token sends.
