@@ -1,16 +1,17 @@
-"""Intervals: known values, coverage by simulation, and honest behaviour at the edges."""
+"""Intervals: known values, coverage by simulation, and honest behavior at the edges."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from scipy.stats import binomtest
 
 from spear.evaluate.options import TabletopOptions
 from spear.evaluate.stats import (
+    Estimate,
     bootstrap,
     estimate_difference_over_seeds,
     estimate_mean_over_seeds,
@@ -21,59 +22,97 @@ from spear.evaluate.stats import (
 )
 from spear.types import Array
 
+MIN_COVERAGE = 0.93  # of intervals of 95 % in some hundred simulations
+
+
+def measure_coverage(estimates: Sequence[Estimate], truth: float) -> float:
+    return float(np.mean([estimate.low <= truth <= estimate.high for estimate in estimates]))
+
+
+# ---- Proportions.
+
 
 @given(st.integers(1, 400), st.floats(0, 1))
-def test_wilson_agrees_with_scipy(n: int, fraction: float) -> None:
-    k = round(fraction * n)
-    ours = estimate_proportion(k, n)
-    theirs = binomtest(k, n).proportion_ci(0.95, method="wilson")
-    assert (ours.low, ours.high) == pytest.approx(
-        (max(0, theirs.low), min(1, theirs.high)), abs=1e-12
-    )
-    assert ours.low <= ours.value <= ours.high
+def test_a_proportions_interval_agrees_with_scipy(n: int, fraction: float) -> None:
+    successes = round(fraction * n)
+
+    estimate = estimate_proportion(successes, n)
+
+    interval = binomtest(successes, n).proportion_ci(0.95, method="wilson")
+    assert estimate.low == pytest.approx(max(0, interval.low), abs=1e-12)
+    assert estimate.high == pytest.approx(min(1, interval.high), abs=1e-12)
+    assert estimate.low <= estimate.value <= estimate.high
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.1, 0.5, 0.9])
+def test_the_number_of_samples_gives_the_width(rate: float) -> None:
+    n = find_num_samples(0.05, rate)
+
+    enough = binomtest(round(rate * 2 * n), 2 * n).proportion_ci(0.95, "wilson")
+    few = binomtest(round(rate * (n // 2)), n // 2).proportion_ci(0.95, "wilson")
+    assert enough.high - enough.low < 0.1
+    assert few.high - few.low > 0.1
+
+
+def test_the_default_number_of_scenes_knows_any_rate_to_five_points() -> None:
+    assert find_num_samples(0.05) == 381 == TabletopOptions().scenes
+
+
+def test_a_mean_of_equal_families_has_the_interval_of_all_samples() -> None:
+    assert estimate_mean_proportion([(3, 10), (9, 10)]) == estimate_proportion(12, 20)
+
+
+def test_a_mean_weighs_families_equally_whatever_their_size() -> None:
+    assert estimate_mean_proportion([(10, 10), (0, 1000)]).value == 0.5
 
 
 @pytest.mark.parametrize(
-    ("function", "nonsense"),
+    ("function", "arguments"),
     [
-        *((estimate_proportion, counts) for counts in ((0, 0), (3, 2), (-1, 4))),
-        *(
-            (estimate_paired_difference, (each,))
-            for each in ([], [([0.2], [0.9])], [([True], [True, False])])
-        ),
-        (estimate_mean_over_seeds, ([np.full((2, 4), np.nan)],)),
+        (estimate_proportion, (0, 0)),
+        (estimate_proportion, (3, 2)),
+        (estimate_proportion, (-1, 4)),
+        (estimate_paired_difference, ([],)),
+        (estimate_paired_difference, ([([0.2], [0.9])],)),
+        (estimate_paired_difference, ([([True], [True, False])],)),
         (bootstrap, ([np.array([])],)),
-        *(
-            (estimate_mean_over_seeds, (t,))
-            for t in ([], [np.zeros((0, 4))], [np.zeros((2, 4)), np.zeros((3, 4))])
-        ),
+        (estimate_mean_over_seeds, ([],)),
+        (estimate_mean_over_seeds, ([np.full((2, 4), np.nan)],)),
+        (estimate_mean_over_seeds, ([np.zeros((0, 4))],)),
+        (estimate_mean_over_seeds, ([np.zeros((2, 4)), np.zeros((3, 4))],)),
         (estimate_difference_over_seeds, ([np.zeros((2, 4))], [np.zeros((2, 5))])),
     ],
 )
-def test_nonsense_is_refused(function: Callable[..., object], nonsense: tuple[Any, ...]) -> None:
+def test_nonsense_is_refused(function: Callable[..., object], arguments: tuple[Any, ...]) -> None:
     with pytest.raises(ValueError):
-        function(*nonsense)
+        function(*arguments)
+
+
+# ---- Paired differences.
 
 
 def test_a_paired_difference_covers_the_truth_and_gains_from_pairing() -> None:
     rng = np.random.default_rng(0)
-    covered, widths = 0, []
+    differences = []
     for _ in range(400):
-        hard = rng.random(60)  # scenes differ much; both policies fail on the same hard ones
-        a, b = (
-            hard + 0.05 * rng.standard_normal(60) < 0.7,
-            hard + 0.05 * rng.standard_normal(60) < 0.6,
-        )
-        d, _ = estimate_paired_difference([(a.tolist(), b.tolist())])
-        assert d.low <= d.value <= d.high
-        covered += d.low <= 0.1 <= d.high
-        widths.append(d.high - d.low)
-    assert (
-        covered / 400 >= 0.93
-        and np.mean(widths) < estimate_proportion(42, 60).high - estimate_proportion(42, 60).low
-    )
-    same, _ = estimate_paired_difference([([True] * 30, [True] * 30)])
-    assert same.value == 0 and same.low < 0 < same.high
+        # Scenes differ much; both policies fail on the same hard ones.
+        difficulty = rng.random(60)
+        first = difficulty + 0.05 * rng.standard_normal(60) < 0.7
+        second = difficulty + 0.05 * rng.standard_normal(60) < 0.6
+        difference, _ = estimate_paired_difference([(first.tolist(), second.tolist())])
+        differences.append(difference)
+
+    assert all(d.low <= d.value <= d.high for d in differences)
+    assert measure_coverage(differences, 0.1) >= MIN_COVERAGE
+    unpaired_width = 2 * estimate_proportion(42, 60).half_width
+    assert np.mean([2 * d.half_width for d in differences]) < unpaired_width
+
+
+def test_the_difference_of_equal_outcomes_is_zero_with_an_interval() -> None:
+    difference, _ = estimate_paired_difference([([True] * 30, [True] * 30)])
+
+    assert difference.value == 0
+    assert difference.low < 0 < difference.high
 
 
 @given(
@@ -81,122 +120,184 @@ def test_a_paired_difference_covers_the_truth_and_gains_from_pairing() -> None:
         st.tuples(st.integers(0, 9), st.integers(0, 9), st.integers(0, 30)), min_size=1, max_size=4
     )
 )
-def test_the_interval_leaves_out_zero_exactly_where_p_is_small(
+def test_the_interval_excludes_zero_exactly_where_p_is_small(
     counts: list[tuple[int, int, int]],
 ) -> None:
-    first, second = [True, False, True], [False, True, True]
-    strata = [
-        (np.repeat(first, n).tolist(), np.repeat(second, n).tolist()) for n in counts if any(n)
-    ]
-    if strata:
-        d, p = estimate_paired_difference(strata)
-        assert (p < 0.05) == (d.low > 0 or d.high < 0) and d.low <= d.value <= d.high
+    """Counts of scenes that only the first, only the second, and both solved."""
+    strata = []
+    for stratum in counts:
+        if any(stratum):
+            first = np.repeat([True, False, True], stratum).tolist()
+            second = np.repeat([False, True, True], stratum).tolist()
+            strata.append((first, second))
+    assume(strata)
+
+    difference, p = estimate_paired_difference(strata)
+
+    excludes_zero = difference.low > 0 or difference.high < 0
+    assert (p < 0.05) == excludes_zero
+    assert difference.low <= difference.value <= difference.high
 
 
 @pytest.mark.parametrize(("n", "either"), [(10, 0.3), (24, 0.4), (60, 0.05), (381, 0.1)])
 def test_equals_are_seldom_told_apart(n: int, either: float) -> None:
+    """either: probability that only the first, and that only the second solves a scene."""
     rng = np.random.default_rng(0)
-    found = [rng.choice(3, n, p=[either, either, 1 - 2 * either]) for _ in range(2000)]
-    assert np.mean([estimate_paired_difference([(f == 0, f == 1)])[1] < 0.05 for f in found]) < 0.06
+    num_differences = 0
+    for _ in range(2000):
+        solved_by = rng.choice(3, n, p=[either, either, 1 - 2 * either])
+        _, p = estimate_paired_difference([(solved_by == 0, solved_by == 1)])
+        num_differences += p < 0.05
+
+    assert num_differences / 2000 < 0.06
 
 
 def test_means_over_unlike_families_cover_the_truth() -> None:
     rng = np.random.default_rng(4)
-    rates = [(0.9, 0.8, 40), (0.5, 0.2, 25), (0.05, 0.05, 10)]
-    truth, mean = np.mean([p - q for p, q, _ in rates]), np.mean([p for p, _, _ in rates])
-    covered = inside = 0
+    families = [(0.9, 0.8, 40), (0.5, 0.2, 25), (0.05, 0.05, 10)]  # both rates, scenes
+    differences = []
+    means = []
     for _ in range(400):
-        drawn = [(rng.random(n) < p, rng.random(n) < q) for p, q, n in rates]
-        d, _ = estimate_paired_difference([(a.tolist(), b.tolist()) for a, b in drawn])
-        e = estimate_mean_proportion([(int(a.sum()), a.size) for a, _ in drawn])
-        assert d.n == e.n == 75
-        covered += d.low <= truth <= d.high
-        inside += e.low <= mean <= e.high
-    assert 0.93 <= covered / 400 < 1 and inside / 400 >= 0.93
-    assert estimate_mean_proportion([(3, 10), (9, 10)]) == estimate_proportion(12, 20)
-    assert estimate_mean_proportion([(10, 10), (0, 1000)]).value == 0.5
+        strata = []
+        counts = []
+        for first_rate, second_rate, n in families:
+            first = rng.random(n) < first_rate
+            second = rng.random(n) < second_rate
+            strata.append((first.tolist(), second.tolist()))
+            counts.append((int(first.sum()), n))
+        difference, _ = estimate_paired_difference(strata)
+        differences.append(difference)
+        means.append(estimate_mean_proportion(counts))
+
+    true_difference = float(np.mean([first - second for first, second, _ in families]))
+    true_mean = float(np.mean([first for first, _, _ in families]))
+    assert MIN_COVERAGE <= measure_coverage(differences, true_difference) < 1
+    assert measure_coverage(means, true_mean) >= MIN_COVERAGE
+    assert all(estimate.n == 75 for estimate in [*differences, *means])
 
 
-@pytest.mark.parametrize("rate", [0.0, 0.1, 0.5, 0.9])
-def test_samples_for_is_the_smallest_number(rate: float) -> None:
-    n = find_num_samples(0.05, rate)
-    assert find_num_samples(0.05) == 381 == TabletopOptions().scenes
-    enough, few = (
-        binomtest(round(rate * m), m).proportion_ci(0.95, "wilson") for m in (2 * n, n // 2)
-    )
-    assert enough.high - enough.low < 0.1 < few.high - few.low
+# ---- Bootstrap.
 
 
 def test_bootstrap_resamples_groups_not_values() -> None:
     rng = np.random.default_rng(1)
     groups = [np.full(50, rng.normal()) for _ in range(20)]  # 20 independent numbers, not 1000
-    together = bootstrap([*groups, np.array([])], np.mean)
-    apart = bootstrap([np.array([v]) for g in groups for v in g], np.mean)
-    assert together.value == pytest.approx(apart.value) and together.n == 20
-    assert together.high - together.low > 4 * (apart.high - apart.low)
-    assert "[" not in bootstrap(groups[:1], np.mean).to_text(
-        ".3f"
-    )  # of one nothing is known about others
-    for won in (True, False):  # as of values that all are alike, no two draws differ
-        assert bootstrap([np.full(9, won)] * 20, np.mean) == estimate_proportion(20 * won, 20)
+    single_values = np.concatenate(groups)[:, None]
+
+    by_group = bootstrap([*groups, np.array([])], np.mean)
+    by_value = bootstrap(single_values, np.mean)
+
+    assert by_group.n == 20
+    assert by_group.value == pytest.approx(by_value.value)
+    assert by_group.half_width > 4 * by_value.half_width
+
+
+def test_one_group_has_no_interval() -> None:
+    estimate = bootstrap([np.arange(50.0)], np.mean)
+
+    assert "[" not in estimate.to_text(".3f")
+
+
+@pytest.mark.parametrize("success", [True, False])
+def test_groups_that_are_all_alike_have_wilsons_interval(success: bool) -> None:
+    """No two draws differ, so resampling would give an interval without width."""
+    estimate = bootstrap([np.full(9, success)] * 20, np.mean)
+
+    assert estimate == estimate_proportion(20 * success, 20)
+
+
+def test_groups_of_one_have_wilsons_interval() -> None:
     assert bootstrap(np.arange(12)[:, None] < 8, np.mean) == estimate_proportion(8, 12)
-    few = [bootstrap(rng.normal(size=(6, 1)), np.mean) for _ in range(200)]
-    assert np.mean([e.low < 0 < e.high for e in few]) > 0.9
 
 
-@pytest.mark.parametrize(("rate", "alike"), [(0.5, 0.5), (0.9, 0.1), (0.97, 0.5)])
-def test_a_rate_covers_the_truth_where_samples_of_a_group_are_alike(
-    rate: float, alike: float
+def test_few_groups_cover_the_truth() -> None:
+    rng = np.random.default_rng(2)
+
+    estimates = [bootstrap(rng.normal(size=(6, 1)), np.mean) for _ in range(200)]
+
+    assert measure_coverage(estimates, 0) > 0.9
+
+
+@pytest.mark.parametrize(("rate", "correlation"), [(0.5, 0.5), (0.9, 0.1), (0.97, 0.5)])
+def test_a_rate_covers_the_truth_where_samples_of_a_group_are_correlated(
+    rate: float, correlation: float
 ) -> None:
-    rng, certain = np.random.default_rng(0), 1 / alike - 1
-    of_groups = rng.beta(rate * certain, (1 - rate) * certain, (1000, 20))
-    found = [bootstrap([rng.random(10) < own for own in groups], np.mean) for groups in of_groups]
-    assert 0.93 <= np.mean([e.low <= rate <= e.high for e in found]) < 1
+    rng = np.random.default_rng(0)
+    concentration = 1 / correlation - 1
+    group_rates = rng.beta(rate * concentration, (1 - rate) * concentration, (1000, 20))
+
+    estimates = []
+    for rates in group_rates:
+        groups = [rng.random(10) < group_rate for group_rate in rates]
+        estimates.append(bootstrap(groups, np.mean))
+
+    assert MIN_COVERAGE <= measure_coverage(estimates, rate) < 1
 
 
-def draw(rng: np.random.Generator, rate: float, hard: Array, seeds: Array) -> Array:
-    """Success [seeds, scenes]: scenes differ in how hard they are, trainings in how good they are."""
-    logit = np.log(rate / (1 - rate)) + seeds[:, None] + hard[None]
+# ---- Seeds.
+
+
+def draw_successes(
+    rng: np.random.Generator, rate: float, difficulties: Array, qualities: Array
+) -> Array:
+    """Success [seeds, scenes]: scenes differ in difficulty [scenes], trainings in quality [seeds]."""
+    logit = np.log(rate / (1 - rate)) + qualities[:, None] + difficulties[None]
     return rng.random(logit.shape) < 1 / (1 + np.exp(-logit))
 
 
 @pytest.mark.parametrize(("spread", "seeds"), [(0.0, 3), (0.4, 2), (0.4, 3), (0.4, 5), (1.0, 3)])
 def test_a_difference_over_seeds_covers_the_truth(spread: float, seeds: int) -> None:
-    """Two recipes alike: the truth is 0 whatever scenes and trainings are drawn."""
+    """Two recipes are alike: the truth is 0 whatever scenes and trainings are drawn."""
     rng = np.random.default_rng(0)
-    covered, widths, runs = 0, [], 200
-    for _ in range(runs):
-        hard = [1.5 * rng.standard_normal(50) for _ in range(2)]
-        own = [spread * rng.standard_normal(seeds) for _ in range(2)]
-        d = estimate_difference_over_seeds(*([draw(rng, 0.6, h, one) for h in hard] for one in own))
-        assert d.low <= d.value <= d.high
-        covered += d.low <= 0 <= d.high
-        widths.append(d.half_width)
-    assert covered / runs >= 0.93
-    # Where trainings do not differ, the interval is not much wider than of independent episodes.
-    assert spread > 0 or np.median(widths) < 0.12
+    differences = []
+    for _ in range(200):
+        difficulties = [1.5 * rng.standard_normal(50) for _ in range(2)]
+        first_quality = spread * rng.standard_normal(seeds)
+        second_quality = spread * rng.standard_normal(seeds)
+        first = [draw_successes(rng, 0.6, family, first_quality) for family in difficulties]
+        second = [draw_successes(rng, 0.6, family, second_quality) for family in difficulties]
+        differences.append(estimate_difference_over_seeds(first, second))
+
+    assert all(d.low <= d.value <= d.high for d in differences)
+    assert measure_coverage(differences, 0) >= MIN_COVERAGE
+    if spread == 0:  # not much wider than of independent episodes
+        assert np.median([d.half_width for d in differences]) < 0.12
 
 
 def test_a_mean_over_seeds_covers_the_truth_over_unlike_families() -> None:
-    rng, truth = np.random.default_rng(2), 0.0
-    for rate in (0.9, 0.3):
-        truth += (
-            float(draw(rng, rate, rng.standard_normal(4000), 0.3 * rng.standard_normal(500)).mean())
-            / 2
-        )
-    covered = 0
+    rng = np.random.default_rng(2)
+    family_rates = (0.9, 0.3)
+    true_rates = []
+    for rate in family_rates:
+        difficulties = rng.standard_normal(4000)
+        qualities = 0.3 * rng.standard_normal(500)
+        true_rates.append(float(draw_successes(rng, rate, difficulties, qualities).mean()))
+
+    means = []
     for _ in range(200):
-        own = 0.3 * rng.standard_normal(3)
-        e = estimate_mean_over_seeds(
-            [draw(rng, rate, rng.standard_normal(60), own) for rate in (0.9, 0.3)]
-        )
-        covered += e.low <= truth <= e.high
-    assert covered / 200 >= 0.93
+        quality = 0.3 * rng.standard_normal(3)
+        families = []
+        for rate in family_rates:
+            families.append(draw_successes(rng, rate, rng.standard_normal(60), quality))
+        means.append(estimate_mean_over_seeds(families))
+
+    assert measure_coverage(means, float(np.mean(true_rates))) >= MIN_COVERAGE
 
 
-def test_at_the_edges_seeds_give_the_interval_of_independent_episodes() -> None:
-    none = [np.zeros((3, 20), bool), np.zeros((3, 20), bool)]
-    assert estimate_mean_over_seeds(none) == estimate_mean_proportion([(0, 60), (0, 60)])
-    same = estimate_difference_over_seeds(none, none)
-    assert same.value == 0 and same.low < 0 < same.high
+def test_without_successes_a_mean_over_seeds_has_the_interval_of_independent_episodes() -> None:
+    failures = [np.zeros((3, 20), bool), np.zeros((3, 20), bool)]
+
+    assert estimate_mean_over_seeds(failures) == estimate_mean_proportion([(0, 60), (0, 60)])
+
+
+def test_the_difference_of_equal_failures_is_zero_with_an_interval() -> None:
+    failures = [np.zeros((3, 20), bool), np.zeros((3, 20), bool)]
+
+    difference = estimate_difference_over_seeds(failures, failures)
+
+    assert difference.value == 0
+    assert difference.low < 0 < difference.high
+
+
+def test_one_seed_counts_its_scenes() -> None:
     assert estimate_mean_over_seeds([np.array([[True, False, True]])]).n == 3
