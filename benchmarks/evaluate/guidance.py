@@ -1,5 +1,7 @@
-"""Real-time chunking at inference (arXiv 2506.07339) in the tangent space of R³ × S³: for any policy, with a
-pass backward per flow step, on the plain network."""
+"""Real-time chunking at inference (arXiv 2506.07339) in the tangent space of R³ × S³.
+
+It works for any policy, with one backward pass per flow step, on the plain network.
+"""
 
 from __future__ import annotations
 
@@ -8,20 +10,24 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from spear import flow
 from spear.geometry import sphere_exp, sphere_log
 from spear.policy import Spear1Policy
 from spear.types import Action
 
-STRONGEST = 5.0
-"""β, the most that the guidance counts (the paper's)."""
+MAX_GUIDANCE_STRENGTH = 5.0  # β, the paper's
+MIN_TIME_PRODUCT = 1e-6  # of τ (1 - τ), by which the strength is divided
 
 
 @dataclass
-class Guided(Spear1Policy):
-    """Pulls each chunk towards its `committed` actions, what is left of the last one: fully at the first
-    `delay`, executed in any case, less and less after them. On the sphere the pull is a logarithm."""
+class GuidedPolicy(Spear1Policy):
+    """Guides each chunk towards its `committed` actions, which are what is left of the last chunk.
+
+    The first `delay` actions are executed in any case and guided fully, those after them less and
+    less. On the sphere the guidance is a logarithm.
+    """
 
     delay: int = 0
 
@@ -32,31 +38,49 @@ class Guided(Spear1Policy):
 
     def predict(self, inputs: Mapping[str, Any]) -> Action:
         """As `Spear1Policy.predict`, guided where there are committed actions."""
-        given = dict(inputs)
-        committed, state, noise = (given.pop(key) for key in ("committed", "state", "noise"))
+        prefix_inputs = dict(inputs)
+        committed = prefix_inputs.pop("committed")
+        state = prefix_inputs.pop("state")
+        noise = prefix_inputs.pop("noise")
         if committed is None:
             return super().predict(inputs)
+
         with torch.no_grad():
-            prefix = self.model.encode_prefix(**given)
-        config, wanted, held = self.model.flow, committed.actions, committed.is_committed
-        place, count = torch.arange(held.shape[1], device=held.device), held.sum(-1, keepdim=True)
-        c = ((count - place) / (count - self.delay + 1).clamp_min(1)).clamp(0, 1)
-        fading = torch.where(place < self.delay, 1.0, c * c.expm1() / (torch.e - 1)) * held
+            prefix = self.model.encode_prefix(**prefix_inputs)
+        config = self.model.flow
+        target = committed.actions
+        weights = self._compute_weights(committed.is_committed)
 
-        def velocity(noisy: Action, time: torch.Tensor) -> Action:
-            x, tau = noisy.to_vector().requires_grad_(), float(time.flatten()[0])
+        def guided_velocity(noisy: Action, time: Tensor) -> Action:
+            x = noisy.to_vector().requires_grad_()
+            tau = float(time.flatten()[0])
             with torch.enable_grad():
-                at = Action.from_vector(x)
-                said = self.model.predict(prefix, state, at, time)
-                v = flow.prediction_to_velocity(said, at, time, config)
-                rotation = sphere_exp(at.rotation, (1 - tau) * v.rotation)
-                end = replace(Action.from_vector(x + (1 - tau) * v.to_vector()), rotation=rotation)
-                to_go = Action.from_vector((wanted.to_vector() - end.to_vector()).detach())
-                to_go = replace(to_go, rotation=sphere_log(rotation.detach(), wanted.rotation))
-                pull = torch.autograd.grad(
-                    end.to_vector(), x, to_go.to_vector() * fading[..., None]
-                )[0]
-            strength = min(STRONGEST, (tau**2 + (1 - tau) ** 2) / max(tau * (1 - tau), 1e-6))
-            return Action.from_vector((v.to_vector() + strength * pull).detach())
+                # Where the network's velocity leads from here.
+                state_at_time = Action.from_vector(x)
+                prediction = self.model.predict(prefix, state, state_at_time, time)
+                velocity = flow.prediction_to_velocity(prediction, state_at_time, time, config)
+                rotation = sphere_exp(state_at_time.rotation, (1 - tau) * velocity.rotation)
+                end = Action.from_vector(x + (1 - tau) * velocity.to_vector())
+                end = replace(end, rotation=rotation)
 
-        return flow.integrate(velocity, noise, self.steps, replace(config, prediction="velocity"))
+                # How far that is from the committed actions, pulled back to x.
+                gap = Action.from_vector((target.to_vector() - end.to_vector()).detach())
+                gap = replace(gap, rotation=sphere_log(rotation.detach(), target.rotation))
+                (guidance,) = torch.autograd.grad(
+                    end.to_vector(), x, gap.to_vector() * weights[..., None]
+                )
+            time_product = max(tau * (1 - tau), MIN_TIME_PRODUCT)
+            strength = min(MAX_GUIDANCE_STRENGTH, (tau**2 + (1 - tau) ** 2) / time_product)
+            return Action.from_vector((velocity.to_vector() + strength * guidance).detach())
+
+        velocity_config = replace(config, prediction="velocity")
+        return flow.integrate(guided_velocity, noise, self.steps, velocity_config)
+
+    def _compute_weights(self, is_committed: Tensor) -> Tensor:
+        """How strongly each action of a chunk is guided, 0 to 1, [batch, horizon]."""
+        position = torch.arange(is_committed.shape[1], device=is_committed.device)
+        num_committed = is_committed.sum(-1, keepdim=True)
+        num_fading = (num_committed - self.delay + 1).clamp_min(1)
+        c = ((num_committed - position) / num_fading).clamp(0, 1)
+        fading = c * c.expm1() / (torch.e - 1)
+        return torch.where(position < self.delay, 1.0, fading) * is_committed

@@ -1,26 +1,28 @@
-"""Success against inference latency, for each way of executing chunks, in the embedded simulator.
+"""Success against inference latency, for each execution mode, in the embedded simulator.
 
-The same held-out scenes for every cell, so that differences are paired. The control loop runs at 5 Hz: a
-latency counts in whole steps of 200 ms, rounded up. Every cell is a folder of `spear evaluate` under OUT:
-stopped at any moment, the same command goes on, more SCENES add to those that are there, and `spear evaluate
-compare` compares any two. The row rtc is for policies that were trained with `--set committed=N`.
+Every cell has the same held-out scenes, so that differences are paired. The control loop runs at
+5 Hz, so a latency counts in whole steps of 200 ms, rounded up. Every cell is a folder of
+`spear evaluate` under OUT: stopped at any moment, the same command resumes; more SCENES are added
+to those that are there; and `spear evaluate compare` compares any two cells. The row rtc is for
+policies that were trained with `--set committed=N`.
 
-The step of velocity at a seam is by how much one tick's motion differs from the last one's, in mm per tick of
-200 ms, wherever another chunk takes over or the robot stops or starts again. A policy that sees everything
-anew at every tick without delay (sync/1 at 0 ms) has seams everywhere: it is the measure of what is smooth.
+The velocity step at a seam is the difference between the motions of two successive ticks, in mm per
+tick of 200 ms, wherever another chunk takes over or the robot stops or starts again. A policy that
+infers at every tick without latency (sync/1 at 0 ms) has seams everywhere: it is the baseline for
+smoothness.
 
-    python benchmarks/evaluate/latency_study.py [POLICY] [SCENES] [OUT] [--rows ROW …] [--guided] [--quick]
+    python benchmarks/evaluate/latency_study.py [POLICY] [SCENES] [OUT] [--rows ROW …] [--guided]
 
---rows runs these rows of the table alone (sync/5 async/1 …), for several processes side by side; without it
-whatever is missing is run, and the table printed. --guided adds a row with real-time chunking at inference
-(guidance.py), for policies of any training; it takes several times as long. --quick tries the script on one
-scene of one family; its numbers say nothing.
+--rows runs these rows of the table alone (sync/5 async/1 …), for several processes side by side.
+Without it whatever is missing is run, and the table is printed. --guided adds a row with real-time
+chunking at inference (guidance.py), for policies of any training; it takes several times as long.
+--quick tries the script on one scene of one family; its numbers say nothing.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, ClassVar
@@ -29,7 +31,7 @@ import numpy as np
 import tyro
 from tyro.conf import Positional
 
-from guidance import Guided
+from guidance import GuidedPolicy
 from spear.chunks import ChunkExecutor, ExecutionMode
 from spear.cli import run_reporting_errors
 from spear.evaluate import closed_loop
@@ -41,8 +43,10 @@ from spear.policy import Spear1Policy
 from spear.sim.scene import FAMILIES
 
 LATENCIES_MS = (0, 200, 400)
+STEP_MS = 200
+BASELINE_ROW = "sync/1"
 ROWS: dict[str, tuple[ExecutionMode, int]] = {
-    "sync/1": ("sync", 1),
+    BASELINE_ROW: ("sync", 1),
     "sync/3": ("sync", 3),
     "sync/5": ("sync", 5),
     "async/1": ("async", 1),
@@ -51,101 +55,168 @@ ROWS: dict[str, tuple[ExecutionMode, int]] = {
     "rtc/1": ("rtc", 1),
     "guided/1": ("rtc", 1),
 }
-"""The way of executing chunks, and after how many actions the next look is due; full is async that takes no
-care of the gripper. The first is `spear evaluate`'s default, the third the whole chunk; with async a look
-never waits longer than that, and comes as early as the last inference allows."""
+"""The execution mode and the replan interval. full is async without care for the gripper. The first
+is the default of `spear evaluate`, the third executes whole chunks. With async the next inference
+never waits longer than the replan interval, and starts as early as the last one allows."""
+SEAMS_FILE = "seams.txt"
+STILL_FILE = "still.txt"
+
+Cells = Mapping[tuple[str, int], Results]
+"""(row, latency in ms) → results."""
 
 
-class Recorder(ChunkExecutor):
-    """Notes the steps of velocity at seams, mm per tick, and at which share of the ticks the arm was told
-    nothing; file: where they go once their episode has ended."""
+class RecordingExecutor(ChunkExecutor):
+    """Records the velocity steps at seams, mm per tick.
 
-    file: ClassVar[Path]
-    tells_all = False  # of the last chunk, whatever is left
-    careless = False
+    seams_file              where they go once their episode has ended; next to it, the fraction of
+                            ticks without an action.
+    commits_whole_chunk     whether all that is left of the last chunk is committed.
+    ignores_gripper_change  whether the arm moves on fast before the gripper is used.
+    """
+
+    seams_file: ClassVar[Path]
+    commits_whole_chunk = False
+    ignores_gripper_change = False
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         self.seams: list[float] = []
-        self._before: np.ndarray | None = None
-        self._speaks: list[Any] | None = None  # the rows of the chunk that chose the last motion
+        self._last_motion: np.ndarray | None = None
+        self._last_chunk: list[Any] | None = None  # the steps that chose the last motion
 
     def next_action(self) -> np.ndarray:
-        """As it is; notes it where it does not go on with the same chunk."""
+        """As `ChunkExecutor.next_action`; records a seam where another chunk takes over."""
         action = super().next_action()
-        speaks = None if self._executed[-1] is None else self._planned
-        if self._before is not None and speaks is not self._speaks:
-            self.seams.append(float(np.linalg.norm(action[:3] - self._before) * 1000))
-        if self._before is not None or speaks is not None:  # the first motion has nothing before it
-            self._before, self._speaks = action[:3], speaks
+        chunk = None if self._executed[-1] is None else self._planned
+        if self._last_motion is not None and chunk is not self._last_chunk:
+            self.seams.append(float(np.linalg.norm(action[:3] - self._last_motion) * 1000))
+        if self._last_motion is not None or chunk is not None:  # nothing before the first motion
+            self._last_motion = action[:3]
+            self._last_chunk = chunk
         return action
 
     def _find_gripper_change(self, actions: Iterable[np.ndarray]) -> int | None:
-        """As it is, or never."""
-        return None if self.careless else super()._find_gripper_change(actions)
+        return None if self.ignores_gripper_change else super()._find_gripper_change(actions)
 
     def committed_actions(self) -> dict[str, Any]:
-        """As it is, or with all that is left."""
         rows = [step.action for step in self._planned]
-        return (
-            {"committed": np.stack(rows)}
-            if self.tells_all and rows
-            else super().committed_actions()
-        )
+        if self.commits_whole_chunk and rows:
+            return {"committed": np.stack(rows)}
+        return super().committed_actions()
 
 
-def _ended(slot: Any, outcome: Callable[[Any], Outcome] = closed_loop._make_outcome) -> Outcome:
-    """An episode's outcome, its seams kept: those of one that is stopped come when it is run again."""
-    with Recorder.file.open("a") as file:
-        file.writelines(f"{seam:.3f}\n" for seam in slot.executor.seams)
-    with Recorder.file.with_name(STILL).open("a") as file:
-        file.write(f"{np.mean([action is None for action in slot.executor._executed])}\n")
-    return outcome(slot)
+def make_recorded_outcome(
+    scene: Any, make_outcome: Callable[[Any], Outcome] = closed_loop._make_outcome
+) -> Outcome:
+    """An episode's outcome; its seams are written now.
+
+    The seams of an episode that is stopped are written when it is run again.
+    """
+    with RecordingExecutor.seams_file.open("a") as file:
+        file.writelines(f"{seam:.3f}\n" for seam in scene.executor.seams)
+    with RecordingExecutor.seams_file.with_name(STILL_FILE).open("a") as file:
+        is_still = [action is None for action in scene.executor._executed]
+        file.write(f"{np.mean(is_still)}\n")
+    return make_outcome(scene)
 
 
-setattr(closed_loop, "ChunkExecutor", Recorder)  # noqa: B010
-setattr(closed_loop, "_make_outcome", _ended)  # noqa: B010
-
-SEAMS, STILL = "seams.txt", "still.txt"
+setattr(closed_loop, "ChunkExecutor", RecordingExecutor)  # noqa: B010
+setattr(closed_loop, "_make_outcome", make_recorded_outcome)  # noqa: B010
 
 
-def place(out: Path, row: str, latency_ms: int) -> Path:
-    """A cell's folder."""
+def cell_folder(out: Path, row: str, latency_ms: int) -> Path:
     return out / f"{row.replace('/', '-')}-{latency_ms}ms"
 
 
-def cell(
-    agent: Agent, row: str, latency_ms: int, scenes: int, out: Path, families: tuple[str, ...]
+def run_cell(
+    agent: Agent, row: str, latency_ms: int, scenes: int, out: Path, families: Sequence[str]
 ) -> Results:
-    """One cell of the table: what its folder holds already is not run again."""
+    """Run one cell of the table; what its folder already has is not run again."""
     mode, replan = ROWS[row]
-    folder = place(out, row, latency_ms)
+    folder = cell_folder(out, row, latency_ms)
     options = TabletopOptions(
-        scenes, replan=replan, out=folder, families=families, execution=mode, latency_ms=latency_ms
+        scenes,
+        replan=replan,
+        out=folder,
+        families=tuple(families),
+        execution=mode,
+        latency_ms=latency_ms,
     )
-    Recorder.file = folder / SEAMS
-    Recorder.tells_all = row == "guided/1"
-    Recorder.careless = row == "full/1"
-    if Recorder.tells_all:
-        assert isinstance(agent, PolicyAgent) and isinstance(agent.policy, Spear1Policy), (
-            "no server"
-        )
-        own = {f.name: getattr(agent.policy, f.name) for f in fields(Spear1Policy) if f.init}
-        guided = Guided(**own, delay=latency_ms // 200)
-        agent = PolicyAgent(guided, agent.name, agent.weights)
-    return closed_loop.evaluate_tabletop(agent, options)[0]
+    RecordingExecutor.seams_file = folder / SEAMS_FILE
+    RecordingExecutor.commits_whole_chunk = row == "guided/1"
+    RecordingExecutor.ignores_gripper_change = row == "full/1"
+    if row == "guided/1":
+        agent = make_guided_agent(agent, latency_ms)
+    results, _ = closed_loop.evaluate_tabletop(agent, options)
+    return results
 
 
-def noted(out: Path, row: str, latency_ms: int, name: str) -> np.ndarray:
-    """What a cell's file of that name holds."""
-    file = place(out, row, latency_ms) / name
+def make_guided_agent(agent: Agent, latency_ms: int) -> PolicyAgent:
+    """The same policy with real-time chunking at inference."""
+    assert isinstance(agent, PolicyAgent), "give a policy"
+    assert isinstance(agent.policy, Spear1Policy), "give a policy that is loaded here, no server"
+    settings = {f.name: getattr(agent.policy, f.name) for f in fields(Spear1Policy) if f.init}
+    guided_policy = GuidedPolicy(**settings, delay=latency_ms // STEP_MS)
+    return PolicyAgent(guided_policy, agent.name, agent.weights)
+
+
+def read_record(out: Path, row: str, latency_ms: int, name: str) -> np.ndarray:
+    """The numbers in a cell's file of that name."""
+    file = cell_folder(out, row, latency_ms) / name
     return np.array(file.read_text().split() if file.is_file() else [], float)
 
 
-def smoothness(out: Path, row: str, latency_ms: int) -> str:
-    """The median and the 95th percentile of a cell's steps of velocity at seams, as text."""
-    steps = noted(out, row, latency_ms, SEAMS)
-    return " / ".join(f"{q:.1f}" for q in np.percentile(steps, [50, 95])) if steps.size else "–"
+def describe_smoothness(out: Path, row: str, latency_ms: int) -> str:
+    """The median and the 95th percentile of a cell's velocity steps at seams, as text."""
+    steps = read_record(out, row, latency_ms, SEAMS_FILE)
+    if not steps.size:
+        return "–"
+    median, percentile_95 = np.percentile(steps, [50, 95])
+    return f"{median:.1f} / {percentile_95:.1f}"
+
+
+def print_cell(out: Path, row: str, latency_ms: int, results: Results) -> None:
+    mean = results.mean_success()
+    success = f"{mean.value:.1%} [{mean.low:.1%}, {mean.high:.1%}], n = {mean.n}"
+    seams = describe_smoothness(out, row, latency_ms)
+    still = np.mean(read_record(out, row, latency_ms, STILL_FILE))
+    print(f"{row:9} {latency_ms:4} ms: {success}, seams {seams} mm, still {still:.0%}", flush=True)
+
+
+def print_tables(out: Path, rows: Sequence[str], cells: Cells) -> None:
+    """Print the tables of a study whose cells are all done, in Markdown."""
+    headers = [f"{latency} ms" for latency in LATENCIES_MS]
+    print(f"\n| execution / k | {' | '.join(headers)} |")
+    print("|---|" + "---|" * len(LATENCIES_MS))
+    for row in rows:
+        means = [cells[row, latency].mean_success() for latency in LATENCIES_MS]
+        rates = [f"{mean.value:.1%} [{mean.low:.0%}, {mean.high:.0%}]" for mean in means]
+        print(f"| {row} | {' | '.join(rates)} |")
+
+    print("\nSteps of velocity at seams, mm per tick: median / 95th percentile")
+    for row in rows:
+        smoothness = [describe_smoothness(out, row, latency) for latency in LATENCIES_MS]
+        print(f"| {row} | {' | '.join(smoothness)} |")
+
+    print(f"\nOf the undelayed success of {BASELINE_ROW}:")
+    baseline = cells[BASELINE_ROW, 0].mean_success().value or float("nan")
+    for row in rows:
+        means = [cells[row, latency].mean_success() for latency in LATENCIES_MS]
+        print(f"{row:9} {', '.join(f'{mean.value / baseline:.2f}' for mean in means)}")
+
+    print(
+        f"\nAgainst {BASELINE_ROW} at the same latency, paired: "
+        "n, both, difference in points [95 %], p, won : lost"
+    )
+    for row in rows[1:]:
+        for latency in LATENCIES_MS:
+            comparison = compare_results(cells[row, latency], cells[BASELINE_ROW, latency])
+            print(f"{row:9} {latency:4} ms: {', '.join(format_row(comparison.mean)[1:])}")
+
+    print("\nPer family:")
+    for (row, latency), results in cells.items():
+        rates = [f"{f} {results.summarize(f).success.value:.0%}" for f in results.families]
+        print(f"{row:9} {latency:4} ms: {', '.join(rates)}")
 
 
 def main(
@@ -156,57 +227,27 @@ def main(
     guided: bool = False,
     quick: bool = False,
 ) -> None:
-    """Runs what is missing; prints each cell as it is done and, in the end, a table in Markdown."""
-    families = FAMILIES[:1] if quick else FAMILIES
-    scenes = 1 if quick else scenes
-    out = out / "quick" if quick else out
+    """Run what is missing; print each cell as it is done and, at the end, tables in Markdown."""
+    families = FAMILIES
+    if quick:
+        families = FAMILIES[:1]
+        scenes = 1
+        out = out / "quick"
     agent = load_agent(policy, device="cpu")
-    found: dict[tuple[str, int], Results] = {}
-    left_out = {"rtc/1": not agent.max_committed, "guided/1": not guided}
-    known = [row for row in ROWS if not left_out.get(row)]
+    possible_rows = list(ROWS)
     if not agent.max_committed:
         print(f"{policy} was not trained for rtc: left out", file=sys.stderr)
-    for row in rows or known:
+        possible_rows.remove("rtc/1")
+    if not guided:
+        possible_rows.remove("guided/1")
+
+    cells: dict[tuple[str, int], Results] = {}
+    for row in rows or possible_rows:
         for latency in LATENCIES_MS:
-            found[row, latency] = cell(agent, row, latency, scenes, out, families)
-            mean = found[row, latency].mean_success()
-            text = f"{mean.value:.1%} [{mean.low:.1%}, {mean.high:.1%}], n = {mean.n}"
-            seams, still = smoothness(out, row, latency), np.mean(noted(out, row, latency, STILL))
-            print(
-                f"{row:9} {latency:4} ms: {text}, seams {seams} mm, still {still:.0%}", flush=True
-            )
-    if rows:
-        return
-    print("\n| execution / k | " + " | ".join(f"{latency} ms" for latency in LATENCIES_MS) + " |")
-    print("|---|" + "---|" * len(LATENCIES_MS))
-    for row in known:
-        means = [found[row, latency].mean_success() for latency in LATENCIES_MS]
-        print(
-            f"| {row} | "
-            + " | ".join(f"{m.value:.1%} [{m.low:.0%}, {m.high:.0%}]" for m in means)
-            + " |"
-        )
-    print("\nSteps of velocity at seams, mm per tick: median / 95th percentile")
-    for row in known:
-        print(f"| {row} | " + " | ".join(smoothness(out, row, ms) for ms in LATENCIES_MS) + " |")
-    print("\nOf the undelayed success of sync/1:")
-    for row in known:
-        whole = found["sync/1", 0].mean_success().value or float("nan")
-        print(
-            f"{row:9} "
-            + ", ".join(f"{found[row, ms].mean_success().value / whole:.2f}" for ms in LATENCIES_MS)
-        )
-    print(
-        "\nAgainst sync/1 at the same latency, paired: n, both, difference in points [95 %], p, won : lost"
-    )
-    for row in known[1:]:
-        for latency in LATENCIES_MS:
-            gap = compare_results(found[row, latency], found["sync/1", latency]).mean
-            print(f"{row:9} {latency:4} ms: " + ", ".join(format_row(gap)[1:]))
-    print("\nPer family:")
-    for (row, latency), results in found.items():
-        rates = ", ".join(f"{f} {results.summarize(f).success.value:.0%}" for f in results.families)
-        print(f"{row:9} {latency:4} ms: {rates}")
+            cells[row, latency] = run_cell(agent, row, latency, scenes, out, families)
+            print_cell(out, row, latency, cells[row, latency])
+    if not rows:
+        print_tables(out, possible_rows, cells)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The closed loop: fair references, outcomes that do not depend on batching, films of both outcomes."""
+"""The closed loop: fair baselines, outcomes that do not depend on batching, films, latency."""
 
 import contextlib
 import importlib
@@ -17,151 +17,241 @@ from spear.evaluate import film as video
 from spear.evaluate.agents import IDLE_ACTION, Agent, ExpertAgent, IdleAgent, PolicyAgent
 from spear.evaluate.closed_loop import evaluate_tabletop
 from spear.evaluate.options import TabletopOptions
-from spear.evaluate.results import Outcome, Results
+from spear.evaluate.results import Results
 from spear.types import Array
 
-SMALL = {"external": (48, 32), "wrist": (24, 24)}
+SMALL_IMAGES = {"external": (48, 32), "wrist": (24, 24)}
+TIME_LIMIT_STEPS = 60
+SECOND_STEPS = 5  # the last frame of a film stays for a second
 
 
-def run(agent: Agent, scenes: int, *families: str, **options: Any) -> Results:
-    return evaluate_tabletop(
-        agent, TabletopOptions(scenes, families=families or ("put_on",), **options)
-    )[0]
+def evaluate(agent: Agent, scenes: int, **options: Any) -> Results:
+    results, _ = evaluate_tabletop(agent, TabletopOptions(scenes, families=("put_on",), **options))
+    return results
 
 
-class Half(ExpertAgent):
-    """The expert in even scenes, idle in odd ones; Ctrl-C after so many steps."""
+class HalfExpert(ExpertAgent):
+    """The expert in even scenes, idle in odd ones; interrupted after so many calls."""
 
-    image_sizes = SMALL
+    image_sizes = SMALL_IMAGES
 
-    def __init__(self, steps: int = 10**6) -> None:
-        self.steps, self.scenes = steps, set[int]()
+    def __init__(self, max_calls: int = 10**6) -> None:
+        self.num_calls_left = max_calls
+        self.scenes: set[int] = set()
 
     def act(
         self, envs: Sequence[Any], observations: Sequence[Mapping[str, Any]]
     ) -> Sequence[Array]:
-        self.steps -= 1
-        if self.steps < 0:
+        self.num_calls_left -= 1
+        if self.num_calls_left < 0:
             raise KeyboardInterrupt
-        self.scenes |= {e.world.spec.seed for e in envs}
-        pairs = zip(super().act(envs, observations), envs, strict=True)
-        return [a if e.world.spec.seed % 2 == 0 else IDLE_ACTION[None] for a, e in pairs]
+        chunks = []
+        for env, chunk in zip(envs, super().act(envs, observations), strict=True):
+            seed = env.world.spec.seed
+            self.scenes.add(seed)
+            chunks.append(chunk if seed % 2 == 0 else IDLE_ACTION[None])
+        return chunks
 
 
-class Wander:
-    """A policy that moves as its own observation says, so that its outcome shows what it saw."""
+class WanderingPolicy:
+    """Moves as its own observation says, so that its outcome shows what it saw.
 
-    image_sizes: Mapping[str, tuple[int, int]] = SMALL
+    image_shapes   of the images that it saw.
+    num_committed  length of the committed prefix at each inference.
+    """
 
-    def __init__(self) -> None:
-        self.shapes, self.told, self.committed = set[tuple[int, ...]](), list[int](), 0
+    def __init__(
+        self, image_sizes: Mapping[str, tuple[int, int]] = SMALL_IMAGES, committed: int = 0
+    ) -> None:
+        self.image_sizes = image_sizes
+        self.committed = committed
+        self.image_shapes: set[tuple[int, ...]] = set()
+        self.num_committed: list[int] = []
 
     def infer(self, observation: Mapping[str, Any]) -> dict[str, Any]:
-        self.told.append(len(observation.get("committed", ())))
-        self.shapes |= {value.shape for key, value in observation.items() if key.endswith("image")}
+        self.num_committed.append(len(observation.get("committed", ())))
+        for key, value in observation.items():
+            if key.endswith("image"):
+                self.image_shapes.add(value.shape)
         state = observation["observation/state"]
         step = np.array([0.02, -0.1 * state[1], 0.05 * (0.15 - state[2])])
         return {"actions": np.tile([*step, 1, 0, 0, 0, 1], (5, 1)).astype(np.float32)}
 
     def infer_batch(self, observations: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-        return [self.infer(o) for o in observations]
+        return [self.infer(observation) for observation in observations]
+
+
+# ---- Observations and batches.
 
 
 def test_outcomes_do_not_depend_on_the_batch() -> None:
-    runs: list[Sequence[Outcome]] = []
-    for batch in (1, 3):
-        policy = Wander()
-        runs.append(run(PolicyAgent(policy, "x"), 3, first_seed=20, batch=batch, replan=5).outcomes)
-        assert policy.shapes == {(32, 48, 3), (24, 24, 3)}
-    assert runs[0] == runs[1]
+    options = {"first_seed": 20, "replan": 5}
+
+    alone = evaluate(PolicyAgent(WanderingPolicy(), "x"), 3, batch=1, **options)
+    together = evaluate(PolicyAgent(WanderingPolicy(), "x"), 3, batch=3, **options)
+
+    assert together.outcomes == alone.outcomes
 
 
-@pytest.mark.parametrize("view", SMALL)
+def test_a_policy_sees_images_of_its_own_sizes() -> None:
+    policy = WanderingPolicy()
+
+    evaluate(PolicyAgent(policy, "x"), 1, replan=5)
+
+    assert policy.image_shapes == {(32, 48, 3), (24, 24, 3)}
+
+
+@pytest.mark.parametrize("view", SMALL_IMAGES)
 def test_a_policy_with_one_camera_sees_that_one_only(view: str) -> None:
-    policy, (width, height) = Wander(), SMALL[view]
-    policy.image_sizes = {view: SMALL[view]}
-    assert run(PolicyAgent(policy, "x"), 1, replan=5).outcomes and policy.shapes == {
-        (height, width, 3)
-    }
+    width, height = SMALL_IMAGES[view]
+    policy = WanderingPolicy(image_sizes={view: (width, height)})
+
+    results = evaluate(PolicyAgent(policy, "x"), 1, replan=5)
+
+    assert results.outcomes
+    assert policy.image_shapes == {(height, width, 3)}
 
 
-def test_films_are_made_in_both_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+# ---- Films and resumption.
+
+
+def num_frames(data: bytes) -> int:
+    with av.open(io.BytesIO(data)) as container:
+        return sum(1 for _ in container.decode(video=0))
+
+
+@pytest.fixture
+def filmed_options(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> TabletopOptions:
+    """Options of which one success and one failure are filmed in `tmp_path`."""
     monkeypatch.setattr(video, "HEIGHT", 60)
-    one = TabletopOptions(2, out=tmp_path, films=1, families=("put_on",))
-    results, films = evaluate_tabletop(Half(), one)
-    assert [o.success for o in results.outcomes] == [True, False]
-    assert [f.outcome for f in films] == results.outcomes
+    return TabletopOptions(2, out=tmp_path, films=1, families=("put_on",))
+
+
+def test_a_success_and_a_failure_are_filmed_step_by_step(filmed_options: TabletopOptions) -> None:
+    results, films = evaluate_tabletop(HalfExpert(), filmed_options)
+
+    assert [outcome.success for outcome in results.outcomes] == [True, False]
+    assert [film.outcome for film in films] == results.outcomes
     for film in films:
-        with av.open(io.BytesIO(film.data)) as container:
-            assert sum(1 for _ in container.decode(video=0)) == film.outcome.steps + 1 + 5
+        assert num_frames(film.data) == film.outcome.steps + 1 + SECOND_STEPS
+
+
+def test_only_missing_films_are_made_again(filmed_options: TabletopOptions, tmp_path: Path) -> None:
+    results, _ = evaluate_tabletop(HalfExpert(), filmed_options)
     (tmp_path / "put_on-success-0.mp4").unlink()
-    again, films = evaluate_tabletop(Half(), one)
-    assert again.outcomes == results.outcomes and [f.outcome.seed for f in films] == [0]
-    assert evaluate_tabletop(Half(), one)[1] == []
+
+    results_again, new_films = evaluate_tabletop(HalfExpert(), filmed_options)
+    _, no_films = evaluate_tabletop(HalfExpert(), filmed_options)
+
+    assert results_again.outcomes == results.outcomes
+    assert [film.outcome.seed for film in new_films] == [0]
+    assert no_films == []
 
 
 def test_an_interrupted_sharded_evaluation_ends_as_an_uninterrupted_one(tmp_path: Path) -> None:
-    whole = run(Half(), 4)
-    common = {"batch": 1, "out": tmp_path}
+    uninterrupted = evaluate(HalfExpert(), 4)
+    options = {"batch": 1, "out": tmp_path}
+    steps_of_first_scene = uninterrupted.outcomes[0].steps
+
     with pytest.raises(KeyboardInterrupt):
-        run(Half(whole.outcomes[0].steps + 1), 4, shard="1/2", **common)
-    rest = Half()
-    first = run(rest, 4, shard="1/2", **common)
-    assert rest.scenes == {2}  # scene 0 was done
-    second = run(Half(), 4, shard="2/2", **common)
-    assert (first.outcomes, second.outcomes) == (whole.outcomes[::2], whole.outcomes[1::2])
-    assert run(Half(0), 4, **common).outcomes == whole.outcomes
+        evaluate(HalfExpert(steps_of_first_scene + 1), 4, shard="1/2", **options)
+    resumed_agent = HalfExpert()
+    first_shard = evaluate(resumed_agent, 4, shard="1/2", **options)
+    second_shard = evaluate(HalfExpert(), 4, shard="2/2", **options)
+    merged = evaluate(HalfExpert(max_calls=0), 4, **options)
+
+    assert resumed_agent.scenes == {2}  # scene 0 was done
+    assert first_shard.outcomes == uninterrupted.outcomes[::2]
+    assert second_shard.outcomes == uninterrupted.outcomes[1::2]
+    assert merged.outcomes == uninterrupted.outcomes
 
 
 def test_results_of_another_physics_do_not_mix(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run(IdleAgent(), 1, out=tmp_path)
-    monkeypatch.setattr(
-        closed_loop, "SIMULATOR_VERSION", "MuJoCo 3.3.7"
-    )  # where the expert fails in 7 of 25 scenes
-    refuses("MuJoCo 3.3.7", run, IdleAgent(), 2, out=tmp_path)
-    run(IdleAgent(), 1, out=tmp_path / "async", execution="async")
+    evaluate(IdleAgent(), 1, out=tmp_path)
+    other_version = "MuJoCo 3.3.7"  # where the expert fails in 7 of 25 scenes
+    monkeypatch.setattr(closed_loop, "SIMULATOR_VERSION", other_version)
+
+    refuses(other_version, evaluate, IdleAgent(), 2, out=tmp_path)
+
+
+def test_results_of_other_slow_actions_do_not_mix(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = {"out": tmp_path, "execution": "async"}
+    evaluate(IdleAgent(), 1, **options)
     monkeypatch.setattr(closed_loop, "NUM_SLOW_ACTIONS", 9)
-    refuses("slow_actions", run, IdleAgent(), 2, out=tmp_path / "async", execution="async")
+
+    refuses("slow_actions", evaluate, IdleAgent(), 2, **options)
+
+
+# ---- Latency and execution modes.
+
+
+class RepeatingExpert(ExpertAgent):
+    """The expert, which repeats its next action five times: a chunk to execute during inference."""
+
+    def act(
+        self, envs: Sequence[Any], observations: Sequence[Mapping[str, Any]]
+    ) -> Sequence[Array]:
+        return [np.repeat(chunk, 5, axis=0) for chunk in super().act(envs, observations)]
 
 
 def test_latency_costs_steps() -> None:
-    class Planner(ExpertAgent):
-        """The expert, who says its next action five times over: a chunk to execute meanwhile."""
+    immediate = evaluate(RepeatingExpert(), 2, latency_ms=0.0)
+    late = evaluate(RepeatingExpert(), 2, latency_ms=200.0)
 
-        def act(
-            self, envs: Sequence[Any], observations: Sequence[Mapping[str, Any]]
-        ) -> Sequence[Array]:
-            return [np.repeat(a, 5, axis=0) for a in super().act(envs, observations)]
-
-    soon, late = (run(Planner(), 2, latency_ms=ms) for ms in (0.0, 200.0))
-    assert sum(o.steps for o in late.outcomes) > 1.5 * sum(o.steps for o in soon.outcomes)
-    assert late.settings["latency_ms"] == 200 and late.settings["execution"] == "sync"
-    assert run(IdleAgent(), 1, execution="async").outcomes[0].steps == 60
+    num_steps = sum(outcome.steps for outcome in immediate.outcomes)
+    num_late_steps = sum(outcome.steps for outcome in late.outcomes)
+    assert num_late_steps > 1.5 * num_steps
+    assert late.settings["latency_ms"] == 200
+    assert late.settings["execution"] == "sync"
 
 
-def test_rtc_is_for_policies_that_have_learned_it() -> None:
-    policy = Wander()
-    policy.committed = 2
-    late = run(PolicyAgent(policy, "x"), 1, execution="rtc", latency_ms=300.0)
-    assert set(policy.told) == {0, 2} and policy.told.count(0) == 1
-    assert len(policy.told) == late.outcomes[0].steps / 2
-    refuses("--execution rtc", run, ExpertAgent(), 1, execution="rtc")
+def test_async_runs_to_the_time_limit() -> None:
+    (outcome,) = evaluate(IdleAgent(), 1, execution="async").outcomes
+
+    assert outcome.steps == TIME_LIMIT_STEPS
 
 
-def test_seams_of_an_episode_run_again_count_once(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for name in ("ChunkExecutor", "_make_outcome"):  # which the study replaces
+def test_rtc_gives_the_policy_what_is_executed_during_inference() -> None:
+    policy = WanderingPolicy(committed=2)
+
+    results = evaluate(PolicyAgent(policy, "x"), 1, execution="rtc", latency_ms=300.0)
+
+    first, *others = policy.num_committed
+    assert first == 0
+    assert set(others) == {2}
+    assert len(policy.num_committed) == results.outcomes[0].steps / 2
+
+
+def test_rtc_is_refused_for_a_policy_that_was_not_trained_for_it() -> None:
+    refuses("--execution rtc", evaluate, ExpertAgent(), 1, execution="rtc")
+
+
+# ---- The latency study.
+
+
+@pytest.fixture
+def study(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """benchmarks/evaluate/latency_study.py, which replaces parts of the closed loop."""
+    for name in ("ChunkExecutor", "_make_outcome"):
         monkeypatch.setattr(closed_loop, name, getattr(closed_loop, name))
     monkeypatch.syspath_prepend(Path(__file__).parents[2] / "benchmarks/evaluate")
-    study, seams = importlib.import_module("latency_study"), []
-    for ends in ([99], [30, 99]):  # at one go; stopped while one of two scenes runs
-        for most in ends:
-            with contextlib.suppress(KeyboardInterrupt):
-                study.cell(Half(most), "sync/1", 0, 2, tmp_path / str(len(ends)), ("put_on",))
-        seams.append(
-            sorted(next((tmp_path / str(len(ends))).rglob("seams.txt")).read_text().split())
-        )
-    assert seams[0] == seams[1] and len(seams[0]) > 60
+    return importlib.import_module("latency_study")
+
+
+def test_seams_of_an_episode_run_again_count_once(study: Any, tmp_path: Path) -> None:
+    def run_cell(out: Path, max_calls: int) -> list[str]:
+        with contextlib.suppress(KeyboardInterrupt):
+            study.run_cell(HalfExpert(max_calls), "sync/1", 0, 2, out, ("put_on",))
+        (seams_file,) = out.rglob("seams.txt")
+        return sorted(seams_file.read_text().split())
+
+    seams = run_cell(tmp_path / "uninterrupted", max_calls=99)
+    run_cell(tmp_path / "resumed", max_calls=30)  # stopped while one of two scenes runs
+    resumed_seams = run_cell(tmp_path / "resumed", max_calls=99)
+
+    assert len(seams) > 60
+    assert resumed_seams == seams

@@ -1,4 +1,4 @@
-"""Open-loop errors: none for the demonstrator, known for a known mistake, the mean action as reference."""
+"""Open-loop errors: none for the demonstrator, known for a known mistake; the baselines."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -24,129 +24,208 @@ from spear.evaluate.open_loop import (
 from spear.report.comparison import make_open_loop_page
 from spear.types import Array, Episode
 
-
-def episode(seed: int, steps: int = 12) -> Episode:
-    """Of `data_tiny`, with steps that differ in length; the gripper closes half way."""
-    moved = np.random.default_rng(seed).normal(0.01, 0.01, (steps, 3)).cumsum(0)
-    return make_episode(seed, steps, position=moved, gripper=(np.arange(steps) < 6).astype(float))
+NUM_STEPS = 12
+NUM_KNOWN_ACTIONS = NUM_STEPS - 1  # what was done in the last step is not known
 
 
-def test_held_out_episodes_that_were_learned_from_are_known(
-    tmp_path: Path, run_refused_command: Command
-) -> None:
-    """Wherever they lie, whatever they are called."""
-    write_episodes([episode(i) for i in range(3)], tmp_path / "arm")
-    write_lerobot([replace(episode(i), source=f"new#{i}") for i in range(2, 4)], tmp_path / "new")
-    words = "evaluate", "data", "nano", str(tmp_path / "new"), "--train", str(tmp_path / "arm")
-    assert "1 of the episodes are in both" in run_refused_command(*words)
+def make_moving_episode(seed: int) -> Episode:
+    """An episode whose steps differ in length; the gripper closes half way."""
+    position = np.random.default_rng(seed).normal(0.01, 0.01, (NUM_STEPS, 3)).cumsum(0)
+    gripper = (np.arange(NUM_STEPS) < 6).astype(float)
+    return make_episode(seed, NUM_STEPS, position=position, gripper=gripper)
 
 
-class Replay:
-    """Answers with the demonstrator's own chunks; with an error (m) along x, the gripper is inverted, too."""
+class ReplayPolicy:
+    """Answers with the demonstrator's own chunks.
 
-    def __init__(self, store: EpisodeStore, error: float = 0.0) -> None:
-        self.error = error
-        self.chunks: dict[bytes, Array] = {}
-        for e in store:
-            actions, valid = canonicalize_actions(e)
-            for step, seen in enumerate(build_observations(e)):
-                self.chunks[seen["observation/state"].tobytes()] = extract_chunk(
-                    actions, valid, step
-                )[0]
+    error_m  added along x; if there is one, the gripper is inverted, too.
+    """
+
+    def __init__(self, store: EpisodeStore, error_m: float = 0.0) -> None:
+        self.error_m = error_m
+        self.chunk_by_state: dict[bytes, Array] = {}
+        for episode in store:
+            actions, is_known = canonicalize_actions(episode)
+            for step, observation in enumerate(build_observations(episode)):
+                chunk, _ = extract_chunk(actions, is_known, step)
+                self.chunk_by_state[observation["observation/state"].tobytes()] = chunk
 
     def infer_batch(self, observations: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-        out = np.stack([self.chunks[o["observation/state"].tobytes()] for o in observations])
-        out[..., 0] += self.error
-        if self.error:
-            out[..., 7] = 1 - out[..., 7]
-        return [{"actions": actions} for actions in out]
+        results = []
+        for observation in observations:
+            actions = self.chunk_by_state[observation["observation/state"].tobytes()].copy()
+            actions[:, 0] += self.error_m
+            if self.error_m:
+                actions[:, 7] = 1 - actions[:, 7]
+            results.append({"actions": actions})
+        return results
 
 
 @pytest.fixture
 def stores(tmp_path: Path) -> tuple[EpisodeStore, EpisodeStore]:
-    store = write_store([episode(i) for i in range(8)], tmp_path)
+    """Training and held-out episodes."""
+    store = write_store([make_moving_episode(seed) for seed in range(8)], tmp_path)
     return store.subset(range(6)), store.subset([6, 7])
 
 
-@pytest.mark.parametrize("error", [0.0, 0.002])
+@pytest.fixture
+def held_out(stores: tuple[EpisodeStore, EpisodeStore]) -> EpisodeStore:
+    _, held_out_store = stores
+    return held_out_store
+
+
+@pytest.mark.parametrize(("error_m", "accuracy"), [(0.0, 1), (0.002, 0)])
 def test_a_known_mistake_is_measured(
-    stores: tuple[EpisodeStore, EpisodeStore], error: float
+    held_out: EpisodeStore, error_m: float, accuracy: float
 ) -> None:
-    summary = score_policy("replay", Replay(stores[1], error), stores[1]).summarize()
-    assert summary["translation_mm"].value == pytest.approx(1000 * error, rel=1e-3, abs=1e-6)
-    assert summary["chunk_end_mm"].value == pytest.approx(5000 * error, rel=1e-3, abs=1e-6)
+    policy = ReplayPolicy(held_out, error_m)
+
+    summary = score_policy("replay", policy, held_out).summarize()
+
+    assert summary["translation_mm"].value == pytest.approx(1000 * error_m, rel=1e-3, abs=1e-6)
+    assert summary["chunk_end_mm"].value == pytest.approx(5000 * error_m, rel=1e-3, abs=1e-6)
     assert summary["rotation_deg"].value == pytest.approx(0, abs=0.05)
-    assert (
-        summary["gripper_accuracy"].value == (0 if error else 1)
-        and summary["translation_mm"].n == 2
+    assert summary["gripper_accuracy"].value == accuracy
+    assert summary["translation_mm"].n == 2
+
+
+def test_held_out_episodes_that_were_learned_from_are_refused(
+    tmp_path: Path, run_refused_command: Command
+) -> None:
+    """Whatever their folder, format and names are."""
+    episodes = [make_moving_episode(seed) for seed in range(4)]
+    renamed = [replace(episodes[seed], source=f"new#{seed}") for seed in (2, 3)]
+    write_episodes(episodes[:3], tmp_path / "arm")
+    write_lerobot(renamed, tmp_path / "new")
+
+    message = run_refused_command(
+        "evaluate", "data", "nano", str(tmp_path / "new"), "--train", str(tmp_path / "arm")
     )
+
+    assert "1 of the episodes are in both" in message
+
+
+# ---- Baselines.
 
 
 def test_the_mean_rotation_is_the_same_for_both_signs() -> None:
     turns = Rotation.from_rotvec([[0, 0, 0.2], [0, 0, 0.5]]).as_quat(scalar_first=True)
-    rows = np.concatenate([np.zeros((2, 3)), turns, np.ones((2, 1))], axis=1)
-    mean = mean_action(rows)
-    np.testing.assert_allclose(
-        mean, mean_action(rows * [[1] * 8, [1, 1, 1, -1, -1, -1, -1, 1]]), atol=1e-7
-    )
-    assert Rotation.from_quat(mean[3:7], scalar_first=True).magnitude() == pytest.approx(0.35)
+    actions = np.concatenate([np.zeros((2, 3)), turns, np.ones((2, 1))], axis=1)
+    flipped_actions = actions.copy()
+    flipped_actions[1, 3:7] *= -1
+
+    mean = mean_action(actions)
+
+    np.testing.assert_allclose(mean, mean_action(flipped_actions), atol=1e-7)
+    mean_turn = Rotation.from_quat(mean[3:7], scalar_first=True)
+    assert mean_turn.magnitude() == pytest.approx(0.35)
 
 
-def test_the_mean_action_is_a_reference(stores: tuple[EpisodeStore, EpisodeStore]) -> None:
-    train, held_out = stores
-    reference = score_mean_action(train, held_out)
-    actions = np.concatenate([canonicalize_actions(e)[0][:-1] for e in train])
-    np.testing.assert_allclose(reference.predicted[0][0][:3], actions[:, :3].mean(0), rtol=1e-5)
-    summary = reference.summarize()
-    assert summary["translation_mm"].value > 5
-    assert np.isnan(summary["rotation_deg"].low)  # of two episodes there is no interval
-    page = make_open_loop_page(score_policy("replay", Replay(held_out), held_out), reference)
-    assert (
-        page.count("<svg") == 4 * len(held_out) and f"the first of {len(held_out)} held-out" in page
-    )
-
-
-def test_the_last_action_is_what_was_done_a_step_before(
+def test_the_mean_action_is_that_of_the_training_episodes(
     stores: tuple[EpisodeStore, EpisodeStore],
 ) -> None:
-    _, held_out = stores
-    for horizon in (5, 9):  # of 11 known actions; a policy's chunks are compared with as long ones
-        both = score_last_action(held_out, horizon), score_mean_action(held_out, held_out, horizon)
-        assert all(len(one.episodes[0]["chunk_end_mm"]) == 12 - horizon for one in both)
-    reference = score_last_action(held_out)
-    for index, e in enumerate(held_out):
-        actions, _ = canonicalize_actions(e)
-        np.testing.assert_array_equal(
-            reference.predicted[index], [[0, 0, 0, 1, 0, 0, 0, 1], *actions[:-1]]
-        )
-    # By hand, of the second episode: the errors of its last known step, whose chunk is one action long.
+    train, held_out = stores
+    actions = np.concatenate([canonicalize_actions(episode)[0][:-1] for episode in train])
+
+    baseline = score_mean_action(train, held_out)
+
+    np.testing.assert_allclose(baseline.predicted[0][0][:3], actions[:, :3].mean(0), rtol=1e-5)
+    assert baseline.summarize()["translation_mm"].value > 5
+
+
+def test_two_episodes_have_no_interval(stores: tuple[EpisodeStore, EpisodeStore]) -> None:
+    summary = score_mean_action(*stores).summarize()
+
+    assert np.isnan(summary["rotation_deg"].low)
+
+
+def test_the_page_shows_every_held_out_episode(
+    stores: tuple[EpisodeStore, EpisodeStore],
+) -> None:
+    train, held_out = stores
+    policy = score_policy("replay", ReplayPolicy(held_out), held_out)
+
+    page = make_open_loop_page(policy, score_mean_action(train, held_out))
+
+    assert page.count("<svg") == 4 * len(held_out)
+    assert f"the first of {len(held_out)} held-out" in page
+
+
+@pytest.mark.parametrize("horizon", [5, 9])
+def test_baselines_are_compared_over_chunks_as_long_as_the_policys(
+    held_out: EpisodeStore, horizon: int
+) -> None:
+    num_whole_chunks = NUM_KNOWN_ACTIONS - horizon + 1
+
+    last_action = score_last_action(held_out, horizon)
+    constant = score_mean_action(held_out, held_out, horizon)
+
+    assert len(last_action.episodes[0]["chunk_end_mm"]) == num_whole_chunks
+    assert len(constant.episodes[0]["chunk_end_mm"]) == num_whole_chunks
+
+
+def test_the_last_action_is_what_was_done_a_step_before(held_out: EpisodeStore) -> None:
+    baseline = score_last_action(held_out)
+
+    for predicted, episode in zip(baseline.predicted, held_out, strict=True):
+        actions, _ = canonicalize_actions(episode)
+        idle_action = [0, 0, 0, 1, 0, 0, 0, 1]
+        np.testing.assert_array_equal(predicted, [idle_action, *actions[:-1]])
+
+
+def test_errors_of_the_last_action_are_as_worked_out_by_hand(held_out: EpisodeStore) -> None:
+    """In the last known step, whose chunk is one action long."""
     actions, _ = canonicalize_actions(held_out[1])
-    last = reference.episodes[1]
-    expected = 1000 * np.linalg.norm(actions[9, :3] - actions[10, :3])
-    assert last["translation_mm"][-1] == pytest.approx(expected, rel=1e-4)
-    assert 0.5 < last["gripper_accuracy"].mean() < 1
+    expected_mm = 1000 * np.linalg.norm(actions[9, :3] - actions[10, :3])
+
+    errors = score_last_action(held_out).episodes[1]
+
+    assert errors["translation_mm"][-1] == pytest.approx(expected_mm, rel=1e-4)
+    assert 0.5 < errors["gripper_accuracy"].mean() < 1
 
 
-@pytest.mark.parametrize("views", [("external",), ("external", "left")])
-def test_a_policy_is_asked_about_its_own_cameras(tmp_path: Path, views: tuple[str, ...]) -> None:
-    three = dict.fromkeys(("external", "wrist", "left"), make_episode(0, 6).images["external"])
-    store, seen = write_store([make_episode(0, 6, images=three)], tmp_path), set[str]()
+# ---- Cameras.
 
-    class Asked(Replay):
+
+@pytest.mark.parametrize(
+    ("views", "image_keys"),
+    [
+        (("external",), {"observation/image"}),
+        (("external", "left"), {"observation/image", "observation/left_image"}),
+    ],
+)
+def test_a_policy_is_asked_about_its_own_cameras(
+    tmp_path: Path, views: tuple[str, ...], image_keys: set[str]
+) -> None:
+    images = make_episode(0, 6).images["external"]
+    episode = make_episode(0, 6, images=dict.fromkeys(("external", "wrist", "left"), images))
+    store = write_store([episode], tmp_path)
+    shown_keys: set[str] = set()
+
+    class WatchingPolicy(ReplayPolicy):
         image_sizes = dict.fromkeys(views, (32, 32))
 
         def infer_batch(self, observations: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-            seen.update(
-                key for observation in observations for key in observation if key.endswith("image")
-            )
+            for observation in observations:
+                shown_keys.update(key for key in observation if key.endswith("image"))
             return super().infer_batch(observations)
 
-    score_policy("asked", Asked(store), store)
-    assert seen == {"observation/image", *(["observation/left_image"] if "left" in views else [])}
+    score_policy("watching", WatchingPolicy(store), store)
+
+    assert shown_keys == image_keys
 
 
 def test_a_policy_with_a_wrist_camera_alone_sees_through_it() -> None:
-    e = episode(0)
-    e.images["wrist"] = e.images.pop("external")
-    assert all("observation/wrist_image" in seen for seen in build_observations(e, ["wrist"]))
-    refuses("external", build_observations, e, ["external"])
+    episode = make_moving_episode(0)
+    episode.images["wrist"] = episode.images.pop("external")
+
+    observations = build_observations(episode, ["wrist"])
+
+    assert all("observation/wrist_image" in observation for observation in observations)
+
+
+def test_an_episode_without_the_policys_cameras_is_refused() -> None:
+    episode = make_moving_episode(0)
+    episode.images["wrist"] = episode.images.pop("external")
+
+    refuses("external", build_observations, episode, ["external"])

@@ -1,4 +1,4 @@
-"""Published numbers: consistent, shown next to ours where the tasks are the same, never mixed in."""
+"""Published numbers: consistent, shown next to ours for the same tasks, never mixed in."""
 
 from dataclasses import replace
 

@@ -1,4 +1,4 @@
-"""The runner that all simulators share: films as episodes end, or of episodes that are run again."""
+"""The runner that all simulators share: films as episodes end, or of episodes run again."""
 
 import json
 import weakref

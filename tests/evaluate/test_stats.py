@@ -240,7 +240,9 @@ def test_a_rate_covers_the_truth_where_samples_of_a_group_are_correlated(
 def draw_successes(
     rng: np.random.Generator, rate: float, difficulties: Array, qualities: Array
 ) -> Array:
-    """Success [seeds, scenes]: scenes differ in difficulty [scenes], trainings in quality [seeds]."""
+    """Success [seeds, scenes]: scenes differ in difficulty [scenes], trainings in quality
+    [seeds].
+    """
     logit = np.log(rate / (1 - rate)) + qualities[:, None] + difficulties[None]
     return rng.random(logit.shape) < 1 / (1 + np.exp(-logit))
 

@@ -1,4 +1,6 @@
-"""The ablations: rows that can be trained, plans that share, runs that resume, tables that are right."""
+"""The ablations: rows that can be trained, plans that share, runs that resume, tables that are
+right.
+"""
 
 import json
 import os

@@ -1,4 +1,6 @@
-"""`python -m experiments.ablations`: what it refuses, and what it prints without training anything."""
+"""`python -m experiments.ablations`: what it refuses, and what it prints without training
+anything.
+"""
 
 import subprocess
 import sys
