@@ -12,6 +12,7 @@ files included. Linux only.
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 import tempfile
@@ -27,6 +28,7 @@ from spear.cli import run_reporting_errors
 from spear.models.moge.checkpoint import IMAGE_STATISTICS, NAME_PREFIXES, to_published_name
 from spear.models.moge.networks import MogeV1
 from spear.models.weights.backbones import plan_backbones
+from timing import format_header, format_row
 
 TEXT = {
     "model_type": "gemma",
@@ -74,76 +76,116 @@ FULL_VISION = {
     "num_hidden_layers": 27,
     "num_attention_heads": 16,
 }
-SHARD = 200 * 10**6
-"""Bytes in a file of the PaliGemma, about."""
+MAX_SHARD_BYTES = 200 * 10**6  # of a file of the PaliGemma, about
+NUM_NOISE = 2**22  # random numbers, which all weights repeat
+COLUMNS = ["precision", "parameters", "weights", "peak above start", "over the weights", "ratio"]
+
+
+class ShardWriter:
+    """Writes weights into files of about `MAX_SHARD_BYTES`, and their index."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.file_of_weight: dict[str, str] = {}
+        self._weights: dict[str, torch.Tensor] = {}
+        self._num_files = 0
+
+    def add(self, name: str, weight: torch.Tensor) -> None:
+        self._weights[name] = weight
+        if sum(w.nbytes for w in self._weights.values()) > MAX_SHARD_BYTES:
+            self._write()
+
+    def close(self) -> None:
+        """Write what is left, and the index."""
+        if self._weights:
+            self._write()
+        index = {"metadata": {}, "weight_map": self.file_of_weight}
+        (self.folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+    def _write(self) -> None:
+        self._num_files += 1
+        file_name = f"model-{self._num_files:05d}.safetensors"
+        save_file(self._weights, self.folder / file_name)
+        self.file_of_weight |= dict.fromkeys(self._weights, file_name)
+        self._weights = {}
 
 
 def write_paligemma(folder: Path, size: str) -> None:
-    """A PaliGemma in bfloat16 under its published names of 2025, in several files; its weights are
-    random."""
+    """Write a PaliGemma in bfloat16 under its published names of 2025, in several files; its
+    weights are random."""
     text = {**TEXT, **SIZES[size]}
     width = text["hidden_size"]
-    vision = FULL_VISION if size == "full" else VISION
     config = PaliGemmaConfig(
-        vision_config=vision, text_config=text, projection_dim=width, hidden_size=width
+        vision_config=FULL_VISION if size == "full" else VISION,
+        text_config=text,
+        projection_dim=width,
+        hidden_size=width,
     )
     with torch.device("meta"):
-        wanted = PaliGemmaForConditionalGeneration(config).state_dict()
-    noise = (0.02 * torch.randn(2**22, generator=torch.Generator().manual_seed(0))).bfloat16()
+        shapes = PaliGemmaForConditionalGeneration(config).state_dict()
+    generator = torch.Generator().manual_seed(0)
+    noise = (0.02 * torch.randn(NUM_NOISE, generator=generator)).bfloat16()
+
     folder.mkdir()
     config.save_pretrained(folder)
-    parts: list[dict[str, torch.Tensor]] = [{}]
-    places: dict[str, str] = {}
-
-    def write() -> None:
-        name = f"model-{len(parts):05d}.safetensors"
-        save_file(parts[-1], folder / name)
-        places.update(dict.fromkeys(parts[-1], name))
-        parts.append({})
-
-    for key, weight in wanted.items():
+    writer = ShardWriter(folder)
+    for key, weight in shapes.items():
         if key.startswith("lm_head."):
             continue  # the embeddings again
         name = key.replace("model.vision_tower.", "model.vision_tower.vision_model.")
-        parts[-1][name] = noise.repeat(-(-weight.numel() // len(noise)))[: weight.numel()].view(
-            weight.shape
-        )
-        if sum(w.nbytes for w in parts[-1].values()) > SHARD:
-            write()
-    write()
-    index = {"metadata": {}, "weight_map": places}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+        num_repeats = math.ceil(weight.numel() / NUM_NOISE)
+        values = noise.repeat(num_repeats)[: weight.numel()]
+        writer.add(name, values.view(weight.shape))
+    writer.close()
 
 
 def write_moge(path: Path, size: str) -> None:
-    """A random MoGe v1 with a ViT-S or, at full size, ViT-L encoder, under its published names."""
+    """Write a random MoGe v1 with a ViT-S or, at full size, ViT-L encoder, under its published
+    names."""
     encoder = "dinov2_vitl14" if size == "full" else "dinov2_vits14"
-    weights: dict[str, torch.Tensor] = {}
     config = {"encoder": encoder, "remap_output": "exp"}
-    for ours, weight in MogeV1(config).state_dict().items():
-        name = to_published_name(ours, NAME_PREFIXES[1])
+    weights: dict[str, torch.Tensor] = {}
+    for our_name, weight in MogeV1(config).state_dict().items():
+        name = to_published_name(our_name, NAME_PREFIXES[1])
         weights[name] = torch.cat([weights[name], weight]) if name in weights else weight
     for name, values in IMAGE_STATISTICS.items():
         weights[name] = torch.tensor(values).view(1, 3, 1, 1)
     torch.save({"model_config": config, "model": weights}, path)
 
 
-def peak() -> int:
-    """The most memory that this process has had so far, mapped files included, in bytes."""
+def read_peak_bytes() -> int:
+    """Return the most memory that this process has had so far, mapped files included."""
     status = Path("/proc/self/status").read_text()
-    return int(status.partition("VmHWM:")[2].split()[0]) * 1024
+    kibibytes = status.partition("VmHWM:")[2].split()[0]
+    return int(kibibytes) * 1024
 
 
-def convert(folder: Path, dtype: str) -> None:
+def convert(folder: Path, dtype_name: str) -> None:
     """Convert, and print the peak over what was there before, and the bytes of the weights."""
-    kind = getattr(torch, dtype)
-    torch.linalg.eigh(
-        torch.eye(8, dtype=torch.float64)
-    )  # the library's own memory is not the weights'
+    dtype = getattr(torch, dtype_name)
+    # The linear algebra library's own memory is not the conversion's.
+    torch.linalg.eigh(torch.eye(8, dtype=torch.float64))
     plan = plan_backbones(folder / "paligemma", folder / "model.pt")
-    before = peak()
-    model = plan.save(folder / f"out-{dtype}", kind)
-    print(peak() - before, sum(p.numel() * p.element_size() for p in model.parameters()))
+    start_bytes = read_peak_bytes()
+    model = plan.save(folder / f"out-{dtype_name}", dtype)
+    weight_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
+    print(read_peak_bytes() - start_bytes, weight_bytes)
+
+
+def measure(folder: Path, dtype_name: str) -> list[str]:
+    """Convert in a process of its own, and return a row of the table."""
+    command = [sys.executable, __file__, str(folder), dtype_name]
+    result = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    peak_bytes, weight_bytes = map(int, result.stdout.split())
+    num_parameters = weight_bytes // getattr(torch, dtype_name).itemsize
+    return [
+        dtype_name,
+        f"{num_parameters / 1e6:,.0f} M",
+        f"{weight_bytes / 1e6:,.0f} MB",
+        f"{peak_bytes / 1e6:,.0f} MB",
+        f"{(peak_bytes - weight_bytes) / 1e6:.0f} MB",
+        f"{peak_bytes / weight_bytes:.3f}",
+    ]
 
 
 def main(
@@ -157,31 +199,19 @@ def main(
             3B) 14 GB in bfloat16.
         dtypes: of the new weights.
     """
-    print("| precision | parameters | weights | peak above start | over the weights | ratio |")
-    print("|---" * 6 + "|")
+    print(format_header(COLUMNS))
     for size in sizes:
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
             write_paligemma(folder / "paligemma", size)
             write_moge(folder / "model.pt", size)
-            for dtype in dtypes:
-                argv = [sys.executable, __file__, str(folder), dtype]
-                done = subprocess.run(argv, stdout=subprocess.PIPE, text=True, check=True)
-                peaked, held = map(int, done.stdout.split())
-                count = held // torch.empty(0, dtype=getattr(torch, dtype)).element_size()
-                cells = [
-                    dtype,
-                    f"{count / 1e6:,.0f} M",
-                    f"{held / 1e6:,.0f} MB",
-                    f"{peaked / 1e6:,.0f} MB",
-                    f"{(peaked - held) / 1e6:.0f} MB",
-                    f"{peaked / held:.3f}",
-                ]
-                print("| " + " | ".join(cells) + " |", flush=True)
+            for dtype_name in dtypes:
+                print(format_row(measure(folder, dtype_name)), flush=True)
 
 
 if __name__ == "__main__":
-    if len(sys.argv) == 3 and Path(sys.argv[1]).is_dir():
+    is_child = len(sys.argv) == 3 and Path(sys.argv[1]).is_dir()
+    if is_child:
         convert(Path(sys.argv[1]), sys.argv[2])
     else:
         sys.exit(run_reporting_errors(lambda: tyro.cli(main)))

@@ -1,29 +1,95 @@
-"""A flow step's few tokens through the expert's layers on a GPU: our kernels and PyTorch's, as CUDA graphs.
+"""A flow step's few tokens through the expert's layers on a GPU: our Triton kernels against
+PyTorch's, as CUDA graphs.
 
-    python benchmarks/models/few_rows.py                                    # on a GPU, spear1, bfloat16
-    TRITON_INTERPRET=1 python benchmarks/models/few_rows.py --device cpu    # small, float32, only compared
+    python benchmarks/models/few_rows.py                                    # on a GPU, spear1,
+                                                                            bfloat16
+    TRITON_INTERPRET=1 python benchmarks/models/few_rows.py --device cpu    # small, only compared
 
-The roofline is the bytes of the weights over the bandwidth measured here. (Needs Triton;
-its interpreter needs NumPy before 2.4.)
+The roofline is the bytes of the weights over the bandwidth measured here. Triton is needed; its
+interpreter needs NumPy before 2.4.
 """
 
+from __future__ import annotations
+
 import sys
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
 import torch
 import tyro
+from torch import Tensor
 from transformers import GemmaConfig
 
-from pi0_pair import relative
+from pi0_pair import relative_difference
 from spear.cli import run_reporting_errors
 from spear.doctor import measure_machine
-from spear.models.fast.cuda_graphs import CudaGraphCache
+from spear.models.fast.cuda_graphs import CudaGraphCache, Inputs
 from spear.models.fast.few_rows import FewRows
+from spear.models.fast.kv_cache import CacheWindow, StaticKVCache
 from spear.models.fast.stack import LayerStack
 from spear.models.layers import build_language_model
 from spear.models.presets import PRESETS, SPECIAL_TOKEN_IDS
 from timing import race
+
+NUM_FLOW_STEPS = 10
+NUM_PADDING = 10  # tokens at the end of the prefix
+SMALL_SIZES = {
+    "num_hidden_layers": 2,
+    "hidden_size": 512,
+    "intermediate_size": 1024,
+    "head_dim": 64,
+}
+"""For Triton's interpreter, which is slow."""
+
+Implementation = Callable[[Inputs], Tensor]
+
+
+@dataclass(frozen=True)
+class FlowStep:
+    """What a flow step reads: embeddings, rotations, the mask of padding, and a filled cache."""
+
+    x: Tensor
+    rotations: tuple[Tensor, ...]
+    bias: Tensor
+    cache: StaticKVCache
+    prefix: int
+
+    def copy_cache(self, stack: LayerStack) -> tuple[StaticKVCache, CacheWindow]:
+        """Return a copy of the cache, and its window for the state and the actions."""
+        batch, length = self.x.shape[:2]
+        end = self.prefix + length
+        copy = stack.allocate_cache(batch, end, self.x.dtype, self.x.device)
+        copy.buffer.copy_(self.cache.buffer)
+        blocks = [(1, self.prefix + 1), (length - 1, end)]
+        return copy, copy.make_window(self.prefix, blocks)
+
+
+def make_expert(device: str, dtype: torch.dtype) -> Any:
+    """Return an action expert with random weights, norms included."""
+    fields = dict(PRESETS["spear1"].expert)
+    if device == "cpu":
+        fields |= SMALL_SIZES
+    fields |= dict.fromkeys(SPECIAL_TOKEN_IDS)
+    config: Any = GemmaConfig(**{**fields, "vocab_size": 1})
+    model: Any = build_language_model(config)
+    model.to(dtype).eval()
+    for weight in model.parameters():
+        if weight.dim() == 1:
+            weight.normal_(0, 0.2)
+    return model
+
+
+def make_flow_step(stack: LayerStack, prefix: int, batch: int, x: Tensor) -> FlowStep:
+    length = x.shape[1]
+    end = prefix + length
+    cache = stack.allocate_cache(batch, end, x.dtype, x.device)
+    cache.buffer.normal_()
+    positions = prefix + torch.arange(length).expand(batch, length)
+    bias = torch.zeros(batch, 1, end, dtype=x.dtype)
+    bias[..., prefix - NUM_PADDING : prefix] = torch.finfo(x.dtype).min
+    return FlowStep(x, stack.compute_rotations(positions, x.dtype), bias, cache, prefix)
 
 
 def main(
@@ -35,57 +101,65 @@ def main(
         device: cpu only with TRITON_INTERPRET=1. prefix: tokens before the state and the actions.
         batch: observations at once, at most 2. repeats: of each, in turn.
     """
-    size, kind = PRESETS["spear1"], torch.bfloat16 if device == "cuda" else torch.float32
-    small = {"num_hidden_layers": 2, "hidden_size": 512, "intermediate_size": 1024, "head_dim": 64}
-    fields = size.expert if device == "cuda" else {**size.expert, **small}
+    is_gpu = device == "cuda"
+    dtype = torch.bfloat16 if is_gpu else torch.float32
     torch.manual_seed(0)
     with torch.device(device), torch.no_grad():
-        config: Any = GemmaConfig(**{**fields, "vocab_size": 1, **dict.fromkeys(SPECIAL_TOKEN_IDS)})
-        model: Any = build_language_model(config)
-        model.to(kind).eval()
-        for weight in model.parameters():
-            if weight.dim() == 1:
-                weight.normal_(0, 0.2)
-        stack = LayerStack(model, compiled=device == "cuda")
-        few = FewRows(stack.layers, stack.num_heads, stack.head_dim, stack.eps, stack.scale)
-        length = 1 + size.horizon
-        end = prefix + length
-        held = stack.allocate_cache(batch, end, kind, torch.device(device)).buffer.normal_()
-        places = prefix + torch.arange(length).expand(batch, length)
-        turns = stack.compute_rotations(places, kind)
-        x = torch.randn(batch, length, model.config.hidden_size, dtype=kind)
-        bias = torch.zeros(batch, 1, end, dtype=kind)
-        bias[..., prefix - 10 : prefix] = torch.finfo(kind).min  # padding
-    caches = [stack.allocate_cache(batch, end, kind, x.device) for _ in range(2)]
-    windows = []
-    for cache in caches:
-        cache.buffer.copy_(held)
-        windows.append(cache.make_window(prefix, [(1, prefix + 1), (size.horizon, end)]))
-    stack.few_rows = None
-    ways: dict[str, Any] = {
-        "PyTorch's kernels": lambda given: stack(given["x"], turns, windows[0], bias),
-        "ours": lambda given: stack._norm(
-            few(given["x"], turns, windows[1], bias), stack.last_norm_scale
-        ),
+        model = make_expert(device, dtype)
+        stack = LayerStack(model, compiled=is_gpu)
+        stack.few_rows = None
+        few_rows = FewRows(stack.layers, stack.num_heads, stack.head_dim, stack.eps, stack.scale)
+        num_tokens = 1 + PRESETS["spear1"].horizon  # the state and the actions
+        x = torch.randn(batch, num_tokens, model.config.hidden_size, dtype=dtype)
+        step = make_flow_step(stack, prefix, batch, x)
+    pytorch_cache, pytorch_window = step.copy_cache(stack)
+    our_cache, our_window = step.copy_cache(stack)
+
+    def run_pytorch(inputs: Inputs) -> Tensor:
+        return stack(inputs["x"], step.rotations, pytorch_window, step.bias)
+
+    def run_ours(inputs: Inputs) -> Tensor:
+        output = few_rows(inputs["x"], step.rotations, our_window, step.bias)
+        return stack._norm(output, stack.last_norm_scale)
+
+    implementations: dict[str, Implementation] = {
+        "PyTorch's kernels": run_pytorch,
+        "ours": run_ours,
     }
-    if device == "cuda":
-        graphs = {name: CudaGraphCache() for name in ways}
-        ways = {name: partial(graphs[name], way) for name, way in ways.items()}
+    if is_gpu:
+        for name, run in implementations.items():
+            implementations[name] = partial(CudaGraphCache(), run)
+
     with torch.inference_mode():
-        truth, found = (way({"x": x}) for way in ways.values())
-        kept = relative(caches[1].buffer, caches[0].buffer)
+        expected, actual = [run({"x": step.x}) for run in implementations.values()]
+        difference = relative_difference(actual, expected)
+        cache_difference = relative_difference(our_cache.buffer, pytorch_cache.buffer)
         print(
-            f"difference: {relative(found, truth):.1e} of the largest value; in the cache {kept:.1e}"
+            f"difference: {difference:.1e} of the largest value;"
+            f" in the cache {cache_difference:.1e}"
         )
-        if device == "cpu":
-            return
-        ten = {name: lambda w=way: [w({"x": x}) for _ in range(10)] for name, way in ways.items()}
-        times = race(ten, device, repeats)
-    weights = sum(p.numel() * p.element_size() for p in model.layers.parameters())
-    for name, taken in times.items():
-        print(f"{name}: {taken} ms for ten flow steps")
-    least = 1000 * measure_machine(device, kind).least_seconds(*[(0, weights)] * 10)
-    print(f"roofline: {least:.1f} ms; {torch.cuda.get_device_name()}")
+        if is_gpu:
+            measure(implementations, step.x, repeats)
+            print_roofline(model, device, dtype)
+
+
+def measure(implementations: dict[str, Implementation], x: Tensor, repeats: int) -> None:
+    """Print the time of all flow steps with each implementation."""
+
+    def run_flow(run: Implementation) -> None:
+        for _ in range(NUM_FLOW_STEPS):
+            run({"x": x})
+
+    contenders = {name: partial(run_flow, run) for name, run in implementations.items()}
+    for name, times in race(contenders, "cuda", repeats).items():
+        print(f"{name}: {times} ms for {NUM_FLOW_STEPS} flow steps")
+
+
+def print_roofline(model: Any, device: str, dtype: torch.dtype) -> None:
+    weight_bytes = sum(p.numel() * p.element_size() for p in model.layers.parameters())
+    phases = [(0.0, float(weight_bytes))] * NUM_FLOW_STEPS
+    least_ms = 1000 * measure_machine(device, dtype).least_seconds(*phases)
+    print(f"roofline: {least_ms:.1f} ms; {torch.cuda.get_device_name()}")
 
 
 if __name__ == "__main__":

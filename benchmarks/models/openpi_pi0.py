@@ -1,13 +1,14 @@
-"""openpi's PyTorch π0 as a contender: in a process and a Python of its own, with our geometry, weights and
-inputs.
+"""openpi's PyTorch π0 as a contender: in a process and a Python of its own, with our geometry,
+weights and inputs.
 
-openpi patches Transformers 4.53.2, which cannot stand beside the one that we use. A Python for it:
+openpi patches Transformers 4.53.2, which cannot be installed next to the one that we use. A Python
+for it:
 
     git clone https://github.com/Physical-Intelligence/openpi
     python -m venv openpi-venv
     openpi-venv/bin/pip install torch transformers==4.53.2 safetensors
-    cp -r openpi/src/openpi/models_pytorch/transformers_replace/*
-    openpi-venv/lib/python3*/site-packages/transformers/
+    cp -r openpi/src/openpi/models_pytorch/transformers_replace/* \\
+        openpi-venv/lib/python3*/site-packages/transformers/
     echo "$PWD/openpi/src" > $(echo openpi-venv/lib/python3*/site-packages)/openpi.pth
 """
 
@@ -27,17 +28,28 @@ from safetensors.torch import save_file
 from spear.models.presets import Preset
 from spear.models.spear1 import NUM_STATE_FEATURES, Spear1ForActionPrediction
 from spear.types import ACTION_DIM
-from timing import Elsewhere
+from timing import RemoteContender
+
+CHILD = Path(__file__).with_name("openpi_child.py")
 
 
-class OpenPi(Elsewhere):
+class OpenPi(RemoteContender):
     """openpi's π0 in its own process, until `with` ends. Calling it samples actions once there.
 
-    python    with openpi, see above. compiled: by openpi's own `torch.compile`, in the mode that is its
-              default.
-    size, ours, given  geometry, weights, and π0's arguments as `pi0_pair.observation` makes them.
-    actions [B, H, 8]  that it gave, float32.
-    Raises `RuntimeError` with one line when it does not start.
+    Args:
+        python: A Python with openpi, see above.
+        size: Geometry.
+        ours: The model whose weights it gets.
+        inputs: π0's arguments as `pi0_pair.make_observation` makes them.
+        num_text_tokens: Tokens of the prompt.
+        num_flow_steps: Flow steps.
+        is_compiled: By openpi's own `torch.compile`, in the mode that is its default.
+
+    Attributes:
+        actions: [B, H, 8] that it gave, float32.
+
+    Raises:
+        RuntimeError: With one line, when it does not start.
     """
 
     def __init__(
@@ -45,25 +57,24 @@ class OpenPi(Elsewhere):
         python: Path,
         size: Preset,
         ours: Spear1ForActionPrediction,
-        given: dict[str, Any],
-        text: int,
-        steps: int,
-        compiled: bool = False,
+        inputs: dict[str, Any],
+        *,
+        num_text_tokens: int,
+        num_flow_steps: int,
+        is_compiled: bool = False,
     ) -> None:
         self._folder = tempfile.TemporaryDirectory()
         folder = Path(self._folder.name)
-        save_file(_weights(ours), folder / "weights.safetensors")
+        save_file(rename_weights(ours), folder / "weights.safetensors")
         tensors = {
-            "images": given["pixel_values"].float(),
-            "ids": given["input_ids"][:, -text:],
-            "state": given["state"].float(),
-            "noise": given["noise"].float(),
+            "images": inputs["pixel_values"].float(),
+            "ids": inputs["input_ids"][:, -num_text_tokens:],
+            "state": inputs["state"].float(),
+            "noise": inputs["noise"].float(),
         }
-        save_file(
-            {k: v.contiguous().cpu() for k, v in tensors.items()},
-            folder / "observation.safetensors",
-        )
-        wanted = {
+        contiguous = {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}
+        save_file(contiguous, folder / "observation.safetensors")
+        request = {
             "vision": size.vision,
             "text": size.text,
             "expert": size.expert,
@@ -74,22 +85,25 @@ class OpenPi(Elsewhere):
             "dtype": str(ours.dtype).removeprefix("torch."),
             "device": ours.device.type,
             "threads": torch.get_num_threads() if ours.device.type == "cpu" else 0,
-            "compile": "max-autotune" if compiled else None,
-            "steps": steps,
+            "compile": "max-autotune" if is_compiled else None,
+            "steps": num_flow_steps,
             "weights": str(folder / "weights.safetensors"),
             "observation": str(folder / "observation.safetensors"),
             "actions": str(folder / "actions.json"),
         }
-        there = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+
+        environment = dict(os.environ)
+        environment.pop("PYTHONPATH", None)
+        environment["TRANSFORMERS_VERBOSITY"] = "error"
         self._process = subprocess.Popen(
-            [str(python), str(Path(__file__).with_name("openpi_child.py"))],
+            [str(python), str(CHILD)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            env={**there, "TRANSFORMERS_VERBOSITY": "error"},
+            env=environment,
         )
         try:
-            self._ask(json.dumps(wanted))
+            self._ask(json.dumps(request))
         except RuntimeError:
             self.close()
             raise
@@ -98,7 +112,8 @@ class OpenPi(Elsewhere):
     def __call__(self) -> None:
         """Sample once."""
         answer = self._ask("")
-        self.took = answer["clock"], answer["processor"]
+        self.clock_s = answer["clock"]
+        self.processor_s = answer["processor"]
 
     def __enter__(self) -> OpenPi:
         return self
@@ -118,28 +133,32 @@ class OpenPi(Elsewhere):
         self._folder.cleanup()
 
     def _ask(self, line: str) -> dict[str, Any]:
-        assert self._process.stdin is not None and self._process.stdout is not None
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
         try:
             print(line, file=self._process.stdin, flush=True)
         except BrokenPipeError:
             raise RuntimeError("openpi's Python has ended: see above") from None
-        answer = self._process.stdout.readline()
-        if not answer:
+        text = self._process.stdout.readline()
+        if not text:
             raise RuntimeError("openpi's Python has ended: see above")
-        said: dict[str, Any] = json.loads(answer)
-        if "error" in said:
-            raise RuntimeError(f"openpi: {said['error']}")
-        return said
+        answer: dict[str, Any] = json.loads(text)
+        if "error" in answer:
+            raise RuntimeError(f"openpi: {answer['error']}")
+        return answer
 
 
-def _weights(ours: Spear1ForActionPrediction) -> dict[str, torch.Tensor]:
-    """Our weights under the names of openpi's modules; its velocity points from the data to the noise."""
-    found = {}
+def rename_weights(ours: Spear1ForActionPrediction) -> dict[str, torch.Tensor]:
+    """Return our weights under the names of openpi's modules.
+
+    Its velocity points from the data to the noise, so the last layer is negated.
+    """
+    weights = {}
     for name, weight in ours.state_dict().items():
-        if name.startswith("action_out_proj."):
-            weight = -weight
         if name.startswith("expert.embed_tokens."):
             continue
+        if name.startswith("action_out_proj."):
+            weight = -weight
         name = name.replace("vlm.vision_tower.", "vlm.vision_tower.vision_model.", 1)
-        found[name] = weight.contiguous().cpu()
-    return found
+        weights[name] = weight.contiguous().cpu()
+    return weights

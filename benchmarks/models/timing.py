@@ -9,63 +9,93 @@ from dataclasses import dataclass
 from spear import doctor
 from spear.errors import summarize_error
 
+MAX_ERROR_LENGTH = 60
+
 
 @dataclass(frozen=True)
 class Times:
     """Milliseconds of repeated runs."""
 
-    all: list[float]
+    runs_ms: list[float]
 
     @property
-    def median(self) -> float:
-        return statistics.median(self.all)
+    def median_ms(self) -> float:
+        return statistics.median(self.runs_ms)
 
     def __str__(self) -> str:
-        return f"{self.median:.1f} ({min(self.all):.1f}–{max(self.all):.1f})"
+        return f"{self.median_ms:.1f} ({min(self.runs_ms):.1f}–{max(self.runs_ms):.1f})"
 
 
-class Elsewhere:
-    """A contender in another process: calling it runs it there once; `took` is what that took, by either
-    clock.
+class RemoteContender:
+    """A contender in another process: calling it runs it there once, and sets its times.
 
-    took  seconds of (the clock, the processor).
+    clock_s      seconds by the clock.
+    processor_s  seconds of processor time.
     """
 
-    took: tuple[float, float]
+    clock_s: float
+    processor_s: float
 
     def __call__(self) -> object:
         raise NotImplementedError
 
 
-def seconds(run: Callable[[], object], device: str, processor: bool) -> float:
-    """One run. processor: processor time of all threads, which other work on the machine changes less."""
-    if isinstance(run, Elsewhere):
+def measure_seconds(run: Callable[[], object], device: str, use_processor_time: bool) -> float:
+    """Measure one run; see `spear.doctor.measure_seconds`."""
+    if isinstance(run, RemoteContender):
         run()
-        return run.took[processor]
-    return doctor.measure_seconds(run, device, processor)
+        return run.processor_s if use_processor_time else run.clock_s
+    return doctor.measure_seconds(run, device, use_processor_time)
 
 
 def race(
     contenders: Mapping[str, Callable[[], object]],
     device: str,
     repeats: int,
-    processor: bool = False,
-    warm_ups: int = 2,
+    use_processor_time: bool = False,
+    num_warm_ups: int = 2,
 ) -> dict[str, Times | str]:
-    """Each contender's times, one run of each in turn, so that a change of the machine's speed meets all.
+    """Measure contenders, one run of each in turn, so that a change of the machine's speed meets
+    all.
 
-    A contender that fails is given as the first line of its error.
+    Returns the times of each; of a contender that fails, the first line of its error.
     """
-    found: dict[str, list[float]] = {}
-    failed: dict[str, str] = {}
+    runs_ms: dict[str, list[float]] = {}
+    failures: dict[str, str] = {}
     for name, run in contenders.items():
         try:
-            for _ in range(warm_ups):
+            for _ in range(num_warm_ups):
                 run()
-            found[name] = []
         except Exception as error:  # whatever another project's code may raise
-            failed[name] = summarize_error(error)[:60]
+            failures[name] = summarize_error(error)[:MAX_ERROR_LENGTH]
+        else:
+            runs_ms[name] = []
+
     for _ in range(repeats):
-        for name in found:
-            found[name].append(1000 * seconds(contenders[name], device, processor))
-    return {name: Times(found[name]) if name in found else failed[name] for name in contenders}
+        for name in runs_ms:
+            seconds = measure_seconds(contenders[name], device, use_processor_time)
+            runs_ms[name].append(1000 * seconds)
+
+    results: dict[str, Times | str] = {}
+    for name in contenders:
+        results[name] = Times(runs_ms[name]) if name in runs_ms else failures[name]
+    return results
+
+
+def format_ratio(numerator: Times | str | None, denominator: Times | str | float | None) -> str:
+    """Return the ratio of two medians, "–" where one is missing."""
+    if isinstance(denominator, Times):
+        denominator = denominator.median_ms
+    if not isinstance(numerator, Times) or not isinstance(denominator, float):
+        return "–"
+    return f"{numerator.median_ms / denominator:.2f}"
+
+
+def format_row(cells: list[str]) -> str:
+    """Return a line of a Markdown table."""
+    return "| " + " | ".join(cells) + " |"
+
+
+def format_header(names: list[str]) -> str:
+    """Return the first two lines of a Markdown table."""
+    return format_row(names) + "\n|" + "---|" * len(names)

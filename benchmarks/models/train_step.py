@@ -1,153 +1,259 @@
-"""A training step of the policy: ours against Transformers' π0, same geometry, same weights, same frozen
-parts.
+"""A training step of the policy: ours against Transformers' π0, same geometry, same weights, same
+frozen parts.
 
     python benchmarks/models/train_step.py --presets nano small
     python benchmarks/models/train_step.py --device cuda --presets spear1 --batch-size 16 --alone
 
-Forward, backward and a fused AdamW step on one batch in memory, in bfloat16 by autocast or in float32, runs
-in turn. One flow sample per observation on both sides. MFU: 6 operations per learning weight and token (4
-through frozen ones that gradients pass, 2 elsewhere), and attention's, over the measured peak.
+Forward, backward and a fused AdamW step on one batch in memory, in bfloat16 by autocast or in
+float32, runs in turn. One flow sample per observation on both sides. MFU: 6 operations per learning
+weight and token (4 through frozen ones that gradients pass, 2 elsewhere), and attention's, over the
+measured peak.
 """
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 import tyro
-from torch import nn
+from torch import Tensor, nn
 
-from pi0_pair import observation, one, pair, reduced
+from pi0_pair import (
+    count_image_tokens,
+    make_observation,
+    make_pair,
+    make_policy,
+    reduce_preset,
+)
 from spear.cli import run_reporting_errors
-from spear.doctor import measure_machine
+from spear.doctor import MachineSpeed, measure_machine
+from spear.models.presets import Preset
 from spear.types import Action
-from timing import Times, race
+from timing import Times, format_header, format_ratio, format_row, race
 
-TEXT = 48
-Frozen = Literal["none", "vision", "vlm"]
+NUM_TEXT_TOKENS = 48
+COLUMNS = ["preset", "frozen", "ours", "π0", "π0 / ours", "MFU of ours", "MFU of π0"]
+
+FrozenPart = Literal["none", "vision", "vlm"]
 
 
-def freeze(vlm: nn.Module, frozen: Frozen) -> None:
-    """Both sides' VLMs have the same names."""
+@dataclass(frozen=True)
+class Options:
+    """Measure, and print a table."""
+
+    presets: tuple[Literal["nano", "small", "mid", "spear1"], ...] = ("nano", "small")
+    """Geometries."""
+    frozen: tuple[FrozenPart, ...] = ("none", "vision", "vlm")
+    """The parts that do not learn."""
+    batch_size: int = 4
+    """Observations per step."""
+    views: int = 2
+    """Number of cameras."""
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    """Precision; bfloat16 is float32 weights under autocast."""
+    device: Literal["cpu", "cuda"] = "cpu"
+    """Where to run."""
+    layers: int | None = None
+    """At most so many per network."""
+    repeats: int = 5
+    """Runs of either side."""
+    threads: int | None = None
+    """Threads of PyTorch on a CPU."""
+    processor_time: bool = False
+    """Measure processor time instead of the clock's, for a busy machine (CPU)."""
+    alone: bool = False
+    """Without π0: both at full size need more memory than a GPU has."""
+
+
+def freeze_parts(vlm: nn.Module, frozen: FrozenPart) -> None:
+    """Freeze parts of a VLM, ours or π0's; their weights have the same names."""
     for name, parameter in vlm.named_parameters():
-        parameter.requires_grad_(
-            frozen == "none" or (frozen == "vision" and not name.startswith("vision_tower"))
-        )
+        is_vision = name.startswith("vision_tower")
+        learns = frozen == "none" or (frozen == "vision" and not is_vision)
+        parameter.requires_grad_(learns)
 
 
-def operations(ours: Any, tokens: int, views: int, batch: int) -> float:
-    """Of a step: matrix products and attention, forward and backward."""
-    config = ours.config.vlm_config
-    length = views * tokens + TEXT
-
-    def of(part: nn.Module, rows: int, seen: int, width: int, layers: int, before: bool) -> float:
-        """before: something before this part learns, so that gradients pass through it."""
-        weights = [p for p in part.parameters() if p.dim() > 1]
-        learning = sum(p.numel() for p in weights if p.requires_grad)
-        count = sum(p.numel() for p in weights)
-        back = learning + (count if before or learning else 0)
-        attention = 4 * layers * rows * seen * width
-        return 2 * rows * (count + back) + attention * (3 if before or learning else 1)
-
-    text, vision, expert = config.text_config, config.vision_config, ours.config.expert_config
-    wide = text.num_attention_heads * text.head_dim
-    tower = ours.vlm.vision_tower
-    learned = any(p.requires_grad for p in tower.parameters())
-    suffix = 1 + ours.config.horizon
-    parts = [
-        of(tower, views * tokens, tokens, vision.hidden_size, vision.num_hidden_layers, False),
-        of(ours.vlm.language_model.layers, length, length, wide, text.num_hidden_layers, learned),
-        of(ours.expert, suffix, length + suffix, wide, expert.num_hidden_layers, True),
-    ]
-    return batch * sum(parts)
+# --- Operations ---
 
 
-def main(
-    presets: tuple[Literal["nano", "small", "mid", "spear1"], ...] = ("nano", "small"),
-    frozen: tuple[Frozen, ...] = ("none", "vision", "vlm"),
-    batch_size: int = 4,
-    views: int = 2,
-    dtype: Literal["float32", "bfloat16"] = "bfloat16",
-    device: Literal["cpu", "cuda"] = "cpu",
-    layers: int | None = None,
-    repeats: int = 5,
-    threads: int | None = None,
-    processor_time: bool = False,
-    alone: bool = False,
-) -> None:
-    """Measure, and print a table.
+def count_operations(
+    module: nn.Module,
+    *,
+    num_rows: int,
+    num_keys: int,
+    width: int,
+    num_layers: int,
+    passes_gradients: bool,
+) -> float:
+    """Return the operations of a part in forward and backward: matrix products, and attention.
 
-    Args:
-        presets: geometries. frozen: the parts that do not learn. batch_size: observations per step.
-        dtype: bfloat16 is float32 weights under autocast. layers: at most so many per network.
-        repeats: of either side. threads: of PyTorch on a CPU.
-        processor_time: processor time instead of the clock's, for a busy machine (CPU).
-        alone: without π0: both at full size need more memory than a GPU has.
+    passes_gradients: something before this part learns, so that gradients pass through it.
     """
-    if threads:
-        torch.set_num_threads(threads)
-    limit = measure_machine(device, getattr(torch, dtype), processor_time)
-    print(
-        f"{device}, {torch.get_num_threads()} threads, torch {torch.__version__}, {dtype}, batch "
-        f"{batch_size};"
+    matrices = [p for p in module.parameters() if p.dim() > 1]
+    num_weights = sum(p.numel() for p in matrices)
+    num_learning = sum(p.numel() for p in matrices if p.requires_grad)
+    has_backward = passes_gradients or num_learning > 0
+    backward_weights = num_learning + (num_weights if has_backward else 0)
+    attention = 4 * num_layers * num_rows * num_keys * width
+    attention_passes = 3 if has_backward else 1
+    return 2 * num_rows * (num_weights + backward_weights) + attention * attention_passes
+
+
+def count_step_operations(ours: Any, num_view_tokens: int, num_views: int, batch: int) -> float:
+    config = ours.config.vlm_config
+    text_config = config.text_config
+    vision_tower = ours.vlm.vision_tower
+    num_image_tokens = num_views * num_view_tokens
+    length = num_image_tokens + NUM_TEXT_TOKENS
+    num_suffix = 1 + ours.config.horizon  # the state and the actions
+    width = text_config.num_attention_heads * text_config.head_dim
+
+    vision = count_operations(
+        vision_tower,
+        num_rows=num_image_tokens,
+        num_keys=num_view_tokens,
+        width=config.vision_config.hidden_size,
+        num_layers=config.vision_config.num_hidden_layers,
+        passes_gradients=False,
     )
-    print(f"peak {limit.flops_per_s / 1e12:.3f} T operations/s; milliseconds\n")
-    names = ["preset", "frozen", "ours", "π0", "π0 / ours", "MFU of ours", "MFU of π0"]
-    print("| " + " | ".join(names) + " |\n|" + "---|" * len(names))
-    for name in presets:
-        size = reduced(name, layers)
-        tokens = (size.vision["image_size"] // size.vision["patch_size"]) ** 2
-        for what in frozen:
-            ours, theirs = (one(size, device=device), None) if alone else pair(size, device=device)
-            mine, given = observation(size, views, batch_size, TEXT, torch.float32, device)
-            noise = mine.pop("noise").to_vector()
-            time = torch.rand(batch_size, 1, device=device)
-            target = torch.randn(batch_size, size.horizon, 8, device=device)
-            target[..., 3:7] = nn.functional.normalize(target[..., 3:7], dim=-1)
-            losses = {
-                "ours": lambda: (
-                    ours(  # noqa: B023
-                        **mine,  # noqa: B023
-                        actions=Action.from_vector(target),  # noqa: B023
-                        noise=Action.from_vector(noise[:, None]),  # noqa: B023
-                        time=time,  # noqa: B023
-                    ).loss
-                ),
-                "π0": lambda: theirs(  # type: ignore[misc]  # noqa: B023
-                    **given,  # noqa: B023
-                    actions=target,  # noqa: B023
-                    timestep=1 - time[:, 0],  # noqa: B023
-                ).loss.mean(),
-            }
-            runs = {}
-            for side, model in (("ours", ours), *([] if theirs is None else [("π0", theirs)])):
-                freeze(model.vlm if side == "ours" else model.model.vlm, what)
-                learning = [p for p in model.train().parameters() if p.requires_grad]
-                optimizer = torch.optim.AdamW(learning, lr=1e-6, fused=True)
+    language = count_operations(
+        ours.vlm.language_model.layers,
+        num_rows=length,
+        num_keys=length,
+        width=width,
+        num_layers=text_config.num_hidden_layers,
+        passes_gradients=any(p.requires_grad for p in vision_tower.parameters()),
+    )
+    expert = count_operations(
+        ours.expert,
+        num_rows=num_suffix,
+        num_keys=length + num_suffix,
+        width=width,
+        num_layers=ours.config.expert_config.num_hidden_layers,
+        passes_gradients=True,
+    )
+    return batch * (vision + language + expert)
 
-                def step(side: str = side, optimizer: Any = optimizer) -> None:
-                    with torch.autocast(device, torch.bfloat16, enabled=dtype == "bfloat16"):
-                        loss = losses[side]()  # noqa: B023
-                    loss.backward()
-                    optimizer.step()
-                    optimizer.zero_grad()
 
-                runs[side] = step
-            found = race(runs, device, repeats, processor_time, warm_ups=1)
-            flops = operations(ours, tokens, views, batch_size)
-            a, b = found["ours"], found.get("π0", "–")
-            both = isinstance(a, Times) and isinstance(b, Times)
-            ratio = f"{b.median / a.median:.2f}" if both else "–"  # type: ignore[union-attr]
-            use = [
-                f"{flops / (t.median / 1000) / limit.flops_per_s:.0%}"
-                if isinstance(t, Times)
-                else "–"
-                for t in (a, b)
-            ]
-            label = name + (f" ({layers} layers)" if layers else "")
-            print(f"| {label} | {what} | {a} | {b} | {ratio} | {use[0]} | {use[1]} |", flush=True)
+# --- Steps ---
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A batch as arguments of ours and of π0's, and what both learn from."""
+
+    our_inputs: dict[str, Any]
+    their_inputs: dict[str, Any]
+    noise: Tensor
+    tau: Tensor
+    target: Tensor
+
+
+def make_batch(options: Options, size: Preset) -> Batch:
+    batch_size = options.batch_size
+    device = options.device
+    our_inputs, their_inputs = make_observation(
+        size, options.views, batch_size, NUM_TEXT_TOKENS, torch.float32, device
+    )
+    noise = our_inputs.pop("noise").to_vector()
+    tau = torch.rand(batch_size, 1, device=device)
+    target = torch.randn(batch_size, size.horizon, 8, device=device)
+    target[..., 3:7] = nn.functional.normalize(target[..., 3:7], dim=-1)
+    return Batch(our_inputs, their_inputs, noise, tau, target)
+
+
+def compute_our_loss(model: Any, batch: Batch) -> Tensor:
+    return model(
+        **batch.our_inputs,
+        actions=Action.from_vector(batch.target),
+        noise=Action.from_vector(batch.noise[:, None]),
+        tau=batch.tau,
+    ).loss
+
+
+def compute_their_loss(model: Any, batch: Batch) -> Tensor:
+    timestep = 1 - batch.tau[:, 0]
+    output = model(**batch.their_inputs, actions=batch.target, timestep=timestep)
+    return output.loss.mean()
+
+
+def make_step(
+    options: Options, model: Any, compute_loss: Callable[[Any, Batch], Tensor], batch: Batch
+) -> Callable[[], None]:
+    """Return a function that runs one training step."""
+    learning = [p for p in model.train().parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(learning, lr=1e-6, fused=True)
+    is_bfloat16 = options.dtype == "bfloat16"
+
+    def step() -> None:
+        with torch.autocast(options.device, torch.bfloat16, enabled=is_bfloat16):
+            loss = compute_loss(model, batch)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def format_mfu(times: Times | str, flops: float, machine: MachineSpeed) -> str:
+    if not isinstance(times, Times):
+        return "–"
+    flops_per_s = flops / (times.median_ms / 1000)
+    return f"{flops_per_s / machine.flops_per_s:.0%}"
+
+
+def print_comparison(
+    options: Options, name: str, frozen: FrozenPart, machine: MachineSpeed
+) -> None:
+    """Print one row of the table."""
+    size = reduce_preset(name, options.layers)
+    steps = {}
+    if options.alone:
+        ours = make_policy(size, device=options.device)
+        batch = make_batch(options, size)
+    else:
+        ours, theirs = make_pair(size, device=options.device)
+        batch = make_batch(options, size)
+        freeze_parts(theirs.model.vlm, frozen)
+        steps["π0"] = make_step(options, theirs, compute_their_loss, batch)
+    freeze_parts(ours.vlm, frozen)
+    steps["ours"] = make_step(options, ours, compute_our_loss, batch)
+
+    times = race(steps, options.device, options.repeats, options.processor_time, num_warm_ups=1)
+    flops = count_step_operations(ours, count_image_tokens(size), options.views, options.batch_size)
+    our_times = times["ours"]
+    their_times = times.get("π0", "–")
+    label = f"{name} ({options.layers} layers)" if options.layers else name
+    cells = [
+        label,
+        frozen,
+        str(our_times),
+        str(their_times),
+        format_ratio(their_times, our_times),
+        format_mfu(our_times, flops, machine),
+        format_mfu(their_times, flops, machine),
+    ]
+    print(format_row(cells), flush=True)
+
+
+def main(options: Options) -> None:
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    dtype = getattr(torch, options.dtype)
+    machine = measure_machine(options.device, dtype, options.processor_time)
+    print(
+        f"{options.device}, {torch.get_num_threads()} threads, torch {torch.__version__},"
+        f" {options.dtype}, batch {options.batch_size};"
+    )
+    print(f"peak {machine.flops_per_s / 1e12:.3f} T operations/s; milliseconds\n")
+    print(format_header(COLUMNS))
+    for name in options.presets:
+        for frozen in options.frozen:
+            print_comparison(options, name, frozen, machine)
 
 
 if __name__ == "__main__":
-    sys.exit(run_reporting_errors(lambda: tyro.cli(main)))
+    sys.exit(run_reporting_errors(lambda: main(tyro.cli(Options))))
