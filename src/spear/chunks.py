@@ -143,8 +143,8 @@ class ChunkExecutor:
         check_known("way of executing chunks", get_args(ExecutionMode), mode)
         if mode == "rtc" and not max_committed:
             raise SpearError(
-                "--execution rtc: the policy was not trained for it: use async, or train with "
-                "--set committed=2"
+                "--execution rtc: the policy was not trained for it. Use async, or train with "
+                "--set committed=2."
             )
         check_replan_interval(replan_interval)
         self.mode = mode
@@ -340,7 +340,9 @@ class Pilot:
         metadata = getattr(policy, "metadata", {})
         if metadata.get("converted"):
             robot = metadata["embodiment"]
-            raise SpearError(f"a server for robot {robot!r}: start it with `--embodiment generic`")
+            raise SpearError(
+                f"the server is for robot {robot!r}. Start it with `--embodiment generic`."
+            )
         self._policy = policy
         self._create_executor = partial(
             ChunkExecutor,
@@ -422,7 +424,7 @@ def check_replan_interval(replan_interval: int, horizon: int | None = None) -> N
     if replan_interval >= 1 and (horizon is None or replan_interval <= horizon):
         return
     maximum = "" if horizon is None else f", and at most the {horizon} that the policy predicts"
-    raise SpearError(f"--replan {replan_interval}: execute at least 1 action of a chunk{maximum}")
+    raise SpearError(f"--replan {replan_interval}: execute at least 1 action of a chunk{maximum}.")
 
 
 def check_chunk(actions: Array) -> Array:
@@ -443,14 +445,14 @@ def check_chunk(actions: Array) -> Array:
     actions = np.asarray(actions)
     if actions.ndim != 2 or actions.shape[1] != ACTION_DIM or not np.isfinite(actions).all():
         raise SpearError(
-            f"actions {list(actions.shape)}: not finite, or not [H, 8]: do not move; check the "
-            "policy's weights, and that a server of it has --embodiment generic"
+            f"actions {list(actions.shape)}: not finite, or not [H, 8]. So do not move; check the "
+            "policy's weights, and that a server of it has --embodiment generic."
         )
     max_length_m, max_turn_rad = _lengths(actions).max(axis=0, initial=0)
     if max_length_m > MAX_ACTION_LENGTH_M or max_turn_rad > MAX_ACTION_TURN_RAD:
         raise SpearError(
             f"the policy wants to go {max_length_m:.2g} m, or turn by {max_turn_rad:.2g} rad, in "
-            "one step: do not move: check it with spear doctor"
+            "one step. So do not move; check it with spear doctor."
         )
     check_unit_quat(torch.from_numpy(np.float64(actions[:, 3:7])), "actions[3:7]")
     return actions

@@ -84,9 +84,9 @@ def missing_extra_message(feature: str, module: str, extra: str) -> str:
     """The message for a feature whose module is not installed.
 
     >>> missing_extra_message("the simulator", "mujoco", "sim")
-    "the simulator needs mujoco: pip install 'spear-vla[sim]'"
+    "the simulator needs mujoco. Install it: pip install 'spear-vla[sim]'"
     """
-    return f"{feature} needs {module}: pip install 'spear-vla[{extra}]'"
+    return f"{feature} needs {module}. Install it: pip install 'spear-vla[{extra}]'"
 
 
 def summarize_error(error: BaseException | str) -> str:
@@ -104,6 +104,15 @@ def summarize_error(error: BaseException | str) -> str:
         return f"{key} {reason}".strip()
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__
+
+
+def to_sentence(text: str) -> str:
+    """Begin a text with a capital letter and end it with a period.
+
+    >>> to_sentence("copy the folder again")
+    'Copy the folder again.'
+    """
+    return text[:1].upper() + text[1:].removesuffix(".") + "."
 
 
 def format_count(number: int, unit: str) -> str:

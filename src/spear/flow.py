@@ -425,7 +425,7 @@ def integrate(
         True
     """
     if steps < 1:
-        raise SpearError(f"integration steps: {steps}: give at least 1")
+        raise SpearError(f"integration steps: {steps}. Give at least 1.")
 
     state = noise if committed is None else committed.write_into(noise)
     for k in range(steps):

@@ -91,8 +91,8 @@ def check_unit_quat(q: Tensor, name: str) -> Tensor:
     norm_error = (torch.linalg.vector_norm(q, dim=-1) - 1).abs()
     if not bool((norm_error <= UNIT_NORM_TOLERANCE).all()):  # NaN is refused, too
         raise SpearError(
-            f"not a unit quaternion: {name} (norm off by {float(norm_error.max()):.3g}): "
-            "give (w, x, y, z) with norm 1"
+            f"not a unit quaternion: {name} (norm off by {float(norm_error.max()):.3g}). "
+            "Give (w, x, y, z) with norm 1."
         )
     return quat_canonical(quat_normalize(q))
 

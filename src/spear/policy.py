@@ -115,7 +115,7 @@ class VlmBundle:
         """
         if len(prompts) != len(images):
             raise SpearError(
-                f"{len(images)} images, {len(prompts)} prompts: give a prompt for each image"
+                f"{len(images)} images, {len(prompts)} prompts. Give a prompt for each image."
             )
         if not prompts:
             return []
@@ -302,7 +302,7 @@ class Spear1Policy:
         normalizer = Normalizer.load(folder / "normalizer.json")
         if dataset is not None and not normalizer.datasets:
             raise SpearError(
-                f"{folder}: has the same units for all datasets: leave out --dataset {dataset}"
+                f"{folder}: has the same units for all datasets. Leave out --dataset {dataset}."
             )
         return Spear1Policy(
             model=model,
@@ -441,8 +441,8 @@ class Spear1Policy:
             for key in observation:
                 if is_camera_key(key) and key not in view_of_key:
                     raise SpearError(
-                        f"{key}: not a camera of the model (it has {', '.join(view_of_key)}): "
-                        "leave it out"
+                        f"{key}: not a camera of the model (it has {', '.join(view_of_key)}). "
+                        "Leave it out."
                     )
 
         pixels: dict[str, Tensor] = {}

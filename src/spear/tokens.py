@@ -87,12 +87,12 @@ class CoordinateTokenizer:
         sorted_values = np.sort(np.asarray(values, dtype=np.float64).ravel())
         if not np.isfinite(sorted_values).all():
             raise SpearError(
-                "coordinates to fit 3D tokens on: some are NaN or infinite: leave those out"
+                "coordinates to fit 3D tokens on: some are NaN or infinite. Leave those out."
             )
         distinct, counts = np.unique(sorted_values, return_counts=True)
         if len(distinct) < 2:
             raise SpearError(
-                f"coordinates to fit 3D tokens on: {len(distinct)} different: give at least 2"
+                f"coordinates to fit 3D tokens on: {len(distinct)} different. Give at least 2."
             )
 
         if spacing == "uniform":
@@ -116,7 +116,7 @@ class CoordinateTokenizer:
         """
         array = np.asarray(values, dtype=np.float64)
         if np.isnan(array).any():
-            raise SpearError("coordinates to encode as 3D tokens: some are NaN: leave those out")
+            raise SpearError("coordinates to encode as 3D tokens: some are NaN. Leave those out.")
         ids = np.searchsorted(self.bin_edges[1:-1], array, side="right")
         return np.asarray(ids, dtype=np.int64)
 
@@ -129,7 +129,7 @@ class CoordinateTokenizer:
         index = np.asarray(ids, dtype=np.int64)
         if index.size and (index.min() < 0 or index.max() >= self.num_bins):
             raise SpearError(
-                f"3D token ids: {index.min()} … {index.max()}: give 0 … {self.num_bins - 1}"
+                f"3D token ids: {index.min()} … {index.max()}. Give 0 … {self.num_bins - 1}."
             )
         return np.asarray(self.bin_centers[index])
 
@@ -157,7 +157,7 @@ class CoordinateTokenizer:
             _check_bins(edges, centers, unit)
         except (OSError, LookupError, TypeError, ValueError) as error:
             raise SpearError(
-                f"not a 3D tokenizer: {path} ({error}): choose another file"
+                f"not a 3D tokenizer: {path} ({error}). Choose another file."
             ) from error
         return CoordinateTokenizer(edges, centers, unit)
 
@@ -204,7 +204,8 @@ def extend_tokenizer(tokenizer: Any, bins: int = NUM_BINS) -> int:
     first_id = int(ids[0])
     if list(ids) != list(range(first_id, first_id + bins)):
         raise SpearError(
-            f"tokenizer: its 3D tokens are not the {bins} ids from {first_id}: take one without"
+            f"tokenizer: its 3D tokens are not the {bins} ids from {first_id}. "
+            "Take a tokenizer without them."
         )
     return first_id
 

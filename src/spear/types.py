@@ -145,7 +145,9 @@ def _check_number(
 ) -> None:
     """Raise `SpearError` if a field of `FlowConfig` is not a number of this range."""
     if not (isinstance(value, types) and minimum <= value <= maximum):
-        raise SpearError(f"flow {name} is {value!r}: give a number from {minimum:g} to {maximum:g}")
+        raise SpearError(
+            f"flow {name} is {value!r}. Give a number from {minimum:g} to {maximum:g}."
+        )
 
 
 @dataclass(frozen=True)

@@ -122,7 +122,7 @@ CARROT = "PutCarrotOnPlate-v1"
         ("label show nowhere", "nowhere"),
         ("record --families stack_cubes", "did you mean 'stack_cube'?"),
         ("record --first-seed 5", "kept for testing"),
-        ("ask sim:7 'how far?' --draw box.txt", "end it in .png or .jpg"),
+        ("ask sim:7 'how far?' --draw box.txt", "End it in .png or .jpg"),
         ("ask sim:7 ' '", "empty question"),
         ("ask sim:10000 'how far?'", "held-out seeds"),
         ("ask absent.png 'how far?'", "No such file"),
@@ -226,7 +226,7 @@ def test_a_full_disk_is_one_line(
     fill_disk = Mock(side_effect=error)
     monkeypatch.setattr("spear.data.readers.dataset_layout.find_missing_fields", fill_disk)
 
-    assert "the disk is full: free some space" in run_refused_command("data", "datasets")
+    assert "the disk is full. Free some space" in run_refused_command("data", "datasets")
 
 
 def test_a_path_that_is_a_loop_of_links_is_one_line(

@@ -9,12 +9,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
-from spear.errors import SpearError, notice, summarize_error
+from spear.errors import SpearError, notice, summarize_error, to_sentence
 
 T = TypeVar("T")
 
 DISK_FULL_ERRNOS = (errno.ENOSPC, errno.EDQUOT)
-DISK_FULL_MESSAGE = "the disk is full: free some space and run the same command again"
+DISK_FULL_MESSAGE = "the disk is full. Free some space and run the same command again."
 
 
 @contextmanager
@@ -27,9 +27,11 @@ def report_write_errors(path: Path) -> Iterator[None]:
             raise SpearError(f"{path}: {DISK_FULL_MESSAGE}") from error
         for parent in path.parents:
             if parent.is_file():
-                raise SpearError(f"{parent}: is a file, not a folder: give another name") from error
+                raise SpearError(
+                    f"{parent}: is a file, not a folder. Give another name."
+                ) from error
         raise SpearError(
-            f"{path}: cannot be written, {error.strerror or error}: check the folder"
+            f"{path}: cannot be written, {error.strerror or error}. Check the folder."
         ) from error
 
 
@@ -93,16 +95,16 @@ def read_json_as(json_type: type[T], path: Path, advice: str, problem: str = "ca
         return TypeAdapter(json_type).validate_json(path.read_bytes())
     except (OSError, ValidationError) as error:
         reason = getattr(error, "strerror", None) or summarize_error(error)
-        raise SpearError(f"{path}: {problem} ({reason}): {advice}") from error
+        raise SpearError(f"{path}: {problem} ({reason}). {to_sentence(advice)}") from error
 
 
 def check_new_folder(folder: Path) -> None:
     """Raise `SpearError` unless a folder is new or empty, and not the current one."""
     if folder.exists() and folder.samefile("."):
-        raise SpearError(f"{folder}: is the folder that you are in: give a new one in it")
+        raise SpearError(f"{folder}: is the folder that you are in. Give a new one in it.")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise SpearError(
-            f"{folder} is there already, and not empty: give a new folder, or remove it"
+            f"{folder} is there already, and not empty. Give a new folder, or remove it."
         )
 
 
@@ -117,7 +119,7 @@ def check_no_foreign_files(folder: Path, pattern: str, action: str) -> None:
     if not folder.is_dir() or any(folder.glob(pattern)):
         return
     if any(not entry.name.startswith(".") for entry in folder.iterdir()):
-        raise SpearError(f"{folder}: holds other files: {action} into a folder of its own")
+        raise SpearError(f"{folder}: holds other files. Choose an empty folder to {action} into.")
 
 
 def notice_missing_shards(
@@ -134,4 +136,4 @@ def notice_missing_shards(
     last_number = shards[-1].stem.rpartition("-")[2]
     num_expected = max(num_written, int(last_number) + 1 if last_number.isdecimal() else 0)
     if folder.is_dir() and num_expected > len(shards):
-        notice(f"{folder}: lacks {num_expected - len(shards)} of its shards: {advice}")
+        notice(f"{folder}: lacks {num_expected - len(shards)} of its shards. {to_sentence(advice)}")

@@ -162,7 +162,7 @@ def _check_image(image: Array) -> None:
     if is_array and image.dtype == np.uint8 and image.shape[2:] == (3,) and image.size:
         return
     description = f"{image.dtype} {image.shape}" if is_array else type(image).__name__
-    raise SpearError(f"wrong image type: {description}: give a uint8 array of shape [h, w, 3]")
+    raise SpearError(f"wrong image type: {description}: give a uint8 array of shape [h, w, 3].")
 
 
 def find_image_format(name: str) -> str:
@@ -173,7 +173,7 @@ def find_image_format(name: str) -> str:
     """
     image_format = Image.registered_extensions().get(Path(name).suffix.lower(), "")
     if image_format not in ("PNG", "JPEG"):
-        raise SpearError(f"{name}: not a name for a picture: end it in .png or .jpg")
+        raise SpearError(f"{name}: not a name for a picture. End it in .png or .jpg.")
     return image_format
 
 
@@ -261,14 +261,14 @@ def load_image_and_orientation(
         data = source if isinstance(source, bytes) else Path(source).read_bytes()
     except OSError as error:
         reason = error.strerror or type(error).__name__
-        raise SpearError(f"{name}: cannot read the image ({reason}): check the path") from error
+        raise SpearError(f"{name}: cannot read the image ({reason}). Check the path.") from error
     check_jpeg_is_complete(data, name)
     try:
         with Image.open(io.BytesIO(data)) as image:
             if longest and max(image.size) > longest:
                 width, height = image.size
                 raise SpearError(
-                    f"{name}: {width} x {height} pixels: send sides of at most {longest}"
+                    f"{name}: {width} x {height} pixels. Send sides of at most {longest}."
                 )
             return _read_pixels(image, name, stored, keep_transparent_colors)
     except SpearError:
@@ -276,7 +276,7 @@ def load_image_and_orientation(
     except Exception as error:  # on broken files decoders raise errors of many types
         reason = summarize_error(error).partition(" <_io.")[0]
         raise SpearError(
-            f"{name}: not a readable image ({reason}): replace it by a JPEG or PNG"
+            f"{name}: not a readable image ({reason}). Replace it by a JPEG or PNG."
         ) from error
 
 
@@ -315,7 +315,7 @@ def _to_rgb(image: Image.Image, name: str, keep_transparent_colors: bool) -> Ima
     """Convert an image of any mode to RGB, see `load_image`."""
     if image.mode == "F":
         raise SpearError(
-            f"{name}: floating-point pixels: convert it to 8 bits, as you want it to look"
+            f"{name}: floating-point pixels. Convert it to 8 bits, as you want it to look."
         )
     if image.mode == "I" or image.mode.startswith("I;16"):
         image = Image.fromarray(_to_8_bits(np.asarray(image), image.mode, name))
@@ -336,7 +336,7 @@ def _to_8_bits(values: Array, mode: str, name: str) -> Array:
     lowest = int(values.min())
     brightest = int(values.max())
     if lowest < 0 or brightest > 0xFFFF:
-        raise SpearError(f"{name}: pixels of more than 16 bits: convert it to 8 bits")
+        raise SpearError(f"{name}: pixels of more than 16 bits. Convert it to 8 bits.")
     if mode == "I" and brightest <= 0xFF:
         return values.astype(np.uint8)
     if 0 < brightest <= _MAX_12_BIT:

@@ -77,6 +77,6 @@ def check_available_on_hub(model: str, instead: str) -> None:
     reason = explain_hub_unreachable()
     if reason:
         raise SpearError(
-            f"cannot get {model} from the Hugging Face Hub ({reason}), and it is not in the cache: "
-            f"check the network, or give {instead}"
+            f"cannot get {model} from the Hugging Face Hub ({reason}), and it is not in the cache. "
+            f"Check the network, or give {instead}."
         )

@@ -40,7 +40,7 @@ class Options:
         ...     scenes: Annotated[int, Range(1)] = 384
         >>> EvaluateOptions(scenes=0)
         Traceback (most recent call last):
-        spear.errors.SpearError: --scenes 0: give at least 1
+        spear.errors.SpearError: --scenes 0: give at least 1.
     """
 
     __dataclass_fields__: ClassVar[dict[str, dataclasses.Field[Any]]]
@@ -66,7 +66,7 @@ def _check_range(name: str, value: Any, allowed: Range) -> None:
             bound = f"most {allowed.maximum:g}"
         else:
             bound = f"least {allowed.minimum:g}"
-        raise SpearError(f"{to_option_name(name)} {number:g}: give at {bound}")
+        raise SpearError(f"{to_option_name(name)} {number:g}: give at {bound}.")
 
 
 def to_option_name(field: str) -> str:
@@ -170,9 +170,9 @@ def parse_key_values(items: Sequence[str], **named: Any) -> dict[str, Any]:
     for item in items:
         key, equals_sign, text = item.partition("=")
         if not equals_sign:
-            raise SpearError(f"--set {item}: write it as KEY=VALUE")
+            raise SpearError(f"--set {item}: write it as KEY=VALUE.")
         if key in values:
-            raise SpearError(f"--set {item}: {key} is also given as {values[key]}: give it once")
+            raise SpearError(f"--set {item}: {key} is also given as {values[key]}. Give it once.")
         try:
             values[key] = json.loads(text)
         except ValueError:

@@ -14,7 +14,7 @@ from multiprocessing.forkserver import _forkserver, ensure_running
 from multiprocessing.synchronize import Event
 from typing import Any, TypeVar
 
-from spear.errors import SpearError
+from spear.errors import SpearError, to_sentence
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -56,7 +56,9 @@ def open_worker_pool(
     except BrokenProcessPool as error:
         if not has_started.is_set():
             raise SpearError(NO_WORKER_STARTED) from error
-        raise SpearError(f"a worker process was killed (out of memory?): {advice}") from error
+        raise SpearError(
+            f"a worker process was killed (out of memory?). {to_sentence(advice)}"
+        ) from error
     except BaseException:
         _kill_workers(executor)
         raise

@@ -37,7 +37,7 @@ def hold_lock(path: Path, wait: bool = False) -> Iterator[bool]:
         return
     except OSError as error:
         raise SpearError(
-            f"{path}: cannot be locked ({error.strerror}): use another disk"
+            f"{path}: cannot be locked ({error.strerror}). Use another disk."
         ) from error
 
     try:
@@ -66,7 +66,9 @@ def acquire_run_lock(
     new_folders = [path for path in (folder, *folder.parents) if not path.exists()]
     with hold_lock(folder / name) as is_acquired:
         if not is_acquired:
-            raise SpearError(f"{folder}: another process is {doing} this folder: wait for it")
+            raise SpearError(
+                f"{folder}: another process is {doing} this folder. Wait until it ends."
+            )
         try:
             yield
         except BaseException:

@@ -65,6 +65,6 @@ def record_or_check_settings(path: Path, settings: Mapping[str, Any], is_resumin
     difference = describe_difference(read_json(path, "choose another folder"), settings)
     if difference:
         raise SpearError(
-            f"{path.parent}: was begun with other settings: {difference}: use the same ones, or "
-            "another folder"
+            f"{path.parent}: was begun with other settings: {difference}. Use the same ones, or "
+            "another folder."
         )

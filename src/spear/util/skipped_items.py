@@ -39,5 +39,5 @@ class SkippedItems:
         if finished or num_seen >= self.patience:
             raise SpearError(
                 f"too many bad {self.unit}: {num_bad} of {num_seen} (more than {self.limit:.0%}); "
-                f"the last one: {self.reasons[-1]}: mend the input, or leave them out"
+                f"the last one: {self.reasons[-1]}. Mend the input, or leave them out."
             )
