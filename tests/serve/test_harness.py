@@ -26,19 +26,24 @@ pytest.importorskip(
     "vla_eval", reason="vla-eval is not installed: pip install 'spear-vla[vla-eval]'"
 )
 
-ROBOT = embodiments.load("maniskill2_widowx")
+MANISKILL2_ROBOT = embodiments.load("maniskill2_widowx")
+EXAMPLES = Path(__file__).parents[2] / "examples"
+SUPPORT = Path(__file__).parents[1] / "support"
+NUM_EPISODES = 2
+NUM_STEPS = 5  # of an episode
+REPLAN_INTERVAL = 2
 
 
 @pytest.fixture(autouse=True)
-def _apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The harness writes its progress into results/ of where it runs: two tests at once would share
-    it.
+def _own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The harness writes its progress into results/ of the current folder, which tests must not
+    share.
     """
     monkeypatch.chdir(tmp_path)
 
 
-def run(policy: HomingPolicy, **params: Any) -> dict[str, Any]:
-    """Two episodes of the harness with its own server, client and runner."""
+def run_harness(policy: HomingPolicy, **parameters: Any) -> list[dict[str, Any]]:
+    """Run two episodes with the harness's server, client and runner; returns them."""
     pytest.importorskip("mujoco")
     from vla_eval import api
 
@@ -47,84 +52,109 @@ def run(policy: HomingPolicy, **params: Any) -> dict[str, Any]:
 
     tabletop_benchmark.SENT.clear()
     service = Service(policy, tabletop_benchmark.EMBODIMENT, "test", "tabletop")
+    server = HarnessServer(service, VlaEvalOptions("test", replan=REPLAN_INTERVAL))
     benchmark = {
         "benchmark": "tabletop_benchmark:Tabletop",
-        "params": {"family": "put_on", **params},
+        "params": {"family": "put_on", **parameters},
+        "episodes_per_task": NUM_EPISODES,
     }
-    config = {"benchmarks": [{**benchmark, "episodes_per_task": 2}]}
-    (result,) = api.evaluate(
-        HarnessServer(service, VlaEvalOptions("test", replan=2)), config, no_save=True
-    )
-    return result
+    [result] = api.evaluate(server, {"benchmarks": [benchmark]}, no_save=True)
+    [task] = result["tasks"]
+    return task["episodes"]
 
 
-def test_the_harness_evaluates_as_we_would() -> None:
+def test_the_harness_runs_whole_episodes() -> None:
+    episodes = run_harness(HomingPolicy())
+
+    assert [episode["metrics"] for episode in episodes] == [{"success": False}] * NUM_EPISODES
+    assert [episode["steps"] for episode in episodes] == [NUM_STEPS] * NUM_EPISODES
+
+
+def test_the_harness_moves_the_arm_as_our_own_evaluation_does() -> None:
     from spear.sim.env import TabletopEnv
+
+    run_harness(HomingPolicy())
+
     from tabletop_benchmark import SENT
 
+    expected_positions = []
+    env = TabletopEnv("put_on", images=False)
+    for seed in range(NUM_EPISODES):
+        observation, _ = env.reset(seed=seed)
+        for step in range(NUM_STEPS):
+            if step % REPLAN_INTERVAL == 0:
+                chunk = make_homing_chunk(observation["observation/state"])
+            observation, *_ = env.step(chunk[step % REPLAN_INTERVAL])
+            position = observation["observation/state"][:3]
+            expected_positions.append(np.array2string(position, precision=5))
+    assert expected_positions == SENT
+
+
+def test_seeds_depend_on_the_episode_and_the_step_alone() -> None:
     policy = HomingPolicy()
-    (task,) = run(policy)["tasks"]
-    assert [e["metrics"] for e in task["episodes"]] == [{"success": False}] * 2
-    assert [e["steps"] for e in task["episodes"]] == [5, 5]
-    expected, env = [], TabletopEnv("put_on", images=False)
-    for seed in (0, 1):
-        seen, _ = env.reset(seed=seed)
-        for step in range(5):
-            if step % 2 == 0:  # two of five actions, then a new look
-                chunk = make_homing_chunk(seen["observation/state"])
-            seen, *_ = env.step(chunk[step % 2])
-            expected.append(np.array2string(seen["observation/state"][:3], precision=5))
-    assert expected == SENT
-    first, second = policy.seeds[:3], policy.seeds[3:]
-    assert [s - first[0] for s in first] == [s - second[0] for s in second] == [0, 2, 4]
-    assert first[0] != second[0]
-    again = HomingPolicy()
-    run(again)
-    assert again.seeds == policy.seeds
+    run_harness(policy)
+
+    first_episode, second_episode = policy.seeds[:3], policy.seeds[3:]
+    assert [seed - first_episode[0] for seed in first_episode] == [0, 2, 4]
+    assert [seed - second_episode[0] for seed in second_episode] == [0, 2, 4]
+    assert first_episode[0] != second_episode[0]
+    repeated = HomingPolicy()
+    run_harness(repeated)
+    assert repeated.seeds == policy.seeds
 
 
-def test_what_nobody_could_use_is_refused_before_anybody_connects(
-    capsys: pytest.CaptureFixture[str],
+@pytest.mark.parametrize(("option", "value"), [("--replan", "9"), ("--port", "0")])
+def test_an_impossible_option_is_refused_before_anybody_connects(
+    option: str, value: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for option, value in (("--replan", "9"), ("--port", "0")):
-        assert main(["vla-eval", "nano", option, value]) == 2
-        assert f"error: {option} {value}: " in capsys.readouterr().err
+    assert main(["vla-eval", "nano", option, value]) == 2
+    error = capsys.readouterr().err
+    assert f"error: {option} {value}: " in error
 
 
-def test_a_bad_observation_ends_its_episode_with_a_reason() -> None:
-    (task,) = run(HomingPolicy(), broken=True)["tasks"]
-    assert [e["failure_reason"] for e in task["episodes"]] == ["model_act"] * 2
-    assert all("observation/state" in e["failure_detail"] for e in task["episodes"])
+def test_a_wrong_observation_ends_its_episode_with_a_reason() -> None:
+    for episode in run_harness(HomingPolicy(), broken=True):
+        assert episode["failure_reason"] == "model_act"
+        assert "observation/state" in episode["failure_detail"]
+
+
+def make_turning_chunk() -> tuple[np.ndarray, np.ndarray, Rotation]:
+    """A chunk [5, 8], its translations [5, 3] and its rotations."""
+    translations = np.random.default_rng(1).normal(size=(5, 3)) / 100
+    rotations = Rotation.from_rotvec(np.random.default_rng(0).normal(size=(5, 3)) / 5)
+    openings = [[1], [1], [0.4], [0], [0.9]]
+    chunk = np.concatenate([translations, rotations.as_quat(scalar_first=True), openings], axis=1)
+    return chunk.astype(np.float32), translations, rotations
 
 
 def test_simplerenv_gets_what_its_controller_takes() -> None:
     """ManiSkill 2's rule for "ee_align2": the target moves along base axes and turns about them by
-    a rotation vector; the harness hands the action on, with its own rule for the gripper."""
+    a rotation vector. The harness passes the action on, with its own rule for the gripper."""
     from vla_eval.benchmarks.simpler.benchmark import SimplerEnvBenchmark
     from vla_eval.recording import NullEpisodeRecorder
 
-    benchmark, step = SimplerEnvBenchmark(), Mock(return_value=({}, 0.0, False, False, {}))
-    benchmark._env, benchmark._recorder = SimpleNamespace(step=step), NullEpisodeRecorder()
-    seen = ROBOT.example()
-    ours = ROBOT.read(seen)
-    turns = Rotation.from_rotvec(np.random.default_rng(0).normal(size=(5, 3)) / 5)
-    moves = np.random.default_rng(1).normal(size=(5, 3)) / 100
-    chunk = np.concatenate(
-        [moves, turns.as_quat(scalar_first=True), [[1], [1], [0.4], [0], [0.9]]], 1
-    )
-    control = ROBOT.controls["maniskill2_rotation_vector"]
-    for row in control.convert(chunk.astype(np.float32), ours["observation/state"], seen):
+    step = Mock(return_value=({}, 0.0, False, False, {}))
+    benchmark = SimplerEnvBenchmark()
+    benchmark._env = SimpleNamespace(step=step)
+    benchmark._recorder = NullEpisodeRecorder()
+    observation = MANISKILL2_ROBOT.example()
+    state = MANISKILL2_ROBOT.read(observation)["observation/state"]
+    chunk, translations, rotations = make_turning_chunk()
+
+    control = MANISKILL2_ROBOT.controls["maniskill2_rotation_vector"]
+    for row in control.convert(chunk, state, observation):
         benchmark.step({"actions": row})
-    link = Rotation.from_quat(seen["states"][3:7], scalar_first=True)
-    ee = Rotation.from_quat(ours["observation/state"][3:7], scalar_first=True)
-    offset = ee.inv() * link  # fixed: the link's frame in ours
-    taken = [call.args[0] for call in step.call_args_list]
-    for move, turn, action in zip(moves, turns, taken, strict=True):
-        ee = ee * turn
-        link = Rotation.from_rotvec(action[3:6]) * link
-        np.testing.assert_allclose(action[:3], move, atol=1e-6)
-        assert (link.inv() * (ee * offset)).magnitude() < 1e-5
-    assert [a[6] for a in taken] == [1, 1, -1, -1, 1]
+
+    commands = [call.args[0] for call in step.call_args_list]
+    link = Rotation.from_quat(observation["states"][3:7], scalar_first=True)
+    ee = Rotation.from_quat(state[3:7], scalar_first=True)
+    link_in_ee = ee.inv() * link  # stays the same
+    for translation, rotation, command in zip(translations, rotations, commands, strict=True):
+        ee = ee * rotation
+        link = Rotation.from_rotvec(command[3:6]) * link
+        np.testing.assert_allclose(command[:3], translation, atol=1e-6)
+        assert (link.inv() * (ee * link_in_ee)).magnitude() < 1e-5
+    assert [command[6] for command in commands] == [1, 1, -1, -1, 1]
 
 
 def test_the_example_config_is_one_of_the_harness() -> None:
@@ -133,50 +163,53 @@ def test_the_example_config_is_one_of_the_harness() -> None:
 
     from spear.serve.harness import OBSERVATION_PARAMETERS
 
-    config = load_config(str(Path(__file__).parents[2] / "examples" / "simpler_widowx.yaml"))
+    config = load_config(str(EXAMPLES / "simpler_widowx.yaml"))
+
     assert set(config) == {"server", "docker", "benchmarks"}
     assert ServerConfig.from_dict(config["server"]).url == "ws://localhost:8000"
     assert DockerConfig.from_dict(config["docker"]).image
-    (benchmark,) = (EvalConfig.from_dict(b) for b in config["benchmarks"])
-    module, name = benchmark.benchmark.split(":")
-    made = getattr(importlib.import_module(module), name)(
-        **benchmark.params, **OBSERVATION_PARAMETERS
-    )
-    assert made.get_tasks()[0]["name"] == "widowx_carrot_on_plate" and made.send_state
+    [benchmark_config] = [EvalConfig.from_dict(entry) for entry in config["benchmarks"]]
+    module, name = benchmark_config.benchmark.split(":")
+    benchmark_class = getattr(importlib.import_module(module), name)
+    benchmark = benchmark_class(**benchmark_config.params, **OBSERVATION_PARAMETERS)
+    assert benchmark.get_tasks()[0]["name"] == "widowx_carrot_on_plate"
+    assert benchmark.send_state
+
+
+def find_free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        return listening.getsockname()[1]
 
 
 def test_the_commands_of_the_docs_evaluate_nano(tmp_path: Path) -> None:
     """`spear vla-eval` and `vla-eval run`, each in a process of its own; the simulator is ours."""
     pytest.importorskip("mujoco")
-    support = Path(__file__).parents[1] / "support"
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+    port = find_free_port()
     source = str(Path(spear.__file__).parents[1])
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([source, str(support)])}
-    path = tmp_path / "tabletop.yaml"
-    path.write_text(
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([source, str(SUPPORT)])}
+    config = tmp_path / "tabletop.yaml"
+    config.write_text(
         f"server: {{url: 'ws://localhost:{port}'}}\n"
         "benchmarks: [{benchmark: 'tabletop_benchmark:Tabletop', params: {family: put_on}, "
         "episodes_per_task: 2}]\n"
     )
     serve = ["vla-eval", "nano", "--port", str(port), "--device", "cpu"]
-    serve += ["--embodiment", f"{support}/tabletop_benchmark.py"]
+    serve += ["--embodiment", str(SUPPORT / "tabletop_benchmark.py")]
+    evaluate = [sys.executable, "-m", "vla_eval.cli.main", "run", "--no-docker", "-c", str(config)]
+    evaluate += ["--output-dir", str(tmp_path / "out")]
+
     with run_python(SPEAR_CLI_CODE, *serve, env=environment, stderr=subprocess.STDOUT) as server:
-        while "serving nano" not in (line := server.stdout.readline()):
-            assert line, "the server ended"
-        evaluate = [
-            sys.executable,
-            "-m",
-            "vla_eval.cli.main",
-            "run",
-            "--no-docker",
-            "-c",
-            str(path),
-        ]
-        evaluate += ["--output-dir", str(tmp_path / "out")]
+        for line in server.stdout:
+            if "serving nano" in line:
+                break
+        else:
+            pytest.fail("the server ended")
         done = subprocess.run(evaluate, text=True, capture_output=True, env=environment)
+
     assert done.returncode == 0, done.stdout + done.stderr
-    (found,) = [json.loads(p.read_text()) for p in (tmp_path / "out").rglob("*_aggregate.json")]
-    (task,) = found["tasks"]
-    assert [e["steps"] for e in task["episodes"]] == [5, 5]
-    assert not any(e.get("failure_reason") for e in task["episodes"])
+    [result_file] = (tmp_path / "out").rglob("*_aggregate.json")
+    [task] = json.loads(result_file.read_text())["tasks"]
+    for episode in task["episodes"]:
+        assert episode["steps"] == NUM_STEPS
+        assert not episode.get("failure_reason")
+    assert len(task["episodes"]) == NUM_EPISODES

@@ -14,6 +14,7 @@ import sys
 import tempfile
 import venv
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -37,7 +38,8 @@ policy = WebsocketClientPolicy("127.0.0.1", int(port), api_key="secret")
 observation = dict(np.load(observation_file))
 observation["prompt"] = str(observation["prompt"])
 for key in ("observation/exterior_image_1_left", "observation/wrist_image_left"):
-    observation[key] = image_tools.convert_to_uint8(image_tools.resize_with_pad(observation[key], 224, 224))
+    padded = image_tools.resize_with_pad(observation[key], 224, 224)
+    observation[key] = image_tools.convert_to_uint8(padded)
 first = policy.infer(observation)
 errors = []
 for bad in ({**observation, "observation/joint_position": np.full(7, np.nan)}, {"prompt": "go"}):
@@ -53,69 +55,82 @@ print(json.dumps({"metadata": policy.get_server_metadata(), "errors": errors,
 """
 
 
+CHECK = "import openpi_client.websocket_client_policy"
+DEFAULT_FOLDER_NAME = f"spear-tests-openpi-{sys.version_info[0]}{sys.version_info[1]}"
+
+
 @pytest.fixture(scope="session")
 def openpi_python() -> Path:
-    default = (
-        Path(tempfile.gettempdir())
-        / f"spear-tests-openpi-{sys.version_info[0]}{sys.version_info[1]}"
-    )
-    folder = Path(os.environ.get("SPEAR_OPENPI_VENV", default))
+    """The Python of an environment with openpi-client."""
+    default_folder = Path(tempfile.gettempdir()) / DEFAULT_FOLDER_NAME
+    folder = Path(os.environ.get("SPEAR_OPENPI_VENV", default_folder))
     python = folder / "bin" / "python"
-    check = [str(python), "-c", "import openpi_client.websocket_client_policy"]
-    if python.exists() and subprocess.run(check, capture_output=True, check=False).returncode == 0:
-        return python
+    if python.exists():
+        check = subprocess.run([str(python), "-c", CHECK], capture_output=True, check=False)
+        if check.returncode == 0:
+            return python
+
     venv.create(folder, with_pip=False)
-    install = [
-        sys.executable,
-        "-m",
-        "pip",
-        "--python",
-        str(python),
-        "install",
-        "-q",
-        "--only-binary=:all:",
-    ]
-    made = subprocess.run([*install, *PACKAGES], capture_output=True, text=True, check=False)
-    if made.returncode:
-        pytest.skip(
-            f"openpi-client could not be installed: {(made.stderr.splitlines() or ['no pip'])[-1]}"
-        )
+    install = [sys.executable, "-m", "pip", "--python", str(python)]
+    install += ["install", "-q", "--only-binary=:all:", *PACKAGES]
+    installed = subprocess.run(install, capture_output=True, text=True, check=False)
+    if installed.returncode:
+        error_lines = installed.stderr.splitlines() or ["no pip"]
+        pytest.skip(f"openpi-client could not be installed: {error_lines[-1]}")
     return python
+
+
+def run_client(python: Path, port: str, observation_file: Path, out: Path) -> dict[str, Any]:
+    """Run openpi's client in its environment; returns what it printed."""
+    environment = {}
+    for name, value in os.environ.items():
+        if not name.startswith("PYTHON"):
+            environment[name] = value
+    command = [str(python), "-c", CLIENT, port, str(observation_file), str(out)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr
+    printed: dict[str, Any] = json.loads(done.stdout)
+    return printed
 
 
 def test_the_real_client_drives_droid(
     openpi_python: Path, nano: Spear1Policy, tmp_path: Path
 ) -> None:
     pytest.importorskip("mujoco")
+    robot = embodiments.load("droid")
+    wide_image = np.zeros((360, 640, 3), np.uint8)
+    observation = {**robot.example(), "observation/exterior_image_1_left": wide_image}
+    np.savez(tmp_path / "observation.npz", **observation)
     options = ["nano", "--port", "0", "--embodiment", "droid", "--token", "secret", "--ui"]
+
     with run_python(SPEAR_CLI_CODE, "serve", *options, stderr=subprocess.PIPE) as server:
         line = server.stdout.readline()
-        found = re.fullmatch(
+        address = re.fullmatch(
             r"serving nano for droid \(joint_velocity\) at ws://127\.0\.0\.1:(\d+)\n", line
         )
-        assert found, line
-        assert server.stdout.readline() == f"page at http://127.0.0.1:{found[1]}/\n"
-        robot = embodiments.load("droid")
-        seen = {
-            **robot.example(),
-            "observation/exterior_image_1_left": np.zeros((360, 640, 3), np.uint8),
-        }
-        np.savez(tmp_path / "seen.npz", **seen)
-        files = [str(tmp_path / name) for name in ("seen.npz", "out.npz")]
-        client = [str(openpi_python), "-c", CLIENT, found[1], *files]
-        environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTHON")}
-        done = subprocess.run(client, capture_output=True, text=True, env=environment, check=False)
-        assert done.returncode == 0, done.stderr
+        assert address, line
+        assert server.stdout.readline() == f"page at http://127.0.0.1:{address[1]}/\n"
+        printed = run_client(
+            openpi_python, address[1], tmp_path / "observation.npz", tmp_path / "out.npz"
+        )
         server.send_signal(signal.SIGTERM)
-        assert server.wait(120) == 0 and "loading nano on " in server.stderr.read()
-    said = json.loads(done.stdout)
-    assert said["metadata"]["embodiment"] == "droid" and said["metadata"]["rate_hz"] == 15
-    assert "observation/joint_position" in said["errors"][0]
-    assert "observation/exterior_image_1_left" in said["errors"][1]
-    assert said["timing"][0]["infer_ms"] > 0 and said["timing"][1]["prev_total_ms"] > 0
-    got = np.load(tmp_path / "out.npz")
-    sent = {key: got[key] for key in got.files if key.startswith("observation/")}
-    expected = Service(nano, robot, "nano", "droid").answer([{**sent, "prompt": seen["prompt"]}])[0]
-    assert got["actions"].shape == (15, 8)
-    np.testing.assert_allclose(got["actions"], expected["actions"], atol=1e-5)
-    assert got["again"].shape == (15, 8) and np.isfinite(got["again"]).all()
+        assert server.wait(120) == 0
+        assert "loading nano on " in server.stderr.read()
+
+    assert printed["metadata"]["embodiment"] == "droid"
+    assert printed["metadata"]["rate_hz"] == 15
+    first_error, second_error = printed["errors"]
+    assert "observation/joint_position" in first_error
+    assert "observation/exterior_image_1_left" in second_error
+    first_timing, second_timing = printed["timing"]
+    assert first_timing["infer_ms"] > 0
+    assert second_timing["prev_total_ms"] > 0
+
+    received = np.load(tmp_path / "out.npz")
+    sent = {key: received[key] for key in received.files if key.startswith("observation/")}
+    sent["prompt"] = observation["prompt"]
+    [expected] = Service(nano, robot, "nano", "droid").answer([sent])
+    assert received["actions"].shape == (15, 8)
+    np.testing.assert_allclose(received["actions"], expected["actions"], atol=1e-5)
+    assert received["again"].shape == (15, 8)
+    assert np.isfinite(received["again"]).all()
