@@ -1,4 +1,5 @@
-"""For `make docs`: lists of fields in docstrings (a name, spaces, what it is) keep their columns."""
+"""For `make docs`: lists of fields in docstrings (a name, spaces, what it is) keep their
+columns."""
 
 from __future__ import annotations
 
@@ -11,8 +12,8 @@ FIELD = re.compile(r"\w[\w, .\[\]]*?  +\S|\S+(, \S+)*  \S")
 """A line that begins with one name or several, and has its text in a column."""
 
 
-def columns_kept(text: str) -> str:
-    """A docstring whose paragraphs in columns are blocks of code."""
+def format_columns(text: str) -> str:
+    """Return a docstring whose paragraphs in columns are blocks of code."""
     paragraphs = []
     for paragraph in text.split("\n\n"):
         lines = paragraph.split("\n")
@@ -25,8 +26,8 @@ def columns_kept(text: str) -> str:
 
 
 class Fields(Extension):
-    """Applies `columns_kept` to every docstring."""
+    """Apply `format_columns` to every docstring."""
 
     def on_instance(self, *, obj: Object, **_: Any) -> None:
         if obj.docstring is not None:
-            obj.docstring.value = columns_kept(obj.docstring.value)
+            obj.docstring.value = format_columns(obj.docstring.value)

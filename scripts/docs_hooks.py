@@ -1,4 +1,5 @@
-"""What mkdocs needs beyond its configuration: a page of reference per room, and links into the repository."""
+"""What mkdocs needs beyond its configuration: a page of reference per room, and links into the
+repository."""
 
 from __future__ import annotations
 
@@ -12,39 +13,44 @@ ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src" / "spear"
 
 
-def modules(room: Path) -> list[str]:
-    """The public modules of a room, in order, by their whole names."""
+def list_modules(room: Path) -> list[str]:
+    """Return the public modules of a room, in order, by their whole names."""
     files = [room] if room.suffix == ".py" else sorted(room.rglob("*.py"))
-    names = [".".join(file.relative_to(ROOT / "src").with_suffix("").parts) for file in files]
-    return [
-        name.removesuffix(".__init__")
-        for name in names
-        if "._" not in name.removesuffix(".__init__")
-    ]
+    names = []
+    for file in files:
+        path = file.relative_to(ROOT / "src").with_suffix("")
+        name = ".".join(path.parts).removesuffix(".__init__")
+        if "._" not in name:
+            names.append(name)
+    return names
 
 
-def rooms() -> list[Path]:
-    """Every file and folder of src/spear that can be imported."""
-    found = (path for path in SOURCE.iterdir() if not path.name.startswith("_"))
-    return sorted(
-        path for path in found if path.suffix == ".py" or (path / "__init__.py").is_file()
-    )
+def list_rooms() -> list[Path]:
+    """Return every file and folder of src/spear that can be imported."""
+    rooms = []
+    for path in sorted(SOURCE.iterdir()):
+        is_importable = path.suffix == ".py" or (path / "__init__.py").is_file()
+        if is_importable and not path.name.startswith("_"):
+            rooms.append(path)
+    return rooms
 
 
 def on_config(config: Any) -> Any:
-    """The pages of the rooms follow the reference's first page."""
-    config.nav[-1]["Reference"] += [f"reference/{room.stem}.md" for room in rooms()]
+    """Let the pages of the rooms follow the reference's first page."""
+    config.nav[-1]["Reference"] += [f"reference/{room.stem}.md" for room in list_rooms()]
     return config
 
 
 def on_files(files: Files, config: Any) -> Files:
-    """Adds reference/ROOM.md for every room."""
-    for room in rooms():
-        text = "\n\n".join([f"# spear.{room.stem}", *(f"::: {module}" for module in modules(room))])
+    """Add reference/ROOM.md for every room."""
+    for room in list_rooms():
+        lines = [f"# spear.{room.stem}"]
+        lines += [f"::: {module}" for module in list_modules(room)]
+        text = "\n\n".join(lines)
         files.append(File.generated(config, f"reference/{room.stem}.md", content=text))
     return files
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
-    """Links out of docs/ become plain text."""
+    """Turn links out of docs/ into plain text."""
     return re.sub(r"\[([^\]]+)\]\(\.\./[^)]*\)", r"\1", markdown)

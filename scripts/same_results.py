@@ -1,14 +1,16 @@
-"""Does another version of the code give the same labels, episodes, shards, weights and actions, bit for bit?
+"""Does another version of the code give the same labels, episodes, shards, weights and actions, bit
+for bit?
 
     python scripts/same_results.py run before.json --source OTHER_CHECKOUT/src --data RLDS_FOLDER
     python scripts/same_results.py run after.json --data RLDS_FOLDER
     python scripts/same_results.py compare before.json after.json
 
-Runs the commands with fixed seeds on one thread: labels of 32 scenes, labels and questions through the whole
-pipeline, 8 demonstrations of each family, an RLDS dataset prepared in two ways, 20 steps of every recipe at
-nano size, 800 evaluation scenes of nano (--only leaves parts out). Kept is a SHA-256 of each file that they
-write, without times, logs and pages; of recorded and prepared data one of each episode, as the version itself
-reads it. Both runs must be on one machine: other processors round otherwise.
+Runs the commands with fixed seeds on one thread: labels of 32 scenes, labels and questions through
+the whole pipeline, 8 demonstrations of each family, an RLDS dataset prepared in two ways, 20 steps
+of every recipe at nano size, 800 evaluation scenes of nano (--only leaves parts out). It keeps a
+SHA-256 of each file that they write, without times, logs and pages; of recorded and prepared data
+one of each episode, as the version itself reads it. Both runs must be on one machine: other
+processors round differently.
 """
 
 from __future__ import annotations
@@ -25,16 +27,18 @@ import time
 from pathlib import Path
 from typing import Any
 
-TIMES = ("seconds", "version")
+TIME_KEYS = ("seconds", "version")
 NOT_RESULTS = re.compile(
     r"\.(lock|mp4|html|md|txt)$|events\.out|log\.jsonl|(run|recipe|settings)\.json$|/step-"
 )
-SHORT = "--steps 20 --seed 3 --preset nano --set batch_size=8"
-LABELS, ROBOT, DATA = "--labels labels", "--episodes episodes", "--episodes prepared"
+TRAIN_OPTIONS = "--steps 20 --seed 3 --preset nano --set batch_size=8"
+LABELS = "--labels labels"
+ROBOT = "--episodes episodes"
+DATA = "--episodes prepared"
+TRUE_LABELS = "--detector ground-truth --segmenter ground-truth --pointmap ground-truth"
 COMMANDS = {
     "labels": "label --scenes 32 --workers 1",
-    "pipeline": "label sim:20-27 --detector ground-truth --segmenter ground-truth --pointmap ground-truth "
-    "--questions --workers 1",
+    "pipeline": f"label sim:20-27 {TRUE_LABELS} --questions --workers 1",
     "episodes": "record --episodes 8 --workers 1",
     "prepared": "data prepare {data} --size 168x126 --workers 1",
     "prepared_as_is": "data prepare {data} --workers 2",
@@ -61,96 +65,129 @@ EVALUATION = {"evaluation": "evaluate --policy nano --scenes 200 --films 0"}
 READ_EPISODES = """
 import hashlib, json, sys
 from spear.data.store.episode_store import EpisodeStore
-found = {}
+digests = {}
 for episode in EpisodeStore(sys.argv[1]):
-    numbers = episode.position, episode.rotation, episode.gripper, episode.action, episode.action_mask
-    digest = hashlib.sha256(repr([episode.instruction, episode.rate_hz, episode.success]).encode())
-    for array in numbers:
+    arrays = episode.position, episode.rotation, episode.gripper, episode.action,
+    episode.action_mask digest = hashlib.sha256(repr([episode.instruction, episode.rate_hz,
+    episode.success]).encode()) for array in arrays:
         digest.update(array.tobytes())
     for camera in sorted(episode.images):
         digest.update(camera.encode() + b"".join(episode.images[camera]))
-    found[episode.source] = digest.hexdigest()
-print(json.dumps(found))
+    digests[episode.source] = digest.hexdigest()
+print(json.dumps(digests))
 """
 
 
-def digests(folder: Path) -> dict[str, str]:
-    """File -> SHA-256 of what it holds; of JSON by its values, without times."""
-    found = {}
-    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+# --- Digests ---
+
+
+def digest_files(folder: Path) -> dict[str, str]:
+    """Return file -> SHA-256 of its content; of JSON by its values, without times."""
+    digests = {}
+    for path in sorted(folder.rglob("*")):
         name = str(path.relative_to(folder))
-        if NOT_RESULTS.search(f"/{name}"):
-            continue
-        data = path.read_bytes()
-        if path.suffix in (".json", ".jsonl"):
-            values = (
-                [json.loads(line) for line in data.splitlines()]
-                if path.suffix == ".jsonl"
-                else [json.loads(data)]
-            )
-            data = "\n".join(
-                sorted(json.dumps(without_times(v), sort_keys=True) for v in values)
-            ).encode()
-        found[name] = hashlib.sha256(data).hexdigest()
-    return found
+        if path.is_file() and not NOT_RESULTS.search(f"/{name}"):
+            digests[name] = hashlib.sha256(read_content(path)).hexdigest()
+    return digests
 
 
-def without_times(value: Any) -> Any:
-    """A JSON value without the keys that tell times."""
+def read_content(path: Path) -> bytes:
+    """Return what of a file counts."""
+    content = path.read_bytes()
+    if path.suffix == ".jsonl":
+        values = [json.loads(line) for line in content.splitlines()]
+    elif path.suffix == ".json":
+        values = [json.loads(content)]
+    else:
+        return content
+    lines = [json.dumps(drop_times(value), sort_keys=True) for value in values]
+    return "\n".join(sorted(lines)).encode()
+
+
+def drop_times(value: Any) -> Any:
+    """Return a JSON value without the keys that tell times."""
     if isinstance(value, dict):
-        return {key: without_times(inner) for key, inner in value.items() if key not in TIMES}
-    return [without_times(inner) for inner in value] if isinstance(value, list) else value
+        return {key: drop_times(inner) for key, inner in value.items() if key not in TIME_KEYS}
+    if isinstance(value, list):
+        return [drop_times(inner) for inner in value]
+    return value
+
+
+def digest_episodes(folder: str, work: Path, environment: dict[str, str]) -> dict[str, str]:
+    """Return the digest of each episode in a folder, as the version itself reads it."""
+    command = [sys.executable, "-c", READ_EPISODES, folder]
+    result = subprocess.run(command, cwd=work, env=environment, check=True, stdout=subprocess.PIPE)
+    return json.loads(result.stdout)
+
+
+# --- Commands ---
 
 
 def run(args: argparse.Namespace) -> int:
-    """Runs the commands and writes their digests; 1 when one failed."""
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    """Run the commands and write their digests; return 1 when one failed."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     if args.source:
-        env["PYTHONPATH"] = str(args.source.resolve())
-    spear = [sys.executable, "-c", "import sys; from spear.cli import main; sys.exit(main())"]
-    trainings = {name: f"train {name} {words} {SHORT}" for name, words in TRAININGS.items()}
-    found: dict[str, dict[str, str]] = {}
-    failed = 0
-    with tempfile.TemporaryDirectory() as work:
-        for name, command in {**COMMANDS, **trainings, **EVALUATION}.items():
+        environment["PYTHONPATH"] = str(args.source.resolve())
+    commands = dict(COMMANDS)
+    for name, words in TRAININGS.items():
+        commands[name] = f"train {name} {words} {TRAIN_OPTIONS}"
+    commands |= EVALUATION
+
+    digests: dict[str, dict[str, str]] = {}
+    status = 0
+    with tempfile.TemporaryDirectory() as work_name:
+        work = Path(work_name)
+        for name, command in commands.items():
             if args.only and name not in args.only:
                 continue
-            begun = time.monotonic()
-            words = [
-                str(args.data.resolve()) if word == "{data}" else word for word in command.split()
-            ]
-            done = subprocess.run(
-                [*spear, *words, "--out", name], cwd=work, env=env, capture_output=True, text=True
-            )
-            if name.startswith(("episodes", "prepared")) and not done.returncode:
-                reader = [sys.executable, "-c", READ_EPISODES, name]
-                read = subprocess.run(reader, cwd=work, env=env, check=True, stdout=subprocess.PIPE)
-                found[name] = json.loads(read.stdout)
+            start = time.monotonic()
+            result = run_spear(command, name, args.data, work, environment)
+            has_episodes = name.startswith(("episodes", "prepared"))
+            if has_episodes and result.returncode == 0:
+                digests[name] = digest_episodes(name, work, environment)
             else:
-                found[name] = digests(Path(work) / name)
-            print(
-                f"{name}: {len(found[name])} results, {time.monotonic() - begun:.0f} s", flush=True
-            )
-            if done.returncode:
-                failed = 1
-                print(done.stderr, file=sys.stderr)
-            args.file.write_text(json.dumps(found, indent=1))
-    return failed
+                digests[name] = digest_files(work / name)
+            elapsed_s = time.monotonic() - start
+            print(f"{name}: {len(digests[name])} results, {elapsed_s:.0f} s", flush=True)
+            if result.returncode != 0:
+                status = 1
+                print(result.stderr, file=sys.stderr)
+            args.file.write_text(json.dumps(digests, indent=1))
+    return status
+
+
+def run_spear(
+    command: str, out: str, data: Path, work: Path, environment: dict[str, str]
+) -> subprocess.CompletedProcess[str]:
+    """Run one command in the folder `work`, which writes to `out` there."""
+    spear = [sys.executable, "-c", "import sys; from spear.cli import main; sys.exit(main())"]
+    words = [str(data.resolve()) if word == "{data}" else word for word in command.split()]
+    return subprocess.run(
+        [*spear, *words, "--out", out], cwd=work, env=environment, capture_output=True, text=True
+    )
 
 
 def compare(args: argparse.Namespace) -> int:
-    """Says which files differ; 1 when some do."""
-    first, second = json.loads(args.first.read_text()), json.loads(args.second.read_text())
-    different = 0
+    """Print which files differ; return 1 when some do."""
+    first = json.loads(args.first.read_text())
+    second = json.loads(args.second.read_text())
+    status = 0
     for name in sorted({*first, *second}):
-        ours, theirs = first.get(name, {}), second.get(name, {})
-        files = sorted(file for file in {*ours, *theirs} if ours.get(file) != theirs.get(file))
-        different += len(files) or not ours  # what failed is not the same
-        print(
-            f"{name}: "
-            + (f"different: {', '.join(files)}" if files else f"same, {len(ours)} results")
-        )
-    return int(different > 0)
+        first_files = first.get(name, {})
+        second_files = second.get(name, {})
+        different_files = []
+        for file in sorted({*first_files, *second_files}):
+            if first_files.get(file) != second_files.get(file):
+                different_files.append(file)
+
+        has_failed = not first_files  # what failed twice is not the same
+        if different_files or has_failed:
+            status = 1
+        if different_files:
+            print(f"{name}: different: {', '.join(different_files)}")
+        else:
+            print(f"{name}: same, {len(first_files)} results")
+    return status
 
 
 def main() -> int:
@@ -158,20 +195,20 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = parser.add_subparsers(required=True)
-    one = commands.add_parser("run")
-    one.add_argument("file", type=Path)
-    one.add_argument(
+    run_parser = commands.add_parser("run")
+    run_parser.add_argument("file", type=Path)
+    run_parser.add_argument(
         "--data", type=Path, required=True, help="an RLDS dataset, such as a piece of BridgeData V2"
     )
-    one.add_argument("--source", type=Path, help="src of another checkout")
-    one.add_argument("--only", nargs="*", default=(), help="names of some of the results")
-    one.set_defaults(do=run)
-    two = commands.add_parser("compare")
-    two.add_argument("first", type=Path)
-    two.add_argument("second", type=Path)
-    two.set_defaults(do=compare)
+    run_parser.add_argument("--source", type=Path, help="src of another checkout")
+    run_parser.add_argument("--only", nargs="*", default=(), help="names of some of the results")
+    run_parser.set_defaults(function=run)
+    compare_parser = commands.add_parser("compare")
+    compare_parser.add_argument("first", type=Path)
+    compare_parser.add_argument("second", type=Path)
+    compare_parser.set_defaults(function=compare)
     args = parser.parse_args()
-    status: int = args.do(args)
+    status: int = args.function(args)
     return status
 
 

@@ -2,8 +2,8 @@
 
 It does not look at values, allocates nothing whose size depends on them, copies nothing from or to
 another device, and draws no random numbers. On the `meta` device tensors have no values, so that
-nothing can depend on them. Where PyTorch is built with CUDA, all of it also runs on fake tensors of a
-GPU, which need none.
+nothing can depend on them. Where PyTorch is built with CUDA, all of it also runs on fake tensors of
+a GPU, which need none.
 """
 
 import contextlib

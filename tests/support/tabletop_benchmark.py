@@ -1,4 +1,5 @@
-"""The embedded simulator as a benchmark of the vla-eval harness, and how its observations are read."""
+"""The embedded simulator as a benchmark of the vla-eval harness, and how its observations are
+read."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -13,7 +14,7 @@ from spear.sim.env import TabletopEnv
 
 IMAGE = np.full((32, 48, 3), 90, np.uint8)
 SENT: list[str] = []
-"""What became of it: the positions of the gripper after each step, as texts, of all episodes."""
+"""The gripper's positions after each step, as texts, of all episodes."""
 
 
 class Tabletop(StepBenchmark):
@@ -24,7 +25,8 @@ class Tabletop(StepBenchmark):
     ) -> None:
         super().__init__()
         self._env = TabletopEnv(family, images=False)
-        self._send_state, self._broken = send_state, broken
+        self._send_state = send_state
+        self._broken = broken
 
     def get_tasks(self) -> list[dict[str, Any]]:
         return [{"name": self._env.family}]
@@ -33,16 +35,19 @@ class Tabletop(StepBenchmark):
         return self._env.reset(seed=task["episode_idx"])[0]
 
     def step(self, action: Mapping[str, Any]) -> StepResult:
-        seen, reward, done, _, info = self._env.step(action["actions"])
-        SENT.append(np.array2string(seen["observation/state"][:3], precision=5))
-        return StepResult(seen, reward, done, info)
+        observation, reward, is_done, _, info = self._env.step(action["actions"])
+        SENT.append(np.array2string(observation["observation/state"][:3], precision=5))
+        return StepResult(observation, reward, is_done, info)
 
     def make_obs(self, raw_obs: Any, task: Mapping[str, Any]) -> dict[str, Any]:
-        sent: dict[str, Any] = {"images": {"primary": IMAGE}, "task_description": raw_obs["prompt"]}
+        message: dict[str, Any] = {
+            "images": {"primary": IMAGE},
+            "task_description": raw_obs["prompt"],
+        }
         if self._send_state:
-            bad = self._broken and self._env.steps > 1
-            sent["states"] = raw_obs["observation/state"] * (np.nan if bad else 1)
-        return sent
+            is_broken = self._broken and self._env.steps > 1
+            message["states"] = raw_obs["observation/state"] * (np.nan if is_broken else 1)
+        return message
 
     def get_step_result(self, step_result: StepResult) -> dict[str, Any]:
         return {"success": bool(step_result.info.get("success"))}
@@ -52,15 +57,22 @@ class Tabletop(StepBenchmark):
 
 
 def observe(observation: Mapping[str, Any]) -> dict[str, Any]:
-    image, state = observation["images"]["primary"], observation["states"]
-    seen = {"observation/image": image, "observation/state": state}
-    return check_observation({**seen, "prompt": observation["task_description"]})
+    return check_observation(
+        {
+            "observation/image": observation["images"]["primary"],
+            "observation/state": observation["states"],
+            "prompt": observation["task_description"],
+        }
+    )
 
 
 def example() -> dict[str, Any]:
-    ours = generic.EMBODIMENT.example()
-    seen = {"images": {"primary": ours["observation/image"]}, "states": ours["observation/state"]}
-    return {**seen, "task_description": ours["prompt"]}
+    observation = generic.EMBODIMENT.example()
+    return {
+        "images": {"primary": observation["observation/image"]},
+        "states": observation["observation/state"],
+        "task_description": observation["prompt"],
+    }
 
 
 EMBODIMENT = dataclasses.replace(

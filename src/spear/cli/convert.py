@@ -54,7 +54,7 @@ def convert_backbones(options: BackbonesOptions) -> None:
     Prints where each weight comes from, and the parameters per part.
 
     Examples:
-        spear convert backbones google/paligemma-3b-pt-224 Ruicheng/moge-vitl --coordinates runs/labels
+        spear convert backbones google/paligemma-3b-pt-224 Ruicheng/moge-vitl --coordinates labels
         spear convert backbones ./paligemma-3b-pt-224 ./moge-vitl/model.pt --dry-run
     """
     from spear.models.presets import get_preset
@@ -85,7 +85,7 @@ class PolicyOptions(ConvertOptions, kw_only=True):
     """Folder of a SPEAR-VLM, or its name on the Hugging Face Hub."""
     out: Path = Path("runs/spear1")
     expert: OptionalName = None
-    """Folder of a π0 in safetensors, or its name on the Hub; by default the action expert is new."""
+    """Folder of a π0 in safetensors, or its name on the Hub; by default the expert is new."""
     preset: str = "spear1"
     """Preset of the chunk length, the flow and a new expert (spear1 is the paper's)."""
 
