@@ -130,6 +130,9 @@ class DemonstrationOptions(Options):
 class RecordOptions(DemonstrationOptions):
     families: tuple[str, ...] = ()
     """Task families; default: all."""
+    world: str = "default"
+    """Surroundings of the scenes: default, wild, lab:N (laboratory number N) or labs:K (the scenes
+    are spread over K laboratories)."""
 
 
 def record(options: RecordOptions) -> None:
@@ -155,6 +158,7 @@ def record(options: RecordOptions) -> None:
         get_preset(options.preset).image_sizes,
         options.workers,
         policy=_load_intervening_policy(options.policy),
+        world=options.world,
     )
     _print_recorded(num_written, num_tried, options.out)
 

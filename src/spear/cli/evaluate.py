@@ -31,6 +31,7 @@ from spear.util.run_settings import describe_difference
 
 if TYPE_CHECKING:
     from spear.data.store.episode_store import EpisodeStore
+    from spear.evaluate.agents import Agent
     from spear.evaluate.open_loop import OpenLoopErrors
     from spear.types import LabeledImage
 
@@ -51,8 +52,12 @@ def evaluate(options: EvaluateOptions) -> None:
     successes and failures. Outcomes are written as they come: the same command continues an
     evaluation that was stopped, and one with more --scenes adds to it.
 
+    With --shift all, the same scenes are evaluated as they are and with every shift: camera, light,
+    background, layout, robot, language and noise, each at three levels.
+
     Examples:
         spear evaluate --policy nano --scenes 200
+        spear evaluate --policy nano --scenes 25 --shift all --out runs/shifts
         spear evaluate --policy runs/my_policy --families stack_cube --out runs/mine
         spear evaluate --policy nano --shard 2/5 --films failures
     """
@@ -60,8 +65,28 @@ def evaluate(options: EvaluateOptions) -> None:
     from spear.evaluate.closed_loop import evaluate_tabletop
 
     agent = load_agent(**vars(options.agent))
+    if options.loop.shift == "all":
+        _evaluate_all_shifts(agent, options)
+        return
     results, _ = evaluate_tabletop(agent, options.loop)
     _save_and_print_results(options.agent.policy, options.loop.out, len(results.outcomes))
+
+
+def _evaluate_all_shifts(agent: "Agent", options: EvaluateOptions) -> None:
+    """Evaluate every shift, print one table, and write a page with one figure."""
+    from spear.evaluate.shift_suite import build_shift_table, evaluate_shifts
+    from spear.report.shifts import write_shift_page
+
+    out = options.loop.out
+    assert out is not None
+    results = []
+    for result in evaluate_shifts(agent, options.loop):
+        results.append(result)
+        print(f"{result.name}: {result.success.to_text('.0f', 100, ' %')}", flush=True)
+    show(build_shift_table(results, options.agent.policy))
+    page = out / "shifts.html"
+    write_shift_page(results, options.agent.policy, page)
+    print(f"open {page.resolve()}")
 
 
 class EvaluateSimplerOptions(Options):

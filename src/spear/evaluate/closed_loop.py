@@ -12,13 +12,16 @@ from spear.chunks import NUM_SLOW_ACTIONS, ChunkExecutor
 from spear.errors import check_known
 from spear.evaluate import film as video
 from spear.evaluate.agents import Agent
+from spear.evaluate.noise import NOISE_LEVELS, degrade_observation
 from spear.evaluate.options import TabletopOptions
 from spear.evaluate.results import Outcome, Results
 from spear.evaluate.runner import Film, run_evaluation
 from spear.sim.env import MAX_STEPS, TabletopEnv
 from spear.sim.render import get_thread_renderer
-from spear.sim.scene import FAMILIES, held_out_seeds, sample_scene
+from spear.sim.scene import FAMILIES, SceneSpec, held_out_seeds, sample_scene
+from spear.sim.shifts import Shift, shift_scene
 from spear.sim.world import SIMULATOR_VERSION, World
+from spear.sim.worlds import DEFAULT, check_world, place_in_world
 from spear.types import CONTROL_RATE_HZ, Array
 
 
@@ -33,8 +36,9 @@ def evaluate_tabletop(agent: Agent, options: TabletopOptions) -> tuple[Results, 
         The results, and the films made now.
 
     Raises:
-        SpearError: The folder has results of another policy or of other settings; a family is
-            unknown; seeds are not held out; or the policy has not learned the execution mode.
+        SpearError: The folder has results of another policy or of other settings; a family, world
+            or shift is unknown; seeds are not held out; or the policy has not learned the execution
+            mode.
     """
     check_known("task family", FAMILIES, *options.families)
     families = options.families or FAMILIES
@@ -50,6 +54,10 @@ def evaluate_tabletop(agent: Agent, options: TabletopOptions) -> tuple[Results, 
     }
     if options.execution == "async":
         settings["slow_actions"] = NUM_SLOW_ACTIONS
+    if options.world != DEFAULT:
+        settings["world"] = check_world(options.world)
+    if options.shift is not None:
+        settings["shift"] = str(Shift.parse(options.shift))
     return run_evaluation(_Tabletop(agent, options), agent, scenes, settings, options)
 
 
@@ -79,7 +87,13 @@ class _Tabletop:
     def __init__(self, agent: Agent, options: TabletopOptions) -> None:
         self._options = options
         self._image_sizes = agent.image_sizes
-        self._latency_steps = count_latency_steps(options.latency_ms)
+        self._shift = None if options.shift is None else Shift.parse(options.shift)
+        self._noise = None
+        latency_ms = options.latency_ms
+        if self._shift is not None and self._shift.axis == "noise":
+            self._noise = NOISE_LEVELS[self._shift.level]
+            latency_ms += self._noise.latency_ms
+        self._latency_steps = count_latency_steps(latency_ms)
         if agent.needs_images or options.films:
             get_thread_renderer()  # a missing renderer is reported before anything runs
 
@@ -97,7 +111,7 @@ class _Tabletop:
 
             observations = []
             for scene in scenes:
-                images_and_state = scene.env.observe() if agent.needs_images else {}
+                images_and_state = self._observe(scene.env) if agent.needs_images else {}
                 observations.append({**images_and_state, **scene.executor.committed_actions()})
             chunks = agent.act([scene.env for scene in scenes], observations)
 
@@ -123,17 +137,29 @@ class _Tabletop:
         )
 
     def _start_scene(self, agent: Agent, env: TabletopEnv, seed: int) -> _RunningScene:
-        env.load(World(sample_scene(env.family, seed)))
+        env.load(World(self._sample_scene(env.family, seed)))
         executor = ChunkExecutor(
             self._options.execution, self._options.replan, max_committed=agent.max_committed
         )
         return _RunningScene(env, executor, [env.world.data.qpos.copy()])
 
+    def _sample_scene(self, family: str, seed: int) -> SceneSpec:
+        """The scene of a seed, in the world and with the shift of the options."""
+        scene = place_in_world(sample_scene(family, seed), self._options.world)
+        return scene if self._shift is None else shift_scene(scene, self._shift)
+
+    def _observe(self, env: TabletopEnv) -> dict[str, Any]:
+        """What the policy is shown: degraded pictures if the shift is noise."""
+        observation = env.observe()
+        if self._noise is None:
+            return observation
+        return degrade_observation(observation, self._noise, env.seed, env.steps)
+
     def film(self, outcome: Outcome, track: Sequence[Array]) -> Iterator[Array]:
         """Replay recorded joint positions in front of larger cameras than the policy's, of the same
         aspect.
         """
-        world = World(sample_scene(outcome.family, outcome.seed))
+        world = World(self._sample_scene(outcome.family, outcome.seed))
         width, height = self._image_sizes["external"]
         views = [
             ("external", (round(video.HEIGHT * width / height), video.HEIGHT)),

@@ -16,6 +16,7 @@ from spear.sim.control import check_action
 from spear.sim.render import ImageSize, get_thread_renderer
 from spear.sim.scene import sample_scene
 from spear.sim.world import World, measure_milestones
+from spear.sim.worlds import check_world, place_in_world
 from spear.types import CONTROL_RATE_HZ
 from spear.util.held_out import FIRST_TRAIN_SEED
 
@@ -50,6 +51,7 @@ class TabletopEnv(gymnasium.Env[Observation, NDArray[np.floating]]):
         wrist_size: The same of the wrist camera.
         images: Whether observations have images. Without them no rendering library is needed.
         render_mode: As of Gymnasium.
+        world: The surroundings of the scenes, see `spear.sim.worlds`.
 
     Example:
         >>> env = TabletopEnv("put_on", images=False)
@@ -67,11 +69,13 @@ class TabletopEnv(gymnasium.Env[Observation, NDArray[np.floating]]):
         wrist_size: ImageSize = (112, 112),
         images: bool = True,
         render_mode: str | None = "rgb_array",
+        world: str = "default",
     ) -> None:
         sample_scene(family, 0)  # raises for unknown families
         self.family = family
         self.images = images
         self.render_mode = render_mode
+        self.world_name = check_world(world)
         self.image_size = image_size
         self.wrist_size = wrist_size
 
@@ -94,7 +98,8 @@ class TabletopEnv(gymnasium.Env[Observation, NDArray[np.floating]]):
         super().reset(seed=seed)
         if seed is None:
             seed = int(self.np_random.integers(0, FIRST_TRAIN_SEED))
-        self.load(World(sample_scene(self.family, seed)))
+        scene = place_in_world(sample_scene(self.family, seed), self.world_name)
+        self.load(World(scene))
         return self.observe(), self._make_info(is_unreachable=False)
 
     def load(self, world: World) -> None:

@@ -77,6 +77,7 @@ def record_episodes(
     wrist_size: ImageSize = (112, 112),
     workers: int = 2,
     policy: InterveningPolicy | None = None,
+    world: str = "default",
 ) -> Iterator[Episode]:
     """Record an `Episode` for each task, in their order; also of failures (`success` False).
 
@@ -87,8 +88,9 @@ def record_episodes(
         workers: With more than one, so many processes share the work. The episodes are the same
             whatever their number.
         policy: Takes turns with the expert; it is sent to the processes.
+        world: The surroundings of the scenes, see `spear.sim.worlds`.
     """
-    job = functools.partial(_record_task, image_size, wrist_size, policy)
+    job = functools.partial(_record_task, image_size, wrist_size, policy, world)
     num_processes = workers if workers > 1 else 0
     with processes.open_worker_pool(num_processes, __name__, "give fewer --workers") as executor:
         yield from processes.map_in_order(executor, job, tasks, num_ahead=2 * workers)
@@ -98,10 +100,11 @@ def _record_task(
     image_size: ImageSize,
     wrist_size: ImageSize,
     policy: InterveningPolicy | None,
+    world: str,
     task: tuple[str, int],
 ) -> Episode:
     family, seed = task
-    return record_episode(family, seed, image_size, wrist_size, policy=policy)
+    return record_episode(family, seed, image_size, wrist_size, policy=policy, world=world)
 
 
 def record_episode(
@@ -111,9 +114,10 @@ def record_episode(
     wrist_size: ImageSize = (112, 112),
     disturbance: Disturbance = Disturbance(),
     policy: InterveningPolicy | None = None,
+    world: str = "default",
 ) -> Episode:
     """Record the expert's demonstration of one scene, disturbed, or by turns with a policy."""
-    env = TabletopEnv(family, image_size, wrist_size)
+    env = TabletopEnv(family, image_size, wrist_size, world=world)
     observation, info = env.reset(seed=seed)
     disturber = ArmDisturber(disturbance, np.random.default_rng([seed, 1]), policy)
     recorder = EpisodeRecorder()

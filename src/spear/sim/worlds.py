@@ -3,6 +3,7 @@
     default  the table, camera and light that `spear.sim.scene` draws. Nothing here changes it.
     lab:N    laboratory number N: one camera, table, wall and light, drawn once and used by all its
              scenes.
+    labs:K   the scenes are spread over the laboratories 0 … K - 1.
     wild     other surroundings in every scene: camera anywhere around the table, any colors and
              textures, several lights, tables and floors of other sizes and heights, and clutter
              that no task uses.
@@ -34,6 +35,7 @@ from spear.sim.textures import WILD_TEXTURES
 DEFAULT = "default"
 WILD = "wild"
 _LAB = re.compile(r"lab:(\d{1,6})")
+_LABS = re.compile(r"labs:([1-9]\d{0,5})")
 
 _WILD_STREAM = 101
 _LAB_STREAM = 102
@@ -87,11 +89,11 @@ class CameraOrbit:
 
 def check_world(name: str) -> str:
     """Return `name` if there is such a world. Raises `SpearError` otherwise."""
-    if name in (DEFAULT, WILD) or _LAB.fullmatch(name):
+    if name in (DEFAULT, WILD) or _LAB.fullmatch(name) or _LABS.fullmatch(name):
         return name
     raise SpearError(
-        f"There is no world {name!r}."
-        " Choose default, wild, or lab:N with a number N, such as lab:3."
+        f"There is no world {name!r}. Choose default, wild, lab:N (laboratory number N) or labs:K"
+        " (K laboratories)."
     )
 
 
@@ -109,7 +111,7 @@ def place_in_world(scene: SceneSpec, name: str) -> SceneSpec:
 
     Args:
         scene: as `spear.sim.scene.sample_scene` or `clutter_scene` draws it.
-        name: "default", "wild" or "lab:N".
+        name: "default", "wild", "lab:N" or "labs:K".
 
     Returns:
         The scene with other surroundings. The same scene and name always give the same result.
@@ -121,6 +123,9 @@ def place_in_world(scene: SceneSpec, name: str) -> SceneSpec:
     if name == DEFAULT:
         return scene
 
+    labs = _LABS.fullmatch(name)
+    if labs:
+        name = lab_of_scene(scene.seed, int(labs[1]))
     lab = _LAB.fullmatch(name)
     if lab:
         rng = np.random.default_rng([_LAB_STREAM, int(lab[1])])

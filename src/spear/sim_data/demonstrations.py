@@ -19,6 +19,7 @@ from spear.sim.record import InterveningPolicy, format_episode_source, record_ep
 from spear.sim.render import ImageSize
 from spear.sim.scene import FAMILIES
 from spear.sim.world import SIMULATOR_VERSION
+from spear.sim.worlds import DEFAULT, check_world
 from spear.types import Episode
 from spear.util.files import check_no_foreign_files
 from spear.util.fingerprints import fingerprint_checkpoint
@@ -46,6 +47,7 @@ def record_demonstrations(
     image_sizes: Mapping[str, ImageSize],
     workers: int = 2,
     policy: InterveningPolicy | None = None,
+    world: str = "default",
 ) -> tuple[int, int]:
     """Record demonstrations of task families with the scripted expert.
 
@@ -59,6 +61,7 @@ def record_demonstrations(
         image_sizes: Camera ("external", "wrist") → (width, height) of its images, in pixels.
         workers: The number of processes.
         policy: Takes turns with the expert; its steps are masked (`spear.sim.record`).
+        world: The surroundings of the scenes, see `spear.sim.worlds`.
 
     Returns:
         How many demonstrations succeeded, and how many were tried.
@@ -69,6 +72,7 @@ def record_demonstrations(
     """
     check_known("task family", FAMILIES, *families)
     check_training_seed(first_seed)
+    check_world(world)
     distinct_families = dict.fromkeys(families or FAMILIES)
     tasks: list[tuple[str, int]] = []
     for index in range(episodes_per_family):
@@ -84,9 +88,11 @@ def record_demonstrations(
             image_sizes["wrist"],
             workers=workers,
             policy=policy,
+            world=world,
         )
 
-    return record_successes(out, sources, record_from, image_sizes, policy, SIMULATOR_VERSION)
+    simulator = SIMULATOR_VERSION if world == DEFAULT else f"{SIMULATOR_VERSION}, world {world}"
+    return record_successes(out, sources, record_from, image_sizes, policy, simulator)
 
 
 def check_training_seed(first_seed: int) -> None:

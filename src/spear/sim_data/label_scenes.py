@@ -88,6 +88,8 @@ def label_scenes(
     first_seed: int,
     workers: int = 2,
     label_frames: LabelFrames = label_with_ground_truth,
+    world: str = "default",
+    shows_robot: bool = True,
 ) -> int:
     """Label clutter scenes, one image per view; more scenes continue where fewer ended.
 
@@ -98,19 +100,28 @@ def label_scenes(
         first_seed: Seed of the first scene; the others follow it.
         workers: As in `label_scene_jobs`.
         label_frames: As in `label_scene_jobs`.
+        world: The surroundings of the scenes, see `spear.sim.worlds`.
+        shows_robot: Whether the images show the robot's arm.
 
     Returns:
         The number of images in the folder.
 
     Raises:
-        SpearError: As in `label_scene_jobs`.
+        SpearError: As in `label_scene_jobs`; or there is no such world.
     """
     from spear.sim.world import SIMULATOR_VERSION
+    from spear.sim.worlds import DEFAULT, check_world
 
+    check_world(world)
+    settings = {"first_seed": first_seed, "sizes": dict(sizes), "simulator": SIMULATOR_VERSION}
+    if world != DEFAULT:
+        settings["world"] = world
+    if not shows_robot:
+        settings["shows_robot"] = False
     simulator = SceneSource(
-        render=partial(_render_clutter, sizes),
+        render=partial(_render_clutter, sizes, world, shows_robot),
         views=tuple(sizes),
-        settings={"first_seed": first_seed, "sizes": dict(sizes), "simulator": SIMULATOR_VERSION},
+        settings=settings,
         collect_instructions=collect_instructions,
     )
     seeds = range(first_seed, first_seed + scenes)
@@ -233,13 +244,19 @@ def _label_job(
     return len(seeds)
 
 
-def _render_clutter(sizes: Mapping[str, Size], job: SceneJob) -> Iterator[tuple[str, list[Frame]]]:
+def _render_clutter(
+    sizes: Mapping[str, Size], world: str, shows_robot: bool, job: SceneJob
+) -> Iterator[tuple[str, list[Frame]]]:
     """The frames of clutter scenes of the embedded simulator."""
     from spear.sim.render import render_frame
     from spear.sim.scene import clutter_scene
     from spear.sim.world import World
+    from spear.sim.worlds import place_in_world, without_robot
 
     _, seeds = job
-    worlds = [World(clutter_scene(seed)) for seed in seeds]
+    worlds = []
+    for seed in seeds:
+        scene = place_in_world(clutter_scene(seed), world)
+        worlds.append(World(scene if shows_robot else without_robot(scene)))
     for view, size in sizes.items():
         yield view, [render_frame(world, view, size) for world in worlds]

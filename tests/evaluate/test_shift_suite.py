@@ -1,0 +1,71 @@
+"""The suite evaluates the same scenes with every shift, continues, and ends in a table and a page."""
+
+from pathlib import Path
+
+import pytest
+
+from refusals import Command
+from spear.errors import SpearError
+from spear.evaluate.agents import ExpertAgent, IdleAgent
+from spear.evaluate.closed_loop import evaluate_tabletop
+from spear.evaluate.options import TabletopOptions
+from spear.evaluate.shift_suite import evaluate_shifts, list_shifts
+from spear.sim.shifts import AXES, LEVELS
+
+
+def options(out: Path | None = None, **changes: object) -> TabletopOptions:
+    return TabletopOptions(scenes=1, families=("put_on",), out=out, **changes)
+
+
+def test_the_suite_has_every_axis_at_every_level() -> None:
+    shifts = list_shifts()
+
+    assert shifts[0] is None
+    assert len(shifts) == 1 + len(AXES) * len(LEVELS)
+
+
+def test_every_shift_is_evaluated_and_kept_in_a_folder_of_its_own(tmp_path: Path) -> None:
+    results = list(evaluate_shifts(IdleAgent(), options(tmp_path)))
+
+    assert [result.name for result in results][:3] == ["none", "camera:1", "camera:2"]
+    assert {result.success.n for result in results} == {1}
+    assert (tmp_path / "noise-3" / "results.json").is_file()
+
+
+@pytest.mark.parametrize("shift", ["camera:3", "layout:3", "robot:3", "language:3", "noise:3"])
+def test_the_expert_succeeds_whatever_the_shift(shift: str) -> None:
+    results, _ = evaluate_tabletop(ExpertAgent(), options(shift=shift))
+
+    assert results.mean_success().value == 1
+
+
+@pytest.mark.parametrize("world", ["wild", "lab:2", "labs:4"])
+def test_the_expert_succeeds_in_other_worlds(world: str) -> None:
+    results, _ = evaluate_tabletop(ExpertAgent(), options(world=world))
+
+    assert results.mean_success().value == 1
+
+
+def test_a_folder_of_one_shift_does_not_take_results_of_another(tmp_path: Path) -> None:
+    evaluate_tabletop(IdleAgent(), options(tmp_path, shift="light:1"))
+
+    with pytest.raises(SpearError, match="shift"):
+        evaluate_tabletop(IdleAgent(), options(tmp_path, shift="light:2"))
+
+
+def test_an_unknown_world_is_refused_before_anything_runs(tmp_path: Path) -> None:
+    with pytest.raises(SpearError, match="no world 'mars'"):
+        evaluate_tabletop(IdleAgent(), options(tmp_path / "out", world="mars"))
+
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_command_writes_a_page(tmp_path: Path, run_command: Command) -> None:
+    output = run_command(
+        "evaluate", "--policy", "nothing", "--scenes", "1", "--families", "put_on",
+        "--films", "0", "--shift", "all", "--out", str(tmp_path),
+    )  # fmt: skip
+
+    assert "success by shift" in output
+    assert "background" in output
+    assert "level 3" in (tmp_path / "shifts.html").read_text()
