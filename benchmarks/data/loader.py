@@ -1,26 +1,26 @@
-"""The loader's speed on two cores: ours ÷ bare JPEG decoding (goal 0.8), and ours ÷ other ways (goal 3 each).
+"""The loader's speed on two cores, divided by that of JPEG decoding (goal 0.8) and of other loaders (goal 3).
 
     python benchmarks/data/loader.py
     python benchmarks/data/loader.py --tensorflow-python …/bin/python   # one with tensorflow and pyarrow
     python benchmarks/data/loader.py --memory-samples 100000            # memory, instead of speed
 
-Everybody loads the same steps of the same made-up episodes: two cameras, 640 x 480, 10 Hz as recorded, and as
-`spear data prepare` makes them for SPEAR-1, 280 x 210 and 112 x 112, 5 Hz. Two processes or threads each.
+All loaders load the same steps of the same made-up episodes with two cameras: as recorded, 640 x 480 at
+10 Hz, and as `spear data prepare` makes them for SPEAR-1, 280 x 210 and 112 x 112 at 5 Hz. Each has two
+processes or threads.
 
-    ours             what a training step gets from the prepared dataset: drawn, decoded, normalised,
-                     tokenised.
+    ours             what a training step gets from the prepared dataset: drawn, decoded, normalized,
+                     tokenized.
     decode           the bare work: two processes decode the same prepared JPEGs, which are in memory.
-    decode recorded  the same with the recorded JPEGs, which have to be made smaller: what preparing saves.
+    decode recorded  the same with the recorded JPEGs, which are resized: what preparing saves.
     video            the prepared dataset as LeRobot writes it, AV1 (`write_lerobot(images="video")`): each
                      step seeks in an open file and decodes from the key frame before it.
-    video recorded   the recorded dataset as LeRobot writes it, frames made smaller after decoding.
+    video recorded   the recorded dataset as LeRobot writes it, frames resized after decoding.
     tf               tf.data over TFRecords of whole episodes with the prepared JPEGs
                      (`benchmarks/data/loader_tf.py`).
-    tf recorded      the way of Octo and openpi: the same with the recorded JPEGs, made smaller after
-                     decoding.
+    tf recorded      what Octo and openpi do: the same with the recorded JPEGs, resized after decoding.
 
-Who uses LeRobot or RLDS has the recorded episodes: the goals of 3 are for these. The ways on the prepared
-ones show how much of that is the way and how much is the preparing.
+Users of LeRobot or RLDS have the recorded episodes, so the goals of 3 are for these. The loaders of the
+prepared ones show how much of the difference is the loader and how much is the preparing.
 """
 
 from __future__ import annotations
@@ -37,8 +37,16 @@ from typing import cast
 import torch
 import tyro
 
-from loader_data import CORES, VIEWS, Ours, Video, bare, loaded, make
-from loader_turns import Command, Forked, Way, in_turn, table
+from loader_data import (
+    NUM_CORES,
+    VIEWS,
+    OurTask,
+    VideoTask,
+    decode_in_memory,
+    load_with_processes,
+    make_detailed_episode,
+)
+from loader_turns import CommandLoader, ForkedLoader, Loader, format_table, measure_in_turns
 from spear.cli import run_reporting_errors
 from spear.data.mixture import Mixture
 from spear.data.options import Conversion
@@ -48,27 +56,29 @@ from spear.data.store.prepare import prepare
 from spear.train import loop
 
 GOALS = {"decode": "0.8", "video recorded": "3", "tf recorded": "3"}
-AHEAD = 5 * CORES
-"""Batches that a loader's processes may have made ahead, and a little more."""
+NUM_BATCHES_AHEAD = 5 * NUM_CORES  # that a loader's processes may have made, and a few more
+MAX_STEPS = 10**5
+SIZE_OPTIONS = tuple(f"{camera}={width}x{height}" for camera, (height, width) in VIEWS.items())
 
 
-def _record(root: Path, number: int, episodes: int, steps: int) -> None:
-    """A part of the recorded episodes."""
-    write_episodes(
-        (make(i, steps) for i in range(number, episodes, CORES)), root / f"part {number}"
+def _record_part(root: Path, number: int, num_episodes: int, num_steps: int) -> None:
+    """Write every second of the recorded episodes."""
+    episodes = (
+        make_detailed_episode(index, num_steps) for index in range(number, num_episodes, NUM_CORES)
     )
+    write_episodes(episodes, root / f"part {number}")
 
 
-def _export(root: Path, name: str, kind: str) -> None:
-    write_lerobot(
-        EpisodeStore(root / name),
-        root / f"{name} {kind}",
-        images="video" if kind == "video" else "image",
-    )
+def _export_video(root: Path, name: str) -> None:
+    write_lerobot(EpisodeStore(root / name), root / f"{name} video", images="video")
 
 
-def side_by_side(jobs: list[partial[None]]) -> None:
-    """Do some jobs in a process each, all at once."""
+def _export_images(root: Path, name: str) -> None:
+    write_lerobot(EpisodeStore(root / name), root / f"{name} image", images="image")
+
+
+def run_in_parallel(jobs: list[partial[None]]) -> None:
+    """Run each job in its own process, all at the same time."""
     processes = [multiprocessing.get_context("fork").Process(target=job) for job in jobs]
     for process in processes:
         process.start()
@@ -78,43 +88,105 @@ def side_by_side(jobs: list[partial[None]]) -> None:
             raise SystemExit(f"making the episodes failed ({process.exitcode})")
 
 
-def make_data(root: Path, episodes: int, steps: int) -> None:
-    """The episodes as recorded, and prepared, as stores; says what preparing them takes."""
-    side_by_side([partial(_record, root, number, episodes, steps) for number in range(CORES)])
-    parts = [EpisodeStore(root / f"part {number}") for number in range(CORES)]
-    ordered = (parts[i % CORES][i // CORES] for i in range(episodes))
-    write_episodes(ordered, root / "recorded", shard_size=8)
-    sizes = tuple(f"{camera}={width}x{height}" for camera, (height, width) in VIEWS.items())
-    begun = time.perf_counter()
-    prepare(root / "recorded", root / "prepared", conversion=Conversion(size=sizes), workers=CORES)
-    took = time.perf_counter() - begun
-    frames = int(EpisodeStore(root / "prepared").lengths.sum())
-    size = sum(p.stat().st_size for p in (root / "prepared").rglob("*") if p.is_file())
-    print(
-        f"prepared {frames} steps of {episodes} episodes, two cameras each, "
-        f"{size / frames / 1024:.1f} KiB a step,"
+def make_data(root: Path, num_episodes: int, num_steps: int) -> None:
+    """Write the episodes as recorded, and prepared, as stores; print what preparing them takes."""
+    run_in_parallel(
+        [
+            partial(_record_part, root, number, num_episodes, num_steps)
+            for number in range(NUM_CORES)
+        ]
     )
-    print(f"in {took:.1f} s: {frames / took:.0f} steps/s", flush=True)
+    stores = [EpisodeStore(root / f"part {number}") for number in range(NUM_CORES)]
+    ordered = (stores[index % NUM_CORES][index // NUM_CORES] for index in range(num_episodes))
+    write_episodes(ordered, root / "recorded", shard_size=8)
+
+    start_s = time.perf_counter()
+    conversion = Conversion(size=SIZE_OPTIONS)
+    prepare(root / "recorded", root / "prepared", conversion=conversion, workers=NUM_CORES)
+    duration_s = time.perf_counter() - start_s
+
+    num_prepared = int(EpisodeStore(root / "prepared").lengths.sum())
+    files = [path for path in (root / "prepared").rglob("*") if path.is_file()]
+    kib_per_step = sum(file.stat().st_size for file in files) / num_prepared / 1024
+    print(
+        f"prepared {num_prepared} steps of {num_episodes} episodes, two cameras each, "
+        f"{kib_per_step:.1f} KiB a step,"
+    )
+    print(f"in {duration_s:.1f} s: {num_prepared / duration_s:.0f} steps/s", flush=True)
 
 
-def memory_mb(pids: list[int]) -> float:
-    """Memory of some processes that is their own: without mapped files, which the system can drop."""
-    lines = [line for pid in pids for line in Path(f"/proc/{pid}/status").read_text().splitlines()]
-    return sum(int(line.split()[1]) for line in lines if line.startswith("RssAnon")) / 1024
+def measure_memory_mb(pids: list[int]) -> float:
+    """Anonymous memory of some processes: without mapped files, which the system can drop."""
+    total_kb = 0
+    for pid in pids:
+        for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+            if line.startswith("RssAnon"):
+                total_kb += int(line.split()[1])
+    return total_kb / 1024
 
 
-def watch_memory(task: Ours, samples: int) -> None:
+def watch_memory(task: OurTask, num_samples: int) -> None:
     """Print the memory of the loader's processes over many samples."""
-    source = loop.load_batches(cast(loop.Task, task), 0, 10**5, workers=CORES)
-    every = max(1, samples // task.batch_size // 10)
-    seen = []
-    for count in range(samples // task.batch_size):
+    source = loop.load_batches(cast(loop.Task, task), 0, MAX_STEPS, workers=NUM_CORES)
+    num_batches = num_samples // task.batch_size
+    interval = max(1, num_batches // 10)
+    measured_mb: list[float] = []
+    for count in range(1, num_batches + 1):
         next(source)
-        if (count + 1) % every == 0:
-            workers = [process.pid for process in multiprocessing.active_children()]
-            seen.append(memory_mb([os.getpid(), *(pid for pid in workers if pid)]))
-            print(f"{(count + 1) * task.batch_size:8d} samples  {seen[-1]:8.0f} MB", flush=True)
-    print(f"growth after the first tenth: {seen[-1] - seen[0]:.0f} MB")
+        if count % interval == 0:
+            pids = [process.pid for process in multiprocessing.active_children() if process.pid]
+            measured_mb.append(measure_memory_mb([os.getpid(), *pids]))
+            print(f"{count * task.batch_size:8d} samples  {measured_mb[-1]:8.0f} MB", flush=True)
+    print(f"growth after the first tenth: {measured_mb[-1] - measured_mb[0]:.0f} MB")
+
+
+def start_loaders(
+    root: Path, mixture: Mixture, batch_size: int, tensorflow_python: Path | None
+) -> dict[str, Loader]:
+    """Export the data as the other loaders need it, and start all loaders."""
+    jobs = [partial(_export_video, root, name) for name in ("recorded", "prepared")]
+    if tensorflow_python is not None:
+        jobs += [partial(_export_images, root, name) for name in ("recorded", "prepared")]
+    run_in_parallel(jobs)
+
+    tasks = {
+        "ours": OurTask(mixture, batch_size),
+        "video": VideoTask(root / "prepared video", mixture, batch_size),
+        "video recorded": VideoTask(root / "recorded video", mixture, batch_size),
+    }
+    stores = {
+        "decode": EpisodeStore(root / "prepared"),
+        "decode recorded": EpisodeStore(root / "recorded"),
+    }
+    loaders: dict[str, Loader] = {}
+    try:
+        for name in ("ours", "decode", "decode recorded", "video", "video recorded"):
+            if name in tasks:
+                start = partial(load_with_processes, tasks[name])
+                loaders[name] = ForkedLoader(start, NUM_BATCHES_AHEAD)
+            else:
+                start = partial(decode_in_memory, mixture, stores[name], batch_size)
+                loaders[name] = ForkedLoader(start, 1)
+        if tensorflow_python is not None:
+            for name, source in (("tf", "prepared"), ("tf recorded", "recorded")):
+                loaders[name] = _start_tensorflow(
+                    tensorflow_python, root / f"{source} image", batch_size
+                )
+    except BaseException:
+        stop_loaders(loaders)
+        raise
+    return loaders
+
+
+def _start_tensorflow(python: Path, folder: Path, batch_size: int) -> CommandLoader:
+    script = Path(__file__).with_name("loader_tf.py")
+    command = [str(python), str(script), str(folder), str(batch_size), str(NUM_CORES)]
+    return CommandLoader([*command, *SIZE_OPTIONS])
+
+
+def stop_loaders(loaders: dict[str, Loader]) -> None:
+    for loader in loaders.values():
+        loader.stop()
 
 
 def main(
@@ -126,61 +198,39 @@ def main(
     tensorflow_python: Path | None = None,
     memory_samples: int = 0,
 ) -> None:
-    """Measure.
+    """Measure the loaders.
 
     Args:
-        episodes: made-up episodes. steps: of each, at 10 Hz.
-        batch_size: samples of a batch.
-        seconds: that each way works in a round. rounds: of all ways, taken in turn.
-        tensorflow_python: Python with tensorflow and pyarrow; without it that way is left out, which is said.
-        memory_samples: so many samples are loaded and the memory is watched, instead of the speed.
+        episodes: number of made-up episodes. steps: of each, at 10 Hz.
+        batch_size: samples in a batch.
+        seconds: that each loader works in a round. rounds: of all loaders, taken in turns.
+        tensorflow_python: Python with tensorflow and pyarrow; without it, tf.data is not measured.
+        memory_samples: if given, load so many samples and watch the memory, instead of the speed.
     """
-    begun = time.perf_counter()
+    start_s = time.perf_counter()
     torch.set_num_threads(1)
-    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:CORES])
+    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:NUM_CORES])
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         make_data(root, episodes, steps)
-        recorded, prepared = EpisodeStore(root / "recorded"), EpisodeStore(root / "prepared")
-        mixture = Mixture([("made", prepared, 1.0)])
-        ours = Ours(mixture, batch_size)
+        mixture = Mixture([("made", EpisodeStore(root / "prepared"), 1.0)])
         if memory_samples:
-            watch_memory(ours, memory_samples)
+            watch_memory(OurTask(mixture, batch_size), memory_samples)
             return
-        kinds = ["video"] if tensorflow_python is None else ["video", "image"]
-        side_by_side(
-            [partial(_export, root, n, k) for k in kinds for n in ("recorded", "prepared")]
-        )
-        videos = {
-            name: Video(root / f"{name} video", mixture, batch_size)
-            for name in ("prepared", "recorded")
-        }
-        ways: dict[str, Way] = {}
+
+        loaders = start_loaders(root, mixture, batch_size, tensorflow_python)
         try:
-            ways["ours"] = Forked(partial(loaded, ours), AHEAD)
-            ways["decode"] = Forked(partial(bare, mixture, prepared, batch_size), 1)
-            ways["decode recorded"] = Forked(partial(bare, mixture, recorded, batch_size), 1)
-            ways["video"] = Forked(partial(loaded, videos["prepared"]), AHEAD)
-            ways["video recorded"] = Forked(partial(loaded, videos["recorded"]), AHEAD)
-            if tensorflow_python is not None:
-                script = [str(tensorflow_python), str(Path(__file__).with_name("loader_tf.py"))]
-                for name, source in (("tf", "prepared"), ("tf recorded", "recorded")):
-                    options = [str(root / f"{source} image"), str(batch_size), str(CORES)]
-                    sizes = [
-                        f"{camera}={width}x{height}" for camera, (height, width) in VIEWS.items()
-                    ]
-                    ways[name] = Command([*script, *options, *sizes])
-            taken = in_turn(ways, rounds, seconds)
+            turns = measure_in_turns(loaders, rounds, seconds)
         finally:
-            for way in ways.values():
-                way.end()
-    print(table(taken, "ours", GOALS))
+            stop_loaders(loaders)
+
+    print(format_table(turns, "ours", GOALS))
     missing = "" if tensorflow_python else "; tf.data was left out (--tensorflow-python)"
     print(
         f"medians (and ranges) of {rounds} rounds in turn, {seconds:g} s each; batches of "
         f"{batch_size}{missing}"
     )
-    print(f"all of it took {time.perf_counter() - begun:.0f} s")
+    print(f"all of it took {time.perf_counter() - start_s:.0f} s")
 
 
 if __name__ == "__main__":

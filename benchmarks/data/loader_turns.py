@@ -1,8 +1,7 @@
-"""Ways to do the same work, measured in turn: each in processes of its own, which stand still while others
-run.
+"""Loaders of the same data, measured in turns: each in its own processes, which pause while others run.
 
-What makes batches ahead would otherwise fill its queue while another way is being measured. Besides the time
-that passes, the processor time is taken, which other work on the machine changes little.
+A loader that makes batches ahead would otherwise fill its queue while another one is measured. Besides
+the time that passes, the processor time is measured, which other work on the machine changes little.
 """
 
 from __future__ import annotations
@@ -18,97 +17,112 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+READY = "ready"  # what a loader says before its first turn
+
 
 @dataclass(frozen=True)
 class Turn:
-    """So many samples in so many seconds, for which all processes together worked so long."""
+    """One measurement: how many samples, in how much time, by how much processor time of all processes."""
 
-    samples: int
-    seconds: float
-    processor: float
+    num_samples: int
+    duration_s: float
+    processor_s: float
 
     @property
     def rate(self) -> float:
         """Samples per second."""
-        return self.samples / self.seconds
+        return self.num_samples / self.duration_s
 
     @property
-    def cost(self) -> float:
-        """Milliseconds of processor time per sample."""
-        return 1000 * self.processor / self.samples
+    def cost_ms(self) -> float:
+        """Processor time per sample."""
+        return 1000 * self.processor_s / self.num_samples
 
 
-class Way(Protocol):
-    """Something that is measured for some seconds at a time."""
+class Loader(Protocol):
+    """A loader that is measured for some seconds at a time."""
 
-    def turn(self, seconds: float) -> Turn: ...
+    def run_turn(self, duration_s: float) -> Turn: ...
 
-    def end(self) -> None: ...
+    def stop(self) -> None: ...
 
 
-class Forked:
-    """A way in Python: what `start` gives yields, again and again, how many samples it has made.
+class ForkedLoader:
+    """A loader in Python.
 
-    skip  so many of these at the beginning of each turn are made ahead, and do not count.
+    Args:
+        start: Makes an iterator that yields, again and again, how many samples it has loaded.
+        num_skipped: How many of its first batches of each turn were made ahead, and do not count.
     """
 
-    def __init__(self, start: Callable[[], Iterator[int]], skip: int) -> None:
+    def __init__(self, start: Callable[[], Iterator[int]], num_skipped: int) -> None:
         context = multiprocessing.get_context("fork")
-        self.pipe, there = context.Pipe()
-        self.process = context.Process(target=_serve, args=(there, start, skip))
+        self.pipe, worker_pipe = context.Pipe()
+        self.process = context.Process(target=_serve_turns, args=(worker_pipe, start, num_skipped))
         self.process.start()
-        self.pipe.recv()  # it is ready
-        self._signal(signal.SIGSTOP)
+        self.pipe.recv()
+        self._signal_group(signal.SIGSTOP)
 
-    def _signal(self, number: int) -> None:
+    def _signal_group(self, number: int) -> None:
         assert self.process.pid is not None
         os.killpg(self.process.pid, number)
 
-    def turn(self, seconds: float) -> Turn:
-        self._signal(signal.SIGCONT)
-        self.pipe.send(seconds)
-        found: Turn = self.pipe.recv()
-        self._signal(signal.SIGSTOP)
-        return found
+    def run_turn(self, duration_s: float) -> Turn:
+        self._signal_group(signal.SIGCONT)
+        self.pipe.send(duration_s)
+        turn: Turn = self.pipe.recv()
+        self._signal_group(signal.SIGSTOP)
+        return turn
 
-    def end(self) -> None:
-        self._signal(signal.SIGKILL)
+    def stop(self) -> None:
+        self._signal_group(signal.SIGKILL)
         self.process.join()
 
 
-def _serve(pipe: Any, start: Callable[[], Iterator[int]], skip: int) -> None:
-    os.setsid()  # a group of its own: it and all that it starts
+def _serve_turns(pipe: Any, start: Callable[[], Iterator[int]], num_skipped: int) -> None:
+    """Run turns on request, in a process group with all processes that the loader starts."""
+    os.setsid()
     source = start()
     next(source)
-    pipe.send("ready")
+    pipe.send(READY)
     while True:
-        seconds = pipe.recv()
-        for _ in range(skip):
+        duration_s = pipe.recv()
+        for _ in range(num_skipped):
             next(source)
-        samples, worked, begun = 0, group_seconds(), time.perf_counter()
-        while time.perf_counter() - begun < seconds:
-            samples += next(source)
-        pipe.send(Turn(samples, time.perf_counter() - begun, group_seconds() - worked))
+
+        num_samples = 0
+        processor_start_s = measure_group_processor_s()
+        start_s = time.perf_counter()
+        while time.perf_counter() - start_s < duration_s:
+            num_samples += next(source)
+        measured_s = time.perf_counter() - start_s
+        processor_s = measure_group_processor_s() - processor_start_s
+        pipe.send(Turn(num_samples, measured_s, processor_s))
 
 
-def group_seconds() -> float:
-    """Processor seconds that the living processes of this process's group have taken so far."""
-    total, group = 0, str(os.getpgrp())
+def measure_group_processor_s() -> float:
+    """Processor time that the living processes of this process group have used so far."""
+    total_ticks = 0
+    group = str(os.getpgrp())
     for file in Path("/proc").glob("[0-9]*/stat"):
         try:
-            fields = (
-                file.read_text().rpartition(")")[2].split()
-            )  # from the third on: state, parent, group
-        except OSError:  # it has ended
+            text = file.read_text()
+        except OSError:  # the process has ended
             continue
+        # From the third field on: state, parent, group, …
+        fields = text.rpartition(")")[2].split()
         if fields[2] == group:
-            total += int(fields[11]) + int(fields[12])
-    return total / os.sysconf("SC_CLK_TCK")
+            user_ticks = int(fields[11])
+            system_ticks = int(fields[12])
+            total_ticks += user_ticks + system_ticks
+    return total_ticks / os.sysconf("SC_CLK_TCK")
 
 
-class Command:
-    """A way in another Python. It says "ready"; then for each line with seconds it gives a line with a
-    turn."""
+class CommandLoader:
+    """A loader in another Python.
+
+    It prints "ready". For each line with seconds that it reads it then prints a line with a turn.
+    """
 
     def __init__(self, command: Sequence[str]) -> None:
         self.process = subprocess.Popen(
@@ -118,60 +132,76 @@ class Command:
             text=True,
             start_new_session=True,
         )
-        self._line("ready")
+        self._read_line()
         os.killpg(self.process.pid, signal.SIGSTOP)
 
-    def _line(self, sent: str) -> str:
-        assert self.process.stdin is not None and self.process.stdout is not None
-        if sent != "ready":
-            self.process.stdin.write(f"{sent}\n")
-            self.process.stdin.flush()
+    def _read_line(self) -> str:
+        assert self.process.stdout is not None
         line = self.process.stdout.readline()
         if not line:
             raise SystemExit(f"{self.process.args!r}: it ended with {self.process.wait()}")
         return line
 
-    def turn(self, seconds: float) -> Turn:
+    def run_turn(self, duration_s: float) -> Turn:
+        assert self.process.stdin is not None
         os.killpg(self.process.pid, signal.SIGCONT)
-        samples, took, worked = self._line(str(seconds)).split()
+        self.process.stdin.write(f"{duration_s}\n")
+        self.process.stdin.flush()
+        num_samples, measured_s, processor_s = self._read_line().split()
         os.killpg(self.process.pid, signal.SIGSTOP)
-        return Turn(int(samples), float(took), float(worked))
+        return Turn(int(num_samples), float(measured_s), float(processor_s))
 
-    def end(self) -> None:
+    def stop(self) -> None:
         os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
 
 
-def in_turn(ways: Mapping[str, Way], rounds: int, seconds: float) -> dict[str, list[Turn]]:
-    """Each way once per round, forwards and backwards, so that a slow change of the machine meets all
-    alike."""
-    taken: dict[str, list[Turn]] = {name: [] for name in ways}
-    for number in range(rounds):
-        for name in list(ways)[:: -1 if number % 2 else 1]:
-            taken[name].append(ways[name].turn(seconds))
-    return taken
+def measure_in_turns(
+    loaders: Mapping[str, Loader], num_rounds: int, duration_s: float
+) -> dict[str, list[Turn]]:
+    """Measure each loader once per round.
+
+    Every second round goes backwards, so that a slow change of the machine affects all of them alike.
+    """
+    turns: dict[str, list[Turn]] = {name: [] for name in loaders}
+    for round_number in range(num_rounds):
+        names = list(loaders)
+        if round_number % 2:
+            names.reverse()
+        for name in names:
+            turns[name].append(loaders[name].run_turn(duration_s))
+    return turns
 
 
-def spread(values: Sequence[float]) -> str:
+def format_spread(values: Sequence[float]) -> str:
     """Median and range."""
     return f"{statistics.median(values):.2f} ({min(values):.2f} … {max(values):.2f})"
 
 
-def table(taken: Mapping[str, Sequence[Turn]], ours: str, goals: Mapping[str, str]) -> str:
-    """A Markdown table: rates, costs, and the ratio of ours to each way, round by round."""
+def format_table(
+    turns: Mapping[str, Sequence[Turn]], reference: str, goals: Mapping[str, str]
+) -> str:
+    """A Markdown table of rates, costs, and the ratio of the reference to each loader, round by round."""
     lines = [
-        "| way | samples/s | processor ms per sample | ours ÷ it, samples/s | its ÷ our processor "
+        "| loader | samples/s | processor ms per sample | ours ÷ it, samples/s | its ÷ our processor "
         "time | goal |",
         "|---|---|---|---|---|---|",
     ]
-    for name, turns in taken.items():
-        pairs = list(zip(taken[ours], turns, strict=True))
-        rate, cost = (
-            statistics.median(t) for t in ([t.rate for t in turns], [t.cost for t in turns])
-        )
-        rates = "" if name == ours else spread([mine.rate / it.rate for mine, it in pairs])
-        costs = "" if name == ours else spread([it.cost / mine.cost for mine, it in pairs])
+    for name, loader_turns in turns.items():
+        rate = statistics.median(turn.rate for turn in loader_turns)
+        cost_ms = statistics.median(turn.cost_ms for turn in loader_turns)
+        rate_ratio = ""
+        cost_ratio = ""
+        if name != reference:
+            pairs = list(zip(turns[reference], loader_turns, strict=True))
+            rate_ratio = format_spread(
+                [reference_turn.rate / turn.rate for reference_turn, turn in pairs]
+            )
+            cost_ratio = format_spread(
+                [turn.cost_ms / reference_turn.cost_ms for reference_turn, turn in pairs]
+            )
+        goal = goals.get(name, "")
         lines.append(
-            f"| {name} | {rate:.0f} | {cost:.2f} | {rates} | {costs} | {goals.get(name, '')} |"
+            f"| {name} | {rate:.0f} | {cost_ms:.2f} | {rate_ratio} | {cost_ratio} | {goal} |"
         )
     return "\n".join(lines)
