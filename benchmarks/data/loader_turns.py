@@ -193,13 +193,13 @@ def format_table(
         rate_ratio = ""
         cost_ratio = ""
         if name != reference:
-            pairs = list(zip(turns[reference], loader_turns, strict=True))
-            rate_ratio = format_spread(
-                [reference_turn.rate / turn.rate for reference_turn, turn in pairs]
-            )
-            cost_ratio = format_spread(
-                [turn.cost_ms / reference_turn.cost_ms for reference_turn, turn in pairs]
-            )
+            rate_ratios: list[float] = []
+            cost_ratios: list[float] = []
+            for reference_turn, turn in zip(turns[reference], loader_turns, strict=True):
+                rate_ratios.append(reference_turn.rate / turn.rate)
+                cost_ratios.append(turn.cost_ms / reference_turn.cost_ms)
+            rate_ratio = format_spread(rate_ratios)
+            cost_ratio = format_spread(cost_ratios)
         goal = goals.get(name, "")
         lines.append(
             f"| {name} | {rate:.0f} | {cost_ms:.2f} | {rate_ratio} | {cost_ratio} | {goal} |"
