@@ -1,4 +1,4 @@
-"""One question about one image: what is understood, how sure the answer is, what is not in the picture."""
+"""One question about one image: how it is parsed, how sure the answer is, what is not there."""
 
 import json
 import re
@@ -19,9 +19,11 @@ from spear.labels.questions.templates import PROMPT_TEMPLATES
 from spear.models.weights.folders import BUNDLED_WEIGHTS, is_simulator_only
 from spear.policy import VlmBundle, load_vlm
 from spear.question_types import QUESTION_TYPES
+from spear.types import Array
 from spear.util.fingerprints import fingerprint_checkpoint
 
 NANO = BUNDLED_WEIGHTS / "nano"
+PLATE_QUESTION = "How far away is the plate?"
 
 
 @pytest.fixture(scope="module")
@@ -29,118 +31,216 @@ def nano() -> VlmBundle:
     return load_vlm("nano")
 
 
-def test_every_wording_is_understood() -> None:
-    for family in QUESTION_TYPES:
-        for prompt in PROMPT_TEMPLATES[family]:
-            question = prompt.format(x="the red cube", y="a mug", p="nearest")
-            names = ["red cube", "mug"] if "{y}" in prompt else ["red cube"]
-            for said in (question, question.lower() + " ", f"Up to scale: {question}"):
-                assert parse_question(said) == (family, names)
-    for name in ("zebra", "salt and pepper shaker"):
-        assert parse_question(f"How far away is a {name}") == ("distance", [name])
-    far = "How far away is the gripper"
-    for question in (
+@pytest.fixture(scope="module")
+def trust() -> Trust:
+    nano_trust = Trust.load(NANO)
+    assert nano_trust is not None
+    return nano_trust
+
+
+@pytest.fixture(scope="module")
+def image(nano: VlmBundle) -> Array:
+    """A held-out scene with a plate and without a zebra or a carrot."""
+    return load_picture("sim:7", nano.processor.image_sizes["external"]).image
+
+
+# ---- Parsing.
+
+
+@pytest.mark.parametrize("family", QUESTION_TYPES)
+def test_every_taught_wording_is_parsed(family: str) -> None:
+    for prompt in PROMPT_TEMPLATES[family]:
+        question = prompt.format(x="the red cube", y="a mug", p="nearest")
+        names = ["red cube", "mug"] if "{y}" in prompt else ["red cube"]
+        for variant in (question, question.lower() + " ", f"Up to scale: {question}"):
+            assert parse_question(variant) == (family, names)
+
+
+@pytest.mark.parametrize("name", ["zebra", "salt and pepper shaker"])
+def test_any_name_is_parsed(name: str) -> None:
+    assert parse_question(f"How far away is a {name}") == ("distance", [name])
+
+
+@pytest.mark.parametrize(
+    "question",
+    [
         "What do you think of it?",
-        f"{far} from the cup?",
-        f"{far} relative to the cup",
-    ):
-        assert parse_question(question) is None
+        "How far away is the gripper from the cup?",
+        "How far away is the gripper relative to the cup",
+    ],
+)
+def test_other_wordings_are_not_parsed(question: str) -> None:
+    assert parse_question(question) is None
 
 
-def test_an_answer_says_how_sure_it_is_or_that_there_is_no_such_thing(nano: VlmBundle) -> None:
-    picture, trust = load_picture("sim:7", nano.processor.image_sizes["external"]), Trust.load(NANO)
-    answer, said = ask_question(nano, picture.image, "How far away is the plate?", trust=trust)
-    assert answer is not None and "80% interval" in said and answer.distribution is not None
-    value, _, low, high = map(float, re.findall(r"[\d.]+", said))
-    assert low < value < high and answer.values == pytest.approx(answer.distribution.read("median"))
-    for name in ("zebra", "carrot"):
-        answer, said = ask_question(
-            nano, picture.image, f"How far away is the {name}?", trust=trust
-        )
-        assert answer is None and said.startswith(f"not in the picture: {name}")
-    far = "How far away is the plate?"
-    for question, family in (
-        ("What is the weather?", None),
-        ("Plate?", "distance"),
-        (far, "keypoint"),
-    ):
-        assert "not known" in ask_question(nano, picture.image, question, family, trust=trust)[1]
-    few = replace(trust, factors={})
-    assert (
-        "not measured"
-        in ask_question(nano, picture.image, "How far away is the plate?", trust=few)[1]
-    )
-    assert (
-        ask_question(nano, picture.image, "How far away is the zebra?")[0] is not None
-    )  # never measured, never said
+# ---- Answers.
+
+
+def test_an_answer_has_an_interval_around_its_median(
+    nano: VlmBundle, image: Array, trust: Trust
+) -> None:
+    answer, text = ask_question(nano, image, PLATE_QUESTION, trust=trust)
+
+    assert "80% interval" in text
+    value, _, low, high = [float(number) for number in re.findall(r"[\d.]+", text)]
+    assert low < value < high
+    assert answer is not None
+    assert answer.distribution is not None
+    assert answer.values == pytest.approx(answer.distribution.read("median"))
+
+
+@pytest.mark.parametrize("name", ["zebra", "carrot"])
+def test_an_object_that_is_not_there_has_no_answer(
+    name: str, nano: VlmBundle, image: Array, trust: Trust
+) -> None:
+    answer, text = ask_question(nano, image, f"How far away is the {name}?", trust=trust)
+
+    assert answer is None
+    assert text.startswith(f"not in the picture: {name}")
+
+
+def test_a_model_that_was_not_measured_answers_about_any_object(
+    nano: VlmBundle, image: Array
+) -> None:
+    answer, _ = ask_question(nano, image, "How far away is the zebra?")
+
+    assert answer is not None
+
+
+@pytest.mark.parametrize(
+    ("question", "family"),
+    [("What is the weather?", None), ("Plate?", "distance"), (PLATE_QUESTION, "keypoint")],
+)
+def test_how_sure_an_answer_to_another_wording_is_is_not_known(
+    question: str, family: str | None, nano: VlmBundle, image: Array, trust: Trust
+) -> None:
+    _, text = ask_question(nano, image, question, family, trust=trust)
+
+    assert "not known" in text
+
+
+def test_a_question_type_that_was_not_measured_has_no_interval(
+    nano: VlmBundle, image: Array, trust: Trust
+) -> None:
+    _, text = ask_question(nano, image, PLATE_QUESTION, trust=replace(trust, factors={}))
+
+    assert "not measured" in text
 
 
 def test_a_wrist_camera_is_asked_as_one(nano: VlmBundle, run_command: Callable[..., str]) -> None:
     (label,) = load_labeled_images("sim:7", 1, "wrist", nano.processor)
-    said = run_command(
-        "ask", "sim:7", f"How far away is the {label.objects[0].name}?", "--view", "wrist"
-    )
-    assert (
-        float(said.split()[0]) < 0.5 and "interval" not in said
-    )  # from the other camera all is further
+    question = f"How far away is the {label.objects[0].name}?"
+
+    output = run_command("ask", "sim:7", question, "--view", "wrist")
+
+    distance_m = float(output.split()[0])
+    assert distance_m < 0.5  # from the external camera everything is farther away
+    assert "interval" not in output
 
 
-def test_the_shipped_calibration_holds_on_other_scenes(nano: VlmBundle) -> None:
+# ---- Trust.
+
+
+@pytest.mark.parametrize("name", ["nano", "nano-vlm"])
+def test_the_bundled_calibration_is_right_on_other_scenes(name: str) -> None:
+    model = load_vlm(name)
     options = QuestionOptions(per_image=1, families=("distance", "keypoint", "box_vertices"))
-    labels = load_labeled_images("sim:300", 24, "external", nano.processor)
-    for name, vlm in (("nano", nano), ("nano-vlm", load_vlm("nano-vlm"))):
-        trust = Trust.load(BUNDLED_WEIGHTS / name)
-        assert trust is not None and trust.tells_absent
-        found = evaluate_vqa(vlm, labels, options, trust).calibration
-        for family in options.families:
-            assert 0.6 < found[family].coverage["spear ask, 80%"].value < 0.95, (name, family)
+    labels = load_labeled_images("sim:300", 24, "external", model.processor)
+    model_trust = Trust.load(BUNDLED_WEIGHTS / name)
+
+    calibration = evaluate_vqa(model, labels, options, model_trust).calibration
+
+    assert model_trust is not None
+    assert model_trust.tells_absent
+    for family in options.families:
+        assert 0.6 < calibration[family].coverage["spear ask, 80%"].value < 0.95
 
 
-def test_intervals_are_not_judged_by_the_images_that_they_were_measured_on(nano: VlmBundle) -> None:
+def test_intervals_are_not_scored_on_the_images_that_they_were_measured_on(
+    nano: VlmBundle, trust: Trust
+) -> None:
     labels = load_labeled_images("sim:1199", 3, "external", nano.processor)
+    options = QuestionOptions(families=("distance",))
+
     with pytest.warns(Notice, match="calibrated on 1 of"):
-        found = evaluate_vqa(
-            nano, labels, QuestionOptions(families=("distance",)), Trust.load(NANO)
-        ).calibration
-    assert (
-        "50%" in found["distance"].coverage and "spear ask, 80%" not in found["distance"].coverage
-    )
+        scores = evaluate_vqa(nano, labels, options, trust)
+
+    coverage = scores.calibration["distance"].coverage
+    assert "50%" in coverage
+    assert "spear ask, 80%" not in coverage
 
 
-def test_the_factor_is_the_smallest_that_holds_so_many() -> None:
+def test_the_spread_factor_covers_80_percent_of_the_truths() -> None:
     rng = np.random.default_rng(0)
-    sure = [
-        Certainty(np.zeros(3), np.full(3, 0.1), 0.2 * np.abs(rng.normal(size=3)))
-        for _ in range(2000)
-    ]
-    assert compute_spread_factor(sure) == pytest.approx(
-        2 * 1.2816, rel=0.05
-    )  # of a normal, 80 % lie within 1.28 sigma
+    certainties = []
+    for _ in range(2000):
+        error = 0.2 * np.abs(rng.normal(size=3))
+        certainties.append(Certainty(np.zeros(3), np.full(3, 0.1), error))
+
+    factor = compute_spread_factor(certainties)
+
+    assert factor == pytest.approx(2 * 1.2816, rel=0.05)  # 80 % of a normal within 1.28 sigma
 
 
-def test_trust_is_kept_beside_the_weights_and_changes_no_action(tmp_path: Path) -> None:
-    assert (
-        Trust.load(tmp_path) is None and not is_simulator_only(tmp_path) and is_simulator_only(NANO)
-    )
+@pytest.fixture
+def model_folder(tmp_path: Path) -> Path:
     (tmp_path / "recipe.json").write_text('{"simulator_only": true}')
     (tmp_path / "config.json").write_text("{}")
-    before, trust = (
-        fingerprint_checkpoint(tmp_path),
-        Trust("2 images of sim", {"distance": 1.5}, 0.9, 0.1),
-    )
-    trust.save(tmp_path)
-    assert (
-        Trust.load(tmp_path) == trust
-        and fingerprint_checkpoint(tmp_path) == before
-        and is_simulator_only(tmp_path)
-    )
-    (tmp_path / "config.json").write_text("[]")
-    with pytest.warns(Notice, match="config.json"):
-        assert Trust.load(tmp_path) is None
-    (tmp_path / CALIBRATION_FILE).write_text("{}")
-    refuses(CALIBRATION_FILE, Trust.load, tmp_path)
-    for key, bad in (("names_present", "often"), ("factors", {"distance": -1}), ("files", 3)):
-        (tmp_path / CALIBRATION_FILE).write_text(json.dumps(asdict(trust) | {key: bad}))
-        refuses(f"{CALIBRATION_FILE}.*{key}", Trust.load, tmp_path)
-    (tmp_path / "recipe.json").write_text("[]")
-    refuses("recipe.json", is_simulator_only, tmp_path)
+    return tmp_path
+
+
+SAVED_TRUST = Trust("2 images of sim", {"distance": 1.5}, 0.9, 0.1)
+
+
+def test_a_model_that_was_not_measured_has_no_trust(model_folder: Path) -> None:
+    assert Trust.load(model_folder) is None
+
+
+def test_saved_trust_is_loaded_and_changes_no_fingerprint(model_folder: Path) -> None:
+    fingerprint = fingerprint_checkpoint(model_folder)
+
+    SAVED_TRUST.save(model_folder)
+
+    assert Trust.load(model_folder) == SAVED_TRUST
+    assert fingerprint_checkpoint(model_folder) == fingerprint
+
+
+def test_the_trust_of_another_model_is_ignored_with_a_notice(model_folder: Path) -> None:
+    SAVED_TRUST.save(model_folder)
+    (model_folder / "config.json").write_text("[]")
+
+    with pytest.warns(Notice, match=r"config\.json"):
+        assert Trust.load(model_folder) is None
+
+
+def test_a_trust_file_without_fields_is_refused(model_folder: Path) -> None:
+    (model_folder / CALIBRATION_FILE).write_text("{}")
+
+    refuses(CALIBRATION_FILE, Trust.load, model_folder)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("names_present", "often"), ("factors", {"distance": -1}), ("files", 3)],
+)
+def test_a_trust_file_with_a_wrong_field_is_refused(
+    field: str, value: object, model_folder: Path
+) -> None:
+    content = asdict(SAVED_TRUST) | {field: value}
+    (model_folder / CALIBRATION_FILE).write_text(json.dumps(content))
+
+    refuses(f"{CALIBRATION_FILE}.*{field}", Trust.load, model_folder)
+
+
+def test_a_model_says_whether_it_has_seen_the_simulator_only(
+    model_folder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    assert is_simulator_only(NANO)
+    assert is_simulator_only(model_folder)
+    assert not is_simulator_only(tmp_path_factory.mktemp("empty"))
+
+
+def test_a_broken_recipe_file_is_refused(model_folder: Path) -> None:
+    (model_folder / "recipe.json").write_text("[]")
+
+    refuses(r"recipe\.json", is_simulator_only, model_folder)
