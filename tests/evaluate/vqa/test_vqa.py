@@ -1,4 +1,6 @@
-"""3D question scores: measures by hand, baselines, calibration, and a model that knows the truth."""
+"""3D question scores: measures by hand, baselines, calibration, and a model that knows the
+truth.
+"""
 
 import base64
 import json
@@ -17,6 +19,7 @@ from spear.evaluate.options import QuestionOptions
 from spear.evaluate.vqa import run as vqa
 from spear.evaluate.vqa.ask import format_reply
 from spear.evaluate.vqa.calibration import (
+    Calibration,
     Certainty,
     calibrate,
     compute_spread_factor,
@@ -44,15 +47,30 @@ from spear.util.images import decode_image
 COORDINATES = CoordinateTokenizer.fit(np.random.default_rng(0).normal(0.4, 0.5, 20_000), bins=256)
 
 
-class Oracle:
-    """Knows every question's answer and adds an offset (m) to all 3D points and distances.
+def make_distribution(values: Array, sigma: float) -> Distribution:
+    """Normal distributions of this standard deviation around some numbers."""
+    score = (COORDINATES.bin_centers - values[:, None]) / sigma
+    density = np.exp(-0.5 * score**2) * np.diff(COORDINATES.bin_edges)
+    probabilities = density / density.sum(1, keepdims=True)
+    return Distribution(probabilities.astype(np.float32), COORDINATES)
 
-    sigma  if not 0, it also says what it holds possible: normals of this standard deviation about that.
+
+class OracleModel:
+    """Knows every question's answer.
+
+    offset_m             added to all 3D points and distances.
+    breaks_free_grammar  whether its free answers lack their last segment.
+    sigma                if not 0, its answers have distributions of this standard deviation.
+    answers              prompt → its true answer.
     """
 
-    def __init__(self, offset: float = 0.0, drop_last: bool = False, sigma: float = 0.0) -> None:
-        self.offset, self.drop_last, self.sigma = offset, drop_last, sigma
-        self.known: dict[str, Segments] = {}
+    def __init__(
+        self, offset_m: float = 0.0, breaks_free_grammar: bool = False, sigma: float = 0.0
+    ) -> None:
+        self.offset_m = offset_m
+        self.breaks_free_grammar = breaks_free_grammar
+        self.sigma = sigma
+        self.answers: dict[str, Segments] = {}
 
     def answer(
         self,
@@ -60,261 +78,510 @@ class Oracle:
         prompts: Sequence[str],
         family: str | None = None,
         *_: str,
-        **how: Any,
+        distributions: bool = False,
+        **__: Any,
     ) -> list[Answer]:
-        said = []
-        for image, prompt in zip(images, prompts, strict=True):
-            assert image.dtype == np.uint8
-            segments = [s + self.offset if isinstance(s, float) else s for s in self.known[prompt]]
-            values = [s for s in segments if isinstance(s, float)]
-            held = self._held(np.array(values)) if self.sigma and how.get("distributions") else None
-            kept = segments[:-1] if self.drop_last and family is None else segments
-            said.append(Answer(kept, "metre", held))
-        return said
+        assert all(image.dtype == np.uint8 for image in images)
+        assert len(images) == len(prompts)
+        return [self._answer_one(prompt, family, distributions) for prompt in prompts]
 
-    def _held(self, values: Array) -> Distribution:
-        score = (COORDINATES.bin_centers - values[:, None]) / self.sigma
-        p = np.exp(-0.5 * score**2) * np.diff(COORDINATES.bin_edges)
-        return Distribution((p / p.sum(1, keepdims=True)).astype(np.float32), COORDINATES)
+    def _answer_one(self, prompt: str, family: str | None, distributions: bool) -> Answer:
+        segments: Segments = []
+        for segment in self.answers[prompt]:
+            is_number = isinstance(segment, float)
+            segments.append(segment + self.offset_m if is_number else segment)
+        distribution = None
+        if self.sigma and distributions:
+            values = [segment for segment in segments if isinstance(segment, float)]
+            distribution = make_distribution(np.array(values), self.sigma)
+        if self.breaks_free_grammar and family is None:
+            segments = segments[:-1]
+        return Answer(segments, "metre", distribution)
 
 
 def ask_oracle(
-    oracle: Oracle, labels: list[LabeledImage], monkeypatch: pytest.MonkeyPatch, **options: object
+    oracle: OracleModel,
+    labels: list[LabeledImage],
+    monkeypatch: pytest.MonkeyPatch,
+    **options: object,
 ) -> Scores:
-    real = vqa.generate_questions
+    generate_questions = vqa.generate_questions
 
-    def remember(*args: object, **kwargs: object) -> list[Question]:
-        """Makes prompts unique per image, so that the oracle can look them up."""
-        asked = []
-        for q in real(*args, **kwargs):  # type: ignore[arg-type]
-            prompt = f"{q.prompt} #{len(oracle.known)}"
-            oracle.known[prompt] = q.segments
-            asked.append(Question(q.family, prompt, q.segments, q.objects, q.unit))
-        return asked
+    def generate_and_remember(*args: object, **kwargs: object) -> list[Question]:
+        """Make prompts unique per image, so that the oracle can look them up."""
+        questions = []
+        for question in generate_questions(*args, **kwargs):  # type: ignore[arg-type]
+            prompt = f"{question.prompt} #{len(oracle.answers)}"
+            oracle.answers[prompt] = question.segments
+            questions.append(replace(question, prompt=prompt))
+        return questions
 
     with monkeypatch.context() as patch:
-        patch.setattr(vqa, "generate_questions", remember)
+        patch.setattr(vqa, "generate_questions", generate_and_remember)
         return vqa.evaluate_vqa(oracle, labels, QuestionOptions(**options))  # type: ignore[arg-type]
 
 
-def test_an_oracle_has_no_error_and_an_offset_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    labels = [labelled(i) for i in range(6)]
-    perfect = ask_oracle(Oracle(), labels, monkeypatch)
-    assert set(perfect.families) == set(vqa.QUESTION_TYPES)
-    for score in perfect.families.values():
-        assert score.n > 0 and score.grammar.value == 1
+def generate_one(label: LabeledImage, family: str) -> Question:
+    questions = vqa.generate_questions_by_family([label], [family], 1, seed=3)
+    _, question = questions[family][0]
+    return question
+
+
+# ---- Scores.
+
+
+@pytest.fixture(scope="module")
+def labels() -> list[LabeledImage]:
+    return [labelled(seed) for seed in range(6)]
+
+
+def test_an_oracle_has_no_error(
+    labels: list[LabeledImage], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scores = ask_oracle(OracleModel(), labels, monkeypatch)
+
+    assert set(scores.families) == set(vqa.QUESTION_TYPES)
+    for score in scores.families.values():
+        assert score.n > 0
+        assert score.grammar.value == 1
         assert score.measures["relative"].value == pytest.approx(0, abs=1e-6)
-    boxes, worded = perfect.families["box_vertices"], perfect.families["chain_of_thought"]
-    assert boxes.measures["iou"].value == pytest.approx(1, abs=1e-4)
-    assert boxes.measures["iou_50"].value == 1 and boxes.constant["iou_50"] < 1
-    assert worded.measures["closer"].value == worded.measures["consistent"].value == 1
-    assert worded.constant["closer"] < 1
-    off = ask_oracle(Oracle(0.01), labels, monkeypatch).families
-    root3 = np.sqrt(3) * 10
-    expected = {"box_vertices": root3, "keypoint": root3, "offset": root3}
-    for family, millimetres in (expected | {"distance": 10, "chain_of_thought": 10}).items():
-        assert off[family].measures["error"].value == pytest.approx(millimetres, rel=1e-6)
-    assert off["box_vertices"].measures["vertex"].value == pytest.approx(root3, rel=1e-6)
-    shifted = 5**3 / (2 * 6**3 - 5**3)  # boxes of 60 mm, 10 mm apart along each axis
-    assert off["box_vertices"].measures["iou"].value == pytest.approx(shifted, abs=1e-3)
-    assert off["box_vertices"].constant["error"] > 5
-    assert 100 * 0.010 / 0.95 < off["distance"].measures["relative"].value < 100 * 0.010 / 0.8
-    assert off["distance"].measures["relative"].low > 1
+    box_score = scores.families["box_vertices"]
+    assert box_score.measures["iou"].value == pytest.approx(1, abs=1e-4)
+    assert box_score.measures["iou_50"].value == 1
+    worded_score = scores.families["chain_of_thought"]
+    assert worded_score.measures["closer"].value == 1
+    assert worded_score.measures["consistent"].value == 1
 
 
-def test_broken_grammar_is_counted_and_counts_as_a_miss(monkeypatch: pytest.MonkeyPatch) -> None:
-    labels = [labelled(i) for i in range(3)]
-    scores = ask_oracle(Oracle(drop_last=True), labels, monkeypatch)
-    box = scores.families["box_vertices"]
-    assert box.grammar.value == 1 and box.free.value == 0
+def test_baselines_are_worse_than_an_oracle(
+    labels: list[LabeledImage], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scores = ask_oracle(OracleModel(), labels, monkeypatch)
+
+    assert scores.families["box_vertices"].constant["error"] > 5
+    assert scores.families["box_vertices"].constant["iou_50"] < 1
+    assert scores.families["chain_of_thought"].constant["closer"] < 1
+
+
+@pytest.mark.parametrize(
+    ("family", "error_mm"),
+    [
+        ("box_vertices", np.sqrt(3) * 10),
+        ("keypoint", np.sqrt(3) * 10),
+        ("offset", np.sqrt(3) * 10),
+        ("distance", 10),
+        ("chain_of_thought", 10),
+    ],
+)
+def test_an_offset_is_measured(
+    family: str,
+    error_mm: float,
+    labels: list[LabeledImage],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    scores = ask_oracle(OracleModel(offset_m=0.01), labels, monkeypatch, families=(family,))
+
+    error = scores.families[family].measures["error"]
+    assert error.value == pytest.approx(error_mm, rel=1e-6)
+
+
+def test_the_overlap_of_shifted_boxes_is_as_worked_out_by_hand(
+    labels: list[LabeledImage], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    iou = 5**3 / (2 * 6**3 - 5**3)  # boxes of 60 mm, 10 mm apart along each axis
+
+    scores = ask_oracle(OracleModel(offset_m=0.01), labels, monkeypatch, families=("box_vertices",))
+
+    measures = scores.families["box_vertices"].measures
+    assert measures["vertex"].value == pytest.approx(np.sqrt(3) * 10, rel=1e-6)
+    assert measures["iou"].value == pytest.approx(iou, abs=1e-3)
+
+
+def test_relative_errors_are_relative_to_the_distance(
+    labels: list[LabeledImage], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of objects that are 0.8 to 0.95 m away."""
+    scores = ask_oracle(OracleModel(offset_m=0.01), labels, monkeypatch, families=("distance",))
+
+    relative = scores.families["distance"].measures["relative"]
+    assert 100 * 0.010 / 0.95 < relative.value < 100 * 0.010 / 0.8
+    assert relative.low > 1
+
+
+def test_free_answers_with_the_wrong_grammar_are_counted(
+    labels: list[LabeledImage], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scores = ask_oracle(OracleModel(breaks_free_grammar=True), labels[:3], monkeypatch)
+
+    box_score = scores.families["box_vertices"]
+    assert box_score.grammar.value == 1
+    assert box_score.free.value == 0
     headers, rows = scores.rows()
-    assert [row[0] for row in rows] == [f.replace("_", " ") for f in scores.families]
+    assert [row[0] for row in rows] == [family.replace("_", " ") for family in scores.families]
     assert rows[0][headers.index("free")] == "0.0%"
+
+
+def test_an_answer_with_the_wrong_grammar_fails_the_rates_only(
+    labels: list[LabeledImage],
+) -> None:
+    question = generate_one(labels[0], "box_vertices")
+
+    measures = measure_answer(question, question.segments[:-1], labels[0])
+
+    assert measures == {"iou_25": 0, "iou_50": 0}
+
+
+def test_question_types_that_no_image_allows_are_named(
+    labels: list[LabeledImage], monkeypatch: pytest.MonkeyPatch
+) -> None:
     lonely = replace(labels[0], objects=labels[0].objects[:1])
+
     with pytest.warns(Notice, match="offset, chain_of_thought"):
-        assert len(ask_oracle(Oracle(), [lonely], monkeypatch).families) == 4
-    question = scores.answers[0].question
-    assert measure_answer(question, question.segments[:-1], labels[0]) == {"iou_25": 0, "iou_50": 0}
+        scores = ask_oracle(OracleModel(), [lonely], monkeypatch)
+
+    assert len(scores.families) == 4
 
 
-def test_an_answer_that_fails_counts_in_medians_and_means() -> None:
-    labels = [labelled(i) for i in range(8)]
-    questions = [
-        vqa.generate_questions_by_family([x], ["box_vertices"], 1, seed=3)["box_vertices"][0][1]
-        for x in labels
-    ]
-    for failed, finite in ((3, True), (5, False)):
-        said = [q.segments if i >= failed else [] for i, q in enumerate(questions)]
-        asked = [
-            AnsweredQuestion(i, x, q, s)
-            for i, (x, q, s) in enumerate(zip(labels, questions, said, strict=True))
-        ]
-        found = summarize(asked, {"box_vertices": [True] * 8}, labels, "mode").families[
-            "box_vertices"
-        ]
-        assert (
-            np.isfinite(found.measures["error"].value) == finite
-            and found.measures["error"].high == np.inf
-        )
-        assert found.measures["iou"].value == pytest.approx(1 - failed / 8, abs=1e-3)
+def test_an_unknown_question_type_is_refused(labels: list[LabeledImage]) -> None:
+    options = QuestionOptions(families=("keypiont",))
+
+    refuses("did you mean 'keypoint'", vqa.evaluate_vqa, OracleModel(), labels, options)
 
 
-def test_relative_labels_have_no_millimetres(monkeypatch: pytest.MonkeyPatch) -> None:
-    scores = ask_oracle(Oracle(0.01), [labelled(i, unit="relative") for i in range(3)], monkeypatch)
-    assert "error" not in scores.families["keypoint"].measures and "%" in scores.rows()[1][0][2]
-    unknown = QuestionOptions(families=("keypiont",))
-    refuses("did you mean 'keypoint'", vqa.evaluate_vqa, Oracle(), [labelled(0)], unknown)
+@pytest.mark.parametrize(("num_failed", "is_finite"), [(3, True), (5, False)])
+def test_failed_answers_count_in_medians_and_means(num_failed: int, is_finite: bool) -> None:
+    labels = [labelled(seed) for seed in range(8)]
+    answers = []
+    for index, label in enumerate(labels):
+        question = generate_one(label, "box_vertices")
+        segments = question.segments if index >= num_failed else []
+        answers.append(AnsweredQuestion(index, label, question, segments))
+
+    scores = summarize(answers, {"box_vertices": [True] * 8}, labels, "mode")
+
+    measures = scores.families["box_vertices"].measures
+    assert np.isfinite(measures["error"].value) == is_finite
+    assert measures["error"].high == np.inf
+    assert measures["iou"].value == pytest.approx(1 - num_failed / 8, abs=1e-3)
 
 
-def test_the_depth_guess_knows_how_far_away_a_scene_is() -> None:
+def test_relative_labels_have_no_millimeters(monkeypatch: pytest.MonkeyPatch) -> None:
+    labels = [labelled(seed, unit="relative") for seed in range(3)]
+
+    scores = ask_oracle(OracleModel(offset_m=0.01), labels, monkeypatch)
+
+    assert "error" not in scores.families["keypoint"].measures
+    _, rows = scores.rows()
+    assert "%" in rows[0][2]
+
+
+# ---- Measures.
+
+
+@pytest.mark.parametrize("family", ["box_vertices", "keypoint", "offset", "distance"])
+def test_the_depth_baseline_knows_how_far_away_a_scene_is(family: str) -> None:
     labels = [labelled(0, scale) for scale in (0.5, 1.0, 2.0, 3.0)]
-    for family in ("box_vertices", "keypoint", "offset", "distance"):
-        questions = [
-            vqa.generate_questions_by_family([label], [family], 1, seed=3)[family][0][1]
-            for label in labels
-        ]
-        depth, constant = guess_from_depth(questions, labels), guess_constants(questions)
-        for i, (q, near, far) in enumerate(zip(questions, depth, constant, strict=True)):
-            assert measure_answer(q, near, labels[i])["relative"] < 0.01
-            assert i in (1, 2) or measure_answer(q, far, labels[i])["relative"] > 5
+    questions = [generate_one(label, family) for label in labels]
+
+    guesses = guess_from_depth(questions, labels)
+    constants = guess_constants(questions)
+
+    assert guesses is not None
+    for index, (question, label) in enumerate(zip(questions, labels, strict=True)):
+        assert measure_answer(question, guesses[index], label)["relative"] < 0.01
+        if index in (0, 3):  # the constant is right in between
+            assert measure_answer(question, constants[index], label)["relative"] > 5
 
 
-def test_single_answers_are_measured_as_worked_out_by_hand() -> None:
-    truth = Question("back_projection", "?", [Pixel(0.1, 0.2), Pixel(0.5, 0.5)], ["x"])
-    found = measure_answer(truth, [Pixel(0.4, 0.6), Pixel(0.5, 0.5)], labelled(0))
-    assert found == pytest.approx({"pixels": np.hypot(0.3 * 140, 0.4 * 105) / 2, "relative": 25})
-    for closing, named in (
+def test_a_back_projection_is_measured_as_worked_out_by_hand() -> None:
+    question = Question("back_projection", "?", [Pixel(0.1, 0.2), Pixel(0.5, 0.5)], ["x"])
+
+    measures = measure_answer(question, [Pixel(0.4, 0.6), Pixel(0.5, 0.5)], labelled(0))
+
+    pixels = np.hypot(0.3 * 140, 0.4 * 105) / 2
+    assert measures == pytest.approx({"pixels": pixels, "relative": 25})
+
+
+@pytest.mark.parametrize(
+    ("conclusion", "name"),
+    [
         (" so the mug is closer", "mug"),
         (" so the Red Cube is  closer than the mug", "red cube"),
         (" it is the mugs", None),
         ("", None),
-    ):
-        thought = ["the mug is ", 0.5, " and the red cube is ", 0.4, closing]
-        assert find_closer_named(thought, ("mug", "red cube")) == named
-    assert (
-        find_closer_named([0.4, " so the cup (left) is closer"], ("mug", "cup (left)"))
-        == "cup (left)"
+    ],
+)
+def test_the_first_object_named_after_the_numbers_is_the_closer(
+    conclusion: str, name: str | None
+) -> None:
+    thought = ["the mug is ", 0.5, " and the red cube is ", 0.4, conclusion]
+
+    assert find_closer_named(thought, ("mug", "red cube")) == name
+
+
+def test_a_name_with_parentheses_is_found() -> None:
+    thought = [0.4, " so the cup (left) is closer"]
+
+    assert find_closer_named(thought, ("mug", "cup (left)")) == "cup (left)"
+
+
+@pytest.fixture
+def turned_box() -> Any:
+    axes, _ = np.linalg.qr(np.random.default_rng(0).normal(size=(3, 3)))
+    return make_box(np.array([0.1, 0, 1.0]), np.array([0.1, 0.2, 0.05]), axes)
+
+
+def test_the_nearest_box_of_a_boxs_vertices_is_the_box(turned_box: Any) -> None:
+    assert compute_iou_3d(fit_nearest_box(turned_box.vertices), turned_box) == pytest.approx(
+        1, abs=1e-4
     )
 
 
-def test_the_nearest_box_of_a_box_is_itself_and_noise_does_not_break_it() -> None:
-    rng = np.random.default_rng(0)
-    axes = np.linalg.qr(rng.normal(size=(3, 3)))[0]
-    true = make_box(np.array([0.1, 0, 1.0]), np.array([0.1, 0.2, 0.05]), axes)
-    assert compute_iou_3d(fit_nearest_box(true.vertices), true) == pytest.approx(1, abs=1e-4)
-    noisy = fit_nearest_box(true.vertices + rng.normal(0, 0.003, (8, 3)))
-    assert 0.8 < compute_iou_3d(noisy, true) < 0.999
-    np.testing.assert_allclose(noisy.rotation.T @ noisy.rotation, np.eye(3), atol=1e-5)
-    assert compute_iou_3d(fit_nearest_box(np.ones((8, 3))), true) == pytest.approx(0)
+def test_the_nearest_box_of_noisy_vertices_is_close(turned_box: Any) -> None:
+    noise = np.random.default_rng(1).normal(0, 0.003, (8, 3))
+
+    nearest = fit_nearest_box(turned_box.vertices + noise)
+
+    assert 0.8 < compute_iou_3d(nearest, turned_box) < 0.999
+    np.testing.assert_allclose(nearest.rotation.T @ nearest.rotation, np.eye(3), atol=1e-5)
 
 
-@pytest.mark.parametrize(("too_sure", "inside"), [(1.0, 0.8), (3.0, 0.331)])
-def test_coverage_is_what_it_should_be(too_sure: float, inside: float) -> None:
-    """Truths drawn about what was said; a model that knows how far, or is three times as sure."""
+def test_the_nearest_box_of_one_point_overlaps_nothing(turned_box: Any) -> None:
+    nearest = fit_nearest_box(np.ones((8, 3)))
+
+    assert compute_iou_3d(nearest, turned_box) == pytest.approx(0)
+
+
+# ---- Calibration.
+
+
+def simulate_calibration(overconfidence: float) -> Calibration:
+    """Truths around predictions of half small and half large spread; the factor is from half of
+    them.
+    """
     rng = np.random.default_rng(1)
-    answers, oracle = [], Oracle(sigma=0.1)
+    answers = []
     for image in range(300):
         sigma = 0.02 if image % 2 else 0.1
         truth = rng.normal(0.4, 0.1, 3)
-        oracle.sigma = sigma / too_sure
-        c = Certainty.of(oracle._held(truth + rng.normal(0, sigma, 3)), truth, np.full(3, 0.5))
-        answers.append((image, c, float(100 * c.relative_error.mean())))
-    found = calibrate(answers, compute_spread_factor([c for _, c, _ in answers[:150]]))
-    assert found.coverage["80%"].value == pytest.approx(inside, abs=0.05)
-    assert found.coverage["80%"].low < inside < found.coverage["80%"].high + 0.05
-    assert found.coverage["spear ask, 80%"].value == pytest.approx(0.8, abs=0.05)
-    assert (
-        found.curve[0] == 0
-        and found.curve[-1] == 1
-        and found.n == sum(b.n for b in found.bands) == 900
-    )
-    assert found.bands[-1].error / found.bands[-1].spread == pytest.approx(too_sure, rel=0.2)
-    assert found.less_sure > 3 * found.surer and (found.miss < 0.05) == (too_sure == 1)
+        prediction = truth + rng.normal(0, sigma, 3)
+        distribution = make_distribution(prediction, sigma / overconfidence)
+        certainty = Certainty.of(distribution, truth, np.full(3, 0.5))
+        answers.append((image, certainty, float(100 * certainty.relative_error.mean())))
+    factor = compute_spread_factor([certainty for _, certainty, _ in answers[:150]])
+    return calibrate(answers, factor)
+
+
+CASES = pytest.mark.parametrize(("overconfidence", "coverage"), [(1.0, 0.8), (3.0, 0.331)])
+
+
+@CASES
+def test_intervals_contain_as_many_truths_as_they_should(
+    overconfidence: float, coverage: float
+) -> None:
+    calibration = simulate_calibration(overconfidence)
+
+    estimate = calibration.coverage["80%"]
+    assert estimate.value == pytest.approx(coverage, abs=0.05)
+    assert estimate.low < coverage < estimate.high + 0.05
+    assert (calibration.miss < 0.05) == (overconfidence == 1)
+
+
+@CASES
+def test_scaled_intervals_contain_80_percent(overconfidence: float, coverage: float) -> None:
+    calibration = simulate_calibration(overconfidence)
+
+    assert calibration.coverage["spear ask, 80%"].value == pytest.approx(0.8, abs=0.05)
+
+
+@CASES
+def test_bands_compare_spread_and_error(overconfidence: float, coverage: float) -> None:
+    calibration = simulate_calibration(overconfidence)
+
+    widest_band = calibration.bands[-1]
+    assert widest_band.error / widest_band.spread == pytest.approx(overconfidence, rel=0.2)
+    assert sum(band.n for band in calibration.bands) == calibration.n == 900
+    assert calibration.less_sure > 3 * calibration.surer
+
+
+def test_the_curve_begins_at_none_and_ends_at_all() -> None:
+    curve = simulate_calibration(1.0).curve
+
+    assert curve[0] == 0
+    assert curve[-1] == 1
 
 
 def test_a_vertex_is_no_surer_than_those_before_it() -> None:
-    wide, narrow = (Oracle(sigma=sigma)._held(np.full(3, 0.4)) for sigma in (0.1, 0.01))
-    parts = [wide.probabilities[:2], narrow.probabilities[2:], *[narrow.probabilities] * 7]
-    box = Distribution(np.concatenate(parts), wide.coordinates)
-    np.testing.assert_allclose(
-        compute_uncertainty(box), np.tile([*wide.spread()[:2], narrow.spread()[2]], 8)
-    )
-    np.testing.assert_array_equal(compute_uncertainty(narrow), narrow.spread())
+    wide = make_distribution(np.full(3, 0.4), 0.1)
+    narrow = make_distribution(np.full(3, 0.4), 0.01)
+    first_vertex = np.concatenate([wide.probabilities[:2], narrow.probabilities[2:]])
+    vertices = np.concatenate([first_vertex, *[narrow.probabilities] * 7])
+
+    uncertainty = compute_uncertainty(Distribution(vertices, COORDINATES))
+
+    x, y, _ = wide.spread()
+    z = narrow.spread()[2]
+    np.testing.assert_allclose(uncertainty, np.tile([x, y, z], 8))
 
 
-def test_readings_are_compared_and_the_page_is_whole(monkeypatch: pytest.MonkeyPatch) -> None:
-    labels = [labelled(i) for i in range(4)]
-    scores = ask_oracle(Oracle(0.02, sigma=0.02), labels, monkeypatch, decode="median")
-    assert scores.decode == "median"
-    assert (
-        set(scores.readings)
-        == set(scores.calibration)
-        == set(vqa.QUESTION_TYPES) - {"back_projection"}
-    )
-    for family, readings in scores.readings.items():
-        assert readings.error["median"] == pytest.approx(
-            scores.families[family].measures["relative"].value
-        )
-        assert readings.best in readings.error and abs(readings.gain["mean"].value) < 0.5
-    uri, _ = draw_figure(next(a for a in scores.answers if a.question.family == "box_vertices"))
+def test_the_uncertainty_of_a_point_is_its_spread() -> None:
+    distribution = make_distribution(np.full(3, 0.4), 0.01)
+
+    np.testing.assert_array_equal(compute_uncertainty(distribution), distribution.spread())
+
+
+# ---- Readings and the page.
+
+
+@pytest.fixture
+def certain_scores(monkeypatch: pytest.MonkeyPatch) -> Scores:
+    labels = [labelled(seed) for seed in range(4)]
+    return ask_oracle(OracleModel(0.02, sigma=0.02), labels, monkeypatch, decode="median")
+
+
+def test_ways_of_reading_numbers_are_compared(certain_scores: Scores) -> None:
+    assert certain_scores.decode == "median"
+    families = set(vqa.QUESTION_TYPES) - {"back_projection"}
+    assert set(certain_scores.readings) == set(certain_scores.calibration) == families
+    for family, readings in certain_scores.readings.items():
+        median_error = certain_scores.families[family].measures["relative"].value
+        assert readings.error["median"] == pytest.approx(median_error)
+        assert readings.best in readings.error
+        assert abs(readings.gain["mean"].value) < 0.5
+
+
+def test_a_figure_shows_the_true_and_the_predicted_box(certain_scores: Scores) -> None:
+    answers = certain_scores.answers
+    box_answer = next(a for a in answers if a.question.family == "box_vertices")
+
+    uri, _ = draw_figure(box_answer)
+
     picture = decode_image(base64.b64decode(uri.partition(",")[2]))
     assert picture.shape == (420, 560, 3)
-    for colour in (TRUTH_COLOR, PREDICTION_COLOR):
-        assert (np.abs(picture.astype(int) - colour).sum(-1) < 20).sum() > 50
-    page = make_vqa_page(scores, "model <1>", "labels")
-    assert page.count("<svg") == 2 and "model &lt;1&gt;" in page and "<script" not in page
+    for color in (TRUTH_COLOR, PREDICTION_COLOR):
+        difference = np.abs(picture.astype(int) - color).sum(-1)
+        assert (difference < 20).sum() > 50
+
+
+def test_the_page_is_complete(certain_scores: Scores) -> None:
+    page = make_vqa_page(certain_scores, "model <1>", "labels")
+
+    assert page.count("<svg") == 2
+    assert "model &lt;1&gt;" in page
+    assert "<script" not in page
     assert page.count("<img") == page.count("data:image/jpeg;base64,") > 10
-    assert all(
-        t in page for t in ("Worst", "Best", "Calibration", "Mode, mean or median", "In words")
-    )
+    for title in ("Worst", "Best", "Calibration", "Mode, mean or median", "In words"):
+        assert title in page
 
 
-def test_the_command_writes_a_page(
-    tmp_path: Path, run_command: Command, run_refused_command: Command, monkeypatch: Any
-) -> None:
-    labels = [replace(one := labelled(i), image=one.image + bytes([i])) for i in range(4)]
-    said, learned = list[str](), {"learned": hash_content(labels[2].image)}
-    monkeypatch.setattr("spear.cli.evaluate.notice", said.append)
-    monkeypatch.setattr("spear.models.weights.folders.read_provenance", lambda folder: learned)
+# ---- The command.
+
+
+@pytest.fixture
+def label_folder(tmp_path: Path) -> Path:
+    """Four labeled images that differ."""
+    labels = []
+    for seed in range(4):
+        label = labelled(seed)
+        labels.append(replace(label, image=label.image + bytes([seed])))
     write_labels(labels, tmp_path / "labels/external/labels-00000.parquet")
+    return tmp_path / "labels"
+
+
+COMMAND = ("evaluate", "vqa", "nano")
+FEW_QUESTIONS = ("--images", "2", "--per-image", "1")
+
+
+def test_the_command_writes_scores_and_a_page(
+    label_folder: Path, tmp_path: Path, run_command: Command
+) -> None:
     out = tmp_path / "out"
-    command = [
-        "evaluate",
-        "vqa",
-        "nano",
-        str(tmp_path / "labels"),
-        "--images",
-        "2",
-        "--per-image",
-        "1",
-    ]
-    assert "Calibration" in run_command(
-        *command, "--families", "keypoint", "distance", "--out", str(out)
-    )
+    families = ("--families", "keypoint", "distance")
+
+    output = run_command(*COMMAND, str(label_folder), *FEW_QUESTIONS, *families, "--out", str(out))
+
+    assert "Calibration" in output
     saved = json.loads((out / "scores.json").read_text())
-    assert (saved["images"], saved["model"]) == (2, "nano") and "1 of 2" in said[0]
+    assert saved["images"] == 2
+    assert saved["model"] == "nano"
     assert set(saved["readings"]["keypoint"]["error"]) == {"mode", "mean", "median"}
     assert "spear ask, 80%" in saved["calibration"]["keypoint"]["coverage"]
     assert (out / "index.html").stat().st_size > 5000
-    cases = ["nano-vlm", command[3]], ["nano", "sim"], [*command[2:], "--families", "offset"]
-    for other, what in zip(cases, ("model", "questions", "--families"), strict=True):
-        assert f"{what} is" in run_refused_command(*command[:2], *other, "--out", str(out))
+
+
+def test_the_command_says_which_images_the_model_was_trained_on(
+    label_folder: Path, tmp_path: Path, run_command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    notices: list[str] = []
+    label = labelled(2)
+    provenance = {"learned": hash_content(label.image + bytes([2]))}
+    monkeypatch.setattr("spear.cli.evaluate.notice", notices.append)
+    monkeypatch.setattr("spear.models.weights.folders.read_provenance", lambda folder: provenance)
+
+    run_command(
+        *COMMAND,
+        str(label_folder),
+        *FEW_QUESTIONS,
+        "--families",
+        "distance",
+        "--out",
+        str(tmp_path / "out"),
+    )
+
+    assert "1 of 2" in notices[0]
+
+
+def test_the_command_does_not_replace_other_scores(
+    label_folder: Path, tmp_path: Path, run_command: Command, run_refused_command: Command
+) -> None:
+    labels = str(label_folder)
+    out = ("--out", str(tmp_path / "out"))
+    run_command(*COMMAND, labels, *FEW_QUESTIONS, "--families", "distance", *out)
+
+    refuse = run_refused_command
+    assert "model is" in refuse("evaluate", "vqa", "nano-vlm", labels, *out)
+    assert "questions is" in refuse(*COMMAND, "sim", *out)
+    message = refuse(*COMMAND, labels, *FEW_QUESTIONS, "--families", "offset", *out)
+    assert "--families is" in message
 
 
 def test_labels_of_another_unit_are_refused(tmp_path: Path, run_refused_command: Command) -> None:
     write_labels([labelled(0, unit="relative")], tmp_path / "labels-00000.parquet")
-    command = ("evaluate", "vqa", "nano", str(tmp_path), "--out", str(tmp_path / "out"))
-    assert "the model answers in 'metre'" in run_refused_command(*command)
+
+    message = run_refused_command(*COMMAND, str(tmp_path), "--out", str(tmp_path / "out"))
+
+    assert "the model answers in 'metre'" in message
 
 
-@pytest.mark.parametrize(("unit", "said"), [("metre", "m"), ("relative", "units")])
-def test_an_answer_to_one_question_is_said_in_the_unit_of_the_model(unit: Unit, said: str) -> None:
+# ---- Answers as text.
+
+
+@pytest.mark.parametrize(("unit", "suffix"), [("metre", "m"), ("relative", "units")])
+def test_a_number_is_written_in_the_unit_of_the_model(unit: Unit, suffix: str) -> None:
     image = np.zeros((60, 80, 3), np.uint8)
-    assert (
-        format_reply(Answer(["the mug is ", 0.41251, " away"], unit), image)
-        == f"the mug is 0.413 {said} away"
-    )
-    box = format_reply(Answer([0.25] * 24, unit), image).splitlines()
-    assert box[0] == f"centre (0.250, 0.250, 0.250) {said}; vertices:" and len(box) == 9
-    assert format_reply(Answer([Pixel(0.5, 0.25)], unit), image) == "(40, 15) px"
-    assert format_reply(Answer([], unit), image) == "(no answer)"
+
+    text = format_reply(Answer(["the mug is ", 0.41251, " away"], unit), image)
+
+    assert text == f"the mug is 0.413 {suffix} away"
+
+
+@pytest.mark.parametrize(("unit", "suffix"), [("metre", "m"), ("relative", "units")])
+def test_a_box_is_written_as_its_center_and_vertices(unit: Unit, suffix: str) -> None:
+    image = np.zeros((60, 80, 3), np.uint8)
+
+    lines = format_reply(Answer([0.25] * 24, unit), image).splitlines()
+
+    assert lines[0] == f"centre (0.250, 0.250, 0.250) {suffix}; vertices:"
+    assert len(lines) == 9
+
+
+def test_an_image_point_is_written_in_pixels() -> None:
+    image = np.zeros((60, 80, 3), np.uint8)
+
+    assert format_reply(Answer([Pixel(0.5, 0.25)], "metre"), image) == "(40, 15) px"
+
+
+def test_an_empty_answer_is_said_to_be_none() -> None:
+    image = np.zeros((60, 80, 3), np.uint8)
+
+    assert format_reply(Answer([], "metre"), image) == "(no answer)"
