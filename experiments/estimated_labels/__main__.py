@@ -8,7 +8,7 @@ pipeline that labels photographs, fed with stand-ins for its models, whose error
 
     boxes   some objects are not found, the edges of the others are off by about a pixel
     masks   grown or shrunk by a pixel, the same all over an image
-    depth   blurred over outlines, noisy, bent, and of a scale that is off: see `accuracy.wrong_depth`
+    depth   blurred over outlines, noisy, bent, and of a scale that is off: see `accuracy.make_wrong_depth`
     gravity unknown, as in a photograph
 
 Names are true: a detector that mixes things up is not part of this. Labels are in metres, as MoGe-2 gives
@@ -46,7 +46,7 @@ from spear.types import Array, Frame, LabeledImage
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "benchmarks" / "labels"))
-from accuracy import WrongMasks, wrong_depth  # noqa: E402
+from accuracy import WrongMasks, make_wrong_depth  # noqa: E402
 
 MISSED, OFF = 0.05, 1.0
 """Fraction of objects that are not found; standard deviation of the others' box edges, pixels (our
@@ -99,7 +99,9 @@ class WrongDepth:
 
     def predict(self, frames: Sequence[Frame]) -> list[PointMapResult]:
         """As `spear.labels.models.protocols.PointMapModel`."""
-        return GroundTruth().predict([wrong_depth(f, _seed(f), self.most_scale) for f in frames])
+        return GroundTruth().predict(
+            [make_wrong_depth(f, _seed(f), self.most_scale) for f in frames]
+        )
 
 
 def _seed(frame: Frame) -> int:
