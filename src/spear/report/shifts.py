@@ -20,5 +20,5 @@ def write_shift_page(results: Sequence[ShiftResult], policy: str, out: Path) -> 
             if result.shift is not None and result.shift.axis == axis:
                 rates.append((f"level {result.shift.level}", result.success))
         groups.append((axis, make_rate_bars(rates)))
-    html = render("shifts.html", title=f"Shifts: {policy}", bars=draw_bars(groups))
+    html = render("shifts.html", title=f"Shifts: {policy}", facts=[], bars=draw_bars(groups))
     write_text(out, html)
