@@ -1,26 +1,28 @@
-"""The loader's speed on two cores, divided by that of JPEG decoding (goal 0.8) and of other loaders (goal 3).
+"""The loader's speed on two cores, divided by that of JPEG decoding (goal 0.8) and of other loaders
+(goal 3).
 
     python benchmarks/data/loader.py
-    python benchmarks/data/loader.py --tensorflow-python …/bin/python   # one with tensorflow and pyarrow
-    python benchmarks/data/loader.py --memory-samples 100000            # memory, instead of speed
+    python benchmarks/data/loader.py --tensorflow-python …/bin/python  # with tensorflow
+    python benchmarks/data/loader.py --memory-samples 100000  # memory, instead of speed
 
-All loaders load the same steps of the same made-up episodes with two cameras: as recorded, 640 x 480 at
-10 Hz, and as `spear data prepare` makes them for SPEAR-1, 280 x 210 and 112 x 112 at 5 Hz. Each has two
-processes or threads.
+All loaders load the same steps of the same made-up episodes with two cameras: as recorded, 640 x
+480 at 10 Hz, and as `spear data prepare` makes them for SPEAR-1, 280 x 210 and 112 x 112 at 5 Hz.
+Each has two processes or threads.
 
-    ours             what a training step gets from the prepared dataset: drawn, decoded, normalized,
-                     tokenized.
-    decode           the bare work: two processes decode the same prepared JPEGs, which are in memory.
+    ours             what a training step gets from the prepared dataset: drawn, decoded,
+                     normalized, tokenized.
+    decode           the bare work: two processes decode the same prepared JPEGs, in memory.
     decode recorded  the same with the recorded JPEGs, which are resized: what preparing saves.
-    video            the prepared dataset as LeRobot writes it, AV1 (`write_lerobot(images="video")`): each
-                     step seeks in an open file and decodes from the key frame before it.
+    video            the prepared dataset as LeRobot writes it, AV1
+                     (`write_lerobot(images="video")`): each step seeks in an open file and decodes
+                     from the key frame before it.
     video recorded   the recorded dataset as LeRobot writes it, frames resized after decoding.
     tf               tf.data over TFRecords of whole episodes with the prepared JPEGs
                      (`benchmarks/data/loader_tf.py`).
-    tf recorded      what Octo and openpi do: the same with the recorded JPEGs, resized after decoding.
+    tf recorded      what Octo and openpi do: the same with the recorded JPEGs, resized.
 
-Users of LeRobot or RLDS have the recorded episodes, so the goals of 3 are for these. The loaders of the
-prepared ones show how much of the difference is the loader and how much is the preparing.
+Users of LeRobot or RLDS have the recorded episodes, so the goals of 3 are for these. The loaders of
+the prepared ones show how much of the difference is the loader and how much is the preparing.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Made-up episodes for `benchmarks/data/loader.py`, and loaders that decode them in different ways."""
+"""Made-up episodes for `benchmarks/data/loader.py`, and loaders that decode them."""
 
 from __future__ import annotations
 

@@ -1,10 +1,11 @@
-"""Start-up of training on a mixture of the paper's size: 24 datasets, 45 million frames (goal: under 10 s).
+"""Start-up of training on a mixture of the paper's size: 24 datasets, 45 million frames (goal:
+under 10 s).
 
     python benchmarks/data/loader_index.py
 
-Writes prepared datasets of this size with made-up numbers and images of zeros, which take no space on
-the disk because the files are sparse. Then a fresh process opens them as `spear train` does, fits the
-normalization, and draws the steps of a batch. About 5 GB of disk are needed meanwhile.
+Writes prepared datasets of this size with made-up numbers and images of zeros, which take no space
+on the disk because the files are sparse. Then a fresh process opens them as `spear train` does,
+fits the normalization, and draws the steps of a batch. About 5 GB of disk are needed meanwhile.
 """
 
 from __future__ import annotations
@@ -99,7 +100,7 @@ def measure_time(measurements: dict[str, float], name: str) -> Iterator[None]:
 
 
 def measure_start(root: Path) -> dict[str, float]:
-    """Open everything and draw the steps of a batch; measure the time of each part, and the memory."""
+    """Open everything and draw the steps of a batch; measure time and memory."""
     measurements: dict[str, float] = {}
     with measure_time(measurements, "all"):
         with measure_time(measurements, "open"):
@@ -145,8 +146,8 @@ def main(
 
     Args:
         frames: of all datasets together. datasets: how many.
-        episode_steps: steps of an episode. step_bytes: of its images together, which determines the number
-            of files.
+        episode_steps: steps of an episode. step_bytes: of its images together, which determines the
+            number of files.
         root: open the datasets in this folder instead of making them (what the fresh process does).
     """
     if root is not None:

@@ -2,14 +2,15 @@
 
     python loader_tf.py FOLDER BATCH_SIZE THREADS CAMERA=WIDTHxHEIGHT …
 
-Needs tensorflow and pyarrow, and nothing of this project. First it writes the episodes of a LeRobot v3.0
-folder with images in Parquet as TFRecords, one example per episode, and prints "ready". Then for each line
-with seconds on standard input it loads batches for that time, and prints the number of samples, the seconds
-and the processor seconds.
+Needs tensorflow and pyarrow, and nothing of this project. First it writes the episodes of a LeRobot
+v3.0 folder with images in Parquet as TFRecords, one example per episode, and prints "ready". Then
+for each line with seconds on standard input it loads batches for that time, and prints the number
+of samples, the seconds and the processor seconds.
 
-The pipeline parses examples in parallel, gathers chunks of five actions, flattens episodes to steps, shuffles
-the steps while their images are still encoded, decodes in parallel, resizes images of another size with bars
-and antialiasing (Lanczos, as dlimp does for Octo and OpenVLA), batches and prefetches.
+The pipeline parses examples in parallel, gathers chunks of five actions, flattens episodes to
+steps, shuffles the steps while their images are still encoded, decodes in parallel, resizes images
+of another size with bars and antialiasing (Lanczos, as dlimp does for Octo and OpenVLA), batches
+and prefetches.
 """
 
 from __future__ import annotations
@@ -108,7 +109,7 @@ def parse_steps(record: tf.Tensor) -> dict[str, tf.Tensor]:
 def decode_step(
     step: dict[str, tf.Tensor], sizes: dict[str, tuple[int, int]]
 ) -> dict[str, tf.Tensor]:
-    """Decode the images of a step to their camera's (height, width), as exactly as ours (default: IFAST)."""
+    """Decode the images of a step to their camera's (height, width), as exactly as ours."""
     decoded = dict(step)
     for camera in CAMERAS:
         image = tf.io.decode_jpeg(step[camera], channels=3, dct_method="INTEGER_ACCURATE")

@@ -1,7 +1,8 @@
-"""Loaders of the same data, measured in turns: each in its own processes, which pause while others run.
+"""Loaders of the same data, measured in turns: each in its own processes, which pause meanwhile.
 
-A loader that makes batches ahead would otherwise fill its queue while another one is measured. Besides
-the time that passes, the processor time is measured, which other work on the machine changes little.
+A loader that makes batches ahead would otherwise fill its queue while another one is measured.
+Besides the time that passes, the processor time is measured, which other work on the machine
+changes little.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ READY = "ready"  # what a loader says before its first turn
 
 @dataclass(frozen=True)
 class Turn:
-    """One measurement: how many samples, in how much time, by how much processor time of all processes."""
+    """One measurement; the processor time is that of all processes of the loader."""
 
     num_samples: int
     duration_s: float
@@ -161,7 +162,8 @@ def measure_in_turns(
 ) -> dict[str, list[Turn]]:
     """Measure each loader once per round.
 
-    Every second round goes backwards, so that a slow change of the machine affects all of them alike.
+    Every second round goes backwards, so that a slow change of the machine affects all of them
+    alike.
     """
     turns: dict[str, list[Turn]] = {name: [] for name in loaders}
     for round_number in range(num_rounds):
@@ -181,10 +183,10 @@ def format_spread(values: Sequence[float]) -> str:
 def format_table(
     turns: Mapping[str, Sequence[Turn]], reference: str, goals: Mapping[str, str]
 ) -> str:
-    """A Markdown table of rates, costs, and the ratio of the reference to each loader, round by round."""
+    """A Markdown table of rates, costs, and ratios of the reference to each loader."""
     lines = [
-        "| loader | samples/s | processor ms per sample | ours ÷ it, samples/s | its ÷ our processor "
-        "time | goal |",
+        "| loader | samples/s | processor ms per sample | ours ÷ it, samples/s "
+        "| its ÷ our processor time | goal |",
         "|---|---|---|---|---|---|",
     ]
     for name, loader_turns in turns.items():

@@ -1,12 +1,15 @@
-"""In how many held-out steps a policy notices that a robot sends other observations than its training data.
+"""In how many held-out steps a policy notices that a robot sends other observations than its
+training data.
 
-    spear train nano-post --init nano --episodes bridge_v2_sample --split "train[:19]" --out runs/bridge
+    spear train nano-post --init nano --episodes bridge_v2_sample --split "train[:19]" \\
+        --out runs/bridge
     python benchmarks/data/unlike.py runs/bridge bridge_v2_sample "train[19:]"
     python benchmarks/data/unlike.py nano
 
-With data, each step is shown alone: unchanged, and changed as mistakes in a robot's program change it.
-Without data, the policy acts in the embedded simulator, from 10 starts, with an inverted gripper or other
-axes. The table says whether the first observation shows the mistake, and whether the following 256 do.
+With data, each step is shown alone: unchanged, and changed as mistakes in a robot's program change
+it. Without data, the policy acts in the embedded simulator, from 10 starts, with an inverted
+gripper or other axes. The table says whether the first observation shows the mistake, and whether
+the following 256 do.
 """
 
 from __future__ import annotations

@@ -63,7 +63,7 @@ def test_following_a_chunk_reproduces_the_states(seed: int, num_steps: int, star
 
 
 def test_translations_are_along_the_base_and_rotations_about_the_gripper() -> None:
-    """A gripper yawed by 90° moves along the base's x axis and turns about its own x, the base's y."""
+    """A gripper yawed by 90° moves along the base's x, and turns about its own x."""
     first_rotation = Rotation.from_euler("z", 90, degrees=True)
     second_rotation = Rotation.from_euler("y", 10, degrees=True) * first_rotation
     episode = dataclasses.replace(

@@ -262,7 +262,7 @@ def test_the_arrays_of_a_sample_are_those_of_its_step(mixture: Mixture) -> None:
 
 
 def test_loader_processes_change_nothing(mixture: Mixture) -> None:
-    """The batches of the training loop, made by none, one or two processes, and from the middle on."""
+    """The batches of the training loop, made by none, one or two processes, and resumed."""
     samples = TrainingSamples(mixture, VIEWS, augment=1.0)
     task = SimpleNamespace(batch=lambda step: samples.batch(step, 3))
 

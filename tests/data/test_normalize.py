@@ -28,7 +28,7 @@ ONES = (1.0, 1.0, 1.0)
 def make_store(
     folder: Path, seed: int, spread: tuple[float, float, float], num_steps: int = 500
 ) -> EpisodeStore:
-    """One episode, its logged translations uniform in ± spread; every other step is masked and absurd."""
+    """One episode, its logged translations uniform in ± spread; every other step is masked."""
     rng = np.random.default_rng(seed)
     action = np.zeros((num_steps, 8), np.float32)
     action[:, :3] = rng.uniform(-1, 1, (num_steps, 3)) * spread

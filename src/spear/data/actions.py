@@ -1,4 +1,4 @@
-"""Canonical actions: the same meaning for every robot, at 5 Hz, in chunks; and the check of whole episodes.
+"""Canonical actions, which mean the same for every robot, and the check of whole episodes.
 
 An action consists of a translation in the base frame, a rotation in the end-effector frame (unit
 quaternion) and an absolute gripper command (1 open, 0 closed). It is `spear.types.Action`, here as
@@ -232,7 +232,7 @@ def empty_episode_error(name: str) -> SpearError:
 
 
 def check_actions(episode: Episode) -> Episode:
-    """Check rotations and actions, the part of `check_episode` that later steps may change again."""
+    """Check rotations and actions, the part of `check_episode` that may change later."""
     name = episode.source
     num_steps = len(episode)
     fields: dict[str, Any] = {"rotation": _normalize_rotation(name, "rotation", episode.rotation)}
@@ -299,7 +299,7 @@ def _normalize_rotation(name: str, field: str, quaternion: Array) -> Array:
 
 
 def _clip_opening(name: str, field: str, opening: Array) -> Array:
-    """Clip openings [T] to 0 … 1; raise SpearError for one that is outside by more than rounding."""
+    """Clip openings [T] to 0 … 1; raise SpearError for one outside by more than rounding."""
     is_outside = (opening < -OPENING_TOLERANCE) | (opening > 1 + OPENING_TOLERANCE)
     step = find_first(is_outside)
     if step is not None:

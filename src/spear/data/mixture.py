@@ -3,8 +3,8 @@
 Sample i of training step k is a function of (seed, k, i) alone. No state exists, so a resumed run
 continues with exactly the samples it would have had, and any worker can make any batch.
 
-Steps are drawn with replacement: first a dataset by its weight, then one of its valid steps, all with
-the same probability. Memory grows with the number of episodes (16 bytes each), not of steps.
+Steps are drawn with replacement: first a dataset by its weight, then one of its valid steps, all
+with the same probability. Memory grows with the number of episodes (16 bytes each), not of steps.
 """
 
 import functools

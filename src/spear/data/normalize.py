@@ -1,8 +1,8 @@
 """Normalization: one scale for translations and one for positions, shared by the whole mixture.
 
 The paper normalizes translations by global quantiles over the whole mixture (not per dataset);
-"minmax" and "meanstd" are its ablations. Rotations stay unit quaternions, and gripper openings 0 … 1
-become -1 … 1. Everything works on torch tensors of any leading shape, device and floating type.
+"minmax" and "meanstd" are its ablations. Rotations stay unit quaternions, and gripper openings 0 …
+1 become -1 … 1. Everything works on torch tensors of any leading shape, device and floating type.
 """
 
 import io
@@ -44,7 +44,7 @@ SKETCHES_FILE = "sketches.npz"
 
 @dataclass(frozen=True)
 class Normalizer:
-    """Normalization statistics: normalized = (meters - offset) / scale, per axis (x, y, z; base frame).
+    """Normalization statistics: normalized = (meters - offset) / scale, per axis (base frame).
 
     Values outside the fitted range are not clipped, so that the inverse is exact.
 
@@ -152,7 +152,7 @@ class Normalizer:
         )
 
     def normalize_action(self, action: Action) -> Action:
-        """Normalize translation and gripper opening to about -1 … 1; the rotation stays unchanged."""
+        """Normalize translation and gripper opening to about -1 … 1, but no rotation."""
         translation = _normalize(
             action.translation, self.translation_offset, self.translation_scale
         )
@@ -200,7 +200,7 @@ def _to_triple(values: Sequence[float]) -> Triple:
 
 
 def save_sketches(store: EpisodeStore) -> None:
-    """Write the sketches of a prepared dataset's demonstrations, so that training need not read it all."""
+    """Write the sketches of a prepared dataset's demonstrations, which training reads instead."""
     with suppress_notices():
         demonstrations = store.select_demonstrations()
     write_sketches(demonstrations, _make_sketches(demonstrations))

@@ -1,4 +1,4 @@
-"""Options of the commands on robot data: plain values, so that asking for help loads nothing heavy."""
+"""Options of the commands on robot data: plain values, so that help loads nothing heavy."""
 
 from functools import cached_property
 from pathlib import Path
@@ -19,9 +19,9 @@ class Conversion(Options):
     """How preparing converts episodes."""
 
     size: tuple[str, ...] = ()
-    """Width x height of the images, as the model takes them (SPEAR-1: 280x210 wrist=112x112), for all
-    cameras or CAMERA=WIDTHxHEIGHT for one. Images are not stretched; training adds bars. Without it
-    they keep their size."""
+    """Width x height of the images, as the model takes them (SPEAR-1: 280x210 wrist=112x112), for
+    all cameras or CAMERA=WIDTHxHEIGHT for one. Images are not stretched; training adds bars.
+    Without it they keep their size."""
     rate: Annotated[float, Range(0.01, 1000)] = 5.0
     """Steps per second (training takes 5)."""
     quality: Annotated[int, Range(1, 100)] = 95
@@ -64,12 +64,14 @@ def _parse_size(text: str) -> tuple[int, int] | None:
 
 class PrepareOptions(Options):
     paths: Annotated[Positional[tuple[Path, ...]], arg(metavar="FOLDER...")]
-    """Folders of robot data (see spear data inspect). Each of several gets a folder of its name in OUT."""
+    """Folders of robot data (see spear data inspect). Each of several gets a folder of its name in
+    OUT."""
     out: Path
     """Folder to write to."""
     split: EpisodeSplit = "train"
     workers: Annotated[OptionalInt, Range(0, 1024)] = None
-    """Processes that read and resize. Default: one per processor. The result does not depend on it."""
+    """Processes that read and resize. Default: one per processor. The result does not depend on
+    it."""
     conversion: Conversion = Conversion()
 
 

@@ -1,4 +1,4 @@
-"""The registry of datasets: complete where it says so, marked where it is not, and refused in words."""
+"""The registry of datasets: complete, or marked where it is not, and refused in words."""
 
 import dataclasses
 import json

@@ -1,4 +1,4 @@
-"""RLDS: the same as tensorflow_datasets reads; BridgeData's conventions, checked against its own states."""
+"""RLDS is read as tensorflow_datasets reads it; BridgeData is converted to our conventions."""
 
 import dataclasses
 import io

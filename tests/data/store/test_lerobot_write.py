@@ -1,4 +1,4 @@
-"""Our LeRobot v3.0 datasets: the files, schemas and metadata of the library's own, and read back the same."""
+"""Our LeRobot v3.0 datasets are like those of the library, and are read back the same."""
 
 import json
 import os

@@ -247,7 +247,7 @@ def test_any_number_of_workers_writes_the_same(
 
 
 def prepare_until_killed(recorded: Path, out: Path, num_steps: int) -> None:
-    """Prepare, and be killed after this many steps that others can see: a file renamed or flushed."""
+    """Prepare, and be killed after this many steps that others can see, such as renaming a file."""
     num_done = 0
 
     def count_and_kill(call: Callable[..., Any]) -> Callable[..., Any]:
@@ -411,7 +411,7 @@ def test_missing_shards_are_noticed_without_a_recorded_number_of_shards(
 
 @pytest.fixture
 def recorded_with_bad_episodes(tmp_path: Path) -> Path:
-    """Of six episodes, number 1 has a broken image, number 2 another size, and number 3 one step."""
+    """Of six episodes, number 1 has a broken image, number 2 another size, number 3 one step."""
     broken = make_episode(1)
     broken_images = [*broken.images["external"][:5], b"\xff\xd8no"]
     episodes = [
@@ -471,7 +471,7 @@ def test_a_size_that_is_none_is_refused(text: str) -> None:
 def test_a_gripper_that_never_opens_is_noticed(
     opening: list[float], span: float, tmp_path: Path
 ) -> None:
-    """Finger positions that were taken for widths: a policy that learns from them never opens again."""
+    """Finger positions that were taken for widths: a policy would never open again."""
     closed = 1 if span < 0 else 0
     episode = make_episode(0, gripper=closed + span * np.array(opening))
     in_kilometers = dataclasses.replace(episode, position=episode.position / 1000)
@@ -508,7 +508,7 @@ TEXTURED_IMAGES = make_episode(0).images["external"]
 def test_a_camera_that_shows_nothing_is_left_out(
     tmp_path: Path, wrist: list[bytes], distance: float, expected_cameras: list[str]
 ) -> None:
-    """Many datasets have black images if a camera was absent: the policy would take them for a view."""
+    """Many datasets have black images if a camera was absent, which are no view."""
     episode = make_episode(3, images={"external": TEXTURED_IMAGES, "wrist": wrist})
     moved = dataclasses.replace(episode, position=distance * episode.position)
     write_episodes([moved], tmp_path / "arm")

@@ -49,7 +49,7 @@ def read_column(steps: Steps, column: str, source: str) -> Any:
 
 
 def _find_values(steps: Steps, path: str, column: str, source: str) -> Any:
-    """Follow a path through nested columns. The names of a dataset may themselves contain slashes."""
+    """Follow a path through nested columns. The names themselves may contain slashes."""
     values: Any = steps
     names = path.split("/")
     while names:

@@ -1,8 +1,8 @@
 """The layout of each robot dataset, as data: where its columns are and what they mean.
 
-`oxe.toml` describes the published datasets. Any other dataset is described by a file `spear.json` in
-its folder, with the fields of `DatasetLayout`; fields that it does not give come from the entry of
-`oxe.toml` that its key "like" names. docs/finetune.md has an example.
+`oxe.toml` describes the published datasets. Any other dataset is described by a file `spear.json`
+in its folder, with the fields of `DatasetLayout`; fields that it does not give come from the entry
+of `oxe.toml` that its key "like" names. docs/finetune.md has an example.
 
 A column is a path below the steps, with an optional range of its last dimension:
 "observation/state[0:3]". LeRobot's dots become slashes of the path: its "observation.images.top" is
@@ -40,7 +40,7 @@ euler_XYZ        angles about the moving axes x, y, z (R = Rx Ry Rz).
 rotation_vector  axis times angle.
 quat_wxyz, quat_xyzw   unit quaternion, scalar first or last.
 6d_columns, 6d_rows    the first two columns, or rows, of the matrix, one after the other.
-matrix4_columns, matrix4_rows   the 16 numbers of a homogeneous pose, column by column or row by row.
+matrix4_columns, matrix4_rows   the 16 numbers of a homogeneous pose, by columns or by rows.
 """
 RecordedOnly = Literal["euler_zxy", "franka_joints"]
 """Formats that only recorded orientations have. The audit does not judge them: no other numbers

@@ -139,7 +139,8 @@ def read_episodes(
 def convert_episodes(
     raw_episodes: RawEpisodes, convert: Callable[..., T], on_error: OnError | None
 ) -> Iterator[T]:
-    """Yield `convert(steps, source=source)` of each episode; errors are handled as in `read_episodes`."""
+    """Yield `convert(steps, source=source)` of each episode; errors are handled as in
+    `read_episodes`."""
     for source, steps in raw_episodes:
         try:
             if isinstance(steps, SpearError):

@@ -64,7 +64,7 @@ class RldsFolder:
         }
 
     def load_layout(self, layout_file: Path | None = None) -> DatasetLayout:
-        """Load the layout (see `find_layout`). Raises SpearError for a version known to be broken."""
+        """Load the layout (see `find_layout`). Raises SpearError for a broken version."""
         layout = find_layout(self.name, self.path, layout_file)
         if layout.newest is None:
             return layout

@@ -87,7 +87,7 @@ def _mixes_units(first: str | None, end: str | None) -> bool:
 
 
 def _resolve_bound(bound: str | None, default: int, total: int) -> int:
-    """Resolve a bound like 5, -3 or 20% to an episode number; one beyond the episodes stays beyond."""
+    """Resolve a bound like 5, -3 or 20% to an episode number, which may be out of range."""
     if not bound:
         return default
 

@@ -88,7 +88,7 @@ def _broken_record(path: Path, index: int, reason: str) -> SpearError:
 
 
 def read_checksums(path: Path) -> bytes:
-    """Read the lengths and checksums of a file's records, which identify it without its contents."""
+    """Read the lengths and checksums of a file's records, which identify the file."""
     checksums: list[bytes] = []
     file_bytes = path.stat().st_size
     with open(path, "rb") as file:

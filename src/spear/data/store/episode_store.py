@@ -1,7 +1,7 @@
-"""The store of episodes: random access to episodes and single images of a folder, by memory mapping.
+"""The store of episodes: random access to episodes and images of a folder, by memory mapping.
 
-A store is a folder of shards (`spear.data.store.shard`). It is either recorded (`write_episodes`, with
-which several processes may append) or prepared for training (`spear.data.store.prepare`). Its
+A store is a folder of shards (`spear.data.store.shard`). It is either recorded (`write_episodes`,
+with which several processes may append) or prepared for training (`spear.data.store.prepare`). Its
 episodes may differ in rate, cameras and image sizes.
 """
 
@@ -80,7 +80,7 @@ def add_shard(episodes: Sequence[Episode], folder: Path, note: Mapping[str, str]
 
 
 def remove_unfinished_shards(folder: Path) -> None:
-    """Remove the partial shards of killed writers, from a folder to which no other process writes."""
+    """Remove partial shards of killed writers; no other process may be writing to the folder."""
     for file in list(folder.glob(".episodes-*")):
         file.unlink()
     for images in list(folder.glob("episodes-*.images")):
@@ -242,7 +242,7 @@ class EpisodeStore:
         return str(shard.episode_columns["source"][row].as_py())
 
     def without_images(self, index: int) -> Episode:
-        """Read episode `index` with its states and actions only, which is cheap; `images` is empty."""
+        """Read episode `index` with its states and actions only, which is cheap."""
         shard, row = self._locate(index)
         return shard.episode(row, with_images=False)
 
@@ -287,7 +287,7 @@ class EpisodeStore:
         return digest
 
     def _spread_steps(self) -> Iterator[tuple[Shard, slice]]:
-        """Yield the shard and the steps of at most `MAX_HASHED_EPISODES` episodes, spread over all."""
+        """Yield shard and steps of at most `MAX_HASHED_EPISODES` episodes, spread over all."""
         indices = np.unique(np.linspace(0, len(self) - 1, MAX_HASHED_EPISODES).astype(int))
         for index in indices.tolist():
             shard, row = self._locate(index)

@@ -1,9 +1,9 @@
-"""Writing episodes as a LeRobot v3.0 dataset: the files, schemas and metadata of LeRobot's own library.
+"""Writing a LeRobot v3.0 dataset, with the files, schemas and metadata of LeRobot's library.
 
 "observation.state" [8] consists of position (m, base frame), quaternion (w x y z) and gripper
-opening; "action" [8] is the canonical action (`Action.to_vector`). As for any dataset, a `spear.json`
-next to `meta` says so. Columns that LeRobot has no name for (`action_mask`, `success`, `source`) are
-ordinary features of the dataset.
+opening; "action" [8] is the canonical action (`Action.to_vector`). As for any dataset, a
+`spear.json` next to `meta` says so. Columns that LeRobot has no name for (`action_mask`, `success`,
+`source`) are ordinary features of the dataset.
 """
 
 import contextlib
@@ -417,7 +417,7 @@ def make_features(
 
 
 def make_schema(features: Mapping[str, Any]) -> pa.Schema:
-    """Make the schema of the rows, with the note by which the `datasets` library restores its types."""
+    """Make the schema of the rows, with the note that the `datasets` library needs."""
     fields: list[pa.Field] = []
     note: dict[str, Any] = {}
     for name, feature in features.items():

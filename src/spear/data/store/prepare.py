@@ -1,9 +1,10 @@
 """Preparing a robot dataset in any format for training.
 
 The result is a store of episodes (`spear.data.store.episode_store`) with canonical actions at 5 Hz
-and JPEGs in the size that the model sees, so that training reads it at the speed of the decoder. Next
-to its shards are three files: `sketches.npz` (see `spear.data.normalize`), `request.json`, which says
-what the store was made from, and `skipped.json`, which says which episodes were skipped, and why.
+and JPEGs in the size that the model sees, so that training reads it at the speed of the decoder.
+Next to its shards are three files: `sketches.npz` (see `spear.data.normalize`), `request.json`,
+which says what the store was made from, and `skipped.json`, which says which episodes were skipped,
+and why.
 
 Any number of processes prepare blocks of episodes, which are written in order, so the bytes do not
 depend on the number of processes. Until the work is finished its folder is `.OUT.part/dataset`. The
@@ -310,7 +311,7 @@ def _find_wrong_gripper(episodes: Sequence[Episode], has_commands: bool) -> list
 def read_good_episodes(
     path: str | Path, split: str, layout_file: Path | None, skipped: SkippedItems
 ) -> Iterator[Episode]:
-    """Read the good episodes of a dataset in any format; `skipped` collects the errors of the others.
+    """Read the good episodes of a dataset in any format; `skipped` collects the errors.
 
     Raises SpearError if too many episodes are bad, or none is good.
     """

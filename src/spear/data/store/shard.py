@@ -4,8 +4,8 @@
 numbers. For each step, two numbers in the column `place:<camera>` say where in
 `episodes-00000.images` its encoded image begins, and how long it is.
 
-Nothing is compressed, so an image is a slice of mapped memory; Parquet would have to decode a column
-chunk. Numbers and images have separate files, so that opening thousands of shards is fast.
+Nothing is compressed, so an image is a slice of mapped memory; Parquet would have to decode a
+column chunk. Numbers and images have separate files, so that opening thousands of shards is fast.
 """
 
 import functools
@@ -106,7 +106,7 @@ class Shard:
 
     @functools.cached_property
     def _image_bytes(self) -> memoryview:
-        """The file of images, mapped when the first is asked for. Arrow's mapping holds no file handle."""
+        """The file of images, mapped when needed. Arrow's mapping holds no file handle."""
         with pa.memory_map(str(self.images)) as file:
             first_byte = file.read_buffer(1)
             num_bytes = file.size()
@@ -176,7 +176,7 @@ def write_shard(path: Path, episodes: Sequence[Episode], note: Mapping[str, str]
 
 
 def _write_images(file: IO[bytes], episodes: Sequence[Episode]) -> dict[str, Array]:
-    """Write the images of all cameras; returns camera → [steps, 2] place and length of each image."""
+    """Write the images of all cameras; returns camera → [steps, 2] place and length."""
     cameras: set[str] = set()
     for episode in episodes:
         cameras.update(episode.images)

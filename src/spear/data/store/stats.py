@@ -1,8 +1,8 @@
 """Statistics of features as LeRobot has them: per episode, and over the dataset.
 
-The statistics of an image feature are per channel, of pixel values in 0 … 1, over some images of each
-episode. LeRobot's quantiles of a dataset are averages over its episodes; ours are the quantiles of
-the rows themselves.
+The statistics of an image feature are per channel, of pixel values in 0 … 1, over some images of
+each episode. LeRobot's quantiles of a dataset are averages over its episodes; ours are the
+quantiles of the rows themselves.
 """
 
 import math
@@ -136,10 +136,10 @@ def check_size(size: tuple[int, ...], first_size: tuple[int, int], description: 
 class QuantileSketch:
     """Quantiles of a stream in one pass, of bounded size, with a proven bound on the error in rank.
 
-    Values wait in a buffer. A full buffer is sorted, and every second value moves to the next buffer,
-    where it stands for two, and so on (Manku, Rajagopalan and Lindsay, 1998). Which of two values
-    moves alternates, so the result is the same in every run. Up to `capacity` values nothing is lost.
-    The error in rank is at most (levels - 1) / capacity: 0.07 % for 45 million values.
+    Values wait in a buffer. A full buffer is sorted, and every second value moves to the next
+    buffer, where it stands for two, and so on (Manku, Rajagopalan and Lindsay, 1998). Which of two
+    values moves alternates, so the result is the same in every run. Up to `capacity` values nothing
+    is lost. The error in rank is at most (levels - 1) / capacity: 0.07 % for 45 million values.
 
     Attributes:
         capacity: The number of values in a buffer.
