@@ -13,7 +13,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from browser import Tab, chromium
+from browser import Tab, run_chromium
 from serve_here import run_server
 from spear.policy import Spear1Policy
 from spear.ui.page import Page
@@ -28,7 +28,7 @@ def main(out: Path = PICTURE) -> None:
     policy = Spear1Policy.load("nano")
     with (
         tempfile.TemporaryDirectory() as profile,
-        chromium(Path(profile)) as browser,
+        run_chromium(Path(profile)) as browser,
         run_server(policy, page=Page(policy, "nano", None, 2**20)) as server,
     ):
         tab = Tab(browser)

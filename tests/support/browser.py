@@ -1,4 +1,4 @@
-"""A headless Chromium, driven through its DevTools protocol; tests that need it skip where there is none."""
+"""A headless Chromium, driven through its DevTools protocol; without one, its tests are skipped."""
 
 import json
 import os
@@ -15,41 +15,42 @@ from websockets.sync.client import connect
 
 from processes import wait_until
 
-NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome")
-PATIENCE = 240
-"""Seconds for what takes one on an idle machine."""
+PROGRAM_NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome")
+TIMEOUT_S = 240  # for what takes a second on an idle machine
 
 
 class Tab:
-    """One page, in the browser whose tools listen at this port. Notes the errors that its scripts make."""
+    """One page of the browser whose tools listen at a port. Records the errors of its scripts."""
 
     def __init__(self, port: int) -> None:
         new = urllib.request.Request(f"http://127.0.0.1:{port}/json/new?about:blank", method="PUT")
-        with urllib.request.urlopen(new, timeout=PATIENCE) as reply:
+        with urllib.request.urlopen(new, timeout=TIMEOUT_S) as reply:
             address = json.load(reply)["webSocketDebuggerUrl"]
         self._socket = connect(address, max_size=None, compression=None, proxy=None)
-        self._count = 0
+        self._num_calls = 0
         self.errors: list[str] = []
         for domain in ("Page", "Runtime", "Log"):
             self.call(f"{domain}.enable")
 
     def call(self, method: str, **params: Any) -> dict[str, Any]:
-        self._count += 1
-        self._socket.send(json.dumps({"id": self._count, "method": method, "params": params}))
+        self._num_calls += 1
+        self._socket.send(json.dumps({"id": self._num_calls, "method": method, "params": params}))
         while True:
-            message = json.loads(self._socket.recv(timeout=PATIENCE))
-            if message.get("method") == "Runtime.exceptionThrown":
-                self.errors.append(
-                    message["params"]["exceptionDetails"]["exception"]["description"]
-                )
-            elif (
-                message.get("method") == "Log.entryAdded"
-                and message["params"]["entry"]["level"] == "error"
-            ):
-                self.errors.append(message["params"]["entry"]["text"])
-            elif message.get("id") == self._count:
+            message = json.loads(self._socket.recv(timeout=TIMEOUT_S))
+            self._record_error(message)
+            if message.get("id") == self._num_calls:
                 assert "error" not in message, message["error"]
                 return dict(message["result"])
+
+    def _record_error(self, message: dict[str, Any]) -> None:
+        method = message.get("method")
+        if method == "Runtime.exceptionThrown":
+            exception = message["params"]["exceptionDetails"]["exception"]
+            self.errors.append(exception["description"])
+        if method == "Log.entryAdded":
+            entry = message["params"]["entry"]
+            if entry["level"] == "error":
+                self.errors.append(entry["text"])
 
     def open(self, url: str, width: int = 1400, height: int = 1000, phone: bool = False) -> None:
         size = {"width": width, "height": height, "deviceScaleFactor": 1 + phone, "mobile": phone}
@@ -65,14 +66,16 @@ class Tab:
         assert "exceptionDetails" not in result, result["exceptionDetails"]
         return result["result"].get("value")
 
-    def wait(self, script: str, patience: float = PATIENCE) -> None:
-        def true() -> bool:
+    def wait(self, script: str, timeout_s: float = TIMEOUT_S) -> None:
+        """Wait until an expression on the page is true."""
+
+        def is_true() -> bool:
             result = self.call("Runtime.evaluate", expression=f"!!({script})", returnByValue=True)
             return result["result"].get("value") is True
 
-        wait_until(true, script, timeout_s=patience)
+        wait_until(is_true, script, timeout_s=timeout_s)
 
-    def where(self, selector: str) -> list[float]:
+    def find_box(self, selector: str) -> list[float]:
         """Left, top, width and height of an element in the window, scrolled to if need be."""
         script = "(e => { e.scrollIntoViewIfNeeded(); const r = e.getBoundingClientRect();"
         script += (
@@ -81,30 +84,24 @@ class Tab:
         return [float(v) for v in self.run(script)]
 
     def click(self, selector: str) -> None:
-        left, top, width, height = self.where(selector)
-        x, y = left + width / 2, top + height / 2
+        left, top, width, height = self.find_box(selector)
+        x = left + width / 2
+        y = top + height / 2
         for kind in ("mousePressed", "mouseReleased"):
             self.call("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", clickCount=1)
 
     def touch(self, selector: str, *fingers: Sequence[float]) -> None:
         """Fingers on an element, each [from x, y, to x, y] as parts of its width and height."""
-        left, top, width, height = self.where(selector)
-        for kind, part in (
-            ("touchStart", 0.0),
-            ("touchMove", 0.5),
-            ("touchMove", 1.0),
-            ("touchEnd", None),
-        ):
-            at = (
-                []
-                if part is None
-                else [(a + part * (c - a), b + part * (d - b)) for a, b, c, d in fingers]
-            )
-            points = [
-                {"x": left + x * width, "y": top + y * height, "id": i}
-                for i, (x, y) in enumerate(at)
-            ]
+        left, top, width, height = self.find_box(selector)
+        moments = [("touchStart", 0.0), ("touchMove", 0.5), ("touchMove", 1.0)]
+        for kind, progress in moments:
+            points = []
+            for index, (from_x, from_y, to_x, to_y) in enumerate(fingers):
+                x = from_x + progress * (to_x - from_x)
+                y = from_y + progress * (to_y - from_y)
+                points.append({"x": left + x * width, "y": top + y * height, "id": index})
             self.call("Input.dispatchTouchEvent", type=kind, touchPoints=points)
+        self.call("Input.dispatchTouchEvent", type="touchEnd", touchPoints=[])
 
     def type(self, selector: str, text: str) -> None:
         """Replace what is in an input field."""
@@ -121,9 +118,13 @@ class Tab:
 
 
 @contextmanager
-def chromium(folder: Path) -> Iterator[int]:
-    """Chromium with an empty profile in `folder`: the port of its tools. SPEAR_CHROMIUM: another program."""
-    program = os.environ.get("SPEAR_CHROMIUM") or next(filter(None, map(shutil.which, NAMES)), None)
+def run_chromium(folder: Path) -> Iterator[int]:
+    """Run Chromium with an empty profile in `folder`; yields the port of its tools.
+
+    The environment variable SPEAR_CHROMIUM names another program.
+    """
+    installed = [name for name in PROGRAM_NAMES if shutil.which(name)]
+    program = os.environ.get("SPEAR_CHROMIUM") or next(iter(installed), None)
     if program is None:
         pytest.skip("no Chromium found (set SPEAR_CHROMIUM)")
     options = ["headless=new", "no-sandbox", "disable-gpu", "disable-dev-shm-usage", "no-first-run"]
@@ -132,12 +133,16 @@ def chromium(folder: Path) -> Iterator[int]:
     command = [program, *(f"--{option}" for option in options), "about:blank"]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
-        ready = folder / "DevToolsActivePort"
-        begun = lambda: process.poll() is not None or (ready.exists() and "\n" in ready.read_text())  # noqa: E731
-        wait_until(begun, program, timeout_s=PATIENCE)
+        port_file = folder / "DevToolsActivePort"
+
+        def has_started_or_ended() -> bool:
+            has_port = port_file.exists() and "\n" in port_file.read_text()
+            return has_port or process.poll() is not None
+
+        wait_until(has_started_or_ended, program, timeout_s=TIMEOUT_S)
         if process.poll() is not None:
             pytest.skip(f"{program} does not start here (exit code {process.returncode})")
-        yield int(ready.read_text().splitlines()[0])
+        yield int(port_file.read_text().splitlines()[0])
     finally:
         process.terminate()
         process.wait(60)

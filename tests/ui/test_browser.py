@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from browser import PATIENCE, Tab, chromium
+from browser import TIMEOUT_S, Tab, run_chromium
 from data_tiny import make_episode
 from processes import wait_until
 from serve_here import run_server
@@ -43,7 +43,7 @@ PAINTED = """((canvas, name) => {
 
 @pytest.fixture(scope="module")
 def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
-    with chromium(tmp_path_factory.mktemp("chromium")) as running:
+    with run_chromium(tmp_path_factory.mktemp("chromium")) as running:
         yield running
 
 
@@ -60,12 +60,12 @@ def server(browser: int, renderer: Any) -> Iterator[PolicyServer]:
 def tab(browser: int, server: PolicyServer) -> Iterator[Tab]:
     opened = Tab(browser)
     opened.open(f"http://127.0.0.1:{server.port}/")
-    settled(opened)
+    wait_until_settled(opened)
     yield opened
     assert opened.errors == []
 
 
-def settled(tab: Tab, what: str = "true") -> None:
+def wait_until_settled(tab: Tab, what: str = "true") -> None:
     """Everything that was asked for is there and drawn, and `what` holds."""
     drawn = (
         "typeof view === 'object' && view.images && picture.complete && !waiting && !view.running"
@@ -74,17 +74,17 @@ def settled(tab: Tab, what: str = "true") -> None:
     tab.run(FRAME)
 
 
-def painted(tab: Tab, canvas: str, name: str) -> list[int]:
+def find_painted_pixels(tab: Tab, canvas: str, name: str) -> list[int]:
     """How many pixels of a canvas have a colour of the page, and their left, top, right and bottom."""
     tab.run(FRAME)
     return [int(v) for v in tab.run(f"{PAINTED}(document.querySelector('{canvas}'), '{name}')")]
 
 
 def test_boxes_are_drawn_where_they_project_to(tab: Tab) -> None:
-    assert painted(tab, "#camera", "answer")[0] == 0
+    assert find_painted_pixels(tab, "#camera", "answer")[0] == 0
     tab.click("#objects button.all")
-    settled(tab, "view.boxes.length > 1")
-    assert painted(tab, "#camera", "answer")[0] > 300
+    wait_until_settled(tab, "view.boxes.length > 1")
+    assert find_painted_pixels(tab, "#camera", "answer")[0] > 300
     rows = tab.run("document.querySelectorAll('#answers tbody tr').length")
     assert rows == tab.run("view.boxes.length + view.absent.length")
     tab.run("show({step: 0, boxes: [], absent: ['zebra']})")
@@ -101,7 +101,7 @@ def test_boxes_are_drawn_where_they_project_to(tab: Tab) -> None:
         " c.height = picture.naturalHeight; picture.src = c.toDataURL(); })()"
     )
     tab.wait("picture.complete")
-    count, *drawn = painted(tab, "#camera", "truth")
+    count, *drawn = find_painted_pixels(tab, "#camera", "truth")
     assert count > 100
     width, height = (
         tab.run(f"document.querySelector('#camera').{side}") for side in ("width", "height")
@@ -115,10 +115,10 @@ def test_boxes_are_drawn_where_they_project_to(tab: Tab) -> None:
 
 
 def test_what_the_buttons_do(tab: Tab) -> None:
-    assert painted(tab, "#space", "accent")[0] == 0
+    assert find_painted_pixels(tab, "#space", "accent")[0] == 0
     tab.click("#predict")
-    settled(tab, "view.chunk")
-    assert painted(tab, "#space", "accent")[0] > 100
+    wait_until_settled(tab, "view.chunk")
+    assert find_painted_pixels(tab, "#space", "accent")[0] > 100
     assert tab.run("document.querySelector('#chunk').textContent").startswith(
         "from step 0 · 5 actions"
     )
@@ -127,23 +127,23 @@ def test_what_the_buttons_do(tab: Tab) -> None:
     assert tab.run("document.querySelector('#run').textContent") == "Stop"
     tab.wait("view.step >= 3")
     tab.click("#run")
-    settled(tab)
+    wait_until_settled(tab)
     assert tab.run("document.querySelector('#run').textContent") == "Start"
     assert not tab.run("document.querySelector('#step').disabled")
     tab.type("#seed", "4")
     tab.click("#reset")
-    settled(tab, "view.seed === 4 && view.step === 0")
+    wait_until_settled(tab, "view.seed === 4 && view.step === 0")
     assert tab.run("view.chunk") is None
     tab.type("#object", tab.run("view.objects[0]"))
     tab.enter()
     tab.wait("view.boxes.length === 1")
     tab.click("#follow")
-    settled(tab)
+    wait_until_settled(tab)
     tab.click("#step")
     tab.wait("view.step === 1 && view.boxes[0].step === 1")
     tab.type("#question", "How far away is the " + tab.run("view.objects[0]") + "?")
     tab.enter()
-    settled(tab, "view.answer")
+    wait_until_settled(tab, "view.answer")
     assert tab.run("document.querySelector('#answer').textContent") == tab.run("view.answer.text")
     tab.type("#question", "another one")
     assert "How far away" in tab.run("document.querySelector('#answer-of').textContent")
@@ -155,11 +155,11 @@ def test_time_goes_back_and_forth(
     pictures = [tab.run("picture.src")]
     for step in range(1, 4):
         tab.click("#step")
-        settled(tab, f"view.step === {step}")
+        wait_until_settled(tab, f"view.step === {step}")
         pictures.append(tab.run("picture.src"))
     tab.key("ArrowLeft")
     tab.key("ArrowLeft")
-    settled(tab)
+    wait_until_settled(tab)
     assert (
         tab.run("[view.step, view.chunk.step, +document.querySelector('#scrub').value]") == [1] * 3
     )
@@ -167,9 +167,9 @@ def test_time_goes_back_and_forth(
     assert tab.run("document.querySelector('#progress').textContent").startswith("step 1 of 60")
     assert tab.run("memory.paths().map(p => p.length)") == [2, 3]  # both have where the gripper is
     tab.click("#objects button.all")
-    settled(tab, "view.boxes.length && view.boxes[0].step === 1")
+    wait_until_settled(tab, "view.boxes.length && view.boxes[0].step === 1")
     belongs = "document.querySelector('#belongs').textContent"
-    assert tab.run(belongs).startswith("step 1 · centres in metres in the camera’s frame")
+    assert tab.run(belongs).startswith("step 1 · centers in metres in the camera’s frame")
     assert tab.run("memory.marks()") == [1]
     tab.key("Home")
     assert tab.run("[view.step, view.boxes.length]") == [0, 0]
@@ -180,7 +180,7 @@ def test_time_goes_back_and_forth(
     )
     tab.call("Browser.setDownloadBehavior", behavior="allow", downloadPath=str(tmp_path))
     tab.click("#film")
-    wait_until((tmp_path / "put_on-0.mp4").is_file, "the film", timeout_s=PATIENCE)
+    wait_until((tmp_path / "put_on-0.mp4").is_file, "the film", timeout_s=TIMEOUT_S)
     tab.run("memory.moments.delete(2); memory.asked = 2; show({problem: 'it is broken'}); seek(2)")
     assert tab.run("[memory.asked, view.late]") == [
         None,
@@ -207,7 +207,7 @@ def test_a_phone(
     monkeypatch.setattr(server.page._shared, "episode_folder", EpisodeFolder(tmp_path))
     tab = Tab(browser)
     tab.open(f"http://127.0.0.1:{server.port}/", 390, 844, phone=True)
-    settled(tab)
+    wait_until_settled(tab)
     tab.run("document.querySelector('#replay').click()")
     tab.wait("view.source === 'recording'")
     assert tab.run("document.documentElement.scrollWidth") <= 390
@@ -221,7 +221,7 @@ def test_a_phone(
     right = "(e => e.getBoundingClientRect().right)(document.querySelector('{}'))"
     assert tab.run(right.format("#answers td:last-child")) <= tab.run(right.format("#box-form"))
     tab.touch("#track", (0.1, 0.5, 0.5, 0.5))
-    settled(tab)
+    wait_until_settled(tab)
     assert tab.run("[view.step, picture.naturalWidth]") == [5, 80]
     yaw, away = tab.run("[space.yaw, space.away]")
     tab.touch("#space", (0.2, 0.5, 0.6, 0.5))

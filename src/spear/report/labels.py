@@ -61,7 +61,7 @@ def write_label_page(folder: Path, shown_labels: Sequence[LabeledImage], out: Pa
 
     questions_note = "" if are_written else ", none of them written yet"
     facts = [
-        (f"{statistics.num_images:,}", "labelled images"),
+        (f"{statistics.num_images:,}", "labeled images"),
         (
             f"{statistics.num_objects:,}",
             f"objects, {statistics.num_boxes:,} with a 3D box, "

@@ -38,8 +38,8 @@ class _Fact(NamedTuple):
 
 
 FACTS = (
-    _Fact("box_vertices", "error", "median error of a box's centre"),
-    _Fact("box_vertices", "relative", "of the distance, median error of a box's centre"),
+    _Fact("box_vertices", "error", "median error of a box's center"),
+    _Fact("box_vertices", "relative", "of the distance, median error of a box's center"),
     _Fact("box_vertices", "iou_25", "of the boxes overlap the truth by IoU 0.25 or more"),
     _Fact("distance", "relative", "median error of a distance"),
     _Fact("chain_of_thought", "closer", "of the time it names the closer of two"),

@@ -203,7 +203,7 @@ function belongs() {
   const unsure = view.measured ? "" : "; how sure they are was not measured";
   const within = view.boxes.some(b => b.within_mm !== null) ? "; 80 % of held-out coordinates are within ±" : unsure;
   const missed = view.absent.length ? `; of held-out things that are there ${(100 * view.measured.missed).toFixed(0)} % are not found` : "";
-  $("belongs").textContent = of(view.boxes_step) + (view.boxes.length ? " · centres in " + frame + within : "") + missed;
+  $("belongs").textContent = of(view.boxes_step) + (view.boxes.length ? " · centers in " + frame + within : "") + missed;
   $("answer-of").textContent = view.answer ? `“${view.answer.question}” · ${of(view.answer.step)} · ${frame}${unsure}` : "";
 }
 
