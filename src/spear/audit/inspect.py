@@ -1,6 +1,7 @@
 """What a folder of robot data is, in a few lines of text, for `spear data inspect`."""
 
 import contextlib
+import io
 import itertools
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -8,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
-from spear.data.readers.columns import Steps, count_steps, walk_columns
+from spear.data.readers.columns import Steps, count_steps, is_depth_png, walk_columns
 from spear.data.readers.dataset_layout import (
     LAYOUT_FILE,
     REGISTRY,
@@ -231,6 +233,9 @@ def _format_columns(episodes: Sequence[Steps], axes: Mapping[str, Sequence[str]]
     for name, values in episodes[0].items():
         if isinstance(values, np.ndarray) and values.size:
             yield from _format_numbers(name, values, episodes, axes.get(name, ()))
+        elif isinstance(values, list) and values and is_depth_png(values[0]):
+            width, height = Image.open(io.BytesIO(values[0])).size
+            yield f"  {name:<34} depth, {width} x {height} pixels: not read"
         elif isinstance(values, list) and values and values[0].startswith(IMAGE_MAGIC_BYTES):
             pixels = decode_image(values[0], name)
             height, width = pixels.shape[:2]

@@ -16,7 +16,7 @@ from PIL import Image
 from spear.audit.dataset_audit import episode_steps
 from spear.audit.inspect import inspect, is_layout_known
 from spear.data.actions import canonicalize_actions
-from spear.data.readers.columns import Steps, walk_columns
+from spear.data.readers.columns import Steps, is_depth_png, walk_columns
 from spear.data.readers.dataset_layout import LAYOUT_FILE
 from spear.data.readers.formats import (
     check_enough_good,
@@ -165,6 +165,8 @@ def _show_columns(steps: Steps, source: str) -> dict[str, Any]:
                 quiet.append((name, description))
             else:
                 charts += _draw_column(name, values)
+        elif is_depth_png(values[0]):
+            quiet.append((name, "depth images, not shown"))
         elif values[0].startswith(IMAGE_MAGIC_BYTES):
             strips.append((name, _make_strip(values, f"{source} column {name!r}")))
         else:
