@@ -1,11 +1,11 @@
-"""Does a policy that goes on from given actions make up for what is wrong in them?
+"""Does a policy correct an error in the committed prefix with its next action?
 
     python -m experiments.committed_prefix_error POLICY EPISODES [--delay 1]
 
-For policies trained with `--set committed=N`. Steps of recorded episodes are asked about twice, with the same
-noise: given the next actions as they were demonstrated, and given the last of them with its translation off
-by a few millimetres at random. Printed is how much of that the next action takes back (1 is all of it), by
-least squares.
+For policies trained with `--set committed=N`. Steps of recorded episodes are asked about twice with
+the same noise: with the next actions as they were demonstrated, and with the last of them moved by a
+few millimeters at random. Printed is the fraction of that error that the next action takes back (1 is
+all of it), by least squares.
 """
 
 from __future__ import annotations
@@ -13,53 +13,75 @@ from __future__ import annotations
 import sys
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
 import tyro
-from tyro.conf import Positional
+from tyro.conf import Positional, arg
 
 from spear.cli import run_reporting_errors
 from spear.data.readers.formats import read_episodes
 from spear.evaluate.open_loop import build_observations
 from spear.policy import Spear1Policy
+from spear.types import Array
 
-OFF, BATCH = 0.008, 64
-"""Standard deviation of each component, m; observations that are answered together."""
+ERROR_STD_M = 0.008  # of each component of the translation
+BATCH_SIZE = 64  # observations that are answered together
+FIRST_STEP = 2
+STEP_STRIDE = 4  # every fourth step of an episode is asked about
+
+
+def infer_in_batches(policy: Spear1Policy, observations: list[dict[str, Any]]) -> list[Array]:
+    """The action chunk of each observation."""
+    chunks = []
+    for start in range(0, len(observations), BATCH_SIZE):
+        for result in policy.infer_batch(observations[start : start + BATCH_SIZE]):
+            chunks.append(np.asarray(result["actions"]))
+    return chunks
 
 
 def main(
-    policy: Positional[str], episodes: Positional[Path], delay: int = 1, most: int = 24
+    policy: Positional[str],
+    episodes: Positional[Path],
+    delay: int = 1,
+    max_episodes: Annotated[int, arg(name="most")] = 24,
 ) -> None:
     """Measure, and print one line.
 
     Args:
-        policy: a folder. episodes: recorded demonstrations. delay: actions that are given.
-        most: episodes looked at.
+        policy: a folder.
+        episodes: recorded demonstrations.
+        delay: length of the committed prefix.
+        max_episodes: how many episodes are used.
     """
     torch.set_num_threads(1)
     model = Spear1Policy.load(policy)
+    horizon = model.model.config.horizon
     rng = np.random.default_rng(0)
-    asked: list[dict[str, Any]] = []
+    observations: list[dict[str, Any]] = []  # right and wrong prefix in turn
     errors = []
-    for episode in islice(read_episodes(episodes), most):
+    for episode in islice(read_episodes(episodes), max_episodes):
         assert episode.action is not None
-        looks = list(enumerate(build_observations(episode, model.image_sizes)))
-        for step, seen in looks[2 : -model.model.config.horizon + 1 : 4]:
-            given = np.array(episode.action[step : step + delay], np.float32)
-            errors.append(rng.normal(0, OFF, 3))
-            wrong = given.copy()
-            wrong[-1, :3] += errors[-1]
-            asked += [{**seen, "seed": 1, "committed": rows} for rows in (given, wrong)]
-    answers = [
-        a for i in range(0, len(asked), BATCH) for a in model.infer_batch(asked[i : i + BATCH])
-    ]
-    following = np.stack([np.asarray(answer["actions"])[delay, :3] for answer in answers])
-    change, error = following[1::2] - following[::2], np.stack(errors)
-    share = -(change * error).sum() / (error**2).sum()
+        episode_observations = build_observations(episode, model.image_sizes)
+        for step in range(FIRST_STEP, len(episode_observations) - horizon + 1, STEP_STRIDE):
+            prefix = np.array(episode.action[step : step + delay], np.float32)
+            error = rng.normal(0, ERROR_STD_M, 3)
+            wrong_prefix = prefix.copy()
+            wrong_prefix[-1, :3] += error
+            errors.append(error)
+            observation = {**episode_observations[step], "seed": 1}
+            observations.append({**observation, "committed": prefix})
+            observations.append({**observation, "committed": wrong_prefix})
+
+    chunks = infer_in_batches(model, observations)
+    next_translations = np.stack([chunk[delay, :3] for chunk in chunks])
+    change = next_translations[1::2] - next_translations[::2]
+    error_array = np.stack(errors)
+    fraction = -(change * error_array).sum() / (error_array**2).sum()
     print(
-        f"{policy}, {delay} given: the next action takes back {share:.2f} of the error, n = {len(error)}"
+        f"{policy}, {delay} given: the next action takes back {fraction:.2f} of the error, "
+        f"n = {len(error_array)}"
     )
 
 

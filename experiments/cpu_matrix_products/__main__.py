@@ -1,11 +1,11 @@
-"""Products of few rows on a CPU: PyTorch's own, with weights as [in, out] too, oneDNN's, and with its own
-layout.
+"""Which library multiplies a few rows with a weight matrix fastest on a CPU?
 
     python -m experiments.cpu_matrix_products
 
-`spear.models.fast.linear` chooses between them. Prints microseconds per product, the best of some rounds, one
-thread, as PyTorch's own / [in, out] / oneDNN's / packed. Like the layers of a network, the weights take
-turns: 50 MB of them in float32, more than a core's own caches hold.
+`spear.models.fast.linear` chooses by the result. Printed are microseconds per product on one thread,
+the best of some rounds, as PyTorch's own / PyTorch's with weights as [in, out] / oneDNN's / oneDNN's
+with its own weight layout. Like the layers of a network, the weights take turns: 50 MB of them in
+float32, more than a core's own caches hold.
 """
 
 from __future__ import annotations
@@ -13,41 +13,59 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Literal
 
 import torch
 import tyro
+from torch import Tensor
 
 from spear.cli import run_reporting_errors
 
-WIDTHS = ((192, 320), (192, 1152), (512, 512), (512, 1280), (1024, 4096))
-"""(in, out): of nano's layers, small's, and spear1's expert."""
+WEIGHT_SHAPES = ((192, 320), (192, 1152), (512, 512), (512, 1280), (1024, 4096))
+"""(in, out) of nano's layers, small's, and spear1's expert."""
+NUM_WEIGHT_ELEMENTS = 12_500_000  # of all weights that take turns
+NUM_ROUNDS = 6
+FEW_ROWS = 100  # inputs with fewer rows are repeated
+NUM_REPEATS = 3
 
 
-ELEMENTS = 12_500_000
-"""Of the weights that take turns."""
-
-
-def best(
-    run: Callable[[torch.Tensor], object],
-    weights: Sequence[torch.Tensor],
-    repeats: int,
-    rounds: int = 6,
-) -> float:
-    """Microseconds of processor time per weight."""
-    times = []
-    for _ in range(rounds + 1):
-        begun = time.process_time()
+def measure_us(product: Callable[[Tensor], object], weights: Sequence[Tensor], repeats: int) -> str:
+    """Processor time per product, microseconds, the best of some rounds after one to warm up."""
+    times_s = []
+    for _ in range(NUM_ROUNDS + 1):
+        start = time.process_time()
         for _ in range(repeats):
             for weight in weights:
-                run(weight)
-        times.append((time.process_time() - begun) / (repeats * len(weights)))
-    return 1e6 * min(times[1:])
+                product(weight)
+        times_s.append((time.process_time() - start) / (repeats * len(weights)))
+    return f"{1e6 * min(times_s[1:]):.0f}"
 
 
-def _onednn(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+def multiply_onednn(x: Tensor, weight: Tensor) -> Tensor:
     return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
+
+
+def compare_products(num_rows: int, weights: Sequence[Tensor]) -> str:
+    """The times of all products of an input with weights [out, in], as text."""
+    in_width = weights[0].shape[1]
+    x = torch.randn(num_rows, in_width).to(weights[0].dtype)
+    repeats = NUM_REPEATS if num_rows < FEW_ROWS else 1
+
+    def multiply_torch(weight: Tensor) -> Tensor:
+        return torch.nn.functional.linear(x, weight)
+
+    def multiply(weight: Tensor) -> Tensor:
+        return multiply_onednn(x, weight)
+
+    transposed = [weight.T.contiguous().T for weight in weights]
+    packed = [torch.ops.mkldnn._reorder_linear_weight(weight, None) for weight in weights]
+    times = [
+        measure_us(multiply_torch, weights, repeats),
+        measure_us(multiply_torch, transposed, repeats),
+        measure_us(multiply, weights, repeats),
+        measure_us(multiply, packed, repeats),
+    ]
+    return " / ".join(times)
 
 
 @torch.inference_mode()
@@ -58,30 +76,21 @@ def main(
     """Measure, and print a table.
 
     Args:
-        rows: of the inputs. dtypes: of inputs and weights.
+        rows: of the inputs.
+        dtypes: of inputs and weights.
     """
     torch.set_num_threads(1)
-    print(
-        "| dtype | in × out | "
-        + " | ".join(f"{n} rows" for n in rows)
-        + " |\n|"
-        + "---|" * (len(rows) + 2)
-    )
-    for kind in dtypes:
-        for width, out in WIDTHS:
-            count = -(-ELEMENTS // (width * out))
-            weights = [torch.randn(out, width).to(getattr(torch, kind)) for _ in range(count)]
-            turned = [weight.T.contiguous().T for weight in weights]
-            packed = [torch.ops.mkldnn._reorder_linear_weight(weight, None) for weight in weights]
-            cells = []
-            for many in rows:
-                x = torch.randn(many, width).to(weights[0].dtype)
-                repeats = 3 if many < 100 else 1
-                own = partial(torch.nn.functional.linear, x)
-                onednn = partial(_onednn, x)
-                ways = ((own, weights), (own, turned), (onednn, weights), (onednn, packed))
-                cells.append(" / ".join(f"{best(run, each, repeats):.0f}" for run, each in ways))
-            print(f"| {kind} | {width} × {out} | " + " | ".join(cells) + " |", flush=True)
+    headers = " | ".join(f"{num_rows} rows" for num_rows in rows)
+    print(f"| dtype | in × out | {headers} |")
+    print("|" + "---|" * (len(rows) + 2))
+    for dtype in dtypes:
+        for in_width, out_width in WEIGHT_SHAPES:
+            num_weights = -(-NUM_WEIGHT_ELEMENTS // (in_width * out_width))
+            weights = []
+            for _ in range(num_weights):
+                weights.append(torch.randn(out_width, in_width).to(getattr(torch, dtype)))
+            cells = [compare_products(num_rows, weights) for num_rows in rows]
+            print(f"| {dtype} | {in_width} × {out_width} | {' | '.join(cells)} |", flush=True)
 
 
 if __name__ == "__main__":

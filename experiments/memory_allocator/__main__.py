@@ -1,10 +1,10 @@
-"""A training step on a CPU with and without `keep_freed_memory`, and with jemalloc where it is installed:
-time, and pages that the system had to hand out.
+"""How much faster is a training step on a CPU when the process keeps the memory that it frees?
 
     python -m experiments.memory_allocator --episodes runs/episodes --labels runs/labels
 
-Each way in processes of its own, in turn; processor time (the system's for the process included) of
-nano-vla's step on ever new batches, one thread.
+Compared are a process as it is, one with `keep_freed_memory`, and one with jemalloc if it is
+installed. Each variant runs in processes of its own, in turn. Measured are the processor time (with
+the system's for the process) of nano-vla's step on ever new batches on one thread, and page faults.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -30,31 +32,80 @@ from spear.train.optimize import Stepper
 from spear.train.options import TrainingInputs
 from spear.train.recipes import get_recipe
 
-JEMALLOC = {
-    "LD_PRELOAD": ctypes.util.find_library("jemalloc") or "",
+JEMALLOC_LIBRARY = ctypes.util.find_library("jemalloc")
+JEMALLOC_VARIABLES = {
+    "LD_PRELOAD": JEMALLOC_LIBRARY or "",
     "MALLOC_CONF": "dirty_decay_ms:-1,muzzy_decay_ms:-1,lg_extent_max_active_fit:16",
 }
-WAYS: dict[str, dict[str, str]] = {"given back": {}, "kept": {}, "jemalloc": JEMALLOC}
-"""What becomes of freed memory -> variables of the process."""
+KEPT = "kept"
 
 
-def measure(
-    episodes: Path, labels: Path, batch_size: int, steps: int
-) -> tuple[list[float], float, float]:
-    """Milliseconds of each step, page faults per step, and the most memory that the process had, MB."""
+@dataclass(frozen=True)
+class Measurement:
+    """What one process measured.
+
+    times_ms     processor time of each step.
+    page_faults  per step.
+    memory_mb    the most memory that the process had.
+    """
+
+    times_ms: list[float]
+    page_faults: float
+    memory_mb: float
+
+
+def measure(episodes: Path, labels: Path, batch_size: int, steps: int) -> Measurement:
+    """Measure so many steps, after as many that are not measured."""
     torch.set_num_threads(1)
-    stage = get_recipe("nano-vla").with_changes(batch_size=batch_size)
-    _, task, _ = build(stage, TrainingInputs([labels], [("sim", EpisodeStore(episodes), 1.0)]))
-    step = Stepper(task, stage.optimization, seed=0)
+    recipe = get_recipe("nano-vla").with_changes(batch_size=batch_size)
+    inputs = TrainingInputs([labels], [("sim", EpisodeStore(episodes), 1.0)])
+    _, task, _ = build(recipe, inputs)
+    stepper = Stepper(task, recipe.optimization, seed=0)
     for number in range(steps):
-        step(0, [task.batch(number)])
-    before, times = resource.getrusage(resource.RUSAGE_SELF), []
+        stepper(0, [task.batch(number)])
+
+    usage_before = resource.getrusage(resource.RUSAGE_SELF)
+    times_ms = []
     for number in range(steps, 2 * steps):
-        batch, begun = task.batch(number), time.process_time()
-        step(0, [batch])
-        times.append(1000 * (time.process_time() - begun))
-    after = resource.getrusage(resource.RUSAGE_SELF)
-    return times, (after.ru_minflt - before.ru_minflt) / steps, after.ru_maxrss / 1024
+        batch = task.batch(number)
+        start = time.process_time()
+        stepper(0, [batch])
+        times_ms.append(1000 * (time.process_time() - start))
+    usage = resource.getrusage(resource.RUSAGE_SELF)
+    page_faults = (usage.ru_minflt - usage_before.ru_minflt) / steps
+    return Measurement(times_ms, page_faults, usage.ru_maxrss / 1024)
+
+
+def run_variant(options: Sequence[str], variables: Mapping[str, str]) -> Measurement:
+    """Measure in a process of its own with these environment variables."""
+    command = [sys.executable, "-m", "experiments.memory_allocator", *options]
+    environment = {**os.environ, **variables}
+    result = subprocess.run(command, stdout=subprocess.PIPE, check=True, env=environment)
+    return Measurement(**json.loads(result.stdout))
+
+
+def print_table(measurements: Mapping[str, Sequence[Measurement]]) -> None:
+    print(
+        "| freed memory is | ms per step (least–most of the medians) | page faults per step "
+        "| most memory |"
+    )
+    print("|---" * 4 + "|")
+    medians_ms = {}
+    for name, processes in measurements.items():
+        medians_ms[name] = [statistics.median(process.times_ms) for process in processes]
+        median = statistics.median(medians_ms[name])
+        step_time = f"{median:.0f} ({min(medians_ms[name]):.0f}–{max(medians_ms[name]):.0f})"
+        faults = statistics.median(process.page_faults for process in processes)
+        memory = statistics.median(process.memory_mb for process in processes)
+        print(f"| {name} | {step_time} | {faults:,.0f} | {memory:,.0f} MB |")
+
+    for name, variant_medians in medians_ms.items():
+        if name == KEPT:
+            continue
+        pairs = zip(variant_medians, medians_ms[KEPT], strict=True)
+        ratios = [variant / kept for variant, kept in pairs]
+        median = statistics.median(ratios)
+        print(f"{name} ÷ {KEPT}: {median:.3f} ({min(ratios):.3f} … {max(ratios):.3f})")
 
 
 def main(
@@ -63,47 +114,39 @@ def main(
     batch_size: int = 32,
     steps: int = 60,
     rounds: int = 3,
-    way: str = "",
+    variant: str = "",
 ) -> None:
     """Measure, and print a table.
 
     Args:
-        episodes: folder of demonstrations. labels: folder of labelled images.
-        batch_size: robot steps per training step. steps: that are measured in a process, after as many that
-        are not. rounds: processes of each way.
-        way: used by the processes that are started.
+        episodes: folder of demonstrations.
+        labels: folder of labeled images.
+        batch_size: robot steps per training step.
+        steps: that are measured in a process, after as many that are not.
+        rounds: processes of each variant.
+        variant: used by the processes that are started.
     """
-    if way:
-        if way == "kept" and not keep_freed_memory():
+    if variant:
+        if variant == KEPT and not keep_freed_memory():
             raise SystemExit("no glibc here: there is nothing to compare")
-        print(json.dumps(measure(episodes, labels, batch_size, steps)))
+        print(json.dumps(asdict(measure(episodes, labels, batch_size, steps))))
         return
-    ways = {name: own for name, own in WAYS.items() if "" not in own.values()}
-    found: dict[str, list[tuple[list[float], float, float]]] = {name: [] for name in ways}
+
+    variables: dict[str, dict[str, str]] = {"given back": {}, KEPT: {}}
+    if JEMALLOC_LIBRARY:
+        variables["jemalloc"] = JEMALLOC_VARIABLES
+    measurements: dict[str, list[Measurement]] = {name: [] for name in variables}
     for _ in range(rounds):
-        for name, results in found.items():
-            options = [f"--episodes={episodes}", f"--labels={labels}", f"--batch-size={batch_size}"]
-            command = [sys.executable, __file__, *options, f"--steps={steps}", f"--way={name}"]
-            env = {**os.environ, **ways[name]}
-            done = subprocess.run(command, stdout=subprocess.PIPE, check=True, env=env)
-            results.append(json.loads(done.stdout))
-    print(
-        "| freed memory is | ms per step (least–most of the medians) | page faults per step | most memory |"
-    )
-    print("|---" * 4 + "|")
-    medians = {
-        name: [statistics.median(times) for times, _, _ in some] for name, some in found.items()
-    }
-    for name, some in found.items():
-        each, faults = medians[name], statistics.median(f for _, f, _ in some)
-        most = statistics.median(m for _, _, m in some)
-        span = f"{statistics.median(each):.0f} ({min(each):.0f}–{max(each):.0f})"
-        print(f"| {name} | {span} | {faults:,.0f} | {most:,.0f} MB |")
-    for name in [name for name in found if name != "kept"]:
-        ratios = [a / b for a, b in zip(medians[name], medians["kept"], strict=True)]
-        print(
-            f"{name} ÷ kept: {statistics.median(ratios):.3f} ({min(ratios):.3f} … {max(ratios):.3f})"
-        )
+        for name, processes in measurements.items():
+            options = [
+                f"--episodes={episodes}",
+                f"--labels={labels}",
+                f"--batch-size={batch_size}",
+                f"--steps={steps}",
+                f"--variant={name}",
+            ]
+            processes.append(run_variant(options, variables[name]))
+    print_table(measurements)
 
 
 if __name__ == "__main__":

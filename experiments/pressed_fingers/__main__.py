@@ -1,10 +1,11 @@
-"""Why grasps fail low over the table: failed episodes are run again, and steps are counted at which the
-policy says "close", but the fingers, pressed on the table, stay open.
+"""Why grasps of low objects fail: the fingers, pressed on the table, cannot close.
 
     spear evaluate --policy nano --scenes 200 --out runs/a
     python -m experiments.pressed_fingers runs/a --policy nano --family spoon_on_towel
 
-Each episode is run alone, so rounding lets some of them succeed.
+Failed episodes are run again. In each, the steps are counted at which the policy says "close", but
+the fingers, pressed on the table, stay open. Each episode is run alone, so rounding lets some of them
+succeed.
 """
 
 from __future__ import annotations
@@ -16,44 +17,56 @@ import tyro
 from tyro.conf import Positional
 
 from spear.cli import run_reporting_errors
-from spear.evaluate import results
 from spear.evaluate.agents import Agent, load_agent
+from spear.evaluate.results import load_results
 from spear.sim.env import MAX_STEPS, TabletopEnv
 
-LOW = 0.0105
-"""Height of the middle of the finger tips below which they press on the table, m (the expert: 12 mm)."""
-MANY = 10
-"""Steps."""
+PRESSED_HEIGHT_M = 0.0105  # below this finger tips press on the table (the expert stays at 12 mm)
+MAX_CLOSE_COMMAND = 0.5  # of the gripper
+MIN_OPEN_OPENING = 0.9
+MIN_BLOCKED_STEPS = 10  # an episode counts as blocked for long
 
 
-def pressed(agent: Agent, family: str, seed: int) -> tuple[bool, int]:
-    """Whether an episode succeeds, and at how many of its steps the fingers were held open."""
+def count_blocked_steps(agent: Agent, family: str, seed: int) -> tuple[bool, int]:
+    """Run an episode; returns whether it succeeds, and at how many steps the fingers stay open."""
     sizes = agent.image_sizes
     env = TabletopEnv(family, sizes["external"], sizes["wrist"])
-    seen, info = env.reset(seed=seed)
-    count = 0
+    observation, info = env.reset(seed=seed)
+    num_blocked = 0
     while env.steps < MAX_STEPS and not info["success"]:
-        action = agent.act([env], [seen])[0][0]
-        low = env.world.servo.measure_pose()[0][2] < LOW
-        seen, *_, info = env.step(action)
-        count += bool(low and action[7] < 0.5 and env.world.servo.measure_opening() > 0.9)
-    return bool(info["success"]), count
+        action = agent.act([env], [observation])[0][0]
+        position, *_ = env.world.servo.measure_pose()
+        is_pressed = position[2] < PRESSED_HEIGHT_M
+        observation, *_, info = env.step(action)
+        should_close = action[7] < MAX_CLOSE_COMMAND
+        is_open = env.world.servo.measure_opening() > MIN_OPEN_OPENING
+        num_blocked += bool(is_pressed and should_close and is_open)
+    return bool(info["success"]), num_blocked
 
 
 def main(
     folders: Positional[tuple[Path, ...]], policy: str = "nano", family: str = "spoon_on_towel"
 ) -> None:
-    """Prints each failed episode of these evaluations, and how many were held open for long."""
+    """Print each failed episode of these evaluations, and how many were blocked for long."""
     agent = load_agent(policy)
-    outcomes = [o for folder in folders for o in results.load_results(folder).outcomes]
-    failed = [o.seed for o in outcomes if o.family == family and not o.success]
-    again = [pressed(agent, family, seed) for seed in failed]
-    for seed, (success, count) in zip(failed, again, strict=True):
-        print(f"scene {seed}: {'succeeds' if success else 'fails'}, held open at {count} steps")
-    lost = [count for success, count in again if not success]
-    stuck = sum(count >= MANY for count in lost)
+    failed_seeds = []
+    for folder in folders:
+        for outcome in load_results(folder).outcomes:
+            if outcome.family == family and not outcome.success:
+                failed_seeds.append(outcome.seed)
+
+    num_failed_again = 0
+    num_blocked_for_long = 0
+    for seed in failed_seeds:
+        success, num_blocked = count_blocked_steps(agent, family, seed)
+        result = "succeeds" if success else "fails"
+        print(f"scene {seed}: {result}, held open at {num_blocked} steps")
+        if not success:
+            num_failed_again += 1
+            num_blocked_for_long += num_blocked >= MIN_BLOCKED_STEPS
     print(
-        f"{len(failed)} failed, {len(lost)} fail again, {stuck} held open for {MANY} steps or more"
+        f"{len(failed_seeds)} failed, {num_failed_again} fail again, "
+        f"{num_blocked_for_long} held open for {MIN_BLOCKED_STEPS} steps or more"
     )
 
 

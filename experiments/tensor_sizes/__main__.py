@@ -1,9 +1,10 @@
-"""How a step of nano-vlm-2 on a CPU slows down as training goes on: with tensors of ever new sizes, and with
-sizes filled up to few ones, as `spear train` does.
+"""Does a step of nano-vlm-2 on a CPU slow down when tensors have ever new sizes?
 
     python -m experiments.tensor_sizes --labels runs/labels
 
-Each way in a process of its own, in turn; processor time of a new batch and its step, one thread.
+Compared are tensors as long as their longest question, and sizes filled up to few ones, as
+`spear train` does. Each variant runs in a process of its own, in turn. Measured is the processor time
+of a new batch and its step on one thread.
 """
 
 from __future__ import annotations
@@ -27,23 +28,34 @@ from spear.train.optimize import Stepper
 from spear.train.options import TrainingInputs
 from spear.train.recipes import get_recipe
 
-WAYS = {"new": (1, 1), "few": (vlm.PAD_LENGTH_TO_MULTIPLE, vlm.PAD_NUM_TARGETS_TO_MULTIPLE)}
-"""Sizes → multiples of what they are."""
+VARIANTS = {
+    "new": (1, 1),
+    "few": (vlm.PAD_LENGTH_TO_MULTIPLE, vlm.PAD_NUM_TARGETS_TO_MULTIPLE),
+}
+"""Sizes → multiples that lengths and numbers of targets are filled up to."""
 
 
-def measure(labels: Path, init: str, steps: int) -> list[float]:
-    """Milliseconds of each step."""
+def measure_steps_ms(labels: Path, init: str, steps: int) -> list[float]:
+    """Processor time of each step, milliseconds."""
     torch.set_num_threads(1)
     keep_freed_memory()
-    stage = get_recipe("nano-vlm-2").with_changes(steps=steps)
-    _, task, _ = build(stage, TrainingInputs([labels], [], locate(init)))
-    step = Stepper(task, stage.optimization, seed=0)
-    times = []
+    recipe = get_recipe("nano-vlm-2").with_changes(steps=steps)
+    _, task, _ = build(recipe, TrainingInputs([labels], [], locate(init)))
+    stepper = Stepper(task, recipe.optimization, seed=0)
+    times_ms = []
     for number in range(steps):
-        begun = time.process_time()
-        step(number, [task.batch(number)])
-        times.append(1000 * (time.process_time() - begun))
-    return times
+        start = time.process_time()
+        stepper(number, [task.batch(number)])
+        times_ms.append(1000 * (time.process_time() - start))
+    return times_ms
+
+
+def run_variant(variant: str, labels: Path, init: str, steps: int) -> list[float]:
+    """Measure a variant in a process of its own."""
+    command = [sys.executable, "-m", "experiments.tensor_sizes"]
+    command += [f"--labels={labels}", f"--init={init}", f"--steps={steps}", f"--variant={variant}"]
+    result = subprocess.run(command, stdout=subprocess.PIPE, check=True)
+    return json.loads(result.stdout)
 
 
 def main(
@@ -51,36 +63,43 @@ def main(
     init: str = "nano-vlm",
     steps: int = 800,
     rounds: int = 1,
-    way: str = "",
+    variant: str = "",
 ) -> None:
     """Measure, and print a table.
 
     Args:
-        labels: folder of labelled images. init: the model that is trained on. steps: per process.
-        rounds: processes of each way. way: used by the processes that are started.
+        labels: folder of labeled images.
+        init: the model that is trained on.
+        steps: per process.
+        rounds: processes of each variant.
+        variant: used by the processes that are started.
     """
-    if way:
-        vlm.PAD_LENGTH_TO_MULTIPLE, vlm.PAD_NUM_TARGETS_TO_MULTIPLE = WAYS[way]
-        print(json.dumps(measure(labels, init, steps)))
+    if variant:
+        length_multiple, targets_multiple = VARIANTS[variant]
+        vlm.PAD_LENGTH_TO_MULTIPLE = length_multiple
+        vlm.PAD_NUM_TARGETS_TO_MULTIPLE = targets_multiple
+        print(json.dumps(measure_steps_ms(labels, init, steps)))
         return
-    found: dict[str, list[list[float]]] = {name: [] for name in WAYS}
+
+    runs: dict[str, list[list[float]]] = {name: [] for name in VARIANTS}
     for _ in range(rounds):
-        for name, runs in found.items():
-            options = [f"--labels={labels}", f"--init={init}", f"--steps={steps}", f"--way={name}"]
-            command = [sys.executable, __file__, *options]
-            runs.append(
-                json.loads(subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout)
-            )
+        for name, variant_runs in runs.items():
+            variant_runs.append(run_variant(name, labels, init, steps))
+
+    quarter = steps // 4
+    last_quarters: dict[str, list[float]] = {}
     print("| sizes are | ms per step, first quarter | last quarter |\n|---|---|---|")
-    part = steps // 4
-    ends = {name: [statistics.fmean(run[-part:]) for run in runs] for name, runs in found.items()}
-    for name, runs in found.items():
-        first = statistics.fmean(statistics.fmean(run[:part]) for run in runs)
-        print(f"| {name} | {first:.0f} | {statistics.fmean(ends[name]):.0f} |")
-    ratios = [new / few for new, few in zip(ends["new"], ends["few"], strict=True)]
-    print(
-        f"new ÷ few, last quarter: {statistics.median(ratios):.2f} ({min(ratios):.2f} … {max(ratios):.2f})"
-    )
+    for name, variant_runs in runs.items():
+        first_quarters = [statistics.fmean(run[:quarter]) for run in variant_runs]
+        last_quarters[name] = [statistics.fmean(run[-quarter:]) for run in variant_runs]
+        first = statistics.fmean(first_quarters)
+        last = statistics.fmean(last_quarters[name])
+        print(f"| {name} | {first:.0f} | {last:.0f} |")
+
+    pairs = zip(last_quarters["new"], last_quarters["few"], strict=True)
+    ratios = [new / few for new, few in pairs]
+    median = statistics.median(ratios)
+    print(f"new ÷ few, last quarter: {median:.2f} ({min(ratios):.2f} … {max(ratios):.2f})")
 
 
 if __name__ == "__main__":

@@ -1,14 +1,15 @@
-"""Success of trainings with several seeds, evaluated on the same scenes: the mean, and the difference of two.
+"""Success over several training seeds on the same scenes: the mean, and the difference of two recipes.
 
-    python -m experiments.training_seeds --first runs/a1 runs/a2 runs/a3 --second runs/b1 runs/b2 runs/b3
+    python -m experiments.training_seeds --first runs/a1 runs/a2 runs/a3 --second runs/b1 runs/b2
 
-Each folder is what `spear evaluate` wrote for one seed. Intervals are over seeds and scenes, as in the tables
-of the ablations (`spear.evaluate.stats`).
+Each folder is what `spear evaluate` wrote for one seed. Intervals are over seeds and scenes, as in
+the tables of the ablations (`spear.evaluate.stats`).
 """
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import tyro
@@ -17,43 +18,62 @@ from experiments.ablations.table import stack_successes
 from spear.cli import run_reporting_errors
 from spear.errors import SpearError
 from spear.evaluate.compare import compare_results
-from spear.evaluate.results import load_results
+from spear.evaluate.results import Results, load_results
 from spear.evaluate.stats import estimate_difference_over_seeds, estimate_mean_over_seeds
+from spear.types import Array
+
+
+def check_same_scenes(results: Sequence[Results]) -> None:
+    """Raise `SpearError` unless all results have the same scenes."""
+    scenes = [{outcome.scene for outcome in one_seed.outcomes} for one_seed in results]
+    if any(seed_scenes != scenes[0] for seed_scenes in scenes):
+        raise SpearError("the folders hold different scenes: evaluate all on the same")
+
+
+def describe_different_settings(results: Sequence[Results]) -> list[str]:
+    """How some results were run differently from the first, in words."""
+    differences: set[str] = set()
+    for one_seed in results:
+        differences.update(compare_results(results[0], one_seed).settings)
+    return sorted(differences)
+
+
+def print_recipe(folders: Sequence[Path], families: Sequence[str], tables: Sequence[Array]) -> None:
+    """Print the success of one recipe: per family and seed, and the mean with its interval."""
+    print(", ".join(str(folder) for folder in folders))
+    for family, success in zip(families, tables, strict=True):
+        by_seed = ", ".join(f"{100 * rate:.1f}" for rate in success.mean(axis=1))
+        num_scenes = success.shape[1]
+        mean = f"{100 * success.mean():5.1f} %"
+        print(f"  {family:<46} {mean}  ({by_seed}; n = {num_scenes} each)")
+    print(f"  {'mean':<46} {estimate_mean_over_seeds(tables).to_text('.1f', 100, ' %')}")
 
 
 def main(first: tuple[Path, ...], second: tuple[Path, ...] = ()) -> None:
     """Print the tables.
 
     Args:
-        first: folders of one training's seeds. second: those of another one, in the same order of seeds.
+        first: folders of one recipe's seeds.
+        second: those of another recipe, in the same order of seeds.
     """
-    if len({folder.resolve() for folder in (*first, *second)}) < len(first) + len(second):
+    folders = [*first, *second]
+    if len({folder.resolve() for folder in folders}) < len(folders):
         raise SpearError("a folder is given twice: give one per seed")
-    found = [[load_results(folder) for folder in folders] for folders in (first, second) if folders]
-    families = found[0][0].families
-    scenes = [
-        {(o.family, o.seed) for o in results.outcomes} for seeds in found for results in seeds
-    ]
-    if any(seen != scenes[0] for seen in scenes):
-        raise SpearError("the folders hold different scenes: evaluate all on the same")
-    every = [results for seeds in found for results in seeds]
-    for words in sorted(
-        {words for one in every for words in compare_results(every[0], one).settings}
-    ):
-        print(f"run differently: {words}")
-    tables = [stack_successes(seeds, families) for seeds in found]
-    for folders, table in zip((first, second), tables, strict=False):
-        print(", ".join(map(str, folders)))
-        for family, success in zip(families, table, strict=True):
-            each = ", ".join(f"{100 * rate:.1f}" for rate in success.mean(axis=1))
-            print(
-                f"  {family:<46} {100 * success.mean():5.1f} %  ({each}; n = {success.shape[1]} each)"
-            )
-        print(f"  {'mean':<46} {estimate_mean_over_seeds(table).to_text('.1f', 100, ' %')}")
+    first_results = [load_results(folder) for folder in first]
+    second_results = [load_results(folder) for folder in second]
+    all_results = [*first_results, *second_results]
+    check_same_scenes(all_results)
+    for difference in describe_different_settings(all_results):
+        print(f"run differently: {difference}")
+
+    families = all_results[0].families
+    first_tables = stack_successes(first_results, families)
+    print_recipe(first, families, first_tables)
     if second:
-        print(
-            f"difference: {estimate_difference_over_seeds(*tables).to_text('+.1f', 100, ' points')}"
-        )
+        second_tables = stack_successes(second_results, families)
+        print_recipe(second, families, second_tables)
+        gain = estimate_difference_over_seeds(first_tables, second_tables)
+        print(f"difference: {gain.to_text('+.1f', 100, ' points')}")
 
 
 if __name__ == "__main__":
