@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from labels_scenes import TRUTH, random_frame
+from labels_scenes import random_frame
 from refusals import refuses
 from rgbd_folders import millimetres, write_plain, write_scannet
 from spear.errors import Notice
 from spear.labels.fit.image import unproject
 from spear.labels.fit.quality import compare_labels
 from spear.labels.inputs import read_contents
-from spear.labels.pipeline import label_images
+from spear.labels.pipeline import label_with_ground_truth
 from spear.labels.rgbd import RgbdScene, align_depth, read_matrix
 from spear.labels.sources import list_items
 from spear.types import Frame
@@ -27,27 +27,51 @@ def truth() -> list[Frame]:
     return [random_frame(rng, width=96, height=64) for _ in range(3)]
 
 
-def test_a_plain_folder_gives_its_frames_back_also_with_json(
-    tmp_path: Path, truth: list[Frame]
-) -> None:
-    scene = RgbdScene(folder := write_plain(tmp_path / "s", [*truth] * 4))
+def test_a_plain_folder_gives_its_frames_back(tmp_path: Path, truth: list[Frame]) -> None:
+    scene = RgbdScene(write_plain(tmp_path / "s", truth * 4))
+
     assert [Path(source).stem for source in scene.sources] == [
         str(i) for i in range(12)
     ]  # by number
     for i, true in enumerate(truth):
         frame = scene[i]
-        assert (frame.image == true.image).all() and frame.source == scene.sources[i]
-        assert frame.depth is not None and frame.depth.dtype == np.float32
+        assert (frame.image == true.image).all()
+        assert frame.source == scene.sources[i]
+        assert frame.depth is not None
+        assert frame.depth.dtype == np.float32
         np.testing.assert_allclose(frame.depth, true.depth, atol=5.1e-4)
         np.testing.assert_allclose(frame.intrinsics, true.intrinsics)
         np.testing.assert_allclose(frame.extrinsics, true.extrinsics, atol=1e-9)
-        assert frame.instances is None and frame.boxes is None
-    k = truth[0].intrinsics
-    known = {"fx": k[0, 0], "fy": k[1, 1], "cx": k[0, 2] - 0.5, "cy": k[1, 2] - 0.5}
-    (folder / "intrinsics.json").write_text(json.dumps(known))
+        assert frame.instances is None
+        assert frame.boxes is None
+
+
+def write_json_intrinsics(folder: Path, intrinsics: Any, **size: int) -> None:
+    values = {
+        "fx": intrinsics[0, 0],
+        "fy": intrinsics[1, 1],
+        "cx": intrinsics[0, 2] - 0.5,
+        "cy": intrinsics[1, 2] - 0.5,
+    }
+    (folder / "intrinsics.json").write_text(json.dumps(values | size))
+
+
+def test_intrinsics_may_be_json_and_the_color_folder_have_another_name(
+    tmp_path: Path, truth: list[Frame]
+) -> None:
+    folder = write_plain(tmp_path / "s", truth)
+    write_json_intrinsics(folder, truth[0].intrinsics)
     (folder / "color").rename(folder / "rgb")
-    np.testing.assert_allclose(RgbdScene(folder)[0].intrinsics, k)
-    (folder / "intrinsics.json").write_text(json.dumps(known | {"width": 108, "height": 64}))
+
+    np.testing.assert_allclose(RgbdScene(folder)[0].intrinsics, truth[0].intrinsics)
+
+
+def test_intrinsics_of_images_of_another_size_are_refused(
+    tmp_path: Path, truth: list[Frame]
+) -> None:
+    folder = write_plain(tmp_path / "s", truth)
+    write_json_intrinsics(folder, truth[0].intrinsics, width=108, height=64)
+
     refuses("108×64", RgbdScene(folder).__getitem__, 0)
 
 
@@ -57,17 +81,34 @@ def test_a_scan_gives_the_true_boxes(
 ) -> None:
     """Also where its outlines are off by a pixel, as those of a scan are."""
     frames = [replace(frame, names=truth[0].names) for frame in truth]
-    seen = [replace(frame, instances=np.roll(frame.instances, off, axis=1)) for frame in frames]
-    scene = RgbdScene(write_scannet(tmp_path / "s", seen))
-    read = [scene[i] for i in range(len(scene.sources))]
-    assert read[0].names == truth[0].names  # the wall is no object
+    scan_frames = []
+    for frame in frames:
+        shifted_instances = np.roll(frame.instances, off, axis=1)
+        scan_frames.append(replace(frame, instances=shifted_instances))
+    scene = RgbdScene(write_scannet(tmp_path / "s", scan_frames))
+    read_frames = [scene[i] for i in range(len(scene.sources))]
+
+    accuracy = compare_labels(label_with_ground_truth(read_frames), frames)
+
+    exact_accuracy = compare_labels(label_with_ground_truth(frames), frames)
+    assert accuracy.n == exact_accuracy.n
+    assert accuracy.n >= 14
+    assert accuracy.center < exact_accuracy.center + slack
+    assert accuracy.vertex < exact_accuracy.vertex + 2 * slack
+
+
+def test_walls_are_no_objects_of_a_scan(tmp_path: Path, truth: list[Frame]) -> None:
+    scene = RgbdScene(write_scannet(tmp_path / "s", truth[:1]))
+
+    assert scene[0].names == truth[0].names
+
+
+def test_an_instance_image_of_another_shape_is_refused(tmp_path: Path, truth: list[Frame]) -> None:
+    scene = RgbdScene(write_scannet(tmp_path / "s", truth[:1]))
     file = scene.folder / "instance-filt" / "0.png"
     Image.fromarray(np.asarray(Image.open(file))[:, :64]).save(file)
+
     refuses(r"instance-filt/0\.png", lambda: scene[0])
-    result = compare_labels(label_images(read, *TRUTH), frames)
-    exact = compare_labels(label_images(frames, *TRUTH), frames)
-    assert result.n == exact.n >= 14
-    assert result.center < exact.center + slack and result.vertex < exact.vertex + 2 * slack
 
 
 @pytest.mark.parametrize("ending", [".png", ".tif"])
@@ -92,26 +133,41 @@ def test_coarser_depth_lands_on_the_right_pixels(truth: list[Frame], tmp_path: P
     np.testing.assert_allclose(RgbdScene(folder)[0].depth, blocks, atol=5.1e-4)
 
 
-def test_what_has_no_depth_is_said_and_what_is_no_image_is_none(
+def test_files_that_are_no_images_are_no_frames(truth: list[Frame], tmp_path: Path) -> None:
+    folder = write_plain(tmp_path / "s", truth)
+    (folder / "color" / "0.json").write_text("{}")
+
+    assert len(list(list_items([f"rgbd:{folder}"]))) == 3
+
+
+def test_a_scene_listed_as_photos_is_noticed(truth: list[Frame], tmp_path: Path) -> None:
+    folder = write_plain(tmp_path / "s", truth)
+
+    with pytest.warns(Notice, match="rgbd:"):
+        items = list(list_items([str(folder)]))
+
+    assert len(items) == 6  # its depth as photos
+
+
+def test_color_images_without_depth_are_ignored_with_a_notice(
     truth: list[Frame], tmp_path: Path
 ) -> None:
     folder = write_plain(tmp_path / "s", truth)
-    (folder / "color" / "0.json").write_text("{}")
-    assert len(list(list_items([f"rgbd:{folder}"]))) == 3
-    with pytest.warns(Notice, match="rgbd:"):
-        assert len([*list_items([str(folder)])]) == 6  # its depth as photos
     (folder / "depth" / "1.png").rename(folder / "depth" / "01.png")
+
     with pytest.warns(Notice, match="1 color"):
-        left = list_items([f"rgbd:{folder.rename(tmp_path / 't')}"])
-        assert [Path(item.key).name for item in left] == ["0.png", "2.png"]
+        items = list(list_items([f"rgbd:{folder}"]))
+
+    assert [Path(item.key).name for item in items] == ["0.png", "2.png"]
 
 
 def test_a_frame_of_which_a_file_has_changed_shows(truth: list[Frame], tmp_path: Path) -> None:
-    scene = RgbdScene(folder := write_scannet(tmp_path / "s", truth))
+    folder = write_scannet(tmp_path / "s", truth)
+    scene = RgbdScene(folder)
     for name in ("color/1.png", "depth/1.png", "instance-filt/1.png", "pose/1.txt"):
-        before = [scene.compute_stamp(i) for i in range(3)]
+        stamps = [scene.compute_stamp(i) for i in range(3)]
         shutil.copy(folder / name.replace("1", "2"), folder / name)
-        assert [scene.compute_stamp(i) == mark for i, mark in enumerate(before)] == [
+        assert [scene.compute_stamp(i) == mark for i, mark in enumerate(stamps)] == [
             True,
             False,
             True,
@@ -144,16 +200,19 @@ def test_a_lost_camera_has_no_pose_and_unknown_depth_is_zero(
     folder = write_scannet(tmp_path / "s", truth[:1])
     (folder / "pose" / "0.txt").write_text("\n".join(["-inf -inf -inf -inf"] * 4))
     steps = np.asarray(millimetres(truth[0].depth)).copy()
-    steps[0, 0], steps[0, 1] = 0, 65535
+    steps[0, 0] = 0
+    steps[0, 1] = 65535
     Image.fromarray(steps).save(folder / "depth" / "0.png")
     frame = RgbdScene(folder)[0]
     assert frame.extrinsics is None
-    assert (
-        frame.depth is not None and frame.depth[0, 0] == frame.depth[0, 1] == 0 < frame.depth[0, 2]
-    )
+    assert frame.depth is not None
+    assert frame.depth[0, 0] == 0
+    assert frame.depth[0, 1] == 0
+    assert frame.depth[0, 2] > 0
 
 
-DOUBLE, HALF = np.diag([2.05, 2.05, 1.0]), np.diag([0.5, 0.5, 1.0])
+DOUBLE = np.diag([2.05, 2.05, 1.0])
+HALF = np.diag([0.5, 0.5, 1.0])
 ZERO = '{"fx": 0, "fy": 9, "cx": 5, "cy": 5}'
 
 

@@ -45,37 +45,58 @@ def key(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
 
 
-def detector(**changes: Any) -> GeminiDetector:
-    """With an empty cache of its own if it is given none."""
-    return GeminiDetector(**{"cache": Path(tempfile.mkdtemp()), **changes})
+def make_detector(cache: Path | None = None, **changes: Any) -> GeminiDetector:
+    """A detector, with an empty cache unless another one is given."""
+    return GeminiDetector(cache=cache or Path(tempfile.mkdtemp()), **changes)
 
 
-def found(detections: Any) -> list[tuple[str, list[float]]]:
+def to_rows(detections: Any) -> list[tuple[str, list[float]]]:
     return [(d.name, [round(float(v), 3) for v in d.box2d]) for d in detections]
 
 
-def test_the_request_holds_image_prompt_and_schema(
-    server: Server, monkeypatch: pytest.MonkeyPatch
-) -> None:
+SMOOTH_IMAGE = np.linspace(0, 255, 400 * 100 * 3).reshape(100, 400, 3).astype(np.uint8)
+
+
+@pytest.fixture
+def request_body(server: Server, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """The request about an image of 400 pixels when 200 are the most that is sent."""
     monkeypatch.setattr(module, "MAX_SIDE_PX", 200)
-    smooth = np.linspace(0, 255, 400 * 100 * 3).reshape(100, 400, 3).astype(np.uint8)
-    detector(model="gemini-x", vocabulary=["cup", "fork"]).detect([Frame(smooth)])
-    (request,) = server.requests
+    make_detector(model="gemini-x", vocabulary=["cup", "fork"]).detect([Frame(SMOOTH_IMAGE)])
+    (body,) = server.requests
+    return body
+
+
+def test_the_request_goes_to_the_model_with_the_key(
+    server: Server, request_body: dict[str, Any]
+) -> None:
     assert server.paths == ["/v1beta/models/gemini-x:generateContent"]
     assert server.headers[0]["x-goog-api-key"] == "secret-key"
-    sent, prompt = picture(request), request["contents"][0]["parts"][1]
-    assert sent.shape == (50, 200, 3) and np.abs(sent.astype(int) - smooth[::2, ::2]).mean() < 4
-    assert prompt["text"].startswith(PROMPT) and "cup, fork" in prompt["text"]
-    config = request["generationConfig"]
-    assert (
-        config["responseMimeType"] == "application/json"
-        and config["responseSchema"]["type"] == "ARRAY"
-    )
+
+
+def test_the_request_contains_the_image_scaled_down(request_body: dict[str, Any]) -> None:
+    sent_image = picture(request_body)
+
+    assert sent_image.shape == (50, 200, 3)
+    assert np.abs(sent_image.astype(int) - SMOOTH_IMAGE[::2, ::2]).mean() < 4
+
+
+def test_the_request_contains_the_prompt_with_the_vocabulary(request_body: dict[str, Any]) -> None:
+    prompt = request_body["contents"][0]["parts"][1]["text"]
+
+    assert prompt.startswith(PROMPT)
+    assert "cup, fork" in prompt
+
+
+def test_the_request_contains_the_schema_of_answers(request_body: dict[str, Any]) -> None:
+    config = request_body["generationConfig"]
+
+    assert config["responseMimeType"] == "application/json"
+    assert config["responseSchema"]["type"] == "ARRAY"
     assert set(config["responseSchema"]["items"]["required"]) == {"box_2d", "label"}
     assert config["thinkingConfig"] == {"thinkingLevel": "LOW"}
 
 
-def test_boxes_outside_the_image_are_cut_or_left_out_and_an_answer_may_stand_in_a_fence() -> None:
+def test_boxes_are_clipped_and_useless_ones_dropped() -> None:
     answer = [
         {"label": "cut", "box_2d": [-100, 900, 300, 1200]},
         {"label": "outside", "box_2d": [100, 1100, 300, 1300]},
@@ -86,14 +107,20 @@ def test_boxes_outside_the_image_are_cut_or_left_out_and_an_answer_may_stand_in_
         {"label": "cup", "box_2d": [101, 100, 500, 600.5]},
         {"label": "mug", "box_2d": [100, 100, 500, 600]},
     ]
-    assert found(parse_detections(json.dumps(answer), 100, 50)) == [
+    assert to_rows(parse_detections(json.dumps(answer), 100, 50)) == [
         ("cut", [45, 0, 50, 30]),
         ("cup", [5, 10, 30, 50]),
         ("mug", [5, 10, 30, 50]),
     ]
-    alone = json.dumps(answer[5:6])
-    for fenced in (f"```json\n{alone}\n```", f"Here it is:\n```\n{alone}\n```\n"):
-        assert found(parse_detections(fenced, 100, 50)) == [("cup", [5, 10, 30, 50])]
+
+
+@pytest.mark.parametrize("template", ["```json\n{}\n```", "Here it is:\n```\n{}\n```\n"])
+def test_an_answer_may_be_in_a_fence(template: str) -> None:
+    answer = json.dumps([{"label": "cup", "box_2d": [100, 100, 500, 600]}])
+
+    detections = parse_detections(template.format(answer), 100, 50)
+
+    assert to_rows(detections) == [("cup", [5, 10, 30, 50])]
 
 
 @pytest.mark.parametrize(
@@ -129,8 +156,12 @@ def test_answers_that_are_not_as_asked_are_unusable(answer: str, named: str) -> 
 )
 def test_a_key_that_the_service_repeats_is_not_said(server: Server, reply: Reply) -> None:
     server.replies = [reply]
-    gemini = detector()
-    assert "secret" not in refuses("", gemini.detect, [noise(0), noise(1)]) + str(gemini.bill())
+    gemini = make_detector()
+
+    message = refuses("", gemini.detect, [noise(0), noise(1)])
+
+    assert "secret" not in message
+    assert "secret" not in gemini.bill()
 
 
 def test_requests_are_spread_over_a_minute(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -138,8 +169,11 @@ def test_requests_are_spread_over_a_minute(server: Server, monkeypatch: pytest.M
     clock.sleep = lambda seconds: setattr(clock, "now", clock.now + seconds)
     monkeypatch.setattr(module, "time", clock)
     monkeypatch.setattr(module, "MAX_CONCURRENT_REQUESTS", 1)
-    detector(per_minute=20).detect([noise(i) for i in range(4)])
-    assert clock.now == pytest.approx(9.0) and len(server.requests) == 4
+
+    make_detector(per_minute=20).detect([noise(i) for i in range(4)])
+
+    assert clock.now == pytest.approx(9.0)
+    assert len(server.requests) == 4
 
 
 def test_rate_limiting_waits_as_long_as_asked(server: Server) -> None:
@@ -148,77 +182,123 @@ def test_rate_limiting_waits_as_long_as_asked(server: Server) -> None:
         error(429, "RESOURCE_EXHAUSTED", "More.", Retry_After="0.4"),
         boxes(CUP),
     ]
-    (detections,) = detector().detect([noise(0)])
+
+    (detections,) = make_detector().detect([noise(0)])
+
     assert [d.name for d in detections] == ["red cup"]
     first, second, third = server.times
-    assert second - first >= 0.3 and third - second >= 0.4
+    assert second - first >= 0.3
+    assert third - second >= 0.4
 
 
-def test_overload_ends_or_concerns_one_image(
+OVERLOADED = error(503, "UNAVAILABLE", "The model is overloaded.")
+
+
+def test_overload_that_ends_is_waited_out(server: Server) -> None:
+    bad_gateway = Reply(502, "<html>Bad gateway</html>")
+    internal_error = error(500, "INTERNAL", "Oops.")
+    server.replies = [OVERLOADED, bad_gateway, internal_error, boxes(CUP)]
+    gemini = make_detector()
+
+    (detections,) = gemini.detect([noise(0)])
+
+    assert [d.name for d in detections] == ["red cup"]
+    assert len(server.requests) == 4
+    assert gemini.usage["requests"] == 4
+
+
+def test_overload_that_does_not_end_concerns_one_image(
     server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    overloaded = error(503, "UNAVAILABLE", "The model is overloaded.")
-    others = Reply(502, "<html>Bad gateway</html>"), error(500, "INTERNAL", "Oops.")
-    server.replies = [overloaded, *others, boxes(CUP)]
-    gemini = detector()
-    assert [d.name for d in gemini.detect([noise(0)])[0]] == ["red cup"]
-    assert gemini.usage["requests"] == len(server.requests) == 4
-    server.replies = [*[overloaded] * 3, boxes(CUP)]
     monkeypatch.setattr(module, "MAX_ATTEMPTS", 3)
-    gemini = detector()
+    server.replies = [OVERLOADED, OVERLOADED, OVERLOADED, boxes(CUP)]
+    gemini = make_detector()
+
     with pytest.raises(RetryableError, match=r"0\.jpg .*503"):
         gemini.detect([noise(0)])
+
     assert len(gemini.detect([noise(1)])[0]) == 1
 
 
-@pytest.mark.parametrize(
-    ("reply", "named", "then"),
-    [
-        (text("I see a cup."), "JSON", "again"),
-        (text("[{", end="MAX_TOKENS"), "cut off", "again"),
-        (text(""), "empty", "again"),
-        (Reply(body={"candidates": [{"finishReason": "MALFORMED_RESPONSE"}]}), "empty", "again"),
-        (Reply(body="<html>"), "unreadable response", "again"),
-        (error(400, "INVALID_ARGUMENT", "Unable to process input image."), "400 .*Unable", "next"),
-        (Reply(body={"promptFeedback": {"blockReason": "SAFETY"}}), "SAFETY", "next"),
-        (Reply(body={"candidates": [{"finishReason": "SAFETY", "index": 0}]}), "SAFETY", "next"),
-        (text("[]", end="SOMETHING_NEW"), "SOMETHING_NEW", "next"),
-        (error(429, "RESOURCE_EXHAUSTED", "Daily quota.", retry_info("7200s")), "7200 s", "never"),
-        (
-            error(429, "RESOURCE_EXHAUSTED", "Quota.", OF_THE_DAY, retry_info("9s")),
-            "tomorrow",
-            "never",
-        ),
-        (error(404, "NOT_FOUND", "models/gemini-x is not found"), "404 .*gemini-x", "never"),
-        (error(403, "PERMISSION_DENIED", "No."), "403 .*GEMINI_API_KEY", "never"),
-        (
-            error(400, "INVALID_ARGUMENT", "No.", {"reason": "API_KEY_INVALID"}),
-            "GEMINI_API_KEY",
-            "never",
-        ),
-    ],
-)
+UNUSABLE = [
+    (text("I see a cup."), "JSON"),
+    (text("[{", end="MAX_TOKENS"), "cut off"),
+    (text(""), "empty"),
+    (Reply(body={"candidates": [{"finishReason": "MALFORMED_RESPONSE"}]}), "empty"),
+    (Reply(body="<html>"), "unreadable response"),
+]
+REFUSALS = [
+    (error(400, "INVALID_ARGUMENT", "Unable to process input image."), "400 .*Unable"),
+    (Reply(body={"promptFeedback": {"blockReason": "SAFETY"}}), "SAFETY"),
+    (Reply(body={"candidates": [{"finishReason": "SAFETY", "index": 0}]}), "SAFETY"),
+    (text("[]", end="SOMETHING_NEW"), "SOMETHING_NEW"),
+]
+FATAL = [
+    (error(429, "RESOURCE_EXHAUSTED", "Daily quota.", retry_info("7200s")), "7200 s"),
+    (error(429, "RESOURCE_EXHAUSTED", "Quota.", OF_THE_DAY, retry_info("9s")), "tomorrow"),
+    (error(404, "NOT_FOUND", "models/gemini-x is not found"), "404 .*gemini-x"),
+    (error(403, "PERMISSION_DENIED", "No."), "403 .*GEMINI_API_KEY"),
+    (error(400, "INVALID_ARGUMENT", "No.", {"reason": "API_KEY_INVALID"}), "GEMINI_API_KEY"),
+]
+
+
+@pytest.mark.parametrize(("reply", "reason"), UNUSABLE)
 @pytest.mark.filterwarnings("ignore:.*is not a valid")
-def test_what_comes_instead_of_an_answer(
-    server: Server, reply: Reply, named: str, then: str
+def test_after_an_unusable_answer_it_asks_once_more(
+    server: Server, reply: Reply, reason: str
 ) -> None:
-    """An unusable answer is asked for once more; a refusal concerns one image; what fails for all, once."""
     server.replies = [reply, boxes(CUP)]
-    gemini = detector()
-    if then == "again":
-        assert len(gemini.detect([noise(0)])[0]) == 1
-        server.replies = [reply]
-        gemini = detector()
-    with pytest.raises(SpearError, match=named) as stop:
+
+    (detections,) = make_detector().detect([noise(0)])
+
+    assert len(detections) == 1
+    assert len(server.requests) == 2
+
+
+@pytest.mark.parametrize(("reply", "reason"), UNUSABLE)
+@pytest.mark.filterwarnings("ignore:.*is not a valid")
+def test_an_image_with_two_unusable_answers_may_be_retried(
+    server: Server, reply: Reply, reason: str
+) -> None:
+    server.replies = [reply]
+    gemini = make_detector()
+
+    with pytest.raises(RetryableError, match=rf"0\.jpg.*{reason}"):
         gemini.detect([noise(0)])
-    assert isinstance(stop.value, RetryableError) == (then != "next")
+
+    assert len(server.requests) == 2
     server.replies = [boxes(CUP)]
-    if then == "never":
-        with pytest.raises(RetryableError, match=named):
-            gemini.detect([noise(1)])
-    else:
-        assert "0.jpg" in str(stop.value) and len(gemini.detect([noise(1)])[0]) == 1
-    assert len(server.requests) == {"again": 5, "next": 2, "never": 1}[then]
+    assert len(gemini.detect([noise(1)])[0]) == 1
+
+
+@pytest.mark.parametrize(("reply", "reason"), REFUSALS)
+@pytest.mark.filterwarnings("ignore:.*is not a valid")
+def test_a_refusal_concerns_one_image(server: Server, reply: Reply, reason: str) -> None:
+    server.replies = [reply, boxes(CUP)]
+    gemini = make_detector()
+
+    with pytest.raises(SpearError, match=reason) as refusal:
+        gemini.detect([noise(0)])
+
+    assert not isinstance(refusal.value, RetryableError)
+    assert "0.jpg" in str(refusal.value)
+    assert len(gemini.detect([noise(1)])[0]) == 1
+    assert len(server.requests) == 2
+
+
+@pytest.mark.parametrize(("reply", "reason"), FATAL)
+def test_what_would_fail_for_every_image_is_asked_once(
+    server: Server, reply: Reply, reason: str
+) -> None:
+    server.replies = [reply, boxes(CUP)]
+    gemini = make_detector()
+
+    with pytest.raises(RetryableError, match=reason):
+        gemini.detect([noise(0)])
+    with pytest.raises(RetryableError, match=reason):
+        gemini.detect([noise(1)])
+
+    assert len(server.requests) == 1
 
 
 def test_images_of_a_batch_are_asked_about_at_the_same_time_and_keep_their_answers(
@@ -233,30 +313,67 @@ def test_images_of_a_batch_are_asked_about_at_the_same_time_and_keep_their_answe
         return boxes((f"thing {width}", [0, 0, 1000, 1000]))
 
     server.answer = answer
-    names = [
-        [d.name for d in found]
-        for found in detector().detect([noise(i, 40, 60 + i) for i in range(6)])
-    ]
-    assert names == [[f"thing {60 + i}"] for i in range(6)]
+
+    detections = make_detector().detect([noise(i, 40, 60 + i) for i in range(6)])
+
+    names = [d.name for (d,) in detections]
+    assert names == [f"thing {60 + i}" for i in range(6)]
 
 
-def test_known_answers_make_no_request(server: Server, tmp_path: Path) -> None:
+def test_cached_answers_make_no_request(server: Server, tmp_path: Path) -> None:
     server.replies = [boxes(CUP)]
-    first = detector(cache=tmp_path).detect([noise(0)])
-    again = detector(cache=tmp_path)
-    assert found(again.detect([noise(0)])[0]) == found(first[0])
-    assert len(server.requests) == 1 and again.usage == {"cached": 1}
-    again.detect([noise(0), noise(1)])
-    assert again.usage == {"requests": 1, "cached": 2, "input": 1200, "output": 100}
-    assert all(number in again.bill() for number in ("1 request,", "2 answers", "1200", "100"))
-    for other in ({"vocabulary": ["cup"]}, {"model": "other"}):
-        detector(cache=tmp_path, **other).detect([noise(0)])
-    assert len(server.requests) == 4
+    (detections,) = make_detector(tmp_path).detect([noise(0)])
+    gemini = make_detector(tmp_path)
+
+    (cached_detections,) = gemini.detect([noise(0)])
+
+    assert to_rows(cached_detections) == to_rows(detections)
+    assert len(server.requests) == 1
+    assert gemini.usage == {"cached": 1}
+
+
+def test_the_bill_counts_requests_answers_and_tokens(server: Server, tmp_path: Path) -> None:
+    server.replies = [boxes(CUP)]
+    make_detector(tmp_path).detect([noise(0)])
+    gemini = make_detector(tmp_path)
+
+    gemini.detect([noise(0), noise(1)])
+
+    assert gemini.usage == {"requests": 1, "cached": 1, "input": 1200, "output": 100}
+    for part in ("1 request,", "1 answer ", "1200", "100"):
+        assert part in gemini.bill()
+
+
+@pytest.mark.parametrize("changes", [{"vocabulary": ["cup"]}, {"model": "other"}])
+def test_other_settings_have_other_answers(
+    server: Server, tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    server.replies = [boxes(CUP)]
+    make_detector(tmp_path).detect([noise(0)])
+
+    make_detector(tmp_path, **changes).detect([noise(0)])
+
+    assert len(server.requests) == 2
+
+
+def test_a_broken_answer_in_the_cache_is_asked_for_again(server: Server, tmp_path: Path) -> None:
+    server.replies = [boxes(CUP)]
+    make_detector(tmp_path).detect([noise(0)])
     for path in tmp_path.rglob("*.json"):
         path.write_text("broken")
-    detector(cache=tmp_path).detect([noise(0)])
-    assert len(server.requests) == 5
-    assert "secret-key" not in "".join(path.read_text() for path in tmp_path.rglob("*.json"))
+
+    make_detector(tmp_path).detect([noise(0)])
+
+    assert len(server.requests) == 2
+
+
+def test_the_cache_does_not_contain_the_key(server: Server, tmp_path: Path) -> None:
+    server.replies = [boxes(CUP)]
+    make_detector(tmp_path).detect([noise(0)])
+
+    files = [path.read_text() for path in tmp_path.rglob("*.json")]
+    assert files
+    assert not any("secret-key" in content for content in files)
 
 
 def test_in_the_pipeline_nothing_is_asked_twice(
@@ -264,25 +381,26 @@ def test_in_the_pipeline_nothing_is_asked_twice(
 ) -> None:
     monkeypatch.setattr(module, "MAX_CONCURRENT_REQUESTS", 1)
     server.replies = [Reply(body={"promptFeedback": {"blockReason": "SAFETY"}}), boxes(CUP)]
-    gemini, works = detector(), [admit_frame(noise(i)) for i in range(4)]
-    detect_objects(works, gemini)
-    assert [w.source for w in works if w.error is None and w.detections] == [
-        "1.jpg",
-        "2.jpg",
-        "3.jpg",
-    ]
-    assert "0.jpg (SAFETY)" in str(works[0].error)
-    assert len(server.requests) == 4 and gemini.usage["cached"] == 0
-    assert works[1].provenance["detector"] == gemini.name
+    gemini = make_detector()
+    images = [admit_frame(noise(i)) for i in range(4)]
+
+    detect_objects(images, gemini)
+
+    sources = [image.source for image in images if image.error is None and image.detections]
+    assert sources == ["1.jpg", "2.jpg", "3.jpg"]
+    assert "0.jpg (SAFETY)" in str(images[0].error)
+    assert len(server.requests) == 4
+    assert gemini.usage["cached"] == 0
+    assert images[1].provenance["detector"] == gemini.name
 
 
 def test_without_a_key_there_is_no_detector(
     server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("GEMINI_API_KEY", "")
-    refuses(r"GEMINI_API_KEY.*--detector", detector)
+    refuses(r"GEMINI_API_KEY.*--detector", make_detector)
     monkeypatch.setenv("GOOGLE_API_KEY", "other-key")
-    detector().detect([noise(0)])
+    make_detector().detect([noise(0)])
     assert server.headers[0]["x-goog-api-key"] == "other-key"
 
 
@@ -290,7 +408,7 @@ def test_without_a_network_it_says_so_once_and_stops(monkeypatch: pytest.MonkeyP
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))  # bound, not listening: connections are refused
         monkeypatch.setenv("GOOGLE_GEMINI_BASE_URL", f"http://127.0.0.1:{taken.getsockname()[1]}")
-        gemini = detector()
+        gemini = make_detector()
         with pytest.raises(RetryableError, match="network"):
             gemini.detect([noise(0)])
         monkeypatch.setattr(module, "MAX_ATTEMPTS", 10**9)  # would never return if it tried again
