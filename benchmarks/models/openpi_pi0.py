@@ -39,7 +39,7 @@ class OpenPi(RemoteContender):
     Args:
         python: A Python with openpi, see above.
         size: Geometry.
-        ours: The model whose weights it gets.
+        our_model: The model whose weights it gets.
         inputs: π0's arguments as `pi0_pair.make_observation` makes them.
         num_text_tokens: Tokens of the prompt.
         num_flow_steps: Flow steps.
@@ -56,7 +56,7 @@ class OpenPi(RemoteContender):
         self,
         python: Path,
         size: Preset,
-        ours: Spear1ForActionPrediction,
+        our_model: Spear1ForActionPrediction,
         inputs: dict[str, Any],
         *,
         num_text_tokens: int,
@@ -65,7 +65,7 @@ class OpenPi(RemoteContender):
     ) -> None:
         self._folder = tempfile.TemporaryDirectory()
         folder = Path(self._folder.name)
-        save_file(rename_weights(ours), folder / "weights.safetensors")
+        save_file(rename_weights(our_model), folder / "weights.safetensors")
         tensors = {
             "images": inputs["pixel_values"].float(),
             "ids": inputs["input_ids"][:, -num_text_tokens:],
@@ -78,13 +78,13 @@ class OpenPi(RemoteContender):
             "vision": size.vision,
             "text": size.text,
             "expert": size.expert,
-            "rows": ours.vlm.language_model.embed_tokens.weight.shape[0],
+            "rows": our_model.vlm.language_model.embed_tokens.weight.shape[0],
             "horizon": size.horizon,
             "state": NUM_STATE_FEATURES,
             "action": ACTION_DIM,
-            "dtype": str(ours.dtype).removeprefix("torch."),
-            "device": ours.device.type,
-            "threads": torch.get_num_threads() if ours.device.type == "cpu" else 0,
+            "dtype": str(our_model.dtype).removeprefix("torch."),
+            "device": our_model.device.type,
+            "threads": torch.get_num_threads() if our_model.device.type == "cpu" else 0,
             "compile": "max-autotune" if is_compiled else None,
             "steps": num_flow_steps,
             "weights": str(folder / "weights.safetensors"),
@@ -148,13 +148,13 @@ class OpenPi(RemoteContender):
         return answer
 
 
-def rename_weights(ours: Spear1ForActionPrediction) -> dict[str, torch.Tensor]:
+def rename_weights(our_model: Spear1ForActionPrediction) -> dict[str, torch.Tensor]:
     """Return our weights under the names of openpi's modules.
 
     Its velocity points from the data to the noise, so the last layer is negated.
     """
     weights = {}
-    for name, weight in ours.state_dict().items():
+    for name, weight in our_model.state_dict().items():
         if name.startswith("expert.embed_tokens."):
             continue
         if name.startswith("action_out_proj."):

@@ -140,20 +140,20 @@ def make_their_inputs(size: Preset, question: Question, inputs: FlowInputs) -> d
 def compare(name: str, max_layers: int) -> str:
     """Return one line of the table."""
     size = reduce_preset(name, max_layers, SIDE_PATCHES)
-    ours, theirs = make_pair(size)
+    our_model, their_model = make_pair(size)
     question = make_question(name)
     inputs = make_flow_inputs(size)
 
     # Ours and theirs, in float32.
     is_valid = question.mask.bool()
-    their_logits = compute_their_logits(theirs.model.vlm, question)
-    our_logits = compute_our_logits(ours, question)
+    their_logits = compute_their_logits(their_model.model.vlm, question)
+    our_logits = compute_our_logits(our_model, question)
     their_inputs = make_their_inputs(size, question, inputs)
     # π0's time and velocity point the other way.
-    their_velocity = -theirs(timestep=1 - inputs.tau, **their_inputs).logits
-    our_velocity = compute_our_velocity(ours, question, inputs)
-    their_actions = theirs.sample_actions(num_steps=10, **their_inputs)
-    our_actions = ours.sample_actions(
+    their_velocity = -their_model(timestep=1 - inputs.tau, **their_inputs).logits
+    our_velocity = compute_our_velocity(our_model, question, inputs)
+    their_actions = their_model.sample_actions(num_steps=10, **their_inputs)
+    our_actions = our_model.sample_actions(
         *make_our_prefix_inputs(question, inputs),
         inputs.state,
         steps=10,
@@ -161,8 +161,8 @@ def compare(name: str, max_layers: int) -> str:
     )
 
     # Ours in bfloat16.
-    num_parameters = sum(parameter.numel() for parameter in ours.parameters())
-    rounded = ours.to(torch.bfloat16)
+    num_parameters = sum(parameter.numel() for parameter in our_model.parameters())
+    rounded = our_model.to(torch.bfloat16)
     rounded_logits = compute_our_logits(rounded, question)
     rounded_velocity = compute_our_velocity(rounded, question, inputs)
 

@@ -118,7 +118,7 @@ def make_pair(
     π0's velocity points from the data to the noise, so its last layer is negated.
     """
     # In the wanted precision before π0 is made: at full size there is no room for both in float32.
-    ours = make_policy(size, dtype, device)
+    our_model = make_policy(size, dtype, device)
     config = PI0Config(
         vlm_config=make_paligemma_config(size, VOCABULARY + size.bins, IMAGE_TOKEN),
         dit_config=GemmaConfig(**{**size.expert, "pad_token_id": 0}),
@@ -127,15 +127,15 @@ def make_pair(
         max_action_dim=ACTION_DIM,
     )
     with torch.device(device):
-        theirs = Pi0(config).eval()
-    theirs.model.vlm.load_state_dict(ours.vlm.state_dict())
-    theirs.model.dit.load_state_dict(ours.expert.state_dict(), strict=False)
+        their_model = Pi0(config).eval()
+    their_model.model.vlm.load_state_dict(our_model.vlm.state_dict())
+    their_model.model.dit.load_state_dict(our_model.expert.state_dict(), strict=False)
     for name in ("state_proj", "action_in_proj", "action_time_mlp_in", "action_time_mlp_out"):
-        layer = getattr(theirs.embed_action_time, name)
-        layer.load_state_dict(getattr(ours, name).state_dict())
-    negated = {name: -weight for name, weight in ours.action_out_proj.state_dict().items()}
-    theirs.action_out_proj.load_state_dict(negated)
-    return ours, theirs.to(dtype)
+        layer = getattr(their_model.embed_action_time, name)
+        layer.load_state_dict(getattr(our_model, name).state_dict())
+    negated = {name: -weight for name, weight in our_model.action_out_proj.state_dict().items()}
+    their_model.action_out_proj.load_state_dict(negated)
+    return our_model, their_model.to(dtype)
 
 
 def make_observation(

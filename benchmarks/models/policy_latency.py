@@ -93,7 +93,7 @@ def make_pi0_run(model: Any, inputs: dict[str, Any], is_compiled: bool = False) 
 
 
 def start_openpi(
-    options: Options, size: Preset, ours: Any, inputs: dict[str, Any], stack: ExitStack
+    options: Options, size: Preset, our_model: Any, inputs: dict[str, Any], stack: ExitStack
 ) -> dict[str, OpenPi]:
     """Start openpi's π0 until `stack` closes. What does not start is printed and left out."""
     if options.openpi is None:
@@ -107,7 +107,7 @@ def start_openpi(
             contender = OpenPi(
                 options.openpi,
                 size,
-                ours,
+                our_model,
                 inputs,
                 num_text_tokens=NUM_TEXT_TOKENS,
                 num_flow_steps=NUM_FLOW_STEPS,
@@ -229,20 +229,20 @@ def measure_with_pi0(
     options: Options, size: Preset, models: tuple[Any, Any], num_views: int, batch: int
 ) -> tuple[dict[str, Times | str], float]:
     """Return all contenders' times, and the largest difference of our actions from others'."""
-    ours, pi0 = models
+    our_model, pi0 = models
     our_inputs, their_inputs = make_observation(
-        size, num_views, batch, NUM_TEXT_TOKENS, ours.dtype, options.device
+        size, num_views, batch, NUM_TEXT_TOKENS, our_model.dtype, options.device
     )
-    contenders = list_ours(ours, our_inputs)
+    contenders = list_ours(our_model, our_inputs)
     contenders["π0"] = make_pi0_run(pi0, their_inputs)
     our_translation = contenders["ours"]().translation
     difference = relative_difference(our_translation, contenders["π0"]()[..., :3])
     if options.compiled:
-        _, other_pi0 = make_pair(size, ours.dtype, options.device)
+        _, other_pi0 = make_pair(size, our_model.dtype, options.device)
         contenders["π0 compiled"] = make_pi0_run(other_pi0, their_inputs, is_compiled=True)
 
     with ExitStack() as stack:
-        openpi_contenders = start_openpi(options, size, ours, their_inputs, stack)
+        openpi_contenders = start_openpi(options, size, our_model, their_inputs, stack)
         for contender in openpi_contenders.values():
             openpi_difference = relative_difference(our_translation, contender.actions[..., :3])
             difference = max(difference, openpi_difference)
@@ -284,13 +284,13 @@ def print_row(
     roofline_ms: float,
     difference: str,
 ) -> None:
-    ours = times["ours"]
+    our_times = times["ours"]
     cells = [name, dtype_name, str(num_views), str(batch)]
     cells += [str(times.get(contender, "–")) for contender in CONTENDERS]
     cells.append(f"{roofline_ms:.1f}")
-    cells.append(format_ratio(times.get("π0"), ours))
-    cells.append(format_ratio(times.get("openpi"), ours))
-    cells.append(format_ratio(ours, roofline_ms))
+    cells.append(format_ratio(times.get("π0"), our_times))
+    cells.append(format_ratio(times.get("openpi"), our_times))
+    cells.append(format_ratio(our_times, roofline_ms))
     cells.append(difference)
     print(format_row(cells), flush=True)
 

@@ -102,13 +102,15 @@ def count_operations(
     return 2 * num_rows * (num_weights + backward_weights) + attention * attention_passes
 
 
-def count_step_operations(ours: Any, num_view_tokens: int, num_views: int, batch: int) -> float:
-    config = ours.config.vlm_config
+def count_step_operations(
+    our_model: Any, num_view_tokens: int, num_views: int, batch: int
+) -> float:
+    config = our_model.config.vlm_config
     text_config = config.text_config
-    vision_tower = ours.vlm.vision_tower
+    vision_tower = our_model.vlm.vision_tower
     num_image_tokens = num_views * num_view_tokens
     length = num_image_tokens + NUM_TEXT_TOKENS
-    num_suffix = 1 + ours.config.horizon  # the state and the actions
+    num_suffix = 1 + our_model.config.horizon  # the state and the actions
     width = text_config.num_attention_heads * text_config.head_dim
 
     vision = count_operations(
@@ -120,7 +122,7 @@ def count_step_operations(ours: Any, num_view_tokens: int, num_views: int, batch
         passes_gradients=False,
     )
     language = count_operations(
-        ours.vlm.language_model.layers,
+        our_model.vlm.language_model.layers,
         num_rows=length,
         num_keys=length,
         width=width,
@@ -128,11 +130,11 @@ def count_step_operations(ours: Any, num_view_tokens: int, num_views: int, batch
         passes_gradients=any(p.requires_grad for p in vision_tower.parameters()),
     )
     expert = count_operations(
-        ours.expert,
+        our_model.expert,
         num_rows=num_suffix,
         num_keys=length + num_suffix,
         width=width,
-        num_layers=ours.config.expert_config.num_hidden_layers,
+        num_layers=our_model.config.expert_config.num_hidden_layers,
         passes_gradients=True,
     )
     return batch * (vision + language + expert)
@@ -212,18 +214,20 @@ def print_comparison(
     size = reduce_preset(name, options.layers)
     steps = {}
     if options.alone:
-        ours = make_policy(size, device=options.device)
+        our_model = make_policy(size, device=options.device)
         batch = make_batch(options, size)
     else:
-        ours, theirs = make_pair(size, device=options.device)
+        our_model, their_model = make_pair(size, device=options.device)
         batch = make_batch(options, size)
-        freeze_parts(theirs.model.vlm, frozen)
-        steps["π0"] = make_step(options, theirs, compute_their_loss, batch)
-    freeze_parts(ours.vlm, frozen)
-    steps["ours"] = make_step(options, ours, compute_our_loss, batch)
+        freeze_parts(their_model.model.vlm, frozen)
+        steps["π0"] = make_step(options, their_model, compute_their_loss, batch)
+    freeze_parts(our_model.vlm, frozen)
+    steps["ours"] = make_step(options, our_model, compute_our_loss, batch)
 
     times = race(steps, options.device, options.repeats, options.processor_time, num_warm_ups=1)
-    flops = count_step_operations(ours, count_image_tokens(size), options.views, options.batch_size)
+    flops = count_step_operations(
+        our_model, count_image_tokens(size), options.views, options.batch_size
+    )
     our_times = times["ours"]
     their_times = times.get("π0", "–")
     label = f"{name} ({options.layers} layers)" if options.layers else name

@@ -73,22 +73,22 @@ class Pair:
     """SPEAR-VLM without MoGe and Transformers' PaliGemma with the same random weights."""
 
     size: Preset
-    ours: Any
-    theirs: Any
+    our_model: Any
+    their_model: Any
 
 
 def make_pair(name: str, max_layers: int | None, dtype: torch.dtype, device: str) -> Pair:
     size = dataclasses.replace(reduce_preset(name, max_layers), vocabulary=SIZES[name].vocabulary)
     torch.manual_seed(0)
     with torch.device(device):
-        ours = SpearVLMForConditionalGeneration(build_vlm_config(size)).eval()
+        our_model = SpearVLMForConditionalGeneration(build_vlm_config(size)).eval()
     num_rows = size.vocabulary + size.bins
     config = make_paligemma_config(size, num_rows, IMAGE_TOKEN, vocab_size=num_rows)
     with torch.device(device):
-        theirs = PaliGemmaForConditionalGeneration(config).eval()
-    theirs.model.load_state_dict(ours.state_dict())
-    theirs.tie_weights()
-    return Pair(size, ours.to(dtype), theirs.to(dtype))
+        their_model = PaliGemmaForConditionalGeneration(config).eval()
+    their_model.model.load_state_dict(our_model.state_dict())
+    their_model.tie_weights()
+    return Pair(size, our_model.to(dtype), their_model.to(dtype))
 
 
 class Questions:
@@ -113,7 +113,7 @@ class Questions:
             "max_new_tokens": NUM_ANSWER_TOKENS,
             "do_sample": False,
         }
-        config = pair.ours.config
+        config = pair.our_model.config
         self.first_3d_token = config.coordinate_start
         self.end_3d_tokens = config.coordinate_start + config.coordinate_bins
 
@@ -121,7 +121,7 @@ class Questions:
         """Our answers."""
         token_range = (self.first_3d_token, self.end_3d_tokens)
         return decode_greedily(
-            self.pair.ours,
+            self.pair.our_model,
             {"external": self.image},
             self.ids,
             max_new_tokens=NUM_ANSWER_TOKENS + 1,
@@ -133,13 +133,17 @@ class Questions:
 
         Random weights may end an answer early: full length makes the work the same for both sides.
         """
-        return self.pair.theirs.generate(**self.generate_inputs, min_new_tokens=NUM_ANSWER_TOKENS)
+        return self.pair.their_model.generate(
+            **self.generate_inputs, min_new_tokens=NUM_ANSWER_TOKENS
+        )
 
     def measure_agreement(self) -> float:
         """Return the share of our tokens that `generate` gives when restricted to 3D tokens."""
-        num_tokens = self.pair.theirs.config.text_config.vocab_size
+        num_tokens = self.pair.their_model.config.text_config.vocab_size
         other_tokens = [*range(self.first_3d_token), *range(self.end_3d_tokens, num_tokens)]
-        restricted = self.pair.theirs.generate(**self.generate_inputs, suppress_tokens=other_tokens)
+        restricted = self.pair.their_model.generate(
+            **self.generate_inputs, suppress_tokens=other_tokens
+        )
         expected = restricted[:, self.whole_ids.shape[1] :]
         is_same = self.answer()[:, :NUM_ANSWER_TOKENS] == expected
         return float(is_same.float().mean())
@@ -160,18 +164,18 @@ def print_rows(options: Options, name: str, dtype_name: str) -> None:
             options.processor_time,
             num_warm_ups=1,
         )
-        ours = times["ours"]
+        our_times = times["ours"]
         answers_per_s = "–"
-        if isinstance(ours, Times):
-            answers_per_s = f"{1000 * batch / ours.median_ms:.1f}"
+        if isinstance(our_times, Times):
+            answers_per_s = f"{1000 * batch / our_times.median_ms:.1f}"
         cells = [
             label,
             dtype_name,
             str(batch),
-            str(ours),
+            str(our_times),
             str(times["generate"]),
             answers_per_s,
-            format_ratio(times["generate"], ours),
+            format_ratio(times["generate"], our_times),
             f"{agreement:.0%}",
         ]
         print(format_row(cells), flush=True)

@@ -16,7 +16,7 @@ Vec3 = tuple[float, float, float]
 
 
 @dataclass(frozen=True)
-class Part:
+class Primitive:
     """One primitive of an object.
 
     shape    "box", "cylinder", "capsule", "ellipsoid" or "sphere".
@@ -58,7 +58,7 @@ class ObjectKind:
     """
 
     name: str
-    parts: tuple[Part, ...]
+    parts: tuple[Primitive, ...]
     height: float
     radius: float
     colors: tuple[Color, ...]
@@ -78,7 +78,7 @@ def load_catalog(file_name: str) -> dict[str, ObjectKind]:
     palette = tables.pop("palette", {})
     kinds = {}
     for name, table in tables.items():
-        parts: list[Part] = []
+        parts: list[Primitive] = []
         for row in table.pop("parts"):
             color = row.get("color")
             row["color"] = palette.get(color, color)
@@ -95,7 +95,7 @@ def _lists_to_tuples(value: Any) -> Any:
     return value
 
 
-def _expand_part(row: dict[str, Any]) -> list[Part]:
+def _expand_part(row: dict[str, Any]) -> list[Primitive]:
     """Return the primitives of a part in the catalog. Two shapes are our own:
 
     rod   a capsule along the object's x axis, turned by `pitch` and `yaw`; it does not collide.
@@ -106,13 +106,13 @@ def _expand_part(row: dict[str, Any]) -> list[Part]:
         pitch = row.pop("pitch", 0.0)
         yaw = row.pop("yaw", 0.0)
         fields = {**row, "shape": "capsule"}
-        return [Part(**fields, euler=(0.0, math.pi / 2 + pitch, yaw), solid=False)]
+        return [Primitive(**fields, euler=(0.0, math.pi / 2 + pitch, yaw), solid=False)]
     if row["shape"] == "ring":
         return _expand_ring(row)
-    return [Part(**row)]
+    return [Primitive(**row)]
 
 
-def _expand_ring(row: dict[str, Any]) -> list[Part]:
+def _expand_ring(row: dict[str, Any]) -> list[Primitive]:
     count = row.pop("count", 0.0)
     radius = row.pop("radius", 0.0)
     z = row.pop("z", 0.0)
@@ -122,7 +122,7 @@ def _expand_ring(row: dict[str, Any]) -> list[Part]:
     for i in range(count):
         angle = 2 * math.pi * i / count
         pos = (radius * math.cos(angle), radius * math.sin(angle), z)
-        parts.append(Part(**fields, pos=pos, euler=(0.0, lean, angle)))
+        parts.append(Primitive(**fields, pos=pos, euler=(0.0, lean, angle)))
     return parts
 
 

@@ -140,10 +140,10 @@ class Renderer:
             self._buffer_size = (max(width, buffer_width), max(height, buffer_height))
             mujoco.mjr_resizeOffscreen(*self._buffer_size, self._context)
         rectangles = []
-        left = 0
+        left_px = 0
         for w, h in sizes:
-            rectangles.append(mujoco.MjrRect(left, 0, w, h))
-            left += w
+            rectangles.append(mujoco.MjrRect(left_px, 0, w, h))
+            left_px += w
         return rectangles
 
     def _update_scene(self, world: World, camera: str) -> None:

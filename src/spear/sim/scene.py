@@ -151,7 +151,7 @@ def sample_scene(family: str, seed: int) -> SceneSpec:
     others = [name for name in DISTRACTORS if name not in (source, target)]
     num_distractors = int(rng.integers(0, MAX_DISTRACTORS + 1))
     distractors = _choose(rng, others, num_distractors)
-    objects = _place([target, source, *distractors], rng)
+    objects = _place_objects([target, source, *distractors], rng)
     ee_position = NOMINAL_START_POSITION_M + rng.uniform(-0.08, 0.08, 3)
     ee_rotation = _sample_ee_rotation(rng, math.radians(18), math.radians(30))
     instruction = _write_instruction(family, source, target, rng)
@@ -179,7 +179,7 @@ def clutter_scene(seed: int) -> SceneSpec:
     names = _choose(rng, DISTRACTORS, num_objects, repeat_probability=0.15)
     num_supports = int(rng.choice([0, 1, 2], p=[0.15, 0.7, 0.15]))
     supports = _choose(rng, SUPPORTS, num_supports)
-    objects = _place([*supports, *names], rng)
+    objects = _place_objects([*supports, *names], rng)
 
     opening = float(rng.choice([1.0, rng.uniform(0.0, 1.0)]))
     graspable = [i for i, item in enumerate(objects) if OBJECT_KINDS[item.kind].grasp]
@@ -282,7 +282,7 @@ def _choose(
 # --- Where things are ---
 
 
-def _place(names: Sequence[str], rng: np.random.Generator) -> tuple[SceneObject, ...]:
+def _place_objects(names: Sequence[str], rng: np.random.Generator) -> tuple[SceneObject, ...]:
     """Lay objects apart from each other. Those after the first two are left out when room is
     short."""
     while True:
@@ -316,7 +316,7 @@ def _find_room(
     for _ in range(NUM_PLACING_ATTEMPTS):
         x = rng.uniform(min_x + inset, max_x - inset)
         y = rng.uniform(min_y + inset, max_y - inset)
-        if not all(_is_apart(x, y, kind.radius, other, gap_m) for other in others):
+        if not all(_is_apart(x, y, kind.radius, neighbor, gap_m) for neighbor in others):
             continue
         max_yaw_share = 0.12 if name in ("basket", "towel") else 1
         yaw = rng.uniform(-math.pi, math.pi) * max_yaw_share
@@ -326,9 +326,9 @@ def _find_room(
     return None
 
 
-def _is_apart(x: float, y: float, radius: float, other: SceneObject, gap_m: float) -> bool:
-    distance_m = math.hypot(x - other.position[0], y - other.position[1])
-    return distance_m > radius + OBJECT_KINDS[other.kind].radius + gap_m
+def _is_apart(x: float, y: float, radius: float, neighbor: SceneObject, gap_m: float) -> bool:
+    distance_m = math.hypot(x - neighbor.position[0], y - neighbor.position[1])
+    return distance_m > radius + OBJECT_KINDS[neighbor.kind].radius + gap_m
 
 
 def _sample_ee_rotation(rng: np.random.Generator, max_tilt: float, max_yaw: float) -> Quat:

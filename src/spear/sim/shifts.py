@@ -146,8 +146,8 @@ def shift_scene(scene: SceneSpec, shift: Shift) -> SceneSpec:
     if shift.axis == "layout":
         kinds = DISTRACTORS if shift.level == 1 else TASK_FREE_KINDS
         kinds = _without_task_objects(scene, kinds)
-        things = add_clutter(scene.objects, kinds, NUM_CLUTTER[shift.level], rng)
-        return dataclasses.replace(scene, objects=things)
+        objects = add_clutter(scene.objects, kinds, NUM_CLUTTER[shift.level], rng)
+        return dataclasses.replace(scene, objects=objects)
     if shift.axis == "robot":
         return dataclasses.replace(
             scene,
@@ -159,14 +159,14 @@ def shift_scene(scene: SceneSpec, shift: Shift) -> SceneSpec:
     return scene
 
 
-def _with_look(scene: SceneSpec, look: SceneAppearance) -> SceneSpec:
-    return dataclasses.replace(scene, appearance=look)
+def _with_look(scene: SceneSpec, appearance: SceneAppearance) -> SceneSpec:
+    return dataclasses.replace(scene, appearance=appearance)
 
 
 def _shift_camera(
-    look: SceneAppearance, level: CameraLevel, rng: np.random.Generator
+    appearance: SceneAppearance, level: CameraLevel, rng: np.random.Generator
 ) -> SceneAppearance:
-    orbit = CameraOrbit.of(look)
+    orbit = CameraOrbit.of(appearance)
     elevation_deg = orbit.elevation_deg + rng.uniform(-level.elevation_deg, level.elevation_deg)
     log_factor = math.log(level.distance_factor)
     moved = CameraOrbit(
@@ -178,7 +178,7 @@ def _shift_camera(
         distance_m=orbit.distance_m * math.exp(rng.uniform(-log_factor, log_factor)),
     )
     return dataclasses.replace(
-        look,
+        appearance,
         camera=moved.position(),
         fovy_deg=EXTERNAL_CAMERA_FOV_Y_DEG + float(rng.uniform(-level.fovy_deg, level.fovy_deg)),
         has_four_walls=True,
@@ -186,16 +186,16 @@ def _shift_camera(
 
 
 def _shift_light(
-    look: SceneAppearance, level: LightLevel, rng: np.random.Generator
+    appearance: SceneAppearance, level: LightLevel, rng: np.random.Generator
 ) -> SceneAppearance:
     log_factor = math.log(level.brightness_factor)
     factor = math.exp(rng.uniform(-log_factor, log_factor))
     warmth = rng.uniform(-level.warmth, level.warmth)
     tint = np.array([1 + warmth, 1.0, 1 - warmth])
-    diffuse = np.clip(np.array(look.diffuse) * factor * tint, 0, 1)
-    ambient = np.clip(np.array(look.ambient) * factor * tint, 0, 1)
+    diffuse = np.clip(np.array(appearance.diffuse) * factor * tint, 0, 1)
+    ambient = np.clip(np.array(appearance.ambient) * factor * tint, 0, 1)
     return dataclasses.replace(
-        look,
+        appearance,
         light=light_from_above(rng),
         diffuse=(float(diffuse[0]), float(diffuse[1]), float(diffuse[2])),
         ambient=(float(ambient[0]), float(ambient[1]), float(ambient[2])),
@@ -203,11 +203,11 @@ def _shift_light(
 
 
 def _shift_background(
-    look: SceneAppearance, level: int, rng: np.random.Generator
+    appearance: SceneAppearance, level: int, rng: np.random.Generator
 ) -> SceneAppearance:
     surfaces = {}
     for name in SURFACES:
-        material, color = look.surfaces[name]
+        material, color = appearance.surfaces[name]
         if level == 1:
             color = color_near(color, BACKGROUND_COLOR_DISTANCE, rng)
         else:
@@ -215,7 +215,7 @@ def _shift_background(
         if level == 3:
             material = str(rng.choice(tuple(UNSEEN_TEXTURES)))
         surfaces[name] = (material, color)
-    return dataclasses.replace(look, surfaces=surfaces)
+    return dataclasses.replace(appearance, surfaces=surfaces)
 
 
 def _without_task_objects(scene: SceneSpec, kinds: Sequence[str]) -> tuple[str, ...]:
@@ -269,7 +269,9 @@ def describe_by_relation(scene: SceneSpec, index: int) -> str | None:
     Left and right are those of the external camera's picture. None where several objects fit.
     """
     lateral = _picture_coordinates(scene)
-    candidates = [i for i, thing in enumerate(scene.objects) if thing.kind in GRASPABLE]
+    candidates = [
+        i for i, scene_object in enumerate(scene.objects) if scene_object.kind in GRASPABLE
+    ]
     anchors = [i for i in range(len(scene.objects)) if i != index]
     for anchor in anchors:
         for word, sign in (("left", -1), ("right", 1)):
@@ -288,8 +290,8 @@ def _picture_coordinates(scene: SceneSpec) -> list[float]:
     backward = np.subtract(scene.appearance.camera, scene.appearance.target)
     right = np.array([-backward[1], backward[0]]) / math.hypot(backward[0], backward[1])
     coordinates = []
-    for thing in scene.objects:
-        offset = np.subtract(thing.position, scene.appearance.target)
+    for scene_object in scene.objects:
+        offset = np.subtract(scene_object.position, scene.appearance.target)
         coordinates.append(float(offset[0] * right[0] + offset[1] * right[1]))
     return coordinates
 

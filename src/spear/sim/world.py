@@ -22,7 +22,7 @@ from spear.sim.control import (
     PHYSICS_STEPS_PER_CONTROL_STEP,
     Servo,
 )
-from spear.sim.objects import OBJECT_KINDS, ObjectKind, Part
+from spear.sim.objects import OBJECT_KINDS, ObjectKind, Primitive
 from spear.sim.scene import SOURCE_INDEX, TARGET_INDEX, SceneAppearance, SceneObject, SceneSpec
 from spear.sim.textures import UNSEEN_TEXTURES, WILD_TEXTURES, draw_texture
 
@@ -233,13 +233,15 @@ def _measure_extent(kind: ObjectKind) -> tuple[Floats, Floats]:
     lows = []
     highs = []
     rotation = np.empty(9)
-    for part in kind.parts:
-        if not part.visible:
+    for primitive in kind.parts:
+        if not primitive.visible:
             continue
-        mujoco.mju_quat2Mat(rotation, _euler_to_quaternion(part.euler))
-        half = half_extent(_GEOM_TYPES[part.shape], np.array(part.size), rotation.reshape(3, 3))
-        lows.append(np.array(part.pos) - half)
-        highs.append(np.array(part.pos) + half)
+        mujoco.mju_quat2Mat(rotation, _euler_to_quaternion(primitive.euler))
+        half = half_extent(
+            _GEOM_TYPES[primitive.shape], np.array(primitive.size), rotation.reshape(3, 3)
+        )
+        lows.append(np.array(primitive.pos) - half)
+        highs.append(np.array(primitive.pos) + half)
     return np.min(lows, axis=0), np.max(highs, axis=0)
 
 
@@ -380,24 +382,28 @@ def _add_object(spec: mujoco.MjSpec, name: str, scene_object: SceneObject) -> No
     body = spec.worldbody.add_body(name=name, pos=scene_object.position, quat=scene_object.rotation)
     if not kind.fixed:
         body.add_freejoint()
-    num_solid = sum(part.solid for part in kind.parts)
-    for part in kind.parts:
-        mass = kind.mass / num_solid if part.solid else 0.0
-        _add_part(body, part, mass, part.color or scene_object.color)
+    num_solid = sum(primitive.solid for primitive in kind.parts)
+    for primitive in kind.parts:
+        mass = kind.mass / num_solid if primitive.solid else 0.0
+        _add_part(body, primitive, mass, primitive.color or scene_object.color)
 
 
-def _add_part(body: Any, part: Part, mass_kg: float, color: tuple[float, float, float]) -> None:
+def _add_part(
+    body: Any, primitive: Primitive, mass_kg: float, color: tuple[float, float, float]
+) -> None:
     geom = body.add_geom(
-        type=_GEOM_TYPES[part.shape], pos=part.pos, quat=_euler_to_quaternion(part.euler)
+        type=_GEOM_TYPES[primitive.shape],
+        pos=primitive.pos,
+        quat=_euler_to_quaternion(primitive.euler),
     )
-    geom.size[: len(part.size)] = part.size
+    geom.size[: len(primitive.size)] = primitive.size
     geom.rgba = [*color, 1.0]
-    geom.group = 0 if part.visible else HIDDEN_GROUP
+    geom.group = 0 if primitive.visible else HIDDEN_GROUP
     geom.mass = mass_kg
     geom.friction = (0.9, 0.02, 0.002)
     geom.condim = 4
-    geom.contype = 1 if part.solid else 0
-    geom.conaffinity = 3 if part.solid else 0
+    geom.contype = 1 if primitive.solid else 0
+    geom.conaffinity = 3 if primitive.solid else 0
 
 
 def _set_camera(model: mujoco.MjModel, appearance: SceneAppearance) -> None:

@@ -65,11 +65,11 @@ class CameraOrbit:
     distance_m: float
 
     @staticmethod
-    def of(look: SceneAppearance) -> "CameraOrbit":
+    def of(appearance: SceneAppearance) -> "CameraOrbit":
         """The orbit of the external camera of a scene."""
-        x, y, z = np.subtract(look.camera, look.target)
+        x, y, z = np.subtract(appearance.camera, appearance.target)
         return CameraOrbit(
-            target=look.target,
+            target=appearance.target,
             azimuth_deg=math.degrees(math.atan2(y, x)),
             elevation_deg=math.degrees(math.atan2(z, math.hypot(x, y))),
             distance_m=math.sqrt(x * x + y * y + z * z),
@@ -132,10 +132,10 @@ def place_in_world(scene: SceneSpec, name: str) -> SceneSpec:
         return dataclasses.replace(scene, appearance=_lab_look(scene.appearance, rng))
 
     rng = np.random.default_rng([_WILD_STREAM, *scene.family.encode(), scene.seed])
-    look = _wild_look(scene.appearance, rng)
+    appearance = _wild_look(scene.appearance, rng)
     num_clutter = int(rng.integers(0, 5))
-    things = add_clutter(scene.objects, TASK_FREE_KINDS, num_clutter, rng)
-    return dataclasses.replace(scene, appearance=look, objects=things)
+    objects = add_clutter(scene.objects, TASK_FREE_KINDS, num_clutter, rng)
+    return dataclasses.replace(scene, appearance=appearance, objects=objects)
 
 
 def without_robot(scene: SceneSpec) -> SceneSpec:
@@ -153,9 +153,9 @@ def add_clutter(
     result = list(objects)
     for _ in range(number):
         name = str(rng.choice(kinds))
-        thing = _find_free_place(name, result, rng)
-        if thing is not None:
-            result.append(thing)
+        scene_object = _find_free_place(name, result, rng)
+        if scene_object is not None:
+            result.append(scene_object)
     return tuple(result)
 
 
@@ -179,9 +179,9 @@ def light_from_above(rng: np.random.Generator) -> Vec3:
     return -horizontal * math.cos(azimuth), -horizontal * math.sin(azimuth), -height
 
 
-def _wild_look(look: SceneAppearance, rng: np.random.Generator) -> SceneAppearance:
-    orbit = CameraOrbit.of(look)
-    center = np.array(look.target) + rng.uniform(-0.06, 0.06, 3) * (1, 1, 0.5)
+def _wild_look(appearance: SceneAppearance, rng: np.random.Generator) -> SceneAppearance:
+    orbit = CameraOrbit.of(appearance)
+    center = np.array(appearance.target) + rng.uniform(-0.06, 0.06, 3) * (1, 1, 0.5)
     camera = CameraOrbit(
         target=(float(center[0]), float(center[1]), float(center[2])),
         azimuth_deg=orbit.azimuth_deg + rng.uniform(-60, 60),
@@ -195,7 +195,7 @@ def _wild_look(look: SceneAppearance, rng: np.random.Generator) -> SceneAppearan
     for _ in range(int(rng.integers(0, 3))):
         fill_lights.append((light_from_above(rng), color_near((0.2, 0.2, 0.2), 0.1, rng)))
     return dataclasses.replace(
-        look,
+        appearance,
         camera=camera.position(),
         target=camera.target,
         fovy_deg=float(rng.uniform(30, 65)),
@@ -210,9 +210,9 @@ def _wild_look(look: SceneAppearance, rng: np.random.Generator) -> SceneAppearan
     )
 
 
-def _lab_look(look: SceneAppearance, rng: np.random.Generator) -> SceneAppearance:
+def _lab_look(appearance: SceneAppearance, rng: np.random.Generator) -> SceneAppearance:
     """A laboratory: a wild world drawn once, with the camera where a person would mount it."""
-    wild = _wild_look(look, rng)
+    wild = _wild_look(appearance, rng)
     orbit = CameraOrbit.of(wild)
     target = (0.48, 0.01, 0.09)
     camera = CameraOrbit(
@@ -230,7 +230,7 @@ def _lab_look(look: SceneAppearance, rng: np.random.Generator) -> SceneAppearanc
 
 
 def _find_free_place(
-    name: str, others: list[SceneObject], rng: np.random.Generator
+    name: str, neighbors: list[SceneObject], rng: np.random.Generator
 ) -> SceneObject | None:
     """A place for an object where it touches no other; None after 30 attempts."""
     kind = OBJECT_KINDS[name]
@@ -239,9 +239,9 @@ def _find_free_place(
         x = float(rng.uniform(min_x, max_x))
         y = float(rng.uniform(min_y, max_y))
         is_free = True
-        for other in others:
-            distance = math.hypot(x - other.position[0], y - other.position[1])
-            if distance < kind.radius + OBJECT_KINDS[other.kind].radius + CLUTTER_GAP_M:
+        for neighbor in neighbors:
+            distance = math.hypot(x - neighbor.position[0], y - neighbor.position[1])
+            if distance < kind.radius + OBJECT_KINDS[neighbor.kind].radius + CLUTTER_GAP_M:
                 is_free = False
         if is_free:
             yaw = float(rng.uniform(-math.pi, math.pi))

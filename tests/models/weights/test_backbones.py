@@ -76,26 +76,26 @@ class TestPaliGemmaWithoutMoge:
         return publish_paligemma(make_paligemma(text_type), tmp_path / "paligemma", request.param)
 
     def test_computes_the_logits_of_the_published_model(self, folder: Path) -> None:
-        theirs = PaliGemmaForConditionalGeneration.from_pretrained(folder).eval()
-        ours = plan_backbones(folder, None, "tiny14").run()
+        their_model = PaliGemmaForConditionalGeneration.from_pretrained(folder).eval()
+        our_model = plan_backbones(folder, None, "tiny14").run()
 
-        logits, expected = compute_logits_of_both(ours, theirs, WIDTH_PX, HEIGHT_PX)
-        ours.set_attn_implementation("eager")
-        eager_logits, _ = compute_logits_of_both(ours, theirs, WIDTH_PX, HEIGHT_PX)
+        logits, expected = compute_logits_of_both(our_model, their_model, WIDTH_PX, HEIGHT_PX)
+        our_model.set_attn_implementation("eager")
+        eager_logits, _ = compute_logits_of_both(our_model, their_model, WIDTH_PX, HEIGHT_PX)
 
         assert logits.shape[-1] == NEW_END
         assert relative_error(logits[:, :NUM_ROWS], expected) < MAX_ERROR
         assert relative_error(eager_logits, logits) < MAX_ERROR
 
     def test_is_the_same_after_saving_and_loading(self, folder: Path, tmp_path: Path) -> None:
-        theirs = PaliGemmaForConditionalGeneration.from_pretrained(folder).eval()
-        ours = plan_backbones(folder, None, "tiny14").run()
+        their_model = PaliGemmaForConditionalGeneration.from_pretrained(folder).eval()
+        our_model = plan_backbones(folder, None, "tiny14").run()
 
-        ours.save_pretrained(tmp_path / "saved")
+        our_model.save_pretrained(tmp_path / "saved")
         loaded = weights.load(SpearVLMForConditionalGeneration, tmp_path / "saved")
 
-        logits, _ = compute_logits_of_both(ours, theirs, WIDTH_PX, HEIGHT_PX)
-        loaded_logits, _ = compute_logits_of_both(loaded, theirs, WIDTH_PX, HEIGHT_PX)
+        logits, _ = compute_logits_of_both(our_model, their_model, WIDTH_PX, HEIGHT_PX)
+        loaded_logits, _ = compute_logits_of_both(loaded, their_model, WIDTH_PX, HEIGHT_PX)
         assert torch.equal(loaded_logits, logits)
 
 
@@ -197,12 +197,12 @@ class TestCoordinateTokens:
         assert torch.equal(embeddings[num_known:end], expected)
 
     def test_repeat_with_their_seed(self, plan: Any) -> None:
-        first, same, other = [
+        first, same, other_seed = [
             plan.run(seed=seed).language_model.embed_tokens.weight for seed in (0, 0, 1)
         ]
 
         assert torch.equal(first, same)
-        assert not torch.equal(first, other)
+        assert not torch.equal(first, other_seed)
 
 
 class TestBfloat16:
@@ -250,17 +250,17 @@ class TestPolicyWithPi0:
     @pytest.fixture
     def models(self, tmp_path: Path, layout: str) -> tuple[Any, Any]:
         """Ours and theirs."""
-        theirs = make_pi0()
-        theirs.config.dit_config.rms_norm_eps = 1e-2 if layout == "transformers" else 1e-6
+        their_model = make_pi0()
+        their_model.config.dit_config.rms_norm_eps = 1e-2 if layout == "transformers" else 1e-6
         paligemma = make_paligemma()
-        paligemma.model.load_state_dict(theirs.model.vlm.state_dict())
+        paligemma.model.load_state_dict(their_model.model.vlm.state_dict())
         folder = publish_paligemma(paligemma, tmp_path / "paligemma", with_tokenizer=False)
         plan_backbones(folder, None, "tiny14").save(tmp_path / "vlm")
-        expert = publish_pi0(theirs, tmp_path / "pi0", layout)
-        ours = plan_policy(tmp_path / "vlm", expert, "linear14").run()
+        expert = publish_pi0(their_model, tmp_path / "pi0", layout)
+        our_model = plan_policy(tmp_path / "vlm", expert, "linear14").run()
         if layout == "transformers":
-            theirs = Pi0.from_pretrained(expert).eval()
-        return ours, theirs
+            their_model = Pi0.from_pretrained(expert).eval()
+        return our_model, their_model
 
     @pytest.fixture
     def inputs(self) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -269,24 +269,24 @@ class TestPolicyWithPi0:
         ids = torch.randint(3, 40, (BATCH, 6))
         mask = torch.ones_like(ids)
         mask[0, 4:] = 0
-        ours = {
+        our_model = {
             "pixel_values": {"external": images[:, 0], "wrist": images[:, 1]},
             "input_ids": ids,
             "attention_mask": mask,
         }
         image_mask = torch.ones(BATCH, 2 * 256, dtype=torch.long)
-        theirs = {
+        their_model = {
             "pixel_values": images / 127.5 - 1,
             "pixel_attention_mask": torch.ones(BATCH, 2, dtype=torch.bool),
             "input_ids": torch.cat([image_mask * IMAGE_TOKEN, ids], dim=1),
             "attention_mask": torch.cat([image_mask, mask], dim=1),
         }
-        return ours, theirs
+        return our_model, their_model
 
     def test_predicts_the_same_velocity(
         self, models: tuple[Any, Any], inputs: tuple[dict[str, Any], dict[str, Any]]
     ) -> None:
-        ours, theirs = models
+        our_model, their_model = models
         our_inputs, their_inputs = inputs
         state = torch.randn(BATCH, 10)
         noisy = torch.randn(BATCH, TINY.horizon, 8)
@@ -294,24 +294,24 @@ class TestPolicyWithPi0:
 
         with torch.no_grad():
             # π0's time and velocity point the other way.
-            output = theirs(state=state, noise=noisy, timestep=1 - tau, **their_inputs)
-            prefix = ours.encode_prefix(**our_inputs)
-            velocity = ours.predict(prefix, state, Action.from_vector(noisy), tau)
+            output = their_model(state=state, noise=noisy, timestep=1 - tau, **their_inputs)
+            prefix = our_model.encode_prefix(**our_inputs)
+            velocity = our_model.predict(prefix, state, Action.from_vector(noisy), tau)
 
         assert relative_error(velocity.to_vector(), -output.logits) < MAX_ERROR
 
     def test_samples_the_same_actions(
         self, models: tuple[Any, Any], inputs: tuple[dict[str, Any], dict[str, Any]]
     ) -> None:
-        ours, theirs = models
+        our_model, their_model = models
         our_inputs, their_inputs = inputs
         state = torch.randn(BATCH, 10)
         noise = torch.randn(BATCH, TINY.horizon, 8)
 
         expected = Action.from_vector(
-            theirs.sample_actions(state=state, noise=noise, num_steps=4, **their_inputs)
+            their_model.sample_actions(state=state, noise=noise, num_steps=4, **their_inputs)
         )
-        sampled = ours.sample_actions(
+        sampled = our_model.sample_actions(
             **our_inputs, state=state, steps=4, noise=Action.from_vector(noise)
         )
 
@@ -370,14 +370,14 @@ class TestNewExpert:
     def test_is_drawn_anew_with_each_seed(self, vlm_folder: Path) -> None:
         plan = plan_policy(vlm_folder, size="tiny14")
 
-        first, same, other = [plan.run(seed=seed).state_dict() for seed in (0, 0, 1)]
+        first, same, other_seed = [plan.run(seed=seed).state_dict() for seed in (0, 0, 1)]
 
         for key in plan.report.with_status("new"):
             assert torch.equal(first[key.name], same[key.name])
             if key.note.startswith("N("):
-                assert not torch.equal(first[key.name], other[key.name]), key.name
+                assert not torch.equal(first[key.name], other_seed[key.name]), key.name
             else:
-                assert torch.equal(first[key.name], other[key.name])
+                assert torch.equal(first[key.name], other_seed[key.name])
                 assert not first[key.name].any(), key.name
 
     def test_has_the_spread_that_the_report_says(self, vlm_folder: Path) -> None:

@@ -393,10 +393,10 @@ def _multiply_normalized(
     norm(x) W₁ᵀ = (scaled W₁ᵀ) / √(Σ squares / D + eps), and the same for W₂.
     """
     _wait_for_previous_kernel(LAUNCHES_EARLY)
-    part = tl.arange(0, PADDED_SQUARE_PARTS)[:, None]
+    part_index = tl.arange(0, PADDED_SQUARE_PARTS)[:, None]
     squares = tl.load(
-        squares_ptr + part * PADDED_ROWS + tl.arange(0, PADDED_ROWS)[None, :],
-        mask=part < num_square_parts,
+        squares_ptr + part_index * PADDED_ROWS + tl.arange(0, PADDED_ROWS)[None, :],
+        mask=part_index < num_square_parts,
         other=0.0,
     )
 

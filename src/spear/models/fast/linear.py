@@ -150,8 +150,8 @@ class FusedLinear:
             if has_bias:
                 self.bias = _share_storage([layer.bias for layer in plain_layers])
         elif packed and _HAS_ONEDNN and first.dtype in _ONEDNN_DTYPES:
-            whole = torch.cat(weights) if len(weights) > 1 else first.contiguous()
-            self.weight = torch.ops.mkldnn._reorder_linear_weight(whole, None)
+            joint_weight = torch.cat(weights) if len(weights) > 1 else first.contiguous()
+            self.weight = torch.ops.mkldnn._reorder_linear_weight(joint_weight, None)
             if has_bias:
                 self.bias = torch.cat([layer.bias for layer in plain_layers])
         else:
@@ -181,11 +181,11 @@ def _share_storage(weights: Sequence[Tensor]) -> Tensor:
     if _are_consecutive(weights):
         return first.detach().as_strided((num_rows, *first.shape[1:]), first.stride())
 
-    whole = torch.cat([weight.detach() for weight in weights])
-    parts = whole.split([weight.shape[0] for weight in weights])
-    for weight, part in zip(weights, parts, strict=True):
-        weight.data = part
-    return whole
+    joint_weight = torch.cat([weight.detach() for weight in weights])
+    row_blocks = joint_weight.split([weight.shape[0] for weight in weights])
+    for weight, row_block in zip(weights, row_blocks, strict=True):
+        weight.data = row_block
+    return joint_weight
 
 
 def _are_consecutive(weights: Sequence[Tensor]) -> bool:

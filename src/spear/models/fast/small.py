@@ -44,8 +44,8 @@ class PairedKVCache(StaticKVCache):
         """Make a window whose `new_key_values` are complex, [2, B, tokens, kv heads, d / 2]."""
         window = super().make_window(start, blocks)
         complex_places = []
-        for place in window.new_key_values:
-            pairs = place.unflatten(-1, (-1, 2))
+        for key_values in window.new_key_values:
+            pairs = key_values.unflatten(-1, (-1, 2))
             complex_places.append(torch.view_as_complex(pairs).transpose(2, 3))
         return replace(window, new_key_values=complex_places)
 
@@ -220,8 +220,8 @@ def make_small_stack(model: GemmaModel | Gemma2Model) -> SmallLayerStack | None:
         if weight.numel() >= MAX_CACHED_ELEMENTS:
             return None
     for layer in layers:
-        for part in (*layer.self_attn.children(), *layer.mlp.children()):
-            if not isinstance(part, GELUTanh) and not is_plain_linear(part):
+        for module in (*layer.self_attn.children(), *layer.mlp.children()):
+            if not isinstance(module, GELUTanh) and not is_plain_linear(module):
                 return None
     return SmallLayerStack(model)
 

@@ -100,9 +100,11 @@ def plan_policy(
 
     # The new model without numbers: which weights it wants.
     with torch.device("meta"):
-        wanted = Spear1ForActionPrediction(copy.deepcopy(config)).state_dict()
-    wanted_of_vlm = {name: w for name, w in wanted.items() if name.startswith("vlm.")}
-    wanted_of_expert = {name: w for name, w in wanted.items() if not name.startswith("vlm.")}
+        expected_weights = Spear1ForActionPrediction(copy.deepcopy(config)).state_dict()
+    wanted_of_vlm = {name: w for name, w in expected_weights.items() if name.startswith("vlm.")}
+    wanted_of_expert = {
+        name: w for name, w in expected_weights.items() if not name.startswith("vlm.")
+    }
 
     # Which of them the VLM has.
     vlm_names = {f"vlm.{name}": name for name in stored_vlm.weights}
@@ -198,12 +200,12 @@ def _read_expert_fields(pi0: _Pi0, head_dim: int) -> dict[str, Any]:
 
 
 def _plan_pi0(
-    wanted: Mapping[str, Tensor], pi0: _Pi0, config: Spear1Config
+    expected_weights: Mapping[str, Tensor], pi0: _Pi0, config: Spear1Config
 ) -> tuple[list[WeightStatus], list[WeightReader]]:
     """Plan the weights of π0's expert: what becomes of them, and what reads them."""
     new_layers = _find_new_layers(pi0, config)
-    new_names = [name for name in wanted if name.split(".")[0] in new_layers]
-    wanted_of_pi0 = {name: w for name, w in wanted.items() if name not in new_names}
+    new_names = [name for name in expected_weights if name.split(".")[0] in new_layers]
+    wanted_of_pi0 = {name: w for name, w in expected_weights.items() if name not in new_names}
     keys, loaded_names = match_weights(wanted_of_pi0, pi0.stored, pi0.names, "π0")
 
     # The output layer is negated.
@@ -220,10 +222,10 @@ def _plan_pi0(
     ]
 
     # Layers for other states or actions are new, and π0's are left out.
-    keys += [_report_new(name, wanted[name], config) for name in new_names]
+    keys += [_report_new(name, expected_weights[name], config) for name in new_names]
     leftover_names = {}
     for our_name, stored_name in pi0.names.items():
-        if our_name not in wanted or our_name in new_names:
+        if our_name not in expected_weights or our_name in new_names:
             leftover_names[our_name] = stored_name
     reasons = dict.fromkeys(new_names, "its states and actions mean other numbers")
     unused = {**reasons, **UNUSED_WEIGHTS}

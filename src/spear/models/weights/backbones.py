@@ -140,12 +140,12 @@ def plan_backbones(
     # The new model without numbers: which weights it wants.
     with torch.device("meta"):
         model = SpearVLMForConditionalGeneration(copy.deepcopy(config))
-    wanted = model.state_dict()
+    expected_weights = model.state_dict()
 
     # Which of them PaliGemma has.
     wanted_of_paligemma = {
         name: weight
-        for name, weight in wanted.items()
+        for name, weight in expected_weights.items()
         if not name.startswith("moge") and name != EMBEDDINGS
     }
     keys, loaded_names = match_weights(wanted_of_paligemma, stored, stored_names, "PaliGemma")
@@ -159,7 +159,7 @@ def plan_backbones(
     # Which of them MoGe has. It is read first, while there is room for its float32 copy.
     if encoder_checkpoint is not None and model.moge is not None:
         keys += _report_moge(model.moge, encoder_checkpoint)
-        keys += _report_new_projector(wanted, config)
+        keys += _report_new_projector(expected_weights, config)
         readers.insert(0, _make_moge_reader(config, encoder_checkpoint.path))
         sources["MoGe"] = describe_source(str(moge), encoder_checkpoint.path.parent)
 
@@ -168,13 +168,15 @@ def plan_backbones(
         head_shape = stored.weights[vocabulary.head_name].shape
         reason = "tied to the token embeddings"
         keys.append(WeightStatus(vocabulary.head_name, head_shape, "left out", reason))
-    leftover_names = {our: name for our, name in stored_names.items() if our not in wanted}
+    leftover_names = {
+        our: name for our, name in stored_names.items() if our not in expected_weights
+    }
     keys += report_unused_weights(leftover_names, stored, UNUSED_WEIGHTS, "SPEAR-VLM")
 
     return Conversion(
         model_class=SpearVLMForConditionalGeneration,
         config=config,
-        report=ConversionReport(_sort_like_model(keys, wanted)),
+        report=ConversionReport(_sort_like_model(keys, expected_weights)),
         readers=readers,
         dtype=stored.precision([vocabulary.name, *loaded_names.values()]),
         sources=sources,
@@ -183,10 +185,10 @@ def plan_backbones(
 
 
 def _sort_like_model(
-    keys: Sequence[WeightStatus], wanted: Mapping[str, Tensor]
+    keys: Sequence[WeightStatus], expected_weights: Mapping[str, Tensor]
 ) -> list[WeightStatus]:
     """Sort by the order of the model's weights; others stay at the end."""
-    order = {name: index for index, name in enumerate(wanted)}
+    order = {name: index for index, name in enumerate(expected_weights)}
 
     def position(key: WeightStatus) -> int:
         whole_name = key.name.split("[")[0]
@@ -353,8 +355,8 @@ def _check_head(
     is_equal = stored.weights[head_name].shape == embeddings.shape
     if is_equal:
         is_equal = all(
-            torch.equal(piece.to(embeddings.dtype), embeddings[place])
-            for place, piece in stored.pieces(head_name)
+            torch.equal(piece.to(embeddings.dtype), embeddings[row_range])
+            for row_range, piece in stored.pieces(head_name)
         )
     if not is_equal:
         raise SpearError(
@@ -390,13 +392,13 @@ def _explain_unused_moge_weight(name: str) -> str:
 
 
 def _report_new_projector(
-    wanted: Mapping[str, Tensor], config: SpearVLMConfig
+    expected_weights: Mapping[str, Tensor], config: SpearVLMConfig
 ) -> list[WeightStatus]:
     initializations = {"weight": f"N(0, {config.initializer_range}²)", "bias": "0"}
     keys = []
-    for part, initialization in initializations.items():
-        name = f"moge_projector.linear.{part}"
-        keys.append(WeightStatus(name, tuple(wanted[name].shape), "new", initialization))
+    for layer_part, initialization in initializations.items():
+        name = f"moge_projector.linear.{layer_part}"
+        keys.append(WeightStatus(name, tuple(expected_weights[name].shape), "new", initialization))
     return keys
 
 

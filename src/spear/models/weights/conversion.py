@@ -84,7 +84,7 @@ class ConversionReport:
         """Return the weights of these statuses."""
         return [key for key in self.keys if key.status in statuses]
 
-    def check(self, where: str) -> None:
+    def check(self, source: str) -> None:
         """Raise `SpearError` when weights are missing or refused: how many, and the first of
         each."""
         problems = []
@@ -98,7 +98,7 @@ class ConversionReport:
                 )
         if problems:
             raise SpearError(
-                f"checkpoint does not fit: {where}: {'; '.join(problems)}."
+                f"checkpoint does not fit: {source}: {'; '.join(problems)}."
                 " Compare it with `spear convert expected`, or report this line."
             )
 
@@ -254,49 +254,49 @@ class Conversion(Generic[ModelT]):
         """
         check_new_folder(folder)
         self.check()
-        part = folder.with_name(f".part-{folder.name}-{os.getpid()}")
+        partial_folder = folder.with_name(f".part-{folder.name}-{os.getpid()}")
         try:
-            shutil.rmtree(part, ignore_errors=True)
-            part.mkdir(parents=True)
-            self._check_disk_space(part, dtype or self.dtype)
+            shutil.rmtree(partial_folder, ignore_errors=True)
+            partial_folder.mkdir(parents=True)
+            self._check_disk_space(partial_folder, dtype or self.dtype)
             model = self.run(dtype, seed)
-            self._write(model, part, folder.name, seed, save_more)
+            self._write(model, partial_folder, folder.name, seed, save_more)
             shutil.rmtree(folder, ignore_errors=True)
-            part.replace(folder)
+            partial_folder.replace(folder)
         except (OSError, SafetensorError) as error:
             raise SpearError(
                 f"cannot write {folder}: {summarize_error(error)}. Give another folder."
             ) from error
         finally:
-            shutil.rmtree(part, ignore_errors=True)
+            shutil.rmtree(partial_folder, ignore_errors=True)
         return model
 
-    def _check_disk_space(self, part: Path, dtype: torch.dtype) -> None:
+    def _check_disk_space(self, partial_folder: Path, dtype: torch.dtype) -> None:
         needed_bytes = self.report.num_parameters() * dtype.itemsize
-        free_bytes = shutil.disk_usage(part).free
+        free_bytes = shutil.disk_usage(partial_folder).free
         if free_bytes < needed_bytes:
             raise SpearError(
-                f"no room for {part.parent}: {needed_bytes / 1e9:.1f} GB to be written,"
+                f"no room for {partial_folder.parent}: {needed_bytes / 1e9:.1f} GB to be written,"
                 f" {free_bytes / 1e9:.1f} GB free. Make room, or give another folder."
             )
 
     def _write(
         self,
         model: ModelT,
-        part: Path,
+        partial_folder: Path,
         name: str,
         seed: int,
         save_more: Callable[[Path], Any] | None,
     ) -> None:
         with quiet_transformers():
-            model.save_pretrained(part, max_shard_size=MAX_SHARD_SIZE)
+            model.save_pretrained(partial_folder, max_shard_size=MAX_SHARD_SIZE)
         if self.tokenizer is not None:
-            self.tokenizer.save_pretrained(part)
+            self.tokenizer.save_pretrained(partial_folder)
         if save_more is not None:
-            save_more(part)
+            save_more(partial_folder)
         source_folders = [Path(source) for source in self.sources.values()]
         write_provenance(
-            part,
+            partial_folder,
             {
                 "converted": dict(self.sources),
                 "dtype": str(model.dtype).removeprefix("torch."),
@@ -304,7 +304,7 @@ class Conversion(Generic[ModelT]):
                 "simulator_only": all(map(is_simulator_only, source_folders)),
             },
         )
-        (part / "README.md").write_text(self._make_card(name), encoding="utf-8")
+        (partial_folder / "README.md").write_text(self._make_card(name), encoding="utf-8")
 
     def _make_card(self, name: str) -> str:
         """Return the README.md, with the header that the Hub reads. The license is that of
@@ -336,15 +336,15 @@ class Conversion(Generic[ModelT]):
 
 
 def match_weights(
-    wanted: Mapping[str, Tensor], shards: StoredCheckpoint, stored: Mapping[str, str], where: str
+    expected: Mapping[str, Tensor], shards: StoredCheckpoint, stored: Mapping[str, str], source: str
 ) -> tuple[list[WeightStatus], dict[str, str]]:
     """Find the weights of a model in a checkpoint.
 
     Args:
-        wanted: Our names -> tensors, whose shapes count (the meta device will do).
+        expected: Our names -> tensors, whose shapes count (the meta device will do).
         shards: The checkpoint.
         stored: Its names, renamed to ours -> names in `shards`.
-        where: The checkpoint, for the notes.
+        source: The checkpoint, for the notes.
 
     Returns:
         The status of each (loaded, missing, or refused for its shape), and the names of the loaded
@@ -355,10 +355,10 @@ def match_weights(
     """
     keys: list[WeightStatus] = []
     loaded_names: dict[str, str] = {}
-    for our_name, tensor in wanted.items():
+    for our_name, tensor in expected.items():
         shape = tuple(tensor.shape)
         if our_name not in stored:
-            keys.append(WeightStatus(our_name, shape, "missing", f"not in {where}"))
+            keys.append(WeightStatus(our_name, shape, "missing", f"not in {source}"))
             continue
         stored_name = stored[our_name]
         shards.dtype(stored_name)  # raises for quantized weights
@@ -367,13 +367,13 @@ def match_weights(
             note = f"its shape is {list(stored_shape)}, its config says {list(shape)}"
             keys.append(WeightStatus(stored_name, stored_shape, "refused", note))
         else:
-            keys.append(WeightStatus(our_name, shape, "loaded", f"{where}: {stored_name}"))
+            keys.append(WeightStatus(our_name, shape, "loaded", f"{source}: {stored_name}"))
             loaded_names[our_name] = stored_name
     return keys, loaded_names
 
 
 def report_unused_weights(
-    stored: Mapping[str, str], shards: StoredCheckpoint, unused: Mapping[str, str], what: str
+    stored: Mapping[str, str], shards: StoredCheckpoint, unused: Mapping[str, str], model_name: str
 ) -> Iterator[WeightStatus]:
     """Report the weights that the new model has no place for.
 
@@ -383,7 +383,7 @@ def report_unused_weights(
         stored: Their names, renamed to ours -> names in `shards`.
         shards: The checkpoint.
         unused: Patterns of the beginnings of our names -> why such weights are of no use.
-        what: The model, for the note of refused weights.
+        model_name: The model, for the note of refused weights.
     """
     for our_name, stored_name in stored.items():
         shape = shards.weights[stored_name].shape
@@ -391,7 +391,7 @@ def report_unused_weights(
         if reason is not None:
             yield WeightStatus(stored_name, shape, "left out", reason)
         else:
-            yield WeightStatus(stored_name, shape, "refused", f"{what} has no such weight")
+            yield WeightStatus(stored_name, shape, "refused", f"{model_name} has no such weight")
 
 
 def _find_reason(name: str, unused: Mapping[str, str]) -> str | None:
@@ -408,9 +408,9 @@ def _module_name(weight_name: str) -> str:
     """The module that a weight belongs to: its first name, of the two Gemmas the first two."""
     inner_name = weight_name.removeprefix("vlm.")
     prefix = weight_name[: len(weight_name) - len(inner_name)]
-    parts = inner_name.split("[")[0].split(".")
-    depth = 2 if parts[0] in ("language_model", "expert") else 1
-    return prefix + ".".join(parts[:depth])
+    name_parts = inner_name.split("[")[0].split(".")
+    depth = 2 if name_parts[0] in ("language_model", "expert") else 1
+    return prefix + ".".join(name_parts[:depth])
 
 
 def _join_numbers(first: str, last: str) -> str:

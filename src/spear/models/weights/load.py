@@ -101,7 +101,7 @@ def _check_loading_info(loading_info: Mapping[str, Any], folder: Path) -> None:
         )
 
 
-def check_finite(model: nn.Module, where: str) -> None:
+def check_finite(model: nn.Module, source: str) -> None:
     """Raise `SpearError`, which names the first, when a weight is NaN or infinite."""
     for name, weight in model.state_dict().items():
         if weight.numel() == 0:
@@ -109,7 +109,7 @@ def check_finite(model: nn.Module, where: str) -> None:
         smallest, largest = weight.aminmax()
         if not smallest.isfinite() or not largest.isfinite():
             raise SpearError(
-                f"{where}: {name} contains NaN or infinity. Copy it again, or give another dtype."
+                f"{source}: {name} contains NaN or infinity. Copy it again, or give another dtype."
             )
 
 
@@ -185,17 +185,17 @@ class StoredCheckpoint:
     weights: Mapping[str, StoredTensor]
 
     @staticmethod
-    def open(name: Path | str, what: str) -> "StoredCheckpoint":
+    def open(name: Path | str, checkpoint_kind: str) -> "StoredCheckpoint":
         """List the weights of a local folder, or of a repository on the Hub.
 
         Args:
             name: The folder, or the name on the Hub.
-            what: The kind of checkpoint, for the messages.
+            checkpoint_kind: The kind of checkpoint, for the messages.
 
         Raises:
             SpearError: If it is not found, incomplete or broken.
         """
-        folder = find_checkpoint(name, what)
+        folder = find_checkpoint(name, checkpoint_kind)
         weights: dict[str, StoredTensor] = {}
         for file in _find_weight_files(folder):
             for key, tensor in _list_tensors(file).items():
@@ -278,14 +278,14 @@ class StoredCheckpoint:
         row_bytes = max(1, math.prod(tensor.shape[1:]) * 4)
         rows_per_piece = max(1, MAX_READ_BYTES // row_bytes)
         for begin in range(0, tensor.shape[0], rows_per_piece):
-            place = slice(begin, begin + rows_per_piece)
+            row_range = slice(begin, begin + rows_per_piece)
             with safe_open(tensor.file, framework="pt") as opened:
-                yield place, opened.get_slice(key)[place]
+                yield row_range, opened.get_slice(key)[row_range]
 
     def read_into(self, key: str, out: Tensor) -> Tensor:
         """Read a weight, piece by piece, into a tensor of its shape, and return that."""
-        for place, piece in self.pieces(key):
-            out[place].copy_(piece)
+        for row_range, piece in self.pieces(key):
+            out[row_range].copy_(piece)
         return out
 
 
@@ -316,8 +316,10 @@ def _list_tensors(file: Path) -> dict[str, StoredTensor]:
     try:
         with safe_open(file, framework="pt") as opened:
             for key in opened.keys():  # noqa: SIM118
-                part = opened.get_slice(key)
-                tensors[key] = StoredTensor(file, tuple(part.get_shape()), part.get_dtype())
+                tensor_slice = opened.get_slice(key)
+                tensors[key] = StoredTensor(
+                    file, tuple(tensor_slice.get_shape()), tensor_slice.get_dtype()
+                )
     except (SafetensorError, OSError) as error:
         raise SpearError(f"broken checkpoint: {file}: {error}. Copy it again.") from error
     return tensors
@@ -378,27 +380,27 @@ def describe_tensor_differences(
             misshapen.append(f"{name} {list(present[name])}, not {list(shape)}")
 
     problems = []
-    for what, names in (
+    for checkpoint_kind, names in (
         ("missing", missing),
         ("unknown", unknown),
         ("of the wrong shape", misshapen),
     ):
         if names:
-            problems.append(f"weights {what}: {len(names)}, first {min(names)}")
+            problems.append(f"weights {checkpoint_kind}: {len(names)}, first {min(names)}")
     return "; ".join(problems)
 
 
 # --- Where checkpoints are ---
 
 
-def find_checkpoint(name: Path | str, what: str) -> Path:
+def find_checkpoint(name: Path | str, checkpoint_kind: str) -> Path:
     """Return the folder of a checkpoint: a local one, or the cached one of a name on the Hub."""
     folder = Path(name)
     if folder.is_dir():
         return folder
     if folder.exists() or not is_hub_name(str(name)):
         raise SpearError(
-            f"{what} not found: {folder}."
+            f"{checkpoint_kind} not found: {folder}."
             " Give its folder (config.json and safetensors), or its name on the Hub."
         )
     return download_from_hub(str(name), "a local folder")
