@@ -3,9 +3,9 @@
     python -m experiments.committed_prefix_error POLICY EPISODES [--delay 1]
 
 For policies trained with `--set committed=N`. Steps of recorded episodes are asked about twice with
-the same noise: with the next actions as they were demonstrated, and with the last of them moved by a
-few millimeters at random. Printed is the fraction of that error that the next action takes back (1 is
-all of it), by least squares.
+the same noise: with the next actions as they were demonstrated, and with the last of them moved by
+a few millimeters at random. Printed is the fraction of that error that the next action takes back
+(1 is all of it), by least squares.
 """
 
 from __future__ import annotations

@@ -2,10 +2,10 @@
 
     python -m experiments.cpu_matrix_products
 
-`spear.models.fast.linear` chooses by the result. Printed are microseconds per product on one thread,
-the best of some rounds, as PyTorch's own / PyTorch's with weights as [in, out] / oneDNN's / oneDNN's
-with its own weight layout. Like the layers of a network, the weights take turns: 50 MB of them in
-float32, more than a core's own caches hold.
+`spear.models.fast.linear` chooses by the result. Printed are microseconds per product on one
+thread, the best of some rounds, as PyTorch's own / PyTorch's with weights as [in, out] / oneDNN's /
+oneDNN's with its own weight layout. Like the layers of a network, the weights take turns: 50 MB of
+them in float32, more than a core's own caches hold.
 """
 
 from __future__ import annotations

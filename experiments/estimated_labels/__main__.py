@@ -1,20 +1,24 @@
-"""What estimated labels cost SPEAR-VLM: the same scenes, labelled from the truth and by the estimated path.
+"""What estimated labels cost SPEAR-VLM: the same scenes, labelled from the truth and by the
+estimated path.
 
-    python -m experiments.estimated_labels make --scenes 13056 --out runs/proof    # prints what to run next
-    python -m experiments.estimated_labels table --out runs/proof
+    python -m experiments.estimated_labels make --scenes 13056 --out runs/proof    # prints what to
+    run next python -m experiments.estimated_labels table --out runs/proof
 
-`make` writes OUT/true and OUT/estimated, as `spear train --labels` reads them. The estimated path is the
-pipeline that labels photographs, fed with stand-ins for its models, whose errors depend on the image alone:
+`make` writes OUT/true and OUT/estimated, as `spear train --labels` reads them. The estimated path
+is the pipeline that labels photographs, fed with stand-ins for its models, whose errors depend on
+the image alone:
 
     boxes   some objects are not found, the edges of the others are off by about a pixel
     masks   grown or shrunk by a pixel, the same all over an image
-    depth   blurred over outlines, noisy, bent, and of a scale that is off: see `accuracy.make_wrong_depth`
+    depth   blurred over outlines, noisy, bent, and of a scale that is off: see
+            `accuracy.make_wrong_depth`
     gravity unknown, as in a photograph
 
-Names are true: a detector that mixes things up is not part of this. Labels are in metres, as MoGe-2 gives
-them, so that models trained on either can be asked the same questions in metres. Depth images under
-OUT/…/depth are true in
-both: they belong to stage 0, which the two trainings share, as they share the bins of the 3D tokens.
+Names are true: a detector that mixes things up is not part of this. Labels are in metres, as MoGe-2
+gives them, so that models trained on either can be asked the same questions in metres. Depth images
+under OUT/…/depth are true in
+both: they belong to stage 0, which the two trainings share, as they share the bins of the 3D
+    tokens.
 """
 
 from __future__ import annotations
@@ -92,7 +96,9 @@ class EitherMasks:
 
 @dataclasses.dataclass
 class WrongDepth:
-    """True depth with the errors of a network; its scale is off by `most_scale` at most, either way."""
+    """True depth with the errors of a network; its scale is off by `most_scale` at most, either
+    way.
+    """
 
     most_scale: float
     name: str = "wrong-depth"
@@ -125,7 +131,8 @@ def make(
     init: str = "nano-vlm-0",
     moge: str = "nano-depth",
 ) -> None:
-    """Label scenes both ways, say how true the labels are, and print the commands that train on them.
+    """Label scenes both ways, say how true the labels are, and print the commands that train on
+    them.
 
     Args:
         out: folder to write to; an interrupted run continues.

@@ -1,18 +1,22 @@
-"""Which loss teaches a rotation's flow: the paper's cosine, the cosine of directions, squared errors; and δ.
+"""Which loss teaches a rotation's flow: the paper's cosine, the cosine of directions, squared
+errors; and δ.
 
-    python -m experiments.flow_losses --out runs/flow-losses              # prints the table; continues
-    python -m experiments.flow_losses --out runs/flow-losses --steps 12000 --losses cosine-0.1 mse
+    python -m experiments.flow_losses --out runs/flow-losses              # prints the table;
+    continues python -m experiments.flow_losses --out runs/flow-losses --steps 12000 --losses
+    cosine-0.1 mse
 
-A small conditional problem: three numbers decide where a translation, a rotation and a gripper are (smooth
-random functions, other ones for every seed), and an MLP learns the flow there, by `spear.flow` from the noise
-to the ten Euler steps. Rotations are small (about 0.1 rad, a robot's at 5 Hz) or large (about 1.5 rad); what
-is asked has one answer or two, of which one is given three times in ten.
+A small conditional problem: three numbers decide where a translation, a rotation and a gripper are
+(smooth random functions, other ones for every seed), and an MLP learns the flow there, by
+`spear.flow` from the noise to the ten Euler steps. Rotations are small (about 0.1 rad, a robot's at
+5 Hz) or large (about 1.5 rad); what is asked has one answer or two, of which one is given three
+times in ten.
 
-A number is the median over draws of the angle to the nearest answer, mrad; its mean over the seeds with the
-95 % interval of Student's t. "rarer": the share of draws that end at the rarer answer, in per cent (30 is
-right). "speed": the median of the predicted velocity's length over the true one's (one answer, large turns).
-"translation": the median distance to the answer, in thousandths of its standard deviation. All problems
-and seeds train at once; a loss whose file is in OUT is not trained again.
+A number is the median over draws of the angle to the nearest answer, mrad; its mean over the seeds
+with the 95 % interval of Student's t. "rarer": the share of draws that end at the rarer answer, in
+per cent (30 is right). "speed": the median of the predicted velocity's length over the true one's
+(one answer, large turns). "translation": the median distance to the answer, in thousandths of its
+standard deviation. All problems and seeds train at once; a loss whose file is in OUT is not trained
+again.
 """
 
 from __future__ import annotations
@@ -83,18 +87,19 @@ LOSSES: Mapping[str, FlowConfig] = {
     "clean-cosine-x200": FlowConfig(prediction="clean", geodesic_weight=0, rotation_weight=200),
     "clean-chord": FlowConfig(prediction="clean"),
 }
-"""By name: kind, δ ("rest": all of 1 - τ; none: no geodesic term), and weights other than 1, of the geodesic
-term or of all that is said of rotations. The largest cost a missed turn of 0.1 rad alike. "slow" and
-"fast": the untrained network's velocities are a fifth and five times as long."""
+"""By name: kind, δ ("rest": all of 1 - τ; none: no geodesic term), and weights other than 1, of the
+geodesic term or of all that is said of rotations. The largest cost a missed turn of 0.1 rad alike.
+"slow" and "fast": the untrained network's velocities are a fifth and five times as long."""
 START = {"slow": 0.2, "fast": 5.0}
 
 
 @dataclass(frozen=True)
 class Problems:
-    """Smooth functions of what is asked, for M members: a wave per number of an answer, [M, 2, 3, 7].
+    """Smooth functions of what is asked, for M members: a wave per number of an answer, [M, 2, 3,
+    7].
 
-    turn [M, 1, 1, 1, 1]: the largest about an axis, rad. rarer [M, 1, 1, 1]: how often the second answer is
-    given; where it is 0, both are the same.
+    turn [M, 1, 1, 1, 1]: the largest about an axis, rad. rarer [M, 1, 1, 1]: how often the second
+    answer is given; where it is 0, both are the same.
     """
 
     frequencies: Tensor
@@ -104,7 +109,9 @@ class Problems:
 
     @classmethod
     def draw(cls, seeds: int, generator: torch.Generator) -> Problems:
-        """All of `PROBLEMS`, one after the other, with as many members of each as there are seeds."""
+        """All of `PROBLEMS`, one after the other, with as many members of each as there are
+        seeds.
+        """
         members = len(PROBLEMS) * seeds
         turn, rarer = torch.tensor(list(PROBLEMS.values())).repeat_interleave(seeds, 0).unbind(-1)
         frequencies = torch.randn(members, 2, 3, 7, generator=generator)
@@ -123,7 +130,9 @@ class Problems:
 
 
 class Networks(torch.nn.Module):
-    """One MLP per member, all at once: what is asked [M, B, 3], the state [M, B, 1, ·] and τ [M, B] in."""
+    """One MLP per member, all at once: what is asked [M, B, 3], the state [M, B, 1, ·] and τ [M, B]
+    in.
+    """
 
     def __init__(
         self,
@@ -152,7 +161,9 @@ class Networks(torch.nn.Module):
 def total(
     name: str, said: Action, noise: Action, data: Action, time: Tensor, config: FlowConfig
 ) -> Tensor:
-    """The loss of `spear.flow`; the paper's cosine as it is written is put in from the same velocities."""
+    """The loss of `spear.flow`; the paper's cosine as it is written is put in from the same
+    velocities.
+    """
     found, parts = flow.compute_loss(said, noise, data, time, config)
     if not name.startswith("as-written"):
         return found

@@ -1,16 +1,18 @@
-"""Where SPEAR-VLM's errors come from: the same questions about pictures that are shifted by a few pixels.
+"""Do SPEAR-VLM's errors come from where objects happen to lie in the image?
 
     python -m experiments.object_location.shifted_images [--model nano] [--images 100] [--pixels 8]
 
-Each held-out scene is asked about as it is, and shifted by so many pixels left, right, up and down (edges
-repeated); answers are moved back along the image at their depth. If the error came from what is seen, the
-mean of the five would be off as far as one. What it takes away depends on where things happen to lie in the
-network's patches. Errors of box centres: in all, along the ray, and across it; medians, resampled by image.
+Each held-out scene is asked about as it is, and shifted by some pixels left, right, up and down
+(with edges repeated). Answers are moved back along the image at their depth. If the errors came
+from what the image shows, the mean of the five answers would be off as far as one. What the mean
+takes away depends on where objects lie in the network's patches. Printed are errors of box centers,
+in total, along the ray, and across it: medians, resampled by image.
 """
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -26,70 +28,92 @@ from spear.policy import VlmBundle, load_vlm
 from spear.types import Array, LabeledImage, Question
 from spear.util.images import decode_image
 
-Asked = list[tuple[int, Question]]
+BATCH_SIZE = 32
+QUESTIONS_PER_IMAGE = 2
+
+BoxQuestions = list[tuple[int, Question]]
+"""(index of the image, question)."""
 
 
-def shifted(image: Array, right: int, down: int) -> Array:
-    """The picture [h, w, 3] with its contents moved, its edges repeated."""
-    rows, columns = (
-        np.arange(size) - by for size, by in zip(image.shape[:2], (down, right), strict=True)
-    )
-    return image[np.ix_(rows.clip(0, len(rows) - 1), columns.clip(0, len(columns) - 1))]
+def shift_image(image: Array, right: int, down: int) -> Array:
+    """The image [h, w, 3] with its contents moved by some pixels and its edges repeated."""
+    height, width = image.shape[:2]
+    rows = (np.arange(height) - down).clip(0, height - 1)
+    columns = (np.arange(width) - right).clip(0, width - 1)
+    return image[np.ix_(rows, columns)]
 
 
-def centres(
-    model: VlmBundle, labels: list[LabeledImage], asked: Asked, right: int, down: int
+def answer_box_centers(
+    model: VlmBundle,
+    labels: Sequence[LabeledImage],
+    questions: BoxQuestions,
+    right: int = 0,
+    down: int = 0,
 ) -> Array:
-    """[n, 3] of the boxes that are answered about shifted pictures, moved back."""
-    found = []
-    for start in range(0, len(asked), 32):
-        part = asked[start : start + 32]
-        images = [shifted(decode_image(labels[i].image), right, down) for i, _ in part]
-        answers = model.answer(images, [q.prompt for _, q in part], "box_vertices")
-        for (i, _), answer in zip(part, answers, strict=True):
-            camera = labels[i].intrinsics
-            points = np.array(answer.values).reshape(8, 3)
-            depth = points[:, 2:]
-            pixels = points @ camera.T / depth - [right, down, 0]
-            found.append((depth * np.linalg.solve(camera, pixels.T).T).mean(0))
-    return np.stack(found)
+    """The centers [n, 3] of the answered boxes in shifted images, moved back."""
+    centers = []
+    for start in range(0, len(questions), BATCH_SIZE):
+        batch = questions[start : start + BATCH_SIZE]
+        images = []
+        for index, _ in batch:
+            images.append(shift_image(decode_image(labels[index].image), right, down))
+        answers = model.answer(images, [question.prompt for _, question in batch], "box_vertices")
+        for (index, _), answer in zip(batch, answers, strict=True):
+            intrinsics = labels[index].intrinsics
+            vertices = np.array(answer.values).reshape(8, 3)
+            depth = vertices[:, 2:]
+            pixels = vertices @ intrinsics.T / depth - [right, down, 0]
+            centers.append((depth * np.linalg.solve(intrinsics, pixels.T).T).mean(0))
+    return np.stack(centers)
 
 
-def errors(said: Array, truth: Array) -> Array:
-    """[n, 3] mm: in all, along the ray and across it."""
-    off = 1000 * (said - truth)
+def true_box_centers(questions: BoxQuestions) -> Array:
+    """[n, 3]."""
+    centers = []
+    for _, question in questions:
+        centers.append(extract_numbers(question.segments).reshape(8, 3).mean(0))
+    return np.stack(centers)
+
+
+def print_errors(name: str, centers: Array, truth: Array, images: Sequence[int]) -> None:
+    """Print the errors of centers [n, 3] in millimeters, resampled by the image of each."""
+    offset_mm = 1000 * (centers - truth)
     ray = truth / np.linalg.norm(truth, axis=1, keepdims=True)
-    along = (off * ray).sum(1, keepdims=True)
-    across = np.linalg.norm(off - along * ray, axis=1)
-    return np.stack([np.linalg.norm(off, axis=1), np.abs(along[:, 0]), across], axis=1)
-
-
-def report(name: str, said: Array, truth: Array, owners: list[int]) -> None:
-    """Print the errors, resampled by the image that owns each."""
-    off = dict(zip(("all", "along", "across"), errors(said, truth).T, strict=True))
-    found = {k: bootstrap(group_by_image(owners, column)) for k, column in off.items()}
-    print(
-        f"{name:13}", ", ".join(f"{k} {estimate.to_text('.1f')}" for k, estimate in found.items())
-    )
+    along = (offset_mm * ray).sum(1, keepdims=True)
+    errors_mm = {
+        "all": np.linalg.norm(offset_mm, axis=1),
+        "along": np.abs(along[:, 0]),
+        "across": np.linalg.norm(offset_mm - along * ray, axis=1),
+    }
+    texts = []
+    for direction, values in errors_mm.items():
+        estimate = bootstrap(group_by_image(images, values))
+        texts.append(f"{direction} {estimate.to_text('.1f')}")
+    print(f"{name:13}", ", ".join(texts))
 
 
 def main(model: str = "nano", images: int = 100, pixels: int = 8) -> None:
     """Measure, and print a table.
 
     Args:
-        model: a SPEAR-VLM. images: held-out scenes. pixels: of the shift.
+        model: a SPEAR-VLM.
+        images: held-out scenes.
+        pixels: of the shift.
     """
     torch.set_num_threads(1)
     bundle = load_vlm(model)
-    labels = list(load_labeled_images("sim", images, "external", bundle.processor))
-    asked = generate_questions_by_family(labels, ("box_vertices",), 2, 0)["box_vertices"]
-    owners = [image for image, _ in asked]
-    truth = np.stack([extract_numbers(q.segments).reshape(8, 3).mean(0) for _, q in asked])
-    ways = [(0, 0), (pixels, 0), (-pixels, 0), (0, pixels), (0, -pixels)]
-    said = [centres(bundle, labels, asked, *way) for way in ways]
-    print(f"{len(asked)} questions about {images} scenes, shifts of {pixels} pixels; mm")
-    report("as it is", said[0], truth, owners)
-    report("mean of five", np.mean(said, axis=0), truth, owners)
+    labels = load_labeled_images("sim", images, "external", bundle.processor)
+    questions = generate_questions_by_family(labels, ("box_vertices",), QUESTIONS_PER_IMAGE, 0)
+    box_questions = questions["box_vertices"]
+    truth = true_box_centers(box_questions)
+    image_indices = [index for index, _ in box_questions]
+
+    answers = []
+    for right, down in ((0, 0), (pixels, 0), (-pixels, 0), (0, pixels), (0, -pixels)):
+        answers.append(answer_box_centers(bundle, labels, box_questions, right, down))
+    print(f"{len(box_questions)} questions about {images} scenes, shifts of {pixels} pixels; mm")
+    print_errors("as it is", answers[0], truth, image_indices)
+    print_errors("mean of five", np.mean(answers, axis=0), truth, image_indices)
 
 
 if __name__ == "__main__":

@@ -4,8 +4,8 @@
     python -m experiments.pressed_fingers runs/a --policy nano --family spoon_on_towel
 
 Failed episodes are run again. In each, the steps are counted at which the policy says "close", but
-the fingers, pressed on the table, stay open. Each episode is run alone, so rounding lets some of them
-succeed.
+the fingers, pressed on the table, stay open. Each episode is run alone, so rounding lets some of
+them succeed.
 """
 
 from __future__ import annotations

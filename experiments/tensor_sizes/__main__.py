@@ -3,8 +3,8 @@
     python -m experiments.tensor_sizes --labels runs/labels
 
 Compared are tensors as long as their longest question, and sizes filled up to few ones, as
-`spear train` does. Each variant runs in a process of its own, in turn. Measured is the processor time
-of a new batch and its step on one thread.
+`spear train` does. Each variant runs in a process of its own, in turn. Measured is the processor
+time of a new batch and its step on one thread.
 """
 
 from __future__ import annotations

@@ -1,13 +1,14 @@
-"""How many 3D tokens, and which: bins at quantiles (the paper) or equally wide, 256, 1,024 or 4,096 of them.
+"""How many 3D tokens, and which: bins at quantiles (the paper) or equally wide, 256, 1,024 or 4,096
+of them.
 
     python -m experiments.tokenizer quantise --labels runs/labels/external   # rounding alone
     python -m experiments.tokenizer commands --labels runs/labels            # what to train
     python -m experiments.tokenizer table --out runs/tokenizer               # the results
 
-All trainings start from the same stage 0 (which has not used its 3D tokens), with the same seed, data and
-steps. `coordinate_smoothing` is 2 bins at 1,024 and the same share of the bins at other counts. A command
-that is run again continues, or does nothing when it is done, as far as `spear train` does; those whose result
-is there are not printed.
+All trainings start from the same stage 0 (which has not used its 3D tokens), with the same seed,
+data and steps. `coordinate_smoothing` is 2 bins at 1,024 and the same share of the bins at other
+counts. A command that is run again continues, or does nothing when it is done, as far as `spear
+train` does; those whose result is there are not printed.
 """
 
 from __future__ import annotations
@@ -37,7 +38,9 @@ BINS = (256, 1024, 4096)
 SPACINGS: tuple[BinSpacing, ...] = get_args(BinSpacing)
 ARMS = [(spacing, bins) for spacing, bins in product(SPACINGS, BINS)]
 FAMILIES = ("box_vertices", "keypoint", "offset", "distance")
-"""Families whose numbers are points or distances: what rounding does to them can be said in one number."""
+"""Families whose numbers are points or distances: what rounding does to them can be said in one
+number.
+"""
 SMOOTHING = 2.0 / 1024
 app = SubcommandApp()
 Labels = Annotated[Path, tyro.conf.arg(metavar="FOLDER")]
@@ -47,7 +50,8 @@ Labels = Annotated[Path, tyro.conf.arg(metavar="FOLDER")]
 def quantise(
     labels: Labels = Path("runs/labels/external"), images: int = 1000, per_image: int = 8
 ) -> None:
-    """Fit bins to the answers about every other image, round those about the others, and print what is lost.
+    """Fit bins to the answers about every other image, round those about the others, and print what
+    is lost.
 
     Args:
         labels: folder of label shards.
@@ -122,8 +126,8 @@ def commands(
     steps: int = 2000,
     images: int = 300,
 ) -> None:
-    """Print what to run, one line per stage and tokenizer; a quiet machine takes about a quarter of an hour
-    for each.
+    """Print what to run, one line per stage and tokenizer; a quiet machine takes about a quarter of
+    an hour for each.
 
     Args:
         labels: folder of labelled images to learn from, with a sub-folder per view.

@@ -1,4 +1,4 @@
-"""Success over several training seeds on the same scenes: the mean, and the difference of two recipes.
+"""Success over several training seeds on the same scenes, and the difference of two recipes.
 
     python -m experiments.training_seeds --first runs/a1 runs/a2 runs/a3 --second runs/b1 runs/b2
 
