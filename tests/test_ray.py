@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from data_tiny import make_episode
-from labels_stand_ins import BoxSegmenter, SlopePointMap, engine, graph, photos
+from labels_stand_ins import BoxSegmenter, SlopePointMap, make_engine, make_factories, write_photos
 from refusals import refuses
 from spear.data.store.episode_store import write_episodes
 from spear.errors import SpearError
@@ -53,14 +53,16 @@ def read_files(folder: Path) -> dict[str, bytes]:
 
 
 def test_ray_finishes_what_the_local_engine_began_with_the_same_bytes(tmp_path: Path) -> None:
-    source = str(photos(tmp_path / "photos", NUM_PHOTOS))
+    source = str(write_photos(tmp_path / "photos", NUM_PHOTOS))
     labels = tmp_path / "labels"
-    label_folder(list_images(source), labels, engine(), {}, WORK)
+    label_folder(list_images(source), labels, make_engine(), {}, WORK)
     expected = read_files(labels)
     for number in (0, 2):
         (labels / f"labels-{number:05d}.parquet").unlink()
 
-    done = label_folder(list_images(source), labels, partial(run_ray, graph(), WORK), {}, WORK)
+    done = label_folder(
+        list_images(source), labels, partial(run_ray, make_factories(), WORK), {}, WORK
+    )
 
     assert done.num_before == 8
     assert done.num_done == NUM_PHOTOS
@@ -72,7 +74,7 @@ def make_detector_without_key() -> Any:
 
 
 def test_an_error_in_a_ray_worker_is_one_line_and_leaves_no_folder(tmp_path: Path) -> None:
-    source = str(photos(tmp_path / "photos", NUM_PHOTOS))
+    source = str(write_photos(tmp_path / "photos", NUM_PHOTOS))
     makers = (make_detector_without_key, BoxSegmenter, SlopePointMap)
     out = tmp_path / "labels"
 

@@ -11,8 +11,8 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from labels_scenes import random_frame
-from labels_stand_ins import BoxSegmenter, BrightDetector, SlopePointMap, photos
+from labels_scenes import make_random_frame
+from labels_stand_ins import BoxSegmenter, BrightDetector, SlopePointMap, write_photos
 from refusals import Command
 from rgbd_folders import write_scannet
 from spear.cli import main
@@ -119,7 +119,7 @@ def test_what_cannot_be_labeled_is_refused_with_a_way_out_and_leaves_nothing(
     monkeypatch.delenv("GEMINI_API_KEY", raising=False)
     monkeypatch.delenv("GOOGLE_API_KEY", raising=False)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    photos(tmp_path / "photos", 2, bad=False)
+    write_photos(tmp_path / "photos", 2, bad=False)
     (tmp_path / "bad.json").write_text("{}")
     files = set(tmp_path.iterdir())
 
@@ -135,7 +135,7 @@ def plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     speed = MachineSpeed(bytes_per_s=1e10, flops_per_s=1e11)
     monkeypatch.setattr("spear.doctor.measure_machine", lambda *_: speed)
-    folder = photos(tmp_path / "photos", 3, bad=False)
+    folder = write_photos(tmp_path / "photos", 3, bad=False)
     out = str(tmp_path / "out")
     return ["label", str(folder), "--batch-size", "2", "--out", out, "--plan"]
 
@@ -184,7 +184,7 @@ def label_with_gemini(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callab
 
     unreached: part of the names of photos for which the service cannot be reached.
     """
-    folder = photos(tmp_path / "photos", 3, bad=False)
+    folder = write_photos(tmp_path / "photos", 3, bad=False)
 
     def label(unreached: str, detector: str) -> int:
         makers: dict[str, Any] = {
@@ -227,7 +227,9 @@ def test_the_bill_is_printed_where_gemini_completes_a_file(
 def test_a_broken_frame_is_skipped_and_labeled_when_it_is_mended(
     tmp_path: Path, run_command: Command
 ) -> None:
-    frames = [random_frame(np.random.default_rng(seed), width=96, height=64) for seed in (0, 0, 1)]
+    frames = [
+        make_random_frame(np.random.default_rng(seed), width=96, height=64) for seed in (0, 0, 1)
+    ]
     folder = write_scannet(tmp_path / "scan", frames)
     out = tmp_path / "labels"
     depth = folder / "depth" / "0.png"

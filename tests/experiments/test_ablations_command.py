@@ -11,7 +11,7 @@ import pytest
 from data_tiny import make_episode
 from experiments.ablations import plan as planning
 from experiments.ablations.__main__ import main
-from labels_boxes import labelled
+from labels_boxes import make_labeled_image
 from spear.data.store.episode_store import write_episodes
 from spear.labels.store import write_labels
 
@@ -46,7 +46,7 @@ def test_a_mistake_is_found_before_any_data_are_made(
 
 def test_a_plan_needs_no_network_library(tmp_path: Path) -> None:
     write_episodes([make_episode(0)], tmp_path)
-    write_labels([labelled(0)], tmp_path / "labels-00000.parquet")
+    write_labels([make_labeled_image(0)], tmp_path / "labels-00000.parquet")
     program = (
         "import sys; from experiments.ablations.__main__ import main;"
         "assert main(['--plan', '--episodes', sys.argv[1], '--labels', sys.argv[1]]) == 0;"

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from labels_scenes import TRUTH, random_frame, render
+from labels_scenes import TRUTH, make_random_frame, render_blocks
 from refusals import refuses
 from spear.labels.engine import STAGES, LabeledBatch, finish_batch
 from spear.labels.fit.image import project, unproject
@@ -22,12 +22,12 @@ from spear.types import Array, Frame, LabeledImage
 @pytest.fixture(scope="module")
 def frames() -> list[Frame]:
     rng = np.random.default_rng(0)
-    return [random_frame(rng) for _ in range(20)]
+    return [make_random_frame(rng) for _ in range(20)]
 
 
 @pytest.fixture
 def cube_frame() -> Frame:
-    return render([(np.array([0, 0, 0.03]), np.full(3, 0.06), 0.4)], ["cube"])
+    return render_blocks([(np.array([0, 0, 0.03]), np.full(3, 0.06), 0.4)], ["cube"])
 
 
 def label_estimated(frames: Sequence[Frame]) -> list[LabeledImage]:
@@ -77,7 +77,7 @@ def test_an_object_on_an_object_ends_where_it_stands() -> None:
     block = (np.array([0, 0, 0.03]), np.array([0.2, 0.2, 0.06]), 0.0)
     cube = (np.array([0, 0, 0.085]), np.array([0.05, 0.05, 0.05]), 0.0)
 
-    (label,) = label_with_ground_truth([render([block, cube], ["block", "cube"])])
+    (label,) = label_with_ground_truth([render_blocks([block, cube], ["block", "cube"])])
 
     assert find_height(label, "cube") == pytest.approx(0.05, abs=0.005)
     assert find_height(label, "block") == pytest.approx(0.06, abs=0.005)
@@ -86,7 +86,7 @@ def test_an_object_on_an_object_ends_where_it_stands() -> None:
 @pytest.mark.parametrize("pitch", [80, 89, 95])
 def test_an_object_seen_from_above_stands_on_the_table(pitch: float) -> None:
     cube = (np.array([0, 0, 0.02]), np.array([0.04, 0.04, 0.04]), 0.3)
-    frame = render([cube], ["cube"], pitch=pitch)
+    frame = render_blocks([cube], ["cube"], pitch=pitch)
 
     assert compare_labels(label_with_ground_truth([frame]), [frame]).iou > 0.7
 

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from labels_scenes import random_frame
+from labels_scenes import make_random_frame
 from refusals import refuses
-from rgbd_folders import millimetres, write_plain, write_scannet
+from rgbd_folders import to_millimeter_image, write_plain, write_scannet
 from spear.errors import Notice
 from spear.labels.fit.image import unproject
 from spear.labels.fit.quality import compare_labels
@@ -24,7 +24,7 @@ from spear.types import Frame
 @pytest.fixture(scope="module")
 def truth() -> list[Frame]:
     rng = np.random.default_rng(0)
-    return [random_frame(rng, width=96, height=64) for _ in range(3)]
+    return [make_random_frame(rng, width=96, height=64) for _ in range(3)]
 
 
 def test_a_plain_folder_gives_its_frames_back(tmp_path: Path, truth: list[Frame]) -> None:
@@ -128,7 +128,7 @@ def test_exif_turns_no_colour(
 
 def test_coarser_depth_lands_on_the_right_pixels(truth: list[Frame], tmp_path: Path) -> None:
     folder = write_plain(tmp_path / "s", truth[:1])
-    millimetres(truth[0].depth[1::2, 1::2]).save(folder / "depth" / "0.png")
+    to_millimeter_image(truth[0].depth[1::2, 1::2]).save(folder / "depth" / "0.png")
     blocks = truth[0].depth[1::2, 1::2].repeat(2, axis=0).repeat(2, axis=1)
     np.testing.assert_allclose(RgbdScene(folder)[0].depth, blocks, atol=5.1e-4)
 
@@ -199,7 +199,7 @@ def test_a_lost_camera_has_no_pose_and_unknown_depth_is_zero(
 ) -> None:
     folder = write_scannet(tmp_path / "s", truth[:1])
     (folder / "pose" / "0.txt").write_text("\n".join(["-inf -inf -inf -inf"] * 4))
-    steps = np.asarray(millimetres(truth[0].depth)).copy()
+    steps = np.asarray(to_millimeter_image(truth[0].depth)).copy()
     steps[0, 0] = 0
     steps[0, 1] = 65535
     Image.fromarray(steps).save(folder / "depth" / "0.png")

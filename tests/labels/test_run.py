@@ -15,7 +15,7 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
-from labels_stand_ins import engine, photos
+from labels_stand_ins import make_engine, write_photos
 from processes import wait_until
 from refusals import refuses
 from spear.errors import Notice, SpearError
@@ -42,7 +42,7 @@ def run(
     """Label a folder of photos, in batches of three; the user interrupts after `stop_after` batches."""
 
     def run_engine(batches: Any) -> Any:
-        yield from islice(engine(workers, *detector)(batches), stop_after)
+        yield from islice(make_engine(workers, *detector)(batches), stop_after)
         if stop_after is not None:
             raise KeyboardInterrupt
 
@@ -60,7 +60,7 @@ def read_skipped(folder: Path) -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return photos(tmp_path_factory.mktemp("input") / "photos", 21)
+    return write_photos(tmp_path_factory.mktemp("input") / "photos", 21)
 
 
 @pytest.fixture(scope="module")
@@ -286,7 +286,7 @@ def refused(
     """The message with which a run is refused."""
     items = list_images(str(source))
     work = WorkOptions(shard_size=shard_size, batch_size=3)
-    return refuses("", label_folder, items, out, engine(), settings or SETTINGS, work)
+    return refuses("", label_folder, items, out, make_engine(), settings or SETTINGS, work)
 
 
 def test_a_finished_run_is_not_done_again(source: Path, whole_run: Path) -> None:
@@ -347,7 +347,7 @@ def test_replaced_annotations_and_weights_are_other_settings(
         settings = prepare_run(options).settings
         items = list_images(str(source))
         work = WorkOptions(shard_size=8)
-        return label_folder(items, tmp_path / "out", engine(0), settings, work)
+        return label_folder(items, tmp_path / "out", make_engine(0), settings, work)
 
     (folder / "one").write_text("first")
     label()
@@ -374,7 +374,7 @@ def rename_one_image(folder: Path) -> None:
 def test_a_list_of_images_that_has_changed_is_refused(
     tmp_path: Path, change: Callable[[Path], None]
 ) -> None:
-    folder = photos(tmp_path / "photos", 10, bad=False)
+    folder = write_photos(tmp_path / "photos", 10, bad=False)
     run(folder, tmp_path / "labels")
 
     change(folder)
@@ -385,7 +385,7 @@ def test_a_list_of_images_that_has_changed_is_refused(
 
 @pytest.mark.filterwarnings("ignore:.*questions.parquet")
 def test_a_replaced_image_is_labeled_again_with_those_of_its_shard(tmp_path: Path) -> None:
-    folder = photos(tmp_path / "photos", 10, bad=False)
+    folder = write_photos(tmp_path / "photos", 10, bad=False)
     out = tmp_path / "labels"
     run(folder, out)
     (out / "questions.parquet").touch()  # about the image as it was
@@ -400,7 +400,7 @@ def test_a_replaced_image_is_labeled_again_with_those_of_its_shard(tmp_path: Pat
 
 
 def test_images_with_other_stamps_but_equal_contents_are_not_labeled_again(tmp_path: Path) -> None:
-    folder = photos(tmp_path / "photos", 10, bad=False)
+    folder = write_photos(tmp_path / "photos", 10, bad=False)
     out = tmp_path / "labels"
     run(folder, out)
     for path in folder.iterdir():
@@ -413,7 +413,7 @@ def test_images_with_other_stamps_but_equal_contents_are_not_labeled_again(tmp_p
 
 
 def test_too_many_failures_stop_the_run_before_it_writes_anything(tmp_path: Path) -> None:
-    folder = photos(tmp_path / "photos", 8, bad=False)
+    folder = write_photos(tmp_path / "photos", 8, bad=False)
     for path in sorted(folder.iterdir())[:5]:
         path.write_bytes(b"words")
 
@@ -427,7 +427,9 @@ def test_too_many_failures_stop_the_run_before_it_writes_anything(tmp_path: Path
 def test_without_images_there_is_no_run(tmp_path: Path) -> None:
     out = tmp_path / "labels"
 
-    refuses("no image to label", label_folder, iter(()), out, engine(), SETTINGS, WorkOptions())
+    refuses(
+        "no image to label", label_folder, iter(()), out, make_engine(), SETTINGS, WorkOptions()
+    )
 
     assert not out.exists()
 
@@ -439,7 +441,7 @@ def run_without_key(batches: Any) -> Iterator[Any]:
 
 
 def test_the_settings_of_a_run_that_labeled_nothing_do_not_bind(tmp_path: Path) -> None:
-    source = photos(tmp_path / "photos", 2, bad=False)
+    source = write_photos(tmp_path / "photos", 2, bad=False)
     out = tmp_path / "labels"
     settings = {"detector": "bright"}
     other_settings = {"detector": "other"}
@@ -447,7 +449,7 @@ def test_the_settings_of_a_run_that_labeled_nothing_do_not_bind(tmp_path: Path) 
 
     items = list_images(str(source))
     refuses("no API key", label_folder, items, out, run_without_key, settings, work)
-    label_folder(list_images(str(source)), out, engine(), other_settings, work)
+    label_folder(list_images(str(source)), out, make_engine(), other_settings, work)
 
     assert json.loads((out / "run.json").read_text())["detector"] == "other"
     difference = 'detector is "other" there, "bright" here'

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from labels_scenes import random_frame
+from labels_scenes import make_random_frame
 from refusals import refuses
 from spear.labels.pipeline import label_with_ground_truth
 from spear.labels.store import SCHEMA, count_labels, read_labels, select_labels, write_labels
@@ -21,7 +21,7 @@ from spear.types import LabeledImage
 def labels() -> list[LabeledImage]:
     """23 labels with none to three objects."""
     rng = np.random.default_rng(3)
-    frames = [random_frame(rng, objects=number % 4) for number in range(23)]
+    frames = [make_random_frame(rng, objects=number % 4) for number in range(23)]
     return list(label_with_ground_truth(frames))
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from labels_scenes import TRUTH, random_frame
+from labels_scenes import TRUTH, make_random_frame
 from refusals import Command, refuses
 from spear.labels.models.ground_truth import GroundTruth
 from spear.labels.pipeline import label_images
@@ -24,7 +24,7 @@ from spear.types import Frame, LabeledImage
 @pytest.fixture(scope="module")
 def frames() -> list[Frame]:
     rng = np.random.default_rng(5)
-    return [replace(random_frame(rng), source=f"scene & {n}") for n in range(12)]
+    return [replace(make_random_frame(rng), source=f"scene & {n}") for n in range(12)]
 
 
 @pytest.fixture(scope="module")

@@ -24,12 +24,12 @@ class Reply:
     headers: dict[str, str] = field(default_factory=dict)
 
 
-def boxes(*items: tuple[str, list[float]]) -> Reply:
+def boxes_reply(*items: tuple[str, list[float]]) -> Reply:
     """An answer with labels and boxes [ymin, xmin, ymax, xmax] in thousandths."""
-    return text(json.dumps([{"label": name, "box_2d": box} for name, box in items]))
+    return text_reply(json.dumps([{"label": name, "box_2d": box} for name, box in items]))
 
 
-def text(answer: str, end: str = "STOP", **more: Any) -> Reply:
+def text_reply(answer: str, end: str = "STOP", **more: Any) -> Reply:
     candidate = {
         "content": {"role": "model", "parts": [{"text": answer}]},
         "finishReason": end,
@@ -41,23 +41,28 @@ def text(answer: str, end: str = "STOP", **more: Any) -> Reply:
     )
 
 
-def error(status: int, name: str, message: str, *details: dict[str, Any], **headers: str) -> Reply:
+def error_reply(
+    status: int, name: str, message: str, *details: dict[str, Any], **headers: str
+) -> Reply:
     body = {"error": {"code": status, "message": message, "status": name, "details": list(details)}}
     return Reply(status, body, {key.replace("_", "-"): value for key, value in headers.items()})
 
 
-def retry_info(delay: str) -> dict[str, Any]:
+def make_retry_info(delay: str) -> dict[str, Any]:
     return {"@type": "type.googleapis.com/google.rpc.RetryInfo", "retryDelay": delay}
 
 
-def camel(value: Any) -> Any:
+def to_camel_case(value: Any) -> Any:
     """JSON with its keys in camel case: the API takes both spellings, and the client sends both."""
     if isinstance(value, dict):
-        return {re.sub("_([a-z])", lambda m: m[1].upper(), k): camel(v) for k, v in value.items()}
-    return [camel(v) for v in value] if isinstance(value, list) else value
+        return {
+            re.sub("_([a-z])", lambda m: m[1].upper(), k): to_camel_case(v)
+            for k, v in value.items()
+        }
+    return [to_camel_case(v) for v in value] if isinstance(value, list) else value
 
 
-def picture(request: dict[str, Any]) -> Array:
+def read_picture(request: dict[str, Any]) -> Array:
     """The image [h, w, 3] in a request."""
     inline = request["contents"][0]["parts"][0]["inlineData"]
     assert inline["mimeType"] == "image/jpeg"
@@ -68,7 +73,7 @@ class Server:
     """Answers with `replies` in turn, the last one for ever; or as `answer` says, from the request's JSON."""
 
     def __init__(self) -> None:
-        self.replies: list[Reply] = [boxes()]
+        self.replies: list[Reply] = [boxes_reply()]
         self.answer: Callable[[dict[str, Any]], Reply] | None = None
         self.requests: list[dict[str, Any]] = []
         self.paths: list[str] = []
@@ -89,14 +94,14 @@ class Server:
 
 
 @contextmanager
-def serving() -> Iterator[Server]:
+def run_server() -> Iterator[Server]:
     server = Server()
 
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self) -> None:
             content = self.rfile.read(int(self.headers["Content-Length"]))
             headers = {key.lower(): value for key, value in self.headers.items()}
-            reply = server.reply(self.path, headers, camel(json.loads(content)))
+            reply = server.reply(self.path, headers, to_camel_case(json.loads(content)))
             data = reply.body if isinstance(reply.body, str) else json.dumps(reply.body)
             self.send_response(reply.status)
             for key, value in {"Content-Type": "application/json", **reply.headers}.items():

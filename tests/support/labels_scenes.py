@@ -10,57 +10,68 @@ from spear.types import Array, Box3D, Frame
 TRUTH = (GroundTruth(),) * 3
 NAMES = ("carrot", "spoon", "bowl", "plate", "cube", "eggplant")
 Block = tuple[Array, Array, float]
-"""Centre [3], size [3], yaw of a box; base frame, m."""
+"""Center [3], size [3], yaw of a box; base frame, m."""
 
 
-def camera(width: int = 192, height: int = 128, pitch: float = 40.0) -> tuple[Array, Array]:
+def make_camera(width: int = 192, height: int = 128, pitch: float = 40.0) -> tuple[Array, Array]:
     """Intrinsics [3, 3], extrinsics [4, 4] (camera -> base); it looks at the base's origin, 0.8 m away."""
     focal = 0.9 * width
     p = np.radians(pitch)
     forward = np.array([np.cos(p), 0, -np.sin(p)])
-    right, pose = np.array([0.0, -1.0, 0.0]), np.eye(4)
+    right = np.array([0.0, -1.0, 0.0])
+    pose = np.eye(4)
     pose[:3, :3] = np.stack([right, np.cross(forward, right), forward], axis=1)
     pose[:3, 3] = -0.8 * forward
     return np.array([[focal, 0, width / 2], [0, focal, height / 2], [0, 0, 1.0]]), pose
 
 
-def render(boxes: list[Block], names: list[str], pitch: float = 40.0, **size: int) -> Frame:
+def render_blocks(boxes: list[Block], names: list[str], pitch: float = 40.0, **size: int) -> Frame:
     """Boxes on the table z = 0."""
-    k, pose = camera(pitch=pitch, **size)
-    width, height = size.get("width", 192), size.get("height", 128)
+    k, pose = make_camera(pitch=pitch, **size)
+    width = size.get("width", 192)
+    height = size.get("height", 128)
     rays = unproject(np.ones((height, width)), k).astype(float) @ pose[:3, :3].T
     origin = pose[:3, 3]
-    true = {}
+    true_vertices = {}
     with np.errstate(divide="ignore", invalid="ignore"):
         depth = np.where(rays[..., 2] < 0, -origin[2] / rays[..., 2], np.inf)
         instances = np.zeros((height, width), np.int32)
         for number, (center, extent, yaw) in enumerate(boxes, start=1):
-            turn, half = rotation(yaw), np.asarray(extent) / 2
-            start, way = (origin - center) @ turn, rays @ turn
-            sides = np.stack([(-half - start) / way, (half - start) / way])
-            near, far = sides.min(axis=0).max(axis=-1), sides.max(axis=0).min(axis=-1)
+            turn = make_yaw_rotation(yaw)
+            half = np.asarray(extent) / 2
+            start = (origin - center) @ turn
+            direction = rays @ turn
+            sides = np.stack([(-half - start) / direction, (half - start) / direction])
+            near = sides.min(axis=0).max(axis=-1)
+            far = sides.max(axis=0).min(axis=-1)
             hit = (near <= far) & (near > 0) & (near < depth)
             depth = np.where(hit, near, depth)
             instances[hit] = number
-            true[number] = (np.asarray(center) + VERTEX_SIGNS * half @ turn.T - origin) @ pose[
-                :3, :3
-            ]
+            vertices = np.asarray(center) + VERTEX_SIGNS * half @ turn.T
+            true_vertices[number] = (vertices - origin) @ pose[:3, :3]
     image = np.full((height, width, 3), 90, np.uint8)
-    for number in true:
+    for number in true_vertices:
         image[instances == number] = (40 * number % 256, 200 - 20 * number % 200, 70 * number % 256)
-    known = np.where(np.isfinite(depth), depth, 0).astype(np.float32)
     return Frame(
-        image, known, instances, dict(enumerate(names, start=1)), k, pose, true, "synthetic"
+        image=image,
+        depth=np.where(np.isfinite(depth), depth, 0).astype(np.float32),
+        instances=instances,
+        names=dict(enumerate(names, start=1)),
+        intrinsics=k,
+        extrinsics=pose,
+        boxes=true_vertices,
+        source="synthetic",
     )
 
 
-def rotation(yaw: float) -> Array:
+def make_yaw_rotation(yaw: float) -> Array:
     """[3, 3] about the base's z axis."""
-    c, s = np.cos(yaw), np.sin(yaw)
+    c = np.cos(yaw)
+    s = np.sin(yaw)
     return np.array([[c, -s, 0], [s, c, 0], [0, 0, 1.0]])
 
 
-def random_frame(
+def make_random_frame(
     rng: np.random.Generator, objects: int = 5, names: tuple[str, ...] = NAMES, **size: int
 ) -> Frame:
     """Boxes of random size, place and yaw on the table, apart from each other."""
@@ -74,10 +85,10 @@ def random_frame(
         ):
             boxes.append((center, extent, rng.uniform(0, np.pi)))
     chosen = [names[i % len(names)] for i in rng.permutation(max(objects, len(names)))[:objects]]
-    return render(boxes, chosen, pitch=float(rng.uniform(25, 60)), **size)
+    return render_blocks(boxes, chosen, pitch=float(rng.uniform(25, 60)), **size)
 
 
-def seen_sides(box: Box3D, rng: np.random.Generator, noise: float) -> Array:
+def sample_visible_sides(box: Box3D, rng: np.random.Generator, noise: float) -> Array:
     """Points on the sides of a box that the camera sees, as densely as it sees them; noise along rays."""
     sides = []
     for axis in range(3):

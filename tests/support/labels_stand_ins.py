@@ -1,4 +1,4 @@
-"""Components of fixed behaviour for tests of the engines: quick, and a function of the pixels alone."""
+"""Models of fixed behavior for tests of the engines: quick, and a function of the pixels alone."""
 
 import time
 from collections.abc import Sequence
@@ -15,8 +15,8 @@ from spear.labels.fit.image import unproject
 from spear.labels.models.protocols import Detection, PointMapResult
 from spear.types import Array, Frame
 
-REFUSED, EMPTY = 13, 14
-"""Value of the first pixel of an image that the detector refuses, and of one in which it finds nothing."""
+REFUSED_LEVEL = 13  # of the first pixel of an image that the detector refuses
+EMPTY_LEVEL = 14  # of the first pixel of an image in which the detector finds nothing
 
 
 class BrightDetector:
@@ -35,12 +35,15 @@ class BrightDetector:
             time.sleep(1e6)
         if any(frame.source.endswith(self.unreached) for frame in frames):
             raise RetryableError("no connection")
-        if any(frame.image[0, 0, 0] == REFUSED for frame in frames):
+        if any(frame.image[0, 0, 0] == REFUSED_LEVEL for frame in frames):
             raise SpearError("request refused")
-        return [[] if frame.image[0, 0, 0] == EMPTY else [_bright(frame.image)] for frame in frames]
+        return [
+            [] if frame.image[0, 0, 0] == EMPTY_LEVEL else [_detect_bright(frame.image)]
+            for frame in frames
+        ]
 
 
-def _bright(image: Array) -> Detection:
+def _detect_bright(image: Array) -> Detection:
     y, x = np.nonzero(image[..., 0] > 128)
     return Detection(
         "block", np.array([x.min(), y.min(), x.max() + 1, y.max() + 1], np.float32), 0.9
@@ -82,27 +85,27 @@ class SlopePointMap:
         return PointMapResult(unproject(depth, intrinsics), known, intrinsics, "metre")
 
 
-def noise(seed: int, height: int = 40, width: int = 60) -> Frame:
+def make_noise_frame(seed: int, height: int = 40, width: int = 60) -> Frame:
     image = np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8)
     return Frame(image, source=f"{seed}.jpg")
 
 
-def graph(*detector: Any) -> ModelFactories:
+def make_factories(*detector: Any) -> ModelFactories:
     return partial(BrightDetector, *detector), BoxSegmenter, SlopePointMap
 
 
-def engine(workers: int = 0, *detector: Any) -> Any:
-    return partial(run_local, graph(*detector), workers)
+def make_engine(workers: int = 0, *detector: Any) -> Any:
+    return partial(run_local, make_factories(*detector), workers)
 
 
-def photos(folder: Path, count: int, bad: bool = True) -> Path:
+def write_photos(folder: Path, count: int, bad: bool = True) -> Path:
     """`count` images of a bright block each; with `bad`, number 3 is broken, 5 refused and 7 empty."""
     folder.mkdir(parents=True)
     for i in range(count):
         image = np.full((40, 60, 3), 20 + i % 50, np.uint8)
         image[8 + i % 9 : 30, 10 + i % 13 : 40] = 220
         if bad and i in (5, 7):
-            image[0, 0] = {5: REFUSED, 7: EMPTY}[i]
+            image[0, 0] = {5: REFUSED_LEVEL, 7: EMPTY_LEVEL}[i]
         path = folder / f"{i:05d}.png"
         Image.fromarray(image).save(path)
         if bad and i == 3:

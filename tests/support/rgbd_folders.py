@@ -9,7 +9,7 @@ from PIL import Image
 from spear.types import Array, Frame
 
 
-def millimetres(depth: Array | None) -> Image.Image:
+def to_millimeter_image(depth: Array | None) -> Image.Image:
     return Image.fromarray(np.rint(depth * 1000).astype(np.uint16))
 
 
@@ -18,9 +18,9 @@ def write_plain(folder: Path, frames: list[Frame]) -> Path:
         (folder / name).mkdir(parents=True)
     for i, frame in enumerate(frames):
         Image.fromarray(frame.image).save(folder / "color" / f"{i}.png")
-        millimetres(frame.depth).save(folder / "depth" / f"{i}.png")
+        to_millimeter_image(frame.depth).save(folder / "depth" / f"{i}.png")
         np.savetxt(folder / "pose" / f"{i}.txt", frame.extrinsics)
-    np.savetxt(folder / "intrinsics.txt", from_zero(frames[0].intrinsics))
+    np.savetxt(folder / "intrinsics.txt", shift_to_first_pixel(frames[0].intrinsics))
     return folder
 
 
@@ -31,7 +31,7 @@ def write_scannet(folder: Path, frames: list[Frame]) -> Path:
     (folder / "instance-filt").mkdir()
     for name in ("color", "depth"):
         k = np.eye(4)
-        k[:3, :3] = from_zero(frames[0].intrinsics)
+        k[:3, :3] = shift_to_first_pixel(frames[0].intrinsics)
         np.savetxt(folder / "intrinsic" / f"intrinsic_{name}.txt", k, fmt="%f")
         np.savetxt(folder / "intrinsic" / f"extrinsic_{name}.txt", np.eye(4), fmt="%f")
     for i, frame in enumerate(frames):
@@ -45,6 +45,6 @@ def write_scannet(folder: Path, frames: list[Frame]) -> Path:
     return folder
 
 
-def from_zero(k: Array | None) -> Array:
+def shift_to_first_pixel(k: Array | None) -> Array:
     """Intrinsics with the first pixel's centre at 0, as most files have them."""
     return k - np.array([[0, 0, 0.5], [0, 0, 0.5], [0, 0, 0]])

@@ -10,7 +10,7 @@ import torch
 from transformers import AutoConfig
 
 from data_tiny import make_episode, write_store
-from labels_boxes import labelled
+from labels_boxes import make_labeled_image
 from refusals import no_warning, refuses
 from spear.data.normalize import Normalizer
 from spear.errors import Notice
@@ -35,7 +35,7 @@ POLICY_RECIPE = get_recipe("nano-post").with_changes(batch_size=1)
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> TrainingInputs:
     """Labels, and the shipped SPEAR-VLM."""
     folder = tmp_path_factory.mktemp("labels")
-    write_labels((labelled(i) for i in range(12)), folder / "labels-00000.parquet")
+    write_labels((make_labeled_image(i) for i in range(12)), folder / "labels-00000.parquet")
     return TrainingInputs(labels=[folder], init=locate("nano-vlm"))
 
 
@@ -93,7 +93,9 @@ def test_a_vlm_with_new_3d_tokens_learns_and_answers(
 def rooms(inputs: TrainingInputs, tmp_path: Path) -> TrainingInputs:
     """Labels of rooms, for a VLM of a tabletop: its answers would end at the last 3D token."""
     folder = tmp_path / "rooms"
-    write_labels((labelled(i, scale=9.0) for i in range(4)), folder / "labels-00000.parquet")
+    write_labels(
+        (make_labeled_image(i, scale=9.0) for i in range(4)), folder / "labels-00000.parquet"
+    )
     return dataclasses.replace(inputs, labels=[folder])
 
 
@@ -119,7 +121,7 @@ def test_numbers_inside_of_the_3d_tokens_are_not_noted(inputs: TrainingInputs) -
 def relative_shard(tmp_path: Path) -> Path:
     """The third shard of labels in another unit; its folder lacks the first two."""
     shard = tmp_path / "labels-00002.parquet"
-    write_labels([dataclasses.replace(labelled(0), unit="relative")], shard)
+    write_labels([dataclasses.replace(make_labeled_image(0), unit="relative")], shard)
     return shard
 
 
@@ -217,7 +219,7 @@ def test_a_mapping_that_drops_nothing_or_everything_is_not_noted() -> None:
 
 
 def test_the_vision_encoder_learns_from_wrist_images_alone(tmp_path: Path) -> None:
-    write_labels((labelled(i) for i in range(3)), tmp_path / "wrist/labels-00000.parquet")
+    write_labels((make_labeled_image(i) for i in range(3)), tmp_path / "wrist/labels-00000.parquet")
     recipe = get_recipe("nano-siglip").with_changes(batch_size=1)
 
     _, task, _ = build(recipe, TrainingInputs([tmp_path]))
@@ -227,7 +229,7 @@ def test_the_vision_encoder_learns_from_wrist_images_alone(tmp_path: Path) -> No
 
 
 def test_the_depth_encoder_learns_from_wrist_images_alone() -> None:
-    images = [(labelled(0).image, np.ones((4, 4)))]
+    images = [(make_labeled_image(0).image, np.ones((4, 4)))]
     task = DepthTask(torch.nn.Identity(), {"wrist": images}, 1, 0)
 
     for step in range(8):

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from data_tiny import make_episode
-from labels_boxes import labelled
+from labels_boxes import make_labeled_image
 from refusals import Command, refuses
 from spear.data.store.episode_store import write_episodes
 from spear.data.store.lerobot_write import write_lerobot
@@ -43,7 +43,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
     weights.write_bytes(weights.read_bytes()[: weights.stat().st_size // 2])
     (root / "empty").mkdir()
     (root / "file").touch()
-    write_labels([labelled(0)], root / "labels" / "labels-00000.parquet")
+    write_labels([make_labeled_image(0)], root / "labels" / "labels-00000.parquet")
     write_episodes(
         [make_episode(0, images={"wrist": make_episode(0).images["external"]})], root / "wrist"
     )
@@ -133,7 +133,7 @@ def test_only_the_first_process_says_that_the_training_is_done(
 def refused_vlm(tmp_path: Path, run_refused_command: Command) -> Callable[[str], str]:
     """Refuse to train a VLM's recipe, with other words, on labels."""
     labels = tmp_path / "labels"
-    write_labels([labelled(0)], labels / "labels-00000.parquet")
+    write_labels([make_labeled_image(0)], labels / "labels-00000.parquet")
     return lambda words: run_refused_command("train", words.split(), "--labels", str(labels))
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from labels_boxes import labelled
+from labels_boxes import make_labeled_image
 from spear.labels.fit.masks import decode_mask, encode_mask
 from spear.models.processing import Processor
 from spear.policy import locate
@@ -94,7 +94,7 @@ def test_an_image_of_another_size_is_fitted_with_its_masks() -> None:
 
 def make_numbered_label(number: int) -> LabeledImage:
     """Label an image that shows its number as redness, and its one object as a green square."""
-    label = labelled(number, scale=0.3 + 0.06 * number)
+    label = make_labeled_image(number, scale=0.3 + 0.06 * number)
     item = label.objects[number % 3]
     pixels = np.full((105, 140, 3), (20 * number, 0, 0), np.uint8)
     x, y = ((item.box2d[:2] + item.box2d[2:]) / 2).astype(int)

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from labels_boxes import labelled
+from labels_boxes import make_labeled_image
 from refusals import Command, refuses
 from spear.errors import Notice
 from spear.evaluate.options import QuestionOptions
@@ -132,7 +132,7 @@ def generate_one(label: LabeledImage, family: str) -> Question:
 
 @pytest.fixture(scope="module")
 def labels() -> list[LabeledImage]:
-    return [labelled(seed) for seed in range(6)]
+    return [make_labeled_image(seed) for seed in range(6)]
 
 
 def test_an_oracle_has_no_error(
@@ -250,7 +250,7 @@ def test_an_unknown_question_type_is_refused(labels: list[LabeledImage]) -> None
 
 @pytest.mark.parametrize(("num_failed", "is_finite"), [(3, True), (5, False)])
 def test_failed_answers_count_in_medians_and_means(num_failed: int, is_finite: bool) -> None:
-    labels = [labelled(seed) for seed in range(8)]
+    labels = [make_labeled_image(seed) for seed in range(8)]
     answers = []
     for index, label in enumerate(labels):
         question = generate_one(label, "box_vertices")
@@ -266,7 +266,7 @@ def test_failed_answers_count_in_medians_and_means(num_failed: int, is_finite: b
 
 
 def test_relative_labels_have_no_millimeters(monkeypatch: pytest.MonkeyPatch) -> None:
-    labels = [labelled(seed, unit="relative") for seed in range(3)]
+    labels = [make_labeled_image(seed, unit="relative") for seed in range(3)]
 
     scores = ask_oracle(OracleModel(offset_m=0.01), labels, monkeypatch)
 
@@ -280,7 +280,7 @@ def test_relative_labels_have_no_millimeters(monkeypatch: pytest.MonkeyPatch) ->
 
 @pytest.mark.parametrize("family", ["box_vertices", "keypoint", "offset", "distance"])
 def test_the_depth_baseline_knows_how_far_away_a_scene_is(family: str) -> None:
-    labels = [labelled(0, scale) for scale in (0.5, 1.0, 2.0, 3.0)]
+    labels = [make_labeled_image(0, scale) for scale in (0.5, 1.0, 2.0, 3.0)]
     questions = [generate_one(label, family) for label in labels]
 
     guesses = guess_from_depth(questions, labels)
@@ -296,7 +296,7 @@ def test_the_depth_baseline_knows_how_far_away_a_scene_is(family: str) -> None:
 def test_a_back_projection_is_measured_as_worked_out_by_hand() -> None:
     question = Question("back_projection", "?", [Pixel(0.1, 0.2), Pixel(0.5, 0.5)], ["x"])
 
-    measures = measure_answer(question, [Pixel(0.4, 0.6), Pixel(0.5, 0.5)], labelled(0))
+    measures = measure_answer(question, [Pixel(0.4, 0.6), Pixel(0.5, 0.5)], make_labeled_image(0))
 
     pixels = np.hypot(0.3 * 140, 0.4 * 105) / 2
     assert measures == pytest.approx({"pixels": pixels, "relative": 25})
@@ -435,7 +435,7 @@ def test_the_uncertainty_of_a_point_is_its_spread() -> None:
 
 @pytest.fixture
 def certain_scores(monkeypatch: pytest.MonkeyPatch) -> Scores:
-    labels = [labelled(seed) for seed in range(4)]
+    labels = [make_labeled_image(seed) for seed in range(4)]
     return ask_oracle(OracleModel(0.02, sigma=0.02), labels, monkeypatch, decode="median")
 
 
@@ -482,7 +482,7 @@ def label_folder(tmp_path: Path) -> Path:
     """Four labeled images that differ."""
     labels = []
     for seed in range(4):
-        label = labelled(seed)
+        label = make_labeled_image(seed)
         labels.append(replace(label, image=label.image + bytes([seed])))
     write_labels(labels, tmp_path / "labels/external/labels-00000.parquet")
     return tmp_path / "labels"
@@ -513,7 +513,7 @@ def test_the_command_says_which_images_the_model_was_trained_on(
     label_folder: Path, tmp_path: Path, run_command: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     notices: list[str] = []
-    label = labelled(2)
+    label = make_labeled_image(2)
     provenance = {"learned": hash_content(label.image + bytes([2]))}
     monkeypatch.setattr("spear.cli.evaluate.notice", notices.append)
     monkeypatch.setattr("spear.models.weights.folders.read_provenance", lambda folder: provenance)
@@ -546,7 +546,7 @@ def test_the_command_does_not_replace_other_scores(
 
 
 def test_labels_of_another_unit_are_refused(tmp_path: Path, run_refused_command: Command) -> None:
-    write_labels([labelled(0, unit="relative")], tmp_path / "labels-00000.parquet")
+    write_labels([make_labeled_image(0, unit="relative")], tmp_path / "labels-00000.parquet")
 
     message = run_refused_command(*COMMAND, str(tmp_path), "--out", str(tmp_path / "out"))
 

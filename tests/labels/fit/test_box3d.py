@@ -4,7 +4,7 @@ from hypothesis import assume, example, given
 from hypothesis import strategies as st
 from scipy.spatial.transform import Rotation
 
-from labels_scenes import camera, rotation, seen_sides
+from labels_scenes import make_camera, make_yaw_rotation, sample_visible_sides
 from spear.labels.fit.box3d import (
     VERTEX_SIGNS,
     compute_iou_3d,
@@ -27,8 +27,8 @@ def random_box(rng: np.random.Generator, spread: float = 0.1) -> Box3D:
 
 def on_table(size: Array, yaw: float, pitch: float = 40.0) -> Array:
     """Vertices, camera frame, of a box that stands at the origin of the base, turned by yaw."""
-    _, pose = camera(pitch=pitch)
-    return (VERTEX_SIGNS * size / 2 @ rotation(yaw).T - pose[:3, 3]) @ pose[:3, :3]
+    _, pose = make_camera(pitch=pitch)
+    return (VERTEX_SIGNS * size / 2 @ make_yaw_rotation(yaw).T - pose[:3, 3]) @ pose[:3, :3]
 
 
 @given(seeds)
@@ -70,7 +70,7 @@ def test_order_survives_noise_and_quarter_turns(
 @given(st.floats(-35, 35), st.floats(5, 75))
 def test_top_near_left_comes_first(yaw: float, pitch: float) -> None:
     v = order_vertices(on_table(np.array([0.1, 0.2, 0.05]), np.radians(yaw), pitch))
-    _, pose = camera(pitch=pitch)
+    _, pose = make_camera(pitch=pitch)
     base = v @ pose[:3, :3].T + pose[:3, 3]
     assert base[:4, 2].min() > base[4:, 2].max()
     assert (v[[0, 3, 4, 7], 0] < v[[1, 2, 5, 6], 0]).all()
@@ -118,7 +118,7 @@ def test_iou_of_a_box_with_itself_shifted_or_shrunk(
 def test_iou_of_a_cube_with_itself_turned_by_45_degrees() -> None:
     cube = make_box(np.zeros(3), np.ones(3), np.eye(3))
     intersection = 2 * (np.sqrt(2) - 1)
-    turned = make_box(np.zeros(3), np.ones(3), rotation(np.pi / 4))
+    turned = make_box(np.zeros(3), np.ones(3), make_yaw_rotation(np.pi / 4))
     assert compute_iou_3d(cube, turned) == pytest.approx(intersection / (2 - intersection), 1e-5)
 
 
@@ -148,7 +148,7 @@ def test_upright_fit_reaches_the_support(seed: int, yaw: float) -> None:
     rng = np.random.default_rng(seed)
     true = make_box_from_vertices(on_table(rng.uniform(0.05, 0.2, 3), yaw))
     up = -true.rotation[:, 1]
-    points = seen_sides(true, rng, 0.0)
+    points = sample_visible_sides(true, rng, 0.0)
     height = (points @ up).min()
     upper = points[points @ up > height + 0.5 * true.size[1]]  # the lower half is hidden
 
@@ -158,7 +158,7 @@ def test_upright_fit_reaches_the_support(seed: int, yaw: float) -> None:
 
 @pytest.mark.parametrize("radius", [0.02, 0.05])
 def test_the_hidden_back_of_a_ball_is_part_of_its_box(radius: float) -> None:
-    _, pose = camera()
+    _, pose = make_camera()
     up = pose[:3, :3].T @ [0, 0, 1]
     center = (np.array([0, 0, radius]) - pose[:3, 3]) @ pose[:3, :3]
     normals = np.random.default_rng(0).normal(size=(2000, 3))

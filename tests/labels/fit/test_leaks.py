@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from scipy import ndimage
 from scipy.spatial.transform import Rotation
 
-from labels_scenes import camera, render, seen_sides
+from labels_scenes import make_camera, render_blocks, sample_visible_sides
 from spear.labels.fit.box3d import compute_iou_3d, compute_vertex_error, fit_box, make_box
 from spear.labels.fit.quality import compare_labels, find_failed_scores
 from spear.labels.models.ground_truth import GroundTruth
@@ -46,7 +46,7 @@ class Leaks:
 @pytest.mark.parametrize(("height", "pixels"), [(0.25, 3), (0.25, 6), (0.04, 3), (0.04, 5)])
 def test_a_leaking_mask_does_not_move_the_box(height: float, pixels: int) -> None:
     frame = replace(
-        render([(np.array([0, 0, height]), SIZE, 0.4)], ["box"], pitch=20.0), extrinsics=None
+        render_blocks([(np.array([0, 0, height]), SIZE, 0.4)], ["box"], pitch=20.0), extrinsics=None
     )
     result = compare_labels(
         label_images([frame], GroundTruth(), Leaks(pixels), GroundTruth(), exact=False), [frame]
@@ -55,7 +55,7 @@ def test_a_leaking_mask_does_not_move_the_box(height: float, pixels: int) -> Non
 
 
 def test_what_is_left_of_a_leak_shows_in_a_score() -> None:
-    frame = render([(np.array([0, 0, 0.18]), SIZE, 0.4)], ["box"], pitch=20.0)
+    frame = render_blocks([(np.array([0, 0, 0.18]), SIZE, 0.4)], ["box"], pitch=20.0)
     truth = GroundTruth()
     for pixels, why in ((0, ()), (3, ("compact",))):
         (image,) = label_images(
@@ -66,7 +66,7 @@ def test_what_is_left_of_a_leak_shows_in_a_score() -> None:
 
 def on_table(turn: Rotation, size: Array) -> tuple[Box3D, Array, float]:
     """A box that touches a table, camera frame; up; the table's height."""
-    _, pose = camera(pitch=40.0)
+    _, pose = make_camera(pitch=40.0)
     up = pose[2, :3]
     axes = pose[:3, :3].T @ turn.as_matrix()
     bottom = np.abs(turn.as_matrix()[2]) @ size / 2
@@ -87,7 +87,10 @@ def test_a_box_that_leans_gets_a_box_that_leans(seed: int, noise: float) -> None
         np.sort(np.abs(ray @ true.rotation))[1] > 0.35
     )  # at least two of its sides are seen well
     assert (
-        compute_iou_3d(fit_box(seen_sides(true, rng, noise), up, support, noise=noise), true) > 0.65
+        compute_iou_3d(
+            fit_box(sample_visible_sides(true, rng, noise), up, support, noise=noise), true
+        )
+        > 0.65
     )
 
 
@@ -97,7 +100,7 @@ def test_a_standing_box_stands_and_noise_does_not_change_its_order(seed: int, ya
     true, up, support = on_table(
         Rotation.from_rotvec([0, 0, np.radians(yaw)]), rng.uniform(0.05, 0.16, 3)
     )
-    box = fit_box(seen_sides(true, rng, 0.0025), up, support, noise=0.0025)
+    box = fit_box(sample_visible_sides(true, rng, 0.0025), up, support, noise=0.0025)
     assert np.abs(box.rotation.T @ up).max() > 0.999
     assert np.linalg.norm(box.vertices - true.vertices, axis=1).mean() < 0.012
     assert compute_vertex_error(box.vertices, true.vertices) < 0.012

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
-from labels_scenes import render
+from labels_scenes import render_blocks
 from refusals import refuses
 from spear.labels.fit.image import unproject
 from spear.labels.fit.masks import clean_points, decode_mask, encode_mask, erode, snap_outline
@@ -19,7 +19,7 @@ BLOCKS = [
 
 @pytest.fixture(scope="module")
 def frame() -> Frame:
-    return render(BLOCKS, ["box", "can"])
+    return render_blocks(BLOCKS, ["box", "can"])
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +87,7 @@ def test_a_mask_too_thin_to_have_an_inside_stays(frame: Frame, points: Array) ->
 
 def test_a_sheet_on_the_table_keeps_its_mask() -> None:
     towel = (np.array([0, 0, 0.0005]), np.array([0.15, 0.15, 0.001]), 0.2)
-    frame = render([towel], ["towel"])
+    frame = render_blocks([towel], ["towel"])
     points = unproject(frame.depth, frame.intrinsics)
     mask = ndimage.binary_dilation(frame.instances == 1)
     occupied = np.zeros_like(mask)

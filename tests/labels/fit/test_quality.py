@@ -6,7 +6,7 @@ from functools import partial
 import numpy as np
 import pytest
 
-from labels_scenes import render
+from labels_scenes import render_blocks
 from spear.labels.fit.box3d import fit_box
 from spear.labels.fit.quality import compute_planarity, compute_stability
 from spear.labels.pipeline import label_with_ground_truth
@@ -74,7 +74,7 @@ def test_stability_is_the_same_each_time() -> None:
 
 @pytest.fixture(scope="module")
 def label() -> LabeledImage:
-    (label,) = label_with_ground_truth([render(list(BLOCKS.values()), list(BLOCKS))])
+    (label,) = label_with_ground_truth([render_blocks(list(BLOCKS.values()), list(BLOCKS))])
     return label
 
 
@@ -109,7 +109,7 @@ def test_questions_are_about_askable_objects_only(label: LabeledImage) -> None:
 
 def test_ambiguous_names_missing_boxes_and_centers_outside_are_reasons() -> None:
     can_block = (np.array([0.0, 0, 0.04]), np.array([0.08, 0.08, 0.08]), 0.3)
-    (label,) = label_with_ground_truth([render([can_block], ["can"])])
+    (label,) = label_with_ground_truth([render_blocks([can_block], ["can"])])
     (can,) = label.objects
     second_can = replace(can, name="Can 2")
     mug = replace(can, name="mug", box3d=None)

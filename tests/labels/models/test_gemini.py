@@ -11,8 +11,17 @@ from typing import Any
 import numpy as np
 import pytest
 
-from gemini_server import Reply, Server, boxes, error, picture, retry_info, serving, text
-from labels_stand_ins import noise
+from gemini_server import (
+    Reply,
+    Server,
+    boxes_reply,
+    error_reply,
+    make_retry_info,
+    read_picture,
+    run_server,
+    text_reply,
+)
+from labels_stand_ins import make_noise_frame
 from refusals import refuses
 from spear.errors import RetryableError, SpearError
 from spear.labels.models import gemini as module
@@ -27,12 +36,12 @@ OF_THE_DAY = {
     "@type": "x/google.rpc.QuotaFailure",
     "violations": [{"quotaId": "RequestsPerDayPerProject"}],
 }
-BUSY = error(429, "RESOURCE_EXHAUSTED", "Slow down.", retry_info("0.3s"))
+BUSY = error_reply(429, "RESOURCE_EXHAUSTED", "Slow down.", make_retry_info("0.3s"))
 
 
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
-    with serving() as running:
+    with run_server() as running:
         monkeypatch.setenv("GOOGLE_GEMINI_BASE_URL", running.address)
         yield running
 
@@ -74,7 +83,7 @@ def test_the_request_goes_to_the_model_with_the_key(
 
 
 def test_the_request_contains_the_image_scaled_down(request_body: dict[str, Any]) -> None:
-    sent_image = picture(request_body)
+    sent_image = read_picture(request_body)
 
     assert sent_image.shape == (50, 200, 3)
     assert np.abs(sent_image.astype(int) - SMOOTH_IMAGE[::2, ::2]).mean() < 4
@@ -147,18 +156,18 @@ def test_answers_that_are_not_as_asked_are_unusable(answer: str, named: str) -> 
 @pytest.mark.parametrize(
     "reply",
     [
-        error(400, "INVALID_ARGUMENT", "x" * 150 + " the key secret-key is bad"),
-        error(403, "secret-key", "API key secret-key has no access."),
-        error(503, "UNAVAILABLE", "secret-key"),
+        error_reply(400, "INVALID_ARGUMENT", "x" * 150 + " the key secret-key is bad"),
+        error_reply(403, "secret-key", "API key secret-key has no access."),
+        error_reply(503, "UNAVAILABLE", "secret-key"),
         Reply(body="<html> secret-key"),
-        text("secret-key"),
+        text_reply("secret-key"),
     ],
 )
 def test_a_key_that_the_service_repeats_is_not_said(server: Server, reply: Reply) -> None:
     server.replies = [reply]
     gemini = make_detector()
 
-    message = refuses("", gemini.detect, [noise(0), noise(1)])
+    message = refuses("", gemini.detect, [make_noise_frame(0), make_noise_frame(1)])
 
     assert "secret" not in message
     assert "secret" not in gemini.bill()
@@ -170,7 +179,7 @@ def test_requests_are_spread_over_a_minute(server: Server, monkeypatch: pytest.M
     monkeypatch.setattr(module, "time", clock)
     monkeypatch.setattr(module, "MAX_CONCURRENT_REQUESTS", 1)
 
-    make_detector(per_minute=20).detect([noise(i) for i in range(4)])
+    make_detector(per_minute=20).detect([make_noise_frame(i) for i in range(4)])
 
     assert clock.now == pytest.approx(9.0)
     assert len(server.requests) == 4
@@ -179,11 +188,11 @@ def test_requests_are_spread_over_a_minute(server: Server, monkeypatch: pytest.M
 def test_rate_limiting_waits_as_long_as_asked(server: Server) -> None:
     server.replies = [
         BUSY,
-        error(429, "RESOURCE_EXHAUSTED", "More.", Retry_After="0.4"),
-        boxes(CUP),
+        error_reply(429, "RESOURCE_EXHAUSTED", "More.", Retry_After="0.4"),
+        boxes_reply(CUP),
     ]
 
-    (detections,) = make_detector().detect([noise(0)])
+    (detections,) = make_detector().detect([make_noise_frame(0)])
 
     assert [d.name for d in detections] == ["red cup"]
     first, second, third = server.times
@@ -191,16 +200,16 @@ def test_rate_limiting_waits_as_long_as_asked(server: Server) -> None:
     assert third - second >= 0.4
 
 
-OVERLOADED = error(503, "UNAVAILABLE", "The model is overloaded.")
+OVERLOADED = error_reply(503, "UNAVAILABLE", "The model is overloaded.")
 
 
 def test_overload_that_ends_is_waited_out(server: Server) -> None:
     bad_gateway = Reply(502, "<html>Bad gateway</html>")
-    internal_error = error(500, "INTERNAL", "Oops.")
-    server.replies = [OVERLOADED, bad_gateway, internal_error, boxes(CUP)]
+    internal_error = error_reply(500, "INTERNAL", "Oops.")
+    server.replies = [OVERLOADED, bad_gateway, internal_error, boxes_reply(CUP)]
     gemini = make_detector()
 
-    (detections,) = gemini.detect([noise(0)])
+    (detections,) = gemini.detect([make_noise_frame(0)])
 
     assert [d.name for d in detections] == ["red cup"]
     assert len(server.requests) == 4
@@ -211,34 +220,37 @@ def test_overload_that_does_not_end_concerns_one_image(
     server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "MAX_ATTEMPTS", 3)
-    server.replies = [OVERLOADED, OVERLOADED, OVERLOADED, boxes(CUP)]
+    server.replies = [OVERLOADED, OVERLOADED, OVERLOADED, boxes_reply(CUP)]
     gemini = make_detector()
 
     with pytest.raises(RetryableError, match=r"0\.jpg .*503"):
-        gemini.detect([noise(0)])
+        gemini.detect([make_noise_frame(0)])
 
-    assert len(gemini.detect([noise(1)])[0]) == 1
+    assert len(gemini.detect([make_noise_frame(1)])[0]) == 1
 
 
 UNUSABLE = [
-    (text("I see a cup."), "JSON"),
-    (text("[{", end="MAX_TOKENS"), "cut off"),
-    (text(""), "empty"),
+    (text_reply("I see a cup."), "JSON"),
+    (text_reply("[{", end="MAX_TOKENS"), "cut off"),
+    (text_reply(""), "empty"),
     (Reply(body={"candidates": [{"finishReason": "MALFORMED_RESPONSE"}]}), "empty"),
     (Reply(body="<html>"), "unreadable response"),
 ]
 REFUSALS = [
-    (error(400, "INVALID_ARGUMENT", "Unable to process input image."), "400 .*Unable"),
+    (error_reply(400, "INVALID_ARGUMENT", "Unable to process input image."), "400 .*Unable"),
     (Reply(body={"promptFeedback": {"blockReason": "SAFETY"}}), "SAFETY"),
     (Reply(body={"candidates": [{"finishReason": "SAFETY", "index": 0}]}), "SAFETY"),
-    (text("[]", end="SOMETHING_NEW"), "SOMETHING_NEW"),
+    (text_reply("[]", end="SOMETHING_NEW"), "SOMETHING_NEW"),
 ]
 FATAL = [
-    (error(429, "RESOURCE_EXHAUSTED", "Daily quota.", retry_info("7200s")), "7200 s"),
-    (error(429, "RESOURCE_EXHAUSTED", "Quota.", OF_THE_DAY, retry_info("9s")), "tomorrow"),
-    (error(404, "NOT_FOUND", "models/gemini-x is not found"), "404 .*gemini-x"),
-    (error(403, "PERMISSION_DENIED", "No."), "403 .*GEMINI_API_KEY"),
-    (error(400, "INVALID_ARGUMENT", "No.", {"reason": "API_KEY_INVALID"}), "GEMINI_API_KEY"),
+    (error_reply(429, "RESOURCE_EXHAUSTED", "Daily quota.", make_retry_info("7200s")), "7200 s"),
+    (
+        error_reply(429, "RESOURCE_EXHAUSTED", "Quota.", OF_THE_DAY, make_retry_info("9s")),
+        "tomorrow",
+    ),
+    (error_reply(404, "NOT_FOUND", "models/gemini-x is not found"), "404 .*gemini-x"),
+    (error_reply(403, "PERMISSION_DENIED", "No."), "403 .*GEMINI_API_KEY"),
+    (error_reply(400, "INVALID_ARGUMENT", "No.", {"reason": "API_KEY_INVALID"}), "GEMINI_API_KEY"),
 ]
 
 
@@ -247,9 +259,9 @@ FATAL = [
 def test_after_an_unusable_answer_it_asks_once_more(
     server: Server, reply: Reply, reason: str
 ) -> None:
-    server.replies = [reply, boxes(CUP)]
+    server.replies = [reply, boxes_reply(CUP)]
 
-    (detections,) = make_detector().detect([noise(0)])
+    (detections,) = make_detector().detect([make_noise_frame(0)])
 
     assert len(detections) == 1
     assert len(server.requests) == 2
@@ -264,25 +276,25 @@ def test_an_image_with_two_unusable_answers_may_be_retried(
     gemini = make_detector()
 
     with pytest.raises(RetryableError, match=rf"0\.jpg.*{reason}"):
-        gemini.detect([noise(0)])
+        gemini.detect([make_noise_frame(0)])
 
     assert len(server.requests) == 2
-    server.replies = [boxes(CUP)]
-    assert len(gemini.detect([noise(1)])[0]) == 1
+    server.replies = [boxes_reply(CUP)]
+    assert len(gemini.detect([make_noise_frame(1)])[0]) == 1
 
 
 @pytest.mark.parametrize(("reply", "reason"), REFUSALS)
 @pytest.mark.filterwarnings("ignore:.*is not a valid")
 def test_a_refusal_concerns_one_image(server: Server, reply: Reply, reason: str) -> None:
-    server.replies = [reply, boxes(CUP)]
+    server.replies = [reply, boxes_reply(CUP)]
     gemini = make_detector()
 
     with pytest.raises(SpearError, match=reason) as refusal:
-        gemini.detect([noise(0)])
+        gemini.detect([make_noise_frame(0)])
 
     assert not isinstance(refusal.value, RetryableError)
     assert "0.jpg" in str(refusal.value)
-    assert len(gemini.detect([noise(1)])[0]) == 1
+    assert len(gemini.detect([make_noise_frame(1)])[0]) == 1
     assert len(server.requests) == 2
 
 
@@ -290,13 +302,13 @@ def test_a_refusal_concerns_one_image(server: Server, reply: Reply, reason: str)
 def test_what_would_fail_for_every_image_is_asked_once(
     server: Server, reply: Reply, reason: str
 ) -> None:
-    server.replies = [reply, boxes(CUP)]
+    server.replies = [reply, boxes_reply(CUP)]
     gemini = make_detector()
 
     with pytest.raises(RetryableError, match=reason):
-        gemini.detect([noise(0)])
+        gemini.detect([make_noise_frame(0)])
     with pytest.raises(RetryableError, match=reason):
-        gemini.detect([noise(1)])
+        gemini.detect([make_noise_frame(1)])
 
     assert len(server.requests) == 1
 
@@ -308,24 +320,24 @@ def test_images_of_a_batch_are_asked_about_at_the_same_time_and_keep_their_answe
 
     def answer(request: dict[str, Any]) -> Reply:
         together.wait()
-        width = picture(request).shape[1]
+        width = read_picture(request).shape[1]
         time.sleep(0.02 * (66 - width))
-        return boxes((f"thing {width}", [0, 0, 1000, 1000]))
+        return boxes_reply((f"thing {width}", [0, 0, 1000, 1000]))
 
     server.answer = answer
 
-    detections = make_detector().detect([noise(i, 40, 60 + i) for i in range(6)])
+    detections = make_detector().detect([make_noise_frame(i, 40, 60 + i) for i in range(6)])
 
     names = [d.name for (d,) in detections]
     assert names == [f"thing {60 + i}" for i in range(6)]
 
 
 def test_cached_answers_make_no_request(server: Server, tmp_path: Path) -> None:
-    server.replies = [boxes(CUP)]
-    (detections,) = make_detector(tmp_path).detect([noise(0)])
+    server.replies = [boxes_reply(CUP)]
+    (detections,) = make_detector(tmp_path).detect([make_noise_frame(0)])
     gemini = make_detector(tmp_path)
 
-    (cached_detections,) = gemini.detect([noise(0)])
+    (cached_detections,) = gemini.detect([make_noise_frame(0)])
 
     assert to_rows(cached_detections) == to_rows(detections)
     assert len(server.requests) == 1
@@ -333,11 +345,11 @@ def test_cached_answers_make_no_request(server: Server, tmp_path: Path) -> None:
 
 
 def test_the_bill_counts_requests_answers_and_tokens(server: Server, tmp_path: Path) -> None:
-    server.replies = [boxes(CUP)]
-    make_detector(tmp_path).detect([noise(0)])
+    server.replies = [boxes_reply(CUP)]
+    make_detector(tmp_path).detect([make_noise_frame(0)])
     gemini = make_detector(tmp_path)
 
-    gemini.detect([noise(0), noise(1)])
+    gemini.detect([make_noise_frame(0), make_noise_frame(1)])
 
     assert gemini.usage == {"requests": 1, "cached": 1, "input": 1200, "output": 100}
     for part in ("1 request,", "1 answer ", "1200", "100"):
@@ -348,28 +360,28 @@ def test_the_bill_counts_requests_answers_and_tokens(server: Server, tmp_path: P
 def test_other_settings_have_other_answers(
     server: Server, tmp_path: Path, changes: dict[str, Any]
 ) -> None:
-    server.replies = [boxes(CUP)]
-    make_detector(tmp_path).detect([noise(0)])
+    server.replies = [boxes_reply(CUP)]
+    make_detector(tmp_path).detect([make_noise_frame(0)])
 
-    make_detector(tmp_path, **changes).detect([noise(0)])
+    make_detector(tmp_path, **changes).detect([make_noise_frame(0)])
 
     assert len(server.requests) == 2
 
 
 def test_a_broken_answer_in_the_cache_is_asked_for_again(server: Server, tmp_path: Path) -> None:
-    server.replies = [boxes(CUP)]
-    make_detector(tmp_path).detect([noise(0)])
+    server.replies = [boxes_reply(CUP)]
+    make_detector(tmp_path).detect([make_noise_frame(0)])
     for path in tmp_path.rglob("*.json"):
         path.write_text("broken")
 
-    make_detector(tmp_path).detect([noise(0)])
+    make_detector(tmp_path).detect([make_noise_frame(0)])
 
     assert len(server.requests) == 2
 
 
 def test_the_cache_does_not_contain_the_key(server: Server, tmp_path: Path) -> None:
-    server.replies = [boxes(CUP)]
-    make_detector(tmp_path).detect([noise(0)])
+    server.replies = [boxes_reply(CUP)]
+    make_detector(tmp_path).detect([make_noise_frame(0)])
 
     files = [path.read_text() for path in tmp_path.rglob("*.json")]
     assert files
@@ -380,9 +392,9 @@ def test_in_the_pipeline_nothing_is_asked_twice(
     server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "MAX_CONCURRENT_REQUESTS", 1)
-    server.replies = [Reply(body={"promptFeedback": {"blockReason": "SAFETY"}}), boxes(CUP)]
+    server.replies = [Reply(body={"promptFeedback": {"blockReason": "SAFETY"}}), boxes_reply(CUP)]
     gemini = make_detector()
-    images = [admit_frame(noise(i)) for i in range(4)]
+    images = [admit_frame(make_noise_frame(i)) for i in range(4)]
 
     detect_objects(images, gemini)
 
@@ -400,7 +412,7 @@ def test_without_a_key_there_is_no_detector(
     monkeypatch.setenv("GEMINI_API_KEY", "")
     refuses(r"GEMINI_API_KEY.*--detector", make_detector)
     monkeypatch.setenv("GOOGLE_API_KEY", "other-key")
-    make_detector().detect([noise(0)])
+    make_detector().detect([make_noise_frame(0)])
     assert server.headers[0]["x-goog-api-key"] == "other-key"
 
 
@@ -410,7 +422,7 @@ def test_without_a_network_it_says_so_once_and_stops(monkeypatch: pytest.MonkeyP
         monkeypatch.setenv("GOOGLE_GEMINI_BASE_URL", f"http://127.0.0.1:{taken.getsockname()[1]}")
         gemini = make_detector()
         with pytest.raises(RetryableError, match="network"):
-            gemini.detect([noise(0)])
+            gemini.detect([make_noise_frame(0)])
         monkeypatch.setattr(module, "MAX_ATTEMPTS", 10**9)  # would never return if it tried again
         with pytest.raises(RetryableError, match="network"):
-            gemini.detect([noise(1)])
+            gemini.detect([make_noise_frame(1)])

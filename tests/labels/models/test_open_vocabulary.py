@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from labels_stand_ins import noise
+from labels_stand_ins import make_noise_frame
 from labels_tiny import save_grounding_dino, save_owlv2
 from refusals import refuses
 from spear.labels.models.open_vocabulary import (
@@ -83,7 +83,12 @@ def detector(
 
 
 def test_an_image_in_a_batch_gets_the_detections_that_it_gets_alone(detector: Any) -> None:
-    frames = [noise(0), noise(1, 48, 32), noise(2), noise(3, 30, 90)]
+    frames = [
+        make_noise_frame(0),
+        make_noise_frame(1, 48, 32),
+        make_noise_frame(2),
+        make_noise_frame(3, 30, 90),
+    ]
 
     batch_detections = detector.detect(frames)
 
@@ -99,7 +104,12 @@ def test_an_image_in_a_batch_gets_the_detections_that_it_gets_alone(detector: An
 
 
 def test_detections_have_names_of_the_vocabulary_and_boxes_inside_the_image(detector: Any) -> None:
-    frames = [noise(0), noise(1, 48, 32), noise(2), noise(3, 30, 90)]
+    frames = [
+        make_noise_frame(0),
+        make_noise_frame(1, 48, 32),
+        make_noise_frame(2),
+        make_noise_frame(3, 30, 90),
+    ]
 
     for frame, detections in zip(frames, detector.detect(frames), strict=True):
         height, width = frame.image.shape[:2]
@@ -118,7 +128,7 @@ def test_a_long_vocabulary_is_divided_over_several_prompts(
     names = ["red cup", "fork", "plate", "bowl", "steel fork", "red plate", "steel cup", "red bowl"]
     detector = GroundingDinoDetector(dino, vocabulary=names)
 
-    (detections,) = detector.detect([noise(0)])
+    (detections,) = detector.detect([make_noise_frame(0)])
 
     names_in_prompts = []
     detections_of_prompts = []
@@ -126,7 +136,7 @@ def test_a_long_vocabulary_is_divided_over_several_prompts(
         names_in_prompts += prompt_names
         assert len(detector._processor.tokenizer(prompt)["input_ids"]) <= 16
         single_prompt = GroundingDinoDetector(dino, vocabulary=prompt_names)
-        detections_of_prompts += single_prompt.detect([noise(0)])[0]
+        detections_of_prompts += single_prompt.detect([make_noise_frame(0)])[0]
     assert len(detector._prompts) > 1
     assert names_in_prompts == names
     expected = clean_detections(detections_of_prompts, 40, 60, 0.7)
@@ -138,8 +148,8 @@ def test_owlv2_scores_do_not_depend_on_the_other_names(
 ) -> None:
     monkeypatch.setattr(Owlv2Detector, "threshold", 0.0)
     monkeypatch.setattr(Owlv2Detector, "overlap", 1.0)
-    (of_two_names,) = Owlv2Detector(owl, vocabulary=["cup", "forks"]).detect([noise(0)])
-    (of_one_name,) = Owlv2Detector(owl, vocabulary=["cup"]).detect([noise(0)])
+    (of_two_names,) = Owlv2Detector(owl, vocabulary=["cup", "forks"]).detect([make_noise_frame(0)])
+    (of_one_name,) = Owlv2Detector(owl, vocabulary=["cup"]).detect([make_noise_frame(0)])
 
     scores = {round_box(detection): detection.score for detection in of_one_name}
     cups = [detection for detection in of_two_names if detection.name == "cup"]

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from labels_stand_ins import noise
+from labels_stand_ins import make_noise_frame
 from moge_reference import build_reference_model, build_small_v1, make_checkpoint
 from refusals import refuses
 from spear.labels.fit.image import project
@@ -29,7 +29,7 @@ def metric_model(shared: Path) -> MogePointMapModel:
 
 
 def test_point_maps_have_the_sizes_of_their_images(small_v1: MogePointMapModel) -> None:
-    frames = [noise(0), noise(1, 56, 42), noise(2)]
+    frames = [make_noise_frame(0), make_noise_frame(1, 56, 42), make_noise_frame(2)]
 
     results = small_v1.predict(frames)
 
@@ -45,7 +45,7 @@ def test_point_maps_have_the_sizes_of_their_images(small_v1: MogePointMapModel) 
 def test_an_image_in_a_batch_gets_the_points_that_it_gets_alone(
     small_v1: MogePointMapModel,
 ) -> None:
-    frames = [noise(0), noise(1, 56, 42), noise(2)]
+    frames = [make_noise_frame(0), make_noise_frame(1, 56, 42), make_noise_frame(2)]
 
     results = small_v1.predict(frames)
 
@@ -59,7 +59,7 @@ def test_no_images_give_no_point_maps(small_v1: MogePointMapModel) -> None:
 
 
 def test_points_lie_on_the_rays_of_their_pixels(small_v1: MogePointMapModel) -> None:
-    (result,) = small_v1.predict([noise(0)])
+    (result,) = small_v1.predict([make_noise_frame(0)])
 
     y, x = np.mgrid[:40, :60] + 0.5
     pixels = project(result.points, result.intrinsics)
@@ -69,7 +69,7 @@ def test_points_lie_on_the_rays_of_their_pixels(small_v1: MogePointMapModel) -> 
 
 
 def test_moge_2_gives_the_metric_points_of_its_network(metric_model: MogePointMapModel) -> None:
-    frame = noise(0)
+    frame = make_noise_frame(0)
 
     (result,) = metric_model.predict([frame])
 
@@ -84,7 +84,7 @@ def test_moge_2_gives_the_metric_points_of_its_network(metric_model: MogePointMa
 def test_unknown_points_are_zero_and_known_ones_in_front_of_the_camera(
     metric_model: MogePointMapModel,
 ) -> None:
-    (result,) = metric_model.predict([noise(0)])
+    (result,) = metric_model.predict([make_noise_frame(0)])
 
     assert 0 < result.mask.mean() < 1
     assert not result.points[~result.mask].any()
@@ -105,4 +105,8 @@ def test_an_image_to_whose_points_no_camera_fits_is_refused(spoil: object) -> No
     assert callable(spoil)
     spoil(model)
 
-    refuses(r"No camera fits .* 0\.jpg", MogePointMapModel(model, device="cpu").predict, [noise(0)])
+    refuses(
+        r"No camera fits .* 0\.jpg",
+        MogePointMapModel(model, device="cpu").predict,
+        [make_noise_frame(0)],
+    )

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch.nn import functional as F
 from transformers import Sam2Model, Sam2Processor, ViTImageProcessorPil
 
-from labels_stand_ins import noise
+from labels_stand_ins import make_noise_frame
 from labels_tiny import save_sam2
 from refusals import refuses
 from spear.labels.models.protocols import Detection
@@ -52,7 +52,7 @@ def load_reference_postprocessing() -> Any:
 
 @pytest.mark.parametrize("size", [(40, 60), (200, 90), (64, 64)])
 def test_preprocessing_is_that_of_transformers(size: tuple[int, int]) -> None:
-    image = noise(0, *size).image
+    image = make_noise_frame(0, *size).image
     processor = ViTImageProcessorPil(
         size={"height": 64, "width": 64},
         image_mean=MEAN,
@@ -87,7 +87,7 @@ def test_postprocessing_is_that_of_transformers() -> None:
 
 
 def test_masks_are_those_of_the_plain_model(folder: str, segmenter: Sam2Segmenter) -> None:
-    frame = noise(0)
+    frame = make_noise_frame(0)
     network = Sam2Model.from_pretrained(folder).eval()
     pixels = preprocess(frame.image, 64)[None]
     prompts = scale_boxes(BOXES, 40, 60, 64)[None]
@@ -103,7 +103,12 @@ def test_masks_are_those_of_the_plain_model(folder: str, segmenter: Sam2Segmente
 
 
 def test_images_of_a_batch_may_have_any_number_of_boxes(segmenter: Sam2Segmenter) -> None:
-    frames = [noise(0), noise(1, 48, 32), noise(2), noise(3)]
+    frames = [
+        make_noise_frame(0),
+        make_noise_frame(1, 48, 32),
+        make_noise_frame(2),
+        make_noise_frame(3),
+    ]
     many_boxes = np.concatenate([BOXES + 0.5 * i for i in range(5)])
     detections = [
         make_detections(BOXES[:1]),
@@ -122,7 +127,7 @@ def test_images_of_a_batch_may_have_any_number_of_boxes(segmenter: Sam2Segmenter
 
 
 def test_a_box_among_many_gets_the_mask_that_it_gets_alone(segmenter: Sam2Segmenter) -> None:
-    frame = noise(3)
+    frame = make_noise_frame(3)
     detections = make_detections(np.concatenate([BOXES + 0.5 * i for i in range(5)]))
 
     (masks,) = segmenter.segment([frame], [detections])
@@ -148,7 +153,7 @@ def test_checkpoints_of_the_video_model_are_loaded(tmp_path: Path) -> None:
     assert loaded
     assert len(published) > len(loaded)
     assert all((published[name] == value).all() for name, value in loaded.items())
-    (masks,) = segmenter.segment([noise(0)], [make_detections(BOXES)])
+    (masks,) = segmenter.segment([make_noise_frame(0)], [make_detections(BOXES)])
     assert masks.shape == (4, 40, 60)
 
 
@@ -160,6 +165,6 @@ def test_full_memory_asks_for_a_smaller_batch(folder: str, monkeypatch: pytest.M
     refuses(
         "memory is full with 2 images at a time",
         segmenter.segment,
-        [noise(0), noise(1)],
+        [make_noise_frame(0), make_noise_frame(1)],
         [make_detections(BOXES)] * 2,
     )

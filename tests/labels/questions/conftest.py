@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from labels_scenes import TRUTH, random_frame
+from labels_scenes import TRUTH, make_random_frame
 from spear.labels.pipeline import label_images
 from spear.types import LabeledImage
 
@@ -14,6 +14,8 @@ NAMES = ("carrot", "green cube", "bowl", "plate", "eggplant", "spoon")
 def labels() -> list[LabeledImage]:
     """Of one to six objects; several have one name in the last six."""
     rng = np.random.default_rng(1)
-    frames = [random_frame(rng, objects=int(rng.integers(1, 7)), names=NAMES) for _ in range(12)]
-    frames += [random_frame(rng, objects=6, names=NAMES[:4]) for _ in range(6)]
+    frames = [
+        make_random_frame(rng, objects=int(rng.integers(1, 7)), names=NAMES) for _ in range(12)
+    ]
+    frames += [make_random_frame(rng, objects=6, names=NAMES[:4]) for _ in range(6)]
     return list(label_images(frames, *TRUTH))

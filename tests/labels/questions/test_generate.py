@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from labels_scenes import random_frame
+from labels_scenes import make_random_frame
 from refusals import refuses
 from spear.labels.fit.image import unproject
 from spear.labels.fit.masks import encode_mask
@@ -310,7 +310,7 @@ def test_the_answer_is_the_point_that_the_pixel_shows(
     tmp_path: Path, size: tuple[int, int]
 ) -> None:
     rng = np.random.default_rng(0)
-    frame = random_frame(rng, width=size[0], height=size[1])
+    frame = make_random_frame(rng, width=size[0], height=size[1])
     height, width = frame.depth.shape
     image = encode_jpeg(frame.image)
     label = make_label(frame, image)
@@ -332,7 +332,7 @@ def test_the_answer_is_the_point_that_the_pixel_shows(
 @pytest.mark.parametrize("depth", [None, np.zeros((30, 40), np.float16)])
 def test_without_depth_no_pixel_is_asked_about(depth: Array | None) -> None:
     rng = np.random.default_rng(0)
-    frame = random_frame(rng, width=160, height=120)
+    frame = make_random_frame(rng, width=160, height=120)
     label = make_label(frame, encode_jpeg(frame.image))
 
     assert generate_questions(label, rng, (4, 4), QUESTION_TYPES_PIXEL, depth=depth) == []
@@ -346,7 +346,7 @@ def two_folders(tmp_path: Path) -> tuple[list[Path], dict[tuple[str, int], bytes
     """Two folders of labels with depth, the second without wrist images; and their images."""
     images = {}
     for view, number in (("external", 0), ("wrist", 0), ("external", 1)):
-        frame = random_frame(np.random.default_rng(len(images)))
+        frame = make_random_frame(np.random.default_rng(len(images)))
         image = encode_jpeg(frame.image)
         images[view, number] = image
         folder = tmp_path / f"{number}"

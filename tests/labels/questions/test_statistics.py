@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from labels_scenes import TRUTH, random_frame
+from labels_scenes import TRUTH, make_random_frame
 from refusals import refuses
 from spear.labels.pipeline import label_images
 from spear.labels.questions.generate import find_askable_objects, generate_questions
@@ -25,7 +25,7 @@ NUM_BINS = 16
 def labels() -> list[LabeledImage]:
     """Images of 2, 3, 5, 7, 0 and 1 objects; the last one has no box."""
     rng = np.random.default_rng(1)
-    frames = [random_frame(rng, objects=num_objects) for num_objects in (2, 3, 5, 7, 0)]
+    frames = [make_random_frame(rng, objects=num_objects) for num_objects in (2, 3, 5, 7, 0)]
     labels = list(label_images(frames, *TRUTH))
     object_without_box = replace(labels[1].objects[0], box3d=None, keypoints={})
     return [*labels, replace(labels[1], objects=[object_without_box])]
