@@ -123,3 +123,10 @@ def test_labeling_and_training_run_without_optional_packages(tmp_path: Path) -> 
     )
 
     subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True)
+
+
+def test_one_module_loads_models_of_others() -> None:
+    """Only `spear.util.pretrained` calls `from_pretrained`, so that no model folder runs code."""
+    callers = [name for name, path in MODULES.items() if ".from_pretrained(" in path.read_text()]
+
+    assert callers == ["spear.util.pretrained"]

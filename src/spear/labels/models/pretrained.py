@@ -10,6 +10,7 @@ import torch
 from spear.errors import SpearError, format_count, summarize_error
 from spear.models.devices import choose_device
 from spear.util.network import explain_hub_unreachable, is_hub_name
+from spear.util.pretrained import load_pretrained
 
 
 def load_model(
@@ -89,7 +90,9 @@ def load_processor(cls: Any, kind: str, model: str, **options: Any) -> Any:
     if not is_local:
         name, _, revision = model.partition("@")
     try:
-        return cls.from_pretrained(name, revision=revision or "main", **options)
+        return load_pretrained(cls, name, revision=revision or "main", **options)
+    except SpearError:
+        raise
     except Exception as error:  # unknown names and broken files raise errors of many kinds
         raise SpearError(
             f"{model} cannot be loaded as a {kind} model ({summarize_error(error)}). Check the name and the "

@@ -25,6 +25,7 @@ from spear.models.weights.load import (
     quiet_transformers,
 )
 from spear.util.files import check_new_folder
+from spear.util.pretrained import load_pretrained
 
 Status = Literal["loaded", "new", "left out", "missing", "refused"]
 PROBLEMS: tuple[Status, ...] = ("missing", "refused")
@@ -219,8 +220,13 @@ class Conversion(Generic[ModelT]):
 
         with torch.random.fork_rng(devices=[]), quiet_transformers():
             torch.manual_seed(seed)
-            loaded: Any = self.model_class.from_pretrained(
-                None, config=self.config, state_dict=weights, dtype=dtype, output_loading_info=True
+            loaded = load_pretrained(
+                self.model_class,
+                None,
+                config=self.config,
+                state_dict=weights,
+                dtype=dtype,
+                output_loading_info=True,
             )
         model, loading_info = loaded
 

@@ -21,6 +21,7 @@ from spear.errors import SpearError, check_known, summarize_error
 from spear.models.weights.folders import warn_about_changed_files
 from spear.util.files import read_json
 from spear.util.network import check_available_on_hub, explain_hub_unreachable, is_hub_name
+from spear.util.pretrained import load_pretrained
 
 ModelT = TypeVar("ModelT", bound=PreTrainedModel)
 
@@ -73,13 +74,16 @@ def load(cls: type[ModelT], folder: Path | str, dtype: torch.dtype | None = None
     warn_about_changed_files(folder)
     try:
         with quiet_transformers():
-            loaded: Any = cls.from_pretrained(
+            loaded = load_pretrained(
+                cls,
                 folder,
                 dtype=dtype or "auto",
                 local_files_only=True,
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,
             )
+    except SpearError:
+        raise
     except Exception as error:  # also of its networks, which wrong numbers in the config break
         raise SpearError(f"cannot load checkpoint: {folder}: {summarize_error(error)}") from error
     model, loading_info = loaded
@@ -449,9 +453,14 @@ def describe_source(name: Path | str, folder: Path) -> str:
 
 
 def load_tokenizer(folder: Path) -> Any:
-    """Load the tokenizer in a folder. Raises `SpearError` where there is none, or a broken one."""
+    """Load the tokenizer in a folder. No code of the folder runs.
+
+    Raises `SpearError` where there is no tokenizer, or a broken one.
+    """
     try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        return load_pretrained(AutoTokenizer, folder, local_files_only=True)
+    except SpearError:
+        raise
     except Exception as error:  # the errors of its parser have no class of their own
         raise SpearError(
             f"broken tokenizer: {folder}: {summarize_error(error)}. Copy it again."
