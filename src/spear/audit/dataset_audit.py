@@ -54,6 +54,7 @@ from spear.data.readers.formats import (
     count_episodes,
     open_dataset,
     open_store_split,
+    read_layout_steps,
 )
 from spear.data.readers.rotation_formats import ROTATION_FORMATS, to_quaternion
 from spear.data.store.episode_store import EpisodeStore
@@ -341,7 +342,8 @@ def check_texts(path: str | Path, split: str, layout: DatasetLayout) -> list[Che
     if isinstance(folder, EpisodeStore):  # which refuses them when it is written
         return []
     first_episodes = []
-    for source, steps in itertools.islice(folder.read_steps(split, ()), MAX_VIEWED_EPISODES):
+    raw_episodes = read_layout_steps(folder, split, layout, images=())
+    for source, steps in itertools.islice(raw_episodes, MAX_VIEWED_EPISODES):
         if not isinstance(steps, SpearError):
             first_episodes.append((steps, source))
 

@@ -31,12 +31,18 @@ from spear.checks.gripper import (
     correlate_commands,
     judge_open_end,
 )
+from spear.checks.instructions import looks_like_identifier
 from spear.checks.recording import Recording
 from spear.checks.states import plausible_length_unit
 from spear.data.readers.columns import RawEpisodes, is_depth_png, walk_columns
 from spear.data.readers.dataset_layout import ANGLE_FORMATS
 from spear.data.readers.formats import Dataset, count_episodes, open_dataset
-from spear.data.readers.lerobot import JOINT_NAME_PATTERN, LeRobotFolder
+from spear.data.readers.lerobot import (
+    JOINT_NAME_PATTERN,
+    TASK_COLUMN,
+    LeRobotFolder,
+    is_index_column,
+)
 from spear.data.store.episode_store import EpisodeStore
 from spear.errors import SpearError
 from spear.types import Array
@@ -52,6 +58,8 @@ DEFAULT_RATE_HZ = 5.0  # where the dataset names none; only ratios of rates matt
 WRIST_WORDS = ("wrist", "hand", "gripper", "eye_in")
 """Parts of the names of wrist cameras."""
 MIN_WRIST_RATIO = 2.0  # how much more of a wrist view must change than of all others
+TEXT_WORDS = ("annotation", "description", "instruction", "language", "task")
+"""Parts of the names of columns that tell what the robot should do."""
 COLUMNS_WITHOUT_STATE = (
     "timestamp",
     "reward",
@@ -134,14 +142,15 @@ def describe(path: str | Path) -> dict[str, Any]:
             f"nothing to describe: {path} is a store of episodes, whose columns are known"
         )
     split = next(iter(count_episodes(path)))
-    is_lerobot = isinstance(folder, LeRobotFolder)
     rate_hz = folder.info.fps if isinstance(folder, LeRobotFolder) else DEFAULT_RATE_HZ
     episodes = _read_episodes(folder, split, path)
     proposal = _Proposal()
 
     proposal.fields["images"] = _describe_cameras(folder.read_steps(split), proposal, rate_hz)
     _describe_success(episodes, proposal)
-    if not is_lerobot:
+    if isinstance(folder, LeRobotFolder):
+        _describe_task_indices(episodes, folder.tasks, proposal)
+    else:
         _describe_instruction(episodes[0], proposal)
         proposal.fields["rate_hz"] = None
         proposal.facts["rate_hz"] = "not in the metadata: write how many steps a second has"
@@ -201,6 +210,36 @@ def _describe_instruction(episode: Mapping[str, Any], proposal: _Proposal) -> No
         if "instruction" in name or "language" in name:
             proposal.fields["instruction"] = name
             return
+
+
+def _describe_task_indices(
+    episodes: Sequence[Mapping[str, Any]], tasks: Mapping[int, str], proposal: _Proposal
+) -> None:
+    """Propose a column of task indices that leads to sentences where LeRobot's task does not."""
+    default_texts: set[bytes] = set()
+    for episode in episodes:
+        default_texts.update(episode[TASK_COLUMN])
+    if not all(looks_like_identifier(text.decode("utf-8", "replace")) for text in default_texts):
+        return
+
+    for name in episodes[0]:
+        is_named_like_texts = any(word in name for word in TEXT_WORDS)
+        if (
+            name != "task_index"
+            and is_named_like_texts
+            and all(_leads_to_a_sentence(episode[name], tasks) for episode in episodes)
+        ):
+            proposal.fields["instruction"] = name
+            proposal.facts["instruction"] = "its indices lead to sentences in meta/tasks"
+            return
+
+
+def _leads_to_a_sentence(values: Any, tasks: Mapping[int, str]) -> bool:
+    """Whether a column has one index of a task in all rows, and that task is several words."""
+    if not is_index_column(values):
+        return False
+    indices = set(np.ravel(values).tolist())
+    return len(indices) == 1 and " " in tasks.get(indices.pop(), "").strip()
 
 
 def _numeric_columns(episodes: Sequence[Mapping[str, Any]]) -> dict[str, list[Array]]:

@@ -178,6 +178,78 @@ def test_episodes_may_be_listed_in_any_order(version_2_copy: Path) -> None:
     assert indices == list(range(NUM_EPISODES))
 
 
+SENTENCES = ["LiftCube", "lift the cube", "put the cube down"]
+
+
+def write_with_task_indices(folder: Path, column: str, cells: pa.Array) -> Path:
+    """A dataset of ours with `SENTENCES` as tasks 0, 1, 2, all rows of task 0, and a new column."""
+    write_lerobot([make_episode(0), make_episode(1)], folder)
+    tasks = pa.table({"task_index": [0, 1, 2], "task": SENTENCES})
+    pq.write_table(tasks, folder / "meta/tasks.parquet")
+    (data,) = folder.glob("data/*/*.parquet")
+    position = pq.read_schema(data).get_field_index("task_index")
+    zeros = pa.array([0] * len(cells))
+    change_rows(
+        data,
+        lambda table: table.set_column(position, "task_index", zeros).append_column(column, cells),
+    )
+    (episodes_file,) = folder.glob("meta/episodes/*/*.parquet")
+    change_rows(episodes_file, lambda table: table.drop_columns(["tasks"]))
+    column_path = column.replace(".", "/")
+    edit_json(folder / "spear.json", lambda layout: layout.update(instruction=column_path))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("column", "cells"),
+    [
+        ("language.instruction_id", pa.array([1] * 6 + [2] * 6, pa.int32())),
+        ("subtask", pa.array([[1]] * 6 + [[2]] * 6, pa.list_(pa.int64(), 1))),
+        ("annotation.coarse_action", pa.array([1] * 6 + [2] * 6, pa.uint8())),
+    ],
+)
+def test_instructions_are_looked_up_by_an_index_column(
+    tmp_path: Path, column: str, cells: pa.Array
+) -> None:
+    folder = write_with_task_indices(tmp_path / "set", column, cells)
+
+    episodes, reasons = read_good(folder)
+
+    assert reasons == []
+    assert [episode.instruction for episode in episodes] == SENTENCES[1:]
+
+
+def test_an_index_without_a_task_costs_its_episode(tmp_path: Path) -> None:
+    cells = pa.array([1] * 6 + [9] * 6)
+    folder = write_with_task_indices(tmp_path / "set", "subtask", cells)
+
+    episodes, reasons = read_good(folder)
+
+    assert len(episodes) == 1
+    assert "no task 9: set/train#1: subtask names it" in reasons[0]
+
+
+@pytest.mark.parametrize("column", ["language.instruction_id", "annotation.coarse_action"])
+def test_a_column_of_indices_is_proposed_where_the_task_is_only_a_name(
+    tmp_path: Path, column: str
+) -> None:
+    folder = write_with_task_indices(tmp_path / "set", column, pa.array([1] * 6 + [2] * 6))
+
+    assert describe(folder)["instruction"] == column.replace(".", "/")
+
+
+def test_lerobot_s_own_task_needs_no_proposal(exported: Path) -> None:
+    assert "instruction" not in describe(exported)
+
+
+@pytest.mark.parametrize("instruction", ["StackCube-v1", "open_drawer"])
+def test_an_instruction_that_is_only_a_name_is_doubted(tmp_path: Path, instruction: str) -> None:
+    write_lerobot([make_episode(0, instruction=instruction)], tmp_path / "set")
+
+    with pytest.warns(Notice, match=f"{instruction}.*a name instead of a sentence"):
+        prepare(tmp_path / "set", tmp_path / "out")
+
+
 STRANGE_COLUMNS = {
     "texts": ["a"] * 10,
     "lists of texts": [["a"]] * 10,

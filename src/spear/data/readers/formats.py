@@ -1,7 +1,7 @@
 """Robot demonstrations in a folder of any format: which format it is, and its episodes."""
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -9,6 +9,7 @@ from typing import TypeVar
 
 from spear.data.readers.build_episode import build_episode
 from spear.data.readers.columns import RawEpisodes
+from spear.data.readers.dataset_layout import DatasetLayout
 from spear.data.readers.lerobot import INFO_FILE, LeRobotFolder, open_lerobot
 from spear.data.readers.rlds import RldsFolder, find_rlds_folders, open_rlds
 from spear.data.readers.splits import parse_split
@@ -130,10 +131,27 @@ def read_episodes(
 
     layout = folder.load_layout(layout_file)
     yield from convert_episodes(
-        folder.read_steps(split, layout.images.values()),
+        read_layout_steps(folder, split, layout, layout.images.values()),
         partial(build_episode, layout=layout),
         on_error,
     )
+
+
+def read_layout_steps(
+    folder: Dataset, split: str, layout: DatasetLayout, images: Collection[str]
+) -> RawEpisodes:
+    """Read the columns of each episode of a split, with the instructions as texts.
+
+    Args:
+        folder: The dataset.
+        split: Which episodes.
+        layout: What the columns mean.
+        images: The image columns to read.
+    """
+    raw_episodes = folder.read_steps(split, images)
+    if isinstance(folder, LeRobotFolder):
+        return folder.with_instruction_texts(raw_episodes, layout.instruction)
+    return raw_episodes
 
 
 def convert_episodes(

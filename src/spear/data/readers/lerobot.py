@@ -291,6 +291,45 @@ class LeRobotFolder:
             )
         return [task.encode() for task in tasks]
 
+    def with_instruction_texts(self, raw_episodes: RawEpisodes, column: str) -> RawEpisodes:
+        """Look the instructions up in the tasks if their column holds indices of tasks.
+
+        GR00T's datasets are like that: `annotation.human.action.task_description` is such an index.
+
+        Args:
+            raw_episodes: The columns of episodes, as `read_steps` yields them.
+            column: The column of the instruction, as a layout names it.
+
+        Yields:
+            The same episodes; an index that no task has makes its episode an error.
+        """
+        for source, steps in raw_episodes:
+            if isinstance(steps, SpearError) or not is_index_column(steps.get(column)):
+                yield source, steps
+                continue
+            try:
+                yield source, {**steps, column: self._look_up_tasks(steps[column], column, source)}
+            except SpearError as error:
+                yield source, error
+
+    def _look_up_tasks(self, indices: Array, column: str, source: str) -> list[bytes]:
+        """Look up the instruction of each row; negative indices mean that the row has none."""
+        texts: list[bytes] = []
+        for index in np.ravel(indices).tolist():
+            if index >= 0 and index not in self.tasks:
+                raise SpearError(
+                    f"no task {index}: {source}: {column} names it, but meta/tasks lacks it. "
+                    "Add it there, or name another column as instruction."
+                )
+            texts.append(self.tasks.get(index, "").encode())
+        return texts
+
+
+def is_index_column(values: Any) -> bool:
+    """Whether a column has one integer per row, which may be the index of a task."""
+    is_integer_array = isinstance(values, np.ndarray) and values.dtype.kind in "iu"
+    return is_integer_array and values.size == len(values)
+
 
 def _to_column(feature: str) -> str:
     """Convert the name of a feature to the path of a column."""

@@ -31,6 +31,7 @@ from spear.checks.gripper import (
     check_gripper,
     check_range,
 )
+from spear.checks.instructions import find_doubtful_instruction
 from spear.checks.recording import Recording
 from spear.checks.result import Check
 from spear.checks.states import find_implausible_states
@@ -276,11 +277,14 @@ def _count_image_bytes(episodes: Sequence[Episode]) -> int:
 
 
 def _notice_implausible_values(store: EpisodeStore, path: Path, has_commands: bool) -> None:
-    """Notice what is wrong with positions and gripper of the first episodes."""
+    """Notice what is wrong with positions, instructions and gripper of the first episodes."""
     num_checked = min(len(store), NUM_CHECKED_EPISODES)
     episodes = [store.without_images(index) for index in range(num_checked)]
     for remark in find_implausible_states(episodes):
         notice(f"{path}: {remark}")
+    doubt = find_doubtful_instruction([episode.instruction for episode in episodes])
+    if doubt:
+        notice(f"{path}: {doubt}")
     for check in _find_wrong_gripper(episodes, has_commands):
         notice(f"{path}: {check.name}: {check.words}")
 
