@@ -106,6 +106,35 @@ def test_a_gripper_outside_of_its_range_is_named_with_its_readings(steps: dict[s
     refuses(message, build_episode, steps, layout, SOURCE)
 
 
+@pytest.mark.parametrize("reading", [1.115, 1.29])
+def test_a_reading_a_little_outside_of_its_range_is_clipped(
+    steps: dict[str, Any], reading: float
+) -> None:
+    steps["observation"]["state"][0, 6] = reading
+
+    assert build_episode(steps, LAYOUT, SOURCE).gripper[0] == 1
+
+
+def test_the_open_grippers_of_bc_z_read_from_0_to_a_fifth() -> None:
+    layout = dataclasses.replace(REGISTRY["bc_z"], gripper="state", command=None)
+
+    opening, _ = read_openings({"state": np.array([0, 0.2, 1])}, layout, "bc_z")
+
+    np.testing.assert_allclose(opening, [1, 1, 0])
+
+
+def test_the_grippers_of_nyu_franka_play_are_closed_at_minus_one() -> None:
+    layout = dataclasses.replace(
+        REGISTRY["nyu_franka_play_dataset_converted_externally_to_rlds"],
+        gripper="command",
+        command="command",
+    )
+
+    _, command = read_openings({"command": np.array([-1.0, 1.0])}, layout, "nyu")
+
+    np.testing.assert_allclose(command, [0, 1])
+
+
 def test_a_broken_image_is_named_without_an_address_in_memory(steps: dict[str, Any]) -> None:
     steps["observation"]["image_0"][4] = b"\xff\xd8no image"
 

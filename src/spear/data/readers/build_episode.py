@@ -27,7 +27,7 @@ from spear.util.images import check_jpeg_is_complete, decode_image, encode_jpeg
 from spear.util.units import ANGLE_UNITS, LENGTH_UNITS
 
 MAX_MEDIAN_ANGLE_RAD = 4 * math.pi  # wrists turn once or twice; larger angles are degrees
-GRIPPER_RANGE_TOLERANCE = 0.1  # part of a declared range by which a reading may lie outside
+MAX_GRIPPER_OVERSHOOT = 0.3  # part of a declared range; BC-Z's readings overshoot by 0.25
 IDLE_SPEED_M_S = 2e-3  # below it the arm does not move
 IDLE_TURN_RAD_S = 1e-2  # below it the arm does not turn
 IDLE_OPENING_CHANGE = 1e-2  # per step; below it the gripper does not move
@@ -149,7 +149,7 @@ def read_openings(steps: Steps, layout: DatasetLayout, source: str) -> tuple[Arr
         logs none. If both agree but for rounding, nothing was measured: see `observed_openings`.
 
     Raises:
-        SpearError: If a reading is outside its declared range by more than 10 % of the range.
+        SpearError: If a reading is outside its declared range by more than 30 % of the range.
     """
     assert layout.gripper is not None
     assert layout.gripper_range is not None
@@ -178,8 +178,8 @@ def _read_opening(
     readings = readings.reshape(-1)
     closed, opened = closed_and_open
     opening = (readings - closed) / (opened - closed)
-    is_outside = (opening < -GRIPPER_RANGE_TOLERANCE) | (opening > 1 + GRIPPER_RANGE_TOLERANCE)
-    step = find_first(is_outside)
+    overshoot = np.maximum(-opening, opening - 1)
+    step = find_first(overshoot > MAX_GRIPPER_OVERSHOOT)
     if step is not None:
         raise SpearError(
             f"out of range: {source} step {step}: {column} is {readings[step]:.4g}, but "
