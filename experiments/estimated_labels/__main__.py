@@ -121,7 +121,7 @@ def estimated(frames: Iterator[Frame], most_scale: float) -> Iterator[LabeledIma
 
 
 @app.command
-def make(
+def make(  # noqa: PLR0913  the options of the command
     out: Path = Path("runs/proof"),
     scenes: int = 13_056,
     first_seed: int = 200_000,

@@ -205,7 +205,7 @@ class Spear1ForActionPrediction(PreTrainedModel):
         hidden = self.action_time_mlp_in(torch.cat([tokens, time_embedding], dim=-1))
         return self.action_time_mlp_out(nn.functional.silu(hidden))
 
-    def forward(
+    def forward(  # noqa: PLR0913  the inputs of the network
         self,
         pixel_values: Mapping[str, Tensor],
         input_ids: Tensor,
@@ -281,7 +281,7 @@ class Spear1ForActionPrediction(PreTrainedModel):
         return LossOutput(loss=loss, parts=detached_parts)
 
     @torch.no_grad()
-    def sample_actions(
+    def sample_actions(  # noqa: PLR0913  the inputs of the network
         self,
         pixel_values: Mapping[str, Tensor],
         input_ids: Tensor,

@@ -259,7 +259,7 @@ class SpearVLMForConditionalGeneration(PreTrainedModel):
             self.config.coordinate_smoothing,
         )
 
-    def forward(
+    def forward(  # noqa: PLR0913  the inputs of the network
         self,
         pixel_values: Mapping[str, Tensor],
         input_ids: Tensor,

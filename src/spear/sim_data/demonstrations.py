@@ -39,7 +39,7 @@ class _Progress(NamedTuple):
     num_tried: int
 
 
-def record_demonstrations(
+def record_demonstrations(  # noqa: PLR0913  the options of its command
     out: Path,
     families: Sequence[str],
     episodes_per_family: int,

@@ -81,7 +81,7 @@ def read_scenes(path: str, seeds: Sequence[int]) -> Iterator[Content]:
         yield render_clutter_frame(seed, "external", IMAGE_SIZE_PX)
 
 
-def label_scenes(
+def label_scenes(  # noqa: PLR0913  the options of its command
     out: Path,
     scenes: int,
     sizes: Mapping[str, Size],

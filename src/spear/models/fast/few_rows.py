@@ -187,17 +187,20 @@ class _LayerKernels:
         self.mlp_width = model.layers[0].down.shape[1]
         self.mlp_hidden = x.new_empty(self.num_rows, self.mlp_width)
 
-        # What each norm needs of the kernel before: rows times its scale, and partial sums of
-        # squares.
-        self.num_square_parts = depth // OUTPUTS_PER_PROGRAM.value
-        self.scaled = x.new_empty(self.num_rows, depth)
+        self._allocate_norm_buffers(x, model.eps)
+
+    def _allocate_norm_buffers(self, x: Tensor, eps: float) -> None:
+        """What each norm needs of the kernel before it: rows times its scale, and partial sums of
+        squares."""
+        self.num_square_parts = self.depth // OUTPUTS_PER_PROGRAM.value
+        self.scaled = x.new_empty(self.num_rows, self.depth)
         self.squares = x.new_empty(self.num_square_parts, self.padded_rows, dtype=torch.float32)
         self.norm_arguments = {
             "scaled_ptr": self.scaled,
             "squares_ptr": self.squares,
             "num_rows": self.num_rows,
-            "depth": depth,
-            "eps": model.eps,
+            "depth": self.depth,
+            "eps": eps,
             "num_square_parts": self.num_square_parts,
             "PADDED_SQUARE_PARTS": triton.next_power_of_2(self.num_square_parts),
             "PADDED_ROWS": self.padded_rows,

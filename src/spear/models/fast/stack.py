@@ -351,7 +351,7 @@ class PrefilledCache:
         return bias.repeat_interleave(num_kv_heads, dim=0)[:, None]
 
 
-def prefill(
+def prefill(  # noqa: PLR0913  what it fills, from what, and for whom
     layers: LayerStack,
     features: Tensor,
     text: Tensor,

@@ -108,11 +108,9 @@ def plan_backbones(
     Args:
         paligemma: The folder of a PaliGemma 1 or 2, or its name on the Hub.
         moge: A MoGe v1 or MoGe-2 as `read_checkpoint` takes it; None makes a plain PaliGemma
-        without
-            3D encoder.
+            without 3D encoder.
         size: The preset whose views, image sizes and number of 3D tokens the model gets. The sizes
-        of
-            the networks are those of the checkpoints.
+            of the networks are those of the checkpoints.
 
     Returns:
         The conversion. Problems with single weights are in its report; its `check` and `run` raise
@@ -163,16 +161,7 @@ def plan_backbones(
         readers.insert(0, _make_moge_reader(config, encoder_checkpoint.path))
         sources["MoGe"] = describe_source(str(moge), encoder_checkpoint.path.parent)
 
-    # What nobody wants.
-    if vocabulary.head_name is not None:
-        head_shape = stored.weights[vocabulary.head_name].shape
-        reason = "tied to the token embeddings"
-        keys.append(WeightStatus(vocabulary.head_name, head_shape, "left out", reason))
-    leftover_names = {
-        our: name for our, name in stored_names.items() if our not in expected_weights
-    }
-    keys += report_unused_weights(leftover_names, stored, UNUSED_WEIGHTS, "SPEAR-VLM")
-
+    keys += _report_left_out(stored, stored_names, vocabulary, expected_weights)
     return Conversion(
         model_class=SpearVLMForConditionalGeneration,
         config=config,
@@ -182,6 +171,25 @@ def plan_backbones(
         sources=sources,
         tokenizer=tokenizer,
     )
+
+
+def _report_left_out(
+    stored: StoredCheckpoint,
+    stored_names: Mapping[str, str],
+    vocabulary: _StoredVocabulary,
+    expected_weights: Mapping[str, Tensor],
+) -> list[WeightStatus]:
+    """Report what PaliGemma has and the new model does not want."""
+    keys = []
+    if vocabulary.head_name is not None:
+        head_shape = stored.weights[vocabulary.head_name].shape
+        reason = "tied to the token embeddings"
+        keys.append(WeightStatus(vocabulary.head_name, head_shape, "left out", reason))
+    leftover_names = {
+        our: name for our, name in stored_names.items() if our not in expected_weights
+    }
+    keys += report_unused_weights(leftover_names, stored, UNUSED_WEIGHTS, "SPEAR-VLM")
+    return keys
 
 
 def _sort_like_model(
