@@ -16,6 +16,7 @@ from spear.evaluate.simpler.tasks import (
     MIN_START_OFFSET_M,
     MIN_START_TURN_RAD,
     TASKS,
+    Start,
     Truth,
     is_official,
     sample_off_grid_start,
@@ -23,164 +24,293 @@ from spear.evaluate.simpler.tasks import (
 from spear.evaluate.simpler.world import _to_ee_pose, compute_opening, is_at_rest, to_base_frame
 from spear.types import Array
 
-DOWN = Rotation.from_matrix([[0, 0, 1], [0, 1, 0], [-1, 0, 0]])
-SIZES = {
+DOWN = Rotation.from_matrix([[0, 0, 1], [0, 1, 0], [-1, 0, 0]])  # of the link, gripper down
+OBJECT_SIZES_M = {  # of the object to move, and of the goal
     "PutCarrotOnPlateInScene-v1": ([0.115, 0.032, 0.038], [0.11, 0.11, 0.006]),
     "PutEggplantInBasketScene-v1": ([0.078, 0.037, 0.038], [0.13, 0.08, 0.002]),
     "PutSpoonOnTableClothInScene-v1": ([0.14, 0.035, 0.026], [0.1, 0.1, 0.01]),
     "StackGreenCubeOnYellowCubeBakedTexInScene-v1": ([0.03, 0.03, 0.03], [0.03, 0.03, 0.03]),
 }
+MAX_HELD_OFFSET_M = 0.035  # closing fingers hold an object that is nearer
+GOAL_HALF_WIDTH_M = 0.04
 
 
 class Table:
-    """The controller's law: the arm is at its target at once, objects stick to closed fingers."""
+    """The controller's law: the arm is at its target at once, objects stick to closed fingers.
 
-    def __init__(self, task: str, at: Array, yaw: float) -> None:
+    is_idle          of each step, whether the arm and the gripper command stayed as they were.
+    grasp_alignment  cosine between the fingers' axis and the object's long axis at the grasp.
+    """
+
+    def __init__(self, task: str, object_xy: tuple[float, float], yaw: float) -> None:
+        self.task = task
         self.robot = embodiments.load("simpler_widowx")
-        self.task, self.sizes = task, [np.array(s) for s in SIZES[task]]
-        self.position = np.array([0.29, 0.0, 0.13])
-        self.link = Rotation.from_euler("y", 3, degrees=True) * DOWN
-        self.open, self.changed, self.waits = True, False, [False]
-        self.source, self.turn = (
-            np.array([*at, self.sizes[0][2] / 2]),
-            Rotation.from_euler("z", yaw),
-        )
-        self.goal = np.array([0.32, -0.08, self.sizes[1][2] / 2])
-        self.held: Array | None = None
-        self.taken_across = 0.0
+        object_size, goal_size = OBJECT_SIZES_M[task]
+        self.object_size = np.array(object_size)
+        self.goal_size = np.array(goal_size)
+        self.object_position = np.array([*object_xy, object_size[2] / 2])
+        self.object_rotation = Rotation.from_euler("z", yaw)
+        self.goal_position = np.array([0.32, -0.08, goal_size[2] / 2])
+        self.ee_position = np.array([0.29, 0.0, 0.13])
+        self.link_rotation = Rotation.from_euler("y", 3, degrees=True) * DOWN
+        self.is_open = True
+        self.has_gripper_changed = False
+        self.is_idle = [False]
+        self.held_offset: Array | None = None
+        self.grasp_alignment = 0.0
 
     def truth(self) -> Truth:
-        pose = np.concatenate([self.position, (self.link * DOWN.inv()).as_quat(scalar_first=True)])
+        ee_rotation = (self.link_rotation * DOWN.inv()).as_quat(scalar_first=True)
+        pose = np.concatenate([self.ee_position, ee_rotation])
+        object_rotation = self.object_rotation.as_quat(scalar_first=True)
         return Truth(
             commanded=pose,
             measured=pose,
-            opening=1.0 if self.open else 0.6 if self.held is not None else 0.0,
-            open=self.open,
-            still=self.waits[-1],
-            closing=self.changed and not self.open,
-            source=np.concatenate([self.source, self.turn.as_quat(scalar_first=True)]),
-            source_size=self.sizes[0],
-            goal=np.concatenate([self.goal, [1, 0, 0, 0]]),
-            goal_size=self.sizes[1],
+            opening=self.opening(),
+            open=self.is_open,
+            still=self.is_idle[-1],
+            closing=self.has_gripper_changed and not self.is_open,
+            source=np.concatenate([self.object_position, object_rotation]),
+            source_size=self.object_size,
+            goal=np.concatenate([self.goal_position, [1, 0, 0, 0]]),
+            goal_size=self.goal_size,
         )
+
+    def opening(self) -> float:
+        if self.is_open:
+            return 1.0
+        return 0.0 if self.held_offset is None else 0.6
 
     def act(self) -> None:
+        """Let the oracle act for one step, through the robot's adapter."""
         truth = self.truth()
-        pose = np.concatenate(
-            [self.position, self.link.as_quat(scalar_first=True), [truth.opening]]
-        )
-        seen = {
+        link_rotation = self.link_rotation.as_quat(scalar_first=True)
+        observation = {
             "observation/image": np.zeros((48, 64, 3), np.uint8),
-            POSE_KEY: pose,
+            POSE_KEY: np.concatenate([self.ee_position, link_rotation, [truth.opening]]),
             "prompt": "go",
         }
-        state = self.robot.read(seen)["observation/state"]
-        self.command(
-            self.robot.select_control(None)[1].convert(
-                oracle.choose_action(self.task, truth)[None], state, seen
-            )[0]
-        )
+        state = self.robot.read(observation)["observation/state"]
+        action = oracle.choose_action(self.task, truth)
+        _, control = self.robot.select_control(None)
+        (command,) = control.convert(action[None], state, observation)
+        self.execute(command)
 
-    def command(self, row: Array) -> None:
-        assert np.linalg.norm(row[:3]) <= oracle.MAX_STEP + 1e-6
-        self.position = self.position + row[:3]
-        self.link = Rotation.from_euler("XYZ", row[3:6]) * self.link
-        self.changed, self.open = (row[6] > 0) != self.open, bool(row[6] > 0)
-        self.waits.append(not self.changed and np.abs(row[:6]).max() < 1e-4)
-        offset = self.source - self.position
-        if not self.open and self.changed and np.linalg.norm(offset) < 0.035:
-            self.held = offset
-            fingers = (self.link * DOWN.inv()).as_matrix()[:, 1]
-            self.taken_across = abs(float(fingers @ self.turn.as_matrix()[:, 0]))
-        if self.open and self.held is not None:
-            self.held = None
-            over = np.abs(self.source - self.goal)[:2].max() < 0.04
-            self.source[2] = self.sizes[0][2] / 2 + (
-                self.goal[2] + self.sizes[1][2] / 2 if over else 0
-            )
-        if self.held is not None:
-            self.source = self.position + self.held
+    def execute(self, command: Array) -> None:
+        assert np.linalg.norm(command[:3]) <= oracle.MAX_STEP + 1e-6
+        self.ee_position = self.ee_position + command[:3]
+        self.link_rotation = Rotation.from_euler("XYZ", command[3:6]) * self.link_rotation
+        opens = bool(command[6] > 0)
+        self.has_gripper_changed = opens != self.is_open
+        self.is_open = opens
+        has_moved = np.abs(command[:6]).max() >= 1e-4
+        self.is_idle.append(not self.has_gripper_changed and not has_moved)
+        if self.is_open:
+            self._release()
+        elif self.has_gripper_changed:
+            self._grasp()
+        if self.held_offset is not None:
+            self.object_position = self.ee_position + self.held_offset
+
+    def _grasp(self) -> None:
+        offset = self.object_position - self.ee_position
+        if np.linalg.norm(offset) < MAX_HELD_OFFSET_M:
+            self.held_offset = offset
+            finger_axis = (self.link_rotation * DOWN.inv()).as_matrix()[:, 1]
+            long_axis = self.object_rotation.as_matrix()[:, 0]
+            self.grasp_alignment = abs(float(finger_axis @ long_axis))
+
+    def _release(self) -> None:
+        if self.held_offset is None:
+            return
+        self.held_offset = None
+        goal_offset = np.abs(self.object_position - self.goal_position)[:2].max()
+        is_over_goal = goal_offset < GOAL_HALF_WIDTH_M
+        goal_top = self.goal_position[2] + self.goal_size[2] / 2
+        support = goal_top if is_over_goal else 0
+        self.object_position[2] = self.object_size[2] / 2 + support
+
+
+# ---- The oracle.
+
+
+@pytest.fixture(params=[((0.38, 0.1), 0.3), ((0.24, 0.06), -1.4)], ids=["far", "near"])
+def start(request: pytest.FixtureRequest) -> tuple[tuple[float, float], float]:
+    return request.param
 
 
 @pytest.mark.parametrize("task", TASKS)
-@pytest.mark.parametrize(("at", "yaw"), [((0.38, 0.1), 0.3), ((0.24, 0.06), -1.4)])
-def test_the_oracle_brings_the_object(task: str, at: tuple[float, float], yaw: float) -> None:
-    table = Table(task, np.array(at), yaw)
-    table.open = False  # the fingers closed on nothing: it tries again
+def test_the_oracle_brings_the_object(task: str, start: tuple[tuple[float, float], float]) -> None:
+    object_xy, yaw = start
+    table = Table(task, object_xy, yaw)
+    table.is_open = False  # the fingers closed on nothing: the oracle tries again
+
     for _ in range(TASKS[task].max_steps):
         table.act()
-    assert table.open
-    while table.waits[-1]:  # at the end
-        table.waits.pop()
-    assert sum(table.waits) == 1  # while its fingers close
-    assert np.linalg.norm(table.source[:2] - table.goal[:2]) < 0.006
-    assert table.position[2] > table.source[2] + 0.08
-    assert table.taken_across < 0.1 or ("Cube" in task and table.taken_across > 0.99)
+
+    assert table.is_open
+    offset = table.object_position[:2] - table.goal_position[:2]
+    assert np.linalg.norm(offset) < 0.006
+    assert table.ee_position[2] > table.object_position[2] + 0.08
 
 
-def test_poses_and_the_opening_are_to_ee_pose() -> None:
+@pytest.mark.parametrize("task", TASKS)
+def test_the_oracle_waits_only_while_its_fingers_close(
+    task: str, start: tuple[tuple[float, float], float]
+) -> None:
+    object_xy, yaw = start
+    table = Table(task, object_xy, yaw)
+    table.is_open = False
+
+    for _ in range(TASKS[task].max_steps):
+        table.act()
+
+    while table.is_idle[-1]:  # it is done
+        table.is_idle.pop()
+    assert sum(table.is_idle) == 1
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_the_oracle_grasps_across_the_object(
+    task: str, start: tuple[tuple[float, float], float]
+) -> None:
+    object_xy, yaw = start
+    table = Table(task, object_xy, yaw)
+
+    for _ in range(TASKS[task].max_steps):
+        table.act()
+
+    is_across = table.grasp_alignment < 0.1
+    is_along = table.grasp_alignment > 0.99
+    assert is_across or ("Cube" in task and is_along)
+
+
+# ---- Poses.
+
+
+def test_a_pose_in_the_world_is_converted_to_the_base_frame() -> None:
     base = np.array([0.147, 0.028, 0.870, 0, 0, 0, 1])  # turned by half a turn about z
-    turned = Rotation.from_euler("z", 90, degrees=True)
-    found = to_base_frame(
-        base, np.array([-0.235, -0.075, 0.8875, *turned.as_quat(scalar_first=True)])
-    )
-    np.testing.assert_allclose(found[:3], [0.382, 0.103, 0.0175], atol=1e-9)
-    assert (Rotation.from_quat(found[3:], scalar_first=True) * turned).magnitude() < 1e-9
+    rotation = Rotation.from_euler("z", 90, degrees=True)
+    pose = np.array([-0.235, -0.075, 0.8875, *rotation.as_quat(scalar_first=True)])
 
-    # The end-effector is parallel to the base when the gripper points down.
+    converted = to_base_frame(base, pose)
+
+    np.testing.assert_allclose(converted[:3], [0.382, 0.103, 0.0175], atol=1e-9)
+    converted_rotation = Rotation.from_quat(converted[3:], scalar_first=True)
+    assert (converted_rotation * rotation).magnitude() < 1e-9
+
+
+def test_the_end_effector_is_parallel_to_the_base_when_the_gripper_points_down() -> None:
     link = np.array([0.3, 0.0, 0.1, *DOWN.as_quat(scalar_first=True)])
+
     np.testing.assert_allclose(_to_ee_pose(link), [0.3, 0.0, 0.1, 1, 0, 0, 0], atol=1e-9)
-    openings = [compute_opening(np.full(2, q)) for q in (0.014, 0.015, 0.026, 0.037, 0.038)]
-    assert openings == pytest.approx([0, 0, 0.5, 1, 1])
 
 
-def test_rest_is_judged_by_the_pose() -> None:
-    truth = Table("PutEggplantInBasketScene-v1", np.array([0.3, 0.1]), 0.0).truth()
-    trembling, moving = (truth.measured + np.array([d, 0, 0, 0, 0, 0, 0]) for d in (1e-4, 2e-3))
-    assert is_at_rest(
-        truth, trembling, truth.opening
-    )  # joints at 0.03 rad/s that press on something go nowhere
-    assert not is_at_rest(truth, moving, truth.opening)
-    assert not is_at_rest(truth, truth.measured, truth.opening - 0.1)  # the fingers close
+@pytest.mark.parametrize(
+    ("joint_m", "opening"), [(0.014, 0), (0.015, 0), (0.026, 0.5), (0.037, 1), (0.038, 1)]
+)
+def test_the_opening_is_a_fraction_of_the_fingers_travel(joint_m: float, opening: float) -> None:
+    assert compute_opening(np.full(2, joint_m)) == pytest.approx(opening)
 
 
-def test_starts_off_the_grid_are_none_of_the_official_ones() -> None:
-    """On a grid as ManiSkill's of the carrot: four corners, two orientations."""
-    corners = np.array([[x, y, 0.88] for x in (-0.235, -0.085) for y in (-0.075, 0.075)])
-    places = np.array([[a, b] for a in corners for b in corners if a is not b])
-    turns = np.array([[[1.0, 0, 0, 0]] * 2, [[0.5**0.5, 0, 0, 0.5**0.5], [1, 0, 0, 0]]])
-    task = TASKS["PutCarrotOnPlateInScene-v1"]
-    starts = [sample_off_grid_start(task, seed, places, turns) for seed in range(300)]
+@pytest.mark.parametrize(
+    ("moved_m", "opening_change", "at_rest"),
+    [
+        (1e-4, 0.0, True),  # joints at 0.03 rad/s that press on something go nowhere
+        (2e-3, 0.0, False),
+        (0.0, -0.1, False),
+    ],
+)
+def test_rest_is_judged_by_the_pose_and_the_opening(
+    moved_m: float, opening_change: float, at_rest: bool
+) -> None:
+    truth = Table("PutEggplantInBasketScene-v1", (0.3, 0.1), 0.0).truth()
+    measured = truth.measured + np.array([moved_m, 0, 0, 0, 0, 0, 0])
+
+    assert is_at_rest(truth, measured, truth.opening + opening_change) == at_rest
+
+
+# ---- Starts off the grid. The grid is as ManiSkill's of the carrot: four corners, two orientations.
+
+CARROT = TASKS["PutCarrotOnPlateInScene-v1"]
+CORNERS = np.array([[x, y, 0.88] for x in (-0.235, -0.085) for y in (-0.075, 0.075)])
+PLACES = np.array([[a, b] for a in CORNERS for b in CORNERS if a is not b])
+TURNS = np.array([[[1.0, 0, 0, 0]] * 2, [[0.5**0.5, 0, 0, 0.5**0.5], [1, 0, 0, 0]]])
+
+
+@pytest.fixture(scope="module")
+def starts() -> list[Start]:
+    return [sample_off_grid_start(CARROT, seed, PLACES, TURNS) for seed in range(300)]
+
+
+def smallest_turn(start: Start) -> float:
+    """From the nearest official orientation of the object to move, rad."""
+    official = Rotation.from_quat(TURNS[:, 0], scalar_first=True)
+    turn = official.inv() * Rotation.from_quat(start.turns[0], scalar_first=True)
+    return float(turn.magnitude().min())
+
+
+def test_starts_off_the_grid_are_none_of_the_official_ones(starts: list[Start]) -> None:
     for start in starts:
-        nearest = np.linalg.norm(places[:, :, :2] - start.places[:, :2], axis=-1).max(axis=1).min()
-        off = Rotation.from_quat(turns[:, 0], scalar_first=True).inv()
-        turned = (off * Rotation.from_quat(start.turns[0], scalar_first=True)).magnitude().min()
-        assert nearest >= MIN_START_OFFSET_M or turned >= MIN_START_TURN_RAD
-        assert np.linalg.norm(start.places[0] - start.places[1]) >= task.min_distance_m
-        assert (abs(start.places[:, :2] - [-0.16, 0]) <= 0.1).all() and turned <= np.pi / 4 + 1e-9
-        near = dataclasses.replace(
-            start, places=places[3] + 0.5 * MIN_START_OFFSET_M, turns=turns[1]
-        )
-        assert is_official(near, places, turns)
-    np.testing.assert_array_equal(
-        sample_off_grid_start(task, 7, places, turns).places, starts[7].places
-    )
+        distances = np.linalg.norm(PLACES[:, :, :2] - start.places[:, :2], axis=-1)
+        nearest = distances.max(axis=1).min()
+        assert nearest >= MIN_START_OFFSET_M or smallest_turn(start) >= MIN_START_TURN_RAD
+
+
+def test_starts_off_the_grid_keep_to_the_tasks_limits(starts: list[Start]) -> None:
+    for start in starts:
+        distance = np.linalg.norm(start.places[0] - start.places[1])
+        assert distance >= CARROT.min_distance_m
+        assert (abs(start.places[:, :2] - [-0.16, 0]) <= 0.1).all()
+        assert smallest_turn(start) <= np.pi / 4 + 1e-9
+
+
+def test_a_start_close_to_an_official_one_is_official(starts: list[Start]) -> None:
+    for start in starts:
+        close_places = PLACES[3] + 0.5 * MIN_START_OFFSET_M
+        close = dataclasses.replace(start, places=close_places, turns=TURNS[1])
+        assert is_official(close, PLACES, TURNS)
+
+
+def test_a_start_follows_from_its_seed(starts: list[Start]) -> None:
+    again = sample_off_grid_start(CARROT, 7, PLACES, TURNS)
+
+    np.testing.assert_array_equal(again.places, starts[7].places)
     assert len({start.places.tobytes() for start in starts}) == 300
-    fixed = sample_off_grid_start(
-        task, 0, np.stack([corners, *corners[[[2] * 4, [1] * 4]]], axis=1), turns[:, [0, 1, 1]]
-    )
-    np.testing.assert_array_equal(fixed.places[1:], corners[[2, 1]])
-    crowded = dataclasses.replace(task, min_distance_m=0.6)
-    refuses("min_distance_m", sample_off_grid_start, crowded, 0, places, turns)
 
 
-def test_a_recording_that_is_left_waits_for_no_episode(monkeypatch: pytest.MonkeyPatch) -> None:
-    left, in_time = threading.Event(), list[bool]()
-    monkeypatch.setattr(record, "SimplerProcess", lambda *_: SimpleNamespace(close=left.set))
-    monkeypatch.setattr(
-        record, "record_episode", lambda _, __, n, *___: in_time.append(n == 0 or left.wait(9))
-    )
+def test_objects_that_the_official_starts_do_not_move_stay() -> None:
+    fixed_places = CORNERS[[[2] * 4, [1] * 4]]
+    places = np.stack([CORNERS, *fixed_places], axis=1)
+
+    start = sample_off_grid_start(CARROT, 0, places, TURNS[:, [0, 1, 1]])
+
+    np.testing.assert_array_equal(start.places[1:], CORNERS[[2, 1]])
+
+
+def test_a_task_without_room_is_refused() -> None:
+    crowded = dataclasses.replace(CARROT, min_distance_m=0.6)
+
+    refuses("min_distance_m", sample_off_grid_start, crowded, 0, PLACES, TURNS)
+
+
+# ---- Recording.
+
+
+def test_a_recording_that_is_abandoned_waits_for_no_episode(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    is_closed = threading.Event()
+    ended_in_time: list[bool] = []
+
+    def record_until_closed(process: object, task: str, seed: int, *_: object) -> None:
+        ended_in_time.append(seed == 0 or is_closed.wait(9))
+
+    monkeypatch.setattr(record, "SimplerProcess", lambda *_: SimpleNamespace(close=is_closed.set))
+    monkeypatch.setattr(record, "record_episode", record_until_closed)
+
     episodes = record.record_episodes("task", range(8), (4, 4), workers=1)
     next(episodes)
     del episodes
-    assert all(in_time)
+
+    assert all(ended_in_time)
