@@ -1,9 +1,10 @@
-"""Which loss teaches a rotation's flow: the paper's cosine, the cosine of directions, squared
-errors; and δ.
+"""Which loss teaches the flow of rotations best: the paper's cosine, the cosine of directions, or
+squared errors; and with which δ?
 
-    python -m experiments.flow_losses --out runs/flow-losses              # prints the table;
-    continues python -m experiments.flow_losses --out runs/flow-losses --steps 12000 --losses
-    cosine-0.1 mse
+    python -m experiments.flow_losses --out runs/flow-losses
+    python -m experiments.flow_losses --out runs/flow-losses --steps 12000 --losses cosine-0.1 mse
+
+The command prints the table; run again, it resumes.
 
 A small conditional problem: three numbers decide where a translation, a rotation and a gripper are
 (smooth random functions, other ones for every seed), and an MLP learns the flow there, by

@@ -1,24 +1,25 @@
-"""How many 3D tokens, and which: bins at quantiles (the paper) or equally wide, 256, 1,024 or 4,096
-of them.
+"""How many 3D tokens should there be, and which intervals should they stand for?
 
     python -m experiments.tokenizer quantise --labels runs/labels/external   # rounding alone
     python -m experiments.tokenizer commands --labels runs/labels            # what to train
     python -m experiments.tokenizer table --out runs/tokenizer               # the results
 
-All trainings start from the same stage 0 (which has not used its 3D tokens), with the same seed,
-data and steps. `coordinate_smoothing` is 2 bins at 1,024 and the same share of the bins at other
-counts. A command that is run again continues, or does nothing when it is done, as far as `spear
-train` does; those whose result is there are not printed.
+Compared are bins at quantiles (the paper) and of equal width, 256, 1,024 and 4,096 of them. All
+trainings start from the same stage 0 (which has not used its 3D tokens), with the same seed, data
+and steps. `coordinate_smoothing` is 2 bins at 1,024 and the same fraction of the bins at other
+counts. A command that is run again resumes as far as `spear train` does; commands whose result is
+there are not printed.
 """
 
 from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import islice, product
 from pathlib import Path
-from typing import Annotated, get_args
+from typing import Annotated, Any, get_args
 
 import numpy as np
 import tyro
@@ -34,16 +35,30 @@ from spear.labels.store import read_labels
 from spear.tokens import BinSpacing, CoordinateTokenizer
 from spear.types import Array, LabeledImage, Question, Unit
 
-BINS = (256, 1024, 4096)
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to choose the 3D tokens."""
+
+    spacing: BinSpacing
+    num_bins: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.spacing}-{self.num_bins}"
+
+
 SPACINGS: tuple[BinSpacing, ...] = get_args(BinSpacing)
-ARMS = [(spacing, bins) for spacing, bins in product(SPACINGS, BINS)]
+NUM_BINS = (256, 1024, 4096)
+VARIANTS = [Variant(spacing, bins) for spacing, bins in product(SPACINGS, NUM_BINS)]
 FAMILIES = ("box_vertices", "keypoint", "offset", "distance")
-"""Families whose numbers are points or distances: what rounding does to them can be said in one
-number.
-"""
-SMOOTHING = 2.0 / 1024
+"""Their numbers are points or distances, so that one number tells what rounding does."""
+SMOOTHED_FRACTION = 2.0 / 1024  # of the bins
+MAX_OVERLAPS = 200  # boxes of which the overlap is computed
+
 app = SubcommandApp()
 Labels = Annotated[Path, tyro.conf.arg(metavar="FOLDER")]
+LabeledQuestion = tuple[LabeledImage, Question]
 
 
 @app.command
@@ -55,65 +70,82 @@ def quantise(
 
     Args:
         labels: folder of label shards.
-        images: at most so many, the first.
+        images: maximum number of images, the first ones.
         per_image: questions about each.
     """
-    found = list(islice(read_labels(labels, pixels=False), images))
-    asked = [_asked(label, per_image) for label in found]
-    fitted = np.concatenate([q.values for some in asked[::2] for _, q in some])
-    tested = [pair for some in asked[1::2] for pair in some]
+    loaded_labels = list(islice(read_labels(labels, pixels=False), images))
+    fitted_values: list[float] = []
+    tested: list[LabeledQuestion] = []
+    for index, label in enumerate(loaded_labels):
+        questions = generate_label_questions(label, 0, (per_image, per_image), FAMILIES)
+        for question in questions:
+            if index % 2 == 0:
+                fitted_values += question.values
+            else:
+                tested.append((label, question))
+
+    num_tested = sum(len(question.values) for _, question in tested)
     print(
-        f"{len(fitted):,} numbers fitted, {sum(len(q.values) for _, q in tested):,} tested, "
-        f"{len(found):,} images\n"
+        f"{len(fitted_values):,} numbers fitted, {num_tested:,} tested, "
+        f"{len(loaded_labels):,} images\n"
     )
     print(
-        "| bins | 3D tokens | number, median | mean | 99 % below | point, median | of the distance | "
-        "IoU of boxes "
-        "| evenness of use | outside |"
+        "| bins | 3D tokens | number, median | mean | 99 % below | point, median "
+        "| of the distance | IoU of boxes | evenness of use | outside |"
     )
     print("|---|---|---|---|---|---|---|---|---|---|")
-    unit = found[0].unit
-    for spacing, bins in ARMS:
-        print(_row(CoordinateTokenizer.fit(fitted, bins, unit, spacing), spacing, tested, unit))
+    unit = loaded_labels[0].unit
+    for variant in VARIANTS:
+        tokenizer = CoordinateTokenizer.fit(
+            np.array(fitted_values), variant.num_bins, unit, variant.spacing
+        )
+        print(describe_rounding(tokenizer, variant, tested, unit))
 
 
-def _asked(label: LabeledImage, per_image: int) -> list[tuple[LabeledImage, Question]]:
-    return [
-        (label, q) for q in generate_label_questions(label, 0, (per_image, per_image), FAMILIES)
-    ]
-
-
-def _row(
-    tokens: CoordinateTokenizer,
-    spacing: BinSpacing,
-    tested: Sequence[tuple[LabeledImage, Question]],
+def describe_rounding(
+    tokenizer: CoordinateTokenizer,
+    variant: Variant,
+    tested: Sequence[LabeledQuestion],
     unit: Unit,
 ) -> str:
-    factor, name = (1000, "mm") if unit == "metre" else (1, "units")
-    values = np.concatenate([q.values for _, q in tested])
-    use = compute_token_usage(values.tolist(), tokens)
-    lost = factor * np.abs(tokens.decode(tokens.encode(values)) - values)
-    points: list[float] = []
-    relative: list[float] = []
-    overlap: list[float] = []
+    """What a tokenizer loses by rounding, as a line of the table."""
+    factor = 1000 if unit == "metre" else 1
+    unit_name = "mm" if unit == "metre" else "units"
+    values = np.concatenate([question.values for _, question in tested])
+    usage = compute_token_usage(values.tolist(), tokenizer)
+    errors = factor * np.abs(tokenizer.decode(tokenizer.encode(values)) - values)
+
+    point_errors = []
+    relative_errors = []
+    overlaps: list[float] = []
     for label, question in tested:
         truth = np.array(question.values)
-        rounded = np.asarray(tokens.decode(tokens.encode(truth)))
-        apart = np.linalg.norm(_points(rounded) - _points(truth), axis=1).mean()
-        points.append(factor * apart)
-        relative.append(100 * apart / compute_error_scales(question, label)[0])
-        if question.family == "box_vertices" and len(overlap) < 200:
-            overlap.append(
-                compute_iou_3d(fit_nearest_box(_points(rounded)), fit_nearest_box(_points(truth)))
-            )
-    return (
-        f"| {spacing} | {tokens.num_bins:,} | {np.median(lost):.2f} {name} | {lost.mean():.2f} | "
-        f"{np.quantile(lost, 0.99):.1f} | {np.median(points):.1f} {name} | {np.median(relative):.2f} % | "
-        f"{np.mean(overlap):.2f} | {use.evenness:.2f} | {use.outside} |"
-    )
+        rounded = np.asarray(tokenizer.decode(tokenizer.encode(truth)))
+        true_points = to_points(truth)
+        rounded_points = to_points(rounded)
+        distance = np.linalg.norm(rounded_points - true_points, axis=1).mean()
+        point_errors.append(factor * distance)
+        relative_errors.append(100 * distance / compute_error_scales(question, label)[0])
+        if question.family == "box_vertices" and len(overlaps) < MAX_OVERLAPS:
+            rounded_box = fit_nearest_box(rounded_points)
+            overlaps.append(compute_iou_3d(rounded_box, fit_nearest_box(true_points)))
+    cells = [
+        variant.spacing,
+        f"{tokenizer.num_bins:,}",
+        f"{np.median(errors):.2f} {unit_name}",
+        f"{errors.mean():.2f}",
+        f"{np.quantile(errors, 0.99):.1f}",
+        f"{np.median(point_errors):.1f} {unit_name}",
+        f"{np.median(relative_errors):.2f} %",
+        f"{np.mean(overlaps):.2f}",
+        f"{usage.evenness:.2f}",
+        f"{usage.outside}",
+    ]
+    return f"| {' | '.join(cells)} |"
 
 
-def _points(values: Array) -> Array:
+def to_points(values: Array) -> Array:
+    """Points [n, 3]; a distance is a point of one number."""
     return values.reshape(-1, 3) if len(values) % 3 == 0 else values[:, None]
 
 
@@ -126,32 +158,34 @@ def commands(
     steps: int = 2000,
     images: int = 300,
 ) -> None:
-    """Print what to run, one line per stage and tokenizer; a quiet machine takes about a quarter of
-    an hour for each.
+    """Print what to run, one line per stage and tokenizer. Each takes about a quarter of an hour.
 
     Args:
-        labels: folder of labelled images to learn from, with a sub-folder per view.
+        labels: folder of labeled images to learn from, with a sub-folder per view.
         out: folder for the results.
         init: SPEAR-VLM after stage 0.
         moge: the depth encoder after stage 0.
         steps: of stage 2 (stage 1 has the recipe's).
         images: held-out scenes to ask about.
     """
-    for name, spacing, bins in _arms():
-        one, two = out / f"{name}-1", out / f"{name}-2"
-        smooth = f"coordinate_smoothing={bins * SMOOTHING:g}"
-        if not (one / "final").is_dir():
+    for variant in VARIANTS:
+        stage_1 = out / f"{variant.name}-1"
+        stage_2 = out / f"{variant.name}-2"
+        smoothing = f"coordinate_smoothing={variant.num_bins * SMOOTHED_FRACTION:g}"
+        if not (stage_1 / "final").is_dir():
             print(
-                f"spear train nano-vlm-1 --labels {labels} --out {one} --init {init} --moge {moge} "
-                f"--set bins={bins} spacing={spacing} {smooth}"
+                f"spear train nano-vlm-1 --labels {labels} --out {stage_1} --init {init} "
+                f"--moge {moge} "
+                f"--set bins={variant.num_bins} spacing={variant.spacing} {smoothing}"
             )
-        if not (two / "final").is_dir():
+        if not (stage_2 / "final").is_dir():
             print(
-                f"spear train nano-vlm-2 --labels {labels} --out {two} --init {one} --steps {steps} "
-                f"--set {smooth}"
+                f"spear train nano-vlm-2 --labels {labels} --out {stage_2} --init {stage_1} "
+                f"--steps {steps} --set {smoothing}"
             )
-        if not (out / name / "scores.json").is_file():
-            print(f"spear evaluate vqa {two} sim --images {images} --out {out / name}")
+        scores = out / variant.name
+        if not (scores / "scores.json").is_file():
+            print(f"spear evaluate vqa {stage_2} sim --images {images} --out {scores}")
 
 
 @app.command
@@ -161,27 +195,24 @@ def table(out: Path = Path("runs/tokenizer")) -> None:
     Args:
         out: folder of `commands`.
     """
-    rows = []
-    for name, spacing, bins in _arms():
-        path = out / name / "scores.json"
+    scores: dict[Variant, Any] = {}
+    for variant in VARIANTS:
+        path = out / variant.name / "scores.json"
         if path.is_file():
-            rows.append((spacing, bins, json.loads(path.read_text())["families"]))
-    if not rows:
+            scores[variant] = json.loads(path.read_text())["families"]
+    if not scores:
         raise SpearError(f"{out}: no scores: run the commands that `commands` prints")
-    print(
-        f"| bins | 3D tokens | {' | '.join(f.replace('_', ' ') for f in FAMILIES)} | IoU of boxes |"
-    )
+
+    headers = " | ".join(family.replace("_", " ") for family in FAMILIES)
+    print(f"| bins | 3D tokens | {headers} | IoU of boxes |")
     print(f"|---|---|{'---|' * (len(FAMILIES) + 1)}")
-    for spacing, bins, families in rows:
-        errors = [families[f]["measures"]["error"] for f in FAMILIES]
-        cells = [f"{e['value']:.1f} mm [{e['low']:.1f}, {e['high']:.1f}]" for e in errors]
-        overlap = families["box_vertices"]["measures"]["iou"]["value"]
-        print(f"| {spacing} | {bins:,} | {' | '.join(cells)} | {overlap:.2f} |")
-
-
-def _arms() -> Iterator[tuple[str, BinSpacing, int]]:
-    for spacing, bins in ARMS:
-        yield f"{spacing}-{bins}", spacing, bins
+    for variant, families in scores.items():
+        cells = []
+        for family in FAMILIES:
+            error = families[family]["measures"]["error"]
+            cells.append(f"{error['value']:.1f} mm [{error['low']:.1f}, {error['high']:.1f}]")
+        iou = families["box_vertices"]["measures"]["iou"]["value"]
+        print(f"| {variant.spacing} | {variant.num_bins:,} | {' | '.join(cells)} | {iou:.2f} |")
 
 
 if __name__ == "__main__":
