@@ -356,7 +356,8 @@ def main(
         num_objects = 5 * count
         num_flips = count_flips(scene, num_objects)
         print(
-            f"vertex order, {scene}: {num_flips} of {num_objects} change at {ORDER_NOISE_MM} mm of noise"
+            f"vertex order, {scene}: {num_flips} of {num_objects} change at {ORDER_NOISE_MM} mm "
+            "of noise"
         )
     if rows is not None:
         with rows.open("w", newline="") as file:
@@ -381,7 +382,8 @@ def print_table(results: Sequence[Mapping[str, Any]], names: Sequence[str], coun
         num_far = sum(result["far"] for result in group_results)
         num_objects = count * len(group_results)
         print(
-            f"| {scene}, {leak} px | {num_asked} of {num_objects}, {num_far} | {' | '.join(cells)} |"
+            f"| {scene}, {leak} px | {num_asked} of {num_objects}, {num_far} | "
+            f"{' | '.join(cells)} |"
         )
 
 
@@ -395,7 +397,8 @@ def print_goals(results: Sequence[Mapping[str, Any]], names: Sequence[str]) -> N
         if result["ours IoU"] < max(result[f"{name} IoU"] for name in names):
             worse_results.append(result)
     print(
-        f"\nasked about: {num_asked}, of these {num_far} off by more than {MAX_CENTER_ERROR_MM:.0f} mm "
+        f"\nasked about: {num_asked}, of these {num_far} off by more than "
+        f"{MAX_CENTER_ERROR_MM:.0f} mm "
         f"({num_far / num_asked:.2%})"
     )
     print(f"rows in which another box has a better IoU: {len(worse_results)} of {len(results)}")

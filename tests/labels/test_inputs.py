@@ -1,4 +1,5 @@
-"""Every kind of input is listed without reading it, under keys that stay the same, and read item by item."""
+"""Every kind of input is listed without reading it, under keys that stay the same, and read item by
+item."""
 
 import io
 import pickle

@@ -109,7 +109,8 @@ def test_a_table_that_was_detected_still_holds_things_up(frames: list[Frame], in
 def test_boxes_of_the_simulators_objects(
     renderer: Any, exact: bool | None, max_vertex_error: float, min_iou: float
 ) -> None:
-    """Bowls, spoons, cans, carrots: shapes of which few are boxes; also as if they were estimates."""
+    """Bowls, spoons, cans, carrots: shapes of which few are boxes; also as if they were
+    estimates."""
     from spear.sim.render import render_clutter_frame
 
     frames = []

@@ -39,7 +39,8 @@ def run(
     stop_after: int | None = None,
     retry_skipped: bool = False,
 ) -> LabelingProgress:
-    """Label a folder of photos, in batches of three; the user interrupts after `stop_after` batches."""
+    """Label a folder of photos, in batches of three; the user interrupts after `stop_after`
+    batches."""
 
     def run_engine(batches: Any) -> Any:
         yield from islice(make_engine(workers, *detector)(batches), stop_after)
@@ -190,7 +191,8 @@ def test_retried_images_that_get_through_are_labeled(
 
 @pytest.mark.filterwarnings("ignore:.*questions.parquet")
 def test_a_retry_may_be_interrupted(source: Path, tmp_path: Path) -> None:
-    """In one large shard, whose rows are stored in several groups, and with an unfinished shard after it."""
+    """In one large shard, whose rows are stored in several groups, and with an unfinished shard
+    after it."""
     run(source, tmp_path / "whole", shard_size=17)
     out = tmp_path / "labels"
     with pytest.raises(KeyboardInterrupt):
@@ -212,7 +214,8 @@ def test_a_retry_may_be_interrupted(source: Path, tmp_path: Path) -> None:
 
 
 def label_in_a_process(source: str, out: str, workers: int) -> None:
-    """Label at 20 ms per image, in a process group of its own; stuck at an image of the last shard."""
+    """Label at 20 ms per image, in a process group of its own; stuck at an image of the last
+    shard."""
     os.setpgid(0, 0)
     run(Path(source), Path(out), workers, detector=(0.02, "00017.png"))
 

@@ -70,7 +70,8 @@ def read_picture(request: dict[str, Any]) -> Array:
 
 
 class Server:
-    """Answers with `replies` in turn, the last one for ever; or as `answer` says, from the request's JSON."""
+    """Answers with `replies` in turn, the last one for ever; or as `answer` says, from the
+    request's JSON."""
 
     def __init__(self) -> None:
         self.replies: list[Reply] = [boxes_reply()]

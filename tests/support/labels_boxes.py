@@ -1,4 +1,5 @@
-"""Labeled images of three cubes in a row before a gray wall, for tests that need labels and no simulator."""
+"""Labeled images of three cubes in a row before a gray wall, for tests that need labels and no
+simulator."""
 
 import numpy as np
 

@@ -14,7 +14,8 @@ Block = tuple[Array, Array, float]
 
 
 def make_camera(width: int = 192, height: int = 128, pitch: float = 40.0) -> tuple[Array, Array]:
-    """Intrinsics [3, 3], extrinsics [4, 4] (camera -> base); it looks at the base's origin, 0.8 m away."""
+    """Intrinsics [3, 3], extrinsics [4, 4] (camera -> base); it looks at the base's origin, 0.8 m
+    away."""
     focal = 0.9 * width
     p = np.radians(pitch)
     forward = np.array([np.cos(p), 0, -np.sin(p)])
@@ -89,7 +90,8 @@ def make_random_frame(
 
 
 def sample_visible_sides(box: Box3D, rng: np.random.Generator, noise: float) -> Array:
-    """Points on the sides of a box that the camera sees, as densely as it sees them; noise along rays."""
+    """Points on the sides of a box that the camera sees, as densely as it sees them; noise along
+    rays."""
     sides = []
     for axis in range(3):
         middle = float(box.center @ box.rotation[:, axis])

@@ -67,8 +67,8 @@ class BoxSegmenter:
 
 
 class SlopePointMap:
-    """A plane that recedes upwards; what is bright stands 0.1 m before it. As with a network, what it says of
-    an image depends a little on how many others come with it."""
+    """A plane that recedes upwards; what is bright stands 0.1 m before it. As with a network, what
+    it says of an image depends a little on how many others come with it."""
 
     name = "slope"
 
@@ -99,7 +99,8 @@ def make_engine(workers: int = 0, *detector: Any) -> Any:
 
 
 def write_photos(folder: Path, count: int, bad: bool = True) -> Path:
-    """`count` images of a bright block each; with `bad`, number 3 is broken, 5 refused and 7 empty."""
+    """`count` images of a bright block each; with `bad`, number 3 is broken, 5 refused and 7
+    empty."""
     folder.mkdir(parents=True)
     for i in range(count):
         image = np.full((40, 60, 3), 20 + i % 50, np.uint8)

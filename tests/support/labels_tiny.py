@@ -9,7 +9,8 @@ WORDS = ("red", "cup", "fork", "plate", "a", "on", "photo", "of", "the", "##s", 
 
 
 def save_sam2(folder: Path, video: bool = False) -> Path:
-    """SAM 2 for squares of 64 pixels; with its memory of earlier frames, as it is published, when `video`."""
+    """SAM 2 for squares of 64 pixels; with its memory of earlier frames, as it is published, when
+    `video`."""
     backbone = hf.Sam2HieraDetConfig(
         hidden_size=8, image_size=[64, 64], blocks_per_stage=[1, 1, 2, 1],
         embed_dim_per_stage=[8, 16, 32, 64], num_attention_heads_per_stage=[1, 1, 2, 2],

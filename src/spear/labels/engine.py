@@ -249,7 +249,7 @@ def run_ray(
 
 def _start_actors(ray: Any, factories: ModelFactories, work: WorkOptions) -> list[Iterator[Any]]:
     """For each stage its actors, to be used in turn."""
-    actors_of_stages = []
+    actors_of_stages: list[Iterator[Any]] = []
     stages = zip(factories, STAGES, work.copies, work.gpus, strict=True)
     for make_model, stage, num_copies, num_gpus in stages:
         # No CPUs are reserved for networks: three would leave none for the rest on a small machine.

@@ -129,7 +129,8 @@ def list_images(
     if listing.num_unsupported:
         kinds = [f"{number} {suffix}" for suffix, number in sorted(listing.num_unsupported.items())]
         notice(
-            f"{argument} contains files of unsupported formats ({', '.join(kinds)}), which were ignored. "
+            f"{argument} contains files of unsupported formats ({', '.join(kinds)}), which were "
+            "ignored. "
             "Convert or unpack them."
         )
 
@@ -184,7 +185,8 @@ class _Listing:
         has_run = os.path.isfile(os.path.join(path, "run.json"))
         if has_run and any(Path(path).rglob("labels-*.parquet")):
             notice(
-                f"{path} contains labels and was ignored. To label its images, give its labels-*.parquet."
+                f"{path} contains labels and was ignored. To label its images, give its "
+                "labels-*.parquet."
             )
             return
 
@@ -231,7 +233,8 @@ def list_tar(path: str) -> Iterator[Item]:
             _check_tar_ends(tar)
     except (tarfile.TarError, OSError) as error:
         raise SpearError(
-            f"{path} is not a complete, uncompressed tar file ({error}). Copy it again, or unpack it."
+            f"{path} is not a complete, uncompressed tar file ({error}). Copy it again, or "
+            "unpack it."
         ) from error
 
 

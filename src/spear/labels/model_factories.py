@@ -93,7 +93,8 @@ def resolve_factory(role: str, description: str, options: LabelOptions) -> Calla
         return partial(_make_file_model, entry.location, argument, make_second)
     if plus:
         raise SpearError(
-            f"{role} {description} is not possible, because only file:PATH leaves the rest to another."
+            f"{role} {description} is not possible, because only file:PATH leaves the rest to "
+            "another."
         )
     if argument and "model" not in entry.arguments:
         raise SpearError(

@@ -97,18 +97,23 @@ def _start_image(source: str, content: Content, max_side_px: int | None) -> Pend
     if isinstance(content, Frame):
         frame = content
     else:
-        pixels = content
-        is_turned = False
-        if isinstance(content, bytes):
-            try:
-                pixels, is_turned = load_image_and_orientation(content, source)
-            except SpearError as error:
-                return PendingImage(source, None, error)
+        try:
+            pixels, is_turned = _decode(content, source)
+        except SpearError as error:
+            return PendingImage(source, None, error)
         frame = Frame(shrink_image(pixels, max_side_px), is_turned=is_turned)
     image = admit_frame(replace(frame, source=source))
     if image.error is None:
         image.encoded = encode_jpeg(frame.image)
     return image
+
+
+def _decode(content: bytes | Array, source: str) -> tuple[Array, bool]:
+    """The pixels of an image, and whether its EXIF turns it in a way that its size does not
+    show."""
+    if isinstance(content, bytes):
+        return load_image_and_orientation(content, source)
+    return content, False
 
 
 def label_images(

@@ -67,12 +67,15 @@ class RgbdScene:
         self.folder = Path(folder)
         self._pairs, self.num_without_depth = _find_pairs(self.folder)
         self.sources = [str(color) for color, _ in self._pairs]
+        self._depth_camera: Array | None = None  # both images show the same view
+        self._names: dict[int, str] | None = None
         calibration = self.folder / "intrinsic"
         if calibration.is_dir():
             for file in calibration.glob("extrinsic_*.txt"):
                 if not np.allclose(read_matrix(file), np.eye(4), atol=1e-4):
                     raise SpearError(
-                        f"{file} is not the identity matrix. Register depth and color to one camera."
+                        f"{file} is not the identity matrix. Register depth and color to one "
+                        "camera."
                     )
             self._camera, self._size = read_intrinsics(calibration / "intrinsic_color.txt")
             self._depth_camera, _ = read_intrinsics(calibration / "intrinsic_depth.txt")
@@ -82,8 +85,6 @@ class RgbdScene:
             if not file.is_file():
                 file = self.folder / "intrinsics.txt"
             self._camera, self._size = read_intrinsics(file)
-            self._depth_camera = None  # both images show the same view
-            self._names = None
 
     def compute_stamp(self, index: int) -> str:
         """The stamp of a frame's files, and a checksum of its camera and of the names of
@@ -139,7 +140,8 @@ class RgbdScene:
         rows, columns = depth.shape
         if not have_same_aspect((height, width), (rows, columns)):
             raise SpearError(
-                f"{path} has {columns}×{rows} pixels, its color image {width}×{height}. Register the "
+                f"{path} has {columns}×{rows} pixels, its color image {width}×{height}. Register "
+                "the "
                 "depth to the color camera first."
             )
         return np.diag([columns / width, rows / height, 1.0]) @ self._camera
@@ -151,7 +153,8 @@ class RgbdScene:
         instances = _read_png(path)
         if not have_same_aspect((height, width), instances.shape):
             raise SpearError(
-                f"{path} has the shape {instances.shape}, which is not that of the {width}×{height} "
+                f"{path} has the shape {instances.shape}, which is not that of the "
+                f"{width}×{height} "
                 "image. Replace it."
             )
         return resize_nearest(instances, height, width).astype(np.int32)
@@ -166,7 +169,8 @@ def _check_camera_center(image: Path, camera: Array, size: Size) -> None:
     is_shifted_both_ways = min(center / size) > 0.55 or max(center / size) < 0.45
     if is_off_center or is_shifted_both_ways:
         raise SpearError(
-            f"{image} has {size[0]}×{size[1]} pixels, but the camera's center is at {center.round()}. "
+            f"{image} has {size[0]}×{size[1]} pixels, but the camera's center is at "
+            f"{center.round()}. "
             "Give the intrinsics of images of this size."
         )
 

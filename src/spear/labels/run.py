@@ -364,8 +364,8 @@ def _find_finished_shards(
         num_changed += num_changed_here
     if num_changed:
         notice(
-            f"{format_count(num_changed, 'images')} changed since they were labeled into {out}. They are "
-            "labeled again, with all others in the same files."
+            f"{format_count(num_changed, 'images')} changed since they were labeled into {out}. "
+            "They are labeled again, with all others in the same files."
         )
     return finished
 

@@ -169,7 +169,8 @@ def read_episodes(folder: str, locations: Sequence[tuple[str, int, int, int]]) -
         num_steps = len(episode)
         if number >= num_steps:
             yield SpearError(
-                f"the episode has only {format_count(num_steps, 'steps')}. Use a smaller --per-episode."
+                f"the episode has only {format_count(num_steps, 'steps')}. Use a smaller "
+                "--per-episode."
             )
             continue
         camera = PREFERRED_CAMERA

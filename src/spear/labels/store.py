@@ -235,7 +235,8 @@ def find_shards(path: str | Path) -> list[Path]:
         shards = [path]
     if not shards:
         raise SpearError(
-            f"{path} contains no label shards (labels*.parquet). Give a folder that `spear label` wrote."
+            f"{path} contains no label shards (labels*.parquet). Give a folder that `spear label` "
+            "wrote."
         )
     return shards
 
@@ -270,7 +271,9 @@ def _open_shard(path: Path) -> pq.ParquetFile:
     missing = sorted(set(SCHEMA.names) - set(file.schema_arrow.names))
     if missing:
         raise SpearError(
-            f"{path} is not a label shard, because it has no {', '.join(missing[:6])}. Give another file."
+            f"{path} is not a label shard, because it has no {', '.join(missing[:6])}. Give "
+            "another "
+            "file."
         )
     return file
 

@@ -141,7 +141,8 @@ def label_scene_jobs(
     workers: int = 2,
     label_frames: LabelFrames = label_with_ground_truth,
 ) -> int:
-    """Label simulated scenes. An interrupted run keeps its finished jobs and continues with the others.
+    """Label simulated scenes. An interrupted run keeps its finished jobs and continues with the
+    others.
 
     Args:
         out: Folder to write to.
@@ -154,7 +155,8 @@ def label_scene_jobs(
         The number of images in the folder.
 
     Raises:
-        SpearError: The folder holds other files or labels of other settings. Nothing is written then.
+        SpearError: The folder holds other files or labels of other settings. Nothing is written
+            then.
     """
     views = simulator.views
     num_scenes = _count_scenes(jobs)

@@ -1,4 +1,5 @@
-"""Masks that leak over edges, things that lean, points that are noisy: the box is where the thing is."""
+"""Masks that leak over edges, things that lean, points that are noisy: the box is where the thing
+is."""
 
 from __future__ import (
     annotations,

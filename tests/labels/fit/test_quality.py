@@ -1,4 +1,5 @@
-"""Scores of labeled objects mean what they say, and one rule decides which objects are asked about."""
+"""Scores of labeled objects mean what they say, and one rule decides which objects are asked
+about."""
 
 from dataclasses import replace
 from functools import partial

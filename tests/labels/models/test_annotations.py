@@ -296,7 +296,10 @@ def make_coco(**changes: Any) -> dict[str, Any]:
         "categories": [{"id": 1, "name": "ring"}, {"id": 4, "name": "tile"}],
         "annotations": [
             {"image_id": 7, "category_id": 1, "bbox": [3, 2, 8, 7], "segmentation": plain_ring},
-            {"image_id": 7, "category_id": 4, "bbox": [10, 1, 6, 6], "segmentation": SQUARE, "score": 0.5},
+            {
+                "image_id": 7, "category_id": 4, "bbox": [10, 1, 6, 6],
+                "segmentation": SQUARE, "score": 0.5,
+            },
             {"image_id": 7, "category_id": 4, "segmentation": SQUARE, "iscrowd": 1},
             {"image_id": 8, "category_id": 1, "segmentation": compressed_ring},
         ],
@@ -404,7 +407,8 @@ def make_relations_entry(mask: Array) -> dict[str, Any]:
 
 
 def make_relations() -> dict[str, Any]:
-    """Takes: two bowls in frame 270 of the glasses, one in frame 0 of another camera; frame 30 is empty."""
+    """Takes: two bowls in frame 270 of the glasses, one in frame 0 of another camera; frame 30 is
+    empty."""
     glasses = {
         "annotation": {"270": make_relations_entry(STEEL_BOWL)},
         "annotated_frames": [0, 30, 270],

@@ -52,7 +52,8 @@ def test_an_object_has_the_name_of_its_best_token(
     detector = GroundingDinoDetector(dino, vocabulary=VOCABULARY)
     ((prompt, names),) = detector._prompts
     tokens = detector._processor.tokenizer(prompt)["input_ids"]
-    # [CLS] red cup . fork ##s . plate . steel bowl . [SEP]; per box its token scores, center and size
+    # [CLS] red cup . fork ##s . plate . steel bowl . [SEP]; per box its token scores, center and
+    # size
     boxes: list[tuple[dict[int, float], list[float]]] = [
         ({1: 0.2, 2: 0.6, 5: 0.5}, [0.5, 0.5, 0.5, 0.25]),
         ({4: 0.3, 5: 0.7, 9: 0.69}, [0.25, 0.25, 0.1, 0.1]),

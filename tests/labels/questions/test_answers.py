@@ -18,8 +18,8 @@ from spear.question_types import QUESTION_TYPES
 from spear.types import LabeledImage, LabeledObject, Question, Unit
 
 NAMES = (
-    "bowl", "red cube", "cube", "Cube", "mug 2", "mug", "eggplant", "tin box", "ice cube tray", "plate",
-    "bowl of rice", "cup", "mugs", "hand", "hand (left)",
+    "bowl", "red cube", "cube", "Cube", "mug 2", "mug", "eggplant", "tin box", "ice cube tray",
+    "plate", "bowl of rice", "cup", "mugs", "hand", "hand (left)",
 )  # fmt: skip
 
 
@@ -85,7 +85,7 @@ def test_answers_about_made_up_labels(seed: int) -> None:
 
 @pytest.mark.parametrize(
     ("kind", "meant_names", "other_names"), [
-        ("cube", "cube #1, Cube 2, red cube, cube (left), cubes, small cube on the tray", "ice cube tray"),
+        ("cube", "cube #1, Cube 2, red cube, cube (left), cubes, cube on a tray", "ice cube tray"),
         ("red cube", "big red cube, cube (red), red cubes", "cube, blue cube, red tray"),
         ("cup", "mug, white cup on table, cups of tea, red_mug", "cup holder, teacup"),
         ("bowl of rice", "rice bowl, big bowl of rice", "bowl, rice, bowl of soup"),

@@ -251,7 +251,8 @@ def test_tokenizer_texts_contain_every_word_that_is_used(
 
 @pytest.fixture
 def half_covered(labels: list[LabeledImage]) -> LabeledImage:
-    """An image with one object, whose mask covers the left half of its box, which is the whole image."""
+    """An image with one object, whose mask covers the left half of its box, which is the whole
+    image."""
     for label in labels:
         for o in label.objects:
             if o.scores["visible"] == 1:

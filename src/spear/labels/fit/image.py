@@ -70,7 +70,8 @@ def _nearest_indices(new_size: int, size: int) -> Array:
 
 
 def shrink_image(image: Array, max_side_px: int | None) -> Array:
-    """Make an image [h, w, 3] uint8 smaller until its longer side is `max_side_px` long; aspect kept.
+    """Make an image [h, w, 3] uint8 smaller until its longer side is `max_side_px` long; aspect
+    kept.
 
     Smaller images stay as they are, and so do all images with None.
     """

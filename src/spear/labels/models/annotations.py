@@ -85,7 +85,8 @@ class Annotation:
         rows, columns = self.size
         if not have_same_aspect((height, width), self.size):
             raise SpearError(
-                f"{self.name!r} is annotated in an image of {columns}×{rows}, this one is {width}×{height}. "
+                f"{self.name!r} is annotated in an image of {columns}×{rows}, this one is "
+                f"{width}×{height}. "
                 "Give the image itself, at most resized."
             )
         return rows, columns
@@ -118,7 +119,8 @@ class Annotations:
         annotations = self.find(frame.source)
         if annotations and frame.is_turned:
             raise SpearError(
-                f"EXIF turns {frame.source}, so {self.name} may mean it as it is stored or as it is seen. "
+                f"EXIF turns {frame.source}, so {self.name} may mean it as it is stored or as it "
+                "is seen. "
                 "Remove that tag, from pixels as annotated."
             )
         return annotations
@@ -152,7 +154,8 @@ class FileDetector:
         if unknown_frames:
             if self.second is None:
                 raise SpearError(
-                    f"{unknown_frames[0].source} is not in {self.annotations.name}. Name images as that file "
+                    f"{unknown_frames[0].source} is not in {self.annotations.name}. Name images "
+                    "as that file "
                     "does, or add a detector for the others."
                 )
             second_results = iter(self.second.detect(unknown_frames))
@@ -349,7 +352,8 @@ class _CocoIndex:
         earlier_source = self._sources.setdefault(image, source)
         if earlier_source != source:
             raise SpearError(
-                f"{earlier_source} and {source} fit the same image of coco {self.file}. Name the folder too."
+                f"{earlier_source} and {source} fit the same image of coco {self.file}. Name the "
+                "folder too."
             )
         return self._annotations[image]
 
@@ -393,7 +397,8 @@ def _decode_coco_runs(
 ) -> Array:
     if size != (height, width):
         raise SpearError(
-            f"a mask has {size[1]}×{size[0]} pixels in an image of {width}×{height}. Repair the file."
+            f"a mask has {size[1]}×{size[0]} pixels in an image of {width}×{height}. Repair the "
+            "file."
         )
     runs = decode_run_lengths(counts) if isinstance(counts, str) else counts
     return decode_mask(runs, height, width)

@@ -290,7 +290,8 @@ def _read_key() -> str:
         if key:
             return key
     raise SpearError(
-        f"Gemini needs a key. Set {KEY_VARIABLES[0]} (get one at https://aistudio.google.com/apikey), "
+        f"Gemini needs a key. Set {KEY_VARIABLES[0]} (get one at "
+        "https://aistudio.google.com/apikey), "
         f"or {ALTERNATIVE_ADVICE}"
     )
 

@@ -63,7 +63,8 @@ class MogePointMapModel:
         camera = geometry.intrinsics[row].double().cpu().numpy()
         if not (mask.any() and np.isfinite(camera).all() and camera[0, 0] > 0):
             raise SpearError(
-                f"No camera fits the {mask.sum()} known points of {source or 'the image'}. Leave it out."
+                f"No camera fits the {mask.sum()} known points of {source or 'the image'}. Leave "
+                "it out."
             )
         points = geometry.points[row].masked_fill(~mask[..., None], 0)
         return PointMapResult(points.cpu().numpy(), mask.cpu().numpy(), camera, self.model.unit)

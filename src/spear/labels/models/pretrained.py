@@ -48,7 +48,8 @@ def load_model(
     missing = sorted(str(key) for key in [*info["missing_keys"], *info["mismatched_keys"]])
     if missing:
         raise SpearError(
-            f"{model} lacks {format_count(len(missing), 'weights')}, the first is {missing[0]}. Give "
+            f"{model} lacks {format_count(len(missing), 'weights')}, the first is {missing[0]}. "
+            "Give "
             "the complete model."
         )
     network.register_forward_hook(refuse_nan)
@@ -95,6 +96,7 @@ def load_processor(cls: Any, kind: str, model: str, **options: Any) -> Any:
         raise
     except Exception as error:  # unknown names and broken files raise errors of many kinds
         raise SpearError(
-            f"{model} cannot be loaded as a {kind} model ({summarize_error(error)}). Check the name and the "
+            f"{model} cannot be loaded as a {kind} model ({summarize_error(error)}). Check the "
+            "name and the "
             f"network connection, or give {kind}=FOLDER."
         ) from error

@@ -99,7 +99,8 @@ def generate_questions(
     min_questions, max_questions = pairs
     if not 1 <= min_questions <= max_questions:
         raise SpearError(
-            f"{pairs} is no range of questions per image. Give --pairs FEWEST MOST, both at least 1."
+            f"{pairs} is no range of questions per image. Give --pairs FEWEST MOST, both at "
+            "least 1."
         )
     check_known("question type", DRAFTERS, *families)
 

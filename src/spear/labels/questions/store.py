@@ -125,10 +125,12 @@ def read_questions(folder: Path) -> Iterator[tuple[str, Question]]:
 
 
 def _question_to_row(source: str, question: Question) -> dict[str, Any]:
-    segments = []
+    segments: list[Any] = []
     for segment in question.segments:
-        is_pixel = isinstance(segment, Pixel)
-        segments.append({"pixel": [segment.x, segment.y]} if is_pixel else segment)
+        if isinstance(segment, Pixel):
+            segments.append({"pixel": [segment.x, segment.y]})
+        else:
+            segments.append(segment)
     return vars(question) | {
         "source": source,
         "answer": format_answer(question.segments, question.unit),
