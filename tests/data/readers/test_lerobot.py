@@ -1,7 +1,7 @@
 """LeRobot: datasets that its own library wrote, read exactly; broken ones named."""
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -433,6 +433,85 @@ def test_depth_is_no_camera(exported: Path) -> None:
 @pytest.fixture
 def video_copy(lerobot: Path, tmp_path: Path) -> Path:
     return copy_dataset(lerobot / "v3.0_video", tmp_path / "set")
+
+
+EPISODES_FILE = "meta/episodes/chunk-000/file-000.parquet"
+
+
+def empty_cells(folder: Path, columns: Collection[str], episode: int) -> None:
+    """Empty the cells of one episode in columns of the metadata."""
+
+    def change(table: pa.Table) -> pa.Table:
+        for column in columns:
+            cells = table.column(column).to_pylist()
+            cells[episode] = None
+            new_column = pa.array(cells, table.schema.field(column).type)
+            table = table.set_column(table.column_names.index(column), column, new_column)
+        return table
+
+    change_rows(folder / EPISODES_FILE, change)
+
+
+VIDEO_PREFIX = "videos/observation.images.image_0"
+
+
+@pytest.mark.parametrize(
+    ("column", "named_entry"),
+    [
+        ("length", "length"),
+        ("data/chunk_index", "data/chunk_index"),
+        ("data/file_index", "data/file_index"),
+        (f"{VIDEO_PREFIX}/chunk_index", "camera observation.images.image_0"),
+        (f"{VIDEO_PREFIX}/to_timestamp", "camera observation.images.image_0"),
+    ],
+)
+def test_an_empty_cell_of_the_metadata_costs_one_episode(
+    video_copy: Path, column: str, named_entry: str
+) -> None:
+    empty_cells(video_copy, [column], episode=5)
+
+    episodes, reasons = read_good(video_copy)
+
+    assert len(episodes) == NUM_EPISODES - 1
+    assert len(reasons) == 1
+    assert named_entry in reasons[0]
+    assert "set#5" in reasons[0]
+
+
+def test_numbers_that_pandas_made_fractions_are_read(video_copy: Path) -> None:
+    """An integer column with an empty cell becomes 0.0, 0.0, NaN … on its way through pandas."""
+    file = video_copy / EPISODES_FILE
+    empty_cells(video_copy, ["data/chunk_index", f"{VIDEO_PREFIX}/file_index"], episode=2)
+    pq.read_table(file).to_pandas().to_parquet(file)
+
+    episodes, reasons = read_good(video_copy)
+
+    assert len(episodes) == NUM_EPISODES - 1
+    assert "set#2" in reasons[0]
+
+
+def test_a_video_that_the_layout_does_not_name_may_be_absent(video_copy: Path) -> None:
+    change_rows(
+        video_copy / EPISODES_FILE,
+        lambda table: table.append_column("videos/wrist/chunk_index", pa.array([None] * 8)),
+    )
+    feature = {"dtype": "video", "shape": [64, 64, 3], "names": None}
+    edit_json(video_copy / "meta/info.json", lambda info: info["features"].update(wrist=feature))
+
+    assert len(read_good(video_copy)[0]) == NUM_EPISODES
+    assert "skipped" not in inspect(video_copy)
+
+
+def test_a_null_length_in_version_2_costs_one_episode(version_2_copy: Path) -> None:
+    listed = version_2_copy / "meta/episodes.jsonl"
+    lines = listed.read_text().splitlines()
+    lines[3] = lines[3].replace('"length": 10', '"length": null')
+    listed.write_text("\n".join(lines))
+
+    episodes, reasons = read_good(version_2_copy)
+
+    assert len(episodes) == NUM_EPISODES - 1
+    assert "no length: set#3" in reasons[0]
 
 
 def video_file(folder: Path) -> Path:

@@ -108,13 +108,23 @@ class VideoSpan(NamedTuple):
 
 @dataclass(frozen=True)
 class LeRobotEpisode:
-    """Where the data of one episode are; videos: feature → part of a video file."""
+    """Where the data of one episode are.
+
+    Attributes:
+        index: The episode's number.
+        length: How many rows it has.
+        tasks: Its instructions.
+        data: The Parquet file that has its rows.
+        videos: Feature → part of a video file, of the cameras that the episode has.
+        missing_entry: What its metadata lack, without which it cannot be read; "" if nothing.
+    """
 
     index: NonNegativeInt
     length: NonNegativeInt
     tasks: list[str]
     data: Path
     videos: dict[str, VideoSpan]
+    missing_entry: str = ""
 
 
 @dataclass(frozen=True)
@@ -217,17 +227,19 @@ class LeRobotFolder:
             Column → array with the steps first, or list of bytes for images and texts.
 
         Raises:
-            SpearError: If rows or frames of the episode are missing, too many or broken.
+            SpearError: If rows or frames of the episode are missing, too many or broken, or its
+                metadata lack an entry or a wanted camera.
         """
         episode = self.episodes[index]
+        if episode.missing_entry:
+            raise SpearError(
+                f"no {episode.missing_entry}: {self.name}#{index}: its entry in meta/episodes is "
+                "empty. Fill it in, or leave the episode out."
+            )
         if not episode.length:
             raise empty_episode_error(f"{self.name}#{index}")
 
-        cameras: set[str] = set()
-        for camera in self.cameras:
-            is_wanted = images is None or _to_column(camera) in images
-            if is_wanted and not self.info.features[camera].is_depth:
-                cameras.add(camera)
+        cameras = self._select_cameras(episode, images)
         try:
             return self._read_columns(episode, cameras)
         except (TypeError, ValueError, AttributeError) as error:
@@ -236,6 +248,26 @@ class LeRobotFolder:
                 f"broken rows: {self.name}#{index}: {summarize_error(error)}; "
                 "mend it, or leave the episode out"
             ) from error
+
+    def _select_cameras(self, episode: LeRobotEpisode, images: Collection[str] | None) -> set[str]:
+        """Select the cameras to read: the named image columns, or None for all of the episode.
+
+        Raises SpearError if the episode lacks the video of a named camera.
+        """
+        cameras: set[str] = set()
+        for camera in self.cameras:
+            is_wanted = images is None or _to_column(camera) in images
+            if not is_wanted or self.info.features[camera].is_depth:
+                continue
+            is_absent = camera in self.info.video_features and camera not in episode.videos
+            if not is_absent:
+                cameras.add(camera)
+            elif images is not None:
+                raise SpearError(
+                    f"no video of camera {camera}: {self.name}#{episode.index}: its entry in "
+                    "meta/episodes is empty. Leave the episode out, or do without this camera."
+                )
+        return cameras
 
     def _read_columns(self, episode: LeRobotEpisode, cameras: Collection[str]) -> dict[str, Any]:
         rows = _read_rows(episode, self.name)
@@ -423,9 +455,16 @@ def _read_v2(folder: Path, info: Info) -> tuple[list[tuple[int, str]], list[LeRo
         for name in info.video_features:
             video_file = str(info.video_path).format(video_key=name, **indices)
             videos[name] = VideoSpan(folder / video_file, 0.0, np.inf)
-        data = folder / info.data_path.format(**indices)
-        length = int(row["length"])
-        episodes.append(LeRobotEpisode(index, length, row.get("tasks") or [], data, videos))
+        length = _to_int(row.get("length"))
+        episode = LeRobotEpisode(
+            index=index,
+            length=length or 0,
+            tasks=row.get("tasks") or [],
+            data=folder / info.data_path.format(**indices),
+            videos=videos,
+            missing_entry="length" if length is None else "",
+        )
+        episodes.append(episode)
 
     task_rows = _read_json_lines(folder / "meta/tasks.jsonl")
     tasks = [(row["task_index"], row["task"]) for row in task_rows]
@@ -467,28 +506,61 @@ def _read_v3_tasks(file: Path) -> list[tuple[int, str]]:
 def _read_v3_episode(row: Mapping[str, Any], folder: Path, info: Info) -> LeRobotEpisode:
     videos: dict[str, VideoSpan] = {}
     for name in info.video_features:
-        prefix = f"videos/{name}"
-        start_s = float(row[f"{prefix}/from_timestamp"])
-        end_s = float(row[f"{prefix}/to_timestamp"])
-        video_file = str(info.video_path).format(video_key=name, **_v3_indices(row, prefix))
-        videos[name] = VideoSpan(folder / video_file, start_s, end_s)
+        span = _read_v3_video_span(row, name, folder, info)
+        if span is not None:
+            videos[name] = span
 
-    data_file = info.data_path.format(video_key="", **_v3_indices(row, "data"))
+    # An episode with an empty entry stays in the list, so that its error names it.
+    missing_entry = ""
+    length = _to_int(row.get("length"))
+    if length is None:
+        missing_entry = "length"
+    file_indices = _read_v3_file_indices(row, "data")
+    if file_indices is None:
+        missing_entry = "data/chunk_index or data/file_index"
+        file_indices = {"chunk_index": 0, "file_index": 0}
     return LeRobotEpisode(
-        index=row["episode_index"],
-        length=row["length"],
+        index=int(row["episode_index"]),
+        length=length or 0,
         tasks=row.get("tasks") or [],
-        data=folder / data_file,
+        data=folder / info.data_path.format(video_key="", **file_indices),
         videos=videos,
+        missing_entry=missing_entry,
     )
 
 
-def _v3_indices(row: Mapping[str, Any], prefix: str) -> dict[str, int]:
-    """The numbers of the chunk and the file in which an episode's data or video are."""
-    return {
-        "chunk_index": row[f"{prefix}/chunk_index"],
-        "file_index": row[f"{prefix}/file_index"],
-    }
+def _read_v3_video_span(
+    row: Mapping[str, Any], camera: str, folder: Path, info: Info
+) -> VideoSpan | None:
+    """Read where the video of a camera is; None if the episode lacks an entry of it."""
+    prefix = f"videos/{camera}"
+    file_indices = _read_v3_file_indices(row, prefix)
+    start_s: Any = row.get(f"{prefix}/from_timestamp")
+    end_s: Any = row.get(f"{prefix}/to_timestamp")
+    if file_indices is None or _is_empty(start_s) or _is_empty(end_s):
+        return None
+
+    video_file = str(info.video_path).format(video_key=camera, **file_indices)
+    return VideoSpan(folder / video_file, float(start_s), float(end_s))
+
+
+def _read_v3_file_indices(row: Mapping[str, Any], prefix: str) -> dict[str, int] | None:
+    """Read the numbers of the chunk and the file that have data or video; None if one is empty."""
+    chunk_index = _to_int(row.get(f"{prefix}/chunk_index"))
+    file_index = _to_int(row.get(f"{prefix}/file_index"))
+    if chunk_index is None or file_index is None:
+        return None
+    return {"chunk_index": chunk_index, "file_index": file_index}
+
+
+def _is_empty(cell: Any) -> bool:
+    """Whether a cell is null, or NaN as pandas writes it for null."""
+    return cell is None or cell != cell
+
+
+def _to_int(cell: Any) -> int | None:
+    """Convert a cell to an integer; None if it is empty. pandas makes 2.0 of 2 beside NaN."""
+    return None if _is_empty(cell) else int(cell)
 
 
 def _read_rows(episode: LeRobotEpisode, dataset: str) -> pa.Table:
