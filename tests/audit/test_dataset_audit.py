@@ -29,7 +29,7 @@ from spear.data.readers.dataset_layout import REGISTRY
 from spear.data.store.episode_store import write_episodes
 from spear.data.store.prepare import prepare
 from spear.embodiments.kinematics import franka_pose
-from spear.report.audit import conclude, format_report
+from spear.report.audit import advise, conclude, format_report
 
 RATE_HZ = 10.0
 BRIDGE_STATE = "observation/state"
@@ -395,7 +395,7 @@ def test_the_command_finds_a_wrong_layout(
     assert "WRONG" in page.read_text()
 
 
-def test_the_command_says_once_what_is_undecided(
+def test_the_last_line_says_what_is_undecided_and_what_would_decide_it(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_canonical_store(tmp_path / "store")
@@ -407,7 +407,25 @@ def test_the_command_says_once_what_is_undecided(
     exit_code = main(["data", "audit", str(tmp_path / "store")])
 
     assert exit_code == 3
-    assert str(capsys.readouterr()).count("(shut)") == 1
+    message = capsys.readouterr().err
+    assert "is undecided: grip (shut)." in message
+    assert "more episodes with larger motions, or say it in spear.json" in message
+
+
+def test_an_arm_that_does_not_follow_needs_slower_motions() -> None:
+    report = judge(only("translation", Mistakes(noise=1.0)), RIGHT_ANSWERS, "my_robot")
+
+    advice = advise(report)
+
+    assert advice.startswith("my_robot is undecided: ")
+    assert "Record slower motions" in advice
+
+
+def test_a_layout_that_says_nothing_needs_a_line() -> None:
+    unsaid = {**RIGHT_ANSWERS["translation"], "frame": None}
+    report = judge(only("translation"), {**RIGHT_ANSWERS, "translation": unsaid}, "my_robot")
+
+    assert "Write the missing keys into spear.json" in advise(report)
 
 
 def test_the_real_sample_fits_its_registry_entry(shared: Path) -> None:

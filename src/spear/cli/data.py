@@ -192,7 +192,7 @@ def audit(options: AuditOptions) -> None:
         spear data audit my_lerobot_dataset --out audit.html
     """
     from spear.audit.dataset_audit import audit as audit_dataset
-    from spear.report.audit import conclude, format_report, write_audit_page
+    from spear.report.audit import advise, conclude, format_report, write_audit_page
 
     _check_layout(options.path, options.layout)
     report = audit_dataset(options.path, options.split, options.layout)
@@ -205,9 +205,7 @@ def audit(options: AuditOptions) -> None:
             f"{options.path}: {conclude(report)}. Write what fits into its spear.json."
         )
     if report.outcome == "undecided":
-        raise UndecidedError(
-            f"{options.path}: undecided. The line above says what the data cannot tell."
-        )
+        raise UndecidedError(advise(report))
 
 
 def datasets() -> None:

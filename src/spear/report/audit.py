@@ -9,6 +9,7 @@ import numpy as np
 from spear.audit.dataset_audit import (
     MAX_EPISODES,
     MAX_STEPS,
+    MAX_UNEXPLAINED,
     ActionPart,
     Finding,
     Margin,
@@ -57,12 +58,7 @@ def format_report(report: Report) -> str:
 
 def conclude(report: Report) -> str:
     """One line: the outcome, and what it is about."""
-    findings = []
-    for action_part in report.action_parts:
-        for finding in action_part.findings:
-            name = f"{action_part.name} {QUESTIONS[finding.question]}"
-            findings.append(_NamedFinding(action_part, finding, name))
-
+    findings = _name_findings(report)
     if report.outcome == "contradiction":
         problems = [*report.states, *_list_contradictions(report, findings)]
         return f"contradiction: the layout is WRONG: {'; '.join(problems)}"
@@ -76,6 +72,34 @@ def conclude(report: Report) -> str:
     if report.outcome == "undecided":
         return f"undecided: nothing contradicts the layout in the data{scope}{ending}"
     return f"consistent: the layout agrees with the data{scope}{ending}"
+
+
+def advise(report: Report) -> str:
+    """What would decide an undecided audit: more episodes, a slower motion, or a line in
+    spear.json."""
+    is_unexplained = any(
+        action_part.note and action_part.best_fit.relative_error > MAX_UNEXPLAINED
+        for action_part in report.action_parts
+    )
+    is_not_said = any(part.verdict == "not said" for part in report.action_parts)
+    open_questions = "; ".join(_list_open_questions(report, _name_findings(report)))
+    if is_unexplained:
+        cure = "Record slower motions, which the arm can follow"
+    elif is_not_said:
+        cure = "Write the missing keys into spear.json"
+    else:
+        cure = "Record more episodes with larger motions, or say it in spear.json if you know it"
+    return f"{report.path} is undecided: {open_questions}. {cure}, and run the audit again."
+
+
+def _name_findings(report: Report) -> list[_NamedFinding]:
+    """All findings, with the parts that they are about."""
+    findings = []
+    for action_part in report.action_parts:
+        for finding in action_part.findings:
+            name = f"{action_part.name} {QUESTIONS[finding.question]}"
+            findings.append(_NamedFinding(action_part, finding, name))
+    return findings
 
 
 def _list_contradictions(report: Report, findings: list[_NamedFinding]) -> list[str]:
