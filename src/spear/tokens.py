@@ -19,9 +19,10 @@ import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
 
-from spear.errors import SpearError, check_known
+from spear.errors import SpearError, check_known, summarize_error
 from spear.types import Array, Unit
 from spear.util.files import write_text
+from spear.util.json_text import parse_json_as, read_utf8
 
 NUM_BINS = 1024  # the paper's
 TOKEN_FORMAT = "<3d{:04d}>"
@@ -150,14 +151,14 @@ class CoordinateTokenizer:
             SpearError: the file is missing, or not a tokenizer.
         """
         try:
-            content = json.loads(Path(path).read_text(encoding="utf-8"))
+            content = parse_json_as(dict[str, Any], read_utf8(Path(path)))
             edges = np.asarray(content["edges"], np.float64)
             centers = np.asarray(content["representatives"], np.float64)
             unit = content["unit"]
             _check_bins(edges, centers, unit)
         except (OSError, LookupError, TypeError, ValueError) as error:
             raise SpearError(
-                f"not a 3D tokenizer: {path} ({error}). Choose another file."
+                f"not a 3D tokenizer: {path} ({summarize_error(error)}). Choose another file."
             ) from error
         return CoordinateTokenizer(edges, centers, unit)
 

@@ -30,6 +30,7 @@ from spear.evaluate.stats import (
     find_num_samples,
 )
 from spear.util.files import read_json_as, report_write_errors, write_text
+from spear.util.json_text import parse_json
 from spear.util.run_settings import describe_difference, to_plain_json
 
 TARGET_HALF_WIDTH = 0.05  # a family's success rate should be known to ±5 points
@@ -385,7 +386,7 @@ def read_journal(path: Path) -> Results:
     """The episodes of one journal so far. Raises `SpearError` for a file that is not a journal."""
     try:
         complete_lines = path.read_text("utf-8").rpartition("\n")[0]
-        header, *records = [json.loads(line) for line in complete_lines.split("\n")]
+        header, *records = [parse_json(line) for line in complete_lines.split("\n")]
         scheduled: set[SceneId] = set()
         episodes = []
         total_seconds = 0.0

@@ -32,6 +32,7 @@ from spear.labels.inputs import IMAGE_SUFFIXES, compute_stamp
 from spear.types import Array, Frame
 from spear.util.files import read_json
 from spear.util.images import load_image_and_orientation
+from spear.util.json_text import read_utf8
 
 COLOR_FOLDERS = ("color", "colour", "rgb", "image", "images")
 STRUCTURE = frozenset({"wall", "floor", "ceiling"})
@@ -237,7 +238,7 @@ def read_matrix(path: Path) -> Array:
         SpearError: There is no file, or it contains no such matrix.
     """
     try:
-        matrix = np.loadtxt(path, ndmin=2)
+        matrix = np.loadtxt(read_utf8(path).decode().splitlines(), ndmin=2)
     except (OSError, ValueError) as error:
         raise SpearError(
             f"{path} contains no matrix ({error}). Give one row of numbers per line."
@@ -372,7 +373,7 @@ def _read_scannet_names(folder: Path) -> dict[int, str] | None:
     try:
         for group in content["segGroups"]:
             names[int(group["objectId"]) + 1] = str(group["label"])
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise SpearError(
             f"{files[0]} is not an aggregation of ScanNet ({error}). Replace it."
         ) from error

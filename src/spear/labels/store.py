@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 from spear.errors import SpearError, notice, summarize_error
 from spear.types import Array, Box3D, LabeledImage, LabeledObject, Unit
 from spear.util.files import report_write_errors
+from spear.util.json_text import parse_json
 
 SKIPPED_FILE = "skipped.parquet"  # beside the shards in their folder
 QUESTIONS_FILE = "questions.parquet"  # beside the shards in their folder
@@ -334,7 +335,7 @@ def _label_from_row(row: dict[str, Any]) -> LabeledImage:
         "image": row["image"]["bytes"] if "image" in row else b"",
         "intrinsics": np.array(row["intrinsics"], np.float64).reshape(3, 3),
         "objects": [_object_from_row(o) for o in row["objects"]],
-        "provenance": json.loads(row["provenance"]),
+        "provenance": parse_json(row["provenance"]),
     }
     label = LabeledImage(**row | values)
     names = [o.name for o in label.objects]
@@ -359,7 +360,7 @@ def _object_from_row(row: dict[str, Any]) -> LabeledObject:
         "mask": row.get("mask", ()),
         "box3d": box,
         "keypoints": {name: _unflatten(point, 3) for name, point in keypoints.items()},
-        "scores": json.loads(row["scores"]),
+        "scores": parse_json(row["scores"]),
     }
     return LabeledObject(**row | values)
 

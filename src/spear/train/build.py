@@ -475,7 +475,7 @@ def _new_vlm(
     for folder in folders:
         wording = folder / "wording.txt"
         if wording.is_file():
-            texts += wording.read_text("utf-8").splitlines()
+            texts += wording.read_text("utf-8-sig").splitlines()
     coordinates = _fit_coordinates(recipe, labels, size.bins, seed)
     processor = Processor.build(size, texts, coordinates)
 

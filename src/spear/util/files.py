@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from spear.errors import SpearError, notice, summarize_error, to_sentence
+from spear.util.json_text import MAX_JSON_BYTES, parse_json_as, read_utf8
 
 T = TypeVar("T")
 
@@ -71,12 +72,18 @@ def write_text(path: Path, text: str) -> None:
     write_bytes(path, text.encode())
 
 
-def read_json(path: Path, advice: str) -> dict[str, Any]:
-    """Read the JSON object in a file; errors are those of `read_json_as`."""
-    return read_json_as(dict[str, Any], path, advice, "no JSON object can be read")
+def read_json(path: Path, advice: str, max_bytes: int = MAX_JSON_BYTES) -> dict[str, Any]:
+    """Read the JSON object in a file; arguments and errors are those of `read_json_as`."""
+    return read_json_as(dict[str, Any], path, advice, "no JSON object can be read", max_bytes)
 
 
-def read_json_as(json_type: type[T], path: Path, advice: str, problem: str = "cannot be read") -> T:
+def read_json_as(
+    json_type: type[T],
+    path: Path,
+    advice: str,
+    problem: str = "cannot be read",
+    max_bytes: int = MAX_JSON_BYTES,
+) -> T:
     """Read a JSON file and validate its content.
 
     Args:
@@ -84,16 +91,15 @@ def read_json_as(json_type: type[T], path: Path, advice: str, problem: str = "ca
         path: the file.
         advice: what to do if the content is wrong, for the message.
         problem: what is wrong, for the message.
+        max_bytes: size of the largest file that is read.
 
     Raises:
-        SpearError: the file is missing, or its content is not of the type. The message names the
-            file, and the key that is wrong.
+        SpearError: the file is missing or too large, or its content is not of the type. The message
+            names the file, and the line and column or the key that is wrong.
     """
-    from pydantic import TypeAdapter, ValidationError
-
     try:
-        return TypeAdapter(json_type).validate_json(path.read_bytes())
-    except (OSError, ValidationError) as error:
+        return parse_json_as(json_type, read_utf8(path, max_bytes))
+    except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or summarize_error(error)
         raise SpearError(f"{path}: {problem} ({reason}). {to_sentence(advice)}") from error
 

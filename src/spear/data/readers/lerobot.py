@@ -12,7 +12,6 @@ LeRobot's names become paths: "observation.state" is "observation/state"; "task"
 
 import contextlib
 import functools
-import json
 import re
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
@@ -32,6 +31,7 @@ from spear.data.readers.video import read_frames
 from spear.errors import SpearError, format_count, notice, summarize_error
 from spear.types import Array
 from spear.util.images import encode_jpeg
+from spear.util.json_text import parse_json_as, read_json_lines, read_utf8
 
 INFO_FILE = "meta/info.json"
 TASK_COLUMN = "task"  # our name of the column of instructions
@@ -383,7 +383,7 @@ def _open_cached(folder: Path, changed_ns: int) -> LeRobotFolder:
     """Read the metadata, which takes a while for many episodes; again if their file has changed."""
     file = folder / INFO_FILE
     try:
-        info = Info.model_validate_json(file.read_text("utf-8"))
+        info = parse_json_as(Info, read_utf8(file))
         file = folder / "meta"
         dataset = _read_metadata(folder, info)
     except (
@@ -393,6 +393,7 @@ def _open_cached(folder: Path, changed_ns: int) -> LeRobotFolder:
         ValueError,
         IndexError,
         AttributeError,
+        OverflowError,
         pa.ArrowException,
     ) as error:
         reason = summarize_error(error)
@@ -448,7 +449,7 @@ def _parse_splits(info: Info, num_episodes: int) -> dict[str, tuple[int, int]]:
 def _read_v2(folder: Path, info: Info) -> tuple[list[tuple[int, str]], list[LeRobotEpisode]]:
     """Read tasks and episodes of version 2, in which each episode has its own files."""
     episodes: list[LeRobotEpisode] = []
-    for row in _read_json_lines(folder / "meta/episodes.jsonl"):
+    for row in read_json_lines(folder / "meta/episodes.jsonl"):
         index = int(row["episode_index"])
         indices = {"episode_index": index, "episode_chunk": index // info.chunks_size}
         videos: dict[str, VideoSpan] = {}
@@ -466,14 +467,9 @@ def _read_v2(folder: Path, info: Info) -> tuple[list[tuple[int, str]], list[LeRo
         )
         episodes.append(episode)
 
-    task_rows = _read_json_lines(folder / "meta/tasks.jsonl")
+    task_rows = read_json_lines(folder / "meta/tasks.jsonl")
     tasks = [(row["task_index"], row["task"]) for row in task_rows]
     return tasks, episodes
-
-
-def _read_json_lines(path: Path) -> list[dict[str, Any]]:
-    lines = path.read_text("utf-8").splitlines()
-    return [json.loads(line) for line in lines if line.strip()]
 
 
 def _read_v3(folder: Path, info: Info) -> tuple[list[tuple[int, str]], list[LeRobotEpisode]]:

@@ -153,7 +153,7 @@ def open_rlds(path: str | Path) -> RldsFolder:
     features = read_json(folder / "features.json", "copy it again")
     try:
         return _make_folder(folder, info, features)
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise SpearError(
             f"unreadable: {folder}/dataset_info.json: {error!r}; copy it again"
         ) from error

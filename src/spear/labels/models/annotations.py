@@ -27,6 +27,7 @@ from spear.labels.fit.masks import decode_mask, decode_run_lengths, rasterize_po
 from spear.labels.models.protocols import Detection, Detector, Segmenter
 from spear.types import Array, Frame
 from spear.util.files import read_json
+from spear.util.json_text import MAX_ANNOTATIONS_BYTES
 
 MIN_MATCH_IOU = 0.5  # of a detection with the annotation whose mask it gets
 
@@ -281,13 +282,13 @@ def open_annotations(path: str | Path) -> Annotations:
     Raises:
         SpearError: The file is neither.
     """
-    content = read_json(Path(path), "give another file")
+    content = read_json(Path(path), "give another file", MAX_ANNOTATIONS_BYTES)
     file = f"{Path(path).name} ({hashlib.sha256(Path(path).read_bytes()).hexdigest()[:8]})"
     try:
         if "images" in content:
             return Annotations(f"coco {file}", _CocoIndex(content, file).find)
         return Annotations(f"ego-exo4d relations {file}", _RelationsIndex(content).find)
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+    except (LookupError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise SpearError(
             f"{path} is neither COCO's JSON of instances nor Ego-Exo4D's relations "
             f"({type(error).__name__}: {error}). Give one of the two."

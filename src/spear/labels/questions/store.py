@@ -28,6 +28,7 @@ from spear.labels.store import (
 )
 from spear.question_types import QUESTION_TYPES, QUESTION_TYPES_2D
 from spear.types import LabeledImage, Pixel, Question
+from spear.util.json_text import parse_json
 from spear.util.progress import ProgressBar
 
 BATCH_SIZE = 256  # images whose questions are written together
@@ -141,6 +142,6 @@ def _question_to_row(source: str, question: Question) -> dict[str, Any]:
 
 def _question_from_row(row: dict[str, Any]) -> Question:
     segments = []
-    for value in json.loads(row["segments"]):
+    for value in parse_json(row["segments"]):
         segments.append(Pixel(*value["pixel"]) if isinstance(value, dict) else value)
     return Question(row["family"], row["prompt"], segments, tuple(row["objects"]), row["unit"])

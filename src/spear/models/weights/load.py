@@ -300,7 +300,7 @@ def _find_weight_files(folder: Path) -> list[Path]:
     files = [single_file]
     if index.is_file():
         try:
-            file_names = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+            file_names = read_json(index, "copy it again")["weight_map"].values()
             files = sorted({folder / name for name in file_names})
         except (ValueError, KeyError, AttributeError, TypeError) as error:
             raise SpearError(f"broken checkpoint: {index}: {error}. Copy it again.") from error
