@@ -230,17 +230,18 @@ def test_rest_is_judged_by_the_pose_and_the_opening(
     assert is_at_rest(truth, measured, truth.opening + opening_change) == at_rest
 
 
-# ---- Starts off the grid. The grid is as ManiSkill's of the carrot: four corners, two orientations.
+# ---- Starts off the grid. The grid is as ManiSkill's of the carrot: four corners, two
+# orientations.
 
 CARROT = TASKS["PutCarrotOnPlateInScene-v1"]
 CORNERS = np.array([[x, y, 0.88] for x in (-0.235, -0.085) for y in (-0.075, 0.075)])
-PLACES = np.array([[a, b] for a in CORNERS for b in CORNERS if a is not b])
+POSITIONS = np.array([[a, b] for a in CORNERS for b in CORNERS if a is not b])
 TURNS = np.array([[[1.0, 0, 0, 0]] * 2, [[0.5**0.5, 0, 0, 0.5**0.5], [1, 0, 0, 0]]])
 
 
 @pytest.fixture(scope="module")
 def starts() -> list[Start]:
-    return [sample_off_grid_start(CARROT, seed, PLACES, TURNS) for seed in range(300)]
+    return [sample_off_grid_start(CARROT, seed, POSITIONS, TURNS) for seed in range(300)]
 
 
 def smallest_turn(start: Start) -> float:
@@ -252,46 +253,46 @@ def smallest_turn(start: Start) -> float:
 
 def test_starts_off_the_grid_are_none_of_the_official_ones(starts: list[Start]) -> None:
     for start in starts:
-        distances = np.linalg.norm(PLACES[:, :, :2] - start.places[:, :2], axis=-1)
+        distances = np.linalg.norm(POSITIONS[:, :, :2] - start.positions[:, :2], axis=-1)
         nearest = distances.max(axis=1).min()
         assert nearest >= MIN_START_OFFSET_M or smallest_turn(start) >= MIN_START_TURN_RAD
 
 
 def test_starts_off_the_grid_keep_to_the_tasks_limits(starts: list[Start]) -> None:
     for start in starts:
-        distance = np.linalg.norm(start.places[0] - start.places[1])
+        distance = np.linalg.norm(start.positions[0] - start.positions[1])
         assert distance >= CARROT.min_distance_m
-        assert (abs(start.places[:, :2] - [-0.16, 0]) <= 0.1).all()
+        assert (abs(start.positions[:, :2] - [-0.16, 0]) <= 0.1).all()
         assert smallest_turn(start) <= np.pi / 4 + 1e-9
 
 
 def test_a_start_close_to_an_official_one_is_official(starts: list[Start]) -> None:
     for start in starts:
-        close_places = PLACES[3] + 0.5 * MIN_START_OFFSET_M
-        close = dataclasses.replace(start, places=close_places, turns=TURNS[1])
-        assert is_official(close, PLACES, TURNS)
+        close_positions = POSITIONS[3] + 0.5 * MIN_START_OFFSET_M
+        close = dataclasses.replace(start, positions=close_positions, turns=TURNS[1])
+        assert is_official(close, POSITIONS, TURNS)
 
 
 def test_a_start_follows_from_its_seed(starts: list[Start]) -> None:
-    again = sample_off_grid_start(CARROT, 7, PLACES, TURNS)
+    again = sample_off_grid_start(CARROT, 7, POSITIONS, TURNS)
 
-    np.testing.assert_array_equal(again.places, starts[7].places)
-    assert len({start.places.tobytes() for start in starts}) == 300
+    np.testing.assert_array_equal(again.positions, starts[7].positions)
+    assert len({start.positions.tobytes() for start in starts}) == 300
 
 
 def test_objects_that_the_official_starts_do_not_move_stay() -> None:
-    fixed_places = CORNERS[[[2] * 4, [1] * 4]]
-    places = np.stack([CORNERS, *fixed_places], axis=1)
+    fixed_positions = CORNERS[[[2] * 4, [1] * 4]]
+    positions = np.stack([CORNERS, *fixed_positions], axis=1)
 
-    start = sample_off_grid_start(CARROT, 0, places, TURNS[:, [0, 1, 1]])
+    start = sample_off_grid_start(CARROT, 0, positions, TURNS[:, [0, 1, 1]])
 
-    np.testing.assert_array_equal(start.places[1:], CORNERS[[2, 1]])
+    np.testing.assert_array_equal(start.positions[1:], CORNERS[[2, 1]])
 
 
 def test_a_task_without_room_is_refused() -> None:
     crowded = dataclasses.replace(CARROT, min_distance_m=0.6)
 
-    refuses("min_distance_m", sample_off_grid_start, crowded, 0, PLACES, TURNS)
+    refuses("min_distance_m", sample_off_grid_start, crowded, 0, POSITIONS, TURNS)
 
 
 # ---- Recording.

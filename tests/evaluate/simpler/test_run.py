@@ -1,4 +1,6 @@
-"""SIMPLER in ManiSkill: conventions as we say they are, the oracle, an episode of the nano policy."""
+"""SIMPLER in ManiSkill: conventions as we say they are, the oracle, an episode of the nano
+policy.
+"""
 
 import os
 import re
@@ -56,7 +58,9 @@ def test_a_fitted_frame_shows_the_same_points() -> None:
 
 @pytest.fixture(scope="module")
 def simpler(shared: Path) -> Iterator[Simpler]:
-    """The simulator, with one process; skips where ManiSkill, its assets or a renderer are missing."""
+    """The simulator, with one process; skips where ManiSkill, its assets or a renderer are
+    missing.
+    """
     pytest.importorskip("mani_skill")
     assets = shared / "assets" / "simpler"
     if not assets.is_dir():
@@ -142,8 +146,8 @@ def test_a_demonstration_starts_off_the_grid_and_recovers(process: SimplerProces
 
 
 def test_labels_of_the_scenes_are_true(process: SimplerProcess) -> None:
-    """Cubes of 3 cm are labelled as such, at their distance from each other; none is an official start; and
-    the scenes of evaluations are as before."""
+    """Cubes of 3 cm are labelled as such, at their distance from each other; none is an official
+    start; and the scenes of evaluations are as before."""
     before = process.reset(3, True).observation["observation/image"]
     frames = [process.look(seed, (384, 256)) for seed in range(10_000, 10_006)]
     process.look(10_000 + max(range(6), key=lambda number: len(frames[number].names)), (384, 256))

@@ -1,7 +1,7 @@
 """Images of the tasks' scenes with their ground truth, for labeling.
 
-They show a task's objects in other places, with other objects among them, in other light and with
-another posture of the arm. Half of them are taken from another camera pose.
+They show a task's objects in other positions, with other objects among them, in other light and
+with another posture of the arm. Half of them are taken from another camera pose.
 """
 
 import math
@@ -103,7 +103,7 @@ def _add_clutter(env: Any, start: Start, rng: np.random.Generator) -> list[str]:
     task_names = list(env.obj_names)
     foreground_names = list(env.objects_excluded_from_greenscreening)
     other_names = [name for name in OBJECT_NAMES if name not in task_names]
-    places, clutter_names = sample_clutter(start.places, other_names, rng)
+    positions, clutter_names = sample_clutter(start.positions, other_names, rng)
     turns = []
     for angle in rng.uniform(0, math.pi, len(clutter_names)):
         turns.append([math.cos(angle), 0, 0, math.sin(angle)])
@@ -115,7 +115,7 @@ def _add_clutter(env: Any, start: Start, rng: np.random.Generator) -> list[str]:
     try:
         rebuild_scene(
             env,
-            torch.from_numpy(places)[None],
+            torch.from_numpy(positions)[None],
             torch.from_numpy(np.vstack([start.turns, *turns]))[None],
         )
     finally:
@@ -176,8 +176,8 @@ def _name_instances(
     return instances, names
 
 
-def rebuild_scene(env: Any, places: torch.Tensor, turns: torch.Tensor, number: int = 0) -> None:
-    """Build one scene among all pairs of places and turns; nothing of the scene before remains.
+def rebuild_scene(env: Any, positions: torch.Tensor, turns: torch.Tensor, number: int = 0) -> None:
+    """Build one scene among all pairs of positions and turns; nothing of the scene before remains.
 
     Otherwise objects would settle while the arm still stands where the last episode left it, and
     contacts that the solver remembers would change how they roll. Images are only rendered where
@@ -185,11 +185,11 @@ def rebuild_scene(env: Any, places: torch.Tensor, turns: torch.Tensor, number: i
 
     Args:
         env: ManiSkill's environment.
-        places: [n, objects, 3] (m).
+        positions: [n, objects, 3] (m).
         turns: [m, objects, 4] (w x y z).
         number: Of the pair.
     """
-    env.xyz_configs = places
+    env.xyz_configs = positions
     env.quat_configs = turns
     env.objs.clear()
     env._obs_mode = "none"
@@ -197,28 +197,28 @@ def rebuild_scene(env: Any, places: torch.Tensor, turns: torch.Tensor, number: i
 
 
 def sample_clutter(
-    places: Array, names: list[str], rng: np.random.Generator
+    positions: Array, names: list[str], rng: np.random.Generator
 ) -> tuple[Array, list[str]]:
-    """Sample places for some other objects; an object that has no room is left out.
+    """Sample positions for some other objects; an object that has no room is left out.
 
     Args:
-        places: [n, 3] (m) of a task's objects.
+        positions: [n, 3] (m) of a task's objects.
         names: Of the other objects.
         rng: Random numbers.
 
     Returns:
-        The places of all objects, those of the task first, and the names of the others.
+        The positions of all objects, those of the task first, and the names of the others.
     """
     clutter_names: list[str] = []
     for name in rng.permutation(names)[: rng.integers(MAX_CLUTTER_OBJECTS + 1)]:
         x = rng.uniform(*CLUTTER_X_M)
         y = rng.uniform(*CLUTTER_Y_M)
-        place = np.array([x, y, CLUTTER_DROP_HEIGHT_M])
-        distances = np.linalg.norm(places[:, :2] - place[:2], axis=1)
+        position = np.array([x, y, CLUTTER_DROP_HEIGHT_M])
+        distances = np.linalg.norm(positions[:, :2] - position[:2], axis=1)
         if distances.min() >= MIN_CLUTTER_DISTANCE_M:
-            places = np.vstack([places, place])
+            positions = np.vstack([positions, position])
             clutter_names.append(str(name))
-    return places, clutter_names
+    return positions, clutter_names
 
 
 def fit_frame(frame: Frame, size: tuple[int, int], source: str) -> Frame:

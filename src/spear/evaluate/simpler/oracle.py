@@ -50,25 +50,25 @@ def choose_action(task: str, truth: Truth) -> Array:
     grasp = TASKS[task]
     # The object's origin should come to rest on top of the goal.
     goal_top = truth.goal[2] + truth.goal_size[2] / 2
-    rest = np.array([truth.goal[0], truth.goal[1], goal_top + truth.source_size[2] / 2])
-    offset = float(np.linalg.norm(truth.source[:2] - rest[:2]))
+    rest_position = np.array([truth.goal[0], truth.goal[1], goal_top + truth.source_size[2] / 2])
+    offset = float(np.linalg.norm(truth.source[:2] - rest_position[:2]))
     if truth.open:
-        height = abs(truth.source[2] - rest[2])
+        height = abs(truth.source[2] - rest_position[2])
         is_placed = (
             offset < MAX_PLACED_OFFSET_M and height < MAX_PLACED_HEIGHT_M + grasp.release_height_m
         )
-        return _retreat(truth, rest) if is_placed else _approach(truth, grasp)
+        return _retreat(truth, rest_position) if is_placed else _approach(truth, grasp)
     has_object = truth.opening > MIN_HELD_OPENING
     if truth.closing and has_object:
         return _wait(truth, opened=False)
     if not has_object:
         return _wait(truth, opened=True)
-    return _carry(truth, grasp, rest, offset)
+    return _carry(truth, grasp, rest_position, offset)
 
 
-def _retreat(truth: Truth, rest: Array) -> Array:
+def _retreat(truth: Truth, rest_position: Array) -> Array:
     """Straight up, away from the placed object."""
-    position = np.array([truth.commanded[0], truth.commanded[1], rest[2] + RETREAT_M])
+    position = np.array([truth.commanded[0], truth.commanded[1], rest_position[2] + RETREAT_M])
     return _move_towards(truth, position, _yaw(truth.commanded), True)
 
 
@@ -100,17 +100,17 @@ def _approach(truth: Truth, grasp: Task) -> Array:
     return _move_towards(truth, goal, yaw, not should_close)
 
 
-def _carry(truth: Truth, grasp: Task, rest: Array, offset: float) -> Array:
+def _carry(truth: Truth, grasp: Task, rest_position: Array, offset: float) -> Array:
     """Up, across, down, open.
 
     The object comes down while it still moves across: a policy that cannot tell 5 mm from 15 mm
     learns to hover from an expert that waits to be exact.
     """
-    height = truth.source[2] - rest[2]
+    height = truth.source[2] - rest_position[2]
     goal = truth.commanded[:3].copy()
     is_above = offset < MAX_ABOVE_OFFSET_M
     if is_above or height > CARRY_M - ACROSS_MARGIN_M:
-        goal[:2] = truth.measured[:2] + rest[:2] - truth.source[:2]
+        goal[:2] = truth.measured[:2] + rest_position[:2] - truth.source[:2]
     goal[2] = truth.measured[2] - height + (grasp.release_height_m if is_above else CARRY_M)
 
     lag = float(np.linalg.norm(truth.commanded[:3] - truth.measured[:3]))

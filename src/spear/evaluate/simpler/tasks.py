@@ -29,7 +29,8 @@ MAX_START_TRIES = 10_000
 class Task:
     """One task of ManiSkill.
 
-    num_starts            how many different scenes it has: a small grid of places and orientations.
+    num_starts            how many different scenes it has: a small grid of positions and
+                          orientations.
     max_steps             control steps after which an episode ends.
     num_grasp_directions  the scripted expert takes the object in any of so many equally good
                           directions of a full turn: 4 for a cube, 2 for a long object, along its x
@@ -80,17 +81,17 @@ TASKS: dict[str, Task] = {
 class Start:
     """How a scene begins.
 
-    places  [2, 3] (m): the object to move and the goal, in the world, before they settle.
+    positions  [2, 3] (m): the object to move and the goal, in the world, before they settle.
     turns   [2, 4] (w x y z): their orientations.
     joints  [6] (rad), added to the arm's posture.
     """
 
-    places: Array
+    positions: Array
     turns: Array
     joints: Array
 
 
-def sample_off_grid_start(task: Task, seed: int, places: Array, turns: Array) -> Start:
+def sample_off_grid_start(task: Task, seed: int, positions: Array, turns: Array) -> Start:
     """Sample a start that is none of the official ones.
 
     Objects that the official starts move are placed uniformly within `task.max_offset_m` of their
@@ -100,28 +101,28 @@ def sample_off_grid_start(task: Task, seed: int, places: Array, turns: Array) ->
     Args:
         task: The task.
         seed: Of the start.
-        places: [n, 2, 3] (m); the official starts combine them with all `turns`.
+        positions: [n, 2, 3] (m); the official starts combine them with all `turns`.
         turns: [m, 2, 4] (w x y z).
 
     Raises:
         SpearError: No start was found.
     """
     rng = np.random.default_rng([seed, 2])
-    is_moved = np.ptp(places[..., :2], axis=0).any(axis=-1)  # [2]
-    middle = (places[..., :2].min(axis=0) + places[..., :2].max(axis=0)) / 2
+    is_moved = np.ptp(positions[..., :2], axis=0).any(axis=-1)  # [2]
+    middle = (positions[..., :2].min(axis=0) + positions[..., :2].max(axis=0)) / 2
     for _ in range(MAX_START_TRIES):
-        place = places[0].copy()
+        position = positions[0].copy()
         turn = turns[rng.integers(len(turns))].copy()
-        offset = rng.uniform(-1, 1, place[:, :2].shape) * task.max_offset_m
-        place[:, :2] = np.where(is_moved[:, None], middle + offset, place[:, :2])
+        offset = rng.uniform(-1, 1, position[:, :2].shape) * task.max_offset_m
+        position[:, :2] = np.where(is_moved[:, None], middle + offset, position[:, :2])
         angle = rng.uniform(-MAX_START_TURN_RAD, MAX_START_TURN_RAD)
         about_vertical = torch.tensor(
             [math.cos(angle / 2), 0.0, 0.0, math.sin(angle / 2)], dtype=torch.float64
         )
         turn[0] = quat_multiply(about_vertical, torch.from_numpy(turn[0])).numpy()
-        start = Start(place, turn, rng.normal(0, START_JOINT_STD_RAD, 6))
-        has_room = pdist(place[:, :2]).min() >= task.min_distance_m
-        if has_room and not is_official(start, places, turns):
+        start = Start(position, turn, rng.normal(0, START_JOINT_STD_RAD, 6))
+        has_room = pdist(position[:, :2]).min() >= task.min_distance_m
+        if has_room and not is_official(start, positions, turns):
             return start
     raise SpearError(
         f"SIMPLER: no start off the grid {task.max_offset_m} m around its middle, "
@@ -130,13 +131,13 @@ def sample_off_grid_start(task: Task, seed: int, places: Array, turns: Array) ->
     )
 
 
-def is_official(start: Start, places: Array, turns: Array) -> bool:
+def is_official(start: Start, positions: Array, turns: Array) -> bool:
     """Whether a start counts as one of the official ones.
 
     Both objects are less than `MIN_START_OFFSET_M` off one of them, and the object to move is
     turned by less than `MIN_START_TURN_RAD`. Arguments as in `sample_off_grid_start`.
     """
-    distances = np.linalg.norm(places - start.places, axis=-1)  # [n, 2]
+    distances = np.linalg.norm(positions - start.positions, axis=-1)  # [n, 2]
     is_near = (distances < MIN_START_OFFSET_M).all(axis=-1)  # [n]
     cosine = np.abs(turns[:, 0] @ start.turns[0]) / np.linalg.norm(turns[:, 0], axis=-1)
     angles = 2 * np.arccos(np.clip(cosine, 0, 1))

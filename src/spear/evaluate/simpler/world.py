@@ -118,9 +118,9 @@ class SimplerWorld:
         self._name = task
         self._task = TASKS[task]
         self._official = (self._env.xyz_configs, self._env.quat_configs)
-        places, turns = self._official
-        self._grid = (np.asarray(places, np.float64), np.asarray(turns, np.float64))
-        num_starts = len(places) * len(turns)
+        positions, turns = self._official
+        self._grid = (np.asarray(positions, np.float64), np.asarray(turns, np.float64))
+        num_starts = len(positions) * len(turns)
         if num_starts != self._task.num_starts:
             raise SpearError(f"SIMPLER: {task}: has {num_starts} starts: say so in its Task")
 
@@ -149,7 +149,7 @@ class SimplerWorld:
     def _reset_off_grid(self, seed: int) -> None:
         start = sample_off_grid_start(self._task, seed, *self._grid)
         rebuild_scene(
-            self._env, torch.from_numpy(start.places)[None], torch.from_numpy(start.turns)[None]
+            self._env, torch.from_numpy(start.positions)[None], torch.from_numpy(start.turns)[None]
         )
         joints = self._env.agent.robot.get_qpos()[0].numpy().copy()
         joints[:6] += start.joints
