@@ -160,7 +160,7 @@ def measure_object(
     instance = find_instance(o, label, frame)
     if o.box3d is None or instance not in frame.boxes:
         return None
-    mask = decode_mask(o.mask, label.height, label.width)
+    mask = decode_mask(o.mask_runs, label.height, label.width)
     open3d_boxes = fit_open3d_boxes(point_map.points[mask & point_map.mask])
     if open3d_boxes is None:
         return None

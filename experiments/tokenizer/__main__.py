@@ -126,7 +126,7 @@ def describe_rounding(
         distance = np.linalg.norm(rounded_points - true_points, axis=1).mean()
         point_errors.append(factor * distance)
         relative_errors.append(100 * distance / compute_error_scales(question, label)[0])
-        if question.family == "box_vertices" and len(overlaps) < MAX_OVERLAPS:
+        if question.question_type == "box_vertices" and len(overlaps) < MAX_OVERLAPS:
             rounded_box = fit_nearest_box(rounded_points)
             overlaps.append(compute_iou_3d(rounded_box, fit_nearest_box(true_points)))
     cells = [

@@ -135,11 +135,11 @@ def ask_questions(vlm: VlmBundle) -> Values:
     # The first answer about a box in each image.
     answer_of_image: dict[int, Any] = {}
     for answer in scores.answers:
-        if answer.question.family == "box_vertices" and "error" in answer.measures:
+        if answer.question.question_type == "box_vertices" and "error" in answer.measures:
             answer_of_image.setdefault(answer.image, answer)
     pictures = [draw_figure(answer) for _, answer in sorted(answer_of_image.items())]
 
-    boxes = scores.families["box_vertices"]
+    boxes = scores.type_scores["box_vertices"]
     error_mm = boxes.measures["error"].value
     constant_guess_mm = boxes.constant["error"]
     description = f"median 3D center error; constant guess {constant_guess_mm:.0f} mm"

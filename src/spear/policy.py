@@ -37,14 +37,7 @@ from spear.models.weights.folders import locate
 from spear.models.weights.load import ModelT
 from spear.monitor.distribution import TrainingDistribution
 from spear.monitor.drift import DriftMonitor
-from spear.question_types import (
-    NUM_ANSWER_NUMBERS,
-    NUM_ANSWER_PIXELS,
-    NUM_NUMBERS_BETWEEN_WORDS,
-    QUESTION_TYPES,
-    QUESTION_TYPES_2D,
-    QUESTION_TYPES_PIXEL,
-)
+from spear.question_types import ANSWER_FORMS
 from spear.types import ACTION_DIM, Action, Array, Pixel, Segments, Unit
 from spear.util.fingerprints import fingerprint_checkpoint
 
@@ -182,15 +175,13 @@ class VlmBundle:
         """The answer grammar of a question type; None where answers are free."""
         if question_type is None:
             return None
-        known_types = (*QUESTION_TYPES, *QUESTION_TYPES_2D, *QUESTION_TYPES_PIXEL)
-        check_known("question family", known_types, question_type)
-        if question_type in NUM_NUMBERS_BETWEEN_WORDS:
-            return self.processor.free_text_grammar(NUM_NUMBERS_BETWEEN_WORDS[question_type])
-        num_numbers = NUM_ANSWER_NUMBERS.get(question_type, 0)
-        num_pixels = NUM_ANSWER_PIXELS.get(question_type, 0)
-        if num_numbers or num_pixels:
-            return self.processor.coordinate_grammar(num_numbers, num_pixels)
-        return None
+        check_known("question type", ANSWER_FORMS, question_type)
+        form = ANSWER_FORMS[question_type]
+        if not form.is_restricted:
+            return None
+        if form.has_words:
+            return self.processor.free_text_grammar(form.num_numbers)
+        return self.processor.coordinate_grammar(form.num_numbers, form.num_pixels)
 
 
 def load_vlm(

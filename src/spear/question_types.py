@@ -5,6 +5,7 @@ them is restricted to the form of their answers.
 """
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 QUESTION_TYPES = (
     "box_vertices",
@@ -30,17 +31,44 @@ QUESTION_TYPES_2D = (
 QUESTION_TYPES_PIXEL = ("pixel_point",)
 """3D questions that know of no object: the paper's ablation."""
 
-NUM_ANSWER_NUMBERS: Mapping[str, int] = {
-    "box_vertices": 24,
-    "keypoint": 3,
-    "offset": 3,
-    "distance": 1,
-    "pixel_point": 3,
+
+@dataclass(frozen=True)
+class AnswerForm:
+    """What an answer consists of: words, numbers and image locations.
+
+    Without words the answer is its numbers and then its image locations, so its length is fixed.
+
+    Attributes:
+        num_numbers: How many numbers it has.
+        num_pixels: How many image locations it has; 0 where it has words.
+        has_words: Whether it is a sentence, with its numbers between the words.
+        is_restricted: Whether the answering model is restricted to this form. Where it is not, it
+            answers with whatever it finds most likely.
+    """
+
+    num_numbers: int = 0
+    num_pixels: int = 0
+    has_words: bool = False
+    is_restricted: bool = True
+
+
+_FREE_WORDS = AnswerForm(has_words=True, is_restricted=False)
+
+ANSWER_FORMS: Mapping[str, AnswerForm] = {
+    "box_vertices": AnswerForm(num_numbers=24),
+    "keypoint": AnswerForm(num_numbers=3),
+    "offset": AnswerForm(num_numbers=3),
+    "distance": AnswerForm(num_numbers=1),
+    "back_projection": AnswerForm(num_pixels=8),
+    "chain_of_thought": AnswerForm(num_numbers=2, has_words=True),
+    "what_at": AnswerForm(has_words=True),
+    "where_2d": AnswerForm(num_pixels=2),
+    "centre_2d": AnswerForm(num_pixels=1),
+    "exists": _FREE_WORDS,
+    "count": _FREE_WORDS,
+    "which_side": _FREE_WORDS,
+    "left_or_right": _FREE_WORDS,
+    "list": _FREE_WORDS,
+    "pixel_point": AnswerForm(num_numbers=3),
 }
-"""How many numbers an answer has, of the types whose answers are numbers alone."""
-
-NUM_ANSWER_PIXELS: Mapping[str, int] = {"back_projection": 8, "where_2d": 2, "centre_2d": 1}
-"""How many image locations an answer has, of the types whose answers are image locations alone."""
-
-NUM_NUMBERS_BETWEEN_WORDS: Mapping[str, int] = {"chain_of_thought": 2, "what_at": 0}
-"""How many numbers an answer has between its words, of the types whose answers are sentences."""
+"""Question type → the form of its answers. Every type has one."""

@@ -242,7 +242,7 @@ class LabeledObject:
     Attributes:
         name: what the detector calls it.
         box2d: [4], x0, y0, x1, y1 in pixels.
-        mask: instance mask as run lengths (COCO: column-major, starting with zeros).
+        mask_runs: instance mask as run lengths (COCO: column-major, starting with zeros).
         box3d: the oriented box; None if too few points of the object are known.
         keypoints: {"closest", "furthest", "centre"} -> [3], camera frame. The first two are of the
             visible surface.
@@ -251,7 +251,7 @@ class LabeledObject:
 
     name: str
     box2d: Array
-    mask: Sequence[int]
+    mask_runs: Sequence[int]
     box3d: Box3D | None
     keypoints: Mapping[str, Array]
     scores: Mapping[str, float] = field(default_factory=dict)
@@ -287,7 +287,7 @@ class Question:
     """A question about an image, and its answer.
 
     Attributes:
-        family: the question type, one of those in `spear.question_types`.
+        question_type: the question type, one of those in `spear.question_types`.
         prompt: the question in words.
         segments: the answer in reading order. An item is text, a float (one 3D token, in the
             label's unit, camera frame) or a `Pixel` (two location tokens).
@@ -295,7 +295,7 @@ class Question:
         unit: of the floats.
     """
 
-    family: str
+    question_type: str
     prompt: str
     segments: "Segments"
     objects: Sequence[str]

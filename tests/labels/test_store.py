@@ -68,10 +68,10 @@ def test_without_pixels_everything_but_images_and_masks_is_the_same(
 ) -> None:
     for label, bare in zip(labels, read_labels(tmp_path, pixels=False), strict=True):
         assert bare.image == b""
-        assert all(len(o.mask) == 0 for o in bare.objects)
+        assert all(len(o.mask_runs) == 0 for o in bare.objects)
         objects = []
         for o, bare_object in zip(label.objects, bare.objects, strict=True):
-            objects.append(replace(bare_object, mask=o.mask))
+            objects.append(replace(bare_object, mask_runs=o.mask_runs))
         assert_equal([replace(bare, image=label.image, objects=objects)], [label])
 
 

@@ -40,52 +40,52 @@ def folder(labels: list[LabeledImage], tmp_path: Path) -> Path:
 
 
 QUESTION_TYPE_SETS = pytest.mark.parametrize(
-    "families", [QUESTION_TYPES, QUESTION_TYPES_2D, ("what_at",)]
+    "question_types", [QUESTION_TYPES, QUESTION_TYPES_2D, ("what_at",)]
 )
 
 
 @QUESTION_TYPE_SETS
 def test_written_questions_are_those_that_were_generated(
-    families: tuple[str, ...], labels: list[LabeledImage], folder: Path
+    question_types: tuple[str, ...], labels: list[LabeledImage], folder: Path
 ) -> None:
     """They depend on the seed and an image's source alone."""
-    num_images, counts = write_questions(folder, seed=3, families=families)
+    num_images, counts = write_questions(folder, seed=3, question_types=question_types)
 
     written = list(read_questions(folder))
     assert num_images == 12
     assert counts.total() == len(written) > 12
-    assert set(counts) == set(families)
+    assert set(counts) == set(question_types)
     expected = []
     for label in labels:
-        for question in generate_label_questions(label, 3, families=families):
+        for question in generate_label_questions(label, 3, question_types=question_types):
             expected.append((label.source, question))
     assert [source for source, _ in written] == [source for source, _ in expected]
     for (_, question), (_, expected_question) in zip(written, expected, strict=True):
-        assert question.family == expected_question.family
+        assert question.question_type == expected_question.question_type
         assert question.prompt == expected_question.prompt
         assert question.unit == expected_question.unit
         assert list(question.objects) == list(expected_question.objects)
         assert list(question.segments) == list(expected_question.segments)
 
 
-def read_families(folder: Path) -> set[str]:
-    return {question.family for _, question in read_questions(folder)}
+def read_question_types(folder: Path) -> set[str]:
+    return {question.question_type for _, question in read_questions(folder)}
 
 
 def test_new_questions_replace_those_that_were_written(folder: Path) -> None:
     write_questions(folder, seed=3)
 
-    write_questions(folder, seed=4, pairs=(2, 2), families=("distance",))
+    write_questions(folder, seed=4, pairs=(2, 2), question_types=("distance",))
 
-    assert read_families(folder) == {"distance"}
+    assert read_question_types(folder) == {"distance"}
 
 
 def test_questions_that_need_depth_are_refused_and_the_written_ones_stay(folder: Path) -> None:
-    write_questions(folder, families=("distance",))
+    write_questions(folder, question_types=("distance",))
 
-    refuses("pixel_point", write_questions, folder, families=("distance", "pixel_point"))
+    refuses("pixel_point", write_questions, folder, question_types=("distance", "pixel_point"))
 
-    assert read_families(folder) == {"distance"}
+    assert read_question_types(folder) == {"distance"}
 
 
 def test_questions_are_described_and_not_taken_for_labels(folder: Path) -> None:

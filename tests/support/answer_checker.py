@@ -44,8 +44,8 @@ def find_answer_errors(label: LabeledImage, question: Question) -> list[str]:
     """What is wrong with a question about a label; empty if nothing is."""
     prompt = question.prompt
     question_type = _read_question_type(prompt)
-    if question_type != question.family:
-        return [f"reads like {question_type}, is {question.family}: {prompt}"]
+    if question_type != question.question_type:
+        return [f"reads like {question_type}, is {question.question_type}: {prompt}"]
 
     objects = _find_named_objects(label, prompt)
     names = [o.name for o in objects]

@@ -70,7 +70,7 @@ def test_an_image_of_another_size_is_fitted_with_its_masks() -> None:
     inside = np.zeros((64, 64), bool)
     inside[bar : 64 - bar] = True
     for item in label.objects:
-        mask = decode_mask(item.mask, 64, 64)
+        mask = decode_mask(item.mask_runs, 64, 64)
         large_mask = np.kron(mask[bar : 64 - bar], np.ones((3, 3), bool))
         large_box = (np.asarray(item.box2d) - [0, bar, 0, bar]) * 3
         large_objects.append(
@@ -78,7 +78,7 @@ def test_an_image_of_another_size_is_fitted_with_its_masks() -> None:
                 item, mask=encode_mask(large_mask), box2d=large_box.astype(np.float32)
             )
         )
-        cut_objects.append(dataclasses.replace(item, mask=encode_mask(mask & inside)))
+        cut_objects.append(dataclasses.replace(item, mask_runs=encode_mask(mask & inside)))
     large = dataclasses.replace(label, width=192, height=3 * (64 - 2 * bar), objects=large_objects)
     cut = dataclasses.replace(label, objects=cut_objects)
 

@@ -320,9 +320,10 @@ def _object_to_row(o: LabeledObject) -> dict[str, Any]:
     if o.box3d is not None:
         box = {name: _flatten(getattr(o.box3d, name)) for name in _BOX_SHAPES}
     keypoints = {name: _flatten(point) for name, point in o.keypoints.items()}
-    return vars(o) | {
+    return {
+        "name": o.name,
         "box2d": _flatten(o.box2d),
-        "mask": list(o.mask),
+        "mask": list(o.mask_runs),
         "box3d": box,
         "keypoints": keypoints or None,
         "scores": json.dumps(dict(o.scores), sort_keys=True),
@@ -355,14 +356,14 @@ def _object_from_row(row: dict[str, Any]) -> LabeledObject:
             arrays[name] = _unflatten(values, *_BOX_SHAPES[name])
         box = Box3D(**arrays)
     keypoints = row["keypoints"] or {}
-    values = {
-        "box2d": _unflatten(row["box2d"], 4),
-        "mask": row.get("mask", ()),
-        "box3d": box,
-        "keypoints": {name: _unflatten(point, 3) for name, point in keypoints.items()},
-        "scores": parse_json(row["scores"]),
-    }
-    return LabeledObject(**row | values)
+    return LabeledObject(
+        name=row["name"],
+        box2d=_unflatten(row["box2d"], 4),
+        mask_runs=row.get("mask", ()),
+        box3d=box,
+        keypoints={name: _unflatten(point, 3) for name, point in keypoints.items()},
+        scores=parse_json(row["scores"]),
+    )
 
 
 DepthImages = list[tuple[bytes, Array]]

@@ -56,7 +56,7 @@ def draw_label(label: LabeledImage, scale: int = 3, masks: bool = False) -> Arra
     palette = make_palette(len(label.objects))
     if masks:
         for labeled_object, color in zip(label.objects, palette, strict=True):
-            mask = decode_mask(labeled_object.mask, label.height, label.width)
+            mask = decode_mask(labeled_object.mask_runs, label.height, label.width)
             tinted = (1 - MASK_OPACITY) * image[mask] + MASK_OPACITY * np.array(color)
             image[mask] = tinted.astype(np.uint8)
             image[mask & ~erode(mask, 1)] = color
@@ -100,7 +100,7 @@ def draw_answers(
 
 
 def draw_answer(
-    answer: Segments, image: Array, intrinsics: Array | None, family: str | None
+    answer: Segments, image: Array, intrinsics: Array | None, question_type: str | None
 ) -> Array:
     """Draw a single answer, three times as large as the image.
 
@@ -108,13 +108,13 @@ def draw_answer(
         answer: what to draw.
         image: [h, w, 3] uint8.
         intrinsics: [3, 3] in pixels; None if the camera is unknown.
-        family: the type of the question, if it is known.
+        question_type: the type of the question, if it is known.
 
     Raises:
         SpearError: the answer has nothing to draw, or is in 3D and the image's camera is unknown.
     """
     height, width = image.shape[:2]
-    is_displacement = family == "offset"  # its three numbers are no place
+    is_displacement = question_type == "offset"  # its three numbers are no place
     has_place = find_pixels(answer, width, height, intrinsics) is not None
     if has_place and not is_displacement:
         return draw_answers(image, intrinsics, [(answer, PREDICTION_COLOR)], ANSWER_SCALE)

@@ -53,8 +53,10 @@ def write_label_page(folder: Path, shown_labels: Sequence[LabeledImage], out: Pa
     """
     statistics = compute_statistics(read_labels(folder, pixels=False))
     questions_by_source, are_written = _load_questions(folder)
-    num_by_family = Counter(
-        question.family for questions in questions_by_source.values() for question in questions
+    num_by_type = Counter(
+        question.question_type
+        for questions in questions_by_source.values()
+        for question in questions
     )
     num_by_name = _count_asked_names(questions_by_source).most_common()
     num_by_skip_reason = count_skip_reasons(folder)
@@ -67,11 +69,12 @@ def write_label_page(folder: Path, shown_labels: Sequence[LabeledImage], out: Pa
             f"objects, {statistics.num_boxes:,} with a 3D box, "
             f"{statistics.num_askable:,} to ask about",
         ),
-        (f"{num_by_family.total():,}", f"questions{questions_note}"),
+        (f"{num_by_type.total():,}", f"questions{questions_note}"),
         (f"{num_by_skip_reason.total():,}", "images skipped"),
     ]
-    family_rows = [
-        (replace_underscores(family), count) for family, count in _format_counts(num_by_family)
+    question_type_rows = [
+        (replace_underscores(question_type), count)
+        for question_type, count in _format_counts(num_by_type)
     ]
     html = render(
         "labels.html",
@@ -82,7 +85,7 @@ def write_label_page(folder: Path, shown_labels: Sequence[LabeledImage], out: Pa
         histograms=_draw_histograms(statistics),
         names=_format_counts(statistics.names)[:MAX_LISTED_NAMES],
         reasons=_format_counts(statistics.reasons),
-        families=family_rows,
+        question_types=question_type_rows,
         most=num_by_name[:1],
         least=num_by_name[-1:],
         tokens=_summarize_token_use(questions_by_source),

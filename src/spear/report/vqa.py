@@ -21,7 +21,7 @@ Figure = tuple[str, str]
 """An image as a data URI, and its caption."""
 
 MIN_FIGURE_WIDTH_PX = 576
-NUM_FIGURES_BY_FAMILY = {"box_vertices": 6, "keypoint": 3, "back_projection": 3}
+NUM_FIGURES_BY_TYPE = {"box_vertices": 6, "keypoint": 3, "back_projection": 3}
 """Question type → how many of its answers are drawn of each kind: worst, median, best."""
 CAPTION_MEASURES = ("error", "pixels", "relative")
 NUM_ANSWERS_IN_WORDS = 4  # of each question type
@@ -32,7 +32,7 @@ CALIBRATION_CHART_SIZE_PX = (460, 340)
 class _Fact(NamedTuple):
     """A large number at the top of the page: a measure of a question type, and what it is."""
 
-    family: str
+    question_type: str
     measure: str
     description: str
 
@@ -49,9 +49,9 @@ FACTS = (
 def make_vqa_page(scores: Scores, checkpoint: str, questions: str) -> str:
     """Make one self-contained page about an evaluation of `checkpoint` on `questions`."""
     drawn = []
-    for family, num_figures in NUM_FIGURES_BY_FAMILY.items():
-        if family in scores.families:
-            drawn.append((family, _draw_extremes(scores, family, num_figures)))
+    for question_type, num_figures in NUM_FIGURES_BY_TYPE.items():
+        if question_type in scores.type_scores:
+            drawn.append((question_type, _draw_extremes(scores, question_type, num_figures)))
     return render(
         "vqa.html",
         title=f"3D questions: {checkpoint}",
@@ -90,7 +90,7 @@ def draw_figure(answered: AnsweredQuestion) -> Figure:
 def _list_facts(scores: Scores) -> list[tuple[str, str]]:
     facts = []
     for fact in FACTS:
-        score = scores.families.get(fact.family)
+        score = scores.type_scores.get(fact.question_type)
         if score is None or fact.measure not in score.measures:
             continue
         measure = MEASURES[fact.measure]
@@ -102,18 +102,20 @@ def _list_facts(scores: Scores) -> list[tuple[str, str]]:
     return facts
 
 
-def _rank_answers(scores: Scores, family: str) -> list[AnsweredQuestion]:
+def _rank_answers(scores: Scores, question_type: str) -> list[AnsweredQuestion]:
     """Return the answers of a question type that have an error, the best first."""
     answers = []
     for answer in scores.answers:
-        if answer.question.family == family and "relative" in answer.measures:
+        if answer.question.question_type == question_type and "relative" in answer.measures:
             answers.append(answer)
     return sorted(answers, key=lambda answer: answer.measures["relative"])
 
 
-def _draw_extremes(scores: Scores, family: str, num_figures: int) -> list[tuple[str, list[Figure]]]:
+def _draw_extremes(
+    scores: Scores, question_type: str, num_figures: int
+) -> list[tuple[str, list[Figure]]]:
     """Draw the worst answers, those around the median and the best, each about another object."""
-    ranked = _rank_answers(scores, family)
+    ranked = _rank_answers(scores, question_type)
     first_median = max(0, len(ranked) // 2 - num_figures // 2)
     candidates_by_title: dict[str, Sequence[AnsweredQuestion]] = {
         "Worst": ranked[::-1],
@@ -142,9 +144,9 @@ def _draw_calibration(scores: Scores) -> list[str]:
 def _draw_coverage(scores: Scores) -> str:
     levels = 100 * np.array(CURVE_LEVELS)
     lines = []
-    for family, calibration in scores.calibration.items():
+    for question_type, calibration in scores.calibration.items():
         coverage = 100 * np.array(calibration.curve)
-        lines.append(Line(replace_underscores(family), levels, coverage))
+        lines.append(Line(replace_underscores(question_type), levels, coverage))
     lines.append(Line("", (0, 100), (0, 100), GREY, dashed=True))
 
     axis = Axis("central interval", (0.0, 100.0), unit=" %")
@@ -156,10 +158,10 @@ def _draw_coverage(scores: Scores) -> str:
 def _draw_spreads(scores: Scores) -> str:
     lines = []
     positive_values = []
-    for family, calibration in scores.calibration.items():
+    for question_type, calibration in scores.calibration.items():
         spreads = [band.spread for band in calibration.bands]
         errors = [band.error for band in calibration.bands]
-        lines.append(Line(replace_underscores(family), spreads, errors, dots=True))
+        lines.append(Line(replace_underscores(question_type), spreads, errors, dots=True))
         for value in (*spreads, *errors):
             if value > 0 and np.isfinite(value):
                 positive_values.append(value)
@@ -177,8 +179,8 @@ def _draw_spreads(scores: Scores) -> str:
 def _list_answers(scores: Scores) -> list[list[str]]:
     """List a few answers of every question type in words, spread from the best to the worst."""
     rows = []
-    for family in scores.families:
-        ranked = _rank_answers(scores, family)
+    for question_type in scores.type_scores:
+        ranked = _rank_answers(scores, question_type)
         if not ranked:
             continue
         num_shown = min(NUM_ANSWERS_IN_WORDS, len(ranked))

@@ -183,7 +183,7 @@ def _cell_coverage(
     The shape is [rows, columns, CELLS_PER_SIDE, CELLS_PER_SIDE].
     """
     width, height = size
-    mask = decode_mask(item.mask, label.height, label.width)
+    mask = decode_mask(item.mask_runs, label.height, label.width)
     if mask.shape != (height, width):
         # The part of each pixel of the fitted image that the object covers.
         gray = np.repeat(mask[..., None], 3, axis=2).astype(np.uint8) * 255
@@ -242,8 +242,11 @@ def load_labels(folders: Sequence[Path], views: Sequence[str]) -> dict[str, list
 
 def _with_compact_masks(label: LabeledImage) -> LabeledImage:
     """Return the label with masks as arrays, which take a tenth of the memory of lists."""
-    objects = tuple(dataclasses.replace(item, mask=array("i", item.mask)) for item in label.objects)
-    return dataclasses.replace(label, objects=objects)
+    objects = []
+    for labeled_object in label.objects:
+        compact_runs = array("i", labeled_object.mask_runs)
+        objects.append(dataclasses.replace(labeled_object, mask_runs=compact_runs))
+    return dataclasses.replace(label, objects=tuple(objects))
 
 
 def _check_labels(labels: Sequence[LabeledImage]) -> None:
@@ -361,10 +364,10 @@ class QuestionSamples:
         while len(pixels) < self.num_images:
             num_tries += 1
             if num_tries > MAX_TRIES_PER_IMAGE * (self.num_images + len(image_index)):
-                families = ", ".join(dict.fromkeys(self.mix.families))
+                question_types = ", ".join(dict.fromkeys(self.mix.families))
                 raise SpearError(
-                    f"hardly any of these images can be asked about {families}. Add other question "
-                    "types with --set families."
+                    f"hardly any of these images can be asked about {question_types}. "
+                    "Add other question types with --set families."
                 )
             row = int(rng.integers(len(labels)))
             label = labels[row]
@@ -415,13 +418,15 @@ def fit_coordinates(
 
 
 def collect_answers(
-    labels: Sequence[LabeledImage], seed: int, max_labels: int, families: Sequence[str]
+    labels: Sequence[LabeledImage], seed: int, max_labels: int, question_types: Sequence[str]
 ) -> Array:
     """Return the numbers in the answers of questions about randomly drawn labels."""
     rng = np.random.default_rng(seed)
     numbers: list[float] = []
     for index in rng.permutation(len(labels))[:max_labels]:
-        for question in generate_questions(labels[index], rng, PAIRS_PER_FITTED_LABEL, families):
+        for question in generate_questions(
+            labels[index], rng, PAIRS_PER_FITTED_LABEL, question_types
+        ):
             numbers.extend(question.values)
     return np.array(numbers)
 

@@ -47,13 +47,13 @@ def image(nano: VlmBundle) -> Array:
 # ---- Parsing.
 
 
-@pytest.mark.parametrize("family", QUESTION_TYPES)
-def test_every_taught_wording_is_parsed(family: str) -> None:
-    for prompt in PROMPT_TEMPLATES[family]:
+@pytest.mark.parametrize("question_type", QUESTION_TYPES)
+def test_every_taught_wording_is_parsed(question_type: str) -> None:
+    for prompt in PROMPT_TEMPLATES[question_type]:
         question = prompt.format(x="the red cube", y="a mug", p="nearest")
         names = ["red cube", "mug"] if "{y}" in prompt else ["red cube"]
         for variant in (question, question.lower() + " ", f"Up to scale: {question}"):
-            assert parse_question(variant) == (family, names)
+            assert parse_question(variant) == (question_type, names)
 
 
 @pytest.mark.parametrize("name", ["zebra", "salt and pepper shaker"])
@@ -108,13 +108,13 @@ def test_a_model_that_was_not_measured_answers_about_any_object(
 
 
 @pytest.mark.parametrize(
-    ("question", "family"),
+    ("question", "question_type"),
     [("What is the weather?", None), ("Plate?", "distance"), (PLATE_QUESTION, "keypoint")],
 )
 def test_how_sure_an_answer_to_another_wording_is_is_not_known(
-    question: str, family: str | None, nano: VlmBundle, image: Array, trust: Trust
+    question: str, question_type: str | None, nano: VlmBundle, image: Array, trust: Trust
 ) -> None:
-    _, text = ask_question(nano, image, question, family, trust=trust)
+    _, text = ask_question(nano, image, question, question_type, trust=trust)
 
     assert "not known" in text
 
@@ -152,8 +152,8 @@ def test_the_bundled_calibration_is_right_on_other_scenes(name: str) -> None:
 
     assert model_trust is not None
     assert model_trust.tells_absent
-    for family in options.families:
-        assert 0.6 < calibration[family].coverage["spear ask, 80%"].value < 0.95
+    for question_type in options.families:
+        assert 0.6 < calibration[question_type].coverage["spear ask, 80%"].value < 0.95
 
 
 def test_intervals_are_not_scored_on_the_images_that_they_were_measured_on(

@@ -76,16 +76,16 @@ class OracleModel:
         self,
         images: Sequence[Array],
         prompts: Sequence[str],
-        family: str | None = None,
+        question_type: str | None = None,
         *_: str,
         distributions: bool = False,
         **__: Any,
     ) -> list[Answer]:
         assert all(image.dtype == np.uint8 for image in images)
         assert len(images) == len(prompts)
-        return [self._answer_one(prompt, family, distributions) for prompt in prompts]
+        return [self._answer_one(prompt, question_type, distributions) for prompt in prompts]
 
-    def _answer_one(self, prompt: str, family: str | None, distributions: bool) -> Answer:
+    def _answer_one(self, prompt: str, question_type: str | None, distributions: bool) -> Answer:
         segments: Segments = []
         for segment in self.answers[prompt]:
             is_number = isinstance(segment, float)
@@ -94,7 +94,7 @@ class OracleModel:
         if self.sigma and distributions:
             values = [segment for segment in segments if isinstance(segment, float)]
             distribution = make_distribution(np.array(values), self.sigma)
-        if self.breaks_free_grammar and family is None:
+        if self.breaks_free_grammar and question_type is None:
             segments = segments[:-1]
         return Answer(segments, "metre", distribution)
 
@@ -121,9 +121,9 @@ def ask_oracle(
         return vqa.evaluate_vqa(oracle, labels, QuestionOptions(**options))  # type: ignore[arg-type]
 
 
-def generate_one(label: LabeledImage, family: str) -> Question:
-    questions = vqa.generate_questions_by_family([label], [family], 1, seed=3)
-    _, question = questions[family][0]
+def generate_one(label: LabeledImage, question_type: str) -> Question:
+    questions = vqa.generate_questions_by_type([label], [question_type], 1, seed=3)
+    _, question = questions[question_type][0]
     return question
 
 
@@ -140,15 +140,15 @@ def test_an_oracle_has_no_error(
 ) -> None:
     scores = ask_oracle(OracleModel(), labels, monkeypatch)
 
-    assert set(scores.families) == set(vqa.QUESTION_TYPES)
-    for score in scores.families.values():
+    assert set(scores.type_scores) == set(vqa.QUESTION_TYPES)
+    for score in scores.type_scores.values():
         assert score.n > 0
         assert score.grammar.value == 1
         assert score.measures["relative"].value == pytest.approx(0, abs=1e-6)
-    box_score = scores.families["box_vertices"]
+    box_score = scores.type_scores["box_vertices"]
     assert box_score.measures["iou"].value == pytest.approx(1, abs=1e-4)
     assert box_score.measures["iou_50"].value == 1
-    worded_score = scores.families["chain_of_thought"]
+    worded_score = scores.type_scores["chain_of_thought"]
     assert worded_score.measures["closer"].value == 1
     assert worded_score.measures["consistent"].value == 1
 
@@ -158,13 +158,13 @@ def test_baselines_are_worse_than_an_oracle(
 ) -> None:
     scores = ask_oracle(OracleModel(), labels, monkeypatch)
 
-    assert scores.families["box_vertices"].constant["error"] > 5
-    assert scores.families["box_vertices"].constant["iou_50"] < 1
-    assert scores.families["chain_of_thought"].constant["closer"] < 1
+    assert scores.type_scores["box_vertices"].constant["error"] > 5
+    assert scores.type_scores["box_vertices"].constant["iou_50"] < 1
+    assert scores.type_scores["chain_of_thought"].constant["closer"] < 1
 
 
 @pytest.mark.parametrize(
-    ("family", "error_mm"),
+    ("question_type", "error_mm"),
     [
         ("box_vertices", np.sqrt(3) * 10),
         ("keypoint", np.sqrt(3) * 10),
@@ -174,14 +174,14 @@ def test_baselines_are_worse_than_an_oracle(
     ],
 )
 def test_an_offset_is_measured(
-    family: str,
+    question_type: str,
     error_mm: float,
     labels: list[LabeledImage],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    scores = ask_oracle(OracleModel(offset_m=0.01), labels, monkeypatch, families=(family,))
+    scores = ask_oracle(OracleModel(offset_m=0.01), labels, monkeypatch, families=(question_type,))
 
-    error = scores.families[family].measures["error"]
+    error = scores.type_scores[question_type].measures["error"]
     assert error.value == pytest.approx(error_mm, rel=1e-6)
 
 
@@ -192,7 +192,7 @@ def test_the_overlap_of_shifted_boxes_is_as_worked_out_by_hand(
 
     scores = ask_oracle(OracleModel(offset_m=0.01), labels, monkeypatch, families=("box_vertices",))
 
-    measures = scores.families["box_vertices"].measures
+    measures = scores.type_scores["box_vertices"].measures
     assert measures["vertex"].value == pytest.approx(np.sqrt(3) * 10, rel=1e-6)
     assert measures["iou"].value == pytest.approx(iou, abs=1e-3)
 
@@ -203,7 +203,7 @@ def test_relative_errors_are_relative_to_the_distance(
     """Of objects that are 0.8 to 0.95 m away."""
     scores = ask_oracle(OracleModel(offset_m=0.01), labels, monkeypatch, families=("distance",))
 
-    relative = scores.families["distance"].measures["relative"]
+    relative = scores.type_scores["distance"].measures["relative"]
     assert 100 * 0.010 / 0.95 < relative.value < 100 * 0.010 / 0.8
     assert relative.low > 1
 
@@ -213,11 +213,13 @@ def test_free_answers_with_the_wrong_grammar_are_counted(
 ) -> None:
     scores = ask_oracle(OracleModel(breaks_free_grammar=True), labels[:3], monkeypatch)
 
-    box_score = scores.families["box_vertices"]
+    box_score = scores.type_scores["box_vertices"]
     assert box_score.grammar.value == 1
     assert box_score.free.value == 0
     headers, rows = scores.rows()
-    assert [row[0] for row in rows] == [family.replace("_", " ") for family in scores.families]
+    assert [row[0] for row in rows] == [
+        question_type.replace("_", " ") for question_type in scores.type_scores
+    ]
     assert rows[0][headers.index("free")] == "0.0%"
 
 
@@ -239,7 +241,7 @@ def test_question_types_that_no_image_allows_are_named(
     with pytest.warns(Notice, match="offset, chain_of_thought"):
         scores = ask_oracle(OracleModel(), [lonely], monkeypatch)
 
-    assert len(scores.families) == 4
+    assert len(scores.type_scores) == 4
 
 
 def test_an_unknown_question_type_is_refused(labels: list[LabeledImage]) -> None:
@@ -259,7 +261,7 @@ def test_failed_answers_count_in_medians_and_means(num_failed: int, is_finite: b
 
     scores = summarize(answers, {"box_vertices": [True] * 8}, labels, "mode")
 
-    measures = scores.families["box_vertices"].measures
+    measures = scores.type_scores["box_vertices"].measures
     assert np.isfinite(measures["error"].value) == is_finite
     assert measures["error"].high == np.inf
     assert measures["iou"].value == pytest.approx(1 - num_failed / 8, abs=1e-3)
@@ -270,7 +272,7 @@ def test_relative_labels_have_no_millimeters(monkeypatch: pytest.MonkeyPatch) ->
 
     scores = ask_oracle(OracleModel(offset_m=0.01), labels, monkeypatch)
 
-    assert "error" not in scores.families["keypoint"].measures
+    assert "error" not in scores.type_scores["keypoint"].measures
     _, rows = scores.rows()
     assert "%" in rows[0][2]
 
@@ -278,10 +280,10 @@ def test_relative_labels_have_no_millimeters(monkeypatch: pytest.MonkeyPatch) ->
 # ---- Measures.
 
 
-@pytest.mark.parametrize("family", ["box_vertices", "keypoint", "offset", "distance"])
-def test_the_depth_baseline_knows_how_far_away_a_scene_is(family: str) -> None:
+@pytest.mark.parametrize("question_type", ["box_vertices", "keypoint", "offset", "distance"])
+def test_the_depth_baseline_knows_how_far_away_a_scene_is(question_type: str) -> None:
     labels = [make_labeled_image(0, scale) for scale in (0.5, 1.0, 2.0, 3.0)]
-    questions = [generate_one(label, family) for label in labels]
+    questions = [generate_one(label, question_type) for label in labels]
 
     guesses = guess_from_depth(questions, labels)
     constants = guess_constants(questions)
@@ -441,10 +443,10 @@ def certain_scores(monkeypatch: pytest.MonkeyPatch) -> Scores:
 
 def test_ways_of_reading_numbers_are_compared(certain_scores: Scores) -> None:
     assert certain_scores.decode == "median"
-    families = set(vqa.QUESTION_TYPES) - {"back_projection"}
-    assert set(certain_scores.readings) == set(certain_scores.calibration) == families
-    for family, readings in certain_scores.readings.items():
-        median_error = certain_scores.families[family].measures["relative"].value
+    question_types = set(vqa.QUESTION_TYPES) - {"back_projection"}
+    assert set(certain_scores.readings) == set(certain_scores.calibration) == question_types
+    for question_type, readings in certain_scores.readings.items():
+        median_error = certain_scores.type_scores[question_type].measures["relative"].value
         assert readings.error["median"] == pytest.approx(median_error)
         assert readings.best in readings.error
         assert abs(readings.gain["mean"].value) < 0.5
@@ -452,7 +454,7 @@ def test_ways_of_reading_numbers_are_compared(certain_scores: Scores) -> None:
 
 def test_a_figure_shows_the_true_and_the_predicted_box(certain_scores: Scores) -> None:
     answers = certain_scores.answers
-    box_answer = next(a for a in answers if a.question.family == "box_vertices")
+    box_answer = next(a for a in answers if a.question.question_type == "box_vertices")
 
     uri, _ = draw_figure(box_answer)
 
@@ -496,9 +498,11 @@ def test_the_command_writes_scores_and_a_page(
     label_folder: Path, tmp_path: Path, run_command: Command
 ) -> None:
     out = tmp_path / "out"
-    families = ("--families", "keypoint", "distance")
+    type_option = ("--families", "keypoint", "distance")
 
-    output = run_command(*COMMAND, str(label_folder), *FEW_QUESTIONS, *families, "--out", str(out))
+    output = run_command(
+        *COMMAND, str(label_folder), *FEW_QUESTIONS, *type_option, "--out", str(out)
+    )
 
     assert "Calibration" in output
     saved = json.loads((out / "scores.json").read_text())

@@ -39,9 +39,9 @@ def test_answers_about_scenes(labels: list[LabeledImage], unit: Unit) -> None:
             label_in_unit = replace(label, unit=unit)
             questions = generate_questions(label_in_unit, rng)
             assert find_errors(label_in_unit, questions) == []
-            counts.update(question.family for question in questions)
+            counts.update(question.question_type for question in questions)
 
-    assert min(counts[family] for family in QUESTION_TYPES) > 5
+    assert min(counts[question_type] for question_type in QUESTION_TYPES) > 5
 
 
 def make_random_object(rng: np.random.Generator) -> LabeledObject:
@@ -60,7 +60,7 @@ def make_random_object(rng: np.random.Generator) -> LabeledObject:
     return LabeledObject(
         name=str(rng.choice(NAMES)),
         box2d=np.array([0, 0, 10, 10], np.float32),
-        mask=(),
+        mask_runs=(),
         box3d=box if has_box else None,
         keypoints={
             "closest": box.center * 0.9,
@@ -125,7 +125,7 @@ def test_questions_in_relative_units_say_so_in_one_of_the_templates(
             matches = [
                 t for t, pattern in patterns.items() if re.fullmatch(pattern, question.prompt)
             ]
-            has_numbers = question.family != "back_projection"
+            has_numbers = question.question_type != "back_projection"
             assert len(matches) == has_numbers
             assert question.unit == "relative"
             used_templates.update(matches)

@@ -22,7 +22,12 @@ from spear.labels.questions.templates import EVERYDAY_NAMES
 from spear.labels.store import read_depth, write_depth, write_labels
 from spear.models.processing import Processor
 from spear.policy import locate
-from spear.question_types import QUESTION_TYPES, QUESTION_TYPES_2D, QUESTION_TYPES_PIXEL
+from spear.question_types import (
+    ANSWER_FORMS,
+    QUESTION_TYPES,
+    QUESTION_TYPES_2D,
+    QUESTION_TYPES_PIXEL,
+)
 from spear.train.options import QuestionMix
 from spear.train.tasks import QuestionSamples, load_depth, load_labels
 from spear.types import Array, Frame, LabeledImage, LabeledObject, Pixel, Question
@@ -30,13 +35,13 @@ from spear.util.images import encode_jpeg
 
 
 def generate_for_seeds(
-    label: LabeledImage, family: str, num_seeds: int, depth: Array | None = None
+    label: LabeledImage, question_type: str, num_seeds: int, depth: Array | None = None
 ) -> list[Question]:
     """A question of one type about an image for each seed that allows one."""
     questions = []
     for seed in range(num_seeds):
         rng = np.random.default_rng(seed)
-        questions += generate_questions(label, rng, (1, 1), [family], depth)
+        questions += generate_questions(label, rng, (1, 1), [question_type], depth)
     return questions
 
 
@@ -48,10 +53,29 @@ def questions(labels: list[LabeledImage]) -> list[tuple[LabeledImage, Question]]
     for _ in range(30):
         for label in labels:
             for question in generate_questions(
-                label, rng, families=QUESTION_TYPES + QUESTION_TYPES_2D
+                label, rng, question_types=QUESTION_TYPES + QUESTION_TYPES_2D
             ):
                 questions.append((label, question))
     return questions
+
+
+def test_answers_have_the_form_of_their_question_type(
+    questions: list[tuple[LabeledImage, Question]],
+) -> None:
+    for _, question in questions:
+        form = ANSWER_FORMS[question.question_type]
+        pixels = [segment for segment in question.segments if isinstance(segment, Pixel)]
+        words = [segment for segment in question.segments if isinstance(segment, str)]
+
+        assert len(question.values) == form.num_numbers
+        assert len(pixels) == form.num_pixels
+        assert bool(words) == form.has_words
+
+
+def test_every_question_type_has_an_answer_form() -> None:
+    known_types = {*QUESTION_TYPES, *QUESTION_TYPES_2D, *QUESTION_TYPES_PIXEL}
+
+    assert set(ANSWER_FORMS) == known_types
 
 
 # Answers in 2D
@@ -88,7 +112,7 @@ def check_point_is_in_the_middle(label: LabeledImage, question: Question) -> Non
 def answer_again(label: LabeledImage, question: Question) -> list[str | Pixel]:
     """The answer, worked out again from the label and the words of the question alone."""
     names = [o.name for o in label.objects]
-    match question.family:
+    match question.question_type:
         case "what_at":
             return [question.objects[0]]
         case "where_2d":
@@ -109,14 +133,14 @@ def answer_again(label: LabeledImage, question: Question) -> list[str | Pixel]:
         case "list":
             from_left = sorted(label.objects, key=lambda o: o.box2d[0] + o.box2d[2])
             return [", ".join(o.name for o in from_left)]
-    raise AssertionError(question.family)
+    raise AssertionError(question.question_type)
 
 
-@pytest.mark.parametrize("family", QUESTION_TYPES_2D)
+@pytest.mark.parametrize("question_type", QUESTION_TYPES_2D)
 def test_every_2d_answer_follows_from_the_label(
-    questions: list[tuple[LabeledImage, Question]], family: str
+    questions: list[tuple[LabeledImage, Question]], question_type: str
 ) -> None:
-    questions_2d = [(label, q) for label, q in questions if q.family == family]
+    questions_2d = [(label, q) for label, q in questions if q.question_type == question_type]
 
     assert questions_2d
     for label, question in questions_2d:
@@ -131,12 +155,12 @@ def test_every_2d_answer_follows_from_the_label(
                 assert 0 <= segment.y < 1
             else:
                 assert segment == expected_segment
-        if family == "what_at":
+        if question_type == "what_at":
             check_point_is_in_the_middle(label, question)
 
 
 def test_all_question_types_are_asked(questions: list[tuple[LabeledImage, Question]]) -> None:
-    assert {q.family for _, q in questions} == set(QUESTION_TYPES + QUESTION_TYPES_2D)
+    assert {q.question_type for _, q in questions} == set(QUESTION_TYPES + QUESTION_TYPES_2D)
 
 
 def test_what_a_name_contains_is_not_said_to_be_absent(labels: list[LabeledImage]) -> None:
@@ -164,7 +188,9 @@ def test_distances_that_are_nearly_equal_are_not_compared(
     moved = replace(a, box3d=replace(a.box3d, center=center))
     pair = replace(label, objects=[moved, b])
 
-    questions = generate_questions(pair, np.random.default_rng(0), families=["chain_of_thought"])
+    questions = generate_questions(
+        pair, np.random.default_rng(0), question_types=["chain_of_thought"]
+    )
 
     assert bool(questions) is is_asked
 
@@ -177,7 +203,9 @@ def test_boxes_that_reach_out_of_the_image_are_not_projected(labels: list[Labele
     outside = replace(o, box3d=replace(o.box3d, vertices=vertices))
     label = replace(label, objects=[outside])
 
-    questions = generate_questions(label, np.random.default_rng(0), families=["back_projection"])
+    questions = generate_questions(
+        label, np.random.default_rng(0), question_types=["back_projection"]
+    )
 
     assert questions == []
 
@@ -203,7 +231,9 @@ def test_one_to_four_different_questions_are_asked(labels: list[LabeledImage]) -
     for _ in range(200):
         questions = generate_questions(label, rng)
         num_questions[len(questions)] += 1
-        assert len({(q.family, q.objects, tuple(q.segments)) for q in questions}) == len(questions)
+        assert len({(q.question_type, q.objects, tuple(q.segments)) for q in questions}) == len(
+            questions
+        )
 
     assert set(num_questions) == {1, 2, 3, 4}
     assert min(num_questions.values()) > 25
@@ -215,9 +245,11 @@ def test_question_types_are_drawn_with_equal_chance(labels: list[LabeledImage]) 
 
     counts = Counter[str]()
     for _ in range(400):
-        counts.update(q.family for q in generate_questions(label, rng, pairs=(1, 1)))
+        counts.update(q.question_type for q in generate_questions(label, rng, pairs=(1, 1)))
 
-    assert min(counts[family] for family in QUESTION_TYPES) > 0.5 * max(counts.values())
+    assert min(counts[question_type] for question_type in QUESTION_TYPES) > 0.5 * max(
+        counts.values()
+    )
 
 
 # Words
@@ -251,15 +283,16 @@ def test_tokenizer_texts_contain_every_word_that_is_used(
 
 @pytest.fixture
 def half_covered(labels: list[LabeledImage]) -> LabeledImage:
-    """An image with one object, whose mask covers the left half of its box, which is the whole
-    image."""
+    """An image with one object, whose box is the whole image and whose mask is its left half."""
     for label in labels:
         for o in label.objects:
             if o.scores["visible"] == 1:
                 mask = np.zeros((label.height, label.width), bool)
                 mask[:, : label.width // 2] = True
                 box2d = np.array([0, 0, label.width, label.height], np.float32)
-                return replace(label, objects=[replace(o, box2d=box2d, mask=encode_mask(mask))])
+                return replace(
+                    label, objects=[replace(o, box2d=box2d, mask_runs=encode_mask(mask))]
+                )
     raise AssertionError("no object is wholly visible")
 
 
@@ -280,7 +313,7 @@ def test_points_are_not_on_a_smaller_object(half_covered: LabeledImage) -> None:
     o = half_covered.objects[0]
     mask = np.zeros((half_covered.height, half_covered.width), bool)
     mask[:, : 2 * half_covered.width // 5] = True
-    shirt = replace(o, name="shirt", box2d=o.box2d / 1000, mask=encode_mask(mask))
+    shirt = replace(o, name="shirt", box2d=o.box2d / 1000, mask_runs=encode_mask(mask))
     with_shirt = replace(half_covered, objects=[o, shirt])
 
     questions = generate_for_seeds(with_shirt, "what_at", num_seeds=50)
@@ -292,10 +325,10 @@ def test_points_are_not_on_a_smaller_object(half_covered: LabeledImage) -> None:
 
 
 def test_nothing_is_at_a_point_of_an_object_without_a_mask(half_covered: LabeledImage) -> None:
-    without_mask = replace(half_covered, objects=[replace(half_covered.objects[0], mask=())])
+    without_mask = replace(half_covered, objects=[replace(half_covered.objects[0], mask_runs=())])
 
     rng = np.random.default_rng(0)
-    assert not generate_questions(without_mask, rng, families=["what_at"])
+    assert not generate_questions(without_mask, rng, question_types=["what_at"])
 
 
 # Points of pixels

@@ -77,19 +77,21 @@ def held_out_labels() -> list[Any]:
 
 
 @pytest.mark.parametrize(
-    ("name", "max_share_of_constant_error", "families"),
+    ("name", "max_share_of_constant_error", "question_types"),
     [("nano", 0.6, ("keypoint",)), ("nano-vlm", 0.35, ("keypoint", "offset"))],
 )
 def test_a_vlm_sees_where_objects_are(
     held_out_labels: list[Any],
     name: str,
     max_share_of_constant_error: float,
-    families: tuple[Any, ...],
+    question_types: tuple[Any, ...],
 ) -> None:
-    scores = vqa.evaluate_vqa(load_vlm(name), held_out_labels, QuestionOptions(families=families))
+    scores = vqa.evaluate_vqa(
+        load_vlm(name), held_out_labels, QuestionOptions(families=question_types)
+    )
 
-    for family in families:
-        score = scores.families[family]
+    for question_type in question_types:
+        score = scores.type_scores[question_type]
         max_error = max_share_of_constant_error * score.constant["error"]
         assert score.measures["error"].value < max_error
         assert score.grammar.value == 1.0

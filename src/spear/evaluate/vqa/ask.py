@@ -48,7 +48,7 @@ def ask_question(
     model: VlmBundle,
     image: Array,
     question: str,
-    family: str | None = None,
+    question_type: str | None = None,
     decode: Decode = "median",
     trust: Trust | None = None,
     view: str = "external",
@@ -59,8 +59,8 @@ def ask_question(
         model: SPEAR-VLM with its processor.
         image: [h, w, 3] uint8.
         question: In words.
-        family: The question type. Without it the type of its wording (`parse_question`), or else a
-            free answer.
+        question_type: One of `QUESTION_TYPES`. If it is None, the type that the wording belongs to
+            (`parse_question`) is used; if it belongs to none, the answer is free.
         decode: How numbers are read off the model's probabilities.
         trust: With it, the text also says how sure the numbers are, or that this is not known.
         view: The camera that took the image.
@@ -71,27 +71,29 @@ def ask_question(
     Raises:
         SpearError: The question type is unknown, or the question is empty.
     """
-    if family is not None:
-        check_known("question family", QUESTION_TYPES, family)
+    if question_type is not None:
+        check_known("question type", QUESTION_TYPES, question_type)
     if not question.strip():
         raise SpearError("empty question: ask something about the image, in words")
-    parsed_family, names = parse_question(question) or (None, [])
-    family = family or parsed_family
+    parsed_type, names = parse_question(question) or (None, [])
+    question_type = question_type or parsed_type
 
     if trust and trust.tells_absent and names:
         absent = find_absent_objects(model, image, names, view)
         if absent:
             return None, _describe_absent(absent)
 
-    (answer,) = model.answer([image], [question], family, view, distributions=True)
+    (answer,) = model.answer([image], [question], question_type, view, distributions=True)
     distribution = answer.distribution
     if distribution:
         segments = replace_numbers(answer.segments, distribution.read(decode))
         answer = replace(answer, segments=segments)
     text = format_reply(answer, image)
     if trust and distribution:
-        is_known_wording = parsed_family is not None and family == parsed_family
-        certainty = _describe_certainty(answer, distribution, family, is_known_wording, trust)
+        is_known_wording = parsed_type is not None and question_type == parsed_type
+        certainty = _describe_certainty(
+            answer, distribution, question_type, is_known_wording, trust
+        )
         text += f"\n  {certainty}"
     return answer, text
 
@@ -106,20 +108,20 @@ def _describe_absent(absent: dict[str, str]) -> str:
 def _describe_certainty(
     answer: Answer,
     distribution: Distribution,
-    family: str | None,
+    question_type: str | None,
     is_known_wording: bool,
     trust: Trust,
 ) -> str:
     """How sure the numbers of an answer are, as far as it was measured."""
-    if not is_known_wording or family is None:  # intervals were measured with known wordings
-        template = PROMPT_TEMPLATES[family or "distance"][0]
+    if not is_known_wording or question_type is None:  # intervals were measured with known wordings
+        template = PROMPT_TEMPLATES[question_type or "distance"][0]
         example = template.format(x="the mug", y="the bowl", p=KEYPOINT_NAMES["closest"][0])
         return (
             f'how sure this is, is not known: ask in a wording that was taught, such as "{example}"'
         )
-    if family not in trust.factors:
+    if question_type not in trust.factors:
         return "how sure this is, was not measured for this kind of question"
-    low, high = trust.interval(family, distribution)
+    low, high = trust.interval(question_type, distribution)
     if len(low) > 3:
         intervals = f"each number ± {float((high - low).mean()) / 2:.3f}"
     else:
@@ -140,12 +142,12 @@ def parse_question(question: str) -> tuple[str, list[str]] | None:
             text = text.removeprefix(prefix).removesuffix(suffix)
     text = text.rstrip(" ?.")
 
-    for family in QUESTION_TYPES:
-        for prompt in PROMPT_TEMPLATES[family]:
+    for question_type in QUESTION_TYPES:
+        for prompt in PROMPT_TEMPLATES[question_type]:
             match = re.fullmatch(_to_pattern(prompt), text, re.IGNORECASE)
             if match:
                 names = match.groupdict()
-                return family, [names[gap] for gap in sorted(names)]
+                return question_type, [names[gap] for gap in sorted(names)]
     return None
 
 

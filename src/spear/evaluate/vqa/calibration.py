@@ -17,7 +17,7 @@ from spear.errors import notice
 from spear.evaluate.stats import Estimate, bootstrap
 from spear.models.readout import ONE_SIGMA_PROBABILITY, Distribution
 from spear.models.weights.folders import find_changed_files, hash_files
-from spear.question_types import NUM_ANSWER_NUMBERS
+from spear.question_types import ANSWER_FORMS
 from spear.types import Array
 from spear.util.files import read_json_as, write_text
 
@@ -116,10 +116,10 @@ class Trust:
         """
         return self.names_present >= MIN_NAMES_PRESENT and self.names_absent <= MAX_NAMES_ABSENT
 
-    def interval(self, family: str, distribution: Distribution) -> tuple[Array, Array]:
+    def interval(self, question_type: str, distribution: Distribution) -> tuple[Array, Array]:
         """The ends [numbers] of the intervals of an answer's numbers."""
         median = distribution.read("median")
-        half_width = self.factors[family] * compute_uncertainty(distribution)
+        half_width = self.factors[question_type] * compute_uncertainty(distribution)
         return median - half_width, median + half_width
 
 
@@ -130,7 +130,7 @@ def compute_uncertainty(distribution: Distribution) -> Array:
     conditioned on the numbers before it, so if the first vertex is wrong, the others follow it.
     """
     spread = distribution.spread()
-    if len(spread) != NUM_ANSWER_NUMBERS["box_vertices"]:
+    if len(spread) != ANSWER_FORMS["box_vertices"].num_numbers:
         return spread
     return np.maximum.accumulate(spread.reshape(-1, 3), axis=0).ravel()
 

@@ -31,6 +31,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from spear.errors import SpearError
 from spear.evaluate.stats import Estimate
 from spear.labels.fit.box3d import compute_iou_3d, fit_nearest_box
 from spear.labels.questions.answers import compute_distance
@@ -113,12 +114,12 @@ def compute_error_scales(question: Question, label: LabeledImage) -> Array:
     to.
     """
     truth = extract_numbers(question.segments)
-    if question.family == "box_vertices":
+    if question.question_type == "box_vertices":
         center = truth.reshape(8, 3).mean(0)
         return np.full(24, np.linalg.norm(center))
-    if question.family == "keypoint":
+    if question.question_type == "keypoint":
         return np.full(3, np.linalg.norm(truth))
-    if question.family == "offset":
+    if question.question_type == "offset":
         distances = {o.name: compute_distance(o) for o in label.objects if o.box3d is not None}
         return np.full(3, np.mean([distances[name] for name in question.objects]))
     return np.abs(truth)
@@ -130,18 +131,22 @@ def measure_answer(question: Question, answer: Segments, label: LabeledImage) ->
     For an answer with the wrong grammar these are the rates only, and they are 0.
     """
     if not is_grammatical(question, answer):
-        return dict.fromkeys(RATES.get(question.family, ()), 0.0)
-    if question.family == "back_projection":
+        return dict.fromkeys(RATES.get(question.question_type, ()), 0.0)
+    if question.question_type == "back_projection":
         return _measure_image_points(question, answer, label)
-    if question.family in ("distance", "chain_of_thought"):
+    if question.question_type == "distance":
+        return _measure_distances(question, answer, label)
+    if question.question_type == "chain_of_thought":
         measures = _measure_distances(question, answer, label)
-    else:
+        return measures | _measure_conclusion(question, answer)
+    if question.question_type == "box_vertices":
         measures = _measure_points(question, answer, label)
-    if question.family == "box_vertices":
-        measures |= _measure_overlap(question, answer)
-    if question.family == "chain_of_thought":
-        measures |= _measure_conclusion(question, answer)
-    return measures
+        return measures | _measure_overlap(question, answer)
+    if question.question_type in ("keypoint", "offset"):
+        return _measure_points(question, answer, label)
+    raise SpearError(
+        f"question type {question.question_type} has no measures. Ask a type of 3D question."
+    )
 
 
 def _measure_image_points(
@@ -175,7 +180,7 @@ def _measure_points(question: Question, answer: Segments, label: LabeledImage) -
     measures = {"relative": 100 * error / distance}
     if label.unit == "metre":
         measures["error"] = MM_PER_M * error
-    if question.family == "box_vertices":
+    if question.question_type == "box_vertices":
         vertex_error = float(np.linalg.norm(offsets, axis=1).mean())
         measures["vertex_relative"] = 100 * vertex_error / distance
         if label.unit == "metre":
@@ -223,7 +228,7 @@ def guess_constants(questions: Sequence[Question]) -> list[Segments]:
     """The best single answer to all questions of a type: the median of each of their true
     numbers.
     """
-    if questions[0].family == "back_projection":
+    if questions[0].question_type == "back_projection":
         all_points = [extract_image_points(question.segments) for question in questions]
         median_points = np.median(all_points, axis=0)
         guess = [Pixel(float(x), float(y)) for x, y in median_points]
@@ -239,7 +244,7 @@ def guess_from_depth(
     An image's depth is the median z of its boxed objects' centers. None for image points, which
     have no depth.
     """
-    if questions[0].family == "back_projection":
+    if questions[0].question_type == "back_projection":
         return None
     depths = []
     for label in labels:
@@ -262,7 +267,7 @@ def _guess_in_units(questions: Sequence[Question], units: Sequence[float]) -> li
 
 def _conclude(question: Question, guess: Segments, questions: Sequence[Question]) -> Segments:
     """A guessed chain of thought with the conclusion that is right more often; others unchanged."""
-    if question.family != "chain_of_thought":
+    if question.question_type != "chain_of_thought":
         return guess
     is_first_closer = []
     for example in questions:

@@ -27,7 +27,7 @@ from spear.util.progress import ProgressBar, track_progress
 
 NUM_NAMED_OBJECTS = 2  # objects per image that are named, and as many that are not there
 
-QuestionsByFamily = Mapping[str, Sequence[tuple[int, Question]]]
+QuestionsByType = Mapping[str, Sequence[tuple[int, Question]]]
 """Question type → (index of the image, question)."""
 
 
@@ -49,10 +49,10 @@ def evaluate_vqa(
     Raises:
         SpearError: A question type is unknown, or no image allows a question.
     """
-    families = tuple(dict.fromkeys(options.families)) or QUESTION_TYPES
-    check_known("family of 3D questions", QUESTION_TYPES, *families)
-    questions = _drop_empty_families(
-        generate_questions_by_family(labels, families, options.per_image, options.seed)
+    question_types = tuple(dict.fromkeys(options.families)) or QUESTION_TYPES
+    check_known("type of 3D questions", QUESTION_TYPES, *question_types)
+    questions = _drop_empty_types(
+        generate_questions_by_type(labels, question_types, options.per_image, options.seed)
     )
     if trust and _was_measured_on(trust, labels):
         trust = None
@@ -60,8 +60,8 @@ def evaluate_vqa(
     return summarize(answered, is_free_grammatical, labels, options.decode, trust)
 
 
-def generate_questions_by_family(
-    labels: Sequence[LabeledImage], families: Sequence[str], per_image: int, seed: int
+def generate_questions_by_type(
+    labels: Sequence[LabeledImage], question_types: Sequence[str], per_image: int, seed: int
 ) -> dict[str, list[tuple[int, Question]]]:
     """Generate questions of some types about images.
 
@@ -71,28 +71,33 @@ def generate_questions_by_family(
         Question type → (index of the image, question).
     """
     rng = np.random.default_rng(seed)
-    questions: dict[str, list[tuple[int, Question]]] = {family: [] for family in families}
+    questions: dict[str, list[tuple[int, Question]]] = {
+        question_type: [] for question_type in question_types
+    }
     for index, label in enumerate(labels):
-        for family in families:
+        for question_type in question_types:
             new_questions = generate_questions(
-                label, rng, (per_image, per_image), families=(family,)
+                label, rng, (per_image, per_image), question_types=(question_type,)
             )
-            questions[family] += [(index, question) for question in new_questions]
+            questions[question_type] += [(index, question) for question in new_questions]
     return questions
 
 
-def _drop_empty_families(questions: QuestionsByFamily) -> QuestionsByFamily:
+def _drop_empty_types(questions: QuestionsByType) -> QuestionsByType:
     """Only the types with questions, with a notice. Raises `SpearError` if there are none."""
-    questions_asked = {family: members for family, members in questions.items() if members}
+    questions_asked = {
+        question_type: members for question_type, members in questions.items() if members
+    }
     if not questions_asked:
         raise SpearError(
             "no questions: no object in these labels can be asked about: see spear label show"
         )
-    empty_families = [family for family in questions if family not in questions_asked]
-    if empty_families:
+    empty_types = [
+        question_type for question_type in questions if question_type not in questions_asked
+    ]
+    if empty_types:
         notice(
-            "left out, since no object in these labels can be asked so: "
-            f"{', '.join(empty_families)}"
+            f"left out, since no object in these labels can be asked so: {', '.join(empty_types)}"
         )
     return questions_asked
 
@@ -111,7 +116,7 @@ def _was_measured_on(trust: Trust, labels: Sequence[LabeledImage]) -> bool:
 def _ask_questions(
     model: VlmBundle,
     labels: Sequence[LabeledImage],
-    questions: QuestionsByFamily,
+    questions: QuestionsByType,
     options: QuestionOptions,
 ) -> tuple[list[AnsweredQuestion], dict[str, list[bool]]]:
     """Ask every question twice: held to the grammar, and freely.
@@ -123,15 +128,15 @@ def _ask_questions(
     images = [decode_image(label.image, label.source) for label in labels]
     num_questions = sum(len(members) for members in questions.values())
     answered: list[AnsweredQuestion] = []
-    is_free_grammatical: dict[str, list[bool]] = {family: [] for family in questions}
+    is_free_grammatical: dict[str, list[bool]] = {question_type: [] for question_type in questions}
     with ProgressBar("asking", num_questions, "questions") as bar:
-        for family, members in questions.items():
+        for question_type, members in questions.items():
             for start in range(0, len(members), options.batch):
                 batch = members[start : start + options.batch]
                 batch_images: list[Array] = [images[index] for index, _ in batch]
                 prompts = [question.prompt for _, question in batch]
                 constrained_answers = model.answer(
-                    batch_images, prompts, family, options.view, distributions=True
+                    batch_images, prompts, question_type, options.view, distributions=True
                 )
                 free_answers = model.answer(batch_images, prompts, None, options.view)
                 for position, (index, question) in enumerate(batch):
@@ -140,8 +145,10 @@ def _ask_questions(
                         _read_answer(index, labels[index], question, answer, options.decode)
                     )
                     free_segments = free_answers[position].segments
-                    is_free_grammatical[family].append(is_grammatical(question, free_segments))
-                bar.update(bar.done + len(batch), family)
+                    is_free_grammatical[question_type].append(
+                        is_grammatical(question, free_segments)
+                    )
+                bar.update(bar.done + len(batch), question_type)
     return answered, is_free_grammatical
 
 
@@ -178,12 +185,12 @@ def measure_trust(
         images_in_words: The images, in words.
     """
     factors = {}
-    for family in scores.calibration:
+    for question_type in scores.calibration:
         certainties = []
         for answered in scores.answers:
-            if answered.question.family == family and answered.certainty is not None:
+            if answered.question.question_type == question_type and answered.certainty is not None:
                 certainties.append(answered.certainty)
-        factors[family] = compute_spread_factor(certainties)
+        factors[question_type] = compute_spread_factor(certainties)
 
     names_present, names_absent = _measure_naming(model, labels)
     return Trust(

@@ -56,7 +56,7 @@ class AnsweredQuestion:
 
 
 @dataclass(frozen=True)
-class FamilyScore:
+class QuestionTypeScore:
     """The scores of one question type.
 
     n           questions.
@@ -99,6 +99,7 @@ class Readings:
 class Scores:
     """A whole evaluation.
 
+    type_scores            question type → its score.
     readings, calibration  of question types with numbers, if the model gave distributions.
     answers                every question with its answer.
     """
@@ -106,7 +107,7 @@ class Scores:
     unit: Unit
     decode: Decode
     images: int
-    families: Mapping[str, FamilyScore]
+    type_scores: Mapping[str, QuestionTypeScore]
     readings: Mapping[str, Readings]
     calibration: Mapping[str, Calibration]
     answers: Sequence[AnsweredQuestion]
@@ -116,17 +117,19 @@ class Scores:
         come first.
         """
         readings = {}
-        for family, reading in self.readings.items():
-            readings[family] = {**asdict(reading), "best": reading.best}
+        for question_type, reading in self.readings.items():
+            readings[question_type] = {**asdict(reading), "best": reading.best}
         calibrations = {}
-        for family, calibration in self.calibration.items():
-            calibrations[family] = {**asdict(calibration), "miss": calibration.miss}
+        for question_type, calibration in self.calibration.items():
+            calibrations[question_type] = {**asdict(calibration), "miss": calibration.miss}
         content = {
             **run_settings,
             "unit": self.unit,
             "decode": self.decode,
             "images": self.images,
-            "families": {family: asdict(score) for family, score in self.families.items()},
+            "families": {
+                question_type: asdict(score) for question_type, score in self.type_scores.items()
+            },
             "readings": readings,
             "calibration": calibrations,
         }
@@ -161,11 +164,11 @@ class Scores:
             "free",
         ]
         rows = []
-        for family, score in self.families.items():
-            measure = self._main_measure(family)
+        for question_type, score in self.type_scores.items():
+            measure = self._main_measure(question_type)
             rows.append(
                 [
-                    _to_words(family),
+                    _to_words(question_type),
                     str(score.n),
                     _format_measure(measure, score.measures.get(measure)),
                     _format_measure("relative", score.measures.get("relative")),
@@ -177,8 +180,8 @@ class Scores:
             )
         return headers, rows
 
-    def _main_measure(self, family: str) -> str:
-        if family == "back_projection":
+    def _main_measure(self, question_type: str) -> str:
+        if question_type == "back_projection":
             return "pixels"
         return "error" if self.unit == "metre" else "relative"
 
@@ -186,13 +189,13 @@ class Scores:
         """What only some question types have: vertices, overlap, which object is closer."""
         headers = ["question", "what", "value [95 %]", "constant guess", "depth only"]
         rows = []
-        for family, score in self.families.items():
+        for question_type, score in self.type_scores.items():
             for name, estimate in score.measures.items():
                 if name in MAIN_MEASURES:
                     continue
                 rows.append(
                     [
-                        _to_words(family),
+                        _to_words(question_type),
                         MEASURES[name].title,
                         _format_measure(name, estimate),
                         _format_measure(name, score.constant.get(name)),
@@ -205,10 +208,10 @@ class Scores:
         """Median relative errors of each way of reading numbers."""
         headers = ["question", *DECODE_METHODS, "best", "mean error saved by mean", "by median"]
         rows = []
-        for family, reading in self.readings.items():
+        for question_type, reading in self.readings.items():
             errors = [f"{reading.error[method]:.2f} %" for method in DECODE_METHODS]
             gains = [gain.to_text("+.1f", 100, " %") for gain in reading.gain.values()]
-            rows.append([_to_words(family), *errors, reading.best, *gains])
+            rows.append([_to_words(question_type), *errors, reading.best, *gains])
         return headers, rows
 
     def certainty_rows(self) -> TableRows:
@@ -218,14 +221,14 @@ class Scores:
             intervals += [name for name in calibration.coverage if name not in intervals]
         headers = ["question", "numbers", *intervals, "off by", "surer half", "other half"]
         rows = []
-        for family, calibration in self.calibration.items():
+        for question_type, calibration in self.calibration.items():
             coverage = []
             for name in intervals:
                 estimate = calibration.coverage.get(name)
                 coverage.append("–" if estimate is None else estimate.to_text(".0%"))
             rows.append(
                 [
-                    _to_words(family),
+                    _to_words(question_type),
                     str(calibration.n),
                     *coverage,
                     f"{100 * calibration.miss:.0f} points",
@@ -241,8 +244,8 @@ def _to_terminal_table(title: str, table: TableRows) -> Table:
     return build_terminal_table(title, headers, rows)
 
 
-def _to_words(family: str) -> str:
-    return family.replace("_", " ")
+def _to_words(question_type: str) -> str:
+    return question_type.replace("_", " ")
 
 
 def _format_measure(name: str, value: Estimate | float | None) -> str:
@@ -269,25 +272,25 @@ def summarize(
     scores = {}
     readings = {}
     calibrations = {}
-    for family, is_free_grammatical in free.items():
-        family_answers = [a for a in answers if a.question.family == family]
-        scores[family] = _score_family(family_answers, is_free_grammatical)
+    for question_type, is_free_grammatical in free.items():
+        type_answers = [a for a in answers if a.question.question_type == question_type]
+        scores[question_type] = _score_question_type(type_answers, is_free_grammatical)
         certain_answers = []
         certainties = []
-        for answered in family_answers:
+        for answered in type_answers:
             if answered.certainty is not None:
                 certain_answers.append(answered)
                 relative_error = answered.measures["relative"]
                 certainties.append((answered.image, answered.certainty, relative_error))
         if certainties:
-            readings[family] = _compare_readings(certain_answers)
-            calibrations[family] = calibrate(certainties, factors.get(family))
+            readings[question_type] = _compare_readings(certain_answers)
+            calibrations[question_type] = calibrate(certainties, factors.get(question_type))
     return Scores(labels[0].unit, decode, len(labels), scores, readings, calibrations, answers)
 
 
-def _score_family(
+def _score_question_type(
     answers: Sequence[AnsweredQuestion], is_free_grammatical: Sequence[bool]
-) -> FamilyScore:
+) -> QuestionTypeScore:
     questions = [answered.question for answered in answers]
     images = [answered.image for answered in answers]
     grammar = [is_grammatical(answered.question, answered.answer) for answered in answers]
@@ -295,7 +298,7 @@ def _score_family(
     for name, values in _collect_measures(answers).items():
         measures[name] = bootstrap(group_by_image(images, values), MEASURES[name].average)
     labels = [answered.label for answered in answers]
-    return FamilyScore(
+    return QuestionTypeScore(
         n=len(answers),
         images=len(set(images)),
         grammar=bootstrap(group_by_image(images, grammar), np.mean),

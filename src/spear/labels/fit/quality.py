@@ -92,7 +92,7 @@ class BoxAccuracy:
 def find_instance(o: LabeledObject, label: LabeledImage, frame: Frame) -> int:
     """The instance of a frame that the object's mask covers most; 0 when it covers none."""
     assert frame.instances is not None
-    covered = frame.instances[decode_mask(o.mask, label.height, label.width)]
+    covered = frame.instances[decode_mask(o.mask_runs, label.height, label.width)]
     return int(np.bincount(covered[covered > 0], minlength=1).argmax())
 
 

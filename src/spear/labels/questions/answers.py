@@ -271,14 +271,16 @@ def _find_objects_at(pixel: Pixel, label: LabeledImage) -> list[LabeledObject]:
     index = column * label.height + row  # run lengths go column by column
     objects = []
     for o in label.objects:
-        run = np.searchsorted(np.cumsum(o.mask), index, side="right")
-        if run % 2 == 1:  # runs of ones are the second, fourth …
+        run_ends = np.cumsum(o.mask_runs)
+        run = np.searchsorted(run_ends, index, side="right")
+        is_inside_mask = run % 2 == 1  # runs alternate and begin with zeros, so odd runs are ones
+        if is_inside_mask:
             objects.append(o)
     return objects
 
 
 def _count_mask_pixels(o: LabeledObject) -> int:
-    return sum(o.mask[1::2])
+    return sum(o.mask_runs[1::2])  # the runs of ones
 
 
 def _draft_exists(scene: QuestionScene, rng: Random) -> Draft | None:

@@ -1,16 +1,19 @@
 """Questions and answers about a labeled image: 3D types, and 2D ones to pretrain a small VLM on.
 
-3D answers (numbers in the label's unit, camera frame: x right, y down, z forward; signs and ends
-are ours):
+Numbers in 3D answers are in the label's unit and in the camera frame (x right, y down, z forward).
+The sign of "offset" and the end points of "distance" are our choice. The answers, about the objects
+X and Y:
 
-    box_vertices      24 numbers: the eight vertices in the order of `box3d.order_vertices`, x y z
-    each. keypoint          3: the closest or furthest of the points of X that are seen, or the
-    center of its box. offset            3: center of Y minus center of X, signed.
-    distance          1: from the camera to the center of X, Euclidean.
+    box_vertices      24 numbers: x, y, z of each of the eight vertices, in the order of
+                      `box3d.order_vertices`.
+    keypoint          3 numbers: the closest or furthest visible point of X, or the center of its
+                      box.
+    offset            3 numbers: the center of Y minus the center of X, signed.
+    distance          1 number: the Euclidean distance from the camera to the center of X.
     back_projection   8 pixels: where the vertices appear in the image.
     chain_of_thought  "the X is d and the Y is e so the X is closer".
-    pixel_point       3: the point that a pixel drawn at random shows, where depth is known
-    (ablation).
+    pixel_point       3 numbers: the point that a pixel drawn at random shows, where its depth is
+                      known (for an ablation).
 
 Questions are about objects that a reader can tell apart and whose label is good: see
 `find_exclusion_reasons`.
@@ -77,17 +80,17 @@ def generate_questions(
     label: LabeledImage,
     rng: np.random.Generator,
     pairs: tuple[int, int] = (1, 4),
-    families: Sequence[str] = QUESTION_TYPES,
+    question_types: Sequence[str] = QUESTION_TYPES,
     depth: Array | None = None,
 ) -> list[Question]:
     """Ask about an image.
 
     Args:
-        label: Of the image.
+        label: The image's label.
         rng: Decides everything random here; the same state gives the same questions.
         pairs: Fewest and most questions.
-        families: The question types (`spear.question_types`), drawn with equal chance.
-        depth: Of the image, see `QuestionScene`; without it "pixel_point" is never asked.
+        question_types: The question types (`spear.question_types`), drawn with equal chance.
+        depth: The image's depth, see `QuestionScene`; without it "pixel_point" is never asked.
 
     Returns:
         Up to `pairs[1]` different questions. There are fewer than `pairs[0]`, or none, when the
@@ -99,10 +102,10 @@ def generate_questions(
     min_questions, max_questions = pairs
     if not 1 <= min_questions <= max_questions:
         raise SpearError(
-            f"{pairs} is no range of questions per image. Give --pairs FEWEST MOST, both at "
-            "least 1."
+            f"{pairs} is no range of questions per image. "
+            "Give --pairs FEWEST MOST, both at least 1."
         )
-    check_known("question type", DRAFTERS, *families)
+    check_known("question type", DRAFTERS, *question_types)
 
     objects_2d = []
     for o in label.objects:
@@ -113,18 +116,18 @@ def generate_questions(
     num_questions = min_questions + int(rng.random() * (max_questions - min_questions + 1))
     questions: dict[tuple[Any, ...], Question] = {}
     for _ in range(TRIES_PER_QUESTION * num_questions):
-        family = draw_one(families, rng)
-        draft = DRAFTERS[family](scene, rng)
+        question_type = draw_one(question_types, rng)
+        draft = DRAFTERS[question_type](scene, rng)
         if draft is None:
             continue
-        key = (family, draft.names, tuple(draft.segments))
+        key = (question_type, draft.names, tuple(draft.segments))
         if key in questions:
             continue
-        prompt = draw_one(PROMPT_TEMPLATES[family], rng).format_map(draft.words)
+        prompt = draw_one(PROMPT_TEMPLATES[question_type], rng).format_map(draft.words)
         has_numbers = any(isinstance(segment, float) for segment in draft.segments)
         if has_numbers and len(UNIT_TEMPLATES[label.unit]) > 1:
             prompt = draw_one(UNIT_TEMPLATES[label.unit], rng).format(prompt)
-        questions[key] = Question(family, prompt, draft.segments, draft.names, label.unit)
+        questions[key] = Question(question_type, prompt, draft.segments, draft.names, label.unit)
         if len(questions) == num_questions:
             break
     return list(questions.values())
@@ -136,7 +139,7 @@ def format_answer(segments: Segments, unit: Unit, size: tuple[int, int] | None =
     Args:
         segments: The answer. Numbers get three decimals and their unit; those of an answer of
             numbers alone are grouped to points of three.
-        unit: Of the numbers.
+        unit: The unit of the numbers.
         size: Width and height of the image. With it, image locations are written in pixels, without
             it as PaliGemma's tokens.
 
@@ -169,8 +172,8 @@ def abbreviate_unit(unit: Unit) -> str:
 def _fill_prompt_templates(words: Mapping[str, str]) -> Iterator[str]:
     """Every prompt template with these words, and with every word for a keypoint."""
     keypoint_words = list(chain.from_iterable(KEYPOINT_NAMES.values()))
-    for family, templates in PROMPT_TEMPLATES.items():
-        fillings = keypoint_words if family == "keypoint" else [""]
+    for question_type, templates in PROMPT_TEMPLATES.items():
+        fillings = keypoint_words if question_type == "keypoint" else [""]
         for template in templates:
             for filling in fillings:
                 yield template.format_map({**words, "p": filling})

@@ -50,7 +50,7 @@ def generate_label_questions(
     label: LabeledImage,
     seed: int,
     pairs: tuple[int, int] = (1, 4),
-    families: Sequence[str] = QUESTION_TYPES,
+    question_types: Sequence[str] = QUESTION_TYPES,
 ) -> list[Question]:
     """Ask about one image; equal seeds and sources give equal questions.
 
@@ -58,18 +58,18 @@ def generate_label_questions(
         label: Of the image.
         seed: Of the random numbers, with the label's source.
         pairs: As in `generate_questions`.
-        families: As in `generate_questions`.
+        question_types: As in `generate_questions`.
     """
     digest = hashlib.sha256(label.source.encode()).digest()
     rng = np.random.default_rng([seed, int.from_bytes(digest[:8], "little")])
-    return generate_questions(label, rng, pairs, families)
+    return generate_questions(label, rng, pairs, question_types)
 
 
 def write_questions(
     folder: Path,
     seed: int = 0,
     pairs: tuple[int, int] = (1, 4),
-    families: Sequence[str] = QUESTION_TYPES,
+    question_types: Sequence[str] = QUESTION_TYPES,
 ) -> tuple[int, Counter[str]]:
     """Ask about every image of a folder of labels. The file is replaced as a whole, and so is the
     dataset card.
@@ -78,7 +78,7 @@ def write_questions(
         folder: The folder.
         seed: As in `generate_label_questions`.
         pairs: As in `generate_questions`.
-        families: As in `generate_questions`.
+        question_types: As in `generate_questions`.
 
     Returns:
         The number of images, and the number of questions of each type.
@@ -87,17 +87,21 @@ def write_questions(
         SpearError: There are no labels, a question type is unknown or needs depth, `pairs` is no
             range, or the disk is full.
     """
-    check_known("question type about labels", (*QUESTION_TYPES, *QUESTION_TYPES_2D), *families)
+    check_known(
+        "question type about labels", (*QUESTION_TYPES, *QUESTION_TYPES_2D), *question_types
+    )
     counts: Counter[str] = Counter()
     bar = ProgressBar("asking", count_labels(folder), "images")
     path = folder / QUESTIONS_FILE
     with ParquetWriter(path, _SCHEMA, rows_per_group=ROWS_PER_GROUP) as writer, bar:
-        labels = read_labels(folder, pixels="what_at" in families)  # it is about what a mask covers
+        labels = read_labels(
+            folder, pixels="what_at" in question_types
+        )  # it is about what a mask covers
         while batch := list(islice(labels, BATCH_SIZE)):
             rows = []
             for label in batch:
-                for question in generate_label_questions(label, seed, pairs, families):
-                    counts[question.family] += 1
+                for question in generate_label_questions(label, seed, pairs, question_types):
+                    counts[question.question_type] += 1
                     rows.append(_question_to_row(label.source, question))
             writer.write(pa.Table.from_pylist(rows, _SCHEMA))
             bar.update(bar.done + len(batch))
@@ -132,11 +136,14 @@ def _question_to_row(source: str, question: Question) -> dict[str, Any]:
             segments.append({"pixel": [segment.x, segment.y]})
         else:
             segments.append(segment)
-    return vars(question) | {
+    return {
         "source": source,
+        "family": question.question_type,
+        "prompt": question.prompt,
         "answer": format_answer(question.segments, question.unit),
         "segments": json.dumps(segments),
         "objects": list(question.objects),
+        "unit": question.unit,
     }
 
 
