@@ -75,7 +75,7 @@ def test_an_image_of_another_size_is_fitted_with_its_masks() -> None:
         large_box = (np.asarray(item.box2d) - [0, bar, 0, bar]) * 3
         large_objects.append(
             dataclasses.replace(
-                item, mask=encode_mask(large_mask), box2d=large_box.astype(np.float32)
+                item, mask_runs=encode_mask(large_mask), box2d=large_box.astype(np.float32)
             )
         )
         cut_objects.append(dataclasses.replace(item, mask_runs=encode_mask(mask & inside)))
