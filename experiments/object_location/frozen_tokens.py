@@ -30,7 +30,7 @@ from experiments.object_location.shifted_images import (
 )
 from spear.cli import run_reporting_errors
 from spear.evaluate.vqa.ask import load_labeled_images
-from spear.evaluate.vqa.run import generate_questions_by_family
+from spear.evaluate.vqa.run import generate_questions_by_type
 from spear.labels.questions.generate import find_askable_objects
 from spear.labels.store import select_labels
 from spear.policy import VlmBundle, load_vlm
@@ -141,7 +141,7 @@ def main(
 
     # The objects that both are measured on.
     held_out = load_labeled_images("sim", images, "external", bundle.processor)
-    questions = generate_questions_by_family(held_out, ("box_vertices",), QUESTIONS_PER_IMAGE, 0)
+    questions = generate_questions_by_type(held_out, ("box_vertices",), QUESTIONS_PER_IMAGE, 0)
     box_questions = [(i, q) for i, q in questions["box_vertices"] if q.objects[0] in names]
     truth = true_box_centers(box_questions)
 

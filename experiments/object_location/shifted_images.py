@@ -23,7 +23,7 @@ from spear.evaluate.stats import bootstrap
 from spear.evaluate.vqa.ask import load_labeled_images
 from spear.evaluate.vqa.calibration import group_by_image
 from spear.evaluate.vqa.measures import extract_numbers
-from spear.evaluate.vqa.run import generate_questions_by_family
+from spear.evaluate.vqa.run import generate_questions_by_type
 from spear.policy import VlmBundle, load_vlm
 from spear.types import Array, LabeledImage, Question
 from spear.util.images import decode_image
@@ -103,7 +103,7 @@ def main(model: str = "nano", images: int = 100, pixels: int = 8) -> None:
     torch.set_num_threads(1)
     bundle = load_vlm(model)
     labels = load_labeled_images("sim", images, "external", bundle.processor)
-    questions = generate_questions_by_family(labels, ("box_vertices",), QUESTIONS_PER_IMAGE, 0)
+    questions = generate_questions_by_type(labels, ("box_vertices",), QUESTIONS_PER_IMAGE, 0)
     box_questions = questions["box_vertices"]
     truth = true_box_centers(box_questions)
     image_indices = [index for index, _ in box_questions]
