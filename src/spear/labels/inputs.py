@@ -27,6 +27,7 @@ from spear.data.readers.video import open_video
 from spear.errors import RetryableError, SpearError, notice
 from spear.labels.store import explain_read_errors
 from spear.types import Array, Frame
+from spear.util.files import refuse_lfs_pointer
 
 IMAGE_SUFFIXES = (
     ".jpg",
@@ -232,6 +233,7 @@ def list_tar(path: str) -> Iterator[Item]:
                 tar.members = []  # type: ignore[attr-defined] # this list would grow without end
             _check_tar_ends(tar)
     except (tarfile.TarError, OSError) as error:
+        refuse_lfs_pointer(Path(path), path)
         raise SpearError(
             f"{path} is not a complete, uncompressed tar file ({error}). Copy it again, or "
             "unpack it."

@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 
 from spear.errors import SpearError, notice, summarize_error
 from spear.types import Array, Box3D, LabeledImage, LabeledObject, Unit
-from spear.util.files import report_write_errors
+from spear.util.files import refuse_lfs_pointer, report_write_errors
 from spear.util.json_text import parse_json
 
 SKIPPED_FILE = "skipped.parquet"  # beside the shards in their folder
@@ -263,6 +263,7 @@ def explain_read_errors(
         ValueError,
         AttributeError,
     ) as error:
+        refuse_lfs_pointer(path, path)
         raise SpearError(f"{path} is broken ({summarize_error(error)}). {advice}") from error
 
 

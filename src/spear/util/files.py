@@ -14,6 +14,10 @@ from spear.util.json_text import MAX_JSON_BYTES, parse_json_as, read_utf8
 
 T = TypeVar("T")
 
+LFS_POINTER_STARTS = (b"version https://git-lfs", b"version https://hawser")
+MAX_LFS_START_BYTES = max(len(start) for start in LFS_POINTER_STARTS)
+LFS_POINTER_PROBLEM = "the file is a Git LFS pointer, which names the content but lacks it"
+LFS_POINTER_ADVICE = "Run `git lfs pull` in its folder, or download it with `hf download`."
 DISK_FULL_ERRNOS = (errno.ENOSPC, errno.EDQUOT)
 DISK_FULL_MESSAGE = "the disk is full. Free some space and run the same command again."
 
@@ -72,6 +76,36 @@ def write_text(path: Path, text: str) -> None:
     write_bytes(path, text.encode())
 
 
+def is_lfs_pointer(source: Path | bytes) -> bool:
+    """Whether a file, given by its path or its content, is a Git LFS pointer.
+
+    A repository that was cloned without Git LFS has such a text of some 130 bytes in place of every
+    large file. A path that cannot be read is not a pointer.
+
+    Example:
+        >>> is_lfs_pointer(b"version https://git-lfs.github.com/spec/v1\\noid sha256:4d7a")
+        True
+    """
+    if isinstance(source, bytes):
+        return source.startswith(LFS_POINTER_STARTS)
+    try:
+        with source.open("rb") as file:
+            return file.read(MAX_LFS_START_BYTES).startswith(LFS_POINTER_STARTS)
+    except OSError:
+        return False
+
+
+def refuse_lfs_pointer(source: Path | bytes, name: str | Path) -> None:
+    """Raise `SpearError` for a Git LFS pointer.
+
+    Args:
+        source: the path or the content of a file that could not be read.
+        name: what the message calls it.
+    """
+    if is_lfs_pointer(source):
+        raise SpearError(f"{name}: {LFS_POINTER_PROBLEM}. {LFS_POINTER_ADVICE}")
+
+
 def read_json(path: Path, advice: str, max_bytes: int = MAX_JSON_BYTES) -> dict[str, Any]:
     """Read the JSON object in a file; arguments and errors are those of `read_json_as`."""
     return read_json_as(dict[str, Any], path, advice, "no JSON object can be read", max_bytes)
@@ -100,6 +134,7 @@ def read_json_as(
     try:
         return parse_json_as(json_type, read_utf8(path, max_bytes))
     except (OSError, ValueError) as error:
+        refuse_lfs_pointer(path, path)
         reason = getattr(error, "strerror", None) or summarize_error(error)
         raise SpearError(f"{path}: {problem} ({reason}). {to_sentence(advice)}") from error
 

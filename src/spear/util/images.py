@@ -11,6 +11,7 @@ from PIL import ExifTags, Image, ImageOps
 
 from spear.errors import SpearError, summarize_error
 from spear.types import Array
+from spear.util.files import refuse_lfs_pointer
 
 JPEG_MAGIC_BYTES = b"\xff\xd8\xff"
 IMAGE_MAGIC_BYTES = (JPEG_MAGIC_BYTES, b"\x89PNG")
@@ -274,6 +275,7 @@ def load_image_and_orientation(
     except SpearError:
         raise
     except Exception as error:  # on broken files decoders raise errors of many types
+        refuse_lfs_pointer(data, name)
         reason = summarize_error(error).partition(" <_io.")[0]
         raise SpearError(
             f"{name}: not a readable image ({reason}). Replace it by a JPEG or PNG."

@@ -30,6 +30,7 @@ from spear.data.readers.splits import parse_split
 from spear.data.readers.video import read_frames
 from spear.errors import SpearError, format_count, notice, summarize_error
 from spear.types import Array
+from spear.util.files import refuse_lfs_pointer
 from spear.util.images import encode_jpeg
 from spear.util.json_text import parse_json_as, read_json_lines, read_utf8
 
@@ -396,6 +397,8 @@ def _open_cached(folder: Path, changed_ns: int) -> LeRobotFolder:
         OverflowError,
         pa.ArrowException,
     ) as error:
+        for metadata_file in sorted((folder / "meta").rglob("*.*")):
+            refuse_lfs_pointer(metadata_file, metadata_file)
         reason = summarize_error(error)
         is_other_version = reason.startswith("codebase_version")
         cure = "convert it to v2.1 or v3.0" if is_other_version else "copy the dataset again"
@@ -565,6 +568,7 @@ def _read_rows(episode: LeRobotEpisode, dataset: str) -> pa.Table:
         filters = [("episode_index", "==", episode.index)]
         rows = pq.read_table(episode.data, filters=filters, partitioning=None)
     except (OSError, KeyError, pa.ArrowException) as error:
+        refuse_lfs_pointer(episode.data, f"{dataset}#{episode.index}: {episode.data}")
         raise SpearError(
             f"cannot read: {dataset}#{episode.index}: {episode.data}: {summarize_error(error)}; "
             "copy it again"

@@ -15,6 +15,7 @@ import numpy as np
 
 from spear.errors import SpearError, format_count
 from spear.types import Array
+from spear.util.files import LFS_POINTER_ADVICE, LFS_POINTER_PROBLEM, is_lfs_pointer
 
 Feature = list[bytes] | Array
 """The values of one feature, flat: bytes, float32 [n] or int64 [n]."""
@@ -84,6 +85,8 @@ def _read_records(
 
 
 def _broken_record(path: Path, index: int, reason: str) -> SpearError:
+    if is_lfs_pointer(path):
+        return SpearError(f"{path} record {index}: {LFS_POINTER_PROBLEM}. {LFS_POINTER_ADVICE}")
     return SpearError(f"broken record: {path} record {index}: {reason}; copy the file again")
 
 

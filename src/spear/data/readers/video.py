@@ -11,6 +11,7 @@ import numpy as np
 
 from spear.errors import SpearError, import_optional
 from spear.types import Array
+from spear.util.files import refuse_lfs_pointer
 
 ENCODER = "libsvtav1"
 ENCODER_OPTIONS = {"crf": "30", "g": "2", "preset": "10", "svtav1-params": "lp=1"}
@@ -32,6 +33,7 @@ def open_video(path: str | Path) -> Iterator[tuple[Any, Any]]:
                 raise SpearError(f"{path}: no picture in this video: leave it out")
             yield container, container.streams.video[0]
     except av.FFmpegError as error:
+        refuse_lfs_pointer(Path(path), path)
         reason = f"broken video ({error.strerror})"
         if isinstance(error, FileNotFoundError):
             reason = "no such video"

@@ -19,6 +19,7 @@ import pyarrow as pa
 
 from spear.errors import SpearError, summarize_error
 from spear.types import ACTION_DIM, Array, Episode
+from spear.util.files import refuse_lfs_pointer
 
 PLACE_PREFIX = "place:"
 FORMAT = "spear.episodes.2"
@@ -212,6 +213,7 @@ def open_shard(path: Path) -> tuple[Shard, dict[str, str]]:
     except FileNotFoundError as error:
         raise SpearError(f"missing file: {error.filename}: copy the folder again") from error
     except (pa.ArrowException, OSError, KeyError, IndexError, ValueError) as error:
+        refuse_lfs_pointer(path, path)
         raise SpearError(
             f"corrupt or truncated shard: {path}: {summarize_error(error)}; "
             "delete it or write it again"
@@ -231,6 +233,7 @@ def _open_shard(path: Path) -> tuple[Shard, dict[str, str]]:
 
     num_image_bytes = images.stat().st_size
     if num_image_bytes != int(note.pop("bytes")):
+        refuse_lfs_pointer(images, images)
         raise SpearError(
             f"truncated or changed: {images}: it has {num_image_bytes} bytes; copy it again"
         )

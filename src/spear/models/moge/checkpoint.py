@@ -21,6 +21,7 @@ from spear.models.weights.load import (
     download_from_hub,
     rename_prefixes,
 )
+from spear.util.files import refuse_lfs_pointer
 from spear.util.network import is_hub_name
 
 Weights = Mapping[str, Tensor]
@@ -135,11 +136,13 @@ def _read_file(path: Path) -> tuple[Weights, Any]:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except pickle.UnpicklingError as error:
+        refuse_lfs_pointer(path, path)
         raise SpearError(
             f"checkpoint refused: {path} is not a PyTorch file of tensors and plain data alone. Use"
             " the published file."
         ) from error
     except (RuntimeError, OSError, EOFError, ValueError) as error:
+        refuse_lfs_pointer(path, path)
         raise SpearError(
             f"broken checkpoint: {path}: {summarize_error(error)}. Download it again."
         ) from error

@@ -19,7 +19,7 @@ from transformers.utils import logging
 
 from spear.errors import SpearError, check_known, summarize_error
 from spear.models.weights.folders import warn_about_changed_files
-from spear.util.files import read_json
+from spear.util.files import read_json, refuse_lfs_pointer
 from spear.util.network import check_available_on_hub, explain_hub_unreachable, is_hub_name
 from spear.util.pretrained import load_pretrained
 
@@ -303,6 +303,7 @@ def _find_weight_files(folder: Path) -> list[Path]:
             file_names = read_json(index, "copy it again")["weight_map"].values()
             files = sorted({folder / name for name in file_names})
         except (ValueError, KeyError, AttributeError, TypeError) as error:
+            refuse_lfs_pointer(index, index)
             raise SpearError(f"broken checkpoint: {index}: {error}. Copy it again.") from error
         if single_file.is_file() and single_file not in files:
             raise SpearError(
@@ -325,6 +326,7 @@ def _list_tensors(file: Path) -> dict[str, StoredTensor]:
                     file, tuple(tensor_slice.get_shape()), tensor_slice.get_dtype()
                 )
     except (SafetensorError, OSError) as error:
+        refuse_lfs_pointer(file, file)
         raise SpearError(f"broken checkpoint: {file}: {error}. Copy it again.") from error
     return tensors
 
@@ -462,6 +464,8 @@ def load_tokenizer(folder: Path) -> Any:
     except SpearError:
         raise
     except Exception as error:  # the errors of its parser have no class of their own
+        for file in sorted(folder.glob("token*")):
+            refuse_lfs_pointer(file, file)
         raise SpearError(
             f"broken tokenizer: {folder}: {summarize_error(error)}. Copy it again."
         ) from error
