@@ -35,7 +35,9 @@ from spear.checks.recording import Recording
 from spear.checks.result import Check, Verdict
 from spear.checks.states import check_rate, find_implausible_states
 from spear.data.actions import check_instruction, check_unit_norm
+from spear.data.readers.bad_rows import mask_gaps
 from spear.data.readers.build_episode import (
+    drop_bad_rows,
     read_instruction,
     read_openings,
     read_pose,
@@ -405,6 +407,7 @@ def make_recording(steps: Steps, layout: DatasetLayout, source: str) -> Recordin
         rotation_column = f"{layout.action}[3:7]"
         layout_with_command = replace(layout, command=f"{layout.action}[7]")
 
+    steps, rows = drop_bad_rows(steps, layout, source)
     logged_translation = _read_optional(steps, translation_column, source)
     logged_rotation = _read_optional(steps, rotation_column, source)
     position, rotation, rotation_format = read_pose(steps, layout, source)
@@ -412,6 +415,9 @@ def make_recording(steps: Steps, layout: DatasetLayout, source: str) -> Recordin
     is_valid = np.ones(len(position), bool)
     if layout.action_mask is not None:
         is_valid = read_numbers(steps, layout.action_mask, source).reshape(-1) != 0
+    leads_to_next_row = mask_gaps(rows)
+    if leads_to_next_row is not None:
+        is_valid = is_valid & leads_to_next_row
 
     num_steps = len(is_valid)
     _check_shape(position, "position", [3], num_steps, source)

@@ -11,8 +11,10 @@ import pytest
 from data_tiny import make_episode, make_png
 from refusals import refuses
 from spear.data.readers.formats import read_episodes
+from spear.data.store.episode_store import EpisodeStore
 from spear.data.store.lerobot_write import write_lerobot
 from spear.data.store.prepare import prepare
+from spear.errors import Notice
 
 IMAGE_FEATURE = "observation.images.external"
 STATE_FEATURE = "observation.state"
@@ -135,3 +137,16 @@ def test_an_image_file_that_came_is_other_data(three_episodes: Path, tmp_path: P
     (three_episodes / "images/4.png").write_bytes(make_png(9))
 
     refuses("data is", prepare, three_episodes, tmp_path / "store")
+
+
+def test_a_row_without_a_rotation_costs_a_row_and_is_noticed(
+    three_episodes: Path, tmp_path: Path
+) -> None:
+    set_cells(three_episodes, STATE_FEATURE, {3: [0] * 8})
+
+    with pytest.warns(Notice, match="set: dropped 1 row without a rotation$"):
+        num_prepared, reasons = prepare(three_episodes, tmp_path / "store")
+
+    assert num_prepared == 3
+    assert reasons == []
+    assert [len(episode) for episode in EpisodeStore(tmp_path / "store")] == [6, 5, 6]

@@ -10,10 +10,13 @@ import numpy as np
 import pytest
 
 from refusals import refuses
+from spear.data.actions import add_actions, resample_episode
+from spear.data.readers.bad_rows import Repairs, count_repairs
 from spear.data.readers.build_episode import build_episode, read_openings
 from spear.data.readers.columns import read_column
 from spear.data.readers.dataset_layout import REGISTRY, DatasetLayout
 from spear.data.readers.rlds import open_rlds
+from spear.util.images import encode_jpeg
 
 SOURCE = "bridge_dataset/train#0"
 LAYOUT = REGISTRY["bridge_dataset"]
@@ -226,3 +229,142 @@ def test_an_opening_that_is_its_command_but_for_rounding_was_not_measured() -> N
 
     np.testing.assert_allclose(opening, [1, 1, 0], atol=1e-3)
     np.testing.assert_allclose(command, [1, 0, 0.5], atol=1e-3)
+
+
+SIRIUS = REGISTRY["austin_sirius_dataset_converted_externally_to_rlds"]
+NUM_ROWS = 9
+
+
+def make_sirius_steps() -> dict[str, Any]:
+    """A Franka that moves 1 mm per step, with its gripper open."""
+    poses = np.tile(np.diag([1.0, -1, -1, 1]), (NUM_ROWS, 1, 1))
+    poses[:, 0, 3] = 0.4 + 0.001 * np.arange(NUM_ROWS)
+    image = encode_jpeg(np.zeros((8, 8, 3), np.uint8))
+    return {
+        "observation": {
+            "state_ee": poses.swapaxes(1, 2).reshape(NUM_ROWS, 16),
+            "state_gripper": np.full((NUM_ROWS, 1), 0.077),
+            "image": [image] * NUM_ROWS,
+            "wrist_image": [image] * NUM_ROWS,
+        },
+        "action": np.tile([0.0] * 6 + [-1], (NUM_ROWS, 1)),
+        "language_instruction": [b"do it"] * NUM_ROWS,
+    }
+
+
+def clear_rows(steps: dict[str, Any], rows: list[int]) -> None:
+    """Set the states of some rows to zero, as three datasets of UT Austin have them."""
+    steps["observation"]["state_ee"][rows] = 0
+    steps["observation"]["state_gripper"][rows] = 0
+
+
+def test_a_row_of_zeros_is_dropped() -> None:
+    steps = make_sirius_steps()
+    clear_rows(steps, [4])
+
+    episode = build_episode(steps, SIRIUS, SOURCE)
+
+    expected = 0.4 + 0.001 * np.array([0, 1, 2, 3, 5, 6, 7, 8])
+    np.testing.assert_allclose(episode.position[:, 0], expected, atol=1e-6)
+    np.testing.assert_array_equal(episode.gripper, 1)
+    assert len(episode.images["external"]) == NUM_ROWS - 1
+
+
+def test_the_step_before_a_dropped_row_is_no_target() -> None:
+    """Its motion would span two rows."""
+    steps = make_sirius_steps()
+    clear_rows(steps, [4])
+
+    episode = build_episode(steps, SIRIUS, SOURCE)
+
+    np.testing.assert_array_equal(episode.action_mask, [1, 1, 1, 0, 1, 1, 1, 0])
+
+
+def test_no_resampled_target_spans_a_dropped_row() -> None:
+    steps = make_sirius_steps()
+    clear_rows(steps, [4])
+
+    episode = resample_episode(build_episode(steps, SIRIUS, SOURCE), 10.0)
+
+    assert episode.action is not None
+    assert episode.action_mask is not None
+    np.testing.assert_allclose(episode.action[episode.action_mask, 0], 0.002, atol=1e-6)
+    np.testing.assert_array_equal(episode.action_mask, [1, 0, 1, 0])
+
+
+def test_without_commands_the_step_before_a_dropped_row_is_no_target() -> None:
+    steps = make_sirius_steps()
+    clear_rows(steps, [4])
+    layout = dataclasses.replace(SIRIUS, command=None)
+
+    episode = add_actions(build_episode(steps, layout, SOURCE))
+
+    np.testing.assert_array_equal(episode.action_mask, [1, 1, 1, 0, 1, 1, 1, 0])
+
+
+def test_canonical_actions_before_a_dropped_row_are_no_targets(steps: dict[str, Any]) -> None:
+    steps["mine"] = np.tile(STAY, (10, 1))
+    steps["rotation"] = np.tile([1.0, 0, 0, 0], (10, 1))
+    steps["rotation"][6] = 0
+    layout = dataclasses.replace(
+        LAYOUT, action="mine", rotation="rotation", rotation_format="quat_wxyz"
+    )
+
+    episode = build_episode(steps, layout, SOURCE)
+
+    np.testing.assert_array_equal(episode.action_mask, [1, 1, 1, 1, 1, 0, 1, 1, 1])
+
+
+def test_idle_steps_before_a_dropped_row_mask_the_step_that_leads_across_it() -> None:
+    steps = make_sirius_steps()
+    poses = steps["observation"]["state_ee"]
+    poses[3:6, 12] = poses[3, 12]
+    clear_rows(steps, [4])
+    layout = dataclasses.replace(SIRIUS, drop_idle=True)
+
+    episode = build_episode(steps, layout, SOURCE)
+
+    # Of rows 0 … 3, 5 … 8, the arm rests from row 3 to row 5.
+    assert len(episode) == 7
+    np.testing.assert_array_equal(episode.action_mask, [1, 1, 0, 1, 1, 1, 0])
+
+
+def test_an_episode_of_which_less_than_half_is_left_is_refused() -> None:
+    steps = make_sirius_steps()
+    clear_rows(steps, [1, 3, 5, 6, 7])
+
+    refuses(rf"not a rotation: {SOURCE} step 1", build_episode, steps, SIRIUS, SOURCE)
+
+
+def test_an_episode_without_bad_rows_has_no_mask_before_its_last_step() -> None:
+    episode = build_episode(make_sirius_steps(), SIRIUS, SOURCE)
+
+    np.testing.assert_array_equal(episode.action_mask, [1] * (NUM_ROWS - 1) + [0])
+
+
+def test_the_outcome_in_a_dropped_row_is_read() -> None:
+    steps = make_sirius_steps()
+    clear_rows(steps, [NUM_ROWS - 1])
+    steps["reward"] = np.append(np.zeros(NUM_ROWS - 1), 1)
+    layout = dataclasses.replace(SIRIUS, success="reward")
+
+    assert build_episode(steps, layout, SOURCE).success is True
+
+
+def test_a_jump_across_a_dropped_row_is_measured_over_its_time() -> None:
+    steps = make_sirius_steps()
+    clear_rows(steps, [4])
+    steps["observation"]["state_ee"][5:, 12] += 0.2  # 4 m/s at 20 Hz, if it were one step
+
+    assert len(build_episode(steps, SIRIUS, SOURCE)) == NUM_ROWS - 1
+
+
+def test_repairs_are_counted() -> None:
+    steps = make_sirius_steps()
+    clear_rows(steps, [4, 5])
+    steps["observation"]["state_gripper"][0] = 0.09
+
+    with count_repairs() as repairs:
+        build_episode(steps, SIRIUS, SOURCE)
+
+    assert repairs == Repairs(num_dropped_rows=2, num_clipped_readings=1)

@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 
 from spear.data.actions import check_actions, check_episode, derive_actions, find_first
+from spear.data.readers.bad_rows import find_good_rows, mask_gaps, record_repairs, select_rows
 from spear.data.readers.columns import (
     Steps,
     is_depth_png,
@@ -27,6 +28,7 @@ from spear.util.images import check_jpeg_is_complete, decode_image, encode_jpeg
 from spear.util.units import ANGLE_UNITS, LENGTH_UNITS
 
 MAX_MEDIAN_ANGLE_RAD = 4 * math.pi  # wrists turn once or twice; larger angles are degrees
+MAX_UNCOUNTED_OVERSHOOT = 0.1  # part of a declared gripper range; most grippers are this inexact
 MAX_GRIPPER_OVERSHOOT = 0.3  # part of a declared range; BC-Z's readings overshoot by 0.25
 IDLE_SPEED_M_S = 2e-3  # below it the arm does not move
 IDLE_TURN_RAD_S = 1e-2  # below it the arm does not turn
@@ -40,7 +42,8 @@ def build_episode(steps: Steps, layout: DatasetLayout, source: str) -> Episode:
 
     If `layout.action` names a column of canonical actions, they are used unchanged. Otherwise the
     motions come from the states, and the gripper commands from the logged ones if the dataset has
-    them; the last step leads to no known state and is masked.
+    them; the last step leads to no known state and is masked. Rows whose orientation is no rotation
+    are dropped, and the steps before them are masked.
 
     Args:
         steps: The columns of one episode.
@@ -52,7 +55,9 @@ def build_episode(steps: Steps, layout: DatasetLayout, source: str) -> Episode:
             jumps (more than 3 m/s or 10 rad/s between two steps), or one of its images is cut off.
     """
     assert layout.rate_hz is not None
-    # States and images, checked.
+    # States and images of the good rows, checked.
+    recorded_steps = steps
+    steps, rows = drop_bad_rows(recorded_steps, layout, source)
     position, rotation, rotation_format = read_pose(steps, layout, source)
     _check_angle_unit(rotation, rotation_format, source)
     gripper, command = read_openings(steps, layout, source)
@@ -67,10 +72,11 @@ def build_episode(steps: Steps, layout: DatasetLayout, source: str) -> Episode:
             instruction=read_instruction(steps, layout, source),
             rate_hz=layout.rate_hz,
             source=source,
-            success=read_success(steps, layout, source),
+            action_mask=mask_gaps(rows),
+            success=read_success(recorded_steps, layout, source),
         )
     )
-    _check_jumps(episode)
+    _check_jumps(episode, rows)
 
     # From the dataset's end-effector frame to ours.
     tool_rotation = torch.tensor(layout.tool_rotation, dtype=torch.float32)
@@ -86,10 +92,26 @@ def build_episode(steps: Steps, layout: DatasetLayout, source: str) -> Episode:
         moving_steps = _find_moving_steps(episode, command)
         episode = _select_steps(episode, moving_steps)
         command = None if command is None else command[moving_steps]
-    if command is None:
-        return episode
+    return episode if command is None else _add_derived_actions(episode, command)
+
+
+def drop_bad_rows(steps: Steps, layout: DatasetLayout, source: str) -> tuple[Steps, Array]:
+    """Drop the rows of an episode whose orientation is no rotation (see `find_good_rows`).
+
+    Returns:
+        The columns without these rows, and the numbers [T] of the rows that they still have.
+    """
+    _, rotation, rotation_format = read_pose(steps, layout, source)
+    rows = find_good_rows(rotation, rotation_format)
+    return select_rows(steps, rows, len(rotation)), rows
+
+
+def _add_derived_actions(episode: Episode, command: Array) -> Episode:
+    """Add the motions that follow from the states, with logged gripper commands [T]."""
     action = derive_actions(episode.position, episode.rotation, command)
     is_known = np.arange(len(episode)) < len(episode) - 1
+    if episode.action_mask is not None:
+        is_known &= episode.action_mask
     return check_actions(dataclasses.replace(episode, action=action, action_mask=is_known))
 
 
@@ -110,7 +132,10 @@ def _add_canonical_actions(
     assert layout.action is not None
     fields: dict[str, Any] = {"action": read_numbers(steps, layout.action, source)}
     if layout.action_mask is not None:
-        fields["action_mask"] = read_numbers(steps, layout.action_mask, source).reshape(-1) != 0
+        is_known = read_numbers(steps, layout.action_mask, source).reshape(-1) != 0
+        if episode.action_mask is not None:
+            is_known &= episode.action_mask
+        fields["action_mask"] = is_known
     if layout.source is not None:
         fields["source"] = read_text(steps, layout.source, source)
     return check_actions(dataclasses.replace(episode, **fields))
@@ -179,6 +204,7 @@ def _read_opening(
     closed, opened = closed_and_open
     opening = (readings - closed) / (opened - closed)
     overshoot = np.maximum(-opening, opening - 1)
+    record_repairs(num_clipped_readings=int((overshoot > MAX_UNCOUNTED_OVERSHOOT).sum()))
     step = find_first(overshoot > MAX_GRIPPER_OVERSHOOT)
     if step is not None:
         raise SpearError(
@@ -220,7 +246,13 @@ def _find_moving_steps(episode: Episode, command: Array | None) -> list[int]:
 
 
 def _select_steps(episode: Episode, steps: list[int]) -> Episode:
-    """Keep only some steps of the states and images of an episode without actions."""
+    """Keep only some steps of the states and images of an episode without actions.
+
+    A step is masked if any step from it to the next one that is kept is.
+    """
+    action_mask = episode.action_mask
+    if action_mask is not None:
+        action_mask = np.logical_and.reduceat(action_mask, steps)
     return dataclasses.replace(
         episode,
         images={
@@ -229,6 +261,7 @@ def _select_steps(episode: Episode, steps: list[int]) -> Episode:
         position=episode.position[steps],
         rotation=episode.rotation[steps],
         gripper=episode.gripper[steps],
+        action_mask=action_mask,
     )
 
 
@@ -283,29 +316,34 @@ def read_success(steps: Steps, layout: DatasetLayout, source: str) -> bool | Non
     return bool(last_row[0])
 
 
-def _check_jumps(episode: Episode) -> None:
+def _check_jumps(episode: Episode, rows: Array) -> None:
     """Raise SpearError for a pose that changes faster than any arm can move.
 
     A wrong column, unit or rotation format is the usual reason.
+
+    Args:
+        episode: The episode at its own rate.
+        rows: [T] the numbers of its rows in the recording; where some are missing, more time passed
+            between two steps.
     """
-    distances_m = np.linalg.norm(np.diff(episode.position, axis=0), axis=1)
+    num_rows_between = np.diff(rows)
+    distances_m = np.linalg.norm(np.diff(episode.position, axis=0), axis=1) / num_rows_between
     if distances_m.max(initial=0) * episode.rate_hz > MAX_EE_SPEED_M_S:
         step = int(distances_m.argmax())
-        raise _jump_error(
-            episode, step, f"moved by {distances_m[step]:.3g} m", "its unit (length_unit)"
-        )
+        jump = f"moved by {distances_m[step]:.3g} m"
+        raise _jump_error(episode, rows[step + 1], jump, "its unit (length_unit)")
 
-    turns_rad = _angles_between_steps(episode.rotation)
+    turns_rad = _angles_between_steps(episode.rotation) / num_rows_between
     if turns_rad.max(initial=0) * episode.rate_hz > MAX_EE_TURN_RAD_S:
         step = int(turns_rad.argmax())
-        raise _jump_error(
-            episode, step, f"turned by {turns_rad[step]:.3g} rad", "how its rotations are written"
-        )
+        jump = f"turned by {turns_rad[step]:.3g} rad"
+        raise _jump_error(episode, rows[step + 1], jump, "how its rotations are written")
 
 
-def _jump_error(episode: Episode, step: int, jump: str, cause: str) -> SpearError:
+def _jump_error(episode: Episode, row: int, jump: str, cause: str) -> SpearError:
+    """The error for a pose that jumps to a row of the recording."""
     return SpearError(
-        f"jump: {episode.source} step {step + 1}: the end-effector is {jump} in one step; "
+        f"jump: {episode.source} step {row}: the end-effector is {jump} in one step; "
         f"leave it out, or check rate_hz, the column and {cause}"
     )
 

@@ -10,7 +10,13 @@ from torch import Tensor
 from spear.data.actions import find_first
 from spear.data.readers.dataset_layout import RotationFormat
 from spear.errors import SpearError
-from spear.geometry import euler_to_quat, matrix_to_quat, quat_canonical, quat_exp
+from spear.geometry import (
+    UNIT_NORM_TOLERANCE,
+    euler_to_quat,
+    matrix_to_quat,
+    quat_canonical,
+    quat_exp,
+)
 from spear.types import Array
 
 MAX_ORTHOGONALITY_ERROR = 1e-2  # of R Rᵀ against the identity
@@ -98,14 +104,37 @@ def to_quaternion(values: Array, rotation_format: RotationFormat, source: str = 
         )
 
     if rotation_format in POSE_FORMATS:
-        is_rotation = _are_rotations(POSE_FORMATS[rotation_format](tensor))
-        step = find_first(~is_rotation.numpy())
+        step = find_first(~find_rotations(values, rotation_format))
         if step is not None:
             raise SpearError(
                 f"not a rotation: {source} step {step}: the numbers are no rotation written as "
                 f"{rotation_format}; check the layout"
             )
     return encoding.to_quaternion(tensor).numpy()
+
+
+def find_rotations(values: Array, rotation_format: RotationFormat) -> Array:
+    """Find the rows whose numbers are a rotation. Any angles are one.
+
+    Args:
+        values: [T, d] orientations in the dataset's format.
+        rotation_format: Any format, also "franka_joints".
+
+    Returns:
+        [T] bool; all True if d does not match the format, which `to_quaternion` refuses.
+    """
+    encoding = ROTATION_FORMATS.get(rotation_format)
+    if encoding is None or values.ndim != 2 or values.shape[1] != encoding.num_components:
+        return np.ones(len(values), bool)
+
+    if rotation_format in POSE_FORMATS:
+        tensor = torch.as_tensor(np.asarray(values, np.float64))
+        return _are_rotations(POSE_FORMATS[rotation_format](tensor)).numpy()
+    if rotation_format.startswith("quat"):
+        # In the precision in which episodes have quaternions, and are checked.
+        norm = np.linalg.norm(values.astype(np.float32).astype(np.float64), axis=1)
+        return np.abs(norm - 1) <= UNIT_NORM_TOLERANCE
+    return np.ones(len(values), bool)
 
 
 def _are_rotations(pose: Tensor) -> Tensor:

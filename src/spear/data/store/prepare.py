@@ -39,6 +39,7 @@ from spear.data.actions import ACTION_RULES_VERSION, add_actions, resample_episo
 from spear.data.normalize import save_sketches
 from spear.data.options import Conversion
 from spear.data.readers import formats
+from spear.data.readers.bad_rows import Repairs, count_repairs
 from spear.data.readers.dataset_layout import DatasetLayout
 from spear.data.readers.splits import parse_split
 from spear.data.store.episode_store import (
@@ -49,7 +50,7 @@ from spear.data.store.episode_store import (
     remove_unfinished_shards,
 )
 from spear.data.store.shard import open_shard
-from spear.errors import SpearError, is_first_process, notice
+from spear.errors import SpearError, format_count, is_first_process, notice
 from spear.types import Episode
 from spear.util import processes
 from spear.util.files import check_new_folder, read_json, write_text
@@ -73,6 +74,14 @@ class Block(NamedTuple):
 
     split: str
     num_episodes: int
+
+
+class PreparedBlock(NamedTuple):
+    """The good episodes of a block, why the others were skipped, and what was repaired."""
+
+    episodes: list[Episode]
+    skip_reasons: list[str]
+    repairs: Repairs
 
 
 class PreparationPlan(NamedTuple):
@@ -130,11 +139,15 @@ def prepare(
         record_or_check_settings(
             work_dir / REQUEST_FILE, plan.request, is_resuming=bool(list_shards(folder))
         )
-        num_good, skipped = _write_shards(path, folder, plan.blocks, conversion, workers)
+        repairs = Repairs()
+        num_good, skipped = _write_shards(
+            path, folder, plan.blocks, conversion, workers, repairs=repairs
+        )
         formats.check_enough_good(num_good, skipped, path, split)
 
         # Check the result, and summarize its statistics.
         store = EpisodeStore(folder)
+        _notice_repairs(repairs, path)
         _notice_implausible_values(store, path, plan.has_commands)
         if store.failed_mask().all():
             notice(
@@ -215,9 +228,16 @@ def _check_out_folder(out: Path, request: dict[str, Any]) -> None:
 
 
 def _write_shards(
-    path: Path, folder: Path, blocks: Sequence[Block], conversion: Conversion, workers: int
+    path: Path,
+    folder: Path,
+    blocks: Sequence[Block],
+    conversion: Conversion,
+    workers: int,
+    repairs: Repairs,
 ) -> tuple[int, SkippedItems]:
     """Prepare all blocks, and write the shards that the folder does not have yet.
+
+    `repairs` collects the repairs of the blocks that this call prepares.
 
     Returns the number of good episodes, and why the others were skipped.
     """
@@ -249,11 +269,12 @@ def _write_shards(
             workers,
         )
         shard_episodes: list[Episode] = []
-        for block, (episodes, reasons) in zip(remaining_blocks, results, strict=True):
+        for block, prepared in zip(remaining_blocks, results, strict=True):
             num_done_blocks += 1
-            num_good += len(episodes)
-            shard_episodes += episodes
-            skipped.reasons += reasons
+            num_good += len(prepared.episodes)
+            shard_episodes += prepared.episodes
+            skipped.reasons += prepared.skip_reasons
+            repairs.add(prepared.repairs)
             skipped.check(num_good)
             bar.update(bar.done + block.num_episodes, f"{len(skipped.reasons)} skipped")
 
@@ -274,6 +295,19 @@ def _count_image_bytes(episodes: Sequence[Episode]) -> int:
         for images in episode.images.values():
             num_bytes += sum(len(image) for image in images)
     return num_bytes
+
+
+def _notice_repairs(repairs: Repairs, path: Path) -> None:
+    """Notice in one message how many rows were dropped and how many readings clipped."""
+    remarks: list[str] = []
+    if repairs.num_dropped_rows:
+        rows = format_count(repairs.num_dropped_rows, "rows")
+        remarks.append(f"dropped {rows} without a rotation")
+    if repairs.num_clipped_readings:
+        readings = format_count(repairs.num_clipped_readings, "gripper readings")
+        remarks.append(f"clipped {readings} outside of gripper_range or command_range")
+    if remarks:
+        notice(f"{path}: {'; '.join(remarks)}")
 
 
 def _notice_implausible_values(store: EpisodeStore, path: Path, has_commands: bool) -> None:
@@ -327,22 +361,21 @@ def read_good_episodes(
     formats.check_enough_good(num_good, skipped, path, split)
 
 
-def prepare_block(
-    path: Path, conversion: Conversion, split: str
-) -> tuple[list[Episode], list[str]]:
-    """Prepare the episodes of a block; returns the good ones, and why the others were skipped."""
+def prepare_block(path: Path, conversion: Conversion, split: str) -> PreparedBlock:
+    """Prepare the episodes of a block."""
     good_episodes: list[Episode] = []
     reasons: list[str] = []
 
     def skip(error: SpearError) -> None:
         reasons.append(str(error))
 
-    for episode in formats.read_episodes(path, split, conversion.layout, skip):
-        try:
-            good_episodes.append(_convert_episode(episode, conversion))
-        except SpearError as error:
-            skip(error)
-    return good_episodes, reasons
+    with count_repairs() as repairs:
+        for episode in formats.read_episodes(path, split, conversion.layout, skip):
+            try:
+                good_episodes.append(_convert_episode(episode, conversion))
+            except SpearError as error:
+                skip(error)
+    return PreparedBlock(good_episodes, reasons, repairs)
 
 
 def _convert_episode(episode: Episode, conversion: Conversion) -> Episode:
