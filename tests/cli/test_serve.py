@@ -12,16 +12,17 @@ import pytest
 from refusals import Command, refuses
 from serve_here import HomingPolicy, run_server
 from spear import embodiments
+from spear.cli import main
 from spear.embodiments.generic import EMBODIMENT as GENERIC
 from spear.embodiments.observations import DEFAULT_IMAGE_SIZES
-from spear.errors import Notice
+from spear.errors import Notice, SpearError
 from spear.evaluate.agents import PolicyAgent, load_agent
 from spear.evaluate.closed_loop import evaluate_tabletop
 from spear.evaluate.options import TabletopOptions
 from spear.evaluate.results import load_results
 from spear.policy import Spear1Policy
 from spear.serve.client import RemotePolicy
-from spear.serve.service import Service
+from spear.serve.service import Service, check_cameras
 
 ONE_SCENE = TabletopOptions(scenes=1, families=("put_on",))
 
@@ -69,6 +70,46 @@ def test_an_empty_token_in_the_environment_is_refused(
     monkeypatch.setenv("SPEAR_TOKEN", "")
 
     assert "SPEAR_TOKEN" in run_refused_command("serve", "nano")
+
+
+@pytest.mark.usefixtures("no_model")
+@pytest.mark.parametrize("robot", ["widowx", "simpler_widowx", "maniskill2_widowx"])
+def test_a_robot_without_a_camera_of_the_training_is_refused(
+    robot: str, run_refused_command: Command
+) -> None:
+    message = run_refused_command("serve", "nano", "--port", "0", "--embodiment", robot)
+
+    assert f"camera 'wrist', which {robot} does not have" in message
+    assert "--allow-missing-cameras" in message
+
+
+@pytest.mark.usefixtures("no_model")
+def test_the_harness_does_not_get_a_policy_for_a_camera_that_its_robot_lacks(
+    free_tcp_port: int, run_refused_command: Command
+) -> None:
+    pytest.importorskip("vla_eval")
+
+    message = run_refused_command("vla-eval", "nano", "--port", str(free_tcp_port))
+
+    assert "camera 'wrist', which maniskill2_widowx does not have" in message
+
+
+@pytest.mark.parametrize("robot", ["generic", "droid", "roboarena"])
+def test_a_robot_with_the_cameras_of_the_training_is_served(robot: str) -> None:
+    check_cameras(embodiments.load(robot), ["external", "wrist"], robot)
+
+
+def test_a_missing_camera_may_be_allowed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def stop_here(*args: object, **options: object) -> None:
+        raise SpearError("the policy is being loaded")
+
+    monkeypatch.setattr(Spear1Policy, "load", stop_here)
+
+    main(["serve", "nano", "--port=0", "--embodiment=widowx", "--allow-missing-cameras"])
+
+    assert "being loaded" in capsys.readouterr().err
 
 
 def test_a_server_for_another_robot_is_refused() -> None:

@@ -63,6 +63,31 @@ def test_initial_opening_is_that_of_the_episodes(distribution: TrainingDistribut
     assert distribution.mean_initial_opening == make_episode(0).gripper[0]
 
 
+def test_the_policy_relies_on_a_camera_of_every_step(distribution: TrainingDistribution) -> None:
+    assert distribution.camera_shares == {"external": 1.0}
+    assert distribution.constant_cameras == ["external"]
+
+
+@pytest.mark.parametrize(("share", "cameras"), [(0.6, ["external"]), (0.99, ["external", "wrist"])])
+def test_the_policy_does_not_rely_on_a_camera_that_many_steps_lack(
+    distribution: TrainingDistribution, share: float, cameras: list[str]
+) -> None:
+    colors = {"external": (0.0, 1.0), "wrist": (0.0, 1.0)}
+    shares = {"external": 1.0, "wrist": share}
+
+    changed = dataclasses.replace(distribution, red_minus_blue=colors, camera_shares=shares)
+
+    assert changed.constant_cameras == cameras
+
+
+def test_a_summary_without_shares_has_all_its_cameras_in_every_step(
+    distribution: TrainingDistribution,
+) -> None:
+    old = dataclasses.replace(distribution, camera_shares={})
+
+    assert old.constant_cameras == ["external"]
+
+
 def test_a_saved_summary_is_loaded_again(
     distribution: TrainingDistribution, tmp_path: Path
 ) -> None:
@@ -78,7 +103,8 @@ def test_the_file_has_the_keys_that_older_versions_wrote(
 
     keys = list(json.loads((tmp_path / "seen.json").read_text()))
     assert keys == [
-        "low", "high", "facing", "turned", "redder", "opposite", "begins", "looks", "mistaken"
+        "low", "high", "facing", "turned", "redder", "opposite", "begins", "looks", "mistaken",
+        "shown",
     ]  # fmt: skip
 
 

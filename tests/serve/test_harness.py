@@ -107,7 +107,7 @@ def test_seeds_depend_on_the_episode_and_the_step_alone() -> None:
 def test_an_impossible_option_is_refused_before_anybody_connects(
     option: str, value: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["vla-eval", "nano", option, value]) == 2
+    assert main(["vla-eval", "nano", "--allow-missing-cameras", option, value]) == 2
     error = capsys.readouterr().err
     assert f"error: {option} {value}: " in error
 
@@ -194,7 +194,7 @@ def test_the_commands_of_the_docs_evaluate_nano(tmp_path: Path) -> None:
         "episodes_per_task: 2}]\n"
     )
     serve = ["vla-eval", "nano", "--port", str(port), "--device", "cpu"]
-    serve += ["--embodiment", str(SUPPORT / "tabletop_benchmark.py")]
+    serve += ["--embodiment", str(SUPPORT / "tabletop_benchmark.py"), "--allow-missing-cameras"]
     evaluate = [sys.executable, "-m", "vla_eval.cli.main", "run", "--no-docker", "-c", str(config)]
     evaluate += ["--output-dir", str(tmp_path / "out")]
 

@@ -98,12 +98,17 @@ def _load_service(options: ServiceOptions) -> "tuple[Spear1Policy, Service]":
     from spear import embodiments
     from spear.chunks import check_replan_interval
     from spear.models.devices import choose_device
+    from spear.monitor.distribution import TrainingDistribution
     from spear.policy import Spear1Policy, locate
-    from spear.serve.service import Service
+    from spear.serve.service import Service, check_cameras
 
     robot = embodiments.load(options.embodiment)
     robot.select_control(options.control)
     folder = locate(options.policy)
+    if not options.allow_missing_cameras:
+        distribution = TrainingDistribution.load(folder / "seen.json")
+        cameras = distribution.constant_cameras if distribution else []
+        check_cameras(robot, cameras, options.embodiment)
     device = choose_device(options.device)
     print(f"loading {options.policy} on {device} …", file=sys.stderr, flush=True)
     policy = Spear1Policy.load(

@@ -2,7 +2,7 @@
 with.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
@@ -19,6 +19,7 @@ from spear.util.files import read_json_as, write_text
 
 NUM_SAMPLES = 512  # steps that are summarized, in the order in which training draws them
 THUMBNAIL_SIZE = 8  # images are compared by their brightness in so many rows and columns
+MAX_CONSTANT_CAMERA_SHARE = 0.95  # a camera in more steps than this is one the policy relies on
 OPPOSITE_OPENING = 0.75  # an opening this far (of 0 … 1) from a command is the opposite of it
 
 VIEW_TRANSFORMS = {
@@ -50,6 +51,8 @@ class TrainingDistribution:
         mean_thumbnails: camera → the mean of its thumbnails, [8, 8].
         max_mismatch: camera → transform → the most by which an image of training correlates better
             with the mean thumbnail when it is transformed than when it is not.
+        camera_shares: camera → the share of steps that have its image; summaries of earlier
+            versions do not have it.
     """
 
     min_position_m: Annotated[_Vector3, Field(alias="low")]
@@ -63,6 +66,9 @@ class TrainingDistribution:
         default_factory=dict
     )
     max_mismatch: Annotated[Mapping[str, Mapping[str, float]], Field(alias="mistaken")] = field(
+        default_factory=dict
+    )
+    camera_shares: Annotated[Mapping[str, float], Field(alias="shown")] = field(
         default_factory=dict
     )
     __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
@@ -116,7 +122,21 @@ class TrainingDistribution:
             mean_initial_opening=mean_initial_opening,
             mean_thumbnails={name: mean.tolist() for name, mean in mean_thumbnails.items()},
             max_mismatch=max_mismatch,
+            camera_shares=_compute_camera_shares(batches, images_by_camera),
         )
+
+    @property
+    def constant_cameras(self) -> list[str]:
+        """The cameras that (nearly) every step of training has, so that the policy relies on
+        them.
+
+        If the summary does not have the shares, these are all cameras of the training.
+        """
+        return [
+            camera
+            for camera in self.red_minus_blue
+            if self.camera_shares.get(camera, 1.0) > MAX_CONSTANT_CAMERA_SHARE
+        ]
 
     def save(self, path: Path) -> None:
         """Write the summary as JSON; the file is complete or not there."""
@@ -180,6 +200,16 @@ def _is_gripper_opposite(batch: Mapping[str, Any]) -> Array:
     """Return, for each step of a batch, whether its gripper is the opposite of its command."""
     first_command = batch["action"][:, 0, 7]
     return np.abs(first_command - batch["gripper"]) > OPPOSITE_OPENING
+
+
+def _compute_camera_shares(
+    batches: Sequence[Mapping[str, Any]], cameras: Iterable[str]
+) -> dict[str, float]:
+    shares = {}
+    for camera in cameras:
+        has_image = np.concatenate([batch["views"][camera] for batch in batches])
+        shares[camera] = float(has_image.mean())
+    return shares
 
 
 def _images_by_camera(batches: Sequence[Mapping[str, Any]]) -> dict[str, Array]:

@@ -40,6 +40,9 @@ class ServiceOptions(Options):
     flow_steps: Annotated[OptionalInt, Range(1)] = None
     """Number of Euler steps from noise to actions. Default: the model's own number."""
     dataset: DatasetName = None
+    allow_missing_cameras: bool = False
+    """Serve a policy to a robot that lacks a camera on which the policy was trained, such as one at
+    the wrist. The actions may be bad."""
     max_batch: Annotated[int, Range(1)] = 16
     """Answer at most this many observations together."""
     wait_ms: Annotated[float, Range(0, 10_000)] = 5.0

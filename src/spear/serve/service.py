@@ -5,7 +5,7 @@ own.
 import logging
 import math
 import time
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,7 +14,12 @@ import spear
 from spear.chunks import check_chunk
 from spear.embodiments import Embodiment
 from spear.embodiments.interface import keep_actions
-from spear.embodiments.observations import COMMITTED_KEY, CheckedObservation, select_cameras
+from spear.embodiments.observations import (
+    COMMITTED_KEY,
+    CheckedObservation,
+    camera_key,
+    select_cameras,
+)
 from spear.errors import SpearError, format_count, notice, suppress_notices
 from spear.types import CONTROL_RATE_HZ, Policy
 
@@ -162,6 +167,26 @@ class Service:
                 return [error]
         half = len(observations) // 2
         return [*self._infer(observations[:half]), *self._infer(observations[half:])]
+
+
+def check_cameras(embodiment: Embodiment, cameras: Collection[str], robot: str) -> None:
+    """Raise `SpearError` if a robot lacks a camera.
+
+    Args:
+        embodiment: the robot; its example has the cameras that the robot can have.
+        cameras: those on which a policy relies.
+        robot: what the message calls the robot.
+    """
+    reading = _try(embodiment.read, embodiment.example())
+    if isinstance(reading, SpearError):
+        raise reading
+    missing_cameras = [camera for camera in cameras if camera_key(camera) not in reading]
+    if missing_cameras:
+        raise SpearError(
+            f"the policy was trained with the camera {missing_cameras[0]!r}, which {robot} does not"
+            " have. Train a policy without this camera, or add --allow-missing-cameras if you"
+            " accept worse actions."
+        )
 
 
 def _add_timing(result: Result, timing: Mapping[str, float]) -> Result:
