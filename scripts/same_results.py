@@ -1,7 +1,7 @@
-"""Does another version of the code give the same labels, episodes, shards, weights and actions, bit
-for bit?
+r"""Compares two versions of the code: labels, episodes, shards, weights and actions, bit for bit.
 
-    python scripts/same_results.py run before.json --source OTHER_CHECKOUT/src --data RLDS_FOLDER
+    python scripts/same_results.py run before.json --source OTHER_CHECKOUT/src --data RLDS_FOLDER \
+        [--old-options]
     python scripts/same_results.py run after.json --data RLDS_FOLDER
     python scripts/same_results.py compare before.json after.json
 
@@ -37,22 +37,22 @@ ROBOT = "--episodes episodes"
 DATA = "--episodes prepared"
 TRUE_LABELS = "--detector ground-truth --segmenter ground-truth --pointmap ground-truth"
 COMMANDS = {
-    "labels": "label --scenes 32 --workers 1",
+    "labels": "label --num-scenes 32 --workers 1",
     "pipeline": f"label sim:20-27 {TRUE_LABELS} --questions --workers 1",
-    "episodes": "record --episodes 8 --workers 1",
-    "prepared": "data prepare {data} --size 168x126 --workers 1",
+    "episodes": "record --num-episodes 8 --workers 1",
+    "prepared": "data prepare {data} --image-size 168x126 --workers 1",
     "prepared_as_is": "data prepare {data} --workers 2",
 }
 TRAININGS = {
     "nano-depth": LABELS,
     "nano-siglip": LABELS,
     "nano-vlm-0": f"{LABELS} --init nano-siglip/final",
-    "nano-vlm-1": f"{LABELS} --init nano-vlm-0 --moge nano-depth",
+    "nano-vlm-1": f"{LABELS} --init nano-vlm-0 --init-depth-encoder nano-depth",
     "nano-vlm-2": f"{LABELS} --init nano-vlm-1/final",
     "nano-vla": f"{LABELS} {ROBOT} --init nano-vlm-2/final",
     "nano-vla-no-3d": f"{ROBOT} --init nano-vlm-0",
     "nano-post": f"{ROBOT} --init nano",
-    "vlm-stage1": f"{LABELS} --init nano-vlm-0 --moge nano-depth",
+    "vlm-stage1": f"{LABELS} --init nano-vlm-0 --init-depth-encoder nano-depth",
     "vlm-stage2": f"{LABELS} --init vlm-stage1/final",
     "vla-pretrain": f"{ROBOT} prepared --init vlm-stage2/final",
     "post-train-bridge": f"{DATA} --init vla-pretrain/final",
@@ -60,22 +60,33 @@ TRAININGS = {
     "finetune-lora": f"{ROBOT} --init nano",
     "finetune-expert": f"{ROBOT} --init nano",
 }
-EVALUATION = {"evaluation": "evaluate --policy nano --scenes 200 --films 0"}
+EVALUATION = {"evaluation": "evaluate --policy nano --num-scenes 200 --videos 0"}
 
 READ_EPISODES = """
 import hashlib, json, sys
 from spear.data.store.episode_store import EpisodeStore
 digests = {}
 for episode in EpisodeStore(sys.argv[1]):
-    arrays = episode.position, episode.rotation, episode.gripper, episode.action,
-    episode.action_mask digest = hashlib.sha256(repr([episode.instruction, episode.rate_hz,
-    episode.success]).encode()) for array in arrays:
+    facts = [episode.instruction, episode.rate_hz, episode.success]
+    digest = hashlib.sha256(repr(facts).encode())
+    for array in (episode.position, episode.rotation, episode.gripper):
+        digest.update(array.tobytes())
+    for array in (episode.action, episode.action_mask):
         digest.update(array.tobytes())
     for camera in sorted(episode.images):
         digest.update(camera.encode() + b"".join(episode.images[camera]))
     digests[episode.source] = digest.hexdigest()
 print(json.dumps(digests))
 """
+
+# Options by their names in versions before the command line's present ones.
+OLD_OPTIONS = {
+    "--num-scenes": "--scenes",
+    "--num-episodes": "--episodes",
+    "--image-size": "--size",
+    "--init-depth-encoder": "--moge",
+    "--videos": "--films",
+}
 
 
 # --- Digests ---
@@ -141,6 +152,8 @@ def run(args: argparse.Namespace) -> int:
             if args.only and name not in args.only:
                 continue
             start = time.monotonic()
+            if args.old_options:
+                command = use_old_options(command)
             result = run_spear(command, name, args.data, work, environment)
             has_episodes = name.startswith(("episodes", "prepared"))
             if has_episodes and result.returncode == 0:
@@ -154,6 +167,11 @@ def run(args: argparse.Namespace) -> int:
                 print(result.stderr, file=sys.stderr)
             args.file.write_text(json.dumps(digests, indent=1))
     return status
+
+
+def use_old_options(command: str) -> str:
+    """Return a command with the option names of older versions."""
+    return " ".join(OLD_OPTIONS.get(word, word) for word in command.split())
 
 
 def run_spear(
@@ -201,6 +219,9 @@ def main() -> int:
         "--data", type=Path, required=True, help="an RLDS dataset, such as a piece of BridgeData V2"
     )
     run_parser.add_argument("--source", type=Path, help="src of another checkout")
+    run_parser.add_argument(
+        "--old-options", action="store_true", help="the checkout has the old names of options"
+    )
     run_parser.add_argument("--only", nargs="*", default=(), help="names of some of the results")
     run_parser.set_defaults(function=run)
     compare_parser = commands.add_parser("compare")

@@ -217,6 +217,18 @@ class Frame:
     is_turned: bool = False
     is_measured: bool = False
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Pickle with the field names of older versions, because labels keep hashes of pickles."""
+        state = dict(self.__dict__)
+        for name in ("turned", "measured"):
+            state[name] = state.pop(f"is_{name}")
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        for name in ("turned", "measured"):
+            state[f"is_{name}"] = state.pop(name)
+        self.__dict__.update(state)
+
 
 @dataclass(frozen=True)
 class Box3D:

@@ -19,8 +19,9 @@ from data_tiny import make_png
 from refusals import refuses
 from spear.errors import Notice, RetryableError, SpearError
 from spear.evaluate.vqa.ask import load_picture
-from spear.labels.inputs import Item, list_images
+from spear.labels.inputs import Item, hash_content, list_images
 from spear.labels.pipeline import read_images
+from spear.types import Frame
 from spear.util.images import decode_image
 
 FILM_RATE_HZ = 10
@@ -355,3 +356,11 @@ def test_bad_input_is_named(tmp_path: Path, name: str, hint: str) -> None:
 
     assert hint in message
     assert str(tmp_path) in message
+
+
+def test_hashes_of_frames_are_those_of_older_versions() -> None:
+    """Folders that were labeled before the fields of `Frame` had their present names continue."""
+    frame = Frame("pixels", source="sim/clutter/0/external", is_turned=True)
+
+    assert hash_content(frame) == "99a539aff3883232"
+    assert pickle.loads(pickle.dumps(frame)).is_turned
