@@ -81,7 +81,7 @@ def roll_out(env: TabletopEnv, policy: Spear1Policy) -> list[Image.Image]:
 
 def main(seed: int) -> None:
     policy = Spear1Policy.load("nano")
-    env = TabletopEnv(FAMILY, policy.image_sizes["external"], policy.image_sizes["wrist"])
+    env = TabletopEnv(FAMILY, policy.image_sizes)
     env.reset(seed=seed)
     with_boxes = show(env, predict_boxes(env, load_vlm("nano-vlm")))
     frames = [with_boxes, *roll_out(env, policy)]

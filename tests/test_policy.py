@@ -199,7 +199,7 @@ def test_a_prefix_longer_than_those_of_training_is_refused(committing_nano: Spea
 def test_the_number_of_flow_steps_is_the_models_own_by_default(nano: Spear1Policy) -> None:
     inputs = nano.prepare_inputs([make_observation()])
 
-    assert nano.steps == nano.model.flow.steps == 5
+    assert nano.steps == nano.model.flow_config.steps == 5
     own = nano.model.sample_actions(**inputs)
     assert torch.equal(nano.predict(inputs).to_vector(), own.to_vector())
 

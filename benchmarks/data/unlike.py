@@ -115,11 +115,10 @@ def run_with_mistake(
     assert distribution is not None, "the policy has no seen.json"
     agent = PolicyAgent(policy, "policy")
     checks = MotionChecks()
-    image_sizes = (agent.image_sizes["external"], agent.image_sizes["wrist"])
     num_observations = 0
     is_noticed_first = False
     for seed in seeds:
-        env = TabletopEnv(FAMILIES[seed % len(FAMILIES)], *image_sizes)
+        env = TabletopEnv(FAMILIES[seed % len(FAMILIES)], agent.image_sizes)
         observation, info = env.reset(seed=seed)
         checks.set_chunk(None)
         while not info["success"] and env.steps < MAX_STEPS:

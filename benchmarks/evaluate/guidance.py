@@ -47,7 +47,7 @@ class GuidedPolicy(Spear1Policy):
 
         with torch.no_grad():
             prefix = self.model.encode_prefix(**prefix_inputs)
-        config = self.model.flow
+        config = self.model.flow_config
         target = committed.actions
         weights = self._compute_weights(committed.is_committed)
 

@@ -73,7 +73,7 @@ def run_plain(model: Spear1ForActionPrediction, inputs: dict[str, Any]) -> Actio
         def predict(noisy: Action, tau: torch.Tensor) -> Action:
             return model.predict(prefix, inputs["state"], noisy, tau)
 
-        return flow.integrate(predict, inputs["noise"], NUM_FLOW_STEPS, model.flow)
+        return flow.integrate(predict, inputs["noise"], NUM_FLOW_STEPS, model.flow_config)
 
 
 def list_ours(model: Spear1ForActionPrediction, inputs: dict[str, Any]) -> dict[str, Run]:
@@ -270,7 +270,7 @@ def make_whole_policy(
         "input_ids": torch.randint(3, 1000, (batch, NUM_TEXT_TOKENS), device=device),
         "attention_mask": None,
         "state": torch.randn(batch, NUM_STATE_FEATURES, device=device),
-        "noise": flow.sample_noise((batch, size.horizon), model.flow, device=device),
+        "noise": flow.sample_noise((batch, size.horizon), model.flow_config, device=device),
     }
     return model, inputs, view_tokens
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -40,11 +41,11 @@ class BareSimulator:
     Its methods must be called while its OpenGL context is current.
     """
 
-    def __init__(self, world: World, size: Size, wrist_size: Size) -> None:
+    def __init__(self, world: World, image_sizes: Mapping[str, Size]) -> None:
         self.model = world.model
         self.data = world.data
-        width, height = size
-        wrist_width, wrist_height = wrist_size
+        width, height = image_sizes["external"]
+        wrist_width, wrist_height = image_sizes["wrist"]
         self.rectangles = [
             mujoco.MjrRect(0, 0, width, height),
             mujoco.MjrRect(width, 0, wrist_width, wrist_height),
@@ -101,11 +102,13 @@ class StepTimes:
     without_images: list[float] = field(default_factory=list)
 
 
-def measure_scene(family: str, seed: int, size: Size, wrist_size: Size, times: StepTimes) -> None:
+def measure_scene(
+    family: str, seed: int, image_sizes: Mapping[str, Size], times: StepTimes
+) -> None:
     """Let the expert solve a scene, and add the time of each step."""
-    env = TabletopEnv(family, size, wrist_size)
+    env = TabletopEnv(family, image_sizes)
     env.reset(seed=seed)
-    bare = BareSimulator(World(sample_scene(family, seed)), size, wrist_size)
+    bare = BareSimulator(World(sample_scene(family, seed)), image_sizes)
     env_without_images = TabletopEnv(family, images=False)
     env_without_images.reset(seed=seed)
 
@@ -129,13 +132,13 @@ def measure_processor_seconds(run: Any) -> float:
     return measure_seconds(run, "cpu", use_processor_time=True)
 
 
-def measure_recording(num_scenes: int, size: Size, wrist_size: Size, workers: int) -> None:
+def measure_recording(num_scenes: int, image_sizes: Mapping[str, Size], workers: int) -> None:
     """Print how fast demonstrations are recorded, by the clock."""
     tasks = []
     for i in range(len(FAMILIES) * num_scenes):
         tasks.append((FAMILIES[i % len(FAMILIES)], FIRST_TRAIN_SEED + i))
     start = time.perf_counter()
-    episodes = list(record_episodes(tasks, size, wrist_size, workers=workers))
+    episodes = list(record_episodes(tasks, image_sizes, workers=workers))
     seconds = time.perf_counter() - start
     num_steps = sum(len(episode) for episode in episodes)
     print(
@@ -155,12 +158,14 @@ def main() -> None:
     parser.add_argument("--wrist", type=int, default=96)
     parser.add_argument("--workers", type=int, default=2)
     args = parser.parse_args()
-    size = (args.width, args.height)
-    wrist_size = (args.wrist, args.wrist)
+    image_sizes = {
+        "external": (args.width, args.height),
+        "wrist": (args.wrist, args.wrist),
+    }
 
     times = StepTimes()
     for seed in range(args.scenes):
-        measure_scene(FAMILIES[seed % len(FAMILIES)], seed, size, wrist_size, times)
+        measure_scene(FAMILIES[seed % len(FAMILIES)], seed, image_sizes, times)
     ratio = np.sum(times.ours) / np.sum(times.bare)
     print(
         f"steps with two cameras: {1 / np.mean(times.ours):.0f}/s of processor time,"
@@ -171,7 +176,7 @@ def main() -> None:
         f" (claim: at most {MAX_OVERHEAD_PERCENT} %)"
     )
     print(f"steps without images: {1 / np.mean(times.without_images):.0f}/s of processor time")
-    measure_recording(args.scenes, size, wrist_size, args.workers)
+    measure_recording(args.scenes, image_sizes, args.workers)
 
 
 if __name__ == "__main__":

@@ -44,9 +44,7 @@ def make_data(root: Path) -> None:
     sizes = dict(PRESETS["nano"].image_sizes)
     label_scenes(root / "labels", 12, sizes, first_seed=10_000, workers=1)
     tasks = [("put_on", 10_000), ("stack_cube", 10_001)]
-    write_episodes(
-        record_episodes(tasks, sizes["external"], sizes["wrist"], workers=1), root / "episodes"
-    )
+    write_episodes(record_episodes(tasks, sizes, workers=1), root / "episodes")
 
 
 def measure_steps(root: Path, name: str, precision: str, num_steps: int) -> list[float]:

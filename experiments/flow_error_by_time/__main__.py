@@ -82,7 +82,7 @@ def measure_batch(
     robot_state = inputs.pop("state")
     prefix = model.encode_prefix(**inputs)
     generator = torch.Generator().manual_seed(number)
-    noise = flow.sample_noise(mask.shape, model.flow, generator)
+    noise = flow.sample_noise(mask.shape, model.flow_config, generator)
 
     def predict(state: Action, time: Tensor) -> Action:
         return model.predict(prefix, robot_state, state, time)
@@ -92,14 +92,14 @@ def measure_batch(
 
     for tau in TIMES:
         time = torch.full((BATCH_SIZE,), tau)
-        state, _ = flow.interpolate(noise, data, time, model.flow)
-        end = find_end(predict(state, time), state, time, model.flow)
+        state, _ = flow.interpolate(noise, data, time, model.flow_config)
+        end = find_end(predict(state, time), state, time, model.flow_config)
         add(f"{tau:g}", end, data)
 
-    other_noise = flow.sample_noise(mask.shape, model.flow, generator)
+    other_noise = flow.sample_noise(mask.shape, model.flow_config, generator)
     for num_steps in NUM_EULER_STEPS:
-        end = flow.integrate(predict, noise, num_steps, model.flow)
-        other_end = flow.integrate(predict, other_noise, num_steps, model.flow)
+        end = flow.integrate(predict, noise, num_steps, model.flow_config)
+        other_end = flow.integrate(predict, other_noise, num_steps, model.flow_config)
         add(f"{num_steps} steps", end, data)
         add(f"{num_steps} steps, spread", end, other_end)
 

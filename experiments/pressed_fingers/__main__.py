@@ -30,7 +30,7 @@ MIN_BLOCKED_STEPS = 10  # an episode counts as blocked for long
 def count_blocked_steps(agent: Agent, family: str, seed: int) -> tuple[bool, int]:
     """Run an episode; returns whether it succeeds, and at how many steps the fingers stay open."""
     sizes = agent.image_sizes
-    env = TabletopEnv(family, sizes["external"], sizes["wrist"])
+    env = TabletopEnv(family, sizes)
     observation, info = env.reset(seed=seed)
     num_blocked = 0
     while env.steps < MAX_STEPS and not info["success"]:

@@ -251,7 +251,7 @@ def _free_bytes(device: torch.device) -> float:
 
 def _list_implementations(model: Any, inputs: Inputs) -> dict[str, Callable[[], torch.Tensor]]:
     """Return functions that compute actions, by name."""
-    steps = model.flow.steps
+    steps = model.flow_config.steps
     sampler = get_sampler(model, True)
     implementations: dict[str, Callable[[], torch.Tensor]] = {
         "plain network": partial(sample_plain, model, inputs, steps),
@@ -313,7 +313,7 @@ def _count_phases(model: Any, inputs: Inputs) -> list[Phase]:
             num_vlm_weights += parameter.numel()
     prefix = (prefix_flops, num_vlm_weights * bytes_per_weight)
     step = (step_flops, num_expert_weights * bytes_per_weight)
-    return [prefix] + [step] * model.flow.steps
+    return [prefix] + [step] * model.flow_config.steps
 
 
 def _run_and_measure_memory(

@@ -299,7 +299,7 @@ class Spear1Policy:
             model=model,
             processor=Processor.load(folder, model.config.vlm_config),
             normalizer=normalizer.for_dataset(dataset),
-            steps=model.flow.steps if steps is None else steps,
+            steps=model.flow_config.steps if steps is None else steps,
             seed=seed,
             folder=folder,
             dataset=dataset,
@@ -320,7 +320,7 @@ class Spear1Policy:
             words.append(str(self.model.dtype))
         if self.dataset is not None:
             words.append(self.dataset)
-        if self.steps != self.model.flow.steps:
+        if self.steps != self.model.flow_config.steps:
             words.append(f"steps {self.steps}")
         return " ".join(words)
 
@@ -491,7 +491,7 @@ class Spear1Policy:
         seed = (self.seed * 1_000_003 + observation_seed) % 2**63
         generator = torch.Generator().manual_seed(seed)
         shape = (1, self.model.config.horizon)
-        return flow.sample_noise(shape, self.model.flow, generator).to_vector()
+        return flow.sample_noise(shape, self.model.flow_config, generator).to_vector()
 
 
 def _check_once(observation: Mapping[str, Any]) -> CheckedObservation:

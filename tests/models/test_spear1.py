@@ -213,8 +213,8 @@ class TestCommittedActions:
     def test_without_them_only_noise_and_flow_time_are_drawn(
         self, model: Spear1ForActionPrediction, generator: torch.Generator
     ) -> None:
-        noise = flow.sample_noise((B, self.num_chunks, H), model.flow, generator)
-        tau = flow.sample_time(B * self.num_chunks, model.flow, generator)
+        noise = flow.sample_noise((B, self.num_chunks, H), model.flow_config, generator)
+        tau = flow.sample_time(B * self.num_chunks, model.flow_config, generator)
         tau = tau.view(B, self.num_chunks)
 
         with_own_draws = self.loss(
@@ -229,8 +229,8 @@ class TestCommittedActions:
     ) -> None:
         # Draw what the model will draw.
         shape = (B, self.num_chunks, H)
-        noise = flow.sample_noise(shape, model.flow, generator)
-        tau = flow.sample_time(B * self.num_chunks, model.flow, generator)
+        noise = flow.sample_noise(shape, model.flow_config, generator)
+        tau = flow.sample_time(B * self.num_chunks, model.flow_config, generator)
         num_committed = torch.randint(3, (B, self.num_chunks, 1), generator=generator)
         assert set(num_committed.flatten().tolist()) == {0, 1, 2}
         is_committed = torch.arange(H) < num_committed
@@ -261,7 +261,7 @@ class TestCommittedActions:
         for vector in (outputs[0].detach().reshape(*shape, 8), noise.to_vector(), perturbed):
             alone.append(Action.from_vector(vector[is_taught][:, None]))
         tau_of_actions = tau.view(B, self.num_chunks, 1).expand(shape)[is_taught]
-        expected, _ = flow.compute_loss(*alone, tau_of_actions, model.flow)
+        expected, _ = flow.compute_loss(*alone, tau_of_actions, model.flow_config)
         torch.testing.assert_close(loss, expected)
 
 
@@ -304,7 +304,7 @@ def test_sampled_actions_repeat_with_their_seed(prediction: str) -> None:
 
     sampled = []
     for seed in (0, 0, 1):
-        noise = flow.sample_noise((B, H), model.flow, torch.Generator().manual_seed(seed))
+        noise = flow.sample_noise((B, H), model.flow_config, torch.Generator().manual_seed(seed))
         sampled.append(model.sample_actions(**observation(), noise=noise, steps=7).to_vector())
 
     assert sampled[0].shape == (B, H, 8)
@@ -314,7 +314,7 @@ def test_sampled_actions_repeat_with_their_seed(prediction: str) -> None:
 
 def test_noise_of_another_horizon_is_refused() -> None:
     model = make_spear1()
-    noise = flow.sample_noise((B, H + 1), model.flow)
+    noise = flow.sample_noise((B, H + 1), model.flow_config)
 
     with pytest.raises(ValueError, match=f"{H + 1} actions"):
         model.sample_actions(**observation(), noise=noise)
@@ -333,7 +333,7 @@ def test_saving_and_loading_changes_no_bit(tmp_path: Path, dtype: torch.dtype, l
 
     assert isinstance(loaded, Spear1ForActionPrediction)
     torch.testing.assert_close(loaded.state_dict(), model.state_dict(), rtol=0, atol=0)
-    assert loaded.flow == model.flow
+    assert loaded.flow_config == model.flow_config
     assert loaded.config.vlm_config.views == model.config.vlm_config.views
     if dtype == torch.float32:
         expected = model.sample_actions(**observation(), noise=draw_actions(B, H)).to_vector()

@@ -18,8 +18,7 @@ from spear.sim.scene import FAMILIES
 from spear.sim.world import is_source_on_target
 
 NO_MOTION = np.array([0, 0, 0, 1, 0, 0, 0, 1], np.float32)
-IMAGE_SIZE = (96, 72)
-WRIST_SIZE = (48, 48)
+IMAGE_SIZES = {"external": (96, 72), "wrist": (48, 48)}
 MAX_EXPERT_STEPS = 40
 
 
@@ -29,7 +28,9 @@ MAX_EXPERT_STEPS = 40
 @pytest.mark.usefixtures("renderer")
 @pytest.mark.filterwarnings("ignore")
 def test_keeps_gymnasiums_contract() -> None:
-    check_env(TabletopEnv("put_on", (64, 48), (32, 32)), skip_render_check=True)
+    check_env(
+        TabletopEnv("put_on", {"external": (64, 48), "wrist": (32, 32)}), skip_render_check=True
+    )
 
 
 class TestRegisteredEnvironment:
@@ -70,7 +71,7 @@ def test_an_unknown_family_gets_a_suggestion() -> None:
 
 def run_episode() -> list[np.ndarray]:
     """Images and states of the first steps of a scene."""
-    env = TabletopEnv("stack_cube", IMAGE_SIZE, WRIST_SIZE)
+    env = TabletopEnv("stack_cube", IMAGE_SIZES)
     observation, _ = env.reset(seed=11)
     observations = [observation]
     for _ in range(4):
@@ -89,7 +90,7 @@ def test_the_same_seed_gives_the_same_pixels() -> None:
 
 @pytest.mark.usefixtures("renderer")
 def test_an_image_does_not_depend_on_what_else_is_rendered() -> None:
-    envs = [TabletopEnv(family, IMAGE_SIZE, WRIST_SIZE) for family in FAMILIES]
+    envs = [TabletopEnv(family, IMAGE_SIZES) for family in FAMILIES]
     images = []
     for env in envs:
         observation, _ = env.reset(seed=2)

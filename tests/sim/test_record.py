@@ -17,8 +17,7 @@ from spear.sim.scene import FAMILIES
 from spear.types import Episode
 from spear.util.held_out import FIRST_TRAIN_SEED
 
-IMAGE_SIZE = (96, 72)
-WRIST_SIZE = (48, 48)
+IMAGE_SIZES = {"external": (96, 72), "wrist": (48, 48)}
 NO_MOTION = np.array([0, 0, 0, 1, 0, 0, 0, 1], np.float32)
 MAX_EXPERT_STEP_M = 0.0601
 MAX_EXPERT_TURN_RAD = np.radians(8.1)
@@ -27,7 +26,7 @@ pytestmark = pytest.mark.usefixtures("renderer")
 
 
 def record(family: str, seed: int, **options: Any) -> Episode:
-    return record_episode(family, FIRST_TRAIN_SEED + seed, IMAGE_SIZE, WRIST_SIZE, **options)
+    return record_episode(family, FIRST_TRAIN_SEED + seed, IMAGE_SIZES, **options)
 
 
 class TestUndisturbedEpisode:
@@ -43,7 +42,7 @@ class TestUndisturbedEpisode:
         assert episode.action_mask is not None
         assert episode.action_mask.all()
 
-    @pytest.mark.parametrize(("camera", "size"), [("external", IMAGE_SIZE), ("wrist", WRIST_SIZE)])
+    @pytest.mark.parametrize(("camera", "size"), IMAGE_SIZES.items())
     def test_has_an_image_per_step(
         self, episode: Episode, camera: str, size: tuple[int, int]
     ) -> None:
@@ -115,8 +114,8 @@ class TestDisturbedEpisodes:
 def test_processes_share_the_work_without_changing_it() -> None:
     tasks = [("stack_cube", FIRST_TRAIN_SEED), ("put_in_basket", FIRST_TRAIN_SEED + 3)]
 
-    by_one = list(record_episodes(tasks, IMAGE_SIZE, WRIST_SIZE, workers=1))
-    by_two = list(record_episodes(tasks, IMAGE_SIZE, WRIST_SIZE, workers=2))
+    by_one = list(record_episodes(tasks, IMAGE_SIZES, workers=1))
+    by_two = list(record_episodes(tasks, IMAGE_SIZES, workers=2))
 
     sources = [f"sim/{family}/{seed}" for family, seed in tasks]
     assert [episode.source for episode in by_one] == sources

@@ -103,4 +103,4 @@ def sample_by_reference(
     with torch.no_grad():
         prefix = model.encode_prefix(**prefix_inputs)
         predict = partial(model.predict, prefix, inputs["state"])
-        return flow.integrate(predict, noise, steps, model.flow, committed).to_vector()
+        return flow.integrate(predict, noise, steps, model.flow_config, committed).to_vector()

@@ -261,8 +261,8 @@ def test_flow_settings_of_a_recipe_are_added_to_the_policys(policy_inputs: Train
     recipe = POLICY_RECIPE.with_changes(flow={"rotation_weight": 7.0})
     model, _, _ = build(recipe, policy_inputs)
 
-    assert model.flow == dataclasses.replace(original.flow, rotation_weight=7.0)  # type: ignore
-    assert model.flow == FlowConfig(**model.config.flow)
+    assert model.flow_config == dataclasses.replace(original.flow_config, rotation_weight=7.0)  # type: ignore
+    assert model.flow_config == FlowConfig(**model.config.flow)
 
 
 def test_gemmas_embedding_scale_is_exact_after_a_checkpoint_in_bfloat16(

@@ -59,7 +59,7 @@ def walked(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     sizes = dict(PRESETS["nano"].image_sizes)
     labels = root / "labels"
     label_scenes(labels, 3, sizes, first_seed=10_000, workers=1)
-    episodes = record_episodes([("put_on", 10_000)], sizes["external"], sizes["wrist"], workers=1)
+    episodes = record_episodes([("put_on", 10_000)], sizes, workers=1)
     store = write_store(episodes, root / "episodes")
 
     depth = run_recipe("nano-depth", root / "depth", labels, **FEW_STEPS)

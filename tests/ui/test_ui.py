@@ -593,7 +593,7 @@ def test_boxes_are_those_of_spear_vlm_with_their_true_errors(
 ) -> None:
     names = tab.view["objects"][:2]
     assert len(names) == 2
-    env = TabletopEnv("put_on", *policy.processor.image_sizes.values())
+    env = TabletopEnv("put_on", policy.processor.image_sizes)
     env.reset(seed=0)
     prompts = [f"Provide the 3D bounding box coordinates of the {name}" for name in names]
     vlm = VlmBundle(policy.model.vlm, policy.processor)

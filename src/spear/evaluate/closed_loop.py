@@ -131,8 +131,7 @@ class _Tabletop:
     def _make_env(self, agent: Agent, family: str) -> TabletopEnv:
         return TabletopEnv(
             family,
-            self._image_sizes["external"],
-            self._image_sizes["wrist"],
+            self._image_sizes,
             images=agent.needs_images,
         )
 

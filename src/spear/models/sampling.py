@@ -124,7 +124,7 @@ def sample_plain(model: Any, inputs: Inputs, steps: int) -> Tensor:
         return model.predict(prefix, inputs["state"], a_tau, tau)
 
     noise = Action.from_vector(inputs["noise"])
-    actions = flow.integrate(predict, noise, steps, model.flow, _unpack_committed(inputs))
+    actions = flow.integrate(predict, noise, steps, model.flow_config, _unpack_committed(inputs))
     return actions.to_vector()
 
 
@@ -322,7 +322,7 @@ def _integrate(
         expert_flow.predict,
         Action.from_vector(inputs["noise"]),
         steps,
-        model.flow,
+        model.flow_config,
         expert_flow.committed,
         sampler.euler_step,
     )
@@ -385,8 +385,8 @@ class _ExpertFlow:
         else:
             hidden = sampler.expert(tokens, self.action_rotations, self.action_window, self.bias)
         self.step += 1
-        v_theta = self.model.action_out_proj(hidden.to(sampler.dtype))
-        return Action.from_vector(v_theta.to(self.action_dtype))
+        prediction = self.model.action_out_proj(hidden.to(sampler.dtype))
+        return Action.from_vector(prediction.to(self.action_dtype))
 
 
 def _unpack_committed(inputs: Inputs) -> flow.CommittedPrefix | None:

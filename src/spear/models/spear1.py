@@ -51,10 +51,11 @@ class Spear1Config(layers.PortableConfig):
 
     vlm_config     SPEAR-VLM's config.
     expert_config  The config of the action expert's Gemma, which must fit the VLM's
-    (`SHARED_WITH_VLM`). horizon        H, actions per chunk (the paper: 5, at 5 Hz). flow
-    Fields of `spear.types.FlowConfig`. committed      In training, up to this many actions at the
-    beginning of a chunk are decided already
-                   (`spear.flow.sample_committed`). The paper has none: 0.
+                   (`SHARED_WITH_VLM`).
+    horizon        H, the number of actions per chunk (the paper: 5, at 5 Hz).
+    flow           Fields of `spear.types.FlowConfig`.
+    committed      In training, up to this many actions at the beginning of a chunk may be decided
+                   already (`spear.flow.sample_committed`). The paper has none: 0.
     min_period     Shortest period of the waves that embed the flow time, which runs from 0 to 1
                    (π0's).
     max_period     Longest period of these waves (π0's).
@@ -103,7 +104,7 @@ class Spear1ForActionPrediction(PreTrainedModel):
 
     def __init__(self, config: Spear1Config) -> None:
         super().__init__(layers.choose_attention(config))
-        self.flow = flow.FlowConfig(**(config.flow or {}))
+        self.flow_config = flow.FlowConfig(**(config.flow or {}))
         self.vlm = SpearVLMForConditionalGeneration(config.vlm_config)
         self.expert = layers.build_language_model(config.expert_config)
         self.expert.embed_tokens = None  # type: ignore[assignment]  # it never sees text
@@ -126,7 +127,7 @@ class Spear1ForActionPrediction(PreTrainedModel):
         if module is not self.action_out_proj:
             return
         init.normal_(module.weight, std=0.1 / math.sqrt(module.in_features))
-        if self.flow.prediction == "clean":
+        if self.flow_config.prediction == "clean":
             # An untrained network predicts not to move: no translation, rotation (1, 0, 0, 0),
             # gripper 0.
             no_motion = [0.0, 0, 0, 1, 0, 0, 0, 0]
@@ -183,16 +184,14 @@ class Spear1ForActionPrediction(PreTrainedModel):
         steps = torch.arange(1, horizon + 1, device=state_position.device).repeat(num_chunks)
         mask = layers.make_suffix_mask(prefix.valid, horizon, num_chunks)
         output = self.expert(
-            inputs_embeds=suffix.to(
-                dtype
-            ),  # under autocast, too, the residual stream keeps its precision
+            inputs_embeds=suffix.to(dtype),  # also under autocast the residual stream keeps it
             attention_mask=layers.prepare_mask(self.expert, mask, dtype),
             position_ids=torch.cat([state_position, state_position + steps], dim=1),
             **{layers.CACHE_ARGUMENT: prefix.cache},
             use_cache=False,
         )
-        v_theta = self.action_out_proj(output.last_hidden_state[:, 1:])
-        return Action.from_vector(v_theta.reshape(vector.shape).to(a_tau.translation.dtype))
+        prediction = self.action_out_proj(output.last_hidden_state[:, 1:])
+        return Action.from_vector(prediction.reshape(vector.shape).to(a_tau.translation.dtype))
 
     def _embed_actions(self, a_tau: Tensor, tau: Tensor) -> Tensor:
         """π0's embedding of actions [B, K, H, 8] at flow times [B, K, H or 1]: [B, K, H, width]."""
@@ -236,7 +235,7 @@ class Spear1ForActionPrediction(PreTrainedModel):
             noise: ε [B, K, H, ·], drawn if not given.
             tau: [B, K] or [B, K, H], drawn if not given.
             view_mask: View -> [B] bool, False for a missing image.
-            generator: Of ε and τ.
+            generator: The random numbers for ε and τ.
 
         Returns:
             The loss and its parts, as `spear.flow.compute_loss` returns them.
@@ -248,7 +247,7 @@ class Spear1ForActionPrediction(PreTrainedModel):
         if noise is None:
             num_chunks = flow_samples if tau is None else tau.shape[1]
             noise = flow.sample_noise(
-                (batch, num_chunks, horizon), self.flow, generator, device=device
+                (batch, num_chunks, horizon), self.flow_config, generator, device=device
             )
         shape = noise.translation.shape[:3]  # [B, K, H]
         data = Action.from_vector(actions.to_vector()[:, None].expand(*shape, ACTION_DIM))
@@ -258,7 +257,8 @@ class Spear1ForActionPrediction(PreTrainedModel):
         # Flow time τ, one per chunk; or one per action, where committed actions stand at 1.
         if tau is None:
             num_draws = shape[:2].numel()
-            tau = flow.sample_time(num_draws, self.flow, generator, device=device).view(batch, -1)
+            tau = flow.sample_time(num_draws, self.flow_config, generator, device=device)
+            tau = tau.view(batch, -1)
             if self.config.committed:
                 committed = flow.sample_committed(
                     (*tau.shape, horizon), self.config.committed, generator, device
@@ -266,17 +266,21 @@ class Spear1ForActionPrediction(PreTrainedModel):
                 tau = torch.where(committed, 1.0, tau[..., None])
                 data = flow.perturb_committed(data, committed, generator, action_mask)
 
-        # The state of the flow: x_τ = τ x + (1 - τ) ε, and q_τ = slerp(q_ε, q; τ). The network
-        # predicts its velocity u from it: v_θ(a_τ, τ).
-        a_tau, _ = flow.interpolate(noise, data, tau, self.flow)
+        # The state of the flow: x_τ = τ x + (1 - τ) ε, and q_τ = slerp(q_ε, q; τ). From it the
+        # network predicts the velocity u or the clean action, as the config says.
+        a_tau, _ = flow.interpolate(noise, data, tau, self.flow_config)
         prefix = self.encode_prefix(pixel_values, input_ids, attention_mask, view_mask)
-        v_theta = self.predict(prefix, state, a_tau, tau)
+        prediction = self.predict(prefix, state, a_tau, tau)
 
-        # L = L_R³ + L_S³, over all actions that are neither masked nor committed.
+        # The loss of translation (R³), rotation (S³) and gripper, over all actions that are neither
+        # masked nor committed.
         if tau.dim() == 3:
-            is_open = tau < 1
-            action_mask = is_open if action_mask is None else action_mask & is_open
-        loss, parts = flow.compute_loss(v_theta, noise, data, tau, self.flow, action_mask)
+            is_not_committed = tau < 1
+            if action_mask is None:
+                action_mask = is_not_committed
+            else:
+                action_mask = action_mask & is_not_committed
+        loss, parts = flow.compute_loss(prediction, noise, data, tau, self.flow_config, action_mask)
         detached_parts = {name: part.detach() for name, part in parts.items()}
         return LossOutput(loss=loss, parts=detached_parts)
 
@@ -317,7 +321,7 @@ class Spear1ForActionPrediction(PreTrainedModel):
             pixel_values, input_ids, attention_mask, state, noise, view_mask, committed
         )
         if steps is None:
-            steps = self.flow.steps
+            steps = self.flow_config.steps
         return Action.from_vector(sample_actions(self, inputs, steps))
 
 

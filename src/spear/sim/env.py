@@ -6,14 +6,16 @@ returns.
 """
 
 import string
+from collections.abc import Mapping
 from typing import Any
 
 import gymnasium
 import numpy as np
 from numpy.typing import NDArray
 
+from spear.embodiments.observations import DEFAULT_IMAGE_SIZES, camera_key
 from spear.sim.control import check_action
-from spear.sim.render import ImageSize, get_thread_renderer
+from spear.sim.render import CAMERAS, ImageSize, get_thread_renderer
 from spear.sim.scene import sample_scene
 from spear.sim.world import World, measure_milestones
 from spear.sim.worlds import check_world, place_in_world
@@ -47,10 +49,10 @@ class TabletopEnv(gymnasium.Env[Observation, NDArray[np.floating]]):
 
     Args:
         family: One of `spear.sim.scene.FAMILIES`.
-        image_size: (width, height) of the external camera, pixels.
-        wrist_size: The same of the wrist camera.
+        image_sizes: Camera → (width, height) of its images in pixels, for each of
+            `spear.sim.render.CAMERAS`.
         images: Whether observations have images. Without them no rendering library is needed.
-        render_mode: As of Gymnasium.
+        render_mode: "rgb_array" or None, as Gymnasium defines it.
         world: The surroundings of the scenes, see `spear.sim.worlds`.
 
     Example:
@@ -65,8 +67,7 @@ class TabletopEnv(gymnasium.Env[Observation, NDArray[np.floating]]):
     def __init__(
         self,
         family: str = "put_on",
-        image_size: ImageSize = (280, 210),
-        wrist_size: ImageSize = (112, 112),
+        image_sizes: Mapping[str, ImageSize] = DEFAULT_IMAGE_SIZES,
         images: bool = True,
         render_mode: str | None = "rgb_array",
         world: str = "default",
@@ -76,8 +77,7 @@ class TabletopEnv(gymnasium.Env[Observation, NDArray[np.floating]]):
         self.images = images
         self.render_mode = render_mode
         self.world_name = check_world(world)
-        self.image_size = image_size
-        self.wrist_size = wrist_size
+        self.image_sizes = {camera: image_sizes[camera] for camera in CAMERAS}
 
         spaces: dict[str, gymnasium.Space[Any]] = {
             "observation/state": gymnasium.spaces.Box(-10.0, 10.0, (8,), np.float32),
@@ -86,8 +86,8 @@ class TabletopEnv(gymnasium.Env[Observation, NDArray[np.floating]]):
             ),
         }
         if images:
-            spaces["observation/image"] = _make_image_space(image_size)
-            spaces["observation/wrist_image"] = _make_image_space(wrist_size)
+            for camera, size in self.image_sizes.items():
+                spaces[camera_key(camera)] = _make_image_space(size)
         self.observation_space = gymnasium.spaces.Dict(spaces)
         self.action_space: gymnasium.Space[NDArray[Any]] = ActionSpace(-1.0, 1.0, (8,), np.float32)
 
@@ -137,10 +137,9 @@ class TabletopEnv(gymnasium.Env[Observation, NDArray[np.floating]]):
             "prompt": self.world.spec.instruction,
         }
         if self.images:
-            views = [("external", self.image_size), ("wrist", self.wrist_size)]
-            image, wrist_image = get_thread_renderer().images(self.world, views)
-            observation["observation/image"] = image
-            observation["observation/wrist_image"] = wrist_image
+            images = get_thread_renderer().images(self.world, list(self.image_sizes.items()))
+            for camera, image in zip(self.image_sizes, images, strict=True):
+                observation[camera_key(camera)] = image
         return observation
 
     @property
@@ -150,7 +149,8 @@ class TabletopEnv(gymnasium.Env[Observation, NDArray[np.floating]]):
 
     def render(self) -> NDArray[np.uint8]:
         """Return the external camera's image."""
-        return get_thread_renderer().images(self.world, [("external", self.image_size)])[0]
+        view = ("external", self.image_sizes["external"])
+        return get_thread_renderer().images(self.world, [view])[0]
 
     def _make_info(self, is_unreachable: bool) -> dict[str, Any]:
         info: dict[str, Any] = dict(measure_milestones(self.world))

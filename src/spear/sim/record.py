@@ -18,9 +18,10 @@ from typing import Any
 import numpy as np
 
 from spear.embodiments.inverse_kinematics import euclidean_norm
+from spear.embodiments.observations import DEFAULT_IMAGE_SIZES, camera_key
 from spear.sim import expert
 from spear.sim.env import MAX_STEPS, TabletopEnv
-from spear.sim.render import ImageSize
+from spear.sim.render import CAMERAS, ImageSize
 from spear.types import CONTROL_RATE_HZ, Array, Episode
 from spear.util import processes
 from spear.util.images import encode_jpeg
@@ -73,8 +74,7 @@ class Disturbance:
 
 def record_episodes(
     tasks: Iterable[tuple[str, int]],
-    image_size: ImageSize = (280, 210),
-    wrist_size: ImageSize = (112, 112),
+    image_sizes: Mapping[str, ImageSize] = DEFAULT_IMAGE_SIZES,
     workers: int = 2,
     policy: InterveningPolicy | None = None,
     world: str = "default",
@@ -83,51 +83,45 @@ def record_episodes(
 
     Args:
         tasks: (family, seed) of each scene.
-        image_size: (width, height) of the external camera's JPEG images (quality 95), pixels.
-        wrist_size: The same of the wrist camera.
+        image_sizes: Camera → (width, height) of its JPEG images (quality 95), in pixels.
         workers: With more than one, so many processes share the work. The episodes are the same
             whatever their number.
         policy: Takes turns with the expert; it is sent to the processes.
         world: The surroundings of the scenes, see `spear.sim.worlds`.
     """
-    job = functools.partial(_record_task, image_size, wrist_size, policy, world)
+    job = functools.partial(_record_task, image_sizes, policy, world)
     num_processes = workers if workers > 1 else 0
     with processes.open_worker_pool(num_processes, __name__, "give fewer --workers") as executor:
         yield from processes.map_in_order(executor, job, tasks, num_ahead=2 * workers)
 
 
 def _record_task(
-    image_size: ImageSize,
-    wrist_size: ImageSize,
+    image_sizes: Mapping[str, ImageSize],
     policy: InterveningPolicy | None,
     world: str,
     task: tuple[str, int],
 ) -> Episode:
     family, seed = task
-    return record_episode(family, seed, image_size, wrist_size, policy=policy, world=world)
+    return record_episode(family, seed, image_sizes, policy=policy, world=world)
 
 
 def record_episode(
     family: str,
     seed: int,
-    image_size: ImageSize = (280, 210),
-    wrist_size: ImageSize = (112, 112),
+    image_sizes: Mapping[str, ImageSize] = DEFAULT_IMAGE_SIZES,
     disturbance: Disturbance = Disturbance(),
     policy: InterveningPolicy | None = None,
     world: str = "default",
 ) -> Episode:
     """Record the expert's demonstration of one scene, disturbed, or by turns with a policy."""
-    env = TabletopEnv(family, image_size, wrist_size, world=world)
+    env = TabletopEnv(family, image_sizes, world=world)
     observation, info = env.reset(seed=seed)
     disturber = ArmDisturber(disturbance, np.random.default_rng([seed, 1]), policy)
     recorder = EpisodeRecorder()
     while env.steps < MAX_STEPS + NUM_EXTRA_STEPS and not info["success"]:
         expert_action = expert.act(env.world)
         action, is_pushed = disturber(expert_action, env.steps, observation, seed)
-        images = {
-            "external": observation["observation/image"],
-            "wrist": observation["observation/wrist_image"],
-        }
+        images = {camera: observation[camera_key(camera)] for camera in CAMERAS}
         recorder.add(images, observation["observation/state"], action, is_pushed)
         info = env.physics_step(action)
         observation = env.observe()

@@ -84,8 +84,7 @@ def record_demonstrations(  # noqa: PLR0913  the options of its command
     def record_from(first: int) -> Iterator[Episode]:
         return record_episodes(
             tasks[first:],
-            image_sizes["external"],
-            image_sizes["wrist"],
+            image_sizes,
             workers=workers,
             policy=policy,
             world=world,

@@ -372,7 +372,7 @@ def _load_policy(recipe: Recipe, size: Preset, init: Path) -> Spear1ForActionPre
         return model
     model = weights.load(Spear1ForActionPrediction, init)
     model.config.flow = {**(model.config.flow or {}), **recipe.flow}
-    model.flow = FlowConfig(**model.config.flow)
+    model.flow_config = FlowConfig(**model.config.flow)
     return model
 
 

@@ -74,7 +74,7 @@ class SimulatedEpisode:
         self._policy = policy
         self._recorded_outcome = rerun.outcome if rerun else None
         self._image_sizes = get_rendered_sizes(policy)
-        self._env = TabletopEnv(family, self._image_sizes["external"], self._image_sizes["wrist"])
+        self._env = TabletopEnv(family, self._image_sizes)
         observation, _ = self._env.reset(seed=seed)
 
         settings = rerun.settings if rerun else {}
