@@ -45,7 +45,8 @@ def main(out: Path = PICTURE) -> None:
         tab.wait(f"view.answer && {READY}")
         tab.click("#truth")
         tab.run(
-            "scrollTo(0, 0), new Promise(d => requestAnimationFrame(() => requestAnimationFrame(d)))"
+            "scrollTo(0, 0),"
+            " new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))"
         )
         tall = tab.run("document.querySelector('main').getBoundingClientRect().height")
         clip = {"x": 0, "y": 0, "width": WIDTH, "height": tall, "scale": 1}

@@ -1,4 +1,4 @@
-"""Programs in which spear is one library of several may change PyTorch's defaults: nothing changes."""
+"""A host program may change PyTorch's defaults: spear's results stay the same."""
 
 from collections.abc import Callable, Iterator
 

@@ -3,7 +3,8 @@
     python benchmarks/data/audit_checks.py bridge_v2_sample runs/episodes
 
 Of each dataset, 200 draws of 5, 8 and 16 episodes are checked as they are and in four damaged ways.
-A right check says "agrees" or "cannot tell" of right data, "wrong" or "cannot tell" of damaged data.
+A right check says "agrees" or "cannot tell" of right data, "wrong" or "cannot tell" of damaged
+data.
 """
 
 from __future__ import annotations

@@ -168,7 +168,8 @@ def evaluate_policy(policy: Spear1Policy) -> Values:
     captioned_films = []
     for one_film in films:
         outcome = one_film.outcome
-        caption = f"{replace_underscores(outcome.family)}, scene {outcome.seed}: {describe_ending(outcome)}"
+        family = replace_underscores(outcome.family)
+        caption = f"{family}, scene {outcome.seed}: {describe_ending(outcome)}"
         captioned_films.append((one_film.data, caption))
 
     success = result.summarize().success

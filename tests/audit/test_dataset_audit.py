@@ -50,7 +50,7 @@ RIGHT_ANSWERS = {
 def make_motions(
     num_episodes: int = 6, num_steps: int = 24, is_still: bool = False
 ) -> list[tuple[np.ndarray, Rotation]]:
-    """Positions (m) and orientations of smooth random arms whose wrists turn far about every axis."""
+    """Positions (m) and orientations of random arms whose wrists turn far about every axis."""
     rng = np.random.default_rng(0)
     time_s = np.arange(num_steps)[:, None] / RATE_HZ
     amplitude_m = 0.0 if is_still else 0.05
@@ -112,7 +112,7 @@ def make_recordings(mistakes: Mistakes = Mistakes()) -> list[Recording]:
 def log_actions(
     position: np.ndarray, rotation: Rotation, mistakes: Mistakes
 ) -> tuple[np.ndarray, np.ndarray]:
-    """[T, 3] logged translations and rotations that lead from state to state; the last ones are 0."""
+    """[T, 3] logged translations and rotations from state to state; the last ones are 0."""
     translation = np.zeros_like(position)
     turn = np.zeros_like(position)
     if mistakes.kind == "absolute":
@@ -557,7 +557,7 @@ def test_a_wrong_format_of_states_is_named_instead_of_a_wrong_frame(
 
 
 def test_poses_logged_by_a_franka_are_compared_with_the_frame_of_its_hand() -> None:
-    """O_T_EE has z out of the gripper. Our frame, from joint angles, is half a turn about x from it."""
+    """O_T_EE has z out of the gripper. Our frame is half a turn about x from it."""
     layout = REGISTRY["iamlab_cmu_pickup_insert_converted_externally_to_rlds"]
     rng = np.random.default_rng(0)
     time_s = np.arange(24)[:, None] / 20

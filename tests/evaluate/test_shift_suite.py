@@ -1,4 +1,4 @@
-"""The suite evaluates the same scenes with every shift, continues, and ends in a table and a page."""
+"""The suite evaluates the same scenes with every shift and writes a table and a page."""
 
 from pathlib import Path
 

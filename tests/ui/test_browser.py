@@ -29,13 +29,21 @@ PAINTED = """((canvas, name) => {
   probe.fillStyle = color(name);
   probe.fillRect(0, 0, 1, 1);
   const want = probe.getImageData(0, 0, 1, 1).data;
-  const { width, height } = canvas, data = canvas.getContext("2d").getImageData(0, 0, width, height).data;
+  const { width, height } = canvas;
+  const data = canvas.getContext("2d").getImageData(0, 0, width, height).data;
   let found = [0, 1e9, 1e9, -1, -1];
   for (let i = 0; i < width * height; i++)
     if (data[4 * i + 3] > 200 && [0, 1, 2].every(k => Math.abs(data[4 * i + k] - want[k]) < 24)) {
-      const x = i % width, y = Math.floor(i / width);
+      const x = i % width;
+      const y = Math.floor(i / width);
       const [count, left, top, right, bottom] = found;
-      found = [count + 1, Math.min(left, x), Math.min(top, y), Math.max(right, x), Math.max(bottom, y)];
+      found = [
+        count + 1,
+        Math.min(left, x),
+        Math.min(top, y),
+        Math.max(right, x),
+        Math.max(bottom, y),
+      ];
     }
   return found;
 })"""
@@ -75,7 +83,7 @@ def wait_until_settled(tab: Tab, what: str = "true") -> None:
 
 
 def find_painted_pixels(tab: Tab, canvas: str, name: str) -> list[int]:
-    """How many pixels of a canvas have a colour of the page, and their left, top, right and bottom."""
+    """[count, left, top, right, bottom] of a canvas's pixels that have one of the page's colors."""
     tab.run(FRAME)
     return [int(v) for v in tab.run(f"{PAINTED}(document.querySelector('{canvas}'), '{name}')")]
 

@@ -1,4 +1,4 @@
-"""What cameras and simulators really write: JPEGs with lost data, alpha channels, few bits of 16."""
+"""What cameras and simulators write: JPEGs with lost data, alpha channels, unused bits."""
 
 import io
 import zlib

@@ -96,7 +96,7 @@ NUM_RESAMPLES = 1000
 _NOT_CONFIRMED = {"wrong", "cannot tell"}
 
 LayoutAnswers = Mapping[str, Mapping[str, str | None]]
-"""ActionPart ("translation", "rotation") → question → the layout's answer, None where it says nothing."""
+"""ActionPart ("translation", "rotation") → question → the layout's answer, if it has one."""
 
 
 class Margin(NamedTuple):

@@ -308,7 +308,7 @@ def _read_pixels(
 
 
 def _has_16_bits_in_file(image: Image.Image) -> bool:
-    """Whether the file of an opened image, whose pixels are not loaded yet, has 16 bits per color."""
+    """Whether the file of an opened image has 16 bits per color. Its pixels are not loaded yet."""
     raw_modes = [str(tile[3]) for tile in getattr(image, "tile", ())]
     return any(";16" in raw_mode for raw_mode in raw_modes)
 
