@@ -2,6 +2,7 @@
 
 import signal
 import socket
+import tempfile
 import time
 import tracemalloc
 from collections import Counter
@@ -23,10 +24,11 @@ from spear.serve.connection import ConnectionLimits
 
 GENERIC = load("generic")
 MANY = 2**20
-UPGRADE_REQUEST = (
-    b"GET / HTTP/1.1\r\nHost: 127.0.0.1\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
-    b"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nSec-WebSocket-Version: 13\r\n\r\n"
+UPGRADE_HEADERS = (
+    b"Upgrade: websocket\r\nConnection: Upgrade\r\n"
+    b"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nSec-WebSocket-Version: 13\r\n"
 )
+UPGRADE_REQUEST = b"GET / HTTP/1.1\r\nHost: 127.0.0.1\r\n" + UPGRADE_HEADERS + b"\r\n"
 PING_FRAME = b"\x89\xfdmask" + bytes(125)
 EMPTY_CONTINUATION_FRAME = b"\x00\x81maskx"
 FIRST_TEXT_FRAME = b"\x02\x81maskx"
@@ -205,6 +207,80 @@ def test_websockets_of_other_pages_are_refused(options: dict[str, str]) -> None:
     with run_server() as server:
         with pytest.raises(InvalidStatus, match=r"40[03]"):
             connect(f"ws://127.0.0.1:{server.port}/", proxy=None, **options)
+
+
+def send_raw_request(port: int, request: bytes) -> int:
+    """Send bytes to a server and return the status of its answer."""
+    with socket.create_connection(("127.0.0.1", port), 60) as client:
+        client.sendall(request)
+        status_line = client.makefile("rb").readline()
+    return int(status_line.split()[1])
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        b"Host: [",
+        b"Host: [::1",
+        b"Host: 127.0.0.1:port",
+        b"Host: 127.0.0.1:99999",
+        b"Host: 127.0.0.1\r\nHost: 127.0.0.1",
+        b"Host: 127.0.0.1\r\nOrigin: http://[",
+        b"Host: 127.0.0.1\r\nOrigin: http://127.0.0.1:port",
+        b"Host: 127.0.0.1\r\nOrigin: http://127.0.0.1\r\nOrigin: http://127.0.0.1",
+    ],
+)
+@pytest.mark.parametrize("more_headers", [b"", UPGRADE_HEADERS], ids=["page", "websocket"])
+def test_headers_that_are_no_address_are_a_bad_request(headers: bytes, more_headers: bytes) -> None:
+    request = b"GET / HTTP/1.1\r\n" + headers + b"\r\n" + more_headers + b"\r\n"
+
+    with run_server() as server:
+        assert send_raw_request(server.port, request) == 400
+
+
+def test_a_path_that_is_no_address_is_a_bad_request() -> None:
+    with run_server() as server:
+        request = b"GET //[ HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n"
+
+        assert send_raw_request(server.port, request) == 400
+
+
+@pytest.mark.parametrize("header", [b"Host: \xff\xfe.example", b"Host: 127.0.0.1\r\nOrigin: \xff"])
+def test_headers_beyond_ascii_are_forbidden_or_bad(header: bytes) -> None:
+    request = b"GET / HTTP/1.1\r\n" + header + b"\r\n\r\n"
+
+    with run_server() as server:
+        assert send_raw_request(server.port, request) in (400, 403)
+
+
+FEW_FILES_CODE = """
+import resource
+resource.setrlimit(resource.RLIMIT_NOFILE, (80, 80))
+Policy = HomingPolicy
+"""
+
+
+def test_a_server_without_open_files_says_it_once_and_goes_on() -> None:
+    with (
+        tempfile.TemporaryFile() as stderr,
+        run_server_process(FEW_FILES_CODE, stderr=stderr) as (_, port, _),
+    ):
+        url = f"ws://127.0.0.1:{port}"
+        with closing(RemotePolicy(url)) as connected_before:
+            connected_before.infer(GENERIC.example())
+            idle = [socket.create_connection(("127.0.0.1", port), 60) for _ in range(100)]
+            time.sleep(2.5)  # asyncio tries again after each second
+
+            assert np.isfinite(connected_before.infer(GENERIC.example())["actions"]).all()
+
+        for connection in idle:
+            connection.close()
+        RemotePolicy(url).close()
+        stderr.seek(0)
+        lines = stderr.read().decode().splitlines()
+
+    assert len(lines) == 1
+    assert "Too many open files" in lines[0]
 
 
 def test_a_single_address_is_the_one_that_others_use() -> None:

@@ -86,11 +86,12 @@ def run_python(code: str, *arguments: str, **options: Any) -> Iterator[subproces
 
 @contextmanager
 def run_server_process(
-    code: str, limits: str = "ConnectionLimits()"
+    code: str, limits: str = "ConnectionLimits()", **options: Any
 ) -> Iterator[tuple[subprocess.Popen[str], int, IO[str]]]:
     """Serve the class `Policy` that this code defines, in a process of its own.
 
-    limits: the code of the server's limits. Yields the process, its port and its output.
+    limits: the code of the server's limits. options: those of `Popen`. Yields the process, its port
+    and its output.
     """
     run_code = f"""
 from serve_here import *
@@ -99,7 +100,7 @@ service = Service(Policy(), embodiments.load("generic"))
 server = PolicyServer(service, ServeOptions("test", port=0), limits={limits})
 asyncio.run(server.run(lambda server: print(server.port, flush=True)))
 """
-    with run_python(run_code, cwd=Path(__file__).parent) as process:
+    with run_python(run_code, cwd=Path(__file__).parent, **options) as process:
         port = int(process.stdout.readline())
         yield process, port, process.stdout
 

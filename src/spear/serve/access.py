@@ -16,12 +16,36 @@ ANY_ADDRESS = ("", "0.0.0.0", "::")
 DISCARD_PORT = 9
 
 
+def malformed_request_error(request: Request) -> str | None:
+    """Say what is wrong with a request's path, Host or Origin; None if all three can be read."""
+    hosts = request.headers.get_all("Host")
+    origins = request.headers.get_all("Origin")
+    if len(hosts) > 1 or len(origins) > 1:
+        return "send one Host header, and one Origin header at most\n"
+    if not all(_is_url(f"//{host}") for host in hosts):
+        return "the Host header is no address: send HOST:PORT\n"
+    if not all(_is_url(origin) for origin in origins):
+        return "the Origin header is no address: send http://HOST:PORT\n"
+    if not _is_url(request.path):
+        return "the path is no address\n"
+    return None
+
+
+def _is_url(text: str) -> bool:
+    """Return whether Python can take an address apart."""
+    try:
+        _ = urlsplit(text).port  # Python checks the port when it is read
+    except ValueError:
+        return False
+    return True
+
+
 def foreign_page_error(request: Request, token: str | None) -> str | None:
     """Say why a request may come from a web page of somebody else; None if it does not.
 
     A browser sends the page's address as Origin. If somebody points the name of their own page to
     this machine (DNS rebinding), the Host header shows that name; a server with a token is safe
-    from that. Programs send no Origin.
+    from that. Programs send no Origin. The request is not malformed (`malformed_request_error`).
     """
     hosts = request.headers.get_all("Host")
     origins = request.headers.get_all("Origin")

@@ -26,7 +26,13 @@ from websockets.protocol import State
 
 from spear.errors import SpearError
 from spear.serve import wire
-from spear.serve.access import foreign_page_error, is_authorized, listen_error
+from spear.serve.accept_errors import quiet_accept_errors
+from spear.serve.access import (
+    foreign_page_error,
+    is_authorized,
+    listen_error,
+    malformed_request_error,
+)
 from spear.serve.batcher import Batcher, ClientGoneError, ServerBusyError
 from spear.serve.connection import ConnectionLimits, LimitedConnection
 from spear.serve.metrics import Metrics
@@ -92,6 +98,7 @@ class PolicyServer:
             SpearError: the server cannot listen on its port.
         """
         self._stop_on_signals()
+        quiet_accept_errors(asyncio.get_running_loop())
         inference = asyncio.create_task(self._batcher.run())
         inference.add_done_callback(lambda _: self.stop())
         try:
@@ -251,6 +258,9 @@ class PolicyServer:
 
     def _respond(self, connection: ServerConnection, request: Request) -> Response | None:
         status = http.HTTPStatus
+        malformed = malformed_request_error(request)
+        if malformed:
+            return connection.respond(status.BAD_REQUEST, malformed)
         foreign_page = foreign_page_error(request, self.options.token)
         if foreign_page:
             return connection.respond(status.FORBIDDEN, foreign_page)
