@@ -26,6 +26,7 @@ from pydantic.dataclasses import dataclass
 from spear.data.actions import empty_episode_error, find_first
 from spear.data.readers.columns import RawEpisodes, parse_column
 from spear.data.readers.dataset_layout import DatasetLayout, Positive, find_layout
+from spear.data.readers.parquet_rows import read_episode_rows
 from spear.data.readers.splits import parse_split
 from spear.data.readers.video import read_frames
 from spear.errors import SpearError, format_count, notice, summarize_error
@@ -271,11 +272,11 @@ class LeRobotFolder:
         return cameras
 
     def _read_columns(self, episode: LeRobotEpisode, cameras: Collection[str]) -> dict[str, Any]:
-        rows = _read_rows(episode, self.name)
+        skipped_columns = set(self.cameras) - set(cameras)
+        rows = _read_rows(episode, self.name, skipped_columns)
         steps: dict[str, Any] = {}
         for name in rows.column_names:
-            if name not in self.cameras or name in cameras:
-                steps[_to_column(name)] = _convert_column(rows.column(name), self.path)
+            steps[_to_column(name)] = _convert_column(rows.column(name), self.path)
 
         times_s = self._read_times(steps, len(rows))
         for name, span in episode.videos.items():
@@ -562,11 +563,10 @@ def _to_int(cell: Any) -> int | None:
     return None if _is_empty(cell) else int(cell)
 
 
-def _read_rows(episode: LeRobotEpisode, dataset: str) -> pa.Table:
-    """Read the rows of one episode, from the row groups that may have it."""
+def _read_rows(episode: LeRobotEpisode, dataset: str, skipped_columns: Collection[str]) -> pa.Table:
+    """Read the rows of one episode."""
     try:
-        filters = [("episode_index", "==", episode.index)]
-        rows = pq.read_table(episode.data, filters=filters, partitioning=None)
+        rows = read_episode_rows(episode.data, episode.index, episode.length, skipped_columns)
     except (OSError, KeyError, pa.ArrowException) as error:
         refuse_lfs_pointer(episode.data, f"{dataset}#{episode.index}: {episode.data}")
         raise SpearError(
