@@ -105,22 +105,72 @@ def test_the_request_contains_the_schema_of_answers(request_body: dict[str, Any]
     assert config["thinkingConfig"] == {"thinkingLevel": "LOW"}
 
 
-def test_boxes_are_clipped_and_useless_ones_dropped() -> None:
+def test_boxes_are_clipped_and_repeated_ones_dropped() -> None:
     answer = [
-        {"label": "cut", "box_2d": [-100, 900, 300, 1200]},
-        {"label": "outside", "box_2d": [100, 1100, 300, 1300]},
-        {"label": "upside down", "box_2d": [500, 100, 100, 600]},
-        {"label": "thin", "box_2d": [100, 100, 500, 110]},
-        {"label": "", "box_2d": [100, 100, 500, 600]},
+        {"label": "cut", "box_2d": [-40, 900, 300, 1050]},
         {"label": "cup", "box_2d": [100, 100, 500, 600]},
         {"label": "cup", "box_2d": [101, 100, 500, 600.5]},
         {"label": "mug", "box_2d": [100, 100, 500, 600]},
     ]
-    assert to_rows(parse_detections(json.dumps(answer), 100, 50)) == [
+
+    detections = parse_detections(json.dumps(answer), 100, 50)
+
+    assert to_rows(detections) == [
         ("cut", [45, 0, 50, 30]),
         ("cup", [5, 10, 30, 50]),
         ("mug", [5, 10, 30, 50]),
     ]
+
+
+UNUSABLE_OBJECTS = [
+    (("cup", [500, 100, 100, 600]), "ends before it begins"),
+    (("cup", [100, 600, 500, 100]), "ends before it begins"),
+    (("cup", [100, 1100, 300, 1300]), "thousandths"),  # pixels of a large image
+    (("cup", [-300, 100, 500, 600]), "thousandths"),
+    (("cup", [0.1, 0.25, 0.5, 0.75]), "thousandths"),  # fractions of the image
+    (("cup", [100, 100, 500, 110]), "less than a pixel"),
+    (("cup", [0, 0, 0, 0]), "thousandths"),
+    (("cup", [200, 300, 200, 300]), "less than a pixel"),
+    ((" ", [100, 100, 500, 600]), "no name"),
+]
+
+
+@pytest.mark.parametrize(("unusable", "reason"), UNUSABLE_OBJECTS)
+def test_one_unusable_object_makes_the_answer_unusable(
+    unusable: tuple[str, list[float]], reason: str
+) -> None:
+    other_cup = ("cup", [100, 250, 500, 750])
+    answer = [{"label": name, "box_2d": box} for name, box in (other_cup, unusable)]
+
+    with pytest.raises(UnusableAnswerError, match=reason):
+        parse_detections(json.dumps(answer), 100, 50)
+
+
+@pytest.mark.parametrize("box", [[800, 250, 500, 750], [100, 250, 500, 1900], [0, 0.2, 0.5, 0.9]])
+def test_after_an_unusable_box_it_asks_again_and_keeps_the_second_answer(
+    server: Server, tmp_path: Path, box: list[float]
+) -> None:
+    server.replies = [boxes_reply(CUP, ("red cup", box)), boxes_reply(CUP)]
+    frame = make_noise_frame(0)
+
+    make_detector(tmp_path / "answers").detect([frame])
+    (detections,) = make_detector(tmp_path / "answers").detect([frame])
+
+    assert [d.name for d in detections] == ["red cup"]
+    assert len(server.requests) == 2
+
+
+@pytest.mark.parametrize("box", [[800, 250, 500, 750], [0.1, 0.2, 0.5, 0.9]])
+def test_unusable_boxes_are_not_kept_as_an_empty_answer(
+    server: Server, tmp_path: Path, box: list[float]
+) -> None:
+    cache = tmp_path / "answers"
+    server.replies = [boxes_reply(("red cup", box))]
+
+    with pytest.raises(RetryableError, match=r"0\.jpg.*red cup"):
+        make_detector(cache).detect([make_noise_frame(0)])
+
+    assert not list(cache.rglob("*.json"))
 
 
 @pytest.mark.parametrize("template", ["```json\n{}\n```", "Here it is:\n```\n{}\n```\n"])

@@ -54,6 +54,7 @@ MAX_UNUSABLE_ANSWERS = 2  # per image; they are paid for
 FIRST_WAIT_S = 1.0  # after the first failure; doubled after each
 MAX_WAIT_S = 120.0  # if the service asks for a longer wait, no quota is left
 MAX_REASON_LENGTH = 200  # characters of a message of the service that are repeated
+MAX_OVERSHOOT = 50  # thousandths by which a box may end outside the image, where it is clipped
 DUPLICATE_IOU = 0.9  # a box of the same label with a higher IoU is the same object
 
 _RETRYABLE_CODES = (408, 429, 500, 502, 503, 504)
@@ -352,31 +353,57 @@ def parse_detections(text: str, height: int, width: int) -> list[Detection]:
         width: Of the image.
 
     Returns:
-        Detections in pixels, clipped to the image. Dropped are boxes of less than a pixel inside
-        it, and repeated ones (same label, IoU above `DUPLICATE_IOU`).
+        Detections in pixels, clipped to the image. Repeated ones (same label, IoU above
+        `DUPLICATE_IOU`) are dropped.
 
     Raises:
-        UnusableAnswerError: The answer is not what the schema says.
+        UnusableAnswerError: The answer is not what the schema says, or one of its objects has no
+            name or no usable box. Leaving only that object out would make the image's other cup
+            "the cup".
     """
     fenced = re.search(r"```(?:json)?\s(.*?)```", text, re.DOTALL)
     try:
         answer = _ANSWER.validate_json(fenced[1] if fenced else text)
     except ValidationError as error:
         raise UnusableAnswerError(summarize_error(error)) from error
+
     detections: list[Detection] = []
     for item in answer:
         name = " ".join(item.label.lower().split())
-        y0, x0, y1, x1 = np.clip(np.array(item.box_2d) / 1000, 0, 1) * (
-            height,
-            width,
-            height,
-            width,
-        )
-        box = np.array([x0, y0, x1, y1], np.float32)
-        is_large_enough = min(x1 - x0, y1 - y0) >= 1
-        if name and is_large_enough and not _is_repeated(name, box, detections):
+        if not name:
+            raise UnusableAnswerError(f"an object at {item.box_2d} has no name")
+        box = _to_pixel_box(item, height, width)
+        if not _is_repeated(name, box, detections):
             detections.append(Detection(name, box))
     return detections
+
+
+def _to_pixel_box(item: _AnswerObject, height: int, width: int) -> Array:
+    """The box [4] x0, y0, x1, y1 of an object in pixels, clipped to the image.
+
+    Raises:
+        UnusableAnswerError: The box is upside down, on another scale than thousandths, or less than
+            a pixel wide or high.
+    """
+    y0, x0, y1, x1 = item.box_2d
+    box = f"the box {item.box_2d} of {item.label!r}"
+    if y1 < y0 or x1 < x0:
+        raise UnusableAnswerError(f"{box} ends before it begins")
+    lowest = min(x0, y0)
+    highest = max(x1, y1)
+    is_in_range = lowest >= -MAX_OVERSHOOT and highest <= 1000 + MAX_OVERSHOOT
+    if not is_in_range or highest <= 1:
+        raise UnusableAnswerError(f"{box} is not in thousandths of the image")
+
+    x0, y0, x1, y1 = np.clip(np.array([x0, y0, x1, y1]) / 1000, 0, 1) * (
+        width,
+        height,
+        width,
+        height,
+    )
+    if min(x1 - x0, y1 - y0) < 1:
+        raise UnusableAnswerError(f"{box} is less than a pixel wide or high")
+    return np.array([x0, y0, x1, y1], np.float32)
 
 
 def _is_repeated(name: str, box: Array, detections: Sequence[Detection]) -> bool:
