@@ -20,6 +20,7 @@ from spear.audit.dataset_audit import (
     layout_answers,
     make_recording,
 )
+from spear.audit.describe import describe
 from spear.checks.recording import Recording
 from spear.checks.result import Check
 from spear.cli import main
@@ -582,3 +583,47 @@ def test_poses_logged_by_a_franka_are_compared_with_the_frame_of_its_hand() -> N
     for action_part in report.action_parts:
         assert action_part.layout_fit is not None
         assert action_part.layout_fit.relative_error < 1e-3
+
+
+def test_rotations_in_another_frame_than_translations_can_be_described(
+    tmp_path: Path, run_command: Command
+) -> None:
+    write_canonical_store(tmp_path / "store")
+    exported = tmp_path / "exported"
+    export_with_wrong_frame(tmp_path / "store", exported, run_command)
+    layout_file = exported / "spear.json"
+    layout = {**json.loads(layout_file.read_text()), "logged_rotation_frame": "ee"}
+    layout_file.write_text(json.dumps(layout))
+
+    report = audit(exported)
+
+    assert find_part(report, "translation").verdict == "agrees"
+    assert find_part(report, "rotation").verdict == "agrees"
+
+
+def test_rotations_in_another_frame_than_translations_are_found(
+    tmp_path: Path, run_command: Command
+) -> None:
+    write_canonical_store(tmp_path / "store")
+    run_command("data", "export", str(tmp_path / "store"), "--out", str(tmp_path / "exported"))
+
+    proposal = describe(tmp_path / "exported")
+
+    assert proposal["logged_frame"] == "base"
+    assert proposal["logged_rotation_frame"] == "ee"
+
+
+def test_a_gripper_that_never_moves_by_its_layout_is_not_judged(
+    tmp_path: Path, run_command: Command
+) -> None:
+    write_canonical_store(tmp_path / "store")
+    exported = tmp_path / "exported"
+    run_command("data", "export", str(tmp_path / "store"), "--out", str(exported))
+    layout_file = exported / "spear.json"
+    layout = json.loads(layout_file.read_text())
+    del layout["gripper"], layout["gripper_range"]
+    layout_file.write_text(json.dumps({**layout, "gripper_opening": 0.0}))
+
+    report = audit(exported)
+
+    assert not any(check.name.startswith("gripper") for check in report.checks)

@@ -411,7 +411,7 @@ def make_recording(steps: Steps, layout: DatasetLayout, source: str) -> Recordin
     logged_translation = _read_optional(steps, translation_column, source)
     logged_rotation = _read_optional(steps, rotation_column, source)
     position, rotation, rotation_format = read_pose(steps, layout, source)
-    opening, command = read_openings(steps, layout_with_command, source)
+    opening, command = _read_moving_gripper(steps, layout_with_command, source)
     is_valid = np.ones(len(position), bool)
     if layout.action_mask is not None:
         is_valid = read_numbers(steps, layout.action_mask, source).reshape(-1) != 0
@@ -436,6 +436,15 @@ def make_recording(steps: Steps, layout: DatasetLayout, source: str) -> Recordin
         opening=opening,
         command=command,
     )
+
+
+def _read_moving_gripper(
+    steps: Steps, layout: DatasetLayout, source: str
+) -> tuple[Array | None, Array | None]:
+    """Openings and commands [T]; None where the layout says that the gripper never moves."""
+    if layout.gripper_opening is not None:
+        return None, None
+    return read_openings(steps, layout, source)
 
 
 def _read_optional(steps: Steps, column_name: str | None, source: str) -> Array | None:
@@ -543,7 +552,7 @@ def layout_answers(layout: DatasetLayout) -> dict[str, dict[str, str | None]]:
     else:
         kind = layout.logged_kind
         translation_frame = layout.logged_frame
-        rotation_frame = layout.logged_frame
+        rotation_frame = layout.logged_rotation_frame or layout.logged_frame
         action_format = layout.logged_rotation_format
         delay = None
 

@@ -504,16 +504,13 @@ def _describe_rotation_format(
 
 
 def _describe_logged_frame(rotation_fit: Fit, translation_fit: Fit, proposal: _Proposal) -> None:
-    """The frame that logged translations and rotations share."""
+    """The frame of logged translations, and that of rotations if it is another."""
     translation_frame = translation_fit.hypothesis.frame
-    is_same_frame = (rotation_fit.hypothesis.frame == "ee") == (translation_frame == "ee")
-    if is_same_frame or rotation_fit.relative_error > MAX_UNEXPLAINED:
-        proposal.fields["logged_frame"] = translation_frame
-        return
-    proposal.fields["logged_frame"] = None
-    proposal.facts["logged_frame"] = (
-        "translations and rotations are in two frames: no layout says both"
-    )
+    rotation_frame = rotation_fit.hypothesis.frame
+    proposal.fields["logged_frame"] = translation_frame
+    is_rotation_explained = rotation_fit.relative_error <= MAX_UNEXPLAINED
+    if rotation_frame != translation_frame and is_rotation_explained:
+        proposal.fields["logged_rotation_frame"] = rotation_frame
 
 
 def _explain(name: str, fit: Fit) -> str:

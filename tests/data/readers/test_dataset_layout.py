@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from scipy.spatial.transform import Rotation
 
 from refusals import refuses
 from rotation_writers import ROTATION_WRITERS
+from spear.data.actions import add_actions
 from spear.data.readers.build_episode import build_episode, read_pose
 from spear.data.readers.columns import parse_column, read_column
 from spear.data.readers.dataset_layout import (
@@ -29,6 +31,7 @@ MIXTURE = {name: layout for name, layout in REGISTRY.items() if layout.weight is
 READABLE = sorted(name for name, layout in REGISTRY.items() if not find_missing_fields(layout))
 KNOWN_WEIGHTS = {"droid": 35.0, "bridge_dataset": 18.0, "fractal20220817_data": 12.0, "kuka": 4.0}
 
+QUARTER_TURN_ABOUT_Z = (math.sqrt(0.5), 0.0, 0.0, math.sqrt(0.5))
 NUM_STEPS = 4
 POSITIONS = np.array([[0.3 + 0.001 * step, 0.1, 0.2] for step in range(NUM_STEPS)])
 ROTATIONS = Rotation.from_euler(
@@ -108,11 +111,12 @@ def make_steps(layout: DatasetLayout) -> dict[str, Any]:
         put_column(steps, layout.rotation, ROTATION_WRITERS[layout.rotation_format](ROTATIONS))
         put_column(steps, layout.position, POSITIONS)
 
-    closed, opened = layout.gripper_range
-    opening = np.full((NUM_STEPS, 1), 0.75)
-    if layout.command == layout.gripper:
-        opening = np.array([[1.0], [0.0], [1.0], [0.0]])
-    put_column(steps, layout.gripper, closed + opening * (opened - closed))
+    if layout.gripper_opening is None:
+        closed, opened = layout.gripper_range
+        opening = np.full((NUM_STEPS, 1), 0.75)
+        if layout.command == layout.gripper:
+            opening = np.array([[1.0], [0.0], [1.0], [0.0]])
+        put_column(steps, layout.gripper, closed + opening * (opened - closed))
     if layout.command is not None:
         close_command, open_command = layout.command_range
         commands = np.array([[open_command], [close_command]] * 2)
@@ -146,7 +150,11 @@ def test_each_readable_layout_gives_the_recorded_openings(name: str) -> None:
 
     episode = build_episode(make_steps(layout), layout, name)
 
-    expected = [1, 1, 0, 1] if layout.command == layout.gripper else [0.75] * NUM_STEPS
+    expected = [0.75] * NUM_STEPS
+    if layout.gripper_opening is not None:
+        expected = [layout.gripper_opening] * NUM_STEPS
+    elif layout.command == layout.gripper:
+        expected = [1, 1, 0, 1]
     np.testing.assert_allclose(episode.gripper, expected, atol=1e-6)
 
 
@@ -169,7 +177,12 @@ def test_each_readable_layout_with_commands_gives_them(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", [name for name in READABLE if REGISTRY[name].command == REGISTRY[name].gripper]
+    "name",
+    [
+        name
+        for name in READABLE
+        if REGISTRY[name].command and REGISTRY[name].command == REGISTRY[name].gripper
+    ],
 )
 def test_a_gripper_column_of_an_action_is_a_command_without_saying_so(name: str) -> None:
     layout = dataclasses.replace(REGISTRY[name], command=None)
@@ -239,6 +252,7 @@ def test_canonical_actions_do_not_inherit_a_tool_rotation(layout_file: Path) -> 
         ({"action_mask": "valid"}, "action_mask"),
         # It would turn the states alone.
         ({"action": "act", "tool_rotation": [0.0, 1.0, 0.0, 0.0]}, "tool_rotation"),
+        ({"action": "act", "base_rotation": [0.0, 0.0, 0.0, 1.0]}, "base_rotation"),
         ({"action": "act", "drop_idle": True}, "drop_idle"),
     ],
 )
@@ -248,6 +262,56 @@ def test_keys_that_contradict_the_actions_are_refused(
     layout_file.write_text(json.dumps({"like": "fractal20220817_data", **fields}))
 
     refuses(f"{key}.*action", read_layout_file, layout_file, "mine")
+
+
+def test_a_base_rotation_turns_poses_and_motions() -> None:
+    layout = dataclasses.replace(REGISTRY["taco_play"], base_rotation=QUARTER_TURN_ABOUT_Z)
+    steps = make_steps(layout)
+    unturned = add_actions(build_episode(steps, REGISTRY["taco_play"], "mine"))
+
+    episode = add_actions(build_episode(steps, layout, "mine"))
+
+    turn = Rotation.from_quat(QUARTER_TURN_ABOUT_Z, scalar_first=True)
+    np.testing.assert_allclose(episode.position, turn.apply(unturned.position), atol=1e-6)
+    rotation = Rotation.from_quat(episode.rotation, scalar_first=True)
+    expected_rotation = turn * Rotation.from_quat(unturned.rotation, scalar_first=True)
+    assert (expected_rotation.inv() * rotation).magnitude().max() < 1e-5
+    expected_translation = turn.apply(unturned.action[:, :3])
+    np.testing.assert_allclose(episode.action[:, :3], expected_translation, atol=1e-6)
+    np.testing.assert_allclose(episode.action[:, 3:7], unturned.action[:, 3:7], atol=1e-6)
+
+
+def test_a_gripper_that_never_moves_keeps_its_command() -> None:
+    layout = REGISTRY["berkeley_cable_routing"]
+
+    episode = add_actions(build_episode(make_steps(layout), layout, "mine"))
+
+    np.testing.assert_array_equal(episode.action[:, 7], 0)
+
+
+def test_a_constant_opening_replaces_the_gripper_of_a_known_dataset(layout_file: Path) -> None:
+    layout_file.write_text(json.dumps({"like": "bridge_dataset", "gripper_opening": 0}))
+
+    layout = read_layout_file(layout_file, "mine")
+
+    assert layout.gripper_opening == 0
+    assert layout.gripper is None
+    assert layout.command is None
+
+
+def test_a_gripper_column_replaces_a_constant_opening(layout_file: Path) -> None:
+    fields = {"like": "berkeley_cable_routing", "gripper": "state", "gripper_range": [0, 1]}
+    layout_file.write_text(json.dumps(fields))
+
+    layout = read_layout_file(layout_file, "mine")
+
+    assert layout.gripper_opening is None
+
+
+def test_a_gripper_with_a_column_and_a_constant_opening_is_refused(layout_file: Path) -> None:
+    layout_file.write_text(json.dumps({"gripper": "state", "gripper_opening": 0}))
+
+    refuses("gripper_opening.*column", read_layout_file, layout_file, "mine")
 
 
 STEPS_WITH_SLASHES = {

@@ -635,3 +635,32 @@ def test_all_datasets_are_checked_before_one_is_prepared(
 
     assert "not empty" in message
     assert [path.name for path in out.iterdir()] == ["b"]
+
+
+EARLIER_BRIDGE_HASH = "ec8c1d1b0cb9a654a51a6e97eb8070ee2a30675d6cd7d48ed8dc1cc0a45b30b6"
+
+
+def hash_bridge_layout(shared: Path, tmp_path: Path, fields: dict[str, Any]) -> str:
+    """The hash of BridgeData's layout in the request, with some fields replaced."""
+    layout_file = tmp_path / "layout.json"
+    layout_file.write_text(json.dumps({"like": "bridge_dataset", **fields}))
+    plan = preparing.plan_preparation(
+        shared / "data" / "bridge_v2_sample",
+        tmp_path / "out",
+        "train",
+        Conversion(layout=layout_file),
+    )
+    return str(plan.request["layout"])
+
+
+@pytest.mark.parametrize("fields", [{}, {"logged_rotation_frame": "ee"}])
+def test_folders_that_earlier_versions_prepared_stay_valid(
+    shared: Path, tmp_path: Path, fields: dict[str, Any]
+) -> None:
+    assert hash_bridge_layout(shared, tmp_path, fields) == EARLIER_BRIDGE_HASH
+
+
+def test_another_base_rotation_is_prepared_again(shared: Path, tmp_path: Path) -> None:
+    fields = {"base_rotation": [0.0, 0.0, 0.0, 1.0]}
+
+    assert hash_bridge_layout(shared, tmp_path, fields) != EARLIER_BRIDGE_HASH

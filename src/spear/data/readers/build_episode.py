@@ -12,16 +12,22 @@ from spear.data.actions import check_actions, check_episode, derive_actions, fin
 from spear.data.readers.bad_rows import find_good_rows, mask_gaps, record_repairs, select_rows
 from spear.data.readers.columns import (
     Steps,
+    count_steps,
     is_depth_png,
     read_column,
     read_numbers,
     read_text,
 )
-from spear.data.readers.dataset_layout import ANGLE_FORMATS, DatasetLayout, RotationFormat
+from spear.data.readers.dataset_layout import (
+    ANGLE_FORMATS,
+    IDENTITY_ROTATION,
+    DatasetLayout,
+    RotationFormat,
+)
 from spear.data.readers.rotation_formats import to_quaternion
 from spear.embodiments.kinematics import franka_pose
 from spear.errors import SpearError
-from spear.geometry import quat_canonical, quat_multiply
+from spear.geometry import quat_canonical, quat_multiply, quat_rotate
 from spear.gripper import binarize_commands, observed_openings
 from spear.types import MAX_EE_SPEED_M_S, MAX_EE_TURN_RAD_S, Array, Episode
 from spear.util.images import check_jpeg_is_complete, decode_image, encode_jpeg
@@ -78,10 +84,7 @@ def build_episode(steps: Steps, layout: DatasetLayout, source: str) -> Episode:
     )
     _check_jumps(episode, rows)
 
-    # From the dataset's end-effector frame to ours.
-    tool_rotation = torch.tensor(layout.tool_rotation, dtype=torch.float32)
-    ee_rotation = quat_multiply(torch.as_tensor(episode.rotation), tool_rotation)
-    episode = dataclasses.replace(episode, rotation=quat_canonical(ee_rotation).numpy())
+    episode = _to_our_frames(episode, layout)
 
     # Actions: canonical ones of the dataset, or derived from states and gripper commands.
     if layout.action is not None:
@@ -113,6 +116,20 @@ def _add_derived_actions(episode: Episode, command: Array) -> Episode:
     if episode.action_mask is not None:
         is_known &= episode.action_mask
     return check_actions(dataclasses.replace(episode, action=action, action_mask=is_known))
+
+
+def _to_our_frames(episode: Episode, layout: DatasetLayout) -> Episode:
+    """Turn poses from the end-effector and base frames of a dataset to ours."""
+    tool_rotation = torch.tensor(layout.tool_rotation, dtype=torch.float32)
+    rotation = quat_multiply(torch.as_tensor(episode.rotation), tool_rotation)
+    position = episode.position
+    if layout.base_rotation != IDENTITY_ROTATION:
+        base_rotation = torch.tensor(layout.base_rotation, dtype=torch.float32)
+        rotation = quat_multiply(base_rotation, rotation)
+        position = quat_rotate(base_rotation, torch.as_tensor(position)).numpy()
+    return dataclasses.replace(
+        episode, position=position, rotation=quat_canonical(rotation).numpy()
+    )
 
 
 def _check_angle_unit(rotation: Array, rotation_format: RotationFormat, source: str) -> None:
@@ -176,6 +193,9 @@ def read_openings(steps: Steps, layout: DatasetLayout, source: str) -> tuple[Arr
     Raises:
         SpearError: If a reading is outside its declared range by more than 30 % of the range.
     """
+    if layout.gripper_opening is not None:
+        return np.full(count_steps(steps), layout.gripper_opening), None
+
     assert layout.gripper is not None
     assert layout.gripper_range is not None
     opening = _read_opening(steps, layout.gripper, "gripper_range", layout.gripper_range, source)

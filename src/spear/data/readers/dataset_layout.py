@@ -74,10 +74,12 @@ def _check_unit_norm(quaternion: tuple[float, ...]) -> tuple[float, ...]:
 
 
 Positive = Annotated[float, Field(gt=0)]
+Opening = Annotated[float, Field(ge=0, le=1)]
 AspectRatio = Annotated[float, Field(ge=0.1, le=10)]
 Range = Annotated[tuple[float, float], AfterValidator(_check_two_readings)]
 """The readings of a closed and of an open gripper."""
 Quaternion = Annotated[tuple[float, float, float, float], AfterValidator(_check_unit_norm)]
+IDENTITY_ROTATION = (1.0, 0.0, 0.0, 0.0)
 
 
 @dataclass(frozen=True, config=ConfigDict(strict=True, allow_inf_nan=False))
@@ -97,12 +99,19 @@ class DatasetLayout:
     tool_rotation    quaternion (w, x, y, z) from the right, from the dataset's end-effector frame
                      to ours: parallel to the base frame when the gripper points down and its
                      fingers close along y.
+    base_rotation    quaternion (w, x, y, z) from the left, from the dataset's base frame to ours (x
+                     forward, y left, z up). It turns positions and orientations, and with them the
+                     motions that are derived from them.
     gripper          column of the measured opening; `gripper_range` is its (closed, open) reading.
     command          column of the absolute gripper command, or None; `command_range` likewise. A
                      `gripper` column that is part of an action is also the command.
+    gripper_opening  the opening, 0 closed to 1 open, of a gripper that never moves and therefore
+                     has no column.
     logged_translation, logged_rotation   columns of the logged arm actions, used by the audit only.
     logged_rotation_format, logged_kind, logged_frame   what they mean: change per step, target or
                      velocity; in the base or the end-effector frame.
+    logged_rotation_frame   the frame of logged rotations, if it is not `logged_frame`; "angles" if
+                     they are added to the recorded angles.
     drop_idle        remove the steps at which neither arm nor gripper moves.
     newest           the last version of the dataset that is correct, if later ones are broken.
     success          column whose last row says how the episode ended: a number (0 failed, below 0
@@ -123,9 +132,11 @@ class DatasetLayout:
     rotation_format: RotationFormat | None = None
     length_unit: Literal["m", "cm", "mm"] = "m"
     angle_unit: Literal["rad", "deg"] = "rad"
-    tool_rotation: Quaternion = (1.0, 0.0, 0.0, 0.0)
+    tool_rotation: Quaternion = IDENTITY_ROTATION
+    base_rotation: Quaternion = IDENTITY_ROTATION
     gripper: str | None = None
     gripper_range: Range | None = None
+    gripper_opening: Opening | None = None
     command: str | None = None
     command_range: Range = (0.0, 1.0)
     rate_hz: Positive | None = None
@@ -134,6 +145,7 @@ class DatasetLayout:
     logged_rotation_format: LoggedFormat | None = None
     logged_kind: Literal["delta", "absolute", "velocity"] | None = None
     logged_frame: Literal["base", "ee"] | None = None
+    logged_rotation_frame: Literal["base", "ee", "angles"] | None = None
     drop_idle: bool = False
     newest: str | None = None
     success: str | None = None
@@ -146,8 +158,10 @@ class DatasetLayout:
 
 DEPENDENT_FIELDS = {
     "images": ("image_aspect",),
-    "gripper": ("command", "command_range"),
-    "action": ("command", "command_range", "tool_rotation", "drop_idle"),
+    "gripper": ("command", "command_range", "gripper_opening"),
+    "gripper_opening": ("gripper", "gripper_range", "command", "command_range"),
+    "logged_frame": ("logged_rotation_frame",),
+    "action": ("command", "command_range", "tool_rotation", "base_rotation", "drop_idle"),
 }
 """Field → fields that describe its columns only, and mean nothing for another value of it."""
 COLUMN_OF_FIELD = {"command_range": "command", "action_mask": "action", "source": "action"}
@@ -162,11 +176,16 @@ REQUIRED_FIELDS = (
     "rate_hz",
 )
 """Fields without which no episode can be read."""
+GRIPPER_FIELDS = ("gripper", "gripper_range")
+"""Required fields that `gripper_opening` replaces."""
 
 
 def find_missing_fields(layout: DatasetLayout) -> list[str]:
     """List the required fields that the layout does not know."""
-    return [name for name in REQUIRED_FIELDS if not getattr(layout, name)]
+    missing_fields = [name for name in REQUIRED_FIELDS if not getattr(layout, name)]
+    if layout.gripper_opening is not None:
+        return [name for name in missing_fields if name not in GRIPPER_FIELDS]
+    return missing_fields
 
 
 def find_layout(
@@ -264,6 +283,10 @@ def _check_fields_have_columns(
             raise SpearError(
                 f"{key} (in {path}): of no column: say which as {column}, or leave it out"
             )
+    if layout.gripper_opening is not None and (layout.gripper or layout.command):
+        raise SpearError(
+            f"gripper_opening (in {path}): the gripper has a column as well: leave one of them out"
+        )
     if layout.action is None:
         return
     for key in DEPENDENT_FIELDS["action"]:

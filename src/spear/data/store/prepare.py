@@ -65,6 +65,11 @@ MAX_SHARD_MIB = 100  # of images, after which the next shard begins
 MAX_BAD_SHARE = 0.5  # of the episodes; with more, preparing stops
 NUM_CHECKED_EPISODES = 100  # whose units and grippers are checked at the end
 POLL_INTERVAL_S = 0.5  # at which other processes look for the prepared folder
+UNHASHED_FIELDS: dict[str, Any] = {"logged_rotation_frame": None}
+"""Values that replace those of fields of layouts on which no prepared episode depends."""
+LATER_FIELDS = ("base_rotation", "gripper_opening", "logged_rotation_frame")
+"""Fields of layouts that are not part of the hash unless they differ from their defaults."""
+LAYOUT_DEFAULTS = {field.name: field.default for field in dataclasses.fields(DatasetLayout)}
 JPEG_START = b"\xff\xd8"
 SKIPPED_FILE = "skipped.json"
 
@@ -205,10 +210,17 @@ def _hash_text(text: str) -> str:
 
 def _hash_layout(layout: DatasetLayout | None) -> str:
     """Hash what a layout says of the columns."""
-    if layout is not None:
-        layout = dataclasses.replace(layout, facts={}, weight=None)
-    # The text keeps the class name of earlier versions, so that their folders stay valid.
-    return _hash_text(repr(layout).replace("DatasetLayout(", "DatasetSpec(", 1))
+    if layout is None:
+        return _hash_text("None")
+
+    layout = dataclasses.replace(layout, facts={}, weight=None, **UNHASHED_FIELDS)
+    # The text is that of earlier versions, so that their folders stay valid: with the old name of
+    # the class, and without the fields that came later.
+    text = repr(layout).replace("DatasetLayout(", "DatasetSpec(", 1)
+    for name in LATER_FIELDS:
+        default = LAYOUT_DEFAULTS[name]
+        text = text.replace(f", {name}={default!r}", "", 1)
+    return _hash_text(text)
 
 
 def _check_out_folder(out: Path, request: dict[str, Any]) -> None:
