@@ -427,10 +427,26 @@ class TestBrokenCheckpoints:
         if names_field:
             assert name in message
 
-    @pytest.mark.parametrize("index", [[], {"weight_map": {"head": 5}}])
-    def test_a_broken_index(self, folder: Path, index: Any) -> None:
+    @pytest.mark.parametrize(
+        ("index", "expected"),
+        [
+            ([], "no JSON object can be read"),
+            ({"weight_map": {"head": 5}}, "broken checkpoint"),
+        ],
+    )
+    def test_a_broken_index(self, folder: Path, index: Any, expected: str) -> None:
+        file = folder / "model.safetensors.index.json"
+        file.write_text(json.dumps(index))
+
+        message = self.message(folder)
+
+        assert str(file) in message
+        assert expected in message
+
+    def test_an_index_that_names_a_file_elsewhere(self, folder: Path) -> None:
+        index = {"weight_map": {"head": "../other/model.safetensors"}}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-        assert "broken checkpoint" in self.message(folder)
+        assert "outside this folder" in self.message(folder)
 
     def test_a_missing_key(self, tmp_path: Path) -> None:
         model = make_spear1()

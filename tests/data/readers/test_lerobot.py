@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 
 from data_tiny import LAYOUT, copy_dataset, edit_json, make_episode
 from refusals import refuses
@@ -333,6 +334,9 @@ def version_3_copy(lerobot: Path, tmp_path: Path) -> Path:
         ({"total_episodes": 9}, "info.json says 9, 8 are listed"),
         ({"fps": 0}, "unreadable: .*info.json: fps "),
         ({"features": None}, "unreadable: .*info.json: features "),
+        ({"data_path": "../{chunk_index}.parquet"}, r"'\.\./0\.parquet'.* outside this folder"),
+        ({"data_path": "{chunk_index:>9999999999}"}, "has a placeholder that is not known"),
+        ({"data_path": "{chunk_index.__class__}"}, "has a placeholder that is not known"),
     ],
 )
 def test_broken_metadata_are_named(
@@ -341,6 +345,28 @@ def test_broken_metadata_are_named(
     edit_json(version_3_copy / "meta/info.json", lambda info: info.update(change))
 
     refuses(message, open_lerobot, version_3_copy)
+
+
+@pytest.mark.parametrize("is_absolute", [True, False])
+def test_pictures_outside_the_dataset_are_not_read(version_3_copy: Path, is_absolute: bool) -> None:
+    private_photo = version_3_copy.parent / "private.png"
+    Image.new("RGB", (64, 64)).save(private_photo)
+    name = str(private_photo) if is_absolute else "../private.png"
+
+    def point_outside(table: pa.Table) -> pa.Table:
+        cells = table["observation.images.image_0"].to_pylist()
+        cells[0] = {"bytes": None, "path": name}
+        index = table.column_names.index("observation.images.image_0")
+        return table.set_column(index, "observation.images.image_0", pa.array(cells))
+
+    change_rows(version_3_copy / "data/chunk-000/file-000.parquet", point_outside)
+
+    episodes, reasons = read_good(version_3_copy)
+
+    assert len(episodes) == NUM_EPISODES - 1
+    assert len(reasons) == 1
+    assert "private.png" in reasons[0]
+    assert "outside this folder" in reasons[0]
 
 
 def test_missing_tasks_are_named(version_3_copy: Path) -> None:

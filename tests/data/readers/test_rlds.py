@@ -443,6 +443,22 @@ def my_arm(bridge_copy: Path) -> Path:
     return bridge_copy
 
 
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        ("../{SHARD_X_OF_Y}", "outside this folder"),
+        ("{SPLIT:>9999999999}", "has a placeholder that is not known"),
+    ],
+)
+def test_names_of_files_stay_in_the_folder(bridge_copy: Path, template: str, message: str) -> None:
+    def change_template(info: dict[str, Any]) -> None:
+        info["splits"][0]["filepathTemplate"] = template
+
+    edit_json(bridge_copy / "dataset_info.json", change_template)
+
+    refuses(message, open_rlds, bridge_copy)
+
+
 def test_a_dataset_without_a_layout_is_refused_with_a_command(my_arm: Path) -> None:
     refuses(r"'my_arm'.*data describe .*spear\.json", next, read_episodes(my_arm))
 

@@ -32,6 +32,7 @@ from spear.data.readers.video import read_frames
 from spear.errors import SpearError, format_count, notice, summarize_error
 from spear.types import Array
 from spear.util.files import refuse_lfs_pointer
+from spear.util.foreign_paths import fill_path_template, join_inside
 from spear.util.images import encode_jpeg
 from spear.util.json_text import parse_json_as, read_json_lines, read_utf8
 
@@ -458,14 +459,14 @@ def _read_v2(folder: Path, info: Info) -> tuple[list[tuple[int, str]], list[LeRo
         indices = {"episode_index": index, "episode_chunk": index // info.chunks_size}
         videos: dict[str, VideoSpan] = {}
         for name in info.video_features:
-            video_file = str(info.video_path).format(video_key=name, **indices)
-            videos[name] = VideoSpan(folder / video_file, 0.0, np.inf)
+            video_file = fill_path_template(str(info.video_path), {"video_key": name, **indices})
+            videos[name] = VideoSpan(join_inside(folder, video_file), 0.0, np.inf)
         length = _to_int(row.get("length"))
         episode = LeRobotEpisode(
             index=index,
             length=length or 0,
             tasks=row.get("tasks") or [],
-            data=folder / info.data_path.format(**indices),
+            data=join_inside(folder, fill_path_template(info.data_path, indices)),
             videos=videos,
             missing_entry="length" if length is None else "",
         )
@@ -519,11 +520,12 @@ def _read_v3_episode(row: Mapping[str, Any], folder: Path, info: Info) -> LeRobo
     if file_indices is None:
         missing_entry = "data/chunk_index or data/file_index"
         file_indices = {"chunk_index": 0, "file_index": 0}
+    data_file = fill_path_template(info.data_path, {"video_key": "", **file_indices})
     return LeRobotEpisode(
         index=int(row["episode_index"]),
         length=length or 0,
         tasks=row.get("tasks") or [],
-        data=folder / info.data_path.format(video_key="", **file_indices),
+        data=join_inside(folder, data_file),
         videos=videos,
         missing_entry=missing_entry,
     )
@@ -540,8 +542,8 @@ def _read_v3_video_span(
     if file_indices is None or _is_empty(start_s) or _is_empty(end_s):
         return None
 
-    video_file = str(info.video_path).format(video_key=camera, **file_indices)
-    return VideoSpan(folder / video_file, float(start_s), float(end_s))
+    video_file = fill_path_template(str(info.video_path), {"video_key": camera, **file_indices})
+    return VideoSpan(join_inside(folder, video_file), float(start_s), float(end_s))
 
 
 def _read_v3_file_indices(row: Mapping[str, Any], prefix: str) -> dict[str, int] | None:
@@ -620,7 +622,7 @@ def _read_image(cell: Mapping[str, Any], folder: Path) -> bytes:
     """Read the bytes of an image from its cell, or from the file that the cell names."""
     if cell.get("bytes") is not None:
         return bytes(cell["bytes"])
-    file = folder / (cell.get("path") or "")
+    file = join_inside(folder, cell.get("path") or "")
     if not file.is_file():
         raise SpearError(f"missing image: {file}: copy the dataset again, or leave the episode out")
     return file.read_bytes()

@@ -28,6 +28,7 @@ from spear.data.readers.tfrecord import Feature, parse_example, read_records
 from spear.errors import SpearError, format_count
 from spear.types import Array
 from spear.util.files import read_json
+from spear.util.foreign_paths import fill_path_template, join_inside
 
 TFDS_FILE_TEMPLATE = "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"
 VARYING_SHAPE = "it has another shape at every step"
@@ -181,15 +182,16 @@ def _list_shards(folder: Path, dataset: str, split: Mapping[str, Any]) -> list[R
     shards: list[RldsShard] = []
     for index, length in enumerate(lengths):
         shard_index = f"{index:05d}"
-        file_name = template.format(
-            DATASET=dataset,
-            SPLIT=split["name"],
-            FILEFORMAT="tfrecord",
-            SHARD_INDEX=shard_index,
-            NUM_SHARDS=num_shards,
-            SHARD_X_OF_Y=f"{shard_index}-of-{num_shards}",
-        )
-        shards.append(RldsShard(folder / file_name, length))
+        values = {
+            "DATASET": dataset,
+            "SPLIT": split["name"],
+            "FILEFORMAT": "tfrecord",
+            "SHARD_INDEX": shard_index,
+            "NUM_SHARDS": num_shards,
+            "SHARD_X_OF_Y": f"{shard_index}-of-{num_shards}",
+        }
+        file_name = fill_path_template(template, values)
+        shards.append(RldsShard(join_inside(folder, file_name), length))
     return shards
 
 

@@ -20,6 +20,7 @@ from transformers.utils import logging
 from spear.errors import SpearError, check_known, summarize_error
 from spear.models.weights.folders import warn_about_changed_files
 from spear.util.files import read_json, refuse_lfs_pointer
+from spear.util.foreign_paths import join_inside
 from spear.util.network import check_available_on_hub, explain_hub_unreachable, is_hub_name
 from spear.util.pretrained import load_pretrained
 
@@ -301,7 +302,7 @@ def _find_weight_files(folder: Path) -> list[Path]:
     if index.is_file():
         try:
             file_names = read_json(index, "copy it again")["weight_map"].values()
-            files = sorted({folder / name for name in file_names})
+            files = sorted({join_inside(folder, name) for name in file_names})
         except (ValueError, KeyError, AttributeError, TypeError) as error:
             refuse_lfs_pointer(index, index)
             raise SpearError(f"broken checkpoint: {index}: {error}. Copy it again.") from error

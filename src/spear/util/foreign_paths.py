@@ -1,0 +1,93 @@
+"""Names of files in the data and metadata of others: they stay inside their folder.
+
+People share prepared data. A dataset whose rows or metadata name `/home/me/private.jpg` or
+`../../private.jpg` would put that picture into what they share, so such names are refused. Links
+that the owner of a folder made are followed: the cache of Hugging Face consists of them.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+import string
+from collections.abc import Mapping
+from pathlib import Path, PurePosixPath, PureWindowsPath
+
+from spear.errors import SpearError
+
+ZERO_PADDED_WIDTH = re.compile(r"(0?\d{1,2})?d?")  # as in {episode_index:06d}
+
+
+def join_inside(folder: Path, name: str) -> Path:
+    """Join a folder and the name of a file that data or metadata of others contain.
+
+    Args:
+        folder: The folder of the dataset or model.
+        name: A relative path, with `/` between its parts.
+
+    Returns:
+        The path of the file, which need not exist.
+
+    Raises:
+        SpearError: If the name is an absolute path, or has a part `..`.
+
+    Example:
+        >>> join_inside(Path("data"), "images/0.png").as_posix()
+        'data/images/0.png'
+    """
+    # Windows reads both kinds of separators, so both are split, whatever system this is.
+    path = PureWindowsPath(name)
+    is_absolute = bool(path.root or path.drive or PurePosixPath(name).is_absolute())
+    if is_absolute or ".." in path.parts:
+        raise SpearError(
+            f"{folder}: its data name the file {name!r}, which lies outside this folder."
+            " Copy the file into the folder, and name it by its path from there."
+        )
+    return folder / name
+
+
+def fill_path_template(template: str, values: Mapping[str, str | int]) -> str:
+    """Fill the placeholders of a path that metadata contain, such as `{episode_index:06d}`.
+
+    Args:
+        template: The path. A placeholder is a name, and for numbers at most a width of two digits.
+        values: Name → value. Names that the template does not use are ignored.
+
+    Returns:
+        The path with all placeholders filled.
+
+    Raises:
+        SpearError: If a placeholder has another name or form: Python's format strings could read
+            attributes of objects, or ask for gigabytes of spaces.
+
+    Example:
+        >>> fill_path_template("data/episode_{episode_index:06d}.parquet", {"episode_index": 7})
+        'data/episode_000007.parquet'
+    """
+    _check_template(template, frozenset(values))
+    return template.format(**values)
+
+
+@functools.lru_cache(maxsize=256)  # a dataset fills the same template for each of its episodes
+def _check_template(template: str, names: frozenset[str]) -> None:
+    try:
+        pieces = list(string.Formatter().parse(template))
+    except ValueError as error:
+        raise SpearError(
+            f"The path {template!r} of the metadata is no template: {error}."
+            f" It may use {_list_placeholders(names)}."
+        ) from error
+
+    for _, name, format_spec, conversion in pieces:
+        if name is None:
+            continue
+        is_documented = name in names and conversion is None
+        if not is_documented or ZERO_PADDED_WIDTH.fullmatch(format_spec or "") is None:
+            raise SpearError(
+                f"The path {template[:200]!r} of the metadata has a placeholder that is not known."
+                f" It may use {_list_placeholders(names)}, with a width such as :06d."
+            )
+
+
+def _list_placeholders(names: frozenset[str]) -> str:
+    return ", ".join(f"{{{name}}}" for name in sorted(names))
