@@ -6,11 +6,19 @@ Errors are `SpearError`s. Notices (`notice`) tell of an input that was usable bu
 import difflib
 import importlib
 import os
+import re
 import warnings
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
+
+_OBEYED_BY_TERMINALS = re.compile(
+    r"[\x00-\x1f\x7f-\x9f"  # control characters
+    r"\u200e\u200f\u2028-\u202e\u2066-\u2069"  # ends of lines, and changes of direction
+    r"\ud800-\udfff]"  # halves of characters, which cannot be printed
+)
+_SHORT_ESCAPES = {"\n": r"\n", "\r": r"\r", "\t": r"\t"}
 
 
 class SpearError(Exception):
@@ -113,6 +121,30 @@ def to_sentence(text: str) -> str:
     'Copy the folder again.'
     """
     return text[:1].upper() + text[1:].removesuffix(".") + "."
+
+
+def escape_control_characters(text: str, keep_newlines: bool = False) -> str:
+    """Escape what a terminal would obey instead of show, in text of others.
+
+    Such text (instructions, names, reasons) could otherwise clear the screen, set the title, hide
+    lines or pretend to be other output. The escapes are those of JSON.
+
+    Args:
+        text: any text.
+        keep_newlines: whether the text may have several lines.
+
+    Example:
+        >>> print(escape_control_characters("pick\\x1b[2J up\\n"))
+        pick\\u001b[2J up\\n
+    """
+
+    def escape(match: re.Match[str]) -> str:
+        character = match[0]
+        if character == "\n" and keep_newlines:
+            return character
+        return _SHORT_ESCAPES.get(character, f"\\u{ord(character):04x}")
+
+    return _OBEYED_BY_TERMINALS.sub(escape, text)
 
 
 def format_count(number: int, unit: str) -> str:

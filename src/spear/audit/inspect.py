@@ -23,7 +23,7 @@ from spear.data.readers.lerobot import LeRobotFolder
 from spear.data.readers.rlds import RldsFolder
 from spear.data.readers.video import read_frames
 from spear.data.store.episode_store import EpisodeStore
-from spear.errors import SpearError, format_count
+from spear.errors import SpearError, escape_control_characters, format_count
 from spear.types import Array
 from spear.util.images import IMAGE_MAGIC_BYTES, decode_image
 
@@ -74,7 +74,7 @@ def _inspect_store(store: EpisodeStore) -> str:
     if len(known_translations):
         lines.append(f"step, mm      {_format_axes(1000 * known_translations)}")
     lines += _format_instructions(episode.instruction for episode in episodes)
-    return "\n".join(lines)
+    return "\n".join(escape_control_characters(line) for line in lines)
 
 
 def _inspect_store_camera(store: EpisodeStore, camera: str) -> str:
@@ -130,7 +130,7 @@ def _inspect_dataset(folder: Dataset) -> str:
     lines += cameras
     lines += _format_columns(episodes, axes)
     lines += _format_instructions(texts)
-    return "\n".join(lines)
+    return "\n".join(escape_control_characters(line) for line in lines)
 
 
 def _column_name(feature_name: str) -> str:

@@ -22,6 +22,7 @@ from spear.cli.parsing import parse_options
 from spear.errors import (
     Notice,
     SpearError,
+    escape_control_characters,
     is_first_process,
     missing_extra_message,
     unknown_name_error,
@@ -118,7 +119,7 @@ def run_reporting_errors(work: Callable[[], object]) -> int:
             if not is_first_process():
                 # An error that all processes meet is reported by the first; torchrun then ends us.
                 time.sleep(SECONDS_FOR_FIRST_PROCESS)
-            print(f"error: {message}", file=sys.stderr)
+            print(f"error: {escape_control_characters(message)}", file=sys.stderr)
             return getattr(error, "code", 2)
 
 
@@ -134,7 +135,8 @@ class _WarningPrinter:
             self._print_warning(message, *details, **options)
         elif str(message) not in self._printed_notices:
             self._printed_notices.add(str(message))
-            print(f"note: {message}", file=sys.stderr, flush=True)
+            line = f"note: {escape_control_characters(str(message))}"
+            print(line, file=sys.stderr, flush=True)
 
 
 def _flush_stdout() -> None:

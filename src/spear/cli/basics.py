@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from tyro.conf import Positional, arg
 
-from spear.errors import check_known, format_count, notice
+from spear.errors import check_known, escape_control_characters, format_count, notice
 from spear.evaluate.options import Decode
 from spear.util.files import write_bytes, write_text
 from spear.util.options import (
@@ -81,7 +81,7 @@ def ask(options: AskOptions) -> None:
         trust,
         options.view,
     )
-    print(reply)
+    print(escape_control_characters(reply, keep_newlines=True))
 
     if trust is None and options.view == MAIN_VIEW:
         notice(

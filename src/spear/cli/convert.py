@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from tyro.conf import Positional, arg
 
-from spear.errors import SpearError, check_known
+from spear.errors import SpearError, check_known, escape_control_characters
 from spear.util.files import check_new_folder
 from spear.util.network import is_hub_name
 from spear.util.options import OptionalName, Options, Seed
@@ -157,7 +157,7 @@ def _report_and_save(
     dtype_name = str(dtype).removeprefix("torch.")
     size_gb = plan.report.num_parameters() * dtype.itemsize / 1e9
     size = f"{size_gb:.2f} GB, {dtype_name}"
-    print(plan.report)
+    print(escape_control_characters(str(plan.report), keep_newlines=True))
     plan.check()
     if options.dry_run:
         print(f"nothing written (dry run); it would be {size} in {options.out}")

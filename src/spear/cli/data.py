@@ -10,7 +10,13 @@ from typing import TYPE_CHECKING, TextIO
 
 from spear.audit.options import AuditOptions, DescribeOptions, InspectOptions
 from spear.data.options import Conversion, ExportOptions, PrepareOptions
-from spear.errors import SpearError, UndecidedError, check_known, format_count
+from spear.errors import (
+    SpearError,
+    UndecidedError,
+    check_known,
+    escape_control_characters,
+    format_count,
+)
 from spear.util.files import write_text
 
 if TYPE_CHECKING:
@@ -68,7 +74,7 @@ def describe(options: DescribeOptions) -> None:
         advice = f"{file} exists already: add what it lacks"
 
     if options.out is None:
-        print(text)
+        print(escape_control_characters(text, keep_newlines=True))
     else:
         write_text(options.out, text + "\n")
     print(f"{advice}; then run `spear data audit {options.path}`", file=sys.stderr)
@@ -199,7 +205,7 @@ def audit(options: AuditOptions) -> None:
     if options.out is not None:
         write_audit_page(report, options.out)
         print(f"open {options.out.resolve()}")
-    print(format_report(report))
+    print(escape_control_characters(format_report(report), keep_newlines=True))
     if report.outcome == "contradiction":
         raise SpearError(
             f"{options.path}: {conclude(report)}. Write what fits into its spear.json."
@@ -232,7 +238,7 @@ def _report(
 ) -> None:
     """Print how many episodes were written, and why others were skipped."""
     for reason in reasons[:MAX_SHOWN_REASONS]:
-        print(f"skipped: {reason}", file=sys.stderr)
+        print(f"skipped: {escape_control_characters(reason)}", file=sys.stderr)
     episodes = format_count(num_written, "episodes")
     print(f"{episodes} in {folder}, {len(reasons)} skipped", file=file)
 

@@ -10,7 +10,7 @@ from rich import print as show
 from tyro.conf import Positional, arg
 
 from spear.cli.data import check_episodes, open_episodes
-from spear.errors import SpearError, format_count, notice
+from spear.errors import SpearError, escape_control_characters, format_count, notice
 from spear.evaluate.compare import find_matching_references, load_references
 from spear.evaluate.options import AgentOptions, QuestionOptions, SimplerOptions, TabletopOptions
 from spear.evaluate.results import load_results
@@ -414,9 +414,9 @@ def compare(options: CompareOptions) -> None:
         names = (str(options.first), str(options.second))
     comparison = compare_results(first, second, names=names)
     show(comparison.to_table())
-    print(comparison.verdict())
+    print(escape_control_characters(comparison.verdict(), keep_newlines=True))
     for setting in comparison.settings:
-        print(f"run differently: {setting}")
+        print(f"run differently: {escape_control_characters(setting)}")
     if comparison.unshared:
         num_unshared = format_count(comparison.unshared, "episodes")
         print(f"not compared: {num_unshared} whose scene only one of the two saw")

@@ -22,7 +22,7 @@ from rich import box
 from rich.markup import escape
 from rich.table import Table
 
-from spear.errors import SpearError, format_count
+from spear.errors import SpearError, escape_control_characters, format_count
 from spear.evaluate.stats import (
     Estimate,
     estimate_mean_proportion,
@@ -232,8 +232,8 @@ def build_terminal_table(
     mean_last  a rule separates the last row from the others.
     """
     table = Table(
-        title="\n" + escape(title),
-        caption=escape(caption),
+        title="\n" + _escape(title),
+        caption=_escape(caption),
         box=box.SIMPLE_HEAD,
         show_edge=False,
         pad_edge=False,
@@ -244,12 +244,17 @@ def build_terminal_table(
         # The success rate is what the table is for: it is never folded.
         no_wrap = header.startswith("success [") if index else has_short_names
         justify: Any = "right" if index else "left"
-        table.add_column(escape(header), justify=justify, no_wrap=no_wrap, overflow="fold")
+        table.add_column(_escape(header), justify=justify, no_wrap=no_wrap, overflow="fold")
     for index, row in enumerate(rows):
         if mean_last and index == len(rows) - 1:
             table.add_section()
-        table.add_row(*[escape(cell) for cell in row])
+        table.add_row(*[_escape(cell) for cell in row])
     return table
+
+
+def _escape(text: str) -> str:
+    """Escape what Rich or a terminal would take for a command."""
+    return escape(escape_control_characters(text, keep_newlines=True))
 
 
 def merge_results(shards: Sequence[Results]) -> Results:

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Column
 
-from spear.errors import format_count
+from spear.errors import escape_control_characters, format_count
 
 T = TypeVar("T")
 LOG_INTERVAL_S = 30.0  # between the lines in a log (our choice)
@@ -71,7 +71,7 @@ class ProgressBar:
 
     def print_line(self, line: str) -> None:
         """Print a line above the bar."""
-        print(line, file=sys.stderr, flush=True)
+        print(escape_control_characters(line), file=sys.stderr, flush=True)
 
     def format_line(self) -> str:
         """All that is known: "training: 100 of 1,000 steps, 5.0 steps/s, 0:03:00 left"."""
