@@ -39,7 +39,8 @@ def save_sam2(folder: Path, video: bool = False) -> Path:
         prompt_encoder_config=prompt, mask_decoder_config=decoder, **both, image_size=64,
         memory_attention_hidden_size=32, memory_attention_num_layers=1,
         memory_attention_feed_forward_hidden_size=32, memory_attention_rope_feat_sizes=[4, 4],
-        memory_encoder_hidden_size=32, memory_encoder_output_channels=8, mask_downsampler_embed_dim=32,
+        memory_encoder_hidden_size=32, memory_encoder_output_channels=8,
+        mask_downsampler_embed_dim=32,
         memory_fuser_embed_dim=32, memory_fuser_num_layers=1, memory_fuser_intermediate_dim=32,
     )  # fmt: skip
     hf.Sam2VideoModel(memory).save_pretrained(folder)
@@ -64,7 +65,8 @@ def save_grounding_dino(folder: Path) -> Path:
             image_size=64, embed_dim=8, depths=[1, 1, 1, 1], num_heads=[1, 1, 2, 2], window_size=4,
             out_features=["stage2", "stage3", "stage4"]),
         text_config=hf.BertConfig(
-            vocab_size=1060, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16,
+            vocab_size=1060, hidden_size=16, num_hidden_layers=1,
+            num_attention_heads=2, intermediate_size=16,
             max_position_embeddings=32),
         num_queries=10, d_model=32, encoder_layers=1, decoder_layers=2, encoder_ffn_dim=16,
         decoder_ffn_dim=16, encoder_attention_heads=2, decoder_attention_heads=2, max_text_len=16,

@@ -83,14 +83,12 @@ def label_object(detection: Detection, mask: Array, image: ImageGeometry) -> Lab
         - "detection", of the detector;
         - "points", the number of points to which the box is fitted;
         - "visible", the fraction of its outline that is its own, neither cut by the image's edge
-        nor by
-          something in front;
+          nor by something in front;
         - "edge", the fraction of its outline that the image's edge cuts;
         - "known", the fraction of its pixels with depth;
         - "whole", the IoU of the detected 2D box and the mask's;
         - with a box, "planarity" and "stability" (see `quality`), and "compact", how wide the
-        object is
-          seen, as a fraction of how far the box goes into the depth, at most 1.
+          object is seen, as a fraction of how far the box goes into the depth, at most 1.
     """
     tight_box = compute_tight_box(mask)
     box2d = np.asarray(detection.box2d, np.float32)
@@ -103,9 +101,8 @@ def label_object(detection: Detection, mask: Array, image: ImageGeometry) -> Lab
     error_px = 0 if image.is_exact else round(max(1.0, longer_side * MASK_ERROR_FRACTION))
     end_px = max(error_px, round(MASK_END_FRACTION * longer_side)) if error_px else 0
     x0, y0, x1, y1 = tight_box.astype(int).tolist()
-    room = (
-        1 + error_px + 4 if error_px else 1
-    )  # `snap_outline` looks at the support beside the object
+    # `snap_outline` looks at the support beside the object
+    room = 1 + error_px + 4 if error_px else 1
     window = (slice(max(y0 - room, 0), y1 + room), slice(max(x0 - room, 0), x1 + room))
 
     # The object's pixels, outline and clean points

@@ -13,6 +13,7 @@ from PIL import Image
 
 from labels_stand_ins import BoxSegmenter
 from refusals import refuses
+from spear.errors import Notice
 from spear.labels.fit.masks import decode_mask, decode_run_lengths, encode_mask, rasterize_polygons
 from spear.labels.inputs import list_images
 from spear.labels.model_factories import resolve_factory
@@ -376,14 +377,9 @@ def test_two_sources_that_fit_one_coco_image_are_refused(tmp_path: Path) -> None
     [
         ("{", "JSON"),
         ({"images": []}, "'categories'"),
-        (make_coco(images=[{"id": 7, "file_name": "1.jpg"}]), "'height'"),  # photos may be shrunk
-        (make_coco(annotations=[{"image_id": 70, "category_id": 1, "bbox": [1, 2, 3, 4]}]), "70"),
-        (make_coco(annotations=[{"image_id": 7, "category_id": 1, "bbox": [1, 2]}]), "ValueError"),
-        (
-            make_coco(annotations=[{"image_id": 7, "category_id": 1, "bbox": [1, 2, 3, np.nan]}]),
-            "ValueError",
-        ),
-        (make_coco(annotations=[{"image_id": 7, "category_id": 1, "id": 3}]), "annotation 3"),
+        (make_coco(images={"7": "1.jpg"}), "list"),
+        (make_coco(images=[{"id": 7}]), "file_name"),
+        (make_coco(annotations="none"), "list"),
         ({"annotations": {"uid": {"take_name": "a"}}}, "'object_masks'"),
     ],
 )
@@ -391,6 +387,129 @@ def test_what_is_neither_coco_nor_relations_is_refused(
     tmp_path: Path, data: Any, reason: str
 ) -> None:
     refuses(rf"annotations\.json.*{reason}", write_and_open, tmp_path, data)
+
+
+ODD_ANNOTATIONS: list[tuple[Any, str]] = [
+    ({"bbox": [1, 2]}, "x, y, width, height"),
+    ({"bbox": [1, 2, 3, np.nan]}, "x, y, width, height"),
+    ({"bbox": ["a", 2, 3, 4]}, "annotation 31"),
+    ({"bbox": []}, "neither a box nor a mask"),
+    ({"bbox": None, "segmentation": None}, "neither a box nor a mask"),
+    ({"segmentation": {"size": [12, 20]}}, "counts"),
+    ({"segmentation": 7}, "annotation 31"),
+    ({"bbox": [1, 2, 3, 4], "category_id": 5}, "category 5"),
+    ({"bbox": [1, 2, 3, 4], "category_id": [1]}, "annotation 31"),
+    ({"bbox": [1, 2, 3, 4], "score": "high"}, "high"),
+    ({"bbox": [1, 2, 3, 4], "score": np.nan}, "score"),
+]
+
+
+@pytest.mark.parametrize(("odd", "reason"), ODD_ANNOTATIONS)
+def test_an_odd_coco_annotation_costs_its_image_alone_and_is_named(
+    tmp_path: Path, odd: dict[str, Any], reason: str
+) -> None:
+    content = make_coco()
+    content["annotations"].append({"id": 31, "image_id": 8, "category_id": 1, **odd})
+
+    with pytest.warns(Notice, match=reason) as notices:
+        coco = write_and_open(tmp_path, content)
+
+    assert ["annotation 31" in str(notice.message) for notice in notices] == [True]
+    assert len(FileDetector(coco).detect(COCO_FRAMES[:1])[0]) == 4
+    message = refuses(reason, FileDetector(coco).detect, COCO_FRAMES[1:2])
+    assert "annotation 31" in message
+    assert "hall/1.jpg" in message
+
+
+@pytest.mark.parametrize(
+    ("stray", "reason"),
+    [
+        ({"id": 31, "image_id": 70, "category_id": 1, "bbox": [1, 2, 3, 4]}, "31.* image 70"),
+        ({"id": 31, "category_id": 1, "bbox": [1, 2, 3, 4]}, "31.*image_id"),
+        ({"image_id": [7], "category_id": 1}, "annotation number 5"),
+        (None, "annotation number 5"),
+    ],
+)
+def test_a_coco_annotation_of_no_image_costs_nothing_and_is_named(
+    tmp_path: Path, stray: Any, reason: str
+) -> None:
+    content = make_coco()
+    content["annotations"].append(stray)
+
+    with pytest.warns(Notice, match=reason):
+        coco = write_and_open(tmp_path, content)
+
+    num_objects = [len(detections) for detections in FileDetector(coco).detect(COCO_FRAMES)]
+    assert num_objects == [4, 1, 0]
+
+
+@pytest.mark.parametrize(
+    "size", [{}, {"height": None, "width": None}, {"height": 0, "width": 20}, {"height": "tall"}]
+)
+def test_a_coco_image_without_a_size_is_refused_alone_and_named(
+    tmp_path: Path, size: dict[str, Any]
+) -> None:
+    content = make_coco()
+    content["images"][1] = {"id": 8, "file_name": "hall/1.jpg", **size}
+
+    with pytest.warns(Notice, match=r"hall/1\.jpg"):
+        coco = write_and_open(tmp_path, content)
+
+    assert len(FileDetector(coco).detect(COCO_FRAMES[:1])[0]) == 4
+    refuses(r"hall/1\.jpg", FileDetector(coco).detect, COCO_FRAMES[1:2])
+
+
+@pytest.mark.parametrize("entry", [{"id": 9}, {"file_name": "2.png"}, {"id": 9, "file_name": ""}])
+def test_a_coco_image_without_a_name_or_id_is_named(tmp_path: Path, entry: Any) -> None:
+    content = make_coco()
+    content["images"][2] = entry
+
+    with pytest.warns(Notice, match=r"image (9|number 3)"):
+        coco = write_and_open(tmp_path, content)
+
+    assert len(FileDetector(coco).detect(COCO_FRAMES[:1])[0]) == 4
+
+
+def test_many_odd_entries_are_counted_in_one_notice(tmp_path: Path) -> None:
+    content = make_coco()
+    strays = [{"id": 30 + i, "image_id": 70, "category_id": 1} for i in range(9)]
+    content["annotations"] += strays
+
+    with pytest.warns(Notice, match="^9 entries.*annotation 32.*; …"):
+        write_and_open(tmp_path, content)
+
+
+@pytest.mark.parametrize("fields", [{"score": None}, {"bbox": None}, {"bbox": []}])
+def test_empty_fields_of_a_coco_annotation_count_as_missing(
+    tmp_path: Path, fields: dict[str, Any]
+) -> None:
+    content = make_coco()
+    content["annotations"][3].update(fields)
+
+    (detection,) = FileDetector(write_and_open(tmp_path, content)).detect(COCO_FRAMES[1:2])[0]
+
+    assert detection.score == 1.0
+    assert detection.box2d.tolist() == [3, 2, 11, 9]
+
+
+@pytest.mark.parametrize(
+    "segmentation",
+    [
+        [["a", 1, 2, 3, 4, 5]],
+        [[1, 2, 3, 4]],
+        [[[1, 2], [3]]],
+        {"size": [12, 20], "counts": "é"},
+        {"size": [12, 20], "counts": [1, "a"]},
+        {"size": [12], "counts": [240]},
+    ],
+)
+def test_a_broken_coco_mask_concerns_its_image_alone(tmp_path: Path, segmentation: Any) -> None:
+    content = make_coco()
+    content["annotations"][3]["segmentation"] = segmentation
+    coco = write_and_open(tmp_path, content)
+
+    assert len(FileDetector(coco).detect(COCO_FRAMES[:1])[0]) == 4
+    refuses("", FileDetector(coco).detect, COCO_FRAMES[1:2])
 
 
 # Ego-Exo4D's relations

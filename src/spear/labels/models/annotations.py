@@ -3,6 +3,7 @@
 Where a file does not know an image, or knows no mask of an object, another model can take over.
 """
 
+import contextlib
 import hashlib
 import re
 from collections import defaultdict
@@ -15,7 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from spear.errors import SpearError
+from spear.errors import SpearError, format_count, notice
 from spear.labels.fit.image import (
     clip_boxes,
     compute_iou_2d,
@@ -30,6 +31,10 @@ from spear.util.files import read_json
 from spear.util.json_text import MAX_ANNOTATIONS_BYTES
 
 MIN_MATCH_IOU = 0.5  # of a detection with the annotation whose mask it gets
+MAX_NAMED_ENTRIES = 3  # of a file that cannot be used; the others are only counted
+
+_ENTRY_ERRORS = (LookupError, TypeError, ValueError, AttributeError, OverflowError)
+"""What reading an entry of a file raises that is not as it should be."""
 
 Outline = Callable[[int, int], Array]
 """(height, width) → mask [height, width] bool."""
@@ -288,7 +293,7 @@ def open_annotations(path: str | Path) -> Annotations:
         if "images" in content:
             return Annotations(f"coco {file}", _CocoIndex(content, file).find)
         return Annotations(f"ego-exo4d relations {file}", _RelationsIndex(content).find)
-    except (LookupError, TypeError, ValueError, AttributeError, OverflowError) as error:
+    except _ENTRY_ERRORS as error:
         raise SpearError(
             f"{path} is neither COCO's JSON of instances nor Ego-Exo4D's relations "
             f"({type(error).__name__}: {error}). Give one of the two."
@@ -308,29 +313,91 @@ class _CocoIndex:
     them in the plural, so that its name is never alone and is not counted. Annotations without a
     box get the tight box of their mask. Run lengths of the wrong size are a `SpearError` when the
     mask is used.
+
+    An entry that cannot be used costs its image alone: it is named in a notice, and `find` raises
+    `SpearError` for the image.
     """
 
     def __init__(self, content: Mapping[str, Any], file: str) -> None:
         self.file = file
         self._images_by_name: dict[str, list[tuple[list[str], Any]]] = defaultdict(list)
+        self._sizes: dict[Any, tuple[int, int]] = {}
         self._annotations: dict[Any, list[Annotation]] = {}
+        self._problems: dict[Any, str] = {}  # of the images whose entries cannot be used
         self._sources: dict[Any, str] = {}  # of the images that were found so far
 
-        sizes: dict[Any, tuple[int, int]] = {}
-        for image in content["images"]:
-            path = _split_path(image["file_name"])
-            self._images_by_name[path[-1]].append((path, image["id"]))
-            self._annotations[image["id"]] = []
-            sizes[image["id"]] = (int(image["height"]), int(image["width"]))  # photos may be shrunk
-        names = {category["id"]: str(category["name"]) for category in content["categories"]}
-        for entry in content["annotations"]:
-            size = sizes[entry["image_id"]]
-            annotation = _read_coco_annotation(entry, names[entry["category_id"]], size)
-            annotations = self._annotations[entry["image_id"]]
-            if entry.get("iscrowd"):
-                annotations += _make_crowd(annotation)
-            else:
-                annotations.append(annotation)
+        names = _read_category_names(content["categories"])
+        stray_entries = []  # descriptions of those that belong to no image
+        for index, entry in enumerate(_check_list(content["images"])):
+            try:
+                self._add_image(entry)
+            except _ENTRY_ERRORS as error:
+                stray_entries.append(f"{_name_entry('image', entry, index)} {_explain(error)}")
+        if stray_entries and not self._annotations:
+            raise ValueError(stray_entries[0])
+        for index, entry in enumerate(_check_list(content["annotations"])):
+            entry_name = _name_entry("annotation", entry, index)
+            try:
+                image = self._find_image(entry)
+            except _ENTRY_ERRORS as error:
+                stray_entries.append(f"{entry_name} {_explain(error)}")
+                continue
+            self._add_annotation(image, entry, entry_name, names)
+        self._notify(stray_entries)
+
+    def _add_image(self, entry: Mapping[str, Any]) -> None:
+        path = _split_path(entry["file_name"])
+        name = path[-1]
+        image = entry["id"]
+        self._annotations[image] = []
+        self._images_by_name[name].append((path, image))
+
+        try:  # the image's own size does not do, because photos may be shrunk
+            height = int(entry["height"])
+            width = int(entry["width"])
+        except _ENTRY_ERRORS as error:
+            self._problems[image] = f"{entry['file_name']} {_explain(error)}"
+            return
+        if min(height, width) < 1:
+            self._problems[image] = f"{entry['file_name']} has {width}×{height} pixels"
+        self._sizes[image] = (height, width)
+
+    def _find_image(self, entry: Mapping[str, Any]) -> Any:
+        """The id of the image that an annotation belongs to."""
+        image = entry["image_id"]
+        if image not in self._annotations:
+            raise _OddEntryError(f"belongs to image {image}, which the file does not list")
+        return image
+
+    def _add_annotation(
+        self, image: Any, entry: Mapping[str, Any], entry_name: str, names: Mapping[Any, str]
+    ) -> None:
+        """Add an annotation to its image, or else note why the image cannot be used."""
+        if image in self._problems:
+            return
+        try:
+            annotation = _read_coco_annotation(entry, names, self._sizes[image])
+        except _ENTRY_ERRORS as error:
+            self._problems[image] = f"{entry_name} {_explain(error)}"
+            return
+        if entry.get("iscrowd"):
+            self._annotations[image] += _make_crowd(annotation)
+        else:
+            self._annotations[image].append(annotation)
+
+    def _notify(self, stray_entries: Sequence[str]) -> None:
+        """Name the entries that cannot be used in a notice."""
+        problems = [*self._problems.values(), *stray_entries]
+        if not problems:
+            return
+        examples = "; ".join(problems[:MAX_NAMED_ENTRIES])
+        if len(problems) > MAX_NAMED_ENTRIES:
+            examples += "; …"
+        notice(
+            f"{format_count(len(problems), 'entries')} of coco {self.file} cannot be used "
+            f"({examples}). {format_count(len(self._problems), 'images')} will be skipped for it, "
+            "unless you correct the file."
+        )
 
     def find(self, source: str) -> list[Annotation] | None:
         path = _split_path(source)
@@ -356,7 +423,47 @@ class _CocoIndex:
                 f"{earlier_source} and {source} fit the same image of coco {self.file}. Name the "
                 "folder too."
             )
+        if image in self._problems:
+            raise SpearError(
+                f"In coco {self.file}, {self._problems[image]}. Correct the file, or leave "
+                f"{source} out."
+            )
         return self._annotations[image]
+
+
+def _check_list(value: Any) -> list[Any]:
+    if not isinstance(value, list):
+        raise TypeError(f"{type(value).__name__} instead of a list")
+    return value
+
+
+def _read_category_names(entries: Any) -> dict[Any, str]:
+    """The names of the categories by id, without entries that cannot be used."""
+    names = {}
+    for entry in _check_list(entries):
+        with contextlib.suppress(*_ENTRY_ERRORS):
+            names[entry["id"]] = str(entry["name"])
+    return names
+
+
+def _name_entry(kind: str, entry: Any, index: int) -> str:
+    """What an entry of a list is called in messages: its id, or else its number."""
+    if isinstance(entry, Mapping) and "id" in entry:
+        return f"{kind} {entry['id']}"
+    return f"{kind} number {index + 1}"
+
+
+class _OddEntryError(ValueError):
+    """What is wrong with an entry of a file, as the end of a sentence about it."""
+
+
+def _explain(error: Exception) -> str:
+    """Why an entry cannot be used, as the end of a sentence about it."""
+    if isinstance(error, KeyError):
+        return f"has no {error}"
+    if isinstance(error, _OddEntryError):
+        return str(error)
+    return f"cannot be read ({type(error).__name__}: {error})"
 
 
 def _make_crowd(annotation: Annotation) -> list[Annotation]:
@@ -373,36 +480,78 @@ def _make_empty_mask(height: int, width: int) -> Array:
     return np.zeros((height, width), bool)
 
 
-def _read_coco_annotation(entry: Mapping[str, Any], name: str, size: tuple[int, int]) -> Annotation:
+def _read_coco_annotation(
+    entry: Mapping[str, Any], names: Mapping[Any, str], size: tuple[int, int]
+) -> Annotation:
+    """Read an annotation; one of `_ENTRY_ERRORS` says why it cannot be used.
+
+    Args:
+        entry: Of the file.
+        names: Of the categories, by id.
+        size: (height, width) of its image.
+    """
+    category = entry["category_id"]
+    if category not in names:
+        raise _OddEntryError(f"has category {category}, which the file does not define")
     outline = None
     if entry.get("segmentation"):
         outline = _make_outline(entry["segmentation"])
     box = None
-    if "bbox" in entry:
-        x, y, width, height = np.asarray_chkfinite(entry["bbox"], float)
-        box = np.array([x, y, x + width, y + height])
+    if entry.get("bbox") not in (None, []):
+        box = _read_coco_box(entry["bbox"])
     elif outline is None:
-        raise ValueError(f"annotation {entry.get('id')} has neither a box nor a mask")
-    return Annotation(name, box, size, outline, float(entry.get("score", 1.0)))
+        raise _OddEntryError("has neither a box nor a mask")
+    return Annotation(names[category], box, size, outline, _read_coco_score(entry))
+
+
+def _read_coco_box(values: Any) -> Array:
+    """The box [4] x0, y0, x1, y1 of a COCO `bbox`."""
+    box = np.asarray(values, np.float64)
+    if box.shape != (4,) or not np.isfinite(box).all():
+        raise _OddEntryError(f"has the box {values}, which is not x, y, width, height")
+    return np.concatenate([box[:2], box[:2] + box[2:]])
+
+
+def _read_coco_score(entry: Mapping[str, Any]) -> float:
+    if entry.get("score") is None:
+        return 1.0
+    score = float(entry["score"])
+    if not np.isfinite(score):
+        raise _OddEntryError(f"has the score {score}")
+    return score
 
 
 def _make_outline(segmentation: Any) -> Outline:
     """The outline of a COCO `segmentation`."""
     if isinstance(segmentation, list):
-        return partial(rasterize_polygons, segmentation)
+        return partial(_fill_coco_polygons, segmentation)
     return partial(_decode_coco_runs, segmentation["counts"], tuple(segmentation["size"]))
+
+
+def _fill_coco_polygons(polygons: list[Any], height: int, width: int) -> Array:
+    try:
+        return rasterize_polygons(polygons, height, width)
+    except (TypeError, ValueError) as error:
+        raise SpearError(
+            f"the polygons of a mask cannot be read ({error}). Repair the file."
+        ) from error
 
 
 def _decode_coco_runs(
     counts: str | list[int], size: tuple[int, int], height: int, width: int
 ) -> Array:
     if size != (height, width):
+        actual_size = "×".join(str(side) for side in reversed(size))
         raise SpearError(
-            f"a mask has {size[1]}×{size[0]} pixels in an image of {width}×{height}. Repair the "
-            "file."
+            f"a mask has {actual_size} pixels in an image of {width}×{height}. Repair the file."
         )
-    runs = decode_run_lengths(counts) if isinstance(counts, str) else counts
-    return decode_mask(runs, height, width)
+    try:
+        runs = decode_run_lengths(counts) if isinstance(counts, str) else counts
+        return decode_mask(runs, height, width)
+    except (TypeError, ValueError) as error:
+        raise SpearError(
+            f"the run lengths of a mask cannot be read ({error}). Repair the file."
+        ) from error
 
 
 class _RelationsIndex:
