@@ -387,10 +387,12 @@ def test_the_film_of_a_closed_tab_is_given_up(
     server: PolicyServer, tab: Tab, recorded: list[Episode], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     num_composed = 0
+    has_begun = threading.Event()
 
     def close_tab_and_compose(*frame: Any) -> Array:
         nonlocal num_composed
         num_composed += 1
+        has_begun.set()
         tab.socket.close()
         time.sleep(1)
         return frame[0]
@@ -398,6 +400,7 @@ def test_the_film_of_a_closed_tab_is_given_up(
     tab.ask("open", episode=1)
     monkeypatch.setattr(video, "compose_frame", close_tab_and_compose)
     tab.socket.send(json.dumps({"do": "film"}))
+    assert has_begun.wait(TIMEOUT_S)
 
     Tab(server).socket.close()  # it gets its first scene after the film has ended
 
