@@ -251,6 +251,70 @@ def test_a_time_after_the_end_of_a_video_is_refused(tmp_path: Path) -> None:
     assert "ends before 99.00 s" in str(reason)
 
 
+def write_recording(path: Path, times_ms: Sequence[int], end_ms: int, sound_ms: int = 0) -> None:
+    """Write a video of variable frame rate, frame i gray of value 20 i, perhaps with sound."""
+    av = pytest.importorskip("av")
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=30)
+        stream.width = 64
+        stream.height = 48
+        stream.pix_fmt = "yuv420p"
+        stream.codec_context.time_base = Fraction(1, 1000)
+        stream.codec_context.max_b_frames = 0
+        sound = container.add_stream("aac", rate=16000, layout="mono") if sound_ms else None
+        packets = []
+        for i, time_ms in enumerate(times_ms):
+            frame = av.VideoFrame.from_ndarray(
+                np.full((48, 64, 3), 20 * i, np.uint8), format="rgb24"
+            )
+            frame.pts = time_ms
+            frame.time_base = Fraction(1, 1000)
+            packets += stream.encode(frame)
+        packets += stream.encode(None)
+        for packet, next_ms in zip(packets, [*times_ms[1:], end_ms], strict=True):
+            packet.duration = next_ms - packet.pts
+            container.mux(packet)
+        if sound is not None:
+            write_silence(container, sound, sound_ms)
+
+
+def write_silence(container: Any, stream: Any, duration_ms: int) -> None:
+    av = pytest.importorskip("av")
+    samples = np.zeros((1, 1024), np.float32)
+    for first in range(0, 16 * duration_ms, 1024):
+        frame = av.AudioFrame.from_ndarray(samples, format="fltp", layout="mono")
+        frame.sample_rate = 16000
+        frame.pts = first
+        container.mux(stream.encode(frame))
+    container.mux(stream.encode(None))
+
+
+@pytest.mark.parametrize(
+    ("times_ms", "end_ms"), [([0, 100, 200, 300], 6000), ([0, 50, 1000, 1030, 2500], 9000)]
+)
+@pytest.mark.parametrize("suffix", ["mp4", "mkv"])
+def test_the_last_frame_of_a_screen_recording_is_shown_until_its_end(
+    tmp_path: Path, suffix: str, times_ms: list[int], end_ms: int
+) -> None:
+    write_recording(tmp_path / f"screen.{suffix}", times_ms, end_ms)
+
+    values = read_values(list(list_images(str(tmp_path / f"screen.{suffix}"), rate=1.0)))
+
+    assert_near(values[-3:], [20 * (len(times_ms) - 1)] * 3)
+
+
+@pytest.mark.parametrize(("end_ms", "sound_ms"), [(2000, 8000), (3000, 4500)])
+def test_sound_that_lasts_longer_does_not_add_frames(
+    tmp_path: Path, end_ms: int, sound_ms: int
+) -> None:
+    times_ms = list(range(0, end_ms, 250))
+    write_recording(tmp_path / "film.mkv", times_ms, end_ms, sound_ms)
+
+    values = read_values(list(list_images(str(tmp_path / "film.mkv"), rate=1.0)))
+
+    assert_near(values, [20 * index for index in range(0, len(times_ms), 4)])
+
+
 def test_a_video_of_pixels_that_are_not_square_is_seen_as_it_is_shown(tmp_path: Path) -> None:
     write_film(tmp_path / "film.mp4", num_frames=2, aspect=Fraction(4, 3))
 

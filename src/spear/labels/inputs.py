@@ -23,7 +23,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from spear.data.readers.video import open_video
+from spear.data.readers.video import open_video, to_rgb
 from spear.errors import RetryableError, SpearError, notice
 from spear.labels.store import explain_read_errors
 from spear.types import Array, Frame
@@ -328,7 +328,7 @@ def list_video_frames(path: str, rate: float) -> Iterator[Item]:
     """
     with open_video(path) as (container, stream):
         video_rate = float(stream.average_rate or stream.guessed_rate or rate)
-        num_frames = stream.frames or round((container.duration or 0) / 1e6 * video_rate)
+        num_frames = stream.frames or round(_measure_duration_s(container, stream) * video_rate)
     if not num_frames:
         raise SpearError(f"{path} does not say how long the video is. Remux it to .mp4.")
     stamp = compute_stamp(path)
@@ -337,6 +337,24 @@ def list_video_frames(path: str, rate: float) -> Iterator[Item]:
         if index >= num_frames:
             return
         yield Item(f"{path}#{index}", read_video_frames, path, index / video_rate, stamp)
+
+
+def _measure_duration_s(container: Any, stream: Any) -> float:
+    """Measure how long the pictures of an opened video last, s; 0 if nothing says it.
+
+    The duration of the container is that of its longest stream, which may be sound, and the last
+    picture of a screen recording may stay for seconds. Therefore the last packets are looked up.
+    """
+    if not container.duration:
+        return 0.0
+
+    container.seek(container.duration)  # to the last picture that can be decoded alone
+    start = stream.start_time or 0
+    end = start
+    for packet in container.demux(stream):
+        if packet.pts is not None:
+            end = max(end, packet.pts + (packet.duration or 0))
+    return float((end - start) * stream.time_base)
 
 
 def read_video_frames(path: str, times: Sequence[float]) -> Iterator[Array]:
@@ -363,7 +381,8 @@ def read_video_frames(path: str, times: Sequence[float]) -> Iterator[Array]:
         frames = chain(container.decode(stream), [None])
         for frame, next_frame in pairwise(frames):
             if next_frame is None:
-                end_s = frame.time + 3 * half_frame_s
+                last_end_s = start_s + _measure_duration_s(container, stream)
+                end_s = max(last_end_s, frame.time + 3 * half_frame_s)
             else:
                 end_s = next_frame.time - half_frame_s
             while remaining_times and remaining_times[0] < end_s - start_s:
@@ -371,14 +390,17 @@ def read_video_frames(path: str, times: Sequence[float]) -> Iterator[Array]:
                 remaining_times.pop(0)
             if not remaining_times:
                 return
-    raise SpearError(f"{path} ends before {remaining_times[0]:.2f} s. Copy it again.")
+    raise SpearError(
+        f"{path} ends before {remaining_times[0]:.2f} s, earlier than its header says. Write its "
+        "header anew with `ffmpeg -i FILE -c copy NEW_FILE`, or leave it out."
+    )
 
 
 def _to_pixels(frame: Any, stream: Any) -> Array:
     """A frame of PyAV as [h, w, 3] uint8 RGB, in square pixels, turned as the camera has noted."""
     num_quarter_turns = round(getattr(frame, "rotation", 0) / 90)  # of a phone held upright, say
     width = round(frame.width * (stream.sample_aspect_ratio or 1))
-    pixels = frame.to_ndarray(format="rgb24", width=width)
+    pixels = to_rgb(frame, width)
     return np.ascontiguousarray(np.rot90(pixels, num_quarter_turns))
 
 

@@ -17,6 +17,9 @@ ENCODER = "libsvtav1"
 ENCODER_OPTIONS = {"crf": "30", "g": "2", "preset": "10", "svtav1-params": "lp=1"}
 """LeRobot's settings: a key frame every second frame. One thread makes the bytes reproducible."""
 MIN_SIDE_PX = 64  # of AV1
+COLOR_SPACES_WITHOUT_MATRIX = (0, 2)  # FFmpeg's numbers of RGB and of "not specified"
+LIMITED_RANGE = 1  # FFmpeg's number
+FULL_RANGE = 2  # FFmpeg's number
 
 
 @contextmanager
@@ -52,7 +55,26 @@ def read_frames(path: Path, start_s: float, end_s: float) -> Iterator[tuple[floa
             if frame.time is None or frame.time >= end_s:
                 return
             if frame.time >= start_s:
-                yield frame.time, frame.to_ndarray(format="rgb24")
+                yield frame.time, to_rgb(frame)
+
+
+def to_rgb(frame: Any, width_px: int | None = None) -> Array:
+    """Convert a frame of PyAV to [h, w, 3] uint8 RGB by the color space that the video names.
+
+    PyAV before 17 ignores the matrix of the color space (BT.709 of every HD camera) unless the
+    ranges of source and target differ. They do here; the range of the target means nothing for RGB.
+
+    Args:
+        frame: The frame.
+        width_px: The width of the result; None for that of the frame.
+    """
+    ranges: dict[str, int] = {}
+    if frame.colorspace not in COLOR_SPACES_WITHOUT_MATRIX:
+        is_full = frame.color_range == FULL_RANGE
+        ranges["src_color_range"] = FULL_RANGE if is_full else LIMITED_RANGE
+        ranges["dst_color_range"] = LIMITED_RANGE if is_full else FULL_RANGE
+    pixels: Array = frame.to_ndarray(format="rgb24", width=width_px, **ranges)
+    return pixels
 
 
 class VideoWriter:
