@@ -110,6 +110,7 @@ def test_no_modules_import_each_other_in_a_circle() -> None:
     TopologicalSorter(imports).prepare()  # raises an error that names the circle
 
 
+@pytest.mark.slow  # labels and trains in a fresh process
 def test_labeling_and_training_run_without_optional_packages(tmp_path: Path) -> None:
     """Those that docs/label.md and docs/finetune.md do not name either."""
     write_episodes([make_episode(0)], tmp_path)

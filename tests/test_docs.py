@@ -180,6 +180,7 @@ def test_the_tutorial_is_stored_without_outputs() -> None:
     assert not any(cell.get("outputs") for cell in read_tutorial())
 
 
+@pytest.mark.slow  # runs the whole tutorial
 def test_the_tutorial_runs_and_the_policy_that_it_trains_can_be_served(
     renderer: object,
     tmp_path: Path,

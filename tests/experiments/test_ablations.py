@@ -538,6 +538,7 @@ def kill_this_process(message: str) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
+@pytest.mark.slow  # trains, is killed and trains again
 def test_a_killed_run_resumes_until_everything_is_scored(
     data: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

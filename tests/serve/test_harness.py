@@ -181,6 +181,7 @@ def find_free_port() -> int:
         return listening.getsockname()[1]
 
 
+@pytest.mark.slow  # starts the harness and a server as their own programs
 def test_the_commands_of_the_docs_evaluate_nano(tmp_path: Path) -> None:
     """`spear vla-eval` and `vla-eval run`, each in a process of its own; the simulator is ours."""
     pytest.importorskip("mujoco")

@@ -93,6 +93,7 @@ def run_client(python: Path, port: str, observation_file: Path, out: Path) -> di
     return printed
 
 
+@pytest.mark.slow  # starts servers and clients as their own programs
 def test_the_real_client_drives_droid(
     openpi_python: Path, nano: Spear1Policy, tmp_path: Path
 ) -> None:
