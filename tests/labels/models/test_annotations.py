@@ -145,6 +145,51 @@ def test_a_turned_photo_without_objects_is_fine(turned_frame: Frame) -> None:
     assert FileDetector(Annotations("empty", lambda _: [])).detect([turned_frame]) == [[]]
 
 
+CONTRADICTORY_BOXES = [
+    [40, 20, 56, 36],  # beside the mask, which is in [12, 12, 28, 28]
+    [6, 6, 14, 14],  # on half the scale
+    [12, 12, 40, 40],  # corners in place of width and height
+    [0, 0, 60, 40],
+    [21, 12, 28, 28],
+]
+
+
+@pytest.mark.parametrize("box", CONTRADICTORY_BOXES)
+def test_a_box_that_contradicts_its_mask_is_an_error_of_its_image(box: list[float]) -> None:
+    odd_cup = annotate_disc("cup", 20, 20, box2d=np.array(box, np.float64))
+    annotations = make_annotations(a=[odd_cup], b=[annotate_disc("mug", 44, 22)])
+
+    refuses("'cup' contradicts its mask", FileDetector(annotations).detect, [make_frame("a")])
+    assert len(FileDetector(annotations).detect([make_frame("b")])[0]) == 1
+
+
+def test_a_mask_is_not_used_for_a_detection_that_matches_its_wrong_box() -> None:
+    odd_cup = annotate_disc("cup", 20, 20, box2d=np.array([40.0, 20, 56, 36]))
+    annotations = make_annotations(a=[odd_cup])
+    detection = Detection("cup", np.array([40, 20, 56, 36]))
+
+    refuses(
+        "'cup' contradicts", FileSegmenter(annotations).segment, [make_frame("a")], [[detection]]
+    )
+
+
+@pytest.mark.parametrize("box", [[10, 11, 29, 28], [12, 12, 28, 40], [4, 12, 36, 28]])
+def test_a_box_may_be_larger_than_its_mask(box: list[float]) -> None:
+    cup = annotate_disc("cup", 20, 20, box2d=np.array(box, np.float64))
+
+    (detections,) = FileDetector(make_annotations(a=[cup])).detect([make_frame("a")])
+
+    assert detections[0].box2d.tolist() == box
+
+
+def test_small_boxes_agree_with_their_mask_within_two_pixels() -> None:
+    crumb = annotate_disc("crumb", 20.5, 20.5, radius=0.6, box2d=np.array([19.0, 19, 22.6, 22.6]))
+
+    (detections,) = FileDetector(make_annotations(a=[crumb])).detect([make_frame("a")])
+
+    assert len(detections) == 1
+
+
 def test_boxes_are_clipped_to_the_image_and_empty_ones_dropped() -> None:
     without_box = Annotation("seen", None, (40, 60), lambda h, w: make_disc(h, w, 30, 20, 6))
     invisible = Annotation("unseen", None, (40, 60), lambda h, w: np.zeros((h, w), bool))
@@ -393,6 +438,8 @@ ODD_ANNOTATIONS: list[tuple[Any, str]] = [
     ({"bbox": [1, 2]}, "x, y, width, height"),
     ({"bbox": [1, 2, 3, np.nan]}, "x, y, width, height"),
     ({"bbox": ["a", 2, 3, 4]}, "annotation 31"),
+    ({"bbox": [9, 8, -6, -5]}, "not positive"),
+    ({"bbox": [3, 2, 8, 0]}, "not positive"),
     ({"bbox": []}, "neither a box nor a mask"),
     ({"bbox": None, "segmentation": None}, "neither a box nor a mask"),
     ({"segmentation": {"size": [12, 20]}}, "counts"),
@@ -456,7 +503,7 @@ def test_a_coco_image_without_a_size_is_refused_alone_and_named(
         coco = write_and_open(tmp_path, content)
 
     assert len(FileDetector(coco).detect(COCO_FRAMES[:1])[0]) == 4
-    refuses(r"hall/1\.jpg", FileDetector(coco).detect, COCO_FRAMES[1:2])
+    refuses(r"hall/1\.jpg.*no size", FileDetector(coco).detect, COCO_FRAMES[1:2])
 
 
 @pytest.mark.parametrize("entry", [{"id": 9}, {"file_name": "2.png"}, {"id": 9, "file_name": ""}])
@@ -475,7 +522,7 @@ def test_many_odd_entries_are_counted_in_one_notice(tmp_path: Path) -> None:
     strays = [{"id": 30 + i, "image_id": 70, "category_id": 1} for i in range(9)]
     content["annotations"] += strays
 
-    with pytest.warns(Notice, match="^9 entries.*annotation 32.*; …"):
+    with pytest.warns(Notice, match="^9 records.*annotation 32.*; …"):
         write_and_open(tmp_path, content)
 
 

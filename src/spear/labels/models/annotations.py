@@ -31,6 +31,9 @@ from spear.util.files import read_json
 from spear.util.json_text import MAX_ANNOTATIONS_BYTES
 
 MIN_MATCH_IOU = 0.5  # of a detection with the annotation whose mask it gets
+MIN_MASK_INSIDE = 0.5  # fraction of a mask that its box must contain
+MIN_BOX_IOU = 0.25  # of a box with the tight one of its mask
+MAX_BOX_ERROR_PX = 2.0  # by which boxes and masks always agree, however small they are
 MAX_NAMED_ENTRIES = 3  # of a file that cannot be used; the others are only counted
 
 _ENTRY_ERRORS = (LookupError, TypeError, ValueError, AttributeError, OverflowError)
@@ -87,6 +90,42 @@ class Annotation:
         rows, columns = self._check_size(height, width)
         return resize_nearest(self.outline(rows, columns), height, width)
 
+    def check_box(self) -> None:
+        """Check that the box is around the mask, as far as both are annotated.
+
+        The box may be larger, because some annotate what is hidden as well.
+
+        Raises:
+            SpearError: Most of the mask is outside the box, the mask fills very little of it, or
+                the box is in corners instead of x, y, width, height.
+        """
+        if self.box2d is None or self.outline is None:
+            return
+        height, width = self.size
+        try:
+            mask = self.outline(height, width)
+        except SpearError:
+            return  # the segmenter raises it when it uses the mask
+        if not mask.any():
+            return
+
+        box = clip_boxes(self.box2d, height, width)
+        mask_box = compute_tight_box(mask)
+        if np.abs(box - mask_box).max() <= MAX_BOX_ERROR_PX:
+            return
+        x0, y0 = np.floor(box[:2]).astype(int)
+        x1, y1 = np.ceil(box[2:]).astype(int)
+        fraction_inside = np.count_nonzero(mask[y0:y1, x0:x1]) / np.count_nonzero(mask)
+        extent = self.box2d[2:] - self.box2d[:2]
+        has_corners = np.abs(extent - mask_box[2:]).max() <= MAX_BOX_ERROR_PX
+        overlap = compute_iou_2d(box, mask_box)
+        if has_corners or fraction_inside < MIN_MASK_INSIDE or overlap < MIN_BOX_IOU:
+            raise SpearError(
+                f"the box {_format_box(self.box2d)} of {self.name!r} contradicts its mask, which "
+                f"is in {_format_box(mask_box)} (x0, y0, x1, y1). Correct the file (COCO's boxes "
+                "are x, y, width, height), or leave the image out."
+            )
+
     def _check_size(self, height: int, width: int) -> tuple[int, int]:
         rows, columns = self.size
         if not have_same_aspect((height, width), self.size):
@@ -96,6 +135,10 @@ class Annotation:
                 "Give the image itself, at most resized."
             )
         return rows, columns
+
+
+def _format_box(box: Array) -> str:
+    return "[" + ", ".join(f"{value:g}" for value in box) + "]"
 
 
 FindAnnotations = Callable[[str], list[Annotation] | None]
@@ -179,6 +222,7 @@ def _to_detections(annotations: Sequence[Annotation], frame: Frame) -> list[Dete
     height, width = frame.image.shape[:2]
     detections = []
     for annotation in annotations:
+        annotation.check_box()
         box = annotation.box_in(height, width)
         if box[2] > box[0] and box[3] > box[1]:
             detections.append(Detection(annotation.name, box, annotation.score))
@@ -243,6 +287,7 @@ class FileSegmenter:
                 annotations.append(annotation)
         matches = _match(detections, annotations, height, width)
         for i, j in matches.items():
+            annotations[j].check_box()
             masks[i] = annotations[j].mask_in(height, width)
         return masks, [i for i in range(len(detections)) if i not in matches]
 
@@ -321,6 +366,7 @@ class _CocoIndex:
     def __init__(self, content: Mapping[str, Any], file: str) -> None:
         self.file = file
         self._images_by_name: dict[str, list[tuple[list[str], Any]]] = defaultdict(list)
+        self._file_names: dict[Any, str] = {}
         self._sizes: dict[Any, tuple[int, int]] = {}
         self._annotations: dict[Any, list[Annotation]] = {}
         self._problems: dict[Any, str] = {}  # of the images whose entries cannot be used
@@ -352,15 +398,18 @@ class _CocoIndex:
         self._annotations[image] = []
         self._images_by_name[name].append((path, image))
 
-        try:  # the image's own size does not do, because photos may be shrunk
-            height = int(entry["height"])
-            width = int(entry["width"])
-        except _ENTRY_ERRORS as error:
-            self._problems[image] = f"{entry['file_name']} {_explain(error)}"
-            return
-        if min(height, width) < 1:
-            self._problems[image] = f"{entry['file_name']} has {width}×{height} pixels"
-        self._sizes[image] = (height, width)
+        self._file_names[image] = entry["file_name"]
+
+        # The size of the picture itself does not do, because photos may be shrunk.
+        height = entry.get("height")
+        width = entry.get("width")
+        is_size = isinstance(height, int | float) and isinstance(width, int | float)
+        if is_size and min(height, width) >= 1:
+            self._sizes[image] = (int(height), int(width))
+        else:
+            self._problems[image] = (
+                f"{entry['file_name']} has height {height} and width {width}, which is no size"
+            )
 
     def _find_image(self, entry: Mapping[str, Any]) -> Any:
         """The id of the image that an annotation belongs to."""
@@ -378,7 +427,7 @@ class _CocoIndex:
         try:
             annotation = _read_coco_annotation(entry, names, self._sizes[image])
         except _ENTRY_ERRORS as error:
-            self._problems[image] = f"{entry_name} {_explain(error)}"
+            self._problems[image] = f"{entry_name} of {self._file_names[image]} {_explain(error)}"
             return
         if entry.get("iscrowd"):
             self._annotations[image] += _make_crowd(annotation)
@@ -394,9 +443,9 @@ class _CocoIndex:
         if len(problems) > MAX_NAMED_ENTRIES:
             examples += "; …"
         notice(
-            f"{format_count(len(problems), 'entries')} of coco {self.file} cannot be used "
-            f"({examples}). {format_count(len(self._problems), 'images')} will be skipped for it, "
-            "unless you correct the file."
+            f"{format_count(len(problems), 'records')} of coco {self.file} cannot be used "
+            f"({examples}). Correct the file; until then "
+            f"{format_count(len(self._problems), 'images')} in it will be skipped."
         )
 
     def find(self, source: str) -> list[Annotation] | None:
@@ -509,6 +558,8 @@ def _read_coco_box(values: Any) -> Array:
     box = np.asarray(values, np.float64)
     if box.shape != (4,) or not np.isfinite(box).all():
         raise _OddEntryError(f"has the box {values}, which is not x, y, width, height")
+    if min(box[2:]) <= 0:
+        raise _OddEntryError(f"has the box {values}, whose width or height is not positive")
     return np.concatenate([box[:2], box[:2] + box[2:]])
 
 
