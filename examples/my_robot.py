@@ -1,4 +1,4 @@
-"""A robot as one file: `spear serve POLICY --embodiment examples/my_robot.py`.
+"""A robot as one file: `spear serve --policy POLICY --embodiment examples/my_robot.py`.
 
 This robot reports its pose in millimeters and as a rotation vector, and takes absolute poses as
 commands.

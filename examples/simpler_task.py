@@ -81,7 +81,7 @@ def record(num_episodes: int, folder: str) -> None:
 def evaluate(num_scenes: int, policy: str) -> None:
     """Evaluate a policy, or the scripted expert if its name is "oracle"."""
     agent = OracleAgent() if policy == "oracle" else load_agent(policy)
-    results, _ = evaluate_simpler(agent, SimplerOptions(scenes=num_scenes, tasks=(NAME,)))
+    results, _ = evaluate_simpler(agent, SimplerOptions(num_scenes=num_scenes, tasks=(NAME,)))
     num_succeeded = sum(outcome.success for outcome in results.outcomes)
     print(f"{num_succeeded} of {len(results.outcomes)} succeeded")
 

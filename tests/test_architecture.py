@@ -115,7 +115,7 @@ def test_labeling_and_training_run_without_optional_packages(tmp_path: Path) -> 
     """Those that docs/label.md and docs/finetune.md do not name either."""
     write_episodes([make_episode(0)], tmp_path)
     (tmp_path / "photo.png").write_bytes(make_png(0))
-    label = "label photo.png --plan --batch-size 1"
+    label = "label photo.png --dry-run --batch-size 1"
     train = "train nano-post --init nano --episodes . --steps 1 --set batch_size=2 --out out"
     code = (
         f"import sys; sys.modules.update(dict.fromkeys({OPTIONAL_MODULES})); "

@@ -46,13 +46,13 @@ def photo(tmp_path: Path) -> Path:
     return path
 
 
-BOX_QUESTION = ["Where does the box around the mug appear?", "--family", "back_projection"]
+BOX_QUESTION = ["Where does the box around the mug appear?", "--question-type", "back_projection"]
 
 
 def test_ask_answers_in_meters_and_says_that_certainty_was_not_measured(
     uncalibrated: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    question = ["How far away is the bowl?", "--family", "distance"]
+    question = ["How far away is the bowl?", "--question-type", "distance"]
 
     assert main(["ask", "--model", uncalibrated, "sim:7", *question]) == 0
 
@@ -66,7 +66,7 @@ def test_ask_draws_a_box_on_a_photo(
 ) -> None:
     drawing = photo.with_name("drawing.png")
 
-    words = ["--model", uncalibrated, str(photo), *BOX_QUESTION, "--draw", str(drawing)]
+    words = ["--model", uncalibrated, str(photo), *BOX_QUESTION, "--save-image", str(drawing)]
     assert main(["ask", *words]) == 0
 
     output = capsys.readouterr()
@@ -84,7 +84,7 @@ def test_ask_refuses_a_drawing_that_cannot_be_written(
 ) -> None:
     in_a_file = photo / "drawing.png"
 
-    words = ["--model", uncalibrated, str(photo), *BOX_QUESTION, "--draw", str(in_a_file)]
+    words = ["--model", uncalibrated, str(photo), *BOX_QUESTION, "--save-image", str(in_a_file)]
     assert main(["ask", *words]) == 2
 
     *notes, last_line = capsys.readouterr().err.splitlines()
@@ -118,7 +118,7 @@ def test_ask_draws_no_answer_that_has_no_place(
 ) -> None:
     monkeypatch.chdir(tmp_path)
 
-    assert main(["ask", "sim:7", question, "--draw", "none.png"]) == exit_code
+    assert main(["ask", "sim:7", question, "--save-image", "none.png"]) == exit_code
 
     assert not Path("none.png").exists()
 
@@ -128,7 +128,7 @@ def test_ask_notes_a_drawing_that_it_does_not_write(
 ) -> None:
     monkeypatch.chdir(tmp_path)
 
-    main(["ask", "sim:7", "How far away is the zebra?", "--draw", "none.png"])
+    main(["ask", "sim:7", "How far away is the zebra?", "--save-image", "none.png"])
 
     assert "note: none.png" in capsys.readouterr().err
 

@@ -211,7 +211,9 @@ def test_the_tutorial_runs_and_the_policy_that_it_trains_can_be_served(
         assert row.count("(n = 1)") == 3  # one episode gives no interval
 
     (episode,) = read_episodes(tmp_path / "my_robot", "train[2:]")
-    with run_python(SPEAR_CLI_CODE, "serve", str(tmp_path / "mine"), "--port", "0") as server:
+    with run_python(
+        SPEAR_CLI_CODE, "serve", "--policy", str(tmp_path / "mine"), "--port", "0"
+    ) as server:
         line = server.stdout.readline()
         match = re.search(r"ws://\S+", line)
         assert match, line

@@ -103,7 +103,7 @@ def make_data(root: Path, num_episodes: int, num_steps: int) -> None:
     write_episodes(ordered, root / "recorded", shard_size=8)
 
     start_s = time.perf_counter()
-    conversion = Conversion(size=SIZE_OPTIONS)
+    conversion = Conversion(image_size=SIZE_OPTIONS)
     prepare(root / "recorded", root / "prepared", conversion=conversion, workers=NUM_CORES)
     duration_s = time.perf_counter() - start_s
 

@@ -136,9 +136,9 @@ def run_cell(
     folder = cell_folder(out, row, latency_ms)
     options = TabletopOptions(
         scenes,
-        replan=replan,
+        replan_steps=replan,
         out=folder,
-        families=tuple(families),
+        tasks=tuple(families),
         execution=mode,
         latency_ms=latency_ms,
     )

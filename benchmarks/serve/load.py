@@ -63,11 +63,11 @@ def main(
     print("| clients | p50 (ms) | p99 (ms) | requests/s | overhead p50 (ms) | requests |")
     print("|---|---|---|---|---|---|", flush=True)
     rows = []
-    with run_server(policy, "--queue", "64") as server:
+    with run_server(policy, "--max-queue-size", "64") as server:
         for num_clients in client_counts:
             rows.append(measure_clients(server.url, num_clients, seconds))
-    print("\nThe same without batching (--max-batch 1):\n")
-    with run_server(policy, "--max-batch", "1") as server:
+    print("\nThe same without batching (--max-batch-size 1):\n")
+    with run_server(policy, "--max-batch-size", "1") as server:
         unbatched = measure_clients(server.url, num_batched_clients, seconds)
 
     [batched] = [row for row in rows if row["clients"] == num_batched_clients]

@@ -36,9 +36,9 @@ class ServerProcess:
 
 
 @contextmanager
-def run_server(*options: str) -> Iterator[ServerProcess]:
+def run_server(policy: str, *options: str) -> Iterator[ServerProcess]:
     """Start a server on a free port, and stop it with SIGTERM; its exit code must be 0."""
-    command = [sys.executable, "-c", SERVE_CODE, *options, "--port", "0"]
+    command = [sys.executable, "-c", SERVE_CODE, "--policy", policy, *options, "--port", "0"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     try:
         assert process.stdout is not None

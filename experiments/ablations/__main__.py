@@ -7,9 +7,9 @@ score the command writes OUT/ablations.md, OUT/ablations.html (with bars and the
 OUT/ablations.json.
 
 Examples:
-    python -m experiments.ablations --plan
+    python -m experiments.ablations --dry-run
     python -m experiments.ablations --rows 3d --budget 3000
-    python -m experiments.ablations --rows siglip --families put_on put_in_basket --scenes 100
+    python -m experiments.ablations --rows siglip --tasks put_on put_in_basket --num-scenes 100
     python -m experiments.ablations --rows no-3d --labels runs/labels --episodes runs/episodes
 """
 
@@ -23,7 +23,7 @@ from experiments.ablations import plan as planning
 from experiments.ablations.plan import Plan, Weights
 from experiments.ablations.rows import AblationOptions
 from experiments.ablations.run import is_done, run
-from spear.cli import run_reporting_errors
+from spear.cli import renamed, run_reporting_errors
 from spear.errors import SpearError
 from spear.train.options import TrainingInputs
 
@@ -36,9 +36,9 @@ def run_ablations(options: AblationOptions) -> None:
     Raises `SpearError` at the end for trainings that failed.
     """
     # A mistake in the options is found before any data are made.
-    start = planning.pretrained(options.init, options.moge)
+    start = planning.pretrained(options.init, options.init_depth_encoder)
     expected_plan = planning.make_plan(options, planning.expected(options), start)
-    if options.plan:
+    if options.dry_run:
         finished = [job for job in expected_plan.jobs if is_done(options.out, job)]
         print(planning.describe(expected_plan, finished))
         return
@@ -82,6 +82,7 @@ def main(args: Sequence[str] | None = None) -> int:
     """Run the command. Returns its exit code, as `spear` commands do."""
 
     def parse_and_run() -> None:
+        renamed.check_options("experiments.ablations", sys.argv[1:] if args is None else args)
         options = tyro.cli(
             AblationOptions,
             args=args,

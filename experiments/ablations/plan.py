@@ -99,7 +99,7 @@ def obtain(options: AblationOptions, say: Callable[[str], None] = print) -> Data
             complete.touch()
         if options.episodes is None and not episodes.is_dir():
             say(f"recording {NUM_DEMONSTRATIONS:,} demonstrations of each family into {episodes}")
-            families = sort_families(options.families)
+            families = sort_families(options.tasks)
             # The folder appears when all demonstrations are in it.
             unfinished = episodes.with_name(f".part-{episodes.name}")
             record_demonstrations(
@@ -132,7 +132,7 @@ def _find_folders(options: AblationOptions) -> tuple[Path, Path]:
     Raises `SpearError` for a folder of episodes without any.
     """
     labels = options.labels or options.out / "labels"
-    families = sort_families(options.families)
+    families = sort_families(options.tasks)
     name = "episodes"
     if families != FAMILIES:
         name = "-".join(["episodes", *families])
@@ -258,7 +258,7 @@ def make_plan(options: AblationOptions, data: Data, start: tuple[Weights, Weight
         SpearError: A row, family or change is unknown.
     """
     tables = select_tables(options.rows)
-    families = sort_families(options.families)
+    families = sort_families(options.tasks)
     changes = parse_key_values(options.set)
     if "steps" in changes:
         raise SpearError("--set steps: every stage has its own number: use --budget")
@@ -270,9 +270,9 @@ def make_plan(options: AblationOptions, data: Data, start: tuple[Weights, Weight
             for row in rows:
                 chain = _plan_chain(row, seed, options, changes, data, start, jobs)
                 chains[row.name, seed] = chain
-                scoring = Scoring(chain[-1], options.scenes, families)
+                scoring = Scoring(chain[-1], options.num_scenes, families)
                 jobs.setdefault(scoring.key, scoring)
-    return Plan(tables, list(jobs.values()), chains, options.seeds, options.scenes, families)
+    return Plan(tables, list(jobs.values()), chains, options.seeds, options.num_scenes, families)
 
 
 def _plan_chain(

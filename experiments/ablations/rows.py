@@ -97,7 +97,7 @@ class AblationOptions(Options):
     """
     seeds: Annotated[int, Range(1)] = 3
     """Number of trainings of each row."""
-    scenes: Annotated[int, Range(1)] = 200
+    num_scenes: Annotated[int, Range(1)] = 200
     """Held-out scenes of each task family that every trained policy is scored on."""
     out: Path = Path("runs/ablations")
     """Folder for trainings, scores and tables."""
@@ -112,7 +112,7 @@ class AblationOptions(Options):
     init: str = "nano-vlm-0"
     """What stands for PaliGemma's weights in all rows: a trained folder of nano-vlm-0, or that name
     for the one that comes with this package."""
-    moge: str = "nano-depth"
+    init_depth_encoder: str = "nano-depth"
     """What stands for MoGe's: the same of nano-depth."""
     budget: Annotated[int | None, Range(1)] = None
     """Steps of the full row's policy, to which all are in proportion. Without it the recipes' own
@@ -120,14 +120,14 @@ class AblationOptions(Options):
     """
     pretraining: Annotated[float, Range(1e-9, 1e9)] = 1.0
     """Factor on the steps of SPEAR-VLM's stages; 1: 200 and 2,600."""
-    families: tuple[str, ...] = ()
+    tasks: tuple[str, ...] = ()
     """Task families that policies learn (where demonstrations are made) and are scored on; none:
     all.
     """
     set: RecipeChanges = ()
     workers: Annotated[int, Range(0, 1024)] = 1
     """Processes that prepare batches, for each training."""
-    plan: bool = False
+    dry_run: bool = False
     """Only print what would be done."""
 
 

@@ -149,7 +149,7 @@ class _Worker:
         agent = load_agent(str(final_folder(self.out, policy)), device="cpu")
         agent.name = policy.folder  # the folder may be moved
         journal = self.out / "scores" / policy.key
-        options = TabletopOptions(job.scenes, out=journal, families=tuple(job.families))
+        options = TabletopOptions(job.scenes, out=journal, tasks=tuple(job.families))
         evaluate_tabletop(agent, options)
 
     def _train(self, job: Training) -> None:

@@ -184,13 +184,14 @@ def print_commands(out: Path, init: str, moge: str) -> None:
         stage_2 = out / f"{variant}-vlm-2"
         scores = out / f"{variant}-scores"
         print(
-            f"spear train nano-vlm-1 --labels {labels} --out {stage_1} --init {init} --moge {moge}"
+            f"spear train nano-vlm-1 --labels {labels} --out {stage_1} --init {init} "
+            f"--init-depth-encoder {moge}"
         )
         print(
             f"spear train nano-vlm-2 --steps 1500 --labels {labels} --out {stage_2} "
             f"--init {stage_1}"
         )
-        print(f"spear evaluate vqa {stage_2} sim --images 200 --out {scores}")
+        print(f"spear evaluate vqa --model {stage_2} --labels sim --num-images 200 --out {scores}")
 
 
 @app.command

@@ -1,6 +1,6 @@
 """At which flow time τ is the predicted action wrong, and by how much?
 
-    spear record --episodes 20 --first-seed 90000 --out runs/unseen
+    spear record --num-episodes 20 --first-seed 90000 --out runs/unseen
     python -m experiments.flow_error_by_time runs/a/final runs/b/final --episodes runs/unseen
 
 At a state between noise and a demonstrated chunk, the network predicts a velocity or a clean

@@ -1,6 +1,6 @@
 """Why grasps of low objects fail: the fingers, pressed on the table, cannot close.
 
-    spear evaluate --policy nano --scenes 200 --out runs/a
+    spear evaluate --policy nano --num-scenes 200 --out runs/a
     python -m experiments.pressed_fingers runs/a --policy nano --family spoon_on_towel
 
 Failed episodes are run again. In each, the steps are counted at which the policy says "close", but

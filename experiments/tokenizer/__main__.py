@@ -175,7 +175,7 @@ def commands(
         if not (stage_1 / "final").is_dir():
             print(
                 f"spear train nano-vlm-1 --labels {labels} --out {stage_1} --init {init} "
-                f"--moge {moge} "
+                f"--init-depth-encoder {moge} "
                 f"--set bins={variant.num_bins} spacing={variant.spacing} {smoothing}"
             )
         if not (stage_2 / "final").is_dir():
@@ -185,7 +185,10 @@ def commands(
             )
         scores = out / variant.name
         if not (scores / "scores.json").is_file():
-            print(f"spear evaluate vqa {stage_2} sim --images {images} --out {scores}")
+            print(
+                f"spear evaluate vqa --model {stage_2} --labels sim --num-images {images} "
+                f"--out {scores}"
+            )
 
 
 @app.command

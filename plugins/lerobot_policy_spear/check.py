@@ -376,7 +376,7 @@ def main(folder: Path) -> None:
     # Record and export two episodes.
     recorded = str(folder / "recorded")
     data = folder / "my_robot"
-    run("spear", "record", "--episodes", "2", "--families", "put_on", "--out", recorded)
+    run("spear", "record", "--num-episodes", "2", "--tasks", "put_on", "--out", recorded)
     run("spear", "data", "export", recorded, "--out", str(data))
 
     # Train on them, compare, go on, and evaluate.

@@ -424,7 +424,9 @@ def check_replan_interval(replan_interval: int, horizon: int | None = None) -> N
     if replan_interval >= 1 and (horizon is None or replan_interval <= horizon):
         return
     maximum = "" if horizon is None else f", and at most the {horizon} that the policy predicts"
-    raise SpearError(f"--replan {replan_interval}: execute at least 1 action of a chunk{maximum}.")
+    raise SpearError(
+        f"--replan-steps {replan_interval}: execute at least 1 action of a chunk{maximum}."
+    )
 
 
 def check_chunk(actions: Array) -> Array:

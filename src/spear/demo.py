@@ -153,10 +153,10 @@ def ask_questions(vlm: VlmBundle) -> Values:
 def evaluate_policy(policy: Spear1Policy) -> Values:
     """(c) Evaluate the policy in closed loop, between doing nothing and the scripted expert."""
     agent = PolicyAgent(policy, "SPEAR-1 nano")
-    options = TabletopOptions(SCENES, films=1, families=FAMILIES)
+    options = TabletopOptions(SCENES, videos=1, tasks=FAMILIES)
     result, films = closed_loop.evaluate_tabletop(agent, options)
     results = [result]
-    without_films = TabletopOptions(SCENES, films=0, families=FAMILIES)
+    without_films = TabletopOptions(SCENES, videos=0, tasks=FAMILIES)
     for other_agent in (ExpertAgent(), IdleAgent()):
         other_result, _ = closed_loop.evaluate_tabletop(other_agent, without_films)
         results.append(other_result)

@@ -57,7 +57,7 @@ class InferenceResult:
     least_ms       time that the machine needs for the operations and for reading the weights.
     difference     `sampling.relative_difference` from the plain network in the first type.
     peak_bytes     GPU memory that was used; None on a CPU.
-    planned_bytes  GPU memory that `spear plan` says.
+    planned_bytes  GPU memory that `spear estimate-memory` says.
     problem        why it did not run, or that it is too different; else empty.
     """
 

@@ -19,6 +19,7 @@ _OBEYED_BY_TERMINALS = re.compile(
     r"\ud800-\udfff]"  # halves of characters, which cannot be printed
 )
 _SHORT_ESCAPES = {"\n": r"\n", "\r": r"\r", "\t": r"\t"}
+MAX_LISTED_NAMES = 6  # in a message that has something better to say
 
 
 class SpearError(Exception):
@@ -43,6 +44,8 @@ class RetryableError(SpearError):
 def unknown_name_error(kind: str, name: str, known_names: Iterable[str]) -> SpearError:
     """Make the error for a name that does not exist. It suggests a similar one that does.
 
+    A long list of names is left out where one of them is similar.
+
     Args:
         kind: what is named, for the message: "preset".
         name: the unknown name.
@@ -59,9 +62,14 @@ def unknown_name_error(kind: str, name: str, known_names: Iterable[str]) -> Spea
     if initials in known_names:
         similar_names = [initials]
     else:
-        similar_names = difflib.get_close_matches(name, known_names, n=1, cutoff=0.4)
-    suggestion = f"did you mean {similar_names[0]!r}? " if similar_names else ""
-    return SpearError(f"unknown {kind} {name!r}: {suggestion}known: {', '.join(known_names)}")
+        similar_names = difflib.get_close_matches(name, known_names, n=1, cutoff=0.6)
+    message = f"unknown {kind} {name!r}: "
+    if similar_names:
+        message += f"did you mean {similar_names[0]!r}?"
+        if len(known_names) > MAX_LISTED_NAMES:
+            return SpearError(message)
+        message += " "
+    return SpearError(f"{message}known: {', '.join(known_names)}")
 
 
 def check_known(kind: str, known_names: Collection[str], *names: str) -> None:

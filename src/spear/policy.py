@@ -293,7 +293,7 @@ class Spear1Policy:
         normalizer = Normalizer.load(folder / "normalizer.json")
         if dataset is not None and not normalizer.datasets:
             raise SpearError(
-                f"{folder}: has the same units for all datasets. Leave out --dataset {dataset}."
+                f"{folder}: has the same units for all datasets. Leave out --norm-stats {dataset}."
             )
         return Spear1Policy(
             model=model,

@@ -367,7 +367,7 @@ def test_the_command_finds_a_store_consistent(tmp_path: Path, run_command: Comma
     write_canonical_store(tmp_path / "store")
     page = tmp_path / "audit.html"
 
-    output = run_command("data", "audit", str(tmp_path / "store"), "--out", str(page))
+    output = run_command("data", "audit", str(tmp_path / "store"), "--report", str(page))
 
     assert output.splitlines()[-1].startswith("consistent: ")
     assert "WRONG" not in output
@@ -385,7 +385,7 @@ def test_the_command_finds_a_wrong_layout(
     page = tmp_path / "audit.html"
     capsys.readouterr()
 
-    exit_code = main(["data", "audit", str(exported), "--out", str(page)])
+    exit_code = main(["data", "audit", str(exported), "--report", str(page)])
 
     output = capsys.readouterr()
     assert exit_code == 2  # scripts rely on it

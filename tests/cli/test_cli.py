@@ -20,7 +20,7 @@ import spear
 from refusals import Command
 from serve_here import SPEAR_CLI_CODE
 from spear import embodiments
-from spear.cli import COMMANDS, load_command, main
+from spear.cli import COMMANDS, load_command, main, renamed
 from spear.cli.parsing import get_options_class
 from spear.embodiments import droid
 from spear.models.weights.folders import BUNDLED_WEIGHTS
@@ -47,7 +47,7 @@ def test_the_overview_names_all_commands_without_heavy_modules() -> None:
 def test_the_list_of_recipes_and_mistakes_need_no_heavy_modules() -> None:
     code = (
         "import sys; from spear.cli import main;"
-        "main(['train', 'list']); main(['train', 'nano-vla', '--set', 'lr=-1']);"
+        "main(['recipes']); main(['train', 'nano-vla', '--set', 'lr=-1']);"
         "assert not {'torch', 'transformers', 'mujoco'} & set(sys.modules)"
     )
 
@@ -68,8 +68,7 @@ def test_every_command_explains_itself_with_an_example(
     assert stop.value.code == 0
     assert f"    spear {name}" in text
     assert "\n\n\n" not in text
-    if get_options_class(load_command(name)) is not None:
-        assert "(required)" in text or "default" in text
+    assert "(default: None)" not in text
 
 
 def check_names_exactly(words: list[str], text: str) -> None:
@@ -102,10 +101,19 @@ CARROT = "PutCarrotOnPlate-v1"
 @pytest.mark.parametrize(
     ("command", "hint"),
     [
-        ("evalute", "did you mean 'evaluate'?"),
+        ("evalute", "Did you mean spear evaluate?"),
         ("--steps", "unknown option"),
+        ("version", "Did you mean spear --version?"),
+        ("evaluate --polcy nano", "Did you mean --policy?"),
+        ("evaluate --xyz 3", "unknown option --xyz. See `spear evaluate --help`."),
+        ("train nano-post --grad-clip 1", "Use --set grad_clip=VALUE."),
+        ("train nano-post --lr 1e-4 --set lr=1e-3", "lr is also given as 0.0001"),
+        ("serve --policy nano --replan-steps 2", "--replan-steps has no effect"),
+        ("serve --policy nano --protocol vla-eval --ui", "--ui has no effect"),
+        ("label --out labels", "give --num-scenes 1000"),
+        ("label photos --no-robot", "--no-robot has no effect with PHOTOS"),
         ("train", "RECIPE"),
-        ("train nano-post --init nano --episodes a --shares 0", "--shares 0"),
+        ("train nano-post --init nano --episodes a --sampling-weights 0", "--sampling-weights 0"),
         ("train nano-vlm2", "'nano-vlm-2'"),
         ("train nano-vla --set batchsize=3", "'batch_size'"),
         ("train nano-vla --set learning_rate=3", "did you mean 'lr'"),
@@ -113,16 +121,16 @@ CARROT = "PutCarrotOnPlate-v1"
         ("train nano-vla --set lr", "KEY=VALUE"),
         ("train nano-vla --set lr=1 --set ema=0", "--set is given twice"),
         ("train nano-vla --set steps=-1", "key steps"),
-        ("label --vocabulary mug", "--vocabulary"),
-        ("label photos --scenes 3", "--scenes"),
-        ("evaluate vqa nano sim --calibrate --images 1", "--images"),
+        ("label --num-scenes 3 --vocabulary mug", "--vocabulary"),
+        ("label photos --num-scenes 3", "--num-scenes"),
+        ("evaluate vqa --model nano --labels sim --calibrate --num-images 1", "--num-images"),
         ("label nowhere.jpg", "nowhere.jpg does not exist"),
         ("label sim:x", "is not a scene. Write one as sim:7"),
         ("label simpler:10000-10001 photos", "give it alone"),
         ("label show nowhere", "nowhere"),
-        ("record --families stack_cubes", "did you mean 'stack_cube'?"),
+        ("record --tasks stack_cubes", "did you mean 'stack_cube'?"),
         ("record --first-seed 5", "kept for testing"),
-        ("ask sim:7 'how far?' --draw box.txt", "End it in .png or .jpg"),
+        ("ask sim:7 'how far?' --save-image box.txt", "End it in .png or .jpg"),
         ("ask sim:7 ' '", "empty question"),
         ("ask sim:10000 'how far?'", "held-out seeds"),
         ("ask absent.png 'how far?'", "No such file"),
@@ -130,29 +138,35 @@ CARROT = "PutCarrotOnPlate-v1"
         ("data prepare /nowhere", "missing: --out PATH"),
         ("data prepare /nowhere --out x", "no such folder: /nowhere"),
         ("demo --data /nowhere", "/nowhere"),
-        ("evaluate --families put_in --policy expert", "did you mean 'put_"),
+        ("evaluate --tasks put_in --policy expert", "did you mean 'put_"),
         ("evaluate --policy expert --first-seed 9999", "held-out seeds"),
-        ("evaluate --policy expert --scenes 1 --shard 2/2", "2/2"),
-        (f"evaluate --policy expert --scenes 1 --out {NANO}", "holds other files"),
+        ("evaluate --policy expert --num-scenes 1 --shard 2/2", "2/2"),
+        (f"evaluate --policy expert --num-scenes 1 --out {NANO}", "holds other files"),
         (f"train nano-post --init nano --episodes x --out {NANO}", "holds other files"),
-        ("evaluate --scenes x", "--scenes x: give a whole number. See `spear evaluate --help`."),
-        ("evaluate --scenes", "--scenes needs a value"),
+        (
+            "evaluate --num-scenes x",
+            "--num-scenes x: give a whole number. See `spear evaluate --help`.",
+        ),
+        ("evaluate --num-scenes", "--num-scenes needs a value"),
         ("evaluate --policy /nowhere", "no model '/nowhere'"),
         ("doctor --out /etc/passwd/page.html", "/etc/passwd: is a file"),
-        ("evaluate data nano /nowhere --plot /", "/: cannot be written, it is a folder"),
-        ("evaluate vqa nano sim --out /etc/passwd/x", "/etc/passwd: is a file"),
+        (
+            "evaluate data --policy nano --episodes /nowhere --report /",
+            "/: cannot be written, it is a folder",
+        ),
+        ("evaluate vqa --model nano --labels sim --out /etc/passwd/x", "/etc/passwd: is a file"),
         ("evaluate --policy ws://127.0.0.1:9", "ws://127.0.0.1:9"),
         (f"evaluate simpler --tasks {CARROT} --policy oracle", "PutCarrotOnPlateInScene-v1"),
-        ("evaluate simpler --policy oracle --films x", "give failures or all or a whole num"),
+        ("evaluate simpler --policy oracle --videos x", "give failures or all or a whole num"),
         ("evaluate simpler --policy expert", "oracle"),
         ("evaluate simpler --policy oracle --device cuda", "--device cuda"),
         ("evaluate ablations --rows 3d", "python -m experiments.ablations"),
-        ("evaluate vqa nano /nowhere", "/nowhere"),
-        ("evaluate vqa nano sim:x", "write sim:SEED"),
-        ("serve nano --embodiment droid --control joints", "joint_"),
-        ("serve nano --token schlüssel", "--token"),
-        ("serve nano --port 99999", "--port 99999"),
-        ("vla-eval nano --embodiment maniskill2", "maniskill2_widowx"),
+        ("evaluate vqa --model nano --labels /nowhere", "/nowhere"),
+        ("evaluate vqa --model nano --labels sim:x", "write sim:SEED"),
+        ("serve --policy nano --embodiment droid --control joints", "joint_"),
+        ("serve --policy nano --token schlüssel", "--token"),
+        ("serve --policy nano --port 99999", "--port 99999"),
+        ("serve --policy nano --protocol vla-eval --embodiment maniskill2", "maniskill2_widowx"),
     ],
 )
 def test_bad_input_is_one_line_and_leaves_nothing_behind(
@@ -162,7 +176,7 @@ def test_bad_input_is_one_line_and_leaves_nothing_behind(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    if command.startswith("vla-eval"):
+    if "vla-eval" in command:
         pytest.importorskip("vla_eval")
     monkeypatch.chdir(tmp_path)
 
@@ -181,7 +195,9 @@ def taken_port() -> Iterator[int]:
 def test_a_port_that_is_taken_is_refused(taken_port: int, run_refused_command: Command) -> None:
     pytest.importorskip("vla_eval")
 
-    assert "--port" in run_refused_command("vla-eval", "nano", "--port", str(taken_port))
+    assert "--port" in run_refused_command(
+        ["serve", "--policy", "nano", "--protocol", "vla-eval", "--port"], str(taken_port)
+    )
 
 
 def test_a_package_that_is_not_installed_is_named_with_its_extra(
@@ -192,7 +208,7 @@ def test_a_package_that_is_not_installed_is_named_with_its_extra(
         if name.startswith(("spear.sim", "spear.evaluate.closed")):
             monkeypatch.delitem(sys.modules, name)
 
-    message = run_refused_command("evaluate", "--policy", "expert", "--scenes", "1")
+    message = run_refused_command("evaluate", "--policy", "expert", "--num-scenes", "1")
 
     assert "pip install 'spear-vla[sim]'" in message
 
@@ -247,7 +263,7 @@ def run_spear(argv: list[str], stdout: Any) -> subprocess.CompletedProcess[str]:
     )
 
 
-OUTPUTS = pytest.mark.parametrize("argv", [["--help"], ["train", "--help"], ["train", "list"]])
+OUTPUTS = pytest.mark.parametrize("argv", [["--help"], ["train", "--help"], ["recipes"]])
 
 
 @OUTPUTS
@@ -296,15 +312,19 @@ def test_a_notice_is_one_line_in_a_command_however_often_it_is_given(
 
 
 OTHER_PROGRAMS_OPTIONS = {"--upgrade", "--nproc-per-node", "--no-python"}  # pip's and torchrun's
+FORMER_OPTIONS = {"--moge", "--images"}  # keys of files that earlier versions wrote
+for former_options in renamed.NEW_OPTIONS.values():
+    FORMER_OPTIONS.update(former_options)
 
 
 def test_every_option_that_a_text_names_exists() -> None:
-    known_options = {"--help", "--version", *OTHER_PROGRAMS_OPTIONS}
+    known_options = {"--help", "--help-all", "--version", *OTHER_PROGRAMS_OPTIONS}
     for name in COMMANDS:
         options_class = get_options_class(load_command(name))
         if options_class is not None:
             known_options.update(list_option_names(options_class))
 
+    known_options.update(FORMER_OPTIONS)
     for path in Path(spear.__file__).parent.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Constant) and isinstance(node.value, str):

@@ -82,7 +82,7 @@ def prepare_two(store: Path, tmp_path: Path) -> list[str]:
 def test_each_prepared_dataset_keeps_its_cameras(
     prepare_two: list[str], tmp_path: Path, run_command: Command
 ) -> None:
-    run_command(prepare_two, "--size", "32x32", "wrist=16x16")
+    run_command(prepare_two, "--image-size", "32x32", "wrist=16x16")
 
     assert EpisodeStore(tmp_path / "out" / "store").cameras == ["external"]
     assert EpisodeStore(tmp_path / "out" / "other").cameras == ["wrist"]
@@ -91,7 +91,7 @@ def test_each_prepared_dataset_keeps_its_cameras(
 def test_a_size_of_an_unknown_camera_is_refused(
     prepare_two: list[str], tmp_path: Path, run_refused_command: Command
 ) -> None:
-    assert "'wrist'" in run_refused_command(prepare_two, "--size", "wrsit=16x16")
+    assert "'wrist'" in run_refused_command(prepare_two, "--image-size", "wrsit=16x16")
 
     assert not (tmp_path / "out").exists()
 
@@ -102,7 +102,9 @@ def test_data_without_a_layout_are_shown_with_what_is_needed_to_write_one(
 ) -> None:
     page = tmp_path / "look.html"
 
-    run_command("data", "inspect", str(shared / "data" / "lerobot" / version), "--out", str(page))
+    run_command(
+        "data", "inspect", str(shared / "data" / "lerobot" / version), "--report", str(page)
+    )
 
     html = page.read_text()
     assert html.count("<h2") == 5
@@ -129,10 +131,10 @@ def wrong_layout(tmp_path: Path) -> Path:
 @pytest.mark.parametrize(
     ("command", "words", "message"),
     [
-        ("inspect", "--out {out} --layout {layout}", "'observation/image_9'"),
+        ("inspect", "--report {out} --layout {layout}", "'observation/image_9'"),
         ("export", "--out {out} --layout {layout}", "'observation/image_9'"),
         ("export", "--out x --images gif", "gif"),
-        ("prepare", "--out {out} --rate nan", "--rate nan"),
+        ("prepare", "--out {out} --control-hz nan", "--control-hz nan"),
     ],
 )
 def test_bad_input_is_one_line_and_leaves_nothing(
@@ -206,6 +208,6 @@ def test_inspect_uses_a_layout_for_its_page_alone(
     page = tmp_path / "look.html"
 
     run_refused_command("data", "inspect", str(exported), "--layout", layout)
-    run_command("data", "inspect", str(exported), "--layout", layout, "--out", str(page))
+    run_command("data", "inspect", str(exported), "--layout", layout, "--report", str(page))
 
     assert page.exists()

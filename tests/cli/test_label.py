@@ -77,7 +77,7 @@ def test_labels_are_shown_with_point_clouds(
     pytest.importorskip("rerun")
     recording = tmp_path / "x.rrd"
 
-    run_command("label", "show", str(scene_labels), "--rerun", str(recording))
+    run_command("label", "show", str(scene_labels), "--save-rerun", str(recording))
 
     assert recording.stat().st_size > 500_000  # the clouds are in it
 
@@ -91,16 +91,19 @@ def test_labels_are_shown_with_point_clouds(
         ("photos --detector owlv2", "--vocabulary"),
         ("photos", "--detector owlv2"),
         ("sim:5-2", "sim:2-5"),
-        ("photos --rate 0", "--rate"),
-        ("photos --engine ray --copies 0 1 1", "--copies"),
+        ("photos --fps 0", "--fps"),
+        ("photos --engine ray --replicas 0 1 1", "--replicas"),
         ("photos --gpus 0 -1 0", "--gpus"),
         ("photos --gpus 1 1 1", "--gpus"),
         ("photos --engine ray", "--workers"),
         ("photos --detector file:bad.json --vocabulary mug", "--vocabulary"),
-        ("photos --detector owlv2 --vocabulary mug --per-minute 9", "--per-minute"),
-        ("--scenes 2 --engine ray", "--engine"),
+        (
+            "photos --detector owlv2 --vocabulary mug --requests-per-minute 9",
+            "--requests-per-minute",
+        ),
+        ("--num-scenes 2 --engine ray", "--engine"),
         ("simpler:10000 --detector owlv2", "--detector"),
-        ("--scenes 2 --retry-skipped", "--retry-skipped"),
+        ("--num-scenes 2 --retry-skipped", "--retry-skipped"),
         ("photos --seed 3", "--questions"),
         ("photos --detector gemni", "did you mean 'gemini'"),
         ("photos --detector file:absent.json", "names no existing file. Write file:PATH"),
@@ -137,7 +140,7 @@ def plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     monkeypatch.setattr("spear.doctor.measure_machine", lambda *_: speed)
     folder = write_photos(tmp_path / "photos", 3, bad=False)
     out = str(tmp_path / "out")
-    return ["label", str(folder), "--batch-size", "2", "--out", out, "--plan"]
+    return ["label", str(folder), "--batch-size", "2", "--out", out, "--dry-run"]
 
 
 def test_a_plan_says_what_labeling_costs_and_labels_nothing(

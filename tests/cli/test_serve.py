@@ -24,7 +24,7 @@ from spear.policy import Spear1Policy
 from spear.serve.client import RemotePolicy
 from spear.serve.service import Service, check_cameras
 
-ONE_SCENE = TabletopOptions(scenes=1, families=("put_on",))
+ONE_SCENE = TabletopOptions(num_scenes=1, tasks=("put_on",))
 
 
 @pytest.fixture
@@ -52,14 +52,16 @@ def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_bad_options_are_found_before_a_model_is_loaded(
     option: str, named: str, run_refused_command: Command
 ) -> None:
-    assert named in run_refused_command("serve", "nano", option.split())
+    assert named in run_refused_command("serve", "--policy", "nano", option.split())
 
 
 @pytest.mark.usefixtures("no_model")
 def test_a_port_that_is_taken_is_found_before_a_model_is_loaded(
     taken_port: int, run_refused_command: Command
 ) -> None:
-    assert str(taken_port) in run_refused_command("serve", "nano", "--port", str(taken_port))
+    assert str(taken_port) in run_refused_command(
+        "serve", "--policy", "nano", "--port", str(taken_port)
+    )
 
 
 @pytest.mark.usefixtures("no_model")
@@ -69,7 +71,7 @@ def test_an_empty_token_in_the_environment_is_refused(
     """It would mean a server that is open to all."""
     monkeypatch.setenv("SPEAR_TOKEN", "")
 
-    assert "SPEAR_TOKEN" in run_refused_command("serve", "nano")
+    assert "SPEAR_TOKEN" in run_refused_command("serve", "--policy", "nano")
 
 
 @pytest.mark.usefixtures("no_model")
@@ -130,13 +132,13 @@ def test_results_of_a_served_policy_are_continued_with_the_same_weights_alone(
         assert agent.weights == "one"
         evaluate_tabletop(agent, options)
     with run_server(policy, port=port):
-        evaluate_tabletop(load_agent(f"ws://127.0.0.1:{port}"), replace(options, scenes=2))
+        evaluate_tabletop(load_agent(f"ws://127.0.0.1:{port}"), replace(options, num_scenes=2))
 
     policy.identity = "two"
     with run_server(policy, port=port):
         agent = load_agent(f"ws://127.0.0.1:{port}")
         assert agent.weights == "two"
-        refuses("weights", evaluate_tabletop, agent, replace(options, scenes=3))
+        refuses("weights", evaluate_tabletop, agent, replace(options, num_scenes=3))
 
     assert len(load_results(tmp_path).outcomes) == 2
 
@@ -183,7 +185,7 @@ def test_a_policy_with_one_camera_is_served_to_a_robot_that_has_two() -> None:
 
 
 def test_a_served_policy_has_the_same_outcomes_as_in_the_same_process() -> None:
-    two_scenes = replace(ONE_SCENE, scenes=2)
+    two_scenes = replace(ONE_SCENE, num_scenes=2)
     local_results, _ = evaluate_tabletop(PolicyAgent(HomingPolicy(), "local"), two_scenes)
 
     with run_server() as server, closing(RemotePolicy(f"ws://127.0.0.1:{server.port}")) as remote:

@@ -26,7 +26,7 @@ SECOND_STEPS = 5  # the last frame of a film stays for a second
 
 
 def evaluate(agent: Agent, scenes: int, **options: Any) -> Results:
-    results, _ = evaluate_tabletop(agent, TabletopOptions(scenes, families=("put_on",), **options))
+    results, _ = evaluate_tabletop(agent, TabletopOptions(scenes, tasks=("put_on",), **options))
     return results
 
 
@@ -96,7 +96,7 @@ def test_outcomes_do_not_depend_on_the_batch() -> None:
 def test_a_policy_sees_images_of_its_own_sizes() -> None:
     policy = WanderingPolicy()
 
-    evaluate(PolicyAgent(policy, "x"), 1, replan=5)
+    evaluate(PolicyAgent(policy, "x"), 1, replan_steps=5)
 
     assert policy.image_shapes == {(32, 48, 3), (24, 24, 3)}
 
@@ -106,7 +106,7 @@ def test_a_policy_with_one_camera_sees_that_one_only(view: str) -> None:
     width, height = SMALL_IMAGES[view]
     policy = WanderingPolicy(image_sizes={view: (width, height)})
 
-    results = evaluate(PolicyAgent(policy, "x"), 1, replan=5)
+    results = evaluate(PolicyAgent(policy, "x"), 1, replan_steps=5)
 
     assert results.outcomes
     assert policy.image_shapes == {(height, width, 3)}
@@ -124,7 +124,7 @@ def num_frames(data: bytes) -> int:
 def filmed_options(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> TabletopOptions:
     """Options of which one success and one failure are filmed in `tmp_path`."""
     monkeypatch.setattr(video, "HEIGHT", 60)
-    return TabletopOptions(2, out=tmp_path, films=1, families=("put_on",))
+    return TabletopOptions(2, out=tmp_path, videos=1, tasks=("put_on",))
 
 
 def test_a_success_and_a_failure_are_filmed_step_by_step(filmed_options: TabletopOptions) -> None:

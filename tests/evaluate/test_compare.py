@@ -189,7 +189,7 @@ def test_the_command_writes_a_page(
     first, second = folders
     page = tmp_path / "deep" / "page.html"
 
-    run_command("evaluate", "compare", str(first), str(second), "--out", str(page))
+    run_command("evaluate", "compare", str(first), str(second), "--report", str(page))
 
     html = page.read_text()
     assert "mine &lt;b&gt; is better" in html

@@ -99,7 +99,10 @@ def test_held_out_episodes_that_were_learned_from_are_refused(
     write_lerobot(renamed, tmp_path / "new")
 
     message = run_refused_command(
-        "evaluate", "data", "nano", str(tmp_path / "new"), "--train", str(tmp_path / "arm")
+        ["evaluate", "data", "--policy", "nano", "--episodes"],
+        str(tmp_path / "new"),
+        "--train",
+        str(tmp_path / "arm"),
     )
 
     assert "1 of the episodes are in both" in message

@@ -89,7 +89,7 @@ def test_costly_films_are_made_of_few_episodes_with_few_tracks_in_memory(
     films: Films, episodes: list[tuple[int, bool]], num_films: int, tmp_path: Path
 ) -> None:
     simulator = ParitySimulator()
-    options = EpisodeOptions(films=films, out=tmp_path)
+    options = EpisodeOptions(videos=films, out=tmp_path)
 
     results, made_films = run_evaluation(simulator, IDLE, {"a": range(20)}, {}, options)
 
@@ -156,7 +156,7 @@ def test_an_episode_that_ends_differently_when_run_again_has_no_film(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     simulator = ParitySimulator(is_fickle=True)
-    options = EpisodeOptions(films=1, out=tmp_path)
+    options = EpisodeOptions(videos=1, out=tmp_path)
 
     results, made_films = run_evaluation(simulator, IDLE, {"a": range(3)}, {}, options)
 

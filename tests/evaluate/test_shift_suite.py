@@ -14,7 +14,7 @@ from spear.sim.shifts import AXES, LEVELS
 
 
 def options(out: Path | None = None, **changes: object) -> TabletopOptions:
-    return TabletopOptions(scenes=1, families=("put_on",), out=out, **changes)
+    return TabletopOptions(num_scenes=1, tasks=("put_on",), out=out, **changes)
 
 
 def test_the_suite_has_every_axis_at_every_level() -> None:
@@ -62,8 +62,8 @@ def test_an_unknown_world_is_refused_before_anything_runs(tmp_path: Path) -> Non
 
 def test_the_command_writes_a_page(tmp_path: Path, run_command: Command) -> None:
     output = run_command(
-        "evaluate", "--policy", "nothing", "--scenes", "1", "--families", "put_on",
-        "--films", "0", "--shift", "all", "--out", str(tmp_path),
+        "evaluate", "--policy", "nothing", "--num-scenes", "1", "--tasks", "put_on",
+        "--videos", "0", "--shift", "all", "--out", str(tmp_path),
     )  # fmt: skip
 
     assert "success by shift" in output

@@ -55,7 +55,7 @@ def test_the_number_of_samples_gives_the_width(rate: float) -> None:
 
 
 def test_the_default_number_of_scenes_knows_any_rate_to_five_points() -> None:
-    assert find_num_samples(0.05) == 381 == TabletopOptions().scenes
+    assert find_num_samples(0.05) == 381 == TabletopOptions().num_scenes
 
 
 def test_a_mean_of_equal_families_has_the_interval_of_all_samples() -> None:

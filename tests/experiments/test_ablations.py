@@ -56,7 +56,7 @@ TINY_CHANGES = ("batch_size=2", "question_images=1", "flow_samples=1")
 def plan_rows(
     *names: str, data: Data = DATA, start: tuple[Weights, Weights] = START, **options: Any
 ) -> Plan:
-    return make_plan(AblationOptions(rows=names, **{"scenes": 2, **options}), data, start)
+    return make_plan(AblationOptions(rows=names, **{"num_scenes": 2, **options}), data, start)
 
 
 def plan_tiny(
@@ -65,7 +65,7 @@ def plan_tiny(
     """A plan that takes seconds: one step per training, one scene, one seed."""
     tiny_options: dict[str, Any] = {
         "seeds": 1,
-        "scenes": 1,
+        "num_scenes": 1,
         "budget": 1,
         "pretraining": 1e-9,
         "set": changes,
@@ -263,7 +263,7 @@ def test_a_key_stays_as_it_was() -> None:
 def test_a_key_does_not_depend_on_what_else_is_planned() -> None:
     key = policy_key(plan_rows("full", seeds=1))
 
-    assert policy_key(plan_rows("rotation", "full", seeds=2, scenes=9)) == key
+    assert policy_key(plan_rows("rotation", "full", seeds=2, num_scenes=9)) == key
 
 
 def test_a_key_does_not_depend_on_where_the_weights_are() -> None:
@@ -355,7 +355,7 @@ def test_a_fraction_of_the_images_limits_every_stage() -> None:
 def test_demonstrations_of_some_families_have_their_own_folder(
     families: tuple[str, ...], name: str, tmp_path: Path
 ) -> None:
-    data = expected(AblationOptions(out=tmp_path, families=families))
+    data = expected(AblationOptions(out=tmp_path, tasks=families))
 
     assert data.episodes.name == name
 
@@ -401,7 +401,7 @@ def write_scores(plan: Plan, out: Path, rates: dict[str, float], **settings: Any
 @pytest.fixture
 def scored_plan(tmp_path: Path) -> Plan:
     """A plan of which some rows are scored in `tmp_path`."""
-    plan = plan_rows("3d", "images", scenes=12)
+    plan = plan_rows("3d", "images", num_scenes=12)
     rates = {"full": 0.8, "no-3d": 0.2, "no-moge": 0.8, "images-64th": 0.5}
     write_scores(plan, tmp_path, rates)
     return plan
@@ -478,13 +478,13 @@ def test_the_report_says_whether_rows_were_scored_alike(scored_plan: Plan, tmp_p
 @pytest.fixture
 def two_family_plan(tmp_path: Path) -> Plan:
     """A plan of two families, in a folder with scores of all families."""
-    plan = plan_rows("full", "no-3d", scenes=12)
+    plan = plan_rows("full", "no-3d", num_scenes=12)
     write_scores(plan, tmp_path, {"full": 0.8, "no-3d": 0.2})
-    return plan_rows("full", "no-3d", scenes=12, families=("stack_cube", "put_on"))
+    return plan_rows("full", "no-3d", num_scenes=12, tasks=("stack_cube", "put_on"))
 
 
 def test_families_do_not_change_what_is_trained(two_family_plan: Plan) -> None:
-    plan = plan_rows("full", "no-3d", scenes=12)
+    plan = plan_rows("full", "no-3d", num_scenes=12)
 
     assert [job.key for job in two_family_plan.trainings] == [job.key for job in plan.trainings]
     assert two_family_plan.families == ("put_on", "stack_cube")
@@ -543,7 +543,7 @@ def test_a_killed_run_resumes_until_everything_is_scored(
     data: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(closed_loop, "MAX_STEPS", 3)
-    plan = plan_tiny("full", data=data, families=("put_on",))
+    plan = plan_tiny("full", data=data, tasks=("put_on",))
 
     # Not forked: what earlier tests left in this process would be inherited.
     run_in_process(
@@ -572,7 +572,7 @@ def test_a_killed_run_resumes_until_everything_is_scored(
 
 
 def test_a_plan_is_described_by_recipe(data: Data) -> None:
-    plan = plan_tiny("full", data=data, families=("put_on",))
+    plan = plan_tiny("full", data=data, tasks=("put_on",))
 
     _, *lines, _ = describe(plan, plan.jobs).splitlines()
 
@@ -585,7 +585,7 @@ def test_a_row_that_fails_stops_no_other(
     data: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(closed_loop, "MAX_STEPS", 3)
-    good_plan = plan_tiny("no-3d", data=data, families=("put_on",))
+    good_plan = plan_tiny("no-3d", data=data, tasks=("put_on",))
     good_score = good_plan.scoring("no-3d", 0)
     bad_changes = (*TINY_CHANGES, "lr=1e30", "warmup=0", "max_skipped=0")
     bad_plan = plan_tiny("scratch", data=data, changes=bad_changes)

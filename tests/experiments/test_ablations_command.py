@@ -21,7 +21,7 @@ from spear.labels.store import write_labels
     [
         (("--set", "steps=3"), "--budget"),
         (("--init", "nano-vlm-9"), "nano-vlm-0"),
-        (("--episodes", "/nowhere", "--plan"), "/nowhere"),
+        (("--episodes", "/nowhere", "--dry-run"), "/nowhere"),
         (("--rows", "siglip", "--set", 'lr_scale={"visoin":1}'), "'visoin'"),
     ],
 )
@@ -49,7 +49,7 @@ def test_a_plan_needs_no_network_library(tmp_path: Path) -> None:
     write_labels([make_labeled_image(0)], tmp_path / "labels-00000.parquet")
     program = (
         "import sys; from experiments.ablations.__main__ import main;"
-        "assert main(['--plan', '--episodes', sys.argv[1], '--labels', sys.argv[1]]) == 0;"
+        "assert main(['--dry-run', '--episodes', sys.argv[1], '--labels', sys.argv[1]]) == 0;"
         "assert not {'torch', 'transformers', 'mujoco'} & set(sys.modules)"
     )
 

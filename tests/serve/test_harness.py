@@ -19,7 +19,7 @@ import spear
 from serve_here import SPEAR_CLI_CODE, HomingPolicy, make_homing_chunk, run_python
 from spear import embodiments
 from spear.cli import main
-from spear.serve.options import VlaEvalOptions
+from spear.serve.options import ServeOptions
 from spear.serve.service import Service
 
 pytest.importorskip(
@@ -52,7 +52,7 @@ def run_harness(policy: HomingPolicy, **parameters: Any) -> list[dict[str, Any]]
 
     tabletop_benchmark.SENT.clear()
     service = Service(policy, tabletop_benchmark.EMBODIMENT, "test", "tabletop")
-    server = HarnessServer(service, VlaEvalOptions("test", replan=REPLAN_INTERVAL))
+    server = HarnessServer(service, ServeOptions("test", "vla-eval", replan_steps=REPLAN_INTERVAL))
     benchmark = {
         "benchmark": "tabletop_benchmark:Tabletop",
         "params": {"family": "put_on", **parameters},
@@ -103,11 +103,14 @@ def test_seeds_depend_on_the_episode_and_the_step_alone() -> None:
     assert repeated.seeds == policy.seeds
 
 
-@pytest.mark.parametrize(("option", "value"), [("--replan", "9"), ("--port", "0")])
+@pytest.mark.parametrize(("option", "value"), [("--replan-steps", "9"), ("--port", "0")])
 def test_an_impossible_option_is_refused_before_anybody_connects(
     option: str, value: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["vla-eval", "nano", "--allow-missing-cameras", option, value]) == 2
+    serve = ["serve", "--policy", "nano", "--protocol", "vla-eval", "--allow-missing-cameras"]
+
+    assert main([*serve, option, value]) == 2
+
     error = capsys.readouterr().err
     assert f"error: {option} {value}: " in error
 
@@ -183,7 +186,10 @@ def find_free_port() -> int:
 
 @pytest.mark.slow  # starts the harness and a server as their own programs
 def test_the_commands_of_the_docs_evaluate_nano(tmp_path: Path) -> None:
-    """`spear vla-eval` and `vla-eval run`, each in a process of its own; the simulator is ours."""
+    """`spear serve --protocol vla-eval` and `vla-eval run`, each in a process of its own.
+
+    The simulator is ours.
+    """
     pytest.importorskip("mujoco")
     port = find_free_port()
     source = str(Path(spear.__file__).parents[1])
@@ -194,8 +200,9 @@ def test_the_commands_of_the_docs_evaluate_nano(tmp_path: Path) -> None:
         "benchmarks: [{benchmark: 'tabletop_benchmark:Tabletop', params: {family: put_on}, "
         "episodes_per_task: 2}]\n"
     )
-    serve = ["vla-eval", "nano", "--port", str(port), "--device", "cpu"]
-    serve += ["--embodiment", str(SUPPORT / "tabletop_benchmark.py"), "--allow-missing-cameras"]
+    serve = ["serve", "--policy", "nano", "--protocol", "vla-eval", "--port", str(port)]
+    serve += ["--device", "cpu", "--allow-missing-cameras"]
+    serve += ["--embodiment", str(SUPPORT / "tabletop_benchmark.py")]
     evaluate = [sys.executable, "-m", "vla_eval.cli.main", "run", "--no-docker", "-c", str(config)]
     evaluate += ["--output-dir", str(tmp_path / "out")]
 

@@ -102,7 +102,8 @@ def test_the_real_client_drives_droid(
     wide_image = np.zeros((360, 640, 3), np.uint8)
     observation = {**robot.example(), "observation/exterior_image_1_left": wide_image}
     np.savez(tmp_path / "observation.npz", **observation)
-    options = ["nano", "--port", "0", "--embodiment", "droid", "--token", "secret", "--ui"]
+    options = ["--policy", "nano", "--port", "0", "--embodiment", "droid"]
+    options += ["--token", "secret", "--ui"]
 
     with run_python(SPEAR_CLI_CODE, "serve", *options, stderr=subprocess.PIPE) as server:
         line = server.stdout.readline()

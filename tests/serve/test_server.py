@@ -384,7 +384,7 @@ def test_a_client_with_the_token_is_answered() -> None:
 
 def test_many_clients_are_answered_together_and_each_gets_its_own_answer() -> None:
     policy = HomingPolicy(inference_s=0.02)
-    with run_server(policy, max_batch=8, wait_ms=1000.0) as server:
+    with run_server(policy, max_batch_size=8, batch_timeout_ms=1000.0) as server:
         clients = [RemotePolicy(url_of(server)) for _ in range(8)]
 
         def ask_four_times(index: int) -> None:
@@ -402,7 +402,7 @@ def test_many_clients_are_answered_together_and_each_gets_its_own_answer() -> No
 
 
 def test_a_refused_observation_leaves_nothing_behind_for_the_next_call() -> None:
-    with run_server(max_batch=8) as server, closing(RemotePolicy(url_of(server))) as policy:
+    with run_server(max_batch_size=8) as server, closing(RemotePolicy(url_of(server))) as policy:
         refused = make_observation(prompt="explode")
         refuses(
             "explode",
@@ -562,7 +562,7 @@ def test_a_server_whose_batcher_fails_ends(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_a_full_queue_refuses_at_once() -> None:
-    with run_server(HomingPolicy(inference_s=0.2), max_batch=1, queue=2) as server:
+    with run_server(HomingPolicy(inference_s=0.2), max_batch_size=1, max_queue_size=2) as server:
         connections = [connect_raw(server) for _ in range(6)]
         for connection in connections:
             connection.send(GOOD_MESSAGE)
@@ -577,7 +577,7 @@ def test_a_full_queue_refuses_at_once() -> None:
 
 
 def test_a_remote_policy_asks_a_busy_server_again() -> None:
-    with run_server(HomingPolicy(inference_s=0.2), max_batch=1, queue=2) as server:
+    with run_server(HomingPolicy(inference_s=0.2), max_batch_size=1, max_queue_size=2) as server:
         results = RemotePolicy(url_of(server)).infer_batch([make_observation()] * 4)
 
     assert len(results) == 4

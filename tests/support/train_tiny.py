@@ -59,7 +59,7 @@ def run_recipe(
         labels=[] if labels is None else [labels],
         episodes=[] if store is None else [("made", store, 1.0)],
         init=init,
-        moge=moge,
+        init_depth_encoder=moge,
     )
     options = RunOptions(workers=0, log_every=1)
     return train(recipe.with_changes(**changes), out, inputs, options, "cpu")

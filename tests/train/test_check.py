@@ -59,12 +59,12 @@ no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="is about a machin
     ("words", "named"),
     [
         pytest.param("--device cuda", "cuda", marks=no_gpu),
-        ("--shares 1 2", "--shares"),
+        ("--sampling-weights 1 2", "--sampling-weights"),
         ("--init {}/cut", "model.safetensors"),
         ("--init {}/of-seed-5", "not finished"),
         ("--init nano-depth", "nano-depth"),
         ("--init nano --preset small", "small"),
-        ("--moge {}/cut", "--moge"),
+        ("--init-depth-encoder {}/cut", "--init-depth-encoder"),
         ("--labels {}/empty --set question_images=4", "empty"),
         ("--labels {}/file --set question_images=4", "--labels"),
         ("--set accumulate=3", "batch_size 32"),
@@ -145,7 +145,9 @@ def test_a_recipe_without_moge_does_not_begin_with_a_vlm_that_has_it(
 
 
 def test_a_second_moge_is_refused(refused_vlm: Callable[[str], str]) -> None:
-    assert "--moge" in refused_vlm("nano-vlm-2 --init nano --moge nano-depth")
+    assert "--init-depth-encoder" in refused_vlm(
+        "nano-vlm-2 --init nano --init-depth-encoder nano-depth"
+    )
 
 
 def test_a_broken_origin_of_weights_is_found_before_it_is_needed(
@@ -155,11 +157,18 @@ def test_a_broken_origin_of_weights_is_found_before_it_is_needed(
     depth = shutil.copytree(locate("nano-depth"), tmp_path / "depth")
     (depth / "recipe.json").write_text('{"learned": 3}')
 
-    assert "recipe.json" in refused_vlm(f"nano-vlm-1 --init nano-vlm-0 --moge {depth}")
+    assert "recipe.json" in refused_vlm(
+        f"nano-vlm-1 --init nano-vlm-0 --init-depth-encoder {depth}"
+    )
 
 
 @pytest.mark.parametrize(
-    "words", ["nowhere {}", "nano {} --split nowhere", "nano {} --train-split nowhere"]
+    "words",
+    [
+        "--policy nowhere --episodes {}",
+        "--policy nano --episodes {} --split nowhere",
+        "--policy nano --episodes {} --train-split nowhere",
+    ],
 )
 def test_evaluation_finds_unknown_names_before_data_are_made(
     words: str, folders: Path, run_refused_command: Command, monkeypatch: pytest.MonkeyPatch
@@ -173,7 +182,8 @@ def test_evaluation_finds_unknown_names_before_data_are_made(
 def test_evaluation_refuses_episodes_that_were_trained_on(
     folders: Path, run_refused_command: Command
 ) -> None:
-    words = f"evaluate data nano {folders / 'mine'} --split train[:1] --train-split train"
+    data = folders / "mine"
+    words = f"evaluate data --policy nano --episodes {data} --split train[:1] --train-split train"
 
     assert "--train-split train: " in run_refused_command(words.split())
 
@@ -182,13 +192,13 @@ def test_evaluation_refuses_episodes_that_were_trained_on(
     ("name", "inputs", "option"),
     [
         ("nano-vla", "labels init", "--episodes"),
-        ("nano-vlm-1", "labels init moge episodes", "--episodes"),
-        ("nano-vlm-1", "init moge", "--labels"),
+        ("nano-vlm-1", "labels init init_depth_encoder episodes", "--episodes"),
+        ("nano-vlm-1", "init init_depth_encoder", "--labels"),
         ("nano-vla", "episodes init", "--labels"),  # for its questions
         ("nano-post", "episodes", "--init .*--labels"),  # for the tokenizer of a new model
         ("nano-depth", "labels init", "--init"),
         ("nano-post", "episodes init labels", "--labels"),
-        ("nano-vlm-1", "labels moge", "--moge"),
+        ("nano-vlm-1", "labels init_depth_encoder", "--init-depth-encoder"),
     ],
 )
 def test_inputs_that_are_missing_or_without_effect_are_named(

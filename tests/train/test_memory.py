@@ -11,6 +11,7 @@ from torch._C._profiler import _EventType
 
 from models_tiny import TINY, draw_actions, make_spear1
 from refusals import Command
+from spear.cli import main
 from spear.models import presets
 from spear.train import memory
 from spear.train.memory import MemoryEstimate
@@ -190,7 +191,7 @@ def test_a_vlm_has_fewer_weights_than_a_policy(estimate: MemoryEstimate) -> None
     assert vlm.weights < estimate.weights
 
 
-PLAN = ("plan", "--preset", "lean")
+PLAN = ("estimate-memory", "--preset", "lean")
 PLAN_LARGE_BATCH = (*PLAN, "--batch-size", "64", "--recipe", "post-train-bridge")
 
 
@@ -242,7 +243,7 @@ def test_the_command_names_what_it_cannot_plan(
 
 
 def test_the_command_names_the_changes_that_make_a_recipe_fit(
-    run_command: Command, monkeypatch: pytest.MonkeyPatch
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     totals = iter((100, 60, 50))  # without changes, with one, with two
     monkeypatch.setattr(memory, "usable_bytes", lambda gpu: 50)
@@ -252,17 +253,33 @@ def test_the_command_names_the_changes_that_make_a_recipe_fit(
         lambda recipe: MemoryEstimate(next(totals), 0, 0, 0, 0, 1, 1),
     )
 
-    output = run_command(PLAN_LARGE_BATCH)
+    assert main([*PLAN_LARGE_BATCH]) == 1
 
-    assert "fits with --set frozen_precision=bf16 gradient_checkpointing=true: " in output
+    message = capsys.readouterr().err
+    assert "It fits with --set frozen_precision=bf16 gradient_checkpointing=true: " in message
 
 
 def test_the_command_says_that_no_change_makes_a_recipe_fit(
-    run_command: Command, monkeypatch: pytest.MonkeyPatch
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(memory, "usable_bytes", lambda gpu: 50)
     monkeypatch.setattr(
         memory, "measure_training", lambda recipe: MemoryEstimate(51, 0, 0, 0, 0, 1, 1)
     )
 
-    assert "does not fit even with --set" in run_command(PLAN_LARGE_BATCH)
+    assert main([*PLAN_LARGE_BATCH]) == 1
+
+    assert "does not fit on 24GB, even with --set" in capsys.readouterr().err
+
+
+def test_the_command_says_that_a_policy_does_not_fit_to_act(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(memory, "usable_bytes", lambda gpu: 50)
+    monkeypatch.setattr(
+        memory, "measure_inference", lambda *options: MemoryEstimate(51, 0, 0, 0, 0, 1, 1)
+    )
+
+    assert main([*PLAN, "--recipe", "inference"]) == 1
+
+    assert "inference does not fit on 24GB" in capsys.readouterr().err

@@ -408,13 +408,13 @@ def test_the_film_of_a_closed_tab_is_given_up(
 
 
 def test_a_folder_without_episodes_is_refused(tmp_path: Path, run_refused_command: Command) -> None:
-    error = run_refused_command("serve", "nano", "--ui", "--episodes", str(tmp_path))
+    error = run_refused_command("serve", "--policy", "nano", "--ui", "--episodes", str(tmp_path))
 
     assert "--episodes" in error
 
 
 def test_episodes_need_the_page(tmp_path: Path, run_refused_command: Command) -> None:
-    assert "--ui" in run_refused_command("serve", "nano", "--episodes", str(tmp_path))
+    assert "--ui" in run_refused_command("serve", "--policy", "nano", "--episodes", str(tmp_path))
 
 
 # The cameras of the policy
@@ -536,10 +536,10 @@ def evaluated_chunks(
 
     monkeypatch.setattr(agent, "act", act_and_record)
     options = TabletopOptions(
-        scenes=1,
-        families=("stack_cube",),
+        num_scenes=1,
+        tasks=("stack_cube",),
         out=tmp_path,
-        replan=2,
+        replan_steps=2,
         execution="async",
         latency_ms=200.0,
     )

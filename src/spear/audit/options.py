@@ -10,7 +10,7 @@ from spear.util.options import LayoutFile, OptionalFile, Options
 
 class InspectOptions(Options):
     path: DatasetFolder
-    out: OptionalFile = None
+    report: OptionalFile = None
     """Write a page to this file."""
     layout: LayoutFile = None
 
@@ -23,7 +23,7 @@ class DescribeOptions(Options):
 
 class AuditOptions(Options):
     path: DatasetFolder
-    out: OptionalFile = None
+    report: OptionalFile = None
     """Write a page with plots to this file."""
     split: Annotated[str | None, arg(metavar="SPLIT")] = None
     """Which episodes (at most 50, or 3,000 steps, are read): train, val, train[:90%] … Default: the

@@ -6,6 +6,7 @@ packages inside its function.
 """
 
 import ast
+import difflib
 import functools
 import importlib
 import io
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import spear
+from spear.cli import renamed
 from spear.cli.parsing import parse_options
 from spear.errors import (
     Notice,
@@ -37,6 +39,7 @@ COMMANDS: dict[str, str] = {
     "record": "basics:record",
     "record simpler": "basics:record_simpler",
     "demo": "basics:demo",
+    "recipes": "train:recipes",
     "train": "train:train",
     "evaluate": "evaluate:evaluate",
     "evaluate data": "evaluate:evaluate_data",
@@ -45,7 +48,6 @@ COMMANDS: dict[str, str] = {
     "evaluate reference": "evaluate:reference",
     "evaluate vqa": "evaluate:evaluate_vqa",
     "serve": "serve:serve",
-    "vla-eval": "serve:vla_eval",
     "data inspect": "data:inspect",
     "data describe": "data:describe",
     "data prepare": "data:prepare",
@@ -55,19 +57,19 @@ COMMANDS: dict[str, str] = {
     "convert backbones": "convert:convert_backbones",
     "convert vlm": "convert:convert_vlm",
     "convert expected": "convert:convert_expected",
-    "plan": "train:plan",
+    "estimate-memory": "train:estimate_memory",
     "doctor": "basics:doctor",
 }
 """Every command, in the order of the help, and its place: FILE:FUNCTION of this folder."""
 
-MOVED: dict[str, str] = {"evaluate ablations": "python -m experiments.ablations"}
-"""Former commands, and the command lines that replace them."""
+PRINTS_HELP_WITHOUT_ARGUMENTS = ("label",)
+"""Commands that could begin without arguments, but whose work should not be begun by accident."""
 
 DESCRIPTION = (
     "SPEAR-1: label images with 3D, train the VLM that understands them, "
     "train a robot policy on it."
 )
-HELP_OPTIONS = ("-h", "--help")
+HELP_OPTIONS = ("-h", "--help", "--help-all")
 SECONDS_FOR_FIRST_PROCESS = 5  # that other processes wait, so that torchrun ends them silently
 
 MODULES_OF_EXTRA = {
@@ -200,25 +202,32 @@ def _dispatch(args: list[str]) -> None:
         print(_overview(title, _subcommands(args[0])))
     else:
         name = find_command(args)
-        function = load_command(name)
         words = args[len(name.split()) :]
+        renamed.check_options(name, words)
+        if not words and name in PRINTS_HELP_WITHOUT_ARGUMENTS:
+            words = ["--help"]
+        function = load_command(name)
         function(*parse_options(name, function, words, _help_text(name)))
 
 
 def find_command(args: Sequence[str]) -> str:
     """Return the longest command name that the arguments begin with.
 
-    Raises `SpearError` for an unknown command, naming the nearest, and for one that has moved.
+    Raises `SpearError` for an unknown command, naming the nearest, and for a former name.
     """
+    renamed.check_command(args)
     words = [word for word in args[:2] if not word.startswith("-")]
     for name in (" ".join(words), words[0]):
-        if name in MOVED:
-            raise SpearError(
-                f"spear {name} has moved. Clone the repository, and run `{MOVED[name]}` in it."
-            )
         if name in COMMANDS:
             return name
-    raise unknown_name_error("command", " ".join(words), COMMANDS)
+    raise _unknown_command_error(" ".join(words))
+
+
+def _unknown_command_error(name: str) -> SpearError:
+    """Make the error for a command that does not exist."""
+    similar_names = difflib.get_close_matches(name, [*COMMANDS, "--version", "--help"], n=1)
+    suggestion = f" Did you mean spear {similar_names[0]}?" if similar_names else ""
+    return SpearError(f"unknown command {name!r}.{suggestion} Run spear --help for the list.")
 
 
 def load_command(name: str) -> Callable[..., None]:

@@ -7,8 +7,10 @@ from tyro.conf import Positional, arg
 
 from spear.errors import check_known, escape_control_characters, format_count, notice
 from spear.evaluate.options import Decode
+from spear.question_types import QUESTION_TYPES
 from spear.util.files import write_bytes, write_text
 from spear.util.options import (
+    CameraView,
     Device,
     Dtype,
     ModelName,
@@ -16,7 +18,9 @@ from spear.util.options import (
     OptionalFolder,
     OptionalName,
     Options,
+    Preset,
     Range,
+    RarelyUsed,
 )
 
 if TYPE_CHECKING:
@@ -33,14 +37,13 @@ class AskOptions(Options):
     question: Annotated[Positional[str], arg(metavar="QUESTION")]
     """What to ask, in words."""
     model: ModelName = "nano-vlm"
-    family: OptionalName = None
-    """Question type, which fixes the form of the answer, one of {box_vertices, keypoint, offset,
-    distance, back_projection, chain_of_thought}. Without it the model answers freely."""
-    view: str = MAIN_VIEW
-    """Camera that took the image, one of {external,wrist}."""
+    question_type: Annotated[str | None, arg(metavar=f"{{{','.join(QUESTION_TYPES)}}}")] = None
+    """Type that fixes the form of the answer. Without it the model answers freely."""
+    view: CameraView = MAIN_VIEW
+    """Camera that took the image."""
     decode: Decode = "median"
     """How numbers are read from the model's probabilities; the interval is around the median."""
-    draw: OptionalFile = None
+    save_image: OptionalFile = None
     """Save the image with the answer's box drawn on it (for sim: images, whose camera is known)."""
     device: Device = "auto"
     dtype: Dtype = "float32"
@@ -55,7 +58,7 @@ def ask(options: AskOptions) -> None:
 
     Examples:
         spear ask photo.jpg "How far away is the mug?"
-        spear ask sim:7 "Provide the 3D bounding box coordinates of the cucumber" --draw box.png
+        spear ask sim:7 "Provide the 3D bounding box coordinates of the cucumber" --save-image box.png
     """
     from spear.evaluate.vqa.ask import ask_question, load_picture
     from spear.evaluate.vqa.calibration import Trust
@@ -64,8 +67,8 @@ def ask(options: AskOptions) -> None:
     from spear.util.images import find_image_format
 
     folder = locate(options.model)
-    if options.draw:
-        find_image_format(str(options.draw))  # an unknown one is refused before the work
+    if options.save_image:
+        find_image_format(str(options.save_image))  # an unknown one is refused before the work
     bundle = load_vlm(options.model, options.device, options.dtype)
     check_known("view", bundle.processor.image_sizes, options.view)
     size = bundle.processor.image_sizes[options.view]
@@ -76,7 +79,7 @@ def ask(options: AskOptions) -> None:
         bundle,
         picture.image,
         options.question,
-        options.family,
+        options.question_type,
         options.decode,
         trust,
         options.view,
@@ -86,15 +89,15 @@ def ask(options: AskOptions) -> None:
     if trust is None and options.view == MAIN_VIEW:
         notice(
             "how certain this answer is was not measured. "
-            f"`spear evaluate vqa {options.model} sim --calibrate` does it."
+            f"`spear evaluate vqa --model {options.model} --labels sim --calibrate` does it."
         )
     if not options.image.startswith("sim:") and is_simulator_only(folder):
         notice(
             f"{options.model} has seen nothing but the built-in simulator. Do not expect a "
             "meaningful answer about a photo."
         )
-    if options.draw:
-        _draw_answer(answer, picture, options.draw)
+    if options.save_image:
+        _draw_answer(answer, picture, options.save_image)
 
 
 def _draw_answer(answer: Any, picture: "Frame", file: Path) -> None:
@@ -114,11 +117,11 @@ class DemonstrationOptions(Options):
 
     out: Path = Path("runs/episodes")
     """Write to this folder."""
-    episodes: Annotated[int, Range(1)] = 200
+    num_episodes: Annotated[int, Range(1)] = 200
     """Number of demonstrations per task."""
     first_seed: int = 10_000
     """Record the scenes first-seed, first-seed + 1, … Those below 10000 are kept for testing."""
-    preset: str = "nano"
+    preset: Annotated[Preset, RarelyUsed()] = "nano"
     """Model size to whose cameras the images are scaled."""
     workers: Annotated[int, Range(1, 1024)] = 2
     """Number of processes."""
@@ -128,7 +131,7 @@ class DemonstrationOptions(Options):
 
 
 class RecordOptions(DemonstrationOptions):
-    families: tuple[str, ...] = ()
+    tasks: tuple[str, ...] = ()
     """Task families; default: all."""
     world: str = "default"
     """Surroundings of the scenes: default, wild, lab:N (laboratory number N) or labs:K (the scenes
@@ -140,11 +143,11 @@ def record(options: RecordOptions) -> None:
 
     Now and then the arm is pushed off course. The expert recovers, and the push itself is never a
     training target. Failed demonstrations are not written. Demonstrations are written 256 at a
-    time: run the same command to continue after it was stopped, or with more --episodes to add
+    time: run the same command to continue after it was stopped, or with more --num-episodes to add
     some.
 
     Examples:
-        spear record --episodes 3000 --out runs/episodes
+        spear record --num-episodes 3000 --out runs/episodes
         spear record --policy nano --first-seed 40000 --out runs/corrections
     """
     from spear.models.presets import get_preset
@@ -152,8 +155,8 @@ def record(options: RecordOptions) -> None:
 
     num_written, num_tried = record_demonstrations(
         options.out,
-        options.families,
-        options.episodes,
+        options.tasks,
+        options.num_episodes,
         options.first_seed,
         get_preset(options.preset).image_sizes,
         options.workers,
@@ -180,7 +183,7 @@ def record_simpler(options: RecordSimplerOptions) -> None:
     needs what spear evaluate simpler needs.
 
     Example:
-        spear record simpler --episodes 80 --out runs/simpler-episodes
+        spear record simpler --num-episodes 80 --out runs/simpler-episodes
     """
     from spear.evaluate.simpler.record import record_demonstrations
     from spear.models.presets import get_preset
@@ -189,7 +192,7 @@ def record_simpler(options: RecordSimplerOptions) -> None:
     counts_of_task = record_demonstrations(
         options.out,
         options.tasks,
-        range(options.first_seed, options.first_seed + options.episodes),
+        range(options.first_seed, options.first_seed + options.num_episodes),
         height,
         options.workers,
         options.assets,
@@ -236,7 +239,7 @@ def demo(options: DemoOptions) -> None:
 
 
 class DoctorOptions(Options):
-    preset: str = "nano"
+    preset: Preset = "nano"
     """Model size: nano (the weights that come with this package), small or spear1 (random
     weights)."""
     device: Device = "auto"

@@ -8,7 +8,7 @@ from tyro.conf import Positional, arg
 from spear.errors import SpearError, check_known, escape_control_characters
 from spear.util.files import check_new_folder
 from spear.util.network import is_hub_name
-from spear.util.options import OptionalName, Options, Seed
+from spear.util.options import OptionalName, Options, Preset, Seed
 
 if TYPE_CHECKING:
     from spear.models.processing import Processor
@@ -43,7 +43,7 @@ class BackbonesOptions(ConvertOptions, kw_only=True):
     coordinates: Annotated[Path | None, arg(metavar="PATH")] = None
     """What the 3D tokens mean: a coordinates.json, or a folder of labeled images to fit them to.
     Without it the model is written without a processor, which training needs."""
-    preset: str = "spear1"
+    preset: Preset = "spear1"
     """Preset whose views, image sizes and number of 3D tokens the model gets (spear1 is the
     paper's)."""
 
@@ -86,7 +86,7 @@ class PolicyOptions(ConvertOptions, kw_only=True):
     out: Path = Path("runs/spear1")
     expert: OptionalName = None
     """Folder of a π0 in safetensors, or its name on the Hub; by default the expert is new."""
-    preset: str = "spear1"
+    preset: Preset = "spear1"
     """Preset of the chunk length, the flow and a new expert (spear1 is the paper's)."""
 
 
@@ -114,9 +114,9 @@ def convert_vlm(options: PolicyOptions) -> None:
 
 
 class ExpectedOptions(Options):
-    network: Annotated[Positional[str], arg(metavar="NETWORK")] = "list"
-    """A published network by its name here; list prints the names, repositories, revisions and
-    files."""
+    network: Annotated[Positional[str | None], arg(metavar="[NETWORK]")] = None
+    """A published network by its name here. Without it the names, repositories, revisions and files
+    of all are listed."""
 
 
 def convert_expected(options: ExpectedOptions) -> None:
@@ -125,17 +125,18 @@ def convert_expected(options: ExpectedOptions) -> None:
     If a conversion or the labeler rejects a file, its error says how that differs.
 
     Examples:
-        spear convert expected list
+        spear convert expected
         spear convert expected paligemma
     """
     from spear.models.weights.conversion import ConversionReport, WeightStatus
     from spear.models.weights.published import PUBLISHED
 
-    check_known("network", ["list", *PUBLISHED], options.network)
+    if options.network is not None:
+        check_known("network", PUBLISHED, options.network)
     for name, network in PUBLISHED.items():
-        if options.network in ("list", name):
+        if options.network in (None, name):
             print(f"{name:<15} {network.repository}@{network.revision}: {network.files}")
-    if options.network == "list":
+    if options.network is None:
         return
 
     tensors = PUBLISHED[options.network].tensors()

@@ -29,25 +29,25 @@ MAX_SHOWN_REASONS = 5  # of skipped episodes
 def inspect(options: InspectOptions) -> None:
     """Show what a folder of robot data holds: format, cameras, rates, instructions.
 
-    With --out it also writes a page that opens in any browser, with frames of some episodes, plots
+    With --report it also writes a page that opens in any browser, with frames of some episodes, plots
     of their actions, and the gripper's paths. If the dataset's layout is not known, the page shows
     the columns as they are.
 
     Examples:
         spear data inspect bridge_dataset/1.0.0
-        spear data inspect my_lerobot_dataset --out look.html
+        spear data inspect my_lerobot_dataset --report look.html
     """
     from spear.audit.inspect import inspect as describe_dataset
 
     _check_layout(options.path, options.layout)
-    if options.layout is not None and options.out is None:
-        raise SpearError(f"--layout {options.layout} is for the page. Add --out FILE.")
+    if options.layout is not None and options.report is None:
+        raise SpearError(f"--layout {options.layout} is for the page. Add --report FILE.")
     print(describe_dataset(options.path))
-    if options.out is not None:
+    if options.report is not None:
         from spear.report.dataset import write_page
 
-        write_page(options.path, options.out, options.layout)
-        print(f"open {options.out.resolve()}")
+        write_page(options.path, options.report, options.layout)
+        print(f"open {options.report.resolve()}")
 
 
 def describe(options: DescribeOptions) -> None:
@@ -88,8 +88,8 @@ def prepare(options: PrepareOptions) -> None:
     continue after it was stopped.
 
     Examples:
-        spear data prepare bridge_dataset/1.0.0 --out runs/bridge --size 280x210
-        spear data prepare droid/1.0.1 bridge_dataset/1.0.0 --out runs/data --size 280x210
+        spear data prepare bridge_dataset/1.0.0 --out runs/bridge --image-size 280x210
+        spear data prepare droid/1.0.1 bridge_dataset/1.0.0 --out runs/data --image-size 280x210
     """
     from spear.data.readers.formats import get_dataset_name, list_cameras
     from spear.data.store.prepare import plan_preparation
@@ -123,23 +123,23 @@ def prepare(options: PrepareOptions) -> None:
 
 
 def _check_sized_cameras(conversion: Conversion, cameras_of_datasets: Sequence[list[str]]) -> None:
-    """Check that every camera in --size is in one of the datasets."""
+    """Check that every camera in --image-size is in one of the datasets."""
     all_cameras: set[str] = set()
     for cameras in cameras_of_datasets:
         all_cameras.update(cameras)
     for camera in conversion.sizes:
         if camera:
-            check_known("camera (in --size)", all_cameras, camera)
+            check_known("camera (in --image-size)", all_cameras, camera)
 
 
 def _conversion_of_dataset(conversion: Conversion, cameras: Sequence[str]) -> Conversion:
     """Return the conversion with the sizes of the dataset's own cameras."""
     sizes = []
-    for size in conversion.size:
+    for size in conversion.image_size:
         camera, _, _ = size.rpartition("=")
         if camera in ("", *cameras):
             sizes.append(size)
-    return replace(conversion, size=tuple(sizes))
+    return replace(conversion, image_size=tuple(sizes))
 
 
 def _check_layout(path: Path, layout: Path | None) -> None:
@@ -195,16 +195,16 @@ def audit(options: AuditOptions) -> None:
 
     Examples:
         spear data audit bridge_dataset/1.0.0
-        spear data audit my_lerobot_dataset --out audit.html
+        spear data audit my_lerobot_dataset --report audit.html
     """
     from spear.audit.dataset_audit import audit as audit_dataset
     from spear.report.audit import advise, conclude, format_report, write_audit_page
 
     _check_layout(options.path, options.layout)
     report = audit_dataset(options.path, options.split, options.layout)
-    if options.out is not None:
-        write_audit_page(report, options.out)
-        print(f"open {options.out.resolve()}")
+    if options.report is not None:
+        write_audit_page(report, options.report)
+        print(f"open {options.report.resolve()}")
     print(escape_control_characters(format_report(report), keep_newlines=True))
     if report.outcome == "contradiction":
         raise SpearError(

@@ -36,12 +36,20 @@ if TYPE_CHECKING:
     from spear.types import LabeledImage
 
 MIN_CALIBRATION_IMAGES = 100
+RECORDED_KEYS = {
+    "--questions-per-image": "--per_image",
+    "--question-types": "--families",
+    "--model": "model",
+    "--labels": "questions",
+    "--num-images": "--images",
+}
+"""Option of `spear evaluate vqa` -> its key in scores.json, which is its former name."""
 
 
 class EvaluateOptions(Options):
     agent: AgentOptions = field(default_factory=AgentOptions)
     loop: TabletopOptions = field(
-        default_factory=lambda: TabletopOptions(films=1, out=Path("runs/evaluate"))
+        default_factory=lambda: TabletopOptions(videos=1, out=Path("runs/evaluate"))
     )
 
 
@@ -50,16 +58,16 @@ def evaluate(options: EvaluateOptions) -> None:
 
     Prints success per task family with 95 % intervals; writes OUT/results.json and films of
     successes and failures. Outcomes are written as they come: the same command continues an
-    evaluation that was stopped, and one with more --scenes adds to it.
+    evaluation that was stopped, and one with more --num-scenes adds to it.
 
     With --shift all, the same scenes are evaluated as they are and with every shift: camera, light,
     background, layout, robot, language and noise, each at three levels.
 
     Examples:
-        spear evaluate --policy nano --scenes 200
-        spear evaluate --policy nano --scenes 25 --shift all --out runs/shifts
-        spear evaluate --policy runs/my_policy --families stack_cube --out runs/mine
-        spear evaluate --policy nano --shard 2/5 --films failures
+        spear evaluate --policy nano --num-scenes 200
+        spear evaluate --policy nano --num-scenes 25 --shift all --out runs/shifts
+        spear evaluate --policy runs/my_policy --tasks stack_cube --out runs/mine
+        spear evaluate --policy nano --shard 2/5 --videos failures
     """
     from spear.evaluate.agents import load_agent
     from spear.evaluate.closed_loop import evaluate_tabletop
@@ -92,7 +100,7 @@ def _evaluate_all_shifts(agent: "Agent", options: EvaluateOptions) -> None:
 class EvaluateSimplerOptions(Options):
     agent: AgentOptions = field(default_factory=AgentOptions)
     loop: SimplerOptions = field(
-        default_factory=lambda: SimplerOptions(films=1, out=Path("runs/simpler"))
+        default_factory=lambda: SimplerOptions(videos=1, out=Path("runs/simpler"))
     )
 
 
@@ -121,8 +129,8 @@ def evaluate_simpler(options: EvaluateSimplerOptions) -> None:
 
 
 class EvaluateDataOptions(Options):
-    policy: Annotated[Positional[PolicyName], arg(metavar="POLICY")]
-    data: Annotated[Positional[Path], arg(metavar="FOLDER")]
+    policy: PolicyName
+    episodes: Annotated[Path, arg(metavar="FOLDER")]
     """Folder of held-out episodes, in any format (see `spear data inspect`)."""
     split: str = "train"
     """Which of its episodes are held out: train, val, train[90%:] …"""
@@ -131,11 +139,11 @@ class EvaluateDataOptions(Options):
     with --train-split, otherwise the held-out episodes."""
     train_split: OptionalName = None
     """Which of the training folder's episodes were trained on."""
-    plot: OptionalFile = None
+    report: OptionalFile = None
     """Write a page with plots of predicted and true actions to this file."""
     device: Device = "auto"
     dtype: Dtype = "float32"
-    dataset: DatasetName = None
+    norm_stats: DatasetName = None
 
 
 def evaluate_data(options: EvaluateDataOptions) -> None:
@@ -145,8 +153,8 @@ def evaluate_data(options: EvaluateDataOptions) -> None:
     observation: always the mean action, and the last action repeated.
 
     Examples:
-        spear evaluate data runs/my_robot runs/held_out --train runs/train --plot errors.html
-        spear evaluate data runs/mine my_dataset --split "train[90%:]" --train-split "train[:90%]"
+        spear evaluate data --policy runs/my_robot --episodes runs/held_out --report errors.html
+        spear evaluate data --policy runs/mine --episodes my_dataset --split "train[90%:]"
     """
     from spear.evaluate import open_loop
     from spear.policy import Spear1Policy
@@ -156,12 +164,12 @@ def evaluate_data(options: EvaluateDataOptions) -> None:
     train_folder, train_split = _choose_training_episodes(options)
     _check_splits_are_disjoint(options, train_folder, train_split)
     policy = Spear1Policy.load(
-        options.policy, options.device, dataset=options.dataset, dtype=options.dtype
+        options.policy, options.device, dataset=options.norm_stats, dtype=options.dtype
     )
     policy.truncate_instructions = True  # as its training did with instructions of these episodes
 
     with TemporaryDirectory() as scratch:
-        store = open_episodes(options.data, Path(scratch) / "held-out", options.split)
+        store = open_episodes(options.episodes, Path(scratch) / "held-out", options.split)
         held_out = store.select_demonstrations()
         training = held_out
         if options.train or options.train_split:
@@ -178,15 +186,15 @@ def evaluate_data(options: EvaluateDataOptions) -> None:
     _print_open_loop_errors(
         [policy_errors, mean_action_errors, last_action_errors], num_episodes=len(held_out)
     )
-    if options.plot:
-        write_text(options.plot, make_open_loop_page(policy_errors, mean_action_errors))
-        print(f"page: {options.plot}")
+    if options.report:
+        write_text(options.report, make_open_loop_page(policy_errors, mean_action_errors))
+        print(f"page: {options.report}")
 
 
 def _choose_training_episodes(options: EvaluateDataOptions) -> tuple[Path, str]:
     """Return the folder and the split of the episodes whose mean action is a baseline."""
     default_split = "train" if options.train else options.split
-    return options.train or options.data, options.train_split or default_split
+    return options.train or options.episodes, options.train_split or default_split
 
 
 def _check_splits_are_disjoint(
@@ -195,11 +203,11 @@ def _check_splits_are_disjoint(
     """Check that both folders have their splits, which do not overlap in the same folder."""
     from spear.data.readers.splits import count_shared_episodes
 
-    held_out_ranges = check_episodes(options.data, options.split)
+    held_out_ranges = check_episodes(options.episodes, options.split)
     train_ranges = check_episodes(train_folder, train_split)
     if not (options.train or options.train_split):
         return
-    if train_folder.resolve() != options.data.resolve():
+    if train_folder.resolve() != options.episodes.resolve():
         return
     num_shared = count_shared_episodes(held_out_ranges, train_ranges)
     if num_shared:
@@ -260,12 +268,12 @@ def _print_open_loop_errors(scores: "Sequence[OpenLoopErrors]", num_episodes: in
 
 
 class EvaluateVqaOptions(Options):
-    model: Annotated[Positional[ModelName], arg(metavar="MODEL")]
-    questions: Annotated[Positional[str], arg(metavar="QUESTIONS")]
+    model: ModelName
+    labels: Annotated[str, arg(metavar="FOLDER|sim")]
     """A folder of labeled images that `spear label` wrote, from which questions are made; or sim,
     for scenes of the built-in simulator that nothing is trained on (sim:SEED begins with that
     one)."""
-    images: Annotated[int, Range(1)] = 300
+    num_images: Annotated[int, Range(1)] = 300
     """Maximum number of images; of a folder, they are spread evenly over it."""
     query: QuestionOptions = field(default_factory=QuestionOptions)
     device: Device = "auto"
@@ -286,9 +294,9 @@ def evaluate_vqa(options: EvaluateVqaOptions) -> None:
     OUT/scores.json and a page, index.html.
 
     Examples:
-        spear evaluate vqa nano-vlm sim --images 100
-        spear evaluate vqa runs/nano-vlm-2 runs/labels-held-out --decode mode --out runs/vqa
-        spear evaluate vqa runs/nano-vlm-2 sim:1000 --images 200 --calibrate --out runs/calibrated
+        spear evaluate vqa --model nano-vlm --labels sim --num-images 100
+        spear evaluate vqa --model runs/nano-vlm-2 --labels runs/labels-held-out --decode mode
+        spear evaluate vqa --model runs/nano-vlm-2 --labels sim:1000 --num-images 200 --calibrate
     """
     from spear.evaluate.vqa import run
     from spear.evaluate.vqa.ask import load_labeled_images
@@ -303,12 +311,12 @@ def evaluate_vqa(options: EvaluateVqaOptions) -> None:
     # Ask.
     bundle = load_vlm(options.model, options.device, options.dtype)
     labels = load_labeled_images(
-        options.questions, options.images, options.query.view, bundle.processor
+        options.labels, options.num_images, options.query.view, bundle.processor
     )
     if options.calibrate and len(labels) < MIN_CALIBRATION_IMAGES:
         raise SpearError(
             f"--calibrate needs at least {MIN_CALIBRATION_IMAGES} images, and there are "
-            f"{len(labels)}. Give more with --images."
+            f"{len(labels)}. Give more with --num-images."
         )
     _note_learned_images(options.model, labels)
     trust = None if options.calibrate else Trust.load(locate(options.model))
@@ -317,25 +325,28 @@ def evaluate_vqa(options: EvaluateVqaOptions) -> None:
     # Save and print.
     scores.save(scores_file, settings)
     page = options.out / "index.html"
-    write_text(page, make_vqa_page(scores, options.model, options.questions))
+    write_text(page, make_vqa_page(scores, options.model, options.labels))
     for table in scores.tables():
         show(table)
     print(f"page: {page}")
     if options.calibrate:
-        measured_trust = run.measure_trust(bundle, labels, scores, options.questions)
+        measured_trust = run.measure_trust(bundle, labels, scores, options.labels)
         print(f"calibration: {measured_trust.save(locate(options.model))}")
 
 
 def _describe_vqa_run(options: EvaluateVqaOptions) -> dict[str, Any]:
-    """Return the settings that scores depend on, as they are recorded with the scores."""
-    settings: dict[str, Any] = {}
-    for name, value in vars(options.query).items():
-        if name != "batch":  # which changes no score
-            settings[f"--{name}"] = value
-    settings["model"] = options.model
-    settings["questions"] = options.questions
-    settings["--images"] = options.images
-    return settings
+    """Return the settings that scores depend on, by the keys under which they are recorded."""
+    values = {
+        "--questions-per-image": options.query.questions_per_image,
+        "--question-types": options.query.question_types,
+        "--decode": options.query.decode,
+        "--seed": options.query.seed,
+        "--view": options.query.view,
+        "--model": options.model,
+        "--labels": options.labels,
+        "--num-images": options.num_images,
+    }
+    return {RECORDED_KEYS.get(option, option): value for option, value in values.items()}
 
 
 def _check_vqa_run(
@@ -345,10 +356,10 @@ def _check_vqa_run(
     from spear.evaluate.vqa.calibration import CALIBRATION_FILE
     from spear.policy import locate
 
-    if options.calibrate and (options.query.families or options.query.view != "external"):
+    if options.calibrate and (options.query.question_types or options.query.view != "external"):
         raise SpearError(
-            "--calibrate measures everything that `spear ask` may be asked. Leave out --families "
-            "and --view."
+            "--calibrate measures everything that `spear ask` may be asked. Leave out "
+            "--question-types and --view."
         )
     check_no_foreign_files(options.out, "scores.json", "evaluate")
     check_writable(scores_file)
@@ -357,8 +368,10 @@ def _check_vqa_run(
     if not scores_file.is_file():
         return
     recorded = read_json(scores_file, "remove it, or give another --out")
-    recorded_settings = {name: recorded.get(name) for name in settings}
-    differences = describe_difference(recorded_settings, settings)
+    option_of_key = {key: option for option, key in RECORDED_KEYS.items()}
+    recorded_values = {option_of_key.get(key, key): recorded.get(key) for key in settings}
+    values = {option_of_key.get(key, key): value for key, value in settings.items()}
+    differences = describe_difference(recorded_values, values)
     if differences:
         raise SpearError(f"{scores_file} holds other scores: {differences}. Give another --out.")
 
@@ -381,11 +394,11 @@ class CompareOptions(Options):
     """Folder that spear evaluate wrote (or its results.json)."""
     second: Annotated[Positional[Path], arg(metavar="B")]
     """Folder (or results.json) to compare with."""
-    out: OptionalFile = None
+    report: OptionalFile = None
     """Also write an HTML page with plots, and films of the same scenes side by side."""
-    films: Annotated[int, Range(0)] = 12
+    videos: Annotated[int, Range(0)] = 12
     """Maximum number of pairs of films on the page; scenes that only one of the two solved come
-    first. All scenes have films if both were evaluated with --films all."""
+    first. All scenes have films if both were evaluated with --videos all."""
 
 
 def compare(options: CompareOptions) -> None:
@@ -396,7 +409,7 @@ def compare(options: CompareOptions) -> None:
 
     Examples:
         spear evaluate compare runs/mine runs/evaluate
-        spear evaluate compare runs/mine runs/evaluate --out compare.html
+        spear evaluate compare runs/mine runs/evaluate --report compare.html
     """
     from spear.evaluate.compare import compare_results
     from spear.report.comparison import make_comparison_page
@@ -425,10 +438,10 @@ def compare(options: CompareOptions) -> None:
     references = find_matching_references(first)
     for reference_table in references:
         show(reference_table.to_table(named_results))
-    if options.out:
-        page = make_comparison_page(comparison, folders, options.films, references, named_results)
-        write_text(options.out, page)
-        print(f"page: {options.out}")
+    if options.report:
+        page = make_comparison_page(comparison, folders, options.videos, references, named_results)
+        write_text(options.report, page)
+        print(f"page: {options.report}")
 
 
 def _folder_of(results: Path) -> Path:

@@ -32,20 +32,20 @@ def label(options: LabelOptions) -> None:
     labeled are recorded in skipped.parquet with the reason. Run the same command to continue after
     it was stopped.
 
-    Without PHOTOS, scenes of the simulator are labeled from its ground truth, in the layout that
-    `spear train` reads. So are scenes of SIMPLER's four tasks, with simpler:SEED-SEED
-    (docs/simpler.md).
+    With --num-scenes instead of PHOTOS, scenes of the simulator are labeled from its ground truth,
+    in the layout that `spear train` reads. So are scenes of SIMPLER's four tasks, with
+    simpler:SEED-SEED (docs/simpler.md).
 
     Examples:
-        spear label photos/ --plan
+        spear label photos/ --dry-run
         spear label photos/ --out runs/my_labels --questions
         spear label film.mp4 --detector owlv2 --vocabulary "mug, spoon, bowl" --out runs/my_labels
-        spear label --scenes 1000 --out runs/labels
+        spear label --num-scenes 1000 --out runs/labels
         spear label simpler:10000-10255 --out runs/simpler-labels
     """
     is_simpler = any(photo.startswith(SIMPLER_PREFIX) for photo in options.photos)
     _check_label_options(options, is_simpler)
-    if options.plan:
+    if options.dry_run:
         _print_plan(options)
     elif is_simpler:
         _label_simpler_scenes(options)
@@ -53,21 +53,28 @@ def label(options: LabelOptions) -> None:
         _label_photos(options)
     else:
         _label_simulated_scenes(options)
-    if options.questions and not options.plan:
+    if options.questions and not options.dry_run:
         ask_about(QuestionOptions(options.out, options.seed))
 
 
 def _check_label_options(options: LabelOptions, is_simpler: bool) -> None:
-    """Check that no option is given that has no effect on what is labeled."""
-    if is_simpler and (len(options.photos) > 1 or options.plan):
+    """Check that something is to be labeled, and that every option has an effect on it."""
+    if not options.photos and options.scene.num_scenes is None:
         raise SpearError(
-            f"{SIMPLER_PREFIX}SEED-SEED: give it alone, without --plan, because these scenes are "
+            "there is nothing to label. Name the PHOTOS, or give --num-scenes 1000 to label scenes "
+            "of the simulator."
+        )
+    if is_simpler and (len(options.photos) > 1 or options.dry_run):
+        raise SpearError(
+            f"{SIMPLER_PREFIX}SEED-SEED: give it alone, without --dry-run, because these scenes are "
             "labeled without networks."
         )
 
     unused_options: list[str] = []
     if options.photos:
-        unused_options += list_changed_options(options.scene, "scenes", "first_seed")
+        unused_options += list_changed_options(
+            options.scene, "num_scenes", "first_seed", "world", "no_robot"
+        )
         if not is_simpler:
             unused_options += list_changed_options(options.scene, "preset")
     if is_simpler or not options.photos:
@@ -78,15 +85,15 @@ def _check_label_options(options: LabelOptions, is_simpler: bool) -> None:
             "pointmap",
             "vocabulary",
             "cache",
-            "per_minute",
-            "size",
-            "rate",
-            "per_episode",
+            "requests_per_minute",
+            "max_size",
+            "fps",
+            "frames_per_episode",
             "retry_skipped",
             "device",
         )
         unused_options += list_changed_options(
-            options.work, "engine", "batch_size", "shard_size", "copies", "gpus"
+            options.work, "engine", "batch_size", "shard_size", "replicas", "gpus"
         )
     if unused_options:
         circumstance = "with PHOTOS" if options.photos else "without PHOTOS to label"
@@ -118,12 +125,16 @@ def _label_simulated_scenes(options: LabelOptions) -> None:
     from spear.models.presets import get_preset
     from spear.sim_data.label_scenes import label_scenes
 
+    scene = options.scene
+    assert scene.num_scenes is not None
     num_images = label_scenes(
         options.out,
-        options.scene.scenes,
-        get_preset(options.scene.preset).image_sizes,
-        options.scene.first_seed,
+        scene.num_scenes,
+        get_preset(scene.preset).image_sizes,
+        scene.first_seed,
         options.work.workers,
+        world=scene.world,
+        shows_robot=not scene.no_robot,
     )
     _print_labeled_scenes(num_images, options.out)
 
@@ -157,11 +168,11 @@ def _print_plan(options: LabelOptions) -> None:
     from spear.sim_data.label_scenes import list_scenes
 
     if not options.photos:
-        raise SpearError("--plan: there is nothing to plan. Name the PHOTOS to label.")
+        raise SpearError("--dry-run: there is nothing to plan. Name the PHOTOS to label.")
     device = choose_device(options.device)
     _, images, settings = prepare_run(options, list_scenes)
     num_images = sum(1 for _ in images)
-    size_px = options.size or DEFAULT_PLANNED_SIZE_PX
+    size_px = options.max_size or DEFAULT_PLANNED_SIZE_PX
     print(
         f"{format_count(num_images, 'images')}, {options.work.batch_size} at a time, {size_px} "
         "pixels wide; computed in float32:"
@@ -199,7 +210,7 @@ def _plan_model(
         return f"{name:<15} no network", None
     if user_model:
         return f"{name:<15} not known before it is loaded: {user_model}", None
-    size_px = options.size or DEFAULT_PLANNED_SIZE_PX
+    size_px = options.max_size or DEFAULT_PLANNED_SIZE_PX
     num_names = len(vocabulary) or DEFAULT_PLANNED_NAMES
     resources = estimate_resources(name, options.work.batch_size, size_px, num_names)
     return f"{name:<15} {resources}: {PUBLISHED[name].repository}", resources
@@ -234,14 +245,16 @@ def ask_about(options: QuestionOptions) -> None:
     image or are barely visible.
 
     Example:
-        spear questions runs/my_labels --pairs 2 4
+        spear questions runs/my_labels --questions-per-image 2 4
     """
     from spear.labels.questions.store import write_questions
     from spear.question_types import QUESTION_TYPES
 
     folder = _shard_folder(options.labels)
-    question_types = options.families or QUESTION_TYPES
-    num_images, counts = write_questions(folder, options.seed, options.pairs, question_types)
+    question_types = options.question_types or QUESTION_TYPES
+    num_images, counts = write_questions(
+        folder, options.seed, options.questions_per_image, question_types
+    )
     counts_text = ", ".join(f"{count:,} {name}" for name, count in counts.most_common())
     print(
         f"{format_count(counts.total(), 'questions')} about "
@@ -254,9 +267,9 @@ class ShowOptions(Options):
     """Folder that spear label has written."""
     out: OptionalFile = None
     """Write the page to this HTML file; default: LABELS/show.html."""
-    images: Annotated[int, Range(1)] = 24
+    num_images: Annotated[int, Range(1)] = 24
     """Number of images to show."""
-    rerun: OptionalFile = None
+    save_rerun: OptionalFile = None
     """Also write the images, boxes and point clouds to this file, for the Rerun viewer."""
 
 
@@ -265,19 +278,19 @@ def show(options: ShowOptions) -> None:
 
     Examples:
         spear label show runs/my_labels
-        spear label show runs/my_labels --images 6 --rerun labels.rrd
+        spear label show runs/my_labels --num-images 6 --save-rerun labels.rrd
     """
     from spear.labels.store import select_labels
     from spear.report.labels import write_label_page, write_rerun
 
     folder = _shard_folder(options.labels)
-    labels = select_labels(folder, options.images)
+    labels = select_labels(folder, options.num_images)
     page = options.out or options.labels / "show.html"
     write_label_page(folder, labels, page)
     print(f"open {page.resolve()}")
-    if options.rerun is not None:
-        write_rerun(labels, _predict_point_maps(folder, labels), options.rerun)
-        print(f"rerun {options.rerun}")
+    if options.save_rerun is not None:
+        write_rerun(labels, _predict_point_maps(folder, labels), options.save_rerun)
+        print(f"rerun {options.save_rerun}")
 
 
 def _shard_folder(labels: Path) -> Path:
@@ -302,7 +315,7 @@ def _predict_point_maps(
 
     if not (folder / "run.json").is_file():
         return [None] * len(labels)
-    run = read_json(folder / "run.json", "leave out --rerun, or copy the folder again")
+    run = read_json(folder / "run.json", "leave out --save-rerun, or copy the folder again")
 
     if run["pointmap"] == "ground-truth":  # which is in the source
         items = list_items(run["inputs"], run["rate"], run["per_episode"], list_scenes=list_scenes)

@@ -6,15 +6,20 @@ sub-command app would not change that, and it would have to import all commands 
 """
 
 import contextlib
+import dataclasses
+import difflib
 import io
 import re
 import typing
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Annotated, Any
 
-from spear.errors import SpearError, check_known
+from spear.errors import SpearError, format_count
 from spear.util.files import check_writable
 
+HELP_OPTIONS = ("-h", "--help", "--help-all")
+NO_DEFAULTS = ("None", "", "''", "False")
+"""How tyro writes defaults that say nothing: None, an empty tuple or text, and an unset flag."""
 PYTHON_TYPES = {"int()": "a whole number", "to float": "a number"}
 """What tyro says of a value of another type -> what to give instead."""
 
@@ -43,19 +48,58 @@ def parse_options(
         SystemExit: after printing the help.
     """
     options_class = get_options_class(function)
-    _check_option_names(options_class, args)
-    options = _parse_with_tyro(name, options_class, args, help_text)
+    _check_option_names(name, options_class, args)
+    for word in HELP_OPTIONS:
+        if word in args:
+            _print_help(name, options_class, help_text, shows_all=word == "--help-all")
+    options = _parse_with_tyro(name, options_class, args)
     if options_class is None:
         return []
     _check_output_files(options_class, options)
     return [options]
 
 
-def _check_option_names(options_class: type | None, args: Sequence[str]) -> None:
+def _print_help(name: str, options_class: type | None, help_text: str, shows_all: bool) -> None:
+    """Print a command's help, and exit.
+
+    Without `shows_all`, rarely used options are left out.
+    """
+    import tyro
+
+    from spear.util.options import list_option_help
+
+    option_help = [] if options_class is None else list_option_help(options_class)
+    shown = [option for option in option_help if shows_all or not option.is_rare]
+    num_hidden = len(option_help) - len(shown)
+    if num_hidden:
+        help_text += f"\n\nUse --help-all to see {format_count(num_hidden, 'more options')}."
+
+    # A class without the hidden options, in one group
+    fields = []
+    for option in shown:
+        hint: Any = Annotated[option.hint, tyro.conf.arg(help_behavior_hint=_describe_default)]
+        metadata = {"help": option.text}
+        field = dataclasses.field(default=option.default, metadata=metadata, kw_only=True)
+        fields.append((option.name, hint, field))
+    tyro.cli(
+        dataclasses.make_dataclass("Options", fields),
+        prog=f"spear {name}",
+        description=help_text,
+        args=["--help"],
+        config=(tyro.conf.FlagCreatePairsOff,),
+    )
+
+
+def _describe_default(default: str) -> str:
+    """Return what the help says of an option's default; nothing where there is none."""
+    return "" if default in NO_DEFAULTS else f"(default: {default})"
+
+
+def _check_option_names(name: str, options_class: type | None, args: Sequence[str]) -> None:
     """Check that all options are known, and that none is given twice."""
     from spear.util.options import list_option_names
 
-    known_options = ["--help"]
+    known_options = list(HELP_OPTIONS)
     if options_class is not None:
         known_options += list_option_names(options_class)
     seen_options: set[str] = set()
@@ -63,12 +107,28 @@ def _check_option_names(options_class: type | None, args: Sequence[str]) -> None
         if not word.startswith("--"):
             continue
         option = word.partition("=")[0].replace("_", "-")
-        check_known("option", known_options, option)
+        if option not in known_options:
+            raise _unknown_option_error(name, option, known_options)
         if option in seen_options:
             raise SpearError(
                 f"{option} is given twice. Write all of its values after one {option}."
             )
         seen_options.add(option)
+
+
+def _unknown_option_error(name: str, option: str, known_options: Sequence[str]) -> SpearError:
+    """Make the error for an option that a command does not have."""
+    if "--set" in known_options:
+        from spear.train.options import list_recipe_keys
+
+        key = option.removeprefix("--").replace("-", "_")
+        if key in list_recipe_keys():
+            return SpearError(
+                f"{option} is a setting of recipes, not an option. Use --set {key}=VALUE."
+            )
+    similar_options = difflib.get_close_matches(option, known_options, n=1)
+    suggestion = f" Did you mean {similar_options[0]}?" if similar_options else ""
+    return SpearError(f"unknown option {option}.{suggestion} See `spear {name} --help`.")
 
 
 def _check_output_files(options_class: type, options: Any) -> None:
@@ -81,9 +141,7 @@ def _check_output_files(options_class: type, options: Any) -> None:
             check_writable(file)
 
 
-def _parse_with_tyro(
-    name: str, options_class: type | None, args: Sequence[str], help_text: str
-) -> Any:
+def _parse_with_tyro(name: str, options_class: type | None, args: Sequence[str]) -> Any:
     """Return what tyro makes of the words; its complaint becomes a `SpearError`."""
     import tyro
 
@@ -93,13 +151,11 @@ def _parse_with_tyro(
             return tyro.cli(
                 options_class or (lambda: None),
                 prog=f"spear {name}",
-                description=help_text,
                 args=args,
                 config=(tyro.conf.OmitArgPrefixes,),
             )
-    except SystemExit as stop:
-        if not stop.code:  # after --help
-            raise
+    except SystemExit:
+        pass
     reason = _read_complaint(complaint.getvalue(), name)
     raise SpearError(f"{_simplify(reason, args)}. See `spear {name} --help`.")
 

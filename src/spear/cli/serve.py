@@ -1,4 +1,4 @@
-"""`spear serve` and `spear vla-eval`: a policy for robots, or a benchmark, to connect to."""
+"""`spear serve`: a policy for robots, or a benchmark, to connect to."""
 
 import asyncio
 import dataclasses
@@ -6,7 +6,7 @@ import os
 import sys
 from typing import TYPE_CHECKING
 
-from spear.serve.options import ServeOptions, ServiceOptions, VlaEvalOptions
+from spear.serve.options import ServeOptions
 
 if TYPE_CHECKING:
     from spear.policy import Spear1Policy
@@ -16,18 +16,30 @@ LOOPBACK_HOSTS = ("127.0.0.1", "::1", "localhost")
 
 
 def serve(options: ServeOptions) -> None:
-    """Serve a policy to robots, over a websocket that openpi-client connects to.
+    """Serve a policy to robots or benchmarks, over a websocket.
 
-    Several robots may connect, and what they request at the same time is answered together. GET
-    /healthz says whether the server is up, GET /metrics counts for Prometheus. Press Ctrl+C or send
-    SIGTERM to stop after the current requests are answered.
+    Robots connect with openpi-client. Several may connect, and what they request at the same time
+    is answered together. GET /healthz says whether the server is up, GET /metrics counts for
+    Prometheus. Press Ctrl+C or send SIGTERM to stop after the current requests are answered.
+
+    With --protocol vla-eval, AllenAI's vla-eval harness connects and evaluates the policy in its
+    benchmarks: vla-eval run -c BENCHMARK.yaml, with server.url ws://HOST:PORT (see
+    docs/simpler.md).
 
     Examples:
-        spear serve nano
-        spear serve nano --ui
-        spear serve nano --ui --episodes runs/my_evaluation
-        spear serve runs/my_policy --embodiment droid --host 0.0.0.0 --token SECRET
+        spear serve --policy nano
+        spear serve --policy nano --ui --episodes runs/my_evaluation
+        spear serve --policy runs/my_policy --embodiment droid --host 0.0.0.0 --token SECRET
+        spear serve --policy runs/my_policy --protocol vla-eval
     """
+    if options.protocol == "vla-eval":
+        _serve_harness(options)
+    else:
+        _serve_robots(options)
+
+
+def _serve_robots(options: ServeOptions) -> None:
+    """Serve to openpi-client until the server is stopped."""
     from spear.serve.access import find_reachable_host
     from spear.serve.connection import ConnectionLimits
     from spear.serve.server import PolicyServer
@@ -50,7 +62,7 @@ def serve(options: ServeOptions) -> None:
     def announce(server: PolicyServer) -> None:
         address = f"{find_reachable_host(options.host)}:{server.port}"
         control = service.metadata["control"]
-        served = f"{options.policy} for {options.embodiment} ({control})"
+        served = f"{options.policy} for {options.robot} ({control})"
         print(f"serving {served} at ws://{address}", flush=True)
         if page:
             print(f"page at http://{address}/", flush=True)
@@ -60,16 +72,8 @@ def serve(options: ServeOptions) -> None:
     asyncio.run(PolicyServer(service, options, page).run(announce))
 
 
-def vla_eval(options: VlaEvalOptions) -> None:
-    """Serve a policy to AllenAI's vla-eval harness, which evaluates it in its benchmarks.
-
-    Then run the harness, where it is installed: vla-eval run -c BENCHMARK.yaml, with server.url
-    ws://HOST:PORT (see docs/simpler.md).
-
-    Examples:
-        spear vla-eval runs/my_policy
-        spear vla-eval nano --embodiment my_benchmark.py --host 0.0.0.0 --port 8001
-    """
+def _serve_harness(options: ServeOptions) -> None:
+    """Serve to the vla-eval harness until the server is stopped."""
     from vla_eval.model_servers.serve import serve as serve_harness
 
     from spear.serve.access import find_reachable_host, listen_error
@@ -77,7 +81,7 @@ def vla_eval(options: VlaEvalOptions) -> None:
 
     _, service = _load_service(options)
     address = f"ws://{find_reachable_host(options.host)}:{options.port}"
-    print(f"serving {options.policy} for {options.embodiment} to vla-eval at {address}", flush=True)
+    print(f"serving {options.policy} for {options.robot} to vla-eval at {address}", flush=True)
     _warn_if_open(options, "the harness's protocol has no token")
     try:
         serve_harness(HarnessServer(service, options), options.host, options.port)
@@ -85,7 +89,7 @@ def vla_eval(options: VlaEvalOptions) -> None:
         raise listen_error(options.host, options.port, group.exceptions[0]) from group
 
 
-def _load_service(options: ServiceOptions) -> "tuple[Spear1Policy, Service]":
+def _load_service(options: ServeOptions) -> "tuple[Spear1Policy, Service]":
     """Load a policy and its service, and let it answer once to warm up.
 
     Raises `SpearError` for an unknown name, or an address that cannot be used, before the weights
@@ -102,7 +106,7 @@ def _load_service(options: ServiceOptions) -> "tuple[Spear1Policy, Service]":
     from spear.policy import Spear1Policy, locate
     from spear.serve.service import Service, check_cameras
 
-    robot = embodiments.load(options.embodiment)
+    robot = embodiments.load(options.robot)
     robot.select_control(options.control)
     folder = locate(options.policy)
     if not options.allow_missing_cameras:
@@ -112,17 +116,17 @@ def _load_service(options: ServiceOptions) -> "tuple[Spear1Policy, Service]":
     device = choose_device(options.device)
     print(f"loading {options.policy} on {device} …", file=sys.stderr, flush=True)
     policy = Spear1Policy.load(
-        folder, device, options.flow_steps, dataset=options.dataset, dtype=options.dtype
+        folder, device, options.flow_steps, dataset=options.norm_stats, dtype=options.dtype
     )
-    service = Service(policy, robot, options.policy, options.embodiment, options.control)
+    service = Service(policy, robot, options.policy, options.robot, options.control)
     num_rows = service.warm_up()
-    if isinstance(options, VlaEvalOptions):
-        check_replan_interval(options.replan, num_rows)
+    if options.protocol == "vla-eval":
+        check_replan_interval(options.replan_steps, num_rows)
     policy.reset()
     return policy, service
 
 
-def _warn_if_open(options: ServiceOptions, reason: str) -> None:
+def _warn_if_open(options: ServeOptions, reason: str) -> None:
     """Warn if other machines can connect."""
     if options.host not in LOOPBACK_HOSTS:
         print(f"warning: other machines may connect and {reason}", file=sys.stderr, flush=True)

@@ -1,11 +1,18 @@
-"""`spear train` and `spear plan` (what a recipe needs of a GPU)."""
+"""Training: the recipes, what they need of a GPU, and one stage of training."""
 
+import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from spear.cli.data import check_episodes, open_episodes
 from spear.errors import SpearError, format_count, is_first_process
-from spear.train.options import PlanOptions, TrainingInputs, TrainOptions, check_inputs
+from spear.train.options import (
+    EstimateMemoryOptions,
+    RecipesOptions,
+    TrainingInputs,
+    TrainOptions,
+    check_inputs,
+)
 from spear.util.options import parse_key_values
 
 if TYPE_CHECKING:
@@ -13,28 +20,68 @@ if TYPE_CHECKING:
     from spear.train.options import Recipe
 
 
+SHOWN_WIDTH = 100  # columns of a line of settings
+
+
+class DoesNotFitError(SpearError):
+    """What was asked for needs more memory than the GPU has."""
+
+    code = 1
+
+
+def recipes(options: RecipesOptions) -> None:
+    """List the recipes of training, or the settings of one with their defaults and meanings.
+
+    Change a setting with --set KEY=VALUE of spear train, where it has no option of its own.
+
+    Examples:
+        spear recipes
+        spear recipes nano-post
+    """
+    from spear.train.recipes import RECIPES, get_recipe
+    from spear.train.settings import describe_settings
+
+    if options.recipe is None:
+        for known_recipe in RECIPES.values():
+            print(f"{known_recipe.name:<17} {known_recipe.description}")
+        return
+
+    recipe = get_recipe(options.recipe)
+    print(f"{recipe.name}: {recipe.description}\n")
+    indent = " " * 4
+    for setting in describe_settings(recipe):
+        print(f"{setting.key}={setting.value}")
+        print(
+            textwrap.fill(
+                setting.meaning, SHOWN_WIDTH, initial_indent=indent, subsequent_indent=indent
+            )
+        )
+
+
 def train(options: TrainOptions) -> None:
     """Train one stage; the same command continues a run that was stopped.
 
-    Use `spear train list` to show the recipes. Several processes train together under torchrun; for
+    Use `spear recipes` to show the recipes. Several processes train together under torchrun; for
     Slurm, Kubernetes and Ray there are scripts in examples/cluster.
 
     Examples:
-        spear train nano-vlm-1 --labels runs/labels --init nano-vlm-0 --moge nano-depth
+        spear train nano-post --episodes my_rlds_folder --init nano --lr 1e-4 --batch-size 64
         spear train nano-vlm-2 --labels runs/labels --init runs/nano-vlm-1/final
         spear train nano-post --episodes my_rlds_folder --init nano --out runs/my_robot
         torchrun --nproc-per-node 8 --no-python spear train post-train-bridge … --parallel fsdp
     """
     from spear.models.presets import get_preset
-    from spear.train.recipes import RECIPES, get_recipe
-
-    if options.recipe == "list":
-        for known_recipe in RECIPES.values():
-            print(f"{known_recipe.name:<17} {known_recipe.description}")
-        return
+    from spear.train.recipes import get_recipe
 
     # The recipe and its options, before anything heavy is imported.
-    changes = parse_key_values(options.set, preset=options.preset, steps=options.steps)
+    changes = parse_key_values(
+        options.set,
+        preset=options.preset,
+        steps=options.steps,
+        batch_size=options.batch_size,
+        lr=options.lr,
+        warmup=options.warmup_steps,
+    )
     recipe = get_recipe(options.recipe, **changes)
     get_preset(recipe.preset)
     check_inputs(recipe, options)
@@ -49,21 +96,21 @@ def train(options: TrainOptions) -> None:
 
     disable_progress_bar()
     init = locate(options.init) if options.init else None
-    moge = locate(options.moge) if options.moge else None
+    depth_encoder = locate(options.init_depth_encoder) if options.init_depth_encoder else None
     run_options = RunOptions(
         seed=options.seed,
         workers=options.workers,
-        save_every=options.save_every,
+        save_every=options.save_steps,
         sharded=options.parallel == "fsdp",
     )
-    inputs = TrainingInputs(options.labels, (), init, moge)
+    inputs = TrainingInputs(options.labels, (), init, depth_encoder)
     run.check_run(recipe, out, inputs, run_options, options.device)
     _check_demonstrations(options)
 
     # Prepare the data, and train.
     stores = [open_episodes(path, out / "data", options.split) for path in options.episodes]
-    episodes = run.weigh_datasets(options.episodes, stores, options.shares)
-    inputs = TrainingInputs(options.labels, episodes, init, moge)
+    episodes = run.weigh_datasets(options.episodes, stores, options.sampling_weights)
+    inputs = TrainingInputs(options.labels, episodes, init, depth_encoder)
     final = run.train(recipe, out, inputs, run_options, options.device)
     if is_first_process():
         print(f"trained: {final}")
@@ -83,17 +130,17 @@ def _check_demonstrations(options: TrainOptions) -> None:
         )
 
 
-def plan(options: PlanOptions) -> None:
-    """Say whether a recipe fits on a GPU, what needs the memory, and which settings make it fit.
+def estimate_memory(options: EstimateMemoryOptions) -> None:
+    """Estimate whether a recipe fits on a GPU, what needs the memory, and what makes it fit.
 
     Needs no GPU and no weights: one training step of the real code runs on tensors without
-    contents, and the sizes of those in use are added up. Inference is planned as the recipe named
-    inference.
+    contents, and the sizes of those in use are added up. Inference is the recipe named inference.
+    The exit code is 1 if the recipe does not fit as it is.
 
     Examples:
-        spear plan --recipe finetune-lora --gpu 16GB
-        spear plan --recipe post-train-bridge --gpu 80GB --set ema=0
-        spear plan --recipe inference --gpu 8GB
+        spear estimate-memory --recipe finetune-lora --gpu 16GB
+        spear estimate-memory --recipe post-train-bridge --gpu 80GB --set ema=0
+        spear estimate-memory --recipe inference --gpu 8GB
     """
     from spear.train import memory
     from spear.train.recipes import get_recipe
@@ -101,7 +148,7 @@ def plan(options: PlanOptions) -> None:
     usable_bytes = memory.usable_bytes(options.gpu)
     changes = parse_key_values(options.set, preset=options.preset, batch_size=options.batch_size)
     if options.recipe == "inference":
-        _plan_inference(options, usable_bytes)
+        _estimate_inference(options, usable_bytes)
         return
 
     recipe = get_recipe(options.recipe, **changes)
@@ -111,13 +158,21 @@ def plan(options: PlanOptions) -> None:
             print(f"\nusable on {options.gpu}: {_format_gib(usable_bytes)}")
         flags = memory.format_set_option(savings)
         total = _format_gib(estimate.total)
-        if estimate.total <= usable_bytes:
-            print(f"does not fit as it is; fits with {flags}: {total}" if savings else "fits")
+        if estimate.total > usable_bytes:
+            continue
+        if not savings:
+            print("fits")
             return
-    print(f"does not fit even with {flags}: {total}")
+        raise DoesNotFitError(
+            f"{recipe.name} does not fit on {options.gpu} as it is. It fits with {flags}: {total}."
+        )
+    raise DoesNotFitError(
+        f"{recipe.name} does not fit on {options.gpu}, even with {flags}: {total}. Use a larger "
+        "GPU, or several with --parallel fsdp."
+    )
 
 
-def _plan_inference(options: PlanOptions, usable_bytes: float) -> None:
+def _estimate_inference(options: EstimateMemoryOptions, usable_bytes: float) -> None:
     """Print whether a policy of the preset fits on the GPU to act, in both precisions."""
     import torch
 
@@ -127,14 +182,19 @@ def _plan_inference(options: PlanOptions, usable_bytes: float) -> None:
     if options.set:
         raise SpearError("--set changes recipes, and inference is none. Leave it out.")
     size = get_preset(options.preset or "spear1")
+    fits_any = False
     for dtype in (torch.bfloat16, torch.float32):
         estimate = measure_inference(size, dtype, options.batch_size or 1)
-        verdict = "fits" if estimate.total <= usable_bytes else "does not fit"
+        fits = estimate.total <= usable_bytes
+        fits_any = fits_any or fits
+        verdict = "fits" if fits else "does not fit"
         print(
             f"{str(dtype).removeprefix('torch.'):<9} weights {_format_gib(estimate.weights)} + "
             f"activations {_format_gib(estimate.activations)} = {_format_gib(estimate.total)}: "
             f"{verdict} on {options.gpu} (usable {_format_gib(usable_bytes)})"
         )
+    if not fits_any:
+        raise DoesNotFitError(f"inference does not fit on {options.gpu}. Use a larger GPU.")
 
 
 def _print_estimate(recipe: "Recipe", estimate: "MemoryEstimate") -> None:

@@ -99,7 +99,7 @@ class Normalizer:
             return next(iter(self.datasets.values()))
         if dataset is None:
             raise SpearError(
-                "normalized per dataset: say which one the robot is like (--dataset): "
+                "normalized per dataset: say which one the robot is like (--norm-stats): "
                 f"{', '.join(self.datasets)}"
             )
         check_known("dataset", self.datasets, dataset)

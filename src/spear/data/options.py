@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from tyro.conf import Positional, arg
 
 from spear.errors import SpearError
-from spear.util.options import EpisodeSplit, LayoutFile, OptionalInt, Options, Range
+from spear.util.options import EpisodeSplit, LayoutFile, OptionalInt, Options, Range, RarelyUsed
 
 MAX_IMAGE_SIDE_PX = 8192  # of the images that preparing writes
 
@@ -18,13 +18,13 @@ DatasetFolder = Annotated[Positional[Path], arg(metavar="FOLDER", help=_FOLDER_H
 class Conversion(Options):
     """How preparing converts episodes."""
 
-    size: tuple[str, ...] = ()
+    image_size: tuple[str, ...] = ()
     """Width x height of the images, as the model takes them (SPEAR-1: 280x210 wrist=112x112), for
     all cameras or CAMERA=WIDTHxHEIGHT for one. Images are not stretched; training adds bars.
     Without it they keep their size."""
-    rate: Annotated[float, Range(0.01, 1000)] = 5.0
+    control_hz: Annotated[float, Range(0.01, 1000)] = 5.0
     """Steps per second (training takes 5)."""
-    quality: Annotated[int, Range(1, 100)] = 95
+    quality: Annotated[int, Range(1, 100), RarelyUsed()] = 95
     """JPEG quality of resized images; color keeps its full resolution."""
     layout: LayoutFile = None
 
@@ -35,16 +35,16 @@ class Conversion(Options):
         Raises SpearError for a text that is no size, and for two sizes of one camera.
         """
         sizes: dict[str, tuple[int, int]] = {}
-        for text in self.size:
+        for text in self.image_size:
             camera, _, size_text = text.rpartition("=")
             size = _parse_size(size_text)
             if size is None:
                 raise SpearError(
-                    f"--size {text}: write it as 280x210, or for one camera as wrist=112x112"
+                    f"--image-size {text}: write it as 280x210, or for one camera as wrist=112x112"
                 )
             if camera in sizes:
                 raise SpearError(
-                    f"--size {text}: this camera has another size already: give it once"
+                    f"--image-size {text}: this camera has another size already: give it once"
                 )
             sizes[camera] = size
         return sizes

@@ -125,7 +125,7 @@ def load_agent(policy: str, **loading: Any) -> Agent:
 
     Args:
         policy: "expert", "nothing", a trained folder, a shipped name, or a server's ws:// address.
-        loading: device, dtype, dataset and flow_steps (`AgentOptions`) of a policy that is loaded
+        loading: device, dtype, norm_stats and flow_steps (`AgentOptions`) of a policy that is loaded
             here.
 
     Raises:
@@ -174,7 +174,7 @@ def _load_policy_agent(options: AgentOptions) -> PolicyAgent:
         options.policy,
         options.device,
         options.flow_steps,
-        dataset=options.dataset,
+        dataset=options.norm_stats,
         dtype=options.dtype,
     )
     return PolicyAgent(policy, options.policy, policy.identity)

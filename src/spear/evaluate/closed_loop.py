@@ -40,12 +40,12 @@ def evaluate_tabletop(agent: Agent, options: TabletopOptions) -> tuple[Results, 
             or shift is unknown; seeds are not held out; or the policy has not learned the execution
             mode.
     """
-    check_known("task family", FAMILIES, *options.families)
-    families = options.families or FAMILIES
-    scenes = dict.fromkeys(families, held_out_seeds(options.first_seed, options.scenes))
+    check_known("task family", FAMILIES, *options.tasks)
+    families = options.tasks or FAMILIES
+    scenes = dict.fromkeys(families, held_out_seeds(options.first_seed, options.num_scenes))
     settings = {
         "simulator": SIMULATOR_VERSION,
-        "replan": options.replan,
+        "replan": options.replan_steps,
         "image_size": list(agent.image_sizes["external"]),
         "wrist_size": list(agent.image_sizes["wrist"]),
         "execution": options.execution,
@@ -94,7 +94,7 @@ class _Tabletop:
             self._noise = NOISE_LEVELS[self._shift.level]
             latency_ms += self._noise.latency_ms
         self._latency_steps = count_latency_steps(latency_ms)
-        if agent.needs_images or options.films:
+        if agent.needs_images or options.videos:
             get_thread_renderer()  # a missing renderer is reported before anything runs
 
     def run(
@@ -102,7 +102,7 @@ class _Tabletop:
     ) -> Iterator[tuple[Outcome, float, list[Array]]]:
         """Run all seeds through a few environments; one whose episode ends takes the next seed."""
         waiting_seeds = list(reversed(seeds))
-        num_envs = min(self._options.batch, len(seeds))
+        num_envs = min(self._options.batch_size, len(seeds))
         free_envs = [self._make_env(agent, family) for _ in range(num_envs)]
         scenes: list[_RunningScene] = []
         while waiting_seeds or scenes:
@@ -138,7 +138,7 @@ class _Tabletop:
     def _start_scene(self, agent: Agent, env: TabletopEnv, seed: int) -> _RunningScene:
         env.load(World(self._sample_scene(env.family, seed)))
         executor = ChunkExecutor(
-            self._options.execution, self._options.replan, max_committed=agent.max_committed
+            self._options.execution, self._options.replan_steps, max_committed=agent.max_committed
         )
         return _RunningScene(env, executor, [env.world.data.qpos.copy()])
 

@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 from tyro.conf import arg
 
 from spear.util.options import (
+    CameraView,
     DatasetName,
     Device,
     Dtype,
@@ -33,7 +34,7 @@ class AgentOptions(Options):
     knows the true state) or nothing."""
     device: Device = "auto"
     dtype: Dtype = "float32"
-    dataset: DatasetName = None
+    norm_stats: DatasetName = None
     flow_steps: Annotated[OptionalInt, Range(1)] = None
     """Euler steps from noise to actions. Default: the model's own number."""
 
@@ -41,15 +42,15 @@ class AgentOptions(Options):
 class EpisodeOptions(Options):
     """Which episodes are run, and what is recorded of them, in every simulator."""
 
-    scenes: Annotated[int, Range(1)] = 381
+    num_scenes: Annotated[int, Range(1)] = 381
     """Scenes per family. 381 are enough to know each family's success rate to ±5 points."""
     first_seed: Annotated[int, Range(0)] = 0
     """Seed of the first scene; the others follow. In the embedded simulator seeds below 10000 are
     held out."""
-    replan: Annotated[int, Range(1)] = 1
+    replan_steps: Annotated[int, Range(1)] = 1
     """Replan interval: number of predicted actions that are executed before the next inference.
     Fewer react sooner and cost more inferences."""
-    films: Annotated[Films, Range(0)] = 0
+    videos: Annotated[Films, Range(0)] = 0
     """Films of so many successes and failures per family; failures, for a film of every failure; or
     all."""
     out: OptionalFolder = None
@@ -63,9 +64,9 @@ class EpisodeOptions(Options):
 class TabletopOptions(EpisodeOptions):
     """A closed-loop evaluation in the embedded simulator."""
 
-    families: tuple[str, ...] = ()
+    tasks: tuple[str, ...] = ()
     """Task families. Default: all."""
-    batch: Annotated[int, Range(1)] = 32
+    batch_size: Annotated[int, Range(1)] = 32
     """Scenes that run at once: their observations go through the policy together."""
     execution: Literal["sync", "async", "rtc"] = "sync"
     """Execution mode: sync waits for each action chunk; async moves on during inference, slowly
@@ -85,7 +86,7 @@ class TabletopOptions(EpisodeOptions):
 class SimplerOptions(EpisodeOptions):
     """A closed-loop evaluation in SIMPLER's tasks."""
 
-    scenes: Annotated[int, Range(1)] = 384
+    num_scenes: Annotated[int, Range(1)] = 384
     """Episodes per task. 384 are enough to know each task's success rate to ±5 points. A task has
     24 or 64 different starts, so each is used 16 or 6 times, with other noise for the policy.
     Baselines, which have no noise, use each start once."""
@@ -93,7 +94,7 @@ class SimplerOptions(EpisodeOptions):
     """Tasks, by ManiSkill's names. Default: all four."""
     off_grid: bool = False
     """Use other starts than the official ones, a different one in each scene."""
-    batch: Annotated[int | None, Range(1), arg(metavar="N")] = None
+    batch_size: Annotated[int | None, Range(1), arg(metavar="N")] = None
     """Scenes that run at once, each in its own process. Default: the number of cores."""
     assets: OptionalFolder = None
     """ManiSkill's asset folder, if it is neither ~/.maniskill nor named by MS_ASSET_DIR."""
@@ -102,14 +103,14 @@ class SimplerOptions(EpisodeOptions):
 class QuestionOptions(Options):
     """Which questions a SPEAR-VLM is asked about labeled images, and how its answers are read."""
 
-    per_image: Annotated[int, Range(1)] = 2
+    questions_per_image: Annotated[int, Range(1)] = 2
     """Maximum number of questions of each type about an image."""
-    families: tuple[str, ...] = ()
+    question_types: tuple[str, ...] = ()
     """Question types: box_vertices, keypoint, offset, distance, back_projection, chain_of_thought.
     Default: all."""
     decode: Decode = "median"
     seed: Seed = 0
-    view: str = "external"
-    """The camera that the images are from, external or wrist."""
-    batch: Annotated[int, Range(1)] = 32
+    view: CameraView = "external"
+    """The camera that the images are from."""
+    batch_size: Annotated[int, Range(1)] = 32
     """Questions that are answered at once."""

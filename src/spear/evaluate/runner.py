@@ -80,7 +80,7 @@ def run_evaluation(
     # Choose this process's part of the scenes.
     shard = parse_shard(options.shard)
     shard_scenes = select_shard(scenes, shard)
-    if options.films:
+    if options.videos:
         video.import_encoder()  # a missing one is reported before any episode runs
 
     with contextlib.ExitStack() as stack:
@@ -148,13 +148,13 @@ class _Evaluation(Generic[Track]):
     @property
     def records_tracks(self) -> bool:
         """Whether all episodes are run with their tracks."""
-        films = self.options.films
+        films = self.options.videos
         return isinstance(films, str) or (films > 0 and self.simulator.films_are_free)
 
     @property
     def films_at_once(self) -> bool:
         """Whether each film is made as its episode ends: in SIMPLER a track is every picture."""
-        return isinstance(self.options.films, str)
+        return isinstance(self.options.videos, str)
 
     def run_family(self, family: str, seeds: Sequence[int]) -> list[Outcome]:
         """Run the episodes of a family that are missing; the outcomes of all, in the order of their
@@ -230,7 +230,7 @@ class _Evaluation(Generic[Track]):
 
     def _select_filmed(self, ended: Sequence[Outcome]) -> list[Outcome]:
         """The episodes of which a film is wanted."""
-        films = self.options.films
+        films = self.options.videos
         successes = [outcome for outcome in ended if outcome.success]
         failures = [outcome for outcome in ended if not outcome.success]
         if isinstance(films, int):

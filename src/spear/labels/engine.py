@@ -229,7 +229,7 @@ def run_ray(
         actors_of_stages = _start_actors(ray, factories, work)
         reader = ray.remote(read_images)
         finisher = ray.remote(finish_batch)
-        max_ahead = int(ray.cluster_resources().get("CPU", 1)) + 2 * sum(work.copies)
+        max_ahead = int(ray.cluster_resources().get("CPU", 1)) + 2 * sum(work.replicas)
         results: deque[Any] = deque()
         for batch in batches:
             images = reader.remote(list(batch), longest)
@@ -250,7 +250,7 @@ def run_ray(
 def _start_actors(ray: Any, factories: ModelFactories, work: WorkOptions) -> list[Iterator[Any]]:
     """For each stage its actors, to be used in turn."""
     actors_of_stages: list[Iterator[Any]] = []
-    stages = zip(factories, STAGES, work.copies, work.gpus, strict=True)
+    stages = zip(factories, STAGES, work.replicas, work.gpus, strict=True)
     for make_model, stage, num_copies, num_gpus in stages:
         # No CPUs are reserved for networks: three would leave none for the rest on a small machine.
         actor_class = ray.remote(

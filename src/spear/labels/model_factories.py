@@ -43,7 +43,7 @@ _MOGE = ModelEntry("pointmap:load_point_map_model", ("model", "device"))
 MODELS_BY_ROLE: dict[str, dict[str, ModelEntry]] = {
     "detector": {
         "gemini": ModelEntry(
-            "gemini:GeminiDetector", ("model", "vocabulary", "cache", "per_minute")
+            "gemini:GeminiDetector", ("model", "vocabulary", "cache", "requests_per_minute")
         ),
         "grounding-dino": ModelEntry(
             "open_vocabulary:GroundingDinoDetector", ("model", "device", "vocabulary")
@@ -65,7 +65,7 @@ MODELS_BY_ROLE: dict[str, dict[str, ModelEntry]] = {
 }
 """Role → name → how the model is made."""
 
-OPTIONS_OF_SOME_MODELS = frozenset({"vocabulary", "cache", "per_minute"})
+OPTIONS_OF_SOME_MODELS = frozenset({"vocabulary", "cache", "requests_per_minute"})
 
 
 def resolve_factory(role: str, description: str, options: LabelOptions) -> Callable[[], Any]:
@@ -123,7 +123,7 @@ def _make_model(entry: ModelEntry, name: str, model: str | None, options: LabelO
         "model": model,
         "vocabulary": options.vocabulary_names,
         "cache": options.cache or options.out / ".answers",
-        "per_minute": options.per_minute,
+        "requests_per_minute": options.requests_per_minute,
         "device": options.device,
     }
     arguments = {}

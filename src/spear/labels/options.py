@@ -5,7 +5,15 @@ from typing import Annotated, Literal
 
 from tyro.conf import Positional, arg
 
-from spear.util.options import Device, OptionalFolder, Options, Range
+from spear.util.options import (
+    Device,
+    OptionalFolder,
+    OptionalInt,
+    Options,
+    Preset,
+    Range,
+    RarelyUsed,
+)
 
 
 class WorkOptions(Options):
@@ -17,31 +25,38 @@ class WorkOptions(Options):
     """Processes that read images and fit boxes."""
     batch_size: Annotated[int, Range(1)] = 8
     """Images that go through a network together."""
-    shard_size: Annotated[int, Range(1)] = 256
+    shard_size: Annotated[int, Range(1), RarelyUsed()] = 256
     """Images per file. What is not in a finished file is done again after an interruption."""
-    copies: Annotated[tuple[int, int, int], Range(1)] = (1, 1, 1)
+    replicas: Annotated[tuple[int, int, int], Range(1), RarelyUsed()] = (1, 1, 1)
     """With ray: how many detectors, segmenters and point maps run."""
-    gpus: Annotated[tuple[float, float, float], Range(0)] = (0.0, 0.0, 0.0)
+    gpus: Annotated[tuple[float, float, float], Range(0), RarelyUsed()] = (0.0, 0.0, 0.0)
     """With ray: GPUs for each detector, segmenter and point map; 0.5 shares one."""
 
 
 class SceneOptions(Options):
     """Scenes of the simulator, which are labeled when no photos are given."""
 
-    scenes: Annotated[int, Range(1)] = 1000
-    """How many scenes to label (two images each)."""
+    num_scenes: Annotated[OptionalInt, Range(1)] = None
+    """Label this many scenes of the simulator (two images each) instead of PHOTOS."""
     first_seed: Annotated[int, Range(0)] = 10_000
     """Seed of the first scene; the others follow it. Scenes below 10000 are held out for
     testing."""
-    preset: str = "nano"
+    preset: Preset = "nano"
     """Model size whose cameras are used for scenes."""
+    world: str = "default"
+    """Surroundings of the scenes: default, wild (other ones in every scene), lab:N (laboratory
+    number N) or labs:K (the scenes are spread over K laboratories)."""
+    no_robot: bool = False
+    """Leave the robot's arm out of the scenes."""
 
 
 class LabelOptions(Options):
-    photos: Annotated[Positional[tuple[str, ...]], arg(metavar="PHOTOS")] = ()
-    """What to label."""
+    photos: Annotated[Positional[tuple[str, ...]], arg(metavar="[PHOTOS ...]")] = ()
+    """What to label: images, folders, patterns, tar shards, Parquet files, videos, EgoExo4D takes,
+    robot episodes, rgbd:FOLDER, sim:SEED-SEED or simpler:SEED-SEED."""
     out: Path = Path("runs/labels")
     """Folder to write to."""
+    scene: SceneOptions = SceneOptions()
     detector: str = "gemini"
     """gemini (its key in GEMINI_API_KEY), grounding-dino, owlv2, file:ANNOTATIONS.json or
     ground-truth. A model of your choice: owlv2=HUB_NAME_OR_FOLDER. file:A.json+gemini: Gemini does
@@ -52,30 +67,28 @@ class LabelOptions(Options):
     """moge-2 (meters), moge (up to scale, as in the paper) or ground-truth."""
     vocabulary: str = ""
     """Names of objects to look for, separated by commas."""
-    size: Annotated[int, Range(0)] = 840
+    max_size: Annotated[int, Range(0)] = 840
     """Scale larger photos down to this many pixels on their longer side; 0 keeps their size. Frames
     of rgbd: and sim: keep theirs."""
-    rate: Annotated[float, Range(0.001, 1000)] = 1.0
+    fps: Annotated[float, Range(0.001, 1000)] = 1.0
     """Frames per second of video."""
-    per_episode: Annotated[int, Range(1)] = 4
+    frames_per_episode: Annotated[int, Range(1)] = 4
     """Frames of each robot episode."""
-    cache: OptionalFolder = None
+    cache: Annotated[OptionalFolder, RarelyUsed()] = None
     """Folder of Gemini's answers, which are paid for only once; default: OUT/.answers."""
-    per_minute: Annotated[int, Range(0)] = 0
+    requests_per_minute: Annotated[int, Range(0)] = 0
     """Most requests to Gemini in a minute, by each detector; 0 leaves that to the service."""
     retry_skipped: bool = False
     """Make the files again in which images were skipped for a reason that may pass, such as no
     network."""
-    plan: bool = False
-    """Only print what labeling PHOTOS would cost in memory, time and Gemini's tokens. Downloads
-    nothing."""
+    dry_run: bool = False
+    """Only print what labeling PHOTOS would cost in memory, time and Gemini's tokens."""
     questions: bool = False
     """Also write questions and answers, as spear questions does."""
     seed: Annotated[int, Range(0)] = 0
     """Decides which questions are asked."""
     device: Device = "auto"
     work: WorkOptions = WorkOptions()
-    scene: SceneOptions = SceneOptions()
 
     @property
     def vocabulary_names(self) -> tuple[str, ...]:
@@ -88,8 +101,8 @@ class QuestionOptions(Options):
     """Folder that spear label has written."""
     seed: Annotated[int, Range(0)] = 0
     """The same seed gives the same questions."""
-    pairs: Annotated[tuple[int, int], Range(1)] = (1, 4)
+    questions_per_image: Annotated[tuple[int, int], Range(1)] = (1, 4)
     """Fewest and most questions per image."""
-    families: tuple[str, ...] = ()
+    question_types: tuple[str, ...] = ()
     """Kinds of question: box_vertices, keypoint, offset, distance, back_projection,
     chain_of_thought; all of them when none is given."""

@@ -119,10 +119,10 @@ def label_photos(options: LabelOptions, list_scenes: ListScenes | None = None) -
     """
     run = prepare_run(options, list_scenes)
     work = options.work
-    max_side_px = options.size or None
+    max_side_px = options.max_size or None
     engine: Engine
     if work.engine == "local":
-        unused = list_changed_options(work, "copies", "gpus")
+        unused = list_changed_options(work, "replicas", "gpus")
         engine = partial(run_local, run.factories, work.workers, longest=max_side_px)
     else:
         unused = list_changed_options(work, "workers")
@@ -148,8 +148,8 @@ def prepare_run(options: LabelOptions, list_scenes: ListScenes | None = None) ->
     _check_ground_truth(options, inputs)
     items = list_items(
         inputs,
-        rate=options.rate,
-        per_episode=options.per_episode,
+        rate=options.fps,
+        per_episode=options.frames_per_episode,
         excluded_folder=options.out,
         list_scenes=list_scenes,
     )
@@ -173,8 +173,12 @@ def _collect_settings(options: LabelOptions, inputs: Sequence[str]) -> dict[str,
     """What the labels depend on, with hashes or stamps of the files that the models are made
     from."""
     settings: dict[str, Any] = {"inputs": inputs, "vocabulary": options.vocabulary_names}
-    for name in ("detector", "segmenter", "pointmap", "size", "rate", "per_episode"):
+    for name in ("detector", "segmenter", "pointmap"):
         settings[name] = getattr(options, name)
+    # The keys of earlier versions, so that their folders can be continued.
+    settings["size"] = options.max_size
+    settings["rate"] = options.fps
+    settings["per_episode"] = options.frames_per_episode
 
     annotations = {}
     for description in (options.detector, options.segmenter):

@@ -170,7 +170,7 @@ def read_episodes(folder: str, locations: Sequence[tuple[str, int, int, int]]) -
         if number >= num_steps:
             yield SpearError(
                 f"the episode has only {format_count(num_steps, 'steps')}. Use a smaller "
-                "--per-episode."
+                "--frames-per-episode."
             )
             continue
         camera = PREFERRED_CAMERA

@@ -125,7 +125,7 @@ def draw_answer(
     if intrinsics is None:
         raise SpearError(
             "cannot draw: the answer is in 3D, the camera of this image unknown: "
-            "ask with --family back_projection"
+            "ask with --question-type back_projection"
         )
     raise SpearError("cannot draw: the answer lies behind the camera")
 

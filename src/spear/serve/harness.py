@@ -13,7 +13,7 @@ from anyio.abc import TaskGroup
 from vla_eval.model_servers.base import ModelServer, SessionContext
 
 from spear.serve.batcher import Batcher
-from spear.serve.options import VlaEvalOptions
+from spear.serve.options import ServeOptions
 from spear.serve.service import Service
 from spear.types import Array
 
@@ -37,7 +37,7 @@ class HarnessServer(ModelServer):
     Its embodiment reads the harness's observations.
     """
 
-    def __init__(self, service: Service, options: VlaEvalOptions) -> None:
+    def __init__(self, service: Service, options: ServeOptions) -> None:
         self._service = service
         self._options = options
         self._episodes: dict[str, _Episode] = {}  # by session
@@ -46,8 +46,8 @@ class HarnessServer(ModelServer):
         """Start the batcher; the harness calls this before the first connection."""
         self._batcher = Batcher(
             self._service.answer,
-            max_batch=self._options.max_batch,
-            wait_s=self._options.wait_ms / 1000,
+            max_batch=self._options.max_batch_size,
+            wait_s=self._options.batch_timeout_ms / 1000,
             capacity=QUEUE_CAPACITY,
         )
         tg.start_soon(self._batcher.run)
@@ -65,7 +65,7 @@ class HarnessServer(ModelServer):
         if not episode.rows:
             observation = {**obs, "seed": episode.first_seed + ctx.step}
             result = await self._batcher.submit(ctx.session_id, observation)
-            episode.rows.extend(result["actions"][: self._options.replan])
+            episode.rows.extend(result["actions"][: self._options.replan_steps])
         await ctx.send_action({"actions": episode.rows.popleft()})
 
     async def on_episode_end(self, result: dict[str, Any], ctx: SessionContext) -> None:

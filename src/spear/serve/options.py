@@ -2,9 +2,9 @@
 run.
 """
 
-from typing import Annotated
+from typing import Annotated, Literal
 
-from tyro.conf import Positional, arg
+from tyro.conf import arg
 
 from spear.errors import SpearError
 from spear.util.options import (
@@ -17,56 +17,68 @@ from spear.util.options import (
     Options,
     PolicyName,
     Range,
+    RarelyUsed,
+    list_changed_options,
 )
 
+EMBODIMENTS = ("generic", "droid", "roboarena", "widowx", "simpler_widowx", "maniskill2_widowx")
+DEFAULT_EMBODIMENTS = {"openpi": "generic", "vla-eval": "maniskill2_widowx"}
+"""Protocol -> the robot that is served where --embodiment names none."""
+OPENPI_OPTIONS = ("token", "ui", "episodes", "max_queue_size")
+VLA_EVAL_OPTIONS = ("replan_steps",)
+"""The options that have an effect with one protocol only."""
 
-class ServiceOptions(Options):
-    """A policy, the robot that it is served to, and where."""
 
-    policy: Positional[Annotated[PolicyName, arg(metavar="POLICY")]]
+class ServeOptions(Options):
+    """A policy, the robot or benchmark that it is served to, and where."""
+
+    policy: PolicyName
+    protocol: Literal["openpi", "vla-eval"] = "openpi"
+    """What connects: openpi-client, for robots; or AllenAI's vla-eval harness, for benchmarks."""
+    embodiment: Annotated[str | None, arg(metavar=f"{{{','.join(EMBODIMENTS)}}}|FILE.py")] = None
+    """The robot, or a Python file that describes yours (see docs/robots.md). Default: generic; with
+    --protocol vla-eval: maniskill2_widowx, SIMPLER's robot."""
+    control: OptionalName = None
+    """How to command the robot, if it has several controls (droid: {joint_velocity, joint_position,
+    cartesian_position}). Default: the robot's first one."""
     port: Annotated[int, Range(0, 65535)] = 8000
     """Port to listen on; 0 takes a free one."""
     host: str = "127.0.0.1"
     """Address to listen on. The default lets only this machine in; 0.0.0.0 lets in every machine,
     such as benchmarks in Docker."""
-    embodiment: str = "generic"
-    """The robot: {generic, droid, roboarena, widowx, simpler_widowx, maniskill2_widowx}, or a
-    Python file that describes yours (see docs/robots.md)."""
-    control: OptionalName = None
-    """How to command the robot, if it has several controls (droid: {joint_velocity, joint_position,
-    cartesian_position}). Default: the robot's first one."""
-    device: Device = "auto"
-    dtype: Dtype = "float32"
-    flow_steps: Annotated[OptionalInt, Range(1)] = None
-    """Number of Euler steps from noise to actions. Default: the model's own number."""
-    dataset: DatasetName = None
-    allow_missing_cameras: bool = False
-    """Serve a policy to a robot that lacks a camera on which the policy was trained, such as one at
-    the wrist. The actions may be bad."""
-    max_batch: Annotated[int, Range(1)] = 16
-    """Answer at most this many observations together."""
-    wait_ms: Annotated[float, Range(0, 10_000)] = 5.0
-    """Let a batch wait for more observations for at most this many milliseconds."""
-
-
-class ServeOptions(ServiceOptions):
     token: Annotated[str | None, arg(metavar="TEXT")] = None
     """Require this token from clients (openpi-client: api_key). It is also read from SPEAR_TOKEN,
     where other users of this machine do not see it."""
-    queue: Annotated[int, Range(1)] = 64
-    """Let at most this many observations wait; the server answers further ones with "busy"."""
     ui: bool = False
     """Also serve a web page, on which you watch and steer the policy in the built-in simulator and
     ask SPEAR-VLM about a scene or a photo (see docs/robots.md)."""
     episodes: OptionalFolder = None
     """With --ui: replay recorded episodes, or those of an evaluation (its --out), on the page."""
+    device: Device = "auto"
+    dtype: Dtype = "float32"
+    flow_steps: Annotated[OptionalInt, Range(1)] = None
+    """Number of Euler steps from noise to actions. Default: the model's own number."""
+    norm_stats: DatasetName = None
+    allow_missing_cameras: bool = False
+    """Serve a policy to a robot that lacks a camera on which the policy was trained, such as one at
+    the wrist. The actions may be bad."""
+    replan_steps: Annotated[int, Range(1)] = 1
+    """With --protocol vla-eval: execute this many actions of each chunk before the next
+    inference."""
+    max_batch_size: Annotated[int, Range(1)] = 16
+    """Answer at most this many observations together."""
+    batch_timeout_ms: Annotated[float, Range(0, 10_000), RarelyUsed()] = 5.0
+    """Let a batch wait for more observations for at most this many milliseconds."""
+    max_queue_size: Annotated[int, Range(1), RarelyUsed()] = 64
+    """Let at most this many observations wait; the server answers further ones with "busy"."""
 
     def __post_init__(self) -> None:
-        """Refuse episodes without a page, and a token that no client can send in an HTTP header.
+        """Refuse options without effect, and a token that no client can send in an HTTP header.
 
         An empty token, above all, would leave a server open that was meant to be closed.
         """
         super().__post_init__()
+        self._check_protocol()
         if self.episodes and not self.ui:
             raise SpearError(f"--episodes {self.episodes} needs the page. Add --ui.")
         if self.token is not None and not _fits_in_header(self.token):
@@ -75,18 +87,23 @@ class ServeOptions(ServiceOptions):
                 "ASCII. Give another one, or leave it out."
             )
 
+    @property
+    def robot(self) -> str:
+        """The embodiment, or the default of the protocol."""
+        return self.embodiment or DEFAULT_EMBODIMENTS[self.protocol]
+
+    def _check_protocol(self) -> None:
+        """Refuse options that have no effect with the protocol, and a port no harness can be told."""
+        unused = OPENPI_OPTIONS if self.protocol == "vla-eval" else VLA_EVAL_OPTIONS
+        for option in list_changed_options(self, *unused):
+            raise SpearError(
+                f"{option} has no effect with --protocol {self.protocol}. Leave it out."
+            )
+        if self.protocol == "vla-eval" and self.port == 0:
+            raise SpearError("--port 0: the harness needs a port that is known. Give at least 1.")
+
 
 def _fits_in_header(token: str) -> bool:
     """Return whether a client can send a token in an HTTP header as it is."""
     has_outer_spaces = token.strip() != token
     return token != "" and not has_outer_spaces and token.isascii() and token.isprintable()
-
-
-class VlaEvalOptions(ServiceOptions):
-    port: Annotated[int, Range(1, 65535)] = 8000
-    """Port to listen on."""
-    embodiment: str = "maniskill2_widowx"
-    """The benchmark's robot: maniskill2_widowx, or a Python file that describes another one (see
-    docs/robots.md; its observations are those of the benchmark)."""
-    replan: Annotated[int, Range(1)] = 1
-    """Execute this many actions of each chunk before the next inference."""

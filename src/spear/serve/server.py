@@ -74,7 +74,10 @@ class PolicyServer:
         self._greeting = wire.encode(service.greeting)
         self._peers: dict[LimitedConnection, None] = {}
         self._batcher = Batcher(
-            self._infer_batch, options.max_batch, options.wait_ms / 1000, options.queue
+            self._infer_batch,
+            options.max_batch_size,
+            options.batch_timeout_ms / 1000,
+            options.max_queue_size,
         )
         self._metrics = Metrics(lambda: len(self._batcher), self._count_clients)
         self._stop = asyncio.Event()

@@ -116,8 +116,8 @@ def check(recipe: Recipe, inputs: TrainingInputs) -> tuple[Recipe, Preset]:
     # The weights to start from.
     init_config = None if inputs.init is None else _check_init(recipe, size, inputs)
     _check_policy_settings(recipe, size, init_config)
-    if inputs.moge is not None:
-        weights.check_checkpoint(MogeForDepth, inputs.moge)
+    if inputs.init_depth_encoder is not None:
+        weights.check_checkpoint(MogeForDepth, inputs.init_depth_encoder)
 
     # The freeze schedule.
     if recipe.kind == "vlm":
@@ -185,19 +185,20 @@ def _vlm_config_of(config: Any) -> SpearVLMConfig:
 
 
 def _check_moge(recipe: Recipe, inputs: TrainingInputs, has_moge: bool) -> None:
-    """Check that the recipe, `--init` and `--moge` together give one MoGe encoder, or none."""
+    """Check that the recipe, `--init` and `--init-depth-encoder` together give one MoGe encoder, or none."""
     if not recipe.moge and has_moge:
         raise SpearError(
             f"recipe {recipe.name} has no MoGe, but --init {inputs.init} has. Begin with weights "
             "without MoGe."
         )
-    if inputs.moge and has_moge:
+    if inputs.init_depth_encoder and has_moge:
         raise SpearError(
-            f"--moge {inputs.moge}: --init has an encoder of MoGe already. Leave --moge out."
+            f"--init-depth-encoder {inputs.init_depth_encoder}: --init has an encoder of MoGe "
+            "already. Leave --init-depth-encoder out."
         )
-    if recipe.kind != "vla" and recipe.moge and not has_moge and inputs.moge is None:
+    if recipe.kind != "vla" and recipe.moge and not has_moge and inputs.init_depth_encoder is None:
         raise SpearError(
-            f"recipe {recipe.name} adds MoGe's encoder. Give --moge FOLDER, the result of "
+            f"recipe {recipe.name} adds MoGe's encoder. Give --init-depth-encoder FOLDER, the result of "
             "nano-depth."
         )
 
@@ -322,7 +323,7 @@ def _continued_vlm(
     if fits_tokens or is_moge_new or learns_tokens_without_moge:
         _renew_coordinate_embeddings(model, processor, recipe, seed)
     if is_moge_new:
-        model = _with_moge(model, size, inputs.moge)
+        model = _with_moge(model, size, inputs.init_depth_encoder)
     _set_coordinate_loss(model.config, recipe)
     return processor, model
 

@@ -414,8 +414,9 @@ def find_checkpoint_to_resume(
     new_settings = {"seed": seed, **run_settings}
     for name, stored_value in stored_settings.items():
         if name in new_settings and stored_value != new_settings[name]:
+            setting = name.replace("--moge", "--init-depth-encoder")  # its former name
             raise SpearError(
-                f"{out} holds a run with another {name} ({stored_value}, not "
+                f"{out} holds a run with another {setting} ({stored_value}, not "
                 f"{new_settings[name]}). Use the same one, or a new --out."
             )
     if state["step"] > steps:

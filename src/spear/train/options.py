@@ -21,6 +21,7 @@ from spear.util.options import (
     OptionalFolder,
     OptionalInt,
     OptionalName,
+    OptionalPreset,
     Options,
     Range,
     RecipeChanges,
@@ -49,8 +50,9 @@ class Optimization:
     lr_scale          module prefix -> factor on `lr`; the longest matching prefix wins.
     frozen            module prefixes that do not learn.
     trained           if not empty, only these prefixes learn (and `frozen` is applied within them).
-    schedule          "cosine" decays to `final_lr` x lr after `warmup` linear steps; "constant"
-                      keeps lr after the warmup.
+    schedule          "cosine" decays to `final_lr` x lr after the warmup; "constant" keeps lr.
+    warmup            steps over which the learning rate rises linearly to `lr`.
+    final_lr          factor on `lr` at the last step of schedule "cosine".
     weight_decay, betas  AdamW's settings (our choice).
     grad_clip         norm to which larger gradients are scaled down.
     ema               decay of the EMA weights, ramped up as (1+k)/(10+k); 0 turns averaging off.
@@ -219,6 +221,11 @@ def _class_of_key() -> dict[str, type]:
 _CLASS_OF_KEY = _class_of_key()
 
 
+def list_recipe_keys() -> list[str]:
+    """Return the keys that `--set` takes."""
+    return list(_CLASS_OF_KEY)
+
+
 def is_under(name: str, prefix: str) -> bool:
     """Return whether a parameter or module is the module `prefix`, or inside it.
 
@@ -298,13 +305,13 @@ class TrainingInputs:
               the images that its questions are about).
     episodes  (name, store, sampling weight) of each dataset of robot demonstrations ("vla").
     init      the `final` folder of an earlier training; None starts from random weights.
-    moge      the `final` folder of a "depth" recipe, whose encoder joins SPEAR-VLM.
+    init_depth_encoder  the `final` folder of a "depth" recipe, whose encoder joins SPEAR-VLM.
     """
 
     labels: Sequence[Path] = ()
     episodes: "Sequence[tuple[str, EpisodeStore, float]]" = ()
     init: Path | None = None
-    moge: Path | None = None
+    init_depth_encoder: Path | None = None
 
 
 def check_inputs(recipe: Recipe, inputs: "TrainingInputs | TrainOptions") -> None:
@@ -348,16 +355,16 @@ def _check_data(recipe: Recipe, inputs: "TrainingInputs | TrainOptions") -> None
 
 
 def _check_initial_weights(recipe: Recipe, inputs: "TrainingInputs | TrainOptions") -> None:
-    """Check that the recipe can begin with the weights of `--init` and `--moge`."""
+    """Check that the recipe can begin with the weights of `--init` and `--init-depth-encoder`."""
     if inputs.init and recipe.kind in ("depth", "naming"):
         raise SpearError(f"recipe {recipe.name} begins with random weights. Leave --init out.")
 
     is_vlm_with_moge = recipe.kind == "vlm" and recipe.moge
-    if inputs.moge and not (is_vlm_with_moge and inputs.init):
+    if inputs.init_depth_encoder and not (is_vlm_with_moge and inputs.init):
         reason = "without --init" if is_vlm_with_moge else f"of kind {recipe.kind!r}"
         raise SpearError(
-            f"recipe {recipe.name} {reason} takes no --moge, because MoGe's encoder joins the VLM "
-            "of an earlier stage. Leave it out."
+            f"recipe {recipe.name} {reason} takes no --init-depth-encoder, because MoGe's encoder "
+            "joins the VLM of an earlier stage. Leave it out."
         )
 
 
@@ -392,9 +399,14 @@ def _overlaps(prefix: str, other: str) -> bool:
     return is_under(prefix, other) or is_under(other, prefix)
 
 
+class RecipesOptions(Options):
+    recipe: Annotated[Positional[str | None], arg(metavar="[RECIPE]")] = None
+    """Recipe whose settings to show; without it, all recipes are listed."""
+
+
 class TrainOptions(Options):
     recipe: Annotated[Positional[str], arg(metavar="RECIPE")]
-    """Name of the recipe, or list to print all recipes."""
+    """Name of the recipe (`spear recipes` lists them)."""
     out: OptionalFolder = None
     """Write checkpoints, logs and the result (OUT/final) to this folder; default: runs/RECIPE."""
     labels: tuple[Path, ...] = ()
@@ -403,23 +415,29 @@ class TrainOptions(Options):
     episodes: tuple[Path, ...] = ()
     """Folders of robot demonstrations: from spear record, or RLDS or LeRobot datasets."""
     split: EpisodeSplit = "train"
-    shares: Annotated[tuple[float, ...], Range(1e-9, 1e9)] = ()
+    sampling_weights: Annotated[tuple[float, ...], Range(1e-9, 1e9)] = ()
     """Sampling weights of the folders of --episodes, one for each. Default: the weights in the list
     of known datasets (spear data datasets) if all are in it, otherwise equal weights."""
     init: OptionalName = None
     """Start from this trained folder, or from weights that come with this package (nano, the
     policy; nano-vlm-0, a VLM before it learns 3D). Without it, training starts from random
     weights."""
-    moge: OptionalName = None
+    init_depth_encoder: OptionalName = None
     """Trained folder of a depth recipe, or nano-depth (comes with this package): SPEAR-VLM begins
     with its encoder."""
-    preset: OptionalName = None
-    """Model size, one of {nano,small,spear1}; default: the recipe's."""
+    preset: OptionalPreset = None
+    """Model size; default: the recipe's."""
     steps: OptionalInt = None
     """Number of steps; default: the recipe's."""
+    batch_size: OptionalInt = None
+    """Examples per step; default: the recipe's."""
+    lr: Annotated[float | None, arg(metavar="FLOAT")] = None
+    """Peak learning rate; default: the recipe's."""
+    warmup_steps: OptionalInt = None
+    """Steps over which the learning rate rises to its peak; default: the recipe's."""
     seed: Seed = 0
     device: Device = "auto"
-    save_every: Annotated[int, Range(1)] = 500
+    save_steps: Annotated[int, Range(1)] = 500
     """Steps between checkpoints. One is also written every three minutes, on SIGTERM and on
     Ctrl-C."""
     workers: Annotated[int, Range(1, 1024)] = 1
@@ -432,18 +450,18 @@ class TrainOptions(Options):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.shares and len(self.shares) != len(self.episodes):
+        if self.sampling_weights and len(self.sampling_weights) != len(self.episodes):
             raise SpearError(
-                f"--shares has {len(self.shares)} numbers and --episodes {len(self.episodes)} "
-                "folders. Give one number for each folder."
+                f"--sampling-weights has {len(self.sampling_weights)} numbers and --episodes "
+                f"{len(self.episodes)} folders. Give one number for each folder."
             )
 
 
-class PlanOptions(Options):
+class EstimateMemoryOptions(Options):
     recipe: str = "finetune-lora"
-    """Name of a policy's or VLM's recipe (spear train list shows them), or inference."""
-    preset: OptionalName = None
-    """Model size, one of {nano,small,spear1}; default: the recipe's."""
+    """Name of a policy's or VLM's recipe (`spear recipes` lists them), or inference."""
+    preset: OptionalPreset = None
+    """Model size; default: the recipe's."""
     gpu: str = "24GB"
     """Memory of the GPU as it is sold, such as 24GB."""
     batch_size: Annotated[OptionalInt, Range(1)] = None

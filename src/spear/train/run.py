@@ -43,6 +43,7 @@ from spear.util.run_settings import to_plain_json
 # Names, in checkpoints, of what a run is made from besides its recipe and weights. Checkpoints of
 # older versions have the first one alone.
 EPISODES_KEY = "--episodes"
+DEPTH_ENCODER_KEY = "--moge"  # the former name of --init-depth-encoder
 EPISODE_CONTENT_KEY = "cameras, images or instructions of --episodes"
 DATA_FILES = ("*.parquet", "*.safetensors")
 TEXT_FILES = (
@@ -149,7 +150,7 @@ def check_run(
     recipe = dataclasses.replace(recipe, normalization=normalization)
 
     # The result will record where these weights come from.
-    for folder in (inputs.init, inputs.moge):
+    for folder in (inputs.init, inputs.init_depth_encoder):
         if folder is not None:
             read_provenance(folder)
 
@@ -196,12 +197,16 @@ def _describe_run(recipe: Recipe, inputs: TrainingInputs) -> dict[str, Any]:
     settings.update(_describe_episodes(inputs))
 
     init_folders = [] if inputs.init is None else [inputs.init]
-    moge_folders = [] if inputs.moge is None else [inputs.moge]
-    folders_of_option = {"--labels": inputs.labels, "--init": init_folders, "--moge": moge_folders}
+    moge_folders = [] if inputs.init_depth_encoder is None else [inputs.init_depth_encoder]
+    folders_of_option = {
+        "--labels": inputs.labels,
+        "--init": init_folders,
+        DEPTH_ENCODER_KEY: moge_folders,
+    }
     for option, folders in folders_of_option.items():
         settings[option] = _short_hash(folders, DATA_FILES)
         settings[f"settings or words of {option}"] = _short_hash(folders, TEXT_FILES)
-    for option, folder in (("--init", inputs.init), ("--moge", inputs.moge)):
+    for option, folder in (("--init", inputs.init), (DEPTH_ENCODER_KEY, inputs.init_depth_encoder)):
         weights_hash = StoredCheckpoint.open(folder, option).digest()[:12] if folder else None
         settings[f"weights of {option}"] = weights_hash
     return to_plain_json(settings)
@@ -288,7 +293,7 @@ def _list_learned(init_origin: Mapping[str, Any] | None, inputs: TrainingInputs,
 
 
 def _is_simulator_only(inputs: TrainingInputs) -> bool:
-    """Return whether only the built-in simulator was seen, by `--init` and `--moge` as well."""
+    """Return whether only the built-in simulator was seen, by `--init` and `--init-depth-encoder` as well."""
     sources: list[str] = []
     for folder in inputs.labels:
         for shard in list_files_recursively(folder, "labels*.parquet"):
@@ -298,7 +303,9 @@ def _is_simulator_only(inputs: TrainingInputs) -> bool:
     if not all(source.startswith(("sim:", "sim/")) for source in sources):
         return False
     return all(
-        is_simulator_only(folder) for folder in (inputs.init, inputs.moge) if folder is not None
+        is_simulator_only(folder)
+        for folder in (inputs.init, inputs.init_depth_encoder)
+        if folder is not None
     )
 
 

@@ -223,7 +223,7 @@ def view_folders(folder: Path, views: Sequence[str]) -> dict[str, Path]:
 def load_labels(folders: Sequence[Path], views: Sequence[str]) -> dict[str, list[LabeledImage]]:
     """Load all labels of some folders, by view.
 
-    A folder has a sub-folder per view, as `spear label --scenes` writes, or shards of the first
+    A folder has a sub-folder per view, as `spear label --num-scenes` writes, or shards of the first
     view. Raises `SpearError` for mixed units.
     """
     labels_by_view: dict[str, list[LabeledImage]] = {}
@@ -290,7 +290,7 @@ def load_depth(
         if images != [label.image for label in labels_of_view]:
             raise SpearError(
                 f"{', '.join(str(folder) for folder in folders_of_view)}: depth/{view} is of other "
-                "images than the labels. Run `spear label --scenes` again."
+                "images than the labels. Run `spear label --num-scenes` again."
             )
         depth_by_view[view] = depth_images
     return depth_by_view

@@ -364,7 +364,7 @@ class _Evaluation:
             raise SpearError(
                 f"{outcome.family} {outcome.seed} can be run again only with the policy that made "
                 f"it. Serve "
-                f"{self._results.policy}, with its --dtype, --dataset and --flow-steps (for "
+                f"{self._results.policy}, with its --dtype, --norm-stats and --flow-steps (for "
                 f"SIMPLER, see its "
                 "films)."
             )

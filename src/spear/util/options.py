@@ -27,6 +27,10 @@ class Range:
     maximum: float = 1e15
 
 
+class RarelyUsed:
+    """Marks an option that only `--help-all` shows, as `Annotated[int, RarelyUsed()]`."""
+
+
 @typing.dataclass_transform(frozen_default=True)
 class Options:
     """Base class that makes a class a frozen dataclass whose ranges are checked.
@@ -37,10 +41,10 @@ class Options:
 
     Example:
         >>> class EvaluateOptions(Options):
-        ...     scenes: Annotated[int, Range(1)] = 384
-        >>> EvaluateOptions(scenes=0)
+        ...     num_scenes: Annotated[int, Range(1)] = 384
+        >>> EvaluateOptions(num_scenes=0)
         Traceback (most recent call last):
-        spear.errors.SpearError: --scenes 0: give at least 1.
+        spear.errors.SpearError: --num-scenes 0: give at least 1.
     """
 
     __dataclass_fields__: ClassVar[dict[str, dataclasses.Field[Any]]]
@@ -110,6 +114,54 @@ def list_option_names(options: type) -> list[str]:
     return names
 
 
+@dataclasses.dataclass(frozen=True)
+class OptionHelp:
+    """What the help shows of an option.
+
+    Attributes:
+        name: The field's name.
+        hint: Its type, with annotations.
+        default: The field's default; `dataclasses.MISSING` for an option that is required.
+        text: Its docstring; None if the type has a help text.
+        is_rare: Whether only `--help-all` shows it.
+    """
+
+    name: str
+    hint: Any
+    default: Any
+    text: str | None
+    is_rare: bool
+
+
+def list_option_help(options: type, defaults: Any = None) -> list[OptionHelp]:
+    """List what the help shows of a dataclass's options, with those of dataclasses inside it.
+
+    Args:
+        options: The dataclass.
+        defaults: An instance whose values are the defaults, instead of those of the class.
+    """
+    option_help: list[OptionHelp] = []
+    hints = typing.get_type_hints(options, include_extras=True)
+    descriptions = _read_field_docstrings(options)
+    for field in dataclasses.fields(options):
+        default = _get_default(field) if defaults is None else getattr(defaults, field.name)
+        if dataclasses.is_dataclass(default):
+            option_help += list_option_help(type(default), default)
+            continue
+        hint = hints[field.name]
+        annotations = getattr(hint, "__metadata__", ())
+        text = " ".join((descriptions.get(field.name) or "").split()) or None
+        is_rare = any(isinstance(annotation, RarelyUsed) for annotation in annotations)
+        option_help.append(OptionHelp(field.name, hint, default, text, is_rare))
+    return option_help
+
+
+def _get_default(field: dataclasses.Field[Any]) -> Any:
+    if field.default_factory is not dataclasses.MISSING:
+        return field.default_factory()
+    return field.default
+
+
 def _read_field_docstrings(options: type) -> dict[str, str | None]:
     """The docstrings of the fields of a class and of those it inherits from."""
     descriptions = {}
@@ -128,8 +180,17 @@ OptionalFolder = Annotated[Path | None, arg(metavar="FOLDER")]
 OptionalFile = Annotated[Path | None, arg(metavar="FILE")]
 OptionalName = Annotated[str | None, arg(metavar="NAME")]
 OptionalInt = Annotated[int | None, arg(metavar="INT")]
+Preset = Annotated[str, arg(metavar="{nano,small,spear1}")]
+OptionalPreset = Annotated[str | None, arg(metavar="{nano,small,spear1}")]
+CameraView = Annotated[str, arg(metavar="{external,wrist}")]
 Seed = Annotated[int, Range(0), arg(help="The same seed gives the same result.")]
-Device = Annotated[str, arg(help="cpu, cuda, cuda:1 …; auto takes a GPU when there is one.")]
+Device = Annotated[
+    str,
+    arg(
+        metavar="{auto,cpu,cuda,cuda:N}",
+        help="Where to compute; auto takes a GPU when there is one.",
+    ),
+]
 _DTYPE_HELP = "Precision of the weights: bfloat16 takes half the memory of float32."
 Dtype = Annotated[Literal["float32", "bfloat16"], arg(help=_DTYPE_HELP)]
 PolicyName = Annotated[

@@ -65,7 +65,7 @@ def simpler(shared: Path) -> Iterator[Simpler]:
     assets = shared / "assets" / "simpler"
     if not assets.is_dir():
         pytest.skip(f"SIMPLER's assets not found at {assets}")
-    simulator = Simpler(SimplerOptions(batch=1, assets=assets))
+    simulator = Simpler(SimplerOptions(batch_size=1, assets=assets))
     try:
         simulator.open(TASK, 1)[0].reset(0, True)
     except NoRenderer as error:
@@ -235,7 +235,7 @@ def test_nano_runs_and_is_filmed(
 ) -> None:
     monkeypatch.setitem(TASKS, TASK, Task(24, 6, 4))
     run_evaluation(
-        simpler, load_agent("nano"), {TASK: [30]}, {}, EpisodeOptions(films=1, out=tmp_path)
+        simpler, load_agent("nano"), {TASK: [30]}, {}, EpisodeOptions(videos=1, out=tmp_path)
     )
     results = load_results(tmp_path)
     (outcome,) = results.outcomes

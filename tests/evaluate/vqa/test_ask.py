@@ -144,7 +144,9 @@ def test_a_wrist_camera_is_asked_as_one(nano: VlmBundle, run_command: Callable[.
 @pytest.mark.parametrize("name", ["nano", "nano-vlm"])
 def test_the_bundled_calibration_is_right_on_other_scenes(name: str) -> None:
     model = load_vlm(name)
-    options = QuestionOptions(per_image=1, families=("distance", "keypoint", "box_vertices"))
+    options = QuestionOptions(
+        questions_per_image=1, question_types=("distance", "keypoint", "box_vertices")
+    )
     labels = load_labeled_images("sim:300", 24, "external", model.processor)
     model_trust = Trust.load(BUNDLED_WEIGHTS / name)
 
@@ -160,7 +162,7 @@ def test_intervals_are_not_scored_on_the_images_that_they_were_measured_on(
     nano: VlmBundle, trust: Trust
 ) -> None:
     labels = load_labeled_images("sim:1199", 3, "external", nano.processor)
-    options = QuestionOptions(families=("distance",))
+    options = QuestionOptions(question_types=("distance",))
 
     with pytest.warns(Notice, match="calibrated on 1 of"):
         scores = evaluate_vqa(nano, labels, options, trust)

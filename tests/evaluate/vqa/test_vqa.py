@@ -179,7 +179,7 @@ def test_an_offset_is_measured(
     labels: list[LabeledImage],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    scores = ask_oracle(OracleModel(offset_m=0.01), labels, monkeypatch, families=(question_type,))
+    scores = ask_oracle(OracleModel(offset_m=0.01), labels, monkeypatch, question_types=(question_type,))
 
     error = scores.type_scores[question_type].measures["error"]
     assert error.value == pytest.approx(error_mm, rel=1e-6)
@@ -190,7 +190,7 @@ def test_the_overlap_of_shifted_boxes_is_as_worked_out_by_hand(
 ) -> None:
     iou = 5**3 / (2 * 6**3 - 5**3)  # boxes of 60 mm, 10 mm apart along each axis
 
-    scores = ask_oracle(OracleModel(offset_m=0.01), labels, monkeypatch, families=("box_vertices",))
+    scores = ask_oracle(OracleModel(offset_m=0.01), labels, monkeypatch, question_types=("box_vertices",))
 
     measures = scores.type_scores["box_vertices"].measures
     assert measures["vertex"].value == pytest.approx(np.sqrt(3) * 10, rel=1e-6)
@@ -201,7 +201,7 @@ def test_relative_errors_are_relative_to_the_distance(
     labels: list[LabeledImage], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of objects that are 0.8 to 0.95 m away."""
-    scores = ask_oracle(OracleModel(offset_m=0.01), labels, monkeypatch, families=("distance",))
+    scores = ask_oracle(OracleModel(offset_m=0.01), labels, monkeypatch, question_types=("distance",))
 
     relative = scores.type_scores["distance"].measures["relative"]
     assert 100 * 0.010 / 0.95 < relative.value < 100 * 0.010 / 0.8
@@ -245,7 +245,7 @@ def test_question_types_that_no_image_allows_are_named(
 
 
 def test_an_unknown_question_type_is_refused(labels: list[LabeledImage]) -> None:
-    options = QuestionOptions(families=("keypiont",))
+    options = QuestionOptions(question_types=("keypiont",))
 
     refuses("did you mean 'keypoint'", vqa.evaluate_vqa, OracleModel(), labels, options)
 
@@ -490,15 +490,15 @@ def label_folder(tmp_path: Path) -> Path:
     return tmp_path / "labels"
 
 
-COMMAND = ("evaluate", "vqa", "nano")
-FEW_QUESTIONS = ("--images", "2", "--per-image", "1")
+COMMAND = ("evaluate", "vqa", "--model", "nano", "--labels")
+FEW_QUESTIONS = ("--num-images", "2", "--questions-per-image", "1")
 
 
 def test_the_command_writes_scores_and_a_page(
     label_folder: Path, tmp_path: Path, run_command: Command
 ) -> None:
     out = tmp_path / "out"
-    type_option = ("--families", "keypoint", "distance")
+    type_option = ("--question-types", "keypoint", "distance")
 
     output = run_command(
         *COMMAND, str(label_folder), *FEW_QUESTIONS, *type_option, "--out", str(out)
@@ -526,7 +526,7 @@ def test_the_command_says_which_images_the_model_was_trained_on(
         *COMMAND,
         str(label_folder),
         *FEW_QUESTIONS,
-        "--families",
+        "--question-types",
         "distance",
         "--out",
         str(tmp_path / "out"),
@@ -540,13 +540,13 @@ def test_the_command_does_not_replace_other_scores(
 ) -> None:
     labels = str(label_folder)
     out = ("--out", str(tmp_path / "out"))
-    run_command(*COMMAND, labels, *FEW_QUESTIONS, "--families", "distance", *out)
+    run_command(*COMMAND, labels, *FEW_QUESTIONS, "--question-types", "distance", *out)
 
     refuse = run_refused_command
-    assert "model is" in refuse("evaluate", "vqa", "nano-vlm", labels, *out)
-    assert "questions is" in refuse(*COMMAND, "sim", *out)
-    message = refuse(*COMMAND, labels, *FEW_QUESTIONS, "--families", "offset", *out)
-    assert "--families is" in message
+    assert "--model is" in refuse("evaluate vqa --model nano-vlm --labels".split(), labels, *out)
+    assert "--labels is" in refuse(*COMMAND, "sim", *out)
+    message = refuse(*COMMAND, labels, *FEW_QUESTIONS, "--question-types", "offset", *out)
+    assert "--question-types is" in message
 
 
 def test_labels_of_another_unit_are_refused(tmp_path: Path, run_refused_command: Command) -> None:

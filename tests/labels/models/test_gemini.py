@@ -229,7 +229,7 @@ def test_requests_are_spread_over_a_minute(server: Server, monkeypatch: pytest.M
     monkeypatch.setattr(module, "time", clock)
     monkeypatch.setattr(module, "MAX_CONCURRENT_REQUESTS", 1)
 
-    make_detector(per_minute=20).detect([make_noise_frame(i) for i in range(4)])
+    make_detector(requests_per_minute=20).detect([make_noise_frame(i) for i in range(4)])
 
     assert clock.now == pytest.approx(9.0)
     assert len(server.requests) == 4

@@ -87,7 +87,7 @@ def test_a_vlm_sees_where_objects_are(
     question_types: tuple[Any, ...],
 ) -> None:
     scores = vqa.evaluate_vqa(
-        load_vlm(name), held_out_labels, QuestionOptions(families=question_types)
+        load_vlm(name), held_out_labels, QuestionOptions(question_types=question_types)
     )
 
     for question_type in question_types:
@@ -98,7 +98,7 @@ def test_a_vlm_sees_where_objects_are(
 
 
 def test_the_policy_succeeds(nano: Spear1Policy, tmp_path: Path) -> None:
-    options = TabletopOptions(scenes=4, families=("put_on",), out=tmp_path)
+    options = TabletopOptions(num_scenes=4, tasks=("put_on",), out=tmp_path)
 
     results, _ = closed_loop.evaluate_tabletop(PolicyAgent(nano, "nano", None), options)
 

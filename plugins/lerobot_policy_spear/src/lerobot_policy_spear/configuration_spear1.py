@@ -56,7 +56,7 @@ class Spear1Config(PreTrainedConfig):
     """A SPEAR-1, how it is trained, and how it reads the robot.
 
     checkpoint  Where it starts from: a name that ships with spear, or a folder of spear's.
-    recipe      Of `spear train list`: what learns, the optimizer, draws of noise per observation.
+    recipe      Of `spear recipes`: what learns, the optimizer, draws of noise per observation.
     lr          Peak learning rate; the recipe's by default.
     fps         Frames per second of the dataset and of the robot's loop: a multiple of 5, SPEAR-1's
                 rate.

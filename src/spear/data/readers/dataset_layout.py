@@ -255,7 +255,7 @@ def read_layout_file(
     fields = read_json(path, "give a file like spear.json")
     like_name = fields.pop("like", None)
     known_keys = {field.name for field in dataclasses.fields(DatasetLayout)} | {"like"}
-    known_keys.remove("weight")  # `--shares` sets it
+    known_keys.remove("weight")  # `--sampling-weights` sets it
     check_known(f"key (in {path})", known_keys, *fields)
 
     # The entry that "like" names, without what describes columns that this file replaces.

@@ -91,7 +91,7 @@ class VideoWriter:
         if height % 2 or width % 2 or min(height, width) < MIN_SIDE_PX:
             raise SpearError(
                 f"no video of {width} x {height} pixels: AV1 needs even sides of at least "
-                f"{MIN_SIDE_PX}: write images, or prepare the data first, with --size"
+                f"{MIN_SIDE_PX}: write images, or prepare the data first, with --image-size"
             )
         av = import_optional("av", "data", "a video")
         if ENCODER not in av.codecs_available:

@@ -194,7 +194,7 @@ def plan_preparation(path: Path, out: Path, split: str, conversion: Conversion) 
         "episodes": _hash_text("\n".join(block.split for block in blocks)),
         "layout": _hash_layout(layout),
         "size": dict(sorted(conversion.sizes.items())),
-        "rate": conversion.rate,
+        "rate": conversion.control_hz,
         "rules": ACTION_RULES_VERSION,
         "quality": conversion.quality,
         "shard_mb": MAX_SHARD_MIB,
@@ -399,7 +399,7 @@ def _convert_episode(episode: Episode, conversion: Conversion) -> Episode:
             f"its cameras are {', '.join(sorted(episode.images))}"
         )
 
-    episode = add_actions(resample_episode(episode, conversion.rate))
+    episode = add_actions(resample_episode(episode, conversion.control_hz))
     if not np.any(episode.action_mask):
         raise SpearError(f"nothing to learn from: {episode.source}: none of its actions is known")
 

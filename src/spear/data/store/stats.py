@@ -129,7 +129,7 @@ def check_size(size: tuple[int, ...], first_size: tuple[int, int], description: 
     raise SpearError(
         f"image sizes differ: {description} is {width} x {height} pixels, "
         f"the first {first_width} x {first_height}: "
-        "leave the episode out; of one aspect, prepare --size"
+        "leave the episode out; of one aspect, prepare --image-size"
     )
 
 

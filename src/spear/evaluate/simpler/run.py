@@ -52,13 +52,13 @@ def evaluate_simpler(agent: Agent, options: SimplerOptions) -> tuple[Results, li
     tasks = options.tasks or tuple(TASKS)
     check_known("task", TASKS, *tasks)
     if options.off_grid:
-        held_out_seeds(options.first_seed, options.scenes)  # raises for seeds of training
+        held_out_seeds(options.first_seed, options.num_scenes)  # raises for seeds of training
 
     settings: dict[str, Any] = {
         "simulator": f"ManiSkill {version('mani_skill')}",
         "assets": hash_assets(check_assets(options.assets)),
         "commands begin at": "the last that was reached",
-        "replan": options.replan,
+        "replan": options.replan_steps,
         "weights": agent.weights,
     }
     if options.off_grid:
@@ -67,7 +67,7 @@ def evaluate_simpler(agent: Agent, options: SimplerOptions) -> tuple[Results, li
     can_repeat_starts = agent.needs_images or options.off_grid
     scenes = {}
     for task in tasks:
-        num_scenes = options.scenes
+        num_scenes = options.num_scenes
         if not can_repeat_starts:
             num_scenes = min(num_scenes, TASKS[task].num_starts)
         scenes[task] = range(options.first_seed, options.first_seed + num_scenes)
@@ -121,7 +121,7 @@ class Simpler:
 
     def __init__(self, options: SimplerOptions) -> None:
         self._options = options
-        self._batch = options.batch or os.cpu_count() or 1
+        self._batch = options.batch_size or os.cpu_count() or 1
         self._robot = embodiments.load(ROBOT)
         _, control = self._robot.select_control(None)
         self._convert = control.convert
@@ -204,9 +204,9 @@ class Simpler:
         filming: bool,
     ) -> bool:
         """Step one scene until the next inference is due. Returns True if its episode has ended."""
-        check_replan_interval(self._options.replan, len(chunk))
+        check_replan_interval(self._options.replan_steps, len(chunk))
         max_steps = TASKS[scene.task].max_steps
-        num_actions = min(self._options.replan, max_steps - scene.steps)
+        num_actions = min(self._options.replan_steps, max_steps - scene.steps)
         state = observation["observation/state"]
         rows = self._convert(chunk[:num_actions], state, scene.moment.observation)
         scene.moment = scene.process.run(rows, image, filming)

@@ -49,10 +49,10 @@ def evaluate_vqa(
     Raises:
         SpearError: A question type is unknown, or no image allows a question.
     """
-    question_types = tuple(dict.fromkeys(options.families)) or QUESTION_TYPES
+    question_types = tuple(dict.fromkeys(options.question_types)) or QUESTION_TYPES
     check_known("type of 3D questions", QUESTION_TYPES, *question_types)
     questions = _drop_empty_types(
-        generate_questions_by_type(labels, question_types, options.per_image, options.seed)
+        generate_questions_by_type(labels, question_types, options.questions_per_image, options.seed)
     )
     if trust and _was_measured_on(trust, labels):
         trust = None
@@ -131,8 +131,8 @@ def _ask_questions(
     is_free_grammatical: dict[str, list[bool]] = {question_type: [] for question_type in questions}
     with ProgressBar("asking", num_questions, "questions") as bar:
         for question_type, members in questions.items():
-            for start in range(0, len(members), options.batch):
-                batch = members[start : start + options.batch]
+            for start in range(0, len(members), options.batch_size):
+                batch = members[start : start + options.batch_size]
                 batch_images: list[Array] = [images[index] for index, _ in batch]
                 prompts = [question.prompt for _, question in batch]
                 constrained_answers = model.answer(

@@ -81,7 +81,7 @@ class GeminiDetector:
         model: Name of Gemini's model.
         cache: Folder of answers, which several processes may share.
         vocabulary: The only names to detect; when empty, whatever is there.
-        per_minute: Requests started in a minute at most, evenly spread; 0 leaves that to the
+        requests_per_minute: Requests started in a minute at most, evenly spread; 0 leaves that to the
             service.
 
     Raises:
@@ -94,7 +94,7 @@ class GeminiDetector:
         *,
         cache: Path,
         vocabulary: Sequence[str] = (),
-        per_minute: int = 0,
+        requests_per_minute: int = 0,
     ) -> None:
         self.model = model
         self.cache = cache
@@ -121,7 +121,7 @@ class GeminiDetector:
 
         # What the threads share
         self.usage = Counter[str]()
-        self._min_interval_s = 60 / (per_minute or np.inf)
+        self._min_interval_s = 60 / (requests_per_minute or np.inf)
         self._next_request_s = 0.0  # no request before then (monotonic time)
         self._fatal_reason: str | None = None
         self._lock = threading.Lock()

@@ -73,7 +73,7 @@ def explain_full_memory(num_images: int) -> Iterator[None]:
     except torch.OutOfMemoryError as error:
         raise SpearError(
             f"memory is full with {format_count(num_images, 'images')} at a time. Use a smaller "
-            "--batch-size or --size."
+            "--batch-size or --max-size."
         ) from error
 
 

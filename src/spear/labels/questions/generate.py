@@ -103,7 +103,7 @@ def generate_questions(
     if not 1 <= min_questions <= max_questions:
         raise SpearError(
             f"{pairs} is no range of questions per image. "
-            "Give --pairs FEWEST MOST, both at least 1."
+            "Give --questions-per-image FEWEST MOST, both at least 1."
         )
     check_known("question type", DRAFTERS, *question_types)
 
