@@ -179,7 +179,9 @@ def test_an_offset_is_measured(
     labels: list[LabeledImage],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    scores = ask_oracle(OracleModel(offset_m=0.01), labels, monkeypatch, question_types=(question_type,))
+    scores = ask_oracle(
+        OracleModel(offset_m=0.01), labels, monkeypatch, question_types=(question_type,)
+    )
 
     error = scores.type_scores[question_type].measures["error"]
     assert error.value == pytest.approx(error_mm, rel=1e-6)
@@ -190,7 +192,9 @@ def test_the_overlap_of_shifted_boxes_is_as_worked_out_by_hand(
 ) -> None:
     iou = 5**3 / (2 * 6**3 - 5**3)  # boxes of 60 mm, 10 mm apart along each axis
 
-    scores = ask_oracle(OracleModel(offset_m=0.01), labels, monkeypatch, question_types=("box_vertices",))
+    scores = ask_oracle(
+        OracleModel(offset_m=0.01), labels, monkeypatch, question_types=("box_vertices",)
+    )
 
     measures = scores.type_scores["box_vertices"].measures
     assert measures["vertex"].value == pytest.approx(np.sqrt(3) * 10, rel=1e-6)
@@ -201,7 +205,9 @@ def test_relative_errors_are_relative_to_the_distance(
     labels: list[LabeledImage], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of objects that are 0.8 to 0.95 m away."""
-    scores = ask_oracle(OracleModel(offset_m=0.01), labels, monkeypatch, question_types=("distance",))
+    scores = ask_oracle(
+        OracleModel(offset_m=0.01), labels, monkeypatch, question_types=("distance",)
+    )
 
     relative = scores.type_scores["distance"].measures["relative"]
     assert 100 * 0.010 / 0.95 < relative.value < 100 * 0.010 / 0.8
@@ -543,7 +549,9 @@ def test_the_command_does_not_replace_other_scores(
     run_command(*COMMAND, labels, *FEW_QUESTIONS, "--question-types", "distance", *out)
 
     refuse = run_refused_command
-    assert "--model is" in refuse("evaluate vqa --model nano-vlm --labels".split(), labels, *out)
+    assert "--model is" in refuse(
+        ["evaluate", "vqa", "--model", "nano-vlm", "--labels"], labels, *out
+    )
     assert "--labels is" in refuse(*COMMAND, "sim", *out)
     message = refuse(*COMMAND, labels, *FEW_QUESTIONS, "--question-types", "offset", *out)
     assert "--question-types is" in message

@@ -52,7 +52,9 @@ def evaluate_vqa(
     question_types = tuple(dict.fromkeys(options.question_types)) or QUESTION_TYPES
     check_known("type of 3D questions", QUESTION_TYPES, *question_types)
     questions = _drop_empty_types(
-        generate_questions_by_type(labels, question_types, options.questions_per_image, options.seed)
+        generate_questions_by_type(
+            labels, question_types, options.questions_per_image, options.seed
+        )
     )
     if trust and _was_measured_on(trust, labels):
         trust = None
