@@ -312,7 +312,7 @@ def test_a_notice_is_one_line_in_a_command_however_often_it_is_given(
 
 
 OTHER_PROGRAMS_OPTIONS = {"--upgrade", "--nproc-per-node", "--no-python"}  # pip's and torchrun's
-FORMER_OPTIONS = {"--moge", "--images"}  # keys of files that earlier versions wrote
+FORMER_OPTIONS = {"--per"}  # begins "--per_image", a key that earlier versions wrote
 for former_options in renamed.NEW_OPTIONS.values():
     FORMER_OPTIONS.update(former_options)
 
