@@ -276,8 +276,8 @@ def test_results_of_other_statistics_do_not_mix(
 ) -> None:
     folder, _ = folder_with_two_datasets
 
-    slow = load_agent(str(folder), dataset="slow")
-    fast = load_agent(str(folder), dataset="fast")
+    slow = load_agent(str(folder), norm_stats="slow")
+    fast = load_agent(str(folder), norm_stats="fast")
 
     assert slow.weights != fast.weights
 

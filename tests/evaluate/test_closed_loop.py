@@ -87,8 +87,8 @@ class WanderingPolicy:
 def test_outcomes_do_not_depend_on_the_batch() -> None:
     options = {"first_seed": 20, "replan": 5}
 
-    alone = evaluate(PolicyAgent(WanderingPolicy(), "x"), 3, batch=1, **options)
-    together = evaluate(PolicyAgent(WanderingPolicy(), "x"), 3, batch=3, **options)
+    alone = evaluate(PolicyAgent(WanderingPolicy(), "x"), 3, batch_size=1, **options)
+    together = evaluate(PolicyAgent(WanderingPolicy(), "x"), 3, batch_size=3, **options)
 
     assert together.outcomes == alone.outcomes
 
