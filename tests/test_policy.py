@@ -227,7 +227,7 @@ def test_no_flow_steps_are_refused() -> None:
 @pytest.mark.parametrize("name", ["expert", "nothing", "ws://127.0.0.1:9"])
 @pytest.mark.parametrize(
     ("option", "value"),
-    [("device", "cpu"), ("dtype", "bfloat16"), ("dataset", "fast"), ("flow_steps", 2)],
+    [("device", "cpu"), ("dtype", "bfloat16"), ("norm_stats", "fast"), ("flow_steps", 2)],
 )
 def test_options_of_loaded_policies_are_refused_for_others(
     name: str, option: str, value: Any
@@ -258,7 +258,7 @@ def test_the_dataset_of_the_statistics_must_be_named(
     folder, _ = folder_with_two_datasets
 
     refuses(r"slow, fast", load_agent, str(folder))
-    refuses("fst", load_agent, str(folder), dataset="fst")
+    refuses("fst", load_agent, str(folder), norm_stats="fst")
 
 
 @pytest.mark.filterwarnings("ignore:.*normalizer.json. not as saved")
@@ -292,7 +292,7 @@ def test_a_policy_with_a_changed_file_is_loaded_with_a_notice(
 
 
 def test_a_dataset_is_refused_where_all_have_the_same_statistics() -> None:
-    refuses("--dataset fast", Spear1Policy.load, "nano", dataset="fast")
+    refuses("--norm-stats fast", Spear1Policy.load, "nano", dataset="fast")
 
 
 # What is put right

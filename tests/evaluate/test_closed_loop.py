@@ -85,7 +85,7 @@ class WanderingPolicy:
 
 
 def test_outcomes_do_not_depend_on_the_batch() -> None:
-    options = {"first_seed": 20, "replan": 5}
+    options = {"first_seed": 20, "replan_steps": 5}
 
     alone = evaluate(PolicyAgent(WanderingPolicy(), "x"), 3, batch_size=1, **options)
     together = evaluate(PolicyAgent(WanderingPolicy(), "x"), 3, batch_size=3, **options)
@@ -150,7 +150,7 @@ def test_only_missing_films_are_made_again(filmed_options: TabletopOptions, tmp_
 
 def test_an_interrupted_sharded_evaluation_ends_as_an_uninterrupted_one(tmp_path: Path) -> None:
     uninterrupted = evaluate(HalfExpert(), 4)
-    options = {"batch": 1, "out": tmp_path}
+    options = {"batch_size": 1, "out": tmp_path}
     steps_of_first_scene = uninterrupted.outcomes[0].steps
 
     with pytest.raises(KeyboardInterrupt):
