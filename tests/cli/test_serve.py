@@ -79,7 +79,7 @@ def test_an_empty_token_in_the_environment_is_refused(
 def test_a_robot_without_a_camera_of_the_training_is_refused(
     robot: str, run_refused_command: Command
 ) -> None:
-    message = run_refused_command("serve", "nano", "--port", "0", "--embodiment", robot)
+    message = run_refused_command("serve", "--policy", "nano", "--embodiment", robot)
 
     assert f"camera 'wrist', which {robot} does not have" in message
     assert "--allow-missing-cameras" in message
@@ -91,7 +91,8 @@ def test_the_harness_does_not_get_a_policy_for_a_camera_that_its_robot_lacks(
 ) -> None:
     pytest.importorskip("vla_eval")
 
-    message = run_refused_command("vla-eval", "nano", "--port", str(free_tcp_port))
+    words = ["serve", "--policy", "nano", "--protocol", "vla-eval", "--port"]
+    message = run_refused_command(words, str(free_tcp_port))
 
     assert "camera 'wrist', which maniskill2_widowx does not have" in message
 
@@ -109,7 +110,18 @@ def test_a_missing_camera_may_be_allowed(
 
     monkeypatch.setattr(Spear1Policy, "load", stop_here)
 
-    main(["serve", "nano", "--port=0", "--embodiment=widowx", "--allow-missing-cameras"])
+    main(
+        [
+            "serve",
+            "--policy",
+            "nano",
+            "--port",
+            "0",
+            "--embodiment",
+            "widowx",
+            "--allow-missing-cameras",
+        ]
+    )
 
     assert "being loaded" in capsys.readouterr().err
 

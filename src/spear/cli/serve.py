@@ -112,7 +112,7 @@ def _load_service(options: ServeOptions) -> "tuple[Spear1Policy, Service]":
     if not options.allow_missing_cameras:
         distribution = TrainingDistribution.load(folder / "seen.json")
         cameras = distribution.constant_cameras if distribution else []
-        check_cameras(robot, cameras, options.embodiment)
+        check_cameras(robot, cameras, options.robot)
     device = choose_device(options.device)
     print(f"loading {options.policy} on {device} …", file=sys.stderr, flush=True)
     policy = Spear1Policy.load(
