@@ -18,6 +18,7 @@ from spear.audit.dataset_audit import (
     audit,
     judge,
     layout_answers,
+    logged_units,
     make_recording,
 )
 from spear.audit.describe import describe
@@ -256,6 +257,34 @@ def test_an_unknown_unit_is_measured() -> None:
     assert verdict == "wrong"
     assert float(unit.split()[0]) == pytest.approx(0.05, rel=0.1)
     assert find_verdict(report, "translation", "frame") == ("base", "agrees")
+
+
+@pytest.mark.parametrize(("unit_m", "verdict"), [(0.05, "agrees"), (0.5, "wrong")])
+def test_a_unit_of_a_controller_that_the_layout_names_is_judged(
+    unit_m: float, verdict: str
+) -> None:
+    layout = dataclasses.replace(REGISTRY["bridge_dataset"], logged_translation_unit=unit_m)
+    recordings = only("translation", Mistakes(translation_factor=1 / 0.05))
+
+    report = judge(recordings, layout_answers(layout), units=logged_units(layout))
+
+    _, unit_verdict = find_verdict(report, "translation", "unit")
+    assert unit_verdict == verdict
+
+
+@pytest.mark.parametrize(("unit_rad", "verdict"), [(0.5, "agrees"), (0.05, "wrong")])
+def test_a_unit_of_logged_rotations_that_the_layout_names_is_judged(
+    unit_rad: float, verdict: str
+) -> None:
+    layout = dataclasses.replace(
+        REGISTRY["bridge_dataset"], logged_rotation_unit=unit_rad, logged_rotation_frame="ee"
+    )
+    recordings = only("rotation", Mistakes(rotation_factor=1 / 0.5))
+
+    report = judge(recordings, layout_answers(layout), units=logged_units(layout))
+
+    _, unit_verdict = find_verdict(report, "rotation", "unit")
+    assert unit_verdict == verdict
 
 
 def test_positions_in_millimeters_are_named() -> None:

@@ -134,6 +134,29 @@ def test_whole_numbers_are_measurements_too(shared: Path, tmp_path: Path) -> Non
     assert proposal["length_unit"] == "mm"
 
 
+def divide_actions(states: np.ndarray, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Actions of a controller that takes 1 as 0.05 m and as 0.5 rad."""
+    return states, actions / [0.05, 0.05, 0.05, 0.5, 0.5, 0.5, 1]
+
+
+def test_the_units_of_a_controller_are_proposed(shared: Path, tmp_path: Path) -> None:
+    """Measured, and therefore a little smaller: the arm does not reach all of its targets."""
+    proposal = describe(rewrite_sample(shared, tmp_path, divide_actions))
+
+    assert proposal["length_unit"] == "m"
+    assert proposal["logged_translation_unit"] == pytest.approx(0.05, rel=0.4)
+    assert proposal["logged_rotation_unit"] == pytest.approx(0.5, rel=0.4)
+
+
+def test_states_in_millimeters_do_not_change_the_unit_of_actions(
+    shared: Path, tmp_path: Path
+) -> None:
+    proposal = describe(rewrite_sample(shared, tmp_path, round_units))
+
+    assert proposal["length_unit"] == "mm"
+    assert proposal["logged_translation_unit"] == 1
+
+
 def test_degrees_are_read_only_as_degrees(shared: Path, tmp_path: Path) -> None:
     folder = rewrite_sample(shared, tmp_path, round_units)
     layout = {**describe(folder), "rotation_format": "euler_xyz"}

@@ -64,6 +64,7 @@ from spear.errors import SpearError
 from spear.geometry import quat_multiply
 from spear.types import Array
 from spear.util.skipped_items import SkippedItems
+from spear.util.units import ANGLE_UNITS, LENGTH_UNITS, name_unit
 
 TRUSTED_FORMATS = (*RECORDED_ONLY, "euler_ZYX")
 """Formats of recorded orientations that are not tested, but made quaternions first (see
@@ -97,6 +98,16 @@ _NOT_CONFIRMED = {"wrong", "cannot tell"}
 
 LayoutAnswers = Mapping[str, Mapping[str, str | None]]
 """ActionPart ("translation", "rotation") → question → the layout's answer, if it has one."""
+
+
+class LoggedUnits(NamedTuple):
+    """Units that logged actions may have: name → factor to meters, or to radians."""
+
+    translation: Mapping[str, float]
+    rotation: Mapping[str, float]
+
+
+KNOWN_UNITS = LoggedUnits(LENGTH_UNITS, ANGLE_UNITS)
 
 
 class Margin(NamedTuple):
@@ -209,7 +220,7 @@ def _audit_numbers(path: str | Path, split: str, layout: DatasetLayout) -> Repor
     trusted_layout = layout
     if layout.rotation_format in TRUSTED_FORMATS:
         trusted_layout = replace(layout, rotation_format="quat_wxyz")
-    report = judge(recordings, layout_answers(trusted_layout), str(path))
+    report = judge(recordings, layout_answers(trusted_layout), str(path), logged_units(layout))
 
     checks = [*report.checks, *check_gripper(recordings)]
     if not report.states:
@@ -488,8 +499,19 @@ def episode_rate_hz(steps: Steps, layout: DatasetLayout) -> float:
     return layout.rate_hz
 
 
-def judge(recordings: Sequence[Recording], answers: LayoutAnswers, path: str = "") -> Report:
+def judge(
+    recordings: Sequence[Recording],
+    answers: LayoutAnswers,
+    path: str = "",
+    units: LoggedUnits = KNOWN_UNITS,
+) -> Report:
     """Fit every hypothesis to some recordings, and compare the best with the layout's answers.
+
+    Args:
+        recordings: The episodes.
+        answers: What the layout says of their actions.
+        path: The dataset, for messages.
+        units: The units to try.
 
     Raises:
         SpearError: no episode has five known steps in a row.
@@ -500,10 +522,10 @@ def judge(recordings: Sequence[Recording], answers: LayoutAnswers, path: str = "
 
     action_parts = []
     if recordings[0].translation is not None:
-        fits = fit_translations(recordings, stretches)
+        fits = fit_translations(recordings, stretches, units.translation)
         action_parts.append(_judge_part("translation", fits, answers["translation"]))
     if recordings[0].turn is not None:
-        fits = fit_rotations(recordings, stretches)
+        fits = fit_rotations(recordings, stretches, units.rotation)
         action_parts.append(_judge_part("rotation", fits, answers["rotation"]))
 
     checks = []
@@ -557,9 +579,13 @@ def layout_answers(layout: DatasetLayout) -> dict[str, dict[str, str | None]]:
         delay = None
 
     per_second = "/s" if kind == "velocity" else ""
-    rotation_unit = UNIT_QUATERNION
-    if action_format in ANGLE_FORMATS:
-        rotation_unit = layout.angle_unit + per_second
+    has_angles = action_format in ANGLE_FORMATS
+    translation_unit: str = layout.length_unit
+    rotation_unit: str = layout.angle_unit
+    if layout.logged_translation_unit is not None:
+        translation_unit = name_unit(layout.logged_translation_unit, LENGTH_UNITS)
+    if layout.logged_rotation_unit is not None:
+        rotation_unit = name_unit(layout.logged_rotation_unit, ANGLE_UNITS)
     shared = {
         "kind": kind,
         "signs": "+++",
@@ -570,16 +596,29 @@ def layout_answers(layout: DatasetLayout) -> dict[str, dict[str, str | None]]:
         "translation": {
             **shared,
             "frame": translation_frame,
-            "unit": layout.length_unit + per_second,
+            "unit": translation_unit + per_second,
             "action_format": "-",
         },
         "rotation": {
             **shared,
             "frame": rotation_frame,
-            "unit": rotation_unit,
+            "unit": rotation_unit + per_second if has_angles else UNIT_QUATERNION,
             "action_format": action_format,
         },
     }
+
+
+def logged_units(layout: DatasetLayout) -> LoggedUnits:
+    """The known units, and those that the layout names for logged actions."""
+    length_units = dict(LENGTH_UNITS)
+    if layout.logged_translation_unit is not None:
+        name = name_unit(layout.logged_translation_unit, LENGTH_UNITS)
+        length_units[name] = layout.logged_translation_unit
+    angle_units = dict(ANGLE_UNITS)
+    if layout.logged_rotation_unit is not None:
+        name = name_unit(layout.logged_rotation_unit, ANGLE_UNITS)
+        angle_units[name] = layout.logged_rotation_unit
+    return LoggedUnits(length_units, angle_units)
 
 
 def _judge_part(name: str, fits: Sequence[Fit], answers: Mapping[str, str | None]) -> ActionPart:

@@ -16,11 +16,13 @@ import numpy as np
 
 from spear.audit.dataset_audit import MAX_UNEXPLAINED, MIN_MARGIN
 from spear.audit.hypotheses import (
+    UNIT_QUATERNION,
     Fit,
     Stretches,
     fit_rotations,
     fit_translations,
     formats_that_turn_otherwise,
+    round_to_known_unit,
     state_quaternions,
 )
 from spear.checks.cameras import summarize_view
@@ -47,6 +49,7 @@ from spear.data.store.episode_store import EpisodeStore
 from spear.errors import SpearError
 from spear.types import Array
 from spear.util.images import IMAGE_MAGIC_BYTES
+from spear.util.units import ANGLE_UNITS, LENGTH_UNITS, unit_factor
 
 MAX_EPISODES = 30  # that are read
 MAX_SEARCH_EPISODES = 8  # in which columns of positions and rotations are sought
@@ -470,6 +473,15 @@ def _describe_position(
         "length_unit": plausible_length_unit(reach) or "m",
         "logged_kind": fit.hypothesis.kind,
     }
+    # The hypotheses took positions for meters, whatever their unit is.
+    meters_per_state = LENGTH_UNITS[proposal.fields["length_unit"]]
+    logged_unit = fit.hypothesis.unit.removesuffix("/s")
+    states_per_logged = unit_factor(logged_unit, LENGTH_UNITS)
+    if states_per_logged != 1:
+        meters_per_logged = states_per_logged * meters_per_state
+        proposal.fields["logged_translation_unit"] = round_to_known_unit(
+            meters_per_logged, LENGTH_UNITS
+        )
     fact = _explain(best.translation.name(columns), fit)
     rivals = {candidate.position.name(columns) for candidate in tied}
     rivals.remove(best.position.name(columns))
@@ -492,6 +504,9 @@ def _describe_rotation_format(
     angle_unit = state_unit if best.state_format in ANGLE_FORMATS else best.unit
     proposal.fields["rotation_format"] = best.state_format
     proposal.fields["angle_unit"] = "deg" if angle_unit.startswith("deg") else "rad"
+    logged_unit = best.unit.removesuffix("/s")
+    if logged_unit not in (UNIT_QUATERNION, proposal.fields["angle_unit"]):
+        proposal.fields["logged_rotation_unit"] = unit_factor(logged_unit, ANGLE_UNITS)
 
     tied_formats = {fit.hypothesis.state_format for fit in fits}
     other_formats = formats_that_turn_otherwise(

@@ -24,7 +24,7 @@ from spear.data.readers.dataset_layout import RECORDED_ONLY
 from spear.data.readers.rotation_formats import ROTATION_FORMATS
 from spear.geometry import quat_conjugate, quat_multiply, quat_normalize, quat_rotate
 from spear.types import Array
-from spear.util.units import ANGLE_UNITS, LENGTH_UNITS
+from spear.util.units import ANGLE_UNITS, LENGTH_UNITS, name_unit
 
 DELAYS = (-1, 0, 1, 2)  # steps; 0: action t leads from state t to state t + 1
 MAX_STRETCH_STEPS = 20  # over longer stretches, small errors add up and hide the large ones
@@ -277,12 +277,30 @@ def _possible_scales(
         return scales
     octaves = [abs(np.log2(factor / scale.factor)) for scale in scales]
     if min(octaves) > MAX_NEAR_UNIT_OCTAVES:
-        scales.append(Scale("delta", f"{factor:.3g} {next(iter(units))}", factor))
+        scales.append(Scale("delta", name_unit(factor, units), factor))
     return scales
 
 
-def fit_translations(recordings: Sequence[Recording], stretches: Stretches) -> list[Fit]:
-    """The fit of every hypothesis about the logged translations."""
+def round_to_known_unit(factor: float, units: Mapping[str, float]) -> float:
+    """Round a measured unit (meters or radians per 1) to a known one that explains it, if any."""
+    for known_factor in units.values():
+        if abs(np.log2(factor / known_factor)) <= MAX_NEAR_UNIT_OCTAVES:
+            return known_factor
+    return factor
+
+
+def fit_translations(
+    recordings: Sequence[Recording],
+    stretches: Stretches,
+    units: Mapping[str, float] = LENGTH_UNITS,
+) -> list[Fit]:
+    """The fit of every hypothesis about the logged translations.
+
+    Args:
+        recordings: The episodes.
+        stretches: Their stretches.
+        units: Units to try, with their factors to meters.
+    """
     position = np.concatenate([r.position for r in recordings]).astype(np.float64)
     logged = np.concatenate(
         [r.translation for r in recordings if r.translation is not None]
@@ -301,8 +319,8 @@ def fit_translations(recordings: Sequence[Recording], stretches: Stretches) -> l
     step_size = float(np.sqrt(squared_steps.sum(-1).mean()))
     logged_in_steps = logged[stretches.action_rows(0)][is_step]
     step_s = 1 / recordings[0].rate_hz
-    relative_scales = _possible_scales(logged_in_steps, step_size, LENGTH_UNITS, step_s)
-    target_scales = [Scale("absolute", unit, factor) for unit, factor in LENGTH_UNITS.items()]
+    relative_scales = _possible_scales(logged_in_steps, step_size, units, step_s)
+    target_scales = [Scale("absolute", unit, factor) for unit, factor in units.items()]
     fits: list[Fit] = []
 
     def add_fits(
@@ -408,14 +426,24 @@ def _recorded_rotations(rotation: Array, stretches: Stretches) -> _RecordedRotat
     return _RecordedRotations(formats, orientation, motion_ee, motion_base, motion_size, step_size)
 
 
-def fit_rotations(recordings: Sequence[Recording], stretches: Stretches) -> list[Fit]:
-    """The fit of every hypothesis about the logged rotations."""
+def fit_rotations(
+    recordings: Sequence[Recording],
+    stretches: Stretches,
+    units: Mapping[str, float] = ANGLE_UNITS,
+) -> list[Fit]:
+    """The fit of every hypothesis about the logged rotations.
+
+    Args:
+        recordings: The episodes.
+        stretches: Their stretches.
+        units: Units of angles to try, with their factors to radians.
+    """
     rotation = np.concatenate([r.rotation for r in recordings]).astype(np.float64)
     logged = np.concatenate([r.turn for r in recordings if r.turn is not None]).astype(np.float64)
     recorded = _recorded_rotations(rotation, stretches)
     num_steps = int(stretches.is_step.sum())
     step_s = 1 / recordings[0].rate_hz
-    scales = _rotation_scales(logged, recorded.step_size, stretches, step_s)
+    scales = _rotation_scales(logged, recorded.step_size, stretches, step_s, units)
     hypotheses, logged_quaternions = _logged_rotations(logged, scales)
     fits: list[Fit] = []
 
@@ -453,14 +481,18 @@ def fit_rotations(recordings: Sequence[Recording], stretches: Stretches) -> list
 
 
 def _rotation_scales(
-    logged: Array, step_size: float, stretches: Stretches, step_s: float
+    logged: Array,
+    step_size: float,
+    stretches: Stretches,
+    step_s: float,
+    units: Mapping[str, float],
 ) -> list[Scale]:
     """Kinds and units that logged rotations [N, d] may have."""
     if logged.shape[1] != 3:
         return [Scale("delta", UNIT_QUATERNION, 1.0), Scale("absolute", UNIT_QUATERNION, 1.0)]
     logged_in_steps = logged[stretches.action_rows(0)][stretches.is_step]
-    scales = _possible_scales(logged_in_steps, step_size, ANGLE_UNITS, step_s)
-    scales += [Scale("absolute", unit, factor) for unit, factor in ANGLE_UNITS.items()]
+    scales = _possible_scales(logged_in_steps, step_size, units, step_s)
+    scales += [Scale("absolute", unit, factor) for unit, factor in units.items()]
     return scales
 
 

@@ -94,8 +94,10 @@ class DatasetLayout:
     instruction      column of the instruction, the same in all steps.
     position         column of the end-effector position, base frame (x forward, y left, z up).
     rotation         column of its orientation in the base frame, in `rotation_format`.
-    length_unit      of positions and of logged translations.
-    angle_unit       of the numbers in `rotation` and `logged_rotation`, if they are angles.
+    length_unit      of positions, and of logged translations unless `logged_translation_unit` says
+                     otherwise.
+    angle_unit       of the numbers in `rotation`, if they are angles, and likewise in
+                     `logged_rotation` (`logged_rotation_unit`).
     tool_rotation    quaternion (w, x, y, z) from the right, from the dataset's end-effector frame
                      to ours: parallel to the base frame when the gripper points down and its
                      fingers close along y.
@@ -112,6 +114,8 @@ class DatasetLayout:
                      velocity; in the base or the end-effector frame.
     logged_rotation_frame   the frame of logged rotations, if it is not `logged_frame`; "angles" if
                      they are added to the recorded angles.
+    logged_translation_unit, logged_rotation_unit   meters and radians (per second, if the kind is
+                     velocity) of a logged 1, if actions are in the units of a controller.
     drop_idle        remove the steps at which neither arm nor gripper moves.
     newest           the last version of the dataset that is correct, if later ones are broken.
     success          column whose last row says how the episode ended: a number (0 failed, below 0
@@ -146,6 +150,8 @@ class DatasetLayout:
     logged_kind: Literal["delta", "absolute", "velocity"] | None = None
     logged_frame: Literal["base", "ee"] | None = None
     logged_rotation_frame: Literal["base", "ee", "angles"] | None = None
+    logged_translation_unit: Positive | None = None
+    logged_rotation_unit: Positive | None = None
     drop_idle: bool = False
     newest: str | None = None
     success: str | None = None
@@ -161,10 +167,18 @@ DEPENDENT_FIELDS = {
     "gripper": ("command", "command_range", "gripper_opening"),
     "gripper_opening": ("gripper", "gripper_range", "command", "command_range"),
     "logged_frame": ("logged_rotation_frame",),
+    "logged_translation": ("logged_translation_unit",),
+    "logged_rotation": ("logged_rotation_unit",),
     "action": ("command", "command_range", "tool_rotation", "base_rotation", "drop_idle"),
 }
 """Field → fields that describe its columns only, and mean nothing for another value of it."""
-COLUMN_OF_FIELD = {"command_range": "command", "action_mask": "action", "source": "action"}
+COLUMN_OF_FIELD = {
+    "command_range": "command",
+    "logged_translation_unit": "logged_translation",
+    "logged_rotation_unit": "logged_rotation",
+    "action_mask": "action",
+    "source": "action",
+}
 """Field → the field without which it describes nothing."""
 REQUIRED_FIELDS = (
     "images",

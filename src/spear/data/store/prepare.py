@@ -65,9 +65,13 @@ MAX_SHARD_MIB = 100  # of images, after which the next shard begins
 MAX_BAD_SHARE = 0.5  # of the episodes; with more, preparing stops
 NUM_CHECKED_EPISODES = 100  # whose units and grippers are checked at the end
 POLL_INTERVAL_S = 0.5  # at which other processes look for the prepared folder
-UNHASHED_FIELDS: dict[str, Any] = {"logged_rotation_frame": None}
+UNHASHED_FIELDS: dict[str, Any] = {
+    "logged_rotation_frame": None,
+    "logged_translation_unit": None,
+    "logged_rotation_unit": None,
+}
 """Values that replace those of fields of layouts on which no prepared episode depends."""
-LATER_FIELDS = ("base_rotation", "gripper_opening", "logged_rotation_frame")
+LATER_FIELDS = ("base_rotation", "gripper_opening", *UNHASHED_FIELDS)
 """Fields of layouts that are not part of the hash unless they differ from their defaults."""
 LAYOUT_DEFAULTS = {field.name: field.default for field in dataclasses.fields(DatasetLayout)}
 JPEG_START = b"\xff\xd8"
