@@ -2,7 +2,6 @@
 radians."""
 
 import math
-
 from collections.abc import Mapping
 
 LENGTH_UNITS = {"m": 1.0, "cm": 1e-2, "mm": 1e-3}  # unit -> meters
