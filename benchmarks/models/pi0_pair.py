@@ -69,7 +69,7 @@ def reduce_preset(
         image_sizes=dict.fromkeys(VIEWS, (side_px, side_px)),
         moge=None,
         stem="patch",
-        vocabulary=VOCABULARY,
+        vocabulary_size=VOCABULARY,
         flow={"rotation": "linear"},
     )
 

@@ -255,7 +255,7 @@ def make_whole_policy(
     name: str, batch: int, dtype: torch.dtype, device: str
 ) -> tuple[Spear1ForActionPrediction, dict[str, Any], list[int]]:
     """Return SPEAR-1 as the preset has it, an observation of all its views, and their tokens."""
-    size = dataclasses.replace(SIZES[name], vocabulary=2048)
+    size = dataclasses.replace(SIZES[name], vocabulary_size=2048)
     with torch.device(device):
         model = Spear1ForActionPrediction(build_spear1_config(size)).eval().to(dtype)
     patch = size.vision["patch_size"]

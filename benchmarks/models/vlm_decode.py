@@ -78,11 +78,13 @@ class Pair:
 
 
 def make_pair(name: str, max_layers: int | None, dtype: torch.dtype, device: str) -> Pair:
-    size = dataclasses.replace(reduce_preset(name, max_layers), vocabulary=SIZES[name].vocabulary)
+    size = dataclasses.replace(
+        reduce_preset(name, max_layers), vocabulary_size=SIZES[name].vocabulary_size
+    )
     torch.manual_seed(0)
     with torch.device(device):
         our_model = SpearVLMForConditionalGeneration(build_vlm_config(size)).eval()
-    num_rows = size.vocabulary + size.bins
+    num_rows = size.vocabulary_size + size.bins
     config = make_paligemma_config(size, num_rows, IMAGE_TOKEN, vocab_size=num_rows)
     with torch.device(device):
         their_model = PaliGemmaForConditionalGeneration(config).eval()

@@ -287,7 +287,7 @@ def _make_observation(size: Preset, device: torch.device) -> Inputs:
         inputs[f"pixels/{view}"] = torch.randint(
             0, 256, (1, 3, height, width), generator=generator, dtype=torch.uint8
         )
-    ids = torch.randint(3, size.vocabulary, (1, INSTRUCTION_TOKENS), generator=generator)
+    ids = torch.randint(3, size.vocabulary_size, (1, INSTRUCTION_TOKENS), generator=generator)
     noise = sample_noise((1, size.horizon), FlowConfig(**size.flow), generator)
     inputs["input_ids"] = ids
     inputs["state"] = torch.zeros(1, NUM_STATE_FEATURES)

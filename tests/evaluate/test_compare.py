@@ -35,7 +35,7 @@ def test_outcomes_are_paired_by_scene_and_unshared_scenes_are_left_out() -> None
     assert row.name == "a"
     assert (row.only_first, row.only_second, row.difference.n) == (2, 0, 4)
     assert row.difference.value == pytest.approx(0.5)
-    assert comparison.unshared == 5
+    assert comparison.num_unshared == 5
 
 
 @pytest.mark.parametrize(

@@ -199,7 +199,7 @@ def test_a_graph_can_hold_acting(empty_policy: tuple[Preset, Any], way: str) -> 
 def test_a_graph_can_hold_answering(empty_policy: tuple[Preset, Any]) -> None:
     size, model = empty_policy
     layers = decode.get_layer_stack(model.vlm.language_model, True, False)
-    spans = [(5, 6), (size.vocabulary, size.vocabulary + size.bins), (1, 2)]
+    spans = [(5, 6), (size.vocabulary_size, size.vocabulary_size + size.bins), (1, 2)]
     observation = make_observation(size, 2, full=False, device=model.device.type)
     inputs = {name: observation[name] for name in ("pixels/external", "input_ids")}
 

@@ -67,7 +67,7 @@ def test_an_object_seen_whole_fills_its_box() -> None:
 def test_the_table_is_flat_at_zero_height(renderer: Renderer) -> None:
     world = World(sample_scene("stack_cube", 5))
     frame = render_frame(world, "external", SIZE)
-    _, _, geom_ids = renderer.layers(world, "external", SIZE)
+    _, _, geom_ids = renderer.render_layers(world, "external", SIZE)
     is_table = geom_ids.ravel() == world.model.geom("table").id
 
     camera_points = compute_points(frame).reshape(-1, 3)

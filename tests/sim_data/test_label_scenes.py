@@ -80,7 +80,7 @@ def test_a_missing_shard_is_made_again_and_removes_outdated_questions(two_scenes
     ("key", "value"), [("first_seed", 10_001), ("sizes", {**SIZES, "wrist": (48, 48)})]
 )
 def test_other_settings_are_refused(two_scenes: Path, key: str, value: Any) -> None:
-    arguments = {"scenes": 2, "sizes": SIZES, "first_seed": FIRST_SEED, key: value}
+    arguments = {"num_scenes": 2, "sizes": SIZES, "first_seed": FIRST_SEED, key: value}
 
     refuses(
         f"other settings: {key} is",

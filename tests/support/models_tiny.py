@@ -27,10 +27,10 @@ TINY = Preset(
     moge=network_fields(16, 5, 2, mlp_ratio=2, patch_size=16, image_size=32),
     text=TEXT_SIZES,
     expert={**TEXT_SIZES, "hidden_size": 16},
-    vocabulary=40,
+    vocabulary_size=40,
     bins=24,
 )
-FIRST_COORDINATE_ID = TINY.vocabulary
+FIRST_COORDINATE_ID = TINY.vocabulary_size
 
 
 def make_vlm(seed: int = 0, **changes: Any) -> SpearVLMForConditionalGeneration:

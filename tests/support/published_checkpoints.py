@@ -30,7 +30,7 @@ TINY14 = dataclasses.replace(
     name="tiny14",
     stem="patch",
     image_sizes={"external": (56, 42), "wrist": (28, 28)},
-    vocabulary=NUM_ROWS,
+    vocabulary_size=NUM_ROWS,
 )
 """The preset "tiny14": patches of 14 pixels, as published encoders have."""
 LINEAR14 = dataclasses.replace(TINY14, flow={**TINY14.flow, "rotation": "linear"})

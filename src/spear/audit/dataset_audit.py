@@ -86,18 +86,18 @@ MAX_EPISODES = 50  # that are read
 MAX_STEPS = 3000  # that are read
 MAX_VIEWED_EPISODES = 12  # whose images are decoded
 MAX_BAD_SHARE = 0.5  # of the episodes that may be bad
-MIN_MARGIN = 0.01  # part of the motion by which a hypothesis must be worse to be called worse
+MIN_MARGIN = 0.01  # fraction of the motion by which a hypothesis must be worse to be called worse
 MAX_UNEXPLAINED = 1 / 3  # relative error above which even the best hypothesis explains nothing
 MIN_MOTION = {"translation": 2e-3, "rotation": np.radians(0.5)}
 """Mean motion over a stretch (m, rad) below which nothing can be told."""
 MAX_UNEXPLAINED_OF_EPISODE = (0.5, 1.0)
-"""Smallest and largest limit from which a single episode's error is odd, as part of its motion."""
+"""An episode is odd if its error exceeds a limit between these two fractions of its motion."""
 NUM_RESAMPLES = 1000
 
 _NOT_CONFIRMED = {"wrong", "cannot tell"}
 
 LayoutAnswers = Mapping[str, Mapping[str, str | None]]
-"""ActionPart ("translation", "rotation") → question → the layout's answer, if it has one."""
+"""Part name ("translation", "rotation") → question → the layout's answer; None without one."""
 
 
 class LoggedUnits(NamedTuple):
@@ -111,7 +111,7 @@ KNOWN_UNITS = LoggedUnits(LENGTH_UNITS, ANGLE_UNITS)
 
 
 class Margin(NamedTuple):
-    """How much worse than the best, as part of the motion: the value and its 95 % interval."""
+    """Excess error over the best hypothesis, as a fraction of the motion, and its 95 % interval."""
 
     value: float
     low: float
@@ -125,7 +125,7 @@ class Finding:
     question       a field of `Hypothesis`.
     best_answer    the answer of the best hypothesis.
     layout_answer  the layout's answer, None where it says nothing.
-    answers        answer → its best hypothesis' fit, and how much worse than the best of all it is.
+    answers        answer → its best hypothesis' fit, and its excess error over the best hypothesis.
     tied_answers   the answers that fit as well as the best one.
     """
 

@@ -158,7 +158,7 @@ def describe(path: str | Path) -> dict[str, Any]:
         proposal.fields["rate_hz"] = None
         proposal.facts["rate_hz"] = "not in the metadata: write how many steps a second has"
 
-    columns = _drop_columns_with_nan(_numeric_columns(episodes))
+    columns = _drop_columns_with_nan(_find_signal_columns(episodes))
     joint_names = _joint_names(folder)
     used_ranges = _describe_motion(columns, rate_hz, joint_names, proposal)
     if isinstance(folder, LeRobotFolder):
@@ -245,7 +245,7 @@ def _leads_to_a_sentence(values: Any, tasks: Mapping[int, str]) -> bool:
     return len(indices) == 1 and " " in tasks.get(indices.pop(), "").strip()
 
 
-def _numeric_columns(episodes: Sequence[Mapping[str, Any]]) -> dict[str, list[Array]]:
+def _find_signal_columns(episodes: Sequence[Mapping[str, Any]]) -> dict[str, list[Array]]:
     """The columns that may be measurements or commands."""
     columns = {}
     for name, values in episodes[0].items():

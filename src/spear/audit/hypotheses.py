@@ -144,6 +144,10 @@ class Stretches:
         `delay`."""
         return self.rows[:, :-1] - delay
 
+    def select_steps(self, logged: Array) -> Array:
+        """The rows of `logged` [N, d] that the real steps are recorded with, without any delay."""
+        return logged[self.action_rows(0)][self.is_step]
+
     def sum_per_unit(self, distances: Array) -> Array:
         """Sum distances [..., n, L] of real steps per unit of resampling: [..., U]."""
         return np.where(self.is_step, distances, 0).sum(-1) @ self._membership
@@ -259,20 +263,20 @@ def _turns_between_steps(quaternions: Array, episode_ends: Array) -> Array:
 
 
 def _possible_scales(
-    logged: Array, step_size: float, units: Mapping[str, float], step_s: float
+    logged: Array, rms_step: float, units: Mapping[str, float], step_s: float
 ) -> list[Scale]:
     """Known units of changes and velocities, and a fitted unit where none of them is near.
 
     Args:
         logged: [N, 3] logged numbers.
-        step_size: root mean square of a recorded step, to compare with that of a logged one.
+        rms_step: root mean square of a recorded step, m or rad; logged steps are compared with it.
         units: unit and its factor to meters or radians.
         step_s: duration of a step.
     """
     scales = [Scale("delta", name, factor) for name, factor in units.items()]
     scales += [Scale("velocity", f"{name}/s", factor * step_s) for name, factor in units.items()]
     logged_size = float(np.sqrt((logged**2).sum(-1).mean()))
-    factor = step_size / logged_size if logged_size > 0 else 0.0
+    factor = rms_step / logged_size if logged_size > 0 else 0.0
     if factor <= 0:
         return scales
     octaves = [abs(np.log2(factor / scale.factor)) for scale in scales]
@@ -316,10 +320,10 @@ def fit_translations(
     num_steps = int(is_step.sum())
 
     squared_steps = np.diff(position[rows], axis=1)[is_step] ** 2
-    step_size = float(np.sqrt(squared_steps.sum(-1).mean()))
-    logged_in_steps = logged[stretches.action_rows(0)][is_step]
+    rms_step_m = float(np.sqrt(squared_steps.sum(-1).mean()))
+    logged_in_steps = stretches.select_steps(logged)
     step_s = 1 / recordings[0].rate_hz
-    relative_scales = _possible_scales(logged_in_steps, step_size, units, step_s)
+    relative_scales = _possible_scales(logged_in_steps, rms_step_m, units, step_s)
     target_scales = [Scale("absolute", unit, factor) for unit, factor in units.items()]
     fits: list[Fit] = []
 
@@ -397,7 +401,7 @@ class _RecordedRotations(NamedTuple):
     motion_ee    [S, n, L, 4] rotation since the start of the stretch, about the gripper's axes.
     motion_base  [S, n, L, 4] the same about the base's axes.
     motion_size  [S, U] summed angles, rad.
-    step_size    root mean square of a step's angle, rad.
+    rms_step_rad root mean square of a step's angle.
     """
 
     formats: list[str]
@@ -405,10 +409,11 @@ class _RecordedRotations(NamedTuple):
     motion_ee: torch.Tensor
     motion_base: torch.Tensor
     motion_size: Array
-    step_size: float
+    rms_step_rad: float
 
 
-def _recorded_rotations(rotation: Array, stretches: Stretches) -> _RecordedRotations:
+def _summarize_recorded_rotations(rotation: Array, stretches: Stretches) -> _RecordedRotations:
+    """Read recorded orientations [N, d] in every format that they may have, along each stretch."""
     quaternions, _ = state_quaternions(rotation)
     formats = state_formats(rotation)
     orientation = torch.stack([_to_tensor(quaternions[name][stretches.rows]) for name in formats])
@@ -422,8 +427,10 @@ def _recorded_rotations(rotation: Array, stretches: Stretches) -> _RecordedRotat
     for cosine in single_steps[..., 0].numpy():
         sizes.append(np.sqrt((_angle(cosine)[stretches.is_step] ** 2).mean()))
     # Where formats disagree on how far the robot turned, the smallest turn is the smoothest.
-    step_size = float(min(sizes))
-    return _RecordedRotations(formats, orientation, motion_ee, motion_base, motion_size, step_size)
+    rms_step_rad = float(min(sizes))
+    return _RecordedRotations(
+        formats, orientation, motion_ee, motion_base, motion_size, rms_step_rad
+    )
 
 
 def fit_rotations(
@@ -440,10 +447,10 @@ def fit_rotations(
     """
     rotation = np.concatenate([r.rotation for r in recordings]).astype(np.float64)
     logged = np.concatenate([r.turn for r in recordings if r.turn is not None]).astype(np.float64)
-    recorded = _recorded_rotations(rotation, stretches)
+    recorded = _summarize_recorded_rotations(rotation, stretches)
     num_steps = int(stretches.is_step.sum())
     step_s = 1 / recordings[0].rate_hz
-    scales = _rotation_scales(logged, recorded.step_size, stretches, step_s, units)
+    scales = _rotation_scales(logged, recorded.rms_step_rad, stretches, step_s, units)
     hypotheses, logged_quaternions = _logged_rotations(logged, scales)
     fits: list[Fit] = []
 
@@ -482,7 +489,7 @@ def fit_rotations(
 
 def _rotation_scales(
     logged: Array,
-    step_size: float,
+    rms_step_rad: float,
     stretches: Stretches,
     step_s: float,
     units: Mapping[str, float],
@@ -490,8 +497,8 @@ def _rotation_scales(
     """Kinds and units that logged rotations [N, d] may have."""
     if logged.shape[1] != 3:
         return [Scale("delta", UNIT_QUATERNION, 1.0), Scale("absolute", UNIT_QUATERNION, 1.0)]
-    logged_in_steps = logged[stretches.action_rows(0)][stretches.is_step]
-    scales = _possible_scales(logged_in_steps, step_size, units, step_s)
+    logged_in_steps = stretches.select_steps(logged)
+    scales = _possible_scales(logged_in_steps, rms_step_rad, units, step_s)
     scales += [Scale("absolute", unit, factor) for unit, factor in units.items()]
     return scales
 

@@ -6,7 +6,7 @@ import itertools
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -121,7 +121,7 @@ def _inspect_dataset(folder: Dataset) -> str:
 
     lines = [
         f"{folder.path}: {title}",
-        f"layout        {_layout_status(folder.name, folder.path)}",
+        f"layout        {_describe_layout_status(folder.name, folder.path).description}",
         f"rate          {rate}",
         f"episodes      {splits}{num_steps}",
         f"looked at     {num_read} ({_format_range(lengths_read)} steps each)",
@@ -206,22 +206,31 @@ def _read_lerobot_episode(folder: LeRobotFolder, index: int) -> Steps | SpearErr
 def is_layout_known(path: str | Path) -> bool:
     """Whether a folder's own `spear.json`, its format or the registry says what its columns
     mean."""
-    folder = open_dataset(path)
-    if isinstance(folder, EpisodeStore):
+    dataset = open_dataset(path)
+    if isinstance(dataset, EpisodeStore):
         return True
-    return not _layout_status(folder.name, folder.path).startswith("not")
+    return _describe_layout_status(dataset.name, dataset.path).is_known
 
 
-def _layout_status(name: str, folder: Path) -> str:
-    """Whether it is known what the columns of a dataset mean, and from where."""
+class _LayoutStatus(NamedTuple):
+    """Whether it is known what the columns of a dataset mean, and that in words."""
+
+    is_known: bool
+    description: str
+
+
+def _describe_layout_status(name: str, folder: Path) -> _LayoutStatus:
     if (folder / LAYOUT_FILE).is_file():
-        return f"described by {folder / LAYOUT_FILE}"
+        return _LayoutStatus(True, f"described by {folder / LAYOUT_FILE}")
     if name not in REGISTRY:
-        return "not known: see spear data describe"
+        return _LayoutStatus(False, "not known: see spear data describe")
     missing_fields = find_missing_fields(REGISTRY[name])
     if missing_fields:
-        return f"not known well enough ({', '.join(missing_fields)}): {LAYOUT_FILE} can say it"
-    return "known"
+        description = (
+            f"not known well enough ({', '.join(missing_fields)}): {LAYOUT_FILE} can say it"
+        )
+        return _LayoutStatus(False, description)
+    return _LayoutStatus(True, "known")
 
 
 def _format_columns(episodes: Sequence[Steps], axes: Mapping[str, Sequence[str]]) -> Iterator[str]:

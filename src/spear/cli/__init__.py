@@ -202,16 +202,18 @@ def _dispatch(args: list[str]) -> None:
         print(_overview(title, _subcommands(args[0])))
     else:
         name = find_command(args)
-        words = args[len(name.split()) :]
-        renamed.check_options(name, words)
-        if not words and name in PRINTS_HELP_WITHOUT_ARGUMENTS:
-            words = ["--help"]
+        option_words = args[len(name.split()) :]
+        renamed.check_options(name, option_words)
+        if not option_words and name in PRINTS_HELP_WITHOUT_ARGUMENTS:
+            option_words = ["--help"]
         function = load_command(name)
-        function(*parse_options(name, function, words, _help_text(name)))
+        function(*parse_options(name, function, option_words, _help_text(name)))
 
 
 def find_command(args: Sequence[str]) -> str:
     """Return the longest command name that the arguments begin with.
+
+    The first argument must be a word: `_dispatch` handles options without a command.
 
     Raises `SpearError` for an unknown command, naming the nearest, and for a former name.
     """

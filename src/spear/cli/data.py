@@ -106,7 +106,7 @@ def prepare(options: PrepareOptions) -> None:
             f"several datasets have the same name: {', '.join(names)}. Prepare them one by one."
         )
     cameras_of_path = {path: list_cameras(path, conversion.layout) for path in options.paths}
-    _check_sized_cameras(conversion, list(cameras_of_path.values()))
+    _check_size_options_name_cameras(conversion, list(cameras_of_path.values()))
 
     # Mistakes in the last dataset are found before the first is prepared.
     workers = options.workers if options.workers is not None else os.cpu_count() or 1
@@ -122,7 +122,9 @@ def prepare(options: PrepareOptions) -> None:
         _report(num_written, target, reasons)
 
 
-def _check_sized_cameras(conversion: Conversion, cameras_of_datasets: Sequence[list[str]]) -> None:
+def _check_size_options_name_cameras(
+    conversion: Conversion, cameras_of_datasets: Sequence[list[str]]
+) -> None:
     """Check that every camera in --image-size is in one of the datasets."""
     all_cameras: set[str] = set()
     for cameras in cameras_of_datasets:

@@ -430,9 +430,9 @@ def compare(options: CompareOptions) -> None:
     print(escape_control_characters(comparison.verdict(), keep_newlines=True))
     for setting in comparison.settings:
         print(f"run differently: {escape_control_characters(setting)}")
-    if comparison.unshared:
-        num_unshared = format_count(comparison.unshared, "episodes")
-        print(f"not compared: {num_unshared} whose scene only one of the two saw")
+    if comparison.num_unshared:
+        unshared_count = format_count(comparison.num_unshared, "episodes")
+        print(f"not compared: {unshared_count} whose scene only one of the two saw")
 
     named_results = [(comparison.first, first), (comparison.second, second)]
     references = find_matching_references(first)

@@ -156,12 +156,12 @@ def _parse_with_tyro(name: str, options_class: type | None, args: Sequence[str])
             )
     except SystemExit:
         pass
-    reason = _read_complaint(complaint.getvalue(), name)
+    reason = _extract_complaint(complaint.getvalue(), name)
     raise SpearError(f"{_simplify(reason, args)}. See `spear {name} --help`.")
 
 
-def _read_complaint(text: str, name: str) -> str:
-    """Return the sentence in tyro's box, without its title and what stands behind it."""
+def _extract_complaint(text: str, name: str) -> str:
+    """Return the sentence in tyro's box, without its title and without what follows it."""
     boilerplate = ("For full helptext", f"spear {name} --help", "---")
     lines = [line.strip(" │╭╮╰╯─|+") for line in text.splitlines()[1:]]
     own_lines = [line for line in lines if line and not line.startswith(boilerplate)]

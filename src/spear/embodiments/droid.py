@@ -102,9 +102,10 @@ def remove_padding(image: Array) -> Array:
     return image
 
 
-def convert_to_joint_positions(actions: Array, state: Array, observation: Observation) -> Array:
-    """Convert actions [H, 8] to joint angles (rad, within the arm's speed) and gripper, [3 H, 8]
-    float32.
+def convert_to_joint_position_rows(actions: Array, state: Array, observation: Observation) -> Array:
+    """Convert actions [H, 8] to joint angles (rad, within the arm's speed) and gripper.
+
+    There are 3 rows per action: [3 H, 8] float32.
     """
     max_speed = _import_kinematics().MAX_JOINT_SPEED_RAD_S
     steps = _solve_joint_steps(actions, observation, state, max_speed * ROWS_PER_ACTION / RATE_HZ)
@@ -113,18 +114,22 @@ def convert_to_joint_positions(actions: Array, state: Array, observation: Observ
     return _append_gripper(joints + row_steps.cumsum(axis=0), actions)
 
 
-def convert_to_joint_velocities(actions: Array, state: Array, observation: Observation) -> Array:
-    """Convert actions [H, 8] to joint velocities (-1 … 1, in the platform's unit) and gripper, [3
-    H, 8] float32.
+def convert_to_joint_velocity_rows(actions: Array, state: Array, observation: Observation) -> Array:
+    """Convert actions [H, 8] to joint velocities (-1 … 1, in the platform's unit) and gripper.
+
+    There are 3 rows per action: [3 H, 8] float32.
     """
     max_step = ROWS_PER_ACTION * UNIT_VELOCITY_STEP_RAD
     steps = _solve_joint_steps(actions, observation, state, max_step)
     return _append_gripper(np.repeat(steps / max_step, ROWS_PER_ACTION, axis=0), actions)
 
 
-def convert_to_cartesian_positions(actions: Array, state: Array, observation: Observation) -> Array:
-    """Convert actions [H, 8] to the flange's x, y, z (m), roll, pitch, yaw (rad) and gripper, [3 H,
-    7] float32.
+def convert_to_cartesian_position_rows(
+    actions: Array, state: Array, observation: Observation
+) -> Array:
+    """Convert actions [H, 8] to the flange's x, y, z (m), roll, pitch, yaw (rad) and gripper.
+
+    There are 3 rows per action: [3 H, 7] float32.
     """
     target_positions, target_rotations = compute_target_poses(state, actions)
     start = torch.from_numpy(np.float64(state))
@@ -197,17 +202,17 @@ EMBODIMENT = Embodiment(
         "joint_velocity": Control(
             "7 joint velocities (1 is 0.2 rad per row), gripper (1 closed)",
             RATE_HZ,
-            convert_to_joint_velocities,
+            convert_to_joint_velocity_rows,
         ),
         "joint_position": Control(
             "7 joint angles (rad, within the arm's speed), gripper (1 closed)",
             RATE_HZ,
-            convert_to_joint_positions,
+            convert_to_joint_position_rows,
         ),
         "cartesian_position": Control(
             "flange's x y z (m, base), roll pitch yaw (rad), gripper (1 closed)",
             RATE_HZ,
-            convert_to_cartesian_positions,
+            convert_to_cartesian_position_rows,
         ),
     },
     example=lambda: {

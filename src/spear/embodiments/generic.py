@@ -20,15 +20,13 @@ EMBODIMENT = Embodiment(
     optional={
         WRIST_IMAGE_KEY: "the wrist camera's image, uint8 [height, width, 3]",
         COMMITTED_KEY: "actions [d, 8] that are executed before the answer is there; it begins "
-        "with "
-        "them",
+        "with them",
     },
     observe=dict,
     controls={
         "delta_pose": Control(
             "translation 3 (m, base frame), rotation quaternion 4 (w x y z, end-effector frame), "
-            "gripper "
-            "opening (1 open, 0 closed), per step",
+            "gripper opening (1 open, 0 closed), per step",
             rate_hz=5.0,
         )
     },

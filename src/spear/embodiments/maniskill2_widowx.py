@@ -63,8 +63,7 @@ EMBODIMENT = Embodiment(
     controls={
         "maniskill2_rotation_vector": Control(
             "x y z (m), rotation vector (rad), both along base axes, gripper (1 open, 0 closed), "
-            "for the "
-            "harness, which hands them to ManiSkill 2's arm_pd_ee_target_delta_pose_align2",
+            "for the harness, which hands them to ManiSkill 2's arm_pd_ee_target_delta_pose_align2",
             rate_hz=5.0,
             convert=convert_to_commands,
         )

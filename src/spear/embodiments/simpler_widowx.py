@@ -80,8 +80,7 @@ EMBODIMENT = Embodiment(
     controls={
         "maniskill3_euler_angles": Control(
             "x y z (m), angles a b c (rad, R = Rx Ry Rz, base axes), gripper (1 open, -1 closed), "
-            "for "
-            "ManiSkill 3's arm_pd_ee_target_delta_pose_align2",
+            "for ManiSkill 3's arm_pd_ee_target_delta_pose_align2",
             rate_hz=5.0,
             convert=convert_to_commands,
         )

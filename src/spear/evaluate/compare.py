@@ -52,7 +52,7 @@ class Comparison:
     first, second  names.
     rows           the families and, last, their mean.
     pairs          both outcomes of each shared scene.
-    unshared       how many scenes only one of them ran.
+    num_unshared   how many scenes only one of them ran.
     settings       how the two were run differently, in words.
     """
 
@@ -60,7 +60,7 @@ class Comparison:
     second: str
     rows: Sequence[Row]
     pairs: Sequence[Pair]
-    unshared: int
+    num_unshared: int
     settings: Sequence[str]
 
     @property
@@ -119,13 +119,13 @@ def compare_results(
     rows = [_make_row(family, [members]) for family, members in pairs_by_family.items()]
     rows.append(_make_row("mean of families", list(pairs_by_family.values())))
 
-    unshared = len(first.outcomes) + len(second.outcomes) - 2 * len(pairs)
+    num_unshared = len(first.outcomes) + len(second.outcomes) - 2 * len(pairs)
     differences = _describe_settings(first, second)
     for name, results in ((first_name, first), (second_name, second)):
         unfinished = results.describe_unfinished()
         if unfinished:
             differences.append(f"{name}: {unfinished}")
-    return Comparison(first_name, second_name, rows, pairs, unshared, differences)
+    return Comparison(first_name, second_name, rows, pairs, num_unshared, differences)
 
 
 def _check_same_scenes(

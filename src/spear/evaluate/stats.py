@@ -196,7 +196,7 @@ def estimate_mean_over_seeds(strata: Sequence[Array]) -> Estimate:
     Args:
         strata: Per task family, each with the same weight: success [seeds, scenes] bool.
     """
-    tables = _check_success_tables(strata)
+    tables = _to_success_tables(strata)
     mean, half_width = _crossed_interval(tables)
     counts = [(int(table.sum()), table.size) for table in tables]
     return _widen(mean, half_width, estimate_mean_proportion(counts), lower_bound=0.0)
@@ -207,8 +207,8 @@ def estimate_difference_over_seeds(first: Sequence[Array], second: Sequence[Arra
 
     The arguments are as in `estimate_mean_over_seeds`; seeds and scenes are paired by their order.
     """
-    a = _check_success_tables(first)
-    b = _check_success_tables(second)
+    a = _to_success_tables(first)
+    b = _to_success_tables(second)
     shapes_a = [table.shape for table in a]
     shapes_b = [table.shape for table in b]
     if shapes_a != shapes_b:
@@ -279,14 +279,15 @@ def _percentile_interval(
     return float(low), float(high)
 
 
-def _check_success_tables(strata: Sequence[Array]) -> list[Array]:
-    """The strata as arrays [seeds, scenes] of bool with the same number of seeds; `ValueError`
-    otherwise.
+def _to_success_tables(strata: Sequence[Array]) -> list[Array]:
+    """Convert strata to arrays [seeds, scenes] of bool with the same number of seeds.
+
+    Raises `ValueError` if they are something else.
     """
     tables = [np.asarray(table) for table in strata]
     if not tables or not all(_is_success_table(table, len(tables[0])) for table in tables):
         kinds = [(table.dtype, table.shape) for table in tables]
-        raise ValueError(f"success of seeds and scenes, bool: {kinds}")
+        raise ValueError(f"Give bool tables [seeds, scenes] with equally many seeds, not {kinds}.")
     return tables
 
 

@@ -82,7 +82,7 @@ def label_object(detection: Detection, mask: Array, image: ImageGeometry) -> Lab
 
         - "detection", of the detector;
         - "points", the number of points to which the box is fitted;
-        - "visible", the fraction of its outline that is its own, neither cut by the image's edge
+        - "visible", the fraction of its outline that is its own, cut neither by the image's edge
           nor by something in front;
         - "edge", the fraction of its outline that the image's edge cuts;
         - "known", the fraction of its pixels with depth;
@@ -101,8 +101,9 @@ def label_object(detection: Detection, mask: Array, image: ImageGeometry) -> Lab
     error_px = 0 if image.is_exact else round(max(1.0, longer_side * MASK_ERROR_FRACTION))
     end_px = max(error_px, round(MASK_END_FRACTION * longer_side)) if error_px else 0
     x0, y0, x1, y1 = tight_box.astype(int).tolist()
-    # `snap_outline` looks at the support beside the object
-    room = 1 + error_px + 4 if error_px else 1
+    room = 1
+    if error_px:
+        room += error_px + 4  # `snap_outline` looks at the support beside the object
     window = (slice(max(y0 - room, 0), y1 + room), slice(max(x0 - room, 0), x1 + room))
 
     # The object's pixels, outline and clean points
@@ -112,7 +113,7 @@ def label_object(detection: Detection, mask: Array, image: ImageGeometry) -> Lab
     if error_px:
         inside = _correct_mask(inside, points, is_known, image, window, error_px)
     lit_part = image.lit_part + np.array([end_px, -end_px])
-    visible, edge, beside = _trace_outline(inside, window, lit_part, points, is_known)
+    visible, edge, points_beside = _trace_outline(inside, window, lit_part, points, is_known)
     cloud = _collect_points(inside & is_known, points, error_px, image.noise)
 
     scores = {
@@ -127,7 +128,7 @@ def label_object(detection: Detection, mask: Array, image: ImageGeometry) -> Lab
         return LabeledObject(detection.name, box2d, encode_mask(mask), None, {}, scores)
 
     # The box
-    fit = _choose_fit(cloud, beside, image)
+    fit = _choose_fit(cloud, points_beside, image)
     box = fit(cloud)
     scores["planarity"] = compute_planarity(cloud)
     scores["stability"] = compute_stability(cloud, box, fit)
@@ -156,14 +157,16 @@ def _correct_mask(
     return snapped if snapped.any() else inside
 
 
-def _choose_fit(cloud: Array, beside: Array, image: ImageGeometry) -> Callable[[Array], Box3D]:
+def _choose_fit(
+    cloud: Array, points_beside: Array, image: ImageGeometry
+) -> Callable[[Array], Box3D]:
     """How to fit a box to the points of an object, which stands on the support where there is
     one."""
     up = None
     support = None
     if image.support_plane is not None:
         up = image.support_plane.up
-        support = _find_support_height(cloud, beside, image.support_plane)
+        support = _find_support_height(cloud, points_beside, image.support_plane)
     margin = MARGIN_PX * _compute_distance(cloud) / image.focal_px
     return partial(fit_box, up=up, support=support, margin=margin, noise=image.noise)
 
@@ -186,7 +189,7 @@ def _compute_distance(cloud: Array) -> float:
 def _collect_points(inside: Array, points: Array, erosion_px: int, noise: float) -> Array:
     """At most `MAX_POINTS` clean points [n, 3] of a mask [h, w], out of the image's [h, w, 3].
 
-    More of them are on its outline, which bounds the box.
+    Up to half come from its outline, which bounds the box.
     """
     inner = erode(inside, 1)
     outline_pixels = subsample(np.argwhere(inside & ~inner), MAX_POINTS // 2)

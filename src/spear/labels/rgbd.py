@@ -35,15 +35,16 @@ from spear.util.images import load_image_and_orientation
 from spear.util.json_text import read_utf8
 
 COLOR_FOLDERS = ("color", "colour", "rgb", "image", "images")
-STRUCTURE = frozenset({"wall", "floor", "ceiling"})
+STRUCTURE_NAMES = frozenset({"wall", "floor", "ceiling"})
 """Parts of the room that are no objects. They keep their instance numbers but get no name (our
 choice)."""
 DEPTH_STEP_M = 0.001  # of the depth images
 UNKNOWN_DEPTH = 0xFFFF  # like 0
-MIN_SCENE_DEPTH_M = 0.05
+MIN_FARTHEST_DEPTH_M = 0.05
 """Every scene reaches farther than this; depth that does not is in another unit (our choice)."""
 MAX_CENTER_OFFSET = 0.15
-"""Of the principal point from the image's center, as a fraction of its size (our choice)."""
+"""Largest offset of the principal point from the center, as a fraction of the image's size (our
+choice)."""
 
 Size = tuple[int, int]
 """Width and height of an image, in pixels."""
@@ -142,8 +143,7 @@ class RgbdScene:
         if not have_same_aspect((height, width), (rows, columns)):
             raise SpearError(
                 f"{path} has {columns}×{rows} pixels, its color image {width}×{height}. Register "
-                "the "
-                "depth to the color camera first."
+                "the depth to the color camera first."
             )
         return np.diag([columns / width, rows / height, 1.0]) @ self._camera
 
@@ -155,8 +155,7 @@ class RgbdScene:
         if not have_same_aspect((height, width), instances.shape):
             raise SpearError(
                 f"{path} has the shape {instances.shape}, which is not that of the "
-                f"{width}×{height} "
-                "image. Replace it."
+                f"{width}×{height} image. Replace it."
             )
         return resize_nearest(instances, height, width).astype(np.int32)
 
@@ -223,7 +222,7 @@ def read_depth(path: Path) -> Array:
     if steps.dtype == np.uint8:
         raise SpearError(f"{path} has 8 bits per pixel, too few for depth. Give a 16-bit PNG.")
     steps = np.where(steps < UNKNOWN_DEPTH, steps, 0)
-    if 0 < steps.max() * DEPTH_STEP_M < MIN_SCENE_DEPTH_M:
+    if 0 < steps.max() * DEPTH_STEP_M < MIN_FARTHEST_DEPTH_M:
         raise SpearError(
             f"{path} shows nothing farther than {steps.max()} mm, so its unit may be meters. Give "
             "millimeters."
@@ -377,4 +376,4 @@ def _read_scannet_names(folder: Path) -> dict[int, str] | None:
         raise SpearError(
             f"{files[0]} is not an aggregation of ScanNet ({error}). Replace it."
         ) from error
-    return {number: name for number, name in names.items() if name not in STRUCTURE}
+    return {number: name for number, name in names.items() if name not in STRUCTURE_NAMES}

@@ -274,8 +274,7 @@ def _open_shard(path: Path) -> pq.ParquetFile:
     if missing:
         raise SpearError(
             f"{path} is not a label shard, because it has no {', '.join(missing[:6])}. Give "
-            "another "
-            "file."
+            "another file."
         )
     return file
 

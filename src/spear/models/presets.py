@@ -15,20 +15,20 @@ if TYPE_CHECKING:
 class Preset:
     """The numbers of one model size.
 
-    name          By which commands know the size.
-    image_sizes   View -> (width, height) in pixels, in the order of the views' tokens.
-    vision        Fields of SigLIP's Transformers config.
-    moge          Fields of DINOv2's, or None for a plain PaliGemma.
-    text          Fields of the VLM's Gemma; its vocabulary comes from the tokenizer.
-    expert        Fields of the action expert's Gemma.
-    stem          "patch" (one convolution per patch, as published) or "conv"
-                  (`spear.models.vision.ConvStem`).
-    vocabulary    Text tokens of the base tokenizer, without 3D tokens.
-    bins          Number of 3D tokens.
-    horizon       Actions per chunk, at the control rate of the data (`types.CONTROL_RATE_HZ`).
+    name             The name by which commands know the size.
+    image_sizes      View -> (width, height) in pixels, in the order of the views' tokens.
+    vision           Fields of SigLIP's Transformers config.
+    moge             Fields of DINOv2's Transformers config, or None for a plain PaliGemma.
+    text             Fields of the VLM's Gemma; its vocabulary comes from the tokenizer.
+    expert           Fields of the action expert's Gemma.
+    stem             "patch" (one convolution per patch, as published) or "conv"
+                     (`spear.models.vision.ConvStem`).
+    vocabulary_size  Number of text tokens of the base tokenizer, without 3D tokens.
+    bins             Number of 3D tokens.
+    horizon          Actions per chunk, at the control rate of the data (`types.CONTROL_RATE_HZ`).
     coordinate_smoothing  As in `SpearVLMConfig`.
-    flow          Fields of `spear.types.FlowConfig`.
-    prompt_tokens  The longest text prompt accepted, in tokens.
+    flow             Fields of `spear.types.FlowConfig`.
+    prompt_tokens    The longest text prompt accepted, in tokens.
     """
 
     name: str
@@ -38,7 +38,7 @@ class Preset:
     text: Mapping[str, Any]
     expert: Mapping[str, Any]
     stem: str = "patch"
-    vocabulary: int = 257152
+    vocabulary_size: int = 257152
     bins: int = 1024
     horizon: int = 5
     coordinate_smoothing: float = 0.0
@@ -79,7 +79,7 @@ NANO = Preset(
     ),
     text=gemma_fields(192, 5, 3, intermediate_size=576, head_dim=64, initializer_range=0.05),
     expert=gemma_fields(160, 5, 3, intermediate_size=384, head_dim=64, initializer_range=0.05),
-    vocabulary=2048,
+    vocabulary_size=2048,
     coordinate_smoothing=2.0,
     # Squared errors on the scale of the other parts. Under the geodesic term alone the expert
     # learned never to turn, which is right for most steps.
@@ -100,7 +100,7 @@ SMALL = Preset(
     moge=network_fields(384, 12, 6, mlp_ratio=4, patch_size=14, image_size=224),
     text=gemma_fields(1024, 12, 8, intermediate_size=4096, head_dim=128),
     expert=gemma_fields(512, 12, 8, intermediate_size=2048, head_dim=128),
-    vocabulary=32768,
+    vocabulary_size=32768,
 )
 
 # The paper: PaliGemma-3B, MoGe ViT-L/14 and π0's 300M action expert.
@@ -130,7 +130,7 @@ def get_preset(name: str) -> Preset:
 
 def build_vlm_config(
     size: Preset,
-    vocabulary: int | None = None,
+    vocabulary_size: int | None = None,
     coordinate_start: int | None = None,
     networks: Mapping[str, Any] | None = None,
 ) -> "SpearVLMConfig":
@@ -138,7 +138,7 @@ def build_vlm_config(
 
     Args:
         size: The preset.
-        vocabulary: Of the tokenizer, 3D tokens included.
+        vocabulary_size: Number of tokens of the tokenizer, 3D tokens included.
         coordinate_start: The id of `<3d0000>`. By default the 3D tokens follow the preset's text
             vocabulary.
         networks: `vision_config`, `text_config` and `moge_config` to use instead of the preset's.
@@ -150,16 +150,16 @@ def build_vlm_config(
         moge = None
         if size.moge is not None:
             moge = {**size.moge, "stem": size.stem, "use_mask_token": False}
-        vocabulary = vocabulary or size.vocabulary + size.bins
+        vocabulary_size = vocabulary_size or size.vocabulary_size + size.bins
         networks = {
             "vision_config": {**size.vision, "stem": size.stem, "vision_use_head": False},
             "moge_config": moge,
-            "text_config": {**size.text, "vocab_size": vocabulary, **SPECIAL_TOKEN_IDS},
+            "text_config": {**size.text, "vocab_size": vocabulary_size, **SPECIAL_TOKEN_IDS},
         }
     return SpearVLMConfig(
         **networks,
         views=list(size.image_sizes),
-        coordinate_start=size.vocabulary if coordinate_start is None else coordinate_start,
+        coordinate_start=size.vocabulary_size if coordinate_start is None else coordinate_start,
         coordinate_bins=size.bins,
         coordinate_smoothing=size.coordinate_smoothing,
     )

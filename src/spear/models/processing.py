@@ -151,7 +151,7 @@ class Processor:
     @staticmethod
     def build(size: Preset, texts: Iterable[str], coordinates: CoordinateTokenizer) -> "Processor":
         """Build the processor of a preset, with a tokenizer trained on `texts`."""
-        tokenizer = train_tokenizer(texts, size.vocabulary)
+        tokenizer = train_tokenizer(texts, size.vocabulary_size)
         return Processor(tokenizer, coordinates, dict(size.image_sizes), size.prompt_tokens)
 
     # Images
@@ -404,12 +404,12 @@ class Processor:
     def _check_fits(self, config: vlm.SpearVLMConfig, folder: Path) -> None:
         ids = self.coordinate_ids
         model_ids = config.coordinate_ids
-        vocabulary = config.text_config.vocab_size
-        if ids != model_ids or ids.stop > vocabulary:
+        vocabulary_size = config.text_config.vocab_size
+        if ids != model_ids or ids.stop > vocabulary_size:
             raise SpearError(
                 f"vocabulary mismatch: {folder}: the 3D tokens of its tokenizer are the ids"
                 f" {ids.start} … {ids.stop - 1}, those of its model {model_ids.start} …"
-                f" {model_ids.stop - 1} of {vocabulary}. Take both from the same checkpoint."
+                f" {model_ids.stop - 1} of {vocabulary_size}. Take both from the same checkpoint."
             )
         for view in self.image_sizes:
             if view not in config.views:
@@ -443,18 +443,18 @@ def check_tokenizer(tokenizer: Any) -> int:
     return int(first)
 
 
-def train_tokenizer(texts: Iterable[str], vocabulary: int = 2048) -> PreTrainedTokenizerFast:
+def train_tokenizer(texts: Iterable[str], vocabulary_size: int = 2048) -> PreTrainedTokenizerFast:
     """Train a tokenizer for small models; the same texts give the same one.
 
     Its ids are `<pad>` 0, `<eos>` 1 and `<bos>` 2 (as Gemma's), then bytes and merges learned from
-    `texts`, then location tokens; at most `vocabulary` in all.
+    `texts`, then location tokens; at most `vocabulary_size` in all.
     """
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     special_tokens = {"pad_token": "<pad>", "eos_token": "<eos>", "bos_token": "<bos>"}
     trainer = trainers.BpeTrainer(
-        vocab_size=vocabulary - NUM_LOCATIONS,
+        vocab_size=vocabulary_size - NUM_LOCATIONS,
         special_tokens=list(special_tokens.values()),
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,

@@ -65,19 +65,18 @@ class GripperCheck:
     """Finds a gripper that mostly does the opposite of its commands."""
 
     def __init__(self) -> None:
-        self._is_opposite: list[bool] = []
+        self._were_opposite: list[bool] = []
 
     def check(self, opening: float, chunk: Array) -> Iterator[Finding]:
         """Check the opening that follows some of the actions [H, 8]."""
         commands = chunk[:, 7]
-        is_one_command = (
-            np.ptp(commands) < 0.5
-        )  # then it does not matter which of them were executed
-        if not is_one_command or len(self._is_opposite) == NUM_STEPS:
+        # If all commands are nearly equal, it does not matter which of them were executed.
+        is_one_command = np.ptp(commands) < 0.5
+        if not is_one_command or len(self._were_opposite) == NUM_STEPS:
             return
-        self._is_opposite.append(bool(abs(commands.mean() - opening) > OPPOSITE_OPENING))
-        is_complete = len(self._is_opposite) == NUM_STEPS
-        if is_complete and sum(self._is_opposite) > MAX_OPPOSITE_SHARE * NUM_STEPS:
+        self._were_opposite.append(bool(abs(commands.mean() - opening) > OPPOSITE_OPENING))
+        is_complete = len(self._were_opposite) == NUM_STEPS
+        if is_complete and sum(self._were_opposite) > MAX_OPPOSITE_SHARE * NUM_STEPS:
             yield Finding(
                 "gripper",
                 "the gripper does the opposite of what it is told: 1 is open, 0 closed, told and "

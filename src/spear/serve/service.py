@@ -137,8 +137,7 @@ class Service:
             notice(
                 f"the robot's file makes {num_rows} rows at rate_hz {rate_hz:g} from "
                 f"{format_count(num_actions, 'actions')} at {CONTROL_RATE_HZ:g} Hz. The arm will "
-                f"move too fast "
-                "or too slowly, or stop early."
+                "move too fast or too slowly, or stop early."
             )
         return num_rows
 

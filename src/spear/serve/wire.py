@@ -69,8 +69,7 @@ def decode(data: bytes) -> dict[str, Any]:
         reason = " ".join(str(error).split())[:_MAX_REASON_CHARS] or type(error).__name__
         raise SpearError(
             f"the message cannot be unpacked ({reason}). Pack one map as openpi-client does, with "
-            f"arrays as "
-            "arrays."
+            "arrays as arrays."
         ) from error
     if not isinstance(message, dict):
         raise SpearError(
@@ -157,8 +156,7 @@ def _decode_array(packed: dict[Any, Any], path: str) -> np.ndarray[Any, Any]:
     if math.prod(shape) * dtype.itemsize != len(data):
         raise SpearError(
             f"{path} has {len(data)} bytes for an array {dtype} {_quote(shape)}: the message was "
-            f"cut or "
-            "mispacked."
+            "cut or mispacked."
         )
     try:
         return np.frombuffer(data, dtype).reshape(shape)

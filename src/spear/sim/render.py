@@ -103,7 +103,7 @@ class Renderer:
             images.append(np.ascontiguousarray(view[::-1]))  # OpenGL's rows go from the bottom up
         return images
 
-    def layers(
+    def render_layers(
         self, world: World, camera: str, size: ImageSize
     ) -> tuple[NDArray[np.uint8], NDArray[np.float32], NDArray[np.int32]]:
         """Render what one camera sees.
@@ -211,7 +211,7 @@ def render_frame(world: World, camera: str, size: ImageSize) -> Frame:
         size: (width, height), pixels.
     """
     check_known("camera", CAMERAS, camera)
-    image, depth_m, geom_ids = get_thread_renderer().layers(world, camera, size)
+    image, depth_m, geom_ids = get_thread_renderer().render_layers(world, camera, size)
     instances = world.instance_of_geom[geom_ids]
     ids, num_pixels = np.unique(instances, return_counts=True)
     visible = []

@@ -44,9 +44,10 @@ Size = tuple[int, int]
 SceneJob = tuple[str, range]
 """The kind of some scenes, and their seeds."""
 RenderScenes = Callable[[SceneJob], Iterator[tuple[str, list[Frame]]]]
-"""A job → each view, with its frames of the scenes. A function of a module, for other processes."""
+"""A job → each view, with its frames of the scenes. Must be picklable: it runs in other
+processes."""
 LabelFrames = Callable[[Iterator[Frame]], Iterator[LabeledImage]]
-"""Frames with ground truth → a label for each, in order. A function of a module, for other
+"""Frames with ground truth → a label for each, in order. Must be picklable: it runs in other
 processes."""
 
 
@@ -83,7 +84,7 @@ def read_scenes(path: str, seeds: Sequence[int]) -> Iterator[Content]:
 
 def label_scenes(  # noqa: PLR0913  the options of its command
     out: Path,
-    scenes: int,
+    num_scenes: int,
     sizes: Mapping[str, Size],
     first_seed: int,
     workers: int = 2,
@@ -95,7 +96,7 @@ def label_scenes(  # noqa: PLR0913  the options of its command
 
     Args:
         out: Folder to write to.
-        scenes: How many scenes to label.
+        num_scenes: How many scenes to label.
         sizes: View ("external", "wrist") → width and height, in pixels.
         first_seed: Seed of the first scene; the others follow it.
         workers: As in `label_scene_jobs`.
@@ -124,7 +125,7 @@ def label_scenes(  # noqa: PLR0913  the options of its command
         settings=settings,
         collect_instructions=collect_instructions,
     )
-    seeds = range(first_seed, first_seed + scenes)
+    seeds = range(first_seed, first_seed + num_scenes)
     jobs = split_into_jobs("", seeds, MAX_SCENES_PER_JOB)
     return label_scene_jobs(out, jobs, simulator, workers, label_frames)
 
@@ -208,7 +209,7 @@ def collect_instructions() -> list[str]:
     seeds = np.random.default_rng(0).integers(FIRST_TRAIN_SEED, end, NUM_INSTRUCTION_SCENES)
     instructions = set()
     for i, seed in enumerate(seeds):
-        instructions.add(sample_scene(FAMILIES[i % 4], int(seed)).instruction)
+        instructions.add(sample_scene(FAMILIES[i % len(FAMILIES)], int(seed)).instruction)
     return sorted(instructions)
 
 
@@ -233,8 +234,8 @@ def _is_finished(out: Path, views: Sequence[str], index: int, job: SceneJob) -> 
 def _label_job(
     out: Path, render: RenderScenes, label_frames: LabelFrames, numbered_job: tuple[int, SceneJob]
 ) -> int:
-    """Label the scenes of job `index` into the shards of that number; returns how many scenes it
-    has."""
+    """Label the scenes of the numbered job into the shards of its number; returns the number of
+    scenes."""
     index, job = numbered_job
     for view, frames in render(job):
         labels = list(label_frames(iter(frames)))

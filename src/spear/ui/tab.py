@@ -84,18 +84,18 @@ class Tab:
     request.
 
     Args:
-        shared: the model.
+        shared_model: the model, which all tabs share.
         is_open: whether the tab is still open.
     """
 
-    def __init__(self, shared: SharedModel, is_open: Callable[[], bool]) -> None:
-        self._shared = shared
+    def __init__(self, shared_model: SharedModel, is_open: Callable[[], bool]) -> None:
+        self._shared_model = shared_model
         self._is_open = is_open
         self._episode: Episode | None = None
         self._box_names: list[str] = []  # objects whose boxes were asked for last
         self._instruction = ""
         self._chunk_instruction = ""  # the instruction with which the current chunk was predicted
-        self._follows_boxes = False
+        self._keeps_boxes_updated = False
         self.handlers: dict[str, Handler] = {
             "reset": self.start_scene,
             "open": self.open_episode,
@@ -118,14 +118,14 @@ class Tab:
         """Go to the start of a simulated scene, by its family and seed."""
         family = str(request.get("family"))[:40]
         seed = check_whole_number("seed", request.get("seed"), MAX_SEED)
-        return self._begin(SimulatedEpisode(family, seed, self._shared.policy))
+        return self._begin(SimulatedEpisode(family, seed, self._shared_model.policy))
 
     def open_episode(self, request: Request) -> View:
         """Open an episode of `spear serve --episodes`, by its number."""
-        folder = self._shared.episode_folder
+        folder = self._shared_model.episode_folder
         if folder is None:
             raise SpearError("there are no episodes. Start the server with --episodes FOLDER.")
-        return self._begin(folder.open(request.get("episode"), self._shared.policy))
+        return self._begin(folder.open(request.get("episode"), self._shared_model.policy))
 
     def open_photo(self, request: Request) -> View:
         """Open a photo, from the data of its file."""
@@ -145,7 +145,7 @@ class Tab:
         """
         text = request.get("text", self._instruction)
         self._instruction = text if isinstance(text, str) else ""
-        self._follows_boxes = request.get("follow", self._follows_boxes) is True
+        self._keeps_boxes_updated = request.get("follow", self._keeps_boxes_updated) is True
         return {}
 
     def show_step(self, request: Request) -> View:
@@ -176,7 +176,7 @@ class Tab:
             self._chunk_instruction = self._instruction
         episode.execute(executor.next_action(), self._chunk_instruction)
         view |= episode.view_at(episode.newest_step)
-        if self._follows_boxes and self._box_names:
+        if self._keeps_boxes_updated and self._box_names:
             view |= self.find_boxes({"objects": self._box_names})
         return view
 
@@ -222,16 +222,16 @@ class Tab:
         }
 
     def _find_absent_objects(self, image: Array, names: list[str]) -> list[str]:
-        trust = self._shared.trust
+        trust = self._shared_model.trust
         if trust is None or not trust.tells_absent:
             return []
-        return list(ask.find_absent_objects(self._shared.vlm, image, names))
+        return list(ask.find_absent_objects(self._shared_model.vlm, image, names))
 
     def _ask_for_boxes(self, image: Array, names: list[str]) -> list[Any]:
         if not names:
             return []
         prompts = [f"Provide the 3D bounding box coordinates of the {name}" for name in names]
-        return self._shared.vlm.answer(
+        return self._shared_model.vlm.answer(
             [image] * len(names), prompts, BOX_QUESTION_TYPE, distributions=True
         )
 
@@ -239,17 +239,17 @@ class Tab:
         """Return the true centers [3] of the objects by name, if they are comparable with the
         model's.
         """
-        if not self._shared.is_metric:
+        if not self._shared_model.is_metric:
             return {}
         objects = episode.view_at(step).get("things", ())
         return {entry["name"]: np.array(entry["vertices"]).mean(0) for entry in objects}
 
     def _compute_interval_mm(self, answer: Any) -> float | None:
         """Return the calibrated half width of an answer's interval; None without a calibration."""
-        trust = self._shared.trust
+        trust = self._shared_model.trust
         if trust is None or BOX_QUESTION_TYPE not in trust.factors:
             return None
-        if not self._shared.is_metric or answer.distribution is None:
+        if not self._shared_model.is_metric or answer.distribution is None:
             return None
         low, high = trust.interval(BOX_QUESTION_TYPE, answer.distribution)
         return MM_PER_M * float((high - low).mean()) / 2
@@ -259,7 +259,9 @@ class Tab:
         episode, step = self._find_step(request)
         question = read_prompt({"question": request.get("text")}, "question")
         image = episode.observation_at(step)["observation/image"]
-        _, answer = ask.ask_question(self._shared.vlm, image, question, trust=self._shared.trust)
+        _, answer = ask.ask_question(
+            self._shared_model.vlm, image, question, trust=self._shared_model.trust
+        )
         return {"step": step, "answer": {"question": question, "text": answer, "step": step}}
 
     def make_film(self, _: Request) -> View:
@@ -311,7 +313,7 @@ class Tab:
         """Infer actions [H, 8], and the chunk to draw: H + 1 poses from the gripper's pose on."""
         observation["prompt"] = read_prompt({"prompt": self._instruction})
         started = time.perf_counter()
-        actions = self._shared.policy.infer(observation)["actions"]
+        actions = self._shared_model.policy.infer(observation)["actions"]
         elapsed_s = time.perf_counter() - started
 
         state: Array = observation["observation/state"]

@@ -164,7 +164,7 @@ def test_intervals_are_not_scored_on_the_images_that_they_were_measured_on(
     labels = load_labeled_images("sim:1199", 3, "external", nano.processor)
     options = QuestionOptions(question_types=("distance",))
 
-    with pytest.warns(Notice, match="calibrated on 1 of"):
+    with pytest.warns(Notice, match="calibrated on 1 image"):
         scores = evaluate_vqa(nano, labels, options, trust)
 
     coverage = scores.calibration["distance"].coverage

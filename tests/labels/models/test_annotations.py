@@ -44,7 +44,7 @@ def annotate_disc(name: str, x: float, y: float, radius: float = 8, **changes: A
     fields: dict[str, Any] = {
         "box2d": np.array([x - radius, y - radius, x + radius, y + radius]),
         "size": (40, 60),
-        "outline": lambda height, width: make_disc(height, width, x, y, radius),
+        "decode_outline": lambda height, width: make_disc(height, width, x, y, radius),
     }
     return Annotation(name, **{**fields, **changes})
 
@@ -211,7 +211,7 @@ SPOON = Detection("spoon", np.array([0, 0, 4, 4], np.float32))
 @pytest.fixture
 def boxed_fork() -> Annotations:
     """A fork without a mask, and cups with one."""
-    fork = annotate_disc("fork", 44, 22, 5, outline=None)
+    fork = annotate_disc("fork", 44, 22, 5, decode_outline=None)
     return make_annotations(
         a=[fork, annotate_disc("cup", 20, 20)], b=[annotate_disc("cup", 20, 20)]
     )

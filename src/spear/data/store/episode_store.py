@@ -120,7 +120,8 @@ class EpisodeStore:
         self._shards = [open_shard(file)[0] for file in files]
         shard_lengths = [len(shard) for shard in self._shards]
         self._shard_starts = np.cumsum([0, *shard_lengths]).tolist()
-        self._numbers = np.arange(self._shard_starts[-1])  # in the folder, of this store's episodes
+        # This store's episodes, as numbers in the folder
+        self._episode_numbers = np.arange(self._shard_starts[-1])
         self.lengths: Array = np.concatenate([np.diff(shard.offsets) for shard in self._shards])
         self.num_known_actions: Array = np.concatenate(
             [shard.num_known_actions for shard in self._shards]
@@ -139,7 +140,7 @@ class EpisodeStore:
         indices_array = np.asarray(indices, np.int64)
         store = copy.copy(self)
         store.is_complete = False
-        store._numbers = self._numbers[indices_array]
+        store._episode_numbers = self._episode_numbers[indices_array]
         store.lengths = self.lengths[indices_array]
         store.num_known_actions = self.num_known_actions[indices_array]
         store.rates_hz = self.rates_hz[indices_array]
@@ -184,7 +185,7 @@ class EpisodeStore:
                     first_image_bytes = shard.image_places[camera][shard.offsets[:-1], 1]
                     mask |= first_image_bytes > 0
             masks.append(mask)
-        return np.concatenate(masks)[self._numbers]
+        return np.concatenate(masks)[self._episode_numbers]
 
     def _drop(self, dropped: Array, reason: str, advice: str) -> "EpisodeStore":
         """Leave out the episodes of a mask [E], with a notice or, if none is left, an error."""
@@ -204,10 +205,10 @@ class EpisodeStore:
         outcomes: list[bool | None] = []
         for shard in self._shards:
             outcomes.extend(shard.episode_columns["success"].to_pylist())
-        return np.array([outcome is False for outcome in outcomes])[self._numbers]
+        return np.array([outcome is False for outcome in outcomes])[self._episode_numbers]
 
     def __len__(self) -> int:
-        return len(self._numbers)
+        return len(self._episode_numbers)
 
     def __getitem__(self, index: int) -> Episode:
         """Read episode `index`, with its images as encoded bytes."""
@@ -219,7 +220,7 @@ class EpisodeStore:
 
     def _locate(self, index: int) -> tuple[Shard, int]:
         """Find the shard of an episode, and its row there."""
-        number = int(self._numbers[index])
+        number = int(self._episode_numbers[index])
         shard_index = bisect.bisect_right(self._shard_starts, number) - 1
         return self._shards[shard_index], number - self._shard_starts[shard_index]
 
@@ -252,7 +253,7 @@ class EpisodeStore:
         It covers all sources and lengths, and states and actions of at most 1,000 episodes.
         """
         digest = self._hash_texts("source")
-        for shard, steps in self._spread_steps():
+        for shard, steps in self._iterate_sampled_steps():
             for rows in (
                 shard.position,
                 shard.rotation,
@@ -271,10 +272,10 @@ class EpisodeStore:
         """
         digest = self._hash_texts("instruction")
         digest.update("\0".join(self.cameras).encode())
-        for shard, steps in self._spread_steps():
+        for shard, steps in self._iterate_sampled_steps():
             for _, image_places in sorted(shard.image_places.items()):
-                image_bytes = image_places[:, 1]
-                digest.update(image_bytes[steps].tobytes())
+                image_lengths = image_places[:, 1]
+                digest.update(image_lengths[steps].tobytes())
         return digest.hexdigest()
 
     def _hash_texts(self, column: str) -> "hashlib._Hash":
@@ -283,11 +284,11 @@ class EpisodeStore:
         texts: list[str] = []
         for shard in self._shards:
             texts.extend(shard.episode_columns[column].to_pylist())  # faster than one by one
-        digest.update("".join(f"{texts[number]}\0" for number in self._numbers).encode())
+        digest.update("".join(f"{texts[number]}\0" for number in self._episode_numbers).encode())
         return digest
 
-    def _spread_steps(self) -> Iterator[tuple[Shard, slice]]:
-        """Yield shard and steps of at most `MAX_HASHED_EPISODES` episodes, spread over all."""
+    def _iterate_sampled_steps(self) -> Iterator[tuple[Shard, slice]]:
+        """Yield shard and steps of at most `MAX_HASHED_EPISODES` episodes, evenly spread."""
         indices = np.unique(np.linspace(0, len(self) - 1, MAX_HASHED_EPISODES).astype(int))
         for index in indices.tolist():
             shard, row = self._locate(index)

@@ -57,12 +57,12 @@ def record_demonstrations(
 
     Args:
         out: Folder.
-        tasks: Their names; all if there are none.
-        seeds: Of the starts.
-        height: Of the images, px; the whole camera image is scaled to it.
+        tasks: Names of the tasks; all tasks if there are none.
+        seeds: Seeds of the starts.
+        height: Height of the images in pixels; the whole camera image is scaled to it.
         workers: Processes that run at once.
         assets: ManiSkill's asset folder, see `check_assets`.
-        policy: Takes turns with the oracle; its steps are masked (`spear.sim.record`).
+        policy: Acts in turns with the oracle; steps it took are masked (`spear.sim.record`).
 
     Returns:
         Task → how many demonstrations succeeded, and of how many.
@@ -79,8 +79,8 @@ def record_demonstrations(
     counts = {}
     for task in dict.fromkeys(tasks or TASKS):
 
-        def record_from(first: int, task: str = task) -> Iterator[Episode]:
-            return record_episodes(task, seeds[first:], size, workers, assets, policy)
+        def record_from(first_index: int, task: str = task) -> Iterator[Episode]:
+            return record_episodes(task, seeds[first_index:], size, workers, assets, policy)
 
         sources = [_format_source(task, seed, policy) for seed in seeds]
         counts[task] = record_successes(

@@ -56,7 +56,7 @@ def evaluate_vqa(
             labels, question_types, options.questions_per_image, options.seed
         )
     )
-    if trust and _was_measured_on(trust, labels):
+    if trust and _notice_calibration_overlap(trust, labels):
         trust = None
     answered, is_free_grammatical = _ask_questions(model, labels, questions, options)
     return summarize(answered, is_free_grammatical, labels, options.decode, trust)
@@ -104,13 +104,14 @@ def _drop_empty_types(questions: QuestionsByType) -> QuestionsByType:
     return questions_asked
 
 
-def _was_measured_on(trust: Trust, labels: Sequence[LabeledImage]) -> bool:
-    """Whether some of these images were used to measure the trust, with a notice."""
+def _notice_calibration_overlap(trust: Trust, labels: Sequence[LabeledImage]) -> bool:
+    """Print a notice if the trust was measured on some of these images; returns whether it was."""
     shared_sources = set(trust.sources) & {label.source for label in labels}
     if shared_sources:
+        num_shared = format_count(len(shared_sources), "images")
         notice(
-            f"calibrated on {len(shared_sources)} of these images: "
-            "its intervals are not judged: take other ones"
+            f"the model was calibrated on {num_shared} of these labels, so its intervals are not "
+            "judged. Take other images to judge them."
         )
     return bool(shared_sources)
 

@@ -283,9 +283,9 @@ def fit_box(
         support: Height of that surface under the object (up · p), when known. The box then reaches
             down to it, although its bottom is hidden.
         margin: How far the object reaches beyond its outermost points on each side.
-        noise: Standard deviation of the points' depth, as a fraction of it. Noise pushes the
-            outermost points further out along their rays. The box is drawn in by as much as that
-            direction has of each of its axes, at most by a fifth of its size.
+        noise: Standard deviation of the points' depth, as a fraction of the depth. Noise pushes the
+            outermost points further out along their rays. Each axis of the box is shortened by the
+            push's component along it, at most by a fifth.
 
     Returns:
         The box; no side is thinner than a thousandth of the longest.
@@ -300,7 +300,7 @@ def fit_box(
         upright = fit_faces(points, level_axes, up)
         # Be strict: noise hides the bend of round things, for which there is a better guess.
         is_upright_box = partial(
-            _is_box, points, noise=0.8 * blur, max_misfit=MAX_MISFIT_FRACTION / 3
+            _is_box, points, blur=0.8 * blur, max_misfit=MAX_MISFIT_FRACTION / 3
         )
         if not is_upright_box(upright):
             # Whether a face that the camera hardly sees is a face shows only along better axes.
@@ -313,8 +313,8 @@ def fit_box(
     free = fit_faces(points, start_axes)
     if up is not None:
         free = min(free, fit_faces(points, upright.axes), key=_get_misfit)
-        stands = free.misfit > MAX_TILTED_MISFIT_FRACTION * upright.misfit
-        if stands or not _is_box(points, free, blur):
+        is_upright_almost_as_good = free.misfit > MAX_TILTED_MISFIT_FRACTION * upright.misfit
+        if is_upright_almost_as_good or not _is_box(points, free, blur):
             return _enclose(points, level_axes, margin, noise, support, None)
     if _is_box(points, free, blur):
         return _enclose(points, free.axes, margin, noise, None, free)
@@ -328,11 +328,11 @@ def _get_misfit(faces: VisibleFaces) -> float:
 
 
 def _is_box(
-    points: Array, faces: VisibleFaces, noise: float, max_misfit: float = MAX_MISFIT_FRACTION
+    points: Array, faces: VisibleFaces, blur: float, max_misfit: float = MAX_MISFIT_FRACTION
 ) -> bool:
-    """Whether the points lie on the faces, as far as the noise of their depth lets that be seen."""
+    """Whether the points lie on the faces, up to the blur (a length) of their depth's noise."""
     size = float(np.median(np.ptp(points @ faces.axes, axis=0)))
-    return faces.misfit < max_misfit * size + noise
+    return faces.misfit < max_misfit * size + blur
 
 
 def _enclose(

@@ -39,7 +39,7 @@ MAX_NAMED_ENTRIES = 3  # of a file that cannot be used; the others are only coun
 _ENTRY_ERRORS = (LookupError, TypeError, ValueError, AttributeError, OverflowError)
 """What reading an entry of a file raises that is not as it should be."""
 
-Outline = Callable[[int, int], Array]
+OutlineDecoder = Callable[[int, int], Array]
 """(height, width) → mask [height, width] bool."""
 
 
@@ -52,14 +52,14 @@ class Annotation:
         box2d: [4] x0, y0, x1, y1 in pixels of the image as annotated; None for the tight box of the
             mask.
         size: (height, width) of the image as annotated.
-        outline: Makes its mask; None when only the box is annotated.
+        decode_outline: Makes its mask; None when only the box is annotated.
         score: 0 … 1.
     """
 
     name: str
     box2d: Array | None
     size: tuple[int, int]
-    outline: Outline | None
+    decode_outline: OutlineDecoder | None
     score: float = 1.0
 
     def box_in(self, height: int, width: int) -> Array:
@@ -72,7 +72,7 @@ class Annotation:
         if self.box2d is None:
             mask = self.mask_in(height, width)
             return compute_tight_box(mask) if mask is not None else np.zeros(4, np.float32)
-        rows, columns = self._check_size(height, width)
+        rows, columns = self._get_checked_size(height, width)
         scale_x = width / columns
         scale_y = height / rows
         box = self.box2d * np.array([scale_x, scale_y, scale_x, scale_y])
@@ -85,10 +85,10 @@ class Annotation:
         Raises:
             SpearError: The annotation is for an image of another shape, or its mask is broken.
         """
-        if self.outline is None:
+        if self.decode_outline is None:
             return None
-        rows, columns = self._check_size(height, width)
-        return resize_nearest(self.outline(rows, columns), height, width)
+        rows, columns = self._get_checked_size(height, width)
+        return resize_nearest(self.decode_outline(rows, columns), height, width)
 
     def check_box(self) -> None:
         """Check that the box is around the mask, as far as both are annotated.
@@ -99,11 +99,11 @@ class Annotation:
             SpearError: Most of the mask is outside the box, the mask fills very little of it, or
                 the box is in corners instead of x, y, width, height.
         """
-        if self.box2d is None or self.outline is None:
+        if self.box2d is None or self.decode_outline is None:
             return
         height, width = self.size
         try:
-            mask = self.outline(height, width)
+            mask = self.decode_outline(height, width)
         except SpearError:
             return  # the segmenter raises it when it uses the mask
         if not mask.any():
@@ -126,13 +126,13 @@ class Annotation:
                 "are x, y, width, height), or leave the image out."
             )
 
-    def _check_size(self, height: int, width: int) -> tuple[int, int]:
+    def _get_checked_size(self, height: int, width: int) -> tuple[int, int]:
+        """The size of the image as annotated, if an image of the given size has its shape."""
         rows, columns = self.size
         if not have_same_aspect((height, width), self.size):
             raise SpearError(
                 f"{self.name!r} is annotated in an image of {columns}×{rows}, this one is "
-                f"{width}×{height}. "
-                "Give the image itself, at most resized."
+                f"{width}×{height}. Give the image itself, at most resized."
             )
         return rows, columns
 
@@ -151,7 +151,7 @@ class Annotations:
     """A file of annotations.
 
     Attributes:
-        name: Of the file, for the label's provenance.
+        name: The file's name, for the label's provenance.
         find: Finds the annotations of an image.
     """
 
@@ -169,8 +169,7 @@ class Annotations:
         if annotations and frame.is_turned:
             raise SpearError(
                 f"EXIF turns {frame.source}, so {self.name} may mean it as it is stored or as it "
-                "is seen. "
-                "Remove that tag, from pixels as annotated."
+                "is seen. Remove that tag, from pixels as annotated."
             )
         return annotations
 
@@ -204,8 +203,7 @@ class FileDetector:
             if self.second is None:
                 raise SpearError(
                     f"{unknown_frames[0].source} is not in {self.annotations.name}. Name images "
-                    "as that file "
-                    "does, or add a detector for the others."
+                    "as that file does, or add a detector for the others."
                 )
             second_results = iter(self.second.detect(unknown_frames))
 
@@ -283,7 +281,7 @@ class FileSegmenter:
         masks = np.zeros((len(detections), height, width), bool)
         annotations = []
         for annotation in self.annotations.find_in_frame(frame) or ():
-            if annotation.outline is not None:
+            if annotation.decode_outline is not None:
                 annotations.append(annotation)
         matches = _match(detections, annotations, height, width)
         for i, j in matches.items():
@@ -521,7 +519,7 @@ def _make_crowd(annotation: Annotation) -> list[Annotation]:
     box = annotation.box2d
     if box is None:
         box = np.array([0, 0, width, height], np.float64)
-    crowd = replace(annotation, outline=_make_empty_mask, box2d=box)
+    crowd = replace(annotation, decode_outline=_make_empty_mask, box2d=box)
     return [crowd, replace(crowd, name=f"{annotation.name}s")]
 
 
@@ -535,22 +533,22 @@ def _read_coco_annotation(
     """Read an annotation; one of `_ENTRY_ERRORS` says why it cannot be used.
 
     Args:
-        entry: Of the file.
-        names: Of the categories, by id.
-        size: (height, width) of its image.
+        entry: The entry of the file.
+        names: The names of the categories, by id.
+        size: (height, width) of the annotated image.
     """
     category = entry["category_id"]
     if category not in names:
         raise _OddEntryError(f"has category {category}, which the file does not define")
-    outline = None
+    decode_outline = None
     if entry.get("segmentation"):
-        outline = _make_outline(entry["segmentation"])
+        decode_outline = _make_outline_decoder(entry["segmentation"])
     box = None
     if entry.get("bbox") not in (None, []):
         box = _read_coco_box(entry["bbox"])
-    elif outline is None:
+    elif decode_outline is None:
         raise _OddEntryError("has neither a box nor a mask")
-    return Annotation(names[category], box, size, outline, _read_coco_score(entry))
+    return Annotation(names[category], box, size, decode_outline, _read_coco_score(entry))
 
 
 def _read_coco_box(values: Any) -> Array:
@@ -572,8 +570,8 @@ def _read_coco_score(entry: Mapping[str, Any]) -> float:
     return score
 
 
-def _make_outline(segmentation: Any) -> Outline:
-    """The outline of a COCO `segmentation`."""
+def _make_outline_decoder(segmentation: Any) -> OutlineDecoder:
+    """The decoder of a COCO `segmentation`."""
     if isinstance(segmentation, list):
         return partial(_fill_coco_polygons, segmentation)
     return partial(_decode_coco_runs, segmentation["counts"], tuple(segmentation["size"]))
@@ -634,12 +632,12 @@ class _RelationsIndex:
     def find(self, source: str) -> list[Annotation] | None:
         suffix = r"\.(mp4|jpe?g|png|webp)$"
         path = [re.sub(suffix, "", name, flags=re.IGNORECASE) for name in _split_path(source)]
-        takes = [index for index, name in enumerate(path) if name in self._takes]
-        if not takes:
+        take_indices = [index for index, name in enumerate(path) if name in self._takes]
+        if not take_indices:
             return None
-        take = takes[-1]
-        cameras = self._takes[path[take]]
-        camera = next((name for name in path[take + 1 : -1] if name in cameras), None)
+        take_index = take_indices[-1]
+        cameras = self._takes[path[take_index]]
+        camera = next((name for name in path[take_index + 1 : -1] if name in cameras), None)
         number = re.search(r"\d+$", path[-1])
         if camera is None or number is None:
             return None
@@ -652,8 +650,8 @@ def _add_view(frames: dict[int, list[Annotation]], name: str, view: Mapping[str,
         frames.setdefault(int(number), [])
     for number, entry in view["annotation"].items():
         size = (int(entry["height"]), int(entry["width"]))
-        outline = partial(_decode_relations_mask, entry["encodedMask"])
-        annotation = Annotation(name, None, size, outline)
+        decode_outline = partial(_decode_relations_mask, entry["encodedMask"])
+        annotation = Annotation(name, None, size, decode_outline)
         frames.setdefault(int(number), []).append(annotation)
 
 
@@ -673,9 +671,10 @@ def decompress_lz_string(text: str) -> str:
     written.
 
     The letters are a stream of bits, six each, highest first. The numbers in it are written lowest
-    bit first and name words of a dictionary, which grows by each word's first letter appended to
-    the word before. They are as wide as its next free index needs. Three have a meaning of their
-    own: 0 and 1 bring a new letter of 8 or 16 bits, 2 ends the text.
+    bit first and are indices into a dictionary of words. After each word, the dictionary gets a new
+    entry: the word before it with its first letter appended. A number has as many bits as the
+    dictionary's next free index. Three numbers have other meanings: 0 and 1 announce a new letter
+    of 8 or 16 bits, and 2 ends the text.
 
     Raises:
         SpearError: The text is not such a stream, or not all of it.

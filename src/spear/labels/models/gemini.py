@@ -62,7 +62,7 @@ _FATAL_CODES = (401, 403, 404)
 
 _REQUEST = tomllib.loads(Path(__file__).with_suffix(".toml").read_text(encoding="utf-8"))
 PROMPT: str = _REQUEST["prompt"]
-VOCABULARY: str = _REQUEST["vocabulary"]
+VOCABULARY_SENTENCE: str = _REQUEST["vocabulary"]
 SCHEMA: dict[str, Any] = _REQUEST["schema"]
 
 
@@ -292,13 +292,12 @@ def _read_key() -> str:
             return key
     raise SpearError(
         f"Gemini needs a key. Set {KEY_VARIABLES[0]} (get one at "
-        "https://aistudio.google.com/apikey), "
-        f"or {ALTERNATIVE_ADVICE}"
+        f"https://aistudio.google.com/apikey), or {ALTERNATIVE_ADVICE}"
     )
 
 
 def _find_connection_errors() -> tuple[type[Exception], ...]:
-    """What the client's HTTP library, which is one of two, raises where there is no connection."""
+    """The errors of a lost connection, of httpx or its successor httpx2, whichever is installed."""
     errors = []
     for name in ("httpx2", "httpx"):
         if importlib.util.find_spec(name):
@@ -320,7 +319,7 @@ def build_prompt(vocabulary: Sequence[str]) -> str:
     """The prompt that goes with every image."""
     if not vocabulary:
         return PROMPT
-    return PROMPT + VOCABULARY.format(names=", ".join(vocabulary))
+    return PROMPT + VOCABULARY_SENTENCE.format(names=", ".join(vocabulary))
 
 
 def estimate_input_tokens(vocabulary: Sequence[str]) -> int:

@@ -46,7 +46,10 @@ def find_instance_boxes(frame: Frame) -> dict[int, Array]:
 
 
 class GroundTruth:
-    """All three models, from a frame's `instances`, `names`, `depth` and `intrinsics`."""
+    """Detector, segmenter and depth model at once.
+
+    They read a frame's `instances`, `names`, `depth` and `intrinsics`.
+    """
 
     name = GROUND_TRUTH
 

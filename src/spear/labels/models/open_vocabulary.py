@@ -18,7 +18,7 @@ import torch
 
 from spear.errors import SpearError
 from spear.labels.fit.image import clip_boxes, suppress_overlaps
-from spear.labels.models.pretrained import explain_full_memory, load_model, load_processor
+from spear.labels.models.pretrained import explain_full_memory, load_model, load_pretrained_part
 from spear.labels.models.protocols import Detection
 from spear.types import Array, Frame
 
@@ -51,7 +51,7 @@ class _OpenVocabularyDetector:
         from transformers import AutoModelForZeroShotObjectDetection, AutoProcessor
 
         self._names = _clean_vocabulary(vocabulary, self.kind)
-        self._processor = load_processor(AutoProcessor, self.kind, model)
+        self._processor = load_pretrained_part(AutoProcessor, self.kind, model)
         self._network = load_model(AutoModelForZeroShotObjectDetection, self.kind, model, device)
         for name in self._names:
             if not self._fits_in_prompt(self.prompt.format(name) + self.separator):

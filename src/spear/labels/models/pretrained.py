@@ -19,11 +19,11 @@ def load_model(
     """Load a network, in evaluation mode, on a device.
 
     Args:
-        cls: Its class in Transformers.
-        kind: Its `model_type` there.
-        model: Name on the Hub, or folder of `config.json` and `model.safetensors`.
-        device: As for `choose_device`.
-        other_kinds: Other kinds of which this network is a part.
+        cls: The network's class in Transformers.
+        kind: The network's `model_type` in Transformers.
+        model: Name on the Hub, or folder with `config.json` and `model.safetensors`.
+        device: As in `choose_device`.
+        other_kinds: Kinds of larger models that contain this network; they are accepted, too.
 
     Raises:
         SpearError: There is no such model or no network connection, it is of another kind, or
@@ -32,12 +32,12 @@ def load_model(
     from transformers import AutoConfig
 
     torch_device = choose_device(device)
-    config = load_processor(AutoConfig, kind, model)
+    config = load_pretrained_part(AutoConfig, kind, model)
     if config.model_type not in (kind, *other_kinds):
         raise SpearError(
             f"{model} is a {config.model_type} model, not a {kind} model. Give a {kind} model."
         )
-    network, info = load_processor(
+    network, info = load_pretrained_part(
         cls,
         kind,
         model,
@@ -49,16 +49,17 @@ def load_model(
     if missing:
         raise SpearError(
             f"{model} lacks {format_count(len(missing), 'weights')}, the first is {missing[0]}. "
-            "Give "
-            "the complete model."
+            "Give the complete model."
         )
     network.register_forward_hook(refuse_nan)
     return network.to(torch_device).eval()
 
 
 def refuse_nan(network: Any, inputs: Any, outputs: Any) -> None:
-    """A forward hook that raises `SpearError` for NaN in an output, which would pass for an empty
-    image."""
+    """A forward hook that raises `SpearError` if an output contains NaN.
+
+    NaN would otherwise look like an image without objects.
+    """
     for name, value in vars(outputs).items():
         if isinstance(value, torch.Tensor) and value.isnan().any():
             raise SpearError(f"{type(network).__name__} puts out NaN ({name}). Use other weights.")
@@ -77,8 +78,18 @@ def explain_full_memory(num_images: int) -> Iterator[None]:
         ) from error
 
 
-def load_processor(cls: Any, kind: str, model: str, **options: Any) -> Any:
-    """Load the processor of a network, or another part; arguments and errors as of `load_model`."""
+def load_pretrained_part(cls: Any, kind: str, model: str, **options: Any) -> Any:
+    """Load one part of a pretrained model: its config, its network or its processor.
+
+    Args:
+        cls: The part's class in Transformers.
+        kind: As in `load_model`.
+        model: As in `load_model`.
+        options: Options of the class's `from_pretrained`.
+
+    Raises:
+        SpearError: There is no such model or no network connection, or it cannot be loaded.
+    """
     path = Path(model).expanduser()
     is_local = path.exists() or not is_hub_name(model)
     if is_local and not path.is_dir():
@@ -97,6 +108,5 @@ def load_processor(cls: Any, kind: str, model: str, **options: Any) -> Any:
     except Exception as error:  # unknown names and broken files raise errors of many kinds
         raise SpearError(
             f"{model} cannot be loaded as a {kind} model ({summarize_error(error)}). Check the "
-            "name and the "
-            f"network connection, or give {kind}=FOLDER."
+            f"name and the network connection, or give {kind}=FOLDER."
         ) from error
