@@ -118,9 +118,8 @@ def test_labeling_and_training_run_without_optional_packages(tmp_path: Path) -> 
     label = "label photo.png --dry-run --batch-size 1"
     train = "train nano-post --init nano --episodes . --steps 1 --set batch_size=2 --out out"
     code = (
-        f"import sys; sys.modules.update(dict.fromkeys({OPTIONAL_MODULES})); "
-        "from spear.cli import main; "
-        f"sys.exit(any(main(command.split()) for command in ({label!r}, {train!r})))"
+        f"import sys; sys.modules.update(dict.fromkeys({OPTIONAL_MODULES})); from spear.cli import "
+        f"main; sys.exit(any(main(command.split()) for command in ({label!r}, {train!r})))"
     )
 
     subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True)

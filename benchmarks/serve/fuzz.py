@@ -347,8 +347,7 @@ def main(
     print(f"{num_frames} malformed frames in {elapsed_s:.0f} s, each answered as it must be")
     print(
         f"server memory: {memory_mib[0]:.0f} MiB after the first tenth, {memory_mib[-1]:.0f} MiB "
-        f"at "
-        f"the end; open files: {num_files_before} at the start, {num_files_after} at the end"
+        f"at the end; open files: {num_files_before} at the start, {num_files_after} at the end"
     )
     has_grown = memory_mib[-1] - memory_mib[0] > MAX_GROWTH_MIB
     has_open_files = num_files_after > num_files_before + MAX_NEW_FILES

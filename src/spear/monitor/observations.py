@@ -89,8 +89,7 @@ def check_rotations(expected: TrainingDistribution, rotations: Array) -> Iterato
             "rotation",
             f"turned by {np.degrees(max_angle):.0f}° from the mean orientation, in training by "
             f"{np.degrees(expected.max_rotation_rad):.0f}° at most: another order of the "
-            f"quaternion, or "
-            "another frame?",
+            "quaternion, or another frame?",
         )
 
 
