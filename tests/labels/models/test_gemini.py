@@ -476,3 +476,12 @@ def test_without_a_network_it_says_so_once_and_stops(monkeypatch: pytest.MonkeyP
         monkeypatch.setattr(module, "MAX_ATTEMPTS", 10**9)  # would never return if it tried again
         with pytest.raises(RetryableError, match="network"):
             gemini.detect([make_noise_frame(1)])
+
+
+@pytest.mark.parametrize("variable", ["ALL_PROXY", "https_proxy"])
+def test_a_proxy_that_the_client_cannot_use_is_refused_with_the_cure(
+    monkeypatch: pytest.MonkeyPatch, variable: str
+) -> None:
+    monkeypatch.setenv(variable, "socks4://127.0.0.1:9")
+
+    refuses(rf"Gemini .*{variable}.*\. Set it", make_detector)

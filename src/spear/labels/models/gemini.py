@@ -33,7 +33,7 @@ from spear.labels.models.protocols import Detection
 from spear.types import Array, Frame
 from spear.util.files import write_text
 from spear.util.images import encode_jpeg
-from spear.util.network import explain_unreachable
+from spear.util.network import check_proxies, explain_unreachable
 
 MODEL = "gemini-3.8-flash"
 KEY_VARIABLES = ("GEMINI_API_KEY", "GOOGLE_API_KEY")
@@ -85,7 +85,8 @@ class GeminiDetector:
             service.
 
     Raises:
-        SpearError: There is no key, or google-genai is not installed.
+        SpearError: There is no key, google-genai is not installed, or its HTTP client cannot use a
+            proxy that the environment names.
     """
 
     def __init__(
@@ -106,6 +107,7 @@ class GeminiDetector:
         # Google's client
         self._key = _read_key()
         genai = import_optional("google.genai", "label", "Gemini")
+        check_proxies("Gemini")
         self._types = genai.types
         self._errors = genai.errors
         self._connection_errors = _find_connection_errors()
