@@ -43,7 +43,7 @@ from spear.data.readers.build_episode import (
     read_pose,
     read_success,
 )
-from spear.data.readers.columns import RawEpisodes, Steps, read_column, read_numbers
+from spear.data.readers.columns import RawEpisodes, Steps, read_encoded_images, read_numbers
 from spear.data.readers.dataset_layout import (
     ANGLE_FORMATS,
     RECORDED_ONLY,
@@ -342,10 +342,9 @@ def _summarize_camera(
 ) -> View | None:
     """What a camera shows in an episode; None where it is absent or cannot be decoded."""
     with contextlib.suppress(SpearError):
-        images = read_column(steps, layout.images[camera], source)
-        if isinstance(images, list):
-            context = f"{source} camera {camera!r}"
-            return summarize_view(images, position, episode_rate_hz(steps, layout), context)
+        images = read_encoded_images(steps, layout.images[camera], source)
+        context = f"{source} camera {camera!r}"
+        return summarize_view(images, position, episode_rate_hz(steps, layout), context)
     return None
 
 

@@ -36,7 +36,13 @@ from spear.checks.gripper import (
 from spear.checks.instructions import looks_like_identifier
 from spear.checks.recording import Recording
 from spear.checks.states import plausible_length_unit
-from spear.data.readers.columns import RawEpisodes, is_depth_png, walk_columns
+from spear.data.readers.columns import (
+    RawEpisodes,
+    are_raw_images,
+    is_depth_png,
+    read_encoded_images,
+    walk_columns,
+)
 from spear.data.readers.dataset_layout import ANGLE_FORMATS
 from spear.data.readers.formats import Dataset, count_episodes, open_dataset
 from spear.data.readers.lerobot import (
@@ -306,7 +312,10 @@ def _free_numbers(
     return free
 
 
-def _are_images(values: Sequence[Any]) -> bool:
+def _are_images(values: Any) -> bool:
+    """Whether the values of a column are encoded images."""
+    if not isinstance(values, list):
+        return False
     first = values[0] if values else b""
     return first.startswith(IMAGE_MAGIC_BYTES) and not is_depth_png(first)
 
@@ -320,11 +329,12 @@ def _describe_cameras(
         if isinstance(steps, SpearError):
             continue
         for name, values in walk_columns(steps):
-            if not isinstance(values, list) or not _are_images(values):
+            if not are_raw_images(values) and not _are_images(values):
                 continue
+            images = read_encoded_images(steps, name, source)
             # As if the arm moved at every step.
             position = np.arange(3 * len(values)).reshape(-1, 3)
-            view = summarize_view(values, position, rate_hz, f"{source} column {name!r}")
+            view = summarize_view(images, position, rate_hz, f"{source} column {name!r}")
             shares.setdefault(name, [])
             if not view.is_blank:
                 shares[name].append(view.changing_share)

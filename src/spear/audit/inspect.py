@@ -11,7 +11,13 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
-from spear.data.readers.columns import Steps, count_steps, is_depth_png, walk_columns
+from spear.data.readers.columns import (
+    Steps,
+    are_raw_images,
+    count_steps,
+    is_depth_png,
+    walk_columns,
+)
 from spear.data.readers.dataset_layout import (
     LAYOUT_FILE,
     REGISTRY,
@@ -240,7 +246,10 @@ def _format_columns(episodes: Sequence[Steps], axes: Mapping[str, Sequence[str]]
         axes: what the numbers of a column are called, where the dataset says it.
     """
     for name, values in episodes[0].items():
-        if isinstance(values, np.ndarray) and values.size:
+        if are_raw_images(values):
+            height, width = values.shape[1:3]
+            yield f"  {name:<34} raw image, {width} x {height} pixels"
+        elif isinstance(values, np.ndarray) and values.size:
             yield from _format_numbers(name, values, episodes, axes.get(name, ()))
         elif isinstance(values, list) and values and is_depth_png(values[0]):
             width, height = Image.open(io.BytesIO(values[0])).size

@@ -13,8 +13,8 @@ from spear.data.readers.bad_rows import find_good_rows, mask_gaps, record_repair
 from spear.data.readers.columns import (
     Steps,
     count_steps,
-    is_depth_png,
     read_column,
+    read_encoded_images,
     read_numbers,
     read_text,
 )
@@ -295,10 +295,7 @@ def _read_images(steps: Steps, layout: DatasetLayout, camera: str, source: str) 
     column = layout.images[camera]
     aspect = layout.image_aspect.get(camera)
     images: list[bytes] = []
-    for step, encoded in enumerate(read_column(steps, column, source)):
-        if not isinstance(encoded, bytes) or is_depth_png(encoded):
-            raise SpearError(f"no images in column {column!r}: {source}: name another column")
-
+    for step, encoded in enumerate(read_encoded_images(steps, column, source)):
         name = f"{source} step {step} camera {camera!r}"
         ends_well = encoded.endswith((JPEG_END, PNG_END))
         if encoded and (aspect is not None or not ends_well):

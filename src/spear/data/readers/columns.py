@@ -12,6 +12,7 @@ import numpy as np
 from spear.data.actions import find_first
 from spear.errors import SpearError
 from spear.types import CONTROL_CHARACTERS, Array
+from spear.util.images import encode_png
 
 Steps = Mapping[str, Any]
 """The columns of an episode, nested: an array with the steps first, a list of bytes for images and
@@ -20,6 +21,7 @@ RawEpisodes = Iterator[tuple[str, Steps | SpearError]]
 """(source, steps) of each episode of a dataset, or why the episode cannot be read."""
 
 _COLUMN = re.compile(r"^(?P<path>[^\[\]]+)(\[(?P<first>\d+)(:(?P<end>\d+))?\])?$")
+MIN_RAW_IMAGE_SIDE_PX = 8  # smaller arrays are measurements
 _DEPTH_PNG_HEADER = b"PNG\x10\x00"  # signature, 16 bits per channel, one channel
 
 
@@ -181,6 +183,40 @@ def _decode_text(row: Any) -> str:
     if CONTROL_CHARACTERS.search(text):
         raise ValueError
     return text
+
+
+def read_encoded_images(steps: Steps, column: str, source: str) -> list[bytes]:
+    """Read a column of images.
+
+    Returns:
+        The encoded images. Raw pixels, uint8 [T, h, w, 3 or 4], are encoded as PNG.
+
+    Raises:
+        SpearError: If the column is missing or has anything else; the message says what it has.
+    """
+    values = read_column(steps, column, source)
+    if are_raw_images(values):
+        return [encode_png(pixels) for pixels in values]
+    if isinstance(values, np.ndarray):
+        raise SpearError(
+            f"no images in column {column!r}: {source}: it has {values.dtype} of shape "
+            f"{list(values.shape)}. Raw images are uint8 [steps, height, width, 3]; convert them, "
+            "or name another column."
+        )
+
+    is_list = isinstance(values, list)
+    if not is_list or any(not isinstance(row, bytes) or is_depth_png(row) for row in values):
+        raise SpearError(f"no images in column {column!r}: {source}: name another column")
+    encoded_images: list[bytes] = values
+    return encoded_images
+
+
+def are_raw_images(values: Any) -> bool:
+    """Whether a column is an array of pixels, uint8 [T, h, w, 3 or 4], large enough for images."""
+    if not isinstance(values, np.ndarray) or values.dtype != np.uint8 or values.ndim != 4:
+        return False
+    _, height, width, num_channels = values.shape
+    return num_channels in (3, 4) and min(height, width) >= MIN_RAW_IMAGE_SIDE_PX
 
 
 def is_depth_png(encoded: bytes) -> bool:

@@ -19,6 +19,7 @@ from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from pydantic import BaseModel, Field, NonNegativeInt, PositiveInt
 from pydantic.dataclasses import dataclass
@@ -600,6 +601,10 @@ def _convert_column(column: pa.ChunkedArray, folder: Path) -> Any:
         numbers = values.flatten().to_numpy(zero_copy_only=False)
         return numbers.reshape(len(values), kind.list_size)
 
+    raw_images = _convert_raw_images(values)
+    if raw_images is not None:
+        return raw_images
+
     cells = column.to_pylist()
     first_cell = next((cell for cell in cells if cell is not None), None)
     is_text = pa.types.is_string(kind) or pa.types.is_large_string(kind)
@@ -611,6 +616,26 @@ def _convert_column(column: pa.ChunkedArray, folder: Path) -> Any:
         is_numeric = array.dtype.kind in "biuf"
         return array if is_numeric else array.astype(float)  # an empty cell becomes NaN
     return f"it holds {kind}: no numbers, or not as many in each row"
+
+
+def _is_list(kind: pa.DataType) -> bool:
+    is_of_any_length = pa.types.is_list(kind) or pa.types.is_large_list(kind)
+    return bool(is_of_any_length or pa.types.is_fixed_size_list(kind))
+
+
+def _convert_raw_images(values: pa.Array) -> Array | None:
+    """Convert lists of lists of lists of uint8 to an array [T, h, w, c]; None for anything else."""
+    shape = [len(values)]
+    while _is_list(values.type) and not values.null_count:
+        lengths = np.unique(pc.list_value_length(values).to_numpy(zero_copy_only=False))
+        if len(lengths) != 1:
+            return None
+        shape.append(int(lengths[0]))
+        values = values.flatten()
+    if len(shape) != 4 or values.type != pa.uint8() or values.null_count:
+        return None
+    pixels: Array = values.to_numpy(zero_copy_only=False).reshape(shape)
+    return pixels
 
 
 def _to_bytes(cell: str | bytes | None) -> bytes:
