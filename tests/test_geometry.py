@@ -352,7 +352,7 @@ def test_sphere_log_is_tangent_and_as_long_as_the_arc() -> None:
 
 
 @pytest.mark.parametrize("fraction", [0.0, 0.4, 1.0])
-def test_ways_on_the_sphere_are_great_circles(fraction: float) -> None:
+def test_paths_on_the_sphere_are_great_circles(fraction: float) -> None:
     a = draw_quats(seed=9)
     b = draw_quats(seed=10)
     angle = torch.arccos((a * b).sum(-1, keepdim=True))

@@ -26,10 +26,10 @@ from spear.tokens import (
 )
 
 
-def draw_coordinates(n: int, seed: int) -> np.ndarray:
-    """Camera-frame coordinates as labels have them: mostly around 0, depth skewed, meters."""
+def draw_coordinates(num_points: int, seed: int) -> np.ndarray:
+    """The 3 coordinates of each point in the camera frame, m: x and y around 0, a skewed depth."""
     rng = np.random.default_rng(seed)
-    return np.concatenate([rng.normal(0, 0.3, 2 * n), rng.lognormal(0.2, 0.4, n)])
+    return np.concatenate([rng.normal(0, 0.3, 2 * num_points), rng.lognormal(0.2, 0.4, num_points)])
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +46,7 @@ def test_token_use_is_uniform_on_held_out_data(tokenizer: CoordinateTokenizer) -
     counts = np.bincount(tokenizer.encode(held_out), minlength=NUM_BINS)
 
     expected = len(held_out) / NUM_BINS
-    # Edges and counts are both from samples of n values: a count has twice Poisson's variance.
+    # Bin edges are sampled too, so a count's variance doubles.
     deviations = (counts - expected) / math.sqrt(2 * expected)
     assert float(deviations.std()) == pytest.approx(1, abs=0.1)
     assert float(np.abs(deviations).max()) < 5

@@ -53,7 +53,7 @@ class TestFromBackbonesToAPolicy:
         return tmp_path / "policy"
 
     @pytest.fixture
-    def make_vlm(self, tmp_path: Path, vlm: Path) -> list[str]:
+    def vlm_command(self, tmp_path: Path, vlm: Path) -> list[str]:
         """The command that makes the VLM."""
         folder = publish_paligemma(make_paligemma(), tmp_path / "paligemma")
         moge = publish_moge(tmp_path / "model.pt")
@@ -62,7 +62,7 @@ class TestFromBackbonesToAPolicy:
         return [*BACKBONES, str(folder), str(moge), *options]
 
     @pytest.fixture
-    def make_policy(self, tmp_path: Path, vlm: Path, policy: Path) -> list[str]:
+    def policy_command(self, tmp_path: Path, vlm: Path, policy: Path) -> list[str]:
         """The command that makes the policy from the VLM."""
         expert = publish_pi0(make_pi0(state_dim=32, action_dim=32), tmp_path / "pi0")
         return ["convert", "vlm", str(vlm), "--out", str(policy), "--expert", str(expert), *SIZE]
@@ -70,12 +70,12 @@ class TestFromBackbonesToAPolicy:
     def test_a_dry_run_prints_the_report_and_writes_nothing(
         self,
         run_command: Command,
-        make_vlm: list[str],
-        make_policy: list[str],
+        vlm_command: list[str],
+        policy_command: list[str],
         vlm: Path,
         policy: Path,
     ) -> None:
-        for command, folder in ((make_vlm, vlm), (make_policy, policy)):
+        for command, folder in ((vlm_command, vlm), (policy_command, policy)):
             dry_output = run_command(command, "--dry-run")
 
             assert "nothing written" in dry_output
@@ -87,13 +87,13 @@ class TestFromBackbonesToAPolicy:
     def test_the_policy_has_the_weights_of_its_vlm(
         self,
         run_command: Command,
-        make_vlm: list[str],
-        make_policy: list[str],
+        vlm_command: list[str],
+        policy_command: list[str],
         vlm: Path,
         policy: Path,
     ) -> None:
-        run_command(make_vlm)
-        run_command(make_policy)
+        run_command(vlm_command)
+        run_command(policy_command)
 
         expected = load_inner_vlm(vlm).state_dict()
         weights = load_inner_vlm(policy).state_dict()
@@ -104,13 +104,13 @@ class TestFromBackbonesToAPolicy:
     def test_both_have_a_processor_and_say_what_they_were_made_from(
         self,
         run_command: Command,
-        make_vlm: list[str],
-        make_policy: list[str],
+        vlm_command: list[str],
+        policy_command: list[str],
         vlm: Path,
         policy: Path,
     ) -> None:
-        run_command(make_vlm)
-        run_command(make_policy)
+        run_command(vlm_command)
+        run_command(policy_command)
 
         for folder in (vlm, policy):
             processor = Processor.load(folder)

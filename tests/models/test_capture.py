@@ -160,7 +160,7 @@ def make_observation(size: Preset, batch: int, full: bool, device: str) -> dict[
 
 
 def monitor_sampling(way: str, model: Any, inputs: dict[str, Tensor]) -> CaptureMonitor:
-    sampler = sampling.get_sampler(model, True)
+    sampler = sampling.get_sampler(model, packed=True)
     sampler.time_embeddings(3)  # made before a graph is recorded
     with torch.no_grad(), CaptureMonitor(model.device.type) as monitor:
         if way == "plain":
@@ -279,11 +279,11 @@ def test_a_function_that_cannot_be_recorded_leaves_the_others_their_graphs(
         return record(function, inputs)
 
     monkeypatch.setattr(cuda_graphs, "_record", record_short_only)
-    run = cuda_graphs.CudaGraphCache()
+    cache = cuda_graphs.CudaGraphCache()
 
     with pytest.warns(Notice, match="no CUDA graph"):
         for x in (long, short, long):
-            assert torch.equal(run(add_one, {"x": x}), x + 1)
+            assert torch.equal(cache(add_one, {"x": x}), x + 1)
 
     assert gpu.num_replays == 1
 
@@ -332,7 +332,7 @@ def test_the_first_flow_step_waits_for_the_prefix_layer_by_layer(
     monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
 ) -> None:
     model, inputs = make_policy_and_inputs()
-    sampler = sampling.get_sampler(model, False)
+    sampler = sampling.get_sampler(model, packed=False)
     with torch.no_grad():
         in_turn = sampling._sample(model, sampler, inputs, 2)
         stream: FakeStream = request.getfixturevalue("parallel_stream")
@@ -340,8 +340,14 @@ def test_the_first_flow_step_waits_for_the_prefix_layer_by_layer(
         in_parallel = sampling._sample(model, sampler, inputs, 2)
 
     assert torch.equal(in_parallel, in_turn)
-    # Both layers of the prefix are written; the branch begins after the first, and its layers wait.
-    assert stream.log == ["layer", "layer", 0, 0, 1, "joined"]
+    assert stream.log == [
+        "layer",  # the prefix has written its first layer
+        "layer",  # and its second
+        0,  # the expert's branch begins after event 0, of the first layer
+        0,  # its first layer waits for the first of the prefix
+        1,  # its second layer waits for the second
+        "joined",  # the main stream waits for the branch
+    ]
 
 
 def test_an_expert_in_another_precision_runs_after_the_prefix(parallel_stream: FakeStream) -> None:
@@ -349,13 +355,13 @@ def test_an_expert_in_another_precision_runs_after_the_prefix(parallel_stream: F
     model.expert.bfloat16()
 
     with torch.no_grad():
-        sampling._sample(model, sampling.get_sampler(model, False), inputs, 2)
+        sampling._sample(model, sampling.get_sampler(model, packed=False), inputs, 2)
 
     assert parallel_stream.log == []
 
 
 @pytest.mark.parametrize("batch", ["1", "2"])
-def test_few_rows_compute_what_the_stack_computes(batch: str) -> None:
+def test_few_rows_compute_what_the_fused_stack_computes(batch: str) -> None:
     """Triton's kernels, on a GPU, or in Triton's interpreter, which needs NumPy before 2.4."""
     pytest.importorskip("triton")
     has_gpu = torch.cuda.is_available()

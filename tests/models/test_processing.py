@@ -38,29 +38,31 @@ class TestFitImage:
         image = np.random.default_rng(0).integers(0, 256, (97, 151, 3), np.uint8)
         _, left, top, across, down = compute_placement((151, 97), (width, height))
 
-        fitted = fit_image(image, height, width)[top : top + down, left : left + across]
+        fitted = fit_image(image, height=height, width=width)[
+            top : top + down, left : left + across
+        ]
 
         pillow = Image.fromarray(image).resize((across, down), Image.Resampling.BILINEAR)
         assert np.abs(fitted.astype(int) - np.asarray(pillow)).max() <= 1
 
     def test_pads_a_wide_image_above_and_below(self) -> None:
         white = np.full((100, 200, 3), 255, np.uint8)
-        fitted = fit_image(white, 100, 100)
+        fitted = fit_image(white, height=100, width=100)
         is_lit = fitted.any(axis=(1, 2)).tolist()
         assert is_lit == [False] * 25 + [True] * 50 + [False] * 25
 
     def test_returns_an_image_of_the_right_size_unchanged(self) -> None:
         white = np.full((100, 200, 3), 255, np.uint8)
-        assert fit_image(white, 100, 200) is white
+        assert fit_image(white, height=100, width=200) is white
 
 
 def test_the_visible_window_includes_the_padding() -> None:
-    assert visible_window((200, 100), (100, 100)) == (0, -50, 200, 200)
+    assert visible_window(source=(200, 100), target=(100, 100)) == (0, -50, 200, 200)
 
 
 @pytest.mark.parametrize("size", [(560, 420), (561, 420), (240, 180)])
 def test_images_that_lose_next_to_nothing_are_not_described(size: tuple[int, int]) -> None:
-    assert describe_fit(size, SPEAR1_SIZE) is None
+    assert describe_fit(source=size, target=SPEAR1_SIZE) is None
 
 
 @pytest.mark.parametrize(
@@ -78,7 +80,7 @@ def test_images_that_lose_next_to_nothing_are_not_described(size: tuple[int, int
     ],
 )
 def test_black_bars_are_described(size: tuple[int, int], description: str) -> None:
-    assert describe_fit(size, SPEAR1_SIZE) == description
+    assert describe_fit(source=size, target=SPEAR1_SIZE) == description
 
 
 def test_enlargement_is_described() -> None:

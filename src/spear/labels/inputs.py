@@ -71,7 +71,7 @@ class Item(NamedTuple):
         reader: Reads it, together with the items next to it of the same path.
         path: The file or folder that it is in.
         location: Where in there; None for a file with one image.
-        stamp: Of what it is read from. While the stamp is the same, so is the image. None where
+        stamp: The stamp of the file or folder. While it is the same, so is the image. None where
             nothing can change.
     """
 

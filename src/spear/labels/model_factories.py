@@ -74,7 +74,7 @@ def resolve_factory(role: str, description: str, options: LabelOptions) -> Calla
     Args:
         role: A key of `MODELS_BY_ROLE`.
         description: As in this module's docstring.
-        options: Of the command; the model's arguments come from them.
+        options: Options of the command, from which the model's arguments come.
 
     Returns:
         The factory. It raises what the model itself complains about.

@@ -50,7 +50,8 @@ class ImageGeometry:
             take their depth from further inside (`masks.clean_points`), since estimated depth
             smears over it.
         occupied: [h, w] bool, the pixels of all objects.
-        noise: Of the depth, as a fraction of it (`points.estimate_noise`).
+        noise: Standard deviation of the depth, as a fraction of the depth
+            (`points.estimate_noise`).
         lit_part: [2, 2] the first and last row, and column, that are in no black bar
             (`image.find_lit_part`).
     """

@@ -295,7 +295,7 @@ def _find_support_plane(
     """The plane that the objects of an image stand on, or None.
 
     Args:
-        point_map: Of the image.
+        point_map: Point map of the image.
         masks: [n, h, w] bool, of its objects. Large ones may be the support, so their pixels count.
         extrinsics: [4, 4] camera → world with z up, when known.
     """

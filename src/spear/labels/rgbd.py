@@ -182,8 +182,8 @@ def align_depth(depth: Array, k_depth: Array, k_image: Array, height: int, width
         depth: [h, w] along z.
         k_depth: [3, 3] intrinsics of the depth camera (pixel centers at +0.5, without skew).
         k_image: [3, 3] intrinsics of the other one, which looks in the same direction.
-        height: Of the result.
-        width: Of the result.
+        height: Height of the result in pixels.
+        width: Width of the result in pixels.
 
     Returns:
         [height, width]: for each pixel the nearest one of `depth` on its ray, 0 where there is

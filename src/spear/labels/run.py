@@ -111,7 +111,7 @@ def label_photos(options: LabelOptions, list_scenes: ListScenes | None = None) -
     """Label `options.photos` into `options.out`, or finish what was begun there.
 
     Args:
-        options: Of the command.
+        options: Options of the command.
         list_scenes: As in `spear.labels.sources.list_items`.
 
     Raises:
@@ -136,7 +136,7 @@ def prepare_run(options: LabelOptions, list_scenes: ListScenes | None = None) ->
     """Check the options and find out what a run is made from; no model is loaded and no image read.
 
     Args:
-        options: Of the command.
+        options: Options of the command.
         list_scenes: As in `spear.labels.sources.list_items`.
 
     Raises:

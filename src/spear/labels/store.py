@@ -75,7 +75,7 @@ class ParquetWriter:
 
     Args:
         path: The file.
-        schema: Of its rows.
+        schema: Schema of the rows.
         rows_per_group: Rows per row group.
 
     Raises:

@@ -150,7 +150,8 @@ def _decode(
 ) -> Tensor:
     """Answers [N, T], for inputs as `decode_greedily` makes them.
 
-    ranges: Of the token at each step. free_text: None where the ranges say all.
+    ranges: The ids allowed for the token at each step.
+    free_text: None where the ranges say all.
     """
     num_steps = len(ranges)
     pixels, present = split_image_inputs(inputs)

@@ -386,9 +386,12 @@ class Processor:
     def load(folder: Path, config: vlm.SpearVLMConfig | None = None) -> "Processor":
         """Read what `save` wrote.
 
-        config: Of the model that the processor must fit. Raises SpearError when a file is missing
-            or broken, or
-        belongs to another model.
+        Args:
+            folder: The folder of a model.
+            config: Config of the model that the processor must fit.
+
+        Raises:
+            SpearError: A file is missing or broken, or belongs to another model.
         """
         coordinates = CoordinateTokenizer.load(folder / "coordinates.json")
         tokenizer = load_tokenizer(folder)

@@ -275,7 +275,7 @@ def sample_fast(
 ) -> Tensor:
     """`sample_actions` without the comparison.
 
-    use_graph: On a GPU, all of it is one CUDA graph, recorded for each set of shapes.
+    use_graph: Whether a GPU runs all of it as one CUDA graph, recorded for each set of shapes.
     """
     with torch.inference_mode():
         if use_graph and inputs["noise"].device.type == "cuda":

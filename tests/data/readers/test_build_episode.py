@@ -83,13 +83,13 @@ def test_the_folder_of_a_path_tells_the_outcome(
 
 
 @pytest.mark.parametrize(
-    "fields", [{"success": "reward"}, {"action": "mine", "action_mask": "reward"}]
+    "fields", [{"success": "reward"}, {"action": "own_action", "action_mask": "reward"}]
 )
 def test_an_outcome_or_a_mask_that_is_nan_is_named(
     steps: dict[str, Any], fields: dict[str, str]
 ) -> None:
     steps["reward"] = np.append(np.zeros(9), np.nan)
-    steps["mine"] = np.tile(STAY, (10, 1))
+    steps["own_action"] = np.tile(STAY, (10, 1))
     layout = dataclasses.replace(LAYOUT, **fields)
 
     refuses(rf"{SOURCE} step 9: reward", build_episode, steps, layout, SOURCE)
@@ -303,7 +303,7 @@ def test_without_commands_the_step_before_a_dropped_row_is_no_target() -> None:
 
 
 def test_canonical_actions_before_a_dropped_row_are_no_targets(steps: dict[str, Any]) -> None:
-    steps["mine"] = np.tile(STAY, (10, 1))
+    steps["own_action"] = np.tile(STAY, (10, 1))
     steps["rotation"] = np.tile([1.0, 0, 0, 0], (10, 1))
     steps["rotation"][6] = 0
     layout = dataclasses.replace(

@@ -156,7 +156,7 @@ class TestCoordinateTokens:
         published = make_paligemma(num_rows=num_rows_and_start[0])
         return plan_backbones(publish_paligemma(published, tmp_path / "paligemma"), None, "tiny14")
 
-    def test_have_the_ids_after_the_tokenizers(
+    def test_have_the_ids_after_the_tokenizers_own(
         self, plan: Any, num_rows_and_start: tuple[int, int]
     ) -> None:
         num_rows, start = num_rows_and_start
@@ -165,9 +165,9 @@ class TestCoordinateTokens:
 
         assert plan.tokenizer.convert_tokens_to_ids("<3d0000>") == start
         assert model.config.coordinate_start == start
-        num_new_rows = len(model.language_model.embed_tokens.weight)
-        assert num_new_rows == max(num_rows, start + TINY14.bins)
-        assert num_new_rows == model.config.text_config.vocab_size
+        num_rows_after = len(model.language_model.embed_tokens.weight)
+        assert num_rows_after == max(num_rows, start + TINY14.bins)
+        assert num_rows_after == model.config.text_config.vocab_size
 
     def test_leave_the_other_rows_as_published(
         self, plan: Any, num_rows_and_start: tuple[int, int]

@@ -60,7 +60,7 @@ def render_labeled_frame(env: Any, task: Task, official: tuple[Array, Array], se
             `rebuild_scene`.
         task: The task.
         official: Places and turns of the official starts, as `sample_off_grid_start` takes them.
-        seed: Of the scene.
+        seed: The seed of the scene.
 
     Returns:
         Image and depth [480, 640], and the ground truth.
@@ -187,7 +187,7 @@ def rebuild_scene(env: Any, positions: torch.Tensor, turns: torch.Tensor, number
         env: ManiSkill's environment.
         positions: [n, objects, 3] (m).
         turns: [m, objects, 4] (w x y z).
-        number: Of the pair.
+        number: The number of the pair.
     """
     env.xyz_configs = positions
     env.quat_configs = turns
@@ -203,7 +203,7 @@ def sample_clutter(
 
     Args:
         positions: [n, 3] (m) of a task's objects.
-        names: Of the other objects.
+        names: Names of the other objects.
         rng: Random numbers.
 
     Returns:

@@ -166,7 +166,7 @@ def label_tasks(out: Path, seeds: range, size: tuple[int, int], workers: int = 2
 
     Args:
         out: Folder.
-        seeds: Of the scenes.
+        seeds: Seeds of the scenes.
         size: (width, height) of the images, px.
         workers: Processes that run at once.
 

@@ -100,7 +100,7 @@ def sample_off_grid_start(task: Task, seed: int, positions: Array, turns: Array)
 
     Args:
         task: The task.
-        seed: Of the start.
+        seed: The seed of the start.
         positions: [n, 2, 3] (m); the official starts combine them with all `turns`.
         turns: [m, 2, 4] (w x y z).
 

@@ -37,7 +37,7 @@ def load_picture(source: str, size: tuple[int, int], camera: str = "external") -
         source: An image file (raises as `util.images.load_image`), or "sim:SEED" for a held-out
             scene, whose camera is known.
         size: (width, height) of the rendered scene, px.
-        camera: Of the scene.
+        camera: The name of a camera of the scene.
     """
     if source.startswith("sim:"):
         return next(render_held_out_frames(1, parse_sim_seed(source), size, camera))
@@ -214,7 +214,7 @@ def load_labeled_images(
             evenly spread. Or "sim" or "sim:SEED": held-out scenes from SEED on.
         images: Maximum number.
         view: The camera.
-        processor: Of the model.
+        processor: The model's processor.
 
     Raises:
         SpearError: The view is unknown; the folder has no labels; the labels have another unit than
@@ -257,7 +257,7 @@ def render_held_out_frames(
 
     Args:
         scenes: How many.
-        first_seed: Of the first scene.
+        first_seed: The seed of the first scene.
         size: (width, height), px.
         camera: "external" or "wrist".
 

@@ -188,7 +188,7 @@ def calibrate(
     """Compute the calibration of a question type.
 
     Args:
-        answers: Of each answer the index of its image, its certainty, and its relative error in
+        answers: For each answer the index of its image, its certainty, and its relative error in
             percent.
         scale: The question type's factor in `Trust`.
     """

@@ -184,8 +184,8 @@ def measure_trust(
         model: SPEAR-VLM with its processor.
         labels: Images; the model is asked to name two objects that are in each, and two that are
             not.
-        scores: Of questions about these images.
-        images_in_words: The images, in words.
+        scores: Scores of questions about these images.
+        images_in_words: What the images are, in words.
     """
     factors = {}
     for question_type in scores.calibration:

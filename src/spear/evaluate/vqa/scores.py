@@ -266,7 +266,7 @@ def summarize(
         free: Question type → whether each free answer was grammatical.
         labels: The images.
         decode: How the scored numbers were read.
-        trust: Of the model; its intervals are scored too.
+        trust: How far the model can be trusted; its intervals are scored too.
     """
     factors = trust.factors if trust else {}
     scores = {}

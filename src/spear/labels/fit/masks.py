@@ -78,8 +78,8 @@ def rasterize_polygons(polygons: Sequence[Sequence[float]], height: int, width: 
 
     Args:
         polygons: Each as x0, y0, x1, y1, … in pixels.
-        height: Of the mask.
-        width: Of the mask.
+        height: Height of the mask in pixels.
+        width: Width of the mask in pixels.
 
     Returns:
         The union [height, width] bool of the polygons.
@@ -236,7 +236,7 @@ def snap_outline(
         occupied: [h, w] bool, the pixels of other objects.
         plane: The support, None when unknown.
         band_px: Width of the band on either side of the outline.
-        noise: Of the depth, as a fraction of it.
+        noise: Standard deviation of the depth, as a fraction of the depth.
 
     Returns:
         The new mask [h, w].
@@ -285,7 +285,7 @@ def clean_points(mask: Array, points: Array, pixels: Array, erosion_px: int, noi
         points: [h, w, 3] of the image, camera frame.
         pixels: [n, 2] row and column of the pixels, all in the mask.
         erosion_px: How many of the outermost pixels may fly; 0 if none does.
-        noise: Of the depth, as a fraction of it.
+        noise: Standard deviation of the depth, as a fraction of the depth.
 
     Returns:
         The points [n, 3].

@@ -81,8 +81,8 @@ class GeminiDetector:
         model: Name of Gemini's model.
         cache: Folder of answers, which several processes may share.
         vocabulary: The only names to detect; when empty, whatever is there.
-        requests_per_minute: Requests started in a minute at most, evenly spread; 0 leaves that to the
-            service.
+        requests_per_minute: Maximum number of requests per minute, evenly spread; 0 leaves the rate
+            to the service.
 
     Raises:
         SpearError: There is no key, google-genai is not installed, or its HTTP client cannot use a
@@ -350,8 +350,8 @@ def parse_detections(text: str, height: int, width: int) -> list[Detection]:
 
     Args:
         text: The answer.
-        height: Of the image.
-        width: Of the image.
+        height: Height of the image in pixels.
+        width: Width of the image in pixels.
 
     Returns:
         Detections in pixels, clipped to the image. Repeated ones (same label, IoU above

@@ -121,7 +121,7 @@ class GroundingDinoDetector(_OpenVocabularyDetector):
         Args:
             outputs: `logits` [images, boxes, tokens] and `pred_boxes` [images, boxes, 4] (center
                 and size, as fractions of the image).
-            tokens: Of the prompt.
+            tokens: Tokens of the prompt.
             size: Height and width of the images.
             names: In the prompt.
         """

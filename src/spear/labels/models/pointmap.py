@@ -24,7 +24,7 @@ class MogePointMapModel:
 
     Args:
         model: The network; it is moved to the device.
-        name: Of its weights, for the label's provenance.
+        name: Name of its weights, for the label's provenance.
         device: As for `choose_device`.
     """
 

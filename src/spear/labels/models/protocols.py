@@ -35,7 +35,7 @@ class PointMapResult:
         points: [h, w, 3] float32, camera frame (x right, y down, z forward).
         mask: [h, w] bool, False where the point is unknown.
         intrinsics: [3, 3] pixels, known or recovered; pixel centers at integer + 0.5.
-        unit: Of the points: "metre", or "relative" when the scale is unknown.
+        unit: Unit of the points: "metre", or "relative" when the scale is unknown.
     """
 
     points: Array

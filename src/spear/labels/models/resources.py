@@ -42,9 +42,9 @@ def estimate_resources(name: str, batch_size: int, width_px: int, num_names: int
     """Estimate what a network needs for a batch of 4:3 images.
 
     Args:
-        name: Of the network, in `PUBLISHED`.
+        name: Name of the network in `PUBLISHED`.
         batch_size: Images at a time.
-        width_px: Of each image.
+        width_px: Width of each image.
         num_names: How many names are looked for.
     """
     network = PUBLISHED[name].build().eval()

@@ -79,7 +79,7 @@ def preprocess(image: Array, side_px: int) -> torch.Tensor:
 
     Args:
         image: [h, w, 3] uint8.
-        side_px: Of the square.
+        side_px: Side of the square.
 
     Returns:
         [3, side_px, side_px] float32.

@@ -29,11 +29,11 @@ class QuestionScene:
     """What can be asked about in an image.
 
     Attributes:
-        label: Of the image.
+        label: The image's label.
         objects_3d: Its objects that 3D questions may be about.
         objects_2d: Its objects that 2D questions may be about.
-        depth: Of the image's pixels, where it is known, as `store.write_depth` stores it: of the
-            middle one of each square of `DEPTH_STRIDE_PX` pixels, in the label's unit, 0 or not
+        depth: The image's depth, where it is known, as `store.write_depth` stores it: that of the
+            middle pixel of each square of `DEPTH_STRIDE_PX` pixels, in the label's unit, 0 or not
             finite where unknown.
     """
 

@@ -62,11 +62,11 @@ class LabelStatistics:
     Attributes:
         num_images: Labeled images.
         num_askable: Objects that 3D questions may be about.
-        unit: Of the labels.
+        unit: Unit of the labels.
         provenance: What made the labels ("detector: …") → images.
         names: Name → objects.
         reasons: Why 3D questions are not about objects → objects (one may have several reasons).
-        distances: From the camera to the centers of the boxes.
+        distances: Distances from the camera to the centers of the boxes.
         sizes: The longest sides of the boxes.
         scores: Score → its values, of the objects that have it. (Lists would take four times the
             memory.)

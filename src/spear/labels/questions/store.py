@@ -55,8 +55,8 @@ def generate_label_questions(
     """Ask about one image; equal seeds and sources give equal questions.
 
     Args:
-        label: Of the image.
-        seed: Of the random numbers, with the label's source.
+        label: The image's label.
+        seed: Seeds the random numbers, together with the label's source.
         pairs: As in `generate_questions`.
         question_types: As in `generate_questions`.
     """

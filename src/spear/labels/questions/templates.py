@@ -61,7 +61,7 @@ def is_a(name: str, kind: str, exact: bool = False) -> bool:
     nor does a number at the end, which detectors add.
 
     Args:
-        name: Of the object.
+        name: The object's name.
         kind: What is asked for.
         exact: Whether plurals, and words for the same thing (`SYNONYM_GROUPS`), count as other
             nouns.
