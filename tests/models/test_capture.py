@@ -51,6 +51,7 @@ def make_shallow(preset: Preset) -> Preset:
     return dataclasses.replace(preset, **networks)
 
 
+WITHOUT_PACKING = False  # the "packed" argument of `sampling.get_sampler`
 SIZES = {name: make_shallow(PRESETS[name]) for name in ("nano", "spear1")}
 SIZES["linear"] = dataclasses.replace(SIZES["nano"], flow={"rotation": "linear"})
 
@@ -160,7 +161,7 @@ def make_observation(size: Preset, batch: int, full: bool, device: str) -> dict[
 
 
 def monitor_sampling(way: str, model: Any, inputs: dict[str, Tensor]) -> CaptureMonitor:
-    sampler = sampling.get_sampler(model, packed=True)
+    sampler = sampling.get_sampler(model, True)
     sampler.time_embeddings(3)  # made before a graph is recorded
     with torch.no_grad(), CaptureMonitor(model.device.type) as monitor:
         if way == "plain":
@@ -332,7 +333,7 @@ def test_the_first_flow_step_waits_for_the_prefix_layer_by_layer(
     monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
 ) -> None:
     model, inputs = make_policy_and_inputs()
-    sampler = sampling.get_sampler(model, packed=False)
+    sampler = sampling.get_sampler(model, WITHOUT_PACKING)
     with torch.no_grad():
         in_turn = sampling._sample(model, sampler, inputs, 2)
         stream: FakeStream = request.getfixturevalue("parallel_stream")
@@ -355,7 +356,7 @@ def test_an_expert_in_another_precision_runs_after_the_prefix(parallel_stream: F
     model.expert.bfloat16()
 
     with torch.no_grad():
-        sampling._sample(model, sampling.get_sampler(model, packed=False), inputs, 2)
+        sampling._sample(model, sampling.get_sampler(model, WITHOUT_PACKING), inputs, 2)
 
     assert parallel_stream.log == []
 
