@@ -22,7 +22,7 @@ from spear.evaluate.vqa.ask import load_picture
 from spear.labels.inputs import Item, hash_content, list_images
 from spear.labels.pipeline import read_images
 from spear.types import Frame
-from spear.util.images import decode_image
+from spear.util.images import IMAGE_SUFFIXES, decode_image
 
 FILM_RATE_HZ = 10
 
@@ -182,6 +182,50 @@ def test_a_stereo_picture_is_listed(folder: Path) -> None:
     (folder / "z.MPO").touch()  # a JPEG for each eye, the first of which is read
 
     assert list_names(folder, folder)[-1] == "z.MPO"
+
+
+NEEDS_AVIF = pytest.mark.skipif(".avif" not in IMAGE_SUFFIXES, reason="Pillow reads no AVIF")
+
+
+@NEEDS_AVIF
+@pytest.mark.parametrize("name", ["photo.avif", "PHOTO.AVIF"])
+def test_avif_is_read_by_name_and_in_a_folder(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    Image.new("RGB", (64, 48), (90, 90, 90)).save(path, format="AVIF")
+
+    assert_near(read_values(list(list_images(str(path)))), [90])
+    assert list_names(tmp_path, tmp_path) == [name]
+
+
+@NEEDS_AVIF
+def test_avif_is_read_in_a_tar_shard(tmp_path: Path) -> None:
+    encoded = io.BytesIO()
+    Image.new("RGB", (64, 48), (90, 90, 90)).save(encoded, format="AVIF")
+    write_tar(tmp_path / "shard.tar", {"0.avif": encoded.getvalue()})
+
+    assert_near(read_values(list(list_images(str(tmp_path / "shard.tar")))), [90])
+
+
+@pytest.mark.parametrize(
+    ("name", "image_format"), [("a.gif", "GIF"), ("a.tga", "TGA"), ("photo", "PNG")]
+)
+def test_an_image_named_by_itself_is_read_whatever_its_suffix(
+    tmp_path: Path, name: str, image_format: str
+) -> None:
+    path = tmp_path / name
+    Image.new("RGB", (64, 48), (90, 90, 90)).save(path, format=image_format)
+
+    assert_near(read_values(list(list_images(str(path)))), [90])
+    assert round(float(load_picture(str(path), (64, 48)).image.mean())) == 90
+
+
+@pytest.mark.parametrize("name", ["notes.txt", "a.heic"])
+def test_what_is_no_image_is_refused_though_it_is_named_by_itself(
+    tmp_path: Path, name: str
+) -> None:
+    (tmp_path / name).write_text("no image")
+
+    refuses("contains no images", lambda: list(list_images(str(tmp_path / name))))
 
 
 # Archives

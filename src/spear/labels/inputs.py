@@ -28,27 +28,15 @@ from spear.errors import RetryableError, SpearError, notice
 from spear.labels.store import explain_read_errors
 from spear.types import Array, Frame
 from spear.util.files import refuse_lfs_pointer
+from spear.util.images import IMAGE_SUFFIXES, can_open_image
 
-IMAGE_SUFFIXES = (
-    ".jpg",
-    ".jpeg",
-    ".jpe",
-    ".jfif",
-    ".mpo",
-    ".png",
-    ".webp",
-    ".bmp",
-    ".tif",
-    ".tiff",
-    ".ppm",
-)
 VIDEO_SUFFIXES = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v")
 UNSUPPORTED_SUFFIX = re.compile(
     r"\.(hei[cf]|hif|avif|jxl|jp2|gif|raw|dng|cr[23]|nef|arw|orf|rw2|exr|p[gn]m|tga"
     r"|3g[p2]|mpe?g|m?ts|wmv|flv|ogv|t?[gx]z|bz2|zip|7z|rar)"
 )
-"""Suffixes of files that may contain pictures and that no reader here supports; a notice names
-them."""
+"""Suffixes of files that may contain pictures. In folders they are ignored, and a notice names
+them, except for those in `IMAGE_SUFFIXES`."""
 TAKE_VIDEO_FOLDER = "frame_aligned_videos"
 """The folder of an EgoExo4D take with one video per camera, and smaller copies in
 `downscaled/448`."""
@@ -98,9 +86,10 @@ def list_images(
     """List the images behind one argument, in an order that stays the same, without reading them.
 
     Args:
-        argument: An image, a tar shard, a Parquet file with images, a video, a folder of any of
-            these, or a glob of all that. Of a folder, hidden files, files of other kinds and
-            folders of labels are ignored. An EgoExo4D take gives the frames of its cameras.
+        argument: An image (whatever its suffix), a tar shard, a Parquet file with images, a video,
+            a folder of any of these, or a glob of all that. Of a folder, hidden files, files of
+            other kinds and folders of labels are ignored. An EgoExo4D take gives the frames of its
+            cameras.
         rate: Frames per second of video.
         excluded_folder: A folder that is not entered.
 
@@ -117,7 +106,11 @@ def list_images(
         # A folder comes before what is in it, which has been listed then.
         if path != argument and listing.has_entered_parent(path):
             continue
-        for item in listing.list_path(path):
+        if path == argument and _is_image_of_other_suffix(path):
+            items = iter([_make_file_item(path)])
+        else:
+            items = listing.list_path(path)
+        for item in items:
             has_images = True
             yield item
 
@@ -134,6 +127,19 @@ def list_images(
             "ignored. "
             "Convert or unpack them."
         )
+
+
+def _is_image_of_other_suffix(path: str) -> bool:
+    """Whether a file that was named by itself is an image, though folders are not searched for
+    files of its suffix."""
+    suffix = os.path.splitext(path)[1].lower()
+    has_own_reader = suffix in (*IMAGE_SUFFIXES, *VIDEO_SUFFIXES, ".tar", ".parquet")
+    return os.path.isfile(path) and not has_own_reader and can_open_image(path)
+
+
+def _make_file_item(path: str) -> Item:
+    stamp = compute_stamp(path) if os.path.isfile(path) else None
+    return Item(path, read_file, path, stamp=stamp)
 
 
 def _match_pattern(pattern: str) -> list[str]:
@@ -163,13 +169,12 @@ class _Listing:
     def list_path(self, path: str) -> Iterator[Item]:
         """The items of a folder, or of a file according to its suffix; none for another suffix."""
         suffix = os.path.splitext(path)[1].lower()
-        if UNSUPPORTED_SUFFIX.fullmatch(suffix):
+        if suffix not in IMAGE_SUFFIXES and UNSUPPORTED_SUFFIX.fullmatch(suffix):
             self.num_unsupported[suffix] += 1
         if os.path.isdir(path):
             yield from self._list_folder(path)
         elif suffix in IMAGE_SUFFIXES:
-            stamp = compute_stamp(path) if os.path.isfile(path) else None
-            yield Item(path, read_file, path, stamp=stamp)
+            yield _make_file_item(path)
         elif suffix == ".tar":
             yield from list_tar(path)
         elif suffix == ".parquet":

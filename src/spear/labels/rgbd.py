@@ -28,10 +28,10 @@ from PIL import Image
 
 from spear.errors import SpearError
 from spear.labels.fit.image import have_same_aspect, resize_nearest
-from spear.labels.inputs import IMAGE_SUFFIXES, compute_stamp
+from spear.labels.inputs import compute_stamp
 from spear.types import Array, Frame
 from spear.util.files import read_json
-from spear.util.images import load_image_and_orientation
+from spear.util.images import IMAGE_SUFFIXES, load_image_and_orientation
 from spear.util.json_text import read_utf8
 
 COLOR_FOLDERS = ("color", "colour", "rgb", "image", "images")

@@ -5,6 +5,7 @@ This is for programs that have this package. A robot's own computer needs only o
 pins numpy < 2 and therefore lives in an environment of its own.
 """
 
+import re
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -129,7 +130,8 @@ class RemotePolicy:
         close_frame = getattr(error, "rcvd", None)
         if close_frame and close_frame.code == CloseCode.MESSAGE_TOO_BIG:
             return SpearError(
-                "the observation is larger than the server takes. Send a smaller one."
+                f"the observation is larger than the server takes{_find_limit(close_frame.reason)}."
+                " Send smaller images."
             )
         return SpearError(f"{self.url}: the server has gone ({error}). Start it again.")
 
@@ -190,6 +192,16 @@ class RemotePolicy:
                 f"{self.url} serves another policy, robot or control than before. Make a new "
                 "`RemotePolicy` for it."
             )
+
+
+def _find_limit(reason: str) -> str:
+    """The limit that a server gave as it refused a large message, as a parenthesis; else nothing.
+
+    >>> _find_limit("frame with 400000 bytes exceeds limit of 300000 bytes")
+    ' (at most 300000 bytes)'
+    """
+    limit = re.search(r"limit of (\d+) bytes", reason)
+    return f" (at most {limit[1]} bytes)" if limit else ""
 
 
 def _is_busy(reply: bytes | str) -> bool:

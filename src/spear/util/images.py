@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 import simplejpeg
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image, ImageOps, features
 
 from spear.errors import SpearError, summarize_error
 from spear.types import Array
@@ -16,6 +16,23 @@ from spear.util.files import refuse_lfs_pointer
 JPEG_MAGIC_BYTES = b"\xff\xd8\xff"
 IMAGE_MAGIC_BYTES = (JPEG_MAGIC_BYTES, b"\x89PNG")
 """The first bytes of JPEG and PNG files."""
+
+_COMMON_SUFFIXES = (
+    ".jpg",
+    ".jpeg",
+    ".jpe",
+    ".jfif",
+    ".mpo",
+    ".png",
+    ".webp",
+    ".bmp",
+    ".tif",
+    ".tiff",
+    ".ppm",
+)
+IMAGE_SUFFIXES = (*_COMMON_SUFFIXES, ".avif") if features.check("avif") else _COMMON_SUFFIXES
+"""Suffixes of the images that folders and archives are searched for. (Pillow decodes AVIF since
+version 11.3.)"""
 
 # Values of EXIF orientation. 1 is upright; 2 to 4 mirror or turn by 180°, which keeps the size; 5
 # to 8 exchange width and height.
@@ -164,6 +181,15 @@ def _check_image(image: Array) -> None:
         return
     description = f"{image.dtype} {image.shape}" if is_array else type(image).__name__
     raise SpearError(f"wrong image type: {description}: give a uint8 array of shape [h, w, 3].")
+
+
+def can_open_image(path: str | Path) -> bool:
+    """Whether a file begins as an image that `load_image` decodes, whatever its suffix."""
+    try:
+        with Image.open(path):
+            return True
+    except Exception:  # on broken files decoders raise errors of many types
+        return False
 
 
 def find_image_format(name: str) -> str:
