@@ -23,12 +23,9 @@ def quiet_accept_errors(loop: asyncio.AbstractEventLoop) -> None:
     def handle(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
         nonlocal last_logged_s
         error = context.get("exception")
-        is_accept_error = (
-            isinstance(error, OSError)
-            and error.errno in RESOURCE_ERRNOS
-            and "accept" in context.get("message", "")
-        )
-        if not is_accept_error:
+        is_about_accepting = "accept" in context.get("message", "")
+        is_out_of_resources = isinstance(error, OSError) and error.errno in RESOURCE_ERRNOS
+        if not is_about_accepting or not is_out_of_resources:
             loop.default_exception_handler(context)
             return
         if time.monotonic() - last_logged_s >= LOG_INTERVAL_S:
@@ -36,7 +33,7 @@ def quiet_accept_errors(loop: asyncio.AbstractEventLoop) -> None:
             LOG.error(
                 "No new client can connect for now: %s. Robots that are connected are still"
                 " answered. Allow more open files: ulimit -n 4096.",
-                error.strerror,
+                getattr(error, "strerror", error),
             )
 
     loop.set_exception_handler(handle)

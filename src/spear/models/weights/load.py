@@ -82,6 +82,7 @@ def load(cls: type[ModelT], folder: Path | str, dtype: torch.dtype | None = None
                 local_files_only=True,
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,
+                use_safetensors=True,
             )
     except SpearError:
         raise
