@@ -6,8 +6,8 @@ r"""Your own task in ManiSkill, in one file: scene, instruction, success, demons
         --labels runs/simpler-labels --out runs/vla
     python examples/simpler_task.py evaluate 24 runs/vla
 
-The scene consists of SIMPLER's own models, on its own table. docs/simpler.md says what to change
-for others. If you change the scene, record it into a new folder: nothing notices the change.
+The scene consists of SIMPLER's own models, on its own table. docs/howto/simpler.md says what to
+change for others. If you change the scene, record it into a new folder: nothing notices the change.
 """
 
 import sys

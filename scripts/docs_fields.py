@@ -1,5 +1,7 @@
-"""For `make docs`: lists of fields in docstrings (a name, spaces, what it is) keep their
-columns."""
+"""For `make docs`: lists of fields in docstrings keep their columns, and examples are code.
+
+A line of such a list has a name, spaces, and what it is.
+"""
 
 from __future__ import annotations
 
@@ -25,9 +27,14 @@ def format_columns(text: str) -> str:
     return "\n\n".join(paragraphs)
 
 
+def name_examples(text: str) -> str:
+    """Return a docstring whose section "Example:" has the name that griffe reads as code."""
+    return re.sub(r"^Example:$", "Examples:", text, flags=re.MULTILINE)
+
+
 class Fields(Extension):
-    """Apply `format_columns` to every docstring."""
+    """Apply both to every docstring."""
 
     def on_instance(self, *, obj: Object, **_: Any) -> None:
         if obj.docstring is not None:
-            obj.docstring.value = format_columns(obj.docstring.value)
+            obj.docstring.value = format_columns(name_examples(obj.docstring.value))

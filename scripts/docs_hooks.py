@@ -1,56 +1,96 @@
-"""What mkdocs needs beyond its configuration: a page of reference per room, and links into the
-repository."""
+"""What mkdocs needs beyond its configuration.
+
+It generates the reference of the public Python API and of the command line, and turns links that
+lead out of docs/ into plain text.
+"""
 
 from __future__ import annotations
 
+import posixpath
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 from mkdocs.structure.files import File, Files
+from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).parents[1]
-SOURCE = ROOT / "src" / "spear"
+
+PUBLIC_MODULES = {
+    "spear.types": "Types: episodes, actions, labels, questions, policies",
+    "spear.policy": "Load a policy or a SPEAR-VLM, act and answer",
+    "spear.chunks": "Execute action chunks",
+    "spear.embodiments": "Robots",
+    "spear.embodiments.interface": "What a robot consists of",
+    "spear.serve.client": "Client of the server",
+    "spear.data.readers.formats": "Read datasets of robot episodes",
+    "spear.labels.store": "Read and write labeled images",
+    "spear.geometry": "Rotations and poses",
+    "spear.flow": "Flow matching on R³ × S³",
+    "spear.tokens": "3D tokens",
+    "spear.models.presets": "Model sizes",
+    "spear.train.recipes": "Recipes",
+}
+"""Each public module and the title of its page. All other modules are internal."""
+
+PRINT_HELP = """
+import io, sys
+from contextlib import redirect_stdout
+from spear.cli import COMMANDS, main
+for name in COMMANDS:
+    output = io.StringIO()
+    with redirect_stdout(output):
+        try:
+            main([*name.split(), "--help"])
+        except SystemExit:
+            pass
+    print(f"## spear {name}\\n\\n```text\\n{output.getvalue().strip()}\\n```\\n")
+"""
+
+LINK = re.compile(r"(!?)\[([^\]]*)\]\(([^)\s]+)\)")
 
 
-def list_modules(room: Path) -> list[str]:
-    """Return the public modules of a room, in order, by their whole names."""
-    files = [room] if room.suffix == ".py" else sorted(room.rglob("*.py"))
-    names = []
-    for file in files:
-        path = file.relative_to(ROOT / "src").with_suffix("")
-        name = ".".join(path.parts).removesuffix(".__init__")
-        if "._" not in name:
-            names.append(name)
-    return names
-
-
-def list_rooms() -> list[Path]:
-    """Return every file and folder of src/spear that can be imported."""
-    rooms = []
-    for path in sorted(SOURCE.iterdir()):
-        is_importable = path.suffix == ".py" or (path / "__init__.py").is_file()
-        if is_importable and not path.name.startswith("_"):
-            rooms.append(path)
-    return rooms
+def page_of_module(module: str) -> str:
+    """Return the address of a module's page in docs/."""
+    return f"reference/api/{module.removeprefix('spear.')}.md"
 
 
 def on_config(config: Any) -> Any:
-    """Let the pages of the rooms follow the reference's first page."""
-    config.nav[-1]["Reference"] += [f"reference/{room.stem}.md" for room in list_rooms()]
+    """Append the generated pages to the section "Reference" of the navigation."""
+    (section,) = [entry["Reference"] for entry in config.nav if "Reference" in entry]
+    section.append({"Command line": "reference/cli.md"})
+    section.append({"Python": [{name: page_of_module(name)} for name in PUBLIC_MODULES]})
     return config
 
 
 def on_files(files: Files, config: Any) -> Files:
-    """Add reference/ROOM.md for every room."""
-    for room in list_rooms():
-        lines = [f"# spear.{room.stem}"]
-        lines += [f"::: {module}" for module in list_modules(room)]
-        text = "\n\n".join(lines)
-        files.append(File.generated(config, f"reference/{room.stem}.md", content=text))
+    """Add the page of each public module, and the page of the command line."""
+    for module, title in PUBLIC_MODULES.items():
+        text = f"# {title}\n\n::: {module}\n"
+        files.append(File.generated(config, page_of_module(module), content=text))
+
+    text = f"# Command line\n\n{read_help_of_commands()}"
+    files.append(File.generated(config, "reference/cli.md", content=text))
     return files
 
 
-def on_page_markdown(markdown: str, **_: Any) -> str:
+def read_help_of_commands() -> str:
+    """Return the help of every command, each under its heading."""
+    command = [sys.executable, "-c", PRINT_HELP]
+    return subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
+
+
+def on_page_markdown(markdown: str, page: Page, **_: Any) -> str:
     """Turn links out of docs/ into plain text."""
-    return re.sub(r"\[([^\]]+)\]\(\.\./[^)]*\)", r"\1", markdown)
+    folder = posixpath.dirname(page.file.src_uri)
+
+    def keep_inner_link(match: re.Match[str]) -> str:
+        is_image, text, target = match.groups()
+        leads_out = posixpath.normpath(posixpath.join(folder, target)).startswith("..")
+        if "://" in target or is_image or not leads_out:
+            return match[0]
+        return text
+
+    return LINK.sub(keep_inner_link, markdown)

@@ -1,6 +1,6 @@
 #!/bin/sh
 # What only a GPU can tell, in some eight minutes on an H200: the tests that need one and the tables of
-# docs/speed.md. Most telling first; each has its time limit and its log in FOLDER.
+# benchmarks/measurements.md. Most telling first; each has its time limit and its log in FOLDER.
 #   sh scripts/gpu.sh [FOLDER]        # runs/gpu; PYTHON=... for another interpreter than .venv's
 set -u
 cd "$(dirname "$0")/.."

@@ -56,7 +56,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "doctor": HIGH | {"__init__"},
     "cli": HIGH | {"sim_data", "audit", "report", "ui", "demo", "doctor", "__init__"},
 }
-"""Room -> the rooms of this package that it may import. The order is that of docs/architecture.md.
+"""Room -> the rooms of this package that it may import.
+
+The order is that of docs/explanation/architecture.md.
 
 A room is a file or a folder directly in `src/spear`.
 """
@@ -92,7 +94,7 @@ def imported_modules(module: str) -> set[str]:
 @pytest.mark.parametrize("room", sorted({room_of(module) for module in MODULES}))
 def test_a_room_imports_only_rooms_below_it(room: str) -> None:
     assert room in MAY_IMPORT, (
-        f"{room} is a new room: give it a place in MAY_IMPORT and docs/architecture.md"
+        f"{room} is a new room: give it a place in MAY_IMPORT and docs/explanation/architecture.md"
     )
     allowed_rooms = MAY_IMPORT[room] | {room, "__init__"}
 
@@ -112,7 +114,7 @@ def test_no_modules_import_each_other_in_a_circle() -> None:
 
 @pytest.mark.slow  # labels and trains in a fresh process
 def test_labeling_and_training_run_without_optional_packages(tmp_path: Path) -> None:
-    """Those that docs/label.md and docs/finetune.md do not name either."""
+    """Those that docs/howto/label.md and docs/tutorials/finetune.md do not name either."""
     write_episodes([make_episode(0)], tmp_path)
     (tmp_path / "photo.png").write_bytes(make_png(0))
     label = "label photo.png --dry-run --batch-size 1"

@@ -22,7 +22,16 @@ from spear.serve.client import RemotePolicy
 from spear.util.options import list_option_names
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [
+    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "SECURITY.md")),
+    *sorted((ROOT / "docs").rglob("*.md")),
+]
+RECORDS = [
+    *sorted((ROOT / "experiments").rglob("*.md")),
+    *sorted((ROOT / "benchmarks").rglob("*.md")),
+]
+"""What studies and benchmarks say; their commands are those of the scripts in their folders."""
+
 COMMAND = re.compile(r"(?:^[ $]*|`|\.venv/bin/|=\S+ )spear ([a-z][^`#\n]*)", re.MULTILINE)
 NAMED_FILE = re.compile(
     r"(?<![\w/])((?:benchmarks|experiments|docs|tests|scripts|examples|src)/[\w./-]+\.\w+)"
@@ -31,7 +40,7 @@ CODE_FOLDERS = ("src", "benchmarks", "experiments", "scripts")
 
 
 def parametrize_pages(pages: list[Path]) -> pytest.MarkDecorator:
-    return pytest.mark.parametrize("page", pages, ids=lambda page: page.name)
+    return pytest.mark.parametrize("page", pages, ids=lambda page: str(page.relative_to(ROOT)))
 
 
 def read_page(page: Path) -> str:
@@ -115,7 +124,7 @@ def find_anchors(page: Path) -> list[str]:
     return anchors
 
 
-@parametrize_pages([*PAGES, ROOT / "CHANGELOG.md"])
+@parametrize_pages([*PAGES, *RECORDS, ROOT / "CHANGELOG.md"])
 def test_links_lead_somewhere(page: Path) -> None:
     for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
         if "://" in link:
@@ -133,15 +142,14 @@ def list_code_files() -> Iterator[Path]:
 
 
 def test_files_that_are_named_exist() -> None:
-    for file in [*PAGES, *list_code_files()]:
+    for file in [*PAGES, *RECORDS, *list_code_files()]:
         for name in NAMED_FILE.findall(file.read_text()):
             if "NAME" not in name:
                 assert (ROOT / name).exists(), f"{file}: {name}"
 
 
 def test_experiments_that_are_named_can_be_run() -> None:
-    readmes = (ROOT / "experiments").rglob("*.md")
-    for file in [*PAGES, *readmes, *list_code_files()]:
+    for file in [*PAGES, *RECORDS, *list_code_files()]:
         for name in re.findall(r"-m (experiments(?:\.\w+)+)", file.read_text()):
             module = ROOT.joinpath(*name.split("."))
             is_package = (module / "__main__.py").exists()
@@ -187,7 +195,8 @@ def test_the_tutorial_runs_and_the_policy_that_it_trains_can_be_served(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """Its cells in order, with few scenes and steps, and then the last step of docs/finetune.md.
+    """Its cells in order, with few scenes and steps, and then the last step of
+    docs/tutorials/finetune.md.
 
     They label, ask, act, record, audit, fine-tune and score.
     """

@@ -1,4 +1,4 @@
-"""The tables of docs/ablations.md, with the kept episodes behind each of their lines."""
+"""The tables of tables.md, with the kept episodes behind each of their lines."""
 
 import re
 from pathlib import Path
@@ -8,6 +8,7 @@ from experiments.ablations.table import stack_successes
 from spear.types import Array
 
 DOCS = Path(__file__).parents[2] / "docs"
+TABLES = Path(__file__).with_name("tables.md")
 KEY_PATTERN = r"`([0-9a-f]{4})`"
 """The first digits of a key, in the last column of a table."""
 
@@ -18,7 +19,7 @@ SuccessTables = list[Array]
 def read_published_tables() -> list[list[str]]:
     """The lines of each table of the page that name keys; tables without keys are left out."""
     tables = []
-    for block in (DOCS / "ablations.md").read_text().split("\n\n"):
+    for block in TABLES.read_text().split("\n\n"):
         lines = [line for line in block.splitlines() if re.search(KEY_PATTERN, line)]
         if lines:
             tables.append(lines)

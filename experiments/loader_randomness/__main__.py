@@ -114,7 +114,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--buffers", type=int, nargs="*", default=[1_000, 10_000])
     parser.add_argument("--shards", type=int, nargs="*", default=[1, 4, 16])
     parser.add_argument(
-        "--shard-steps", type=int, default=3_750, help="100 MB of two views (docs/speed.md)"
+        "--shard-steps", type=int, default=3_750, help="100 MB of two views (docs/results/speed.md)"
     )
     parser.add_argument("--batch-sizes", type=int, nargs="*", default=[32, 256, 2048])
     parser.add_argument("--seeds", type=int, default=5)

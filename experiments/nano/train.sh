@@ -5,7 +5,7 @@ set -eu
 BIN=${BIN:-.venv/bin}
 RUNS=${RUNS:-runs}
 export OMP_NUM_THREADS=1
-# jemalloc (apt-get install libjemalloc2), where it is here and nothing else is preloaded: see docs/train.md.
+# jemalloc (apt-get install libjemalloc2), where it is here and nothing else is preloaded: see docs/howto/train.md.
 PRELOAD=${LD_PRELOAD:-$(ldconfig -p 2>/dev/null | sed -n 's/.*libjemalloc\.so\.2 .*=> //p' | head -1)}
 TRAIN="env LD_PRELOAD=$PRELOAD MALLOC_CONF=dirty_decay_ms:-1,muzzy_decay_ms:-1,lg_extent_max_active_fit:16
     $BIN/torchrun --standalone --nproc-per-node ${PROCESSES:-2} --no-python $BIN/spear train"

@@ -11,9 +11,9 @@ async   The robot observes while it still has actions, goes on with them, and sw
         `ChunkExecutor` spreads the difference along the new chunk, up to the action that opens or
         closes the gripper. So there is no jump at the seam, and the gripper acts where the new
         chunk wants it to. The gripper needs more care, because what was observed is old when it
-        acts (our choice, measured in docs/robots.md): the `NUM_SLOW_ACTIONS` before it acts are
-        slow, and a chunk that was predicted before the gripper acted but arrives afterwards is
-        dropped, since it would undo that.
+        acts (our choice, measured in docs/results/latency.md): the `NUM_SLOW_ACTIONS` before it
+        acts are slow, and a chunk that was predicted before the gripper acted but arrives
+        afterwards is dropped, since it would undo that.
 rtc     Real-time chunking, for policies that were trained for it (`spear.flow.sample_committed`).
         As async, but the policy gets the committed prefix: the actions that the robot will execute
         until the new chunk arrives. The new chunk begins with them, so there is nothing to join and
@@ -56,12 +56,12 @@ ExecutionMode = Literal["sync", "async", "rtc"]
 
 DEFAULT_REPLAN_INTERVAL = 1
 """Number of actions of a chunk of 5 that are executed before the next inference. The paper does not
-say; nano succeeds more often with 1 than with 2 or 3 (docs/nano.md), in SIMPLER less often
-(docs/simpler.md)."""
+say; nano succeeds more often with 1 than with 2 or 3 (docs/results/nano.md), in SIMPLER less often
+(docs/results/simpler.md)."""
 
 NUM_SLOW_ACTIONS = 2
 """async: number of slow actions before the one that opens or closes the gripper. Each of them takes
-one tick more than inference does (our choice, see docs/robots.md)."""
+one tick more than inference does (our choice, see docs/howto/latency.md)."""
 
 MIN_LONGEST_STEP_M = 2e-3  # async: no chunk's actions count as shorter than this, see `_plan_steps`
 MIN_LONGEST_TURN_RAD = 2e-2  # the same for rotations
@@ -309,8 +309,8 @@ class Pilot:
     """Drives one robot from a policy whose actions are SPEAR-1's own ([H, 8], meters).
 
     Call `step` once per tick (0.2 s). In the mode "sync" a step waits for its chunk, which is best
-    while inference takes a small part of a tick (docs/robots.md). In the other modes inference runs
-    in another thread, and only the first step waits for it.
+    while inference takes a small part of a tick (docs/howto/latency.md). In the other modes
+    inference runs in another thread, and only the first step waits for it.
 
     The pilot keeps time. A step that comes early waits for its tick, because the same actions made
     faster would move the robot faster; a notice says so, since the observation is old by then.

@@ -95,7 +95,7 @@ class FlowConfig:
         geodesic_weight: weight of the geodesic loss within the rotation's loss; 0 is none.
         geodesic_step: δ of the geodesic loss on velocities, at most the 1 - τ that remains. None is
             all of that. The paper gives no number; 0.1, one of ten Euler steps, is our choice
-            (measured by `experiments/flow_losses`, see docs/train.md).
+            (measured by `experiments/flow_losses`, see docs/results/flow-losses.md).
         translation_weight: weight of the translation's loss in the total.
         rotation_weight: weight of the rotation's loss in the total.
         gripper_weight: weight of the gripper's loss in the total (our choice).
@@ -105,7 +105,7 @@ class FlowConfig:
         time_beta: see `time_alpha`.
         time_scale: see `time_alpha`.
         steps: number of Euler steps from noise to an action (10 is π0's; the paper does not say).
-            How many are best depends on the model (docs/nano.md).
+            How many are best depends on the model (docs/results/nano.md).
 
     Raises:
         SpearError: a field has an unknown word, or a number out of range.

@@ -19,7 +19,7 @@ from spear.types import CONTROL_RATE_HZ
 
 VLM_RECIPES = ("vlm-stage1", "vlm-stage2")
 POLICY_RECIPES = ("vla-pretrain", "post-train-bridge", "post-train-droid")
-PAGE = Path(__file__).parents[2] / "docs" / "train.md"
+PAGE = Path(__file__).parents[2] / "docs" / "reference" / "recipes.md"
 
 
 @pytest.mark.parametrize(

@@ -132,7 +132,9 @@ class _Proposal:
 
     def __init__(self) -> None:
         self.fields: dict[str, Any] = {}
-        self.facts: dict[str, str] = {"tool_rotation": "no column can say it: see docs/data.md"}
+        self.facts: dict[str, str] = {
+            "tool_rotation": "no column can say it: see docs/reference/spear-json.md"
+        }
 
     def to_dict(self) -> dict[str, Any]:
         """As `spear.json` has it."""

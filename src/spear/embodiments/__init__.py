@@ -1,7 +1,7 @@
 """Embodiments: adapters between robots and SPEAR-1, one file per robot.
 
 A file in this folder that has an `EMBODIMENT`, or any such Python file of yours, is an embodiment;
-its name is the file's. docs/robots.md shows how to write one.
+its name is the file's. docs/howto/own-robot.md shows how to write one.
 """
 
 import importlib
@@ -64,6 +64,6 @@ def load(name: str) -> Embodiment:
     embodiment = module.get("EMBODIMENT")
     if not isinstance(embodiment, Embodiment):
         raise SpearError(
-            f"embodiment {path} defines no EMBODIMENT. See docs/robots.md for an example."
+            f"embodiment {path} defines no EMBODIMENT. See docs/howto/own-robot.md for an example."
         )
     return embodiment

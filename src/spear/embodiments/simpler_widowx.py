@@ -1,7 +1,7 @@
 """SIMPLER's WidowX in ManiSkill 3: its gripper link's pose, and
 `arm_pd_ee_target_delta_pose_align2` commands.
 
-Facts, read in mani_skill 3.0.1 and checked in it (docs/simpler.md): the controller keeps a
+Facts, read in mani_skill 3.0.1 and checked in it (docs/howto/simpler.md): the controller keeps a
 commanded pose of link `ee_gripper_link` in the robot's base frame, whose x axis points out of the
 gripper (BridgeData's frame after its reference rotation). A command moves that pose, not the
 measured one, by x, y, z along base axes and turns it about base axes by the angles (a, b, c) with R

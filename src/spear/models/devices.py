@@ -125,7 +125,7 @@ def limit_threads(model: nn.Module, batch_size: int) -> Iterator[None]:
     """Within it, PyTorch uses no more threads than a model's inference on a CPU surely gains from.
 
     These are one per 100 million parameters times inputs. An action of nano takes as long on two
-    cores as on one if they are idle, and twice as long if they are busy (docs/robots.md).
+    cores as on one if they are idle, and twice as long if they are busy (docs/results/serving.md).
     """
     if model not in _num_parameters:
         _num_parameters[model] = sum(parameter.numel() for parameter in model.parameters())

@@ -46,7 +46,7 @@ MAX_RELATIVE_DIFFERENCE = {torch.float32: 1e-4, torch.bfloat16: 0.1}
 """How far `sample_fast` may be from `sample_plain`, as `relative_difference` measures it.
 
 float32 is for networks that are float32 throughout, bfloat16 for all others (measured in
-docs/speed.md)."""
+docs/results/speed.md)."""
 
 
 def pack_inputs(

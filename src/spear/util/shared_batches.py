@@ -1,8 +1,8 @@
 """Batches from worker processes, through shared memory that is mapped once.
 
 PyTorch's own way makes new shared memory for every tensor, clears it, sends its descriptor through
-a socket and maps it (docs/speed.md). Here a worker copies a batch into a slot of shared memory, and
-sends only where each tensor is.
+a socket and maps it (benchmarks/measurements.md). Here a worker copies a batch into a
+slot of shared memory, and sends only where each tensor is.
 """
 
 import math

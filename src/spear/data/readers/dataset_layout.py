@@ -2,7 +2,7 @@
 
 `oxe.toml` describes the published datasets. Any other dataset is described by a file `spear.json`
 in its folder, with the fields of `DatasetLayout`; fields that it does not give come from the entry
-of `oxe.toml` that its key "like" names. docs/finetune.md has an example.
+of `oxe.toml` that its key "like" names. docs/howto/describe.md has an example.
 
 A column is a path below the steps, with an optional range of its last dimension:
 "observation/state[0:3]". LeRobot's dots become slashes of the path: its "observation.images.top" is

@@ -1,7 +1,7 @@
 """One of SIMPLER's tasks in ManiSkill 3: scenes by number, with the WidowX's observations and
 commands.
 
-Facts from mani_skill 3.0.1's code, checked in it (docs/simpler.md):
+Facts from mani_skill 3.0.1's code, checked in it (docs/howto/simpler.md):
 
 - The arm's controller keeps a target pose of link `ee_gripper_link` and solves for joint angles at
   every command.
@@ -64,7 +64,7 @@ class NoRenderer(SpearError):
         return (
             f"SIMPLER: ManiSkill cannot draw its scene here ({self.args[0]}): "
             "unless a file is missing, install a Vulkan driver "
-            "(for a CPU lavapipe 24.3: docs/simpler.md)"
+            "(for a CPU lavapipe 24.3: docs/howto/simpler.md)"
         )
 
 
