@@ -108,8 +108,8 @@ def evaluate_simpler(options: EvaluateSimplerOptions) -> None:
     """Let a policy act in SIMPLER's four WidowX tasks (ManiSkill 3), and count its successes.
 
     Needs pip install 'spear-vla[simpler]', ManiSkill's assets and a Vulkan driver: see
-    docs/simpler.md. Prints success per task with 95 % intervals and the paper's numbers; writes
-    OUT/results.json and films. The same command continues an evaluation that was stopped.
+    docs/howto/simpler.md. Prints success per task with 95 % intervals and the paper's numbers;
+    writes OUT/results.json and films. The same command continues an evaluation that was stopped.
 
     Examples:
         spear evaluate simpler --policy runs/my_policy

@@ -34,7 +34,7 @@ def label(options: LabelOptions) -> None:
 
     With --num-scenes instead of PHOTOS, scenes of the simulator are labeled from its ground truth,
     in the layout that `spear train` reads. So are scenes of SIMPLER's four tasks, with
-    simpler:SEED-SEED (docs/simpler.md).
+    simpler:SEED-SEED (docs/howto/simpler.md).
 
     Examples:
         spear label photos/ --dry-run

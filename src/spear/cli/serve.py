@@ -24,7 +24,7 @@ def serve(options: ServeOptions) -> None:
 
     With --protocol vla-eval, AllenAI's vla-eval harness connects and evaluates the policy in its
     benchmarks: vla-eval run -c BENCHMARK.yaml, with server.url ws://HOST:PORT (see
-    docs/simpler.md).
+    docs/howto/vla-eval.md).
 
     Examples:
         spear serve --policy nano

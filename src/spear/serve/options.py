@@ -36,8 +36,8 @@ class ServeOptions(Options):
     protocol: Literal["openpi", "vla-eval"] = "openpi"
     """What connects: openpi-client, for robots; or AllenAI's vla-eval harness, for benchmarks."""
     embodiment: Annotated[str | None, arg(metavar=f"{{{','.join(EMBODIMENTS)}}}|FILE.py")] = None
-    """The robot, or a Python file that describes yours (see docs/robots.md). Default: generic; with
-    --protocol vla-eval: maniskill2_widowx, SIMPLER's robot."""
+    """The robot, or a Python file that describes yours (see docs/howto/own-robot.md). Default:
+    generic; with --protocol vla-eval: maniskill2_widowx, SIMPLER's robot."""
     control: OptionalName = None
     """How to command the robot, if it has several controls (droid: {joint_velocity, joint_position,
     cartesian_position}). Default: the robot's first one."""
@@ -51,7 +51,7 @@ class ServeOptions(Options):
     where other users of this machine do not see it."""
     ui: bool = False
     """Also serve a web page, on which you watch and steer the policy in the built-in simulator and
-    ask SPEAR-VLM about a scene or a photo (see docs/robots.md)."""
+    ask SPEAR-VLM about a scene or a photo (see docs/howto/web-page.md)."""
     episodes: OptionalFolder = None
     """With --ui: replay recorded episodes, or those of an evaluation (its --out), on the page."""
     device: Device = "auto"
