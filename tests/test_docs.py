@@ -148,6 +148,18 @@ def test_files_that_are_named_exist() -> None:
                 assert (ROOT / name).exists(), f"{file}: {name}"
 
 
+def test_files_of_the_ways_through_the_code_exist() -> None:
+    page = ROOT / "docs" / "explanation" / "architecture.md"
+    _, _, ways = page.read_text().partition("## Three ways through the code")
+    ways, _, _ = ways.partition("## To change something")
+
+    paths = re.findall(r"`([\w/]+/[\w.]+\.(?:py|toml))`", ways)
+
+    assert len(paths) > 40
+    for path in paths:
+        assert (ROOT / "src" / "spear" / path).exists(), path
+
+
 def test_experiments_that_are_named_can_be_run() -> None:
     for file in [*PAGES, *RECORDS, *list_code_files()]:
         for name in re.findall(r"-m (experiments(?:\.\w+)+)", file.read_text()):
