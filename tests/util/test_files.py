@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from refusals import refuses
-from spear.util.files import check_new_folder, write_bytes
+from spear.util.files import advise_on_read_error, check_new_folder, write_bytes
 
 
 @pytest.mark.parametrize(
@@ -70,3 +70,15 @@ def test_the_current_folder_is_no_output(
     refuses("cannot be written", write_bytes, folder, b"new")
 
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("error", "cure"),
+    [
+        (FileNotFoundError(), "missing"),
+        (PermissionError(), "chmod"),
+        (OSError("Parquet magic bytes not found"), "cut off or damaged"),
+    ],
+)
+def test_each_error_of_reading_has_its_own_cure(error: OSError, cure: str) -> None:
+    assert cure in advise_on_read_error(error)

@@ -30,6 +30,28 @@ def test_as_many_bad_items_as_the_limit_allows_are_skipped(skipped: SkippedItems
     skipped.check(good=2)
 
 
+def test_the_most_frequent_reasons_are_counted(skipped: SkippedItems) -> None:
+    reasons = [
+        "dark: a#1",
+        *[f"blurred: a#{i} by {i}.5 px" for i in range(4)],
+        "cut: a#9",
+        "cut: a#7",
+    ]
+    for reason in [*reasons, "empty: a#3"]:
+        skipped(reason)
+
+    assert skipped.summarize() == (
+        "4 × blurred: a#0 by 0.5 px; 2 × cut: a#9; 1 × dark: a#1; and 1 rarer reasons"
+    )
+
+
+def test_a_single_reason_is_summarized_by_its_first_message(skipped: SkippedItems) -> None:
+    skipped("no camera 'wrist': set#4")
+    skipped("no camera 'wrist': set#5")
+
+    assert skipped.summarize() == "2 × no camera 'wrist': set#4"
+
+
 def test_too_many_bad_items_stop_the_work_once_enough_are_seen(skipped: SkippedItems) -> None:
     skipped("broken: 1")
     skipped("broken: 2")

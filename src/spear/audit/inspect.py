@@ -32,6 +32,7 @@ from spear.data.store.episode_store import EpisodeStore
 from spear.errors import SpearError, escape_control_characters, format_count
 from spear.types import Array
 from spear.util.images import IMAGE_MAGIC_BYTES, decode_image
+from spear.util.skipped_items import SkippedItems
 
 MAX_INSTRUCTIONS = 5  # that are shown, the most frequent first
 MAX_REASONS = 5  # why episodes were skipped, that are shown
@@ -105,7 +106,7 @@ def _inspect_dataset(folder: Dataset) -> str:
         else:
             episodes.append(dict(walk_columns(steps)))
     if not episodes:
-        reason = reasons[-1] if reasons else "it has none"
+        reason = SkippedItems(limit=0.0, reasons=reasons).summarize() or "it has none"
         raise SpearError(f"no good episode: {folder.path}: {reason}")
 
     splits = ", ".join(f"{name} {length}" for name, length in folder.split_lengths.items())
@@ -202,7 +203,8 @@ def _read_lerobot_episode(folder: LeRobotFolder, index: int) -> Steps | SpearErr
             last_s = max(first_s + (episode.length - 1.5) / folder.info.fps, 0.0)
             if next(read_frames(file, last_s, end_s), None) is None:
                 return SpearError(
-                    f"broken video: {file}: it ends before {last_s:.4g} s; copy it again"
+                    f"broken video: {file}: it ends before {last_s:.4g} s, where the metadata "
+                    "have more frames. Delete it, and download this file anew."
                 )
         return steps
     except SpearError as error:

@@ -106,6 +106,20 @@ def refuse_lfs_pointer(source: Path | bytes, name: str | Path) -> None:
         raise SpearError(f"{name}: {LFS_POINTER_PROBLEM}. {LFS_POINTER_ADVICE}")
 
 
+def advise_on_read_error(error: BaseException) -> str:
+    """Say what to do about an error of opening or reading a data file.
+
+    Example:
+        >>> advise_on_read_error(FileNotFoundError())
+        'Download the missing file, for example with `hf download`.'
+    """
+    if isinstance(error, FileNotFoundError):
+        return "Download the missing file, for example with `hf download`."
+    if isinstance(error, PermissionError):
+        return "Allow yourself to read it: `chmod u+r FILE`."
+    return "The file is cut off or damaged. Delete it, and download this file anew."
+
+
 def read_json(path: Path, advice: str, max_bytes: int = MAX_JSON_BYTES) -> dict[str, Any]:
     """Read the JSON object in a file; arguments and errors are those of `read_json_as`."""
     return read_json_as(dict[str, Any], path, advice, "no JSON object can be read", max_bytes)

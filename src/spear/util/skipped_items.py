@@ -1,8 +1,12 @@
 """Items that cannot be read are skipped, as long as they are few."""
 
+import re
+from collections import Counter
 from dataclasses import dataclass, field
 
 from spear.errors import SpearError
+
+MAX_SHOWN_REASONS = 3
 
 
 @dataclass
@@ -39,5 +43,23 @@ class SkippedItems:
         if finished or num_seen >= self.patience:
             raise SpearError(
                 f"too many bad {self.unit}: {num_bad} of {num_seen} (more than {self.limit:.0%}); "
-                f"the last one: {self.reasons[-1]}. Mend the input, or leave them out."
+                f"{self.summarize()}. Mend the input, or leave them out."
             )
+
+    def summarize(self) -> str:
+        """The most frequent reasons in one line, each with its count and its first message.
+
+        Messages are of the same reason if they differ only in numbers, such as those of items.
+        """
+        counts: Counter[str] = Counter()
+        first_messages: dict[str, str] = {}
+        for message in self.reasons:
+            kind = re.sub(r"\d+(\.\d+)?", "0", message)
+            counts[kind] += 1
+            first_messages.setdefault(kind, message)
+        most_frequent = counts.most_common(MAX_SHOWN_REASONS)
+        texts = [f"{number} × {first_messages[kind].rstrip('.')}" for kind, number in most_frequent]
+        num_others = len(counts) - len(most_frequent)
+        if num_others:
+            texts.append(f"and {num_others} rarer reasons")
+        return "; ".join(texts)

@@ -234,7 +234,7 @@ def test_a_truncated_shard_is_named(bridge_copy: Path, tmp_path: Path) -> None:
     assert len(episodes) == 8
     assert len(reasons) == 17
     assert "record 24: " in reasons[-1]  # the metadata name it, and it is not there
-    message = r"record 8: the file ends .* copy the file again"
+    message = r"record 8: the file ends .* download it anew"
     refuses(message, list, read_episodes(bridge_copy))
     refuses("17 of 25", prepare, bridge_copy, tmp_path / "store")
 

@@ -187,7 +187,7 @@ def check_enough_good(num_good: int, skipped: SkippedItems, path: str | Path, sp
     """At the end of a split, raise SpearError if too many of its episodes were bad, or all."""
     skipped.check(num_good, finished=num_good > 0)
     if num_good == 0:
-        reason = f": {skipped.reasons[-1]}" if skipped.reasons else " (the split is empty)"
+        reason = f": {skipped.summarize()}" if skipped.reasons else " (the split is empty)"
         raise SpearError(f"no good episode: {path} split {split!r}{reason}")
 
 

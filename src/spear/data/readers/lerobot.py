@@ -32,7 +32,7 @@ from spear.data.readers.splits import parse_split
 from spear.data.readers.video import read_frames
 from spear.errors import SpearError, format_count, notice, summarize_error
 from spear.types import Array
-from spear.util.files import refuse_lfs_pointer
+from spear.util.files import advise_on_read_error, refuse_lfs_pointer
 from spear.util.foreign_paths import fill_path_template, join_inside
 from spear.util.images import encode_jpeg
 from spear.util.json_text import parse_json_as, read_json_lines, read_utf8
@@ -403,9 +403,9 @@ def _open_cached(folder: Path, changed_ns: int) -> LeRobotFolder:
         for metadata_file in sorted((folder / "meta").rglob("*.*")):
             refuse_lfs_pointer(metadata_file, metadata_file)
         reason = summarize_error(error)
-        is_other_version = reason.startswith("codebase_version")
-        cure = "convert it to v2.1 or v3.0" if is_other_version else "copy the dataset again"
-        raise SpearError(f"unreadable: {file}: {reason}; {cure}") from error
+        raise SpearError(
+            f"unreadable: {file}: {reason}. {_advise_on_metadata_error(error, reason)}"
+        ) from error
 
     in_splits: list[int] = []
     for first, end in dataset.splits.values():
@@ -416,6 +416,17 @@ def _open_cached(folder: Path, changed_ns: int) -> LeRobotFolder:
             f"({len(dataset.episodes)})"
         )
     return dataset
+
+
+def _advise_on_metadata_error(error: Exception, reason: str) -> str:
+    """Say what to do about metadata that cannot be read."""
+    if reason.startswith("codebase_version"):
+        return "Convert the dataset to v2.1 or v3.0 with LeRobot's own scripts."
+    if reason.startswith(INFO_FILE):
+        return f"Correct total_episodes in {INFO_FILE}, or download the episodes that are missing."
+    if isinstance(error, OSError | pa.ArrowException):
+        return advise_on_read_error(error)
+    return "Correct this entry in meta/; `spear data export` writes metadata to compare with."
 
 
 def _read_metadata(folder: Path, info: Info) -> LeRobotFolder:
@@ -573,16 +584,24 @@ def _read_rows(episode: LeRobotEpisode, dataset: str, skipped_columns: Collectio
     except (OSError, KeyError, pa.ArrowException) as error:
         refuse_lfs_pointer(episode.data, f"{dataset}#{episode.index}: {episode.data}")
         raise SpearError(
-            f"cannot read: {dataset}#{episode.index}: {episode.data}: {summarize_error(error)}; "
-            "copy it again"
+            f"cannot read: {dataset}#{episode.index}: {episode.data}: {summarize_error(error)}. "
+            f"{_advise_on_rows_error(error)}"
         ) from error
 
     if len(rows) != episode.length:
         raise SpearError(
             f"rows missing: {dataset}#{episode.index}: {episode.data} has {len(rows)} of its "
-            f"{format_count(episode.length, 'rows')}; copy the dataset again"
+            f"{format_count(episode.length, 'rows')}. Correct its length in meta/episodes, or "
+            "leave the episode out."
         )
     return rows
+
+
+def _advise_on_rows_error(error: Exception) -> str:
+    """Say what to do about rows that cannot be read."""
+    if isinstance(error, KeyError):
+        return "Add this column, which says to which episode each row belongs."
+    return advise_on_read_error(error)
 
 
 def _convert_column(column: pa.ChunkedArray, folder: Path) -> Any:
@@ -649,7 +668,9 @@ def _read_image(cell: Mapping[str, Any], folder: Path) -> bytes:
         return bytes(cell["bytes"])
     file = join_inside(folder, cell.get("path") or "")
     if not file.is_file():
-        raise SpearError(f"missing image: {file}: copy the dataset again, or leave the episode out")
+        raise SpearError(
+            f"missing image: {file}. Download the folder of images too, or leave the episode out."
+        )
     return file.read_bytes()
 
 

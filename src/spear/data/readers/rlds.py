@@ -108,7 +108,8 @@ class RldsFolder:
             return _repeat_episode_values(episode, num_steps) | steps
         except (ValueError, KeyError, TypeError, AttributeError, zlib.error) as error:
             return SpearError(
-                f"broken record: {file} record {index}: {error}; copy the dataset again"
+                f"broken record: {file} record {index}: {error}. Its features.json "
+                "describes other records: download both of the same version."
             )
 
 
@@ -150,13 +151,13 @@ def open_rlds(path: str | Path) -> RldsFolder:
         raise SpearError(f"not an RLDS folder: {path}: choose one of {names}")
 
     folder = folders[0]
-    info = read_json(folder / "dataset_info.json", "copy it again")
-    features = read_json(folder / "features.json", "copy it again")
+    info = read_json(folder / "dataset_info.json", "download this file anew")
+    features = read_json(folder / "features.json", "download this file anew")
     try:
         return _make_folder(folder, info, features)
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise SpearError(
-            f"unreadable: {folder}/dataset_info.json: {error!r}; copy it again"
+            f"unreadable: {folder}/dataset_info.json: {error!r}. Download this file anew."
         ) from error
 
 

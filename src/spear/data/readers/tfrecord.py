@@ -22,6 +22,7 @@ Feature = list[bytes] | Array
 
 HEADER_BYTES = 12  # length and its checksum
 CHECKSUM_BYTES = 4
+UNLISTED_RECORD = "dataset_info.json does not know of it"
 CRC_MASK_DELTA = 0xA282EAD8  # of the TFRecord format
 NUMBER_DTYPES = {"float_list": np.float32, "int64_list": np.int64}
 
@@ -81,13 +82,16 @@ def _read_records(
             yield index, _broken_record(path, index, "its checksum does not match")
 
     if stop == num_expected and file.tell() < file_bytes:
-        yield stop, _broken_record(path, stop, "dataset_info.json does not know of it")
+        yield stop, _broken_record(path, stop, UNLISTED_RECORD)
 
 
 def _broken_record(path: Path, index: int, reason: str) -> SpearError:
     if is_lfs_pointer(path):
         return SpearError(f"{path} record {index}: {LFS_POINTER_PROBLEM}. {LFS_POINTER_ADVICE}")
-    return SpearError(f"broken record: {path} record {index}: {reason}; copy the file again")
+    cure = "Delete the file, and download it anew; its download broke off or was damaged."
+    if reason == UNLISTED_RECORD:
+        cure = "Correct shardLengths there, or choose a --split that ends before it."
+    return SpearError(f"broken record: {path} record {index}: {reason}. {cure}")
 
 
 def read_checksums(path: Path) -> bytes:

@@ -11,7 +11,7 @@ import numpy as np
 
 from spear.errors import SpearError, import_optional
 from spear.types import Array
-from spear.util.files import refuse_lfs_pointer
+from spear.util.files import advise_on_read_error, refuse_lfs_pointer
 
 ENCODER = "libsvtav1"
 ENCODER_OPTIONS = {"crf": "30", "g": "2", "preset": "10", "svtav1-params": "lp=1"}
@@ -40,7 +40,7 @@ def open_video(path: str | Path) -> Iterator[tuple[Any, Any]]:
         reason = f"broken video ({error.strerror})"
         if isinstance(error, FileNotFoundError):
             reason = "no such video"
-        raise SpearError(f"{path}: {reason}: copy it again, or leave it out") from error
+        raise SpearError(f"{path}: {reason}. {advise_on_read_error(error)}") from error
 
 
 def read_frames(path: Path, start_s: float, end_s: float) -> Iterator[tuple[float, Array]]:
