@@ -10,9 +10,9 @@ import torch
 from spear.embodiments import Control, Embodiment
 from spear.embodiments.actions import compute_target_poses
 from spear.embodiments.observations import (  # each of them names the key in its errors
-    check_opening,
-    check_position,
-    check_radians,
+    validate_opening,
+    validate_position,
+    validate_radians,
     make_example_image,
     make_state,
     read_image,
@@ -29,10 +29,10 @@ def observe(observation):
     base frame.
     """
     tcp = read_numbers(observation, "tcp", 6)
-    position = check_position(tcp[:3] / MM_PER_M, "tcp")
-    rotation_vector = torch.from_numpy(check_radians(tcp[3:], "tcp"))
+    position = validate_position(tcp[:3] / MM_PER_M, "tcp")
+    rotation_vector = torch.from_numpy(validate_radians(tcp[3:], "tcp"))
     rotation = quat_exp(rotation_vector).numpy()
-    opening = check_opening(read_numbers(observation, "gripper", 1)[0], "gripper")
+    opening = validate_opening(read_numbers(observation, "gripper", 1)[0], "gripper")
     return {
         "observation/image": read_image(observation, "camera"),
         "observation/state": make_state(position, rotation, opening),

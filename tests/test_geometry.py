@@ -205,14 +205,14 @@ def test_slerp_takes_the_short_way_whatever_the_signs() -> None:
 def test_unit_quaternions_within_tolerance_are_normalized() -> None:
     q = draw_quats(4)
 
-    assert_close(geo.check_unit_quat(q * 1.0009, "state"), geo.quat_canonical(q))
+    assert_close(geo.validate_unit_quat(q * 1.0009, "state"), geo.quat_canonical(q))
 
 
 @pytest.mark.parametrize("scale", [1.002, 0, math.nan])
 def test_quaternions_that_are_not_unit_are_refused(scale: float) -> None:
     q = draw_quats(4) * scale
 
-    refuses(r"observation/state.*\(w, x, y, z\)", geo.check_unit_quat, q, "observation/state")
+    refuses(r"observation/state.*\(w, x, y, z\)", geo.validate_unit_quat, q, "observation/state")
 
 
 # Matrices, Euler angles, 6D

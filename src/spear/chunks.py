@@ -37,11 +37,11 @@ import torch
 from spear.errors import SpearError, check_known, notice
 from spear.geometry import (
     action_between_poses,
-    check_unit_quat,
     quat_exp,
     quat_log,
     quat_multiply,
     quat_normalize,
+    validate_unit_quat,
 )
 from spear.types import (
     ACTION_DIM,
@@ -202,9 +202,9 @@ class ChunkExecutor:
             arrival_tick: tick from which the chunk can be used; the present one by default.
 
         Raises:
-            SpearError: as `check_chunk` does, and for a chunk shorter than the replan interval.
+            SpearError: as `validate_chunk` does, and for a chunk shorter than the replan interval.
         """
-        actions = check_chunk(actions).copy()
+        actions = validate_chunk(actions).copy()
         check_replan_interval(self.replan_interval, len(actions))
         if observed_tick is None:
             observed_tick = self.tick
@@ -429,7 +429,7 @@ def check_replan_interval(replan_interval: int, horizon: int | None = None) -> N
     )
 
 
-def check_chunk(actions: Array) -> Array:
+def validate_chunk(actions: Array) -> Array:
     """Check a policy's chunk before a robot moves by it.
 
     Args:
@@ -456,7 +456,7 @@ def check_chunk(actions: Array) -> Array:
             f"the policy wants to go {max_length_m:.2g} m, or turn by {max_turn_rad:.2g} rad, in "
             "one step. So do not move; check it with spear doctor."
         )
-    check_unit_quat(torch.from_numpy(np.float64(actions[:, 3:7])), "actions[3:7]")
+    validate_unit_quat(torch.from_numpy(np.float64(actions[:, 3:7])), "actions[3:7]")
     return actions
 
 

@@ -78,7 +78,7 @@ def quat_canonical(q: Tensor) -> Tensor:
     return torch.where(weighted_sign < 0, -q, q)
 
 
-def check_unit_quat(q: Tensor, name: str) -> Tensor:
+def validate_unit_quat(q: Tensor, name: str) -> Tensor:
     """Check quaternions that come from outside, and make them canonical unit quaternions.
 
     Args:

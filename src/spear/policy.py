@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 
 from spear import flow
-from spear.chunks import check_chunk
+from spear.chunks import validate_chunk
 from spear.data.normalize import Normalizer
 from spear.embodiments.observations import (
     CheckedObservation,
     camera_key,
-    check_observation,
     is_camera_key,
+    validate_observation,
 )
 from spear.errors import SpearError, check_known, notice, unknown_name_error
 from spear.models.decode import LogitRecorder, decode_greedily
@@ -369,7 +369,7 @@ class Spear1Policy:
         vectors = actions.to_vector()
         vectors[..., 7].clamp_(0, 1)
         chunks = vectors.cpu().numpy().astype(np.float32)
-        results = [{"actions": check_chunk(chunk)} for chunk in chunks]
+        results = [{"actions": validate_chunk(chunk)} for chunk in chunks]
         self._monitor.record_commands(observations, chunks)
         return results
 
@@ -498,6 +498,6 @@ def _check_once(observation: Mapping[str, Any]) -> CheckedObservation:
     """An observation after checking it, unless it is checked already."""
     if isinstance(observation, CheckedObservation):
         return observation
-    return check_observation(
+    return validate_observation(
         {key: value for key, value in observation.items() if value is not None}
     )

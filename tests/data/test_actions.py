@@ -13,9 +13,9 @@ from data_tiny import make_episode
 from spear.data.actions import (
     ACTION_RULES_VERSION,
     canonicalize_actions,
-    check_episode,
     extract_chunk,
     resample_episode,
+    validate_episode,
 )
 from spear.geometry import apply_action, quat_distance
 from spear.types import Episode
@@ -34,7 +34,7 @@ def make_smooth_episode(seed: int, num_steps: int, rate_hz: float = 5.0) -> Epis
         gripper=rng.uniform(size=num_steps),
         rate_hz=rate_hz,
     )
-    return check_episode(episode)
+    return validate_episode(episode)
 
 
 def test_the_rules_have_the_version_that_these_tests_are_for() -> None:
@@ -74,7 +74,7 @@ def test_translations_are_along_the_base_and_rotations_about_the_gripper() -> No
         ),
     )
 
-    actions, _ = canonicalize_actions(check_episode(episode))
+    actions, _ = canonicalize_actions(validate_episode(episode))
 
     expected_turn = Rotation.from_euler("x", 10, degrees=True).as_quat(scalar_first=True)
     np.testing.assert_allclose(actions[0, :3], [0.05, 0, 0], atol=1e-6)
@@ -123,7 +123,7 @@ def test_resampling_agrees_with_scipy(seed: int, num_steps: int, rate_hz: float)
 
     resampled = resample_episode(episode)
 
-    check_episode(resampled)
+    validate_episode(resampled)
     assert resampled.rate_hz == 5.0
     times_s = np.arange(num_steps) / rate_hz
     new_times_s = np.arange(len(resampled)) / 5.0

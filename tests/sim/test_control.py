@@ -26,7 +26,7 @@ from spear.embodiments.kinematics import franka_pose
 from spear.sim.control import (
     MIN_EE_HEIGHT_M,
     PHYSICS_STEPS_PER_CONTROL_STEP,
-    check_action,
+    split_action,
 )
 from spear.sim.scene import sample_scene
 from spear.sim.world import World
@@ -194,11 +194,11 @@ def test_wild_actions_never_make_it_unstable_nor_leave_the_limits(seed: int) -> 
     ],
 )
 def test_bad_actions_are_refused(action: np.ndarray, message: str) -> None:
-    refuses(message, check_action, np.asarray(action))
+    refuses(message, split_action, np.asarray(action))
 
 
 def test_a_quaternion_of_about_unit_length_is_normalized() -> None:
-    _, rotation, _ = check_action(np.array([0, 0, 0, 1.0009, 0, 0, 0, 1]))
+    _, rotation, _ = split_action(np.array([0, 0, 0, 1.0009, 0, 0, 0, 1]))
 
     np.testing.assert_allclose(rotation, NO_ROTATION)
 

@@ -9,7 +9,7 @@ import numpy as np
 from vla_eval.benchmarks.base import StepBenchmark, StepResult
 
 from spear.embodiments import generic
-from spear.embodiments.observations import check_observation
+from spear.embodiments.observations import validate_observation
 from spear.sim.env import TabletopEnv
 
 IMAGE = np.full((32, 48, 3), 90, np.uint8)
@@ -57,7 +57,7 @@ class Tabletop(StepBenchmark):
 
 
 def observe(observation: Mapping[str, Any]) -> dict[str, Any]:
-    return check_observation(
+    return validate_observation(
         {
             "observation/image": observation["images"]["primary"],
             "observation/state": observation["states"],

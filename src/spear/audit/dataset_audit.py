@@ -34,7 +34,7 @@ from spear.checks.gripper import check_gripper
 from spear.checks.recording import Recording
 from spear.checks.result import Check, Verdict
 from spear.checks.states import check_rate, find_implausible_states
-from spear.data.actions import check_instruction, check_unit_norm
+from spear.data.actions import check_instruction, validate_unit_norm
 from spear.data.readers.bad_rows import mask_gaps
 from spear.data.readers.build_episode import (
     drop_bad_rows,
@@ -485,7 +485,7 @@ def _rotation_to_judge(
     if rotation_format in TRUSTED_FORMATS:
         return quaternions
     if rotation_format.startswith("quat"):
-        check_unit_norm(rotation, source, "rotation")
+        validate_unit_norm(rotation, source, "rotation")
     return rotation
 
 

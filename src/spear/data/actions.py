@@ -175,7 +175,7 @@ def resample_episode(episode: Episode, rate_hz: float = CONTROL_RATE_HZ) -> Epis
     )
 
 
-def check_episode(episode: Episode) -> Episode:
+def validate_episode(episode: Episode) -> Episode:
     """Check an episode, and bring its arrays into the form that everything else expects.
 
     Returns:
@@ -196,14 +196,14 @@ def check_episode(episode: Episode) -> Episode:
         raise SpearError(f"bad rate {episode.rate_hz}: {name}: give the steps per second")
     _check_images(episode)
 
-    gripper = _check_array(name, "gripper", episode.gripper, (num_steps,))
+    gripper = _validate_array(name, "gripper", episode.gripper, (num_steps,))
     checked = dataclasses.replace(
         episode,
-        position=_check_array(name, "position", episode.position, (num_steps, 3)),
-        rotation=_check_array(name, "rotation", episode.rotation, (num_steps, 4)),
+        position=_validate_array(name, "position", episode.position, (num_steps, 3)),
+        rotation=_validate_array(name, "rotation", episode.rotation, (num_steps, 4)),
         gripper=_clip_opening(name, "gripper", gripper),
     )
-    return check_actions(checked)
+    return validate_actions(checked)
 
 
 def _check_images(episode: Episode) -> None:
@@ -231,13 +231,13 @@ def empty_episode_error(name: str) -> SpearError:
     return SpearError(f"empty episode: {name}: it has no steps; leave it out")
 
 
-def check_actions(episode: Episode) -> Episode:
-    """Check rotations and actions, the part of `check_episode` that may change later."""
+def validate_actions(episode: Episode) -> Episode:
+    """Check rotations and actions, the part of `validate_episode` that may change later."""
     name = episode.source
     num_steps = len(episode)
     fields: dict[str, Any] = {"rotation": _normalize_rotation(name, "rotation", episode.rotation)}
     if episode.action is not None:
-        action = _check_array(name, "action", episode.action, (num_steps, ACTION_DIM)).copy()
+        action = _validate_array(name, "action", episode.action, (num_steps, ACTION_DIM)).copy()
         action[:, 3:7] = _normalize_rotation(name, "action rotation", action[:, 3:7])
         action[:, 7] = _clip_opening(name, "action gripper", action[:, 7])
         fields["action"] = action
@@ -261,7 +261,7 @@ def _check_length(name: str, field: str, length: int, num_steps: int) -> None:
         )
 
 
-def _check_array(name: str, field: str, values: Array, shape: tuple[int, ...]) -> Array:
+def _validate_array(name: str, field: str, values: Array, shape: tuple[int, ...]) -> Array:
     """Convert an array to float32; raise SpearError for another shape, or what is not finite."""
     array = np.asarray(values, np.float32)
     if array.shape != shape:
@@ -273,7 +273,7 @@ def _check_array(name: str, field: str, values: Array, shape: tuple[int, ...]) -
     return array
 
 
-def check_unit_norm(quaternion: Array, name: str, field: str) -> Array:
+def validate_unit_norm(quaternion: Array, name: str, field: str) -> Array:
     """Check that quaternions [T, 4] have norms within 1e-3 of 1.
 
     Returns:
@@ -294,7 +294,7 @@ def check_unit_norm(quaternion: Array, name: str, field: str) -> Array:
 
 def _normalize_rotation(name: str, field: str, quaternion: Array) -> Array:
     """Normalize quaternions [T, 4] to norm 1 and w >= 0, after checking their norms."""
-    unit = quaternion / check_unit_norm(quaternion, name, field)[:, None]
+    unit = quaternion / validate_unit_norm(quaternion, name, field)[:, None]
     return np.where(unit[:, :1] < 0, -unit, unit).astype(np.float32)
 
 

@@ -23,13 +23,13 @@ from spear.embodiments import Control, Embodiment, Observation
 from spear.embodiments.actions import compute_target_poses
 from spear.embodiments.observations import (
     REQUIRED_KEYS,
-    check_opening,
-    check_radians,
     make_example_image,
     make_state,
     read_image,
     read_numbers,
     read_prompt,
+    validate_opening,
+    validate_radians,
 )
 from spear.errors import import_optional, notice
 from spear.geometry import matrix_to_quat, pose_compose, pose_inverse, quat_slerp, quat_to_euler
@@ -63,9 +63,9 @@ def observe(observation: Observation, image_key: str = EXTERIOR_IMAGE_KEY) -> di
     Raises:
         SpearError: a value is wrong, or MuJoCo is not installed.
     """
-    joints = check_radians(read_numbers(observation, JOINTS_KEY, 7), JOINTS_KEY)
+    joints = validate_radians(read_numbers(observation, JOINTS_KEY, 7), JOINTS_KEY)
     gripper_position = float(read_numbers(observation, GRIPPER_KEY, 1)[0])
-    closed = check_opening(gripper_position, GRIPPER_KEY)
+    closed = validate_opening(gripper_position, GRIPPER_KEY)
 
     arm = _import_kinematics()
     beyond_limits = np.maximum(arm.JOINT_LOWER_RAD - joints, joints - arm.JOINT_UPPER_RAD)

@@ -9,8 +9,8 @@ from spear.embodiments.observations import (
     CheckedObservation,
     Observation,
     check_keys,
-    check_observation,
     read_seed,
+    validate_observation,
 )
 from spear.errors import SpearError, check_known
 from spear.types import Array
@@ -87,7 +87,7 @@ class Embodiment:
                 f"the observation is a {type(observation).__name__}. Send a map of keys to values."
             )
         check_keys(observation, self.required, self.optional)
-        return check_observation({**self.observe(observation), **read_seed(observation)})
+        return validate_observation({**self.observe(observation), **read_seed(observation)})
 
     def select_control(self, name: str | None) -> tuple[str, Control]:
         """Return a control with its name, the default one for None.

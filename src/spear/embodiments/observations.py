@@ -1,6 +1,6 @@
 """Reading a robot's observation strictly: every value is checked here, and nowhere else.
 
-An embodiment reads its own keys with the functions below; `check_observation` checks an observation
+An embodiment reads its own keys with the functions below; `validate_observation` checks an observation
 that already has SPEAR-1's own keys. The result is a `CheckedObservation`, which is not checked
 again on its way to the network.
 """
@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from spear.errors import SpearError, format_count, unknown_name_error
-from spear.geometry import check_unit_quat
+from spear.geometry import validate_unit_quat
 from spear.types import ACTION_DIM, CONTROL_CHARACTERS, STATE_DIM, Array, Policy
 
 Observation = Mapping[str, Any]
@@ -58,7 +58,7 @@ class CheckedObservation(dict[str, Any]):
     robot: Hashable = None
 
 
-def check_observation(observation: Observation) -> CheckedObservation:
+def validate_observation(observation: Observation) -> CheckedObservation:
     """Check an observation that has the keys of `spear.types.Policy`.
 
     Which cameras a policy takes is not checked here, because only the policy knows it.
@@ -75,7 +75,7 @@ def check_observation(observation: Observation) -> CheckedObservation:
 
     Example:
         >>> from spear.embodiments import load
-        >>> sorted(check_observation(load("generic").example()))
+        >>> sorted(validate_observation(load("generic").example()))
         ['observation/image', 'observation/state', 'observation/wrist_image', 'prompt']
     """
     camera_keys = [key for key in observation if is_camera_key(key)]
@@ -195,7 +195,7 @@ def read_numbers(observation: Observation, key: str, count: int) -> Array:
     return numbers.astype(np.float64).reshape(count)
 
 
-def check_position(position: Array, name: str) -> Array:
+def validate_position(position: Array, name: str) -> Array:
     """Return positions [..., 3] in meters.
 
     Raises `SpearError` naming them if an arm cannot reach them.
@@ -208,7 +208,7 @@ def check_position(position: Array, name: str) -> Array:
     return position
 
 
-def check_radians(angles: Array, name: str) -> Array:
+def validate_radians(angles: Array, name: str) -> Array:
     """Return angles, or a rotation vector.
 
     Raises `SpearError` naming them for more than a whole turn.
@@ -219,7 +219,7 @@ def check_radians(angles: Array, name: str) -> Array:
     return angles
 
 
-def check_opening(opening: float, name: str) -> float:
+def validate_opening(opening: float, name: str) -> float:
     """Return a gripper opening, clipped to 0 … 1.
 
     Raises `SpearError` naming it if it is more than 0.1 beyond.
@@ -277,10 +277,10 @@ def read_committed(observation: Observation) -> dict[str, Array]:
         )
     flat = read_numbers({COMMITTED_KEY: actions.ravel()}, COMMITTED_KEY, actions.size)
     checked = flat.reshape(actions.shape).astype(np.float32)
-    check_position(checked[:, :3], f"{COMMITTED_KEY}[0:3]")
+    validate_position(checked[:, :3], f"{COMMITTED_KEY}[0:3]")
     quaternions = torch.from_numpy(checked[:, 3:7])
-    checked[:, 3:7] = check_unit_quat(quaternions, f"{COMMITTED_KEY}[3:7]").numpy()
-    checked[:, 7] = [check_opening(opening, f"{COMMITTED_KEY}[7]") for opening in checked[:, 7]]
+    checked[:, 3:7] = validate_unit_quat(quaternions, f"{COMMITTED_KEY}[3:7]").numpy()
+    checked[:, 7] = [validate_opening(opening, f"{COMMITTED_KEY}[7]") for opening in checked[:, 7]]
     return {COMMITTED_KEY: checked}
 
 
@@ -302,7 +302,7 @@ def make_state(
         SpearError: the norm of the quaternion is not nearly 1.
     """
     state = np.concatenate([position, rotation, [opening]]).astype(np.float32)
-    state[3:7] = check_unit_quat(torch.from_numpy(state[3:7]), rotation_name).numpy()
+    state[3:7] = validate_unit_quat(torch.from_numpy(state[3:7]), rotation_name).numpy()
     return state
 
 
@@ -333,8 +333,8 @@ def read_arm(
     """
     last = len(values) - 1
     image = read_image(observation, image_key)
-    position = check_position(values[:3], f"{state_key}[0:3]")
-    opening = check_opening(values[last], f"{state_key}[{last}]")
+    position = validate_position(values[:3], f"{state_key}[0:3]")
+    opening = validate_opening(values[last], f"{state_key}[{last}]")
     state = make_state(position, rotation, opening, f"{state_key}[3:{last}]")
     prompt = read_prompt(observation, prompt_key)
     return {IMAGE_KEY: image, STATE_KEY: state, PROMPT_KEY: prompt}

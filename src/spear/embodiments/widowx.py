@@ -15,10 +15,10 @@ import torch
 from spear.embodiments import Control, Embodiment, Observation
 from spear.embodiments.actions import compute_base_rotations
 from spear.embodiments.observations import (
-    check_radians,
     make_example_image,
     read_arm,
     read_numbers,
+    validate_radians,
 )
 from spear.geometry import euler_to_quat, quat_to_euler
 from spear.types import Array
@@ -29,7 +29,7 @@ STATE_KEY = "observation/state"
 def observe(observation: Observation) -> dict[str, Any]:
     """Convert roll, pitch and yaw to a quaternion; the rest stays the same."""
     values = read_numbers(observation, STATE_KEY, 7)
-    angles = check_radians(values[3:6], f"{STATE_KEY}[3:6]")
+    angles = validate_radians(values[3:6], f"{STATE_KEY}[3:6]")
     rotation = euler_to_quat(torch.from_numpy(angles), "xyz").numpy()
     return read_arm(observation, STATE_KEY, values, rotation)
 

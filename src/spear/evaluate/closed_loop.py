@@ -21,7 +21,7 @@ from spear.sim.render import get_thread_renderer
 from spear.sim.scene import FAMILIES, SceneSpec, held_out_seeds, sample_scene
 from spear.sim.shifts import Shift, shift_scene
 from spear.sim.world import SIMULATOR_VERSION, World
-from spear.sim.worlds import DEFAULT, check_world, place_in_world
+from spear.sim.worlds import DEFAULT, place_in_world, validate_world
 from spear.types import CONTROL_RATE_HZ, Array
 
 
@@ -55,7 +55,7 @@ def evaluate_tabletop(agent: Agent, options: TabletopOptions) -> tuple[Results, 
     if options.execution == "async":
         settings["slow_actions"] = NUM_SLOW_ACTIONS
     if options.world != DEFAULT:
-        settings["world"] = check_world(options.world)
+        settings["world"] = validate_world(options.world)
     if options.shift is not None:
         settings["shift"] = str(Shift.parse(options.shift))
     return run_evaluation(_Tabletop(agent, options), agent, scenes, settings, options)

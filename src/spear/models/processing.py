@@ -144,7 +144,7 @@ class Processor:
     def __post_init__(self) -> None:
         first = extend_tokenizer(self.tokenizer, self.coordinates.num_bins)
         self.coordinate_ids = range(first, first + self.coordinates.num_bins)
-        self.location_start = check_tokenizer(self.tokenizer)
+        self.location_start = validate_tokenizer(self.tokenizer)
         self._token_cache: dict[str, list[int]] = {}
         self._notified: set[tuple[str, Size]] = set()
 
@@ -423,7 +423,7 @@ class Processor:
                 )
 
 
-def check_tokenizer(tokenizer: Any) -> int:
+def validate_tokenizer(tokenizer: Any) -> int:
     """The id of the first location token.
 
     Raises SpearError if the tokenizer has no location tokens, or other special tokens than ours.

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 import spear
-from spear.chunks import check_chunk
+from spear.chunks import validate_chunk
 from spear.embodiments import Embodiment
 from spear.embodiments.interface import keep_actions
 from spear.embodiments.observations import (
@@ -148,7 +148,7 @@ class Service:
         observation: Mapping[str, Any],
     ) -> dict[str, Any]:
         """Convert the policy's result to rows for the robot."""
-        actions = check_chunk(prediction["actions"])
+        actions = validate_chunk(prediction["actions"])
         rows = np.asarray(self.control.convert(actions, checked["observation/state"], observation))
         if rows.ndim != 2 or not np.isfinite(rows).all():
             raise SpearError(

@@ -77,7 +77,7 @@ def decode(data: bytes) -> dict[str, Any]:
         )
     decoded = {}
     for key, value in message.items():
-        decoded[_check_key(key, "the message")] = _decode_value(value, _quote(key))
+        decoded[_validate_key(key, "the message")] = _decode_value(value, _quote(key))
     return decoded
 
 
@@ -102,7 +102,7 @@ class _ValueCounter:
         return values
 
 
-def _check_key(key: Any, path: str) -> str:
+def _validate_key(key: Any, path: str) -> str:
     if not isinstance(key, str):
         raise SpearError(f"{path} has the key {_quote(key)}. Keys must be texts.")
     return key
@@ -130,7 +130,7 @@ def _decode_value(value: Any, path: str, depth: int = 0) -> Any:
         if b"__npgeneric__" in value:
             return _decode_scalar(value, path)
         return {
-            _check_key(key, path): _decode_value(entry, f"{path}/{_quote(key)}", depth + 1)
+            _validate_key(key, path): _decode_value(entry, f"{path}/{_quote(key)}", depth + 1)
             for key, entry in value.items()
         }
     if isinstance(value, list):

@@ -154,7 +154,7 @@ class Servo:
         return MAX_JOINT_SPEED_RAD_S * num_steps * self._model.opt.timestep
 
 
-def check_action(action: NDArray[np.floating]) -> tuple[Floats, Floats, float]:
+def split_action(action: NDArray[np.floating]) -> tuple[Floats, Floats, float]:
     """Return translation [3], unit quaternion [4] and opening of an action [8].
 
     Raises `SpearError` for anything else.

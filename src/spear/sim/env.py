@@ -14,11 +14,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from spear.embodiments.observations import DEFAULT_IMAGE_SIZES, camera_key
-from spear.sim.control import check_action
+from spear.sim.control import split_action
 from spear.sim.render import CAMERAS, ImageSize, get_thread_renderer
 from spear.sim.scene import sample_scene
 from spear.sim.world import World, measure_milestones
-from spear.sim.worlds import check_world, place_in_world
+from spear.sim.worlds import place_in_world, validate_world
 from spear.types import CONTROL_RATE_HZ
 from spear.util.held_out import FIRST_TRAIN_SEED
 
@@ -76,7 +76,7 @@ class TabletopEnv(gymnasium.Env[Observation, NDArray[np.floating]]):
         self.family = family
         self.images = images
         self.render_mode = render_mode
-        self.world_name = check_world(world)
+        self.world_name = validate_world(world)
         self.image_sizes = {camera: image_sizes[camera] for camera in CAMERAS}
 
         spaces: dict[str, gymnasium.Space[Any]] = {
@@ -122,7 +122,7 @@ class TabletopEnv(gymnasium.Env[Observation, NDArray[np.floating]]):
 
     def physics_step(self, action: NDArray[np.floating]) -> dict[str, Any]:
         """`step` without observing: move the world and return `info`."""
-        translation, rotation, opening = check_action(action)
+        translation, rotation, opening = split_action(action)
         is_unreachable = self.world.servo.move(translation, rotation, opening)
         self.steps += 1
         return self._make_info(is_unreachable)

@@ -87,7 +87,7 @@ class CameraOrbit:
         )
 
 
-def check_world(name: str) -> str:
+def validate_world(name: str) -> str:
     """Return `name` if there is such a world. Raises `SpearError` otherwise."""
     if name in (DEFAULT, WILD) or _LAB.fullmatch(name) or _LABS.fullmatch(name):
         return name
@@ -119,7 +119,7 @@ def place_in_world(scene: SceneSpec, name: str) -> SceneSpec:
     Raises:
         SpearError: there is no such world.
     """
-    check_world(name)
+    validate_world(name)
     if name == DEFAULT:
         return scene
 

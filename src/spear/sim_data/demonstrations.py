@@ -19,7 +19,7 @@ from spear.sim.record import InterveningPolicy, format_episode_source, record_ep
 from spear.sim.render import ImageSize
 from spear.sim.scene import FAMILIES
 from spear.sim.world import SIMULATOR_VERSION
-from spear.sim.worlds import DEFAULT, check_world
+from spear.sim.worlds import DEFAULT, validate_world
 from spear.types import Episode
 from spear.util.files import check_no_foreign_files
 from spear.util.fingerprints import fingerprint_checkpoint
@@ -72,7 +72,7 @@ def record_demonstrations(  # noqa: PLR0913  the options of its command
     """
     check_known("task family", FAMILIES, *families)
     check_training_seed(first_seed)
-    check_world(world)
+    validate_world(world)
     distinct_families = dict.fromkeys(families or FAMILIES)
     tasks: list[tuple[str, int]] = []
     for index in range(episodes_per_family):

@@ -111,9 +111,9 @@ def label_scenes(  # noqa: PLR0913  the options of its command
         SpearError: As in `label_scene_jobs`; or there is no such world.
     """
     from spear.sim.world import SIMULATOR_VERSION
-    from spear.sim.worlds import DEFAULT, check_world
+    from spear.sim.worlds import DEFAULT, validate_world
 
-    check_world(world)
+    validate_world(world)
     settings = {"first_seed": first_seed, "sizes": dict(sizes), "simulator": SIMULATOR_VERSION}
     if world != DEFAULT:
         settings["world"] = world

@@ -114,10 +114,10 @@ def check(recipe: Recipe, inputs: TrainingInputs) -> tuple[Recipe, Preset]:
         _check_label_folders(recipe, size, inputs.labels)
 
     # The weights to start from.
-    init_config = None if inputs.init is None else _check_init(recipe, size, inputs)
+    init_config = None if inputs.init is None else _read_init_config(recipe, size, inputs)
     _check_policy_settings(recipe, size, init_config)
     if inputs.init_depth_encoder is not None:
-        weights.check_checkpoint(MogeForDepth, inputs.init_depth_encoder)
+        weights.read_compatible_config(MogeForDepth, inputs.init_depth_encoder)
 
     # The freeze schedule.
     if recipe.kind == "vlm":
@@ -147,12 +147,12 @@ def _check_label_folders(recipe: Recipe, size: Preset, folders: Sequence[Path]) 
             find_shards(path)
 
 
-def _check_init(recipe: Recipe, size: Preset, inputs: TrainingInputs) -> Any:
+def _read_init_config(recipe: Recipe, size: Preset, inputs: TrainingInputs) -> Any:
     """Check that the recipe can begin with `inputs.init`; return that checkpoint's config."""
     init = inputs.init
     assert init is not None
     is_policy = weights.read_architecture(init) == Spear1Config.model_type
-    config: Any = weights.check_checkpoint(
+    config: Any = weights.read_compatible_config(
         Spear1ForActionPrediction if is_policy else SpearVLM, init
     )
     vlm = _vlm_config_of(config)

@@ -301,7 +301,7 @@ class EpisodeFolder:
 
     def open(self, index: object, policy: Spear1Policy) -> Episode:
         """Open an episode by its number. Raises `SpearError` if that is impossible."""
-        number = check_whole_number("episode", index, len(self._source.titles) - 1)
+        number = validate_whole_number("episode", index, len(self._source.titles) - 1)
         return self._source.open(number, policy)
 
 
@@ -368,7 +368,7 @@ class _Evaluation:
         return SimulatedEpisode(outcome.family, outcome.seed, policy, Rerun(settings, outcome))
 
 
-def check_whole_number(name: str, value: object, largest: int) -> int:
+def validate_whole_number(name: str, value: object, largest: int) -> int:
     """Return a whole number from 0 to `largest`.
 
     Raises `SpearError` naming it for anything else.

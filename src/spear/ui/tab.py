@@ -27,7 +27,7 @@ from spear.ui.episodes import (
     RecordedEpisode,
     SimulatedEpisode,
     View,
-    check_whole_number,
+    validate_whole_number,
 )
 from spear.util.images import decode_image, load_image
 
@@ -117,7 +117,7 @@ class Tab:
     def start_scene(self, request: Request) -> View:
         """Go to the start of a simulated scene, by its family and seed."""
         family = str(request.get("family"))[:40]
-        seed = check_whole_number("seed", request.get("seed"), MAX_SEED)
+        seed = validate_whole_number("seed", request.get("seed"), MAX_SEED)
         return self._begin(SimulatedEpisode(family, seed, self._shared_model.policy))
 
     def open_episode(self, request: Request) -> View:
@@ -307,7 +307,7 @@ class Tab:
         step = request.get("step")
         if step is None:
             return self._episode, newest_step
-        return self._episode, check_whole_number("step", step, newest_step)
+        return self._episode, validate_whole_number("step", step, newest_step)
 
     def _infer(self, observation: View, step: int) -> tuple[Array, View]:
         """Infer actions [H, 8], and the chunk to draw: H + 1 poses from the gripper's pose on."""

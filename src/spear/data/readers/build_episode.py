@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from spear.data.actions import check_actions, check_episode, derive_actions, find_first
+from spear.data.actions import derive_actions, find_first, validate_actions, validate_episode
 from spear.data.readers.bad_rows import find_good_rows, mask_gaps, record_repairs, select_rows
 from spear.data.readers.columns import (
     Steps,
@@ -67,7 +67,7 @@ def build_episode(steps: Steps, layout: DatasetLayout, source: str) -> Episode:
     position, rotation, rotation_format = read_pose(steps, layout, source)
     _check_angle_unit(rotation, rotation_format, source)
     gripper, command = read_openings(steps, layout, source)
-    episode = check_episode(
+    episode = validate_episode(
         Episode(
             images={
                 camera: _read_images(steps, layout, camera, source) for camera in layout.images
@@ -115,7 +115,7 @@ def _add_derived_actions(episode: Episode, command: Array) -> Episode:
     is_known = np.arange(len(episode)) < len(episode) - 1
     if episode.action_mask is not None:
         is_known &= episode.action_mask
-    return check_actions(dataclasses.replace(episode, action=action, action_mask=is_known))
+    return validate_actions(dataclasses.replace(episode, action=action, action_mask=is_known))
 
 
 def _to_our_frames(episode: Episode, layout: DatasetLayout) -> Episode:
@@ -155,7 +155,7 @@ def _add_canonical_actions(
         fields["action_mask"] = is_known
     if layout.source is not None:
         fields["source"] = read_text(steps, layout.source, source)
-    return check_actions(dataclasses.replace(episode, **fields))
+    return validate_actions(dataclasses.replace(episode, **fields))
 
 
 def read_pose(

@@ -60,14 +60,14 @@ REGISTRY_FILE = "oxe.toml"
 UNIT_NORM_TOLERANCE = 1e-3  # of the quaternion of a tool rotation
 
 
-def _check_two_readings(closed_and_open: tuple[float, float]) -> tuple[float, float]:
+def _validate_two_readings(closed_and_open: tuple[float, float]) -> tuple[float, float]:
     closed, opened = closed_and_open
     if closed == opened:
         raise ValueError("give two different readings, of closed and of open")
     return closed_and_open
 
 
-def _check_unit_norm(quaternion: tuple[float, ...]) -> tuple[float, ...]:
+def _validate_unit_norm(quaternion: tuple[float, ...]) -> tuple[float, ...]:
     if abs(math.hypot(*quaternion) - 1) > UNIT_NORM_TOLERANCE:
         raise ValueError("give a unit quaternion (w, x, y, z)")
     return quaternion
@@ -76,9 +76,9 @@ def _check_unit_norm(quaternion: tuple[float, ...]) -> tuple[float, ...]:
 Positive = Annotated[float, Field(gt=0)]
 Opening = Annotated[float, Field(ge=0, le=1)]
 AspectRatio = Annotated[float, Field(ge=0.1, le=10)]
-Range = Annotated[tuple[float, float], AfterValidator(_check_two_readings)]
+Range = Annotated[tuple[float, float], AfterValidator(_validate_two_readings)]
 """The readings of a closed and of an open gripper."""
-Quaternion = Annotated[tuple[float, float, float, float], AfterValidator(_check_unit_norm)]
+Quaternion = Annotated[tuple[float, float, float, float], AfterValidator(_validate_unit_norm)]
 IDENTITY_ROTATION = (1.0, 0.0, 0.0, 0.0)
 
 

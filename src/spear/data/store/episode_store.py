@@ -46,10 +46,10 @@ def write_episodes(episodes: Iterable[Episode], folder: Path, shard_size: int = 
         SpearError: If an episode is bad or the disk is full. The shards written before stay
             readable.
     """
-    from spear.data.actions import add_actions, check_episode  # here: reading takes no PyTorch
+    from spear.data.actions import add_actions, validate_episode  # here: reading takes no PyTorch
 
     folder.mkdir(parents=True, exist_ok=True)
-    checked = (add_actions(check_episode(episode)) for episode in episodes)
+    checked = (add_actions(validate_episode(episode)) for episode in episodes)
     num_written = 0
     while shard := list(itertools.islice(checked, shard_size)):
         add_shard(shard, folder, {})

@@ -18,7 +18,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from spear.data.actions import add_actions, check_episode
+from spear.data.actions import add_actions, validate_episode
 from spear.data.readers.dataset_layout import LAYOUT_FILE
 from spear.data.readers.video import VideoWriter
 from spear.data.store.stats import ImageSample, RowStats, check_size, sample_images
@@ -85,7 +85,7 @@ def write_lerobot(
         shutil.rmtree(work_dir / "dataset", ignore_errors=True)
         try:
             for unchecked_episode in episodes:
-                episode = add_actions(check_episode(unchecked_episode))
+                episode = add_actions(validate_episode(unchecked_episode))
                 samples = sample_images(episode)
                 if writer is None:
                     writer = _Writer(work_dir / "dataset", samples, episode.rate_hz, images)

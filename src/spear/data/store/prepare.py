@@ -114,7 +114,7 @@ def prepare(
 ) -> tuple[int, list[str]]:
     """Prepare a dataset for training.
 
-    Broken records are skipped, as is what `check_episode` rejects, and what has no known action, no
+    Broken records are skipped, as is what `validate_episode` rejects, and what has no known action, no
     image, or not the cameras that `conversion` names.
 
     Args:

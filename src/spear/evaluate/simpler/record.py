@@ -20,7 +20,7 @@ from spear.evaluate.simpler import oracle
 from spear.evaluate.simpler.frames import OBJECT_NAMES
 from spear.evaluate.simpler.run import ROBOT
 from spear.evaluate.simpler.tasks import CAMERA_SIZE, TASKS
-from spear.evaluate.simpler.world import SimplerProcess, check_assets, describe_simulator
+from spear.evaluate.simpler.world import SimplerProcess, describe_simulator, find_assets
 from spear.sim.record import (
     ArmDisturber,
     Disturbance,
@@ -61,7 +61,7 @@ def record_demonstrations(
         seeds: Seeds of the starts.
         height: Height of the images in pixels; the whole camera image is scaled to it.
         workers: Processes that run at once.
-        assets: ManiSkill's asset folder, see `check_assets`.
+        assets: ManiSkill's asset folder, see `find_assets`.
         policy: Acts in turns with the oracle; steps it took are masked (`spear.sim.record`).
 
     Returns:
@@ -73,7 +73,7 @@ def record_demonstrations(
     """
     check_known("task", TASKS, *tasks)
     check_training_seed(seeds.start)
-    simulator = describe_simulator(check_assets(assets))
+    simulator = describe_simulator(find_assets(assets))
     camera_width, camera_height = CAMERA_SIZE
     size = (round(camera_width * height / camera_height), height)
     counts = {}
@@ -176,7 +176,7 @@ def label_tasks(out: Path, seeds: range, size: tuple[int, int], workers: int = 2
     Raises:
         SpearError: ManiSkill, its assets or a renderer are missing.
     """
-    assets = check_assets(None)
+    assets = find_assets(None)
     jobs: list[SceneJob] = []
     for task in TASKS:
         jobs += split_into_jobs(task, seeds, SCENES_PER_JOB)

@@ -26,7 +26,7 @@ from spear.evaluate.results import Outcome, Results
 from spear.evaluate.runner import Film, run_evaluation
 from spear.evaluate.simpler import oracle
 from spear.evaluate.simpler.tasks import TASKS, Moment
-from spear.evaluate.simpler.world import SimplerProcess, check_assets, hash_assets
+from spear.evaluate.simpler.world import SimplerProcess, find_assets, hash_assets
 from spear.sim.scene import held_out_seeds
 from spear.types import Array
 
@@ -56,7 +56,7 @@ def evaluate_simpler(agent: Agent, options: SimplerOptions) -> tuple[Results, li
 
     settings: dict[str, Any] = {
         "simulator": f"ManiSkill {version('mani_skill')}",
-        "assets": hash_assets(check_assets(options.assets)),
+        "assets": hash_assets(find_assets(options.assets)),
         "commands begin at": "the last that was reached",
         "replan": options.replan_steps,
         "weights": agent.weights,

@@ -68,7 +68,7 @@ class NoRenderer(SpearError):
         )
 
 
-def check_assets(folder: Path | None) -> Path:
+def find_assets(folder: Path | None) -> Path:
     """ManiSkill's asset folder: `folder`, or MS_ASSET_DIR, or ~/.maniskill.
 
     Raises `SpearError` if files are missing, or ManiSkill itself.
@@ -343,7 +343,7 @@ class SimplerProcess:
 
     def __init__(self, task: str, assets: Path | None = None) -> None:
         # ManiSkill reads this when a script begins.
-        os.environ["MS_ASSET_DIR"] = str(check_assets(assets))
+        os.environ["MS_ASSET_DIR"] = str(find_assets(assets))
         self._task = task
         context = multiprocessing.get_context("spawn")
         self._worker = ProcessPoolExecutor(1, context, initializer=follow_parent_process)

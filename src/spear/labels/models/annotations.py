@@ -372,14 +372,14 @@ class _CocoIndex:
 
         names = _read_category_names(content["categories"])
         stray_entries = []  # descriptions of those that belong to no image
-        for index, entry in enumerate(_check_list(content["images"])):
+        for index, entry in enumerate(_validate_list(content["images"])):
             try:
                 self._add_image(entry)
             except _ENTRY_ERRORS as error:
                 stray_entries.append(f"{_name_entry('image', entry, index)} {_explain(error)}")
         if stray_entries and not self._annotations:
             raise ValueError(stray_entries[0])
-        for index, entry in enumerate(_check_list(content["annotations"])):
+        for index, entry in enumerate(_validate_list(content["annotations"])):
             entry_name = _name_entry("annotation", entry, index)
             try:
                 image = self._find_image(entry)
@@ -478,7 +478,7 @@ class _CocoIndex:
         return self._annotations[image]
 
 
-def _check_list(value: Any) -> list[Any]:
+def _validate_list(value: Any) -> list[Any]:
     if not isinstance(value, list):
         raise TypeError(f"{type(value).__name__} instead of a list")
     return value
@@ -487,7 +487,7 @@ def _check_list(value: Any) -> list[Any]:
 def _read_category_names(entries: Any) -> dict[Any, str]:
     """The names of the categories by id, without entries that cannot be used."""
     names = {}
-    for entry in _check_list(entries):
+    for entry in _validate_list(entries):
         with contextlib.suppress(*_ENTRY_ERRORS):
             names[entry["id"]] = str(entry["name"])
     return names

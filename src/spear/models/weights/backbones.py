@@ -23,7 +23,7 @@ from spear.models.moge.checkpoint import (
     read_checkpoint,
 )
 from spear.models.presets import SPECIAL_TOKEN_IDS, Preset, build_vlm_config, get_preset
-from spear.models.processing import check_tokenizer
+from spear.models.processing import validate_tokenizer
 from spear.models.vision import MogeEncoder
 from spear.models.vlm import SpearVLMConfig, SpearVLMForConditionalGeneration
 from spear.models.weights.conversion import (
@@ -263,7 +263,7 @@ def _extend_tokenizer(folder: Path, num_rows: int, num_new_tokens: int) -> tuple
     if not has_tokenizer:
         return None, num_rows
     tokenizer = load_tokenizer(folder)
-    check_tokenizer(tokenizer)
+    validate_tokenizer(tokenizer)
     if TOKEN_FORMAT.format(0) in tokenizer.get_vocab():
         raise SpearError(
             f"vocabulary mismatch: {folder}: its tokenizer has 3D tokens already."

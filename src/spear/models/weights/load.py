@@ -71,7 +71,7 @@ def load(cls: type[ModelT], folder: Path | str, dtype: torch.dtype | None = None
             f"wrong dtype: weights cannot be {dtype}."
             " Give a floating-point type: float32 or bfloat16."
         )
-    check_checkpoint(cls, folder)
+    read_compatible_config(cls, folder)
     warn_about_changed_files(folder)
     try:
         with quiet_transformers():
@@ -119,7 +119,7 @@ def check_finite(model: nn.Module, source: str) -> None:
             )
 
 
-def check_checkpoint(cls: type[PreTrainedModel], folder: Path) -> PreTrainedConfig:
+def read_compatible_config(cls: type[PreTrainedModel], folder: Path) -> PreTrainedConfig:
     """Return the config of a checkpoint of `cls`. Its weights are listed, not read.
 
     Raises `SpearError` for a folder that is not a whole checkpoint of `cls`, and for quantized
