@@ -10,14 +10,14 @@ import torch
 from spear.embodiments import Control, Embodiment
 from spear.embodiments.actions import compute_target_poses
 from spear.embodiments.observations import (  # each of them names the key in its errors
-    validate_opening,
-    validate_position,
-    validate_radians,
     make_example_image,
     make_state,
     read_image,
     read_numbers,
     read_prompt,
+    validate_opening,
+    validate_position,
+    validate_radians,
 )
 from spear.geometry import quat_exp, quat_log
 

@@ -1,8 +1,8 @@
 """Reading a robot's observation strictly: every value is checked here, and nowhere else.
 
-An embodiment reads its own keys with the functions below; `validate_observation` checks an observation
-that already has SPEAR-1's own keys. The result is a `CheckedObservation`, which is not checked
-again on its way to the network.
+An embodiment reads its own keys with the functions below; `validate_observation` checks an
+observation that already has SPEAR-1's own keys. The result is a `CheckedObservation`, which is not
+checked again on its way to the network.
 """
 
 import re

@@ -401,13 +401,13 @@ class _CocoIndex:
         # The size of the picture itself does not do, because photos may be shrunk.
         height = entry.get("height")
         width = entry.get("width")
-        is_size = isinstance(height, int | float) and isinstance(width, int | float)
-        if is_size and min(height, width) >= 1:
+        is_number = isinstance(height, int | float) and isinstance(width, int | float)
+        if height is not None and width is not None and is_number and min(height, width) >= 1:
             self._sizes[image] = (int(height), int(width))
-        else:
-            self._problems[image] = (
-                f"{entry['file_name']} has height {height} and width {width}, which is no size"
-            )
+            return
+        self._problems[image] = (
+            f"{entry['file_name']} has height {height} and width {width}, which is no size"
+        )
 
     def _find_image(self, entry: Mapping[str, Any]) -> Any:
         """The id of the image that an annotation belongs to."""
