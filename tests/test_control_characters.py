@@ -18,7 +18,7 @@ from spear.evaluate.results import build_terminal_table
 from spear.util.progress import ProgressBar
 
 CLEAR_SCREEN = "\x1b[2J"
-SHOWN = r"\u001b[2J"
+ESCAPED_TEXT = r"\u001b[2J"
 HOSTILE = f"push{CLEAR_SCREEN}\nepisodes      100"
 
 
@@ -48,13 +48,13 @@ def test_an_error_is_one_line_without_commands(capsys: pytest.CaptureFixture[str
 
     run_reporting_errors(fail)
 
-    assert capsys.readouterr().err == f"error: push{SHOWN}\\nepisodes      100\n"
+    assert capsys.readouterr().err == f"error: push{ESCAPED_TEXT}\\nepisodes      100\n"
 
 
 def test_a_notice_is_one_line_without_commands(capsys: pytest.CaptureFixture[str]) -> None:
     run_reporting_errors(lambda: notice(HOSTILE))
 
-    assert capsys.readouterr().err == f"note: push{SHOWN}\\nepisodes      100\n"
+    assert capsys.readouterr().err == f"note: push{ESCAPED_TEXT}\\nepisodes      100\n"
 
 
 def test_a_cell_of_a_table_has_no_commands() -> None:
@@ -64,13 +64,13 @@ def test_a_cell_of_a_table_has_no_commands() -> None:
     Console(file=stream).print(table)
 
     assert "\x1b" not in stream.getvalue()
-    assert SHOWN in stream.getvalue()
+    assert ESCAPED_TEXT in stream.getvalue()
 
 
 def test_a_line_above_a_progress_bar_has_no_commands(capsys: pytest.CaptureFixture[str]) -> None:
     ProgressBar("evaluating", 1, "episodes").print_line(CLEAR_SCREEN)
 
-    assert capsys.readouterr().err == f"{SHOWN}\n"
+    assert capsys.readouterr().err == f"{ESCAPED_TEXT}\n"
 
 
 @pytest.fixture
@@ -110,7 +110,7 @@ def test_an_instruction_cannot_pretend_to_be_a_line(
 ) -> None:
     lines = run_command("data", "inspect", str(hostile_dataset)).splitlines()
 
-    assert f"       1 × push{SHOWN}\\nepisodes      100" in lines
+    assert f"       1 × push{ESCAPED_TEXT}\\nepisodes      100" in lines
     assert "episodes      100" not in lines
 
 

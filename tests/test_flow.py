@@ -109,9 +109,9 @@ def predict_towards(data: Action, state: Action, tau: Tensor, config: FlowConfig
 def test_noise_of_translation_and_gripper_is_standard_normal() -> None:
     noise = flow.sample_noise((20_000, 5), S3, generator())
 
-    for part in (noise.translation, noise.gripper):
-        assert float(part.mean()) == pytest.approx(0, abs=0.01)
-        assert float(part.std()) == pytest.approx(1, abs=0.01)
+    for component in (noise.translation, noise.gripper):
+        assert float(component.mean()) == pytest.approx(0, abs=0.01)
+        assert float(component.std()) == pytest.approx(1, abs=0.01)
 
 
 def test_noise_of_rotations_is_uniform_on_the_half_sphere() -> None:
@@ -270,9 +270,9 @@ def test_velocity_is_the_derivative_of_the_interpolant(config: FlowConfig) -> No
 
             _, velocity = flow.interpolate(noise, data, taus, config)
 
-            after, _ = flow.interpolate(noise, data, taus + h, config)
-            before, _ = flow.interpolate(noise, data, taus - h, config)
-            numeric = (after.to_vector() - before.to_vector()) / (2 * h)
+            state_after, _ = flow.interpolate(noise, data, taus + h, config)
+            state_before, _ = flow.interpolate(noise, data, taus - h, config)
+            numeric = (state_after.to_vector() - state_before.to_vector()) / (2 * h)
             assert float((velocity.to_vector() - numeric).abs().max()) < 1e-6
 
 

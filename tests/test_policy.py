@@ -200,8 +200,8 @@ def test_the_number_of_flow_steps_is_the_models_own_by_default(nano: Spear1Polic
     inputs = nano.prepare_inputs([make_observation()])
 
     assert nano.steps == nano.model.flow_config.steps == 5
-    own = nano.model.sample_actions(**inputs)
-    assert torch.equal(nano.predict(inputs).to_vector(), own.to_vector())
+    sampled_actions = nano.model.sample_actions(**inputs)
+    assert torch.equal(nano.predict(inputs).to_vector(), sampled_actions.to_vector())
 
 
 def test_another_number_of_flow_steps_may_be_given(nano: Spear1Policy) -> None:
@@ -247,8 +247,8 @@ def folder_with_two_datasets(tmp_path: Path) -> tuple[Path, Normalizer]:
     folder = Path(shutil.copytree(locate("nano"), tmp_path / "each"))
     slow = Normalizer.load(folder / "normalizer.json")
     fast = dataclasses.replace(slow, translation_scale=(1.0, 1.0, 1.0))
-    both = dataclasses.replace(slow, datasets={"slow": slow, "fast": fast})
-    both.save(folder / "normalizer.json")
+    combined = dataclasses.replace(slow, datasets={"slow": slow, "fast": fast})
+    combined.save(folder / "normalizer.json")
     return folder, fast
 
 

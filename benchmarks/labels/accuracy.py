@@ -113,12 +113,12 @@ class Comparison:
     Attributes:
         errors: [k, 3 methods, 3 numbers] (m, m, IoU).
         occluded: [k], which objects are occluded.
-        asked: [k], which objects are good enough to be asked about.
+        is_asked_about: [k], which objects are good enough to be asked about.
     """
 
     errors: list[Array] = dataclasses.field(default_factory=list)
     occluded: list[Array] = dataclasses.field(default_factory=list)
-    asked: list[Array] = dataclasses.field(default_factory=list)
+    is_asked_about: list[Array] = dataclasses.field(default_factory=list)
 
 
 def measure(
@@ -132,16 +132,16 @@ def measure(
         scale = measure_scale(frame, given_frame, point_map)
         errors = []
         occluded = []
-        asked = []
+        is_asked_about = []
         for o in label.objects:
             errors_of_object = measure_object(o, label, frame, point_map, scale)
             if errors_of_object is not None:
                 errors.append(errors_of_object)
                 occluded.append(o.scores["visible"] < MIN_UNOCCLUDED_VISIBLE)
-                asked.append(not find_failed_scores(o.scores))
+                is_asked_about.append(not find_failed_scores(o.scores))
         comparison.errors.append(np.array(errors).reshape(-1, len(METHODS), 3))
         comparison.occluded.append(np.array(occluded, bool))
-        comparison.asked.append(np.array(asked, bool))
+        comparison.is_asked_about.append(np.array(is_asked_about, bool))
     return comparison
 
 
@@ -189,7 +189,7 @@ def format_table(name: str, comparison: Comparison) -> Iterator[str]:
             cells.append(f"{cell} · ours ×{ratio[i]:.2f} [{low:.2f}, {high:.2f}]")
         yield f"| | {METHODS[method]} | {num_objects} | {' | '.join(cells)} |"
 
-    groups = (("occluded", comparison.occluded), ("asked about", comparison.asked))
+    groups = (("occluded", comparison.occluded), ("asked about", comparison.is_asked_about))
     for group_name, is_in_group in groups:
         pairs = zip(comparison.errors, is_in_group, strict=True)
         group_errors = [errors[is_chosen] for errors, is_chosen in pairs]

@@ -52,20 +52,22 @@ def reduce_preset(
     side_patches: side of the images; None takes the preset's for its position embeddings.
     """
     size = SIZES[name]
-    parts: dict[str, Any] = {}
-    for part in ("vision", "text", "expert"):
-        fields = dict(getattr(size, part))
+    fields_of_part: dict[str, Any] = {}
+    for model_part in ("vision", "text", "expert"):
+        fields = dict(getattr(size, model_part))
         if max_layers is not None:
             fields["num_hidden_layers"] = min(max_layers, fields["num_hidden_layers"])
-        parts[part] = fields
-    parts["expert"]["num_hidden_layers"] = parts["text"]["num_hidden_layers"]
+        fields_of_part[model_part] = fields
+    fields_of_part["expert"]["num_hidden_layers"] = fields_of_part["text"]["num_hidden_layers"]
 
     if side_patches is not None:
-        parts["vision"]["image_size"] = side_patches * parts["vision"]["patch_size"]
-    side_px = parts["vision"]["image_size"]
+        fields_of_part["vision"]["image_size"] = (
+            side_patches * fields_of_part["vision"]["patch_size"]
+        )
+    side_px = fields_of_part["vision"]["image_size"]
     return dataclasses.replace(
         size,
-        **parts,
+        **fields_of_part,
         image_sizes=dict.fromkeys(VIEWS, (side_px, side_px)),
         moge=None,
         stem="patch",

@@ -183,9 +183,9 @@ class Fuzz:
 
     def _make_changed_message(self, rng: np.random.Generator) -> Frame:
         message = bytearray(wire.encode(self.small_observation))
-        places = np.flatnonzero(np.frombuffer(message, np.uint8))
+        nonzero_offsets = np.flatnonzero(np.frombuffer(message, np.uint8))
         for _ in range(int(rng.integers(1, 6))):
-            message[rng.choice(places)] = rng.integers(256)
+            message[rng.choice(nonzero_offsets)] = rng.integers(256)
         changed = bytes(message)
         return Frame("changed", changed, (*self._any_error_words, *list_keys(changed)))
 

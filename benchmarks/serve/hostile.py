@@ -319,12 +319,12 @@ def main(
     print("| attack | p50 (ms) | p99 (ms) | × undisturbed | answered | MiB during | MiB after |")
     print("|---|---|---|---|---|---|---|", flush=True)
     with run_server(policy, "--ui", "--token", TOKEN) as server:
-        before = measure_attack(server, None, seconds, None)
-        attacked = [measure_attack(server, name, seconds, before.p99_ms) for name in only]
-        after = measure_attack(server, None, seconds, before.p99_ms)
+        load_before = measure_attack(server, None, seconds, None)
+        attacked = [measure_attack(server, name, seconds, load_before.p99_ms) for name in only]
+        load_after = measure_attack(server, None, seconds, load_before.p99_ms)
         stop_s = stop_under_attack(server, only[0])
 
-    undisturbed_p99_ms = max(before.p99_ms, after.p99_ms)
+    undisturbed_p99_ms = max(load_before.p99_ms, load_after.p99_ms)
     slowdown = max(measured.p99_ms for measured in attacked) / undisturbed_p99_ms
     memory_mib = [measured.memory_mib for measured in attacked]
     first_half_mib = memory_mib[: len(memory_mib) // 2 + 1]

@@ -260,11 +260,11 @@ class MessageMaker:
             data += key.data + value.data
         return Packed(data, {key.value: value.value for key, value in entries})
 
-    def _pack_parts(self, parts: dict[bytes, bytes]) -> bytes:
+    def _pack_parts(self, packed_entries: dict[bytes, bytes]) -> bytes:
         """Pack a map with bytes as keys, in any order."""
-        data = self._pack_count(len(parts), SHORT_MAP_HEAD, MAP_HEAD)
-        for key in self.rng.permutation(np.array(list(parts), object)):
-            data += self._pack_sized(BYTES_HEAD, key) + parts[key]
+        data = self._pack_count(len(packed_entries), SHORT_MAP_HEAD, MAP_HEAD)
+        for key in self.rng.permutation(np.array(list(packed_entries), object)):
+            data += self._pack_sized(BYTES_HEAD, key) + packed_entries[key]
         return data
 
     def _pack_array(self, mistake: str | None) -> Packed:
@@ -282,15 +282,15 @@ class MessageMaker:
             packed_shape = self._pack_count(1, SHORT_LIST_HEAD, LIST_HEAD) + b"\xff"
         if mistake == "text as shape":
             packed_shape = self.pack_text("8")
-        parts = {
+        packed_entries = {
             b"__ndarray__": b"\xc3",
             b"data": self._pack_sized(BYTES_HEAD, data),
             b"dtype": self.pack_text(dtype),
             b"shape": packed_shape,
         }
         if mistake == "part missing":
-            del parts[(b"data", b"dtype", b"shape")[self.rng.integers(3)]]
-        return Packed(self._pack_parts(parts), array)
+            del packed_entries[(b"data", b"dtype", b"shape")[self.rng.integers(3)]]
+        return Packed(self._pack_parts(packed_entries), array)
 
     def _pack_scalar(self, mistake: str | None) -> Packed:
         dtype = str(self.rng.choice(DTYPES))
@@ -304,10 +304,10 @@ class MessageMaker:
             data = b"\xcb" + struct.pack(">d", 0.5)
         elif mistake == "text":
             data = self.pack_text("1")
-        parts = {b"__npgeneric__": b"\xc3", b"data": data, b"dtype": self.pack_text(dtype)}
+        packed_entries = {b"__npgeneric__": b"\xc3", b"data": data, b"dtype": self.pack_text(dtype)}
         if mistake == "part missing":
-            del parts[(b"data", b"dtype")[self.rng.integers(2)]]
-        return Packed(self._pack_parts(parts), scalar)
+            del packed_entries[(b"data", b"dtype")[self.rng.integers(2)]]
+        return Packed(self._pack_parts(packed_entries), scalar)
 
 
 def check_message(maker: MessageMaker) -> str:
@@ -337,9 +337,9 @@ def check_observation(maker: MessageMaker, robot: Embodiment, good: dict[str, An
     keys = [*robot.required, *robot.optional]
     misspelled_key = keys[0] + "s"
     key = str(maker.rng.choice([*keys, misspelled_key]))
-    others = {name: entry for name, entry in good.items() if name != key}
-    head = bytes([SHORT_MAP_HEAD + len(others) + 1])
-    message = head + wire.encode(others)[1:] + maker.pack_text(key) + value.data
+    other_entries = {name: entry for name, entry in good.items() if name != key}
+    head = bytes([SHORT_MAP_HEAD + len(other_entries) + 1])
+    message = head + wire.encode(other_entries)[1:] + maker.pack_text(key) + value.data
     try:
         observation = robot.read(wire.decode(message))
     except SpearError as error:

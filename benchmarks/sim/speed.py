@@ -89,15 +89,15 @@ class BareSimulator:
         self.camera.fixedcamid = 1
         mujoco.mjv_updateCamera(self.model, self.data, self.camera, self.scene)
         mujoco.mjr_render(self.rectangles[1], self.scene, self.context)
-        whole = mujoco.MjrRect(0, 0, self.pixels.shape[1], self.pixels.shape[0])
-        mujoco.mjr_readPixels(self.pixels, None, whole, self.context)
+        viewport = mujoco.MjrRect(0, 0, self.pixels.shape[1], self.pixels.shape[0])
+        mujoco.mjr_readPixels(self.pixels, None, viewport, self.context)
 
 
 @dataclass
 class StepTimes:
     """Seconds of processor time per control step."""
 
-    ours: list[float] = field(default_factory=list)
+    spear_fps: list[float] = field(default_factory=list)
     bare: list[float] = field(default_factory=list)
     without_images: list[float] = field(default_factory=list)
 
@@ -121,7 +121,7 @@ def measure_scene(
         def step_ours(action: np.ndarray = action, results: list[Any] = results) -> None:
             results.append(env.step(action))
 
-        times.ours.append(measure_processor_seconds(step_ours))
+        times.spear_fps.append(measure_processor_seconds(step_ours))
         times.bare.append(measure_processor_seconds(partial(bare.step, env.world.data.ctrl)))
         step_without_images = partial(env_without_images.step, action)
         times.without_images.append(measure_processor_seconds(step_without_images))
@@ -166,9 +166,9 @@ def main() -> None:
     times = StepTimes()
     for seed in range(args.scenes):
         measure_scene(FAMILIES[seed % len(FAMILIES)], seed, image_sizes, times)
-    ratio = np.sum(times.ours) / np.sum(times.bare)
+    ratio = np.sum(times.spear_fps) / np.sum(times.bare)
     print(
-        f"steps with two cameras: {1 / np.mean(times.ours):.0f}/s of processor time,"
+        f"steps with two cameras: {1 / np.mean(times.spear_fps):.0f}/s of processor time,"
         f" bare {1 / np.mean(times.bare):.0f}/s"
     )
     print(

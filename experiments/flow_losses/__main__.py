@@ -182,12 +182,12 @@ def compute_total_loss(
     """The loss of `spear.flow`; or the paper's cosine as it is written, from the same
     velocities.
     """
-    loss, parts = flow.compute_loss(prediction, noise, data, time, config)
+    loss, loss_terms = flow.compute_loss(prediction, noise, data, time, config)
     if not name.startswith("as-written"):
         return loss
     state, truth = flow.interpolate(noise, data, time, config)
     velocity = flow.prediction_to_velocity(prediction, state, time, config).rotation
-    return loss - parts["rotation"] + 1 - (velocity * truth.rotation).sum(-1).mean()
+    return loss - loss_terms["rotation"] + 1 - (velocity * truth.rotation).sum(-1).mean()
 
 
 @dataclass(frozen=True)
@@ -209,8 +209,8 @@ def draw_batch(
     answers = problems.answer(question)
     uniform = torch.rand(num_members, batch_size, 1, 1, generator=generator)
     is_second = uniform < problems.second_fraction
-    both = answers.to_vector()
-    data = Action.from_vector(torch.where(is_second, both[:, 1], both[:, 0]))
+    action_vectors = answers.to_vector()
+    data = Action.from_vector(torch.where(is_second, action_vectors[:, 1], action_vectors[:, 0]))
     time = flow.sample_time(num_members * batch_size, config, generator)
     noise = flow.sample_noise((num_members, batch_size, 1), config, generator)
     return Batch(question, answers, data, noise, time.view(num_members, batch_size))

@@ -42,10 +42,10 @@ def draw_from_all(episode_of_step: Array, rng: np.random.Generator) -> Array:
 
 def shuffle_parts(starts: Sequence[int] | Array, rng: np.random.Generator) -> list[Array]:
     """The steps of each part (between two starts), with the parts in a shuffled order."""
-    parts = []
-    for part in rng.permutation(len(starts) - 1):
-        parts.append(np.arange(starts[part], starts[part + 1]))
-    return parts
+    pieces = []
+    for piece_index in rng.permutation(len(starts) - 1):
+        pieces.append(np.arange(starts[piece_index], starts[piece_index + 1]))
+    return pieces
 
 
 def shuffle_through_buffer(

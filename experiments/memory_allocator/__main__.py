@@ -37,7 +37,7 @@ JEMALLOC_VARIABLES = {
     "LD_PRELOAD": JEMALLOC_LIBRARY or "",
     "MALLOC_CONF": "dirty_decay_ms:-1,muzzy_decay_ms:-1,lg_extent_max_active_fit:16",
 }
-KEPT = "kept"
+KEPT_SETTING = "kept"
 
 
 @dataclass(frozen=True)
@@ -100,12 +100,12 @@ def print_table(measurements: Mapping[str, Sequence[Measurement]]) -> None:
         print(f"| {name} | {step_time} | {faults:,.0f} | {memory:,.0f} MB |")
 
     for name, variant_medians in medians_ms.items():
-        if name == KEPT:
+        if name == KEPT_SETTING:
             continue
-        pairs = zip(variant_medians, medians_ms[KEPT], strict=True)
-        ratios = [variant / kept for variant, kept in pairs]
+        pairs = zip(variant_medians, medians_ms[KEPT_SETTING], strict=True)
+        ratios = [variant_ms / kept_ms for variant_ms, kept_ms in pairs]
         median = statistics.median(ratios)
-        print(f"{name} ÷ {KEPT}: {median:.3f} ({min(ratios):.3f} … {max(ratios):.3f})")
+        print(f"{name} ÷ {KEPT_SETTING}: {median:.3f} ({min(ratios):.3f} … {max(ratios):.3f})")
 
 
 def main(
@@ -127,12 +127,12 @@ def main(
         variant: used by the processes that are started.
     """
     if variant:
-        if variant == KEPT and not keep_freed_memory():
+        if variant == KEPT_SETTING and not keep_freed_memory():
             raise SystemExit("no glibc here: there is nothing to compare")
         print(json.dumps(asdict(measure(episodes, labels, batch_size, steps))))
         return
 
-    variables: dict[str, dict[str, str]] = {"given back": {}, KEPT: {}}
+    variables: dict[str, dict[str, str]] = {"given back": {}, KEPT_SETTING: {}}
     if JEMALLOC_LIBRARY:
         variables["jemalloc"] = JEMALLOC_VARIABLES
     measurements: dict[str, list[Measurement]] = {name: [] for name in variables}

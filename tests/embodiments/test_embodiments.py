@@ -419,14 +419,14 @@ def test_bands_that_padding_does_not_make_are_left(height: int, width: int) -> N
     not_quite_black = padded.copy()
     not_quite_black[5, 5] = 1
     not_quite_black[-6, -6] = 1
-    others = [
+    other_robots = [
         not_quite_black,
         np.zeros_like(padded),
         padded[:200],
         fit_image(photo, 256, 256),
         np.roll(padded, 2, (0, 1)),
     ]
-    for image in others:
+    for image in other_robots:
         assert droid.remove_padding(image) is image
 
 

@@ -220,9 +220,9 @@ def test_rtc_gives_the_policy_what_is_executed_during_inference() -> None:
 
     results = evaluate(PolicyAgent(policy, "x"), 1, execution="rtc", latency_ms=300.0)
 
-    first, *others = policy.num_committed
+    first, *later_counts = policy.num_committed
     assert first == 0
-    assert set(others) == {2}
+    assert set(later_counts) == {2}
     assert len(policy.num_committed) == results.outcomes[0].steps / 2
 
 

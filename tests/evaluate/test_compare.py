@@ -216,9 +216,9 @@ def test_results_of_the_same_policy_are_named_by_their_folders(
     folders: tuple[Path, Path], tmp_path: Path, run_command: Command
 ) -> None:
     _, second = folders
-    other = tmp_path / "again"
-    make_results("theirs", {"a": "x" * 10}).save(other / "results.json")
+    second_folder = tmp_path / "again"
+    make_results("theirs", {"a": "x" * 10}).save(second_folder / "results.json")
 
-    output = run_command("evaluate", "compare", str(second), str(other))
+    output = run_command("evaluate", "compare", str(second), str(second_folder))
 
-    assert f"{other} is better than {second}" in output
+    assert f"{second_folder} is better than {second}" in output

@@ -57,8 +57,8 @@ def test_the_mean_weighs_families_equally() -> None:
 
 
 def test_a_file_gives_the_same_results(tmp_path: Path) -> None:
-    wanted = frozenset({("a", 0), ("b", 7)})
-    results = replace(make_results({"a": [True, False], "b": [False, True]}), wanted=wanted)
+    selection = frozenset({("a", 0), ("b", 7)})
+    results = replace(make_results({"a": [True, False], "b": [False, True]}), selection=selection)
     path = tmp_path / "deep" / "r.json"
 
     results.save(path)

@@ -58,12 +58,12 @@ SIZES["linear"] = dataclasses.replace(SIZES["nano"], flow={"rotation": "linear"}
 needs_cuda_build = pytest.mark.skipif(
     not torch.backends.cuda.is_built(), reason="PyTorch is built without CUDA"
 )
-PLACES = [
+CAPTURE_POINTS = [
     pytest.param((name, "meta", torch.float32), id=f"{name}-meta-torch.float32") for name in SIZES
 ]
 for _name in ("nano", "spear1"):
     for _dtype in (torch.float32, torch.bfloat16):
-        PLACES.append(
+        CAPTURE_POINTS.append(
             pytest.param(
                 (_name, "cuda", _dtype), id=f"{_name}-cuda-{_dtype}", marks=needs_cuda_build
             )
@@ -171,7 +171,7 @@ def monitor_sampling(way: str, model: Any, inputs: dict[str, Tensor]) -> Capture
     return monitor
 
 
-@pytest.fixture(params=PLACES)
+@pytest.fixture(params=CAPTURE_POINTS)
 def empty_policy(request: pytest.FixtureRequest) -> Iterator[tuple[Preset, Any]]:
     """A policy without contents: with most and with fewest parts of its own, and with linear
     rotations."""

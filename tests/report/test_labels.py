@@ -175,8 +175,8 @@ def test_a_rerun_file_that_cannot_be_made_leaves_nothing(
 def test_the_commands_ask_and_show(
     folder: Path, run_command: Command, run_refused_command: Command
 ) -> None:
-    said = run_command("questions", str(folder), "--seed", "2", "--questions-per-image", "1", "1")
-    assert "12 questions about 12 images:" in said
+    output = run_command("questions", str(folder), "--seed", "2", "--questions-per-image", "1", "1")
+    assert "12 questions about 12 images:" in output
     assert str(folder / "show.html") in run_command(
         "label", "show", str(folder), "--num-images", "2"
     )

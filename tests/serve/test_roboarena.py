@@ -109,11 +109,11 @@ def test_a_reset_is_confirmed_and_changes_nothing(
     client: RoboArenaClient, session: dict[str, str]
 ) -> None:
     observation = client.make_observation()
-    before = client.ask(**observation)
+    actions_before = client.ask(**observation)
 
     assert client.ask(**session, endpoint="reset") == "reset successful"
 
-    np.testing.assert_array_equal(client.ask(**observation), before)
+    np.testing.assert_array_equal(client.ask(**observation), actions_before)
 
 
 @pytest.mark.parametrize(

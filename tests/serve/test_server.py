@@ -222,9 +222,9 @@ def test_random_and_damaged_messages_leave_the_connection_usable() -> None:
     rng = np.random.default_rng(0)
     noise = [rng.bytes(int(size)) for size in rng.integers(0, 400, 20)]
     damaged = []
-    for place in rng.integers(0, 700, 40):
+    for offset in rng.integers(0, 700, 40):
         message = bytearray(GOOD_MESSAGE)
-        message[place] = rng.integers(256)
+        message[offset] = rng.integers(256)
         damaged.append(bytes(message))
 
     with run_server() as server, connect_raw(server) as connection:
@@ -333,15 +333,15 @@ def test_a_message_beyond_the_limit_ends_its_own_connection() -> None:
     limits = ConnectionLimits(max_message_bytes=300_000)
     with (
         run_server(limits=limits) as server,
-        connect_raw(server) as other,
+        connect_raw(server) as second_socket,
         connect_raw(server) as sender,
     ):
         sender.send(b"\0" * 300_001)
         with pytest.raises(ConnectionClosedError, match="1009"):
             sender.recv()
 
-        other.send(GOOD_MESSAGE)
-        assert isinstance(other.recv(), bytes)
+        second_socket.send(GOOD_MESSAGE)
+        assert isinstance(second_socket.recv(), bytes)
 
 
 def test_a_remote_policy_names_an_observation_beyond_the_limit_and_works_again() -> None:
@@ -525,13 +525,13 @@ def test_a_client_goes_on_with_the_same_server_after_a_restart() -> None:
     with run_server(policy, "droid") as server:
         port = server.port
         client = RemotePolicy(url_of(server))
-        before = client.infer(observation)["actions"]
+        actions_before = client.infer(observation)["actions"]
     refuses("has gone", client.infer, observation)
 
     with run_server(policy, "droid", port=port):
-        after = client.infer(observation)["actions"]
+        actions_after = client.infer(observation)["actions"]
 
-    np.testing.assert_array_equal(after, before)
+    np.testing.assert_array_equal(actions_after, actions_before)
 
 
 @pytest.mark.parametrize("changed", ["policy", "control"])

@@ -78,12 +78,15 @@ def test_the_camera_moves_within_its_level(level: int) -> None:
 
     for seed in range(30):
         scene = sample_scene("stack_cube", seed)
-        before = CameraOrbit.of(scene.appearance)
-        after = CameraOrbit.of(shift_scene(scene, Shift("camera", level)).appearance)
+        orbit_before = CameraOrbit.of(scene.appearance)
+        orbit_after = CameraOrbit.of(shift_scene(scene, Shift("camera", level)).appearance)
 
-        assert abs(after.azimuth_deg - before.azimuth_deg) <= limits.azimuth_deg + 1e-6
-        assert abs(after.elevation_deg - before.elevation_deg) <= limits.elevation_deg + 1e-6
-        ratio = after.distance_m / before.distance_m
+        assert abs(orbit_after.azimuth_deg - orbit_before.azimuth_deg) <= limits.azimuth_deg + 1e-6
+        assert (
+            abs(orbit_after.elevation_deg - orbit_before.elevation_deg)
+            <= limits.elevation_deg + 1e-6
+        )
+        ratio = orbit_after.distance_m / orbit_before.distance_m
         assert 1 / limits.distance_factor - 1e-6 <= ratio <= limits.distance_factor + 1e-6
 
 
@@ -103,7 +106,7 @@ def test_clutter_is_of_unseen_kinds_from_level_2(level: int) -> None:
         added = shift_scene(scene, Shift("layout", level)).objects[len(scene.objects) :]
         counts.append(len(added))
 
-        assert {thing.kind for thing in added} <= set(TASK_FREE_KINDS)
+        assert {placed_object.kind for placed_object in added} <= set(TASK_FREE_KINDS)
 
     assert np.mean(counts) > 0.8 * NUM_CLUTTER[level]  # a full table has no room for all
 
@@ -128,12 +131,12 @@ def seen_instructions() -> set[str]:
 
 
 def test_shifted_instructions_were_never_seen() -> None:
-    seen = seen_instructions()
+    trained_instructions = seen_instructions()
 
     for family in FAMILIES:
         for level in LEVELS:
             text = shift_scene(sample_scene(family, 3), Shift("language", level)).instruction
-            assert text not in seen
+            assert text not in trained_instructions
 
 
 def test_unseen_words_do_not_stand_among_those_of_training() -> None:
@@ -159,7 +162,7 @@ def test_a_relation_names_another_object_of_the_scene() -> None:
 
     assert description is not None
     anchor = description.rpartition(" of the ")[2]
-    assert anchor in {thing.kind for thing in scene.objects}
+    assert anchor in {placed_object.kind for placed_object in scene.objects}
     assert anchor != scene.objects[1].kind
 
 

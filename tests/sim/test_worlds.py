@@ -46,22 +46,24 @@ def test_all_scenes_of_a_lab_look_alike() -> None:
 
 
 def test_every_wild_scene_looks_different() -> None:
-    looks = [place_in_world(sample_scene("put_on", seed), "wild").appearance for seed in range(20)]
+    wild_looks = [
+        place_in_world(sample_scene("put_on", seed), "wild").appearance for seed in range(20)
+    ]
 
-    assert len({look.camera for look in looks}) == 20
-    assert len({look.surfaces["table"] for look in looks}) == 20
+    assert len({wild_look.camera for wild_look in wild_looks}) == 20
+    assert len({wild_look.surfaces["table"] for wild_look in wild_looks}) == 20
 
 
 def test_wild_cameras_stay_in_their_ranges() -> None:
     nominal = CameraOrbit.of(sample_scene("put_on", 0).appearance)
 
     for seed in range(50):
-        look = place_in_world(sample_scene("put_on", seed), "wild").appearance
-        orbit = CameraOrbit.of(look)
+        wild_look = place_in_world(sample_scene("put_on", seed), "wild").appearance
+        orbit = CameraOrbit.of(wild_look)
 
         assert 15 <= orbit.elevation_deg <= 70
         assert abs(orbit.azimuth_deg - nominal.azimuth_deg) < 65
-        assert 30 <= look.fovy_deg <= 65
+        assert 30 <= wild_look.fovy_deg <= 65
 
 
 def test_clutter_is_of_kinds_that_no_task_uses() -> None:
@@ -71,18 +73,18 @@ def test_clutter_is_of_kinds_that_no_task_uses() -> None:
         clutter += place_in_world(scene, "wild").objects[len(scene.objects) :]
 
     assert clutter
-    assert {thing.kind for thing in clutter} <= set(TASK_FREE_KINDS)
+    assert {placed_object.kind for placed_object in clutter} <= set(TASK_FREE_KINDS)
 
 
 def test_pictures_without_the_robot_do_not_show_it() -> None:
     scene = place_in_world(clutter_scene(10_004), "wild")
 
-    shown = render_frame(World(scene), "external", (168, 126))
+    rendered = render_frame(World(scene), "external", (168, 126))
     hidden = render_frame(World(without_robot(scene)), "external", (168, 126))
 
-    assert GRIPPER_NAME in shown.names.values()
+    assert GRIPPER_NAME in rendered.names.values()
     assert GRIPPER_NAME not in hidden.names.values()
-    assert not np.array_equal(shown.image, hidden.image)
+    assert not np.array_equal(rendered.image, hidden.image)
 
 
 def test_true_boxes_project_onto_their_objects_in_any_camera() -> None:

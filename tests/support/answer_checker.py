@@ -154,8 +154,8 @@ def _is_ambiguous(label: LabeledImage, o: LabeledObject) -> bool:
     """Whether the object's name fits several objects of the image."""
     words, aside = _split_name(o.name)
     num_fitting = 0
-    for other in label.objects:
-        other_words, other_aside = _split_name(other.name)
+    for other_object in label.objects:
+        other_words, other_aside = _split_name(other_object.name)
         if other_words[-len(words) :] == words and aside in ("", other_aside):
             num_fitting += 1
     return num_fitting > 1

@@ -57,9 +57,9 @@ class BoxSegmenter:
         self, frames: Sequence[Frame], detections: Sequence[Sequence[Detection]]
     ) -> list[Array]:
         masks = []
-        for frame, found in zip(frames, detections, strict=True):
-            mask = np.zeros((len(found), *frame.image.shape[:2]), bool)
-            for i, detection in enumerate(found):
+        for frame, frame_detections in zip(frames, detections, strict=True):
+            mask = np.zeros((len(frame_detections), *frame.image.shape[:2]), bool)
+            for i, detection in enumerate(frame_detections):
                 x0, y0, x1, y1 = detection.box2d.astype(int)
                 mask[i, y0:y1, x0:x1] = True
             masks.append(mask)
@@ -81,8 +81,8 @@ class SlopePointMap:
             [[off * width, 0, width / 2], [0, off * width, height / 2], [0, 0, 1.0]]
         )
         depth = np.linspace(1.5, 1.0, height)[:, None] - 0.1 * (image[..., 0] > 128)
-        known = np.ones((height, width), bool)
-        return PointMapResult(unproject(depth, intrinsics), known, intrinsics, "metre")
+        valid_mask = np.ones((height, width), bool)
+        return PointMapResult(unproject(depth, intrinsics), valid_mask, intrinsics, "metre")
 
 
 def make_noise_frame(seed: int, height: int = 40, width: int = 60) -> Frame:

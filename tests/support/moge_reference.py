@@ -67,10 +67,10 @@ def _pass_view_plane_through_v1(weights: Weights) -> None:
 
 def _pass_view_plane_through_v2(weights: Weights) -> None:
     identity = torch.eye(2)
-    for part in ("neck", "points_head"):
-        weights[f"{part}.resamplers.3.1.weight"][:2] = 0
-        weights[f"{part}.input_blocks.4.weight"][:2] = 0
-        weights[f"{part}.input_blocks.4.weight"][:2, :2, 0, 0] = identity
+    for module_name in ("neck", "points_head"):
+        weights[f"{module_name}.resamplers.3.1.weight"][:2] = 0
+        weights[f"{module_name}.input_blocks.4.weight"][:2] = 0
+        weights[f"{module_name}.input_blocks.4.weight"][:2, :2, 0, 0] = identity
     last_weight = weights["points_head.output_blocks.4.weight"]
     last_weight *= torch.tensor([0.05, 0.05, 0.25]).view(3, 1, 1, 1)
     last_weight[:, :2] = 0

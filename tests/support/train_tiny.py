@@ -121,14 +121,14 @@ class NonFiniteRegression(Regression):
         return {**super().batch(step), "nested": {"is_bad": is_bad}}
 
     def loss(self, batch: dict[str, Any], generator: torch.Generator) -> Any:
-        loss, parts = super().loss(batch, generator)
+        loss, loss_terms = super().loss(batch, generator)
         if not batch["nested"]["is_bad"]:
-            return loss, parts
+            return loss, loss_terms
         if not self.in_gradient:
-            return loss * math.nan, parts
+            return loss * math.nan, loss_terms
         weight = self.model[0].weight.sum()
         # The slope of a root at zero is infinite, its value is not.
-        return loss + (weight - weight.detach()).abs().sqrt(), parts
+        return loss + (weight - weight.detach()).abs().sqrt(), loss_terms
 
 
 class PolicyTask:

@@ -96,8 +96,8 @@ def test_boxes_are_drawn_where_they_project_to(tab: Tab) -> None:
     rows = tab.run("document.querySelectorAll('#answers tbody tr').length")
     assert rows == tab.run("view.boxes.length + view.absent.length")
     tab.run("show({step: 0, boxes: [], absent: ['zebra']})")
-    said = tab.run("document.querySelector('#answers').innerText").splitlines()
-    assert said == [
+    shown_lines = tab.run("document.querySelector('#answers').innerText").splitlines()
+    assert shown_lines == [
         "step 0; of held-out things that are there 9 % are not found",
         "zebra: not found",
     ]

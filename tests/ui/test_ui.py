@@ -79,22 +79,24 @@ class Tab:
         address = f"ws://127.0.0.1:{server.port}/ui"
         self.socket = connect(address, max_size=None, compression=None, proxy=None, **options)
         self.view: dict[str, Any] = {}
-        self.receive_until(lambda part: "images" in self.view and part.get("problem", "") is None)
+        self.receive_until(
+            lambda update: "images" in self.view and update.get("problem", "") is None
+        )
 
     def receive_until(self, is_last: Callable[[dict[str, Any]], bool]) -> list[dict[str, Any]]:
         """Receive parts of the view until one is the last; returns them."""
-        parts = []
+        updates = []
         while True:
-            part = json.loads(self.socket.recv(timeout=TIMEOUT_S))
-            parts.append(part)
-            self.view |= part
-            if is_last(part):
-                return parts
+            update = json.loads(self.socket.recv(timeout=TIMEOUT_S))
+            updates.append(update)
+            self.view |= update
+            if is_last(update):
+                return updates
 
     def send(self, message: bytes | str | dict[str, Any]) -> str | None:
         """Ask for something; returns the problem with it, or None."""
         self.socket.send(json.dumps(message) if isinstance(message, dict) else message)
-        self.receive_until(lambda part: "problem" in part and "running" not in part)
+        self.receive_until(lambda update: "problem" in update and "running" not in update)
         return self.view["problem"]
 
     def fail(self, request: str, **arguments: Any) -> str:
@@ -286,9 +288,11 @@ def test_the_film_shows_every_step_with_its_instruction(
     captions = [frame[: video.BAR].astype(float) for frame in frames]
     assert np.abs(captions[2] - captions[0]).mean() < 2  # the same instruction
     assert np.abs(captions[3] - captions[0]).mean() > 2
-    shown = Image.fromarray(decode_external(passed_views[1]))
-    assert shown.width / shown.height == passed_views[1]["camera"]["aspect"]
-    large = shown.resize((round(video.HEIGHT * shown.width / shown.height), video.HEIGHT))
+    shown_image = Image.fromarray(decode_external(passed_views[1]))
+    assert shown_image.width / shown_image.height == passed_views[1]["camera"]["aspect"]
+    large = shown_image.resize(
+        (round(video.HEIGHT * shown_image.width / shown_image.height), video.HEIGHT)
+    )
     filmed = frames[1][video.BAR :, : large.width].astype(float)
     assert np.abs(filmed - large).mean() < 6
 
@@ -310,9 +314,9 @@ def test_a_rollout_that_is_stopped_sends_each_step_that_it_made(
     for request in ("stop", "step"):
         tab.socket.send(json.dumps({"do": request}))
 
-    parts = tab.receive_until(lambda part: "images" in part and part["step"] == 2)
+    updates = tab.receive_until(lambda update: "images" in update and update["step"] == 2)
 
-    assert [part["step"] for part in parts if "images" in part] == [1, 2]
+    assert [update["step"] for update in updates if "images" in update] == [1, 2]
 
 
 # Recorded episodes
@@ -553,12 +557,14 @@ def test_an_evaluated_episode_is_run_again(
 ) -> None:
     tab.ask("open", episode=0)
 
-    parts = tab.receive_until(lambda part: part.get("running") is False)
+    updates = tab.receive_until(lambda update: update.get("running") is False)
 
     assert tab.view["outcome"] == "time is up"
     assert tab.view["recorded"] == "recorded: failure, 7 steps"
     assert tab.view["milestones"][-1] == "as recorded"
-    chunk_of_step = {part["chunk"]["step"]: part["chunk"] for part in parts if "chunk" in part}
+    chunk_of_step = {
+        update["chunk"]["step"]: update["chunk"] for update in updates if "chunk" in update
+    }
     assert chunk_of_step.keys() == evaluated_chunks.keys()
     assert len(chunk_of_step) > 2
     for step, (state, actions) in evaluated_chunks.items():
@@ -728,7 +734,7 @@ def test_a_photo_does_not_move(tab: Tab) -> None:
 
     tab.ask("start")  # is answered at once; the rollout reports the problem later
 
-    tab.receive_until(lambda part: "photo" in (part.get("problem") or ""))
+    tab.receive_until(lambda update: "photo" in (update.get("problem") or ""))
 
 
 # Wrong requests
@@ -786,13 +792,13 @@ def test_tabs_have_scenes_of_their_own(server: PolicyServer, tab: Tab) -> None:
     tab.ask("reset", family="put_in_basket", seed=5)
     tab.ask("start")
 
-    with open_tab(server) as other:
-        assert other.view["running"] is False
-        assert other.view["step"] == 0
-        other.ask("reset", family="stack_cube", seed=1)
-        tab.receive_until(lambda part: part.get("step", 0) >= 2)
+    with open_tab(server) as second_tab:
+        assert second_tab.view["running"] is False
+        assert second_tab.view["step"] == 0
+        second_tab.ask("reset", family="stack_cube", seed=1)
+        tab.receive_until(lambda update: update.get("step", 0) >= 2)
         view = tab.ask("stop")
-        other_view = other.ask("predict")
+        other_view = second_tab.ask("predict")
 
     assert view["running"] is False
     assert view["family"] == "put_in_basket"
@@ -814,5 +820,5 @@ def test_a_tab_that_is_closed_while_it_runs_leaves_the_page_working(
     tab.ask("start")
     tab.socket.close()
 
-    with open_tab(server) as other:
-        other.ask("step")
+    with open_tab(server) as second_tab:
+        second_tab.ask("step")

@@ -101,9 +101,9 @@ def test_batches_are_returned_as_they_are_without_memory_for_slots() -> None:
 def test_batches_do_not_change_while_they_are_held(num_held: int) -> None:
     """However many the training holds, even more than there are slots."""
     task = SimpleNamespace(batch=lambda step: {"deep": {"step": torch.full((100, 100), step)}})
-    held: list[torch.Tensor] = []
+    held_tensors: list[torch.Tensor] = []
 
     for step, batch in enumerate(loop.load_batches(task, 0, 60, workers=2)):
-        held = [*held, batch["deep"]["step"]][-1 - num_held :]
-        for age, tensor in enumerate(reversed(held)):
+        held_tensors = [*held_tensors, batch["deep"]["step"]][-1 - num_held :]
+        for age, tensor in enumerate(reversed(held_tensors)):
             assert (tensor == step - age).all()

@@ -274,9 +274,9 @@ def test_a_start_close_to_an_official_one_is_official(starts: list[Start]) -> No
 
 
 def test_a_start_follows_from_its_seed(starts: list[Start]) -> None:
-    again = sample_off_grid_start(CARROT, 7, POSITIONS, TURNS)
+    resampled = sample_off_grid_start(CARROT, 7, POSITIONS, TURNS)
 
-    np.testing.assert_array_equal(again.positions, starts[7].positions)
+    np.testing.assert_array_equal(resampled.positions, starts[7].positions)
     assert len({start.positions.tobytes() for start in starts}) == 300
 
 

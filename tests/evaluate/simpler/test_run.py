@@ -1,6 +1,4 @@
-"""SIMPLER in ManiSkill: conventions as we say they are, the oracle, an episode of the nano
-policy.
-"""
+"""SIMPLER in ManiSkill: its conventions are as we say, the oracle succeeds, a policy is evaluated."""
 
 import os
 import re
@@ -8,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import av
 import numpy as np
@@ -31,36 +30,66 @@ from spear.geometry import apply_action, quat_distance, quat_exp
 from spear.labels.fit.image import unproject
 from spear.labels.pipeline import label_with_ground_truth
 from spear.sim_data.demonstrations import SETTINGS_FILE
-from spear.types import Frame
+from spear.types import Array, Frame
 from spear.util.images import decode_image
 
 EXAMPLE = Path(__file__).parents[3] / "examples" / "simpler_task.py"
 TASK = "StackGreenCubeOnYellowCubeBakedTexInScene-v1"
+CUBE_SIDE_M = 0.03
+TABLE_HEIGHT_M = 0.8695
 
 
-def test_a_fitted_frame_shows_the_same_points() -> None:
+@pytest.fixture
+def frame() -> Frame:
+    """A slanted plane, with a cube, a speck, and an object that the border cuts."""
     depth = np.broadcast_to(np.linspace(0.5, 1.5, 640, dtype=np.float32), (480, 640)).copy()
     instances = np.zeros((480, 640), np.int32)
-    instances[200:300, 300:420], instances[:3, 60:63], instances[100:200, 590:] = 1, 2, 3
-    matrix = np.array([[620.0, 0, 319.5], [0, 620, 239.5], [0, 0, 1]])
+    instances[200:300, 300:420] = 1
+    instances[:3, 60:63] = 2
+    instances[100:200, 590:] = 3
+    intrinsics = np.array([[620.0, 0, 319.5], [0, 620, 239.5], [0, 0, 1]])
     image = np.random.default_rng(0).integers(0, 255, (480, 640, 3)).astype(np.uint8)
-    frame = Frame(image, depth, instances, {1: "cube", 2: "speck", 3: "cut"}, matrix)
-    small = fit_frame(frame, (192, 128), "here")
-    assert (
-        small.image.shape == (128, 192, 3) and small.names == {1: "cube"} and small.source == "here"
-    )
-    assert (small.depth[:, :10] == 0).all() and (small.depth[:, 10:181] > 0).all()
-    assert (np.any(small.image, axis=-1) == (small.depth > 0)).mean() > 0.99
-    cubes = [unproject(one.depth, one.intrinsics)[one.instances == 1] for one in (frame, small)]
-    centres = [[points.mean(axis=0), np.ptp(points, axis=0)] for points in cubes]
-    np.testing.assert_allclose(*centres, atol=0.006)
+    return Frame(image, depth, instances, {1: "cube", 2: "speck", 3: "cut"}, intrinsics)
+
+
+def measure_cube(frame: Frame) -> tuple[Array, Array]:
+    """Mean [3] and extent [3] of the cube's points, in meters."""
+    assert frame.depth is not None
+    assert frame.intrinsics is not None
+    points = unproject(frame.depth, frame.intrinsics)[frame.instances == 1]
+    return points.mean(axis=0), np.ptp(points, axis=0)
+
+
+def test_a_fitted_frame_has_its_size_and_whole_objects(frame: Frame) -> None:
+    fitted = fit_frame(frame, (192, 128), "here")
+
+    assert fitted.image.shape == (128, 192, 3)
+    assert fitted.names == {1: "cube"}
+    assert fitted.source == "here"
+
+
+def test_bars_of_a_fitted_frame_have_no_depth(frame: Frame) -> None:
+    fitted = fit_frame(frame, (192, 128), "here")
+
+    assert fitted.depth is not None
+    is_colored = np.any(fitted.image, axis=-1)
+    assert (fitted.depth[:, :10] == 0).all()
+    assert (fitted.depth[:, 10:181] > 0).all()
+    assert (is_colored == (fitted.depth > 0)).mean() > 0.99
+
+
+def test_a_fitted_frame_shows_the_same_points(frame: Frame) -> None:
+    center, extent = measure_cube(frame)
+
+    fitted_center, fitted_extent = measure_cube(fit_frame(frame, (192, 128), "here"))
+
+    np.testing.assert_allclose(fitted_center, center, atol=0.006)
+    np.testing.assert_allclose(fitted_extent, extent, atol=0.006)
 
 
 @pytest.fixture(scope="module")
 def simpler(shared: Path) -> Iterator[Simpler]:
-    """The simulator, with one process; skips where ManiSkill, its assets or a renderer are
-    missing.
-    """
+    """The simulator, with one process; skips without ManiSkill, its assets or a renderer."""
     pytest.importorskip("mani_skill")
     assets = shared / "assets" / "simpler"
     if not assets.is_dir():
@@ -79,169 +108,271 @@ def process(simpler: Simpler) -> SimplerProcess:
     return simpler.open(TASK, 1)[0]
 
 
-def test_an_action_moves_the_commanded_pose_as_it_says(process: SimplerProcess) -> None:
-    robot, moment = embodiments.load("simpler_widowx"), process.reset(5, True)
+def stay(num_steps: int, opening: float) -> Array:
+    """[num_steps, 7] actions that move nothing but the gripper (1 = open, -1 = closed)."""
+    return np.array([[0, 0, 0, 0, 0, 0, opening]] * num_steps, np.float32)
+
+
+def test_the_robot_observes_its_camera_its_instruction_and_its_pose(
+    process: SimplerProcess,
+) -> None:
+    robot = embodiments.load("simpler_widowx")
+
+    moment = process.reset(5, True)
+
+    state = robot.read(moment.observation)["observation/state"]
     assert moment.observation["observation/image"].shape == (480, 640, 3)
     assert moment.observation["prompt"] == "stack the green block on the yellow block"
-    action = np.array(
-        [[0.01, -0.02, 0.015, *quat_exp(torch.tensor([0.1, -0.2, 0.15])), 0.0]], np.float32
-    )
-    state = robot.read(moment.observation)["observation/state"]
     np.testing.assert_allclose(state[:7], moment.truth.measured, atol=1e-6)
-    after = process.run(
-        robot.select_control(None)[1].convert(action, state, moment.observation), False
-    ).truth
-    start, move = torch.from_numpy(moment.truth.commanded), torch.from_numpy(np.float64(action[0]))
-    position, rotation = apply_action(start[:3], start[3:], move[:3], move[3:7])
-    np.testing.assert_allclose(after.commanded[:3], position.numpy(), atol=1e-6)
-    assert (
-        float(quat_distance(torch.from_numpy(after.commanded[3:]), rotation)) < 1e-3
-        and not after.open
-    )
-    settled = process.run(np.array([[0, 0, 0, 0, 0, 0, -1]] * 4, np.float32), False).truth
-    np.testing.assert_allclose(settled.measured[:3], position.numpy(), atol=3e-3)
-    assert float(quat_distance(torch.from_numpy(settled.measured[3:]), rotation)) < 0.02
-    assert settled.opening < 0.02 and moment.truth.opening > 0.98
+
+
+def test_an_action_moves_the_commanded_pose_as_it_says(process: SimplerProcess) -> None:
+    robot = embodiments.load("simpler_widowx")
+    moment = process.reset(5, True)
+    state = robot.read(moment.observation)["observation/state"]
+    translation = torch.tensor([0.01, -0.02, 0.015], dtype=torch.float64)
+    rotation = quat_exp(torch.tensor([0.1, -0.2, 0.15]))
+    action = np.array([[*translation, *rotation, 0.0]], np.float32)
+    _, control = robot.select_control(None)
+    rows = control.convert(action, state, moment.observation)
+
+    moved = process.run(rows, False).truth
+    settled = process.run(stay(4, -1), False).truth
+
+    start = torch.from_numpy(moment.truth.commanded)
+    move = torch.from_numpy(np.float64(action[0]))
+    expected_position, expected_rotation = apply_action(start[:3], start[3:], move[:3], move[3:7])
+    commanded_rotation = torch.from_numpy(moved.commanded[3:])
+    settled_rotation = torch.from_numpy(settled.measured[3:])
+    np.testing.assert_allclose(moved.commanded[:3], expected_position.numpy(), atol=1e-6)
+    assert float(quat_distance(commanded_rotation, expected_rotation)) < 1e-3
+    np.testing.assert_allclose(settled.measured[:3], expected_position.numpy(), atol=3e-3)
+    assert float(quat_distance(settled_rotation, expected_rotation)) < 0.02
+    assert not moved.open
+    assert moment.truth.opening > 0.98
+    assert settled.opening < 0.02
 
 
 def test_a_start_is_the_same_whatever_ran_before(process: SimplerProcess) -> None:
-    rows, ran = np.array([[0.02, 0, -0.03, 0, 0, 0.05, 1]] * 4, np.float32), []
+    rows = np.array([[0.02, 0, -0.03, 0, 0, 0.05, 1]] * 4, np.float32)
+
+    runs = []
     for start in (3, 7, 3):
-        before = process.reset(start, False).truth
-        ran.append(
-            np.concatenate([before.source, before.goal, process.run(rows, False).truth.measured])
-        )
-    assert (ran[0] == ran[2]).all() and not np.allclose(ran[0][:3], ran[1][:3])
+        reset = process.reset(start, False).truth
+        moved = process.run(rows, False).truth
+        runs.append(np.concatenate([reset.source, reset.goal, moved.measured]))
+
+    assert (runs[0] == runs[2]).all()
+    assert not np.allclose(runs[0][:3], runs[1][:3])
 
 
 @pytest.mark.parametrize(("task", "start"), [("PutEggplantInBasketScene-v1", 59), (TASK, 0)])
 def test_the_oracle_succeeds(simpler: Simpler, task: str, start: int) -> None:
     """Also where the gripper comes to rest on the rim of the sink, and trembles there."""
     results, _ = run_evaluation(simpler, OracleAgent(), {task: [start]}, {}, EpisodeOptions())
+
     (outcome,) = results.outcomes
-    assert (
-        outcome.success and outcome.reached and outcome.grasped and not outcome.wrong_object_moved
-    )
-    assert outcome.unreachable == 0 and outcome.steps < TASKS[task].max_steps
+    assert outcome.success
+    assert outcome.reached
+    assert outcome.grasped
+    assert not outcome.wrong_object_moved
+    assert outcome.unreachable == 0
+    assert outcome.steps < TASKS[task].max_steps
 
 
-def test_a_demonstration_starts_off_the_grid_and_recovers(process: SimplerProcess) -> None:
-    """Its actions lead along its poses, and lead there again from the same seed."""
-    first, again = (record_episode(process, TASK, 10_001, (171, 128)) for _ in range(2))
-    assert first.success and first.action is not None and first.action_mask is not None
-    assert 0 < (~first.action_mask).sum() < len(first) / 2
-    np.testing.assert_array_equal(first.position, again.position)
+def test_a_demonstration_recovers_and_repeats(process: SimplerProcess) -> None:
+    demonstration = record_episode(process, TASK, 10_001, (171, 128))
+    repeated = record_episode(process, TASK, 10_001, (171, 128))
+
+    assert demonstration.success
+    assert demonstration.action is not None
+    assert demonstration.action_mask is not None
+    num_recovering = (~demonstration.action_mask).sum()
+    assert 0 < num_recovering < len(demonstration) / 2
+    np.testing.assert_array_equal(demonstration.position, repeated.position)
+
+
+def test_a_demonstration_starts_off_the_grid(process: SimplerProcess) -> None:
     official = [process.reset(start, False).truth for start in range(TASKS[TASK].num_starts)]
-    assert (
-        np.ptp([one.goal[:2] for one in official], axis=0) / 2 + MIN_START_OFFSET_M
-        < TASKS[TASK].max_offset_m
-    ).all()
-    begun = process.reset(10_001, False, other=True).truth
-    pairs = [np.stack([one.source[:2], one.goal[:2]]) for one in (begun, *official)]
-    assert (
-        min(np.linalg.norm(pairs[0] - pair, axis=1).max() for pair in pairs[1:])
-        > MIN_START_OFFSET_M / 2
-    )
-    assert np.linalg.norm(begun.measured[:3] - official[0].measured[:3]) > 1e-3
+    recorded = process.reset(10_001, False, other=True).truth
+
+    official_pairs = [np.stack([truth.source[:2], truth.goal[:2]]) for truth in official]
+    recorded_pair = np.stack([recorded.source[:2], recorded.goal[:2]])
+    distances_m = [np.linalg.norm(recorded_pair - pair, axis=1).max() for pair in official_pairs]
+    reach_m = np.ptp([truth.goal[:2] for truth in official], axis=0) / 2
+    assert min(distances_m) > MIN_START_OFFSET_M / 2
+    assert (reach_m + MIN_START_OFFSET_M < TASKS[TASK].max_offset_m).all()
+    assert np.linalg.norm(recorded.measured[:3] - official[0].measured[:3]) > 1e-3
 
 
-def test_labels_of_the_scenes_are_true(process: SimplerProcess) -> None:
-    """Cubes of 3 cm are labelled as such, at their distance from each other; none is an official
-    start; and the scenes of evaluations are as before."""
-    before = process.reset(3, True).observation["observation/image"]
+@pytest.fixture
+def labeled_frames(process: SimplerProcess) -> list[Frame]:
+    return [process.look(seed, (384, 256)) for seed in range(10_000, 10_006)]
+
+
+def test_scenes_for_labels_leave_those_of_evaluations_as_they_were(
+    process: SimplerProcess,
+) -> None:
+    image_before = process.reset(3, True).observation["observation/image"]
     frames = [process.look(seed, (384, 256)) for seed in range(10_000, 10_006)]
-    process.look(10_000 + max(range(6), key=lambda number: len(frames[number].names)), (384, 256))
-    assert (process.reset(3, True).observation["observation/image"] == before).all()
-    seen = [("carrot" in frame.names.values(), len(frame.names)) for frame in frames]
-    assert len(set(seen)) > 1, "no clutter"
-    boxes = [
-        (o, frame) for frame in frames for o in next(label_with_ground_truth(iter([frame]))).objects
-    ]
-    cubes = [(o, frame) for o, frame in boxes if o.name.endswith("block") and o.box3d is not None]
-    assert len(cubes) >= 6
-    np.testing.assert_allclose(
-        np.median([np.sort(o.box3d.size) for o, _ in cubes], axis=0), 0.03, atol=0.004
-    )
-    heights = [f.extrinsics[2, :3] @ one.box3d.center + f.extrinsics[2, 3] for one, f in cubes]
-    np.testing.assert_allclose(np.median(heights), 0.8695 + 0.015, atol=0.006)  # on the table
+    num_objects = [len(frame.names) for frame in frames]
+    process.look(10_000 + int(np.argmax(num_objects)), (384, 256))
+
+    image_after = process.reset(3, True).observation["observation/image"]
+
+    assert (image_after == image_before).all()
 
 
-def test_recording_goes_on_behind_what_is_written(
+def test_scenes_for_labels_have_clutter(labeled_frames: list[Frame]) -> None:
+    kinds = {("carrot" in frame.names.values(), len(frame.names)) for frame in labeled_frames}
+    assert len(kinds) > 1
+
+
+def test_labels_of_the_scenes_are_true(labeled_frames: list[Frame]) -> None:
+    sizes_m = []
+    heights_m = []
+    for frame in labeled_frames:
+        label = next(label_with_ground_truth(iter([frame])))
+        for labeled in label.objects:
+            if labeled.box3d is None or not labeled.name.endswith("block"):
+                continue
+            assert frame.extrinsics is not None
+            sizes_m.append(np.sort(labeled.box3d.size))
+            height = frame.extrinsics[2, :3] @ labeled.box3d.center + frame.extrinsics[2, 3]
+            heights_m.append(height)
+
+    expected_height_m = TABLE_HEIGHT_M + CUBE_SIDE_M / 2
+    assert len(sizes_m) >= 6
+    np.testing.assert_allclose(np.median(sizes_m, axis=0), CUBE_SIDE_M, atol=0.004)
+    np.testing.assert_allclose(np.median(heights_m), expected_height_m, atol=0.006)
+
+
+def test_recording_continues_after_what_is_written(
     simpler: Simpler, shared: Path, tmp_path: Path
 ) -> None:
-    how = 128, 1, shared / "assets" / "simpler"
+    assets = shared / "assets" / "simpler"
     seeds = range(10_000, 10_002)
-    assert record_demonstrations(tmp_path, [TASK], seeds[:1], *how) == {TASK: (1, 1)}
-    assert record_demonstrations(tmp_path, [TASK], seeds, *how) == {TASK: (2, 2)}
+
+    first_counts = record_demonstrations(tmp_path, [TASK], seeds[:1], 128, 1, assets)
+    counts = record_demonstrations(tmp_path, [TASK], seeds, 128, 1, assets)
+
     store = EpisodeStore(tmp_path / TASK)
-    assert [store.source(i) for i in range(2)] == [
-        f"simpler/{TASK}/{seed}" for seed in (10_000, 10_001)
-    ]
+    assert first_counts == {TASK: (1, 1)}
+    assert counts == {TASK: (2, 2)}
+    assert store.source(0) == f"simpler/{TASK}/10000"
+    assert store.source(1) == f"simpler/{TASK}/10001"
     assert decode_image(store.image(1, 0, "external") or b"").shape == (128, 171, 3)
-    (tmp_path / TASK / SETTINGS_FILE).write_text('{"assets": "of before"}')
-    refuses("assets", record_demonstrations, tmp_path, [TASK], seeds, *how)
 
 
-@pytest.mark.parametrize(
-    "case",
-    [
-        (
-            "1 of 1 ",
-            "record 1 mine",
-            "self._evaluate(",
-            "dict(success=self._evaluate()['success'])  # (",
-        ),
-        (
-            "1 of 1 ",
-            "evaluate 1 oracle",
-            "(NAME,)",
-            "(NAME,), assets=Path(__file__).with_name('assets')",
-        ),
-        ("SpearError: .*Task", "evaluate 1 oracle", "num_starts=24", "num_starts=12"),
-        ("SpearError: .*__main__", "evaluate 1 oracle", '__name__ == "__main__"', "True"),
-    ],
-)
-def test_a_task_is_one_file(
-    simpler: Simpler, shared: Path, tmp_path: Path, case: tuple[str, ...]
+def test_recording_does_not_mix_two_settings(
+    simpler: Simpler, shared: Path, tmp_path: Path
 ) -> None:
-    """As a script, whose processes find its scene and its assets; what does not fit is said."""
-    said, what, was, becomes = case
-    (tmp_path / "task.py").write_text(EXAMPLE.read_text().replace(was, becomes))
+    assets = shared / "assets" / "simpler"
+    record_demonstrations(tmp_path, [TASK], range(10_000, 10_001), 128, 1, assets)
+    (tmp_path / TASK / SETTINGS_FILE).write_text('{"assets": "of another version"}')
+
+    refuses(
+        "assets", record_demonstrations, tmp_path, [TASK], range(10_000, 10_002), 128, 1, assets
+    )
+
+
+class ScriptCase(NamedTuple):
+    """A change of the example, the arguments of its run, and what the run prints."""
+
+    arguments: str
+    old_text: str
+    new_text: str
+    output: str
+
+
+SCRIPT_CASES = {
+    "its scene": ScriptCase(
+        arguments="record 1 mine",
+        old_text="self._evaluate(",
+        new_text="dict(success=self._evaluate()['success'])  # (",
+        output="1 of 1 ",
+    ),
+    "its assets": ScriptCase(
+        arguments="evaluate 1 oracle",
+        old_text="(NAME,)",
+        new_text="(NAME,), assets=Path(__file__).with_name('assets')",
+        output="1 of 1 ",
+    ),
+    "starts that differ": ScriptCase(
+        arguments="evaluate 1 oracle",
+        old_text="num_starts=24",
+        new_text="num_starts=12",
+        output="SpearError: .*Task",
+    ),
+    "no guard of the main program": ScriptCase(
+        arguments="evaluate 1 oracle",
+        old_text='__name__ == "__main__"',
+        new_text="True",
+        output="SpearError: .*__main__",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", SCRIPT_CASES.values(), ids=SCRIPT_CASES)
+def test_a_task_is_one_file(
+    simpler: Simpler, shared: Path, tmp_path: Path, case: ScriptCase
+) -> None:
+    """The processes of a script find its scene and its assets, and name what does not fit."""
+    script = EXAMPLE.read_text().replace(case.old_text, case.new_text)
+    (tmp_path / "task.py").write_text(script)
     (tmp_path / "assets").symlink_to(shared / "assets" / "simpler")
-    environment = os.environ | {"MS_ASSET_DIR": "." if was == "(NAME,)" else "assets"}
-    command, how = (
-        [sys.executable, "task.py", *what.split()],
-        {"capture_output": True, "text": True},
+    assets = "." if case.old_text == "(NAME,)" else "assets"
+
+    completed = subprocess.run(
+        [sys.executable, "task.py", *case.arguments.split()],
+        cwd=tmp_path,
+        env={**os.environ, "MS_ASSET_DIR": assets},
+        capture_output=True,
+        text=True,
+        check=False,
     )
-    ran = subprocess.run(command, cwd=tmp_path, env=environment, **how)
-    assert re.search(said, (ran.stderr if ran.returncode else ran.stdout).replace("\n", " ")), (
-        ran.stderr
-    )
+
+    output = completed.stderr if completed.returncode else completed.stdout
+    assert re.search(case.output, output.replace("\n", " ")), completed.stderr
 
 
 def test_a_command_back_is_obeyed_at_once(process: SimplerProcess) -> None:
     process.reset(0, False)
-    out = process.run(np.array([[0.1, 0, 0, 0, 0, 0, 1]] * 12, np.float32), False)
-    assert out.unreachable > 5 and np.linalg.norm(out.truth.commanded[:3]) < 0.8
-    back = process.run(np.array([[-0.1, 0, 0, 0, 0, 0, 1]] * 2, np.float32), False)
-    assert (
-        back.unreachable == out.unreachable
-        and back.truth.measured[0] < out.truth.measured[0] - 0.02
-    )
+    forward_m = [0.1, 0, 0, 0, 0, 0, 1]
+    backward_m = [-0.1, 0, 0, 0, 0, 0, 1]
+
+    stretched = process.run(np.array([forward_m] * 12, np.float32), False)
+    returned = process.run(np.array([backward_m] * 2, np.float32), False)
+
+    assert stretched.unreachable > 5
+    assert np.linalg.norm(stretched.truth.commanded[:3]) < 0.8
+    assert returned.unreachable == stretched.unreachable
+    assert returned.truth.measured[0] < stretched.truth.measured[0] - 0.02
 
 
-def test_nano_runs_and_is_filmed(
-    simpler: Simpler, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+@pytest.fixture
+def nano_folder(simpler: Simpler, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """A folder with the results and the film of one short episode of nano."""
     monkeypatch.setitem(TASKS, TASK, Task(24, 6, 4))
-    run_evaluation(
-        simpler, load_agent("nano"), {TASK: [30]}, {}, EpisodeOptions(videos=1, out=tmp_path)
-    )
-    results = load_results(tmp_path)
+    options = EpisodeOptions(videos=1, out=tmp_path)
+    run_evaluation(simpler, load_agent("nano"), {TASK: [30]}, {}, options)
+    return tmp_path
+
+
+def test_nano_runs_and_is_compared_with_published_results(nano_folder: Path) -> None:
+    results = load_results(nano_folder)
+
     (outcome,) = results.outcomes
-    assert (outcome.seed, outcome.steps) == (30, 6)
     (published,) = find_matching_references(results)
-    assert "SPEAR-1 (published)" in [line[0] for line in published.cells([("nano", results)])]
-    (film,) = tmp_path.glob("*.mp4")
+    cells: list[Any] = published.cells([("nano", results)])
+    assert (outcome.seed, outcome.steps) == (30, 6)
+    assert "SPEAR-1 (published)" in [line[0] for line in cells]
+
+
+def test_nano_is_filmed(nano_folder: Path) -> None:
+    (film,) = nano_folder.glob("*.mp4")
+
     with av.open(str(film)) as container:
-        assert sum(1 for _ in container.decode(video=0)) == 7 + 5
+        num_frames = sum(1 for _ in container.decode(video=0))
+
+    assert num_frames == 7 + 5  # the start, one per step, and the last one held for a second

@@ -402,8 +402,8 @@ def test_the_bill_counts_requests_answers_and_tokens(server: Server, tmp_path: P
     gemini.detect([make_noise_frame(0), make_noise_frame(1)])
 
     assert gemini.usage == {"requests": 1, "cached": 1, "input": 1200, "output": 100}
-    for part in ("1 request,", "1 answer ", "1200", "100"):
-        assert part in gemini.bill()
+    for phrase in ("1 request,", "1 answer ", "1200", "100"):
+        assert phrase in gemini.bill()
 
 
 @pytest.mark.parametrize("changes", [{"vocabulary": ["cup"]}, {"model": "other"}])

@@ -63,13 +63,13 @@ def test_answers_have_the_form_of_their_question_type(
     questions: list[tuple[LabeledImage, Question]],
 ) -> None:
     for _, question in questions:
-        form = ANSWER_FORMS[question.question_type]
+        answer_form = ANSWER_FORMS[question.question_type]
         pixels = [segment for segment in question.segments if isinstance(segment, Pixel)]
         words = [segment for segment in question.segments if isinstance(segment, str)]
 
-        assert len(question.values) == form.num_numbers
-        assert len(pixels) == form.num_pixels
-        assert bool(words) == form.has_words
+        assert len(question.values) == answer_form.num_numbers
+        assert len(pixels) == answer_form.num_pixels
+        assert bool(words) == answer_form.has_words
 
 
 def test_every_question_type_has_an_answer_form() -> None:
