@@ -1,4 +1,4 @@
-"""Makes docs/ui.png: the page of `spear serve --policy nano --ui` after a few steps, in a headless Chromium.
+"""Makes docs/ui.png: the page of `spear serve --policy nano --ui` after a few steps, in Chromium.
 
 PYTHONPATH=tests/support python scripts/ui_picture.py [OUT]
 """

@@ -58,7 +58,7 @@ def ask(options: AskOptions) -> None:
 
     Examples:
         spear ask photo.jpg "How far away is the mug?"
-        spear ask sim:7 "Provide the 3D bounding box coordinates of the cucumber" --save-image box.png
+        spear ask sim:7 "Provide the 3D bounding box of the cucumber" --save-image box.png
     """
     from spear.evaluate.vqa.ask import ask_question, load_picture
     from spear.evaluate.vqa.calibration import Trust

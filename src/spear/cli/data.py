@@ -29,9 +29,9 @@ MAX_SHOWN_REASONS = 5  # of skipped episodes
 def inspect(options: InspectOptions) -> None:
     """Show what a folder of robot data holds: format, cameras, rates, instructions.
 
-    With --report it also writes a page that opens in any browser, with frames of some episodes, plots
-    of their actions, and the gripper's paths. If the dataset's layout is not known, the page shows
-    the columns as they are.
+    With --report it also writes a page that opens in any browser, with frames of some episodes,
+    plots of their actions, and the gripper's paths. If the dataset's layout is not known, the page
+    shows the columns as they are.
 
     Examples:
         spear data inspect bridge_dataset/1.0.0

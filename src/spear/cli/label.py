@@ -66,8 +66,8 @@ def _check_label_options(options: LabelOptions, is_simpler: bool) -> None:
         )
     if is_simpler and (len(options.photos) > 1 or options.dry_run):
         raise SpearError(
-            f"{SIMPLER_PREFIX}SEED-SEED: give it alone, without --dry-run, because these scenes are "
-            "labeled without networks."
+            f"{SIMPLER_PREFIX}SEED-SEED: give it alone, without --dry-run, because these scenes "
+            "are labeled without networks."
         )
 
     unused_options: list[str] = []

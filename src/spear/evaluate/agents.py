@@ -125,8 +125,8 @@ def load_agent(policy: str, **loading: Any) -> Agent:
 
     Args:
         policy: "expert", "nothing", a trained folder, a shipped name, or a server's ws:// address.
-        loading: device, dtype, norm_stats and flow_steps (`AgentOptions`) of a policy that is loaded
-            here.
+        loading: device, dtype, norm_stats and flow_steps (`AgentOptions`) of a policy that is
+            loaded here.
 
     Raises:
         SpearError: `loading` was given for another agent; the policy or the server is not there; or

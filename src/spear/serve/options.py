@@ -93,7 +93,7 @@ class ServeOptions(Options):
         return self.embodiment or DEFAULT_EMBODIMENTS[self.protocol]
 
     def _check_protocol(self) -> None:
-        """Refuse options that have no effect with the protocol, and a port no harness can be told."""
+        """Refuse options without effect on the protocol, and a port that no harness can know."""
         unused = OPENPI_OPTIONS if self.protocol == "vla-eval" else VLA_EVAL_OPTIONS
         for option in list_changed_options(self, *unused):
             raise SpearError(

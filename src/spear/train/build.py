@@ -185,7 +185,7 @@ def _vlm_config_of(config: Any) -> SpearVLMConfig:
 
 
 def _check_moge(recipe: Recipe, inputs: TrainingInputs, has_moge: bool) -> None:
-    """Check that the recipe, `--init` and `--init-depth-encoder` together give one MoGe encoder, or none."""
+    """Check that the recipe and the weights that it begins with have one MoGe encoder, or none."""
     if not recipe.moge and has_moge:
         raise SpearError(
             f"recipe {recipe.name} has no MoGe, but --init {inputs.init} has. Begin with weights "
@@ -198,8 +198,8 @@ def _check_moge(recipe: Recipe, inputs: TrainingInputs, has_moge: bool) -> None:
         )
     if recipe.kind != "vla" and recipe.moge and not has_moge and inputs.init_depth_encoder is None:
         raise SpearError(
-            f"recipe {recipe.name} adds MoGe's encoder. Give --init-depth-encoder FOLDER, the result of "
-            "nano-depth."
+            f"recipe {recipe.name} adds MoGe's encoder. Give --init-depth-encoder FOLDER, the "
+            "result of nano-depth."
         )
 
 

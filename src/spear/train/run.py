@@ -293,7 +293,7 @@ def _list_learned(init_origin: Mapping[str, Any] | None, inputs: TrainingInputs,
 
 
 def _is_simulator_only(inputs: TrainingInputs) -> bool:
-    """Return whether only the built-in simulator was seen, by `--init` and `--init-depth-encoder` as well."""
+    """Return whether only the built-in simulator was seen, by the first weights as well."""
     sources: list[str] = []
     for folder in inputs.labels:
         for shard in list_files_recursively(folder, "labels*.parquet"):

@@ -362,8 +362,8 @@ class _Evaluation:
         if not is_same_policy or "execution" not in settings:
             raise SpearError(
                 f"{outcome.family} {outcome.seed} can be run again only with the policy that made "
-                f"it. Serve {self._results.policy}, with its --dtype, --norm-stats and --flow-steps "
-                "(for SIMPLER, see its films)."
+                f"it. Serve {self._results.policy}, with its --dtype, --norm-stats and "
+                "--flow-steps (for SIMPLER, see its films)."
             )
         return SimulatedEpisode(outcome.family, outcome.seed, policy, Rerun(settings, outcome))
 
