@@ -119,8 +119,8 @@ def measure_seconds(
 ) -> float:
     """Measure one run.
 
-    use_processor_time: of all threads, which other work on the machine changes less than the time
-    on the clock.
+    use_processor_time: whether to sum the processor time of all threads, which other work on the
+        machine changes less than the time on the clock.
     """
     clock = time.process_time if use_processor_time else time.perf_counter
     if device == "cuda":

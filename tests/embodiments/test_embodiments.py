@@ -19,6 +19,7 @@ from spear.data.readers.dataset_layout import REGISTRY
 from spear.embodiments import Embodiment, droid
 from spear.errors import suppress_notices
 from spear.policy import Spear1Policy
+from spear.serve.options import EMBODIMENTS
 from spear.types import Array
 from spear.util.images import encode_jpeg, fit_image
 
@@ -493,3 +494,7 @@ def test_a_file_without_a_robot_is_refused(content: str | None, words: str, tmp_
         path.write_text(content)
 
     refuses(words, embodiments.load, str(path))
+
+
+def test_the_command_line_knows_every_robot() -> None:
+    assert set(EMBODIMENTS) == set(NAMES)

@@ -90,8 +90,12 @@ def run_server_process(
 ) -> Iterator[tuple[subprocess.Popen[str], int, IO[str]]]:
     """Serve the class `Policy` that this code defines, in a process of its own.
 
-    limits: the code of the server's limits. options: those of `Popen`. Yields the process, its port
-    and its output.
+    Yields the process, its port and its output.
+
+    Args:
+        code: the code of the class.
+        limits: the code of the server's limits.
+        options: options of `Popen`.
     """
     run_code = f"""
 from serve_here import *

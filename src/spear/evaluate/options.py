@@ -4,6 +4,7 @@ from typing import Annotated, Literal
 
 from tyro.conf import arg
 
+from spear.question_types import QUESTION_TYPES
 from spear.util.options import (
     CameraView,
     DatasetName,
@@ -100,14 +101,16 @@ class SimplerOptions(EpisodeOptions):
     """ManiSkill's asset folder, if it is neither ~/.maniskill nor named by MS_ASSET_DIR."""
 
 
+QUESTION_TYPES_HELP = f"Question types: {', '.join(QUESTION_TYPES)}. Default: all."
+QuestionTypes = Annotated[tuple[str, ...], arg(help=QUESTION_TYPES_HELP)]
+
+
 class QuestionOptions(Options):
     """Which questions a SPEAR-VLM is asked about labeled images, and how its answers are read."""
 
     questions_per_image: Annotated[int, Range(1)] = 2
     """Maximum number of questions of each type about an image."""
-    question_types: tuple[str, ...] = ()
-    """Question types: box_vertices, keypoint, offset, distance, back_projection, chain_of_thought.
-    Default: all."""
+    question_types: QuestionTypes = ()
     decode: Decode = "median"
     seed: Seed = 0
     view: CameraView = "external"

@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 
 from tyro.conf import Positional, arg
 
+from spear.question_types import QUESTION_TYPES
 from spear.util.options import (
     Device,
     OptionalFolder,
@@ -14,6 +15,8 @@ from spear.util.options import (
     Range,
     RarelyUsed,
 )
+
+QUESTION_TYPES_HELP = f"Question types: {', '.join(QUESTION_TYPES)}. Default: all."
 
 
 class WorkOptions(Options):
@@ -103,6 +106,4 @@ class QuestionOptions(Options):
     """The same seed gives the same questions."""
     questions_per_image: Annotated[tuple[int, int], Range(1)] = (1, 4)
     """Fewest and most questions per image."""
-    question_types: tuple[str, ...] = ()
-    """Kinds of question: box_vertices, keypoint, offset, distance, back_projection,
-    chain_of_thought; all of them when none is given."""
+    question_types: Annotated[tuple[str, ...], arg(help=QUESTION_TYPES_HELP)] = ()

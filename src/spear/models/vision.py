@@ -186,8 +186,10 @@ def make_sinusoidal_positions(side: int, width: int) -> Tensor:
     return torch.cat([rows, columns], dim=-1).reshape(side * side, -1)
 
 
-def resample_positions(table: Tensor, rows: int, columns: int, offset: float = 0.0) -> Tensor:
-    """Resample position embeddings [side², D], row by row, to a grid: [rows · columns, D].
+def resample_positions(
+    table: Tensor, num_rows: int, num_columns: int, offset: float = 0.0
+) -> Tensor:
+    """Resample position embeddings [side², D], row by row, to a grid: [num_rows · num_columns, D].
 
     Bicubic, as Transformers and MoGe do it, but by products with constant matrices: PyTorch's
     kernel takes 1.8 ms for 1,024 channels on an H200. In float64, which autocast leaves alone.
@@ -195,11 +197,11 @@ def resample_positions(table: Tensor, rows: int, columns: int, offset: float = 0
     offset: See `DinoEmbeddings`.
     """
     side = math.isqrt(len(table))
-    if rows == columns == side:
+    if num_rows == num_columns == side:
         return table
-    row_weights = _interpolation_weights(side, rows, offset, table)
-    column_weights = _interpolation_weights(side, columns, offset, table)
-    grid = (row_weights @ table.double().view(side, -1)).view(rows, side, -1)
+    row_weights = _interpolation_weights(side, num_rows, offset, table)
+    column_weights = _interpolation_weights(side, num_columns, offset, table)
+    grid = (row_weights @ table.double().view(side, -1)).view(num_rows, side, -1)
     return (column_weights @ grid).flatten(0, 1).to(table.dtype)
 
 

@@ -236,15 +236,16 @@ class SpearVLMForConditionalGeneration(PreTrainedModel):
         text = self.language_model.embed_tokens(input_ids)
         return text.float() if torch.is_autocast_enabled(text.device.type) else text
 
-    def compute_logits(self, hidden: Tensor, first: int = 0, last: int | None = None) -> Tensor:
-        """Logits of the tokens from `first` to before `last`: [..., D] -> [..., tokens].
+    def compute_logits(
+        self, hidden: Tensor, first_id: int = 0, end_id: int | None = None
+    ) -> Tensor:
+        """Logits of the tokens from `first_id` to before `end_id`: [..., D] -> [..., tokens].
 
         The embedding matrix computes them.
         """
-        logits = linear(hidden, self.language_model.embed_tokens.weight[first:last])
-        softcap = getattr(
-            self.config.text_config, "final_logit_softcapping", None
-        )  # Gemma 2 has it
+        logits = linear(hidden, self.language_model.embed_tokens.weight[first_id:end_id])
+        # Gemma 2 has it
+        softcap = getattr(self.config.text_config, "final_logit_softcapping", None)
         return logits if softcap is None else softcap * (logits / softcap).tanh()
 
     def compute_token_loss(

@@ -121,20 +121,20 @@ class SceneSpec:
     held_object: int | None = None
 
 
-def held_out_seeds(first: int, count: int) -> range:
-    """Return `count` seeds from `first` on.
+def held_out_seeds(first_seed: int, count: int) -> range:
+    """Return `count` seeds from `first_seed` on.
 
     Raises `SpearError` where training uses one of them, or there is none.
     """
-    if count < 1 or first < 0 or first + count > FIRST_TRAIN_SEED:
+    if count < 1 or first_seed < 0 or first_seed + count > FIRST_TRAIN_SEED:
         scenes = f"{count} scenes"
         if count > 0:
-            scenes = f"scenes {first} … {first + count - 1}"
+            scenes = f"scenes {first_seed} … {first_seed + count - 1}"
         raise SpearError(
             f"{scenes}: these are not all held out."
             f" Choose scenes among the held-out seeds 0 … {FIRST_TRAIN_SEED - 1}."
         )
-    return range(first, first + count)
+    return range(first_seed, first_seed + count)
 
 
 def sample_scene(family: str, seed: int) -> SceneSpec:

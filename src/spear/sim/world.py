@@ -169,10 +169,10 @@ class World:
         body_id = self.bodies[index].index
         return sum(self.are_touching(body_id, finger) for finger in self._fingers)
 
-    def are_touching(self, first: int, second: int) -> bool:
+    def are_touching(self, first_body: int, second_body: int) -> bool:
         """Return whether two bodies of the model touch."""
         pairs = self._contact_bodies()
-        is_pair = (pairs == (first, second)) | (pairs == (second, first))
+        is_pair = (pairs == (first_body, second_body)) | (pairs == (second_body, first_body))
         return bool(is_pair.all(axis=1).any())
 
     def _contact_bodies(self) -> NDArray[np.int32]:

@@ -81,9 +81,9 @@ def record_demonstrations(  # noqa: PLR0913  the options of its command
     has_policy = policy is not None
     sources = [format_episode_source(family, seed, has_policy) for family, seed in tasks]
 
-    def record_from(first: int) -> Iterator[Episode]:
+    def record_from(first_index: int) -> Iterator[Episode]:
         return record_episodes(
-            tasks[first:],
+            tasks[first_index:],
             image_sizes,
             workers=workers,
             policy=policy,

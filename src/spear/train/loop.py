@@ -247,25 +247,25 @@ class _Saver:
 
 def load_batches(
     task: Task,
-    first: int,
-    last: int,
+    first_step: int,
+    end_step: int,
     workers: int,
     accumulate: int = 1,
     device: torch.device = parallel.CPU,
 ) -> Generator[Batch, None, None]:
-    """Yield this process's pieces of the batches of steps first … last-1, in order.
+    """Yield this process's pieces of the batches of steps first_step … end_step - 1, in order.
 
     Args:
         task: whose `batch` makes a piece from its number.
-        first: the first step.
-        last: the step behind the last one.
+        first_step: the first step.
+        end_step: the step after the last one.
         workers: processes that load in advance (0: this one loads).
         accumulate: pieces per step.
         device: where the batches will be used. For a GPU they are in pinned memory, from which it
             copies while it computes.
     """
     numbers: list[int] = []
-    for step in range(first, last):
+    for step in range(first_step, end_step):
         numbers.extend(parallel.get_piece_numbers(step, accumulate))
 
     is_pinned = device.type == "cuda"

@@ -205,14 +205,14 @@ def format_reply(answer: Answer, image: Array) -> str:
 
 
 def load_labeled_images(
-    source: str, images: int, view: str, processor: Processor
+    source: str, num_images: int, view: str, processor: Processor
 ) -> list[LabeledImage]:
-    """Load at most `images` labeled images, as one camera of a model sees them.
+    """Load at most `num_images` labeled images, as one camera of a model sees them.
 
     Args:
         source: A folder of label shards, or with a sub-folder of them per view; images are taken
             evenly spread. Or "sim" or "sim:SEED": held-out scenes from SEED on.
-        images: Maximum number.
+        num_images: Maximum number of images.
         view: The camera.
         processor: The model's processor.
 
@@ -223,13 +223,13 @@ def load_labeled_images(
     check_known("view", processor.image_sizes, view)
     if (source == "sim" or source.startswith("sim:")) and not Path(source).exists():
         size = processor.image_sizes[view]
-        frames = render_held_out_frames(images, parse_sim_seed(source), size, view)
+        frames = render_held_out_frames(num_images, parse_sim_seed(source), size, view)
         labels = list(label_with_ground_truth(frames))
     else:
         folder = Path(source)
         if (folder / view).is_dir():
             folder = folder / view
-        labels = select_labels(folder, images)
+        labels = select_labels(folder, num_images)
 
     unit = processor.coordinates.unit
     for label in labels:
@@ -251,12 +251,12 @@ def parse_sim_seed(source: str) -> int:
 
 
 def render_held_out_frames(
-    scenes: int, first_seed: int, size: tuple[int, int], camera: str = "external"
+    num_scenes: int, first_seed: int, size: tuple[int, int], camera: str = "external"
 ) -> Iterator[Frame]:
     """Render scenes first_seed, first_seed + 1, … with their ground truth.
 
     Args:
-        scenes: How many.
+        num_scenes: How many scenes.
         first_seed: The seed of the first scene.
         size: (width, height), px.
         camera: "external" or "wrist".
@@ -267,5 +267,5 @@ def render_held_out_frames(
     from spear.sim.render import render_clutter_frame
     from spear.sim.scene import held_out_seeds
 
-    for seed in held_out_seeds(first_seed, scenes):
+    for seed in held_out_seeds(first_seed, num_scenes):
         yield render_clutter_frame(seed, camera, size)

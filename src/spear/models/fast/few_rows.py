@@ -424,8 +424,9 @@ def _prepare_norm_kernel(
 ):
     """Store what the first norm needs of the input x [R, D]: see `_store_for_norm`.
 
-    Grid: (D / OUTPUTS_PER_PROGRAM,). All later rows come from `_add_product_kernel`, which does it
-    itself.
+    The inputs of all later norms come from `_add_product_kernel`, which stores the same for them.
+
+    Grid: (D / OUTPUTS_PER_PROGRAM,).
     """
     row = tl.arange(0, PADDED_ROWS)[:, None]
     column = tl.program_id(0) * OUTPUTS_PER_PROGRAM + tl.arange(0, OUTPUTS_PER_PROGRAM)
@@ -449,7 +450,8 @@ def _project_qkv_kernel(
 
     Rotary embedding of column c < E/2 and its partner c + E/2 (sin is signed, as
     `compute_rotations` has it):
-    c: q_c cos_c + q_{c+E/2} sin_c        c + E/2: q_{c+E/2} cos_{c+E/2} + q_c sin_{c+E/2}
+        c:        q_c cos_c + q_{c+E/2} sin_c
+        c + E/2:  q_{c+E/2} cos_{c+E/2} + q_c sin_{c+E/2}
 
     Grid: (H + 2 heads, E / 2 / PAIRED_OUTPUTS_PER_PROGRAM). A program makes columns of a head's
     first half and their partners. For values it takes cos = 1 and sin = 0.
@@ -509,10 +511,13 @@ def _attend_to_keys_kernel(
     """Attend with all query heads of a batch row's tokens to KEYS_PER_PROGRAM keys: a part of the
     softmax.
 
-    s = scale · q Kᵀ + bias        q [S H, E] (token by token, head by head); K, V
-                                   [KEYS_PER_PROGRAM, E]
-    max = max_k s        mass = Σ_k exp(s_k - max)        sums = Σ_k exp(s_k - max) V_k
-    sums [B, chunks, PADDED_QUERIES, E];  max and mass [B, chunks, PADDED_QUERIES], all float32
+        s    = scale · q Kᵀ + bias
+        max  = max_k s_k
+        mass = Σ_k exp(s_k - max)
+        sums = Σ_k exp(s_k - max) V_k
+
+    q is [S H, E] (token by token, head by head), K and V are [KEYS_PER_PROGRAM, E]. The results are
+    float32: sums [B, chunks, PADDED_QUERIES, E], max and mass [B, chunks, PADDED_QUERIES].
 
     Tokens before `first_block_length` see the first `first_num_keys` keys, the others `num_keys`.
     Grid: (chunks of keys, B).
@@ -559,8 +564,8 @@ def _combine_keys_kernel(
 ):  # fmt: skip
     """Combine what `_attend_to_keys_kernel` found for one query among each chunk of keys.
 
-    w_c = exp(max_c - max over chunks)        out = Σ_c w_c sums_c / Σ_c w_c mass_c        out [B S
-                                              H, E]
+        w_c = exp(max_c - max over chunks)
+        out = Σ_c w_c sums_c / Σ_c w_c mass_c        [B S H, E]
 
     Grid: (S H queries, B).
     """
@@ -629,9 +634,12 @@ def _gate_up_kernel(
 ):  # fmt: skip
     """The first half of the MLP, with GELU by its tanh approximation.
 
-    out = GELU(gate) · up        gate = norm(x) W_gateᵀ, up = norm(x) W_upᵀ        W [2 F, D]; out
-                                 [R, F]
-    GELU(x) ≈ ½ x (1 + tanh u) = x σ(2u),    u = √(2/π) (x + 0.044715 x³)
+        gate = norm(x) W_gateᵀ
+        up   = norm(x) W_upᵀ
+        out  = GELU(gate) · up
+
+    W_gate and W_up are the halves of W [2 F, D]; out is [R, F].
+    GELU(x) ≈ ½ x (1 + tanh u) = x σ(2u) with u = √(2/π) (x + 0.044715 x³).
 
     Grid: (F / PAIRED_OUTPUTS_PER_PROGRAM,).
     """

@@ -170,13 +170,13 @@ class LayerStack:
 
         Args:
             x: [B, S, D] embeddings of the window's tokens.
-            rotations: Of `compute_rotations`, for the tokens' positions.
+            rotations: The result of `compute_rotations` for the tokens' positions.
             window: Where their keys and values go, and what they see.
             bias: [B · kv heads, 1, places] added to all scores, or None: see
                 `PrefilledCache.make_bias`.
             keys_only: Stop in the last layer after its keys and values, and return its input.
-            selected: [B] the one token of each row whose output is needed, of a window of one
-            block.
+            selected: [B] the one token of each row whose output is needed; the window must then
+                have one block.
 
         Returns:
             [B, S, D] the last layer's output, after the last norm; [B, 1, D] with `selected`.
