@@ -3,6 +3,7 @@
 import ast
 import json
 import re
+import runpy
 import shlex
 import signal
 from collections.abc import Iterator
@@ -245,3 +246,10 @@ def test_the_tutorial_runs_and_the_policy_that_it_trains_can_be_served(
     assert actions.shape == (5, 8)
     assert np.isfinite(actions).all()
     np.testing.assert_allclose(np.linalg.norm(actions[:, 3:7], axis=1), 1, atol=1e-5)
+
+
+def test_the_page_of_the_datasets_repeats_the_facts_of_their_layouts() -> None:
+    """After a change of oxe.toml: `python scripts/datasets_page.py`."""
+    names = runpy.run_path(str(ROOT / "scripts" / "datasets_page.py"))
+
+    assert names["PAGE"].read_text("utf-8") == names["format_page"]()
