@@ -343,6 +343,7 @@ def _identify(
     del fields["description"]
     # rate_hz was a field of presets: the keys of scores that are kept have it.
     size = {**dataclasses.asdict(get_preset(recipe.preset)), "rate_hz": 5.0}
+    size["vocabulary"] = size.pop("vocabulary_size")  # its former name, which the keys have
     # A recipe that says what its preset or a default says is the same as one that says nothing.
     size["flow"] = {**dataclasses.asdict(FlowConfig()), **size["flow"], **fields.pop("flow")}
     is_policy = recipe.kind == "vla"
