@@ -1,6 +1,8 @@
 """Annotations from files: COCO's, Ego-Exo4D's, and how they stand in for networks."""
 
 import json
+import re
+import warnings
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -27,7 +29,7 @@ from spear.labels.models.annotations import (
 )  # fmt: skip
 from spear.labels.models.protocols import Detection
 from spear.labels.options import LabelOptions
-from spear.labels.pipeline import read_images
+from spear.labels.pipeline import admit_frame, detect_objects, read_images
 from spear.types import Array, Frame
 
 coco_tools = pytest.importorskip("pycocotools.mask")
@@ -491,7 +493,14 @@ def test_a_coco_annotation_of_no_image_costs_nothing_and_is_named(
 
 
 @pytest.mark.parametrize(
-    "size", [{}, {"height": None, "width": None}, {"height": 0, "width": 20}, {"height": "tall"}]
+    "size",
+    [
+        {},
+        {"height": None, "width": None},
+        {"height": 0, "width": 20},
+        {"height": "tall", "width": 20},
+        {"height": np.inf, "width": 20},
+    ],
 )
 def test_a_coco_image_without_a_size_is_refused_alone_and_named(
     tmp_path: Path, size: dict[str, Any]
@@ -557,6 +566,30 @@ def test_a_broken_coco_mask_concerns_its_image_alone(tmp_path: Path, segmentatio
 
     assert len(FileDetector(coco).detect(COCO_FRAMES[:1])[0]) == 4
     refuses("", FileDetector(coco).detect, COCO_FRAMES[1:2])
+
+
+@pytest.mark.parametrize("box", [[9, 8, -6, -5], [13, 8, 6, 3]])
+def test_in_the_pipeline_only_the_image_of_an_odd_box_is_skipped(
+    tmp_path: Path, box: list[float]
+) -> None:
+    content = make_coco()
+    content["images"] = [{**image, "height": 36, "width": 60} for image in content["images"]]
+    square = [[3.0, 6, 27, 6, 27, 27, 3, 27]]
+    content["annotations"] = [
+        {"image_id": 7, "category_id": 1, "bbox": [3, 6, 24, 21], "segmentation": square},
+        {"image_id": 8, "category_id": 1, "bbox": [3 * v for v in box], "segmentation": square},
+    ]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", Notice)
+        detector = FileDetector(write_and_open(tmp_path, content))
+    frames = [make_frame("kitchen/1.jpg", 36, 60), make_frame("hall/1.jpg", 36, 60)]
+    images = [admit_frame(frame) for frame in frames]
+
+    detect_objects(images, detector)
+
+    assert images[0].error is None
+    assert [detection.name for detection in images[0].detections] == ["ring"]
+    assert re.search("not positive|contradicts", str(images[1].error))
 
 
 # Ego-Exo4D's relations

@@ -5,6 +5,7 @@ Where a file does not know an image, or knows no mask of an object, another mode
 
 import contextlib
 import hashlib
+import math
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -12,7 +13,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 import numpy as np
 
@@ -401,8 +402,7 @@ class _CocoIndex:
         # The size of the picture itself does not do, because photos may be shrunk.
         height = entry.get("height")
         width = entry.get("width")
-        is_number = isinstance(height, int | float) and isinstance(width, int | float)
-        if height is not None and width is not None and is_number and min(height, width) >= 1:
+        if _is_length(height) and _is_length(width):
             self._sizes[image] = (int(height), int(width))
             return
         self._problems[image] = (
@@ -476,6 +476,10 @@ class _CocoIndex:
                 f"{source} out."
             )
         return self._annotations[image]
+
+
+def _is_length(value: Any) -> TypeGuard[float]:
+    return isinstance(value, int | float) and 1 <= value < math.inf
 
 
 def _validate_list(value: Any) -> list[Any]:
