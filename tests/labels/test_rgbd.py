@@ -185,9 +185,8 @@ def test_align_depth_looks_along_the_same_ray() -> None:
     wide = np.array([[80.0, 0, 33], [0, 82, 24], [0, 0, 1]])
     close = np.array([[150.0, 0, 47], [0, 140, 40], [0, 0, 1]])
     rays = unproject(np.ones((48, 64)), wide)
-    depth = (2 + 0.5 * rays[..., 0] + 0.3 * rays[..., 1]).astype(
-        np.float32
-    )  # smooth along the rays
+    # Smooth along the rays
+    depth = (2 + 0.5 * rays[..., 0] + 0.3 * rays[..., 1]).astype(np.float32)
     aligned = align_depth(depth, wide, close, 80, 100)
     rays = unproject(np.ones((80, 100)), close)
     np.testing.assert_allclose(aligned, 2 + 0.5 * rays[..., 0] + 0.3 * rays[..., 1], atol=0.006)

@@ -168,9 +168,8 @@ class TestThreeViewsOfOneSize:
 
         model.to(torch.bfloat16)
         rounded = model.sample_actions(**inputs, noise=noise).to_vector()
-        plain = sample_by_reference(
-            model, inputs, noise, 10
-        )  # it rounds at every layer, in another order
+        # The reference rounds at every layer, in another order
+        plain = sample_by_reference(model, inputs, noise, 10)
 
         assert rounded.dtype == torch.float32
         assert relative_error(rounded, plain) < 0.03

@@ -121,9 +121,8 @@ def test_the_loss_weighs_3d_tokens_by_lambda() -> None:
 
 def test_smoothing_spreads_the_target_of_a_3d_token_over_its_neighbors() -> None:
     sigma = 1.5
-    labels = torch.tensor(
-        [FIRST_COORDINATE_ID + 10, FIRST_COORDINATE_ID, 5]
-    )  # the last one is text
+    text_id = 5
+    labels = torch.tensor([FIRST_COORDINATE_ID + 10, FIRST_COORDINATE_ID, text_id])
     logits = torch.randn(3, FIRST_COORDINATE_ID + TINY.bins, dtype=torch.float64).float()
 
     loss, _ = compute_token_loss(

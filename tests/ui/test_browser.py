@@ -235,8 +235,7 @@ def test_a_phone(
     tab.touch("#space", (0.2, 0.5, 0.6, 0.5))
     turned, same = tab.run("[space.yaw, space.away]")
     assert abs(turned - yaw) > 0.2 and same == away
-    tab.touch(
-        "#space", (0.4, 0.5, 0.2, 0.5), (0.6, 0.5, 0.8, 0.5)
-    )  # two fingers, three times as far apart
+    # Two fingers move three times as far apart
+    tab.touch("#space", (0.4, 0.5, 0.2, 0.5), (0.6, 0.5, 0.8, 0.5))
     assert tab.run("[space.yaw, space.away]") == [turned, pytest.approx(away / 3, rel=0.02)]
     assert tab.errors == []

@@ -139,7 +139,7 @@ class Finding:
 
 @dataclass(frozen=True)
 class ActionPart:
-    """What was found of the logged translations, or rotations.
+    """The findings about the logged translations, or rotations.
 
     best_fit    the best hypothesis' fit.
     layout_fit  that of the layout's own hypothesis, None where it does not say enough.

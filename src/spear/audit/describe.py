@@ -97,7 +97,7 @@ class ColumnRange(NamedTuple):
 
     @property
     def width(self) -> int:
-        """How many numbers it has."""
+        """The number of columns in the range."""
         return self.end - self.first
 
     def values(self, columns: Columns) -> list[Array]:
@@ -453,7 +453,7 @@ def _find_candidates(columns: Columns, rate_hz: float, joint_names: JointNames) 
 
 
 def _best_candidates(candidates: Sequence[_Candidate]) -> list[_Candidate]:
-    """Those that explain about as much as the best, in the order of their columns."""
+    """Select the candidates that explain about as much as the best one, in the order of columns."""
     limit = min(candidate.unexplained for candidate in candidates) + MIN_MARGIN
     tied = [candidate for candidate in candidates if candidate.unexplained <= limit]
     tied.sort(key=lambda candidate: (candidate.position.first, candidate.translation.first))
@@ -554,10 +554,11 @@ def _explain(name: str, fit: Fit) -> str:
 def _find_orientations_near(
     near: ColumnRange, columns: Columns, joint_names: JointNames
 ) -> list[ColumnRange]:
-    """Where orientations may be if positions, or translations, are at `near`.
+    """Find where orientations may be if positions, or translations, are at `near`.
 
-    Perpendicular axes of length 1, or else unit quaternions, or else any three numbers: beside
-    `near`, around it in a pose, or at the beginning of other columns of states, or of actions.
+    They are perpendicular axes of length 1, or else unit quaternions, or else any three numbers.
+    They stand beside `near`, around it in a pose, or at the beginning of other columns of states, or
+    of actions.
     """
     widths = {name: episodes[0].shape[1] for name, episodes in columns.items()}
     is_action = "action" in near.column

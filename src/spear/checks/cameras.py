@@ -94,7 +94,7 @@ def check_cameras(views: Mapping[str, Sequence[View | None]]) -> list[Check]:
 
 
 def _check_blank(camera: str, episodes: Sequence[View | None]) -> Check | None:
-    """What is wrong where a camera shows nothing in any episode."""
+    """Report a camera that shows nothing in any episode."""
     num_absent = sum(view is None for view in episodes)
     num_blank = sum(view is not None and view.is_blank for view in episodes)
     if num_absent + num_blank < len(episodes):

@@ -110,8 +110,7 @@ def _check_commands(
 
 
 def check_range(openings: Sequence[Array], commands: Sequence[Array]) -> Check | None:
-    """What is wrong where a moving gripper is never open, or never commanded to open and to
-    close."""
+    """Report a moving gripper that is never open, or never commanded to open and to close."""
     measured = np.concatenate(openings)
     values = measured
     if commands and measured.max() > OPEN_ABOVE:
@@ -130,7 +129,7 @@ def check_range(openings: Sequence[Array], commands: Sequence[Array]) -> Check |
 
 
 def check_command_timing(episodes: Sequence[tuple[Array, Array]]) -> Check | None:
-    """What is wrong where the gripper has mostly moved already when its command changes.
+    """Report a gripper that has mostly moved already when its command changes.
 
     Args:
         episodes: (openings [T], commands [T], each 0 or 1) of each episode.

@@ -129,9 +129,9 @@ def sample_plain(model: Any, inputs: Inputs, steps: int) -> Tensor:
 
 
 def _input_kind(inputs: Inputs, is_autocast: bool) -> Hashable:
-    """What decides which code runs.
+    """The properties of the inputs that decide which code runs.
 
-    On a GPU shapes do, too, because each set of shapes has its own CUDA graph.
+    On a GPU shapes belong to them, too, because each set of shapes has its own CUDA graph.
     """
     is_on_gpu = inputs["noise"].device.type == "cuda"
     signature = []

@@ -271,9 +271,8 @@ def _make_scale(
     def to_px(value: float) -> float:
         position = log10(max(value, 1e-12)) if is_log else value
         share = (position - low) / (high - low)
-        return round(
-            start_px + min(max(share, 0.0), 1.0) * (stop_px - start_px), 1
-        )  # NaN stays NaN
+        share_inside = min(max(share, 0.0), 1.0)  # NaN stays NaN
+        return round(start_px + share_inside * (stop_px - start_px), 1)
 
     return to_px
 

@@ -76,7 +76,7 @@ class CameraOrbit:
         )
 
     def position(self) -> Vec3:
-        """Of the camera, m, base frame."""
+        """The camera's position, m, base frame."""
         azimuth = math.radians(self.azimuth_deg)
         elevation = math.radians(self.elevation_deg)
         horizontal = self.distance_m * math.cos(elevation)

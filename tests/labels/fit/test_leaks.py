@@ -59,9 +59,8 @@ def test_what_is_left_of_a_leak_shows_in_a_score() -> None:
     frame = render_blocks([(np.array([0, 0, 0.18]), SIZE, 0.4)], ["box"], pitch=20.0)
     truth = GroundTruth()
     for pixels, why in ((0, ()), (3, ("compact",))):
-        (image,) = label_images(
-            [frame], truth, Leaks(pixels), truth, exact=True
-        )  # takes masks as they are
+        # exact: the masks are taken as they are
+        (image,) = label_images([frame], truth, Leaks(pixels), truth, exact=True)
         assert find_failed_scores(image.objects[0].scores) == why
 
 
@@ -84,9 +83,8 @@ def test_a_box_that_leans_gets_a_box_that_leans(seed: int, noise: float) -> None
     turn = Rotation.from_rotvec(lean) * Rotation.from_rotvec([0, 0, rng.uniform(0, 6)])
     true, up, support = on_table(turn, rng.uniform(0.06, 0.15, 3))
     ray = true.center / np.linalg.norm(true.center)
-    assume(
-        np.sort(np.abs(ray @ true.rotation))[1] > 0.35
-    )  # at least two of its sides are seen well
+    # At least two of its sides are seen well
+    assume(np.sort(np.abs(ray @ true.rotation))[1] > 0.35)
     assert (
         compute_iou_3d(
             fit_box(sample_visible_sides(true, rng, noise), up, support, noise=noise), true

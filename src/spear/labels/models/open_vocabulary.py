@@ -24,7 +24,7 @@ from spear.types import Array, Frame
 
 
 class _OpenVocabularyDetector:
-    """What both share: a network that finds the objects of a vocabulary.
+    """The base of both detectors: a network that finds the objects of a vocabulary.
 
     Args:
         model: Name on the Hub, or folder.

@@ -126,7 +126,7 @@ def _get_box(o: LabeledObject) -> Box3D:
 
 
 def compute_distance(o: LabeledObject) -> float:
-    """From the camera to the center of the object's box, in the label's unit."""
+    """The distance from the camera to the center of the object's box, in the label's unit."""
     x, y, z = _get_box(o).center.tolist()
     return sqrt(x * x + y * y + z * z)
 

@@ -94,9 +94,8 @@ def write_questions(
     bar = ProgressBar("asking", count_labels(folder), "images")
     path = folder / QUESTIONS_FILE
     with ParquetWriter(path, _SCHEMA, rows_per_group=ROWS_PER_GROUP) as writer, bar:
-        labels = read_labels(
-            folder, pixels="what_at" in question_types
-        )  # it is about what a mask covers
+        needs_masks = "what_at" in question_types
+        labels = read_labels(folder, pixels=needs_masks)
         while batch := list(islice(labels, BATCH_SIZE)):
             rows = []
             for label in batch:

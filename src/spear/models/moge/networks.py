@@ -270,7 +270,7 @@ class MogeV1(nn.Module):
 
 
 class MogeV1Head(nn.Module):
-    """From the encoder's patch features to raw points (x / z, y / z, log z) and a raw mask."""
+    """Turns the encoder's patch features into raw points (x / z, y / z, log z) and a raw mask."""
 
     def __init__(self, config: Mapping[str, Any], width: int) -> None:
         super().__init__()
