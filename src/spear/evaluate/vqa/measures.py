@@ -36,6 +36,7 @@ from spear.evaluate.stats import Estimate
 from spear.labels.fit.box3d import compute_iou_3d, fit_nearest_box
 from spear.labels.questions.answers import compute_distance
 from spear.models.readout import replace_numbers
+from spear.question_types import ANSWER_FORMS
 from spear.types import Array, LabeledImage, Pixel, Question, Segments
 
 MM_PER_M = 1000
@@ -228,7 +229,7 @@ def guess_constants(questions: Sequence[Question]) -> list[Segments]:
     """The best single answer to all questions of a type: the median of each of their true
     numbers.
     """
-    if questions[0].question_type == "back_projection":
+    if ANSWER_FORMS[questions[0].question_type].num_pixels > 0:
         all_points = [extract_image_points(question.segments) for question in questions]
         median_points = np.median(all_points, axis=0)
         guess = [Pixel(float(x), float(y)) for x, y in median_points]
@@ -244,7 +245,7 @@ def guess_from_depth(
     An image's depth is the median z of its boxed objects' centers. None for image points, which
     have no depth.
     """
-    if questions[0].question_type == "back_projection":
+    if ANSWER_FORMS[questions[0].question_type].num_pixels > 0:
         return None
     depths = []
     for label in labels:

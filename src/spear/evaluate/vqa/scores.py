@@ -21,6 +21,7 @@ from spear.evaluate.vqa.measures import (
     measure_answer,
 )
 from spear.models.readout import DECODE_METHODS, Decode
+from spear.question_types import ANSWER_FORMS
 from spear.types import Array, LabeledImage, Question, Segments, Unit
 from spear.util.files import write_text
 
@@ -181,7 +182,7 @@ class Scores:
         return headers, rows
 
     def _main_measure(self, question_type: str) -> str:
-        if question_type == "back_projection":
+        if ANSWER_FORMS[question_type].num_pixels > 0:
             return "pixels"
         return "error" if self.unit == "metre" else "relative"
 
