@@ -52,6 +52,7 @@ from spear.data.readers.lerobot import (
     is_index_column,
 )
 from spear.data.store.episode_store import EpisodeStore
+from spear.data.store.lerobot_write import describe_layout, is_own_format
 from spear.errors import SpearError
 from spear.types import Array
 from spear.util.images import IMAGE_MAGIC_BYTES
@@ -152,6 +153,10 @@ def describe(path: str | Path) -> dict[str, Any]:
         raise SpearError(
             f"nothing to describe: {path} is a store of episodes, whose columns are known"
         )
+    if isinstance(folder, LeRobotFolder):
+        features = {name: item.component_names for name, item in folder.info.features.items()}
+        if is_own_format(features):
+            return _describe_own_format(folder)
     split = next(iter(count_episodes(path)))
     rate_hz = folder.info.fps if isinstance(folder, LeRobotFolder) else DEFAULT_RATE_HZ
     episodes = _read_episodes(folder, split, path)
@@ -178,6 +183,16 @@ def describe(path: str | Path) -> dict[str, Any]:
     free_numbers = _free_numbers(columns, used_ranges, joint_names)
     _describe_gripper(columns, free_numbers, rate_hz, proposal)
     return proposal.to_dict()
+
+
+def _describe_own_format(folder: LeRobotFolder) -> dict[str, Any]:
+    """The layout of a dataset that `spear data export` wrote, whose columns are known."""
+    cameras: list[str] = []
+    for feature_name in folder.cameras:
+        if not folder.info.features[feature_name].is_depth:
+            cameras.append(feature_name.removeprefix("observation.images."))
+    facts = {"action": "`spear data export` wrote this dataset: its actions are canonical"}
+    return {**describe_layout(cameras), "facts": facts}
 
 
 def _read_episodes(folder: Dataset, split: str, path: str | Path) -> list[dict[str, Any]]:

@@ -57,6 +57,7 @@ def test_raw_pixels_of_a_lerobot_dataset_are_read(tmp_path: Path, size: tuple[in
     pixels = make_pixels(3, size)
     cells = pa.array(pixels.tolist(), pa.list_(pa.list_(pa.list_(pa.uint8()))))
     pq.write_table(pq.read_table(file).append_column("observation.wrist_pixels", cells), file)
+    edit_json(folder / "meta/info.json", lambda info: info["features"]["action"].update(names=None))
     edit_json(
         folder / "spear.json",
         lambda layout: layout.update(images={"wrist": "observation/wrist_pixels"}),

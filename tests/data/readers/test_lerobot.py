@@ -3,7 +3,7 @@
 import json
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import av
 import numpy as np
@@ -182,6 +182,11 @@ def test_episodes_may_be_listed_in_any_order(version_2_copy: Path) -> None:
 SENTENCES = ["LiftCube", "lift the cube", "put the cube down"]
 
 
+def forget_own_format(folder: Path) -> None:
+    """Take away the names by which `describe` knows a dataset of ours."""
+    edit_json(folder / "meta/info.json", lambda info: info["features"]["action"].update(names=None))
+
+
 def write_with_task_indices(folder: Path, column: str, cells: pa.Array) -> Path:
     """A dataset of ours with `SENTENCES` as tasks 0, 1, 2, all rows of task 0, and a new column."""
     write_lerobot([make_episode(0), make_episode(1)], folder)
@@ -196,6 +201,7 @@ def write_with_task_indices(folder: Path, column: str, cells: pa.Array) -> Path:
     )
     (episodes_file,) = folder.glob("meta/episodes/*/*.parquet")
     change_rows(episodes_file, lambda table: table.drop_columns(["tasks"]))
+    forget_own_format(folder)
     column_path = column.replace(".", "/")
     edit_json(folder / "spear.json", lambda layout: layout.update(instruction=column_path))
     return folder
@@ -240,6 +246,8 @@ def test_a_column_of_indices_is_proposed_where_the_task_is_only_a_name(
 
 
 def test_lerobot_s_own_task_needs_no_proposal(exported: Path) -> None:
+    forget_own_format(exported)
+
     assert "instruction" not in describe(exported)
 
 
@@ -249,6 +257,22 @@ def test_an_instruction_that_is_only_a_name_is_doubted(tmp_path: Path, instructi
 
     with pytest.warns(Notice, match=f"{instruction}.*a name instead of a sentence"):
         prepare(tmp_path / "set", tmp_path / "out")
+
+
+@pytest.mark.parametrize("images", ["image", "video"])
+@pytest.mark.parametrize("cameras", [("external",), ("wrist", "external")])
+def test_the_layout_of_our_own_export_is_proposed_exactly(
+    tmp_path: Path, images: Literal["image", "video"], cameras: tuple[str, ...]
+) -> None:
+    """Pushes, which `action_mask` leaves out, would mislead what explains the motion best."""
+    views = make_episode(0).images["external"]
+    episode = make_episode(0, images=dict.fromkeys(cameras, views))
+    write_lerobot([episode], tmp_path / "set", images)
+
+    proposal = describe(tmp_path / "set")
+
+    proposal.pop("facts")
+    assert proposal == json.loads((tmp_path / "set/spear.json").read_text())
 
 
 STRANGE_COLUMNS = {

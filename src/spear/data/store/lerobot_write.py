@@ -379,6 +379,18 @@ def describe_layout(cameras: Iterable[str]) -> dict[str, Any]:
     }
 
 
+def is_own_format(features: Mapping[str, Sequence[str]]) -> bool:
+    """Whether a LeRobot dataset has the columns of this writer, by the names of their components.
+
+    Args:
+        features: Feature → the names of its components.
+    """
+    has_own_columns = features.keys() >= OWN_FEATURES.keys()
+    is_own_state = list(features.get("observation.state", ())) == STATE_NAMES
+    is_own_action = list(features.get("action", ())) == ACTION_NAMES
+    return has_own_columns and is_own_state and is_own_action
+
+
 def make_features(
     image_sizes: Mapping[str, tuple[int, int]], images: str, rate_hz: float
 ) -> dict[str, Any]:
