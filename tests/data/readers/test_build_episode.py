@@ -307,7 +307,7 @@ def test_canonical_actions_before_a_dropped_row_are_no_targets(steps: dict[str, 
     steps["rotation"] = np.tile([1.0, 0, 0, 0], (10, 1))
     steps["rotation"][6] = 0
     layout = dataclasses.replace(
-        LAYOUT, action="mine", rotation="rotation", rotation_format="quat_wxyz"
+        LAYOUT, action="own_action", rotation="rotation", rotation_format="quat_wxyz"
     )
 
     episode = build_episode(steps, layout, SOURCE)
