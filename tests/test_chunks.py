@@ -436,14 +436,14 @@ def test_an_unknown_mode_is_refused() -> None:
 
 
 def test_a_replan_interval_of_0_is_refused() -> None:
-    refuses("replan 0", ChunkExecutor, replan_interval=0)
+    refuses("--replan-steps 0", ChunkExecutor, replan_interval=0)
 
 
 @pytest.mark.parametrize("mode", ["sync", "async"])
 def test_a_chunk_shorter_than_the_replan_interval_is_refused(mode: ExecutionMode) -> None:
     executor = ChunkExecutor(mode, replan_interval=9)
 
-    refuses(r"replan 9.* 5 ", executor.add_chunk, make_chunk(0))
+    refuses(r"--replan-steps 9.* 5 ", executor.add_chunk, make_chunk(0))
 
 
 def test_rtc_without_a_committed_prefix_is_refused() -> None:

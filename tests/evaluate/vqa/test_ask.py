@@ -154,7 +154,7 @@ def test_the_bundled_calibration_is_right_on_other_scenes(name: str) -> None:
 
     assert model_trust is not None
     assert model_trust.tells_absent
-    for question_type in options.families:
+    for question_type in options.question_types:
         assert 0.6 < calibration[question_type].coverage["spear ask, 80%"].value < 0.95
 
 
