@@ -43,7 +43,7 @@ def predict_boxes(env: TabletopEnv, vlm: VlmBundle) -> list[LabeledObject]:
             LabeledObject(
                 name=name,
                 box2d=np.zeros(4),
-                mask=(),
+                mask_runs=(),
                 box3d=fit_nearest_box(vertices),
                 keypoints={},
             )

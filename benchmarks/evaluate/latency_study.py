@@ -228,7 +228,7 @@ def main(
     quick: bool = False,
 ) -> None:
     """Run what is missing; print each cell as it is done and, at the end, tables in Markdown."""
-    families = FAMILIES
+    families: tuple[str, ...] = FAMILIES
     if quick:
         families = FAMILIES[:1]
         scenes = 1
