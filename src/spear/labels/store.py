@@ -371,7 +371,7 @@ DepthImages = list[tuple[bytes, Array]]
 meters."""
 
 
-def write_depth(images: Iterable[tuple[bytes, Array | None]], path: Path) -> None:
+def write_images_with_depth(images: Iterable[tuple[bytes, Array | None]], path: Path) -> None:
     """Write images with depth to one Parquet file, on which a small depth encoder is pretrained.
 
     Args:
@@ -396,7 +396,7 @@ def write_depth(images: Iterable[tuple[bytes, Array | None]], path: Path) -> Non
 
 
 def read_depth(folder: Path) -> DepthImages:
-    """Read all images of a folder of files of `write_depth`.
+    """Read all images of a folder of files of `write_images_with_depth`.
 
     Raises:
         SpearError: There are none, or a file is broken.

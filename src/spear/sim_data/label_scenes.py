@@ -22,7 +22,7 @@ from spear.labels.store import (
     count_labels,
     remove_outdated_questions,
     remove_temporary_files,
-    write_depth,
+    write_images_with_depth,
     write_labels,
 )
 from spear.types import Frame, LabeledImage
@@ -241,7 +241,7 @@ def _label_job(
         labels = list(label_frames(iter(frames)))
         pairs = zip(labels, frames, strict=True)
         depth = [(label.image, frame.depth) for label, frame in pairs]
-        write_depth(depth, out / "depth" / view / f"depth-{index:05d}.parquet")
+        write_images_with_depth(depth, out / "depth" / view / f"depth-{index:05d}.parquet")
         write_labels(labels, _get_shard(out, view, index))  # last: this finishes the view
     _, seeds = job
     return len(seeds)

@@ -164,6 +164,11 @@ def explain_hub_unreachable() -> str | None:
     return explain_unreachable(constants.ENDPOINT)
 
 
+def is_hub_reachable() -> bool:
+    """Whether the Hugging Face Hub can be used; otherwise only its local cache can."""
+    return explain_hub_unreachable() is None
+
+
 def check_available_on_hub(model: str, instead: str) -> None:
     """Raise `SpearError` for a name on the Hub that is neither reachable nor in the cache.
 

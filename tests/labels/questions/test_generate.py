@@ -19,7 +19,7 @@ from spear.labels.questions.generate import (
     iterate_tokenizer_texts,
 )
 from spear.labels.questions.templates import EVERYDAY_NAMES
-from spear.labels.store import read_depth, write_depth, write_labels
+from spear.labels.store import read_depth, write_images_with_depth, write_labels
 from spear.models.processing import Processor
 from spear.policy import locate
 from spear.question_types import (
@@ -348,7 +348,7 @@ def test_the_answer_is_the_point_that_the_pixel_shows(
     height, width = frame.depth.shape
     image = encode_jpeg(frame.image)
     label = make_label(frame, image)
-    write_depth([(image, frame.depth)], tmp_path / "depth/external/depth-00000.parquet")
+    write_images_with_depth([(image, frame.depth)], tmp_path / "depth/external/depth-00000.parquet")
     depth = load_depth([tmp_path], {"external": [label]})["external"][0][1]
 
     questions = []
@@ -386,7 +386,9 @@ def two_folders(tmp_path: Path) -> tuple[list[Path], dict[tuple[str, int], bytes
         folder = tmp_path / f"{number}"
         label = make_label(frame, image, source=f"sim:{9_999 + number}")
         write_labels([label], folder / view / "labels-00000.parquet")
-        write_depth([(image, frame.depth)], folder / "depth" / view / "depth-00000.parquet")
+        write_images_with_depth(
+            [(image, frame.depth)], folder / "depth" / view / "depth-00000.parquet"
+        )
     return [tmp_path / "0", tmp_path / "1"], images
 
 

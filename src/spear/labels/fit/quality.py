@@ -16,23 +16,22 @@ MIN_VISIBLE = 0.7
 the median error of the center is three times that of the others (our choice, measured by
 benchmarks/labels/accuracy.py)."""
 MAX_EDGE = 0.05
-"""… and of whose outline the image's edge cuts at most this fraction: how far the object goes on
-outside the image is not known."""
+"""3D questions are about objects of whose outline the image's edge cuts at most this fraction: how
+far the object goes on outside the image is not known."""
 MIN_SCORES = {
-    "visible": MIN_VISIBLE,
-    "points": 30.0,
-    "known": 0.8,
-    "whole": 0.5,
-    "stability": 0.6,
-    "compact": 0.4,
+    "visible": MIN_VISIBLE,  # fraction of the outline that is the object's own
+    "points": 30.0,  # number (no fraction) of points to which the box is fitted
+    "known": 0.8,  # fraction of the object's pixels with depth
+    "whole": 0.5,  # IoU of the detected 2D box and the mask's
+    "stability": 0.6,  # how little the box changes with its points, see `compute_stability`
+    "compact": 0.4,  # how wide the object is seen, as a fraction of the box's extent in depth
 }
-"""… and whose scores are at least these (our choice). The labels keep the other objects, with their
-scores."""
+"""3D questions are about objects whose scores are at least these (our choice). The labels keep the
+other objects, with their scores."""
 
 
 def find_failed_scores(scores: Mapping[str, float]) -> tuple[str, ...]:
-    """The names of the scores that keep questions from being about an object; a missing score never
-    does."""
+    """The names of the scores that exclude an object from questions; missing ones pass."""
     failed = [name for name, limit in MIN_SCORES.items() if scores.get(name, limit) < limit]
     if scores.get("edge", 0.0) > MAX_EDGE:
         failed.append("edge")

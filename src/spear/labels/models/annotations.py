@@ -428,7 +428,7 @@ class _CocoIndex:
             self._problems[image] = f"{entry_name} of {self._file_names[image]} {_explain(error)}"
             return
         if entry.get("iscrowd"):
-            self._annotations[image] += _make_crowd(annotation)
+            self._annotations[image] += _make_crowd_placeholders(annotation)
         else:
             self._annotations[image].append(annotation)
 
@@ -517,8 +517,12 @@ def _explain(error: Exception) -> str:
     return f"cannot be read ({type(error).__name__}: {error})"
 
 
-def _make_crowd(annotation: Annotation) -> list[Annotation]:
-    """Two objects with empty masks, which stand for a crowd."""
+def _make_crowd_placeholders(annotation: Annotation) -> list[Annotation]:
+    """Make two objects with empty masks, which stand for a crowd.
+
+    They are two, one with the name in the plural, so that the name is never alone: questions about
+    "the person" or a count of persons would be wrong where there is a crowd.
+    """
     height, width = annotation.size
     box = annotation.box2d
     if box is None:

@@ -9,7 +9,7 @@ import torch
 
 from spear.errors import SpearError, format_count, summarize_error
 from spear.models.devices import choose_device
-from spear.util.network import explain_hub_unreachable, is_hub_name
+from spear.util.network import is_hub_name, is_hub_reachable
 from spear.util.pretrained import load_pretrained
 
 
@@ -94,9 +94,9 @@ def load_pretrained_part(cls: Any, kind: str, model: str, **options: Any) -> Any
     is_local = path.exists() or not is_hub_name(model)
     if is_local and not path.is_dir():
         raise SpearError(
-            f"{model} does not exist. Give the folder of a model, or its name on the Hub."
+            f"{model} is no folder. Give the folder of a model, or its name on the Hub."
         )
-    options["local_files_only"] = is_local or bool(explain_hub_unreachable())
+    options["local_files_only"] = is_local or not is_hub_reachable()
     name = str(path)
     revision = ""
     if not is_local:

@@ -32,9 +32,9 @@ class QuestionScene:
         label: The image's label.
         objects_3d: Its objects that 3D questions may be about.
         objects_2d: Its objects that 2D questions may be about.
-        depth: The image's depth, where it is known, as `store.write_depth` stores it: that of the
-            middle pixel of each square of `DEPTH_STRIDE_PX` pixels, in the label's unit, 0 or not
-            finite where unknown.
+        depth: The image's depth, where it is known, as `store.write_images_with_depth` stores it:
+            that of the middle pixel of each square of `DEPTH_STRIDE_PX` pixels, in the label's
+            unit, 0 or not finite where unknown.
     """
 
     label: LabeledImage
@@ -70,7 +70,8 @@ def draw_one(items: Sequence[T], rng: Random) -> T:
 
 
 def _word_object(o: LabeledObject, rng: Random) -> str:
-    rng.random()  # Drawn once for the article. Without it every seed would give other questions.
+    # Earlier versions drew the article here. The draw stays, so that seeds give the same questions.
+    rng.random()
     return with_article(o.name)
 
 

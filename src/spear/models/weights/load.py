@@ -21,7 +21,7 @@ from spear.errors import SpearError, check_known, summarize_error
 from spear.models.weights.folders import warn_about_changed_files
 from spear.util.files import read_json, refuse_lfs_pointer
 from spear.util.foreign_paths import join_inside
-from spear.util.network import check_available_on_hub, explain_hub_unreachable, is_hub_name
+from spear.util.network import check_available_on_hub, is_hub_name, is_hub_reachable
 from spear.util.pretrained import load_pretrained
 
 ModelT = TypeVar("ModelT", bound=PreTrainedModel)
@@ -432,7 +432,7 @@ def download_from_hub(name: str, instead: str, file: str | None = None) -> Path:
     repository, _, revision = name.partition("@")
     options: dict[str, Any] = {
         "revision": revision or None,
-        "local_files_only": bool(explain_hub_unreachable()),
+        "local_files_only": not is_hub_reachable(),
     }
     try:
         if file is not None:
