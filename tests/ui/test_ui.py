@@ -393,13 +393,13 @@ def test_the_film_of_a_closed_tab_is_given_up(
     num_composed = 0
     has_begun = threading.Event()
 
-    def close_tab_and_compose(*frame: Any) -> Array:
+    def close_tab_and_compose(external: Array, *_: Any, **__: Any) -> Array:
         nonlocal num_composed
         num_composed += 1
         has_begun.set()
         tab.socket.close()
         time.sleep(1)
-        return frame[0]
+        return external
 
     tab.ask("open", episode=1)
     monkeypatch.setattr(video, "compose_frame", close_tab_and_compose)

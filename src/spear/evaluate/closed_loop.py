@@ -170,7 +170,10 @@ class _Tabletop:
             is_last = step == len(track) - 1
             external, wrist = get_thread_renderer().images(world, views)
             yield video.compose_frame(
-                external, wrist, outcome.instruction, outcome.success if is_last else None
+                external,
+                wrist,
+                outcome.instruction,
+                success=outcome.success if is_last else None,
             )
 
 

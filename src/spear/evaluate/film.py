@@ -40,12 +40,14 @@ def import_encoder() -> Any:
 
 
 def compose_frame(
-    external: Array, wrist: Array | None, caption: str, outcome: bool | None = None
+    external: Array, wrist: Array | None, caption: str, success: bool | None = None
 ) -> Array:
     """Compose one frame of a film, [h, w, 3] uint8 with even sides.
 
     The external view is on the left, the wrist view on the right, `caption` above them, and the
     outcome where the episode has ended.
+
+    success: Whether the episode succeeded; None while it goes on.
     """
     views = [_scale_to_height(external)]
     if wrist is not None:
@@ -55,13 +57,13 @@ def compose_frame(
     frame = Image.new("RGB", (width + width % 2, HEIGHT + BAR), GREY)
     frame.paste(Image.fromarray(image), (0, BAR))
 
-    badge_width = 20 if outcome is None else BADGE_WIDTH_PX
+    badge_width = 20 if success is None else BADGE_WIDTH_PX
     font = _fit_font(caption, frame.width - badge_width - MARGIN_PX)
     draw = ImageDraw.Draw(frame)
     draw.text((MARGIN_PX, BAR // 2), caption, WHITE, font, anchor="lm")
-    if outcome is not None:
-        badge = "success" if outcome else "failure"
-        color = GREEN if outcome else RED
+    if success is not None:
+        badge = "success" if success else "failure"
+        color = GREEN if success else RED
         position = (frame.width - MARGIN_PX, BAR // 2)
         draw.text(position, badge, color, _load_font(MAX_FONT_SIZE), anchor="rm")
     return np.asarray(frame)

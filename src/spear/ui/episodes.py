@@ -34,7 +34,7 @@ from spear.sim.render import camera_pose, get_thread_renderer, intrinsics, objec
 from spear.types import CONTROL_RATE_HZ, Array
 from spear.util.images import decode_image, to_jpeg_data_uri
 
-View = dict[str, Any]
+PageState = dict[str, Any]
 """A part of what the page shows, as plain JSON."""
 
 SHOWN_WIDTHS_PX = {"external": 576, "wrist": 224}
@@ -89,7 +89,7 @@ class SimulatedEpisode:
         self._observations = [observation]
         self._views = [self._make_view(observation, {}, self._env.world.spec.instruction)]
 
-    def describe(self) -> View:
+    def describe(self) -> PageState:
         """Return what holds for all steps."""
         world = self._env.world
         return {
@@ -114,14 +114,14 @@ class SimulatedEpisode:
         self._views.append(self._make_view(observation, info, instruction))
         self.newest_step = self._env.steps
 
-    def observation_at(self, step: int) -> View:
+    def observation_at(self, step: int) -> dict[str, Any]:
         """Return what the policy sees at a step, with the seed that an evaluation of this scene
         uses there.
         """
         observation = select_cameras(self._policy, self._observations[step])
         return {**observation, "seed": SEEDS_PER_SCENE * self._env.seed + step}
 
-    def view_at(self, step: int) -> View:
+    def view_at(self, step: int) -> PageState:
         """Return what the page shows of a step."""
         return self._views[step]
 
@@ -130,7 +130,9 @@ class SimulatedEpisode:
         """Whether the episode has ended."""
         return self._views[self.newest_step]["outcome"] is not None
 
-    def _make_view(self, observation: View, info: Mapping[str, Any], instruction: str) -> View:
+    def _make_view(
+        self, observation: dict[str, Any], info: Mapping[str, Any], instruction: str
+    ) -> PageState:
         """Make the view of the scene as it is now."""
         world = self._env.world
         shown_sizes = self._get_shown_sizes()
@@ -165,7 +167,7 @@ class SimulatedEpisode:
                 sizes[camera] = (width * scale, height * scale)
         return sizes
 
-    def _list_objects(self, pose: Array) -> list[View]:
+    def _list_objects(self, pose: Array) -> list[PageState]:
         """Return names and box vertices of the objects, in the frame of the camera at `pose`."""
         world = self._env.world
         corners = object_boxes(world)
@@ -226,7 +228,7 @@ class RecordedEpisode:
         """The last step."""
         return len(self.states) - 1
 
-    def describe(self) -> View:
+    def describe(self) -> PageState:
         """Return what holds for all steps."""
         stride = math.ceil(len(self.states) / MAX_TRACK_STEPS)
         states = self.states[::stride].round(4)
@@ -237,9 +239,9 @@ class RecordedEpisode:
         }
         return {"instruction": self.instruction, "limit": self.newest_step, "track": track}
 
-    def observation_at(self, step: int) -> View:
+    def observation_at(self, step: int) -> dict[str, Any]:
         """Return what the policy sees at a step."""
-        observation: View = {}
+        observation: dict[str, Any] = {}
         for view in self.views:
             image = self.load_image(step, view)
             if image is not None:
@@ -248,7 +250,7 @@ class RecordedEpisode:
             raise SpearError(f"{self.name} has no image of the external camera at step {step}.")
         return {**observation, "observation/state": self.states[step], "seed": step}
 
-    def view_at(self, step: int) -> View:
+    def view_at(self, step: int) -> PageState:
         """Return what the page shows of a step."""
         observation = self.observation_at(step)
         image = observation["observation/image"]
@@ -292,7 +294,7 @@ class EpisodeFolder:
                 "prepared ones) nor results of spear evaluate --out."
             )
 
-    def describe(self) -> View:
+    def describe(self) -> PageState:
         """Return the titles of the episodes that can be opened, and how many there are in all."""
         return {
             "episodes": self._source.titles,
@@ -385,7 +387,7 @@ def _title_prefix(success: bool | None) -> str:
     return "success · " if success else "failure · "
 
 
-def _describe_gripper(state: Array) -> View:
+def _describe_gripper(state: Array) -> PageState:
     return {
         "position": state[:3].tolist(),
         "rotation": state[3:7].tolist(),

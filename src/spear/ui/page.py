@@ -31,7 +31,7 @@ from spear.errors import SpearError
 from spear.policy import Spear1Policy
 from spear.sim.scene import FAMILIES
 from spear.types import CONTROL_RATE_HZ
-from spear.ui.episodes import EpisodeFolder, View
+from spear.ui.episodes import EpisodeFolder, PageState
 from spear.ui.tab import Handler, SharedModel, Tab
 
 LOG = logging.getLogger("spear.ui")
@@ -188,7 +188,7 @@ class TabConnection:
         self._tab = Tab(shared, is_open=lambda: connection.close_code is None)
         self._rollout: asyncio.Task[None] | None = None
 
-    async def talk(self, description: View) -> None:
+    async def talk(self, description: PageState) -> None:
         """Send the description and the first scene, then answer requests until the tab closes."""
         try:
             await self._send({**description, "running": False, "problem": None})
@@ -262,9 +262,9 @@ class TabConnection:
         finally:
             await self._send({"running": False})
 
-    async def _run_in_thread(self, handler: Handler, request: Mapping[str, Any]) -> View:
+    async def _run_in_thread(self, handler: Handler, request: Mapping[str, Any]) -> PageState:
         return await asyncio.get_running_loop().run_in_executor(self._thread, handler, request)
 
-    async def _send(self, view: View) -> None:
+    async def _send(self, view: PageState) -> None:
         with contextlib.suppress(ConnectionClosed):  # `talk` notices it
             await self._connection.send(json.dumps(view))

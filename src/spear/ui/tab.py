@@ -24,15 +24,15 @@ from spear.types import Array
 from spear.ui.episodes import (
     Episode,
     EpisodeFolder,
+    PageState,
     RecordedEpisode,
     SimulatedEpisode,
-    View,
     validate_whole_number,
 )
 from spear.util.images import decode_image, load_image
 
 Request = Mapping[str, Any]
-Handler = Callable[[Request], View]
+Handler = Callable[[Request], PageState]
 
 MAX_SEED = 2**31 - 1
 MAX_BOXES = 8  # objects that may be asked for at once
@@ -40,7 +40,13 @@ MM_PER_M = 1000
 BOX_QUESTION_TYPE = "box_vertices"
 PHOTO_STATE = np.array([[*NOMINAL_START_POSITION_M, 1, 0, 0, 0, 1]], np.float32)
 """The robot's state that a photo gets: gripper open, pointing down over the table."""
-EMPTY_VIEW: View = {"chunk": None, "answer": None, "recorded": None, "things": [], "objects": []}
+EMPTY_PAGE_STATE: PageState = {
+    "chunk": None,
+    "answer": None,
+    "recorded": None,
+    "things": [],
+    "objects": [],
+}
 """Parts of the view that do not stay when another episode begins."""
 
 
@@ -61,7 +67,7 @@ class SharedModel:
         """Whether the model's 3D numbers are meters."""
         return self.vlm.processor.coordinates.unit == "metre"
 
-    def describe(self) -> View:
+    def describe(self) -> PageState:
         """Return what does not change: the model, its unit, task families, a box's edges."""
         measured = {"missed": 1 - self.trust.names_present} if self.trust else None
         episodes = self.episode_folder.describe() if self.episode_folder else {}
@@ -114,20 +120,20 @@ class Tab:
         """Whether a robot can act: in the simulator, until the episode is over."""
         return isinstance(self._episode, SimulatedEpisode) and not self._episode.is_over
 
-    def start_scene(self, request: Request) -> View:
+    def start_scene(self, request: Request) -> PageState:
         """Go to the start of a simulated scene, by its family and seed."""
         family = str(request.get("family"))[:40]
         seed = validate_whole_number("seed", request.get("seed"), MAX_SEED)
         return self._begin(SimulatedEpisode(family, seed, self._shared_model.policy))
 
-    def open_episode(self, request: Request) -> View:
+    def open_episode(self, request: Request) -> PageState:
         """Open an episode of `spear serve --episodes`, by its number."""
         folder = self._shared_model.episode_folder
         if folder is None:
             raise SpearError("there are no episodes. Start the server with --episodes FOLDER.")
         return self._begin(folder.open(request.get("episode"), self._shared_model.policy))
 
-    def open_photo(self, request: Request) -> View:
+    def open_photo(self, request: Request) -> PageState:
         """Open a photo, from the data of its file."""
         pixels = load_image(request["data"], "the image", MAX_IMAGE_SIDE_PX)
         image = read_image({"the image": pixels}, "the image")
@@ -139,7 +145,7 @@ class Tab:
         )
         return self._begin(photo)
 
-    def set_instruction(self, request: Request) -> View:
+    def set_instruction(self, request: Request) -> PageState:
         """Set what the robot is to do from now on, and whether boxes are found again after each
         step.
         """
@@ -148,18 +154,18 @@ class Tab:
         self._keeps_boxes_updated = request.get("follow", self._keeps_boxes_updated) is True
         return {}
 
-    def show_step(self, request: Request) -> View:
+    def show_step(self, request: Request) -> PageState:
         """Show the images and the robot at a step."""
         episode, step = self._find_step(request)
         return episode.view_at(step)
 
-    def predict_chunk(self, request: Request) -> View:
+    def predict_chunk(self, request: Request) -> PageState:
         """Show the chunk of actions that the policy would execute."""
         episode, step = self._find_step(request)
         _, chunk = self._infer(episode.observation_at(step), step)
         return {"step": step, "chunk": chunk}
 
-    def execute_step(self, _: Request) -> View:
+    def execute_step(self, _: Request) -> PageState:
         """Execute one action, 0.2 s, after inferring a new chunk if one is needed."""
         episode, step = self._find_step({})
         if not isinstance(episode, SimulatedEpisode):
@@ -167,7 +173,7 @@ class Tab:
         if episode.is_over:
             raise SpearError("this episode is over. Reset it, or choose another scene.")
 
-        view: View = {}
+        view: PageState = {}
         executor = episode.executor
         if executor.needs_chunk():
             observation = {**episode.observation_at(step), **executor.committed_actions()}
@@ -180,7 +186,7 @@ class Tab:
             view |= self.find_boxes({"objects": self._box_names})
         return view
 
-    def find_boxes(self, request: Request) -> View:
+    def find_boxes(self, request: Request) -> PageState:
         """Ask SPEAR-VLM for the 3D boxes of several objects at once.
 
         In the simulator the view says how far off each box is, if the model's unit is meters. If
@@ -254,7 +260,7 @@ class Tab:
         low, high = trust.interval(BOX_QUESTION_TYPE, answer.distribution)
         return MM_PER_M * float((high - low).mean()) / 2
 
-    def answer_question(self, request: Request) -> View:
+    def answer_question(self, request: Request) -> PageState:
         """Ask SPEAR-VLM any question, and show its answer in words."""
         episode, step = self._find_step(request)
         question = read_prompt({"question": request.get("text")}, "question")
@@ -264,7 +270,7 @@ class Tab:
         )
         return {"step": step, "answer": {"question": question, "text": answer, "step": step}}
 
-    def make_film(self, _: Request) -> View:
+    def make_film(self, _: Request) -> PageState:
         """Make a film of all steps so far."""
         episode, newest_step = self._find_step({})
         video.import_encoder()
@@ -277,18 +283,19 @@ class Tab:
                 raise SpearError("the film is not made, because the tab was closed.")
             view = episode.view_at(step)
             wrist_uri = view["images"]["wrist"]
+            instruction = view["told"] or ""
             outcome = view["outcome"]
             yield video.compose_frame(
                 _decode_data_uri(view["images"]["external"]),
                 _decode_data_uri(wrist_uri) if wrist_uri else None,
-                view["told"] or "",
-                None if outcome is None else outcome == "success",
+                instruction,
+                success=None if outcome is None else outcome == "success",
             )
 
-    def _begin(self, episode: Episode) -> View:
+    def _begin(self, episode: Episode) -> PageState:
         """Show another episode from its first step on."""
         view = {
-            **EMPTY_VIEW,
+            **EMPTY_PAGE_STATE,
             "source": episode.kind,
             "rate_hz": episode.rate_hz,
             **episode.describe(),
@@ -309,7 +316,7 @@ class Tab:
             return self._episode, newest_step
         return self._episode, validate_whole_number("step", step, newest_step)
 
-    def _infer(self, observation: View, step: int) -> tuple[Array, View]:
+    def _infer(self, observation: dict[str, Any], step: int) -> tuple[Array, PageState]:
         """Infer actions [H, 8], and the chunk to draw: H + 1 poses from the gripper's pose on."""
         observation["prompt"] = read_prompt({"prompt": self._instruction})
         started = time.perf_counter()

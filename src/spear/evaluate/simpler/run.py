@@ -171,7 +171,7 @@ class Simpler:
         for step, picture in enumerate(track):
             is_last = step == len(track) - 1
             success = outcome.success if is_last else None
-            frames.append(video.compose_frame(picture, None, outcome.instruction, success))
+            frames.append(video.compose_frame(picture, None, outcome.instruction, success=success))
         return frames
 
     def close(self) -> None:

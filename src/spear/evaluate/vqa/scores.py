@@ -255,7 +255,7 @@ def _format_measure(name: str, value: Estimate | float | None) -> str:
 
 def summarize(
     answers: Sequence[AnsweredQuestion],
-    free: Mapping[str, Sequence[bool]],
+    free_grammar: Mapping[str, Sequence[bool]],
     labels: Sequence[LabeledImage],
     decode: Decode,
     trust: Trust | None = None,
@@ -264,7 +264,7 @@ def summarize(
 
     Args:
         answers: Every question with its answer.
-        free: Question type → whether each free answer was grammatical.
+        free_grammar: Question type → whether each free answer was grammatical.
         labels: The images.
         decode: How the scored numbers were read.
         trust: How far the model can be trusted; its intervals are scored too.
@@ -273,9 +273,9 @@ def summarize(
     scores = {}
     readings = {}
     calibrations = {}
-    for question_type, is_free_grammatical in free.items():
+    for question_type, are_free_grammatical in free_grammar.items():
         type_answers = [a for a in answers if a.question.question_type == question_type]
-        scores[question_type] = _score_question_type(type_answers, is_free_grammatical)
+        scores[question_type] = _score_question_type(type_answers, are_free_grammatical)
         certain_answers = []
         certainties = []
         for answered in type_answers:
@@ -290,11 +290,11 @@ def summarize(
 
 
 def _score_question_type(
-    answers: Sequence[AnsweredQuestion], is_free_grammatical: Sequence[bool]
+    answers: Sequence[AnsweredQuestion], are_free_grammatical: Sequence[bool]
 ) -> QuestionTypeScore:
     questions = [answered.question for answered in answers]
     images = [answered.image for answered in answers]
-    grammar = [is_grammatical(answered.question, answered.answer) for answered in answers]
+    are_grammatical = [is_grammatical(answered.question, answered.answer) for answered in answers]
     measures = {}
     for name, values in _collect_measures(answers).items():
         measures[name] = bootstrap(group_by_image(images, values), MEASURES[name].average)
@@ -302,8 +302,8 @@ def _score_question_type(
     return QuestionTypeScore(
         n=len(answers),
         images=len(set(images)),
-        grammar=bootstrap(group_by_image(images, grammar), np.mean),
-        free=bootstrap(group_by_image(images, is_free_grammatical), np.mean),
+        grammar=bootstrap(group_by_image(images, are_grammatical), np.mean),
+        free=bootstrap(group_by_image(images, are_free_grammatical), np.mean),
         measures=measures,
         constant=_score_guesses(answers, guess_constants(questions)),
         depth_only=_score_guesses(answers, guess_from_depth(questions, labels)),
@@ -317,9 +317,9 @@ def _collect_measures(answers: Sequence[AnsweredQuestion]) -> dict[str, Array]:
         if not any(name in answered.measures for answered in answers):
             continue
         failure = np.inf if measure.statistic == "median" else 0.0
-        kind: Any = bool if measure.statistic == "rate" else float
+        dtype: Any = bool if measure.statistic == "rate" else float
         values = [answered.measures.get(name, failure) for answered in answers]
-        values_by_measure[name] = np.array(values, kind)
+        values_by_measure[name] = np.array(values, dtype)
     return values_by_measure
 
 
@@ -333,6 +333,8 @@ def _score_guesses(
     for answered, guess in zip(answers, guesses, strict=True):
         measured.append(measure_answer(answered.question, guess, answered.label))
     scores = {}
+    # Guesses never have the wrong grammar, so all of them have the measures of the first. Whether
+    # a guess agrees with itself ("consistent") says nothing.
     for name, measure in MEASURES.items():
         if name in measured[0] and name != "consistent":
             scores[name] = float(measure.average([measures[name] for measures in measured]))
