@@ -85,8 +85,8 @@ PREFERRED_ANSWERS = ("delta", "base", "+++", "0", "euler_xyz", "m", "rad")
 Columns = Mapping[str, Sequence[Array]]
 """Column → [T, d] of each episode."""
 JointNames = Callable[[str], Sequence[str]]
-"""Names of joints that a part of a column holds, see `LeRobotFolder.find_joint_names`, or that its
-own name says."""
+"""Part of a column → the names of the joints that it holds (see `LeRobotFolder.find_joint_names`),
+or that its own name says."""
 
 
 class ColumnRange(NamedTuple):
@@ -172,7 +172,7 @@ def describe(path: str | Path) -> dict[str, Any]:
         proposal.facts["rate_hz"] = "not in the metadata: write how many steps a second has"
 
     columns = _drop_columns_with_nan(_find_signal_columns(episodes))
-    joint_names = _joint_names(folder)
+    joint_names = _make_joint_name_finder(folder)
     used_ranges = _describe_motion(columns, rate_hz, joint_names, proposal)
     if isinstance(folder, LeRobotFolder):
         rotation_format = folder.find_quaternion_format(str(proposal.fields["rotation"]))
@@ -300,16 +300,16 @@ def _drop_columns_with_nan(columns: Columns) -> dict[str, list[Array]]:
     }
 
 
-def _joint_names(folder: Dataset) -> JointNames:
-    """Names of joints, by the dataset's metadata and by the names of columns."""
+def _make_joint_name_finder(folder: Dataset) -> JointNames:
+    """Make a function that finds names of joints in the dataset's metadata and columns' names."""
 
-    def joint_names(column: str) -> list[str]:
+    def find_joint_names(column: str) -> list[str]:
         by_name = JOINT_NAME_PATTERN.findall(column)
         if isinstance(folder, LeRobotFolder):
             return [*folder.find_joint_names(column), *by_name]
         return by_name
 
-    return joint_names
+    return find_joint_names
 
 
 def _free_numbers(
@@ -572,8 +572,8 @@ def _find_orientations_near(
     """Find where orientations may be if positions, or translations, are at `near`.
 
     They are perpendicular axes of length 1, or else unit quaternions, or else any three numbers.
-    They stand beside `near`, around it in a pose, or at the beginning of other columns of states, or
-    of actions.
+    They stand beside `near`, around it in a pose, or at the beginning of other columns of states,
+    or of actions.
     """
     widths = {name: episodes[0].shape[1] for name, episodes in columns.items()}
     is_action = "action" in near.column

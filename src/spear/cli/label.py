@@ -186,7 +186,7 @@ def _print_plan(options: LabelOptions) -> None:
         if resources is not None:
             networks.append(resources)
     if networks:
-        _print_totals(networks, num_images, device)
+        _print_estimated_cost(networks, num_images, device)
 
 
 def _plan_model(
@@ -216,7 +216,7 @@ def _plan_model(
     return f"{name:<15} {resources}: {PUBLISHED[name].repository}", resources
 
 
-def _print_totals(networks: "Sequence[Resources]", num_images: int, device: Any) -> None:
+def _print_estimated_cost(networks: "Sequence[Resources]", num_images: int, device: Any) -> None:
     """Print the memory and the time that networks need at least."""
     import torch
 

@@ -59,17 +59,15 @@ def observe(observation: Observation) -> dict[str, Any]:
     )
 
 
-def _droid_keys_but_image() -> dict[str, str]:
-    """The keys that `droid` requires, without the exterior image, which may have one of two keys
-    here.
-    """
+def _list_required_keys_without_exterior_image() -> dict[str, str]:
+    """List what `droid` requires, without the exterior image: it may have one of two keys here."""
     required = dict(droid.EMBODIMENT.required)
     del required[droid.EXTERIOR_IMAGE_KEY]
     return required
 
 
 EMBODIMENT = Embodiment(
-    required=_droid_keys_but_image(),
+    required=_list_required_keys_without_exterior_image(),
     optional={
         EXTERIOR_IMAGE_1_KEY: f"{EXTERIOR_IMAGE_DESCRIPTION}; or as the next key",
         EXTERIOR_IMAGE_0_KEY: "the same, where cameras count from 0",

@@ -18,7 +18,8 @@ class Preset:
     name             The name by which commands know the size.
     image_sizes      View -> (width, height) in pixels, in the order of the views' tokens.
     vision           Fields of SigLIP's Transformers config.
-    moge             Fields of DINOv2's Transformers config, or None for a plain PaliGemma.
+    moge             Fields of the Transformers config of MoGe's encoder, which is a DINOv2; or None
+                     for a plain PaliGemma.
     text             Fields of the VLM's Gemma; its vocabulary comes from the tokenizer.
     expert           Fields of the action expert's Gemma.
     stem             "patch" (one convolution per patch, as published) or "conv"

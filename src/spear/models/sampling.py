@@ -228,16 +228,15 @@ class Sampler:
         self._min_period = model.config.min_period
         self._max_period = model.config.max_period
 
-        # Between two passes of the network a GPU has some fifty small kernels to run; compiled, a
-        # few.
+        # Between two passes of the network a GPU has some fifty small kernels to run. Compiled,
+        # they are only a few.
         self.euler_step: Any = torch.compile(flow.euler_step) if compiled else flow.euler_step
         self._time_embeddings: dict[int, Tensor] = {}
         self.time_embedding_at_one = self._embed_time(
             torch.ones(1, device=device, dtype=torch.float32)
         )
-        self.agreements: dict[
-            Hashable, bool
-        ] = {}  # kind of inputs -> fast and plain sampling agree
+        # Kind of inputs -> whether fast and plain sampling agree.
+        self.agreements: dict[Hashable, bool] = {}
 
     def time_embeddings(self, steps: int) -> Tensor:
         """What the flow time adds to the embedding's hidden layer at each step: [steps, width]."""
@@ -248,7 +247,9 @@ class Sampler:
         return self._time_embeddings[steps]
 
     def _embed_time(self, tau: Tensor) -> Tensor:
+        # π0 counts the flow time from the data to the noise: its embedding sees 1 - τ.
         waves = embed_flow_time(1 - tau, self.width, self._min_period, self._max_period)
+        # Rounded to the network's precision, as the network does before its first layer.
         waves = waves.to(self.dtype).float()
         return (waves @ self._time_weight.T + self._bias).to(self._action_weight.dtype)
 
@@ -263,7 +264,9 @@ class Sampler:
             hidden = linear(a_tau, self._action_weight, time_embedding)
         else:
             hidden = linear(a_tau, self._action_weight) + time_embedding
-        return self._mlp_out(nn.functional.silu(hidden).to(self.dtype))[0].to(dtype)
+        activation = nn.functional.silu(hidden).to(self.dtype)
+        (embedding,) = self._mlp_out(activation)  # one output for the one layer that it has
+        return embedding.to(dtype)
 
 
 get_sampler = ModuleCache(Sampler)
@@ -273,7 +276,7 @@ get_sampler = ModuleCache(Sampler)
 def sample_fast(
     model: Any, sampler: Sampler, inputs: Inputs, steps: int, use_graph: bool = True
 ) -> Tensor:
-    """`sample_actions` without the comparison.
+    """Sample as `sample_actions` does, but never compare the result with `sample_plain`'s.
 
     use_graph: Whether a GPU runs all of it as one CUDA graph, recorded for each set of shapes.
     """

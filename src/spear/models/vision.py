@@ -192,15 +192,17 @@ def resample_positions(
     """Resample position embeddings [side², D], row by row, to a grid: [num_rows · num_columns, D].
 
     Bicubic, as Transformers and MoGe do it, but by products with constant matrices: PyTorch's
-    kernel takes 1.8 ms for 1,024 channels on an H200. In float64, which autocast leaves alone.
+    kernel takes 1.8 ms for 1,024 channels on an H200. The products are in float64: autocast would
+    round float32 to bfloat16, but it leaves float64 alone.
 
     offset: See `DinoEmbeddings`.
     """
     side = math.isqrt(len(table))
     if num_rows == num_columns == side:
         return table
-    row_weights = _interpolation_weights(side, num_rows, offset, table)
-    column_weights = _interpolation_weights(side, num_columns, offset, table)
+    can_cache = not isinstance(table, FakeTensor)  # under torch.compile, tensors have no values
+    row_weights = _interpolation_weights(side, num_rows, offset, table.device, can_cache)
+    column_weights = _interpolation_weights(side, num_columns, offset, table.device, can_cache)
     grid = (row_weights @ table.double().view(side, -1)).view(num_rows, side, -1)
     return (column_weights @ grid).flatten(0, 1).to(table.dtype)
 
@@ -208,24 +210,23 @@ def resample_positions(
 _interpolation_cache: dict[Hashable, Tensor] = {}
 
 
-def _interpolation_weights(side: int, count: int, offset: float, template: Tensor) -> Tensor:
-    """The weight of each of `side` positions in each of `count` resampled ones.
-
-    [count, side], cached.
-    """
-    key = (side, count, offset, template.device)
-    is_fake = isinstance(template, FakeTensor)
-    if key in _interpolation_cache and not is_fake:
+def _interpolation_weights(
+    side: int, count: int, offset: float, device: torch.device, can_cache: bool
+) -> Tensor:
+    """The weight of each of `side` positions in each of `count` resampled ones, [count, side]."""
+    key = (side, count, offset, device)
+    if key in _interpolation_cache and can_cache:
         return _interpolation_cache[key]
 
     size: dict[str, Any] = {"size": (count, 1)}
     if offset:
+        # As MoGe: the scale is (count + offset) / side, and the size follows from it.
         size = {"scale_factor": ((count + offset) / side, 1.0)}
     with torch.inference_mode(False), torch.no_grad():
-        identity = torch.eye(side, dtype=torch.float64, device=template.device)[None, ..., None]
+        identity = torch.eye(side, dtype=torch.float64, device=device)[None, ..., None]
         resampled = nn.functional.interpolate(identity, mode="bicubic", align_corners=False, **size)
         weights = resampled[0, :, :, 0].T.contiguous()
-    if not is_fake:
+    if can_cache:
         _interpolation_cache[key] = weights
     return weights
 

@@ -15,7 +15,8 @@ import numpy as np
 
 from spear.errors import SpearError
 
-MAX_DEPTH = 8  # dimensions of an array, and nesting of maps and lists
+MAX_DIMENSIONS = 8  # of an array
+MAX_NESTING = 8  # levels of maps and lists below a key
 MAX_VALUES = 1000  # in the lists and maps of a message; larger data come as arrays
 _DTYPE = re.compile(r"[<>=|]?(b1|[iu][1248]|f[248])")
 _MAX_QUOTED_CHARS = 80
@@ -119,10 +120,10 @@ def _decode_value(value: Any, path: str, depth: int = 0) -> Any:
 
     `path` is where it stands in the message, keys joined by slashes, for errors.
     """
-    if depth > MAX_DEPTH:
+    if depth > MAX_NESTING:
         key = path.split("/")[0]
         raise SpearError(
-            f"{key} has maps or lists more than {MAX_DEPTH} deep. Send numbers, texts or arrays."
+            f"{key} has maps or lists more than {MAX_NESTING} deep. Send numbers, texts or arrays."
         )
     if isinstance(value, dict):
         if b"__ndarray__" in value:
@@ -151,7 +152,8 @@ def _decode_array(packed: dict[Any, Any], path: str) -> np.ndarray[Any, Any]:
     shape = packed.get(b"shape")
     if not _is_shape(shape):
         raise SpearError(
-            f"{path} is an array of shape {_quote(shape)}. Give up to {MAX_DEPTH} whole numbers."
+            f"{path} is an array of shape {_quote(shape)}. Give up to {MAX_DIMENSIONS} whole "
+            "numbers."
         )
     if math.prod(shape) * dtype.itemsize != len(data):
         raise SpearError(
@@ -168,7 +170,7 @@ def _is_shape(shape: Any) -> TypeGuard[list[int]]:
     """Return whether a value is a list of few enough sizes. Booleans are no sizes."""
     return (
         isinstance(shape, list)
-        and len(shape) <= MAX_DEPTH
+        and len(shape) <= MAX_DIMENSIONS
         and all(type(size) is int and size >= 0 for size in shape)
     )
 

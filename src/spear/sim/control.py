@@ -67,7 +67,9 @@ class Servo:
         rotation = np.zeros(4)
         mujoco.mju_mat2Quat(rotation, self._data.site_xmat[self._ee_site])
         position = self._data.site_xpos[self._ee_site].copy()
-        return position, rotation if rotation[0] >= 0 else -rotation
+        if rotation[0] < 0:  # q and -q are the same rotation
+            rotation = -rotation
+        return position, rotation
 
     def measure_opening(self) -> float:
         """Return the gripper opening, 0 closed … 1 open."""

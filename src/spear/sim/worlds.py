@@ -153,7 +153,7 @@ def add_clutter(
     result = list(objects)
     for _ in range(number):
         name = str(rng.choice(kinds))
-        scene_object = _find_free_place(name, result, rng)
+        scene_object = _place_freely(name, result, rng)
         if scene_object is not None:
             result.append(scene_object)
     return tuple(result)
@@ -211,12 +211,15 @@ def _wild_look(appearance: SceneAppearance, rng: np.random.Generator) -> SceneAp
 
 
 def _lab_look(appearance: SceneAppearance, rng: np.random.Generator) -> SceneAppearance:
-    """A laboratory: a wild world drawn once, with the camera where a person would mount it."""
+    """The look of a laboratory: a wild world, with the camera where a person would mount it.
+
+    rng: Begun from the laboratory's number N alone, so that the look is the same in every scene.
+    """
     wild = _wild_look(appearance, rng)
     orbit = CameraOrbit.of(wild)
-    target = (0.48, 0.01, 0.09)
+    target_m = (0.48, 0.01, 0.09)
     camera = CameraOrbit(
-        target=target,
+        target=target_m,
         azimuth_deg=float(rng.uniform(-34, 86)),
         elevation_deg=float(np.clip(orbit.elevation_deg, 20, 60)),
         distance_m=float(rng.uniform(0.75, 1.2)),
@@ -224,15 +227,15 @@ def _lab_look(appearance: SceneAppearance, rng: np.random.Generator) -> SceneApp
     return dataclasses.replace(
         wild,
         camera=camera.position(),
-        target=target,
+        target=target_m,
         fovy_deg=float(rng.uniform(EXTERNAL_CAMERA_FOV_Y_DEG, 50)),
     )
 
 
-def _find_free_place(
+def _place_freely(
     name: str, neighbors: list[SceneObject], rng: np.random.Generator
 ) -> SceneObject | None:
-    """A place for an object where it touches no other; None after 30 attempts."""
+    """Place an object where it touches no other; return None after 30 attempts."""
     kind = OBJECT_KINDS[name]
     (min_x, max_x), (min_y, max_y) = CLUTTER_AREA_M
     for _ in range(30):

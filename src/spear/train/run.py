@@ -356,10 +356,10 @@ def _is_same_model(first: Path, second: Path) -> bool:
 
     `hash_files` alone would not do: it reads only a part of large files.
     """
-    names = hash_files(first)
-    if names != hash_files(second):
+    hashes = hash_files(first)
+    if hashes != hash_files(second):
         return False
-    return all(filecmp.cmp(first / name, second / name, shallow=False) for name in names)
+    return all(filecmp.cmp(first / name, second / name, shallow=False) for name in hashes)
 
 
 def _copy_added_files(source: Path, target: Path) -> None:

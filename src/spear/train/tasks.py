@@ -522,7 +522,7 @@ def encode_robot_batch(
 
     actions = torch.empty_like(raw_actions)
     states = torch.empty(len(raw_actions), STATE_VECTOR_DIM)
-    for dataset_normalizer, rows in _rows_by_normalizer(normalizer, raw):
+    for dataset_normalizer, rows in _row_masks_by_normalizer(normalizer, raw):
         action = Action.from_vector(raw_actions[rows])
         actions[rows] = dataset_normalizer.normalize_action(action).to_vector()
         states[rows] = dataset_normalizer.state_vector(
@@ -541,7 +541,7 @@ def encode_robot_batch(
     }
 
 
-def _rows_by_normalizer(
+def _row_masks_by_normalizer(
     normalizer: Normalizer, raw: Mapping[str, Any]
 ) -> list[tuple[Normalizer, torch.Tensor]]:
     """Pair each dataset's normalizer with a mask [B] of its rows."""

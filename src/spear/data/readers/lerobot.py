@@ -450,7 +450,11 @@ def _has_duplicates(numbers: list[int]) -> bool:
 
 
 def _parse_splits(info: Info, num_episodes: int) -> dict[str, tuple[int, int]]:
-    """Parse the splits of info.json ("0:8"). Without any of that form, "train" has all episodes."""
+    """Parse the splits of info.json: name → (first episode, end).
+
+    A split counts if it has the form "0:8" and lies within the episodes. Others are ignored, and if
+    none counts, "train" has all episodes.
+    """
     splits: dict[str, tuple[int, int]] = {}
     for name, text in (info.splits or {}).items():
         match = re.search(r"^(\d+):(\d+)$", str(text))
