@@ -39,8 +39,8 @@ Each fact is of one of four kinds:
 
 - **Verified**: the dataset's authors say it, or a computation decides it from data that did not
   suggest it, such as forward kinematics of recorded joint angles.
-- **Documented**: a catalogue, another project's reader or the authors' code says it; nobody compared
-  it with data.
+- **Documented**: a catalogue, another project's reader or the authors' code says it; nobody
+  compared it with data.
 - **Ours**: a choice of this project, which may be wrong.
 - **Unknown**: no source decides it. Run `spear data audit` on your copy of the dataset before you
   rely on it.

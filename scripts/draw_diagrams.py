@@ -201,7 +201,7 @@ def draw_pipeline() -> None:
 
 
 def draw_frames() -> None:
-    """The base frame, the end-effector frame with the gripper pointing down, and the camera frame."""
+    """The base frame, the end-effector frame (the gripper points down), and the camera frame."""
     diagram = Diagram(980, 340, "The three coordinate frames")
     diagram.group(10, 10, 310, 320, "Base frame")
     diagram.shape([(110, 250), (190, 250), (175, 200), (125, 200)])

@@ -288,7 +288,9 @@ def test_an_unknown_euler_convention_is_refused() -> None:
 # Poses
 
 
-def pose_matrix(position: Tensor, rotation: Tensor) -> Tensor:
+def pose_matrix(pose: tuple[Tensor, Tensor]) -> Tensor:
+    """[N, 4, 4] homogeneous matrices of positions [N, 3] and quaternions [N, 4]."""
+    position, rotation = pose
     matrix = torch.eye(4, dtype=torch.float64).repeat(len(position), 1, 1)
     matrix[:, :3, :3] = geo.quat_to_matrix(rotation)
     matrix[:, :3, 3] = position
@@ -303,15 +305,15 @@ def test_composing_poses_multiplies_their_matrices() -> None:
     outer = draw_pose(7)
     inner = draw_pose(8)
 
-    composed = pose_matrix(*geo.pose_compose(*outer, *inner))
+    composed = pose_matrix(geo.pose_compose(*outer, *inner))
 
-    assert_close(composed, pose_matrix(*outer) @ pose_matrix(*inner))
+    assert_close(composed, pose_matrix(outer) @ pose_matrix(inner))
 
 
 def test_the_inverse_pose_has_the_inverse_matrix() -> None:
     pose = draw_pose(7)
 
-    assert_close(pose_matrix(*geo.pose_inverse(*pose)), torch.linalg.inv(pose_matrix(*pose)))
+    assert_close(pose_matrix(geo.pose_inverse(*pose)), torch.linalg.inv(pose_matrix(pose)))
 
 
 def test_actions_translate_in_the_base_frame_and_rotate_in_the_end_effector_frame() -> None:

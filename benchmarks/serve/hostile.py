@@ -20,7 +20,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -77,7 +77,7 @@ def make_frame_head(num_bytes: int) -> bytes:
     return b"\x82\xff" + num_bytes.to_bytes(8, "big") + bytes(4)
 
 
-async def run_together(*coroutines: Awaitable[None]) -> None:
+async def run_together(coroutines: Iterable[Awaitable[None]]) -> None:
     await asyncio.gather(*coroutines)
 
 
@@ -126,7 +126,7 @@ async def send_without_reading(url: str, first: bytes, repeated: bytes) -> None:
 async def floods(url: str) -> None:
     """Texts, nonsense and pings without end, from clients that never read."""
     frames = [TEXT_FRAME, BINARY_FRAME, PING_FRAME] * 4
-    await run_together(*[send_without_reading(url, b"", 1000 * frame) for frame in frames])
+    await run_together([send_without_reading(url, b"", 1000 * frame) for frame in frames])
 
 
 async def bombs(url: str) -> None:
@@ -138,7 +138,7 @@ async def bombs(url: str) -> None:
         b"\x81\xa1a" + 1000 * b"\xdc\x03\xe8" + BOMB_BYTES * b"\xc0",
         b"\x91" * BOMB_BYTES,
     ]
-    await run_together(*[repeat_message(url, message) for message in messages])
+    await run_together([repeat_message(url, message) for message in messages])
 
 
 async def slow_handshakes(url: str) -> None:
@@ -155,14 +155,14 @@ async def slow_handshakes(url: str) -> None:
                     await asyncio.sleep(1)
             await asyncio.sleep(0.5)
 
-    await run_together(*[send_letters() for _ in range(400)])
+    await run_together([send_letters() for _ in range(400)])
 
 
 async def silent_readers(url: str) -> None:
     """Good observations without end, from clients that never read an answer."""
     message = encode_observation()
     frame = make_frame_head(len(message)) + message
-    await run_together(*[send_without_reading(url, b"", frame) for _ in range(2)])
+    await run_together([send_without_reading(url, b"", frame) for _ in range(2)])
 
 
 async def huge_images(url: str) -> None:
@@ -201,19 +201,19 @@ async def wrong_tokens(url: str) -> None:
                 async with connect(url, additional_headers=headers, **CONNECT_OPTIONS):
                     raise SystemExit("a wrong token was let in")
 
-    await run_together(*[guess_tokens(index) for index in range(16)])
+    await run_together([guess_tokens(index) for index in range(16)])
 
 
 async def large_messages(url: str) -> None:
     """The largest legal observation, 16 MB of image, over and over."""
     message = encode_observation(**{"observation/image": np.zeros((1300, 4096, 3), np.uint8)})
-    await run_together(*[repeat_message(url, message) for _ in range(2)])
+    await run_together([repeat_message(url, message) for _ in range(2)])
 
 
 async def half_messages(url: str) -> None:
     """Sixty-four clients that send 15 of 16 MiB and stop."""
     unfinished = make_frame_head(BOMB_BYTES) + bytes(15 * MIB)
-    await run_together(*[send_without_reading(url, unfinished, b"") for _ in range(64)])
+    await run_together([send_without_reading(url, unfinished, b"") for _ in range(64)])
 
 
 ATTACKS: dict[str, Attack] = {

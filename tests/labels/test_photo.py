@@ -1,5 +1,6 @@
 """A real photograph through all three networks: random weights, real code, real files."""
 
+from collections.abc import Iterator
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
@@ -45,11 +46,16 @@ def models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Models:
     return detector, segmenter, point_map_model
 
 
+def label_photo(photo: Frame, models: Models) -> Iterator[LabeledImage]:
+    detector, segmenter, point_map_model = models
+    return label_images([photo], detector, segmenter, point_map_model, exact=True)
+
+
 @pytest.fixture
 def label(photo: Frame, models: Models, tmp_path: Path) -> LabeledImage:
     """The photo's label, written and read again."""
     shard = tmp_path / "labels.parquet"
-    write_labels(label_images([photo], *models, exact=True), shard)
+    write_labels(label_photo(photo, models), shard)
     (label,) = read_labels(shard)
     return label
 
@@ -98,8 +104,8 @@ def test_a_network_with_broken_weights_is_named(photo: Frame, models: Models) ->
 
     # From the last network to the first, so that each breaks before those that are broken already.
     fill_with_nan(point_map_model.model)
-    refuses("the 0 known points", list, label_images([photo], *models, exact=True))
+    refuses("the 0 known points", list, label_photo(photo, models))
     fill_with_nan(segmenter._network)
-    refuses("Sam2", list, label_images([photo], *models, exact=True))
+    refuses("Sam2", list, label_photo(photo, models))
     fill_with_nan(detector._network)
-    refuses("Dino", list, label_images([photo], *models, exact=True))
+    refuses("Dino", list, label_photo(photo, models))

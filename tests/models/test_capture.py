@@ -46,8 +46,8 @@ TAGS_OF_VALUE_DEPENDENCE = {
 def make_shallow(preset: Preset) -> Preset:
     """A preset with two layers of each network, which is faster; all layers do the same."""
     networks = {}
-    for part in ("vision", "text", "expert"):
-        networks[part] = {**getattr(preset, part), "num_hidden_layers": 2}
+    for network in ("vision", "text", "expert"):
+        networks[network] = {**getattr(preset, network), "num_hidden_layers": 2}
     return dataclasses.replace(preset, **networks)
 
 
@@ -109,7 +109,7 @@ def _depends_on_values(func: Any, name: str, args: Any) -> bool:
         return False
     if "aten.index.Tensor" in name:
         # An index by numbers gives as many elements as there are numbers; one by a mask does not.
-        has_mask = any(part is not None and part.dtype == torch.bool for part in args[1])
+        has_mask = any(i is not None and i.dtype == torch.bool for i in args[1])
         if not has_mask:
             return False
     return bool(TAGS_OF_VALUE_DEPENDENCE & set(func.tags))
@@ -142,20 +142,20 @@ def make_observation(size: Preset, batch: int, full: bool, device: str) -> dict[
     full: with padding, missing views and committed actions.
     """
     actions = torch.float32, (size.horizon, ACTION_DIM)
-    parts: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
+    tensor_specs: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
     for view, (width, height) in size.image_sizes.items():
-        parts[f"pixels/{view}"] = torch.uint8, (3, height, width)
-    parts["input_ids"] = torch.long, (NUM_PROMPT_TOKENS,)
-    parts["state"] = torch.float32, (NUM_STATE_FEATURES,)
-    parts["noise"] = actions
+        tensor_specs[f"pixels/{view}"] = torch.uint8, (3, height, width)
+    tensor_specs["input_ids"] = torch.long, (NUM_PROMPT_TOKENS,)
+    tensor_specs["state"] = torch.float32, (NUM_STATE_FEATURES,)
+    tensor_specs["noise"] = actions
     if full:
-        parts["attention_mask"] = torch.long, (NUM_PROMPT_TOKENS,)
-        parts["present/wrist"] = torch.bool, ()
-        parts["committed"] = actions
-        parts["is_committed"] = torch.bool, (size.horizon,)
+        tensor_specs["attention_mask"] = torch.long, (NUM_PROMPT_TOKENS,)
+        tensor_specs["present/wrist"] = torch.bool, ()
+        tensor_specs["committed"] = actions
+        tensor_specs["is_committed"] = torch.bool, (size.horizon,)
 
     observation = {}
-    for name, (dtype, shape) in parts.items():
+    for name, (dtype, shape) in tensor_specs.items():
         observation[name] = torch.empty(batch, *shape, dtype=dtype, device=device)
     return observation
 
@@ -173,7 +173,7 @@ def monitor_sampling(way: str, model: Any, inputs: dict[str, Tensor]) -> Capture
 
 @pytest.fixture(params=CAPTURE_POINTS)
 def empty_policy(request: pytest.FixtureRequest) -> Iterator[tuple[Preset, Any]]:
-    """A policy without contents: with most and with fewest parts of its own, and with linear
+    """A policy without contents: with most and with fewest tensor_specs of its own, and with linear
     rotations."""
     name, device, dtype = request.param
     with torch.device("meta"):  # with fake tensors, drawing weights would look at some
@@ -227,8 +227,8 @@ class FakeGpu:
     def _make_stream(self, device: Any = "the thread's current GPU") -> Any:
         self.stream_devices.append(device)
 
-        def wait_stream(other: Any) -> None:
-            assert other.device == device
+        def wait_stream(stream: Any) -> None:
+            assert stream.device == device
 
         return SimpleNamespace(device=device, wait_stream=wait_stream)
 

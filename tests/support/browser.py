@@ -84,22 +84,22 @@ class Tab:
         return [float(v) for v in self.run(script)]
 
     def click(self, selector: str) -> None:
-        left, top, width, height = self.find_box(selector)
-        x = left + width / 2
-        y = top + height / 2
+        left_px, top_px, width, height = self.find_box(selector)
+        x = left_px + width / 2
+        y = top_px + height / 2
         for kind in ("mousePressed", "mouseReleased"):
             self.call("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", clickCount=1)
 
     def touch(self, selector: str, *fingers: Sequence[float]) -> None:
         """Fingers on an element, each [from x, y, to x, y] as parts of its width and height."""
-        left, top, width, height = self.find_box(selector)
+        left_px, top_px, width, height = self.find_box(selector)
         moments = [("touchStart", 0.0), ("touchMove", 0.5), ("touchMove", 1.0)]
         for kind, progress in moments:
             points = []
             for index, (from_x, from_y, to_x, to_y) in enumerate(fingers):
                 x = from_x + progress * (to_x - from_x)
                 y = from_y + progress * (to_y - from_y)
-                points.append({"x": left + x * width, "y": top + y * height, "id": index})
+                points.append({"x": left_px + x * width, "y": top_px + y * height, "id": index})
             self.call("Input.dispatchTouchEvent", type=kind, touchPoints=points)
         self.call("Input.dispatchTouchEvent", type="touchEnd", touchPoints=[])
 

@@ -27,7 +27,9 @@ class BrightDetector:
     def __init__(
         self, seconds: float = 0.0, stuck_at: str = "none", unreached: tuple[str, ...] = ("none",)
     ) -> None:
-        self.seconds, self.stuck_at, self.unreached = seconds, stuck_at, unreached
+        self.seconds = seconds
+        self.stuck_at = stuck_at
+        self.unreached = unreached
 
     def detect(self, frames: Sequence[Frame]) -> list[list[Detection]]:
         time.sleep(self.seconds * len(frames))

@@ -28,15 +28,15 @@ def save_sam2(folder: Path, video: bool = False) -> Path:
         "num_attention_heads": 2,
         "iou_head_hidden_dim": 16,
     }
-    both = {"vision_config": vision, "initializer_range": 0.3}
+    common = {"vision_config": vision, "initializer_range": 0.3}
     torch.manual_seed(0)
     if not video:
-        parts = {"prompt_encoder_config": hf.Sam2PromptEncoderConfig(**prompt), **both}
-        config = hf.Sam2Config(mask_decoder_config=hf.Sam2MaskDecoderConfig(**decoder), **parts)
+        configs = {"prompt_encoder_config": hf.Sam2PromptEncoderConfig(**prompt), **common}
+        config = hf.Sam2Config(mask_decoder_config=hf.Sam2MaskDecoderConfig(**decoder), **configs)
         hf.Sam2Model(config).save_pretrained(folder)
         return folder
     memory = hf.Sam2VideoConfig(
-        prompt_encoder_config=prompt, mask_decoder_config=decoder, **both, image_size=64,
+        prompt_encoder_config=prompt, mask_decoder_config=decoder, **common, image_size=64,
         memory_attention_hidden_size=32, memory_attention_num_layers=1,
         memory_attention_feed_forward_hidden_size=32, memory_attention_rope_feat_sizes=[4, 4],
         memory_encoder_hidden_size=32, memory_encoder_output_channels=8,

@@ -83,10 +83,10 @@ def to_left_padded(ids: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor,
 def draw_actions(*shape: int, seed: int = 0) -> Action:
     """Random chunks with canonical unit quaternions."""
     generator = torch.Generator().manual_seed(seed)
-    rotation = torch.nn.functional.normalize(torch.randn(*shape, 4, generator=generator), dim=-1)
+    rotation = torch.nn.functional.normalize(torch.randn((*shape, 4), generator=generator), dim=-1)
     rotation = rotation * torch.where(rotation[..., :1] < 0, -1.0, 1.0)
-    translation = torch.randn(*shape, 3, generator=generator)
-    gripper = torch.randn(*shape, 1, generator=generator)
+    translation = torch.randn((*shape, 3), generator=generator)
+    gripper = torch.randn((*shape, 1), generator=generator)
     return Action(translation, rotation, gripper)
 
 

@@ -293,6 +293,18 @@ def round_to_known_unit(factor: float, units: Mapping[str, float]) -> float:
     return factor
 
 
+def _concatenate_logged_translations(recordings: Sequence[Recording]) -> Array:
+    """[N, 3] float64, of all recordings that have logged translations."""
+    logged = [r.translation for r in recordings if r.translation is not None]
+    return np.concatenate(logged).astype(float)
+
+
+def _measure_rms_step_m(position: Array, stretches: Stretches) -> float:
+    """Root mean square of the recorded displacements from step to step."""
+    squared_steps = np.diff(position[stretches.rows], axis=1)[stretches.is_step] ** 2
+    return float(np.sqrt(squared_steps.sum(-1).mean()))
+
+
 def fit_translations(
     recordings: Sequence[Recording],
     stretches: Stretches,
@@ -306,11 +318,9 @@ def fit_translations(
         units: Units to try, with their factors to meters.
     """
     position = np.concatenate([r.position for r in recordings]).astype(np.float64)
-    logged = np.concatenate(
-        [r.translation for r in recordings if r.translation is not None]
-    ).astype(float)
     rotation = np.concatenate([r.rotation for r in recordings])
     quaternions, _ = state_quaternions(rotation)
+    logged = _concatenate_logged_translations(recordings)
 
     rows = stretches.rows
     is_step = stretches.is_step
@@ -319,11 +329,9 @@ def fit_translations(
     motion = stretches.sum_per_unit(np.linalg.norm(recorded, axis=-1))
     num_steps = int(is_step.sum())
 
-    squared_steps = np.diff(position[rows], axis=1)[is_step] ** 2
-    rms_step_m = float(np.sqrt(squared_steps.sum(-1).mean()))
-    logged_in_steps = stretches.select_steps(logged)
+    rms_step_m = _measure_rms_step_m(position, stretches)
     step_s = 1 / recordings[0].rate_hz
-    relative_scales = _possible_scales(logged_in_steps, rms_step_m, units, step_s)
+    relative_scales = _possible_scales(stretches.select_steps(logged), rms_step_m, units, step_s)
     target_scales = [Scale("absolute", unit, factor) for unit, factor in units.items()]
     fits: list[Fit] = []
 

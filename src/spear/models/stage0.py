@@ -148,12 +148,12 @@ class PatchClassification(nn.Module):
         center_error = (self.centre(tokens).float() - centre).abs().mean(-1)
         centers_loss = (center_error * largest).sum() / largest.sum().clamp_min(1)
 
-        parts = {
+        loss_terms = {
             "names": names_loss.detach(),
             "centres": centers_loss.detach(),
             "cells": cells_loss.detach(),
         }
-        return LossOutput(loss=names_loss + centers_loss + cells_loss, parts=parts)
+        return LossOutput(loss=names_loss + centers_loss + cells_loss, parts=loss_terms)
 
 
 def _sigmoid_loss(logits: Tensor, targets: Tensor) -> Tensor:

@@ -42,7 +42,7 @@ class ObjectKind:
     """A kind of object.
 
     name          what people call it.
-    parts         its primitives.
+    primitives    the shapes that it consists of.
     height        from its frame's origin down to the surface it rests on, m.
     radius        of the disc on the table that it needs, m.
     colors        it comes in one of these.
@@ -58,7 +58,7 @@ class ObjectKind:
     """
 
     name: str
-    parts: tuple[Primitive, ...]
+    primitives: tuple[Primitive, ...]
     height: float
     radius: float
     colors: tuple[Color, ...]
@@ -78,12 +78,12 @@ def load_catalog(file_name: str) -> dict[str, ObjectKind]:
     palette = tables.pop("palette", {})
     kinds = {}
     for name, table in tables.items():
-        parts: list[Primitive] = []
+        primitives: list[Primitive] = []
         for row in table.pop("parts"):
             color = row.get("color")
             row["color"] = palette.get(color, color)
-            parts += _expand_part(row)
-        kinds[name] = ObjectKind(name, parts=tuple(parts), **table)
+            primitives += _expand_part(row)
+        kinds[name] = ObjectKind(name, primitives=tuple(primitives), **table)
     return kinds
 
 
@@ -118,12 +118,12 @@ def _expand_ring(row: dict[str, Any]) -> list[Primitive]:
     z = row.pop("z", 0.0)
     lean = row.pop("lean", 0.0)
     fields = {**row, "shape": "box"}
-    parts = []
+    primitives = []
     for i in range(count):
         angle = 2 * math.pi * i / count
         pos = (radius * math.cos(angle), radius * math.sin(angle), z)
-        parts.append(Primitive(**fields, pos=pos, euler=(0.0, lean, angle)))
-    return parts
+        primitives.append(Primitive(**fields, pos=pos, euler=(0.0, lean, angle)))
+    return primitives
 
 
 _TASK_KINDS = load_catalog("objects.toml")

@@ -233,7 +233,7 @@ def _measure_extent(kind: ObjectKind) -> tuple[Floats, Floats]:
     lows = []
     highs = []
     rotation = np.empty(9)
-    for primitive in kind.parts:
+    for primitive in kind.primitives:
         if not primitive.visible:
             continue
         mujoco.mju_quat2Mat(rotation, _euler_to_quaternion(primitive.euler))
@@ -382,8 +382,8 @@ def _add_object(spec: mujoco.MjSpec, name: str, scene_object: SceneObject) -> No
     body = spec.worldbody.add_body(name=name, pos=scene_object.position, quat=scene_object.rotation)
     if not kind.fixed:
         body.add_freejoint()
-    num_solid = sum(primitive.solid for primitive in kind.parts)
-    for primitive in kind.parts:
+    num_solid = sum(primitive.solid for primitive in kind.primitives)
+    for primitive in kind.primitives:
         mass = kind.mass / num_solid if primitive.solid else 0.0
         _add_part(body, primitive, mass, primitive.color or scene_object.color)
 

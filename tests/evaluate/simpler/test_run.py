@@ -1,4 +1,4 @@
-"""SIMPLER in ManiSkill: its conventions are as we say, the oracle succeeds, a policy is evaluated."""
+"""SIMPLER in ManiSkill: conventions as documented, the oracle, an episode of the nano policy."""
 
 import os
 import re
@@ -194,7 +194,7 @@ def test_a_demonstration_recovers_and_repeats(process: SimplerProcess) -> None:
 
 def test_a_demonstration_starts_off_the_grid(process: SimplerProcess) -> None:
     official = [process.reset(start, False).truth for start in range(TASKS[TASK].num_starts)]
-    recorded = process.reset(10_001, False, other=True).truth
+    recorded = process.reset(10_001, False, is_off_grid=True).truth
 
     official_pairs = [np.stack([truth.source[:2], truth.goal[:2]]) for truth in official]
     recorded_pair = np.stack([recorded.source[:2], recorded.goal[:2]])

@@ -500,15 +500,18 @@ COMMAND = ("evaluate", "vqa", "--model", "nano", "--labels")
 FEW_QUESTIONS = ("--num-images", "2", "--questions-per-image", "1")
 
 
+def make_arguments(labels: object, out: Path, *question_types: str) -> list[str]:
+    """Arguments that evaluate nano's answers to few questions of these types."""
+    types = ["--question-types", *question_types]
+    return [*COMMAND, str(labels), *FEW_QUESTIONS, *types, "--out", str(out)]
+
+
 def test_the_command_writes_scores_and_a_page(
     label_folder: Path, tmp_path: Path, run_command: Command
 ) -> None:
     out = tmp_path / "out"
-    type_option = ("--question-types", "keypoint", "distance")
 
-    output = run_command(
-        *COMMAND, str(label_folder), *FEW_QUESTIONS, *type_option, "--out", str(out)
-    )
+    output = run_command(make_arguments(label_folder, out, "keypoint", "distance"))
 
     assert "Calibration" in output
     saved = json.loads((out / "scores.json").read_text())
@@ -528,15 +531,7 @@ def test_the_command_says_which_images_the_model_was_trained_on(
     monkeypatch.setattr("spear.cli.evaluate.notice", notices.append)
     monkeypatch.setattr("spear.models.weights.folders.read_provenance", lambda folder: provenance)
 
-    run_command(
-        *COMMAND,
-        str(label_folder),
-        *FEW_QUESTIONS,
-        "--question-types",
-        "distance",
-        "--out",
-        str(tmp_path / "out"),
-    )
+    run_command(make_arguments(label_folder, tmp_path / "out", "distance"))
 
     assert "1 of 2" in notices[0]
 
@@ -544,17 +539,17 @@ def test_the_command_says_which_images_the_model_was_trained_on(
 def test_the_command_does_not_replace_other_scores(
     label_folder: Path, tmp_path: Path, run_command: Command, run_refused_command: Command
 ) -> None:
-    labels = str(label_folder)
-    out = ("--out", str(tmp_path / "out"))
-    run_command(*COMMAND, labels, *FEW_QUESTIONS, "--question-types", "distance", *out)
+    out = tmp_path / "out"
+    arguments = make_arguments(label_folder, out, "distance")
+    run_command(arguments)
 
-    refuse = run_refused_command
-    assert "--model is" in refuse(
-        ["evaluate", "vqa", "--model", "nano-vlm", "--labels"], labels, *out
-    )
-    assert "--labels is" in refuse(*COMMAND, "sim", *out)
-    message = refuse(*COMMAND, labels, *FEW_QUESTIONS, "--question-types", "offset", *out)
-    assert "--question-types is" in message
+    of_another_model = run_refused_command(arguments, "--model", "nano-vlm")
+    of_other_labels = run_refused_command(COMMAND, "sim", "--out", str(out))
+    of_another_type = run_refused_command(make_arguments(label_folder, out, "offset"))
+
+    assert "--model is" in of_another_model
+    assert "--labels is" in of_other_labels
+    assert "--question-types is" in of_another_type
 
 
 def test_labels_of_another_unit_are_refused(tmp_path: Path, run_refused_command: Command) -> None:

@@ -31,10 +31,10 @@ class Repairs:
     num_dropped_rows: int = 0
     num_clipped_readings: int = 0
 
-    def add(self, other: "Repairs") -> None:
+    def add(self, repairs: "Repairs") -> None:
         """Add the numbers of another part of the dataset."""
-        self.num_dropped_rows += other.num_dropped_rows
-        self.num_clipped_readings += other.num_clipped_readings
+        self.num_dropped_rows += repairs.num_dropped_rows
+        self.num_clipped_readings += repairs.num_clipped_readings
 
 
 _current_repairs: ContextVar[Repairs | None] = ContextVar("repairs", default=None)

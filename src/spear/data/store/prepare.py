@@ -114,8 +114,8 @@ def prepare(
 ) -> tuple[int, list[str]]:
     """Prepare a dataset for training.
 
-    Broken records are skipped, as is what `validate_episode` rejects, and what has no known action, no
-    image, or not the cameras that `conversion` names.
+    Broken records are skipped, as is what `validate_episode` rejects, and what has no known action,
+    no image, or not the cameras that `conversion` names.
 
     Args:
         path: A folder in any format that `spear.data.readers.formats` knows.

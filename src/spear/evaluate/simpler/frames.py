@@ -153,7 +153,7 @@ def _find_segments(env: Any, clutter_names: Sequence[str]) -> dict[str, list[int
     """Name of each thing in front of the photograph → its numbers in ManiSkill's segmentation."""
     gripper_ids = []
     for link in env.agent.robot.links:
-        if any(part in link.name for part in GRIPPER_LINK_NAMES):
+        if any(link_name in link.name for link_name in GRIPPER_LINK_NAMES):
             gripper_ids.append(int(link.per_scene_id))
     segments = {GRIPPER_NAME: gripper_ids}
     foreground_names = (*env.objects_excluded_from_greenscreening, *clutter_names)
@@ -232,17 +232,17 @@ def fit_frame(frame: Frame, size: tuple[int, int], source: str) -> Frame:
     assert frame.intrinsics is not None
     width, height = size
     frame_height, frame_width = frame.image.shape[:2]
-    scale, left, top, inner_width, inner_height = compute_placement(
+    scale, left_px, top_px, inner_width, inner_height = compute_placement(
         (frame_width, frame_height), size
     )
     rows = ((np.arange(inner_height) + 0.5) / scale).astype(int)
     columns = ((np.arange(inner_width) + 0.5) / scale).astype(int)
-    border = ((top, height - inner_height - top), (left, width - inner_width - left))
+    border = ((top_px, height - inner_height - top_px), (left_px, width - inner_width - left_px))
     depth = np.pad(frame.depth[np.ix_(rows, columns)], border)
     instances = np.pad(frame.instances[np.ix_(rows, columns)], border)
 
-    visible = _find_visible_instances(instances, left, top, inner_width, inner_height)
-    border_shift = np.array([[scale, 0, left], [0, scale, top], [0, 0, 1]])
+    visible = _find_visible_instances(instances, left_px, top_px, inner_width, inner_height)
+    border_shift = np.array([[scale, 0, left_px], [0, scale, top_px], [0, 0, 1]])
     return Frame(
         image=fit_image(np.ascontiguousarray(frame.image), height, width),
         depth=depth,
@@ -255,15 +255,15 @@ def fit_frame(frame: Frame, size: tuple[int, int], source: str) -> Frame:
 
 
 def _find_visible_instances(
-    instances: Array, left: int, top: int, inner_width: int, inner_height: int
+    instances: Array, left_px: int, top_px: int, inner_width: int, inner_height: int
 ) -> list[int]:
     """The instances that are large enough and that the border does not cut."""
     numbers, counts = np.unique(instances, return_counts=True)
-    if left:
-        cut = instances[:, [left, left + inner_width - 1]]
+    if left_px:
+        cut = instances[:, [left_px, left_px + inner_width - 1]]
         counts[np.isin(numbers, cut)] = 0
-    elif top:
-        cut = instances[[top, top + inner_height - 1]]
+    elif top_px:
+        cut = instances[[top_px, top_px + inner_height - 1]]
         counts[np.isin(numbers, cut)] = 0
     visible = []
     for number, count in zip(numbers, counts, strict=True):

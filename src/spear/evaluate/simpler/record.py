@@ -136,7 +136,7 @@ def record_episode(
     recorder = EpisodeRecorder()
     width, height = size
 
-    moment = process.reset(seed, True, other=True)
+    moment = process.reset(seed, True, is_off_grid=True)
     num_fulfilled_steps = 0
     while moment.steps < TASKS[task].max_steps and num_fulfilled_steps < NUM_STEPS_AFTER_SUCCESS:
         observation = robot.read(moment.observation)

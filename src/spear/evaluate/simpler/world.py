@@ -124,15 +124,15 @@ class SimplerWorld:
         if num_starts != self._task.num_starts:
             raise SpearError(f"SIMPLER: {task}: has {num_starts} starts: say so in its Task")
 
-    def reset(self, start: int, image: bool, other: bool = False) -> Moment:
+    def reset(self, start: int, image: bool, is_off_grid: bool = False) -> Moment:
         """Build the scene of a number.
 
         Args:
             start: The number of an official start; or the seed of another one.
             image: Whether the observation has an image.
-            other: Whether the start is none of the official ones (`sample_off_grid_start`).
+            is_off_grid: Whether the start is none of the official ones (`sample_off_grid_start`).
         """
-        if other:
+        if is_off_grid:
             self._reset_off_grid(start)
         else:
             rebuild_scene(self._env, *self._official, start)
@@ -272,12 +272,12 @@ class SimplerWorld:
         )
 
 
-def is_at_rest(before: Truth, measured: Array, opening: float) -> bool:
+def is_at_rest(previous: Truth, measured: Array, opening: float) -> bool:
     """Whether arm and fingers have hardly moved in a control step."""
-    change = np.abs(measured - before.measured)
+    change = np.abs(measured - previous.measured)
     is_position_still = np.linalg.norm(change[:3]) < STILL_POSITION_M
     is_rotation_still = np.linalg.norm(change[3:]) < STILL_ROTATION
-    is_opening_still = abs(opening - before.opening) < STILL_OPENING
+    is_opening_still = abs(opening - previous.opening) < STILL_OPENING
     return bool(is_position_still and is_rotation_still and is_opening_still)
 
 
@@ -350,11 +350,11 @@ class SimplerProcess:
         with block_interrupts():
             self._started = self._worker.submit(int)
 
-    def reset(self, start: int, image: bool, other: bool = False) -> Moment:
+    def reset(self, start: int, image: bool, is_off_grid: bool = False) -> Moment:
         """As `SimplerWorld.reset`. Raises its `SpearError`, and `NoRenderer` if the process has
         ended.
         """
-        return self._call("reset", start, image, other)
+        return self._call("reset", start, image, is_off_grid)
 
     def run(self, rows: Array, image: bool, filming: bool = False) -> Moment:
         """As `SimplerWorld.run`; raises as `reset`."""
