@@ -184,10 +184,12 @@ async def huge_images(url: str) -> None:
             pass
 
     await run_together(
-        repeat_message(url, promised),
-        repeat_message(url, promised),
-        repeat_job(url, send_to_page, "/ui"),
-        send_without_reading(url, make_frame_head(300_000_000), bytes(MIB)),
+        [
+            repeat_message(url, promised),
+            repeat_message(url, promised),
+            repeat_job(url, send_to_page, "/ui"),
+            send_without_reading(url, make_frame_head(300_000_000), bytes(MIB)),
+        ]
     )
 
 
