@@ -20,7 +20,7 @@ from spear.models.layers import compute_position_ids, make_prefix_lm_mask
 from spear.models.presets import build_spear1_config, build_vlm_config, get_preset
 from spear.models.spear1 import Spear1ForActionPrediction
 from spear.models.stage0 import MogeDepthConfig, MogeForDepth
-from spear.models.vlm import IGNORE_LABEL, compute_token_loss
+from spear.models.vlm import IGNORE_LABEL, compute_weighted_cross_entropy
 
 
 def make_batch(rows: int = 4, length: int = 9, prompt_length: int = 4) -> dict[str, torch.Tensor]:
@@ -125,7 +125,7 @@ def test_smoothing_spreads_the_target_of_a_3d_token_over_its_neighbors() -> None
     labels = torch.tensor([FIRST_COORDINATE_ID + 10, FIRST_COORDINATE_ID, text_id])
     logits = torch.randn(3, FIRST_COORDINATE_ID + TINY.bins, dtype=torch.float64).float()
 
-    loss, _ = compute_token_loss(
+    loss, _ = compute_weighted_cross_entropy(
         logits, labels, range(FIRST_COORDINATE_ID, FIRST_COORDINATE_ID + TINY.bins), 2.0, sigma
     )
 

@@ -91,11 +91,11 @@ def test_one_of_all_processes_gives_the_notices(
 def test_the_learning_rate_follows_the_schedule() -> None:
     opt = Optimization(steps=110, lr=1.0, warmup=10, final_lr=0.1)
 
-    assert optimize.learning_rate(0, opt) == pytest.approx(0.1)
-    assert optimize.learning_rate(9, opt) == pytest.approx(1.0)
-    assert optimize.learning_rate(60, opt) == pytest.approx(0.55)
-    assert optimize.learning_rate(109, opt) == pytest.approx(0.1, abs=1e-3)
-    assert optimize.learning_rate(109, replace(opt, schedule="constant")) == 1.0
+    assert optimize.learning_rate_factor(0, opt) == pytest.approx(0.1)
+    assert optimize.learning_rate_factor(9, opt) == pytest.approx(1.0)
+    assert optimize.learning_rate_factor(60, opt) == pytest.approx(0.55)
+    assert optimize.learning_rate_factor(109, opt) == pytest.approx(0.1, abs=1e-3)
+    assert optimize.learning_rate_factor(109, replace(opt, schedule="constant")) == 1.0
 
 
 def test_modules_have_their_own_learning_rate_and_vectors_no_weight_decay() -> None:

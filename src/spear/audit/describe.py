@@ -63,6 +63,7 @@ MAX_SEARCH_EPISODES = 8  # in which columns of positions and rotations are sough
 MAX_VIEWED_EPISODES = 5  # whose images are decoded
 MAX_NUMBERS = 32  # that a measurement has
 MAX_CANDIDATES = 8  # best columns of positions, for which rotations are sought
+UNEXPLAINED_WITHOUT_ROTATIONS = 1  # counts as all of their part: see `_Candidate`
 DEFAULT_RATE_HZ = 5.0  # where the dataset names none; only ratios of rates matter here
 
 WRIST_WORDS = ("wrist", "hand", "gripper", "eye_in")
@@ -117,15 +118,22 @@ class ColumnRange(NamedTuple):
 class _Candidate(NamedTuple):
     """Columns that may be positions and rotations, and the actions that lead from one to the next.
 
-    unexplained  parts of the motions that are not explained, of translations and rotations
-                 together; 1 for rotations where none are sought.
+    unexplained         sum of two parts that the best reading does not explain: the part of the
+                        translations (0 … 1, rounded to two digits) and that of the rotations
+                        (0 … 1). Without `action_rotation` the second counts as
+                        `UNEXPLAINED_WITHOUT_ROTATIONS`.
+    position            columns of the state: positions of the tool.
+    action_translation  columns of the action that lead from one position to the next.
+    rotation            columns of the state: orientations of the tool; None if none are near.
+    action_rotation     columns of the action that lead from one orientation to the next; None if
+                        none were sought or fit.
     """
 
     unexplained: float
     position: ColumnRange
-    translation: ColumnRange
+    action_translation: ColumnRange
     rotation: ColumnRange | None
-    turn: ColumnRange | None = None
+    action_rotation: ColumnRange | None = None
 
 
 class _Proposal:
@@ -408,21 +416,23 @@ def _describe_motion(
     tied = _best_candidates(candidates)
     best = tied[0]
     translation_fit = _describe_position(best, tied, columns, rate_hz, proposal)
-    if best.rotation is None or best.turn is None:
+    if best.rotation is None or best.action_rotation is None:
         proposal.facts["rotation"] = (
             "no numbers beside them lead from one to the next: name them yourself"
         )
-        return [best.position, best.translation]
-    rotation_fits = _best_rotation_fits(best.position, best.rotation, best.turn, columns, rate_hz)
+        return [best.position, best.action_translation]
+    rotation_fits = _best_rotation_fits(
+        best.position, best.rotation, best.action_rotation, columns, rate_hz
+    )
     proposal.fields["rotation"] = best.rotation.name(columns)
-    proposal.facts["rotation"] = _explain(best.turn.name(columns), rotation_fits[0])
+    proposal.facts["rotation"] = _explain(best.action_rotation.name(columns), rotation_fits[0])
     _describe_rotation_format(
         best.rotation.values(columns), rotation_fits, translation_fit, proposal
     )
-    proposal.fields["logged_rotation"] = best.turn.name(columns)
+    proposal.fields["logged_rotation"] = best.action_rotation.name(columns)
     proposal.fields["logged_rotation_format"] = rotation_fits[0].hypothesis.action_format
     _describe_logged_frame(rotation_fits[0], translation_fit, proposal)
-    return [best.position, best.translation, best.rotation, best.turn]
+    return [best.position, best.action_translation, best.rotation, best.action_rotation]
 
 
 def _find_triples(columns: Columns, joint_names: JointNames) -> list[ColumnRange]:
@@ -451,19 +461,28 @@ def _find_candidates(columns: Columns, rate_hz: float, joint_names: JointNames) 
         for rotation in rotations:
             fits = _best_translation_fits(position, rotation, translation, few_episodes, rate_hz)
             if fits:
-                unexplained = round(fits[0].relative_error, 2) + 1
+                unexplained = round(fits[0].relative_error, 2) + UNEXPLAINED_WITHOUT_ROTATIONS
                 candidates.append(_Candidate(unexplained, position, translation, rotation))
+
+    # The best candidates are tried again, with actions that rotate.
 
     for candidate in sorted(candidates, key=lambda c: c.unexplained)[:MAX_CANDIDATES]:
         if candidate.rotation is None:
             continue
-        for turn in _find_orientations_near(candidate.translation, columns, joint_names):
+        action_rotations = _find_orientations_near(
+            candidate.action_translation, columns, joint_names
+        )
+        for action_rotation in action_rotations:
             fits = _best_rotation_fits(
-                candidate.position, candidate.rotation, turn, few_episodes, rate_hz
+                candidate.position, candidate.rotation, action_rotation, few_episodes, rate_hz
             )
             if fits:
-                unexplained = candidate.unexplained - 1 + fits[0].relative_error
-                candidates.append(candidate._replace(unexplained=unexplained, turn=turn))
+                # The rotations' own part takes the place of the part without rotations.
+                unexplained_translations = candidate.unexplained - UNEXPLAINED_WITHOUT_ROTATIONS
+                unexplained = unexplained_translations + fits[0].relative_error
+                candidates.append(
+                    candidate._replace(unexplained=unexplained, action_rotation=action_rotation)
+                )
     return candidates
 
 
@@ -471,7 +490,7 @@ def _best_candidates(candidates: Sequence[_Candidate]) -> list[_Candidate]:
     """Select the candidates that explain about as much as the best one, in the order of columns."""
     limit = min(candidate.unexplained for candidate in candidates) + MIN_MARGIN
     tied = [candidate for candidate in candidates if candidate.unexplained <= limit]
-    tied.sort(key=lambda candidate: (candidate.position.first, candidate.translation.first))
+    tied.sort(key=lambda candidate: (candidate.position.first, candidate.action_translation.first))
     # Numbers of length 1 are an orientation; three other numbers are only perhaps one.
     certain = []
     for candidate in tied:
@@ -489,14 +508,15 @@ def _describe_position(
 ) -> Fit:
     """Fill in position and logged translation; returns the fit of the best hypothesis about
     them."""
-    fit = _best_translation_fits(best.position, best.rotation, best.translation, columns, rate_hz)[
-        0
-    ]
+    fits = _best_translation_fits(
+        best.position, best.rotation, best.action_translation, columns, rate_hz
+    )
+    fit = fits[0]
     distances = np.linalg.norm(np.concatenate(best.position.values(columns)), axis=1)
     reach = float(np.quantile(distances, 0.95))
     proposal.fields |= {
         "position": best.position.name(columns),
-        "logged_translation": best.translation.name(columns),
+        "logged_translation": best.action_translation.name(columns),
         "length_unit": plausible_length_unit(reach) or "m",
         "logged_kind": fit.hypothesis.kind,
     }
@@ -509,7 +529,7 @@ def _describe_position(
         proposal.fields["logged_translation_unit"] = round_to_known_unit(
             meters_per_logged, LENGTH_UNITS
         )
-    fact = _explain(best.translation.name(columns), fit)
+    fact = _explain(best.action_translation.name(columns), fit)
     rivals = {candidate.position.name(columns) for candidate in tied}
     rivals.remove(best.position.name(columns))
     if rivals:

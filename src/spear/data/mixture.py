@@ -29,7 +29,7 @@ MAX_GAIN_CHANGE = 0.05  # of each channel, ± 5 %, at strength 1
 
 @dataclass(frozen=True)
 class Sample:
-    """A training sample: the numbers of its dataset, episode and step, and its random numbers."""
+    """A training sample: the indices of its dataset, episode and step, and its random numbers."""
 
     dataset: int
     episode: int

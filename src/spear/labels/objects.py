@@ -45,15 +45,15 @@ class ImageGeometry:
     Attributes:
         point_map: The image's points.
         support_plane: What its objects stand on; None when no such plane was found.
-        is_exact: Whether masks and depth are ground truth. Otherwise pixels near the outline of an
-            object are decided anew by where they are in 3D (`masks.snap_outline`), and flying ones
-            take their depth from further inside (`masks.clean_points`), since estimated depth
-            smears over it.
+        is_exact: Whether masks and depth are ground truth. Estimated depth smears over the outlines
+            of objects. So `masks.snap_outline` decides by the 3D points which pixels near an
+            outline belong to an object. `masks.clean_points` gives flying pixels the
+            depth of pixels further inside the object.
         occupied: [h, w] bool, the pixels of all objects.
         noise: Standard deviation of the depth, as a fraction of the depth
             (`points.estimate_noise`).
-        lit_part: [2, 2] the first and last row, and column, that are in no black bar
-            (`image.find_lit_part`).
+        lit_part: [[first row, last row], [first column, last column]] of the part that is in no
+            black bar (`image.find_lit_part`).
     """
 
     point_map: PointMapResult
@@ -78,8 +78,9 @@ def label_object(detection: Detection, mask: Array, image: ImageGeometry) -> Lab
         image: The image that it is in.
 
     Returns:
-        The object; without box and keypoints when its mask is empty or too few points remain, so
-        that other objects still count as sharing its name. Its scores are:
+        The object. When its mask is empty or too few points remain, the object has no box and no
+        keypoints; it is still returned so that its name stays ambiguous where another object has
+        the same name. Its scores are:
 
         - "detection", of the detector;
         - "points", the number of points to which the box is fitted;

@@ -251,8 +251,8 @@ class SpearVLMForConditionalGeneration(PreTrainedModel):
     def compute_token_loss(
         self, hidden: Tensor, labels: Tensor
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """`compute_token_loss` of hidden states [M, D] with labels [M]."""
-        return compute_token_loss(
+        """`compute_weighted_cross_entropy` of hidden states [M, D] with labels [M]."""
+        return compute_weighted_cross_entropy(
             self.compute_logits(hidden),
             labels,
             self.config.coordinate_ids,
@@ -332,7 +332,7 @@ class SpearVLMForConditionalGeneration(PreTrainedModel):
         return LossOutput(loss=loss, parts=parts)
 
 
-def compute_token_loss(
+def compute_weighted_cross_entropy(
     logits: Tensor, labels: Tensor, coordinate_ids: range, weight: float, smoothing: float = 0.0
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Weighted mean cross-entropy, Σ wᵢ·lossᵢ / Σ wᵢ.

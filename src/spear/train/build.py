@@ -99,7 +99,7 @@ def check(recipe: Recipe, inputs: TrainingInputs) -> tuple[Recipe, Preset]:
     """
     # The batch: the same number of images in each piece.
     num_pieces = recipe.optimization.accumulate
-    piece_sizes = {
+    sizes_per_piece = {
         name: parallel.divide_into_pieces(getattr(recipe, name), name, num_pieces)
         for name in ("batch_size", "question_images")
     }
@@ -119,13 +119,14 @@ def check(recipe: Recipe, inputs: TrainingInputs) -> tuple[Recipe, Preset]:
     if inputs.init_depth_encoder is not None:
         weights.read_compatible_config(MogeForDepth, inputs.init_depth_encoder)
 
-    # The freeze schedule.
+    # The freeze schedule. The model is built to check that the recipe's frozen and trained prefixes
+    # name modules that it has, and is then dropped.
     if recipe.kind == "vlm":
         build_empty_model(recipe, build_vlm_config(size))
     elif recipe.kind == "vla":
         vlm = build_vlm_config(size) if init_config is None else _vlm_config_of(init_config)
         build_empty_model(recipe, build_spear1_config(size, vlm))
-    return recipe.with_changes(**piece_sizes), size
+    return recipe.with_changes(**sizes_per_piece), size
 
 
 def _preset_of(recipe: Recipe) -> Preset:
@@ -138,7 +139,8 @@ def _preset_of(recipe: Recipe) -> Preset:
 def _check_label_folders(recipe: Recipe, size: Preset, folders: Sequence[Path]) -> None:
     """Check that folders of labels are folders, and have shards of labels.
 
-    A file would do for training, but a run is compared with what is in its folders.
+    Training could read a single file. But the settings that a run records describe what is in its
+    folders, and a run that is resumed must have the same settings.
     """
     for folder in folders:
         for path in tasks.view_folders(folder, list(size.image_sizes)).values():

@@ -24,7 +24,7 @@ from spear.models.devices import is_bfloat16_fast
 from spear.train import parallel
 from spear.train.checkpoint import Checkpoints, find_newest
 from spear.train.log import SKIPPED_BATCHES, Logger, NonFiniteStep, save_batch
-from spear.train.optimize import Batch, Stepper, Task, learning_rate
+from spear.train.optimize import Batch, Stepper, Task, learning_rate_factor
 from spear.train.options import Optimization
 from spear.util.run_lock import acquire_run_lock
 from spear.util.run_settings import to_plain_json
@@ -162,7 +162,7 @@ def _train_steps(stepper: Stepper, saver: "_Saver", logger: Logger | None, out: 
 
             # Log.
             if logger is not None:
-                lr = opt.lr * learning_rate(step, opt)
+                lr = opt.lr * learning_rate_factor(step, opt)
                 logger.log(step, values, lr, waited_s)
 
             # Save when it is time, or when one process was told to stop: all processes do the same.
@@ -227,7 +227,10 @@ class _Saver:
 
     def is_overdue(self) -> bool:
         """Return whether the last checkpoint of this process is too long ago."""
-        interval_s = max(60 * self.options.save_minutes, self._last_save_took_s / MAX_SAVING_SHARE)
+        requested_interval_s = 60 * self.options.save_minutes
+        # More frequent checkpoints would take more than `MAX_SAVING_SHARE` of the time.
+        min_affordable_interval_s = self._last_save_took_s / MAX_SAVING_SHARE
+        interval_s = max(requested_interval_s, min_affordable_interval_s)
         return time.monotonic() - self._last_save_time >= interval_s
 
     def save(self, step: int) -> None:

@@ -43,11 +43,11 @@ class Task(Protocol):
         """Return the loss of a batch, with random numbers from `generator`."""
 
 
-def learning_rate(step: int, opt: Optimization) -> float:
+def learning_rate_factor(step: int, opt: Optimization) -> float:
     """Return the factor on the peak learning rate at `step` (0-based).
 
     >>> opt = Optimization(steps=110, lr=1e-3, warmup=10, final_lr=0.1)
-    >>> [round(learning_rate(step, opt), 2) for step in (0, 9, 60, 110)]
+    >>> [round(learning_rate_factor(step, opt), 2) for step in (0, 9, 60, 110)]
     [0.1, 1.0, 0.55, 0.1]
     """
     if step < opt.warmup:
@@ -236,7 +236,7 @@ class Stepper:
                 are as before.
         """
         for group in self.optimizer.param_groups:
-            group["lr"] = group["peak"] * learning_rate(step, self.opt)
+            group["lr"] = group["peak"] * learning_rate_factor(step, self.opt)
         self.optimizer.zero_grad(set_to_none=True)
 
         # Forward and backward, piece by piece.

@@ -452,7 +452,7 @@ def make_schema(features: Mapping[str, Any]) -> pa.Schema:
 
 
 def write_tasks(path: Path, tasks: list[str]) -> None:
-    """Write the tasks, as the index of a table for programs that read it with pandas."""
+    """Write the tasks. Their texts become the index of the table where pandas reads it."""
     index_name = "__index_level_0__"
     index_column = {
         "name": None,

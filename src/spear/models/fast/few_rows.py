@@ -395,7 +395,12 @@ def _multiply_normalized(
 
     norm(x) W₁ᵀ = (scaled W₁ᵀ) / √(Σ squares / D + eps), and the same for W₂.
     """
+    # The kernel may have started while the previous kernel still ran; from here on it reads what
+    # that kernel writes.
     _wait_for_previous_kernel(LAUNCHES_EARLY)
+
+    # Partial sums of squares [PADDED_SQUARE_PARTS, PADDED_ROWS]: one part per program of the kernel
+    # that wrote them (see `_store_for_norm`). Their sum over the parts is Σ squares.
     part_index = tl.arange(0, PADDED_SQUARE_PARTS)[:, None]
     squares = tl.load(
         squares_ptr + part_index * PADDED_ROWS + tl.arange(0, PADDED_ROWS)[None, :],
@@ -403,7 +408,8 @@ def _multiply_normalized(
         other=0.0,
     )
 
-    # Each warp sums its share of the inputs; the shares are added at the end.
+    # Each warp sums its share of the inputs; the shares are added at the end. The warps are the
+    # first axis of the arrays: `inputs` is [NUM_WARPS, PADDED_ROWS, INPUTS_PER_WARP].
     first = tl.zeros([NUM_WARPS, PADDED_ROWS, PAIRED_OUTPUTS_PER_PROGRAM], tl.float32)
     second = tl.zeros([NUM_WARPS, PADDED_ROWS, PAIRED_OUTPUTS_PER_PROGRAM], tl.float32)
     for begin in range(0, depth, INPUTS_PER_STEP):

@@ -132,7 +132,12 @@ def _read_vlm_config(stored: StoredCheckpoint) -> SpearVLMConfig:
 
 @dataclass(frozen=True)
 class _Pi0:
-    """A π0 checkpoint; names: our names -> its names, of all its weights."""
+    """A π0 checkpoint.
+
+    Attributes:
+        stored: The checkpoint's weights and config.
+        names: The π0's name of each weight, by our name.
+    """
 
     stored: StoredCheckpoint
     names: Mapping[str, str]
