@@ -84,7 +84,8 @@ def pair_at_angle(theta: float) -> tuple[Action, Action]:
     return noise, data
 
 
-def true_prediction(noise: Action, data: Action, tau: Tensor, config: FlowConfig) -> Action:
+def true_prediction_on_path(noise: Action, data: Action, tau: Tensor, config: FlowConfig) -> Action:
+    """The prediction that has no loss at τ on the path from this noise to these data."""
     if config.prediction == "clean":
         return data
     _, velocity = flow.interpolate(noise, data, tau, config)
@@ -96,8 +97,10 @@ def velocity_from_clean(clean: Action, state: Action, tau: Tensor, config: FlowC
     return flow.prediction_to_velocity(clean, state, tau, clean_config)
 
 
-def predict_towards(data: Action, state: Action, tau: Tensor, config: FlowConfig) -> Action:
-    """The prediction of a network that knows the data."""
+def true_prediction_from_state(
+    data: Action, state: Action, tau: Tensor, config: FlowConfig
+) -> Action:
+    """The prediction that leads from any state at τ to the data, whatever the noise was."""
     if config.prediction == "clean":
         return data
     return velocity_from_clean(data, state, tau, config)
@@ -323,7 +326,7 @@ def test_velocity_from_the_true_clean_action_is_the_true_velocity(
 @pytest.mark.parametrize("config", ALL_CONFIGS, ids=config_name)
 def test_loss_is_zero_at_the_truth(config: FlowConfig) -> None:
     noise, data, tau = draw_pair(config)
-    truth = true_prediction(noise, data, tau, config)
+    truth = true_prediction_on_path(noise, data, tau, config)
 
     total, _ = flow.compute_loss(truth, noise, data, tau, config)
 
@@ -339,7 +342,7 @@ def test_a_wrong_part_has_a_loss_and_the_others_have_none(
     config: FlowConfig, column: int, wrong_losses: set[str]
 ) -> None:
     noise, data, tau = draw_pair(config)
-    prediction = true_prediction(noise, data, tau, config).to_vector().clone()
+    prediction = true_prediction_on_path(noise, data, tau, config).to_vector().clone()
     prediction[..., column] += 0.1
 
     _, losses = flow.compute_loss(Action.from_vector(prediction), noise, data, tau, config)
@@ -361,7 +364,7 @@ def test_gradients_are_finite_at_every_degenerate_place(
         noise = noise.to(dtype)
         data = data.to(dtype)
         taus = torch.tensor([tau], dtype=dtype)
-        truth = true_prediction(noise, data, taus, config).to_vector()
+        truth = true_prediction_on_path(noise, data, taus, config).to_vector()
         for prediction in (truth, -truth, torch.zeros_like(truth), truth * 1e-6, truth * 30):
             prediction = prediction.clone().requires_grad_()
 
@@ -389,7 +392,7 @@ def check_gradient(
 @pytest.mark.parametrize("config", ALL_CONFIGS, ids=config_name)
 def test_loss_gradient_equals_finite_differences(config: FlowConfig) -> None:
     noise, data, tau = draw_pair(config, (3, 2))
-    truth = true_prediction(noise, data, tau, config).to_vector()
+    truth = true_prediction_on_path(noise, data, tau, config).to_vector()
 
     check_gradient(truth + 0.2 * draw_vector(*truth.shape, seed=4), noise, data, tau, config)
 
@@ -400,7 +403,7 @@ def test_loss_gradient_is_right_where_only_the_speed_is_wrong(
     config: FlowConfig, speed: float
 ) -> None:
     noise, data, tau = draw_pair(config, (3, 2))
-    truth = true_prediction(noise, data, tau, config).to_vector()
+    truth = true_prediction_on_path(noise, data, tau, config).to_vector()
 
     check_gradient(speed * truth, noise, data, tau, config)
 
@@ -602,7 +605,7 @@ def test_integrating_the_true_prediction_ends_at_the_data(config: FlowConfig, st
 
     def predict(state: Action, tau: Tensor) -> Action:
         assert tau.shape == (64,)
-        return predict_towards(data, state, tau, config)
+        return true_prediction_from_state(data, state, tau, config)
 
     chunk = flow.integrate(predict, noise, steps, config)
 
@@ -660,7 +663,7 @@ def test_integrating_does_not_change_committed_actions(config: FlowConfig) -> No
     def predict(state: Action, tau: Tensor) -> Action:
         states.append(state)
         taus.append(tau)
-        return predict_towards(data, state, tau, config)
+        return true_prediction_from_state(data, state, tau, config)
 
     prefix = flow.CommittedPrefix(decided, is_committed)
     chunk = flow.integrate(predict, noise, 4, config, prefix)

@@ -19,6 +19,8 @@ from spear.types import Action, Array
 
 STATE = np.array([0.45, 0, 0.2, 0, 1, 0, 0, 1], np.float32)
 CLOSED_STATE = STATE * [1, 1, 1, 1, 1, 1, 1, 0]
+ROTATION_TURNED_BY_180_DEG = [0, 1, 2, 4, 3, 5, 6, 7]
+"""Order of the state's numbers that exchanges w and x of the quaternion, here (0, 1, 0, 0)."""
 
 
 def make_image() -> Array:
@@ -97,7 +99,7 @@ def test_an_observation_like_those_of_training_brings_no_notice(nano: Spear1Poli
         ({"observation/image": 0 * IMAGE}, "'external' shows nothing"),
         ({"observation/wrist_image": IMAGE[:, :210]}, "with observation/wrist_image"),
         ({"observation/state": STATE + np.eye(8)[1]}, "y is 1.00 m"),
-        ({"observation/state": STATE[[0, 1, 2, 4, 3, 5, 6, 7]]}, "turned by 180°"),
+        ({"observation/state": STATE[ROTATION_TURNED_BY_180_DEG]}, "turned by 180°"),
         ({"observation/state": CLOSED_STATE}, "gripper begins at 0.00"),
     ],
 )

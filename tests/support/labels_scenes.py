@@ -40,6 +40,11 @@ def render_blocks(boxes: list[Block], names: list[str], pitch: float = 40.0, **s
         for number, (center, extent, yaw) in enumerate(boxes, start=1):
             turn = make_yaw_rotation(yaw)
             half = np.asarray(extent) / 2
+            # A ray hits a box where it is inside all three of the box's slabs, each between two
+            # parallel sides. In the box's frame it enters the slab of an axis at the smaller of two
+            # distances and leaves it at the larger. It enters the box (`near`) with the last of the
+            # three entries, and leaves it (`far`) with the first of the three exits. The rays have
+            # a component of 1 along the optical axis, so distances on them are depths.
             start = (origin - center) @ turn
             direction = rays @ turn
             sides = np.stack([(-half - start) / direction, (half - start) / direction])
@@ -50,9 +55,13 @@ def render_blocks(boxes: list[Block], names: list[str], pitch: float = 40.0, **s
             instances[hit] = number
             vertices = np.asarray(center) + VERTEX_SIGNS * half @ turn.T
             true_vertices[number] = (vertices - origin) @ pose[:3, :3]
+    # Each object has a color of its own, by its number; the background is gray.
     image = np.full((height, width, 3), 90, np.uint8)
     for number in true_vertices:
-        image[instances == number] = (40 * number % 256, 200 - 20 * number % 200, 70 * number % 256)
+        red = 40 * number % 256
+        green = 200 - 20 * number % 200
+        blue = 70 * number % 256
+        image[instances == number] = (red, green, blue)
     return Frame(
         image=image,
         depth=np.where(np.isfinite(depth), depth, 0).astype(np.float32),

@@ -9,8 +9,10 @@ WORDS = ("red", "cup", "fork", "plate", "a", "on", "photo", "of", "the", "##s", 
 
 
 def save_sam2(folder: Path, video: bool = False) -> Path:
-    """SAM 2 for squares of 64 pixels; with its memory of earlier frames, as it is published, when
-    `video`."""
+    """Save a SAM 2 for images of 64 × 64 pixels.
+
+    With `video` it also has the memory of earlier frames, as the published SAM 2 does.
+    """
     backbone = hf.Sam2HieraDetConfig(
         hidden_size=8, image_size=[64, 64], blocks_per_stage=[1, 1, 2, 1],
         embed_dim_per_stage=[8, 16, 32, 64], num_attention_heads_per_stage=[1, 1, 2, 2],

@@ -126,8 +126,9 @@ class NonFiniteRegression(Regression):
             return loss, loss_terms
         if not self.in_gradient:
             return loss * math.nan, loss_terms
+        # `weight - weight.detach()` is always 0, so the root adds nothing to the loss. But the slope
+        # of a root at 0 is infinite: it makes the gradient, and only that, not finite.
         weight = self.model[0].weight.sum()
-        # The slope of a root at zero is infinite, its value is not.
         return loss + (weight - weight.detach()).abs().sqrt(), loss_terms
 
 

@@ -173,6 +173,7 @@ def test_a_broken_origin_of_weights_is_found_before_it_is_needed(
 def test_evaluation_finds_unknown_names_before_data_are_made(
     words: str, folders: Path, run_refused_command: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    # Whoever makes the data would call None, and fail with another error than the expected one.
     monkeypatch.setattr("spear.data.store.prepare.prepare", None)
 
     arguments = words.format(folders / "mine").split()

@@ -35,7 +35,7 @@ MAX_HELD_OFFSET_M = 0.035  # closing fingers hold an object that is nearer
 GOAL_HALF_WIDTH_M = 0.04
 
 
-class Table:
+class IdealRobot:
     """The controller's law: the arm is at its target at once, objects stick to closed fingers.
 
     is_idle          of each step, whether the arm and the gripper command stayed as they were.
@@ -44,7 +44,7 @@ class Table:
 
     def __init__(self, task: str, object_xy: tuple[float, float], yaw: float) -> None:
         self.task = task
-        self.robot = embodiments.load("simpler_widowx")
+        self.embodiment = embodiments.load("simpler_widowx")
         object_size, goal_size = OBJECT_SIZES_M[task]
         self.object_size = np.array(object_size)
         self.goal_size = np.array(goal_size)
@@ -52,6 +52,7 @@ class Table:
         self.object_rotation = Rotation.from_euler("z", yaw)
         self.goal_position = np.array([0.32, -0.08, goal_size[2] / 2])
         self.ee_position = np.array([0.29, 0.0, 0.13])
+        # 3° off the vertical, so that the oracle's commands do not rely on a gripper exactly down.
         self.link_rotation = Rotation.from_euler("y", 3, degrees=True) * DOWN
         self.is_open = True
         self.has_gripper_changed = False
@@ -90,9 +91,9 @@ class Table:
             POSE_KEY: np.concatenate([self.ee_position, link_rotation, [truth.opening]]),
             "prompt": "go",
         }
-        state = self.robot.read(observation)["observation/state"]
+        state = self.embodiment.read(observation)["observation/state"]
         action = oracle.choose_action(self.task, truth)
-        _, control = self.robot.select_control(None)
+        _, control = self.embodiment.select_control(None)
         (command,) = control.convert(action[None], state, observation)
         self.execute(command)
 
@@ -142,16 +143,16 @@ def start(request: pytest.FixtureRequest) -> tuple[tuple[float, float], float]:
 @pytest.mark.parametrize("task", TASKS)
 def test_the_oracle_brings_the_object(task: str, start: tuple[tuple[float, float], float]) -> None:
     object_xy, yaw = start
-    table = Table(task, object_xy, yaw)
-    table.is_open = False  # the fingers closed on nothing: the oracle tries again
+    robot = IdealRobot(task, object_xy, yaw)
+    robot.is_open = False  # the fingers closed on nothing: the oracle tries again
 
     for _ in range(TASKS[task].max_steps):
-        table.act()
+        robot.act()
 
-    assert table.is_open
-    offset = table.object_position[:2] - table.goal_position[:2]
+    assert robot.is_open
+    offset = robot.object_position[:2] - robot.goal_position[:2]
     assert np.linalg.norm(offset) < 0.006
-    assert table.ee_position[2] > table.object_position[2] + 0.08
+    assert robot.ee_position[2] > robot.object_position[2] + 0.08
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -159,15 +160,15 @@ def test_the_oracle_waits_only_while_its_fingers_close(
     task: str, start: tuple[tuple[float, float], float]
 ) -> None:
     object_xy, yaw = start
-    table = Table(task, object_xy, yaw)
-    table.is_open = False
+    robot = IdealRobot(task, object_xy, yaw)
+    robot.is_open = False
 
     for _ in range(TASKS[task].max_steps):
-        table.act()
+        robot.act()
 
-    while table.is_idle[-1]:  # it is done
-        table.is_idle.pop()
-    assert sum(table.is_idle) == 1
+    while robot.is_idle[-1]:  # it is done
+        robot.is_idle.pop()
+    assert sum(robot.is_idle) == 1
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -175,13 +176,13 @@ def test_the_oracle_grasps_across_the_object(
     task: str, start: tuple[tuple[float, float], float]
 ) -> None:
     object_xy, yaw = start
-    table = Table(task, object_xy, yaw)
+    robot = IdealRobot(task, object_xy, yaw)
 
     for _ in range(TASKS[task].max_steps):
-        table.act()
+        robot.act()
 
-    is_across = table.grasp_alignment < 0.1
-    is_along = table.grasp_alignment > 0.99
+    is_across = robot.grasp_alignment < 0.1
+    is_along = robot.grasp_alignment > 0.99
     assert is_across or ("Cube" in task and is_along)
 
 
@@ -224,7 +225,7 @@ def test_the_opening_is_a_fraction_of_the_fingers_travel(joint_m: float, opening
 def test_rest_is_judged_by_the_pose_and_the_opening(
     moved_m: float, opening_change: float, at_rest: bool
 ) -> None:
-    truth = Table("PutEggplantInBasketScene-v1", (0.3, 0.1), 0.0).truth()
+    truth = IdealRobot("PutEggplantInBasketScene-v1", (0.3, 0.1), 0.0).truth()
     measured = truth.measured + np.array([moved_m, 0, 0, 0, 0, 0, 0])
 
     assert is_at_rest(truth, measured, truth.opening + opening_change) == at_rest

@@ -96,7 +96,7 @@ def simpler(shared: Path) -> Iterator[Simpler]:
         pytest.skip(f"SIMPLER's assets not found at {assets}")
     simulator = Simpler(SimplerOptions(batch_size=1, assets=assets))
     try:
-        simulator.open(TASK, 1)[0].reset(0, True)
+        simulator.open(TASK, 1)[0].reset(0, image=True)
     except NoRenderer as error:
         pytest.skip(str(error))
     yield simulator
@@ -118,7 +118,7 @@ def test_the_robot_observes_its_camera_its_instruction_and_its_pose(
 ) -> None:
     robot = embodiments.load("simpler_widowx")
 
-    moment = process.reset(5, True)
+    moment = process.reset(5, image=True)
 
     state = robot.read(moment.observation)["observation/state"]
     assert moment.observation["observation/image"].shape == (480, 640, 3)
@@ -128,7 +128,7 @@ def test_the_robot_observes_its_camera_its_instruction_and_its_pose(
 
 def test_an_action_moves_the_commanded_pose_as_it_says(process: SimplerProcess) -> None:
     robot = embodiments.load("simpler_widowx")
-    moment = process.reset(5, True)
+    moment = process.reset(5, image=True)
     state = robot.read(moment.observation)["observation/state"]
     translation = torch.tensor([0.01, -0.02, 0.015], dtype=torch.float64)
     rotation = quat_exp(torch.tensor([0.1, -0.2, 0.15]))
@@ -136,8 +136,8 @@ def test_an_action_moves_the_commanded_pose_as_it_says(process: SimplerProcess) 
     _, control = robot.select_control(None)
     rows = control.convert(action, state, moment.observation)
 
-    moved = process.run(rows, False).truth
-    settled = process.run(stay(4, -1), False).truth
+    moved = process.run(rows, image=False).truth
+    settled = process.run(stay(4, -1), image=False).truth
 
     start = torch.from_numpy(moment.truth.commanded)
     move = torch.from_numpy(np.float64(action[0]))
@@ -158,8 +158,8 @@ def test_a_start_is_the_same_whatever_ran_before(process: SimplerProcess) -> Non
 
     runs = []
     for start in (3, 7, 3):
-        reset = process.reset(start, False).truth
-        moved = process.run(rows, False).truth
+        reset = process.reset(start, image=False).truth
+        moved = process.run(rows, image=False).truth
         runs.append(np.concatenate([reset.source, reset.goal, moved.measured]))
 
     assert (runs[0] == runs[2]).all()
@@ -193,8 +193,8 @@ def test_a_demonstration_recovers_and_repeats(process: SimplerProcess) -> None:
 
 
 def test_a_demonstration_starts_off_the_grid(process: SimplerProcess) -> None:
-    official = [process.reset(start, False).truth for start in range(TASKS[TASK].num_starts)]
-    recorded = process.reset(10_001, False, is_off_grid=True).truth
+    official = [process.reset(start, image=False).truth for start in range(TASKS[TASK].num_starts)]
+    recorded = process.reset(10_001, image=False, is_off_grid=True).truth
 
     official_pairs = [np.stack([truth.source[:2], truth.goal[:2]]) for truth in official]
     recorded_pair = np.stack([recorded.source[:2], recorded.goal[:2]])
@@ -213,12 +213,12 @@ def labeled_frames(process: SimplerProcess) -> list[Frame]:
 def test_scenes_for_labels_leave_those_of_evaluations_as_they_were(
     process: SimplerProcess,
 ) -> None:
-    image_before = process.reset(3, True).observation["observation/image"]
+    image_before = process.reset(3, image=True).observation["observation/image"]
     frames = [process.look(seed, (384, 256)) for seed in range(10_000, 10_006)]
     num_objects = [len(frame.names) for frame in frames]
     process.look(10_000 + int(np.argmax(num_objects)), (384, 256))
 
-    image_after = process.reset(3, True).observation["observation/image"]
+    image_after = process.reset(3, image=True).observation["observation/image"]
 
     assert (image_after == image_before).all()
 
@@ -277,12 +277,16 @@ def test_recording_does_not_mix_two_settings(
 
 
 class ScriptCase(NamedTuple):
-    """A change of the example, the arguments of its run, and what the run prints."""
+    """A change of the example, the arguments of its run, and what the run prints.
+
+    assets  MS_ASSET_DIR of the run. "." has no assets of its own: the script must name them.
+    """
 
     arguments: str
     old_text: str
     new_text: str
     output: str
+    assets: str = "assets"
 
 
 SCRIPT_CASES = {
@@ -297,6 +301,7 @@ SCRIPT_CASES = {
         old_text="(NAME,)",
         new_text="(NAME,), assets=Path(__file__).with_name('assets')",
         output="1 of 1 ",
+        assets=".",
     ),
     "starts that differ": ScriptCase(
         arguments="evaluate 1 oracle",
@@ -321,12 +326,11 @@ def test_a_task_is_one_file(
     script = EXAMPLE.read_text().replace(case.old_text, case.new_text)
     (tmp_path / "task.py").write_text(script)
     (tmp_path / "assets").symlink_to(shared / "assets" / "simpler")
-    assets = "." if case.old_text == "(NAME,)" else "assets"
 
     completed = subprocess.run(
         [sys.executable, "task.py", *case.arguments.split()],
         cwd=tmp_path,
-        env={**os.environ, "MS_ASSET_DIR": assets},
+        env={**os.environ, "MS_ASSET_DIR": case.assets},
         capture_output=True,
         text=True,
         check=False,
@@ -337,12 +341,13 @@ def test_a_task_is_one_file(
 
 
 def test_a_command_back_is_obeyed_at_once(process: SimplerProcess) -> None:
-    process.reset(0, False)
-    forward_m = [0.1, 0, 0, 0, 0, 0, 1]
-    backward_m = [-0.1, 0, 0, 0, 0, 0, 1]
+    process.reset(0, image=False)
+    # A row of a command: translation [3] in m, rotation [3] in rad, gripper (1 = open).
+    forward = [0.1, 0, 0, 0, 0, 0, 1]
+    backward = [-0.1, 0, 0, 0, 0, 0, 1]
 
-    stretched = process.run(np.array([forward_m] * 12, np.float32), False)
-    returned = process.run(np.array([backward_m] * 2, np.float32), False)
+    stretched = process.run(np.array([forward] * 12, np.float32), image=False)
+    returned = process.run(np.array([backward] * 2, np.float32), image=False)
 
     assert stretched.unreachable > 5
     assert np.linalg.norm(stretched.truth.commanded[:3]) < 0.8
