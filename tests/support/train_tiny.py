@@ -126,8 +126,8 @@ class NonFiniteRegression(Regression):
             return loss, loss_terms
         if not self.in_gradient:
             return loss * math.nan, loss_terms
-        # `weight - weight.detach()` is always 0, so the root adds nothing to the loss. But the slope
-        # of a root at 0 is infinite: it makes the gradient, and only that, not finite.
+        # `weight - weight.detach()` is always 0, so its root adds nothing to the loss. But the
+        # slope of a root at 0 is infinite: it makes the gradient, and only that, not finite.
         weight = self.model[0].weight.sum()
         return loss + (weight - weight.detach()).abs().sqrt(), loss_terms
 
