@@ -279,8 +279,10 @@ def test_a_server_without_open_files_says_it_once_and_goes_on() -> None:
         stderr.seek(0)
         lines = stderr.read().decode().splitlines()
 
-    assert len(lines) == 1
-    assert "Too many open files" in lines[0]
+    # Python itself may warn about the encodings of files that other packages open.
+    lines_of_server = [line for line in lines if "Too many open files" in line]
+    assert len(lines_of_server) == 1
+    assert "Traceback" not in "\n".join(lines)
 
 
 def test_a_single_address_is_the_one_that_others_use() -> None:

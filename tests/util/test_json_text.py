@@ -143,7 +143,7 @@ class TestReaders:
 
         refuses(f"info.json: .*({SENTENCE_OF_ABSURDITY})", open_lerobot, tmp_path)
 
-    @pytest.mark.parametrize("height", [*ABSURD_VALUES, b"1e400"], ids=[*ABSURD_IDS, "1e400"])
+    @pytest.mark.parametrize("height", ABSURD_VALUES, ids=ABSURD_IDS)
     def test_an_absurd_coco_file_is_refused(self, tmp_path: Path, height: bytes) -> None:
         path = tmp_path / "coco.json"
         image = b'{"id": 1, "file_name": "a.jpg", "width": 9, "height": ' + height + b"}"

@@ -70,7 +70,7 @@ def run_prepare(
     size: tuple[str, ...] = ("48x40", "wrist=24x24"),
     **options: Any,
 ) -> tuple[int, list[str]]:
-    return prepare(recorded, out, conversion=Conversion(size=size), **options)
+    return prepare(recorded, out, conversion=Conversion(image_size=size), **options)
 
 
 def read_files(folder: Path) -> dict[str, bytes]:
@@ -456,14 +456,14 @@ def test_an_unknown_split_is_refused(tmp_path: Path) -> None:
 
 
 def test_two_sizes_of_one_camera_are_refused() -> None:
-    conversion = Conversion(size=("wrist=9x9", "wrist=8x8"))
+    conversion = Conversion(image_size=("wrist=9x9", "wrist=8x8"))
 
-    refuses("--size wrist=8x8", getattr, conversion, "sizes")
+    refuses("--image-size wrist=8x8", getattr, conversion, "sizes")
 
 
 @pytest.mark.parametrize("text", ["280", "280x", "0x210", "280x210x3", "9000x10"])
 def test_a_size_that_is_none_is_refused(text: str) -> None:
-    refuses("write it as 280x210", getattr, Conversion(size=(text,)), "sizes")
+    refuses("write it as 280x210", getattr, Conversion(image_size=(text,)), "sizes")
 
 
 @pytest.mark.parametrize("opening", [[0, 1, 1, 0, 0, 1], [1, 1, 0, 0, 1, 1]])
