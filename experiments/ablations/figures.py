@@ -7,6 +7,7 @@ The paper's numbers are those that `spear evaluate reference` shows.
 
 import re
 from collections.abc import Sequence
+from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -32,7 +33,7 @@ Rows = dict[str, SuccessTables]
 BLUE = "#2563eb"
 ORANGE = "#d97706"
 FIGURE_SIZE_INCHES = (7.6, 3.4)
-STYLE = {
+STYLE: Any = {  # keys are names of matplotlib's settings
     "svg.hashsalt": "ablations",  # the same file from the same numbers
     "font.size": 9,
     "axes.spines.top": False,
