@@ -125,7 +125,9 @@ class Finding:
     question       a field of `Hypothesis`.
     best_answer    the answer of the best hypothesis.
     layout_answer  the layout's answer, None where it says nothing.
-    answers        answer → its best hypothesis' fit, and its excess error over the best hypothesis.
+    answers        maps each answer to two values: the fit of the best hypothesis that gives this
+                   answer, and by how much the error of that fit exceeds the error of the best
+                   hypothesis of all.
     tied_answers   the answers that fit as well as the best one.
     """
 
@@ -142,8 +144,9 @@ class ActionPart:
     """The findings about the logged translations, or rotations.
 
     best_fit    the best hypothesis' fit.
-    layout_fit  that of the layout's own hypothesis, None where it does not say enough.
-    margin      how much worse the layout's hypothesis is.
+    layout_fit  the fit of the best hypothesis that agrees with all answers of the layout; None
+                where no hypothesis does.
+    margin      how much worse `layout_fit` is than `best_fit`; None without a `layout_fit`.
     note        why nothing can be told, or "".
     """
 

@@ -450,7 +450,7 @@ def fit_rotations(
 
     Args:
         recordings: The episodes.
-        stretches: Their stretches.
+        stretches: The pieces of at most `MAX_STRETCH_STEPS` steps into which the episodes are cut.
         units: Units of angles to try, with their factors to radians.
     """
     rotation = np.concatenate([r.rotation for r in recordings]).astype(np.float64)
@@ -469,9 +469,14 @@ def fit_rotations(
         indices: list[int],
         delay: int,
     ) -> None:
-        """predicted [K, n, L, 4] of the hypotheses `indices`, observed [S, n, L, 4] by state
-        format."""
+        """Add the fits of K hypotheses in every state format.
+
+        `predicted` [K, n, L, 4] are the rotations that the hypotheses `indices` predict.
+        `observed` [S, n, L, 4] are the recorded ones in each of the S state formats. There are n
+        stretches, of L steps each.
+        """
         cosine = torch.einsum("knlc,snlc->sknl", predicted, observed).numpy()
+        # Summed angles (rad) per unit of resampling: an episode or a stretch (see `Stretches`)
         errors = stretches.sum_per_unit(_angle(cosine))
         for s, state_format in enumerate(recorded.formats):
             for k, index in enumerate(indices):

@@ -43,7 +43,7 @@ RECORDED_KEYS = {
     "--labels": "questions",
     "--num-images": "--images",
 }
-"""Option of `spear evaluate vqa` -> its key in scores.json, which is its former name."""
+"""Maps options of `spear evaluate vqa` to their keys in scores.json, which keep former names."""
 
 
 class EvaluateOptions(Options):

@@ -89,8 +89,9 @@ def label_object(detection: Detection, mask: Array, image: ImageGeometry) -> Lab
         - "edge", the fraction of its outline that the image's edge cuts;
         - "known", the fraction of its pixels with depth;
         - "whole", the IoU of the detected 2D box and the mask's;
-        - with a box, "planarity" and "stability" (see `quality`), and "compact", how wide the
-          object is seen, as a fraction of how far the box goes into the depth, at most 1.
+        - with a box, "planarity" and "stability" (see `quality`), and "compact": the
+          diagonal of the object as seen in the image (converted to m at its median depth), divided
+          by the box's extent in depth (m), at most 1.
     """
     tight_box = compute_tight_box(mask)
     box2d = np.asarray(detection.box2d, np.float32)
@@ -98,10 +99,13 @@ def label_object(detection: Detection, mask: Array, image: ImageGeometry) -> Lab
         scores = {"detection": detection.score, "points": 0.0, "visible": 0.0}
         return LabeledObject(detection.name, box2d, encode_mask(mask), None, {}, scores)
 
-    # How far masks may be off, in pixels, and the window of the image that concerns the object
+    # How far the outline of a mask may be off (`error_px`), and how far before the image's edge the
+    # mask of an object that the edge cuts may end (`end_px`). Exact masks have neither error.
     longer_side = max(mask.shape)
     error_px = 0 if image.is_exact else round(max(1.0, longer_side * MASK_ERROR_FRACTION))
     end_px = max(error_px, round(MASK_END_FRACTION * longer_side)) if error_px else 0
+    # The window is the part of the image that concerns the object: the box around its mask, and
+    # `room` more pixels on each side, at least one.
     x0, y0, x1, y1 = tight_box.astype(int).tolist()
     room = 1
     if error_px:

@@ -20,7 +20,8 @@ M_MMAP_THRESHOLD = -3
 MAX_MMAP_THRESHOLD_BYTES = 2**25  # the largest that glibc takes
 NEVER_TRIM = -1
 
-PARAMETERS_PER_THREAD = 100_000_000  # times inputs of a batch
+# A thread per so many parameters times inputs of a batch: see `limit_threads`.
+PARAMETERS_PER_THREAD = 100_000_000
 
 P = ParamSpec("P")
 T = TypeVar("T")

@@ -119,15 +119,16 @@ class ConvStem(nn.Module):
 
 
 class PatchConv(nn.Conv2d):
-    """A convolution whose kernels lie side by side, as one matrix product of patches.
+    """A convolution of patches that do not overlap, computed as one matrix product.
 
-    [B, 3, h, w] -> [B, width, h / patch, w / patch]. It takes a GPU a tenth of the time of a
-    convolution.
+    [B, 3, h, w] -> [B, width, h / patch, w / patch]. The kernel is as large as the stride. The
+    matrix product takes a GPU a tenth of the time that PyTorch's convolution takes.
     """
 
     def forward(self, pixels: Tensor) -> Tensor:
         """Patch embeddings of normalized pixels."""
         patch_height, patch_width = self.kernel_size
+        # [B, 3, rows, patch_height, columns, patch_width]
         grid = pixels.unflatten(3, (-1, patch_width)).unflatten(2, (-1, patch_height))
         # [B, rows, columns, 3 · patch_height · patch_width]
         patches = grid.permute(0, 2, 4, 1, 3, 5).flatten(3)
@@ -135,7 +136,10 @@ class PatchConv(nn.Conv2d):
 
 
 class _WithStem:
-    """Chooses the stem of a Transformers vision model; stands before it among a class's bases."""
+    """Chooses the stem of a Transformers vision model.
+
+    A class lists it before that model among its bases, so that its methods override the model's.
+    """
 
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, StemConv):
@@ -174,10 +178,11 @@ class _WithStem:
 def make_sinusoidal_positions(side: int, width: int) -> Tensor:
     """Sines and cosines of rows and columns, with a root mean square of 0.7: [side², width].
 
-    The first position embeddings behind a `ConvStem`. Near zero, where large models begin, small
-    ones hardly learn where things are.
+    Position embeddings behind a `ConvStem` begin with these values. Large models begin with values
+    near zero instead; from there, small models hardly learn where things are.
     """
     position = torch.arange(side, dtype=torch.float32)
+    # From 0.5π down to 0.5π / 8 rad per patch: wavelengths of 4 to 32 patches
     frequency = 0.5 * math.pi * 8.0 ** -torch.linspace(0, 1, width // 4, dtype=torch.float32)
     angle_rad = position[:, None] * frequency
     waves = torch.cat([angle_rad.sin(), angle_rad.cos()], dim=-1)  # [side, width / 2]

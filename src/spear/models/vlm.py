@@ -88,7 +88,7 @@ class LossOutput(ModelOutput):
     loss    0-d.
     parts   Named parts of the loss, 0-d and without gradients, such as "text" and "coordinates"
             (mean, nats).
-    logits  [N, L, vocabulary].
+    logits  [N, L, vocabulary], for N texts of L tokens each.
     """
 
     loss: Tensor | None = None
@@ -100,8 +100,10 @@ class LossOutput(ModelOutput):
 class Prefix:
     """Images and text after the language model, for the tokens that attend to them.
 
+    There are N texts of L tokens each. S is the number of visual tokens plus L.
+
     cache   Keys and values of every layer.
-    valid   [B, S] bool, False for padding and missing images.
+    valid   [N, S] bool, False for padding and missing images.
     hidden  [N, L, D] output of the last layer at the text positions.
     """
 

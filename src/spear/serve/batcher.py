@@ -44,8 +44,8 @@ class Batcher:
             exception is raised for its client.
         max_batch: the largest number of requests in a batch.
         wait_s: the longest time for which a batch waits for more requests once the last batch is
-            done. It starts at once when it is full, or when it has a request of every client that
-            was active within the last second.
+            done. The batch starts at once when it is full, or when it has a request of every client
+            that was active within the last second.
         capacity: the largest number of requests that wait; further ones are refused (backpressure).
     """
 

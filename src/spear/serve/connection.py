@@ -66,7 +66,8 @@ class LimitedConnection(ServerConnection):
     async def send(self, message: Any, *, text: bool | None = None) -> None:
         """Send a message.
 
-        The client gets `send_timeout_s` for each MiB, and once more for the rest.
+        The client has `send_timeout_s` to read it, plus `send_timeout_s` for each MiB of the
+        message (in proportion for parts of a MiB); after this time it is cut off.
         """
         self._bytes_being_sent += len(message)
         timeout_s = self._limits.send_timeout_s * (1 + len(message) / MIB)
@@ -78,7 +79,13 @@ class LimitedConnection(ServerConnection):
         await self._abort_after(self._limits.close_timeout_s, super().close(code, reason))
 
     async def recv(self, decode: bool | None = None) -> Any:
-        """Wait for the next message; by then the one before has been answered."""
+        """Wait for the next message.
+
+        The server only calls this when it has answered the previous message, so the bytes of that
+        message no longer count as unanswered. (`data_received` adds bytes as they arrive.)
+        """
+        # The previous message is counted with the longest header that a frame can have. This may
+        # be more than was received, but the number of unanswered bytes must not become negative.
         self.unanswered_bytes = max(0, self.unanswered_bytes - self._current_message_bytes)
         self._current_message_bytes = 0
         message = await super().recv(decode)

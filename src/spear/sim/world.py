@@ -195,6 +195,7 @@ def measure_milestones(world: World) -> dict[str, bool]:
     displacement = world.object_positions() - world.start_positions
     bystander_displacement_m = np.linalg.norm(displacement[2:], axis=1)
 
+    # The index of the object's velocity in `qvel`: three numbers in m/s, then three in rad/s
     first_velocity = world.model.body_dofadr[world.bodies[SOURCE_INDEX].index]
     speed_m_s = euclidean_norm(world.data.qvel[first_velocity : first_velocity + 3])
     is_resting = num_touching == 0 and speed_m_s < MAX_REST_SPEED_M_S
@@ -213,14 +214,18 @@ def is_source_on_target(world: World) -> bool:
     target = world.bodies[TARGET_INDEX]
     axes = world.object_rotation(TARGET_INDEX)
     assert target.kind.inside is not None, "a scene without a task"
+    # The cosine of the target's tilt: up to 18° it counts as upright.
     is_upright = axes[2, 2] >= 0.95
     if not is_upright or not world.are_touching(source.index, target.index):
         return False
     offset = world.object_position(SOURCE_INDEX) - world.object_position(TARGET_INDEX)
+    # The product of the matrix `axes.T` and `offset`: the offset [3] (m) along the target's axes
     local_offset = (axes.T * offset).sum(1)
+    # Half the sides of the area in which an object counts as placed, and the area's height (m)
     half_x, half_y, floor = target.kind.inside
     x = local_offset[0] / half_x
     y = local_offset[1] / half_y
+    # The area is an ellipse or a rectangle; x and y are 1 or -1 at its border.
     is_inside = x * x + y * y < 1 if target.kind.inside_round else max(abs(x), abs(y)) < 1
     return bool(is_inside and local_offset[2] > floor)
 

@@ -34,7 +34,9 @@ from spear.util.images import check_jpeg_is_complete, decode_image, encode_jpeg
 from spear.util.units import ANGLE_UNITS, LENGTH_UNITS
 
 MAX_MEDIAN_ANGLE_RAD = 4 * math.pi  # wrists turn once or twice; larger angles are degrees
-MAX_UNCOUNTED_OVERSHOOT = 0.1  # part of a declared gripper range; most grippers are this inexact
+# Gripper readings may lie outside their declared range. Up to this part of the range they are not
+# counted as clipped readings, because most grippers are this inexact.
+MAX_UNCOUNTED_OVERSHOOT = 0.1
 MAX_GRIPPER_OVERSHOOT = 0.3  # part of a declared range; BC-Z's readings overshoot by 0.25
 IDLE_SPEED_M_S = 2e-3  # below it the arm does not move
 IDLE_TURN_RAD_S = 1e-2  # below it the arm does not turn

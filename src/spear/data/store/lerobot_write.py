@@ -226,7 +226,7 @@ class _Writer:
     def _make_stats_columns(
         self, columns: Mapping[str, Any], samples: Mapping[str, ImageSample]
     ) -> dict[str, Any]:
-        """Make the columns of an episode's row that have its statistics."""
+        """Make those columns of `meta/episodes` that hold the statistics of an episode."""
         stats: dict[str, Mapping[str, Array]] = {}
         for name in self.row_stats:
             values = columns[name]
@@ -306,7 +306,7 @@ class _Writer:
         self.meta_file_number += 1
 
     def close(self) -> None:
-        """Close the open files."""
+        """Close the open files: the file of rows, and one video per camera."""
         self._end_data_file()
         while self._videos:
             _, video = self._videos.popitem()

@@ -195,12 +195,17 @@ class QuantileSketch:
             self._keep_odd[level] = not self._keep_odd[level]
 
     def weighted(self) -> tuple[Array, Array]:
-        """The values of the sketch, and how many values each stands for; together `count`."""
+        """The values of the sketch, and their weights.
+
+        The weight of a value is the number of added values that it stands for. The weights sum to
+        `count`.
+        """
         weights = [np.full(len(values), 2.0**level) for level, values in enumerate(self._levels)]
         return np.concatenate(self._levels), np.concatenate(weights)
 
     def to_arrays(self) -> dict[str, Array]:
         """Convert the whole sketch to arrays, for `from_arrays`."""
+        # Beside the moments, the array holds the smallest and largest value and the capacity.
         moments = [self.count, self.low, self.high, self.mean, self.squares, self.capacity]
         arrays = {
             "moments": np.array(moments, np.float64),
@@ -213,6 +218,7 @@ class QuantileSketch:
     @staticmethod
     def from_arrays(arrays: Mapping[str, Array]) -> "QuantileSketch":
         """Restore what `to_arrays` converted. Raises KeyError or ValueError for other arrays."""
+        # `*_` passes over further numbers; `to_arrays` writes none.
         count, low, high, mean, squares, capacity, *_ = arrays["moments"].tolist()
         sketch = QuantileSketch(int(capacity))
         sketch.count = int(count)
@@ -226,9 +232,10 @@ class QuantileSketch:
 
 
 def weighted_quantile(values: Array, weights: Array, quantile: float) -> float:
-    """Compute a quantile of values [N], each of which stands for a weight; linear between them.
+    """Compute a quantile of values [N] with weights [N].
 
-    Equal weights give `numpy.quantile`.
+    A weight says how much its value counts. A quantile that falls between two of the values is
+    interpolated linearly between them. Equal weights give `numpy.quantile`.
 
     Example:
         >>> weighted_quantile(np.array([1.0, 2.0, 3.0]), np.ones(3), 0.5)

@@ -81,7 +81,8 @@ TASKS: dict[str, Task] = {
 class Start:
     """How a scene begins.
 
-    positions  [2, 3] (m): the object to move and the goal, in the world, before they settle.
+    positions  [2, 3] (m): where the object to move and the goal are placed, in the world. They
+               then settle under gravity, so the episode begins with slightly different positions.
     turns   [2, 4] (w x y z): their orientations.
     joints  [6] (rad), added to the arm's posture.
     """
@@ -96,7 +97,7 @@ def sample_off_grid_start(task: Task, seed: int, positions: Array, turns: Array)
 
     Objects that the official starts move are placed uniformly within `task.max_offset_m` of their
     middle. The object to move is turned from one of its official orientations by up to 45° about
-    the vertical.
+    the vertical. The angles of the arm's joints get Gaussian noise of `START_JOINT_STD_RAD`.
 
     Args:
         task: The task.
@@ -107,6 +108,8 @@ def sample_off_grid_start(task: Task, seed: int, positions: Array, turns: Array)
     Raises:
         SpearError: No start was found.
     """
+    # The number 2 keeps these random numbers apart from others that are drawn with the same seed:
+    # 1 is for disturbances of the arm (`record`), 3 for scenes to label (`frames`).
     rng = np.random.default_rng([seed, 2])
     is_moved = np.ptp(positions[..., :2], axis=0).any(axis=-1)  # [2]
     middle = (positions[..., :2].min(axis=0) + positions[..., :2].max(axis=0)) / 2

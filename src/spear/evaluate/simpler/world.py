@@ -109,6 +109,8 @@ class SimplerWorld:
     """
 
     def __init__(self, task: str) -> None:
+        # `SimplerProcess` spawns a process for each world. That process knows a script's own task
+        # only if the script adds the task to `TASKS` when it is imported.
         if task not in TASKS:
             raise SpearError(
                 f"SIMPLER: {task}: its process lacks it: import it where your script begins"
@@ -117,15 +119,17 @@ class SimplerWorld:
         self._render_mode = self._env._obs_mode
         self._name = task
         self._task = TASKS[task]
+        # ManiSkill's tensors of the official starts, from which `rebuild_scene` builds scenes
         self._official = (self._env.xyz_configs, self._env.quat_configs)
         positions, turns = self._official
+        # The same starts as float64 arrays, with which starts off the grid are sampled
         self._grid = (np.asarray(positions, np.float64), np.asarray(turns, np.float64))
         num_starts = len(positions) * len(turns)
         if num_starts != self._task.num_starts:
             raise SpearError(f"SIMPLER: {task}: has {num_starts} starts: say so in its Task")
 
     def reset(self, start: int, image: bool, is_off_grid: bool = False) -> Moment:
-        """Build the scene of a number.
+        """Build the scene of one start, and return what is observed there.
 
         Args:
             start: The number of an official start; or the seed of another one.
@@ -187,7 +191,10 @@ class SimplerWorld:
         return fit_frame(frame, size, f"simpler/{self._name}/{seed}")
 
     def picture(self) -> Array:
-        """What the camera sees, [480, 640, 3] uint8, with the photograph behind it."""
+        """What the camera sees, [480, 640, 3] uint8.
+
+        The background of the rendered scene is the task's photograph.
+        """
         self._env._obs_mode = self._render_mode
         image = self._env.get_obs()["sensor_data"][CAMERA]["rgb"][0]
         self._env._obs_mode = "none"
@@ -200,13 +207,19 @@ class SimplerWorld:
         return positions
 
     def _update_milestones(self) -> None:
-        """Check after each step what may be over by the next moment."""
+        """Note after each control step which milestones are reached.
+
+        A moment is only made after the last step of a `run`. A grasp, for example, may have begun
+        and ended by then, so a milestone that was reached once stays reached until the next reset.
+        """
         source = self._env.source_obj_name
         positions = self._object_positions()
         moved_m = {}
         for name, position in positions.items():
             moved_m[name] = float(np.hypot(*(position - self._first_positions[name])[:2]))
         source_moved_m = moved_m.pop(source)
+        # Another object counts as wrongly moved if it moved by more than 3 cm and by more than the
+        # object to move: the condition that ManiSkill describes (see `Moment`).
         for distance in moved_m.values():
             self._wrong_object_moved |= distance > max(MIN_MOVED_M, source_moved_m)
 

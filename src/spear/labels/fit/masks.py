@@ -344,11 +344,17 @@ def _smooth_values(values: Array, valid: Array, pixels: Array, noise: float) -> 
     padded = np.pad(np.where(valid, values, np.nan), 1, constant_values=np.nan)
     width = padded.shape[1]
     flat = padded.ravel()
+    # The index of each pixel in the flat, padded image. In it, a pixel's neighbors are at these
+    # offsets: 1 is the next column, `width` the next row, `width` ∓ 1 that row's pixels to the
+    # left and right. The opposite neighbor is at minus the offset. Offset 0 pairs the pixel with
+    # itself, so its own value is among the five whose median is taken.
     center = (pixels[:, 0] + 1) * width + pixels[:, 1] + 1
     offsets = (0, 1, width - 1, width, width + 1)
     pair_means = np.stack([(flat[center + k] + flat[center - k]) / 2 for k in offsets])
 
-    # The median of those that are known, which sorting puts before NaN
+    # Means of pairs with a pixel that is not valid are NaN. Sorting puts them last, so the other
+    # means have the indices 0 to `last`. Their median is the middle one, or the mean of the two in
+    # the middle if their number is even.
     pair_means.sort(axis=0)
     last = np.maximum(np.isfinite(pair_means).sum(axis=0) - 1, 0)
     low = np.take_along_axis(pair_means, (last // 2)[None], axis=0)[0]
@@ -362,7 +368,9 @@ def _continue_values(
     """Continue the `values` [h, w] of the pixels `source` [h, w] to other pixels along straight
     lines.
 
-    The line leads through the nearest pixel of the source and the one as far behind it.
+    The line leads through two pixels: the pixel of the source that is nearest to the target, and
+    the target's mirror image about that pixel. If the mirror image is not in the source, the value
+    of the nearest pixel is continued unchanged.
 
     Args:
         values: [h, w].

@@ -428,12 +428,13 @@ class _CocoIndex:
             self._problems[image] = f"{entry_name} of {self._file_names[image]} {_explain(error)}"
             return
         if entry.get("iscrowd"):
+            # A crowd becomes two placeholders, so its name never seems to name one object.
             self._annotations[image] += _make_crowd_placeholders(annotation)
         else:
             self._annotations[image].append(annotation)
 
     def _notify(self, stray_entries: Sequence[str]) -> None:
-        """Name the entries that cannot be used in a notice."""
+        """Give a notice that names the entries that cannot be used."""
         problems = [*self._problems.values(), *stray_entries]
         if not problems:
             return

@@ -267,6 +267,8 @@ ModuleSlots = list[tuple[dict[str, Any], str]]
 
 @dataclass(frozen=True)
 class _Entry(Generic[Value]):
+    """A result, and the stamp (`_stamp_weights`) of the weights in `slots` when it was built."""
+
     slots: ModuleSlots
     stamp: list[int]
     value: Value
@@ -276,9 +278,9 @@ class ModuleCache(Generic[Value]):
     """Calls `build(module, *options)`, and keeps the result while the module and its weights stay.
 
     The result must not refer to the module itself. It is kept beside the module, not in it, so that
-    copies and checkpoints do not contain it. It is built again when any weight of the module
-    changes or moves, also one that the result does not hold: a CUDA graph reads weights where they
-    were when it was recorded.
+    copies and checkpoints do not contain it. The result is built again whenever any weight
+    of the module changes or moves in memory, even if the result holds no reference to this weight.
+    A CUDA graph, for example, reads each weight at the address where it was during recording.
     """
 
     def __init__(self, build: Callable[..., Value]) -> None:

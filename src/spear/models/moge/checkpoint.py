@@ -83,8 +83,8 @@ def load_moge(name: Path | str) -> MogeV1 | MogeV2:
             "Ruicheng/moge-2-vitl-normal" is MoGe-2 with metric scale).
 
     Raises:
-        SpearError: If it is not found or no MoGe, its config is not supported, or weights are
-            missing, unknown or of another shape.
+        SpearError: If the checkpoint is not found or holds no MoGe, if its config is not supported,
+            or if weights are missing, unknown or of another shape.
     """
     return build_moge(read_checkpoint(name))
 

@@ -77,7 +77,10 @@ class WeightStatus:
 
 @dataclass(frozen=True)
 class ConversionReport:
-    """Every weight of a conversion: the new model's and the checkpoints'. It prints as a table."""
+    """Every weight of a conversion: the new model's and the checkpoints'. It prints as a table.
+
+    keys  The status of each of these weights.
+    """
 
     keys: Sequence[WeightStatus]
 
