@@ -27,7 +27,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-TIME_KEYS = ("seconds", "version")
+TIME_KEYS = ("seconds", "wall", "version")
 NOT_RESULTS = re.compile(
     r"\.(lock|mp4|html|md|txt)$|events\.out|log\.jsonl|(run|recipe|settings)\.json$|/step-"
 )
