@@ -421,8 +421,8 @@ def _describe_motion(
             "no numbers beside them lead from one to the next: name them yourself"
         )
         return [best.position, best.action_translation]
-    rotation_fits = _best_rotation_fits(
-        best.position, best.rotation, best.action_rotation, columns, rate_hz
+    rotation_fits = _find_best_fits(
+        fit_rotations, best.position, best.rotation, best.action_rotation, columns, rate_hz
     )
     proposal.fields["rotation"] = best.rotation.name(columns)
     proposal.facts["rotation"] = _explain(best.action_rotation.name(columns), rotation_fits[0])
@@ -459,7 +459,9 @@ def _find_candidates(columns: Columns, rate_hz: float, joint_names: JointNames) 
             position, columns, joint_names
         ) or [None]
         for rotation in rotations:
-            fits = _best_translation_fits(position, rotation, translation, few_episodes, rate_hz)
+            fits = _find_best_fits(
+                fit_translations, position, rotation, translation, few_episodes, rate_hz
+            )
             if fits:
                 unexplained = round(fits[0].relative_error, 2) + UNEXPLAINED_WITHOUT_ROTATIONS
                 candidates.append(_Candidate(unexplained, position, translation, rotation))
@@ -473,8 +475,13 @@ def _find_candidates(columns: Columns, rate_hz: float, joint_names: JointNames) 
             candidate.action_translation, columns, joint_names
         )
         for action_rotation in action_rotations:
-            fits = _best_rotation_fits(
-                candidate.position, candidate.rotation, action_rotation, few_episodes, rate_hz
+            fits = _find_best_fits(
+                fit_rotations,
+                candidate.position,
+                candidate.rotation,
+                action_rotation,
+                few_episodes,
+                rate_hz,
             )
             if fits:
                 # The rotations' own part takes the place of the part without rotations.
@@ -508,8 +515,8 @@ def _describe_position(
 ) -> Fit:
     """Fill in position and logged translation; returns the fit of the best hypothesis about
     them."""
-    fits = _best_translation_fits(
-        best.position, best.rotation, best.action_translation, columns, rate_hz
+    fits = _find_best_fits(
+        fit_translations, best.position, best.rotation, best.action_translation, columns, rate_hz
     )
     fit = fits[0]
     distances = np.linalg.norm(np.concatenate(best.position.values(columns)), axis=1)
@@ -638,30 +645,21 @@ def _are_unit_vectors(values: Array) -> bool:
     return bool(np.abs(products - np.eye(axes.shape[1])).max() < 1e-2)
 
 
-def _best_translation_fits(
+def _find_best_fits(
+    fit_hypotheses: Callable[[Sequence[Recording], Stretches], list[Fit]],
     position: ColumnRange,
     rotation: ColumnRange | None,
     logged: ColumnRange,
     columns: Columns,
     rate_hz: float,
 ) -> list[Fit]:
-    """The best hypotheses about logged translations, see `_rank_fits`."""
+    """Find the best hypotheses about logged numbers, see `_rank_fits`.
+
+    `fit_hypotheses` is `fit_translations` or `fit_rotations`.
+    """
     recordings = _make_recordings(position, rotation, logged, columns, rate_hz)
     stretches = Stretches(recordings)
-    return _rank_fits(fit_translations(recordings, stretches)) if stretches.num else []
-
-
-def _best_rotation_fits(
-    position: ColumnRange,
-    rotation: ColumnRange,
-    logged: ColumnRange,
-    columns: Columns,
-    rate_hz: float,
-) -> list[Fit]:
-    """The best hypotheses about logged rotations, see `_rank_fits`."""
-    recordings = _make_recordings(position, rotation, logged, columns, rate_hz)
-    stretches = Stretches(recordings)
-    return _rank_fits(fit_rotations(recordings, stretches)) if stretches.num else []
+    return _rank_fits(fit_hypotheses(recordings, stretches)) if stretches.num else []
 
 
 def _make_recordings(

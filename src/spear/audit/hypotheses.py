@@ -293,10 +293,10 @@ def round_to_known_unit(factor: float, units: Mapping[str, float]) -> float:
     return factor
 
 
-def _concatenate_logged_translations(recordings: Sequence[Recording]) -> Array:
-    """[N, 3] float64, of all recordings that have logged translations."""
-    logged = [r.translation for r in recordings if r.translation is not None]
-    return np.concatenate(logged).astype(float)
+def _concatenate_logged(values: Iterable[Array | None]) -> Array:
+    """[N, d] float64: the logged numbers of all recordings that have them."""
+    logged = [numbers for numbers in values if numbers is not None]
+    return np.concatenate(logged).astype(np.float64)
 
 
 def _measure_rms_step_m(position: Array, stretches: Stretches) -> float:
@@ -314,13 +314,13 @@ def fit_translations(
 
     Args:
         recordings: The episodes.
-        stretches: Their stretches.
+        stretches: The pieces of at most `MAX_STRETCH_STEPS` steps into which the episodes are cut.
         units: Units to try, with their factors to meters.
     """
     position = np.concatenate([r.position for r in recordings]).astype(np.float64)
     rotation = np.concatenate([r.rotation for r in recordings])
     quaternions, _ = state_quaternions(rotation)
-    logged = _concatenate_logged_translations(recordings)
+    logged = _concatenate_logged(r.translation for r in recordings)
 
     rows = stretches.rows
     is_step = stretches.is_step
@@ -454,7 +454,7 @@ def fit_rotations(
         units: Units of angles to try, with their factors to radians.
     """
     rotation = np.concatenate([r.rotation for r in recordings]).astype(np.float64)
-    logged = np.concatenate([r.turn for r in recordings if r.turn is not None]).astype(np.float64)
+    logged = _concatenate_logged(r.turn for r in recordings)
     recorded = _summarize_recorded_rotations(rotation, stretches)
     num_steps = int(stretches.is_step.sum())
     step_s = 1 / recordings[0].rate_hz
