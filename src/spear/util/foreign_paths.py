@@ -11,7 +11,7 @@ import functools
 import re
 import string
 from collections.abc import Mapping
-from pathlib import Path, PurePosixPath, PureWindowsPath
+from pathlib import Path, PureWindowsPath
 
 from spear.errors import SpearError
 
@@ -35,10 +35,9 @@ def join_inside(folder: Path, name: str) -> Path:
         >>> join_inside(Path("data"), "images/0.png").as_posix()
         'data/images/0.png'
     """
-    # Windows reads both kinds of separators, so both are split, whatever system this is.
+    # Windows splits at slashes and backslashes: its rules find the absolute paths of every system.
     path = PureWindowsPath(name)
-    is_absolute = bool(path.root or path.drive or PurePosixPath(name).is_absolute())
-    if is_absolute or ".." in path.parts:
+    if path.root or path.drive or ".." in path.parts:
         raise SpearError(
             f"{folder}: its data name the file {name!r}, which lies outside this folder."
             " Copy the file into the folder, and name it by its path from there."
