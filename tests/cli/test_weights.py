@@ -67,6 +67,18 @@ class TestFromBackbonesToAPolicy:
         expert = publish_pi0(make_pi0(state_dim=32, action_dim=32), tmp_path / "pi0")
         return ["convert", "vlm", str(vlm), "--out", str(policy), "--expert", str(expert), *SIZE]
 
+    @pytest.fixture
+    def converted_models(
+        self,
+        tiny_published_presets: None,
+        run_command: Command,
+        vlm_command: list[str],
+        policy_command: list[str],
+    ) -> None:
+        """Both commands have run: `vlm` and `policy` have their files."""
+        run_command(vlm_command)
+        run_command(policy_command)
+
     def test_a_dry_run_prints_the_report_and_writes_nothing(
         self,
         run_command: Command,
@@ -84,34 +96,18 @@ class TestFromBackbonesToAPolicy:
             report = dry_output.partition("nothing written")[0]
             assert run_command(command).startswith(report)
 
-    def test_the_policy_has_the_weights_of_its_vlm(
-        self,
-        run_command: Command,
-        vlm_command: list[str],
-        policy_command: list[str],
-        vlm: Path,
-        policy: Path,
-    ) -> None:
-        run_command(vlm_command)
-        run_command(policy_command)
-
+    @pytest.mark.usefixtures("converted_models")
+    def test_the_policy_has_the_weights_of_its_vlm(self, vlm: Path, policy: Path) -> None:
         expected = load_inner_vlm(vlm).state_dict()
         weights = load_inner_vlm(policy).state_dict()
         for name, weight in expected.items():
             assert torch.equal(weights[name], weight)
         assert len(list(policy.glob("*.safetensors"))) > 1
 
+    @pytest.mark.usefixtures("converted_models")
     def test_both_have_a_processor_and_say_what_they_were_made_from(
-        self,
-        run_command: Command,
-        vlm_command: list[str],
-        policy_command: list[str],
-        vlm: Path,
-        policy: Path,
+        self, vlm: Path, policy: Path
     ) -> None:
-        run_command(vlm_command)
-        run_command(policy_command)
-
         for folder in (vlm, policy):
             processor = Processor.load(folder)
             assert processor.coordinate_ids.start == NUM_ROWS
