@@ -1,8 +1,9 @@
 """Do gripper openings and commands mean what the layout says? All thresholds are our choice.
 
-Which end of the range is open shows in two ways. A gripper that closes on objects comes to rest at
-different openings, one that opens always at the same; and demonstrations begin with an open
-gripper. Only if both contradict the layout is it called wrong.
+Two signs show which end of the gripper's range is open. First, a gripper that closes on objects
+comes to rest at different openings, because the objects differ in size, while an opened gripper
+always rests at the same opening. Second, demonstrations begin with an open gripper. The layout is
+called wrong only if both signs contradict it.
 """
 
 from collections.abc import Sequence
@@ -16,25 +17,30 @@ from spear.errors import format_count
 from spear.gripper import CLOSED_BELOW, OPEN_ABOVE, binarize_commands
 from spear.types import Array
 
-MIN_MOTION = 0.1  # change of opening in an episode that counts as moving
-MAX_REST_CHANGE = 0.02  # change of opening from step to step that counts as rest
-MIN_CORRELATION = 0.6  # of command and opening, from which one follows the other
-MAX_DELAY_S = 0.8  # by which the opening may follow its command
-MIN_EPISODES = 3  # in which the gripper moves; with fewer nothing is said
-MIN_SPREAD_RATIO = 3.0  # how much more resting openings differ on objects than when open
-MIN_SHARE = 0.8  # of episodes, or of changes, that must say the same
+# Openings run from 0 (closed) to 1 (open).
+MIN_MOTION = 0.1  # in an episode whose opening changes by more, the gripper counts as moving
+MAX_REST_CHANGE = 0.02  # an opening that changes by less from step to step is at rest
+MIN_CORRELATION = 0.6  # from this correlation on, the opening follows the command
+MAX_DELAY_S = 0.8  # longest time between a command and the opening that follows it
+MIN_EPISODES = 3  # in which the gripper moves; with fewer, there is no verdict
+MIN_SPREAD_RATIO = 3.0  # factor by which closed resting openings differ more than open ones
+MIN_SHARE = 0.8  # share of episodes, or of command changes, that must agree for a verdict
 
 
 class Following(NamedTuple):
-    """How strongly openings follow commands that were given `delay_steps` before."""
+    """Correlation of openings with the commands that were given `delay_steps` before."""
 
     delay_steps: int
     correlation: float
 
 
 class _Commanded(NamedTuple):
-    """A moving gripper in one episode: measured openings [T], commands [T], and steps per
-    second."""
+    """A moving gripper in one episode.
+
+    opening  [T] measured openings.
+    command  [T] commanded openings.
+    rate_hz  steps per second.
+    """
 
     opening: Array
     command: Array
@@ -42,8 +48,11 @@ class _Commanded(NamedTuple):
 
 
 def check_gripper(recordings: Sequence[Recording]) -> list[Check]:
-    """Whether openings and commands are what the layout says, as far as the gripper moves at
-    all; nothing to check if the layout says that it never moves."""
+    """Check whether openings and commands are what the layout says.
+
+    Only episodes in which the gripper moves are compared. If the layout says that the gripper never
+    moves, no recording has openings, and there is nothing to check.
+    """
     if all(recording.opening is None for recording in recordings):
         return []
     moving = []
@@ -74,7 +83,14 @@ def _check_commands(
     open_end: Check,
     range_problem: Check | None,
 ) -> list[Check]:
-    """Whether the opening follows the command, opposes it, or has nothing to do with it."""
+    """Check whether the opening follows the command, opposes it, or has nothing to do with it.
+
+    Args:
+        commanded: the episodes with a moving gripper and with commands.
+        openings: [T] of every episode with a moving gripper.
+        open_end: the check of which end of the range is open.
+        range_problem: the problem that `check_range` found, if any.
+    """
     strongest = max(correlate_commands(commanded), key=lambda result: abs(result.correlation))
     delay = format_count(strongest.delay_steps, "steps")
     evidence = (
@@ -82,10 +98,11 @@ def _check_commands(
     )
 
     if strongest.correlation >= MIN_CORRELATION:
-        binary = []
+        openings_and_commands = []
         for episode in commanded:
-            binary.append((episode.opening, binarize_commands(episode.command, episode.rate_hz)))
-        problem = range_problem or check_command_timing(binary)
+            binary_command = binarize_commands(episode.command, episode.rate_hz)
+            openings_and_commands.append((episode.opening, binary_command))
+        problem = range_problem or check_command_timing(openings_and_commands)
         checks = [open_end, problem or Check("gripper command", "agrees", evidence)]
         smallest_opening = min(opening.min() for opening in openings)
         if smallest_opening >= 0.5:
@@ -97,12 +114,14 @@ def _check_commands(
         return checks
 
     if strongest.correlation <= -MIN_CORRELATION:
+        # The ends of one of the two ranges are exchanged; `open_end` may tell of which.
         keys = {"wrong": "gripper_range", "agrees": "command_range"}
         key = keys.get(open_end.verdict, "command_range, or in gripper_range")
         words = f"{evidence}: exchange the two readings in {key}"
         return [Check("gripper command", "wrong", words)]
 
-    is_command_constant = strongest.correlation == 0  # it then follows nothing
+    # `correlate_commands` returns exactly 0 if the commands never change.
+    is_command_constant = strongest.correlation == 0
     if range_problem and is_command_constant:
         return [range_problem]
     words = f"{evidence} at best: command names another column"
@@ -110,8 +129,15 @@ def _check_commands(
 
 
 def check_range(openings: Sequence[Array], commands: Sequence[Array]) -> Check | None:
-    """Report a moving gripper that is never open, or never commanded to open and to close."""
+    """Report a moving gripper that is never open, or never commanded to open and to close.
+
+    Args:
+        openings: measured openings [T] of each episode.
+        commands: commanded openings [T] of each episode that has commands.
+    """
     measured = np.concatenate(openings)
+    # A gripper that closes on large objects need not reach 0. If it opens and has commands, these
+    # must span the range instead.
     values = measured
     if commands and measured.max() > OPEN_ABOVE:
         values = np.concatenate(commands)
@@ -119,8 +145,13 @@ def check_range(openings: Sequence[Array], commands: Sequence[Array]) -> Check |
         return None
     if measured.min() >= CLOSED_BELOW:
         values = measured
-    name = "gripper" if values is measured else "gripper command"
-    key = "gripper_range" if values is measured else "command_range"
+
+    if values is measured:
+        name = "gripper"
+        key = "gripper_range"
+    else:
+        name = "gripper command"
+        key = "command_range"
     words = (
         f"it runs from {values.min():.2f} to {values.max():.2f} of 0 (closed) … 1 (open): "
         f"correct {key}"
@@ -131,19 +162,22 @@ def check_range(openings: Sequence[Array], commands: Sequence[Array]) -> Check |
 def check_command_timing(episodes: Sequence[tuple[Array, Array]]) -> Check | None:
     """Report a gripper that has mostly moved already when its command changes.
 
+    Such a command was computed from the opening, or recorded too late.
+
     Args:
-        episodes: (openings [T], commands [T], each 0 or 1) of each episode.
+        episodes: (openings [T], commands [T], each command 0 or 1) of each episode.
     """
-    has_moved = []
+    has_moved_by_episode = []
     for opening, command in episodes:
-        distance = np.abs(opening - command)[1:]
-        has_moved.append(distance[np.diff(command) != 0] < 0.5)
-    all_changes = np.concatenate(has_moved)
-    if len(all_changes) < MIN_EPISODES or all_changes.mean() < MIN_SHARE:
+        is_change = np.diff(command) != 0  # [T - 1]
+        distance = np.abs(opening - command)[1:]  # [T - 1], to the new command at a change
+        has_moved_by_episode.append(distance[is_change] < 0.5)
+    has_moved = np.concatenate(has_moved_by_episode)  # one entry per change of a command
+    if len(has_moved) < MIN_EPISODES or has_moved.mean() < MIN_SHARE:
         return None
-    num_changes = format_count(len(all_changes), "changes")
+    num_changes = format_count(len(has_moved), "changes")
     words = (
-        f"{all_changes.mean():.0%} of {num_changes} come when the gripper has moved already: "
+        f"{has_moved.mean():.0%} of {num_changes} come when the gripper has moved already: "
         "leave command out, the opening tells it better"
     )
     return Check("gripper command", "wrong", words)
@@ -154,14 +188,20 @@ def correlate_commands(episodes: Sequence[tuple[Array, Array, float]]) -> list[F
 
     Args:
         episodes: (openings [T], commands [T], steps per second) of each episode.
+
+    Returns:
+        One result per delay, from 0 steps on. The correlation is 0 if commands or openings never
+        change.
     """
     rate_hz = episodes[0][2]
     results = []
-    for delay in range(1 + round(MAX_DELAY_S * rate_hz)):
-        pairs = []
+    max_delay_steps = round(MAX_DELAY_S * rate_hz)
+    for delay in range(max_delay_steps + 1):
+        pairs = []  # [2, T - delay] of each episode: commands, and openings `delay` steps later
         for opening, command, _ in episodes:
-            if len(opening) > delay:
-                pairs.append(np.stack([command[: len(opening) - delay], opening[delay:]]))
+            num_pairs = len(opening) - delay
+            if num_pairs > 0:
+                pairs.append(np.stack([command[:num_pairs], opening[delay:]]))
         if not pairs:
             break
         commands, openings = np.concatenate(pairs, axis=1)
@@ -173,19 +213,30 @@ def correlate_commands(episodes: Sequence[tuple[Array, Array, float]]) -> list[F
 
 
 def judge_open_end(openings: Sequence[Array]) -> tuple[Verdict, str]:
-    """Whether what the layout calls open is open: the verdict and its reasons in words."""
+    """Judge whether what the layout calls open is open.
+
+    Args:
+        openings: [T] of each episode, in each of which the gripper moves.
+
+    Returns:
+        The verdict, and its reasons in words.
+    """
     middles = [(opening.min() + opening.max()) / 2 for opening in openings]
     begins_open = [o[0] > middle for o, middle in zip(openings, middles, strict=True)]
     share_begins_open = float(np.mean(begins_open))
 
+    # At which openings the gripper rests in each episode: when closed, and when open.
     resting_closed: list[float] = []
     resting_open: list[float] = []
     for opening, middle in zip(openings, middles, strict=True):
-        resting = opening[1:][np.abs(np.diff(opening)) < MAX_REST_CHANGE]
-        if (resting > middle).any():
-            resting_open.append(float(np.median(resting[resting > middle])))
-        if (resting <= middle).any():
-            resting_closed.append(float(np.median(resting[resting <= middle])))
+        is_at_rest = np.abs(np.diff(opening)) < MAX_REST_CHANGE
+        resting = opening[1:][is_at_rest]
+        resting_above = resting[resting > middle]
+        resting_below = resting[resting <= middle]
+        if len(resting_above):
+            resting_open.append(float(np.median(resting_above)))
+        if len(resting_below):
+            resting_closed.append(float(np.median(resting_below)))
     spread_closed = _spread(resting_closed)
     spread_open = _spread(resting_open)
 
@@ -208,5 +259,5 @@ def judge_open_end(openings: Sequence[Array]) -> tuple[Verdict, str]:
 
 
 def _spread(values: Sequence[float]) -> float:
-    """How far values lie apart; 0 if there are too few to say."""
+    """Return the largest minus the smallest value; 0 if there are too few values to compare."""
     return float(np.ptp(values)) if len(values) >= MIN_EPISODES else 0.0

@@ -1,16 +1,16 @@
-"""Are the instructions sentences, or the name of an environment or task?"""
+"""Are the instructions of a dataset sentences, or only the name of an environment or a task?"""
 
 import re
 from collections.abc import Collection, Sequence
 
 _IDENTIFIER = re.compile(
-    r"[A-Za-z0-9]+([_-][A-Za-z0-9]+)+"  # lift_cube, pick-place-v2
-    r"|[A-Za-z0-9]*[a-z0-9][A-Z][A-Za-z0-9_-]*"  # PickCube, StackCube-v1
+    r"[A-Za-z0-9]+([_-][A-Za-z0-9]+)+"  # words joined by _ or -: lift_cube, pick-place-v2
+    r"|[A-Za-z0-9]*[a-z0-9][A-Z][A-Za-z0-9_-]*"  # capitals inside: PickCube, StackCube-v1
 )
 
 
 def looks_like_identifier(text: str) -> bool:
-    """Whether a text looks like the name of a task rather than a sentence.
+    """Return whether a text looks like the name of a task rather than a sentence.
 
     Example:
         >>> [looks_like_identifier(text) for text in ("PnPCupToPlate", "lift_cube", "stop")]
@@ -20,7 +20,7 @@ def looks_like_identifier(text: str) -> bool:
 
 
 def find_doubtful_instruction(instructions: Sequence[str]) -> str | None:
-    """Say what is doubtful about instructions that are all the same identifier; None otherwise."""
+    """Return an error text if all instructions are the same identifier, and None otherwise."""
     distinct_texts: Collection[str] = set(instructions)
     if len(distinct_texts) != 1:
         return None

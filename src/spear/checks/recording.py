@@ -1,4 +1,4 @@
-"""One recorded episode as numbers, which the checks and the audit compare with each other."""
+"""`Recording`: the numbers of one recorded episode, which the checks and the audit compare."""
 
 from dataclasses import dataclass
 from typing import Self
@@ -13,16 +13,18 @@ MAX_ANGLE_RAD = 2.1 * np.pi  # a larger angle goes beyond a whole turn, so its u
 
 @dataclass(frozen=True)
 class Recording:
-    """What the audit needs of one episode of T steps, as its dataset has it.
+    """Recorded states and logged actions of one episode of T steps, as its dataset contains them.
 
+    source       names the episode in messages.
     position     [T, 3] end-effector position, base frame.
-    rotation     [T, d] its orientation, written in whatever way.
-    translation  [T, 3] logged translations, or None.
-    turn         [T, d] logged rotations, or None.
-    valid        [T] bool, False where the action is none (the last step of derived actions,
-                 disturbances).
+    rotation     [T, d] end-effector orientation, in the dataset's rotation format.
+    translation  [T, 3] logged translations; None if the dataset has none.
+    turn         [T, d] logged rotations, in the dataset's format; None if the dataset has none.
+    valid        [T] bool, False where a step has no action (the last step if actions are computed
+                 from states) or one that does not lead to the next state (a disturbance).
     rate_hz      steps per second.
-    opening, command   [T] of the gripper, measured and commanded, 0 closed … 1 open, or None.
+    opening      [T] measured gripper opening, 0 closed … 1 open; None if there is none.
+    command      [T] commanded gripper opening, 0 closed … 1 open; None if there is none.
     """
 
     source: str
@@ -37,7 +39,7 @@ class Recording:
 
     @classmethod
     def from_episode(cls, episode: Episode) -> Self:
-        """The recording of an episode with canonical actions, as a store keeps it."""
+        """Make the recording of an episode with canonical actions, as an episode store has it."""
         assert episode.action is not None
         action = np.asarray(episode.action, np.float64)
         opening = np.asarray(episode.gripper, np.float64)
@@ -58,7 +60,10 @@ class Recording:
 
 
 def are_degrees(rotation: Array) -> bool:
-    """Whether recorded orientations [T, d] are angles in degrees: they go beyond a whole turn."""
+    """Return whether recorded orientations [T, d] are angles in degrees.
+
+    Three numbers are angles, and angles in radians do not go beyond a whole turn (2π).
+    """
     if rotation.shape[1] != 3:
         return False
     return bool(np.abs(rotation).max(initial=0) > MAX_ANGLE_RAD)

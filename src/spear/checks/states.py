@@ -13,14 +13,17 @@ from spear.checks.result import Check, Verdict
 from spear.types import MAX_EE_SPEED_M_S, Episode
 from spear.util.units import LENGTH_UNITS
 
-MIN_REACH_M = 0.03  # an arm goes further from its base than this
-MAX_REACH_M = 3.0  # no arm reaches further from its base
-MIN_TOP_SPEED_M_S = 0.03  # demonstrations are faster than this in their quickest hundredth
-MAX_TOP_SPEED_M_S = 1.0  # and slower than this
+MIN_REACH_M = 0.03  # every arm moves its end effector farther from its base than this
+MAX_REACH_M = 3.0  # no arm reaches farther from its base
+MIN_TOP_SPEED_M_S = 0.03  # the fastest 1 % of a demonstration's steps are faster than this
+MAX_TOP_SPEED_M_S = 1.0  # 99 % of a demonstration's steps are slower than this
 
 
 def find_implausible_states(recordings: Sequence[Recording | Episode]) -> list[str]:
-    """What is wrong with the recorded states by themselves, one remark per problem."""
+    """Return what is wrong with the recorded states by themselves, one remark per problem.
+
+    Positions are taken for meters, and angles for radians, as the layout says.
+    """
     remarks = []
     distances_m = np.linalg.norm(np.concatenate([r.position for r in recordings]), axis=1)
     reach_m = float(np.quantile(distances_m, 0.95))
@@ -44,7 +47,14 @@ def find_implausible_states(recordings: Sequence[Recording | Episode]) -> list[s
 
 
 def plausible_length_unit(reach: float) -> str | None:
-    """The first unit in which an arm that goes so far from its base is believable, or None."""
+    """Return the first length unit by which an arm can go `reach` from its base.
+
+    Args:
+        reach: distance from the base, in the unit that is sought.
+
+    Returns:
+        The unit's name; None if the distance is implausible in every unit.
+    """
     for unit, factor in LENGTH_UNITS.items():
         if reach * factor <= MAX_REACH_M:
             return unit
@@ -52,7 +62,10 @@ def plausible_length_unit(reach: float) -> str | None:
 
 
 def check_rate(recordings: Sequence[Recording]) -> list[Check]:
-    """Whether the arm moves about as fast as arms do. A wrong rate shows nowhere else."""
+    """Check whether the arm moves about as fast as arms do.
+
+    A wrong rate (`rate_hz` of the layout) shows nowhere but in implausible speeds.
+    """
     velocities = [np.diff(r.position, axis=0) * r.rate_hz for r in recordings]
     speeds_m_s = np.linalg.norm(np.concatenate(velocities), axis=1)
     top_speed_m_s = float(np.quantile(speeds_m_s, 0.99))

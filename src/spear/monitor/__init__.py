@@ -1,5 +1,6 @@
 """The drift monitor: it notices a robot that sends or does something else than the training data.
 
 Exchanged colors or cameras, an image upside down, another frame, another quaternion order or an
-inverted gripper all make valid observations, and a robot that moves smoothly to the wrong place.
+inverted gripper all make observations that pass every check of form. The robot then moves smoothly
+to the wrong place.
 """

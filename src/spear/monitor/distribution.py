@@ -1,5 +1,8 @@
-"""The training distribution summary (`seen.json`): what the drift monitor compares observations
-with.
+"""The training distribution summary (`seen.json`), with which the drift monitor compares
+observations.
+
+A *thumbnail* is the brightness of one image in 8 x 8 cells, with mean 0 and length 1, so that the
+scalar product of two thumbnails is the correlation of their images.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -17,17 +20,20 @@ from spear.geometry import quat_distance
 from spear.types import Array
 from spear.util.files import read_json_as, write_text
 
-NUM_SAMPLES = 512  # steps that are summarized, in the order in which training draws them
-THUMBNAIL_SIZE = 8  # images are compared by their brightness in so many rows and columns
-MAX_CONSTANT_CAMERA_SHARE = 0.95  # a camera in more steps than this is one the policy relies on
-OPPOSITE_OPENING = 0.75  # an opening this far (of 0 … 1) from a command is the opposite of it
+NUM_SAMPLES = 512  # at least so many steps are summarized, in the order in which training draws
+THUMBNAIL_SIZE = 8  # rows and columns of a thumbnail
+MAX_CONSTANT_CAMERA_SHARE = 0.95  # a camera in a larger share of steps: the policy relies on it
+OPPOSITE_OPENING = 0.75  # a gripper opening (0 … 1) farther from its command is its opposite
 
 VIEW_TRANSFORMS = {
     "turned by 180°": (-1, -1),
     "flipped left to right": (1, -1),
     "flipped upside down": (-1, 1),
 }
-"""How a camera's image may be transformed by mistake: steps through its rows and columns."""
+"""How an image may be transformed by mistake: name → steps through its rows and its columns.
+
+A step of -1 reads the rows or columns backwards.
+"""
 
 _Vector3 = Annotated[tuple[float, ...], Field(min_length=3, max_length=3)]
 _Quaternion = Annotated[tuple[float, ...], Field(min_length=4, max_length=4)]
@@ -41,18 +47,19 @@ class TrainingDistribution:
 
     Attributes:
         min_position_m: the smallest end-effector position along each axis, base frame.
-        max_position_m: the largest one.
+        max_position_m: the largest end-effector position along each axis, base frame.
         mean_rotation: the mean orientation, unit quaternion.
-        max_rotation_rad: the largest angle between an orientation and the mean one.
+        max_rotation_rad: the largest angle between an orientation and `mean_rotation`.
         red_minus_blue: camera → mean and standard deviation, over images, of an image's mean red
             minus its mean blue (-255 … 255).
-        opposite_gripper_share: the share of steps whose gripper is the opposite of its command.
+        opposite_gripper_share: the share of steps whose gripper opening is the opposite of its
+            command.
         mean_initial_opening: the mean gripper opening with which the episodes of these steps begin.
-        mean_thumbnails: camera → the mean of its thumbnails, [8, 8].
-        max_mismatch: camera → transform → the most by which an image of training correlates better
-            with the mean thumbnail when it is transformed than when it is not.
-        camera_shares: camera → the share of steps that have its image; summaries of earlier
-            versions do not have it.
+        mean_thumbnails: camera → the mean of its images' thumbnails, [8, 8].
+        max_mismatch: camera → transform → the largest gain in correlation with the mean thumbnail
+            that the transform gives to an image of training.
+        camera_shares: camera → the share of steps that have its image. Summaries of earlier
+            versions do not have these shares.
     """
 
     min_position_m: Annotated[_Vector3, Field(alias="low")]
@@ -75,9 +82,9 @@ class TrainingDistribution:
 
     @staticmethod
     def from_samples(samples: TrainingSamples, batch_size: int) -> "TrainingDistribution":
-        """Summarize the first batches of a training, without their augmentation."""
+        """Summarize the first batches of a training, without image augmentation."""
         plain = replace(samples, augment=0.0)
-        num_batches = -(-NUM_SAMPLES // batch_size)
+        num_batches = -(-NUM_SAMPLES // batch_size)  # rounded up
         initial_openings = []
         for step in range(num_batches):
             for sample in plain.mixture.draw(step, batch_size):
@@ -89,7 +96,13 @@ class TrainingDistribution:
     def from_batches(
         batches: Sequence[Mapping[str, Any]], mean_initial_opening: float
     ) -> "TrainingDistribution":
-        """Summarize batches as `TrainingSamples.batch` returns them."""
+        """Summarize batches as `TrainingSamples.batch` returns them.
+
+        Args:
+            batches: each with position [B, 3], rotation [B, 4], gripper [B], action [B, H, 8], and
+                per camera images [B, h, w, 3] and views [B] (whether the step has the image).
+            mean_initial_opening: see the attribute of that name.
+        """
         position = np.concatenate([batch["position"] for batch in batches])
         rotation = np.concatenate([batch["rotation"] for batch in batches])
         mean_rotation = _mean_quaternion(rotation)
@@ -101,16 +114,19 @@ class TrainingDistribution:
         thumbnails = {}
         mean_thumbnails = {}
         for camera, images in images_by_camera.items():
-            difference = images[..., 0].mean((1, 2)) - images[..., 2].mean((1, 2))
+            red = images[..., 0].mean((1, 2))  # [N]
+            blue = images[..., 2].mean((1, 2))  # [N]
+            difference = red - blue
             red_minus_blue[camera] = (float(difference.mean()), float(difference.std()))
             thumbnails[camera] = compute_thumbnails(images.mean(-1, dtype=np.float32))
             mean_thumbnails[camera] = thumbnails[camera].mean(0, dtype=np.float64).round(3)
         max_mismatch = {}
         for camera in thumbnails:
-            max_mismatch[camera] = {
-                match.transform: float((match.correlation - match.plain_correlation).max())
-                for match in match_transforms(thumbnails[camera], camera, mean_thumbnails)
-            }
+            max_gains = {}
+            for match in match_transforms(thumbnails[camera], camera, mean_thumbnails):
+                gain = match.correlation - match.plain_correlation  # [N]
+                max_gains[match.transform] = float(gain.max())
+            max_mismatch[camera] = max_gains
 
         return TrainingDistribution(
             min_position_m=tuple(position.min(0).tolist()),
@@ -127,10 +143,9 @@ class TrainingDistribution:
 
     @property
     def constant_cameras(self) -> list[str]:
-        """The cameras that (nearly) every step of training has, so that the policy relies on
-        them.
+        """The cameras that nearly every step of training has, so that the policy relies on them.
 
-        If the summary does not have the shares, these are all cameras of the training.
+        If the summary has no `camera_shares`, these are all cameras of the training.
         """
         return [
             camera
@@ -139,13 +154,13 @@ class TrainingDistribution:
         ]
 
     def save(self, path: Path) -> None:
-        """Write the summary as JSON; the file is complete or not there."""
+        """Write the summary as JSON. An interrupted write leaves no incomplete file."""
         adapter = TypeAdapter(TrainingDistribution)
         write_text(path, adapter.dump_json(self, indent=1, by_alias=True).decode())
 
     @staticmethod
     def load(path: Path) -> "TrainingDistribution | None":
-        """Read what `save` wrote. Returns None if there is no such file.
+        """Read a summary that `save` wrote, or return None if there is no such file.
 
         Raises:
             SpearError: the file is broken or has another format.
@@ -156,7 +171,12 @@ class TrainingDistribution:
 
 
 class TransformMatch(NamedTuple):
-    """How well thumbnails [B] match a mean thumbnail if a transform is assumed, and if none is."""
+    """How well the thumbnails of B images match a mean thumbnail with and without a transform.
+
+    transform          what may have happened to the images, in words.
+    correlation        [B] correlations after the transform.
+    plain_correlation  [B] correlations without a transform.
+    """
 
     transform: str
     correlation: Array
@@ -164,17 +184,27 @@ class TransformMatch(NamedTuple):
 
 
 def compute_thumbnails(brightness: Array) -> Array:
-    """Shrink images' brightness [B, h, w] to [B, 8, 8], each with mean 0 and length 1."""
-    small = F.adaptive_avg_pool2d(torch.from_numpy(brightness)[:, None], THUMBNAIL_SIZE)[:, 0]
+    """Compute the thumbnails [B, 8, 8] of images from their brightness [B, h, w]."""
+    one_channel = torch.from_numpy(brightness)[:, None]  # [B, 1, h, w], as pooling wants it
+    small = F.adaptive_avg_pool2d(one_channel, THUMBNAIL_SIZE)[:, 0]  # [B, 8, 8]
     centered = small - small.mean((1, 2), keepdim=True)
-    return F.normalize(centered.flatten(1)).view_as(centered).numpy()
+    unit_vectors = F.normalize(centered.flatten(1))  # [B, 64]
+    return unit_vectors.view_as(centered).numpy()
 
 
 def match_transforms(
     thumbnails: Array, camera: str, mean_thumbnails: Mapping[str, Any]
 ) -> Iterator[TransformMatch]:
-    """Compare thumbnails [B, 8, 8] with the mean ones, under each transform and exchange of
-    cameras.
+    """Compare the thumbnails of one camera with mean thumbnails, under every possible mistake.
+
+    Args:
+        thumbnails: [B, 8, 8] thumbnails of the camera's images.
+        camera: the camera's name.
+        mean_thumbnails: camera → mean thumbnail [8, 8] of training.
+
+    Yields:
+        A match for each of `VIEW_TRANSFORMS`, then one for each other camera, with which this
+        camera may have been exchanged.
     """
     plain = _correlate(thumbnails, mean_thumbnails[camera])
     for transform, (row_step, column_step) in VIEW_TRANSFORMS.items():
@@ -187,24 +217,32 @@ def match_transforms(
 
 
 def _correlate(thumbnails: Array, mean_thumbnail: Any) -> Array:
+    """Compute the correlations [B] of thumbnails [B, 8, 8] with a mean thumbnail [8, 8]."""
     mean = np.asarray(mean_thumbnail, np.float64)
-    return np.einsum("bij,ij->b", thumbnails, mean / max(float(np.linalg.norm(mean)), 1e-6))
+    unit_mean = mean / max(float(np.linalg.norm(mean)), 1e-6)
+    return np.einsum("bij,ij->b", thumbnails, unit_mean)
 
 
 def _mean_quaternion(rotation: Array) -> Array:
-    """Average unit quaternions [N, 4], whatever their signs (Markley et al. 2007)."""
-    return np.linalg.eigh(rotation.T.astype(np.float64) @ rotation)[1][:, -1]
+    """Average unit quaternions [N, 4], whatever their signs (Markley et al. 2007).
+
+    The mean is the eigenvector of the sum of q qᵀ with the largest eigenvalue.
+    """
+    sum_of_outer_products = rotation.T.astype(np.float64) @ rotation  # [4, 4]
+    _, eigenvectors = np.linalg.eigh(sum_of_outer_products)  # in ascending order of eigenvalues
+    return eigenvectors[:, -1]
 
 
 def _is_gripper_opposite(batch: Mapping[str, Any]) -> Array:
-    """Return, for each step of a batch, whether its gripper is the opposite of its command."""
-    first_command = batch["action"][:, 0, 7]
+    """Return [B] whether each step's gripper opening is the opposite of its command."""
+    first_command = batch["action"][:, 0, 7]  # the gripper value of each chunk's first action
     return np.abs(first_command - batch["gripper"]) > OPPOSITE_OPENING
 
 
 def _compute_camera_shares(
     batches: Sequence[Mapping[str, Any]], cameras: Iterable[str]
 ) -> dict[str, float]:
+    """Compute camera → the share of steps that have its image."""
     shares = {}
     for camera in cameras:
         has_image = np.concatenate([batch["views"][camera] for batch in batches])
@@ -216,9 +254,11 @@ def _images_by_camera(batches: Sequence[Mapping[str, Any]]) -> dict[str, Array]:
     """Collect each camera's images [N, h, w, 3], without cameras that no step has."""
     images_by_camera = {}
     for camera in batches[0]["images"]:
-        images = np.concatenate(
-            [batch["images"][camera][batch["views"][camera]] for batch in batches]
-        )
+        images_per_batch = []
+        for batch in batches:
+            has_image = batch["views"][camera]  # [B] bool
+            images_per_batch.append(batch["images"][camera][has_image])
+        images = np.concatenate(images_per_batch)
         if len(images):
             images_by_camera[camera] = images
     return images_by_camera

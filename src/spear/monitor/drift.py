@@ -1,4 +1,8 @@
-"""The drift monitor of one policy: it checks each robot and reports each finding once."""
+"""The drift monitor of one policy: it checks each robot and reports each finding once.
+
+One policy may serve several robots. Each has its own `RobotMonitor`, and findings are reported once
+per robot.
+"""
 
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
@@ -11,13 +15,17 @@ from spear.monitor.motion import MAX_OPPOSITE_SHARE, FrozenCameraCheck, MotionCh
 from spear.monitor.observations import Finding, check_first_state, check_observations
 from spear.types import Array
 
-NUM_FIRST_OBSERVATIONS = 64  # of each robot, all of which are compared with training;
-OBSERVATION_INTERVAL = 16  # after them one in this many is compared
-MAX_ROBOTS = 1024  # of more robots, the one not heard from for longest is forgotten
+NUM_FIRST_OBSERVATIONS = 64  # each robot's first observations, all of which are compared
+OBSERVATION_INTERVAL = 16  # of the later observations, one in so many is compared with training
+MAX_ROBOTS = 1024  # with more, the robot whose last observation is oldest is forgotten
 
 
 class RobotMonitor:
-    """What the monitor remembers of one robot. `number` counts robots from 1."""
+    """What the monitor remembers of one robot.
+
+    Args:
+        number: counts robots from 1. Only messages about a second or later robot name the robot.
+    """
 
     def __init__(self, number: int = 1) -> None:
         self.message_prefix = f"robot {number}: " if number > 1 else ""
@@ -28,13 +36,12 @@ class RobotMonitor:
 
 
 class DriftMonitor:
-    """Reports what differs from training in the observations and the motions of the robots of a
-    policy.
-    """
+    """Reports how observations and motions of a policy's robots differ from the training data."""
 
     def __init__(self) -> None:
         self._reported_keys: set[str] = set()
-        self._robots: dict[Hashable, RobotMonitor] = {}  # the one heard from last is last
+        # Ordered by each robot's latest observation, the most recent one last.
+        self._robots: dict[Hashable, RobotMonitor] = {}
 
     def reset(self) -> None:
         """Begin a new run: commands that were sent before it no longer count."""
@@ -50,14 +57,14 @@ class DriftMonitor:
         pixels: Mapping[str, torch.Tensor],
         is_present: Mapping[str, Sequence[bool]],
     ) -> None:
-        """Check a batch of observations, each of any robot, and report what is found.
+        """Check a batch of observations, which may come from several robots, and report findings.
 
         Args:
             expected: the summary of the training data, if the policy has one.
-            observations: B observations; those of a server's robots have an attribute `robot`.
+            observations: B observations. Those that a server received have an attribute `robot`.
             states: [B, 8] states as `spear.types.Policy` has them.
             pixels: camera → [B, 3, h, w] uint8 images as the model sees them.
-            is_present: camera → [B], whether the observation has that camera.
+            is_present: camera → [B], whether each observation has that camera's image.
         """
         robots = _robots_of(observations)
         monitors = {}
@@ -70,6 +77,7 @@ class DriftMonitor:
             for camera in pixels:
                 if all(is_present[camera][row] for row in rows):
                     images[camera] = pixels[camera][rows].numpy()
+            # This check compares a single observation with the robot's previous one.
             if len(rows) == 1:
                 for finding in monitor.frozen_cameras.check(states[rows[0]], images):
                     self._report_finding(finding, monitor)
@@ -84,11 +92,12 @@ class DriftMonitor:
         for robot, chunk in zip(robots, chunks, strict=True):
             monitor = self._robots.get(robot)
             if monitor is not None:
-                is_only_chunk = robots.count(robot) == 1  # of several, any may be executed
+                # Of several chunks, the robot may execute any, so none of them can be checked.
+                is_only_chunk = robots.count(robot) == 1
                 monitor.motion.set_chunk(chunk if is_only_chunk else None)
 
     def report(self, key: str, message: str) -> None:
-        """Print a message, unless one with that key was printed before."""
+        """Print a message about the policy, unless one with that key was printed before."""
         if key not in self._reported_keys and notice(message):
             self._reported_keys.add(key)
 
@@ -105,8 +114,10 @@ class DriftMonitor:
     def _check_state(
         self, expected: TrainingDistribution | None, robot: Hashable, state: Array
     ) -> RobotMonitor:
-        """Check a robot's state [8], its first one against training and later ones against its
-        commands.
+        """Check a robot's state [8], and return the robot's monitor.
+
+        The first state is compared with training, every later state with the actions that the robot
+        was sent before.
         """
         is_new_robot = robot not in self._robots
         monitor = self._find_or_add_robot(robot)
@@ -114,7 +125,8 @@ class DriftMonitor:
             for finding in check_first_state(expected, state):
                 self._report_unlike_training(finding, monitor)
 
-        # Where training's own grippers do the opposite of their commands, a robot's may as well.
+        # If the grippers in the training data often do the opposite of their commands, the robot's
+        # gripper may do so, too, and is not reported.
         is_gripper_checked = (
             expected is not None and expected.opposite_gripper_share < MAX_OPPOSITE_SHARE / 2
         )
@@ -124,26 +136,32 @@ class DriftMonitor:
         return monitor
 
     def _find_or_add_robot(self, robot: Hashable) -> RobotMonitor:
-        """Return a robot's monitor, which now counts as the one heard from last."""
+        """Return a robot's monitor, and move it to the end of the order by latest observation."""
         monitor = self._robots.pop(robot, None)
         if monitor is None:
-            # None is not counted: it stands for a server's example at its start.
+            # None stands for the example that a server infers at its start. It is not counted.
             num_named_robots = len(self._robots.keys() - {None})
             monitor = RobotMonitor(num_named_robots + 1)
         self._robots[robot] = monitor
         if len(self._robots) > MAX_ROBOTS:
-            longest_unheard = next(iter(self._robots))
-            del self._robots[longest_unheard]
+            oldest_robot = next(iter(self._robots))
+            del self._robots[oldest_robot]
         return monitor
 
 
 def _is_due(num_observations: int, num_new: int) -> bool:
-    """Return whether the `num_new` observations counted last are compared with training."""
+    """Return whether the newest observations of a robot are compared with training.
+
+    Args:
+        num_observations: how many observations the robot sent in all.
+        num_new: how many of them are new.
+    """
     if num_observations <= NUM_FIRST_OBSERVATIONS:
         return True
+    # True if the count passed a multiple of the interval by the new observations.
     return num_observations % OBSERVATION_INTERVAL < num_new
 
 
 def _robots_of(observations: Sequence[Mapping[str, Any]]) -> list[Hashable]:
-    """Return who sent each observation, None where it does not say."""
+    """Return which robot sent each observation; None for an observation that names no robot."""
     return [getattr(observation, "robot", None) for observation in observations]

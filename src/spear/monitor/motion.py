@@ -1,4 +1,8 @@
-"""Checks of what one robot does with its commands, from one observation to the next."""
+"""Checks of whether one robot executes its actions, from one observation to the next.
+
+A robot is sent a chunk of H actions and executes some of them before it sends its next observation.
+How many it executes is unknown here.
+"""
 
 import zlib
 from collections.abc import Iterator, Mapping
@@ -9,25 +13,31 @@ from spear.monitor.distribution import OPPOSITE_OPENING
 from spear.monitor.observations import Finding
 from spear.types import Array
 
-FROZEN_DISTANCE_M = 0.05  # motion during which neither an image nor a state can stay the very same
-NUM_STEPS = 64  # observations from which a gripper or an arm is judged
-MAX_OPPOSITE_SHARE = 0.5  # more steps than this with the opposite opening: the gripper is inverted
-MAX_OVERSHOOT_RATIO = 1.5  # an arm that moved farther than its whole chunk times this,
-OVERSHOOT_MARGIN_M = 0.02  # plus this, was moved by somebody else, or is another arm
+FROZEN_DISTANCE_M = 0.05  # over a longer motion, neither images nor states can stay the very same
+NUM_STEPS = 64  # observations after which the gripper, and the axes of the motion, are judged
+MAX_OPPOSITE_SHARE = 0.5  # a gripper that is the opposite of more commands than this is inverted
+# An arm that moved farther than its longest possible path · ratio + margin did not move by its
+# actions: somebody else moved it, or the state is that of another arm.
+MAX_OVERSHOOT_RATIO = 1.5
+OVERSHOOT_MARGIN_M = 0.02
 MIN_MOTION_M = 0.003  # a shorter motion has no reliable direction
-MIN_AXES_GAIN = 0.4  # mean cosine by which other axes must explain the motion better
+MIN_AXES_GAIN = 0.4  # gain in the mean cosine above which other axes are reported
 
 
 class FrozenCameraCheck:
     """Finds a camera whose image stays the very same while the arm moves."""
 
     def __init__(self) -> None:
-        self._last_images: dict[
-            str, tuple[int, Array]
-        ] = {}  # camera → checksum, state when it came
+        # Camera → checksum of its latest image, and state [8] when that image first came.
+        self._last_images: dict[str, tuple[int, Array]] = {}
 
     def check(self, state: Array, images: Mapping[str, Array]) -> Iterator[Finding]:
-        """Check one observation: state [8] and camera → image as the model sees it."""
+        """Check one observation.
+
+        Args:
+            state: [8] state.
+            images: camera → image as the model sees it.
+        """
         for camera, pixels in images.items():
             checksum = zlib.crc32(pixels.data)
             last_checksum, last_state = self._last_images.get(camera, (None, state))
@@ -46,13 +56,24 @@ class FrozenStateCheck:
     """Finds a state that stays the very same although the arm is commanded to move."""
 
     def __init__(self) -> None:
-        self._commanded_m: float | np.floating = 0.0  # since the state last changed
+        # Length of the actions that were sent since the state last changed.
+        self._commanded_m: float | np.floating = 0.0
 
     def check(self, is_same_state: bool, chunk: Array) -> Iterator[Finding]:
-        """Check whether the state changed after the actions [H, 8] were sent."""
+        """Check whether the state changed after a chunk was sent.
+
+        Args:
+            is_same_state: whether the new state equals the state before the chunk.
+            chunk: [H, 8] the actions. Only the first one counts, because more may not have been
+                executed.
+        """
         previous_m = self._commanded_m
         first_action_m = np.linalg.norm(chunk[0, :3])
-        self._commanded_m = previous_m + first_action_m if is_same_state else 0.0
+        if is_same_state:
+            self._commanded_m = previous_m + first_action_m
+        else:
+            self._commanded_m = 0.0
+        # Report once, when the sum passes the limit.
         if previous_m <= FROZEN_DISTANCE_M < self._commanded_m:
             yield Finding(
                 "state",
@@ -65,12 +86,12 @@ class GripperCheck:
     """Finds a gripper that mostly does the opposite of its commands."""
 
     def __init__(self) -> None:
-        self._were_opposite: list[bool] = []
+        self._were_opposite: list[bool] = []  # one entry per compared opening
 
     def check(self, opening: float, chunk: Array) -> Iterator[Finding]:
-        """Check the opening that follows some of the actions [H, 8]."""
+        """Check the gripper opening after the robot executed some actions of a chunk [H, 8]."""
         commands = chunk[:, 7]
-        # If all commands are nearly equal, it does not matter which of them were executed.
+        # Only if all commands are nearly equal, it does not matter how many were executed.
         is_one_command = np.ptp(commands) < 0.5
         if not is_one_command or len(self._were_opposite) == NUM_STEPS:
             return
@@ -85,18 +106,25 @@ class GripperCheck:
 
 
 class MotionAxesCheck:
-    """Finds an arm that moves along other axes than those of its commands."""
+    """Finds an arm that moves along other axes than those of its commands.
+
+    For the direction d in which the arm moved and the direction c that was commanded, the outer
+    product d ⊗ c says which commanded axis led to which axis of the motion.
+    """
 
     def __init__(self) -> None:
-        self._direction_products: list[Array] = []  # [3, 3] each: moved ⊗ commanded direction
+        self._direction_products: list[Array] = []  # d ⊗ c, [3, 3] each
 
-    def check(self, moved: Array, paths: Array) -> Iterator[Finding]:
-        """Check the displacement [3] that follows some of the actions, whose sums are `paths` [H,
-        3] (m).
+    def check(self, displacement: Array, paths: Array) -> Iterator[Finding]:
+        """Check in which direction the arm moved.
+
+        Args:
+            displacement: [3] how far the arm moved between two observations, m.
+            paths: [H, 3] how far the first 1, 2, … H actions of the chunk lead, m.
         """
         if len(self._direction_products) == NUM_STEPS:
             return
-        product = self._direction_product(moved, paths)
+        product = self._direction_product(displacement, paths)
         if product is None:
             return
         self._direction_products.append(product)
@@ -109,33 +137,37 @@ class MotionAxesCheck:
             )
 
     @staticmethod
-    def _direction_product(moved: Array, paths: Array) -> Array | None:
-        """Multiply the direction of the motion with that of its command; None for hardly any
-        motion.
+    def _direction_product(displacement: Array, paths: Array) -> Array | None:
+        """Compute d ⊗ c [3, 3] of one motion; None if the arm hardly moved.
 
-        How many of the actions were executed is unknown: the path whose length is nearest is taken.
+        How many of the actions were executed is unknown. The path is assumed whose length is
+        nearest to the length of the motion.
         """
-        distance = np.linalg.norm(moved)
-        path_lengths = np.linalg.norm(paths, axis=1)
+        distance = np.linalg.norm(displacement)
+        path_lengths = np.linalg.norm(paths, axis=1)  # [H]
         nearest = np.abs(path_lengths - distance).argmin()
         if min(distance, path_lengths[nearest]) <= MIN_MOTION_M:
             return None
-        return np.outer(moved / distance, paths[nearest] / path_lengths[nearest])
+        return np.outer(displacement / distance, paths[nearest] / path_lengths[nearest])
 
     @staticmethod
     def _find_other_axes(mean_product: Array) -> str | None:
-        """Name the axes that explain the motion much better than x, y, z do; None if there are
-        none.
+        """Name the axes that explain the motion much better than x, y, z do; None if none do.
 
-        The best rotation or reflection is the solution of the orthogonal Procrustes problem.
+        The rotation or reflection R that turns commands best into motions maximizes the mean cosine
+        of d and R c (the orthogonal Procrustes problem). The singular value decomposition of the
+        mean of d ⊗ c gives R = U Vᵀ, and the sum of the singular values is that mean cosine. The
+        trace of the mean of d ⊗ c is the mean cosine without any rotation.
         """
-        left_vectors, gains, right_vectors = np.linalg.svd(mean_product)
-        if gains.sum() - np.trace(mean_product) <= MIN_AXES_GAIN:
+        left_vectors, singular_values, right_vectors = np.linalg.svd(mean_product)
+        best_cosine = singular_values.sum()
+        plain_cosine = np.trace(mean_product)
+        if best_cosine - plain_cosine <= MIN_AXES_GAIN:
             return None
-        best = left_vectors @ right_vectors
+        rotation = left_vectors @ right_vectors  # [3, 3]; column c: where commanded axis c leads
         names = []
-        for column, row in enumerate(np.abs(best).argmax(0)):
-            sign = "-" if best[row, column] < 0 else ""
+        for column, row in enumerate(np.abs(rotation).argmax(0)):
+            sign = "-" if rotation[row, column] < 0 else ""
             names.append(sign + "xyz"[row])
         return " ".join(names)
 
@@ -151,17 +183,17 @@ class MotionChecks:
         self._axes = MotionAxesCheck()
 
     def set_chunk(self, chunk: Array | None) -> None:
-        """Remember the actions [H, 8] of which the robot now executes some; None if they are
-        unknown.
+        """Remember the actions [H, 8] of which the robot now executes some; None if unknown.
 
-        They are copied, because the robot's program may invert its gripper in place.
+        The chunk is copied, because the robot's program may change it in place, for example to
+        invert the gripper values.
         """
         self._chunk = None if chunk is None else chunk.copy()
 
     def check(self, state: Array) -> list[Finding]:
-        """Compare the robot's state [8] with the actions that it was sent last."""
+        """Compare the robot's state [8] with the chunk that the robot was sent last."""
         chunk = self._chunk
-        moved = state[:3] - self._last_state[:3]
+        displacement = state[:3] - self._last_state[:3]
         is_same_state = bool((state == self._last_state).all())
         self._chunk = None
         self._last_state = state.copy()
@@ -169,10 +201,11 @@ class MotionChecks:
             return []
 
         findings = list(self._frozen_state.check(is_same_state, chunk))
-        paths = chunk[:, :3].cumsum(0, np.float64)
+        paths = chunk[:, :3].cumsum(0, np.float64)  # [H, 3] after 1, 2, … H actions
         longest_path_m = np.linalg.norm(paths, axis=1).max()
-        if np.linalg.norm(moved) > MAX_OVERSHOOT_RATIO * longest_path_m + OVERSHOOT_MARGIN_M:
+        max_distance_m = MAX_OVERSHOOT_RATIO * longest_path_m + OVERSHOOT_MARGIN_M
+        if np.linalg.norm(displacement) > max_distance_m:
             return findings
         findings += self._gripper.check(state[7], chunk)
-        findings += self._axes.check(moved, paths)
+        findings += self._axes.check(displacement, paths)
         return findings

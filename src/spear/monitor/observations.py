@@ -15,23 +15,26 @@ from spear.monitor.distribution import (
 )
 from spear.types import Array
 
-POSITION_MARGIN_M = 0.1  # a position this far beyond the range of training is reported
-ROTATION_MARGIN_RAD = np.pi / 4  # so is an orientation that is turned this much further
-MIN_COLOR_SPREAD = 3.0  # of 255: a smaller difference between colors is noise
-MIN_CORRELATION = 0.6  # a transformed image must be at least this similar to the mean image,
-MIN_CORRELATION_GAIN = 0.2  # and gain this much more by the transform than any image of training
+POSITION_MARGIN_M = 0.1  # added to the range of positions in training before one is reported
+ROTATION_MARGIN_RAD = np.pi / 4  # an orientation turned further than training by this is reported
+MIN_COLOR_SPREAD = 3.0  # of 255; a smaller difference between colors is noise
+# An image is reported as transformed if the transform makes its correlation with the mean image of
+# training at least this high, and increases it by more than that of any image of training plus a
+# margin.
+MIN_CORRELATION = 0.6
+MIN_CORRELATION_GAIN = 0.2
 
 
 class Finding(NamedTuple):
-    """One thing that a check found. Findings with the same key are reported once."""
+    """One difference that a check found. Findings with the same key are reported once."""
 
     key: str
     message: str
 
 
 def check_first_state(expected: TrainingDistribution, state: Array) -> Iterator[Finding]:
-    """Compare the gripper of a robot's first state [8] with the beginnings of the episodes of
-    training.
+    """Compare the gripper opening of a robot's first state [8] with that in which the episodes of
+    training begin.
     """
     opening = state[7]
     mean_opening = expected.mean_initial_opening
@@ -68,11 +71,14 @@ def check_observations(
 
 def check_positions(expected: TrainingDistribution, positions: Array) -> Iterator[Finding]:
     """Report each axis along which positions [B, 3] (m) lie far outside the range of training."""
-    limits = np.array([expected.min_position_m, expected.max_position_m])
-    distance_from_middle = np.abs(positions - limits.mean(0))
-    max_distance = 1.5 * np.ptp(limits, 0) + POSITION_MARGIN_M
-    for axis in np.flatnonzero(distance_from_middle.max(0) > max_distance):
-        farthest = positions[distance_from_middle[:, axis].argmax(), axis]
+    limits = np.array([expected.min_position_m, expected.max_position_m])  # [2, 3]
+    distance_from_middle = np.abs(positions - limits.mean(0))  # [B, 3]
+    # 1.5 ranges from the middle are one whole range beyond the limit.
+    max_distance = 1.5 * np.ptp(limits, 0) + POSITION_MARGIN_M  # [3]
+    is_axis_exceeded = distance_from_middle.max(0) > max_distance  # [3]
+    for axis in np.flatnonzero(is_axis_exceeded):
+        farthest_row = distance_from_middle[:, axis].argmax()
+        farthest = positions[farthest_row, axis]
         yield Finding(
             f"state {axis}",
             f"{'xyz'[axis]} is {farthest:.2f} m, training had {limits[0, axis]:.2f} … "
@@ -81,7 +87,9 @@ def check_positions(expected: TrainingDistribution, positions: Array) -> Iterato
 
 
 def check_rotations(expected: TrainingDistribution, rotations: Array) -> Iterator[Finding]:
-    """Report orientations [B, 4] that are turned much further than any of training."""
+    """Report orientations [B, 4] that are much farther from the mean orientation than any of
+    training.
+    """
     angles = quat_distance(torch.from_numpy(rotations), torch.tensor(expected.mean_rotation))
     max_angle = float(angles.max())
     if max_angle > expected.max_rotation_rad + ROTATION_MARGIN_RAD:
@@ -96,9 +104,7 @@ def check_rotations(expected: TrainingDistribution, rotations: Array) -> Iterato
 def check_color_order(
     expected: TrainingDistribution, camera: str, pixels: Array
 ) -> Iterator[Finding]:
-    """Report images [B, 3, h, w] that match the colors of training only with red and blue
-    exchanged.
-    """
+    """Report images [B, 3, h, w] whose colors match training only with red and blue exchanged."""
     mean_difference, std_difference = expected.red_minus_blue.get(camera, (0.0, 0.0))
     spread = max(std_difference, MIN_COLOR_SPREAD)
     red = pixels[:, 0].mean(dtype=np.float64)
@@ -114,16 +120,20 @@ def check_color_order(
 def check_image_transform(
     expected: TrainingDistribution, camera: str, pixels: Array
 ) -> Iterator[Finding]:
-    """Report images [B, 3, h, w] that are like those of training only when turned, flipped or
-    exchanged.
+    """Report images [B, 3, h, w] that match those of training better if a mistake is undone.
+
+    The mistakes are that images are turned or flipped, or that two cameras are exchanged.
     """
     if camera not in expected.mean_thumbnails:
         return
-    thumbnails = compute_thumbnails(pixels.mean(1, dtype=np.float32))
-    candidates = []
+    brightness = pixels.mean(1, dtype=np.float32)  # [B, h, w]
+    thumbnails = compute_thumbnails(brightness)
+    candidates = []  # (correlation, transform) of each transform that explains the images
     for match in match_transforms(thumbnails, camera, expected.mean_thumbnails):
         gain = (match.correlation - match.plain_correlation).mean()
-        max_gain = expected.max_mismatch[camera].get(match.transform, 2.0)  # 2: never reached
+        # 2 is the largest gain that two correlations (-1 … 1) allow, so that a transform without an
+        # entry is never reported.
+        max_gain = expected.max_mismatch[camera].get(match.transform, 2.0)
         if gain > max_gain + MIN_CORRELATION_GAIN:
             candidates.append((float(match.correlation.mean()), match.transform))
     if not candidates:
