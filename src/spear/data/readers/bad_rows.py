@@ -1,7 +1,9 @@
-"""Rows of a recording that cannot be used, and what was done about them.
+"""Finds and drops the rows of an episode that cannot be used, and counts these repairs.
 
-Some datasets contain rows of zeros, or poses that are no rotation. Such a row costs itself and the
-action of the row before, not the whole episode.
+A row is what a dataset recorded at one step: one number or image of each column. Some datasets
+contain rows of zeros, or rows whose orientation is not a rotation. A reader drops such a bad row
+and masks the action of the row before it, because that action would lead to the bad row. The rest
+of the episode remains usable.
 """
 
 import contextlib
@@ -16,7 +18,7 @@ from spear.data.readers.dataset_layout import RotationFormat
 from spear.data.readers.rotation_formats import find_rotations
 from spear.types import Array
 
-MIN_GOOD_SHARE = 0.5  # of an episode's rows; with fewer, the whole episode is refused
+MIN_GOOD_SHARE = 0.5  # if a smaller part of an episode's rows is good, the episode is refused
 
 
 @dataclass
@@ -32,7 +34,7 @@ class Repairs:
     num_clipped_readings: int = 0
 
     def add(self, repairs: "Repairs") -> None:
-        """Add the numbers of another part of the dataset."""
+        """Add the counts of another part of the dataset to these counts."""
         self.num_dropped_rows += repairs.num_dropped_rows
         self.num_clipped_readings += repairs.num_clipped_readings
 
@@ -42,7 +44,11 @@ _current_repairs: ContextVar[Repairs | None] = ContextVar("repairs", default=Non
 
 @contextlib.contextmanager
 def count_repairs() -> Iterator[Repairs]:
-    """Count the repairs of all episodes that are read in a `with` block."""
+    """Count the repairs of all episodes that are read in a `with` block.
+
+    Yields:
+        The counts, which grow while the block reads episodes.
+    """
     repairs = Repairs()
     token = _current_repairs.set(repairs)
     try:
@@ -61,15 +67,16 @@ def record_repairs(*, num_dropped_rows: int = 0, num_clipped_readings: int = 0) 
 def find_good_rows(rotation: Array, rotation_format: RotationFormat) -> Array:
     """Find the rows of an episode whose orientation is a rotation.
 
-    If more than half of the rows are bad, all are returned: the layout is wrong, or little of the
-    episode would be left, and what converts the orientations then refuses the episode.
+    If more than half of the rows are bad, the layout is probably wrong, or little of the episode
+    would remain. Then all rows are returned, and the conversion of their orientations to
+    quaternions refuses the episode.
 
     Args:
-        rotation: [T, d] recorded orientations.
-        rotation_format: Their format.
+        rotation: [T, d] recorded orientations; d depends on the format.
+        rotation_format: The format of the orientations.
 
     Returns:
-        [N] the numbers of the rows to use.
+        [N] the indices of the rows to use, ascending.
     """
     is_good = find_rotations(rotation, rotation_format)
     num_rows = len(is_good)
@@ -82,17 +89,18 @@ def find_good_rows(rotation: Array, rotation_format: RotationFormat) -> Array:
 
 
 def select_rows(columns: Mapping[str, Any], rows: Array, num_rows: int) -> Mapping[str, Any]:
-    """Select rows of all columns, nested ones too.
+    """Select the same rows of every column of an episode.
 
     Args:
-        columns: The columns of an episode.
-        rows: [N] the numbers of the rows to select.
+        columns: The columns of an episode: arrays, lists, or mappings of further columns.
+        rows: [N] the indices of the rows to select.
         num_rows: The number of rows of the episode. Columns of another length stay unchanged.
 
     Returns:
-        The selected rows; the columns themselves if these are all rows.
+        Columns of the selected rows, nested as in `columns`.
     """
-    if len(rows) == num_rows:
+    selects_all_rows = len(rows) == num_rows
+    if selects_all_rows:
         return columns
 
     selected: dict[str, Any] = {}
@@ -109,13 +117,17 @@ def select_rows(columns: Mapping[str, Any], rows: Array, num_rows: int) -> Mappi
 
 
 def mask_gaps(rows: Array) -> Array | None:
-    """Mask the steps whose next row was dropped, because their motion would span two rows.
+    """Mask the actions of rows whose next row was dropped.
+
+    The motion from such a row to the next remaining row takes more than one step, so it is no
+    action.
 
     Args:
-        rows: [T] the numbers of the rows that are left.
+        rows: [T] the indices of the rows that remain, ascending.
 
     Returns:
         [T] bool, False at the last row before each gap; None if there is no gap.
     """
-    leads_to_next_row = np.append(np.diff(rows) == 1, True)
-    return None if leads_to_next_row.all() else leads_to_next_row
+    is_followed_by_next_row = np.diff(rows) == 1  # [T - 1]
+    action_mask = np.append(is_followed_by_next_row, True)  # [T]; no row follows the last one
+    return None if action_mask.all() else action_mask

@@ -1,6 +1,7 @@
-"""Reading the columns of one episode, whatever format its dataset is in.
+"""Reads the columns of one episode, whatever format its dataset is in.
 
-A column is named by a path with an optional range of its last dimension: "observation/state[0:3]".
+A column has one row per step. It is named by its path in the nested columns, which may be followed
+by a range of its last dimension: "observation/state[0:3]". `source` always names the episode.
 """
 
 import re
@@ -15,14 +16,16 @@ from spear.types import CONTROL_CHARACTERS, Array
 from spear.util.images import encode_png
 
 Steps = Mapping[str, Any]
-"""The columns of an episode, nested: an array with the steps first, a list of bytes for images and
-texts, or a str that says why the column cannot be read."""
+"""The columns of an episode: name → column, or → a mapping of further columns. A column is an array
+whose first dimension is the step, a list of bytes (images or texts), or, if it cannot be read, a
+str that says why."""
 RawEpisodes = Iterator[tuple[str, Steps | SpearError]]
-"""(source, steps) of each episode of a dataset, or why the episode cannot be read."""
+"""(source, steps) of each episode of a dataset. If the episode cannot be read, an error replaces
+its steps."""
 
 _COLUMN = re.compile(r"^(?P<path>[^\[\]]+)(\[(?P<first>\d+)(:(?P<end>\d+))?\])?$")
-MIN_RAW_IMAGE_SIDE_PX = 8  # smaller arrays are measurements
-_DEPTH_PNG_HEADER = b"PNG\x10\x00"  # signature, 16 bits per channel, one channel
+MIN_RAW_IMAGE_SIDE_PX = 8  # smaller uint8 arrays are measurements, for example of touch
+_DEPTH_PNG_HEADER = b"PNG\x10\x00"  # signature, then 16 bits per channel, then one channel
 
 
 def read_column(steps: Steps, column: str, source: str) -> Any:
@@ -34,7 +37,7 @@ def read_column(steps: Steps, column: str, source: str) -> Any:
         source: The name of the episode, for error messages.
 
     Raises:
-        SpearError: If there is no such column; the message lists those that there are.
+        SpearError: If there is no such column. The message lists the columns that exist.
     """
     path, components = parse_column(column)
     values = _find_values(steps, path, column, source)
@@ -43,37 +46,43 @@ def read_column(steps: Steps, column: str, source: str) -> Any:
     if components is None:
         return values
 
-    if getattr(values, "ndim", 0) != 2 or values.shape[1] < components.stop:
+    is_matrix = getattr(values, "ndim", 0) == 2  # a list of images or texts has no `ndim`
+    if not is_matrix or values.shape[1] < components.stop:
         shape = getattr(values, "shape", "no array")
         raise SpearError(f"no column {column!r}: {source}: {path} is {shape}")
-    is_range = ":" in column[len(path) :]
+    brackets = column.removeprefix(path)  # "[0:3]" or "[6]"
+    is_range = ":" in brackets
     return values[:, components] if is_range else values[:, components.start]
 
 
 def _find_values(steps: Steps, path: str, column: str, source: str) -> Any:
-    """Follow a path through nested columns. The names themselves may contain slashes."""
+    """Follow a path through nested columns.
+
+    A name in `steps` may itself contain slashes, so several parts of the path may be one name.
+    """
     values: Any = steps
-    names = path.split("/")
-    while names:
-        name = _longest_prefix_in(values, names)
+    path_parts = path.split("/")
+    while path_parts:
+        name = _longest_prefix_in(values, path_parts)
         if name is None:
             known_names = "nothing below it"
             if isinstance(values, Mapping):
                 known_names = ", ".join(sorted(values))
             raise SpearError(
-                f"no column {column!r}: {source}: no {names[0]!r} (there is: {known_names})"
+                f"no column {column!r}: {source}: no {path_parts[0]!r} (there is: {known_names})"
             )
         values = values[name]
-        names = names[name.count("/") + 1 :]
+        num_used_parts = name.count("/") + 1
+        path_parts = path_parts[num_used_parts:]
     return values
 
 
-def _longest_prefix_in(values: Any, names: list[str]) -> str | None:
-    """Find the longest leading part of a path that is a key of `values`."""
+def _longest_prefix_in(values: Any, path_parts: list[str]) -> str | None:
+    """Find the longest leading part of a path that is a key of `values`; None if there is none."""
     if not isinstance(values, Mapping):
         return None
-    for count in range(len(names), 0, -1):
-        name = "/".join(names[:count])
+    for num_parts in range(len(path_parts), 0, -1):
+        name = "/".join(path_parts[:num_parts])
         if name in values:
             return name
     return None
@@ -88,7 +97,7 @@ def parse_column(column: str) -> tuple[str, slice | None]:
         return match["path"], None
 
     first = int(match["first"])
-    end = int(match["end"] or first + 1)
+    end = first + 1 if match["end"] is None else int(match["end"])
     return match["path"], slice(first, end)
 
 
@@ -102,7 +111,7 @@ def walk_columns(steps: Steps, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def count_steps(steps: Steps) -> int:
-    """Count the steps of an episode, by its first readable column."""
+    """Count the steps of an episode: the rows of its first readable column, or 0 without one."""
     for _, values in walk_columns(steps):
         if not isinstance(values, str):
             return len(values)
@@ -116,8 +125,8 @@ def read_numbers(steps: Steps, column: str, source: str) -> Array:
         [T] or [T, d] float64.
 
     Raises:
-        SpearError: If the column is missing or holds no numbers, or a number is not finite; the
-            message names the column and the step.
+        SpearError: If the column is missing, has no numbers, or has a number that is not finite.
+            The message names the column and the step.
     """
     try:
         values = np.asarray(read_column(steps, column, source), np.float64)
@@ -126,8 +135,9 @@ def read_numbers(steps: Steps, column: str, source: str) -> Array:
             f"no numbers in column {column!r}: {source}: name another column"
         ) from error
 
-    row_axes = tuple(range(1, values.ndim))
-    step = find_first(~np.isfinite(values).all(axis=row_axes))
+    axes_within_row = tuple(range(1, values.ndim))
+    is_finite = np.isfinite(values).all(axis=axes_within_row)  # [T]
+    step = find_first(~is_finite)
     if step is not None:
         raise SpearError(
             f"not a number: {source} step {step}: {column} is {values[step].tolist()}; "
@@ -137,13 +147,16 @@ def read_numbers(steps: Steps, column: str, source: str) -> Array:
 
 
 def read_text(steps: Steps, column: str, source: str) -> str:
-    """Read a column of texts whose rows are all the same, or empty.
+    """Read the one text that a column repeats in all rows; rows without text are ignored.
 
-    The rows may be bytes, texts, or Unicode code points padded with zeros.
+    A row may be bytes, a str, or an array of Unicode code points padded with zeros.
+
+    Returns:
+        The text; "" if all rows are empty.
 
     Raises:
-        SpearError: If the column holds anything else, such as numbers or images, or if the text
-            changes within the episode.
+        SpearError: If the column has anything but texts, such as images, or if the text changes
+            within the episode.
     """
     try:
         rows = read_column(steps, column, source)
@@ -160,7 +173,10 @@ def read_text(steps: Steps, column: str, source: str) -> str:
 
 
 def _find_distinct_texts(rows: Any) -> list[str]:
-    """Decode the rows that differ from each other, in order, without the empty ones."""
+    """Decode the rows of a text column, and list each text once, in order, without the empty one.
+
+    Most rows repeat the row before, so rows are compared before they are decoded.
+    """
     distinct_rows: dict[Any, Any] = {}
     for row in rows:
         key = row.tobytes() if isinstance(row, np.ndarray) else row
@@ -175,8 +191,11 @@ def _find_distinct_texts(rows: Any) -> list[str]:
 
 
 def _decode_text(row: Any) -> str:
-    """Decode one row of a text column. Raises ValueError for what holds control characters."""
-    if isinstance(row, np.ndarray) and row.dtype.kind in "iu":
+    """Decode one row of a text column.
+
+    Raises ValueError if the text has control characters, and TypeError if the row is no text.
+    """
+    if isinstance(row, np.ndarray) and row.dtype.kind in "iu":  # code points padded with zeros
         row = "".join(chr(int(code)) for code in row.reshape(-1) if code)
     text: str = row if isinstance(row, str) else bytes.decode(row, "utf-8", "replace")
     text = text.strip()
@@ -189,10 +208,11 @@ def read_encoded_images(steps: Steps, column: str, source: str) -> list[bytes]:
     """Read a column of images.
 
     Returns:
-        The encoded images. Raw pixels, uint8 [T, h, w, 3 or 4], are encoded as PNG.
+        One encoded image per step. Raw pixels, uint8 [T, h, w, 3 or 4], are encoded as PNG.
 
     Raises:
-        SpearError: If the column is missing or has anything else; the message says what it has.
+        SpearError: If the column is missing, or has anything but color images. For an array, the
+            message gives its type and shape.
     """
     values = read_column(steps, column, source)
     if are_raw_images(values):
@@ -204,8 +224,10 @@ def read_encoded_images(steps: Steps, column: str, source: str) -> list[bytes]:
             "or name another column."
         )
 
-    is_list = isinstance(values, list)
-    if not is_list or any(not isinstance(row, bytes) or is_depth_png(row) for row in values):
+    are_color_images = isinstance(values, list) and all(
+        isinstance(row, bytes) and not is_depth_png(row) for row in values
+    )
+    if not are_color_images:
         raise SpearError(f"no images in column {column!r}: {source}: name another column")
     encoded_images: list[bytes] = values
     return encoded_images
@@ -220,5 +242,7 @@ def are_raw_images(values: Any) -> bool:
 
 
 def is_depth_png(encoded: bytes) -> bool:
-    """Whether an encoded image is a PNG with one 16-bit channel, which holds depth, not colors."""
-    return encoded[1:4] + encoded[24:26] == _DEPTH_PNG_HEADER
+    """Whether an encoded image is a PNG with one 16-bit channel, which has depth and no colors."""
+    signature = encoded[1:4]  # the letters PNG
+    depth_and_color_type = encoded[24:26]  # bits per channel, and 0 for one gray channel
+    return signature + depth_and_color_type == _DEPTH_PNG_HEADER

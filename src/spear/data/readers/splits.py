@@ -1,4 +1,7 @@
-"""The split syntax of TFDS ("train[:20%]+val"), for every format that has named splits."""
+"""Parses the split syntax of TFDS, such as "train[:20%]+val", for datasets of any format.
+
+A split is a named part of a dataset. TFDS is TensorFlow Datasets.
+"""
 
 import re
 from collections.abc import Iterable, Mapping
@@ -11,7 +14,7 @@ _RANGE_TEXT = re.compile(r"^(?P<name>[\w-]+)(\[(?P<first>-?[\d_]+%?)?:(?P<end>-?
 
 
 class EpisodeRange(NamedTuple):
-    """The episodes `first` to `end` (exclusive) of a named split."""
+    """The episodes `first` to `end` (exclusive) of a named split, counted within the split."""
 
     split: str
     first: int
@@ -21,17 +24,17 @@ class EpisodeRange(NamedTuple):
 def parse_split(lengths: Mapping[str, int], split: str, dataset: str | Path) -> list[EpisodeRange]:
     """Parse TFDS split syntax into ranges of episodes.
 
-    Boundaries are rounded as TFDS rounds them, with one exception: -1 % of ten episodes selects no
-    episode here, whereas TFDS takes all ten.
+    Percentages are rounded to episodes as TFDS rounds them, with one exception: "train[-1%:]" of
+    ten episodes selects no episode here, whereas TFDS takes all ten.
 
     Args:
-        lengths: Split name to its number of episodes.
+        lengths: The name of each split → its number of episodes.
         split: For example "train", "train[:20%]", "train[5:]", "train[-3:]", "train+val[:50%]" or
             "all".
-        dataset: The dataset, for error messages.
+        dataset: The dataset's name or folder, for error messages.
 
     Returns:
-        The ranges in the order of the text.
+        The ranges in the order in which `split` names them.
 
     Raises:
         SpearError: If the text cannot be parsed, names an unknown split, reaches beyond the
@@ -49,8 +52,8 @@ def parse_split(lengths: Mapping[str, int], split: str, dataset: str | Path) -> 
             new_ranges = [_parse_range(range_text, lengths, split, dataset)]
         ranges.extend(new_ranges)
 
-    for index, current in enumerate(ranges):
-        if count_shared_episodes([current], ranges[:index]):
+    for index, episode_range in enumerate(ranges):
+        if count_shared_episodes([episode_range], ranges[:index]):
             raise SpearError(
                 f"split {split!r} has episodes of {dataset} twice: name each of them once"
             )
@@ -80,21 +83,28 @@ def _parse_range(
 
 
 def _mixes_units(first: str | None, end: str | None) -> bool:
-    """Whether one bound is a percentage and the other one a number of episodes."""
-    if not first or not end:
+    """Whether one bound is a percentage and the other bound a number of episodes."""
+    if first is None or end is None:
         return False
     return first.endswith("%") != end.endswith("%")
 
 
 def _resolve_bound(bound: str | None, default: int, total: int) -> int:
-    """Resolve a bound like 5, -3 or 20% to an episode number, which may be out of range."""
-    if not bound:
+    """Resolve a bound like "5", "-3" or "20%" to an episode number, which may be out of range.
+
+    Args:
+        bound: The text of the bound; None if the range leaves it open.
+        default: The episode number of an open bound.
+        total: The number of episodes of the split.
+    """
+    if bound is None:
         return default
 
     value = int(bound.removesuffix("%"))
     if bound.endswith("%"):
-        value = round(value * total / 100) if abs(value) <= 100 else total + 1
-    if bound.startswith("-"):
+        is_out_of_range = abs(value) > 100
+        value = total + 1 if is_out_of_range else round(value * total / 100)
+    if bound.startswith("-"):  # counted from the end
         value += total
     return value
 
@@ -108,5 +118,7 @@ def count_shared_episodes(
     for split, first, end in ranges:
         for other_split, other_first, other_end in other_ranges:
             if split == other_split:
-                num_shared += max(0, min(end, other_end) - max(first, other_first))
+                overlap_first = max(first, other_first)
+                overlap_end = min(end, other_end)
+                num_shared += max(0, overlap_end - overlap_first)
     return num_shared

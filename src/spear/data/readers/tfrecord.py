@@ -1,11 +1,13 @@
-"""TFRecord files and the `tf.train.Example` messages in them, read without TensorFlow.
+"""Reads TFRecord files and the `tf.train.Example` messages in them, without TensorFlow.
 
-A record consists of its length (uint64), the masked CRC32C of the length, its bytes and the masked
-CRC32C of the bytes, all little endian. An Example is a protobuf map from a name to a list of bytes,
-floats or integers.
+A record consists of a header (the length of its body as uint64, and the masked CRC32C of these
+eight bytes), its body, and the masked CRC32C of the body, all little endian. The body is a
+serialized Example: a protobuf map from the name of a feature to a list of bytes, floats or
+integers.
 """
 
 import functools
+import os
 import struct
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,30 +20,33 @@ from spear.types import Array
 from spear.util.files import LFS_POINTER_ADVICE, LFS_POINTER_PROBLEM, is_lfs_pointer
 
 Feature = list[bytes] | Array
-"""The values of one feature, flat: bytes, float32 [n] or int64 [n]."""
+"""The flat values of one feature: a list of bytes, or an array [n] of float32 or int64."""
 
-HEADER_BYTES = 12  # length and its checksum
+HEADER_BYTES = 12  # the length (8) and its checksum (4)
 CHECKSUM_BYTES = 4
 UNLISTED_RECORD = "dataset_info.json does not know of it"
-CRC_MASK_DELTA = 0xA282EAD8  # of the TFRecord format
+CRC_MASK_DELTA = 0xA282EAD8  # added to every CRC32C, as the TFRecord format prescribes
 NUMBER_DTYPES = {"float_list": np.float32, "int64_list": np.int64}
+"""The kind of a feature in an Example → the type of its values."""
 
 
 def read_records(
     path: Path, start: int, stop: int, num_expected: int | None = None
 ) -> Iterator[tuple[int, bytes | SpearError]]:
-    """Read and check some records of a file.
+    """Read and check the records `start` to `stop` (exclusive) of a file.
 
     Args:
         path: The TFRecord file.
-        start: The first record to read. Records before it are skipped without reading them.
-        stop: The record after the last one to read.
-        num_expected: The number of records that the dataset's metadata name for this file.
+        start: The index of the first record to read. The bodies of records before it are skipped.
+        stop: The index after the last record to read.
+        num_expected: The number of records that the dataset's metadata state for this file; None
+            if they state none.
 
     Yields:
-        (index, bytes) of each record. A record whose checksum is wrong yields a SpearError that
-        names file and record, in place of the bytes. So do all records behind a broken length or
-        the file's end, and the first record beyond `num_expected`.
+        (index, body) of each record. A SpearError that names file and record replaces the body of
+        a record whose checksum is wrong, of the record whose length is broken, and of all records
+        behind that one or behind the file's end. If the file has more than `num_expected` records,
+        an error for the first of these is yielded as well.
 
     Raises:
         SpearError: If the file cannot be opened.
@@ -63,15 +68,16 @@ def _read_records(
         header = file.read(HEADER_BYTES)
         reason = _find_header_error(header, file_bytes - file.tell())
         if reason:
+            # Without the length of this record, nobody knows where the records behind it begin.
             first_lost = max(start, index)
-            for lost in range(first_lost, stop):
-                lost_reason = reason if lost == index else "it is behind a broken one"
-                yield lost, _broken_record(path, lost, lost_reason)
+            for lost_index in range(first_lost, stop):
+                lost_reason = reason if lost_index == index else "it is behind a broken one"
+                yield lost_index, _broken_record(path, lost_index, lost_reason)
             return
 
         length = _record_length(header)
         if index < start:
-            file.seek(length + CHECKSUM_BYTES, 1)
+            file.seek(length + CHECKSUM_BYTES, os.SEEK_CUR)
             continue
 
         body = file.read(length)
@@ -81,11 +87,13 @@ def _read_records(
         else:
             yield index, _broken_record(path, index, "its checksum does not match")
 
-    if stop == num_expected and file.tell() < file_bytes:
+    has_more_records = file.tell() < file_bytes
+    if stop == num_expected and has_more_records:
         yield stop, _broken_record(path, stop, UNLISTED_RECORD)
 
 
 def _broken_record(path: Path, index: int, reason: str) -> SpearError:
+    """The error for a record that cannot be read, with the cure that fits the reason."""
     if is_lfs_pointer(path):
         return SpearError(f"{path} record {index}: {LFS_POINTER_PROBLEM}. {LFS_POINTER_ADVICE}")
     cure = "Delete the file, and download it anew; its download broke off or was damaged."
@@ -95,19 +103,23 @@ def _broken_record(path: Path, index: int, reason: str) -> SpearError:
 
 
 def read_checksums(path: Path) -> bytes:
-    """Read the lengths and checksums of a file's records, which identify the file."""
+    """Read the headers and checksums of a file's records, which identify the file's contents.
+
+    Reading stops at the first header that is broken.
+    """
     checksums: list[bytes] = []
     file_bytes = path.stat().st_size
     with open(path, "rb") as file:
         header = file.read(HEADER_BYTES)
         while not _find_header_error(header, file_bytes - file.tell()):
-            file.seek(_record_length(header), 1)
+            file.seek(_record_length(header), os.SEEK_CUR)
             checksums.append(header + file.read(CHECKSUM_BYTES))
             header = file.read(HEADER_BYTES)
     return b"".join(checksums)
 
 
 def _record_length(header: bytes) -> int:
+    """Decode the number of bytes of a record's body."""
     return int(struct.unpack("<Q", header[:8])[0])
 
 
@@ -115,7 +127,7 @@ def _find_header_error(header: bytes, num_bytes_left: int) -> str:
     """Say what is wrong with the header of a record, or "" if the record can be read.
 
     Args:
-        header: The bytes of the header, fewer than `HEADER_BYTES` at the file's end.
+        header: The bytes of the header; fewer than `HEADER_BYTES` if the file ended.
         num_bytes_left: How many bytes the file has behind the header.
     """
     if len(header) < HEADER_BYTES:
@@ -132,16 +144,20 @@ def _find_header_error(header: bytes, num_bytes_left: int) -> str:
 
 
 def _masked_crc(data: bytes) -> int:
+    """Compute the checksum of the TFRecord format: the CRC32C rotated by 15 bits, plus a constant.
+
+    The format masks CRCs so that a CRC of bytes which contain a CRC stays a good checksum.
+    """
     from crc32c import crc32c
 
     crc = crc32c(data)
     rotated = (crc >> 15) | (crc << 17)
-    return (rotated + CRC_MASK_DELTA) & 0xFFFFFFFF
+    return (rotated + CRC_MASK_DELTA) & 0xFFFFFFFF  # the sum modulo 2³²
 
 
 @functools.cache
 def load_example_class() -> Any:
-    """Load the class of `tf.train.Example` messages from its published description."""
+    """Make the class of `tf.train.Example` messages from its published protobuf description."""
     from google.protobuf import descriptor_pb2, descriptor_pool, message_factory, text_format
 
     description = Path(__file__).with_name("example.textproto").read_text("utf-8")
@@ -157,7 +173,7 @@ def parse_example(data: bytes) -> dict[str, Feature]:
         data: The bytes of one record.
 
     Returns:
-        Feature name to its flat values.
+        The name of each feature → its flat values.
 
     Raises:
         ValueError: If the bytes are not an Example.
@@ -172,7 +188,7 @@ def parse_example(data: bytes) -> dict[str, Feature]:
     features: dict[str, Feature] = {}
     for name, feature in message_features.items():
         kind = feature.WhichOneof("kind")
-        # A feature without values has no kind.
+        # `kind` is None for a feature without values.
         values = getattr(feature, kind).value if kind else []
         if kind in NUMBER_DTYPES:
             features[name] = np.array(values, NUMBER_DTYPES[kind])

@@ -1,4 +1,4 @@
-"""Reading and writing videos with PyAV."""
+"""Reads and writes videos with PyAV, Python's interface to FFmpeg."""
 
 import os
 from collections.abc import Iterator
@@ -15,11 +15,12 @@ from spear.util.files import advise_on_read_error, refuse_lfs_pointer
 
 ENCODER = "libsvtav1"
 ENCODER_OPTIONS = {"crf": "30", "g": "2", "preset": "10", "svtav1-params": "lp=1"}
-"""LeRobot's settings: a key frame every second frame. One thread makes the bytes reproducible."""
-MIN_SIDE_PX = 64  # of AV1
+"""LeRobot's settings, with a key frame every second frame ("g"), and one thread ("lp"), which makes
+the bytes reproducible."""
+MIN_SIDE_PX = 64  # the smallest height or width that the AV1 encoder accepts
 COLOR_SPACES_WITHOUT_MATRIX = (0, 2)  # FFmpeg's numbers of RGB and of "not specified"
-LIMITED_RANGE = 1  # FFmpeg's number
-FULL_RANGE = 2  # FFmpeg's number
+LIMITED_RANGE = 1  # FFmpeg's number of color values 16 … 235
+FULL_RANGE = 2  # FFmpeg's number of color values 0 … 255
 
 
 @contextmanager
@@ -27,7 +28,8 @@ def open_video(path: str | Path) -> Iterator[tuple[Any, Any]]:
     """Open PyAV's container and stream of a video.
 
     Raises:
-        SpearError: If the file is missing or broken; also within the context, where it breaks off.
+        SpearError: If the file is missing or broken. If the file breaks off later, the error is
+            raised in the `with` block, where frames are read.
     """
     av = import_optional("av", "data", "a video")
     try:
@@ -61,24 +63,26 @@ def read_frames(path: Path, start_s: float, end_s: float) -> Iterator[tuple[floa
 def to_rgb(frame: Any, width_px: int | None = None) -> Array:
     """Convert a frame of PyAV to [h, w, 3] uint8 RGB by the color space that the video names.
 
-    PyAV before 17 ignores the matrix of the color space (BT.709 of every HD camera) unless the
-    ranges of source and target differ. They do here; the range of the target means nothing for RGB.
+    The color space names the matrix that converts YUV to RGB, for example BT.709 for every HD
+    camera. PyAV before 17 ignores this matrix unless the color ranges of source and target differ.
+    So the target's range, which means nothing for RGB, is set to the range that the source does
+    not have.
 
     Args:
         frame: The frame.
-        width_px: The width of the result; None for that of the frame.
+        width_px: The width of the result; None for the width of the frame.
     """
-    ranges: dict[str, int] = {}
+    color_ranges: dict[str, int] = {}
     if frame.colorspace not in COLOR_SPACES_WITHOUT_MATRIX:
-        is_full = frame.color_range == FULL_RANGE
-        ranges["src_color_range"] = FULL_RANGE if is_full else LIMITED_RANGE
-        ranges["dst_color_range"] = LIMITED_RANGE if is_full else FULL_RANGE
-    pixels: Array = frame.to_ndarray(format="rgb24", width=width_px, **ranges)
+        is_full_range = frame.color_range == FULL_RANGE
+        color_ranges["src_color_range"] = FULL_RANGE if is_full_range else LIMITED_RANGE
+        color_ranges["dst_color_range"] = LIMITED_RANGE if is_full_range else FULL_RANGE
+    pixels: Array = frame.to_ndarray(format="rgb24", width=width_px, **color_ranges)
     return pixels
 
 
 class VideoWriter:
-    """Writes an AV1 video in an MP4 file, with the settings of LeRobot.
+    """Writes an AV1 video to an MP4 file, with the settings of LeRobot.
 
     The file is complete when the writer is closed.
 
@@ -100,7 +104,7 @@ class VideoWriter:
             )
 
         path.parent.mkdir(parents=True, exist_ok=True)
-        os.environ.setdefault("SVT_LOG", "1")  # the encoder prints its settings otherwise
+        os.environ.setdefault("SVT_LOG", "1")  # keeps the encoder from printing its settings
         self.num_frames = 0
         self.num_bytes = 0
         self._container = av.open(str(path), "w", format="mp4")
@@ -114,12 +118,15 @@ class VideoWriter:
     def write(self, image: Array) -> None:
         """Append a frame [h, w, 3] uint8 RGB."""
         frame = self._make_frame(np.ascontiguousarray(image), format="rgb24")
+        # The first frame starts the encoder's threads.
         starts_encoder = self.num_frames == 0
         with _keep_scheduling() if starts_encoder else nullcontext():
-            self._mux(self._stream.encode(frame))
+            packets = self._stream.encode(frame)
+            self._mux(packets)
         self.num_frames += 1
 
     def _mux(self, packets: Any) -> None:
+        """Write encoded packets to the file. The encoder may hold frames back and give none."""
         self.num_bytes += sum(packet.size for packet in packets)
         self._container.mux(packets)
 
@@ -132,10 +139,10 @@ class VideoWriter:
 
 @contextmanager
 def _keep_scheduling() -> Iterator[None]:
-    """Give all threads of the process the scheduling that the calling one has now (Linux).
+    """After the `with` block, restore the scheduling that the calling thread had before (Linux).
 
-    SVT-AV1, started by root, makes its own threads and its caller real-time ones. Nothing else
-    would run then.
+    All threads of the process get this scheduling. The reason is SVT-AV1: if root starts it, it
+    makes its own threads and the calling thread real-time threads, and no other process would run.
     """
     if not hasattr(os, "sched_setscheduler"):
         yield
