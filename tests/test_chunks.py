@@ -1,5 +1,8 @@
-"""Executing action chunks: k of H actions, no jump at the seam, care for the gripper; and the
-pilot."""
+"""Executing action chunks: the three execution modes of `ChunkExecutor`, and the `Pilot`.
+
+The tests give chunks to an executor and look at the actions that it returns tick by tick. Most
+chunks are those of `make_chunk`, whose translations along x, in mm, identify their actions.
+"""
 
 import math
 import threading
@@ -20,9 +23,9 @@ from spear.types import Array
 
 
 def make_chunk(first_mm: float, horizon: int = 5, turn: Sequence[float] = (0, 0, 0)) -> Array:
-    """Actions that move by first_mm, first_mm + 1, … along x and turn by the rotation vector each.
+    """A chunk [horizon, 8] that moves along x by first_mm, first_mm + 1, first_mm + 2, … mm.
 
-    The gripper is closed.
+    Each action also rotates by the rotation vector `turn` (rad). The gripper is closed (0).
     """
     actions = np.zeros((horizon, 8))
     actions[:, 0] = 0.001 * (first_mm + np.arange(horizon))
@@ -31,15 +34,23 @@ def make_chunk(first_mm: float, horizon: int = 5, turn: Sequence[float] = (0, 0,
 
 
 def make_policy(answer: Callable[[Mapping[str, Any]], Array]) -> Any:
-    """A policy that answers an observation with the chunk of this function."""
+    """A policy whose chunk for an observation is `answer(observation)`."""
     return SimpleNamespace(infer=lambda observation: {"actions": answer(observation)})
 
 
 def drive(
     executor: ChunkExecutor, num_ticks: int, delay: int = 0, **chunk_options: Any
 ) -> tuple[list[int], list[Array]]:
-    """Run a policy whose chunk at tick t moves by t, t + 1, … mm; the ticks of inference and the
-    actions."""
+    """Run the executor with a policy whose chunk at tick t moves by t, t + 1, t + 2, … mm.
+
+    So this policy's chunks agree with each other: action number t of all chunks moves by t mm.
+
+    Args:
+        delay: number of ticks from an observation to the arrival of its chunk.
+
+    Returns:
+        The ticks at which the executor asked for a chunk, and the action of each tick.
+    """
     inference_ticks = []
     actions = []
     for tick in range(num_ticks):
@@ -51,10 +62,12 @@ def drive(
 
 
 def execute(executor: ChunkExecutor, num_ticks: int) -> list[Array]:
+    """The executor's actions in the next ticks."""
     return [executor.next_action() for _ in range(num_ticks)]
 
 
 def x_mm(actions: Sequence[Array]) -> list[float]:
+    """How far each action moves along x, in mm."""
     return [round(1000 * float(action[0]), 3) for action in actions]
 
 
@@ -63,6 +76,7 @@ def total_translation(actions: Sequence[Array]) -> Array:
 
 
 def total_rotation(actions: Sequence[Array]) -> Rotation:
+    """The rotation by all actions, one after the other."""
     rotations = [Rotation.from_quat(action[3:7], scalar_first=True) for action in actions]
     return math.prod(rotations, start=Rotation.identity())
 
@@ -86,6 +100,7 @@ def test_sync_stands_still_while_it_waits_for_a_chunk() -> None:
     inference_ticks, actions = drive(executor, 8, delay=2)
 
     assert inference_ticks == [0, 4]
+    # Two ticks without motion, the actions 0 and 1 mm, two ticks without motion, and 4 and 5 mm.
     assert x_mm(actions) == [0, 0, 0, 1, 0, 0, 4, 5]
 
 
@@ -103,7 +118,7 @@ def test_without_actions_the_gripper_stays_as_last_commanded() -> None:
 
     actions = execute(executor, 2)
 
-    assert actions[1][7] == 0.25
+    assert actions[1][7] == 0.25  # the second tick has no action: the chunk has only one
 
 
 # async: when it observes
@@ -117,9 +132,10 @@ def test_async_moves_on_while_the_next_chunk_is_computed(delay: int) -> None:
     for action in actions_after_first_chunk[1:]:
         assert action[:3].any()
     assert len(inference_ticks) >= 14 // 5
-    # The policy foresees its own steps, so that chunks agree wherever they overlap.
-    steps = np.diff([action[0] for action in actions_after_first_chunk[:5]])
-    np.testing.assert_allclose(steps, 0.001, atol=1e-7)
+    # The policy's chunks agree, so joining changes nothing: each action is 1 mm longer than the
+    # one before.
+    increases_m = np.diff([action[0] for action in actions_after_first_chunk[:5]])
+    np.testing.assert_allclose(increases_m, 0.001, atol=1e-7)
 
 
 @pytest.mark.parametrize("delay", [1, 2])
@@ -143,8 +159,11 @@ def test_without_delay_async_does_the_same_as_sync(replan_interval: int) -> None
 
 @pytest.fixture
 def seam() -> tuple[list[Array], Array]:
-    """The actions from a new chunk's observation on, two of them by the chunk before it; and the
-    chunk."""
+    """Five actions across the seam between two chunks, and the new chunk.
+
+    The five actions are all that follow the observation of the new chunk. The first two are still
+    the old chunk's, because the new chunk arrives two ticks after its observation.
+    """
     executor = ChunkExecutor("async", replan_interval=3)
     old_chunk = make_chunk(10, turn=(0, 0, 0.3))
     new_chunk = make_chunk(0, turn=(0.05, 0, 0))
@@ -175,12 +194,16 @@ def test_async_makes_up_for_the_difference_in_equal_steps(seam: tuple[list[Array
 
     corrections = joined_x - new_chunk[2:, 0]
 
-    assert corrections[0] < 0  # it went too far while it waited
+    # While the new chunk was computed, the old one moved by 13 + 14 mm instead of 0 + 1 mm.
+    assert corrections[0] < 0
     np.testing.assert_allclose(corrections, corrections[0], atol=1e-7)
 
 
 def test_async_makes_up_for_a_rotation_in_equal_parts() -> None:
-    """The new chunk turns about x while the arm turns about z, and goes straight from there."""
+    """While two actions of the old chunk turn about z, the new chunk wanted to turn about x.
+
+    The new chunk's last three actions do not turn, so all rotation in them is the correction.
+    """
     executor = ChunkExecutor("async", replan_interval=3)
     new_chunk = make_chunk(0)
     new_chunk[:2, 3:7] = make_chunk(0, turn=(0.5, 0, 0))[0, 3:7]
@@ -192,12 +215,13 @@ def test_async_makes_up_for_a_rotation_in_equal_parts() -> None:
     rotations = [action[3:7] for action in execute(executor, 3)]
 
     np.testing.assert_allclose(rotations[1:], rotations[:2], atol=1e-6)
-    assert rotations[0][0] < 0.99
+    assert rotations[0][0] < 0.99  # the quaternion's real part; it is 1 without rotation
 
 
 def test_the_difference_is_made_up_for_before_the_gripper_closes() -> None:
     executor = ChunkExecutor("async")
-    with_open_gripper = make_chunk(10) + np.eye(8)[7]
+    with_open_gripper = make_chunk(10)
+    with_open_gripper[:, 7] = 1
     closes_at_fourth = make_chunk(0)
     closes_at_fourth[:3, 7] = 1
 
@@ -206,6 +230,8 @@ def test_the_difference_is_made_up_for_before_the_gripper_closes() -> None:
     executor.add_chunk(closes_at_fourth, observed_tick=0, arrival_tick=1)
     actions += execute(executor, 4)
 
+    # The gripper is open until now. The five actions together have moved as far as the new chunk's
+    # three actions before the one that closes the gripper, so the offset is gone before it closes.
     assert [action[7] for action in actions] == [1] * 5
     np.testing.assert_allclose(
         total_translation(actions), closes_at_fourth[:3, :3].sum(0), atol=1e-7
@@ -216,6 +242,10 @@ def test_the_difference_is_made_up_for_before_the_gripper_closes() -> None:
 def test_making_up_for_the_difference_is_no_faster_than_the_chunks(
     delay: int, closing_index: int
 ) -> None:
+    """The new chunk goes back while the robot goes forth, so the offset is large.
+
+    The new chunk arrives after `delay` ticks, and its action `closing_index` closes the gripper.
+    """
     executor = ChunkExecutor("async")
     forth = make_chunk(0, turn=(0, 0, 0.2))
     forth[:, 0] = 0.05
@@ -231,9 +261,10 @@ def test_making_up_for_the_difference_is_no_faster_than_the_chunks(
 
     x_m = np.stack(actions)[:, 0]
     rotations = Rotation.from_quat(np.stack(actions)[:, 3:7], scalar_first=True)
+    # All actions of both chunks move by 0.05 m and turn by 0.2 rad; the rest is rounding.
     assert np.abs(x_m).max() <= 0.0501
     assert rotations.magnitude().max() <= 0.201
-    # The gripper closes where the policy wanted it to.
+    # The gripper closes where the new chunk wanted it to.
     until_closed = [action[7] for action in actions].index(0) + 1
     wanted_x_m = back[: closing_index + 1, 0].sum()
     wanted_turn_rad = -0.2 * (closing_index + 1)
@@ -246,9 +277,15 @@ def test_making_up_for_the_difference_is_no_faster_than_the_chunks(
 
 
 def drive_to_closing_at_80_mm(delay: int) -> tuple[Array, Array]:
-    """A policy that moves by 10 mm per action and closes the gripper at 80 mm, wherever it is.
+    """Run a policy that moves by 10 mm per action and closes the gripper at 80 mm.
 
-    Returns the motion of each tick, mm, and whether the gripper is closed.
+    The policy computes from the observed position which action of its chunk closes the gripper.
+
+    Args:
+        delay: number of ticks from an observation to the arrival of its chunk.
+
+    Returns:
+        Of each tick, the motion in mm and whether the gripper is closed.
     """
     executor = ChunkExecutor("async")
     actions: list[Array] = []
@@ -257,7 +294,9 @@ def drive_to_closing_at_80_mm(delay: int) -> tuple[Array, Array]:
             position_mm = sum(x_mm(actions))
             chunk = make_chunk(10)
             chunk[:, 0] = 0.01
-            chunk[:, 7] = position_mm + 10 * np.arange(5) < 75
+            positions_before_mm = position_mm + 10 * np.arange(5)  # before each action
+            is_open = positions_before_mm < 75  # 80, less half an action for rounding
+            chunk[:, 7] = is_open
             executor.add_chunk(chunk, arrival_tick=tick + delay)
         actions.append(executor.next_action())
     is_closed = np.array([action[7] < 0.5 for action in actions])
@@ -270,8 +309,9 @@ def test_async_closes_the_gripper_once_and_where_the_policy_wants_it(delay: int)
     closing_tick = int(is_closed.argmax())
 
     assert is_closed[closing_tick:].all()
+    # The gripper acts with an action of 10 mm: half an action of tolerance, and rounding.
     assert moved_mm[:closing_tick].sum() == pytest.approx(80, abs=6)
-    assert (moved_mm[delay:] > 0).all()
+    assert (moved_mm[delay:] > 0).all()  # no motion only before the first chunk
 
 
 @pytest.mark.parametrize("delay", [0, 1, 2])
@@ -279,10 +319,13 @@ def test_async_goes_slowly_before_the_gripper_closes_and_only_there(delay: int) 
     moved_mm, is_closed = drive_to_closing_at_80_mm(delay)
     closing_tick = int(is_closed.argmax())
 
+    # A slow action takes 1 + delay ticks instead of one.
     is_slow = np.isclose(moved_mm, 10 / (1 + delay), atol=0.01)
     assert is_slow[closing_tick - 1 - delay : closing_tick].all()
+    # All other ticks move by a whole action, except those before the first chunk.
     np.testing.assert_allclose(moved_mm[~is_slow][delay:], 10)
     if delay:
+        # At most NUM_SLOW_ACTIONS = 2 slow actions, and one tick of tolerance.
         assert is_slow.sum() <= 2 * (1 + delay) + 1
 
 
@@ -295,13 +338,14 @@ def test_a_chunk_from_before_the_gripper_closed_is_dropped() -> None:
 
     executor.add_chunk(closes_at_third)
     actions = execute(executor, 2)
+    # Observed at the beginning of tick 2, in which the gripper closes.
     executor.add_chunk(stays_open, arrival_tick=3)
     actions += execute(executor, 2)
     assert executor.needs_chunk()
     executor.add_chunk(stays_open, observed_tick=2, arrival_tick=4)
     actions += execute(executor, 1)
 
-    np.testing.assert_array_equal(actions, closes_at_third)
+    np.testing.assert_array_equal(actions, closes_at_third)  # `stays_open` was never executed
 
 
 def test_rather_no_motion_than_a_chunk_from_before_the_gripper_closed() -> None:
@@ -315,7 +359,7 @@ def test_rather_no_motion_than_a_chunk_from_before_the_gripper_closed() -> None:
     executor.add_chunk(stays_open, observed_tick=0)
     action = executor.next_action()
 
-    assert action[[0, 7]].tolist() == [0, 0]
+    assert action[[0, 7]].tolist() == [0, 0]  # no motion, and the gripper is still closed
 
 
 def test_a_chunk_from_after_the_gripper_closed_may_open_it() -> None:
@@ -341,7 +385,8 @@ def test_async_goes_on_although_the_gripper_is_to_open_or_close_at_every_action(
             executor.add_chunk(chunk, arrival_tick=tick + 1)
         executor.next_action()
 
-    assert sum(step is not None for step in executor._executed) > 40 // 3
+    num_ticks_with_motion = sum(step is not None for step in executor._executed)
+    assert num_ticks_with_motion > 40 // 3
 
 
 # rtc
@@ -354,7 +399,8 @@ def test_rtc_commits_what_is_executed_until_the_chunk_arrives(delay: int) -> Non
     for tick in range(12):
         if executor.needs_chunk():
             committed = executor.committed_actions().get("committed", np.zeros((0, 8), np.float32))
-            chunk = make_chunk(50 * tick + 25, turn=(0, 0.01 * tick, 0))  # unlike the one before
+            # Each chunk differs from the one before in all actions that are not committed.
+            chunk = make_chunk(50 * tick + 25, turn=(0, 0.01 * tick, 0))
             chunk[: len(committed)] = committed
             inference_ticks.append(tick)
             prefixes.append(committed)
@@ -362,9 +408,13 @@ def test_rtc_commits_what_is_executed_until_the_chunk_arrives(delay: int) -> Non
             executor.add_chunk(chunk, arrival_tick=tick + delay)
         actions.append(executor.next_action())
 
-    earliest = max(delay, 1)
-    assert inference_ticks == [0, *range(earliest, 12, earliest)]
+    # The executor asks for the next chunk as soon as the one before has arrived.
+    inference_interval = max(delay, 1)
+    assert inference_ticks == [0, *range(inference_interval, 12, inference_interval)]
+    # It stands still only before the first chunk.
     assert [mm == 0 for mm in x_mm(actions)] == [True] * delay + [False] * (12 - delay)
+    # From the observation of a chunk until the next chunk arrives, twice the delay, the robot
+    # executes that chunk's actions: first its committed prefix, then the actions after it.
     for tick, prefix, chunk in zip(inference_ticks[1:], prefixes[1:], chunks[1:], strict=True):
         assert len(prefix) == delay
         executed = actions[tick : tick + max(2 * delay, 1)]
@@ -372,7 +422,14 @@ def test_rtc_commits_what_is_executed_until_the_chunk_arrives(delay: int) -> Non
 
 
 def add_a_chunk_that_comes_later_than_the_policy_has_learned(executor: ChunkExecutor) -> Array:
-    """The last action before the chunk, which comes 3 ticks after its observation."""
+    """Give the executor a chunk 3 ticks after its observation.
+
+    The policy has learned prefixes of only 1 action, so two actions are executed that the chunk
+    does not contain.
+
+    Returns:
+        The last action that is executed before the chunk arrives.
+    """
     executor.add_chunk(make_chunk(10))
     executor.next_action()
     executor.add_chunk(make_chunk(10, horizon=6)[1:], arrival_tick=executor.tick + 3)
@@ -389,7 +446,7 @@ def test_rtc_joins_a_chunk_that_comes_later_than_the_policy_has_learned() -> Non
     assert len(rtc.committed_actions()["committed"]) == 1
     action = rtc.next_action()
 
-    assert x_mm([action]) == x_mm([plain_async.next_action()])
+    assert x_mm([action]) == x_mm([plain_async.next_action()])  # joined as async does
     assert x_mm([action]) != x_mm([action_before])
 
 
@@ -398,11 +455,13 @@ def test_rtc_has_no_jump_when_it_joins_a_late_chunk() -> None:
     add_a_chunk_that_comes_later_than_the_policy_has_learned(executor)
     executor.next_action()
 
+    # A chunk that goes back, by 60, 59, … mm, while the robot went forth for three ticks.
     executor.add_chunk(make_chunk(-60), observed_tick=executor.tick - 3)
     actions = execute(executor, 3)
 
+    # No action is longer than the chunk's longest: the joined actions were spread over more ticks.
     assert -61 < min(x_mm(actions)) < -50
-    assert {step.fraction for step in executor._planned} == {1}
+    assert {step.fraction for step in executor._planned} == {1}  # each counts as a whole action
 
 
 # what it accepts
@@ -410,7 +469,11 @@ def test_rtc_has_no_jump_when_it_joins_a_late_chunk() -> None:
 
 @pytest.mark.parametrize("mode", ["sync", "async", "rtc"])
 def test_a_robots_program_may_change_the_arrays_that_it_gets_and_gives(mode: ExecutionMode) -> None:
-    """Millimeters in place, an inverted gripper, a buffer that the policy uses again."""
+    """The executor's plan does not share memory with arrays that go in or come out.
+
+    The robot's program converts actions to millimeters in place and inverts the gripper. The policy
+    overwrites the array of its last chunk.
+    """
 
     def run(spoil: bool) -> list[Array]:
         executor = ChunkExecutor(mode, replan_interval=2, max_committed=2)
@@ -420,7 +483,8 @@ def test_a_robots_program_may_change_the_arrays_that_it_gets_and_gives(mode: Exe
             if executor.needs_chunk():
                 buffer[:] = make_chunk(tick)
                 executor.add_chunk(buffer, arrival_tick=tick + 1)
-                buffer *= 0 if spoil else 1
+                if spoil:
+                    buffer[:] = 0
             action = executor.next_action()
             actions.append(action.copy())
             if spoil:
@@ -465,7 +529,7 @@ def test_what_is_no_chunk_moves_no_robot(bad_chunk: Array) -> None:
 
 @pytest.fixture
 def no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ticks take no time."""
+    """Make the pilot not wait for the next tick: at an infinite rate a tick takes no time."""
     monkeypatch.setattr("spear.chunks.CONTROL_RATE_HZ", math.inf)
 
 
@@ -486,16 +550,17 @@ def test_the_pilot_goes_on_while_the_policy_computes() -> None:
         return make_chunk(observation["t"])
 
     with closing(Pilot(make_policy(answer), "async", replan_interval=3)) as pilot:
+        # The first chunk has five actions; after them the robot stands still.
         actions = [pilot.step({"t": t}) for t in range(7)]
-        assert x_mm(actions) == [0, 1, 2, 3, 4, 0, 0]  # without actions it stands still
+        assert x_mm(actions) == [0, 1, 2, 3, 4, 0, 0]
 
         may_answer.set()
         assert pilot._inference is not None
         pilot._inference.result.result(60)
         assert observed_ticks == [0, 3]
 
-        # Two steps were made since t = 3: the new chunk goes on with its third, while the next is
-        # computed.
+        # Two actions were executed since the observation at t = 3, by 3 and 4 mm. So the new chunk
+        # continues with its third action, by 5 mm, while the next chunk is computed.
         may_answer.clear()
         assert x_mm([pilot.step({"t": 7})]) == [5]
         may_answer.set()
@@ -510,6 +575,7 @@ def answer_after_50_ms(observation: Mapping[str, Any]) -> Array:
 
 @pytest.mark.usefixtures("no_waiting")
 def test_the_pilot_in_sync_waits_for_every_chunk() -> None:
+    """At each observation t whose chunk begins, the actions are t, t + 1 and t + 2 mm."""
     with closing(Pilot(make_policy(answer_after_50_ms), "sync", replan_interval=3)) as pilot:
         actions = [pilot.step({"t": t}) for t in range(1, 9)]
 
@@ -520,8 +586,9 @@ def test_the_pilot_in_sync_waits_for_every_chunk() -> None:
 def test_the_pilot_begins_anew_after_a_pause() -> None:
     with closing(Pilot(make_policy(answer_after_50_ms), "sync", replan_interval=3)) as pilot:
         pilot.step({"t": 1})
-        pilot._last_step_time_s -= 2  # as if so many seconds had passed
+        pilot._last_step_time_s -= 2  # as if 2 s had passed, more than MAX_PAUSE_S
 
+        # The old plan, 2 and 3 mm, is dropped.
         assert x_mm([pilot.step({"t": t}) for t in (50, 51)]) == [50, 51]
 
 
@@ -532,19 +599,26 @@ def test_the_pilot_begins_anew_with_another_prompt() -> None:
 
         actions = [pilot.step({"t": t, "prompt": "stop"}) for t in (80, 90)]
 
-    assert x_mm(actions) == [80, 81]
+    assert x_mm(actions) == [80, 81]  # the chunk of t = 80; the old plan was 2 and 3 mm
 
 
 @pytest.mark.usefixtures("no_waiting")
 def test_an_answer_that_took_much_longer_than_the_one_before_is_dropped(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    clock_s = [100.0]
+    """A chunk is dropped if its inference took over 1 s longer than the one before.
+
+    Only the third and the sixth did. The first inference of a pilot may take any time, and the
+    seventh is hardly longer than the sixth. A change of the prompt at t = 5 makes no difference.
+    """
+    clock_s = [100.0]  # a list, so that `answer` can advance the clock
     inference_times_s = iter([9.0, 0.1, 3.0, 0.1, 0.1, 3.0, 3.5])
 
     def answer(observation: Mapping[str, Any]) -> Array:
         clock_s[0] += next(inference_times_s)
-        return (make_chunk(observation["t"]) + 0.25 * np.eye(8)[7]).astype(np.float32)
+        chunk = make_chunk(observation["t"])
+        chunk[:, 7] = 0.25
+        return chunk
 
     monkeypatch.setattr("spear.chunks.time.monotonic", lambda: clock_s[0])
     with (
@@ -553,12 +627,12 @@ def test_an_answer_that_took_much_longer_than_the_one_before_is_dropped(
     ):
         actions = [pilot.step({"t": t, "prompt": str(t // 5)}) for t in range(1, 8)]
 
-    assert x_mm(actions) == [1, 2, 0, 4, 5, 0, 7]
+    assert x_mm(actions) == [1, 2, 0, 4, 5, 0, 7]  # 0: no motion, because the chunk was dropped
     assert {float(action[7]) for action in actions} == {0.25}  # the gripper stays as it is
 
 
 class Clock:
-    """A clock that stands still, except while the pilot sleeps."""
+    """Replaces the pilot's clock by one that advances only by its sleeps and by `wait_until`."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now_s = 100.0
@@ -583,12 +657,16 @@ def test_after_one_late_step_the_pilot_is_soon_in_time_again(
 
     with no_warning(), closing(Pilot(make_policy(lambda _: make_chunk(0)), "sync")) as pilot:
         for tick in range(12):
-            clock.wait_until(100 + 0.2 * tick + 0.08 * (tick == late_tick))
+            delay_s = 0.08 if tick == late_tick else 0
+            clock.wait_until(100 + 0.2 * tick + delay_s)
             pilot.step({})
             step_times_s.append(clock.now_s)
 
+    # Each step sleeps once. The step after the late one comes too early and waits. At 0.02 s per
+    # tick the pilot makes up for 0.08 s in four ticks, and waits no more.
     np.testing.assert_allclose(clock.sleeps_s[late_tick + 5 :], 0, atol=1e-9)
     assert clock.sleeps_s[late_tick + 1] > 0
+    # No tick is shorter than nine tenths of 0.2 s.
     assert np.diff(step_times_s).min() > 0.1799
 
 
@@ -603,6 +681,7 @@ def test_steps_that_come_too_often_wait_with_a_notice(monkeypatch: pytest.Monkey
             clock.wait_until(100 + 0.1 * tick)
             pilot.step({})
 
+    # 20 steps last 19 ticks of 0.2 s, less half a tick at most.
     assert clock.now_s - 100 > 0.2 * 19 - 0.1 - 1e-6
 
 
@@ -626,4 +705,5 @@ def test_the_policy_gets_the_image_of_the_step_although_the_camera_overwrites_it
         assert pilot._inference is not None
         assert pilot._inference.result.result(60)
 
+    # The second inference began at tick 1, and read its image after tick 2 had overwritten it.
     assert seen_images == [0, 1]

@@ -1,5 +1,8 @@
-"""Loaded policies and VLMs: what they refuse, what they put right, and what their actions depend
-on."""
+"""Loaded policies and VLMs: what they refuse, what they correct, and what actions depend on.
+
+The tests load nano, the small policy that is shipped with the package. The fixture `nano` is a copy
+of it that all tests share.
+"""
 
 import dataclasses
 import shutil
@@ -21,13 +24,18 @@ from spear.train.tasks import encode_robot_batch
 from spear.types import Action, Array
 from spear.util.images import fit_image
 
+# A plausible state: position (m), quaternion (w, x, y, z), and an open gripper.
 STATE = np.array([0.45, 0, 0.2, 0, 1, 0, 0, 1], np.float32)
-IDENTITY_ACTION = np.eye(8)[3:4]  # no motion, gripper closed
+# A prefix [1, 8] of one action without motion that closes the gripper.
+IDENTITY_ACTION = np.array([[0.0, 0, 0, 1, 0, 0, 0, 0]])
 
 
 def make_observation(**changes: Any) -> dict[str, Any]:
-    """An observation with some of its keys changed; "image", "wrist" and "state" are short for
-    theirs."""
+    """A valid observation, with some entries replaced by `changes`.
+
+    In `changes`, "image", "wrist" and "state" are short for the keys "observation/image",
+    "observation/wrist_image" and "observation/state".
+    """
     rng = np.random.default_rng(0)
     observation = {
         "observation/image": rng.integers(0, 256, (210, 280, 3), dtype=np.uint8),
@@ -54,6 +62,7 @@ def vlm() -> VlmBundle:
 # Observations that are refused
 
 
+# Each case: the change to the observation, and the pattern of what the error names.
 @pytest.mark.parametrize(
     ("changes", "key"),
     [
@@ -75,8 +84,8 @@ def vlm() -> VlmBundle:
         ({"committed": np.zeros((1, 7))}, "committed"),
         ({"committed": np.full((1, 8), np.nan)}, "committed"),
         ({"committed": np.ones((1, 8))}, "committed"),
-        ({"committed": IDENTITY_ACTION + 20 * np.eye(8)[:1]}, r"committed\[0:3\]"),  # millimeters
-        ({"committed": IDENTITY_ACTION + 50 * np.eye(8)[7:]}, r"committed\[7\]"),  # per cent
+        ({"committed": np.array([[20.0, 0, 0, 1, 0, 0, 0, 0]])}, r"committed\[0:3\]"),  # mm
+        ({"committed": np.array([[0.0, 0, 0, 1, 0, 0, 0, 50]])}, r"committed\[7\]"),  # per cent
         ({"committed": IDENTITY_ACTION}, "committed"),  # nano was not trained for it
     ],
 )
@@ -93,13 +102,15 @@ def test_no_observations_have_no_actions(nano: Spear1Policy) -> None:
 # Actions
 
 
+# Columns of an action: 0 to 2 translation, 3 to 6 quaternion, 7 gripper opening.
 @pytest.mark.parametrize(
     ("column", "value"), [(0, 99.0), (2, np.nan), (5, 3.0), (5, np.nan), (7, np.nan)]
 )
 def test_implausible_actions_are_refused(
     nano: Spear1Policy, column: int, value: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    action = torch.eye(8)[3].index_fill(0, torch.tensor(column), value)
+    action = torch.tensor([0.0, 0, 0, 1, 0, 0, 0, 0])  # no motion
+    action[column] = value
     chunk = Action.from_vector(action.expand(1, 5, 8))
     monkeypatch.setattr(nano, "predict", lambda inputs: chunk)
 
@@ -110,8 +121,10 @@ def test_implausible_actions_are_refused(
 def test_the_gripper_stays_in_its_range(
     nano: Spear1Policy, monkeypatch: pytest.MonkeyPatch, bias: float, opening: int
 ) -> None:
+    """A bias of the last layer drives the predicted opening far out of [0, 1]."""
     parameter = nano.model.action_out_proj.bias
-    monkeypatch.setattr(parameter, "data", parameter.data + bias * torch.eye(8)[7])
+    gripper_column = torch.eye(8)[7]
+    monkeypatch.setattr(parameter, "data", parameter.data + bias * gripper_column)
 
     actions = nano.infer(make_observation())["actions"]
 
@@ -119,13 +132,14 @@ def test_the_gripper_stays_in_its_range(
 
 
 def test_acting_reads_an_observation_as_training_reads_a_step(nano: Spear1Policy) -> None:
+    # Position, a unit quaternion with different numbers, and the gripper opening.
     state = np.array([0.45, 0.1, 0.2, 0.8, 0.36, -0.48, 0, 0.25], np.float32)
     observation = make_observation(state=state)
     images = {}
     for view, key in (("external", "observation/image"), ("wrist", "observation/wrist_image")):
         width, height = nano.image_sizes[view]
         images[view] = fit_image(observation[key], height, width)[None]
-    training_step = {
+    training_step = {  # a batch of one step, as the mixture draws it
         "images": images,
         "views": {},
         "position": state[None, :3],
@@ -153,17 +167,22 @@ def committing_nano(nano: Spear1Policy, monkeypatch: pytest.MonkeyPatch) -> Spea
     return nano
 
 
+# A prefix of two actions; the second one rotates.
 COMMITTED = np.array(
     [[0.01, -0.02, 0.03, 1, 0, 0, 0, 0], [0.0, 0.01, 0, 0.8, 0, -0.6, 0, 1]], np.float32
 )
 
 
 def infer_with_prefixes(policy: Spear1Policy, lengths: list[int]) -> list[Array]:
+    """The chunks of one batch of equal observations, with prefixes of different lengths."""
     observations = [
         make_observation(committed=COMMITTED[:length]) if length else make_observation()
         for length in lengths
     ]
     return [result["actions"] for result in policy.infer_batch(observations)]
+
+
+# The names `none`, `one` and `two` below are the chunks [H, 8] for prefixes of 0, 1 and 2 actions.
 
 
 def test_a_chunk_begins_with_the_committed_prefix(committing_nano: Spear1Policy) -> None:
@@ -216,6 +235,7 @@ def test_another_number_of_flow_steps_may_be_given(nano: Spear1Policy) -> None:
 def test_results_of_other_numbers_of_flow_steps_do_not_mix() -> None:
     weights = load_agent("nano").weights
 
+    # `weights` is the identity under which results are stored. 5 is nano's own number of steps.
     assert load_agent("nano", flow_steps=2).weights != weights
     assert load_agent("nano", flow_steps=5).weights == weights
 
@@ -242,8 +262,10 @@ def test_options_of_loaded_policies_are_refused_for_others(
 
 @pytest.fixture
 def folder_with_two_datasets(tmp_path: Path) -> tuple[Path, Normalizer]:
-    """A policy whose training datasets "slow" and "fast" had their own statistics; and those of
-    fast."""
+    """The folder of a policy with statistics per dataset, and the statistics of "fast".
+
+    The training datasets are "slow" and "fast". They differ in the scale of translations.
+    """
     folder = Path(shutil.copytree(locate("nano"), tmp_path / "each"))
     slow = Normalizer.load(folder / "normalizer.json")
     fast = dataclasses.replace(slow, translation_scale=(1.0, 1.0, 1.0))
@@ -295,10 +317,11 @@ def test_a_dataset_is_refused_where_all_have_the_same_statistics() -> None:
     refuses("--norm-stats fast", Spear1Policy.load, "nano", dataset="fast")
 
 
-# What is put right
+# What is corrected
 
 
 def test_case_and_full_stop_of_the_instruction_change_nothing(nano: Spear1Policy) -> None:
+    """The instruction differs from the default one only in the capital letter and the full stop."""
     typed = nano.infer(make_observation(prompt="Put the carrot on the plate."))["actions"]
 
     np.testing.assert_array_equal(typed, nano.infer(make_observation())["actions"])
@@ -315,6 +338,7 @@ def test_a_missing_wrist_camera_is_reported_once() -> None:
     policy = Spear1Policy.load()
     without_wrist = make_observation(wrist=None)
 
+    # A suppressed notice does not count as reported.
     with no_warning(), suppress_notices():
         policy.infer(without_wrist)
     with pytest.warns(Notice, match="observation/wrist_image"):
@@ -343,6 +367,8 @@ def test_a_missing_wrist_camera_matters_to_no_other_observation_of_the_batch(
 def test_another_aspect_is_reported_once(nano: Spear1Policy) -> None:
     tall = make_observation(image=np.zeros((300, 200, 3), np.uint8))
 
+    # A suppressed notice does not count as reported. An image of 2:3 covers 4/9 of an input of 3:2,
+    # so black bars cover 56%.
     with no_warning(), suppress_notices():
         nano.infer(tall)
     with pytest.warns(Notice, match=r"'external': 200×300 shown in 192×128 .*56%"):
@@ -383,7 +409,7 @@ def test_an_unknown_question_type_is_refused(vlm: VlmBundle) -> None:
 def copy_nano(
     folder: Path, change: Callable[[dict[str, Any]], Any], file: str = "config.json"
 ) -> Path:
-    """A copy of the nano policy with one of its JSON files changed."""
+    """Copy the nano policy to `folder`, and apply `change` to the content of its JSON `file`."""
     edit_json(Path(shutil.copytree(locate("nano"), folder)) / file, change)
     return folder
 
@@ -399,6 +425,7 @@ def test_an_unknown_dtype_is_refused() -> None:
 
 @pytest.mark.filterwarnings("ignore:.*config.json. not as saved")
 def test_3d_tokens_outside_the_vocabulary_are_refused(tmp_path: Path) -> None:
+    """The model has 2,786 tokens, and the 1,024 3D tokens should begin at another index."""
     folder = copy_nano(
         tmp_path / "start", lambda config: config["vlm_config"].update(coordinate_start=1000)
     )

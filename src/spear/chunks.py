@@ -6,18 +6,23 @@ There are three execution modes:
 
 sync    The robot executes k actions of a chunk (the replan interval), observes, and stands still
         until the next chunk arrives.
-async   The robot observes while it still has actions, goes on with them, and switches to the next
-        chunk when that arrives. By then it has made other steps than the new chunk assumed.
-        `ChunkExecutor` spreads the difference along the new chunk, up to the action that opens or
-        closes the gripper. So there is no jump at the seam, and the gripper acts where the new
-        chunk wants it to. The gripper needs more care, because what was observed is old when it
-        acts (our choice, measured in docs/results/latency.md): the `NUM_SLOW_ACTIONS` before it
-        acts are slow, and a chunk that was predicted before the gripper acted but arrives
-        afterwards is dropped, since it would undo that.
+async   The robot observes while it still has actions of the running chunk, continues to execute
+        them, and switches to the new chunk when the new chunk arrives. By then the robot has
+        executed other actions than the first ones of the new chunk, so it is not where the new
+        chunk expects it to be. `ChunkExecutor` spreads this difference along the new chunk, up to
+        the action that opens or closes the gripper. So the robot does not jump at the switch, and
+        the gripper acts at the place that the new chunk wants. The gripper needs two more
+        measures, because the observation is old by the time that the gripper acts (our choice,
+        measured in docs/results/latency.md). First, the `NUM_SLOW_ACTIONS` actions before the
+        gripper acts are slowed down. Second, a chunk is dropped if it was predicted before the
+        gripper acted but arrives afterwards, since it would undo the gripper's action.
 rtc     Real-time chunking, for policies that were trained for it (`spear.flow.sample_committed`).
         As async, but the policy gets the committed prefix: the actions that the robot will execute
-        until the new chunk arrives. The new chunk begins with them, so there is nothing to join and
-        no care for the gripper.
+        until the new chunk arrives. The new chunk begins with the committed prefix, so the robot
+        is where the new chunk expects it to be, and none of async's measures are needed.
+
+A *step* in this file is what the robot executes in one tick: an action of a chunk, or a part of an
+action that was spread over several ticks.
 """
 
 import math
@@ -55,49 +60,53 @@ from spear.types import (
 ExecutionMode = Literal["sync", "async", "rtc"]
 
 DEFAULT_REPLAN_INTERVAL = 1
-"""Number of actions of a chunk of 5 that are executed before the next inference. The paper does not
-say; nano succeeds more often with 1 than with 2 or 3 (docs/results/nano.md), in SIMPLER less often
-(docs/results/simpler.md)."""
+"""Number of actions of a chunk of 5 that are executed before the next inference. The paper gives no
+number. The nano policy succeeds more often with 1 than with 2 or 3 (docs/results/nano.md), but in
+the SIMPLER benchmark less often (docs/results/simpler.md)."""
 
 NUM_SLOW_ACTIONS = 2
-"""async: number of slow actions before the one that opens or closes the gripper. Each of them takes
-one tick more than inference does (our choice, see docs/howto/latency.md)."""
+"""In async, the number of slow actions before the one that opens or closes the gripper. A slow
+action takes one tick more than inference does (our choice, see docs/howto/latency.md)."""
 
-MIN_LONGEST_STEP_M = 2e-3  # async: no chunk's actions count as shorter than this, see `_plan_steps`
+# In async an action is split if joining made it longer than the longest action of the chunk, see
+# `_plan_steps`. If all actions of a chunk are shorter than this, this length is the limit instead.
+MIN_LONGEST_STEP_M = 2e-3
 MIN_LONGEST_TURN_RAD = 2e-2  # the same for rotations
-MAX_PAUSE_S = 1.0  # after so long without a step, a plan is outdated: the robot may be elsewhere
-MAX_ACTION_LENGTH_M = MAX_EE_SPEED_M_S / CONTROL_RATE_HZ  # longer actions are implausible
-MAX_ACTION_TURN_RAD = MAX_EE_TURN_RAD_S / CONTROL_RATE_HZ
-NUM_REMEMBERED_TICKS = (
-    256  # executed actions that are kept, to know the motion since an observation
-)
 
-_CLOSED_BELOW = 0.5  # gripper opening
+MAX_PAUSE_S = 1.0  # after a longer pause the plan is outdated, because the robot may have moved
+MAX_ACTION_LENGTH_M = MAX_EE_SPEED_M_S / CONTROL_RATE_HZ  # longer actions are implausible
+MAX_ACTION_TURN_RAD = MAX_EE_TURN_RAD_S / CONTROL_RATE_HZ  # larger rotations are implausible
+
+# Number of executed steps that are stored, from which the motion since an observation is computed.
+NUM_REMEMBERED_TICKS = 256
+
+_CLOSED_BELOW = 0.5  # a gripper opening below this counts as closed
 
 
 @dataclass(frozen=True)
 class _Chunk:
-    """Actions [H, 8], predicted from the observation of one tick, usable from another tick on."""
+    """A predicted action chunk with the ticks of its observation and of its arrival."""
 
-    actions: Array
-    observed_tick: int
-    arrival_tick: int
+    actions: Array  # [H, 8]
+    observed_tick: int  # the tick of the observation that the chunk was predicted from
+    arrival_tick: int  # the first tick in which the chunk can be used
 
     @property
     def delay_ticks(self) -> int:
+        """The number of ticks that inference took."""
         return self.arrival_tick - self.observed_tick
 
 
 @dataclass(frozen=True)
 class _Step:
-    """What to do in one tick: an action [8], and the fraction of a chunk's action that it is."""
+    """What the robot does in one tick."""
 
-    action: Array
-    fraction: float
+    action: Array  # [8]
+    fraction: float  # which fraction of an action of the chunk this is; 1 is a whole action
 
 
 class ChunkExecutor:
-    """Chooses the action of each tick from the chunks that it gets, for one robot or scene.
+    """Chooses the action of each tick from the predicted chunks, for one robot or scene.
 
     A control loop calls it like this:
 
@@ -152,18 +161,21 @@ class ChunkExecutor:
         self.max_committed = max_committed
         self.gripper = gripper
         self.tick = 0
-        self._arriving: list[_Chunk] = []
-        self._planned: list[_Step] = []  # one per tick, beginning with the next one
+        self._arriving: list[_Chunk] = []  # chunks that were added but have not arrived yet
+        self._planned: list[_Step] = []  # the steps of the next ticks, one per tick
+        # The steps of the last ticks, one per tick; None for a tick without a planned step.
         self._executed: deque[_Step | None] = deque(maxlen=NUM_REMEMBERED_TICKS)
-        self._gripper_change_tick = -1  # the tick after the last that opened or closed the gripper
-        self._last_observed_tick = -replan_interval
-        self._delay_ticks = 0  # of the last chunk
-        self._horizon = 0
+        # The tick that followed the last opening or closing of the gripper; -1 if there was none.
+        self._gripper_change_tick = -1
+        self._last_observed_tick = -replan_interval  # so that the first tick needs a chunk
+        self._delay_ticks = 0  # delay of the last chunk
+        self._horizon = 0  # number of actions of the last chunk
 
     def needs_chunk(self) -> bool:
-        """Whether the executor needs a new observation now, and `add_chunk` before the next tick.
+        """Whether the caller should observe now and call `add_chunk` with the predicted chunk.
 
-        In async and rtc the chunk may also come later, with the tick of its observation.
+        In sync the caller adds the chunk before the next tick. In async and rtc the caller may add
+        the chunk in a later tick, and passes the tick of the observation as `observed_tick`.
         """
         if self._last_observed_tick == self.tick:
             return False
@@ -173,17 +185,20 @@ class ChunkExecutor:
         if self.mode == "sync":
             return not self._planned
         has_interval_passed = self.tick - self._last_observed_tick >= self.replan_interval
+        # During inference the robot executes planned steps. If so few are left that they would run
+        # out during an inference as long as the last one, inference has to start now.
         num_needed_for_inference = min(self._delay_ticks, self._horizon - 1)
         return has_interval_passed or len(self._planned) <= num_needed_for_inference
 
     def committed_actions(self) -> dict[str, Array]:
-        """The part of an observation that the executor knows: in rtc the committed prefix.
+        """In rtc, the committed prefix, as the entry that an observation gets for it.
 
-        These are the actions that the robot executes before a chunk from an observation of now
-        arrives, if inference takes as long as the last time.
+        The committed prefix consists of the actions that the robot will execute before the chunk
+        arrives that a policy predicts from an observation of now. It assumes that inference takes
+        as long as the last time.
 
         Returns:
-            {"committed": [d, 8]}, or {} where nothing is committed.
+            {"committed": [d, 8]}, or {} if nothing is committed.
         """
         if self.mode != "rtc":
             return {}
@@ -198,8 +213,8 @@ class ChunkExecutor:
 
         Args:
             actions: [H, 8], in the layout of `spear.types.Action`; they are copied.
-            observed_tick: tick of the observation; the present one by default.
-            arrival_tick: tick from which the chunk can be used; the present one by default.
+            observed_tick: the tick of the observation; the present tick by default.
+            arrival_tick: the first tick in which the chunk can be used; the present one by default.
 
         Raises:
             SpearError: as `validate_chunk` does, and for a chunk shorter than the replan interval.
@@ -216,9 +231,9 @@ class ChunkExecutor:
         self._delay_ticks = chunk.delay_ticks
 
     def next_action(self) -> Array:
-        """The action [8] to execute in this tick, which ends with the call.
+        """Return the action [8] to execute in this tick, and go on to the next tick.
 
-        Without a planned action it is no motion, with the gripper as last commanded.
+        If no step is planned, the action is no motion, with the last commanded gripper opening.
         """
         self._adopt_arrived_chunks()
         self.tick += 1
@@ -226,13 +241,14 @@ class ChunkExecutor:
         self._executed.append(step)
         if step is None:
             return np.array([0, 0, 0, 1, 0, 0, 0, self.gripper], np.float32)
-        if self._find_gripper_change([step.action]) == 0:
+        is_gripper_change = self._find_gripper_change([step.action]) is not None
+        if is_gripper_change:
             self._gripper_change_tick = self.tick
         self.gripper = float(step.action[7])
         return step.action.copy()
 
     def _adopt_arrived_chunks(self) -> None:
-        """Plan the next ticks by the chunks that have arrived; the last one replaces others."""
+        """Plan the next ticks by the chunks that have arrived; the last chunk replaces the plan."""
         for chunk in self._arriving:
             if chunk.arrival_tick > self.tick:
                 continue
@@ -242,53 +258,73 @@ class ChunkExecutor:
                 self._planned = [_Step(action, 1.0) for action in actions]
             elif self.mode == "rtc" or chunk.observed_tick >= self._gripper_change_tick:
                 self._planned = self._plan_steps(chunk)
+            # Otherwise async drops the chunk: it does not know that the gripper has acted.
         self._arriving = [chunk for chunk in self._arriving if chunk.arrival_tick > self.tick]
 
     def _plan_steps(self, chunk: _Chunk) -> list[_Step]:
         """Plan the next ticks: a chunk's remaining actions, joined to the executed ones.
 
-        An action that takes several ticks becomes several steps: before the gripper acts, and where
-        joining has made an action longer than any that the chunk or the robot has made.
+        An action becomes several steps, one per tick, in two cases: it is one of the slow actions
+        before the gripper acts, or joining has made it longer than all actions of the chunk and all
+        executed actions.
         """
         executed = self._executed_since(chunk.observed_tick)
         executed_actions = [step.action for step in executed]
-        num_executed = round(sum(step.fraction for step in executed), 3)  # in actions of a chunk
+        # How many of the chunk's actions the executed steps amount to. Not always an integer,
+        # because a step may be a part of an action.
+        num_executed = round(sum(step.fraction for step in executed), 3)
+        num_finished = int(num_executed)
 
-        # In rtc only an inference that took longer than announced leaves anything to join, and the
-        # gripper needs no care.
+        # In rtc the chunk begins with the committed prefix, so there is something to join only if
+        # inference took longer than the prefix, and no action is slowed down for the gripper.
         gripper_change = None
         if self.mode == "async":
-            gripper_change = self._find_gripper_change(chunk.actions[int(num_executed) :])
+            gripper_change = self._find_gripper_change(chunk.actions[num_finished:])
         actions = _join(chunk.actions, executed_actions, num_executed, gripper_change)
 
+        # The largest translation (m) and rotation (rad) of an action before joining, [2].
         longest = _lengths(np.stack([*chunk.actions, *executed_actions])).max(axis=0)
         longest = np.maximum(longest, (MIN_LONGEST_STEP_M, MIN_LONGEST_TURN_RAD))
 
         steps = []
         gripper = self.gripper
         for index, action in enumerate(actions):
-            fraction = 1 - num_executed % 1 if index == 0 else 1.0
+            # Only the first of the remaining actions may have been executed in part.
+            fraction = 1.0
+            if index == 0:
+                fraction = 1 - num_executed % 1
+
             num_ticks = 1
             if gripper_change is not None and 0 < gripper_change - index <= NUM_SLOW_ACTIONS:
                 num_ticks = max(1, round(fraction * (1 + chunk.delay_ticks)))
-            num_ticks = max(num_ticks, math.ceil((_lengths(action) / longest).max() - 1e-3))
+            relative_length = (_lengths(action) / longest).max()
+            # Rounding errors of up to a thousandth do not cost a tick.
+            num_ticks = max(num_ticks, math.ceil(relative_length - 1e-3))
 
-            step_actions = np.repeat(_scale_action(action, 1 / num_ticks)[None], num_ticks, axis=0)
-            step_actions[:-1, 7] = gripper  # the gripper acts where the action ends
+            step_action = _scale_action(action, 1 / num_ticks)
+            step_actions = np.repeat(step_action[None], num_ticks, axis=0)  # [num_ticks, 8]
+            step_actions[:-1, 7] = gripper  # the gripper moves only in the action's last tick
             gripper = action[7]
 
-            # In rtc the next committed prefix contains each part as an action.
+            # In rtc the next committed prefix contains each step as a whole action.
             step_fraction = 1.0 if self.mode == "rtc" else fraction / num_ticks
             steps += [_Step(step_action, step_fraction) for step_action in step_actions]
         return steps
 
     def _executed_since(self, tick: int) -> list[_Step]:
-        """The steps executed since the observation of a tick, without ticks of no motion."""
-        first = max(0, len(self._executed) - (self.tick - tick))
+        """The steps executed since the start of a tick; ticks without a planned step are left out.
+
+        `_executed` ends with the tick before `self.tick`, and forgets the oldest ticks.
+        """
+        num_ticks = self.tick - tick
+        first = max(0, len(self._executed) - num_ticks)
         return [step for step in list(self._executed)[first:] if step is not None]
 
     def _find_gripper_change(self, actions: Iterable[Array]) -> int | None:
-        """The index of the first of these actions that opens or closes the gripper."""
+        """The index of the first of `actions` that opens or closes the gripper; None if none does.
+
+        The gripper's present state is the last commanded one.
+        """
         was_closed = self.gripper < _CLOSED_BELOW
         for index, action in enumerate(actions):
             if (action[7] < _CLOSED_BELOW) != was_closed:
@@ -298,9 +334,9 @@ class ChunkExecutor:
 
 @dataclass(frozen=True)
 class _Inference:
-    """An inference that runs, or has ended, in another thread."""
+    """An inference that runs in another thread, or has ended there."""
 
-    observed_tick: int
+    observed_tick: int  # the executor's tick in which the observation was taken
     result: Future[dict[str, Any]]
     start_time_s: float
 
@@ -308,16 +344,17 @@ class _Inference:
 class Pilot:
     """Drives one robot from a policy whose actions are SPEAR-1's own ([H, 8], meters).
 
-    Call `step` once per tick (0.2 s). In the mode "sync" a step waits for its chunk, which is best
-    while inference takes a small part of a tick (docs/howto/latency.md). In the other modes
-    inference runs in another thread, and only the first step waits for it.
+    Call `step` once per tick (0.2 s). In the mode "sync" `step` waits until inference has ended,
+    which is best while inference takes a small part of a tick (docs/howto/latency.md). In the
+    other modes inference runs in another thread, and only the first call of `step` waits for it.
 
-    The pilot keeps time. A step that comes early waits for its tick, because the same actions made
-    faster would move the robot faster; a notice says so, since the observation is old by then.
-    After a late step (by half a tick at most) steps are a tenth shorter until they are in time
-    again (our choice). After a pause of `MAX_PAUSE_S`, and when the prompt changes, the pilot drops
-    its plan and begins anew. It also drops a chunk whose inference took so much longer than the one
-    before.
+    The pilot keeps time. A call of `step` that comes early waits for its tick, because a robot that
+    executes the same actions at a higher rate moves faster. A notice tells you about early calls,
+    because the observation grows old while the pilot waits. After a late call the ticks are a tenth
+    shorter until the pilot has caught up; it catches up at most half a tick (our choice). After a
+    pause of `MAX_PAUSE_S`, and when the prompt changes, the pilot drops its plan and begins anew.
+    The pilot also drops a chunk whose inference took more than `MAX_PAUSE_S` longer than the
+    inference before.
 
     Args:
         policy: a loaded policy, or a client of a server that sends SPEAR-1's own actions.
@@ -327,8 +364,8 @@ class Pilot:
 
     Raises:
         SpearError: for "rtc" with a policy that was not trained for it, and for a server that sends
-            a robot's own commands: poses, for one, look like displacements. `step` raises what the
-            policy raises.
+            commands in a robot's own format. Such commands could be poses, for example, and the
+            pilot would execute them as displacements. `step` raises what the policy raises.
     """
 
     def __init__(
@@ -359,11 +396,17 @@ class Pilot:
         self._inference_s = math.inf  # the first inference may take long
 
     def step(self, observation: Mapping[str, Any]) -> Array:
-        """The action [8] to execute now, after an observation (see `spear.types.Policy`)."""
+        """Return the action [8] to execute now.
+
+        Args:
+            observation: what the robot observes now, with the keys of `spear.types.Policy`.
+        """
         now_s = time.monotonic()
         tick_s = 1 / CONTROL_RATE_HZ
         self._begin_anew_if_outdated(observation.get("prompt"), now_s)
 
+        # Wait for the tick. After a late call the next tick is planned as if the call had been at
+        # most half a tick late, and may begin after nine tenths of a tick.
         if self._next_tick_time_s - now_s > tick_s / 4:
             notice(
                 f"Pilot.step waits: observe and call it once in {tick_s:g} s; simulators: "
@@ -373,6 +416,7 @@ class Pilot:
         time.sleep(max(0.0, earliest_s - now_s))
         self._next_tick_time_s = max(self._next_tick_time_s, now_s - tick_s / 2) + tick_s
 
+        # Collect a finished inference, start the next one if needed, and wait where the mode does.
         executor = self._executor
         self._collect_chunk(wait=False)
         if self._inference is None and executor.needs_chunk():
@@ -386,7 +430,7 @@ class Pilot:
         self._thread.shutdown(wait=False, cancel_futures=True)
 
     def _begin_anew_if_outdated(self, prompt: Any, now_s: float) -> None:
-        """Drop the plan after a pause and when the prompt has changed."""
+        """Drop the plan and the running inference after a pause or a change of the prompt."""
         is_outdated = now_s - self._last_step_time_s > MAX_PAUSE_S or prompt != self._prompt
         self._prompt = prompt
         if is_outdated:
@@ -395,13 +439,19 @@ class Pilot:
             self._next_tick_time_s = -math.inf
 
     def _start_inference(self, observation: Mapping[str, Any]) -> None:
-        # The robot's program may write the next image into the memory of this one.
+        """Start inference from an observation in the other thread."""
+        # The copy is needed because the robot's program may reuse the arrays of the observation for
+        # the next one while inference runs.
         observation = deepcopy(dict(observation)) | self._executor.committed_actions()
         result = self._thread.submit(self._policy.infer, observation)
         self._inference = _Inference(self._executor.tick, result, time.monotonic())
 
     def _collect_chunk(self, wait: bool) -> None:
-        """Give the executor the chunk of the inference if that has ended, or wait for it."""
+        """Pass the chunk of the running inference to the executor, if inference has ended.
+
+        Args:
+            wait: whether to wait for the end of an inference that still runs.
+        """
         inference = self._inference
         if inference is None or not (wait or inference.result.done()):
             return
@@ -420,7 +470,7 @@ class Pilot:
 
 
 def check_replan_interval(replan_interval: int, horizon: int | None = None) -> None:
-    """Raise `SpearError` for a replan interval below 1 or above the number of actions."""
+    """Raise `SpearError` for a replan interval below 1, or above the `horizon` of the chunks."""
     if replan_interval >= 1 and (horizon is None or replan_interval <= horizon):
         return
     maximum = "" if horizon is None else f", and at most the {horizon} that the policy predicts"
@@ -430,10 +480,10 @@ def check_replan_interval(replan_interval: int, horizon: int | None = None) -> N
 
 
 def validate_chunk(actions: Array) -> Array:
-    """Check a policy's chunk before a robot moves by it.
+    """Check a policy's chunk before a robot executes it.
 
     Args:
-        actions: anything that should be an action chunk.
+        actions: what the policy returned as its action chunk.
 
     Returns:
         The chunk as an array [H, 8]: translation (m, base frame), rotation (unit quaternion,
@@ -466,26 +516,26 @@ def _join(
     """Join a chunk to the actions that the robot executed since the observation of the chunk.
 
     A chunk describes a path: the poses after each of its actions. Because the robot executed other
-    actions, it is not at the pose of the path where it was to be by now. That offset fades linearly
-    to zero along the remaining actions, so that the actions change little and the last pose is the
-    one that the chunk wanted.
+    actions than the chunk's first ones, its actual pose differs from the pose that the path plans
+    for now. This offset is added to the remaining poses of the path, and fades linearly to zero
+    along them. So each action changes little, and the last pose is the one that the chunk wanted.
 
     Args:
         actions: [H, 8], the chunk.
-        executed: the actions [8] executed since its observation.
-        num_executed: how many of the chunk's actions these correspond to; not always an integer.
-        gripper_change: which of the remaining actions opens or closes the gripper. The offset is
-            zero from the action before it on.
+        executed: the actions [8] that the robot executed since the observation of the chunk.
+        num_executed: how many of the chunk's actions `executed` amounts to; not always an integer.
+        gripper_change: index, among the remaining actions, of the one that opens or closes the
+            gripper. The offset has faded to zero when this action begins. None if no action does.
 
     Returns:
         The remaining actions, [H - ⌊num_executed⌋, 8].
     """
-    first = int(num_executed)
+    first = int(num_executed)  # index of the first action that is not executed completely
     num_remaining = len(actions) - first
     if not executed or num_remaining <= 0:
         return actions[first:].copy()
 
-    # The offset, as an action from the pose planned for now to the actual one.
+    # The offset, as the action that leads from the pose planned for now to the actual pose.
     planned_until_now = [*actions[:first], _scale_action(actions[first], num_executed % 1)]
     planned_position, planned_rotation = _pose_after(planned_until_now)
     actual_position, actual_rotation = _pose_after(executed)
@@ -493,18 +543,20 @@ def _join(
         planned_position, planned_rotation, actual_position, actual_rotation
     )
 
-    # The poses of the new path: the actual one, then those of the chunk with the fading offset.
+    # The fraction of the offset that remains after each of the remaining actions.
     num_fading = num_remaining if gripper_change is None else gripper_change
-    fade = (
-        1
-        - torch.arange(1, num_remaining + 1, dtype=torch.float32, device="cpu") / max(1, num_fading)
-    ).clamp_min(0)[:, None]
-    path_positions, path_rotations = _path(actions)
-    positions = path_positions[first:] + fade * position_offset
-    rotations = quat_multiply(path_rotations[first:], quat_exp(fade * quat_log(rotation_offset)))
-    positions = torch.cat([actual_position[None], positions])
-    rotations = torch.cat([actual_rotation[None], rotations])
+    num_done = torch.arange(1, num_remaining + 1, dtype=torch.float32, device="cpu")
+    fade = (1 - num_done / max(1, num_fading)).clamp_min(0)[:, None]  # [num_remaining, 1]
 
+    # The poses of the new path: the actual pose, then the chunk's poses with the fading offset.
+    path_positions, path_rotations = _path(actions)
+    faded_rotation_offsets = quat_exp(fade * quat_log(rotation_offset))  # [num_remaining, 4]
+    positions = path_positions[first:] + fade * position_offset
+    rotations = quat_multiply(path_rotations[first:], faded_rotation_offsets)
+    positions = torch.cat([actual_position[None], positions])  # [num_remaining + 1, 3]
+    rotations = torch.cat([actual_rotation[None], rotations])  # [num_remaining + 1, 4]
+
+    # The new actions lead from each pose of the new path to the next one.
     translation, rotation = action_between_poses(
         positions[:-1], rotations[:-1], positions[1:], rotations[1:]
     )
@@ -515,30 +567,43 @@ def _join(
 
 
 def _lengths(actions: Array) -> Array:
-    """How far actions [..., 8] move (m) and turn (rad), [..., 2]."""
+    """Length of the translation (m) and angle of the rotation (rad) of actions.
+
+    Args:
+        actions: [..., 8].
+
+    Returns:
+        [..., 2], the length first.
+    """
     translation, real, imaginary, _ = np.split(np.float64(actions), (3, 4, 7), axis=-1)
     length_m = np.linalg.norm(translation, axis=-1)
-    sine = np.linalg.norm(imaginary, axis=-1)  # `quat_log` would take half a millisecond
+    # The quaternion of a rotation by an angle α has real part cos(α/2), and the norm of its
+    # imaginary part is sin(α/2). Computed here, because `quat_log` would take half a millisecond.
+    sine = np.linalg.norm(imaginary, axis=-1)
     turn_rad = 2 * np.arctan2(sine, np.abs(real[..., 0]))
     return np.stack([length_m, turn_rad], axis=-1)
 
 
 def _scale_action(action: Array, fraction: float) -> Array:
-    """A fraction of the motion of an action [8], with its gripper opening."""
+    """Shorten the motion of an action [8] to a fraction; the gripper opening stays."""
     rotation = torch.from_numpy(np.float64(action[3:7]))
     scaled_rotation = quat_exp(fraction * quat_log(rotation)).numpy()
     return np.concatenate([fraction * action[:3], scaled_rotation, action[7:]]).astype(np.float32)
 
 
 def _path(actions: Array) -> tuple[torch.Tensor, torch.Tensor]:
-    """Positions [n, 3] and rotations [n, 4] after each of n actions [n, 8], from their start."""
+    """The poses after each of n actions [n, 8], relative to the pose before the first action.
+
+    Returns:
+        Positions [n, 3], and rotations [n, 4] as quaternions.
+    """
     vectors = torch.from_numpy(np.float64(actions))
     positions = vectors[:, :3].cumsum(0)
-    rotations = torch.stack(list(accumulate(vectors[:, 3:7], quat_multiply)))
-    return positions, quat_normalize(rotations)
+    running_products = list(accumulate(vectors[:, 3:7], quat_multiply))
+    return positions, quat_normalize(torch.stack(running_products))
 
 
 def _pose_after(actions: Sequence[Array]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Position [3] and rotation [4] after some actions, relative to where they start."""
+    """Position [3] and rotation [4] after all `actions`, relative to the pose before the first."""
     positions, rotations = _path(np.stack(actions))
     return positions[-1], rotations[-1]

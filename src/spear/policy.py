@@ -1,4 +1,8 @@
-"""Checkpoints that answer and act: `load_vlm(...)` and `Spear1Policy.load(...)`."""
+"""Loaded checkpoints: `load_vlm(...)` answers questions, `Spear1Policy.load(...)` acts.
+
+The model sees images that were fitted to its input size (`spear.models.processing.Processor`). A
+location in a prompt or an answer is therefore mapped between the user's image and the fitted one.
+"""
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
@@ -48,9 +52,10 @@ class Answer:
 
     Attributes:
         segments: words, numbers (in `unit`, camera frame) and image locations, in order.
-        unit: of the numbers.
-        distribution: the probabilities of each number's 3D tokens, if they were asked for.
-        question_type: the type whose form the answer has; None for a free answer.
+        unit: the unit of the numbers in `segments`.
+        distribution: for each number, the probabilities of all 3D tokens; None unless the caller
+            asked for them.
+        question_type: the question type that determined the answer's form; None for a free answer.
     """
 
     segments: Segments
@@ -60,13 +65,13 @@ class Answer:
 
     @property
     def values(self) -> list[float]:
-        """The numbers alone."""
+        """The numbers of the answer, in order, without words and locations."""
         return [segment for segment in self.segments if isinstance(segment, float)]
 
 
 @dataclass(frozen=True)
 class VlmBundle:
-    """SPEAR-VLM with its processor; `load_vlm` loads one.
+    """SPEAR-VLM with its processor; `load_vlm` returns one.
 
     Example:
         >>> import numpy as np
@@ -93,13 +98,13 @@ class VlmBundle:
         """Answer one prompt about each image, by greedy decoding.
 
         Args:
-            images: [h, w, 3] uint8 each.
-            prompts: as many as images.
-            question_type: the type of the prompts, one of `spear.question_types`. An answer then
-                has the form of that type, with exactly as many numbers or image locations. None:
-                the model answers freely.
-            view: the camera of the images.
-            max_new_tokens: the most tokens of a free answer.
+            images: RGB images, each [h, w, 3] uint8.
+            prompts: one question for each image.
+            question_type: the type of all prompts, one of `spear.question_types`. Decoding then
+                allows only answers of that type's form, for example exactly one number for a
+                distance. With None the model answers freely.
+            view: the camera that took the images, "external" or "wrist".
+            max_new_tokens: the largest number of tokens of a free answer.
             distributions: whether to add the probabilities of the 3D tokens to the answers.
 
         Raises:
@@ -113,19 +118,19 @@ class VlmBundle:
         if not prompts:
             return []
 
-        # Inputs. Locations in a prompt are of its image, those that the model sees of the fitted
-        # image.
+        # Inputs. Locations in a prompt refer to the user's image, but the model sees the fitted
+        # image, so the locations in the text are mapped to the fitted image.
         device = self.model.device
         pixels = torch.stack([self.processor.prepare_image(image, view) for image in images])
-        image_sizes = [image.shape[1::-1] for image in images]
+        image_sizes = [image.shape[1::-1] for image in images]  # (width, height) of each image
         fitted_prompts = [
             self.processor.map_text_pixels(prompt, size, view)
             for prompt, size in zip(prompts, image_sizes, strict=True)
         ]
         text = self.processor.encode_prompts(fitted_prompts)
 
-        # Decoding
-        token_ids = self.processor.coordinate_ids
+        # Decoding. The recorder keeps the logits of the 3D tokens at every decoded position.
+        token_ids = self.processor.coordinate_ids  # range of the 3D tokens' ids
         recorder = LogitRecorder((token_ids.start, token_ids.stop)) if distributions else None
         with limit_threads(self.model, len(prompts)):
             ids = decode_greedily(
@@ -138,8 +143,9 @@ class VlmBundle:
                 recorder=recorder,
             )
 
-        # Answers
-        probabilities = None
+        # Answers. A number's probabilities are those of the position at which its token was
+        # decoded.
+        probabilities = None  # or [num_answers, num_positions, num_3d_tokens]
         if recorder is not None and recorder.logits:
             probabilities = torch.stack(recorder.logits, dim=1).softmax(-1).cpu().numpy()
         answers = []
@@ -148,8 +154,12 @@ class VlmBundle:
         ):
             distribution = None
             if probabilities is not None:
-                steps = [step for step, token in enumerate(answer_ids) if token in token_ids]
-                distribution = Distribution(probabilities[index, steps], self.processor.coordinates)
+                number_positions = [
+                    position for position, token in enumerate(answer_ids) if token in token_ids
+                ]
+                distribution = Distribution(
+                    probabilities[index, number_positions], self.processor.coordinates
+                )
             answer = Answer(
                 segments=self._read_segments(answer_ids, image_size, view),
                 unit=self.processor.coordinates.unit,
@@ -162,7 +172,7 @@ class VlmBundle:
     def _read_segments(
         self, answer_ids: list[int], image_size: tuple[int, int], view: str
     ) -> Segments:
-        """The segments of an answer's token ids, with locations in the image as it was given."""
+        """Decode an answer's token ids to segments, with locations mapped to the user's image."""
         fitted_size = self.processor.image_sizes[view]
         segments: list[str | float | Pixel] = []
         for segment in self.processor.decode_answer(answer_ids):
@@ -172,7 +182,7 @@ class VlmBundle:
         return segments
 
     def _get_grammar(self, question_type: str | None) -> Any:
-        """The answer grammar of a question type; None where answers are free."""
+        """The answer grammar of a question type; None if its answers are free text."""
         if question_type is None:
             return None
         check_known("question type", ANSWER_FORMS, question_type)
@@ -192,9 +202,10 @@ def load_vlm(
     """Load SPEAR-VLM.
 
     Args:
-        name: a folder, or the name of a shipped model. Of a policy it is the SPEAR-VLM inside it.
+        name: a folder, or the name of a shipped model. If it holds a policy, the SPEAR-VLM inside
+            the policy is loaded.
         device: "cpu", "cuda" and so on, see `choose_device`.
-        dtype: of the weights. "bfloat16" takes half the memory of "float32".
+        dtype: data type of the weights. "bfloat16" takes half the memory of "float32".
 
     Raises:
         SpearError: the model is missing or broken.
@@ -210,7 +221,11 @@ def _load_model(
     device: str | torch.device,
     dtype: str | torch.dtype,
 ) -> tuple[Path, ModelT]:
-    """Find a model's folder and load the model to its device."""
+    """Find the folder of the model `name`, load the model by `read_model`, move it to `device`.
+
+    Returns:
+        The folder and the model.
+    """
     folder = locate(name)
     if isinstance(device, str):
         device = choose_device(device)
@@ -223,7 +238,8 @@ def _load_model(
         notice("bfloat16 takes longer than float32 on this CPU: it only saves memory")
     torch.nn.Module.to(model, device)
     if device.type == "cpu":
-        keep_freed_memory()  # otherwise temporaries take a tenth of the time of a batch of eight
+        # Otherwise allocating temporary tensors takes a tenth of the time of a batch of eight.
+        keep_freed_memory()
     return folder, model
 
 
@@ -236,14 +252,15 @@ class Spear1Policy:
         processor: prepares images and instructions.
         normalizer: converts between the model's units and meters.
         steps: number of Euler steps of the flow; `load` takes the model's own by default.
-        seed: of the noise. The noise of an observation depends on this seed and the observation's
-            key "seed"; without that key, on how many observations came before. It never depends on
-            the rest of a batch.
-        folder: where the policy was loaded from.
-        dataset: the training dataset whose normalization statistics are used, if each had its own.
+        seed: seed of the noise. The noise of an observation depends on this seed and on the
+            observation's key "seed", or, without that key, on the number of earlier observations.
+            The noise never depends on the other observations of a batch.
+        folder: where the policy was loaded from; None if it was not loaded.
+        dataset: the training dataset whose normalization statistics are used; None if all datasets
+            share one set of statistics.
         training_distribution: what the drift monitor compares observations with.
-        truncate_instructions: whether too long instructions are truncated, as in training, instead
-            of refused.
+        truncate_instructions: whether the policy truncates instructions that are too long, as
+            training does. Otherwise it refuses them.
 
     Example:
         >>> from spear.embodiments import load
@@ -280,10 +297,10 @@ class Spear1Policy:
             name: a folder, or the name of a shipped policy.
             device: "cpu", "cuda" and so on, see `choose_device`.
             steps: number of Euler steps of the flow; None is the model's own.
-            seed: of the noise.
-            dataset: the training dataset whose normalization statistics to use. Give it if, and
-                only if, each dataset of the training mixture had its own.
-            dtype: of the weights. "bfloat16" takes half the memory of "float32".
+            seed: seed of the noise.
+            dataset: the training dataset whose normalization statistics to use. Give a dataset if,
+                and only if, each dataset of the training mixture had its own statistics.
+            dtype: data type of the weights. "bfloat16" takes half the memory of "float32".
 
         Raises:
             SpearError: the policy is missing or broken, or `dataset` is given without need.
@@ -308,10 +325,10 @@ class Spear1Policy:
 
     @property
     def identity(self) -> str | None:
-        """What determines the actions: weights, precision, dataset and number of flow steps.
+        """A text that names what determines the actions: weights, precision, dataset, flow steps.
 
-        Results of policies with different identities are never mixed. It is None for a policy that
-        was not loaded from a folder.
+        Evaluations never mix results of policies with different identities. The identity is None
+        for a policy that was not loaded from a folder.
         """
         if self._fingerprint is None:
             return None
@@ -326,6 +343,7 @@ class Spear1Policy:
 
     @functools.cached_property
     def _fingerprint(self) -> str | None:
+        """A hash of the policy's checkpoint; None if the policy was not loaded from a folder."""
         return None if self.folder is None else fingerprint_checkpoint(self.folder)
 
     @property
@@ -347,14 +365,14 @@ class Spear1Policy:
         """Compute an action chunk for an observation.
 
         Args:
-            observation: its keys are those of `spear.types.Policy`.
+            observation: a dict with the keys that `spear.types.Policy` describes.
 
         Returns:
             {"actions": [H, 8] float32}, in the layout of `spear.types.Action`, meters.
 
         Raises:
-            SpearError: for a bad image, state or instruction, and for a chunk that no robot should
-                execute.
+            SpearError: for an invalid image, state or instruction, and for a predicted chunk that
+                would move the robot implausibly far or fast.
         """
         return self.infer_batch([observation])[0]
 
@@ -366,8 +384,8 @@ class Spear1Policy:
         with limit_threads(self.model, len(observations)):
             normalized_actions = self.predict(self.prepare_inputs(observations))
             actions = self.normalizer.unnormalize_action(normalized_actions)
-        vectors = actions.to_vector()
-        vectors[..., 7].clamp_(0, 1)
+        vectors = actions.to_vector()  # [B, H, 8]
+        vectors[..., 7].clamp_(0, 1)  # gripper opening
         chunks = vectors.cpu().numpy().astype(np.float32)
         results = [{"actions": validate_chunk(chunk)} for chunk in chunks]
         self._monitor.record_commands(observations, chunks)
@@ -375,15 +393,22 @@ class Spear1Policy:
 
     @ignore_default_device
     def predict(self, inputs: Mapping[str, Any]) -> Action:
-        """Run the network alone: from `prepare_inputs` to normalized actions [B, H, ·]."""
+        """Run the network alone.
+
+        Args:
+            inputs: what `prepare_inputs` returned for B observations.
+
+        Returns:
+            Chunks of H actions for the B observations, in normalized units.
+        """
         return self.model.sample_actions(**inputs, steps=self.steps)
 
     @ignore_default_device
     def prepare_inputs(self, observations: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """Convert observations to the network's arguments.
 
-        Observations that are not `CheckedObservation`s are checked first. The drift monitor sees
-        all of them.
+        An observation that is not yet a `CheckedObservation` is checked first. The drift monitor
+        compares every observation with the training distribution.
         """
         checked = [_check_once(observation) for observation in observations]
         states = torch.from_numpy(np.stack([o["observation/state"] for o in checked]))
@@ -405,7 +430,7 @@ class Spear1Policy:
             if not all(is_present[view])
         }
         state = self.normalizer.state_vector(states[:, :3], states[:, 3:7], states[:, 7:8])
-        # Without padding the network is faster if there is no mask that it has to read.
+        # If no prompt is padded, the network gets no attention mask: it is faster without one.
         is_padded = not bool(attention_mask.all())
         return {
             "pixel_values": {view: images.to(device) for view, images in pixels.items()},
@@ -423,9 +448,10 @@ class Spear1Policy:
         """Fit the images of all cameras to the network.
 
         Returns:
-            View → images [B, 3, h, w] uint8, black where an observation has none. Views that no
-            observation has are left out, because they would take time. View → [B], whether each
-            observation has that image.
+            pixels: view → images [B, 3, h, w] uint8. The image is black if an observation has no
+                image of that view. Views without any image are omitted, because encoding them
+                would take time.
+            is_present: view → B truth values, whether each observation has an image of that view.
         """
         view_of_key = {camera_key(view): view for view in self.image_sizes}
         for observation in observations:
@@ -447,14 +473,20 @@ class Spear1Policy:
         return pixels, is_present
 
     def _prepare_image(self, image: Array | None, view: str) -> Tensor:
-        """An image fitted to the network, [3, h, w] uint8; a black one for None."""
+        """Fit an image to the network, [3, h, w] uint8. For None the result is a black image."""
         if image is not None:
             return self.processor.prepare_image(image, view)
         width, height = self.image_sizes[view]
         return torch.zeros(3, height, width, dtype=torch.uint8)
 
     def _report_camera_differences(self, key: str, view: str, is_present: Sequence[bool]) -> None:
-        """Print a notice if observations have another set of cameras than training had."""
+        """Print a notice if a camera differs from training: missing now, or unknown then.
+
+        Args:
+            key: the camera's key in observations, which the notice names.
+            view: the camera's name in training data.
+            is_present: whether each observation has an image of the camera.
+        """
         distribution = self.training_distribution
         is_trained_view = distribution is None or view in distribution.red_minus_blue
         untrained = "the policy was trained without that camera"
@@ -464,7 +496,15 @@ class Spear1Policy:
             self._monitor.report(key, f"observations with {key}: {untrained}: leave it out")
 
     def _prepare_committed(self, prefixes: Sequence[Array]) -> flow.CommittedPrefix | None:
-        """The committed prefixes [d, 8] of observations, normalized; None where there are none."""
+        """Normalize and pad the committed prefixes of B observations.
+
+        Args:
+            prefixes: B arrays [d, 8] in meters, with different lengths d; d is 0 for an observation
+                without a committed prefix.
+
+        Returns:
+            Actions [B, H, 8] with a mask [B, H] of the committed ones; None if all d are 0.
+        """
         num_committed = [len(prefix) for prefix in prefixes]
         if max(num_committed) == 0:
             return None
@@ -474,9 +514,10 @@ class Spear1Policy:
                 f"{self.committed}"
             )
         horizon = self.model.config.horizon
-        limits = torch.tensor(num_committed, device="cpu")[:, None]
-        is_committed = torch.arange(horizon, device="cpu") < limits
+        limits = torch.tensor(num_committed, device="cpu")[:, None]  # [B, 1]
+        is_committed = torch.arange(horizon, device="cpu") < limits  # [B, H]
         vectors = torch.zeros(len(prefixes), horizon, ACTION_DIM, dtype=torch.float32, device="cpu")
+        # The mask selects rows in order of observation, then action: the order of `torch.cat`.
         vectors[is_committed] = torch.cat(
             [torch.as_tensor(prefix, device="cpu") for prefix in prefixes if len(prefix)]
         )
@@ -485,9 +526,10 @@ class Spear1Policy:
         return flow.CommittedPrefix(actions.to(device), is_committed.to(device))
 
     def _draw_noise(self, observation: Mapping[str, Any]) -> Tensor:
-        """The noise [1, H, 8] from which an observation's actions flow."""
+        """Draw the noise [1, H, 8] from which the flow to an observation's actions begins."""
         observation_seed = int(observation.get("seed", self._num_observations))
         self._num_observations += 1
+        # The prime factor keeps the noise of policies with neighboring seeds from coinciding.
         seed = (self.seed * 1_000_003 + observation_seed) % 2**63
         generator = torch.Generator().manual_seed(seed)
         shape = (1, self.model.config.horizon)
@@ -495,7 +537,7 @@ class Spear1Policy:
 
 
 def _check_once(observation: Mapping[str, Any]) -> CheckedObservation:
-    """An observation after checking it, unless it is checked already."""
+    """Check an observation, unless it has been checked before."""
     if isinstance(observation, CheckedObservation):
         return observation
     return validate_observation(

@@ -6,7 +6,7 @@ Frames:
     camera  x right, y down, z forward (OpenCV), in meters or in MoGe's relative unit.
 
 Rotations are unit quaternions, scalar first (w, x, y, z), in the half-space w >= 0.
-Gripper values are openings in [0, 1]: 1 is open, 0 is closed (our choice).
+Gripper values are openings in [0, 1]: 1 is open, 0 is closed (our choice, not the paper's).
 """
 
 import re
@@ -27,20 +27,22 @@ Unit = Literal["metre", "relative"]
 
 ACTION_DIM = 8  # translation 3, rotation quaternion 4, gripper 1
 STATE_DIM = 8  # position 3, orientation quaternion 4, gripper opening 1
-CONTROL_RATE_HZ = 5.0  # the paper's
+CONTROL_RATE_HZ = 5.0  # control steps per second, as in the paper
 
-# What an end-effector can do and still be believed (our choice): a Franka moves at 1.7 m/s, and its
-# wrist turns at 2.6 rad/s.
+# A recorded or predicted motion faster than this is taken for an error (our choice). For
+# comparison, a Franka moves at 1.7 m/s at most, and its wrist turns at 2.6 rad/s.
 MAX_EE_SPEED_M_S = 3.0
 MAX_EE_TURN_RAD_S = 10.0
 
 CONTROL_CHARACTERS = re.compile(r"[\x00-\x08\x0e-\x1f\x7f-\x9f\ud800-\udfff]")
-"""Matches control characters and halves of characters: no instruction has one."""
+"""Matches control characters and unpaired surrogates; no valid instruction contains any."""
 
 
 @dataclass(frozen=True)
 class Action:
-    """An action chunk: H actions, one per control step (5 Hz). Leading dimensions are free.
+    """An action chunk: H actions, one per control step (5 Hz).
+
+    The dots in the shapes stand for any leading dimensions, for example a batch.
 
     Attributes:
         translation: [..., H, 3], displacement of the end-effector in one step, base frame, meters
@@ -69,7 +71,7 @@ class Action:
 
     @staticmethod
     def from_vector(vector: "torch.Tensor") -> "Action":
-        """The inverse of `to_vector`, of [..., H, 8]."""
+        """Split a vector [..., H, 8] into the three parts; the inverse of `to_vector`."""
         return Action(vector[..., :3], vector[..., 3:7], vector[..., 7:8])
 
     def to(self, *args: Any, **kwargs: Any) -> "Action":
@@ -90,22 +92,24 @@ class FlowConfig:
     Attributes:
         rotation: "s3" (quaternions flow along great circles of S³) or "linear" (straight lines in
             R⁴).
-        rotation_loss: "cosine" or "mse".
-        prediction: what the network predicts, "velocity" or "clean" (the clean action; ours).
-        geodesic_weight: weight of the geodesic loss within the rotation's loss; 0 is none.
-        geodesic_step: δ of the geodesic loss on velocities, at most the 1 - τ that remains. None is
-            all of that. The paper gives no number; 0.1, one of ten Euler steps, is our choice
+        rotation_loss: the rotation's loss, "cosine" or "mse".
+        prediction: what the network predicts, "velocity" or "clean" (the action without noise; this
+            option is ours).
+        geodesic_weight: weight of the geodesic loss within the rotation's loss; 0 switches it off.
+        geodesic_step: δ, the flow time by which the geodesic loss moves along the velocity. Near
+            the end of the flow δ is cut to the remaining time 1 - τ; None always takes the whole
+            remaining time. The paper gives no number; 0.1, one of ten Euler steps, is our choice
             (measured by `experiments/flow_losses`, see docs/results/flow-losses.md).
         translation_weight: weight of the translation's loss in the total.
         rotation_weight: weight of the rotation's loss in the total.
         gripper_weight: weight of the gripper's loss in the total (our choice).
-        time_alpha: with `time_beta` and `time_scale` the distribution of τ in training:
-            τ = scale · (1 - u), u ~ Beta(alpha, beta), skewed towards noise. The values are π0's;
-            the paper says "as π0".
+        time_alpha: the parameter alpha of the distribution of the flow time τ in training:
+            τ = time_scale · (1 - u) with u ~ Beta(time_alpha, time_beta), which draws τ near 0
+            (noise) more often. The default values are π0's; the paper says "as π0".
         time_beta: see `time_alpha`.
         time_scale: see `time_alpha`.
         steps: number of Euler steps from noise to an action (10 is π0's; the paper does not say).
-            How many are best depends on the model (docs/results/nano.md).
+            The best number depends on the model (docs/results/nano.md).
 
     Raises:
         SpearError: a field has an unknown word, or a number out of range.
@@ -136,14 +140,16 @@ class FlowConfig:
                 _check_number(name, value, minimum=1e-6, maximum=1)
             elif name.endswith("_weight"):
                 _check_number(name, value, minimum=0, maximum=1e6)
-            elif name != "geodesic_step" or value is not None:
+            elif name == "geodesic_step" and value is None:
+                continue
+            else:
                 _check_number(name, value, minimum=1e-6, maximum=1e6)
 
 
 def _check_number(
     name: str, value: Any, minimum: float, maximum: float, types: Any = int | float
 ) -> None:
-    """Raise `SpearError` if a field of `FlowConfig` is not a number of this range."""
+    """Raise `SpearError` if a `FlowConfig` field's value is not a number in [minimum, maximum]."""
     if not (isinstance(value, types) and minimum <= value <= maximum):
         raise SpearError(
             f"flow {name} is {value!r}. Give a number from {minimum:g} to {maximum:g}."
@@ -167,7 +173,7 @@ class Episode:
         action: [T, 8], the command of each step in the layout of `Action`. None if unknown: actions
             are then derived from the states.
         action_mask: [T] bool, whether the action of a step may be a training target. It is False
-            for injected disturbances. None is all True.
+            for disturbances that were injected on purpose. None means True for all steps.
         success: whether the task was achieved; None if unknown.
     """
 
@@ -188,7 +194,7 @@ class Episode:
 
 @dataclass(frozen=True)
 class Frame:
-    """An image with the ground truth that the simulator or an RGB-D file knows about it.
+    """An image with the ground truth that the simulator or an RGB-D file provides.
 
     Attributes:
         image: [h, w, 3] uint8, RGB.
@@ -199,11 +205,11 @@ class Frame:
         extrinsics: [4, 4], camera pose in the base frame (maps camera to base coordinates).
         boxes: instance id -> [8, 3] vertices of the true oriented box in any order, camera frame,
             meters.
-        source: where the image comes from.
-        is_turned: whether the image's EXIF data turns or mirrors it in a way that its size does not
-            show.
-        is_measured: whether depth and instances come from sensors, so that they are near the truth
-            only.
+        source: file name or simulator scene that the image comes from.
+        is_turned: whether the image's EXIF data turns or mirrors the image in a way that width and
+            height do not show (a half turn, for example).
+        is_measured: whether depth and instances come from sensors, so that they only approximate
+            the truth.
     """
 
     image: Array
@@ -225,6 +231,7 @@ class Frame:
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        """Read a pickle that `__getstate__` has written."""
         for name in ("turned", "measured"):
             state[f"is_{name}"] = state.pop(name)
         self.__dict__.update(state)
@@ -232,13 +239,13 @@ class Frame:
 
 @dataclass(frozen=True)
 class Box3D:
-    """An oriented 3D box, camera frame.
+    """An oriented 3D box, in the camera frame and in the unit of its labeled image.
 
     Attributes:
         vertices: [8, 3], in the order of `spear.labels.fit.box3d.order_vertices`.
-        center: [3].
+        center: [3], the box's center.
         size: [3], full side lengths along the box axes.
-        rotation: [3, 3], its columns are the box axes.
+        rotation: [3, 3], rotation matrix whose columns are the box axes.
     """
 
     vertices: Array
@@ -254,10 +261,11 @@ class LabeledObject:
     Attributes:
         name: what the detector calls it.
         box2d: [4], x0, y0, x1, y1 in pixels.
-        mask_runs: instance mask as run lengths (COCO: column-major, starting with zeros).
+        mask_runs: instance mask as run lengths in COCO's format: lengths of alternating runs of
+            zeros and ones, column by column, beginning with zeros.
         box3d: the oriented box; None if too few points of the object are known.
-        keypoints: {"closest", "furthest", "centre"} -> [3], camera frame. The first two are of the
-            visible surface.
+        keypoints: {"closest", "furthest", "centre"} -> point [3], camera frame. "closest" and
+            "furthest" are points of the visible surface, "centre" is the box's center.
         scores: quality measures: detection score, number of points, visible fraction and others.
     """
 
@@ -275,13 +283,14 @@ class LabeledImage:
 
     Attributes:
         image: the encoded image (JPEG or PNG).
-        width: in pixels.
-        height: in pixels.
+        width: the image's width in pixels.
+        height: the image's height in pixels.
         intrinsics: [3, 3], pixels.
-        objects: the objects of the image.
-        unit: of every 3D number in the label.
+        objects: the labeled objects of the image.
+        unit: the unit of every 3D number in the label.
         source: where the image comes from.
-        provenance: which model made what: {"detector": …, "segmenter": …, "pointmap": …}.
+        provenance: names of the models that labeled the image, by role:
+            {"detector": …, "segmenter": …, "pointmap": …}.
     """
 
     image: bytes
@@ -301,10 +310,10 @@ class Question:
     Attributes:
         question_type: the question type, one of those in `spear.question_types`.
         prompt: the question in words.
-        segments: the answer in reading order. An item is text, a float (one 3D token, in the
-            label's unit, camera frame) or a `Pixel` (two location tokens).
+        segments: the answer in reading order. A segment is text, a float (one 3D token; a
+            coordinate or length in `unit`, camera frame) or a `Pixel` (two location tokens).
         objects: names of the objects asked about.
-        unit: of the floats.
+        unit: the unit of the floats in `segments`.
     """
 
     question_type: str
@@ -332,9 +341,12 @@ class Pixel:
     y: float
 
     def __str__(self) -> str:
-        """The location as PaliGemma's location tokens, 1,024 of them along each axis."""
-        indices = [min(max(int(value * 1024), 0), 1023) for value in (self.y, self.x)]
-        return "".join(f"<loc{index:04d}>" for index in indices)
+        """The location as two of PaliGemma's location tokens, y before x.
+
+        Each token names one of 1,024 equal intervals of the image's height or width.
+        """
+        y_index, x_index = [min(max(int(value * 1024), 0), 1023) for value in (self.y, self.x)]
+        return f"<loc{y_index:04d}><loc{x_index:04d}>"
 
 
 Segments = Sequence[str | float | Pixel]
@@ -351,8 +363,8 @@ class Policy(Protocol):
         "observation/state"        [8] float32: position (m) and quaternion (w, x, y, z), base
                                    frame; gripper opening.
         "prompt"                   str, the instruction.
-        "seed"                     int, optional: fixes what is random in this answer. Send another
-                                   one with each observation.
+        "seed"                     int, optional: the seed of the noise that the answer is computed
+                                   from. Send a different seed with each observation.
         "committed"                [d, 8] float32, optional: the committed prefix, actions that will
                                    be executed before the answer arrives. The answer begins with
                                    them.
@@ -361,8 +373,8 @@ class Policy(Protocol):
 
         "actions"                  [H, 8] float32, in the layout of `Action`, meters.
 
-    A policy may say which cameras it takes, by an attribute `image_sizes`, view → (width, height),
-    as `spear.embodiments.observations.get_image_sizes` returns them.
+    A policy may have an attribute `image_sizes` that says which cameras it takes: view → (width,
+    height), in the form that `spear.embodiments.observations.get_image_sizes` returns.
     """
 
     def infer(self, observation: Mapping[str, Any]) -> dict[str, Any]:
