@@ -1,13 +1,21 @@
 """How well every plausible meaning of logged actions leads from recorded state to recorded state.
 
-A *hypothesis* says what the logged numbers mean: a change per step, a velocity or a target; about
-which axes; in which unit and with which signs; how a rotation is written; how many steps later the
-robot does it.
+A dataset has recorded states (positions and orientations of the end effector) and logged actions
+(translations and rotations). A *hypothesis* says what the logged numbers mean: whether they are
+changes per step, velocities or targets, along which axes, in which unit and with which signs, how a
+rotation is written, and how many steps later the robot executes an action.
 
-Episodes are cut into stretches of at most 20 steps. Under a hypothesis, the logged actions are
+Episodes are cut into *stretches* of at most 20 steps. Under a hypothesis, the logged actions are
 integrated from the first recorded state of a stretch. The error is the mean distance to the
-recorded states, divided by the mean distance that the robot moved from the first state: 0 is
-perfect, and 1 is as bad as predicting that the robot stands still. The method is our own.
+recorded states, divided by the mean distance that the robot moved from the first state. An error of
+0 is perfect, and an error of 1 is as bad as predicting that the robot stands still. The method is
+our own.
+
+Confidence intervals come from a bootstrap. It draws *units of resampling*, which are whole
+episodes, or stretches if there are only few episodes.
+
+Dimensions in shapes: N recorded steps of all episodes, n stretches of L = 20 steps, U units of
+resampling, S formats of recorded orientations, K hypotheses.
 """
 
 import itertools
@@ -26,26 +34,30 @@ from spear.geometry import quat_conjugate, quat_multiply, quat_normalize, quat_r
 from spear.types import Array
 from spear.util.units import ANGLE_UNITS, LENGTH_UNITS, name_unit
 
-DELAYS = (-1, 0, 1, 2)  # steps; 0: action t leads from state t to state t + 1
+DELAYS = (-1, 0, 1, 2)  # steps; with a delay d, action t - d leads from state t to state t + 1
 MAX_STRETCH_STEPS = 20  # over longer stretches, small errors add up and hide the large ones
 MIN_EPISODES_TO_RESAMPLE = 8  # with fewer, the bootstrap draws stretches instead of episodes
-MAX_NEAR_UNIT_OCTAVES = 0.5  # a known unit within this factor of the fitted one explains it
-MIN_TURN_DIFFERENCE = 0.1  # part of its turns by which a gripper turns otherwise in two formats
+MAX_NEAR_UNIT_OCTAVES = 0.5  # a fitted unit within a factor of 2^0.5 of a known unit is that unit
+MIN_TURN_DIFFERENCE = 0.1  # fraction of the rotation by which formats must differ to count as other
 
 SIGNS: dict[str, Array] = {}
-"""Signs of the x, y and z components, such as "+-+", and the factors that they stand for."""
+"""Signs of the x, y and z components, such as "+-+" → their factors, such as (1, -1, 1)."""
 for _signs in itertools.product("+-", repeat=3):
     SIGNS["".join(_signs)] = np.array([float(f"{sign}1") for sign in _signs])
 SIGN_FACTORS = np.stack(list(SIGNS.values()))  # [8, 3]
 
 UNIT_QUATERNION = "unit quaternion"
-"""Unit of rotations that are written without angles."""
+"""The unit that hypotheses name for rotations that are written without angles."""
 TESTED_FORMATS = tuple(name for name in ROTATION_FORMATS if name not in RECORDED_ONLY)
 """Rotation formats that hypotheses try."""
 
 
 class Scale(NamedTuple):
-    """One kind and unit of logged numbers, and the factor to meters or radians per step."""
+    """One kind ("delta", "velocity" or "absolute") and unit of logged numbers.
+
+    factor  what a logged number is multiplied with to be meters or radians (per step, except for
+            kind "absolute").
+    """
 
     kind: str
     unit: str
@@ -55,12 +67,13 @@ class Scale(NamedTuple):
 class Hypothesis(NamedTuple):
     """What logged numbers mean.
 
-    kind           "delta", "velocity" or "absolute".
-    frame          "base", "ee", or "angles": added to the recorded angles themselves.
+    kind           "delta" (change per step), "velocity" or "absolute" (target).
+    frame          "base" or "ee" for displacements and rotations about the axes of that frame;
+                   "angles" if logged angles are added to the recorded angles one by one.
     unit           for example "m", "mm", "rad/s".
-    signs          of the x, y and z components, for example "+-+".
-    delay_steps    see `DELAYS`.
-    state_format   how recorded orientations are written; "-" where that plays no part.
+    signs          signs of the x, y and z components, for example "+-+".
+    delay_steps    how many steps after its state an action is executed, see `DELAYS`.
+    state_format   how recorded orientations are written; "-" where the format has no influence.
     action_format  how a logged rotation is written; "-" for translations.
     """
 
@@ -77,11 +90,12 @@ class Hypothesis(NamedTuple):
 class Fit:
     """How well a hypothesis explains the data.
 
-    error      [U] summed distance between integrated and recorded states, one entry per unit of
-               resampling.
-    motion     [U] summed distance that the robot moved, likewise; meters or radians.
+    error      [U] distance between integrated and recorded states, summed over the steps of each
+               unit of resampling; meters or radians.
+    motion     [U] distance of the recorded states from the first state of their stretch, summed
+               over the steps of each unit of resampling; meters or radians.
     num_steps  how many states were compared.
-    factor     from logged translations to meters.
+    factor     converts logged translations to meters; not used for rotations.
     """
 
     hypothesis: Hypothesis
@@ -102,17 +116,18 @@ class Fit:
 
 
 class Stretches:
-    """Stretches of at most `MAX_STRETCH_STEPS` steps, cut from recordings that are joined row after
-    row.
+    """Stretches of at most `MAX_STRETCH_STEPS` steps, cut from some recordings.
 
-    num            how many stretches there are; 0 if no episode is long enough.
-    rows           [n, L + 1] the row of each state of each stretch, padded with its last one.
-    is_step        [n, L] which of the steps are real and not padding.
-    unit           [n] the unit of resampling to which a stretch belongs.
-    are_units_episodes   whether these units are episodes; they are stretches if there are few
-                         episodes.
+    The arrays of all recordings are concatenated, and a *row* is an index into the result. For
+    every step of a stretch, the actions of all `DELAYS` are valid.
 
-    Every action that any delay would use is valid.
+    num                 how many stretches there are; 0 if no episode is long enough.
+    rows                [n, L + 1] the row of each state of each stretch. Shorter stretches are
+                        padded by repeating their last row.
+    is_step             [n, L] whether a step is real, and not padding.
+    unit                [n] the unit of resampling to which each stretch belongs.
+    are_units_episodes  whether the units of resampling are episodes. If there are few episodes,
+                        each stretch is a unit.
     """
 
     def __init__(self, recordings: Sequence[Recording]) -> None:
@@ -123,9 +138,10 @@ class Stretches:
         for number, recording in enumerate(recordings):
             for first, end in _valid_runs(recording.valid):
                 for start in range(first, end, MAX_STRETCH_STEPS):
-                    steps = start + np.arange(MAX_STRETCH_STEPS + 1)
-                    rows.append(first_row + np.minimum(steps, end))
-                    is_step.append(steps[:-1] < end)
+                    states = start + np.arange(MAX_STRETCH_STEPS + 1)
+                    padded_states = np.minimum(states, end)
+                    rows.append(first_row + padded_states)
+                    is_step.append(states[:-1] < end)
                     episodes.append(number)
             first_row += len(recording.position)
 
@@ -134,35 +150,55 @@ class Stretches:
         self.is_step = np.array(is_step, bool).reshape(-1, MAX_STRETCH_STEPS)
         self.are_units_episodes = len(set(episodes)) >= MIN_EPISODES_TO_RESAMPLE
         if self.are_units_episodes:
-            self.unit = np.unique(episodes, return_inverse=True)[1]
+            # Number the episodes that have stretches from 0, without gaps.
+            _, self.unit = np.unique(episodes, return_inverse=True)
         else:
             self.unit = np.arange(self.num)
-        self._membership = self.unit[:, None] == np.arange(self.unit.max(initial=-1) + 1)
+        num_units = self.unit.max(initial=-1) + 1
+        # [n, U] bool: a product with it sums over the stretches of each unit.
+        self._membership = self.unit[:, None] == np.arange(num_units)
 
     def action_rows(self, delay: int) -> Array:
-        """[n, L] the row of the action that leads to each next state, if the robot is late by
-        `delay`."""
+        """Return the row of the action that leads from each state to the next, [n, L].
+
+        Args:
+            delay: how many steps after its state the robot executes an action.
+        """
         return self.rows[:, :-1] - delay
 
     def select_steps(self, logged: Array) -> Array:
-        """The rows of `logged` [N, d] that the real steps are recorded with, without any delay."""
-        return logged[self.action_rows(0)][self.is_step]
+        """Select the logged actions [number of real steps, d] of all real steps, without delay.
+
+        Args:
+            logged: [N, d] the logged actions of all rows.
+        """
+        logged_by_stretch = logged[self.action_rows(delay=0)]  # [n, L, d]
+        return logged_by_stretch[self.is_step]
 
     def sum_per_unit(self, distances: Array) -> Array:
-        """Sum distances [..., n, L] of real steps per unit of resampling: [..., U]."""
-        return np.where(self.is_step, distances, 0).sum(-1) @ self._membership
+        """Sum distances [..., n, L] over the real steps of each unit of resampling: [..., U]."""
+        sum_per_stretch = np.where(self.is_step, distances, 0).sum(-1)  # [..., n]
+        return sum_per_stretch @ self._membership
 
 
 def _valid_runs(valid: Array) -> Iterator[tuple[int, int]]:
-    """(first, end) such that for every state first ≤ t < end the actions of all delays are
-    valid."""
+    """Find the runs of steps in which the actions of all delays are valid.
+
+    Args:
+        valid: [T] bool, whether each step's action is valid.
+
+    Yields:
+        (first, end) of each run: steps first ≤ t < end, the last of which leads to state `end`.
+    """
     max_delay = max(DELAYS)
     max_lead = -min(DELAYS)
-    is_good = []
+    is_good = []  # 1 or 0 for each step t from max_delay on
     for t in range(max_delay, len(valid) - max_lead - 1):
-        is_good.append(int(valid[t - max_delay : t + max_lead + 1].all()))
-    edges = np.flatnonzero(np.diff([0, *is_good, 0]))
-    for first, end in zip(edges[::2], edges[1::2], strict=True):
+        actions_of_all_delays = valid[t - max_delay : t + max_lead + 1]
+        is_good.append(int(actions_of_all_delays.all()))
+    # Between zeros at both ends, the changes are by turns the begin and the end of a run.
+    changes = np.flatnonzero(np.diff([0, *is_good, 0]))
+    for first, end in zip(changes[::2], changes[1::2], strict=True):
         yield max_delay + int(first), max_delay + int(end)
 
 
@@ -171,30 +207,38 @@ def _to_tensor(values: Array) -> torch.Tensor:
 
 
 def _to_quaternions(rotation_format: str, values: torch.Tensor) -> torch.Tensor:
-    return quat_normalize(ROTATION_FORMATS[rotation_format][1](values))
+    """Convert rotations [..., d] in a format to unit quaternions [..., 4]."""
+    return quat_normalize(ROTATION_FORMATS[rotation_format].to_quaternion(values))
 
 
 def _possible_formats(values: Array) -> list[str]:
-    """The formats in which numbers [N, d] may be rotations."""
-    return [name for name in TESTED_FORMATS if ROTATION_FORMATS[name][0] == values.shape[1]]
+    """Return the formats in which numbers [N, d] may be rotations: those of d numbers."""
+    num_components = values.shape[1]
+    return [
+        name for name in TESTED_FORMATS if ROTATION_FORMATS[name].num_components == num_components
+    ]
 
 
 def state_formats(values: Array) -> list[str]:
-    """The formats in which recorded numbers [N, d] may be orientations.
+    """Return the formats in which recorded numbers [N, d] may be orientations.
 
-    Yaw, pitch, roll is not among them: states and actions written so, with their frames exchanged,
-    are the mirror image of roll, pitch, yaw. Rotations alone cannot tell the two (see
-    `formats_that_turn_otherwise`). Where only one of states and actions is written so, the format
-    of the actions says it.
+    Yaw, pitch, roll ("euler_ZYX") is not among them. If states and actions are both written as yaw,
+    pitch, roll, then they fit as well as roll, pitch, yaw ("euler_xyz") with base and end-effector
+    frame exchanged, because the one is the mirror image of the other. Rotations alone cannot tell
+    these two apart (see `formats_that_turn_otherwise`). If only the actions are written as yaw,
+    pitch, roll, their `action_format` says so.
     """
     return [name for name in _possible_formats(values) if name != "euler_ZYX"]
 
 
 def state_quaternions(rotation: Array) -> tuple[dict[str, Array], str]:
-    """Recorded orientations [N, d] as quaternions [N, 4] in every possible format, and their
-    angles' unit.
+    """Convert recorded orientations [N, d] to quaternions in every format that is possible.
 
-    Angles beyond a whole turn are degrees, others radians: changes alone could not tell.
+    Three numbers may be angles. They are taken for degrees if some go beyond a whole turn in
+    radians (2π), and for radians otherwise.
+
+    Returns:
+        Format → quaternions [N, 4]; and the unit: "deg", "rad" or `UNIT_QUATERNION`.
     """
     unit = UNIT_QUATERNION
     if rotation.shape[1] == 3:
@@ -207,19 +251,23 @@ def state_quaternions(rotation: Array) -> tuple[dict[str, Array], str]:
 
 
 def can_tell_euler_order(translation: Hypothesis | None, rotation: Hypothesis | None) -> bool:
-    """Whether actions tell roll, pitch, yaw from yaw, pitch, roll.
+    """Return whether the actions tell roll, pitch, yaw from yaw, pitch, roll.
 
-    They do not if they are targets, and only if translations and rotations would otherwise be in
-    two frames.
+    With the wrong order of angles, rotations fit in the wrong frame (see `state_formats`). This
+    shows if translations and rotations fit in the same frame, because the other order would put
+    them in two frames. Rotations that are targets have no such frame, so they tell nothing.
 
     Args:
-        translation, rotation: the best hypotheses; None where they tell nothing.
+        translation: the best hypothesis about logged translations; None if they tell nothing.
+        rotation: the best hypothesis about logged rotations; None if they tell nothing.
     """
     if translation is None or rotation is None:
         return False
     if rotation.kind == "absolute":
         return False
-    return (translation.frame == "ee") == (rotation.frame == "ee")
+    is_translation_in_ee = translation.frame == "ee"
+    is_rotation_in_ee = rotation.frame == "ee"
+    return is_translation_in_ee == is_rotation_in_ee
 
 
 def formats_that_turn_otherwise(
@@ -229,13 +277,14 @@ def formats_that_turn_otherwise(
     translation: Hypothesis | None,
     rotation: Hypothesis | None,
 ) -> list[str]:
-    """Formats that fit as well as the layout's, but by which the gripper turns otherwise.
+    """Find formats that fit as well as the layout's, but by which the gripper rotates differently.
 
     Args:
         rotations: each episode's recorded orientations [T, d].
         layout_format: the format that the layout names.
-        tied_formats: formats that fit as well.
-        translation, rotation: the best hypotheses; None where they tell nothing.
+        tied_formats: formats that fit as well as the layout's.
+        translation: the best hypothesis about logged translations; None if they tell nothing.
+        rotation: the best hypothesis about logged rotations; None if they tell nothing.
     """
     other_formats = sorted({*tied_formats} - {layout_format})
     is_euler_possible = "euler_xyz" in {layout_format, *other_formats}
@@ -245,18 +294,28 @@ def formats_that_turn_otherwise(
     quaternions, _ = state_quaternions(np.concatenate(rotations))
     episode_ends = np.cumsum([len(values) for values in rotations])[:-1]
     layout_turns = _turns_between_steps(quaternions[layout_format], episode_ends)
-    min_difference = MIN_TURN_DIFFERENCE * _angle(layout_turns[:, 0]).mean() + 1e-6
+    mean_turn_rad = _angle(layout_turns[:, 0]).mean()  # from the quaternions' scalar parts
+    min_difference_rad = MIN_TURN_DIFFERENCE * mean_turn_rad + 1e-6
 
     differing_formats = []
     for name in other_formats:
         turns = _turns_between_steps(quaternions[name], episode_ends)
-        if _angle((layout_turns * turns).sum(-1)).mean() > min_difference:
+        difference_rad = _angle((layout_turns * turns).sum(-1))  # one per pair of steps
+        if difference_rad.mean() > min_difference_rad:
             differing_formats.append(name)
     return differing_formats
 
 
 def _turns_between_steps(quaternions: Array, episode_ends: Array) -> Array:
-    """[N, 4] rotations from step to step, without those from one episode to the next."""
+    """Compute the rotations from step to step.
+
+    Args:
+        quaternions: [N, 4] orientations of all episodes, one after another.
+        episode_ends: the row behind each episode but the last.
+
+    Returns:
+        [N - number of episodes, 4], without the rotations from one episode to the next.
+    """
     orientation = _to_tensor(quaternions)
     turns = quat_multiply(quat_conjugate(orientation[:-1]), orientation[1:]).numpy()
     return np.delete(turns, episode_ends - 1, axis=0)
@@ -265,28 +324,39 @@ def _turns_between_steps(quaternions: Array, episode_ends: Array) -> Array:
 def _possible_scales(
     logged: Array, rms_step: float, units: Mapping[str, float], step_s: float
 ) -> list[Scale]:
-    """Known units of changes and velocities, and a fitted unit where none of them is near.
+    """List the known units of changes and velocities, and a fitted unit if none of them is near.
+
+    The fitted unit makes the logged numbers as large as the recorded steps.
 
     Args:
-        logged: [N, 3] logged numbers.
-        rms_step: root mean square of a recorded step, m or rad; logged steps are compared with it.
-        units: unit and its factor to meters or radians.
-        step_s: duration of a step.
+        logged: [number of steps, 3] logged numbers.
+        rms_step: root mean square of the recorded steps, m or rad.
+        units: unit → factor to meters or radians.
+        step_s: duration of a step, s.
     """
     scales = [Scale("delta", name, factor) for name, factor in units.items()]
     scales += [Scale("velocity", f"{name}/s", factor * step_s) for name, factor in units.items()]
-    logged_size = float(np.sqrt((logged**2).sum(-1).mean()))
-    factor = rms_step / logged_size if logged_size > 0 else 0.0
-    if factor <= 0:
+    rms_logged = float(np.sqrt((logged**2).sum(-1).mean()))
+    can_fit = rms_logged > 0 and rms_step > 0
+    if not can_fit:
         return scales
-    octaves = [abs(np.log2(factor / scale.factor)) for scale in scales]
+    fitted_factor = rms_step / rms_logged
+    octaves = [abs(np.log2(fitted_factor / scale.factor)) for scale in scales]
     if min(octaves) > MAX_NEAR_UNIT_OCTAVES:
-        scales.append(Scale("delta", name_unit(factor, units), factor))
+        scales.append(Scale("delta", name_unit(fitted_factor, units), fitted_factor))
     return scales
 
 
 def round_to_known_unit(factor: float, units: Mapping[str, float]) -> float:
-    """Round a measured unit (meters or radians per 1) to a known one that explains it, if any."""
+    """Return the known unit that is near a measured one; the measured one if none is.
+
+    Args:
+        factor: the measured unit, as its factor to meters or radians.
+        units: known unit → factor to meters or radians.
+
+    Returns:
+        A factor to meters or radians.
+    """
     for known_factor in units.values():
         if abs(np.log2(factor / known_factor)) <= MAX_NEAR_UNIT_OCTAVES:
             return known_factor
@@ -294,15 +364,21 @@ def round_to_known_unit(factor: float, units: Mapping[str, float]) -> float:
 
 
 def _concatenate_logged(values: Iterable[Array | None]) -> Array:
-    """[N, d] float64: the logged numbers of all recordings that have them."""
+    """Concatenate the logged numbers [T, d] of all recordings that have them: [N, d] float64."""
     logged = [numbers for numbers in values if numbers is not None]
     return np.concatenate(logged).astype(np.float64)
 
 
 def _measure_rms_step_m(position: Array, stretches: Stretches) -> float:
-    """Root mean square of the recorded displacements from step to step."""
-    squared_steps = np.diff(position[stretches.rows], axis=1)[stretches.is_step] ** 2
-    return float(np.sqrt(squared_steps.sum(-1).mean()))
+    """Compute the root mean square of the recorded displacements from step to step.
+
+    Args:
+        position: [N, 3] recorded positions, m.
+        stretches: the stretches in which displacements are taken.
+    """
+    displacements = np.diff(position[stretches.rows], axis=1)  # [n, L, 3]
+    squared_components = displacements[stretches.is_step] ** 2  # [number of real steps, 3]
+    return float(np.sqrt(squared_components.sum(-1).mean()))
 
 
 def fit_translations(
@@ -310,12 +386,12 @@ def fit_translations(
     stretches: Stretches,
     units: Mapping[str, float] = LENGTH_UNITS,
 ) -> list[Fit]:
-    """The fit of every hypothesis about the logged translations.
+    """Compute the fit of every hypothesis about the logged translations.
 
     Args:
         recordings: The episodes.
-        stretches: The pieces of at most `MAX_STRETCH_STEPS` steps into which the episodes are cut.
-        units: Units to try, with their factors to meters.
+        stretches: The stretches into which these episodes are cut.
+        units: Units to try → factor to meters.
     """
     position = np.concatenate([r.position for r in recordings]).astype(np.float64)
     rotation = np.concatenate([r.rotation for r in recordings])
@@ -324,8 +400,8 @@ def fit_translations(
 
     rows = stretches.rows
     is_step = stretches.is_step
-    start = position[rows[:, :1]]
-    recorded = position[rows[:, 1:]] - start  # displacement since the start of the stretch
+    start = position[rows[:, :1]]  # [n, 1, 3]
+    recorded = position[rows[:, 1:]] - start  # [n, L, 3] displacement since the stretch's start
     motion = stretches.sum_per_unit(np.linalg.norm(recorded, axis=-1))
     num_steps = int(is_step.sum())
 
@@ -343,11 +419,27 @@ def fit_translations(
         state_format: str,
         delay: int,
     ) -> None:
-        """components [n, L, 3, 3]: what each logged component adds to the displacement."""
-        factors = np.concatenate([SIGN_FACTORS * scale.factor for scale in scales])
-        difference = components @ factors.T - (offset + recorded)[..., None]
-        distances = np.linalg.norm(difference, axis=-2)  # [n, L, K · 8]
-        errors = stretches.sum_per_unit(np.moveaxis(distances, -1, 0))
+        """Add the fits of all scales and signs to `fits`.
+
+        Hypotheses that differ only in scale and signs multiply the three logged components with
+        three factors. Therefore one matrix product predicts the displacements for all of them.
+
+        Args:
+            components: [n, L, 3, 3]. Column c is the displacement that the logged component c
+                predicts if its factor is 1.
+            offset: [3] or [n, 1, 3] what is added to the recorded displacement before it is
+                compared: the stretch's start if targets are logged.
+            scales: the kinds and units to try.
+            frame: `Hypothesis.frame` of the fits.
+            state_format: `Hypothesis.state_format` of the fits.
+            delay: `Hypothesis.delay_steps` of the fits.
+        """
+        # One row of three factors per hypothesis; K = number of scales · 8 signs.
+        factors = np.concatenate([SIGN_FACTORS * scale.factor for scale in scales])  # [K, 3]
+        predicted = components @ factors.T  # [n, L, 3, K]
+        target = offset + recorded  # [n, L, 3]
+        distances = np.linalg.norm(predicted - target[..., None], axis=-2)  # [n, L, K]
+        errors = stretches.sum_per_unit(np.moveaxis(distances, -1, 0))  # [K, U]
         cases = itertools.product(scales, SIGNS)
         for (scale, signs), error in zip(cases, errors, strict=True):
             hypothesis = Hypothesis(
@@ -363,31 +455,40 @@ def fit_translations(
 
     origin = np.zeros(3)
     for delay in DELAYS:
-        actions = logged[stretches.action_rows(delay)] * is_step[..., None]
-        diagonal = actions[..., None] * np.eye(3)
+        actions = logged[stretches.action_rows(delay)] * is_step[..., None]  # [n, L, 3]
+        # Row c (also column c) is the component c of the action along its own axis.
+        diagonal = actions[..., None] * np.eye(3)  # [n, L, 3, 3]
         add_fits(diagonal.cumsum(1), origin, relative_scales, "base", "-", delay)
         add_fits(diagonal, start, target_scales, "base", "-", delay)
         for state_format in state_formats(rotation):
-            orientation = _to_tensor(quaternions[state_format][rows[:, :-1], None])
-            axes = quat_rotate(orientation, _to_tensor(diagonal)).numpy()
-            components = axes.swapaxes(-1, -2).cumsum(1)
-            add_fits(components, origin, relative_scales, "ee", state_format, delay)
+            # Rotate each component on its own from the end-effector frame to the base frame.
+            orientation = quaternions[state_format][rows[:, :-1]]  # [n, L, 4]
+            rotated_rows = quat_rotate(_to_tensor(orientation[:, :, None]), _to_tensor(diagonal))
+            columns = rotated_rows.numpy().swapaxes(-1, -2)  # [n, L, 3, 3]
+            add_fits(columns.cumsum(1), origin, relative_scales, "ee", state_format, delay)
     return fits
 
 
 def integrate_translations(recording: Recording, fit: Fit) -> Array:
     """Integrate the logged translations of a whole episode from its first state.
 
+    Args:
+        recording: The episode.
+        fit: The hypothesis about the translations, with its factor.
+
     Returns:
-        [T, 3] positions, m. Where an action is not known, the recorded position is taken.
+        [T, 3] positions, m. For an unknown action, a target is replaced by the recorded position
+        and a displacement by zero.
     """
     hypothesis = fit.hypothesis
     assert recording.translation is not None
     num_steps = len(recording.position)
-    action_rows = np.arange(num_steps - 1) - hypothesis.delay_steps
+    # A delay shifts the first or last actions out of the episode: these are unknown.
+    action_rows = np.arange(num_steps - 1) - hypothesis.delay_steps  # [T - 1]
     is_known = (action_rows >= 0) & (action_rows < num_steps)
-    logged = recording.translation[np.where(is_known, action_rows, 0)]
-    logged = logged * SIGNS[hypothesis.signs] * fit.factor
+    existing_rows = np.where(is_known, action_rows, 0)
+    logged = recording.translation[existing_rows]
+    logged = logged * SIGNS[hypothesis.signs] * fit.factor  # [T - 1, 3] m
 
     path = np.array(recording.position, np.float64)
     if hypothesis.kind == "absolute":
@@ -397,19 +498,20 @@ def integrate_translations(recording: Recording, fit: Fit) -> Array:
         quaternions, _ = state_quaternions(recording.rotation)
         orientation = _to_tensor(quaternions[hypothesis.state_format][:-1])
         logged = quat_rotate(orientation, _to_tensor(logged)).numpy()
-    path[1:] = path[0] + (logged * is_known[:, None]).cumsum(0)
+    known_displacements = logged * is_known[:, None]
+    path[1:] = path[0] + known_displacements.cumsum(0)
     return path
 
 
 class _RecordedRotations(NamedTuple):
     """Recorded orientations in every possible format of the states.
 
-    formats      [S] names.
-    orientation  [S, n, L + 1, 4] along each stretch.
-    motion_ee    [S, n, L, 4] rotation since the start of the stretch, about the gripper's axes.
-    motion_base  [S, n, L, 4] the same about the base's axes.
-    motion_size  [S, U] summed angles, rad.
-    rms_step_rad root mean square of a step's angle.
+    formats       [S] names of the formats.
+    orientation   [S, n, L + 1, 4] orientations along each stretch.
+    motion_ee     [S, n, L, 4] rotation since the start of the stretch, in the end-effector frame.
+    motion_base   [S, n, L, 4] the same rotation in the base frame.
+    motion_size   [S, U] angles of these rotations, summed per unit of resampling, rad.
+    rms_step_rad  root mean square of the angles from step to step.
     """
 
     formats: list[str]
@@ -421,21 +523,23 @@ class _RecordedRotations(NamedTuple):
 
 
 def _summarize_recorded_rotations(rotation: Array, stretches: Stretches) -> _RecordedRotations:
-    """Read recorded orientations [N, d] in every format that they may have, along each stretch."""
+    """Read recorded orientations [N, d] in every possible format, and arrange them by stretch."""
     quaternions, _ = state_quaternions(rotation)
     formats = state_formats(rotation)
     orientation = torch.stack([_to_tensor(quaternions[name][stretches.rows]) for name in formats])
     inverse_start = quat_conjugate(orientation[:, :, :1])
     motion_ee = quat_multiply(inverse_start, orientation[:, :, 1:])
     motion_base = quat_multiply(orientation[:, :, 1:], inverse_start)
+    # The scalar part of a rotation's quaternion is its scalar product with "no rotation".
     motion_size = stretches.sum_per_unit(_angle(motion_ee[..., 0].numpy()))
 
     single_steps = quat_multiply(quat_conjugate(orientation[:, :, :-1]), orientation[:, :, 1:])
-    sizes = []
-    for cosine in single_steps[..., 0].numpy():
-        sizes.append(np.sqrt((_angle(cosine)[stretches.is_step] ** 2).mean()))
-    # Where formats disagree on how far the robot turned, the smallest turn is the smoothest.
-    rms_step_rad = float(min(sizes))
+    step_sizes = []  # one per format
+    for scalar_parts in single_steps[..., 0].numpy():
+        angles = _angle(scalar_parts)[stretches.is_step]
+        step_sizes.append(np.sqrt((angles**2).mean()))
+    # A wrong format makes the motion rough, so the format with the smallest steps is believed.
+    rms_step_rad = float(min(step_sizes))
     return _RecordedRotations(
         formats, orientation, motion_ee, motion_base, motion_size, rms_step_rad
     )
@@ -446,12 +550,12 @@ def fit_rotations(
     stretches: Stretches,
     units: Mapping[str, float] = ANGLE_UNITS,
 ) -> list[Fit]:
-    """The fit of every hypothesis about the logged rotations.
+    """Compute the fit of every hypothesis about the logged rotations.
 
     Args:
         recordings: The episodes.
-        stretches: The pieces of at most `MAX_STRETCH_STEPS` steps into which the episodes are cut.
-        units: Units of angles to try, with their factors to radians.
+        stretches: The stretches into which these episodes are cut.
+        units: Units of angles to try → factor to radians.
     """
     rotation = np.concatenate([r.rotation for r in recordings]).astype(np.float64)
     logged = _concatenate_logged(r.turn for r in recordings)
@@ -469,15 +573,18 @@ def fit_rotations(
         indices: list[int],
         delay: int,
     ) -> None:
-        """Add the fits of K hypotheses in every state format.
+        """Add the fits of K hypotheses in every state format to `fits`.
 
-        `predicted` [K, n, L, 4] are the rotations that the hypotheses `indices` predict.
-        `observed` [S, n, L, 4] are the recorded ones in each of the S state formats. There are n
-        stretches, of L steps each.
+        Args:
+            predicted: [K, n, L, 4] rotations that the hypotheses predict.
+            observed: [S, n, L, 4] recorded rotations in each state format.
+            frame: `Hypothesis.frame` of the fits.
+            indices: [K] which of `hypotheses` these are.
+            delay: `Hypothesis.delay_steps` of the fits.
         """
+        # Scalar products of quaternions, each of which gives the angle between two rotations.
         cosine = torch.einsum("knlc,snlc->sknl", predicted, observed).numpy()
-        # Summed angles (rad) per unit of resampling: an episode or a stretch (see `Stretches`)
-        errors = stretches.sum_per_unit(_angle(cosine))
+        errors = stretches.sum_per_unit(_angle(cosine))  # [S, K, U] rad
         for s, state_format in enumerate(recorded.formats):
             for k, index in enumerate(indices):
                 hypothesis = hypotheses[index]._replace(
@@ -493,9 +600,10 @@ def fit_rotations(
         about_ee, about_base = _integrate_rotations(deltas)
         add_fits(about_ee, recorded.motion_ee, "ee", changes, delay)
         add_fits(about_base, recorded.motion_base, "base", changes, delay)
-        target = logged_quaternions[targets][:, action_rows]
+        target = logged_quaternions[targets][:, action_rows]  # [K, n, L, 4]
         add_fits(target, recorded.orientation[:, :, 1:], "base", targets, delay)
-        if rotation.shape[1] == 3 and logged.shape[1] == 3:
+        has_angles = rotation.shape[1] == 3 and logged.shape[1] == 3
+        if has_angles:
             fits += _fit_added_angles(rotation, logged, recorded, scales, stretches, delay)
     return fits
 
@@ -507,7 +615,15 @@ def _rotation_scales(
     step_s: float,
     units: Mapping[str, float],
 ) -> list[Scale]:
-    """Kinds and units that logged rotations [N, d] may have."""
+    """List the kinds and units that logged rotations [N, d] may have.
+
+    Args:
+        logged: [N, d] logged rotations.
+        rms_step_rad: root mean square of the recorded rotations from step to step.
+        stretches: the stretches whose steps are compared.
+        step_s: duration of a step, s.
+        units: units of angles to try → factor to radians.
+    """
     if logged.shape[1] != 3:
         return [Scale("delta", UNIT_QUATERNION, 1.0), Scale("absolute", UNIT_QUATERNION, 1.0)]
     logged_in_steps = stretches.select_steps(logged)
@@ -517,8 +633,15 @@ def _rotation_scales(
 
 
 def _integrate_rotations(deltas: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Compose rotations [K, n, L, 4] along each stretch, about the gripper's and about the base's
-    axes."""
+    """Compose rotations along each stretch.
+
+    Args:
+        deltas: [K, n, L, 4] rotation of each step.
+
+    Returns:
+        Rotations since the start of the stretch, twice [K, n, L, 4]: if each step rotates about
+        the axes of the end effector, and if it rotates about the axes of the base.
+    """
     about_ee = [deltas[:, :, 0]]
     about_base = [deltas[:, :, 0]]
     for k in range(1, MAX_STRETCH_STEPS):
@@ -528,27 +651,47 @@ def _integrate_rotations(deltas: torch.Tensor) -> tuple[torch.Tensor, torch.Tens
 
 
 def _angle(cosine: Array) -> Array:
-    """Angle between two orientations, rad, from the scalar product of their quaternions."""
+    """Compute the angle between two orientations, rad, from their quaternions' scalar product."""
     return 2 * np.arccos(np.minimum(np.abs(cosine), 1))
 
 
 def _logged_rotations(
     logged: Array, scales: Sequence[Scale]
 ) -> tuple[list[Hypothesis], torch.Tensor]:
-    """Every meaning [K] of logged rotations [N, d], and the quaternions [K, N, 4] that it gives."""
+    """List the hypotheses about logged rotations and convert the rotations by each of them.
+
+    The hypotheses differ in scale, format of the actions, and signs. Frame, delay and state format
+    are placeholders.
+
+    Args:
+        logged: [N, d] logged rotations.
+        scales: the kinds and units to try.
+
+    Returns:
+        K hypotheses, and the quaternions [K, N, 4] that the logged rotations are by each of them.
+    """
     hypotheses: list[Hypothesis] = []
-    quaternions: list[torch.Tensor] = []
+    quaternions: list[torch.Tensor] = []  # [8, N, 4] each: one row per choice of signs
     for scale, action_format in itertools.product(scales, _possible_formats(logged)):
         if logged.shape[1] == 3:
-            signed = logged * scale.factor * SIGN_FACTORS[:, None]
+            signed = logged * scale.factor * SIGN_FACTORS[:, None]  # [8, N, 3]
             rotations = _to_quaternions(action_format, _to_tensor(signed))
         else:
-            signs_of_quaternion = np.insert(SIGN_FACTORS, 0, 1, axis=1)[:, None]
-            rotations = _to_quaternions(action_format, _to_tensor(logged))
-            rotations = rotations * _to_tensor(signs_of_quaternion)
+            # The signs apply to the vector part of the quaternions; the scalar part is kept.
+            signs_of_quaternion = np.insert(SIGN_FACTORS, 0, 1, axis=1)  # [8, 4]
+            rotations = _to_quaternions(action_format, _to_tensor(logged))  # [N, 4]
+            rotations = rotations * _to_tensor(signs_of_quaternion[:, None])  # [8, N, 4]
         for signs in SIGNS:
             hypotheses.append(
-                Hypothesis(scale.kind, "base", scale.unit, signs, 0, "-", action_format)
+                Hypothesis(
+                    kind=scale.kind,
+                    frame="base",
+                    unit=scale.unit,
+                    signs=signs,
+                    delay_steps=0,
+                    state_format="-",
+                    action_format=action_format,
+                )
             )
         quaternions.append(rotations)
     return hypotheses, torch.cat(quaternions)
@@ -562,26 +705,47 @@ def _fit_added_angles(
     stretches: Stretches,
     delay: int,
 ) -> Iterator[Fit]:
-    """Fits of hypotheses by which logged angles are added to the recorded ones, without
-    composition."""
+    """Fit the hypotheses by which logged angles are added to the recorded angles one by one.
+
+    Args:
+        rotation: [N, 3] recorded angles.
+        logged: [N, 3] logged angles.
+        recorded: the recorded orientations.
+        scales: the kinds and units to try; targets ("absolute") are left out.
+        stretches: the stretches into which the episodes are cut.
+        delay: `Hypothesis.delay_steps` of the fits.
+
+    Yields:
+        One fit per scale, state format and choice of signs.
+    """
     _, state_unit = state_quaternions(rotation)
-    angles = rotation * ANGLE_UNITS[state_unit]
-    start = angles[stretches.rows[:, :1]]
-    steps = logged[stretches.action_rows(delay)] * stretches.is_step[..., None]
-    total = steps.cumsum(1)
+    angles = rotation * ANGLE_UNITS[state_unit]  # [N, 3] rad
+    start = angles[stretches.rows[:, :1]]  # [n, 1, 3]
+    steps = logged[stretches.action_rows(delay)] * stretches.is_step[..., None]  # [n, L, 3]
+    total = steps.cumsum(1)  # [n, L, 3], in the logged unit
     tested_scales = [scale for scale in scales if scale.kind != "absolute"]
     scale_factors = np.array([scale.factor for scale in tested_scales])
-    factors = SIGN_FACTORS * scale_factors[:, None, None]  # [K, 8, 3]
-    reached = _to_tensor(start + total * factors[:, :, None, None])  # [K, 8, n, L, 3]
+    factors = SIGN_FACTORS * scale_factors[:, None, None]  # [scales, 8, 3]
+    reached = _to_tensor(start + total * factors[:, :, None, None])  # [scales, 8, n, L, 3] rad
 
-    cosines = []
+    cosines = []  # per state format: [scales, 8, n, L]
     for name, orientation in zip(recorded.formats, recorded.orientation, strict=True):
-        cosines.append((_to_quaternions(name, reached) * orientation[:, 1:]).sum(-1))
-    all_cosines = torch.stack(cosines, 1).flatten(end_dim=2).numpy()
-    errors = stretches.sum_per_unit(_angle(all_cosines))  # [K · S · 8, U]
+        predicted = _to_quaternions(name, reached)  # [scales, 8, n, L, 4]
+        cosines.append((predicted * orientation[:, 1:]).sum(-1))
+    # Flattened in the order of `cases` below: scale, state format, signs.
+    all_cosines = torch.stack(cosines, 1).flatten(end_dim=2).numpy()  # [scales · S · 8, n, L]
+    errors = stretches.sum_per_unit(_angle(all_cosines))  # [scales · S · 8, U]
 
     num_steps = int(stretches.is_step.sum())
     cases = itertools.product(tested_scales, enumerate(recorded.formats), SIGNS)
     for (scale, (s, name), signs), error in zip(cases, errors, strict=True):
-        hypothesis = Hypothesis(scale.kind, "angles", scale.unit, signs, delay, name, name)
+        hypothesis = Hypothesis(
+            kind=scale.kind,
+            frame="angles",
+            unit=scale.unit,
+            signs=signs,
+            delay_steps=delay,
+            state_format=name,
+            action_format=name,
+        )
         yield Fit(hypothesis, error, recorded.motion_size[s], num_steps)
