@@ -1,10 +1,13 @@
-"""Does a dataset mean what its layout says? Every hypothesis about its logged actions against its
-states.
+"""Does a dataset mean what its layout says? The audit tests logged actions against recorded states.
 
-For each question (frame, unit, signs, …) the audit finds the answer that fits best and compares it
-with the layout's. An answer is called wrong only if the 95 % interval (bootstrap over episodes) of
-how much worse it fits than the best lies above `MIN_MARGIN`, and right only if that of all others
-does; else it stays open.
+`spear.audit.hypotheses` computes how well every plausible meaning (hypothesis) of the logged
+actions explains the recorded states. A *question* is one field of a hypothesis: frame, unit, signs
+and so on. For each question, the audit compares the layout's answer with the answer that fits best.
+
+The *margin* of an answer is by how much its error exceeds that of the best answer, with a 95 %
+interval from a bootstrap over episodes. An answer is wrong only if its whole interval lies above
+`MIN_MARGIN`. An answer is right only if this is the case for all other answers. Otherwise the
+question stays open.
 """
 
 import contextlib
@@ -67,11 +70,13 @@ from spear.util.skipped_items import SkippedItems
 from spear.util.units import ANGLE_UNITS, LENGTH_UNITS, name_unit
 
 TRUSTED_FORMATS = (*RECORDED_ONLY, "euler_ZYX")
-"""Formats of recorded orientations that are not tested, but made quaternions first (see
-`state_formats`)."""
+"""Formats of recorded orientations that hypotheses do not try (see `state_formats`).
+
+The audit takes the layout's word for them, and converts such orientations to quaternions first.
+"""
 UNMISTAKABLE_FORMATS = ("franka_joints", "matrix4_columns", "matrix4_rows")
-"""Formats that no other numbers could be."""
-ROTATION_WIDTHS = sorted({width for width, _ in ROTATION_FORMATS.values()})
+"""Formats for which numbers of another format could not be mistaken."""
+ROTATION_WIDTHS = sorted({encoding.num_components for encoding in ROTATION_FORMATS.values()})
 """How many numbers an orientation may have."""
 
 _STORE_COLUMNS: dict[str, Any] = {
@@ -82,22 +87,26 @@ STORE_LAYOUT = DatasetLayout(
 )
 """The layout of episode stores, without cameras and rate."""
 
-MAX_EPISODES = 50  # that are read
-MAX_STEPS = 3000  # that are read
-MAX_VIEWED_EPISODES = 12  # whose images are decoded
-MAX_BAD_SHARE = 0.5  # of the episodes that may be bad
-MIN_MARGIN = 0.01  # fraction of the motion by which a hypothesis must be worse to be called worse
+MAX_EPISODES = 50  # the audit reads at most so many episodes,
+MAX_STEPS = 3000  # and no further episode after so many steps
+MAX_VIEWED_EPISODES = 12  # the images of the first so many episodes are decoded
+MAX_BAD_SHARE = 0.5  # share of unreadable episodes above which the audit fails
+MIN_MARGIN = 0.01  # fraction of the motion by which an error must be larger to count as worse
 MAX_UNEXPLAINED = 1 / 3  # relative error above which even the best hypothesis explains nothing
 MIN_MOTION = {"translation": 2e-3, "rotation": np.radians(0.5)}
-"""Mean motion over a stretch (m, rad) below which nothing can be told."""
+"""Mean motion since the start of a stretch (m, rad) below which there is too little to judge."""
 MAX_UNEXPLAINED_OF_EPISODE = (0.5, 1.0)
-"""An episode is odd if its error exceeds a limit between these two fractions of its motion."""
-NUM_RESAMPLES = 1000
+"""Smallest and largest limit of an episode's relative error above which the episode is odd.
+
+Between these two, the limit is ten times the median of all episodes.
+"""
+NUM_RESAMPLES = 1000  # draws of the bootstrap
 
 _NOT_CONFIRMED = {"wrong", "cannot tell"}
+"""Verdicts that leave open or deny that data agree with their layout."""
 
 LayoutAnswers = Mapping[str, Mapping[str, str | None]]
-"""Part name ("translation", "rotation") → question → the layout's answer; None without one."""
+"""Part ("translation" or "rotation") → question → the layout's answer; None if it gives none."""
 
 
 class LoggedUnits(NamedTuple):
@@ -111,7 +120,10 @@ KNOWN_UNITS = LoggedUnits(LENGTH_UNITS, ANGLE_UNITS)
 
 
 class Margin(NamedTuple):
-    """Excess error over the best hypothesis, as a fraction of the motion, and its 95 % interval."""
+    """By how much an error exceeds that of the best hypothesis, with the ends of the 95 % interval.
+
+    All three numbers are fractions of the motion.
+    """
 
     value: float
     low: float
@@ -124,11 +136,11 @@ class Finding:
 
     question       a field of `Hypothesis`.
     best_answer    the answer of the best hypothesis.
-    layout_answer  the layout's answer, None where it says nothing.
-    answers        maps each answer to two values: the fit of the best hypothesis that gives this
-                   answer, and by how much the error of that fit exceeds the error of the best
-                   hypothesis of all.
-    tied_answers   the answers that fit as well as the best one.
+    layout_answer  the layout's answer; None if the layout gives none.
+    answers        maps each answer to the fit of the best hypothesis that gives this answer, and to
+                   the margin of that fit.
+    tied_answers   the answers that fit as well as the best one, which is among them.
+    verdict        whether the layout's answer is right.
     """
 
     question: str
@@ -141,13 +153,16 @@ class Finding:
 
 @dataclass(frozen=True)
 class ActionPart:
-    """The findings about the logged translations, or rotations.
+    """The findings about the logged translations, or about the logged rotations.
 
-    best_fit    the best hypothesis' fit.
-    layout_fit  the fit of the best hypothesis that agrees with all answers of the layout; None
-                where no hypothesis does.
-    margin      how much worse `layout_fit` is than `best_fit`; None without a `layout_fit`.
-    note        why nothing can be told, or "".
+    name        "translation" or "rotation".
+    best_fit    the fit of the best hypothesis.
+    layout_fit  the fit of the best hypothesis that agrees with all answers of the layout; None if
+                no hypothesis does.
+    margin      the margin of `layout_fit`; None without a `layout_fit`.
+    findings    one finding per question.
+    verdict     whether the layout as a whole is right.
+    note        why the data are not enough to judge; "" if they are enough.
     """
 
     name: str
@@ -163,11 +178,16 @@ class ActionPart:
 class Report:
     """All that the audit found.
 
-    states           what is wrong with the recorded states by themselves.
-    checks           of rate, gripper, cameras, instructions and success.
-    fitting_formats  formats of the recorded orientations by which, unlike the layout's, all else
-                     agrees.
-    skipped          why episodes were skipped.
+    path             the dataset.
+    num_episodes     how many episodes were read.
+    num_steps        how many steps these episodes have.
+    action_parts     the findings about logged translations and logged rotations.
+    states           what is wrong with the recorded states by themselves, one remark per problem.
+    recordings       the episodes that were read.
+    checks           the checks of rate, gripper, cameras, instructions and success.
+    fitting_formats  formats of the recorded orientations with which everything would agree,
+                     although it does not with the layout's format.
+    skipped          why episodes were skipped, one reason each.
     """
 
     path: str
@@ -182,28 +202,29 @@ class Report:
 
     @property
     def outcome(self) -> Literal["consistent", "contradiction", "undecided"]:
-        """Whether the data contradict the layout, agree with it, or say too little."""
-        verdicts = {action_part.verdict for action_part in self.action_parts} | {
-            check.verdict for check in self.checks
-        }
+        """Whether the data agree with the layout, contradict it, or are not enough to decide."""
+        verdicts = {action_part.verdict for action_part in self.action_parts}
+        verdicts |= {check.verdict for check in self.checks}
         if self.states or self.fitting_formats or "wrong" in verdicts:
             return "contradiction"
-        return "undecided" if verdicts - {"agrees"} else "consistent"
+        if verdicts - {"agrees"}:
+            return "undecided"
+        return "consistent"
 
 
 def audit(path: str | Path, split: str | None = None, layout_file: Path | None = None) -> Report:
-    """Audit some episodes of a dataset in any format that keeps its logged actions.
+    """Audit some episodes of a dataset, in any format that has logged actions.
 
     Args:
         path: the dataset's folder.
-        split: which episodes; the first split if None.
-        layout_file: a file like spear.json; the dataset's own layout if None.
+        split: which split the episodes are from; the dataset's first split if None.
+        layout_file: a layout file like spear.json; the dataset's own layout if None.
 
     Returns:
-        What was found. Episodes that cannot be read are skipped.
+        All findings. Episodes that cannot be read are skipped, and the report says why.
 
     Raises:
-        SpearError: the layout names no logged actions, or no episode is good and has five steps.
+        SpearError: the layout names no logged actions, or no readable episode has five steps.
     """
     split = split or next(iter(count_episodes(path)))
     layout = find_logged_layout(path, layout_file)
@@ -218,7 +239,7 @@ def audit(path: str | Path, split: str | None = None, layout_file: Path | None =
 
 
 def _audit_numbers(path: str | Path, split: str, layout: DatasetLayout) -> Report:
-    """Audit everything but images and texts."""
+    """Audit everything but images and texts, and without the search for fitting formats."""
     recordings, skipped = _read_recordings(path, split, layout)
     trusted_layout = layout
     if layout.rotation_format in TRUSTED_FORMATS:
@@ -236,7 +257,11 @@ def _audit_numbers(path: str | Path, split: str, layout: DatasetLayout) -> Repor
 def _read_recordings(
     path: str | Path, split: str, layout: DatasetLayout
 ) -> tuple[list[Recording], SkippedItems]:
-    """The first episodes, up to `MAX_EPISODES` and about `MAX_STEPS`, and what was skipped."""
+    """Read the first episodes, up to `MAX_EPISODES` and about `MAX_STEPS`.
+
+    Returns:
+        The episodes, and those that could not be read.
+    """
     skipped = SkippedItems(MAX_BAD_SHARE)
     recordings: list[Recording] = []
     num_steps = 0
@@ -253,12 +278,14 @@ def _read_recordings(
 def _find_fitting_formats(
     path: str | Path, split: str, layout: DatasetLayout, report: Report
 ) -> list[str]:
-    """Rotation formats of the states by which all that looks wrong would be right.
+    """Find the formats of the recorded orientations by which all that looks wrong would be right.
 
-    If the states are written otherwise than the layout says, frames and signs of the actions look
-    wrong, too.
+    If the states are written in another format than the layout says, frames and signs of the
+    logged rotations look wrong, too. So the audit is repeated with every other format of as many
+    numbers. This is not necessary if the rotations agree, or if the audit already found that the
+    state format is wrong.
     """
-    findings: list[Finding] = []
+    findings: list[Finding] = []  # about the logged rotations, if these do not agree
     for action_part in report.action_parts:
         if action_part.name == "rotation" and action_part.verdict in _NOT_CONFIRMED:
             findings += action_part.findings
@@ -268,10 +295,13 @@ def _find_fitting_formats(
     if not findings or is_state_format_wrong:
         return []
 
-    width, _ = ROTATION_FORMATS.get(str(layout.rotation_format), (0, None))
+    layout_encoding = ROTATION_FORMATS.get(str(layout.rotation_format))
+    if layout_encoding is None:
+        return []
     fitting_formats = []
-    for name in ROTATION_FORMATS:
-        if name == layout.rotation_format or ROTATION_FORMATS[name][0] != width:
+    for name, encoding in ROTATION_FORMATS.items():
+        has_same_width = encoding.num_components == layout_encoding.num_components
+        if name == layout.rotation_format or not has_same_width:
             continue
         other_layout = replace(layout, rotation_format=cast(RotationFormat, name))
         with contextlib.suppress(SpearError):
@@ -283,8 +313,11 @@ def _find_fitting_formats(
 
 
 def _check_rotation_format(report: Report, layout_format: str) -> list[Check]:
-    """Whether the actions tell how orientations are written. Targets that are the next states never
-    do."""
+    """Check whether the actions tell in which format orientations are written.
+
+    Logged rotations that are targets never tell, because they are the next states in the same
+    format.
+    """
     explained = {
         action_part.name: action_part for action_part in report.action_parts if not action_part.note
     }
@@ -317,7 +350,10 @@ def _check_rotation_format(report: Report, layout_format: str) -> list[Check]:
 def summarize_cameras(
     path: str | Path, split: str, layout: DatasetLayout
 ) -> dict[str, list[View | None]]:
-    """What each camera shows in the first episodes; None where it is absent.
+    """Summarize what each camera shows in the first episodes.
+
+    Returns:
+        Camera name → one summary per episode, None where the camera is absent.
 
     Raises:
         SpearError: too many episodes are broken.
@@ -343,7 +379,7 @@ def summarize_cameras(
 def _summarize_camera(
     steps: Steps, layout: DatasetLayout, camera: str, position: Array, source: str
 ) -> View | None:
-    """What a camera shows in an episode; None where it is absent or cannot be decoded."""
+    """Summarize what a camera shows in an episode; None if it is absent or cannot be decoded."""
     with contextlib.suppress(SpearError):
         images = read_encoded_images(steps, layout.images[camera], source)
         context = f"{source} camera {camera!r}"
@@ -352,9 +388,9 @@ def _summarize_camera(
 
 
 def check_texts(path: str | Path, split: str, layout: DatasetLayout) -> list[Check]:
-    """What is wrong where instruction or success can be read of none of the first episodes."""
+    """Report instructions, and success, if they can be read in none of the first episodes."""
     folder = open_dataset(path)
-    if isinstance(folder, EpisodeStore):  # which refuses them when it is written
+    if isinstance(folder, EpisodeStore):  # its writer already refused unreadable texts
         return []
     first_episodes = []
     raw_episodes = read_layout_steps(folder, split, layout, images=())
@@ -378,19 +414,28 @@ def check_texts(path: str | Path, split: str, layout: DatasetLayout) -> list[Che
 
 
 def episode_steps(path: str | Path, split: str, images: Sequence[str] | None) -> RawEpisodes:
-    """The steps of a dataset's episodes, with the columns of `images`; None for all columns."""
+    """Read the steps of a dataset's episodes.
+
+    Args:
+        path: the dataset's folder.
+        split: which split the episodes are from.
+        images: columns of images to read; all of them if None.
+
+    Returns:
+        (source, columns) of each episode.
+    """
     folder = open_dataset(path)
     if not isinstance(folder, EpisodeStore):
         return folder.read_steps(split, images)
     store = open_store_split(path, split)
-    read = store.__getitem__ if images or images is None else store.without_images
-    episodes = map(read, range(len(store)))
+    needs_images = images is None or len(images) > 0
+    read_episode = store.__getitem__ if needs_images else store.without_images
+    episodes = map(read_episode, range(len(store)))
     return ((episode.source, vars(episode)) for episode in episodes)
 
 
 def find_logged_layout(path: str | Path, layout_file: Path | None) -> DatasetLayout:
-    """The layout of a dataset, which must name logged actions. Raises `SpearError` if it does
-    not."""
+    """Find the layout of a dataset. Raises `SpearError` if it does not name logged actions."""
     folder = open_dataset(path)
     if isinstance(folder, EpisodeStore):
         images = {camera: f"images/{camera}" for camera in folder.cameras}
@@ -407,7 +452,12 @@ def find_logged_layout(path: str | Path, layout_file: Path | None) -> DatasetLay
 
 
 def make_recording(steps: Steps, layout: DatasetLayout, source: str) -> Recording:
-    """One episode's states and logged actions as numbers.
+    """Make the recording of one episode from its columns.
+
+    Args:
+        steps: the episode's columns.
+        layout: what the columns mean.
+        source: names the episode in errors.
 
     Raises:
         SpearError: shapes do not fit, or a number is NaN.
@@ -415,7 +465,7 @@ def make_recording(steps: Steps, layout: DatasetLayout, source: str) -> Recordin
     translation_column = layout.logged_translation
     rotation_column = layout.logged_rotation
     layout_with_command = layout
-    if layout.action is not None:
+    if layout.action is not None:  # canonical actions: one column of 8 numbers
         translation_column = f"{layout.action}[0:3]"
         rotation_column = f"{layout.action}[3:7]"
         layout_with_command = replace(layout, command=f"{layout.action}[7]")
@@ -454,7 +504,7 @@ def make_recording(steps: Steps, layout: DatasetLayout, source: str) -> Recordin
 def _read_moving_gripper(
     steps: Steps, layout: DatasetLayout, source: str
 ) -> tuple[Array | None, Array | None]:
-    """Openings and commands [T]; None where the layout says that the gripper never moves."""
+    """Read openings and commands [T]; None if the layout says that the gripper never moves."""
     if layout.gripper_opening is not None:
         return None, None
     return read_openings(steps, layout, source)
@@ -467,7 +517,7 @@ def _read_optional(steps: Steps, column_name: str | None, source: str) -> Array 
 def _check_shape(
     values: Array | None, name: str, widths: Sequence[int], num_steps: int, source: str
 ) -> None:
-    """Raises `SpearError` unless values are absent or [num_steps, one of widths]."""
+    """Raise `SpearError` unless values are None or have shape [num_steps, one of `widths`]."""
     if values is None or values.shape in [(num_steps, width) for width in widths]:
         return
     expected = f"{num_steps} x {' or '.join(map(str, widths))}"
@@ -477,12 +527,14 @@ def _check_shape(
 def _rotation_to_judge(
     rotation: Array, rotation_format: RotationFormat, layout: DatasetLayout, source: str
 ) -> Array:
-    """Recorded orientations as hypotheses read them: trusted formats as quaternions, others as they
-    are."""
+    """Convert recorded orientations [T, d] to what hypotheses can read.
+
+    Trusted formats become quaternions [T, 4], others stay as they are.
+    """
     quaternions = to_quaternion(rotation, rotation_format, source)
-    if (
-        layout.rotation_format == "franka_joints"
-    ):  # logged rotations are of the hand's frame, O_T_EE
+    if layout.rotation_format == "franka_joints":
+        # The logged rotations are in the hand's frame (libfranka's O_T_EE), which differs by half a
+        # turn from the frame that the joints give.
         half_turn_about_x = torch.tensor([0, 1, 0, 0], dtype=torch.float64)
         return quat_multiply(torch.as_tensor(quaternions), half_turn_about_x).numpy()
     if rotation_format in TRUSTED_FORMATS:
@@ -493,7 +545,7 @@ def _rotation_to_judge(
 
 
 def episode_rate_hz(steps: Steps, layout: DatasetLayout) -> float:
-    """Steps per second of an episode. Those of a store each have their own."""
+    """Return the steps per second of an episode: its own rate (in a store), or the layout's."""
     rate_hz = steps.get("rate_hz")
     if isinstance(rate_hz, float):
         return rate_hz
@@ -511,7 +563,7 @@ def judge(
 
     Args:
         recordings: The episodes.
-        answers: What the layout says of their actions.
+        answers: The layout's answers about their logged actions.
         path: The dataset, for messages.
         units: The units to try.
 
@@ -546,14 +598,20 @@ def judge(
 
 
 def _check_odd_episodes(action_part: ActionPart, num_episodes: int) -> list[Check]:
-    """Whether the layout explains some episodes far less well than the others."""
+    """Check whether the layout explains some episodes far less well than the others.
+
+    The units of resampling must be episodes.
+    """
     fit = action_part.layout_fit
     if fit is None or action_part.note or action_part.verdict == "wrong":
         return []
-    unexplained = fit.error / fit.motion.clip(1e-12)
-    limit = np.clip(10 * np.median(unexplained), *MAX_UNEXPLAINED_OF_EPISODE)
+    relative_errors = fit.error / fit.motion.clip(1e-12)  # [episodes]
+    min_limit, max_limit = MAX_UNEXPLAINED_OF_EPISODE
+    limit = np.clip(10 * np.median(relative_errors), min_limit, max_limit)
+    # In an episode with hardly any motion, small errors are a large part of it.
     has_motion = fit.motion > fit.motion.mean() / 4
-    num_odd = int(((unexplained > limit) & has_motion).sum())
+    is_odd = (relative_errors > limit) & has_motion
+    num_odd = int(is_odd.sum())
     if not num_odd:
         return []
     words = f"in {num_odd} of {num_episodes} episodes it explains little: recorded otherwise?"
@@ -561,10 +619,11 @@ def _check_odd_episodes(action_part: ActionPart, num_episodes: int) -> list[Chec
 
 
 def layout_answers(layout: DatasetLayout) -> dict[str, dict[str, str | None]]:
-    """What a layout says of its logged actions, see `LayoutAnswers`.
+    """List what a layout says about its logged actions, see `LayoutAnswers`.
 
-    No layout says signs; the plain ones are meant. How late an arm follows is its own matter,
-    except for canonical actions, which lead from each state to the next.
+    Layouts have no key for signs, so "+++" is their answer. A layout does not say either by how
+    many steps the arm is late, except for canonical actions, which lead from each state to the
+    next without delay.
     """
     has_canonical_actions = layout.action is not None
     if has_canonical_actions:
@@ -580,14 +639,18 @@ def layout_answers(layout: DatasetLayout) -> dict[str, dict[str, str | None]]:
         action_format = layout.logged_rotation_format
         delay = None
 
-    per_second = "/s" if kind == "velocity" else ""
-    has_angles = action_format in ANGLE_FORMATS
     translation_unit: str = layout.length_unit
     rotation_unit: str = layout.angle_unit
     if layout.logged_translation_unit is not None:
         translation_unit = name_unit(layout.logged_translation_unit, LENGTH_UNITS)
     if layout.logged_rotation_unit is not None:
         rotation_unit = name_unit(layout.logged_rotation_unit, ANGLE_UNITS)
+    if kind == "velocity":
+        translation_unit += "/s"
+        rotation_unit += "/s"
+    if action_format not in ANGLE_FORMATS:
+        rotation_unit = UNIT_QUATERNION
+
     shared = {
         "kind": kind,
         "signs": "+++",
@@ -598,20 +661,20 @@ def layout_answers(layout: DatasetLayout) -> dict[str, dict[str, str | None]]:
         "translation": {
             **shared,
             "frame": translation_frame,
-            "unit": translation_unit + per_second,
+            "unit": translation_unit,
             "action_format": "-",
         },
         "rotation": {
             **shared,
             "frame": rotation_frame,
-            "unit": rotation_unit + per_second if has_angles else UNIT_QUATERNION,
+            "unit": rotation_unit,
             "action_format": action_format,
         },
     }
 
 
 def logged_units(layout: DatasetLayout) -> LoggedUnits:
-    """The known units, and those that the layout names for logged actions."""
+    """List the known units and those that the layout names for logged actions."""
     length_units = dict(LENGTH_UNITS)
     if layout.logged_translation_unit is not None:
         name = name_unit(layout.logged_translation_unit, LENGTH_UNITS)
@@ -624,13 +687,20 @@ def logged_units(layout: DatasetLayout) -> LoggedUnits:
 
 
 def _judge_part(name: str, fits: Sequence[Fit], answers: Mapping[str, str | None]) -> ActionPart:
-    """Judge the logged translations or rotations."""
+    """Judge the logged translations or rotations.
+
+    Args:
+        name: "translation" or "rotation".
+        fits: the fits of all hypotheses.
+        answers: question → the layout's answer.
+    """
 
     def agrees(fit: Fit, question: str) -> bool:
+        """Return whether a hypothesis gives the layout's answer, or gives none ("-")."""
         return _answer(fit, question) in (answers[question], "-")
 
     def rank(fit: Fit) -> tuple[float, int]:
-        """Better fits first; of equals those that agree more with the layout."""
+        """Sort better fits first, and equal ones by how many of the layout's answers they give."""
         num_agreements = sum(agrees(fit, question) for question in answers)
         return round(fit.relative_error, 4), -num_agreements
 
@@ -639,14 +709,15 @@ def _judge_part(name: str, fits: Sequence[Fit], answers: Mapping[str, str | None
     resamples = _draw_resamples(len(best.error))
     note = _why_undecidable(name, best)
 
-    # Question by question: which answers fit as well as the best?
+    # For each question: which answers fit as well as the best? A question is skipped if all
+    # hypotheses give the same answer, or if it has no influence on the best one.
     findings = []
     for question in Hypothesis._fields:
         finding = _judge_question(question, ranked, answers[question], resamples, bool(note))
         if finding.best_answer != "-" and len(finding.answers) > 1:
             findings.append(finding)
 
-    # The layout as a whole: how much worse is the best hypothesis that agrees with all it says?
+    # The layout as a whole: how much worse is the best hypothesis that agrees with all its answers?
     questions = _answered_questions(answers)
     agreeing = (fit for fit in ranked if all(agrees(fit, question) for question in questions))
     layout_fit = next(agreeing, None)
@@ -656,7 +727,10 @@ def _judge_part(name: str, fits: Sequence[Fit], answers: Mapping[str, str | None
 
 
 def _answered_questions(answers: Mapping[str, str | None]) -> list[str]:
-    """The questions that a layout answers. A unit says nothing without a kind."""
+    """List the questions that a layout answers.
+
+    A unit without a kind is no answer, because the unit of a velocity is another one ("m/s").
+    """
     questions = []
     for question, answer in answers.items():
         is_unit_without_kind = question == "unit" and not answers["kind"]
@@ -668,7 +742,13 @@ def _answered_questions(answers: Mapping[str, str | None]) -> list[str]:
 def _judge_layout(
     answers: Mapping[str, str | None], margin: Margin | None, is_undecidable: bool
 ) -> Verdict:
-    """Whether the layout as a whole fits as well as the best hypothesis."""
+    """Judge whether the layout as a whole fits as well as the best hypothesis.
+
+    Args:
+        answers: question → the layout's answer.
+        margin: the margin of the best hypothesis that agrees with the layout; None if none does.
+        is_undecidable: whether the data are not enough to judge.
+    """
     if is_undecidable:
         return "cannot tell"
     if margin is None or margin.low > MIN_MARGIN:
@@ -679,14 +759,18 @@ def _judge_layout(
 
 
 def _draw_resamples(num_units: int) -> Array:
-    """[NUM_RESAMPLES, num_units] how often each unit is drawn; the same in every run."""
+    """Draw how often each draw of the bootstrap contains each unit of resampling.
+
+    Returns:
+        [NUM_RESAMPLES, num_units] counts, the same in every run.
+    """
     rng = np.random.default_rng(0)
     counts = rng.multinomial(num_units, np.full(num_units, 1 / num_units), NUM_RESAMPLES)
     return counts.astype(float)
 
 
 def _why_undecidable(name: str, best: Fit) -> str:
-    """Why nothing can be told of the logged translations or rotations, or ""."""
+    """Return why the data are not enough to judge the translations or rotations; "" if they are."""
     mean_motion = float(best.motion.sum() / best.num_steps)
     if mean_motion < MIN_MOTION[name]:
         return f"the robot hardly moves: {format_size(name, mean_motion)} in a stretch"
@@ -699,6 +783,7 @@ def _why_undecidable(name: str, best: Fit) -> str:
 
 
 def _answer(fit: Fit, question: str) -> str:
+    """Return the answer of a fit's hypothesis to one question."""
     return str(getattr(fit.hypothesis, question))
 
 
@@ -709,15 +794,28 @@ def _judge_question(
     resamples: Array,
     is_undecidable: bool,
 ) -> Finding:
-    """Compare the answers to one question; `ranked` are all fits, the best one first."""
+    """Compare the answers to one question.
+
+    Args:
+        question: a field of `Hypothesis`.
+        ranked: all fits, the best one first.
+        layout_answer: the layout's answer; None if it gives none.
+        resamples: how often each draw of the bootstrap contains each unit of resampling.
+        is_undecidable: whether the data are not enough to judge.
+    """
     best = ranked[0]
     best_answer = _answer(best, question)
     answers: dict[str, tuple[Fit, Margin]] = {}
     for fit in ranked:
         answer = _answer(fit, question)
-        if answer not in answers and (answer != "-" or fit is best):
+        if answer == "-" and fit is not best:
+            continue
+        if answer not in answers:  # the first fit with an answer is the best with that answer
             answers[answer] = (fit, _margin(fit, best, resamples))
-    tied_answers = [a for a, (_, margin) in answers.items() if margin.low <= MIN_MARGIN]
+    tied_answers = []
+    for answer, (_, margin) in answers.items():
+        if margin.low <= MIN_MARGIN:
+            tied_answers.append(answer)
 
     verdict: Verdict = "agrees"
     if is_undecidable:
@@ -732,19 +830,25 @@ def _judge_question(
 
 
 def format_size(name: str, value: float) -> str:
-    """A distance (m) of translations or an angle (rad) of rotations in words."""
-    return f"{1000 * value:.3g} mm" if name == "translation" else f"{np.degrees(value):.3g}°"
+    """Format a distance (m) for translations in mm, or an angle (rad) for rotations in degrees."""
+    if name == "translation":
+        return f"{1000 * value:.3g} mm"
+    return f"{np.degrees(value):.3g}°"
 
 
 def _margin(fit: Fit, best: Fit, resamples: Array) -> Margin:
-    """How much worse a fit is than the best. Paired: the same units are drawn for both."""
+    """Compute the margin of a fit: by how much its relative error exceeds that of the best fit.
+
+    Each draw of the bootstrap contains the same units of resampling for both fits, because paired
+    differences vary less.
+    """
     difference = _resampled_error(fit, resamples) - _resampled_error(best, resamples)
     low, high = np.quantile(difference, [0.025, 0.975])
-    if len(fit.error) < 3:  # too few to say how much they differ
+    if len(fit.error) < 3:  # too few units to say how much they differ, so it may be by nothing
         low = min(float(low), 0.0)
     return Margin(fit.relative_error - best.relative_error, float(low), float(high))
 
 
 def _resampled_error(fit: Fit, resamples: Array) -> Array:
-    """[NUM_RESAMPLES] relative errors."""
+    """Compute a fit's relative error in each draw of the bootstrap: [NUM_RESAMPLES]."""
     return (resamples @ fit.error) / np.maximum(resamples @ fit.motion, 1e-12)

@@ -1,9 +1,9 @@
-"""Propose a layout (`spear.json`) for a dataset that nobody has described, to be read and
-corrected.
+"""Propose a layout (`spear.json`) for a dataset that has none, for a person to read and correct.
 
-Columns are read in every way that the audit knows, and the way that explains the recorded motion
-best is proposed. What no column can tell (where the gripper's own axes point, the rate of RLDS) is
-left open.
+Columns are read in every way that the audit knows (`spear.audit.hypotheses`), and the way that
+explains the recorded motion best is proposed. Some things no column can tell, such as where the
+gripper's own axes point, or the rate of an RLDS dataset. These are left open. For each proposal, a
+sentence (*fact*) says why.
 """
 
 import itertools
@@ -58,19 +58,20 @@ from spear.types import Array
 from spear.util.images import IMAGE_MAGIC_BYTES
 from spear.util.units import ANGLE_UNITS, LENGTH_UNITS, unit_factor
 
-MAX_EPISODES = 30  # that are read
-MAX_SEARCH_EPISODES = 8  # in which columns of positions and rotations are sought
-MAX_VIEWED_EPISODES = 5  # whose images are decoded
-MAX_NUMBERS = 32  # that a measurement has
-MAX_CANDIDATES = 8  # best columns of positions, for which rotations are sought
-UNEXPLAINED_WITHOUT_ROTATIONS = 1  # counts as all of their part: see `_Candidate`
-DEFAULT_RATE_HZ = 5.0  # where the dataset names none; only ratios of rates matter here
+MAX_EPISODES = 30  # at most so many episodes are read
+MAX_SEARCH_EPISODES = 8  # columns of positions and rotations are sought in so many episodes
+MAX_VIEWED_EPISODES = 5  # the images of so many episodes are decoded
+MAX_NUMBERS = 32  # a column with more numbers per step is no measurement or command
+MAX_CANDIDATES = 8  # rotations are sought for so many of the best columns of positions
+UNEXPLAINED_WITHOUT_ROTATIONS = 1  # without rotations, their whole motion counts as unexplained
+DEFAULT_RATE_HZ = 5.0  # if the dataset names no rate; only ratios of rates matter here
 
 WRIST_WORDS = ("wrist", "hand", "gripper", "eye_in")
 """Parts of the names of wrist cameras."""
-MIN_WRIST_RATIO = 2.0  # how much more of a wrist view must change than of all others
+MIN_WRIST_RATIO = 2.0  # factor by which more of a wrist view changes than of any other view
 TEXT_WORDS = ("annotation", "description", "instruction", "language", "task")
 """Parts of the names of columns that tell what the robot should do."""
+# Names (behind the last "/") of columns that are no measurement or command.
 COLUMNS_WITHOUT_STATE = (
     "timestamp",
     "reward",
@@ -81,17 +82,20 @@ COLUMNS_WITHOUT_STATE = (
     "task_index",
 )
 PREFERRED_ANSWERS = ("delta", "base", "+++", "0", "euler_xyz", "m", "rad")
-"""The answers that are taken where others fit as well."""
+"""The answers of hypotheses that are preferred to others that fit as well."""
 
 Columns = Mapping[str, Sequence[Array]]
-"""Column → [T, d] of each episode."""
+"""Column → its values [T, d] in each episode."""
 JointNames = Callable[[str], Sequence[str]]
-"""Part of a column → the names of the joints that it holds (see `LeRobotFolder.find_joint_names`),
-or that its own name says."""
+"""A function from a column, or a range of it, to the names of the joints that it contains.
+
+Such names come from a dataset's metadata (see `LeRobotFolder.find_joint_names`) and from the
+column's own name.
+"""
 
 
 class ColumnRange(NamedTuple):
-    """Some neighboring numbers of a column."""
+    """The neighboring numbers first … end - 1 of a column."""
 
     column: str
     first: int
@@ -99,15 +103,15 @@ class ColumnRange(NamedTuple):
 
     @property
     def width(self) -> int:
-        """The number of columns in the range."""
+        """How many numbers the range has."""
         return self.end - self.first
 
     def values(self, columns: Columns) -> list[Array]:
-        """[T, numbers] of each episode."""
+        """Return the range's values [T, width] in each episode."""
         return [values[:, self.first : self.end] for values in columns[self.column]]
 
     def name(self, columns: Columns) -> str:
-        """As a layout has it, for example "observation/state[0:3]"."""
+        """Name the range as layouts do, for example "observation/state[0:3]"."""
         if self.width == columns[self.column][0].shape[1]:
             return self.column
         if self.width == 1:
@@ -116,17 +120,17 @@ class ColumnRange(NamedTuple):
 
 
 class _Candidate(NamedTuple):
-    """Columns that may be positions and rotations, and the actions that lead from one to the next.
+    """Numbers that may be positions, orientations, and the actions that lead from one to the next.
 
-    unexplained         sum of two parts that the best reading does not explain: the part of the
-                        translations (0 … 1, rounded to two digits) and that of the rotations
-                        (0 … 1). Without `action_rotation` the second counts as
-                        `UNEXPLAINED_WITHOUT_ROTATIONS`.
-    position            columns of the state: positions of the tool.
-    action_translation  columns of the action that lead from one position to the next.
-    rotation            columns of the state: orientations of the tool; None if none are near.
-    action_rotation     columns of the action that lead from one orientation to the next; None if
-                        none were sought or fit.
+    unexplained         relative error of the translations, rounded to two digits, plus relative
+                        error of the rotations, each by the best hypothesis. Without
+                        `action_rotation`, the second summand is `UNEXPLAINED_WITHOUT_ROTATIONS`.
+    position            numbers of the state: positions of the end effector.
+    action_translation  numbers of the action that lead from one position to the next.
+    rotation            numbers of the state: orientations of the end effector; None if no numbers
+                        near the position can be orientations.
+    action_rotation     numbers of the action that lead from one orientation to the next; None if
+                        such numbers have not been sought, or none fit.
     """
 
     unexplained: float
@@ -137,7 +141,11 @@ class _Candidate(NamedTuple):
 
 
 class _Proposal:
-    """The layout as it is put together, and the facts that say why."""
+    """The layout that is put together step by step.
+
+    fields  key of `spear.json` → proposed value, None for a key that is left open.
+    facts   key of `spear.json` → why its value is proposed or left open.
+    """
 
     def __init__(self) -> None:
         self.fields: dict[str, Any] = {}
@@ -146,15 +154,21 @@ class _Proposal:
         }
 
     def to_dict(self) -> dict[str, Any]:
-        """As `spear.json` has it."""
+        """Return the contents of `spear.json`."""
         return {**self.fields, "facts": self.facts}
 
 
 def describe(path: str | Path) -> dict[str, Any]:
-    """Propose what `spear.json` could say of a dataset. Its `facts` tell why, and what is open.
+    """Propose the contents of `spear.json` for a dataset.
+
+    Args:
+        path: the dataset's folder.
+
+    Returns:
+        The proposal. Its `facts` say why each value is proposed or left open.
 
     Raises:
-        SpearError: the folder needs no description, or its data hold nothing to go by.
+        SpearError: the folder needs no description, or no episode of it can be used.
     """
     folder = open_dataset(path)
     if isinstance(folder, EpisodeStore):
@@ -194,7 +208,7 @@ def describe(path: str | Path) -> dict[str, Any]:
 
 
 def _describe_own_format(folder: LeRobotFolder) -> dict[str, Any]:
-    """The layout of a dataset that `spear data export` wrote, whose columns are known."""
+    """Describe a dataset that `spear data export` wrote, whose columns are known."""
     cameras: list[str] = []
     for feature_name in folder.cameras:
         if not folder.info.features[feature_name].is_depth:
@@ -204,7 +218,10 @@ def _describe_own_format(folder: LeRobotFolder) -> dict[str, Any]:
 
 
 def _read_episodes(folder: Dataset, split: str, path: str | Path) -> list[dict[str, Any]]:
-    """The columns of the first good episodes; of those that have the columns that most have."""
+    """Read the columns of the first good episodes.
+
+    Episodes are left out if their columns are not the same as those of most episodes.
+    """
     episodes = []
     for _, steps in itertools.islice(folder.read_steps(split, images=()), MAX_EPISODES):
         if not isinstance(steps, SpearError):
@@ -218,16 +235,18 @@ def _read_episodes(folder: Dataset, split: str, path: str | Path) -> list[dict[s
 
 
 def _column_signature(episode: Mapping[str, Any]) -> frozenset[Any]:
-    """Names, types and widths of an episode's columns."""
+    """Return the names, types and shapes (without the steps) of an episode's columns."""
     signature = set()
     for name, values in episode.items():
-        width = getattr(values, "shape", ())[1:]
-        signature.add((name, type(values), width))
+        shape_of_step = getattr(values, "shape", ())[1:]
+        signature.add((name, type(values), shape_of_step))
     return frozenset(signature)
 
 
 def _describe_success(episodes: Sequence[Mapping[str, Any]], proposal: _Proposal) -> None:
-    """The column that says whether an episode succeeded: its last row is positive in some."""
+    """Propose a column as `success`: its name ends so, and its last value is positive in some
+    episode.
+    """
     for name, values in episodes[0].items():
         if not name.endswith("success") or not isinstance(values, np.ndarray):
             continue
@@ -236,7 +255,7 @@ def _describe_success(episodes: Sequence[Mapping[str, Any]], proposal: _Proposal
 
 
 def _describe_instruction(episode: Mapping[str, Any], proposal: _Proposal) -> None:
-    """The column of texts whose name says that it holds an instruction."""
+    """Propose the first column of texts whose name says that it contains an instruction."""
     proposal.fields["instruction"] = None
     for name, values in episode.items():
         if not isinstance(values, list) or _are_images(values):
@@ -249,7 +268,13 @@ def _describe_instruction(episode: Mapping[str, Any], proposal: _Proposal) -> No
 def _describe_task_indices(
     episodes: Sequence[Mapping[str, Any]], tasks: Mapping[int, str], proposal: _Proposal
 ) -> None:
-    """Propose a column of task indices that leads to sentences where LeRobot's task does not."""
+    """Propose a column of task indices as instruction, if LeRobot's own task is no sentence.
+
+    Args:
+        episodes: the columns of each episode.
+        tasks: task index → text, from the dataset's metadata.
+        proposal: the proposal to be completed.
+    """
     default_texts: set[bytes] = set()
     for episode in episodes:
         default_texts.update(episode[TASK_COLUMN])
@@ -269,7 +294,7 @@ def _describe_task_indices(
 
 
 def _leads_to_a_sentence(values: Any, tasks: Mapping[int, str]) -> bool:
-    """Whether a column has one index of a task in all rows, and that task is several words."""
+    """Return whether a column has the same task index in all rows, and that task several words."""
     if not is_index_column(values):
         return False
     indices = set(np.ravel(values).tolist())
@@ -277,13 +302,14 @@ def _leads_to_a_sentence(values: Any, tasks: Mapping[int, str]) -> bool:
 
 
 def _find_signal_columns(episodes: Sequence[Mapping[str, Any]]) -> dict[str, list[Array]]:
-    """The columns that may be measurements or commands."""
+    """Select the columns of numbers that may be measurements or commands."""
     columns = {}
     for name, values in episodes[0].items():
         if not isinstance(values, np.ndarray) or values.dtype.kind not in "iuf":
             continue
         last_name = name.rpartition("/")[2]
-        if values.size > MAX_NUMBERS * len(values) or last_name in COLUMNS_WITHOUT_STATE:
+        is_too_wide = values.size > MAX_NUMBERS * len(values)
+        if is_too_wide or last_name in COLUMNS_WITHOUT_STATE:
             continue
         columns[name] = [
             np.asarray(episode[name], np.float64).reshape(len(episode[name]), -1)
@@ -293,8 +319,8 @@ def _find_signal_columns(episodes: Sequence[Mapping[str, Any]]) -> dict[str, lis
 
 
 def _drop_columns_with_nan(columns: Columns) -> dict[str, list[Array]]:
-    """The columns that are finite in most episodes, of the episodes in which all of them are."""
-    is_finite = {}
+    """Drop columns that contain NaN in most episodes, then episodes in which other columns do."""
+    is_finite = {}  # column → [episodes]
     for name, episodes in columns.items():
         is_finite[name] = np.array([np.isfinite(values).all() for values in episodes])
     finite_columns = [name for name in columns if is_finite[name].mean() > 0.5]
@@ -312,10 +338,10 @@ def _make_joint_name_finder(folder: Dataset) -> JointNames:
     """Make a function that finds names of joints in the dataset's metadata and columns' names."""
 
     def find_joint_names(column: str) -> list[str]:
-        by_name = JOINT_NAME_PATTERN.findall(column)
+        names_in_column_name = JOINT_NAME_PATTERN.findall(column)
         if isinstance(folder, LeRobotFolder):
-            return [*folder.find_joint_names(column), *by_name]
-        return by_name
+            return [*folder.find_joint_names(column), *names_in_column_name]
+        return names_in_column_name
 
     return find_joint_names
 
@@ -323,8 +349,8 @@ def _make_joint_name_finder(folder: Dataset) -> JointNames:
 def _free_numbers(
     columns: Columns, used_ranges: Sequence[ColumnRange], joint_names: JointNames
 ) -> list[ColumnRange]:
-    """Single numbers that are neither part of the motion nor joints."""
-    used = set()
+    """List the single numbers that are neither joints nor used for positions and rotations."""
+    used = set()  # (column, index)
     for used_range in used_ranges:
         for index in range(used_range.first, used_range.end):
             used.add((used_range.column, index))
@@ -338,7 +364,7 @@ def _free_numbers(
 
 
 def _are_images(values: Any) -> bool:
-    """Whether the values of a column are encoded images."""
+    """Return whether the values of a column are encoded color images."""
     if not isinstance(values, list):
         return False
     first = values[0] if values else b""
@@ -348,8 +374,17 @@ def _are_images(values: Any) -> bool:
 def _describe_cameras(
     raw_episodes: RawEpisodes, proposal: _Proposal, rate_hz: float
 ) -> dict[str, str]:
-    """Our camera name → column. A camera is on the wrist if its name or its motion says so."""
-    shares: dict[str, list[float]] = {}
+    """Find the columns of images, and which of them is the wrist camera.
+
+    Args:
+        raw_episodes: the episodes, with their images.
+        proposal: gets a fact about each camera.
+        rate_hz: steps per second.
+
+    Returns:
+        Our camera name ("external" or "wrist") → column.
+    """
+    shares: dict[str, list[float]] = {}  # column → changing share of the pixels in each episode
     for source, steps in itertools.islice(raw_episodes, MAX_VIEWED_EPISODES):
         if isinstance(steps, SpearError):
             continue
@@ -357,9 +392,10 @@ def _describe_cameras(
             if not are_raw_images(values) and not _are_images(values):
                 continue
             images = read_encoded_images(steps, name, source)
-            # As if the arm moved at every step.
-            position = np.arange(3 * len(values)).reshape(-1, 3)
-            view = summarize_view(images, position, rate_hz, f"{source} column {name!r}")
+            # The positions are not known yet. With these, the arm moves at every step, so that all
+            # images count.
+            fast_position = np.arange(3 * len(values)).reshape(-1, 3)
+            view = summarize_view(images, fast_position, rate_hz, f"{source} column {name!r}")
             shares.setdefault(name, [])
             if not view.is_blank:
                 shares[name].append(view.changing_share)
@@ -375,34 +411,51 @@ def _describe_cameras(
 
 
 def _choose_cameras(changing_shares: Mapping[str, float]) -> dict[str, str]:
-    """Which cameras are external and on the wrist, from the share of each that changes in a
-    step."""
+    """Choose which camera is external and which is on the wrist.
+
+    The wrist camera is recognized by its name, or because most of its image changes.
+
+    Args:
+        changing_shares: column → share of the pixels that change in a step.
+
+    Returns:
+        Our camera name → column.
+    """
     if not changing_shares:
         return {}
 
     def has_wrist_name(name: str) -> bool:
         return any(word in name for word in WRIST_WORDS)
 
-    wrist = max(changing_shares, key=lambda name: (has_wrist_name(name), changing_shares[name]))
-    other_cameras = [name for name in changing_shares if name != wrist]
-    is_wrist = has_wrist_name(wrist)
+    # A camera with a wrist camera's name comes first, then the one whose image changes most.
+    wrist_candidate = max(
+        changing_shares, key=lambda name: (has_wrist_name(name), changing_shares[name])
+    )
+    other_cameras = [name for name in changing_shares if name != wrist_candidate]
+    is_wrist = has_wrist_name(wrist_candidate)
     if other_cameras:
-        most_changing_other = max(changing_shares[name] for name in other_cameras)
-        is_wrist |= changing_shares[wrist] > MIN_WRIST_RATIO * most_changing_other
+        max_other_share = max(changing_shares[name] for name in other_cameras)
+        is_wrist |= changing_shares[wrist_candidate] > MIN_WRIST_RATIO * max_other_share
     if not is_wrist:
         return {"external": next(iter(changing_shares))}
     if not other_cameras:
-        return {"wrist": wrist}
-    return {"external": other_cameras[0], "wrist": wrist}
+        return {"wrist": wrist_candidate}
+    return {"external": other_cameras[0], "wrist": wrist_candidate}
 
 
 def _describe_motion(
     columns: Columns, rate_hz: float, joint_names: JointNames, proposal: _Proposal
 ) -> list[ColumnRange]:
-    """Position, rotation, and the logged actions that lead from one to the next.
+    """Propose the columns of positions, orientations, and logged translations and rotations.
+
+    Args:
+        columns: the columns that may be measurements or commands.
+        rate_hz: steps per second.
+        joint_names: finds names of joints in a range.
+        proposal: the proposal to be completed.
 
     Returns:
-        The numbers that these take.
+        The ranges of numbers that the proposal uses.
     """
     keys = ("position", "rotation", "rotation_format", "gripper", "gripper_range")
     proposal.fields |= dict.fromkeys(keys)
@@ -436,7 +489,7 @@ def _describe_motion(
 
 
 def _find_triples(columns: Columns, joint_names: JointNames) -> list[ColumnRange]:
-    """Every three neighboring numbers that are not joints."""
+    """List every three neighboring numbers of a column that are not joints."""
     triples = []
     for name, episodes in columns.items():
         for first in range(episodes[0].shape[1] - 2):
@@ -447,18 +500,23 @@ def _find_triples(columns: Columns, joint_names: JointNames) -> list[ColumnRange
 
 
 def _find_candidates(columns: Columns, rate_hz: float, joint_names: JointNames) -> list[_Candidate]:
-    """Columns that may be positions and actions; the best of them with rotations as well."""
+    """List candidates for positions and actions that lead from one to the next.
+
+    Orientations and the actions that rotate are only sought for the best candidates of positions,
+    because trying all combinations would take too long.
+    """
     triples = _find_triples(columns, joint_names)
     translations = [triple for triple in triples if "action" in triple.column]
     positions = [triple for triple in triples if "action" not in triple.column]
     few_episodes = {name: episodes[:MAX_SEARCH_EPISODES] for name, episodes in columns.items()}
 
+    # Try all pairs of positions and logged translations. The orientations of the state matter if
+    # translations are in the end-effector frame.
     candidates = []
     for position, translation in itertools.product(positions, translations):
-        rotations: Sequence[ColumnRange | None] = _find_orientations_near(
-            position, columns, joint_names
-        ) or [None]
-        for rotation in rotations:
+        rotations: list[ColumnRange | None] = []
+        rotations += _find_orientations_near(position, columns, joint_names)
+        for rotation in rotations or [None]:
             fits = _find_best_fits(
                 fit_translations, position, rotation, translation, few_episodes, rate_hz
             )
@@ -466,8 +524,7 @@ def _find_candidates(columns: Columns, rate_hz: float, joint_names: JointNames) 
                 unexplained = round(fits[0].relative_error, 2) + UNEXPLAINED_WITHOUT_ROTATIONS
                 candidates.append(_Candidate(unexplained, position, translation, rotation))
 
-    # The best candidates are tried again, with actions that rotate.
-
+    # Try the best candidates again, with logged rotations.
     for candidate in sorted(candidates, key=lambda c: c.unexplained)[:MAX_CANDIDATES]:
         if candidate.rotation is None:
             continue
@@ -494,16 +551,20 @@ def _find_candidates(columns: Columns, rate_hz: float, joint_names: JointNames) 
 
 
 def _best_candidates(candidates: Sequence[_Candidate]) -> list[_Candidate]:
-    """Select the candidates that explain about as much as the best one, in the order of columns."""
+    """Select the candidates that explain about as much as the best one, sorted by their columns.
+
+    If some of them have orientations of more than three numbers, only these are selected.
+    """
     limit = min(candidate.unexplained for candidate in candidates) + MIN_MARGIN
     tied = [candidate for candidate in candidates if candidate.unexplained <= limit]
     tied.sort(key=lambda candidate: (candidate.position.first, candidate.action_translation.first))
-    # Numbers of length 1 are an orientation; three other numbers are only perhaps one.
-    certain = []
+    # Unit vectors (see `_find_orientations_near`) are certainly orientations; any three numbers are
+    # only perhaps one.
+    with_certain_rotation = []
     for candidate in tied:
         if candidate.rotation is not None and candidate.rotation.width > 3:
-            certain.append(candidate)
-    return certain or tied
+            with_certain_rotation.append(candidate)
+    return with_certain_rotation or tied
 
 
 def _describe_position(
@@ -513,8 +574,18 @@ def _describe_position(
     rate_hz: float,
     proposal: _Proposal,
 ) -> Fit:
-    """Fill in position and logged translation; returns the fit of the best hypothesis about
-    them."""
+    """Fill in position and logged translation.
+
+    Args:
+        best: the candidate that is proposed.
+        tied: all candidates that fit about as well, which the facts name.
+        columns: the columns that may be measurements or commands.
+        rate_hz: steps per second.
+        proposal: the proposal to be completed.
+
+    Returns:
+        The fit of the best hypothesis about the translations.
+    """
     fits = _find_best_fits(
         fit_translations, best.position, best.rotation, best.action_translation, columns, rate_hz
     )
@@ -527,14 +598,14 @@ def _describe_position(
         "length_unit": plausible_length_unit(reach) or "m",
         "logged_kind": fit.hypothesis.kind,
     }
-    # The hypotheses took positions for meters, whatever their unit is.
-    meters_per_state = LENGTH_UNITS[proposal.fields["length_unit"]]
+    # The hypotheses took positions for meters, so what they call "m" is the unit of the positions.
+    meters_per_position_unit = LENGTH_UNITS[proposal.fields["length_unit"]]
     logged_unit = fit.hypothesis.unit.removesuffix("/s")
-    states_per_logged = unit_factor(logged_unit, LENGTH_UNITS)
-    if states_per_logged != 1:
-        meters_per_logged = states_per_logged * meters_per_state
+    position_units_per_logged_unit = unit_factor(logged_unit, LENGTH_UNITS)
+    if position_units_per_logged_unit != 1:
+        meters_per_logged_unit = position_units_per_logged_unit * meters_per_position_unit
         proposal.fields["logged_translation_unit"] = round_to_known_unit(
-            meters_per_logged, LENGTH_UNITS
+            meters_per_logged_unit, LENGTH_UNITS
         )
     fact = _explain(best.action_translation.name(columns), fit)
     rivals = {candidate.position.name(columns) for candidate in tied}
@@ -551,10 +622,17 @@ def _describe_rotation_format(
     translation_fit: Fit,
     proposal: _Proposal,
 ) -> None:
-    """How orientations ([T, d] of each episode) and logged rotations are written; `fits` are the
-    best ones."""
+    """Propose how orientations and logged rotations are written.
+
+    Args:
+        orientations: [T, d] of each episode.
+        fits: the fits of the best hypotheses about the rotations, see `_rank_fits`.
+        translation_fit: the fit of the best hypothesis about the translations.
+        proposal: the proposal to be completed.
+    """
     best = fits[0].hypothesis
     _, state_unit = state_quaternions(np.concatenate(orientations))
+    # If the states have no angles, the layout's unit of angles is that of the actions.
     angle_unit = state_unit if best.state_format in ANGLE_FORMATS else best.unit
     proposal.fields["rotation_format"] = best.state_format
     proposal.fields["angle_unit"] = "deg" if angle_unit.startswith("deg") else "rad"
@@ -573,7 +651,7 @@ def _describe_rotation_format(
 
 
 def _describe_logged_frame(rotation_fit: Fit, translation_fit: Fit, proposal: _Proposal) -> None:
-    """The frame of logged translations, and that of rotations if it is another."""
+    """Propose the frame of logged translations, and that of logged rotations if it is another."""
     translation_frame = translation_fit.hypothesis.frame
     rotation_frame = rotation_fit.hypothesis.frame
     proposal.fields["logged_frame"] = translation_frame
@@ -583,7 +661,12 @@ def _describe_logged_frame(rotation_fit: Fit, translation_fit: Fit, proposal: _P
 
 
 def _explain(name: str, fit: Fit) -> str:
-    """Why a column was chosen, in words."""
+    """Say in words why logged actions were chosen.
+
+    Args:
+        name: the column of the logged actions.
+        fit: the fit of the best hypothesis about them.
+    """
     hypothesis = fit.hypothesis
     doubt = ": too much to rely on" if fit.relative_error > MAX_UNEXPLAINED else ""
     return (
@@ -596,11 +679,12 @@ def _explain(name: str, fit: Fit) -> str:
 def _find_orientations_near(
     near: ColumnRange, columns: Columns, joint_names: JointNames
 ) -> list[ColumnRange]:
-    """Find where orientations may be if positions, or translations, are at `near`.
+    """Find where orientations may be if positions, or logged translations, are at `near`.
 
-    They are perpendicular axes of length 1, or else unit quaternions, or else any three numbers.
-    They stand beside `near`, around it in a pose, or at the beginning of other columns of states,
-    or of actions.
+    Orientations are sought in three places: directly before or behind `near`; around it, if it is
+    the translation of a homogeneous pose of 16 numbers; and at the beginning of the other columns
+    (of actions, if `near` is an action, and of states otherwise). They are poses or rows of a
+    rotation matrix, or else unit quaternions, or else any three numbers.
     """
     widths = {name: episodes[0].shape[1] for name, episodes in columns.items()}
     is_action = "action" in near.column
@@ -609,8 +693,11 @@ def _find_orientations_near(
         if name != near.column and ("action" in name) == is_action:
             other_columns.append(name)
 
+    # 16: pose; 6: two rows or columns of a rotation matrix; 4: quaternion; 3: angles or a rotation
+    # vector. The first size with results decides.
     for size in (16, 6, 4, 3):
         starts = [(near.column, near.end), (near.column, near.first - size)]
+        # A pose in column order ends with its translation and a 1.
         starts.append((near.column, near.end - 15))
         starts += [(name, 0) for name in other_columns]
         orientations = []
@@ -629,20 +716,28 @@ def _find_orientations_near(
 
 
 def _are_unit_vectors(values: Array) -> bool:
-    """Whether [N, 4] are of length 1, or [N, 6] and poses [N, 16] perpendicular triples of length
-    1."""
+    """Return whether numbers are unit quaternions, or perpendicular vectors of length 1.
+
+    Args:
+        values: [N, 4] quaternions, [N, 6] two vectors, or [N, 16] poses with a rotation matrix.
+    """
     width = values.shape[1]
     if width == 4:
-        is_binary = (np.abs(values) == 1).all(0) & (np.ptp(values, axis=0) == 2)
-        if is_binary.any():
-            return False  # a gripper's -1 and 1 beside small rotations
+        # Small rotations and a gripper's -1 or 1 behind them have length 1, too.
+        is_plus_or_minus_one = (np.abs(values) == 1).all(0)  # [4]
+        takes_both_signs = np.ptp(values, axis=0) == 2
+        if (is_plus_or_minus_one & takes_both_signs).any():
+            return False
         axes = values.reshape(len(values), 1, 4)
     elif width == 16:
         axes = values.reshape(-1, 4, 4)[:, :3, :3]
     else:
         axes = values.reshape(len(values), -1, 3)
+    # The axes [N, number of vectors, numbers] are orthonormal if their scalar products are the
+    # identity.
     products = axes @ axes.swapaxes(1, 2)
-    return bool(np.abs(products - np.eye(axes.shape[1])).max() < 1e-2)
+    identity = np.eye(axes.shape[1])
+    return bool(np.abs(products - identity).max() < 1e-2)
 
 
 def _find_best_fits(
@@ -653,9 +748,18 @@ def _find_best_fits(
     columns: Columns,
     rate_hz: float,
 ) -> list[Fit]:
-    """Find the best hypotheses about logged numbers, see `_rank_fits`.
+    """Find the best hypotheses about logged numbers.
 
-    `fit_hypotheses` is `fit_translations` or `fit_rotations`.
+    Args:
+        fit_hypotheses: `fit_translations` or `fit_rotations`.
+        position: the positions.
+        rotation: the orientations; None if they are not known.
+        logged: the logged translations or rotations.
+        columns: the columns of all ranges.
+        rate_hz: steps per second.
+
+    Returns:
+        The best fits, see `_rank_fits`; none if no episode is long enough or nothing moves.
     """
     recordings = _make_recordings(position, rotation, logged, columns, rate_hz)
     stretches = Stretches(recordings)
@@ -669,7 +773,10 @@ def _make_recordings(
     columns: Columns,
     rate_hz: float,
 ) -> list[Recording]:
-    """Recordings whose logged translations and rotations are both `logged`."""
+    """Make recordings whose logged translations and logged rotations are both `logged`.
+
+    Only one of them will be tested. Without `rotation`, the orientation is constant.
+    """
     positions = position.values(columns)
     if rotation is None:
         rotations = [np.tile([1.0, 0, 0, 0], (len(values), 1)) for values in positions]
@@ -693,8 +800,11 @@ def _make_recordings(
 
 
 def _rank_fits(fits: Sequence[Fit]) -> list[Fit]:
-    """The best fit, of equals the plainest, then those that fit as well; none where nothing
-    moves."""
+    """Return the best fit, and behind it all fits that are as good.
+
+    Of equally good fits, the one with the most `PREFERRED_ANSWERS` is the best. If nothing moves,
+    the result is empty.
+    """
 
     def rank(fit: Fit) -> tuple[float, int]:
         num_preferred = sum(str(answer) in PREFERRED_ANSWERS for answer in fit.hypothesis)
@@ -710,14 +820,23 @@ def _rank_fits(fits: Sequence[Fit]) -> list[Fit]:
 def _describe_gripper(
     columns: Columns, free_numbers: Sequence[ColumnRange], rate_hz: float, proposal: _Proposal
 ) -> None:
-    """The free number that follows a command best, and which end of it is open."""
+    """Propose the gripper: the free number that follows a command best, and which end is open.
+
+    Args:
+        columns: the columns that may be measurements or commands.
+        free_numbers: single numbers that are not used for the motion of the arm.
+        rate_hz: steps per second.
+        proposal: the proposal to be completed.
+    """
     values = {number: [v[:, 0] for v in number.values(columns)] for number in free_numbers}
     moving = [number for number in free_numbers if np.ptp(np.concatenate(values[number])) > 0]
     commands = [number for number in moving if "action" in number.column]
     states = [number for number in moving if "action" not in number.column]
-    pairs = []
+    pairs = []  # (strongest correlation over all delays, state, command)
     for state, command in itertools.product(states, commands):
-        episodes = [(o, c, rate_hz) for o, c in zip(values[state], values[command], strict=True)]
+        episodes = []
+        for openings, commanded in zip(values[state], values[command], strict=True):
+            episodes.append((openings, commanded, rate_hz))
         correlations = [following.correlation for following in correlate_commands(episodes)]
         pairs.append((max(correlations, key=abs), state, command))
     if not pairs:
@@ -729,7 +848,7 @@ def _describe_gripper(
     correlation, state, command = max(pairs, key=lambda pair: abs(pair[0]))
     low, high = _range_ends(values[state])
     verdict, words = _judge_free_gripper(values[state], low, high)
-    is_flipped = verdict == "wrong"
+    is_flipped = verdict == "wrong"  # the low end is open
     conclusions = {"agrees": "", "wrong": "; so the ends are exchanged"}
     conclusion = conclusions.get(verdict, ": check which end is open")
     evidence = words.partition(": exchange")[0]
@@ -750,7 +869,16 @@ def _describe_gripper(
 
 
 def _judge_free_gripper(episodes: Sequence[Array], low: float, high: float) -> tuple[str, str]:
-    """Whether the high end is the open one, from the episodes in which the gripper moves."""
+    """Judge whether the high end of the readings is open, from episodes where the gripper moves.
+
+    Args:
+        episodes: readings [T] of each episode.
+        low: the smallest reading.
+        high: the largest reading.
+
+    Returns:
+        The verdict on "high is open", and the reasons in words.
+    """
     openings = []
     for values in episodes:
         if np.ptp(values) > MIN_MOTION * (high - low):
@@ -761,7 +889,7 @@ def _judge_free_gripper(episodes: Sequence[Array], low: float, high: float) -> t
 
 
 def _range_ends(values: Sequence[Array]) -> tuple[float, float]:
-    """The smallest and largest reading; 0 and 1 where these are meant."""
+    """Return the smallest and the largest reading; 0 and 1 if the readings nearly span these."""
     readings = np.concatenate(values)
     low = float(f"{np.min(readings):.4g}")
     high = float(f"{np.max(readings):.4g}")

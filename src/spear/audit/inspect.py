@@ -1,4 +1,4 @@
-"""What a folder of robot data is, in a few lines of text, for `spear data inspect`."""
+"""Describe a folder of robot data in a few lines of text, for `spear data inspect`."""
 
 import contextlib
 import io
@@ -34,17 +34,17 @@ from spear.types import Array
 from spear.util.images import IMAGE_MAGIC_BYTES, decode_image
 from spear.util.skipped_items import SkippedItems
 
-MAX_INSTRUCTIONS = 5  # that are shown, the most frequent first
-MAX_REASONS = 5  # why episodes were skipped, that are shown
-MAX_AXES = 16  # numbers of a column that are shown one by one
-MAX_EPISODES = 50  # that are read; all of a real dataset would take hours
+MAX_INSTRUCTIONS = 5  # so many instructions are shown, the most frequent ones first
+MAX_REASONS = 5  # for so many skipped episodes, the reason is shown
+MAX_AXES = 16  # up to so many numbers of a column are shown one by one
+MAX_EPISODES = 50  # so many episodes are read, because reading all may take hours
 
 
 def inspect(path: str | Path) -> str:
-    """Describe in text what `path` holds, in any format that spear reads.
+    """Describe the folder `path` of robot data in text.
 
     Raises:
-        SpearError: the folder is in no such format, or is broken.
+        SpearError: the folder is broken, or has no format that this package reads.
     """
     folder = open_dataset(path)
     if isinstance(folder, EpisodeStore):
@@ -53,16 +53,17 @@ def inspect(path: str | Path) -> str:
 
 
 def _inspect_store(store: EpisodeStore) -> str:
+    """Describe an episode store."""
     lengths = store.lengths
     rates = Counter(f"{rate_hz:g} Hz" for rate_hz in store.rates_hz)
     rate_counts = ", ".join(f"{rate} (episodes: {n})" for rate, n in rates.most_common())
-    share_known = 100 * store.num_known_actions.sum() / lengths.sum()
+    percent_known = 100 * store.num_known_actions.sum() / lengths.sum()
     num_steps = format_count(lengths.sum(), "steps")
     lines = [
         f"{store.path}: a store of episodes",
         f"episodes      {len(store)}, {num_steps} ({_format_range(lengths)} each)",
         f"rate          {rate_counts}",
-        f"targets       {share_known:.1f} % of the steps have a known action",
+        f"targets       {percent_known:.1f} % of the steps have a known action",
     ]
     if len(store) > MAX_EPISODES:
         indices = np.linspace(0, len(store) - 1, MAX_EPISODES).round().astype(int)
@@ -76,6 +77,7 @@ def _inspect_store(store: EpisodeStore) -> str:
     lines.append(f"success       {success[True]} yes, {success[False]} no, {success[None]} unknown")
     positions = np.concatenate([episode.position for episode in episodes])
     lines.append(f"position, m   {_format_axes(positions)}")
+    # The translations [steps, 3] of the known actions.
     translations = [np.asarray(e.action)[e.action_mask, :3] for e in episodes]
     known_translations = np.concatenate(translations)
     if len(known_translations):
@@ -85,19 +87,24 @@ def _inspect_store(store: EpisodeStore) -> str:
 
 
 def _inspect_store_camera(store: EpisodeStore, camera: str) -> str:
-    """Size of a camera's images, and in how many episodes it is."""
+    """Say how large a camera's images are, and how many episodes have this camera."""
     num_episodes = format_count(len(store), "episodes")
-    with_camera = [i for i in range(len(store)) if store.image(i, 0, camera) is not None]
-    if not with_camera:
+    episodes_with_camera = []
+    for index in range(len(store)):
+        first_image = store.image(index, 0, camera)
+        if first_image is not None:
+            episodes_with_camera.append(index)
+    if not episodes_with_camera:
         return f"in none of {num_episodes}"
-    first = with_camera[0]
+    first = episodes_with_camera[0]
     encoded = store.image(first, 0, camera) or b""
     image = decode_image(encoded, f"{store.source(first)} step 0 camera {camera!r}")
     height, width = image.shape[:2]
-    return f"{width} x {height} pixels, in {len(with_camera)} of {num_episodes}"
+    return f"{width} x {height} pixels, in {len(episodes_with_camera)} of {num_episodes}"
 
 
 def _inspect_dataset(folder: Dataset) -> str:
+    """Describe a dataset in another format than ours."""
     episodes: list[Steps] = []
     reasons: list[str] = []
     for steps in _sample_episodes(folder):
@@ -141,12 +148,12 @@ def _inspect_dataset(folder: Dataset) -> str:
 
 
 def _column_name(feature_name: str) -> str:
-    """A LeRobot feature's name as layouts have it."""
+    """Convert a LeRobot feature's name to the form that layouts use."""
     return feature_name.replace(".", "/")
 
 
 def _summarize_lerobot(folder: LeRobotFolder) -> tuple[str, str, str]:
-    """Title, rate and number of steps, in words."""
+    """Return title, rate and number of steps of a LeRobot dataset, in words."""
     info = folder.info
     lengths = [episode.length for episode in folder.episodes]
     title = f"a LeRobot dataset, {info.codebase_version}, robot {info.robot_type or 'not named'}"
@@ -155,6 +162,7 @@ def _summarize_lerobot(folder: LeRobotFolder) -> tuple[str, str, str]:
 
 
 def _lerobot_cameras(folder: LeRobotFolder) -> list[str]:
+    """Describe each camera of a LeRobot dataset in a line."""
     lines = []
     for name, feature in folder.info.features.items():
         if name not in folder.cameras:
@@ -167,7 +175,10 @@ def _lerobot_cameras(folder: LeRobotFolder) -> list[str]:
 
 
 def _summarize_rlds(folder: RldsFolder, episodes: Sequence[Steps]) -> tuple[str, list[str]]:
-    """Rate in words, and instructions. RLDS holds no rate; the layout does."""
+    """Return the rate of an RLDS dataset in words, and the instructions of some of its episodes.
+
+    RLDS has no rate, so the rate is the one that the layout names.
+    """
     rate = "not known"
     instruction_column = DatasetLayout.instruction
     with contextlib.suppress(SpearError):
@@ -183,8 +194,12 @@ def _summarize_rlds(folder: RldsFolder, episodes: Sequence[Steps]) -> tuple[str,
 
 
 def _sample_episodes(folder: Dataset) -> list[Steps | SpearError]:
-    """Some episodes without their images: of RLDS the first, of LeRobot some spread over all."""
-    if isinstance(folder, RldsFolder):  # a broken record does not hide the good ones behind it
+    """Read some episodes, or what is wrong with each.
+
+    Of an RLDS dataset these are the first episodes. Of a LeRobot dataset they are spread over all
+    episodes, and images are not read.
+    """
+    if isinstance(folder, RldsFolder):
         first_split = next(iter(folder.splits))
         raw_episodes = itertools.islice(folder.read_steps(first_split), MAX_EPISODES)
         return [steps for _, steps in raw_episodes]
@@ -195,11 +210,16 @@ def _sample_episodes(folder: Dataset) -> list[Steps | SpearError]:
 
 
 def _read_lerobot_episode(folder: LeRobotFolder, index: int) -> Steps | SpearError:
-    """The rows of an episode, or what is wrong with them or with the last frames of its videos."""
+    """Read the rows of an episode.
+
+    Returns:
+        The rows, without images; or what is wrong with them or with the end of a video.
+    """
     episode = folder.episodes[index]
     try:
         steps = folder.read_episode(index, images=())
         for file, first_s, end_s in episode.videos.values():
+            # Half a frame before the last frame of the episode.
             last_s = max(first_s + (episode.length - 1.5) / folder.info.fps, 0.0)
             if next(read_frames(file, last_s, end_s), None) is None:
                 return SpearError(
@@ -212,8 +232,11 @@ def _read_lerobot_episode(folder: LeRobotFolder, index: int) -> Steps | SpearErr
 
 
 def is_layout_known(path: str | Path) -> bool:
-    """Whether a folder's own `spear.json`, its format or the registry says what its columns
-    mean."""
+    """Return whether it is known what the columns of a dataset mean.
+
+    It is known from the folder's own `spear.json`, from the registry, or because the format is
+    ours.
+    """
     dataset = open_dataset(path)
     if isinstance(dataset, EpisodeStore):
         return True
@@ -221,13 +244,19 @@ def is_layout_known(path: str | Path) -> bool:
 
 
 class _LayoutStatus(NamedTuple):
-    """Whether it is known what the columns of a dataset mean, and that in words."""
+    """Whether it is known what the columns of a dataset mean, and a description in words."""
 
     is_known: bool
     description: str
 
 
 def _describe_layout_status(name: str, folder: Path) -> _LayoutStatus:
+    """Find out whether a dataset's layout is known.
+
+    Args:
+        name: the dataset's name in the registry.
+        folder: the dataset's folder, which may contain a `spear.json`.
+    """
     if (folder / LAYOUT_FILE).is_file():
         return _LayoutStatus(True, f"described by {folder / LAYOUT_FILE}")
     if name not in REGISTRY:
@@ -242,10 +271,11 @@ def _describe_layout_status(name: str, folder: Path) -> _LayoutStatus:
 
 
 def _format_columns(episodes: Sequence[Steps], axes: Mapping[str, Sequence[str]]) -> Iterator[str]:
-    """The columns of some episodes, with the ranges of their numbers.
+    """Describe each column of some episodes in a line or more, with the ranges of its numbers.
 
     Args:
-        axes: what the numbers of a column are called, where the dataset says it.
+        episodes: the columns of each episode.
+        axes: column → names of its numbers, if the dataset has such names.
     """
     for name, values in episodes[0].items():
         if are_raw_images(values):
@@ -270,10 +300,20 @@ def _format_columns(episodes: Sequence[Steps], axes: Mapping[str, Sequence[str]]
 def _format_numbers(
     name: str, values: Array, episodes: Sequence[Steps], axis_names: Sequence[str]
 ) -> Iterator[str]:
-    """A column of numbers: type, shape, range, NaN; for few numbers the range of each."""
+    """Describe a column of numbers: type, shape, range and NaN.
+
+    If the column has 2 to `MAX_AXES` numbers per step, the range of each is shown.
+
+    Args:
+        name: the column.
+        values: its values in the first episode.
+        episodes: the columns of each episode.
+        axis_names: names of the column's numbers; empty if they are not known.
+    """
     rows = _join_rows(name, values, episodes)
-    low = np.fmin.reduce(rows).astype(float)
-    high = np.fmax.reduce(rows).astype(float)
+    # fmin and fmax leave NaN out.
+    low = np.fmin.reduce(rows).astype(float)  # [d]
+    high = np.fmax.reduce(rows).astype(float)  # [d]
     shows_each_axis = 1 < len(low) <= MAX_AXES
 
     description = str(values.dtype)
@@ -288,12 +328,13 @@ def _format_numbers(
         description += f", NaN in {num_nan_rows} of {len(rows)} rows"
     yield f"  {name:<34} {description}"
     if shows_each_axis:
-        for label, ends in (("from", low), ("to", high)):
-            yield f"  {'':<34}   {label:<5}" + "".join(f" {number:>9.4g}" for number in ends)
+        for label, limits in (("from", low), ("to", high)):
+            numbers = "".join(f" {limit:>9.4g}" for limit in limits)
+            yield f"  {'':<34}   {label:<5}{numbers}"
 
 
 def _join_rows(name: str, values: Array, episodes: Sequence[Steps]) -> Array:
-    """[N, d] the rows of a column in all episodes where it has the same shape."""
+    """Concatenate a column's rows [T, d] of all episodes in which it has the shape of `values`."""
     columns: list[Any] = []
     for episode in episodes:
         column = episode.get(name)
@@ -303,21 +344,23 @@ def _join_rows(name: str, values: Array, episodes: Sequence[Steps]) -> Array:
 
 
 def _format_range(lengths: Array | Sequence[int]) -> str:
-    """Smallest, median and largest length."""
+    """Format the smallest, median and largest length, or the only one."""
     low = int(np.min(lengths))
     high = int(np.max(lengths))
-    return f"{low}" if low == high else f"{low} … {int(np.median(lengths))} … {high}"
+    if low == high:
+        return f"{low}"
+    return f"{low} … {int(np.median(lengths))} … {high}"
 
 
 def _format_axes(values: Array) -> str:
-    """The range of x, y and z that holds 98 % of the values [N, 3]."""
+    """Format the range of x, y and z, each without the lowest and highest 1 % of values [N, 3]."""
     low, high = np.quantile(values, [0.01, 0.99], axis=0)
     axes = [f"{axis} {a:.4g} … {b:.4g}" for axis, a, b in zip("xyz", low, high, strict=True)]
     return ", ".join(axes) + " (98 %)"
 
 
 def _format_instructions(texts: Iterable[str]) -> list[str]:
-    """How many different instructions there are, and the most frequent ones."""
+    """Say how many different instructions there are, and show the most frequent ones."""
     counts = Counter(text.strip() or "(none)" for text in texts)
     lines = [f"instructions  {len(counts)} different"]
     for text, number in counts.most_common(MAX_INSTRUCTIONS):
