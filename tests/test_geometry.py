@@ -1,4 +1,5 @@
-"""Rotations and poses: compared with SciPy, at every singular place, with gradients."""
+"""Rotations and poses agree with SciPy, also at every singular rotation, and so do gradients with
+finite differences."""
 
 import math
 from collections.abc import Callable
@@ -12,7 +13,8 @@ from torch import Tensor
 from refusals import refuses
 from spear import geometry as geo
 
-# Special rotations: the identity, half turns, their neighborhoods, and the antipodes of all.
+# Special rotations: the identity (angle 0), half turns (π), the identity's antipode (2π, which is
+# the quaternion -1), and their neighborhoods. 1 rad is an ordinary angle.
 TINY_RAD = [0.0, 1e-12, 1e-8, 1e-5, 1e-3]
 ANGLES_RAD = [
     *TINY_RAD,
@@ -33,9 +35,11 @@ def draw_vectors(n: int, seed: int) -> Tensor:
 
 
 def special_quats(dtype: torch.dtype = torch.float64) -> Tensor:
-    angles = torch.tensor(ANGLES_RAD, dtype=dtype)[:, None, None]
-    rotation_vectors = angles * torch.tensor(AXES, dtype=dtype)
-    # Products of quarter turns, some of them in gimbal lock, with matrices of exact 0 and ±1.
+    """All angles of `ANGLES_RAD` about all `AXES`, and 16 products of quarter turns, [N, 4]."""
+    angles = torch.tensor(ANGLES_RAD, dtype=dtype)[:, None, None]  # [angles, 1, 1]
+    rotation_vectors = angles * torch.tensor(AXES, dtype=dtype)  # [angles, axes, 3]
+    # (±½, ±½, ±½, ±½) with all signs: their matrices have exact 0 and ±1, and some are in gimbal
+    # lock.
     quarter_turns = torch.cartesian_prod(*[torch.tensor([0.5, -0.5], dtype=dtype)] * 4)
     return torch.cat([geo.quat_exp(rotation_vectors.reshape(-1, 3)), quarter_turns])
 
@@ -91,7 +95,8 @@ def test_log_agrees_with_scipy_everywhere() -> None:
     expected = torch.from_numpy(to_scipy(q).as_rotvec())
     assert_close(log.norm(dim=-1), expected.norm(dim=-1), atol=1e-11)
     assert float(log.norm(dim=-1).max()) <= math.pi + 1e-12
-    # At half turns SciPy may name the opposite end of the axis.
+    # At a half turn both directions of the axis give the same rotation, and SciPy may choose the
+    # other one.
     is_unambiguous = expected.norm(dim=-1) < math.pi - 1e-7
     assert_close(log[is_unambiguous], expected[is_unambiguous], atol=1e-11)
 
@@ -113,6 +118,7 @@ def test_exp_of_scipys_rotation_vectors_gives_the_same_rotations() -> None:
     assert_close(distance_rad, torch.zeros(len(q)), atol=1e-11)
 
 
+# Taylor series change to quotients at 0.01 or 0.02 rad.
 @pytest.mark.parametrize("size_rad", [1e-12, 1e-8, 1e-6, 1e-4, 0.0099, 0.0101, 0.02, 0.1, 0.5])
 @pytest.mark.parametrize(("dtype", "rtol"), [(torch.float32, 1e-6), (torch.float64, 1e-14)])
 def test_small_rotations_keep_their_relative_precision(
@@ -124,7 +130,7 @@ def test_small_rotations_keep_their_relative_precision(
 
 
 def test_canonical_is_the_same_for_both_signs() -> None:
-    on_the_equator = torch.tensor([[0, 0, -0.6, 0.8]]).double()
+    on_the_equator = torch.tensor([[0, 0, -0.6, 0.8]]).double()  # w = 0
     q = torch.cat([draw_quats(), torch.eye(4, dtype=torch.float64), on_the_equator])
 
     canonical = geo.quat_canonical(q)
@@ -153,13 +159,15 @@ def test_the_first_nonzero_component_of_a_canonical_quaternion_is_positive(
     "angle_rad", [0, 1e-6, 1e-3, 1, 3, math.pi - 1e-3, math.pi - 1e-6, math.pi]
 )
 def test_distance_is_accurate_at_both_ends(dtype: torch.dtype, sign: int, angle_rad: float) -> None:
+    """The ends are the distances 0 and π, where an arc cosine loses half of the digits."""
     axis = torch.tensor([0.6, -0.48, 0.64], dtype=torch.float64)
     q = draw_quats(1)[0]
     rotated = geo.quat_multiply(q, geo.quat_exp(axis * angle_rad))
 
     distance_rad = float(geo.quat_distance(q.to(dtype), sign * rotated.to(dtype)))
 
-    assert abs(distance_rad - angle_rad) < 8 * torch.finfo(dtype).eps
+    max_error_rad = 8 * torch.finfo(dtype).eps  # a few rounding errors
+    assert abs(distance_rad - angle_rad) < max_error_rad
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -174,7 +182,7 @@ def test_slerp_agrees_with_scipy() -> None:
     b = draw_quats(50, seed=5)
     t = torch.linspace(0, 1, 7, dtype=torch.float64)
 
-    slerped = geo.quat_slerp(a[:, None], b[:, None], t)
+    slerped = geo.quat_slerp(a[:, None], b[:, None], t)  # [50, 7, 4]
 
     for i in range(len(a)):
         scipy_slerp = Slerp([0, 1], Rotation.concatenate([to_scipy(a[i]), to_scipy(b[i])]))
@@ -203,6 +211,7 @@ def test_slerp_takes_the_short_way_whatever_the_signs() -> None:
 
 
 def test_unit_quaternions_within_tolerance_are_normalized() -> None:
+    """The tolerance of the norm is 0.001."""
     q = draw_quats(4)
 
     assert_close(geo.validate_unit_quat(q * 1.0009, "state"), geo.quat_canonical(q))
@@ -234,7 +243,7 @@ def test_matrices_give_the_rotation_back_everywhere() -> None:
 
 def test_the_rotation_of_a_pose_matrix_is_canonical() -> None:
     q = torch.cat([draw_quats(), special_quats()])
-    pose = torch.nn.functional.pad(geo.quat_to_matrix(q), (0, 1, 0, 1))
+    pose = torch.nn.functional.pad(geo.quat_to_matrix(q), (0, 1, 0, 1))  # [N, 4, 4]
 
     rotation = geo.matrix_to_quat(pose)
 
@@ -270,6 +279,7 @@ def test_rotations_of_scipys_euler_angles_are_the_same(convention: geo.EulerConv
 def test_euler_angles_give_the_rotation_back_in_gimbal_lock(
     convention: geo.EulerConvention, sign: int, tiny_rad: float
 ) -> None:
+    """Gimbal lock is a pitch of ±π/2, where the third angle is set to 0."""
     pitch = sign * (math.pi / 2 - tiny_rad)
     q = geo.euler_to_quat(torch.tensor([0.7, pitch, -1.9], dtype=torch.float64), convention)
 
@@ -358,7 +368,9 @@ def test_paths_on_the_sphere_are_great_circles(fraction: float) -> None:
     a = draw_quats(seed=9)
     b = draw_quats(seed=10)
     angle = torch.arccos((a * b).sum(-1, keepdim=True))
-    expected = (((1 - fraction) * angle).sin() * a + (fraction * angle).sin() * b) / angle.sin()
+    weight_a = ((1 - fraction) * angle).sin() / angle.sin()
+    weight_b = (fraction * angle).sin() / angle.sin()
+    expected = weight_a * a + weight_b * b
 
     assert_close(geo.sphere_exp(a, fraction * geo.sphere_log(a, b)), expected)
     assert_close(geo.sphere_slerp(a, b, fraction), expected)
@@ -376,7 +388,7 @@ def test_slerp_on_the_sphere_is_precise_between_near_points(fraction: float) -> 
 
 @pytest.mark.parametrize("angle_rad", ANGLES_RAD)
 def test_sphere_log_leads_to_its_target_at_every_angle(angle_rad: float) -> None:
-    """At coinciding and antipodal points, too."""
+    """The angles include 0 and 2π, at which the two points coincide and are antipodal."""
     a = draw_quats(50)
     rotation = geo.quat_exp(torch.tensor([0.0, angle_rad, 0], dtype=a.dtype))
     target = geo.quat_multiply(a, rotation)
@@ -385,12 +397,15 @@ def test_sphere_log_leads_to_its_target_at_every_angle(angle_rad: float) -> None
 
     assert_close(geo.sphere_exp(a, tangent), target, atol=1e-11)
     assert_close((tangent * a).sum(-1), torch.zeros(len(a)))
+    # An arc on S³ is half as long as the angle of the rotation.
     length = torch.full((len(a),), angle_rad / 2, dtype=a.dtype)
     assert_close(tangent.norm(dim=-1), length, atol=1e-11)
 
 
 # Gradients
 
+# Functions of one quaternion q. The regular ones are differentiable at almost every q; the singular
+# ones compare q with itself or with its antipode, where a distance has no derivative.
 REGULAR_FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "log": geo.quat_log,
     "matrix": geo.quat_to_matrix,
@@ -440,8 +455,9 @@ def test_gradients_are_finite_at_every_special_rotation(name: str, dtype: torch.
 
 def test_gradients_of_exp_are_right_at_zero_and_beyond() -> None:
     vectors = torch.tensor([[0.0, 0, 0], [1e-9, 0, 0], [5e-3, 0, 0], [1, 2, -1], [math.pi, 0, 0]])
+    rotation_vectors = vectors.double().requires_grad_()
 
-    assert torch.autograd.gradcheck(geo.quat_exp, (vectors.double().requires_grad_(),))
+    assert torch.autograd.gradcheck(geo.quat_exp, (rotation_vectors,))
 
 
 def test_the_zero_quaternion_normalizes_to_the_identity_with_zero_gradient() -> None:

@@ -1,5 +1,5 @@
-"""3D tokens: equal use, round trips, bad values, and their place in a tokenizer and an embedding
-table."""
+"""3D tokens: all are used equally often, coordinates survive a round trip, bad values are refused,
+and the tokens have ids in a Hugging Face tokenizer and rows in an embedding table."""
 
 import json
 import math
@@ -27,9 +27,14 @@ from spear.tokens import (
 
 
 def draw_coordinates(num_points: int, seed: int) -> np.ndarray:
-    """The 3 coordinates of each point in the camera frame, m: x and y around 0, a skewed depth."""
+    """Coordinates of random points in the camera frame (m), in one array [3 · num_points].
+
+    x and y are distributed around 0, and the depth has a skewed distribution.
+    """
     rng = np.random.default_rng(seed)
-    return np.concatenate([rng.normal(0, 0.3, 2 * num_points), rng.lognormal(0.2, 0.4, num_points)])
+    x_and_y = rng.normal(0, 0.3, 2 * num_points)
+    depth = rng.lognormal(0.2, 0.4, num_points)
+    return np.concatenate([x_and_y, depth])
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +51,8 @@ def test_token_use_is_uniform_on_held_out_data(tokenizer: CoordinateTokenizer) -
     counts = np.bincount(tokenizer.encode(held_out), minlength=NUM_BINS)
 
     expected = len(held_out) / NUM_BINS
-    # Bin edges are sampled too, so a count's variance doubles.
+    # The variance of a count is its expected value. It doubles because the bin edges come from as
+    # many samples, and vary as much.
     deviations = (counts - expected) / math.sqrt(2 * expected)
     assert float(deviations.std()) == pytest.approx(1, abs=0.1)
     assert float(np.abs(deviations).max()) < 5
@@ -61,10 +67,12 @@ def test_bins_of_few_values_are_their_quantiles_and_medians() -> None:
 
     fitted = CoordinateTokenizer.fit(values, bins=2)
 
+    # The median 6.5 divides the values into two bins of five.
     assert fitted.bin_edges.tolist() == [0, 6.5, 40]
     assert fitted.bin_centers.tolist() == [1.5, 20]
 
 
+# The few sampled values make ties likely.
 @given(
     values=hnp.arrays(
         np.float64,
@@ -83,16 +91,19 @@ def test_any_values_with_ties_give_increasing_edges(values: np.ndarray, bins: in
     assert values.max() <= fitted.bin_edges[-1]
     ids = np.arange(bins)
     assert (fitted.encode(fitted.decode(ids)) == ids).all()
-    assert (np.diff(fitted.encode(np.sort(values))) >= 0).all()
+    ids_of_sorted_values = fitted.encode(np.sort(values))
+    assert (np.diff(ids_of_sorted_values) >= 0).all()
 
 
 def test_repeated_values_count_as_often_as_they_occur() -> None:
-    values = np.random.default_rng(0).normal(size=20_000).round(1)
+    """Edge i lies where i / 64 of the values are below it, as near as ties allow."""
+    values = np.random.default_rng(0).normal(size=20_000).round(1)  # multiples of 0.1
 
     edges = CoordinateTokenizer.fit(values, bins=64).bin_edges
 
     for i, edge in enumerate(edges[1:-1], start=1):
-        # The repeated value whose occurrences were spread over the gap that contains the edge.
+        # `fit` spreads the occurrences of a value over the gap of 0.1 below it. So the edge lies
+        # in the gap below the next larger multiple of 0.1.
         value = np.ceil(edge * 10 - 1e-9) / 10
         fraction_below = (values < value - 0.01).mean()
         fraction_up_to = (values < value + 0.01).mean()
@@ -155,6 +166,7 @@ def test_nan_is_not_encoded(tokenizer: CoordinateTokenizer) -> None:
 
 @pytest.mark.parametrize("ids", [[-1], [0, NUM_BINS]])
 def test_ids_out_of_range_are_not_decoded(tokenizer: CoordinateTokenizer, ids: list[int]) -> None:
+    """The message names the largest id, 1023."""
     refuses("1023", tokenizer.decode, ids)
 
 
@@ -226,6 +238,7 @@ def test_a_file_that_is_no_json_object_is_refused(tmp_path: Path, text: str) -> 
     ],
 )
 def test_a_file_with_bad_content_is_refused(tmp_path: Path, changes: dict[str, Any]) -> None:
+    """`changes` are keys of the file with other values; None removes the key."""
     content = {"unit": "metre", "edges": [0.0, 1.0, 2.0, 3.0], "representatives": [0.5, 1.5, 2.5]}
     path = tmp_path / "coordinates.json"
     path.write_text(json.dumps(content))
@@ -247,6 +260,7 @@ def make_word_tokenizer() -> PreTrainedTokenizerFast:
 
 
 TOKENS = [TOKEN_FORMAT.format(i) for i in range(NUM_BINS)]
+# Words 1, 2, 3 and 4 of the vocabulary, three 3D tokens, and word 5.
 TEXT = f"the mug is at {TOKENS[0]}{TOKENS[1023]} {TOKENS[512]} and"
 
 
@@ -297,7 +311,7 @@ def test_a_saved_tokenizer_has_the_same_3d_tokens(tmp_path: Path) -> None:
 
 def test_a_tokenizer_with_scattered_3d_tokens_is_refused() -> None:
     scattered = make_word_tokenizer()
-    scattered.add_tokens(["<3d0001>"])
+    scattered.add_tokens(["<3d0001>"])  # gets a lower id than the token <3d0000> added later
 
     refuses("3D tokens", extend_tokenizer, scattered)
 
@@ -307,16 +321,17 @@ def test_a_tokenizer_with_scattered_3d_tokens_is_refused() -> None:
 
 def test_new_embeddings_have_the_mean_and_covariance_of_the_existing_ones() -> None:
     generator = torch.Generator().manual_seed(0)
-    mixing = torch.randn(20_000, 6, generator=generator)
-    existing = mixing @ torch.randn(6, 6, generator=generator) + torch.arange(6)
+    standard_normals = torch.randn(20_000, 6, generator=generator)
+    mixing = torch.randn(6, 6, generator=generator)  # makes the columns depend on each other
+    existing = standard_normals @ mixing + torch.arange(6)
 
     new = init_new_embeddings(existing, 50_000, generator)
 
-    variance = float(torch.cov(existing.T).diag().max())
-    torch.testing.assert_close(new.mean(0), existing.mean(0), atol=0.03 * variance**0.5, rtol=0)
-    torch.testing.assert_close(
-        torch.cov(new.T), torch.cov(existing.T), atol=0.03 * variance, rtol=0
-    )
+    covariance = torch.cov(existing.T)
+    max_variance = float(covariance.diag().max())
+    max_deviation = max_variance**0.5
+    torch.testing.assert_close(new.mean(0), existing.mean(0), atol=0.03 * max_deviation, rtol=0)
+    torch.testing.assert_close(torch.cov(new.T), covariance, atol=0.03 * max_variance, rtol=0)
 
 
 def test_the_same_generator_draws_the_same_embeddings() -> None:
@@ -330,16 +345,17 @@ def test_the_same_generator_draws_the_same_embeddings() -> None:
 
 def test_new_embeddings_of_a_singular_covariance_stay_in_its_subspace() -> None:
     generator = torch.Generator().manual_seed(0)
-    # Three rows span a plane around their mean.
+    # Three embeddings lie in a plane, so their covariance has the rank 2.
     existing = torch.randn(3, 16, generator=generator).bfloat16()
 
     new = init_new_embeddings(existing, 8, generator)
 
     assert new.dtype == torch.bfloat16
     assert new.shape == (8, 16)
-    basis = torch.linalg.svd((existing - existing.mean(0)).float()).Vh[:2]
+    plane_basis = torch.linalg.svd((existing - existing.mean(0)).float()).Vh[:2]  # [2, 16]
     offset = new.float() - existing.float().mean(0)
-    assert float((offset - offset @ basis.T @ basis).abs().max()) < 0.02
+    offset_in_plane = offset @ plane_basis.T @ plane_basis
+    assert float((offset - offset_in_plane).abs().max()) < 0.02
 
 
 def test_new_embeddings_of_equal_ones_are_the_same() -> None:
@@ -352,10 +368,11 @@ def test_new_embeddings_of_equal_ones_are_the_same() -> None:
 
 @pytest.fixture(scope="module")
 def smooth_tables() -> tuple[torch.Tensor, torch.Tensor]:
-    """Existing embeddings, and 400 drawn smooth tables [400, 256, 12]."""
+    """Existing embeddings [500, 12], and 400 smooth tables of new embeddings [400, 256, 12]."""
     generator = torch.Generator().manual_seed(0)
-    existing = torch.randn(500, 12, generator=generator, dtype=torch.float64)
-    existing = existing @ torch.randn(12, 12, generator=generator, dtype=torch.float64) + 3.0
+    standard_normals = torch.randn(500, 12, generator=generator, dtype=torch.float64)
+    mixing = torch.randn(12, 12, generator=generator, dtype=torch.float64)
+    existing = standard_normals @ mixing + 3.0
     tables = [init_new_embeddings(existing, 256, generator, smooth=True) for _ in range(400)]
     return existing, torch.stack(tables)
 
@@ -364,7 +381,7 @@ def test_smooth_embeddings_have_the_distribution_of_the_existing_ones(
     smooth_tables: tuple[torch.Tensor, torch.Tensor],
 ) -> None:
     existing, tables = smooth_tables
-    rows = tables[:, ::64].reshape(-1, 12)
+    rows = tables[:, ::64].reshape(-1, 12)  # 4 of each table, far from each other
 
     assert ((rows.mean(0) - existing.mean(0)).abs() < 0.15 * existing.std(0)).all()
     covariance = existing.T.cov()
@@ -378,6 +395,7 @@ def test_smooth_embeddings_are_alike_if_their_rows_are_near(
     standardized = (tables - existing.mean(0)) / existing.std(0)
 
     def correlation(gap: int) -> float:
+        """The correlation between embeddings that are `gap` rows apart."""
         return float((standardized[:, :-gap] * standardized[:, gap:]).mean())
 
     assert correlation(1) > 0.95

@@ -24,19 +24,21 @@ The equations in the paper's letters (the numbers are ours):
 Where the code differs from the paper:
 
 - The paper keeps every quaternion in the half-space w > 0. We keep the noise there, too (our
-  reading). The half-space is geodesically convex, so it contains every state on the way. From the
-  other half the way would lead through rotations that the network also knows under the other sign.
-- (3) and (4) are computed as q_τ = q_ε ⊗ exp(τ ω) and u = ½ q_τ ⊗ ω, which is the same and stays
-  exact where the quotients by sin θ are 0/0.
-- With `prediction="clean"` the network predicts the action at τ = 1 instead of the velocity (our
-  addition, better for small models). The velocity follows from it: (x̂ - x_τ) / (1 - τ), and on the
-  sphere log_{q_τ}(q̂) / (1 - τ).
+  reading). The half-space is geodesically convex, so it contains every state between noise and
+  data. Noise with w < 0 would pass through states q whose rotation the network also knows as -q.
+- (3) and (4) are computed as q_τ = q_ε ⊗ exp(τ ω) and u = ½ q_τ ⊗ ω. The results are the same, and
+  they stay exact at θ = 0, where the quotients by sin θ are 0/0.
+- With `prediction="clean"` the network predicts the clean action, which is the action at τ = 1,
+  instead of the velocity (our addition, better for small models). From a predicted clean action
+  (x̂, q̂) follows the velocity: (x̂ - x_τ) / (1 - τ), and on the sphere log_{q_τ}(q̂) / (1 - τ).
 - With `rotation="linear"`, the paper's ablation, quaternions flow in straight lines of R⁴, as
   translations do.
 
-All functions work on `Action`s in the model's normalized units. A velocity is an `Action`, too:
-d/dτ of each part. A flow time is per chunk [...] or per action [..., H], because some actions of a
-chunk may be committed already, at τ = 1.
+All functions work on `Action`s in the model's normalized units; the *state* of a flow is the
+`Action` at some τ between noise and data. A velocity is an `Action`, too: d/dτ of each part. A flow
+time is per chunk [...] or per action [..., H], because some actions of a chunk may be committed
+already, and those are at τ = 1. A chunk's shape is written [..., H, ·], where · is 3, 4 or 1 for
+translation, rotation or gripper.
 """
 
 from collections.abc import Callable, Sequence
@@ -62,14 +64,14 @@ from spear.geometry import (
 )
 from spear.types import Action, FlowConfig
 
-# How wrong committed actions are made in training (see `perturb_committed`), as standard
-# deviations: of translations as a multiple of their own, of rotations per component. Our choice:
-# more than demonstrations of a scene differ. With less, a committed action tells how fast this one
-# is, and the network continues as fast instead of making up for the difference.
-PERTURBATION_TRANSLATION = 1.0
-PERTURBATION_ROTATION_RAD = 0.1
+# Standard deviations of the errors that training adds to committed actions (`perturb_committed`).
+# Our choice: the errors are larger than the differences between demonstrations of one scene. With
+# smaller errors, a committed action would reveal how fast its demonstration is, and the network
+# would learn to continue at that speed instead of making up for the error.
+PERTURBATION_TRANSLATION = 1.0  # a multiple of the standard deviation of the translations
+PERTURBATION_ROTATION_RAD = 0.1  # per component of the rotation vector
 
-_MIN_REMAINING = 1e-4  # of 1 - τ in a quotient; sampled times stay ten times further from τ = 1
+_MIN_REMAINING = 1e-4  # least divisor 1 - τ; for times of `sample_time`, 1 - τ is at least 1e-3
 _MIN_SPEED = 1e-2  # ‖q̇‖ below which the cosine loss sees no direction; about 1 is typical
 
 
@@ -87,7 +89,7 @@ class CommittedPrefix:
     is_committed: Tensor
 
     def write_into(self, chunk: Action) -> Action:
-        """Replace the actions of a chunk that are committed."""
+        """The chunk, with those of its actions replaced that are committed."""
         vector = torch.where(
             self.is_committed[..., None], self.actions.to_vector(), chunk.to_vector()
         )
@@ -103,10 +105,10 @@ def sample_noise(
     """Draw noise ε at τ = 0.
 
     Translation and gripper are N(0, I). Rotations are uniform on the half of S³ with w ≥ 0 (our
-    reading of the paper, see the module's description).
+    reading of the paper, see the module's description), or N(0, I) in R⁴.
 
     Args:
-        shape: leading dimensions of the chunks, (B, H).
+        shape: the chunks' dimensions except the last, such as (B, H).
         config: says whether rotations are on S³ or in R⁴.
         generator: source of the random numbers.
         device: where the noise is drawn.
@@ -131,11 +133,14 @@ def sample_noise(
 def sample_time(
     batch: int, config: FlowConfig, generator: torch.Generator | None = None, device: Any = "cpu"
 ) -> Tensor:
-    """Draw flow times τ [batch] in [0, time_scale], of density Beta((scale - τ) / scale; alpha,
-    beta)."""
-    # A Beta variable is a ratio of Gamma variables. `torch.distributions` takes no generator, but
-    # what it calls does. The constants are filled in, because copying a tensor of them to a GPU
-    # would mean waiting.
+    """Draw flow times τ = scale · (1 - u), [batch], with u ~ Beta(alpha, beta).
+
+    The config's `time_scale`, `time_alpha` and `time_beta` are the three parameters.
+    """
+    # If G₁ and G₂ are Gamma variables with concentrations alpha and beta, then G₁ / (G₁ + G₂) is
+    # the Beta variable u, and G₂ / (G₁ + G₂) is 1 - u. `torch.distributions` takes no generator,
+    # but `torch._standard_gamma`, which it calls, does. The constants are filled in on the device,
+    # because copying a tensor to a GPU would mean waiting.
     concentration = torch.full(
         (batch, 2), float(config.time_alpha), device=device, dtype=torch.float32
     )
@@ -154,11 +159,11 @@ def sample_committed(
     """Draw which actions of a chunk are committed: the first d, with d uniform on 0 …
     max_committed.
 
-    The network gets them clean (training-time action conditioning, arXiv 2512.05964).
+    The network gets committed actions clean (training-time action conditioning, arXiv 2512.05964).
 
     Args:
-        shape: of the mask, (..., H); d is drawn for each chunk.
-        max_committed: the longest committed prefix.
+        shape: the mask's shape, (..., H); d is drawn for each chunk.
+        max_committed: the longest committed prefix, in actions.
         generator: source of the random numbers.
         device: where the numbers are drawn.
 
@@ -178,18 +183,18 @@ def perturb_committed(
     generator: torch.Generator | None = None,
     is_valid: Tensor | None = None,
 ) -> Action:
-    """Make the committed actions of demonstrations a little wrong, and the next action make up for
-    it.
+    """Add errors to the committed actions of demonstrations, and correct them in the next action.
 
-    Demonstrations alone never show what to do about an error that is about to be made (our choice).
-    From the first action after the prefix on, the poses are those demonstrated.
+    The network learns from this to make up for errors of committed actions, which demonstrations
+    alone never show (our choice). After the first action that is not committed, and after all later
+    ones, the pose is the demonstrated one.
 
     Args:
         data: demonstrated chunks [..., H, ·].
         is_committed: [..., H] bool, see `sample_committed`.
         generator: source of the random numbers.
-        is_valid: [..., H] bool, the actions from which the scale of translations is estimated; None
-            is all.
+        is_valid: [..., H] bool, the actions from which the standard deviation of translations is
+            estimated; None is all.
     """
     noise = torch.randn(
         *is_committed.shape,
@@ -198,28 +203,32 @@ def perturb_committed(
         dtype=data.translation.dtype,
         device=is_committed.device,
     )
-    noise = noise * is_committed[..., None]
+    noise = noise * is_committed[..., None]  # [..., H, 6]: translation, then rotation vector
     num_committed = is_committed.sum(-1, keepdim=True)
     index = torch.arange(is_committed.shape[-1], device=is_committed.device)
-    is_next = (num_committed == index)[..., None]  # the first action that is not committed
+    is_first_free = (num_committed == index)[..., None]  # [..., H, 1], first uncommitted action
 
-    # Translations are displacements in the base frame, so their errors add up.
+    # Translations are displacements in the base frame, so their errors add up, and the first free
+    # action subtracts the sum.
     if is_valid is None:
         is_valid = torch.ones_like(is_committed)
     scale = _standard_deviation(data.translation, is_valid)
     error = PERTURBATION_TRANSLATION * scale * noise[..., :3]
-    translation = data.translation + error - is_next * error.sum(-2, keepdim=True)
+    total_error = error.sum(-2, keepdim=True)  # [..., 1, 3]
+    translation = data.translation + error - is_first_free * total_error
 
-    # A rotation is in the frame that the rotation before it leads to.
-    perturbation = quat_exp(PERTURBATION_ROTATION_RAD * noise[..., 3:])
+    # Each action's rotation is expressed in the frame that the action before it leads to. So we go
+    # through the chunk and track the deviation: the rotation from the demonstrated frame to the
+    # perturbed one, at first the identity.
+    perturbation = quat_exp(PERTURBATION_ROTATION_RAD * noise[..., 3:])  # [..., H, 4]
     rotations = []
-    missing = torch.zeros_like(data.rotation[..., 0, :])
-    missing[..., 0] = 1  # the rotation from the demonstrated frame to the actual one
+    deviation = torch.zeros_like(data.rotation[..., 0, :])
+    deviation[..., 0] = 1
     for i, demonstrated in enumerate(data.rotation.unbind(-2)):
-        correcting = quat_multiply(quat_conjugate(missing), demonstrated)
+        correcting = quat_multiply(quat_conjugate(deviation), demonstrated)
         perturbed = quat_multiply(demonstrated, perturbation[..., i, :])
-        actual = torch.where(is_next[..., i, :], correcting, perturbed)
-        missing = quat_multiply(quat_multiply(quat_conjugate(demonstrated), missing), actual)
+        actual = torch.where(is_first_free[..., i, :], correcting, perturbed)
+        deviation = quat_multiply(quat_multiply(quat_conjugate(demonstrated), deviation), actual)
         rotations.append(actual)
     rotation = quat_canonical(torch.stack(rotations, -2))
     return Action(translation, rotation, data.gripper)
@@ -231,8 +240,8 @@ def interpolate(
     """The state at τ between noise and data, and its velocity there: equations (1) to (4).
 
     Args:
-        noise: ε, chunks [..., H, ·].
-        data: x, q and g; rotations are made canonical.
+        noise: ε and q_ε, chunks [..., H, ·].
+        data: x, q and g, chunks [..., H, ·]; their rotations are made canonical first.
         tau: flow time per chunk [...] or per action [..., H].
         config: says whether rotations are on S³ or in R⁴.
 
@@ -267,17 +276,17 @@ def prediction_to_velocity(
 ) -> Action:
     """The velocity v_θ that a prediction of the network means; on S³ it is tangent at the state.
 
-    A predicted velocity is projected on the tangent space. For a predicted clean action, the
-    velocity leads from the state at τ to that action in the time that remains. On S³ the action is
-    first normalized and made canonical, as data is, so that of the true action it is exactly the
-    velocity of `interpolate`. In R⁴ it is normalized if the loss is the cosine, which teaches no
-    length.
+    On S³ a predicted velocity is projected on the tangent space. For a predicted clean action, the
+    velocity leads from the state at τ to that action in the remaining time 1 - τ. On S³ the
+    predicted rotation is first normalized and made canonical, as the data's rotations are, so that
+    the true action has exactly the velocity of `interpolate`. In R⁴ the predicted rotation is
+    normalized only with the cosine loss, which does not teach its length.
 
     Args:
-        prediction: [..., H, ·], as `config.prediction` says.
-        state: the state that the network got.
-        tau: its flow time, per chunk [...] or per action [..., H].
-        config: says what the network predicts, and where rotations are.
+        prediction: [..., H, ·], a velocity or a clean action, as `config.prediction` says.
+        state: the state at τ that the network got, [..., H, ·].
+        tau: the state's flow time, per chunk [...] or per action [..., H].
+        config: says what the network predicts, and whether rotations are on S³ or in R⁴.
     """
     q_tau = state.rotation
     if config.prediction == "velocity":
@@ -311,35 +320,40 @@ def compute_loss(
     """The loss of a prediction made at the state `interpolate(noise, data, tau)`: equations (5) and
     (6).
 
-    For predicted velocities:
+    For predicted velocities v and the true velocity u:
 
     - Translation and gripper have the mean squared error.
     - The rotation's cosine loss is 1 - cos(v, u). The paper writes 1 - v·u, which has no lower
-      bound while v is not normalized. "mse" is ‖v - u‖² / 4.
+      bound while v is not normalized. With `rotation_loss="mse"` the loss is ‖v - u‖² / 4.
     - The geodesic loss compares the rotations after one integration step of length δ along v and
-      along u. With the cosine loss this term alone teaches the speed.
+      along u. With the cosine loss, only the geodesic loss teaches the speed.
 
     For predicted clean actions the losses compare actions, because errors of velocities grow
-    without bound as τ → 1 (our choice). The rotation's cosine loss is 1 - ⟨q̂, q⟩², "mse" the
-    squared angle between the two (rad²). The geodesic loss is min(‖q - q̂‖, ‖q + q̂‖), half the
-    angle. Its gradient does not fade for small rotations, as those of the others do; but of several
-    possible rotations it teaches the median, and where most steps do not rotate that is no
-    rotation.
+    without bound as τ → 1 (our choice). With the predicted rotation q̂ and the true rotation q:
 
-    With rotation "linear" both have the velocities' formulas, in R⁴.
+    - Translation and gripper have the mean squared error.
+    - The rotation's cosine loss is 1 - ⟨q̂, q⟩². With `rotation_loss="mse"` the loss is the squared
+      angle between the two rotations (rad²).
+    - The geodesic loss is min(‖q - q̂‖, ‖q + q̂‖), about half the angle. The gradient of this loss
+      does not fade for small angles, as the gradients of the other two do. But where several
+      rotations are possible, this loss teaches their median; if most steps do not rotate, the
+      median is no rotation.
+
+    With `rotation="linear"`, the rotation's losses for velocities and for clean actions both have
+    the velocities' formulas, in R⁴.
 
     Args:
-        prediction: [..., H, ·], as `config.prediction` says.
-        noise: ε.
-        data: the demonstrated actions.
+        prediction: [..., H, ·], a velocity or a clean action, as `config.prediction` says.
+        noise: ε, [..., H, ·].
+        data: the demonstrated actions, [..., H, ·].
         tau: flow time, per chunk [...] or per action [..., H].
         config: says what the losses are and how they are weighted.
         mask: [..., H] bool, the actions that count; None is all.
 
     Returns:
         The total loss, and its unweighted parts "translation", "rotation", "geodesic" and
-        "gripper"; 0-d tensors. The paper sums over a chunk; we average over the valid actions of
-        all chunks.
+        "gripper"; all are 0-d tensors. The paper sums over a chunk; we average over the actions of
+        all chunks that count.
     """
     if config.prediction == "clean":
         predicted = prediction
@@ -351,6 +365,8 @@ def compute_loss(
         state, target = interpolate(noise, data, tau, config)
         predicted = prediction_to_velocity(prediction, state, tau, config)
         rotation_errors = _velocity_error(predicted.rotation, target.rotation, config)
+        # One integration step from the state, along the predicted and along the true velocity. The
+        # step's length δ is at most the remaining time.
         delta = _broadcast_time(1 - tau, state)
         if config.geodesic_step is not None:
             delta = delta.clamp_max(config.geodesic_step)
@@ -375,8 +391,12 @@ def compute_loss(
 def euler_step(
     state: Action, prediction: Action, tau: Tensor, k: int, steps: int, config: FlowConfig
 ) -> Action:
-    """Step k of `integrate`: from the state at τ to the next, equation (7) for rotations on S³."""
+    """Step k of `integrate`: from the state at τ to the state at τ + 1 / steps.
+
+    Rotations on S³ follow equation (7).
+    """
     if config.prediction == "clean":
+        # Of the steps - k steps that remain to τ = 1, this is one.
         return _step_towards_clean(state, prediction, 1 / (steps - k), config)
     velocity = prediction_to_velocity(prediction, state, tau, config)
     rotation = _integrate_rotation(state.rotation, velocity.rotation, 1 / steps, config)
@@ -401,14 +421,15 @@ def integrate(
     On S³ each step follows a great circle, and the state stays a canonical unit quaternion.
 
     Args:
-        predict: the network, predict(state, tau), whose prediction is as `config.prediction` says.
-            It gets τ per chunk [...], or per action [..., H] if there is a committed prefix.
+        predict: the network as a function predict(state, tau), which returns a velocity or a clean
+            action, as `config.prediction` says. Its `tau` is per chunk [...], or per action
+            [..., H] if there is a committed prefix.
         noise: the state at τ = 0, [..., H, ·].
         steps: number of steps.
-        config: says what the network predicts, and where rotations are.
+        config: says what the network predicts, and whether rotations are on S³ or in R⁴.
         committed: actions that are not changed. They stay at τ = 1, as in training with
             `sample_committed`.
-        advance: `euler_step`, or a function that computes the same.
+        advance: `euler_step`, or a function that computes the same, for example compiled.
 
     Returns:
         The chunk at τ = 1; its rotations are unit and canonical.
@@ -442,15 +463,17 @@ def integrate(
 
 
 def _broadcast_time(tau: Tensor, chunk: Action) -> Tensor:
-    """A time per chunk [...] or per action [..., H], as a factor of a chunk's parts [..., H, ·]."""
+    """Reshape a time per chunk [...] or per action [..., H], so that it multiplies [..., H, ·]."""
     is_per_action = tau.dim() == chunk.translation.dim() - 1
-    return tau[..., None] if is_per_action else tau[..., None, None]
+    if is_per_action:
+        return tau[..., None]  # [..., H, 1]
+    return tau[..., None, None]  # [..., 1, 1]
 
 
 def _integrate_rotation(
     rotation: Tensor, velocity: Tensor, delta: Tensor | float, config: FlowConfig
 ) -> Tensor:
-    """One integration step of length δ (or Δτ) along a velocity: equation (7) on S³."""
+    """The rotation after one integration step of length `delta`: equation (7) on S³."""
     if config.rotation == "s3":
         return sphere_exp(rotation, velocity * delta)
     return rotation + velocity * delta
@@ -461,8 +484,8 @@ def _step_towards_clean(
 ) -> Action:
     """Go a fraction of the way from a state to a clean action.
 
-    This is the Euler step with the velocity that follows from the clean action. Without the
-    quotients it takes a fifth of the time.
+    This is the Euler step with the velocity that `prediction_to_velocity` derives from the clean
+    action. Interpolating directly, without a division by 1 - τ, takes a fifth of the time.
     """
     q_hat = _clean_rotation(clean.rotation, config)
     if config.rotation == "s3":
@@ -475,59 +498,72 @@ def _step_towards_clean(
 
 
 def _clean_rotation(predicted: Tensor, config: FlowConfig) -> Tensor:
-    """The quaternion q̂ that a clean prediction means: normalized, unless the loss teaches the
+    """The quaternion q̂ that a clean prediction means: normalized, unless the loss teaches its
     length."""
     loss_teaches_length = config.rotation == "linear" and config.rotation_loss == "mse"
     return predicted if loss_teaches_length else quat_normalize(predicted)
 
 
 def _clean_rotation_error(q_hat: Tensor, q: Tensor, config: FlowConfig) -> Tensor:
-    """The rotation's error of a clean prediction, [...], see `compute_loss`."""
+    """The rotation's loss of each predicted clean action, [..., H], see `compute_loss`."""
     if config.rotation == "linear":
         return _velocity_error(q_hat, q, config)
     difference = quat_multiply(quat_conjugate(q_hat), q)
     if config.rotation_loss == "mse":
         return quat_log(difference).square().sum(-1)
-    # The squared imaginary part is 1 - ⟨q̂, q⟩² without cancellation.
+    # The squared imaginary part equals 1 - ⟨q̂, q⟩², and has no cancellation near 0.
     return difference[..., 1:].square().sum(-1)
 
 
 def _velocity_error(v: Tensor, u: Tensor, config: FlowConfig) -> Tensor:
-    """‖v - u‖² / 4, or 1 - cos(v, u), [...].
+    """‖v - u‖² / 4 or 1 - cos(v, u), as `config.rotation_loss` says, [..., H].
 
-    The cosine loss is 0 where u has no direction, and has a bounded gradient where v has none.
+    The cosine loss is 0 where u is too short to have a direction. Where v is, the cosine loss still
+    has a bounded gradient.
     """
     if config.rotation_loss == "mse":
         return _squared_error(v, u)
     v_norm = torch.linalg.vector_norm(v, dim=-1)
     u_norm = torch.linalg.vector_norm(u, dim=-1)
-    cos = (v * u).sum(-1) / (v_norm.clamp_min(_MIN_SPEED) * u_norm.clamp_min(_MIN_SPEED))
+    divisor = v_norm.clamp_min(_MIN_SPEED) * u_norm.clamp_min(_MIN_SPEED)
+    cos = (v * u).sum(-1) / divisor
     return torch.where(u_norm < _MIN_SPEED, 0, 1 - cos)
 
 
 def _squared_error(a: Tensor, b: Tensor) -> Tensor:
+    """The mean over the components of (a - b)², [..., H]."""
     return (a - b).square().mean(-1)
 
 
 def _chord(a: Tensor, b: Tensor) -> Tensor:
-    """min(‖a - b‖, ‖a + b‖), [...]: q and -q are the same rotation."""
-    return torch.minimum(
-        torch.linalg.vector_norm(a - b, dim=-1), torch.linalg.vector_norm(a + b, dim=-1)
-    )
+    """min(‖a - b‖, ‖a + b‖), [..., H], because b and -b are the same rotation."""
+    distance = torch.linalg.vector_norm(a - b, dim=-1)
+    antipodal_distance = torch.linalg.vector_norm(a + b, dim=-1)
+    return torch.minimum(distance, antipodal_distance)
 
 
 def _standard_deviation(values: Tensor, is_valid: Tensor) -> Tensor:
-    """The standard deviation [·] of values [..., H, ·] over those that are valid, [..., H] bool."""
+    """The standard deviation per component of the valid values.
+
+    Args:
+        values: [..., H, N].
+        is_valid: [..., H] bool.
+
+    Returns:
+        [N].
+    """
     all_but_last = tuple(range(is_valid.dim()))
-    weight = (is_valid / is_valid.sum().clamp_min(1))[..., None]
+    weight = (is_valid / is_valid.sum().clamp_min(1))[..., None]  # [..., H, 1], sums to 1
     mean = (weight * values).sum(all_but_last)
-    return (weight * (values - mean).square()).sum(all_but_last).sqrt()
+    variance = (weight * (values - mean).square()).sum(all_but_last)
+    return variance.sqrt()
 
 
 def _mean(error: Tensor, mask: Tensor | None) -> Tensor:
-    """The mean of errors over the actions that count."""
+    """The mean of errors [..., H] over the actions that count, those with `mask` [..., H] True."""
     if mask is None:
         return error.mean()
-    if mask.shape != error.shape:  # one number per chunk would broadcast along another axis
+    # A mask with one number per chunk might broadcast along a wrong axis.
+    if mask.shape != error.shape:
         raise ValueError(f"mask {list(mask.shape)}: give {list(error.shape)}")
     return torch.where(mask, error, 0).sum() / mask.sum().clamp_min(1)

@@ -1,13 +1,14 @@
 """Rotations as unit quaternions, poses, and the sphere S³ that unit quaternions lie on.
 
-Quaternions are scalar first (w, x, y, z), [..., 4]; q and -q are the same rotation. All functions
-are batched over leading dimensions, which broadcast, and keep dtype and device. Gradients are
-finite everywhere, including at the identity, at half turns and for antipodal pairs. Where a
-function is not differentiable (a distance at 0) the gradient is a subgradient.
+Quaternions are tensors [..., 4] of (w, x, y, z), scalar first; q and -q are the same rotation. A
+canonical quaternion is the one of the two with w ≥ 0. All functions are batched: their leading
+dimensions broadcast, and results keep dtype and device. Gradients are finite everywhere, including
+at the identity, at half turns and for antipodal pairs (q and -q). Where a function is not
+differentiable (a distance at 0) the gradient is a subgradient.
 
-Rotations act on column vectors: `quat_rotate(q, v)` is R(q) v, and `quat_multiply(a, b)` is the
-rotation R(a) R(b), that is, b in the frame that a gives. A pose (position, rotation) maps points of
-its own frame to the frame that it is expressed in.
+R(q) is the rotation matrix of q, and rotations act on column vectors: `quat_rotate(q, v)` is
+R(q) v, and `quat_multiply(a, b)` is the rotation R(a) R(b). A pose (position, rotation) maps points
+of its own frame to the outer frame, in which the pose is expressed.
 
 Example:
     >>> import math, torch
@@ -36,10 +37,12 @@ The letters' case means what it means in SciPy's `Rotation`.
 """
 
 UNIT_NORM_TOLERANCE = 1e-3
-"""How far from 1 the norm of a quaternion from outside may be (our choice). Others are refused."""
+"""How far from 1 the norm of a user's quaternion may be (our choice). Beyond that, the quaternion
+is refused."""
 
 _MAX_SQUARE_FOR_SERIES = 1e-4
-"""Squared angle below which Taylor series replace quotients, with less error than rounding."""
+"""Squared angle (rad²) below which Taylor series replace quotients like sin(a)/a. The series' error
+is then less than that of rounding."""
 
 
 def quat_multiply(a: Tensor, b: Tensor) -> Tensor:
@@ -73,17 +76,17 @@ def quat_canonical(q: Tensor) -> Tensor:
     """The one of q and -q with w ≥ 0; if w is 0, the one whose first nonzero component is
     positive."""
     w, x, y, z = torch.sign(q.detach()).split(1, dim=-1)
-    # By powers of two the first nonzero component outweighs all later ones together.
+    # With the weights 8, 4, 2, 1 the first nonzero sign outweighs all later signs together.
     weighted_sign = z.add(y, alpha=2).add(x, alpha=4).add(w, alpha=8)
     return torch.where(weighted_sign < 0, -q, q)
 
 
 def validate_unit_quat(q: Tensor, name: str) -> Tensor:
-    """Check quaternions that come from outside, and make them canonical unit quaternions.
+    """Check a user's quaternions, and return them as canonical unit quaternions.
 
     Args:
         q: [..., 4].
-        name: what the quaternions are, for the message.
+        name: what the quaternions are called in the error's message.
 
     Raises:
         SpearError: a norm differs from 1 by more than `UNIT_NORM_TOLERANCE`, or is not finite.
@@ -100,7 +103,8 @@ def validate_unit_quat(q: Tensor, name: str) -> Tensor:
 def quat_exp(vector: Tensor) -> Tensor:
     """Rotation vector [..., 3] (axis times angle, rad) to unit quaternion [..., 4]; w may be
     negative."""
-    cos, sinc = _cos_sinc((vector * vector).sum(-1, keepdim=True) / 4)
+    squared_half_angle = (vector * vector).sum(-1, keepdim=True) / 4
+    cos, sinc = _cos_sinc(squared_half_angle)
     return torch.cat([cos, vector * sinc / 2], dim=-1)
 
 
@@ -116,23 +120,26 @@ def quat_slerp(q0: Tensor, q1: Tensor, t: Tensor | float) -> Tensor:
     t is a number or a tensor that broadcasts against the leading dimensions. At t = 1 the result
     may be -q1, which is the same rotation.
     """
-    vector = quat_log(quat_multiply(quat_conjugate(q0), q1))
+    relative_rotation = quat_multiply(quat_conjugate(q0), q1)
+    rotation_vector = quat_log(relative_rotation)
     if isinstance(t, Tensor):
         t = t[..., None]
-    return quat_multiply(q0, quat_exp(vector * t))
+    return quat_multiply(q0, quat_exp(rotation_vector * t))
 
 
 def quat_distance(a: Tensor, b: Tensor) -> Tensor:
-    """Angle of the rotation between a and b, rad, in [0, π], [...]. The gradient is zero where it
-    is 0.
+    """Angle of the rotation between a and b, rad, in [0, π], [...]. The gradient is zero where the
+    angle is 0.
 
-    It is computed from chords instead of an arc cosine, so that it is precise near 0 and π.
+    The angle is computed from chords instead of an arc cosine, so that it is precise near 0 and π.
     """
+    # With α the angle of the rotation, the two chords are 2 sin(α/4) and 2 cos(α/4). Which of the
+    # two is ‖a - b‖ depends on the quaternions' signs; the sine is the shorter one.
     chord = torch.linalg.vector_norm(a - b, dim=-1)
     antipodal_chord = torch.linalg.vector_norm(a + b, dim=-1)
-    return 4 * torch.atan2(
-        torch.minimum(chord, antipodal_chord), torch.maximum(chord, antipodal_chord)
-    )
+    shorter = torch.minimum(chord, antipodal_chord)
+    longer = torch.maximum(chord, antipodal_chord)
+    return 4 * torch.atan2(shorter, longer)
 
 
 def quat_rotate(q: Tensor, v: Tensor) -> Tensor:
@@ -143,28 +150,29 @@ def quat_rotate(q: Tensor, v: Tensor) -> Tensor:
     return v + real * double_cross + torch.linalg.cross(imag, double_cross)
 
 
-# The sphere S³. Here q and -q are different points.
+# The sphere S³ of unit quaternions. In this section q and -q are different points.
 
 
 def quat_derivative(q: Tensor, omega: Tensor) -> Tensor:
-    """q̇ = ½ q ⊗ ω, [..., 4]: the velocity on S³ of a rotation with angular velocity ω.
+    """q̇ = ½ q ⊗ ω, [..., 4]: the velocity on S³ of a rotation q with angular velocity ω.
 
     Args:
         q: [..., 4].
         omega: [..., 3], rad per unit time, in the rotated frame.
     """
-    pure_quaternion = torch.cat([torch.zeros_like(omega[..., :1]), omega / 2], dim=-1)
-    return quat_multiply(q, pure_quaternion)
+    half_omega = torch.cat([torch.zeros_like(omega[..., :1]), omega / 2], dim=-1)  # (0, ω/2)
+    return quat_multiply(q, half_omega)
 
 
 def sphere_exp(q: Tensor, velocity: Tensor) -> Tensor:
     """Follow the great circle from q with the tangent vector `velocity` for unit time, [..., 4].
 
     With velocity = q̇ Δτ this is the paper's integration step q ⊗ [cos(Δφ/2), ω̂ sin(Δφ/2)], where
-    Δφ = ‖ω‖ Δτ. It is written without products: cos(Δφ/2) q + sin(Δφ/2) v/‖v‖, where v is the
-    tangential part of the velocity, and ‖v‖ = Δφ/2.
+    Δφ = ‖ω‖ Δτ. The code needs no quaternion product: it computes cos(Δφ/2) q + sin(Δφ/2) v/‖v‖,
+    where v is the tangential part of the velocity, and ‖v‖ = Δφ/2.
     """
-    tangent = velocity - (velocity * q).sum(-1, keepdim=True) * q
+    radial_speed = (velocity * q).sum(-1, keepdim=True)
+    tangent = velocity - radial_speed * q
     cos, sinc = _cos_sinc((tangent * tangent).sum(-1, keepdim=True))
     return cos * q + sinc * tangent
 
@@ -172,8 +180,8 @@ def sphere_exp(q: Tensor, velocity: Tensor) -> Tensor:
 def sphere_log(q: Tensor, target: Tensor) -> Tensor:
     """The tangent vector v at q with `sphere_exp(q, v) = target`, [..., 4], of norm in [0, π].
 
-    For an antipodal pair every direction leads to the target. The result is then along q ⊗ i, so
-    that it is determined and finite.
+    For an antipodal pair every direction leads to the target. The result then has the direction of
+    q ⊗ i (i is the imaginary unit of x), so that the result is unique and finite.
     """
     return quat_derivative(q, sphere_angular_velocity(q, target))
 
@@ -181,9 +189,9 @@ def sphere_log(q: Tensor, target: Tensor) -> Tensor:
 def sphere_slerp(q: Tensor, target: Tensor, fraction: float) -> Tensor:
     """The point at a fraction of the shorter great-circle arc from q to `target`, [..., 4].
 
-    It is `sphere_exp(q, fraction * sphere_log(q, target))`, computed as cos(φ) q + sin(φ) u, where
-    u is the unit tangent. For an antipodal pair it is ±q. Its norm is 1 even if those of the
-    arguments are not quite.
+    The point is `sphere_exp(q, fraction * sphere_log(q, target))`, computed as cos(φ) q + sin(φ) u,
+    where φ is the angle of the way and u the unit tangent. For an antipodal pair the point is ±q.
+    The point's norm is 1 even if rounding errors lengthened the arguments.
     """
     cosine = (q * target).sum(-1, keepdim=True)
     tangent = target - cosine * q
@@ -195,38 +203,41 @@ def sphere_slerp(q: Tensor, target: Tensor, fraction: float) -> Tensor:
 
 
 def sphere_angular_velocity(q: Tensor, target: Tensor) -> Tensor:
-    """The ω [..., 3], rad, that turns q into `target` in unit time along the shorter arc of S³.
+    """The angular velocity ω [..., 3] that turns q into `target` in unit time, by the shorter arc.
 
-    Its norm is in [0, 2π]. Unlike `quat_log(q* ⊗ target)`, it never leads to the target's antipode.
+    The norm of ω is in [0, 2π] rad. The arc ends at `target` itself, while the rotation vector
+    `quat_log(q* ⊗ target)`, of norm ≤ π, may lead to -target.
     """
     return _log(quat_multiply(quat_conjugate(q), target))
 
 
-# Matrices, Euler angles, 6D.
+# Conversion to and from rotation matrices, Euler angles, and the 6D form.
 
 
 def quat_to_matrix(q: Tensor) -> Tensor:
     """Unit quaternion [..., 4] to rotation matrix [..., 3, 3]."""
     w, x, y, z = q.unbind(-1)
-    rows = [
+    entries = [  # row by row
         1 - 2 * (y * y + z * z), 2 * (x * y - w * z), 2 * (x * z + w * y),
         2 * (x * y + w * z), 1 - 2 * (x * x + z * z), 2 * (y * z - w * x),
         2 * (x * z - w * y), 2 * (y * z + w * x), 1 - 2 * (x * x + y * y),
     ]  # fmt: skip
-    return torch.stack(rows, dim=-1).unflatten(-1, (3, 3))
+    return torch.stack(entries, dim=-1).unflatten(-1, (3, 3))
 
 
 def matrix_to_quat(matrix: Tensor) -> Tensor:
     """Rotation matrix [..., 3, 3] or pose [..., 4, 4] to canonical unit quaternion [..., 4],
-    exactly."""
+    accurate for every rotation."""
     xx, m01, m02, m10, yy, m12, m20, m21, zz = matrix[..., :3, :3].flatten(-2).unbind(-1)
+    # Products of two components of q = (w, x, y, z), times 4. The diagonal gives the squares below.
     wx = m21 - m12
     wy = m02 - m20
     wz = m10 - m01
     xy = m01 + m10
     xz = m02 + m20
     yz = m12 + m21
-    # The outer product 4 q qᵀ, whose rows are multiples of q. The longest row never vanishes.
+    # The outer product 4 q qᵀ. Each of its rows is a multiple of q: the first is 4 w q. We take the
+    # longest row, that of the largest component of q, because it never vanishes.
     outer = torch.stack(
         [
             1 + xx + yy + zz, wx, wy, wz,
@@ -236,10 +247,10 @@ def matrix_to_quat(matrix: Tensor) -> Tensor:
         ],
         dim=-1,
     ).unflatten(-1, (4, 4))  # fmt: skip
-    longest = outer.diagonal(dim1=-2, dim2=-1).argmax(-1)
-    row_index = longest[..., None, None].expand(*longest.shape, 1, 4)
-    row = outer.gather(-2, row_index).squeeze(-2)
-    return quat_canonical(quat_normalize(row))
+    longest_row = outer.diagonal(dim1=-2, dim2=-1).argmax(-1)  # [...]
+    gather_index = longest_row[..., None, None].expand(*longest_row.shape, 1, 4)  # [..., 1, 4]
+    multiple_of_q = outer.gather(-2, gather_index).squeeze(-2)  # [..., 4]
+    return quat_canonical(quat_normalize(multiple_of_q))
 
 
 def euler_to_quat(angles: Tensor, convention: EulerConvention | Literal["zxy"]) -> Tensor:
@@ -265,32 +276,37 @@ def quat_to_euler(q: Tensor, convention: EulerConvention) -> Tensor:
     """Unit quaternion [..., 4] to angles about x, y and z [..., 3], rad; y is in [-π/2, π/2].
 
     Where y = ±π/2 (gimbal lock) only a combination of the other two angles is determined, and z is
-    set to 0. The angles always give the rotation back.
+    set to 0. `euler_to_quat` of the angles always returns the rotation of q.
     """
     check_known("Euler convention", get_args(EulerConvention), convention)
     if convention == "XYZ":
         # The transpose of Rx(a) Ry(b) Rz(c) is Rz(-c) Ry(-b) Rx(-a), which is the other convention.
         return -quat_to_euler(quat_conjugate(q), "xyz")
+    # The first column of Rz(yaw) Ry(pitch) Rx(roll) is (cos(yaw) cos(pitch), sin(yaw) cos(pitch),
+    # -sin(pitch)).
     m = quat_to_matrix(q)
-    cos_pitch = torch.hypot(m[..., 0, 0], m[..., 1, 0]).detach()
-    is_locked = cos_pitch < 8 * torch.finfo(q.dtype).eps
+    abs_cos_pitch = torch.hypot(m[..., 0, 0], m[..., 1, 0]).detach()
+    is_locked = abs_cos_pitch < 8 * torch.finfo(q.dtype).eps
     yaw_sine = torch.where(is_locked, torch.zeros_like(m[..., 1, 0]), m[..., 1, 0])
     yaw_cosine = torch.where(is_locked, torch.ones_like(m[..., 0, 0]), m[..., 0, 0])
     yaw = torch.atan2(yaw_sine, yaw_cosine)
 
-    # The other two come from the matrix with the yaw undone, which makes up for an imprecise yaw.
+    # Pitch and roll are read off Rz(-yaw) R = Ry(pitch) Rx(roll). Because the computed yaw is
+    # undone there, its rounding error does not add to the error of the whole rotation.
     cos = torch.cos(yaw)
     sin = torch.sin(yaw)
-    pitch = torch.atan2(-m[..., 2, 0], cos * m[..., 0, 0] + sin * m[..., 1, 0])
-    roll = torch.atan2(
-        sin * m[..., 0, 2] - cos * m[..., 1, 2], cos * m[..., 1, 1] - sin * m[..., 0, 1]
-    )
+    cos_pitch = cos * m[..., 0, 0] + sin * m[..., 1, 0]
+    pitch = torch.atan2(-m[..., 2, 0], cos_pitch)
+    sin_roll = sin * m[..., 0, 2] - cos * m[..., 1, 2]
+    cos_roll = cos * m[..., 1, 1] - sin * m[..., 0, 1]
+    roll = torch.atan2(sin_roll, cos_roll)
     return torch.stack([roll, pitch, yaw], dim=-1)
 
 
 def quat_to_6d(q: Tensor) -> Tensor:
     """Unit quaternion [..., 4] to the first two columns of its matrix, concatenated, [..., 6]."""
-    return quat_to_matrix(q)[..., :2].mT.flatten(-2)
+    first_two_columns = quat_to_matrix(q)[..., :2]  # [..., 3, 2]
+    return first_two_columns.mT.flatten(-2)
 
 
 # Poses: a position [..., 3] in meters and a rotation [..., 4].
@@ -299,7 +315,7 @@ def quat_to_6d(q: Tensor) -> Tensor:
 def pose_compose(
     position: Tensor, rotation: Tensor, inner_position: Tensor, inner_rotation: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Express a pose that is given in the frame of (position, rotation) in the outer frame."""
+    """Express the inner pose, given in the frame of (position, rotation), in the outer frame."""
     composed_position = position + quat_rotate(rotation, inner_position)
     return composed_position, quat_multiply(rotation, inner_rotation)
 
@@ -318,9 +334,9 @@ def action_between_poses(
     That an action is the difference between poses one step apart is our reading of the paper.
 
     Returns:
-        The translation [..., 3] in the base frame (m) and the rotation [..., 4] in the end-effector
-        frame
-        (canonical): x' = x + translation, R' = R · R(rotation).
+        The translation [..., 3] in the base frame (m), with x' = x + translation; and the canonical
+        rotation [..., 4] in the end-effector frame, with R' = R · R(rotation). Here x and R are the
+        pose, and x' and R' the next pose.
     """
     translation = next_position - position
     step_rotation = quat_multiply(quat_conjugate(rotation), next_rotation)
@@ -330,17 +346,24 @@ def action_between_poses(
 def apply_action(
     position: Tensor, rotation: Tensor, translation: Tensor, step_rotation: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The pose after an action, the inverse of `action_between_poses`; its rotation is canonical
-    and unit."""
+    """The pose that an action leads to; its rotation is a canonical unit quaternion.
+
+    With the action of `action_between_poses` this is the next pose.
+    """
     next_rotation = quat_multiply(rotation, step_rotation)
     return position + translation, quat_canonical(quat_normalize(next_rotation))
 
 
 def _cos_sinc(square: Tensor) -> tuple[Tensor, Tensor]:
-    """cos(a) and sin(a)/a of a² = square. As functions of the square both are smooth at 0."""
+    """cos(a) and sin(a)/a of a² = square. As functions of the square both are smooth at 0.
+
+    In each `torch.where` the branch that is not used gets a harmless argument (1 or 0), because an
+    infinite gradient there would make the result's gradient NaN.
+    """
     is_small = square < _MAX_SQUARE_FOR_SERIES
     angle = torch.sqrt(torch.where(is_small, 1, square))
     x = torch.where(is_small, square, 0)
+    # Taylor series in a² by Horner's rule.
     cos_series = 1 - x / 2 * (1 - x / 12 * (1 - x / 30))
     sinc_series = 1 - x / 6 * (1 - x / 20 * (1 - x / 42))
     cos = torch.where(is_small, cos_series, torch.cos(angle))
@@ -351,16 +374,18 @@ def _cos_sinc(square: Tensor) -> tuple[Tensor, Tensor]:
 def _log(q: Tensor) -> Tensor:
     """2 log(q) of a unit quaternion, [..., 3], of norm in [0, 2π].
 
-    At q = -1, where every vector of norm 2π is right, it is (2π, 0, 0).
+    At q = -1 every vector of norm 2π is right, and the result is (2π, 0, 0). As in `_cos_sinc`, the
+    branches of `torch.where` that are not used get harmless arguments.
     """
     w = q[..., :1]
     imag = q[..., 1:]
     square = (imag * imag).sum(-1, keepdim=True)
     is_near_identity = (square < _MAX_SQUARE_FOR_SERIES * w * w) & (w > 0)
-    # Closer to -1 than rounding: the direction would be noise, and its gradient without bound.
+    # So close to q = -1 that the direction of `imag` is rounding noise, with an unbounded gradient.
     is_antipode = (square <= (4 * torch.finfo(q.dtype).eps) ** 2) & (w <= 0)
 
-    # Near the identity atan(‖imag‖ / w) / ‖imag‖ as a series.
+    # Half the angle divided by ‖imag‖: near the identity a series of atan(‖imag‖ / w) / ‖imag‖,
+    # elsewhere the quotient itself.
     w_near = torch.where(is_near_identity, w, 1)
     x = torch.where(is_near_identity, square, 0) / (w_near * w_near)
     series = (1 - x * (1 / 3 - x * (1 / 5 - x / 7))) / w_near
@@ -369,5 +394,5 @@ def _log(q: Tensor) -> Tensor:
     quotient = torch.atan2(length, torch.where(is_near_identity, 1, w)) / length
     half_angle_per_length = torch.where(is_near_identity, series, quotient)
 
-    full_turn = nn.functional.pad(torch.full_like(w, 2 * math.pi), (0, 2))
+    full_turn = nn.functional.pad(torch.full_like(w, 2 * math.pi), (0, 2))  # (2π, 0, 0)
     return torch.where(is_antipode, full_turn, 2 * half_angle_per_length * imag)

@@ -1,10 +1,10 @@
 """Coordinates ⇄ 3D tokens: the numbers in SPEAR-VLM's answers as words of its vocabulary.
 
 The paper adds N = 1024 "3D tokens" to the vocabulary, each for an interval (bin) of coordinates.
-The bins are not uniform: coordinates are about normally distributed, so the bins are their
-quantiles, fine near the mean and wide in the tails. Every token is then used about equally often.
-New embeddings are drawn from a normal distribution with the mean and covariance of the pretrained
-ones.
+The bins are not equally wide: coordinates are about normally distributed, so the bin edges are
+their quantiles. The bins are narrow near the mean and wide in the tails, and every token is used
+about equally often. The embeddings of the 3D tokens are drawn from a normal distribution with the
+mean and covariance of the pretrained embeddings.
 """
 
 import json
@@ -24,16 +24,17 @@ from spear.types import Array, Unit
 from spear.util.files import write_text
 from spear.util.json_text import parse_json_as, read_utf8
 
-NUM_BINS = 1024  # the paper's
-TOKEN_FORMAT = "<3d{:04d}>"
+NUM_BINS = 1024  # number of 3D tokens in the paper
+TOKEN_FORMAT = "<3d{:04d}>"  # the text of a 3D token, from its bin's number
 BinSpacing = Literal["quantile", "uniform"]
 """Where the bin edges are: at quantiles of the fitted values (the paper), or at equal distances."""
 
-_NUM_ROWS_AT_ONCE = 8192  # embedding rows in float64, instead of a copy of the whole table
+_NUM_ROWS_AT_ONCE = 8192  # embedding rows converted to float64 at once, to save memory
 
-_NUM_WAVES = 64  # of a smooth column of embeddings
-_MIN_WAVELENGTH_ROWS = 8
-_MAX_WAVELENGTH_TABLES = 4  # in lengths of the table
+# A column of smooth embeddings (`_smooth_normal`) is a sum of waves along the rows.
+_NUM_WAVES = 64  # number of waves per column
+_MIN_WAVELENGTH_ROWS = 8  # shortest wavelength, in rows
+_MAX_WAVELENGTH_TABLES = 4  # longest wavelength, as a multiple of the table's number of rows
 
 
 @dataclass
@@ -41,11 +42,11 @@ class CoordinateTokenizer:
     """Converts coordinates to token ids 0 … num_bins - 1, and back.
 
     Attributes:
-        bin_edges: [num_bins + 1], strictly increasing. Bin i is [edge i, edge i + 1); the last is
-            closed.
-        bin_centers: [num_bins], the median of the fitted values in each bin, or the middle of a bin
-            without.
-        unit: of the coordinates.
+        bin_edges: [num_bins + 1], strictly increasing. Bin i is the interval from edge i up to, but
+            without, edge i + 1; only the last bin contains both its edges.
+        bin_centers: [num_bins], the median of the fitted values in each bin. For a bin without
+            fitted values it is the middle of the bin.
+        unit: the unit of the coordinates.
 
     Example:
         >>> tokenizer = CoordinateTokenizer.fit(np.random.default_rng(0).normal(size=10_000))
@@ -74,11 +75,12 @@ class CoordinateTokenizer:
         """Choose bins that contain equal numbers of the given values.
 
         Args:
-            values: coordinates of any shape, pooled. Repeated values are spread evenly over the gap
-                below them, so that edges always increase strictly.
+            values: coordinates, an array of any shape. A value that occurs several times is treated
+                as if spread evenly over the gap between it and the next smaller value, so that
+                edges always increase strictly.
             bins: number of bins.
-            unit: of the values.
-            spacing: "uniform" makes the bins equally wide instead.
+            unit: the unit of the values.
+            spacing: "quantile", or "uniform" for bins that are equally wide instead.
 
         Raises:
             SpearError: for an unknown spacing, values that are not finite, and fewer than two
@@ -99,10 +101,14 @@ class CoordinateTokenizer:
         if spacing == "uniform":
             edges = np.linspace(distinct[0], distinct[-1], bins + 1)
         else:
-            num_others = len(sorted_values) - counts[0]
-            cumulative_fraction = (np.cumsum(counts) - counts[0]) / num_others
+            # The fraction of values in the interval from the smallest value, exclusive, to each
+            # distinct value, inclusive: 0 for the smallest, 1 for the largest. The smallest value
+            # is not counted, because there is no gap below it to spread it over.
+            num_above_smallest = len(sorted_values) - counts[0]
+            cumulative_fraction = (np.cumsum(counts) - counts[0]) / num_above_smallest
             edges = np.interp(np.linspace(0, 1, bins + 1), cumulative_fraction, distinct)
-        for i in range(bins):  # rounding may have closed the narrowest bins
+        # Rounding may have made the two edges of a narrow bin equal.
+        for i in range(bins):
             edges[i + 1] = max(edges[i + 1], np.nextafter(edges[i], math.inf))
 
         return CoordinateTokenizer(edges, _find_bin_centers(edges, sorted_values), unit)
@@ -118,7 +124,9 @@ class CoordinateTokenizer:
         array = np.asarray(values, dtype=np.float64)
         if np.isnan(array).any():
             raise SpearError("coordinates to encode as 3D tokens: some are NaN. Leave those out.")
-        ids = np.searchsorted(self.bin_edges[1:-1], array, side="right")
+        # A value's id is the number of inner edges that are not above the value.
+        inner_edges = self.bin_edges[1:-1]
+        ids = np.searchsorted(inner_edges, array, side="right")
         return np.asarray(ids, dtype=np.int64)
 
     def decode(self, ids: ArrayLike) -> Array:
@@ -164,37 +172,48 @@ class CoordinateTokenizer:
 
 
 def _find_bin_centers(edges: Array, sorted_values: Array) -> Array:
-    """The median of the values in each bin (the lower of two), or the middle of an empty bin."""
-    middle = edges[:-1] + (edges[1:] - edges[:-1]) / 2
-    middle = np.where(middle < edges[1:], middle, edges[:-1])
+    """The median of the values in each bin, or the middle of an empty bin, [num_bins].
+
+    The median of an even number of values is the lower of the two middle ones.
+    """
+    low = edges[:-1]
+    high = edges[1:]
+    middle = low + (high - low) / 2
+    middle = np.where(middle < high, middle, low)  # in the narrowest bins it rounds to `high`
+
+    # Bin i contains sorted_values[starts[i] : ends[i]]. The last bin contains its upper edge, too.
     ends = np.searchsorted(sorted_values, [*edges[1:-1], math.inf])
     starts = np.append(0, ends[:-1])
-    median = sorted_values[(starts + ends - 1) // 2]
-    return np.where(starts < ends, median, middle)
+    median_index = (starts + ends - 1) // 2
+    median = sorted_values[median_index]
+    is_filled = starts < ends
+    return np.where(is_filled, median, middle)
 
 
 def _check_bins(edges: Array, centers: Array, unit: str) -> None:
-    """Raise `ValueError` for what is not the content of a tokenizer."""
+    """Raise `ValueError` if the arrays are not a tokenizer's bins, or the unit is unknown."""
     if unit not in get_args(Unit):
         raise ValueError(f"unknown unit {unit!r}")
     low = edges[:-1]
     high = edges[1:]
-    is_valid_bin = (low <= centers) & (centers <= high) & (low < high) & np.isfinite(high - low)
-    if low.ndim != 1 or low.shape != centers.shape or not len(low) or not is_valid_bin.all():
+    contains_center = (low <= centers) & (centers <= high)
+    has_width = (low < high) & np.isfinite(high - low)
+    has_right_shape = low.ndim == 1 and low.shape == centers.shape and len(low) > 0
+    if not has_right_shape or not (contains_center & has_width).all():
         raise ValueError("finite edges must increase, with one value between each two")
 
 
 def extend_tokenizer(tokenizer: Any, bins: int = NUM_BINS) -> int:
     """Add the 3D tokens to a Hugging Face tokenizer, unless it has them already.
 
-    They are ordinary tokens, so that decoding with `skip_special_tokens` keeps them.
+    The 3D tokens are ordinary tokens, so that decoding with `skip_special_tokens` keeps them.
 
     Args:
         tokenizer: a tokenizer of `transformers`.
         bins: number of 3D tokens.
 
     Returns:
-        The id of the first 3D token. The others follow it.
+        The id of the first 3D token. The other 3D tokens have the ids that follow.
 
     Raises:
         SpearError: the tokenizer knows some of the tokens under ids that are not consecutive.
@@ -217,16 +236,16 @@ def init_new_embeddings(
     """Draw embeddings of new tokens from N(mean, covariance) of the existing ones (the paper).
 
     The covariance may be singular (few tokens, unused dimensions), because its symmetric square
-    root is computed from its eigenvectors. The random numbers come from the CPU, whatever the
-    device.
+    root is computed from its eigenvectors. The random numbers are drawn on the CPU, even if the
+    embeddings are on another device.
 
     Args:
         existing: [V, D], the pretrained embeddings.
-        count: number of new rows.
+        count: number of new embeddings.
         generator: source of the random numbers.
-        smooth: whether neighboring rows are similar, as the bins that they stand for are. Each row
-            has the same distribution. This is our choice for small models, which cannot learn the
-            order of a thousand tokens from few examples.
+        smooth: whether neighboring embeddings are similar, as the bins of neighboring 3D tokens
+            are. Each embedding still has the distribution N(mean, covariance). This is our choice
+            for small models, which cannot learn the order of a thousand tokens from few examples.
 
     Returns:
         [count, D], in the dtype and on the device of `existing`.
@@ -234,12 +253,12 @@ def init_new_embeddings(
     num_rows, width = existing.shape
     embeddings = existing.detach()
     zero = torch.zeros((), dtype=torch.float64, device=embeddings.device)
-    mean = (
-        sum((rows.double().sum(0) for rows in embeddings.split(_NUM_ROWS_AT_ONCE)), zero) / num_rows
-    )
+    sums = (rows.double().sum(0) for rows in embeddings.split(_NUM_ROWS_AT_ONCE))
+    mean = sum(sums, zero) / num_rows  # [D]
     centered = (rows.double() - mean for rows in embeddings.split(_NUM_ROWS_AT_ONCE))
-    covariance = sum((rows.T @ rows for rows in centered), zero) / num_rows
+    covariance = sum((rows.T @ rows for rows in centered), zero) / num_rows  # [D, D]
     eigenvalues, eigenvectors = torch.linalg.eigh(covariance)
+    # The square root of the covariance. Rounding may have made zero eigenvalues negative.
     root = (eigenvectors * eigenvalues.clamp_min(0).sqrt()) @ eigenvectors.T
     if smooth:
         noise = _smooth_normal(count, width, generator)
@@ -251,17 +270,20 @@ def init_new_embeddings(
 def _smooth_normal(num_rows: int, width: int, generator: torch.Generator | None) -> Tensor:
     """Standard normals [num_rows, width], independent between columns, each smooth along the rows.
 
-    A column is a sum of waves with random amplitudes. Their wavelengths are spread evenly, on a
-    logarithmic scale, from 8 rows to four times the table.
+    A column is a sum of waves with random amplitudes. The waves' lengths are random, uniform on a
+    logarithmic scale from 8 rows to four times the number of rows.
     """
     exponent = torch.rand(_NUM_WAVES, width, generator=generator, dtype=torch.float64)
     wavelength_ratio = _MAX_WAVELENGTH_TABLES * num_rows / _MIN_WAVELENGTH_ROWS
-    wavelength = _MIN_WAVELENGTH_ROWS * wavelength_ratio**exponent
+    wavelength = _MIN_WAVELENGTH_ROWS * wavelength_ratio**exponent  # [waves, width], rows
+
+    # Amplitudes of cosine and sine. A wave with normal amplitudes has the same variance at every
+    # row, and the divisor gives the sum of all waves a variance of 1.
     amplitudes = torch.randn(2, _NUM_WAVES, width, generator=generator, dtype=torch.float64)
     amplitudes = amplitudes / _NUM_WAVES**0.5
-    row = torch.arange(num_rows, dtype=torch.float64)[:, None]
+    row = torch.arange(num_rows, dtype=torch.float64)[:, None]  # [num_rows, 1]
     total = torch.zeros(num_rows, width, dtype=torch.float64)
     for wave in range(_NUM_WAVES):
-        angle = 2 * math.pi * row / wavelength[wave]
+        angle = 2 * math.pi * row / wavelength[wave]  # [num_rows, width]
         total += amplitudes[0, wave] * angle.cos() + amplitudes[1, wave] * angle.sin()
     return total

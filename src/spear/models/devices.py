@@ -14,14 +14,14 @@ from torch import nn
 from spear.errors import SpearError, format_count, unknown_name_error
 from spear.models.fast.linear import CPU_INFO, HAS_BFLOAT16
 
-# Parameters of `mallopt`, as in glibc's malloc.h.
+# Names of parameters of glibc's `mallopt`, from its malloc.h, and values for them.
 M_TRIM_THRESHOLD = -1
 M_MMAP_THRESHOLD = -3
 MAX_MMAP_THRESHOLD_BYTES = 2**25  # the largest that glibc takes
 NEVER_TRIM = -1
 
-# A thread per so many parameters times inputs of a batch: see `limit_threads`.
 PARAMETERS_PER_THREAD = 100_000_000
+"""`limit_threads` allows one thread per so many parameters, multiplied by the batch size."""
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -30,9 +30,10 @@ _num_parameters: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
 
 
 def ignore_default_device(function: Callable[P, T]) -> Callable[P, T]:
-    """Decorate a function that makes tensors on the CPU, whatever PyTorch's default device is.
+    """Decorate a function, so that it makes its tensors on the CPU.
 
-    A host program may have changed that default (`torch.set_default_device`), for its own tensors.
+    Otherwise it would make them on PyTorch's default device, which a host program may have changed
+    (`torch.set_default_device`) for its own tensors.
     """
 
     @functools.wraps(function)
@@ -48,8 +49,8 @@ def ignore_default_device(function: Callable[P, T]) -> Callable[P, T]:
 def choose_device(name: str = "auto") -> torch.device:
     """The device that a name stands for; a GPU becomes the current one.
 
-    If there are several processes (`torchrun`), each takes the GPU with its number on its machine,
-    LOCAL_RANK.
+    If there are several processes (`torchrun`), each takes the GPU whose index is the environment
+    variable LOCAL_RANK, the process's number on its machine.
 
     Args:
         name: "auto" (a GPU if there is one), "cpu", "cuda", or "cuda:N".
@@ -90,8 +91,8 @@ def choose_device(name: str = "auto") -> torch.device:
 
     device = torch.device("cuda", index)
     torch.cuda.set_device(device)
-    # By default, float32 convolutions round to 10 bits: nano's actions were 3e-3 from a CPU's, now
-    # 8e-6.
+    # By default, cuDNN's float32 convolutions round to 10 bits (TF32). With it nano's actions
+    # differed from a CPU's by 3e-3; without it they differ by 8e-6.
     torch.backends.cudnn.allow_tf32 = False
     return device
 
@@ -99,18 +100,17 @@ def choose_device(name: str = "auto") -> torch.device:
 def is_bfloat16_fast(device: torch.device) -> bool:
     """Whether training takes less time in bfloat16 than in float32.
 
-    It does on GPUs, with AMX, and with AMD's AVX-512.
-
-    With Intel's AVX-512 it takes longer, because everything around the matrix products has to be
-    converted. On AMD's Zen 5 a nano step takes 0.4 to 0.5 of float32's time
-    (`benchmarks/train/step.py`; Zen 4 was not measured).
+    It takes less time on GPUs, and on CPUs with AMX or AMD's AVX-512. On AMD's Zen 5 a training
+    step of nano takes 0.4 to 0.5 times as long as in float32 (`benchmarks/train/step.py`; Zen 4 was
+    not measured). With Intel's AVX-512 training takes longer, because all numbers outside the
+    matrix products have to be converted.
     """
     if device.type != "cpu":
         return True
     if not HAS_BFLOAT16:
         return False
 
-    # oneDNN uses no instructions above this limit.
+    # The user may limit the instructions that oneDNN uses. Without a limit it uses AMX.
     max_isa = os.environ.get("ONEDNN_MAX_CPU_ISA", "").upper()
     if max_isa in ("", "ALL", "DEFAULT"):
         max_isa = "AMX"
@@ -123,10 +123,11 @@ def is_bfloat16_fast(device: torch.device) -> bool:
 
 @contextmanager
 def limit_threads(model: nn.Module, batch_size: int) -> Iterator[None]:
-    """Within it, PyTorch uses no more threads than a model's inference on a CPU surely gains from.
+    """A context in which PyTorch uses only as many CPU threads as speed up a model's inference.
 
-    These are one per 100 million parameters times inputs. An action of nano takes as long on two
-    cores as on one if they are idle, and twice as long if they are busy (docs/results/serving.md).
+    The number of threads is the number of parameters times the batch size, divided by 100 million,
+    and at least 1. More threads can harm: an action of nano takes as long with two threads as with
+    one if the cores are idle, and twice as long if they are busy (docs/results/serving.md).
     """
     if model not in _num_parameters:
         _num_parameters[model] = sum(parameter.numel() for parameter in model.parameters())
@@ -142,13 +143,13 @@ def limit_threads(model: nn.Module, batch_size: int) -> Iterator[None]:
 def keep_freed_memory() -> bool:
     """From now on, let this process keep freed memory, except for tensors of 32 MB and more.
 
-    Without it, glibc gives the memory of most large tensors back to the system, which hands out
-    cleared pages again in every step, one by one. On a CPU that is up to a twelfth of a nano
-    training step (`python -m experiments.memory_allocator`). On a GPU, PyTorch has a cache of its
-    own.
+    By default glibc gives the memory of most large tensors back to the system, which clears the
+    pages and hands them out again in every step, one by one. On a CPU this takes up to a twelfth of
+    the time of nano's training step (`python -m experiments.memory_allocator`). On a GPU, PyTorch
+    keeps freed memory itself.
 
     Returns:
-        Whether the process can do so: on Linux with glibc.
+        Whether the process can keep freed memory, which needs Linux with glibc.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is None:

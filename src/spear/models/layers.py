@@ -1,11 +1,11 @@
-"""Parts that both networks share.
+"""Parts that SPEAR-VLM and SPEAR-1 share.
 
-Gemma, attention and its masks, the KV cache, gradient checkpointing, and configs.
+These are Gemma, attention and its masks, the KV cache, gradient checkpointing, and configs.
 
-All masks are boolean and True where attention is allowed. Their shape is [B, 1, queries, keys], as
-`torch.nn.functional.scaled_dot_product_attention` (SDPA) takes it. Rows of padding may attend to
-the valid keys, although nobody reads their output: so no row is empty as long as a sequence has one
-valid token.
+All masks are boolean, and True where attention is allowed. Their shape is [B, 1, queries, keys], as
+`torch.nn.functional.scaled_dot_product_attention` (SDPA) takes it. Queries that are padding may
+attend to the valid keys, although their output is not used. If they could attend to nothing, their
+softmax would be NaN.
 """
 
 import inspect
@@ -32,28 +32,28 @@ from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
 
 ATTENTION_NAME = "spear"
-"""The name under which Transformers knows `grouped_attention`; our configs ask for it by
+"""The name under which Transformers knows `grouped_attention`. Our configs choose this attention by
 default."""
 
 CACHE_ARGUMENT = (
     "cache" if "cache" in inspect.signature(GemmaModel.forward).parameters else "past_key_values"
 )
-"""The name of the cache argument of Gemma's layers: "past_key_values" in Transformers before
-5.24."""
+"""The name of the argument by which Gemma's layers take a KV cache: "past_key_values" in
+Transformers before 5.24, "cache" since."""
 
 POSITIVE_CONFIG_FIELDS = ("horizon", "min_period", "max_period", "coordinate_bins", "cells")
 """Numbers of a config that must be above 0; all others may be 0."""
 
 
 class PortableConfig(PreTrainedConfig):
-    """A config that is saved without the folders that it, or its parts, were loaded from.
+    """A config that is saved without the names of the folders that it was loaded from.
 
-    With the decorator `strict` it rejects values of a wrong type, and numbers that
-    `validate_numbers` rejects.
+    A subclass with the decorator `strict` rejects values of a wrong type when it is made, and calls
+    `validate_numbers`.
     """
 
     def validate_numbers(self) -> None:
-        """Raises ValueError for a number that is negative, or 0 where it must be positive."""
+        """Raise ValueError for a number that is negative, or 0 where it must be positive."""
         for name, value in vars(self).items():
             if not isinstance(value, int | float):
                 continue
@@ -62,7 +62,7 @@ class PortableConfig(PreTrainedConfig):
                 raise ValueError(f"{name} is {value}")
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields of the config and of its parts, without `_name_or_path`."""
+        """The fields of the config and of its sub-configs, without `_name_or_path`."""
         fields = super().to_dict()
         fields.pop("_name_or_path", None)
         for value in fields.values():
@@ -72,7 +72,7 @@ class PortableConfig(PreTrainedConfig):
 
 
 class BlockDiagonalMask(list[int]):
-    """The lengths of sequences that lie side by side in one batch row; no sequence sees another."""
+    """The lengths of sequences that are joined in one batch row, and do not see each other."""
 
 
 def grouped_attention(
@@ -87,24 +87,27 @@ def grouped_attention(
 ) -> tuple[Tensor, None]:
     """Softmax attention that computes all query heads of one key-value head in one matrix product.
 
-    The signature is the one that Transformers asks of an attention function. On a CPU (bfloat16, 44
-    tokens, one key-value head) it is seven times faster than PyTorch's flash kernel, forward and
-    backward. It calls Transformers' SDPA instead on other devices, and for encoders that do not
-    learn, unless `softcap` is given.
+    The signature is that of Transformers' attention functions. On a CPU (bfloat16, 44 tokens, one
+    key-value head) this product is seven times faster than PyTorch's flash kernel, forward and
+    backward. On other devices, and for encoders that do not learn, the function calls Transformers'
+    SDPA instead, unless `softcap` is given.
 
     Args:
-        query: [B, heads, S, d].
-        key: [B, kv heads, T, d].
-        value: [B, kv heads, T, d].
+        module: The attention layer. Transformers passes it, and SDPA reads its settings.
+        query: [B, heads, S, head_dim].
+        key: [B, kv heads, T, head_dim].
+        value: [B, kv heads, T, head_dim].
         attention_mask: [B, 1, S, T] bool, or None where all attention is allowed.
-        scaling: Factor of the scores, 1 / √d by default.
+        scaling: Factor of the scores, 1 / √head_dim by default.
         softcap: If given, a score s becomes softcap · tanh(s / softcap) (Gemma 2), which SDPA
             cannot do.
+        kwargs: Further arguments of Transformers, for SDPA.
 
     Returns:
-        [B, S, heads, d], and None for the attention weights, which Transformers' interface
-        includes.
+        The output [B, S, heads, head_dim]; and None in place of the attention weights, which
+        Transformers' interface includes.
     """
+    # Attend within each sequence of a block-diagonal mask, one after the other.
     if isinstance(attention_mask, BlockDiagonalMask):
         outputs = []
         for block_query, block_key, block_value in zip(
@@ -119,6 +122,7 @@ def grouped_attention(
             outputs.append(output)
         return torch.cat(outputs, dim=1), None
 
+    # Only the image encoders have as many key-value heads as query heads.
     has_ungrouped_heads = query.shape[1] == key.shape[1]
     is_frozen_encoder = has_ungrouped_heads and not torch.is_grad_enabled()
     if softcap is None and (is_frozen_encoder or query.device.type != "cpu"):
@@ -130,13 +134,13 @@ def grouped_attention(
     num_kv_heads, num_keys = key.shape[1:3]
     dtype = value.dtype
 
-    # The query heads of a key-value head become rows of one matrix.
+    # The queries of all heads that share a key-value head become the rows of one matrix.
     scaled_query = (query * (scaling or width**-0.5)).to(dtype)
-    query_rows = scaled_query.reshape(batch * num_kv_heads, -1, width)
+    query_rows = scaled_query.reshape(batch * num_kv_heads, -1, width)  # [B · kv heads, rows, d]
     key_rows = key.to(dtype).reshape(batch * num_kv_heads, num_keys, width)
     value_rows = value.reshape(batch * num_kv_heads, num_keys, width)
 
-    scores = torch.bmm(query_rows, key_rows.transpose(1, 2))
+    scores = torch.bmm(query_rows, key_rows.transpose(1, 2))  # [B · kv heads, rows, T]
     scores = scores.view(batch, num_heads, num_queries, num_keys)
     if softcap is not None:
         scores = softcap * (scores / softcap).tanh()
@@ -153,16 +157,16 @@ AttentionMaskInterface.register(ATTENTION_NAME, sdpa_mask)
 
 
 def choose_attention(config: PreTrainedConfig) -> PreTrainedConfig:
-    """Make a config ask for `grouped_attention`, unless the user chose an attention."""
+    """Make a config choose `grouped_attention`, unless the user chose an attention."""
     if config._attn_implementation is None:
         config._attn_implementation = ATTENTION_NAME
     return config
 
 
 def compute_position_ids(valid: Tensor) -> Tensor:
-    """Position ids [B, S] of valid tokens [B, S] bool: how many valid tokens come before each.
+    """Position ids [B, S]: for each token, the number of valid tokens before it.
 
-    Padding takes no position.
+    So padding takes no position. `valid` [B, S] bool is False for padding.
 
     Example:
         >>> compute_position_ids(torch.tensor([[True, False, True, True]]))
@@ -174,7 +178,8 @@ def compute_position_ids(valid: Tensor) -> Tensor:
 def make_prefix_lm_mask(valid: Tensor, causal: Tensor) -> Tensor:
     """PaliGemma's mask for a prefix and an answer.
 
-    The prefix (images and prompt) sees all of itself; the answer sees all before it.
+    The prefix (images and prompt) sees all tokens of the prefix. A token of the answer sees itself
+    and all tokens before it.
 
     Args:
         valid: [B, S] bool, False for padding.
@@ -184,7 +189,7 @@ def make_prefix_lm_mask(valid: Tensor, causal: Tensor) -> Tensor:
         [B, 1, S, S] bool.
 
     Example:
-        Two tokens of prefix, then two of answer:
+        Two tokens of a prefix, then two of an answer. A row is a query, a column a key:
 
         >>> valid = torch.ones(1, 4, dtype=torch.bool)
         >>> make_prefix_lm_mask(valid, torch.tensor([[False, False, True, True]]))[0, 0].int()
@@ -193,17 +198,20 @@ def make_prefix_lm_mask(valid: Tensor, causal: Tensor) -> Tensor:
                 [1, 1, 1, 0],
                 [1, 1, 1, 1]], dtype=torch.int32)
     """
-    order = torch.arange(valid.shape[1], device=valid.device)
-    is_before = order[None, :] <= order[:, None]  # [S, S]
-    return ((is_before | ~causal[:, None, :]) & valid[:, None, :])[:, None]
+    index = torch.arange(valid.shape[1], device=valid.device)
+    is_not_later = index[None, :] <= index[:, None]  # [S, S]
+    is_prefix_key = ~causal[:, None, :]  # [B, 1, S]
+    is_valid_key = valid[:, None, :]  # [B, 1, S]
+    allowed = (is_not_later | is_prefix_key) & is_valid_key  # [B, S, S]
+    return allowed[:, None]
 
 
 def make_suffix_mask(valid: Tensor, horizon: int, num_chunks: int) -> Tensor:
-    """The paper's block-wise mask for [proprioception, `num_chunks` independent chunks of actions].
+    """The paper's block-wise mask for a suffix: the state token, then the actions of K chunks.
 
     The state sees the prefix and itself. The actions of a chunk see the prefix, the state and each
-    other, never another chunk: several flow samples of one observation share its prefix and its
-    state.
+    other, but no other chunk. So several flow samples of one observation can share its prefix and
+    its state.
 
     Args:
         valid: [B, S] bool, the tokens of the prefix that are not padding.
@@ -213,21 +221,25 @@ def make_suffix_mask(valid: Tensor, horizon: int, num_chunks: int) -> Tensor:
     Returns:
         [B, 1, 1 + K·H, S + 1 + K·H] bool.
     """
+    # The number of each suffix token's chunk, -1 for the state: [T] with T = 1 + K·H.
     chunk = torch.arange(num_chunks * horizon, device=valid.device) // horizon
-    chunk = torch.cat([chunk.new_full((1,), -1), chunk])  # [T], -1 is the state
-    sees_suffix = (chunk[None, :] == -1) | (chunk[None, :] == chunk[:, None])  # [T, T]
+    chunk = torch.cat([chunk.new_full((1,), -1), chunk])
+    is_state_key = chunk[None, :] == -1  # [1, T]
+    is_same_chunk = chunk[None, :] == chunk[:, None]  # [T, T]
+    sees_suffix = is_state_key | is_same_chunk
 
     batch = valid.shape[0]
     num_tokens = sees_suffix.shape[0]
     sees_suffix = sees_suffix.expand(batch, num_tokens, num_tokens)
-    sees_prefix = valid[:, None, :].expand(-1, num_tokens, -1)
+    sees_prefix = valid[:, None, :].expand(-1, num_tokens, -1)  # [B, T, S]
     return torch.cat([sees_prefix, sees_suffix], dim=-1)[:, None]
 
 
 def prepare_mask(model: GemmaModel | Gemma2Model, allowed: Tensor, dtype: torch.dtype) -> Tensor:
-    """A boolean mask in the form that the model's attention takes.
+    """Convert the boolean mask `allowed` to the form that the model's attention takes.
 
-    Transformers' "eager" attention adds it to scores; all others take it as it is.
+    Transformers' "eager" attention adds a mask to the scores, so it takes numbers. All others take
+    a boolean mask.
     """
     if model.config._attn_implementation == "eager":
         return mask_to_bias(allowed, dtype)
@@ -235,7 +247,7 @@ def prepare_mask(model: GemmaModel | Gemma2Model, allowed: Tensor, dtype: torch.
 
 
 def mask_to_bias(allowed: Tensor, dtype: torch.dtype) -> Tensor:
-    """What is added to scores: 0 where attention is allowed, otherwise the type's lowest number."""
+    """Numbers to add to scores: 0 where attention is allowed, otherwise the lowest of the type."""
     return torch.zeros_like(allowed, dtype=dtype).masked_fill_(~allowed, torch.finfo(dtype).min)
 
 
@@ -245,21 +257,22 @@ def embed_flow_time(time: Tensor, width: int, min_period: float, max_period: flo
     The periods of the waves are spaced geometrically from `min_period` to `max_period`.
     """
     fraction = torch.linspace(0, 1, width // 2, dtype=torch.float32, device=time.device)
-    # Angles reach 1,600 rad. Rounded in another order than π0's, they would not fit its trained
-    # weights.
+    # Angles reach 1,600 rad, where rounding errors are large. So we compute in the same order as
+    # π0, whose trained weights have seen its rounding.
     frequency = 1.0 / (min_period * (max_period / min_period) ** fraction) * 2 * math.pi
     angle_rad = frequency * time.float()[..., None]
     return torch.cat([angle_rad.sin(), angle_rad.cos()], dim=-1)
 
 
 class KVCache:
-    """Keys and values of a prefix.
+    """Keys and values of a prefix, through which gradients flow.
 
-    One tensor of each per layer, [B, kv heads, S, head_dim], in layer order.
+    keys    One tensor per layer, [B, kv heads, S, head_dim].
+    values  Likewise.
+    frozen  While it is False, `update` stores new keys and values. The action expert reads a frozen
+            cache, so that its own keys and values are not stored.
 
-    Gemma takes it as its cache, and gradients flow through it. While `frozen` is False, `update`
-    stores new keys and values; the action expert reads a frozen cache. Inference uses
-    `fast.stack.StaticKVCache` instead.
+    Gemma's layers take it as their cache. Inference uses `fast.kv_cache.StaticKVCache` instead.
     """
 
     def __init__(self) -> None:
@@ -270,14 +283,15 @@ class KVCache:
     def update(
         self, keys: Tensor, values: Tensor, layer: int, *_: Any, **__: Any
     ) -> tuple[Tensor, Tensor]:
-        """All that new tokens attend to: the stored keys and values of `layer`, then their own.
+        """The keys and values that new tokens attend to: those stored for `layer`, then their own.
 
-        Transformers calls it, and passes further arguments that are not needed.
+        Gemma's layers call this method, and pass further arguments that are not needed.
         """
         if layer < len(self.keys):
             keys = torch.cat([self.keys[layer].to(keys.dtype), keys], dim=2)
             values = torch.cat([self.values[layer].to(values.dtype), values], dim=2)
         if not self.frozen:
+            # Replaces the layer's entry, or appends it if the layer is new.
             self.keys[layer : layer + 1] = [keys]
             self.values[layer : layer + 1] = [values]
         return keys, values
@@ -286,20 +300,24 @@ class KVCache:
 def set_gradient_checkpointing(model: nn.Module, enabled: bool = True) -> None:
     """Turn gradient checkpointing of all transformer layers in `model` on or off.
 
-    A checkpointed layer stores only its input and computes the rest again in the backward pass.
-    Losses and gradients stay the same, bit for bit on a CPU. Transformers' own version drops the
-    keys and values of a layer, which the action expert needs; here they are a result of the layer
-    like any other.
+    A checkpointed layer stores only its input, and computes its intermediate results again in the
+    backward pass. Losses and gradients stay the same, bit for bit on a CPU. Transformers' own
+    checkpointing drops the keys and values of a layer, which the action expert needs. Here the keys
+    and values are results of the checkpointed function.
     """
     for layer in model.modules():
         if isinstance(layer, GradientCheckpointingLayer):
+            # Remove an earlier wrapper, which is an attribute of the instance.
             vars(layer).pop("forward", None)
             if enabled:
                 layer.forward = partial(_run_checkpointed, layer.forward)
 
 
 def _run_checkpointed(forward: Any, *args: Any, **kwargs: Any) -> Any:
-    """Run one layer, and put its keys and values into the cache, but not again on recomputation."""
+    """Run one layer checkpointed, and put its keys and values into the cache once.
+
+    The recomputation in the backward pass writes to a temporary cache instead.
+    """
     cache: KVCache | None = kwargs.get(CACHE_ARGUMENT)
     if not torch.is_grad_enabled():
         return forward(*args, **kwargs)
@@ -317,12 +335,11 @@ def _run_checkpointed(forward: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def build_language_model(config: GemmaConfig | Gemma2Config) -> GemmaModel | Gemma2Model:
-    """Transformers' Gemma or Gemma 2 (PaliGemma 2's) with `FastRMSNorm`.
+    """Transformers' Gemma, or Gemma 2 (of PaliGemma 2), with `FastRMSNorm` as its norms.
 
-    Its parameters and results stay the same.
-
-    Every layer of a Gemma 2 sees the whole sequence, because its window of 4,096 tokens is longer
-    than any of our sequences.
+    The parameters and results are the same as with the norms of Transformers. Every layer of a
+    Gemma 2 sees the whole sequence, because its window of 4,096 tokens is longer than any of our
+    sequences.
     """
     model = Gemma2Model(config) if isinstance(config, Gemma2Config) else GemmaModel(config)
     for module in model.modules():
@@ -334,9 +351,9 @@ def build_language_model(config: GemmaConfig | Gemma2Config) -> GemmaModel | Gem
 class FastRMSNorm(GemmaRMSNorm):
     """Gemma's RMSNorm, x / rms(x) · (1 + weight), with few passes over memory for float32 on a CPU.
 
-    Under autocast it returns the lower precision in which the linear layers behind it compute, so
-    that its result is cast once and not once per layer. At [11264, 256], forward and backward take
-    2.6 instead of 15 ms.
+    Under autocast the norm returns the lower precision in which the next linear layers compute, so
+    that its result is cast once, and not once by each of these layers. At [11264, 256], forward and
+    backward take 2.6 ms instead of 15 ms.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -355,7 +372,7 @@ class _RMSNorm(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, scale: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
         width = x.shape[-1]
         rows = x.reshape(-1, width)
-        norm = torch.linalg.vector_norm(rows, dim=-1, keepdim=True)
+        norm = torch.linalg.vector_norm(rows, dim=-1, keepdim=True)  # [rows, 1]
         inverse_rms = (norm.square_() / width + eps).rsqrt_()
         ctx.save_for_backward(rows, scale, inverse_rms)
         return (rows * scale).mul_(inverse_rms).to(dtype).view(x.shape)
@@ -366,8 +383,8 @@ class _RMSNorm(torch.autograd.Function):
         width = rows.shape[-1]
         grad_rows = grad.reshape(rows.shape).to(rows.dtype)
 
-        # LayerNorm's fused backward, given a mean of 0, subtracts one term that an RMSNorm does not
-        # have.
+        # We use the fused backward of LayerNorm, with a mean of 0. It subtracts one term that an
+        # RMSNorm does not have (the gradient through the mean), which we add again.
         output_mask = [ctx.needs_input_grad[0], ctx.needs_input_grad[1], False]
         mean = torch.zeros_like(inverse_rms)
         grad_x, grad_scale, _ = torch.ops.aten.native_layer_norm_backward(

@@ -1,4 +1,4 @@
-"""How much memory a computation takes, measured on fake tensors, which have no contents."""
+"""How much memory a computation takes, measured on PyTorch's fake tensors, which have no values."""
 
 import weakref
 from typing import Any
@@ -10,10 +10,10 @@ from torch.utils._pytree import tree_map_only
 
 
 class MemoryMeter(TorchDispatchMode):
-    """Counts the bytes of all tensors that operations make while it is on.
+    """A context that counts the bytes of all tensors that operations make inside it.
 
     live  Bytes in use now.
-    peak  The most bytes in use so far.
+    peak  The largest value of `live` so far.
     """
 
     def __init__(self) -> None:
@@ -34,6 +34,7 @@ class MemoryMeter(TorchDispatchMode):
         return result
 
     def _count(self, tensor: Tensor) -> Tensor:
+        """Count the tensor's storage once, and subtract it when the storage is freed."""
         storage = tensor.untyped_storage()
         key = storage._cdata
         if key not in self._counted_storages:
@@ -49,9 +50,9 @@ class MemoryMeter(TorchDispatchMode):
 
 
 def allocate_storage(model: torch.nn.Module, device: str = "cpu") -> None:
-    """Replace a model's meta tensors by fake tensors, which have a storage.
+    """Replace a model's meta tensors by fake tensors, whose storage has a size.
 
-    Runs inside a `FakeTensorMode`.
+    Call it inside a `FakeTensorMode`, in which `torch.empty` makes fake tensors.
     """
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):

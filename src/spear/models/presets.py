@@ -1,4 +1,4 @@
-"""The sizes that SPEAR comes in. A preset changes numbers, never code."""
+"""The presets, which are named model sizes. A preset changes numbers, never code."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -27,7 +27,8 @@ class Preset:
     vocabulary_size  Number of text tokens of the base tokenizer, without 3D tokens.
     bins             Number of 3D tokens.
     horizon          Actions per chunk, at the control rate of the data (`types.CONTROL_RATE_HZ`).
-    coordinate_smoothing  As in `SpearVLMConfig`.
+    coordinate_smoothing  Standard deviation, in bins, of the Gaussian over neighboring bins that
+                     is the target of a 3D token; see `SpearVLMConfig`.
     flow             Fields of `spear.types.FlowConfig`.
     prompt_tokens    The longest text prompt accepted, in tokens.
     """
@@ -48,13 +49,16 @@ class Preset:
 
 
 SPECIAL_TOKEN_IDS = {"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 2}
-"""Gemma's, and those of a tokenizer trained for small models."""
+"""The ids of special tokens, in Gemma's tokenizer and in a tokenizer trained for small models."""
 
 _PAPER_IMAGE_SIZES = {"external": (280, 210), "wrist": (112, 112)}
 
 
 def network_fields(width: int, num_layers: int, num_heads: int, **fields: Any) -> dict[str, Any]:
-    """Fields of SigLIP's or DINOv2's config; `patch_size` and `image_size` are pixels per side."""
+    """Fields of SigLIP's or DINOv2's config, by the names that Transformers gives them.
+
+    `patch_size` and `image_size` among the further `fields` are pixels per side.
+    """
     return {
         "hidden_size": width,
         "num_hidden_layers": num_layers,
@@ -68,8 +72,8 @@ def gemma_fields(width: int, num_layers: int, num_heads: int, **fields: Any) -> 
     return network_fields(width, num_layers, num_heads, num_key_value_heads=1, **fields)
 
 
-# Trains on two CPU cores: 6 × 4 + 3 × 3 visual tokens, fewer than 10M parameters. The sizes are
-# ours.
+# nano can be trained on two CPU cores. It has fewer than 10M parameters and 6 × 4 + 3 × 3 visual
+# tokens. The numbers are ours.
 NANO = Preset(
     name="nano",
     image_sizes={"external": (192, 128), "wrist": (96, 96)},
@@ -82,8 +86,9 @@ NANO = Preset(
     expert=gemma_fields(160, 5, 3, intermediate_size=384, head_dim=64, initializer_range=0.05),
     vocabulary_size=2048,
     coordinate_smoothing=2.0,
-    # Squared errors on the scale of the other parts. Under the geodesic term alone the expert
-    # learned never to turn, which is right for most steps.
+    # The rotation has a squared error, with a weight that makes it as large as the losses of
+    # translation and gripper. With the geodesic loss alone, the expert learned never to rotate,
+    # which is right for most steps.
     flow=dict(
         prediction="clean",
         rotation_loss="mse",
@@ -93,7 +98,7 @@ NANO = Preset(
     ),
 )
 
-# A third of a billion parameters, for one consumer GPU. The sizes are ours.
+# small has a third of a billion parameters, for one consumer GPU. The numbers are ours.
 SMALL = Preset(
     name="small",
     image_sizes=_PAPER_IMAGE_SIZES,
@@ -104,12 +109,12 @@ SMALL = Preset(
     vocabulary_size=32768,
 )
 
-# The paper: PaliGemma-3B, MoGe ViT-L/14 and π0's 300M action expert.
+# spear1 is the paper's model: PaliGemma-3B, MoGe ViT-L/14 and π0's action expert of 300M.
 SPEAR1 = Preset(
     name="spear1",
     image_sizes=_PAPER_IMAGE_SIZES,
     vision=network_fields(1152, 27, 16, intermediate_size=4304, patch_size=14, image_size=224),
-    # `image_size` and `position_offset` as MoGe's weights were trained.
+    # With this `image_size` and `position_offset` MoGe's weights were trained.
     moge=network_fields(
         1024, 24, 16, mlp_ratio=4, patch_size=14, image_size=518, position_offset=0.1
     ),
@@ -142,7 +147,8 @@ def build_vlm_config(
         vocabulary_size: Number of tokens of the tokenizer, 3D tokens included.
         coordinate_start: The id of `<3d0000>`. By default the 3D tokens follow the preset's text
             vocabulary.
-        networks: `vision_config`, `text_config` and `moge_config` to use instead of the preset's.
+        networks: `vision_config`, `text_config` and `moge_config` of networks that exist. By
+            default they are the preset's.
     """
     # Imported here, so that a preset can be looked up without importing PyTorch.
     from spear.models.vlm import SpearVLMConfig
@@ -151,16 +157,19 @@ def build_vlm_config(
         moge = None
         if size.moge is not None:
             moge = {**size.moge, "stem": size.stem, "use_mask_token": False}
-        vocabulary_size = vocabulary_size or size.vocabulary_size + size.bins
+        if not vocabulary_size:
+            vocabulary_size = size.vocabulary_size + size.bins
         networks = {
             "vision_config": {**size.vision, "stem": size.stem, "vision_use_head": False},
             "moge_config": moge,
             "text_config": {**size.text, "vocab_size": vocabulary_size, **SPECIAL_TOKEN_IDS},
         }
+    if coordinate_start is None:
+        coordinate_start = size.vocabulary_size
     return SpearVLMConfig(
         **networks,
         views=list(size.image_sizes),
-        coordinate_start=size.vocabulary_size if coordinate_start is None else coordinate_start,
+        coordinate_start=coordinate_start,
         coordinate_bins=size.bins,
         coordinate_smoothing=size.coordinate_smoothing,
     )
@@ -173,9 +182,9 @@ def build_spear1_config(
 
     Args:
         size: The preset.
-        vlm: The config of the VLM inside, the preset's by default.
-        expert: Fields of an action expert that exists. By default it is as wide as the preset's,
-            and as deep as the VLM.
+        vlm: The config of the VLM inside SPEAR-1. By default it is the preset's.
+        expert: Config fields of an action expert that exists. By default the action expert is as
+            wide as the preset's, and as deep as the VLM.
     """
     from spear.models.spear1 import SHARED_WITH_VLM, Spear1Config
 
@@ -186,6 +195,7 @@ def build_spear1_config(
                 expert[name] = getattr(vlm.text_config, name)
     return Spear1Config(
         vlm_config=vlm or build_vlm_config(size),
+        # The expert gets no text, so it has no special tokens and the smallest vocabulary.
         expert_config={**expert, "vocab_size": 1, **dict.fromkeys(SPECIAL_TOKEN_IDS)},
         horizon=size.horizon,
         flow=dict(size.flow),

@@ -1,8 +1,9 @@
 """From the probabilities of 3D tokens to numbers: mode, mean, median, quantiles and spread.
 
-The probability of a bin is taken to be spread evenly over it. For its expected value we take the
-center of the bin instead of its middle, because in the wide bins of the tails the center is the
-better guess.
+Each 3D token stands for a bin, an interval of coordinates. For quantiles, the probability of a bin
+is taken to be spread evenly over the bin. For the mean, a bin counts with its center, the median of
+the values that it was fitted to. In the wide bins of the tails this is a better guess than the
+middle of the interval.
 """
 
 from collections.abc import Sequence
@@ -20,6 +21,7 @@ Decode = Literal["mode", "mean", "median"]
 DECODE_METHODS: tuple[Decode, ...] = get_args(Decode)
 
 Segment = str | float | Pixel
+"""A part of an answer: text, a number (a 3D token), or a pixel."""
 
 ONE_SIGMA_PROBABILITY = 0.6826894921370859
 """The probability that a normal variable is within one standard deviation of its mean."""
@@ -27,11 +29,11 @@ ONE_SIGMA_PROBABILITY = 0.6826894921370859
 
 @dataclass(frozen=True)
 class Distribution:
-    """The probabilities that a model gave to each number of an answer.
+    """The probabilities of the bins, for each number of a model's answer.
 
     probabilities  [numbers, bins] float32, each row sums to 1. The probabilities of a number are
                    conditional on the likeliest bins of the numbers before it.
-    coordinates    What the bins mean, and in which unit.
+    coordinates    The tokenizer, which has the edges and centers of the bins and their unit.
     """
 
     probabilities: Array
@@ -43,7 +45,8 @@ class Distribution:
     def read(self, decode: Decode) -> Array:
         """Read each number off its probabilities: [numbers] float64.
 
-        Raises SpearError for an unknown way to read.
+        Raises:
+            SpearError: `decode` is none of `DECODE_METHODS`.
         """
         check_known("decode", DECODE_METHODS, decode)
         if decode == "mode":
@@ -53,22 +56,24 @@ class Distribution:
         return self.quantile(0.5)
 
     def quantile(self, probability: float) -> Array:
-        """The values below which a probability from 0 to 1 lies: [numbers]."""
+        """The values that each number is below with the given probability (0 to 1): [numbers]."""
         if not 0 <= probability <= 1:
             raise ValueError(
                 f"quantile {probability} is no probability. Give a number from 0 to 1."
             )
-        cumulative = self._cumulative()
+        cumulative = self._cumulative()  # [numbers, bins + 1]
+        # The last cumulative probability is 1 up to rounding.
         target = probability * cumulative[:, -1]
 
-        # The bin in which the cumulative probability reaches the target.
+        # The bin in which the cumulative probability reaches the target: before it are all bins
+        # whose upper edge is still below the target.
         is_below_target = cumulative[:, 1:] < target[:, None]
-        bin_index = np.minimum(is_below_target.sum(1), self.coordinates.num_bins - 1)
+        bin_index = np.minimum(is_below_target.sum(1), self.coordinates.num_bins - 1)  # [numbers]
         rows = np.arange(len(self))
         before_bin = cumulative[rows, bin_index]
         bin_probability = cumulative[rows, bin_index + 1] - before_bin
 
-        # Where in that bin.
+        # The place within that bin, from 0 (its lower edge) to 1.
         fraction = np.divide(
             target - before_bin, bin_probability, out=np.zeros(len(self)), where=bin_probability > 0
         )
@@ -77,19 +82,20 @@ class Distribution:
         return np.asarray(low + np.clip(fraction, 0, 1) * (high - low))
 
     def probability_below(self, values: Array) -> Array:
-        """The probability of less than `values` [numbers]: [numbers]; 0 or 1 outside the bins.
+        """The probability that each number is less than its value in `values` [numbers]: [numbers].
 
-        For a calibrated model it is uniform between 0 and 1 at the true values.
+        A value outside all bins has the probability 0 or 1. If `values` are the true values and the
+        model is calibrated, these probabilities are distributed uniformly between 0 and 1.
         """
         edges = self.coordinates.bin_edges
         cumulative = self._cumulative()
-        below = [
+        probabilities = [
             np.interp(value, edges, row) for value, row in zip(values, cumulative, strict=True)
         ]
-        return np.array(below) / cumulative[:, -1]
+        return np.array(probabilities) / cumulative[:, -1]
 
     def spread(self) -> Array:
-        """Half the width of the central 68 %: [numbers].
+        """Half the width of the central interval with a probability of 68 %: [numbers].
 
         For a normal distribution, this is the standard deviation.
         """
@@ -104,7 +110,7 @@ class Distribution:
 
 
 def replace_numbers(segments: Sequence[Segment], values: Array | Sequence[float]) -> list[Segment]:
-    """An answer with its numbers replaced by others, in order.
+    """The segments of an answer, with its numbers replaced by `values`, in order.
 
     Example:
         >>> replace_numbers(["at ", 0.1, " and ", 0.2], [3.0, 4.0])

@@ -1,13 +1,16 @@
-"""Fast sampling of actions.
+"""Fast sampling of actions from a SPEAR-1.
 
-The prefix runs once into static buffers, then the flow steps run on it.
+Sampling has two parts. First the VLM runs the prefix (images and instruction) once, and writes its
+keys and values into static buffers. Then the action expert runs once per flow step: its tokens (one
+for the robot's state, one for each action) attend to these keys and values.
 
 The result is that of `flow.integrate` around `Spear1ForActionPrediction.predict`, up to rounding.
-Work whose result nobody reads is skipped: the VLM's last layer stops at its keys and values, and
-the state token, which no action changes, runs through the expert in the first flow step only.
+Two pieces of work are skipped, because their results are not needed. The VLM's last layer computes
+only its keys and values. The state token runs through the expert in the first flow step only,
+because its keys and values do not depend on the actions.
 
-`sample_actions` is the entrance. It calls `sample_fast`, and compares the first sample of each kind
-of inputs with `sample_plain`.
+`sample_actions` is the entrance. It calls `sample_fast`. For the first sample of each kind of
+inputs it also calls `sample_plain`, which runs the network as in training, and compares the two.
 """
 
 from collections.abc import Hashable, Mapping
@@ -43,10 +46,10 @@ from spear.models.vision import fuse_attention_projections
 from spear.types import Action
 
 MAX_RELATIVE_DIFFERENCE = {torch.float32: 1e-4, torch.bfloat16: 0.1}
-"""How far `sample_fast` may be from `sample_plain`, as `relative_difference` measures it.
+"""How far `sample_fast` may be from `sample_plain`, measured by `relative_difference`.
 
-float32 is for networks that are float32 throughout, bfloat16 for all others (measured in
-docs/results/speed.md)."""
+The bound of float32 is for networks that are float32 throughout, the bound of bfloat16 for all
+others (docs/results/speed.md has measured differences)."""
 
 
 def pack_inputs(
@@ -60,7 +63,8 @@ def pack_inputs(
 ) -> Inputs:
     """The arguments of `Spear1ForActionPrediction.sample_actions` as named tensors.
 
-    A CUDA graph is recorded for each set of names, shapes and types, so what is None has no name:
+    A CUDA graph is recorded for each set of names, shapes and types. An argument that is None gets
+    no name. The names are:
 
     "pixels/VIEW"     [B, 3, h, w] uint8
     "present/VIEW"    [B] bool, False for a missing image; optional
@@ -94,29 +98,33 @@ def sample_actions(model: Any, inputs: Inputs, steps: int) -> Tensor:
 
     Args:
         model: A `Spear1ForActionPrediction`.
-        inputs: From `pack_inputs`.
+        inputs: The named tensors of `pack_inputs`.
         steps: Number of Euler steps.
     """
+    # `Sampler` multiplies the weights of these two layers in advance, and would miss an adapter
+    # (LoRA) in them.
     has_adapter = not (
         is_plain_linear(model.action_in_proj) and is_plain_linear(model.action_time_mlp_in)
     )
-    if has_adapter:  # LoRA: the products that `Sampler` makes in advance would ignore it
+    if has_adapter:
         return sample_plain(model, inputs, steps)
 
     is_autocast = torch.is_autocast_enabled(inputs["noise"].device.type)
     packed = not is_autocast  # autocast cannot cast packed weights
     sampler = get_sampler(model, packed)
     kind = _input_kind(inputs, is_autocast)
-    if kind not in sampler.agreements and not isinstance(inputs["noise"], FakeTensor):
+    has_values = not isinstance(inputs["noise"], FakeTensor)
+    if kind not in sampler.agreements and has_values:
         return _sample_and_compare(model, sampler, kind, inputs, steps)
-    if sampler.agreements.get(kind, True):
+    is_fast_right = sampler.agreements.get(kind, True)
+    if is_fast_right:
         return sample_fast(model, sampler, inputs, steps)
     return sample_plain(model, inputs, steps)
 
 
 @torch.no_grad()
 def sample_plain(model: Any, inputs: Inputs, steps: int) -> Tensor:
-    """`sample_actions` by the network as it is trained, step by step."""
+    """Sample like `sample_actions`, by the same functions of the network as in training."""
     pixels, present = split_image_inputs(inputs)
     prefix = model.encode_prefix(pixels, inputs["input_ids"], inputs.get("attention_mask"), present)
 
@@ -129,9 +137,9 @@ def sample_plain(model: Any, inputs: Inputs, steps: int) -> Tensor:
 
 
 def _input_kind(inputs: Inputs, is_autocast: bool) -> Hashable:
-    """The properties of the inputs that decide which code runs.
+    """The properties of the inputs that decide which code runs: names, types and autocast.
 
-    On a GPU shapes belong to them, too, because each set of shapes has its own CUDA graph.
+    On a GPU also the shapes belong to the kind, because each set of shapes has its own CUDA graph.
     """
     is_on_gpu = inputs["noise"].device.type == "cuda"
     signature = []
@@ -144,7 +152,10 @@ def _input_kind(inputs: Inputs, is_autocast: bool) -> Hashable:
 def _sample_and_compare(
     model: Any, sampler: "Sampler", kind: Hashable, inputs: Inputs, steps: int
 ) -> Tensor:
-    """Sample both ways, remember whether the results agree, and give a notice if they do not."""
+    """Sample both ways, remember whether the results agree, and give a notice if they do not.
+
+    Returns the actions of `sample_fast` if the results agree, otherwise those of `sample_plain`.
+    """
     expected = sample_plain(model, inputs, steps)
     try:
         actions = sample_fast(model, sampler, inputs, steps)
@@ -156,7 +167,7 @@ def _sample_and_compare(
         if torch.is_autocast_enabled(expected.device.type):
             is_float32 = False
         bound = MAX_RELATIVE_DIFFERENCE[torch.float32 if is_float32 else torch.bfloat16]
-        is_near = difference <= bound  # False for NaN
+        is_near = difference <= bound  # False if the difference is NaN
         failure = "" if is_near else f"{difference:.2g} from the plain network"
 
     sampler.agreements[kind] = not failure
@@ -175,11 +186,12 @@ def relative_difference(actions: Tensor, expected: Tensor) -> float:
     The quaternions q and -q count as equal.
     """
     difference = (actions - expected).float()
+    # The quaternions are columns 3 to 6. Of their two differences we take the smaller one.
     same_sign = actions[..., 3:7] - expected[..., 3:7]
     opposite_sign = actions[..., 3:7] + expected[..., 3:7]
-    is_same_sign = same_sign.abs().amax(-1, keepdim=True) <= opposite_sign.abs().amax(
-        -1, keepdim=True
-    )
+    max_same_sign = same_sign.abs().amax(-1, keepdim=True)  # [B, H, 1]
+    max_opposite_sign = opposite_sign.abs().amax(-1, keepdim=True)
+    is_same_sign = max_same_sign <= max_opposite_sign
     difference[..., 3:7] = torch.where(is_same_sign, same_sign, opposite_sign).float()
     return float(difference.abs().max() / expected.float().abs().max())
 
@@ -188,9 +200,21 @@ class Sampler:
     """What sampling computes in advance from the weights of a SPEAR-1.
 
     π0 embeds a noisy action a at flow time τ as W₂ silu(W₁ [W a + b, t(τ)] + b₁) + b₂, where t(τ)
-    are waves. W₁ is linear, so W₁ [W a + b, t] + b₁ = (W₁ₐ W) a + (W₁ₜ t + W₁ₐ b + b₁). The first
-    factor is multiplied here, once; the second summand does not depend on the action
-    (`time_embeddings`).
+    are sine and cosine waves. Split W₁ in its columns for the action and for the time, W₁ₐ and W₁ₜ:
+    then W₁ [W a + b, t] + b₁ = (W₁ₐ W) a + (W₁ₜ t + W₁ₐ b + b₁). The matrix W₁ₐ W is computed here,
+    once. The second summand does not depend on the action, and `time_embeddings` computes it once
+    for each flow step.
+
+    Args:
+        model: A `Spear1ForActionPrediction`.
+        packed: Whether the weights may be copied into the layout of the CPU's fast kernels.
+
+    Attributes:
+        expert: The action expert's layers, as functions of tokens and a KV cache.
+        vlm: The layers of the VLM's language model, likewise.
+        dtype: Precision of the layers around the expert (`state_proj`, `action_out_proj`, …).
+        width: Width of the embedding of an action.
+        agreements: Kind of inputs -> whether fast and plain sampling agree.
     """
 
     def __init__(self, model: Any, packed: bool) -> None:
@@ -201,7 +225,7 @@ class Sampler:
         if device.type != "cpu":
             fuse_attention_projections(model.vlm)
 
-        # The expert reads all its weights at every flow step, for a few rows.
+        # A network that is small enough gets a stack for the CPU that needs fewer calls.
         small_expert = make_small_stack(model.expert) if packed else None
         self.expert = small_expert or LayerStack(model.expert, packed, compiled)
 
@@ -214,49 +238,53 @@ class Sampler:
 
         self.dtype = time_mlp_in.weight.dtype
         self.width = action_in.out_features
+        # The names of the docstring: W₁ₐ and W₁ₜ, W and b.
         action_half, time_half = time_mlp_in.weight.detach().float().split(self.width, dim=1)
-        self._action_weight = (action_half @ action_in.weight.detach().float()).to(
-            self.expert.dtype
-        )
+        action_in_weight = action_in.weight.detach().float()
+        action_in_bias = action_in.bias.detach().float()
+        self._action_weight = (action_half @ action_in_weight).to(self.expert.dtype)
         self._time_weight = time_half
-        self._bias = (
-            action_half @ action_in.bias.detach().float() + time_mlp_in.bias.detach().float()
-        )
+        self._bias = action_half @ action_in_bias + time_mlp_in.bias.detach().float()
         self._mlp_out = FusedLinear(
             model.action_time_mlp_out, packed=packed and not is_small_float32
         )
         self._min_period = model.config.min_period
         self._max_period = model.config.max_period
 
-        # Between two passes of the network a GPU has some fifty small kernels to run. Compiled,
-        # they are only a few.
+        # Between two passes of the expert, an Euler step launches some fifty small kernels on a
+        # GPU. Compiled, the Euler step launches only a few.
         self.euler_step: Any = torch.compile(flow.euler_step) if compiled else flow.euler_step
-        self._time_embeddings: dict[int, Tensor] = {}
+        self._time_embeddings: dict[int, Tensor] = {}  # number of steps -> [steps, width]
+        # Of committed actions, which are at τ = 1.
         self.time_embedding_at_one = self._embed_time(
             torch.ones(1, device=device, dtype=torch.float32)
         )
-        # Kind of inputs -> whether fast and plain sampling agree.
         self.agreements: dict[Hashable, bool] = {}
 
     def time_embeddings(self, steps: int) -> Tensor:
-        """What the flow time adds to the embedding's hidden layer at each step: [steps, width]."""
+        """W₁ₜ t + W₁ₐ b + b₁ (see the class) for the time τ of each Euler step: [steps, width]."""
         if steps not in self._time_embeddings:
+            # The result is stored, so it must not be a tensor of inference mode, which autograd
+            # could not use later.
             with torch.inference_mode(False), torch.no_grad():
                 tau = torch.arange(steps, device=self._bias.device, dtype=torch.float32) / steps
                 self._time_embeddings[steps] = self._embed_time(tau)
         return self._time_embeddings[steps]
 
     def _embed_time(self, tau: Tensor) -> Tensor:
-        # π0 counts the flow time from the data to the noise: its embedding sees 1 - τ.
+        # π0 counts the flow time from the data to the noise, so its embedding gets 1 - τ.
         waves = embed_flow_time(1 - tau, self.width, self._min_period, self._max_period)
-        # Rounded to the network's precision, as the network does before its first layer.
+        # The network rounds the waves to its precision before its first layer, so we do the same.
         waves = waves.to(self.dtype).float()
         return (waves @ self._time_weight.T + self._bias).to(self._action_weight.dtype)
 
     def embed(self, a_tau: Tensor, time_embedding: Tensor) -> Tensor:
-        """Embed noisy actions [B, H, 8]: [B, H, width].
+        """Embed noisy actions [B, H, 8] as tokens [B, H, width].
 
-        time_embedding: [width] for all actions, or [B, H, width].
+        Args:
+            a_tau: The noisy actions.
+            time_embedding: One of `time_embeddings`, [width], for all actions; or one per action,
+                [B, H, width].
         """
         dtype = self._action_weight.dtype
         a_tau = a_tau.to(dtype)
@@ -265,24 +293,33 @@ class Sampler:
         else:
             hidden = linear(a_tau, self._action_weight) + time_embedding
         activation = nn.functional.silu(hidden).to(self.dtype)
-        (embedding,) = self._mlp_out(activation)  # one output for the one layer that it has
+        # A `FusedLinear` returns an output for each of its layers. This one has a single layer.
+        (embedding,) = self._mlp_out(activation)
         return embedding.to(dtype)
 
 
 get_sampler = ModuleCache(Sampler)
-"""`get_sampler(model, packed)`: the `Sampler` of a SPEAR-1, made again when its weights change."""
+"""`get_sampler(model, packed)`: the `Sampler` of a SPEAR-1. When the model's weights change, it is
+made again."""
 
 
 def sample_fast(
     model: Any, sampler: Sampler, inputs: Inputs, steps: int, use_graph: bool = True
 ) -> Tensor:
-    """Sample as `sample_actions` does, but never compare the result with `sample_plain`'s.
+    """Sample like `sample_actions`, but without a comparison with `sample_plain`.
 
-    use_graph: Whether a GPU runs all of it as one CUDA graph, recorded for each set of shapes.
+    Args:
+        model: A `Spear1ForActionPrediction`.
+        sampler: The model's, from `get_sampler`.
+        inputs: The named tensors of `pack_inputs`.
+        steps: Number of Euler steps.
+        use_graph: Whether a GPU runs the whole sampling as one CUDA graph, which is recorded for
+            each set of shapes.
     """
     with torch.inference_mode():
         if use_graph and inputs["noise"].device.type == "cuda":
-            sampler.time_embeddings(steps)  # computed before a graph is recorded
+            # Computed and stored now, because recording a graph must not compute it.
+            sampler.time_embeddings(steps)
             actions = sampler.expert.run_as_graph(
                 lambda static_inputs: _sample(model, sampler, static_inputs, steps), inputs, steps
             )
@@ -298,19 +335,21 @@ def _sample(model: Any, sampler: Sampler, inputs: Inputs, steps: int) -> Tensor:
     features, image_valid = model.vlm.encode_images(pixels, present)
     text = model.vlm.embed_text(inputs["input_ids"])
 
-    # While a CUDA graph is recorded, the first flow step may begin before the prefix has ended. Not
-    # if the expert reads keys and values in another precision: they are copied once all are there.
+    # While a CUDA graph is recorded, the first flow step may begin before the prefix has ended: its
+    # layer n needs only the keys and values of the VLM's layer n, whose completion is an event. But
+    # if the expert has another precision, it reads a converted copy, which is made after the last
+    # layer.
     may_overlap = is_capturing_graph() and text.dtype == sampler.expert.dtype
-    written: LayerEvents = [] if may_overlap else None
+    write_events: LayerEvents = [] if may_overlap else None
     prefix = prefill(
         sampler.vlm,
         features,
         text,
         image_valid if present else None,
         inputs.get("attention_mask"),
-        1 + horizon,
+        1 + horizon,  # places for the state token and the actions
         keys_only=True,
-        write_events=written,
+        write_events=write_events,
     )
     with parallel_branch(prefix.write_events):
         return _integrate(model, sampler, inputs, steps, prefix)
@@ -319,7 +358,7 @@ def _sample(model: Any, sampler: Sampler, inputs: Inputs, steps: int) -> Tensor:
 def _integrate(
     model: Any, sampler: Sampler, inputs: Inputs, steps: int, prefix: PrefilledCache
 ) -> Tensor:
-    """Integrate from the noise to actions [B, H, 8], after the prefix."""
+    """Integrate from the noise to actions [B, H, 8], given the prefilled KV cache."""
     expert_flow = _ExpertFlow(model, sampler, inputs, steps, prefix)
     actions = flow.integrate(
         expert_flow.predict,
@@ -336,6 +375,8 @@ class _ExpertFlow:
     """The action expert over the flow steps of one sample.
 
     `predict` is called once per step, in order.
+
+    The KV cache has S places for the prefix, then one for the state token, then H for the actions.
     """
 
     def __init__(
@@ -350,18 +391,20 @@ class _ExpertFlow:
         horizon = noise.shape[1]
         expert = sampler.expert
         cache = expert.adopt_cache(prefix.cache)
-        start = prefix.valid.shape[1]
+        start = prefix.valid.shape[1]  # S
         end = start + 1 + horizon
         self.bias = prefix.make_bias(1 + horizon, expert.num_kv_heads, expert.dtype)
 
-        # Positions of the state token and of the actions.
+        # The rotary embeddings of the state token and of the actions, whose positions follow those
+        # of the prefix.
         offsets = torch.arange(1 + horizon, device=noise.device)
-        self.rotations = expert.compute_rotations(
-            prefix.next_positions[:, None] + offsets, expert.dtype
-        )
+        positions = prefix.next_positions[:, None] + offsets  # [B, 1 + H]
+        self.rotations = expert.compute_rotations(positions, expert.dtype)
         self.action_rotations = tuple(rotation[:, 1:] for rotation in self.rotations)
 
-        # The first step runs the state and the actions, later steps the actions alone.
+        # The first step runs two blocks of tokens: the state, which sees the prefix and itself, and
+        # the actions, which see everything. Later steps run the actions alone, and overwrite the
+        # keys and values of the step before.
         self.window = replace(
             cache.make_window(start, [(1, start + 1), (horizon, end)]),
             await_events=prefix.write_events,
@@ -372,7 +415,7 @@ class _ExpertFlow:
         self.state_token = model.state_proj(state).to(expert.dtype)[:, None]
 
     def predict(self, a_tau: Action, tau: Tensor) -> Action:
-        """v_θ(a_τ, τ); the time itself is not needed, since steps come in order."""
+        """v_θ(a_τ, τ). `tau` is not read, because the steps come in order, at known times."""
         sampler = self.sampler
         time_embedding = self.time_embeddings[self.step]
         if self.committed is not None:
@@ -393,6 +436,7 @@ class _ExpertFlow:
 
 
 def _unpack_committed(inputs: Inputs) -> flow.CommittedPrefix | None:
+    """The committed prefix that `pack_inputs` packed, if there is one."""
     is_committed = inputs.get("is_committed")
     if is_committed is None:
         return None

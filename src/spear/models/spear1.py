@@ -10,7 +10,8 @@ has H actions.
     u          the velocity of the flow, d a_τ / dτ, which the network learns: x - ε on R³
     v_θ        the network's prediction of u (or of the clean action, see `spear.types.FlowConfig`)
 
-`spear.flow` has the equations; here are the networks.
+B is the batch size and H the number of actions per chunk. `spear.flow` has the equations, and this
+module has the networks.
 """
 
 import dataclasses
@@ -36,13 +37,14 @@ from spear.models.weights import load as weights
 from spear.types import ACTION_DIM, Action
 
 NUM_STATE_FEATURES = 10
-"""Proprioception: position 3 (normalized), rotation 6, gripper 1.
+"""The robot's state (proprioception) in 10 numbers: position 3 (normalized), rotation 6, gripper 1.
 
-The rotation is the first two columns of its matrix, because the quaternion of a gripper that points
-down lies where its sign flips."""
+The rotation is given by the first two columns of its matrix. A canonical quaternion would jump from
+q to -q where w = 0, and a gripper that points down has such a rotation."""
 
 SHARED_WITH_VLM = ("num_hidden_layers", "num_key_value_heads", "head_dim")
-"""Config fields in which the action expert must equal the VLM, whose keys and values it reads."""
+"""Config fields that must be equal in the action expert and the VLM, because the expert reads the
+VLM's keys and values."""
 
 
 @strict
@@ -54,11 +56,13 @@ class Spear1Config(layers.PortableConfig):
                    (`SHARED_WITH_VLM`).
     horizon        H, the number of actions per chunk (the paper: 5, at 5 Hz).
     flow           Fields of `spear.types.FlowConfig`.
-    committed      In training, up to this many actions at the beginning of a chunk may be decided
-                   already (`spear.flow.sample_committed`). The paper has none: 0.
-    min_period     Shortest period of the waves that embed the flow time, which runs from 0 to 1
-                   (π0's).
-    max_period     Longest period of these waves (π0's).
+    committed      In training, up to this many actions at the beginning of a chunk are committed
+                   (`spear.flow.sample_committed`). The paper has no committed actions, so the
+                   default is 0.
+    min_period     Shortest period of the waves that embed the flow time, which runs from 0 to 1.
+                   The value is π0's.
+    max_period     Longest period of these waves. The value is π0's.
+    initializer_range  Standard deviation of initial weights, where no other rule applies.
     """
 
     model_type = "spear1"
@@ -92,10 +96,11 @@ class Spear1Config(layers.PortableConfig):
 class Spear1ForActionPrediction(PreTrainedModel):
     """SPEAR-1 (the paper, section "SPEAR-1"), in the architecture of π0.
 
-    A sequence is [images, instruction] → [proprioception] → [actions], block-wise causal: a token
-    sees its own block and the blocks before it. The first block runs through SPEAR-VLM, which stays
-    usable as `model.vlm`; the other two run through the action expert, which attends, layer by
-    layer, to the VLM's keys and values.
+    A sequence consists of three blocks, [images, instruction], [state] and [actions]. Attention is
+    block-wise causal: a token sees its own block and the blocks before it. The first block, the
+    prefix, runs through SPEAR-VLM, which stays usable as `model.vlm`. The other two blocks, the
+    suffix, run through the action expert, whose layer n attends to the keys and values of the VLM's
+    layer n.
     """
 
     config: Spear1Config
@@ -107,7 +112,8 @@ class Spear1ForActionPrediction(PreTrainedModel):
         self.flow_config = flow.FlowConfig(**(config.flow or {}))
         self.vlm = SpearVLMForConditionalGeneration(config.vlm_config)
         self.expert = layers.build_language_model(config.expert_config)
-        self.expert.embed_tokens = None  # type: ignore[assignment]  # it never sees text
+        # The expert gets no text, so it needs no token embeddings.
+        self.expert.embed_tokens = None  # type: ignore[assignment]
         width = config.expert_config.hidden_size
         self.state_proj = nn.Linear(NUM_STATE_FEATURES, width)
         self.action_in_proj = nn.Linear(ACTION_DIM, width)
@@ -121,15 +127,17 @@ class Spear1ForActionPrediction(PreTrainedModel):
         if not isinstance(module, nn.Linear):
             super()._init_weights(module)
             return
-        # These layers see few features of unit size, so the scale must follow the number of inputs.
+        # The inputs of these layers are few and of unit size. With weights of standard deviation
+        # 1 / √inputs, outputs have unit size, too.
         init.normal_(module.weight, std=1 / math.sqrt(module.in_features))
         init.zeros_(module.bias)
         if module is not self.action_out_proj:
             return
+        # The last layer begins with small predictions.
         init.normal_(module.weight, std=0.1 / math.sqrt(module.in_features))
         if self.flow_config.prediction == "clean":
-            # An untrained network predicts not to move: no translation, rotation (1, 0, 0, 0),
-            # gripper 0.
+            # An untrained network predicts no motion: translation 0, rotation (1, 0, 0, 0), and
+            # gripper 0, the middle of the normalized opening.
             no_motion = [0.0, 0, 0, 1, 0, 0, 0, 0]
             init.copy_(module.bias, torch.tensor(no_motion, device=module.bias.device))
 
@@ -146,7 +154,7 @@ class Spear1ForActionPrediction(PreTrainedModel):
     ) -> Prefix:
         """Run images and instruction through the VLM, once per observation.
 
-        Arguments as in `forward`.
+        The arguments are those of `forward`.
         """
         features, valid = self.vlm.encode_images(pixel_values, view_mask)
         prefix = self.vlm.run_language_model(features, valid, input_ids, attention_mask)
@@ -154,18 +162,18 @@ class Spear1ForActionPrediction(PreTrainedModel):
         return prefix
 
     def predict(self, prefix: Prefix, state: Tensor, a_tau: Action, tau: Tensor) -> Action:
-        """v_θ(a_τ, τ | prefix, state): what the expert predicts about a state of the flow.
+        """v_θ(a_τ, τ | prefix, state): the action expert's prediction at flow time τ.
 
         Args:
-            prefix: Images and instruction, from `encode_prefix`.
-            state: [B, 10], see `NUM_STATE_FEATURES`.
-            a_tau: [B, H, ·], or [B, K, H, ·] for K chunks per observation.
-            tau: [B], or [B, K] for K chunks. If each action has a flow time of its own: [B, H] or
+            prefix: The keys and values of images and instruction, from `encode_prefix`.
+            state: The robot's state [B, 10], see `NUM_STATE_FEATURES`.
+            a_tau: The state of the flow, [B, H, ·], or [B, K, H, ·] for K chunks per observation.
+            tau: [B], or [B, K] for K chunks. If each action has a flow time of its own, [B, H] or
                 [B, K, H].
 
         Returns:
-            A velocity, or a clean action, as `config.flow` says; rotations are not normalized.
-            Shaped as `a_tau`.
+            A velocity or a clean action, as `config.flow` says, in the shape of `a_tau`. Its
+            rotations are not normalized.
         """
         dtype = self.state_proj.weight.dtype
         vector = a_tau.to_vector().to(dtype)
@@ -179,24 +187,27 @@ class Spear1ForActionPrediction(PreTrainedModel):
         state_token = self.state_proj(state.to(dtype))[:, None]
         suffix = torch.cat([state_token, action_tokens.flatten(1, 2)], dim=1)
 
-        # All chunks continue the prefix, so they stand at the same positions.
+        # The state's position follows the prefix, and action h is h positions after the state. All
+        # chunks have the same positions, as if each of them alone continued the prefix.
         state_position = layers.compute_position_ids(prefix.valid)[:, -1:] + 1  # [B, 1]
-        steps = torch.arange(1, horizon + 1, device=state_position.device).repeat(num_chunks)
+        offsets = torch.arange(1, horizon + 1, device=state_position.device).repeat(num_chunks)
+        position_ids = torch.cat([state_position, state_position + offsets], dim=1)
         mask = layers.make_suffix_mask(prefix.valid, horizon, num_chunks)
         output = self.expert(
-            inputs_embeds=suffix.to(dtype),  # also under autocast the residual stream keeps it
+            inputs_embeds=suffix.to(dtype),  # under autocast the suffix may have another type
             attention_mask=layers.prepare_mask(self.expert, mask, dtype),
-            position_ids=torch.cat([state_position, state_position + steps], dim=1),
+            position_ids=position_ids,
             **{layers.CACHE_ARGUMENT: prefix.cache},
             use_cache=False,
         )
-        prediction = self.action_out_proj(output.last_hidden_state[:, 1:])
-        return Action.from_vector(prediction.reshape(vector.shape).to(a_tau.translation.dtype))
+        action_outputs = output.last_hidden_state[:, 1:]  # [B, K · H, width]
+        prediction = self.action_out_proj(action_outputs).reshape(vector.shape)
+        return Action.from_vector(prediction.to(a_tau.translation.dtype))
 
     def _embed_actions(self, a_tau: Tensor, tau: Tensor) -> Tensor:
         """π0's embedding of actions [B, K, H, 8] at flow times [B, K, H or 1]: [B, K, H, width]."""
         tokens = self.action_in_proj(a_tau)
-        # π0 counts the flow time from the data to the noise: its embedding sees 1 - τ.
+        # π0 counts the flow time from the data to the noise, so its embedding gets 1 - τ.
         time_embedding = layers.embed_flow_time(
             1 - tau, tokens.shape[-1], self.config.min_period, self.config.max_period
         )
@@ -220,9 +231,10 @@ class Spear1ForActionPrediction(PreTrainedModel):
     ) -> LossOutput:
         """The flow-matching loss of a batch of demonstrations (the paper, section "SPEAR-1").
 
-        If `config.committed` is not 0, the first actions of each chunk may be committed: they are
-        given clean, at τ = 1, and are no part of the loss. They are given slightly wrong, and the
-        first action after them makes up for the error (`spear.flow.perturb_committed`).
+        If `config.committed` is not 0, the first actions of a chunk may be committed. The network
+        gets these actions without noise, at τ = 1, and they are no part of the loss. Random errors
+        are added to them, and the first action after them makes up for the errors
+        (`spear.flow.perturb_committed`).
 
         Args:
             pixel_values: View -> [B, 3, h, w] uint8.
@@ -231,11 +243,12 @@ class Spear1ForActionPrediction(PreTrainedModel):
             state: [B, 10], see `NUM_STATE_FEATURES`.
             actions: [B, H, ·] in the model's normalized units.
             action_mask: [B, H] bool, True for steps that count.
-            flow_samples: K, draws of ε and τ per observation. They share its prefix.
-            noise: ε [B, K, H, ·], drawn if not given.
-            tau: [B, K] or [B, K, H], drawn if not given.
-            view_mask: View -> [B] bool, False for a missing image.
-            generator: The random numbers for ε and τ.
+            flow_samples: K, the number of draws of ε and τ per observation. All K share the
+                observation's prefix.
+            noise: ε [B, K, H, ·], drawn by default.
+            tau: [B, K] or [B, K, H], drawn by default.
+            view_mask: View -> [B] bool, False for a missing image. None if no image is missing.
+            generator: Source of the random numbers.
 
         Returns:
             The loss and its parts, as `spear.flow.compute_loss` returns them.
@@ -243,30 +256,32 @@ class Spear1ForActionPrediction(PreTrainedModel):
         batch, horizon = actions.translation.shape[:2]
         device = actions.translation.device
 
-        # Noise ε for K chunks per observation, and the demonstrated chunk as often.
+        # Noise ε for K chunks per observation, and K copies of the demonstrated chunk.
         if noise is None:
             num_chunks = flow_samples if tau is None else tau.shape[1]
             noise = flow.sample_noise(
                 (batch, num_chunks, horizon), self.flow_config, generator, device=device
             )
         shape = noise.translation.shape[:3]  # [B, K, H]
-        data = Action.from_vector(actions.to_vector()[:, None].expand(*shape, ACTION_DIM))
+        copies = actions.to_vector()[:, None].expand(*shape, ACTION_DIM)
+        data = Action.from_vector(copies)
         if action_mask is not None:
             action_mask = action_mask[:, None].expand(shape)
 
-        # Flow time τ, one per chunk; or one per action, where committed actions stand at 1.
+        # Flow time τ, one per chunk [B, K]. With committed actions, one per action [B, K, H], which
+        # is 1 for committed ones.
         if tau is None:
             num_draws = shape[:2].numel()
             tau = flow.sample_time(num_draws, self.flow_config, generator, device=device)
             tau = tau.view(batch, -1)
             if self.config.committed:
-                committed = flow.sample_committed(
+                is_committed = flow.sample_committed(
                     (*tau.shape, horizon), self.config.committed, generator, device
                 )
-                tau = torch.where(committed, 1.0, tau[..., None])
-                data = flow.perturb_committed(data, committed, generator, action_mask)
+                tau = torch.where(is_committed, 1.0, tau[..., None])
+                data = flow.perturb_committed(data, is_committed, generator, action_mask)
 
-        # The state of the flow: x_τ = τ x + (1 - τ) ε, and q_τ = slerp(q_ε, q; τ). From it the
+        # The state of the flow a_τ: x_τ = τ x + (1 - τ) ε, and q_τ = slerp(q_ε, q; τ). From a_τ the
         # network predicts the velocity u or the clean action, as the config says.
         a_tau, _ = flow.interpolate(noise, data, tau, self.flow_config)
         prefix = self.encode_prefix(pixel_values, input_ids, attention_mask, view_mask)
@@ -301,12 +316,14 @@ class Spear1ForActionPrediction(PreTrainedModel):
         Args:
             pixel_values: View -> [B, 3, h, w] uint8.
             input_ids: [B, L] the instruction.
-            attention_mask: [B, L]; None, where there is no padding, is faster.
+            attention_mask: [B, L], 0 on padding. None is faster, and right where there is no
+                padding.
             state: [B, 10], see `NUM_STATE_FEATURES`.
             noise: ε [B, H, ·], from `spear.flow.sample_noise`.
-            steps: Number of Euler steps, `config.flow`'s by default.
-            view_mask: View -> [B] bool; None, where all images are there, is faster.
-            committed: Actions that the result begins with, and that the other actions continue.
+            steps: Number of Euler steps. By default that of `config.flow`.
+            view_mask: View -> [B] bool, False for a missing image. None is faster, and right where
+                no image is missing.
+            committed: The committed prefix, which the other actions of the result continue.
 
         Returns:
             [B, H, ·] in normalized units; rotations are unit quaternions with w ≥ 0.
@@ -328,9 +345,10 @@ class Spear1ForActionPrediction(PreTrainedModel):
 def load_inner_vlm(
     folder: Path, dtype: torch.dtype | None = None
 ) -> SpearVLMForConditionalGeneration:
-    """Load the SPEAR-VLM in a folder, or the one inside the policy in it.
+    """Load the SPEAR-VLM from a folder, which contains a SPEAR-VLM or a SPEAR-1.
 
-    Raises `SpearError` as `weights.load.load` does.
+    Raises:
+        SpearError: The folder contains neither, or its files are damaged (see `weights.load.load`).
     """
     if weights.read_architecture(folder) == Spear1Config.model_type:
         return weights.load(Spear1ForActionPrediction, folder, dtype).vlm

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from spear.errors import notice, summarize_error
 
-MAX_GRAPHS = 8  # our choice: each graph holds the memory of its results
+MAX_GRAPHS = 8  # our choice: each graph keeps the memory of its intermediate results
 NUM_WARM_UPS = 3  # runs before recording, in which compilers and autotuners do their work
 
 _RECORDING_LOCK = threading.Lock()
@@ -26,7 +26,7 @@ Inputs = Mapping[str, Tensor]
 
 @dataclass(frozen=True)
 class RecordedGraph:
-    """A graph, the buffers it reads its inputs from, and the buffer it leaves its result in."""
+    """A graph, the buffers from which it reads its inputs, and the buffer of its result."""
 
     graph: torch.cuda.CUDAGraph
     input_buffers: Inputs
@@ -36,11 +36,13 @@ class RecordedGraph:
 class CudaGraphCache:
     """Runs functions of named tensors on a GPU as CUDA graphs. Safe to use from several threads.
 
-    The least recently used graph goes when there are more than `MAX_GRAPHS`. A function must launch
-    the same work whatever is in its tensors: it may not look at their values.
+    If there are more than `MAX_GRAPHS` graphs, the least recently used one is deleted. A function
+    must launch the same kernels for all values of its tensors, so it may not read the values in
+    Python.
     """
 
     def __init__(self) -> None:
+        # None for a function that could not be recorded.
         self._graphs: OrderedDict[Hashable, RecordedGraph | None] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -49,8 +51,14 @@ class CudaGraphCache:
     ) -> Tensor:
         """Return function(inputs).
 
-        There is one graph per options, and per names, shapes and types of the inputs. A function
-        that cannot be recorded, perhaps for lack of memory, runs without a graph; a notice says so.
+        A function that cannot be recorded, perhaps for lack of memory, runs without a graph, and a
+        notice says so.
+
+        Args:
+            function: What is recorded on the first call.
+            inputs: Its argument.
+            options: Everything else that the function's result depends on. There is one graph for
+                each combination of options, names, shapes and types.
         """
         shapes = tuple((name, tuple(t.shape), t.dtype) for name, t in inputs.items())
         key = (options, shapes)
@@ -71,6 +79,7 @@ class CudaGraphCache:
 
 
 def _try_to_record(function: Callable[[Inputs], Tensor], inputs: Inputs) -> RecordedGraph | None:
+    """Record a graph, or give a notice and return None."""
     try:
         return _record(function, inputs)
     except Exception as error:  # whatever a compiler may raise
@@ -80,7 +89,8 @@ def _try_to_record(function: Callable[[Inputs], Tensor], inputs: Inputs) -> Reco
 
 def _record(function: Callable[[Inputs], Tensor], inputs: Inputs) -> RecordedGraph:
     input_buffers = {name: tensor.clone() for name, tensor in inputs.items()}
-    # Not the thread's current GPU, which may be another one: there the graph would be empty.
+    # We record on the GPU of the inputs. The thread's current GPU may be another one, on which the
+    # function launches nothing, and the graph would be empty.
     device = next(iter(input_buffers.values())).device
 
     recording_stream = torch.cuda.Stream(device)

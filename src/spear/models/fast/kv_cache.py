@@ -1,4 +1,9 @@
-"""Keys and values in buffers of a fixed size, and views of them for tokens that come in blocks."""
+"""Keys and values in buffers of a fixed size, and views of them for new tokens.
+
+A *place* is the index of a token along the buffer: the tokens of the prefix have the first places,
+and new tokens are written to the places that follow. A *block* consists of consecutive new tokens
+that all see the same places.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,12 +17,13 @@ from spear.models.fast.linear import LayerEvents
 class StaticKVCache:
     """Keys and values of every layer in buffers of a fixed size.
 
-    A buffer that never moves lets a CUDA graph write to it, and needs no copy when tokens are
-    added.
+    Because a buffer never moves, a CUDA graph can write to it, and adding tokens needs no copy of
+    the tokens before them.
 
     Args:
         num_layers: Number of layers.
-        shape: (batch, kv heads, places, head_dim) of the keys of one layer, and of its values.
+        shape: (batch, kv heads, places, head_dim), the shape of one layer's keys, and also of its
+            values.
         dtype: Precision of the buffers.
         device: Where the buffers are.
     """
@@ -31,7 +37,8 @@ class StaticKVCache:
     ) -> None:
         self.buffer = torch.empty(num_layers, 2, *shape, dtype=dtype, device=device)
         self.layers = self.buffer.unbind(0)
-        # Per layer: keys and values, [batch · kv heads, places, head_dim] each.
+        # Per layer a pair (keys, values), each [batch · kv heads, places, head_dim]. These are
+        # views in the form that a batched matrix product takes.
         self._keys_and_values = [layer.flatten(1, 2).unbind(0) for layer in self.layers]
 
     def make_window(self, start: int, blocks: Sequence[tuple[int, int]]) -> "CacheWindow":
@@ -39,7 +46,8 @@ class StaticKVCache:
 
         Args:
             start: The place of the first new token.
-            blocks: (number of tokens, end) per block of new tokens: its tokens see places < end.
+            blocks: (number of tokens, end) per block of new tokens. The tokens of a block see all
+                places before `end`.
         """
         block_lengths = [length for length, _ in blocks]
         end = start + sum(block_lengths)
@@ -52,15 +60,17 @@ class StaticKVCache:
 
 @dataclass(frozen=True)
 class CacheWindow:
-    """Views of a `StaticKVCache` for consecutive new tokens. They are made once for many steps.
+    """Views of a `StaticKVCache` for S consecutive new tokens, made once for many flow steps.
 
-    new_key_values  per layer: where the new tokens' keys and values go, [2, B, kv heads, S, d].
-    block_lengths   new tokens per block.
-    visible         per layer and block: the keys and values that the block's tokens see,
-                    [B · kv heads, places, d] each.
-    write_events    gets an event per layer, recorded when its keys and values are written; None:
-                    nobody waits for them.
-    await_events    events of the places before these, which another stream fills.
+    new_key_values  Per layer a view [2, B, kv heads, S, head_dim], to which the new tokens' keys
+                    and values are written.
+    block_lengths   Number of new tokens of each block.
+    visible         Per layer and block a pair (keys, values) that the block's tokens see, each
+                    [B · kv heads, places, head_dim].
+    write_events    A list to which `write` appends one CUDA event per layer, recorded after the
+                    layer's keys and values are written. None, if no other stream waits for them.
+    await_events    The events, per layer, of the stream that fills the places before the new
+                    tokens. None, if it is the same stream.
     """
 
     new_key_values: list[Tensor]
@@ -70,13 +80,12 @@ class CacheWindow:
     await_events: LayerEvents = None
 
     def write(self, layer: int, key_values: Tensor) -> None:
-        """Write a layer's new keys and values [2, B, kv heads, S, d] to their places."""
+        """Write a layer's new keys and values [2, B, kv heads, S, head_dim] to their places."""
         self.new_key_values[layer].copy_(key_values)
         if self.write_events is not None:
             self.write_events.append(torch.cuda.current_stream().record_event())
 
     def wait(self, layer: int) -> None:
-        """Wait until the other stream has written a layer's keys and values, before they are
-        read."""
+        """Let the current stream wait until another one has written a layer's keys and values."""
         if self.await_events:
             torch.cuda.current_stream().wait_event(self.await_events[layer])
