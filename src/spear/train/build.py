@@ -1,4 +1,17 @@
-"""From a recipe to a training before its first step: the model, its data and its task."""
+"""From a recipe to a training before its first step: the model, its data and its task.
+
+`check` finds mistakes in a recipe and its inputs before anything large is read. `build` then reads
+the inputs and builds the model. There are four kinds of recipes, each with its own builder:
+
+depth    stage 0 (nano only): an image encoder learns depth, in place of MoGe's pretraining.
+naming   stage 0 (nano only): a VLM's image encoder learns the names of the objects that image
+         patches show, in place of SigLIP's pretraining.
+vlm      SPEAR-VLM learns to answer questions about labeled images.
+vla      SPEAR-1 learns to act from demonstrations.
+
+MoGe's encoder is SPEAR-VLM's second image encoder. A VLM without it ("has no MoGe") is a plain
+PaliGemma.
+"""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -30,9 +43,9 @@ from spear.train.options import Recipe, TrainingInputs, check_inputs
 from spear.types import LabeledImage
 from spear.util.images import decode_image
 
-EMBEDDINGS = "language_model.embed_tokens.weight"
+EMBEDDINGS = "language_model.embed_tokens.weight"  # the VLM's parameter with the token embeddings
 LabelsByView = dict[str, list[LabeledImage]]
-"""Labeled images by view, as `load_labels` returns them."""
+"""View (camera) -> its labeled images, as `tasks.load_labels` returns them."""
 NamedStores = Sequence[tuple[str, EpisodeStore, float]]
 """Name, store and sampling weight of each dataset."""
 
@@ -53,7 +66,7 @@ def build(
     Args:
         recipe: what to train.
         inputs: what to learn from and to start from.
-        seed: of the new weights and of the batches.
+        seed: the seed of new weights and of the batches.
 
     Returns:
         The model, the task that trains it, and a function that saves the result in a folder.
@@ -62,7 +75,7 @@ def build(
         SpearError: for inputs that are missing, or that do not fit the recipe or each other.
     """
     check_inputs(recipe, inputs)
-    recipe, size = check(recipe, inputs)
+    recipe, preset = check(recipe, inputs)
     torch.manual_seed(seed)
     builders = {
         "depth": _build_depth,
@@ -70,14 +83,17 @@ def build(
         "vlm": _build_vlm,
         "vla": _build_vla,
     }
-    built = builders[recipe.kind](recipe, size, inputs, seed)
+    built = builders[recipe.kind](recipe, preset, inputs, seed)
 
     adapters = None
     if recipe.lora_rank:
         adapters = optimize.add_adapters(built.model, recipe.lora_rank, recipe.lora_alpha)
 
     def save(folder: Path) -> None:
-        """Write a plain model, with LoRA merged into it, and LoRA by itself in `adapter`."""
+        """Write the trained model. If it has LoRA matrices, they are merged into its weights.
+
+        The LoRA matrices are also written separately, to the folder `adapter`.
+        """
         if adapters is not None:
             adapters.save_pretrained(str(folder / "adapter"), save_embedding_layers=False)
             adapters.merge_and_unload()
@@ -88,81 +104,87 @@ def build(
 
 
 def check(recipe: Recipe, inputs: TrainingInputs) -> tuple[Recipe, Preset]:
-    """Check a recipe, its labels, `init` and `moge` without reading weights or demonstrations.
+    """Check a recipe and its inputs without reading weights or demonstrations.
 
     Returns:
-        The recipe with the batch size of one piece, and its preset with the recipe's flow settings,
-        and without MoGe if the recipe has none.
+        The recipe, whose batch sizes are now those of one piece of a batch (a step's batch is
+        divided among processes and gradient accumulation, see `spear.train.parallel`); and the
+        recipe's preset, with the recipe's flow settings, and without MoGe if the recipe has no
+        MoGe.
 
     Raises:
-        SpearError: for what is wrong.
+        SpearError: for the first mistake in the recipe or its inputs.
     """
-    # The batch: the same number of images in each piece.
+    # The batch has to be divisible into pieces of equally many images.
     num_pieces = recipe.optimization.accumulate
     sizes_per_piece = {
         name: parallel.divide_into_pieces(getattr(recipe, name), name, num_pieces)
         for name in ("batch_size", "question_images")
     }
 
-    # The flow settings, and the labels' folders.
-    size = _preset_of(recipe)
+    # The flow settings and the folders of labels.
+    preset = _preset_of(recipe)
     check_known(
-        "flow setting", [field.name for field in dataclasses.fields(FlowConfig)], *size.flow
+        "flow setting", [field.name for field in dataclasses.fields(FlowConfig)], *preset.flow
     )
-    FlowConfig(**size.flow)
+    FlowConfig(**preset.flow)
     if recipe.kind != "depth":
-        _check_label_folders(recipe, size, inputs.labels)
+        _check_label_folders(recipe, preset, inputs.labels)
 
     # The weights to start from.
-    init_config = None if inputs.init is None else _read_init_config(recipe, size, inputs)
-    _check_policy_settings(recipe, size, init_config)
+    init_config = None if inputs.init is None else _read_init_config(recipe, preset, inputs)
+    _check_policy_settings(recipe, preset, init_config)
     if inputs.init_depth_encoder is not None:
         weights.read_compatible_config(MogeForDepth, inputs.init_depth_encoder)
 
-    # The freeze schedule. The model is built to check that the recipe's frozen and trained prefixes
-    # name modules that it has, and is then dropped.
+    # The freeze schedule. A model without memory for weights is built to check that the recipe's
+    # frozen and trained prefixes name modules that the model has.
     if recipe.kind == "vlm":
-        build_empty_model(recipe, build_vlm_config(size))
+        build_empty_model(recipe, build_vlm_config(preset))
     elif recipe.kind == "vla":
-        vlm = build_vlm_config(size) if init_config is None else _vlm_config_of(init_config)
-        build_empty_model(recipe, build_spear1_config(size, vlm))
-    return recipe.with_changes(**sizes_per_piece), size
+        vlm = build_vlm_config(preset) if init_config is None else _vlm_config_of(init_config)
+        build_empty_model(recipe, build_spear1_config(preset, vlm))
+    return recipe.with_changes(**sizes_per_piece), preset
 
 
 def _preset_of(recipe: Recipe) -> Preset:
     """Return the recipe's preset, with its flow settings, and without MoGe if it has none."""
-    size = get_preset(recipe.preset)
-    flow = {**size.flow, **recipe.flow}
-    return dataclasses.replace(size, flow=flow, moge=size.moge if recipe.moge else None)
+    preset = get_preset(recipe.preset)
+    flow = {**preset.flow, **recipe.flow}
+    moge = preset.moge if recipe.moge else None
+    return dataclasses.replace(preset, flow=flow, moge=moge)
 
 
-def _check_label_folders(recipe: Recipe, size: Preset, folders: Sequence[Path]) -> None:
-    """Check that folders of labels are folders, and have shards of labels.
+def _check_label_folders(recipe: Recipe, preset: Preset, folders: Sequence[Path]) -> None:
+    """Check that the paths of labels are folders that contain shards of labels.
 
-    Training could read a single file. But the settings that a run records describe what is in its
-    folders, and a run that is resumed must have the same settings.
+    Training could read a single file, too. But a resumed run is compared with the recorded contents
+    of its folders of labels, so labels have to be in a folder.
     """
     for folder in folders:
-        for path in tasks.view_folders(folder, list(size.image_sizes)).values():
+        for path in tasks.view_folders(folder, list(preset.image_sizes)).values():
             if path.is_file():
                 raise SpearError(f"--labels {folder} is a file. Give the folder that it is in.")
             find_shards(path)
 
 
-def _read_init_config(recipe: Recipe, size: Preset, inputs: TrainingInputs) -> Any:
-    """Check that the recipe can begin with `inputs.init`; return that checkpoint's config."""
+def _read_init_config(recipe: Recipe, preset: Preset, inputs: TrainingInputs) -> Any:
+    """Check that the recipe can begin with `inputs.init`; return that checkpoint's config.
+
+    The config is a `Spear1Config` if the checkpoint is a policy, otherwise a `SpearVLMConfig`.
+    """
     init = inputs.init
     assert init is not None
     is_policy = weights.read_architecture(init) == Spear1Config.model_type
-    config: Any = weights.read_compatible_config(
-        Spear1ForActionPrediction if is_policy else SpearVLM, init
-    )
+    model_class = Spear1ForActionPrediction if is_policy else SpearVLM
+    config: Any = weights.read_compatible_config(model_class, init)
     vlm = _vlm_config_of(config)
 
-    # The vision encoder tells the presets apart: the text model is PaliGemma 1's or 2's.
-    if vlm.vision_config.hidden_size != size.vision["hidden_size"]:
+    # The vision encoder's width tells the presets apart. The text model does not, because a
+    # preset's checkpoint may have the one of PaliGemma 1 or of PaliGemma 2.
+    if vlm.vision_config.hidden_size != preset.vision["hidden_size"]:
         raise SpearError(
-            f"--init {init} is not of preset {size.name}. Give the --preset that it has."
+            f"--init {init} is not of preset {preset.name}. Give the --preset that it has."
         )
     if recipe.kind == "vla":
         if recipe.bins is not None or recipe.spacing is not None:
@@ -182,12 +204,16 @@ def _read_init_config(recipe: Recipe, size: Preset, inputs: TrainingInputs) -> A
 
 
 def _vlm_config_of(config: Any) -> SpearVLMConfig:
-    """Return the VLM's config of a policy's config, or a VLM's config itself."""
+    """Return the config of the VLM: the inner one of a policy's config, or a VLM's own config."""
     return config.vlm_config if isinstance(config, Spear1Config) else config
 
 
 def _check_moge(recipe: Recipe, inputs: TrainingInputs, has_moge: bool) -> None:
-    """Check that the recipe and the weights that it begins with have one MoGe encoder, or none."""
+    """Check that the recipe and the initial weights agree about MoGe's encoder.
+
+    `has_moge` says whether the VLM of `--init` has the encoder already. Otherwise the encoder comes
+    from `--init-depth-encoder`.
+    """
     if not recipe.moge and has_moge:
         raise SpearError(
             f"recipe {recipe.name} has no MoGe, but --init {inputs.init} has. Begin with weights "
@@ -205,10 +231,13 @@ def _check_moge(recipe: Recipe, inputs: TrainingInputs, has_moge: bool) -> None:
         )
 
 
-def _check_policy_settings(recipe: Recipe, size: Preset, init_config: Any) -> None:
-    """Check flow settings and the committed prefix with the policy that they are for."""
-    flow: Any = size.flow
-    horizon = size.horizon
+def _check_policy_settings(recipe: Recipe, preset: Preset, init_config: Any) -> None:
+    """Check that the recipe's flow settings and committed prefix fit the policy.
+
+    If `--init` is a policy, its own flow settings and horizon count, otherwise the preset's.
+    """
+    flow: Any = preset.flow
+    horizon = preset.horizon
     if isinstance(init_config, Spear1Config):
         flow = init_config.flow
         horizon = init_config.horizon
@@ -226,7 +255,10 @@ def _check_policy_settings(recipe: Recipe, size: Preset, init_config: Any) -> No
 
 
 def resolve_normalization(recipe: Recipe, init: Path | None) -> Mode:
-    """Return the recipe's normalization, else that of the policy in `init`, else the paper's."""
+    """Return the mode of normalization: the recipe's, else the one of the policy in `init`.
+
+    If neither gives a mode, it is the paper's, "quantile".
+    """
     if recipe.normalization:
         return recipe.normalization
     if init is not None and recipe.kind == "vla":
@@ -237,9 +269,10 @@ def resolve_normalization(recipe: Recipe, init: Path | None) -> Mode:
 
 
 def build_empty_model(recipe: Recipe, config: SpearVLMConfig | Spear1Config) -> torch.nn.Module:
-    """Build a recipe's model without contents, with its LoRA, freeze schedule and precision.
+    """Build a recipe's model on PyTorch's meta device, where weights have shapes but no memory.
 
-    Raises `SpearError` if the recipe's freeze schedule does not fit the model.
+    The model has the recipe's LoRA matrices, freeze schedule and precision. Raises `SpearError` if
+    the freeze schedule does not fit the model.
     """
     with torch.device("meta"):
         model: torch.nn.Module
@@ -254,16 +287,18 @@ def build_empty_model(recipe: Recipe, config: SpearVLMConfig | Spear1Config) -> 
     return model
 
 
-def _build_depth(recipe: Recipe, size: Preset, inputs: TrainingInputs, seed: int) -> _Built:
+def _build_depth(recipe: Recipe, preset: Preset, inputs: TrainingInputs, seed: int) -> _Built:
     """Build stage 0's encoder, which learns depth."""
-    model = MogeForDepth(MogeDepthConfig(moge_config=build_vlm_config(size).moge_config))
+    model = MogeForDepth(MogeDepthConfig(moge_config=build_vlm_config(preset).moge_config))
     folders: list[Path] = []
     for folder in inputs.labels:
         folders.extend(folder.glob("depth/*/"))
 
+    # A folder `depth/VIEW` has the images of one view. Several label folders may have that view.
     views: dict[str, DepthImages] = {}
     for folder in sorted(folders):
-        views[folder.name] = [*views.get(folder.name, []), *read_depth(folder)]
+        view = folder.name
+        views[view] = [*views.get(view, []), *read_depth(folder)]
     if not views:
         searched = ", ".join(str(folder / "depth") for folder in inputs.labels)
         raise SpearError(
@@ -273,10 +308,10 @@ def _build_depth(recipe: Recipe, size: Preset, inputs: TrainingInputs, seed: int
     return _Built(model, task, [model.save_pretrained])
 
 
-def _build_naming(recipe: Recipe, size: Preset, inputs: TrainingInputs, seed: int) -> _Built:
-    """Build stage 0's VLM, whose image encoder learns which objects its patches show."""
-    labels = tasks.load_labels(inputs.labels, list(size.image_sizes))
-    processor, vlm = _new_vlm(recipe, size, inputs.labels, labels, seed)
+def _build_naming(recipe: Recipe, preset: Preset, inputs: TrainingInputs, seed: int) -> _Built:
+    """Build stage 0's VLM, whose image encoder learns which objects the image patches show."""
+    labels = tasks.load_labels(inputs.labels, list(preset.image_sizes))
+    processor, vlm = _new_vlm(recipe, preset, inputs.labels, labels, seed)
 
     names = _object_names(labels)
     token_ids = [processor.tokenizer.encode(f" {name}", add_special_tokens=False) for name in names]
@@ -293,13 +328,13 @@ def _build_naming(recipe: Recipe, size: Preset, inputs: TrainingInputs, seed: in
     return _Built(model, task, [vlm.save_pretrained, processor.save])
 
 
-def _build_vlm(recipe: Recipe, size: Preset, inputs: TrainingInputs, seed: int) -> _Built:
+def _build_vlm(recipe: Recipe, preset: Preset, inputs: TrainingInputs, seed: int) -> _Built:
     """Build a VLM that learns to answer questions."""
-    labels = tasks.load_labels(inputs.labels, list(size.image_sizes))
+    labels = tasks.load_labels(inputs.labels, list(preset.image_sizes))
     if inputs.init is None:
-        processor, model = _new_vlm(recipe, size, inputs.labels, labels, seed)
+        processor, model = _new_vlm(recipe, preset, inputs.labels, labels, seed)
     else:
-        processor, model = _continued_vlm(recipe, size, inputs, labels, seed)
+        processor, model = _continued_vlm(recipe, preset, inputs, labels, seed)
 
     questions = _question_samples(recipe, inputs, labels, processor, recipe.batch_size, seed)
     task = tasks.VlmTask(model, questions, recipe.coordinate_rows_only)
@@ -307,42 +342,43 @@ def _build_vlm(recipe: Recipe, size: Preset, inputs: TrainingInputs, seed: int) 
 
 
 def _continued_vlm(
-    recipe: Recipe, size: Preset, inputs: TrainingInputs, labels: LabelsByView, seed: int
+    recipe: Recipe, preset: Preset, inputs: TrainingInputs, labels: LabelsByView, seed: int
 ) -> tuple[Processor, SpearVLM]:
-    """Load the VLM of `inputs.init`, with new 3D tokens and MoGe's encoder if the recipe says
-    so."""
+    """Load the VLM of `inputs.init`; add new 3D tokens and MoGe's encoder if the recipe says so."""
     assert inputs.init is not None
     processor = Processor.load(inputs.init)
     model = load_inner_vlm(inputs.init)
-    is_moge_new = (model.moge is None) == recipe.moge
+    is_moge_new = recipe.moge and model.moge is None
     fits_tokens = bool(recipe.bins or recipe.spacing)
     if fits_tokens:
         coordinates = _fit_coordinates(recipe, labels, processor.coordinates.num_bins, seed)
         processor = dataclasses.replace(processor, coordinates=coordinates)
 
-    # 3D tokens are also new where MoGe joins, and in the stage that learns their rows alone.
+    # The 3D tokens' embeddings begin anew if the tokens were fitted, if MoGe's encoder is added,
+    # and in a recipe without MoGe that trains these embeddings alone.
     learns_tokens_without_moge = recipe.coordinate_rows_only and not recipe.moge
     if fits_tokens or is_moge_new or learns_tokens_without_moge:
         _renew_coordinate_embeddings(model, processor, recipe, seed)
     if is_moge_new:
-        model = _with_moge(model, size, inputs.init_depth_encoder)
+        model = _with_moge(model, preset, inputs.init_depth_encoder)
     _set_coordinate_loss(model.config, recipe)
     return processor, model
 
 
-def _build_vla(recipe: Recipe, size: Preset, inputs: TrainingInputs, seed: int) -> _Built:
+def _build_vla(recipe: Recipe, preset: Preset, inputs: TrainingInputs, seed: int) -> _Built:
     """Build a policy that learns from demonstrations, and from questions if the recipe asks any."""
-    labels = tasks.load_labels(inputs.labels, list(size.image_sizes))
+    labels = tasks.load_labels(inputs.labels, list(preset.image_sizes))
     if inputs.init is None:
-        processor, vlm = _new_vlm(recipe, size, inputs.labels, labels, seed)
-        model = _add_action_expert(vlm, size)
+        processor, vlm = _new_vlm(recipe, preset, inputs.labels, labels, seed)
+        model = _add_action_expert(vlm, preset)
     else:
         processor = Processor.load(inputs.init)
-        model = _load_policy(recipe, size, inputs.init)
+        model = _load_policy(recipe, preset, inputs.init)
     if recipe.committed is not None:
         model.config.committed = recipe.committed
 
-    # Demonstrations with the cameras that the policy sees, and their normalization.
+    # Demonstrations with the cameras that the policy sees, and their normalization. The processor
+    # has sizes as (width, height), the samples take (height, width).
     views = {view: (height, width) for view, (width, height) in processor.image_sizes.items()}
     episodes = [
         (name, store.select_cameras(views), weight) for name, store, weight in inputs.episodes
@@ -360,6 +396,7 @@ def _build_vla(recipe: Recipe, size: Preset, inputs: TrainingInputs, seed: int) 
         _set_coordinate_loss(model.vlm.config, recipe)
 
     def save_data_statistics(folder: Path) -> None:
+        """Write the normalizer, and the training distribution summary for the drift monitor."""
         normalizer.save(folder / "normalizer.json")
         TrainingDistribution.from_samples(samples, recipe.batch_size).save(folder / "seen.json")
 
@@ -367,10 +404,10 @@ def _build_vla(recipe: Recipe, size: Preset, inputs: TrainingInputs, seed: int) 
     return _Built(model, task, [model.save_pretrained, processor.save, save_data_statistics])
 
 
-def _load_policy(recipe: Recipe, size: Preset, init: Path) -> Spear1ForActionPrediction:
-    """Load the policy in `init`, or the VLM there with a new action expert."""
+def _load_policy(recipe: Recipe, preset: Preset, init: Path) -> Spear1ForActionPrediction:
+    """Load the policy in the folder `init`. If it contains a VLM, add a new action expert to it."""
     if weights.read_architecture(init) != Spear1Config.model_type:
-        model = _add_action_expert(weights.load(SpearVLM, init), size)
+        model = _add_action_expert(weights.load(SpearVLM, init), preset)
         notice(f"{init} is a SPEAR-VLM, so the action expert begins with random weights.")
         return model
     model = weights.load(Spear1ForActionPrediction, init)
@@ -379,15 +416,18 @@ def _load_policy(recipe: Recipe, size: Preset, init: Path) -> Spear1ForActionPre
     return model
 
 
-def _add_action_expert(vlm: SpearVLM, size: Preset) -> Spear1ForActionPrediction:
+def _add_action_expert(vlm: SpearVLM, preset: Preset) -> Spear1ForActionPrediction:
     """Return SPEAR-1 around a VLM, with a new action expert."""
-    model = Spear1ForActionPrediction(build_spear1_config(size, vlm.config))
+    model = Spear1ForActionPrediction(build_spear1_config(preset, vlm.config))
     model.vlm.load_state_dict(vlm.state_dict())
     return model
 
 
 def _note_image_fitting(episodes: NamedStores, processor: Processor) -> None:
-    """Let the processor give its notices about what it cuts from each dataset's images."""
+    """Prepare one image per dataset and view, so that the processor prints its notices now.
+
+    The notices say what the processor cuts from the images to fit them to the network.
+    """
     for _, store, _ in episodes:
         for view in processor.image_sizes:
             encoded = store.image(0, 0, view)
@@ -397,6 +437,7 @@ def _note_image_fitting(episodes: NamedStores, processor: Processor) -> None:
 
 
 def _fit_normalizer(recipe: Recipe, init: Path | None, episodes: NamedStores) -> Normalizer:
+    """Fit the normalization to the datasets: one for all of them, or one for each."""
     mode = resolve_normalization(recipe, init)
     if recipe.normalize_each:
         return Normalizer.fit_per_dataset(episodes, mode)
@@ -411,8 +452,10 @@ def _question_samples(
     num_images: int,
     seed: int,
 ) -> tasks.QuestionSamples:
-    """Return batches of questions about labeled images, with depth if questions are about
-    pixels."""
+    """Return batches of questions about labeled images.
+
+    If the recipe asks about pixels, the batches also need the depth of the images.
+    """
     mix = recipe.questions
     depth = None
     if set(mix.families) & set(QUESTION_TYPES_PIXEL):
@@ -421,7 +464,7 @@ def _question_samples(
 
 
 def _object_names(labels: LabelsByView) -> list[str]:
-    """Return the names of the objects in the first view, each once."""
+    """Return the sorted names of all objects in the first view's images, without repetition."""
     names: set[str] = set()
     for label in next(iter(labels.values())):
         names.update(item.name for item in label.objects)
@@ -431,34 +474,37 @@ def _object_names(labels: LabelsByView) -> list[str]:
 def _fit_coordinates(
     recipe: Recipe, labels: LabelsByView, default_bins: int, seed: int
 ) -> CoordinateTokenizer:
-    """Fit the recipe's 3D tokens to the labels."""
+    """Fit 3D tokens to the labels. `default_bins` is their number if the recipe gives none."""
     all_labels: list[LabeledImage] = []
     for labels_of_view in labels.values():
         all_labels.extend(labels_of_view)
-    return tasks.fit_coordinates(
-        all_labels, recipe.bins or default_bins, seed, recipe.spacing or "quantile"
-    )
+    num_bins = recipe.bins or default_bins
+    spacing = recipe.spacing or "quantile"
+    return tasks.fit_coordinates(all_labels, num_bins, seed, spacing)
 
 
 def _renew_coordinate_embeddings(
     vlm: SpearVLM, processor: Processor, recipe: Recipe, seed: int
 ) -> None:
-    """Give a VLM new embeddings for the 3D tokens of `processor`, and more rows if needed.
+    """Give a VLM new embeddings for the 3D tokens of `processor`.
 
-    If there are fewer 3D tokens than before, the others stay in the vocabulary, and no answer uses
-    them. New rows are drawn with the mean and covariance of the words' rows (paper). The location
-    tokens do not count as words (our choice): nano's were drawn in this way themselves, and
-    PaliGemma's stand for places.
+    The embedding table [vocabulary size, width] has one row per token. It grows if there are more
+    3D tokens than before. If there are fewer, the surplus tokens stay in the vocabulary, but no
+    answer uses them. New rows are drawn from a normal distribution with the mean and covariance of
+    the rows of words (paper). The location tokens' rows are left out of this mean and covariance
+    (our choice), because nano's location tokens were drawn in the same way, and PaliGemma's stand
+    for places instead of words.
     """
     first = processor.coordinate_ids.start
     bins = processor.coordinates.num_bins
     old_rows = vlm.get_parameter(EMBEDDINGS).detach()
-    words = old_rows[: processor.location_start]
+    word_rows = old_rows[: processor.location_start]
     generator = torch.Generator().manual_seed(seed)
-    new_rows = init_new_embeddings(words, bins, generator, recipe.smooth_tokens)
+    new_rows = init_new_embeddings(word_rows, bins, generator, recipe.smooth_tokens)
     rows = torch.cat([old_rows[:first], new_rows, old_rows[first + bins :]])
 
-    # The module stays, because Gemma's scales what it looks up.
+    # Only the weight is replaced, not the module: Gemma's embedding module scales the rows that it
+    # looks up, which a plain `torch.nn.Embedding` would not do.
     embeddings: Any = vlm.get_input_embeddings()
     embeddings.weight = torch.nn.Parameter(rows)
     embeddings.num_embeddings = len(rows)
@@ -467,36 +513,38 @@ def _renew_coordinate_embeddings(
 
 
 def _new_vlm(
-    recipe: Recipe, size: Preset, folders: Sequence[Path], labels: LabelsByView, seed: int
+    recipe: Recipe, preset: Preset, folders: Sequence[Path], labels: LabelsByView, seed: int
 ) -> tuple[Processor, SpearVLM]:
-    """Return a tokenizer with fitted 3D tokens, and a VLM with random weights.
+    """Return a processor with a new tokenizer and fitted 3D tokens, and a VLM with random weights.
 
-    The tokenizer is made for the wording of our questions and for the texts in each folder's
-    `wording.txt`. Location tokens and 3D tokens start similar where their places are close.
+    The tokenizer is made for the wording of our questions and for the texts in the file
+    `wording.txt` of each folder of labels. The embeddings of two location tokens, or of two 3D
+    tokens, start similar if the tokens stand for neighboring values.
     """
     texts = list(iterate_tokenizer_texts(_object_names(labels)))
     for folder in folders:
         wording = folder / "wording.txt"
         if wording.is_file():
             texts += wording.read_text("utf-8-sig").splitlines()
-    coordinates = _fit_coordinates(recipe, labels, size.bins, seed)
-    processor = Processor.build(size, texts, coordinates)
+    coordinates = _fit_coordinates(recipe, labels, preset.bins, seed)
+    processor = Processor.build(preset, texts, coordinates)
 
-    config = build_vlm_config(size, len(processor.tokenizer), processor.coordinate_ids.start)
+    config = build_vlm_config(preset, len(processor.tokenizer), processor.coordinate_ids.start)
     config.coordinate_bins = processor.coordinates.num_bins
     _set_coordinate_loss(config, recipe)
     vlm = SpearVLM(config)
 
     embeddings = vlm.get_parameter(EMBEDDINGS)
-    words = embeddings[: processor.location_start]
+    word_rows = embeddings[: processor.location_start]
     generator = torch.Generator().manual_seed(seed)
-    place_tokens = (
+    # First token id and number of the location tokens, and of the 3D tokens.
+    number_tokens = (
         (processor.location_start, NUM_LOCATIONS),
         (config.coordinate_start, config.coordinate_bins),
     )
     with torch.no_grad():
-        for first, count in place_tokens:
-            rows = init_new_embeddings(words, count, generator, smooth=True)
+        for first, count in number_tokens:
+            rows = init_new_embeddings(word_rows, count, generator, smooth=True)
             embeddings[first : first + count] = rows
     return processor, vlm
 
@@ -507,13 +555,14 @@ def _set_coordinate_loss(config: SpearVLMConfig, recipe: Recipe) -> None:
     config.coordinate_smoothing = recipe.questions.coordinate_smoothing
 
 
-def _with_moge(vlm: SpearVLM, size: Preset, moge: Path | None) -> SpearVLM:
-    """Return the VLM with MoGe's encoder and a projection for it, which change no visual token yet.
+def _with_moge(vlm: SpearVLM, preset: Preset, moge: Path | None) -> SpearVLM:
+    """Return the VLM with MoGe's encoder and a projection for it, added without changing outputs.
 
-    A visual token becomes the average of two projections. Twice SigLIP's and none of MoGe's is what
-    the language model already knows (our choice for nano).
+    With MoGe a visual token is the average of two projections, SigLIP's and MoGe's. So that visual
+    tokens stay what the language model already knows, SigLIP's projection is doubled and MoGe's
+    starts at zero (our choice for nano).
     """
-    moge_config = build_vlm_config(size).moge_config.to_dict()
+    moge_config = build_vlm_config(preset).moge_config.to_dict()
     config = SpearVLMConfig.from_dict({**vlm.config.to_dict(), "moge_config": moge_config})
     model = SpearVLM(config)
     model.load_state_dict(vlm.state_dict(), strict=False)

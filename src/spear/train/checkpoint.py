@@ -1,10 +1,13 @@
-"""Checkpoints of a run: everything needed to continue as if it had never stopped. No pickle.
+"""Checkpoints of a run: everything needed to continue as if the run had never stopped.
 
 A checkpoint is a folder `step-00001000/` with `state.json` and one safetensors file per process
-that had something to write (PyTorch's distributed checkpoint, in its Hugging Face format). The
-files contain whole tensors by name, so that any number of processes can read them, sharded or not,
-on any device. A checkpoint is written in the background, from a copy, under a temporary name, and
-renamed when all processes are done. It is therefore complete or absent.
+that had something to write (PyTorch's distributed checkpoint, in its Hugging Face format). There is
+no pickle in it. The files contain whole tensors by name, so that any number of processes can read
+them, with or without sharding, on any device. A checkpoint is written in the background, from a
+copy of the tensors, under a temporary name, and renamed when all processes are done. So a
+checkpoint under its final name is always complete.
+
+*Moments* are the optimizer's running averages of each parameter's gradient and squared gradient.
 """
 
 import json
@@ -31,8 +34,9 @@ from spear.util.files import read_json_as
 
 NUM_KEPT = 2  # checkpoints that stay in a run's folder: the newest, and one in case it is damaged
 ADVICE = "delete that folder to continue from the checkpoint before it"
-_FOLDER_PATTERN = "step-" + 8 * "[0-9]"
-_MOMENTS = ("exp_avg", "exp_avg_sq")
+_FOLDER_PATTERN = "step-" + 8 * "[0-9]"  # the step with eight digits
+_MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's names of the moments
+# What reading or writing a checkpoint raises if the disk is full or a file is damaged.
 _STORAGE_ERRORS = (
     OSError,
     ValueError,
@@ -41,7 +45,7 @@ _STORAGE_ERRORS = (
     SafetensorError,
     CheckpointException,
 )
-# A single process needs no torch.distributed.
+# PyTorch warns that a checkpoint is saved without torch.distributed; a single process needs none.
 warnings.filterwarnings("ignore", message="torch.distributed is disabled")
 
 
@@ -49,20 +53,22 @@ class RunSettings(BaseModel, extra="allow"):
     """The settings in a checkpoint that a resumed run is compared with."""
 
     seed: int
-    pieces: PositiveInt
+    pieces: PositiveInt  # pieces into which a batch is divided, see `spear.train.parallel`
     about: dict[str, Any]  # what the run is made from; a resumed run must have the same
-    optimization: dict[str, Any] = {}
+    optimization: dict[str, Any] = {}  # fields of `spear.train.options.Optimization`
 
 
 class CheckpointState(BaseModel, extra="allow"):
     """What `state.json` must contain.
 
-    step     number of steps that the run has done.
-    skipped  number of steps that were skipped because they were not finite.
-    counts   parameter name -> number of updates that it has had.
-    files    names of the files that belong to the checkpoint.
-    minutes  time that the run took so far, over all its processes' lives.
-    earlier  settings that were changed when the run was resumed.
+    settings  the run's settings.
+    step      number of steps that the run has done.
+    skipped   number of steps that were skipped because their loss or gradient was not finite.
+    counts    parameter name -> number of updates that the parameter has had.
+    files     names of the files that belong to the checkpoint.
+    minutes   minutes that the run has taken, including the time before it was resumed.
+    earlier   earlier values of settings that changed when the run was resumed, as
+              `spear.train.loop.list_earlier_settings` returns them.
     """
 
     settings: RunSettings
@@ -77,7 +83,8 @@ class CheckpointState(BaseModel, extra="allow"):
 def find_newest(folder: Path) -> tuple[Path, dict[str, Any]] | None:
     """Return the checkpoint in `folder` with the highest step, and its `CheckpointState` as a dict.
 
-    Returns None if there is no checkpoint. Raises `SpearError` for one that cannot be read.
+    Returns None if there is no checkpoint. Raises `SpearError` for a checkpoint that cannot be
+    read.
     """
     path = max(folder.glob(f"{_FOLDER_PATTERN}/state.json"), default=None)
     if path is None:
@@ -91,7 +98,11 @@ def find_newest(folder: Path) -> tuple[Path, dict[str, Any]] | None:
 
 
 class Checkpoints:
-    """The newest checkpoints of a stepper, in a folder. All processes save and load together."""
+    """Saves and loads the checkpoints of a stepper in a folder, and keeps the newest ones.
+
+    A stepper (`spear.train.optimize.Stepper`) has the model, the optimizer and the EMA weights. All
+    processes of a run save together and load together.
+    """
 
     def __init__(self, folder: Path, stepper: Stepper) -> None:
         self._folder = folder
@@ -118,7 +129,12 @@ class Checkpoints:
     def save(self, step: int, state: dict[str, Any]) -> None:
         """Copy the stepper's tensors and begin to write them as the checkpoint of `step`.
 
-        This waits until the checkpoint before is written, and raises `SpearError` if that failed.
+        First this waits until the previous checkpoint is written, and raises `SpearError` if
+        writing that one failed.
+
+        Args:
+            step: number of steps that the run has done.
+            state: the other entries of `CheckpointState`, except "counts" and "files".
         """
         self.wait()
         copies = self._copy_tensors()
@@ -126,7 +142,7 @@ class Checkpoints:
         self._pending = self._writer.submit(self._write, step, copies, state)
 
     def wait(self) -> None:
-        """Wait until the last checkpoint is written. Raises `SpearError` if that failed."""
+        """Wait until the last checkpoint is written. Raises `SpearError` if writing it failed."""
         pending = self._pending
         self._pending = None
         if pending is None:
@@ -140,9 +156,14 @@ class Checkpoints:
             ) from error
 
     def load(self, path: Path, counts: dict[str, float]) -> None:
-        """Read a checkpoint into the stepper, in place; `counts` are those of its state.
+        """Read the checkpoint in the folder `path` into the stepper's tensors.
 
-        Raises `SpearError` if the checkpoint cannot be read or is of another model.
+        Args:
+            path: the checkpoint's folder.
+            counts: the entry "counts" of the checkpoint's state.
+
+        Raises:
+            SpearError: if the checkpoint cannot be read or belongs to another model.
         """
         try:
             reader = HuggingFaceStorageReader(str(path))
@@ -166,25 +187,26 @@ class Checkpoints:
             raise SpearError(f"checkpoint {path} cannot be read ({reason}): {ADVICE}") from error
 
     def _count_updates(self) -> dict[str, float]:
-        """Return how many updates each parameter has had."""
+        """Return how many updates each parameter has had, by the parameter's name."""
         counters = {}
         for parameter, state in self._stepper.optimizer.state.items():
             counters[self._name_of[parameter]] = state["step"]
         if not counters:
             return {}
-        # Stacked, so that a GPU is waited for once and not for every parameter.
+        # The counters may be on a GPU. Stacked, they need one transfer instead of one each.
         counts = torch.stack(list(counters.values())).tolist()
         return dict(zip(counters, counts, strict=True))
 
     def _copy_tensors(self) -> dict[str, torch.Tensor]:
-        """Copy to the CPU what this process writes.
+        """Copy to the CPU the tensors that this process writes.
 
-        These are its parts of sharded tensors, and of the tensors that all processes have, the
-        largest first, every N-th one.
+        A process writes its parts of all sharded tensors. Tensors that every process has whole are
+        dealt out to the N processes: sorted by size, every N-th one belongs to this process, so
+        that all processes write about as much.
         """
-        tensors = sorted(self._collect_tensors().items(), key=lambda item: -item[1].numel())
+        largest_first = sorted(self._collect_tensors().items(), key=lambda item: -item[1].numel())
         copies = {}
-        for position, (key, tensor) in enumerate(tensors):
+        for position, (key, tensor) in enumerate(largest_first):
             is_own_turn = position % parallel.get_world_size() == parallel.get_rank()
             if isinstance(tensor, DTensor) or is_own_turn:
                 copies[key] = tensor.detach().to(
@@ -193,19 +215,22 @@ class Checkpoints:
         return copies
 
     def _write(self, step: int, tensors: dict[str, torch.Tensor], state: dict[str, Any]) -> None:
-        """Write a checkpoint, in the background thread of every process."""
+        """Write a checkpoint. This runs in the background thread of every process.
+
+        The first process alone creates the folder, writes the state and renames the folder.
+        """
         final = self._folder / f"step-{step:08d}"
         unfinished = self._folder / f".part-{final.name}"
         is_first_process = parallel.get_rank() == 0
 
         if is_first_process:
-            for remnant in self._folder.glob(".part-*"):  # of a process that was killed
+            for remnant in self._folder.glob(".part-*"):  # what a killed process has left
                 shutil.rmtree(remnant, ignore_errors=True)
             unfinished.mkdir(parents=True)
         if self._group is not None:
             dist.barrier(self._group)
 
-        # In the first process this returns when all processes are done.
+        # In the first process `dcp.save` returns when all processes are done.
         dcp.save(
             tensors,
             storage_writer=HuggingFaceStorageWriter(str(unfinished), save_distributed=True),
@@ -223,7 +248,11 @@ class Checkpoints:
                 shutil.rmtree(old, ignore_errors=True)
 
     def _collect_tensors(self) -> dict[str, torch.Tensor]:
-        """Return the stepper's tensors by key: parameters and buffers, EMA weights, moments."""
+        """Return the stepper's tensors: parameters and buffers, EMA weights, moments.
+
+        A key consists of a prefix for these kinds and the name in the model, for example
+        "ema.head.weight".
+        """
         tensors = {}
         for name, tensor in self._stepper.model.state_dict().items():
             tensors[f"model.{name}"] = tensor
@@ -237,7 +266,11 @@ class Checkpoints:
         return tensors
 
     def _create_moments(self, counts: dict[str, float]) -> None:
-        """Give parameters that have been updated moments to read into, as the optimizer would."""
+        """Create zero moments, to be read into, for each parameter that has been updated.
+
+        AdamW itself creates moments at a parameter's first update. `counts` has the number of
+        updates of each parameter that has moments in the checkpoint.
+        """
         state = self._stepper.optimizer.state
         for parameter in self._stepper.trainable.values():
             state.pop(parameter, None)
@@ -249,6 +282,9 @@ class Checkpoints:
 
 
 def _last_line(error: BaseException) -> str:
-    """Return an error's last line: PyTorch's begin with the traceback of another process."""
+    """Return the last line of an error's text.
+
+    PyTorch's errors begin with the traceback of another process; their last line says what failed.
+    """
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return lines[-1].strip()

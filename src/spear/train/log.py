@@ -15,9 +15,8 @@ from torch.utils._pytree import tree_flatten_with_path
 from spear.util.files import write_bytes, write_text
 from spear.util.progress import ProgressBar
 
-SKIPPED_BATCHES = (
-    "not-finite"  # folder in a run's folder: batches whose loss or gradient is inf, nan
-)
+# Folder in a run's folder, for the batches whose loss or gradient was infinite or NaN.
+SKIPPED_BATCHES = "not-finite"
 
 
 class Logger:
@@ -34,10 +33,10 @@ class Logger:
         self._log_every = log_every
         self._start_time = time.perf_counter()
         self._last_line_time = self._start_time
-        self._waited_s = 0.0  # since the last line
+        self._waited_s = 0.0  # time that steps have waited for batches since the last line
         self._file = _open_log(out / "log.jsonl", first_step)
         self._board = _open_tensorboard(out / "tensorboard", first_step)
-        self._info = ""
+        self._info = ""  # the text behind the progress bar
         self.bar = ProgressBar(out.name, num_steps, "steps", first_step)
 
     def __enter__(self) -> Self:
@@ -53,10 +52,15 @@ class Logger:
     def log(
         self, step: int, values: Mapping[str, float], lr: float = 0.0, waited_s: float = 0.0
     ) -> None:
-        """Count a finished step (0-based), and write its values every `log_every` steps.
+        """Count a finished step, and write its values every `log_every` steps.
 
-        The values of the last step are always written. waited_s: how long the step waited for its
-        batch.
+        The values of the last step are always written.
+
+        Args:
+            step: the step's number, from 0.
+            values: the loss, its parts and the gradient's norm, by name.
+            lr: the step's learning rate.
+            waited_s: how long the step waited for its batch.
         """
         num_done = step + 1
         self._waited_s += waited_s
@@ -65,12 +69,15 @@ class Logger:
         self.bar.update(num_done, self._info)
 
     def _write(self, num_done: int, values: Mapping[str, float], lr: float) -> None:
+        """Write a line about the last of `num_done` steps to all logs."""
         now = time.perf_counter()
         steps_per_s = (num_done - self._first_step) / (now - self._start_time)
+        # The fraction of the time since the last line in which training waited for data.
         data_wait = self._waited_s / max(now - self._last_line_time, 1e-9)
         self._waited_s = 0.0
         self._last_line_time = now
 
+        # JSON has no infinity and no NaN.
         json_values = {
             name: value if math.isfinite(value) else None for name, value in values.items()
         }
@@ -104,7 +111,9 @@ def _open_log(path: Path, first_step: int) -> Any:
 
 
 def _step_of(line: str) -> float:
-    """Return the step of a line in the log; infinity for a broken line, such as a cut off last one.
+    """Return the step of a line in the log, or infinity for a broken line.
+
+    The last line is broken if the process was killed while writing it: it lacks its end.
 
     >>> _step_of('{"step": 20, "loss": 0.5}' + chr(10)), _step_of('{"step": 4')
     (20.0, inf)
@@ -128,10 +137,13 @@ def _open_tensorboard(folder: Path, first_step: int) -> Any:
 class NonFiniteStep(Exception):
     """A step that was not carried out because its loss or its gradient is not finite.
 
-    quantity        "loss" or "gradient".
-    suspect_pieces  indices, from 0, of this process's pieces that may be the cause; for a gradient,
-                    all of them.
-    values          the loss, its parts and the gradient's norm.
+    A step's batch consists of pieces (`spear.train.parallel`), whose losses are computed one by
+    one, and one gradient for all of them.
+
+    quantity        what is not finite: "loss" or "gradient".
+    suspect_pieces  which of this process's pieces may be the cause, as indices from 0. For a
+                    gradient these are all pieces.
+    values          the loss, its parts and the gradient's norm, by name.
     """
 
     quantity: str
@@ -140,12 +152,18 @@ class NonFiniteStep(Exception):
 
 
 def save_batch(out: Path, step: int, number: int, seed: int, batch: dict[str, Any]) -> None:
-    """Write a piece of a batch, tensors in dicts, to OUT/not-finite.
+    """Write a piece of a batch to the folder `not-finite` in the run's folder.
 
-    The keys of the file are paths such as "questions/input_ids". The piece's number and the seed
-    determine its random numbers (`spear.train.optimize.step_generator`).
+    Args:
+        out: the run's folder.
+        step: the step's number, from 0.
+        number: the piece's number in the run. With the seed it determines the random numbers that
+            the piece's loss was computed with (`spear.train.optimize.step_generator`).
+        seed: the run's seed.
+        batch: the piece: tensors by name, or dicts of tensors by name. A tensor in a dict gets a
+            key such as "questions/input_ids" in the file.
     """
-    leaves: Any = tree_flatten_with_path(batch)[0]
+    leaves: Any = tree_flatten_with_path(batch)[0]  # pairs of the keys to a tensor, and the tensor
     tensors = {}
     for keys, tensor in leaves:
         tensors["/".join(key.key for key in keys)] = tensor.contiguous()
@@ -159,12 +177,14 @@ def load_batch(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
     """Read a piece of a batch that `save_batch` wrote.
 
     Returns:
-        The batch, and a dict of its step (from 0), its number and the run's seed.
+        The piece, and a dict with the keys "step", "number" and "seed", which are arguments of
+        `save_batch`.
     """
     batch: dict[str, Any] = {}
     with safe_open(path, "pt") as file:
         origin = json.loads(file.metadata()["batch"])
         for key in file.keys():  # noqa: SIM118  (a file is no mapping)
+            # "questions/input_ids" goes to batch["questions"]["input_ids"].
             *groups, name = key.split("/")
             group_values = batch
             for group in groups:

@@ -3,6 +3,10 @@
 A run is a pure function of (task, settings, seed): the batch of step k depends on (seed, k) alone,
 and so does every random draw inside the model. A killed run therefore continues to the same losses,
 on a CPU bit for bit.
+
+The batch of a step consists of pieces (`spear.train.parallel`). Each process handles
+`Optimization.accumulate` of them per step. Pieces are numbered through the whole run, and
+`Task.batch(number)` makes one of them.
 """
 
 import contextlib
@@ -30,8 +34,9 @@ from spear.util.run_lock import acquire_run_lock
 from spear.util.run_settings import to_plain_json
 from spear.util.shared_batches import SharedBatchSlots, SlottedBatch
 
-NUM_BATCHES_AHEAD = 4  # batches that each worker loads in advance (our choice)
-MAX_SAVING_SHARE = 1 / 50  # part of the time that checkpoints between `save_every` may take
+NUM_BATCHES_AHEAD = 4  # pieces that each worker process loads in advance (our choice)
+# Checkpoints that are written by the clock may take at most this fraction of the run's time.
+MAX_SAVING_SHARE = 1 / 50
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
@@ -40,12 +45,13 @@ class RunOptions:
     """How a run is carried out, whatever it trains.
 
     seed          two runs with the same seed give the same weights.
-    workers       processes that load batches in advance; 0: the training process does it itself.
-    save_every    steps between checkpoints.
-    save_minutes  a checkpoint is also written after so many minutes, but less often if writing
+    workers       number of worker processes that load batches in advance; with 0 the training
+                  process loads them itself.
+    save_every    number of steps between checkpoints.
+    save_minutes  a checkpoint is also written after this many minutes, but less often if writing
                   would take more than a fiftieth of the time.
-    log_every     steps between lines of the log.
-    device        where the model is moved to; None leaves it where it is.
+    log_every     number of steps between lines of the log.
+    device        the device to which the model is moved; None leaves it where it is.
     sharded       weights, gradients, moments and EMA weights are divided among the processes
                   (`parallel.shard`).
     """
@@ -77,9 +83,10 @@ def run(
         opt: how the weights are updated.
         out: the run's folder, for checkpoints and logs.
         options: seed, workers, device and so on.
-        run_settings: what the run is made from, by name. A run is resumed only with the same.
-        changeable_settings: settings that may change when a run is resumed, as `opt` may;
-            checkpoints record them.
+        run_settings: what the run is made from, by name. A run is resumed only if these settings
+            are the same.
+        changeable_settings: further settings that checkpoints record. They may differ when a run is
+            resumed, and so may `opt`.
 
     Returns:
         The EMA weights by parameter name, or the plain weights when averaging is off.
@@ -128,7 +135,7 @@ def run(
 
 
 def _train_steps(stepper: Stepper, saver: "_Saver", logger: Logger | None, out: Path) -> None:
-    """Run the steps that are left: load, update, log, save."""
+    """Run the steps from the last checkpoint to the end: load, update, log, save."""
     opt = stepper.opt
     progress = saver.progress
     loader = load_batches(
@@ -165,7 +172,8 @@ def _train_steps(stepper: Stepper, saver: "_Saver", logger: Logger | None, out: 
                 lr = opt.lr * learning_rate_factor(step, opt)
                 logger.log(step, values, lr, waited_s)
 
-            # Save when it is time, or when one process was told to stop: all processes do the same.
+            # Save when it is time, or when a signal tells a process to stop. All processes have to
+            # save in the same step, so each takes the maximum over the processes.
             own_signal = signals[0] if signals else 0
             is_overdue, stop_signal = parallel.max_over_processes([saver.is_overdue(), own_signal])
             if is_overdue or stop_signal or saver.is_due(step):
@@ -179,9 +187,12 @@ def _train_steps(stepper: Stepper, saver: "_Saver", logger: Logger | None, out: 
 class _Progress:
     """How far a run has come, as its checkpoints record it.
 
-    num_skipped       steps that were not finite, so far.
-    earlier_minutes   time that the run took before this process continued it.
-    earlier_settings  settings that were changed when the run was resumed.
+    first_step        the first step that this process does, from 0.
+    num_skipped       number of steps skipped so far, because they were not finite.
+    earlier_minutes   minutes that the run took before this process continued it.
+    earlier_settings  earlier values of settings that changed when the run was resumed, as
+                      `list_earlier_settings` returns them.
+    start_time        when this process started or continued the run, on the monotonic clock.
     """
 
     first_step: int = 0
@@ -215,26 +226,30 @@ class _Saver:
         self.options = options
         self._num_steps = num_steps
         self._last_save_time = 0.0
-        self._last_save_took_s = 0.0
+        self._last_save_duration_s = 0.0
 
     def start_clock(self) -> None:
+        """Count the time to the first checkpoint from now on."""
         self._last_save_time = time.monotonic()
 
     def is_due(self, step: int) -> bool:
-        """Return whether a checkpoint is written after this step (0-based) in any case."""
+        """Return whether the step's number (from 0) demands a checkpoint after this step.
+
+        These are every `save_every`-th step, and the last one.
+        """
         num_done = step + 1
         return num_done % self.options.save_every == 0 or num_done == self._num_steps
 
     def is_overdue(self) -> bool:
-        """Return whether the last checkpoint of this process is too long ago."""
+        """Return whether the time since the last checkpoint demands a new one."""
         requested_interval_s = 60 * self.options.save_minutes
         # More frequent checkpoints would take more than `MAX_SAVING_SHARE` of the time.
-        min_affordable_interval_s = self._last_save_took_s / MAX_SAVING_SHARE
+        min_affordable_interval_s = self._last_save_duration_s / MAX_SAVING_SHARE
         interval_s = max(requested_interval_s, min_affordable_interval_s)
         return time.monotonic() - self._last_save_time >= interval_s
 
     def save(self, step: int) -> None:
-        """Write a checkpoint after this step (0-based)."""
+        """Write a checkpoint after the step with this number, from 0."""
         save_start = time.monotonic()
         minutes = (save_start - self.progress.start_time) / 60
         state = {
@@ -245,7 +260,7 @@ class _Saver:
         }
         self.checkpoints.save(step + 1, state)
         self._last_save_time = time.monotonic()
-        self._last_save_took_s = self._last_save_time - save_start
+        self._last_save_duration_s = self._last_save_time - save_start
 
 
 def load_batches(
@@ -259,30 +274,31 @@ def load_batches(
     """Yield this process's pieces of the batches of steps first_step … end_step - 1, in order.
 
     Args:
-        task: whose `batch` makes a piece from its number.
+        task: the task whose method `batch` makes a piece from its number.
         first_step: the first step.
         end_step: the step after the last one.
-        workers: processes that load in advance (0: this one loads).
-        accumulate: pieces per step.
-        device: where the batches will be used. For a GPU they are in pinned memory, from which it
-            copies while it computes.
+        workers: number of worker processes that load in advance; with 0 this process loads.
+        accumulate: pieces per step of this process.
+        device: the device on which the batches will be used. For a GPU the batches are put in
+            pinned memory, from which the GPU copies while it computes.
     """
     numbers: list[int] = []
     for step in range(first_step, end_step):
         numbers.extend(parallel.get_piece_numbers(step, accumulate))
 
     is_pinned = device.type == "cuda"
-    # In addition to the batches ahead, two steps' batches are in use: those of the last step may
-    # still be bound to a name.
+    # Workers pass pieces to this process through slots of shared memory, which are used again. A
+    # worker needs slots for the pieces that it loads ahead, and for those of two steps: the present
+    # step, and the last one, whose pieces may still be bound to a name in the loop.
     slots_per_worker = 0 if is_pinned else NUM_BATCHES_AHEAD + 2 * accumulate
     slots = SharedBatchSlots(workers, slots_per_worker)
     loader: Any = torch.utils.data.DataLoader(
-        numbers,  # type: ignore[arg-type]  # a list is a data set
+        numbers,  # type: ignore[arg-type]  # PyTorch accepts a list as a dataset
         batch_size=None,
         collate_fn=functools.partial(_make_batch, task, slots),
         num_workers=workers,
         prefetch_factor=NUM_BATCHES_AHEAD if workers else None,
-        # Forked workers share the labels instead of copying them, whatever the default is.
+        # Forked workers share the training data in memory. Spawned ones would copy them.
         multiprocessing_context="fork" if workers else None,
         worker_init_fn=_init_worker if workers else None,
         pin_memory=is_pinned,
@@ -296,7 +312,11 @@ def load_batches(
 def _make_batch(
     task: Task, slots: SharedBatchSlots, number: int
 ) -> Batch | SlottedBatch | SpearError:
-    """Make a piece; an error is returned, since PyTorch adds a traceback to one that is raised."""
+    """Make a piece of a batch. In a worker process, put it into a slot of shared memory.
+
+    A `SpearError` is returned instead of raised, because PyTorch would add a worker's traceback to
+    its text.
+    """
     try:
         batch = task.batch(number)
     except SpearError as error:
@@ -306,9 +326,9 @@ def _make_batch(
 
 
 def _init_worker(worker: int) -> None:
-    """Let the first worker alone give notices, and leave signals to the training process.
+    """Prepare a worker process: only the first worker prints notices, and none reacts to signals.
 
-    The training process ends its workers when the step is done.
+    On a signal the training process finishes its step, and then ends its workers itself.
     """
     if worker > 0:
         disable_notices()
@@ -318,10 +338,10 @@ def _init_worker(worker: int) -> None:
 
 @contextlib.contextmanager
 def _catch_stop_signal() -> Iterator[list[int]]:
-    """Put the first SIGTERM or SIGINT into the list that this yields.
+    """Put the number of the first SIGTERM or SIGINT into the list that this yields.
 
-    A second signal has its default effect, and so has every signal if this is not the main thread,
-    because only the main thread can catch signals.
+    A second signal has the effect that it had before this call, and so ends the process at once. In
+    a thread other than the main one no signal is caught, because Python does not allow it there.
     """
     received: list[int] = []
     handlers = {}
@@ -346,7 +366,7 @@ def _catch_stop_signal() -> Iterator[list[int]]:
 
 
 def _stop(step: int, stop_signal: int, logger: Logger | None) -> None:
-    """End this process as the signal asks for."""
+    """End this process with the exception that belongs to the signal."""
     if logger is not None:
         logger.bar.print_line(f"stopped, saved at step {step + 1}; the same command continues")
     if stop_signal == signal.SIGINT:
@@ -371,8 +391,9 @@ def _explain_lost_process() -> Iterator[None]:
 def resolve_optimization(opt: Optimization, out: Path, device: torch.device) -> Optimization:
     """Return `opt` with the precision and the pieces per process that the run in `out` will have.
 
-    A new run uses bfloat16 only where that is fast. A resumed run keeps its precision and its
-    number of pieces. Raises `SpearError` if the processes cannot share the run's pieces.
+    A new run uses bfloat16 only if `device` computes fast with it. A resumed run keeps float32 if
+    it had float32, and keeps its number of pieces per batch. Raises `SpearError` if the number of
+    processes does not divide the number of pieces.
     """
     in_float32 = dataclasses.replace(opt, precision="fp32", frozen_precision="fp32")
     checkpoint = find_newest(out / "checkpoints")
@@ -401,8 +422,15 @@ def find_checkpoint_to_resume(
 ) -> tuple[Path, dict[str, Any]] | None:
     """Return the newest checkpoint in `out/checkpoints` and its state, or None for a new run.
 
-    Raises `SpearError` if the checkpoint's run has another seed or another one of these run
-    settings, or has done more than `steps` steps.
+    Args:
+        out: the run's folder.
+        seed: the seed that the run is to have.
+        run_settings: what the run is to be made from, by name.
+        steps: the number of steps that the run is to have.
+
+    Raises:
+        SpearError: if the run in `out` has another seed or another value of a run setting, or has
+            done more than `steps` steps already.
     """
     checkpoint = find_newest(out / "checkpoints")
     if checkpoint is None:
@@ -450,25 +478,35 @@ def _check_processes_agree(
 def list_earlier_settings(
     state: Mapping[str, Any], settings: Mapping[str, Any]
 ) -> list[dict[str, Any]]:
-    """Return the settings that a run had before they were changed, each with its last step.
+    """Return the values that a run's settings had before they were changed.
 
-    state: of the checkpoint that is resumed. settings: the optimization's settings from now on.
+    Args:
+        state: the state of the checkpoint that is resumed.
+        settings: the optimization's settings from now on.
+
+    Returns:
+        A dict for each time that settings changed: the earlier values of these settings by name,
+        and "until_step", the last step with these values.
     """
     new_settings = to_plain_json(settings)
-    changed = {}
+    earlier_values = {}
     for name, value in state["settings"]["optimization"].items():
-        # A run keeps its pieces, so `accumulate` differs only with the number of processes.
+        # A resumed run keeps its number of pieces. `accumulate`, the pieces per process, differs
+        # if the number of processes differs, which does not change the training.
         if name != "accumulate" and new_settings.get(name) != value:
-            changed[name] = value
-    if not changed:
+            earlier_values[name] = value
+    if not earlier_values:
         return list(state["earlier"])
-    return [*state["earlier"], {"until_step": state["step"], **changed}]
+    return [*state["earlier"], {"until_step": state["step"], **earlier_values}]
 
 
 def _save_suspects(
     problem: NonFiniteStep, step: int, pieces: list[Batch], seed: int, out: Path
 ) -> None:
-    """Write the pieces that may have caused a step that is not finite."""
+    """Write the pieces of a skipped step that may be the reason why it was not finite.
+
+    `pieces` are all pieces of this process in this step.
+    """
     numbers = parallel.get_piece_numbers(step, len(pieces))
     for index in problem.suspect_pieces:
         save_batch(out, step, numbers[index], seed, pieces[index])
@@ -482,7 +520,10 @@ def _report_skip(
     out: Path,
     logger: Logger | None,
 ) -> None:
-    """Say that a step was skipped; if it was one too many, end the run on all processes."""
+    """Print that a step was skipped. After more than `max_skipped` skipped steps, end the run.
+
+    Only process 0 has a logger. It explains the end by a `SpearError`, and the others exit.
+    """
     event = f"step {step + 1}: the {problem.quantity} is not finite"
     folder = out / SKIPPED_BATCHES
     if num_skipped <= max_skipped:
@@ -493,7 +534,7 @@ def _report_skip(
             )
         return
     if logger is None:
-        raise SystemExit(2)  # process 0 explains it
+        raise SystemExit(2)
     raise SpearError(
         f"{event}, after {format_count(max_skipped, 'skipped steps')}. Look at their batches in "
         f"{folder}, lower the learning rate, or allow more with --set max_skipped."

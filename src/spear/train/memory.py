@@ -2,8 +2,8 @@
 
 A forward and a backward pass run on PyTorch's fake tensors, which have shapes and storage sizes but
 no contents. After every operation the sizes of all live tensors are added up, and the maximum is
-the estimate. It does not count the CUDA context, what kernels use internally, and memory lost
-between blocks; `usable_bytes` leaves room for these.
+the estimate. The estimate does not include the CUDA context, memory that kernels use internally,
+and memory that is lost between the allocator's blocks; `usable_bytes` leaves room for these.
 """
 
 import re
@@ -30,22 +30,25 @@ from spear.util.progress import ProgressBar, track_progress
 GIB = 2**30  # bytes
 CONTEXT_BYTES = 0.6 * GIB  # left free for the CUDA context and its libraries (our choice)
 FRAGMENTATION = 0.04  # fraction left free for what the allocator loses between blocks (our choice)
-MAX_GPU_BYTES = 1e15
-MAX_ANSWER_TOKENS = 24  # of the longest answer, a 3D box; every question is format_count with it
+MAX_GPU_BYTES = 1e15  # a larger size is taken for a mistake
+# Tokens of the longest answer, the eight vertices of a 3D box. All answers are counted as so long.
+MAX_ANSWER_TOKENS = 24
 
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """Bytes in one training step, or one inference, at the moment when the most are in use.
+    """Memory in one training step, or one inference, at the moment when most memory is in use.
 
-    weights         all parameters and buffers, in the precision that they are stored in.
-    gradients       of the parameters that learn.
-    moments         AdamW's two averages of the gradients.
+    The first five are in bytes.
+
+    weights         all parameters and buffers, in the precision in which they are stored.
+    gradients       the gradients of the parameters that learn.
+    moments         AdamW's two running averages per parameter that learns.
     ema             the EMA weights.
-    activations     everything else that is live then: kept for the backward pass, temporary, and
-                    bfloat16 copies.
-    num_parameters  all parameters; a count, no bytes.
-    num_trainable   the parameters that learn; a count, no bytes.
+    activations     everything else that is in memory at that moment: tensors for the backward pass,
+                    temporary tensors, and bfloat16 copies of weights.
+    num_parameters  number of all parameters.
+    num_trainable   number of the parameters that learn.
     """
 
     weights: int
@@ -63,28 +66,34 @@ class MemoryEstimate:
 
 
 def usable_bytes(gpu: str) -> float:
-    """Return the bytes that a training step may use on a GPU of this size, as it is sold.
+    """Return the bytes that a training step may use on a GPU.
 
-    Raises `SpearError` for text that is no size.
+    Args:
+        gpu: the GPU's memory as the GPU is sold, for example "24GB".
+
+    Raises:
+        SpearError: for a text that is no size of memory.
 
     >>> round(usable_bytes("24GB") / GIB, 1)
     22.4
     """
     match = re.fullmatch(r"(\d+(\.\d+)?) ?(G(i?B)?)?", gpu.strip(), re.IGNORECASE)
-    size = float(match[1]) * GIB if match else 0.0  # GPUs are sold in GiB
-    if not CONTEXT_BYTES < size < MAX_GPU_BYTES:
+    gpu_bytes = float(match[1]) * GIB if match else 0.0  # "GB" on a GPU's box means GiB
+    if not CONTEXT_BYTES < gpu_bytes < MAX_GPU_BYTES:
         raise SpearError(f"{gpu!r} is no size of a GPU. Write it like 24GB.")
-    return size * (1 - FRAGMENTATION) - CONTEXT_BYTES
+    return gpu_bytes * (1 - FRAGMENTATION) - CONTEXT_BYTES
 
 
 def measure_training(recipe: Recipe, as_on_gpu: bool = True) -> MemoryEstimate:
     """Measure what one process needs to train a "vla" or "vlm" recipe with the whole batch.
 
-    Every image, prompt and answer is format_count as present and as long as it may be.
+    The estimate assumes that no image is missing, and that prompts and answers are as long as they
+    may be.
 
     Args:
         recipe: what to train.
-        as_on_gpu: use the attention and the norms of a GPU; False: those of a CPU, for checking.
+        as_on_gpu: whether to run the attention and the norms that run on a GPU. With False those of
+            a CPU run, so that the estimate can be checked against a real step on a CPU.
 
     Raises:
         SpearError: for another kind of recipe, or a batch that does not divide into `accumulate`
@@ -94,17 +103,18 @@ def measure_training(recipe: Recipe, as_on_gpu: bool = True) -> MemoryEstimate:
         raise SpearError(
             f"recipe {recipe.name} trains a small encoder alone. Give a vla or vlm recipe."
         )
-    size = get_preset(recipe.preset)
+    preset = get_preset(recipe.preset)
     opt = recipe.optimization
     piece_size = parallel.divide_into_pieces(recipe.batch_size, "batch_size", opt.accumulate)
-    model = _build_model(recipe, size, as_on_gpu)
+    model = _build_model(recipe, preset, as_on_gpu)
     set_gradient_checkpointing(model, opt.gradient_checkpointing)
 
     with FakeTensorMode(), MemoryMeter() as meter:
         allocate_storage(model.train())
         weights = meter.live
         trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        if opt.accumulate > 1:  # the gradients of the earlier pieces
+        if opt.accumulate > 1:
+            # From the second piece on, the earlier pieces' gradients are in memory, too.
             for parameter in trainable:
                 parameter.grad = torch.empty_like(parameter)
 
@@ -114,7 +124,7 @@ def measure_training(recipe: Recipe, as_on_gpu: bool = True) -> MemoryEstimate:
             enabled=opt.precision == "bf16",
             cache_enabled=not opt.gradient_checkpointing,
         ):
-            loss = _loss(model, recipe, size, piece_size)
+            loss = _loss(model, recipe, preset, piece_size)
         loss.backward()
         del loss
         gradients = 0
@@ -134,19 +144,20 @@ def measure_training(recipe: Recipe, as_on_gpu: bool = True) -> MemoryEstimate:
     )
 
 
-def measure_inference(size: Preset, dtype: torch.dtype, batch_size: int = 1) -> MemoryEstimate:
-    """Measure what SPEAR-1 needs on a GPU to act on so many observations at once."""
+def measure_inference(preset: Preset, dtype: torch.dtype, batch_size: int = 1) -> MemoryEstimate:
+    """Measure what SPEAR-1 needs on a GPU for one inference on `batch_size` observations."""
     no_steps = Optimization(steps=1, lr=0.0)
-    recipe = Recipe("inference", "vla", size.name, "", no_steps, batch_size)
-    model: Any = _build_model(recipe, size).to(dtype).eval()
+    recipe = Recipe("inference", "vla", preset.name, "", no_steps, batch_size)
+    model: Any = _build_model(recipe, preset).to(dtype).eval()
 
-    # Without oneDNN, which a GPU does not have: it would pack the weights a second time.
+    # The step runs on CPU tensors. oneDNN, which a GPU does not use, would add repacked copies of
+    # the weights there.
     without_onednn = torch.backends.mkldnn.flags(enabled=False, allow_tf32=None)
     with without_onednn, FakeTensorMode(), MemoryMeter() as meter, torch.no_grad():
         allocate_storage(model)
         weights = meter.live
-        noise = Action.from_vector(torch.zeros(batch_size, size.horizon, ACTION_DIM))
-        model.sample_actions(**_observation(size, batch_size), noise=noise, steps=2)
+        noise = Action.from_vector(torch.zeros(batch_size, preset.horizon, ACTION_DIM))
+        model.sample_actions(**_observation(preset, batch_size), noise=noise, steps=2)
 
     return MemoryEstimate(
         weights=weights,
@@ -159,12 +170,15 @@ def measure_inference(size: Preset, dtype: torch.dtype, batch_size: int = 1) -> 
     )
 
 
-def _build_model(recipe: Recipe, size: Preset, as_on_gpu: bool = True) -> torch.nn.Module:
-    """Build the recipe's model without contents, with the attention and norms of a GPU or a CPU."""
-    vlm = build_vlm_config(size)
+def _build_model(recipe: Recipe, preset: Preset, as_on_gpu: bool = True) -> torch.nn.Module:
+    """Build the recipe's model without memory for weights.
+
+    With `as_on_gpu` the model has the attention and the norms that run on a GPU.
+    """
+    vlm = build_vlm_config(preset)
     if not recipe.moge:
         vlm.moge_config = None
-    config: Any = vlm if recipe.kind == "vlm" else build_spear1_config(size, vlm)
+    config: Any = vlm if recipe.kind == "vlm" else build_spear1_config(preset, vlm)
     if as_on_gpu:
         config._attn_implementation = "sdpa"
 
@@ -176,50 +190,52 @@ def _build_model(recipe: Recipe, size: Preset, as_on_gpu: bool = True) -> torch.
     return model
 
 
-def _loss(model: Any, recipe: Recipe, size: Preset, piece_size: int) -> torch.Tensor:
-    """Return the task's loss on a piece of zeros."""
+def _loss(model: Any, recipe: Recipe, preset: Preset, piece_size: int) -> torch.Tensor:
+    """Return the training loss on a piece of a batch, of `piece_size` steps with only zeros."""
     if recipe.kind == "vlm":
-        return _question_loss(model, recipe, size, piece_size)
+        return _question_loss(model, recipe, preset, piece_size)
 
-    actions = Action.from_vector(torch.zeros(piece_size, size.horizon, ACTION_DIM))
-    observation = _observation(size, piece_size)
+    actions = Action.from_vector(torch.zeros(piece_size, preset.horizon, ACTION_DIM))
+    observation = _observation(preset, piece_size)
     total = model(**observation, actions=actions, flow_samples=recipe.flow_samples).loss
     if recipe.question_images:
         num_images = parallel.divide_into_pieces(
             recipe.question_images, "question_images", recipe.optimization.accumulate
         )
-        question_loss = _question_loss(model.vlm, recipe, size, num_images)
+        question_loss = _question_loss(model.vlm, recipe, preset, num_images)
         total = total + recipe.question_weight * question_loss
     return total
 
 
-def _observation(size: Preset, batch_size: int) -> dict[str, Any]:
-    """Return a batch of observations of zeros."""
+def _observation(preset: Preset, batch_size: int) -> dict[str, Any]:
+    """Return a batch of observations that contain only zeros, with prompts of full length."""
     pixels = {}
-    for view, (width, height) in size.image_sizes.items():
+    for view, (width, height) in preset.image_sizes.items():
         pixels[view] = torch.zeros(batch_size, 3, height, width, dtype=torch.uint8)
     return {
         "pixel_values": pixels,
-        "input_ids": torch.zeros(batch_size, size.prompt_tokens, dtype=torch.long),
-        "attention_mask": torch.ones(batch_size, size.prompt_tokens, dtype=torch.long),
+        "input_ids": torch.zeros(batch_size, preset.prompt_tokens, dtype=torch.long),
+        "attention_mask": torch.ones(batch_size, preset.prompt_tokens, dtype=torch.long),
         "state": torch.zeros(batch_size, NUM_STATE_FEATURES),
     }
 
 
-def _question_loss(vlm: Any, recipe: Recipe, size: Preset, num_images: int) -> torch.Tensor:
-    """Return the loss of the most and longest questions that a batch of external images may have.
+def _question_loss(vlm: Any, recipe: Recipe, preset: Preset, num_images: int) -> torch.Tensor:
+    """Return the loss of the largest batch of questions about `num_images` external images.
 
-    This does what `SpearVLMForConditionalGeneration.forward` does. That method looks at values in
-    its batch, and fake tensors have none.
+    Each image has as many questions as the recipe allows, with prompts and answers of full length.
+    The function repeats what `SpearVLMForConditionalGeneration.forward` does, because that method
+    reads values of its batch, and fake tensors have no values.
     """
-    view = next(iter(size.image_sizes))
-    width, height = size.image_sizes[view]
+    view = next(iter(preset.image_sizes))
+    width, height = preset.image_sizes[view]
     pixels = torch.zeros(num_images, 3, height, width, dtype=torch.uint8)
     features, valid = vlm.encode_images({view: pixels})
 
+    # The image of each question; every image has `max_pairs` questions.
     _, max_pairs = recipe.questions.pairs
     image_index = torch.arange(num_images).repeat_interleave(max_pairs)
-    ids = torch.zeros(len(image_index), size.prompt_tokens, dtype=torch.long)
+    ids = torch.zeros(len(image_index), preset.prompt_tokens, dtype=torch.long)
     prefix = vlm.run_language_model(
         features[image_index], valid[image_index], ids, keep_cache=False
     )
@@ -229,26 +245,31 @@ def _question_loss(vlm: Any, recipe: Recipe, size: Preset, num_images: int) -> t
 
 
 def plan_memory_savings(recipe: Recipe) -> Iterator[tuple[dict[str, Any], MemoryEstimate]]:
-    """Yield changes to a recipe that save memory, and what it needs with them.
+    """Yield sets of changes to a recipe that save memory, and the estimate with these changes.
 
-    First no changes, then one more change each time; those that cost the least time or quality come
-    first. Each recipe is measured when its turn comes.
+    The first set is empty. Each further set has one change more, in the order of what the changes
+    cost in time or quality, the cheapest first. A set is measured only when the caller asks for it.
     """
     changes = _memory_saving_changes(recipe)
-    counts = range(len(changes) + 1)
-    bar = ProgressBar(f"planning {recipe.name}", len(counts), "settings")
-    for count in track_progress(counts, bar):
-        first_changes = dict(changes[:count])
+    numbers_of_changes = range(len(changes) + 1)
+    bar = ProgressBar(f"planning {recipe.name}", len(numbers_of_changes), "settings")
+    for num_changes in track_progress(numbers_of_changes, bar):
+        first_changes = dict(changes[:num_changes])
         yield first_changes, measure_training(recipe.with_changes(**first_changes))
 
 
 def _memory_saving_changes(recipe: Recipe) -> list[tuple[str, Any]]:
+    """Return recipe keys and values that save memory and that the recipe does not have yet.
+
+    The cheapest change in time or quality comes first.
+    """
     opt = recipe.optimization
     changes: list[tuple[str, Any]] = []
     if opt.precision == "bf16" and opt.frozen_precision != "bf16":
         changes.append(("frozen_precision", "bf16"))
     if not opt.gradient_checkpointing:
         changes.append(("gradient_checkpointing", True))
+    # Pieces of eight steps, and pieces of one step.
     for num_pieces in (recipe.batch_size // 8, recipe.batch_size):
         if num_pieces <= opt.accumulate:
             continue
@@ -260,7 +281,7 @@ def _memory_saving_changes(recipe: Recipe) -> list[tuple[str, Any]]:
 
 
 def format_set_option(changes: Mapping[str, Any]) -> str:
-    """Return changes to a recipe as `spear train` takes them.
+    """Format changes to a recipe as the option of `spear train` that makes these changes.
 
     >>> format_set_option({"ema": 0, "gradient_checkpointing": True})
     '--set ema=0 gradient_checkpointing=true'

@@ -1,4 +1,9 @@
-"""How weights are updated: the freeze schedule, LoRA (by PEFT), the optimizer, and one step."""
+"""How weights are updated: the freeze schedule, LoRA (by PEFT), the optimizer, and one step.
+
+The freeze schedule says which parameters learn. It names modules by prefixes of parameter names
+(`Optimization.frozen`, `Optimization.trained`). The batch of a step consists of pieces, whose
+gradients are averaged (`spear.train.parallel`).
+"""
 
 import math
 import warnings
@@ -15,36 +20,43 @@ from spear.train.log import NonFiniteStep
 from spear.train.options import Optimization, is_under
 
 Batch = dict[str, Any]
-"""Tensors by name, dicts of them, and what else a task's loss needs."""
+"""What a task's loss needs, by name: tensors, dicts of tensors, and other values."""
 Loss = tuple[torch.Tensor, Mapping[str, torch.Tensor]]
-"""The total loss and its named parts, all 0-d."""
+"""The total loss and its named parts, all 0-d tensors."""
 
-# Every linear layer of the language model; none of the encoders and of the action expert.
+# Matches every linear layer of the language model, and no layer of the image encoders or of the
+# action expert.
 LORA_MODULES = (
     r"(.*\.)?language_model\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)"
 )
-SEED_STRIDE = 1_000_003  # a prime: the random numbers of two seeds do not meet
+# Generators are seeded with seed · SEED_STRIDE + piece number. So two runs with different seeds get
+# a common generator only if their piece numbers differ by a multiple of this, about a million.
+SEED_STRIDE = 1_000_003
 
 
 class Task(Protocol):
     """What the loop trains: a model, its batches and its loss.
 
-    A task may also have `trainable_rows`, parameter name -> (first, last): of that parameter, only
-    the rows first … last − 1 learn.
+    A task may also have an attribute `trainable_rows`, parameter name -> (first, last). Of the
+    parameter with this name only the rows first … last − 1 learn.
     """
 
     @property
     def model(self) -> torch.nn.Module: ...
 
     def batch(self, step: int) -> Batch:
-        """Return the batch of one step: a pure function of the step, run by a loader process."""
+        """Return one piece of a batch, which depends only on the task and the number `step`.
+
+        Worker processes call this. If batches consist of one piece each, `step` is the step's
+        number, otherwise the piece's number in the run.
+        """
 
     def loss(self, batch: Batch, generator: torch.Generator) -> Loss:
         """Return the loss of a batch, with random numbers from `generator`."""
 
 
 def learning_rate_factor(step: int, opt: Optimization) -> float:
-    """Return the factor on the peak learning rate at `step` (0-based).
+    """Return the factor on the peak learning rate at `step` (from 0).
 
     >>> opt = Optimization(steps=110, lr=1e-3, warmup=10, final_lr=0.1)
     >>> [round(learning_rate_factor(step, opt), 2) for step in (0, 9, 60, 110)]
@@ -59,9 +71,10 @@ def learning_rate_factor(step: int, opt: Optimization) -> float:
 
 
 def apply_freeze(model: torch.nn.Module, opt: Optimization) -> None:
-    """Set `requires_grad` as the recipe says; LoRA matrices learn in frozen modules, too.
+    """Set `requires_grad` of each parameter as the recipe's prefixes say.
 
-    Raises `SpearError` for a prefix that matches no module, and if no module would learn.
+    LoRA matrices always learn, even in frozen modules. Raises `SpearError` for a prefix that
+    matches no module, and if no module would learn.
     """
     names = [name for name, _ in model.named_parameters()]
     for prefix in (*opt.frozen, *opt.trained, *opt.lr_scale):
@@ -75,7 +88,8 @@ def apply_freeze(model: torch.nn.Module, opt: Optimization) -> None:
     for name, parameter in model.named_parameters():
         is_trained = not opt.trained or any(is_under(name, prefix) for prefix in opt.trained)
         is_frozen = any(is_under(name, prefix) for prefix in opt.frozen)
-        parameter.requires_grad_((is_trained and not is_frozen) or ".lora_" in name)
+        is_lora_matrix = ".lora_" in name
+        parameter.requires_grad_((is_trained and not is_frozen) or is_lora_matrix)
 
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise SpearError(
@@ -87,12 +101,12 @@ def apply_freeze(model: torch.nn.Module, opt: Optimization) -> None:
 def add_adapters(model: torch.nn.Module, rank: int, alpha: float) -> Any:
     """Add LoRA matrices to the layers that `LORA_MODULES` names, in place.
 
-    A weight W [out, in] acts as W + alpha / rank · B A, with A [rank, in] random and B [out, rank]
-    zero, so that at first nothing changes. Returns PEFT's view of the model, a `PeftModel`. Raises
-    `SpearError` when PEFT is missing.
+    A layer with the weight W [out, in] then computes with W + alpha / rank · B A. A [rank, in] is
+    random and B [out, rank] is zero, so that the model's outputs do not change at first. Returns
+    PEFT's view of the model, a `PeftModel`. Raises `SpearError` when PEFT is missing.
     """
     peft: Any = import_optional("peft", "lora", "LoRA")
-    # PEFT reads an attribute that Transformers deprecates.
+    # PEFT reads an attribute that is deprecated in Transformers.
     warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
     config = peft.LoraConfig(r=rank, lora_alpha=alpha, target_modules=LORA_MODULES)
     return peft.PeftModel(model, config)
@@ -101,12 +115,13 @@ def add_adapters(model: torch.nn.Module, rank: int, alpha: float) -> Any:
 def set_weight_precision(model: torch.nn.Module, opt: Optimization) -> None:
     """Convert the weights in place: to float32, or frozen matrices to `opt.frozen_precision`.
 
-    Only linear layers and token embeddings may be in bfloat16, because all other weights are small.
-    Gemma's scale of embeddings, which is not saved, is rounded where a checkpoint is in bfloat16;
-    here it becomes exact again.
+    Only the weights of linear layers and token embeddings may be in bfloat16. All other weights are
+    so small that bfloat16 would save nothing.
     """
     module: Any
     for module in model.modules():
+        # Gemma's embedding module multiplies embeddings by a scale, which checkpoints do not
+        # contain. Loading a checkpoint in bfloat16 rounds the scale; here it becomes exact again.
         embedding_scale = getattr(module, "scalar_embed_scale", None)
         if embedding_scale is not None:
             module.embed_scale = torch.full_like(
@@ -123,50 +138,59 @@ def set_weight_precision(model: torch.nn.Module, opt: Optimization) -> None:
 def make_optimizer(
     model: torch.nn.Module, opt: Optimization, partly_trained: Collection[str] = ()
 ) -> torch.optim.AdamW:
-    """Return AdamW over the parameters that learn, in one group per learning-rate factor and decay.
+    """Return AdamW over the parameters that learn.
 
-    Vectors have no weight decay, nor have the parameters named in `partly_trained`: of these only
-    some rows learn, and decay would also change the others.
+    Parameters with the same learning-rate factor and the same weight decay form a group. Vectors
+    have no weight decay. The parameters named in `partly_trained` have none either, because only
+    some of their rows learn, and decay would also change the other rows.
     """
     parameters_of: dict[tuple[float, bool], list[torch.nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
         has_decay = parameter.ndim >= 2 and name not in partly_trained
-        parameters_of.setdefault((_rate_factor(name, opt), has_decay), []).append(parameter)
+        group_key = (_rate_factor(name, opt), has_decay)
+        parameters_of.setdefault(group_key, []).append(parameter)
 
     groups = []
-    for (factor, has_decay), parameters in sorted(parameters_of.items(), key=lambda item: item[0]):
+    for factor, has_decay in sorted(parameters_of):
         groups.append(
             {
-                "params": parameters,
+                "params": parameters_of[factor, has_decay],
                 "lr": opt.lr * factor,
                 "peak": opt.lr * factor,
-                "weight_decay": opt.weight_decay * has_decay,
+                "weight_decay": opt.weight_decay if has_decay else 0.0,
             }
         )
     return torch.optim.AdamW(groups, betas=opt.betas, fused=True)
 
 
 def _rate_factor(name: str, opt: Optimization) -> float:
-    """Return a parameter's factor in `lr_scale`: that of the longest matching prefix."""
+    """Return the factor on a parameter's learning rate.
+
+    It is the one that `lr_scale` gives for the longest prefix of the parameter's name, or 1.
+    """
     prefixes = [prefix for prefix in opt.lr_scale if is_under(name, prefix)]
     return opt.lr_scale[max(prefixes, key=len)] if prefixes else 1.0
 
 
 def step_generator(seed: int, number: int, device: torch.device | str = "cpu") -> torch.Generator:
-    """Return the random numbers of a piece, a pure function of the seed and the piece's number."""
+    """Return the random number generator of the piece with this number in a run with this seed."""
     return torch.Generator(device).manual_seed((seed * SEED_STRIDE + number) % (2**63))
 
 
 class Stepper:
     """Runs one optimization step after another on a task's model.
 
-    device     where the model is moved to; None leaves it where it is.
-    sharded    each process holds only its part of everything (`parallel.shard`); no effect on a
-               single process.
+    task       the model, its batches and its loss.
+    opt        how the weights are updated.
+    seed       the run's seed.
+    device     the device to which the model is moved; None leaves it where it is.
+    sharded    whether each process holds only a part of each weight, gradient, moment and EMA
+               weight (`parallel.shard`). This has no effect on a single process.
     trainable  the parameters that learn, by name.
-    ema        their EMA weights, by name; None when averaging is off.
+    row_masks  masks of the rows that learn, for the parameters in the task's `trainable_rows`.
+    ema        the EMA weights of the parameters that learn, by name; None when averaging is off.
     """
 
     def __init__(
@@ -184,7 +208,7 @@ class Stepper:
         self.device = device or next(self.model.parameters()).device
         self.sharded = sharded and parallel.get_world_size() > 1
 
-        # The model: which weights learn, in which precision, where.
+        # The model: which weights learn, their precision, and their device.
         apply_freeze(self.model, opt)
         set_weight_precision(self.model, opt)
         set_gradient_checkpointing(self.model, opt.gradient_checkpointing)
@@ -225,15 +249,15 @@ class Stepper:
 
         Args:
             step: the step's number, from 0.
-            pieces: this process's pieces of the batch (`accumulate` of them), whose gradients,
-                losses and parts are averaged, over the processes as well.
+            pieces: this process's pieces of the step's batch, `accumulate` of them. Gradients,
+                losses and the parts of losses are averaged over the pieces of all processes.
 
         Returns:
             The mean loss, its parts and "grad_norm", the gradient's norm before clipping.
 
         Raises:
             NonFiniteStep: on all processes, if a loss or the gradient is not finite. The weights
-                are as before.
+                then stay as they were before the step.
         """
         for group in self.optimizer.param_groups:
             group["lr"] = group["peak"] * learning_rate_factor(step, self.opt)
@@ -248,7 +272,7 @@ class Stepper:
             names = list(values)
             piece_values.append(torch.stack([value.detach().float() for value in values.values()]))
 
-        # The gradient: the mean over all processes, of the rows that learn, clipped.
+        # The gradient: averaged over all processes, zeroed in the rows that do not learn, clipped.
         if self.sharded:
             parallel.release_gathered_weights(self.model)
         else:
@@ -261,8 +285,8 @@ class Stepper:
             list(self.trainable.values()), self.opt.grad_clip
         )
 
-        # This is where a process waits for its GPU (apart from questions, which find their
-        # answers' tokens): once in a step.
+        # `tolist` makes the process wait for its GPU. This happens here alone, once in a step, and
+        # in the loss of questions, which looks for the answers' tokens.
         means = parallel.average_over_processes(torch.stack(piece_values).mean(0))
         grad_norm = parallel.gather(grad_norm).float().reshape(1)
         numbers = torch.cat([means, grad_norm]).tolist()
@@ -275,7 +299,11 @@ class Stepper:
         return step_values
 
     def _run_piece(self, piece: Batch, number: int, num_pieces: int) -> dict[str, torch.Tensor]:
-        """Add a piece's gradient; return its loss and the parts of the loss."""
+        """Add a piece's gradient, divided by `num_pieces`, to the parameters' gradients.
+
+        Returns:
+            The piece's loss, as "loss", and the parts of the loss.
+        """
         piece_on_device = tree_map_only(
             torch.Tensor, lambda tensor: tensor.to(self.device, non_blocking=True), piece
         )
@@ -301,12 +329,15 @@ class Stepper:
         if math.isfinite(step_values["loss"]):
             all_pieces = list(range(len(piece_values)))
             raise NonFiniteStep("gradient", all_pieces, step_values)
-        suspects = [
-            index for index, values in enumerate(piece_values) if not values[0].isfinite()
-        ]  # the loss is the first value
+        suspects = []
+        for index, values in enumerate(piece_values):
+            piece_loss = values[0]
+            if not piece_loss.isfinite():
+                suspects.append(index)
         raise NonFiniteStep("loss", suspects, step_values)
 
     def _update_ema(self, step: int) -> None:
+        """Move the EMA weights towards the weights; faster in the first steps of a run."""
         if self.ema is None:
             return
         decay = min(self.opt.ema, (1 + step) / (10 + step))

@@ -1,6 +1,8 @@
 """Recipes and the values they may take, the inputs of a training, and the options of its commands.
 
-Nothing here needs PyTorch, so that help texts, lists and mistakes are shown at once.
+This file does not import PyTorch, so that commands can print help texts and errors at once. The
+docstrings of `Optimization`, `QuestionMix` and `Recipe` are also shown to users, by `spear recipes`
+(`spear.train.settings`).
 """
 
 import dataclasses
@@ -33,6 +35,7 @@ if TYPE_CHECKING:
 
 Kind = Literal["depth", "naming", "vlm", "vla"]
 Precision = Literal["bf16", "fp32"]
+# Numbers with the range that a recipe's value is checked against.
 Count = Annotated[int, Ge(0)]
 PositiveCount = Annotated[int, Ge(1)]
 NonNegative = Annotated[float, Ge(0)]
@@ -49,13 +52,15 @@ class Optimization:
     lr                peak learning rate.
     lr_scale          module prefix -> factor on `lr`; the longest matching prefix wins.
     frozen            module prefixes that do not learn.
-    trained           if not empty, only these prefixes learn (and `frozen` is applied within them).
+    trained           if not empty, only modules with these prefixes learn; of these modules, the
+                      ones that `frozen` names do not learn.
     schedule          "cosine" decays to `final_lr` x lr after the warmup; "constant" keeps lr.
     warmup            steps over which the learning rate rises linearly to `lr`.
     final_lr          factor on `lr` at the last step of schedule "cosine".
     weight_decay, betas  AdamW's settings (our choice).
     grad_clip         norm to which larger gradients are scaled down.
-    ema               decay of the EMA weights, ramped up as (1+k)/(10+k); 0 turns averaging off.
+    ema               decay of the EMA weights; at step k it is at most (1+k)/(10+k). 0 turns
+                      averaging off.
     precision         "bf16" runs forward passes under autocast where that is fast
                       (`spear.models.devices`); the weights stay in float32.
     frozen_precision  "bf16" keeps frozen linear layers and token embeddings in bfloat16, which
@@ -63,9 +68,9 @@ class Optimization:
     accumulate        pieces into which a process divides its batch; their gradients are averaged.
                       A resumed run keeps its pieces (`spear.train.parallel`).
     gradient_checkpointing  layers run again in the backward pass instead of keeping their
-                      activations (`spear.models.layers`).
-    max_skipped       steps whose loss or gradient is not finite are skipped; more than this many
-                      end the run.
+                      activations (`spear.models.layers`), which saves memory and costs time.
+    max_skipped       steps whose loss or gradient is not finite are skipped; the run ends if there
+                      are more of them than this.
     """
 
     steps: Count
@@ -104,7 +109,8 @@ class QuestionMix:
     coordinate_weight    the paper's λ: factor on the loss of 3D tokens.
     coordinate_smoothing standard deviation, in bins, of a 3D token's Gaussian target; 0 is one-hot
                          (paper).
-    most_images          ask only about the first so many labeled images of each view (0: all).
+    most_images          number of labeled images of each view that are asked about, the first ones
+                         (0: all).
     """
 
     families: tuple[str, ...] = QUESTION_TYPES
@@ -125,14 +131,14 @@ class Recipe:
     moge          False omits the MoGe branch (stage 0: a plain PaliGemma).
     coordinate_rows_only  of the token embeddings, only the 3D tokens' rows learn (the paper's VLM
                   stage 1).
-    smooth_tokens  new 3D tokens start similar where their bins are close (`spear.tokens`; our
-                  choice).
+    smooth_tokens  the embeddings of new 3D tokens start similar if their bins are close
+                  (`spear.tokens`; our choice).
     bins, spacing  number and spacing of new 3D tokens, which are fitted to the labels. None keeps
                   those of `--init`; without `--init`: the preset's number, at quantiles (paper).
     questions     which questions a batch asks.
     batch_size    images per step ("vlm", "depth") or robot steps per step ("vla").
-    flow_samples  draws of (noise, τ) per robot step; the prefix is computed once for all of them
-                  (our choice).
+    flow_samples  number of random pairs of noise and flow time τ per robot step; images and prompt
+                  are computed once for all of them (our choice).
     question_images, question_weight  images with 3D questions in addition to a robot batch (0:
                   none), and the factor on their loss (our choice).
     augment       strength of the photometric augmentation, 0 to 1.
@@ -141,9 +147,9 @@ class Recipe:
     normalize_each  normalize each dataset by its own statistics instead of those of the mixture
                   (for an ablation).
     flow          fields of `spear.flow.FlowConfig` that differ from the preset's or from `--init`.
-    committed     longest delay to train for: up to so many actions at the beginning of a chunk may
-                  be committed already (`spear.flow.sample_committed`). None: that of the policy in
-                  `--init`; a new policy has 0 (paper).
+    committed     the longest committed prefix to train with, in actions
+                  (`spear.flow.sample_committed`). None: that of the policy in `--init`; a new
+                  policy has 0 (paper).
     lora_rank     if not 0, the language model also learns through LoRA matrices of this rank.
     lora_alpha    LoRA matrices are scaled by alpha / rank (`spear.train.optimize`).
     """
@@ -172,13 +178,14 @@ class Recipe:
     lora_alpha: Positive = 16.0
 
     def with_changes(self, **changes: Any) -> "Recipe":
-        """Return a copy with other values of its own, its optimization's or its questions' fields.
+        """Return a copy of the recipe with other values.
 
         Args:
-            changes: values by key, as `--set` takes them.
+            changes: new values by key. A key is a field of `Recipe`, of `Optimization` or of
+                `QuestionMix`.
 
         Raises:
-            SpearError: for an unknown key (naming the nearest) or a value that is not allowed.
+            SpearError: for an unknown key or a value that is not allowed.
 
         Example:
             >>> from spear.train.recipes import get_recipe
@@ -191,7 +198,7 @@ class Recipe:
         return self.with_values(**changes)
 
     def with_values(self, **values: Any) -> "Recipe":
-        """Do what `with_changes` does, without checking the keys and values."""
+        """Return a copy of the recipe as `with_changes` does, without checking keys and values."""
         values_of_class: dict[type, dict[str, Any]] = {
             Recipe: {},
             Optimization: {},
@@ -208,7 +215,10 @@ class Recipe:
 
 
 def _class_of_key() -> dict[str, type]:
-    """Recipe keys are flat: map each to the class that has the field."""
+    """Map each recipe key to the class that has the field of this name.
+
+    The keys `optimization` and `questions` are left out, because their fields are keys themselves.
+    """
     class_of_key: dict[str, type] = {}
     for owner in (Recipe, Optimization, QuestionMix):
         for owner_field in dataclasses.fields(owner):
@@ -227,7 +237,7 @@ def list_recipe_keys() -> list[str]:
 
 
 def is_under(name: str, prefix: str) -> bool:
-    """Return whether a parameter or module is the module `prefix`, or inside it.
+    """Return whether the parameter or module `name` is the module `prefix`, or inside it.
 
     >>> is_under("vlm.moge.layers", "vlm.moge"), is_under("vlm.moge_projector", "vlm.moge")
     (True, False)
@@ -236,13 +246,14 @@ def is_under(name: str, prefix: str) -> bool:
 
 
 def _check_value(owner: type, key: str, value: Any) -> None:
-    """Check a recipe's value against the type and the range of its field."""
+    """Check a value of a recipe against the type and the range of the field `owner.key`."""
     from pydantic import ConfigDict, TypeAdapter, ValidationError
 
     hint = get_type_hints(owner, include_extras=True)[key]
     strict = ConfigDict(strict=True, allow_inf_nan=False)
     try:
-        # JSON lets lists be tuples and whole numbers be floats, but not words or flags be numbers.
+        # In JSON mode, strict pydantic accepts a list for a tuple and a whole number for a float,
+        # but neither a word nor a truth value for a number.
         TypeAdapter(hint, config=strict).validate_json(json.dumps(value))
     except (ValidationError, TypeError) as error:
         choices = _choices(hint)
@@ -254,13 +265,14 @@ def _check_value(owner: type, key: str, value: Any) -> None:
         raise SpearError(f"recipe key {key} is {value}. Give the smaller number first.")
     if key == "families":
         known_families = (*QUESTION_TYPES, *QUESTION_TYPES_2D, *QUESTION_TYPES_PIXEL)
-        families = value or [""]  # an empty list has a name that is not known, too
+        # An empty list is refused as if it had an empty, unknown name.
+        families = value or [""]
         for family in families:
             check_known(f"question type (recipe key {key})", known_families, family)
 
 
 def _choices(hint: Any) -> list[str]:
-    """Return the words that a hint such as `Literal["a", "b"] | None` allows."""
+    """Return the words that a type hint such as `Literal["a", "b"] | None` allows."""
     choices: list[str] = []
     for option in (hint, *get_args(hint)):
         if get_origin(option) is Literal:
@@ -268,6 +280,7 @@ def _choices(hint: Any) -> list[str]:
     return choices
 
 
+# Recipe keys that have an effect only if a policy, questions or a VLM learns.
 _POLICY_KEYS = {
     "flow_samples",
     "question_images",
@@ -301,8 +314,8 @@ UNUSED_KEYS: dict[Kind, set[str]] = {
 class TrainingInputs:
     """What a training learns from and starts from.
 
-    labels    folders of labeled images ("depth", "naming" and "vlm" recipes; for "vla" recipes,
-              the images that its questions are about).
+    labels    folders of labeled images ("depth", "naming" and "vlm" recipes; in "vla" recipes,
+              the images that the questions are about).
     episodes  (name, store, sampling weight) of each dataset of robot demonstrations ("vla").
     init      the `final` folder of an earlier training; None starts from random weights.
     init_depth_encoder  the `final` folder of a "depth" recipe, whose encoder joins SPEAR-VLM.
@@ -315,10 +328,10 @@ class TrainingInputs:
 
 
 def check_inputs(recipe: Recipe, inputs: "TrainingInputs | TrainOptions") -> None:
-    """Check that a recipe has the inputs that it needs, and nothing that it would ignore.
+    """Check that the inputs are all that the recipe needs, and none that it would ignore.
 
-    This reads nothing from disk. Raises `SpearError` for the first input that is missing, and for
-    the first input or change (`--set`) that would have no effect.
+    The check reads nothing from disk. It raises `SpearError` for the first input that is missing,
+    and for the first input or change (`--set`) that would have no effect.
     """
     _check_data(recipe, inputs)
     _check_initial_weights(recipe, inputs)
@@ -339,7 +352,8 @@ def _check_data(recipe: Recipe, inputs: "TrainingInputs | TrainOptions") -> None
     if inputs.episodes and not is_policy:
         raise SpearError(f"recipe {recipe.name} learns from labeled images. Leave --episodes out.")
 
-    # A new model also needs labels: its tokenizer and its 3D tokens are made from them.
+    # Even a policy without questions needs labels if it is new, because its tokenizer and its 3D
+    # tokens are made from them.
     needs_labels = not is_policy or not inputs.init or recipe.question_images > 0
     if needs_labels and not inputs.labels:
         init_option = "--init NAME to start from, or " if is_policy and not inputs.init else ""
@@ -369,7 +383,7 @@ def _check_initial_weights(recipe: Recipe, inputs: "TrainingInputs | TrainOption
 
 
 def _unused_keys(recipe: Recipe) -> set[str]:
-    """Return the keys that have no effect in a recipe."""
+    """Return the keys that have no effect in a recipe, given its kind and its other values."""
     unused = set(UNUSED_KEYS[recipe.kind])
     if recipe.kind == "vla" and not recipe.question_images:
         unused |= _QUESTION_KEYS

@@ -1,10 +1,12 @@
 """Data parallelism: the same run on several processes, each with its part of every batch.
 
-`torchrun --nproc-per-node N` starts the processes; in a single process every function here does
-nothing. A step's batch consists of P pieces, each with its own random numbers, and the gradient is
-the mean of the pieces' gradients. N processes take P/N pieces each, one after the other, so every N
-that divides P learns the same. Each process holds the whole model (DDP), or 1/N of each weight,
-gradient, moment and EMA weight (FSDP2, the second half of this file).
+`torchrun --nproc-per-node N` starts the processes; in a single process the functions here have no
+effect. A step's batch consists of P pieces, each with its own random numbers, and the step's
+gradient is the mean of the pieces' gradients. Each of N processes takes P/N pieces, one after the
+other. So the training is the same for every number N that divides P. Each process holds the whole
+model (DDP), or 1/N of each weight, gradient, moment and EMA weight (FSDP2, the second half of this
+file). In the code the number of processes is PyTorch's "world size", and a process's number, from
+0, is its "rank".
 """
 
 import os
@@ -22,15 +24,16 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from spear.errors import SpearError
 from spear.util.run_settings import describe_difference
 
-BUCKET_SIZE = 2**25  # numbers per message of averaged gradients: 128 MiB more memory in float32
+# Numbers per message in which gradients are averaged; in float32 a message takes 128 MiB.
+BUCKET_SIZE = 2**25
 CPU = torch.device("cpu")
 
 
 def join_process_group(device: torch.device = CPU) -> None:
     """Join the process group that `torchrun` describes, unless this process has joined it already.
 
-    GPUs communicate through NCCL. Tensors on CPUs (those of checkpoints and barriers, or all of
-    them) go through gloo.
+    GPUs communicate through NCCL. Tensors on CPUs go through gloo. On a GPU machine these are only
+    the tensors of checkpoints and barriers.
     """
     has_other_processes = int(os.environ.get("WORLD_SIZE", "1")) > 1
     if has_other_processes and not dist.is_initialized():
@@ -48,9 +51,15 @@ def get_world_size() -> int:
 
 
 def divide_into_pieces(total: int, name: str, accumulate: int = 1) -> int:
-    """Return how many of a batch's `total` items are in each piece, with `accumulate` per process.
+    """Return how many items each piece of a batch has.
 
-    Raises `SpearError`, which names the batch by `name`, if the pieces would be unequal.
+    Args:
+        total: number of items in the batch.
+        name: the recipe key that sets this number, for the error.
+        accumulate: number of pieces per process.
+
+    Raises:
+        SpearError: if the batch does not divide into equal pieces.
     """
     num_pieces = get_world_size() * accumulate
     if total % num_pieces:
@@ -62,10 +71,11 @@ def divide_into_pieces(total: int, name: str, accumulate: int = 1) -> int:
 
 
 def get_piece_numbers(step: int, accumulate: int = 1) -> range:
-    """Return the numbers of this process's pieces at a step: `accumulate` consecutive ones.
+    """Return the numbers, through the whole run, of this process's pieces at a step.
 
-    A piece's number determines its random numbers. N processes with one piece each and one process
-    with N pieces take the same numbers, and so learn the same.
+    They are `accumulate` consecutive numbers. A piece's number determines its random numbers. N
+    processes with one piece each and one process with N pieces have pieces with the same numbers at
+    every step, so the training is the same.
     """
     first = (step * get_world_size() + get_rank()) * accumulate
     return range(first, first + accumulate)
@@ -80,18 +90,18 @@ def average_over_processes(values: torch.Tensor) -> torch.Tensor:
 
 
 def max_over_processes(values: Sequence[int]) -> list[int]:
-    """Return the maximum over the processes of each of some numbers."""
+    """Return, for each of `values`, its maximum over all processes."""
     if get_world_size() == 1:
         return list(values)
-    maxima = torch.tensor(values)  # on the CPU, so that no GPU has to be waited for
+    maxima = torch.tensor(values)  # on the CPU, so that the process need not wait for its GPU
     dist.all_reduce(maxima, dist.ReduceOp.MAX)
     return [int(value) for value in maxima.tolist()]
 
 
 def check_same_settings(settings: Mapping[str, Any]) -> None:
-    """Check that all processes have the same settings, so that their gradients are of one model.
+    """Check that all processes have the same settings; otherwise averaged gradients make no sense.
 
-    Raises `SpearError`, on all processes, if the settings of one differ from those of process 0.
+    Raises `SpearError`, on all processes, if a process's settings differ from those of process 0.
     """
     if get_world_size() == 1:
         return
@@ -109,54 +119,58 @@ def check_same_settings(settings: Mapping[str, Any]) -> None:
 def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
     """Replace every gradient by its mean over the processes.
 
-    A parameter without a gradient in some processes counts there as zero; one without a gradient in
-    all processes keeps none. PyTorch's DDP is not used because it reduces within one forward call
-    per step, whereas a step of ours calls the policy and its VLM, each on several pieces.
+    If a parameter has a gradient in some processes only, the missing gradients count as zero. If it
+    has a gradient in no process, it stays without. PyTorch's DDP is not used, because it averages
+    during the one backward pass of one forward call. A step here has several forward calls: of the
+    policy and of the policy's VLM, each on several pieces.
     """
     trainable = list(parameters)
     if get_world_size() == 1 or not trainable:
         return
 
-    has_gradient = torch.tensor(
+    # In how many processes each parameter has a gradient: 1 or 0 here, then the sum over processes.
+    num_with_gradient = torch.tensor(
         [float(parameter.grad is not None) for parameter in trainable], device=trainable[0].device
     )
-    dist.all_reduce(has_gradient)
-    for parameter, num_processes in zip(trainable, has_gradient.tolist(), strict=True):
-        if num_processes and parameter.grad is None:
+    dist.all_reduce(num_with_gradient)
+    for parameter, num_processes in zip(trainable, num_with_gradient.tolist(), strict=True):
+        if num_processes > 0 and parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
 
+    # One message averages all gradients of a bucket, side by side in a vector.
     gradients = [parameter.grad for parameter in trainable if parameter.grad is not None]
     for bucket in _fill_buckets(gradients):
         flat = torch.cat([gradient.reshape(-1) for gradient in bucket])
-        means = average_over_processes(flat).split([gradient.numel() for gradient in bucket])
+        lengths = [gradient.numel() for gradient in bucket]
+        means = average_over_processes(flat).split(lengths)
         for gradient, mean in zip(bucket, means, strict=True):
             gradient.copy_(mean.view_as(gradient))
 
 
 def _fill_buckets(gradients: Sequence[torch.Tensor]) -> Iterable[list[torch.Tensor]]:
-    """Group gradients, in order, so that each group but the last has `BUCKET_SIZE` numbers."""
+    """Group gradients, in order. Each group but the last has at least `BUCKET_SIZE` numbers."""
     bucket: list[torch.Tensor] = []
-    size = 0
+    bucket_size = 0
     for gradient in gradients:
         bucket.append(gradient)
-        size += gradient.numel()
-        if size >= BUCKET_SIZE:
+        bucket_size += gradient.numel()
+        if bucket_size >= BUCKET_SIZE:
             yield bucket
             bucket = []
-            size = 0
+            bucket_size = 0
     if bucket:
         yield bucket
 
 
 def wait_for_all_processes() -> None:
-    """Wait until all processes have come to this call."""
+    """Wait until all processes have reached this call."""
     if dist.is_initialized():
-        # On the CPU, where it may take longer than NCCL would wait.
+        # The tensor is on the CPU, because gloo waits longer for other processes than NCCL does.
         dist.all_reduce(torch.zeros(1))
 
 
 def is_process_lost(error: RuntimeError) -> bool:
-    """Return whether an error says that another process is gone, or one that loads batches."""
+    """Return whether an error says that another training process or a worker process is gone."""
     is_distributed_error = isinstance(error, dist.DistError) or "gloo" in str(error)
     if get_world_size() > 1 and is_distributed_error:
         return True
@@ -166,11 +180,20 @@ def is_process_lost(error: RuntimeError) -> bool:
 def shard(model: nn.Module, device: torch.device, in_bfloat16: bool) -> None:
     """Shard a model over all processes, in place, on `device`.
 
-    Each transformer layer is a group of its own, and all other parameters are one more group. With
-    `in_bfloat16`, layers compute in bfloat16 and, on GPUs, are gathered in it; the stored weights
-    and the gradients stay in float32. A step gathers each layer once and keeps it for the backward
-    pass, because the language model's keys and values leave their layer through a KV cache, which
-    FSDP's hooks do not see. Raises `SpearError` for a parameter that is a single number.
+    FSDP gathers the weights of a group from all processes when the group computes. Each transformer
+    layer is a group of its own, and all other parameters are one more group. A step gathers each
+    layer once and keeps the whole weights for the backward pass. FSDP cannot free them after the
+    forward pass, because the language model's keys and values leave their layer through a KV cache,
+    which FSDP's hooks do not see.
+
+    Args:
+        model: the model to shard.
+        device: where the shards are stored.
+        in_bfloat16: whether layers compute in bfloat16. On GPUs the layers' weights are then also
+            gathered in bfloat16. The stored weights and the gradients stay in float32.
+
+    Raises:
+        SpearError: for a parameter that is a single number.
     """
     for name, parameter in model.named_parameters():
         if parameter.ndim == 0:
@@ -190,7 +213,7 @@ def shard(model: nn.Module, device: torch.device, in_bfloat16: bool) -> None:
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Return whether `shard` was applied to a model, or to a model that it is part of."""
+    """Return whether `shard` was applied to `model`, or to a model that contains `model`."""
     return any(isinstance(module, FSDPModule) for module in model.modules())
 
 
@@ -202,7 +225,7 @@ def release_gathered_weights(model: nn.Module) -> None:
 
 
 def distribute_like(tensor: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
-    """Return `tensor` on the device of `reference`, and sharded like it."""
+    """Return `tensor` on the device of `reference`; sharded if `reference` is sharded."""
     tensor = tensor.to(reference.device)
     if isinstance(reference, DTensor):
         return distribute_tensor(tensor, reference.device_mesh, reference.placements)
@@ -210,14 +233,15 @@ def distribute_like(tensor: torch.Tensor, reference: torch.Tensor) -> torch.Tens
 
 
 def gather(tensor: torch.Tensor) -> torch.Tensor:
-    """Return the whole of a tensor that may be sharded; all processes have to call this."""
+    """Return the whole tensor of which `tensor` may be a shard. All processes have to call this."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def unshard(model: nn.Module) -> None:
     """Turn a sharded model into a plain model on the CPU, in place.
 
-    Process 0 has the weights then; on the other processes they are without contents.
+    Afterwards process 0 has the weights. On the other processes the model's weights are on
+    PyTorch's meta device, where they have no contents.
     """
     for module in model.modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
@@ -228,5 +252,6 @@ def unshard(model: nn.Module) -> None:
             )
         if isinstance(module, FSDPModule):
             sharded_class: Any = type(module)
-            # FSDP made a subclass of FSDPModule and the module's own class.
+            # FSDP had replaced the module's class by a new one with two base classes: FSDPModule,
+            # and the original class.
             module.__class__ = sharded_class.__bases__[1]

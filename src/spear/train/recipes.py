@@ -1,4 +1,8 @@
-"""The training recipes of recipes.toml, by name."""
+"""The training recipes of recipes.toml, by name.
+
+In that file a recipe is a table of the fields that differ from `_DEFAULTS`, or from the recipe that
+its key "like" names.
+"""
 
 import tomllib
 from pathlib import Path
@@ -11,12 +15,14 @@ _DEFAULTS = Recipe("", "vla", "", "", Optimization(steps=0, lr=0.0), batch_size=
 
 
 def _load_recipes() -> dict[str, Recipe]:
+    """Read all recipes of recipes.toml."""
     tables = tomllib.loads(Path(__file__).with_suffix(".toml").read_text("utf-8"))
     recipes: dict[str, Recipe] = {}
     for name, table in tables.items():
         base = recipes.get(table.pop("like", ""), _DEFAULTS)
         values: dict[str, Any] = {}
         for key, value in table.items():
+            # TOML has lists, where recipes have tuples.
             values[key] = tuple(value) if isinstance(value, list) else value
         recipes[name] = base.with_values(name=name, **values)
     return recipes
@@ -28,15 +34,15 @@ RECIPES = _load_recipes()
 def get_recipe(name: str, **changes: Any) -> Recipe:
     """Return the recipe of that name, with changes.
 
-    A mapping such as `flow` replaces the recipe's as a whole; a notice names the settings that the
-    recipe thereby loses.
+    If a changed value is a mapping, such as the key "flow" has, it replaces the recipe's whole
+    mapping. A notice names the entries that the recipe loses in this way.
 
     Args:
         name: one of `RECIPES`.
         changes: values by key, as `Recipe.with_changes` takes them.
 
     Raises:
-        SpearError: for an unknown name, naming the nearest, and as `Recipe.with_changes` does.
+        SpearError: for an unknown recipe, an unknown key or a value that is not allowed.
     """
     check_known("recipe", RECIPES, name)
     original = RECIPES[name]
@@ -45,6 +51,7 @@ def get_recipe(name: str, **changes: Any) -> Recipe:
     for key, value in changes.items():
         if not isinstance(value, dict) or not value:
             continue
+        # The key is a field of the recipe or of its optimization; either may be an empty mapping.
         settings = getattr(original, key, None) or getattr(original.optimization, key, None) or {}
         dropped = sorted(settings.keys() - value.keys())
         if dropped:

@@ -1,8 +1,11 @@
 """From a recipe to a trained folder: build the model, its data and its task, and run the loop.
 
-The result, `OUT/final`, is a Hugging Face folder (config, safetensors, tokenizer) with
-`coordinates.json` (3D tokens), for policies `normalizer.json` and `seen.json`, and `recipe.json`
-(what was trained, how, and on what).
+The result, `OUT/final`, is a Hugging Face folder (config, safetensors, tokenizer) with three
+additions: `coordinates.json` (3D tokens), `recipe.json` (the origin of the result: what was
+trained, how, and on what), and for policies `normalizer.json` and `seen.json`.
+
+A run is identified by what it is made from, its *run settings* (`_describe_run`). The newest
+checkpoint in the run's folder is continued only by a command with the same run settings.
 """
 
 import dataclasses
@@ -34,17 +37,18 @@ from spear.train import build, loop, parallel
 from spear.train.checkpoint import find_newest
 from spear.train.loop import RunOptions
 from spear.train.optimize import Task
-from spear.train.options import Recipe, TrainingInputs
+from spear.train.options import Optimization, Recipe, TrainingInputs
 from spear.util.files import check_writable
 from spear.util.fingerprints import hash_file_ends, list_files_recursively
 from spear.util.run_lock import acquire_run_lock
 from spear.util.run_settings import to_plain_json
 
-# Names, in checkpoints, of what a run is made from besides its recipe and weights. Checkpoints of
-# older versions have the first one alone.
+# Names of run settings in checkpoints. Messages to the user quote these names.
 EPISODES_KEY = "--episodes"
 DEPTH_ENCODER_KEY = "--moge"  # the former name of --init-depth-encoder
-EPISODE_CONTENT_KEY = "cameras, images or instructions of --episodes"
+EPISODE_CONTENT_KEY = "cameras, images or instructions of --episodes"  # not in old checkpoints
+
+# Which files of a folder of labels or weights a run depends on: large files and texts.
 DATA_FILES = ("*.parquet", "*.safetensors")
 TEXT_FILES = (
     "config.json",
@@ -53,9 +57,12 @@ TEXT_FILES = (
     "tokenizer.json",
     "wording.txt",
 )
-MIN_SAMPLES_FOR_MISTAKES = 4  # fewer give `perturb_committed` too little to draw from
+# `spear.flow.perturb_committed` makes committed actions wrong by differences between the samples of
+# a piece. Fewer samples than this give it too few differences.
+MIN_SAMPLES_FOR_MISTAKES = 4
 
 Checkpoint = tuple[Path, dict[str, Any]]
+"""A checkpoint's folder and its `CheckpointState` as a dict, as `find_newest` returns them."""
 
 
 def train(
@@ -67,14 +74,14 @@ def train(
 ) -> Path:
     """Train a recipe; continue the run in `out` if there is one.
 
-    Failed episodes are left out, unless the run that is continued began with them.
+    Failed episodes are left out, unless the run that is continued was started with them.
 
     Args:
         recipe: what to train.
         out: the run's folder.
         inputs: what to learn from and to start from.
-        options: seed, workers and so on; its device is not used.
-        device: as for `choose_device`.
+        options: seed, workers and so on; `options.device` is not used.
+        device: the device's name, as `choose_device` takes it.
 
     Returns:
         `out/final`, the folder of the result.
@@ -87,14 +94,14 @@ def train(
     checkpoint = find_newest(out / "checkpoints")
     if not _began_with(inputs, checkpoint):
         inputs = _without_failed_episodes(inputs)
-    requested = recipe.optimization
+    requested = recipe.optimization  # before it is adapted to the device and to a resumed run
     recipe, torch_device, run_settings = check_run(recipe, out, inputs, options, device)
     init_origin = None if inputs.init is None else read_provenance(inputs.init)
     options = dataclasses.replace(options, device=torch_device)
     if torch_device.type == "cpu":
         keep_freed_memory()
 
-    # What is different from what was asked for, or from what the run did before.
+    # Notices about settings that differ from the requested ones, or from those the run had before.
     opt = recipe.optimization
     changeable_settings = {"batch_size": recipe.batch_size}
     earlier_settings: list[dict[str, Any]] = []
@@ -112,7 +119,7 @@ def train(
 
     # Save the result.
     if parallel.get_rank() == 0:
-        # On the CPU and in float32, wherever and in whatever precision it was trained.
+        # The result is always saved from the CPU and in float32.
         torch.nn.Module.to(model, "cpu", torch.float32)
         origin = {
             "recipe": dataclasses.asdict(recipe),
@@ -135,10 +142,10 @@ def check_run(
     """Check a run without reading weights or demonstrations, which may not be prepared yet.
 
     Returns:
-        The recipe as it will be trained, the device, and what the run is made from.
+        The recipe as it will be trained, the device, and the run settings.
 
     Raises:
-        SpearError: for what is wrong.
+        SpearError: for the first mistake in the recipe, its inputs, the device or the folder `out`.
     """
     torch_device = choose_device(device)
     check_holds_no_input(out, "train")
@@ -149,14 +156,16 @@ def check_run(
     normalization = build.resolve_normalization(recipe, inputs.init)
     recipe = dataclasses.replace(recipe, normalization=normalization)
 
-    # The result will record where these weights come from.
+    # The result will record the origin of the weights to start from. Reading it here finds broken
+    # files before the training.
     for folder in (inputs.init, inputs.init_depth_encoder):
         if folder is not None:
             read_provenance(folder)
 
+    # Without episodes (before they are prepared) all other run settings are compared.
     run_settings = _describe_run(recipe, inputs)
     known_settings = dict(run_settings)
-    if not inputs.episodes:  # not prepared yet
+    if not inputs.episodes:
         del known_settings[EPISODES_KEY]
         del known_settings[EPISODE_CONTENT_KEY]
     loop.find_checkpoint_to_resume(out, options.seed, known_settings, opt.steps)
@@ -165,14 +174,16 @@ def check_run(
 
 
 def _began_with(inputs: TrainingInputs, checkpoint: Checkpoint | None) -> bool:
-    """Return whether the checkpoint's run has these episodes, the failed ones included."""
+    """Return whether the checkpoint's run has exactly these episodes, including the failed ones."""
     if checkpoint is None:
         return False
-    run_settings = checkpoint[1]["settings"]["about"]
+    _, state = checkpoint
+    run_settings = state["settings"]["about"]
     return run_settings.get(EPISODES_KEY) == _describe_episodes(inputs)[EPISODES_KEY]
 
 
 def _without_failed_episodes(inputs: TrainingInputs) -> TrainingInputs:
+    """Return the inputs without the episodes that are known to have failed."""
     episodes = [
         (name, store.select_demonstrations(), weight) for name, store, weight in inputs.episodes
     ]
@@ -182,10 +193,13 @@ def _without_failed_episodes(inputs: TrainingInputs) -> TrainingInputs:
 def _describe_run(recipe: Recipe, inputs: TrainingInputs) -> dict[str, Any]:
     """Describe what a run is made from: its recipe, its data and the weights that it begins with.
 
-    A run is continued only if all of this is the same. Returns values as JSON has them.
+    A run is continued only if all of these run settings are the same.
+
+    Returns:
+        The run settings by name, with values as they are after writing and reading JSON.
     """
-    # These may change while a run is continued; of the optimization, not which modules learn,
-    # because the EMA weights would be lost.
+    # These keys of the recipe may change when a run is continued. Of the optimization, however, the
+    # freeze schedule has to stay, because EMA weights exist only for the modules that learn.
     changeable_keys = ("optimization", "batch_size", "description")
     settings = {
         key: value
@@ -206,14 +220,16 @@ def _describe_run(recipe: Recipe, inputs: TrainingInputs) -> dict[str, Any]:
     for option, folders in folders_of_option.items():
         settings[option] = _short_hash(folders, DATA_FILES)
         settings[f"settings or words of {option}"] = _short_hash(folders, TEXT_FILES)
-    for option, folder in (("--init", inputs.init), (DEPTH_ENCODER_KEY, inputs.init_depth_encoder)):
-        weights_hash = StoredCheckpoint.open(folder, option).digest()[:12] if folder else None
+    for option in ("--init", DEPTH_ENCODER_KEY):
+        weights_hash = None
+        for folder in folders_of_option[option]:  # one at most
+            weights_hash = StoredCheckpoint.open(folder, option).digest()[:12]
         settings[f"weights of {option}"] = weights_hash
     return to_plain_json(settings)
 
 
 def _describe_episodes(inputs: TrainingInputs) -> dict[str, Any]:
-    """Describe the episodes, for `_describe_run`, without reading other files."""
+    """Describe the episodes of all datasets, as run settings by name."""
     datasets = []
     for name, store, weight in inputs.episodes:
         datasets.append(
@@ -224,12 +240,17 @@ def _describe_episodes(inputs: TrainingInputs) -> dict[str, Any]:
 
 
 def _short_hash(folders: Sequence[Path], patterns: Sequence[str]) -> str | None:
-    """Return a hash of the files in folders that match a pattern; None without folders."""
+    """Return a hash of the files in `folders` whose names match one of `patterns`.
+
+    Of large files only the ends are read. Without folders the result is None.
+    """
     return hash_file_ends(folders, patterns)[:12] if folders else None
 
 
-def _note_changed_optimization(requested: Any, opt: Any, is_resumed: bool) -> None:
-    """Give notices about settings of the optimization that are not as requested."""
+def _note_changed_optimization(
+    requested: Optimization, opt: Optimization, is_resumed: bool
+) -> None:
+    """Print notices about settings of the optimization that differ from the requested ones."""
     if opt.precision != requested.precision:
         reason = "as the run began" if is_resumed else "which is faster on this CPU"
         notice(f"training in float32, {reason}.")
@@ -240,7 +261,7 @@ def _note_changed_optimization(requested: Any, opt: Any, is_resumed: bool) -> No
 def _note_changed_settings(
     checkpoint: Checkpoint | None, earlier_settings: Sequence[Mapping[str, Any]]
 ) -> None:
-    """Give a notice if the run is continued with other settings than it had."""
+    """Print a notice if this continuation of the run changes settings of the run."""
     if checkpoint is None or earlier_settings == checkpoint[1]["earlier"]:
         return
     values = [f"{name} {value}" for name, value in earlier_settings[-1].items()]
@@ -248,12 +269,14 @@ def _note_changed_settings(
 
 
 def _note_settings_without_effect(recipe: Recipe, steps: int, options: RunOptions) -> None:
-    """Give notices about settings that have less effect than one would think."""
+    """Print notices about settings that have less effect than the user may expect.
+
+    `steps` is the number of steps that the user requested.
+    """
     opt = recipe.optimization
     if 0 < steps < opt.warmup:
         notice(f"lr is never reached: warmup takes {opt.warmup} steps, and the run has {steps}.")
     if recipe.committed:
-        # `perturb_committed` makes actions wrong by differences between the samples of a piece.
         piece_size = recipe.batch_size / opt.accumulate / parallel.get_world_size()
         if 0 < piece_size < MIN_SAMPLES_FOR_MISTAKES:
             notice(
@@ -265,7 +288,10 @@ def _note_settings_without_effect(recipe: Recipe, steps: int, options: RunOption
 
 
 def _load_weights(model: torch.nn.Module, weights: Mapping[str, torch.Tensor]) -> None:
-    """Copy weights into the model, and make a sharded model whole on process 0."""
+    """Copy weights (by parameter name) into the model, and make a sharded model whole.
+
+    A whole model then exists on process 0 alone (`parallel.unshard`).
+    """
     parameters = dict(model.named_parameters())
     with torch.no_grad():
         for name, weight in weights.items():
@@ -275,14 +301,21 @@ def _load_weights(model: torch.nn.Module, weights: Mapping[str, torch.Tensor]) -
 
 
 def _without_learned(origin: Mapping[str, Any] | None) -> dict[str, Any] | None:
-    """Return an origin without the fingerprints of its data, which the result has, too."""
+    """Return the origin of the initial weights without the fingerprints of their training data.
+
+    The result's own entry "learned" already contains these fingerprints (`_list_learned`).
+    """
     if origin is None:
         return None
     return {key: value for key, value in origin.items() if key != "learned"}
 
 
 def _list_learned(init_origin: Mapping[str, Any] | None, inputs: TrainingInputs, task: Task) -> str:
-    """Return the fingerprints of all that was learned from, by `--init` as well."""
+    """Return the fingerprints of all episodes and images that the result has learned from.
+
+    They include those that the weights of `--init` have learned from. The fingerprints are joined
+    by spaces, each once.
+    """
     fingerprints = (init_origin or {}).get("learned", "").split()
     for _, store, _ in inputs.episodes:
         fingerprints.extend(store.episode_fingerprints())
@@ -293,7 +326,10 @@ def _list_learned(init_origin: Mapping[str, Any] | None, inputs: TrainingInputs,
 
 
 def _is_simulator_only(inputs: TrainingInputs) -> bool:
-    """Return whether only the built-in simulator was seen, by the first weights as well."""
+    """Return whether all training data come from the built-in simulator.
+
+    This includes the data that the weights to start from were trained on.
+    """
     sources: list[str] = []
     for folder in inputs.labels:
         for shard in list_files_recursively(folder, "labels*.parquet"):
@@ -310,13 +346,13 @@ def _is_simulator_only(inputs: TrainingInputs) -> bool:
 
 
 def _minutes_of_run(out: Path) -> float:
-    """Return the minutes that the run took, over all processes that continued it."""
+    """Return the minutes that the run took, including the time before it was resumed."""
     checkpoint = find_newest(out / "checkpoints")
     return 0.0 if checkpoint is None else round(checkpoint[1]["minutes"], 2)
 
 
 def _describe_machine(options: RunOptions) -> dict[str, Any]:
-    """Describe what trained: processes, device and versions."""
+    """Describe the machine that trained: processes, device and versions."""
     device = options.device or parallel.CPU
     return {
         "processes": parallel.get_world_size(),
@@ -330,11 +366,21 @@ def _describe_machine(options: RunOptions) -> dict[str, Any]:
 
 
 def _save_result(out: Path, save: Callable[[Path], None], origin: Mapping[str, Any]) -> None:
-    """Write `out/final` so that it is complete at any moment, and keep what users added to it."""
+    """Write the folder `out/final`, and keep files that users added to an earlier one.
+
+    The result is written to another folder, which then replaces `out/final`. So a complete result
+    exists at any moment.
+
+    Args:
+        out: the run's folder.
+        save: writes the model to a folder.
+        origin: the content of `recipe.json`.
+    """
     final = out / "final"
     unfinished = out / ".part-final"
     with acquire_run_lock(out, "training into"):
-        # A process was killed between the last two steps below.
+        # An earlier process was killed after it had removed `final` and before it renamed the
+        # complete new folder (see below), so the renaming is done now.
         if not final.is_dir() and (unfinished / "recipe.json").is_file():
             unfinished.replace(final)
         shutil.rmtree(unfinished, ignore_errors=True)
@@ -342,7 +388,7 @@ def _save_result(out: Path, save: Callable[[Path], None], origin: Mapping[str, A
         save(unfinished)
         write_provenance(unfinished, origin)
         if final.is_dir() and _is_same_model(unfinished, final):
-            # Everything else stays: a calibration, for example, still fits.
+            # The other files stay, because they still fit the model: a calibration, for example.
             (unfinished / "recipe.json").replace(final / "recipe.json")
         else:
             _copy_added_files(final, unfinished)
@@ -352,9 +398,9 @@ def _save_result(out: Path, save: Callable[[Path], None], origin: Mapping[str, A
 
 
 def _is_same_model(first: Path, second: Path) -> bool:
-    """Return whether two folders hold the same model, byte for byte.
+    """Return whether two folders contain the same model, byte for byte.
 
-    `hash_files` alone would not do: it reads only a part of large files.
+    The hashes of `hash_files` are not enough, because they cover only a part of large files.
     """
     hashes = hash_files(first)
     if hashes != hash_files(second):
@@ -363,7 +409,10 @@ def _is_same_model(first: Path, second: Path) -> bool:
 
 
 def _copy_added_files(source: Path, target: Path) -> None:
-    """Copy what is no part of the model, such as a model card."""
+    """Copy files and folders that are no part of the model, such as a model card.
+
+    What `target` has already is not replaced.
+    """
     for path in source.glob("*"):
         if path.suffix in (".json", ".safetensors") or (target / path.name).exists():
             continue
@@ -376,15 +425,15 @@ def _copy_added_files(source: Path, target: Path) -> None:
 def weigh_datasets(
     folders: Sequence[Path], stores: Sequence[EpisodeStore], weights: Sequence[float]
 ) -> list[tuple[str, EpisodeStore, float]]:
-    """Give datasets their names and sampling weights, as `TrainingInputs.episodes`.
+    """Give datasets their names and sampling weights, in the form of `TrainingInputs.episodes`.
 
-    Several datasets are listed on stderr, with their fractions of each batch.
+    If there are several datasets, they are listed on stderr with their fractions of each batch.
 
     Args:
-        folders: the datasets' folders.
-        stores: their episodes.
-        weights: one for each. If empty, the weights in the list of known datasets if all are in it,
-            otherwise equal weights.
+        folders: the folders of the datasets.
+        stores: the episodes of each folder.
+        weights: the sampling weight of each folder. If empty, the weights come from the list of
+            known datasets if that has all of them; otherwise they are equal.
     """
     names = [get_dataset_name(folder) for folder in folders]
     weights = list(weights) or _default_weights(stores)
@@ -395,9 +444,11 @@ def weigh_datasets(
 
 
 def _default_weights(stores: Sequence[EpisodeStore]) -> list[float]:
+    """Return the known sampling weights of all datasets, or equal weights if one is unknown."""
     weights: list[float] = []
     for store in stores:
-        dataset = REGISTRY.get(store.source(0).partition("/")[0])
+        dataset_name, _, _ = store.source(0).partition("/")
+        dataset = REGISTRY.get(dataset_name)
         if dataset is None or not dataset.weight:
             return [1.0] * len(stores)
         weights.append(dataset.weight)
@@ -405,6 +456,7 @@ def _default_weights(stores: Sequence[EpisodeStore]) -> list[float]:
 
 
 def _print_mixture(names: Sequence[str], weights: Sequence[float]) -> None:
+    """Print each dataset's fraction of a batch."""
     total = sum(weights)
     fractions = [
         f"{name} {weight / total:.1%}" for name, weight in zip(names, weights, strict=True)
@@ -413,7 +465,7 @@ def _print_mixture(names: Sequence[str], weights: Sequence[float]) -> None:
 
 
 def _note_repeated_episodes(stores: Sequence[EpisodeStore]) -> None:
-    """Give a notice if an episode is in several datasets."""
+    """Print a notice if an episode is in several datasets."""
     fingerprints: list[str] = []
     for store in stores:
         fingerprints.extend(set(store.episode_fingerprints()))

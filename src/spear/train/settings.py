@@ -1,4 +1,8 @@
-"""The settings of a recipe with their meanings, which the docstrings of its classes say."""
+"""The settings of a recipe, each with the meaning that the docstring of its class gives.
+
+The classes are `Recipe` and its parts `Optimization` and `QuestionMix`. Their docstrings have an
+entry for each field, which this file reads.
+"""
 
 import dataclasses
 import inspect
@@ -9,20 +13,21 @@ from typing import Any
 
 from spear.train.options import UNUSED_KEYS, Optimization, QuestionMix, Recipe
 
+# Fields of `Recipe` that say which recipe it is, and that `--set` does not change.
 IDENTITY_KEYS = ("name", "kind", "description")
 
 
 @dataclass(frozen=True)
 class Setting:
-    """A key of `--set`, with the recipe's value as `--set` takes it."""
+    """A key of `--set` with the recipe's value and the meaning of the key."""
 
     key: str
-    value: str
+    value: str  # in the form that `--set` accepts
     meaning: str
 
 
 def describe_settings(recipe: Recipe) -> list[Setting]:
-    """Return the settings that have an effect in a recipe of this kind.
+    """Return the recipe's settings, without those that have no effect in a recipe of its kind.
 
     Example:
         >>> from spear.train.recipes import get_recipe
@@ -43,30 +48,33 @@ def describe_settings(recipe: Recipe) -> list[Setting]:
 
 
 def _read_meanings(owner: type) -> dict[str, str]:
-    """Return what a class's docstring says of each field: its names, spaces, and the meaning.
+    """Return what the docstring of the class `owner` says about each field, by the field's name.
 
-    The lines of a meaning after the first are indented.
+    An entry of the docstring consists of a field's name (or several, separated by ", "), spaces,
+    and the meaning. Further lines of a meaning are indented.
     """
     names = [field.name for field in dataclasses.fields(owner)]
-    name = "|".join(sorted(names, key=len, reverse=True))
-    entry = re.compile(rf"((?:{name})(?:, (?:{name}))*) +(.+)")
+    # Longer names come first, so that a name is not taken for the beginning of a longer one.
+    any_name = "|".join(sorted(names, key=len, reverse=True))
+    entry_pattern = re.compile(rf"((?:{any_name})(?:, (?:{any_name}))*) +(.+)")
     lines_of_field: dict[str, list[str]] = {}
-    current: list[str] = []
+    entry_lines: list[str] = []  # the meaning of the present entry, to which lines are added
     for line in (inspect.getdoc(owner) or "").splitlines():
-        match = entry.match(line)
+        match = entry_pattern.match(line)
         if match is not None:
-            current = [match[2]]
-            for field_name in match[1].split(", "):
-                lines_of_field[field_name] = current
+            entry_names, first_line = match.groups()
+            entry_lines = [first_line]
+            for name in entry_names.split(", "):
+                lines_of_field[name] = entry_lines
         elif line.startswith(" "):
-            current.append(line.strip())
+            entry_lines.append(line.strip())
         else:
-            current = []
+            entry_lines = []  # a line outside of any entry; what follows it belongs to no field
     return {name: " ".join(lines_of_field.get(name, [])) for name in names}
 
 
 def _format_value(value: Any) -> str:
-    """Return a value as `--set` takes it.
+    """Return a value in the form that `--set` accepts.
 
     >>> _format_value((1, 4)), _format_value("bf16"), _format_value(None)
     ('[1,4]', 'bf16', 'null')
