@@ -1,10 +1,13 @@
 """Canonical actions, which mean the same for every robot, and the check of whole episodes.
 
-An action consists of a translation in the base frame, a rotation in the end-effector frame (unit
-quaternion) and an absolute gripper command (1 open, 0 closed). It is `spear.types.Action`, here as
-numpy rows [8]. Logged commands are used if an episode has them. Otherwise actions are derived from
-the states, as the motion that in fact followed. That happens once, when an episode is written
-(`add_actions`).
+A canonical action consists of a translation in the base frame, a rotation in the end-effector frame
+(unit quaternion) and an absolute gripper command (1 open, 0 closed). Here it is a NumPy row [8], as
+`Action.to_vector` arranges it. If an episode has actions, these are used. Otherwise they are
+derived from the states: an action is then the motion to the next state. That happens once, when an
+episode is written (`add_actions`).
+
+A mask says which actions of an episode are known. For example, the last action of an episode is not
+known if it would have to be derived from a next state.
 """
 
 import dataclasses
@@ -24,12 +27,12 @@ from spear.geometry import (
 from spear.gripper import commands_from_motion
 from spear.types import ACTION_DIM, CONTROL_RATE_HZ, Array, Episode
 
-HORIZON = 5  # actions in a chunk (the paper)
+HORIZON = 5  # the number of actions in a chunk (the paper)
 ACTION_RULES_VERSION = 4
-"""Raised when a recording becomes other steps or actions than before: what was prepared earlier is
-then prepared again."""
-TIME_TOLERANCE_STEPS = 1e-6  # of the rounding of times, when an episode is resampled
-OPENING_TOLERANCE = 1e-3  # by which an opening may be outside 0 … 1
+"""Increase this number whenever a change of the code turns the same recording into other steps or
+actions. Datasets that were prepared with an earlier number are then prepared again."""
+TIME_TOLERANCE_STEPS = 1e-6  # larger than the rounding error of times in resampling
+OPENING_TOLERANCE = 1e-3  # how far an opening may be outside 0 … 1
 
 
 def derive_actions(position: Array, rotation: Array, command: Array) -> Array:
@@ -41,11 +44,11 @@ def derive_actions(position: Array, rotation: Array, command: Array) -> Array:
         command: [T] gripper commands.
 
     Returns:
-        [T, 8] actions, float32. The last one stays where it is, because the next pose is not known;
-        mask it.
+        [T, 8] actions, float32. The last action is no motion, because the next pose is not known.
+        The caller should mask it.
     """
     actions = np.zeros((len(position), ACTION_DIM), np.float32)
-    actions[:, 3] = 1
+    actions[:, 3] = 1  # the real part of the identity quaternion
     positions = torch.as_tensor(np.asarray(position, np.float64))
     rotations = torch.as_tensor(np.asarray(rotation, np.float64))
     translation, delta_rotation = action_between_poses(
@@ -58,13 +61,13 @@ def derive_actions(position: Array, rotation: Array, command: Array) -> Array:
 
 
 def canonicalize_actions(episode: Episode) -> tuple[Array, Array]:
-    """Get the canonical actions of an episode at its own rate; derive them if it logs none.
+    """Get the canonical actions of an episode at its own rate.
 
-    Without logged commands, the gripper's motion tells its commands (`commands_from_motion`), and
-    the last action is not known.
+    If the episode has no actions, they are derived: motions from its states, and gripper commands
+    from the motion of its gripper (`commands_from_motion`). The last action is then not known.
 
     Returns:
-        Actions [T, 8], and which of them are known [T] bool.
+        Actions [T, 8], and a mask [T] bool that says which of them are known.
     """
     is_known = episode.action_mask
     if is_known is None:
@@ -72,14 +75,17 @@ def canonicalize_actions(episode: Episode) -> tuple[Array, Array]:
     if episode.action is not None:
         return episode.action, is_known
 
-    openings = np.append(episode.gripper, episode.gripper[-1])
-    command = commands_from_motion(openings, episode.rate_hz)
-    is_known = is_known & (np.arange(len(episode)) < len(episode) - 1)
-    return derive_actions(episode.position, episode.rotation, command), is_known
+    # After the last step, the opening is taken to stay, so that every step has a command.
+    openings = np.append(episode.gripper, episode.gripper[-1])  # [T + 1]
+    command = commands_from_motion(openings, episode.rate_hz)  # [T]
+    last_step = len(episode) - 1
+    has_next_state = np.arange(len(episode)) < last_step  # [T]
+    actions = derive_actions(episode.position, episode.rotation, command)
+    return actions, is_known & has_next_state
 
 
 def add_actions(episode: Episode) -> Episode:
-    """Add the canonical actions and their mask, as stores have them."""
+    """Add the canonical actions and their mask to an episode. Stores contain such episodes only."""
     actions, is_known = canonicalize_actions(episode)
     return dataclasses.replace(episode, action=actions, action_mask=is_known)
 
@@ -89,75 +95,91 @@ def extract_chunk(
 ) -> tuple[Array, Array]:
     """Extract the action chunk that starts at a step.
 
-    From the episode's end, or the first unknown action on, the chunk stays where it is: no motion,
-    and the gripper unchanged. These actions are masked.
+    The chunk has the known actions from `step` on, up to the episode's end or the first unknown
+    action. Further actions of the chunk are masked. They are no motion, and keep the gripper's
+    command.
 
     Args:
         actions: [T, 8] actions of an episode.
-        is_known: [T] bool, which of them are known.
+        is_known: [T] bool, which of the actions are known.
         step: The first step of the chunk.
         horizon: H, the number of actions in the chunk.
 
     Returns:
-        Actions [H, 8] float32, and which of them are training targets [H] bool.
+        Actions [H, 8] float32, and a mask [H] bool that says which of them are training targets.
     """
-    is_target = is_known[step : step + horizon]
-    num_targets = len(is_target) if is_target.all() else int(is_target.argmin())
+    is_known_in_chunk = is_known[step : step + horizon]  # fewer than H at the episode's end
+    if is_known_in_chunk.all():
+        num_targets = len(is_known_in_chunk)
+    else:
+        num_targets = int(is_known_in_chunk.argmin())  # the first unknown action
+
     chunk = np.zeros((horizon, ACTION_DIM), np.float32)
-    chunk[:, 3] = 1
+    chunk[:, 3] = 1  # the real part of the identity quaternion
     chunk[:num_targets] = actions[step : step + num_targets]
-    last_step = step + max(num_targets, 1) - 1
-    chunk[num_targets:, 7] = actions[last_step, 7]
-    return chunk, np.arange(horizon) < num_targets
+    last_target_step = step + max(num_targets, 1) - 1
+    chunk[num_targets:, 7] = actions[last_target_step, 7]
+    is_target = np.arange(horizon) < num_targets  # [H]
+    return chunk, is_target
 
 
 def resample_episode(episode: Episode, rate_hz: float = CONTROL_RATE_HZ) -> Episode:
     """Resample an episode to another rate.
 
-    Positions and openings are interpolated linearly, rotations by slerp; an image is the last one
-    before its time. Motions are derived from the resampled states. A gripper command is the one in
-    force at the end of the new step. A new step is masked if any step that it covers is.
+    Below, T is the number of source steps (of `episode`) and N the number of new steps. A new step
+    covers the source steps during which it lasts.
+
+    - Positions and openings are interpolated linearly, and rotations by slerp.
+    - The image of a new step is the last one that was taken before the step's time.
+    - The motion of an action is derived from the resampled states, and its gripper command is the
+      command of the last source step that the new step covers.
+    - A new step is masked if any source step that it covers is masked.
 
     Returns:
-        The resampled episode; the episode itself if it has this rate.
+        The resampled episode; the episode itself if it has this rate already.
     """
     if np.isclose(episode.rate_hz, rate_hz):
         return episode
 
-    # Times are in steps of the source, with one time more than there are new steps.
+    # Times are measured in source steps. Each new step starts at one time and ends at the next.
     num_source_steps = len(episode)
     last_source_step = num_source_steps - 1
-    num_steps = int(np.floor(last_source_step * rate_hz / episode.rate_hz + TIME_TOLERANCE_STEPS))
-    num_steps += 1
-    times = np.arange(num_steps + 1) * episode.rate_hz / rate_hz
+    last_new_step = np.floor(last_source_step * rate_hz / episode.rate_hz + TIME_TOLERANCE_STEPS)
+    num_steps = int(last_new_step) + 1
+    times = np.arange(num_steps + 1) * episode.rate_hz / rate_hz  # [N + 1]
     times = np.minimum(times, last_source_step)
-    starts = times[:-1]
-    ends = times[1:]
+    starts = times[:-1]  # [N]
+    ends = times[1:]  # [N]
 
-    # States, between the source steps before and after.
-    step_before = np.floor(starts).astype(int)
-    step_after = np.minimum(step_before + 1, last_source_step)
-    fraction = starts - step_before
-    position = (1 - fraction[:, None]) * episode.position[step_before]
-    position = position + fraction[:, None] * episode.position[step_after]
-    rotations = torch.tensor(episode.rotation)
+    # States lie between the source steps before and after their time.
+    step_before = np.floor(starts).astype(int)  # [N]
+    step_after = np.minimum(step_before + 1, last_source_step)  # [N]
+    fraction = starts - step_before  # [N], of the way from the step before to the step after
+    fraction_column = fraction[:, None]  # [N, 1]
+    position = (1 - fraction_column) * episode.position[step_before]
+    position = position + fraction_column * episode.position[step_after]  # [N, 3]
+    rotations = torch.tensor(episode.rotation)  # [T, 4]
     fraction_tensor = torch.as_tensor(fraction, dtype=rotations.dtype)
     rotation = quat_slerp(rotations[step_before], rotations[step_after], fraction_tensor)
-    quaternion = quat_canonical(quat_normalize(rotation)).numpy()
-    gripper = np.interp(starts, np.arange(num_source_steps), episode.gripper)
+    quaternion = quat_canonical(quat_normalize(rotation)).numpy()  # [N, 4]
+    gripper = np.interp(starts, np.arange(num_source_steps), episode.gripper)  # [N]
 
-    # Actions, and which of them are known.
-    last_covered = np.ceil(ends - TIME_TOLERANCE_STEPS).astype(int) - 1
-    last_covered = np.maximum(last_covered, step_before)
-    is_source_known = episode.action_mask
+    # A new step covers the source steps from `step_before` to `last_covered_step`.
+    last_covered_step = np.ceil(ends - TIME_TOLERANCE_STEPS).astype(int) - 1  # [N]
+    last_covered_step = np.maximum(last_covered_step, step_before)
+    is_source_known = episode.action_mask  # [T]
     if is_source_known is None:
         is_source_known = np.ones(num_source_steps, bool)
-    covered = zip(step_before, last_covered, strict=True)
-    is_known = np.array([is_source_known[first : last + 1].all() for first, last in covered])
+    is_known = np.empty(num_steps, bool)
+    for step in range(num_steps):
+        covered_steps = slice(step_before[step], last_covered_step[step] + 1)
+        is_known[step] = is_source_known[covered_steps].all()
+
     action = None
     if episode.action is not None:
-        action = derive_actions(position, quaternion, episode.action[last_covered, 7])
-        is_known[-1] = False
+        command = episode.action[last_covered_step, 7]
+        action = derive_actions(position, quaternion, command)
+        is_known[-1] = False  # the state after the last new step is not known
 
     image_steps = np.floor(starts + TIME_TOLERANCE_STEPS).astype(int)
     return dataclasses.replace(
@@ -176,16 +198,16 @@ def resample_episode(episode: Episode, rate_hz: float = CONTROL_RATE_HZ) -> Epis
 
 
 def validate_episode(episode: Episode) -> Episode:
-    """Check an episode, and bring its arrays into the form that everything else expects.
+    """Check an episode, and convert its arrays to the form that all other code expects.
 
     Returns:
         The episode with float32 arrays, unit quaternions (w >= 0) and gripper openings in [0, 1].
 
     Raises:
-        SpearError: For an episode without steps or images, arrays of different lengths, NaN or
-            infinity, a quaternion whose norm is further than 1e-3 from 1, an empty instruction, a
-            rate that is not positive, or a gripper opening outside [0, 1] by more than 1e-3. The
-            message names the episode and the step.
+        SpearError: If the episode has no steps or no images, arrays of different lengths, numbers
+            that are not finite, a quaternion whose norm is further than 1e-3 from 1, an empty
+            instruction, a rate that is not positive, or a gripper opening outside [0, 1] by more
+            than 1e-3. The message names the episode and, if there is one, the bad step.
     """
     name = episode.source
     num_steps = len(episode)
@@ -207,7 +229,7 @@ def validate_episode(episode: Episode) -> Episode:
 
 
 def _check_images(episode: Episode) -> None:
-    """Raise SpearError unless each camera has a (possibly broken) image of every step."""
+    """Raise SpearError unless each camera has an encoded image of every step. Decodes none."""
     name = episode.source
     if not episode.images:
         raise SpearError(f"no camera: {name}: an episode needs at least one camera's images")
@@ -219,7 +241,7 @@ def _check_images(episode: Episode) -> None:
 
 
 def check_instruction(text: str, name: str) -> None:
-    """Raise SpearError, naming the episode, for an instruction without words."""
+    """Raise SpearError if an instruction has no words; `name` is the episode, for the message."""
     if not any(character.isalnum() for character in text):
         raise SpearError(
             f"empty instruction: {name}: say what the robot does, or leave the episode out"
@@ -232,7 +254,10 @@ def empty_episode_error(name: str) -> SpearError:
 
 
 def validate_actions(episode: Episode) -> Episode:
-    """Check rotations and actions, the part of `validate_episode` that may change later."""
+    """Check rotations and actions of an episode as `validate_episode` does.
+
+    Call this after a change of the rotations or actions of an episode that was checked before.
+    """
     name = episode.source
     num_steps = len(episode)
     fields: dict[str, Any] = {"rotation": _normalize_rotation(name, "rotation", episode.rotation)}
@@ -249,7 +274,7 @@ def validate_actions(episode: Episode) -> Episode:
 
 
 def find_first(mask: Any) -> int | None:
-    """Find the first True of a mask [N]; None if all are False."""
+    """Find the index of the first True of a mask [N]; None if all are False."""
     return int(mask.argmax()) if mask.any() else None
 
 
@@ -262,7 +287,14 @@ def _check_length(name: str, field: str, length: int, num_steps: int) -> None:
 
 
 def _validate_array(name: str, field: str, values: Array, shape: tuple[int, ...]) -> Array:
-    """Convert an array to float32; raise SpearError for another shape, or what is not finite."""
+    """Convert an array to float32. Raise SpearError for a wrong shape, or a number not finite.
+
+    Args:
+        name: The episode, for the message.
+        field: The field of the episode, for the message.
+        values: The array.
+        shape: The shape that it should have, [T, ...].
+    """
     array = np.asarray(values, np.float32)
     if array.shape != shape:
         raise SpearError(f"wrong shape: {name}: {field} is {array.shape}, expected {shape}")
@@ -276,11 +308,16 @@ def _validate_array(name: str, field: str, values: Array, shape: tuple[int, ...]
 def validate_unit_norm(quaternion: Array, name: str, field: str) -> Array:
     """Check that quaternions [T, 4] have norms within 1e-3 of 1.
 
+    Args:
+        quaternion: [T, 4] the quaternions.
+        name: The episode, for the message.
+        field: What the quaternions are, for the message.
+
     Returns:
         [T] the norms.
 
     Raises:
-        SpearError: For another norm; the message names the episode and the step.
+        SpearError: If a norm is further from 1. The message names the episode and the step.
     """
     norm: Array = np.linalg.norm(quaternion.astype(np.float64), axis=1)
     step = find_first(np.abs(norm - 1) > UNIT_NORM_TOLERANCE)
@@ -294,12 +331,14 @@ def validate_unit_norm(quaternion: Array, name: str, field: str) -> Array:
 
 def _normalize_rotation(name: str, field: str, quaternion: Array) -> Array:
     """Normalize quaternions [T, 4] to norm 1 and w >= 0, after checking their norms."""
-    unit = quaternion / validate_unit_norm(quaternion, name, field)[:, None]
-    return np.where(unit[:, :1] < 0, -unit, unit).astype(np.float32)
+    norms = validate_unit_norm(quaternion, name, field)  # [T]
+    unit = quaternion / norms[:, None]  # [T, 4]
+    real_part = unit[:, :1]  # [T, 1]
+    return np.where(real_part < 0, -unit, unit).astype(np.float32)
 
 
 def _clip_opening(name: str, field: str, opening: Array) -> Array:
-    """Clip openings [T] to 0 … 1; raise SpearError for one outside by more than rounding."""
+    """Clip openings [T] to 0 … 1. Raise SpearError if one is outside by more than the tolerance."""
     is_outside = (opening < -OPENING_TOLERANCE) | (opening > 1 + OPENING_TOLERANCE)
     step = find_first(is_outside)
     if step is not None:

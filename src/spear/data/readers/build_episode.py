@@ -1,4 +1,8 @@
-"""From the columns of any dataset to our `Episode`, by what its `DatasetLayout` says of them."""
+"""Converts the columns of any dataset to our `Episode`, by the dataset's `DatasetLayout`.
+
+In this file, `steps` are the columns of one episode, a row is what the dataset recorded at one
+step, and `source` is the name of the episode for error messages.
+"""
 
 import dataclasses
 import math
@@ -34,33 +38,34 @@ from spear.util.images import check_jpeg_is_complete, decode_image, encode_jpeg
 from spear.util.units import ANGLE_UNITS, LENGTH_UNITS
 
 MAX_MEDIAN_ANGLE_RAD = 4 * math.pi  # wrists turn once or twice; larger angles are degrees
-# Gripper readings may lie outside their declared range. Up to this part of the range they are not
-# counted as clipped readings, because most grippers are this inexact.
-MAX_UNCOUNTED_OVERSHOOT = 0.1
-MAX_GRIPPER_OVERSHOOT = 0.3  # part of a declared range; BC-Z's readings overshoot by 0.25
-IDLE_SPEED_M_S = 2e-3  # below it the arm does not move
-IDLE_TURN_RAD_S = 1e-2  # below it the arm does not turn
-IDLE_OPENING_CHANGE = 1e-2  # per step; below it the gripper does not move
-JPEG_END = b"\xff\xd9"
-PNG_END = b"IEND\xaeB`\x82"
+# A gripper's readings may overshoot their declared range. An overshoot is a fraction of this range.
+MAX_UNCOUNTED_OVERSHOOT = 0.1  # no clipped reading is counted, as most grippers are this inexact
+MAX_GRIPPER_OVERSHOOT = 0.3  # a larger one refuses the episode; BC-Z's readings reach 0.25
+IDLE_SPEED_M_S = 2e-3  # an arm that is slower counts as standing still
+IDLE_TURN_RAD_S = 1e-2  # an arm that turns more slowly counts as not turning
+IDLE_OPENING_CHANGE = 1e-2  # a gripper that changes less in one step counts as standing still
+JPEG_END = b"\xff\xd9"  # the last bytes of every complete JPEG
+PNG_END = b"IEND\xaeB`\x82"  # the last bytes of every complete PNG
 
 
 def build_episode(steps: Steps, layout: DatasetLayout, source: str) -> Episode:
     """Build an `Episode` in our conventions from the columns of a dataset.
 
-    If `layout.action` names a column of canonical actions, they are used unchanged. Otherwise the
-    motions come from the states, and the gripper commands from the logged ones if the dataset has
-    them; the last step leads to no known state and is masked. Rows whose orientation is no rotation
-    are dropped, and the steps before them are masked.
+    Actions: If `layout.action` names a column of canonical actions, these are used unchanged.
+    Otherwise, if the dataset logs gripper commands, actions consist of the motions between the
+    states and of these commands. The last action is then masked, because no state follows it. If
+    the dataset has neither, the episode has no actions.
+
+    Rows whose orientation is no rotation are dropped, and the actions before them are masked.
 
     Args:
         steps: The columns of one episode.
         layout: What the columns mean.
-        source: The name of the episode, for error messages.
+        source: The name of the episode.
 
     Raises:
-        SpearError: If a column is missing, or the episode is bad: among other reasons, its pose
-            jumps (more than 3 m/s or 10 rad/s between two steps), or one of its images is cut off.
+        SpearError: If a column is missing, or the episode is bad: for example, its pose jumps (more
+            than 3 m/s or 10 rad/s between two steps), or one of its images is cut off.
     """
     assert layout.rate_hz is not None
     # States and images of the good rows, checked.
@@ -88,7 +93,7 @@ def build_episode(steps: Steps, layout: DatasetLayout, source: str) -> Episode:
 
     episode = _to_our_frames(episode, layout)
 
-    # Actions: canonical ones of the dataset, or derived from states and gripper commands.
+    # Canonical actions of the dataset, or actions derived from states and gripper commands.
     if layout.action is not None:
         return _add_canonical_actions(episode, steps, layout, source)
     if command is not None:
@@ -96,7 +101,8 @@ def build_episode(steps: Steps, layout: DatasetLayout, source: str) -> Episode:
     if layout.drop_idle:
         moving_steps = _find_moving_steps(episode, command)
         episode = _select_steps(episode, moving_steps)
-        command = None if command is None else command[moving_steps]
+        if command is not None:
+            command = command[moving_steps]
     return episode if command is None else _add_derived_actions(episode, command)
 
 
@@ -104,24 +110,26 @@ def drop_bad_rows(steps: Steps, layout: DatasetLayout, source: str) -> tuple[Ste
     """Drop the rows of an episode whose orientation is no rotation (see `find_good_rows`).
 
     Returns:
-        The columns without these rows, and the numbers [T] of the rows that they still have.
+        The columns without the bad rows, and the indices [T] of the rows that remain.
     """
     _, rotation, rotation_format = read_pose(steps, layout, source)
     rows = find_good_rows(rotation, rotation_format)
-    return select_rows(steps, rows, len(rotation)), rows
+    good_steps = select_rows(steps, rows, num_rows=len(rotation))
+    return good_steps, rows
 
 
 def _add_derived_actions(episode: Episode, command: Array) -> Episode:
-    """Add the motions that follow from the states, with logged gripper commands [T]."""
+    """Add actions that consist of the motions between states and of gripper commands [T]."""
     action = derive_actions(episode.position, episode.rotation, command)
-    is_known = np.arange(len(episode)) < len(episode) - 1
+    last_step = len(episode) - 1
+    is_known = np.arange(len(episode)) < last_step  # [T]; no state follows the last step
     if episode.action_mask is not None:
         is_known &= episode.action_mask
     return validate_actions(dataclasses.replace(episode, action=action, action_mask=is_known))
 
 
 def _to_our_frames(episode: Episode, layout: DatasetLayout) -> Episode:
-    """Turn poses from the end-effector and base frames of a dataset to ours."""
+    """Convert the poses of an episode from the dataset's end-effector and base frames to ours."""
     tool_rotation = torch.tensor(layout.tool_rotation, dtype=torch.float32)
     rotation = quat_multiply(torch.as_tensor(episode.rotation), tool_rotation)
     position = episode.position
@@ -135,19 +143,20 @@ def _to_our_frames(episode: Episode, layout: DatasetLayout) -> Episode:
 
 
 def _check_angle_unit(rotation: Array, rotation_format: RotationFormat, source: str) -> None:
-    """Raise SpearError for angles of which most are too large for radians."""
+    """Raise SpearError if most rows of `rotation` [T, d] have an angle too large for radians."""
     if rotation_format not in ANGLE_FORMATS or not len(rotation):
         return
-    if np.median(np.abs(rotation).max(axis=-1)) > MAX_MEDIAN_ANGLE_RAD:
+    largest_angles_rad = np.abs(rotation).max(axis=-1)  # [T]
+    if np.median(largest_angles_rad) > MAX_MEDIAN_ANGLE_RAD:
         raise SpearError(
-            f"orientations up to {np.abs(rotation).max():.3g} rad: {source}: say angle_unit deg"
+            f"orientations up to {largest_angles_rad.max():.3g} rad: {source}: say angle_unit deg"
         )
 
 
 def _add_canonical_actions(
     episode: Episode, steps: Steps, layout: DatasetLayout, source: str
 ) -> Episode:
-    """Add the canonical actions of a dataset that we wrote, with their mask and source."""
+    """Add the canonical actions of a dataset that this program wrote, their mask and source."""
     assert layout.action is not None
     fields: dict[str, Any] = {"action": read_numbers(steps, layout.action, source)}
     if layout.action_mask is not None:
@@ -163,25 +172,27 @@ def _add_canonical_actions(
 def read_pose(
     steps: Steps, layout: DatasetLayout, source: str
 ) -> tuple[Array, Array, RotationFormat]:
-    """Read the recorded end-effector poses.
+    """Read the recorded end-effector poses, in the dataset's base and end-effector frames.
 
     Returns:
-        Positions [T, 3] (m, base frame), orientations [T, d] (angles in rad), and the format of
-        the orientations.
+        Positions [T, 3] (m), orientations [T, d] (angles in rad), and the format of the
+        orientations, which determines d. Poses that are recorded as joint angles of a Franka are
+        converted, and their orientations are quaternions.
     """
     assert layout.position is not None
     assert layout.rotation is not None
     assert layout.rotation_format is not None
-    position = read_numbers(steps, layout.position, source)
     radians_per_unit = ANGLE_UNITS[layout.angle_unit]
+    position_column = read_numbers(steps, layout.position, source)
     if layout.rotation_format == "franka_joints":
-        position_m, quaternion = franka_pose(position * radians_per_unit, source)
+        joint_angles_rad = position_column * radians_per_unit  # [T, 7]
+        position_m, quaternion = franka_pose(joint_angles_rad, source)
         return position_m, quaternion, "quat_wxyz"
 
     rotation = read_numbers(steps, layout.rotation, source)
     if layout.rotation_format in ANGLE_FORMATS:
         rotation = rotation * radians_per_unit
-    position_m = position * LENGTH_UNITS[layout.length_unit]
+    position_m = position_column * LENGTH_UNITS[layout.length_unit]
     return position_m, rotation, layout.rotation_format
 
 
@@ -189,8 +200,9 @@ def read_openings(steps: Steps, layout: DatasetLayout, source: str) -> tuple[Arr
     """Read the measured and the commanded openings of the gripper.
 
     Returns:
-        Openings [T] and commands [T], 0 closed to 1 open; None instead of commands if the dataset
-        logs none. If both agree but for rounding, nothing was measured: see `observed_openings`.
+        Openings [T] and commands [T], both 0 closed to 1 open. Commands are None if the dataset
+        logs none. If both columns agree but for rounding, nothing was measured, and openings follow
+        from the commands (see `observed_openings`).
 
     Raises:
         SpearError: If a reading is outside its declared range by more than 30 % of the range.
@@ -215,23 +227,33 @@ def read_openings(steps: Steps, layout: DatasetLayout, source: str) -> tuple[Arr
 def _read_opening(
     steps: Steps, column: str, range_key: str, closed_and_open: tuple[float, float], source: str
 ) -> Array:
-    """Read a gripper column as openings [T] in 0 … 1, by its readings when closed and when open."""
+    """Read a gripper column as openings [T] in 0 … 1.
+
+    Args:
+        steps: The columns of one episode.
+        column: The gripper column.
+        range_key: The field of the layout that gives `closed_and_open`, for error messages.
+        closed_and_open: The readings of the column when the gripper is closed and when it is open.
+        source: The name of the episode.
+    """
     readings = read_numbers(steps, column, source)
-    if readings.size != len(readings):
+    has_one_number_per_step = readings.size == len(readings)
+    if not has_one_number_per_step:
         raise SpearError(
             f"no column {column!r}: {source}: it has the shape {readings.shape}, not one number"
         )
 
-    readings = readings.reshape(-1)
-    closed, opened = closed_and_open
-    opening = (readings - closed) / (opened - closed)
-    overshoot = np.maximum(-opening, opening - 1)
-    record_repairs(num_clipped_readings=int((overshoot > MAX_UNCOUNTED_OVERSHOOT).sum()))
+    readings = readings.reshape(-1)  # [T]
+    closed_reading, open_reading = closed_and_open
+    opening = (readings - closed_reading) / (open_reading - closed_reading)  # [T]
+    overshoot = np.maximum(-opening, opening - 1)  # [T]; negative within the range
+    is_counted = overshoot > MAX_UNCOUNTED_OVERSHOOT
+    record_repairs(num_clipped_readings=int(is_counted.sum()))
     step = find_first(overshoot > MAX_GRIPPER_OVERSHOOT)
     if step is not None:
         raise SpearError(
             f"out of range: {source} step {step}: {column} is {readings[step]:.4g}, but "
-            f"{range_key} is [{closed:g}, {opened:g}]; in this episode it runs from "
+            f"{range_key} is [{closed_reading:g}, {open_reading:g}]; in this episode it runs from "
             f"{readings.min():.4g} to {readings.max():.4g}: "
             "give its readings when closed, then when open"
         )
@@ -239,42 +261,51 @@ def _read_opening(
 
 
 def _find_moving_steps(episode: Episode, command: Array | None) -> list[int]:
-    """Find the steps at which the arm or the gripper moves, or its command changes; and the last.
+    """Find the steps at which the arm or the gripper moves, or the gripper's command changes.
 
-    Motion is measured from where the last moving step leads. Otherwise the steps of a slow drift
-    would all be idle, and add up to a jump.
+    The last step of the episode is always among them. Motion is measured from the state to which
+    the last moving step led, not from the state one step before. Otherwise all steps of a slow
+    drift would be idle, and their removal would leave a jump.
+
+    Args:
+        episode: The episode.
+        command: [T] gripper commands; None if they are not known.
     """
-    command_change = np.zeros(len(episode))
+    command_change = np.zeros(len(episode))  # [T] from the step before
     if command is not None:
         command_change = np.diff(command, prepend=command[:1])
 
+    last_step = len(episode) - 1
     moving_steps: list[int] = []
-    reached_step = 0
-    for step in range(len(episode) - 1):
-        ends = [reached_step, step + 1]
-        distance_m = np.linalg.norm(np.diff(episode.position[ends], axis=0))
-        turn_rad = _angles_between_steps(episode.rotation[ends])[0]
+    reached_step = 0  # the state to which the last moving step led
+    for step in range(last_step):
+        compared_steps = [reached_step, step + 1]
+        distance_m = np.linalg.norm(np.diff(episode.position[compared_steps], axis=0))
+        turn_rad = _angles_between_steps(episode.rotation[compared_steps])[0]
+        opening_change = np.ptp(episode.gripper[compared_steps])
         is_moving = (
             distance_m * episode.rate_hz > IDLE_SPEED_M_S
             or turn_rad * episode.rate_hz > IDLE_TURN_RAD_S
-            or np.ptp(episode.gripper[ends]) > IDLE_OPENING_CHANGE
+            or opening_change > IDLE_OPENING_CHANGE
             or command_change[step] != 0
         )
         if is_moving:
             moving_steps.append(step)
             reached_step = step + 1
-    moving_steps.append(len(episode) - 1)
+    moving_steps.append(last_step)
     return moving_steps
 
 
 def _select_steps(episode: Episode, steps: list[int]) -> Episode:
-    """Keep only some steps of the states and images of an episode without actions.
+    """Select steps (ascending) of the states and images of an episode that has no actions yet.
 
-    A step is masked if any step from it to the next one that is kept is.
+    The action of a selected step will lead to the next selected step. It is masked if any recorded
+    step on this way is masked.
     """
     action_mask = episode.action_mask
     if action_mask is not None:
-        action_mask = np.logical_and.reduceat(action_mask, steps)
+        # For each selected step, the conjunction over the steps before the next selected one.
+        action_mask = np.logical_and.reduceat(action_mask, steps)  # [len(steps)]
     return dataclasses.replace(
         episode,
         images={
@@ -288,20 +319,21 @@ def _select_steps(episode: Episode, steps: list[int]) -> Episode:
 
 
 def _read_images(steps: Steps, layout: DatasetLayout, camera: str, source: str) -> list[bytes]:
-    """Read a camera's encoded images.
+    """Read a camera's encoded images, and refuse images that are cut off.
 
-    An image that does not end like a JPEG or PNG is decoded, to see whether it is cut off; one that
-    does may still lack data. Images that the dataset squeezed get their true aspect ratio back,
-    because depth depends on it.
+    Decoding an image shows whether it is cut off, but takes time. Images that end like a JPEG or
+    PNG are therefore not decoded, only checked for missing data inside. Images that the dataset
+    squeezed are resized to their true aspect ratio, because depth depends on it.
     """
     column = layout.images[camera]
     aspect = layout.image_aspect.get(camera)
     images: list[bytes] = []
     for step, encoded in enumerate(read_encoded_images(steps, column, source)):
         name = f"{source} step {step} camera {camera!r}"
-        ends_well = encoded.endswith((JPEG_END, PNG_END))
-        if encoded and (aspect is not None or not ends_well):
-            pixels = decode_image(encoded, name)
+        has_proper_end = encoded.endswith((JPEG_END, PNG_END))
+        must_decode = aspect is not None or not has_proper_end
+        if encoded and must_decode:
+            pixels = decode_image(encoded, name)  # raises SpearError if the image is cut off
             if aspect is not None:
                 height = len(pixels)
                 width = round(height * aspect)
@@ -319,20 +351,24 @@ def read_instruction(steps: Steps, layout: DatasetLayout, source: str) -> str:
 
 
 def read_success(steps: Steps, layout: DatasetLayout, source: str) -> bool | None:
-    """Read from the last row of a column how the episode ended; see `DatasetLayout.success`."""
+    """Read whether the episode achieved its task; None if that is not known.
+
+    `DatasetLayout.success` describes the two forms of the column.
+    """
     column = layout.success
     if column is None:
         return None
 
-    if isinstance(read_column(steps, column, source), list):
+    is_text_column = isinstance(read_column(steps, column, source), list)
+    if is_text_column:
         folders = read_text(steps, column, source).split("/")
         outcomes = {"success", "failure"}.intersection(folders)
         return outcomes == {"success"} if outcomes else None
 
-    last_row = read_numbers(steps, column, source).reshape(-1)[-1:]
-    if not len(last_row) or last_row[0] < 0:
+    numbers = read_numbers(steps, column, source).reshape(-1)
+    if not len(numbers) or numbers[-1] < 0:
         return None
-    return bool(last_row[0])
+    return bool(numbers[-1])
 
 
 def _check_jumps(episode: Episode, rows: Array) -> None:
@@ -341,18 +377,19 @@ def _check_jumps(episode: Episode, rows: Array) -> None:
     A wrong column, unit or rotation format is the usual reason.
 
     Args:
-        episode: The episode at its own rate.
-        rows: [T] the numbers of its rows in the recording; where some are missing, more time passed
-            between two steps.
+        episode: The episode at the dataset's rate.
+        rows: [T] the index of each step's row in the recording. Where rows were dropped, two steps
+            are further apart in time, and their motion is divided by the number of steps.
     """
-    num_rows_between = np.diff(rows)
-    distances_m = np.linalg.norm(np.diff(episode.position, axis=0), axis=1) / num_rows_between
+    num_rows_between = np.diff(rows)  # [T - 1]
+    displacements_m = np.diff(episode.position, axis=0)  # [T - 1, 3]
+    distances_m = np.linalg.norm(displacements_m, axis=1) / num_rows_between  # [T - 1]
     if distances_m.max(initial=0) * episode.rate_hz > MAX_EE_SPEED_M_S:
         step = int(distances_m.argmax())
         jump = f"moved by {distances_m[step]:.3g} m"
         raise _jump_error(episode, rows[step + 1], jump, "its unit (length_unit)")
 
-    turns_rad = _angles_between_steps(episode.rotation) / num_rows_between
+    turns_rad = _angles_between_steps(episode.rotation) / num_rows_between  # [T - 1]
     if turns_rad.max(initial=0) * episode.rate_hz > MAX_EE_TURN_RAD_S:
         step = int(turns_rad.argmax())
         jump = f"turned by {turns_rad[step]:.3g} rad"
@@ -360,7 +397,14 @@ def _check_jumps(episode: Episode, rows: Array) -> None:
 
 
 def _jump_error(episode: Episode, row: int, jump: str, cause: str) -> SpearError:
-    """The error for a pose that jumps to a row of the recording."""
+    """The error for a pose that jumps.
+
+    Args:
+        episode: The episode.
+        row: The row of the recording at which the pose has jumped.
+        jump: How far the pose jumped: "moved by 2 m".
+        cause: What may be wrong in the layout.
+    """
     return SpearError(
         f"jump: {episode.source} step {row}: the end-effector is {jump} in one step; "
         f"leave it out, or check rate_hz, the column and {cause}"
@@ -368,7 +412,12 @@ def _jump_error(episode: Episode, row: int, jump: str, cause: str) -> SpearError
 
 
 def _angles_between_steps(rotation: Array) -> Array:
-    """[T - 1] angles between consecutive quaternions [T, 4], rad; exactly 0 for equal ones."""
-    distance = np.linalg.norm(rotation[1:] - rotation[:-1], axis=1)
-    distance_to_negative = np.linalg.norm(rotation[1:] + rotation[:-1], axis=1)
+    """Compute the angles [T - 1] in rad between consecutive unit quaternions [T, 4].
+
+    Unit quaternions q and p whose rotations differ by the angle a have |q - p| = 2 sin(a / 4) or,
+    as -p is the same rotation, |q + p| = 2 sin(a / 4). Unlike an arc cosine of their product, this
+    is exactly 0 for equal quaternions.
+    """
+    distance = np.linalg.norm(rotation[1:] - rotation[:-1], axis=1)  # [T - 1]
+    distance_to_negative = np.linalg.norm(rotation[1:] + rotation[:-1], axis=1)  # [T - 1]
     return 4 * np.arcsin(np.minimum(distance, distance_to_negative) / 2)

@@ -1,12 +1,13 @@
 """The layout of each robot dataset, as data: where its columns are and what they mean.
 
-`oxe.toml` describes the published datasets. Any other dataset is described by a file `spear.json`
-in its folder, with the fields of `DatasetLayout`; fields that it does not give come from the entry
-of `oxe.toml` that its key "like" names. docs/howto/describe.md has an example.
+The registry, `oxe.toml`, has one entry per published dataset. Any other dataset is described by a
+file `spear.json` in its folder, with the fields of `DatasetLayout`. The file's key "like" may name
+an entry of the registry: fields that the file does not give come from this entry.
+docs/howto/describe.md has an example.
 
-A column is a path below the steps, with an optional range of its last dimension:
-"observation/state[0:3]". LeRobot's dots become slashes of the path: its "observation.images.top" is
-"observation/images/top".
+A column is named by its path among the recorded values of a step, which may be followed by a range
+of its last dimension: "observation/state[0:3]". In the name of a LeRobot column, dots become
+slashes: "observation.images.top" becomes "observation/images/top".
 """
 
 import dataclasses
@@ -32,7 +33,7 @@ LoggedFormat = (
     | Literal["quat_wxyz", "quat_xyzw"]
     | Literal["6d_columns", "6d_rows", "matrix4_columns", "matrix4_rows"]
 )
-"""The formats of logged rotations.
+"""The formats of logged rotations, that is, of the rotations in a dataset's own actions.
 
 euler_xyz        roll, pitch, yaw: angles about the fixed axes x, y, z (R = Rz Ry Rx).
 euler_ZYX        yaw, pitch, roll: euler_xyz with its columns in reverse order (not SciPy's "zyx").
@@ -43,9 +44,11 @@ quat_wxyz, quat_xyzw   unit quaternion, scalar first or last.
 matrix4_columns, matrix4_rows   the 16 numbers of a homogeneous pose, by columns or by rows.
 """
 RecordedOnly = Literal["euler_zxy", "franka_joints"]
-"""Formats that only recorded orientations have. The audit does not judge them: no other numbers
-look like joint angles, and rotations alone cannot tell angles about z, x, y from roll, pitch, yaw
-about other axes.
+"""Formats that only recorded orientations have, not logged rotations.
+
+The audit, which compares the columns of a dataset with each other, does not test these formats. No
+other numbers look like joint angles. Angles about z, x, y could also be roll, pitch, yaw in a base
+frame with other axes, and rotations alone cannot decide between the two.
 
 euler_zxy        angles about the fixed axes z, x, y in that order (R = Ry Rx Rz).
 franka_joints    a Franka's seven joint angles, in one column for positions and rotations
@@ -54,15 +57,15 @@ franka_joints    a Franka's seven joint angles, in one column for positions and 
 RotationFormat = LoggedFormat | RecordedOnly
 RECORDED_ONLY: tuple[str, ...] = get_args(RecordedOnly)
 ANGLE_FORMATS = (*get_args(AngleFormat), *RECORDED_ONLY)
-"""Formats whose numbers are angles, and therefore have a unit."""
+"""Formats whose numbers are angles, in rad or degrees (`DatasetLayout.angle_unit`)."""
 LAYOUT_FILE = "spear.json"
 REGISTRY_FILE = "oxe.toml"
-UNIT_NORM_TOLERANCE = 1e-3  # of the quaternion of a tool rotation
+UNIT_NORM_TOLERANCE = 1e-3  # how far the norm of a layout's quaternion may be from 1
 
 
 def _validate_two_readings(closed_and_open: tuple[float, float]) -> tuple[float, float]:
-    closed, opened = closed_and_open
-    if closed == opened:
+    closed_reading, open_reading = closed_and_open
+    if closed_reading == open_reading:
         raise ValueError("give two different readings, of closed and of open")
     return closed_and_open
 
@@ -77,7 +80,7 @@ Positive = Annotated[float, Field(gt=0)]
 Opening = Annotated[float, Field(ge=0, le=1)]
 AspectRatio = Annotated[float, Field(ge=0.1, le=10)]
 Range = Annotated[tuple[float, float], AfterValidator(_validate_two_readings)]
-"""The readings of a closed and of an open gripper."""
+"""The readings of a gripper: first when it is closed, then when it is open."""
 Quaternion = Annotated[tuple[float, float, float, float], AfterValidator(_validate_unit_norm)]
 IDENTITY_ROTATION = (1.0, 0.0, 0.0, 0.0)
 
@@ -86,44 +89,55 @@ IDENTITY_ROTATION = (1.0, 0.0, 0.0, 0.0)
 class DatasetLayout:
     """The layout and the conventions of one dataset.
 
-    None means "not known", and `facts` says how a value is known.
+    A field that is None is not known, or the dataset has no such column.
 
-    robot, rate_hz   the arm, and steps per second.
+    name             the dataset's name.
+    robot            the arm.
+    rate_hz          steps per second.
     images           our camera name → column of encoded images.
     image_aspect     our camera name → true width / height, if the stored images were squeezed.
-    instruction      column of the instruction, the same in all steps.
+    instruction      column of the instruction, which is the same in all steps.
     position         column of the end-effector position, base frame (x forward, y left, z up).
-    rotation         column of its orientation in the base frame, in `rotation_format`.
-    length_unit      of positions, and of logged translations unless `logged_translation_unit` says
-                     otherwise.
-    angle_unit       of the numbers in `rotation`, if they are angles, and likewise in
-                     `logged_rotation` (`logged_rotation_unit`).
-    tool_rotation    quaternion (w, x, y, z) from the right, from the dataset's end-effector frame
-                     to ours: parallel to the base frame when the gripper points down and its
-                     fingers close along y.
-    base_rotation    quaternion (w, x, y, z) from the left, from the dataset's base frame to ours (x
-                     forward, y left, z up). It turns positions and orientations, and with them the
-                     motions that are derived from them.
-    gripper          column of the measured opening; `gripper_range` is its (closed, open) reading.
-    command          column of the absolute gripper command, or None; `command_range` likewise. A
-                     `gripper` column that is part of an action is also the command.
+    rotation         column of the end-effector orientation, base frame.
+    rotation_format  format of the numbers in the column `rotation`.
+    length_unit      unit of positions. It is also the unit of logged translations, unless
+                     `logged_translation_unit` is given.
+    angle_unit       unit of the numbers in `rotation`, if they are angles. It is also the unit of
+                     logged rotations, unless `logged_rotation_unit` is given.
+    tool_rotation    quaternion (w, x, y, z) by which orientations are multiplied from the right. It
+                     leads from the dataset's end-effector frame to ours, which is parallel to the
+                     base frame when the gripper points down and its fingers close along y.
+    base_rotation    quaternion (w, x, y, z) by which orientations are multiplied from the left, and
+                     which rotates positions. It leads from the dataset's base frame to ours (x
+                     forward, y left, z up). Actions that are derived from the poses turn with them.
+    gripper          column of the measured opening. If the column is part of an action, it is also
+                     the gripper command.
+    gripper_range    readings of the column `gripper` when closed and when open.
+    command          column of the absolute gripper command.
+    command_range    readings of the column `command` when closed and when open.
     gripper_opening  the opening, 0 closed to 1 open, of a gripper that never moves and therefore
                      has no column.
-    logged_translation, logged_rotation   columns of the logged arm actions, used by the audit only.
-    logged_rotation_format, logged_kind, logged_frame   what they mean: change per step, target or
-                     velocity; in the base or the end-effector frame.
-    logged_rotation_frame   the frame of logged rotations, if it is not `logged_frame`; "angles" if
-                     they are added to the recorded angles.
-    logged_translation_unit, logged_rotation_unit   meters and radians (per second, if the kind is
-                     velocity) of a logged 1, if actions are in the units of a controller.
-    drop_idle        remove the steps at which neither arm nor gripper moves.
-    newest           the last version of the dataset that is correct, if later ones are broken.
-    success          column whose last row says how the episode ended: a number (0 failed, below 0
-                     not known), or a path with a folder "success" or "failure"; otherwise it is
-                     not known.
-    action           column of canonical actions [T, 8] (`Action.to_vector`), in datasets that we
-                     wrote; `action_mask` and `source` are columns of these parts of an `Episode`.
-    weight, facts    share of the training mixture, %; field → how we know its value.
+    logged_translation, logged_rotation   columns of the arm's part of the dataset's own actions.
+                     Only the audit reads them.
+    logged_rotation_format   format of the numbers in `logged_rotation`.
+    logged_kind      whether a logged action is the change in one step ("delta"), the target
+                     ("absolute") or a velocity.
+    logged_frame     frame of logged translations and rotations: base or end-effector.
+    logged_rotation_frame   frame of logged rotations, if it is not `logged_frame`. "angles" means
+                     that the logged angles are added to the recorded angles, number by number.
+    logged_translation_unit   meters (per second, if the kind is velocity) that a logged 1 stands
+                     for, if logged actions are in a controller's own unit.
+    logged_rotation_unit   likewise for logged rotations, in radians.
+    drop_idle        whether to remove the steps at which neither arm nor gripper moves.
+    newest           the last correct version of the dataset, if later versions are broken.
+    success          column whose last row says how the episode ended. The row is a number (0
+                     failed, above 0 succeeded, below 0 not known), or a path with a folder
+                     "success" or "failure" (without such a folder, not known).
+    action           column of canonical actions [T, 8] (`Action.to_vector`), in datasets that this
+                     program wrote.
+    action_mask, source   columns of these fields of an `Episode`, in datasets that have `action`.
+    weight           fraction of the published training mixture, %.
+    facts            field → how we know its value, or what is known of it if it is missing.
     """
 
     name: str
@@ -171,7 +185,8 @@ DEPENDENT_FIELDS = {
     "logged_rotation": ("logged_rotation_unit",),
     "action": ("command", "command_range", "tool_rotation", "base_rotation", "drop_idle"),
 }
-"""Field → fields that describe its columns only, and mean nothing for another value of it."""
+"""Field → fields that depend on its value. Where a layout file replaces the value of the entry that
+it is "like", these fields of the entry no longer apply."""
 COLUMN_OF_FIELD = {
     "command_range": "command",
     "logged_translation_unit": "logged_translation",
@@ -179,7 +194,7 @@ COLUMN_OF_FIELD = {
     "action_mask": "action",
     "source": "action",
 }
-"""Field → the field without which it describes nothing."""
+"""Field → the field that names the column which it describes."""
 REQUIRED_FIELDS = (
     "images",
     "position",
@@ -195,9 +210,9 @@ GRIPPER_FIELDS = ("gripper", "gripper_range")
 
 
 def find_missing_fields(layout: DatasetLayout) -> list[str]:
-    """List the required fields that the layout does not know."""
+    """List the required fields that the layout does not give."""
     missing_fields = [name for name in REQUIRED_FIELDS if not getattr(layout, name)]
-    if layout.gripper_opening is not None:
+    if layout.gripper_opening is not None:  # which replaces the fields of the gripper's column
         return [name for name in missing_fields if name not in GRIPPER_FIELDS]
     return missing_fields
 
@@ -213,17 +228,17 @@ def find_layout(
     Args:
         name: The dataset's name.
         folder: The dataset's folder.
-        layout_file: The file that describes the dataset. Without it, the `spear.json` in the folder
-            describes it, and without that, the registry.
-        format_defaults: What the dataset's own metadata say, such as its rate. It overrides the
-            registry; `spear.json` overrides it.
+        layout_file: The file that describes the dataset. If it is None, the `spear.json` in the
+            folder describes the dataset. If there is none either, the registry does.
+        format_defaults: Field → value, as the dataset's own metadata say, such as its rate. These
+            values override the registry, and a layout file overrides these values.
 
     Raises:
         SpearError: If nothing describes the dataset, required fields are missing, two cameras have
             the same column, or the file is bad.
     """
-    path = layout_file or folder / LAYOUT_FILE
-    if path.is_file() or layout_file is not None:
+    path = folder / LAYOUT_FILE if layout_file is None else layout_file
+    if layout_file is not None or path.is_file():
         layout = read_layout_file(path, name, format_defaults)
     elif name in REGISTRY:
         layout = dataclasses.replace(REGISTRY[name], **(format_defaults or {}))
@@ -245,7 +260,7 @@ def find_layout(
 
 
 def _missing_fields_error(fields: list[str], layout: DatasetLayout, path: Path) -> SpearError:
-    """The error for missing fields, with what `facts` say of them."""
+    """The error for missing fields, with what the layout's `facts` say about each field."""
     descriptions: list[str] = []
     for field_name in fields:
         if field_name in layout.facts:
@@ -261,7 +276,12 @@ def _missing_fields_error(fields: list[str], layout: DatasetLayout, path: Path) 
 def read_layout_file(
     path: Path, name: str, format_defaults: Mapping[str, Any] | None = None
 ) -> DatasetLayout:
-    """Read a layout from a JSON file. It may lack required fields.
+    """Read a layout from a JSON file. The layout may lack required fields.
+
+    Args:
+        path: The file.
+        name: The dataset's name.
+        format_defaults: See `find_layout`.
 
     Raises:
         SpearError: If the file or one of its keys is bad; the message names both.
@@ -272,7 +292,7 @@ def read_layout_file(
     known_keys.remove("weight")  # `--sampling-weights` sets it
     check_known(f"key (in {path})", known_keys, *fields)
 
-    # The entry that "like" names, without what describes columns that this file replaces.
+    # The registry's entry that "like" names, without fields that depend on what this file replaces.
     base_fields: dict[str, Any] = {}
     if like_name is not None:
         check_known(f"dataset (like, in {path})", REGISTRY, str(like_name))
@@ -291,7 +311,13 @@ def read_layout_file(
 def _check_fields_have_columns(
     layout: DatasetLayout, fields: Mapping[str, Any], path: Path
 ) -> None:
-    """Raise SpearError for keys of a file that describe a column which the layout does not have."""
+    """Raise SpearError for keys of a file that contradict the columns that the layout has.
+
+    Args:
+        layout: The layout, with the fields of the entry that the file is like.
+        fields: Key → value, as the file has them.
+        path: The file.
+    """
     for key, column in COLUMN_OF_FIELD.items():
         if key in fields and getattr(layout, column) is None:
             raise SpearError(
@@ -303,6 +329,8 @@ def _check_fields_have_columns(
         )
     if layout.action is None:
         return
+
+    # Canonical actions are in our frames and commands already.
     for key in DEPENDENT_FIELDS["action"]:
         if key in fields:
             raise SpearError(
@@ -311,9 +339,9 @@ def _check_fields_have_columns(
 
 
 def _make_layout(fields: Mapping[str, Any], path: Path) -> DatasetLayout:
-    """Make a `DatasetLayout` from fields as JSON or TOML have them.
+    """Make a `DatasetLayout` from fields as JSON or TOML have them, with lists for tuples.
 
-    Raises SpearError for a bad value; the message names its key.
+    Raises SpearError for a bad value. The message names its key and `path`.
     """
     values: dict[str, Any] = {}
     for key, value in fields.items():
@@ -325,10 +353,12 @@ def _make_layout(fields: Mapping[str, Any], path: Path) -> DatasetLayout:
 
 
 def _wrong_value_error(error: ValidationError, fields: Mapping[str, Any], path: Path) -> SpearError:
+    """The error for the first wrong value. For a misspelled choice, it names the known choices."""
     details = error.errors()
-    key = str(details[0]["loc"][0])
+    key = str(details[0]["loc"][0])  # "loc" is the path to the wrong value
     choices = [e["ctx"]["expected"] for e in details if e["type"] == "literal_error"]
     if choices and isinstance(fields[key], str):
+        # pydantic lists the choices of a `Literal` as text: "'m', 'cm' or 'mm'".
         known_values = re.findall(r"'(\w+)'", " ".join(choices))
         return unknown_name_error(f"{key} (in {path})", fields[key], known_values)
 
@@ -337,18 +367,23 @@ def _wrong_value_error(error: ValidationError, fields: Mapping[str, Any], path: 
 
 
 def _load_registry() -> dict[str, DatasetLayout]:
-    """Read `oxe.toml`: tables of datasets, which may inherit from tables of dataset families."""
+    """Read the registry `oxe.toml`, which has one table per dataset.
+
+    A dataset inherits the fields of the family "all", and of the families that its key "like"
+    names. Later families override earlier ones, and the dataset's own table overrides families.
+    """
     file = resources.files("spear.data.readers").joinpath(REGISTRY_FILE)
     tables = tomllib.loads(file.read_text("utf-8"))
     families = tables.pop("families")
     layouts: dict[str, DatasetLayout] = {}
-    for name, table in tables.items():
-        family_names = ["all", *table.pop("like", ())]
+    for name, dataset_table in tables.items():
+        family_names = ["all", *dataset_table.pop("like", ())]
+        family_tables = [families[family] for family in family_names]
         facts: dict[str, str] = {}
         fields: dict[str, Any] = {}
-        for source_table in [*(families[family] for family in family_names), table]:
-            facts.update(source_table.get("facts", {}))
-            fields.update(source_table)
+        for table in [*family_tables, dataset_table]:
+            facts.update(table.get("facts", {}))
+            fields.update(table)
         layouts[name] = _make_layout({**fields, "name": name, "facts": facts}, Path(str(file)))
     return layouts
 

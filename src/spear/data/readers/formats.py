@@ -1,4 +1,4 @@
-"""Robot demonstrations in a folder of any format: which format it is, and its episodes."""
+"""Finds out in which format a folder of robot demonstrations is, and reads its episodes."""
 
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -23,10 +23,10 @@ from spear.util.skipped_items import SkippedItems
 T = TypeVar("T")
 OnError = Callable[[SpearError], None]
 Dataset = RldsFolder | LeRobotFolder
-"""A folder that other tools wrote, with its metadata read."""
+"""A folder that other tools wrote, with its metadata read. An `EpisodeStore` is our own format."""
 
 INPUT_FILES = ("config.json", "labels-*.parquet", "external/labels-*.parquet")
-"""What marks a folder that holds a model or labels."""
+"""Patterns of the files by which a folder of a model or of labels is recognized."""
 HASHED_FILES = (
     "*.tfrecord*",
     "*.parquet",
@@ -37,12 +37,18 @@ HASHED_FILES = (
     "features.json",
     "dataset_info.json",
 )
-"""The files that `fingerprint_dataset` looks at, by their names, sizes and ends."""
+"""Patterns of the files of which `fingerprint_dataset` hashes names, sizes and last bytes."""
 
 
 @dataclass(frozen=True)
 class DataFormat:
-    """A format of robot data: what messages call it, how it is detected, and what opens it."""
+    """A format of robot data.
+
+    Attributes:
+        title: What messages call the format.
+        is_format_of: Whether a folder is in this format.
+        open: Reads the metadata of a folder in this format.
+    """
 
     title: str
     is_format_of: Callable[[Path], bool]
@@ -66,7 +72,7 @@ FORMATS: Mapping[str, DataFormat] = {
         open=open_lerobot,
     ),
 }
-"""Format name → format, in the order in which a folder is tested."""
+"""Format name → format. `find_format` tests the formats in this order."""
 
 
 def find_format(path: str | Path) -> str | None:
@@ -78,14 +84,15 @@ def find_format(path: str | Path) -> str | None:
 
 
 def check_holds_no_input(out: Path, action: str) -> None:
-    """Raise SpearError if an output folder holds robot data, a model or labels.
+    """Raise SpearError if an output folder contains robot data, a model or labels.
 
     Args:
         out: The output folder.
-        action: What the command does, for the message: "train".
+        action: What the command does, as a verb for the message: "train".
     """
-    holds_data = find_format(out) is not None
-    if holds_data or any(any(out.glob(pattern)) for pattern in INPUT_FILES):
+    has_robot_data = find_format(out) is not None
+    has_model_or_labels = any(any(out.glob(pattern)) for pattern in INPUT_FILES)
+    if has_robot_data or has_model_or_labels:
         raise SpearError(f"{out}: holds other files: {action} into a folder of its own")
 
 
@@ -112,17 +119,20 @@ def read_episodes(
     layout_file: Path | None = None,
     on_error: OnError | None = None,
 ) -> Iterator[Episode]:
-    """Read the episodes of a folder in any format, in our conventions, at their own rate, checked.
+    """Read and check the episodes of a folder in any format.
+
+    The episodes are in our conventions (frames, units), but at the rate of the folder.
 
     Args:
         path: The folder.
         split: Which episodes: "train", "train[:20%]", … (see `parse_split`).
-        layout_file: The file that describes the dataset's layout; without it, the dataset's own
+        layout_file: The file that describes the dataset's layout. If it is None, the dataset's own
             layout is used (see `find_layout`).
-        on_error: Called with the error of each bad episode, which is then skipped.
+        on_error: Called with the error of each bad episode, which is then skipped. If it is None,
+            the error is raised.
 
     Raises:
-        SpearError: If the folder cannot be read; also for a bad episode, if `on_error` is None.
+        SpearError: If the folder cannot be read.
     """
     folder = open_dataset(path)
     if isinstance(folder, EpisodeStore):
@@ -140,13 +150,16 @@ def read_episodes(
 def read_layout_steps(
     folder: Dataset, split: str, layout: DatasetLayout, images: Collection[str]
 ) -> RawEpisodes:
-    """Read the columns of each episode of a split, with the instructions as texts.
+    """Read the columns of each episode of a split, with texts in the column of the instruction.
 
     Args:
         folder: The dataset.
-        split: Which episodes.
+        split: Which episodes (see `parse_split`).
         layout: What the columns mean.
         images: The image columns to read.
+
+    Yields:
+        (source, steps) of each episode. If the episode cannot be read, an error replaces its steps.
     """
     raw_episodes = folder.read_steps(split, images)
     if isinstance(folder, LeRobotFolder):
@@ -157,8 +170,10 @@ def read_layout_steps(
 def convert_episodes(
     raw_episodes: RawEpisodes, convert: Callable[..., T], on_error: OnError | None
 ) -> Iterator[T]:
-    """Yield `convert(steps, source=source)` of each episode; errors are handled as in
-    `read_episodes`."""
+    """Yield `convert(steps, source=source)` of each episode.
+
+    `on_error` is called with the error of each bad episode. If it is None, the error is raised.
+    """
     for source, steps in raw_episodes:
         try:
             if isinstance(steps, SpearError):
@@ -171,7 +186,7 @@ def convert_episodes(
 
 
 def open_store_split(path: str | Path, split: str = "train") -> EpisodeStore:
-    """Open the episodes of a store that a split names; a store has the one split "train"."""
+    """Open the episodes of a store that `split` selects. The only split of a store is "train"."""
     store = EpisodeStore(path)
     indices: list[int] = []
     for _, first, end in parse_split({"train": len(store)}, split, path):
@@ -179,12 +194,19 @@ def open_store_split(path: str | Path, split: str = "train") -> EpisodeStore:
     if not indices:
         raise SpearError(f"no episodes: {path} split {split!r} is empty")
 
-    is_whole_store = indices == list(range(len(store)))
+    is_whole_store = indices == list(range(len(store)))  # each episode, in the store's order
     return store if is_whole_store else store.subset(indices)
 
 
 def check_enough_good(num_good: int, skipped: SkippedItems, path: str | Path, split: str) -> None:
-    """At the end of a split, raise SpearError if too many of its episodes were bad, or all."""
+    """Raise SpearError if all episodes of a split were bad, or too many of them.
+
+    Args:
+        num_good: The number of good episodes.
+        skipped: The bad episodes.
+        path: The folder, for the message.
+        split: The split, for the message.
+    """
     skipped.check(num_good, finished=num_good > 0)
     if num_good == 0:
         reason = f": {skipped.summarize()}" if skipped.reasons else " (the split is empty)"
@@ -200,20 +222,20 @@ def count_episodes(data: str | Path | Dataset | EpisodeStore) -> Mapping[str, in
 
 
 def fingerprint_dataset(folder: Dataset | EpisodeStore) -> str:
-    """Hash what distinguishes the data of a folder from others, without reading most of it."""
+    """Hash enough of a folder's files to recognize other data, without reading most of them."""
     if isinstance(folder, EpisodeStore):
         return folder.fingerprint() + folder.content_fingerprint()
 
-    # The ends of record files are only parts of images, so their checksums are hashed as well.
+    # The last bytes of a file of records say nothing about earlier records. Their checksums do.
     record_files = sorted(folder.path.glob("*.tfrecord*"))
     checksums = b"".join(read_checksums(file) for file in record_files)
     return hash_file_ends([folder.path], HASHED_FILES, checksums)
 
 
 def list_cameras(path: str | Path, layout_file: Path | None = None) -> list[str]:
-    """List the cameras of a folder's episodes, by our names.
+    """List our names of the cameras of a folder's episodes.
 
-    Raises SpearError if nothing describes the folder's columns.
+    Raises SpearError if the folder has no layout (see `find_layout`).
     """
     folder = open_dataset(path)
     if isinstance(folder, EpisodeStore):
@@ -222,9 +244,9 @@ def list_cameras(path: str | Path, layout_file: Path | None = None) -> list[str]
 
 
 def get_dataset_name(path: str | Path) -> str:
-    """Get the name of a dataset: from RLDS metadata, or from its folder.
+    """Get the name of a dataset: from its metadata if it is RLDS, else from its folder.
 
-    If the folder is named like a version (1.0.0), the folder above gives the name.
+    If the folder is named like a version (1.0.0), the folder above it gives the name.
     """
     if find_format(path) == "rlds":
         return open_rlds(path).name

@@ -1,13 +1,16 @@
-"""LeRobot datasets, versions 2.0, 2.1 and 3.0: read without the library.
+"""Reads LeRobot datasets, versions 2.0, 2.1 and 3.0, without the lerobot library.
+
+The files of such a dataset:
 
     meta/info.json                            version, rate, features, where the files are
-    meta/tasks.jsonl, episodes.jsonl          version 2: one file per episode
-    meta/tasks.parquet, episodes/**.parquet   version 3: many episodes in one file
-    data/**.parquet                           the rows of the steps, images among them or
-    videos/**.mp4                             in videos
+    meta/tasks.jsonl, episodes.jsonl          version 2, which has one data file per episode
+    meta/tasks.parquet, episodes/**.parquet   version 3, which has many episodes in one data file
+    data/**.parquet                           one row per step
+    videos/**.mp4                             the images, unless the rows contain them
 
-As for RLDS, a `spear.json` in the folder says what the columns mean; our own writer puts one there.
-LeRobot's names become paths: "observation.state" is "observation/state"; "task" is the instruction.
+LeRobot calls a column a feature, and an instruction a task. In the name of a feature, this reader
+replaces dots by slashes: "observation.state" becomes the column "observation/state". The column
+"task" has the instructions. A `spear.json` in the folder says what the other columns mean.
 """
 
 import contextlib
@@ -39,20 +42,24 @@ from spear.util.json_text import parse_json_as, read_json_lines, read_utf8
 
 INFO_FILE = "meta/info.json"
 TASK_COLUMN = "task"  # our name of the column of instructions
-TIME_TOLERANCE_STEPS = 0.25  # how far a row or frame may be from its place in time
-MAX_RATE_ERROR = 0.05  # by which the mean step may differ from 1 / fps, as part of it
-MAX_CACHED_FOLDERS = 4  # whose metadata stay in memory
+TIME_TOLERANCE_STEPS = 0.25  # how far the time of a row or frame may be from where fps puts it
+MAX_RATE_ERROR = 0.05  # how much the mean step may differ from 1 / fps, as a fraction of 1 / fps
+MAX_CACHED_FOLDERS = 4  # the number of folders whose metadata stay in memory
 
 JOINT_NAME_PATTERN = re.compile(
     r"(?i)joint|shoulder|elbow|waist|forearm|wrist.?(flex|roll|angle|rotate|\d)|^base$"
 )
-"""Matches the names of joints."""
+"""Matches the names of joint angles in a feature, such as "shoulder_pan" or "wrist_1"."""
 
 
 class Feature(BaseModel):
     """A feature (column) as `meta/info.json` describes it.
 
-    `names` are the names of its components, in whatever form; `info` describes its images.
+    Attributes:
+        dtype: The type of its values; "image" or "video" for images.
+        shape: The shape of its value at one step.
+        names: The names of the value's components: a list, or a mapping to lists or single names.
+        info: A description of its images, if it is a video.
     """
 
     dtype: str
@@ -62,13 +69,13 @@ class Feature(BaseModel):
 
     @property
     def is_depth(self) -> bool:
-        """Whether its images are depth."""
+        """Whether the feature's images are depth images."""
         info = self.info or {}
         return bool(info.get("is_depth_map") or info.get("video.is_depth_map"))
 
     @property
     def component_names(self) -> list[str]:
-        """The names of its components, one after the other."""
+        """The names of the value's components, one after the other; empty if they have none."""
         names = self.names
         if isinstance(names, Mapping):
             names = _flatten(names.values())
@@ -84,7 +91,19 @@ def _flatten(groups: Iterable[Any]) -> list[Any]:
 
 
 class Info(BaseModel):
-    """What the reader needs of `meta/info.json`; fps is the rate in Hz."""
+    """The part of `meta/info.json` that the reader needs.
+
+    Attributes:
+        codebase_version: The version of the format.
+        fps: The steps per second.
+        features: Feature name → its description.
+        data_path: The template of the path of a data file.
+        video_path: The template of the path of a video.
+        chunks_size: In version 2, the number of episodes in one folder ("chunk").
+        robot_type: The robot's name.
+        total_episodes: The number of episodes.
+        splits: Split name → its episodes, for example "0:8".
+    """
 
     codebase_version: Annotated[str, Field(pattern=r"^v?[23]\.")]
     fps: Positive
@@ -98,7 +117,7 @@ class Info(BaseModel):
 
     @property
     def video_features(self) -> list[str]:
-        """The features that are in videos."""
+        """The names of the features whose images are in videos."""
         return [name for name, feature in self.features.items() if feature.dtype == "video"]
 
 
@@ -115,12 +134,13 @@ class LeRobotEpisode:
     """Where the data of one episode are.
 
     Attributes:
-        index: The episode's number.
-        length: How many rows it has.
-        tasks: Its instructions.
+        index: The episode's number in the dataset.
+        length: The number of its rows.
+        tasks: The instructions that its rows have.
         data: The Parquet file that has its rows.
-        videos: Feature → part of a video file, of the cameras that the episode has.
-        missing_entry: What its metadata lack, without which it cannot be read; "" if nothing.
+        videos: Camera (feature name) → part of a video file, for each video that the episode has.
+        missing_entry: The entry of its metadata that is empty, so that the episode cannot be read;
+            "" if none is.
     """
 
     index: NonNegativeInt
@@ -133,7 +153,16 @@ class LeRobotEpisode:
 
 @dataclass(frozen=True)
 class LeRobotFolder:
-    """The metadata of a folder; splits: name → (first episode, end); tasks: index → instruction."""
+    """A LeRobot dataset with its metadata read.
+
+    Attributes:
+        path: The folder.
+        name: The dataset's name.
+        info: The contents of `meta/info.json`.
+        splits: Split name → its first episode, and the episode after its last one.
+        tasks: Task index → instruction.
+        episodes: All episodes, by their numbers.
+    """
 
     path: Path
     name: str
@@ -149,7 +178,7 @@ class LeRobotFolder:
 
     @property
     def cameras(self) -> list[str]:
-        """The features that are images or videos."""
+        """The names of the features that are images or videos."""
         return [
             name
             for name, feature in self.info.features.items()
@@ -157,7 +186,12 @@ class LeRobotFolder:
         ]
 
     def load_layout(self, layout_file: Path | None = None) -> DatasetLayout:
-        """Load the layout (see `find_layout`). Raises SpearError if the metadata contradict it."""
+        """Load the dataset's layout (see `find_layout`).
+
+        Raises:
+            SpearError: If the metadata contradict the layout: they state another rate, or name the
+                components of a column of the pose as joints, or in another quaternion order.
+        """
         format_defaults = {"instruction": TASK_COLUMN, "rate_hz": self.info.fps}
         layout = find_layout(self.name, self.path, layout_file, format_defaults)
         if layout.rate_hz != self.info.fps:
@@ -178,21 +212,25 @@ class LeRobotFolder:
         return layout
 
     def _check_no_joints(self, key: str, column: str) -> None:
-        joints = self.find_joint_names(column)
-        if joints:
+        """Raise SpearError if the column that a layout names as `key` has names of joints."""
+        joint_names = self.find_joint_names(column)
+        if joint_names:
             raise SpearError(
                 f"joints are no pose: {self.path}: {key} is {column}, but its {INFO_FILE} names "
-                f"{joints[0]!r} there: name columns of the end-effector"
+                f"{joint_names[0]!r} there: name columns of the end-effector"
             )
 
     def find_joint_names(self, column: str) -> list[str]:
-        """Find the components of a column that are joints by their names."""
+        """Find the names of a column's components that are names of joints."""
         return [name for name in self.component_names(column) if JOINT_NAME_PATTERN.search(name)]
 
     def find_quaternion_format(self, column: str) -> str | None:
-        """Find the quaternion format of a column whose component names end in w, x, y and z."""
-        order = "".join(name[-1:].lower() for name in self.component_names(column))
-        return f"quat_{order}" if order in ("wxyz", "xyzw") else None
+        """Find the quaternion format of a column whose component names end in w, x, y and z.
+
+        Returns None for any other names.
+        """
+        last_letters = "".join(name[-1:].lower() for name in self.component_names(column))
+        return f"quat_{last_letters}" if last_letters in ("wxyz", "xyzw") else None
 
     def component_names(self, column: str) -> list[str]:
         """The names of a column's components; empty if the metadata do not name them."""
@@ -206,8 +244,12 @@ class LeRobotFolder:
         """Read the columns of each episode of a split, in order.
 
         Args:
-            split: For example "train[:10]".
+            split: For example "train[:10]" (see `parse_split`).
             images: The image columns to read, such as "observation/images/top"; None for all.
+
+        Yields:
+            (source, steps) of each episode. If the episode cannot be read, an error replaces its
+            steps.
         """
         for name, first, end in parse_split(self.split_lengths, split, self.path):
             split_start = self.splits[name][0]
@@ -254,17 +296,22 @@ class LeRobotFolder:
             ) from error
 
     def _select_cameras(self, episode: LeRobotEpisode, images: Collection[str] | None) -> set[str]:
-        """Select the cameras to read: the named image columns, or None for all of the episode.
+        """Select the features of the cameras to read.
 
-        Raises SpearError if the episode lacks the video of a named camera.
+        Args:
+            episode: The episode.
+            images: The image columns to read; None for all that the episode has.
+
+        Raises:
+            SpearError: If the episode lacks the video of a camera that `images` names.
         """
         cameras: set[str] = set()
         for camera in self.cameras:
             is_wanted = images is None or _to_column(camera) in images
             if not is_wanted or self.info.features[camera].is_depth:
                 continue
-            is_absent = camera in self.info.video_features and camera not in episode.videos
-            if not is_absent:
+            lacks_video = camera in self.info.video_features and camera not in episode.videos
+            if not lacks_video:
                 cameras.add(camera)
             elif images is not None:
                 raise SpearError(
@@ -274,6 +321,7 @@ class LeRobotFolder:
         return cameras
 
     def _read_columns(self, episode: LeRobotEpisode, cameras: Collection[str]) -> dict[str, Any]:
+        """Read all columns of an episode, but only the images of the selected cameras."""
         skipped_columns = set(self.cameras) - set(cameras)
         rows = _read_rows(episode, self.name, skipped_columns)
         steps: dict[str, Any] = {}
@@ -284,27 +332,38 @@ class LeRobotFolder:
         for name, span in episode.videos.items():
             if name in cameras:
                 source = f"{self.name}#{episode.index}"
-                steps[_to_column(name)] = _read_video(span, times_s, 1 / self.info.fps, source)
+                step_s = 1 / self.info.fps
+                steps[_to_column(name)] = _read_video(span, times_s, step_s, source)
         steps[TASK_COLUMN] = self._read_tasks(steps, episode, len(rows))
         return steps
 
     def _read_times(self, steps: Mapping[str, Any], num_rows: int) -> Array:
-        """Read the timestamps of the rows, s. Raises ValueError if they contradict the rate."""
+        """Read the timestamps [T] of the rows, s. Rows without timestamps have those of the rate.
+
+        Raises ValueError if the timestamps contradict the rate: if two rows are not one step apart,
+        or if all of them together take too long or too short a time.
+        """
         default_times_s = np.arange(num_rows) / self.info.fps
         times_s = np.asarray(steps.get("timestamp", default_times_s), float).reshape(-1)
         if not np.isfinite(times_s).all():
             raise ValueError("a timestamp is missing")
 
-        gaps = np.diff(times_s) * self.info.fps  # in steps
-        irregular_row = find_first(np.abs(gaps - 1) > 2 * TIME_TOLERANCE_STEPS)
-        if irregular_row is not None and abs(np.median(gaps) - 1) < 2 * TIME_TOLERANCE_STEPS:
-            raise ValueError(
-                f"rows {irregular_row} and {irregular_row + 1} are {gaps[irregular_row]:.3g} "
-                "steps apart in time, not one"
-            )
+        # Two rows may each be off by the tolerance, so a gap between rows may be off by twice that.
+        max_gap_error = 2 * TIME_TOLERANCE_STEPS
+        gaps = np.diff(times_s) * self.info.fps  # [T - 1], in steps
+        irregular_row = find_first(np.abs(gaps - 1) > max_gap_error)
+        if irregular_row is not None:
+            is_median_regular = abs(np.median(gaps) - 1) < max_gap_error
+            if is_median_regular:
+                raise ValueError(
+                    f"rows {irregular_row} and {irregular_row + 1} are {gaps[irregular_row]:.3g} "
+                    "steps apart in time, not one"
+                )
 
-        max_drift = max(2 * TIME_TOLERANCE_STEPS, MAX_RATE_ERROR * len(gaps))
-        if irregular_row is not None or abs(gaps.sum() - len(gaps)) > max_drift:
+        # If most gaps are irregular, or if small errors of all gaps add up, the rate is wrong.
+        drift = abs(gaps.sum() - len(gaps))
+        max_drift = max(max_gap_error, MAX_RATE_ERROR * len(gaps))
+        if irregular_row is not None or drift > max_drift:
             raise ValueError(
                 f"rows are {gaps.mean():.3g} steps apart in time: fps in {INFO_FILE} is wrong"
             )
@@ -313,14 +372,22 @@ class LeRobotFolder:
     def _read_tasks(
         self, steps: Mapping[str, Any], episode: LeRobotEpisode, num_rows: int
     ) -> list[bytes]:
-        """Read the instruction of each row: by its task index, or else the episode's first task."""
+        """Read the instruction of each row: the task that its `task_index` names.
+
+        Without the column `task_index`, all rows have the first task that the metadata list for the
+        episode. Raises ValueError if the rows have other tasks than the metadata list.
+        """
         if "task_index" not in steps:
             first_task = " ".join(episode.tasks[:1])
             return [first_task.encode()] * num_rows
 
-        tasks = [self.tasks.get(int(index)) or "" for index in np.ravel(steps["task_index"])]
+        tasks: list[str] = []
+        for index in np.ravel(steps["task_index"]):
+            task = self.tasks.get(int(index))
+            tasks.append(task or "")
         listed_tasks = [task for task in episode.tasks if task]
-        if listed_tasks and not set(tasks) <= {*listed_tasks, ""}:
+        allowed_tasks = {*listed_tasks, ""}
+        if listed_tasks and not set(tasks) <= allowed_tasks:
             raise ValueError(
                 f"by task_index its task is {', '.join(sorted(set(tasks)))}, "
                 f"but its metadata say {', '.join(listed_tasks)}"
@@ -328,16 +395,17 @@ class LeRobotFolder:
         return [task.encode() for task in tasks]
 
     def with_instruction_texts(self, raw_episodes: RawEpisodes, column: str) -> RawEpisodes:
-        """Look the instructions up in the tasks if their column holds indices of tasks.
+        """Replace indices of tasks in the column of the instruction by the tasks' texts.
 
-        GR00T's datasets are like that: `annotation.human.action.task_description` is such an index.
+        Datasets of GR00T have such a column, `annotation.human.action.task_description`.
 
         Args:
             raw_episodes: The columns of episodes, as `read_steps` yields them.
             column: The column of the instruction, as a layout names it.
 
         Yields:
-            The same episodes; an index that no task has makes its episode an error.
+            The same episodes. Columns that have texts already stay unchanged. If an index is of no
+            task, an error replaces the episode's columns.
         """
         for source, steps in raw_episodes:
             if isinstance(steps, SpearError) or not is_index_column(steps.get(column)):
@@ -349,7 +417,7 @@ class LeRobotFolder:
                 yield source, error
 
     def _look_up_tasks(self, indices: Array, column: str, source: str) -> list[bytes]:
-        """Look up the instruction of each row; negative indices mean that the row has none."""
+        """Look up the instruction of each row by its task index; a negative index means no text."""
         texts: list[bytes] = []
         for index in np.ravel(indices).tolist():
             if index >= 0 and index not in self.tasks:
@@ -368,7 +436,7 @@ def is_index_column(values: Any) -> bool:
 
 
 def _to_column(feature: str) -> str:
-    """Convert the name of a feature to the path of a column."""
+    """Convert the name of a feature to the path of a column: dots become slashes."""
     return feature.replace(".", "/")
 
 
@@ -384,7 +452,12 @@ def open_lerobot(path: str | Path) -> LeRobotFolder:
 
 @functools.lru_cache(maxsize=MAX_CACHED_FOLDERS)
 def _open_cached(folder: Path, changed_ns: int) -> LeRobotFolder:
-    """Read the metadata, which takes a while for many episodes; again if their file has changed."""
+    """Read the metadata of a folder, unless they are in memory since the last change of info.json.
+
+    Args:
+        folder: The folder.
+        changed_ns: When info.json was changed; only distinguishes entries of the cache.
+    """
     file = folder / INFO_FILE
     try:
         info = parse_json_as(Info, read_utf8(file))
@@ -407,10 +480,11 @@ def _open_cached(folder: Path, changed_ns: int) -> LeRobotFolder:
             f"unreadable: {file}: {reason}. {_advise_on_metadata_error(error, reason)}"
         ) from error
 
-    in_splits: list[int] = []
+    indices_in_splits: list[int] = []
     for first, end in dataset.splits.values():
-        in_splits.extend(range(first, end))
-    if sorted(in_splits) != list(range(len(dataset.episodes))):
+        indices_in_splits.extend(range(first, end))
+    all_indices = list(range(len(dataset.episodes)))
+    if sorted(indices_in_splits) != all_indices:
         notice(
             f"{folder}: the splits {info.splits} do not have each of its episodes once "
             f"({len(dataset.episodes)})"
@@ -430,6 +504,7 @@ def _advise_on_metadata_error(error: Exception, reason: str) -> str:
 
 
 def _read_metadata(folder: Path, info: Info) -> LeRobotFolder:
+    """Read tasks and episodes. Raises ValueError if they contradict themselves or info.json."""
     is_version_2 = info.codebase_version.lstrip("v").startswith("2.")
     tasks, listed_episodes = _read_v2(folder, info) if is_version_2 else _read_v3(folder, info)
 
@@ -450,10 +525,13 @@ def _has_duplicates(numbers: list[int]) -> bool:
 
 
 def _parse_splits(info: Info, num_episodes: int) -> dict[str, tuple[int, int]]:
-    """Parse the splits of info.json: name → (first episode, end).
+    """Parse the splits of info.json.
 
-    A split counts if it has the form "0:8" and lies within the episodes. Others are ignored, and if
-    none counts, "train" has all episodes.
+    A split is valid if it has the form "0:8" and lies within the episodes. Other splits are
+    ignored. If no split is valid, "train" has all episodes.
+
+    Returns:
+        Split name → its first episode, and the episode after its last one.
     """
     splits: dict[str, tuple[int, int]] = {}
     for name, text in (info.splits or {}).items():
@@ -468,7 +546,11 @@ def _parse_splits(info: Info, num_episodes: int) -> dict[str, tuple[int, int]]:
 
 
 def _read_v2(folder: Path, info: Info) -> tuple[list[tuple[int, str]], list[LeRobotEpisode]]:
-    """Read tasks and episodes of version 2, in which each episode has its own files."""
+    """Read tasks and episodes of version 2, in which each episode has its own files.
+
+    Returns:
+        (task index, instruction) of all tasks, and all episodes.
+    """
     episodes: list[LeRobotEpisode] = []
     for row in read_json_lines(folder / "meta/episodes.jsonl"):
         index = int(row["episode_index"])
@@ -476,7 +558,7 @@ def _read_v2(folder: Path, info: Info) -> tuple[list[tuple[int, str]], list[LeRo
         videos: dict[str, VideoSpan] = {}
         for name in info.video_features:
             video_file = fill_path_template(str(info.video_path), {"video_key": name, **indices})
-            videos[name] = VideoSpan(join_inside(folder, video_file), 0.0, np.inf)
+            videos[name] = VideoSpan(join_inside(folder, video_file), start_s=0.0, end_s=np.inf)
         length = _to_int(row.get("length"))
         episode = LeRobotEpisode(
             index=index,
@@ -494,7 +576,7 @@ def _read_v2(folder: Path, info: Info) -> tuple[list[tuple[int, str]], list[LeRo
 
 
 def _read_v3(folder: Path, info: Info) -> tuple[list[tuple[int, str]], list[LeRobotEpisode]]:
-    """Read tasks and episodes of version 3, in which files have many episodes."""
+    """Read tasks and episodes of version 3, in which a file has many episodes; see `_read_v2`."""
     tasks = _read_v3_tasks(folder / "meta/tasks.parquet")
     files = sorted((folder / "meta/episodes").glob("*/*.parquet"))
     if not files:
@@ -512,7 +594,8 @@ def _read_v3(folder: Path, info: Info) -> tuple[list[tuple[int, str]], list[LeRo
 def _read_v3_tasks(file: Path) -> list[tuple[int, str]]:
     """Read (task index, instruction) of all tasks.
 
-    The instruction is the index of a pandas table, so its column has whatever name pandas gave it.
+    LeRobot writes this file with pandas, and the instructions are the index of the pandas table.
+    Their column is called "task", or "__index_level_0__" if the index has no name.
     """
     table = pq.read_table(file).to_pydict()
     candidates = ["task", "__index_level_0__", *table]
@@ -521,6 +604,7 @@ def _read_v3_tasks(file: Path) -> list[tuple[int, str]]:
 
 
 def _read_v3_episode(row: Mapping[str, Any], folder: Path, info: Info) -> LeRobotEpisode:
+    """Convert an episode's row of the metadata."""
     videos: dict[str, VideoSpan] = {}
     for name in info.video_features:
         span = _read_v3_video_span(row, name, folder, info)
@@ -550,7 +634,7 @@ def _read_v3_episode(row: Mapping[str, Any], folder: Path, info: Info) -> LeRobo
 def _read_v3_video_span(
     row: Mapping[str, Any], camera: str, folder: Path, info: Info
 ) -> VideoSpan | None:
-    """Read where the video of a camera is; None if the episode lacks an entry of it."""
+    """Read which part of which video a camera has; None if an entry about the video is empty."""
     prefix = f"videos/{camera}"
     file_indices = _read_v3_file_indices(row, prefix)
     start_s: Any = row.get(f"{prefix}/from_timestamp")
@@ -563,7 +647,12 @@ def _read_v3_video_span(
 
 
 def _read_v3_file_indices(row: Mapping[str, Any], prefix: str) -> dict[str, int] | None:
-    """Read the numbers of the chunk and the file that have data or video; None if one is empty."""
+    """Read the numbers of the folder ("chunk") and of the file in it; None if one is empty.
+
+    Args:
+        row: An episode's row of the metadata.
+        prefix: "data", or "videos/" and the camera.
+    """
     chunk_index = _to_int(row.get(f"{prefix}/chunk_index"))
     file_index = _to_int(row.get(f"{prefix}/file_index"))
     if chunk_index is None or file_index is None:
@@ -572,17 +661,25 @@ def _read_v3_file_indices(row: Mapping[str, Any], prefix: str) -> dict[str, int]
 
 
 def _is_empty(cell: Any) -> bool:
-    """Whether a cell is null, or NaN as pandas writes it for null."""
-    return cell is None or cell != cell
+    """Whether a cell is null, or NaN, which pandas writes for null."""
+    is_nan = cell != cell
+    return cell is None or is_nan
 
 
 def _to_int(cell: Any) -> int | None:
-    """Convert a cell to an integer; None if it is empty. pandas makes 2.0 of 2 beside NaN."""
+    """Convert a cell to an integer; None if it is empty.
+
+    The cell may be a float, because pandas stores a column of integers with null cells as floats.
+    """
     return None if _is_empty(cell) else int(cell)
 
 
 def _read_rows(episode: LeRobotEpisode, dataset: str, skipped_columns: Collection[str]) -> pa.Table:
-    """Read the rows of one episode."""
+    """Read the rows of one episode, without the skipped columns.
+
+    Raises SpearError if the file cannot be read, or has another number of rows of the episode than
+    its metadata say.
+    """
     try:
         rows = read_episode_rows(episode.data, episode.index, episode.length, skipped_columns)
     except (OSError, KeyError, pa.ArrowException) as error:
@@ -609,15 +706,17 @@ def _advise_on_rows_error(error: Exception) -> str:
 
 
 def _convert_column(column: pa.ChunkedArray, folder: Path) -> Any:
-    """Convert a column to an array with the steps first, or a list of bytes for images and texts.
+    """Convert a column to the form that `spear.data.readers.columns.Steps` describes.
 
-    Returns a str that says why, if neither is possible.
+    Returns:
+        An array whose first dimension is the step, a list of bytes (images or texts), or, if the
+        column has neither, a str that says why.
     """
     kind = column.type
     if pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0:
         return [_read_image(cell or {}, folder) for cell in column.to_pylist()]
 
-    # Lists of a fixed number of numbers become an array without a detour through Python.
+    # Rows of a fixed number of numbers are converted by pyarrow alone, which is fast.
     is_matrix = pa.types.is_fixed_size_list(kind) and not pa.types.is_nested(kind.value_type)
     values = column.combine_chunks()
     if is_matrix and not values.null_count:
@@ -648,12 +747,14 @@ def _is_list(kind: pa.DataType) -> bool:
 
 def _convert_raw_images(values: pa.Array) -> Array | None:
     """Convert lists of lists of lists of uint8 to an array [T, h, w, c]; None for anything else."""
+    # Each round removes one level of lists, which must all have the same length.
     shape = [len(values)]
     while _is_list(values.type) and not values.null_count:
-        lengths = np.unique(pc.list_value_length(values).to_numpy(zero_copy_only=False))
-        if len(lengths) != 1:
+        lengths = pc.list_value_length(values).to_numpy(zero_copy_only=False)
+        distinct_lengths = np.unique(lengths)
+        if len(distinct_lengths) != 1:
             return None
-        shape.append(int(lengths[0]))
+        shape.append(int(distinct_lengths[0]))
         values = values.flatten()
     if len(shape) != 4 or values.type != pa.uint8() or values.null_count:
         return None
@@ -662,6 +763,7 @@ def _convert_raw_images(values: pa.Array) -> Array | None:
 
 
 def _to_bytes(cell: str | bytes | None) -> bytes:
+    """Encode a cell with a text; b"" if it is empty."""
     encoded = cell.encode() if isinstance(cell, str) else cell
     return encoded or b""
 
@@ -679,10 +781,18 @@ def _read_image(cell: Mapping[str, Any], folder: Path) -> bytes:
 
 
 def _read_video(span: VideoSpan, times_s: Array, step_s: float, source: str) -> list[bytes]:
-    """Read the frames of an episode as JPEG.
+    """Read the frames of an episode as JPEG images.
 
-    Raises SpearError unless there is exactly one frame for each row, at the time of the row.
+    Args:
+        span: The part of a video that shows the episode.
+        times_s: [T] the times of the episode's rows, from the start of `span`.
+        step_s: The duration of one step.
+        source: The name of the episode, for error messages.
+
+    Raises:
+        SpearError: Unless there is exactly one frame for each row, at the time of the row.
     """
+    # Frame times may be rounded, so the whole span is moved back a little.
     tolerance_s = TIME_TOLERANCE_STEPS * step_s
     frames = list(read_frames(span.file, span.start_s - tolerance_s, span.end_s - tolerance_s))
     if len(frames) != len(times_s):
@@ -692,8 +802,8 @@ def _read_video(span: VideoSpan, times_s: Array, step_s: float, source: str) -> 
             f"{format_count(len(times_s), 'rows')}; leave the episode out"
         )
 
-    frame_times_s = np.array([time_s for time_s, _ in frames])
-    offsets_s = np.abs(frame_times_s - span.start_s - times_s)
+    frame_times_s = np.array([time_s for time_s, _ in frames])  # [T] from the start of the video
+    offsets_s = np.abs(frame_times_s - span.start_s - times_s)  # [T]
     if (offsets_s > tolerance_s).any():
         raise SpearError(
             f"frames and rows differ: {source}: {span.file}: the frame of row "

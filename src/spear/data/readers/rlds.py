@@ -1,14 +1,16 @@
-"""RLDS datasets as TFDS writes them (Open X-Embodiment): read without TensorFlow.
+"""Reads RLDS datasets as TFDS writes them (Open X-Embodiment), without TensorFlow.
 
-A dataset is a folder with `dataset_info.json` (splits and shards), `features.json` (the nested
-types) and TFRecord shards. One record is one episode, with its steps flattened into lists:
+A dataset is a folder with `dataset_info.json` (splits and shards), `features.json` (a tree of the
+names and types of all values) and TFRecord files, the shards. One record is one episode. A record
+has no tree, but one flat list of values for each leaf of the tree:
 
-- A feature `a: {b: Tensor}` is the flat list "a/b".
-- A Dataset or Sequence adds one leading dimension to everything below it.
-- Lists of lists ("ragged") come with their row lengths.
+- The list of a value b in a mapping a is called "a/b".
+- A node of the type Dataset or Sequence is a list of what is below it. It adds a leading dimension
+  to the values, and the flat list has the values of all elements one after the other.
+- Lists of lists ("ragged") are stored as their flat values and, per level, the lengths of the rows.
 
-This module restores the nested arrays that tensorflow_datasets would give, with images still
-encoded. In place of a column that it cannot read it gives a str that says why.
+This module restores the nested arrays that tensorflow_datasets would give, but keeps images
+encoded. In place of a column that it cannot read, it gives a str that says why.
 """
 
 import math
@@ -30,7 +32,8 @@ from spear.types import Array
 from spear.util.files import read_json
 from spear.util.foreign_paths import fill_path_template, join_inside
 
-TFDS_FILE_TEMPLATE = "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"
+TFDS_FILE_TEMPLATE = "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"  # how TFDS names shards
+# Why a column cannot be read:
 VARYING_SHAPE = "it has another shape at every step"
 VARYING_LENGTH = "it is a list of another length at every step, or of several texts or images"
 
@@ -46,8 +49,12 @@ class RldsShard(NamedTuple):
 class RldsFolder:
     """What the two JSON files of a dataset folder say.
 
-    splits    split name → its shards in order.
-    features  the nested feature description, as in `features.json`.
+    Attributes:
+        path: The folder.
+        name: The dataset's name.
+        version: The dataset's version, such as "1.0.0".
+        splits: Split name → its shards in order.
+        features: The tree of names and types, as `features.json` has it.
     """
 
     path: Path
@@ -65,7 +72,10 @@ class RldsFolder:
         }
 
     def load_layout(self, layout_file: Path | None = None) -> DatasetLayout:
-        """Load the layout (see `find_layout`). Raises SpearError for a broken version."""
+        """Load the dataset's layout (see `find_layout`).
+
+        Raises SpearError if this version of the dataset is newer than the newest correct one.
+        """
         layout = find_layout(self.name, self.path, layout_file)
         if layout.newest is None:
             return layout
@@ -80,13 +90,20 @@ class RldsFolder:
         """Read the columns of each episode of a split, nested as in `features.json`.
 
         A value that the dataset stores once per episode ("episode_metadata/file_path") becomes a
-        column with the same value in all rows. `images` has no effect, because the images of a
-        record cannot be skipped.
+        column with the same value in all rows.
+
+        Args:
+            split: For example "train[:10]" (see `parse_split`).
+            images: Has no effect, because the images of a record cannot be skipped.
+
+        Yields:
+            (source, steps) of each episode. If the episode cannot be read, an error replaces its
+            steps.
         """
         for name, first, end in parse_split(self.split_lengths, split, self.path):
-            num_before = 0  # episodes in the shards before
+            num_before = 0  # the number of episodes in the split's earlier shards
             for file, num_episodes in self.splits[name]:
-                start = max(first - num_before, 0)
+                start = max(first - num_before, 0)  # within this shard
                 stop = min(end - num_before, num_episodes)
                 if start < stop:
                     for index, record in read_records(file, start, stop, num_episodes):
@@ -97,6 +114,13 @@ class RldsFolder:
     def _parse_record(
         self, record: bytes | SpearError, file: Path, index: int
     ) -> Steps | SpearError:
+        """Parse a record into the columns of its episode, or an error if that fails.
+
+        Args:
+            record: The bytes of the record, or an error if they could not be read.
+            file: The shard, for error messages.
+            index: The index of the record in the shard, for error messages.
+        """
         if isinstance(record, SpearError):
             return record
         try:
@@ -114,7 +138,10 @@ class RldsFolder:
 
 
 def _repeat_episode_values(episode: Mapping[str, Any], num_steps: int) -> dict[str, Any]:
-    """Turn the texts and numbers that an episode has once into columns of `num_steps` rows."""
+    """Turn the texts and numbers that an episode has once into columns of `num_steps` rows.
+
+    Lists, empty arrays and values that cannot be read are left out.
+    """
     columns: dict[str, Any] = {}
     for name, value in walk_columns(episode):
         if isinstance(value, list | str) or not np.size(value):
@@ -127,11 +154,12 @@ def _repeat_episode_values(episode: Mapping[str, Any], num_steps: int) -> dict[s
 
 
 def _version_numbers(version: str) -> list[int]:
+    """Split "1.0.0" into numbers, which compare in the order of versions."""
     return [int(number) for number in version.split(".") if number.isdecimal()]
 
 
 def find_rlds_folders(path: Path) -> list[Path]:
-    """Find the RLDS folders at a path: the folder itself, or else the versions in it."""
+    """Find the RLDS folders at a path: the folder itself, or else the folders of versions in it."""
     if (path / "features.json").is_file():
         return [path]
     return sorted(file.parent for file in path.glob("*/features.json"))
@@ -162,6 +190,7 @@ def open_rlds(path: str | Path) -> RldsFolder:
 
 
 def _make_folder(folder: Path, info: Mapping[str, Any], features: Mapping[str, Any]) -> RldsFolder:
+    """Make the description of a folder from the contents of its two JSON files."""
     if info.get("fileFormat", "tfrecord") != "tfrecord":
         raise SpearError(
             f"unknown file format {info['fileFormat']!r}: {folder}: convert it to tfrecord"
@@ -177,6 +206,7 @@ def _make_folder(folder: Path, info: Mapping[str, Any], features: Mapping[str, A
 
 
 def _list_shards(folder: Path, dataset: str, split: Mapping[str, Any]) -> list[RldsShard]:
+    """List the shards of a split, as an entry of `dataset_info.json` describes it."""
     lengths = [int(length) for length in split.get("shardLengths", [])]
     template = split.get("filepathTemplate") or TFDS_FILE_TEMPLATE
     num_shards = f"{len(lengths):05d}"
@@ -202,17 +232,18 @@ def unflatten(
     """Restore the nested values of an episode from its flat lists.
 
     Args:
-        node: A node of `features.json`.
-        flat: The flat lists of one Example.
-        name: The path of the node.
-        depth: The number of sequences above the node.
+        node: A node of the tree in `features.json`.
+        flat: The flat lists of one record.
+        name: The path of the node, which is the name of its flat list.
+        depth: The number of lists (Datasets and Sequences) above the node.
 
     Returns:
-        Nested dicts of numpy arrays; bytes or lists of bytes for images and texts; a str that says
-        why a column cannot be read.
+        For an inner node, a nested dict. For a leaf, an array with `depth` leading dimensions.
+        Images and texts are bytes, or a list of bytes if `depth` is 1. A value that cannot be read
+        is a str that says why.
 
     Raises:
-        KeyError, ValueError: If the lists do not fit the description.
+        KeyError, ValueError: If the flat lists do not fit the tree.
     """
     if "featuresDict" in node:
         prefix = f"{name}/" if name else ""
@@ -223,18 +254,22 @@ def unflatten(
     if depth and -1 in _tensor_shape(node):
         return VARYING_SHAPE
 
+    # A leaf. Lists of lists have their values below another name.
     key = f"{name}/ragged_flat_values" if depth > 1 else name
     if key not in flat:
         raise ValueError(f"feature {name!r} is missing")
     values = _convert_leaf(node, flat[key], name)
     if isinstance(values, str):
         return values
+
+    # Divide the flat values into rows, from the innermost level of lists to the outermost.
     for level in reversed(range(depth - 1)):
         values = _restore_level(values, flat, name, level)
         if isinstance(values, str):
             return values
 
-    if depth:
+    is_in_list = depth > 0
+    if is_in_list:
         return values
     if len(values) != 1:
         raise ValueError(f"feature {name!r} has {len(values)} values where one was expected")
@@ -244,18 +279,32 @@ def unflatten(
 def _restore_level(
     values: list[bytes] | Array, flat: Mapping[str, Feature], name: str, level: int
 ) -> list[bytes] | Array | str:
-    """Restore one dimension of a ragged list, if all its rows have the same length."""
+    """Restore one level of a list of lists, if all rows of this level have the same length.
+
+    Args:
+        values: The values without this level, one after the other.
+        flat: The flat lists of the record.
+        name: The path of the leaf.
+        level: The level of the rows; 0 is the outermost.
+
+    Returns:
+        An array of rows, [num_rows, row_length, ...]. Texts or images stay a flat list, which is
+        possible only for rows of one element. For anything else, a str that says why.
+    """
     lengths: Any = flat.get(f"{name}/ragged_row_lengths_{level}")
     if lengths is None or sum(lengths) != len(values):
         raise ValueError(f"feature {name!r} has row lengths that do not add up")
     if len(set(lengths)) != 1 or lengths[0] < 1:
         return VARYING_LENGTH
+
+    row_length = int(lengths[0])
     if isinstance(values, list):
-        return VARYING_LENGTH if lengths[0] > 1 else values
-    return values.reshape(-1, int(lengths[0]), *values.shape[1:])
+        return VARYING_LENGTH if row_length > 1 else values
+    return values.reshape(-1, row_length, *values.shape[1:])
 
 
 def _tensor_shape(description: Mapping[str, Any]) -> list[int]:
+    """Get the shape of a tensor from its node; a dimension of any size is -1."""
     dimensions = description.get("tensor", {}).get("shape", {}).get("dimensions", [])
     return [int(dimension) for dimension in dimensions]
 
@@ -263,9 +312,9 @@ def _tensor_shape(description: Mapping[str, Any]) -> list[int]:
 def _convert_leaf(
     description: Mapping[str, Any], values: Feature, name: str
 ) -> list[bytes] | Array | str:
-    """Convert all values of one feature, or say why they cannot be read.
+    """Convert the flat values of one leaf, or say why they cannot be read.
 
-    The first dimension of the result runs over all sequences that the feature is in.
+    The first dimension of the result runs over all elements of all lists above the leaf.
     """
     if "tensor" in description:
         return _convert_tensor(description, values, name)
@@ -281,6 +330,7 @@ def _convert_leaf(
 def _convert_tensor(
     description: Mapping[str, Any], values: Feature, name: str
 ) -> list[bytes] | Array | str:
+    """Convert the flat values of one tensor to [num_elements, *shape]; see `_convert_leaf`."""
     shape = _tensor_shape(description)
     dtype = description["tensor"]["dtype"]
     encoding = description["tensor"].get("encoding", "none")
@@ -295,12 +345,14 @@ def _convert_tensor(
             raise ValueError(f"feature {name!r} should be encoded as {encoding}")
         if encoding == "zlib":
             values = [zlib.decompress(value) for value in values]
-        return np.stack([np.frombuffer(value, dtype).reshape(shape) for value in values])
+        tensors = [np.frombuffer(value, dtype).reshape(shape) for value in values]
+        return np.stack(tensors)
 
-    if isinstance(values, list) and values:
+    has_bytes = isinstance(values, list) and bool(values)  # an empty list may be of any type
+    if has_bytes:
         raise ValueError(f"feature {name!r} holds bytes instead of {dtype}")
-    numbers = np.asarray(values, dtype)
-    if -1 in shape:
+    numbers = np.asarray(values, dtype)  # [n]
+    if -1 in shape:  # not in a list, as `unflatten` refuses these: there is one element
         return numbers.reshape(1, *shape)
     if len(numbers) % math.prod(shape):
         raise ValueError(

@@ -19,15 +19,18 @@ from spear.geometry import (
 )
 from spear.types import Array
 
-MAX_ORTHOGONALITY_ERROR = 1e-2  # of R Rᵀ against the identity
-MAX_LAST_ROW_ERROR = 1e-3  # of a homogeneous pose against (0, 0, 0, 1)
+MAX_ORTHOGONALITY_ERROR = 1e-2  # largest difference of R Rᵀ from the identity
+MAX_LAST_ROW_ERROR = 1e-3  # largest difference of a pose's last row from (0, 0, 0, 1)
 
 
 class RotationEncoding(NamedTuple):
-    """How many numbers a format has, and what converts them to quaternions.
+    """A format of orientations.
 
-    `to_quaternion` takes [..., num_components], angles in rad, and gives [..., 4] (w, x, y, z).
-    Quaternions keep the length that the dataset wrote.
+    Attributes:
+        num_components: How many numbers an orientation has.
+        to_quaternion: Converts orientations [..., num_components] (angles in rad) to quaternions
+            [..., 4] (w, x, y, z). Recorded quaternions are not normalized, so that a check of their
+            norm can follow.
     """
 
     num_components: int
@@ -35,28 +38,32 @@ class RotationEncoding(NamedTuple):
 
 
 def _pose_from_6d_rows(values: Tensor) -> Tensor:
-    """[..., 6] the first two rows of a rotation matrix → [..., 4, 4] poses in the origin."""
-    first_row, second_row = values.split(3, dim=-1)
+    """Complete the first two rows of rotation matrices, [..., 6], to poses [..., 4, 4].
+
+    The position of the poses is zero.
+    """
+    first_row, second_row = values.split(3, dim=-1)  # each [..., 3]
     third_row = torch.linalg.cross(first_row, second_row)
-    matrix = torch.stack([first_row, second_row, third_row], dim=-2)
-    pose = torch.nn.functional.pad(matrix, (0, 1, 0, 1))
+    matrix = torch.stack([first_row, second_row, third_row], dim=-2)  # [..., 3, 3]
+    pose = torch.nn.functional.pad(matrix, (0, 1, 0, 1))  # one zero column and row at the end
     pose[..., 3, 3] = 1
     return pose
 
 
 def _pose_from_16_rows(values: Tensor) -> Tensor:
-    """[..., 16] a homogeneous pose, row after row → [..., 4, 4]."""
+    """Arrange the numbers of homogeneous poses, [..., 16] row after row, as [..., 4, 4]."""
     return values.unflatten(-1, (4, 4))
 
 
+# The same numbers column after column are the rows of the transposed matrix: `.mT` undoes that.
 POSE_FORMATS: Mapping[str, Callable[[Tensor], Tensor]] = {
     "6d_columns": lambda values: _pose_from_6d_rows(values).mT,
     "6d_rows": _pose_from_6d_rows,
     "matrix4_columns": lambda values: _pose_from_16_rows(values).mT,
     "matrix4_rows": _pose_from_16_rows,
 }
-"""Format → conversion of [..., numbers] to homogeneous poses [..., 4, 4]; `to_quaternion` checks
-that they are poses."""
+"""Format → conversion of [..., num_components] to homogeneous matrices [..., 4, 4]. `to_quaternion`
+checks whether these matrices are poses, because arbitrary numbers are not."""
 
 
 def _quaternion_from_pose(pose_format: str) -> Callable[[Tensor], Tensor]:
@@ -78,7 +85,7 @@ ROTATION_FORMATS: Mapping[str, RotationEncoding] = {
     "matrix4_columns": RotationEncoding(16, _quaternion_from_pose("matrix4_columns")),
     "matrix4_rows": RotationEncoding(16, _quaternion_from_pose("matrix4_rows")),
 }
-"""Format → its encoding. Joint angles are not among them: see `franka_pose`."""
+"""Format → its encoding. "franka_joints" is missing, as `franka_pose` converts joint angles."""
 
 
 def to_quaternion(values: Array, rotation_format: RotationFormat, source: str = "") -> Array:
@@ -114,14 +121,15 @@ def to_quaternion(values: Array, rotation_format: RotationFormat, source: str = 
 
 
 def find_rotations(values: Array, rotation_format: RotationFormat) -> Array:
-    """Find the rows whose numbers are a rotation. Any angles are one.
+    """Say for each row whether its numbers are a rotation, which any angles are.
 
     Args:
         values: [T, d] orientations in the dataset's format.
         rotation_format: Any format, also "franka_joints".
 
     Returns:
-        [T] bool; all True if d does not match the format, which `to_quaternion` refuses.
+        [T] bool. If d does not match the format, all are True, and `to_quaternion` will refuse the
+        orientations.
     """
     encoding = ROTATION_FORMATS.get(rotation_format)
     if encoding is None or values.ndim != 2 or values.shape[1] != encoding.num_components:
@@ -131,18 +139,20 @@ def find_rotations(values: Array, rotation_format: RotationFormat) -> Array:
         tensor = torch.as_tensor(np.asarray(values, np.float64))
         return _are_rotations(POSE_FORMATS[rotation_format](tensor)).numpy()
     if rotation_format.startswith("quat"):
-        # In the precision in which episodes have quaternions, and are checked.
-        norm = np.linalg.norm(values.astype(np.float32).astype(np.float64), axis=1)
+        # `validate_episode` will check the norm of float32 quaternions, so these are judged here.
+        float32_values = values.astype(np.float32).astype(np.float64)
+        norm = np.linalg.norm(float32_values, axis=1)  # [T]
         return np.abs(norm - 1) <= UNIT_NORM_TOLERANCE
     return np.ones(len(values), bool)
 
 
 def _are_rotations(pose: Tensor) -> Tensor:
-    """[T] bool, whether homogeneous matrices [T, 4, 4] are poses with a proper rotation."""
+    """Say of each matrix [T, 4, 4] whether it is a pose with a proper rotation, as [T] bool."""
     matrix = pose[:, :3, :3]
     identity = torch.eye(3, dtype=pose.dtype)
-    orthogonality_error = (matrix @ matrix.mT - identity).abs().amax((1, 2))
-    last_row_error = (pose[:, 3] - pose.new_tensor([0, 0, 0, 1])).abs().amax(1)
+    orthogonality_error = (matrix @ matrix.mT - identity).abs().amax((1, 2))  # [T]
+    last_row_error = (pose[:, 3] - pose.new_tensor([0, 0, 0, 1])).abs().amax(1)  # [T]
+    # A reflection is orthogonal too, but its determinant is negative.
     return (
         (orthogonality_error < MAX_ORTHOGONALITY_ERROR)
         & (last_row_error < MAX_LAST_ROW_ERROR)

@@ -1,8 +1,9 @@
 """The store of episodes: random access to episodes and images of a folder, by memory mapping.
 
-A store is a folder of shards (`spear.data.store.shard`). It is either recorded (`write_episodes`,
-with which several processes may append) or prepared for training (`spear.data.store.prepare`). Its
-episodes may differ in rate, cameras and image sizes.
+A store is a folder of shards, each of which has many episodes (`spear.data.store.shard`). It is
+either recorded (`write_episodes`, with which several processes may append to one folder) or
+prepared for training (`spear.data.store.prepare`). The episodes of a store may differ in rate,
+cameras and image sizes.
 """
 
 import bisect
@@ -23,20 +24,20 @@ from spear.types import Array, Episode
 from spear.util.files import notice_missing_shards, read_json, report_write_errors
 
 SHARD_GLOB = "episodes-*.arrow"
-REQUEST_FILE = "request.json"  # of a prepared folder: what made it, and how many shards it has
-MAX_HASHED_EPISODES = 1000  # whose numbers the fingerprints of a store read
-POSE_DECIMALS = 4  # of the poses that the fingerprint of an episode hashes
+REQUEST_FILE = "request.json"  # in a prepared folder, says what made it and its number of shards
+MAX_HASHED_EPISODES = 1000  # the fingerprints of a store read the steps of so many episodes
+POSE_DECIMALS = 4  # to which an episode's fingerprint rounds poses, so that float noise is ignored
 
 
 def write_episodes(episodes: Iterable[Episode], folder: Path, shard_size: int = 256) -> int:
-    """Append episodes to a store, checked and with canonical actions.
+    """Check episodes, add their canonical actions, and append them to a store.
 
     A shard appears complete or not at all, and takes the next free number. Several processes may
     therefore append to one folder.
 
     Args:
         episodes: The episodes.
-        folder: The folder of the store; it is made if it does not exist.
+        folder: The folder of the store, which is made if it does not exist.
         shard_size: The number of episodes in a shard.
 
     Returns:
@@ -46,31 +47,39 @@ def write_episodes(episodes: Iterable[Episode], folder: Path, shard_size: int = 
         SpearError: If an episode is bad or the disk is full. The shards written before stay
             readable.
     """
-    from spear.data.actions import add_actions, validate_episode  # here: reading takes no PyTorch
+    # Imported here, so that reading a store does not load PyTorch.
+    from spear.data.actions import add_actions, validate_episode
 
     folder.mkdir(parents=True, exist_ok=True)
-    checked = (add_actions(validate_episode(episode)) for episode in episodes)
+    checked_episodes = (add_actions(validate_episode(episode)) for episode in episodes)
     num_written = 0
-    while shard := list(itertools.islice(checked, shard_size)):
-        add_shard(shard, folder, {})
-        num_written += len(shard)
+    while shard_episodes := list(itertools.islice(checked_episodes, shard_size)):
+        add_shard(shard_episodes, folder, note={})
+        num_written += len(shard_episodes)
     return num_written
 
 
 def add_shard(episodes: Sequence[Episode], folder: Path, note: Mapping[str, str]) -> None:
-    """Write a shard under the next free number.
+    """Write episodes as a shard with the next free number.
 
-    Raises SpearError if it cannot be written.
+    Args:
+        episodes: At least one checked episode, with canonical actions.
+        folder: The folder of the store.
+        note: Key → text, to be kept with the shard.
+
+    Raises:
+        SpearError: If the shard cannot be written.
     """
     temporary = folder / f".episodes-{uuid.uuid4().hex}.arrow"
     temporary_images = temporary.with_suffix(".images")
     try:
         with report_write_errors(folder):
             write_shard(temporary, episodes, note)
+            # Linking fails if the name exists, so no two processes get the same number.
             for number in itertools.count(len(list_shards(folder))):
                 target = folder / f"episodes-{number:05d}.arrow"
                 with contextlib.suppress(FileExistsError):
-                    # The images come first, because the other file makes the shard count.
+                    # A shard counts once its Arrow file exists, so the images are linked first.
                     os.link(temporary_images, target.with_suffix(".images"))
                     os.link(temporary, target)
                     break
@@ -80,7 +89,10 @@ def add_shard(episodes: Sequence[Episode], folder: Path, note: Mapping[str, str]
 
 
 def remove_unfinished_shards(folder: Path) -> None:
-    """Remove partial shards of killed writers; no other process may be writing to the folder."""
+    """Remove the partial shards that killed writers left behind.
+
+    Call this only while no other process writes to the folder.
+    """
     for file in list(folder.glob(".episodes-*")):
         file.unlink()
     for images in list(folder.glob("episodes-*.images")):
@@ -94,13 +106,15 @@ def list_shards(folder: Path) -> list[Path]:
 
 
 class EpisodeStore:
-    """The episodes of a folder. Nothing is loaded until asked for.
+    """The episodes of a folder, which are read when they are asked for.
 
-    Every episode has canonical actions, and a mask of those that are known.
+    Every episode has canonical actions, and a mask that says which of them are known. E is the
+    number of episodes.
 
     Attributes:
         path: The folder.
-        is_complete: False for a `subset`.
+        is_complete: Whether these are all episodes of the folder that can be learned from; False
+            for a `subset`.
         lengths: [E] number of steps of each episode.
         num_known_actions: [E] number of steps of each episode that have a known action.
         rates_hz: [E] steps per second of each episode.
@@ -119,8 +133,9 @@ class EpisodeStore:
 
         self._shards = [open_shard(file)[0] for file in files]
         shard_lengths = [len(shard) for shard in self._shards]
+        # A shard starts at this number, if the folder's episodes are numbered through all shards.
         self._shard_starts = np.cumsum([0, *shard_lengths]).tolist()
-        # This store's episodes, as numbers in the folder
+        # [E] the number, in the folder, of each episode of this store; a subset has only some.
         self._episode_numbers = np.arange(self._shard_starts[-1])
         self.lengths: Array = np.concatenate([np.diff(shard.offsets) for shard in self._shards])
         self.num_known_actions: Array = np.concatenate(
@@ -129,14 +144,14 @@ class EpisodeStore:
         self.rates_hz: Array = np.concatenate([shard.rates_hz for shard in self._shards])
 
     def _read_num_shards(self) -> int:
-        """Read how many shards a prepared folder should have; 0 for a recorded one."""
+        """Read how many shards a prepared folder should have; 0 for a recorded folder."""
         request_file = self.path / REQUEST_FILE
         if not request_file.is_file():
             return 0
         return int(read_json(request_file, "copy it again").get("shards", 0))
 
     def subset(self, indices: Sequence[int]) -> "EpisodeStore":
-        """Make a store of only these episodes, in this order, which shares the mapped files."""
+        """Make a store of the episodes `indices`, in this order, which shares the mapped files."""
         indices_array = np.asarray(indices, np.int64)
         store = copy.copy(self)
         store.is_complete = False
@@ -149,19 +164,20 @@ class EpisodeStore:
     def select_demonstrations(self) -> "EpisodeStore":
         """Leave out the episodes that are known to have failed, with a notice.
 
-        Raises SpearError if none is left.
+        Raises SpearError if no episode is left.
         """
         return self._drop(self.failed_mask(), reason="failed", advice="give others")
 
     def select_cameras(self, cameras: Collection[str]) -> "EpisodeStore":
         """Leave out the episodes that have no images of any of these cameras, with a notice.
 
-        Another notice names cameras of the store that would not be used. Raises SpearError if no
-        episode is left.
+        If the store lacks one of these cameras but has others, which would not be used, another
+        notice names both: they may be the same camera. Raises SpearError if no episode is left.
         """
         names = " or ".join(cameras)
+        lacks_cameras = ~self._has_any_camera(cameras)  # [E]
         store = self._drop(
-            ~self._has_any_camera(cameras),
+            lacks_cameras,
             reason=f"with no camera {names} (there: {', '.join(self.cameras)})",
             advice="name them so in its spear.json",
         )
@@ -176,36 +192,51 @@ class EpisodeStore:
         return store
 
     def _has_any_camera(self, cameras: Collection[str]) -> Array:
-        """[E] bool: which episodes have images of at least one of these cameras."""
+        """Say of each episode whether it has images of at least one of these cameras: [E] bool."""
         masks: list[Array] = []
         for shard in self._shards:
             mask = np.zeros(len(shard), bool)
+            first_steps = shard.offsets[:-1]  # the first step of each of the shard's episodes
             for camera in cameras:
                 if camera in shard.image_places:
-                    first_image_bytes = shard.image_places[camera][shard.offsets[:-1], 1]
+                    # An image of 0 bytes means that its episode does not have the camera.
+                    first_image_bytes = shard.image_places[camera][first_steps, 1]
                     mask |= first_image_bytes > 0
             masks.append(mask)
-        return np.concatenate(masks)[self._episode_numbers]
+        mask_of_folder = np.concatenate(masks)
+        return mask_of_folder[self._episode_numbers]
 
-    def _drop(self, dropped: Array, reason: str, advice: str) -> "EpisodeStore":
-        """Leave out the episodes of a mask [E], with a notice or, if none is left, an error."""
-        message = f"{self.path}: {dropped.sum()} of {format_count(len(self), 'episodes')} {reason}"
-        if dropped.all():
+    def _drop(self, is_dropped: Array, reason: str, advice: str) -> "EpisodeStore":
+        """Leave out the episodes of a mask, with a notice.
+
+        Args:
+            is_dropped: [E] bool, which episodes to leave out.
+            reason: What these episodes have in common, for the notice.
+            advice: What to do about it if no episode is left.
+
+        Raises:
+            SpearError: If no episode is left.
+        """
+        num_episodes = format_count(len(self), "episodes")
+        message = f"{self.path}: {is_dropped.sum()} of {num_episodes} {reason}"
+        if is_dropped.all():
             raise SpearError(f"{message}: nothing to learn from: {advice}")
-        if not dropped.any():
+        if not is_dropped.any():
             return self
 
         notice(f"{message}: left out")
-        store = self.subset(np.flatnonzero(~dropped).tolist())
+        remaining_indices = np.flatnonzero(~is_dropped).tolist()
+        store = self.subset(remaining_indices)
         store.is_complete = self.is_complete
         return store
 
     def failed_mask(self) -> Array:
-        """[E] bool: which episodes are known to have failed."""
+        """Say of each episode whether it is known to have failed: [E] bool."""
         outcomes: list[bool | None] = []
         for shard in self._shards:
             outcomes.extend(shard.episode_columns["success"].to_pylist())
-        return np.array([outcome is False for outcome in outcomes])[self._episode_numbers]
+        mask_of_folder = np.array([outcome is False for outcome in outcomes])
+        return mask_of_folder[self._episode_numbers]
 
     def __len__(self) -> int:
         return len(self._episode_numbers)
@@ -219,21 +250,21 @@ class EpisodeStore:
         return (self[index] for index in range(len(self)))
 
     def _locate(self, index: int) -> tuple[Shard, int]:
-        """Find the shard of an episode, and its row there."""
+        """Find the shard of episode `index`, and the episode's row in this shard."""
         number = int(self._episode_numbers[index])
         shard_index = bisect.bisect_right(self._shard_starts, number) - 1
         return self._shards[shard_index], number - self._shard_starts[shard_index]
 
     @property
     def cameras(self) -> list[str]:
-        """The names of all cameras that occur."""
+        """The names of all cameras that any episode of the folder has."""
         names: set[str] = set()
         for shard in self._shards:
             names.update(shard.image_places)
         return sorted(names)
 
     def image(self, index: int, step: int, camera: str) -> bytes | None:
-        """Read the encoded image of one step; None if the episode has no such camera."""
+        """Read the encoded image of a step of episode `index`; None if it has no such camera."""
         shard, row = self._locate(index)
         return shard.image(row, step, camera)
 
@@ -248,9 +279,10 @@ class EpisodeStore:
         return shard.episode(row, with_images=False)
 
     def fingerprint(self) -> str:
-        """Hash what distinguishes the motions of these episodes from others.
+        """Hash the motions of these episodes, to recognize other motions.
 
-        It covers all sources and lengths, and states and actions of at most 1,000 episodes.
+        The hash covers the sources and lengths of all episodes, and the states and actions of at
+        most 1,000 episodes.
         """
         digest = self._hash_texts("source")
         for shard, steps in self._iterate_sampled_steps():
@@ -265,10 +297,10 @@ class EpisodeStore:
         return digest.hexdigest()
 
     def content_fingerprint(self) -> str:
-        """Hash what distinguishes the images and instructions of these episodes from others.
+        """Hash the images and instructions of these episodes, to recognize other ones.
 
-        It covers all instructions, the cameras, and the lengths of the encoded images of at most
-        1,000 episodes.
+        The hash covers the instructions of all episodes, the cameras, and the lengths of the
+        encoded images of at most 1,000 episodes.
         """
         digest = self._hash_texts("instruction")
         digest.update("\0".join(self.cameras).encode())
@@ -279,25 +311,29 @@ class EpisodeStore:
         return digest.hexdigest()
 
     def _hash_texts(self, column: str) -> "hashlib._Hash":
-        """Begin a hash with the lengths of all episodes and a column of their texts."""
+        """Begin a hash with the lengths of all episodes and their texts in a column."""
         digest = hashlib.sha256(self.lengths.tobytes())
-        texts: list[str] = []
+        texts: list[str] = []  # of all episodes of the folder
         for shard in self._shards:
-            texts.extend(shard.episode_columns[column].to_pylist())  # faster than one by one
-        digest.update("".join(f"{texts[number]}\0" for number in self._episode_numbers).encode())
+            texts.extend(shard.episode_columns[column].to_pylist())  # faster than cell by cell
+        joined_texts = "".join(f"{texts[number]}\0" for number in self._episode_numbers)
+        digest.update(joined_texts.encode())
         return digest
 
     def _iterate_sampled_steps(self) -> Iterator[tuple[Shard, slice]]:
-        """Yield shard and steps of at most `MAX_HASHED_EPISODES` episodes, evenly spread."""
-        indices = np.unique(np.linspace(0, len(self) - 1, MAX_HASHED_EPISODES).astype(int))
+        """Yield the shard and the steps in it of at most 1,000 episodes, evenly spread."""
+        evenly_spread = np.linspace(0, len(self) - 1, MAX_HASHED_EPISODES).astype(int)
+        indices = np.unique(evenly_spread)  # a small store has fewer episodes
         for index in indices.tolist():
             shard, row = self._locate(index)
-            yield shard, slice(*shard.offsets[row : row + 2])
+            start, end = shard.offsets[row : row + 2]
+            yield shard, slice(start, end)
 
     def episode_fingerprints(self) -> list[str]:
-        """Hash what identifies each episode, in whatever folder it is stored.
+        """Hash each episode by its length and its first, middle and last pose.
 
-        It covers the episode's length and its first, middle and last pose.
+        The hash does not depend on the folder in which the episode is stored. Episodes without
+        steps are left out.
         """
         fingerprints: list[str] = []
         for index in range(len(self)):
@@ -305,8 +341,9 @@ class EpisodeStore:
             length = len(episode)
             if not length:
                 continue
-            poses = np.hstack([episode.position, episode.rotation])[[0, length // 2, -1]]
-            rounded = poses.round(POSE_DECIMALS) + 0.0  # no negative zeros
-            text = f"{length} {rounded.tolist()}"
+            poses = np.hstack([episode.position, episode.rotation])  # [T, 7]
+            sampled_poses = poses[[0, length // 2, -1]]  # [3, 7]
+            rounded_poses = sampled_poses.round(POSE_DECIMALS) + 0.0  # -0.0 becomes 0.0
+            text = f"{length} {rounded_poses.tolist()}"
             fingerprints.append(hashlib.sha256(text.encode()).hexdigest()[:12])
         return fingerprints

@@ -1,9 +1,12 @@
-"""Writing a LeRobot v3.0 dataset, with the files, schemas and metadata of LeRobot's library.
+"""Writes a LeRobot v3.0 dataset, with the same files, schemas and metadata as the lerobot library.
 
-"observation.state" [8] consists of position (m, base frame), quaternion (w x y z) and gripper
-opening; "action" [8] is the canonical action (`Action.to_vector`). As for any dataset, a
-`spear.json` next to `meta` says so. Columns that LeRobot has no name for (`action_mask`, `success`,
-`source`) are ordinary features of the dataset.
+LeRobot calls a column a feature, and an instruction a task. The feature "observation.state" [8]
+consists of position (m, base frame), quaternion (w x y z) and gripper opening, and "action" [8] is
+the canonical action (`Action.to_vector`). A `spear.json` next to the folder `meta` says so. The
+features `action_mask`, `success` and `source` exist only in datasets of this writer.
+
+A row of the data is one step, and a row of `meta/episodes` is one episode. Files of each kind are
+numbered, and up to 1,000 of them are in one folder, which LeRobot calls a chunk.
 """
 
 import contextlib
@@ -28,17 +31,17 @@ from spear.util.files import check_new_folder, report_write_errors, write_text
 from spear.util.images import decode_image
 from spear.util.run_lock import acquire_run_lock
 
-FILES_PER_CHUNK = 1000  # files in a folder, as LeRobot has it
-MAX_DATA_FILE_MIB = 100  # after which the next file of rows begins, as LeRobot has it
-MAX_VIDEO_FILE_MIB = 200  # after which the next video file begins, as LeRobot has it
-EPISODES_PER_FILE = 10_000  # rows of one file of `meta/episodes`
+FILES_PER_CHUNK = 1000  # LeRobot's default number of files in a folder
+MAX_DATA_FILE_MIB = 100  # LeRobot's default size after which the next file of steps begins
+MAX_VIDEO_FILE_MIB = 200  # LeRobot's default size after which the next video file begins
+EPISODES_PER_FILE = 10_000  # number of rows in one file of `meta/episodes`
 MIB = 2**20  # bytes
-PNG_START = b"\x89PNG"
+PNG_START = b"\x89PNG"  # the first bytes of every PNG
 
 STATE_NAMES = ["x", "y", "z", "qw", "qx", "qy", "qz", "gripper"]
 ACTION_NAMES = ["dx", "dy", "dz", "dqw", "dqx", "dqy", "dqz", "gripper"]
 OWN_FEATURES = {"action_mask": "bool", "success": "int64", "source": "string"}
-"""Feature → type, of those that only our datasets have."""
+"""The features that only datasets of this writer have → their types."""
 INDEX_FEATURES = {
     "timestamp": "float32",
     "frame_index": "int64",
@@ -46,14 +49,14 @@ INDEX_FEATURES = {
     "index": "int64",
     "task_index": "int64",
 }
-"""Feature → type, of those that all LeRobot datasets have."""
+"""The features that every LeRobot dataset has → their types."""
 ARROW_TYPES = {
     "float32": pa.float32(),
     "int64": pa.int64(),
     "bool": pa.bool_(),
     "string": pa.string(),
 }
-NUMBER_TYPES = ("float32", "int64", "bool")  # of the features that have statistics
+NUMBER_TYPES = ("float32", "int64", "bool")  # features of these types have statistics
 DATA_PATH = "data/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet"
 EPISODES_PATH = "meta/episodes/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet"
 VIDEO_PATH = "videos/{video_key}/chunk-{chunk_index:03d}/file-{file_index:03d}.mp4"
@@ -62,13 +65,13 @@ VIDEO_PATH = "videos/{video_key}/chunk-{chunk_index:03d}/file-{file_index:03d}.m
 def write_lerobot(
     episodes: Iterable[Episode], folder: str | Path, images: Literal["image", "video"] = "image"
 ) -> int:
-    """Write episodes, checked, as a LeRobot v3.0 dataset.
+    """Check episodes, and write them as a LeRobot v3.0 dataset.
 
     Args:
         episodes: At least one episode. All have the same rate, cameras and image sizes.
         folder: The folder of the dataset. It appears when it is complete.
-        images: "image" writes the encoded images unchanged into Parquet; "video" encodes them as
-            AV1.
+        images: "image" writes the encoded images unchanged into Parquet files. "video" encodes them
+            as AV1 videos.
 
     Returns:
         The number of episodes.
@@ -124,11 +127,12 @@ class _Writer:
         self.features = make_features(self.image_sizes, images, self.rate_hz)
         self.schema = make_schema(self.features)
 
-        # What was written so far.
+        # What was added so far.
         self.num_episodes = 0
         self.num_rows = 0
         self.tasks: dict[str, int] = {}  # instruction → task index
-        self.episode_rows: list[dict[str, Any]] = []  # not yet in a file of `meta/episodes`
+        # The rows of `meta/episodes` that are not in a file yet.
+        self.episode_rows: list[dict[str, Any]] = []
 
         # Statistics over all episodes.
         self.row_stats: dict[str, RowStats] = {}
@@ -139,28 +143,28 @@ class _Writer:
             camera: ImageSample(size) for camera, size in self.image_sizes.items()
         }
 
-        # The numbers of the current files, and the open ones.
+        # The number of the current file of each kind, and the files that are open.
         self.data_file_number = 0
         self.meta_file_number = 0
-        self.video_file_numbers = dict.fromkeys(self.image_sizes, 0)
+        self.video_file_numbers = dict.fromkeys(self.image_sizes, 0)  # camera → number
         self._data: pq.ParquetWriter | None = None
-        self._videos: dict[str, VideoWriter] = {}
+        self._videos: dict[str, VideoWriter] = {}  # camera → open video
 
     def add(self, episode: Episode, samples: Mapping[str, ImageSample]) -> None:
         """Write a checked episode.
 
         Args:
             episode: The episode, with canonical actions.
-            samples: Camera → sample of its images (see `sample_images`).
+            samples: Camera → sample of the episode's images (see `sample_images`).
 
         Raises:
-            SpearError: If it differs from the first episode in cameras, image sizes or rate.
+            SpearError: If the episode differs from the first one in cameras, image sizes or rate.
         """
         self._check_same_form(episode, samples)
         if self._data is not None and os.path.getsize(self._data_path) > MAX_DATA_FILE_MIB * MIB:
             self._end_data_file()
 
-        # The rows of the steps, and the row of the episode.
+        # Write the episode's steps and videos, and make its row of `meta/episodes`.
         length = len(episode)
         columns = self._make_columns(episode)
         row: dict[str, Any] = {
@@ -178,7 +182,7 @@ class _Writer:
         row |= file_indices("meta/episodes", self.meta_file_number)
         self.episode_rows.append(row)
 
-        # Statistics and counts of the whole dataset.
+        # Update statistics and counts of the whole dataset.
         for name, stats in self.row_stats.items():
             stats.add(columns[name].reshape(length, -1))
         for camera, sample in self.image_samples.items():
@@ -189,7 +193,7 @@ class _Writer:
             self._write_episode_rows()
 
     def _check_same_form(self, episode: Episode, samples: Mapping[str, ImageSample]) -> None:
-        """Raise SpearError for an episode that differs from the first in cameras, sizes or rate."""
+        """Raise SpearError unless an episode has the cameras, sizes and rate of the first one."""
         cameras = sorted(episode.images)
         if cameras != list(self.image_sizes):
             raise SpearError(
@@ -207,8 +211,9 @@ class _Writer:
     def _make_columns(self, episode: Episode) -> dict[str, Any]:
         """Make all columns except the images: arrays [T] or [T, d], or lists of T texts."""
         length = len(episode)
-        state = np.column_stack([episode.position, episode.rotation, episode.gripper])
-        success = -1 if episode.success is None else episode.success
+        steps = np.arange(length)
+        state = np.column_stack([episode.position, episode.rotation, episode.gripper])  # [T, 8]
+        success = -1 if episode.success is None else episode.success  # -1 is not known
         task_index = self.tasks.setdefault(episode.instruction, len(self.tasks))
         return {
             "observation.state": state.astype(np.float32),
@@ -216,21 +221,27 @@ class _Writer:
             "action_mask": np.asarray(episode.action_mask),
             "success": np.full(length, success, np.int64),
             "source": [episode.source] * length,
-            "timestamp": (np.arange(length) / self.rate_hz).astype(np.float32),
-            "frame_index": np.arange(length),
+            "timestamp": (steps / self.rate_hz).astype(np.float32),
+            "frame_index": steps,
             "episode_index": np.full(length, self.num_episodes),
-            "index": self.num_rows + np.arange(length),
+            "index": self.num_rows + steps,
             "task_index": np.full(length, task_index),
         }
 
     def _make_stats_columns(
         self, columns: Mapping[str, Any], samples: Mapping[str, ImageSample]
     ) -> dict[str, Any]:
-        """Make those columns of `meta/episodes` that hold the statistics of an episode."""
+        """Make the statistics of an episode, as columns of its row of `meta/episodes`.
+
+        Args:
+            columns: The episode's columns, except images.
+            samples: Camera → sample of the episode's images.
+        """
         stats: dict[str, Mapping[str, Array]] = {}
         for name in self.row_stats:
             values = columns[name]
-            stats[name] = RowStats().add(values.reshape(len(values), -1)).total()
+            rows = values.reshape(len(values), -1)  # [T, d]
+            stats[name] = RowStats().add(rows).total()
         for camera in self.image_sizes:
             stats[feature_name(camera)] = samples[camera].stats()
 
@@ -242,10 +253,19 @@ class _Writer:
 
     @property
     def _data_path(self) -> Path:
+        """The current file of steps."""
         return self.folder / file_path(DATA_PATH, self.data_file_number)
 
     def _write_rows(self, columns: Mapping[str, Any], episode: Episode) -> dict[str, int]:
-        """Append the steps of an episode; returns in which file they are."""
+        """Append the steps of an episode to the current file of steps.
+
+        Args:
+            columns: The episode's columns, except images.
+            episode: The episode.
+
+        Returns:
+            The columns of its row of `meta/episodes` that say which file that is.
+        """
         if self._data is None:
             self._data_path.parent.mkdir(parents=True, exist_ok=True)
             self._data = pq.ParquetWriter(self._data_path, self.schema)
@@ -258,7 +278,11 @@ class _Writer:
         return file_indices("data", self.data_file_number)
 
     def _write_video(self, camera: str, episode: Episode) -> dict[str, Any]:
-        """Append the images of an episode to a video; returns in which file and where they are."""
+        """Append the images of an episode to the current video of a camera.
+
+        Returns the columns of its row of `meta/episodes` that say which file and which time span
+        that is.
+        """
         video = self._get_video(camera)
         first_frame = video.num_frames
         for step, encoded in enumerate(episode.images[camera]):
@@ -275,7 +299,7 @@ class _Writer:
         }
 
     def _get_video(self, camera: str) -> VideoWriter:
-        """Get the open video of a camera; a new one if there is none, or it is too large."""
+        """Get the open video of a camera; begin one if there is none or it has grown too large."""
         video = self._videos.get(camera)
         if video is not None and video.num_bytes > MAX_VIDEO_FILE_MIB * MIB:
             self._videos.pop(camera).close()
@@ -290,15 +314,15 @@ class _Writer:
         return video
 
     def _end_data_file(self) -> None:
-        """Complete the file of rows; the next episode begins another."""
+        """Complete the current file of steps, if there is one. The next episode begins another."""
         if self._data is not None:
             data = self._data
-            self._data = None
+            self._data = None  # before closing, which fails if the disk is full
             data.close()
             self.data_file_number += 1
 
     def _write_episode_rows(self) -> None:
-        """Write the rows of episodes that are not yet in a file of `meta/episodes`."""
+        """Write the collected rows to the next file of `meta/episodes`."""
         path = self.folder / file_path(EPISODES_PATH, self.meta_file_number)
         path.parent.mkdir(parents=True, exist_ok=True)
         pq.write_table(pa.Table.from_pylist(self.episode_rows), path)
@@ -306,14 +330,14 @@ class _Writer:
         self.meta_file_number += 1
 
     def close(self) -> None:
-        """Close the open files: the file of rows, and one video per camera."""
+        """Close the open files: the file of steps, and one video per camera."""
         self._end_data_file()
         while self._videos:
             _, video = self._videos.popitem()
             video.close()
 
     def finish(self) -> None:
-        """Complete all files, and write those that describe the whole dataset."""
+        """Complete all files, and write the files that describe the whole dataset."""
         self.close()
         if self.episode_rows:
             self._write_episode_rows()
@@ -323,7 +347,7 @@ class _Writer:
         write_tasks(self.folder / "meta/tasks.parquet", list(self.tasks))
 
     def _make_stats(self) -> dict[str, Any]:
-        """Make the content of stats.json, with features in the order of the columns."""
+        """Make the content of stats.json, with features in the order of the dataset's columns."""
         stats = {name: row_stats.total() for name, row_stats in self.row_stats.items()}
         for camera, sample in self.image_samples.items():
             stats[feature_name(camera)] = sample.stats()
@@ -353,11 +377,12 @@ class _Writer:
         }
 
     def _write_json(self, name: str, content: Mapping[str, Any]) -> None:
+        """Write a JSON file `name` below the folder of the dataset."""
         write_text(self.folder / name, json.dumps(content, indent=4, ensure_ascii=False))
 
 
 def _make_image_cells(images: Sequence[bytes]) -> list[dict[str, Any]]:
-    """Make the cells of an image column, as the `datasets` library has them."""
+    """Make the cells of an image column, in the form of the `datasets` library."""
     suffix = "png" if images[0].startswith(PNG_START) else "jpg"
     cells: list[dict[str, Any]] = []
     for step, image in enumerate(images):
@@ -366,7 +391,7 @@ def _make_image_cells(images: Sequence[bytes]) -> list[dict[str, Any]]:
 
 
 def describe_layout(cameras: Iterable[str]) -> dict[str, Any]:
-    """The content of `spear.json`: what the columns of our datasets mean."""
+    """Make the content of `spear.json`: what the columns of a dataset of this writer mean."""
     return {
         "images": {camera: f"observation/images/{camera}" for camera in cameras},
         "position": "observation/state[0:3]",
@@ -380,10 +405,10 @@ def describe_layout(cameras: Iterable[str]) -> dict[str, Any]:
 
 
 def is_own_format(features: Mapping[str, Sequence[str]]) -> bool:
-    """Whether a LeRobot dataset has the columns of this writer, by the names of their components.
+    """Whether the features of a LeRobot dataset, and their components, are those of this writer.
 
     Args:
-        features: Feature → the names of its components.
+        features: The name of each feature → the names of its components.
     """
     has_own_columns = features.keys() >= OWN_FEATURES.keys()
     is_own_state = list(features.get("observation.state", ())) == STATE_NAMES
@@ -429,7 +454,14 @@ def make_features(
 
 
 def make_schema(features: Mapping[str, Any]) -> pa.Schema:
-    """Make the schema of the rows, with the note that the `datasets` library needs."""
+    """Make the Arrow schema of the steps.
+
+    Args:
+        features: The "features" of info.json. Videos have no column.
+
+    Returns:
+        The schema, with a note in its metadata that the `datasets` library needs.
+    """
     fields: list[pa.Field] = []
     note: dict[str, Any] = {}
     for name, feature in features.items():
@@ -452,7 +484,12 @@ def make_schema(features: Mapping[str, Any]) -> pa.Schema:
 
 
 def write_tasks(path: Path, tasks: list[str]) -> None:
-    """Write the tasks. Their texts become the index of the table where pandas reads it."""
+    """Write the file of tasks as pandas would, with the texts as the index of the table.
+
+    Args:
+        path: The Parquet file.
+        tasks: The instructions, in the order of their task indices.
+    """
     index_name = "__index_level_0__"
     index_column = {
         "name": None,
@@ -475,19 +512,24 @@ def write_tasks(path: Path, tasks: list[str]) -> None:
 
 
 def feature_name(camera: str) -> str:
-    """The name of the feature with a camera's images."""
+    """The name of the feature that has a camera's images."""
     return f"observation.images.{camera}"
 
 
 def file_path(template: str, number: int, **names: str) -> str:
-    """The path of file `number` of one kind below the folder of the dataset."""
+    """Fill the path template of one kind of files for file `number`; `names` fill other fields."""
     return template.format(
         chunk_index=number // FILES_PER_CHUNK, file_index=number % FILES_PER_CHUNK, **names
     )
 
 
 def file_indices(prefix: str, number: int) -> dict[str, int]:
-    """The columns of an episode's row that say in which file its data are."""
+    """Make the columns of a row of `meta/episodes` that say in which file data of the episode are.
+
+    Args:
+        prefix: The kind of data: "data", "meta/episodes", or "videos/" and the feature.
+        number: The number of the file among the files of this kind.
+    """
     return {
         f"{prefix}/chunk_index": number // FILES_PER_CHUNK,
         f"{prefix}/file_index": number % FILES_PER_CHUNK,
@@ -495,5 +537,5 @@ def file_indices(prefix: str, number: int) -> dict[str, int]:
 
 
 def int_if_whole(rate_hz: float) -> int | float:
-    """A rate as LeRobot writes it: a whole number if it can be one."""
+    """Convert a rate as LeRobot writes it: to an integer if it is a whole number."""
     return int(rate_hz) if rate_hz == int(rate_hz) else rate_hz

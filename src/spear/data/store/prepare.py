@@ -1,15 +1,16 @@
-"""Preparing a robot dataset in any format for training.
+"""Prepares a robot dataset in any format for training.
 
-The result is a store of episodes (`spear.data.store.episode_store`) with canonical actions at 5 Hz
-and JPEGs in the size that the model sees, so that training reads it at the speed of the decoder.
-Next to its shards are three files: `sketches.npz` (see `spear.data.normalize`), `request.json`,
-which says what the store was made from, and `skipped.json`, which says which episodes were skipped,
-and why.
+The result is a store of episodes (`spear.data.store.episode_store`): a folder of shards, with
+canonical actions at 5 Hz and JPEGs in the size that the model sees. Training then reads images as
+fast as they can be decoded. The folder has three other files: `sketches.npz` (statistics, see
+`spear.data.normalize`), `request.json`, which says what the store was made from, and
+`skipped.json`, which says which episodes were skipped, and why.
 
-Any number of processes prepare blocks of episodes, which are written in order, so the bytes do not
-depend on the number of processes. Until the work is finished its folder is `.OUT.part/dataset`. The
-note of each shard says how many blocks are done, and which episodes were skipped since the shard
-before. After a kill, the same call therefore continues behind the last shard.
+The work is divided into blocks of 16 episodes. Worker processes prepare blocks, and one process
+writes them in order, so the bytes of the result do not depend on the number of workers. Until the
+result is complete, its folder is `.OUT.part/dataset`. Each shard has a note, which says how many
+blocks were done when the shard was written, and which episodes were skipped since the shard before
+it. After a kill, the same call therefore continues behind the last shard.
 """
 
 import dataclasses
@@ -60,33 +61,46 @@ from spear.util.run_lock import acquire_run_lock
 from spear.util.run_settings import describe_difference, record_or_check_settings
 from spear.util.skipped_items import SkippedItems
 
-BLOCK_SIZE = 16  # episodes that a worker prepares at a time
-MAX_SHARD_MIB = 100  # of images, after which the next shard begins
-MAX_BAD_SHARE = 0.5  # of the episodes; with more, preparing stops
-NUM_CHECKED_EPISODES = 100  # whose units and grippers are checked at the end
-POLL_INTERVAL_S = 0.5  # at which other processes look for the prepared folder
+BLOCK_SIZE = 16  # the number of episodes that a worker prepares at a time
+MAX_SHARD_MIB = 100  # when a shard has images of this size, the next shard begins
+MAX_BAD_SHARE = 0.5  # if a larger fraction of the episodes is bad, preparing stops
+NUM_CHECKED_EPISODES = 100  # at the end, the states and grippers of so many episodes are checked
+POLL_INTERVAL_S = 0.5  # how often waiting processes look for the prepared folder
 UNHASHED_FIELDS: dict[str, Any] = {
     "logged_rotation_frame": None,
     "logged_translation_unit": None,
     "logged_rotation_unit": None,
 }
-"""Values that replace those of fields of layouts on which no prepared episode depends."""
+"""Fields of a layout that do not influence prepared episodes → the value with which they are
+hashed."""
 LATER_FIELDS = ("base_rotation", "gripper_opening", *UNHASHED_FIELDS)
-"""Fields of layouts that are not part of the hash unless they differ from their defaults."""
+"""Fields of a layout that are hashed only if they differ from their defaults. Earlier versions did
+not have these fields, and folders that they prepared should remain valid."""
 LAYOUT_DEFAULTS = {field.name: field.default for field in dataclasses.fields(DatasetLayout)}
-JPEG_START = b"\xff\xd8"
+JPEG_START = b"\xff\xd8"  # the first bytes of every JPEG
 SKIPPED_FILE = "skipped.json"
 
 
 class Block(NamedTuple):
-    """A part of the split that is prepared at a time, as the readers take it ("train[0:16]")."""
+    """The episodes that a worker prepares at a time.
+
+    Attributes:
+        split: These episodes in the split syntax: "train[0:16]".
+        num_episodes: How many they are.
+    """
 
     split: str
     num_episodes: int
 
 
 class PreparedBlock(NamedTuple):
-    """The good episodes of a block, why the others were skipped, and what was repaired."""
+    """The result of preparing a block.
+
+    Attributes:
+        episodes: The good episodes, converted.
+        skip_reasons: For each other episode, why it was skipped.
+        repairs: What was dropped or changed in the good episodes.
+    """
 
     episodes: list[Episode]
     skip_reasons: list[str]
@@ -96,8 +110,10 @@ class PreparedBlock(NamedTuple):
 class PreparationPlan(NamedTuple):
     """What `prepare` will do.
 
-    request       what the result depends on; it is recorded as `request.json`.
-    has_commands  whether the dataset logs gripper commands.
+    Attributes:
+        request: Everything that the result depends on, to be recorded as `request.json`.
+        blocks: The blocks of episodes to prepare.
+        has_commands: Whether the dataset logs gripper commands.
     """
 
     request: dict[str, Any]
@@ -114,24 +130,24 @@ def prepare(
 ) -> tuple[int, list[str]]:
     """Prepare a dataset for training.
 
-    Broken records are skipped, as is what `validate_episode` rejects, and what has no known action,
-    no image, or not the cameras that `conversion` names.
+    Bad episodes are skipped: broken records, episodes that `validate_episode` rejects, and episodes
+    without a known action, without an image, or without a camera that `conversion` names.
 
     Args:
         path: A folder in any format that `spear.data.readers.formats` knows.
-        out_dir: The folder of the result. It appears when it is complete; the same call then finds
-            it and returns at once.
+        out_dir: The folder of the result, which appears when it is complete. If the folder is
+            already the result of the same call, nothing is done.
         split: Which episodes: "train", "train[:20%]", …
         conversion: Rate and image sizes; by default 5 Hz and unchanged images.
-        workers: The number of processes that read and resize; 0 for this one. The result is the
-            same, byte for byte.
+        workers: The number of worker processes that read and resize; with 0, this process does so.
+            The result is the same, byte for byte.
 
     Returns:
-        The number of episodes, and why the others were skipped.
+        The number of good episodes, and for each skipped episode the reason.
 
     Raises:
         SpearError: If most episodes are bad, `out_dir` contains something else, or the disk is
-            full. The same call continues the work.
+            full. After that is mended, the same call continues the work.
     """
     path = Path(path)
     out = Path(out_dir)
@@ -148,7 +164,7 @@ def prepare(
         record_or_check_settings(
             work_dir / REQUEST_FILE, plan.request, is_resuming=bool(list_shards(folder))
         )
-        repairs = Repairs()
+        repairs = Repairs()  # `_write_shards` adds to these counts
         num_good, skipped = _write_shards(
             path, folder, plan.blocks, conversion, workers, repairs=repairs
         )
@@ -177,24 +193,31 @@ def prepare(
 
 
 def plan_preparation(path: Path, out: Path, split: str, conversion: Conversion) -> PreparationPlan:
-    """Plan what `prepare` will do. Writes nothing.
+    """Plan what `prepare` will do, without writing anything.
+
+    Args:
+        path: See `prepare`.
+        out: The folder of the result.
+        split: See `prepare`.
+        conversion: See `prepare`.
 
     Raises:
         SpearError: If the layout or the split is bad, or `out` contains something else.
     """
-    source = formats.open_dataset(path)
+    dataset = formats.open_dataset(path)
     blocks: list[Block] = []
-    for name, start, end in parse_split(formats.count_episodes(source), split, path):
-        for first in range(start, end, BLOCK_SIZE):
-            last = min(first + BLOCK_SIZE, end)
-            blocks.append(Block(f"{name}[{first}:{last}]", last - first))
+    for name, start, end in parse_split(formats.count_episodes(dataset), split, path):
+        for block_start in range(start, end, BLOCK_SIZE):
+            block_end = min(block_start + BLOCK_SIZE, end)
+            block_split = f"{name}[{block_start}:{block_end}]"
+            blocks.append(Block(block_split, num_episodes=block_end - block_start))
 
-    layout = None
-    if isinstance(source, formats.Dataset):
-        layout = source.load_layout(conversion.layout)
+    layout = None  # a store of episodes needs none
+    if isinstance(dataset, formats.Dataset):
+        layout = dataset.load_layout(conversion.layout)
     request = {
         "path": str(path.resolve()),
-        "data": formats.fingerprint_dataset(source),
+        "data": formats.fingerprint_dataset(dataset),
         "episodes": _hash_text("\n".join(block.split for block in blocks)),
         "layout": _hash_layout(layout),
         "size": dict(sorted(conversion.sizes.items())),
@@ -213,14 +236,16 @@ def _hash_text(text: str) -> str:
 
 
 def _hash_layout(layout: DatasetLayout | None) -> str:
-    """Hash what a layout says of the columns."""
+    """Hash the fields of a layout on which prepared episodes depend.
+
+    The hashed text is the one that earlier versions hashed, so that folders that they prepared stay
+    valid: it has the old name of the class, and lacks fields that came later.
+    """
     if layout is None:
         return _hash_text("None")
 
-    layout = dataclasses.replace(layout, facts={}, weight=None, **UNHASHED_FIELDS)
-    # The text is that of earlier versions, so that their folders stay valid: with the old name of
-    # the class, and without the fields that came later.
-    text = repr(layout).replace("DatasetLayout(", "DatasetSpec(", 1)
+    hashed_layout = dataclasses.replace(layout, facts={}, weight=None, **UNHASHED_FIELDS)
+    text = repr(hashed_layout).replace("DatasetLayout(", "DatasetSpec(", 1)
     for name in LATER_FIELDS:
         default = LAYOUT_DEFAULTS[name]
         text = text.replace(f", {name}={default!r}", "", 1)
@@ -234,7 +259,7 @@ def _check_out_folder(out: Path, request: dict[str, Any]) -> None:
         return
 
     earlier_request = read_json(out / REQUEST_FILE, "remove that folder")
-    earlier_request["shards"] = None  # no part of the request
+    earlier_request["shards"] = None  # `prepare` adds this key, which is no part of the request
     difference = describe_difference(earlier_request, request)
     if difference:
         raise SpearError(
@@ -251,13 +276,20 @@ def _write_shards(
     workers: int,
     repairs: Repairs,
 ) -> tuple[int, SkippedItems]:
-    """Prepare all blocks, and write the shards that the folder does not have yet.
+    """Prepare the blocks that the shards in `folder` do not cover yet, and write their shards.
 
-    `repairs` collects the repairs of the blocks that this call prepares.
+    Args:
+        path: The dataset.
+        folder: The folder of the shards, in which an earlier call may have written some.
+        blocks: All blocks of the split.
+        conversion: Rate and image sizes.
+        workers: The number of worker processes, or 0.
+        repairs: The repairs of the blocks that this call prepares are added to it.
 
-    Returns the number of good episodes, and why the others were skipped.
+    Returns:
+        The number of good episodes, and why the others were skipped, both of all blocks.
     """
-    # Continue behind the last shard.
+    # Read what the existing shards cover.
     remove_unfinished_shards(folder)
     num_done_blocks = 0
     num_good = 0
@@ -268,13 +300,14 @@ def _write_shards(
         num_good += len(shard)
         skipped.reasons += reasons
 
-    num_noted_reasons = len(skipped.reasons)  # that are in the notes of shards
+    num_noted_reasons = len(skipped.reasons)  # how many reasons are in the notes of shards
+    done_blocks = blocks[:num_done_blocks]
     remaining_blocks = blocks[num_done_blocks:]
     bar = ProgressBar(
         f"preparing {path.name}",
         sum(block.num_episodes for block in blocks),
         "episodes",
-        sum(block.num_episodes for block in blocks[:num_done_blocks]),
+        sum(block.num_episodes for block in done_blocks),
     )
     advice = "use fewer --workers, and run the same command again: it continues"
     with bar, processes.open_worker_pool(workers, __name__, advice) as pool:
@@ -294,6 +327,7 @@ def _write_shards(
             skipped.check(num_good)
             bar.update(bar.done + block.num_episodes, f"{len(skipped.reasons)} skipped")
 
+            # End the shard, with a note from which another call can continue.
             is_last_block = num_done_blocks == len(blocks)
             is_full = _count_image_bytes(shard_episodes) >= MAX_SHARD_MIB * 2**20
             if shard_episodes and (is_last_block or is_full):
@@ -314,7 +348,7 @@ def _count_image_bytes(episodes: Sequence[Episode]) -> int:
 
 
 def _notice_repairs(repairs: Repairs, path: Path) -> None:
-    """Notice in one message how many rows were dropped and how many readings clipped."""
+    """Issue one notice that says how many rows were dropped and how many readings clipped."""
     remarks: list[str] = []
     if repairs.num_dropped_rows:
         rows = format_count(repairs.num_dropped_rows, "rows")
@@ -327,7 +361,13 @@ def _notice_repairs(repairs: Repairs, path: Path) -> None:
 
 
 def _notice_implausible_values(store: EpisodeStore, path: Path, has_commands: bool) -> None:
-    """Notice what is wrong with positions, instructions and gripper of the first episodes."""
+    """Issue notices about implausible states, instructions and grippers of the first episodes.
+
+    Args:
+        store: The prepared episodes.
+        path: The dataset, for the notices.
+        has_commands: Whether the dataset logs gripper commands.
+    """
     num_checked = min(len(store), NUM_CHECKED_EPISODES)
     episodes = [store.without_images(index) for index in range(num_checked)]
     for remark in find_implausible_states(episodes):
@@ -340,23 +380,33 @@ def _notice_implausible_values(store: EpisodeStore, path: Path, has_commands: bo
 
 
 def _find_wrong_gripper(episodes: Sequence[Episode], has_commands: bool) -> list[Check]:
-    """Find what is wrong with the gripper's openings and commands."""
+    """Find what is wrong with the gripper's openings and commands; see `spear.checks.gripper`.
+
+    Args:
+        episodes: Episodes with canonical actions.
+        has_commands: Whether the dataset logs gripper commands. Otherwise the commands in the
+            actions were derived from the openings, and say nothing about them.
+    """
     recordings = [Recording.from_episode(episode) for episode in episodes]
     if not has_commands:
         recordings = [dataclasses.replace(recording, command=None) for recording in recordings]
-    wrong = [check for check in check_gripper(recordings) if check.verdict == "wrong"]
-    if wrong:
-        return wrong
+    wrong_checks = [check for check in check_gripper(recordings) if check.verdict == "wrong"]
+    if wrong_checks:
+        return wrong_checks
 
-    # A gripper that moves little, compared with its distance from both ends, may have another unit.
+    # If openings run from 0.00 to 0.02, their unit may be wrong. So the motion is compared with how
+    # far openings get from the nearer end of 0 … 1. A gripper that still moves little is at rest.
     openings = [episode.gripper for episode in episodes]
     commands = [np.asarray(episode.action)[:, 7] for episode in episodes]
     largest_opening = max(opening.max() for opening in openings)
     smallest_opening = min(opening.min() for opening in openings)
     largest_motion = max(np.ptp(opening) for opening in openings)
-    if largest_motion <= MIN_MOTION * min(largest_opening, 1 - smallest_opening):
+    reach_from_nearer_end = min(largest_opening, 1 - smallest_opening)
+    if largest_motion <= MIN_MOTION * reach_from_nearer_end:
         return []
-    check = check_range(openings, commands if largest_motion > MIN_MOTION else ())
+
+    has_clear_motion = largest_motion > MIN_MOTION
+    check = check_range(openings, commands if has_clear_motion else ())
     if check is None:
         check = check_command_timing(list(zip(openings, commands, strict=True)))
     return [] if check is None else [check]
@@ -365,9 +415,16 @@ def _find_wrong_gripper(episodes: Sequence[Episode], has_commands: bool) -> list
 def read_good_episodes(
     path: str | Path, split: str, layout_file: Path | None, skipped: SkippedItems
 ) -> Iterator[Episode]:
-    """Read the good episodes of a dataset in any format; `skipped` collects the errors.
+    """Read the good episodes of a dataset in any format.
 
-    Raises SpearError if too many episodes are bad, or none is good.
+    Args:
+        path: The folder.
+        split: Which episodes.
+        layout_file: The file that describes the dataset's layout, or None.
+        skipped: The errors of bad episodes are added to it.
+
+    Raises:
+        SpearError: If too many episodes are bad, or none is good.
     """
     num_good = 0
     for episode in formats.read_episodes(path, split, layout_file, skipped):
@@ -378,7 +435,7 @@ def read_good_episodes(
 
 
 def prepare_block(path: Path, conversion: Conversion, split: str) -> PreparedBlock:
-    """Prepare the episodes of a block."""
+    """Prepare the episodes of one block; `split` names them ("train[0:16]")."""
     good_episodes: list[Episode] = []
     reasons: list[str] = []
 
@@ -395,8 +452,12 @@ def prepare_block(path: Path, conversion: Conversion, split: str) -> PreparedBlo
 
 
 def _convert_episode(episode: Episode, conversion: Conversion) -> Episode:
-    """Convert an episode to canonical actions at the new rate, with images in their new sizes."""
-    unknown_cameras = set(conversion.sizes) - {"", *episode.images}
+    """Convert an episode to canonical actions at the new rate, and its images to their new sizes.
+
+    Raises SpearError if the episode cannot be learned from.
+    """
+    all_other_cameras = ""  # the key of `sizes` for cameras that it does not name
+    unknown_cameras = set(conversion.sizes) - {all_other_cameras, *episode.images}
     if unknown_cameras:
         raise SpearError(
             f"no camera {min(unknown_cameras)!r}: {episode.source}: "
@@ -418,17 +479,24 @@ def _convert_episode(episode: Episode, conversion: Conversion) -> Episode:
 
 
 def _convert_images(episode: Episode, camera: str, conversion: Conversion) -> list[bytes] | None:
-    """Convert a camera's images to JPEG in their new size, without bars at their sides.
+    """Convert a camera's images to JPEG so that they fit into their new size.
 
-    Training adds the bars of its model, as acting does, and does not jitter them. An image that
-    has its size and format already stays unchanged, as do all images without a new size.
+    Images keep their aspect ratio and get no black bars at their sides. Training and acting add the
+    bars later, and training must not change the bars' color when it jitters the image. An image
+    that is already a JPEG of the right size stays unchanged. So do all images of a camera for which
+    `conversion` has no size.
 
-    Returns None for a camera that is blank, as datasets have it for an absent one, or frozen.
-    Raises SpearError for a broken image.
+    Returns:
+        The images; None if all images of the camera are blank, which is how some datasets write an
+        absent camera, or if they are frozen (the same picture although the arm moves).
+
+    Raises:
+        SpearError: If an image is broken.
     """
-    size = conversion.sizes.get(camera, conversion.sizes.get(""))
+    default_size = conversion.sizes.get("")
+    size = conversion.sizes.get(camera, default_size)
     converted_images: list[bytes] = []
-    levels: set[int] = set()  # brightness, until there are two of them
+    levels: set[int] = set()  # darkest and brightest values of images, until two differ
     for step, encoded in enumerate(episode.images[camera]):
         image = decode_image(encoded, f"{episode.source} step {step} camera {camera!r}")
         if len(levels) < 2:
@@ -436,7 +504,9 @@ def _convert_images(episode: Episode, camera: str, conversion: Conversion) -> li
         if size is not None:
             width, height = size
             resized = fit_image(image, height, width, bars=False)
-            if resized.shape != image.shape or not encoded.startswith(JPEG_START):
+            has_new_size = resized.shape != image.shape
+            is_jpeg = encoded.startswith(JPEG_START)
+            if has_new_size or not is_jpeg:
                 encoded = encode_jpeg(resized, conversion.quality)
         converted_images.append(encoded)
 
@@ -449,14 +519,15 @@ def _convert_images(episode: Episode, camera: str, conversion: Conversion) -> li
 def open_store(
     path: str | Path, work_dir: str | Path, split: str = "train"
 ) -> tuple[EpisodeStore, list[str]]:
-    """Open the episodes of a split of a folder in any format, as training reads them.
+    """Open the episodes of a split as a store, whatever the format of the folder.
 
-    A store is opened unchanged. Any other dataset is first prepared, once, into a folder of
-    `work_dir` whose name depends on path and split. Of several processes the first one prepares it,
-    and the others wait.
+    If the folder is a store, it is opened unchanged. Any other dataset is first prepared into a
+    folder in `work_dir`, whose name depends on path and split, unless an earlier call did so. If
+    training runs in several processes, the first one prepares the dataset, and the others wait.
 
     Returns:
-        The store, and why episodes were skipped in this call.
+        The store, and for each episode that was skipped in preparing, the reason. In processes that
+        waited, the reasons are empty.
     """
     if isinstance(formats.open_dataset(path), EpisodeStore):
         return formats.open_store_split(path, split), []

@@ -1,11 +1,13 @@
-"""A shard: many episodes in two files, with single steps found in them without copying.
+"""A shard: two files with many episodes, of which any single step can be read without the others.
 
-`episodes-00000.arrow` is an Arrow record batch with one row per episode, whose steps are lists of
-numbers. For each step, two numbers in the column `place:<camera>` say where in
-`episodes-00000.images` its encoded image begins, and how long it is.
+`episodes-00000.arrow` is an Arrow record batch with one row per episode. The numbers of an
+episode's steps are one list in the cell of a column. `episodes-00000.images` consists of the
+encoded images of all episodes, one after the other. For each step, the column `place:<camera>` has
+two numbers: the byte of the images' file at which the step's image begins, and its length in bytes.
 
-Nothing is compressed, so an image is a slice of mapped memory; Parquet would have to decode a
-column chunk. Numbers and images have separate files, so that opening thousands of shards is fast.
+Neither file is compressed. Both are mapped into memory, so reading an image is slicing memory,
+whereas Parquet would have to decode a whole column chunk. Numbers and images have separate files,
+so that opening thousands of shards is fast.
 """
 
 import functools
@@ -29,7 +31,7 @@ EPISODE_COLUMNS = {
     "rate_hz": pa.float64(),
     "success": pa.bool_(),
 }
-"""Column → its type, of the columns with one value per episode."""
+"""The columns with one value per episode → their types."""
 STEP_COLUMNS = {
     "position": np.float32,
     "rotation": np.float32,
@@ -37,18 +39,39 @@ STEP_COLUMNS = {
     "action": np.float32,
     "action_mask": np.uint8,
 }
-"""Column → type of its numbers, of the columns with one list per episode."""
+"""The columns with one list of numbers per episode → the types of these numbers."""
 
 
 def to_list_column(offsets: Array, rows: Array) -> pa.Array:
-    """Convert rows [N] or [N, d] of all steps to one list per episode, of its steps · d numbers."""
-    values = pa.array(np.ascontiguousarray(rows).reshape(-1))
+    """Convert the numbers of all steps to a column with one flat list per episode.
+
+    Args:
+        offsets: [E + 1] the row at which each of E episodes begins, and the number of rows.
+        rows: [N] or [N, d] the numbers of all steps of all episodes.
+
+    Returns:
+        A column of E lists. An episode of T steps has a list of T · d numbers.
+    """
     numbers_per_row = rows.size // len(rows)
-    return pa.LargeListArray.from_arrays(pa.array(offsets * numbers_per_row, pa.int64()), values)
+    list_offsets = pa.array(offsets * numbers_per_row, pa.int64())
+    values = pa.array(np.ascontiguousarray(rows).reshape(-1))
+    return pa.LargeListArray.from_arrays(list_offsets, values)
 
 
 def to_rows(column: pa.Array, width: int, num_steps: int) -> Array:
-    """Invert `to_list_column`: a view [num_steps, width]."""
+    """Invert `to_list_column`, without copying.
+
+    Args:
+        column: A column of lists.
+        width: How many numbers a step has.
+        num_steps: How many steps all episodes have together.
+
+    Returns:
+        A view [num_steps, width] of the column's numbers.
+
+    Raises:
+        ValueError: If the column has another number of steps.
+    """
     values = column.values.to_numpy(zero_copy_only=True).reshape(-1, width)
     if len(values) != num_steps:
         raise ValueError("columns have different numbers of steps")
@@ -56,19 +79,22 @@ def to_rows(column: pa.Array, width: int, num_steps: int) -> Array:
 
 
 class Shard:
-    """One record batch, as numpy views of its columns without copies.
+    """The E episodes of a shard, as NumPy views of the columns of its record batch.
+
+    The steps of all episodes follow each other; N is their number.
 
     Attributes:
         images: The file with the encoded images.
-        offsets: [E + 1] where each episode's steps begin.
+        offsets: [E + 1] the step at which each episode begins, and N.
         rates_hz: [E] steps per second.
         num_known_actions: [E] how many steps of each episode have a known action.
-        episode_columns: "instruction", "source" and "success" of each episode, as Arrow has them.
-        image_places: Camera → [steps, 2] where in `images` each image begins, and its length in
-            bytes, which is 0 if the episode has no such camera.
+        episode_columns: "instruction", "source" and "success" of each episode, as Arrow columns.
+        position, rotation, gripper, action, action_mask: [N, ...] these fields of `Episode`.
+        image_places: Camera → [N, 2] the byte of `images` at which each image begins, and its
+            length in bytes, which is 0 if the episode has no such camera.
 
     Raises:
-        ValueError, KeyError or an error of Arrow: If the batch is broken.
+        ValueError, KeyError, pa.ArrowException: If the batch is broken.
     """
 
     def __init__(self, batch: pa.RecordBatch, images: Path) -> None:
@@ -98,35 +124,47 @@ class Shard:
             if name.startswith(PLACE_PREFIX):
                 camera = name.removeprefix(PLACE_PREFIX)
                 self.image_places[camera] = to_rows(column, 2, num_steps)
-        self.num_known_actions = np.add.reduceat(
-            self.action_mask != 0, self.offsets[:-1], dtype=np.int64
-        )
+        # Sum the mask over the steps of each episode; an episode has at least one step.
+        is_known = self.action_mask != 0  # [N]
+        episode_starts = self.offsets[:-1]  # [E]
+        self.num_known_actions = np.add.reduceat(is_known, episode_starts, dtype=np.int64)
 
     def __len__(self) -> int:
         return len(self.rates_hz)
 
     @functools.cached_property
     def _image_bytes(self) -> memoryview:
-        """The file of images, mapped when needed. Arrow's mapping holds no file handle."""
+        """The bytes of the images' file, which is mapped when they are first needed.
+
+        A mapping by Arrow stays valid after its file is closed, so thousands of shards need no file
+        handles. The mapping lives as long as a buffer of it, so the memoryview of the whole file
+        keeps the buffer of its first byte.
+        """
         with pa.memory_map(str(self.images)) as file:
             first_byte = file.read_buffer(1)
             num_bytes = file.size()
-        return memoryview(pa.foreign_buffer(first_byte.address, num_bytes, first_byte))
+        return memoryview(pa.foreign_buffer(first_byte.address, num_bytes, base=first_byte))
 
     def image(self, row: int, step: int, camera: str) -> bytes | None:
-        """Read the encoded image of one step; None if the episode has no such camera."""
+        """Read the encoded image of one step of the episode in a row.
+
+        Returns None if the episode has no such camera.
+        """
         if camera not in self.image_places:
             return None
-        steps = slice(*self.offsets[row : row + 2])
-        first, length = self.image_places[camera][steps][step].tolist()
-        return bytes(self._image_bytes[first : first + length]) or None
+        episode_start, episode_end = self.offsets[row : row + 2]
+        episode_places = self.image_places[camera][episode_start:episode_end]  # [T, 2]
+        start, num_bytes = episode_places[step].tolist()
+        encoded = bytes(self._image_bytes[start : start + num_bytes])
+        return encoded or None
 
     def episode(self, row: int, with_images: bool) -> Episode:
-        """Read the episode in a row, with its images as encoded bytes."""
+        """Read the episode in a row, with encoded images or with no images at all."""
         steps = slice(int(self.offsets[row]), int(self.offsets[row + 1]))
+        num_steps = steps.stop - steps.start
         texts = {name: column[row].as_py() for name, column in self.episode_columns.items()}
         return Episode(
-            images=self._episode_images(row, steps.stop - steps.start) if with_images else {},
+            images=self._episode_images(row, num_steps) if with_images else {},
             position=self.position[steps],
             rotation=self.rotation[steps],
             gripper=self.gripper[steps],
@@ -137,7 +175,10 @@ class Shard:
         )
 
     def _episode_images(self, row: int, num_steps: int) -> dict[str, Sequence[bytes]]:
-        """Camera → encoded images of an episode, of the cameras that it has."""
+        """Read the images of the episode in a row: camera → one encoded image per step.
+
+        Cameras that the episode does not have are left out.
+        """
         images: dict[str, Sequence[bytes]] = {}
         for camera in self.image_places:
             encoded_images = [self.image(row, step, camera) for step in range(num_steps)]
@@ -147,15 +188,15 @@ class Shard:
 
 
 def write_shard(path: Path, episodes: Sequence[Episode], note: Mapping[str, str]) -> None:
-    """Write checked episodes with actions, and a note of keys and texts, onto the disk.
+    """Write a shard, and wait until its files are on the disk.
 
     Args:
-        path: The Arrow file; the file of images gets the same name with the suffix ".images".
-        episodes: At least one episode.
-        note: Texts that `open_shard` gives back.
+        path: The Arrow file. The file of images gets the same name with the suffix ".images".
+        episodes: At least one checked episode, with canonical actions.
+        note: Key → text, which `open_shard` returns with the shard.
     """
     lengths = [len(episode) for episode in episodes]
-    offsets = np.cumsum([0, *lengths])
+    offsets = np.cumsum([0, *lengths])  # [E + 1]
     columns: dict[str, Any] = {}
     for name, arrow_type in EPISODE_COLUMNS.items():
         columns[name] = pa.array([getattr(episode, name) for episode in episodes], arrow_type)
@@ -177,7 +218,12 @@ def write_shard(path: Path, episodes: Sequence[Episode], note: Mapping[str, str]
 
 
 def _write_images(file: IO[bytes], episodes: Sequence[Episode]) -> dict[str, Array]:
-    """Write the images of all cameras; returns camera → [steps, 2] place and length."""
+    """Write the images of all cameras to a file, camera after camera.
+
+    Returns:
+        Camera → [N, 2] for each of the N steps of all episodes, the byte at which its image begins,
+        and its length in bytes, which is 0 if the episode has no such camera.
+    """
     cameras: set[str] = set()
     for episode in episodes:
         cameras.update(episode.images)
@@ -186,15 +232,18 @@ def _write_images(file: IO[bytes], episodes: Sequence[Episode]) -> dict[str, Arr
     for camera in sorted(cameras):
         images: list[bytes] = []
         for episode in episodes:
-            images.extend(episode.images.get(camera, [b""] * len(episode)))
-        lengths = np.array([len(image) for image in images])
-        starts = file.tell() + np.cumsum(lengths) - lengths
+            no_images = [b""] * len(episode)
+            images.extend(episode.images.get(camera, no_images))
+        lengths = np.array([len(image) for image in images])  # [N]
+        ends = file.tell() + np.cumsum(lengths)
+        starts = ends - lengths
         image_places[camera] = np.stack([starts, lengths], axis=1)
         file.writelines(images)
     return image_places
 
 
 def _flush_to_disk(file: IO[bytes]) -> None:
+    """Wait until everything written to a file is on the disk."""
     file.flush()
     os.fsync(file.fileno())
 
@@ -221,6 +270,7 @@ def open_shard(path: Path) -> tuple[Shard, dict[str, str]]:
 
 
 def _open_shard(path: Path) -> tuple[Shard, dict[str, str]]:
+    """Map a shard; see `open_shard`. Other errors than SpearError mean that a file is broken."""
     images = path.with_suffix(".images")
     with pa.ipc.open_file(pa.memory_map(str(path))) as reader:
         metadata = reader.schema.metadata or {}

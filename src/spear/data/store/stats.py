@@ -1,8 +1,10 @@
-"""Statistics of features as LeRobot has them: per episode, and over the dataset.
+"""Computes statistics of a dataset's features (columns) in the form that LeRobot stores.
 
-The statistics of an image feature are per channel, of pixel values in 0 … 1, over some images of
-each episode. LeRobot's quantiles of a dataset are averages over its episodes; ours are the
-quantiles of the rows themselves.
+The statistics are minimum, maximum, mean, standard deviation, count and five quantiles. LeRobot
+stores them per episode and over the dataset. The statistics of images are per channel, of pixel
+values in 0 … 1, over some images of each episode. LeRobot averages the quantiles of episodes to get
+those of the dataset, whereas this module computes the quantiles of all rows. A row is the value of
+a feature at one step.
 """
 
 import math
@@ -17,31 +19,33 @@ from spear.types import Array, Episode
 from spear.util.images import decode_image
 
 QUANTILES = {"q01": 0.01, "q10": 0.1, "q50": 0.5, "q90": 0.9, "q99": 0.99}
-QUANTILE_TOLERANCE = 1e-12  # of the rounding of summed shares
-MAX_SAMPLED_IMAGES = 100  # per episode and camera, spread over it; LeRobot takes about as many
+QUANTILE_TOLERANCE = 1e-12  # more than the rounding error of a sum of shares
+MAX_SAMPLED_IMAGES = 100  # per episode and camera; LeRobot samples about as many
 SKETCH_CAPACITY = 16384  # values in a buffer of `QuantileSketch`
 
 Stats = dict[str, Array]
+"""The name of each statistic, such as "mean" or "q01" → its values."""
 
 
 class RowStats:
-    """Statistics of a feature of numbers, over all rows added."""
+    """Accumulates the statistics of a numeric feature with d components, over all added rows."""
 
     def __init__(self) -> None:
-        self._sketches: list[QuantileSketch] = []  # of each column
+        self._sketches: list[QuantileSketch] = []  # one per component
         self._dtype: np.dtype | None = None
 
     def add(self, values: Array) -> Self:
-        """Add the rows [T, d] of an episode; returns itself."""
+        """Add the rows [T, d] of an episode, and return this object."""
         self._dtype = values.dtype
+        components = values.T  # [d, T]
         if not self._sketches:
-            self._sketches = [QuantileSketch() for _ in values.T]
-        for sketch, column in zip(self._sketches, values.T, strict=True):
-            sketch.add(column)
+            self._sketches = [QuantileSketch() for _ in components]
+        for sketch, component_values in zip(self._sketches, components, strict=True):
+            sketch.add(component_values)
         return self
 
     def total(self) -> Stats:
-        """The statistics of all rows added, each [d]; "count" is [1]."""
+        """Compute the statistics of all added rows: each is an array [d], but "count" is [1]."""
         sketches = self._sketches
         stats = {
             "min": np.array([sketch.low for sketch in sketches]).astype(self._dtype),
@@ -61,45 +65,53 @@ class RowStats:
 
 @dataclass(frozen=True)
 class ImageSample:
-    """A summary of some of a camera's images.
+    """A summary of some images of a camera, which all have the same size.
 
-    size       (height, width) in pixels.
-    histogram  [3, 256] counts of the values of each channel, which can be added up.
+    Attributes:
+        size: (height, width) in pixels.
+        histogram: [3, 256] for each channel and each level 0 … 255, the number of pixels.
+            Histograms of several samples can be added.
     """
 
     size: tuple[int, int]
     histogram: Array = field(default_factory=lambda: np.zeros((3, 256), np.int64))
 
     def stats(self) -> Stats:
-        """The statistics of each channel, [3, 1, 1]; "count" is [1], in images."""
-        level = np.arange(256) / 255
-        share = self.histogram / self.histogram.sum(1, keepdims=True)
-        mean = share @ level
-        variance = share @ level**2 - mean**2
-        first_level = (self.histogram > 0).argmax(1)
-        last_level = 255 - (self.histogram[:, ::-1] > 0).argmax(1)
+        """Compute the statistics of each channel, [3, 1, 1], and "count", the number of images."""
+        value = np.arange(256) / 255  # [256] the pixel value 0 … 1 of each level
+        share = self.histogram / self.histogram.sum(1, keepdims=True)  # [3, 256] of the pixels
+        mean = share @ value  # [3]
+        variance = share @ value**2 - mean**2  # [3]
+        has_pixels = self.histogram > 0  # [3, 256]
+        first_level = has_pixels.argmax(1)  # [3]
+        last_level = 255 - has_pixels[:, ::-1].argmax(1)  # [3]
+        pixels_per_image = math.prod(self.size)
         stats = {
-            "min": level[first_level],
-            "max": level[last_level],
+            "min": value[first_level],
+            "max": value[last_level],
             "mean": mean,
             "std": np.sqrt(np.maximum(variance, 0)),
-            "count": self.histogram[:1].sum(1) // math.prod(self.size),
+            "count": self.histogram[:1].sum(1) // pixels_per_image,
         }
-        cumulative_share = np.cumsum(share, axis=1)
+
+        # A quantile is the first level up to which at least this share of the pixels lies.
+        cumulative_share = np.cumsum(share, axis=1)  # [3, 256]
         for name, quantile in QUANTILES.items():
-            num_levels_below = (cumulative_share < quantile - QUANTILE_TOLERANCE).sum(1)
-            stats[name] = level[np.minimum(num_levels_below, 255)]
-        return {
-            name: values if name == "count" else values.reshape(3, 1, 1)
-            for name, values in stats.items()
-        }
+            is_below = cumulative_share < quantile - QUANTILE_TOLERANCE  # [3, 256]
+            quantile_level = is_below.sum(1)  # [3]; the levels below come first
+            stats[name] = value[np.minimum(quantile_level, 255)]
+
+        shaped_stats: Stats = {}
+        for name, values in stats.items():
+            shaped_stats[name] = values if name == "count" else values.reshape(3, 1, 1)
+        return shaped_stats
 
 
 def sample_images(episode: Episode) -> dict[str, ImageSample]:
-    """Summarize some images of each camera of an episode, spread over it.
+    """Summarize up to 100 images of each camera, evenly spread over an episode.
 
     Returns:
-        Camera → summary.
+        Camera → summary of its images.
 
     Raises:
         SpearError: If an image is broken, or has another size than the camera's first one.
@@ -115,13 +127,19 @@ def sample_images(episode: Episode) -> dict[str, ImageSample]:
             sample = samples.setdefault(camera, ImageSample((height, width)))
             check_size((height, width), sample.size, description)
             for channel in range(3):
-                values = image[..., channel].reshape(-1)
-                sample.histogram[channel] += np.bincount(values, minlength=256)
+                levels = image[..., channel].reshape(-1)  # [height * width]
+                sample.histogram[channel] += np.bincount(levels, minlength=256)
     return samples
 
 
 def check_size(size: tuple[int, ...], first_size: tuple[int, int], description: str) -> None:
-    """Raise SpearError for an image whose (height, width) differs from that of the first one."""
+    """Raise SpearError if an image has another size than the first image of its camera.
+
+    Args:
+        size: (height, width) of the image in pixels.
+        first_size: (height, width) of the first image.
+        description: The episode, step and camera of the image, for the message.
+    """
     if size == first_size:
         return
     height, width = size
@@ -134,17 +152,24 @@ def check_size(size: tuple[int, ...], first_size: tuple[int, int], description: 
 
 
 class QuantileSketch:
-    """Quantiles of a stream in one pass, of bounded size, with a proven bound on the error in rank.
+    """Approximates the quantiles of a stream of numbers in one pass and in bounded memory.
 
-    Values wait in a buffer. A full buffer is sorted, and every second value moves to the next
-    buffer, where it stands for two, and so on (Manku, Rajagopalan and Lindsay, 1998). Which of two
-    values moves alternates, so the result is the same in every run. Up to `capacity` values nothing
-    is lost. The error in rank is at most (levels - 1) / capacity: 0.07 % for 45 million values.
+    The sketch (Manku, Rajagopalan and Lindsay, 1998) consists of levels, each with a buffer of
+    values. A value on level i stands for 2^i added values. New values enter level 0. When a buffer
+    is full, it is sorted and divided into pairs; one value of each pair moves to the next level,
+    and the other value is dropped. Whether the smaller or the larger one moves alternates from time
+    to time, and is not random, so the result is the same in every run.
+
+    Up to `capacity` values, quantiles are exact. Beyond, the error in rank is at most
+    (levels - 1) / capacity, which is 0.07 % for 45 million values.
 
     Attributes:
         capacity: The number of values in a buffer.
-        count, low, high, mean: Of all values, exact.
-        squares: The sum of squared deviations from the mean.
+        count: The number of added values.
+        low: The smallest added value.
+        high: The largest added value.
+        mean: The mean of all added values, exact.
+        squares: The sum of the squared deviations of all added values from their mean.
     """
 
     def __init__(self, capacity: int = SKETCH_CAPACITY) -> None:
@@ -154,8 +179,8 @@ class QuantileSketch:
         self.high = -np.inf
         self.mean = 0.0
         self.squares = 0.0
-        self._levels: list[Array] = [np.zeros(0)]  # values of level i stand for 2^i values
-        self._keep_odd = [False]  # which of two values of a level moves next
+        self._levels: list[Array] = [np.zeros(0)]  # the buffer of each level
+        self._keep_odd = [False]  # per level, whether the larger of each pair moves next time
 
     def add(self, values: Array) -> None:
         """Add numbers [N]."""
@@ -167,7 +192,11 @@ class QuantileSketch:
             self._compact()
 
     def _add_moments(self, piece: Array) -> None:
-        """Update the moments by those of two parts (Chan, Golub and LeVeque, 1979)."""
+        """Merge the moments of new values into the moments of the values that were added before.
+
+        The moments are count, low, high, mean and squares. The formulas for merging are by Chan,
+        Golub and LeVeque (1979).
+        """
         piece_mean = float(piece.mean())
         piece_squares = float(((piece - piece_mean) ** 2).sum())
         total = self.count + len(piece)
@@ -179,23 +208,25 @@ class QuantileSketch:
         self.count = total
 
     def _compact(self) -> None:
-        """Move every second value of full levels to the next one."""
+        """Move one value of each pair of a full level to the next level; drop the other one."""
         for level, values in enumerate(self._levels):  # the list may grow in this loop
             if len(values) <= self.capacity:
                 continue
-            values = np.sort(values)
-            num_paired = len(values) // 2 * 2
-            first = int(self._keep_odd[level])
-            moved = values[first:num_paired:2]
-            if level + 1 == len(self._levels):
+            sorted_values = np.sort(values)
+            num_paired = len(sorted_values) // 2 * 2  # an odd last value stays in its level
+            first = 1 if self._keep_odd[level] else 0
+            moved_values = sorted_values[first:num_paired:2]
+
+            is_highest_level = level + 1 == len(self._levels)
+            if is_highest_level:
                 self._levels.append(np.zeros(0))
                 self._keep_odd.append(False)
-            self._levels[level] = values[num_paired:]
-            self._levels[level + 1] = np.concatenate([self._levels[level + 1], moved])
+            self._levels[level] = sorted_values[num_paired:]
+            self._levels[level + 1] = np.concatenate([self._levels[level + 1], moved_values])
             self._keep_odd[level] = not self._keep_odd[level]
 
     def weighted(self) -> tuple[Array, Array]:
-        """The values of the sketch, and their weights.
+        """Get the values [N] of the sketch, and their weights [N].
 
         The weight of a value is the number of added values that it stands for. The weights sum to
         `count`.
@@ -204,8 +235,7 @@ class QuantileSketch:
         return np.concatenate(self._levels), np.concatenate(weights)
 
     def to_arrays(self) -> dict[str, Array]:
-        """Convert the whole sketch to arrays, for `from_arrays`."""
-        # Beside the moments, the array holds the smallest and largest value and the capacity.
+        """Convert the sketch to named arrays, from which `from_arrays` restores it."""
         moments = [self.count, self.low, self.high, self.mean, self.squares, self.capacity]
         arrays = {
             "moments": np.array(moments, np.float64),
@@ -217,8 +247,11 @@ class QuantileSketch:
 
     @staticmethod
     def from_arrays(arrays: Mapping[str, Array]) -> "QuantileSketch":
-        """Restore what `to_arrays` converted. Raises KeyError or ValueError for other arrays."""
-        # `*_` passes over further numbers; `to_arrays` writes none.
+        """Restore a sketch from the arrays that `to_arrays` made of it.
+
+        Raises KeyError or ValueError for any other arrays.
+        """
+        # `*_` skips a further number, which files of earlier versions have.
         count, low, high, mean, squares, capacity, *_ = arrays["moments"].tolist()
         sketch = QuantileSketch(int(capacity))
         sketch.count = int(count)
@@ -234,15 +267,18 @@ class QuantileSketch:
 def weighted_quantile(values: Array, weights: Array, quantile: float) -> float:
     """Compute a quantile of values [N] with weights [N].
 
-    A weight says how much its value counts. A quantile that falls between two of the values is
-    interpolated linearly between them. Equal weights give `numpy.quantile`.
+    The sorted values get ranks from 0 to 1, whose distances follow from the weights, and the
+    quantile is interpolated linearly between the two values next to its rank. With equal weights
+    this is `numpy.quantile`.
 
     Example:
         >>> weighted_quantile(np.array([1.0, 2.0, 3.0]), np.ones(3), 0.5)
         2.0
     """
     order = np.argsort(values, kind="stable")
+    sorted_values = values[order]
     sorted_weights = weights[order]
-    rank = np.cumsum(sorted_weights) - sorted_weights / 2  # the middle of each value's weight
-    rank = (rank - rank[0]) / max(rank[-1] - rank[0], np.finfo(float).tiny)
-    return float(np.interp(quantile, rank, values[order]))
+    middle = np.cumsum(sorted_weights) - sorted_weights / 2  # [N] the middle of each value's weight
+    span = max(middle[-1] - middle[0], np.finfo(float).tiny)  # not 0 for a single value
+    rank = (middle - middle[0]) / span  # [N] from 0 to 1
+    return float(np.interp(quantile, rank, sorted_values))
