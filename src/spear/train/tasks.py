@@ -1,8 +1,14 @@
-"""What the training stages learn: their batches and losses (`Task`).
+"""What the training stages learn: their batches and losses, one class per kind of recipe.
 
-Stage 0, for nano only: depth from single images, which stands in for MoGe's pretraining, and the
-objects in each patch, which stands in for SigLIP's. Then questions about labeled images, and
-demonstrations with 3D questions in addition.
+DepthTask  stage 0 (nano only): depth from single images. It stands in for MoGe's pretraining.
+PatchTask  stage 0 (nano only): which objects each image patch shows. It stands in for SigLIP's
+           pretraining. A patch is divided into `CELLS_PER_SIDE` × `CELLS_PER_SIDE` cells.
+VlmTask    questions about labeled images.
+VlaTask    demonstrations, and 3D questions in addition.
+
+The classes follow the protocol `spear.train.optimize.Task`: `batch(step)` returns a batch that
+depends only on the task and the number `step`, and `loss` the loss of a batch. A *view* is a
+camera by name, "external" or "wrist". A batch of images has one view, because views differ in size.
 """
 
 import dataclasses
@@ -37,13 +43,15 @@ from spear.util.files import notice_missing_shards
 from spear.util.held_out import is_held_out
 from spear.util.images import decode_image, fit_image
 
-WRIST_FRACTION = 0.25  # of stage 0's batches, where there are wrist images (our choice)
+# Fraction of stage 0's batches that consist of wrist images, if there are any (our choice).
+WRIST_FRACTION = 0.25
 PATCH_JITTER = 0.5  # strength of the photometric augmentation of `PatchTask` (our choice)
-MIN_COVERAGE = 0.01  # part of a patch that an object must cover for the patch to show it
+# A patch shows an object if the object covers more than this fraction of the patch.
+MIN_COVERAGE = 0.01
 
 
 def _draw_view(views: Mapping[str, Any], rng: np.random.Generator) -> str:
-    """Draw the view of a batch of stage 0: the wrist camera, or the first by name."""
+    """Draw the view of a batch of stage 0: the wrist camera, or the first of `views` by name."""
     if "wrist" in views and rng.random() < WRIST_FRACTION:
         return "wrist"
     return min(views)
@@ -68,20 +76,22 @@ class DepthTask:
         return {"pixels": torch.stack(pixels), "depth": torch.from_numpy(depth).float()}
 
     def loss(self, batch: Batch, generator: torch.Generator) -> Loss:
-        """Return the mean absolute error of log depth, of shape and of scale."""
+        """Return the mean absolute error of log depth: of the shape plus of the scale."""
         return self.model(batch["pixels"], batch["depth"]).loss, {}
 
 
 class PatchTargets(NamedTuple):
-    """An encoded image with P patches and what they show, for `PatchClassification.forward`.
+    """An image with P patches, and which of C object names they show.
 
-    image    the encoded image.
-    is_shown [P, C] bool: the patch shows an object of this name.
-    cells    [P, CELLS_PER_SIDE², C] uint8: the part of each cell that such an object covers, 255
-             for all of it.
-    center   [P, 2] float32: x, y of the center of the patch's largest object, in the patch's frame,
-             in patches.
-    largest  [P] bool: the patch has such an object.
+    These are the targets of `PatchClassification.forward`.
+
+    image     the encoded image.
+    is_shown  [P, C] bool: whether the patch shows an object of this name.
+    cells     [P, CELLS_PER_SIDE², C] uint8: the fraction of each cell of the patch that objects of
+              this name cover, from 0 to 255 (all of the cell).
+    center    [P, 2] float32: x and y from the patch's center to the center of the patch's largest
+              object, in units of patches.
+    largest   [P] bool: whether the patch shows any object, so that `center` is known.
     """
 
     image: bytes
@@ -135,34 +145,39 @@ def patch_targets(
 
     Args:
         label: the image and its objects.
-        names: the object names to learn, C of them.
-        patch: side of a patch in pixels.
+        names: the C object names to learn.
+        patch: the side of a patch in pixels.
         size: (width, height) in pixels to which the image is fitted.
     """
-    rows = size[1] // patch
-    columns = size[0] // patch
+    width, height = size
+    rows = height // patch
+    columns = width // patch
     is_shown = np.zeros((rows, columns, len(names)), bool)
     cells = np.zeros((rows, columns, CELLS_PER_SIDE, CELLS_PER_SIDE, len(names)), np.uint8)
     center = np.zeros((rows, columns, 2), np.float32)
+    # The largest coverage of a patch by any object so far.
     max_coverage = np.full((rows, columns), MIN_COVERAGE, np.float32)
+    # x and y of the patches' centers, in units of patches, [rows, columns, 2].
     patch_centers = np.stack(np.meshgrid(np.arange(columns), np.arange(rows)), axis=-1) + 0.5
 
+    # The window of the original image, in its pixels, that the fitted image shows.
     left, top, *window_size = visible_window((label.width, label.height), size)
-    for item in label.objects:
-        cell_coverage = _cell_coverage(item, label, patch, size)
-        coverage = cell_coverage.mean((2, 3))
-        if item.name in names:
-            name = names.index(item.name)
-            item_cells = np.rint(255 * cell_coverage).astype(np.uint8)
-            is_shown[..., name] |= coverage > MIN_COVERAGE
-            cells[..., name] = np.maximum(cells[..., name], item_cells)
+    for labeled_object in label.objects:
+        cell_coverage = _cell_coverage(labeled_object, label, patch, size)
+        coverage = cell_coverage.mean((2, 3))  # [rows, columns], averaged over a patch's cells
+        if labeled_object.name in names:
+            name_index = names.index(labeled_object.name)
+            object_cells = np.rint(255 * cell_coverage).astype(np.uint8)
+            is_shown[..., name_index] |= coverage > MIN_COVERAGE
+            cells[..., name_index] = np.maximum(cells[..., name_index], object_cells)
 
-        # The largest object of a patch is the one whose center it learns.
-        x0, y0, x1, y1 = item.box2d
-        item_center_px = np.array([(x0 + x1) / 2 - left, (y0 + y1) / 2 - top])
-        item_center = item_center_px * size / window_size / patch
-        is_largest = coverage > max_coverage
-        center[is_largest] = (item_center - patch_centers)[is_largest]
+        # A patch learns the center of the object that covers most of the patch. The center of the
+        # object's 2D box is converted from original pixels to units of patches.
+        x0, y0, x1, y1 = labeled_object.box2d
+        window_center_px = np.array([(x0 + x1) / 2 - left, (y0 + y1) / 2 - top])
+        object_center = window_center_px * size / window_size / patch
+        is_largest = coverage > max_coverage  # [rows, columns]
+        center[is_largest] = (object_center - patch_centers)[is_largest]
         max_coverage = np.maximum(max_coverage, coverage)
 
     num_patches = rows * columns
@@ -176,16 +191,20 @@ def patch_targets(
 
 
 def _cell_coverage(
-    item: LabeledObject, label: LabeledImage, patch: int, size: tuple[int, int]
+    labeled_object: LabeledObject, label: LabeledImage, patch: int, size: tuple[int, int]
 ) -> Array:
-    """Return the part of each cell that an object covers.
+    """Return the fraction of each cell of the fitted image that an object of `label` covers.
 
-    The shape is [rows, columns, CELLS_PER_SIDE, CELLS_PER_SIDE].
+    The other arguments are those of `patch_targets`.
+
+    Returns:
+        [rows, columns, CELLS_PER_SIDE, CELLS_PER_SIDE]: rows and columns of patches, and of cells
+        in a patch.
     """
     width, height = size
-    mask = decode_mask(item.mask_runs, label.height, label.width)
+    mask = decode_mask(labeled_object.mask_runs, label.height, label.width)
     if mask.shape != (height, width):
-        # The part of each pixel of the fitted image that the object covers.
+        # Fitted like an image, the mask has the fraction of each pixel that the object covers.
         gray = np.repeat(mask[..., None], 3, axis=2).astype(np.uint8) * 255
         mask = fit_image(gray, width, height)[..., 0] / np.float32(255)
 
@@ -193,13 +212,18 @@ def _cell_coverage(
     columns = width // patch
     cell_side = patch // CELLS_PER_SIDE
     mask = mask[: rows * patch, : columns * patch]
-    cells = mask.reshape(rows, CELLS_PER_SIDE, cell_side, columns, CELLS_PER_SIDE, cell_side)
-    return cells.mean((2, 5)).transpose(0, 2, 1, 3)
+    # Split each axis into patches, cells and pixels; average over the pixels of a cell.
+    pixels = mask.reshape(rows, CELLS_PER_SIDE, cell_side, columns, CELLS_PER_SIDE, cell_side)
+    cells = pixels.mean((2, 5))  # [rows, cell rows, columns, cell columns]
+    return cells.transpose(0, 2, 1, 3)
 
 
-MAX_TRIES_PER_IMAGE = 1000  # images that are drawn to find one that can be asked about
-NUM_CHECKED_LABELS = 100  # labels whose answers are compared with the 3D tokens
-MAX_OUTSIDE = 0.1  # a notice is given if more of their numbers lie outside of the 3D tokens
+# Number of images drawn at random, per image wanted, before a batch of questions is given up.
+MAX_TRIES_PER_IMAGE = 1000
+# At the start, the numbers in the answers about this many labels are compared with the range of the
+# 3D tokens. A notice is printed if a larger fraction than MAX_OUTSIDE lies outside.
+NUM_CHECKED_LABELS = 100
+MAX_OUTSIDE = 0.1
 # Answers differ in length (a point 3 tokens, a box 24). Running texts of similar length together
 # saves up to a quarter of the work, if there are enough texts in each group.
 MAX_LENGTH_GROUPS = 4
@@ -207,24 +231,26 @@ MIN_TEXTS_PER_GROUP = 32
 
 
 def count_length_groups(model: torch.nn.Module, batch: Batch) -> int:
-    """Return in how many groups of similar length the texts of a batch run."""
+    """Return the number of groups of similar length in which the texts of a batch are run."""
     if is_sharded(model):
-        return 1  # because all processes must run the same number of layers
+        # FSDP needs the same number of forward passes in all processes, whatever their batches.
+        return 1
     num_groups = max(1, len(batch["input_ids"]) // MIN_TEXTS_PER_GROUP)
     return min(MAX_LENGTH_GROUPS, num_groups)
 
 
 def view_folders(folder: Path, views: Sequence[str]) -> dict[str, Path]:
-    """Return the folders of labels by view; see `load_labels`."""
+    """Return the folders with the shards of labels in `folder`, by view; see `load_labels`."""
     folders = {view: folder / view for view in views if (folder / view).is_dir()}
     return folders or {views[0]: folder}
 
 
 def load_labels(folders: Sequence[Path], views: Sequence[str]) -> dict[str, list[LabeledImage]]:
-    """Load all labels of some folders, by view.
+    """Load all labels of `folders`, by view.
 
-    A folder has a sub-folder per view, as `spear label --num-scenes` writes, or shards of the first
-    view. Raises `SpearError` for mixed units.
+    A folder has either a sub-folder per view (`spear label --num-scenes` writes them), or shards of
+    labels, which then belong to the first of `views`. Raises `SpearError` if the labels have
+    different units.
     """
     labels_by_view: dict[str, list[LabeledImage]] = {}
     for folder in folders:
@@ -241,7 +267,10 @@ def load_labels(folders: Sequence[Path], views: Sequence[str]) -> dict[str, list
 
 
 def _with_compact_masks(label: LabeledImage) -> LabeledImage:
-    """Return the label with masks as arrays, which take a tenth of the memory of lists."""
+    """Return the label with its masks' run lengths in arrays instead of lists.
+
+    Arrays take a tenth of the memory.
+    """
     objects = []
     for labeled_object in label.objects:
         compact_runs = array("i", labeled_object.mask_runs)
@@ -250,7 +279,10 @@ def _with_compact_masks(label: LabeledImage) -> LabeledImage:
 
 
 def _check_labels(labels: Sequence[LabeledImage]) -> None:
-    """Check that labels have one unit; note test scenes and images that are there twice."""
+    """Check that all labels have the same unit.
+
+    Also print notices about images of test scenes, and about images that occur more than once.
+    """
     units = {label.unit for label in labels}
     if len(units) > 1:
         raise SpearError(
@@ -274,8 +306,8 @@ def load_depth(
 ) -> dict[str, DepthImages]:
     """Load the depth of the images that `load_labels` returned, by view.
 
-    Row i of a view belongs to its label i. Raises `SpearError` for a folder without depth, or with
-    the depth of other images.
+    Item i of a view's depth images belongs to item i of the view's labels. Raises `SpearError` for
+    a folder without depth, or with the depth of other images.
     """
     depth_by_view: dict[str, DepthImages] = {}
     for view, labels_of_view in labels.items():
@@ -298,16 +330,17 @@ def load_depth(
 
 @dataclass(frozen=True)
 class QuestionSamples:
-    """Batches of images with questions: a pure function of (seed, step).
+    """Batches of images with questions. A batch depends only on the seed and the step.
 
-    labels      view -> labeled images. A batch is of one view, the wrist's with probability
-                `wrist_fraction`.
+    labels      view -> labeled images. A batch has the wrist's view with probability
+                `wrist_fraction`, otherwise the first view.
     processor   makes the network's inputs from images and questions.
     mix         which questions are asked.
-    num_images  images per batch.
-    augment     strength of the photometric augmentation.
-    depth       view -> the depth of these images (`load_depth`), needed where the mix asks about
-                pixels.
+    num_images  number of images per batch.
+    seed        the seed of the batches.
+    augment     strength of the photometric augmentation, 0 to 1.
+    depth       view -> the depth of the labeled images (`load_depth`); needed only if `mix` has
+                questions about pixels.
     """
 
     labels: Mapping[str, Sequence[LabeledImage]]
@@ -324,23 +357,27 @@ class QuestionSamples:
         self._note_numbers_outside_of_tokens()
 
     def _note_numbers_outside_of_tokens(self) -> None:
-        """Give a notice if many answers of a view lie outside of what the 3D tokens can say."""
+        """Print a notice if many numbers in a view's answers exceed the range of the 3D tokens."""
         tokens = self.processor.coordinates
-        low, high = tokens.bin_edges[[0, -1]]
+        low, high = tokens.bin_edges[[0, -1]]  # the first and the last edge
         for view, labels in self.labels.items():
             answers = collect_answers(labels, self.seed, NUM_CHECKED_LABELS, self.mix.families)
             is_outside = (answers < low) | (answers > high)
-            outside = is_outside.sum() / max(1, len(answers))
-            if outside > MAX_OUTSIDE:
+            fraction_outside = is_outside.sum() / max(1, len(answers))
+            if fraction_outside > MAX_OUTSIDE:
                 notice(
-                    f"{outside:.0%} of the numbers in the {view} labels lie outside of the 3D "
-                    f"tokens, {low:.2g} … {high:.2g} {tokens.unit}, and are clipped to this range. "
-                    f"Train a VLM with --set bins={tokens.num_bins} to fit new 3D tokens."
+                    f"{fraction_outside:.0%} of the numbers in the {view} labels lie outside of "
+                    f"the 3D tokens, {low:.2g} … {high:.2g} {tokens.unit}, and are clipped to this "
+                    f"range. Train a VLM with --set bins={tokens.num_bins} to fit new 3D tokens."
                 )
 
     @functools.cached_property
     def wrist_fraction(self) -> float:
-        """Fraction of batches from the wrist camera."""
+        """The fraction of batches with images of the wrist camera.
+
+        It is the one that `mix` gives, or else the wrist images' fraction of all images; 0 if there
+        are no wrist images.
+        """
         num_labels = sum(len(labels) for labels in self.labels.values())
         fraction_of_labels = len(self.labels.get("wrist", ())) / num_labels
         if self.mix.wrist is None or not fraction_of_labels:
@@ -348,9 +385,9 @@ class QuestionSamples:
         return self.mix.wrist
 
     def batch(self, step: int) -> Batch:
-        """Return the arguments of `SpearVLMForConditionalGeneration.forward`.
+        """Return the arguments of `SpearVLMForConditionalGeneration.forward` for one step.
 
-        They are `num_images` images of one view, with their questions. Raises `SpearError` if
+        The batch has `num_images` images of one view with their questions. Raises `SpearError` if
         hardly any image can be asked about.
         """
         rng = np.random.default_rng((self.seed, 1, step))
@@ -359,7 +396,7 @@ class QuestionSamples:
 
         pixels: list[torch.Tensor] = []
         questions: list[Question] = []
-        image_index: list[int] = []  # of each question
+        image_index: list[int] = []  # which image of the batch each question is about
         num_tries = 0
         while len(pixels) < self.num_images:
             num_tries += 1
@@ -369,9 +406,11 @@ class QuestionSamples:
                     f"hardly any of these images can be asked about {question_types}. "
                     "Add other question types with --set families."
                 )
-            row = int(rng.integers(len(labels)))
-            label = labels[row]
-            depth = None if self.depth is None else self.depth[view][row][1]
+            label_index = int(rng.integers(len(labels)))
+            label = labels[label_index]
+            depth = None
+            if self.depth is not None:
+                _, depth = self.depth[view][label_index]
             image_questions = generate_questions(
                 label, rng, self.mix.pairs, self.mix.families, depth=depth
             )
@@ -383,9 +422,10 @@ class QuestionSamples:
                 image = jitter_colors(image, rng.random(NUM_JITTER_DRAWS), self.augment)
             image_index += [len(pixels)] * len(image_questions)
             pixels.append(self.processor.prepare_image(image, view))
-            size = image.shape[1::-1]
+            # Locations in questions and answers are mapped to the fitted image.
+            image_size = image.shape[1::-1]  # (width, height)
             for question in image_questions:
-                questions.append(self.processor.map_question_pixels(question, size, view))
+                questions.append(self.processor.map_question_pixels(question, image_size, view))
 
         return {
             "pixel_values": {view: torch.stack(pixels)},
@@ -394,25 +434,35 @@ class QuestionSamples:
         }
 
     def fingerprints(self) -> list[str]:
-        """Return a fingerprint of each image that is asked about, wherever its folder is."""
+        """Return a fingerprint of each image that is asked about.
+
+        The fingerprint depends on the image's content only, not on its folder.
+        """
         fingerprints: list[str] = []
-        views = list(self.labels)[: 2 if self.wrist_fraction else 1]
-        for view in views:
+        # The first view, and the wrist's if its images are asked about.
+        num_views = 2 if self.wrist_fraction else 1
+        for view in list(self.labels)[:num_views]:
             fingerprints.extend(hash_content(label.image) for label in self._asked_labels(view))
         return fingerprints
 
     def _asked_labels(self, view: str) -> Sequence[LabeledImage]:
-        return self.labels[view][: self.mix.most_images or None]
+        """The labeled images of a view that questions are asked about."""
+        end = self.mix.most_images or None  # 0 stands for all images
+        return self.labels[view][:end]
 
 
-NUM_FITTED_LABELS = 20_000  # labels that 3D tokens are fitted to, at most
-PAIRS_PER_FITTED_LABEL = (4, 4)  # fewest and most questions about each of them
+NUM_FITTED_LABELS = 20_000  # the largest number of labels that 3D tokens are fitted to
+# Fewest and most questions about each label whose answers are collected by `collect_answers`.
+PAIRS_PER_FITTED_LABEL = (4, 4)
 
 
 def fit_coordinates(
     labels: Sequence[LabeledImage], bins: int, seed: int, spacing: BinSpacing = "quantile"
 ) -> CoordinateTokenizer:
-    """Fit 3D tokens to the answers of questions about labels, which have one unit."""
+    """Fit `bins` 3D tokens to the numbers in answers of questions about labels.
+
+    All labels have the same unit.
+    """
     answers = collect_answers(labels, seed, NUM_FITTED_LABELS, QUESTION_TYPES)
     return CoordinateTokenizer.fit(answers, bins, labels[0].unit, spacing)
 
@@ -420,7 +470,10 @@ def fit_coordinates(
 def collect_answers(
     labels: Sequence[LabeledImage], seed: int, max_labels: int, question_types: Sequence[str]
 ) -> Array:
-    """Return the numbers in the answers of questions about randomly drawn labels."""
+    """Return the numbers in answers of questions, as a vector.
+
+    The questions are about at most `max_labels` labels, drawn at random, and have the given types.
+    """
     rng = np.random.default_rng(seed)
     numbers: list[float] = []
     for index in rng.permutation(len(labels))[:max_labels]:
@@ -455,7 +508,7 @@ class VlmTask:
         return self.questions.batch(step)
 
     def loss(self, batch: Batch, generator: torch.Generator) -> Loss:
-        """Return the λ-weighted cross-entropy and its parts."""
+        """Return the cross-entropy, in which 3D tokens have the weight λ, and its parts."""
         output = self.model(**batch, length_groups=count_length_groups(self.model, batch))
         return output.loss, output.parts
 
@@ -474,7 +527,8 @@ class VlaTask:
     def batch(self, step: int) -> Batch:
         """Return the network's inputs of one step.
 
-        They are pixels, prompt, state, action chunk and action mask, and "questions".
+        The batch is what `encode_robot_batch` returns. If there are questions, it also has the
+        entry "questions", a batch of `QuestionSamples`.
         """
         robot_samples = self.samples.batch(step, self.recipe.batch_size)
         batch = encode_robot_batch(self.processor, self.normalizer, robot_samples)
@@ -483,7 +537,7 @@ class VlaTask:
         return batch
 
     def loss(self, batch: Batch, generator: torch.Generator) -> Loss:
-        """Return flow loss + weight · question loss, and the parts of both."""
+        """Return flow loss + `question_weight` · question loss, and the parts of both."""
         robot_batch = {key: value for key, value in batch.items() if key != "questions"}
         robot_batch["actions"] = Action.from_vector(batch["actions"])
         output = self.model(
@@ -509,11 +563,13 @@ def encode_robot_batch(
 
     Args:
         processor: encodes the instructions.
-        normalizer: of states and actions; each row is normalized as its dataset is.
-        raw: a batch of `TrainingSamples`: arrays by name.
+        normalizer: normalizes states and actions; if each dataset has its own statistics, a row of
+            the batch is normalized with those of its dataset.
+        raw: a batch of `TrainingSamples`: arrays by name, in meters.
 
     Returns:
-        Tensors by name: pixels, views, state, actions and action mask, and the prompts.
+        Tensors by name: pixels, which views are present, states, actions and action mask, and the
+        encoded prompts.
     """
     position = torch.from_numpy(np.ascontiguousarray(raw["position"]))
     rotation = torch.from_numpy(np.ascontiguousarray(raw["rotation"]))
@@ -522,15 +578,18 @@ def encode_robot_batch(
 
     actions = torch.empty_like(raw_actions)
     states = torch.empty(len(raw_actions), STATE_VECTOR_DIM)
-    for dataset_normalizer, rows in _row_masks_by_normalizer(normalizer, raw):
-        action = Action.from_vector(raw_actions[rows])
-        actions[rows] = dataset_normalizer.normalize_action(action).to_vector()
-        states[rows] = dataset_normalizer.state_vector(
-            position[rows], rotation[rows], gripper[rows]
+    for dataset_normalizer, is_of_dataset in _row_masks_by_normalizer(normalizer, raw):
+        action = Action.from_vector(raw_actions[is_of_dataset])
+        actions[is_of_dataset] = dataset_normalizer.normalize_action(action).to_vector()
+        states[is_of_dataset] = dataset_normalizer.state_vector(
+            position[is_of_dataset], rotation[is_of_dataset], gripper[is_of_dataset]
         )
 
-    # The network reorders the pixels in memory: here it would take half as long as decoding them.
-    pixels = {view: torch.from_numpy(v).permute(0, 3, 1, 2) for view, v in raw["images"].items()}
+    # `permute` only changes the strides. The network itself reorders the pixels in memory; here on
+    # the CPU that would take half as long as decoding the images.
+    pixels = {}
+    for view, images in raw["images"].items():
+        pixels[view] = torch.from_numpy(images).permute(0, 3, 1, 2)  # [B, 3, h, w]
     return {
         "pixel_values": pixels,
         "view_mask": {view: torch.from_numpy(mask) for view, mask in raw["views"].items()},
@@ -544,7 +603,7 @@ def encode_robot_batch(
 def _row_masks_by_normalizer(
     normalizer: Normalizer, raw: Mapping[str, Any]
 ) -> list[tuple[Normalizer, torch.Tensor]]:
-    """Pair each dataset's normalizer with a mask [B] of its rows."""
+    """Pair each dataset's normalizer with a mask [B] of the rows that belong to the dataset."""
     if not normalizer.datasets:
         return [(normalizer, torch.ones(len(raw["action"]), dtype=torch.bool))]
     pairs = []
