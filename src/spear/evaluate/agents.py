@@ -1,4 +1,8 @@
-"""Who acts in an evaluation: a policy, or one of the baselines that its number lies between."""
+"""Agents: who acts in an evaluation. A policy, or a baseline with which its result is compared.
+
+The scripted expert (in SIMPLER called the oracle) is an upper baseline, an arm that does nothing a
+lower one.
+"""
 
 import functools
 import os
@@ -18,16 +22,17 @@ from spear.util.options import to_option_name
 
 BASELINES = ("expert", "oracle", "nothing")
 IDLE_ACTION = np.array([0, 0, 0, 1, 0, 0, 0, 1], np.float32)
-"""The action that leaves the arm where it is, with the gripper open."""
+"""The action that leaves the arm where it is, with the gripper open: no translation, no rotation
+(quaternion 1, 0, 0, 0), opening 1."""
 
 
 class Agent(Protocol):
     """Chooses actions for several running scenes at once.
 
-    name           as results name it.
-    weights        identity of the trained weights (`Spear1Policy.identity`); None without weights,
-                   or if another's server does not say.
-    needs_images   whether `act` uses the cameras; if not, nothing is rendered for it.
+    name           the name that results have.
+    weights        identity of the trained weights (`Spear1Policy.identity`); None for a baseline,
+                   or if a server does not send the identity.
+    needs_images   whether `act` uses the cameras; if not, no images are rendered for it.
     image_sizes    camera → (width, height) of its images in the embedded simulator, px.
     max_committed  longest committed prefix that the agent can continue.
     """
@@ -44,20 +49,20 @@ class Agent(Protocol):
         """Choose one chunk of actions for each of the running scenes.
 
         Args:
-            envs: The scenes, with their `seed`, their `steps` so far, and their simulator's ground
-                truth.
-            observations: What each scene's cameras and sensors show.
+            envs: The scenes. Each has its `seed`, the number of `steps` so far, and the ground
+                truth of its simulator.
+            observations: One observation per scene (`spear.types.Policy`).
 
         Returns:
-            Per scene an action chunk [H, 8] (`spear.types.Action`, meters).
+            One action chunk [H, 8] per scene (`spear.types.Action`, meters).
         """
 
 
 class PolicyAgent(Agent):
-    """A policy, which sees only observations, of its own cameras.
+    """A policy, which sees only the observations of the cameras that it was trained with.
 
-    Its noise is fixed by the scene's seed and the step, so that an outcome does not depend on which
-    scenes run alongside.
+    The noise from which the policy computes actions is fixed by the scene's seed and the step.
+    Therefore an outcome does not depend on which other scenes run at the same time.
     """
 
     needs_images = True
@@ -74,6 +79,7 @@ class PolicyAgent(Agent):
     ) -> Sequence[Array]:
         policy_observations = []
         for env, observation in zip(envs, observations, strict=True):
+            # An episode has fewer than 1000 steps, so every scene and step has its own seed.
             seeded = {**observation, "seed": 1000 * env.seed + env.steps}
             policy_observations.append(select_cameras(self.policy, seeded))
         results = self.policy.infer_batch(policy_observations)
@@ -82,22 +88,36 @@ class PolicyAgent(Agent):
 
 @functools.cache
 def _load_agent_of_this_process(folder: Path) -> PolicyAgent:
+    """Load a policy once per process."""
     from spear.policy import Spear1Policy
 
-    torch.set_num_threads(1)  # one of several processes; and with others the last bits would differ
+    # Several processes run at once. Another number of threads would also change the last bits.
+    torch.set_num_threads(1)
     return PolicyAgent(Spear1Policy.load(folder), folder.name)
 
 
 def predict_next_action(
     folder: Path, observation: Mapping[str, Any], seed: int, step: int
 ) -> Array:
-    """Predict the first action of a policy's chunk [8], for the recording of corrections."""
+    """Predict the first action [8] of a policy's chunk, for the recording of corrections.
+
+    Args:
+        folder: The trained policy.
+        observation: The observation (`spear.types.Policy`).
+        seed: The scene's seed, which with `step` fixes the policy's noise.
+        step: The number of steps so far.
+    """
+    agent = _load_agent_of_this_process(folder)
     env = SimpleNamespace(seed=seed, steps=step)
-    return _load_agent_of_this_process(folder).act([env], [observation])[0][0]
+    (chunk,) = agent.act([env], [observation])
+    return chunk[0]
 
 
 class ExpertAgent(Agent):
-    """The scripted expert, which sees the true state: what the arm and the time limit allow."""
+    """The scripted expert, which sees the true state.
+
+    Its success shows what the arm and the time limit allow.
+    """
 
     name = "expert"
 
@@ -110,7 +130,7 @@ class ExpertAgent(Agent):
 
 
 class IdleAgent(Agent):
-    """Leaves the arm where it is, whatever it sees."""
+    """The baseline that never moves the arm."""
 
     name = "nothing"
 
@@ -121,16 +141,16 @@ class IdleAgent(Agent):
 
 
 def load_agent(policy: str, **loading: Any) -> Agent:
-    """Load who acts.
+    """Load an agent.
 
     Args:
         policy: "expert", "nothing", a trained folder, a shipped name, or a server's ws:// address.
-        loading: device, dtype, norm_stats and flow_steps (`AgentOptions`) of a policy that is
-            loaded here.
+        loading: device, dtype, norm_stats and flow_steps (see `AgentOptions`), only for a policy
+            that this process loads.
 
     Raises:
-        SpearError: `loading` was given for another agent; the policy or the server is not there; or
-            the server serves a robot.
+        SpearError: `loading` was given for another agent; the policy or the server does not exist;
+            or the server's embodiment is not "generic".
     """
     is_remote = policy.startswith(("ws://", "wss://"))
     if is_remote or policy in BASELINES:
@@ -145,6 +165,7 @@ def load_agent(policy: str, **loading: Any) -> Agent:
 
 
 def _check_not_given(policy: str, loading: Mapping[str, Any]) -> None:
+    """Raise `SpearError` if an option of loading has another value than its default."""
     for field, value in loading.items():
         if value != getattr(AgentOptions, field):
             option = to_option_name(field)
@@ -154,6 +175,7 @@ def _check_not_given(policy: str, loading: Mapping[str, Any]) -> None:
 
 
 def _connect_agent(address: str) -> PolicyAgent:
+    """Connect to the policy of a server. The environment variable SPEAR_TOKEN is sent along."""
     from spear.serve.client import RemotePolicy
 
     server = RemotePolicy(address, os.environ.get("SPEAR_TOKEN"))

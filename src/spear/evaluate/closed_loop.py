@@ -1,4 +1,7 @@
-"""Closed loop: a policy acts in many simulated scenes at once, each until success or time out."""
+"""Closed-loop evaluation in the embedded simulator.
+
+An agent acts in many scenes at once. Each episode ends with success or at its time limit.
+"""
 
 import math
 import time
@@ -33,7 +36,7 @@ def evaluate_tabletop(agent: Agent, options: TabletopOptions) -> tuple[Results, 
         options: Which scenes, how chunks are executed, and where the results are written.
 
     Returns:
-        The results, and the films made now.
+        The results, and the films that this call made.
 
     Raises:
         SpearError: The folder has results of another policy or of other settings; a family, world
@@ -65,10 +68,12 @@ def evaluate_tabletop(agent: Agent, options: TabletopOptions) -> tuple[Results, 
 class _RunningScene:
     """A scene in which the agent acts.
 
-    poses        the joint positions at each step, of which its film is made.
-    info         what the environment said of the last step.
-    unreachable  control steps whose target the arm could not reach.
-    started      when, in seconds of `time.perf_counter`.
+    env          the environment that simulates the scene.
+    executor     executes the agent's chunks in the execution mode of the options.
+    poses        the joint positions at each step so far, from which a film can be made.
+    info         what the environment returned about the last step.
+    unreachable  number of control steps whose target the arm could not reach.
+    started      start of the episode, in seconds of `time.perf_counter`.
     """
 
     env: TabletopEnv
@@ -80,7 +85,10 @@ class _RunningScene:
 
 
 class _Tabletop:
-    """The embedded simulator. A track is the joint positions at each step."""
+    """The embedded simulator as a `spear.evaluate.runner.Simulator`.
+
+    An episode's track, from which its film is made, is the joint positions at each step.
+    """
 
     films_are_free = True
 
@@ -95,26 +103,32 @@ class _Tabletop:
             latency_ms += self._noise.latency_ms
         self._latency_steps = count_latency_steps(latency_ms)
         if agent.needs_images or options.videos:
-            get_thread_renderer()  # a missing renderer is reported before anything runs
+            get_thread_renderer()  # raises now, before any episode runs, if there is no renderer
 
     def run(
         self, agent: Agent, family: str, seeds: Sequence[int], filming: bool
     ) -> Iterator[tuple[Outcome, float, list[Array]]]:
-        """Run all seeds through a few environments; one whose episode ends takes the next seed."""
+        """Run one episode per seed in a few environments (see `Simulator.run`).
+
+        An environment whose episode has ended takes the next seed.
+        """
         waiting_seeds = list(reversed(seeds))
         num_envs = min(self._options.batch_size, len(seeds))
         free_envs = [self._make_env(agent, family) for _ in range(num_envs)]
         scenes: list[_RunningScene] = []
         while waiting_seeds or scenes:
+            # Start episodes in all free environments.
             while waiting_seeds and free_envs:
                 scenes.append(self._start_scene(agent, free_envs.pop(), waiting_seeds.pop()))
 
+            # One inference for all running scenes.
             observations = []
             for scene in scenes:
                 images_and_state = self._observe(scene.env) if agent.needs_images else {}
                 observations.append({**images_and_state, **scene.executor.committed_actions()})
             chunks = agent.act([scene.env for scene in scenes], observations)
 
+            # Execute the chunks. The environments of ended episodes become free.
             running = []
             for scene, chunk in zip(scenes, chunks, strict=True):
                 arrival_tick = scene.executor.tick + self._latency_steps
@@ -129,11 +143,7 @@ class _Tabletop:
             scenes = running
 
     def _make_env(self, agent: Agent, family: str) -> TabletopEnv:
-        return TabletopEnv(
-            family,
-            self._image_sizes,
-            images=agent.needs_images,
-        )
+        return TabletopEnv(family, self._image_sizes, images=agent.needs_images)
 
     def _start_scene(self, agent: Agent, env: TabletopEnv, seed: int) -> _RunningScene:
         env.load(World(self._sample_scene(env.family, seed)))
@@ -143,20 +153,21 @@ class _Tabletop:
         return _RunningScene(env, executor, [env.world.data.qpos.copy()])
 
     def _sample_scene(self, family: str, seed: int) -> SceneSpec:
-        """The scene of a seed, in the world and with the shift of the options."""
+        """Sample the scene of a seed, in the world and with the shift of the options."""
         scene = place_in_world(sample_scene(family, seed), self._options.world)
         return scene if self._shift is None else shift_scene(scene, self._shift)
 
     def _observe(self, env: TabletopEnv) -> dict[str, Any]:
-        """What the policy is shown: degraded pictures if the shift is noise."""
+        """Observe a scene as the policy sees it: with degraded images if the shift is noise."""
         observation = env.observe()
         if self._noise is None:
             return observation
         return degrade_observation(observation, self._noise, env.seed, env.steps)
 
     def film(self, outcome: Outcome, track: Sequence[Array]) -> Iterator[Array]:
-        """Replay recorded joint positions in front of larger cameras than the policy's, of the same
-        aspect.
+        """Replay an episode's joint positions and render a frame of the film at each step.
+
+        The images are larger than the policy's, with the same aspect ratio.
         """
         world = World(self._sample_scene(outcome.family, outcome.seed))
         width, height = self._image_sizes["external"]
@@ -178,13 +189,16 @@ class _Tabletop:
 
 
 def count_latency_steps(latency_ms: float) -> int:
-    """Control steps from an observation until its chunk can be used."""
-    return math.ceil(latency_ms / 1000 * CONTROL_RATE_HZ - 1e-9)
+    """Return how many control steps pass from an observation until its chunk can be used."""
+    latency_steps = latency_ms / 1000 * CONTROL_RATE_HZ
+    return math.ceil(latency_steps - 1e-9)  # so that a rounding error adds no step
 
 
 def _step_until_next_inference(scene: _RunningScene) -> bool:
-    """Step a scene until its executor needs the next chunk. Returns True if the episode has
-    ended.
+    """Step a scene until its executor needs the next chunk, or until the episode ends.
+
+    Returns:
+        Whether the episode has ended.
     """
     while not scene.executor.needs_chunk():
         scene.info = scene.env.physics_step(scene.executor.next_action())

@@ -1,9 +1,9 @@
-"""Comparison of results: two on the same scenes, and measured_results with published numbers.
+"""Comparison of two results on the same scenes, and of measured results with published numbers.
 
 A comparison of two results says which is better, by how much, and whether the difference may be
-chance. Published numbers are shown next to measured_results and never mixed with them. There is one
-TOML file per published table in `reference/`: its title, source, columns (tasks), which families of
-our results are the same tasks, and success in percent.
+chance. Published numbers are shown next to measured results and never mixed with them. The folder
+`reference` has one TOML file per published table. A file has the table's title, source, columns
+(tasks) and success in percent, and says which task families of our results are the same tasks.
 """
 
 import tomllib
@@ -18,22 +18,24 @@ from spear.evaluate.results import Outcome, Results, build_terminal_table
 from spear.evaluate.stats import Estimate, estimate_mean_proportion, estimate_paired_difference
 
 SIGNIFICANCE_LEVEL = 0.05  # with a p-value below this, the verdict says that one is better
-IGNORED_SETTINGS = (
-    "scenes",
-    "first_seed",
-    "weights",
-)  # which scenes were run, and by which weights
+# Settings that may differ in a comparison: which scenes were run, and with which weights.
+IGNORED_SETTINGS = ("scenes", "first_seed", "weights")
 
 Pair = tuple[Outcome, Outcome]
+"""The outcomes of the same scene in the first and in the second results."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """One family, or the mean of the families, on the shared scenes.
+    """The comparison on the shared scenes of one family, or its mean over the families.
 
-    first, second            success rates.
-    difference, p            of the rates; see `estimate_paired_difference`.
-    only_first, only_second  how many scenes only one of the two solved.
+    name         the family.
+    first        success rate of the first results.
+    second       success rate of the second results.
+    difference   first - second; see `estimate_paired_difference`.
+    only_first   how many scenes succeeded only in the first results.
+    only_second  how many scenes succeeded only in the second results.
+    p            p-value of the difference.
     """
 
     name: str
@@ -49,11 +51,12 @@ class Row:
 class Comparison:
     """Two results, paired by scene.
 
-    first, second  names.
-    rows           the families and, last, their mean.
-    pairs          both outcomes of each shared scene.
-    num_unshared   how many scenes only one of them ran.
-    settings       how the two were run differently, in words.
+    first         name of the first results.
+    second        name of the second results.
+    rows          one row per family, and a last one for their mean.
+    pairs         both outcomes of each shared scene.
+    num_unshared  how many scenes are in only one of the results.
+    settings      the settings that differ, in words.
     """
 
     first: str
@@ -65,11 +68,11 @@ class Comparison:
 
     @property
     def mean(self) -> Row:
-        """The row of all families."""
+        """The row of the mean over the families."""
         return self.rows[-1]
 
     def verdict(self) -> str:
-        """The answer in one sentence, from the mean over the families."""
+        """Say in one sentence which results are better, by the mean over the families."""
         difference = self.mean.difference
         chance = f"p {format_p_value(self.mean.p)}, n = {difference.n}"
         if self.mean.p >= SIGNIFICANCE_LEVEL:
@@ -79,11 +82,12 @@ class Comparison:
             return (
                 f"{self.first} is better than {self.second}: {format_points(difference)}, {chance}."
             )
+        # second - first: the ends of the interval exchange their places.
         gap = Estimate(-difference.value, -difference.high, -difference.low, difference.n)
         return f"{self.second} is better than {self.first}: {format_points(gap)}, {chance}."
 
     def to_table(self) -> Table:
-        """The rows for a terminal."""
+        """Format the rows for a terminal."""
         num_scenes = format_count(len(self.pairs), "shared scenes")
         title = f"{self.first} against {self.second}, {num_scenes}"
         headers = ["family", "n", self.first, self.second, "difference [95 %]", "p", "won : lost"]
@@ -94,13 +98,20 @@ class Comparison:
 def compare_results(
     first: Results, second: Results, names: tuple[str, str] | None = None
 ) -> Comparison:
-    """Compare success of `first` with that of `second`, paired on the scenes that both have run.
+    """Compare the success in two results, paired on the scenes that both have run.
 
-    names  of the two; without it, the names of their policies.
+    Args:
+        first: The first results.
+        second: The second results.
+        names: What to call them; None for the names of their policies.
 
-    Raises `SpearError` if they share no scene, or if a scene is not the same in both.
+    Raises:
+        SpearError: They share no scene, or a scene with the same family and seed is not the same
+            scene in both.
     """
     first_name, second_name = names or (first.policy, second.policy)
+
+    # Pair the outcomes of the same scene.
     second_outcomes = {outcome.scene: outcome for outcome in second.outcomes}
     pairs = []
     for outcome in first.outcomes:
@@ -113,12 +124,15 @@ def compare_results(
         )
     _check_same_scenes(first, second, pairs, first_name, second_name)
 
+    # One row per family, and one for their mean.
     pairs_by_family: dict[str, list[Pair]] = {}
-    for pair in pairs:
-        pairs_by_family.setdefault(pair[0].family, []).append(pair)
+    for first_outcome, second_outcome in pairs:
+        family_pairs = pairs_by_family.setdefault(first_outcome.family, [])
+        family_pairs.append((first_outcome, second_outcome))
     rows = [_make_row(family, [members]) for family, members in pairs_by_family.items()]
     rows.append(_make_row("mean of families", list(pairs_by_family.values())))
 
+    # What the reader of the comparison has to know about the two.
     num_unshared = len(first.outcomes) + len(second.outcomes) - 2 * len(pairs)
     differences = _describe_settings(first, second)
     for name, results in ((first_name, first), (second_name, second)):
@@ -131,6 +145,7 @@ def compare_results(
 def _check_same_scenes(
     first: Results, second: Results, pairs: Sequence[Pair], first_name: str, second_name: str
 ) -> None:
+    """Raise `SpearError` if paired outcomes are of different scenes."""
     for a, b in pairs:
         if a.instruction != b.instruction:
             raise SpearError(
@@ -148,7 +163,7 @@ def _check_same_scenes(
 
 
 def _describe_settings(first: Results, second: Results) -> list[str]:
-    """The settings that differ, in words."""
+    """List the settings that differ between two results, in words."""
     differences = []
     for key in {**first.settings, **second.settings}:
         if key in IGNORED_SETTINGS:
@@ -161,9 +176,14 @@ def _describe_settings(first: Results, second: Results) -> list[str]:
 
 
 def _make_row(name: str, strata: Sequence[Sequence[Pair]]) -> Row:
-    """The row of one family, or of several, each with the same weight."""
-    successes = []
-    first_counts = []
+    """Make the row of one family, or of several families with the same weight.
+
+    Args:
+        name: The row's name.
+        strata: The pairs of outcomes of each family.
+    """
+    successes = []  # per family: success of each scene in the first and in the second results
+    first_counts = []  # per family: (number of successes, number of scenes)
     second_counts = []
     only_first = 0
     only_second = 0
@@ -188,8 +208,8 @@ def _make_row(name: str, strata: Sequence[Sequence[Pair]]) -> Row:
 
 
 def format_row(row: Row) -> list[str]:
-    """A row as text: name, n, both rates, difference with interval, p, scenes that only one
-    solved.
+    """Format a row: name, n, both rates, difference with interval, p, and on how many scenes only
+    the first and only the second succeeded.
     """
     return [
         row.name,
@@ -203,12 +223,12 @@ def format_row(row: Row) -> list[str]:
 
 
 def format_points(difference: Estimate) -> str:
-    """A difference of rates, as "+35.0 points [+20.1, +47.2]"."""
+    """Format a difference of rates, for example as "+35.0 points [+20.1, +47.2]"."""
     return difference.to_text("+.1f", 100, " points")
 
 
 def format_p_value(p: float) -> str:
-    """A p-value with its sign: "= 0.021" or "< 0.0001"."""
+    """Format a p-value with its relation sign: "= 0.021" or "< 0.0001"."""
     if p < 1e-4:
         return "< 0.0001"
     return f"= {p:.2g}" if p < 0.1 else f"= {p:.2f}"
@@ -216,13 +236,15 @@ def format_p_value(p: float) -> str:
 
 @dataclass(frozen=True)
 class Reference:
-    """A published table.
+    """A published table of success rates.
 
-    columns   the tasks.
-    families  the same tasks as families of our results; empty, as columns, for means alone.
-    rows      method → success per column, %.
-    means     method → the mean as published, %.
-    note      what to know when reading it.
+    title     heading of the table.
+    source    the publication.
+    columns   names of the tasks; empty if only means were published.
+    families  the task family of our results that is the same task, for each column.
+    rows      method → success in percent, for each column.
+    means     method → mean success in percent, as published.
+    note      what to know when reading the table.
     """
 
     title: str
@@ -234,12 +256,17 @@ class Reference:
     note: str = ""
 
     def headers(self) -> list[str]:
-        """The headers of the columns of `cells`."""
+        """Return the headers of the columns of `cells`."""
         return ["success, %", *self.columns, "mean"]
 
     def cells(self, measured_results: Sequence[tuple[str, Results]] = ()) -> list[list[str]]:
-        """The table as text, marked as published; below it our results (by name), as measured
-        here.
+        """Format the table as text, and below it our results.
+
+        Args:
+            measured_results: (name, results) of each of our results.
+
+        Returns:
+            One list of cells per row. The first cell says whether the row is published or measured.
         """
         lines = []
         for method, mean in self.means.items():
@@ -248,17 +275,19 @@ class Reference:
                 row = ["–"] * len(self.columns)
             lines.append([f"{method} (published)", *row, f"{mean:.1f}"])
         for name, results in measured_results:
-            measured = set(results.families)
+            measured_families = set(results.families)
             row = []
             for family in self.families:
-                rate = results.summarize(family).success if family in measured else None
+                is_measured = family in measured_families
+                rate = results.summarize(family).success if is_measured else None
                 row.append(_format_percent(rate))
-            mean_rate = results.mean_success() if measured == set(self.families) else None
+            has_all_families = measured_families == set(self.families)
+            mean_rate = results.mean_success() if has_all_families else None
             lines.append([f"{name} (measured here)", *row, _format_percent(mean_rate)])
         return lines
 
     def to_table(self, measured_results: Sequence[tuple[str, Results]] = ()) -> Table:
-        """The same for a terminal."""
+        """Format the table and our results for a terminal."""
         caption = f"Published numbers: {self.source}. {self.note}".strip()
         return build_terminal_table(
             self.title, self.headers(), self.cells(measured_results), caption
@@ -272,7 +301,7 @@ def _format_percent(rate: Estimate | None) -> str:
 
 
 def load_references() -> dict[str, Reference]:
-    """All published tables, by name."""
+    """Load all published tables: name → table."""
     folder = resources.files("spear.evaluate").joinpath("reference")
     files = [file for file in folder.iterdir() if file.name.endswith(".toml")]
     references = {}
@@ -283,8 +312,10 @@ def load_references() -> dict[str, Reference]:
 
 
 def find_matching_references(results: Results) -> list[Reference]:
-    """The published tables that have a task of these results; none for other than the official
-    starts.
+    """Find the published tables that have a task of these results.
+
+    There are none if the results are of other starts than the official ones, because published
+    numbers are of the official starts.
     """
     if "starts" in results.settings:
         return []

@@ -1,6 +1,4 @@
-"""Films of episodes: both cameras side by side, with the instruction and the outcome written above
-them.
-"""
+"""Films of episodes: both cameras side by side, with instruction and outcome written above."""
 
 import functools
 import io
@@ -14,15 +12,16 @@ from PIL import Image, ImageDraw, ImageFont
 from spear.errors import SpearError, import_optional
 from spear.types import Array
 
-HEIGHT = (
-    420  # px, of the images in a film: twice the external camera's, so that it upscales cleanly
-)
-BAR = 44  # px, height of the caption bar
-MARGIN_PX = 14  # between text and the sides of the film
-BADGE_WIDTH_PX = 120  # room for the outcome
-MIN_FONT_SIZE = 11
-MAX_FONT_SIZE = 24
+# Height of the images in a film, px. It is twice the height of the external camera's image, so that
+# this image is enlarged by a whole factor.
+HEIGHT = 420
+BAR = 44  # height of the caption bar, px
+MARGIN_PX = 14  # distance of text from the sides of the film
+BADGE_WIDTH_PX = 120  # room for the outcome at the right end of the caption bar
+MIN_FONT_SIZE = 11  # px, for the longest captions
+MAX_FONT_SIZE = 24  # px
 
+# Colors as (red, green, blue).
 GREEN = (88, 214, 141)
 RED = (255, 121, 108)
 WHITE = (245, 246, 248)
@@ -30,8 +29,11 @@ GREY = (30, 33, 39)
 
 
 def import_encoder() -> Any:
-    """Import PyAV. Raises `SpearError` if it is missing, or was built without H.264, as PyPI's
-    never is.
+    """Import PyAV.
+
+    Raises:
+        SpearError: PyAV is missing, or was built without the H.264 encoder, which every wheel on
+            PyPI has.
     """
     av = import_optional("av", "report", "a film")
     if "libx264" not in av.codecs_available:
@@ -42,24 +44,33 @@ def import_encoder() -> Any:
 def compose_frame(
     external: Array, wrist: Array | None, caption: str, success: bool | None = None
 ) -> Array:
-    """Compose one frame of a film, [h, w, 3] uint8 with even sides.
+    """Compose one frame of a film.
 
-    The external view is on the left, the wrist view on the right, `caption` above them, and the
-    outcome where the episode has ended.
+    The external view is on the left, the wrist view on the right, and the caption bar above them.
 
-    success: Whether the episode succeeded; None while it goes on.
+    Args:
+        external: [h, w, 3] uint8 image of the external camera.
+        wrist: [h, w, 3] uint8 image of the wrist camera; None if there is none.
+        caption: Text at the left of the caption bar.
+        success: Whether the episode succeeded, which is written at the right of the caption bar;
+            None while the episode goes on.
+
+    Returns:
+        [h, w, 3] uint8 with even height and width, as H.264 requires.
     """
     views = [_scale_to_height(external)]
     if wrist is not None:
         views.append(_scale_to_height(wrist))
     image = np.concatenate(views, axis=1)
     width = image.shape[1]
-    frame = Image.new("RGB", (width + width % 2, HEIGHT + BAR), GREY)
+    even_width = width + width % 2
+    frame = Image.new("RGB", (even_width, HEIGHT + BAR), GREY)
     frame.paste(Image.fromarray(image), (0, BAR))
 
-    badge_width = 20 if success is None else BADGE_WIDTH_PX
-    font = _fit_font(caption, frame.width - badge_width - MARGIN_PX)
+    right_space_px = 20 if success is None else BADGE_WIDTH_PX
+    font = _fit_font(caption, frame.width - right_space_px - MARGIN_PX)
     draw = ImageDraw.Draw(frame)
+    # Anchors: "lm" is the middle of the text's left side, "rm" of its right side.
     draw.text((MARGIN_PX, BAR // 2), caption, WHITE, font, anchor="lm")
     if success is not None:
         badge = "success" if success else "failure"
@@ -70,10 +81,19 @@ def compose_frame(
 
 
 def encode_film(frames: Iterable[Array], rate_hz: float) -> bytes:
-    """Encode frames [h, w, 3] uint8 of one size as an MP4 file with H.264.
+    """Encode a film as an MP4 file with H.264.
 
-    The last frame stays for a second, so that a looping film shows its outcome. Raises as
-    `import_encoder`.
+    The last frame stays for a second, so that a film in a loop shows its outcome.
+
+    Args:
+        frames: Frames [h, w, 3] uint8, all of one size.
+        rate_hz: Frames per second.
+
+    Returns:
+        The bytes of the file.
+
+    Raises:
+        SpearError: The encoder is missing, see `import_encoder`.
     """
     av = import_encoder()
     buffer = io.BytesIO()
@@ -87,19 +107,20 @@ def encode_film(frames: Iterable[Array], rate_hz: float) -> bytes:
                 stream.pix_fmt = "yuv420p"
             frame = np.ascontiguousarray(image)
             container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
-        for _ in range(round(rate_hz)):
+        for _ in range(round(rate_hz)):  # the last frame again, for a second
             container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
-        container.mux(stream.encode())
+        container.mux(stream.encode())  # the packets that the encoder still buffers
     return buffer.getvalue()
 
 
 def _scale_to_height(image: Array) -> Array:
+    """Scale an image [h, w, 3] to the height `HEIGHT`, with the same aspect ratio."""
     width = round(image.shape[1] * HEIGHT / image.shape[0])
     return np.asarray(Image.fromarray(image).resize((width, HEIGHT), Image.Resampling.LANCZOS))
 
 
 def _fit_font(text: str, width_px: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
-    """The largest font in which a text is at most so wide; the smallest if none is."""
+    """Return the largest font in which a text fits into a width; the smallest font if none does."""
     for size in range(MAX_FONT_SIZE, MIN_FONT_SIZE, -1):
         font = _load_font(size)
         if font.getlength(text) <= width_px:

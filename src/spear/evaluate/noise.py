@@ -1,9 +1,8 @@
-"""Sensor noise: what a worse camera would show, for the "noise" axis of the shifts
-(`spear.sim.shifts`).
+"""Degraded images, as a worse camera would take them, for the "noise" axis of the shifts.
 
-Level 1, 2, 3: Gaussian noise with a standard deviation of 5, 12, 25 of 255; blur with a standard
-deviation of 0.7, 1.5, 2.5 pixels; JPEG compression of quality 60, 30, 12; and answers that are 100,
-200, 400 ms late (our choice).
+Shifts (`spear.sim.shifts`) have three levels. On this axis, each level has stronger blur, more
+sensor noise, stronger JPEG compression and a longer inference latency than the level before
+(`NOISE_LEVELS`, our choice).
 """
 
 from collections.abc import Mapping
@@ -17,13 +16,18 @@ from scipy.ndimage import gaussian_filter
 from spear.util.images import decode_image, encode_jpeg
 
 _STREAM = 104
-"""First number of the seeds of the random streams here, so that they differ from those of
-scenes."""
+"""First number of this module's random seeds, so that they differ from the seeds of scenes."""
 
 
 @dataclass(frozen=True)
 class NoiseLevel:
-    """How bad the camera is, and how late the answers."""
+    """How bad the camera is, and how late action chunks arrive.
+
+    sensor_std    standard deviation of the Gaussian noise of each pixel and color, of 255.
+    blur_px       standard deviation of the Gaussian blur.
+    jpeg_quality  quality of the JPEG compression, 1 … 100.
+    latency_ms    time from an observation until its action chunk arrives.
+    """
 
     sensor_std: float
     blur_px: float
@@ -41,18 +45,18 @@ NOISE_LEVELS = {
 def degrade_image(
     image: NDArray[np.uint8], level: NoiseLevel, rng: np.random.Generator
 ) -> NDArray[np.uint8]:
-    """What a worse camera makes of a picture: blurred by the lens, noisy from the sensor,
-    compressed.
+    """Degrade an image like a worse camera: blur of the lens, noise of the sensor, compression.
 
     Args:
         image: [h, w, 3] uint8 RGB.
         level: how bad the camera is.
-        rng: draws the sensor's noise.
+        rng: generator of the sensor's noise.
 
     Returns:
         [h, w, 3] uint8 RGB.
     """
-    blurred = gaussian_filter(image.astype(np.float32), sigma=(level.blur_px, level.blur_px, 0))
+    blur_per_axis = (level.blur_px, level.blur_px, 0)  # rows and columns, but not across colors
+    blurred = gaussian_filter(image.astype(np.float32), sigma=blur_per_axis)
     noisy = blurred + rng.normal(0, level.sensor_std, image.shape).astype(np.float32)
     pixels = np.clip(np.rint(noisy), 0, 255).astype(np.uint8)
     return decode_image(encode_jpeg(pixels, quality=level.jpeg_quality))
@@ -61,7 +65,14 @@ def degrade_image(
 def degrade_observation(
     observation: Mapping[str, Any], level: NoiseLevel, seed: int, step: int
 ) -> dict[str, Any]:
-    """An observation with degraded pictures. The same seed and step always give the same noise."""
+    """Return an observation with degraded images.
+
+    Args:
+        observation: The observation (`spear.types.Policy`).
+        level: How bad the camera is.
+        seed: The scene's seed.
+        step: The step in the episode. The same seed and step always give the same noise.
+    """
     result = dict(observation)
     for index, key in enumerate(sorted(observation)):
         value = observation[key]

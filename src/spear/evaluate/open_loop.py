@@ -1,9 +1,9 @@
 """Open loop: how far a policy's predicted actions are from the recorded ones, on held-out episodes.
 
-Open-loop errors do not predict success (an error of a centimeter may grasp or miss), but they need
-no robot, so they are the first check of a fine-tuning on real episodes. Two baselines need no
-images: the mean action of the training episodes, which is the best constant one, and the last
-action, repeated.
+Open-loop errors do not predict success, because an error of a centimeter may let the gripper grasp
+or miss. But they need no robot, so they are the first check of a policy that was fine-tuned on real
+episodes. Two baselines need no images. The first always predicts the mean action of the training
+episodes, and the second repeats the last action.
 """
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
@@ -25,17 +25,17 @@ from spear.util.images import decode_image
 from spear.util.progress import ProgressBar, track_progress
 
 GRIPPER_HALF_OPEN = 0.5
-"""Commands on either side of this opening mean "open" and "close"."""
+"""A command above this gripper opening means "open", a command below means "close"."""
 
 
 @dataclass(frozen=True)
 class OpenLoopErrors:
     """One policy's open-loop errors on some episodes.
 
-    name       of the policy, or of the baseline.
-    episodes   per episode its errors by name, see `_compute_errors`.
-    predicted  per episode [T, 8]: the first action of each predicted chunk.
-    truth      per episode [T, 8]: the recorded actions, NaN where they are not known.
+    name       name of the policy, or of the baseline.
+    episodes   for each episode: name of the error → its values, see `_compute_errors`.
+    predicted  for each episode: the first action of each predicted chunk, [T, 8].
+    truth      for each episode: the recorded actions [T, 8], NaN where they are not known.
     """
 
     name: str
@@ -44,10 +44,13 @@ class OpenLoopErrors:
     truth: Sequence[Array]
 
     def summarize(self) -> dict[str, Estimate]:
-        """The mean of each error, with intervals that resample whole episodes.
+        """Average each error over all steps.
 
-        Steps of one episode depend on each other. Raises `SpearError` if there is nothing to
-        average.
+        The intervals come from a bootstrap over whole episodes, because the steps of one episode
+        depend on each other.
+
+        Raises:
+            SpearError: No episode has a whole chunk of known actions.
         """
         if not any(len(errors["chunk_end_mm"]) for errors in self.episodes):
             raise SpearError(
@@ -62,10 +65,10 @@ class OpenLoopErrors:
 def build_observations(
     episode: Episode, views: Collection[str] = tuple(DEFAULT_IMAGE_SIZES)
 ) -> list[dict[str, Any]]:
-    """The observations of a policy with these cameras at each of the T steps of an episode.
+    """Build the observations that a policy would see at each of the T steps of an episode.
 
     Args:
-        episode: Its images are decoded.
+        episode: The recorded episode, with encoded images.
         views: The policy's cameras.
 
     Returns:
@@ -80,7 +83,7 @@ def build_observations(
             f"{episode.source}: cameras are {recorded_views}, the policy sees {', '.join(views)}"
         )
     columns = [episode.position, episode.rotation, episode.gripper[:, None]]
-    states = np.concatenate(columns, 1, dtype=np.float32)
+    states = np.concatenate(columns, 1, dtype=np.float32)  # [T, 8]
     observations: list[dict[str, Any]] = [
         {"observation/state": state, "prompt": episode.instruction} for state in states
     ]
@@ -92,14 +95,16 @@ def build_observations(
 
 
 def score_policy(name: str, policy: Policy, store: EpisodeStore, batch: int = 32) -> OpenLoopErrors:
-    """Compare a policy with the actions of every episode of a store, at 5 Hz, each step's whole
-    chunk.
+    """Compare a policy's predictions with the recorded actions of every episode of a store.
+
+    Episodes are resampled to 5 Hz. At each step, the policy predicts a chunk, and the whole chunk
+    is compared.
 
     Args:
-        name: How the result is labeled.
-        policy: Its noise is fixed by the step.
+        name: The name of the result.
+        policy: The policy. The number of the step is the seed of its noise.
         store: Held-out episodes.
-        batch: Observations that are answered at once.
+        batch: Number of observations that are answered at once.
     """
 
     def predict() -> Iterator[tuple[Episode, Array]]:
@@ -108,7 +113,7 @@ def score_policy(name: str, policy: Policy, store: EpisodeStore, batch: int = 32
             observations = build_observations(episode, get_image_sizes(policy))
             for step, observation in enumerate(observations):
                 observation["seed"] = step
-            chunks: list[Array] = []
+            chunks: list[Array] = []  # [H, 8] each
             for start in range(0, len(observations), batch):
                 results = policy.infer_batch(observations[start : start + batch])
                 chunks += [result["actions"] for result in results]
@@ -118,15 +123,16 @@ def score_policy(name: str, policy: Policy, store: EpisodeStore, batch: int = 32
 
 
 def mean_action(actions: Array) -> Array:
-    """The action [8] nearest to many [N, 8]: mean translation and gripper, chordal mean rotation.
+    """Return the action [8] that is nearest to many actions [N, 8].
 
-    The chordal mean on S³ is the top eigenvector of Σ q qᵀ, which does not depend on the signs of
-    the quaternions.
+    It has their mean translation and gripper value, and their chordal mean rotation. The chordal
+    mean on S³ is the eigenvector of Σ q qᵀ with the largest eigenvalue, which does not depend on
+    the signs of the quaternions.
     """
     actions = np.asarray(actions, np.float64)
     mean = actions.mean(axis=0)
     quats = actions[:, 3:7]
-    _, eigenvectors = np.linalg.eigh(quats.T @ quats)
+    _, eigenvectors = np.linalg.eigh(quats.T @ quats)  # in ascending order of eigenvalues
     rotation = eigenvectors[:, -1]
     mean[3:7] = rotation if rotation[0] >= 0 else -rotation
     return mean.astype(np.float32)
@@ -135,9 +141,12 @@ def mean_action(actions: Array) -> Array:
 def score_mean_action(
     train: EpisodeStore, held_out: EpisodeStore, horizon: int = HORIZON
 ) -> OpenLoopErrors:
-    """The errors of always predicting the mean action of `train`.
+    """Score the baseline that always predicts the mean action of the training episodes.
 
-    horizon  length of the policy's chunks, so that the errors are comparable.
+    Args:
+        train: The training episodes.
+        held_out: The episodes on which the baseline is scored.
+        horizon: Length of the policy's chunks, so that the errors are comparable.
     """
     known_actions = []
     for episode in _read_without_images(train):
@@ -147,32 +156,43 @@ def score_mean_action(
 
     predictions = []
     for episode in _read_without_images(held_out):
-        predictions.append((episode, np.tile(constant, (len(episode), horizon, 1))))
+        chunks = np.tile(constant, (len(episode), horizon, 1))  # [T, H, 8]
+        predictions.append((episode, chunks))
     return _score_predictions("mean action", predictions)
 
 
 def score_last_action(held_out: EpisodeStore, horizon: int = HORIZON) -> OpenLoopErrors:
-    """The errors of repeating the action of the step before for a whole chunk.
+    """Score the baseline that repeats the action of the previous step for a whole chunk.
 
-    In an episode's first step the prediction is to stand still, with the gripper as it is.
+    In an episode's first step, it predicts that the arm stands still and the gripper stays as it
+    is.
+
+    Args:
+        held_out: The episodes on which the baseline is scored.
+        horizon: Length of the policy's chunks, so that the errors are comparable.
     """
     predictions = []
     for episode in _read_without_images(held_out):
         gripper = binarize_gripper(episode.gripper[:1])[0]
         idle_action = np.array([[0, 0, 0, 1, 0, 0, 0, gripper]], np.float32)
         actions, _ = canonicalize_actions(episode)
-        last_actions = np.concatenate([idle_action, actions[:-1]])
-        predictions.append((episode, np.repeat(last_actions[:, None], horizon, axis=1)))
+        last_actions = np.concatenate([idle_action, actions[:-1]])  # [T, 8]
+        chunks = np.repeat(last_actions[:, None], horizon, axis=1)  # [T, H, 8]
+        predictions.append((episode, chunks))
     return _score_predictions("last action", predictions)
 
 
 def _read_without_images(store: EpisodeStore) -> list[Episode]:
+    """Read all episodes of a store at 5 Hz, without their images."""
     return [resample_episode(store.without_images(index)) for index in range(len(store))]
 
 
 def _score_predictions(name: str, predictions: Iterable[tuple[Episode, Array]]) -> OpenLoopErrors:
-    """The errors of episodes with the chunks [T, H, 8] that are predicted at each of their
-    steps.
+    """Compute the errors of predictions.
+
+    Args:
+        name: The name of the result.
+        predictions: (episode, predicted chunks [T, H, 8], one per step) of each episode.
     """
     errors = []
     predicted = []
@@ -186,12 +206,22 @@ def _score_predictions(name: str, predictions: Iterable[tuple[Episode, Array]]) 
 
 
 def _compute_errors(chunks: Array, actions: Array, is_known: Array) -> dict[str, Array]:
-    """Compare chunks [T, H, 8] with an episode's actions [T, 8], of which some are known [T].
+    """Compare predicted chunks with the recorded actions of an episode.
 
-    translation_mm    [N] length of the difference of one step's displacements, for N known actions.
-    chunk_end_mm      [M] distance between where the M whole chunks lead and where the actions lead.
-    rotation_deg      [N] angle between the two step rotations.
-    gripper_accuracy  [N] bool, both commands on the same side of half open.
+    Every action of every chunk is compared with the recorded action of the same time, if this is
+    known. There are N such comparisons. M chunks are compared as a whole, because all recorded
+    actions of their time are known.
+
+    Args:
+        chunks: [T, H, 8] predicted chunks.
+        actions: [T, 8] recorded actions.
+        is_known: [T] whether each recorded action is known.
+
+    Returns:
+        translation_mm    [N] distance between predicted and recorded displacement.
+        chunk_end_mm      [M] distance between the end points of predicted and recorded chunk.
+        rotation_deg      [N] angle between predicted and recorded rotation.
+        gripper_accuracy  [N] bool, whether both commands open or both close the gripper.
     """
     horizon = chunks.shape[1]
     target_chunks = []
@@ -200,17 +230,19 @@ def _compute_errors(chunks: Array, actions: Array, is_known: Array) -> dict[str,
         target, mask = extract_chunk(actions, is_known, step, horizon)
         target_chunks.append(target)
         target_masks.append(mask)
-    targets = np.stack(target_chunks)
-    is_target = np.stack(target_masks)
+    targets = np.stack(target_chunks)  # [T, H, 8]
+    is_target = np.stack(target_masks)  # [T, H]
+    is_whole_chunk = is_target.all(1)  # [T]
 
     offset = chunks[..., :3] - targets[..., :3]
+    translation_mm = 1000 * np.linalg.norm(offset, axis=-1)  # [T, H]
+    chunk_end_mm = 1000 * np.linalg.norm(offset.sum(1), axis=-1)  # [T]
     angle = quat_distance(torch.as_tensor(chunks[..., 3:7]), torch.as_tensor(targets[..., 3:7]))
     opens = chunks[..., 7] > GRIPPER_HALF_OPEN
     should_open = targets[..., 7] > GRIPPER_HALF_OPEN
-    is_whole_chunk = is_target.all(1)
     return {
-        "translation_mm": (1000 * np.linalg.norm(offset, axis=-1))[is_target],
-        "chunk_end_mm": (1000 * np.linalg.norm(offset.sum(1), axis=-1))[is_whole_chunk],
+        "translation_mm": translation_mm[is_target],
+        "chunk_end_mm": chunk_end_mm[is_whole_chunk],
         "rotation_deg": np.degrees(angle.numpy())[is_target],
         "gripper_accuracy": (opens == should_open)[is_target],
     }

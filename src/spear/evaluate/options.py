@@ -18,7 +18,11 @@ from spear.util.options import (
 )
 
 Films = int | Literal["failures", "all"]
-"""Per family: so many successes and as many failures, lowest seeds first; all failures; or all."""
+"""Which episodes of each family are filmed.
+
+A number n stands for n successes and n failures, those with the lowest seeds first. "failures"
+stands for all failures, and "all" for all episodes.
+"""
 DECODE_HELP = (
     "How numbers are read off the model's probabilities: the likeliest (mode), the mean or the "
     "median."

@@ -1,11 +1,11 @@
-"""The outcomes of a closed-loop evaluation: one record per episode, summaries per family, and their
-files.
+"""The outcomes of a closed-loop evaluation: a record per episode, summaries per family, and files.
 
-Outcomes are written to disk as they come, so that an interrupted evaluation can resume and shards
-can be merged. A folder of results contains one journal per shard, `episodes-2-of-5.jsonl`
-(`episodes-1-of-1.jsonl` without sharding). Its first line says which policy acted and with which
-settings. Each further line is one episode, or says which scenes are to be run. A line that was cut
-short does not count.
+Each outcome is written to disk when its episode ends, so that an interrupted evaluation can resume.
+An evaluation may be divided into parts (*shards*), which different processes run. A folder of
+results contains one *journal* per shard, for example `episodes-2-of-5.jsonl`, or
+`episodes-1-of-1.jsonl` if there is only one part. The first line of a journal says which policy
+acted and with which settings. Each further line is the outcome of one episode, or says which scenes
+are to be run. A last line that is incomplete does not count.
 """
 
 import json
@@ -35,12 +35,8 @@ from spear.util.run_settings import describe_difference, to_plain_json
 
 TARGET_HALF_WIDTH = 0.05  # a family's success rate should be known to ±5 points
 MAX_NO_WRAP_CHARS = 16  # names up to this length keep one line in a terminal of 80 characters
-MILESTONES = (
-    "success",
-    "reached",
-    "grasped",
-    "wrong_object_moved",
-)  # yes-or-no fields of `Outcome`
+MILESTONES = ("success", "reached", "grasped", "wrong_object_moved")
+"""The yes-or-no fields of `Outcome`."""
 
 ScenesByFamily = Mapping[str, Sequence[int]]
 """Family → the seeds of its scenes."""
@@ -50,14 +46,19 @@ SceneId = tuple[str, int]
 
 @dataclass(frozen=True)
 class Outcome:
-    """The result of one episode; in SIMPLER as `spear.evaluate.simpler.tasks.Moment` describes it.
+    """The result of one episode.
 
-    reached, grasped      milestones on the way: the gripper was at the right object; the object was
-                          lifted.
-    success               the object rests, released, on the target.
-    wrong_object_moved    another object than the one asked for was carried or pushed away.
-    unreachable           control steps whose target the arm could not reach.
-    steps                 control steps (5 Hz) until success or the end.
+    In SIMPLER, `spear.evaluate.simpler.tasks.Moment` defines the yes-or-no fields.
+
+    family              the task family.
+    seed                the scene's seed.
+    instruction         what the policy was asked to do.
+    success             whether the object rests, released, on the target.
+    reached             whether the gripper was at the right object at some time.
+    grasped             whether the right object was lifted at some time.
+    wrong_object_moved  whether another object was carried or pushed away.
+    unreachable         number of control steps whose target the arm could not reach.
+    steps               number of control steps (5 Hz) until success or the end.
     """
 
     family: str
@@ -72,20 +73,26 @@ class Outcome:
 
     @property
     def scene(self) -> SceneId:
+        """The episode's family and seed."""
         return self.family, self.seed
 
     @property
     def film_name(self) -> str:
         """The name of the file with this episode's film."""
-        return f"{self.family}-{'success' if self.success else 'failure'}-{self.seed}.mp4"
+        result = "success" if self.success else "failure"
+        return f"{self.family}-{result}-{self.seed}.mp4"
 
 
 @dataclass(frozen=True)
 class Summary:
-    """The numbers of one family; proportions have 95 % Wilson intervals.
+    """The numbers of one family. Rates have 95 % Wilson intervals.
 
-    unreachable  mean number of such steps per episode.
-    steps        mean over the successes; None without any.
+    success       rate of episodes that succeeded.
+    reached       rate of episodes in which the gripper was at the right object.
+    grasped       rate of episodes in which the right object was lifted.
+    wrong_object  rate of episodes in which another object was moved.
+    unreachable   mean number of unreachable steps per episode.
+    steps         mean number of steps of the successful episodes; None if there are none.
     """
 
     success: Estimate
@@ -98,13 +105,13 @@ class Summary:
 
 @dataclass(frozen=True)
 class Results:
-    """An evaluation.
+    """The results of an evaluation.
 
     policy    the name of the policy that acted.
-    settings  how it was evaluated; see `run_evaluation`.
-    outcomes  of every episode that has ended.
+    settings  the settings of the evaluation; see `run_evaluation`.
+    outcomes  the outcome of every episode that has ended.
     seconds   wall time.
-    wanted    the scenes that were to be run, where a journal says it.
+    wanted    the scenes that are to be run in all; empty if this is not known.
     """
 
     policy: str
@@ -114,7 +121,7 @@ class Results:
     wanted: frozenset[SceneId] = frozenset()
 
     def describe_unfinished(self) -> str:
-        """A warning if some scenes have not ended yet; "" if all have."""
+        """Return a warning if some scenes have not ended yet, and "" if all have."""
         num_missing = len(self.wanted - {outcome.scene for outcome in self.outcomes})
         if not num_missing:
             return ""
@@ -123,11 +130,11 @@ class Results:
 
     @property
     def families(self) -> list[str]:
-        """The families that were evaluated, in the order in which they were asked for."""
+        """The families that have outcomes, in the order of these."""
         return list(dict.fromkeys(outcome.family for outcome in self.outcomes))
 
     def mean_success(self) -> Estimate:
-        """The mean of the families' success rates, each with the same weight."""
+        """Estimate the mean of the families' success rates, each with the same weight."""
         counts = []
         for family in self.families:
             successes = [outcome.success for outcome in self.outcomes if outcome.family == family]
@@ -135,7 +142,7 @@ class Results:
         return estimate_mean_proportion(counts)
 
     def describe_precision(self) -> str:
-        """How wide the intervals are, and how many scenes make them ±5 points."""
+        """Say how wide the intervals are, and how many scenes make them ±5 points."""
         rates = [self.summarize(family).success for family in self.families]
         widest = max(rates, key=lambda rate: rate.half_width)
         mean_width = f"±{100 * self.mean_success().half_width:.1f} points for the mean"
@@ -147,6 +154,8 @@ class Results:
         if widest.half_width <= TARGET_HALF_WIDTH:
             return text
 
+        # The number of scenes depends on the true rate, and a rate of 0.5 needs most scenes. So the
+        # rate in the interval that is nearest to 0.5 is assumed.
         num_scenes = []
         for rate in rates:
             most_variable_rate = min(max(0.5, rate.low), rate.high)
@@ -155,7 +164,7 @@ class Results:
         return f"{text}. {target} need up to {max(num_scenes)} scenes per family"
 
     def summarize(self, family: str | None = None) -> Summary:
-        """The numbers of one family, or of all episodes together."""
+        """Summarize one family, or all episodes together if `family` is None."""
         outcomes = [outcome for outcome in self.outcomes if family in (None, outcome.family)]
         rates = {}
         for milestone in MILESTONES:
@@ -172,8 +181,9 @@ class Results:
         )
 
     def save(self, path: Path) -> None:
-        """Write the results as JSON, the summaries first; the file is written whole or not at
-        all.
+        """Write the results as JSON, summaries before outcomes.
+
+        An interrupted write leaves no incomplete file.
         """
         content = {
             "policy": self.policy,
@@ -187,7 +197,7 @@ class Results:
         write_text(path, json.dumps(content, indent=1))
 
     def to_table(self) -> Table:
-        """The summaries for a terminal."""
+        """Format the summaries for a terminal."""
         headers = [
             "family",
             "success [95 %]",
@@ -227,9 +237,17 @@ def build_terminal_table(
     caption: str = "",
     mean_last: bool = False,
 ) -> Table:
-    """A table for a terminal, numbers right-aligned; 80 characters fold none of our words.
+    """Build a table for a terminal.
 
-    mean_last  a rule separates the last row from the others.
+    In a terminal of 80 characters, no word of our tables is folded.
+
+    Args:
+        title: Line above the table.
+        headers: Header of each column.
+        rows: Cells of each row. The first cell is a name, the others are numbers and are
+            right-aligned.
+        caption: Text below the table.
+        mean_last: Whether a rule separates the last row, which is the mean, from the others.
     """
     table = Table(
         title="\n" + _escape(title),
@@ -241,28 +259,36 @@ def build_terminal_table(
     )
     has_short_names = all(len(row[0]) <= MAX_NO_WRAP_CHARS for row in rows)
     for index, header in enumerate(headers):
-        # The success rate is what the table is for: it is never folded.
-        no_wrap = header.startswith("success [") if index else has_short_names
-        justify: Any = "right" if index else "left"
+        is_name_column = index == 0
+        # The success rate is the main result, so it is never folded.
+        is_success_column = header.startswith("success [")
+        no_wrap = has_short_names if is_name_column else is_success_column
+        justify: Any = "left" if is_name_column else "right"
         table.add_column(_escape(header), justify=justify, no_wrap=no_wrap, overflow="fold")
     for index, row in enumerate(rows):
-        if mean_last and index == len(rows) - 1:
+        is_last_row = index == len(rows) - 1
+        if mean_last and is_last_row:
             table.add_section()
         table.add_row(*[_escape(cell) for cell in row])
     return table
 
 
 def _escape(text: str) -> str:
-    """Escape what Rich or a terminal would take for a command."""
+    """Escape characters that Rich or a terminal would interpret as a command."""
     return escape(escape_control_characters(text, keep_newlines=True))
 
 
 def merge_results(shards: Sequence[Results]) -> Results:
-    """Merge parts of one evaluation: families in the order of their first appearance, scenes by
-    seed.
+    """Merge parts of one evaluation.
 
-    Raises `SpearError` if policies or settings differ, or if a scene ended differently in two
-    parts.
+    Args:
+        shards: The results of at least one part.
+
+    Returns:
+        All outcomes, families in the order of their first appearance, and scenes sorted by seed.
+
+    Raises:
+        SpearError: Policies or settings differ, or a scene ended differently in two parts.
     """
     first = shards[0]
     outcomes: dict[SceneId, Outcome] = {}
@@ -273,7 +299,8 @@ def merge_results(shards: Sequence[Results]) -> Results:
                 f"results of {shard.policy}: {difference}: only parts of one evaluation merge"
             )
         for outcome in shard.outcomes:
-            if outcomes.setdefault(outcome.scene, outcome) != outcome:
+            known_outcome = outcomes.setdefault(outcome.scene, outcome)
+            if known_outcome != outcome:
                 raise SpearError(
                     f"results of {shard.policy}: {outcome.family} scene {outcome.seed} ended "
                     "differently in two parts: rounding, or another policy: "
@@ -292,14 +319,17 @@ def merge_results(shards: Sequence[Results]) -> Results:
 
 
 def _to_header(results: Results) -> dict[str, Any]:
-    """What all parts of one evaluation have in common."""
+    """Return the policy and the settings, which all parts of one evaluation have in common."""
     return {"policy": results.policy, **results.settings}
 
 
 def parse_shard(text: str) -> tuple[int, int]:
-    """Parse "2/5", the second of five parts of an evaluation, as (2, 5).
+    """Parse a part of an evaluation: "2/5", the second of five parts, as (2, 5).
 
-    Part k of n has every n-th scene from the k-th on. Raises `SpearError` unless 1 <= k <= n.
+    Part k of n consists of every n-th scene from the k-th on.
+
+    Raises:
+        SpearError: The text has another form, or not 1 ≤ k ≤ n.
     """
     index_text, _, count_text = text.partition("/")
     if index_text.isdecimal() and count_text.isdecimal():
@@ -311,9 +341,9 @@ def parse_shard(text: str) -> tuple[int, int]:
 
 
 class Journal:
-    """The journal that this process writes.
+    """The journal of one shard, to which this process appends.
 
-    outcomes  those in any journal of the folder, by scene.
+    outcomes  the outcomes in all journals of the folder, by scene.
     """
 
     def __init__(
@@ -324,9 +354,17 @@ class Journal:
         shard: tuple[int, int],
         scenes: ScenesByFamily,
     ) -> None:
-        """Open a journal for running these scenes, or continue it.
+        """Open a new journal, or continue an existing one.
 
-        Raises `SpearError` if the folder has results of another policy or of other settings.
+        Args:
+            folder: The folder of results.
+            policy: The name of the policy.
+            settings: The settings of the evaluation.
+            shard: (k, n) for part k of n.
+            scenes: The scenes of this part.
+
+        Raises:
+            SpearError: The folder has results of another policy or of other settings.
         """
         folder.mkdir(parents=True, exist_ok=True)
         self.outcomes: dict[SceneId, Outcome] = {}
@@ -336,7 +374,10 @@ class Journal:
                 f"{folder}: holds results.json without journals: give another --out, or move it"
             )
 
-        missing = {(family, seed) for family, seeds in scenes.items() for seed in seeds}
+        # The scenes that no journal announces yet.
+        missing: set[SceneId] = set()
+        for family, seeds in scenes.items():
+            missing |= {(family, seed) for seed in seeds}
         for path in journals:
             earlier = read_journal(path)
             difference = describe_difference(_to_header(earlier), {"policy": policy, **settings})
@@ -351,7 +392,8 @@ class Journal:
         if self._path.is_file():
             _cut_off_incomplete_line(self._path)
 
-        # Nothing is written before the first episode has ended.
+        # These lines are written with the first outcome, so that a folder without any outcome stays
+        # as it is.
         self._header_lines: list[Any] = [
             {"policy": policy, "settings": to_plain_json(settings)},
         ]
@@ -360,13 +402,18 @@ class Journal:
             self._header_lines.append({"scenes": all_scenes})
 
     def add(self, outcome: Outcome, seconds: float, wall: float) -> None:
-        """Append an episode, which is on disk when this returns.
+        """Append the outcome of an episode. The outcome is on disk when this method returns.
 
-        seconds  how long it ran. wall: the time since the one before it ended.
+        Args:
+            outcome: The outcome.
+            seconds: How long the episode ran.
+            wall: Wall time since the end of the previous episode. Several episodes run at once, so
+                only these times add up to the time of the evaluation.
         """
         with report_write_errors(self._path), self._path.open("a", encoding="utf-8") as file:
             lines = list(self._header_lines)
-            if lines and file.tell():  # the journal is continued: its first line is there
+            is_continued = file.tell() > 0  # an existing journal has its first line already
+            if lines and is_continued:
                 del lines[0]
             lines.append({**asdict(outcome), "seconds": seconds, "wall": wall})
             file.writelines(json.dumps(line) + "\n" for line in lines)
@@ -377,18 +424,24 @@ class Journal:
 
 
 def _cut_off_incomplete_line(path: Path) -> None:
-    complete_lines = path.read_bytes().rpartition(b"\n")[0]
-    os.truncate(path, len(complete_lines) + 1 if complete_lines else 0)
+    """Remove the last line of a file if it does not end with a newline."""
+    complete_lines = path.read_bytes().rpartition(b"\n")[0]  # without the last newline
+    num_bytes = len(complete_lines) + 1 if complete_lines else 0
+    os.truncate(path, num_bytes)
 
 
 def find_journals(folder: Path) -> list[Path]:
-    """The journals of a folder that have at least their first line."""
+    """List the journals of a folder that have at least one complete line."""
     paths = folder.glob("episodes-*-of-*.jsonl")
     return sorted(path for path in paths if b"\n" in path.read_bytes())
 
 
 def read_journal(path: Path) -> Results:
-    """The episodes of one journal so far. Raises `SpearError` for a file that is not a journal."""
+    """Read the results of one journal so far.
+
+    Raises:
+        SpearError: The file is not a journal.
+    """
     try:
         complete_lines = path.read_text("utf-8").rpartition("\n")[0]
         header, *records = [parse_json(line) for line in complete_lines.split("\n")]
@@ -401,7 +454,8 @@ def read_journal(path: Path) -> Results:
                     scheduled.update((family, seed) for seed in seeds)
                 continue
             seconds = record.pop("seconds")
-            total_seconds += record.pop("wall", seconds)  # old journals: seconds is what wall is
+            # In older journals, "seconds" means what "wall" means now.
+            total_seconds += record.pop("wall", seconds)
             episodes.append(record)
         return Results(
             header["policy"], header["settings"], episodes, total_seconds, frozenset(scheduled)
@@ -411,10 +465,12 @@ def read_journal(path: Path) -> Results:
 
 
 def load_results(path: Path) -> Results:
-    """The results in a folder (its journals merged, or else its results.json), or in a results
-    file.
+    """Load the results of a folder, or of a file `results.json`.
 
-    Raises `SpearError` if there are none, or if they do not belong together.
+    In a folder, the journals are merged. If it has no journals, its `results.json` is read.
+
+    Raises:
+        SpearError: There are no results, or the journals are not parts of one evaluation.
     """
     journals = find_journals(path) if path.is_dir() else []
     if journals:

@@ -1,5 +1,7 @@
-"""What evaluations in every simulator share: outcomes on disk as they come, resumption, and
-films.
+"""What evaluations in all simulators share: writing outcomes, resuming, and making films.
+
+A simulator runs one episode per seed. An episode's *track* is what its film is made of: joint
+positions or images of each step, depending on the simulator.
 """
 
 import contextlib
@@ -24,7 +26,11 @@ Track = TypeVar("Track")
 
 @dataclass(frozen=True)
 class Film:
-    """The film of one episode. data: the bytes of an MP4 file."""
+    """The film of one episode.
+
+    outcome  the episode's outcome.
+    data     the bytes of an MP4 file.
+    """
 
     outcome: Outcome
     data: bytes
@@ -33,9 +39,9 @@ class Film:
 class Simulator(Protocol[Track]):
     """Scenes of task families, each fixed by its seed, in which an agent acts.
 
-    films_are_free  whether an episode's track costs next to nothing. Otherwise tracks are only
-                    recorded where every episode may need one; the few others are run again for
-                    their film.
+    films_are_free  whether recording an episode's track costs hardly any time. Otherwise, if only a
+                    few episodes are filmed, they are run again with their tracks after it is known
+                    which ones they are.
     """
 
     films_are_free: bool
@@ -45,12 +51,19 @@ class Simulator(Protocol[Track]):
     ) -> Iterator[tuple[Outcome, float, Track]]:
         """Run one episode per seed, in any order.
 
-        Yields, as each episode ends, its outcome, the seconds that it ran (alongside others), and
-        its track: what its film is made of. The track may be empty unless `filming`.
+        Args:
+            agent: Who acts.
+            family: The task family.
+            seeds: The seeds of the scenes.
+            filming: Whether tracks are needed. Otherwise they may be empty.
+
+        Yields:
+            Of each episode, when it ends: its outcome, the seconds that it ran (at the same time as
+            others), and its track.
         """
 
     def film(self, outcome: Outcome, track: Track) -> Iterable[Array]:
-        """The frames of an episode's film, one per step."""
+        """Render the frames [h, w, 3] uint8 of an episode's film from its track, one per step."""
 
 
 def run_evaluation(
@@ -60,38 +73,39 @@ def run_evaluation(
     settings: dict[str, Any],
     options: EpisodeOptions,
 ) -> tuple[Results, list[Film]]:
-    """Run an evaluation, or what is missing of it.
+    """Run an evaluation, or the missing part of one that was interrupted.
 
     Args:
-        simulator: Where the scenes are.
+        simulator: The simulator of the scenes.
         agent: Who acts.
-        scenes: Those whose outcomes `options.out` has are only filmed, where a film is wanted and
-            missing.
-        settings: Whatever else an outcome depends on: only results with the same settings are
-            merged.
+        scenes: The scenes of the whole evaluation. A scene whose outcome is already in
+            `options.out` is not evaluated again; it may be run again for a film that is missing.
+        settings: Everything else on which an outcome depends. Only results with the same settings
+            are merged.
         options: Which part of the scenes to run, what to film, and where to write.
 
     Returns:
-        The results of this part of the scenes, and the films made now.
+        The results of this part of the scenes, and the films that this call made.
 
     Raises:
-        SpearError: The folder has other results; the part is empty, or runs elsewhere.
+        SpearError: The folder has other results; this part has no scenes; or another process is
+            running it.
     """
     # Choose this process's part of the scenes.
     shard = parse_shard(options.shard)
     shard_scenes = select_shard(scenes, shard)
     if options.videos:
-        video.import_encoder()  # a missing one is reported before any episode runs
+        video.import_encoder()  # raises now, before any episode runs, if there is no encoder
 
     with contextlib.ExitStack() as stack:
-        # Open the journal, which knows what earlier runs have finished.
+        # Open the journal, which has the outcomes of earlier runs.
         journal = None
         if options.out:
             journal = stack.enter_context(
                 open_journal(options, agent.name, settings, shard, shard_scenes)
             )
 
-        # Run what is missing, one family after another.
+        # Run the missing scenes, one family after another.
         started = time.perf_counter()
         evaluation = _Evaluation(simulator, agent, options, journal)
         outcomes: list[Outcome] = []
@@ -103,7 +117,15 @@ def run_evaluation(
 
 
 def select_shard(scenes: ScenesByFamily, shard: tuple[int, int]) -> dict[str, Sequence[int]]:
-    """The scenes of part k of n. Raises `SpearError` if there are none."""
+    """Select the scenes of one part: every n-th scene from the k-th on.
+
+    Args:
+        scenes: The scenes of the whole evaluation.
+        shard: (k, n) for part k of n.
+
+    Raises:
+        SpearError: The part has no scenes.
+    """
     index, count = shard
     max_scenes = max(map(len, scenes.values()), default=0)
     if max_scenes < index:
@@ -122,7 +144,7 @@ def open_journal(
     shard: tuple[int, int],
     shard_scenes: ScenesByFamily,
 ) -> Iterator[Journal]:
-    """The journal of a shard in `options.out`, which no other process writes meanwhile."""
+    """Open the journal of a part in `options.out`, locked so that no other process writes to it."""
     assert options.out is not None
     index, count = shard
     check_holds_no_input(options.out, "evaluate")
@@ -133,32 +155,45 @@ def open_journal(
 
 @dataclass
 class _Evaluation(Generic[Track]):
-    """An evaluation that is running, with the films made so far."""
+    """A running evaluation, with the films that it has made so far."""
 
     simulator: Simulator[Track]
     agent: Agent
     options: EpisodeOptions
     journal: Journal | None
-    _films: dict[str, Film] = field(default_factory=dict)
+    _films: dict[str, Film] = field(default_factory=dict)  # by the name of the film's file
 
     @property
     def films(self) -> list[Film]:
+        """The films that have been made so far."""
         return list(self._films.values())
 
     @property
     def records_tracks(self) -> bool:
-        """Whether all episodes are run with their tracks."""
+        """Whether tracks are recorded of all episodes.
+
+        They are if all failures or all episodes are filmed ("failures", "all"), or if recording
+        them costs hardly any time.
+        """
         films = self.options.videos
-        return isinstance(films, str) or (films > 0 and self.simulator.films_are_free)
+        if isinstance(films, str):
+            return True
+        return films > 0 and self.simulator.films_are_free
 
     @property
     def films_at_once(self) -> bool:
-        """Whether each film is made as its episode ends: in SIMPLER a track is every picture."""
+        """Whether each film is made when its episode ends, so that its track can be deleted.
+
+        Tracks of many episodes would need much memory, because in SIMPLER a track has the image of
+        each step.
+        """
         return isinstance(self.options.videos, str)
 
     def run_family(self, family: str, seeds: Sequence[int]) -> list[Outcome]:
-        """Run the episodes of a family that are missing; the outcomes of all, in the order of their
-        seeds.
+        """Run the missing episodes of a family.
+
+        Returns:
+            The outcomes of all its episodes, in the order of `seeds`.
         """
         outcomes: dict[int, Outcome] = {}
         if self.journal is not None:
@@ -178,7 +213,11 @@ class _Evaluation(Generic[Track]):
     def _run_episodes(
         self, family: str, seeds: Sequence[int], outcomes: dict[int, Outcome], bar: ProgressBar
     ) -> dict[int, Track]:
-        """Run episodes and add their outcomes; returns the tracks of which no film was made yet."""
+        """Run episodes, and add their outcomes to `outcomes` and to the journal.
+
+        Returns:
+            Seed → track, for the episodes of which no film was made yet.
+        """
         tracks: dict[int, Track] = {}
         last_end = time.perf_counter()
         episodes = self.simulator.run(self.agent, family, seeds, self.records_tracks)
@@ -199,7 +238,7 @@ class _Evaluation(Generic[Track]):
     def _film_again(
         self, family: str, seeds: Sequence[int], outcomes: Mapping[int, Outcome], bar: ProgressBar
     ) -> None:
-        """Run episodes that have ended a second time, for their films."""
+        """Run episodes a second time, with their tracks, and make their films."""
         for outcome, _, track in self.simulator.run(self.agent, family, seeds, True):
             if outcome == outcomes[outcome.seed]:
                 self._make_films([outcome], {outcome.seed: track})
@@ -209,8 +248,14 @@ class _Evaluation(Generic[Track]):
                 )
 
     def _make_films(self, ended: Sequence[Outcome], tracks: Mapping[int, Track]) -> list[int]:
-        """Make the films that are wanted of these episodes and missing; returns the seeds without a
-        track.
+        """Make the missing films of those episodes that the options select.
+
+        Args:
+            ended: Outcomes of episodes.
+            tracks: Seed → track, for some of the episodes.
+
+        Returns:
+            The seeds of selected episodes that have no track.
         """
         without_track = []
         for outcome in self._select_filmed(ended):
@@ -229,10 +274,12 @@ class _Evaluation(Generic[Track]):
         return without_track
 
     def _select_filmed(self, ended: Sequence[Outcome]) -> list[Outcome]:
-        """The episodes of which a film is wanted."""
+        """Select the episodes that the options want to be filmed."""
         films = self.options.videos
         successes = [outcome for outcome in ended if outcome.success]
         failures = [outcome for outcome in ended if not outcome.success]
         if isinstance(films, int):
             return successes[:films] + failures[:films]
-        return list(ended) if films == "all" else failures
+        if films == "all":
+            return list(ended)
+        return failures

@@ -1,4 +1,8 @@
-"""The suite of shifts: how much of a policy's success is left along every axis, at every level."""
+"""The suite of shifts: a policy's success when scenes are shifted along every axis, at every level.
+
+A shift (`spear.sim.shifts`) changes one aspect of the scenes, its axis (for example the light), by
+one of three levels.
+"""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -13,14 +17,15 @@ from spear.evaluate.results import build_terminal_table
 from spear.evaluate.stats import Estimate
 from spear.sim.shifts import AXES, LEVELS, Shift
 
-UNSHIFTED = "none"
+UNSHIFTED = "none"  # name of the result without a shift
 
 
 @dataclass(frozen=True)
 class ShiftResult:
     """Success under one shift, in scenes that are the same for all shifts.
 
-    shift  None for the scenes as they are.
+    shift    the shift; None for the scenes without a shift.
+    success  mean success over the task families.
     """
 
     shift: Shift | None
@@ -36,11 +41,11 @@ def evaluate_shifts(agent: Agent, options: TabletopOptions) -> Iterator[ShiftRes
 
     Args:
         agent: Who acts.
-        options: As for `evaluate_tabletop`. Each shift has a folder of its own in `out`, so that a
-            suite that was stopped continues.
+        options: The options of `evaluate_tabletop`. Each shift has its own folder in `out`, so that
+            an interrupted suite resumes.
 
     Yields:
-        The results as they come.
+        The result of each shift as soon as it is known.
     """
     for shift in list_shifts():
         name = UNSHIFTED if shift is None else f"{shift.axis}-{shift.level}"
@@ -53,7 +58,7 @@ def evaluate_shifts(agent: Agent, options: TabletopOptions) -> Iterator[ShiftRes
 
 
 def list_shifts() -> list[Shift | None]:
-    """All shifts of the suite, the first one being none."""
+    """List all shifts of the suite. The first entry is None: no shift."""
     shifts: list[Shift | None] = [None]
     for axis in AXES:
         shifts += [Shift(axis, level) for level in LEVELS]
@@ -61,10 +66,16 @@ def list_shifts() -> list[Shift | None]:
 
 
 def build_shift_table(results: list[ShiftResult], policy: str) -> Table:
-    """One row per axis, one column per level."""
-    by_name = {result.name: result.success.to_text(".0f", 100, " %") for result in results}
+    """Build a table with one row per axis and one column per level.
+
+    The success without a shift is in the first row.
+    """
+    by_name = {}
+    for result in results:
+        by_name[result.name] = result.success.to_text(".0f", scale=100, unit=" %")
     rows = [["none", by_name[UNSHIFTED], "", ""]]
     for axis in AXES:
-        rows.append([axis, *(by_name.get(f"{axis}:{level}", "") for level in LEVELS)])
+        success_by_level = [by_name.get(f"{axis}:{level}", "") for level in LEVELS]
+        rows.append([axis, *success_by_level])
     headers = ["shift", *(f"level {level}" for level in LEVELS)]
     return build_terminal_table(f"{policy}: success by shift", headers, rows)
