@@ -1,4 +1,8 @@
-"""Batched greedy decoding of answers, token by token, with a KV cache and an optional grammar."""
+"""Batched greedy decoding of answers, token by token, with a KV cache and an optional grammar.
+
+The grammar says which tokens an answer may have at each step. A step *has a choice* if the grammar
+allows more than one token there.
+"""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,9 +23,11 @@ from spear.models.fast.stack import (
 )
 
 TokenRange = tuple[int, int]
-"""Token ids from the first to the last, which is not included."""
+"""(first, end): the token ids from `first` to `end` - 1."""
 
-STEPS_BETWEEN_END_CHECKS = 8  # on a GPU, where looking whether all answers ended means waiting
+STEPS_BETWEEN_END_CHECKS = 8
+"""On a GPU, free text checks in every eighth step whether all answers have ended, because the check
+waits for the GPU."""
 
 
 @dataclass(frozen=True)
@@ -30,8 +36,8 @@ class FreeTextGrammar:
 
     The first and the last token of an answer are words.
 
-    num_numbers   How many 3D tokens an answer has.
-    word_ranges   Ids of words; the end token is none.
+    num_numbers   Number of 3D tokens in an answer.
+    word_ranges   Ids of words, to which the end token does not belong.
     number_range  Ids of the 3D tokens.
     """
 
@@ -41,26 +47,27 @@ class FreeTextGrammar:
 
     @property
     def min_tokens(self) -> int:
-        """A word, the numbers, a word and the end token."""
+        """The length of the shortest answer: a word, the numbers, a word and the end token."""
         return self.num_numbers + 3
 
 
 Grammar = Sequence[TokenRange] | FreeTextGrammar
-"""What an answer must look like.
+"""The form that an answer must have.
 
-A sequence of ranges says, for each token in order, which ids it may be; after the last range the
-answer ends.
+In a sequence of ranges, range i has the ids that token i of the answer may have. After the last
+range the answer ends.
 """
 
 
 @dataclass(frozen=True)
 class LogitRecorder:
-    """Collects the logits of some ids at every step, before a grammar forbids any.
+    """Collects the logits of some ids at every step, without the grammar's restrictions.
 
-    There are none after the last step that has a choice, because nothing is computed there.
+    The last logits are those of the last step that has a choice, because later steps compute
+    nothing.
 
     ids     The ids whose logits are collected.
-    logits  [N, number of ids] float32 per step.
+    logits  [N, number of ids] float32 per step, for N answers.
     """
 
     ids: TokenRange
@@ -79,28 +86,30 @@ def decode_greedily(
 ) -> Tensor:
     """Decode answers: the likeliest token at each step, until the end token or `max_new_tokens`.
 
-    Only the logits that the grammar allows are computed, and nothing after the last step that has a
-    choice. On a GPU, decoding with a sequence of ranges is one CUDA graph, images included.
+    For a grammar that is a sequence of ranges, only the logits of allowed ids are computed, and
+    nothing after the last step that has a choice. On a GPU the whole decoding, including that of
+    the images, is then one CUDA graph.
 
     Args:
         vlm: A `SpearVLMForConditionalGeneration`.
         pixel_values: View -> [N, 3, h, w] uint8.
         input_ids: [N, L] prompts, padded on either side.
-        attention_mask: [N, L], 0 on padding; None where there is no padding.
-        max_new_tokens: The longest answer, its end token included.
-        grammar: What all answers must look like; None for free text.
-        recorder: Also collects logits.
+        attention_mask: [N, L], 0 on padding. None if there is no padding.
+        max_new_tokens: Number of tokens of the longest answer, including its end token.
+        grammar: The form of all answers. None allows any text.
+        recorder: If given, it collects logits.
 
     Returns:
-        [N, T] token ids: the answer, its end token, then padding.
+        [N, T] token ids. Each row has an answer, its end token, then padding.
 
     Raises:
-        SpearError: If the grammar needs more than `max_new_tokens`.
+        SpearError: The shortest answer of the grammar is longer than `max_new_tokens`.
     """
     config = vlm.config.text_config
     device = input_ids.device
 
-    # The ids that each step may choose from.
+    # The ids that each step may choose from. For free text these are all ids, and `free_text`
+    # restricts the choice further.
     free_text: _FreeTextState | None = None
     if grammar is None or isinstance(grammar, FreeTextGrammar):
         free_text = _FreeTextState(grammar, input_ids, max_new_tokens, config)
@@ -116,7 +125,7 @@ def decode_greedily(
             f" {max_new_tokens}. Raise max_new_tokens to {min_tokens} or more."
         )
 
-    # The layers as inference runs them.
+    # The language model's layers in the form that is fastest for inference.
     packed = not torch.is_autocast_enabled(device.type)  # autocast cannot cast packed weights
     small_layers = get_small_stack(vlm.language_model) if packed else None
     layers = small_layers or get_layer_stack(vlm.language_model, packed, can_compile(device))
@@ -148,17 +157,23 @@ def _decode(
     free_text: "_FreeTextState | None" = None,
     recorder: LogitRecorder | None = None,
 ) -> Tensor:
-    """Answers [N, T], for inputs as `decode_greedily` makes them.
+    """Decode answers [N, T].
 
-    ranges: The ids allowed for the token at each step.
-    free_text: None where the ranges say all.
+    Args:
+        vlm: A `SpearVLMForConditionalGeneration`.
+        layers: The layers of its language model.
+        inputs: The named tensors that `decode_greedily` makes.
+        ranges: The ids that are allowed at each step.
+        free_text: Restricts the choice further. None if the ranges are the whole grammar.
+        recorder: If given, it collects logits.
     """
     num_steps = len(ranges)
     pixels, present = split_image_inputs(inputs)
     features, _ = vlm.encode_images(pixels, present)
     text = vlm.embed_text(inputs["input_ids"])
 
-    # A prompt has many rows, so a small stack of another precision gains nothing there.
+    # A small stack has float32 weights. It is made for single tokens. If the network has another
+    # precision, prompts with their many tokens run through the network's own layers.
     prompt_layers = layers
     is_prompt_separate = isinstance(layers, SmallLayerStack) and text.dtype != layers.dtype
     if is_prompt_separate:
@@ -170,32 +185,35 @@ def _decode(
     hidden = prefix.hidden
     assert hidden is not None
 
-    # All that the steps share.
+    # Values that all steps share. The answer's tokens have the places after the prefix in the
+    # cache.
     start = prefix.valid.shape[1]
     dtype = cache.buffer.dtype
     bias = prefix.make_bias(num_steps, layers.num_kv_heads, dtype)
     positions = prefix.next_positions[:, None] + torch.arange(num_steps, device=hidden.device)
-    rotations = layers.compute_rotations(positions, dtype)
-    steps_with_choice = [step for step, (first, last) in enumerate(ranges) if last - first > 1]
+    rotations = layers.compute_rotations(positions, dtype)  # rotary embeddings of the answer
+    steps_with_choice = [step for step, (first, end) in enumerate(ranges) if end - first > 1]
     last_choice = steps_with_choice[-1] if steps_with_choice else -1
 
     tokens: list[Tensor] = []
-    for step, (first, last) in enumerate(ranges):
+    for step, (first, end) in enumerate(ranges):
         if recorder is not None and step <= last_choice:
             recorder.logits.append(vlm.compute_logits(hidden, *recorder.ids).float())
 
-        if last - first == 1:
+        if end - first == 1:
             token = torch.full_like(prefix.next_positions, first)
         else:
-            logits = vlm.compute_logits(hidden, first, last).float()
+            logits = vlm.compute_logits(hidden, first, end).float()
             choice = logits.argmax(-1) if free_text is None else free_text.choose(logits)
             token = first + choice
         tokens.append(token)
 
         if step >= last_choice:
-            continue  # the grammar determines the remaining tokens
+            continue  # the grammar determines the remaining tokens, so nothing is computed
         if free_text is not None and free_text.has_ended():
             break
+
+        # Run the chosen token through the layers, to predict the next one.
         embedded = vlm.embed_text(token[:, None]).to(dtype)
         step_rotations = tuple(rotation[:, step : step + 1] for rotation in rotations)
         window = cache.make_window(start + step, [(1, start + step + 1)])
@@ -206,7 +224,16 @@ def _decode(
 
 
 class _FreeTextState:
-    """How far each of N answers in free text has come; all of it is on the device."""
+    """Chooses the next token of each of N answers in free text, and tracks the tokens so far.
+
+    The tensors are on the device of the prompts, so that a step does not wait for a GPU.
+
+    is_done        [N] bool, True if the answer has its end token.
+    is_word        [vocabulary] bool, True for words. It and the following are for a grammar only.
+    is_number      [vocabulary] bool, True for 3D tokens.
+    num_owed       [N], the number of 3D tokens that the answer still must have.
+    is_after_word  [N] bool, True if the answer's last token is a word.
+    """
 
     def __init__(
         self, grammar: FreeTextGrammar | None, prompts: Tensor, max_tokens: int, config: Any
@@ -219,18 +246,18 @@ class _FreeTextState:
         self.is_done = torch.zeros(len(prompts), dtype=torch.bool, device=prompts.device)
         if grammar is not None:
             self.is_word = self.is_done.new_zeros(config.vocab_size)
-            for first, last in grammar.word_ranges:
-                self.is_word[first:last] = True
+            for first, end in grammar.word_ranges:
+                self.is_word[first:end] = True
             self.is_number = self.is_done.new_zeros(config.vocab_size)
-            first, last = grammar.number_range
-            self.is_number[first:last] = True
+            first, end = grammar.number_range
+            self.is_number[first:end] = True
             self.num_owed = torch.full_like(self.is_done, grammar.num_numbers, dtype=torch.long)
             self.is_after_word = torch.zeros_like(self.is_done)
 
     def choose(self, logits: Tensor) -> Tensor:
-        """The likeliest tokens [N] that may come next; padding after the end.
+        """Choose the likeliest allowed tokens [N] from logits [N, vocabulary].
 
-        logits: [N, vocabulary].
+        An answer that has ended gets padding.
         """
         if self.grammar is not None:
             logits = logits.masked_fill(self._forbidden(), float("-inf"))
@@ -244,31 +271,31 @@ class _FreeTextState:
         return token
 
     def _forbidden(self) -> Tensor:
-        """[N, vocabulary] bool, the ids that may not come next."""
-        num_left = self.max_tokens - self.step
-        may_end = (self.num_owed == 0) & self.is_after_word
-        may_be_number = (self.num_owed > 0) & (self.step > 0)
-        must_end = may_end & (num_left == 1)
-        # The numbers, a word and the end token must still find room.
-        must_be_number = may_be_number & (num_left <= self.num_owed + 2)
-        may_be_word = ~(must_end | must_be_number)
+        """The ids that the grammar forbids as the next token, [N, vocabulary] bool."""
+        num_left = self.max_tokens - self.step  # tokens that fit, including this one
+        can_end = (self.num_owed == 0) & self.is_after_word  # [N], like all conditions here
+        can_be_number = (self.num_owed > 0) & (self.step > 0)
+        must_end = can_end & (num_left == 1)
+        # The tokens that are left must suffice for the numbers, a word and the end token.
+        must_be_number = can_be_number & (num_left <= self.num_owed + 2)
+        can_be_word = ~(must_end | must_be_number)
 
-        words = self.is_word & may_be_word[:, None]
-        numbers = self.is_number & may_be_number[:, None]
-        allowed = words | numbers
-        allowed[:, self.end_token] |= may_end
+        allowed_words = self.is_word & can_be_word[:, None]  # [N, vocabulary]
+        allowed_numbers = self.is_number & can_be_number[:, None]
+        allowed = allowed_words | allowed_numbers
+        allowed[:, self.end_token] |= can_end
         return ~allowed
 
     def has_ended(self) -> bool:
-        """Whether all answers have ended; on a GPU only every eighth step looks."""
+        """Whether all answers have ended. On a GPU only every eighth step checks this."""
         is_on_cpu = self.is_done.device.type == "cpu"
         if not is_on_cpu and self.step % STEPS_BETWEEN_END_CHECKS:
             return False
         return bool(self.is_done.all())
 
     def cut(self, answer: Tensor) -> Tensor:
-        """[N, T] without columns after the end of the longest answer."""
+        """Remove the columns of answers [N, T] after the end of the longest answer."""
         is_end = answer == self.end_token
-        end = is_end.long().argmax(1) + 1
-        lengths = torch.where(is_end.any(1), end, answer.shape[1])
+        length_to_end = is_end.long().argmax(1) + 1  # `argmax` returns the first end token
+        lengths = torch.where(is_end.any(1), length_to_end, answer.shape[1])
         return answer[:, : int(lengths.max())]

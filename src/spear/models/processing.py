@@ -1,4 +1,4 @@
-"""Between people and tensors: images, text and answers."""
+"""Conversion of images and text to the inputs of a model, and of its output to answers."""
 
 import itertools
 import json
@@ -27,45 +27,53 @@ from spear.util.images import compute_placement, fit_image
 
 NUM_LOCATIONS = 1024
 LOCATION_FORMAT = "<loc{:04d}>"
-"""PaliGemma's 2D location tokens divide the image's height or width into 1,024 steps. A pixel is
-two of them, first y, then x."""
+"""The text of one of PaliGemma's 1,024 location tokens. Each stands for a step of the image's
+height or width. A pixel is two of them, first y, then x."""
 
 _LOCATION_TOKEN = r"<loc(0\d{3}|10[01]\d|102[0-3])>"
 _PIXEL_TOKENS = re.compile(_LOCATION_TOKEN * 2)
 _TEXT_PIECES = re.compile(rf"(?:[^<[]+|{_PIXEL_TOKENS.pattern}|[<[](?!\S))+|[<[]")
-"""Pieces of a text that are tokenized one by one. A character that opens the name of a token is a
-piece of its own, so that nobody can type a token; only the two tokens of a pixel stay whole."""
+"""Pieces of a text that are tokenized one by one.
+
+A "<" or "[" before another character is a piece of its own, so that a user cannot type the name of
+a token such as "<eos>". Only the two location tokens of a pixel are recognized as tokens."""
 
 Size = tuple[int, int]
 """(width, height) in pixels."""
 
-# Bounds on memory, since clients of a server choose images and texts.
+# These limit the memory of a processor, because the clients of a server choose images and texts.
 MAX_NOTIFIED_SIZES = 32  # image sizes about which a processor gives a notice
 MAX_CACHED_TEXTS = 2**14  # texts whose tokens a processor keeps
 
-# Below these, `describe_fit` says nothing.
-MIN_BAR_FRACTION = 0.01
-MIN_ENLARGEMENT = 1.25
+# `describe_fit` does not mention smaller bars and enlargements.
+MIN_BAR_FRACTION = 0.01  # of the fitted image's width or height
+MIN_ENLARGEMENT = 1.25  # pixels of the fitted image per pixel of the source
 
 
 def visible_window(source: Size, target: Size) -> tuple[float, float, float, float]:
-    """The window of the source image that an image of the target size shows, padding included.
+    """The rectangle, in the source image, that the fitted image of the target size shows.
+
+    Where the fitted image has padding, the rectangle extends beyond the source image.
 
     Returns:
-        (left, top, width, height) in pixels of the source. They are no whole numbers, because
+        (left, top, width, height) in pixels of the source. They may be fractions, because
         `fit_image` puts the image at whole pixels of the target.
     """
+    # The place of the source image in the target, in pixels of the target.
     _, left, top, width, height = compute_placement(source, target)
-    x_scale = source[0] / width
-    y_scale = source[1] / height
-    return -left * x_scale, -top * y_scale, target[0] * x_scale, target[1] * y_scale
+    source_width, source_height = source
+    target_width, target_height = target
+    x_scale = source_width / width  # pixels of the source per pixel of the target
+    y_scale = source_height / height
+    return -left * x_scale, -top * y_scale, target_width * x_scale, target_height * y_scale
 
 
 def map_pixel(pixel: Pixel, source: Size, target: Size, inverse: bool = False) -> Pixel:
-    """Map a pixel of an image to the same place in the image fitted into the target size.
+    """Map a pixel of a source image to the same place in the image fitted into the target size.
 
-    With `inverse` it maps from the fitted image to the source. Places in the padding, which the
-    source does not have, map to its edge.
+    With `inverse` the function maps from the fitted image to the source. A place in the padding is
+    then mapped to the edge of the source. The coordinates of a pixel are fractions of an image's
+    width and height.
     """
     left, top, window_width, window_height = visible_window(source, target)
     has_same_aspect = max(abs(left), abs(top)) < 1e-6
@@ -78,21 +86,22 @@ def map_pixel(pixel: Pixel, source: Size, target: Size, inverse: bool = False) -
     else:
         x = (pixel.x * width - left) / window_width
         y = (pixel.y * height - top) / window_height
+    # Limit the fractions to 0 ≤ x < 1 and 0 ≤ y < 1.
     below_one = 1 - 1e-6
     return Pixel(min(max(x, 0.0), below_one), min(max(y, 0.0), below_one))
 
 
 def describe_fit(source: Size, target: Size) -> str | None:
-    """Describe what an image loses when it is fitted into the target size; None if next to nothing.
+    """Describe what an image loses when it is fitted into the target size; None if almost nothing.
 
-    It loses by black bars, if the aspects differ, and by enlargement, because the model sees less
-    in it than in an image recorded at the target size.
+    If the aspects differ, black bars take some of the target. If the image is enlarged, the model
+    sees less detail than in an image recorded at the target size.
     """
     width, height = source
     target_width, target_height = target
     _, _, window_width, window_height = visible_window(source, target)
-    side_bars = 1 - width / window_width
-    top_bars = 1 - height / window_height
+    side_bars = 1 - width / window_width  # fraction of the target's width
+    top_bars = 1 - height / window_height  # fraction of the target's height
     enlargement = target_width / window_width
 
     losses = []
@@ -114,8 +123,8 @@ Count = Annotated[int, Field(strict=True, gt=0, le=4096)]
 class _SavedProcessor:
     """The content of processor.json.
 
-    image_sizes    (view, width, height) of each view.
-    prompt_tokens  As in `Processor`.
+    image_sizes    (view, width, height) of each view, in pixels.
+    prompt_tokens  The longest prompt accepted, in tokens.
     """
 
     image_sizes: list[tuple[str, Count, Count]]
@@ -126,8 +135,8 @@ class _SavedProcessor:
 class Processor:
     """Turns images and text into the inputs of SPEAR-VLM and SPEAR-1, and answers back into text.
 
-    tokenizer       A Hugging Face tokenizer that has location tokens and 3D tokens.
-    coordinates     What the 3D tokens mean.
+    tokenizer       A Hugging Face tokenizer that has location tokens. The processor adds 3D tokens.
+    coordinates     The bins and the unit of the 3D tokens.
     image_sizes     View -> (width, height) in pixels.
     prompt_tokens   The longest prompt accepted, in tokens.
     coordinate_ids  The ids of the 3D tokens.
@@ -142,11 +151,11 @@ class Processor:
     location_start: int = field(init=False)
 
     def __post_init__(self) -> None:
-        first = extend_tokenizer(self.tokenizer, self.coordinates.num_bins)
-        self.coordinate_ids = range(first, first + self.coordinates.num_bins)
+        first_id = extend_tokenizer(self.tokenizer, self.coordinates.num_bins)
+        self.coordinate_ids = range(first_id, first_id + self.coordinates.num_bins)
         self.location_start = validate_tokenizer(self.tokenizer)
-        self._token_cache: dict[str, list[int]] = {}
-        self._notified: set[tuple[str, Size]] = set()
+        self._token_cache: dict[str, list[int]] = {}  # text -> token ids
+        self._notified: set[tuple[str, Size]] = set()  # (view, size of images)
 
     @staticmethod
     def build(size: Preset, texts: Iterable[str], coordinates: CoordinateTokenizer) -> "Processor":
@@ -159,13 +168,13 @@ class Processor:
     def prepare_image(self, image: Array, view: str) -> Tensor:
         """Fit an image [h, w, 3] uint8 of any size into a view: [3, height, width] uint8.
 
-        Padding keeps its aspect. A `Notice` says what the image loses thereby (`describe_fit`),
-        once per view and size.
+        The image is padded if its aspect differs from the view's. Once per view and image size, a
+        `Notice` says what the image loses (`describe_fit`).
         """
         check_known("view", self.image_sizes, view)
         width, height = self.image_sizes[view]
         fitted = fit_image(image, height, width)
-        # PyTorch takes neither mirrored nor read-only arrays.
+        # PyTorch takes no arrays with negative strides (mirrored), and no read-only ones.
         pixels = torch.from_numpy(np.require(fitted, requirements=["C", "W"]))
 
         size = (image.shape[1], image.shape[0])
@@ -180,17 +189,24 @@ class Processor:
         return pixels.permute(2, 0, 1).clone(memory_format=torch.contiguous_format)
 
     def map_text_pixels(self, text: str, size: Size, view: str) -> str:
-        """Map the location tokens in a text from an image of this size to what the model sees."""
+        """Map the pixels in a text from an image of this size to the fitted image of the view.
+
+        In the text, a pixel is two location tokens.
+        """
 
         def map_tokens(match: re.Match[str]) -> str:
             y, x = match.groups()
+            # The middle of the two steps.
             pixel = Pixel((int(x) + 0.5) / NUM_LOCATIONS, (int(y) + 0.5) / NUM_LOCATIONS)
             return str(map_pixel(pixel, size, self.image_sizes[view]))
 
         return _PIXEL_TOKENS.sub(map_tokens, text)
 
     def map_question_pixels(self, question: Question, size: Size, view: str) -> Question:
-        """Map the pixels in a question and its answer to the image that the model sees."""
+        """Map the pixels in a question and its answer to the fitted image of the view.
+
+        `size` is that of the image that the question was asked about.
+        """
         target = self.image_sizes[view]
         prompt = self.map_text_pixels(question.prompt, size, view)
         segments: list[str | float | Pixel] = []
@@ -203,28 +219,30 @@ class Processor:
     # Text to tokens
 
     def encode_prompts(self, texts: Sequence[str], cut: bool = False) -> dict[str, Tensor]:
-        """Tokenize texts as PaliGemma does: `<bos>`, the text, a newline; padded on the right.
+        """Tokenize texts as PaliGemma does: `<bos>`, the text, a newline, and padding on the right.
 
         Names of tokens in a text stay text, except for the two location tokens of a `Pixel`.
 
         Args:
             texts: N texts.
-            cut: In training, where one long instruction must not end the run, cut too long texts
-                with a notice. Lengths are then padded to `vlm.PAD_LENGTH_TO_MULTIPLE`.
+            cut: Whether a text with more than `prompt_tokens` tokens is cut, with a notice, instead
+                of refused. Training sets it, because one long instruction must not end a run. The
+                number of tokens L is then a multiple of `vlm.PAD_LENGTH_TO_MULTIPLE`.
 
         Returns:
-            "input_ids" and "attention_mask", [N, L] each.
+            "input_ids" and "attention_mask" (0 on padding), [N, L] each.
 
         Raises:
-            SpearError: For an empty text, or for a too long one without `cut`.
+            SpearError: A text is empty, or it is too long and `cut` is False.
         """
         multiple = vlm.PAD_LENGTH_TO_MULTIPLE if cut else 1
         return self._pad([self._encode_prompt(text, cut) for text in texts], multiple)
 
     def encode_instructions(self, texts: Sequence[str], cut: bool = False) -> dict[str, Tensor]:
-        """`encode_prompts` of instructions, in lower case and without a full stop at the end.
+        """`encode_prompts` of instructions in lower case, without a full stop at the end.
 
-        Training and acting both do so: how somebody types must not change what the robot does.
+        Both training and acting normalize instructions in this way, so that upper case and
+        punctuation do not change what the robot does.
         """
         normalized = [" ".join(text.lower().split()).rstrip(" .!") for text in texts]
         return self.encode_prompts(normalized, cut)
@@ -233,11 +251,11 @@ class Processor:
         """Tokenize questions with their answers; too long prompts are cut with a notice.
 
         Returns:
-            "input_ids" and "attention_mask" as of `encode_prompts`, "token_type_ids", 1 on the
-            answer, and "labels"; [N, L] each.
+            [N, L] each: "input_ids" and "attention_mask" (0 on padding); "token_type_ids", 1 on the
+            answer; and "labels", the ids of the answer and `vlm.IGNORE_LABEL` elsewhere.
 
         Raises:
-            SpearError: If numbers of a question are in another unit than the 3D tokens.
+            SpearError: The numbers of a question are in another unit than the 3D tokens.
         """
         for question in questions:
             if question.values and question.unit != self.coordinates.unit:
@@ -256,14 +274,14 @@ class Processor:
 
         position = torch.arange(batch["input_ids"].shape[1], device="cpu")
         prompt_lengths = [len(prompt) for prompt in prompts]
-        answer_start = torch.tensor(prompt_lengths, device="cpu")[:, None]
+        answer_start = torch.tensor(prompt_lengths, device="cpu")[:, None]  # [N, 1]
         is_answer = (position >= answer_start) & batch["attention_mask"].bool()
         batch["token_type_ids"] = is_answer.long()
         batch["labels"] = batch["input_ids"].masked_fill(~is_answer, vlm.IGNORE_LABEL)
         return batch
 
     def encode_answer(self, segments: Segments) -> list[int]:
-        """Tokenize an answer: a number is one 3D token, a pixel two location tokens, y before x."""
+        """Tokenize an answer. A number is one 3D token, a pixel two location tokens, y before x."""
         ids: list[int] = []
         for segment in segments:
             if isinstance(segment, Pixel):
@@ -277,10 +295,12 @@ class Processor:
         return ids
 
     def _encode_location(self, fraction: float) -> int:
+        """The id of the location token for a fraction of the image's width or height."""
         location = min(max(int(fraction * NUM_LOCATIONS), 0), NUM_LOCATIONS - 1)
         return self.location_start + location
 
     def _encode_prompt(self, text: str, cut: bool) -> list[int]:
+        """The ids of `<bos>`, the text and a newline, at most `prompt_tokens`."""
         words = " ".join(text.split())
         if not words:
             raise SpearError(
@@ -297,6 +317,7 @@ class Processor:
         return [*ids[: self.prompt_tokens - len(newline)], *newline]
 
     def _encode_text(self, text: str) -> list[int]:
+        """The ids of a text in which names of tokens are text, see `_TEXT_PIECES`."""
         cached = self._token_cache.get(text)
         if cached is not None:
             return cached
@@ -305,52 +326,60 @@ class Processor:
             ids += self.tokenizer.encode(match[0], add_special_tokens=False)
         if len(self._token_cache) >= MAX_CACHED_TEXTS:
             self._token_cache.clear()
-        if len(ids) < self.prompt_tokens:
+        if len(ids) < self.prompt_tokens:  # long texts would take too much memory
             self._token_cache[text] = ids
         return ids
 
     def _pad(self, sequences: Sequence[Sequence[int]], multiple: int) -> dict[str, Tensor]:
-        """Pad on the right to the longest sequence, rounded up to a multiple."""
+        """Pad sequences on the right to the length of the longest, rounded up to a multiple."""
         longest = max(map(len, sequences), default=0)
         length = -(-longest // multiple) * multiple
         sequence_lengths = [len(sequence) for sequence in sequences]
         lengths = torch.tensor(sequence_lengths, device="cpu")
-        is_token = torch.arange(length, device="cpu") < lengths[:, None]
+        is_token = torch.arange(length, device="cpu") < lengths[:, None]  # [N, length]
         ids = torch.full((len(sequences), length), self.tokenizer.pad_token_id, device="cpu")
-        ids[is_token] = torch.tensor(
-            list(itertools.chain(*sequences)), dtype=torch.long, device="cpu"
-        )
+        # The mask selects places sequence by sequence, which is the order of the chained ids.
+        all_ids = list(itertools.chain(*sequences))
+        ids[is_token] = torch.tensor(all_ids, dtype=torch.long, device="cpu")
         return {"input_ids": ids, "attention_mask": is_token.long()}
 
     # Tokens to answers
 
     def coordinate_grammar(self, num_numbers: int, num_pixels: int) -> list[tuple[int, int]]:
-        """The grammar of answers that consist of numbers, then pixels."""
-        number = (self.coordinate_ids.start, self.coordinate_ids.stop)
-        location = (self.location_start, self.location_start + NUM_LOCATIONS)
-        return [number] * num_numbers + [location] * (2 * num_pixels)
+        """The grammar of answers that consist of numbers, then pixels.
+
+        It has a range of ids (first, end) for each token of the answer.
+        """
+        number_range = (self.coordinate_ids.start, self.coordinate_ids.stop)
+        location_range = (self.location_start, self.location_start + NUM_LOCATIONS)
+        return [number_range] * num_numbers + [location_range] * (2 * num_pixels)
 
     def free_text_grammar(self, num_numbers: int) -> FreeTextGrammar:
-        """The grammar of answers in free words with so many numbers between them."""
+        """The grammar of answers in free words, with `num_numbers` numbers between the words."""
+        # Words are the ids before the location tokens, except special tokens: the ranges between
+        # each special token and the next.
         text_ids = range(self.location_start)
         special_ids = sorted(i for i in self.tokenizer.all_special_ids if i in text_ids)
-        words = []
+        word_ranges = []
         for previous_id, next_id in itertools.pairwise([-1, *special_ids, self.location_start]):
             if previous_id + 1 < next_id:
-                words.append((previous_id + 1, next_id))
-        number = (self.coordinate_ids.start, self.coordinate_ids.stop)
-        return FreeTextGrammar(num_numbers, tuple(words), number)
+                word_ranges.append((previous_id + 1, next_id))
+        number_range = (self.coordinate_ids.start, self.coordinate_ids.stop)
+        return FreeTextGrammar(num_numbers, tuple(word_ranges), number_range)
 
     def decode_answer(self, ids: Sequence[int]) -> list[str | float | Pixel]:
-        """Turn an answer's tokens, up to its end, into text, numbers (centers of bins) and pixels.
+        """Turn an answer's tokens, up to the end token, into text, numbers and pixels.
 
-        The inverse of `encode_answer`. A location token without a partner stays text.
+        This is the inverse of `encode_answer`. A number is the center of its bin. A location token
+        without a second one after it stays text.
         """
         location_ids = range(self.location_start, self.location_start + NUM_LOCATIONS)
+        answer_ids = itertools.takewhile(lambda i: i != self.tokenizer.eos_token_id, map(int, ids))
 
-        # Numbers and pixels become what they mean; text stays tokens, which are int.
+        # First replace the tokens of numbers by floats, and those of pixels by `Pixel`s. The tokens
+        # of text stay int.
         items: list[int | float | Pixel] = []
-        for token in itertools.takewhile(lambda i: i != self.tokenizer.eos_token_id, map(int, ids)):
+        for token in answer_ids:
             previous = items[-1] if items else None
             if token in self.coordinate_ids:
                 bin_index = token - self.coordinate_ids.start
@@ -362,13 +391,14 @@ class Processor:
             else:
                 items.append(token)
 
+        # Then decode consecutive tokens of text together.
         segments: list[str | float | Pixel] = []
         for is_text, group in itertools.groupby(items, lambda item: isinstance(item, int)):
-            run = list(group)
+            consecutive_items = list(group)
             if is_text:
-                segments.append(self.tokenizer.decode(run))
+                segments.append(self.tokenizer.decode(consecutive_items))
             else:
-                segments += run
+                segments += consecutive_items
         return segments
 
     # Files
@@ -384,11 +414,11 @@ class Processor:
 
     @staticmethod
     def load(folder: Path, config: vlm.SpearVLMConfig | None = None) -> "Processor":
-        """Read what `save` wrote.
+        """Read the processor that `save` wrote.
 
         Args:
             folder: The folder of a model.
-            config: Config of the model that the processor must fit.
+            config: The config of the model that the processor must fit. None skips this check.
 
         Raises:
             SpearError: A file is missing or broken, or belongs to another model.
@@ -405,6 +435,7 @@ class Processor:
         return processor
 
     def _check_fits(self, config: vlm.SpearVLMConfig, folder: Path) -> None:
+        """Raise SpearError if the model has other ids of 3D tokens, or lacks a view."""
         ids = self.coordinate_ids
         model_ids = config.coordinate_ids
         vocabulary_size = config.text_config.vocab_size
@@ -424,9 +455,11 @@ class Processor:
 
 
 def validate_tokenizer(tokenizer: Any) -> int:
-    """The id of the first location token.
+    """Check a tokenizer, and return the id of its first location token.
 
-    Raises SpearError if the tokenizer has no location tokens, or other special tokens than ours.
+    Raises:
+        SpearError: The tokenizer has no location tokens, or its special tokens do not have the ids
+            `SPECIAL_TOKEN_IDS`.
     """
     first_name = LOCATION_FORMAT.format(0)
     last_name = LOCATION_FORMAT.format(NUM_LOCATIONS - 1)
@@ -447,10 +480,10 @@ def validate_tokenizer(tokenizer: Any) -> int:
 
 
 def train_tokenizer(texts: Iterable[str], vocabulary_size: int = 2048) -> PreTrainedTokenizerFast:
-    """Train a tokenizer for small models; the same texts give the same one.
+    """Train a tokenizer for small models. The same texts give the same tokenizer.
 
-    Its ids are `<pad>` 0, `<eos>` 1 and `<bos>` 2 (as Gemma's), then bytes and merges learned from
-    `texts`, then location tokens; at most `vocabulary_size` in all.
+    Its tokens are `<pad>` 0, `<eos>` 1 and `<bos>` 2 (the ids of Gemma), then bytes and merges
+    learned from `texts`, then location tokens. They are at most `vocabulary_size` in total.
     """
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

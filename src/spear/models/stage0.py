@@ -1,6 +1,8 @@
-"""Stage 0 at nano size: pretraining instead of MoGe's and SigLIP's, which have no small models.
+"""Stage 0: the pretraining of the image encoders of nano.
 
-None of it is from the paper.
+The paper starts from the weights of SigLIP and MoGe. These have no models of nano's size, so we
+pretrain ours, with two tasks that are not from the paper: depth (`MogeForDepth`) and the names of
+the objects in each patch (`PatchClassification`).
 """
 
 import math
@@ -22,7 +24,7 @@ CELLS_PER_SIDE = 4  # a patch of `PatchClassification` is divided into 4 × 4 ce
 
 @strict
 class MogeDepthConfig(PortableConfig):
-    """A MoGe-style encoder with a depth head, which predicts `cells` × `cells` depths per patch."""
+    """The config of `MogeForDepth`, which predicts `cells` × `cells` depths per patch."""
 
     model_type = "spear_moge_depth"
     sub_configs_defaults: ClassVar = {"moge_config": SubConfigSpec(config_class=Dinov2Config)}
@@ -35,10 +37,9 @@ class MogeDepthConfig(PortableConfig):
 class MogeForDepth(PreTrainedModel):
     """Metric depth from one image, to pretrain a small `MogeEncoder`.
 
-    There are no MoGe weights of that size.
-
-    As in MoGe-2, shape and scale are two losses, because most of depth is shape. The head is a
-    single linear layer, so that the encoder learns what depth needs.
+    As in MoGe-2, the shape (depth up to one scale per image) and the scale have separate losses,
+    because most of the information in depth is the shape. The head is a single linear layer, so
+    that the encoder has to learn the features that depth needs.
     """
 
     config: MogeDepthConfig
@@ -54,13 +55,14 @@ class MogeForDepth(PreTrainedModel):
     def forward(self, pixels: Tensor, depth: Tensor) -> LossOutput:
         """The loss of the predicted log depth, on a grid of `cells` × `cells` cells per patch.
 
-        It is the mean absolute error up to one scale per image, plus the mean absolute error of the
-        log scale.
+        The loss is the mean absolute error of log depth after removing each image's scale error,
+        plus the mean absolute scale error. An image's scale error is its mean error of log depth.
 
         Args:
             pixels: [B, 3, h, w] uint8.
-            depth: [B, h, w] in meters or a relative unit; 0, infinite or NaN where it is unknown.
-                The target of a cell is the mean log depth of its known pixels, if it has any.
+            depth: [B, h, w] in meters or a relative unit. Unknown depths are 0, infinite or NaN.
+                The target of a cell is the mean log depth of its pixels with known depth; cells
+                without such pixels do not count.
         """
         patch = self.config.moge_config.patch_size
         cells = self.config.cells
@@ -68,43 +70,56 @@ class MogeForDepth(PreTrainedModel):
         rows = pixels.shape[2] // patch
         columns = pixels.shape[3] // patch
 
-        # Prediction: [B, rows · columns, cells²] -> [B, rows · cells, columns · cells].
-        grid = self.head(self.moge(pixels)).float().view(-1, rows, columns, cells, cells)
+        # The prediction, as an image of cells: [B, rows · cells, columns · cells].
+        cells_per_patch = self.head(self.moge(pixels)).float()  # [B, rows · columns, cells²]
+        grid = cells_per_patch.view(-1, rows, columns, cells, cells)
         log_depth = grid.transpose(2, 3).reshape(-1, rows * cells, columns * cells)
 
-        # Target: the mean over the known pixels of each cell.
-        is_known = (torch.isfinite(depth) & (depth > 0)).float()[:, None]
-        target = torch.where(is_known > 0, depth[:, None].float(), torch.ones_like(is_known)).log()
+        # The target: the mean log depth over the known pixels of each cell. A mean over all pixels,
+        # in which unknown ones are 0, is divided by the fraction of known pixels.
+        known_mask = (torch.isfinite(depth) & (depth > 0)).float()[:, None]  # [B, 1, h, w]
+        known_depth = torch.where(
+            known_mask > 0, depth[:, None].float(), torch.ones_like(known_mask)
+        )
         size = log_depth.shape[1:]
-        known_fraction = nn.functional.adaptive_avg_pool2d(is_known, size)[:, 0]
-        target = nn.functional.adaptive_avg_pool2d(target * is_known, size)[:, 0]
-        target = target / known_fraction.clamp_min(1e-6)
+        known_fraction = nn.functional.adaptive_avg_pool2d(known_mask, size)[:, 0]
+        mean_log_depth = nn.functional.adaptive_avg_pool2d(known_depth.log() * known_mask, size)[
+            :, 0
+        ]
+        target = mean_log_depth / known_fraction.clamp_min(1e-6)
 
-        has_target = (known_fraction > 0).float()
+        # The losses, over cells with a target.
+        target_mask = (known_fraction > 0).float()
         error = log_depth - target
-        num_targets = has_target.sum((1, 2)).clamp_min(1)
-        log_scale_error = (error * has_target).sum((1, 2)) / num_targets
-        shape_error = (error - log_scale_error[:, None, None]).abs() * has_target
-        shape_loss = shape_error.sum() / has_target.sum().clamp_min(1)
+        num_targets = target_mask.sum((1, 2)).clamp_min(1)
+        log_scale_error = (error * target_mask).sum((1, 2)) / num_targets  # [B]
+        shape_error = (error - log_scale_error[:, None, None]).abs() * target_mask
+        shape_loss = shape_error.sum() / target_mask.sum().clamp_min(1)
         return LossOutput(loss=shape_loss + log_scale_error.abs().mean())
 
 
 class PatchClassification(nn.Module):
-    """Trains SPEAR-VLM's image encoder, its projection and the names' embeddings on labeled images.
+    """Trains SPEAR-VLM's image encoder, its projection and the embeddings of object names.
 
     The loss between patches and names is SigLIP's sigmoid loss: the visual token of a patch must
-    point towards the text embeddings of what it shows. Two linear heads, which are thrown away
-    afterwards, teach places finer than patches. They predict how much of each object each of a
-    patch's `CELLS_PER_SIDE`² cells shows, and where the center of its largest object lies.
+    have the direction of the text embeddings of the objects that the patch shows. Two linear heads,
+    which are not used after the training, teach positions within a patch. The head `cells` predicts
+    which fraction of each of the patch's `CELLS_PER_SIDE`² cells shows each object. The head
+    `centre` predicts the center of the patch's largest object.
     """
 
     def __init__(
         self, vlm: SpearVLMForConditionalGeneration, names: Sequence[Sequence[int]]
     ) -> None:
-        """names: Token ids of each object name."""
+        """Args:
+        vlm: The model to train.
+        names: Token ids of each object name.
+        """
         super().__init__()
         self.vlm = vlm
         self.names = [torch.tensor(ids) for ids in names]
+        # SigLIP's logit scale (its logarithm) and bias. The negative bias says that a patch shows
+        # few of the objects.
         self.scale = nn.Parameter(torch.tensor(math.log(10.0)))
         self.bias = nn.Parameter(torch.tensor(-4.0))
         width = vlm.config.text_config.hidden_size
@@ -120,13 +135,13 @@ class PatchClassification(nn.Module):
         The parts are "names" and "cells" (nats), and "centres" (mean error in patches).
 
         Args:
-            pixels: [B, 3, h, w] uint8.
-            shown: [B, P, C] bool, True if patch p shows an object called c.
-            cells: [B, P, `CELLS_PER_SIDE`², C] uint8, the fraction of each cell that shows it; 255
-                is all.
-            centre: [B, P, 2] x, y of the center of the largest object in the patch's frame, in
-                patches.
-            largest: [B, P] bool, True if there is such an object.
+            pixels: [B, 3, h, w] uint8, images of P patches.
+            shown: [B, P, C] bool, True if the patch shows an object with name c.
+            cells: [B, P, `CELLS_PER_SIDE`², C] uint8, the fraction of each cell that shows an
+                object with name c, where 255 is the whole cell.
+            centre: [B, P, 2], x and y of the center of the patch's largest object, relative to the
+                patch, in patch widths.
+            largest: [B, P] bool, True if the patch shows an object.
         """
         tokens = self.vlm.encode_views(pixels)[0]
 
@@ -137,7 +152,7 @@ class PatchClassification(nn.Module):
         )
         token_directions = nn.functional.normalize(tokens.float(), dim=-1)
         name_directions = nn.functional.normalize(name_embeddings, dim=-1)
-        logits = self.scale.exp() * token_directions @ name_directions.T + self.bias
+        logits = self.scale.exp() * token_directions @ name_directions.T + self.bias  # [B, P, C]
         names_loss = _sigmoid_loss(logits, shown.float())
 
         # How much of each object each cell shows.
@@ -157,7 +172,7 @@ class PatchClassification(nn.Module):
 
 
 def _sigmoid_loss(logits: Tensor, targets: Tensor) -> Tensor:
-    """Binary cross-entropy, summed over classes and averaged over the rest."""
+    """Binary cross-entropy, summed over the last axis (names) and averaged over the others."""
     losses = nn.functional.binary_cross_entropy_with_logits(logits, targets, reduction="none")
     return losses.sum(-1).mean()
 

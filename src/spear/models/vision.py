@@ -1,4 +1,9 @@
-"""The two visual encoders, SigLIP's and MoGe's: pixels, the stem, the transformers."""
+"""The two visual encoders, SigLIP's and MoGe's.
+
+An encoder normalizes the pixels. Its *stem*, a convolution or several, turns each patch of pixels
+into an embedding. Position embeddings are added, and a transformer follows. Patches are in
+row-major order.
+"""
 
 import math
 from collections.abc import Hashable, Iterator, Sequence
@@ -23,8 +28,8 @@ IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
 NUM_FEATURE_LAYERS = 4
-"""MoGe reads the last four layers of its backbone, and so does SPEAR-VLM (the paper,
-"SPEAR-VLM")."""
+"""SPEAR-VLM uses the outputs of the last four layers of MoGe's encoder, as MoGe does (the paper,
+section "SPEAR-VLM")."""
 
 
 # Pixels
@@ -35,25 +40,30 @@ def normalize_pixels(
 ) -> Tensor:
     """(pixel / 255 - mean) / std: uint8 [B, 3, h, w] in any memory layout -> contiguous float32."""
     x = pixels.to(torch.float32, memory_format=torch.contiguous_format)
+    # If all channels have the same constants, they are normalized in one step.
     has_equal_channels = len(set(mean)) == 1 and len(set(std)) == 1
     channels = [x] if has_equal_channels else x.unbind(1)
-    # In place and without a tensor of constants, because copying one to a GPU would mean waiting.
+    # The constants are Python numbers, because copying a tensor of them to a GPU would mean
+    # waiting.
     for channel, channel_mean, channel_std in zip(channels, mean, std, strict=False):
         channel.mul_(1 / (255 * channel_std)).sub_(channel_mean / channel_std)
     return x
 
 
 def standardize(images: Tensor) -> Tensor:
-    """Normalize images [..., 3, h, w] from 0 to 1 per channel, with ImageNet's statistics."""
+    """Normalize images [..., 3, h, w] of values 0 to 1 with ImageNet's mean and deviation."""
     mean = torch.tensor(IMAGENET_MEAN, device=images.device, dtype=torch.float32).view(3, 1, 1)
     std = torch.tensor(IMAGENET_STD, device=images.device, dtype=torch.float32).view(3, 1, 1)
     return (images - mean) / std
 
 
 def check_pixels(name: str, pixels: Any, patch: int) -> None:
-    """Raises SpearError for anything but uint8 [B, 3, h, w] in whole patches.
+    """Check that a view's pixels are uint8 [B, 3, h, w], with h and w multiples of the patch size.
 
-    Transformers would cut off what remains of a patch.
+    Without the check, Transformers would ignore the pixels after the last whole patch.
+
+    Raises:
+        SpearError: The pixels have another type, shape or size.
     """
     if not isinstance(pixels, Tensor):
         problem = type(pixels).__name__
@@ -76,16 +86,19 @@ def check_pixels(name: str, pixels: Any, patch: int) -> None:
 
 
 class StemConv(nn.Conv2d):
-    """A convolution of the `ConvStem`."""
+    """A convolution of the `ConvStem`, a class of its own so that `_init_weights` recognizes it."""
 
 
 class ConvStem(nn.Module):
     """Stride-2 3×3 convolutions with ReLU between them, instead of one large patch convolution.
 
-    [B, 3, h, w] -> [B, width, h / patch, w / patch]. Widths double up to the encoder's width. Each
-    patch is normalized at the end. Otherwise what all patches share (the light, the table) grows in
-    training until it drowns the position embeddings. For small models: with patches of 32 pixels it
-    costs a quarter of what a patch convolution of 14 pixels does.
+    [B, 3, h, w] -> [B, width, h / patch, w / patch]. The widths of the convolutions double up to
+    the encoder's width. At the end each patch's embedding is normalized. Without that, the part
+    that all embeddings have in common (from the light or the table) grows in training until the
+    position embeddings are too small beside it.
+
+    The stem is meant for small models. With patches of 32 pixels it takes a quarter of the time of
+    a patch convolution with patches of 14 pixels.
     """
 
     def __init__(self, width: int, patch: int) -> None:
@@ -107,7 +120,7 @@ class ConvStem(nn.Module):
 
     @property
     def weight(self) -> nn.Parameter:
-        """The first kernel: Transformers' encoders ask their patch embedding for its dtype."""
+        """The first kernel, because Transformers' encoders read `weight.dtype` of their stem."""
         return self.convs[0].weight  # type: ignore[return-value]
 
     def forward(self, pixels: Tensor) -> Tensor:
@@ -115,14 +128,15 @@ class ConvStem(nn.Module):
         x = self.convs[0](pixels.contiguous(memory_format=torch.channels_last))
         for conv in self.convs[1:]:
             x = conv(nn.functional.relu_(x))
+        # The norm is over the channels, so they must be the last axis.
         return self.norm(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
 class PatchConv(nn.Conv2d):
     """A convolution of patches that do not overlap, computed as one matrix product.
 
-    [B, 3, h, w] -> [B, width, h / patch, w / patch]. The kernel is as large as the stride. The
-    matrix product takes a GPU a tenth of the time that PyTorch's convolution takes.
+    [B, 3, h, w] -> [B, width, h / patch, w / patch]. The kernel is as large as the stride. On a GPU
+    the matrix product takes a tenth of the time of PyTorch's convolution.
     """
 
     def forward(self, pixels: Tensor) -> Tensor:
@@ -132,18 +146,21 @@ class PatchConv(nn.Conv2d):
         grid = pixels.unflatten(3, (-1, patch_width)).unflatten(2, (-1, patch_height))
         # [B, rows, columns, 3 · patch_height · patch_width]
         patches = grid.permute(0, 2, 4, 1, 3, 5).flatten(3)
-        return linear(patches, self.weight.flatten(1), self.bias).permute(0, 3, 1, 2)
+        embeddings = linear(patches, self.weight.flatten(1), self.bias)  # [B, rows, columns, width]
+        return embeddings.permute(0, 3, 1, 2)
 
 
 class _WithStem:
     """Chooses the stem of a Transformers vision model.
 
-    A class lists it before that model among its bases, so that its methods override the model's.
+    A subclass names this class before the Transformers model among its bases, so that the methods
+    here override the model's.
     """
 
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, StemConv):
-            # He initialization: without norms the default would let the signal vanish.
+            # He initialization keeps the size of the signal from layer to layer. With PyTorch's
+            # default it would shrink, because there are no norms between the convolutions.
             init.kaiming_normal_(module.weight, nonlinearity="relu")
             assert module.bias is not None
             init.zeros_(module.bias)
@@ -151,11 +168,10 @@ class _WithStem:
             super()._init_weights(module)  # type: ignore[misc]
 
     def _add_stem(self: Any, owner: nn.Module, name: str, positions: Tensor) -> None:
-        """Make the patch embedding `owner.name` the stem that `config.stem` asks for.
+        """Replace the patch embedding, which is the attribute `name` of `owner`, by our stem.
 
-        "conv" is a `ConvStem`, "patch" a `PatchConv`.
-
-        Behind a `ConvStem`, position embeddings [..., tokens, width] begin as
+        The stem is a `PatchConv` if `config.stem` is "patch", and a `ConvStem` if it is "conv".
+        With a `ConvStem`, the position embeddings [..., tokens, width] get the initial values of
         `make_sinusoidal_positions`.
         """
         if getattr(self.config, "stem", "patch") == "patch":
@@ -165,9 +181,10 @@ class _WithStem:
         self.post_init()
         if positions.device.type == "meta":
             return
+        # DINOv2 has a class token before the side² patches, SigLIP has none.
         num_tokens, width = positions.shape[-2:]
         waves = make_sinusoidal_positions(math.isqrt(num_tokens), width)
-        num_class_tokens = num_tokens - len(waves)  # they come first
+        num_class_tokens = num_tokens - len(waves)
         waves = nn.functional.pad(waves, (0, 0, num_class_tokens, 0))
         init.copy_(positions, waves.expand_as(positions))
 
@@ -178,29 +195,37 @@ class _WithStem:
 def make_sinusoidal_positions(side: int, width: int) -> Tensor:
     """Sines and cosines of rows and columns, with a root mean square of 0.7: [side², width].
 
-    Position embeddings behind a `ConvStem` begin with these values. Large models begin with values
-    near zero instead; from there, small models hardly learn where things are.
+    These are the initial values of position embeddings after a `ConvStem`. In large models the
+    initial values are near zero instead, but with those, small models hardly learn where things
+    are.
     """
     position = torch.arange(side, dtype=torch.float32)
-    # From 0.5π down to 0.5π / 8 rad per patch: wavelengths of 4 to 32 patches
+    # Frequencies from 0.5π down to 0.5π / 8 rad per patch have wavelengths of 4 to 32 patches.
     frequency = 0.5 * math.pi * 8.0 ** -torch.linspace(0, 1, width // 4, dtype=torch.float32)
-    angle_rad = position[:, None] * frequency
+    angle_rad = position[:, None] * frequency  # [side, width / 4]
     waves = torch.cat([angle_rad.sin(), angle_rad.cos()], dim=-1)  # [side, width / 2]
-    rows = waves[:, None].expand(side, side, -1)
-    columns = waves[None].expand(side, side, -1)
-    return torch.cat([rows, columns], dim=-1).reshape(side * side, -1)
+    row_waves = waves[:, None].expand(side, side, -1)
+    column_waves = waves[None].expand(side, side, -1)
+    return torch.cat([row_waves, column_waves], dim=-1).reshape(side * side, -1)
 
 
 def resample_positions(
     table: Tensor, num_rows: int, num_columns: int, offset: float = 0.0
 ) -> Tensor:
-    """Resample position embeddings [side², D], row by row, to a grid: [num_rows · num_columns, D].
+    """Resample position embeddings of a square grid, bicubically, to another grid of patches.
 
-    Bicubic, as Transformers and MoGe do it, but by products with constant matrices: PyTorch's
-    kernel takes 1.8 ms for 1,024 channels on an H200. The products are in float64: autocast would
-    round float32 to bfloat16, but it leaves float64 alone.
+    The result is that of Transformers and MoGe, but computed by products with constant matrices,
+    because PyTorch's bicubic kernel takes 1.8 ms for 1,024 channels on an H200. The products are in
+    float64, which autocast does not round, as it rounds float32 to bfloat16.
 
-    offset: See `DinoEmbeddings`.
+    Args:
+        table: [side², D].
+        num_rows: Number of rows of the new grid.
+        num_columns: Number of columns of the new grid.
+        offset: See `DinoEmbeddings`.
+
+    Returns:
+        [num_rows · num_columns, D].
     """
     side = math.isqrt(len(table))
     if num_rows == num_columns == side:
@@ -208,10 +233,12 @@ def resample_positions(
     can_cache = not isinstance(table, FakeTensor)  # under torch.compile, tensors have no values
     row_weights = _interpolation_weights(side, num_rows, offset, table.device, can_cache)
     column_weights = _interpolation_weights(side, num_columns, offset, table.device, can_cache)
-    grid = (row_weights @ table.double().view(side, -1)).view(num_rows, side, -1)
-    return (column_weights @ grid).flatten(0, 1).to(table.dtype)
+    resampled_rows = row_weights @ table.double().view(side, -1)  # [num_rows, side · D]
+    grid = column_weights @ resampled_rows.view(num_rows, side, -1)  # [num_rows, num_columns, D]
+    return grid.flatten(0, 1).to(table.dtype)
 
 
+# (side, count, offset, device) -> the result of `_interpolation_weights`.
 _interpolation_cache: dict[Hashable, Tensor] = {}
 
 
@@ -225,9 +252,12 @@ def _interpolation_weights(
 
     size: dict[str, Any] = {"size": (count, 1)}
     if offset:
-        # As MoGe: the scale is (count + offset) / side, and the size follows from it.
+        # With an offset, the scale is given as MoGe gives it, and PyTorch rounds the size down to
+        # `count`.
         size = {"scale_factor": ((count + offset) / side, 1.0)}
     with torch.inference_mode(False), torch.no_grad():
+        # Column i of the identity is an image [side, 1] that is 1 at position i. Resampled, it has
+        # the weights of position i.
         identity = torch.eye(side, dtype=torch.float64, device=device)[None, ..., None]
         resampled = nn.functional.interpolate(identity, mode="bicubic", align_corners=False, **size)
         weights = resampled[0, :, :, 0].T.contiguous()
@@ -242,16 +272,16 @@ def _interpolation_weights(
 class _FusedProjections:
     """Computes queries, keys and values in one product, in inference on a GPU.
 
-    Stands before Transformers' attention of images among a class's bases.
+    A subclass names this class before a Transformers attention among its bases.
     """
 
     def forward(self: Any, hidden_states: Tensor, attention_mask: Any = None, **kwargs: Any) -> Any:
-        """[B, S, width] -> [B, S, width], None."""
-        is_ours = self.config._attn_implementation == ATTENTION_NAME
+        """[B, S, width] -> [B, S, width], and None in place of the attention weights."""
+        is_our_attention = self.config._attn_implementation == ATTENTION_NAME
         is_on_cpu = hidden_states.device.type == "cpu"
-        if not is_ours or is_on_cpu or not torch.is_inference_mode_enabled():
+        if not is_our_attention or is_on_cpu or not torch.is_inference_mode_enabled():
             return super().forward(hidden_states, attention_mask, **kwargs)  # type: ignore[misc]
-        shape = (*hidden_states.shape[:-1], -1, self.head_dim)
+        shape = (*hidden_states.shape[:-1], -1, self.head_dim)  # [B, S, heads, head_dim]
         query, key, value = self.fused_projections()(hidden_states)
         output, _ = grouped_attention(
             self,
@@ -266,14 +296,14 @@ class _FusedProjections:
         return out_proj(output.flatten(2)), None
 
     def fused_projections(self: Any) -> FusedLinear:
-        """The three projections, whose weights lie side by side in memory from then on."""
+        """The three projections as one. On a GPU this moves their weights into one tensor."""
         return FusedLinear(self.q_proj, self.k_proj, self.v_proj)
 
 
 def fuse_attention_projections(model: nn.Module) -> None:
-    """Lay the weights of images' attention side by side.
+    """Join the weights of queries, keys and values in the attention of the image encoders.
 
-    This must happen before a CUDA graph that reads them is recorded.
+    Call this before recording a CUDA graph, because it moves weights that the graph will read.
     """
     for module in model.modules():
         if isinstance(module, _FusedProjections):
@@ -291,9 +321,10 @@ class _DinoAttention(_FusedProjections, Dinov2Attention):
 def run_layers(config: Any, layers: nn.ModuleList, sequences: Sequence[Tensor]) -> Iterator[Tensor]:
     """Run sequences [B, S, D] that do not see each other through layers; yield each layer's output.
 
-    The sequences lie side by side in the output, and run as one: one after the other would be more
-    products, and smaller ones. If the user asked for another attention than ours, they run one
-    after the other.
+    The output is one tensor, in which the sequences are concatenated along S. With our attention
+    the sequences also run as one, with a block-diagonal mask, because this takes fewer and larger
+    matrix products. With another attention, which the user may have chosen, they run one after the
+    other.
     """
     has_block_mask = len(sequences) > 1 and config._attn_implementation == ATTENTION_NAME
     if has_block_mask:
@@ -311,7 +342,7 @@ def run_layers(config: Any, layers: nn.ModuleList, sequences: Sequence[Tensor]) 
 
 
 class SiglipEmbeddings(SiglipVisionEmbeddings):
-    """SigLIP's embeddings, with positions by `resample_positions`."""
+    """SigLIP's embeddings, with position embeddings that `resample_positions` fits to any size."""
 
     def interpolate_pos_encoding(self, embeddings: Tensor, height: int, width: int) -> Tensor:
         """Position embeddings [1, patches, width] of an image of height × width pixels."""
@@ -333,16 +364,16 @@ class SiglipEncoder(_WithStem, SiglipVisionModel):
             layer.self_attn.__class__ = _SiglipAttention
 
     def features(self, views: Sequence[Tensor]) -> Tensor:
-        """Features of uint8 images [B, 3, h, w]: [B, T, width].
+        """Features of the patches of all views: uint8 images [B, 3, h, w] -> [B, T, width].
 
-        They are ordered view by view, patches row by row.
+        T is the number of patches of all views, in the order of the views.
         """
         embedded = []
         for view in views:
             images = normalize_pixels(view, SIGLIP_MEAN, SIGLIP_STD)
             embedded.append(self.embeddings(images, interpolate_pos_encoding=True))
-        # Only the last layer's output is needed. A loop lets go of the others, where a list would
-        # hold them.
+        # Only the last layer's output is needed. A loop frees the outputs of the earlier layers,
+        # while a list would keep them in memory.
         for hidden in run_layers(self.config, self.encoder.layers, embedded):
             last_hidden = hidden
         return self.post_layernorm(last_hidden)
@@ -352,15 +383,19 @@ class SiglipEncoder(_WithStem, SiglipVisionModel):
 
 
 class DinoEmbeddings(Dinov2Embeddings):
-    """DINOv2's embeddings, with positions by `resample_positions`.
+    """DINOv2's embeddings, with position embeddings that `resample_positions` fits to any size.
 
-    If `config.position_offset` is set (DINOv2's own code has 0.1, and so has MoGe), a grid of m
-    positions is resampled to n patches with the scale (n + offset) / m instead of n / m, as
-    Transformers does it. The positions differ by up to a patch, which matters to trained weights.
+    Transformers resamples a grid of m positions to n patches with the scale n / m. With
+    `config.position_offset` the scale is (n + offset) / m. DINOv2's own code and MoGe have an
+    offset of 0.1. The offset moves positions by up to a patch, so it must be that with which the
+    weights were trained.
     """
 
     def interpolate_pos_encoding(self, embeddings: Tensor, height: int, width: int) -> Tensor:
-        """Position embeddings [1, 1 + patches, width] of an image, the class token's first."""
+        """Position embeddings [1, 1 + patches, width] of an image of height × width pixels.
+
+        The first is the class token's.
+        """
         patch = self.patch_size
         assert isinstance(patch, int)
         table = self.position_embeddings[0]
@@ -382,10 +417,11 @@ class DinoEncoder(_WithStem, Dinov2Model):
 
 
 class MogeEncoder(nn.Module):
-    """MoGe's image encoder: uint8 views [B, 3, h, w] -> [B, patches of all views, 4·width].
+    """MoGe's image encoder: uint8 views [B, 3, h, w] -> [B, patches of all views, 4 · width].
 
-    The features of a patch are those of the last four DINOv2 layers, each after the backbone's
-    final LayerNorm, side by side, the earliest layer first. Patches run view by view, row by row.
+    The features of a patch are the concatenated outputs of the last four DINOv2 layers, the
+    earliest layer first, each after the backbone's final LayerNorm. The patches are in the order of
+    the views.
     """
 
     def __init__(self, config: Dinov2Config) -> None:
@@ -393,7 +429,7 @@ class MogeEncoder(nn.Module):
         self.backbone = DinoEncoder(config)
 
     def forward(self, *views: Tensor) -> Tensor:
-        """Features of uint8 images, which are normalized here with ImageNet's statistics."""
+        """Features of uint8 images, which are normalized with ImageNet's mean and deviation."""
         embedded = []
         for view in views:
             images = normalize_pixels(view, IMAGENET_MEAN, IMAGENET_STD)
@@ -403,19 +439,24 @@ class MogeEncoder(nn.Module):
         last_layers = range(num_layers - NUM_FEATURE_LAYERS, num_layers)
         features = torch.cat(self._run(embedded, last_layers), dim=-1)
 
-        # Leave out the class token, the first of each view.
+        # Remove the class token, which is the first token of each view.
         per_view = features.split([sequence.shape[1] for sequence in embedded], dim=1)
         return torch.cat([view_features[:, 1:] for view_features in per_view], dim=1)
 
     def layers(self, images: Tensor, indices: Sequence[int]) -> list[Tensor]:
-        """Outputs of the layers of these indices (from 0, rising), each after the final LayerNorm.
+        """Outputs of some layers, each after the final LayerNorm.
 
-        images: [B, 3, h, w], normalized. Each result is [B, 1 + patches, width], the class token
-            first.
+        Args:
+            images: [B, 3, h, w], normalized.
+            indices: Indices of the layers, counted from 0, in increasing order.
+
+        Returns:
+            [B, 1 + patches, width] per layer, the class token first.
         """
         return self._run([self.backbone.embeddings(images)], indices)
 
     def _run(self, embedded: Sequence[Tensor], indices: Sequence[int]) -> list[Tensor]:
+        """Outputs of the layers with these indices, for embedded views [B, S, width]."""
         outputs = []
         layer_outputs = run_layers(self.backbone.config, self.backbone.encoder.layer, embedded)
         for index, hidden in enumerate(layer_outputs):

@@ -1,4 +1,9 @@
-"""SPEAR-VLM: PaliGemma with a second, 3D-aware visual encoder and 1,024 3D tokens."""
+"""SPEAR-VLM: PaliGemma with a second, 3D-aware visual encoder and 1,024 3D tokens.
+
+In the shapes, B is the number of observations (each with an image per view), and N the number of
+texts. Several texts may belong to one observation. T is the number of visual tokens per
+observation, L the number of tokens per text, and S = T + L.
+"""
 
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,8 +26,9 @@ from spear.models.fast.linear import linear, run_in_parallel_streams, use_fast_l
 IGNORE_LABEL = -100
 """The label of a token that is not to be learned (PyTorch's default for cross-entropy)."""
 
-# In training, tensors of ever new sizes fragment the heap, and every step takes longer (measured by
-# `python -m experiments.tensor_sizes`). Sizes are therefore padded to multiples of these numbers.
+# If tensors have a new size in each training step, they fragment the heap, and every step takes
+# longer (measured by `python -m experiments.tensor_sizes`). Therefore training pads sizes to
+# multiples of these numbers.
 PAD_LENGTH_TO_MULTIPLE = 8  # tokens per text
 PAD_NUM_TARGETS_TO_MULTIPLE = 64  # learned tokens per batch
 
@@ -40,9 +46,10 @@ class SpearVLMConfig(layers.PortableConfig):
     coordinate_start        The id of `<3d0000>`; the ids of the other 3D tokens follow.
     coordinate_bins         The number of 3D tokens.
     coordinate_loss_weight  λ, the weight of a 3D token in the loss (the paper: 2).
-    coordinate_smoothing    Standard deviation, in bins, of the Gaussian over which the target of a
-                            3D token is spread. 0 is the paper's plain cross-entropy; more helps
-                            small models.
+    coordinate_smoothing    Standard deviation, in bins, of a Gaussian around the right bin, which
+                            is the target of a 3D token. 0 is the paper's plain cross-entropy. Other
+                            values help small models.
+    initializer_range       Standard deviation of initial weights, where no other rule applies.
     """
 
     model_type = "spear_vlm"
@@ -61,12 +68,12 @@ class SpearVLMConfig(layers.PortableConfig):
     coordinate_loss_weight: float | int = 2.0
     coordinate_smoothing: float | int = 0.0
     initializer_range: float | int = 0.02
-    tie_word_embeddings: bool = (
-        False  # nothing to tie: logits come from the embedding matrix itself
-    )
+    # Logits are computed with the embedding matrix itself, so there is no second matrix to tie.
+    tie_word_embeddings: bool = False
 
     def __post_init__(self, **kwargs: Any) -> None:
-        kwargs.pop("image_sizes", None)  # older checkpoints have it; `processor.json` says it today
+        # The configs of older checkpoints have this key; now it is in `processor.json`.
+        kwargs.pop("image_sizes", None)
         super().__post_init__(**kwargs)
         patch = self.vision_config.patch_size
         if self.moge_config is not None and self.moge_config.patch_size != patch:
@@ -98,9 +105,9 @@ class LossOutput(ModelOutput):
 
 @dataclass(frozen=True)
 class Prefix:
-    """Images and text after the language model, for the tokens that attend to them.
+    """The result of running images and texts through the language model.
 
-    There are N texts of L tokens each. S is the number of visual tokens plus L.
+    Further tokens attend to it, such as the action expert's.
 
     cache   Keys and values of every layer.
     valid   [N, S] bool, False for padding and missing images.
@@ -115,9 +122,9 @@ class Prefix:
 class SpearVLMForConditionalGeneration(PreTrainedModel):
     """SPEAR-VLM: images and a question in, text with 3D tokens out (the paper, "SPEAR-VLM").
 
-    A sequence is [tokens of each view | text]. A visual token is the average of SigLIP's and MoGe's
-    features of the same patch, each after its own linear projection. Scaling, masks and positions
-    are PaliGemma's.
+    A sequence consists of the visual tokens of each view, then the text. A visual token stands for
+    a patch of an image. It is the average of SigLIP's and MoGe's features of that patch, each after
+    its own linear projection. Scaling, masks and positions are PaliGemma's.
     """
 
     config: SpearVLMConfig
@@ -140,12 +147,15 @@ class SpearVLMForConditionalGeneration(PreTrainedModel):
         self.post_init()
 
     def encode_views(self, *views: Tensor) -> list[Tensor]:
-        """Visual tokens of each view: [B, 3, h, w] uint8 -> [B, patches, width], row by row."""
+        """Visual tokens of each view: [B, 3, h, w] uint8 -> [B, patches, width].
+
+        The patches are in row-major order.
+        """
         features, num_tokens = self._encode_side_by_side(views)
         return list(features.split(num_tokens, dim=1))
 
     def _encode_side_by_side(self, views: Sequence[Tensor]) -> tuple[Tensor, list[int]]:
-        """Visual tokens of all views side by side, [B, T, width], and the number of each view."""
+        """Visual tokens of all views, concatenated [B, T, width], and their number per view."""
         moge = self.moge
         moge_projector = self.moge_projector
         encoders = [lambda: self.multi_modal_projector(self.vision_tower.features(views))]
@@ -157,7 +167,10 @@ class SpearVLMForConditionalGeneration(PreTrainedModel):
             features = 0.5 * (projected[0] + projected[1])
 
         patch = self.config.vision_config.patch_size
-        num_tokens = [view.shape[2] // patch * (view.shape[3] // patch) for view in views]
+        num_tokens = []
+        for view in views:
+            height, width = view.shape[2:]
+            num_tokens.append((height // patch) * (width // patch))
         return features, num_tokens
 
     def encode_images(
@@ -167,15 +180,16 @@ class SpearVLMForConditionalGeneration(PreTrainedModel):
 
         Args:
             pixel_values: View -> [B, 3, h, w] uint8.
-            view_mask: View -> [B] bool, False for a missing image.
+            view_mask: View -> [B] bool, False for a missing image. None, or a view without a mask,
+                means that no image is missing.
 
         Returns:
             The visual tokens [B, T, width], and [B, T] bool, False for the tokens of missing
             images.
 
         Raises:
-            SpearError: For a view that the model does not know, for images of a wrong type or size,
-                or if there is no view at all.
+            SpearError: The model does not know a view, images have a wrong type or size, or there
+                is no view at all.
         """
         check_known("view", self.config.views, *pixel_values, *(view_mask or {}))
         views = [name for name in self.config.views if name in pixel_values]
@@ -201,14 +215,14 @@ class SpearVLMForConditionalGeneration(PreTrainedModel):
         token_type_ids: Tensor | None = None,
         keep_cache: bool = True,
     ) -> Prefix:
-        """Run visual tokens, one row per text, and text through the language model.
+        """Run visual tokens and texts through the language model.
 
         Args:
-            features: [N, T, width].
-            image_valid: [N, T] bool.
+            features: [N, T, width], the visual tokens of each text's images.
+            image_valid: [N, T] bool, False for missing images.
             input_ids: [N, L].
-            attention_mask: [N, L], 0 on padding; None where there is no padding.
-            token_type_ids: [N, L], 1 on the answer, which is causal; None where there is no answer.
+            attention_mask: [N, L], 0 on padding. None if there is no padding.
+            token_type_ids: [N, L], 1 on the answer, which is causal. None if there is no answer.
             keep_cache: Whether the result has keys and values.
         """
         text = self.embed_text(input_ids)
@@ -231,9 +245,9 @@ class SpearVLMForConditionalGeneration(PreTrainedModel):
         return Prefix(cache, valid, output.last_hidden_state[:, num_visual_tokens:])
 
     def embed_text(self, input_ids: Tensor) -> Tensor:
-        """Token embeddings [..., width].
+        """Token embeddings of ids [...]: [..., width].
 
-        They are float32 under autocast, even if the weights are bfloat16.
+        Under autocast the embeddings are float32, even if the weights are bfloat16.
         """
         text = self.language_model.embed_tokens(input_ids)
         return text.float() if torch.is_autocast_enabled(text.device.type) else text
@@ -241,14 +255,16 @@ class SpearVLMForConditionalGeneration(PreTrainedModel):
     def compute_logits(
         self, hidden: Tensor, first_id: int = 0, end_id: int | None = None
     ) -> Tensor:
-        """Logits of the tokens from `first_id` to before `end_id`: [..., D] -> [..., tokens].
+        """Logits of the tokens from `first_id` to `end_id` - 1: [..., D] -> [..., tokens].
 
-        The embedding matrix computes them.
+        The logit of a token is the product of the hidden state and the token's embedding.
         """
         logits = linear(hidden, self.language_model.embed_tokens.weight[first_id:end_id])
-        # Gemma 2 has it
+        # Only Gemma 2 has a softcap.
         softcap = getattr(self.config.text_config, "final_logit_softcapping", None)
-        return logits if softcap is None else softcap * (logits / softcap).tanh()
+        if softcap is None:
+            return logits
+        return softcap * (logits / softcap).tanh()
 
     def compute_token_loss(
         self, hidden: Tensor, labels: Tensor
@@ -278,17 +294,17 @@ class SpearVLMForConditionalGeneration(PreTrainedModel):
         Args:
             pixel_values: View -> [B, 3, h, w] uint8.
             input_ids: [N, L] text, padded on either side.
-            attention_mask: [N, L], 0 on padding; None where there is no padding.
+            attention_mask: [N, L], 0 on padding. None if there is no padding.
             token_type_ids: [N, L], 0 on the prompt, which sees itself and the images in both
-                directions, and 1 on the answer, which is causal. With None, tokens that have a
-                label are the answer.
-            image_index: [N] the image in 0 … B - 1 that each text belongs to; None: one text per
-                image.
-            labels: [N, L] the token that stands at each position, `IGNORE_LABEL` where it is not to
-                be learned. Logits are computed only for positions that have a label.
+                directions, and 1 on the answer, which is causal. By default the answer is the
+                tokens that have a label.
+            image_index: [N] the observation in 0 … B - 1 that each text belongs to. By default,
+                text i belongs to observation i.
+            labels: [N, L] the token at the same position of `input_ids`, or `IGNORE_LABEL` if this
+                token is not to be learned. Logits are computed only to predict learned tokens.
             view_mask: View -> [B] bool, False for a missing image.
-            length_groups: With labels, the texts run in that many groups of similar length, to save
-                padding.
+            length_groups: The number of groups of similar length in which texts with labels run
+                through the language model. More groups need less padding.
         """
         features, image_valid = self.encode_images(pixel_values, view_mask)
         if image_index is None:
@@ -319,14 +335,14 @@ class SpearVLMForConditionalGeneration(PreTrainedModel):
                 token_type_ids[rows, :length],
                 keep_cache=False,
             )
-            # The hidden state of a position predicts the token of the next one.
+            # The hidden state of a position predicts the token at the next position.
             next_labels = labels[rows, 1:length]
             is_learned = next_labels != IGNORE_LABEL
             hidden_per_group.append(prefix.hidden[:, :-1][is_learned])
             targets_per_group.append(next_labels[is_learned])
 
-        hidden = torch.cat(hidden_per_group)
-        targets = torch.cat(targets_per_group)
+        hidden = torch.cat(hidden_per_group)  # [learned tokens, D]
+        targets = torch.cat(targets_per_group)  # [learned tokens]
         num_padding = -len(targets) % PAD_NUM_TARGETS_TO_MULTIPLE
         hidden = F.pad(hidden, (0, 0, 0, num_padding))
         targets = F.pad(targets, (0, num_padding), value=IGNORE_LABEL)
@@ -337,25 +353,29 @@ class SpearVLMForConditionalGeneration(PreTrainedModel):
 def compute_weighted_cross_entropy(
     logits: Tensor, labels: Tensor, coordinate_ids: range, weight: float, smoothing: float = 0.0
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Weighted mean cross-entropy, Σ wᵢ·lossᵢ / Σ wᵢ.
+    """Weighted mean cross-entropy over M tokens, Σ wᵢ·lossᵢ / Σ wᵢ.
 
-    The weight w is λ on 3D tokens (the paper) and 1 on text.
+    The weight w is λ for 3D tokens (the paper) and 1 for text.
 
     Args:
         logits: [M, vocabulary].
-        labels: [M], `IGNORE_LABEL` where there is none.
+        labels: [M], the right tokens. Tokens with `IGNORE_LABEL` do not count.
         coordinate_ids: The ids of the 3D tokens.
         weight: λ.
         smoothing: Standard deviation, in bins, of the Gaussian that is the target of a 3D token.
+            With 0, the target is the right bin alone.
 
     Returns:
-        The loss, and its unweighted means over tokens of "text" and of "coordinates".
+        The loss, and the unweighted mean losses of text tokens ("text") and of 3D tokens
+        ("coordinates").
     """
     log_p = logits.float().log_softmax(-1)
     has_label = labels != IGNORE_LABEL
     is_coordinate = (labels >= coordinate_ids.start) & (labels < coordinate_ids.stop)
 
-    label_log_p = log_p.gather(-1, labels[:, None].clamp_min(0))[:, 0]
+    # `IGNORE_LABEL` is no index, so it becomes 0 here; its weight is 0 below.
+    index = labels[:, None].clamp_min(0)
+    label_log_p = log_p.gather(-1, index)[:, 0]  # [M]
     if smoothing > 0:
         coordinate_log_p = log_p[:, coordinate_ids.start : coordinate_ids.stop]
         bins = labels - coordinate_ids.start
@@ -363,57 +383,70 @@ def compute_weighted_cross_entropy(
         label_log_p = torch.where(is_coordinate, smoothed_log_p, label_log_p)
     losses = -label_log_p
 
-    coordinate = is_coordinate.float()
-    text = has_label.float() - coordinate
-    weights = text + weight * coordinate
+    coordinate_mask = is_coordinate.float()
+    text_mask = has_label.float() - coordinate_mask
+    weights = text_mask + weight * coordinate_mask
     loss = (weights * losses).sum() / weights.sum().clamp_min(1e-6)
     parts = {
-        "text": _masked_mean(losses.detach(), text),
-        "coordinates": _masked_mean(losses.detach(), coordinate),
+        "text": _masked_mean(losses.detach(), text_mask),
+        "coordinates": _masked_mean(losses.detach(), coordinate_mask),
     }
     return loss, parts
 
 
 def _masked_mean(values: Tensor, mask: Tensor) -> Tensor:
+    """The mean of the values whose mask is 1, or 0 if there are none."""
     return (values * mask).sum() / mask.sum().clamp_min(1)
 
 
 def _expected_log_probability(log_p: Tensor, bins: Tensor, sigma: float) -> Tensor:
-    """Expected log probability under a Gaussian around each bin: [M, bins], [M] -> [M].
+    """The expected log probability of a bin that is drawn from a Gaussian around the right bin.
 
     The Gaussian is cut off at 3σ and at the first and the last bin, and sums to 1.
+
+    Args:
+        log_p: [M, bins], log probabilities of all bins.
+        bins: [M], the right bins. The result is meaningless for rows whose token is no 3D token.
+        sigma: σ, in bins.
+
+    Returns:
+        [M].
     """
+    num_bins = log_p.shape[-1]
     reach = max(1, round(3 * sigma))
     offsets = torch.arange(-reach, reach + 1, device=log_p.device)
-    neighbors = bins[:, None] + offsets
-    is_inside = (neighbors >= 0) & (neighbors < log_p.shape[-1])
+    neighbors = bins[:, None] + offsets  # [M, 2 · reach + 1]
+    is_inside = (neighbors >= 0) & (neighbors < num_bins)
     weight = torch.exp(-0.5 * (offsets / sigma) ** 2) * is_inside
     weight = weight / weight.sum(-1, keepdim=True).clamp_min(1e-12)
-    return (weight * log_p.gather(-1, neighbors.clamp(0, log_p.shape[-1] - 1))).sum(-1)
+    neighbor_log_p = log_p.gather(-1, neighbors.clamp(0, num_bins - 1))
+    return (weight * neighbor_log_p).sum(-1)
 
 
 def _group_by_length(attention_mask: Tensor, num_groups: int) -> Iterator[tuple[Tensor, int]]:
-    """Divide texts [N, L] into groups of similar length.
+    """Divide texts into groups of similar length, given their mask [N, L].
 
-    Yields the rows of each group, and the length it needs.
+    Yields, for each group, the indices of its texts and the number of columns that they need.
     """
     if num_groups <= 1:
         all_rows = torch.arange(len(attention_mask), device=attention_mask.device)
         yield all_rows, attention_mask.shape[1]
         return
-    last_position = layers.compute_position_ids(attention_mask.bool()).argmax(dim=1)
-    lengths = last_position + 1
+    # Padding after a text has the position of the text's last token, and `argmax` returns the
+    # first column with the largest position.
+    last_column = layers.compute_position_ids(attention_mask.bool()).argmax(dim=1)
+    lengths = last_column + 1
     num_groups = min(num_groups, len(lengths))
     for rows in lengths.argsort(stable=True).tensor_split(num_groups):
         longest = int(lengths[rows[-1]])
-        padded = -(-longest // PAD_LENGTH_TO_MULTIPLE) * PAD_LENGTH_TO_MULTIPLE
-        yield rows, min(padded, attention_mask.shape[1])
+        rounded_up = -(-longest // PAD_LENGTH_TO_MULTIPLE) * PAD_LENGTH_TO_MULTIPLE
+        yield rows, min(rounded_up, attention_mask.shape[1])
 
 
 def build_projector(in_width: int, out_width: int) -> nn.Module:
-    """A linear layer from an encoder's width to the language model's.
+    """A linear layer from an encoder's width to the language model's, [..., in] -> [..., out].
 
-    It is called `linear`, as in PaliGemma: [..., in] -> [..., out].
+    The layer's name is `linear`, so that PaliGemma's weights have the same names.
     """
     return nn.Sequential(OrderedDict(linear=nn.Linear(in_width, out_width)))
 

@@ -1,30 +1,32 @@
-"""A few tokens through a Gemma's layers on a GPU, in bfloat16, by Triton kernels.
+"""Triton kernels that run a few tokens through a Gemma's layers on a GPU, in bfloat16.
 
 A flow step, or one more token of an answer, passes at most `MAX_ROWS` tokens through the layers.
-Such a pass is as slow as the reading of the weights from memory, once each. PyTorch launches about
-fifteen kernels per layer for it, and most of them wait for memory. Here six kernels make up a
-layer:
+Such a pass takes at least as long as reading all weights from memory once. With PyTorch it takes
+longer, because PyTorch launches about fifteen kernels per layer, and most of them wait for memory.
+Here six kernels make up a layer:
 
     project_qkv      norm, queries, keys and values, rotary embedding
     attend_to_keys   attention of all query heads to `KEYS_PER_PROGRAM` keys at a time
-    combine_keys     softmax over all keys, from those parts
-    add_product      output projection, residual, and what the next norm needs
+    combine_keys     softmax over all keys, from the results of attend_to_keys
+    add_product      output projection, residual, and the inputs of the next norm
     gate_up          norm, gate and up projections, GELU
-    add_product      down projection, residual, and what the next norm needs
+    add_product      down projection, residual, and the inputs of the next norm
 
-A norm needs a sum over all columns of a row, which no single program has. Therefore the kernel that
-writes a row x also writes `scaled` = x · scale and the sums of x² over its own columns. The kernel
-that reads the row adds up these sums, and divides its products by the row's root mean square at the
-end:
+A norm needs a sum over all columns of a row x, but a Triton program computes only some columns.
+Therefore each program that writes columns of x also writes two inputs of the next norm: `scaled`,
+which is x · scale, and `squares`, the sum of x² over the program's columns. The kernel that reads
+the row adds up these sums, and divides its products by the row's root mean square at the end:
 
     (x / rms(x) · scale) Wᵀ = (scaled Wᵀ) / rms(x),    rms(x) = √(mean(x²) + eps)
 
-All sums are float32. Names in the shapes: R rows (tokens of all batch rows together), D the width
-of the layers' input, F that of the MLP, H query heads and one key-value head of width E.
+All sums are float32. In the shapes, B is the batch size, S the number of tokens per batch row, and
+R = B · S the number of rows, which are the tokens of all batch rows. D is the width of the layers'
+input, F the width of the MLP, H the number of query heads, and E the width of a head. There is one
+key-value head.
 
-From the Hopper architecture on, a kernel is launched while the one before still runs, and waits for
-its results (`_wait_for_previous_kernel`). `benchmarks/models/few_rows.py` compares these kernels
-with PyTorch's and times them.
+On GPUs of the Hopper architecture and later, a kernel is launched while the previous kernel still
+runs, and then waits for its results (`_wait_for_previous_kernel`). `benchmarks/models/few_rows.py`
+compares these kernels with PyTorch's and times them.
 """
 # mypy: disallow-untyped-defs=False
 
@@ -38,16 +40,16 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-MAX_ROWS = 16  # tokens of all batch rows together: the height of one tensor-core product
+MAX_ROWS = 16  # tokens of all batch rows; the height of one product of the tensor cores
 
 # The block sizes are our choice: the fastest of those tried on an H200.
-OUTPUTS_PER_PROGRAM = tl.constexpr(8)  # output columns of a program with one product
-PAIRED_OUTPUTS_PER_PROGRAM = tl.constexpr(16)  # ... with two products, of each of them
+OUTPUTS_PER_PROGRAM = tl.constexpr(8)  # output columns of a program with one matrix product
+PAIRED_OUTPUTS_PER_PROGRAM = tl.constexpr(16)  # output columns per product, in programs with two
 KEYS_PER_PROGRAM = tl.constexpr(32)  # keys that one program attends to
 INPUTS_PER_STEP = tl.constexpr(256)  # input columns that a program multiplies per loop iteration
-NUM_WARPS = tl.constexpr(4)  # warps per program; each multiplies its share of these inputs
-INPUTS_PER_WARP = tl.constexpr(64)
-NUM_STAGES_QKV = 4  # loop iterations whose weights are loaded ahead of their use
+NUM_WARPS = tl.constexpr(4)  # warps per program
+INPUTS_PER_WARP = tl.constexpr(64)  # INPUTS_PER_STEP / NUM_WARPS, a warp's share of the inputs
+NUM_STAGES_QKV = 4  # loop iterations whose weights are loaded ahead of their use, per kernel
 NUM_STAGES_GATE_UP = 3
 NUM_STAGES_ADD_PRODUCT = 6
 WIDTH_MULTIPLE = 512  # the kernels' loops need layers whose widths are multiples of this
@@ -55,7 +57,10 @@ WIDTH_MULTIPLE = 512  # the kernels' loops need layers whose widths are multiple
 
 @dataclass(frozen=True)
 class LayerWeights:
-    """What the kernels read of one layer: norm scales [D] float32, weights [out, in] bfloat16."""
+    """The tensors of one layer that the kernels read.
+
+    The scales of norms are float32 [D], the weights bfloat16 [out, in].
+    """
 
     attention_norm_scale: Tensor
     mlp_norm_scale: Tensor
@@ -69,8 +74,8 @@ class FewRows:
     """Runs the layers of a `LayerStack` for at most `MAX_ROWS` tokens.
 
     Args:
-        layers: The stack's `FusedLayer`s; `supports_layers` must accept them.
-        num_heads: Query heads per layer.
+        layers: The `FusedLayer`s of the stack. `supports_layers` must accept them.
+        num_heads: Number of query heads.
         head_dim: Width of a head.
         eps: Added to the mean square in norms.
         scale: Factor of the attention scores.
@@ -95,8 +100,8 @@ class FewRows:
     ) -> bool:
         """Return whether the kernels can run these layers on this GPU.
 
-        They need a GPU with bfloat16, and layers of Gemma (not Gemma 2) with one key-value head
-        whose linear layers are plain ones in bfloat16.
+        The kernels need a GPU with bfloat16, and layers of Gemma (not Gemma 2) with one key-value
+        head. The linear layers must be bfloat16, without biases and adapters.
         """
         has_fitting_heads = num_kv_heads == 1 and head_dim % 32 == 0
         if not has_fitting_heads or not all(map(_is_supported_layer, layers)):
@@ -113,20 +118,22 @@ class FewRows:
     def __call__(
         self, x: Tensor, rotations: tuple[Tensor, ...], window: Any, bias: Tensor | None
     ) -> Tensor:
-        """Run all layers as `LayerStack` does: [B, S, D] -> [B, S, D], before the last norm."""
+        """Run all layers, without the norm after the last one: [B, S, D] -> [B, S, D].
+
+        The arguments are those of `LayerStack.__call__`.
+        """
         kernels = _LayerKernels(self, x, rotations, window, bias)
         num_layers = len(self.layers)
         rows = x.reshape(-1, x.shape[-1]).contiguous()
         kernels.prepare_norm(rows, self.layers[0].attention_norm_scale)
 
         for index, layer in enumerate(self.layers):
-            # The last layer prepares a norm that nobody reads; which scale it takes is of no
-            # matter.
+            # After the last layer the inputs of a next norm are not used, so any scale will do.
             next_layer = self.layers[(index + 1) % num_layers]
 
             kernels.project_qkv(layer.qkv, window.new_key_values[index])
             window.wait(index)
-            keys, values = window.visible[index][-1]
+            keys, values = window.visible[index][-1]  # the last block sees all keys
             kernels.attend(keys, values)
             rows = kernels.add_product(kernels.attended, layer.out, rows, layer.mlp_norm_scale)
 
@@ -158,20 +165,22 @@ class _LayerKernels:
         self.num_heads = model.num_heads
         self.head_dim = model.head_dim
         self.num_rows = batch * length
-        self.padded_rows = 8 if self.num_rows <= 8 else MAX_ROWS
+        self.padded_rows = 8 if self.num_rows <= 8 else MAX_ROWS  # Triton needs a power of 2
         self.launch_options = {
             "LAUNCHES_EARLY": model.launches_early,
             "launch_pdl": model.launches_early,
         }
 
-        # The prefix and the state see fewer keys than the actions: tokens before
-        # `first_block_length` see `first_num_keys` keys, the others all.
+        # A window with two blocks has the state token, which sees the prefix and itself, and the
+        # actions, which see all keys. So tokens with an index below `first_block_length` see
+        # `first_num_keys` keys, and the other tokens all.
         keys_per_block = [keys.shape[1] for keys, _ in window.visible[0]]
         self.first_block_length = window.block_lengths[0]
         self.first_num_keys = keys_per_block[0]
         self.num_keys = keys_per_block[-1]
 
-        # Attention: every program sees some keys, for all query heads of one batch row.
+        # Attention: the keys are divided into chunks, and a program attends to one chunk, with all
+        # query heads of one batch row. The partial results are those of one chunk.
         self.num_chunks = triton.cdiv(self.num_keys, KEYS_PER_PROGRAM.value)
         self.num_queries = length * self.num_heads
         self.padded_queries = max(16, triton.next_power_of_2(self.num_queries))
@@ -190,8 +199,7 @@ class _LayerKernels:
         self._allocate_norm_buffers(x, model.eps)
 
     def _allocate_norm_buffers(self, x: Tensor, eps: float) -> None:
-        """What each norm needs of the kernel before it: rows times its scale, and partial sums of
-        squares."""
+        """Allocate `scaled` and `squares`, the inputs of a norm (see the module's description)."""
         self.num_square_parts = self.depth // OUTPUTS_PER_PROGRAM.value
         self.scaled = x.new_empty(self.num_rows, self.depth)
         self.squares = x.new_empty(self.num_square_parts, self.padded_rows, dtype=torch.float32)
@@ -207,7 +215,7 @@ class _LayerKernels:
         }
 
     def prepare_norm(self, rows: Tensor, scale: Tensor) -> None:
-        """Write what the first norm needs of the input rows [R, D]."""
+        """Write the inputs of the first norm, whose rows are [R, D]."""
         _prepare_norm_kernel[(self.num_square_parts,)](
             x_ptr=rows,
             scale_ptr=scale,
@@ -219,7 +227,10 @@ class _LayerKernels:
         )
 
     def project_qkv(self, weight: Tensor, new_key_values: Tensor) -> None:
-        """Write the queries to `self.query`, and keys and values to the cache [2, B, 1, S, E]."""
+        """Write the queries to `self.query`, and keys and values to the cache.
+
+        `new_key_values` [2, B, 1, S, E] is the cache's view for the new tokens.
+        """
         num_column_blocks = self.head_dim // 2 // PAIRED_OUTPUTS_PER_PROGRAM.value
         _project_qkv_kernel[(self.num_heads + 2, num_column_blocks)](
             weight_ptr=weight,
@@ -240,9 +251,11 @@ class _LayerKernels:
         )
 
     def attend(self, keys: Tensor, values: Tensor) -> None:
-        """Write attention of `self.query` to keys and values [B, num_keys, E] to
-        `self.attended`."""
-        # Without a bias the kernel gets a pointer that it does not read.
+        """Write the attention of `self.query` to keys and values [B, num_keys, E].
+
+        The result goes to `self.attended`.
+        """
+        # Without a bias the kernel gets the pointer of the keys instead, and does not read it.
         bias = keys if self.bias is None else self.bias
         _attend_to_keys_kernel[(self.num_chunks, self.batch)](
             query_ptr=self.query,
@@ -279,7 +292,7 @@ class _LayerKernels:
         )
 
     def add_product(self, x: Tensor, weight: Tensor, residual: Tensor, scale: Tensor) -> Tensor:
-        """Return residual + x Wᵀ [R, D], and write what the norm with `scale` needs of it."""
+        """Return residual + x Wᵀ [R, D], and write the inputs of its norm, which has `scale`."""
         out = torch.empty_like(residual)
         _add_product_kernel[(self.num_square_parts,)](
             x_ptr=x,
@@ -312,6 +325,7 @@ class _LayerKernels:
 
 
 def _collect_weights(layer: Any) -> LayerWeights:
+    """Return the tensors of a `FusedLayer` that the kernels read."""
     return LayerWeights(
         attention_norm_scale=layer.before_attention,
         mlp_norm_scale=layer.before_mlp,
@@ -353,8 +367,10 @@ def _wait_for_previous_kernel(LAUNCHES_EARLY: tl.constexpr):
 
 @triton.jit
 def _load_inputs(x_ptr, begin, num_rows, depth, PADDED_ROWS: tl.constexpr):
-    """Load columns begin … begin + INPUTS_PER_STEP of the rows, [NUM_WARPS, PADDED_ROWS,
-    INPUTS_PER_WARP]."""
+    """Load columns begin … begin + INPUTS_PER_STEP - 1 of the rows x [num_rows, depth].
+
+    The result is [NUM_WARPS, PADDED_ROWS, INPUTS_PER_WARP]: each warp has its share of the columns.
+    """
     warp = tl.arange(0, NUM_WARPS)[:, None, None]
     row = tl.arange(0, PADDED_ROWS)[None, :, None]
     column = begin + warp * INPUTS_PER_WARP + tl.arange(0, INPUTS_PER_WARP)[None, None, :]
@@ -363,7 +379,10 @@ def _load_inputs(x_ptr, begin, num_rows, depth, PADDED_ROWS: tl.constexpr):
 
 @triton.jit
 def _load_weights(weight_ptr, out_column, begin, depth):
-    """Load the weights of these inputs for N outputs, [NUM_WARPS, INPUTS_PER_WARP, N]."""
+    """Load the weights of the same input columns for N outputs, [NUM_WARPS, INPUTS_PER_WARP, N].
+
+    The weight is [out, depth], and `out_column` [N] has the indices of the outputs.
+    """
     warp = tl.arange(0, NUM_WARPS)[:, None, None]
     in_column = begin + warp * INPUTS_PER_WARP + tl.arange(0, INPUTS_PER_WARP)[None, :, None]
     return tl.load(weight_ptr + out_column[None, None, :] * depth + in_column)
@@ -373,9 +392,11 @@ def _load_weights(weight_ptr, out_column, begin, depth):
 def _store_for_norm(
     x, scale_ptr, column, scaled_ptr, squares_ptr, num_rows, depth, PADDED_ROWS: tl.constexpr
 ):
-    """Store what the next norm needs of x [PADDED_ROWS, N], the given columns of all rows.
+    """Store the inputs of the next norm, for x [PADDED_ROWS, N], which has N columns of all rows.
 
     scaled[r, c] = x[r, c] · scale[c]        squares[program, r] = Σ_c x[r, c]²
+
+    `column` [N] has the indices of the columns.
     """
     row = tl.arange(0, PADDED_ROWS)
     offset = row[:, None] * depth + column[None, :]
@@ -390,13 +411,14 @@ def _multiply_normalized(
     num_rows, depth, eps, num_square_parts,
     PADDED_SQUARE_PARTS: tl.constexpr, PADDED_ROWS: tl.constexpr, LAUNCHES_EARLY: tl.constexpr,
 ):  # fmt: skip
-    """Multiply the normalized rows with N rows each of two weights: two results [PADDED_ROWS, N],
-    float32.
+    """Multiply the normalized rows with N rows of W₁ and N rows of W₂, both [out, D].
 
     norm(x) W₁ᵀ = (scaled W₁ᵀ) / √(Σ squares / D + eps), and the same for W₂.
+
+    `column` [N] has the indices of the weights' rows. The two results are [PADDED_ROWS, N] float32.
     """
-    # The kernel may have started while the previous kernel still ran; from here on it reads what
-    # that kernel writes.
+    # This kernel may have started while the previous kernel still ran. From here on it reads the
+    # results of the previous kernel.
     _wait_for_previous_kernel(LAUNCHES_EARLY)
 
     # Partial sums of squares [PADDED_SQUARE_PARTS, PADDED_ROWS]: one part per program of the kernel
@@ -408,8 +430,8 @@ def _multiply_normalized(
         other=0.0,
     )
 
-    # Each warp sums its share of the inputs; the shares are added at the end. The warps are the
-    # first axis of the arrays: `inputs` is [NUM_WARPS, PADDED_ROWS, INPUTS_PER_WARP].
+    # Each warp sums the products of its share of the inputs, and the sums of the warps are added at
+    # the end. The warps are the first axis: `inputs` is [NUM_WARPS, PADDED_ROWS, INPUTS_PER_WARP].
     first = tl.zeros([NUM_WARPS, PADDED_ROWS, PAIRED_OUTPUTS_PER_PROGRAM], tl.float32)
     second = tl.zeros([NUM_WARPS, PADDED_ROWS, PAIRED_OUTPUTS_PER_PROGRAM], tl.float32)
     for begin in range(0, depth, INPUTS_PER_STEP):
@@ -428,9 +450,9 @@ def _multiply_normalized(
 def _prepare_norm_kernel(
     x_ptr, scale_ptr, scaled_ptr, squares_ptr, num_rows, depth, PADDED_ROWS: tl.constexpr
 ):
-    """Store what the first norm needs of the input x [R, D]: see `_store_for_norm`.
+    """Store the inputs of the first norm, whose rows are x [R, D]: see `_store_for_norm`.
 
-    The inputs of all later norms come from `_add_product_kernel`, which stores the same for them.
+    The inputs of all later norms are stored by `_add_product_kernel`.
 
     Grid: (D / OUTPUTS_PER_PROGRAM,).
     """
@@ -450,17 +472,19 @@ def _project_qkv_kernel(
 ):  # fmt: skip
     """Project the normalized rows to queries, keys and values, and rotate queries and keys.
 
-    [q k v] = norm(x) W_qkvᵀ        W_qkv [(H + 2) E, D]: H query heads, the key head, the value
-                                    head
-    q → query [R, H E];  k, v → the cache's place for new tokens [2, B, 1, S, E]
+    [q k v] = norm(x) W_qkvᵀ
 
-    Rotary embedding of column c < E/2 and its partner c + E/2 (sin is signed, as
-    `compute_rotations` has it):
+    W_qkv is [(H + 2) E, D]: first the H query heads, then the key head, then the value head. The
+    queries q are stored to `query` [R, H E], and k and v to the cache's view for the new tokens
+    [2, B, 1, S, E].
+
+    Rotary embedding of column c < E/2 and its partner c + E/2, where `sin` has the signs of
+    `LayerStack.compute_rotations`:
         c:        q_c cos_c + q_{c+E/2} sin_c
         c + E/2:  q_{c+E/2} cos_{c+E/2} + q_c sin_{c+E/2}
 
-    Grid: (H + 2 heads, E / 2 / PAIRED_OUTPUTS_PER_PROGRAM). A program makes columns of a head's
-    first half and their partners. For values it takes cos = 1 and sin = 0.
+    Grid: (H + 2 heads, E / 2 / PAIRED_OUTPUTS_PER_PROGRAM). A program computes columns of a head's
+    first half and their partners. Values are not rotated: for them cos is 1 and sin is 0.
     """
     head = tl.program_id(0)
     column = tl.program_id(1) * PAIRED_OUTPUTS_PER_PROGRAM + tl.arange(
@@ -474,7 +498,8 @@ def _project_qkv_kernel(
         num_rows, depth, eps, num_square_parts, PADDED_SQUARE_PARTS, PADDED_ROWS, LAUNCHES_EARLY,
     )  # fmt: skip
 
-    # Rotate; head NUM_HEADS is the key head, NUM_HEADS + 1 the value head.
+    # Rotate. Head NUM_HEADS is the key head, NUM_HEADS + 1 the value head. Row r is token
+    # r % length of batch row r // length.
     row = tl.arange(0, PADDED_ROWS)[:, None]
     is_row = row < num_rows
     rotation_offset = (
@@ -484,16 +509,14 @@ def _project_qkv_kernel(
     )
     is_rotated = is_row & (head <= NUM_HEADS)
     dtype = query_ptr.dtype.element_ty
-    rotated_first = first * tl.load(cos_ptr + rotation_offset, is_rotated, 1.0) + second * tl.load(
-        sin_ptr + rotation_offset, is_rotated, 0.0
-    )
-    rotated_second = second * tl.load(
-        cos_ptr + rotation_offset + half, is_rotated, 1.0
-    ) + first * tl.load(sin_ptr + rotation_offset + half, is_rotated, 0.0)
-    rotated_first = rotated_first.to(dtype)
-    rotated_second = rotated_second.to(dtype)
+    first_cos = tl.load(cos_ptr + rotation_offset, is_rotated, 1.0)
+    first_sin = tl.load(sin_ptr + rotation_offset, is_rotated, 0.0)
+    second_cos = tl.load(cos_ptr + rotation_offset + half, is_rotated, 1.0)
+    second_sin = tl.load(sin_ptr + rotation_offset + half, is_rotated, 0.0)
+    rotated_first = (first * first_cos + second * first_sin).to(dtype)
+    rotated_second = (second * second_cos + first * second_sin).to(dtype)
 
-    # Store to the queries or to the cache.
+    # Store to the queries or to the cache, whose first axis is keys, then values.
     query_out_ptr = query_ptr + row * NUM_HEADS * HEAD_DIM + head * HEAD_DIM + column[None, :]
     tl.store(query_out_ptr, rotated_first, is_row & (head < NUM_HEADS))
     tl.store(query_out_ptr + half, rotated_second, is_row & (head < NUM_HEADS))
@@ -514,18 +537,21 @@ def _attend_to_keys_kernel(
     NUM_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, PADDED_QUERIES: tl.constexpr,
     HAS_BIAS: tl.constexpr, LAUNCHES_EARLY: tl.constexpr,
 ):  # fmt: skip
-    """Attend with all query heads of a batch row's tokens to KEYS_PER_PROGRAM keys: a part of the
-    softmax.
+    """Attend with all query heads of a batch row's tokens to a chunk of KEYS_PER_PROGRAM keys.
+
+    The results are a part of the softmax over all keys, with k over the chunk's keys:
 
         s    = scale · q Kᵀ + bias
         max  = max_k s_k
         mass = Σ_k exp(s_k - max)
         sums = Σ_k exp(s_k - max) V_k
 
-    q is [S H, E] (token by token, head by head), K and V are [KEYS_PER_PROGRAM, E]. The results are
+    q is [S H, E] (for each token all heads), K and V are [KEYS_PER_PROGRAM, E]. The results are
     float32: sums [B, chunks, PADDED_QUERIES, E], max and mass [B, chunks, PADDED_QUERIES].
 
-    Tokens before `first_block_length` see the first `first_num_keys` keys, the others `num_keys`.
+    Tokens with an index below `first_block_length` see the first `first_num_keys` keys, the other
+    tokens `num_keys`.
+
     Grid: (chunks of keys, B).
     """
     _wait_for_previous_kernel(LAUNCHES_EARLY)
@@ -544,11 +570,10 @@ def _attend_to_keys_kernel(
     keys = tl.load(keys_ptr + key_offset, mask=key[:, None] < num_keys, other=0.0)
     values = tl.load(values_ptr + key_offset, mask=key[:, None] < num_keys, other=0.0)
 
-    scores = tl.dot(query, tl.trans(keys)) * scale
+    scores = tl.dot(query, tl.trans(keys)) * scale  # [PADDED_QUERIES, KEYS_PER_PROGRAM]
     if HAS_BIAS:
-        scores += tl.load(bias_ptr + batch * bias_stride + key, mask=key < num_keys, other=0.0)[
-            None, :
-        ]
+        bias = tl.load(bias_ptr + batch * bias_stride + key, mask=key < num_keys, other=0.0)
+        scores += bias[None, :]
     num_visible = tl.where(query_row // NUM_HEADS < first_block_length, first_num_keys, num_keys)
     scores = tl.where(key[None, :] < num_visible[:, None], scores, -1e30)
 
@@ -557,9 +582,8 @@ def _attend_to_keys_kernel(
     out_row = (batch * tl.num_programs(0) + chunk) * PADDED_QUERIES + query_row
     tl.store(max_ptr + out_row, max_score)
     tl.store(mass_ptr + out_row, tl.sum(weights, 1))
-    tl.store(
-        sums_ptr + out_row[:, None] * HEAD_DIM + column, tl.dot(weights.to(values.dtype), values)
-    )
+    sums = tl.dot(weights.to(values.dtype), values)
+    tl.store(sums_ptr + out_row[:, None] * HEAD_DIM + column, sums)
 
 
 @triton.jit
@@ -568,9 +592,9 @@ def _combine_keys_kernel(
     PADDED_QUERIES: tl.constexpr, HEAD_DIM: tl.constexpr, PADDED_CHUNKS: tl.constexpr,
     LAUNCHES_EARLY: tl.constexpr,
 ):  # fmt: skip
-    """Combine what `_attend_to_keys_kernel` found for one query among each chunk of keys.
+    """Combine the results of `_attend_to_keys_kernel` for all chunks c of keys, for one query.
 
-        w_c = exp(max_c - max over chunks)
+        w_c = exp(max_c - maximum over all chunks)
         out = Σ_c w_c sums_c / Σ_c w_c mass_c        [B S H, E]
 
     Grid: (S H queries, B).
@@ -581,12 +605,13 @@ def _combine_keys_kernel(
     chunk = tl.arange(0, PADDED_CHUNKS)
     column = tl.arange(0, HEAD_DIM)
     in_row = (batch * num_chunks + chunk) * PADDED_QUERIES + query_row
-    max_score = tl.load(max_ptr + in_row, mask=chunk < num_chunks, other=float("-inf"))
+    is_chunk = chunk < num_chunks
+    max_score = tl.load(max_ptr + in_row, mask=is_chunk, other=float("-inf"))
     weight = tl.exp(max_score - tl.max(max_score, 0))
-    mass = tl.sum(weight * tl.load(mass_ptr + in_row, mask=chunk < num_chunks, other=0.0), 0)
-    is_chunk = (chunk < num_chunks)[:, None]
+    chunk_mass = tl.load(mass_ptr + in_row, mask=is_chunk, other=0.0)
+    mass = tl.sum(weight * chunk_mass, 0)
     sums = tl.load(
-        sums_ptr + in_row[:, None] * HEAD_DIM + column[None, :], mask=is_chunk, other=0.0
+        sums_ptr + in_row[:, None] * HEAD_DIM + column[None, :], mask=is_chunk[:, None], other=0.0
     )
     attended = tl.sum(sums * weight[:, None], 0) / mass
     tl.store(
@@ -600,10 +625,11 @@ def _add_product_kernel(
     x_ptr, weight_ptr, residual_ptr, scale_ptr, out_ptr, scaled_ptr, squares_ptr,
     num_rows, in_width, out_width, PADDED_ROWS: tl.constexpr, LAUNCHES_EARLY: tl.constexpr,
 ):  # fmt: skip
-    """Multiply, add the residual, and store what the norm after it needs (`_store_for_norm`).
+    """Multiply, add the residual, and store the inputs of the next norm (`_store_for_norm`).
 
-    out = residual + x Wᵀ        x [R, in_width]; W [out_width, in_width]; residual, out [R,
-                                 out_width]
+    out = residual + x Wᵀ
+
+    x is [R, in_width], W [out_width, in_width], and residual and out are [R, out_width].
 
     Grid: (out_width / OUTPUTS_PER_PROGRAM,).
     """
@@ -658,7 +684,7 @@ def _gate_up_kernel(
         num_rows, depth, eps, num_square_parts, PADDED_SQUARE_PARTS, PADDED_ROWS, LAUNCHES_EARLY,
     )  # fmt: skip
     row = tl.arange(0, PADDED_ROWS)[:, None]
-    # 1.5957691216057308 is 2 √(2/π).
+    # GELU(gate) = gate · σ(2u), where 1.5957691216057308 is 2 √(2/π).
     activated = gate * tl.sigmoid(1.5957691216057308 * (gate + 0.044715 * gate * gate * gate))
     tl.store(
         out_ptr + row * mlp_width + column[None, :],

@@ -1,7 +1,9 @@
-"""Linear layers for inference: by oneDNN on a CPU, several as one, packed where they are read
-often.
+"""Linear layers for inference, and a cache for results that are computed from weights.
 
-`ModuleCache` keeps what is computed from a network's weights until these change.
+On a CPU, `linear` computes a matrix product by oneDNN where this is faster than PyTorch's default.
+`FusedLinear` computes several linear layers as one product, and may keep their weights *packed*,
+which means in oneDNN's own memory layout. `ModuleCache` keeps results that are computed from a
+network's weights until the weights change.
 """
 
 import ctypes
@@ -19,25 +21,26 @@ from torch._subclasses.fake_tensor import FakeTensor
 Value = TypeVar("Value")
 
 LayerEvents = list[torch.Event] | None
-"""An event per layer, by which one CUDA stream waits for another; None where nobody waits."""
+"""An event per layer, by which one CUDA stream waits for another. None if no stream waits."""
 
 MAX_CACHED_ELEMENTS = 2**19
-"""Weights with fewer elements (2 MB in float32) stay in a core's cache between uses (our
+"""A weight with fewer elements (2 MB in float32) stays in a core's cache between uses (our
 choice)."""
 
 _CPU_INFO_FILE = Path("/proc/cpuinfo")
 CPU_INFO = _CPU_INFO_FILE.read_text(encoding="utf-8") if _CPU_INFO_FILE.is_file() else ""
-"""What Linux says about the processor."""
+"""Linux's description of the processor, or "" on other systems."""
 
 _HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(
     torch.ops.mkldnn, "_linear_pointwise"
 )
 HAS_BFLOAT16: bool = _HAS_ONEDNN and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-"""Whether this CPU computes in bfloat16. With AVX2 alone oneDNN refuses, and PyTorch is many times
-slower."""
+"""Whether oneDNN computes in bfloat16 on this CPU. With only AVX2 it refuses, and PyTorch's own
+products in bfloat16 are many times slower."""
 _ONEDNN_DTYPES = (torch.float32, torch.bfloat16) if HAS_BFLOAT16 else (torch.float32,)
 
-# PyTorch gives float32 products on a CPU to MKL, which does not use AMD's AVX-512.
+# PyTorch computes float32 products on a CPU by MKL. MKL is slow on AMD's CPUs with AVX-512, because
+# it does not use their AVX-512.
 _IS_INTEL = "GenuineIntel" in CPU_INFO
 _IS_MKL_FAST = torch.backends.mkl.is_available() and (_IS_INTEL or "avx512f" not in CPU_INFO)
 
@@ -56,14 +59,15 @@ _INTEGER_OF_SIZE: dict[int, Any] = {
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Compute x Wᵀ + b like `torch.nn.functional.linear`, by oneDNN where that is faster on a CPU.
 
-    Measured on AMD with AVX-512, one thread, against PyTorch's own: 2.1 times as fast for 560 rows
-    and 2,048 × 2,048; for 5 rows and 1,024 × 4,096 1.6 times, packed 5 times (bfloat16: 1.2, 2.3).
-    On Intel, and on AMD without AVX-512, MKL is faster, except for packed weights that no cache
-    holds: `experiments/cpu_matrix_products`.
+    On AMD with AVX-512 and one thread, oneDNN is 2.1 times as fast as PyTorch's function for 560
+    rows and a weight of 2,048 × 2,048. For 5 rows and a weight of 1,024 × 4,096 it is 1.6 times as
+    fast, and with packed weights 5 times (in bfloat16 1.2 and 2.3 times). On Intel, and on AMD
+    without AVX-512, MKL is faster, except for packed weights that are larger than the CPU's caches.
+    These are results of `experiments/cpu_matrix_products`.
 
     Args:
         x: [..., in].
-        weight: [out, in], or the same in oneDNN's own layout (packed).
+        weight: [out, in], plain or packed.
         bias: [out], or None.
 
     Returns:
@@ -83,7 +87,7 @@ def _should_use_onednn(x: Tensor, weight: Tensor) -> bool:
         return False
     if weight.is_mkldnn:
         return True
-    # Plain weights: MKL may be as fast, and for a single row no layout gains anything.
+    # For plain weights MKL may be as fast. For a single row, oneDNN is not faster than PyTorch.
     is_one_row = x.numel() == x.shape[-1]
     is_for_mkl = _IS_MKL_FAST and x.dtype == torch.float32
     return not is_one_row and not is_for_mkl
@@ -106,9 +110,9 @@ def use_fast_linear(model: nn.Module) -> None:
 
 
 def is_plain_linear(layer: nn.Module) -> TypeGuard[nn.Linear]:
-    """Return whether a layer is linear and no more: it has no forward and no hook of a user's.
+    """Return whether a layer is linear and nothing else: it has no other forward and no hooks.
 
-    Hooks on whole blocks, which run as one here, are not noticed.
+    A hook on a module around the layer is not noticed. It does not run in fast inference.
     """
     has_known_forward = type(layer).forward in (nn.Linear.forward, FastLinear.forward)
     if not has_known_forward or "forward" in vars(layer):
@@ -119,16 +123,21 @@ def is_plain_linear(layer: nn.Module) -> TypeGuard[nn.Linear]:
 class FusedLinear:
     """Linear layers that read the same input, computed as one product, for inference.
 
-    On a GPU their weights become parts of one tensor, and stay the layers' own. On a CPU that gains
-    nothing, unless `packed`: then this keeps a copy of the weights in oneDNN's own layout, for
-    layers that have few rows and run often. Layers that are not plain (a LoRA's), and fake tensors,
-    run one by one; `weight` is None then.
+    On a GPU the weights are joined in one tensor, and the weights of the layers become views of it.
+    On a CPU one product is not faster, unless the weights are packed. With `packed` this object
+    keeps a packed copy of the weights, which is worth its memory for layers that have few rows and
+    run often.
+
+    In some cases the layers run one by one, and `weight` is None: on a CPU without `packed`, for
+    layers that are not plain (LoRA), and for fake tensors.
     """
 
     def __init__(self, *layers: nn.Module, packed: bool = False) -> None:
         self.layers = layers
         self.weight: Tensor | None = None
         self.bias: Tensor | None = None
+
+        # Only plain layers of one type, on one device, can be joined.
         plain_layers = [layer for layer in layers if is_plain_linear(layer)]
         kinds = {
             (layer.weight.dtype, layer.weight.device, layer.bias is None) for layer in plain_layers
@@ -140,7 +149,8 @@ class FusedLinear:
         first = weights[0]
         if isinstance(first, FakeTensor):
             if len(weights) > 1:
-                # Memory is being planned: while weights are moved, they exist twice.
+                # Fake tensors measure memory. While weights are joined they exist twice, so this
+                # tensor must be counted, too.
                 torch.cat(weights)
             return
 
@@ -159,7 +169,7 @@ class FusedLinear:
         self._out_sizes = [layer.out_features for layer in plain_layers]
 
     def __call__(self, x: Tensor) -> Sequence[Tensor]:
-        """[..., in] -> each layer's output, [..., out]."""
+        """[..., in] -> a list of each layer's output, [..., out]."""
         if self.weight is None:
             return [layer(x) for layer in self.layers]
         return self.concatenated(x).split(self._out_sizes, dim=-1)
@@ -172,14 +182,15 @@ class FusedLinear:
 
 
 def _share_storage(weights: Sequence[Tensor]) -> Tensor:
-    """Return all weights [out, in], or biases [out], as one tensor, of which they become views.
+    """Join weights [out, in], or biases [out], to one tensor, of which they become views.
 
-    Where they are already, nothing is copied.
+    If they already are consecutive parts of one tensor, nothing is copied.
     """
     first = weights[0]
     num_rows = sum(weight.shape[0] for weight in weights)
     if _are_consecutive(weights):
-        return first.detach().as_strided((num_rows, *first.shape[1:]), first.stride())
+        joint_shape = (num_rows, *first.shape[1:])
+        return first.detach().as_strided(joint_shape, first.stride())
 
     joint_weight = torch.cat([weight.detach() for weight in weights])
     row_blocks = joint_weight.split([weight.shape[0] for weight in weights])
@@ -189,7 +200,7 @@ def _share_storage(weights: Sequence[Tensor]) -> Tensor:
 
 
 def _are_consecutive(weights: Sequence[Tensor]) -> bool:
-    """Return whether the weights lie in one storage, one directly behind the other."""
+    """Return whether the weights are in one storage, each directly after the one before."""
     storage = weights[0].untyped_storage().data_ptr()
     address = weights[0].data_ptr()
     for weight in weights:
@@ -203,6 +214,7 @@ def _are_consecutive(weights: Sequence[Tensor]) -> bool:
 
 # --- Streams of a GPU ---
 
+# GPU -> the streams that work beside its main stream.
 _SIDE_STREAMS: dict[torch.device, list[torch.cuda.Stream]] = {}
 
 
@@ -212,10 +224,11 @@ def is_capturing_graph() -> bool:
 
 
 def run_in_parallel_streams(functions: Sequence[Callable[[], Tensor]]) -> list[Tensor]:
-    """Return the results of functions none of which needs another's result.
+    """Return the results of functions that do not depend on each other.
 
-    A CUDA graph that is being recorded will run them at once, because one image's layers leave most
-    of a GPU idle. Otherwise they run one after the other.
+    While a CUDA graph is recorded, the functions are recorded in parallel streams, and the graph
+    will run them at the same time. This is faster, because the layers for one image leave most of a
+    GPU idle. Otherwise the functions run one after the other.
     """
     if not is_capturing_graph():
         return [function() for function in functions]
@@ -235,10 +248,11 @@ def run_in_parallel_streams(functions: Sequence[Callable[[], Tensor]]) -> list[T
 
 @contextmanager
 def parallel_branch(events: LayerEvents) -> Iterator[None]:
-    """Run the block beside what the current stream was given after the first of these events.
+    """A context whose work runs in parallel to the current stream, from the first event on.
 
-    This works in a CUDA graph that is being recorded; at the end of the block the current stream
-    waits for it. With None the block runs in turn.
+    It is used while a CUDA graph is recorded. The current stream has recorded the events, and may
+    still have work to do after the first of them. At the end of the context it waits for the
+    context's work. If `events` is None, the context's work runs in the current stream.
     """
     if events is None:
         yield
@@ -252,17 +266,18 @@ def parallel_branch(events: LayerEvents) -> Iterator[None]:
 
 
 def _get_side_streams(device: torch.device, count: int) -> list[torch.cuda.Stream]:
-    """Return `count` streams of a GPU, always the same ones: cuBLAS keeps memory for each."""
+    """Return `count` streams of a GPU. They are always the same ones, because cuBLAS keeps memory
+    for each stream."""
     streams = _SIDE_STREAMS.setdefault(device, [])
     while len(streams) < count:
         streams.append(torch.cuda.Stream(device))
     return streams[:count]
 
 
-# --- What is computed from weights ---
+# --- Results that are computed from weights ---
 
 ModuleSlots = list[tuple[dict[str, Any], str]]
-"""The modules that have weights, each as (its parent's dict of modules, its name in it)."""
+"""The modules that have weights, each as (its parent's dict of child modules, its name there)."""
 
 
 @dataclass(frozen=True)
@@ -275,16 +290,18 @@ class _Entry(Generic[Value]):
 
 
 class ModuleCache(Generic[Value]):
-    """Calls `build(module, *options)`, and keeps the result while the module and its weights stay.
+    """Calls `build(module, *options)`, and keeps the result as long as the module and its weights.
 
-    The result must not refer to the module itself. It is kept beside the module, not in it, so that
-    copies and checkpoints do not contain it. The result is built again whenever any weight
-    of the module changes or moves in memory, even if the result holds no reference to this weight.
-    A CUDA graph, for example, reads each weight at the address where it was during recording.
+    The result is not stored in the module, so copies and checkpoints of the module do not contain
+    it. It must not refer to the module itself, which otherwise would never be freed. The result is
+    built again when any weight of the module changes or moves in memory, even if the result has no
+    reference to this weight. For example, a CUDA graph reads each weight at the address that the
+    weight had during recording.
     """
 
     def __init__(self, build: Callable[..., Value]) -> None:
         self._build = build
+        # Module -> options -> result.
         self._entries: WeakKeyDictionary[nn.Module, dict[Hashable, _Entry[Value]]]
         self._entries = WeakKeyDictionary()
 
@@ -296,7 +313,8 @@ class ModuleCache(Generic[Value]):
 
         with torch.inference_mode(False), torch.no_grad():
             value = self._build(module, *options)
-        if not any(isinstance(weight, FakeTensor) for weight in module.parameters()):
+        has_fake_weights = any(isinstance(weight, FakeTensor) for weight in module.parameters())
+        if not has_fake_weights:
             slots = _find_module_slots(module)
             entry = _Entry(slots, _stamp_weights(slots), value)
             self._entries.setdefault(module, {})[options] = entry
@@ -304,6 +322,7 @@ class ModuleCache(Generic[Value]):
 
 
 def _find_module_slots(module: nn.Module) -> ModuleSlots:
+    """Return the slots of all modules below `module` that have weights of their own."""
     slots = []
     for parent in module.modules():
         for name, child in parent._modules.items():
@@ -313,17 +332,17 @@ def _find_module_slots(module: nn.Module) -> ModuleSlots:
 
 
 def _stamp_weights(slots: ModuleSlots) -> list[int]:
-    """Return numbers that change when a layer is replaced, or a weight replaced, moved or written
-    to.
+    """Return numbers that change with a layer or weight: replaced, moved in memory or written to.
 
-    Each step of a policy computes this stamp, so it must be cheap. A write through a weight's
-    `data` counts no version; on a CPU it is noticed by the weight's first element.
+    Each inference computes this stamp, so it must be cheap. PyTorch's version of a weight increases
+    when the weight is written to, but not if the write goes through `weight.data`. On a CPU, such a
+    write is noticed by the weight's first element, which is part of the stamp.
     """
     stamp: list[int] = []
     for modules, name in slots:
         module = modules[name]
         attributes = vars(module)
-        # A method that a user has replaced counts as one more attribute.
+        # A method that a user replaces on a module (such as `forward`) is one more attribute.
         stamp += (id(module), id(type(module)), len(attributes))
         stamp += (len(attributes["_forward_hooks"]), len(attributes["_forward_pre_hooks"]))
         for weight in attributes["_parameters"].values():

@@ -1,9 +1,12 @@
-"""The layers of a Gemma for inference, and the prefill of their key-value cache with images and
-text.
+"""The layers of a Gemma for inference, and the prefill of their KV cache with images and text.
 
-The results are those of the model's own layers up to rounding. Keys and values go to buffers that
-are made once (`StaticKVCache`), linear layers that read the same input are one product
-(`FusedLinear`), and on a GPU the work around attention is compiled.
+The results are those of the model's own layers up to rounding. The layers here are faster for three
+reasons: they write keys and values to buffers that are made once (`StaticKVCache`), they compute
+linear layers with the same input as one product (`FusedLinear`), and on a GPU they compile the work
+around attention.
+
+In the shapes, B is the batch size, S the number of new tokens per batch row, D the width of the
+layers and d (`head_dim`) the width of a head. A *place* is a token's index in the KV cache.
 """
 
 import warnings
@@ -23,18 +26,20 @@ from spear.models.fast.linear import FusedLinear, LayerEvents, ModuleCache
 from spear.models.layers import compute_position_ids, mask_to_bias
 
 MIN_RECOMPILE_LIMIT = 32
-"""Variants that `torch.compile` may make of a function: one length, then any; the VLM and the
-expert; prompts and single tokens. PyTorch's default of 8 is too few."""
+"""How many variants `torch.compile` may make of a function. It makes one for the first length and
+one for any length, each for the VLM and the expert, for prompts and single tokens, and for several
+types. PyTorch's default of 8 is too small."""
 
 
 def split_image_inputs(inputs: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Return the tensors "pixels/VIEW" and "present/VIEW" of the inputs, each by view."""
+    """Return the inputs named "pixels/VIEW", and those named "present/VIEW", as view -> tensor."""
     pixels = _select_by_prefix(inputs, "pixels/")
     present = _select_by_prefix(inputs, "present/")
     return pixels, present
 
 
 def _select_by_prefix(inputs: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """Return the tensors whose names begin with `prefix`, by the rest of the name."""
     return {
         name.removeprefix(prefix): tensor
         for name, tensor in inputs.items()
@@ -45,8 +50,9 @@ def _select_by_prefix(inputs: Mapping[str, Tensor], prefix: str) -> dict[str, Te
 class FusedLayer:
     """The weights of one layer.
 
-    Norms are given by their scales, 1 + weight, in float32. Only Gemma 2 has norms after attention
-    and after the MLP; otherwise these are None.
+    before_attention, after_attention, before_mlp and after_mlp are the scales of norms (1 + weight)
+    [D], in float32. Only Gemma 2 has norms after attention and after the MLP. For Gemma their
+    scales are None.
     """
 
     def __init__(self, layer: Any, packed: bool) -> None:
@@ -76,8 +82,8 @@ class LayerStack:
         model: The model, whose weights the stack reads.
         packed: Whether linear layers keep a copy of their weights in oneDNN's layout; see
             `FusedLinear`.
-        compiled: Whether `torch.compile` makes kernels of what is before and after attention. They
-            are made once for all layers.
+        compiled: Whether `torch.compile` compiles the parts of a layer before and after attention,
+            once for all layers.
     """
 
     cache_class = StaticKVCache
@@ -104,14 +110,15 @@ class LayerStack:
         self.few_rows: Any = None
         if compiled:
             self.few_rows = self._make_few_rows()
-        # Functions, not bound methods: a stack that refers to itself would keep its weights and
-        # graphs in memory when nobody uses it any more.
+        # These are functions, not bound methods. With bound methods the stack would refer to
+        # itself, and its weights and graphs would stay in memory after its last use.
         self._run_before_attention: Any = type(self)._project_qkv
         self._run_after_attention: Any = type(self)._finish_layer
         if compiled:
             self._compile()
 
     def _make_few_rows(self) -> Any:
+        """Return Triton kernels for these layers and few tokens, or None if they do not fit."""
         from spear.models.fast.few_rows import FewRows  # needs Triton
 
         if not FewRows.supports_layers(
@@ -121,9 +128,12 @@ class LayerStack:
         return FewRows(self.layers, self.num_heads, self.head_dim, self.eps, self.scale)
 
     def _compile(self) -> None:
-        """With few rows, small kernels take most of the time on a GPU; compiled, they become
-        one."""
-        # PyTorch recommends TensorFloat32, which is too inexact here.
+        """Compile the parts of a layer before and after attention.
+
+        With few tokens, a GPU spends most of the time on their small kernels. Compiled, each part
+        is one kernel and the matrix products.
+        """
+        # Hide PyTorch's advice to use TensorFloat32, which is too inexact here.
         warnings.filterwarnings("ignore", "TensorFloat32 tensor cores")
         self._run_before_attention = torch.compile(self._run_before_attention)
         self._run_after_attention = torch.compile(self._run_after_attention)
@@ -138,7 +148,7 @@ class LayerStack:
         return self.cache_class(len(self.layers), shape, dtype, device)
 
     def adopt_cache(self, cache: StaticKVCache) -> StaticKVCache:
-        """Return a cache that another stack filled, or a copy of it in this stack's precision."""
+        """Return the cache of another stack, or a copy of it in this stack's precision."""
         if cache.buffer.dtype == self.dtype:
             return cache
         _, _, batch, _, num_places, _ = cache.buffer.shape
@@ -147,15 +157,17 @@ class LayerStack:
         return copy
 
     def compute_rotations(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
-        """Return what rotates queries and keys at positions [B, S]: cosines and signed sines.
+        """Return cosines and signed sines of the rotary embedding at positions [B, S].
 
-        Both are [B, S, 1, d]. With s the sines, the signed sines are [-s_first, s_second], so that
-        rotary embedding is x · cos + roll(x, d / 2) · sin.
+        Both are [B, S, 1, d]. The signed sines are the sines with the sign of their first half
+        reversed, so that the rotary embedding of x is x · cos + roll(x, d / 2) · signed sines.
         """
+        # The rotary embedding reads only the type and the device of its first argument.
         only_dtype_and_device = torch.empty(0, dtype=dtype, device=positions.device)
         cos, sin = self.rotary_embedding(only_dtype_and_device, positions)
         first, second = sin.chunk(2, dim=-1)
-        return cos[:, :, None], torch.cat([-first, second], dim=-1)[:, :, None]
+        signed_sin = torch.cat([-first, second], dim=-1)
+        return cos[:, :, None], signed_sin[:, :, None]
 
     def __call__(
         self,
@@ -166,24 +178,25 @@ class LayerStack:
         keys_only: bool = False,
         selected: Tensor | None = None,
     ) -> Tensor:
-        """Run all layers, and leave the keys and values of the tokens in the cache.
+        """Run all layers, and write the keys and values of the tokens to the cache.
 
         Args:
-            x: [B, S, D] embeddings of the window's tokens.
+            x: [B, S, D] embeddings of new tokens.
             rotations: The result of `compute_rotations` for the tokens' positions.
-            window: Where their keys and values go, and what they see.
-            bias: [B · kv heads, 1, places] added to all scores, or None: see
+            window: The views of the cache that the tokens write and see.
+            bias: [B · kv heads, 1, places] added to all scores, or None; see
                 `PrefilledCache.make_bias`.
-            keys_only: Stop in the last layer after its keys and values, and return its input.
-            selected: [B] the one token of each row whose output is needed; the window must then
-                have one block.
+            keys_only: Whether the last layer computes only its keys and values. The result is then
+                the last layer's input.
+            selected: [B] the index of the one token of each batch row whose output is needed. The
+                window must then have one block.
 
         Returns:
             [B, S, D] the last layer's output, after the last norm; [B, 1, D] with `selected`.
         """
         can_use_few_rows = self.few_rows is not None and selected is None and not keys_only
         if can_use_few_rows and self.few_rows.supports_input(x, window):
-            with torch.cuda.device_of(x):  # Triton launches on a thread's current GPU
+            with torch.cuda.device_of(x):  # Triton launches on the thread's current GPU
                 x = self.few_rows(x, rotations, window, bias)
                 return self._norm(x, self.last_norm_scale)
 
@@ -204,10 +217,12 @@ class LayerStack:
     def _project_qkv(
         self, layer: FusedLayer, x: Tensor, cos: Tensor, sin: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Norm, projections and rotary embedding of [B, S, D].
+        """The part of a layer before attention: norm, projections, rotary embedding of [B, S, D].
 
-        Returns queries [B · kv heads, S · query heads per kv head, d], and keys and values
-        [2, B, kv heads, S, d].
+        Returns:
+            Queries [B · kv heads, S · query heads per kv head, d], in which the queries of all
+            heads that share a key-value head are the rows of one matrix; and keys and values
+            [2, B, kv heads, S, d].
         """
         batch, length, _ = x.shape
         qkv = layer.qkv.concatenated(self._norm(x, layer.before_attention))
@@ -220,25 +235,41 @@ class LayerStack:
         query, key = rotated.tensor_split((self.num_heads,), dim=2)
 
         key_values = torch.stack([key, value.to(key.dtype)]).transpose(2, 3)
-        query = query.unflatten(2, (self.num_kv_heads, -1)).transpose(1, 2)
+        query = query.unflatten(
+            2, (self.num_kv_heads, -1)
+        )  # [B, S, kv heads, heads per kv head, d]
+        query = query.transpose(1, 2)  # [B, kv heads, S, heads per kv head, d]
         return query.reshape(batch * self.num_kv_heads, -1, self.head_dim), key_values
 
     def _select_tokens(self, selected: Tensor, query: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the queries, shaped as by `_project_qkv`, and the inputs [B, 1, D] of one token
-        per row."""
+        """Select one token per batch row from queries and the layer's inputs.
+
+        Args:
+            selected: [B], the tokens' indices.
+            query: Queries of S tokens, in the shape that `_project_qkv` returns.
+            x: [B, S, D].
+
+        Returns:
+            Queries of one token, in the same shape with S = 1; and inputs [B, 1, D].
+        """
         batch, length, _ = x.shape
-        rows = torch.arange(batch, device=x.device)
+        batch_rows = torch.arange(batch, device=x.device)
         query = query.view(batch, self.num_kv_heads, length, -1, self.head_dim)
-        selected_query = query[rows, :, selected]
-        return (
-            selected_query.reshape(batch * self.num_kv_heads, -1, self.head_dim),
-            x[rows, selected][:, None],
-        )
+        selected_query = query[batch_rows, :, selected]  # [B, kv heads, heads per kv head, d]
+        selected_query = selected_query.reshape(batch * self.num_kv_heads, -1, self.head_dim)
+        selected_x = x[batch_rows, selected]  # [B, D]
+        return selected_query, selected_x[:, None]
 
     def _finish_layer(self, layer: FusedLayer, x: Tensor, attended: Tensor) -> Tensor:
-        """The layer after attention: output projection, residuals and MLP.
+        """The part of a layer after attention: output projection, residuals and MLP.
 
-        x [B, S, D], attended [B · kv heads, S · query heads per kv head, d] -> [B, S, D].
+        Args:
+            layer: The weights.
+            x: [B, S, D], the layer's input.
+            attended: [B · kv heads, S · query heads per kv head, d], the output of attention.
+
+        Returns:
+            [B, S, D], the layer's output.
         """
         batch, length, _ = x.shape
         attended = attended.view(batch, self.num_kv_heads, length, -1, self.head_dim)
@@ -257,14 +288,17 @@ class LayerStack:
         block_lengths: list[int],
         bias: Tensor | None,
     ) -> Tensor:
-        """Attention, block by block. The query heads of a key-value head are rows of one
-        product."""
-        heads_per_group = self.num_heads // self.num_kv_heads
+        """Attend block by block; see `CacheWindow` for `visible` and `block_lengths`.
+
+        Queries and result are [B · kv heads, S · query heads per kv head, d].
+        """
         if len(block_lengths) == 1:
             ((keys, values),) = visible
             return self._attend_block(query, keys, values, bias)
 
-        block_queries = query.split([n * heads_per_group for n in block_lengths], dim=1)
+        heads_per_kv_head = self.num_heads // self.num_kv_heads
+        rows_per_block = [length * heads_per_kv_head for length in block_lengths]
+        block_queries = query.split(rows_per_block, dim=1)
         outputs = []
         for block_query, (keys, values) in zip(block_queries, visible, strict=True):
             outputs.append(self._attend_block(block_query, keys, values, bias))
@@ -273,11 +307,16 @@ class LayerStack:
     def _attend_block(
         self, query: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None
     ) -> Tensor:
-        """softmax(scale · q Kᵀ + bias) V: [G, Q, d] with keys and values [G, places, d]."""
+        """softmax(scale · q Kᵀ + bias) V, [G, Q, d], for the queries of one block.
+
+        G is B · kv heads, and Q the block's tokens times the query heads per kv head. The queries
+        are [G, Q, d], and keys and values [G, places, d].
+        """
         if bias is not None:
             bias = bias[:, :, : keys.shape[1]]
         if query.device.type != "cpu" and self.softcap is None:
-            # PyTorch's fused attention gets one head, so it needs no copies of keys and values.
+            # PyTorch's fused attention gets a single head per key-value head, so it does not have
+            # to copy keys and values for each query head.
             attended = nn.functional.scaled_dot_product_attention(
                 query[:, None],
                 keys[:, None],
@@ -303,30 +342,30 @@ class LayerStack:
         return torch.baddbmm(addend, query, transposed_keys, alpha=self.scale)
 
     def _norm(self, x: Tensor, scale: Tensor | None) -> Tensor:
-        """Gemma's RMSNorm, x / rms(x) · scale, in float32; x itself where there is no norm."""
+        """Gemma's RMSNorm, x / rms(x) · scale, computed in float32; x itself if `scale` is None."""
         if scale is None:
             return x
-        full = x if x.dtype == torch.float32 else x.float()
-        width = full.shape[-1]
+        float32_x = x if x.dtype == torch.float32 else x.float()
+        width = float32_x.shape[-1]
         if x.device.type != "cpu":
-            return nn.functional.rms_norm(full, (width,), scale, self.eps).to(x.dtype)
-        norm = torch.linalg.vector_norm(full, dim=-1, keepdim=True)
-        mean_square = torch.addcmul(self._eps_tensor, norm, norm, value=1 / width)
-        inverse_rms = mean_square.rsqrt_()
-        return (full * scale).mul_(inverse_rms).to(x.dtype)
+            return nn.functional.rms_norm(float32_x, (width,), scale, self.eps).to(x.dtype)
+        norm = torch.linalg.vector_norm(float32_x, dim=-1, keepdim=True)
+        mean_square_plus_eps = torch.addcmul(self._eps_tensor, norm, norm, value=1 / width)
+        inverse_rms = mean_square_plus_eps.rsqrt_()
+        return (float32_x * scale).mul_(inverse_rms).to(x.dtype)
 
 
 @dataclass(frozen=True)
 class PrefilledCache:
     """A prefix of S tokens after `prefill`.
 
-    cache           keys and values of every layer, with room after them.
+    cache           Keys and values of every layer, with free places after them.
     valid           [B, S] bool, False for padding and missing images.
-    is_padded       whether any of `valid` may be False.
+    is_padded       Whether any of `valid` may be False.
     next_positions  [B] the position after the last valid token.
-    hidden          [B, D] the last layer's output at the last valid token; None where only the
-                    cache was wanted.
-    write_events    see `CacheWindow`.
+    hidden          [B, D] the last layer's output at the last valid token. None if `prefill`
+                    computed only the cache.
+    write_events    See `CacheWindow`.
     """
 
     cache: StaticKVCache
@@ -339,9 +378,13 @@ class PrefilledCache:
     def make_bias(
         self, num_new_places: int, num_kv_heads: int, dtype: torch.dtype
     ) -> Tensor | None:
-        """Return what is added to scores of the prefix and of `num_new_places` places after it.
+        """Return numbers to add to attention scores, so that padding of the prefix is not seen.
 
-        [B · kv heads, 1, places]; None where all of the prefix is valid.
+        They are 0 for valid tokens and for `num_new_places` places after the prefix, otherwise the
+        lowest number of the type.
+
+        Returns:
+            [B · kv heads, 1, S + num_new_places], or None if the prefix has no padding.
         """
         if not self.is_padded:
             return None
@@ -351,7 +394,7 @@ class PrefilledCache:
         return bias.repeat_interleave(num_kv_heads, dim=0)[:, None]
 
 
-def prefill(  # noqa: PLR0913  what it fills, from what, and for whom
+def prefill(  # noqa: PLR0913  the layers, their inputs and masks, and what to compute
     layers: LayerStack,
     features: Tensor,
     text: Tensor,
@@ -361,24 +404,26 @@ def prefill(  # noqa: PLR0913  what it fills, from what, and for whom
     keys_only: bool = False,
     write_events: LayerEvents = None,
 ) -> PrefilledCache:
-    """Run visual tokens and text embeddings, which see each other, through the layers.
+    """Run visual tokens and text embeddings through the layers, where all of them see each other.
 
     Args:
         layers: The stack.
         features: [B, T, D] visual tokens.
         text: [B, L, D] text embeddings.
-        image_valid: [B, T] bool, or None where all are valid, which saves masks.
-        text_valid: [B, L] bool or integers, or None where all are valid.
-        room: Number of tokens that will follow.
-        keys_only: Compute the cache only; see `LayerStack`.
+        image_valid: [B, T] bool, False for missing images. None, if no image is missing, is faster.
+        text_valid: [B, L] bool or integers, False or 0 for padding. None, if there is no padding,
+            is faster.
+        room: Number of free places in the cache for tokens after the prefix.
+        keys_only: Whether to compute only the cache; see `LayerStack.__call__`.
         write_events: See `CacheWindow`.
     """
     x = torch.cat([features.to(text.dtype), text], dim=1)
     batch, length = x.shape[:2]
     valid = torch.cat([_get_valid(image_valid, features), _get_valid(text_valid, text)], dim=1)
     is_padded = image_valid is not None or text_valid is not None
-    # On a GPU, looking at the mask would mean waiting; a fake tensor, by which memory is planned,
-    # has no values.
+    # A given mask may still have no padding, and then no bias is needed. On a GPU we do not check
+    # this, because reading the mask would mean waiting. Fake tensors, which only measure memory,
+    # have no values.
     if is_padded and x.device.type == "cpu" and not isinstance(valid, FakeTensor):
         is_padded = not bool(valid.all())
 
@@ -399,30 +444,30 @@ def prefill(  # noqa: PLR0913  what it fills, from what, and for whom
         layers(x, rotations, window, bias, keys_only=True)
         return prefix
 
-    # Padding has the position of the token before it, so that the first token with the last
-    # position is the last valid one.
+    # Positions count the valid tokens, and padding has the position of the token before it. So the
+    # first token with the largest position, which `argmax` returns, is the last valid token.
     last_valid = positions.argmax(-1)
     hidden = layers(x, rotations, window, bias, selected=last_valid)
     return replace(prefix, hidden=hidden[:, 0])
 
 
 def _get_valid(valid: Tensor | None, tokens: Tensor) -> Tensor:
-    """Return which of the tokens [B, N, D] are valid: [B, N] bool."""
+    """Return the mask `valid` as [B, N] bool, or a mask of ones for `tokens` [B, N, D] if None."""
     if valid is not None:
         return valid.bool()
     return torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
 
 
 def norm_scale(norm: nn.Module) -> Tensor:
-    """Return what Gemma's RMSNorm multiplies by, 1 + weight, in float32."""
+    """Return the factor of Gemma's RMSNorm, 1 + weight, in float32."""
     return 1 + norm.weight.detach().float()  # type: ignore[operator]
 
 
 def can_compile(device: torch.device) -> bool:
-    """Return whether layers are compiled: on a GPU that PyTorch's compiler can write kernels
-    for."""
+    """Return whether PyTorch can compile layers for this device, which needs a GPU and Triton."""
     return device.type == "cuda" and find_spec("triton") is not None
 
 
 get_layer_stack = ModuleCache(LayerStack)
-"""`get_layer_stack(model, packed, compiled)`: the layers of a Gemma, ready to run."""
+"""`get_layer_stack(model, packed, compiled)`: the `LayerStack` of a Gemma, which is kept until the
+weights change."""
