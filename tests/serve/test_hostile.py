@@ -255,7 +255,7 @@ def test_headers_beyond_ascii_are_forbidden_or_bad(header: bytes) -> None:
 
 FEW_FILES_CODE = """
 import resource
-resource.setrlimit(resource.RLIMIT_NOFILE, (80, 80))
+resource.setrlimit(resource.RLIMIT_NOFILE, (70, 70))
 Policy = HomingPolicy
 """
 
@@ -269,7 +269,7 @@ def test_a_server_without_open_files_says_it_once_and_goes_on() -> None:
         with closing(RemotePolicy(url)) as connected_before:
             connected_before.infer(GENERIC.example())
             idle = [socket.create_connection(("127.0.0.1", port), 60) for _ in range(100)]
-            time.sleep(2.5)  # asyncio tries again after each second
+            time.sleep(2.5)  # the server tries again after each second
 
             assert np.isfinite(connected_before.infer(GENERIC.example())["actions"]).all()
 

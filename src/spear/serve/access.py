@@ -7,6 +7,7 @@ import socket
 from urllib.parse import urlsplit
 
 from websockets.http11 import Request
+from websockets.streams import StreamReader
 
 from spear.errors import SpearError
 
@@ -14,6 +15,21 @@ PRIVATE_NAME_ENDINGS = (".localhost", ".local", ".internal", ".home.arpa")
 """Endings of host names that nobody outside of this network can point anywhere."""
 ANY_ADDRESS = ("", "0.0.0.0", "::")
 DISCARD_PORT = 9
+
+
+def parse_request(data: bytes) -> Request | None:
+    """Parse the bytes of a whole request without a body; None if they are anything else."""
+    reader = StreamReader()
+    reader.feed_data(data)
+    parser = Request.parse(reader.read_line)
+    try:
+        next(parser)
+    except StopIteration as finished:
+        request: Request = finished.value
+        return None if reader.buffer else request
+    except Exception:  # of many types, for what is no request
+        return None
+    return None  # it is not whole
 
 
 def malformed_request_error(request: Request) -> str | None:

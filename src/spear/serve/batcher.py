@@ -77,7 +77,8 @@ class Batcher:
         Args:
             client: who asks.
             request: what `answer` takes.
-            is_wanted: whether somebody still wants the result; called just before it is computed.
+            is_wanted: whether somebody still wants the result; called just before it is computed,
+                and when the queue is full.
 
         Returns:
             The result.
@@ -86,6 +87,8 @@ class Batcher:
             ServerBusyError: the queue is full.
             ClientGoneError: `is_wanted` returned False.
         """
+        if len(self._queue) >= self._capacity:
+            self._drop_unwanted()
         if len(self._queue) >= self._capacity:
             num_waiting = format_count(self._capacity, "requests")
             raise ServerBusyError(f"busy: {num_waiting} waiting already. Try again in a moment.")
@@ -119,6 +122,21 @@ class Batcher:
             for queued in (*batch, *self._queue):
                 if not queued.result.done():
                     queued.result.set_exception(ClientGoneError())
+
+    def _drop_unwanted(self) -> None:
+        """Free the places of clients that have gone."""
+        queue = list(self._queue)
+        self._queue.clear()
+        self._queue.extend(queued for queued in queue if self._is_wanted(queued))
+
+    def _is_wanted(self, queued: _QueuedRequest) -> bool:
+        """Return whether somebody waits for a result; if nobody does, end the request."""
+        if queued.result.done():
+            return False
+        if queued.is_wanted():
+            return True
+        queued.result.set_exception(ClientGoneError())
+        return False
 
     def _deliver(self, batch: Sequence[_QueuedRequest], results: Sequence[Any]) -> None:
         for queued, result in zip(batch, results, strict=True):
@@ -157,12 +175,8 @@ class Batcher:
         batch: list[_QueuedRequest] = []
         while self._queue and len(batch) < self._max_batch:
             queued = self._queue.popleft()
-            if queued.result.done():
-                continue
-            if queued.is_wanted():
+            if self._is_wanted(queued):
                 batch.append(queued)
-            else:
-                queued.result.set_exception(ClientGoneError())
         return batch
 
     async def _wait_for_arrival(self) -> None:

@@ -2,12 +2,14 @@
 
 import asyncio
 from collections.abc import Coroutine
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from websockets.asyncio.server import ServerConnection
 from websockets.frames import Frame
 from websockets.protocol import State
+
+from spear.serve.admission import AdmissionLimits
 
 MIB = 2**20
 FRAME_HEADER_BYTES = 14  # the longest header of a websocket frame
@@ -17,6 +19,8 @@ FRAME_HEADER_BYTES = 14  # the longest header of a websocket frame
 class ConnectionLimits:
     """What clients of one server may do. All numbers are our choice."""
 
+    admission: AdmissionLimits = field(default_factory=AdmissionLimits)
+    """How many new connections clients may make."""
     max_message_bytes: int = 16 * MIB
     """A larger message ends its connection with code 1009."""
     max_clients: int = 256

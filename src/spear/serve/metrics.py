@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 OUTCOMES = ("ok", "refused", "busy", "failed", "gone")
 DURATION_BUCKETS_S = (
@@ -42,6 +42,10 @@ class Metrics:
         self._add_gauge("spear_queue", "Requests that wait.", count_waiting)
         self._add_gauge("spear_clients", "Open connections.", count_clients)
         self._add_gauge("spear_gpu_memory_bytes", "Held by PyTorch on GPUs.", gpu_memory_bytes)
+
+    def format(self) -> str:
+        """Return the counts as Prometheus reads them."""
+        return generate_latest(self.registry).decode()
 
     def _histogram(self, name: str, description: str, buckets: tuple[float, ...]) -> Histogram:
         return Histogram(name, description, buckets=buckets, registry=self.registry)

@@ -18,7 +18,6 @@ import time
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any, Protocol
 
-from prometheus_client import generate_latest
 from websockets.asyncio.server import Server, ServerConnection, serve
 from websockets.exceptions import ConnectionClosed
 from websockets.http11 import Request, Response
@@ -26,15 +25,16 @@ from websockets.protocol import State
 
 from spear.errors import SpearError
 from spear.serve import wire
-from spear.serve.accept_errors import quiet_accept_errors
 from spear.serve.access import (
     foreign_page_error,
     is_authorized,
     listen_error,
     malformed_request_error,
+    parse_request,
 )
 from spear.serve.batcher import Batcher, ClientGoneError, ServerBusyError
 from spear.serve.connection import ConnectionLimits, LimitedConnection
+from spear.serve.listener import LimitedListener, has_gone, open_listeners
 from spear.serve.metrics import Metrics
 from spear.serve.options import ServeOptions
 from spear.serve.service import Result, Service
@@ -101,7 +101,6 @@ class PolicyServer:
             SpearError: the server cannot listen on its port.
         """
         self._stop_on_signals()
-        quiet_accept_errors(asyncio.get_running_loop())
         inference = asyncio.create_task(self._batcher.run())
         inference.add_done_callback(lambda _: self.stop())
         try:
@@ -126,10 +125,14 @@ class PolicyServer:
 
     async def _listen(self) -> Server:
         try:
+            listener = LimitedListener(
+                await open_listeners(self.options.host, self.options.port),
+                self.limits.admission,
+                self._answer_plain_request,
+            )
             return await serve(
                 self._serve_client,
-                self.options.host,
-                self.options.port,
+                sock=listener,
                 create_connection=functools.partial(  # type: ignore[arg-type]
                     LimitedConnection, self._peers, self.limits
                 ),
@@ -242,13 +245,24 @@ class PolicyServer:
         direct_reply = self._service.embodiment.direct_reply(request)
         if direct_reply:
             return direct_reply
-        result = await self._batcher.submit(
-            connection.id, request, lambda: connection.state is State.OPEN
-        )
+        result = await self._batcher.submit(connection.id, request, lambda: _is_present(connection))
         timing = {"infer_ms": 1000 * (time.perf_counter() - arrived)}
         if previous_s is not None:
             timing["prev_total_ms"] = 1000 * previous_s
         return wire.encode({**result, "server_timing": timing})
+
+    def _answer_plain_request(self, data: bytes) -> bytes | None:
+        """Answer a good request for /healthz or /metrics; None for any other."""
+        if not data.startswith((b"GET /healthz ", b"GET /metrics ")):
+            return None
+        request = parse_request(data)
+        if request is None or self._refuse_origin(request):
+            return None
+        if request.path == "/healthz":
+            return make_plain_response("ok\n")
+        if not is_authorized(request, self.options.token):
+            return None
+        return make_plain_response(self._metrics.format())
 
     async def _process_request(
         self, connection: ServerConnection, request: Request
@@ -261,12 +275,9 @@ class PolicyServer:
 
     def _respond(self, connection: ServerConnection, request: Request) -> Response | None:
         status = http.HTTPStatus
-        malformed = malformed_request_error(request)
-        if malformed:
-            return connection.respond(status.BAD_REQUEST, malformed)
-        foreign_page = foreign_page_error(request, self.options.token)
-        if foreign_page:
-            return connection.respond(status.FORBIDDEN, foreign_page)
+        refusal = self._refuse_origin(request)
+        if refusal:
+            return connection.respond(*refusal)
         if request.path == "/healthz":
             return connection.respond(status.OK, "ok\n")
 
@@ -281,7 +292,7 @@ class PolicyServer:
             )
 
         if request.path == "/metrics":
-            return connection.respond(status.OK, generate_latest(self._metrics.registry).decode())
+            return connection.respond(status.OK, self._metrics.format())
         if "upgrade" not in request.headers:
             return connection.respond(
                 status.NOT_FOUND, "there is /healthz, /metrics and a websocket\n"
@@ -292,3 +303,30 @@ class PolicyServer:
                 status.SERVICE_UNAVAILABLE, f"busy: {num_clients} clients: try again later\n"
             )
         return None
+
+    def _refuse_origin(self, request: Request) -> tuple[http.HTTPStatus, str] | None:
+        """Return the status and the text for a request that nobody may send from where it is."""
+        malformed = malformed_request_error(request)
+        if malformed:
+            return http.HTTPStatus.BAD_REQUEST, malformed
+        foreign_page = foreign_page_error(request, self.options.token)
+        if foreign_page:
+            return http.HTTPStatus.FORBIDDEN, foreign_page
+        return None
+
+
+def _is_present(connection: ServerConnection) -> bool:
+    """Return whether a client still waits for its answer."""
+    if connection.state is not State.OPEN or connection.transport.is_closing():
+        return False
+    return not has_gone(connection.transport.get_extra_info("socket"))
+
+
+def make_plain_response(text: str) -> bytes:
+    """Make a whole response with a text."""
+    body = text.encode()
+    head = (
+        "HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Type: text/plain; charset=utf-8\r\n"
+        f"Content-Length: {len(body)}\r\n\r\n"
+    )
+    return head.encode() + body

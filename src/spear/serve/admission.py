@@ -1,0 +1,156 @@
+"""Which new connections a server takes, and when: rates per address and in all.
+
+A new connection costs the server milliseconds before its client has said anything, so a flood of
+them would slow the robots that are connected. New connections therefore wait as bare sockets, which
+cost microseconds, until the rates let them in. Addresses take turns, so that one that floods does
+not delay the others.
+"""
+
+import ipaddress
+from collections import OrderedDict, deque
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+Connection = TypeVar("Connection")
+IPV6_NETWORK_BITS = 64  # one customer of a provider has at least this network
+MAX_BUCKETS = 1024  # addresses whose rates are remembered before full buckets are forgotten
+
+
+@dataclass(frozen=True)
+class AdmissionLimits:
+    """How many new connections a server takes. All numbers are our choice.
+
+    A plain request, such as `GET /metrics`, is a connection of its own.
+    """
+
+    per_s_and_address: float = 10.0
+    """New connections per second from one address, once its burst is used up."""
+    burst_of_address: int = 64
+    """New connections that one address may make at once: a fleet behind one address starts."""
+    per_s: float = 20.0
+    """New connections per second from all addresses, once the burst is used up."""
+    burst: int = 128
+    """New connections that all addresses together may make at once."""
+    max_waiting_of_address: int = 64
+    """New connections of one address that may wait; the server closes further ones."""
+    max_waiting: int = 256
+    """New connections that may wait in all; beyond this the address with the most loses one."""
+
+
+class TokenBucket:
+    """Allows `capacity` events at once, and `per_s` events per second in the long run."""
+
+    def __init__(self, per_s: float, capacity: float) -> None:
+        self._per_s = per_s
+        self._capacity = capacity
+        self._num_tokens = capacity
+        self._updated_s: float | None = None
+
+    def has_token(self, now_s: float) -> bool:
+        """Return whether an event is allowed."""
+        self._refill(now_s)
+        return self._num_tokens >= 1
+
+    def is_full(self, now_s: float) -> bool:
+        """Return whether no event of the past counts any more."""
+        self._refill(now_s)
+        return self._num_tokens >= self._capacity
+
+    def take_token(self) -> None:
+        """Count an event."""
+        self._num_tokens -= 1
+
+    def _refill(self, now_s: float) -> None:
+        if self._updated_s is not None:
+            num_new_tokens = self._per_s * (now_s - self._updated_s)
+            self._num_tokens = min(self._capacity, self._num_tokens + num_new_tokens)
+        self._updated_s = now_s
+
+
+class AdmissionQueue(Generic[Connection]):
+    """New connections that wait, by address. Addresses take turns; each is first come, first
+    served.
+    """
+
+    def __init__(self, limits: AdmissionLimits) -> None:
+        self._limits = limits
+        self._waiting: OrderedDict[str, deque[Connection]] = OrderedDict()
+        self._num_waiting = 0
+        self._bucket = TokenBucket(limits.per_s, limits.burst)
+        self._bucket_by_address: dict[str, TokenBucket] = {}
+
+    def __len__(self) -> int:
+        """Return the number of connections that wait."""
+        return self._num_waiting
+
+    def add(self, address: str, connection: Connection) -> Connection | None:
+        """Let a connection wait; returns the one that must be closed for it, if there is one."""
+        waiting = self._waiting.setdefault(address, deque())
+        if len(waiting) >= self._limits.max_waiting_of_address:
+            return connection
+        waiting.append(connection)
+        self._num_waiting += 1
+        if self._num_waiting <= self._limits.max_waiting:
+            return None
+        longest = max(self._waiting, key=lambda address: len(self._waiting[address]))
+        return self._remove(longest, is_newest=True)
+
+    def take(self, now_s: float) -> Connection | None:
+        """Return the next connection that the rates let in; None if there is none."""
+        if not self._bucket.has_token(now_s):
+            return None
+        for address in self._waiting:
+            bucket = self._find_bucket(address, now_s)
+            if bucket.has_token(now_s):
+                bucket.take_token()
+                self._bucket.take_token()
+                self._waiting.move_to_end(address)
+                return self._remove(address, is_newest=False)
+        return None
+
+    def remove_all(self) -> list[Connection]:
+        """Return all connections that wait, and let none wait any more."""
+        connections = [connection for waiting in self._waiting.values() for connection in waiting]
+        self._waiting.clear()
+        self._num_waiting = 0
+        return connections
+
+    def _remove(self, address: str, is_newest: bool) -> Connection:
+        waiting = self._waiting[address]
+        connection = waiting.pop() if is_newest else waiting.popleft()
+        if not waiting:
+            del self._waiting[address]
+        self._num_waiting -= 1
+        return connection
+
+    def _find_bucket(self, address: str, now_s: float) -> TokenBucket:
+        bucket = self._bucket_by_address.get(address)
+        if bucket is None:
+            self._forget_full_buckets(now_s)
+            bucket = TokenBucket(self._limits.per_s_and_address, self._limits.burst_of_address)
+            self._bucket_by_address[address] = bucket
+        return bucket
+
+    def _forget_full_buckets(self, now_s: float) -> None:
+        """Forget addresses that have their whole burst again, when there are many addresses."""
+        if len(self._bucket_by_address) < MAX_BUCKETS:
+            return
+        buckets = self._bucket_by_address.items()
+        self._bucket_by_address = {
+            address: bucket for address, bucket in buckets if not bucket.is_full(now_s)
+        }
+
+
+def find_network(address: str) -> str:
+    """Return what shares the rates of an address: itself, or the network of an IPv6 address.
+
+    >>> find_network("192.0.2.7"), find_network("2001:db8:1:2:3:4:5:6")
+    ('192.0.2.7', '2001:db8:1:2::')
+    """
+    parsed = ipaddress.ip_address(address)
+    if isinstance(parsed, ipaddress.IPv4Address):
+        return str(parsed)
+    if parsed.ipv4_mapped:
+        return str(parsed.ipv4_mapped)
+    num_host_bits = parsed.max_prefixlen - IPV6_NETWORK_BITS
+    return str(ipaddress.IPv6Address(int(parsed) >> num_host_bits << num_host_bits))
