@@ -3,7 +3,8 @@ Gymnasium."""
 
 from importlib.util import find_spec
 
-if find_spec("gymnasium"):  # other rooms import constants from here, and need no simulator
+# Other packages import constants from here, and work without Gymnasium and MuJoCo.
+if find_spec("gymnasium"):
     import gymnasium
 
     gymnasium.register("spear/Tabletop-v0", "spear.sim.env:TabletopEnv")

@@ -1,12 +1,13 @@
 """From end-effector actions to joint motion: the servo that follows the inverse kinematics.
 
 `embodiments/franka.xml` describes the arm, and world.xml puts it at a table. The base stands at the
-origin of the base frame, on the table surface (z = 0). The axes of the end-effector frame are our
-choice, and BridgeData's: the orientation of a gripper pointing down is near the identity.
+origin of the base frame, on the table surface (z = 0). The end-effector frame has the axes that
+BridgeData uses, too (our choice): the orientation of a gripper pointing down is near the identity.
 
-A damped-least-squares solver turns end-effector targets into joint angles, which stiff position
-servos follow during the 0.2 s of a control step. Each target adds to the one before, which is kept
-close to where the arm really is, so that a blocked arm does not wind up.
+The *target* is the end-effector pose that the arm should reach by the end of a control step (0.2
+s). An action moves the target. A damped-least-squares solver turns the target into joint angles,
+which stiff position servos follow. The target never runs far ahead of the measured pose. Otherwise
+the actions of a blocked arm would add up, and the arm would jump when it comes free.
 """
 
 import mujoco
@@ -28,22 +29,25 @@ from spear.geometry import UNIT_NORM_TOLERANCE
 
 NUM_JOINTS = 7
 HIDDEN_GROUP = 3
-"""Geom group of collision shapes that no camera sees; 1 is the robot's."""
+"""MuJoCo's geom group of collision shapes that no camera sees. The robot has group 1."""
 
-FINGER_TRAVEL_M = float(ARM.joint("finger1").range[1])  # of each finger: the gripper opens 8 cm
-PHYSICS_STEPS_PER_CONTROL_STEP = 50  # of 4 ms: 5 Hz
+# How far each finger moves. The gripper opens by twice as much, 8 cm.
+FINGER_TRAVEL_M = float(ARM.joint("finger1").range[1])
+PHYSICS_STEPS_PER_CONTROL_STEP = 50  # physics steps take 4 ms, so the control rate is 5 Hz
 
 _SERVO_STIFFNESS = -ARM.actuator_biasprm[:NUM_JOINTS, 1]
 _SERVO_DAMPING = -ARM.actuator_biasprm[:NUM_JOINTS, 2]
 SERVO_LAG_S = _SERVO_DAMPING / _SERVO_STIFFNESS
-"""By how much a moving joint stays behind its command, rad per rad/s."""
+"""By how much a moving joint stays behind its command, [7] rad per rad/s."""
 
-MAX_LEAD_M = 0.03  # how far the target may be from the measured pose before an action is added
+# How far the target may be from the measured pose before an action moves the target on.
+MAX_LEAD_M = 0.03
 MAX_LEAD_RAD = np.deg2rad(15.0)
 MAX_STEP_M = 0.12  # the largest displacement of one action; larger ones are shortened
-MAX_STEP_RAD = np.deg2rad(45.0)
-MIN_EE_HEIGHT_M = 0.004  # over the table: the middle of the finger tips never goes lower
-REACHED_TOLERANCE_M = 0.004  # beyond this the solver has not reached a target
+MAX_STEP_RAD = np.deg2rad(45.0)  # the same for rotations
+MIN_EE_HEIGHT_M = 0.004  # the target is never lower above the table than this
+# A target counts as out of reach if the solver's pose misses the target by more than this.
+REACHED_TOLERANCE_M = 0.004
 REACHED_TOLERANCE_RAD = np.deg2rad(2.0)
 
 
@@ -57,7 +61,7 @@ class Servo:
         first_joint = int(model.joint("joint1").qposadr[0])
         self._joints = slice(first_joint, first_joint + NUM_JOINTS)
         self._fingers = slice(first_joint + NUM_JOINTS, first_joint + NUM_JOINTS + 2)
-        # What the last action asked for.
+        # The joint angles at the end of the last action, and the target that they belong to.
         self._joint_command = np.array(HOME_JOINTS_RAD)
         self._target_position = np.zeros(3)
         self._target_rotation = np.array([1.0, 0, 0, 0])
@@ -77,7 +81,7 @@ class Servo:
         return float(np.clip(travel / (2 * FINGER_TRAVEL_M), 0.0, 1.0))
 
     def set_pose(self, position: Floats, rotation: Floats, opening: float) -> None:
-        """Put the arm at a pose at once, at rest (as near to it as the arm can reach)."""
+        """Put the resting arm at a pose at once, or as near to the pose as the arm can reach."""
         self._joint_command = solve_joints(HOME_JOINTS_RAD, position, rotation, iterations=60)
         self._data.qpos[self._joints] = self._joint_command
         self._data.ctrl[:NUM_JOINTS] = self._joint_command
@@ -91,34 +95,35 @@ class Servo:
         """Move the target, and run the physics for one control step.
 
         Args:
-            translation: [3] of the target, m, base frame.
-            rotation: [4] quaternion of the target's turn, end-effector frame.
-            opening: From 0.5 on the gripper opens, below it closes.
+            translation: [3], displacement of the target, m, base frame.
+            rotation: [4], quaternion by which the target turns, end-effector frame.
+            opening: the gripper opens for 0.5 and above, and closes below 0.5.
 
         Returns:
             Whether the target was out of reach.
         """
-        # The target, and joint angles that reach it.
+        # The new target, and joint angles with which the arm reaches the target.
         position, target_rotation, is_too_low = self._add_to_target(translation, rotation)
         joints = solve_joints(self._joint_command, position, target_rotation)
         reached_position, reached_rotation = compute_ee_pose(joints)
         is_missed = _is_far(reached_position, reached_rotation, position, target_rotation)
 
-        # No joint moves faster than it can.
+        # If a joint would be too fast, all joints make a shorter step in the same direction.
         control_step_s = PHYSICS_STEPS_PER_CONTROL_STEP * self._model.opt.timestep
-        step = joints - self._joint_command
+        step = joints - self._joint_command  # [7] rad
         speed_ratio = float((np.abs(step) / self._max_joint_step()).max())
         if speed_ratio > 1:
             joints = self._joint_command + step / speed_ratio
             reached_position, reached_rotation = compute_ee_pose(joints)
 
-        # A target that is not reached does not run ahead of the arm.
+        # If the arm does not reach the target, the target becomes the pose that the arm reaches.
         if is_missed or speed_ratio > 1:
             position, target_rotation = reached_position, reached_rotation
         self._target_position = position
         self._target_rotation = target_rotation
 
-        # Lead the servo by what its damping holds back; the last physics step lets it settle.
+        # One joint command per physics step, [num_steps, 7], on a straight path. The commands lead
+        # the path by the lag of the servos. Only the last one does not, so that the arm settles.
         num_steps = PHYSICS_STEPS_PER_CONTROL_STEP
         path = np.linspace(self._joint_command, joints, num_steps + 1)[1:]
         path[:-1] += SERVO_LAG_S * ((joints - self._joint_command) / control_step_s)
@@ -134,7 +139,12 @@ class Servo:
         return bool(is_missed or is_too_low)
 
     def _add_to_target(self, translation: Floats, rotation: Floats) -> tuple[Floats, Floats, bool]:
-        """Return the target's new position and rotation, and whether it would be in the table."""
+        """Return the target after an action, without changing the stored target.
+
+        Returns:
+            The new position, the new rotation, and whether the action asks for a position in the
+            table. The new position is then above the table nevertheless.
+        """
         measured_position, measured_rotation = self.measure_pose()
         position = _limit_lead(self._target_position, measured_position)
         target_rotation = _limit_rotation_lead(self._target_rotation, measured_rotation)
@@ -151,7 +161,7 @@ class Servo:
         return position, target_rotation, is_too_low
 
     def _max_joint_step(self) -> Floats:
-        """[7] how far each joint can move in a control step, rad."""
+        """How far each joint can move in a control step, [7] rad."""
         num_steps = PHYSICS_STEPS_PER_CONTROL_STEP
         return MAX_JOINT_SPEED_RAD_S * num_steps * self._model.opt.timestep
 
@@ -159,7 +169,7 @@ class Servo:
 def split_action(action: NDArray[np.floating]) -> tuple[Floats, Floats, float]:
     """Return translation [3], unit quaternion [4] and opening of an action [8].
 
-    Raises `SpearError` for anything else.
+    Raises `SpearError` if `action` is not 8 finite numbers with a unit quaternion.
     """
     values = np.asarray(action, np.float64)
     if values.shape != (8,):
@@ -187,12 +197,12 @@ def _is_far(
 
 
 def _limit_lead(target: Floats, measured: Floats) -> Floats:
-    """Return the target position drawn to within `MAX_LEAD_M` of the measured one."""
+    """Return the target position, moved to at most `MAX_LEAD_M` from the measured position."""
     return measured + _shorten(target - measured, MAX_LEAD_M)
 
 
 def _limit_rotation_lead(target: Floats, measured: Floats) -> Floats:
-    """Return the target rotation drawn to within `MAX_LEAD_RAD` of the measured one; a copy."""
+    """Return a copy of the target rotation, turned to at most `MAX_LEAD_RAD` from `measured`."""
     difference = rotation_vector_between(measured, target)
     if euclidean_norm(difference) <= MAX_LEAD_RAD:
         return target.copy()
@@ -206,5 +216,6 @@ def _limit_rotation_lead(target: Floats, measured: Floats) -> Floats:
 
 
 def _shorten(vector: Floats, max_length: float) -> Floats:
+    """Return the vector, or a vector of `max_length` in its direction if it is longer."""
     norm = euclidean_norm(vector)
     return vector if norm <= max_length else vector * (max_length / norm)

@@ -1,8 +1,7 @@
-"""`spear/Tabletop-v0`: the simulator as a Gymnasium environment that speaks the policy's own
-language.
+"""`spear/Tabletop-v0`: the simulator as a Gymnasium environment.
 
-Observations are the dict that `spear.types.Policy.infer` takes, actions are rows of what it
-returns.
+An observation is a dict that `spear.types.Policy.infer` accepts, and an action is one of the H
+actions [8] of the chunk that `infer` returns.
 """
 
 import string
@@ -24,16 +23,16 @@ from spear.util.held_out import FIRST_TRAIN_SEED
 
 MAX_STEPS = 60
 """Control steps of an episode: 12 s (our choice)."""
-MAX_PROMPT_LENGTH = 200
+MAX_PROMPT_LENGTH = 200  # characters; no instruction of the simulator is longer
 
 Observation = dict[str, Any]
 
 
 class ActionSpace(gymnasium.spaces.Box):
-    """Actions [8]. It samples valid ones: their quaternions have unit length."""
+    """The space of actions [8]. Unlike a plain `Box`, it samples quaternions of unit length."""
 
     def sample(self, mask: None = None, probability: None = None) -> NDArray[Any]:
-        """A random action."""
+        """Draw a random valid action."""
         action = super().sample(mask, probability)
         quaternion = self.np_random.normal(size=4)
         action[3:7] = quaternion / np.linalg.norm(quaternion)
@@ -43,17 +42,22 @@ class ActionSpace(gymnasium.spaces.Box):
 class TabletopEnv(gymnasium.Env[Observation, NDArray[np.floating]]):
     """One task family of the embedded simulator.
 
-    A step is 0.2 s (5 Hz). `info` has `measure_milestones` (all but success: at any time so far),
-    and whether the target of the action was "unreachable". The reward is 1 at success, where the
-    episode ends, else 0.
+    A step takes 0.2 s (5 Hz). The reward is 1 when the task is achieved, which ends the episode,
+    and 0 otherwise. The dict `info` has these keys:
+
+        "success"             whether the task is achieved now.
+        "reached", "grasped", "wrong_object_moved"  whether the milestone (see
+                              `spear.sim.world.measure_milestones`) was true at any time so far.
+        "unreachable"         whether the arm could not reach the target of the last action.
+        "steps"               number of steps so far.
 
     Args:
-        family: One of `spear.sim.scene.FAMILIES`.
-        image_sizes: Camera → (width, height) of its images in pixels, for each of
+        family: the task family, one of `spear.sim.scene.FAMILIES`.
+        image_sizes: camera → (width, height) of its images in pixels, for each of
             `spear.sim.render.CAMERAS`.
-        images: Whether observations have images. Without them no rendering library is needed.
+        images: whether observations have images. Without them no rendering library is needed.
         render_mode: "rgb_array" or None, as Gymnasium defines it.
-        world: The surroundings of the scenes, see `spear.sim.worlds`.
+        world: the surroundings of the scenes, see `spear.sim.worlds`.
 
     Example:
         >>> env = TabletopEnv("put_on", images=False)
@@ -94,7 +98,7 @@ class TabletopEnv(gymnasium.Env[Observation, NDArray[np.floating]]):
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[Observation, dict[str, Any]]:
-        """Start the scene of `seed`; without a seed, one of the held-out scenes at random."""
+        """Start the scene that `seed` stands for; without a seed, a random held-out scene."""
         super().reset(seed=seed)
         if seed is None:
             seed = int(self.np_random.integers(0, FIRST_TRAIN_SEED))
@@ -103,7 +107,7 @@ class TabletopEnv(gymnasium.Env[Observation, NDArray[np.floating]]):
         return self.observe(), self._make_info(is_unreachable=False)
 
     def load(self, world: World) -> None:
-        """Start from a given world."""
+        """Start an episode in `world` instead of in a scene of a seed."""
         self.world = world
         self.steps = 0
         self._milestones = {"reached": False, "grasped": False, "wrong_object_moved": False}
@@ -121,7 +125,7 @@ class TabletopEnv(gymnasium.Env[Observation, NDArray[np.floating]]):
         return self.observe(), float(success), success, is_truncated, info
 
     def physics_step(self, action: NDArray[np.floating]) -> dict[str, Any]:
-        """`step` without observing: move the world and return `info`."""
+        """Apply one action [8] and return `info`, without computing an observation."""
         translation, rotation, opening = split_action(action)
         is_unreachable = self.world.servo.move(translation, rotation, opening)
         self.steps += 1
@@ -153,6 +157,7 @@ class TabletopEnv(gymnasium.Env[Observation, NDArray[np.floating]]):
         return get_thread_renderer().images(self.world, [view])[0]
 
     def _make_info(self, is_unreachable: bool) -> dict[str, Any]:
+        """Measure the milestones, combine them with those so far, and return `info`."""
         info: dict[str, Any] = dict(measure_milestones(self.world))
         for key, was_reached in self._milestones.items():
             info[key] = was_reached or info[key]

@@ -1,11 +1,14 @@
-"""The scripted expert: it sees the true state of the scene, and acts through the policy's own eight
-numbers.
+"""The scripted expert: it knows the true state of the scene, and returns actions as a policy does.
 
-Its action depends on the present state only, so it recovers from whatever happens. Heights form a
-funnel: the gripper hovers while it is off to the side or turned wrongly, and comes down as it
-aligns.
+The expert moves an object, the *source*, on or into another one, the *target*. Its action depends
+only on the present state, so the expert recovers from disturbances. The heights at which the
+gripper moves form a *funnel*: the larger the *misalignment* (a distance to the side, or a wrong
+turn), the higher the gripper stays above the place where it is to grasp or to release. As the
+gripper aligns, it comes down. *Yaw* is the angle about the vertical axis, *tilt* the angle between
+the gripper and straight down.
 
-Sums are written out: NumPy's matrix products differ in the last bit between kinds of processors.
+Products of matrices and vectors are written as sums of elements, because the results of NumPy's
+matrix products differ in the last bit between kinds of processors.
 """
 
 import math
@@ -21,60 +24,61 @@ from spear.sim.objects import ObjectKind
 from spear.sim.scene import SOURCE_INDEX, TARGET_INDEX
 from spear.sim.world import World, is_source_on_target
 
-# Steps and turns.
-MAX_TRANSLATION_M = 0.06  # of a step
-MAX_ROTATION_RAD = math.radians(8)  # of a step; small, so that the turn goes on within view
+# The largest motions.
+MAX_TRANSLATION_M = 0.06  # the largest translation of an action
+MAX_ROTATION_RAD = math.radians(8)  # the largest rotation; small, so that turns last many images
 MAX_YAW_RAD = math.radians(110)  # how far the gripper turns from straight ahead
 
 # Heights.
-HOVER_HEIGHT_M = 0.09  # over the grasp while the gripper is not aligned
-CARRY_HEIGHT_M = 0.115  # of a carried object's underside over the table
-RETREAT_HEIGHT_M = 0.12  # of the gripper over the target in the end
-MAX_GRASP_DEPTH_M = 0.033  # how deep the fingers take a tall object, from its top
-MIN_EE_HEIGHT_M = 0.012  # of the middle of the finger tips
-RELEASE_HEIGHTS_M = {"basket": -0.025, "bowl": -0.015}  # over the target's rim
+HOVER_HEIGHT_M = 0.09  # the gripper's largest height over the grasp, if it is not aligned
+CARRY_HEIGHT_M = 0.115  # height of a carried object's underside over the table
+RETREAT_HEIGHT_M = 0.12  # the gripper's height over the target at the end
+MAX_GRASP_DEPTH_M = 0.033  # how far below the top of a tall object the fingers grasp
+MIN_EE_HEIGHT_M = 0.012  # the lowest height of the point between the finger tips
+# Height of the source's underside over the target's rim when the gripper opens.
+RELEASE_HEIGHTS_M = {"basket": -0.025, "bowl": -0.015}
 DEFAULT_RELEASE_HEIGHT_M = 0.004
-HANGING_HEIGHT_M = 0.012  # so far over its release height a held object is not yet down
+# A held source that is more than this above its release height does not lie on the target yet.
+HANGING_HEIGHT_M = 0.012
 
 # When the gripper counts as aligned.
-FUNNEL_M_PER_RAD = 0.10  # meters of funnel per radian of misalignment
-ALIGNED_M = 0.008
-ALIGNED_RAD = 0.09
-PLACED_YAW_RAD = 0.12
-PLACED_HEIGHT_M = 0.010
+FUNNEL_M_PER_RAD = 0.10  # an angle of 1 rad counts as much as this distance to the side
+ALIGNED_M = 0.008  # to grasp and to release: largest distance to the side
+ALIGNED_RAD = 0.09  # to grasp: largest error of yaw and of tilt
+PLACED_YAW_RAD = 0.12  # to release: largest error of yaw
+PLACED_HEIGHT_M = 0.010  # to release: largest error of height
 
 # Objects.
-MAX_GRASP_HALF_WIDTH_M = 0.037  # wider things do not fit between the fingers
-LONG_RADIUS_M = 0.042  # longer things than the gripper opens lie along the basket
+MAX_GRASP_HALF_WIDTH_M = 0.037  # half the width of the widest thing that fits between the fingers
+LONG_RADIUS_M = 0.042  # an object with a larger radius has to lie along the basket
 
 
 @dataclass(frozen=True)
 class _Gripper:
-    """Where the gripper is: position [3] m, quaternion [4], base frame; yaw and tilt, rad."""
+    """The gripper's present pose, base frame."""
 
-    position: Floats
-    rotation: Floats
-    yaw: float
-    tilt: float
+    position: Floats  # [3] m
+    rotation: Floats  # [4] quaternion
+    yaw: float  # rad
+    tilt: float  # rad
 
 
 @dataclass(frozen=True)
 class _Goal:
-    """Where the gripper is to go: position [3] m, base frame; yaw, rad; and its opening."""
+    """The pose and the opening that the gripper should get to, base frame."""
 
-    position: Floats
-    yaw: float
-    opening: float
+    position: Floats  # [3] m
+    yaw: float  # rad; the gripper points straight down
+    opening: float  # 0 or 1
 
 
 @dataclass(frozen=True)
 class _Grasp:
-    """Where to take an object: point [3] m; gripper yaws that fit, rad (None: any); its width,
-    m."""
+    """How to grasp an object, base frame."""
 
-    point: Floats
-    yaws: list[float] | None
-    width: float
+    point: Floats  # [3] m, where the point between the finger tips should be
+    yaws: list[float] | None  # yaws of the gripper that fit, rad; None if all do
+    width: float  # width of the object between the fingers, m
 
 
 def act(world: World) -> NDArray[np.float32]:
@@ -85,7 +89,7 @@ def act(world: World) -> NDArray[np.float32]:
 
     num_touching = world.count_touching_fingers(SOURCE_INDEX)
     is_held = num_touching == 2
-    # A held object may only brush the target: then it is not yet down on it.
+    # A held source that touches the target may still hang above the place where it should rest.
     is_hanging = is_held and _underside(world) > _release_height(world) + HANGING_HEIGHT_M
     if is_source_on_target(world) and not is_hanging:
         goal = _leave(world, gripper, is_held)
@@ -100,34 +104,39 @@ def act(world: World) -> NDArray[np.float32]:
 
 
 def _approach(world: World, gripper: _Gripper) -> _Goal:
-    """Hover, align, come down, close."""
+    """Approach the source: hover, align, come down, close the gripper."""
     grasp = _find_grasp(world)
     yaw = _nearest_yaw(gripper.yaw, grasp.yaws)
     turn_rad = abs(_wrap(yaw - gripper.yaw))
     side_m = euclidean_norm(grasp.point[:2] - gripper.position[:2])
-    error_m = side_m + FUNNEL_M_PER_RAD * (turn_rad + gripper.tilt)
-    hover_m = np.clip(1.6 * (error_m - 0.012), 0, HOVER_HEIGHT_M)
+    # The funnel: up to a misalignment of 12 mm the gripper goes to the grasp itself, and beyond
+    # that 1.6 mm higher per millimeter.
+    misalignment_m = side_m + FUNNEL_M_PER_RAD * (turn_rad + gripper.tilt)
+    hover_m = np.clip(1.6 * (misalignment_m - 0.012), 0, HOVER_HEIGHT_M)
     position = grasp.point + np.array([0, 0, hover_m])
 
     is_over_grasp = side_m < ALIGNED_M and abs(grasp.point[2] - gripper.position[2]) < ALIGNED_M
     is_aligned = is_over_grasp and turn_rad < ALIGNED_RAD and gripper.tilt < ALIGNED_RAD
-    # Closed with nothing between the fingers: open and try again.
+    # If the fingers are much closer than the object is wide, they have closed on nothing. The
+    # gripper opens then, and tries again.
     is_missed = world.servo.measure_opening() * 2 * FINGER_TRAVEL_M < 0.7 * grasp.width
     opening = 0.0 if is_aligned and not is_missed else 1.0
     return _Goal(position, yaw, opening)
 
 
 def _carry(world: World, gripper: _Gripper) -> _Goal:
-    """Lift, move over the target, come down, open."""
+    """Carry the held source: lift, move over the target, come down, open the gripper."""
     yaw = _placing_yaw(world, gripper.yaw)
     turn_rad = abs(_wrap(yaw - gripper.yaw))
     offset = world.object_position(TARGET_INDEX)[:2] - world.object_position(SOURCE_INDEX)[:2]
     side_m = euclidean_norm(offset)
-    error_m = side_m + FUNNEL_M_PER_RAD * (turn_rad + gripper.tilt)
+    misalignment_m = side_m + FUNNEL_M_PER_RAD * (turn_rad + gripper.tilt)
 
+    # The funnel: 2 mm above the release height per millimeter of misalignment beyond 10 mm, but at
+    # most the height for carrying.
     underside = _underside(world)
     release_height = _release_height(world)
-    funnel_m = float(np.clip(2.0 * (error_m - 0.010), 0, 1))
+    funnel_m = float(np.clip(2.0 * (misalignment_m - 0.010), 0, 1))
     height = min(max(CARRY_HEIGHT_M, release_height), release_height + funnel_m)
     position = gripper.position + np.array([offset[0], offset[1], height - underside])
 
@@ -137,8 +146,9 @@ def _carry(world: World, gripper: _Gripper) -> _Goal:
 
 
 def _leave(world: World, gripper: _Gripper, is_held: bool) -> _Goal:
-    """Let go, then go up."""
+    """Leave the source that lies on the target: let go, then go up."""
     position = gripper.position.copy()
+    # The gripper stays in place until its fingers have opened.
     if not is_held and world.servo.measure_opening() > 0.6:
         target_height = world.object_position(TARGET_INDEX)[2]
         position[2] = max(gripper.position[2], target_height + RETREAT_HEIGHT_M)
@@ -146,16 +156,19 @@ def _leave(world: World, gripper: _Gripper, is_held: bool) -> _Goal:
 
 
 def _step_towards(goal: _Goal, gripper: _Gripper) -> NDArray[np.float32]:
-    """Return the action towards a goal with the gripper straight down; first up, then sideways."""
+    """Return the action [8] towards a goal, at which the gripper points straight down."""
+    # First up, then sideways: the more the gripper has to rise beyond 15 mm, the less it moves to
+    # the side, and from 55 mm on not at all.
     step = goal.position - gripper.position
     rise_m = max(0.0, step[2] - 0.015)
     step[:2] *= max(0.0, 1.0 - rise_m / 0.04)
     step *= min(1.0, MAX_TRANSLATION_M / max(euclidean_norm(step), 1e-9))
 
-    upright = np.array([math.cos(goal.yaw / 2), 0, 0, math.sin(goal.yaw / 2)])
+    # The rotation from the present orientation to the goal's, shortened to the largest step.
+    goal_rotation = np.array([math.cos(goal.yaw / 2), 0, 0, math.sin(goal.yaw / 2)])
     rotation_vector = np.empty(3)
     rotation_step = np.empty(4)
-    mujoco.mju_subQuat(rotation_vector, upright, gripper.rotation)
+    mujoco.mju_subQuat(rotation_vector, goal_rotation, gripper.rotation)
     angle_rad = euclidean_norm(rotation_vector)
     axis = rotation_vector / max(angle_rad, 1e-9)
     mujoco.mju_axisAngle2Quat(rotation_step, axis, min(angle_rad, MAX_ROTATION_RAD))
@@ -166,40 +179,46 @@ def _step_towards(goal: _Goal, gripper: _Gripper) -> NDArray[np.float32]:
 
 
 def _release_height(world: World) -> float:
-    """Height at which the carried object's underside should be when the gripper opens, m."""
+    """The height at which the source's underside should be when the gripper opens, m."""
     kind = world.bodies[TARGET_INDEX].kind
     rim_height = float(world.object_position(TARGET_INDEX)[2]) + kind.rim
     return rim_height + RELEASE_HEIGHTS_M.get(kind.name, DEFAULT_RELEASE_HEIGHT_M)
 
 
 def _underside(world: World) -> float:
-    """Height of the lowest point of the object to be moved, m."""
+    """The height of the lowest point of the source's bounding box, m."""
     body = world.bodies[SOURCE_INDEX]
-    down = world.object_rotation(SOURCE_INDEX)[2]
+    # The z components of the object's three axes: how much each axis contributes to height, [3].
+    vertical = world.object_rotation(SOURCE_INDEX)[2]
     center = (body.low + body.high) / 2
     half = (body.high - body.low) / 2
     height = world.object_position(SOURCE_INDEX)[2]
-    return float(height + (down * center).sum() - (np.abs(down) * half).sum())
+    return float(height + (vertical * center).sum() - (np.abs(vertical) * half).sum())
 
 
 def _placing_yaw(world: World, yaw: float) -> float:
-    """Return the gripper's yaw for placing the object.
+    """Return the gripper's yaw for placing the source, given the gripper's present yaw.
 
-    Cubes go square on cubes, long things along the basket; otherwise the yaw does not matter.
+    A cube is placed square on a cube, and a long object along the basket. For other pairs any yaw
+    will do, so the present one is returned.
     """
     period = _placing_period(world.bodies[SOURCE_INDEX].kind, world.bodies[TARGET_INDEX].kind)
     if period is None:
         return yaw
+    # The smallest turn after which the source fits. If the gripper cannot turn so far, it turns in
+    # the other direction.
     target_yaw = _object_yaw(world, TARGET_INDEX)
-    difference = _wrap(target_yaw - _object_yaw(world, SOURCE_INDEX), period)
-    if abs(yaw + difference) <= MAX_YAW_RAD:
-        return yaw + difference
-    return yaw + difference - math.copysign(period, difference)
+    turn = _wrap(target_yaw - _object_yaw(world, SOURCE_INDEX), period)
+    if abs(yaw + turn) <= MAX_YAW_RAD:
+        return yaw + turn
+    return yaw + turn - math.copysign(period, turn)
 
 
 def _placing_period(source: ObjectKind, target: ObjectKind) -> float | None:
-    """Return the turn after which the object fits on the target again, rad; None if any turn
-    fits."""
+    """Return the smallest turn after which the source fits on the target again, rad.
+
+    It is None if the source fits after any turn.
+    """
     if source.name.endswith("cube") and target.name.endswith("cube"):
         return math.pi / 2
     is_long = not source.round and source.radius > LONG_RADIUS_M
@@ -209,50 +228,57 @@ def _placing_period(source: ObjectKind, target: ObjectKind) -> float | None:
 
 
 def _object_yaw(world: World, index: int) -> float:
+    """Return the yaw of an object's x axis, rad."""
     matrix = world.object_rotation(index)
     return math.atan2(matrix[1, 0], matrix[0, 0])
 
 
 def _find_grasp(world: World) -> _Grasp:
-    """Return where to take the object to be moved."""
+    """Return how to grasp the source."""
     kind = world.bodies[SOURCE_INDEX].kind
-    axes = world.object_rotation(SOURCE_INDEX)
+    axes = world.object_rotation(SOURCE_INDEX)  # [3, 3], the object's axes are the columns
     assert kind.grasp is not None
+    # Center and half-sizes of the box to grasp, in the object's frame.
     center = np.array(kind.grasp[0])
     half = np.array(kind.grasp[1])
+    # Grasp in the middle of the box, but not too deep below its top.
     point = world.object_position(SOURCE_INDEX) + (axes * center).sum(1)
     top = point[2] + float((np.abs(axes[2]) * half).sum())
     point[2] = max(point[2], top - MAX_GRASP_DEPTH_M, MIN_EE_HEIGHT_M)
     if kind.round:
+        # If the object stands, any yaw fits. If it lies, the fingers close across its axis.
         axis = axes[:, 2]
         is_standing = abs(axis[2]) > 0.8
         yaws = None if is_standing else [math.atan2(axis[1], axis[0])]
         return _Grasp(point, yaws, 2 * float(half[0]))
 
-    # Sides that are about vertical and fit between the fingers.
-    sides = []
+    # The axes of the box along which the fingers can close: about horizontal, and short enough.
+    closing_axes = []
     for i in range(3):
         if abs(axes[2, i]) < 0.4 and half[i] < MAX_GRASP_HALF_WIDTH_M:
-            sides.append(i)
-    if not sides:
+            closing_axes.append(i)
+    if not closing_axes:
         return _Grasp(point, None, 2 * float(half.min()))
-    # The closing direction is the gripper's y axis.
-    yaws = [math.atan2(axes[1, i], axes[0, i]) - math.pi / 2 for i in sides]
-    return _Grasp(point, yaws, 2 * float(half[sides].min()))
+    # The fingers close along the gripper's y axis, which is a quarter turn from its x axis.
+    yaws = [math.atan2(axes[1, i], axes[0, i]) - math.pi / 2 for i in closing_axes]
+    return _Grasp(point, yaws, 2 * float(half[closing_axes].min()))
 
 
 def _nearest_yaw(yaw: float, fitting_yaws: list[float] | None) -> float:
-    """Return the fitting yaw nearest to the present one. The gripper is the same after half a
-    turn."""
+    """Return the fitting yaw that is nearest to the present yaw and within `MAX_YAW_RAD`.
+
+    `fitting_yaws` None means that all yaws fit.
+    """
     if fitting_yaws is None:
         return float(np.clip(yaw, -MAX_YAW_RAD, MAX_YAW_RAD))
+    # After half a turn the gripper grasps in the same way, so each yaw fits in two directions.
     choices = [yaw + _wrap(fitting_yaw - yaw, math.pi) for fitting_yaw in fitting_yaws]
     choices += [choice - math.copysign(math.pi, choice) for choice in choices]
     return min(choices, key=lambda choice: (abs(choice) > MAX_YAW_RAD, abs(choice - yaw)))
 
 
 def _measure_yaw_and_tilt(rotation: Floats) -> tuple[float, float]:
-    """Return the gripper's yaw, and its lean from straight down, rad."""
+    """Return the gripper's yaw and tilt (rad) from its quaternion [4]."""
     matrix = np.empty(9)
     mujoco.mju_quat2Mat(matrix, rotation)
     axes = matrix.reshape(3, 3)
@@ -261,4 +287,5 @@ def _measure_yaw_and_tilt(rotation: Floats) -> tuple[float, float]:
 
 
 def _wrap(angle: float, period: float = 2 * math.pi) -> float:
+    """Return the angle plus a multiple of `period` that is nearest to 0, rad."""
     return (angle + period / 2) % period - period / 2

@@ -1,8 +1,9 @@
-"""The catalog of everyday objects (objects.toml, objects_wild.toml): MuJoCo primitives, and what
-the expert needs to know.
+"""The catalog of everyday objects, read from objects.toml and objects_wild.toml.
 
-An object's frame stands near its middle: z up when it rests as placed on the table, x along its
-long side. Sizes are in meters, masses in kg, angles in rad, colors 0 … 1.
+An object consists of MuJoCo primitives. The catalog also has what the scripted expert needs to know
+to grasp an object, or to put something on it. The origin of an object's frame is near its middle.
+When the object rests on the table as it was placed, its z axis points up, and x is along its long
+side. Sizes are in meters, masses in kg, angles in rad, colors are red, green, blue in 0 … 1.
 """
 
 import math
@@ -20,10 +21,10 @@ class Primitive:
     """One primitive of an object.
 
     shape    "box", "cylinder", "capsule", "ellipsoid" or "sphere".
-    size     as MuJoCo's geom size.
+    size     MuJoCo's geom size for this shape, m.
     pos      center in the object frame, m.
-    euler    turns about the fixed x, then y, then z axis, rad.
-    color    None takes the object's own color.
+    euler    turns about the object frame's x axis, then its y axis, then its z axis, rad.
+    color    the primitive's color; with None it has the object's color.
     visible  whether cameras see it.
     solid    whether it collides.
     """
@@ -41,20 +42,21 @@ class Primitive:
 class ObjectKind:
     """A kind of object.
 
-    name          what people call it.
-    primitives    the shapes that it consists of.
-    height        from its frame's origin down to the surface it rests on, m.
-    radius        of the disc on the table that it needs, m.
-    colors        it comes in one of these.
-    mass          kg.
-    grasp         center and half-sizes of the box that the gripper takes hold of, object frame;
-                  None when the object is not picked up.
-    round         whether the grasp has no preferred yaw.
-    inside        of what objects are put on or in: half-sizes (x, y) of the area in which an object
-                  counts as placed, and its height above the origin.
-    inside_round  whether that area is an ellipse.
-    rim           height of the highest point above the object's origin, m.
-    fixed         whether it cannot be moved.
+    name          the kind's name in plain English.
+    primitives    the shapes that the object consists of.
+    height        height of the frame's origin above the surface that the object rests on, m.
+    radius        radius of the disc on the table that the object needs, m.
+    colors        an object of this kind has one of these colors.
+    mass          the object's mass, kg.
+    grasp         center and half-sizes of the box that the gripper grasps, object frame, m; None
+                  for an object that is not picked up.
+    round         whether the box has a round cross-section, so that the gripper may have any yaw.
+    inside        only for kinds on or in which objects are put: the half-sizes along x and y of the
+                  area in which an object counts as placed, and the area's height above the
+                  origin, m.
+    inside_round  whether this area is an ellipse; otherwise it is a rectangle.
+    rim           height of the object's highest point above its origin, m.
+    fixed         whether the object cannot be moved.
     """
 
     name: str
@@ -72,7 +74,10 @@ class ObjectKind:
 
 
 def load_catalog(file_name: str) -> dict[str, ObjectKind]:
-    """Read the kinds of objects that a file next to this one describes, by name."""
+    """Read the kinds of objects from a TOML file in the folder of this one.
+
+    The file has a table per kind, with its `parts`. A table `palette` names colors for the parts.
+    """
     text = Path(__file__).with_name(file_name).read_text("utf-8")
     tables = _lists_to_tuples(tomllib.loads(text))
     palette = tables.pop("palette", {})
@@ -80,7 +85,7 @@ def load_catalog(file_name: str) -> dict[str, ObjectKind]:
     for name, table in tables.items():
         primitives: list[Primitive] = []
         for row in table.pop("parts"):
-            color = row.get("color")
+            color = row.get("color")  # a name in the palette, a color, or None
             row["color"] = palette.get(color, color)
             primitives += _expand_part(row)
         kinds[name] = ObjectKind(name, primitives=tuple(primitives), **table)
@@ -88,6 +93,7 @@ def load_catalog(file_name: str) -> dict[str, ObjectKind]:
 
 
 def _lists_to_tuples(value: Any) -> Any:
+    """Return a copy of nested dicts and lists, with tuples instead of the lists."""
     if isinstance(value, dict):
         return {key: _lists_to_tuples(inner) for key, inner in value.items()}
     if isinstance(value, list):
@@ -96,11 +102,13 @@ def _lists_to_tuples(value: Any) -> Any:
 
 
 def _expand_part(row: dict[str, Any]) -> list[Primitive]:
-    """Return the primitives of a part in the catalog. Two shapes are our own:
+    """Return the primitives of a part in the catalog.
+
+    Most parts are one primitive. Two shapes exist only in the catalog:
 
     rod   a capsule along the object's x axis, turned by `pitch` and `yaw`; it does not collide.
-    ring  a wall: `count` boxes of half-sizes (thickness, width, height) on a circle at height `z`,
-          leaning out by `lean`.
+    ring  a round wall of `count` boxes, which stand on a circle of `radius` at height `z` and lean
+          outwards by `lean`. `size` has a box's half thickness, half width and half height.
     """
     if row["shape"] == "rod":
         pitch = row.pop("pitch", 0.0)
@@ -113,6 +121,7 @@ def _expand_part(row: dict[str, Any]) -> list[Primitive]:
 
 
 def _expand_ring(row: dict[str, Any]) -> list[Primitive]:
+    """Return the boxes of a part of shape "ring"."""
     count = row.pop("count", 0.0)
     radius = row.pop("radius", 0.0)
     z = row.pop("z", 0.0)
@@ -131,8 +140,8 @@ _OTHER_KINDS = load_catalog("objects_wild.toml")
 OBJECT_KINDS = _TASK_KINDS | _OTHER_KINDS
 """Every kind of object, by name."""
 TASK_FREE_KINDS = tuple(_OTHER_KINDS)
-"""Kinds that no task uses: clutter in wild worlds."""
+"""Names of the kinds that no task uses. They appear as clutter in wild worlds."""
 CUBES = tuple(name for name in OBJECT_KINDS if name.endswith("cube"))
 GRASPABLE = tuple(name for name, kind in OBJECT_KINDS.items() if kind.grasp is not None)
 SUPPORTS = ("plate", "bowl", "basket", "towel")
-"""What objects are put on or in."""
+"""Names of the kinds on or in which objects are put."""

@@ -1,11 +1,11 @@
-"""Demonstrations: the scripted expert at work, with disturbances that it recovers from, as
-`Episode`s.
+"""Records demonstrations: episodes of the scripted expert, with disturbances.
 
-At random moments the arm is pushed and twisted off course for a step or two, drops what it holds,
-or closes its gripper on nothing and lifts it as if it held something. Those steps are part of the
-episode, but masked: they are never a training target. What follows them shows how to recover. Where
-a policy is given, the pushes are its own steps, so that recoveries begin where it goes wrong (as
-DAgger, arXiv 1011.0686, but by turns).
+The disturbances (*pushes*) show how the expert recovers. At random moments the arm is moved off
+course for a step or two, drops what it holds, or makes a *missed grasp*: it closes the gripper on
+nothing and lifts the gripper as if it held something. Pushed steps are part of the episode, but
+masked: they are never a training target. The expert's steps after them are targets. If a policy is
+given, the policy's own actions take the place of random pushes for a few steps, its *turns*, so
+that recoveries begin where the policy goes wrong (similar to DAgger, arXiv 1011.0686).
 """
 
 import functools
@@ -26,22 +26,24 @@ from spear.types import CONTROL_RATE_HZ, Array, Episode
 from spear.util import processes
 from spear.util.images import encode_jpeg
 
+# Numbers of steps that a push lasts: a missed grasp, another push, and a turn of the policy.
 MIN_MISSED_GRASP_STEPS = 2
-MAX_MISSED_GRASP_STEPS = 5  # the longest time that a missed grasp goes unnoticed
+MAX_MISSED_GRASP_STEPS = 5
 MAX_PUSH_STEPS = 2
-MISSED_GRASP_LIFT_M = 0.03  # how far a missed grasp is lifted per step
-NUM_EXTRA_STEPS = 20  # disturbed episodes may take this much longer than an evaluation
-POLICY_TURN_PROBABILITY = 0.25  # per step of the expert's, that a turn of the policy begins
 MAX_POLICY_TURN_STEPS = 8
+
+MISSED_GRASP_LIFT_M = 0.03  # how far the gripper rises per step of a missed grasp
+NUM_EXTRA_STEPS = 20  # an episode with disturbances may take this many steps more than others
+POLICY_TURN_PROBABILITY = 0.25  # that a turn of the policy begins, per step of the expert
 
 
 @dataclass(frozen=True)
 class InterveningPolicy:
-    """A policy that takes turns with the expert, as it is sent to processes.
+    """A policy that takes turns with the expert, in a form that can be sent to processes.
 
-    folder  its weights.
-    act     (folder, observation, seed of the scene, step) -> its action, [8]. Seed and step fix its
-            noise.
+    folder  the folder with the policy's weights.
+    act     a function that loads the policy and computes its action: (folder, observation, seed of
+            the scene, step) -> action [8]. The seed and the step determine the policy's noise.
     """
 
     folder: Path
@@ -52,16 +54,15 @@ class InterveningPolicy:
 class Disturbance:
     """How the arm is pushed off course (our choice).
 
-    start        probability per step that a push begins; it lasts one or two steps.
-    translation  standard deviation of a pushed step, m.
-    rotation     the same, rad.
-    twist        standard deviation of an additional turn about the gripper's own axis, rad. Thus
-                 the demonstrations show at all heights, not only where the approach begins, a
-                 gripper that is turned from the object under it.
-    drop         probability that a push while holding the object opens the gripper instead.
-    miss         probability that a push while holding nothing closes the gripper and lifts it, for
-                 up to `MAX_MISSED_GRASP_STEPS`: what a policy does that has missed its grasp and
-                 has not noticed.
+    start        probability per step that a push begins.
+    translation  standard deviation of the translation of a pushed step, per axis, m.
+    rotation     standard deviation of the rotation of a pushed step, per axis, rad.
+    twist        standard deviation of an additional rotation about the gripper's own axis, rad. So
+                 demonstrations show at all heights, and not only at the beginning of the approach,
+                 how the gripper turns until it is aligned with the object.
+    drop         probability, if the gripper holds the object, that a pushed step opens the gripper.
+    miss         probability, if the gripper holds nothing, that a push is a missed grasp. A policy
+                 acts like this if it has missed its grasp and has not noticed it.
     """
 
     start: float = 0.10
@@ -79,15 +80,17 @@ def record_episodes(
     policy: InterveningPolicy | None = None,
     world: str = "default",
 ) -> Iterator[Episode]:
-    """Record an `Episode` for each task, in their order; also of failures (`success` False).
+    """Record an `Episode` for each task, in the order of the tasks.
+
+    Failed episodes are yielded, too, with `success` False.
 
     Args:
-        tasks: (family, seed) of each scene.
-        image_sizes: Camera → (width, height) of its JPEG images (quality 95), in pixels.
-        workers: With more than one, so many processes share the work. The episodes are the same
-            whatever their number.
-        policy: Takes turns with the expert; it is sent to the processes.
-        world: The surroundings of the scenes, see `spear.sim.worlds`.
+        tasks: (task family, seed) of each scene.
+        image_sizes: camera → (width, height) of its JPEG images (quality 95), in pixels.
+        workers: number of processes that share the work; with 1 this process records. The episodes
+            do not depend on this number.
+        policy: a policy that takes turns with the expert.
+        world: the surroundings of the scenes, see `spear.sim.worlds`.
     """
     job = functools.partial(_record_task, image_sizes, policy, world)
     num_processes = workers if workers > 1 else 0
@@ -101,6 +104,7 @@ def _record_task(
     world: str,
     task: tuple[str, int],
 ) -> Episode:
+    """Record the episode of a task (family, seed). This runs in worker processes."""
     family, seed = task
     return record_episode(family, seed, image_sizes, policy=policy, world=world)
 
@@ -113,7 +117,10 @@ def record_episode(
     policy: InterveningPolicy | None = None,
     world: str = "default",
 ) -> Episode:
-    """Record the expert's demonstration of one scene, disturbed, or by turns with a policy."""
+    """Record the expert's demonstration of one scene, with pushes or with turns of a policy.
+
+    The arguments are those of `record_episodes`; `disturbance` says how the arm is pushed.
+    """
     env = TabletopEnv(family, image_sizes, world=world)
     observation, info = env.reset(seed=seed)
     disturber = ArmDisturber(disturbance, np.random.default_rng([seed, 1]), policy)
@@ -132,15 +139,17 @@ def record_episode(
 
 @dataclass(frozen=True)
 class _RecordedStep:
-    images: Mapping[str, bytes]
-    state: Array
-    action: Array
+    """One step of an episode: what was observed, and the action that followed."""
+
+    images: Mapping[str, bytes]  # camera -> JPEG
+    state: Array  # [8]
+    action: Array  # [8]
     is_pushed: bool
 
 
 @dataclass
 class EpisodeRecorder:
-    """Collects the steps of an episode. Pushed steps are masked."""
+    """Collects the steps of an episode. Pushed steps are masked in the result."""
 
     steps: list[_RecordedStep] = field(default_factory=list)
 
@@ -174,7 +183,7 @@ class EpisodeRecorder:
 def format_episode_source(
     family: str, seed: int, has_policy_turns: bool, simulator: str = "sim"
 ) -> str:
-    """Return the name of a recorded episode.
+    """Return the text that `Episode.source` has for an episode recorded in a simulator.
 
     >>> format_episode_source("put_on", 10000, has_policy_turns=True)
     'sim/put_on/10000/turns'
@@ -187,11 +196,11 @@ def format_episode_source(
 class ArmDisturber:
     """Decides when the arm is pushed in an episode, and how: at random, or by a policy's turns.
 
-    disturbance        how it is pushed at random.
-    rng                the random numbers.
-    policy             takes turns, if there is one.
-    num_steps_left     steps that the present push still lasts.
-    is_missed_grasp    whether the present push is a missed grasp.
+    disturbance      how the arm is pushed at random.
+    rng              draws the random numbers.
+    policy           the policy that takes turns with the expert; None for random pushes.
+    num_steps_left   number of steps that the present push still lasts; 0 without a push.
+    is_missed_grasp  whether the present push is a missed grasp.
     """
 
     disturbance: Disturbance
@@ -203,8 +212,15 @@ class ArmDisturber:
     def __call__(
         self, action: Array, step: int, observation: Mapping[str, Any], seed: int
     ) -> tuple[Array, bool]:
-        """Return the action instead of the expert's, and whether it is a push. The first is never
-        one."""
+        """Return the action to execute, and whether it is a push. The first step is never pushed.
+
+        Args:
+            action: the expert's action [8], which is returned if there is no push.
+            step: the step's number in the episode, from 0.
+            observation: the present observation, for the policy.
+            seed: the seed of the scene.
+        """
+        # The expert closes the gripper in order to grasp, and keeps it closed while it holds.
         is_holding = bool(action[7] < 0.5)
         if self.num_steps_left == 0 and step > 0:
             self._maybe_begin(is_holding)
@@ -217,6 +233,7 @@ class ArmDisturber:
         return self._push(action, is_holding), True
 
     def _maybe_begin(self, is_holding: bool) -> None:
+        """Begin a push, or a turn of the policy, with its probability."""
         rng = self.rng
         if self.policy is not None:
             if rng.random() < POLICY_TURN_PROBABILITY:
@@ -231,14 +248,14 @@ class ArmDisturber:
             self.num_steps_left = int(num_steps)
 
     def _push(self, action: Array, is_holding: bool) -> Array:
-        """Return a random action [8]."""
+        """Return the action [8] of a random push, given the expert's `action`."""
         rng = self.rng
         translation = rng.normal(0, self.disturbance.translation, 3)
         rotation_vector = rng.normal(0, self.disturbance.rotation, 3)
         rotation_vector[2] += rng.normal(0, self.disturbance.twist)
         angle_rad = euclidean_norm(rotation_vector)
-        axis_part = math.sin(angle_rad / 2) * rotation_vector / max(angle_rad, 1e-9)
-        quaternion = np.array([math.cos(angle_rad / 2), *axis_part])
+        imaginary = math.sin(angle_rad / 2) * rotation_vector / max(angle_rad, 1e-9)
+        quaternion = np.array([math.cos(angle_rad / 2), *imaginary])
 
         is_dropped = is_holding and rng.random() < self.disturbance.drop
         opening = 1.0 if is_dropped else action[7]

@@ -1,8 +1,11 @@
-"""Images of worlds and their ground truth: one rendering context for all worlds, and all cameras in
-one read-back.
+"""Renders images of worlds, and their ground truth (depth, instances, boxes).
 
-Shadows, reflections and multisampling are off: they cost up to 90 times the rest on a software
-renderer.
+One rendering context serves all worlds of a thread. All cameras are drawn side by side into one
+buffer, which is read back at once. Shadows, reflections and multisampling are off, because on a
+software renderer they take up to 90 times as long as everything else.
+
+An *instance* is an object in an image, with a number: the objects of a world from 1 on, then the
+robot's gripper. 0 is the background.
 """
 
 import itertools
@@ -27,23 +30,23 @@ ImageSize = tuple[int, int]
 """Width and height, pixels."""
 CAMERAS = ("external", "wrist")
 MIN_PIXELS = 8
-"""An object of which fewer pixels are seen is not among a frame's instances."""
-INITIAL_BUFFER_PX = (560, 420)  # (width, height); the buffer grows with the images asked for
-MAX_GEOMS = 600
+"""An object with fewer visible pixels is not among a frame's instances."""
+INITIAL_BUFFER_PX = (560, 420)  # (width, height); the buffer grows if larger images are requested
+MAX_GEOMS = 600  # the largest number of MuJoCo geoms in a scene
 
-_UNIT_CORNERS = np.array(list(itertools.product((0, 1), repeat=3)))
+_UNIT_CORNERS = np.array(list(itertools.product((0, 1), repeat=3)))  # [8, 3], of the unit cube
 
 _ALL_RENDERERS: list["Renderer"] = []
-"""Keeps all renderers alive. MuJoCo deletes a context's buffers, by numbers that all contexts
-share, in whichever context is current, and another renderer would then draw nothing but its
-background."""
+"""Keeps all renderers alive. When MuJoCo deletes a context, it deletes the context's buffers by
+their numbers in whichever context is current. Other contexts use the same numbers, so another
+renderer would lose its buffers and draw nothing but its background."""
 _THREAD = threading.local()
 
 
 class Renderer:
-    """A rendering context that any number of worlds share, until the process ends.
+    """A rendering context for any number of worlds. It lives until the process ends.
 
-    It belongs to the thread that made it; see `get_thread_renderer`.
+    A renderer may be used only in the thread that made it; see `get_thread_renderer`.
     """
 
     def __init__(self) -> None:
@@ -52,7 +55,7 @@ class Renderer:
         try:
             self._gl_context = _make_gl_context(width, height)
             self._gl_context.make_current()
-        except Exception as error:  # the library raises whatever the missing driver made it raise
+        except Exception as error:  # which exception depends on what is missing in the driver
             raise SpearError(
                 f"rendering: no OpenGL through EGL ({error})."
                 " Install the Debian packages libegl1 libgl1 libgl1-mesa-dri."
@@ -76,7 +79,7 @@ class Renderer:
         self._options.sitegroup[:] = 0
         self._camera = mujoco.MjvCamera()
         self._camera.type = mujoco.mjtCamera.mjCAMERA_FIXED
-        self._perturbation = mujoco.MjvPerturb()  # none
+        self._perturbation = mujoco.MjvPerturb()  # MuJoCo requires one; this one moves nothing
 
     def images(
         self, world: World, views: Sequence[tuple[str, ImageSize]]
@@ -91,7 +94,7 @@ class Renderer:
             mujoco.mjv_updateCamera(world.model, world.data, self._camera, self._scene)
             mujoco.mjr_render(rectangle, self._scene, self._context)
 
-        # Read them back at once, and cut.
+        # Read all views back at once, and cut them apart.
         width = max(rectangle.left + rectangle.width for rectangle in rectangles)
         height = max(rectangle.height for rectangle in rectangles)
         pixels = np.empty((height, width, 3), np.uint8)
@@ -109,8 +112,8 @@ class Renderer:
         """Render what one camera sees.
 
         Returns:
-            The image [h, w, 3], the depth [h, w] along the camera's z axis in meters, and the geom
-            ids [h, w], -1 where there is none.
+            The image [h, w, 3], the depth [h, w] along the camera's z axis in meters, and the id of
+            the geom that each pixel shows, [h, w], -1 for the background.
         """
         (rectangle,) = self._lay_out([size])
         width, height = size
@@ -120,7 +123,7 @@ class Renderer:
         depth_buffer = np.empty((height, width), np.float32)
         mujoco.mjr_readPixels(image, depth_buffer, rectangle, self._context)
 
-        # Draw again, with every geom in a color that is its number.
+        # Draw again, now with every geom in a color that encodes the geom's number in the scene.
         self._set_segmentation(1)
         mujoco.mjr_render(rectangle, self._scene, self._context)
         self._set_segmentation(0)
@@ -131,22 +134,26 @@ class Renderer:
         return np.ascontiguousarray(image[::-1]), depth_m, self._decode_geom_ids(codes[::-1])
 
     def _lay_out(self, sizes: Sequence[ImageSize]) -> list[mujoco.MjrRect]:
-        """Return rectangles side by side, for which the buffer is made large enough."""
-        width = sum(w for w, _ in sizes)
-        height = max(h for _, h in sizes)
+        """Return rectangles of these sizes, side by side in the buffer.
+
+        The buffer is enlarged if the rectangles do not fit.
+        """
+        total_width = sum(width for width, _ in sizes)
+        max_height = max(height for _, height in sizes)
         self._gl_context.make_current()
         buffer_width, buffer_height = self._buffer_size
-        if width > buffer_width or height > buffer_height:
-            self._buffer_size = (max(width, buffer_width), max(height, buffer_height))
+        if total_width > buffer_width or max_height > buffer_height:
+            self._buffer_size = (max(total_width, buffer_width), max(max_height, buffer_height))
             mujoco.mjr_resizeOffscreen(*self._buffer_size, self._context)
         rectangles = []
         left_px = 0
-        for w, h in sizes:
-            rectangles.append(mujoco.MjrRect(left_px, 0, w, h))
-            left_px += w
+        for width, height in sizes:
+            rectangles.append(mujoco.MjrRect(left_px, 0, width, height))
+            left_px += width
         return rectangles
 
     def _update_scene(self, world: World, camera: str) -> None:
+        """Copy the world's present state into MuJoCo's scene, as seen by a camera."""
         self._camera.fixedcamid = world.model.camera(camera).id
         mujoco.mjv_updateScene(
             world.model,
@@ -159,13 +166,21 @@ class Renderer:
         )
 
     def _set_segmentation(self, value: int) -> None:
+        """Switch between natural colors (0) and colors that encode numbers of geoms (1)."""
         self._scene.flags[mujoco.mjtRndFlag.mjRND_SEGMENT] = value
         self._scene.flags[mujoco.mjtRndFlag.mjRND_IDCOLOR] = value
 
     def _decode_geom_ids(self, codes: NDArray[np.uint8]) -> NDArray[np.int32]:
-        """Return the geom id of each pixel, from its color."""
+        """Return the geom id of each pixel, -1 for the background.
+
+        Args:
+            codes: [h, w, 3], colors drawn with segmentation on. Red and green are the low and the
+                high byte of a number: a scene geom's `segid` plus 1, or 0 for the background.
+        """
         numbers = codes[..., 0].astype(np.int32) + (codes[..., 1].astype(np.int32) << 8)
         geom_type = int(mujoco.mjtObj.mjOBJ_GEOM)
+        # The geom id of each number. The scene also has decoration that is no geom of the model; it
+        # keeps -1, and so does the last entry, which stands for any larger number.
         geom_of_number = np.full(self._scene.ngeom + 2, -1, np.int32)
         for item in self._scene.geoms[: self._scene.ngeom]:
             if item.objtype == geom_type and item.segid >= 0:
@@ -174,8 +189,11 @@ class Renderer:
 
 
 def _make_gl_context(width: int, height: int) -> Any:
-    """Make an off-screen OpenGL context: EGL on Linux, which needs no display, unless MUJOCO_GL
-    names another."""
+    """Make an off-screen OpenGL context.
+
+    On Linux it is an EGL context, which needs no display, unless the environment variable
+    MUJOCO_GL names another kind.
+    """
     if sys.platform == "linux" and "MUJOCO_GL" not in os.environ:
         os.environ.setdefault("PYOPENGL_PLATFORM", "egl")
         from mujoco import egl
@@ -193,7 +211,7 @@ def _to_meters(depth_buffer: NDArray[np.float32], world: World) -> NDArray[np.fl
 
 
 def get_thread_renderer() -> Renderer:
-    """Return this thread's renderer. Raises `SpearError` where nothing can be rendered."""
+    """Return this thread's renderer. Raises `SpearError` if rendering does not work here."""
     if not hasattr(_THREAD, "renderer"):
         _THREAD.renderer = Renderer()
     return _THREAD.renderer
@@ -206,13 +224,13 @@ def render_frame(world: World, camera: str, size: ImageSize) -> Frame:
     """Render what a camera of the world sees, with its ground truth.
 
     Args:
-        world: The world.
+        world: the world in its present state.
         camera: "external" or "wrist".
         size: (width, height), pixels.
     """
     check_known("camera", CAMERAS, camera)
     image, depth_m, geom_ids = get_thread_renderer().render_layers(world, camera, size)
-    instances = world.instance_of_geom[geom_ids]
+    instances = world.instance_of_geom[geom_ids]  # [h, w]; geom id -1 is the last entry, 0
     ids, num_pixels = np.unique(instances, return_counts=True)
     visible = []
     for instance, count in zip(ids, num_pixels, strict=True):
@@ -220,8 +238,15 @@ def render_frame(world: World, camera: str, size: ImageSize) -> Frame:
             visible.append(int(instance))
     instances = np.where(np.isin(instances, visible), instances, 0).astype(np.int32)
 
+    # Boxes in the camera frame. Multiplying row vectors by the rotation from camera to base turns
+    # them from base to camera, because the inverse of a rotation is its transpose.
     pose = camera_pose(world, camera)
-    boxes = object_boxes(world)
+    camera_position = pose[:3, 3]
+    camera_to_base = pose[:3, :3]
+    base_boxes = object_boxes(world)
+    boxes = {}
+    for instance in visible:
+        boxes[instance] = (base_boxes[instance] - camera_position) @ camera_to_base  # [8, 3]
     return Frame(
         image=image,
         depth=depth_m,
@@ -229,24 +254,28 @@ def render_frame(world: World, camera: str, size: ImageSize) -> Frame:
         names={instance: _instance_name(world, instance) for instance in visible},
         intrinsics=intrinsics(world, camera, size),
         extrinsics=pose,
-        boxes={instance: (boxes[instance] - pose[:3, 3]) @ pose[:3, :3] for instance in visible},
+        boxes=boxes,
         source=f"sim/{world.spec.family}/{world.spec.seed}/{camera}",
     )
 
 
 def render_clutter_frame(seed: int, camera: str, size: ImageSize) -> Frame:
-    """Render, with its ground truth, the scene without a task that `seed` stands for."""
+    """Render the cluttered scene, without a task, that `seed` stands for, with its ground truth."""
     return render_frame(World(clutter_scene(seed)), camera, size)
 
 
 def _instance_name(world: World, instance: int) -> str:
+    """Return the name of an instance, numbered from 1: an object's kind, or the gripper."""
     if instance <= len(world.bodies):
         return world.bodies[instance - 1].kind.name
     return GRIPPER_NAME
 
 
 def intrinsics(world: World, camera: str, size: ImageSize) -> NDArray[np.float64]:
-    """[3, 3] pinhole matrix, pixels: square pixels, centered, pixel centers at integer + 0.5."""
+    """The camera's pinhole matrix [3, 3], in pixels; pixel centers are at integer + 0.5.
+
+    Pixels are square, and the principal point is in the middle of the image.
+    """
     width, height = size
     fovy_deg = float(world.model.cam_fovy[world.model.camera(camera).id])
     focal_px = height / 2 / math.tan(math.radians(fovy_deg) / 2)
@@ -254,20 +283,20 @@ def intrinsics(world: World, camera: str, size: ImageSize) -> NDArray[np.float64
 
 
 def camera_pose(world: World, camera: str) -> NDArray[np.float64]:
-    """[4, 4] camera -> base; camera axes x right, y down, z forward."""
+    """The camera's pose [4, 4] in the base frame; its axes are x right, y down, z forward."""
     index = world.model.camera(camera).id
     pose = np.eye(4)
+    # MuJoCo's cameras have y up and look along -z.
     pose[:3, :3] = world.data.cam_xmat[index].reshape(3, 3) @ np.diag([1.0, -1.0, -1.0])
     pose[:3, 3] = world.data.cam_xpos[index]
     return pose
 
 
 def object_boxes(world: World) -> dict[int, NDArray[np.float64]]:
-    """Instance id -> [8, 3] corners of its oriented box, base frame: objects from 1, then the
-    gripper."""
+    """The oriented boxes of all instances: instance id -> corners [8, 3], base frame, m."""
     boxes = {}
     for index, body in enumerate(world.bodies):
-        corners = body.low + _UNIT_CORNERS * (body.high - body.low)
+        corners = body.low + _UNIT_CORNERS * (body.high - body.low)  # in the object's frame
         rotation = world.object_rotation(index)
         boxes[index + 1] = corners @ rotation.T + world.object_position(index)
     boxes[len(world.bodies) + 1] = _gripper_box(world)
@@ -275,15 +304,20 @@ def object_boxes(world: World) -> dict[int, NDArray[np.float64]]:
 
 
 def _gripper_box(world: World) -> NDArray[np.float64]:
-    """[8, 3] corners of the box around hand and fingers, along the hand's axes, base frame."""
+    """The corners [8, 3] of the box around hand and fingers, base frame.
+
+    The sides of the box are along the hand's axes.
+    """
     model = world.model
     data = world.data
     hand = model.body("hand").id
-    axes = data.xmat[hand].reshape(3, 3)
+    axes = data.xmat[hand].reshape(3, 3)  # the hand's axes are the columns
     origin = data.xpos[hand]
+    # The extent, in the hand's frame, of all geoms of the gripper.
+    gripper_instance = len(world.bodies) + 1
     low = np.full(3, np.inf)
     high = np.full(3, -np.inf)
-    for geom in np.flatnonzero(world.instance_of_geom == len(world.bodies) + 1):
+    for geom in np.flatnonzero(world.instance_of_geom == gripper_instance):
         rotation = axes.T @ data.geom_xmat[geom].reshape(3, 3)
         half = half_extent(model.geom_type[geom], model.geom_size[geom], rotation)
         center = axes.T @ (data.geom_xpos[geom] - origin)

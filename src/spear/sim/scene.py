@@ -1,7 +1,8 @@
 """What a scene contains, as pure data, and how scenes are drawn at random from a seed.
 
-The same seed always gives the same scene. Seeds below `FIRST_TRAIN_SEED` are held out for
-evaluation.
+A scene with a task has a *source*, the object that is to be moved, a *target*, the object on or in
+which the source goes, and further objects, the *distractors*. The same task family and seed always
+give the same scene. Seeds below `FIRST_TRAIN_SEED` are held out for evaluation.
 """
 
 import math
@@ -17,42 +18,45 @@ from spear.sim.objects import CUBES, GRASPABLE, OBJECT_KINDS, SUPPORTS, Color, V
 from spear.util.held_out import FIRST_TRAIN_SEED
 
 FAMILIES = ("put_on", "put_in_basket", "spoon_on_towel", "stack_cube")
-TARGET_INDEX = 0  # of the object in a scene's task on or in which the source goes
-SOURCE_INDEX = 1  # of the object that is to be moved
+TARGET_INDEX = 0  # index of the target in the objects of a scene with a task
+SOURCE_INDEX = 1  # index of the source
 WORKSPACE = ((0.37, 0.63), (-0.23, 0.23))
 """Where objects lie: x and y ranges on the table, m, base frame."""
 EXTERNAL_CAMERA_FOV_Y_DEG = 36.5
-"""The external camera's vertical view angle. All scenes have one camera, as a real robot has: a
-degree more or less would hide 13 mm of depth, which no image shows."""
+"""The external camera's vertical view angle. It is the same in all scenes, as a real robot has one
+camera. If the angle varied by a degree, distances would be ambiguous by 13 mm, because a wider view
+looks like a camera that is farther away."""
 NOMINAL_START_POSITION_M = np.array([0.45, 0.0, 0.23])
 """Middle of the gripper's start positions, base frame."""
 
-COMPACT = (*CUBES, "tomato", "lemon")
+COMPACT = (*CUBES, "tomato", "lemon")  # kinds of objects that are about as long as wide
 PUT_ON: dict[str, Sequence[str]] = {
     "plate": GRASPABLE,
     "towel": tuple(name for name in GRASPABLE if name != "spoon"),
     "bowl": COMPACT,
 }
-"""put_on: what may be put on each target. A spoon on a towel is a family of its own."""
+"""Task family put_on: the kinds of sources for each kind of target. The spoon on the towel is left
+out, because it is a task family of its own."""
 IN_BASKET = ("eggplant", "carrot", "banana", "cucumber", "sponge", "can", *COMPACT)
+"""Task family put_in_basket: the kinds of sources."""
 DISTRACTORS = (*GRASPABLE, "bottle")
 MAX_DISTRACTORS = 3
 
 _DATA = tomllib.loads(Path(__file__).with_suffix(".toml").read_text("utf-8"))
 TEMPLATES: dict[str, Sequence[str]] = _DATA["templates"]
-"""Task family -> its instructions, with {source} and {target}."""
+"""Task family -> its instructions, with the placeholders {source} and {target}."""
 SYNONYMS: dict[str, Sequence[str]] = _DATA["synonyms"]
-"""What some objects are called, the usual word first."""
+"""Kind of object -> its names in instructions, the usual name first. Other kinds have one name."""
 SURFACES = {
     "table": (("wood", "planks", "cloth", "plain"), 0.06),
     "floor": (("tiles", "planks", "plain"), 0.08),
     "wall": (("plain", "cloth", "tiles"), 0.08),
 }
-"""Surface -> the materials that it may have, and how far its colors are spread."""
+"""Surface -> the materials that it may have, and the `spread` of its colors (`_sample_color`)."""
 
-NUM_PLACING_ATTEMPTS = 40
-TASK_OBJECT_GAP_M = 0.03  # between the two objects of the task
-OBJECT_GAP_M = 0.02  # to the others
+NUM_PLACING_ATTEMPTS = 40  # places that are tried for an object
+TASK_OBJECT_GAP_M = 0.03  # smallest gap between source and target
+OBJECT_GAP_M = 0.02  # smallest gap between a distractor and other objects
 OBJECT_COLOR_SPREAD = 0.04
 
 Quat = tuple[float, float, float, float]
@@ -70,15 +74,19 @@ class SceneObject:
 
 @dataclass(frozen=True)
 class SceneAppearance:
-    """How a scene looks: the external camera and what it looks at (m, base frame), the material and
-    color of each of the `SURFACES`, and the light.
+    """How a scene looks. Positions are in meters, base frame.
 
+    camera             the external camera's position.
+    target             the point at which the external camera looks.
+    surfaces           surface (one of `SURFACES`) -> its material and color.
+    light              direction of the main light, a unit vector.
+    diffuse, ambient   colors of the main light, and of the light from everywhere.
     fovy_deg           the external camera's vertical view angle, degrees.
     fill_lights        further lights, each with its direction and color.
     table_half_size_m  half the table's extent along x and y, m; None is the usual table.
-    table_height_m     of the table above the floor, m; None is the usual height.
-    has_four_walls     whether the room is closed, so that a camera may look anywhere.
-    is_robot_visible   whether pictures show the robot. It is there in any case.
+    table_height_m     the table's height above the floor, m; None is the usual height.
+    has_four_walls     whether the room is closed, so that the camera sees a wall in any direction.
+    is_robot_visible   whether images show the robot. Without being visible it still moves objects.
     """
 
     camera: Vec3
@@ -99,13 +107,14 @@ class SceneAppearance:
 class SceneSpec:
     """A scene: the objects, where the gripper starts, what to do, how it looks.
 
-    family       the task family, or "clutter".
-    seed         what it was drawn from.
-    objects      where there is a task, `TARGET_INDEX` and `SOURCE_INDEX` are indices into them.
+    family       the task family, or "clutter" for a scene without a task.
+    seed         the seed from which the scene was drawn.
+    objects      the objects. In a scene with a task `TARGET_INDEX` and `SOURCE_INDEX` are the
+                 indices of the target and the source.
     ee_position  the gripper's position at the start, m, base frame.
-    ee_rotation  its quaternion (w, x, y, z).
+    ee_rotation  the gripper's orientation at the start, quaternion (w, x, y, z), base frame.
     appearance   how the scene looks.
-    instruction  what to do.
+    instruction  the instruction of the task; empty without a task.
     opening      the gripper's opening at the start, 0 closed … 1 open.
     held_object  index of an object that is between the fingers at the start, or None.
     """
@@ -124,7 +133,7 @@ class SceneSpec:
 def held_out_seeds(first_seed: int, count: int) -> range:
     """Return `count` seeds from `first_seed` on.
 
-    Raises `SpearError` where training uses one of them, or there is none.
+    Raises `SpearError` if training uses one of these seeds, or if `count` is less than 1.
     """
     if count < 1 or first_seed < 0 or first_seed + count > FIRST_TRAIN_SEED:
         scenes = f"{count} scenes"
@@ -141,11 +150,11 @@ def sample_scene(family: str, seed: int) -> SceneSpec:
     """Draw the scene of a task: one source, one target, and up to three distractors.
 
     Args:
-        family: One of `FAMILIES`.
-        seed: The same seed gives the same scene.
+        family: the task family, one of `FAMILIES`.
+        seed: the same family and seed give the same scene.
     """
     check_known("task family", FAMILIES, family)
-    # The order of these draws decides what a seed's scene is.
+    # The random numbers are drawn in this order in all versions, so that a seed keeps its scene.
     rng = np.random.default_rng([FAMILIES.index(family), seed])
     source, target = _choose_roles(family, rng)
     others = [name for name in DISTRACTORS if name not in (source, target)]
@@ -168,12 +177,12 @@ def sample_scene(family: str, seed: int) -> SceneSpec:
 
 
 def clutter_scene(seed: int) -> SceneSpec:
-    """Draw a scene without a task, for labeling: 2–7 objects, the arm anywhere plausible, perhaps
-    holding one.
+    """Draw a scene without a task, for labeling.
 
-    The gripper is lifted until it touches nothing (see `spear.sim.world.World`).
+    It has 2 to 7 objects, and the arm is at a random plausible pose, perhaps holding one of them.
+    `spear.sim.world.World` lifts the gripper until it touches nothing.
     """
-    # The order of these draws decides what a seed's scene is.
+    # The random numbers are drawn in this order in all versions, so that a seed keeps its scene.
     rng = np.random.default_rng([len(FAMILIES), seed])
     num_objects = int(rng.integers(2, 6))
     names = _choose(rng, DISTRACTORS, num_objects, repeat_probability=0.15)
@@ -181,8 +190,13 @@ def clutter_scene(seed: int) -> SceneSpec:
     supports = _choose(rng, SUPPORTS, num_supports)
     objects = _place_objects([*supports, *names], rng)
 
+    # The gripper: in half of the scenes fully open; in most over an object that it could grasp.
     opening = float(rng.choice([1.0, rng.uniform(0.0, 1.0)]))
-    graspable = [i for i, item in enumerate(objects) if OBJECT_KINDS[item.kind].grasp]
+    graspable = [
+        index
+        for index, scene_object in enumerate(objects)
+        if OBJECT_KINDS[scene_object.kind].grasp is not None
+    ]
     xy = np.array([rng.uniform(*WORKSPACE[0]), rng.uniform(*WORKSPACE[1])])
     if graspable and rng.random() < 0.7:
         approached = objects[int(rng.choice(graspable))]
@@ -210,7 +224,7 @@ def clutter_scene(seed: int) -> SceneSpec:
 
 
 def _sample_appearance(rng: np.random.Generator) -> SceneAppearance:
-    """Draw camera, surfaces and light around one nominal view from the front left (our choice)."""
+    """Draw camera, surfaces and light; all cameras are near one view from the front left."""
     camera = np.array([1.12, 0.32, 0.62]) + rng.uniform(-0.04, 0.04, 3)
     target = np.array([0.48, 0.01, 0.09]) + rng.uniform(-0.02, 0.02, 3)
     light = np.array([rng.uniform(-0.7, 0.7), rng.uniform(-0.7, 0.7), -1.0])
@@ -233,7 +247,11 @@ def _sample_appearance(rng: np.random.Generator) -> SceneAppearance:
 
 
 def _sample_color(rng: np.random.Generator, colors: Sequence[Color], spread: float) -> Color:
-    """Draw one of the colors, with its brightness and its parts varied by up to `spread`."""
+    """Draw one of the colors, and vary it.
+
+    Its brightness changes by a factor of up to 1 ± `spread`, and then each of red, green and blue
+    by up to half of `spread`.
+    """
     color = np.array(colors[int(rng.integers(len(colors)))])
     color = color * (1 + rng.uniform(-spread, spread)) + rng.uniform(-spread, spread, 3) / 2
     return _to_vec3(np.clip(color, 0, 1))
@@ -243,7 +261,7 @@ def _sample_color(rng: np.random.Generator, colors: Sequence[Color], spread: flo
 
 
 def _choose_roles(family: str, rng: np.random.Generator) -> tuple[str, str]:
-    """Draw the kinds of the source and the target."""
+    """Draw the kind of the source and the kind of the target."""
     if family == "put_on":
         target = str(rng.choice(list(PUT_ON)))
         return str(rng.choice(PUT_ON[target])), target
@@ -256,7 +274,7 @@ def _choose_roles(family: str, rng: np.random.Generator) -> tuple[str, str]:
 
 
 def _write_instruction(family: str, source: str, target: str, rng: np.random.Generator) -> str:
-    """Draw one wording of "put `source` on `target`"."""
+    """Draw an instruction of the task family, and names for the kinds of source and target."""
     is_in_bowl = family == "put_on" and target == "bowl"
     template = _choose_word(TEMPLATES["put_in_bowl" if is_in_bowl else family], rng)
     source_word = _choose_word(SYNONYMS.get(source, (source,)), rng)
@@ -271,7 +289,10 @@ def _choose_word(words: Sequence[str], rng: np.random.Generator) -> str:
 def _choose(
     rng: np.random.Generator, pool: Sequence[str], count: int, repeat_probability: float = 0.0
 ) -> list[str]:
-    """Draw different names; with a probability the last is the same as the first."""
+    """Draw `count` different names of `pool`, or all if there are fewer.
+
+    With probability `repeat_probability` the last name is replaced by the first one.
+    """
     names = [str(name) for name in rng.choice(pool, min(count, len(pool)), replace=False)]
     can_repeat = repeat_probability > 0 and len(names) > 1
     if can_repeat and rng.random() < repeat_probability:
@@ -283,8 +304,10 @@ def _choose(
 
 
 def _place_objects(names: Sequence[str], rng: np.random.Generator) -> tuple[SceneObject, ...]:
-    """Lay objects apart from each other. Those after the first two are left out when room is
-    short."""
+    """Place objects of these kinds on the table, with gaps between them.
+
+    The first two are always placed. Others are left out if there is no room for them.
+    """
     while True:
         objects = _try_to_place(names, rng)
         if objects is not None:
@@ -292,7 +315,7 @@ def _place_objects(names: Sequence[str], rng: np.random.Generator) -> tuple[Scen
 
 
 def _try_to_place(names: Sequence[str], rng: np.random.Generator) -> list[SceneObject] | None:
-    """Lay objects one after the other; None if there is no room for one of the first two."""
+    """Place objects one after the other; return None if one of the first two has no room."""
     objects: list[SceneObject] = []
     for index, name in enumerate(names):
         is_of_task = index in (TARGET_INDEX, SOURCE_INDEX)
@@ -308,18 +331,22 @@ def _try_to_place(names: Sequence[str], rng: np.random.Generator) -> list[SceneO
 def _find_room(
     name: str, others: Sequence[SceneObject], rng: np.random.Generator, gap_m: float
 ) -> SceneObject | None:
-    """Draw a place where an object keeps its distance from the others; None if there is none."""
+    """Draw a place for an object with a gap of at least `gap_m` to the others.
+
+    Returns None if `NUM_PLACING_ATTEMPTS` places were too near to other objects.
+    """
     kind = OBJECT_KINDS[name]
     (min_x, max_x), (min_y, max_y) = WORKSPACE
-    # Large objects keep their middle further inside.
+    # The middle of a large object stays away from the border of the workspace.
     inset = max(0.0, kind.radius - 0.08)
     for _ in range(NUM_PLACING_ATTEMPTS):
         x = rng.uniform(min_x + inset, max_x - inset)
         y = rng.uniform(min_y + inset, max_y - inset)
         if not all(_is_apart(x, y, kind.radius, neighbor, gap_m) for neighbor in others):
             continue
-        max_yaw_share = 0.12 if name in ("basket", "towel") else 1
-        yaw = rng.uniform(-math.pi, math.pi) * max_yaw_share
+        # Baskets and towels turn by at most 12% of half a turn, others by any angle.
+        yaw_factor = 0.12 if name in ("basket", "towel") else 1
+        yaw = rng.uniform(-math.pi, math.pi) * yaw_factor
         rotation = (math.cos(yaw / 2), 0.0, 0.0, math.sin(yaw / 2))
         color = _sample_color(rng, kind.colors, OBJECT_COLOR_SPREAD)
         return SceneObject(name, _to_vec3([x, y, kind.height]), rotation, color)
@@ -327,17 +354,22 @@ def _find_room(
 
 
 def _is_apart(x: float, y: float, radius: float, neighbor: SceneObject, gap_m: float) -> bool:
+    """Return whether a disc at (x, y) has a gap of more than `gap_m` to the neighbor's disc."""
     distance_m = math.hypot(x - neighbor.position[0], y - neighbor.position[1])
     return distance_m > radius + OBJECT_KINDS[neighbor.kind].radius + gap_m
 
 
 def _sample_ee_rotation(rng: np.random.Generator, max_tilt: float, max_yaw: float) -> Quat:
-    """Draw a gripper orientation: straight down, turned by up to ±`max_yaw` and leaning by up to
-    `max_tilt` (rad)."""
+    """Draw an orientation of the gripper near straight down.
+
+    The gripper is turned about the vertical axis by up to ±`max_yaw`, and tilted by up to
+    `max_tilt` in any direction (rad).
+    """
     yaw = rng.uniform(-max_yaw, max_yaw)
-    tilt = max_tilt * math.sqrt(rng.random())
+    tilt = max_tilt * math.sqrt(rng.random())  # the root makes tilts uniform over a disc
     direction = rng.uniform(-math.pi, math.pi)
-    # Yaw first, then a turn about a horizontal axis (a, b) of the turned frame.
+    # The product of two quaternions: first the yaw, (cos_yaw, 0, 0, sin_yaw), then the tilt about
+    # a horizontal axis (a, b) of the turned frame, (cos_tilt, sin_tilt a, sin_tilt b, 0).
     cos_tilt, sin_tilt = math.cos(tilt / 2), math.sin(tilt / 2)
     cos_yaw, sin_yaw = math.cos(yaw / 2), math.sin(yaw / 2)
     a, b = math.cos(direction), math.sin(direction)
@@ -347,4 +379,5 @@ def _sample_ee_rotation(rng: np.random.Generator, max_tilt: float, max_yaw: floa
 
 
 def _to_vec3(values: Sequence[float] | np.ndarray) -> Vec3:
+    """Return the three values as a tuple of floats."""
     return float(values[0]), float(values[1]), float(values[2])

@@ -1,11 +1,12 @@
 """Shifts: scenes that differ from those of training along one axis, by one of three levels.
 
-The axes are those of LIBERO-Plus (arXiv 2510.13626); their levels here are our choice. Six of them
-change the scene and stand here: camera, light, background, layout, robot, language. The seventh,
-noise, changes what the policy is shown and when its answer counts (`spear.evaluate.noise`).
+The axes are those of LIBERO-Plus (arXiv 2510.13626); their levels here are our choice. This file
+has the six axes that change the scene: camera, light, background, layout (of the objects), robot
+(where the gripper starts) and language (of the instruction). The seventh axis, noise, is in
+`spear.evaluate.noise`; it changes the policy's images and the delay of its answers.
 
-The same scene, axis and level always give the same result, and an axis changes nothing but what it
-says.
+The same scene, axis and level always give the same result. A shift changes its axis and nothing
+else.
 """
 
 import dataclasses
@@ -39,18 +40,18 @@ AXES = (*SCENE_AXES, "noise")
 LEVELS = (1, 2, 3)
 
 _STREAM = 103
-"""First number of the seeds of the random streams here, so that they differ from those of
-scenes."""
+"""First number of the random generators' seeds in this file. Other files use other first numbers,
+so that no two draw the same random numbers."""
 
-MIN_CAMERA_ELEVATION_DEG = 12.0
-MAX_CAMERA_ELEVATION_DEG = 78.0
-"""Lower, the table hides itself; higher, "up" in the picture is undefined."""
+MIN_CAMERA_ELEVATION_DEG = 12.0  # a lower camera would see the table only from the side
+MAX_CAMERA_ELEVATION_DEG = 78.0  # near 90° "up" in the image would be undefined
 TRAINING_START_RANGE_M = 0.08
-"""How far from `NOMINAL_START_POSITION_M` the gripper begins in training, along each axis, m."""
+"""The largest distance, along each axis, of the gripper's start in training from
+`NOMINAL_START_POSITION_M`, m."""
 TRAINING_YAW_DEG = 30.0
-"""How far the gripper is turned at the start in training, degrees."""
+"""The largest angle by which the gripper is turned at the start in training, degrees."""
 MIN_START_HEIGHT_M = 0.12
-"""The gripper never begins lower than this: it would stand in the objects."""
+"""The gripper never starts lower than this, because it would touch objects."""
 
 _WORDS = tomllib.loads(Path(__file__).with_suffix(".toml").read_text("utf-8"))
 UNSEEN_TEMPLATES: dict[str, Sequence[str]] = _WORDS["unseen_templates"]
@@ -61,7 +62,11 @@ POLITE_SUFFIXES: Sequence[str] = _WORDS["politeness"]["suffixes"]
 
 @dataclass(frozen=True)
 class CameraLevel:
-    """How far the external camera is moved: each value is the end of a symmetric range."""
+    """How far the external camera is moved at most.
+
+    A change is drawn between minus and plus a value, and a factor between 1 / `distance_factor` and
+    `distance_factor`. Azimuth, elevation and distance are those of `CameraOrbit`.
+    """
 
     azimuth_deg: float
     elevation_deg: float
@@ -71,7 +76,11 @@ class CameraLevel:
 
 @dataclass(frozen=True)
 class LightLevel:
-    """How far the light changes; its direction is anywhere above at every level."""
+    """How far the light changes at most. At every level the light comes from any direction above.
+
+    brightness_factor  the brightness changes by a factor between its inverse and this.
+    warmth             red grows by a fraction between minus and plus this, and blue shrinks by it.
+    """
 
     brightness_factor: float
     warmth: float
@@ -88,12 +97,14 @@ LIGHT_LEVELS = {
     3: LightLevel(brightness_factor=2.5, warmth=0.40),
 }
 BACKGROUND_COLOR_DISTANCE = 0.25
-"""Level 1: how far each part of a surface's color is moved at most. Levels 2 and 3: any color."""
+"""At level 1, the largest change of a surface's red, green and blue. Levels 2 and 3 take any color.
+"""
 NUM_CLUTTER = {1: 3, 2: 6, 3: 9}
+"""Level -> number of objects that the layout shift adds."""
 START_DISTANCE_M = {1: 0.04, 2: 0.08, 3: 0.12}
-"""How far beyond training's range the gripper may begin, m."""
+"""Level -> how far outside of training's range the gripper may start, m."""
 START_TURN_DEG = {1: 15.0, 2: 30.0, 3: 45.0}
-"""How far beyond training's range the gripper may be turned at the start, degrees."""
+"""Level -> how far beyond training's range the gripper may be turned at the start, degrees."""
 
 
 @dataclass(frozen=True)
@@ -125,14 +136,14 @@ class Shift:
 
 
 def shift_scene(scene: SceneSpec, shift: Shift) -> SceneSpec:
-    """The same task, shifted.
+    """Return the same task in a shifted scene.
 
     Args:
-        scene: as `spear.sim.scene.sample_scene` draws it, perhaps placed in another world.
-        shift: which axis changes and how much. "noise" leaves the scene as it is.
+        scene: a scene of `spear.sim.scene.sample_scene`, perhaps placed in another world.
+        shift: which axis changes and how much. The axis "noise" leaves the scene unchanged.
 
     Returns:
-        The scene with that axis changed and nothing else.
+        The scene with the shift's axis changed and nothing else.
     """
     rng = np.random.default_rng(
         [_STREAM, AXES.index(shift.axis), shift.level, *scene.family.encode(), scene.seed]
@@ -160,12 +171,14 @@ def shift_scene(scene: SceneSpec, shift: Shift) -> SceneSpec:
 
 
 def _with_look(scene: SceneSpec, appearance: SceneAppearance) -> SceneSpec:
+    """Return the scene with another appearance."""
     return dataclasses.replace(scene, appearance=appearance)
 
 
 def _shift_camera(
     appearance: SceneAppearance, level: CameraLevel, rng: np.random.Generator
 ) -> SceneAppearance:
+    """Move the external camera around the point that it looks at, and change its view angle."""
     orbit = CameraOrbit.of(appearance)
     elevation_deg = orbit.elevation_deg + rng.uniform(-level.elevation_deg, level.elevation_deg)
     log_factor = math.log(level.distance_factor)
@@ -188,6 +201,7 @@ def _shift_camera(
 def _shift_light(
     appearance: SceneAppearance, level: LightLevel, rng: np.random.Generator
 ) -> SceneAppearance:
+    """Change the light's direction, brightness and color."""
     log_factor = math.log(level.brightness_factor)
     factor = math.exp(rng.uniform(-log_factor, log_factor))
     warmth = rng.uniform(-level.warmth, level.warmth)
@@ -205,6 +219,7 @@ def _shift_light(
 def _shift_background(
     appearance: SceneAppearance, level: int, rng: np.random.Generator
 ) -> SceneAppearance:
+    """Change the colors of table, floor and wall; at level 3 their textures, too."""
     surfaces = {}
     for name in SURFACES:
         material, color = appearance.surfaces[name]
@@ -219,34 +234,41 @@ def _shift_background(
 
 
 def _without_task_objects(scene: SceneSpec, kinds: Sequence[str]) -> tuple[str, ...]:
-    """Kinds that cannot be mistaken for the source or the target of the task."""
+    """Return those of `kinds` that are neither the source's nor the target's kind."""
     task_kinds = {scene.objects[SOURCE_INDEX].kind, scene.objects[TARGET_INDEX].kind}
     return tuple(kind for kind in kinds if kind not in task_kinds)
 
 
 def _shift_start_position(level: int, rng: np.random.Generator) -> tuple[float, float, float]:
-    """A start outside the box from which training starts, by up to the level's distance along one
-    axis."""
+    """Draw a start position (m) outside of the box in which training's start positions are.
+
+    Along one axis it is outside of that box, by up to the level's distance. Along the other two it
+    is anywhere up to that distance outside.
+    """
     inner = TRAINING_START_RANGE_M
     outer = inner + START_DISTANCE_M[level]
     offset = rng.uniform(-outer, outer, 3)
     axis = int(rng.integers(0, 3))
-    sign = 1.0 if axis == 2 else float(rng.choice([-1.0, 1.0]))  # downward there is no room
+    # Along z it is above the box, because below there is no room.
+    sign = 1.0 if axis == 2 else float(rng.choice([-1.0, 1.0]))
     offset[axis] = sign * rng.uniform(inner, outer)
     x, y, z = NOMINAL_START_POSITION_M + offset
     return float(x), float(y), max(float(z), MIN_START_HEIGHT_M)
 
 
 def _shift_start_rotation(level: int, rng: np.random.Generator) -> Quat:
-    """Turned about the vertical by more than in training."""
+    """Draw a start orientation: pointing down, with a larger yaw than in training."""
     extra_deg = rng.uniform(0, START_TURN_DEG[level])
     yaw = math.radians(TRAINING_YAW_DEG + extra_deg) * float(rng.choice([-1.0, 1.0]))
     return math.cos(yaw / 2), 0.0, 0.0, math.sin(yaw / 2)
 
 
 def _shift_words(scene: SceneSpec, level: int, rng: np.random.Generator) -> str:
-    """Level 1: unseen templates. Level 2: unseen synonyms too, and politeness. Level 3: relations
-    too."""
+    """Draw an instruction with words that training does not have.
+
+    Level 1 has unseen templates, level 2 also unseen synonyms and polite phrases. Level 3 also
+    describes the source by where it lies instead of by name, if that is unambiguous.
+    """
     source, target = scene.objects[SOURCE_INDEX], scene.objects[TARGET_INDEX]
     is_in_bowl = scene.family == "put_on" and target.kind == "bowl"
     template = _pick_word(UNSEEN_TEMPLATES["put_in_bowl" if is_in_bowl else scene.family], rng)
@@ -264,30 +286,36 @@ def _shift_words(scene: SceneSpec, level: int, rng: np.random.Generator) -> str:
 
 
 def describe_by_relation(scene: SceneSpec, index: int) -> str | None:
-    """Describe an object by where it lies, if only one object fits the description.
+    """Describe an object as the thing left or right of another object, the anchor.
 
-    Left and right are those of the external camera's picture. None where several objects fit.
+    Left and right are those of the external camera's image. A description is used only if the
+    object `index` is the only graspable one that fits it.
+
+    Returns:
+        For example "thing left of the plate"; None if every description fits several objects.
     """
-    lateral = _picture_coordinates(scene)
+    lateral_m = _image_coordinates(scene)
     candidates = [
         i for i, scene_object in enumerate(scene.objects) if scene_object.kind in GRASPABLE
     ]
     anchors = [i for i in range(len(scene.objects)) if i != index]
     for anchor in anchors:
         for word, sign in (("left", -1), ("right", 1)):
+            # An object counts as left or right of the anchor if it is by more than 3 cm.
             matching = [
                 i
                 for i in candidates
-                if i != anchor and sign * (lateral[i] - lateral[anchor]) > 0.03
+                if i != anchor and sign * (lateral_m[i] - lateral_m[anchor]) > 0.03
             ]
             if matching == [index]:
                 return f"thing {word} of the {scene.objects[anchor].kind}"
     return None
 
 
-def _picture_coordinates(scene: SceneSpec) -> list[float]:
-    """How far right of the picture's middle each object lies, m."""
+def _image_coordinates(scene: SceneSpec) -> list[float]:
+    """How far to the right of the middle of the external camera's image each object lies, m."""
     backward = np.subtract(scene.appearance.camera, scene.appearance.target)
+    # The horizontal unit vector to the camera's right: `backward` turned by a quarter turn.
     right = np.array([-backward[1], backward[0]]) / math.hypot(backward[0], backward[1])
     coordinates = []
     for scene_object in scene.objects:
@@ -297,4 +325,5 @@ def _picture_coordinates(scene: SceneSpec) -> list[float]:
 
 
 def _pick_word(words: Sequence[str], rng: np.random.Generator) -> str:
+    """Draw one of the words."""
     return words[int(rng.integers(len(words)))]

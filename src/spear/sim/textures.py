@@ -1,9 +1,10 @@
 """Procedural gray textures for surfaces, made of a few waves, patches and grains.
 
-Every texture is a function of a pixel grid and a random generator, and returns gray values around
-0.9; the surface's own color multiplies them. `WILD_TEXTURES` appear in wild worlds, in which models
-may be trained. `UNSEEN_TEXTURES` appear only in the hardest shift of the background, so that no
-training has shown them.
+A texture is a function of a pixel grid and a random generator. It returns gray values around 0.9,
+which MuJoCo multiplies with the surface's color. x and y are pixel coordinates in [0, 1), so `(x *
+8) % 1` is the position within one of eight periods. `WILD_TEXTURES` appear in wild worlds, in which
+models may be trained. `UNSEEN_TEXTURES` appear only in the hardest shift of the background, so that
+no model has seen them in training.
 """
 
 import math
@@ -98,7 +99,7 @@ def _diamonds(x: Gray, y: Gray, rng: np.random.Generator) -> Gray:
 
 
 def _smooth_noise(x: Gray, y: Gray, rng: np.random.Generator) -> Gray:
-    """Periodic noise in about -1 … 1: waves of random directions, weaker where they are finer."""
+    """Periodic noise in -1 … 1: a sum of 12 waves in random directions; finer waves are weaker."""
     noise = np.zeros_like(x)
     for _ in range(12):
         cycles_x, cycles_y = rng.integers(-5, 6, 2)
@@ -130,7 +131,7 @@ UNSEEN_TEXTURES: dict[str, TextureFunction] = {
 
 
 def draw_texture(name: str) -> NDArray[np.uint8]:
-    """The texture `name` of `WILD_TEXTURES` or `UNSEEN_TEXTURES` as [128, 128] gray pixels.
+    """Draw the texture `name` of `WILD_TEXTURES` or `UNSEEN_TEXTURES`: [128, 128] gray pixels.
 
     The same name always gives the same pixels.
     """

@@ -1,8 +1,8 @@
-"""A scene as a compiled MuJoCo model: bodies, surfaces, light, cameras, and the milestones of its
-task.
+"""A scene as a compiled MuJoCo model with its state, and the milestones of its task.
 
-The model has the objects of the scene only. Textures and materials are the same in every model, so
-that one rendering context serves them all (see `spear.sim.render`).
+A task moves the *source* on or into the *target* (`SOURCE_INDEX` and `TARGET_INDEX` in the scene's
+objects). A model has only the objects of its scene, but textures and materials are the same in all
+models, so that one rendering context serves them all (see `spear.sim.render`).
 """
 
 import functools
@@ -27,18 +27,19 @@ from spear.sim.scene import SOURCE_INDEX, TARGET_INDEX, SceneAppearance, SceneOb
 from spear.sim.textures import UNSEEN_TEXTURES, WILD_TEXTURES, draw_texture
 
 SIMULATOR_VERSION = f"MuJoCo {mujoco.__version__}"
-"""Another version has other physics, and makes other pictures."""
+"""Results are stored with this version, because another version has other physics and images."""
 GRIPPER_NAME = "robot gripper"
 """What the gripper is called among the instances of an image."""
 
 # Milestones of a task.
-MAX_REST_SPEED_M_S = 0.02  # an object that is slower rests
-MIN_DISPLACEMENT_M = 0.02  # a bystander that is displaced so far has moved
-REACHED_DISTANCE_M = 0.045  # from the middle of the finger tips to the object
-MIN_LIFT_M = 0.02  # an object between both fingers is grasped when it is so much higher
+MAX_REST_SPEED_M_S = 0.02  # a slower object counts as resting
+MIN_DISPLACEMENT_M = 0.02  # another object that is displaced by more counts as moved
+REACHED_DISTANCE_M = 0.045  # the source is reached if the end-effector is nearer than this
+MIN_LIFT_M = 0.02  # a source between both fingers is grasped if it has been lifted by more
 
-MAX_CONTACT_GAP_M = 0.0005  # bodies that are closer touch
-CLUTTER_LIFT_M = 0.02  # by which the gripper is raised until it touches nothing
+MAX_CONTACT_GAP_M = 0.0005  # bodies with a smaller gap touch
+# In a scene without a task the gripper is raised by this, up to so many times, until it is free.
+CLUTTER_LIFT_M = 0.02
 NUM_CLUTTER_LIFTS = 20
 TEXTURE_SIDE_PX = 128
 
@@ -60,10 +61,10 @@ _GEOM_TYPES = {
 class Body:
     """An object of the scene.
 
-    kind   its kind.
-    index  its body id in the model.
-    low    [3] lower corner of its visible extent, in its frame, m.
-    high   [3] upper corner.
+    kind   the object's kind.
+    index  the object's body id in the model.
+    low    [3], lower corner of the axis-aligned box around the visible parts, object's frame, m.
+    high   [3], upper corner of this box.
     """
 
     kind: ObjectKind
@@ -76,12 +77,12 @@ class World:
     """The state of one scene. Poses are in the base frame: meters, quaternions (w, x, y, z).
 
     spec              the scene.
-    model, data       MuJoCo's.
+    model, data       MuJoCo's model and state.
     bodies            the objects, in the order of the scene.
     servo             moves the arm.
-    instance_of_geom  [ngeom + 1] instance id of each geom: objects from 1, then the gripper; the
-                      last entry is the background's, 0.
-    start_positions   [objects, 3] where the objects were at the start.
+    instance_of_geom  [ngeom + 1], instance id of each geom: objects from 1 on, then the gripper, 0
+                      for all else. The last entry, 0, is for geom id -1, the background.
+    start_positions   [num_objects, 3], positions of the objects at the start.
     """
 
     def __init__(self, spec: SceneSpec) -> None:
@@ -99,11 +100,13 @@ class World:
         self.reset()
 
     def _make_body(self, index: int, kind_name: str) -> Body:
+        """Return what the world keeps about object `index`."""
         kind = OBJECT_KINDS[kind_name]
         low, high = _measure_extent(kind)
         return Body(kind, self.model.body(f"object{index}").id, low, high)
 
     def _number_instances(self) -> NDArray[np.int32]:
+        """Return the array `instance_of_geom`."""
         instance_of_body = np.zeros(self.model.nbody, np.int32)
         for instance, body in enumerate(self.bodies, 1):
             instance_of_body[body.index] = instance
@@ -125,8 +128,7 @@ class World:
         self.start_positions = self.object_positions()
 
     def _pose_clutter(self) -> None:
-        """Lift the gripper until it touches nothing, then put the held object between the
-        fingers."""
+        """Lift the gripper until it touches nothing; then put the held object, if any, into it."""
         position, rotation = self.servo.measure_pose()
         for _ in range(NUM_CLUTTER_LIFTS):
             if not np.isin(self._contact_bodies(), self._robot_bodies).any():
@@ -138,30 +140,38 @@ class World:
             self._put_between_fingers(self.bodies[self.spec.held_object], position, rotation)
 
     def _put_between_fingers(self, body: Body, position: Floats, rotation: Floats) -> None:
-        """Close the gripper at a pose around an object, which is put there."""
+        """Put the gripper at a pose, and an object between its fingers, with parallel axes.
+
+        The gripper opens as wide as the object is along y, the axis along which the fingers close.
+        """
         assert body.kind.grasp is not None
+        # Center and half-sizes of the box to grasp, in the object's frame.
         center = np.array(body.kind.grasp[0])
         half = np.array(body.kind.grasp[1])
         self.servo.set_pose(position, rotation, float(half[1]) / FINGER_TRAVEL_M)
 
+        # The box's center has to be at the end-effector. The sum is the product of the matrix and
+        # the vector `center`.
         ee_position, ee_rotation = self.servo.measure_pose()
         matrix = np.empty(9)
         mujoco.mju_quat2Mat(matrix, ee_rotation)
         object_position = ee_position - (matrix.reshape(3, 3) * center).sum(1)
-        start = self.model.jnt_qposadr[self.model.body_jntadr[body.index]]
+        # The object's pose in `qpos`: position [3], then quaternion [4].
+        object_joint = self.model.body_jntadr[body.index]
+        start = self.model.jnt_qposadr[object_joint]
         self.data.qpos[start : start + 7] = np.concatenate([object_position, ee_rotation])
         mujoco.mj_forward(self.model, self.data)
 
     def object_position(self, index: int) -> Floats:
-        """[3] position of object `index`."""
+        """The position [3] of object `index`."""
         return self.data.xpos[self.bodies[index].index].copy()
 
     def object_positions(self) -> Floats:
-        """[objects, 3] position of each object."""
+        """The positions [num_objects, 3] of all objects."""
         return self.data.xpos[[body.index for body in self.bodies]]
 
     def object_rotation(self, index: int) -> Floats:
-        """[3, 3] orientation of object `index`."""
+        """The orientation of object `index`: a matrix [3, 3], its columns are the object's axes."""
         return self.data.xmat[self.bodies[index].index].reshape(3, 3).copy()
 
     def count_touching_fingers(self, index: int) -> int:
@@ -170,32 +180,37 @@ class World:
         return sum(self.are_touching(body_id, finger) for finger in self._fingers)
 
     def are_touching(self, first_body: int, second_body: int) -> bool:
-        """Return whether two bodies of the model touch."""
-        pairs = self._contact_bodies()
-        is_pair = (pairs == (first_body, second_body)) | (pairs == (second_body, first_body))
+        """Return whether two bodies of the model, given by their ids, touch."""
+        contact_pairs = self._contact_bodies()  # [n, 2]
+        # MuJoCo lists the two bodies of a contact in any order.
+        forward = contact_pairs == (first_body, second_body)
+        backward = contact_pairs == (second_body, first_body)
+        is_pair = forward | backward
         return bool(is_pair.all(axis=1).any())
 
     def _contact_bodies(self) -> NDArray[np.int32]:
-        """[n, 2] body ids of the contacts."""
+        """The ids of the two bodies of each of n contacts, [n, 2]."""
         contact = self.data.contact
-        return self.model.geom_bodyid[contact.geom[contact.dist < MAX_CONTACT_GAP_M]]
+        touching_geoms = contact.geom[contact.dist < MAX_CONTACT_GAP_M]  # [n, 2]
+        return self.model.geom_bodyid[touching_geoms]
 
 
 def measure_milestones(world: World) -> dict[str, bool]:
-    """Return how far the task of a scene is now.
+    """Return which milestones of the scene's task are true now.
 
-    reached             the gripper is at the object to be moved.
-    grasped             it is between both fingers and lifted.
-    success             it rests, released, on (in) the target.
+    reached             the gripper is at the source.
+    grasped             the source is between both fingers and lifted.
+    success             the source rests on or in the target, and no finger touches it.
     wrong_object_moved  an object that is neither source nor target has been displaced.
     """
     num_touching = world.count_touching_fingers(SOURCE_INDEX)
     ee_position, _ = world.servo.measure_pose()
     ee_distance_m = euclidean_norm(ee_position - world.object_position(SOURCE_INDEX))
     displacement = world.object_positions() - world.start_positions
-    bystander_displacement_m = np.linalg.norm(displacement[2:], axis=1)
+    # The objects after target and source have no part in the task.
+    other_displacements_m = np.linalg.norm(displacement[2:], axis=1)
 
-    # The index of the object's velocity in `qvel`: three numbers in m/s, then three in rad/s
+    # The index of the source's velocity in `qvel`: three numbers in m/s, then three in rad/s.
     first_velocity = world.model.body_dofadr[world.bodies[SOURCE_INDEX].index]
     speed_m_s = euclidean_norm(world.data.qvel[first_velocity : first_velocity + 3])
     is_resting = num_touching == 0 and speed_m_s < MAX_REST_SPEED_M_S
@@ -204,29 +219,33 @@ def measure_milestones(world: World) -> dict[str, bool]:
         "reached": ee_distance_m < REACHED_DISTANCE_M,
         "grasped": bool(num_touching == 2 and is_lifted),
         "success": is_resting and is_source_on_target(world),
-        "wrong_object_moved": bool((bystander_displacement_m > MIN_DISPLACEMENT_M).any()),
+        "wrong_object_moved": bool((other_displacements_m > MIN_DISPLACEMENT_M).any()),
     }
 
 
 def is_source_on_target(world: World) -> bool:
-    """Return whether the object to be moved lies on or in the target, held or not."""
+    """Return whether the source is on or in the upright target and touches it, held or not."""
     source = world.bodies[SOURCE_INDEX]
     target = world.bodies[TARGET_INDEX]
     axes = world.object_rotation(TARGET_INDEX)
     assert target.kind.inside is not None, "a scene without a task"
-    # The cosine of the target's tilt: up to 18° it counts as upright.
+    # The vertical component of the target's z axis is the cosine of its tilt. Up to a tilt of 18°
+    # the target counts as upright.
     is_upright = axes[2, 2] >= 0.95
     if not is_upright or not world.are_touching(source.index, target.index):
         return False
     offset = world.object_position(SOURCE_INDEX) - world.object_position(TARGET_INDEX)
-    # The product of the matrix `axes.T` and `offset`: the offset [3] (m) along the target's axes
+    # The offset along the target's axes: the product of the matrix `axes.T` and `offset`, [3] m.
     local_offset = (axes.T * offset).sum(1)
-    # Half the sides of the area in which an object counts as placed, and the area's height (m)
+    # Half the sides of the area in which an object counts as placed, and the area's height, m.
     half_x, half_y, floor = target.kind.inside
+    # The offset in units of these half sides: 1 or -1 at the border of the area.
     x = local_offset[0] / half_x
     y = local_offset[1] / half_y
-    # The area is an ellipse or a rectangle; x and y are 1 or -1 at its border.
-    is_inside = x * x + y * y < 1 if target.kind.inside_round else max(abs(x), abs(y)) < 1
+    if target.kind.inside_round:
+        is_inside = x * x + y * y < 1
+    else:
+        is_inside = max(abs(x), abs(y)) < 1
     return bool(is_inside and local_offset[2] > floor)
 
 
@@ -234,7 +253,10 @@ def is_source_on_target(world: World) -> bool:
 
 
 def _measure_extent(kind: ObjectKind) -> tuple[Floats, Floats]:
-    """Return the corners of the axis-aligned box around a kind's visible parts, in its frame."""
+    """Return the lower and upper corner [3] of the box around an object's visible parts.
+
+    The box is aligned with the axes of the object's frame.
+    """
     lows = []
     highs = []
     rotation = np.empty(9)
@@ -251,24 +273,29 @@ def _measure_extent(kind: ObjectKind) -> tuple[Floats, Floats]:
 
 
 def half_extent(shape: int, size: Floats, rotation: Floats) -> Floats:
-    """Return half the extent [3] of a primitive along axes in which it is rotated.
+    """Return half the extent [3] of a rotated primitive along the axes of another frame.
 
     Args:
         shape: MuJoCo's geom type.
-        size: MuJoCo's geom size, m.
-        rotation: [3, 3] from the primitive's axes to those of the result.
+        size: MuJoCo's geom size for this type, m.
+        rotation: [3, 3], rotation from the primitive's frame to the other frame.
     """
     if shape == mujoco.mjtGeom.mjGEOM_BOX:
         return np.abs(rotation) @ size
     if shape == mujoco.mjtGeom.mjGEOM_ELLIPSOID:
         return np.sqrt((rotation**2) @ (size**2))
+    # Capsules and cylinders have a radius, size[0], and half a length along z, size[1].
     along_axis = size[1] * np.abs(rotation[:, 2])
     if shape == mujoco.mjtGeom.mjGEOM_CAPSULE:
         return size[0] + along_axis
-    return size[0] * np.sqrt(np.maximum(0.0, 1 - rotation[:, 2] ** 2)) + along_axis
+    # A cylinder's end is a disc across the axis; its extent is the radius times the sine of the
+    # angle between the cylinder's axis and the other frame's.
+    sine = np.sqrt(np.maximum(0.0, 1 - rotation[:, 2] ** 2))
+    return size[0] * sine + along_axis
 
 
 def _euler_to_quaternion(euler: tuple[float, float, float]) -> Floats:
+    """Return the quaternion [4] of turns about the fixed x, then y, then z axis (rad)."""
     quaternion = np.empty(4)
     mujoco.mju_euler2Quat(quaternion, np.array(euler), "XYZ")
     return quaternion
@@ -279,7 +306,11 @@ def _euler_to_quaternion(euler: tuple[float, float, float]) -> Floats:
 
 @functools.cache
 def base_spec() -> mujoco.MjSpec:
-    """Return what every scene shares: world.xml, with the arm in franka.xml, and its materials."""
+    """Return the model that every scene begins with: arm, table and room, and all materials.
+
+    It is described by world.xml, which includes the arm of franka.xml. The caller copies it before
+    changing it.
+    """
     spec = mujoco.MjSpec.from_file(str(Path(__file__).with_suffix(".xml")))
     _add_material(spec, "plain", None)
     for name, brightness in _draw_task_textures().items():
@@ -291,7 +322,11 @@ def base_spec() -> mujoco.MjSpec:
 
 
 def _draw_task_textures() -> dict[str, Any]:
-    """Return the textures of scenes in the default world: name -> brightness [n, n]."""
+    """Return the textures of scenes in the default world: name -> brightness [n, n], around 0.9.
+
+    x and y are pixel coordinates in [0, 1), so `(x * 4) % 1` is the position within one of four
+    planks.
+    """
     rng = np.random.default_rng(0)
     side = TEXTURE_SIDE_PX
     x, y = np.meshgrid(np.arange(side) / side, np.arange(side) / side)
@@ -332,9 +367,11 @@ def _add_material(spec: mujoco.MjSpec, name: str, gray: NDArray[np.uint8] | None
 
 
 def _compile_model(scene: SceneSpec) -> mujoco.MjModel:
+    """Compile the model of a scene."""
     appearance = scene.appearance
     spec = base_spec().copy()
     _furnish(spec, appearance)
+    # Several geoms may belong to a surface; "wall_left", for example, is of the surface "wall".
     for geom in spec.worldbody.geoms:
         surface = geom.name.partition("_")[0]
         if surface in appearance.surfaces:
@@ -355,7 +392,7 @@ def _compile_model(scene: SceneSpec) -> mujoco.MjModel:
 
 
 def _furnish(spec: mujoco.MjSpec, appearance: SceneAppearance) -> None:
-    """Set table, floor, walls and further lights, where a world has others than the usual ones."""
+    """Change table, floor, walls and lights if the scene's differ from the usual ones."""
     if appearance.table_half_size_m is not None:
         half_x, half_y = appearance.table_half_size_m
         spec.geom("table").size[:2] = half_x, half_y
@@ -383,6 +420,7 @@ def _furnish(spec: mujoco.MjSpec, appearance: SceneAppearance) -> None:
 
 
 def _add_object(spec: mujoco.MjSpec, name: str, scene_object: SceneObject) -> None:
+    """Add an object to a model; its mass is divided equally among its solid primitives."""
     kind = OBJECT_KINDS[scene_object.kind]
     body = spec.worldbody.add_body(name=name, pos=scene_object.position, quat=scene_object.rotation)
     if not kind.fixed:
@@ -396,6 +434,7 @@ def _add_object(spec: mujoco.MjSpec, name: str, scene_object: SceneObject) -> No
 def _add_part(
     body: Any, primitive: Primitive, mass_kg: float, color: tuple[float, float, float]
 ) -> None:
+    """Add a primitive to an object's body."""
     geom = body.add_geom(
         type=_GEOM_TYPES[primitive.shape],
         pos=primitive.pos,
@@ -406,13 +445,14 @@ def _add_part(
     geom.group = 0 if primitive.visible else HIDDEN_GROUP
     geom.mass = mass_kg
     geom.friction = (0.9, 0.02, 0.002)
-    geom.condim = 4
+    geom.condim = 4  # contacts resist sliding and twisting
     geom.contype = 1 if primitive.solid else 0
     geom.conaffinity = 3 if primitive.solid else 0
 
 
 def _set_camera(model: mujoco.MjModel, appearance: SceneAppearance) -> None:
-    """Point the external camera at its target, upright."""
+    """Point the external camera at its target, so that "up" in the image is up in the scene."""
+    # The camera's axes in the base frame: x right, y up, z back (MuJoCo's convention).
     back = np.array(appearance.camera) - appearance.target
     back /= euclidean_norm(back)
     right = np.cross([0, 0, 1.0], back)
@@ -425,6 +465,7 @@ def _set_camera(model: mujoco.MjModel, appearance: SceneAppearance) -> None:
 
 
 def _hide_robot(model: mujoco.MjModel) -> None:
+    """Make the robot invisible in images. The bodies of the robot have consecutive ids."""
     first = model.body("link0").id
     last = model.body("finger2").id
     is_robot = (model.geom_bodyid >= first) & (model.geom_bodyid <= last)

@@ -1,17 +1,17 @@
-"""Worlds: in which surroundings the scenes of the simulator stand.
+"""Worlds: the surroundings in which the scenes of the simulator stand.
 
-    default  the table, camera and light that `spear.sim.scene` draws. Nothing here changes it.
-    lab:N    laboratory number N: one camera, table, wall and light, drawn once and used by all its
-             scenes.
-    labs:K   the scenes are spread over the laboratories 0 … K - 1.
-    wild     other surroundings in every scene: camera anywhere around the table, any colors and
-             textures, several lights, tables and floors of other sizes and heights, and clutter
-             that no task uses.
+    default  the table, camera and light that `spear.sim.scene` draws.
+    lab:N    laboratory number N: all scenes have the same camera, table, wall and light, which are
+             drawn at random from N.
+    labs:K   each scene stands in one of the laboratories 0 … K - 1.
+    wild     each scene has other surroundings: a camera anywhere around the table, any colors and
+             textures, several lights, tables and floors of other sizes and heights, and clutter,
+             which consists of objects that no task uses.
 
-A world changes surroundings only. The objects of a task, where they lie and what is asked for stay
-those of the scene's seed, so that two worlds can be compared on the same tasks.
+A world changes only the surroundings. The objects of the task, their places and the instruction
+stay the ones of the scene's seed, so that two worlds can be compared on the same tasks.
 
-All ranges are our choice.
+All ranges from which surroundings are drawn are our choice.
 """
 
 import dataclasses
@@ -39,24 +39,26 @@ _LABS = re.compile(r"labs:([1-9]\d{0,5})")
 
 _WILD_STREAM = 101
 _LAB_STREAM = 102
-"""First numbers of the seeds of the random streams here, so that they differ from those of
-scenes."""
+"""First numbers of the random generators' seeds in this file. Other files use other first numbers,
+so that no two draw the same random numbers."""
 
 CLUTTER_AREA_M = ((0.22, 0.80), (-0.40, 0.40))
-"""Where clutter may lie: x and y ranges on the table, m, base frame. Larger than where tasks
-happen."""
+"""Where clutter may lie: x and y ranges on the table, m, base frame. This area is larger than
+`spear.sim.scene.WORKSPACE`, where the objects of tasks lie."""
 CLUTTER_GAP_M = 0.015
-"""Free space between clutter and what lay there before, m."""
+"""The smallest gap between clutter and other objects, m."""
 
 
 @dataclass(frozen=True)
 class CameraOrbit:
-    """Where a camera is, seen from the point that it looks at.
+    """A camera's position in spherical coordinates around the target, the point it looks at.
 
-    azimuth_deg    about the vertical axis; 0 looks along −x at the robot, positive is to the
-                   robot's left.
-    elevation_deg  above the horizon.
-    distance_m     from the point.
+    target         the point that the camera looks at, m, base frame.
+    azimuth_deg    angle of the camera's direction from the target about the vertical axis. At 0 the
+                   camera is in front of the robot and looks along −x; at a positive azimuth it is
+                   to the robot's left.
+    elevation_deg  angle of the camera above the horizontal plane through the target.
+    distance_m     distance from the target to the camera.
     """
 
     target: Vec3
@@ -98,7 +100,7 @@ def validate_world(name: str) -> str:
 
 
 def lab_of_scene(seed: int, num_labs: int) -> str:
-    """The lab, of `num_labs`, in which the scene of a seed stands.
+    """The name of the laboratory, one of `num_labs`, in which the scene of a seed stands.
 
     >>> lab_of_scene(10_005, 4)
     'lab:1'
@@ -107,10 +109,10 @@ def lab_of_scene(seed: int, num_labs: int) -> str:
 
 
 def place_in_world(scene: SceneSpec, name: str) -> SceneSpec:
-    """The same task in the surroundings of a world.
+    """Return the same task in the surroundings of a world.
 
     Args:
-        scene: as `spear.sim.scene.sample_scene` or `clutter_scene` draws it.
+        scene: a scene of `spear.sim.scene.sample_scene` or `clutter_scene`.
         name: "default", "wild", "lab:N" or "labs:K".
 
     Returns:
@@ -139,7 +141,7 @@ def place_in_world(scene: SceneSpec, name: str) -> SceneSpec:
 
 
 def without_robot(scene: SceneSpec) -> SceneSpec:
-    """The same scene, whose pictures do not show the robot."""
+    """Return the same scene with a robot that images do not show."""
     return dataclasses.replace(
         scene, appearance=dataclasses.replace(scene.appearance, is_robot_visible=False)
     )
@@ -148,8 +150,10 @@ def without_robot(scene: SceneSpec) -> SceneSpec:
 def add_clutter(
     objects: tuple[SceneObject, ...], kinds: tuple[str, ...], number: int, rng: np.random.Generator
 ) -> tuple[SceneObject, ...]:
-    """Lay up to `number` further objects on the table, as far as there is room. They keep their
-    distance."""
+    """Return the objects and up to `number` further ones, placed on the table with gaps.
+
+    Each further object is of one of `kinds`, and is left out if there is no room for it.
+    """
     result = list(objects)
     for _ in range(number):
         name = str(rng.choice(kinds))
@@ -160,26 +164,30 @@ def add_clutter(
 
 
 def any_color(rng: np.random.Generator) -> Color:
-    """Any color, uniform in red, green and blue from 0.05 to 0.95."""
+    """Draw any color, with red, green and blue uniform from 0.05 to 0.95."""
     red, green, blue = rng.uniform(0.05, 0.95, 3)
     return float(red), float(green), float(blue)
 
 
 def color_near(color: Color, distance: float, rng: np.random.Generator) -> Color:
-    """A color whose parts each differ by at most `distance`."""
+    """Draw a color whose red, green and blue each differ from `color`'s by at most `distance`."""
     red, green, blue = np.clip(color + rng.uniform(-distance, distance, 3), 0, 1)
     return float(red), float(green), float(blue)
 
 
 def light_from_above(rng: np.random.Generator) -> Vec3:
-    """The direction of a light, uniform over the hemisphere, at least 15° above the horizon."""
+    """Draw the direction [3] in which light shines, a unit vector.
+
+    The light comes from a point that is uniform on the sphere at least 15° above the horizon.
+    """
     azimuth = rng.uniform(-math.pi, math.pi)
-    height = rng.uniform(math.sin(math.radians(15)), 1)
+    height = rng.uniform(math.sin(math.radians(15)), 1)  # uniform height: uniform on the sphere
     horizontal = math.sqrt(1 - height * height)
     return -horizontal * math.cos(azimuth), -horizontal * math.sin(azimuth), -height
 
 
 def _wild_look(appearance: SceneAppearance, rng: np.random.Generator) -> SceneAppearance:
+    """Draw the appearance of a wild world, with a camera around the one of `appearance`."""
     orbit = CameraOrbit.of(appearance)
     center = np.array(appearance.target) + rng.uniform(-0.06, 0.06, 3) * (1, 1, 0.5)
     camera = CameraOrbit(
@@ -211,9 +219,10 @@ def _wild_look(appearance: SceneAppearance, rng: np.random.Generator) -> SceneAp
 
 
 def _lab_look(appearance: SceneAppearance, rng: np.random.Generator) -> SceneAppearance:
-    """The look of a laboratory: a wild world, with the camera where a person would mount it.
+    """Draw the appearance of a laboratory: a wild world, with the camera where a person mounts it.
 
-    rng: Begun from the laboratory's number N alone, so that the look is the same in every scene.
+    `rng` is seeded with the laboratory's number alone, and the camera of `appearance` has no
+    influence, so the result is the same for every scene.
     """
     wild = _wild_look(appearance, rng)
     orbit = CameraOrbit.of(wild)
@@ -235,7 +244,7 @@ def _lab_look(appearance: SceneAppearance, rng: np.random.Generator) -> SceneApp
 def _place_freely(
     name: str, neighbors: list[SceneObject], rng: np.random.Generator
 ) -> SceneObject | None:
-    """Place an object where it touches no other; return None after 30 attempts."""
+    """Place an object with gaps to its neighbors; return None after 30 attempts without room."""
     kind = OBJECT_KINDS[name]
     (min_x, max_x), (min_y, max_y) = CLUTTER_AREA_M
     for _ in range(30):
