@@ -210,6 +210,7 @@ def _step_until_next_inference(scene: _RunningScene) -> bool:
 
 
 def _make_outcome(scene: _RunningScene) -> Outcome:
+    """Make the outcome of a scene whose episode has ended."""
     return Outcome(
         family=scene.env.family,
         seed=scene.env.seed,

@@ -1,4 +1,4 @@
-"""SIMPLER's WidowX tasks on ManiSkill 3.
+"""Closed loop in SIMPLER, a benchmark of WidowX tasks in the simulator ManiSkill 3.
 
-The background is a photograph of a real table; the arm and the objects are simulated.
+The background of its images is a photograph of a real table. The arm and the objects are simulated.
 """

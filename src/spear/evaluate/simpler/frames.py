@@ -1,7 +1,8 @@
-"""Images of the tasks' scenes with their ground truth, for labeling.
+"""Images of SIMPLER's scenes with their ground truth, for labeling.
 
-They show a task's objects in other positions, with other objects among them, in other light and
-with another posture of the arm. Half of them are taken from another camera pose.
+The images show a task's objects at other positions than the official starts, with other objects
+(*clutter*) among them, in other light and with another posture of the arm. Half of the images are
+taken from another camera pose.
 """
 
 import math
@@ -34,41 +35,42 @@ OBJECT_NAMES = {
     "baked_green_cube_3cm": "green block",
     "baked_yellow_cube_3cm": "yellow block",
 }
-"""ManiSkill's models → how instructions call them. Other models keep their names; basket and sink
-are part of the photograph."""
-GRIPPER_LINK_NAMES = ("gripper", "finger")  # links with this in their names are the gripper
+"""Name of a ManiSkill model → name of the object in instructions. Models that are not listed keep
+their names. Basket and sink are part of the photograph."""
+GRIPPER_LINK_NAMES = ("gripper", "finger")  # links with one of these in their names are the gripper
 MILLIMETERS_PER_METER = 1000
 
 MAX_CLUTTER_OBJECTS = 3
-MIN_CLUTTER_DISTANCE_M = 0.11  # from all other objects
-CLUTTER_DROP_HEIGHT_M = 0.905  # in the world; clutter falls onto the table from here
-CLUTTER_X_M = (-0.3, 0.02)  # where clutter may be in the world
-CLUTTER_Y_M = (-0.2, 0.25)
-JOINT_STD_RAD = (0.3, 0.15, 0.15, 0.3, 0.2, 0.5)  # of the arm around the posture of a task's start
-CAMERA_POSITION_STD_M = 0.04  # along each axis
-CAMERA_TURN_STD_RAD = math.radians(4)
-AMBIENT_LIGHT = 0.3  # ManiSkill's
-LIGHT_FACTOR = (0.3, 2.0)
-LIGHT_TINT = 0.05  # largest difference of a color channel
+MIN_CLUTTER_DISTANCE_M = 0.11  # horizontal distance of a clutter object from all other objects
+CLUTTER_DROP_HEIGHT_M = 0.905  # world z from which clutter falls onto the table
+CLUTTER_X_M = (-0.3, 0.02)  # range of world x of clutter
+CLUTTER_Y_M = (-0.2, 0.25)  # range of world y of clutter
+JOINT_STD_RAD = (0.3, 0.15, 0.15, 0.3, 0.2, 0.5)  # noise of the arm's joints around a task's start
+CAMERA_POSITION_STD_M = 0.04  # noise of a moved camera along each axis
+CAMERA_TURN_STD_RAD = math.radians(4)  # noise of a moved camera about each axis
+AMBIENT_LIGHT = 0.3  # ManiSkill's brightness
+LIGHT_FACTOR = (0.3, 2.0)  # range of the factor on the brightness
+LIGHT_TINT = 0.05  # largest change of a single color channel
 
 
 def render_labeled_frame(env: Any, task: Task, official: tuple[Array, Array], seed: int) -> Frame:
-    """Render what the task's camera sees of a start off the grid.
+    """Render a scene that differs from the official starts, as the task's camera sees it.
 
     Args:
-        env: ManiSkill's environment of this task; it keeps the scene until the next
+        env: ManiSkill's environment of this task. It keeps the new scene until the next
             `rebuild_scene`.
         task: The task.
-        official: Places and turns of the official starts, as `sample_off_grid_start` takes them.
+        official: Positions [n, 2, 3] and orientations [m, 2, 4] of the official starts, see
+            `sample_off_grid_start`.
         seed: The seed of the scene.
 
     Returns:
-        Image and depth [480, 640], and the ground truth.
+        The image [480, 640, 3], its depth [480, 640], and the ground truth.
     """
-    rng = np.random.default_rng([seed, 3])
+    rng = np.random.default_rng([seed, 3])  # 3: see `sample_off_grid_start`
     start = sample_off_grid_start(task, seed, *official)
 
-    # The random numbers are drawn in this order.
+    # The order of these calls must stay, because it is the order in which `rng` draws numbers.
     clutter_names = _add_clutter(env, start, rng)
     _change_light(env, rng)
     _change_posture(env, rng)
@@ -79,11 +81,12 @@ def render_labeled_frame(env: Any, task: Task, official: tuple[Array, Array], se
     sensor.capture()
     images = sensor.get_obs(rgb=True, depth=True, segmentation=True, position=False)
     if not is_camera_moved:
-        # The photograph was taken from the camera's own pose.
+        # Put the photograph behind the scene. It fits only the camera's own pose, from which it was
+        # taken; a moved camera sees the simulator's background.
         photograph = env._rgb_overlay_images[CAMERA]
         images["rgb"] = env._green_sceen_rgb(images["rgb"], images["segmentation"], photograph)
 
-    segment_ids = images["segmentation"][0].numpy()[..., 0]
+    segment_ids = images["segmentation"][0].numpy()[..., 0]  # [480, 640]
     instances, names = _name_instances(segment_ids, _find_segments(env, clutter_names))
     camera = sensor.get_params()
     camera_from_world = np.vstack([camera["extrinsic_cv"][0].numpy(), [0, 0, 0, 1]])
@@ -99,25 +102,24 @@ def render_labeled_frame(env: Any, task: Task, official: tuple[Array, Array], se
 
 
 def _add_clutter(env: Any, start: Start, rng: np.random.Generator) -> list[str]:
-    """Build the scene of a start with other objects in it; returns the names of their models."""
+    """Build the scene of a start with clutter in it. Return the models of the clutter objects."""
     task_names = list(env.obj_names)
     foreground_names = list(env.objects_excluded_from_greenscreening)
     other_names = [name for name in OBJECT_NAMES if name not in task_names]
     positions, clutter_names = sample_clutter(start.positions, other_names, rng)
-    turns = []
-    for angle in rng.uniform(0, math.pi, len(clutter_names)):
-        turns.append([math.cos(angle), 0, 0, math.sin(angle)])
+    turns = []  # quaternions (w x y z) of rotations about the vertical by twice the angle
+    for half_angle in rng.uniform(0, math.pi, len(clutter_names)):
+        turns.append([math.cos(half_angle), 0, 0, math.sin(half_angle)])
 
+    # ManiSkill builds the objects that these attributes of the environment list.
     env.obj_names = [*task_names, *clutter_names]
     env.objects_excluded_from_greenscreening = [*foreground_names, *clutter_names]
-    # A model without a density has that of water.
-    env.model_db = {**{name: {} for name in clutter_names}, **env.model_db}
+    # An empty entry is enough for a model that has none; its density is then that of water.
+    empty_entries: dict[str, Any] = {name: {} for name in clutter_names}
+    env.model_db = {**empty_entries, **env.model_db}
     try:
-        rebuild_scene(
-            env,
-            torch.from_numpy(positions)[None],
-            torch.from_numpy(np.vstack([start.turns, *turns]))[None],
-        )
+        all_turns = np.vstack([start.turns, *turns])  # [objects, 4]
+        rebuild_scene(env, torch.from_numpy(positions)[None], torch.from_numpy(all_turns)[None])
     finally:
         env.obj_names = task_names
         env.objects_excluded_from_greenscreening = foreground_names
@@ -125,19 +127,22 @@ def _add_clutter(env: Any, start: Start, rng: np.random.Generator) -> list[str]:
 
 
 def _change_light(env: Any, rng: np.random.Generator) -> None:
+    """Change brightness and color of the ambient light."""
     brightness = AMBIENT_LIGHT * rng.uniform(*LIGHT_FACTOR)
-    env.scene.set_ambient_light(list(brightness + rng.uniform(-LIGHT_TINT, LIGHT_TINT, 3)))
+    tint = rng.uniform(-LIGHT_TINT, LIGHT_TINT, 3)
+    env.scene.set_ambient_light(list(brightness + tint))
 
 
 def _change_posture(env: Any, rng: np.random.Generator) -> None:
-    joints = env.agent.robot.get_qpos()[0].numpy().copy()
+    """Change the joints of the arm, and the opening of the gripper."""
+    joints = env.agent.robot.get_qpos()[0].numpy().copy()  # 6 of the arm, 2 of the fingers
     joints[:6] += rng.normal(0, JOINT_STD_RAD)
     joints[6:] = rng.uniform(FINGER_CLOSED_M, FINGER_OPEN_M)
     env.agent.reset(init_qpos=joints)
 
 
 def _move_camera_sometimes(env: Any, rng: np.random.Generator) -> bool:
-    """Move the camera in half of the scenes; returns whether it was moved."""
+    """Move the camera in half of the scenes. Return whether it was moved."""
     is_moved = bool(rng.random() < 0.5)
     if is_moved:
         camera = env._sensors[CAMERA].camera
@@ -150,7 +155,11 @@ def _move_camera_sometimes(env: Any, rng: np.random.Generator) -> bool:
 
 
 def _find_segments(env: Any, clutter_names: Sequence[str]) -> dict[str, list[int]]:
-    """Name of each thing in front of the photograph → its numbers in ManiSkill's segmentation."""
+    """Find the ids in ManiSkill's segmentation of everything that is in front of the photograph.
+
+    Returns:
+        Name of the object, or of the gripper → its ids. The gripper consists of several links.
+    """
     gripper_ids = []
     for link in env.agent.robot.links:
         if any(link_name in link.name for link_name in GRIPPER_LINK_NAMES):
@@ -167,7 +176,15 @@ def _find_segments(env: Any, clutter_names: Sequence[str]) -> dict[str, list[int
 def _name_instances(
     segment_ids: Array, segments: Mapping[str, Sequence[int]]
 ) -> tuple[Array, dict[int, str]]:
-    """Number the named things from 1 on; returns the instances [h, w] int32 and their names."""
+    """Number the named objects from 1 on.
+
+    Args:
+        segment_ids: [h, w] ManiSkill's segmentation.
+        segments: Name → ids in this segmentation.
+
+    Returns:
+        The number of the object at each pixel, [h, w] int32, 0 for none; and number → name.
+    """
     instances = np.zeros(segment_ids.shape, np.int32)
     names = {}
     for number, (name, ids) in enumerate(segments.items(), 1):
@@ -177,17 +194,17 @@ def _name_instances(
 
 
 def rebuild_scene(env: Any, positions: torch.Tensor, turns: torch.Tensor, number: int = 0) -> None:
-    """Build one scene among all pairs of positions and turns; nothing of the scene before remains.
+    """Build a scene anew, so that nothing of the scene before remains.
 
     Otherwise objects would settle while the arm still stands where the last episode left it, and
-    contacts that the solver remembers would change how they roll. Images are only rendered where
-    they are used, because rendering takes longer than the physics.
+    contacts that the solver remembers would change how the objects roll.
 
     Args:
-        env: ManiSkill's environment.
+        env: ManiSkill's environment. From now on it renders images only on demand, because
+            rendering takes longer than the physics.
         positions: [n, objects, 3] (m).
-        turns: [m, objects, 4] (w x y z).
-        number: The number of the pair.
+        turns: [m, objects, 4] orientations (w x y z).
+        number: Which of the n · m pairs of positions and orientations the scene has.
     """
     env.xyz_configs = positions
     env.quat_configs = turns
@@ -199,18 +216,21 @@ def rebuild_scene(env: Any, positions: torch.Tensor, turns: torch.Tensor, number
 def sample_clutter(
     positions: Array, names: list[str], rng: np.random.Generator
 ) -> tuple[Array, list[str]]:
-    """Sample positions for some other objects; an object that has no room is left out.
+    """Sample positions for some clutter objects. An object that has no room is left out.
 
     Args:
-        positions: [n, 3] (m) of a task's objects.
-        names: Names of the other objects.
-        rng: Random numbers.
+        positions: [n, 3] positions of a task's objects, m.
+        names: Names of the objects that may be clutter.
+        rng: Generator of random numbers.
 
     Returns:
-        The positions of all objects, those of the task first, and the names of the others.
+        The positions of all objects, [n + clutter objects, 3], those of the task first; and the
+        names of the clutter objects.
     """
     clutter_names: list[str] = []
-    for name in rng.permutation(names)[: rng.integers(MAX_CLUTTER_OBJECTS + 1)]:
+    shuffled_names = rng.permutation(names)
+    num_candidates = rng.integers(MAX_CLUTTER_OBJECTS + 1)
+    for name in shuffled_names[:num_candidates]:
         x = rng.uniform(*CLUTTER_X_M)
         y = rng.uniform(*CLUTTER_Y_M)
         position = np.array([x, y, CLUTTER_DROP_HEIGHT_M])
@@ -222,10 +242,16 @@ def sample_clutter(
 
 
 def fit_frame(frame: Frame, size: tuple[int, int], source: str) -> Frame:
-    """Scale a frame to (width, height) as the policy sees images.
+    """Scale a frame to the size at which the policy sees images.
 
-    The whole frame is visible, with a black border where no depth is known. Instances of fewer than
-    `MIN_PIXELS` pixels are dropped, and so are those that the border cuts.
+    The whole frame is visible. If the aspect ratio differs, there is a black border on two sides,
+    in which no depth is known. Instances of fewer than `MIN_PIXELS` pixels are dropped, and so are
+    instances that touch the border.
+
+    Args:
+        frame: The frame, with ground truth.
+        size: (width, height), px.
+        source: The source of the new frame.
     """
     assert frame.depth is not None
     assert frame.instances is not None
@@ -235,20 +261,24 @@ def fit_frame(frame: Frame, size: tuple[int, int], source: str) -> Frame:
     scale, left_px, top_px, inner_width, inner_height = compute_placement(
         (frame_width, frame_height), size
     )
+    # Depths and instances must not be interpolated: take the nearest pixel.
     rows = ((np.arange(inner_height) + 0.5) / scale).astype(int)
     columns = ((np.arange(inner_width) + 0.5) / scale).astype(int)
-    border = ((top_px, height - inner_height - top_px), (left_px, width - inner_width - left_px))
-    depth = np.pad(frame.depth[np.ix_(rows, columns)], border)
-    instances = np.pad(frame.instances[np.ix_(rows, columns)], border)
+    nearest_pixels = np.ix_(rows, columns)
+    bottom_px = height - inner_height - top_px
+    right_px = width - inner_width - left_px
+    border = ((top_px, bottom_px), (left_px, right_px))
+    depth = np.pad(frame.depth[nearest_pixels], border)
+    instances = np.pad(frame.instances[nearest_pixels], border)
 
     visible = _find_visible_instances(instances, left_px, top_px, inner_width, inner_height)
-    border_shift = np.array([[scale, 0, left_px], [0, scale, top_px], [0, 0, 1]])
+    scale_and_shift = np.array([[scale, 0, left_px], [0, scale, top_px], [0, 0, 1]])
     return Frame(
         image=fit_image(np.ascontiguousarray(frame.image), height, width),
         depth=depth,
         instances=np.where(np.isin(instances, visible), instances, 0).astype(np.int32),
         names={number: frame.names[number] for number in visible},
-        intrinsics=border_shift @ frame.intrinsics,
+        intrinsics=scale_and_shift @ frame.intrinsics,
         extrinsics=frame.extrinsics,
         source=source,
     )
@@ -257,14 +287,22 @@ def fit_frame(frame: Frame, size: tuple[int, int], source: str) -> Frame:
 def _find_visible_instances(
     instances: Array, left_px: int, top_px: int, inner_width: int, inner_height: int
 ) -> list[int]:
-    """The instances that are large enough and that the border does not cut."""
+    """Return the numbers of the instances that are large enough and do not touch the border.
+
+    Args:
+        instances: [h, w] with the border.
+        left_px: Width of the left border.
+        top_px: Height of the upper border.
+        inner_width: Width without the borders, px.
+        inner_height: Height without the borders, px.
+    """
     numbers, counts = np.unique(instances, return_counts=True)
     if left_px:
-        cut = instances[:, [left_px, left_px + inner_width - 1]]
-        counts[np.isin(numbers, cut)] = 0
+        outermost_columns = instances[:, [left_px, left_px + inner_width - 1]]
+        counts[np.isin(numbers, outermost_columns)] = 0
     elif top_px:
-        cut = instances[[top_px, top_px + inner_height - 1]]
-        counts[np.isin(numbers, cut)] = 0
+        outermost_rows = instances[[top_px, top_px + inner_height - 1]]
+        counts[np.isin(numbers, outermost_rows)] = 0
     visible = []
     for number, count in zip(numbers, counts, strict=True):
         if number > 0 and count >= MIN_PIXELS:

@@ -1,11 +1,13 @@
-"""The scripted expert for SIMPLER: knows the true state, acts through the policy's eight numbers.
+"""The oracle: a scripted expert for SIMPLER, which knows the true state.
 
-Its actions pass through the same adapter and controller as a policy's, so its success says what
-these let through. An action depends on the present moment only, so the oracle tries again when an
-object slips.
+Its actions have the same eight numbers as a policy's, and pass through the same adapter and
+controller. So its success shows what adapter and controller allow. An action depends only on the
+present state, so the oracle tries again when an object slips.
 
-The controller moves a commanded pose that the arm follows with a lag. Steps are therefore planned
-from the commanded pose, and what has been reached is judged by the measured one.
+The controller moves a *commanded pose*, which the arm follows with a lag. Therefore a step is
+planned from the commanded pose, and the *measured pose* says what has been reached.
+
+The *source* is the object to move, and the *goal* is the object or place to put it on.
 """
 
 import math
@@ -24,40 +26,52 @@ from spear.geometry import (
 )
 from spear.types import Array
 
-MAX_STEP = 0.03  # longest step, m
-MAX_TURN = 0.3  # largest rotation of a step, rad
-HOVER_M = 0.06  # height above the grasp while the gripper is not above it
-CARRY_M = 0.06  # height above its place at which an object is carried
+MAX_STEP = 0.03  # longest translation of an action, m
+MAX_TURN = 0.3  # largest rotation of an action, rad
+HOVER_M = 0.06  # height above the grasp at which the gripper moves until it is above the object
+CARRY_M = 0.06  # height above its place at which the object is carried
 RETREAT_M = 0.1  # height above the placed object to which the gripper retreats
-MIN_HEIGHT_M = 0.016  # of the end-effector above the table: at 0.0145 m the finger tips touch it
-MIN_HELD_OPENING = 0.12  # a closed gripper that is open by more has something between its fingers
+MIN_HEIGHT_M = 0.016  # lowest end-effector height: at 0.0145 m the finger tips touch the table
+MIN_HELD_OPENING = 0.12  # a closed gripper with a larger opening has something between its fingers
 
-MAX_GRASP_OFFSET_M = 0.012  # horizontally; with more, the gripper does not descend or close
+# The gripper descends and closes only if it is turned and placed (horizontally) so well.
+MAX_GRASP_OFFSET_M = 0.012
 MAX_GRASP_TURN_RAD = 0.1
-MAX_COMMAND_OFFSET_M = 1e-3  # the commanded pose has arrived
-MAX_ARM_OFFSET_M = 0.006  # the arm has arrived, or lags behind by no more
-MAX_ABOVE_OFFSET_M = 0.015  # a carried object is above its place
-MAX_PLACE_OFFSET_M = 0.008  # a carried object may be released
-MAX_PLACED_OFFSET_M = 0.03  # a released object lies in its place
+MAX_COMMAND_OFFSET_M = 1e-3  # distance within which the commanded pose has reached its goal
+MAX_ARM_OFFSET_M = 0.006  # distance within which the arm has reached its goal, or its command
+MAX_ABOVE_OFFSET_M = 0.015  # horizontal distance within which a carried object is above its place
+MAX_PLACE_OFFSET_M = 0.008  # horizontal distance within which a carried object may be released
+# Horizontal and vertical distance within which a released object lies in its place.
+MAX_PLACED_OFFSET_M = 0.03
 MAX_PLACED_HEIGHT_M = 0.02
-MAX_BLOCKED_HEIGHT_M = 0.03  # an object that rests on something lower than this is not lowered
-ACROSS_MARGIN_M = 0.02  # how far below `CARRY_M` an object may already move across
-RELEASE_MARGIN_M = 0.004  # above the task's release height
+MAX_BLOCKED_HEIGHT_M = 0.03  # an object that is stopped below this height rests on something
+ACROSS_MARGIN_M = 0.02  # an object moves across from `CARRY_M` minus this margin on
+RELEASE_MARGIN_M = 0.004  # an object is released up to so far above the task's release height
 
 
 def choose_action(task: str, truth: Truth) -> Array:
-    """The action [8] float32 at this moment (layout of `spear.types.Action`)."""
+    """Choose the next action.
+
+    Args:
+        task: One of `TASKS`.
+        truth: The true state.
+
+    Returns:
+        [8] float32 (layout of `spear.types.Action`).
+    """
     grasp = TASKS[task]
-    # The object's origin should come to rest on top of the goal.
+    # Where the origin of the source is when the source rests on top of the goal.
     goal_top = truth.goal[2] + truth.goal_size[2] / 2
     rest_position = np.array([truth.goal[0], truth.goal[1], goal_top + truth.source_size[2] / 2])
-    offset = float(np.linalg.norm(truth.source[:2] - rest_position[:2]))
+    offset = float(np.linalg.norm(truth.source[:2] - rest_position[:2]))  # horizontal
     if truth.open:
         height = abs(truth.source[2] - rest_position[2])
-        is_placed = (
-            offset < MAX_PLACED_OFFSET_M and height < MAX_PLACED_HEIGHT_M + grasp.release_height_m
-        )
-        return _retreat(truth, rest_position) if is_placed else _approach(truth, grasp)
+        max_height = MAX_PLACED_HEIGHT_M + grasp.release_height_m
+        is_placed = offset < MAX_PLACED_OFFSET_M and height < max_height
+        if is_placed:
+            return _retreat(truth, rest_position)
+        return _approach(truth, grasp)
+
     has_object = truth.opening > MIN_HELD_OPENING
     if truth.closing and has_object:
         return _wait(truth, opened=False)
@@ -67,74 +81,94 @@ def choose_action(task: str, truth: Truth) -> Array:
 
 
 def _retreat(truth: Truth, rest_position: Array) -> Array:
-    """Straight up, away from the placed object."""
+    """Move straight up, away from the placed object."""
     position = np.array([truth.commanded[0], truth.commanded[1], rest_position[2] + RETREAT_M])
-    return _move_towards(truth, position, _yaw(truth.commanded), True)
+    return _move_towards(truth, position, _yaw(truth.commanded), opened=True)
 
 
 def _wait(truth: Truth, opened: bool) -> Array:
-    """Move the fingers only."""
-    return _move_towards(truth, truth.commanded[:3], _yaw(truth.commanded), opened)
+    """Move only the fingers."""
+    return _move_towards(truth, truth.commanded[:3], _yaw(truth.commanded), opened=opened)
 
 
 def _approach(truth: Truth, grasp: Task) -> Array:
-    """Above the object first, then down to it, then close."""
+    """Move above the object, then down to it, then close the gripper."""
+    # Fingers grasp along the object's x axis, at some distance from its origin.
     axis = quat_to_matrix(torch.from_numpy(truth.source[3:])).numpy()[:, 0]
     point = truth.source[:3] + grasp.grasp_offset_m * axis
     goal = np.array([point[0], point[1], max(point[2], MIN_HEIGHT_M)])
 
-    # Of the equally good directions take the nearest.
+    # Choose the equally good direction that is nearest to the commanded one: the difference is
+    # wrapped to -period/2 … period/2.
     period = 2 * math.pi / grasp.num_grasp_directions
     current_yaw = _yaw(truth.commanded)
     object_yaw = math.atan2(axis[1], axis[0])
     yaw = current_yaw + (object_yaw - current_yaw + period / 2) % period - period / 2
 
     offset = float(np.linalg.norm(truth.measured[:2] - goal[:2]))
+    # The angle that is left to turn, wrapped to 0 … π.
     turn = abs((yaw - _yaw(truth.measured) + math.pi) % (2 * math.pi) - math.pi)
-    if offset > MAX_GRASP_OFFSET_M or turn > MAX_GRASP_TURN_RAD:
-        goal[2] += HOVER_M
     is_aligned = offset <= MAX_GRASP_OFFSET_M and turn <= MAX_GRASP_TURN_RAD
+    if not is_aligned:
+        goal[2] += HOVER_M
     is_commanded = np.linalg.norm(truth.commanded[:3] - goal) < MAX_COMMAND_OFFSET_M
     is_near = np.linalg.norm(truth.measured[:3] - goal) < MAX_ARM_OFFSET_M
     should_close = is_aligned and is_commanded and (is_near or truth.still)
-    return _move_towards(truth, goal, yaw, not should_close)
+    return _move_towards(truth, goal, yaw, opened=not should_close)
 
 
 def _carry(truth: Truth, grasp: Task, rest_position: Array, offset: float) -> Array:
-    """Up, across, down, open.
+    """Carry the object up, across and down, then open the gripper.
 
-    The object comes down while it still moves across: a policy that cannot tell 5 mm from 15 mm
-    learns to hover from an expert that waits to be exact.
+    The object comes down while it still moves across. If the oracle waited until the object is
+    exactly above its place, a policy, which cannot tell 5 mm from 15 mm, would learn to hover.
+
+    Args:
+        truth: The true state.
+        grasp: The task.
+        rest_position: [3] where the origin of the object should be at the end.
+        offset: Horizontal distance of the object from this position, m.
     """
     height = truth.source[2] - rest_position[2]
     goal = truth.commanded[:3].copy()
     is_above = offset < MAX_ABOVE_OFFSET_M
     if is_above or height > CARRY_M - ACROSS_MARGIN_M:
         goal[:2] = truth.measured[:2] + rest_position[:2] - truth.source[:2]
-    goal[2] = truth.measured[2] - height + (grasp.release_height_m if is_above else CARRY_M)
+    goal_height = grasp.release_height_m if is_above else CARRY_M
+    goal[2] = truth.measured[2] - height + goal_height
 
+    # Something blocks the object if the arm stands still far from its command.
     lag = float(np.linalg.norm(truth.commanded[:3] - truth.measured[:3]))
     is_blocked = truth.still and lag > MAX_ARM_OFFSET_M and height < MAX_BLOCKED_HEIGHT_M
     is_placed = offset < MAX_PLACE_OFFSET_M and height < grasp.release_height_m + RELEASE_MARGIN_M
     should_open = is_placed or (is_above and is_blocked)
-    return _move_towards(truth, goal, _yaw(truth.commanded), should_open)
+    return _move_towards(truth, goal, _yaw(truth.commanded), opened=should_open)
 
 
 def _move_towards(truth: Truth, goal: Array, yaw: float, opened: bool) -> Array:
-    """A step of the commanded pose towards a position [3] and a gripper that points down.
+    """Compute an action that moves the commanded pose towards a goal, by at most one step.
 
-    yaw     how the gripper is turned about the vertical, rad.
-    opened  whether the gripper should be open.
+    Args:
+        truth: The true state.
+        goal: [3] the goal's position, m.
+        yaw: The goal's rotation about the vertical, rad. The gripper points down.
+        opened: Whether the gripper should be open.
+
+    Returns:
+        [8] float32.
     """
-    facing = quat_exp(torch.tensor([0.0, 0.0, yaw], dtype=torch.float64))
+    goal_orientation = quat_exp(torch.tensor([0.0, 0.0, yaw], dtype=torch.float64))
     position, orientation = torch.from_numpy(truth.commanded).split([3, 4])
-    move, rotation = action_between_poses(position, orientation, torch.from_numpy(goal), facing)
-    turn = quat_log(rotation)
-    move = move * min(1.0, MAX_STEP / max(float(move.norm()), 1e-9))
+    translation, rotation = action_between_poses(
+        position, orientation, torch.from_numpy(goal), goal_orientation
+    )
+    turn = quat_log(rotation)  # rotation vector [3]
+    translation = translation * min(1.0, MAX_STEP / max(float(translation.norm()), 1e-9))
     turn = turn * min(1.0, MAX_TURN / max(float(turn.norm()), 1e-9))
-    action = np.concatenate([move, quat_canonical(quat_exp(turn)), [float(opened)]])
+    action = np.concatenate([translation, quat_canonical(quat_exp(turn)), [float(opened)]])
     return action.astype(np.float32)
 
 
 def _yaw(pose: Array) -> float:
+    """Return the rotation of a pose [7] about the vertical, rad."""
     return float(quat_to_euler(torch.from_numpy(pose[3:]), "xyz")[2])

@@ -1,7 +1,8 @@
-"""What policies learn from SIMPLER's tasks: demonstrations as `Episode`s, and labeled images.
+"""Record training data in SIMPLER's tasks: demonstrations, and labeled images.
 
-The oracle demonstrates the tasks from starts off the official grid, and recovers from disturbances
-(`spear.sim.record`).
+The oracle (`oracle.py`) demonstrates the tasks. Episodes begin at starts *off the grid*, which
+means that they differ from the official starts of the benchmark. The arm is disturbed from time to
+time, so that demonstrations show how to recover (`spear.sim.record`).
 """
 
 import contextlib
@@ -34,12 +35,15 @@ from spear.types import CONTROL_RATE_HZ, Episode, Frame
 from spear.util.images import fit_image
 from spear.util.processes import map_in_order
 
-SHARD_SIZE = 16  # demonstrations that are written at once: a minute or two of recording
-NUM_STEPS_AFTER_SUCCESS = 5  # a demonstration goes on: the policy has to leave the task fulfilled
+SHARD_SIZE = 16  # number of demonstrations in a file: a minute or two of recording
+# After success, a demonstration goes on for so many steps, because a policy has to learn to leave
+# the task fulfilled.
+NUM_STEPS_AFTER_SUCCESS = 5
 DISTURBANCE = Disturbance(translation=0.02, rotation=math.radians(6), twist=math.radians(20))
-"""Smaller than in the embedded simulator, because the arm reaches less far."""
-VIEW = "external"
-SCENES_PER_JOB = 64
+"""Disturbances of the arm (m, rad). They are smaller than in the embedded simulator, because this
+arm reaches less far."""
+VIEW = "external"  # the only camera
+SCENES_PER_JOB = 64  # scenes that one process renders for labeling
 
 
 def record_demonstrations(
@@ -51,25 +55,26 @@ def record_demonstrations(
     assets: Path | None = None,
     policy: InterveningPolicy | None = None,
 ) -> dict[str, tuple[int, int]]:
-    """Record demonstrations of tasks, one per seed, each task in a folder of its name in `out`.
+    """Record demonstrations of tasks, one per seed.
 
-    Called again, or with more seeds, it continues behind the last shard that was written.
+    A second call, with the same or with more seeds, continues after the last file that was written.
 
     Args:
-        out: Folder.
-        tasks: Names of the tasks; all tasks if there are none.
+        out: Output folder. Each task has a sub-folder of its name.
+        tasks: Names of the tasks; an empty sequence for all tasks.
         seeds: Seeds of the starts.
-        height: Height of the images in pixels; the whole camera image is scaled to it.
-        workers: Processes that run at once.
+        height: Height of the images in pixels. The whole camera image is scaled to it.
+        workers: Number of processes that run at once.
         assets: ManiSkill's asset folder, see `find_assets`.
-        policy: Acts in turns with the oracle; steps it took are masked (`spear.sim.record`).
+        policy: A policy that takes turns with the oracle. The steps that it takes are masked, so
+            that they are no training targets (`spear.sim.record`).
 
     Returns:
-        Task → how many demonstrations succeeded, and of how many.
+        Task → (number of successful demonstrations, number of demonstrations).
 
     Raises:
-        SpearError: As `spear.sim_data.demonstrations.record_demonstrations`; or ManiSkill, its
-            assets or a renderer are missing.
+        SpearError: A reason that `spear.sim_data.demonstrations.record_demonstrations` has, too; or
+            ManiSkill, its assets or a renderer are missing.
     """
     check_known("task", TASKS, *tasks)
     check_training_seed(seeds.start)
@@ -78,7 +83,7 @@ def record_demonstrations(
     size = (round(camera_width * height / camera_height), height)
     counts = {}
     for task in dict.fromkeys(tasks or TASKS):
-
+        # The default value binds the task of this iteration.
         def record_from(first_index: int, task: str = task) -> Iterator[Episode]:
             return record_episodes(task, seeds[first_index:], size, workers, assets, policy)
 
@@ -97,9 +102,15 @@ def record_episodes(
     assets: Path | None = None,
     policy: InterveningPolicy | None = None,
 ) -> Iterator[Episode]:
-    """Record an `Episode` for each seed, in that order, also of failures (`success` False).
+    """Record an episode for each seed, in the order of the seeds, also if it fails.
 
-    Images are JPEG (quality 95) of size (width, height).
+    Args:
+        task: The task.
+        seeds: Seeds of the starts.
+        size: (width, height) of the images, px. They are JPEG of quality 95.
+        workers: Number of processes that run at once.
+        assets: ManiSkill's asset folder, see `find_assets`.
+        policy: A policy that takes turns with the oracle.
     """
     free_processes: SimpleQueue[SimplerProcess] = SimpleQueue()
 
@@ -112,7 +123,7 @@ def record_episodes(
 
     with contextlib.ExitStack() as stack:
         threads = stack.enter_context(ThreadPoolExecutor(workers))
-        # The processes are closed before the threads, which then end.
+        # The stack closes the processes before the threads, so that no thread waits for a process.
         for _ in range(min(workers, len(seeds))):
             process = SimplerProcess(task, assets)
             free_processes.put(stack.enter_context(contextlib.closing(process)))
@@ -128,15 +139,21 @@ def record_episode(
 ) -> Episode:
     """Record the oracle's demonstration from one start off the grid.
 
-    It is disturbed, or takes turns with a policy.
+    Args:
+        process: The simulator.
+        task: The task.
+        seed: Seed of the start and of the disturbances.
+        size: (width, height) of the images, px.
+        policy: A policy that takes turns with the oracle; None for disturbances of the arm.
     """
     robot = embodiments.load(ROBOT)
     _, control = robot.select_control(None)
-    disturb = ArmDisturber(DISTURBANCE, np.random.default_rng([seed, 1]), policy)
+    rng = np.random.default_rng([seed, 1])  # 1: see `sample_off_grid_start`
+    disturb = ArmDisturber(DISTURBANCE, rng, policy)
     recorder = EpisodeRecorder()
     width, height = size
 
-    moment = process.reset(seed, True, is_off_grid=True)
+    moment = process.reset(seed, image=True, is_off_grid=True)
     num_fulfilled_steps = 0
     while moment.steps < TASKS[task].max_steps and num_fulfilled_steps < NUM_STEPS_AFTER_SUCCESS:
         observation = robot.read(moment.observation)
@@ -146,8 +163,11 @@ def record_episode(
         picture = fit_image(observation["observation/image"], height, width)
         recorder.add({VIEW: picture}, state, action, is_disturbed)
         rows = control.convert(action[None], state, moment.observation)
-        moment = process.run(rows, True)
-        num_fulfilled_steps = num_fulfilled_steps + 1 if moment.success else 0
+        moment = process.run(rows, image=True)
+        if moment.success:
+            num_fulfilled_steps += 1
+        else:
+            num_fulfilled_steps = 0
 
     success = num_fulfilled_steps >= NUM_STEPS_AFTER_SUCCESS or moment.success
     instruction = str(moment.observation["prompt"])
@@ -156,19 +176,18 @@ def record_episode(
 
 
 def _format_source(task: str, seed: int, policy: InterveningPolicy | None) -> str:
+    """Return the source of an episode, which says whether a policy took part."""
     return format_episode_source(task, seed, policy is not None, "simpler")
 
 
 def label_tasks(out: Path, seeds: range, size: tuple[int, int], workers: int = 2) -> int:
-    """Label the scenes of these seeds, of all four tasks, from the simulator's ground truth.
-
-    The rest is as in `label_scene_jobs`.
+    """Label scenes of all four tasks from the simulator's ground truth (see `label_scene_jobs`).
 
     Args:
-        out: Folder.
-        seeds: Seeds of the scenes.
+        out: Output folder.
+        seeds: Seeds of the scenes of each task.
         size: (width, height) of the images, px.
-        workers: Processes that run at once.
+        workers: Number of processes that run at once.
 
     Returns:
         The number of images.
@@ -195,12 +214,14 @@ def label_tasks(out: Path, seeds: range, size: tuple[int, int], workers: int = 2
 
 
 def _collect_instructions() -> list[str]:
+    """List the names of all objects, each with "the"."""
     return sorted({f"the {name}" for name in OBJECT_NAMES.values()})
 
 
 def _render_frames(
     size: tuple[int, int], assets: Path, job: SceneJob
 ) -> Iterator[tuple[str, list[Frame]]]:
+    """Render the frames of one job in a process of its own."""
     task, seeds = job
     with contextlib.closing(SimplerProcess(task, assets)) as process:
         yield VIEW, [process.look(seed, size) for seed in seeds]

@@ -1,8 +1,7 @@
-"""Closed loop in SIMPLER: a policy acts in ManiSkill's WidowX tasks, through the robot's own
-adapter.
+"""Closed-loop evaluation in SIMPLER's WidowX tasks, through the robot's own adapter.
 
-As in SIMPLER's own scripts, an episode runs to its time limit. What counts is whether the task is
-fulfilled then, not whether it was for a moment.
+Every episode runs to its time limit, as in SIMPLER's own scripts. It is successful if the task is
+fulfilled at the end, not if it was fulfilled for a moment.
 """
 
 import contextlib
@@ -30,20 +29,24 @@ from spear.evaluate.simpler.world import SimplerProcess, find_assets, hash_asset
 from spear.sim.scene import held_out_seeds
 from spear.types import Array
 
-ROBOT = "simpler_widowx"
+ROBOT = "simpler_widowx"  # name of the embodiment
 NO_IMAGE = {"observation/image": np.zeros((480, 640, 3), np.uint8)}
-"""The robot's adapter wants an image, also where none was rendered."""
+"""A black image, because the robot's adapter needs an image even if none was rendered."""
 
 
 def evaluate_simpler(agent: Agent, options: SimplerOptions) -> tuple[Results, list[Film]]:
-    """Measure success on the seeds first_seed … first_seed + scenes - 1 of each task.
+    """Measure success on the seeds first_seed … first_seed + num_scenes - 1 of each task.
 
-    A task has few starts: further seeds use them again, with other noise for the policy. Baselines,
-    which have no noise, use each start at most once. With `options.off_grid` every seed has a start
-    of its own.
+    A task has few official starts. More seeds than starts use the starts again, with other noise
+    for the policy. Baselines have no noise, so they use each start at most once. With
+    `options.off_grid`, every seed has its own start.
+
+    Args:
+        agent: Who acts.
+        options: Which tasks and starts, how chunks are executed, and where the results are written.
 
     Returns:
-        The results, and the films made now.
+        The results, and the films that this call made.
 
     Raises:
         SpearError: The folder has results of another policy or of other settings; a task is
@@ -52,7 +55,7 @@ def evaluate_simpler(agent: Agent, options: SimplerOptions) -> tuple[Results, li
     tasks = options.tasks or tuple(TASKS)
     check_known("task", TASKS, *tasks)
     if options.off_grid:
-        held_out_seeds(options.first_seed, options.num_scenes)  # raises for seeds of training
+        held_out_seeds(options.first_seed, options.num_scenes)  # raises if training uses them
 
     settings: dict[str, Any] = {
         "simulator": f"ManiSkill {version('mani_skill')}",
@@ -79,10 +82,13 @@ def evaluate_simpler(agent: Agent, options: SimplerOptions) -> tuple[Results, li
 class SimplerScene:
     """A running scene.
 
-    moment    what is known since the last inference.
-    pictures  of each step so far, for a film.
-    achieved  the step since which the task has been fulfilled; None while it is not.
-    started   when, in seconds of `time.perf_counter`.
+    task      the task.
+    seed      the seed of the scene.
+    moment    the state after the last executed step.
+    process   the simulator of the scene.
+    pictures  the camera's image at each step so far, if a film may be made.
+    achieved  the step since which the task has been fulfilled; None while it is not fulfilled.
+    started   start of the episode, in seconds of `time.perf_counter`.
     """
 
     task: str
@@ -95,12 +101,14 @@ class SimplerScene:
 
     @property
     def steps(self) -> int:
+        """The number of control steps so far."""
         return self.moment.steps
 
 
 class OracleAgent(Agent):
-    """The scripted expert, which sees the true state: what adapter, controller and time limit
-    allow.
+    """The scripted expert, which sees the true state.
+
+    Its success shows what adapter, controller and time limit allow.
     """
 
     name = "oracle"
@@ -114,7 +122,7 @@ class OracleAgent(Agent):
 class Simpler:
     """SIMPLER's tasks as a `spear.evaluate.runner.Simulator`.
 
-    A track is the camera's image at each step.
+    An episode's track, from which its film is made, is the camera's image at each step.
     """
 
     films_are_free = False
@@ -131,7 +139,10 @@ class Simpler:
     def run(
         self, agent: Agent, family: str, seeds: Sequence[int], filming: bool
     ) -> Iterator[tuple[Outcome, float, list[Array]]]:
-        """Run all seeds through a few processes; one whose episode ends takes the next seed."""
+        """Run one episode per seed in a few processes (see `Simulator.run`).
+
+        A process whose episode has ended takes the next seed.
+        """
         free_processes = self.open(family, min(self._batch, len(seeds)))
         image = agent.needs_images or filming
         waiting_seeds = list(reversed(seeds))
@@ -145,19 +156,23 @@ class Simpler:
                 return self._execute(scene, chunk, observation, image, filming)
 
             while waiting_seeds or scenes:
+                # Start episodes in all free processes.
                 num_new = min(len(free_processes), len(waiting_seeds))
                 new_processes = [free_processes.pop() for _ in range(num_new)]
                 new_seeds = [waiting_seeds.pop() for _ in range(num_new)]
                 scenes += threads.map(start, new_processes, new_seeds)
 
+                # One inference for all running scenes.
                 observations = []
                 for scene in scenes:
-                    observations.append(self._robot.read({**NO_IMAGE, **scene.moment.observation}))
+                    observation = {**NO_IMAGE, **scene.moment.observation}
+                    observations.append(self._robot.read(observation))
                 chunks = agent.act(scenes, observations)
-                has_ended = list(threads.map(execute, scenes, chunks, observations))
 
+                # Execute the chunks. The processes of ended episodes become free.
+                are_over = list(threads.map(execute, scenes, chunks, observations))
                 running = []
-                for scene, is_over in zip(scenes, has_ended, strict=True):
+                for scene, is_over in zip(scenes, are_over, strict=True):
                     if is_over:
                         seconds = time.perf_counter() - scene.started
                         yield _make_outcome(scene), seconds, scene.pictures
@@ -167,6 +182,7 @@ class Simpler:
                 scenes = running
 
     def film(self, outcome: Outcome, track: Sequence[Array]) -> list[Array]:
+        """Compose the frames of an episode's film from its images."""
         frames = []
         for step, picture in enumerate(track):
             is_last = step == len(track) - 1
@@ -175,12 +191,13 @@ class Simpler:
         return frames
 
     def close(self) -> None:
+        """End all processes."""
         for process in self._processes:
             process.close()
         self._processes = []
 
     def open(self, task: str, count: int) -> list[SimplerProcess]:
-        """Processes of a task; those of another task end."""
+        """Return `count` processes of a task. Processes of another task end."""
         if task != self._task:
             self.close()
             self._task = task
@@ -189,6 +206,7 @@ class Simpler:
         return self._processes[:count]
 
     def _start(self, task: str, process: SimplerProcess, seed: int, image: bool) -> SimplerScene:
+        """Start the episode of one seed in a process."""
         off_grid = self._options.off_grid
         start = seed if off_grid else seed % TASKS[task].num_starts
         moment = process.reset(start, image, off_grid)
@@ -203,7 +221,18 @@ class Simpler:
         image: bool,
         filming: bool,
     ) -> bool:
-        """Step one scene until the next inference is due. Returns True if its episode has ended."""
+        """Step one scene until the next inference, or until the episode ends.
+
+        Args:
+            scene: The scene.
+            chunk: [H, 8] the predicted actions.
+            observation: The observation from which they were predicted.
+            image: Whether the next observation should have an image.
+            filming: Whether the images of all steps are kept for a film.
+
+        Returns:
+            Whether the episode has ended.
+        """
         check_replan_interval(self._options.replan_steps, len(chunk))
         max_steps = TASKS[scene.task].max_steps
         num_actions = min(self._options.replan_steps, max_steps - scene.steps)
@@ -216,13 +245,16 @@ class Simpler:
             scene.pictures = []
         if not scene.moment.success:
             scene.achieved = None
-        elif not scene.achieved:
+        elif scene.achieved is None:
             scene.achieved = scene.steps
         return scene.steps >= max_steps
 
 
 def _make_outcome(scene: SimplerScene) -> Outcome:
+    """Make the outcome of a scene whose episode has ended."""
     moment = scene.moment
+    # With success, the steps until the task was fulfilled; otherwise all steps.
+    num_steps = moment.steps if scene.achieved is None else scene.achieved
     return Outcome(
         family=scene.task,
         seed=scene.seed,
@@ -232,5 +264,5 @@ def _make_outcome(scene: SimplerScene) -> Outcome:
         grasped=moment.grasped,
         wrong_object_moved=moment.wrong_object_moved,
         unreachable=moment.unreachable,
-        steps=scene.achieved or moment.steps,
+        steps=num_steps,
     )

@@ -1,4 +1,8 @@
-"""SIMPLER's four tasks, and what is known of a moment in one of them."""
+"""SIMPLER's four tasks, their starts, and the state of a running scene.
+
+A *start* is how the objects of a scene lie at first. The benchmark has official starts, a small
+grid of positions and orientations. A start *off the grid* differs from all of them.
+"""
 
 import math
 from collections.abc import Mapping
@@ -13,15 +17,17 @@ from spear.errors import SpearError
 from spear.geometry import quat_multiply
 from spear.types import Array
 
-CAMERA = "3rd_view_camera"
-CAMERA_SIZE = (640, 480)  # width and height of its images, px
-FINGER_CLOSED_M = 0.015  # position of the fingers' joints
-FINGER_OPEN_M = 0.037
+CAMERA = "3rd_view_camera"  # ManiSkill's name
+CAMERA_SIZE = (640, 480)  # width and height of the camera's images, px
+FINGER_CLOSED_M = 0.015  # position of each finger's joint when the gripper is closed
+FINGER_OPEN_M = 0.037  # position of each finger's joint when the gripper is open
 
-MIN_START_OFFSET_M = 0.01  # a start off the grid differs from the official ones by this much …
-MIN_START_TURN_RAD = math.radians(10)  # … or the object to move is turned by this much
-MAX_START_TURN_RAD = math.pi / 4
-START_JOINT_STD_RAD = 0.05  # standard deviation of the arm's posture in a start off the grid
+# A start off the grid differs from every official start: an object lies farther away, or the object
+# to move is turned by a larger angle.
+MIN_START_OFFSET_M = 0.01
+MIN_START_TURN_RAD = math.radians(10)
+MAX_START_TURN_RAD = math.pi / 4  # largest rotation from an official orientation
+START_JOINT_STD_RAD = 0.05  # standard deviation of the arm's joints in a start off the grid
 MAX_START_TRIES = 10_000
 
 
@@ -29,17 +35,20 @@ MAX_START_TRIES = 10_000
 class Task:
     """One task of ManiSkill.
 
-    num_starts            how many different scenes it has: a small grid of positions and
-                          orientations.
+    num_starts            number of official starts.
     max_steps             control steps after which an episode ends.
-    num_grasp_directions  the scripted expert takes the object in any of so many equally good
-                          directions of a full turn: 4 for a cube, 2 for a long object, along its x
-                          axis.
-    grasp_offset_m        where along the object's x axis it takes it, from the object's origin.
-    release_height_m      how high above its place it lets go of the object.
-    max_offset_m          starts off the grid: objects lie up to so far, along x and y, from the
-                          middle of the grid, beyond its corners (our choice).
-    min_distance_m        and so far from each other (our choice).
+    num_grasp_directions  for the oracle: in how many equally good directions of a full turn the
+                          gripper can grasp the object. A cube has 4. A long object has 2, which are
+                          along its x axis.
+    grasp_offset_m        for the oracle: where along the object's x axis the gripper grasps,
+                          measured from the object's origin.
+    release_height_m      for the oracle: the height above its place at which the gripper releases
+                          the object.
+    max_offset_m          for starts off the grid: largest distance along x and along y of an object
+                          from the middle of the grid; this reaches beyond the grid's corners (our
+                          choice).
+    min_distance_m        for starts off the grid: smallest distance between the two objects (our
+                          choice).
     """
 
     num_starts: int
@@ -74,17 +83,17 @@ TASKS: dict[str, Task] = {
         min_distance_m=0.065,
     ),
 }
-"""ManiSkill's names, in the order of the paper's table."""
+"""ManiSkill's name → task, in the order of the paper's table."""
 
 
 @dataclass(frozen=True)
 class Start:
     """How a scene begins.
 
-    positions  [2, 3] (m): where the object to move and the goal are placed, in the world. They
-               then settle under gravity, so the episode begins with slightly different positions.
-    turns   [2, 4] (w x y z): their orientations.
-    joints  [6] (rad), added to the arm's posture.
+    positions  [2, 3] where the object to move and the goal are placed, in the world, m. They then
+               settle under gravity, so the episode begins with slightly different positions.
+    turns      [2, 4] the orientations of these two (w x y z).
+    joints     [6] angles that are added to the arm's joints, rad.
     """
 
     positions: Array
@@ -93,17 +102,19 @@ class Start:
 
 
 def sample_off_grid_start(task: Task, seed: int, positions: Array, turns: Array) -> Start:
-    """Sample a start that is none of the official ones.
+    """Sample a start off the grid.
 
-    Objects that the official starts move are placed uniformly within `task.max_offset_m` of their
-    middle. The object to move is turned from one of its official orientations by up to 45° about
-    the vertical. The angles of the arm's joints get Gaussian noise of `START_JOINT_STD_RAD`.
+    Objects whose position differs between official starts are placed uniformly within
+    `task.max_offset_m` of the middle of these positions. The object to move is turned about the
+    vertical by up to 45° from one of its official orientations. The angles of the arm's joints get
+    Gaussian noise with a standard deviation of `START_JOINT_STD_RAD`.
 
     Args:
         task: The task.
         seed: The seed of the start.
-        positions: [n, 2, 3] (m); the official starts combine them with all `turns`.
-        turns: [m, 2, 4] (w x y z).
+        positions: [n, 2, 3] official positions of the object to move and of the goal, m. There is
+            an official start for each pair of an entry here and an entry of `turns`.
+        turns: [m, 2, 4] official orientations of the two (w x y z).
 
     Raises:
         SpearError: No start was found.
@@ -111,20 +122,22 @@ def sample_off_grid_start(task: Task, seed: int, positions: Array, turns: Array)
     # The number 2 keeps these random numbers apart from others that are drawn with the same seed:
     # 1 is for disturbances of the arm (`record`), 3 for scenes to label (`frames`).
     rng = np.random.default_rng([seed, 2])
-    is_moved = np.ptp(positions[..., :2], axis=0).any(axis=-1)  # [2]
-    middle = (positions[..., :2].min(axis=0) + positions[..., :2].max(axis=0)) / 2
+    official_xy = positions[..., :2]  # [n, 2, 2]
+    varies = np.ptp(official_xy, axis=0).any(axis=-1)  # [2], for each object
+    middle = (official_xy.min(axis=0) + official_xy.max(axis=0)) / 2  # [2, 2]
     for _ in range(MAX_START_TRIES):
         position = positions[0].copy()
         turn = turns[rng.integers(len(turns))].copy()
         offset = rng.uniform(-1, 1, position[:, :2].shape) * task.max_offset_m
-        position[:, :2] = np.where(is_moved[:, None], middle + offset, position[:, :2])
+        position[:, :2] = np.where(varies[:, None], middle + offset, position[:, :2])
         angle = rng.uniform(-MAX_START_TURN_RAD, MAX_START_TURN_RAD)
         about_vertical = torch.tensor(
             [math.cos(angle / 2), 0.0, 0.0, math.sin(angle / 2)], dtype=torch.float64
         )
         turn[0] = quat_multiply(about_vertical, torch.from_numpy(turn[0])).numpy()
         start = Start(position, turn, rng.normal(0, START_JOINT_STD_RAD, 6))
-        has_room = pdist(position[:, :2]).min() >= task.min_distance_m
+        distance_m = pdist(position[:, :2]).min()  # between the two objects
+        has_room = distance_m >= task.min_distance_m
         if has_room and not is_official(start, positions, turns):
             return start
     raise SpearError(
@@ -135,34 +148,41 @@ def sample_off_grid_start(task: Task, seed: int, positions: Array, turns: Array)
 
 
 def is_official(start: Start, positions: Array, turns: Array) -> bool:
-    """Whether a start counts as one of the official ones.
+    """Return whether a start counts as one of the official ones.
 
-    Both objects are less than `MIN_START_OFFSET_M` off one of them, and the object to move is
-    turned by less than `MIN_START_TURN_RAD`. Arguments as in `sample_off_grid_start`.
+    It does if both objects are less than `MIN_START_OFFSET_M` from their positions in one of these,
+    and the object to move is turned by less than `MIN_START_TURN_RAD`.
+
+    Args:
+        start: The start.
+        positions: [n, 2, 3] official positions, see `sample_off_grid_start`.
+        turns: [m, 2, 4] official orientations.
     """
     distances = np.linalg.norm(positions - start.positions, axis=-1)  # [n, 2]
     is_near = (distances < MIN_START_OFFSET_M).all(axis=-1)  # [n]
-    cosine = np.abs(turns[:, 0] @ start.turns[0]) / np.linalg.norm(turns[:, 0], axis=-1)
+    # Angles between the start's and the official orientations of the object to move, from scalar
+    # products of quaternions; the official ones need not have length 1.
+    cosine = np.abs(turns[:, 0] @ start.turns[0]) / np.linalg.norm(turns[:, 0], axis=-1)  # [m]
     angles = 2 * np.arccos(np.clip(cosine, 0, 1))
     return bool(is_near.any() and (angles < MIN_START_TURN_RAD).any())
 
 
 @dataclass(frozen=True)
 class Truth:
-    """What only the simulator knows.
+    """The true state of a scene, which only the simulator knows.
 
     Poses are [7]: position (m) and quaternion (w x y z), in the robot's base frame.
 
-    commanded    pose of the end-effector that the controller is told to reach.
-    measured     pose of the end-effector.
-    opening      of the gripper, 0 to 1, as measured.
+    commanded    pose of the end effector that the controller has to reach.
+    measured     pose of the end effector.
+    opening      measured gripper opening, 0 to 1.
     open         whether the gripper was commanded to be open.
     still        whether the arm and the fingers hardly moved in the last step.
     closing      whether the fingers closed further in the last step.
     source       pose of the object to move.
-    source_size  [3] the sides of its box (m), along its own axes.
-    goal         pose of the object, or place, to put it on.
-    goal_size    [3] as source_size.
+    source_size  [3] sides of the source's bounding box along its own axes, m.
+    goal         pose of the object, or place, on which the source has to be put.
+    goal_size    [3] sides of the goal's bounding box along its own axes, m.
     """
 
     commanded: Array
@@ -179,22 +199,24 @@ class Truth:
 
 @dataclass(frozen=True)
 class Moment:
-    """A scene between two control steps.
+    """The state of a scene between two control steps.
 
-    observation         that of `spear.embodiments.simpler_widowx`; without its image unless one was
-                        asked for.
-    success             ManiSkill's own verdict on this moment.
-    reached             the end-effector has been within 4 cm of the object to move (our choice).
-    grasped             both fingers have pressed on it.
-    wrong_object_moved  another object has moved by more than 3 cm, and by more than the one to
-                        move. (ManiSkill describes this condition for its flag of this name, which
-                        is always False in 3.0.1.)
-    unreachable         control steps so far for whose target the controller found no joint angles;
-                        the arm then stands still, and the next command begins at the last pose that
-                        could be reached.
-    steps               control steps so far.
-    pictures            of each step since the last moment, if they were asked for: [480, 640, 3]
-                        uint8.
+    observation         the observation of `spear.embodiments.simpler_widowx`. It has an image only
+                        if one was requested.
+    truth               the true state.
+    success             whether the task is fulfilled at this moment, as ManiSkill judges it.
+    reached             whether the end effector has been within 4 cm of the object to move at some
+                        time (our choice).
+    grasped             whether both fingers have pressed on this object at some time.
+    wrong_object_moved  whether another object has moved by more than 3 cm, and by more than the
+                        object to move. (ManiSkill describes this condition for its flag of this
+                        name, which is always False in version 3.0.1.)
+    unreachable         number of control steps so far for whose target the controller found no
+                        joint angles. In such a step the arm stands still, and the next command
+                        begins at the last pose that could be reached.
+    steps               number of control steps so far.
+    pictures            [480, 640, 3] uint8 image after each step since the last moment, if these
+                        were requested.
     """
 
     observation: Mapping[str, Any]

@@ -1,16 +1,17 @@
-"""One of SIMPLER's tasks in ManiSkill 3: scenes by number, with the WidowX's observations and
-commands.
+"""A task of SIMPLER in ManiSkill 3, with the WidowX's observations and commands.
 
-Facts from mani_skill 3.0.1's code, checked in it (docs/howto/simpler.md):
+These facts were found in the code of mani_skill 3.0.1 (docs/howto/simpler.md):
 
-- The arm's controller keeps a target pose of link `ee_gripper_link` and solves for joint angles at
-  every command.
+- The arm's controller has a target pose of link `ee_gripper_link`. At every command it moves this
+  pose and solves for joint angles.
 - The fingers' joints go from 0.015 m (closed) to 0.037 m (open). A gripper command from -1 to 1
-  maps onto that range, 1 mm wider at either end.
-- The photograph behind the scene is kept on ManiSkill's class, so that a process can run one task
-  only. ManiSkill simulates on one core, and a driver that fails takes its process with it.
+  maps onto that range, extended by 1 mm at either end.
+- The photograph behind the scene is an attribute of ManiSkill's class, so that a process can run
+  only one task. ManiSkill simulates on one core, and if the graphics driver fails, the process
+  ends.
 
-Therefore each running scene has a process of its own, and they run side by side.
+Therefore each running scene has its own process (`SimplerProcess`), and the processes run at the
+same time.
 """
 
 import functools
@@ -46,19 +47,19 @@ from spear.util.fingerprints import hash_files
 from spear.util.processes import NO_WORKER_STARTED, block_interrupts, follow_parent_process
 
 ASSETS = {"bridge_v2_real2sim": "tasks/bridge_v2_real2sim_dataset", "widowx250s": "robots/widowx"}
-"""ManiSkill's names of the files that the tasks need → their folders in its data folder."""
+"""ManiSkill's name of each download that the tasks need → its folder in ManiSkill's data folder."""
 REACHED_DISTANCE_M = 0.04  # see `Moment.reached`
 MIN_MOVED_M = 0.03  # see `Moment.wrong_object_moved`
 
-# Up to these changes in a control step, arm and fingers are at rest. Joints that press on something
-# tremble for ever, while the pose stands still.
+# If the pose and the opening change by less than this in a control step, arm and fingers are at
+# rest. The joints are not compared, because joints that press on something keep trembling.
 STILL_POSITION_M = 5e-4
 STILL_ROTATION = 5e-3  # norm of the change of the quaternion
 STILL_OPENING = 0.01
 
 
 class NoRenderer(SpearError):
-    """ManiSkill finds nothing to render its scene with, for this reason."""
+    """ManiSkill cannot render its scene. The argument is the reason."""
 
     def __str__(self) -> str:
         return (
@@ -69,9 +70,10 @@ class NoRenderer(SpearError):
 
 
 def find_assets(folder: Path | None) -> Path:
-    """ManiSkill's asset folder: `folder`, or MS_ASSET_DIR, or ~/.maniskill.
+    """Find ManiSkill's asset folder: `folder`, or else $MS_ASSET_DIR, or else ~/.maniskill.
 
-    Raises `SpearError` if files are missing, or ManiSkill itself.
+    Raises:
+        SpearError: The folder lacks assets, or ManiSkill is not installed.
     """
     if find_spec("mani_skill") is None:
         raise SpearError(missing_extra_message("SIMPLER", "mani_skill", "simpler"))
@@ -87,54 +89,67 @@ def find_assets(folder: Path | None) -> Path:
 
 
 def hash_assets(root: Path) -> str:
-    """`hash_files` of the models and photographs that the tasks need."""
+    """Compute the hash (`hash_files`) of the models and photographs that the tasks need.
+
+    Args:
+        root: ManiSkill's asset folder.
+    """
     data = root / "data"
-    named_files: list[tuple[str, Path]] = []
+    named_files: list[tuple[str, Path]] = []  # (path in the data folder, path)
     for subfolder in ASSETS.values():
         files = [path for path in (data / subfolder).rglob("*") if path.is_file()]
         named_files += sorted((path.relative_to(data).as_posix(), path) for path in files)
-    # Hidden files are what downloading left behind.
+    # Hidden files are remains of the download.
     return hash_files((name, path) for name, path in named_files if "/." not in name)
 
 
 def describe_simulator(assets: Path) -> str:
-    """ManiSkill's version and the hash of its assets: others render and move differently."""
+    """Identify the simulator by ManiSkill's version and the hash of its assets.
+
+    With another version or other assets, scenes look and move differently.
+    """
     return f"ManiSkill {version('mani_skill')}, assets {hash_assets(assets)}"
 
 
 class SimplerWorld:
-    """One task of SIMPLER in this process.
+    """One task of SIMPLER, simulated in this process.
 
-    Raises `SpearError` if a renderer is missing, or if the task is not what its `Task` says.
+    Args:
+        task: One of `TASKS`.
+
+    Raises:
+        SpearError: A renderer is missing, or the task has another number of starts than its `Task`
+            says.
     """
 
     def __init__(self, task: str) -> None:
-        # `SimplerProcess` spawns a process for each world. That process knows a script's own task
-        # only if the script adds the task to `TASKS` when it is imported.
+        # `SimplerProcess` starts a new Python process for each world. A task that a user's script
+        # adds is known there only if importing the script adds the task to `TASKS`.
         if task not in TASKS:
             raise SpearError(
                 f"SIMPLER: {task}: its process lacks it: import it where your script begins"
             )
         self._env = _make_env(task)
-        self._render_mode = self._env._obs_mode
+        self._render_mode = self._env._obs_mode  # set only while an image is rendered
         self._name = task
         self._task = TASKS[task]
-        # ManiSkill's tensors of the official starts, from which `rebuild_scene` builds scenes
+        # Positions [n, 2, 3] and orientations [m, 2, 4] of the official starts, as ManiSkill's
+        # tensors, from which `rebuild_scene` builds scenes
         self._official = (self._env.xyz_configs, self._env.quat_configs)
         positions, turns = self._official
-        # The same starts as float64 arrays, with which starts off the grid are sampled
+        # The same as float64 arrays, which `sample_off_grid_start` uses
         self._grid = (np.asarray(positions, np.float64), np.asarray(turns, np.float64))
         num_starts = len(positions) * len(turns)
         if num_starts != self._task.num_starts:
             raise SpearError(f"SIMPLER: {task}: has {num_starts} starts: say so in its Task")
 
     def reset(self, start: int, image: bool, is_off_grid: bool = False) -> Moment:
-        """Build the scene of one start, and return what is observed there.
+        """Build the scene of one start, and return its state.
 
         Args:
-            start: The number of an official start; or the seed of another one.
-            image: Whether the observation has an image.
-            is_off_grid: Whether the start is none of the official ones (`sample_off_grid_start`).
+            start: The number of an official start, or the seed of a start off the grid.
+            image: Whether the observation should have an image.
+            is_off_grid: Whether the start is off the grid (`sample_off_grid_start`).
         """
         if is_off_grid:
             self._reset_off_grid(start)
@@ -151,6 +166,7 @@ class SimplerWorld:
         return self._make_moment(image, [])
 
     def _reset_off_grid(self, seed: int) -> None:
+        """Build the scene of a start off the grid, and change the arm's posture."""
         start = sample_off_grid_start(self._task, seed, *self._grid)
         rebuild_scene(
             self._env, torch.from_numpy(start.positions)[None], torch.from_numpy(start.turns)[None]
@@ -160,12 +176,12 @@ class SimplerWorld:
         self._env.agent.reset(init_qpos=joints)
 
     def run(self, rows: Array, image: bool, filming: bool = False) -> Moment:
-        """Execute control steps.
+        """Execute control steps, and return the state after them.
 
         Args:
-            rows: One row [7] of the embodiment's command per step.
-            image: Whether the observation has an image.
-            filming: Whether an image is taken after each step.
+            rows: [steps, 7] commands of the embodiment.
+            image: Whether the observation should have an image.
+            filming: Whether to render an image after each step.
         """
         pictures = []
         arm = self._env.agent.controller.controllers["arm"]
@@ -175,10 +191,11 @@ class SimplerWorld:
             *_, info = self._env.step(row)
             self._success = bool(info["success"])
             self._steps += 1
-            # The controller marks a pose that it cannot reach by keeping its joint targets.
+            # For a pose that it cannot reach, the controller takes the present joints as targets.
             if arm._target_qpos is arm._start_qpos:
                 self._unreachable += 1
-                # Otherwise commands would add up far outside, and a command back would do nothing.
+                # Without this, the target pose would move farther and farther outside with every
+                # command, and the first commands back would have no effect.
                 arm._target_pose = last_target_pose
             self._update_milestones()
             if filming:
@@ -186,52 +203,62 @@ class SimplerWorld:
         return self._make_moment(image, pictures)
 
     def look(self, seed: int, size: tuple[int, int]) -> Frame:
-        """Render a scene to label, at (width, height): see `spear.evaluate.simpler.frames`."""
+        """Render a scene for labeling (see `spear.evaluate.simpler.frames`).
+
+        Args:
+            seed: The seed of the scene.
+            size: (width, height) of the image, px.
+        """
         frame = render_labeled_frame(self._env, self._task, self._grid, seed)
         return fit_frame(frame, size, f"simpler/{self._name}/{seed}")
 
     def picture(self) -> Array:
-        """What the camera sees, [480, 640, 3] uint8.
-
-        The background of the rendered scene is the task's photograph.
-        """
+        """Render what the camera sees, in front of the task's photograph: [480, 640, 3] uint8."""
         self._env._obs_mode = self._render_mode
         image = self._env.get_obs()["sensor_data"][CAMERA]["rgb"][0]
         self._env._obs_mode = "none"
         return np.asarray(image, np.uint8)
 
     def _object_positions(self) -> dict[str, Array]:
+        """Return ManiSkill's name of each object → its position [3] in the world, m."""
         positions = {}
         for name, actor in self._env.objs.items():
             positions[name] = actor.pose.p[0].numpy().copy()
         return positions
 
     def _update_milestones(self) -> None:
-        """Note after each control step which milestones are reached.
+        """Record after a control step which milestones have been reached so far.
 
-        A moment is only made after the last step of a `run`. A grasp, for example, may have begun
-        and ended by then, so a milestone that was reached once stays reached until the next reset.
+        This cannot wait for the last step of a `run`, because a grasp, for example, may have begun
+        and ended before. A milestone stays reached until the next reset.
         """
         source = self._env.source_obj_name
         positions = self._object_positions()
-        moved_m = {}
+        moved_m = {}  # object → horizontal distance from its first position
         for name, position in positions.items():
-            moved_m[name] = float(np.hypot(*(position - self._first_positions[name])[:2]))
+            x, y, _ = position - self._first_positions[name]
+            moved_m[name] = float(np.hypot(x, y))
         source_moved_m = moved_m.pop(source)
-        # Another object counts as wrongly moved if it moved by more than 3 cm and by more than the
-        # object to move: the condition that ManiSkill describes (see `Moment`).
+        # See `Moment.wrong_object_moved`.
         for distance in moved_m.values():
             self._wrong_object_moved |= distance > max(MIN_MOVED_M, source_moved_m)
 
-        link = self._env.agent.controller.controllers["arm"].ee_link.pose.p[0].numpy()
-        link_distance = np.linalg.norm(link - positions[source])
+        link_position = self._env.agent.controller.controllers["arm"].ee_link.pose.p[0].numpy()
+        link_distance = np.linalg.norm(link_position - positions[source])
         self._reached |= bool(link_distance < REACHED_DISTANCE_M)
         self._grasped |= bool(self._env.agent.is_grasping(self._env.objs[source]))
 
     def _make_moment(self, image: bool, pictures: list[Array]) -> Moment:
+        """Return the present state.
+
+        Args:
+            image: Whether the observation should have an image.
+            pictures: Images of the steps since the last moment.
+        """
         truth = self._read_truth()
         position = truth.measured[:3]
         rotation = torch.from_numpy(truth.measured[3:])
+        # Observations have the orientation of the robot's link, not that of our end-effector frame.
         link_rotation = quat_multiply(rotation, LINK_ROTATION).numpy()
         pose = np.concatenate([position, link_rotation, [truth.opening]]).astype(np.float32)
         observation: dict[str, Any] = {
@@ -239,6 +266,7 @@ class SimplerWorld:
             "prompt": self._env.get_language_instruction()[0],
         }
         if image:
+            # The last of the pictures already shows the present state.
             observation["observation/image"] = pictures[-1] if pictures else self.picture()
         return Moment(
             observation=observation,
@@ -253,6 +281,7 @@ class SimplerWorld:
         )
 
     def _read_truth(self) -> Truth:
+        """Read the true state from the simulator."""
         env = self._env
         arm = env.agent.controller.controllers["arm"]
         gripper = env.agent.controller.controllers["gripper"]
@@ -261,6 +290,7 @@ class SimplerWorld:
         fingers = env.agent.robot.get_qpos()[0, -2:].numpy().astype(np.float64)
         opening = compute_opening(fingers)
 
+        # Before the first command, the gripper counts as commanded to be open.
         half_open = (FINGER_CLOSED_M + FINGER_OPEN_M) / 2
         is_commanded_open = self._steps == 0 or float(gripper._target_qpos.mean()) > half_open
         is_still = True
@@ -286,7 +316,13 @@ class SimplerWorld:
 
 
 def is_at_rest(previous: Truth, measured: Array, opening: float) -> bool:
-    """Whether arm and fingers have hardly moved in a control step."""
+    """Return whether arm and fingers have hardly moved in a control step.
+
+    Args:
+        previous: The state before the step.
+        measured: [7] pose of the end effector after the step.
+        opening: Gripper opening after the step.
+    """
     change = np.abs(measured - previous.measured)
     is_position_still = np.linalg.norm(change[:3]) < STILL_POSITION_M
     is_rotation_still = np.linalg.norm(change[3:]) < STILL_ROTATION
@@ -295,14 +331,17 @@ def is_at_rest(previous: Truth, measured: Array, opening: float) -> bool:
 
 
 def compute_opening(fingers: Array) -> float:
-    """The gripper's opening, 0 to 1, from the two finger joints [2] (m)."""
+    """Compute the gripper opening (0 to 1) from the positions of the finger joints, [2] m."""
     travel = FINGER_OPEN_M - FINGER_CLOSED_M
     return float(np.clip((np.mean(fingers) - FINGER_CLOSED_M) / travel, 0, 1))
 
 
 def to_base_frame(base: Array, pose: Array) -> Array:
-    """Convert a pose [7] from the world to the base frame; base [7]: the robot's base in the
-    world.
+    """Convert a pose from the world to the robot's base frame.
+
+    Args:
+        base: [7] pose of the robot's base in the world.
+        pose: [7] pose in the world.
     """
     base_tensor = torch.from_numpy(base)
     pose_tensor = torch.from_numpy(pose)
@@ -314,25 +353,28 @@ def to_base_frame(base: Array, pose: Array) -> Array:
 
 
 def _to_ee_pose(link: Array) -> Array:
-    """Convert a pose [7] of link `ee_gripper_link` to our end-effector frame, at the same place."""
+    """Convert a pose [7] of link `ee_gripper_link` to our end-effector frame.
+
+    The two frames have the same origin.
+    """
     rotation = torch.from_numpy(ee_from_link_rotation(link[3:]))
     return np.concatenate([link[:3], quat_canonical(rotation).numpy()])
 
 
 def _read_pose(pose: Any) -> Array:
-    """[7] float64 of ManiSkill's `Pose` of a batch of one."""
+    """Convert ManiSkill's `Pose` of a batch of one to [7] float64."""
     raw_pose = pose.raw_pose[0].numpy().astype(np.float64)
     raw_pose[3:] /= np.linalg.norm(raw_pose[3:])
     return np.asarray(raw_pose)
 
 
 def _read_size(model: Any) -> Array:
-    """[3] the sides of a model's bounding box, m."""
+    """Return the sides [3] of a model's bounding box, m."""
     return np.subtract(model["bbox"]["max"], model["bbox"]["min"]).astype(np.float64)
 
 
 def _make_env(task: str) -> Any:
-    """ManiSkill's environment, without Gymnasium's time limit: `Task.max_steps` has it."""
+    """Make ManiSkill's environment, without Gymnasium's time limit (`Task.max_steps` is ours)."""
     import gymnasium
     import mani_skill.envs  # noqa: F401
 
@@ -350,12 +392,19 @@ def _make_env(task: str) -> Any:
 
 
 class SimplerProcess:
-    """A `SimplerWorld` in a process of its own. Calls block; to run several, use a thread for
-    each.
+    """A `SimplerWorld` in its own process.
+
+    Calls wait for their result, so several processes run at the same time only if each is called
+    from its own thread. The methods raise the errors of `SimplerWorld`, and `NoRenderer` if the
+    process has crashed.
+
+    Args:
+        task: One of `TASKS`.
+        assets: ManiSkill's asset folder, see `find_assets`.
     """
 
     def __init__(self, task: str, assets: Path | None = None) -> None:
-        # ManiSkill reads this when a script begins.
+        # ManiSkill reads this variable when the new process imports it.
         os.environ["MS_ASSET_DIR"] = str(find_assets(assets))
         self._task = task
         context = multiprocessing.get_context("spawn")
@@ -364,27 +413,26 @@ class SimplerProcess:
             self._started = self._worker.submit(int)
 
     def reset(self, start: int, image: bool, is_off_grid: bool = False) -> Moment:
-        """As `SimplerWorld.reset`. Raises its `SpearError`, and `NoRenderer` if the process has
-        ended.
-        """
+        """Build the scene of one start, see `SimplerWorld.reset`."""
         return self._call("reset", start, image, is_off_grid)
 
     def run(self, rows: Array, image: bool, filming: bool = False) -> Moment:
-        """As `SimplerWorld.run`; raises as `reset`."""
+        """Execute control steps, see `SimplerWorld.run`."""
         return self._call("run", rows, image, filming)
 
     def look(self, seed: int, size: tuple[int, int]) -> Frame:
-        """As `SimplerWorld.look`; raises as `reset`."""
+        """Render a scene for labeling, see `SimplerWorld.look`."""
         return self._call("look", seed, size)
 
     def close(self) -> None:
         self._worker.shutdown(cancel_futures=True)
 
     def _call(self, method: str, *arguments: Any) -> Any:
+        """Call a method of the world in the process."""
         try:
             return self._worker.submit(_call_world, self._task, method, arguments).result()
         except BrokenProcessPool:
-            if self._started.exception():
+            if self._started.exception():  # the process did not even start
                 raise SpearError(NO_WORKER_STARTED) from None
             raise NoRenderer(
                 "its process crashed; if it was out of memory, run fewer at once"
@@ -393,15 +441,20 @@ class SimplerProcess:
 
 @functools.cache
 def _get_world(task: str) -> SimplerWorld:
-    """The world of this process. It is made at the first call, so that processes start side by
-    side.
+    """Return the world of this process, which is made at the first call.
+
+    So it is made in the process, and several processes make theirs at the same time.
     """
-    torch.set_num_threads(1)  # threads of many processes only slow each other down
-    os.environ.setdefault("LP_NUM_THREADS", "1")  # those of the software renderer
+    torch.set_num_threads(1)  # with more threads, many processes only slow each other down
+    os.environ.setdefault("LP_NUM_THREADS", "1")  # threads of the software renderer
     return SimplerWorld(task)
 
 
 def _call_world(task: str, method: str, arguments: tuple[Any, ...]) -> Any:
+    """Call a method of this process's world. Any error becomes a `SpearError` that names the task.
+
+    A module's function, because it has to be pickled.
+    """
     try:
         return getattr(_get_world(task), method)(*arguments)
     except SpearError:

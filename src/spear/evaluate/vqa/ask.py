@@ -1,4 +1,4 @@
-"""Images to ask about, from files or held-out scenes; and one question about one image."""
+"""Load images to ask a SPEAR-VLM about, from files or held-out scenes, and ask one question."""
 
 import re
 from collections.abc import Iterator, Sequence
@@ -26,18 +26,23 @@ from spear.question_types import QUESTION_TYPES
 from spear.types import Array, Frame, LabeledImage
 from spear.util.images import load_image
 
-NUM_BOX_NUMBERS = 24
-MAX_NAME_TOKENS = 8  # of an answer to "what is there?"
+NUM_BOX_NUMBERS = 24  # x, y, z of eight vertices
+MAX_NAME_TOKENS = 8  # longest answer to the question what is at a point, in tokens
 
 
 def load_picture(source: str, size: tuple[int, int], camera: str = "external") -> Frame:
     """Load the image to ask about.
 
     Args:
-        source: An image file (raises as `util.images.load_image`), or "sim:SEED" for a held-out
-            scene, whose camera is known.
-        size: (width, height) of the rendered scene, px.
-        camera: The name of a camera of the scene.
+        source: An image file, or "sim:SEED" for a held-out scene.
+        size: (width, height) of the image of a scene, px.
+        camera: The camera of a scene: "external" or "wrist".
+
+    Returns:
+        The image. A frame of a scene also has the camera's parameters and the ground truth.
+
+    Raises:
+        SpearError: The image cannot be read, or the seed is not held out.
     """
     if source.startswith("sim:"):
         return next(render_held_out_frames(1, parse_sim_seed(source), size, camera))
@@ -58,11 +63,12 @@ def ask_question(
     Args:
         model: SPEAR-VLM with its processor.
         image: [h, w, 3] uint8.
-        question: In words.
-        question_type: One of `QUESTION_TYPES`. If it is None, the type that the wording belongs to
-            (`parse_question`) is used; if it belongs to none, the answer is free.
+        question: The question, in words.
+        question_type: One of `QUESTION_TYPES`. If it is None, the type is found from the wording
+            (`parse_question`). If the wording belongs to no type, any answer is allowed.
         decode: How numbers are read off the model's probabilities.
-        trust: With it, the text also says how sure the numbers are, or that this is not known.
+        trust: How far the model can be trusted. If it is given, the text also says how sure the
+            numbers are, or that this is not known.
         view: The camera that took the image.
 
     Returns:
@@ -78,11 +84,13 @@ def ask_question(
     parsed_type, names = parse_question(question) or (None, [])
     question_type = question_type or parsed_type
 
+    # Do not ask where an object is that the model does not see.
     if trust and trust.tells_absent and names:
         absent = find_absent_objects(model, image, names, view)
         if absent:
             return None, _describe_absent(absent)
 
+    # Ask, and read the numbers off the distributions in the way that is wanted.
     (answer,) = model.answer([image], [question], question_type, view, distributions=True)
     distribution = answer.distribution
     if distribution:
@@ -99,6 +107,7 @@ def ask_question(
 
 
 def _describe_absent(absent: dict[str, str]) -> str:
+    """Say which objects are not in the image, from the result of `find_absent_objects`."""
     descriptions = []
     for name, seen_name in absent.items():
         descriptions.append(f"{name} (where the model points for it, it sees: {seen_name})")
@@ -112,8 +121,17 @@ def _describe_certainty(
     is_known_wording: bool,
     trust: Trust,
 ) -> str:
-    """How sure the numbers of an answer are, as far as it was measured."""
-    if not is_known_wording or question_type is None:  # intervals were measured with known wordings
+    """Say how sure the numbers of an answer are, if this was measured.
+
+    Args:
+        answer: The answer.
+        distribution: The probabilities of the answer's numbers.
+        question_type: The type of the question; None if it belongs to none.
+        is_known_wording: Whether the question has a wording of this type. The intervals in `trust`
+            were only measured with such wordings.
+        trust: How far the model can be trusted.
+    """
+    if not is_known_wording or question_type is None:
         template = PROMPT_TEMPLATES[question_type or "distance"][0]
         example = template.format(x="the mug", y="the bowl", p=KEYPOINT_NAMES["closest"][0])
         return (
@@ -122,20 +140,22 @@ def _describe_certainty(
     if question_type not in trust.factors:
         return "how sure this is, was not measured for this kind of question"
     low, high = trust.interval(question_type, distribution)
-    if len(low) > 3:
-        intervals = f"each number ± {float((high - low).mean()) / 2:.3f}"
+    if len(low) > 3:  # a box: too many numbers to list
+        mean_half_width = float((high - low).mean()) / 2
+        intervals = f"each number ± {mean_half_width:.3f}"
     else:
         intervals = "; ".join(f"{a:.3f} … {b:.3f}" for a, b in zip(low, high, strict=True))
     return f"{TRUSTED_COVERAGE:.0%} interval: {intervals} {abbreviate_unit(answer.unit)}"
 
 
 def parse_question(question: str) -> tuple[str, list[str]] | None:
-    """Parse a 3D question in one of its known wordings.
+    """Parse a 3D question that has one of the wordings that the model was trained with.
 
     Returns:
-        The question type and the objects that it names; None for any other question.
+        The question type and the names of its objects; None for a question in other words.
     """
     text = " ".join(question.split())
+    # Remove the words that only state the unit of the answer.
     for templates in UNIT_TEMPLATES.values():
         for template in templates:
             prefix, suffix = template.split("{}")
@@ -146,19 +166,24 @@ def parse_question(question: str) -> tuple[str, list[str]] | None:
         for prompt in PROMPT_TEMPLATES[question_type]:
             match = re.fullmatch(_to_pattern(prompt), text, re.IGNORECASE)
             if match:
-                names = match.groupdict()
+                names = match.groupdict()  # gap ("x" or "y") → name
                 return question_type, [names[gap] for gap in sorted(names)]
     return None
 
 
 def _to_pattern(prompt: str) -> str:
-    """A prompt template as a regular expression whose groups x and y are the objects' names."""
+    """Convert a prompt template to a regular expression.
+
+    Its gaps {x} and {y} become groups of the same names, which match the names of objects. Its gap
+    {p} matches the name of any keypoint.
+    """
     keypoints: list[str] = []
     for words in KEYPOINT_NAMES.values():
         keypoints += [re.escape(word) for word in words]
     pattern = re.escape(prompt.rstrip("?"))
     pattern = pattern.replace(r"\{p\}", f"(?:{'|'.join(keypoints)})")
-    # A name goes on until a comma, or until a word that begins the second object.
+    # After its article, a name goes on until a comma, or until words such as " and the" that
+    # introduce the second object.
     name = r"(?:(?:the|an?) )?(?P<\1>(?:(?! (?:from|and|to) (?:the|an?) )[^?,])+)"
     return re.sub(r"\\{([xy])\\}", name, pattern)
 
@@ -168,20 +193,27 @@ def find_absent_objects(
 ) -> dict[str, str]:
     """Find the objects that the model does not see in an image.
 
-    The model points at each object and then names what is at that point. Only a model that was
-    taught both can be asked (`Trust.tells_absent`).
+    The model first points at each object, and then names what is at that point. If this is another
+    name, the object is absent. This works only with a model that learned both tasks well enough
+    (`Trust.tells_absent`).
+
+    Args:
+        model: SPEAR-VLM with its processor.
+        image: [h, w, 3] uint8.
+        names: The names of the objects.
+        view: The camera that took the image.
 
     Returns:
         Name of each absent object → what the model sees instead.
     """
     images = [image] * len(names)
     location_template = PROMPT_TEMPLATES["centre_2d"][0]
-    locations = [location_template.format(x=with_article(name, True)) for name in names]
-    points = model.answer(images, locations, "centre_2d", view)
+    location_prompts = [location_template.format(x=with_article(name, True)) for name in names]
+    points = model.answer(images, location_prompts, "centre_2d", view)
 
     name_template = PROMPT_TEMPLATES["what_at"][0]
-    naming = [name_template.format(p=answer.segments[0]) for answer in points]
-    answers = model.answer(images, naming, "what_at", view, max_new_tokens=MAX_NAME_TOKENS)
+    name_prompts = [name_template.format(p=answer.segments[0]) for answer in points]
+    answers = model.answer(images, name_prompts, "what_at", view, max_new_tokens=MAX_NAME_TOKENS)
 
     absent = {}
     for name, answer in zip(names, answers, strict=True):
@@ -192,16 +224,19 @@ def find_absent_objects(
 
 
 def format_reply(answer: Answer, image: Array) -> str:
-    """An answer as text, with image points in pixels of `image`; a box by its center and
-    vertices.
+    """Format an answer as text.
+
+    A box is written as its center and its vertices, and image points in pixels of `image`.
     """
     values = answer.values
-    if len(values) == len(answer.segments) == NUM_BOX_NUMBERS:
+    has_only_numbers = len(values) == len(answer.segments)
+    if has_only_numbers and len(values) == NUM_BOX_NUMBERS:
         vertices = np.reshape(values, (8, 3))
         lines = [f"centre {format_answer(vertices.mean(0).tolist(), answer.unit)}; vertices:"]
         lines += [format_answer(vertex, answer.unit) for vertex in vertices.tolist()]
         return "\n  ".join(lines)
-    return format_answer(answer.segments, answer.unit, image.shape[1::-1]) or "(no answer)"
+    height, width = image.shape[:2]
+    return format_answer(answer.segments, answer.unit, (width, height)) or "(no answer)"
 
 
 def load_labeled_images(
@@ -210,10 +245,11 @@ def load_labeled_images(
     """Load at most `num_images` labeled images, as one camera of a model sees them.
 
     Args:
-        source: A folder of label shards, or with a sub-folder of them per view; images are taken
-            evenly spread. Or "sim" or "sim:SEED": held-out scenes from SEED on.
+        source: A folder of label shards, or a folder with one such folder per view. Its images are
+            selected at equal intervals. Or "sim" or "sim:SEED" for held-out scenes from SEED (by
+            default 0) on.
         num_images: Maximum number of images.
-        view: The camera.
+        view: The camera that took the images.
         processor: The model's processor.
 
     Raises:
@@ -221,7 +257,8 @@ def load_labeled_images(
             the model's numbers; or the seeds are not held out.
     """
     check_known("view", processor.image_sizes, view)
-    if (source == "sim" or source.startswith("sim:")) and not Path(source).exists():
+    is_scene = source == "sim" or source.startswith("sim:")
+    if is_scene and not Path(source).exists():
         size = processor.image_sizes[view]
         frames = render_held_out_frames(num_images, parse_sim_seed(source), size, view)
         labels = list(label_with_ground_truth(frames))
@@ -243,7 +280,7 @@ def load_labeled_images(
 
 
 def parse_sim_seed(source: str) -> int:
-    """The seed in "sim:SEED"; 0 of "sim". Raises `SpearError` where it is no number."""
+    """Return the seed in "sim:SEED", or 0 for "sim". Raises `SpearError` if it is no number."""
     seed = source.partition(":")[2] or "0"
     if not seed.isdecimal():
         raise SpearError(f"{source!r}: write sim:SEED with a number, for example sim:7")

@@ -1,8 +1,12 @@
-"""Calibration: predicted spreads and intervals compared with the truth.
+"""Calibration: whether a model is as sure of its answers' numbers as it should be.
 
-The distribution over a number's bins says which interval has 50, 80, 95 % of the probability. The
-truths fall into these intervals as often if the model is calibrated, and less often if it is
-overconfident.
+For each number of an answer, the model gives a probability distribution over bins
+(`models.readout.Distribution`). The central interval of a level contains that fraction of the
+probability, for example 80 %. If the model is calibrated, 80 % of the true numbers lie in their
+80 % intervals. If the model is overconfident, fewer do.
+
+The *spread* of a number is half the width of its central 68 % interval. Spreads and errors are
+*relative* if they are fractions of the object's distance from the camera.
 """
 
 import json
@@ -21,24 +25,27 @@ from spear.question_types import ANSWER_FORMS
 from spear.types import Array
 from spear.util.files import read_json_as, write_text
 
-CENTRAL_INTERVALS = (0.5, 0.8, 0.95)  # those that tables report
-CURVE_LEVELS = tuple(round(0.05 * i, 2) for i in range(21))  # those of the calibration curve
-TRUSTED_COVERAGE = 0.8  # the fraction of truths that the interval of an answer should contain
-MAX_BANDS = 10
+CENTRAL_INTERVALS = (0.5, 0.8, 0.95)  # levels of the intervals that tables report
+CURVE_LEVELS = tuple(round(0.05 * i, 2) for i in range(21))  # levels 0 … 1 of the curve
+TRUSTED_COVERAGE = 0.8  # fraction of true numbers that the intervals of `spear ask` should contain
+MAX_BANDS = 10  # see `Band`
 MIN_NUMBERS_PER_BAND = 40
-MIN_SPREAD = 1e-9  # relative; no error is divided by less
-MIN_NAMES_PRESENT = 0.8  # our choice, see `Trust.tells_absent`
-MAX_NAMES_ABSENT = 0.2  # our choice
+MIN_SPREAD = 1e-9  # relative; a smaller spread is replaced by this before an error is divided by it
+# Limits of the rates in `Trust.tells_absent` (our choice).
+MIN_NAMES_PRESENT = 0.8
+MAX_NAMES_ABSENT = 0.2
 CALIBRATION_FILE = "calibration.json"
 
 
 @dataclass(frozen=True)
 class Certainty:
-    """How sure an answer's numbers were, and how far they were from the truth: [numbers] each.
+    """How sure the model was of the numbers of an answer, and how far they were from the truth.
 
-    probability_below  probability that the model gave to less than the truth.
-    relative_spread    `compute_uncertainty`, relative to the object's distance.
-    relative_error     distance of the truth from the median of the distribution, likewise.
+    Each array has one entry per number of the answer.
+
+    probability_below  probability that the model gave to all numbers below the true number.
+    relative_spread    relative spread, see `compute_uncertainty`.
+    relative_error     relative distance of the true number from the median of the distribution.
     """
 
     probability_below: Array
@@ -47,8 +54,12 @@ class Certainty:
 
     @staticmethod
     def of(distribution: Distribution, truth: Array, scales: Array) -> "Certainty":
-        """Compare an answer's distribution with the truth; scales: the distances it is relative
-        to.
+        """Compare an answer's distribution with the truth.
+
+        Args:
+            distribution: The probabilities of the answer's numbers.
+            truth: [numbers] the true numbers.
+            scales: [numbers] the object's distance from the camera, for each number.
         """
         error = np.abs(distribution.read("median") - truth)
         return Certainty(
@@ -62,16 +73,16 @@ class Certainty:
 class Trust:
     """How far a model's answers can be trusted, measured on images with known answers.
 
-    It is stored next to the model's weights.
+    The measurement is stored next to the model's weights.
 
-    measured_on    the images, in words.
-    factors        question type → factor on its spread, so that `TRUSTED_COVERAGE` of the truths
-                   are at most that far from the median of the distribution.
-    names_present  how often the model names an object that is in the image, when it is asked what
-                   is at the point where it sees that object.
-    names_absent   the same for an object that is not in the image.
-    files          hashes of the measured model's files.
-    sources        of the images.
+    measured_on    what the images are, in words.
+    factors        question type → factor. An interval of ± factor · spread around the median of the
+                   distribution contains `TRUSTED_COVERAGE` of the true numbers.
+    names_present  the rate at which a model names an object that is in the image, when it is asked
+                   what is at the point where it sees that object.
+    names_absent   the same rate for objects that are not in the image.
+    files          file name → hash, of the files of the measured model.
+    sources        the sources of the images.
     """
 
     measured_on: str
@@ -84,10 +95,14 @@ class Trust:
 
     @staticmethod
     def load(folder: Path) -> "Trust | None":
-        """Load the trust of the model in a folder; None if it was not measured.
+        """Load the trust of the model in a folder.
 
-        A file that was measured with another model is ignored with a notice. Raises `SpearError`
-        for a broken file.
+        Returns:
+            The trust; None if it was not measured, or if it was measured with another model, which
+            a notice says.
+
+        Raises:
+            SpearError: The file is broken.
         """
         path = folder / CALIBRATION_FILE
         if not path.is_file():
@@ -103,7 +118,7 @@ class Trust:
         return trust
 
     def save(self, folder: Path) -> Path:
-        """Write the file of the model in a folder, and return its path."""
+        """Write the trust next to the model in a folder, and return the path of the file."""
         path = folder / CALIBRATION_FILE
         content = {**asdict(self), "files": hash_files(folder)}
         write_text(path, json.dumps(content, indent=1) + "\n")
@@ -111,32 +126,35 @@ class Trust:
 
     @property
     def tells_absent(self) -> bool:
-        """Whether a name that the model does not repeat means that the object is absent (our
-        choice).
+        """Whether an object is absent if the model gives another name at the point of the object.
+
+        The model must name most objects that are present, and few that are absent (our choice).
         """
         return self.names_present >= MIN_NAMES_PRESENT and self.names_absent <= MAX_NAMES_ABSENT
 
     def interval(self, question_type: str, distribution: Distribution) -> tuple[Array, Array]:
-        """The ends [numbers] of the intervals of an answer's numbers."""
+        """Compute the intervals of an answer's numbers: their lower and upper ends, [numbers]."""
         median = distribution.read("median")
         half_width = self.factors[question_type] * compute_uncertainty(distribution)
         return median - half_width, median + half_width
 
 
 def compute_uncertainty(distribution: Distribution) -> Array:
-    """Half the width of the central 68 % of each number, [numbers].
+    """Compute the spread of each number of an answer, [numbers].
 
-    For a box's vertices it is the widest so far on that axis: each number's distribution is
-    conditioned on the numbers before it, so if the first vertex is wrong, the others follow it.
+    The distribution of each number depends on the numbers that the model has chosen before. So if
+    the first vertex of a box is wrong, the others follow it with small spreads. Therefore, the
+    spread of a vertex's coordinate is the largest spread of this coordinate so far.
     """
     spread = distribution.spread()
     if len(spread) != ANSWER_FORMS["box_vertices"].num_numbers:
         return spread
-    return np.maximum.accumulate(spread.reshape(-1, 3), axis=0).ravel()
+    spread_by_vertex = spread.reshape(-1, 3)
+    return np.maximum.accumulate(spread_by_vertex, axis=0).ravel()
 
 
 def compute_spread_factor(answers: Sequence[Certainty]) -> float:
-    """The factor on the spread of a question type's answers, for `Trust.factors`."""
+    """Compute the factor of a question type for `Trust.factors` from the certainty of answers."""
     ratios = []
     for certainty in answers:
         ratios.append(certainty.relative_error / np.maximum(certainty.relative_spread, MIN_SPREAD))
@@ -145,11 +163,12 @@ def compute_spread_factor(answers: Sequence[Certainty]) -> float:
 
 @dataclass(frozen=True)
 class Band:
-    """Numbers of similar predicted spread.
+    """Numbers of a question type's answers with similar spread.
 
-    spread  median of their spread, in percent of the distance.
-    error   the error that 68 % of them stay below, likewise; equal to the spread if the model is
-            calibrated.
+    spread  median of their relative spreads, percent.
+    error   the relative error that 68 % of them do not exceed, percent. It equals the spread if the
+            model is calibrated.
+    n       how many numbers there are.
     """
 
     spread: float
@@ -161,12 +180,14 @@ class Band:
 class Calibration:
     """The calibration of one question type's numbers.
 
-    coverage   central interval ("50%") → fraction of the truths in it; intervals resample images.
-               If the model's `Trust` was measured, also the interval of `spear ask`.
-    curve      the same, without intervals, for every level of `CURVE_LEVELS`.
-    bands      in order of the spread.
-    surer      median error, in percent of the distance, of the half of the answers whose mean
-               spread is smaller; less_sure: of the other half.
+    n          how many numbers there are.
+    coverage   level of the central interval (for example "50%") → fraction of true numbers in it,
+               with a confidence interval that resamples images. If the model's `Trust` was
+               measured, there is also an entry for the interval of `spear ask`.
+    curve      fraction of true numbers in the central interval, for each of `CURVE_LEVELS`.
+    bands      the numbers grouped by their spread, in ascending order.
+    surer      median relative error of the half of the answers with the smaller spread, percent.
+    less_sure  median relative error of the other half, percent.
     """
 
     n: int
@@ -178,7 +199,7 @@ class Calibration:
 
     @property
     def miss(self) -> float:
-        """Mean distance of the curve from the diagonal (the expected calibration error)."""
+        """Mean distance of the curve from the levels (the expected calibration error)."""
         return float(np.mean(np.abs(np.subtract(self.curve, CURVE_LEVELS))))
 
 
@@ -188,9 +209,8 @@ def calibrate(
     """Compute the calibration of a question type.
 
     Args:
-        answers: For each answer the index of its image, its certainty, and its relative error in
-            percent.
-        scale: The question type's factor in `Trust`.
+        answers: (index of the image, certainty, relative error in percent) of each answer.
+        scale: The question type's factor in `Trust`; None if it was not measured.
     """
     images = [image for image, _, _ in answers]
     certainties = [certainty for _, certainty, _ in answers]
@@ -222,6 +242,7 @@ def calibrate(
 
 
 def _make_bands(certainties: Sequence[Certainty]) -> list[Band]:
+    """Divide all numbers, sorted by their spread, into bands of equal size."""
     spread = 100 * np.concatenate([c.relative_spread for c in certainties])
     error = 100 * np.concatenate([c.relative_error for c in certainties])
     order = np.argsort(spread, kind="stable")
@@ -234,7 +255,11 @@ def _make_bands(certainties: Sequence[Certainty]) -> list[Band]:
 
 
 def _is_inside(probability_below: Array, level: float) -> Array:
-    """Whether each truth lies in the central interval that has `level` of the probability."""
+    """Return whether each true number lies in its central interval of a level.
+
+    The central interval of 80 %, for example, contains the numbers with a `probability_below` from
+    0.1 to 0.9.
+    """
     return np.abs(probability_below - 0.5) <= level / 2 + 1e-12
 
 
@@ -243,7 +268,10 @@ def group_by_image(images: Sequence[int], values: Iterable[Array | float]) -> li
 
     Args:
         images: The index of each answer's image.
-        values: The value, or values, of each answer.
+        values: The value, or the array of values, of each answer.
+
+    Returns:
+        The values of each image.
     """
     groups: dict[int, list[Array]] = {}
     for image, value in zip(images, values, strict=True):

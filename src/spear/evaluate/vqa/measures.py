@@ -1,27 +1,35 @@
-"""How far an answer about 3D is from the truth, in each measure that its question type has;
-baselines.
+"""Measures of how far answers to 3D questions are from the truth, and two baselines.
 
-relative         distance between the answer and the truth, in percent of the object's distance from
-                 the camera. For a box the distance is between the centers (means of the eight
-                 vertices); for a keypoint between the points; for an offset between the offsets, in
-                 percent of the mean distance of its two objects; for a distance it is the absolute
-                 difference; for a chain of thought the mean of its two distances' differences; for
-                 a back-projection the mean distance of the image points, in percent of the image (x
-                 of its width, y of its height).
-error            the same in millimeters, where the labels are metric.
-vertex_relative, vertex  mean distance of a box's vertices, in the order in which the question wants
-                 them.
+Each question type has some of these measures:
+
+relative         error in percent of the object's distance from the camera. What the error is,
+                 depends on the question type:
+                 - box: distance between the centers (means of the eight vertices);
+                 - keypoint: distance between the points;
+                 - offset: distance between the offsets, in percent of the mean distance of the two
+                   objects from the camera;
+                 - distance: absolute difference;
+                 - chain of thought: mean absolute difference of its two distances;
+                 - back-projection: mean distance of the image points, in percent of the image (x in
+                   percent of the width, y in percent of the height).
+error            the same error in millimeters, if labels are in meters.
+vertex_relative  mean distance of a box's vertices, each from the true vertex with the same number,
+                 in percent of the box's distance from the camera.
+vertex           the same distance in millimeters, if labels are in meters.
 iou              3D intersection over union of the true box and the box nearest to the answered
                  vertices.
-iou_25, iou_50   whether that is at least 0.25, 0.5.
+iou_25           whether the intersection over union is at least 0.25.
+iou_50           whether the intersection over union is at least 0.5.
 closer           whether the words of a chain of thought name the right object as the closer one.
-consistent       whether these words follow from its own two distances, right or wrong.
+consistent       whether these words follow from the two distances in the same answer, even if
+                 these are wrong.
 pixels           mean distance of a back-projection's image points, in pixels of the labeled image.
 
 Two baselines answer without seeing the image (our choice). `guess_constants` knows where objects
 usually are. `guess_from_depth` knows where in the image objects usually are, how large they are,
-and how far away this scene is, but not which object is where. Which of two objects is closer, the
-baselines guess as the first named or the second, whichever is right more often.
+and how far away this scene is, but not which object is where. To say which of two objects is
+closer, the baselines always name the first object of the question or always the second, whichever
+is right more often.
 """
 
 import re
@@ -46,10 +54,11 @@ MM_PER_M = 1000
 class Measure:
     """How a measure is summarized over questions, and written.
 
-    title      its name in tables.
-    unit       of its values; a rate is written in percent.
-    statistic  "median", "mean", or "rate" of what is either 0 or 1. An answer with the wrong
-               grammar counts as an infinite error in a median, and else as 0.
+    title      name of the measure in tables.
+    unit       unit of its values; "" without a unit. A rate is written in percent.
+    statistic  how values are summarized: "median", "mean", or "rate" for values that are 0 or 1. An
+               answer with the wrong grammar counts as an infinite error in a median, and as 0 in a
+               mean or rate.
     """
 
     title: str
@@ -58,15 +67,17 @@ class Measure:
 
     @property
     def average(self) -> Callable[[Any], Any]:
-        """The function that summarizes it."""
+        """The function that summarizes the values of several questions."""
         return np.median if self.statistic == "median" else np.mean
 
     def to_text(self, value: float | Estimate) -> str:
-        """A value with its unit; an estimate as "12.3 mm [10.1, 14.0]"."""
+        """Format a value with its unit, an estimate for example as "12.3 mm [10.1, 14.0]"."""
         if self.statistic == "rate":
             format_spec = ".0%"
+        elif self.unit:
+            format_spec = ".1f"
         else:
-            format_spec = ".1f" if self.unit else ".2f"
+            format_spec = ".2f"
         unit = f" {self.unit}" if self.unit else ""
         if isinstance(value, Estimate):
             return value.to_text(format_spec, 1.0, unit)
@@ -86,33 +97,41 @@ MEASURES: Mapping[str, Measure] = {
     "consistent": Measure("says what its own distances say", "", "rate"),
 }
 RATES = {"box_vertices": ("iou_25", "iou_50"), "chain_of_thought": ("closer", "consistent")}
-"""Question type → its measures that an answer with the wrong grammar counts in."""
+"""Question type → its rates, in which an answer with the wrong grammar counts as 0."""
 
 
 def extract_numbers(segments: Segments) -> Array:
-    """The 3D numbers of an answer, [n]."""
+    """Return the 3D numbers of an answer, [number of numbers]."""
     return np.array([segment for segment in segments if isinstance(segment, float)])
 
 
 def extract_image_points(segments: Segments) -> Array:
-    """The image points of an answer, [n, 2], as fractions (x, y)."""
+    """Return the image points of an answer: [number of points, 2], x and y as fractions (0 … 1)."""
     points = [(segment.x, segment.y) for segment in segments if isinstance(segment, Pixel)]
     return np.array(points).reshape(-1, 2)
 
 
 def is_grammatical(question: Question, answer: Segments) -> bool:
-    """Whether an answer has as many numbers and image points as the truth (24 numbers for a
-    box).
+    """Return whether an answer has as many numbers and image points as the true answer.
+
+    A box, for example, has 24 numbers.
     """
     num_numbers = len(extract_numbers(question.segments))
     num_points = len(extract_image_points(question.segments))
-    has_numbers = len(extract_numbers(answer)) == num_numbers
-    return has_numbers and len(extract_image_points(answer)) == num_points
+    has_all_numbers = len(extract_numbers(answer)) == num_numbers
+    has_all_points = len(extract_image_points(answer)) == num_points
+    return has_all_numbers and has_all_points
 
 
 def compute_error_scales(question: Question, label: LabeledImage) -> Array:
-    """For each number of the true answer the distance from the camera that its error is relative
-    to.
+    """Return the distance from the camera to which the error of each number is relative.
+
+    Args:
+        question: The question with its true answer.
+        label: The labeled image that the question is about.
+
+    Returns:
+        [number of numbers in the answer], in the unit of the label.
     """
     truth = extract_numbers(question.segments)
     if question.question_type == "box_vertices":
@@ -123,13 +142,20 @@ def compute_error_scales(question: Question, label: LabeledImage) -> Array:
     if question.question_type == "offset":
         distances = {o.name: compute_distance(o) for o in label.objects if o.box3d is not None}
         return np.full(3, np.mean([distances[name] for name in question.objects]))
-    return np.abs(truth)
+    return np.abs(truth)  # the numbers are distances from the camera themselves
 
 
 def measure_answer(question: Question, answer: Segments, label: LabeledImage) -> dict[str, float]:
-    """All measures of an answer to a question about `label`.
+    """Compute all measures of an answer.
 
-    For an answer with the wrong grammar these are the rates only, and they are 0.
+    Args:
+        question: The question with its true answer.
+        answer: The answer to be measured.
+        label: The labeled image that the question is about.
+
+    Returns:
+        Measure → value. For an answer with the wrong grammar, these are only the rates (`RATES`),
+        with value 0.
     """
     if not is_grammatical(question, answer):
         return dict.fromkeys(RATES.get(question.question_type, ()), 0.0)
@@ -153,6 +179,7 @@ def measure_answer(question: Question, answer: Segments, label: LabeledImage) ->
 def _measure_image_points(
     question: Question, answer: Segments, label: LabeledImage
 ) -> dict[str, float]:
+    """Compute the measures of a back-projection."""
     offset = extract_image_points(answer) - extract_image_points(question.segments)
     pixels = np.linalg.norm(offset * (label.width, label.height), axis=1)
     return {
@@ -164,6 +191,7 @@ def _measure_image_points(
 def _measure_distances(
     question: Question, answer: Segments, label: LabeledImage
 ) -> dict[str, float]:
+    """Compute the errors of one or two distances."""
     difference = np.abs(extract_numbers(answer) - extract_numbers(question.segments))
     scales = compute_error_scales(question, label)
     measures = {"relative": 100 * float((difference / scales).mean())}
@@ -173,11 +201,11 @@ def _measure_distances(
 
 
 def _measure_points(question: Question, answer: Segments, label: LabeledImage) -> dict[str, float]:
-    """The measures of one point, or of a box's vertices."""
+    """Compute the errors of one point, or of a box's center and vertices."""
     difference = extract_numbers(answer) - extract_numbers(question.segments)
-    offsets = difference.reshape(-1, 3)
-    distance = float(compute_error_scales(question, label)[0])
-    error = float(np.linalg.norm(offsets.mean(0)))
+    offsets = difference.reshape(-1, 3)  # [1 or 8 points, 3]
+    distance = float(compute_error_scales(question, label)[0])  # the same for all numbers
+    error = float(np.linalg.norm(offsets.mean(0)))  # of a box: of its center
     measures = {"relative": 100 * error / distance}
     if label.unit == "metre":
         measures["error"] = MM_PER_M * error
@@ -190,6 +218,7 @@ def _measure_points(question: Question, answer: Segments, label: LabeledImage) -
 
 
 def _measure_overlap(question: Question, answer: Segments) -> dict[str, float]:
+    """Compute the overlap of the answered box with the true box."""
     answered_box = fit_nearest_box(extract_numbers(answer).reshape(8, 3))
     true_box = fit_nearest_box(extract_numbers(question.segments).reshape(8, 3))
     iou = compute_iou_3d(answered_box, true_box)
@@ -197,20 +226,30 @@ def _measure_overlap(question: Question, answer: Segments) -> dict[str, float]:
 
 
 def _measure_conclusion(question: Question, answer: Segments) -> dict[str, float]:
-    named = find_closer_named(answer, question.objects)
+    """Compute the measures of the words in which a chain of thought names the closer object."""
+    named_object = find_closer_named(answer, question.objects)
     measures = {}
+    # "closer" compares with the true distances, "consistent" with the answered ones.
     for measure, segments in (("closer", question.segments), ("consistent", answer)):
         first_distance, second_distance = extract_numbers(segments)
-        closer = question.objects[0 if first_distance < second_distance else 1]
-        measures[measure] = float(named == closer)
+        closer_index = 0 if first_distance < second_distance else 1
+        measures[measure] = float(named_object == question.objects[closer_index])
     return measures
 
 
 def find_closer_named(answer: Segments, names: Sequence[str]) -> str | None:
-    """Which of two objects a chain of thought calls the closer: the first named after its last
-    number.
+    """Find which of two objects a chain of thought calls the closer one.
+
+    This is the object that it names first after its last number.
+
+    Args:
+        answer: The chain of thought.
+        names: The names of the two objects.
+
+    Returns:
+        One of the names; None if neither is there.
     """
-    conclusion_start = 0
+    conclusion_start = 0  # index of the first segment after the last number
     for index, segment in enumerate(answer):
         if isinstance(segment, float):
             conclusion_start = index + 1
@@ -219,15 +258,25 @@ def find_closer_named(answer: Segments, names: Sequence[str]) -> str | None:
 
     ranks = {}
     for name in names:
+        # The name as whole words.
         match = re.search(rf"(?<!\w){re.escape(name.casefold())}(?!\w)", text)
         if match:
-            ranks[name] = (match.start(), -len(name))  # of two names in one place the longer one
-    return min(ranks, key=lambda name: ranks[name]) if ranks else None
+            # Earlier names come first. If two begin at the same place, as "cup" and "cup holder",
+            # the longer one is meant.
+            ranks[name] = (match.start(), -len(name))
+    if not ranks:
+        return None
+    return min(ranks, key=lambda name: ranks[name])
 
 
 def guess_constants(questions: Sequence[Question]) -> list[Segments]:
-    """The best single answer to all questions of a type: the median of each of their true
-    numbers.
+    """Answer all questions of a type in the same way: with the median of their true numbers.
+
+    Args:
+        questions: Questions of one type.
+
+    Returns:
+        One guess per question.
     """
     if ANSWER_FORMS[questions[0].question_type].num_pixels > 0:
         all_points = [extract_image_points(question.segments) for question in questions]
@@ -240,10 +289,17 @@ def guess_constants(questions: Sequence[Question]) -> list[Segments]:
 def guess_from_depth(
     questions: Sequence[Question], labels: Sequence[LabeledImage]
 ) -> list[Segments] | None:
-    """The best single answer in units of the depth of each question's image.
+    """Answer all questions of a type in the same way, in units of each image's depth.
 
-    An image's depth is the median z of its boxed objects' centers. None for image points, which
-    have no depth.
+    An image's depth is the median z of the centers of its objects' boxes.
+
+    Args:
+        questions: Questions of one type.
+        labels: The image of each question.
+
+    Returns:
+        One guess per question; None if answers are image points, which do not scale with the
+        depth.
     """
     if ANSWER_FORMS[questions[0].question_type].num_pixels > 0:
         return None
@@ -255,8 +311,14 @@ def guess_from_depth(
 
 
 def _guess_in_units(questions: Sequence[Question], units: Sequence[float]) -> list[Segments]:
-    """The median answer, where each question's numbers are measured in a unit of its own."""
+    """Answer all questions with the median of their true numbers, each in its own unit.
+
+    Args:
+        questions: Questions of one type.
+        units: The unit of each question's numbers, as a factor.
+    """
     pairs = list(zip(questions, units, strict=True))
+    # [questions, numbers]
     scaled_answers = [extract_numbers(question.segments) / unit for question, unit in pairs]
     median_answer = np.median(scaled_answers, axis=0)
     guesses = []
@@ -267,12 +329,19 @@ def _guess_in_units(questions: Sequence[Question], units: Sequence[float]) -> li
 
 
 def _conclude(question: Question, guess: Segments, questions: Sequence[Question]) -> Segments:
-    """A guessed chain of thought with the conclusion that is right more often; others unchanged."""
+    """Give a guessed chain of thought the conclusion that is right more often.
+
+    Args:
+        question: The question.
+        guess: The guess. If it is no chain of thought, it stays as it is.
+        questions: All questions of the type, from which it is known what is right more often.
+    """
     if question.question_type != "chain_of_thought":
         return guess
     is_first_closer = []
     for example in questions:
         first_distance, second_distance = extract_numbers(example.segments)
         is_first_closer.append(first_distance - second_distance < 0)
-    closer = question.objects[0 if np.mean(is_first_closer) >= 0.5 else 1]
+    closer_index = 0 if np.mean(is_first_closer) >= 0.5 else 1
+    closer = question.objects[closer_index]
     return [*guess[:-1], f" so the {closer} is closer"]

@@ -1,9 +1,11 @@
-"""SPEAR-VLM asked in 3D about labeled images that it has not seen; `measures` says what is scored.
+"""Evaluate SPEAR-VLM on 3D questions about labeled images that it has not been trained on.
 
-Every question is asked twice. The answer that is held to the grammar of its question type is
-scored. The free answer shows how often the grammar would have been right by itself. Each number is
-read off the probabilities of its bins in three ways (`models.readout`): the numbers of one way are
-scored, the others are compared with it.
+Every question is asked twice. The first answer is *constrained*: only tokens that the answer
+grammar of its question type permits can be chosen. This answer is scored (`measures`). The second
+answer is *free*, and shows how often the model follows the grammar by itself.
+
+A number is read off the probabilities of its bins in one of three ways (`models.readout`). The
+options say which way is scored. The other ways are compared with it.
 """
 
 from collections.abc import Mapping, Sequence
@@ -25,7 +27,7 @@ from spear.types import Array, LabeledImage, Question
 from spear.util.images import decode_image
 from spear.util.progress import ProgressBar, track_progress
 
-NUM_NAMED_OBJECTS = 2  # objects per image that are named, and as many that are not there
+NUM_NAMED_OBJECTS = 2  # to measure trust: objects per image that are present, and that are absent
 
 QuestionsByType = Mapping[str, Sequence[tuple[int, Question]]]
 """Question type → (index of the image, question)."""
@@ -41,10 +43,10 @@ def evaluate_vqa(
 
     Args:
         model: SPEAR-VLM with its processor.
-        labels: Images, in the unit of the model's numbers.
-        options: Which questions, and how answers are read.
-        trust: Its intervals are scored too, unless it was measured on some of these images, where
-            they are right by construction.
+        labels: Labeled images, in the unit of the model's numbers.
+        options: Which questions are asked, and how answers are read.
+        trust: If given, its intervals are scored, too, unless it was measured on some of these
+            images. For those, the intervals are right by construction.
 
     Raises:
         SpearError: A question type is unknown, or no image allows a question.
@@ -67,7 +69,12 @@ def generate_questions_by_type(
 ) -> dict[str, list[tuple[int, Question]]]:
     """Generate questions of some types about images.
 
-    An image's questions do not depend on how many images follow.
+    Args:
+        labels: The labeled images.
+        question_types: The types of questions.
+        per_image: Number of questions of each type about each image, if the image allows so many.
+        seed: Seed of the random choices. The questions about an image do not depend on how many
+            images follow.
 
     Returns:
         Question type → (index of the image, question).
@@ -86,7 +93,11 @@ def generate_questions_by_type(
 
 
 def _drop_empty_types(questions: QuestionsByType) -> QuestionsByType:
-    """Only the types with questions, with a notice. Raises `SpearError` if there are none."""
+    """Drop the types without any question, and say so in a notice.
+
+    Raises:
+        SpearError: No type has a question.
+    """
     questions_asked = {
         question_type: members for question_type, members in questions.items() if members
     }
@@ -105,7 +116,7 @@ def _drop_empty_types(questions: QuestionsByType) -> QuestionsByType:
 
 
 def _notice_calibration_overlap(trust: Trust, labels: Sequence[LabeledImage]) -> bool:
-    """Print a notice if the trust was measured on some of these images; returns whether it was."""
+    """Return whether the trust was measured on some of these images. If so, print a notice."""
     shared_sources = set(trust.sources) & {label.source for label in labels}
     if shared_sources:
         num_shared = format_count(len(shared_sources), "images")
@@ -122,11 +133,10 @@ def _ask_questions(
     questions: QuestionsByType,
     options: QuestionOptions,
 ) -> tuple[list[AnsweredQuestion], dict[str, list[bool]]]:
-    """Ask every question twice: held to the grammar, and freely.
+    """Ask every question twice: with constrained and with free answer.
 
     Returns:
-        The answers that are held to the grammar; and per question type, whether each free answer
-        was grammatical.
+        The constrained answers, and question type → whether each free answer was grammatical.
     """
     images = [decode_image(label.image, label.source) for label in labels]
     num_questions = sum(len(members) for members in questions.values())
@@ -158,9 +168,16 @@ def _ask_questions(
 def _read_answer(
     image: int, label: LabeledImage, question: Question, answer: Answer, decode: Decode
 ) -> AnsweredQuestion:
-    """An answer with its numbers read in every way.
+    """Read the numbers of an answer in every way, and compare its distribution with the truth.
 
-    Of its distribution only what is scored is kept, which is small.
+    The distribution itself is large and is not kept.
+
+    Args:
+        image: Index of the image.
+        label: The labeled image.
+        question: The question.
+        answer: The model's answer, which has a distribution if its numbers have one.
+        decode: The way of reading numbers that is scored.
     """
     distribution = answer.distribution
     if distribution is None:
@@ -182,8 +199,8 @@ def measure_trust(
 
     Args:
         model: SPEAR-VLM with its processor.
-        labels: Images; the model is asked to name two objects that are in each, and two that are
-            not.
+        labels: Labeled images. For each image, the model is asked to name two objects that are
+            present, and two objects that are absent.
         scores: Scores of questions about these images.
         images_in_words: What the images are, in words.
     """
@@ -206,7 +223,12 @@ def measure_trust(
 
 
 def _measure_naming(model: VlmBundle, labels: Sequence[LabeledImage]) -> tuple[float, float]:
-    """How often the model names an object that is in an image, and one that is not."""
+    """Measure how often the model names objects that are in an image, and objects that are not.
+
+    Returns:
+        `Trust.names_present` and `Trust.names_absent`. Without any such object, these are the
+        values with which the model is not trusted.
+    """
     rng = np.random.default_rng(0)
     all_names = sorted({object_.name for label in labels for object_ in label.objects})
     present_results: list[bool] = []
@@ -224,13 +246,14 @@ def _measure_naming(model: VlmBundle, labels: Sequence[LabeledImage]) -> tuple[f
 
 
 def _is_any_of(name: str, object_names: Sequence[str]) -> bool:
+    """Return whether a name and one of the others may name the same thing ("cup", "red cup")."""
     return any(is_a(name, object_name) or is_a(object_name, name) for object_name in object_names)
 
 
 def _name_objects(
     model: VlmBundle, image: Array, names: Sequence[str], rng: np.random.Generator
 ) -> list[bool]:
-    """Whether the model names each of a few of these objects where it points for it."""
+    """Choose a few objects, and return whether the model names each where it points for it."""
     if not names:
         return []
     chosen_names: list[str] = rng.permutation(names)[:NUM_NAMED_OBJECTS].tolist()

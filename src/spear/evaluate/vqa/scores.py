@@ -1,4 +1,8 @@
-"""Answers to 3D questions, summarized per question type and way of reading numbers."""
+"""Scores: answers to 3D questions, summarized per question type and per way of reading numbers.
+
+A number of an answer can be read off the probabilities of its bins in several ways
+(`models.readout.DECODE_METHODS`).
+"""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -25,7 +29,7 @@ from spear.question_types import ANSWER_FORMS
 from spear.types import Array, LabeledImage, Question, Segments, Unit
 from spear.util.files import write_text
 
-MAIN_MEASURES = ("relative", "error", "pixels")  # those of the main table
+MAIN_MEASURES = ("relative", "error", "pixels")  # the measures of the main table
 
 TableRows = tuple[list[str], list[list[str]]]
 """Headers and cells of a table, as text."""
@@ -35,12 +39,14 @@ TableRows = tuple[list[str], list[list[str]]]
 class AnsweredQuestion:
     """A question about a labeled image, and the model's answer.
 
-    image      index of the image among those that were asked about.
+    image      index of the image among all images of the evaluation.
+    label      the labeled image.
+    question   the question with its true answer.
     answer     the answer that is scored.
-    readings   the answer as each way of reading its numbers has it, if the model gave
-               distributions.
-    certainty  how sure the model was of its numbers, and how far they were off; None without a
-               distribution, for answers without numbers and for those with the wrong grammar.
+    readings   way of reading numbers → the answer with numbers that are read so; empty if the model
+               gave no distributions.
+    certainty  how sure the model was of its numbers, and how far they were off; None if there is no
+               distribution, if the answer has no numbers, or if its grammar is wrong.
     """
 
     image: int
@@ -52,7 +58,7 @@ class AnsweredQuestion:
 
     @cached_property
     def measures(self) -> dict[str, float]:
-        """See `evaluate.vqa.measures`."""
+        """The measures of the answer, see `evaluate.vqa.measures`."""
         return measure_answer(self.question, self.answer, self.label)
 
 
@@ -60,13 +66,15 @@ class AnsweredQuestion:
 class QuestionTypeScore:
     """The scores of one question type.
 
-    n           questions.
-    images      how many images they are about.
-    grammar     fraction of grammatical answers among those that were held to the grammar.
-    free        the same among the free answers.
-    measures    summarized as `MEASURES` says, with 95 % intervals that resample images.
-    constant    the same of the baseline `guess_constants`.
-    depth_only  the same of the baseline `guess_from_depth`; empty where there is none.
+    n           how many questions were asked.
+    images      how many images these questions are about.
+    grammar     fraction of grammatical answers among the constrained answers.
+    free        fraction of grammatical answers among the free answers.
+    measures    measure → its summary over the questions (see `MEASURES`), with a 95 % interval that
+                resamples images.
+    constant    measure → its summary for the baseline `guess_constants`.
+    depth_only  measure → its summary for the baseline `guess_from_depth`; empty if this baseline
+                cannot answer the question type.
     """
 
     n: int
@@ -80,11 +88,11 @@ class QuestionTypeScore:
 
 @dataclass(frozen=True)
 class Readings:
-    """One question type's ways of reading numbers off their probabilities.
+    """Comparison of the ways of reading numbers off their probabilities, for one question type.
 
-    error  way → median relative error in percent.
-    gain   "mean" and "median" → the fraction by which the mean relative error is smaller than that
-           of "mode", from the same answers; negative if it is larger.
+    error  way → median relative error, percent.
+    gain   way ("mean" or "median") → the fraction by which its mean relative error is smaller than
+           that of the way "mode"; negative if it is larger. The answers are the same.
     """
 
     error: Mapping[Decode, float]
@@ -98,11 +106,16 @@ class Readings:
 
 @dataclass(frozen=True)
 class Scores:
-    """A whole evaluation.
+    """The scores of a whole evaluation.
 
-    type_scores            question type → its score.
-    readings, calibration  of question types with numbers, if the model gave distributions.
-    answers                every question with its answer.
+    unit         unit of the labels and of the model's numbers.
+    decode       the way of reading numbers that is scored.
+    images       number of images.
+    type_scores  question type → its score.
+    readings     question type → comparison of the ways of reading its numbers. Types without
+                 numbers, or without distributions, are absent.
+    calibration  question type → calibration of its numbers, for the same types.
+    answers      every question with its answer.
     """
 
     unit: Unit
@@ -114,8 +127,13 @@ class Scores:
     answers: Sequence[AnsweredQuestion]
 
     def save(self, path: Path, run_settings: Mapping[str, object]) -> None:
-        """Write the scores (not the single answers) as JSON, whole or not at all; `run_settings`
-        come first.
+        """Write the scores as JSON, without the single answers.
+
+        An interrupted write leaves no incomplete file.
+
+        Args:
+            path: The file.
+            run_settings: Keys and values to write before the scores.
         """
         readings = {}
         for question_type, reading in self.readings.items():
@@ -139,7 +157,7 @@ class Scores:
         write_text(path, json.dumps(plain, indent=1))
 
     def tables(self) -> list[Table]:
-        """The scores for a terminal."""
+        """Format the scores for a terminal."""
         title = f"SPEAR-VLM in 3D (questions: {len(self.answers)}, images: {self.images})"
         tables = [
             _to_terminal_table(title, self.rows()),
@@ -153,7 +171,7 @@ class Scores:
         return tables
 
     def rows(self) -> TableRows:
-        """Headers and cells of the main table."""
+        """Return headers and cells of the main table."""
         headers = [
             "question",
             "n",
@@ -182,12 +200,13 @@ class Scores:
         return headers, rows
 
     def _main_measure(self, question_type: str) -> str:
+        """Return the measure of a question type that has the most useful unit: px, mm, or %."""
         if ANSWER_FORMS[question_type].num_pixels > 0:
             return "pixels"
         return "error" if self.unit == "metre" else "relative"
 
     def detail_rows(self) -> TableRows:
-        """What only some question types have: vertices, overlap, which object is closer."""
+        """Return headers and cells of the measures that only some question types have."""
         headers = ["question", "what", "value [95 %]", "constant guess", "depth only"]
         rows = []
         for question_type, score in self.type_scores.items():
@@ -206,7 +225,7 @@ class Scores:
         return headers, rows
 
     def reading_rows(self) -> TableRows:
-        """Median relative errors of each way of reading numbers."""
+        """Return headers and cells of the comparison of the ways of reading numbers."""
         headers = ["question", *DECODE_METHODS, "best", "mean error saved by mean", "by median"]
         rows = []
         for question_type, reading in self.readings.items():
@@ -216,7 +235,11 @@ class Scores:
         return headers, rows
 
     def certainty_rows(self) -> TableRows:
-        """How often the truth lies in the intervals, and what the spread says about the error."""
+        """Return headers and cells of the calibration.
+
+        They say how often the truth lies in each interval, and how well the spread predicts the
+        error.
+        """
         intervals: list[str] = []
         for calibration in self.calibration.values():
             intervals += [name for name in calibration.coverage if name not in intervals]
@@ -265,9 +288,9 @@ def summarize(
     Args:
         answers: Every question with its answer.
         free_grammar: Question type → whether each free answer was grammatical.
-        labels: The images.
+        labels: The labeled images.
         decode: How the scored numbers were read.
-        trust: How far the model can be trusted; its intervals are scored too.
+        trust: How far the model can be trusted. If given, its intervals are scored, too.
     """
     factors = trust.factors if trust else {}
     scores = {}
@@ -276,15 +299,15 @@ def summarize(
     for question_type, are_free_grammatical in free_grammar.items():
         type_answers = [a for a in answers if a.question.question_type == question_type]
         scores[question_type] = _score_question_type(type_answers, are_free_grammatical)
-        certain_answers = []
-        certainties = []
+        answers_with_certainty = []
+        certainties = []  # (index of the image, certainty, relative error in percent)
         for answered in type_answers:
             if answered.certainty is not None:
-                certain_answers.append(answered)
+                answers_with_certainty.append(answered)
                 relative_error = answered.measures["relative"]
                 certainties.append((answered.image, answered.certainty, relative_error))
         if certainties:
-            readings[question_type] = _compare_readings(certain_answers)
+            readings[question_type] = _compare_readings(answers_with_certainty)
             calibrations[question_type] = calibrate(certainties, factors.get(question_type))
     return Scores(labels[0].unit, decode, len(labels), scores, readings, calibrations, answers)
 
@@ -292,6 +315,12 @@ def summarize(
 def _score_question_type(
     answers: Sequence[AnsweredQuestion], are_free_grammatical: Sequence[bool]
 ) -> QuestionTypeScore:
+    """Compute the score of one question type.
+
+    Args:
+        answers: The questions of this type, with their constrained answers.
+        are_free_grammatical: Whether the free answer to each question was grammatical.
+    """
     questions = [answered.question for answered in answers]
     images = [answered.image for answered in answers]
     are_grammatical = [is_grammatical(answered.question, answered.answer) for answered in answers]
@@ -311,7 +340,12 @@ def _score_question_type(
 
 
 def _collect_measures(answers: Sequence[AnsweredQuestion]) -> dict[str, Array]:
-    """The values of each measure; answers with the wrong grammar count as its failure."""
+    """Collect the values of each measure that some of the answers have.
+
+    Returns:
+        Measure → one value per answer. An answer with the wrong grammar has the value of a failure,
+        see `Measure.statistic`.
+    """
     values_by_measure: dict[str, Array] = {}
     for name, measure in MEASURES.items():
         if not any(name in answered.measures for answered in answers):
@@ -326,15 +360,23 @@ def _collect_measures(answers: Sequence[AnsweredQuestion]) -> dict[str, Array]:
 def _score_guesses(
     answers: Sequence[AnsweredQuestion], guesses: Sequence[Segments] | None
 ) -> dict[str, float]:
-    """The measures of a baseline's answers to the same questions."""
+    """Summarize the measures of a baseline's answers to the same questions.
+
+    Args:
+        answers: The questions.
+        guesses: The baseline's answer to each question; None if it cannot answer them.
+
+    Returns:
+        Measure → its summary over the questions; empty without guesses.
+    """
     if guesses is None:
         return {}
     measured = []
     for answered, guess in zip(answers, guesses, strict=True):
         measured.append(measure_answer(answered.question, guess, answered.label))
     scores = {}
-    # Guesses never have the wrong grammar, so all of them have the measures of the first. Whether
-    # a guess agrees with itself ("consistent") says nothing.
+    # Guesses never have the wrong grammar, so all of them have the same measures. Only "consistent"
+    # is left out, because whether a guess agrees with itself says nothing.
     for name, measure in MEASURES.items():
         if name in measured[0] and name != "consistent":
             scores[name] = float(measure.average([measures[name] for measures in measured]))
@@ -342,8 +384,8 @@ def _score_guesses(
 
 
 def _compare_readings(answers: Sequence[AnsweredQuestion]) -> Readings:
-    """The errors of each way of reading numbers, from the same answers."""
-    errors: dict[Decode, Array] = {}
+    """Compare the errors of the ways of reading numbers, all from the same answers."""
+    errors: dict[Decode, Array] = {}  # way → relative error of each answer, percent
     for method in DECODE_METHODS:
         relative_errors = []
         for answered in answers:
@@ -354,16 +396,19 @@ def _compare_readings(answers: Sequence[AnsweredQuestion]) -> Readings:
 
     images = [answered.image for answered in answers]
     gain: dict[Decode, Estimate] = {}
-    for method in DECODE_METHODS[1:]:
-        pairs = np.stack([errors["mode"], errors[method]], axis=1)
+    for method in DECODE_METHODS[1:]:  # the first one is "mode", with which others are compared
+        pairs = np.stack([errors["mode"], errors[method]], axis=1)  # [answers, 2]
         gain[method] = bootstrap(group_by_image(images, pairs), _compute_gain)
     medians = {method: float(np.median(values)) for method, values in errors.items()}
     return Readings(medians, gain)
 
 
 def _compute_gain(flat_pairs: Array) -> float:
-    """The fraction of the mode's error that another way saves; pairs (mode, other) one after
-    another.
+    """Compute the fraction of the mode's error that another way of reading saves.
+
+    Args:
+        flat_pairs: [2 · answers] error of the mode and error of the other way, by turns.
     """
     mode_error = max(flat_pairs[::2].sum(), 1e-12)
-    return float(1 - flat_pairs[1::2].sum() / mode_error)
+    other_error = flat_pairs[1::2].sum()
+    return float(1 - other_error / mode_error)
