@@ -1,7 +1,9 @@
-"""MoGe's published checkpoints: a local file or a name on the Hugging Face Hub -> our networks.
+"""Load MoGe's published checkpoints, from a local file or the Hugging Face Hub, as our networks.
 
-A checkpoint is a `.pt` file {"model_config": …, "model": …}. Every name and every shape in it is
-checked.
+A checkpoint is a `.pt` file with a dict {"model_config": …, "model": …}. The names and shapes of
+all its weights are checked. Our names of weights differ from the checkpoint's in two ways. Some
+modules have another name, and the encoder's names are those of Transformers, while the checkpoint
+has those of DINOv2's own code.
 """
 
 import pickle
@@ -27,18 +29,19 @@ from spear.util.network import is_hub_name
 Weights = Mapping[str, Tensor]
 
 Prefixes = tuple[tuple[str, str], ...]
-"""(beginning of our names, beginning of the checkpoint's names)."""
+"""Pairs (beginning of some of our names, beginning of the checkpoint's names for the same)."""
 
 NAME_PREFIXES: dict[int, Prefixes] = {
     1: (("encoder.backbone.", "backbone."),),
     2: (("output_projections.", "encoder.output_projections."),),
 }
-"""Version of MoGe -> prefixes of all its names."""
+"""Version of MoGe -> the prefixes that differ between our names and the checkpoint's."""
 
 BACKBONE_PREFIX = {1: "backbone.", 2: "encoder.backbone."}
+"""Version of MoGe -> beginning of the checkpoint's names of the encoder's weights."""
 
 IMAGE_STATISTICS = {"image_mean": IMAGENET_MEAN, "image_std": IMAGENET_STD}
-"""Constants that a checkpoint holds, and that we have in code."""
+"""Constants that a checkpoint contains, and that are in our code."""
 
 _DINOV2_NAMES = (
     ("embeddings.patch_embeddings.projection.", "patch_embed.proj."),
@@ -53,10 +56,11 @@ _DINOV2_NAMES = (
     ("attention.k_proj.", "attn.qkv."),
     ("attention.v_proj.", "attn.qkv."),
 )
-"""(part of a name in Transformers' DINOv2, the same part in DINOv2's own code)."""
+"""Pairs (part of a name in Transformers' DINOv2, the same part in DINOv2's own code)."""
 
 FUSED_PROJECTIONS = ".attn.qkv."
-"""In names of weights that hold queries, keys and values, one after the other."""
+"""A part of the checkpoint's names of weights that contain those of queries, keys and values, one
+after the other."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +68,7 @@ class Checkpoint:
     """A published checkpoint in memory.
 
     path     The file.
-    weights  Under the checkpoint's own names.
+    weights  Name in the checkpoint -> weight.
     config   The checkpoint's `model_config`.
     version  1 (MoGe) or 2 (MoGe-2).
     """
@@ -79,18 +83,18 @@ def load_moge(name: Path | str) -> MogeV1 | MogeV2:
     """Load a MoGe v1 or MoGe-2 in evaluation mode, float32, on the CPU.
 
     Args:
-        name: A local `.pt` file, or a name on the Hub ("Ruicheng/moge-vitl" is v1,
-            "Ruicheng/moge-2-vitl-normal" is MoGe-2 with metric scale).
+        name: A local `.pt` file, or a name on the Hub. For example, "Ruicheng/moge-vitl" is a
+            MoGe v1, and "Ruicheng/moge-2-vitl-normal" a MoGe-2.
 
     Raises:
-        SpearError: If the checkpoint is not found or holds no MoGe, if its config is not supported,
-            or if weights are missing, unknown or of another shape.
+        SpearError: The checkpoint is not found or contains no MoGe, its config is not supported, or
+            weights are missing, unknown or of another shape.
     """
     return build_moge(read_checkpoint(name))
 
 
 def build_moge(checkpoint: Checkpoint) -> MogeV1 | MogeV2:
-    """`load_moge` from a checkpoint in memory, whose tensors are copied."""
+    """Build a MoGe like `load_moge`, from a checkpoint in memory. Its tensors are copied."""
     network = MogeV1 if checkpoint.version == 1 else MogeV2
     try:
         with torch.device("meta"):
@@ -100,14 +104,15 @@ def build_moge(checkpoint: Checkpoint) -> MogeV1 | MogeV2:
             f"MoGe v{checkpoint.version} cannot be built from the config in {checkpoint.path}"
             f" ({type(error).__name__} {error}). Use one of the published checkpoints."
         ) from error
-    unused = {name for name in checkpoint.weights if name.startswith("normal_head.")}
+    unused_names = {name for name in checkpoint.weights if name.startswith("normal_head.")}
     prefixes = NAME_PREFIXES[checkpoint.version]
-    _fill(model, checkpoint, _match_names(model, checkpoint, prefixes, unused))
+    names = _match_names(model, checkpoint, prefixes, unused_names)
+    _fill(model, checkpoint, names)
     return model.eval()
 
 
 def read_checkpoint(name: Path | str) -> Checkpoint:
-    """Read a local file, or one from the Hub; see `load_moge`."""
+    """Read a local file or a file of the Hub, which `name` means as in `load_moge`."""
     path = Path(name)
     if not path.is_file():
         is_path = path.exists() or path.suffix == ".pt"
@@ -159,18 +164,20 @@ def _read_file(path: Path) -> tuple[Weights, Any]:
 
 
 def fill_encoder(encoder: MogeEncoder, checkpoint: Checkpoint) -> None:
-    """Fill the encoder of a SPEAR-VLM with that of a published MoGe, in place, without the heads.
+    """Copy the encoder's weights of a published MoGe into the encoder of a SPEAR-VLM, in place.
 
-    Raises SpearError as `load_moge` does, and if the encoder has another size or resamples its
-    position embeddings in another way.
+    Raises:
+        SpearError: The checkpoint contains no MoGe, or its encoder has another size than the
+            SPEAR-VLM's, or resamples its position embeddings in another way.
     """
     _fill(encoder, checkpoint, match_encoder(encoder, checkpoint))
 
 
 def match_encoder(encoder: MogeEncoder, checkpoint: Checkpoint) -> dict[str, str]:
-    """The encoder's names -> the checkpoint's.
+    """Map the names of the encoder's weights to the checkpoint's names of the same weights.
 
-    They are checked as in `fill_encoder`, without reading weights.
+    Names and shapes are checked, and `SpearError` is raised as by `fill_encoder`. No weights are
+    read.
     """
     offset = getattr(encoder.backbone.config, "position_offset", 0.0)
     if offset != 0.1:
@@ -179,12 +186,15 @@ def match_encoder(encoder: MogeEncoder, checkpoint: Checkpoint) -> dict[str, str
             " 0.1. Set position_offset to 0.1."
         )
     prefix = BACKBONE_PREFIX[checkpoint.version]
-    heads = {name for name in checkpoint.weights if not name.startswith(prefix)}
-    return _match_names(encoder, checkpoint, (("backbone.", prefix),), heads)
+    head_names = {name for name in checkpoint.weights if not name.startswith(prefix)}
+    return _match_names(encoder, checkpoint, (("backbone.", prefix),), head_names)
 
 
 def make_encoder_config(checkpoint: Checkpoint) -> dict[str, Any]:
-    """The `moge_config` of a SPEAR-VLM that a checkpoint's encoder fits, found by its width."""
+    """The `moge_config` for a SPEAR-VLM with the checkpoint's encoder.
+
+    Which of `ENCODERS` it is follows from the width of its class token.
+    """
     class_token = checkpoint.weights[f"{BACKBONE_PREFIX[checkpoint.version]}cls_token"]
     width = class_token.shape[-1]
     names = {encoder_width: name for name, (encoder_width, _, _) in ENCODERS.items()}
@@ -211,7 +221,7 @@ def make_encoder_config(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def to_published_name(name: str, prefixes: Prefixes) -> str:
-    """The checkpoint's name of one of our weights."""
+    """The checkpoint's name of the weight that we call `name`."""
     if "backbone." in name:
         for our_part, their_part in _DINOV2_NAMES:
             name = name.replace(our_part, their_part)
@@ -221,7 +231,7 @@ def to_published_name(name: str, prefixes: Prefixes) -> str:
 def get_published_shapes(
     model: nn.Module, version: int, prefixes: Prefixes | None = None
 ) -> dict[str, tuple[int, ...]]:
-    """The shapes of a model's weights in a checkpoint, by the checkpoint's names."""
+    """The shapes that a checkpoint of `model` must have, by the checkpoint's names."""
     if prefixes is None:
         prefixes = NAME_PREFIXES[version]
     shapes: dict[str, tuple[int, ...]] = {}
@@ -235,25 +245,29 @@ def get_published_shapes(
 
 
 def _constant_name(constant: str, version: int) -> str:
+    """The checkpoint's name of one of `IMAGE_STATISTICS`."""
     return constant if version == 1 else f"encoder.{constant}"
 
 
 def _match_names(
-    model: nn.Module, checkpoint: Checkpoint, prefixes: Prefixes, unused: set[str]
+    model: nn.Module, checkpoint: Checkpoint, prefixes: Prefixes, unused_names: set[str]
 ) -> dict[str, str]:
-    """Our names -> the checkpoint's.
+    """Map the names of a model's weights to the checkpoint's names of the same weights.
 
-    Raises SpearError unless each of the checkpoint's names is matched or in `unused`.
+    Raises:
+        SpearError: A weight of the model is not in the checkpoint or has another shape; or a weight
+            of the checkpoint is neither in the model nor in `unused_names`; or an image statistic
+            is not ImageNet's.
     """
     version = checkpoint.version
     expected_shapes = get_published_shapes(model, version, prefixes)
     # DINOv2's own training needs the mask token, MoGe does not.
     mask_token = f"{BACKBONE_PREFIX[version]}mask_token"
-    ignored = {mask_token, *unused} - set(expected_shapes)
+    ignored_names = {mask_token, *unused_names} - set(expected_shapes)
     shapes = {
         name: tuple(weight.shape)
         for name, weight in checkpoint.weights.items()
-        if name not in ignored
+        if name not in ignored_names
     }
     differences = describe_tensor_differences(expected_shapes, shapes)
     if differences:
@@ -274,13 +288,17 @@ def _match_names(
 
 
 def _fill(model: nn.Module, checkpoint: Checkpoint, names: Mapping[str, str]) -> None:
-    """Put a checkpoint's weights into a model; names: ours -> the checkpoint's."""
+    """Copy a checkpoint's weights into a model, in float32.
+
+    `names` maps our names to the checkpoint's.
+    """
     state = {}
     for our_name, name in names.items():
         weight = checkpoint.weights[name]
         if FUSED_PROJECTIONS in name:
-            projection = our_name.split("attention.")[1][0]  # q, k or v
+            projection = our_name.split("attention.")[1][0]  # "q", "k" or "v"
             weight = weight.chunk(3)["qkv".index(projection)]
         state[our_name] = weight.to(torch.float32, copy=True)
+    # Tensors of the meta device have no memory to copy to, so they are replaced.
     is_meta = next(model.parameters()).is_meta
     model.load_state_dict(state, assign=is_meta)

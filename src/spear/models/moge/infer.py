@@ -1,8 +1,8 @@
-"""From a MoGe network's affine point map to points in the camera frame, with the camera itself.
+"""Points in the camera frame and the camera's intrinsics, from the point map of a MoGe network.
 
-A predicted point map is correct up to a shift along z (and, for v1, up to scale). Focal lengths are
-in half diagonals of the image, as MoGe measures them: a focal length f is f · √(w² + h²) / 2
-pixels.
+A predicted point map is affine: it is correct up to a shift along z and, for MoGe v1, a scale.
+Focal lengths are in half diagonals of the image, as MoGe measures them. For images of w × h pixels,
+a focal length f is f · √(w² + h²) / 2 pixels.
 """
 
 import math
@@ -23,11 +23,13 @@ FIT_SIDE_PX = 64  # the camera is fitted to this many rows and columns of the ma
 class Geometry:
     """The geometry of B images in the camera frame: x right, y down, z forward.
 
-    It is in meters if the network has a metric scale, otherwise up to one scale per image.
+    The points are in meters if the network has a metric scale. Otherwise they are correct up to one
+    scale per image.
 
-    points      [B, h, w, 3] float32, also where the mask is False.
+    points      [B, h, w, 3] float32. They also have values where the mask is False.
     mask        [B, h, w] bool, True where a point is known and in front of the camera.
-    intrinsics  [B, 3, 3] float32, pixels; pixel centers are at integer + 0.5.
+    intrinsics  [B, 3, 3] float32, in pixels. The centers of pixels have the coordinates integer +
+                0.5.
     """
 
     points: Tensor
@@ -45,12 +47,13 @@ def infer_geometry(
 
     Args:
         model: The network.
-        images: [B, 3, h, w] uint8. They are cut into the most patches that the network was trained
-            for.
-        dtype: float16 or bfloat16 for automatic mixed precision.
+        images: [B, 3, h, w] uint8. They are cut into the largest number of patches for which the
+            network was trained.
+        dtype: float16 or bfloat16 compute in automatic mixed precision.
 
     Raises:
-        SpearError: For images of another type, and for one that is too thin for so few patches.
+        SpearError: The images have another type, or they are too long and thin for this number of
+            patches.
     """
     device = next(model.parameters()).device
     check_pixels("image", images, 1)
@@ -72,8 +75,8 @@ def infer_geometry(
 def recover_focal_shift(points: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     """Find the focal length and the shift along z that make points project to their own pixels.
 
-    Least squares over focal · xy / (z + shift) - uv on a subsampled map, as MoGe fits it. It
-    assumes that the camera's axis passes through the image's center.
+    As MoGe does, we minimize the sum of squares of focal · xy / (z + shift) - uv over a subsampled
+    map. This assumes that the camera's axis passes through the image's center.
 
     Args:
         points: [B, h, w, 3] affine point maps.
@@ -86,6 +89,7 @@ def recover_focal_shift(points: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     """
     batch, height, width = points.shape[:3]
     uv = make_view_plane(width, height, device=points.device).permute(2, 0, 1)
+    # All that the fit needs of a pixel, in 6 channels [B, 6, h, w]: x, y, z, u, v and the mask.
     maps = torch.cat(
         [
             points.float().permute(0, 3, 1, 2),
@@ -95,7 +99,7 @@ def recover_focal_shift(points: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         dim=1,
     )
     maps = nn.functional.interpolate(maps, (FIT_SIDE_PX, FIT_SIDE_PX), mode="nearest")
-    rows_per_map = maps.flatten(2).transpose(1, 2).detach().cpu().numpy()
+    rows_per_map = maps.flatten(2).transpose(1, 2).detach().cpu().numpy()  # [B, n, 6]
     fits = [_fit_focal_shift(rows) for rows in rows_per_map]
     focal_shift = torch.tensor(fits, device=points.device, dtype=torch.float32)
     return focal_shift[:, 0], focal_shift[:, 1]
@@ -104,7 +108,7 @@ def recover_focal_shift(points: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
 def _fit_focal_shift(rows: Array) -> tuple[float, float]:
     """Focal length and shift of one map.
 
-    rows: [n, 6], x, y, z, u, v and whether the point is known.
+    `rows` is [n, 6], and has x, y, z, u, v and whether the point is known (1 or 0) of n pixels.
     """
     from scipy.optimize import least_squares
 
@@ -120,6 +124,7 @@ def _fit_focal_shift(rows: Array) -> tuple[float, float]:
     def project(shift: Array) -> tuple[Array, float]:
         """Projections at focal length 1, and the focal length that brings them nearest to uv."""
         projected = xy / (z + shift)[:, None]
+        # The solution of a linear least-squares problem with one unknown.
         focal = float((projected * uv).sum() / (projected**2).sum())
         return projected, focal
 
@@ -133,9 +138,10 @@ def _fit_focal_shift(rows: Array) -> tuple[float, float]:
 
 
 def make_centered_intrinsics(focal: Tensor, width: int, height: int) -> Tensor:
-    """Focal lengths [B] in half diagonals -> intrinsics [B, 3, 3] in pixels.
+    """Intrinsics [B, 3, 3] in pixels, from focal lengths [B] in half diagonals.
 
-    Pixel centers are at integer + 0.5.
+    The camera's axis passes through the image's center. The centers of pixels have the coordinates
+    integer + 0.5.
     """
     focal_px = focal * math.hypot(width, height) / 2
     intrinsics = torch.eye(3, dtype=focal.dtype, device=focal.device).repeat(len(focal), 1, 1)
@@ -147,14 +153,16 @@ def make_centered_intrinsics(focal: Tensor, width: int, height: int) -> Tensor:
 
 
 def unproject(depth: Tensor, intrinsics: Tensor) -> Tensor:
-    """Unproject depth along z [B, h, w] to points [B, h, w, 3] in the camera frame.
+    """Points [B, h, w, 3] in the camera frame, from depth along z [B, h, w].
 
-    intrinsics: [B, 3, 3] in pixels.
+    `intrinsics` are [B, 3, 3] in pixels.
     """
     height, width = depth.shape[1:]
     y_px = torch.arange(height, device=depth.device, dtype=torch.float32) + 0.5
     x_px = torch.arange(width, device=depth.device, dtype=torch.float32) + 0.5
     y, x = torch.meshgrid(y_px, x_px, indexing="ij")
-    pixels = torch.stack([x, y, torch.ones_like(x)], dim=-1).to(depth.dtype)
-    rays = pixels @ torch.linalg.inv(intrinsics).to(depth.dtype).mT[:, None]
+    pixels = torch.stack([x, y, torch.ones_like(x)], dim=-1).to(depth.dtype)  # [h, w, 3]
+    inverse_intrinsics = torch.linalg.inv(intrinsics).to(depth.dtype)
+    # Rays with z = 1. As pixels are rows, they are multiplied by the transpose.
+    rays = pixels @ inverse_intrinsics.mT[:, None]  # [B, h, w, 3]
     return rays * depth[..., None]

@@ -1,8 +1,12 @@
 """MoGe v1 (arXiv 2410.19115) and MoGe-2 (arXiv 2507.02546): networks that predict point maps.
 
-v1 labeled SPEAR's images; its points are correct up to a scale and a shift along z. MoGe-2's are
-correct up to a shift, and have a metric scale. Modules are nested so that their weights have the
-names of the published checkpoints, which `spear.models.moge.checkpoint.load_moge` reads.
+A point map has a 3D point for each pixel. The points of MoGe v1, with which the authors of SPEAR-1
+labeled their images, are correct up to a scale and a shift along z. The points of MoGe-2 are
+correct up to a shift, because it also predicts a metric scale.
+
+The encoder is a DINOv2, which cuts an image into patches of 14 × 14 pixels; MoGe calls them tokens.
+Modules are nested so that their weights have the names of the published checkpoints, which
+`spear.models.moge.checkpoint.load_moge` reads.
 """
 
 import math
@@ -30,11 +34,12 @@ ENCODERS = {
 
 @dataclass(frozen=True)
 class MogeOutput:
-    """What a network predicts about B images, before a camera is fitted.
+    """The prediction of a network about B images, before a camera is fitted.
 
-    points  [B, h, w, 3] float32, affine: z is off by a shift, and all coordinates by a scale.
+    points  [B, h, w, 3] float32. They are affine: there is an unknown shift of z, and an unknown
+            scale of all coordinates.
     mask    [B, h, w] float32, above 0.5 where a point is known.
-    scale   [B] float32, meters per unit of the points, or None.
+    scale   [B] float32, the length in meters of a unit of the points. None for MoGe v1.
     """
 
     points: Tensor
@@ -43,9 +48,10 @@ class MogeOutput:
 
 
 def dinov2_config(encoder: str) -> Dinov2Config:
-    """The config of one of `ENCODERS` as MoGe uses it.
+    """The config of the encoder with a name in `ENCODERS`, with MoGe's settings.
 
-    Raises SpearError for another name.
+    Raises:
+        SpearError: The name is not in `ENCODERS`.
     """
     check_known("MoGe encoder", ENCODERS, encoder)
     width, num_layers, num_heads = ENCODERS[encoder]
@@ -55,7 +61,7 @@ def dinov2_config(encoder: str) -> Dinov2Config:
         "num_attention_heads": num_heads,
         "patch_size": PATCH_SIZE_PX,
         "image_size": 37 * PATCH_SIZE_PX,
-        "position_offset": 0.1,
+        "position_offset": 0.1,  # see `spear.models.vision.DinoEmbeddings`
         "use_mask_token": False,
         "attn_implementation": "sdpa",
     }
@@ -63,7 +69,11 @@ def dinov2_config(encoder: str) -> Dinov2Config:
 
 
 def check_supported(prefix: str, config: Mapping[str, Any], supported: Mapping[str, Any]) -> None:
-    """Raises SpearError if a published config has another value than the one that is built here."""
+    """Check that a published config has no other values than `supported`.
+
+    Raises:
+        SpearError: A value differs. The message names its key after `prefix`.
+    """
     for key, value in supported.items():
         if config.get(key, value) != value:
             raise SpearError(
@@ -76,7 +86,7 @@ def check_supported(prefix: str, config: Mapping[str, Any], supported: Mapping[s
 
 
 def build_conv3x3(in_width: int, out_width: int) -> nn.Conv2d:
-    """A 3×3 convolution that repeats the edge outwards."""
+    """A 3×3 convolution that keeps the size, by repeating the pixels at the edge."""
     return nn.Conv2d(in_width, out_width, 3, padding=1, padding_mode="replicate")
 
 
@@ -105,9 +115,10 @@ class ResidualBlock(nn.Module):
 
 
 def build_upsampler(kind: str, in_width: int, out_width: int) -> nn.Sequential:
-    """Double the resolution: [B, in, h, w] -> [B, out, 2h, 2w].
+    """A module that doubles the resolution: [B, in, h, w] -> [B, out, 2h, 2w].
 
-    kind: "conv_transpose" (learned) or "bilinear"; a convolution follows.
+    The upsampling is "conv_transpose" (learned) or "bilinear", as `kind` says. A convolution
+    follows.
     """
     if kind == "bilinear":
         upsample = nn.Upsample(scale_factor=2, mode="bilinear")
@@ -122,11 +133,18 @@ def make_view_plane(
 ) -> Tensor:
     """MoGe's uv grid: view-plane coordinates of a grid's cell centers, [height, width, 2] float32.
 
-    MoGe measures the view plane in half diagonals of the image. u points right and v down; both are
+    MoGe measures the view plane in half diagonals of the image. u points right and v down. Both are
     0 at the image's center.
 
-    aspect: Width / height of the image that the grid covers, if its cells are not square.
+    Args:
+        width: Number of columns of the grid.
+        height: Number of rows of the grid.
+        aspect: Width / height of the image that the grid covers. By default the grid's cells are
+            square.
+        device: Where the result is.
     """
+    # In units of half the image's height, the half width is `ratio` and the half diagonal
+    # `diagonal`. The outermost cell centers are half a cell from the edge.
     ratio = width / height if aspect is None else aspect
     diagonal = math.sqrt(1 + ratio**2)
     u_end = (width - 1) / width * ratio / diagonal
@@ -139,33 +157,33 @@ def make_view_plane(
 def make_uv_channels(
     batch: int, width: int, height: int, aspect: float, template: Tensor
 ) -> Tensor:
-    """`make_view_plane` as channels [B, 2, height, width], with type and device of `template`.
+    """`make_view_plane` as channels [B, 2, height, width], with the type and device of `template`.
 
-    It is computed in float32 first, because in float16 the errors of the steps would add up along a
-    row.
+    The grid is computed in float32 and then converted, because in float16 the rounding errors would
+    add up along a row.
     """
     uv = make_view_plane(width, height, aspect, template.device).to(template.dtype)
     return uv.permute(2, 0, 1).expand(batch, -1, -1, -1)
 
 
 def append_uv(x: Tensor, aspect: float) -> Tensor:
-    """Append the uv channels of an image of that aspect: [B, c, h, w] -> [B, c + 2, h, w]."""
+    """Append the uv channels of an image with `aspect`: [B, c, h, w] -> [B, c + 2, h, w]."""
     batch, _, height, width = x.shape
     return torch.cat([x, make_uv_channels(batch, width, height, aspect, x)], dim=1)
 
 
 def resize(x: Tensor, height: int, width: int) -> Tensor:
-    """Bilinear, without antialias: [B, c, h, w] -> [B, c, height, width]."""
+    """Resize bilinearly, without antialias: [B, c, h, w] -> [B, c, height, width]."""
     return nn.functional.interpolate(x, (height, width), mode="bilinear", align_corners=False)
 
 
 def upsample_output(raw_points: Tensor, raw_mask: Tensor, images: Tensor) -> tuple[Tensor, Tensor]:
-    """Raw outputs at the size of the images [B, 3, H, W].
+    """Resize a head's raw outputs to the size of the images, and convert them to points.
 
     Args:
-        raw_points: [B, 3, h, w] MoGe's "exp" output: x / z, y / z and log z.
+        raw_points: [B, 3, h, w]. In MoGe's form "exp", the channels are x / z, y / z and log z.
         raw_mask: [B, 1, h, w].
-        images: [B, 3, H, W].
+        images: [B, 3, H, W], of which only the size is read.
 
     Returns:
         Points [B, H, W, 3] and mask [B, H, W], float32.
@@ -174,21 +192,25 @@ def upsample_output(raw_points: Tensor, raw_mask: Tensor, images: Tensor) -> tup
     with torch.autocast(images.device.type, enabled=False):
         points = resize(raw_points.float(), height, width)
         mask = resize(raw_mask.float(), height, width)
-        plane, log_z = points.permute(0, 2, 3, 1).split([2, 1], dim=-1)
+        xy_over_z, log_z = points.permute(0, 2, 3, 1).split([2, 1], dim=-1)
         z = log_z.exp()
-        return torch.cat([plane * z, z], dim=-1), mask[:, 0]
+        return torch.cat([xy_over_z * z, z], dim=-1), mask[:, 0]
 
 
 def to_feature_map(layer: Tensor, patches: Tensor) -> Tensor:
-    """A layer's output [B, 1 + rows · columns, width] -> [B, width, rows, columns].
+    """Reshape a layer's output to an image of patches, without the class token.
 
-    The class token is left out.
+    Args:
+        layer: The output [B, 1 + rows · columns, width].
+        patches: The encoder's input [B, 3, 14 · rows, 14 · columns], of which the size is read.
 
-    patches: The encoder's input [B, 3, 14·rows, 14·columns].
+    Returns:
+        [B, width, rows, columns].
     """
     rows = patches.shape[2] // PATCH_SIZE_PX
     columns = patches.shape[3] // PATCH_SIZE_PX
-    return layer[:, 1:].mT.unflatten(2, (rows, columns))
+    patch_features = layer[:, 1:]  # [B, rows · columns, width]
+    return patch_features.mT.unflatten(2, (rows, columns))
 
 
 def _too_thin_error(width: int, height: int, num_tokens: int) -> SpearError:
@@ -212,21 +234,26 @@ _SUPPORTED_V1 = {
 
 
 class MogeV1(nn.Module):
-    """DINOv2's last layers, summed after a projection each, and a convolutional head.
+    """MoGe v1: DINOv2, and a convolutional head on the outputs of its last layers.
 
-    unit        Of the points.
-    max_tokens  The most patches that the network was trained to cut an image into.
+    unit        The unit of the points.
+    max_tokens  The largest number of patches per image for which the network was trained.
     """
 
     unit: Unit = "relative"
 
     def __init__(self, config: Mapping[str, Any]) -> None:
-        """config: A published checkpoint's `model_config`; SpearError if it is not supported."""
+        """Build the network from a published checkpoint's `model_config`.
+
+        Raises:
+            SpearError: The config is not supported.
+        """
         super().__init__()
+        # Where a config does not name `remap_output`, it is "linear", which is not supported.
         check_supported("", {"remap_output": "linear", **config}, _SUPPORTED_V1)
         num_tokens_range = config.get("num_tokens_range", (1200, 2500))
         self.max_tokens = int(num_tokens_range[1])
-        if "trained_area_range" in config:  # the released checkpoint's older field, in pixels
+        if "trained_area_range" in config:  # an older field of the released checkpoint, in pixels
             self.max_tokens = int(config["trained_area_range"][1]) // PATCH_SIZE_PX**2
         self.encoder = MogeEncoder(dinov2_config(config.get("encoder", "dinov2_vitb14")))
         encoder_config = self.encoder.backbone.config
@@ -236,31 +263,38 @@ class MogeV1(nn.Module):
         self.head = MogeV1Head(config, encoder_config.hidden_size)
 
     def cut_into_patches(self, images: Tensor, num_tokens: int) -> tuple[Tensor, tuple[int, int]]:
-        """Resize images [B, 3, h, w] from 0 to 1, to be cut into about `num_tokens` patches.
+        """Resize images so that they consist of about `num_tokens` patches.
+
+        Args:
+            images: [B, 3, h, w], values from 0 to 1.
+            num_tokens: Number of patches.
 
         Returns:
-            The encoder's input [B, 3, 14·rows, 14·columns], and the head's size (height, width),
-            which lies between those of the image and of the encoder's input.
+            The encoder's input [B, 3, 14 · rows, 14 · columns], normalized; and the size (height,
+            width) of the head's output. It has the aspect of the images, and nearly as many pixels
+            as the encoder's input.
 
         Raises:
-            SpearError: If an image is too long and thin for so few tokens.
+            SpearError: The images are too long and thin for so few patches.
         """
         height, width = images.shape[2:]
-        factor = math.sqrt(num_tokens * PATCH_SIZE_PX**2 / (height * width))
+        num_pixels = num_tokens * PATCH_SIZE_PX**2
+        factor = math.sqrt(num_pixels / (height * width))
         head_size = int(height * factor), int(width * factor)
         if min(head_size) < PATCH_SIZE_PX:
             raise _too_thin_error(width, height, num_tokens)
         resized = nn.functional.interpolate(
             images, head_size, mode="bicubic", antialias=True, align_corners=False
         )
-        patch_size = [side // PATCH_SIZE_PX * PATCH_SIZE_PX for side in head_size]
+        # The largest size in whole patches.
+        input_size = [side // PATCH_SIZE_PX * PATCH_SIZE_PX for side in head_size]
         patches = nn.functional.interpolate(
-            standardize(resized), patch_size, mode="bilinear", antialias=True, align_corners=False
+            standardize(resized), input_size, mode="bilinear", antialias=True, align_corners=False
         )
         return patches, head_size
 
     def forward(self, images: Tensor, num_tokens: int) -> MogeOutput:
-        """Points and mask of images [B, 3, h, w] from 0 to 1, cut into about `num_tokens`."""
+        """Points and mask of images, whose arguments are those of `cut_into_patches`."""
         patches, head_size = self.cut_into_patches(images, num_tokens)
         layers = self.encoder.layers(patches, self.feature_layers)
         features = [to_feature_map(layer, patches) for layer in layers]
@@ -301,11 +335,14 @@ class MogeV1Head(nn.Module):
         self.output_block = nn.ModuleList(output_blocks)
 
     def forward(self, features: Sequence[Tensor], size: tuple[int, int]) -> tuple[Tensor, Tensor]:
-        """Features [B, width, rows, columns] of each layer -> raw points and raw mask at a size.
+        """Compute raw points and a raw mask.
 
-        size: (height, width) of the result, whose aspect the uv channels have throughout. The
-            result is
-        [B, 3, height, width] and [B, 1, height, width].
+        Args:
+            features: [B, width, rows, columns] of each layer.
+            size: (height, width) of the result. All uv channels have its aspect.
+
+        Returns:
+            Raw points [B, 3, height, width] and raw mask [B, 1, height, width].
         """
         height, width = size
         aspect = width / height
@@ -331,50 +368,61 @@ _SUPPORTED_STACK = {
 
 
 class MogeV2(nn.Module):
-    """MoGe-2: DINOv2's features, projected and summed, a neck, and one head per output.
+    """MoGe-2: a DINOv2, whose features are projected and summed, a neck, and one head per output.
 
-    unit        Of the points times the scale.
-    max_tokens  As of `MogeV1`.
+    unit        The unit of the points after multiplication by the scale.
+    max_tokens  The largest number of patches per image for which the network was trained.
     """
 
     unit: Unit = "metre"
 
     def __init__(self, config: Mapping[str, Any]) -> None:
-        """config: A published checkpoint's `model_config`; SpearError if it is not supported."""
+        """Build the network from a published checkpoint's `model_config`.
+
+        Raises:
+            SpearError: The config is not supported.
+        """
         super().__init__()
+        # Where a config does not name `remap_output`, it is "linear", which is not supported.
         check_supported("", {"remap_output": "linear", **config}, {"remap_output": "exp"})
         num_tokens_range = config.get("num_tokens_range", (1200, 3600))
         self.max_tokens = int(num_tokens_range[1])
 
-        fields = config["encoder"]
-        self.encoder = MogeEncoder(dinov2_config(fields["backbone"]))
+        encoder_fields = config["encoder"]
+        self.encoder = MogeEncoder(dinov2_config(encoder_fields["backbone"]))
         encoder_config = self.encoder.backbone.config
-        feature_layers = fields["intermediate_layers"]
-        if isinstance(feature_layers, int):  # that many of the last layers
+        # Either the indices of layers, or the number of last layers.
+        feature_layers = encoder_fields["intermediate_layers"]
+        if isinstance(feature_layers, int):
             num_layers = encoder_config.num_hidden_layers
             feature_layers = range(num_layers - feature_layers, num_layers)
         self.feature_layers = feature_layers
         self.output_projections = nn.ModuleList(
-            nn.Conv2d(encoder_config.hidden_size, fields["dim_out"], 1) for _ in self.feature_layers
+            nn.Conv2d(encoder_config.hidden_size, encoder_fields["dim_out"], 1)
+            for _ in self.feature_layers
         )
 
-        # Some checkpoints have a head for normals, too, which is not read.
+        # Some checkpoints also have a head for normals, which we do not read.
         self.neck = ConvStack("neck", config["neck"])
         self.points_head = ConvStack("points_head", config["points_head"])
         self.mask_head = ConvStack("mask_head", config["mask_head"])
         layers: list[nn.Module] = []
         for in_width, out_width in pairwise(config["scale_head"]["dims"]):
             layers += [nn.Linear(in_width, out_width), nn.ReLU()]
-        self.scale_head = nn.Sequential(*layers[:-1])
+        self.scale_head = nn.Sequential(*layers[:-1])  # no ReLU at the end
 
     def cut_into_patches(self, images: Tensor, num_tokens: int) -> Tensor:
-        """Resize images [B, 3, h, w] from 0 to 1, to be cut into about `num_tokens` patches.
+        """Resize images so that they consist of about `num_tokens` patches.
+
+        Args:
+            images: [B, 3, h, w], values from 0 to 1.
+            num_tokens: Number of patches.
 
         Returns:
-            The encoder's input [B, 3, 14·rows, 14·columns].
+            The encoder's input [B, 3, 14 · rows, 14 · columns], normalized.
 
         Raises:
-            SpearError: If an image is too long and thin for so few tokens.
+            SpearError: The images are too long and thin for so few patches.
         """
         height, width = images.shape[2:]
         aspect = width / height
@@ -389,28 +437,29 @@ class MogeV2(nn.Module):
         return standardize(resized)
 
     def encode(self, patches: Tensor) -> tuple[Tensor, Tensor]:
-        """Encode normalized patches [B, 3, 14·rows, 14·columns].
+        """Encode normalized images [B, 3, 14 · rows, 14 · columns].
 
         Returns:
-            Features [B, project width, rows, columns], and the class token [B, width] of the last
-            layer that is read.
+            The features [B, project width, rows, columns], which are the sum over the layers
+            `feature_layers`; and the class token [B, width] of the last of these layers.
         """
         layers = self.encoder.layers(patches, self.feature_layers)
         projected = []
         for projection, layer in zip(self.output_projections, layers, strict=True):
             projected.append(projection(to_feature_map(layer, patches)))
-        return torch.stack(projected).sum(dim=0), layers[-1][:, 0]
+        class_token = layers[-1][:, 0]
+        return torch.stack(projected).sum(dim=0), class_token
 
     def forward(self, images: Tensor, num_tokens: int) -> MogeOutput:
-        """Points, mask and scale of images [B, 3, h, w] from 0 to 1, cut into about
-        `num_tokens`."""
+        """Points, mask and scale of images, whose arguments are those of `cut_into_patches`."""
         features, class_token = self.encode(self.cut_into_patches(images, num_tokens))
         batch, _, rows, columns = features.shape
         height, width = images.shape[2:]
         aspect = width / height
 
-        # Input of the neck: features and uv at the coarsest level, uv alone at each level twice as
-        # fine.
+        # The input of the neck is a pyramid, in which each level has twice the resolution of the
+        # level before. The coarsest level has the features and uv channels, the others uv channels
+        # alone.
         pyramid = [append_uv(features, aspect)]
         for level in range(1, len(self.neck.input_blocks)):
             pyramid.append(
@@ -418,6 +467,7 @@ class MogeV2(nn.Module):
             )
         levels = self.neck(pyramid)
 
+        # A head's output is that of its finest level.
         raw_points = self.points_head(levels)[-1]
         raw_mask = self.mask_head(levels)[-1]
         log_scale = self.scale_head(class_token)
@@ -426,17 +476,20 @@ class MogeV2(nn.Module):
 
 
 class ConvStack(nn.Module):
-    """A pyramid from coarse to fine.
+    """Convolutions on a pyramid, from its coarsest to its finest level.
 
-    Each level is the one before, upsampled, plus its input, refined.
+    A level adds its own input to the upsampled result of the level before, and refines the sum with
+    residual blocks.
     """
 
     def __init__(self, name: str, config: Mapping[str, Any]) -> None:
-        """config: The published fields, where a single value stands for all levels.
+        """Build the stack from published fields, in which a single value stands for all levels.
 
-        Raises SpearError, which names the stack, for a field that is not supported.
+        Raises:
+            SpearError: A field is not supported. The message names the stack by `name`.
         """
         super().__init__()
+        # The values that these fields have where a config does not name them.
         norm_defaults = {"res_block_in_norm": "layer_norm", "res_block_hidden_norm": "group_norm"}
         check_supported(f"{name}.", {**norm_defaults, **config}, _SUPPORTED_STACK)
 
@@ -466,20 +519,25 @@ class ConvStack(nn.Module):
         )
 
     def forward(self, pyramid: Sequence[Tensor]) -> list[Tensor]:
-        """[B, channels, h, w] per level, each twice as large as the one before -> the same,
-        refined."""
+        """Run the stack on a pyramid [B, channels, h, w] per level, and return the same per level.
+
+        Each level's h and w are twice those of the level before.
+        """
         outputs: list[Tensor] = []
         x: Tensor | None = None
         for level, features in enumerate(pyramid):
             level_input = self.input_blocks[level](features)
-            x = level_input if x is None else self.resamplers[level - 1](x) + level_input
+            if x is None:
+                x = level_input
+            else:
+                x = self.resamplers[level - 1](x) + level_input
             x = self.res_blocks[level](x)
             outputs.append(self.output_blocks[level](x))
         return outputs
 
 
 def _per_level(value: Any, num_levels: int) -> Sequence[Any]:
-    """A config's value for each level; a single value stands for all."""
+    """A config's value for each level, where a single value stands for all levels."""
     if isinstance(value, list | tuple):
         return value
     return [value] * num_levels

@@ -1,7 +1,8 @@
-"""SPEAR-VLM becomes SPEAR-1, with an action expert that is new, or π0's published one.
+"""Conversion of a SPEAR-VLM and an action expert to a SPEAR-1. The expert is new, or π0's.
 
-π0 is read under the names of openpi's PyTorch port and LeRobot
-(`paligemma_with_expert.gemma_expert.model.…`) and of Transformers (`model.dit.…`).
+Published files of π0 name its weights in two ways, and both can be read: as openpi's PyTorch port
+and LeRobot do (`paligemma_with_expert.gemma_expert.model.…`), and as Transformers does
+(`model.dit.…`).
 """
 
 import copy
@@ -38,24 +39,28 @@ RENAMED_PREFIXES = (
     ("paligemma_with_expert.gemma_expert.model.", "expert."),
     ("embed_action_time.", ""),
 )
-"""π0's names -> ours, one rule after the other."""
+"""Rules (old prefix, new prefix) that turn π0's names into ours. They are applied in this order."""
 
 UNUSED_WEIGHTS = {
+    # The reasons are part of the report that the user sees.
     r"vlm\.": "π0's own VLM, which SPEAR-VLM replaces",
     r"paligemma_with_expert\.paligemma\.": "π0's own VLM, which SPEAR-VLM replaces",
     r"expert\.embed_tokens\.": "the expert reads no text",
     r"paligemma_with_expert\.gemma_expert\.lm_head\.": "the expert writes no text",
     r"(un)?normalize_": "statistics of π0's data",
 }
-"""Patterns of weights that π0's files contain and that are of no use -> the reason."""
+"""Patterns of the names of weights in π0's files that SPEAR-1 does not need -> the reason."""
 
 OUTPUT_LAYER = "action_out_proj"
 
 
 @dataclass(frozen=True)
 class RobotLayer:
-    """A layer that takes a robot's state or actions: which axis of its weight they are, and our
-    size."""
+    """A layer whose input or output is a robot's state or actions.
+
+    axis  The axis of the layer's weight that belongs to the state or the action.
+    size  Our number of features along this axis.
+    """
 
     axis: int
     size: int
@@ -76,16 +81,19 @@ def plan_policy(
     All names and shapes are checked; no weights are read yet.
 
     Args:
-        vlm: A folder, or a name on the Hub.
-        expert: None makes a new expert of the preset's width, as deep as the VLM. Otherwise a π0 in
-            safetensors: a folder, or a name on the Hub. Its layers that take states or give actions
-            are loaded where they have our sizes (state 10, action 8); others are new, because their
-            numbers mean other things. π0's velocity points to the noise, so its last layer is
-            negated; where clean actions are predicted, that layer is new.
-        size: The preset of the horizon, the flow and a new expert.
+        vlm: A SPEAR-VLM, given as a folder or a name on the Hub.
+        expert: A π0 in safetensors, given as a folder or a name on the Hub. None makes a new
+            expert, which is as wide as the preset's and as deep as the VLM.
+        size: The preset that gives the horizon, the flow, and the width of a new expert.
+
+    Of a π0, the layers for states and actions (`ROBOT_LAYERS`) are loaded only if they have our
+    sizes (state 10, action 8). Otherwise they are new, because the state's or action's numbers have
+    another meaning. π0's velocity points to the noise and ours to the data, so the weights of the
+    output layer are negated. If the preset predicts clean actions, the output layer is new.
 
     Raises:
-        SpearError: As `plan_backbones` does, and for an expert that does not fit the VLM.
+        SpearError: A checkpoint is missing, incomplete, broken or of another architecture, or the
+            expert does not fit the VLM.
     """
     # The VLM and the expert, and the config of both.
     stored_vlm = StoredCheckpoint.open(vlm, "SPEAR-VLM")
@@ -98,7 +106,7 @@ def plan_policy(
         sources["action expert"] = describe_source(expert, pi0.stored.folder)
     config = _make_config(size, vlm_config, pi0)
 
-    # The new model without numbers: which weights it wants.
+    # The weights that the new model needs. On the meta device they have only shapes.
     with torch.device("meta"):
         expected_weights = Spear1ForActionPrediction(copy.deepcopy(config)).state_dict()
     wanted_of_vlm = {name: w for name, w in expected_weights.items() if name.startswith("vlm.")}
@@ -106,14 +114,14 @@ def plan_policy(
         name: w for name, w in expected_weights.items() if not name.startswith("vlm.")
     }
 
-    # Which of them the VLM has.
+    # The weights that the VLM has.
     vlm_names = {f"vlm.{name}": name for name in stored_vlm.weights}
     keys, loaded_names = match_weights(wanted_of_vlm, stored_vlm, vlm_names, "SPEAR-VLM")
     leftover_names = {our: name for our, name in vlm_names.items() if our not in wanted_of_vlm}
     keys += report_unused_weights(leftover_names, stored_vlm, {}, "SPEAR-VLM")
     readers = [make_weight_reader(stored_vlm, loaded_names)]
 
-    # The others are π0's, or new.
+    # The other weights are π0's, or new.
     if pi0 is None:
         keys += [_report_new(name, weight, config) for name, weight in wanted_of_expert.items()]
     else:
@@ -125,6 +133,7 @@ def plan_policy(
 
 
 def _read_vlm_config(stored: StoredCheckpoint) -> SpearVLMConfig:
+    """Return the config of a SPEAR-VLM. Raise `SpearError` if it is another model."""
     architecture = str(stored.config.get("model_type"))
     check_known(f"architecture in {stored.folder}:", [SpearVLMConfig.model_type], architecture)
     return stored.read_config(SpearVLMConfig)
@@ -136,7 +145,7 @@ class _Pi0:
 
     Attributes:
         stored: The checkpoint's weights and config.
-        names: The π0's name of each weight, by our name.
+        names: Our name of each weight -> the name in the checkpoint.
     """
 
     stored: StoredCheckpoint
@@ -144,7 +153,7 @@ class _Pi0:
 
     @staticmethod
     def open(expert: Path | str) -> "_Pi0":
-        """List its weights. Raises `SpearError` when it is not a π0."""
+        """List the weights of a π0. Raise `SpearError` if the checkpoint is no π0."""
         stored = StoredCheckpoint.open(expert, "π0")
         names = stored.names(RENAMED_PREFIXES)
         is_pi05 = any(".dense." in name or name.startswith("time_mlp_") for name in names)
@@ -161,7 +170,10 @@ class _Pi0:
         return _Pi0(stored, names)
 
     def num_rows(self, layer: str) -> int:
-        """Rows of a weight in the first layer of the expert."""
+        """Return the number of rows of a weight in the first layer of the expert.
+
+        `layer` is the name of a module in that layer, such as "mlp.gate_proj".
+        """
         name = f"expert.layers.0.{layer}.weight"
         if name not in self.names:
             raise SpearError(
@@ -171,6 +183,7 @@ class _Pi0:
 
 
 def _make_config(size: str, vlm_config: SpearVLMConfig, pi0: _Pi0 | None) -> Spear1Config:
+    """Return the config of the new model. Without a π0 the action expert is the preset's."""
     preset = get_preset(size)
     if pi0 is None:
         return build_spear1_config(preset, vlm_config, None)
@@ -183,8 +196,8 @@ def _make_config(size: str, vlm_config: SpearVLMConfig, pi0: _Pi0 | None) -> Spe
 
 
 def _read_expert_fields(pi0: _Pi0, head_dim: int) -> dict[str, Any]:
-    """Return the sizes of π0's expert from the shapes of its weights, and some fields of its
-    config."""
+    """Return config fields of π0's expert: its sizes, from the shapes of its weights, and the
+    settings that its own config names."""
     fields: dict[str, Any] = {}
     expert_config = pi0.stored.config.get("dit_config") or {}
     for name in ("rms_norm_eps", "rope_parameters", "hidden_act"):
@@ -207,7 +220,17 @@ def _read_expert_fields(pi0: _Pi0, head_dim: int) -> dict[str, Any]:
 def _plan_pi0(
     expected_weights: Mapping[str, Tensor], pi0: _Pi0, config: Spear1Config
 ) -> tuple[list[WeightStatus], list[WeightReader]]:
-    """Plan the weights of π0's expert: what becomes of them, and what reads them."""
+    """Plan the weights of the action expert and the layers around it.
+
+    Args:
+        expected_weights: The weights that the new model needs, by our names.
+        pi0: The checkpoint.
+        config: The config of the new model.
+
+    Returns:
+        The status of each weight of the new model and of the checkpoint, and the readers of the
+        loaded weights.
+    """
     new_layers = _find_new_layers(pi0, config)
     new_names = [name for name in expected_weights if name.split(".")[0] in new_layers]
     wanted_of_pi0 = {name: w for name, w in expected_weights.items() if name not in new_names}
@@ -226,7 +249,7 @@ def _plan_pi0(
         make_weight_reader(pi0.stored, output_names, sign=-1.0),
     ]
 
-    # Layers for other states or actions are new, and π0's are left out.
+    # Layers for other states or actions are new, and π0's weights of these layers are not read.
     keys += [_report_new(name, expected_weights[name], config) for name in new_names]
     leftover_names = {}
     for our_name, stored_name in pi0.names.items():
@@ -239,7 +262,8 @@ def _plan_pi0(
 
 
 def _find_new_layers(pi0: _Pi0, config: Spear1Config) -> set[str]:
-    """Return the layers whose states or actions are not ours, or that predict something else."""
+    """Return the names of layers that cannot be π0's, because π0's have other states or actions, or
+    predict another quantity."""
     new_layers = set()
     if _predicts_clean_actions(config):
         new_layers.add(OUTPUT_LAYER)
@@ -253,6 +277,7 @@ def _find_new_layers(pi0: _Pi0, config: Spear1Config) -> set[str]:
 
 
 def _note_negation(key: WeightStatus) -> WeightStatus:
+    """Add to a weight's note that its values are negated."""
     return replace(key, note=f"{key.note}, negated: π0's velocity points to the noise")
 
 
@@ -267,6 +292,7 @@ def _report_new(name: str, weight: Tensor, config: Spear1Config) -> WeightStatus
 
 
 def _describe_initialization(name: str, shape: tuple[int, ...], config: Spear1Config) -> str:
+    """Describe the distribution of a new weight's initial values."""
     is_output = name.startswith(OUTPUT_LAYER)
     if name.startswith("expert."):
         if name.endswith("norm.weight"):

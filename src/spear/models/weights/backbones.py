@@ -1,7 +1,7 @@
-"""PaliGemma and MoGe, as published, become SPEAR-VLM.
+"""Conversion of a published PaliGemma and a published MoGe to a SPEAR-VLM.
 
-PaliGemma 1 and 2 are read under the names that were published in 2024 and under those that
-Transformers has written since; MoGe as `spear.models.moge.checkpoint` reads it.
+Files of PaliGemma 1 and 2 name the weights in two ways, and both can be read: as the files that
+were published in 2024, and as Transformers does today. `spear.models.moge.checkpoint` reads MoGe.
 """
 
 import copy
@@ -42,6 +42,7 @@ from spear.models.weights.load import (
 )
 from spear.tokens import TOKEN_FORMAT, extend_tokenizer, init_new_embeddings
 
+# Our names of the token embeddings, and of the output head, which is a copy of them in some files.
 EMBEDDINGS = "language_model.embed_tokens.weight"
 HEAD = "lm_head.weight"
 
@@ -51,14 +52,16 @@ RENAMED_PREFIXES = (
     ("language_model.model.", "language_model."),
     ("vision_tower.vision_model.", "vision_tower."),
 )
-"""PaliGemma's names, whichever Transformers wrote them -> SPEAR-VLM's, one rule after the other."""
+"""Rules (old prefix, new prefix) that turn PaliGemma's names into ours. They are applied in this
+order."""
 
 UNUSED_WEIGHTS = {
     r"vision_tower\.head\.": "SigLIP's pooling, which PaliGemma does not read",
     r"vision_tower\.embeddings\.position_ids": "computed, not learned",
     r".*\.rotary_emb\.inv_freq": "computed, not learned",
 }
-"""Patterns of weights that PaliGemma's files may contain and that are of no use -> the reason."""
+"""Patterns of the names of weights in PaliGemma's files that SPEAR-VLM does not need -> the
+reason."""
 
 IGNORED_CONFIG_FIELDS = (
     "_name_or_path",
@@ -67,16 +70,18 @@ IGNORED_CONFIG_FIELDS = (
     "transformers_version",
     "use_bidirectional_attention",
 )
-"""Fields of a network's config that describe the file it came from, or what our masks do."""
+"""Fields of a published network's config that are not copied to our config. They describe the file
+that the config came from, or an attention mask, which our code makes itself."""
 
 
 @dataclass(frozen=True)
 class _StoredVocabulary:
     """The token embeddings of a PaliGemma.
 
-    name       their name in the checkpoint.
-    head_name  the name of the output head's copy of them; None where it has none.
-    num_rows   rows of the matrix.
+    name       The embeddings' name in the checkpoint.
+    head_name  The name of the output head, which is a copy of the embeddings. None if the
+               checkpoint has no such copy.
+    num_rows   Number of embeddings.
     """
 
     name: str
@@ -86,7 +91,7 @@ class _StoredVocabulary:
 
 @dataclass(frozen=True)
 class _CoordinateTokens:
-    """Where the 3D tokens are: ids start … end - 1."""
+    """The ids of the 3D tokens: start … end - 1."""
 
     start: int
     count: int
@@ -101,28 +106,29 @@ def plan_backbones(
 ) -> Conversion[SpearVLMForConditionalGeneration]:
     """Plan the conversion of PaliGemma and MoGe to SPEAR-VLM.
 
-    All names and shapes are checked; no weights are read yet. The 3D tokens follow the tokenizer's
-    own tokens, or the embeddings where the folder has no tokenizer. They are drawn from N(mean,
-    covariance) of the rows before them (the paper). MoGe's projection is new.
+    All names and shapes are checked. No weights are read yet. The ids of the 3D tokens follow the
+    tokens of the folder's tokenizer. If the folder has no tokenizer, they follow the embeddings.
+    The embeddings of the 3D tokens are drawn from N(mean, covariance) of the embeddings before them
+    (the paper). The projection of MoGe's features is new.
 
     Args:
         paligemma: The folder of a PaliGemma 1 or 2, or its name on the Hub.
-        moge: A MoGe v1 or MoGe-2 as `read_checkpoint` takes it; None makes a plain PaliGemma
-            without 3D encoder.
-        size: The preset whose views, image sizes and number of 3D tokens the model gets. The sizes
-            of the networks are those of the checkpoints.
+        moge: A MoGe v1 or MoGe-2, given as a `.pt` file or a name on the Hub. None makes a plain
+            PaliGemma without 3D encoder.
+        size: The preset that gives the views, the image sizes and the number of 3D tokens. The
+            sizes of the networks are those of the checkpoints.
 
     Returns:
-        The conversion. Problems with single weights are in its report; its `check` and `run` raise
-        them.
+        The conversion. Its report has the problems with single weights, and its `check` and `run`
+        raise them as errors.
 
     Raises:
-        SpearError: If a checkpoint is missing, incomplete, broken or of another architecture, if a
-            dtype is not floating point, or if the vocabulary does not fit.
+        SpearError: A checkpoint is missing, incomplete, broken or of another architecture; a weight
+            is not floating point; or the vocabulary does not fit.
     """
     preset = get_preset(size)
 
-    # PaliGemma: what it is, its weights under our names, and its vocabulary.
+    # PaliGemma: its config, our names of its weights, and its vocabulary.
     stored = StoredCheckpoint.open(paligemma, "PaliGemma")
     published_config = _read_paligemma_config(stored)
     stored_names = stored.names(RENAMED_PREFIXES)
@@ -135,12 +141,12 @@ def plan_backbones(
     config = _make_vlm_config(preset, published_config, vocabulary, new_tokens, encoder_checkpoint)
     _check_image_sizes(preset, config.vision_config.patch_size)
 
-    # The new model without numbers: which weights it wants.
+    # The weights that the new model needs. On the meta device they have only shapes.
     with torch.device("meta"):
         model = SpearVLMForConditionalGeneration(copy.deepcopy(config))
     expected_weights = model.state_dict()
 
-    # Which of them PaliGemma has.
+    # The weights that PaliGemma has.
     wanted_of_paligemma = {
         name: weight
         for name, weight in expected_weights.items()
@@ -154,7 +160,8 @@ def plan_backbones(
     ]
     sources = {"PaliGemma": describe_source(paligemma, stored.folder)}
 
-    # Which of them MoGe has. It is read first, while there is room for its float32 copy.
+    # The weights that MoGe has. MoGe is read first, because it needs a copy in float32, for which
+    # there is most room before the other weights are read.
     if encoder_checkpoint is not None and model.moge is not None:
         keys += _report_moge(model.moge, encoder_checkpoint)
         keys += _report_new_projector(expected_weights, config)
@@ -179,7 +186,7 @@ def _report_left_out(
     vocabulary: _StoredVocabulary,
     expected_weights: Mapping[str, Tensor],
 ) -> list[WeightStatus]:
-    """Report what PaliGemma has and the new model does not want."""
+    """Report the weights of PaliGemma that the new model does not have."""
     keys = []
     if vocabulary.head_name is not None:
         head_shape = stored.weights[vocabulary.head_name].shape
@@ -195,7 +202,7 @@ def _report_left_out(
 def _sort_like_model(
     keys: Sequence[WeightStatus], expected_weights: Mapping[str, Tensor]
 ) -> list[WeightStatus]:
-    """Sort by the order of the model's weights; others stay at the end."""
+    """Sort by the order of the model's weights. Weights that the model does not have come last."""
     order = {name: index for index, name in enumerate(expected_weights)}
 
     def position(key: WeightStatus) -> int:
@@ -209,7 +216,11 @@ def _sort_like_model(
 
 
 def _read_paligemma_config(stored: StoredCheckpoint) -> Any:
-    """Return the `PaliGemmaConfig` of a folder. SPEAR-VLM can be made from such a PaliGemma."""
+    """Return the `PaliGemmaConfig` of a folder.
+
+    Raises:
+        SpearError: It is no PaliGemma that can be converted to a SPEAR-VLM.
+    """
     model_type = stored.config.get("model_type")
     file = stored.folder / "config.json"
     if model_type != PaliGemmaConfig.model_type:
@@ -235,10 +246,10 @@ def _read_paligemma_config(stored: StoredCheckpoint) -> Any:
 def _find_vocabulary(
     stored: StoredCheckpoint, stored_names: dict[str, str], published_config: Any
 ) -> _StoredVocabulary:
-    """Find the token embeddings, and take the head out of the names."""
+    """Find the token embeddings, and remove the head from `stored_names`."""
     head_name = stored_names.pop(HEAD, None)
     if head_name is not None and EMBEDDINGS not in stored_names:
-        # One matrix, saved under the head's name.
+        # The embeddings and the head are one matrix, which was saved under the head's name.
         stored_names[EMBEDDINGS] = head_name
         head_name = None
     if EMBEDDINGS not in stored_names:
@@ -257,8 +268,11 @@ def _find_vocabulary(
 
 
 def _extend_tokenizer(folder: Path, num_rows: int, num_new_tokens: int) -> tuple[Any, int]:
-    """Return the folder's tokenizer with the 3D tokens, or None; and the id of the first 3D
-    token."""
+    """Add the 3D tokens to a folder's tokenizer.
+
+    Returns:
+        The tokenizer, or None if the folder has none; and the id of the first 3D token.
+    """
     has_tokenizer = any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model"))
     if not has_tokenizer:
         return None, num_rows
@@ -269,7 +283,8 @@ def _extend_tokenizer(folder: Path, num_rows: int, num_new_tokens: int) -> tuple
             f"vocabulary mismatch: {folder}: its tokenizer has 3D tokens already."
             " Give a PaliGemma's own."
         )
-    # The image token may be one past the embeddings: it is never embedded.
+    # The tokenizer may have one token more than there are embeddings. This is PaliGemma's image
+    # token, in whose place the visual tokens are inserted.
     if len(tokenizer) > num_rows + 1:
         raise SpearError(
             f"vocabulary mismatch: {folder}: its tokenizer has {len(tokenizer)} tokens,"
@@ -285,7 +300,7 @@ def _make_vlm_config(
     new_tokens: _CoordinateTokens,
     moge: Checkpoint | None,
 ) -> SpearVLMConfig:
-    """Return the preset's config, with networks of the checkpoints' sizes."""
+    """Return the preset's config with the checkpoints' networks. Without `moge` it has no MoGe."""
     text_config = _copy_network_config(published_config.text_config)
     text_config["vocab_size"] = max(vocabulary.num_rows, new_tokens.end)
     vision_config = _copy_network_config(published_config.vision_config)
@@ -299,11 +314,13 @@ def _make_vlm_config(
 
 
 def _copy_network_config(config: Any) -> dict[str, Any]:
+    """Return the fields of a network's config without `IGNORED_CONFIG_FIELDS`."""
     fields = config.to_dict()
     return {name: value for name, value in fields.items() if name not in IGNORED_CONFIG_FIELDS}
 
 
 def _check_image_sizes(preset: Preset, patch_px: int) -> None:
+    """Raise `SpearError` if images of the preset do not consist of whole patches."""
     for view, (width, height) in preset.image_sizes.items():
         if width % patch_px or height % patch_px:
             raise SpearError(
@@ -315,11 +332,11 @@ def _check_image_sizes(preset: Preset, patch_px: int) -> None:
 def _report_vocabulary(
     stored: StoredCheckpoint, vocabulary: _StoredVocabulary, new_tokens: _CoordinateTokens
 ) -> list[WeightStatus]:
-    """Report the embeddings in parts: loaded rows, new 3D tokens, and loaded rows after them, if
-    any."""
+    """Report the embeddings in parts: loaded rows, new rows of 3D tokens, and loaded rows after
+    these, if there are any."""
     num_rows, width = stored.weights[vocabulary.name].shape
-    start, end = new_tokens.start, new_tokens.end
-    num_known = min(num_rows, start)
+    end = new_tokens.end
+    num_known = min(num_rows, new_tokens.start)
     source = f"PaliGemma: {vocabulary.name}"
     initialization = f"N(mean, covariance) of rows 0:{num_known} (the paper)"
     known_shape = (num_known, width)
@@ -337,7 +354,7 @@ def _report_vocabulary(
 def _make_vocabulary_reader(
     stored: StoredCheckpoint, vocabulary: _StoredVocabulary, new_tokens: _CoordinateTokens
 ) -> WeightReader:
-    """Return what reads the known rows of the embeddings and draws the new ones."""
+    """Return a reader that reads the known rows of the embeddings and draws the new ones."""
     num_rows, width = stored.weights[vocabulary.name].shape
     end = new_tokens.end
     num_known = min(num_rows, new_tokens.start)
@@ -356,7 +373,7 @@ def _make_vocabulary_reader(
 def _check_head(
     stored: StoredCheckpoint, vocabulary: _StoredVocabulary, embeddings: Tensor
 ) -> None:
-    """Raise `SpearError` if the head's copy of the embeddings differs from them."""
+    """Raise `SpearError` if the output head, a copy of the embeddings, differs from them."""
     head_name = vocabulary.head_name
     if head_name is None:
         return
@@ -377,7 +394,7 @@ def _check_head(
 
 
 def _report_moge(encoder: MogeEncoder, checkpoint: Checkpoint) -> list[WeightStatus]:
-    """Report the encoder's weights, and MoGe's others."""
+    """Report the weights of MoGe: those of the encoder are loaded, the others left out."""
     stored_names = match_encoder(encoder, checkpoint)
     keys = []
     for name, weight in encoder.state_dict().items():
@@ -392,6 +409,7 @@ def _report_moge(encoder: MogeEncoder, checkpoint: Checkpoint) -> list[WeightSta
 
 
 def _explain_unused_moge_weight(name: str) -> str:
+    """Return the reason for which a weight of MoGe is left out."""
     if name.endswith(("image_mean", "image_std")):
         return "ImageNet's, checked"
     if "mask_token" in name:
@@ -402,6 +420,7 @@ def _explain_unused_moge_weight(name: str) -> str:
 def _report_new_projector(
     expected_weights: Mapping[str, Tensor], config: SpearVLMConfig
 ) -> list[WeightStatus]:
+    """Report the projection of MoGe's features, which is new."""
     initializations = {"weight": f"N(0, {config.initializer_range}²)", "bias": "0"}
     keys = []
     for layer_part, initialization in initializations.items():
@@ -411,6 +430,8 @@ def _report_new_projector(
 
 
 def _make_moge_reader(config: SpearVLMConfig, path: Path) -> WeightReader:
+    """Return a reader of the encoder's weights from a checkpoint of MoGe."""
+
     def read(dtype: torch.dtype, _: torch.Generator) -> dict[str, Tensor]:
         with torch.device("meta"):
             encoder = MogeEncoder(copy.deepcopy(config.moge_config))

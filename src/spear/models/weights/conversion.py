@@ -1,5 +1,9 @@
-"""A conversion: weights are matched by name and shape first, read piece by piece after, and
-saved."""
+"""Conversion of published checkpoints to a new model, and the report about it.
+
+A conversion has two phases. First it is planned: the weights that the new model needs are matched,
+by name and shape, with those in the checkpoints. Then it is run: the weights are read piece by
+piece, and the model is saved.
+"""
 
 import math
 import os
@@ -28,20 +32,26 @@ from spear.util.files import check_new_folder
 from spear.util.pretrained import load_pretrained
 
 Status = Literal["loaded", "new", "left out", "missing", "refused"]
+"""The status of a weight in a conversion; see `WeightStatus`."""
 PROBLEMS: tuple[Status, ...] = ("missing", "refused")
 
 MAX_SHARD_SIZE = "5GB"
-"""The most that one file of weights contains."""
+"""The largest size of one file of weights."""
 
 EXPERT_PREFIXES = ("expert", "state_proj", "action_")
-"""Beginnings of the names of weights that are the action expert's."""
+"""Beginnings of the names of weights that belong to the action expert."""
 
 _NUMBER = re.compile(r"\b\d+\b")
 
 
 @dataclass(frozen=True)
 class CardText:
-    """What the model card says of an architecture; pipeline: its tag on the Hub."""
+    """Texts of the model card that depend on the architecture.
+
+    title     Name of the architecture.
+    pipeline  Its tag on the Hub.
+    use       What the model does, as the end of the sentence "It …".
+    """
 
     title: str
     pipeline: str
@@ -56,17 +66,20 @@ CARD_TEXTS = {
     ),
     "spear1": CardText(title="SPEAR-1", pipeline="robotics", use="controls a robot"),
 }
-"""By `model_type`."""
+"""`model_type` of a config -> texts."""
 
 
 @dataclass(frozen=True)
 class WeightStatus:
-    """What becomes of one weight.
+    """What a conversion does with one weight, of the new model or of a checkpoint.
 
-    name    our name; of weights that are left out or refused, the checkpoint's.
-    shape   of the weight.
-    status  loaded, new, left out (of the checkpoint), missing (in it), or refused.
-    note    of loaded weights: where from; of new ones: their initialization; otherwise the reason.
+    name    Our name of a weight that is loaded, new or missing. The checkpoint's name of a weight
+            that is left out or refused.
+    shape   The weight's shape.
+    status  "loaded" from a checkpoint; "new", with initial values; "missing" in the checkpoint; or
+            about a weight of the checkpoint, "left out" because the new model needs no such weight,
+            or "refused" because it does not fit the new model.
+    note    The source of a loaded weight, the initialization of a new one, otherwise the reason.
     """
 
     name: str
@@ -77,7 +90,7 @@ class WeightStatus:
 
 @dataclass(frozen=True)
 class ConversionReport:
-    """Every weight of a conversion: the new model's and the checkpoints'. It prints as a table.
+    """A report about all weights of the new model and of the checkpoints. `str` makes a table.
 
     keys  The status of each of these weights.
     """
@@ -85,12 +98,14 @@ class ConversionReport:
     keys: Sequence[WeightStatus]
 
     def with_status(self, *statuses: Status) -> list[WeightStatus]:
-        """Return the weights of these statuses."""
+        """Return the weights that have one of these statuses."""
         return [key for key in self.keys if key.status in statuses]
 
     def check(self, source: str) -> None:
-        """Raise `SpearError` when weights are missing or refused: how many, and the first of
-        each."""
+        """Raise `SpearError` if weights are missing or refused.
+
+        The message says how many there are, and names the first of each status.
+        """
         problems = []
         for status in PROBLEMS:
             keys = self.with_status(status)
@@ -107,8 +122,12 @@ class ConversionReport:
             )
 
     def fold_layers(self) -> list[tuple[WeightStatus, int]]:
-        """Return the weights with counts: numbered layers become one line, unless they have a
-        problem."""
+        """Return pairs (weight, number of weights), where a weight of all layers is one pair.
+
+        The pair's weight has the range of the layers' numbers in its name. A missing or refused
+        weight is always a pair of its own.
+        """
+        # Weights are in a group if they differ only in the numbers in their names and notes.
         groups: dict[tuple[str, ...], list[WeightStatus]] = {}
         for key in self.keys:
             is_problem = key.status in PROBLEMS
@@ -118,7 +137,8 @@ class ConversionReport:
 
         folded = []
         for keys in groups.values():
-            first, last = keys[0], keys[-1]
+            first = keys[0]
+            last = keys[-1]
             name = _join_numbers(first.name, last.name)
             note = _join_numbers(first.note, last.note)
             folded.append((WeightStatus(name, first.shape, first.status, note), len(keys)))
@@ -129,9 +149,11 @@ class ConversionReport:
         return sum(math.prod(key.shape) for key in self.with_status("loaded", "new"))
 
     def module_table(self) -> str:
-        """Return a table of the parameters per module, and of each model as a whole."""
+        """Return a table of the numbers of parameters of each module, and of each whole model."""
         modules: dict[str, _ParameterCount] = {}
-        vlm, expert, total = _ParameterCount(), _ParameterCount(), _ParameterCount()
+        vlm = _ParameterCount()
+        expert = _ParameterCount()
+        total = _ParameterCount()
         for key in self.with_status("loaded", "new"):
             module = modules.setdefault(_module_name(key.name), _ParameterCount())
             model = expert if key.name.startswith(EXPERT_PREFIXES) else vlm
@@ -164,10 +186,13 @@ class ConversionReport:
 
 @dataclass
 class _ParameterCount:
+    """Numbers of parameters that are loaded and new."""
+
     loaded: int = 0
     new: int = 0
 
     def add(self, key: WeightStatus) -> None:
+        """Count the parameters of a weight that is loaded or new."""
         if key.status == "new":
             self.new += math.prod(key.shape)
         else:
@@ -176,15 +201,15 @@ class _ParameterCount:
 
 @dataclass(frozen=True)
 class Conversion(Generic[ModelT]):
-    """A new model for whose every weight a source is known, before any is read.
+    """A planned conversion: for each weight of the new model the source is known, but none is read.
 
-    model_class  class of the new model.
-    config       its config.
-    report       what becomes of each weight.
-    readers      read the loaded weights, in the order that needs least memory.
-    dtype        of the sources, and so of the result unless another is asked for.
-    sources      role -> path or name, for messages and the model card.
-    tokenizer    a Hugging Face tokenizer with the 3D tokens, where the sources had one.
+    model_class  Class of the new model.
+    config       Config of the new model.
+    report       The status of each weight.
+    readers      Functions that read the loaded weights, in the order that needs least memory.
+    dtype        Precision of the sources, and of the new model by default.
+    sources      Role of a source -> its path or name, for messages and the model card.
+    tokenizer    A Hugging Face tokenizer with the 3D tokens. None if the sources had no tokenizer.
     """
 
     model_class: type[ModelT]
@@ -196,24 +221,24 @@ class Conversion(Generic[ModelT]):
     tokenizer: Any = None
 
     def check(self) -> None:
-        """Raise `SpearError`, which names the first, when a weight is missing or refused."""
+        """Raise `SpearError` if a weight is missing or refused. The message names the first."""
         self.report.check(", ".join(self.sources.values()))
 
     def run(self, dtype: torch.dtype | None = None, seed: int = 0) -> ModelT:
         """Build the model and read its weights.
 
-        Besides the weights in `dtype`, memory never holds more than a piece of a file and the
+        The memory has to have room for the weights in `dtype`, a piece of a file, and the
         covariance of the embeddings.
 
         Args:
-            dtype: Precision of the weights; None takes that of the sources.
-            seed: The same seed gives the same new weights.
+            dtype: Precision of the weights. None takes the precision of the sources.
+            seed: The seed of new weights.
 
         Returns:
             The model in evaluation mode, on the CPU.
 
         Raises:
-            SpearError: If a weight is missing, refused or not finite.
+            SpearError: A weight is missing, refused or not finite.
         """
         self.check()
         dtype = dtype or self.dtype
@@ -233,7 +258,8 @@ class Conversion(Generic[ModelT]):
             )
         model, loading_info = loaded
 
-        # Parts of a weight, "name[…]", have been read or drawn together.
+        # A name like "name[…]" stands for some rows of a weight, whose reader has also drawn the
+        # new rows. All other new weights were initialized by the model itself.
         new_names = {key.name for key in self.report.with_status("new") if "[" not in key.name}
         assert set(loading_info["missing_keys"]) == new_names, "the report is wrong"
         assert not loading_info["unexpected_keys"], "the report is wrong"
@@ -247,18 +273,18 @@ class Conversion(Generic[ModelT]):
         seed: int = 0,
         save_more: Callable[[Path], Any] | None = None,
     ) -> ModelT:
-        """Run the conversion, and write the model with a model card, whole or not at all.
+        """Run the conversion, and write the model with a model card.
 
-        recipe.json says what the model was made from.
+        The folder appears when everything is written. Its recipe.json names the sources.
 
         Args:
             folder: A new or empty folder.
-            dtype: As of `run`.
-            seed: As of `run`.
-            save_more: Writes more files into the folder (`Processor.save`).
+            dtype: Precision of the weights. None takes the precision of the sources.
+            seed: The seed of new weights.
+            save_more: Writes more files into the folder it gets, such as `Processor.save`.
 
         Raises:
-            SpearError: As `run` does, for a folder that contains something already, and when the
+            SpearError: A weight is missing, refused or not finite; the folder is not empty; or the
                 model cannot be written or does not fit on the disk.
         """
         check_new_folder(folder)
@@ -316,16 +342,19 @@ class Conversion(Generic[ModelT]):
         (partial_folder / "README.md").write_text(self._make_card(name), encoding="utf-8")
 
     def _make_card(self, name: str) -> str:
-        """Return the README.md, with the header that the Hub reads. The license is that of
-        PaliGemma's weights."""
+        """Return the text of README.md, with the header that the Hub reads.
+
+        The license is that of PaliGemma's weights.
+        """
         card_text = CARD_TEXTS[self.config.model_type]
         new_weights = []
         for key, _ in self.report.fold_layers():
             if key.status == "new":
                 new_weights.append(f"- `{key.name}` {list(key.shape)}: {key.note}")
-        fresh = "Every weight was loaded; none is new."
+        new_weights_text = "Every weight was loaded; none is new."
         if new_weights:
-            fresh = "\n".join(["These weights are new and untrained:", "", *new_weights])
+            new_weights_text = "\n".join(["These weights are new and untrained:", "", *new_weights])
+        source_lines = [f"- {role}: `{source}`" for role, source in self.sources.items()]
 
         template = Path(__file__).with_name("card.md").read_text(encoding="utf-8")
         return template.format(
@@ -333,8 +362,8 @@ class Conversion(Generic[ModelT]):
             title=card_text.title,
             pipeline=card_text.pipeline,
             use=card_text.use,
-            made="\n".join(f"- {role}: `{source}`" for role, source in self.sources.items()),
-            fresh=fresh,
+            made="\n".join(source_lines),
+            fresh=new_weights_text,
             table=self.report.module_table(),
             module=self.model_class.__module__,
             cls=self.model_class.__name__,
@@ -350,17 +379,18 @@ def match_weights(
     """Find the weights of a model in a checkpoint.
 
     Args:
-        expected: Our names -> tensors, whose shapes count (the meta device will do).
+        expected: The weights that the model needs: our name -> tensor. Only the tensors' shapes are
+            read, so they may be on the meta device.
         shards: The checkpoint.
-        stored: Its names, renamed to ours -> names in `shards`.
-        source: The checkpoint, for the notes.
+        stored: Our name of each weight in the checkpoint -> its name in the checkpoint.
+        source: What the notes call the checkpoint.
 
     Returns:
-        The status of each (loaded, missing, or refused for its shape), and the names of the loaded
-        ones: ours -> stored.
+        The status of each expected weight: "loaded", "missing", or "refused" for its shape. And for
+        the loaded weights, our name -> the name in the checkpoint.
 
     Raises:
-        SpearError: If a dtype is not plain floating point.
+        SpearError: A weight is not plain floating point.
     """
     keys: list[WeightStatus] = []
     loaded_names: dict[str, str] = {}
@@ -370,7 +400,7 @@ def match_weights(
             keys.append(WeightStatus(our_name, shape, "missing", f"not in {source}"))
             continue
         stored_name = stored[our_name]
-        shards.dtype(stored_name)  # raises for quantized weights
+        shards.dtype(stored_name)  # raises SpearError for quantized weights
         stored_shape = shards.weights[stored_name].shape
         if stored_shape != shape:
             note = f"its shape is {list(stored_shape)}, its config says {list(shape)}"
@@ -384,15 +414,15 @@ def match_weights(
 def report_unused_weights(
     stored: Mapping[str, str], shards: StoredCheckpoint, unused: Mapping[str, str], model_name: str
 ) -> Iterator[WeightStatus]:
-    """Report the weights that the new model has no place for.
+    """Report the weights of a checkpoint that the new model does not have.
 
-    They are left out where the reason is known, and otherwise refused.
+    A weight is left out if `unused` has a reason for it. Otherwise it is refused.
 
     Args:
-        stored: Their names, renamed to ours -> names in `shards`.
+        stored: Our name of each such weight -> its name in the checkpoint.
         shards: The checkpoint.
-        unused: Patterns of the beginnings of our names -> why such weights are of no use.
-        model_name: The model, for the note of refused weights.
+        unused: Patterns that match beginnings of our names -> why the model needs no such weights.
+        model_name: What the notes of refused weights call the model.
     """
     for our_name, stored_name in stored.items():
         shape = shards.weights[stored_name].shape
@@ -404,6 +434,7 @@ def report_unused_weights(
 
 
 def _find_reason(name: str, unused: Mapping[str, str]) -> str | None:
+    """Return the reason of the first pattern in `unused` that matches the name, or None."""
     for pattern, reason in unused.items():
         if re.match(pattern, name):
             return reason
@@ -414,7 +445,10 @@ def _find_reason(name: str, unused: Mapping[str, str]) -> str | None:
 
 
 def _module_name(weight_name: str) -> str:
-    """The module that a weight belongs to: its first name, of the two Gemmas the first two."""
+    """The module that a weight belongs to: the first part of the weight's name, or two parts.
+
+    It is two parts for the two Gemmas, so that their embeddings and layers are separate modules.
+    """
     inner_name = weight_name.removeprefix("vlm.")
     prefix = weight_name[: len(weight_name) - len(inner_name)]
     name_parts = inner_name.split("[")[0].split(".")
@@ -423,7 +457,7 @@ def _module_name(weight_name: str) -> str:
 
 
 def _join_numbers(first: str, last: str) -> str:
-    """Join two names that differ in numbers.
+    """Join two names that differ only in numbers, with the range of each number.
 
     >>> _join_numbers("layers.0.x", "layers.17.x")
     'layers.0…17.x'

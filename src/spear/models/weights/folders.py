@@ -1,5 +1,8 @@
-"""Checkpoint folders: where they are by name, what they were trained on, and which files belong
-together."""
+"""Checkpoint folders: finding them by name, the record of their training, and hashes of files.
+
+A folder's recipe.json, its provenance, says how the model was trained. It also has a hash of each
+of the other files, by which we notice files that were changed or copied from another folder.
+"""
 
 import hashlib
 import json
@@ -14,25 +17,26 @@ from spear.errors import SpearError, notice
 from spear.util.files import read_json_as
 
 BUNDLED_WEIGHTS = Path(__file__).parents[2] / "weights"
-"""Where the weights that come with the package are: a folder per name."""
+"""The folder of the weights that come with the package. It has a folder for each name."""
 
 HASHED_BLOCK_BYTES = 2**16
 MAX_HASHED_BLOCKS = 64
-"""Of a file larger than so many blocks, blocks spread over all of it are hashed, and its size."""
+"""About how many blocks of a file are hashed. Of a larger file we hash its size and so many blocks,
+which are spread evenly over the file, because hashing all of it would take long."""
 
 NOT_HASHED = ("recipe.json", "README.md", "calibration.json")
-"""Files that are written later, or by hand."""
+"""Files of a checkpoint that are written after the hashing, or edited by hand."""
 
 
 def locate(name: str | Path) -> Path:
     """Find the folder of a checkpoint.
 
     Args:
-        name: A folder; or the folder of a training, whose `final` is taken; or the name of weights
-            that come with the package.
+        name: The folder of a checkpoint; or the folder of a training, whose subfolder `final` is
+            the checkpoint; or the name of weights that come with the package.
 
     Raises:
-        SpearError: If there is no such model, or its training is not finished.
+        SpearError: There is no such model, or its training is not finished.
     """
     path = Path(name)
     bundled = BUNDLED_WEIGHTS / str(name)
@@ -61,7 +65,10 @@ def locate(name: str | Path) -> Path:
 
 
 def _find_superseded_step(path: Path) -> int | None:
-    """Return the step of a training's finished weights if later steps were begun, else None."""
+    """Return the last step of a finished training if a longer one was begun after it, else None.
+
+    `path` is the folder of the training. A longer training has checkpoints of later steps.
+    """
     final = path / "final"
     if not (final / "config.json").is_file():
         return None
@@ -75,7 +82,7 @@ def _find_superseded_step(path: Path) -> int | None:
 
 
 def _resolve_training_folder(path: Path) -> Path:
-    """Return the folder of the finished weights where `path` is that of a training, else `path`."""
+    """Return the folder of the finished weights if `path` is that of a training, else `path`."""
     if (path / "final" / "config.json").is_file():
         return path / "final"
     if (path / "checkpoints").is_dir() and not (path / "config.json").is_file():
@@ -86,10 +93,13 @@ def _resolve_training_folder(path: Path) -> Path:
 
 
 def is_simulator_only(folder: Path) -> bool:
-    """Return whether the model in a folder learned from nothing but the built-in simulator.
+    """Return whether the model in a folder was trained only on data of the built-in simulator.
 
-    This holds for the weights that come with the package, and for those whose recipe.json says so.
-    Raises `SpearError` for a broken recipe.json.
+    This is so for the weights that come with the package, and for weights whose recipe.json says
+    so.
+
+    Raises:
+        SpearError: The recipe.json is broken.
     """
     if read_provenance(folder).get("simulator_only", False):
         return True
@@ -97,12 +107,12 @@ def is_simulator_only(folder: Path) -> bool:
 
 
 class Provenance(BaseModel, extra="allow"):
-    """What this package reads of a recipe.json.
+    """The part of a recipe.json that this package reads.
 
-    recipe          the recipe that the model was trained by.
-    files           of `hash_files`.
-    learned         fingerprints of the episodes and images it was trained on.
-    simulator_only  whether these came from nothing but the built-in simulator.
+    recipe          The recipe of the training.
+    files           File name -> hash, from `hash_files`.
+    learned         Fingerprints of the episodes and images that the model was trained on.
+    simulator_only  Whether all of these came from the built-in simulator.
     """
 
     recipe: dict[str, Any] = {}
@@ -112,7 +122,7 @@ class Provenance(BaseModel, extra="allow"):
 
 
 def read_provenance(folder: Path) -> Mapping[str, Any]:
-    """Return the recipe.json of a trained folder; an empty one where something else saved it."""
+    """Return the content of a folder's recipe.json, or an empty dict if the folder has none."""
     path = folder / "recipe.json"
     if not path.is_file():
         return {}
@@ -121,14 +131,16 @@ def read_provenance(folder: Path) -> Mapping[str, Any]:
 
 
 def write_provenance(folder: Path, provenance: Mapping[str, Any]) -> None:
-    """Write recipe.json, with the hashes of the folder's files. Call it after all of them are
-    saved."""
+    """Write recipe.json, with the hashes of the folder's files.
+
+    Call this function after all other files are saved.
+    """
     text = json.dumps({**provenance, "files": hash_files(folder)}, indent=1)
     (folder / "recipe.json").write_text(text, encoding="utf-8")
 
 
 def hash_files(folder: Path) -> dict[str, str]:
-    """Return the files that make up the model in a folder: name -> a short hash."""
+    """Return a short hash of each file of the checkpoint in a folder, by file name."""
     hashes = {}
     for path in sorted(folder.iterdir()):
         if path.is_file() and path.name not in NOT_HASHED:
@@ -137,6 +149,7 @@ def hash_files(folder: Path) -> dict[str, str]:
 
 
 def _hash_file(path: Path) -> str:
+    """Return a hash of a file's size and of blocks of it; see `MAX_HASHED_BLOCKS`."""
     size = path.stat().st_size
     stride = max(HASHED_BLOCK_BYTES, size // MAX_HASHED_BLOCKS)
     digest = hashlib.sha256(str(size).encode())
@@ -148,11 +161,10 @@ def _hash_file(path: Path) -> str:
 
 
 def warn_about_changed_files(folder: Path) -> None:
-    """Give a notice if files of a trained or converted folder are not those that were saved
-    together.
+    """Give a notice if files of a trained or converted folder were not saved together.
 
-    Weights with the normalizer.json or the tokenizer of another training fit by shape, and act
-    wrongly.
+    Weights and the normalizer.json or tokenizer of another training have the right shapes, so
+    loading raises no error, but the robot acts wrongly.
     """
     changed = find_changed_files(folder, read_provenance(folder).get("files", {}))
     if changed:
@@ -163,7 +175,7 @@ def warn_about_changed_files(folder: Path) -> None:
 
 
 def find_changed_files(folder: Path, saved_hashes: Mapping[str, str]) -> list[str]:
-    """Return which of the files are missing, or have another hash than `hash_files` gave then."""
+    """Return the files in `saved_hashes` that are missing or have another hash now."""
     if not saved_hashes:
         return []
     present_hashes = hash_files(folder)

@@ -1,5 +1,7 @@
-"""Checkpoints: folders with a config and safetensors, local or on the Hub, checked before they are
-loaded."""
+"""Loading of checkpoints, which are checked before they are loaded.
+
+A checkpoint is a folder with a config and safetensors, local or on the Hugging Face Hub.
+"""
 
 import functools
 import hashlib
@@ -32,17 +34,18 @@ FLOAT_DTYPES = {
     "BF16": torch.bfloat16,
     "F16": torch.float16,
 }
-"""Floating-point types, as safetensors calls them."""
+"""Name of a floating-point type in safetensors -> PyTorch's type."""
 
 HUB_FILE_PATTERNS = ["*.json", "*.safetensors", "tokenizer.model", "*.jinja"]
 """The files of a repository on the Hub that belong to a checkpoint."""
 
 MAX_READ_BYTES = 8 * 2**20
-"""Bytes read at a time. A file is closed after each read, so that what was read leaves the
-memory."""
+"""How many bytes of a weight are read at a time. The file is closed after each read, so that these
+bytes do not stay in memory."""
 
 DIGEST_TAIL_BYTES = 4096
-"""Bytes at the end of each weight that `digest` reads: in embeddings, where the 3D tokens are."""
+"""How many bytes at the end of each weight `digest` reads. In embeddings, these are 3D tokens,
+which every training changes."""
 
 _NEEDS_WHOLE_CHECKPOINT = "give the folder of a whole checkpoint"
 
@@ -55,11 +58,11 @@ def load(cls: type[ModelT], folder: Path | str, dtype: torch.dtype | None = None
 
     Args:
         cls: Class of the model.
-        folder: Its folder.
-        dtype: Precision of the weights; None keeps the one that the config names.
+        folder: Folder of the model.
+        dtype: Precision of the weights. None keeps the precision that the config names.
 
     Raises:
-        SpearError: If a file is missing or truncated, or the checkpoint has another architecture or
+        SpearError: A file is missing or truncated, or the checkpoint has another architecture or
             other shapes. The message names the file.
 
     Example:
@@ -86,7 +89,7 @@ def load(cls: type[ModelT], folder: Path | str, dtype: torch.dtype | None = None
             )
     except SpearError:
         raise
-    except Exception as error:  # also of its networks, which wrong numbers in the config break
+    except Exception as error:  # any kind: wrong numbers in a config break the networks
         raise SpearError(f"cannot load checkpoint: {folder}: {summarize_error(error)}") from error
     model, loading_info = loaded
     _check_loading_info(loading_info, folder)
@@ -95,11 +98,12 @@ def load(cls: type[ModelT], folder: Path | str, dtype: torch.dtype | None = None
 
 
 def _check_loading_info(loading_info: Mapping[str, Any], folder: Path) -> None:
+    """Raise `SpearError` if Transformers found weights that do not fit the model."""
     for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         keys = loading_info[problem]
         if not keys:
             continue
-        # A mismatched key comes with its two shapes.
+        # A mismatched key is a tuple of the name and two shapes, other keys are names.
         names = sorted(str(key[0] if isinstance(key, tuple) else key) for key in keys)
         raise SpearError(
             f"checkpoint does not fit its config: {folder} has {len(names)}"
@@ -108,7 +112,7 @@ def _check_loading_info(loading_info: Mapping[str, Any], folder: Path) -> None:
 
 
 def check_finite(model: nn.Module, source: str) -> None:
-    """Raise `SpearError`, which names the first, when a weight is NaN or infinite."""
+    """Raise `SpearError` if a weight contains NaN or infinity. The message names the weight."""
     for name, weight in model.state_dict().items():
         if weight.numel() == 0:
             continue
@@ -120,10 +124,10 @@ def check_finite(model: nn.Module, source: str) -> None:
 
 
 def read_compatible_config(cls: type[PreTrainedModel], folder: Path) -> PreTrainedConfig:
-    """Return the config of a checkpoint of `cls`. Its weights are listed, not read.
+    """Return the config of a checkpoint of `cls`. The weights are listed and checked, not read.
 
-    Raises `SpearError` for a folder that is not a whole checkpoint of `cls`, and for quantized
-    weights.
+    Raises:
+        SpearError: The folder is not a whole checkpoint of `cls`, or its weights are quantized.
     """
     if not folder.is_dir():
         raise SpearError(
@@ -144,15 +148,18 @@ def read_compatible_config(cls: type[PreTrainedModel], folder: Path) -> PreTrain
 
 
 def read_architecture(folder: Path) -> str:
-    """Return the `model_type` of a checkpoint. Raises `SpearError` if its config is missing or
-    broken."""
+    """Return the `model_type` of a checkpoint, which is in its config.
+
+    Raises:
+        SpearError: The config is missing or broken.
+    """
     return str(read_json(folder / "config.json", _NEEDS_WHOLE_CHECKPOINT).get("model_type"))
 
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Suppress Transformers' progress bars, and its warnings about weights, which we check
-    ourselves."""
+    """A context that suppresses Transformers' progress bars, and its warnings about weights, which
+    we check ourselves."""
     had_progress_bar = logging.is_progress_bar_enabled()
     verbosity = logging.get_verbosity()
     logging.disable_progress_bar()
@@ -170,7 +177,12 @@ def quiet_transformers() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A weight in a file; dtype as safetensors calls it ("F32", "BF16", "I8" …)."""
+    """A weight in a file.
+
+    file   The file.
+    shape  The weight's shape.
+    dtype  The name of its type in safetensors ("F32", "BF16", "I8" …).
+    """
 
     file: Path
     shape: tuple[int, ...]
@@ -179,11 +191,11 @@ class StoredTensor:
 
 @dataclass(frozen=True)
 class StoredCheckpoint:
-    """A checkpoint folder whose weights have been listed, not read.
+    """A checkpoint whose weights have been listed, not read.
 
-    folder   where it is.
-    config   the content of config.json; empty where there is none.
-    weights  name -> where and how it is stored.
+    folder   The folder of the checkpoint.
+    config   The content of config.json, or an empty dict if there is none.
+    weights  Name of a weight -> the file, shape and type of the weight.
     """
 
     folder: Path
@@ -196,10 +208,10 @@ class StoredCheckpoint:
 
         Args:
             name: The folder, or the name on the Hub.
-            checkpoint_kind: The kind of checkpoint, for the messages.
+            checkpoint_kind: What messages call the checkpoint, such as "PaliGemma".
 
         Raises:
-            SpearError: If it is not found, incomplete or broken.
+            SpearError: The checkpoint is not found, incomplete or broken.
         """
         folder = find_checkpoint(name, checkpoint_kind)
         weights: dict[str, StoredTensor] = {}
@@ -220,7 +232,7 @@ class StoredCheckpoint:
         return StoredCheckpoint(folder, config, weights)
 
     def dtype(self, key: str) -> torch.dtype:
-        """The dtype of a weight. Raises `SpearError` unless it is a plain floating-point one."""
+        """The dtype of a weight. Raise `SpearError` if it is no plain floating-point type."""
         tensor = self.weights[key]
         if tensor.dtype not in FLOAT_DTYPES:
             raise SpearError(
@@ -230,13 +242,17 @@ class StoredCheckpoint:
         return FLOAT_DTYPES[tensor.dtype]
 
     def precision(self, keys: Iterable[str]) -> torch.dtype:
-        """The dtype that holds all of these weights (at least one). Raises as `dtype` does."""
+        """The smallest dtype that represents all of these weights (at least one) exactly.
+
+        Raise `SpearError` if a weight has no plain floating-point type.
+        """
         return functools.reduce(torch.promote_types, map(self.dtype, keys))
 
     def names(self, rules: Iterable[tuple[str, str]]) -> dict[str, str]:
-        """Return the names of `rename_prefixes` -> the stored names.
+        """Rename all weights by `rename_prefixes`, and return new name -> stored name.
 
-        Raises `SpearError` where two weights get the same name.
+        Raises:
+            SpearError: Two weights get the same name.
         """
         names = {rename_prefixes(stored, rules): stored for stored in self.weights}
         duplicates = self.weights.keys() - names.values()
@@ -250,11 +266,15 @@ class StoredCheckpoint:
         return names
 
     def digest(self) -> str:
-        """A hash of all weights' names, shapes and last values: a training may change few of
-        them."""
+        """A hash of the names, the shapes and the last values of all weights.
+
+        All weights are part of it, because a training may change only a few of them. Only their
+        last values are, because reading all values would take long.
+        """
         digest = hashlib.sha256()
         for path in sorted({tensor.file for tensor in self.weights.values()}):
             with path.open("rb") as file:
+                # A file of safetensors begins with the length of its header, then the header.
                 header_bytes = int.from_bytes(file.read(8), "little")
                 header = json.loads(file.read(header_bytes))
                 for key in sorted(header.keys() & self.weights.keys()):
@@ -266,22 +286,27 @@ class StoredCheckpoint:
         return digest.hexdigest()
 
     def read_config(self, config_class: Any) -> Any:
-        """Return the config as an object of this class. Raises `SpearError` where it has other
-        fields."""
+        """Return the config as an object of `config_class`.
+
+        Raises:
+            SpearError: The class does not accept the config's fields.
+        """
         try:
             return config_class.from_dict(dict(self.config))
-        except Exception as error:  # errors of many kinds, those of `strict` among them
+        except Exception as error:  # any kind, such as the errors of the decorator `strict`
             reason = summarize_error(error.__cause__ or error)
             raise SpearError(
                 f"broken config: {self.folder / 'config.json'}: {reason}. Copy it again."
             ) from error
 
     def pieces(self, key: str) -> Iterator[tuple[slice, Tensor]]:
-        """Read a weight [rows, …] some rows at a time, each with its place. Use each piece at
-        once."""
-        self.dtype(key)
+        """Read a weight [rows, …] piece by piece, and yield the range of rows with each piece.
+
+        A piece is valid only until the next one is read.
+        """
+        self.dtype(key)  # raises SpearError for quantized weights
         tensor = self.weights[key]
-        row_bytes = max(1, math.prod(tensor.shape[1:]) * 4)
+        row_bytes = max(1, math.prod(tensor.shape[1:]) * 4)  # in float32
         rows_per_piece = max(1, MAX_READ_BYTES // row_bytes)
         for begin in range(0, tensor.shape[0], rows_per_piece):
             row_range = slice(begin, begin + rows_per_piece)
@@ -289,14 +314,19 @@ class StoredCheckpoint:
                 yield row_range, opened.get_slice(key)[row_range]
 
     def read_into(self, key: str, out: Tensor) -> Tensor:
-        """Read a weight, piece by piece, into a tensor of its shape, and return that."""
+        """Read a weight, piece by piece, into the tensor `out` of the same shape, and return it."""
         for row_range, piece in self.pieces(key):
             out[row_range].copy_(piece)
         return out
 
 
 def _find_weight_files(folder: Path) -> list[Path]:
-    """Return the safetensors of a checkpoint folder. Raises `SpearError` when one is missing."""
+    """Return the safetensors files of a checkpoint folder: those in the index, or the single file.
+
+    Raises:
+        SpearError: A file is missing, the index is broken, or there is both an index and a file
+            that is not in it.
+    """
     index = folder / "model.safetensors.index.json"
     single_file = folder / "model.safetensors"
     files = [single_file]
@@ -319,6 +349,7 @@ def _find_weight_files(folder: Path) -> list[Path]:
 
 
 def _list_tensors(file: Path) -> dict[str, StoredTensor]:
+    """Return name -> tensor for a safetensors file. Raise `SpearError` if the file is broken."""
     tensors = {}
     try:
         with safe_open(file, framework="pt") as opened:
@@ -336,18 +367,27 @@ def _list_tensors(file: Path) -> dict[str, StoredTensor]:
 # --- Reading weights under other names ---
 
 WeightReader = Callable[[torch.dtype, torch.Generator], dict[str, Tensor]]
-"""Reads or makes some of a new model's weights, by name, in a dtype; draws come from the
+"""A function (dtype, generator) that reads some weights of a new model, and returns them by name.
+
+The weights have this dtype. If some of them are drawn, the random numbers come from the
 generator."""
 
 
 def make_weight_reader(
     stored: StoredCheckpoint, names: Mapping[str, str], sign: float = 1.0
 ) -> WeightReader:
-    """Return a reader of weights under new names (new -> stored), file after file, times `sign`."""
+    """Return a reader of weights under new names.
+
+    Args:
+        stored: The checkpoint.
+        names: New name -> stored name.
+        sign: A factor of all weights.
+    """
 
     def file_and_name(new_name: str) -> tuple[str, str]:
         return str(stored.weights[names[new_name]].file), new_name
 
+    # Read one file after the other.
     new_names = sorted(names, key=file_and_name)
 
     def read(dtype: torch.dtype, _: torch.Generator) -> dict[str, Tensor]:
@@ -364,7 +404,7 @@ def make_weight_reader(
 
 
 def rename_prefixes(name: str, rules: Iterable[tuple[str, str]]) -> str:
-    """Replace the beginning of a name, by one rule (old prefix, new prefix) after the other.
+    """Replace the beginning of a name by the rules (old prefix, new prefix), applied in order.
 
     >>> rename_prefixes("model.dit.norm", [("model.", ""), ("dit.", "expert.")])
     'expert.norm'
@@ -378,8 +418,14 @@ def rename_prefixes(name: str, rules: Iterable[tuple[str, str]]) -> str:
 def describe_tensor_differences(
     expected: Mapping[str, tuple[int, ...]], present: Mapping[str, tuple[int, ...]]
 ) -> str:
-    """Say in one line what is wrong with a file's tensors: per problem how many, and the first; or
-    ""."""
+    """Describe in one line how a file's tensors differ from the expected ones, or return "".
+
+    The line has the number of tensors with each problem, and the first of them.
+
+    Args:
+        expected: Name -> shape of the expected tensors.
+        present: Name -> shape of the tensors in the file.
+    """
     missing = [f"{name} {list(expected[name])}" for name in expected if name not in present]
     unknown = [f"{name} {list(present[name])}" for name in present if name not in expected]
     misshapen = []
@@ -388,13 +434,13 @@ def describe_tensor_differences(
             misshapen.append(f"{name} {list(present[name])}, not {list(shape)}")
 
     problems = []
-    for checkpoint_kind, names in (
+    for problem, descriptions in (
         ("missing", missing),
         ("unknown", unknown),
         ("of the wrong shape", misshapen),
     ):
-        if names:
-            problems.append(f"weights {checkpoint_kind}: {len(names)}, first {min(names)}")
+        if descriptions:
+            problems.append(f"weights {problem}: {len(descriptions)}, first {min(descriptions)}")
     return "; ".join(problems)
 
 
@@ -402,7 +448,12 @@ def describe_tensor_differences(
 
 
 def find_checkpoint(name: Path | str, checkpoint_kind: str) -> Path:
-    """Return the folder of a checkpoint: a local one, or the cached one of a name on the Hub."""
+    """Return the folder of a checkpoint, which is `name` itself or, for a name on the Hub, the
+    folder in the cache.
+
+    Raises:
+        SpearError: There is no such checkpoint. The message calls it `checkpoint_kind`.
+    """
     folder = Path(name)
     if folder.is_dir():
         return folder
@@ -415,16 +466,16 @@ def find_checkpoint(name: Path | str, checkpoint_kind: str) -> Path:
 
 
 def download_from_hub(name: str, instead: str, file: str | None = None) -> Path:
-    """Return one file of a repository, or the folder of its checkpoint, from the cache if it is
-    there.
+    """Download one file or the checkpoint of a repository, unless the cache has it, and return its
+    path.
 
     Args:
         name: Name on the Hub, perhaps with @REVISION.
-        instead: What the user can give when there is no network, for the message.
-        file: The file; None for the folder.
+        instead: What the message tells the user to give instead, if there is no network.
+        file: The name of the file. None downloads the checkpoint, and the path is its folder.
 
     Raises:
-        SpearError: If it cannot be downloaded. The message says why.
+        SpearError: The download fails. The message says why.
     """
     from huggingface_hub import hf_hub_download, snapshot_download
 
@@ -438,7 +489,7 @@ def download_from_hub(name: str, instead: str, file: str | None = None) -> Path:
         if file is not None:
             return Path(hf_hub_download(repository, file, **options))
         return Path(snapshot_download(repository, allow_patterns=HUB_FILE_PATTERNS, **options))
-    except Exception as error:  # the client's errors and its transport's have no common base
+    except Exception as error:  # errors of the Hub's client and of the network have no common base
         raise SpearError(
             f"cannot get {name} from the Hugging Face Hub: {summarize_error(error)}."
             f" Check the name and the network, or give {instead}."
@@ -446,9 +497,10 @@ def download_from_hub(name: str, instead: str, file: str | None = None) -> Path:
 
 
 def describe_source(name: Path | str, folder: Path) -> str:
-    """Say what was read, so that it can be found again: a name on the Hub gets its revision.
+    """Describe a source so that it can be found again: a name on the Hub gets its revision.
 
-    The cache calls the folder of a repository by its revision.
+    `folder` is the folder that was read. In the cache of the Hub, the folder's name is the
+    revision.
     """
     is_cached = folder.parent.name == "snapshots"
     if is_cached and is_hub_name(str(name)) and "@" not in str(name):
@@ -457,15 +509,16 @@ def describe_source(name: Path | str, folder: Path) -> str:
 
 
 def load_tokenizer(folder: Path) -> Any:
-    """Load the tokenizer in a folder. No code of the folder runs.
+    """Load the tokenizer in a folder, without running code of the folder.
 
-    Raises `SpearError` where there is no tokenizer, or a broken one.
+    Raises:
+        SpearError: There is no tokenizer, or it is broken.
     """
     try:
         return load_pretrained(AutoTokenizer, folder, local_files_only=True)
     except SpearError:
         raise
-    except Exception as error:  # the errors of its parser have no class of their own
+    except Exception as error:  # the parser of tokenizers raises plain `Exception`s
         for file in sorted(folder.glob("token*")):
             refuse_lfs_pointer(file, file)
         raise SpearError(

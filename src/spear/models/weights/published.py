@@ -1,5 +1,5 @@
-"""The published networks that are read: where they are, and the tensors that their files must
-contain."""
+"""The published networks that this package can read: where they are on the Hub, and the tensors
+that their files must contain."""
 
 import tomllib
 from collections.abc import Mapping
@@ -12,8 +12,7 @@ from spear.models.presets import build_spear1_config, build_vlm_config, get_pres
 
 @dataclass(frozen=True)
 class Published:
-    """A network on the Hugging Face Hub. The fields are those of `published.toml`, which explains
-    them."""
+    """A network on the Hugging Face Hub. The file `published.toml` explains the fields."""
 
     repository: str
     revision: str
@@ -24,8 +23,7 @@ class Published:
     shapes: Mapping[str, list[int]] = field(default_factory=dict)
 
     def build(self) -> Any:
-        """Build the network that its weights go into, on the meta device: shapes without
-        numbers."""
+        """Build the network for these weights on the meta device, where tensors have no values."""
         import torch
         import transformers
 
@@ -38,6 +36,7 @@ class Published:
             if self.kind.startswith("Moge"):
                 return getattr(networks, self.kind)(self.config)
             if self.kind == "Pi0":
+                # Only the action expert and the layers around it.
                 policy = Spear1ForActionPrediction(build_spear1_config(preset))
                 del policy.vlm
                 return policy
@@ -50,8 +49,10 @@ class Published:
             return network_class(network_class.config_class(**self.config))
 
     def tensors(self) -> dict[str, tuple[int, ...]]:
-        """The tensors that are read of its files: their name there -> shape. Other tensors are
-        ignored."""
+        """The tensors that this package reads from the files: name in the files -> shape.
+
+        The files may contain other tensors, too.
+        """
         from spear.models.moge.checkpoint import get_published_shapes
         from spear.models.weights.load import rename_prefixes
 
@@ -67,4 +68,4 @@ class Published:
 
 _TABLES = tomllib.loads(Path(__file__).with_suffix(".toml").read_text("utf-8"))
 PUBLISHED = {name: Published(**fields) for name, fields in _TABLES.items()}
-"""The networks by the names that `spear convert expected` and the labeler's options take."""
+"""The networks, by the names that `spear convert expected` and the labeler's options accept."""
