@@ -1,5 +1,11 @@
-"""One object, from its mask and the image's point map to a `LabeledObject` with a box and
-scores."""
+"""Labeling one object: from its mask and the image's point map to a `LabeledObject` with a 3D box
+and scores.
+
+The *support* is the plane on which the objects of an image stand. The *height* of a point is its
+component along the normal of the support (`Plane.up`). An object's *cloud* is the set of its clean
+3D points, to which its box is fitted. Several functions work in a *window*, the rectangle of the
+image that contains the object, to save time.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,37 +29,38 @@ from spear.labels.models.protocols import Detection, PointMapResult
 from spear.types import Array, Box3D, LabeledObject
 
 MARGIN_PX = 0.3
-"""An object is taken to reach this far beyond the centers of its outermost pixels: less than half a
-pixel, since the outermost of many is near the edge. Our choice, measured."""
+"""An object is taken to reach this far beyond the centers of its outermost pixels. The outline is on
+average half a pixel beyond the center of such a pixel, but the box is bounded by the outermost of
+many, whose center is nearer to the outline. Our choice, measured."""
 MIN_POINTS = 12  # clean points; an object with fewer gets no box
-MAX_POINTS = 600  # clean points per object, up to half of them from its outline
+MAX_POINTS = 600  # per object, up to half of them on its outline
 LINKED_DEPTH_FRACTION = 0.04
-"""Pixels of a mask belong together when their depths differ by less than this fraction (our
+"""Neighboring pixels of a mask are linked when their depths differ by less than this fraction (our
 choice)."""
 MASK_ERROR_FRACTION = 1 / 256
-"""Estimated masks and depth are taken to be off by this fraction of the image's longer side, at
-least by a pixel. (Our choice; the paper says only "outlier removal, oriented box".)"""
+"""The outlines of estimated masks, and those of objects in estimated depth, are taken to be off by
+this fraction of the image's longer side, at least by a pixel. (Our choice; the paper says only
+"outlier removal, oriented box".)"""
 MASK_END_FRACTION = 0.01
-"""Estimated masks may end this fraction of the image's longer side before the image does (our
-choice)."""
+"""The estimated mask of an object that the image's edge cuts may end this fraction of the image's
+longer side before the edge (our choice)."""
 
 
 @dataclass(frozen=True)
 class ImageGeometry:
-    """What is known of a whole image when its objects are lifted to 3D.
+    """The geometry of a whole image [h, w], which all of its objects need.
 
     Attributes:
-        point_map: The image's points.
-        support_plane: What its objects stand on; None when no such plane was found.
-        is_exact: Whether masks and depth are ground truth. Estimated depth smears over the outlines
-            of objects. So `masks.snap_outline` decides by the 3D points which pixels near an
-            outline belong to an object. `masks.clean_points` gives flying pixels the
-            depth of pixels further inside the object.
+        point_map: The 3D points of the image's pixels.
+        support_plane: The support; None if no such plane was found.
+        is_exact: Whether masks and depth are ground truth. If they are estimates, `label_object`
+            corrects each object's mask and the points on its outline, as described in
+            `spear.labels.fit.masks`.
         occupied: [h, w] bool, the pixels of all objects.
         noise: Standard deviation of the depth, as a fraction of the depth
             (`points.estimate_noise`).
-        lit_part: [[first row, last row], [first column, last column]] of the part that is in no
-            black bar (`image.find_lit_part`).
+        lit_part: [[first row, last row], [first column, last column]] of the part of the image
+            without black bars (`image.find_lit_part`).
     """
 
     point_map: PointMapResult
@@ -70,28 +77,28 @@ class ImageGeometry:
 
 
 def label_object(detection: Detection, mask: Array, image: ImageGeometry) -> LabeledObject:
-    """Lift one detection to 3D.
+    """Label one detected object: fit its 3D box, find its keypoints and compute its scores.
 
     Args:
-        detection: Name and 2D box.
+        detection: The object's name and 2D box.
         mask: [h, w] bool, the object's pixels.
-        image: The image that it is in.
+        image: The geometry of the image that shows the object.
 
     Returns:
-        The object. When its mask is empty or too few points remain, the object has no box and no
-        keypoints; it is still returned so that its name stays ambiguous where another object has
-        the same name. Its scores are:
+        The labeled object. If its mask is empty or too few points remain, it has no 3D box and no
+        keypoints. Such an object must stay in the label, because questions must not use its name
+        for another object. The scores are:
 
-        - "detection", of the detector;
+        - "detection", the detector's score;
         - "points", the number of points to which the box is fitted;
-        - "visible", the fraction of its outline that is its own, cut neither by the image's edge
-          nor by something in front;
+        - "visible", the fraction of its outline at which neither the image's edge nor something in
+          front cuts the object off;
         - "edge", the fraction of its outline that the image's edge cuts;
         - "known", the fraction of its pixels with depth;
-        - "whole", the IoU of the detected 2D box and the mask's;
-        - with a box, "planarity" and "stability" (see `quality`), and "compact": the
-          diagonal of the object as seen in the image (converted to m at its median depth), divided
-          by the box's extent in depth (m), at most 1.
+        - "whole", the IoU of the detected 2D box and the tight box around the mask;
+        - only for objects with a 3D box: "planarity" and "stability" (see `quality`), and
+          "compact", how wide the object appears in comparison with the depth of its box
+          (`_compute_compactness`).
     """
     tight_box = compute_tight_box(mask)
     box2d = np.asarray(detection.box2d, np.float32)
@@ -102,23 +109,29 @@ def label_object(detection: Detection, mask: Array, image: ImageGeometry) -> Lab
     # How far the outline of a mask may be off (`error_px`), and how far before the image's edge the
     # mask of an object that the edge cuts may end (`end_px`). Exact masks have neither error.
     longer_side = max(mask.shape)
-    error_px = 0 if image.is_exact else round(max(1.0, longer_side * MASK_ERROR_FRACTION))
-    end_px = max(error_px, round(MASK_END_FRACTION * longer_side)) if error_px else 0
-    # The window is the part of the image that concerns the object: the box around its mask, and
-    # `room` more pixels on each side, at least one.
+    if image.is_exact:
+        error_px = 0
+        end_px = 0
+    else:
+        error_px = round(max(1.0, longer_side * MASK_ERROR_FRACTION))
+        end_px = max(error_px, round(MASK_END_FRACTION * longer_side))
+
+    # The window is the tight box around the mask, and `room` more pixels on each side.
     x0, y0, x1, y1 = tight_box.astype(int).tolist()
     room = 1
     if error_px:
-        room += error_px + 4  # `snap_outline` looks at the support beside the object
-    window = (slice(max(y0 - room, 0), y1 + room), slice(max(x0 - room, 0), x1 + room))
+        room += error_px + 4  # `snap_outline` needs pixels of the support beside the object
+    rows = slice(max(y0 - room, 0), y1 + room)
+    columns = slice(max(x0 - room, 0), x1 + room)
+    window = (rows, columns)
 
-    # The object's pixels, outline and clean points
+    # Correct the mask, trace its outline, and collect clean points.
     points = image.point_map.points[window]
     is_known = image.point_map.mask[window]
     inside = mask[window]
     if error_px:
         inside = _correct_mask(inside, points, is_known, image, window, error_px)
-    lit_part = image.lit_part + np.array([end_px, -end_px])
+    lit_part = image.lit_part + np.array([end_px, -end_px])  # `end_px` smaller on each side
     visible, edge, points_beside = _trace_outline(inside, window, lit_part, points, is_known)
     cloud = _collect_points(inside & is_known, points, error_px, image.noise)
 
@@ -133,7 +146,7 @@ def label_object(detection: Detection, mask: Array, image: ImageGeometry) -> Lab
     if len(cloud) < MIN_POINTS:
         return LabeledObject(detection.name, box2d, encode_mask(mask), None, {}, scores)
 
-    # The box
+    # Fit the box.
     fit = _choose_fit(cloud, points_beside, image)
     box = fit(cloud)
     scores["planarity"] = compute_planarity(cloud)
@@ -151,9 +164,22 @@ def _correct_mask(
     window: tuple[slice, slice],
     error_px: int,
 ) -> Array:
-    """Correct an estimated mask [h, w], given in a window of the image, by where its pixels are in
-    3D."""
-    occupied = image.occupied[window] & ~inside
+    """Correct an estimated mask by the 3D points of its pixels.
+
+    Args:
+        inside: [h, w] bool, the mask in the window.
+        points: [h, w, 3] the window's points, camera frame.
+        is_known: [h, w] bool, where the points are known.
+        image: The geometry of the whole image.
+        window: The rows and columns of the window in the image.
+        error_px: How far the mask's outline may be off.
+
+    Returns:
+        The corrected mask [h, w] in the window.
+    """
+    occupied = image.occupied[window] & ~inside  # by other objects
+    # From pixel to pixel, the depth of a surface whose depth grows `slope` times as fast as its
+    # width changes by the fraction slope / focal_px. So 12 links surfaces with slopes of up to 12.
     link_limit = max(LINKED_DEPTH_FRACTION, 12.0 / image.focal_px, 4 * image.noise)
     inside = keep_main_part(inside, points, is_known, link_limit)
     plane = image.support_plane
@@ -166,36 +192,62 @@ def _correct_mask(
 def _choose_fit(
     cloud: Array, points_beside: Array, image: ImageGeometry
 ) -> Callable[[Array], Box3D]:
-    """How to fit a box to the points of an object, which stands on the support where there is
-    one."""
+    """Choose the arguments of `fit_box` for an object.
+
+    Args:
+        cloud: [n, 3] points of the object, camera frame.
+        points_beside: [m, 3] points just outside the object's mask that touch the object.
+        image: The geometry of the image. The object is taken to stand on its support, if any.
+
+    Returns:
+        `fit_box` with all arguments but the points.
+    """
     up = None
     support = None
     if image.support_plane is not None:
         up = image.support_plane.up
         support = _find_support_height(cloud, points_beside, image.support_plane)
-    margin = MARGIN_PX * _compute_distance(cloud) / image.focal_px
+    margin = MARGIN_PX * _compute_distance(cloud) / image.focal_px  # pixels → unit of the points
     return partial(fit_box, up=up, support=support, margin=margin, noise=image.noise)
 
 
 def _compute_compactness(inside: Array, cloud: Array, box: Box3D, focal_px: float) -> float:
-    """How wide an object is seen, as a fraction of how far its box goes into the depth, at most 1.
+    """How wide an object appears, divided by the extent of its box in depth; at most 1.
 
-    A mask that leaks on to what is behind makes a box much deeper than it is seen wide.
+    If a mask leaks on to what is behind the object, the box becomes much deeper than the object
+    appears wide.
+
+    Args:
+        inside: [h, w] bool, the object's mask.
+        cloud: [n, 3] points of the object, camera frame.
+        box: The object's box.
+        focal_px: Focal length of the camera, in pixels.
     """
-    diagonal_px = float(np.hypot(*np.ptp(np.argwhere(inside), axis=0)))
-    width = _compute_distance(cloud) / focal_px * diagonal_px
+    height_px, width_px = np.ptp(np.argwhere(inside), axis=0)  # of the mask
+    diagonal_px = float(np.hypot(height_px, width_px))
+    width = _compute_distance(cloud) / focal_px * diagonal_px  # in the unit of the points
     depth = float(np.ptp(box.vertices[:, 2]))
     return min(1.0, width / max(depth, 1e-9))
 
 
 def _compute_distance(cloud: Array) -> float:
+    """The median depth of points [n, 3]."""
     return float(np.median(cloud[:, 2]))
 
 
 def _collect_points(inside: Array, points: Array, erosion_px: int, noise: float) -> Array:
-    """At most `MAX_POINTS` clean points [n, 3] of a mask [h, w], out of the image's [h, w, 3].
+    """Collect clean points of an object.
 
-    Up to half come from its outline, which bounds the box.
+    Up to half of them come from the outline of the mask, because the outline bounds the box.
+
+    Args:
+        inside: [h, w] bool, the object's pixels with known points.
+        points: [h, w, 3] camera frame.
+        erosion_px: How many layers of outermost pixels may have wrong depth.
+        noise: Standard deviation of the depth, as a fraction of the depth.
+
+    Returns:
+        At most `MAX_POINTS` points [n, 3].
     """
     inner = erode(inside, 1)
     outline_pixels = subsample(np.argwhere(inside & ~inner), MAX_POINTS // 2)
@@ -208,84 +260,104 @@ def _collect_points(inside: Array, points: Array, erosion_px: int, noise: float)
 def _trace_outline(
     inside: Array, window: tuple[slice, slice], lit_part: Array, points: Array, is_known: Array
 ) -> tuple[float, float, Array]:
-    """Examine the outline of a mask, given in a window of an image.
+    """Examine the outline of an object's mask in a window of the image.
+
+    The outline consists of the borders between neighboring pixels of which only one is in the mask,
+    and of the mask's pixels along the image's edge. The edge is the border of the lit part.
 
     Args:
-        inside: [h, w] bool, the mask.
-        window: Where in the image it is.
-        lit_part: [2, 2] the ends of the image's rows and columns.
-        points: [h, w, 3] camera frame.
+        inside: [h, w] bool, the mask in the window.
+        window: The rows and columns of the window in the image.
+        lit_part: [[first row, last row], [first column, last column]] of the image's lit part.
+        points: [h, w, 3] the window's points, camera frame.
         is_known: [h, w] bool, where the points are known.
 
     Returns:
         The scores "visible" and "edge" of `label_object`, and the points [n, 3] just outside the
         mask that touch the object.
     """
-    lit_part = lit_part - [[side.start] for side in window]
+    # Restrict the window to the lit part, both in the window's own rows and columns.
+    rows, columns = window
+    lit_part = lit_part - [[rows.start], [columns.start]]
     lit_window = tuple(slice(max(low, 0), max(high + 1, 0)) for low, high in lit_part)
-    if inside[lit_window].any():  # otherwise all of it is in the dark, which is no black bar then
+    # If no pixel of the mask is lit, the object itself is dark, so the dark rows are no black bar.
+    if inside[lit_window].any():
         inside = inside[lit_window]
         points = points[lit_window]
         is_known = is_known[lit_window]
         lit_part = lit_part - [[side.start] for side in lit_window]
 
-    # The outline between pixels: what is nearer beside the object occludes it, what is as near
-    # touches it
+    # The outline between pixels. A point outside the mask that is nearer to the camera than its
+    # neighbor in the mask occludes the object. If both points are close together, they touch.
     length = 0
     num_occluded = 0
     touching = []
-    for later, earlier in ((np.s_[1:], np.s_[:-1]), (np.s_[:, 1:], np.s_[:, :-1])):
-        for inner, outer in ((later, earlier), (earlier, later)):
-            border = inside[inner] & ~inside[outer]
-            length += int(np.count_nonzero(border))
-            border &= is_known[inner] & is_known[outer]
-            object_points = points[inner][border]
-            outer_points = points[outer][border]
-            limit = TOUCHING_FRACTION * object_points[:, 2]
-            is_in_front = outer_points[:, 2] < object_points[:, 2] - limit
-            num_occluded += int(np.count_nonzero(is_in_front))
-            gap = outer_points - object_points
-            touching.append(outer_points[np.einsum("ij,ij->i", gap, gap) < limit * limit])
+    lower = np.s_[1:]
+    upper = np.s_[:-1]
+    right = np.s_[:, 1:]
+    left = np.s_[:, :-1]
+    for inner, outer in ((lower, upper), (upper, lower), (right, left), (left, right)):
+        border = inside[inner] & ~inside[outer]
+        length += int(np.count_nonzero(border))
+        border &= is_known[inner] & is_known[outer]
+        object_points = points[inner][border]  # [k, 3]
+        outer_points = points[outer][border]  # [k, 3]
+        limit = TOUCHING_FRACTION * object_points[:, 2]
+        is_in_front = outer_points[:, 2] < object_points[:, 2] - limit
+        num_occluded += int(np.count_nonzero(is_in_front))
+        gap = outer_points - object_points
+        squared_gap = np.einsum("ij,ij->i", gap, gap)
+        touching.append(outer_points[squared_gap < limit * limit])
 
-    # The outline along the image's edge
+    # The outline along the image's edge: the mask's pixels in the first and last row and column
     num_cut = 0
     for axis, ends in enumerate(lit_part):
-        line_lengths = np.count_nonzero(inside, axis=1 - axis)
-        ends_here = ends[(ends >= 0) & (ends < len(line_lengths))]
-        num_cut += int(line_lengths[ends_here].sum())
+        line_lengths = np.count_nonzero(inside, axis=1 - axis)  # mask pixels per row (or column)
+        ends_in_window = ends[(ends >= 0) & (ends < len(line_lengths))]
+        num_cut += int(line_lengths[ends_in_window].sum())
     length += num_cut
     visible = float(1.0 - (num_occluded + num_cut) / length)
     return visible, float(num_cut / length), np.concatenate(touching)
 
 
 def _find_support_height(cloud: Array, beside: Array, plane: Plane) -> float | None:
-    """The height of the surface under an object; None when it seems to rest on nothing that is
-    seen.
+    """The height of the surface on which an object stands; None if no such surface is seen.
 
-    The object stands where it touches points that are lower than nearly all of its own: the table,
-    or the plate on which it lies. If its lower part is hidden, it is taken to stand on the support
-    plane unless it seems to hover: by nearly its visible height (the underside of a ball is not
-    seen) or, seen from above, where sides are hidden, by more than its width. Our choice.
+    The object stands on the points that touch it and are lower than nearly all of its own points.
+    They belong to the table, or to the plate on which the object lies. If there are too few such
+    points, the object's lower part is hidden. The object is then taken to stand on the support
+    plane, unless its visible points are too far above the plane. They may be above it by nearly the
+    object's visible height, because the underside of a ball is not seen. If the camera looks down
+    steeply, the object's sides are hidden, so its points may be above the plane by the object's
+    width. Our choice.
 
     Args:
-        cloud: [n, 3] points of the object.
-        beside: [m, 3] points beside it that touch it.
+        cloud: [n, 3] points of the object, camera frame.
+        beside: [m, 3] points beside the object that touch it.
         plane: The support plane of the image.
     """
     heights = cloud @ plane.up
     low, high = np.quantile(heights, (0.05, 1.0))
     touching_distance = TOUCHING_FRACTION * _compute_distance(cloud)
 
-    contact = beside @ plane.up
-    contact = contact[contact < min(low + 0.25 * (high - low), high - 0.1 * touching_distance)]
-    if len(contact) >= 3:
-        is_on_plane = np.abs(contact - plane.height) < 0.25 * touching_distance
-        return plane.height if np.mean(is_on_plane) > 0.2 else float(np.median(contact))
+    # Low points that touch the object
+    heights_beside = beside @ plane.up
+    max_contact_height = min(low + 0.25 * (high - low), high - 0.1 * touching_distance)
+    contact_heights = heights_beside[heights_beside < max_contact_height]
+    if len(contact_heights) >= 3:
+        is_on_plane = np.abs(contact_heights - plane.height) < 0.25 * touching_distance
+        return plane.height if np.mean(is_on_plane) > 0.2 else float(np.median(contact_heights))
 
+    # The lower part is hidden: compare how far the visible points are above the plane with the
+    # object's visible height and, as far as the camera looks down, with its width.
     middle = cloud.mean(axis=0)
-    steepness = float(middle @ plane.up) ** 2 / float(middle @ middle)
-    level = cloud - heights[:, None] * plane.up
+    steepness = float(middle @ plane.up) ** 2 / float(middle @ middle)  # 0 level, 1 straight down
+    level = cloud - heights[:, None] * plane.up  # [n, 3] projected on to the plane
+    # Of the three variances along principal axes, the smallest is that along `up`, nearly 0. The
+    # middle one belongs to the shorter level side. A uniform distribution over a side has 1/12 of
+    # the squared side as its variance.
     variance = np.linalg.eigvalsh(np.cov(level.T))[1]
-    width = 1.25 * float(np.sqrt(max(12 * variance, 0)))  # 12: of a uniform distribution
-    stands = low - plane.height < max(0.8 * (high - low), steepness * width)
+    width = 1.25 * float(np.sqrt(max(12 * variance, 0)))
+    hidden_height = low - plane.height
+    stands = hidden_height < max(0.8 * (high - low), steepness * width)
     return plane.height if stands else None

@@ -1,7 +1,7 @@
 """Images in, 3D-labeled images out: read → detect → segment → predict point maps → fit boxes.
 
-Each stage is a function on a batch of `PendingImage`s. `label_images` runs them one after the
-other; the engines (`spear.labels.engine`) run the same functions in processes or on a cluster.
+Each stage is a function on a batch of `PendingImage`s. `label_images` runs the stages one after the
+other. The engines (`spear.labels.engine`) run the same functions in processes or on a cluster.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -35,12 +35,14 @@ from spear.util.images import encode_jpeg, load_image_and_orientation
 
 T = TypeVar("T")
 
-MIN_SIDE_PX = 16  # an image with a shorter side contains nothing to label
-BATCH_SIZE = 8  # images that `label_images` hands to a model at a time
+MIN_SIDE_PX = 16  # images with a shorter side are too small to label
+BATCH_SIZE = 8  # number of images that `label_images` hands to a model at a time
 MAX_OBJECT_FRACTION = 0.1
-"""Objects with a larger fraction of the image may be what others stand on: a table (our choice)."""
+"""An object that covers more than this fraction of the image may be a table on which other objects
+stand (our choice)."""
 NO_OBJECTS_REASON = "no object was found"
-"""Why an image without objects is skipped; this counts as no failure."""
+"""The error of images that are skipped because they show no object. It does not count as a
+failure."""
 
 
 @dataclass
@@ -48,17 +50,19 @@ class PendingImage:
     """One image on its way through the stages; each stage fills in its part.
 
     Attributes:
-        source: Where the image came from; the label's source.
+        source: Where the image came from; it becomes the label's source.
         frame: The image; None when it could not be read.
-        error: Why the image is skipped, by all later stages too; None while all is well.
-        encoded: The image as it is stored; None leaves encoding to `fit_boxes`.
-        detections: Filled in by `detect_objects`.
-        masks: [n, h, w] bool, filled in by `segment_objects`.
-        point_map: Filled in by `predict_point_maps`.
-        provenance: Names of the models so far, as in `LabeledImage`.
-        content_hash: A short hash of what was read; empty for images that were not read from a
-            file.
-        lit_part: The part of the image without black bars, as `find_lit_part` returns it.
+        error: Why this stage and all later ones skip the image; None while all is well.
+        encoded: The image as JPEG, as labels store it; None leaves encoding to `fit_boxes`.
+        detections: The image's n objects, filled in by `detect_objects`.
+        masks: [n, h, w] bool, the objects' masks, filled in by `segment_objects`.
+        point_map: The 3D point of each pixel, filled in by `predict_point_maps`.
+        provenance: The name of each model that has seen the image, by role: {"detector": …,
+            "segmenter": …, "pointmap": …}.
+        content_hash: A short hash of the file's content; empty for images that were not read from
+            a file.
+        lit_part: [[first row, last row], [first column, last column]] of the part of the image
+            without black bars (`find_lit_part`).
     """
 
     source: str
@@ -74,14 +78,15 @@ class PendingImage:
 
 
 def read_images(items: Sequence[Item], longest: int | None = None) -> list[PendingImage]:
-    """Read images and encode them as the labels store them; an image that cannot be read is
-    skipped.
+    """Read images and encode them as JPEG, as labels store them.
+
+    An image that cannot be read carries the error with which all stages skip it.
 
     Args:
-        items: In the order in which they were listed, so that neighbors in one file are read
-            together.
-        longest: Images with a longer side are made smaller, aspect kept, until it is this long
-            (pixels); frames with ground truth stay as they are. None keeps the size of all images.
+        items: The images to read. Keep the order in which they were listed, so that items that are
+            neighbors in one file are read together.
+        longest: The longer side, in pixels, to which larger images are shrunk with their aspect
+            kept. Frames with ground truth keep their size. None keeps the size of all images.
     """
     images = []
     for item, content in zip(items, read_contents(items), strict=True):
@@ -109,8 +114,12 @@ def _start_image(source: str, content: Content, max_side_px: int | None) -> Pend
 
 
 def _decode(content: bytes | Array, source: str) -> tuple[Array, bool]:
-    """The pixels of an image, and whether its EXIF turns it in a way that its size does not
-    show."""
+    """Decode an image file's bytes; pixels that are decoded already are returned unchanged.
+
+    Returns:
+        The pixels [h, w, 3], and whether the image's EXIF data turns or mirrors the image in a way
+        that its size does not show.
+    """
     if isinstance(content, bytes):
         return load_image_and_orientation(content, source)
     return content, False
@@ -123,16 +132,16 @@ def label_images(
     point_map_model: PointMapModel,
     exact: bool | None = None,
 ) -> Iterator[LabeledImage]:
-    """Label images with 3D boxes, as they come; an image without any detection gets a label without
+    """Label images with 3D boxes, batch by batch. An image without detections gets a label without
     objects.
 
     Args:
-        frames: The images, with ground truth where the models read it.
+        frames: The images. Models that answer from ground truth need frames that contain it.
         detector: Finds and names objects.
-        segmenter: Outlines them.
+        segmenter: Outlines the detected objects.
         point_map_model: Predicts the 3D point of every pixel.
-        exact: Whether masks and depth are exact. None: they are where both are ground truth of a
-            simulator, not measured.
+        exact: Whether masks and depth are exact. With None they count as exact if both are ground
+            truth from a simulator, and as estimates if a model predicted or a sensor measured them.
 
     Yields:
         One label per frame, in order.
@@ -153,14 +162,17 @@ def label_images(
 
 
 def label_with_ground_truth(frames: Iterable[Frame]) -> Iterator[LabeledImage]:
-    """Label frames from their own ground truth, which takes the place of all three models."""
+    """Label frames from the ground truth that they contain, instead of with the three models."""
     truth = GroundTruth()
     return label_images(frames, truth, truth, truth)
 
 
 def admit_frame(frame: Frame) -> PendingImage:
-    """Begin the labeling of a frame; it is skipped if its image is not [h, w, 3] uint8, or too
-    small."""
+    """Begin the labeling of a frame.
+
+    A frame whose image is too small or not [h, w, 3] uint8 carries the error with which all stages
+    skip it.
+    """
     problem = _find_problem(frame.image)
     if problem is not None:
         return PendingImage(frame.source, frame, SpearError(problem))
@@ -168,7 +180,7 @@ def admit_frame(frame: Frame) -> PendingImage:
 
 
 def _find_problem(image: Array) -> str | None:
-    """Why an image cannot be labeled, or None."""
+    """Why an image cannot be labeled; None if it can."""
     if not isinstance(image, np.ndarray):
         return f"the image is {type(image).__name__}. Convert it to [h, w, 3] uint8 RGB."
     if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
@@ -182,8 +194,7 @@ def _find_problem(image: Array) -> str | None:
 def detect_objects(
     images: Sequence[PendingImage], detector: Detector, skip_empty: bool = False
 ) -> None:
-    """Find the objects of each image. With `skip_empty`, images without objects are skipped from
-    then on."""
+    """Find each image's objects. With `skip_empty`, later stages skip images without objects."""
 
     def detect(batch: Sequence[PendingImage], frames: Sequence[Frame]) -> list[list[Detection]]:
         return detector.detect(frames)
@@ -223,8 +234,13 @@ def _apply_model(
 ) -> list[tuple[PendingImage, T]]:
     """Call a model with the images that are not skipped, and pair each of them with its result.
 
-    If the model refuses the batch, it is called again image by image, and the images that it
-    refuses alone are skipped.
+    If the model refuses the batch with a `SpearError`, it is called again image by image. An image
+    that the model refuses again is skipped from then on, with the model's error.
+
+    Args:
+        images: The batch.
+        call: Calls the model with the images that are not skipped and with their frames. It returns
+            one result per image.
     """
     active = [image for image in images if image.error is None]
     if not active:
@@ -248,8 +264,9 @@ def fit_boxes(image: PendingImage, exact: bool | None = None) -> LabeledImage:
     Points that are NaN, infinite or behind the camera count as unknown.
 
     Args:
-        image: The image.
-        exact: As in `label_images`.
+        image: The image, with detections, masks and point map.
+        exact: Whether masks and depth are exact. With None they count as exact if both are ground
+            truth from a simulator.
     """
     assert image.frame is not None and image.masks is not None and image.point_map is not None
     assert image.lit_part is not None
@@ -257,11 +274,12 @@ def fit_boxes(image: PendingImage, exact: bool | None = None) -> LabeledImage:
     points = image.point_map.points
     is_valid = np.isfinite(points).all(axis=-1) & (points[..., 2] > 0)
     point_map = replace(image.point_map, mask=image.point_map.mask & is_valid)
+    is_exact = _has_exact_masks_and_depth(image) if exact is None else exact
 
     geometry = ImageGeometry(
         point_map=point_map,
         support_plane=_find_support_plane(point_map, image.masks, frame.extrinsics),
-        is_exact=_has_exact_masks_and_depth(image) if exact is None else exact,
+        is_exact=is_exact,
         occupied=np.asarray(image.masks.any(axis=0)),
         noise=estimate_noise(points, point_map.mask),
         lit_part=image.lit_part,
@@ -292,23 +310,30 @@ def _has_exact_masks_and_depth(image: PendingImage) -> bool:
 def _find_support_plane(
     point_map: PointMapResult, masks: Array, extrinsics: Array | None
 ) -> Plane | None:
-    """The plane that the objects of an image stand on, or None.
+    """The plane that the objects of an image stand on; None if no such plane is seen.
+
+    The plane is fitted to the background: all pixels outside the masks of small objects. A large
+    object may be the support itself (a table), so its pixels belong to the background.
 
     Args:
         point_map: Point map of the image.
-        masks: [n, h, w] bool, of its objects. Large ones may be the support, so their pixels count.
+        masks: [n, h, w] bool, the masks of the image's objects.
         extrinsics: [4, 4] camera → world with z up, when known.
     """
-    small_masks = masks[masks.mean(axis=(1, 2)) < MAX_OBJECT_FRACTION]
-    is_background = point_map.mask & ~small_masks.any(axis=0)
-    pixels = subsample(np.argwhere(is_background), MAX_PLANE_POINTS)
-    background = point_map.points[tuple(pixels.T)]
+    mask_fractions = masks.mean(axis=(1, 2))  # [n]
+    small_masks = masks[mask_fractions < MAX_OBJECT_FRACTION]
+    is_background = point_map.mask & ~small_masks.any(axis=0)  # [h, w]
+    pixels = subsample(np.argwhere(is_background), MAX_PLANE_POINTS)  # [k, 2] rows, columns
+    background = point_map.points[pixels[:, 0], pixels[:, 1]]  # [k, 3]
     if extrinsics is None:
         return fit_support_plane(background)
 
-    plane = fit_support_plane(background, up=extrinsics[2, :3])
+    up = extrinsics[2, :3]  # the world's z axis, in the camera frame
+    plane = fit_support_plane(background, up=up)
     if plane is not None:
         return plane
+
+    # No plane is level according to the pose: the pose may be wrong, so try without it.
     plane = fit_support_plane(background)
     if plane is not None:
         notice(

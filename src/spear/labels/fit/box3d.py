@@ -1,15 +1,21 @@
-"""Oriented 3D boxes: fitting to the visible points of an object, the vertex order, and how to
-compare two.
+"""Oriented 3D boxes: fitting them to the visible points of an object, ordering their vertices, and
+comparing two boxes.
 
-The box frame is the camera's, turned as little as needed: its axes point right, down and away from
-the camera. Vertices come top four first, then the bottom four, each four in the order near-left,
-near-right, far-right, far-left, as the camera sees them. The paper states only that the order is
-consistent with respect to the camera frame; this definition is our choice.
+The three axes of a box are named right, down and away, after the directions of the camera's x, y
+and z axes to which they are nearest. The vertices of the top come first, then those of the bottom,
+each in the order near-left, near-right, far-right, far-left, as the camera sees them. The paper
+states only that the order is consistent with respect to the camera frame; this definition is our
+choice.
 
-The tight box around points depends on the outermost few, which noise moves most. Of an object with
-flat faces, however, every point tells where its face is. So axes and faces are fitted to be nearest
-to all points, by Gauss-Newton from a first guess, with less weight for points that lie on no face.
-Our choice.
+The tight box around points depends on the few outermost points, which noise moves most. If an
+object has flat faces, however, all points on a face tell where the face is. So `fit_faces` fits the
+axes and the visible faces to all points at once, by Gauss-Newton from a first guess. Points that
+lie on no face get less weight. The mean distance of the points from their nearest faces is called
+the misfit. All of this is our choice.
+
+The *support* is the surface on which an object stands. A box is *upright* when one of its axes is
+the support's normal; its two other axes are its level axes. A box that may be turned in any way is
+*free*. A *turn* is a rotation vector in radians.
 """
 
 import math
@@ -37,7 +43,7 @@ VERTEX_SIGNS = np.array(
     ],
     float,
 )
-"""[8, 3] on which side of the box each vertex is, along its right, down and away axes."""
+"""[8, 3] on which side of the box's center each vertex is, along the right, down and away axes."""
 
 BOX_EDGES = (
     (0, 1),
@@ -53,39 +59,42 @@ BOX_EDGES = (
     (2, 6),
     (3, 7),
 )
-"""The 12 edges, as pairs of vertex indices."""
+"""The 12 edges of a box, as pairs of vertex indices."""
 
-MAX_NUM_STEPS = 8  # of Gauss-Newton
+MAX_NUM_STEPS = 8  # Gauss-Newton makes at most this many steps
 MIN_TURN_RAD = 2e-3  # Gauss-Newton ends after a step that turns the axes by less
-MAX_TURN_RAD = 0.2  # of one step
-MIN_FACE_FRACTION = 0.08  # of the points lie on a face; a face with fewer is not believed
+MAX_TURN_RAD = 0.2  # one step of Gauss-Newton turns the axes by at most this much
+MIN_FACE_FRACTION = 0.08
+"""A face to which a smaller fraction of the points is nearest counts as not seen."""
 
 MAX_TILTED_MISFIT_FRACTION = 0.6
-"""An object on a surface leans where a freely turned box has less than this fraction of the misfit
-of an upright one."""
+"""An object on a support leans if the misfit of a free box is less than this fraction of the misfit
+of an upright box."""
 MAX_MISFIT_FRACTION = 0.03
-"""… and is a box when its points are, beyond their noise, nearer to its faces than this fraction of
-its middle side."""
+"""An object is box-shaped if its misfit, beyond the noise of its points, is less than this fraction
+of its side of medium length."""
 FACE_DISTANCE_FRACTION = 0.1
-"""Points within this fraction of the box's size from a face count as lying on it."""
+"""A point lies on a face of a box if its distance from the face is less than this fraction of the
+box's size along the face's normal."""
 MIN_ON_FACE_FRACTION = 0.85
-"""An object is round when fewer of its seen points than this lie on the faces that the camera
-sees."""
+"""An object is round if a smaller fraction of its points lies on those faces of its box that the
+camera sees."""
 ALIGNMENT_PER_RAD = 0.05
-"""How much larger a footprint may be, per radian of turn, for a box better aligned with the
-camera."""
+"""A box that is better aligned with the camera is preferred to one with a smaller footprint, unless
+its footprint is larger by more than this fraction per radian of difference in alignment."""
 
 _COARSE_ANGLES_RAD = np.radians(np.arange(0.0, 90.0, 3.0))
-_FINE_ANGLES_RAD = np.radians(np.linspace(-3.0, 3.0, 25))
-_MAX_HULL_FACES = 48  # of a convex hull that are tried as a face of the box
-_TRIPLES = np.array(list(combinations(range(7), 3)))
+_FINE_ANGLES_RAD = np.radians(np.linspace(-3.0, 3.0, 25))  # around the best coarse angle
+_MAX_HULL_FACES = 48  # of a hull with twice as many faces or more, only about 48 to 96 are tried
+_TRIPLES = np.array(list(combinations(range(7), 3)))  # [35, 3] all triples of seven indices
 _EYE = np.eye(3)
 _CROSS = np.cross(_EYE[:, None], _EYE).transpose(2, 1, 0)
-"""[k, j, i]: component k of (axis i × axis j) of the camera frame."""
+"""[3, 3, 3]: `_CROSS @ a` is the matrix [3, 3] with (`_CROSS @ a`) @ b = a × b, because element
+[k, j, i] is component k of (unit vector i × unit vector j)."""
 
 
 def make_box(center: Array, size: Array, axes: Array) -> Box3D:
-    """Make a box, with its axes and vertices in the order of this module.
+    """Make a box whose axes and vertices are in the order that this module defines.
 
     Args:
         center: [3] camera frame.
@@ -95,7 +104,8 @@ def make_box(center: Array, size: Array, axes: Array) -> Box3D:
     order, signs = _find_camera_like_axes(axes)
     rotation = axes[:, order] * signs
     ordered_size = np.asarray(size)[list(order)]
-    vertices = center + (VERTEX_SIGNS * (ordered_size / 2)) @ rotation.T
+    offsets = VERTEX_SIGNS * (ordered_size / 2)  # [8, 3] of the vertices from the center, box frame
+    vertices = center + offsets @ rotation.T
     return Box3D(
         vertices=np.asarray(vertices, np.float32),
         center=np.asarray(center, np.float32),
@@ -105,61 +115,72 @@ def make_box(center: Array, size: Array, axes: Array) -> Box3D:
 
 
 def make_box_from_vertices(vertices: Array) -> Box3D:
-    """Make the box of eight vertices [8, 3] in any order."""
+    """Make the box that has these eight vertices [8, 3], in any order."""
     return fit_nearest_box(order_vertices(vertices))
 
 
 def fit_nearest_box(vertices: Array) -> Box3D:
-    """Fit a box to eight points in the order of this module, which need not be the vertices of one.
+    """Fit a box to eight points, which need not be the exact vertices of a box.
 
-    The axes are the rotation nearest to the mean edges, the size is their lengths along it (our
-    choice).
+    The box's axes are the rotation nearest to the directions of the mean edges. Its size is the
+    length of the mean edges along these axes (our choice).
 
     Args:
-        vertices: [8, 3] camera frame.
+        vertices: [8, 3] camera frame, in the order that this module defines.
     """
-    edges = vertices.T @ VERTEX_SIGNS / 4  # columns: right, down, away
+    # Column i is the mean of the four edges along axis i: the sum of the four vertices on one side
+    # minus that of the four on the other, divided by 4.
+    edges = vertices.T @ VERTEX_SIGNS / 4  # [3, 3]
     lengths = np.maximum(np.linalg.norm(edges, axis=0), 1e-12)
     u, _, v_transposed = np.linalg.svd(edges / lengths)
-    axes = u @ v_transposed
-    return make_box(vertices.mean(0), np.maximum((edges * axes).sum(0), 1e-6), axes)
+    axes = u @ v_transposed  # the orthogonal matrix nearest to the unit edges
+    lengths_along_axes = (edges * axes).sum(0)
+    return make_box(vertices.mean(0), np.maximum(lengths_along_axes, 1e-6), axes)
 
 
 def order_vertices(vertices: Array) -> Array:
     """Bring the vertices of a box into the order that this module defines.
 
-    The axis nearest to up (for a camera that looks 35° down, `UP_PRIOR`) separates top from bottom;
-    of the other two, the one nearest to the camera's x separates left from right; the third
-    separates near from far. The result is the same for every permutation of the input. It can only
-    jump where a box turned about the vertical by 45° makes left and near change places, or for a
-    camera that looks up or more than 80° down.
+    The box axis nearest to `UP_PRIOR` (up, for a camera that looks 35° down) separates top from
+    bottom. Of the two other axes, the one nearest to the camera's x axis separates left from right,
+    and the third one separates near from far. The result is the same for every permutation of the
+    vertices. A small rotation of the box changes the order only in two cases: for a box that is
+    turned about the vertical by 45°, where left and near change places, and for a camera that looks
+    up or more than 80° down.
 
     Args:
         vertices: [8, 3] camera frame, in any order.
 
     Returns:
-        The same vertices [8, 3].
+        The same vertices [8, 3] in the new order.
     """
+    # Sort them by their coordinates first, so that the result cannot depend on the given order.
     v = np.asarray(vertices, np.float64)
     v = v[np.lexsort(v.T)]
-    edges = v[1:] - v[0]
 
-    # Of the seven differences to one corner only its three edges are pairwise orthogonal.
-    unit = edges / np.maximum(np.linalg.norm(edges, axis=1, keepdims=True), 1e-12)
-    cosines = np.abs(unit @ unit.T)
+    # From one vertex, seven vectors lead to the others: three edges, three diagonals of faces and
+    # the diagonal of the box. Only the three edges are pairwise orthogonal.
+    vectors = v[1:] - v[0]  # [7, 3]
+    unit = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
+    cosines = np.abs(unit @ unit.T)  # [7, 7]
     i, j, k = _TRIPLES.T
     most_orthogonal = np.argmin(cosines[i, j] + cosines[i, k] + cosines[j, k])
-    axes = unit[_TRIPLES[most_orthogonal]].T
+    axes = unit[_TRIPLES[most_orthogonal]].T  # [3, 3], as columns
 
+    # Vertex number n is the one that is furthest in the direction of `VERTEX_SIGNS[n]`.
     order, signs = _find_camera_like_axes(axes)
-    along = (v - v.mean(axis=0)) @ (axes[:, order] * signs)
+    along = (v - v.mean(axis=0)) @ (axes[:, order] * signs)  # [8, 3]
     return v[(along @ VERTEX_SIGNS.T).argmax(axis=0)]
 
 
 def _find_camera_like_axes(axes: Array) -> tuple[list[int], Array]:
-    """Which column of `axes` [3, 3] is the box's right, down and away axis, and with which sign
-    [3]."""
+    """Which columns of `axes` [3, 3] are the box's right, down and away axes.
+
+    Returns:
+        The indices of the three columns, and the signs [3] by which to multiply these columns.
+    """
     vertical = int(np.argmax(np.abs(UP_PRIOR @ axes)))
+    # The two other columns. The three indices 0, 1 and 2 add up to 3.
     first = 1 if vertical == 0 else 0
     second = 3 - vertical - first
     first_is_right = abs(axes[0, first]) >= abs(axes[0, second])
@@ -168,6 +189,7 @@ def _find_camera_like_axes(axes: Array) -> tuple[list[int], Array]:
 
     right_sign = 1.0 if axes[0, right] >= 0 else -1.0
     down_sign = -1.0 if UP_PRIOR @ axes[:, vertical] >= 0 else 1.0
+    # Away is right × down, so that the axes are right-handed. The sign is 0 only for bad axes.
     forward = np.cross(right_sign * axes[:, right], down_sign * axes[:, vertical])
     away_sign = np.sign(forward @ axes[:, away]) or 1.0
     return [right, vertical, away], np.array([right_sign, down_sign, away_sign])
@@ -175,13 +197,15 @@ def _find_camera_like_axes(axes: Array) -> tuple[list[int], Array]:
 
 @dataclass(frozen=True)
 class VisibleFaces:
-    """Axes, and the faces of an object that the camera sees along them.
+    """The faces of an object that the camera sees, at most one along each of three axes.
 
     Attributes:
-        axes: [3, 3] as columns.
-        at: [3] the position of the face along each axis; NaN for an axis without a visible face.
-        side: [3] on which side of the points that face is: -1 the lower, 1 the upper.
-        misfit: Mean distance of the points from the nearest face; infinite where no face is seen.
+        axes: [3, 3] unit axes as columns.
+        at: [3] the position of the visible face along each axis; NaN for an axis along which the
+            camera sees no face.
+        side: [3] the end of the points' extent along each axis at which the face is: -1 the lower
+            end, 1 the upper end.
+        misfit: Mean distance of the points from the nearest face; infinite if no face is seen.
     """
 
     axes: Array
@@ -200,12 +224,14 @@ def fit_faces(points: Array, axes: Array, turn_axis: Array | None = None) -> Vis
     """
     middle = points.mean(axis=0)
     centered = points - middle
+    # Columns: the directions about which the axes may turn, [3, 3] or [3, 1]
     free_turns = _EYE if turn_axis is None else np.asarray(turn_axis, np.float64)[:, None]
 
-    # Which faces the camera sees, and a first guess of their positions
-    along = centered @ axes
+    # Which faces the camera sees, and a first guess of their positions. Along an axis, the camera
+    # sees a face if it is beyond the extent of the points.
+    along = centered @ axes  # [n, 3]
     low, high = np.quantile(along, (0.02, 0.98), axis=0)
-    camera = -middle @ axes  # where the camera is along each axis
+    camera = -middle @ axes  # [3] the camera's position along each axis
     side = np.where(camera > (low + high) / 2, 1.0, -1.0)
     at = np.where(side > 0, high, low)
     is_visible = np.abs(camera - (low + high) / 2) > 0.5 * (high - low)
@@ -216,27 +242,33 @@ def fit_faces(points: Array, axes: Array, turn_axis: Array | None = None) -> Vis
     half = len(points) // 2
     turn = np.ones(3)
     for step in range(MAX_NUM_STEPS + 1):
-        # The distance of each point from its nearest face
-        offset = np.where(is_visible, along - at, np.inf)
-        nearest = np.abs(offset).argmin(axis=1)
-        error = offset[indices, nearest]
+        # The signed distance of each point from its nearest face
+        offset = np.where(is_visible, along - at, np.inf)  # [n, 3]
+        nearest = np.abs(offset).argmin(axis=1)  # [n] the axis of the nearest face
+        error = offset[indices, nearest]  # [n]
         if step == MAX_NUM_STEPS or float(turn @ turn) < MIN_TURN_RAD**2:
             break
 
-        # Cauchy weights: np.median without its checks, which cost more than the rest of it
-        scale = 2.0 * float(np.partition(np.abs(error), half)[half]) + 1e-6
+        # Cauchy weights, whose scale is twice the median error. `np.partition` finds the median
+        # faster than `np.median` with its checks.
+        median_error = float(np.partition(np.abs(error), half)[half])
+        scale = 2.0 * median_error + 1e-6
         weight = 1.0 / (1.0 + (error / scale) ** 2)
 
-        # How far each point moves along its axis when the axes turn: axis × point, of all axes at
-        # once
-        moved = centered @ (_CROSS @ axes).transpose(1, 2, 0).reshape(3, 9)
-        turned = moved.reshape(-1, 3, 3)[indices, nearest] @ free_turns  # [n, 1 or 3]
-        jacobian = np.concatenate([turned, -_EYE[nearest]], axis=1)
+        # The derivative of a point's position along an axis with respect to the turn of the axes is
+        # axis × point. It is computed for all three axes at once; then each point's row of its
+        # nearest face is taken.
+        cross_axes = (_CROSS @ axes).transpose(1, 2, 0).reshape(3, 9)
+        turn_derivatives = (centered @ cross_axes).reshape(-1, 3, 3)  # [n, axis, 3]
+        turned = turn_derivatives[indices, nearest] @ free_turns  # [n, 1 or 3]
+        position_derivatives = -_EYE[nearest]  # [n, 3] the error is position minus face position
+        jacobian = np.concatenate([turned, position_derivatives], axis=1)
 
-        # One damped Gauss-Newton step of the turn and of the positions
+        # One damped Gauss-Newton step, which changes the turn and the three positions
         weighted = (jacobian * weight[:, None]).T
         normal = weighted @ jacobian
-        normal.flat[:: len(normal) + 1] += 1e-6 * normal.trace()
+        diagonal = slice(None, None, len(normal) + 1)  # of the flat matrix
+        normal.flat[diagonal] += 1e-6 * normal.trace()
         change = np.linalg.solve(normal, -weighted @ error)
         turn = free_turns @ change[:-3]
         turn *= min(1.0, MAX_TURN_RAD / max(math.sqrt(turn @ turn), 1e-9))
@@ -244,7 +276,7 @@ def fit_faces(points: Array, axes: Array, turn_axis: Array | None = None) -> Vis
         at = at + change[-3:]
         along = centered @ axes
 
-    fraction = np.bincount(nearest, minlength=3) / len(points)
+    fraction = np.bincount(nearest, minlength=3) / len(points)  # [3] of the points, per face
     is_believed = is_visible & (fraction >= MIN_FACE_FRACTION)
     positions = np.where(is_believed, at + middle @ axes, np.nan)
     return VisibleFaces(axes, positions, side, float(np.abs(error).mean()))
@@ -253,15 +285,15 @@ def fit_faces(points: Array, axes: Array, turn_axis: Array | None = None) -> Vis
 def _rotation_matrix(turn: Array) -> Array:
     """The matrix [3, 3] of a rotation vector [3], rad, by Rodrigues' formula.
 
-    SciPy has the same, but its checks cost too much here.
+    SciPy's function does the same, but its checks of the arguments would take most of the time.
     """
     angle = math.sqrt(turn @ turn)
-    cross = _CROSS @ turn
+    cross = _CROSS @ turn  # [3, 3] the cross-product matrix of `turn`
     if angle > 1e-9:
         sine_term = math.sin(angle) / angle
         cosine_term = (1 - math.cos(angle)) / angle**2
     else:
-        sine_term = 1.0
+        sine_term = 1.0  # the limits for an angle of 0
         cosine_term = 0.5
     return _EYE + sine_term * cross + cosine_term * (cross @ cross)
 
@@ -277,38 +309,40 @@ def fit_box(
 
     Args:
         points: [n >= 1, 3] clean points of the object, camera frame.
-        up: [3] unit normal of the support surface, camera frame, when known. The box is then
-            upright (smallest area seen along `up`) unless the object clearly leans. Without `up`
-            the box is turned freely (smallest volume).
-        support: Height of that surface under the object (up · p), when known. The box then reaches
-            down to it, although its bottom is hidden.
+        up: [3] unit normal of the support, camera frame, when known. The box is then upright (the
+            first guess has the smallest footprint along `up`) unless the object clearly leans.
+            Without `up` the box is free (the first guess has the smallest volume).
+        support: Height of the support under the object (up · p), when known. The box then reaches
+            down to the support, although the object's bottom is hidden.
         margin: How far the object reaches beyond its outermost points on each side.
         noise: Standard deviation of the points' depth, as a fraction of the depth. Noise pushes the
-            outermost points further out along their rays. Each axis of the box is shortened by the
-            push's component along it, at most by a fifth.
+            outermost points further out along their rays. To compensate, each end of the box is
+            moved inwards by the push's component along the end's axis, at most by a fifth of the
+            points' extent.
 
     Returns:
         The box; no side is thinner than a thousandth of the longest.
     """
     points = np.asarray(points, np.float64)
     distance = float(np.linalg.norm(points.mean(axis=0)))
-    blur = 0.5 * noise * distance  # smoothing takes the other half
+    blur = 0.5 * noise * distance  # the length by which noise moves a point; smoothing halves it
 
-    # An upright box whose faces fit the points for certain
+    # First try an upright box. Return it if its faces certainly fit the points.
     if up is not None:
         level_axes = _fit_upright_axes(points, up)
         upright = fit_faces(points, level_axes, up)
-        # Be strict: noise hides the bend of round things, for which there is a better guess.
+        # The limits are strict because noise can make round objects, whose box is found below by
+        # other means, look like boxes.
         is_upright_box = partial(
             _is_box, points, blur=0.8 * blur, max_misfit=MAX_MISFIT_FRACTION / 3
         )
         if not is_upright_box(upright):
-            # Whether a face that the camera hardly sees is a face shows only along better axes.
+            # Fit once more from the better axes, along which other faces may be visible.
             upright = min(upright, fit_faces(points, upright.axes, up), key=_get_misfit)
         if is_upright_box(upright):
             return _enclose(points, upright.axes, margin, noise, support, upright)
 
-    # A freely turned one, if it is much better than the upright one
+    # Then try a free box. On a support, it must fit much better than the upright box.
     start_axes = _fit_smallest_volume_axes(points)
     free = fit_faces(points, start_axes)
     if up is not None:
@@ -319,7 +353,7 @@ def fit_box(
     if _is_box(points, free, blur):
         return _enclose(points, free.axes, margin, noise, None, free)
 
-    # Not a box at all, on no known surface
+    # The object is not box-shaped, and no support is known.
     return _enclose(points, start_axes, margin, noise, None, None)
 
 
@@ -330,9 +364,14 @@ def _get_misfit(faces: VisibleFaces) -> float:
 def _is_box(
     points: Array, faces: VisibleFaces, blur: float, max_misfit: float = MAX_MISFIT_FRACTION
 ) -> bool:
-    """Whether the points lie on the faces, up to the blur (a length) of their depth's noise."""
-    size = float(np.median(np.ptp(points @ faces.axes, axis=0)))
-    return faces.misfit < max_misfit * size + blur
+    """Whether points [n, 3] lie on the visible faces of a box.
+
+    Their misfit may be the fraction `max_misfit` of the box's side of medium length, plus the
+    length `blur` by which noise moves points.
+    """
+    sides = np.ptp(points @ faces.axes, axis=0)  # [3]
+    middle_side = float(np.median(sides))
+    return faces.misfit < max_misfit * middle_side + blur
 
 
 def _enclose(
@@ -343,14 +382,22 @@ def _enclose(
     support: float | None,
     faces: VisibleFaces | None,
 ) -> Box3D:
-    """The tight box along `axes` [3, 3] (columns; the last one up, where a support height is
-    given).
+    """The tight box around points [n, 3] with given axes.
 
-    Fitted faces, where there are any, take the place of the outermost points.
+    Args:
+        points: [n, 3] points of the object, camera frame.
+        axes: [3, 3] the box's axes as columns. If `support` is given, the last one is up.
+        margin: How far the object reaches beyond its outermost points on each side.
+        noise: Standard deviation of the points' depth, as a fraction of the depth.
+        support: Height of the support under the object, when known.
+        faces: The visible faces along these axes, where they fit. The box ends at these faces
+            instead of at the outermost points.
     """
-    along = points @ axes
+    along = points @ axes  # [n, 3]
     low = along.min(axis=0)
     high = along.max(axis=0)
+
+    # Noise along the rays pushes the outermost points outwards: move both ends back.
     pushed = np.minimum(noise * np.abs(along.mean(axis=0)), 0.2 * (high - low))
     low = low + pushed
     high = high - pushed
@@ -377,59 +424,73 @@ def _enclose(
 def _extend_round_back(
     along: Array, axes: Array, middle: Array, low: Array, high: Array
 ) -> tuple[Array, Array]:
-    """How far a round object goes on behind its outline, at the lower and upper ends of its level
-    axes.
+    """How far the hidden back of a round object reaches beyond its visible points.
 
-    The seen points of a box fill its faces, and its far edge is where it ends. A round thing bends
-    away from the faces of the box around it, and its back is hidden. It is taken to be as deep as
-    it is wide or high, whichever is less. Our choice.
+    The visible points of a box-shaped object fill its faces and end at its far edges. The surface
+    of a round object, in contrast, curves away from the faces of the box around it, and the
+    object's back is hidden. A round object is taken to be as deep as it is wide or high, whichever
+    is less. Our choice.
 
     Args:
         along: [n, 3] the points along the axes.
-        axes: [3, 3] the box axes as columns, the last one up.
+        axes: [3, 3] the box's axes as columns; the first two are level, the last one is up.
         middle: [3] the mean point, camera frame.
-        low: [3] the lower end of the box along each axis.
-        high: [3] the upper end.
+        low: [3] the lower end of the points' extent along each axis.
+        high: [3] the upper end of the points' extent along each axis.
 
     Returns:
-        Two distances [2] along the first two axes: beyond the lower ends and beyond the upper ends.
+        Two arrays [2] of distances along the level axes: how far the object reaches beyond the
+        lower ends, and how far beyond the upper ends. All are 0 if the object is not round.
     """
-    direction = middle @ axes[:, :2]
+    direction = middle @ axes[:, :2]  # [2] the camera's line of sight along the level axes
     direction = direction / max(float(np.linalg.norm(direction)), 1e-9)
     size = high - low
 
-    # How many points lie on the two sides that face the camera, or on the top
+    # Which points lie on one of the two sides that face the camera, or on the top
     facing_sides = np.where(direction > 0, low[:2], high[:2])
-    is_on_side = np.abs(along[:, :2] - facing_sides) < FACE_DISTANCE_FRACTION * size[:2]
-    is_on_top = along[:, 2] > high[2] - FACE_DISTANCE_FRACTION * size[2]
-    if (is_on_side.any(axis=1) | is_on_top).mean() > MIN_ON_FACE_FRACTION:
+    is_on_side = np.abs(along[:, :2] - facing_sides) < FACE_DISTANCE_FRACTION * size[:2]  # [n, 2]
+    is_on_top = along[:, 2] > high[2] - FACE_DISTANCE_FRACTION * size[2]  # [n]
+    is_on_face = is_on_side.any(axis=1) | is_on_top
+    if is_on_face.mean() > MIN_ON_FACE_FRACTION:
         return np.zeros(2), np.zeros(2)
 
-    depth = np.minimum(size[1::-1], size[2])
+    # Along one level axis, the object's width is its size along the other level axis.
+    width = size[1::-1]
+    depth = np.minimum(width, size[2])
     extension = np.clip(depth - size[:2], 0, 0.6 * size[:2]) * direction**2
-    return np.where(direction > 0, 0, extension), np.where(direction > 0, extension, 0)
+    beyond_low = np.where(direction > 0, 0, extension)
+    beyond_high = np.where(direction > 0, extension, 0)
+    return beyond_low, beyond_high
 
 
 def _fit_upright_axes(points: Array, up: Array) -> Array:
-    """Axes [3, 3] with `up` last, of the box of smallest footprint.
+    """The axes [3, 3] of the upright box with the smallest footprint; the last column is `up`.
 
-    Among equals (round things) the box that is aligned with the camera wins, so that yaw is not
-    random.
+    The footprint of a round object is nearly the same for every yaw. The box that is aligned with
+    the camera is preferred then, so that the yaw is not random.
+
+    Args:
+        points: [n, 3] camera frame.
+        up: [3] the unit vector that becomes the last axis.
     """
+    # A level basis: x is the camera's x axis (or its z axis, if x is vertical) made level.
     up = np.asarray(up, np.float64)
     x = np.array([1.0, 0.0, 0.0]) - up[0] * up
     if x @ x < 1e-6:
         x = np.array([0.0, 0.0, 1.0]) - up[2] * up
     x /= np.linalg.norm(x)
     z = np.cross(up, x)
-    flat = np.stack([points @ x, points @ z])
+    flat = np.stack([points @ x, points @ z])  # [2, n]
 
+    # Search the yaw in coarse, then in fine steps.
     angle = 0.0
     for offsets in (_COARSE_ANGLES_RAD, _FINE_ANGLES_RAD):
         angles = angle + offsets
         areas = _compute_footprints(flat, angles)
-        from_camera = np.abs((angles + np.pi / 4) % (np.pi / 2) - np.pi / 4)
-        angle = float(angles[np.argmin(areas * (1 + ALIGNMENT_PER_RAD * from_camera))])
+        # The angle between box and camera, 0 to 45°: boxes repeat every quarter turn.
+        misalignment = np.abs((angles + np.pi / 4) % (np.pi / 2) - np.pi / 4)
+        weighted_areas = areas * (1 + ALIGNMENT_PER_RAD * misalignment)
+        angle = float(angles[np.argmin(weighted_areas)])
 
     cos = np.cos(angle)
     sin = np.sin(angle)
@@ -437,47 +498,68 @@ def _fit_upright_axes(points: Array, up: Array) -> Array:
 
 
 def _compute_footprints(flat: Array, angles: Array) -> Array:
-    """Areas [..., a] of the rectangles, turned by `angles` [a], around the points `flat` [..., 2,
-    n]."""
+    """The areas of rectangles around points in a plane, for several yaws of the rectangle.
+
+    Args:
+        flat: [..., 2, n] the points.
+        angles: [a] the yaws, rad.
+
+    Returns:
+        The areas [..., a].
+    """
     cos = np.cos(angles)
     sin = np.sin(angles)
-    turns = np.concatenate([np.stack([cos, sin], axis=1), np.stack([-sin, cos], axis=1)])
+    first_axes = np.stack([cos, sin], axis=1)  # [a, 2]
+    second_axes = np.stack([-sin, cos], axis=1)  # [a, 2]
+    turns = np.concatenate([first_axes, second_axes])
     sides = np.ptp(turns @ flat, axis=-1)  # [..., 2a]
     return sides[..., : len(angles)] * sides[..., len(angles) :]
 
 
 def _fit_smallest_volume_axes(points: Array) -> Array:
-    """Axes [3, 3] of about the smallest box with a face on a face of the points' convex hull.
+    """The axes [3, 3] of nearly the smallest box around points [n, 3].
 
-    Points that span no volume get their principal axes.
+    The smallest box has nearly always a face that lies on a face of the points' convex hull. So
+    the normals of the hull's faces are tried as axes of the box. Points that span no volume have no
+    hull; their principal axes are returned.
     """
     try:
         hull = ConvexHull(points)
     except (QhullError, ValueError):
         covariance = np.cov((points - points.mean(axis=0)).T) if len(points) > 1 else np.eye(3)
         return np.linalg.eigh(covariance)[1]
-    corners = points[hull.vertices]
+    corners = points[hull.vertices]  # [k, 3]
     normals = hull.equations[:, :3]
-    normals = normals[:: max(1, len(normals) // _MAX_HULL_FACES)]
-    sideways = np.cross(normals, np.eye(3)[np.argmin(np.abs(normals), axis=1)])
+    stride = max(1, len(normals) // _MAX_HULL_FACES)
+    normals = normals[::stride]  # [m, 3]
+
+    # Two axes in the plane of each face. The first one is orthogonal to the normal and to the
+    # coordinate axis from which the normal is furthest.
+    smallest_component = np.argmin(np.abs(normals), axis=1)
+    sideways = np.cross(normals, np.eye(3)[smallest_component])  # [m, 3]
     sideways /= np.linalg.norm(sideways, axis=1, keepdims=True)
-    flat = np.stack([corners @ sideways.T, corners @ np.cross(normals, sideways).T])  # [2, n, m]
+    other_sideways = np.cross(normals, sideways)
+
+    # For each normal, the smallest box is the smallest footprint times the height.
+    flat = np.stack([corners @ sideways.T, corners @ other_sideways.T])  # [2, k, m]
     areas = _compute_footprints(np.moveaxis(flat, 2, 0), _COARSE_ANGLES_RAD[::2])  # [m, a]
-    volumes = areas.min(axis=1) * np.ptp(corners @ normals.T, axis=0)
+    heights = np.ptp(corners @ normals.T, axis=0)  # [m]
+    volumes = areas.min(axis=1) * heights
     return _fit_upright_axes(corners, normals[np.argmin(volumes)])
 
 
 def find_keypoints(points: Array, box: Box3D) -> dict[str, Array]:
-    """Find the keypoints [3] of an object: "closest", "furthest" and "centre".
-
-    The first two are the seen points nearest to and furthest from the camera, the last is the box's
-    center.
+    """Find the three keypoints of an object.
 
     Args:
-        points: [n, 3] the seen points, camera frame.
+        points: [n, 3] the object's visible points, camera frame.
         box: The object's box.
+
+    Returns:
+        Name → point [3] float32: "closest" and "furthest" are the visible points that are nearest
+        to and furthest from the camera; "centre" is the box's center.
     """
-    squared_distances = np.einsum("ij,ij->i", points, points)
+    squared_distances = np.einsum("ij,ij->i", points, points)  # [n] from the camera
     return {
         "closest": np.asarray(points[squared_distances.argmin()], np.float32),
         "furthest": np.asarray(points[squared_distances.argmax()], np.float32),
@@ -487,8 +569,8 @@ def find_keypoints(points: Array, box: Box3D) -> dict[str, Array]:
 
 def compute_iou_3d(a: Box3D, b: Box3D) -> float:
     """Volume of the intersection of two boxes over that of their union; exact up to rounding."""
-    # The intersection is convex: the hull of each box's corners inside the other and of the points
-    # where edges cross faces.
+    # The intersection is convex. Its corners are the corners of each box that are inside the other
+    # box, and the points where an edge of one box crosses a face of the other.
     corners = np.concatenate([_find_corners_inside(a, b), _find_corners_inside(b, a)])
     intersection = 0.0
     if len(corners) >= 4:
@@ -500,45 +582,56 @@ def compute_iou_3d(a: Box3D, b: Box3D) -> float:
 
 
 def _find_corners_inside(a: Box3D, b: Box3D) -> Array:
-    """[n, 3] corners of `a` inside `b`, and crossings of `a`'s edges with `b`'s faces; float64."""
+    """The corners of box `a` inside box `b`, and where `a`'s edges cross `b`'s faces: [n, 3]."""
     axes = b.rotation.astype(np.float64)
     half = b.size.astype(np.float64) / 2
     center = b.center.astype(np.float64)
 
-    # In the frame of b
-    local = (a.vertices.astype(np.float64) - center) @ axes
-    start = local[[i for i, _ in BOX_EDGES]]
-    step = local[[j for _, j in BOX_EDGES]] - start
+    # The vertices and edges of `a` in the frame of `b`, where b's faces are at -half and +half
+    local = (a.vertices.astype(np.float64) - center) @ axes  # [8, 3]
+    start = local[[i for i, _ in BOX_EDGES]]  # [12, 3]
+    step = local[[j for _, j in BOX_EDGES]] - start  # [12, 3]
+
+    # Each edge meets the planes of the six faces at start + fraction · step. Division by zero gives
+    # no fraction for an edge that is parallel to a face.
+    face_positions = np.concatenate([-half, half])  # [6]
     with np.errstate(divide="ignore", invalid="ignore"):
-        at = (np.concatenate([-half, half]) - np.tile(start, 2)) / np.tile(step, 2)  # [12, 6]
-    edge, face = np.nonzero((at >= 0) & (at <= 1))
-    crossings = start[edge] + at[edge, face][:, None] * step[edge]
+        fraction = (face_positions - np.tile(start, 2)) / np.tile(step, 2)  # [12, 6]
+    edge, face = np.nonzero((fraction >= 0) & (fraction <= 1))
+    crossings = start[edge] + fraction[edge, face][:, None] * step[edge]
     candidates = np.concatenate([local, crossings])
 
-    # Faces often lie in one plane (two boxes on one table), up to what float32 loses at their
-    # distance.
+    # A crossing may still be outside b's other faces. Faces of two boxes on one table lie in one
+    # plane up to the rounding of float32, so the comparison needs a tolerance.
     tolerance = 1e-6 * float(half.max() + np.abs(center).max())
     is_inside = (np.abs(candidates) <= half + tolerance).all(axis=1)
     return candidates[is_inside] @ axes.T + center
 
 
 def _list_symmetries() -> Array:
+    """The symmetries of a cube: 6 permutations of its axes times 8 choices of their signs."""
     symmetries = []
-    for turn, flip in product(permutations(range(3)), product((-1, 1), repeat=3)):
-        relabeled = VERTEX_SIGNS[:, turn] * flip
+    for axis_order, axis_signs in product(permutations(range(3)), product((-1, 1), repeat=3)):
+        relabeled = VERTEX_SIGNS[:, axis_order] * axis_signs  # [8, 3]
+        # The product of two rows of signs is largest (3) where they are equal.
         symmetries.append((relabeled @ VERTEX_SIGNS.T).argmax(axis=1))
     return np.array(symmetries)
 
 
 SYMMETRIES = _list_symmetries()
-"""[48, 8] the relabelings of a box's vertices that keep it a box."""
+"""[48, 8]: each row is a permutation of the vertices' indices that maps edges to edges, so that the
+permuted vertices describe the same box."""
 
 
 def compute_vertex_error(a: Array, b: Array) -> float:
-    """Mean distance between the vertices [8, 3] of two boxes, both in the order of
-    `order_vertices`.
+    """The mean distance between corresponding vertices of two boxes.
 
-    One of them is relabeled by that of the box's 48 symmetries for which the distance is smallest.
+    Which vertices correspond is decided by that one of a box's 48 symmetries for which the mean
+    distance is smallest.
+
+    Args:
+        a: [8, 3] vertices in the order of `order_vertices`.
+        b: [8, 3] vertices in the order of `order_vertices`.
     """
     difference = np.asarray(a, np.float64)[SYMMETRIES] - np.asarray(b, np.float64)
     distances = np.linalg.norm(difference, axis=-1)

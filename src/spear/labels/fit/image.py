@@ -11,23 +11,29 @@ from PIL import Image
 
 from spear.types import Array
 
-MIN_LIT_LEVEL = 24  # of 255; black bars of films, compressed as JPEG, stay below
-MIN_LIT_FRACTION = 0.05  # of the pixels of a row or column that is in no black bar
+MIN_LIT_LEVEL = 24
+"""Pixels brighter than this level (of 255) are lit. The noise that JPEG compression adds to the
+black bars of films stays below this level."""
+MIN_LIT_FRACTION = 0.05
+"""A row or column belongs to a black bar if no larger fraction of its pixels is lit."""
 
 
 @lru_cache(maxsize=8)
 def _compute_rays(height: int, width: int, intrinsics: bytes) -> Array:
     """The ray [h, w, 3] float32 of each pixel, at depth 1."""
-    inverse = np.linalg.inv(np.frombuffer(intrinsics, np.float64).reshape(3, 3))
+    # The intrinsics come as bytes because the cache needs a hashable argument.
+    matrix = np.frombuffer(intrinsics, np.float64).reshape(3, 3)
+    inverse = np.linalg.inv(matrix)
     y, x = np.mgrid[:height, :width] + 0.5
-    return (np.stack([x, y, np.ones_like(x)], axis=-1) @ inverse.T).astype(np.float32)
+    pixels = np.stack([x, y, np.ones_like(x)], axis=-1)  # [h, w, 3] homogeneous
+    return (pixels @ inverse.T).astype(np.float32)
 
 
 def unproject(depth: Array, intrinsics: Array) -> Array:
     """Compute the 3D point that each pixel shows.
 
     Args:
-        depth: [h, w] along z.
+        depth: [h, w] distance along the camera's z axis, any unit.
         intrinsics: [3, 3] in pixels.
 
     Returns:
@@ -48,32 +54,42 @@ def project(points: Array, intrinsics: Array) -> Array:
     Returns:
         Pixels [..., 2], x and y.
     """
-    image = points @ np.asarray(intrinsics).T
-    return image[..., :2] / image[..., 2:]
+    homogeneous = points @ np.asarray(intrinsics).T  # [..., 3]
+    return homogeneous[..., :2] / homogeneous[..., 2:]
 
 
 def have_same_aspect(size: tuple[int, ...], other_size: tuple[int, ...]) -> bool:
-    """Whether an image of one size (height, width) may be the other one resized, up to a pixel of
-    rounding."""
-    return abs(size[0] * other_size[1] - size[1] * other_size[0]) <= max(other_size)
+    """Whether two images may be the same image at two sizes.
+
+    Args:
+        size: (height, width) of an image that may have been resized.
+        other_size: (height, width) of the original. Resizing rounds sides to whole pixels, so the
+            aspects may differ by what a difference of one pixel in `size` makes.
+    """
+    height, width = size
+    other_height, other_width = other_size
+    return abs(height * other_width - width * other_height) <= max(other_size)
 
 
 def resize_nearest(image: Array, height: int, width: int) -> Array:
-    """Resize an image [h, w]: each new pixel is the one of `image` in which its center lies."""
+    """Resize an image [h, w] to [height, width].
+
+    A new pixel takes the value of the pixel of `image` in which the new pixel's center lies.
+    """
     rows = _nearest_indices(height, image.shape[0])
     columns = _nearest_indices(width, image.shape[1])
     return image[np.ix_(rows, columns)]
 
 
 def _nearest_indices(new_size: int, size: int) -> Array:
+    """For each of `new_size` new rows (or columns), the index of the old row at its center."""
     return ((np.arange(new_size) + 0.5) * size / new_size).astype(np.intp)
 
 
 def shrink_image(image: Array, max_side_px: int | None) -> Array:
-    """Make an image [h, w, 3] uint8 smaller until its longer side is `max_side_px` long; aspect
-    kept.
+    """Shrink an image [h, w, 3] uint8 so that its longer side has `max_side_px` pixels.
 
-    Smaller images stay as they are, and so do all images with None.
+    The aspect stays. A smaller image is returned unchanged; with None, every image is.
     """
     height, width = image.shape[:2]
     if max_side_px is None or max(height, width) <= max_side_px:
@@ -85,11 +101,15 @@ def shrink_image(image: Array, max_side_px: int | None) -> Array:
 
 
 def compute_iou_2d(a: Array, b: Array) -> Array:
-    """Intersection over union of boxes [..., 4] with boxes [..., 4]: [...], 0 where both are
-    empty."""
+    """Intersection over union [...] of 2D boxes [..., 4] with 2D boxes [..., 4].
+
+    It is 0 where both boxes are empty.
+    """
     a = np.asarray(a, np.float64)
     b = np.asarray(b, np.float64)
-    sides = np.minimum(a[..., 2:], b[..., 2:]) - np.maximum(a[..., :2], b[..., :2])
+    lower_ends = np.maximum(a[..., :2], b[..., :2])
+    upper_ends = np.minimum(a[..., 2:], b[..., 2:])
+    sides = upper_ends - lower_ends  # [..., 2], negative where the boxes are apart
     intersection = np.prod(np.maximum(sides, 0), axis=-1)
     area_a = np.prod(a[..., 2:] - a[..., :2], axis=-1)
     area_b = np.prod(b[..., 2:] - b[..., :2], axis=-1)
@@ -107,38 +127,49 @@ def compute_tight_box(mask: Array) -> Array:
 
 
 def find_lit_part(image: Array) -> Array:
-    """Find the part of an image that is in no black bar, as films and padded pictures have.
+    """Find the part of an image without the black bars that films and padded pictures have.
 
-    A row or column is lit where more than `MIN_LIT_FRACTION` of it is brighter than `MIN_LIT_LEVEL`
-    (both our choice).
+    A row or column is lit when more than `MIN_LIT_FRACTION` of its pixels are brighter than
+    `MIN_LIT_LEVEL` (both our choice).
 
     Args:
         image: [h, w, 3] uint8.
 
     Returns:
-        [2, 2]: the first and last lit row, then the first and last lit column.
+        [[first row, last row], [first column, last column]] that are lit. If no row is lit, all
+        rows count as lit, and likewise for columns.
     """
-    is_lit = image.max(axis=2) > MIN_LIT_LEVEL
+    is_lit = image.max(axis=2) > MIN_LIT_LEVEL  # [h, w]
     ends = []
-    for axis, size in enumerate(is_lit.shape):
-        lit_lines = np.flatnonzero(is_lit.mean(axis=1 - axis) > MIN_LIT_FRACTION)
+    for axis, size in enumerate(is_lit.shape):  # rows, then columns
+        lit_fractions = is_lit.mean(axis=1 - axis)  # [size]
+        lit_lines = np.flatnonzero(lit_fractions > MIN_LIT_FRACTION)
         ends.append(lit_lines[[0, -1]] if len(lit_lines) else (0, size - 1))
     return np.array(ends)
 
 
 def clip_boxes(boxes: Array, height: int, width: int) -> Array:
-    """The part of each box [n, 4] inside an image, [n, 4] float32."""
+    """Clip 2D boxes [n, 4] to an image of this size; returns [n, 4] float32."""
     return np.clip(boxes, 0, [width, height, width, height]).astype(np.float32)
 
 
 def suppress_overlaps(boxes: Array, scores: Array, max_overlap: float) -> Array:
-    """Non-maximum suppression: the indices [k] of the boxes [n, 4] to keep, best score [n] first.
+    """Non-maximum suppression of 2D boxes.
 
-    A box is dropped when a better one overlaps it by more than `max_overlap` (an IoU). Of equal
-    scores the earlier box counts as the better one.
+    A box is dropped when a remaining box with a better score overlaps it by more than
+    `max_overlap`. Of two boxes with equal scores the earlier one counts as the better one.
+
+    Args:
+        boxes: [n, 4] 2D boxes.
+        scores: [n] their scores.
+        max_overlap: The largest IoU of two remaining boxes.
+
+    Returns:
+        The indices [k] of the remaining boxes, best score first.
     """
     chosen: list[int] = []
-    for i in np.argsort(-np.asarray(scores), kind="stable").tolist():
+    best_first = np.argsort(-np.asarray(scores), kind="stable").tolist()
+    for i in best_first:
         if not chosen or float(compute_iou_2d(boxes[chosen], boxes[i]).max()) <= max_overlap:
             chosen.append(i)
     return np.array(chosen, np.intp)

@@ -1,13 +1,17 @@
-"""Masks of objects: as run lengths; and which pixels are an object's, where masks and depth are
-estimates.
+"""Masks of objects: encoding them as run lengths, and correcting estimated ones by their 3D points.
 
-The outline of an estimated mask is off by a pixel or two, and estimated depth slides over it from
-the object to what is behind ("flying pixels"). Geometry repairs both. Pixels near the outline are
-decided anew by where they are in 3D, and those on it that fly take their depth from the inside. All
-our choice.
+The outline of an estimated mask is off by a pixel or two. Estimated depth does not jump at the
+outline, but changes gradually from the object to what is behind it. The 3D points in between belong
+to neither surface; they are called "flying pixels". `snap_outline` decides by the 3D points which
+pixels near the outline belong to the object. `clean_points` gives flying pixels on the outline the
+depth to which pixels further inside the object lead. All of this is our choice.
 
-Depth is handled as its inverse, which is straight along pixels on every plane, so that continuing
-it is exact there.
+The functions compute with inverse depth, because inverse depth on a plane is a linear function of
+the pixel's row and column. Continuing it from some pixels to others is therefore exact on a plane.
+
+Three terms describe surfaces here. The *support* is the plane on which the objects stand. The
+*height* of a point is its component along the support's normal `Plane.up`; `Plane.height` is the
+support's own height. A *part* of a mask is a connected set of its pixels without jumps in depth.
 """
 
 import re
@@ -23,20 +27,22 @@ from spear.labels.fit.points import TOUCHING_FRACTION, Plane
 from spear.types import Array
 
 SEPARATION_FRACTION = 0.01
-"""Object and background that differ in depth by more than this fraction of it are separated by
-depth."""
-FLYING_FRACTION = 0.005
-"""A pixel of the outline flies when the inside leads to a depth that differs by more than this
+"""Depth tells object and background apart when their inverse depths differ by more than this
 fraction."""
+FLYING_FRACTION = 0.005
+"""A pixel of the outline counts as flying when its inverse depth differs by more than this fraction
+from the value to which the pixels inside the object lead."""
 ON_SUPPORT_FRACTION = 0.0025
-"""Exact points nearer to the support than this fraction of their distance may lie on it."""
+"""A point may lie on the support when its height above the support is less than this fraction of
+its distance from the camera. The fraction is for exact points; noise widens it."""
 MIN_SMOOTHED_NOISE = 5e-4
-"""Relative depth noise (`points.estimate_noise`) from which on depth is smoothed."""
+"""Depth is smoothed when its noise, as a fraction of the depth (`points.estimate_noise`), is at
+least this."""
 MIN_PART_FRACTION = 0.2
-"""A second part of an object has at least this fraction of the pixels of its largest part."""
+"""`keep_main_part` drops parts with a smaller fraction of the largest part's pixels."""
 MIN_OFF_SUPPORT_FRACTION = 0.3
-"""`remove_support` leaves a mask alone if less than this fraction of it would stay."""
-MIN_LEVEL_POINTS = 8  # beside an object tell the height of the support there
+"""`remove_support` returns a mask unchanged if less than this fraction of the mask would remain."""
+MIN_LEVEL_POINTS = 8  # with fewer points beside an object, their height says nothing
 
 
 def encode_mask(mask: Array) -> list[int]:
@@ -50,9 +56,9 @@ def encode_mask(mask: Array) -> list[int]:
         >>> encode_mask(np.array([[True, False], [True, False]]))
         [0, 2, 2]
     """
-    flat = np.asarray(mask, dtype=bool).ravel(order="F")
-    changes = np.flatnonzero(np.diff(flat, prepend=False))
-    return np.diff(changes, prepend=0, append=flat.size).tolist()
+    flat = np.asarray(mask, dtype=bool).ravel(order="F")  # column by column
+    run_starts = np.flatnonzero(np.diff(flat, prepend=False))  # indices where the value changes
+    return np.diff(run_starts, prepend=0, append=flat.size).tolist()
 
 
 def decode_mask(runs: Sequence[int] | Array, height: int, width: int) -> Array:
@@ -69,15 +75,15 @@ def decode_mask(runs: Sequence[int] | Array, height: int, width: int) -> Array:
         raise SpearError(
             f"a mask has {counts.sum()} pixels, not {height}×{width}. Label the image again."
         )
-    is_one = np.arange(len(counts)) % 2 == 1
+    is_one = np.arange(len(counts)) % 2 == 1  # the first run is of zeros
     return np.repeat(is_one, counts).reshape((height, width), order="F")
 
 
 def rasterize_polygons(polygons: Sequence[Sequence[float]], height: int, width: int) -> Array:
-    """Fill polygons by COCO's rule.
+    """Make a mask from polygons, with pycocotools' rule for pixels on their borders.
 
     Args:
-        polygons: Each as x0, y0, x1, y1, … in pixels.
+        polygons: The corners of each polygon as x0, y0, x1, y1, … in pixels.
         height: Height of the mask in pixels.
         width: Width of the mask in pixels.
 
@@ -85,8 +91,8 @@ def rasterize_polygons(polygons: Sequence[Sequence[float]], height: int, width: 
         The union [height, width] bool of the polygons.
 
     Raises:
-        SpearError: A polygon has an odd number of coordinates, fewer than three points, or one that
-            is not finite.
+        SpearError: A polygon has an odd number of coordinates, fewer than three points, or a
+            coordinate that is not finite.
     """
     for polygon in polygons:
         if not _is_polygon(np.asarray(polygon, np.float64)):
@@ -96,10 +102,13 @@ def rasterize_polygons(polygons: Sequence[Sequence[float]], height: int, width: 
                 "points or more."
             )
     coco = import_optional("pycocotools.mask", "label", "a COCO polygon")
-    return np.asarray(coco.decode(coco.merge(coco.frPyObjects(polygons, height, width))), bool)
+    encoded_polygons = coco.frPyObjects(polygons, height, width)
+    encoded_union = coco.merge(encoded_polygons)
+    return np.asarray(coco.decode(encoded_union), bool)
 
 
 def _is_polygon(corners: Array) -> bool:
+    """Whether `corners` are x0, y0, x1, y1, … of at least three finite points."""
     has_pairs = corners.ndim == 1 and len(corners) % 2 == 0
     return has_pairs and len(corners) >= 6 and bool(np.isfinite(corners).all())
 
@@ -107,16 +116,17 @@ def _is_polygon(corners: Array) -> bool:
 def decode_run_lengths(text: str) -> list[int]:
     """Decode run lengths from COCO's compressed string.
 
-    Each number is in groups of five bits, lowest first. The sixth bit is set while more groups
-    follow, and 48 is added to make the letter printable, so "P" and higher continue a number. The
-    last group's fifth bit is the sign. From the third number on, it is the difference from the run
-    two before.
+    A letter of the string is a group of six bits, plus 48 to make it printable. The lower five bits
+    belong to a number, whose lowest five bits come first. The sixth bit is set in all letters of a
+    number but the last; letters from "P" on have it. The fifth bit of a number's last letter is the
+    number's sign. The first three numbers are run lengths. Each later number is the difference of a
+    run length from the one two runs before.
 
-    pycocotools is not used: it takes a string that is cut off for a mask and fills it up with what
-    was in memory.
+    pycocotools is not used, because it accepts a truncated string and fills the rest of the mask
+    with whatever is in memory.
 
     Raises:
-        SpearError: The text is no such string, or not all of one.
+        SpearError: The text is no such string, or a truncated one.
     """
     remainder = re.sub(r"^([P-o]*[0-O])*", "", text)
     if remainder:
@@ -125,8 +135,13 @@ def decode_run_lengths(text: str) -> list[int]:
         )
     runs: list[int] = []
     for number in re.findall(r"[P-o]*[0-O]", text):
-        value = sum((ord(letter) - 48 & 31) << 5 * group for group, letter in enumerate(number))
-        value -= (ord(number[-1]) - 48 >> 4 & 1) << 5 * len(number)  # the sign
+        value = 0
+        for group, letter in enumerate(number):
+            five_bits = (ord(letter) - 48) & 31
+            value += five_bits << (5 * group)
+        # A set sign bit makes the number negative (two's complement of 5 · len(number) bits).
+        sign_bit = ((ord(number[-1]) - 48) >> 4) & 1
+        value -= sign_bit << (5 * len(number))
         if len(runs) > 2:
             value += runs[-2]
         runs.append(value)
@@ -134,80 +149,112 @@ def decode_run_lengths(text: str) -> list[int]:
 
 
 def erode(mask: Array, num_pixels: int) -> Array:
-    """The mask [h, w] without its outermost pixels (4-neighborhood), except those at the image's
-    edge."""
+    """Remove `num_pixels` layers of outermost pixels from a mask [h, w].
+
+    A pixel is outermost when one of its four neighbors is not in the mask. The image's edge counts
+    as mask, so pixels at the edge are removed only because of neighbors inside the image.
+    """
     for _ in range(num_pixels):
         padded = np.pad(mask, 1, mode="edge")
-        mask = mask & padded[:-2, 1:-1] & padded[2:, 1:-1] & padded[1:-1, :-2] & padded[1:-1, 2:]
+        above = padded[:-2, 1:-1]
+        below = padded[2:, 1:-1]
+        left = padded[1:-1, :-2]
+        right = padded[1:-1, 2:]
+        mask = mask & above & below & left & right
     return mask
 
 
 def keep_main_part(mask: Array, points: Array, is_known: Array, limit: float) -> Array:
-    """Remove the parts of a mask that leak over edges, on to what is far behind.
+    """Remove the parts of a mask that lie far behind the object, where the mask leaks over an edge.
 
-    Neighboring pixels belong to one part when their depths differ by less than `limit`, a fraction
-    of them. The largest part stays. So does another one if it has a fifth of the largest one's
-    pixels and is as far away, since something stands in front of the object then.
+    Neighboring pixels belong to one part when their depths differ by less than the fraction
+    `limit`. The largest part stays. A smaller part stays if it has at least `MIN_PART_FRACTION` of
+    the largest part's pixels and the same distance from the camera, since then something in front
+    of the object probably divides it.
 
     Args:
         mask: [h, w] bool.
         points: [h, w, 3] camera frame.
         is_known: [h, w] bool, where the points are known.
-        limit: Largest relative difference in depth between neighbors.
+        limit: Largest relative difference in depth between neighboring pixels of one part.
+
+    Returns:
+        The remaining mask [h, w]. Pixels without a known point are removed, unless the mask has no
+        other pixels.
     """
     usable = mask & is_known
     if not usable.any():
         return mask
 
-    # Parts: connected components of the graph of neighbors with similar depth
+    # Parts are the connected components of a graph. Its nodes are the n usable pixels, numbered in
+    # reading order. Its edges link neighboring pixels with similar depth.
     num_pixels = int(usable.sum())
-    index = np.cumsum(usable).reshape(usable.shape) - 1
+    node = np.cumsum(usable).reshape(usable.shape) - 1  # [h, w], meaningful where usable
     depth = np.where(usable, points[..., 2], 1.0)
+    right = np.s_[:, 1:]
+    left = np.s_[:, :-1]
+    lower = np.s_[1:]
+    upper = np.s_[:-1]
     links = []
-    for a, b in ((np.s_[:, 1:], np.s_[:, :-1]), (np.s_[1:], np.s_[:-1])):
+    for a, b in ((right, left), (lower, upper)):
         is_linked = usable[a] & usable[b]
         is_linked &= np.abs(depth[a] - depth[b]) < limit * np.minimum(depth[a], depth[b])
-        links.append(np.stack([index[a][is_linked], index[b][is_linked]]))
+        links.append(np.stack([node[a][is_linked], node[b][is_linked]]))
     starts, ends = np.concatenate(links, axis=1)
     graph = coo_array((np.ones(len(starts), bool), (starts, ends)), shape=(num_pixels, num_pixels))
-    _, component = connected_components(graph, directed=False)
+    _, part_of_node = connected_components(graph, directed=False)  # [n]
 
-    # Those that stay: large enough, and at the depth of the largest
-    sizes = np.bincount(component)
+    # A part stays if it is large enough and at the depth of the largest part.
+    sizes = np.bincount(part_of_node)  # [parts]
     main = int(sizes.argmax())
-    z = depth[usable]
-    low = z[component == main].min()
-    high = z[component == main].max()
-    median_depth = ndimage.median(z, component, np.arange(len(sizes)))
+    node_depth = depth[usable]  # [n]
+    main_depth = node_depth[part_of_node == main]
+    low = main_depth.min()
+    high = main_depth.max()
+    median_depth = ndimage.median(node_depth, part_of_node, np.arange(len(sizes)))  # [parts]
     is_large = sizes >= MIN_PART_FRACTION * sizes[main]
     is_as_far = (median_depth > low * (1 - limit)) & (median_depth < high * (1 + limit))
+    stays = is_large & is_as_far  # [parts]
     result = np.zeros_like(mask)
-    result[usable] = (is_large & is_as_far)[component]
+    result[usable] = stays[part_of_node]
     return result
 
 
 def remove_support(
     mask: Array, points: Array, is_known: Array, occupied: Array, plane: Plane, noise: float
 ) -> Array:
-    """Remove the pixels of a mask [h, w] that lie on the support, on to which the mask leaks.
+    """Remove the pixels of a mask that lie on the support, where the mask leaks on to the support.
 
-    The mask of a thing as flat as the error of its depth stays as it is. Arguments as in
-    `snap_outline`.
+    An object that is not clearly higher than the error of its depth keeps its mask.
+
+    Args:
+        mask: [h, w] bool.
+        points: [h, w, 3] camera frame.
+        is_known: [h, w] bool, where the points are known.
+        occupied: [h, w] bool, the pixels of other objects.
+        plane: The support.
+        noise: Standard deviation of the depth, as a fraction of the depth.
+
+    Returns:
+        The new mask [h, w].
     """
     on_object = mask & is_known
     if not on_object.any():
         return mask
-    beside = is_known & ~mask & ~occupied & ndimage.binary_dilation(mask, iterations=4)
-    height = points @ plane.up - _estimate_level(points[beside], plane)
+    is_near_mask = ndimage.binary_dilation(mask, iterations=4)
+    beside = is_known & ~mask & ~occupied & is_near_mask
+    height = points @ plane.up - _estimate_level(points[beside], plane)  # [h, w]
 
-    # Heights, averaged over 3 × 3 pixels of the object
-    total = ndimage.uniform_filter(on_object.astype(np.float64), 3)
-    mean_height = ndimage.uniform_filter(np.where(on_object, height, 0.0), 3) / np.maximum(
-        total, 1e-9
-    )
+    # Average the heights over 3 × 3 pixels, of which only the object's pixels count. The filter
+    # divides both sums by 9, so their quotient is the mean over the object's pixels.
+    object_share = ndimage.uniform_filter(on_object.astype(np.float64), 3)
+    height_sum = ndimage.uniform_filter(np.where(on_object, height, 0.0), 3)
+    mean_height = height_sum / np.maximum(object_share, 1e-9)
     limit = max(ON_SUPPORT_FRACTION, noise) * float(np.median(points[on_object][:, 2]))
-    trimmed: Array = mask & ~(on_object & (mean_height < limit))
+    on_support = on_object & (mean_height < limit)
+    trimmed: Array = mask & ~on_support
 
+    # `not … >` instead of `<=`: if a value is NaN, the mask stays.
     is_flat = not np.median(height[on_object]) > 2 * limit
     is_mostly_gone = not trimmed.sum() > MIN_OFF_SUPPORT_FRACTION * mask.sum()
     return mask if is_flat or is_mostly_gone else trimmed
@@ -222,12 +269,19 @@ def snap_outline(
     band_px: int,
     noise: float,
 ) -> Array:
-    """Decide anew which pixels within `band_px` of a mask's outline are the object's.
+    """Decide by the 3D points which pixels within `band_px` of a mask's outline are the object's.
 
-    Object and background are each continued to such a pixel from where they are certain. Where they
-    differ in depth, the pixel belongs to the one that its own depth is nearer to. Where they meet,
-    it belongs to the object when it is higher than the support. The mask decides where neither
-    tells, and it stays as it is when it is too thin to have an inside.
+    These pixels are the band. The pixels inside the band are certainly the object's (the core), and
+    those outside the band are certainly not. The inverse depth of the core and that of the outside
+    are both continued into the band. A pixel of the band is decided by the first rule that applies:
+
+    1. Object and background differ in depth there: the pixel belongs to the one whose continued
+       inverse depth is nearer to the pixel's own.
+    2. Object and background meet there, and the support is known: the pixel belongs to the object
+       if it is higher than the support.
+    3. Otherwise the pixel stays as the mask has it.
+
+    A mask that is too thin to have a core is returned unchanged.
 
     Args:
         mask: [h, w] bool.
@@ -256,20 +310,26 @@ def snap_outline(
     object_inverse[band] = _continue_values(inverse, core, band_pixels, reach_px, noise)
     background_inverse = np.full(band.shape, np.nan)
     background_inverse[band] = _continue_values(inverse, outside, band_pixels, reach_px, noise)
-    with np.errstate(invalid="ignore"):
+    with np.errstate(invalid="ignore"):  # NaN, where a value is unknown, fails each comparison
         gap = np.abs(object_inverse - background_inverse)
         is_separate = band & (gap > SEPARATION_FRACTION * inverse)
-        is_object = np.abs(inverse - object_inverse) < np.abs(inverse - background_inverse)
+        distance_to_object = np.abs(inverse - object_inverse)
+        distance_to_background = np.abs(inverse - background_inverse)
+        is_object = distance_to_object < distance_to_background
 
+    # Rule 2, where object and support meet
     result = mask.copy()
     if plane is not None:
         beside = outside & ~occupied & ndimage.binary_dilation(surroundings, iterations=3)
-        height = points @ plane.up - _estimate_level(points[beside], plane)
+        height = points @ plane.up - _estimate_level(points[beside], plane)  # [h, w]
         limit = max(ON_SUPPORT_FRACTION, 2.5 * noise) * float(np.median(points[core][:, 2]))
-        # The height of a thing as flat as the error tells nothing.
+        # If the object is as flat as the error of its height, heights decide nothing.
         if np.median(height[core]) > 2 * limit:
-            meets = band & ~is_separate & np.isfinite(object_inverse) & (mask | ~occupied)
+            is_candidate = mask | ~occupied  # pixels of other objects stay theirs
+            meets = band & ~is_separate & np.isfinite(object_inverse) & is_candidate
             result[meets] = height[meets] > limit
+
+    # Rule 1, where depth tells object and background apart
     result[is_separate] = is_object[is_separate]
     return result
 
@@ -277,35 +337,36 @@ def snap_outline(
 def clean_points(mask: Array, points: Array, pixels: Array, erosion_px: int, noise: float) -> Array:
     """Clean the points of some pixels of a mask.
 
-    Points of the outermost pixels that fly are moved to where the inside leads; eroding them away
-    would lose the outline with them. Noisy depth is smoothed.
+    Noisy depth is smoothed. The outermost pixels that fly (see the module's docstring) get the
+    depth to which the pixels further inside lead. Removing these pixels instead would make the
+    object smaller than it is.
 
     Args:
         mask: [h, w] bool.
         points: [h, w, 3] of the image, camera frame.
-        pixels: [n, 2] row and column of the pixels, all in the mask.
-        erosion_px: How many of the outermost pixels may fly; 0 if none does.
+        pixels: [n, 2] row and column of the pixels to clean, all in the mask.
+        erosion_px: How many layers of outermost pixels may fly; 0 if none does.
         noise: Standard deviation of the depth, as a fraction of the depth.
 
     Returns:
         The points [n, 3].
     """
-    at_pixels = tuple(pixels.T)
-    raw_points = points[at_pixels]
+    at_pixels = (pixels[:, 0], pixels[:, 1])
+    raw_points = points[at_pixels]  # [n, 3]
     if erosion_px == 0 and noise < MIN_SMOOTHED_NOISE:
         return raw_points
     inner = erode(mask, erosion_px)
     if not inner.any():
         inner = mask
     is_inner = inner[at_pixels]
-    inverse = _invert_depth(points, mask)
+    inverse = _invert_depth(points, mask)  # [h, w]
 
-    # The inside is smoothed without the outline, which would pull it along.
+    # Inner pixels are smoothed without the outline, whose flying pixels would distort them.
     smooth_inner = _smooth_values(inverse, inner, pixels, noise)
     smooth_all = _smooth_values(inverse, mask, pixels, noise)
-    values = np.where(is_inner, smooth_inner, smooth_all)
+    values = np.where(is_inner, smooth_inner, smooth_all)  # [n] inverse depths
 
-    # Pixels of the outline take the value to which the inside leads, if they differ from it.
+    # Pixels of the outline that differ from the value to which the inside leads take that value.
     expected = np.full(len(pixels), np.nan)
     expected[~is_inner] = _continue_values(
         inverse, inner, pixels[~is_inner], 1.5 * erosion_px, noise
@@ -313,19 +374,28 @@ def clean_points(mask: Array, points: Array, pixels: Array, erosion_px: int, noi
     with np.errstate(invalid="ignore"):
         is_flying = np.abs(values - expected) > FLYING_FRACTION * expected
     values = np.where(is_flying, expected, values)
-    return raw_points / (raw_points[:, 2] * values)[:, None]
+
+    # Move each point along its ray, so that its depth z becomes 1 / value.
+    scale = raw_points[:, 2] * values
+    return raw_points / scale[:, None]
 
 
 def _invert_depth(points: Array, is_known: Array) -> Array:
-    """Inverse depth [h, w], NaN where it is not known."""
-    return np.where(
-        is_known, 1 / np.where(is_known, points[..., 2], 1.0).astype(np.float64), np.nan
-    )
+    """The inverse depth [h, w] of points [h, w, 3]; NaN where `is_known` [h, w] is False."""
+    depth = np.where(is_known, points[..., 2], 1.0).astype(np.float64)
+    return np.where(is_known, 1 / depth, np.nan)
 
 
 def _estimate_level(beside: Array, plane: Plane) -> float:
-    """The height of the support near an object: of the points [n, 3] beside it that are near the
-    plane."""
+    """The height of the support near an object.
+
+    It is the median height of the points beside the object that are near the support plane, or the
+    plane's height if they are too few.
+
+    Args:
+        beside: [n, 3] points beside the object, camera frame.
+        plane: The support.
+    """
     heights = beside @ plane.up
     is_near = np.abs(heights - plane.height) < 2 * TOUCHING_FRACTION * beside[:, 2]
     heights = heights[is_near]
@@ -333,51 +403,64 @@ def _estimate_level(beside: Array, plane: Plane) -> float:
 
 
 def _smooth_values(values: Array, valid: Array, pixels: Array, noise: float) -> Array:
-    """The `values` [h, w] of `pixels` [n, 2], smoothed if they are noisy.
+    """The `values` of some pixels, smoothed if they are noisy.
 
-    A smoothed value is the median of the value itself and of the means of the four pairs of pixels
-    opposite each other around it, as far as they are `valid` [h, w]. Pairs shift no slopes and no
-    borders.
+    The eight neighbors of a pixel are four pairs of pixels opposite each other. The smoothed value
+    is the median of the pixel's own value and of the means of these pairs. A pair with an invalid
+    pixel does not count. On a slope the mean of a pair is the value at its center, so smoothing
+    shifts neither slopes nor borders.
+
+    Args:
+        values: [h, w].
+        valid: [h, w] bool, the pixels that may take part in smoothing.
+        pixels: [n, 2] row and column of the pixels to smooth.
+        noise: Standard deviation of the depth, as a fraction of the depth.
+
+    Returns:
+        The smoothed values [n].
     """
     if noise < MIN_SMOOTHED_NOISE:
-        return np.asarray(values[tuple(pixels.T)])
+        return np.asarray(values[pixels[:, 0], pixels[:, 1]])
     padded = np.pad(np.where(valid, values, np.nan), 1, constant_values=np.nan)
     width = padded.shape[1]
     flat = padded.ravel()
-    # The index of each pixel in the flat, padded image. In it, a pixel's neighbors are at these
-    # offsets: 1 is the next column, `width` the next row, `width` ∓ 1 that row's pixels to the
-    # left and right. The opposite neighbor is at minus the offset. Offset 0 pairs the pixel with
-    # itself, so its own value is among the five whose median is taken.
-    center = (pixels[:, 0] + 1) * width + pixels[:, 1] + 1
+    center = (pixels[:, 0] + 1) * width + pixels[:, 1] + 1  # [n] indices into `flat`
+    # Offsets in `flat` from a pixel to one neighbor of each pair: 1 is the next column, `width` the
+    # next row, `width` - 1 and `width` + 1 the pixels to the left and right in the next row. The
+    # opposite neighbor is at minus the offset. Offset 0 pairs the pixel with itself, so that its
+    # own value is among the five of which the median is taken.
     offsets = (0, 1, width - 1, width, width + 1)
-    pair_means = np.stack([(flat[center + k] + flat[center - k]) / 2 for k in offsets])
+    pair_means = np.stack([(flat[center + k] + flat[center - k]) / 2 for k in offsets])  # [5, n]
 
-    # Means of pairs with a pixel that is not valid are NaN. Sorting puts them last, so the other
-    # means have the indices 0 to `last`. Their median is the middle one, or the mean of the two in
-    # the middle if their number is even.
+    # The mean of a pair with an invalid pixel is NaN. Sorting puts NaN last, so the finite means of
+    # a pixel have the indices 0 to `last`. Their median is the mean of the elements with indices
+    # `low_middle` and `high_middle`, which are equal if the number of means is odd.
     pair_means.sort(axis=0)
-    last = np.maximum(np.isfinite(pair_means).sum(axis=0) - 1, 0)
-    low = np.take_along_axis(pair_means, (last // 2)[None], axis=0)[0]
-    high = np.take_along_axis(pair_means, ((last + 1) // 2)[None], axis=0)[0]
+    num_finite = np.isfinite(pair_means).sum(axis=0)  # [n]
+    last = np.maximum(num_finite - 1, 0)
+    low_middle = last // 2
+    high_middle = (last + 1) // 2
+    low = np.take_along_axis(pair_means, low_middle[None], axis=0)[0]
+    high = np.take_along_axis(pair_means, high_middle[None], axis=0)[0]
     return np.asarray((low + high) / 2)
 
 
 def _continue_values(
     values: Array, source: Array, targets: Array, reach_px: float, noise: float
 ) -> Array:
-    """Continue the `values` [h, w] of the pixels `source` [h, w] to other pixels along straight
-    lines.
+    """Continue `values` linearly from the pixels `source` to the pixels `targets`.
 
-    The line leads through two pixels: the pixel of the source that is nearest to the target, and
-    the target's mirror image about that pixel. If the mirror image is not in the source, the value
-    of the nearest pixel is continued unchanged.
+    A target's value is extrapolated from two pixels: the source pixel that is nearest to the
+    target, and the target's mirror image about that pixel. If the mirror image is not in the
+    source, the target gets the value of the nearest pixel.
 
     Args:
         values: [h, w].
-        source: [h, w] bool.
-        targets: [n, 2] row and column of the pixels to continue to.
+        source: [h, w] bool, the pixels whose values are continued.
+        targets: [n, 2] row and column of the pixels that get values.
         reach_px: How far from the source a target may be.
-        noise: As in `_smooth_values`.
+        noise: Standard deviation of the depth, as a fraction of the depth. It decides whether the
+            values of the two pixels are smoothed (`_smooth_values`).
 
     Returns:
         The values [n] of the targets; NaN out of reach.
@@ -385,14 +468,20 @@ def _continue_values(
     result = np.full(len(targets), np.nan)
     if not source.any():
         return result
+    # Distance [h, w] to the nearest source pixel, and that pixel's row and column [2, h, w]
     distance, nearest = ndimage.distance_transform_edt(~source, return_indices=True)
-    is_in_reach = distance[tuple(targets.T)] <= reach_px
-    target = targets[is_in_reach]
-    start = nearest[:, target[:, 0], target[:, 1]].T
-    behind = np.clip(2 * start - target, 0, np.array(values.shape) - 1)
+    is_in_reach = distance[targets[:, 0], targets[:, 1]] <= reach_px
+    target = targets[is_in_reach]  # [k, 2]
+    start = nearest[:, target[:, 0], target[:, 1]].T  # [k, 2] nearest source pixels
+    mirror_image = 2 * start - target
+    behind = np.clip(mirror_image, 0, np.array(values.shape) - 1)  # [k, 2] inside the image
+
+    # From `behind` to `start` is as far as from `start` to the target, so the value is taken to
+    # change by the same amount.
     base = _smooth_values(values, source, start, noise)
-    slope = base - _smooth_values(values, source, behind, noise)
-    step = np.where(source[tuple(behind.T)], slope, 0.0)
+    change = base - _smooth_values(values, source, behind, noise)
+    is_behind_in_source = source[behind[:, 0], behind[:, 1]]
+    step = np.where(is_behind_in_source, change, 0.0)
     max_step = TOUCHING_FRACTION * base
     result[is_in_reach] = base + np.clip(step, -max_step, max_step)
     return result

@@ -1,5 +1,5 @@
-"""From a mask and a point map to clean points of one object, and to the surface that it stands
-on."""
+"""Points of one object or of an image: removing outliers, measuring noise, and finding the support
+plane, on which the objects stand."""
 
 from dataclasses import dataclass
 
@@ -9,23 +9,26 @@ from scipy.spatial import cKDTree
 from spear.types import Array
 
 UP_PRIOR = np.array([0.0, -np.cos(np.radians(35.0)), -np.sin(np.radians(35.0))])
-"""Up in the camera frame, for a camera that looks 35° down: what "up" means until a plane says it
-better (our choice). A level camera and one that looks 80° down are both within 45° of it."""
+"""The direction of up in the camera frame for a camera that looks 35° down. It stands for the real
+direction while that is not known (our choice). The real direction differs from it by at most 45°
+for cameras that look between 0° and 80° down."""
 TOUCHING_FRACTION = 0.02
-"""Two points of neighboring pixels belong to touching surfaces when they are nearer to each other
-than this fraction of their distance from the camera (our choice)."""
+"""The points of two neighboring pixels belong to touching surfaces when the distance between the
+points is less than this fraction of their distance from the camera (our choice)."""
 
-MAX_PLANE_POINTS = 600  # of a background are enough to find its plane (our choice)
-MIN_PLANE_POINTS = 30  # with fewer there is no telling
-MIN_PLANE_FRACTION = 0.2  # of the points lie on a support plane
+MAX_PLANE_POINTS = 600  # so many points of a background are enough to find its plane (our choice)
+MIN_PLANE_POINTS = 30  # with fewer background points no plane is searched
+MIN_PLANE_FRACTION = 0.2  # a support plane contains at least this fraction of the points
 NUM_PLANE_CANDIDATES = 128  # planes that RANSAC tries
-MAX_TILT_DEG = 50.0  # of a support plane's normal from `UP_PRIOR`
-MAX_KNOWN_TILT_DEG = 10.0  # … from the direction against gravity where that is known
-STEEP_PLANE_WEIGHT = 0.4  # of a point on a steeper plane: it must have 2.5 times as many
+MAX_TILT_DEG = 50.0  # largest angle between the normal of a level plane and `UP_PRIOR`
+MAX_KNOWN_TILT_DEG = 10.0  # the same, from the direction against gravity where that is known
+STEEP_PLANE_WEIGHT = 0.4
+"""How much a point on a plane that is not level counts. Such a plane needs 2.5 times as many points
+as a level one to win."""
 
-NUM_NEIGHBORS = 8  # by which an outlier is told
-MAX_OUTLIER_STD = 3.0  # standard deviations above the mean neighbor distance
-MAX_NOISE_ROWS = 256  # of an image are enough to measure its noise
+NUM_NEIGHBORS = 8  # a point's distances to so many neighbors decide whether it is an outlier
+MAX_OUTLIER_STD = 3.0  # in standard deviations of the points' mean distance to their neighbors
+MAX_NOISE_ROWS = 256  # about so many rows of an image are enough to measure its noise
 MAD_TO_STD = 1.4826  # median absolute deviation of a normal distribution → its standard deviation
 
 _GOLDEN_RATIO = (np.sqrt(5.0) - 1.0) / 2.0
@@ -33,31 +36,37 @@ _GOLDEN_RATIO = (np.sqrt(5.0) - 1.0) / 2.0
 
 @dataclass(frozen=True)
 class Plane:
-    """The points p with up · p = height; up [3] is a unit vector away from the support, camera
-    frame."""
+    """The plane of all points p with up · p = height.
+
+    Attributes:
+        up: [3] unit normal that points away from the support, camera frame.
+        height: Component of the plane's points along `up`. It is negative when the camera, which
+            is at p = 0, is above the plane.
+    """
 
     up: Array
     height: float
 
 
 def subsample(points: Array, max_points: int) -> Array:
-    """Choose at most `max_points` of the points [n, 3], spread evenly and without randomness.
+    """Choose at most `max_points` of the points [n, d], spread evenly and without randomness.
 
-    They follow a golden-ratio sequence, since a fixed stride could lock on to the rows of the
-    image.
+    The chosen indices follow a golden-ratio sequence. A fixed stride could choose the same columns
+    of the image in every row.
     """
     num_points = len(points)
     if num_points <= max_points:
         return points
-    positions = np.arange(max_points) * _GOLDEN_RATIO % 1.0
+    positions = np.arange(max_points) * _GOLDEN_RATIO % 1.0  # [max_points] in [0, 1)
     return points[(positions * num_points).astype(np.intp)]
 
 
 def find_inliers(points: Array) -> Array:
     """Statistical outlier removal: which points are no further from their neighbors than usual.
 
-    A point is an inlier when its mean distance to its `NUM_NEIGHBORS` nearest points is at most the
-    mean of that over all points plus `MAX_OUTLIER_STD` standard deviations.
+    Each point has a mean distance to its `NUM_NEIGHBORS` nearest points. A point is an inlier when
+    its mean distance exceeds the average of all points' mean distances by at most
+    `MAX_OUTLIER_STD` of their standard deviations.
 
     Args:
         points: [n, 3].
@@ -74,18 +83,17 @@ def find_inliers(points: Array) -> Array:
 
 
 def estimate_noise(points: Array, is_known: Array) -> float:
-    """Estimate how noisy depth is from pixel to pixel, as a fraction of itself (a standard
-    deviation).
+    """Estimate the standard deviation of depth from pixel to pixel, as a fraction of the depth.
 
-    Along a row, inverse depth is straight on every plane, so its second difference is noise; the
-    median ignores edges.
+    On a plane, inverse depth is a linear function of the column. So its second difference along a
+    row consists of noise only. The median over the image ignores the edges of objects.
 
     Args:
-        points: [h, w, 3] of the image.
-        is_known: [h, w] bool, where they are known.
+        points: [h, w, 3] point map, camera frame.
+        is_known: [h, w] bool, where the points are known.
 
     Returns:
-        The noise; 0 where no three neighbors are known.
+        The noise; 0 if nowhere three neighboring points in a row are known.
     """
     row_stride = max(1, len(points) // MAX_NOISE_ROWS)
     points = points[::row_stride]
@@ -94,7 +102,8 @@ def estimate_noise(points: Array, is_known: Array) -> float:
     if not has_neighbors.any():
         return 0.0
     inverse = 1 / np.where(is_known, points[..., 2], 1.0).astype(np.float64)
-    bend = np.abs(inverse[:, 2:] - 2 * inverse[:, 1:-1] + inverse[:, :-2]) / inverse[:, 1:-1]
+    second_difference = inverse[:, 2:] - 2 * inverse[:, 1:-1] + inverse[:, :-2]
+    bend = np.abs(second_difference) / inverse[:, 1:-1]  # relative to the inverse depth
     # A second difference of independent noise has √(1 + 4 + 1) times its standard deviation.
     return float(MAD_TO_STD * np.median(bend[has_neighbors]) / np.sqrt(6.0))
 
@@ -102,19 +111,20 @@ def estimate_noise(points: Array, is_known: Array) -> float:
 def fit_support_plane(points: Array, up: Array | None = None) -> Plane | None:
     """Find the largest level plane among the points of a scene's background.
 
-    RANSAC with a fixed seed: of planes through three points each, the one with the most points
-    nearer than 1 % of the median distance from the camera.
+    RANSAC with a fixed seed tries planes through three random points each. The plane that contains
+    the most points wins. A plane contains the points that are nearer to it than 1 % of the points'
+    median distance from the camera.
 
     Args:
         points: [n, 3] camera frame, any unit.
-        up: [3] unit vector against gravity, camera frame, when known. The plane's normal is then
-            within `MAX_KNOWN_TILT_DEG` of it, otherwise within `MAX_TILT_DEG` of `UP_PRIOR`.
-            Without `up`, a plane tilted by up to 90° (a wall, or the table of a camera that looks
-            straight down) wins only where it has 2.5 times as many points (our choice).
+        up: [3] unit vector against gravity, camera frame, when known. A plane is level when its
+            normal is within `MAX_KNOWN_TILT_DEG` of `up`, or without `up` within `MAX_TILT_DEG` of
+            `UP_PRIOR`. Without `up`, a steeper plane (a wall, or the table under a camera that
+            looks straight down) can also win, if it has 2.5 times as many points (our choice).
 
     Returns:
-        The plane, refined on all its points and facing the camera; None when less than
-        `MIN_PLANE_FRACTION` of the points lie on one.
+        The plane, refined on all its points and facing the camera; None when it contains less than
+        `MIN_PLANE_FRACTION` of the points.
     """
     points = np.asarray(subsample(points, MAX_PLANE_POINTS), np.float64)
     if len(points) < MIN_PLANE_POINTS:
@@ -123,13 +133,14 @@ def fit_support_plane(points: Array, up: Array | None = None) -> Plane | None:
 
     # Candidates through three points each
     triples = np.random.default_rng(0).integers(0, len(points), (3, NUM_PLANE_CANDIDATES))
-    a, b, c = points[triples]
+    a, b, c = points[triples]  # [candidates, 3] each
     normals = np.cross(b - a, c - a)
     normals /= np.maximum(np.linalg.norm(normals, axis=1, keepdims=True), 1e-12)
-    heights = np.einsum("ij,ij->i", normals, a)
-    is_near = np.abs(normals @ points.T - heights[:, None]) < limit
+    heights = np.einsum("ij,ij->i", normals, a)  # [candidates]
+    is_near = np.abs(normals @ points.T - heights[:, None]) < limit  # [candidates, n]
 
-    # Votes: points on the plane, fewer or none for a plane that is not level
+    # A candidate gets a vote from each of its points, less (or nothing) if it is not level. A
+    # normal's sign is arbitrary, so `upwards` takes the one that faces the camera (the origin).
     direction = UP_PRIOR if up is None else np.asarray(up, np.float64)
     upwards = -np.sign(heights) * (normals @ direction)
     max_tilt_deg = MAX_TILT_DEG if up is None else MAX_KNOWN_TILT_DEG
@@ -139,14 +150,15 @@ def fit_support_plane(points: Array, up: Array | None = None) -> Plane | None:
     if not votes.any():
         return None
 
-    # Refine the winner on all its points
+    # Refine the winner on all its points: the normal is the direction of their smallest variance.
     on_plane = is_near[np.argmax(votes)]
     for _ in range(2):
         if on_plane.sum() < max(12, MIN_PLANE_FRACTION * len(points)):
             return None
         plane_points = points[on_plane]
         middle = plane_points.mean(axis=0)
-        normal = np.linalg.eigh(np.cov((plane_points - middle).T))[1][:, 0]
-        normal = normal * -np.sign(normal @ middle)
+        covariance = np.cov((plane_points - middle).T)
+        normal = np.linalg.eigh(covariance)[1][:, 0]
+        normal = normal * -np.sign(normal @ middle)  # towards the camera
         on_plane = np.abs((points - middle) @ normal) < limit
     return Plane(normal, float(middle @ normal))

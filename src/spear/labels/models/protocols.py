@@ -1,8 +1,9 @@
-"""What the labeling pipeline needs from its models, and nothing more.
+"""The interfaces of the pipeline's three models: detector, segmenter and point-map model.
 
-All three take a batch of `Frame`s: a network reads only `frame.image`, ground truth reads the other
-fields. A model that cannot handle an image raises `SpearError`; the pipeline then retries the batch
-one image at a time, so that it skips only the image at fault.
+Each model takes a batch of `Frame`s. A network reads only `frame.image`; a model that answers from
+ground truth reads the other fields. A model that cannot handle an image raises `SpearError`. The
+pipeline then calls the model again with one image at a time, so that it skips only the image at
+fault.
 """
 
 from collections.abc import Sequence
@@ -17,9 +18,9 @@ class Detection:
     """One detected object.
 
     Attributes:
-        name: What it is.
+        name: What the object is, in words.
         box2d: [4] x0, y0, x1, y1 in pixels; x1 and y1 are exclusive.
-        score: 0 … 1.
+        score: The detector's confidence, 0 to 1.
     """
 
     name: str
@@ -45,30 +46,32 @@ class PointMapResult:
 
 
 class Detector(Protocol):
-    """Finds and names objects. `name` goes into the label's provenance."""
+    """Finds and names objects. The detector's `name` goes into the label's provenance."""
 
     name: str
 
     def detect(self, frames: Sequence[Frame]) -> list[list[Detection]]:
-        """The objects of each image."""
+        """Find the objects of each image."""
 
 
 class Segmenter(Protocol):
-    """Outlines detected objects. `name` goes into the label's provenance."""
+    """Outlines detected objects. The segmenter's `name` goes into the label's provenance."""
 
     name: str
 
     def segment(
         self, frames: Sequence[Frame], detections: Sequence[Sequence[Detection]]
     ) -> list[Array]:
-        """For each image, the masks [n, h, w] bool of its n detections, of which networks read only
-        the boxes."""
+        """Outline the n detections of each image as masks [n, h, w] bool.
+
+        Networks read only the 2D boxes of the detections.
+        """
 
 
 class PointMapModel(Protocol):
-    """Predicts the geometry of whole images. `name` goes into the label's provenance."""
+    """Predicts an image's geometry. The model's `name` goes into the label's provenance."""
 
     name: str
 
     def predict(self, frames: Sequence[Frame]) -> list[PointMapResult]:
-        """The point map of each image."""
+        """Predict the point map of each image."""
