@@ -1,10 +1,13 @@
-"""The two engines, which do the same: read → detect → segment → predict point maps → fit boxes.
+"""The two engines that label many batches of images: a local one, and one that uses Ray.
 
-The local one runs the networks in this process and everything else in worker processes; only a few
-batches are in progress at any time. The other one is Ray's, on one machine or a cluster: the
-networks are actors that keep their model, reading and box fitting are tasks, and inputs must be at
-the same paths on every node. Batches come out in the order in which they went in. Images without
-objects are skipped.
+Both engines do the same with each batch: read images → detect objects → segment them → predict
+point maps → fit boxes. The labeled batches come out in the order in which the batches went in.
+Images without objects are skipped.
+
+The local engine runs the networks in this process, and everything else in worker processes. Only a
+few batches are in progress at any time. The Ray engine runs on one machine or a cluster. Each
+network is an actor that keeps its model; reading and box fitting are tasks. The input files must be
+at the same paths on every node.
 """
 
 import logging
@@ -35,19 +38,21 @@ from spear.labels.store import to_table
 from spear.types import LabeledImage
 from spear.util import processes
 
-DEFAULT_MAX_SIDE_PX = 840  # the paper's
+DEFAULT_MAX_SIDE_PX = 840  # larger images are shrunk to this longer side, as in the paper
 
 ModelFactories = tuple[Callable[[], Detector], Callable[[], Segmenter], Callable[[], PointMapModel]]
-"""Make the detector, the segmenter and the point-map model. They can be sent to another process."""
+"""Three functions that make the detector, the segmenter and the point-map model. The functions can
+be pickled, so that another process can make the models."""
 
 
 class SkippedImage(NamedTuple):
     """A skipped image.
 
     Attributes:
-        source: The key of its item.
-        reason: Why it was skipped.
-        retryable: Whether the reason may pass, such as a network that cannot be reached.
+        source: The key of the image's item.
+        reason: Why the image was skipped.
+        retryable: Whether labeling may succeed later, for example because a server could not be
+            reached.
     """
 
     source: str
@@ -59,10 +64,10 @@ class LabeledBatch(NamedTuple):
     """A labeled batch.
 
     Attributes:
-        labels: Rows of `store.SCHEMA`.
+        labels: The labels, as rows of `store.SCHEMA`.
         skipped: The images without a label.
-        content_hashes: `PendingImage.content_hash` of all images.
-        notices: The notices about them, each once.
+        content_hashes: `PendingImage.content_hash` of all images of the batch.
+        notices: The notices that box fitting gave, each once.
     """
 
     labels: pa.Table
@@ -72,14 +77,14 @@ class LabeledBatch(NamedTuple):
 
 
 Engine = Callable[[Iterable[Sequence[Item]]], Generator[LabeledBatch, None, None]]
-"""Batches of items → the labels of each, in order."""
+"""Batches of items → labeled batches, in order."""
 
 
 def predict_and_pack(images: list[PendingImage], point_map_model: PointMapModel) -> None:
-    """Predict point maps; then keep only what `finish_batch` needs, for the way to another process.
+    """Predict point maps, and remove from the images what `finish_batch` does not need.
 
-    Pixels, which are encoded already, and ground truth are dropped, and masks packed eight pixels
-    to a byte.
+    The images are smaller then, and cheaper to send to another process. Pixels and ground truth are
+    removed (the image is encoded already). Masks are packed, eight pixels to a byte.
     """
     predict_point_maps(images, point_map_model)
     for image in images:
@@ -88,18 +93,18 @@ def predict_and_pack(images: list[PendingImage], point_map_model: PointMapModel)
             image.masks = None
             image.point_map = None
         else:
-            no_pixels = image.frame.image[..., :0]  # keeps the size of the image
+            no_pixels = image.frame.image[..., :0]  # [h, w, 0]: `finish_batch` needs the size
             image.frame = replace(
                 image.frame, image=no_pixels, depth=None, instances=None, boxes=None
             )
-            image.masks = np.packbits(image.masks, axis=-1)
+            image.masks = np.packbits(image.masks, axis=-1)  # [n, h, ⌈w / 8⌉]
 
 
 def finish_batch(images: Sequence[PendingImage]) -> LabeledBatch:
-    """Fit the boxes of a batch that `predict_and_pack` has packed, and make rows of its labels.
+    """Fit the boxes of a batch that `predict_and_pack` has packed.
 
-    An image at which this breaks down is skipped like any other: among millions there is always
-    one.
+    An unexpected exception in one image skips only that image: among millions of images, some
+    break the code.
     """
     labels = []
     skipped = []
@@ -121,6 +126,7 @@ def finish_batch(images: Sequence[PendingImage]) -> LabeledBatch:
 
 
 def _unpack_and_fit(image: PendingImage) -> LabeledImage:
+    """Fit the boxes of an image whose masks are packed."""
     assert image.frame is not None and image.masks is not None
     width = image.frame.image.shape[1]
     masks = np.unpackbits(image.masks, axis=-1, count=width).view(bool)
@@ -133,7 +139,8 @@ STAGES: Sequence[Stage] = (
     segment_objects,
     predict_and_pack,
 )
-"""What each of the three models does with a batch, in order."""
+"""The stages of detector, segmenter and point-map model. A stage calls its model with a batch and
+changes the batch's images."""
 
 
 def run_local(
@@ -144,21 +151,23 @@ def run_local(
 ) -> Generator[LabeledBatch, None, None]:
     """Label batches on this computer.
 
-    The models are made here, before a worker starts. However the work ends, the usage of a model
-    that has to be paid for is printed.
+    The models are made in this process, before a worker starts. If a model's use costs money, the
+    bill is printed at the end, even after an error.
 
     Args:
-        factories: Make the models.
-        workers: Processes that read images, fit boxes and encode; 0 does all that in this process.
-        batches: Items that go through the networks together.
-        longest: As for `read_images`.
+        factories: Functions that make the models.
+        workers: Number of processes that read images and fit boxes; with 0, this process does all
+            of it.
+        batches: Batches of items; the images of a batch go through the networks together.
+        longest: The longer side, in pixels, to which larger images are shrunk; None keeps all
+            sizes.
 
     Raises:
         SpearError: A model cannot be made, or a worker was killed.
     """
     advice = "use fewer --workers or a smaller --batch-size, and run the same command again"
     models = [make_model() for make_model in factories]
-    num_ahead = workers + 1
+    num_ahead = workers + 1  # number of batches that are in progress at once, per stage
     read = partial(read_images, longest=longest)
     try:
         with processes.open_worker_pool(workers, __name__, advice) as pool:
@@ -172,6 +181,7 @@ def run_local(
 
 
 def _print_bill(model: Any) -> None:
+    """Print what the use of a model costs, if the model knows."""
     bill = model.bill() if hasattr(model, "bill") else ""
     if bill:
         print(bill, flush=True)
@@ -190,7 +200,7 @@ def _run_stage_on_all(
 
 
 class _NetworkActor:
-    """A Ray actor through which batches go. It makes its model when the first batch comes."""
+    """A Ray actor that applies one stage to batches. It makes its model for the first batch."""
 
     def __init__(self, make_model: Callable[[], Any], stage: Stage) -> None:
         self.make_model = make_model
@@ -209,14 +219,18 @@ def run_ray(
     batches: Iterable[Sequence[Item]],
     longest: int | None = DEFAULT_MAX_SIDE_PX,
 ) -> Generator[LabeledBatch, None, None]:
-    """Label batches with Ray: the cluster of RAY_ADDRESS, the one running here, or a new one on
-    this machine.
+    """Label batches with Ray.
+
+    Ray connects to the cluster of RAY_ADDRESS or to the one that runs on this machine. If there is
+    neither, a new one is started here.
 
     Args:
-        factories: Make the models.
-        work: Its `copies` and `gpus`, of detector, segmenter and point-map model, are used.
-        batches: Items that go through the networks together.
-        longest: As for `read_images`.
+        factories: Functions that make the models.
+        work: Its `replicas` and `gpus` say how many actors run each model, and how many GPUs each
+            actor gets.
+        batches: Batches of items; the images of a batch go through the networks together.
+        longest: The longer side, in pixels, to which larger images are shrunk; None keeps all
+            sizes.
 
     Raises:
         SpearError: Ray is not installed, or a model cannot be made.
@@ -229,9 +243,12 @@ def run_ray(
         actors_of_stages = _start_actors(ray, factories, work)
         reader = ray.remote(read_images)
         finisher = ray.remote(finish_batch)
-        max_ahead = int(ray.cluster_resources().get("CPU", 1)) + 2 * sum(work.replicas)
-        results: deque[Any] = deque()
+        # Keep all CPUs and actors busy, and bound the number of batches in memory.
+        num_cpus = int(ray.cluster_resources().get("CPU", 1))
+        max_ahead = num_cpus + 2 * sum(work.replicas)
+        results: deque[Any] = deque()  # futures of labeled batches, in order
         for batch in batches:
+            # `images` is a future. Ray passes it from stage to stage without waiting here.
             images = reader.remote(list(batch), longest)
             for actors in actors_of_stages:
                 images = next(actors).call.remote(images)
@@ -248,14 +265,18 @@ def run_ray(
 
 
 def _start_actors(ray: Any, factories: ModelFactories, work: WorkOptions) -> list[Iterator[Any]]:
-    """For each stage its actors, to be used in turn."""
+    """Start the actors of each stage.
+
+    Returns:
+        For each stage an endless iterator over its actors, so that they are used in turn.
+    """
     actors_of_stages: list[Iterator[Any]] = []
     stages = zip(factories, STAGES, work.replicas, work.gpus, strict=True)
-    for make_model, stage, num_copies, num_gpus in stages:
-        # No CPUs are reserved for networks: three would leave none for the rest on a small machine.
+    for make_model, stage, num_replicas, num_gpus in stages:
+        # Reserve no CPUs for the actors: three actors would leave a small machine none for tasks.
         actor_class = ray.remote(
             num_cpus=0, num_gpus=num_gpus, max_restarts=-1, max_task_retries=-1
         )(_NetworkActor)
-        actors = [actor_class.remote(make_model, stage) for _ in range(num_copies)]
+        actors = [actor_class.remote(make_model, stage) for _ in range(num_replicas)]
         actors_of_stages.append(cycle(actors))
     return actors_of_stages

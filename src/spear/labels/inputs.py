@@ -1,9 +1,9 @@
-"""The images in files, as items: listed one after the other, each with a key that stays the same.
+"""Listing the images in files as items, and reading the images of items.
 
 An `Item` says where an image is and how to read it, and contains no pixels, so listing is cheap and
-any process can read any item. `list_images` lists image files, folders, globs, tar shards, Parquet
-files and videos. `spear.labels.sources` lists robot episodes, RGB-D scenes and scenes of the
-simulator.
+any process can read any item. An item's key names the image and stays the same from run to run.
+`list_images` lists image files, folders, globs, tar shards, Parquet files and videos.
+`spear.labels.sources` lists robot episodes, RGB-D scenes and scenes of the simulator.
 """
 
 import glob
@@ -35,32 +35,34 @@ UNSUPPORTED_SUFFIX = re.compile(
     r"\.(hei[cf]|hif|avif|jxl|jp2|gif|raw|dng|cr[23]|nef|arw|orf|rw2|exr|p[gn]m|tga"
     r"|3g[p2]|mpe?g|m?ts|wmv|flv|ogv|t?[gx]z|bz2|zip|7z|rar)"
 )
-"""Suffixes of files that may contain pictures. In folders they are ignored, and a notice names
-them, except for those in `IMAGE_SUFFIXES`."""
+"""Suffixes of image and video formats and of archives that are not supported. Files with these
+suffixes in folders are ignored with a notice. `IMAGE_SUFFIXES` takes precedence: a suffix in both
+is supported."""
 TAKE_VIDEO_FOLDER = "frame_aligned_videos"
-"""The folder of an EgoExo4D take with one video per camera, and smaller copies in
-`downscaled/448`."""
+"""The folder of an EgoExo4D take (a recording) with one video per camera. Smaller copies are in the
+folder's `downscaled/448`."""
 _NOT_COLOR_CAMERA = re.compile(r"_(1201-[12]|211-1)\.mp4$")
-"""Streams of the Aria glasses that are not the color camera (214-1) but track, or show the eyes."""
+"""Names of the videos that the Aria glasses' tracking cameras and eye cameras took. The glasses'
+color camera is 214-1."""
 
 Content = bytes | Array | Frame | SpearError
-"""What a reader gives: an encoded image, pixels [h, w, 3] uint8 RGB, a frame, or why there is
-none."""
+"""What a reader yields for an item: an encoded image, pixels [h, w, 3] uint8 RGB, a frame, or the
+error why the image cannot be read."""
 Reader = Callable[[str, Sequence[Any]], Iterator[Content]]
-"""(path, locations in it) → the content of each location. A function of a module, for other
-processes."""
+"""(path, locations in the file or folder at this path) → the content of each location. A reader is
+a function of a module, so that it can be pickled for other processes."""
 
 
 class Item(NamedTuple):
     """An image that is not read yet.
 
     Attributes:
-        key: Names the image, and stays the same from run to run; the source of its label.
-        reader: Reads it, together with the items next to it of the same path.
-        path: The file or folder that it is in.
-        location: Where in there; None for a file with one image.
-        stamp: The stamp of the file or folder. While it is the same, so is the image. None where
-            nothing can change.
+        key: Names the image, and stays the same from run to run; it becomes the label's source.
+        reader: The function that reads the image, together with neighboring items of the same path.
+        path: The file or folder that contains the image.
+        location: Where the image is in the file or folder; None for a file with one image.
+        stamp: Sizes and modification times of the file or folder (`compute_stamp`). While the stamp
+            is the same, so is the image. None where nothing can change.
     """
 
     key: str
@@ -71,10 +73,10 @@ class Item(NamedTuple):
 
 
 def compute_stamp(*paths: str | Path) -> str:
-    """Sizes (bytes) and modification times (ns) of files.
+    """The sizes (bytes) and modification times (ns) of files, as text.
 
-    The copy of a file has another stamp than the file; `hash_content` tells whether the contents
-    are equal.
+    A copy of a file has another stamp than the file, although their contents are equal. To compare
+    contents, use `hash_content`.
     """
     stats = [os.stat(path) for path in paths]
     return " ".join(f"{stat.st_size}:{stat.st_mtime_ns}" for stat in stats)
@@ -87,14 +89,14 @@ def list_images(
 
     Args:
         argument: An image (whatever its suffix), a tar shard, a Parquet file with images, a video,
-            a folder of any of these, or a glob of all that. Of a folder, hidden files, files of
-            other kinds and folders of labels are ignored. An EgoExo4D take gives the frames of its
-            cameras.
-        rate: Frames per second of video.
-        excluded_folder: A folder that is not entered.
+            a folder that contains any of these, or a glob that matches any of these. In a folder,
+            hidden files, files of other kinds and folders of labels are ignored. For an EgoExo4D
+            take, the frames of its cameras are listed.
+        rate: How many frames per second of a video are listed.
+        excluded_folder: A folder that is ignored.
 
     Raises:
-        SpearError: There is nothing, or no image in it, or an archive cannot be listed.
+        SpearError: The argument does not exist or contains no image, or an archive is broken.
     """
     listing = _Listing(rate)
     if excluded_folder:
@@ -103,7 +105,8 @@ def list_images(
 
     has_images = False
     for path in paths:
-        # A folder comes before what is in it, which has been listed then.
+        # A pattern may match a folder and files in the folder. The folder comes first, so its files
+        # have been listed already.
         if path != argument and listing.has_entered_parent(path):
             continue
         if path == argument and _is_image_of_other_suffix(path):
@@ -124,14 +127,12 @@ def list_images(
         kinds = [f"{number} {suffix}" for suffix, number in sorted(listing.num_unsupported.items())]
         notice(
             f"{argument} contains files of unsupported formats ({', '.join(kinds)}), which were "
-            "ignored. "
-            "Convert or unpack them."
+            "ignored. Convert or unpack them."
         )
 
 
 def _is_image_of_other_suffix(path: str) -> bool:
-    """Whether a file that was named by itself is an image, though folders are not searched for
-    files of its suffix."""
+    """Whether a file that the user named is an image, although its suffix is not an image's."""
     suffix = os.path.splitext(path)[1].lower()
     has_own_reader = suffix in (*IMAGE_SUFFIXES, *VIDEO_SUFFIXES, ".tar", ".parquet")
     return os.path.isfile(path) and not has_own_reader and can_open_image(path)
@@ -143,6 +144,7 @@ def _make_file_item(path: str) -> Item:
 
 
 def _match_pattern(pattern: str) -> list[str]:
+    """The paths that match a glob, sorted; `SpearError` if none does or if it is no glob."""
     if not glob.has_magic(pattern):
         raise SpearError(f"{pattern} does not exist. Give an existing file or folder.")
     matches = sorted(glob.glob(pattern, recursive=True))
@@ -152,9 +154,14 @@ def _match_pattern(pattern: str) -> list[str]:
 
 
 class _Listing:
-    """Lists files and folders, and counts the files that it ignores.
+    """Lists files and folders, and counts the files of unsupported formats.
 
-    It enters no folder twice, since links may lead back.
+    A listing enters no folder twice, because links to folders may lead in a circle.
+
+    Attributes:
+        rate: How many frames per second of a video are listed.
+        entered_folders: The real paths of the folders that were entered, or are to be ignored.
+        num_unsupported: Suffix → number of ignored files with this suffix.
     """
 
     def __init__(self, rate: float) -> None:
@@ -163,11 +170,15 @@ class _Listing:
         self.num_unsupported = Counter[str]()
 
     def has_entered_parent(self, path: str) -> bool:
+        """Whether one of the folders that contain `path` was entered."""
         parents = Path(os.path.realpath(path)).parents
         return any(str(parent) in self.entered_folders for parent in parents)
 
     def list_path(self, path: str) -> Iterator[Item]:
-        """The items of a folder, or of a file according to its suffix; none for another suffix."""
+        """List the items of a folder, or of a file according to its suffix.
+
+        A file whose suffix is not supported has no items.
+        """
         suffix = os.path.splitext(path)[1].lower()
         if suffix not in IMAGE_SUFFIXES and UNSUPPORTED_SUFFIX.fullmatch(suffix):
             self.num_unsupported[suffix] += 1
@@ -207,8 +218,10 @@ class _Listing:
 
 
 def _find_take_videos(folder: str) -> list[str]:
-    """The videos of a take's color cameras: of full size, or the smaller copies if there are no
-    others."""
+    """The videos of a take's color cameras.
+
+    They are the videos of full size, or their smaller copies if only these exist.
+    """
     for video_folder in (folder, os.path.join(folder, "downscaled", "448")):
         names = []
         for name in glob.glob("*.mp4", root_dir=video_folder):
@@ -220,7 +233,7 @@ def _find_take_videos(folder: str) -> list[str]:
 
 
 def read_file(path: str, locations: Sequence[None]) -> Iterator[Content]:
-    """Read an image file."""
+    """Read an image file; each location is None and stands for the whole file."""
     for _ in locations:
         yield Path(path).read_bytes()
 
@@ -235,8 +248,9 @@ def list_tar(path: str) -> Iterator[Item]:
                 if member.isfile() and suffix in IMAGE_SUFFIXES:
                     location = (member.offset_data, member.size)
                     yield Item(f"{path}/{member.name}", read_tar, path, location, stamp)
-                tar.members = []  # type: ignore[attr-defined] # this list would grow without end
-            _check_tar_ends(tar)
+                # tarfile appends each member to this list; empty it to bound the memory.
+                tar.members = []  # type: ignore[attr-defined]
+            _check_tar_end(tar)
     except (tarfile.TarError, OSError) as error:
         refuse_lfs_pointer(Path(path), path)
         raise SpearError(
@@ -245,19 +259,20 @@ def list_tar(path: str) -> Iterator[Item]:
         ) from error
 
 
-def _check_tar_ends(tar: tarfile.TarFile) -> None:
-    """Raise `tarfile.ReadError` unless a tar file ends as it should.
+def _check_tar_end(tar: tarfile.TarFile) -> None:
+    """Raise `tarfile.ReadError` unless a tar file that was read to its end is complete.
 
-    tarfile itself takes a broken header for the end.
+    A tar file ends with a block of zeros. tarfile itself stops at a broken header without an error.
     """
     assert tar.fileobj is not None
     tar.fileobj.seek(tar.offset)
-    if tar.fileobj.read(tarfile.BLOCKSIZE).strip(b"\0"):
+    last_block = tar.fileobj.read(tarfile.BLOCKSIZE)
+    if last_block.strip(b"\0"):
         raise tarfile.ReadError("it ends within a file")
 
 
 def read_tar(path: str, locations: Sequence[tuple[int, int]]) -> Iterator[Content]:
-    """Read images in a tar file, by (offset, size) in bytes."""
+    """Read images in a tar file; a location is (offset, size) in bytes."""
     with open(path, "rb") as file:
         for offset, size in locations:
             file.seek(offset)
@@ -267,7 +282,7 @@ def read_tar(path: str, locations: Sequence[tuple[int, int]]) -> Iterator[Conten
 def list_parquet(path: str) -> Iterator[Item]:
     """List the images in a Parquet file, such as Hugging Face `datasets` writes.
 
-    It has one column of encoded images, and each row is an item.
+    The file must have one column of encoded images. Each row becomes an item.
     """
     with explain_read_errors(Path(path), "Copy it again, or leave it out."):
         file = pq.ParquetFile(path)
@@ -281,10 +296,10 @@ def list_parquet(path: str) -> Iterator[Item]:
 
 
 def read_parquet(path: str, locations: Sequence[tuple[str, int, int]]) -> Iterator[Content]:
-    """Read images in a Parquet file, by (column, row group, row in it)."""
+    """Read images in a Parquet file; a location is (column, row group, row in the group)."""
     for column, group, row in locations:
         value = read_row_group(path, column, group)[row].as_py()
-        if isinstance(value, dict):
+        if isinstance(value, dict):  # Hugging Face's {"bytes": …, "path": …}
             value = value.get("bytes")
         if isinstance(value, bytes):
             yield value
@@ -294,13 +309,19 @@ def read_parquet(path: str, locations: Sequence[tuple[str, int, int]]) -> Iterat
 
 @lru_cache(maxsize=1)
 def read_row_group(path: str, column: str, group: int) -> pa.ChunkedArray:
-    """One column of a row group; the last one is cached, since neighbors are read one after the
-    other."""
+    """Read one column of a row group of a Parquet file.
+
+    The group that was read last is cached, because the rows of a group are read one after another.
+    """
     return pq.ParquetFile(path).read_row_group(group, columns=[column], use_threads=False)[column]
 
 
 def _find_image_column(schema: pa.Schema, path: str) -> str:
-    """The column named image, or the only one of bytes (as they are, or as {bytes, path})."""
+    """The name of the column with encoded images.
+
+    It is the column named "image", or else the only column that contains bytes, either directly or
+    as {bytes, path}.
+    """
     columns = [field.name for field in schema if _contains_images(field.type)]
     if "image" in columns:
         return "image"
@@ -313,20 +334,21 @@ def _find_image_column(schema: pa.Schema, path: str) -> str:
 
 
 def _contains_images(kind: pa.DataType) -> bool:
+    """Whether values of a type are bytes, or structs with bytes in their field "bytes"."""
     if pa.types.is_struct(kind):
         return kind.get_field_index("bytes") >= 0 and _contains_images(kind.field("bytes").type)
     return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
 
 
 def list_video_frames(path: str, rate: float) -> Iterator[Item]:
-    """List the frames of a video that are shown at 0, 1/rate, 2/rate, … s.
+    """List the frames of a video that are shown at 0, 1/rate, 2/rate, … seconds.
 
-    The frame number, which is part of the key, supposes a constant frame rate. A rate above the
-    video's gives every frame once.
+    An item's key ends in the number of the frame, counted as if the frame rate were constant. If
+    `rate` is higher than the video's frame rate, every frame is listed once.
 
     Args:
         path: The video.
-        rate: Frames per second.
+        rate: How many frames per second to list.
 
     Raises:
         SpearError: The file is not a video, or does not say how long it is.
@@ -337,6 +359,8 @@ def list_video_frames(path: str, rate: float) -> Iterator[Item]:
     if not num_frames:
         raise SpearError(f"{path} does not say how long the video is. Remux it to .mp4.")
     stamp = compute_stamp(path)
+    # The numbers of the frames that are shown at these times; `groupby` drops repeated numbers.
+    # Adding 1e-6 corrects the rounding of products that should be integers.
     indices = (int(number / rate * video_rate + 1e-6) for number in count())
     for index, _ in groupby(indices):
         if index >= num_frames:
@@ -345,15 +369,15 @@ def list_video_frames(path: str, rate: float) -> Iterator[Item]:
 
 
 def _measure_duration_s(container: Any, stream: Any) -> float:
-    """Measure how long the pictures of an opened video last, s; 0 if nothing says it.
+    """Measure how long the pictures of an opened video last, in seconds; 0 if this is unknown.
 
-    The duration of the container is that of its longest stream, which may be sound, and the last
-    picture of a screen recording may stay for seconds. Therefore the last packets are looked up.
+    The container's duration is that of its longest stream, which may be sound. The last picture of
+    a screen recording may be shown for seconds. So the end of the last packets is read.
     """
     if not container.duration:
         return 0.0
 
-    container.seek(container.duration)  # to the last picture that can be decoded alone
+    container.seek(container.duration)  # to the last key frame
     start = stream.start_time or 0
     end = start
     for packet in container.demux(stream):
@@ -367,7 +391,7 @@ def read_video_frames(path: str, times: Sequence[float]) -> Iterator[Array]:
 
     Args:
         path: The video.
-        times: Rising times, in seconds.
+        times: Times in seconds from the start of the video, in rising order.
 
     Yields:
         For each time, the frame [h, w, 3] uint8 RGB.
@@ -382,7 +406,9 @@ def read_video_frames(path: str, times: Sequence[float]) -> Iterator[Array]:
         first = int((start_s + remaining_times[0]) / stream.time_base)
         container.seek(first, stream=stream)
 
-        # The frame shown at a time is the last that does not come after it.
+        # A frame is yielded for all times before the next frame starts, half a frame less, because
+        # listed times are starts of frames and may be rounded down. The last frame has no next one;
+        # it is shown until the video ends, or for one and a half frames if that is longer.
         frames = chain(container.decode(stream), [None])
         for frame, next_frame in pairwise(frames):
             if next_frame is None:
@@ -402,25 +428,31 @@ def read_video_frames(path: str, times: Sequence[float]) -> Iterator[Array]:
 
 
 def _to_pixels(frame: Any, stream: Any) -> Array:
-    """A frame of PyAV as [h, w, 3] uint8 RGB, in square pixels, turned as the camera has noted."""
-    num_quarter_turns = round(getattr(frame, "rotation", 0) / 90)  # of a phone held upright, say
+    """Convert a frame of PyAV to [h, w, 3] uint8 RGB.
+
+    The frame is stretched so that its pixels become square, and turned upright as its metadata say.
+    """
+    num_quarter_turns = round(getattr(frame, "rotation", 0) / 90)  # phones record turned frames
     width = round(frame.width * (stream.sample_aspect_ratio or 1))
     pixels = to_rgb(frame, width)
     return np.ascontiguousarray(np.rot90(pixels, num_quarter_turns))
 
 
 def hash_content(content: Content) -> str:
-    """A short hash of what a reader gives."""
+    """A short hash of the content that a reader yielded."""
     return hashlib.sha256(pickle.dumps(content, protocol=5)).hexdigest()[:16]
 
 
 def read_contents(items: Iterable[Item]) -> Iterator[Content]:
-    """Read the contents of items; where a reader breaks down, its error takes the place of what is
-    missing.
+    """Read the contents of items.
 
     Args:
-        items: In the order in which they were listed, so that neighbors in one file are read
-            together.
+        items: The items. Keep the order in which they were listed, so that items that are neighbors
+            in one file are read together.
+
+    Yields:
+        The content of each item. If a reader fails, its error is the content of the item at which
+        it failed and of the later items of the same file.
     """
     for (reader, path), group in groupby(items, key=lambda item: (item.reader, item.path)):
         locations = [item.location for item in group]

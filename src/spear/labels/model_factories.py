@@ -1,13 +1,15 @@
-"""The detector, segmenter and point-map model that a user names, as factories.
+"""Factories of the detector, segmenter and point-map model that a user describes in options.
 
-A description is `NAME`, `NAME=MODEL` with a Hub name or folder, `NAME:FILE`, or `FIRST+SECOND`,
-where the second model does what the first one lacks:
+A description is the name of a model, perhaps with weights or a file:
 
-    gemini   grounding-dino=IDEA-Research/grounding-dino-tiny   owlv2=my_folder   file:boxes.json
-    sam2     file:relations_train.json+sam2                      moge-2           ground-truth
+    NAME            gemini, sam2, moge-2, ground-truth, …
+    NAME=MODEL      owlv2=my_folder, grounding-dino=IDEA-Research/grounding-dino-tiny
+                    (MODEL is a name on the Hugging Face Hub, or a folder)
+    file:PATH       file:boxes.json (detections or masks come from an annotation file)
+    file:PATH+NAME  file:relations_train.json+sam2 (the model labels what the file lacks)
 
-`resolve_factory` checks a description and returns a factory, which may load a network when it is
-called and can be sent to another process.
+`resolve_factory` checks a description and returns a factory: a function without arguments that
+makes the model and may load a network. A factory can be pickled for another process.
 """
 
 import importlib
@@ -26,11 +28,12 @@ from spear.util.options import list_changed_options
 
 
 class ModelEntry(NamedTuple):
-    """How a model is made.
+    """How to make a model.
 
     Attributes:
-        location: FILE:NAME of its class or factory in `spear.labels.models`.
-        arguments: The keyword arguments that it takes; most are named like their options.
+        location: MODULE:NAME of the model's class or factory in `spear.labels.models`.
+        arguments: The names of the keyword arguments that the class or factory takes
+            (`_make_model` computes their values from the options).
     """
 
     location: str
@@ -63,24 +66,25 @@ MODELS_BY_ROLE: dict[str, dict[str, ModelEntry]] = {
         "ground-truth": _GROUND_TRUTH,
     },
 }
-"""Role → name → how the model is made."""
+"""Role → name of the model → how to make it. The roles are in the order of the pipeline."""
 
 OPTIONS_OF_SOME_MODELS = frozenset({"vocabulary", "cache", "requests_per_minute"})
+"""Options that only some models use. Without such a model they are refused."""
 
 
 def resolve_factory(role: str, description: str, options: LabelOptions) -> Callable[[], Any]:
-    """Find the factory of the model that a description names.
+    """Find the factory of the model that a description names, without loading the model.
 
     Args:
         role: A key of `MODELS_BY_ROLE`.
-        description: As in this module's docstring.
+        description: The user's description; the module's docstring lists its forms.
         options: Options of the command, from which the model's arguments come.
 
     Returns:
-        The factory. It raises what the model itself complains about.
+        The factory. When called, it may raise errors of the model itself.
 
     Raises:
-        SpearError: A name or file does not exist. Nothing is loaded before that is known.
+        SpearError: The description is wrong, or its file does not exist.
     """
     first, plus, second = description.partition("+")
     name, argument = parse_description(first)
@@ -104,15 +108,30 @@ def resolve_factory(role: str, description: str, options: LabelOptions) -> Calla
 
 
 def _make_file_model(location: str, path: str, make_second: Callable[[], Any] | None) -> Any:
-    """Make a `FileDetector` or `FileSegmenter`; the second model does what the file lacks."""
+    """Make a `FileDetector` or `FileSegmenter`.
+
+    Args:
+        location: `ModelEntry.location` of the class.
+        path: The annotation file.
+        make_second: Makes the model that labels what the file lacks; None if there is none.
+    """
     annotations = _import_from_models("annotations:open_annotations")(path)
     second_model = make_second() if make_second is not None else None
     return _import_from_models(location)(annotations, second_model)
 
 
 def _make_model(entry: ModelEntry, name: str, model: str | None, options: LabelOptions) -> Any:
-    """Make any other model. A network that is only named gets the weights of `PUBLISHED`."""
-    if name in PUBLISHED:  # checked first: to import the network takes longer than to ask the Hub
+    """Make a model that does not read a file.
+
+    Args:
+        entry: How to make the model.
+        name: The model's name, a key of `MODELS_BY_ROLE`.
+        model: The weights that the description names: a name on the Hub or a folder. With None, a
+            network in `PUBLISHED` gets its published weights.
+        options: Options of the command.
+    """
+    # Check the weights before the import of the network, which takes longer.
+    if name in PUBLISHED:
         model = model or PUBLISHED[name].repository
         if "vocabulary" in entry.arguments and not options.vocabulary_names:
             raise SpearError(
@@ -129,18 +148,21 @@ def _make_model(entry: ModelEntry, name: str, model: str | None, options: LabelO
     arguments = {}
     for argument in entry.arguments:
         if argument == "model" and not model:
-            continue  # the class has a default
+            continue  # the class has a default model
         arguments[argument] = values[argument]
     return _import_from_models(entry.location)(**arguments)
 
 
 def _import_from_models(location: str) -> Any:
+    """Import MODULE:NAME from `spear.labels.models`."""
     file, name = location.split(":")
     return getattr(importlib.import_module(f"spear.labels.models.{file}"), name)
 
 
 def parse_description(description: str) -> tuple[str, str | None]:
-    """Split the description of one model into its name and what follows the first = or :, or None.
+    """Split the description of one model into its name and its weights or file.
+
+    Weights or file follow the first "=" or ":"; they are None if the description is only a name.
 
     Example:
         >>> parse_description("owlv2=my_folder"), parse_description("sam2")
@@ -151,7 +173,7 @@ def parse_description(description: str) -> tuple[str, str | None]:
 
 
 def resolve_factories(options: LabelOptions) -> ModelFactories:
-    """Find the factories of the three models that the options name; nothing is loaded yet.
+    """Find the factories of the three models that the options name, without loading a model.
 
     Raises:
         SpearError: A model is unknown, or an option has no effect on the models.
@@ -166,10 +188,13 @@ def resolve_factories(options: LabelOptions) -> ModelFactories:
 
 
 def _check_options_have_effect(options: LabelOptions) -> None:
+    """Raise `SpearError` if an option was set that none of the chosen models uses."""
     descriptions = (options.detector, options.segmenter, options.pointmap)
     used = set[str]()
     for role, description in zip(MODELS_BY_ROLE, descriptions, strict=True):
-        name, _ = parse_description(description.rpartition("+")[2])
+        # After "+", if there is one: models that read files use none of these options.
+        last_description = description.rpartition("+")[2]
+        name, _ = parse_description(last_description)
         used.update(MODELS_BY_ROLE[role][name].arguments)
     unused = list_changed_options(options, *(OPTIONS_OF_SOME_MODELS - used))
     if unused:

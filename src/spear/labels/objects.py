@@ -29,9 +29,9 @@ from spear.labels.models.protocols import Detection, PointMapResult
 from spear.types import Array, Box3D, LabeledObject
 
 MARGIN_PX = 0.3
-"""An object is taken to reach this far beyond the centers of its outermost pixels. The outline is on
-average half a pixel beyond the center of such a pixel, but the box is bounded by the outermost of
-many, whose center is nearer to the outline. Our choice, measured."""
+"""An object is taken to reach this far beyond the centers of its outermost pixels. On average, the
+outline is half a pixel beyond the center of such a pixel. But the box is bounded by the outermost
+of many pixels, whose center is nearer to the outline. Our choice, measured."""
 MIN_POINTS = 12  # clean points; an object with fewer gets no box
 MAX_POINTS = 600  # per object, up to half of them on its outline
 LINKED_DEPTH_FRACTION = 0.04

@@ -1,23 +1,29 @@
-"""Frames with measured depth from folders of color and depth images: plain ones and ScanNet's.
+"""Frames with measured depth, read from folders of color and depth images.
 
-A plain folder. Both images show the same view; the depth image may have fewer pixels.
+Two kinds of folders are read: plain ones and scans of ScanNet.
 
-    color/NAME.jpg    or another image format, in one of `COLOR_FOLDERS`; as stored, whatever its
-    EXIF says depth/NAME.png    16 bits, millimeters along z; 0 and 65535 are unknown
-    intrinsics.txt    a 3×3 or 4×4 matrix in pixels of the color image, the first pixel's center at
-    0 (as in
-                      OpenCV, ROS and ScanNet); or intrinsics.json with fx, fy, cx, cy
-    pose/NAME.txt     optional: 4×4, camera → world, meters, world z up; camera x right, y down, z
-    forward
+In a plain folder, color image and depth image show the same view. The depth image may have fewer
+pixels. The files are:
 
-A ScanNet scan as its own tools export it. The depth image is laid over the color image along the
-rays of the two cameras, which stand in one place.
+    color/NAME.jpg    color image, also in other image formats and in any of `COLOR_FOLDERS`;
+                      used as stored, without turning it as its EXIF data say
+    depth/NAME.png    depth image of 16 bits, millimeters along z; 0 and 65535 are unknown
+    intrinsics.txt    3×3 or 4×4 matrix in pixels of the color image, with the first pixel's
+                      center at 0 (as in OpenCV, ROS and ScanNet);
+                      or intrinsics.json with fx, fy, cx, cy
+    pose/NAME.txt     optional: 4×4 matrix from camera to world, meters;
+                      camera x right, y down, z forward; world z up
+
+In a scan of ScanNet, as its own tools export it, the two cameras have different intrinsics but the
+same position and direction. So depth is mapped to the color image along the rays of the cameras.
+The files are:
 
     color/N.jpg, depth/N.png    depth in millimeters, 0 unknown
-    pose/N.txt                  as above; frames that were lost (-inf) have no extrinsics
+    pose/N.txt                  as above, but -inf in frames whose pose ScanNet could not track;
+                                these frames have no extrinsics
     intrinsic/                  intrinsic_color.txt, intrinsic_depth.txt, extrinsic_*.txt
-    instance-filt/N.png         optional: the number of the instance, 0 where there is none
-    *.aggregation.json          with it: what the instances are called
+    instance-filt/N.png         optional: the number of each pixel's instance, 0 where there is none
+    *.aggregation.json          the names of the instances
 """
 
 import zlib
@@ -36,40 +42,42 @@ from spear.util.json_text import read_utf8
 
 COLOR_FOLDERS = ("color", "colour", "rgb", "image", "images")
 STRUCTURE_NAMES = frozenset({"wall", "floor", "ceiling"})
-"""Parts of the room that are no objects. They keep their instance numbers but get no name (our
-choice)."""
-DEPTH_STEP_M = 0.001  # of the depth images
-UNKNOWN_DEPTH = 0xFFFF  # like 0
+"""Instances with these names are parts of the room and no objects. They keep their instance numbers
+but get no name (our choice)."""
+DEPTH_STEP_M = 0.001  # the depth that a pixel value of 1 stands for
+UNKNOWN_DEPTH = 0xFFFF  # this pixel value means unknown depth, like 0
 MIN_FARTHEST_DEPTH_M = 0.05
-"""Every scene reaches farther than this; depth that does not is in another unit (our choice)."""
+"""Every scene reaches farther than this. A depth image that does not is in a unit other than
+millimeters (our choice)."""
 MAX_CENTER_OFFSET = 0.15
-"""Largest offset of the principal point from the center, as a fraction of the image's size (our
-choice)."""
+"""Largest distance of the principal point from the center of the image, as a fraction of the
+image's size (our choice)."""
 
 Size = tuple[int, int]
 """Width and height of an image, in pixels."""
 
 
 class RgbdScene:
-    """The frames of a ScanNet scan or a plain folder: `scene[i]`, from `scene.sources[i]`.
+    """The frames of a ScanNet scan or a plain folder: `scene[i]` is read from `scene.sources[i]`.
 
-    A frame is read when it is asked for, and an error of one frame concerns no other.
+    A frame is read when you index the scene, so a frame that cannot be read does not affect others.
 
     Attributes:
-        folder: The folder.
-        sources: The color image of each frame.
+        folder: The folder of the scan, or the plain folder.
+        sources: The path of each frame's color image.
         num_without_depth: How many color images have no depth image.
 
     Raises:
-        SpearError: The folder is neither of the two or incomplete, or the cameras of a scan stand
-            in two places.
+        SpearError: The folder is of neither kind or incomplete, or the two cameras of a scan have
+            different positions or directions.
     """
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
         self._pairs, self.num_without_depth = _find_pairs(self.folder)
         self.sources = [str(color) for color, _ in self._pairs]
-        self._depth_camera: Array | None = None  # both images show the same view
+        # Only scans have a depth camera with intrinsics of its own, and names of instances.
+        self._depth_camera: Array | None = None
         self._names: dict[int, str] | None = None
         calibration = self.folder / "intrinsic"
         if calibration.is_dir():
@@ -89,12 +97,15 @@ class RgbdScene:
             self._camera, self._size = read_intrinsics(file)
 
     def compute_stamp(self, index: int) -> str:
-        """The stamp of a frame's files, and a checksum of its camera and of the names of
-        objects."""
+        """The stamp of a frame's files, after a checksum of the scene's calibration.
+
+        The checksum also covers the names of the instances.
+        """
         color, depth = self._pairs[index]
         pose = self._get_pose_path(color)
         instances = self._get_instances_path(color)
-        files = [color, depth] + [path for path in (pose, instances) if path.is_file()]
+        optional_files = [path for path in (pose, instances) if path.is_file()]
+        files = [color, depth, *optional_files]
         calibration = repr((self._camera, self._depth_camera, self._names))
         return f"{zlib.crc32(calibration.encode())} {compute_stamp(*files)}"
 
@@ -134,8 +145,16 @@ class RgbdScene:
         return self.folder / "instance-filt" / f"{color.stem}.png"
 
     def _get_depth_camera(self, path: Path, depth: Array, color_size: Size) -> Array:
-        """The intrinsics [3, 3] of a depth image; in a plain folder it is the color image,
-        resized."""
+        """The intrinsics [3, 3] of the depth camera, in pixels of the depth image.
+
+        In a plain folder there is one camera, whose intrinsics are scaled from the size of the
+        color image to that of the depth image.
+
+        Args:
+            path: The depth image's path, for the error message.
+            depth: [rows, columns] the depth image.
+            color_size: Width and height of the color image.
+        """
         if self._depth_camera is not None:
             return self._depth_camera
         width, height = color_size
@@ -145,10 +164,11 @@ class RgbdScene:
                 f"{path} has {columns}×{rows} pixels, its color image {width}×{height}. Register "
                 "the depth to the color camera first."
             )
-        return np.diag([columns / width, rows / height, 1.0]) @ self._camera
+        scale = np.diag([columns / width, rows / height, 1.0])
+        return scale @ self._camera
 
     def _read_instances(self, path: Path, height: int, width: int) -> Array | None:
-        """The instance numbers [height, width] int32 of a frame, or None."""
+        """The instance numbers [height, width] int32 of a frame; None if the scan has none."""
         if self._names is None or not path.is_file():
             return None
         instances = _read_png(path)
@@ -161,51 +181,73 @@ class RgbdScene:
 
 
 def _check_camera_center(image: Path, camera: Array, size: Size) -> None:
-    """Raise `SpearError` where a camera [3, 3] looks like that of an image of another size."""
-    center = camera[:2, 2]
-    offset = np.abs(center / size - 0.5).max()
+    """Raise `SpearError` if intrinsics seem to belong to images of another size.
+
+    Args:
+        image: The image's path, for the error message.
+        camera: [3, 3] intrinsics in pixels.
+        size: Width and height of the image.
+    """
+    center = camera[:2, 2]  # the principal point in pixels
+    relative_center = center / size  # near (0.5, 0.5) if the intrinsics belong to the image
+    offset = np.abs(relative_center - 0.5).max()
+    # The offset in an image turned by 90°. If it is clearly smaller, the intrinsics are for it.
     offset_if_turned = np.abs(center / size[::-1] - 0.5).max()
     is_off_center = offset > min(MAX_CENTER_OFFSET, offset_if_turned + 0.05)
-    is_shifted_both_ways = min(center / size) > 0.55 or max(center / size) < 0.45
+    # Intrinsics for a larger image shift the center right and down, for a smaller one left and up.
+    is_shifted_both_ways = min(relative_center) > 0.55 or max(relative_center) < 0.45
     if is_off_center or is_shifted_both_ways:
         raise SpearError(
             f"{image} has {size[0]}×{size[1]} pixels, but the camera's center is at "
-            f"{center.round()}. "
-            "Give the intrinsics of images of this size."
+            f"{center.round()}. Give the intrinsics of images of this size."
         )
 
 
 def align_depth(depth: Array, k_depth: Array, k_image: Array, height: int, width: int) -> Array:
-    """Compute what one camera sees of the depth that another one in the same place has measured.
+    """Map a depth image to a color camera with the same position and direction.
+
+    Because both cameras have the same position and direction, a ray has the same depth in both, and
+    rows and columns are mapped independently of each other.
 
     Args:
         depth: [h, w] along z.
         k_depth: [3, 3] intrinsics of the depth camera (pixel centers at +0.5, without skew).
-        k_image: [3, 3] intrinsics of the other one, which looks in the same direction.
-        height: Height of the result in pixels.
-        width: Width of the result in pixels.
+        k_image: [3, 3] intrinsics of the color camera (likewise).
+        height: Height of the color image in pixels.
+        width: Width of the color image in pixels.
 
     Returns:
-        [height, width]: for each pixel the nearest one of `depth` on its ray, 0 where there is
-        none.
+        [height, width]: for each pixel of the color image the value of the pixel of `depth` on its
+        ray; 0 where the ray is outside the depth image.
     """
-    rows = _project_pixel_centers(height, k_image[1, 1], k_image[1, 2], k_depth[1], 1)
-    columns = _project_pixel_centers(width, k_image[0, 0], k_image[0, 2], k_depth[0], 0)
-    padded = np.pad(depth, ((0, 1), (0, 1)))  # index -1: outside
-    return padded[
-        np.ix_(_mask_outside(rows, depth.shape[0]), _mask_outside(columns, depth.shape[1]))
-    ]
+    rows = _project_pixel_centers(height, k_image, k_depth, axis=1)  # [height]
+    columns = _project_pixel_centers(width, k_image, k_depth, axis=0)  # [width]
+    rows = _mark_outside(rows, depth.shape[0])
+    columns = _mark_outside(columns, depth.shape[1])
+    padded = np.pad(depth, ((0, 1), (0, 1)))  # index -1 is the padding, which is 0
+    return padded[np.ix_(rows, columns)]
 
 
-def _project_pixel_centers(
-    size: int, focal: float, center: float, other_camera: Array, axis: int
-) -> Array:
-    """Along one axis, in which pixel of another camera the center of each pixel is seen."""
-    on_plane = (np.arange(size) + 0.5 - center) / focal
-    return np.floor(on_plane * other_camera[axis] + other_camera[2]).astype(np.intp)
+def _project_pixel_centers(size: int, k_image: Array, k_depth: Array, axis: int) -> Array:
+    """Map the columns (axis 0) or rows (axis 1) of a color image to those of a depth image.
+
+    Args:
+        size: Number of columns (or rows) of the color image.
+        k_image: [3, 3] intrinsics of the color camera.
+        k_depth: [3, 3] intrinsics of the depth camera.
+        axis: 0 for columns (x), 1 for rows (y).
+
+    Returns:
+        [size] column (or row) of the depth image that sees the center of each pixel.
+    """
+    pixel_centers = np.arange(size) + 0.5
+    at_depth_1 = (pixel_centers - k_image[axis, 2]) / k_image[axis, axis]  # camera frame
+    in_depth_image = at_depth_1 * k_depth[axis, axis] + k_depth[axis, 2]
+    return np.floor(in_depth_image).astype(np.intp)
 
 
-def _mask_outside(indices: Array, size: int) -> Array:
+def _mark_outside(indices: Array, size: int) -> Array:
+    """Replace indices outside 0 … size - 1 by -1."""
     return np.where((indices >= 0) & (indices < size), indices, -1)
 
 
@@ -221,7 +263,7 @@ def read_depth(path: Path) -> Array:
     steps = _read_png(path)
     if steps.dtype == np.uint8:
         raise SpearError(f"{path} has 8 bits per pixel, too few for depth. Give a 16-bit PNG.")
-    steps = np.where(steps < UNKNOWN_DEPTH, steps, 0)
+    steps = np.where(steps < UNKNOWN_DEPTH, steps, 0)  # unknown depth becomes 0
     if 0 < steps.max() * DEPTH_STEP_M < MIN_FARTHEST_DEPTH_M:
         raise SpearError(
             f"{path} shows nothing farther than {steps.max()} mm, so its unit may be meters. Give "
@@ -234,7 +276,7 @@ def read_matrix(path: Path) -> Array:
     """Read a 3×3 or 4×4 matrix from a text file, one row per line.
 
     Raises:
-        SpearError: There is no file, or it contains no such matrix.
+        SpearError: The file does not exist or contains no such matrix.
     """
     try:
         matrix = np.loadtxt(read_utf8(path).decode().splitlines(), ndmin=2)
@@ -249,14 +291,16 @@ def read_matrix(path: Path) -> Array:
 
 
 def read_intrinsics(path: Path) -> tuple[Array, tuple[object, object]]:
-    """Read the intrinsics of a camera, for which the file has the first pixel's center at 0.
+    """Read the intrinsics of a camera.
+
+    In the file the first pixel's center is at 0. In the result it is at 0.5.
 
     Args:
-        path: A text file with a matrix, or JSON.
+        path: A text file with a matrix, or JSON with fx, fy, cx and cy in pixels.
 
     Returns:
-        Intrinsics [3, 3] with pixel centers at +0.5; and the images' width and height, where JSON
-        has them.
+        The intrinsics [3, 3]; and the width and height of the images, or (None, None) if the file
+        does not contain them.
 
     Raises:
         SpearError: The intrinsics are missing or not in pixels.
@@ -274,7 +318,7 @@ def read_intrinsics(path: Path) -> tuple[Array, tuple[object, object]]:
         size = (values.get("width"), values.get("height"))
     else:
         k = read_matrix(path)[:3, :3].copy()
-    k[:2, 2] += 0.5
+    k[:2, 2] += 0.5  # move the origin from the first pixel's center to its corner
     is_in_pixels = np.isfinite(k).all() and min(k[0, 0], k[1, 1]) > 2
     if not is_in_pixels or not np.allclose(k[2], [0, 0, 1]):
         raise SpearError(
@@ -287,10 +331,10 @@ def read_pose(path: Path) -> Array | None:
     """Read a pose [4, 4] from a text file.
 
     Returns:
-        The pose; None when there is no file, or it says that the camera was lost.
+        The pose; None if there is no file, or if the pose is unknown (not finite).
 
     Raises:
-        SpearError: The file contains something else.
+        SpearError: The file contains no rigid transform.
     """
     if not path.is_file():
         return None
@@ -308,7 +352,7 @@ def read_pose(path: Path) -> Array | None:
 
 
 def _read_png(path: Path) -> Array:
-    """One channel of whole numbers [h, w], as stored."""
+    """Read a PNG with one channel of integers, as [h, w] of the stored type."""
     try:
         with Image.open(path) as image:
             values = np.asarray(image)
@@ -322,10 +366,11 @@ def _read_png(path: Path) -> Array:
 
 
 def _find_pairs(folder: Path) -> tuple[list[tuple[Path, Path]], int]:
-    """Color and depth images of the same name, by number, then by name.
+    """Find the color and depth images that have the same name.
 
     Returns:
-        The pairs, and how many color images have no depth image.
+        The pairs (color, depth), sorted by the number that is their name, then by name; and how
+        many color images have no depth image.
     """
     color = next((folder / name for name in COLOR_FOLDERS if (folder / name).is_dir()), None)
     if color is None or not (folder / "depth").is_dir():
@@ -347,6 +392,7 @@ def _find_pairs(folder: Path) -> tuple[list[tuple[Path, Path]], int]:
 
 
 def _check_unique_stems(images: list[Path]) -> None:
+    """Raise `SpearError` if two color images (1.jpg and 1.png) belong to one depth image."""
     by_stem = {path.stem: path for path in images}
     for path in images:
         image_of_stem = by_stem[path.stem]
@@ -357,13 +403,21 @@ def _check_unique_stems(images: list[Path]) -> None:
 
 
 def _get_number_and_name(pair: tuple[Path, Path]) -> tuple[int, str]:
+    """The key by which pairs are sorted: 2.jpg comes before 10.jpg, other names come first."""
     color, _ = pair
     number = int(color.stem) if color.stem.isdecimal() else -1
     return number, color.name
 
 
 def _read_scannet_names(folder: Path) -> dict[int, str] | None:
-    """Number in the instance images → name, from the scan's aggregation; None without one."""
+    """Read the names of a scan's instances from its aggregation file.
+
+    Returns:
+        The number of each instance in the instance images → its name; None if there is no
+        aggregation file. Parts of the room (`STRUCTURE_NAMES`) are left out.
+    """
+    # A scan may have several aggregations, such as NAME_vh_clean.aggregation.json. The shortest
+    # name is the scan's own.
     files = sorted(folder.glob("*.aggregation.json"), key=lambda path: len(path.name))
     if not files:
         return None
@@ -371,7 +425,8 @@ def _read_scannet_names(folder: Path) -> dict[int, str] | None:
     names = {}
     try:
         for group in content["segGroups"]:
-            names[int(group["objectId"]) + 1] = str(group["label"])
+            number = int(group["objectId"]) + 1  # 0 is the background of the instance images
+            names[number] = str(group["label"])
     except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise SpearError(
             f"{files[0]} is not an aggregation of ScanNet ({error}). Replace it."

@@ -1,17 +1,18 @@
-"""A folder of labels: begun, continued after any interruption, finished.
+"""Labeling into a folder, which can be continued after any interruption.
 
-    LABELS/labels-00000.parquet, …   labeled images (see `spear.labels.store`)
-    LABELS/skipped.parquet           skipped images: source, reason, and whether the reason may pass
+    LABELS/labels-00000.parquet, …   shards: files of labeled images (see `spear.labels.store`)
+    LABELS/skipped.parquet           skipped images: source, reason, and whether to retry them
     LABELS/run.json                  the settings, which every continuation must share
     LABELS/README.md                 dataset card with statistics
 
-Shard n is made from items n · shard_size … of the input, no matter how often the run was stopped.
-So a shard that exists is finished, and one that does not exist is made from its first item on. A
-shard's footer names the skipped images and contains a hash of the keys of its items, by which
-another input is refused, with the items' stamps and content hashes. A shard is made again if one of
-its images is another one by now; to see that, the images are read whose stamps have changed.
-`--retry-skipped` also makes the shards again in which images were skipped for a reason that may
-pass.
+Shard n is made from the input's items with indices n · shard_size to (n + 1) · shard_size - 1, no
+matter how often the run was interrupted. A shard's file appears only when the shard is finished. So
+a continuation makes only the missing shards, each from its first item on.
+
+A shard's footer contains a hash of its items' keys, the items' stamps and content hashes, and the
+skipped images. A continuation refuses an input whose keys differ. It makes a shard again if the
+content of one of its images has changed. To detect this, it reads the images whose stamps have
+changed. `--retry-skipped` also makes shards again in which a skipped image is worth a retry.
 """
 
 import dataclasses
@@ -60,28 +61,28 @@ from spear.util.run_settings import record_or_check_settings
 from spear.util.skipped_items import SkippedItems
 
 FOOTER_KEY = "spear.labels"
-"""Key in a shard's footer of a JSON object: `keys`, a hash of the keys of its items; `skipped`, a
-`SkippedImage` for each skipped image; `stamps` and `digests` (`PendingImage.content_hash`) of all
-items."""
+"""A shard's footer has a JSON object under this key. The object contains `keys` (a hash of the keys
+of the shard's items), `skipped` (a `SkippedImage` for each skipped image), `stamps` and `digests`
+(the stamp and the `PendingImage.content_hash` of each item)."""
 SETTINGS_FILE = "run.json"
 MAX_FAILED_FRACTION = 0.5
-"""The run stops when a larger fraction of the images fails; images without objects are no
-failures."""
-MIN_JUDGED_IMAGES = 200  # images to see before the fraction of an unfinished run is judged
+"""The run stops when a larger fraction of the images fails. Images without objects are skipped, but
+do not count as failures."""
+MIN_JUDGED_IMAGES = 200  # an unfinished run is not stopped before this many images were processed
 
 _SKIPPED_SCHEMA = pa.schema({"source": pa.string(), "reason": pa.string(), "retryable": pa.bool_()})
 
 
 @dataclasses.dataclass(frozen=True)
 class LabelingProgress:
-    """How far a run came.
+    """How many images of a run are done.
 
     Attributes:
-        num_total: Images in the input.
-        num_before: Images that earlier commands did.
-        num_done: Images that are done by now, skipped ones included.
-        num_skipped: Images that were skipped.
-        num_retryable: Skipped images whose reason may pass.
+        num_total: Number of images in the input.
+        num_before: Number of images that earlier commands labeled or skipped.
+        num_done: Number of images that all commands together labeled or skipped.
+        num_skipped: Number of images that all commands together skipped.
+        num_retryable: Number of skipped images that are worth a retry.
         rate: How fast this command was, in words.
     """
 
@@ -94,12 +95,12 @@ class LabelingProgress:
 
 
 class PreparedRun(NamedTuple):
-    """What `prepare_run` has found out.
+    """A run that is ready to start.
 
     Attributes:
-        factories: Make the three models.
-        items: The images behind the inputs, not listed yet.
-        settings: What the labels depend on, JSON-able.
+        factories: Functions that make the three models.
+        items: The items of the input. They are listed while you iterate.
+        settings: Everything that the labels depend on, as JSON values.
     """
 
     factories: ModelFactories
@@ -108,18 +109,18 @@ class PreparedRun(NamedTuple):
 
 
 def label_photos(options: LabelOptions, list_scenes: ListScenes | None = None) -> LabelingProgress:
-    """Label `options.photos` into `options.out`, or finish what was begun there.
+    """Label `options.photos` into the folder `options.out`, or continue an interrupted run there.
 
     Args:
         options: Options of the command.
-        list_scenes: As in `spear.labels.sources.list_items`.
+        list_scenes: Lists the scenes of `sim:` arguments (`spear.labels.sources.list_items`).
 
     Raises:
-        SpearError: An option has no effect, or as in `label_folder`.
+        SpearError: An option has no effect, or `label_folder` raises it.
     """
     run = prepare_run(options, list_scenes)
     work = options.work
-    max_side_px = options.max_size or None
+    max_side_px = options.max_size or None  # 0 keeps the size of all images
     engine: Engine
     if work.engine == "local":
         unused = list_changed_options(work, "replicas", "gpus")
@@ -133,15 +134,15 @@ def label_photos(options: LabelOptions, list_scenes: ListScenes | None = None) -
 
 
 def prepare_run(options: LabelOptions, list_scenes: ListScenes | None = None) -> PreparedRun:
-    """Check the options and find out what a run is made from; no model is loaded and no image read.
+    """Check the options and prepare a run, without loading a model or reading an image.
 
     Args:
         options: Options of the command.
-        list_scenes: As in `spear.labels.sources.list_items`.
+        list_scenes: Lists the scenes of `sim:` arguments (`spear.labels.sources.list_items`).
 
     Raises:
-        SpearError: A model is unknown, an option has no effect, or an input comes without the
-            ground truth that is asked for.
+        SpearError: A model is unknown, an option has no effect, or ground truth was chosen as a
+            model although an input has none.
     """
     factories = resolve_factories(options)
     inputs = [os.path.normpath(photo) for photo in options.photos]
@@ -157,7 +158,7 @@ def prepare_run(options: LabelOptions, list_scenes: ListScenes | None = None) ->
 
 
 def _check_ground_truth(options: LabelOptions, inputs: Sequence[str]) -> None:
-    """Raise `SpearError` where ground truth is asked for of an input that has none."""
+    """Raise `SpearError` if ground truth was chosen as a model although an input has none."""
     for role in ("detector", "segmenter", "pointmap"):
         if getattr(options, role) != GROUND_TRUTH:
             continue
@@ -170,16 +171,20 @@ def _check_ground_truth(options: LabelOptions, inputs: Sequence[str]) -> None:
 
 
 def _collect_settings(options: LabelOptions, inputs: Sequence[str]) -> dict[str, Any]:
-    """What the labels depend on, with hashes or stamps of the files that the models are made
-    from."""
+    """Collect everything that the labels depend on, to compare a continuation with its run.
+
+    This includes hashes of the annotation files, and stamps of the folders of weights, from which
+    the models are made.
+    """
     settings: dict[str, Any] = {"inputs": inputs, "vocabulary": options.vocabulary_names}
     for name in ("detector", "segmenter", "pointmap"):
         settings[name] = getattr(options, name)
-    # The keys of earlier versions, so that their folders can be continued.
+    # These keys are those of earlier versions, so that their folders can be continued.
     settings["size"] = options.max_size
     settings["rate"] = options.fps
     settings["per_episode"] = options.frames_per_episode
 
+    # In "file:PATH+gemini", the part before "+" names an annotation file.
     annotations = {}
     for description in (options.detector, options.segmenter):
         name, path = parse_description(description.partition("+")[0])
@@ -188,6 +193,7 @@ def _collect_settings(options: LabelOptions, inputs: Sequence[str]) -> dict[str,
     if annotations:
         settings["annotations"] = annotations
 
+    # In "NAME=PATH", PATH may be a folder of weights.
     for description in (options.detector, options.segmenter, options.pointmap):
         name, path = parse_description(description.rpartition("+")[2])
         if name != "file" and path and os.path.exists(path):
@@ -205,24 +211,24 @@ def label_folder(
     work: WorkOptions,
     retry_skipped: bool = False,
 ) -> LabelingProgress:
-    """Label items into a folder, or finish what was begun there.
+    """Label items into a folder, or continue an interrupted run there.
 
     Args:
-        items: The input; all of it is kept in memory, half a kilobyte for each image.
+        items: The input. All items are kept in memory, half a kilobyte for each image.
         out: The folder.
         engine: Labels batches of items.
-        settings: Everything that the labels depend on, JSON-able; recorded in run.json.
-        work: Its `shard_size`, on which memory does not depend, and `batch_size` are used.
-        retry_skipped: Whether to make shards again in which images were skipped for a reason that
-            may pass.
+        settings: Everything that the labels depend on, as JSON values; recorded in run.json.
+        work: Its `shard_size` and `batch_size` are used. A larger `shard_size` needs no more
+            memory.
+        retry_skipped: Whether to make shards again in which a skipped image is worth a retry.
 
     Returns:
-        How far the run came.
+        How many images are done.
 
     Raises:
-        SpearError: The folder is of another run, another process writes to it, or its input has
-            changed; there is no input; too many images fail; the disk is full. What is finished
-            stays, and the same call finishes the rest.
+        SpearError: The folder belongs to another run, another process writes to it, or the input
+            has changed; the input is empty; too many images fail; the disk is full. Finished shards
+            stay, so that the same call can continue the run.
     """
     shards = _split(list(items), work.shard_size)
     if not shards:
@@ -230,18 +236,19 @@ def label_folder(
     check_no_foreign_files(out, SETTINGS_FILE, "label")
 
     with acquire_run_lock(out, "labeling into", SETTINGS_FILE):
-        # Record the settings, or compare them with those of the run that is continued
-        has_labels = any(out.glob("labels-*.parquet"))  # a run that was refused has labeled nothing
+        # Record the settings, or compare them with those of the run that is continued. Settings
+        # of a run that was refused before it labeled anything may be overwritten.
+        has_labels = any(out.glob("labels-*.parquet"))
         all_settings = {"spear": spear.__version__, **settings, "shard_size": work.shard_size}
         record_or_check_settings(out / SETTINGS_FILE, all_settings, has_labels)
 
-        # See what earlier commands finished
+        # Find the shards that earlier commands finished.
         remove_temporary_files(out)
         skipped_by_shard = _find_finished_shards(out, shards, retry_skipped)
         if len(skipped_by_shard) < len(shards):
             remove_outdated_questions(out)
 
-        # Label the other shards
+        # Label the other shards.
         num_total = sum(len(shard) for shard in shards)
         num_before = sum(len(shards[number]) for number in skipped_by_shard)
         num_skipped_before = sum(len(skipped) for skipped in skipped_by_shard.values())
@@ -253,14 +260,15 @@ def label_folder(
         }
         batches = chain.from_iterable(open_shards.values())
         with monitor.bar, closing(engine(batches)) as results:
-            # Results are asked for shard by shard, so an engine without work never starts.
+            # The engine is a generator, so it starts only when the first result is requested. If
+            # all shards are finished, no model is loaded.
             for number, shard_batches in open_shards.items():
                 shard_path = out / f"labels-{number:05d}.parquet"
                 skipped_by_shard[number] = _label_shard(
                     shard_path, shards[number], shard_batches, results, monitor
                 )
 
-        # Describe the whole folder
+        # Describe the whole folder.
         skipped = []
         for number in sorted(skipped_by_shard):
             skipped += skipped_by_shard[number]
@@ -278,7 +286,14 @@ def label_folder(
 
 
 class _RunMonitor:
-    """Shows how far a run is, and ends it when too many images fail."""
+    """Shows the progress of a run, and stops the run when too many images fail.
+
+    Attributes:
+        num_total: Number of images in the input.
+        num_before: Number of images that earlier commands labeled or skipped.
+        num_skipped: Number of images that were skipped so far, by all commands.
+        bar: The progress bar; `bar.done` is the number of images that are done by now.
+    """
 
     def __init__(self, num_total: int, num_before: int, num_skipped: int) -> None:
         self.num_total = num_total
@@ -288,14 +303,18 @@ class _RunMonitor:
         self._failures = SkippedItems(MAX_FAILED_FRACTION, "images", patience=MIN_JUDGED_IMAGES)
 
     def record(self, labeled: LabeledBatch, num_images: int) -> None:
-        """Count a batch, repeat its notices, and raise `SpearError` when too many images have
-        failed."""
+        """Count the `num_images` images of a batch, and repeat the batch's notices.
+
+        Raises:
+            SpearError: Too many images have failed.
+        """
         for message in labeled.notices:
             notice(message)
         self.num_skipped += len(labeled.skipped)
         for source, reason, _ in labeled.skipped:
             if reason != NO_OBJECTS_REASON:
-                self._failures(reason if source in reason else f"{source}: {reason}")
+                has_source = source in reason
+                self._failures(reason if has_source else f"{source}: {reason}")
         self.bar.update(self.bar.done + num_images, f"{self.num_skipped:,} skipped")
         num_good = self.bar.done - self.num_before - len(self._failures.reasons)
         self._failures.check(num_good, finished=self.bar.done == self.num_total)
@@ -308,8 +327,18 @@ def _label_shard(
     results: Iterator[LabeledBatch],
     monitor: _RunMonitor,
 ) -> list[SkippedImage]:
-    """Write the labels of a shard, whose batches come next in `results`; returns its skipped
-    images."""
+    """Write the labels of a shard.
+
+    Args:
+        path: The shard's file.
+        shard: The shard's items.
+        batches: The same items, in batches.
+        results: The labeled batches of all shards; those of this shard come next.
+        monitor: Counts the batches.
+
+    Returns:
+        The skipped images of the shard.
+    """
     skipped: list[SkippedImage] = []
     content_hashes: list[str] = []
     with ParquetWriter(path, SCHEMA) as writer:
@@ -343,10 +372,18 @@ def _hash_keys(items: Sequence[Item]) -> str:
 def _find_finished_shards(
     out: Path, shards: Sequence[Sequence[Item]], retry_skipped: bool
 ) -> dict[int, list[SkippedImage]]:
-    """The numbers of the finished shards that stay as they are, with the skipped images of each.
+    """Find the shards that need not be made again.
+
+    Args:
+        out: The folder of the shards.
+        shards: The items of all shards of the run, whether finished or not.
+        retry_skipped: Whether shards are made again in which a skipped image is worth a retry.
+
+    Returns:
+        The number of each such shard → its skipped images.
 
     Raises:
-        SpearError: A shard is not of this run, or was made from other items.
+        SpearError: A file is not a shard of this run, or was made from other items.
     """
     finished = {}
     num_changed = 0
@@ -360,12 +397,12 @@ def _find_finished_shards(
             raise SpearError(
                 f"In {out}, the input has changed since {path.name} was made. Use another --out."
             )
-        num_changed_here = _count_changed_images(shards[number], footer)
+        num_changed_in_shard = _count_changed_images(shards[number], footer)
+        num_changed += num_changed_in_shard
         skipped = [SkippedImage(*fields) for fields in footer["skipped"]]
         is_retried = retry_skipped and any(image.retryable for image in skipped)
-        if num_changed_here == 0 and not is_retried:
+        if num_changed_in_shard == 0 and not is_retried:
             finished[number] = skipped
-        num_changed += num_changed_here
     if num_changed:
         notice(
             f"{format_count(num_changed, 'images')} changed since they were labeled into {out}. "
@@ -375,18 +412,25 @@ def _find_finished_shards(
 
 
 def _count_changed_images(shard: Sequence[Item], footer: Mapping[str, Any]) -> int:
-    """How many images of a finished shard are other ones by now. Those with the same stamp are not
-    read."""
+    """Count the images of a finished shard whose content has changed since they were labeled.
+
+    Only images whose stamp has changed are read; the others cannot have changed.
+
+    Args:
+        shard: The shard's items.
+        footer: The object that the shard's footer has under `FOOTER_KEY`.
+    """
     doubtful_items = []
-    hashes_then = []
+    old_hashes = []
     for item, stamp, content_hash in zip(shard, footer["stamps"], footer["digests"], strict=True):
         if item.stamp != stamp:
             doubtful_items.append(item)
-            hashes_then.append(content_hash)
+            old_hashes.append(content_hash)
     contents = read_contents(doubtful_items)
-    hashes_now = [hash_content(content) for content in contents]
-    return sum(now != then for now, then in zip(hashes_now, hashes_then, strict=True))
+    new_hashes = [hash_content(content) for content in contents]
+    return sum(new != old for new, old in zip(new_hashes, old_hashes, strict=True))
 
 
 def _split(items: Sequence[Item], size: int) -> list[Sequence[Item]]:
+    """Split items into consecutive groups of `size`; the last group may be smaller."""
     return [items[first : first + size] for first in range(0, len(items), size)]

@@ -1,11 +1,11 @@
-"""Everything that can be labeled, as items: photos and videos, robot episodes, RGB-D scenes, the
-simulator.
+"""Listing the images behind the arguments of `spear label`, as items (`spear.labels.inputs.Item`).
 
-    photos/  *.jpg  shard.tar  images.parquet  film.mp4  takes/     see `spear.labels.inputs`
-    runs/episodes  bridge_dataset/1.0.0  my_lerobot_dataset         frames spread over each robot
-    episode rgbd:scene0000_00                                               frames with measured
-    depth sim:10000-10499                                                 scenes with all ground
-    truth
+An argument names files, a dataset of robot episodes, an RGB-D scene or scenes of the simulator:
+
+    photos/  *.jpg  shard.tar  images.parquet  film.mp4  takes/    images and frames of videos
+    runs/episodes  bridge_dataset/1.0.0  my_lerobot_dataset        frames of robot episodes
+    rgbd:scene0000_00                                              frames with measured depth
+    sim:10000-10499                                                scenes with all ground truth
 """
 
 import os
@@ -20,12 +20,14 @@ from spear.labels.rgbd import RgbdScene
 from spear.types import Episode
 
 PREFERRED_CAMERA = "external"
-"""The camera of robot episodes that is labeled; the first by name where none has this name."""
+"""The camera of robot episodes whose images are labeled. In episodes without this camera, it is the
+first one in alphabetical order."""
 
 ListScenes = Callable[[range], Iterator[Item]]
-"""Seeds → the simulator's scenes of these seeds, as items."""
+"""Seeds → the simulator's scenes of these seeds, as items. The labels' room may not import the
+simulator, so the caller passes this function."""
 
-_open_scene = lru_cache(maxsize=1)(RgbdScene)
+_open_scene = lru_cache(maxsize=1)(RgbdScene)  # the scene that was opened last stays open
 
 
 def list_items(
@@ -35,20 +37,21 @@ def list_items(
     excluded_folder: Path | None = None,
     list_scenes: ListScenes | None = None,
 ) -> Iterator[Item]:
-    """List the images behind all arguments, one after the other; of equal ones only the first.
+    """List the images behind all arguments. An image that several arguments name is listed once.
 
     Args:
-        arguments: As in this module's docstring.
-        rate: Frames per second of video.
-        per_episode: Frames of each robot episode, spread evenly from its first to its last.
-        excluded_folder: A folder that is not entered: the folder of the labels may be among the
-            photos.
-        list_scenes: Lists the scenes of `sim:`; without it, such an argument is refused.
+        arguments: Files, folders, `rgbd:` and `sim:`, as in this module's docstring.
+        rate: How many frames per second of a video are listed.
+        per_episode: How many frames of each robot episode are listed. They are spread evenly from
+            the first to the last step.
+        excluded_folder: A folder that is ignored. Pass the folder of the labels, which may be
+            inside a folder of photos.
+        list_scenes: Lists the scenes of `sim:` arguments. Without it, they are refused.
 
     Raises:
         SpearError: There is nothing to label in an argument.
     """
-    # Files may have changed since an earlier listing in this process.
+    # Files may have changed since an earlier listing in this process: forget what was read.
     for cached in (_open_scene, _read_episode, read_row_group):
         cached.cache_clear()
 
@@ -65,11 +68,12 @@ def list_items(
                 if name in listed_names:
                     continue
                 listed_names.add(name)
-            # Parquet stores text, and names of files may be bytes that are no text.
+            # Parquet stores keys as valid Unicode, which names of files need not be.
             yield item._replace(key=item.key.encode(errors="backslashreplace").decode())
 
 
 def _list_simulated(argument: str, list_scenes: ListScenes | None) -> Iterator[Item]:
+    """List the scenes that a `sim:` argument names."""
     if list_scenes is None:
         raise SpearError(f"{argument} needs the simulator. Label it with `spear label`.")
     return list_scenes(parse_scene_seeds(argument, "sim"))
@@ -78,6 +82,7 @@ def _list_simulated(argument: str, list_scenes: ListScenes | None) -> Iterator[I
 def _list_recorded(
     path: str, rate: float, per_episode: int, excluded_folder: Path | None
 ) -> Iterator[Item]:
+    """List the images of an RGB-D scene, a dataset of robot episodes, or other files."""
     from spear.data.readers.formats import find_format
 
     if path.startswith("rgbd:"):
@@ -116,6 +121,7 @@ def parse_scene_seeds(argument: str, simulator: str) -> range:
 
 
 def _list_rgbd(folder: str) -> Iterator[Item]:
+    """List the frames of an RGB-D scene; an item's location is the index of its frame."""
     scene = _open_scene(folder)
     if scene.num_without_depth:
         notice(
@@ -127,7 +133,7 @@ def _list_rgbd(folder: str) -> Iterator[Item]:
 
 
 def read_rgbd(folder: str, indices: Sequence[int]) -> Iterator[Content]:
-    """Read frames of an RGB-D scene."""
+    """Read the frames of an RGB-D scene with these indices."""
     for index in indices:
         try:
             yield _open_scene(folder)[index]
@@ -136,6 +142,7 @@ def read_rgbd(folder: str, indices: Sequence[int]) -> Iterator[Content]:
 
 
 def _list_episodes(folder: str, per_episode: int) -> Iterator[Item]:
+    """List frames of a dataset of robot episodes; `read_episodes` describes their locations."""
     from spear.data.readers.formats import (
         count_episodes,
         find_format,
@@ -143,7 +150,7 @@ def _list_episodes(folder: str, per_episode: int) -> Iterator[Item]:
         open_dataset,
     )
 
-    has_splits = find_format(folder) != "store"
+    has_splits = find_format(folder) != "store"  # an episode store is not divided into splits
     stamp = fingerprint_dataset(open_dataset(folder))
     for split, num_episodes in count_episodes(folder).items():
         name = f"{folder}/{split}" if has_splits else folder
@@ -155,11 +162,12 @@ def _list_episodes(folder: str, per_episode: int) -> Iterator[Item]:
 
 
 def read_episodes(folder: str, locations: Sequence[tuple[str, int, int, int]]) -> Iterator[Content]:
-    """Read frames of a dataset of any format.
+    """Read frames of a dataset of robot episodes in any format.
 
     Args:
         folder: The dataset.
-        locations: (split, episode, number of the frame, frames per episode) of each frame.
+        locations: For each frame (split, index of the episode in the split, number of the frame
+            from 0, number of frames per episode).
     """
     for split, index, number, per_episode in locations:
         episode = _read_episode(folder, split, index)
@@ -176,14 +184,15 @@ def read_episodes(folder: str, locations: Sequence[tuple[str, int, int, int]]) -
         camera = PREFERRED_CAMERA
         if camera not in episode.images:
             camera = min(episode.images)
+        # Spread the frames evenly: the first is at step 0, the last at the last step.
         num_intervals = max(min(per_episode, num_steps) - 1, 1)
-        step = number * (num_steps - 1) // num_intervals  # the frames are spread evenly
+        step = number * (num_steps - 1) // num_intervals
         yield bytes(episode.images[camera][step])
 
 
 @lru_cache(maxsize=1)
 def _read_episode(folder: str, split: str, index: int) -> Episode | SpearError:
-    """An episode, or why it cannot be read."""
+    """Read an episode. If it cannot be read, return the error, so that it is cached as well."""
     from spear.data.readers import formats
 
     try:

@@ -1,7 +1,10 @@
-"""Parquet files, each written whole or not at all: shards of labeled images, and images with depth.
+"""Parquet files of labeled images (shards), and of images with depth.
 
-A shard has one row per image. Its column `image` is {bytes, path}, as Hugging Face `datasets` has
-it, and is marked as such. Rows are grouped by `ROWS_PER_GROUP`, the unit of random access.
+Files are written under a temporary name, so that an interruption never leaves half a file.
+
+A shard has one row per image. Its column `image` is {bytes, path}, which the file's metadata mark
+as an image for Hugging Face `datasets`. A row group, the smallest unit that can be read alone, has
+`ROWS_PER_GROUP` rows.
 """
 
 import json
@@ -20,10 +23,12 @@ from spear.types import Array, Box3D, LabeledImage, LabeledObject, Unit
 from spear.util.files import refuse_lfs_pointer, report_write_errors
 from spear.util.json_text import parse_json
 
-SKIPPED_FILE = "skipped.parquet"  # beside the shards in their folder
-QUESTIONS_FILE = "questions.parquet"  # beside the shards in their folder
+SKIPPED_FILE = "skipped.parquet"  # in the folder of the shards
+QUESTIONS_FILE = "questions.parquet"  # in the folder of the shards
 ROWS_PER_GROUP = 16
-DEPTH_STRIDE_PX = 4  # of stored depth: the head predicts cells of four pixels at nano's patch size
+DEPTH_STRIDE_PX = 4
+"""Depth is stored for every fourth pixel of every fourth row, because the depth head that is
+pretrained with it predicts one value for each 4 × 4 pixels at the patch size of the preset nano."""
 
 _VECTOR = pa.list_(pa.float32())
 _BOX_SHAPES = {"vertices": (8, 3), "center": (3,), "size": (3,), "rotation": (3, 3)}
@@ -52,11 +57,11 @@ SCHEMA = pa.schema(
     },
     metadata={"huggingface": json.dumps({"info": {"features": {"image": {"_type": "Image"}}}})},
 )
-"""Matrices are stored row by row; scores and provenance as JSON."""
+"""The columns of a shard. Matrices are stored row by row; scores and provenance as JSON."""
 
 
 def _list_columns_without_pixels() -> list[str]:
-    """All columns but those of images and masks, which take most of a shard."""
+    """All columns but those of images and masks, which take most of a shard's space."""
     columns = [name for name in SCHEMA.names if name not in ("image", "objects")]
     for field in _OBJECT:
         if field.name != "mask":
@@ -68,10 +73,11 @@ _COLUMNS_WITHOUT_PIXELS = _list_columns_without_pixels()
 
 
 class ParquetWriter:
-    """Writes a file under a temporary name beside `path`; `commit` gives it its name.
+    """Writes a Parquet file under a temporary name in the folder of `path`.
 
-    Used as a context, it removes the temporary file when `commit` was not reached. The bytes of the
-    file depend on its rows alone, not on how many `write` gets at a time.
+    `commit` renames the temporary file to `path`. At the end of a `with` block the writer removes
+    the temporary file if `commit` was not called. The bytes of the file depend only on its rows,
+    not on how many rows each call of `write` passes.
 
     Args:
         path: The file.
@@ -108,8 +114,10 @@ class ParquetWriter:
         self._buffer = self._buffer.slice(num_rows)
 
     def commit(self, metadata: Mapping[str, str] | None = None) -> None:
-        """Write the last rows, and `metadata` into the footer; then the file exists and is on the
-        disk."""
+        """Write the remaining rows, and `metadata` into the footer; then rename the file to `path`.
+
+        Afterwards the file is complete on the disk.
+        """
         if len(self._buffer):
             self._write_group(len(self._buffer))
         with report_write_errors(self.path):
@@ -124,7 +132,7 @@ class ParquetWriter:
         return self
 
     def __exit__(self, *_: object) -> None:
-        with suppress(OSError):  # on a full disk; the file is removed anyway
+        with suppress(OSError):  # closing fails on a full disk, but the file is removed anyway
             self._parquet.close()
         self._temporary.unlink(missing_ok=True)
 
@@ -174,10 +182,10 @@ def read_labels(path: str | Path, pixels: bool = True) -> Iterator[LabeledImage]
 
     Args:
         path: The shard or folder.
-        pixels: False leaves images and masks empty, which is faster.
+        pixels: Whether to read images and masks. Without them, reading is faster.
 
     Raises:
-        SpearError: There is no shard, or a broken one.
+        SpearError: The folder contains no shard, or a shard is broken.
 
     Example:
         >>> for label in read_labels("runs/labels"):  # doctest: +SKIP
@@ -190,43 +198,48 @@ def read_labels(path: str | Path, pixels: bool = True) -> Iterator[LabeledImage]
 
 
 def count_labels(path: str | Path) -> int:
-    """How many labels a shard or folder contains. Raises `SpearError` as `read_labels` does."""
+    """The number of labels in a shard, or in all shards of a folder.
+
+    Raises:
+        SpearError: The folder contains no shard, or a shard is broken.
+    """
     return sum(_open_shard(shard).metadata.num_rows for shard in find_shards(path))
 
 
 def select_labels(path: str | Path, max_images: int) -> list[LabeledImage]:
     """Read at most `max_images` labels, spread evenly over a shard or folder.
 
-    Only the row groups are read that contain them.
+    Only the row groups that contain these labels are read.
 
     Args:
         path: The shard or folder.
-        max_images: How many.
+        max_images: The largest number of labels to read.
 
     Raises:
-        SpearError: As in `read_labels`.
+        SpearError: The folder contains no shard, or a shard is broken.
     """
     num_labels = count_labels(path)
     num_selected = min(max_images, num_labels)
     selected_rows = [i * num_labels // num_selected for i in range(num_selected)]
     labels: list[LabeledImage] = []
-    first = 0  # row of the group, in all shards
+    # Rows are counted through all shards: a group contains the rows from `first` to `end` - 1.
+    first = 0
     for shard in find_shards(path):
         file = _open_shard(shard)
         for group in range(file.num_row_groups):
             end = first + file.metadata.row_group(group).num_rows
-            rows = [row - first for row in selected_rows if first <= row < end]
-            if rows:
-                labels += _read_group(shard, file, group, rows)
+            rows_in_group = [row - first for row in selected_rows if first <= row < end]
+            if rows_in_group:
+                labels += _read_group(shard, file, group, rows_in_group)
             first = end
     return labels
 
 
 def find_shards(path: str | Path) -> list[Path]:
-    """Find the shards of a folder, in order, or return the one shard that `path` is.
+    """Find the shards of a folder, in order. If `path` is a file, it is the only shard.
 
     Raises:
-        SpearError: There is none.
+        SpearError: The path does not exist, or the folder contains no shard.
     """
     path = Path(path)
     shards = []
@@ -252,7 +265,12 @@ def read_footer(path: Path, key: str) -> bytes | None:
 def explain_read_errors(
     path: Path, advice: str = "Delete it and label it again."
 ) -> Iterator[None]:
-    """Turn the errors of reading a Parquet file into a `SpearError` that ends in an advice."""
+    """In the `with` block, turn errors of reading a Parquet file into a `SpearError`.
+
+    Args:
+        path: The file, which the error names.
+        advice: The last sentence of the error.
+    """
     try:
         yield
     except (
@@ -268,6 +286,7 @@ def explain_read_errors(
 
 
 def _open_shard(path: Path) -> pq.ParquetFile:
+    """Open a shard; `SpearError` if the file is broken or lacks columns of a shard."""
     with explain_read_errors(path):
         file = pq.ParquetFile(path)
     missing = sorted(set(SCHEMA.names) - set(file.schema_arrow.names))
@@ -286,7 +305,15 @@ def _read_group(
     rows: Sequence[int] | None = None,
     pixels: bool = True,
 ) -> list[LabeledImage]:
-    """The labels of a row group, or of some of its rows."""
+    """Read the labels of a row group.
+
+    Args:
+        shard: The path of the shard, for error messages.
+        file: The opened shard.
+        group: The index of the row group.
+        rows: The indices, within the group, of the rows to read; None reads all rows.
+        pixels: Whether to read images and masks.
+    """
     columns = SCHEMA.names if pixels else _COLUMNS_WITHOUT_PIXELS
     with explain_read_errors(shard):
         table = file.read_row_group(group, columns=columns, use_threads=False)
@@ -300,6 +327,7 @@ def _flatten(values: Any) -> Array:
 
 
 def _unflatten(values: Any, *shape: int) -> Array:
+    """Make a float32 array of this shape from a flat list; `ValueError` if a number is missing."""
     array = np.array(values, np.float32).reshape(shape)
     if not np.isfinite(array).all():
         raise ValueError("a number is missing")
@@ -331,7 +359,11 @@ def _object_to_row(o: LabeledObject) -> dict[str, Any]:
 
 
 def _label_from_row(row: dict[str, Any]) -> LabeledImage:
-    """A label; `ValueError` where a part of it is missing or makes no sense."""
+    """Make a label from a row of a shard.
+
+    Raises:
+        ValueError: A part of the label is missing or makes no sense.
+    """
     values = {
         "image": row["image"]["bytes"] if "image" in row else b"",
         "intrinsics": np.array(row["intrinsics"], np.float64).reshape(3, 3),
@@ -367,15 +399,17 @@ def _object_from_row(row: dict[str, Any]) -> LabeledObject:
 
 
 DepthImages = list[tuple[bytes, Array]]
-"""Encoded images, each with its depth [h / DEPTH_STRIDE_PX, w / DEPTH_STRIDE_PX] float16,
+"""Pairs of an encoded image and its depth [h / DEPTH_STRIDE_PX, w / DEPTH_STRIDE_PX] float16,
 meters."""
 
 
 def write_images_with_depth(images: Iterable[tuple[bytes, Array | None]], path: Path) -> None:
-    """Write images with depth to one Parquet file, on which a small depth encoder is pretrained.
+    """Write images with depth to a Parquet file. A small depth encoder is pretrained on such files.
+
+    Only every `DEPTH_STRIDE_PX`-th row and column of the depth is stored.
 
     Args:
-        images: (encoded image, depth [h, w] in meters, 0 where unknown) pairs.
+        images: Pairs of an encoded image and its depth [h, w] in meters, 0 where unknown.
         path: The file.
 
     Raises:
@@ -385,6 +419,7 @@ def write_images_with_depth(images: Iterable[tuple[bytes, Array | None]], path: 
     middle = DEPTH_STRIDE_PX // 2
     for image, depth in images:
         assert depth is not None
+        # The middle pixel of each square of DEPTH_STRIDE_PX × DEPTH_STRIDE_PX pixels
         coarse = depth[middle::DEPTH_STRIDE_PX, middle::DEPTH_STRIDE_PX]
         coarse = np.ascontiguousarray(coarse, np.float16)
         height, width = coarse.shape
@@ -396,10 +431,10 @@ def write_images_with_depth(images: Iterable[tuple[bytes, Array | None]], path: 
 
 
 def read_depth(folder: Path) -> DepthImages:
-    """Read all images of a folder of files of `write_images_with_depth`.
+    """Read all images with depth of a folder, from files that `write_images_with_depth` wrote.
 
     Raises:
-        SpearError: There are none, or a file is broken.
+        SpearError: The folder contains no such file, or a file is broken.
     """
     files = sorted(folder.glob("*.parquet"))
     if not files:

@@ -1,4 +1,4 @@
-"""MoGe as the labeler's point-map model: images in, the 3D point of every pixel out."""
+"""MoGe as the point-map model of the labeling pipeline: it predicts the 3D point of every pixel."""
 
 from collections import defaultdict
 from collections.abc import Sequence
@@ -24,26 +24,26 @@ class MogePointMapModel:
 
     Args:
         model: The network; it is moved to the device.
-        name: Name of its weights, for the label's provenance.
-        device: As for `choose_device`.
+        name: Name of the network's weights, for the label's provenance.
+        device: "auto", or a device name of PyTorch (`choose_device`).
     """
 
     def __init__(
         self, model: MogeV1 | MogeV2, name: str = "random weights", device: str = "auto"
     ) -> None:
         torch_device = choose_device(device)
-        # mixed precision, as MoGe does
+        # Mixed precision, as in MoGe's own code
         self.dtype = torch.float16 if torch_device.type == "cuda" else torch.float32
         self.model = model.to(torch_device).eval()
         version = "moge-v1" if isinstance(model, MogeV1) else "moge-2"
         self.name = f"{version} {name}"
 
     def predict(self, frames: Sequence[Frame]) -> list[PointMapResult]:
-        """Predict the point map of each frame. Points that are not known are 0.
+        """Predict the point map of each frame. Unknown points are 0.
 
         Raises:
-            SpearError: The network cannot take an image, or no camera fits one, as when it knows no
-                point (the weights may be broken).
+            SpearError: The network cannot take an image, or no camera fits the points of an image.
+                The latter happens if no point is known, for example because of broken weights.
         """
         indices_by_shape: dict[tuple[int, ...], list[int]] = defaultdict(list)
         for index, frame in enumerate(frames):
@@ -51,14 +51,15 @@ class MogePointMapModel:
 
         results: dict[int, PointMapResult] = {}
         for indices in indices_by_shape.values():
-            pixels = np.stack([frames[index].image for index in indices])
-            images = torch.from_numpy(pixels).permute(0, 3, 1, 2)
+            pixels = np.stack([frames[index].image for index in indices])  # [n, h, w, 3]
+            images = torch.from_numpy(pixels).permute(0, 3, 1, 2)  # [n, 3, h, w]
             geometry = infer_geometry(self.model, images, dtype=self.dtype)
             for row, index in enumerate(indices):
                 results[index] = self._to_result(geometry, row, frames[index].source)
         return [results[index] for index in range(len(frames))]
 
     def _to_result(self, geometry: Geometry, row: int, source: str) -> PointMapResult:
+        """Convert image number `row` of a batch's geometry; `source` names the image in errors."""
         mask = geometry.mask[row] & geometry.points[row].isfinite().all(dim=-1)
         camera = geometry.intrinsics[row].double().cpu().numpy()
         if not (mask.any() and np.isfinite(camera).all() and camera[0, 0] > 0):

@@ -1,5 +1,7 @@
-"""What the networks of labeling need, before any download: their sizes, run on tensors without
-contents."""
+"""Estimates of the memory and time that the networks of labeling need, without downloading them.
+
+The networks run on fake tensors, which have shapes but no contents.
+"""
 
 from typing import Any, NamedTuple
 
@@ -13,14 +15,16 @@ from spear.models.weights.published import PUBLISHED
 
 
 class Resources(NamedTuple):
-    """What a network in float32 needs.
+    """What a network needs in float32.
+
+    Activations and operations are 0 if they depend on the contents of tensors, as with Grounding
+    DINO.
 
     Attributes:
-        parameters: How many parameters it has.
-        weights: Their bytes.
-        activations: The bytes of everything else at the fullest moment of a batch; 0 where only
-            real numbers would tell.
-        flops: Floating-point operations per image; 0 where only real numbers would tell.
+        parameters: Number of parameters.
+        weights: Memory of the parameters, in bytes.
+        activations: Largest memory of everything else while a batch is computed, in bytes.
+        flops: Floating-point operations per image.
     """
 
     parameters: int
@@ -30,7 +34,7 @@ class Resources(NamedTuple):
 
     def __str__(self) -> str:
         activations = "not known before it runs"
-        if self.flops:
+        if self.flops:  # 0 if they were not estimated
             activations = f"{self.activations / 2**30:.2f} GiB"
         return (
             f"{self.parameters / 1e6:.0f} M parameters, {self.weights / 2**30:.2f} GiB, "
@@ -43,12 +47,12 @@ def estimate_resources(name: str, batch_size: int, width_px: int, num_names: int
 
     Args:
         name: Name of the network in `PUBLISHED`.
-        batch_size: Images at a time.
+        batch_size: Number of images in a batch.
         width_px: Width of each image.
-        num_names: How many names are looked for.
+        num_names: Number of names in the vocabulary, for detectors.
     """
     network = PUBLISHED[name].build().eval()
-    # PyTorch's counter does not know the attention of a CPU.
+    # PyTorch's counter has no formula for the attention kernel of CPUs.
     attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
     counter = FlopCounterMode(display=False, custom_mapping={attention: _count_attention_flops})
     with FakeTensorMode(), MemoryMeter() as meter, counter, torch.inference_mode():
@@ -58,8 +62,9 @@ def estimate_resources(name: str, batch_size: int, width_px: int, num_names: int
             _run_moge(network, batch_size, width_px)
         elif name == "sam2":
             _run_sam2(network, batch_size)
-        elif name == "owlv2":  # Grounding DINO's code depends on the values of its tensors
+        elif name == "owlv2":
             _run_owlv2(network, batch_size, num_names)
+        # Grounding DINO is not run, because its code depends on the contents of tensors.
     return Resources(
         parameters=sum(weight.numel() for weight in network.parameters()),
         weights=weights_bytes,
@@ -73,16 +78,19 @@ def _count_attention_flops(query: Any, key: Any, value: Any, *_: Any, **__: Any)
 
 
 def _run_moge(network: Any, batch_size: int, width_px: int) -> None:
-    images = torch.zeros(batch_size, 3, width_px * 3 // 4, width_px)
+    height_px = width_px * 3 // 4
+    images = torch.zeros(batch_size, 3, height_px, width_px)
     network(images, network.max_tokens)
 
 
 def _run_sam2(network: Any, batch_size: int) -> None:
+    """Encode the batch, then decode the masks of the most boxes that one call gets per image."""
     side_px = network.config.prompt_encoder_config.image_size
-    levels = network.get_image_embeddings(torch.zeros(batch_size, 3, side_px, side_px))
-    for row in range(batch_size):
+    images = torch.zeros(batch_size, 3, side_px, side_px)
+    levels = network.get_image_embeddings(images)  # feature maps of several sizes, each [batch, …]
+    for index in range(batch_size):
         network(
-            image_embeddings=[level[row : row + 1] for level in levels],
+            image_embeddings=[level[index : index + 1] for level in levels],
             input_boxes=torch.zeros(1, MAX_BOXES_PER_CALL, 4),
             multimask_output=False,
         )
@@ -91,6 +99,7 @@ def _run_sam2(network: Any, batch_size: int) -> None:
 def _run_owlv2(network: Any, batch_size: int, num_names: int) -> None:
     side_px = network.config.vision_config.image_size
     max_tokens = network.config.text_config.max_position_embeddings
+    # Each image has one prompt per name.
     token_ids = torch.zeros(batch_size * num_names, max_tokens, dtype=torch.long)
     network(
         pixel_values=torch.zeros(batch_size, 3, side_px, side_px),
