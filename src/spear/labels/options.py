@@ -1,4 +1,7 @@
-"""The options of labeling, and of asking questions about labels."""
+"""The options of the commands `spear label` and `spear questions`.
+
+The text below an option is its help.
+"""
 
 from pathlib import Path
 from typing import Annotated, Literal

@@ -1,6 +1,6 @@
-"""Recording the scripted expert's demonstrations into a store of episodes.
+"""Recording the scripted expert's demonstrations into an episode store.
 
-After a kill at any moment, the same call continues.
+If the process is killed, the same call continues the recording.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -29,11 +29,18 @@ from spear.util.progress import ProgressBar, track_progress
 from spear.util.run_lock import acquire_run_lock
 from spear.util.run_settings import record_or_check_settings
 
-SETTINGS_FILE = ".recorded.json"  # what the demonstrations depend on that no episode says
+SETTINGS_FILE = ".recorded.json"
+"""The settings on which the demonstrations depend and which the episodes themselves do not contain:
+the simulator's version and the intervening policy."""
 
 
 class _Progress(NamedTuple):
-    """How many demonstrations a store has, and how many sources were tried for them."""
+    """The progress of a recording.
+
+    Attributes:
+        num_recorded: Number of demonstrations in the store.
+        num_tried: Number of episodes that were tried, including those in which the expert failed.
+    """
 
     num_recorded: int
     num_tried: int
@@ -51,24 +58,25 @@ def record_demonstrations(  # noqa: PLR0913  the options of its command
 ) -> tuple[int, int]:
     """Record demonstrations of task families with the scripted expert.
 
-    The same call, or one with more episodes, continues behind the last shard that was written.
+    The same call, or one with more episodes, continues after the last shard that was written.
 
     Args:
-        out: The folder of the store.
+        out: The folder of the episode store.
         families: The task families; all if empty.
-        episodes_per_family: How many demonstrations to try of each family.
+        episodes_per_family: How many demonstrations to try in each task family.
         first_seed: The seed of the first scene.
         image_sizes: Camera ("external", "wrist") → (width, height) of its images, in pixels.
         workers: The number of processes.
-        policy: Takes turns with the expert; its steps are masked (`spear.sim.record`).
-        world: The surroundings of the scenes, see `spear.sim.worlds`.
+        policy: A policy that takes turns with the expert. The action mask excludes the policy's
+            steps (`spear.sim.record`).
+        world: The surroundings of the scenes (`spear.sim.worlds`).
 
     Returns:
         How many demonstrations succeeded, and how many were tried.
 
     Raises:
-        SpearError: Before anything is written, for an unknown family, scenes held out for testing,
-            or a folder with other demonstrations.
+        SpearError: A task family is unknown, scenes are held out for testing, or the folder has
+            other demonstrations. Nothing is written then.
     """
     check_known("task family", FAMILIES, *families)
     check_training_seed(first_seed)
@@ -95,7 +103,7 @@ def record_demonstrations(  # noqa: PLR0913  the options of its command
 
 
 def check_training_seed(first_seed: int) -> None:
-    """Raise SpearError for scenes that are held out for testing."""
+    """Raise SpearError if scenes from this seed on include some that are held out for testing."""
     if first_seed < FIRST_TRAIN_SEED:
         raise SpearError(
             f"--first-seed {first_seed}: below {FIRST_TRAIN_SEED} are scenes kept for testing"
@@ -111,16 +119,18 @@ def record_successes(
     simulator_version: str,
     shard_size: int = 256,
 ) -> tuple[int, int]:
-    """Record episodes, and write the successful ones.
+    """Record episodes, and write the successful ones to an episode store.
 
     Args:
-        out: The folder of the store.
-        sources: The names of the episodes, in order.
-        record_from: Records the episodes from a number on.
+        out: The folder of the episode store.
+        sources: The sources (names) of all episodes to try, in order.
+        record_from: Index of an episode in `sources` → the episodes from this one on, recorded
+            while you iterate.
         image_sizes: Camera → (width, height) of its images, in pixels.
-        policy: The policy that intervenes, if any.
-        simulator_version: What identifies the simulator, and what it renders.
-        shard_size: How many episodes are written at once. A kill loses fewer of a smaller number.
+        policy: The policy that takes turns with the expert, if any.
+        simulator_version: A text that changes whenever the simulator renders other images.
+        shard_size: How many episodes a shard contains. If the process is killed, the episodes of
+            the unfinished shard are lost.
 
     Returns:
         How many demonstrations succeeded, and how many were tried.
@@ -147,9 +157,16 @@ def record_successes(
 def _read_progress(
     out: Path, sources: Sequence[str], image_sizes: Mapping[str, ImageSize]
 ) -> _Progress:
-    """Read how many of these demonstrations a store has. Raises SpearError for any others."""
+    """Find out how many of the episodes `sources` were tried and how many are in the store.
+
+    Raises:
+        SpearError: The store has other demonstrations, or images of other sizes.
+    """
     store = EpisodeStore(out)
     positions = {source: position for position, source in enumerate(sources)}
+
+    # The store has the sources of successful episodes, in the same order. Episodes up to the last
+    # one in the store were tried.
     last_position = -1
     for index in range(len(store)):
         position = positions.get(store.source(index), -1)
@@ -167,7 +184,7 @@ def _read_progress(
 
 def _check_image_size(store: EpisodeStore, out: Path, camera: str, size: ImageSize) -> None:
     """Raise SpearError if a store's images of a camera have another size."""
-    encoded = store.image(0, 0, camera)
+    encoded = store.image(0, 0, camera)  # of the first step of the first episode
     stored_size = None
     if encoded is not None:
         height, width = decode_image(encoded, store.source(0)).shape[:2]

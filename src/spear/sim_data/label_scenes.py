@@ -1,9 +1,12 @@
-"""Labels simulated scenes: the labeler at work, with the simulator's ground truth as its three
-models.
+"""Labeling simulated scenes, with the simulator's ground truth instead of the three models.
 
-`label_scenes` writes a folder with `external/` and `wrist/` (shards of `spear.labels.store`) and
-the same two under `depth/` (images with metric depth, on which the encoder is pretrained).
-`list_scenes` and `read_scenes` make scenes one more kind of input of `spear label`, as
+A view is one of the cameras that see a scene: "external" or "wrist". `label_scenes` writes a folder
+that contains, for each view, the subfolder `VIEW/` (shards of labels, `spear.labels.store`) and the
+subfolder `depth/VIEW/` (images with metric depth, on which a depth encoder is pretrained).
+
+The scenes are divided into jobs. A job writes one shard of each view.
+
+`list_scenes` and `read_scenes` let `spear label` label scenes as one more kind of input,
 `sim:SEED-SEED`.
 """
 
@@ -33,33 +36,35 @@ from spear.util.progress import ProgressBar
 from spear.util.run_lock import acquire_run_lock
 from spear.util.run_settings import record_or_check_settings
 
-IMAGE_SIZE_PX = (840, 630)  # width and height of `sim:` images: the size at which the paper labeled
+IMAGE_SIZE_PX = (840, 630)  # width, height of `sim:` images; the paper labeled images of this size
 MAX_SCENES_PER_JOB = 32
 NUM_INSTRUCTION_SCENES = 2000  # scenes from which the instructions are collected
 INSTRUCTIONS_FILE = "wording.txt"
-"""The simulator's instructions. The file is written first and marks a folder of scene labels."""
+"""The file of the simulator's instructions. It is written first, so a folder that contains it is a
+folder of scene labels."""
 
 Size = tuple[int, int]
 """Width and height of an image, in pixels."""
 SceneJob = tuple[str, range]
-"""The kind of some scenes, and their seeds."""
+"""The kind of a job's scenes (what kinds there are depends on the simulator), and their seeds."""
 RenderScenes = Callable[[SceneJob], Iterator[tuple[str, list[Frame]]]]
-"""A job → each view, with its frames of the scenes. Must be picklable: it runs in other
-processes."""
+"""A job → (view, frames of the job's scenes) for each view. The function must be picklable, because
+it runs in other processes."""
 LabelFrames = Callable[[Iterator[Frame]], Iterator[LabeledImage]]
-"""Frames with ground truth → a label for each, in order. Must be picklable: it runs in other
-processes."""
+"""Frames with ground truth → a label for each frame, in order. The function must be picklable,
+because it runs in other processes."""
 
 
 @dataclass(frozen=True)
 class SceneSource:
-    """A simulator, as far as labeling its scenes goes.
+    """What labeling needs of a simulator.
 
     Attributes:
         render: Renders the scenes of one job.
-        views: The names of the views that `render` gives.
-        settings: What the labels depend on, JSON-able. A continued run must have the same.
-        collect_instructions: Returns the texts for `INSTRUCTIONS_FILE`.
+        views: The names of the views that `render` yields.
+        settings: Everything that the labels depend on, as JSON values. A continued run must have
+            the same settings.
+        collect_instructions: Returns the instructions for `INSTRUCTIONS_FILE`.
     """
 
     render: RenderScenes
@@ -69,13 +74,18 @@ class SceneSource:
 
 
 def list_scenes(seeds: range) -> Iterator[Item]:
-    """The scenes of these seeds as items of `spear.labels.sources.list_items`."""
+    """List the scenes of these seeds as items, for `spear.labels.sources.list_items`."""
     for seed in seeds:
         yield Item(f"sim:{seed}", read_scenes, "", seed)
 
 
 def read_scenes(path: str, seeds: Sequence[int]) -> Iterator[Content]:
-    """Render clutter scenes with the external camera; scenes are in no file, so `path` is empty."""
+    """Render clutter scenes (many objects, no task), seen by the external camera.
+
+    Args:
+        path: Empty, because a scene is in no file. A reader of items must have this argument.
+        seeds: The scenes' seeds.
+    """
     from spear.sim.render import render_clutter_frame
 
     for seed in seeds:
@@ -92,28 +102,32 @@ def label_scenes(  # noqa: PLR0913  the options of its command
     world: str = "default",
     shows_robot: bool = True,
 ) -> int:
-    """Label clutter scenes, one image per view; more scenes continue where fewer ended.
+    """Label clutter scenes, one image per view.
+
+    A later call with more scenes continues where this one ended.
 
     Args:
         out: Folder to write to.
         num_scenes: How many scenes to label.
-        sizes: View ("external", "wrist") → width and height, in pixels.
-        first_seed: Seed of the first scene; the others follow it.
-        workers: As in `label_scene_jobs`.
-        label_frames: As in `label_scene_jobs`.
-        world: The surroundings of the scenes, see `spear.sim.worlds`.
+        sizes: View ("external", "wrist") → width and height of its images, in pixels.
+        first_seed: Seed of the first scene; the other scenes have the seeds that follow.
+        workers: Number of processes that label; with fewer than two, this process labels.
+        label_frames: Labels frames.
+        world: The surroundings of the scenes (`spear.sim.worlds`).
         shows_robot: Whether the images show the robot's arm.
 
     Returns:
         The number of images in the folder.
 
     Raises:
-        SpearError: As in `label_scene_jobs`; or there is no such world.
+        SpearError: The world does not exist, or the folder has other files or labels of other
+            settings.
     """
     from spear.sim.world import SIMULATOR_VERSION
     from spear.sim.worlds import DEFAULT, validate_world
 
     validate_world(world)
+    # Defaults are not recorded, so that folders of older versions can be continued.
     settings = {"first_seed": first_seed, "sizes": dict(sizes), "simulator": SIMULATOR_VERSION}
     if world != DEFAULT:
         settings["world"] = world
@@ -131,7 +145,7 @@ def label_scenes(  # noqa: PLR0913  the options of its command
 
 
 def split_into_jobs(kind: str, seeds: range, max_scenes: int) -> list[SceneJob]:
-    """Divide scenes of a kind into jobs of at most `max_scenes`."""
+    """Divide the scenes of one kind into jobs of at most `max_scenes` scenes."""
     return [(kind, seeds[i : i + max_scenes]) for i in range(0, len(seeds), max_scenes)]
 
 
@@ -142,22 +156,20 @@ def label_scene_jobs(
     workers: int = 2,
     label_frames: LabelFrames = label_with_ground_truth,
 ) -> int:
-    """Label simulated scenes. An interrupted run keeps its finished jobs and continues with the
-    others.
+    """Label simulated scenes. If a run is interrupted, the next call makes only the missing jobs.
 
     Args:
         out: Folder to write to.
         jobs: The scenes.
-        simulator: Where they come from.
-        workers: Processes that label; with fewer than two, this process does.
-        label_frames: How frames are labeled. The depth images are ground truth in any case.
+        simulator: The simulator of the scenes.
+        workers: Number of processes that label; with fewer than two, this process labels.
+        label_frames: Labels frames. The depth images contain ground truth in any case.
 
     Returns:
         The number of images in the folder.
 
     Raises:
-        SpearError: The folder holds other files or labels of other settings. Nothing is written
-            then.
+        SpearError: The folder has other files or labels of other settings. Nothing is written then.
     """
     views = simulator.views
     num_scenes = _count_scenes(jobs)
@@ -165,7 +177,7 @@ def label_scene_jobs(
     advice = "use fewer --workers, and run the same command again"
 
     with acquire_run_lock(out, "labelling into", INSTRUCTIONS_FILE, "run.json"):
-        # The files that mark the folder as one of scene labels, with these settings
+        # Mark the folder as one of scene labels, and record or compare the settings.
         if not (out / INSTRUCTIONS_FILE).is_file():
             write_text(
                 out / INSTRUCTIONS_FILE,
@@ -175,7 +187,7 @@ def label_scene_jobs(
         settings = {"spear": spear.__version__, **simulator.settings}
         record_or_check_settings(out / "run.json", settings, has_labels)
 
-        # What an earlier run has finished, and what it left behind
+        # Clean up after an earlier run, and find the jobs that it did not finish.
         for view in views:
             remove_temporary_files(out / view)
             remove_temporary_files(out / "depth" / view)
@@ -188,7 +200,7 @@ def label_scene_jobs(
             for view in views:
                 remove_outdated_questions(out / view)
 
-        # Label the other jobs
+        # Label the scenes of these jobs.
         num_finished = num_scenes - _count_scenes(job for _, job in open_jobs)
         bar = ProgressBar("labelling", num_scenes, "scenes", num_finished)
         label_job = partial(_label_job, out, simulator.render, label_frames)
@@ -201,15 +213,19 @@ def label_scene_jobs(
 
 
 def collect_instructions() -> list[str]:
-    """The instructions that the simulator gives, sorted, for the vocabulary of a small
-    tokenizer."""
+    """Collect the instructions of the simulator's tasks, sorted.
+
+    A small tokenizer gets its vocabulary from them.
+    """
     from spear.sim.scene import FAMILIES, sample_scene
 
+    # Random scenes of training, of all task families in turn
     end = FIRST_TRAIN_SEED + 1_000_000
     seeds = np.random.default_rng(0).integers(FIRST_TRAIN_SEED, end, NUM_INSTRUCTION_SCENES)
     instructions = set()
     for i, seed in enumerate(seeds):
-        instructions.add(sample_scene(FAMILIES[i % len(FAMILIES)], int(seed)).instruction)
+        family = FAMILIES[i % len(FAMILIES)]
+        instructions.add(sample_scene(family, int(seed)).instruction)
     return sorted(instructions)
 
 
@@ -218,11 +234,12 @@ def _count_scenes(jobs: Iterable[SceneJob]) -> int:
 
 
 def _get_shard(out: Path, view: str, index: int) -> Path:
+    """The shard of job number `index` for a view."""
     return out / view / f"labels-{index:05d}.parquet"
 
 
 def _is_finished(out: Path, views: Sequence[str], index: int, job: SceneJob) -> bool:
-    """Whether the shards of a job contain all its scenes, in every view."""
+    """Whether the shards of job number `index` contain all scenes of the job, for every view."""
     _, seeds = job
     for view in views:
         shard = _get_shard(out, view, index)
@@ -234,15 +251,25 @@ def _is_finished(out: Path, views: Sequence[str], index: int, job: SceneJob) -> 
 def _label_job(
     out: Path, render: RenderScenes, label_frames: LabelFrames, numbered_job: tuple[int, SceneJob]
 ) -> int:
-    """Label the scenes of the numbered job into the shards of its number; returns the number of
-    scenes."""
+    """Label the scenes of a job, and write its shards.
+
+    Args:
+        out: Folder to write to.
+        render: Renders the scenes of a job.
+        label_frames: Labels frames.
+        numbered_job: The number of the job, which names the shards, and the job.
+
+    Returns:
+        The number of scenes.
+    """
     index, job = numbered_job
     for view, frames in render(job):
         labels = list(label_frames(iter(frames)))
         pairs = zip(labels, frames, strict=True)
         depth = [(label.image, frame.depth) for label, frame in pairs]
         write_images_with_depth(depth, out / "depth" / view / f"depth-{index:05d}.parquet")
-        write_labels(labels, _get_shard(out, view, index))  # last: this finishes the view
+        # Write the labels last, because a job with labels counts as finished.
+        write_labels(labels, _get_shard(out, view, index))
     _, seeds = job
     return len(seeds)
 
@@ -250,7 +277,17 @@ def _label_job(
 def _render_clutter(
     sizes: Mapping[str, Size], world: str, shows_robot: bool, job: SceneJob
 ) -> Iterator[tuple[str, list[Frame]]]:
-    """The frames of clutter scenes of the embedded simulator."""
+    """Render the clutter scenes of a job in the embedded simulator.
+
+    Args:
+        sizes: View → width and height of its images, in pixels.
+        world: The surroundings of the scenes.
+        shows_robot: Whether the images show the robot's arm.
+        job: The job.
+
+    Yields:
+        Each view with its frames of all scenes.
+    """
     from spear.sim.render import render_frame
     from spear.sim.scene import clutter_scene
     from spear.sim.world import World

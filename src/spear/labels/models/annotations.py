@@ -1,6 +1,6 @@
-"""Detector and segmenter that read annotations: COCO's JSON, or Ego-Exo4D's relations.
+"""A detector and a segmenter that read annotations from COCO's JSON or Ego-Exo4D's relations.
 
-Where a file does not know an image, or knows no mask of an object, another model can take over.
+If the file lacks an image, or the mask of an object, a second model can label it.
 """
 
 import contextlib
@@ -31,14 +31,16 @@ from spear.types import Array, Frame
 from spear.util.files import read_json
 from spear.util.json_text import MAX_ANNOTATIONS_BYTES
 
-MIN_MATCH_IOU = 0.5  # of a detection with the annotation whose mask it gets
-MIN_MASK_INSIDE = 0.5  # fraction of a mask that its box must contain
-MIN_BOX_IOU = 0.25  # of a box with the tight one of its mask
-MAX_BOX_ERROR_PX = 2.0  # by which boxes and masks always agree, however small they are
-MAX_NAMED_ENTRIES = 3  # of a file that cannot be used; the others are only counted
+MIN_MATCH_IOU = 0.5  # a detection gets an annotation's mask only if their boxes overlap more
+MIN_MASK_INSIDE = 0.5  # an annotated box must contain at least this fraction of its mask
+MIN_BOX_IOU = 0.25  # an annotated box must overlap the tight box of its mask at least this much
+MAX_BOX_ERROR_PX = 2.0
+"""An annotated box that differs by at most this from the tight box of its mask always passes. The
+fractions above would be too strict for very small objects."""
+MAX_NAMED_ENTRIES = 3  # a notice names at most so many unusable entries, and counts the others
 
 _ENTRY_ERRORS = (LookupError, TypeError, ValueError, AttributeError, OverflowError)
-"""What reading an entry of a file raises that is not as it should be."""
+"""The errors that reading a malformed entry of a file raises."""
 
 OutlineDecoder = Callable[[int, int], Array]
 """(height, width) → mask [height, width] bool."""
@@ -48,13 +50,15 @@ OutlineDecoder = Callable[[int, int], Array]
 class Annotation:
     """One annotated object.
 
+    The image that is labeled may be a resized version of the image that was annotated.
+
     Attributes:
-        name: What it is.
-        box2d: [4] x0, y0, x1, y1 in pixels of the image as annotated; None for the tight box of the
-            mask.
-        size: (height, width) of the image as annotated.
-        decode_outline: Makes its mask; None when only the box is annotated.
-        score: 0 … 1.
+        name: What the object is, in words.
+        box2d: [4] x0, y0, x1, y1 in pixels of the annotated image; None for the tight box around
+            the mask.
+        size: (height, width) of the annotated image.
+        decode_outline: Makes the object's mask; None if only a box was annotated.
+        score: The annotator's confidence, 0 to 1.
     """
 
     name: str
@@ -64,11 +68,12 @@ class Annotation:
     score: float = 1.0
 
     def box_in(self, height: int, width: int) -> Array:
-        """The box [4] float32 in pixels of an image of this size, clipped to it; zeros for an empty
-        mask.
+        """The box [4] float32 in pixels of an image of this size, clipped to the image.
+
+        It consists of zeros if only a mask was annotated and that is empty.
 
         Raises:
-            SpearError: As in `mask_in`.
+            SpearError: The annotated image has another aspect, or the mask is broken.
         """
         if self.box2d is None:
             mask = self.mask_in(height, width)
@@ -76,29 +81,31 @@ class Annotation:
         rows, columns = self._get_checked_size(height, width)
         scale_x = width / columns
         scale_y = height / rows
-        box = self.box2d * np.array([scale_x, scale_y, scale_x, scale_y])
+        scale = np.array([scale_x, scale_y, scale_x, scale_y])
+        box = self.box2d * scale
         return clip_boxes(box, height, width)
 
     def mask_in(self, height: int, width: int) -> Array | None:
-        """The mask [height, width] bool in an image of this size (nearest pixel); None without an
-        outline.
+        """The mask [height, width] bool in an image of this size; None if only a box was annotated.
 
         Raises:
-            SpearError: The annotation is for an image of another shape, or its mask is broken.
+            SpearError: The annotated image has another aspect, or the mask is broken.
         """
         if self.decode_outline is None:
             return None
         rows, columns = self._get_checked_size(height, width)
-        return resize_nearest(self.decode_outline(rows, columns), height, width)
+        mask = self.decode_outline(rows, columns)
+        return resize_nearest(mask, height, width)
 
     def check_box(self) -> None:
-        """Check that the box is around the mask, as far as both are annotated.
+        """If both box and mask are annotated, check that the box fits the mask.
 
-        The box may be larger, because some annotate what is hidden as well.
+        The box may be larger than the mask, because some annotators include the hidden parts of an
+        object in its box.
 
         Raises:
-            SpearError: Most of the mask is outside the box, the mask fills very little of it, or
-                the box is in corners instead of x, y, width, height.
+            SpearError: Most of the mask is outside the box, the box is much larger than the mask,
+                or the file has the box as corners instead of x, y, width, height.
         """
         if self.box2d is None or self.decode_outline is None:
             return
@@ -116,7 +123,10 @@ class Annotation:
             return
         x0, y0 = np.floor(box[:2]).astype(int)
         x1, y1 = np.ceil(box[2:]).astype(int)
-        fraction_inside = np.count_nonzero(mask[y0:y1, x0:x1]) / np.count_nonzero(mask)
+        num_inside = np.count_nonzero(mask[y0:y1, x0:x1])
+        fraction_inside = num_inside / np.count_nonzero(mask)
+        # If the file has x1, y1 in place of width and height, the box that was read from it is
+        # x1 wide and y1 high, where x1 and y1 are those of the mask.
         extent = self.box2d[2:] - self.box2d[:2]
         has_corners = np.abs(extent - mask_box[2:]).max() <= MAX_BOX_ERROR_PX
         overlap = compute_iou_2d(box, mask_box)
@@ -128,7 +138,11 @@ class Annotation:
             )
 
     def _get_checked_size(self, height: int, width: int) -> tuple[int, int]:
-        """The size of the image as annotated, if an image of the given size has its shape."""
+        """The (height, width) of the annotated image.
+
+        Raises:
+            SpearError: An image of size `height` × `width` has another aspect.
+        """
         rows, columns = self.size
         if not have_same_aspect((height, width), self.size):
             raise SpearError(
@@ -143,8 +157,8 @@ def _format_box(box: Array) -> str:
 
 
 FindAnnotations = Callable[[str], list[Annotation] | None]
-"""Source of an image (see `Frame`) → its annotations; None for an image that is not known.
-`SpearError` for a source that fits several images."""
+"""Source of an image (`Frame.source`) → the image's annotations; None if the file lacks the image.
+It raises `SpearError` if the source fits several images of the file."""
 
 
 @dataclass(frozen=True)
@@ -160,11 +174,11 @@ class Annotations:
     find: FindAnnotations
 
     def find_in_frame(self, frame: Frame) -> list[Annotation] | None:
-        """Find the annotations of an image.
+        """Find the annotations of an image; None if the file lacks the image.
 
         Raises:
-            SpearError: Nobody can tell whether the image was annotated as it is stored or turned by
-                its EXIF.
+            SpearError: The image's EXIF data turn it, so it is unknown whether annotations are for
+                the stored or for the turned image.
         """
         annotations = self.find(frame.source)
         if annotations and frame.is_turned:
@@ -180,7 +194,7 @@ class FileDetector:
 
     Args:
         annotations: The file.
-        second: Detector for the images that the file does not know; without one they are a
+        second: Detector for images that the file lacks. Without it, such images raise
             `SpearError`.
     """
 
@@ -191,14 +205,17 @@ class FileDetector:
         self.bill: Callable[[], str] = getattr(second, "bill", str)
 
     def detect(self, frames: Sequence[Frame]) -> list[list[Detection]]:
-        """The annotated objects of each image, in the file's order, without those with an empty
-        box."""
+        """Return the annotated objects of each image, in the file's order.
+
+        Objects with an empty box are left out.
+        """
         annotations_of_frames = [self.annotations.find_in_frame(frame) for frame in frames]
         unknown_frames = []
         for frame, annotations in zip(frames, annotations_of_frames, strict=True):
             if annotations is None:
                 unknown_frames.append(frame)
 
+        # Detect objects in the images that the file lacks.
         second_results: Iterator[list[Detection]] = iter(())
         if unknown_frames:
             if self.second is None:
@@ -208,6 +225,7 @@ class FileDetector:
                 )
             second_results = iter(self.second.detect(unknown_frames))
 
+        # Combine both in the order of the images.
         detections = []
         for frame, annotations in zip(frames, annotations_of_frames, strict=True):
             if annotations is None:
@@ -218,6 +236,7 @@ class FileDetector:
 
 
 def _to_detections(annotations: Sequence[Annotation], frame: Frame) -> list[Detection]:
+    """Convert a frame's annotations to detections, without those whose box is empty."""
     height, width = frame.image.shape[:2]
     detections = []
     for annotation in annotations:
@@ -229,15 +248,16 @@ def _to_detections(annotations: Sequence[Annotation], frame: Frame) -> list[Dete
 
 
 class FileSegmenter:
-    """Reads masks from a file of annotations, for detections of that file or of any other detector.
+    """Reads masks from a file of annotations, for the detections of any detector.
 
-    A detection gets the mask of the annotated object whose box overlaps its own most (IoU above
-    `MIN_MATCH_IOU`; one of the same name first, each object once).
+    A detection gets the mask of the annotated object whose box overlaps the detection's box most,
+    if their IoU is above `MIN_MATCH_IOU`. Objects with the detection's name take precedence. Each
+    object's mask is used once.
 
     Args:
         annotations: The file.
-        second: Segmenter for detections without an annotated mask; without one they are a
-            `SpearError`.
+        second: Segmenter for detections without an annotated mask. Without it, such detections
+            raise `SpearError`.
     """
 
     def __init__(self, annotations: Annotations, second: Segmenter | None = None) -> None:
@@ -248,7 +268,7 @@ class FileSegmenter:
     def segment(
         self, frames: Sequence[Frame], detections: Sequence[Sequence[Detection]]
     ) -> list[Array]:
-        """For each frame, the masks [n, h, w] bool of its detections."""
+        """Return the masks [n, h, w] bool of the n detections of each frame."""
         results = []
         incomplete: list[_IncompleteMasks] = []
         for frame, frame_detections in zip(frames, detections, strict=True):
@@ -262,7 +282,7 @@ class FileSegmenter:
         return results
 
     def _complete(self, incomplete: Sequence["_IncompleteMasks"]) -> None:
-        """Have the second segmenter make the masks that the file lacks."""
+        """Fill in the missing masks with the second segmenter."""
         if self.second is None:
             first = incomplete[0]
             raise SpearError(
@@ -276,8 +296,12 @@ class FileSegmenter:
             image.masks[image.indices] = masks
 
     def _read_masks(self, frame: Frame, detections: Sequence[Detection]) -> tuple[Array, list[int]]:
-        """Masks [n, h, w] of the detections, and the indices of those that have none in the
-        file."""
+        """Read the masks of a frame's n detections from the file.
+
+        Returns:
+            The masks [n, h, w] bool, and the indices of the detections without an annotated mask,
+            whose masks are empty.
+        """
         height, width = frame.image.shape[:2]
         masks = np.zeros((len(detections), height, width), bool)
         annotations = []
@@ -288,11 +312,19 @@ class FileSegmenter:
         for i, j in matches.items():
             annotations[j].check_box()
             masks[i] = annotations[j].mask_in(height, width)
-        return masks, [i for i in range(len(detections)) if i not in matches]
+        missing = [i for i in range(len(detections)) if i not in matches]
+        return masks, missing
 
 
 class _IncompleteMasks(NamedTuple):
-    """An image of whose detections a file lacks some masks: their indices, and the detections."""
+    """The masks of an image's detections, of which the file lacks some.
+
+    Attributes:
+        frame: The image.
+        masks: [n, h, w] bool, the masks of all its n detections.
+        indices: The indices of the detections whose masks are missing.
+        detections: The detections with these indices.
+    """
 
     frame: Frame
     masks: Array
@@ -303,7 +335,17 @@ class _IncompleteMasks(NamedTuple):
 def _match(
     detections: Sequence[Detection], annotations: Sequence[Annotation], height: int, width: int
 ) -> dict[int, int]:
-    """Index of a detection → index of the annotation whose mask it gets."""
+    """Decide which detection gets the mask of which annotation.
+
+    Args:
+        detections: The detections of an image.
+        annotations: The image's annotations that have a mask.
+        height: Height of the image.
+        width: Width of the image.
+
+    Returns:
+        Index of a detection → index of its annotation, for the detections that get a mask.
+    """
     boxes = [annotation.box_in(height, width) for annotation in annotations]
     candidates = []
     for i, detection in enumerate(detections):
@@ -312,6 +354,8 @@ def _match(
             if overlap > MIN_MATCH_IOU:
                 has_other_name = annotations[j].name != detection.name
                 candidates.append((has_other_name, -overlap, i, j))
+
+    # Pairs with equal names come first, then pairs with larger overlaps.
     matches: dict[int, int] = {}
     for _, _, i, j in sorted(candidates):
         if i not in matches and j not in matches.values():
@@ -326,10 +370,12 @@ def _join_names(annotations: Annotations, second: Detector | Segmenter | None) -
 
 
 def open_annotations(path: str | Path) -> Annotations:
-    """Open a COCO file, which has "images", or else Ego-Exo4D's relations.
+    """Open a file of COCO annotations or of Ego-Exo4D's relations.
+
+    A COCO file has the key "images"; other files are read as relations.
 
     Raises:
-        SpearError: The file is neither.
+        SpearError: The file is of neither kind.
     """
     content = read_json(Path(path), "give another file", MAX_ANNOTATIONS_BYTES)
     file = f"{Path(path).name} ({hashlib.sha256(Path(path).read_bytes()).hexdigest()[:8]})"
@@ -345,21 +391,22 @@ def open_annotations(path: str | Path) -> Annotations:
 
 
 def _split_path(path: str) -> list[str]:
-    """The folders and the file of a path, whichever slashes it has; "#" separates like a slash."""
+    """Split a path into its folders and its file, at slashes, backslashes and "#"."""
     return [name for name in re.split(r"[\\/#]+", path) if name not in ("", ".")]
 
 
 class _CocoIndex:
     """The objects in a COCO JSON file, by image.
 
-    An image belongs to the entry whose `file_name` ends as its source does, compared folder by
-    folder. Crowds (`iscrowd`) are no instances. Each becomes two objects with empty masks, one of
-    them in the plural, so that its name is never alone and is not counted. Annotations without a
-    box get the tight box of their mask. Run lengths of the wrong size are a `SpearError` when the
-    mask is used.
+    The file lists images, categories and annotations; each is called an entry. A source belongs to
+    the image entry whose `file_name` ends in the same folders and file as the source.
 
-    An entry that cannot be used costs its image alone: it is named in a notice, and `find` raises
-    `SpearError` for the image.
+    A crowd (`iscrowd`) is no single object. It becomes two placeholders
+    (`_make_crowd_placeholders`). Annotations without a box get the tight box of their mask. A mask
+    that cannot be decoded raises `SpearError` only when it is used.
+
+    If an entry cannot be used, a notice names it, and `find` raises `SpearError` for its image. The
+    other images can be used.
     """
 
     def __init__(self, content: Mapping[str, Any], file: str) -> None:
@@ -368,11 +415,11 @@ class _CocoIndex:
         self._file_names: dict[Any, str] = {}
         self._sizes: dict[Any, tuple[int, int]] = {}
         self._annotations: dict[Any, list[Annotation]] = {}
-        self._problems: dict[Any, str] = {}  # of the images whose entries cannot be used
-        self._sources: dict[Any, str] = {}  # of the images that were found so far
+        self._problems: dict[Any, str] = {}  # image id → why the image cannot be used
+        self._sources: dict[Any, str] = {}  # image id → the source for which it was found
 
         names = _read_category_names(content["categories"])
-        stray_entries = []  # descriptions of those that belong to no image
+        stray_entries = []  # why entries that belong to no image cannot be used
         for index, entry in enumerate(_validate_list(content["images"])):
             try:
                 self._add_image(entry)
@@ -391,15 +438,15 @@ class _CocoIndex:
         self._notify(stray_entries)
 
     def _add_image(self, entry: Mapping[str, Any]) -> None:
+        """Add an image entry, or note why the image cannot be used."""
         path = _split_path(entry["file_name"])
         name = path[-1]
         image = entry["id"]
         self._annotations[image] = []
         self._images_by_name[name].append((path, image))
-
         self._file_names[image] = entry["file_name"]
 
-        # The size of the picture itself does not do, because photos may be shrunk.
+        # Annotations are in pixels of this size. The image to label may be a smaller copy.
         height = entry.get("height")
         width = entry.get("width")
         if _is_length(height) and _is_length(width):
@@ -419,7 +466,14 @@ class _CocoIndex:
     def _add_annotation(
         self, image: Any, entry: Mapping[str, Any], entry_name: str, names: Mapping[Any, str]
     ) -> None:
-        """Add an annotation to its image, or else note why the image cannot be used."""
+        """Add an annotation to its image, or note why the image cannot be used.
+
+        Args:
+            image: The image's id.
+            entry: The annotation's entry.
+            entry_name: What messages call the entry.
+            names: The names of the categories, by id.
+        """
         if image in self._problems:
             return
         try:
@@ -428,13 +482,12 @@ class _CocoIndex:
             self._problems[image] = f"{entry_name} of {self._file_names[image]} {_explain(error)}"
             return
         if entry.get("iscrowd"):
-            # A crowd becomes two placeholders, so its name never seems to name one object.
             self._annotations[image] += _make_crowd_placeholders(annotation)
         else:
             self._annotations[image].append(annotation)
 
     def _notify(self, stray_entries: Sequence[str]) -> None:
-        """Give a notice that names the entries that cannot be used."""
+        """Give a notice of the entries that cannot be used, with the first ones' names."""
         problems = [*self._problems.values(), *stray_entries]
         if not problems:
             return
@@ -448,9 +501,18 @@ class _CocoIndex:
         )
 
     def find(self, source: str) -> list[Annotation] | None:
+        """Find the annotations of the image with this source; None if the file lacks the image.
+
+        Raises:
+            SpearError: The source fits several images, an earlier source fits the same image, or an
+                entry of the image cannot be used.
+        """
         path = _split_path(source)
         if not path:
             return None
+
+        # Images whose path ends as the source does, or the other way round. The image with the
+        # longest common ending fits best.
         common_lengths = {}
         for image_path, image in self._images_by_name.get(path[-1], ()):
             length = min(len(path), len(image_path))
@@ -480,17 +542,19 @@ class _CocoIndex:
 
 
 def _is_length(value: Any) -> TypeGuard[float]:
+    """Whether a value can be the height or width of an image."""
     return isinstance(value, int | float) and 1 <= value < math.inf
 
 
 def _validate_list(value: Any) -> list[Any]:
+    """Return a value that must be a list; otherwise raise `TypeError`."""
     if not isinstance(value, list):
         raise TypeError(f"{type(value).__name__} instead of a list")
     return value
 
 
 def _read_category_names(entries: Any) -> dict[Any, str]:
-    """The names of the categories by id, without entries that cannot be used."""
+    """Read the names of the categories, by id. Entries that cannot be used are left out."""
     names = {}
     for entry in _validate_list(entries):
         with contextlib.suppress(*_ENTRY_ERRORS):
@@ -499,18 +563,18 @@ def _read_category_names(entries: Any) -> dict[Any, str]:
 
 
 def _name_entry(kind: str, entry: Any, index: int) -> str:
-    """What an entry of a list is called in messages: its id, or else its number."""
+    """What messages call entry number `index` of a list: its id, or its number if it has no id."""
     if isinstance(entry, Mapping) and "id" in entry:
         return f"{kind} {entry['id']}"
     return f"{kind} number {index + 1}"
 
 
 class _OddEntryError(ValueError):
-    """What is wrong with an entry of a file, as the end of a sentence about it."""
+    """A wrong entry of a file. The message ends a sentence that begins with the entry's name."""
 
 
 def _explain(error: Exception) -> str:
-    """Why an entry cannot be used, as the end of a sentence about it."""
+    """Why an entry cannot be used, as the end of a sentence that begins with the entry's name."""
     if isinstance(error, KeyError):
         return f"has no {error}"
     if isinstance(error, _OddEntryError):
@@ -519,10 +583,11 @@ def _explain(error: Exception) -> str:
 
 
 def _make_crowd_placeholders(annotation: Annotation) -> list[Annotation]:
-    """Make two objects with empty masks, which stand for a crowd.
+    """Make two objects with empty masks that stand for a crowd.
 
-    They are two, one with the name in the plural, so that the name is never alone: questions about
-    "the person" or a count of persons would be wrong where there is a crowd.
+    Questions about "the person" and counts of persons would be wrong in an image with a crowd of
+    persons. Questions are asked only about objects whose name no other object of the image may
+    have. With the second placeholder, whose name is the plural, this is never so.
     """
     height, width = annotation.size
     box = annotation.box2d
@@ -539,12 +604,15 @@ def _make_empty_mask(height: int, width: int) -> Array:
 def _read_coco_annotation(
     entry: Mapping[str, Any], names: Mapping[Any, str], size: tuple[int, int]
 ) -> Annotation:
-    """Read an annotation; one of `_ENTRY_ERRORS` says why it cannot be used.
+    """Read an annotation.
 
     Args:
-        entry: The entry of the file.
+        entry: The annotation's entry.
         names: The names of the categories, by id.
         size: (height, width) of the annotated image.
+
+    Raises:
+        _ENTRY_ERRORS: The annotation cannot be used.
     """
     category = entry["category_id"]
     if category not in names:
@@ -561,16 +629,19 @@ def _read_coco_annotation(
 
 
 def _read_coco_box(values: Any) -> Array:
-    """The box [4] x0, y0, x1, y1 of a COCO `bbox`."""
+    """Convert a COCO `bbox` (x, y, width, height) to a box [4] x0, y0, x1, y1."""
     box = np.asarray(values, np.float64)
     if box.shape != (4,) or not np.isfinite(box).all():
         raise _OddEntryError(f"has the box {values}, which is not x, y, width, height")
     if min(box[2:]) <= 0:
         raise _OddEntryError(f"has the box {values}, whose width or height is not positive")
-    return np.concatenate([box[:2], box[:2] + box[2:]])
+    corner = box[:2]
+    size = box[2:]
+    return np.concatenate([corner, corner + size])
 
 
 def _read_coco_score(entry: Mapping[str, Any]) -> float:
+    """The score of an annotation; 1 if it has none."""
     if entry.get("score") is None:
         return 1.0
     score = float(entry["score"])
@@ -580,7 +651,7 @@ def _read_coco_score(entry: Mapping[str, Any]) -> float:
 
 
 def _make_outline_decoder(segmentation: Any) -> OutlineDecoder:
-    """The decoder of a COCO `segmentation`."""
+    """Make the decoder of a COCO `segmentation`: a list of polygons, or run lengths with a size."""
     if isinstance(segmentation, list):
         return partial(_fill_coco_polygons, segmentation)
     return partial(_decode_coco_runs, segmentation["counts"], tuple(segmentation["size"]))
@@ -598,6 +669,7 @@ def _fill_coco_polygons(polygons: list[Any], height: int, width: int) -> Array:
 def _decode_coco_runs(
     counts: str | list[int], size: tuple[int, int], height: int, width: int
 ) -> Array:
+    """Decode run lengths of a mask of (height, width) `size`, which must be that of the image."""
     if size != (height, width):
         actual_size = "×".join(str(side) for side in reversed(size))
         raise SpearError(
@@ -613,32 +685,37 @@ def _decode_coco_runs(
 
 
 class _RelationsIndex:
-    """The objects in `relations_train.json` or `relations_val.json`, by take, camera and frame.
+    """The objects in `relations_train.json` or `relations_val.json` of Ego-Exo4D.
 
-    The source of an image names the take (its name or its uid), then the camera (`aria01_214-1`,
-    `cam04`), and ends in the number of the frame in the frame-aligned video, in any spelling of a
-    path: `takes/sfu_cooking_008_3/frame_aligned_videos/cam04.mp4#270` or `<take
-    uid>/cam04/270.jpg`.
+    They are found by take (a recording), camera and number of the frame. The source of an image
+    must contain these in this order: the take's name or uid, the camera (`aria01_214-1`, `cam04`),
+    and at its end the number of the frame in the frame-aligned video. Two examples:
 
-    The object `stainless bowl_0` is named `stainless bowl`. A frame that was annotated without
-    finding any object is known, and empty. Images may be smaller than the video was; masks are
-    resized to them. A mask that cannot be decoded is a `SpearError` when it is used.
+        takes/sfu_cooking_008_3/frame_aligned_videos/cam04.mp4#270
+        <take uid>/cam04/270.jpg
+
+    The object `stainless bowl_0` gets the name `stainless bowl`. A frame that annotators saw
+    without finding an object has an empty list of annotations. Images may be smaller than the
+    video; masks are resized to them. A mask that cannot be decoded raises `SpearError` only when it
+    is used.
     """
 
     def __init__(self, content: Mapping[str, Any]) -> None:
+        # Name or uid of the take → camera → number of the frame → annotations
         self._takes: dict[str, dict[str, dict[int, list[Annotation]]]] = {}
         for uid, take in content.get("annotations", content).items():
             cameras: dict[str, dict[int, list[Annotation]]] = defaultdict(dict)
             self._takes[uid] = cameras
             self._takes[str(take["take_name"])] = cameras
             for object_name, views in take["object_masks"].items():
-                name = re.sub(r"_\d+$", "", object_name)
+                name = re.sub(r"_\d+$", "", object_name)  # without the object's number
                 for camera, view in views.items():
                     _add_view(cameras[camera], name, view)
         if not self._takes:
             raise ValueError("it is empty")
 
     def find(self, source: str) -> list[Annotation] | None:
+        """Find the annotations of the frame with this source; None if the file lacks it."""
         suffix = r"\.(mp4|jpe?g|png|webp)$"
         path = [re.sub(suffix, "", name, flags=re.IGNORECASE) for name in _split_path(source)]
         take_indices = [index for index, name in enumerate(path) if name in self._takes]
@@ -646,7 +723,8 @@ class _RelationsIndex:
             return None
         take_index = take_indices[-1]
         cameras = self._takes[path[take_index]]
-        camera = next((name for name in path[take_index + 1 : -1] if name in cameras), None)
+        folders_in_take = path[take_index + 1 : -1]
+        camera = next((name for name in folders_in_take if name in cameras), None)
         number = re.search(r"\d+$", path[-1])
         if camera is None or number is None:
             return None
@@ -654,7 +732,14 @@ class _RelationsIndex:
 
 
 def _add_view(frames: dict[int, list[Annotation]], name: str, view: Mapping[str, Any]) -> None:
-    """Add the masks of an object, seen by one camera, to the annotations by frame."""
+    """Add the masks of one object in one camera's video to the annotations of the video's frames.
+
+    Args:
+        frames: Number of the frame → annotations; the masks are added to them.
+        name: The object's name.
+        view: The object's masks in the video, by number of the frame, and the numbers of all
+            annotated frames.
+    """
     for number in view.get("annotated_frames", ()):
         frames.setdefault(int(number), [])
     for number, entry in view["annotation"].items():
@@ -665,9 +750,11 @@ def _add_view(frames: dict[int, list[Annotation]], name: str, view: Mapping[str,
 
 
 def _decode_relations_mask(encoded: str, height: int, width: int) -> Array:
-    return decode_mask(decode_run_lengths(decompress_lz_string(encoded)), height, width)
+    runs = decode_run_lengths(decompress_lz_string(encoded))
+    return decode_mask(runs, height, width)
 
 
+# lz-string's letters for the numbers 0 to 64, and the numbers in its streams with special meanings
 _LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+-$"
 _VALUES = {letter: value for value, letter in enumerate(_LETTERS)}
 _NEW_8_BIT_LETTER = 0
@@ -676,22 +763,22 @@ _END = 2
 
 
 def decompress_lz_string(text: str) -> str:
-    """Undo lz-string's `compressToEncodedURIComponent`, in which the compressed run lengths are
-    written.
+    """Undo lz-string's `compressToEncodedURIComponent`, the encoding of Ego-Exo4D's run lengths.
 
-    The letters are a stream of bits, six each, highest first. The numbers in it are written lowest
-    bit first and are indices into a dictionary of words. After each word, the dictionary gets a new
-    entry: the word before it with its first letter appended. A number has as many bits as the
-    dictionary's next free index. Three numbers have other meanings: 0 and 1 announce a new letter
-    of 8 or 16 bits, and 2 ends the text.
+    Each letter stands for six bits, highest first. Together they are a stream of bits. The stream
+    consists of numbers, each written lowest bit first. A number is an index into a dictionary of
+    words, and the text is the sequence of these words. After each word, the dictionary gets a new
+    entry: the previous word with the first letter of the current word appended. A number has as
+    many bits as the next free index of the dictionary. Three numbers are no indices: 0 and 1
+    announce a new word of one letter, which follows in 8 or 16 bits, and 2 ends the text.
 
     Raises:
-        SpearError: The text is not such a stream, or not all of it.
+        SpearError: The text is not such a stream, or a truncated one.
     """
     if not set(text) <= _VALUES.keys():
         raise _broken_lz_string_error()
     bits = chain.from_iterable(f"{_VALUES[letter]:06b}" for letter in text)
-    words = ["", "", ""]
+    words = ["", "", ""]  # indices 0, 1 and 2 are no words
     output = [""]
     while (code := _read_number(bits, len(words).bit_length())) != _END:
         if code in (_NEW_8_BIT_LETTER, _NEW_16_BIT_LETTER):
@@ -701,8 +788,8 @@ def decompress_lz_string(text: str) -> str:
         previous = output[-1]
         if code > len(words) or (code == len(words) and not previous):
             raise _broken_lz_string_error()
-        # A word that is just being added begins with the word before, whose first letter it ends
-        # in.
+        # The next free index is the entry that is added after this word. Because this word is that
+        # entry, it is the previous word with the previous word's own first letter appended.
         word = words[code] if code < len(words) else previous + previous[0]
         if previous:
             words.append(previous + word[0])
@@ -711,7 +798,7 @@ def decompress_lz_string(text: str) -> str:
 
 
 def _read_number(bits: Iterator[str], num_bits: int) -> int:
-    """The next number of a stream of bits, lowest bit first."""
+    """Read the next number from a stream of bits ("0" or "1"), lowest bit first."""
     digits = "".join(islice(bits, num_bits))
     if len(digits) < num_bits:
         raise _broken_lz_string_error()

@@ -1,9 +1,8 @@
-"""Gemini as a detector: one request per image, boxes and names as structured JSON, as the paper
-did.
+"""Gemini as a detector, as in the paper: one request per image, answered by structured JSON.
 
-Which of Gemini's models is our choice, and so is the prompt. Retries are ours, because those of
-Google's client (off) neither wait as long as the service asks nor stop when the day's quota is used
-up.
+An answer is a list of objects, each with a name (`label`) and a 2D box. The model of Gemini and the
+prompt are our choice. Retries are our own, because those of Google's client (which are off) neither
+wait as long as the service asks nor stop when the day's quota is used up.
 """
 
 import contextlib
@@ -38,25 +37,26 @@ from spear.util.network import check_proxies, explain_unreachable
 MODEL = "gemini-3.8-flash"
 KEY_VARIABLES = ("GEMINI_API_KEY", "GOOGLE_API_KEY")
 """Environment variables in which the key is looked for, in this order."""
-URL_VARIABLE = "GOOGLE_GEMINI_BASE_URL"  # where the client reads it too
+URL_VARIABLE = "GOOGLE_GEMINI_BASE_URL"  # Google's client reads the service's address from it
 SERVICE_URL = "https://generativelanguage.googleapis.com"
 ALTERNATIVE_ADVICE = 'find objects without it: --detector owlv2 --vocabulary "mug, spoon"'
 
-MAX_OUTPUT_TOKENS = 16384  # thinking included; ends the rare answer that repeats itself for ever
+MAX_OUTPUT_TOKENS = 16384  # with thinking; a rare answer repeats itself endlessly until this limit
 THINKING_LEVEL = "low"  # how much Gemini thinks before it answers
-MAX_SIDE_PX = 1536  # larger images are sent scaled down
-IMAGE_TOKENS = 1120  # at most, of a picture (Gemini 3 at its default resolution)
-CHARACTERS_PER_TOKEN = 4  # of text, by Google's rule
+MAX_SIDE_PX = 1536  # images with a longer side are shrunk to it before they are sent
+IMAGE_TOKENS = 1120  # largest number of tokens of an image (Gemini 3 at its default resolution)
+CHARACTERS_PER_TOKEN = 4  # Google's rule of thumb for text
 MAX_CONCURRENT_REQUESTS = 8
 TIMEOUT_S = 120.0  # of one request
-MAX_ATTEMPTS = 6  # requests per image before it is given up, overload included
-MAX_UNUSABLE_ANSWERS = 2  # per image; they are paid for
-FIRST_WAIT_S = 1.0  # after the first failure; doubled after each
-MAX_WAIT_S = 120.0  # if the service asks for a longer wait, no quota is left
-MAX_REASON_LENGTH = 200  # characters of a message of the service that are repeated
-MAX_OVERSHOOT = 50  # thousandths by which a box may end outside the image, where it is clipped
-DUPLICATE_IOU = 0.9  # a box of the same label with a higher IoU is the same object
+MAX_ATTEMPTS = 6  # so many requests are made for one image, also while the service is overloaded
+MAX_UNUSABLE_ANSWERS = 2  # per image; fewer than attempts, because answers cost money
+FIRST_WAIT_S = 1.0  # wait after the first failure; it doubles with each further failure
+MAX_WAIT_S = 120.0  # if the service asks for a longer wait, the quota is used up
+MAX_REASON_LENGTH = 200  # longer messages of the service are shortened to so many characters
+MAX_OVERSHOOT = 50  # thousandths by which a box may extend beyond the image, before it is clipped
+DUPLICATE_IOU = 0.9  # two boxes with the same name and a higher IoU are one object
 
+# HTTP codes of errors that may pass, and of errors that every request would meet
 _RETRYABLE_CODES = (408, 429, 500, 502, 503, 504)
 _FATAL_CODES = (401, 403, 404)
 
@@ -67,20 +67,22 @@ SCHEMA: dict[str, Any] = _REQUEST["schema"]
 
 
 class GeminiDetector:
-    """Finds and names objects with Gemini (`google-genai`; the key comes from the environment).
+    """Finds and names objects with Gemini.
 
-    The requests for the images of a batch run at the same time. The detector waits when the service
-    is overloaded (429, 5xx, lost connections), as long as the service asks or with exponential
-    backoff. It asks once more after an unusable answer. An image that the service refuses is a
-    `SpearError`, one that stays unanswered a `RetryableError`. So is what would fail for every
-    image (key, model, daily quota, no network); all later images then fail at once.
+    It uses Google's client (`google-genai`) and reads the key from the environment. The requests
+    for the images of a batch run at the same time. Answers are cached by image, prompt and
+    settings, so that a repeated run costs nothing.
 
-    Answers are cached by image, prompt and settings, so that a repeated run costs nothing.
+    If the service is overloaded (429, 5xx, lost connections), the detector waits as long as the
+    service asks, or with exponential backoff, and asks again. After an unusable answer it asks once
+    more. An image that the service refuses raises `SpearError`; an image that stays without an
+    answer raises `RetryableError`. A problem that concerns all images (key, model, daily quota,
+    network) raises `RetryableError` as well, and then all later images fail without a request.
 
     Args:
         model: Name of Gemini's model.
         cache: Folder of answers, which several processes may share.
-        vocabulary: The only names to detect; when empty, whatever is there.
+        vocabulary: The only names to detect; if it is empty, Gemini chooses objects and names.
         requests_per_minute: Maximum number of requests per minute, evenly spread; 0 leaves the rate
             to the service.
 
@@ -121,29 +123,34 @@ class GeminiDetector:
             thinking_config=genai.types.ThinkingConfig(thinking_level=THINKING_LEVEL),
         )
 
-        # What the threads share
-        self.usage = Counter[str]()
-        self._min_interval_s = 60 / (requests_per_minute or np.inf)
-        self._next_request_s = 0.0  # no request before then (monotonic time)
-        self._fatal_reason: str | None = None
+        # State that the threads share
+        self.usage = Counter[str]()  # requests, cached answers, input and output tokens
+        self._min_interval_s = 60 / (requests_per_minute or np.inf)  # 0 without a maximum rate
+        self._next_request_s = 0.0  # no request may start before this time (monotonic)
+        self._fatal_reason: str | None = None  # why all later images fail
         self._lock = threading.Lock()
-        self._results_of_failed_batch: dict[str, list[Detection] | SpearError] = {}  # by image
+        # Hash of a request → its result, of a batch in which an image failed
+        self._results_of_failed_batch: dict[str, list[Detection] | SpearError] = {}
 
     def detect(self, frames: Sequence[Frame]) -> list[list[Detection]]:
-        """The objects of each image, as Gemini lists them."""
+        """Detect the objects of each image, in Gemini's order."""
         with ThreadPoolExecutor(MAX_CONCURRENT_REQUESTS) as threads:
             results = list(threads.map(self._detect_in_frame, frames))
         failures = [result for result in results if isinstance(result, SpearError)]
         if not failures:
             return [result for result in results if not isinstance(result, SpearError)]
-        if len(frames) > 1:  # the pipeline asks again image by image, which must cost nothing
+        # After an error the pipeline calls `detect` again, image by image. Keep the results for it,
+        # so that no image is requested twice.
+        if len(frames) > 1:
             hashes = [self._hash_request(frame.image) for frame in frames]
             self._results_of_failed_batch = dict(zip(hashes, results, strict=True))
         raise failures[0]
 
     def bill(self) -> str:
-        """What was asked so far: requests that reached the service, and tokens (out: thinking as
-        well)."""
+        """One line about the requests that reached the service so far; empty without any.
+
+        Output tokens include those of thinking.
+        """
         if not self.usage:
             return ""
         return (
@@ -153,13 +160,13 @@ class GeminiDetector:
         )
 
     def _detect_in_frame(self, frame: Frame) -> list[Detection] | SpearError:
-        """The objects of one image, or why there are none."""
+        """Detect the objects of one image, or return the error why this failed."""
         request_hash = self._hash_request(frame.image)
         earlier_result = self._results_of_failed_batch.pop(request_hash, None)
         if earlier_result is not None:
             return earlier_result
 
-        # The cache
+        # Use the cached answer if it can be read.
         height, width = frame.image.shape[:2]
         path = self.cache / request_hash[:2] / f"{request_hash}.json"
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
@@ -168,7 +175,7 @@ class GeminiDetector:
                 self.usage["cached"] += 1
             return detections
 
-        # The service
+        # Otherwise ask the service, and cache its answer.
         try:
             text, detections = self._ask(frame)
         except SpearError as error:
@@ -180,11 +187,13 @@ class GeminiDetector:
         return detections
 
     def _hash_request(self, image: Array) -> str:
+        """Hash everything on which the answer depends. It is the name of the cached answer."""
+        # None stands for a setting of earlier versions, whose cached answers stay valid.
         request = [self.model, self.prompt, SCHEMA, THINKING_LEVEL, None, MAX_SIDE_PX, image.shape]
         return hashlib.sha256(json.dumps(request).encode() + image.tobytes()).hexdigest()
 
     def _ask(self, frame: Frame) -> tuple[str, list[Detection]]:
-        """The text of a usable answer, and the objects in it."""
+        """Request an answer until it is usable; returns its text and the objects in it."""
         jpeg = encode_jpeg(shrink_image(frame.image, MAX_SIDE_PX))
         image_part = self._types.Part.from_bytes(data=jpeg, mime_type="image/jpeg")
         height, width = frame.image.shape[:2]
@@ -193,7 +202,8 @@ class GeminiDetector:
         num_unusable = 0
         for attempt in range(MAX_ATTEMPTS):
             self._wait_for_turn()
-            # less up to half by chance, so that many clients do not come back at once
+            # A random part of up to half is subtracted, so that many clients that failed together
+            # do not ask again at the same time.
             wait_s = min(MAX_WAIT_S, FIRST_WAIT_S * 2.0**attempt) * random.uniform(0.5, 1.0)
             try:
                 response = self._client.models.generate_content(
@@ -212,7 +222,7 @@ class GeminiDetector:
                 reason = self._quote(f"unusable answer: {error}")
                 wait_s = 0.0
                 num_unusable += 1
-            except ValueError as error:  # the client could not read the response
+            except ValueError as error:  # Google's client could not read the response
                 self._count_request()
                 reason = self._quote(f"unreadable response: {error}")
                 num_unusable += 1
@@ -225,8 +235,11 @@ class GeminiDetector:
         )
 
     def _wait_for_turn(self) -> None:
-        """Return when a request may be made; raise `RetryableError` when none can succeed any
-        more."""
+        """Wait until the next request may start.
+
+        Raises:
+            RetryableError: No request can succeed any more.
+        """
         if self._fatal_reason is None:
             problem = explain_unreachable(self._url)
             if problem:
@@ -244,13 +257,22 @@ class GeminiDetector:
         raise RetryableError(self._fatal_reason)
 
     def _quote(self, message: str) -> str:
-        """The beginning of a message of the service, without our key, which it may have
-        repeated."""
-        return summarize_error(message.replace(self._key, "[the key]"))[:MAX_REASON_LENGTH]
+        """Shorten a message of the service, and remove our key from it."""
+        message = message.replace(self._key, "[the key]")
+        return summarize_error(message)[:MAX_REASON_LENGTH]
 
     def _choose_wait(self, error: Any, reason: str, source: str, default_wait_s: float) -> float:
-        """Seconds until the next attempt after an error of the service; `SpearError` when it is
-        pointless."""
+        """Choose how many seconds to wait after an error of the service.
+
+        Args:
+            error: The error of Google's client.
+            reason: The error in words.
+            source: The image's source.
+            default_wait_s: The wait if the service asks for none.
+
+        Raises:
+            SpearError: Another request for this image, or for any image, would fail as well.
+        """
         details = json.dumps(error.details, default=str)
         if error.code in _FATAL_CODES or "API_KEY_INVALID" in details:
             advice = f"Check the key in {' or '.join(KEY_VARIABLES)}."
@@ -263,7 +285,7 @@ class GeminiDetector:
             )
 
         advised_s = _find_advised_wait(error, details)
-        is_daily_quota = "PerDay" in details  # as Google names the quota of a day
+        is_daily_quota = "PerDay" in details  # part of the name of Google's daily quotas
         if is_daily_quota or (advised_s or 0) > MAX_WAIT_S:
             when = "tomorrow" if is_daily_quota else f"in {advised_s:.0f} s"
             raise self._stop(f"has no quota left ({reason}). Label again {when}.")
@@ -274,11 +296,12 @@ class GeminiDetector:
         return advised_s
 
     def _stop(self, message: str) -> RetryableError:
-        """Make this and all later images fail for one reason."""
+        """Make all later images fail for one reason; returns the error for the current image."""
         self._fatal_reason = f"{self.model} {message}"
         return RetryableError(self._fatal_reason)
 
     def _count_request(self, tokens: Any = None) -> None:
+        """Count a request, and its tokens if the response tells them."""
         with self._lock:
             self.usage["requests"] += 1
             if tokens is not None:
@@ -299,7 +322,10 @@ def _read_key() -> str:
 
 
 def _find_connection_errors() -> tuple[type[Exception], ...]:
-    """The errors of a lost connection, of httpx or its successor httpx2, whichever is installed."""
+    """The classes of errors of a lost connection.
+
+    Google's client uses httpx or its successor httpx2, whichever is installed.
+    """
     errors = []
     for name in ("httpx2", "httpx"):
         if importlib.util.find_spec(name):
@@ -308,34 +334,42 @@ def _find_connection_errors() -> tuple[type[Exception], ...]:
 
 
 def _find_advised_wait(error: Any, details: str) -> float | None:
-    """The seconds that the service asks to wait, in google.rpc.RetryInfo ("38s") or the header;
-    else None."""
+    """The number of seconds that the service asks to wait; None if it does not ask.
+
+    Args:
+        error: The error of Google's client. The header of its response may name the seconds.
+        details: The error's details as JSON. A google.rpc.RetryInfo in them, such as
+            {"retryDelay": "38s"}, may name the seconds.
+    """
     advised_s = [float(text) for text in re.findall(r'"retryDelay": "(\d+\.?\d*)s"', details)]
     header = getattr(error.response, "headers", {}).get("retry-after", "")
-    if re.fullmatch(r"\d+\.?\d*", header):  # not a date
+    if re.fullmatch(r"\d+\.?\d*", header):  # the header may also be a date, which is ignored
         advised_s.append(float(header))
     return max(advised_s, default=None)
 
 
 def build_prompt(vocabulary: Sequence[str]) -> str:
-    """The prompt that goes with every image."""
+    """Build the prompt that goes with every image; a vocabulary restricts the names."""
     if not vocabulary:
         return PROMPT
     return PROMPT + VOCABULARY_SENTENCE.format(names=", ".join(vocabulary))
 
 
 def estimate_input_tokens(vocabulary: Sequence[str]) -> int:
-    """About how many tokens a request takes, by Google's rules for pictures and text."""
+    """Estimate the number of input tokens of a request, by Google's rules for images and text."""
     text = build_prompt(vocabulary) + json.dumps(SCHEMA)
     return IMAGE_TOKENS + len(text) // CHARACTERS_PER_TOKEN
 
 
 class UnusableAnswerError(ValueError):
-    """An answer that is not what was asked for."""
+    """An answer of Gemini that does not contain what the prompt asks for."""
 
 
 class _AnswerObject(BaseModel):
-    """One object of an answer; box_2d is ymin, xmin, ymax, xmax in thousandths of the image."""
+    """One object of an answer.
+
+    `box_2d` is ymin, xmin, ymax, xmax in thousandths of the image's height and width.
+    """
 
     model_config = ConfigDict(strict=True)
     label: str
@@ -354,14 +388,15 @@ def parse_detections(text: str, height: int, width: int) -> list[Detection]:
         width: Width of the image in pixels.
 
     Returns:
-        Detections in pixels, clipped to the image. Repeated ones (same label, IoU above
-        `DUPLICATE_IOU`) are dropped.
+        Detections in pixels, clipped to the image. An object that repeats an earlier one (same
+        name, IoU above `DUPLICATE_IOU`) is dropped.
 
     Raises:
-        UnusableAnswerError: The answer is not what the schema says, or one of its objects has no
-            name or no usable box. Leaving only that object out would make the image's other cup
-            "the cup".
+        UnusableAnswerError: The answer does not follow the schema, or one of its objects has no
+            name or no usable box. The whole answer is unusable then. If only that object were left
+            out, say one of two cups, questions could be asked about "the cup".
     """
+    # Some answers are in a Markdown code block.
     fenced = re.search(r"```(?:json)?\s(.*?)```", text, re.DOTALL)
     try:
         answer = _ANSWER.validate_json(fenced[1] if fenced else text)
@@ -380,11 +415,11 @@ def parse_detections(text: str, height: int, width: int) -> list[Detection]:
 
 
 def _to_pixel_box(item: _AnswerObject, height: int, width: int) -> Array:
-    """The box [4] x0, y0, x1, y1 of an object in pixels, clipped to the image.
+    """Convert an object's box to [4] x0, y0, x1, y1 in pixels, clipped to the image.
 
     Raises:
-        UnusableAnswerError: The box is upside down, on another scale than thousandths, or less than
-            a pixel wide or high.
+        UnusableAnswerError: The box ends before it begins, is not in thousandths, or is less than a
+            pixel wide or high.
     """
     y0, x0, y1, x1 = item.box_2d
     box = f"the box {item.box_2d} of {item.label!r}"
@@ -393,21 +428,19 @@ def _to_pixel_box(item: _AnswerObject, height: int, width: int) -> Array:
     lowest = min(x0, y0)
     highest = max(x1, y1)
     is_in_range = lowest >= -MAX_OVERSHOOT and highest <= 1000 + MAX_OVERSHOOT
-    if not is_in_range or highest <= 1:
+    is_fraction = highest <= 1  # of the image, instead of thousandths
+    if not is_in_range or is_fraction:
         raise UnusableAnswerError(f"{box} is not in thousandths of the image")
 
-    x0, y0, x1, y1 = np.clip(np.array([x0, y0, x1, y1]) / 1000, 0, 1) * (
-        width,
-        height,
-        width,
-        height,
-    )
+    fractions = np.clip(np.array([x0, y0, x1, y1]) / 1000, 0, 1)
+    x0, y0, x1, y1 = fractions * (width, height, width, height)
     if min(x1 - x0, y1 - y0) < 1:
         raise UnusableAnswerError(f"{box} is less than a pixel wide or high")
     return np.array([x0, y0, x1, y1], np.float32)
 
 
 def _is_repeated(name: str, box: Array, detections: Sequence[Detection]) -> bool:
+    """Whether one of the detections is the object with this name and box [4]."""
     for detection in detections:
         overlap = float(compute_iou_2d(detection.box2d, box))
         if detection.name == name and overlap > DUPLICATE_IOU:
@@ -416,7 +449,11 @@ def _is_repeated(name: str, box: Array, detections: Sequence[Detection]) -> bool
 
 
 def extract_text(response: Any, source: str) -> str:
-    """The text of a response.
+    """Return the text of a response.
+
+    Args:
+        response: The response of Google's client.
+        source: The image's source, for error messages.
 
     Raises:
         SpearError: Gemini refused the image.

@@ -1,5 +1,8 @@
-"""Detector, segmenter and point map read from what a `Frame` knows, from the simulator or RGB-D
-files."""
+"""Ground truth as detector, segmenter and point-map model.
+
+It returns what a `Frame` from the simulator or from RGB-D files contains. An *instance* is one
+object of a frame; the frame's instance map has the id of its instance at each pixel.
+"""
 
 from collections.abc import Mapping, Sequence
 
@@ -11,12 +14,13 @@ from spear.labels.fit.image import compute_iou_2d, unproject
 from spear.labels.models.protocols import Detection, PointMapResult
 from spear.types import Array, Frame
 
-GROUND_TRUTH = "ground-truth"  # in a label's provenance
-MIN_VISIBLE_PIXELS = 12  # of an instance that is detected
-MIN_MATCH_IOU = 0.5  # of a detection with the instance whose mask it gets
+GROUND_TRUTH = "ground-truth"  # the model's name in a label's provenance
+MIN_VISIBLE_PIXELS = 12  # instances with fewer visible pixels are not detected
+MIN_MATCH_IOU = 0.5  # a detection gets the mask of an instance only if their 2D boxes overlap more
 
 
 def _missing_error(frame: Frame, missing: str) -> SpearError:
+    """The error that a frame has no `missing`, for example no "instance map"."""
     name = frame.source or "the image"
     return SpearError(
         f"{name} has no {missing}. Give frames with ground truth, or label with a model."
@@ -34,6 +38,7 @@ def find_instance_boxes(frame: Frame) -> dict[int, Array]:
     """
     if frame.instances is None:
         raise _missing_error(frame, "instance map")
+    # Instance id → the (rows, columns) slices that contain its pixels; None for unused ids
     slices_by_instance = dict(enumerate(ndimage.find_objects(frame.instances), 1))
     boxes = {}
     for instance in frame.names:
@@ -46,24 +51,29 @@ def find_instance_boxes(frame: Frame) -> dict[int, Array]:
 
 
 class GroundTruth:
-    """Detector, segmenter and depth model at once.
+    """Detector, segmenter and point-map model in one class.
 
-    They read a frame's `instances`, `names`, `depth` and `intrinsics`.
+    As a detector and segmenter it reads a frame's `instances` and `names`, as a point-map model the
+    frame's `depth` and `intrinsics`.
     """
 
     name = GROUND_TRUTH
 
     def detect(self, frames: Sequence[Frame]) -> list[list[Detection]]:
-        """The named instances of each frame with enough visible pixels, by instance id."""
+        """Detect the named instances of each frame, in the order of their ids.
+
+        Instances with fewer than `MIN_VISIBLE_PIXELS` visible pixels are left out.
+        """
         return [_detect_instances(frame) for frame in frames]
 
     def segment(
         self, frames: Sequence[Frame], detections: Sequence[Sequence[Detection]]
     ) -> list[Array]:
-        """For each frame, the masks [n, h, w] bool of its detections.
+        """Return the masks [n, h, w] bool of the n detections of each frame.
 
-        A detection gets the mask of the instance of its name whose tight box overlaps its own most,
-        and an empty one where none overlaps it by more than `MIN_MATCH_IOU`.
+        The detections may come from another detector. A detection gets the mask of that instance
+        with the same name whose 2D box overlaps the detection's box most. If no overlap (IoU) is
+        above `MIN_MATCH_IOU`, the mask is empty.
         """
         masks_of_frames = []
         for frame, frame_detections in zip(frames, detections, strict=True):
@@ -78,8 +88,10 @@ class GroundTruth:
         return masks_of_frames
 
     def predict(self, frames: Sequence[Frame]) -> list[PointMapResult]:
-        """The metric point map of each frame: its depth (along z; 0, inf and NaN are unknown),
-        unprojected."""
+        """Compute the point map of each frame, in meters, from its depth along z.
+
+        Depths of 0, inf and NaN are unknown.
+        """
         return [_unproject_frame(frame) for frame in frames]
 
 
@@ -92,17 +104,25 @@ def _detect_instances(frame: Frame) -> list[Detection]:
 
 
 def _match_instance(detection: Detection, frame: Frame, boxes: Mapping[int, Array]) -> int | None:
-    """The instance of a detection: of equal overlaps the lower id wins."""
-    best = None
+    """The instance whose 2D box overlaps that of a detection most; None if no instance matches.
+
+    If two instances overlap it equally, the one with the lower id is returned.
+
+    Args:
+        detection: The detection.
+        frame: The frame, with the names of its instances.
+        boxes: Instance id → 2D box [4] (`find_instance_boxes`).
+    """
+    best_instance = None
     best_overlap = MIN_MATCH_IOU
     for instance in sorted(boxes):
         if frame.names[instance] != detection.name:
             continue
         overlap = float(compute_iou_2d(boxes[instance], detection.box2d))
         if overlap > best_overlap:
-            best = instance
+            best_instance = instance
             best_overlap = overlap
-    return best
+    return best_instance
 
 
 def _unproject_frame(frame: Frame) -> PointMapResult:

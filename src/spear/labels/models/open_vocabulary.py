@@ -1,8 +1,8 @@
-"""Grounding DINO and OWLv2: networks that find the objects whose names they are given.
+"""Grounding DINO and OWLv2: detectors that find the objects of a vocabulary, a list of names.
 
-The authors of the paper tried Grounding DINO and found its labels clearly worse than Gemini's; it
-needs no key. Both networks are Transformers'. Thresholds and the suppression of boxes on one object
-are our choice.
+The authors of the paper tried Grounding DINO and found its labels clearly worse than Gemini's. In
+contrast to Gemini, it needs no key. Both networks come from Transformers. The thresholds and the
+suppression of overlapping boxes are our choice.
 """
 
 import hashlib
@@ -28,24 +28,24 @@ class _OpenVocabularyDetector:
 
     Args:
         model: Name on the Hub, or folder.
-        vocabulary: The names.
-        device: As for `choose_device`.
+        vocabulary: The names of the objects to find.
+        device: "auto", or a device name of PyTorch (`choose_device`).
 
     Raises:
-        SpearError: The vocabulary is empty, a name is too long for a prompt, or there is no such
-            model.
+        SpearError: The vocabulary is empty, a name is too long for a prompt, or the model cannot be
+            loaded.
     """
 
     kind: str
     """The network's `model_type` in Transformers."""
     prompt: str
-    """The prompt for a name, with a gap for it."""
+    """The prompt for a name, in which {} stands for the name."""
     separator = ""
-    """What ends a name in a prompt of several."""
+    """The mark that ends each name in a prompt with several names."""
     threshold: float
-    """Lowest score of a detection."""
+    """Boxes with a lower score are no detections."""
     overlap = 0.7
-    """Of two boxes with a higher IoU the better one stays."""
+    """Two boxes with a higher IoU count as one object, and only the better one is a detection."""
 
     def __init__(self, model: str, *, vocabulary: Sequence[str], device: str = "auto") -> None:
         from transformers import AutoModelForZeroShotObjectDetection, AutoProcessor
@@ -58,22 +58,30 @@ class _OpenVocabularyDetector:
                 raise SpearError(
                     f"{name[:40]!r} is too long a name for {self.kind}. Use a few words."
                 )
+        # The label's provenance gets everything on which the detections depend.
         prompts = ", ".join(self.prompt.format(name) for name in self._names)
         prompts_hash = hashlib.sha256(prompts.encode()).hexdigest()[:8]
         settings = f"threshold {self.threshold:g}, overlap {self.overlap:g}"
         self.name = f"{self.kind} {model} ({len(self._names)} names {prompts_hash}, {settings})"
 
     def _fits_in_prompt(self, prompt: str) -> bool:
+        """Whether the network can read a prompt of this length."""
         config = self._network.config
-        # Grounding DINO's text network takes more tokens than Grounding DINO itself.
-        own_limit = getattr(config, "max_text_len", None)
-        max_tokens = own_limit or config.text_config.max_position_embeddings
-        return len(self._processor.tokenizer(prompt)["input_ids"]) <= max_tokens
+        # Grounding DINO has a limit of its own, which is lower than that of its text network.
+        max_tokens = getattr(config, "max_text_len", None)
+        if not max_tokens:
+            max_tokens = config.text_config.max_position_embeddings
+        num_tokens = len(self._processor.tokenizer(prompt)["input_ids"])
+        return num_tokens <= max_tokens
 
     def _run_network(
         self, images: Sequence[Array], prompts: Any, **options: Any
     ) -> tuple[Any, Any]:
-        """The network's inputs for images with their prompts, and its outputs."""
+        """Run the network on images with their prompts.
+
+        Returns:
+            The network's inputs, which the processor computes, and its outputs.
+        """
         inputs = self._processor(images=images, text=prompts, return_tensors="pt", **options)
         inputs = inputs.to(self._network.device, self._network.dtype)
         with torch.inference_mode(), explain_full_memory(len(images)):
@@ -81,10 +89,11 @@ class _OpenVocabularyDetector:
 
 
 class GroundingDinoDetector(_OpenVocabularyDetector):
-    """Finds the objects of a vocabulary.
+    """Finds the objects of a vocabulary with Grounding DINO.
 
-    An object has the name whose best token fits it best. A vocabulary that is too long for one
-    prompt is divided over several.
+    The network gives each box a score for each token of the prompt. A name's score is that of its
+    best token, and a box gets the name with the best score. A vocabulary that is too long for one
+    prompt is divided among several prompts.
     """
 
     kind = "grounding-dino"
@@ -93,9 +102,9 @@ class GroundingDinoDetector(_OpenVocabularyDetector):
     threshold = 0.3
 
     def detect(self, frames: Sequence[Frame]) -> list[list[Detection]]:
-        """The objects of each image, best first."""
-        # Images of one size need no padding, so what is detected in one does not depend on the
-        # others.
+        """Detect the objects of each image, best first."""
+        # Images of different sizes in one batch would be padded, so that the detections in one
+        # image would depend on the others. So each batch has images of one size.
         indices_by_shape: dict[tuple[int, ...], list[int]] = defaultdict(list)
         for index, frame in enumerate(frames):
             indices_by_shape[frame.image.shape].append(index)
@@ -116,30 +125,34 @@ class GroundingDinoDetector(_OpenVocabularyDetector):
     def _read_outputs(
         self, outputs: Any, tokens: Sequence[int], size: tuple[int, int], names: Sequence[str]
     ) -> list[list[Detection]]:
-        """The detections of each image.
+        """Convert the network's outputs to the detections of each image.
 
         Args:
             outputs: `logits` [images, boxes, tokens] and `pred_boxes` [images, boxes, 4] (center
                 and size, as fractions of the image).
-            tokens: Tokens of the prompt.
+            tokens: The ids of the prompt's tokens.
             size: Height and width of the images.
-            names: In the prompt.
+            names: The names in the prompt.
         """
-        # Per box and name, the score of the name's best token
+        # The score of a name is that of its best token; a box gets its best name.
         token_scores = outputs.logits.float().sigmoid()
         spans = self._find_name_spans(tokens)
-        name_scores = torch.stack([token_scores[..., span].amax(dim=-1) for span in spans], dim=-1)
-        scores, name_indices = name_scores.max(dim=-1)
+        scores_by_name = [token_scores[..., span].amax(dim=-1) for span in spans]
+        name_scores = torch.stack(scores_by_name, dim=-1)  # [images, boxes, names]
+        scores, name_indices = name_scores.max(dim=-1)  # [images, boxes]
 
+        # From center and size to corners, from fractions to pixels
         centers, sizes = outputs.pred_boxes.float().split(2, dim=-1)
         boxes = torch.cat([centers - sizes / 2, centers + sizes / 2], dim=-1)
         height, width = size
         boxes = boxes * torch.tensor([width, height, width, height], device=boxes.device)
 
         results = []
-        for image_boxes, image_scores, image_names in zip(boxes, scores, name_indices, strict=True):
+        for image_boxes, image_scores, image_name_indices in zip(
+            boxes, scores, name_indices, strict=True
+        ):
             is_detected = image_scores > self.threshold
-            detected_names = [names[i] for i in image_names[is_detected].tolist()]
+            detected_names = [names[i] for i in image_name_indices[is_detected].tolist()]
             results.append(
                 _make_detections(
                     image_boxes[is_detected], image_scores[is_detected], detected_names
@@ -148,7 +161,10 @@ class GroundingDinoDetector(_OpenVocabularyDetector):
         return results
 
     def _find_name_spans(self, tokens: Sequence[int]) -> list[list[int]]:
-        """The positions of each name's tokens in a prompt."""
+        """Find the positions of each name's tokens in a prompt.
+
+        Names are the runs of tokens between full stops and special tokens.
+        """
         tokenizer = self._processor.tokenizer
         separators = {tokenizer.convert_tokens_to_ids("."), *tokenizer.all_special_ids}
         separators -= {tokenizer.unk_token_id}
@@ -157,7 +173,7 @@ class GroundingDinoDetector(_OpenVocabularyDetector):
 
     @cached_property
     def _prompts(self) -> list[tuple[str, list[str]]]:
-        """Prompts that are short enough, with the names in each."""
+        """The prompts of the vocabulary, each short enough for the network: (prompt, its names)."""
         prompts: list[tuple[str, list[str]]] = [("", [])]
         for name in self._names:
             prompt, names = prompts[-1]
@@ -170,14 +186,14 @@ class GroundingDinoDetector(_OpenVocabularyDetector):
 
 
 class Owlv2Detector(_OpenVocabularyDetector):
-    """Finds the objects of a vocabulary."""
+    """Finds the objects of a vocabulary with OWLv2, which gets a separate prompt for each name."""
 
     kind = "owlv2"
     prompt = "a photo of a {}"
     threshold = 0.2
 
     def detect(self, frames: Sequence[Frame]) -> list[list[Detection]]:
-        """The objects of each image, best first."""
+        """Detect the objects of each image, best first."""
         images = [frame.image for frame in frames]
         sizes = [image.shape[:2] for image in images]
         prompts = [self.prompt.format(name) for name in self._names]
@@ -198,10 +214,16 @@ class Owlv2Detector(_OpenVocabularyDetector):
 def clean_detections(
     detections: Sequence[Detection], height: int, width: int, max_overlap: float
 ) -> list[Detection]:
-    """Clip detections to the image and order them, best first.
+    """Clip detections to the image, drop bad ones, and sort the others, best first.
 
-    Dropped are those of less than a pixel, without a name, or on a better one (see
-    `suppress_overlaps`).
+    A detection is dropped if it is narrower than a pixel, has no name, or overlaps a better one
+    (`suppress_overlaps`).
+
+    Args:
+        detections: The detections of one image.
+        height: Height of the image.
+        width: Width of the image.
+        max_overlap: The largest IoU of two remaining detections.
     """
     if not detections:
         return []
@@ -223,7 +245,11 @@ def _make_detections(
 
 
 def _clean_vocabulary(vocabulary: Sequence[str], kind: str) -> list[str]:
-    """Each name once, in lower case, without the marks that end a name in a prompt."""
+    """The names in lower case, without marks that end a name in a prompt, and without repetitions.
+
+    Raises:
+        SpearError: No name remains, or the vocabulary is a string instead of a list.
+    """
     if isinstance(vocabulary, str):
         raise SpearError(f"the vocabulary of {kind} is one text. Give a list of names.")
     names: dict[str, None] = {}

@@ -72,7 +72,11 @@ class MogePointMapModel:
 
 
 def load_point_map_model(model: Path | str, device: str = "auto") -> MogePointMapModel:
-    """Load the weights of a published checkpoint, named as for
-    `spear.models.moge.checkpoint.load_moge`."""
+    """Load MoGe with the weights of a checkpoint.
+
+    Args:
+        model: A file, or a name on the Hub (`spear.models.moge.checkpoint.load_moge`).
+        device: "auto", or a device name of PyTorch.
+    """
     name = Path(model).name if Path(model).is_file() else str(model)
     return MogePointMapModel(load_moge(model), name, device)

@@ -1,4 +1,4 @@
-"""Networks of Transformers by name: from the Hugging Face Hub, or from a folder."""
+"""Loading networks of Transformers from the Hugging Face Hub or from a folder."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,12 +22,12 @@ def load_model(
         cls: The network's class in Transformers.
         kind: The network's `model_type` in Transformers.
         model: Name on the Hub, or folder with `config.json` and `model.safetensors`.
-        device: As in `choose_device`.
+        device: "auto", or a device name of PyTorch (`choose_device`).
         other_kinds: Kinds of larger models that contain this network; they are accepted, too.
 
     Raises:
-        SpearError: There is no such model or no network connection, it is of another kind, or
-            weights are missing.
+        SpearError: The model does not exist or cannot be downloaded, it is of another kind, or
+            some of its weights are missing.
     """
     from transformers import AutoConfig
 
@@ -58,7 +58,7 @@ def load_model(
 def refuse_nan(network: Any, inputs: Any, outputs: Any) -> None:
     """A forward hook that raises `SpearError` if an output contains NaN.
 
-    NaN would otherwise look like an image without objects.
+    Without the hook, an image whose scores are NaN would look like an image without objects.
     """
     for name, value in vars(outputs).items():
         if isinstance(value, torch.Tensor) and value.isnan().any():
@@ -67,8 +67,13 @@ def refuse_nan(network: Any, inputs: Any, outputs: Any) -> None:
 
 @contextmanager
 def explain_full_memory(num_images: int) -> Iterator[None]:
-    """Turn a full accelerator into a `SpearError`, after which the pipeline tries one image at a
-    time."""
+    """In the `with` block, turn PyTorch's out-of-memory error into a `SpearError`.
+
+    After a `SpearError` the pipeline tries the batch again, one image at a time.
+
+    Args:
+        num_images: Number of images in the batch, for the error message.
+    """
     try:
         yield
     except torch.OutOfMemoryError as error:
@@ -83,12 +88,12 @@ def load_pretrained_part(cls: Any, kind: str, model: str, **options: Any) -> Any
 
     Args:
         cls: The part's class in Transformers.
-        kind: As in `load_model`.
-        model: As in `load_model`.
+        kind: The network's `model_type` in Transformers, for error messages.
+        model: Name on the Hub, perhaps with @REVISION, or folder.
         options: Options of the class's `from_pretrained`.
 
     Raises:
-        SpearError: There is no such model or no network connection, or it cannot be loaded.
+        SpearError: The model does not exist, or it cannot be downloaded or loaded.
     """
     path = Path(model).expanduser()
     is_local = path.exists() or not is_hub_name(model)

@@ -1,8 +1,12 @@
-"""The answers to all types of questions, 3D and 2D, worked out from a label.
+"""Drafts of questions of all types, 3D and 2D: what is asked about, and the answer from the label.
 
-Most types ask about one object or two, drawn at random; `_about_one_object` and
-`_about_two_objects` make drafters of these from a function that answers for the objects drawn.
-Random numbers are drawn in a fixed order: objects first, their wording last.
+A *drafter* draws at random what to ask about and computes the answer. The module
+`spear.labels.questions.generate` puts the draft into words. Most question types ask about one or
+two objects. For these, `_about_one_object` and `_about_two_objects` make a drafter from a function
+that computes the answer for given objects.
+
+Random numbers are drawn in a fixed order, the objects first and their wording last, so that a seed
+always gives the same questions.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -18,10 +22,14 @@ from spear.labels.store import DEPTH_STRIDE_PX
 from spear.types import Array, Box3D, LabeledImage, LabeledObject, Pixel, Segments
 
 MIN_RELATIVE_GAP = 0.05
-"""Distances that differ by less than this fraction of the larger are not compared, nor locations
-nearer to each other than this fraction of the image's width (our choice)."""
-NUM_PAIR_TRIES = 4  # of "chain_of_thought", for which many pairs are too close to compare
-NUM_POINT_TRIES = 4  # of "what_at", whose points may fall beside the object
+"""No question compares two distances that differ by less than this fraction of the larger one, or
+two locations that are nearer to each other than this fraction of the image's width (our choice)."""
+NUM_PAIR_TRIES = 4
+"""Questions of "chain_of_thought" draw up to this many pairs of objects, because many pairs are at
+nearly the same distance."""
+NUM_POINT_TRIES = 4
+"""Questions of "what_at" draw up to this many points, because a point may be outside the object's
+mask."""
 
 
 @dataclass(frozen=True)
@@ -32,9 +40,10 @@ class QuestionScene:
         label: The image's label.
         objects_3d: Its objects that 3D questions may be about.
         objects_2d: Its objects that 2D questions may be about.
-        depth: The image's depth, where it is known, as `store.write_images_with_depth` stores it:
-            that of the middle pixel of each square of `DEPTH_STRIDE_PX` pixels, in the label's
-            unit, 0 or not finite where unknown.
+        depth: [rows, columns] the image's depth in the label's unit, 0 or not finite where it is
+            unknown. It has one value for each square of `DEPTH_STRIDE_PX` × `DEPTH_STRIDE_PX`
+            pixels, that of the square's middle pixel (`store.write_images_with_depth`). None if the
+            image has no depth.
     """
 
     label: LabeledImage
@@ -47,9 +56,9 @@ class Draft(NamedTuple):
     """A question before it has words.
 
     Attributes:
-        words: What fills the gaps of a template: {"x": name, …}.
-        segments: The answer.
-        names: The names asked about.
+        words: The words for the gaps of a prompt template: {"x": "the mug", …}.
+        segments: The answer, as in `Question.segments`.
+        names: The names of the objects that the question is about.
     """
 
     words: dict[str, str]
@@ -60,8 +69,10 @@ class Draft(NamedTuple):
 T = TypeVar("T")
 Random = np.random.Generator
 Drafter = Callable[[QuestionScene, Random], Draft | None]
-"""Asks about a scene at random; None when it does not allow the question drawn."""
+"""Draws what to ask about in a scene; None if the scene does not allow the question that was
+drawn."""
 ObjectChoice = Literal["objects_3d", "objects_2d"]
+"""The attribute of `QuestionScene` from which objects are drawn."""
 
 
 def draw_one(items: Sequence[T], rng: Random) -> T:
@@ -70,6 +81,7 @@ def draw_one(items: Sequence[T], rng: Random) -> T:
 
 
 def _word_object(o: LabeledObject, rng: Random) -> str:
+    """The words for an object in a question."""
     # Earlier versions drew the article here. The draw stays, so that seeds give the same questions.
     rng.random()
     return with_article(o.name)
@@ -78,7 +90,12 @@ def _word_object(o: LabeledObject, rng: Random) -> str:
 def _about_one_object(
     choice: ObjectChoice, answer: Callable[[LabeledObject, LabeledImage], Segments | None]
 ) -> Drafter:
-    """A drafter that asks about one object."""
+    """Make a drafter that asks about one object.
+
+    Args:
+        choice: Which objects of the scene may be drawn.
+        answer: Computes the answer for an object; None if the object allows no answer.
+    """
 
     def draft(scene: QuestionScene, rng: Random) -> Draft | None:
         objects: Sequence[LabeledObject] = getattr(scene, choice)
@@ -98,13 +115,20 @@ def _about_two_objects(
     answer: Callable[[LabeledObject, LabeledObject, LabeledImage], Segments | None],
     num_tries: int = 1,
 ) -> Drafter:
-    """A drafter that asks about two objects; when they allow no answer it draws another two."""
+    """Make a drafter that asks about two objects.
+
+    Args:
+        choice: Which objects of the scene may be drawn.
+        answer: Computes the answer for two objects; None if they allow no answer.
+        num_tries: How many pairs to draw until one allows an answer.
+    """
 
     def draft(scene: QuestionScene, rng: Random) -> Draft | None:
         objects: Sequence[LabeledObject] = getattr(scene, choice)
         if len(objects) < 2:
             return None
         for _ in range(num_tries):
+            # The second object is 1 to n - 1 places after the first one, so it is another one.
             first = int(rng.random() * len(objects))
             second = first + 1 + int(rng.random() * (len(objects) - 1))
             a = objects[first]
@@ -133,7 +157,7 @@ def compute_distance(o: LabeledObject) -> float:
 
 
 def project_to_pixels(points: Array, label: LabeledImage) -> list[Pixel | None]:
-    """Where points [n, 3] appear in the image; None outside the image or behind the camera."""
+    """Project points [n, 3] to the image; None for points outside it or behind the camera."""
     (fx, skew, cx), (_, fy, cy), _ = label.intrinsics.tolist()
     pixels: list[Pixel | None] = []
     for x, y, z in points.tolist():
@@ -149,6 +173,7 @@ def _answer_box_vertices(o: LabeledObject, label: LabeledImage) -> Segments:
 
 
 def _answer_offset(a: LabeledObject, b: LabeledObject, label: LabeledImage) -> Segments:
+    """The vector from the center of `a` to the center of `b`."""
     return (_get_box(b).center - _get_box(a).center).tolist()
 
 
@@ -157,13 +182,16 @@ def _answer_distance(o: LabeledObject, label: LabeledImage) -> Segments:
 
 
 def _answer_back_projection(o: LabeledObject, label: LabeledImage) -> Segments | None:
-    corners = [p for p in project_to_pixels(_get_box(o).vertices, label) if p is not None]
-    return [*corners] if len(corners) == 8 else None
+    """The image locations of the box's vertices; None unless all eight are inside the image."""
+    locations = project_to_pixels(_get_box(o).vertices, label)
+    visible_locations = [location for location in locations if location is not None]
+    return [*visible_locations] if len(visible_locations) == 8 else None
 
 
 def _answer_chain_of_thought(
     a: LabeledObject, b: LabeledObject, label: LabeledImage
 ) -> Segments | None:
+    """Which of two objects is closer, in words; None if their distances are nearly equal."""
     distance_a = compute_distance(a)
     distance_b = compute_distance(b)
     if abs(distance_a - distance_b) < MIN_RELATIVE_GAP * max(distance_a, distance_b):
@@ -179,6 +207,7 @@ def _answer_chain_of_thought(
 
 
 def _draft_keypoint(scene: QuestionScene, rng: Random) -> Draft | None:
+    """Ask where a keypoint, drawn at random, of an object is."""
     if not scene.objects_3d:
         return None
     o = draw_one(scene.objects_3d, rng)
@@ -188,7 +217,7 @@ def _draft_keypoint(scene: QuestionScene, rng: Random) -> Draft | None:
 
 
 def _draft_pixel_point(scene: QuestionScene, rng: Random) -> Draft | None:
-    """Ask where a pixel drawn at random is in 3D, whatever it shows: the paper's ablation."""
+    """Ask for the 3D point that a pixel drawn at random shows, as in the paper's ablation."""
     if scene.depth is None:
         return None
     num_rows, num_columns = scene.depth.shape
@@ -198,6 +227,7 @@ def _draft_pixel_point(scene: QuestionScene, rng: Random) -> Draft | None:
     if not np.isfinite(z) or z <= 0:
         return None
     label = scene.label
+    # The center of the middle pixel of the square for which the depth was stored
     x = column * DEPTH_STRIDE_PX + DEPTH_STRIDE_PX // 2 + 0.5
     y = row * DEPTH_STRIDE_PX + DEPTH_STRIDE_PX // 2 + 0.5
     point = z * np.linalg.solve(label.intrinsics, [x, y, 1.0])
@@ -209,21 +239,25 @@ def _draft_pixel_point(scene: QuestionScene, rng: Random) -> Draft | None:
 
 
 def _to_pixel(x: float, y: float, label: LabeledImage) -> Pixel:
-    """A location given in pixels, clipped to the image."""
+    """Convert pixel coordinates to a `Pixel` (fractions of the image), clipped to the image."""
     return Pixel(_clip_to_unit(x / label.width), _clip_to_unit(y / label.height))
 
 
 def _clip_to_unit(fraction: float) -> float:
+    """Clip to 0 <= fraction < 1, since a location of 1 is outside the image."""
     return min(max(fraction, 0.0), 1.0 - 1e-6)
 
 
 def _find_center_2d(o: LabeledObject, label: LabeledImage) -> Pixel:
+    """The center of an object's 2D box."""
     x0, y0, x1, y1 = o.box2d.tolist()
     return _to_pixel((x0 + x1) / 2, (y0 + y1) / 2, label)
 
 
 def _answer_where_2d(o: LabeledObject, label: LabeledImage) -> Segments:
-    return [_to_pixel(x, y, label) for x, y in o.box2d.reshape(2, 2).tolist()]
+    """The top left and the bottom right corner of an object's 2D box."""
+    corners = o.box2d.reshape(2, 2).tolist()
+    return [_to_pixel(x, y, label) for x, y in corners]
 
 
 def _answer_center_2d(o: LabeledObject, label: LabeledImage) -> Segments:
@@ -231,25 +265,34 @@ def _answer_center_2d(o: LabeledObject, label: LabeledImage) -> Segments:
 
 
 def _answer_which_side(o: LabeledObject, label: LabeledImage) -> Segments | None:
+    """The side of the image's middle on which an object is; None if it is near the middle."""
     return _name_side(_find_center_2d(o, label).x - 0.5)
 
 
 def _answer_left_or_right(
     a: LabeledObject, b: LabeledObject, label: LabeledImage
 ) -> Segments | None:
+    """The side of object `b` on which object `a` is; None if one is nearly above the other."""
     return _name_side(_find_center_2d(a, label).x - _find_center_2d(b, label).x)
 
 
 def _name_side(gap: float) -> Segments | None:
-    """The side of something that is `gap` image widths to the right; None when it is too close."""
+    """The word for a horizontal distance, in image widths, that is positive to the right.
+
+    It is None if the distance is too small to name a side.
+    """
     if abs(gap) < MIN_RELATIVE_GAP:
         return None
     return ["left" if gap < 0 else "right"]
 
 
 def _draft_what_at(scene: QuestionScene, rng: Random) -> Draft | None:
-    """Ask which object is at a point: one of its pixels in the middle of its 2D box, in no smaller
-    mask."""
+    """Ask which object is at a point.
+
+    The point is drawn from the middle of an object's 2D box. Its object is the one with the
+    smallest mask that contains the point, because a smaller object (an apple) may be inside the
+    mask of a larger one (a plate).
+    """
     if not scene.objects_2d:
         return None
     o = draw_one(scene.objects_2d, rng)
@@ -273,7 +316,7 @@ def _find_objects_at(pixel: Pixel, label: LabeledImage) -> list[LabeledObject]:
     objects = []
     for o in label.objects:
         run_ends = np.cumsum(o.mask_runs)
-        run = np.searchsorted(run_ends, index, side="right")
+        run = np.searchsorted(run_ends, index, side="right")  # the run that contains the pixel
         is_inside_mask = run % 2 == 1  # runs alternate and begin with zeros, so odd runs are ones
         if is_inside_mask:
             objects.append(o)
@@ -285,6 +328,7 @@ def _count_mask_pixels(o: LabeledObject) -> int:
 
 
 def _draft_exists(scene: QuestionScene, rng: Random) -> Draft | None:
+    """Ask whether there is an object of some name; half of the time there is."""
     visible_names = [o.name for o in scene.label.objects]
     if visible_names and rng.random() < 0.5:
         name = draw_one(visible_names, rng)
@@ -304,30 +348,33 @@ def _may_mean(visible_name: str, name: str) -> bool:
 
 
 def _draft_count(scene: QuestionScene, rng: Random) -> Draft | None:
+    """Ask how many objects of some name there are; sometimes there are none."""
     visible_names = [o.name for o in scene.label.objects]
     is_visible = bool(visible_names) and rng.random() < 0.8
     name = draw_one(visible_names if is_visible else EVERYDAY_NAMES, rng)
     num_exact = sum(is_a(visible_name, name, exact=True) for visible_name in visible_names)
     num_meant = sum(is_a(visible_name, name) for visible_name in visible_names)
-    if num_exact != num_meant:  # whether synonyms count is open
+    # If there are objects with a synonym of the name, it is open whether they count.
+    if num_exact != num_meant:
         return None
     return Draft({"x": name}, [str(num_exact)], (name,))
 
 
 def _draft_list(scene: QuestionScene, rng: Random) -> Draft | None:
-    located = [(_find_center_2d(o, scene.label).x, o.name) for o in scene.label.objects]
-    located.sort(key=_get_location)
-    if not located:
+    """Ask for the names of all objects from left to right; None if two are nearly above another."""
+    names_with_x = [(_find_center_2d(o, scene.label).x, o.name) for o in scene.label.objects]
+    names_with_x.sort(key=_get_x)
+    if not names_with_x:
         return None
-    for (x, _), (next_x, _) in pairwise(located):
+    for (x, _), (next_x, _) in pairwise(names_with_x):
         if next_x - x < MIN_RELATIVE_GAP / 2:
             return None
-    names = tuple(name for _, name in located)
+    names = tuple(name for _, name in names_with_x)
     return Draft({}, [", ".join(names)], names)
 
 
-def _get_location(located: tuple[float, str]) -> float:
-    x, _ = located
+def _get_x(x_and_name: tuple[float, str]) -> float:
+    x, _ = x_and_name
     return x
 
 
@@ -349,4 +396,4 @@ DRAFTERS: Mapping[str, Drafter] = {
     "list": _draft_list,
     "pixel_point": _draft_pixel_point,
 }
-"""Question type → what drafts such a question."""
+"""Question type → the drafter of its questions."""

@@ -1,22 +1,23 @@
-"""Questions and answers about a labeled image: 3D types, and 2D ones to pretrain a small VLM on.
+"""Generating questions and answers about a labeled image.
 
-Numbers in 3D answers are in the label's unit and in the camera frame (x right, y down, z forward).
-The sign of "offset" and the end points of "distance" are our choice. The answers, about the objects
-X and Y:
+There are 3D questions, and 2D questions on which a small VLM is pretrained. Numbers in 3D answers
+are in the label's unit and in the camera frame (x right, y down, z forward). The sign of "offset"
+and the end points of "distance" are our choice. The answers to 3D questions about the objects X and
+Y are:
 
     box_vertices      24 numbers: x, y, z of each of the eight vertices, in the order of
                       `box3d.order_vertices`.
-    keypoint          3 numbers: the closest or furthest visible point of X, or the center of its
+    keypoint          3 numbers: the closest or furthest visible point of X, or the center of X's
                       box.
     offset            3 numbers: the center of Y minus the center of X, signed.
     distance          1 number: the Euclidean distance from the camera to the center of X.
-    back_projection   8 pixels: where the vertices appear in the image.
+    back_projection   8 pixels: where the vertices of X's box appear in the image.
     chain_of_thought  "the X is d and the Y is e so the X is closer".
-    pixel_point       3 numbers: the point that a pixel drawn at random shows, where its depth is
-                      known (for an ablation).
+    pixel_point       3 numbers: the 3D point that a pixel drawn at random shows, if the pixel's
+                      depth is known (for an ablation).
 
-Questions are about objects that a reader can tell apart and whose label is good: see
-`find_exclusion_reasons`.
+3D questions are only about objects whose name is unambiguous in the image and whose label is good
+(`find_exclusion_reasons`).
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -39,17 +40,17 @@ from spear.question_types import QUESTION_TYPES
 from spear.types import Array, LabeledImage, LabeledObject, Pixel, Question, Segments, Unit
 
 MIN_VISIBLE_2D = 0.6
-"""2D questions are about objects of whose outline at least this fraction is seen (our choice)."""
-TRIES_PER_QUESTION = 4  # many draws allow no question, or repeat one
+"""2D questions are about objects of whose outline at least this fraction is visible, by their score
+"visible" (our choice)."""
+TRIES_PER_QUESTION = 4  # more than one, because many draws allow no question or repeat one
 
 
 def find_exclusion_reasons(label: LabeledImage) -> list[tuple[str, ...]]:
-    """For each object of a label, everything that keeps 3D questions from being about it; empty for
-    a good one.
+    """Find the reasons why no 3D question may be about an object, for each object of a label.
 
-    The reasons are "ambiguous" (its name also fits another object of the image), "no box",
-    "outside" (its center is not in the image), and the names of the scores in which it fails
-    (`find_failed_scores`).
+    The reasons are "ambiguous" (the object's name also fits another object of the image), "no box",
+    "outside" (the center of the object's box is not in the image), and the names of scores that are
+    too low (`find_failed_scores`). Questions may be about objects without a reason.
     """
     reasons_of_objects: list[tuple[str, ...]] = []
     for o in label.objects:
@@ -67,6 +68,7 @@ def find_exclusion_reasons(label: LabeledImage) -> list[tuple[str, ...]]:
 
 
 def _is_name_unique(o: LabeledObject, label: LabeledImage) -> bool:
+    """Whether an object's name fits no other object of the image."""
     return sum(is_a(neighbor.name, o.name) for neighbor in label.objects) == 1
 
 
@@ -83,18 +85,19 @@ def generate_questions(
     question_types: Sequence[str] = QUESTION_TYPES,
     depth: Array | None = None,
 ) -> list[Question]:
-    """Ask about an image.
+    """Generate random questions about an image, with their answers.
 
     Args:
         label: The image's label.
-        rng: Decides everything random here; the same state gives the same questions.
-        pairs: Fewest and most questions.
-        question_types: The question types (`spear.question_types`), drawn with equal chance.
-        depth: The image's depth, see `QuestionScene`; without it "pixel_point" is never asked.
+        rng: The source of all randomness; the same state gives the same questions.
+        pairs: The smallest and the largest number of questions.
+        question_types: The types (`spear.question_types`) from which each question's type is drawn,
+            with equal chance.
+        depth: The image's depth (`QuestionScene.depth`), which "pixel_point" needs.
 
     Returns:
-        Up to `pairs[1]` different questions. There are fewer than `pairs[0]`, or none, when the
-        image does not allow more.
+        Up to `pairs[1]` different questions. If the image does not allow enough questions, there
+        are fewer than `pairs[0]`, or none.
 
     Raises:
         SpearError: A question type is unknown, or `pairs` are not 1 <= fewest <= most.
@@ -120,9 +123,13 @@ def generate_questions(
         draft = DRAFTERS[question_type](scene, rng)
         if draft is None:
             continue
+
+        # Skip a question that was asked before, even in other words.
         key = (question_type, draft.names, tuple(draft.segments))
         if key in questions:
             continue
+
+        # Put the draft into words. If the answer has numbers, the prompt may state their unit.
         prompt = draw_one(PROMPT_TEMPLATES[question_type], rng).format_map(draft.words)
         has_numbers = any(isinstance(segment, float) for segment in draft.segments)
         if has_numbers and len(UNIT_TEMPLATES[label.unit]) > 1:
@@ -134,14 +141,16 @@ def generate_questions(
 
 
 def format_answer(segments: Segments, unit: Unit, size: tuple[int, int] | None = None) -> str:
-    """Write an answer for people.
+    """Format an answer for people to read.
+
+    Numbers get three decimals and their unit. An answer that consists only of numbers is written as
+    points of three numbers each.
 
     Args:
-        segments: The answer. Numbers get three decimals and their unit; those of an answer of
-            numbers alone are grouped to points of three.
+        segments: The answer, as in `Question.segments`.
         unit: The unit of the numbers.
-        size: Width and height of the image. With it, image locations are written in pixels, without
-            it as PaliGemma's tokens.
+        size: Width and height of the image in pixels. With it, image locations are written in
+            pixels; without it, as PaliGemma's location tokens.
 
     Example:
         >>> format_answer([0.1, -0.2, 1.0], "metre")
@@ -149,7 +158,8 @@ def format_answer(segments: Segments, unit: Unit, size: tuple[int, int] | None =
     """
     symbol = abbreviate_unit(unit)
     numbers = [f"{segment:.3f}" for segment in segments if isinstance(segment, float)]
-    if 1 < len(numbers) == len(segments):
+    has_only_numbers = len(numbers) == len(segments)
+    if has_only_numbers and len(numbers) > 1:
         points = [f"({', '.join(numbers[i : i + 3])})" for i in range(0, len(numbers), 3)]
         return f"{' '.join(points)} {symbol}"
     words = []
@@ -165,12 +175,12 @@ def format_answer(segments: Segments, unit: Unit, size: tuple[int, int] | None =
 
 
 def abbreviate_unit(unit: Unit) -> str:
-    """A unit as it stands after a number."""
+    """The abbreviation of a unit, to write after a number."""
     return "m" if unit == "metre" else "units"
 
 
 def _fill_prompt_templates(words: Mapping[str, str]) -> Iterator[str]:
-    """Every prompt template with these words, and with every word for a keypoint."""
+    """Fill every prompt template with these words, and with every word for a keypoint."""
     keypoint_words = list(chain.from_iterable(KEYPOINT_NAMES.values()))
     for question_type, templates in PROMPT_TEMPLATES.items():
         fillings = keypoint_words if question_type == "keypoint" else [""]
@@ -180,14 +190,16 @@ def _fill_prompt_templates(words: Mapping[str, str]) -> Iterator[str]:
 
 
 def iterate_tokenizer_texts(names: Sequence[str]) -> Iterator[str]:
-    """Every template with every name, and every answer in words; a small tokenizer is trained on
-    them."""
-    next_names = [*names[1:], *names[:1]]
+    """Iterate over texts on which a small tokenizer is trained.
+
+    They are all prompt templates filled with all names, the units, and all answers in words.
+    """
+    next_names = [*names[1:], *names[:1]]  # the second object of a question is the next name
     for x, y in zip(names, next_names, strict=True):
         for definite in (True, False):
             words = {"x": with_article(x, definite), "y": with_article(y, definite)}
             yield from _fill_prompt_templates(words)
-        yield f"the {x} is  and the {y} is  so the {x} is closer"
+        yield f"the {x} is  and the {y} is  so the {x} is closer"  # without the two distances
         yield f"{x}, {y}"
     for templates in UNIT_TEMPLATES.values():
         for template in templates:

@@ -1,5 +1,4 @@
-"""What a set of labels contains, in numbers; and the dataset card with them, for people and Hugging
-Face."""
+"""Statistics of a set of labels, and the dataset card (README.md) that states some of them."""
 
 import re
 from array import array
@@ -32,17 +31,19 @@ SCORES = (
     "stability",
     "compact",
 )
-MAX_REASON_LENGTH = 120  # characters of a reason for skipping, in a summary
+"""The scores of labeled objects (`objects.label_object`) whose distributions are computed."""
+MAX_REASON_LENGTH = 120  # summaries shorten reasons for skipping to so many characters
 
 
 class TokenUsage(NamedTuple):
-    """How often each 3D token (bin) occurs in answers.
+    """How often each 3D token occurs in answers. Each 3D token stands for a bin, an interval.
 
     Attributes:
-        counts: Occurrences of each bin.
-        unused: How many bins never occur.
-        outside: How many numbers are outside all bins.
-        evenness: exp(entropy) / bins: 1 where all bins are used alike, 1 / bins where only one is.
+        counts: How many numbers of the answers are in each bin.
+        unused: How many bins contain no number.
+        outside: How many numbers of the answers are outside all bins.
+        evenness: exp(entropy) / number of bins. It is 1 if all bins contain equally many numbers,
+            and 1 / number of bins if one bin contains all numbers.
     """
 
     counts: Sequence[int]
@@ -60,16 +61,17 @@ class LabelStatistics:
     """Statistics of a set of labels, all in one unit.
 
     Attributes:
-        num_images: Labeled images.
-        num_askable: Objects that 3D questions may be about.
+        num_images: Number of labeled images.
+        num_askable: Number of objects that 3D questions may be about.
         unit: Unit of the labels.
-        provenance: What made the labels ("detector: …") → images.
-        names: Name → objects.
-        reasons: Why 3D questions are not about objects → objects (one may have several reasons).
-        distances: Distances from the camera to the centers of the boxes.
-        sizes: The longest sides of the boxes.
-        scores: Score → its values, of the objects that have it. (Lists would take four times the
-            memory.)
+        provenance: A model that made labels ("detector: …") → number of images.
+        names: Name → number of objects.
+        reasons: Reason why 3D questions may not be about an object → number of objects. An object
+            may have several reasons.
+        distances: For each box, the distance from the camera to the box's center.
+        sizes: For each box, the length of the longest side.
+        scores: Name of a score → the values of all objects that have this score. Arrays take a
+            quarter of the memory of lists.
     """
 
     num_images: int = 0
@@ -93,7 +95,11 @@ class LabelStatistics:
         return len(self.distances)
 
     def add(self, label: LabeledImage) -> None:
-        """Count a label. Raises `SpearError` if it is in another unit than those before."""
+        """Count a label.
+
+        Raises:
+            SpearError: The label is in another unit than the labels that were counted before.
+        """
         self.unit = self.unit or label.unit
         if label.unit != self.unit:
             raise SpearError(
@@ -105,7 +111,8 @@ class LabelStatistics:
         for o, reasons in zip(label.objects, find_exclusion_reasons(label), strict=True):
             self.names[o.name] += 1
             self.reasons.update(reasons)
-            self.num_askable += not reasons
+            if not reasons:
+                self.num_askable += 1
             for name in self.scores.keys() & o.scores.keys():
                 self.scores[name].append(float(o.scores[name]))
             if o.box3d is not None:
@@ -114,7 +121,7 @@ class LabelStatistics:
 
 
 def compute_statistics(labels: Iterable[LabeledImage]) -> LabelStatistics:
-    """Count what labels contain, in one pass that keeps no image.
+    """Compute the statistics of labels, in one pass that keeps no image in memory.
 
     Raises:
         SpearError: The labels are in several units.
@@ -126,8 +133,10 @@ def compute_statistics(labels: Iterable[LabeledImage]) -> LabelStatistics:
 
 
 def compute_token_usage(values: Sequence[float], coordinates: "CoordinateTokenizer") -> TokenUsage:
-    """Count how often each bin contains one of `values`; those outside count for the first or the
-    last bin."""
+    """Count how many of `values` are in each bin of the 3D tokens.
+
+    Values outside all bins count for the first or the last bin.
+    """
     numbers = np.asarray(values, np.float64)
     clipped = numbers.clip(coordinates.bin_edges[0], coordinates.bin_edges[-1])
     counts = np.bincount(coordinates.encode(numbers), minlength=coordinates.num_bins)
@@ -145,10 +154,10 @@ def compute_token_usage(values: Sequence[float], coordinates: "CoordinateTokeniz
 
 
 def count_skip_reasons(folder: Path) -> Counter[str]:
-    """Why images of a folder were skipped → images.
+    """Count the images of a folder that were skipped, by reason.
 
-    Paths, numbers, quotations and what is in brackets are left out, so that equal reasons count
-    together.
+    Paths, numbers, quotations and brackets are removed from the reasons, so that reasons that
+    differ only in these are counted together.
     """
     path = folder / SKIPPED_FILE
     if not path.is_file():
@@ -164,8 +173,10 @@ def count_skip_reasons(folder: Path) -> Counter[str]:
 
 
 def write_dataset_card(folder: Path) -> None:
-    """Write README.md, with the YAML header by which `datasets.load_dataset(folder)` finds the
-    shards."""
+    """Write the dataset card of a folder of labels, README.md.
+
+    By its YAML header `datasets.load_dataset(folder)` finds the shards.
+    """
     num_skipped = count_skip_reasons(folder).total()
     configs = ""
     if (folder / QUESTIONS_FILE).is_file():

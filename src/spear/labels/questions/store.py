@@ -1,7 +1,7 @@
-"""Questions about a folder of labels, in a file beside them: `LABELS/questions.parquet`.
+"""Writing and reading the questions about a folder of labels: `LABELS/questions.parquet`.
 
-The questions about an image depend on the seed and the image's source alone, so they stay the same
-when images are added or the labels are made again.
+The random choices of the questions about an image depend only on the seed and the image's source.
+So the questions stay the same when images are added or the same labels are made again.
 """
 
 import hashlib
@@ -31,9 +31,9 @@ from spear.types import LabeledImage, Pixel, Question
 from spear.util.json_text import parse_json
 from spear.util.progress import ProgressBar
 
-BATCH_SIZE = 256  # images whose questions are written together
-ROWS_PER_GROUP = 4096
-READ_BATCH_SIZE = 1024  # questions that are read at a time
+BATCH_SIZE = 256  # number of images whose questions are written together
+ROWS_PER_GROUP = 4096  # a row is a question
+READ_BATCH_SIZE = 1024  # number of questions that are read at a time
 
 _TEXT_COLUMNS = ("source", "family", "prompt", "answer", "segments")
 _SCHEMA = pa.schema(
@@ -43,7 +43,9 @@ _SCHEMA = pa.schema(
         "unit": pa.string(),
     }
 )
-"""answer: for people to read; segments: exact, as JSON (texts, numbers, {"pixel": [x, y]})."""
+"""The columns of the file. `source` is the image's; `family` is the question type; `answer` is for
+people to read; `segments` is the exact answer as a JSON list of texts, numbers and {"pixel": [x,
+y]}."""
 
 
 def generate_label_questions(
@@ -52,13 +54,13 @@ def generate_label_questions(
     pairs: tuple[int, int] = (1, 4),
     question_types: Sequence[str] = QUESTION_TYPES,
 ) -> list[Question]:
-    """Ask about one image; equal seeds and sources give equal questions.
+    """Generate the questions about one image.
 
     Args:
         label: The image's label.
         seed: Seeds the random numbers, together with the label's source.
-        pairs: As in `generate_questions`.
-        question_types: As in `generate_questions`.
+        pairs: The smallest and the largest number of questions.
+        question_types: The types from which each question's type is drawn.
     """
     digest = hashlib.sha256(label.source.encode()).digest()
     rng = np.random.default_rng([seed, int.from_bytes(digest[:8], "little")])
@@ -71,21 +73,22 @@ def write_questions(
     pairs: tuple[int, int] = (1, 4),
     question_types: Sequence[str] = QUESTION_TYPES,
 ) -> tuple[int, Counter[str]]:
-    """Ask about every image of a folder of labels. The file is replaced as a whole, and so is the
-    dataset card.
+    """Write questions about every image of a folder of labels.
+
+    Existing questions are replaced, and the dataset card is written again.
 
     Args:
         folder: The folder.
-        seed: As in `generate_label_questions`.
-        pairs: As in `generate_questions`.
-        question_types: As in `generate_questions`.
+        seed: Seeds the random numbers, together with each label's source.
+        pairs: The smallest and the largest number of questions about an image.
+        question_types: The types from which each question's type is drawn.
 
     Returns:
         The number of images, and the number of questions of each type.
 
     Raises:
-        SpearError: There are no labels, a question type is unknown or needs depth, `pairs` is no
-            range, or the disk is full.
+        SpearError: The folder contains no labels, a question type is unknown or needs depth,
+            `pairs` is no range, or the disk is full.
     """
     check_known(
         "question type about labels", (*QUESTION_TYPES, *QUESTION_TYPES_2D), *question_types
@@ -113,7 +116,7 @@ def read_questions(folder: Path) -> Iterator[tuple[str, Question]]:
     """Read the questions about a folder of labels.
 
     Yields:
-        The source of the image, and the question, in the order of the labels; nothing when no
+        The source of the image and the question, in the order of the labels. Nothing, if no
         questions were written.
 
     Raises:

@@ -1,4 +1,8 @@
-"""The prompt templates of questions (templates.toml), and which objects a name in them may mean."""
+"""The prompt templates of questions (templates.toml), and which objects a name may mean.
+
+The noun of a name is the word that says what kind of object it is: "cube" in "red cube on the
+tray". The other words describe the object.
+"""
 
 import re
 import tomllib
@@ -15,13 +19,14 @@ def _read_section(section: str) -> Mapping[str, tuple[str, ...]]:
 
 
 PROMPT_TEMPLATES = _read_section("prompts")
-"""Question type → its templates."""
+"""Question type → prompt templates with the gaps {x} and {y} for objects, {p} for a keypoint."""
 KEYPOINT_NAMES = _read_section("points")
-"""Keypoint → the words for it."""
+"""Name of a keypoint in labels → the words for the keypoint in questions."""
 UNIT_TEMPLATES = _read_section("units")
-"""Unit → how a question states it."""
+"""Unit → templates that state the unit, with the gap {} for the prompt."""
 EVERYDAY_NAMES = _read_section("names")["everyday"]
-"""Names of things that "exists" asks about when they are absent."""
+"""Names of objects. The question types "exists" and "count" ask about those that the image does not
+show."""
 SYNONYM_GROUPS = tuple(frozenset(words) for words in _DATA["names"]["same"])
 """Groups of words that people use for the same thing."""
 
@@ -30,8 +35,10 @@ _END_OF_NOUN = re.compile(
     r"|\b(?:of|on|in|at|by|with|without|from|for|to|under|over|behind|beside|inside|near|next"
     r"|above|below|holding|wearing|carrying|containing|full)\b"
 )
-"""What ends the part of a name whose last word is its noun."""
+"""Matches what follows a name's noun: "of" in "cup of tea", or a bracket. The noun is the last word
+before it."""
 _MEASURE = re.compile(r"^(?:an? )?(?:pair|piece|slice|bunch|set|stack|pile|group)s? of ")
+"""Matches the beginning of names such as "a pair of scissors", whose noun follows "of"."""
 _PLURAL_ENDINGS = (
     (r"s$", ""),
     (r"(?<=[sxzoh])es$", ""),
@@ -39,7 +46,7 @@ _PLURAL_ENDINGS = (
     (r"ves$", "f"),
     (r"ves$", "fe"),
 )
-"""Endings of plurals, and of their singulars."""
+"""Pairs of a plural's ending and its singular's ending."""
 
 
 def with_article(name: str, definite: bool = True) -> str:
@@ -55,16 +62,16 @@ def with_article(name: str, definite: bool = True) -> str:
 
 
 def is_a(name: str, kind: str, exact: bool = False) -> bool:
-    """Whether `kind` also means an object of this name.
+    """Whether `kind` may also mean an object with this name.
 
-    It does if it has the same noun and no further word that the name lacks. Case does not count,
-    nor does a number at the end, which detectors add.
+    This is so if both have the same noun, and `kind` has no other word that the name lacks. Case is
+    ignored, and so is a number at the end, which detectors add ("cup 2").
 
     Args:
         name: The object's name.
-        kind: What is asked for.
-        exact: Whether plurals, and words for the same thing (`SYNONYM_GROUPS`), count as other
-            nouns.
+        kind: The name in a question.
+        exact: With True, plurals and synonyms (`SYNONYM_GROUPS`) are different nouns. With False,
+            they are the same noun.
 
     Example:
         >>> [is_a(name, "cube") for name in ("red cube", "cubes", "cube on the tray", "cube stand")]
@@ -82,7 +89,14 @@ def is_a(name: str, kind: str, exact: bool = False) -> bool:
 
 
 class _NameMeaning(NamedTuple):
-    """A name's noun, everything that the noun may be written as, and the words that narrow it."""
+    """The parts of a name.
+
+    Attributes:
+        noun: The word that says what kind of object it is.
+        forms: The noun, its possible singulars, and a mark such as "#3" for each group of synonyms
+            that contains one of them. Two nouns mean the same if they have a form in common.
+        other_words: The other words, without articles.
+    """
 
     noun: str
     forms: frozenset[str]
@@ -91,11 +105,12 @@ class _NameMeaning(NamedTuple):
 
 @lru_cache(4096)
 def _parse_name(name: str) -> _NameMeaning:
+    """Divide a name into its noun and its other words."""
     name = " ".join(name.casefold().replace("_", " ").split())
-    name = re.sub(r"[\s#-]*\d+$", "", name) or name  # the number that detectors add
+    name = re.sub(r"[\s#-]*\d+$", "", name) or name  # drop the number that detectors add
     name = _MEASURE.sub("", name)
 
-    # The noun is the last word before what only describes it
+    # The noun is the last word of the head. A name without a head ("(unknown)") has its last word.
     head = _END_OF_NOUN.split(name)[0]
     head_words = re.findall(r"\w+", head) or re.findall(r"\w+", name) or [name]
     noun = head_words[-1]
@@ -107,6 +122,5 @@ def _parse_name(name: str) -> _NameMeaning:
     synonym_forms = {
         f"#{number}" for number, group in enumerate(SYNONYM_GROUPS) if not forms.isdisjoint(group)
     }
-    return _NameMeaning(
-        noun, frozenset(forms | synonym_forms), frozenset(words - {"a", "an", "the", noun})
-    )
+    other_words = words - {"a", "an", "the", noun}
+    return _NameMeaning(noun, frozenset(forms | synonym_forms), frozenset(other_words))
