@@ -28,8 +28,11 @@ description is. `scripts/datasets_page.py` writes it from the facts in
   their weights are our choice.
 - Two datasets cannot be read. `roboturk` has no robot state, and `cmu_stretch` has no orientation.
 - `bc_z` must be version 0.1.0, because later versions are broken.
-- Idle steps of DROID are removed (`drop_idle`). Its end-effector is the point 0.1034 m from the
-  flange (the Franka hand's).
+- Idle steps of DROID are removed (`drop_idle`). Its end-effector is the point 0.1548 m from the
+  flange, between the closed pads of its Robotiq gripper.
+- Steps that a policy did instead of a person (`bc_z`, `austin_sirius`) are no training targets.
+- The frames of `droid`, `fractal20220817_data` and `jaco_play` were corrected: they have version 2
+  (see [Versions of frames](../explanation/actions.md#versions-of-frames)).
 - Only `bridge_dataset` was checked with real episodes.
 
 To use a known description for your own dataset, name it in your [spear.json](spear-json.md):
@@ -98,16 +101,28 @@ def format_overview() -> str:
         f"**{len(readable)} of the {len(REGISTRY)} datasets can be read; few of their conventions "
         "are verified.**",
         "",
-        "| Dataset | Sampling weight (%) | Readable | Verified | Ours | Unknown |",
+        "| Dataset | Sampling weight (%) | Verified | Ours | Unknown | Tool's frame |",
         "|---|---|---|---|---|---|",
     ]
     for layout in sort_by_share():
         counts = [len(list_facts(layout, kind)) for kind in ("verified", "ours", "unknown")]
-        is_readable = "yes" if layout in readable else "no"
-        cells = [f"`{layout.name}`", f"{layout.weight:g}", is_readable, *map(str, counts)]
+        tool_frame = describe_tool_frame(layout) if layout in readable else "cannot be read"
+        cells = [f"`{layout.name}`", f"{layout.weight:g}", *map(str, counts), tool_frame]
         lines.append(f"| {' | '.join(cells)} |")
-    lines += ["", "Verified, Ours and Unknown count fields of the layout."]
+    lines += [
+        "",
+        "Verified, Ours and Unknown count fields of the layout. The last column says how the "
+        "rotation from the recorded tool's frame to our end-effector frame is known, and the "
+        "version of the frames, if it is not the first.",
+    ]
     return "\n".join(lines)
+
+
+def describe_tool_frame(layout: DatasetLayout) -> str:
+    """Say how the rotation of the tool is known, and which version the frames have."""
+    kind = classify(FACTS[layout.name].get("tool_rotation", CHOICE))
+    version = layout.frames[layout.name]
+    return kind if version == 1 else f"{kind}, version {version}"
 
 
 def sort_by_share() -> list[DatasetLayout]:

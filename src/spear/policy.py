@@ -16,6 +16,7 @@ from torch import Tensor
 
 from spear import flow
 from spear.chunks import validate_chunk
+from spear.data.frames import Frames, resolve_frames
 from spear.data.normalize import Normalizer
 from spear.embodiments.observations import (
     CheckedObservation,
@@ -37,7 +38,7 @@ from spear.models.readout import Distribution
 from spear.models.spear1 import Spear1ForActionPrediction, load_inner_vlm
 from spear.models.vlm import SpearVLMForConditionalGeneration
 from spear.models.weights import load as weights
-from spear.models.weights.folders import locate
+from spear.models.weights.folders import is_simulator_only, locate
 from spear.models.weights.load import ModelT
 from spear.monitor.distribution import TrainingDistribution
 from spear.monitor.drift import DriftMonitor
@@ -259,6 +260,8 @@ class Spear1Policy:
         dataset: the training dataset whose normalization statistics are used; None if all datasets
             share one set of statistics.
         training_distribution: what the drift monitor compares observations with.
+        frames: the versions of the frames in which it acts (`spear.data.frames`), by the datasets
+            or robots that it learned from; None if it was made before they were recorded.
         truncate_instructions: whether the policy truncates instructions that are too long, as
             training does. Otherwise it refuses them.
 
@@ -277,6 +280,7 @@ class Spear1Policy:
     folder: Path | None = None
     dataset: str | None = None
     training_distribution: TrainingDistribution | None = None
+    frames: Frames | None = None
     truncate_instructions: bool = False
     _num_observations: int = field(default=0, init=False, repr=False)
     _monitor: DriftMonitor = field(default_factory=DriftMonitor, init=False, repr=False)
@@ -321,6 +325,7 @@ class Spear1Policy:
             folder=folder,
             dataset=dataset,
             training_distribution=TrainingDistribution.load(folder / "seen.json"),
+            frames=resolve_frames(normalizer.frames, is_simulator_only(folder)),
         )
 
     @property

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from refusals import Command, refuses
+from refusals import Command, no_warning, refuses
 from serve_here import HomingPolicy, run_server
 from spear import embodiments
 from spear.cli import main
@@ -194,6 +194,33 @@ def test_a_policy_with_one_camera_is_served_to_a_robot_that_has_two() -> None:
     _, control = robot.select_control(None)
     expected = control.convert(actions, observation["observation/state"], request)
     np.testing.assert_array_equal(answer["actions"], expected)
+
+
+def test_a_policy_of_earlier_frames_is_served_in_them_with_a_notice() -> None:
+    policy = Spear1Policy.load("nano", steps=1)
+    policy.frames = {"droid": 1}
+
+    with pytest.warns(Notice, match="mine acts in version 1 of the frames of droid"):
+        service = Service(policy, embodiments.load("droid"), "mine", "droid")
+
+    assert service.embodiment.frame_version == 1
+
+
+def test_a_policy_without_recorded_frames_is_served_with_a_cure() -> None:
+    policy = Spear1Policy.load("nano", steps=1)
+    policy.frames = None
+
+    with pytest.warns(Notice, match='write "frames": {} into its normalizer.json'):
+        Service(policy, embodiments.load("roboarena"), "mine", "roboarena")
+
+
+def test_a_policy_that_learned_in_the_simulator_acts_in_the_newest_frames() -> None:
+    policy = Spear1Policy.load("nano", steps=1)
+
+    with no_warning():
+        service = Service(policy, embodiments.load("droid"), "nano", "droid")
+
+    assert service.embodiment.frame_version == 2
 
 
 def test_a_served_policy_has_the_same_outcomes_as_in_the_same_process() -> None:

@@ -391,3 +391,22 @@ def test_the_sketch_keeps_moments_exact_and_ranks_within_the_bound(
     expected_ranks = np.searchsorted(np.sort(values), probes, side="right") / count
     max_rank_error = MAX_LEVELS / CAPACITY if count > CAPACITY else 0
     assert np.abs(ranks - expected_ranks).max() <= max_rank_error + 1e-12
+
+
+@pytest.mark.parametrize("frames", [{}, {"droid": 2, "kuka": 1}])
+def test_statistics_are_saved_with_the_frames_of_their_data(
+    flat_store: EpisodeStore, tmp_path: Path, frames: dict[str, int]
+) -> None:
+    normalizer = dataclasses.replace(Normalizer.fit([(flat_store, 1.0)]), frames=frames)
+
+    normalizer.save(tmp_path / "normalizer.json")
+
+    assert Normalizer.load(tmp_path / "normalizer.json").frames == frames
+
+
+def test_statistics_without_frames_are_saved_as_before(
+    flat_store: EpisodeStore, tmp_path: Path
+) -> None:
+    Normalizer.fit_per_dataset([("it", flat_store, 1.0)]).save(tmp_path / "normalizer.json")
+
+    assert "frames" not in (tmp_path / "normalizer.json").read_text()

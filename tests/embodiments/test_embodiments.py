@@ -287,21 +287,26 @@ def droid_robot() -> Embodiment:
     return embodiments.load("droid")
 
 
+def compute_robotiq_pose(joints: Array) -> tuple[Array, Array]:
+    """The pose of DROID's gripper by forward kinematics."""
+    from spear.embodiments.inverse_kinematics import compute_ee_pose
+
+    return droid.ROBOTIQ.from_hand(*compute_ee_pose(joints))
+
+
 def test_possible_joint_angles_bring_no_notice(droid_robot: Embodiment) -> None:
     with no_warning():
         droid_robot.read(droid_robot.example())
 
 
 def test_droid_joint_positions_lead_where_the_actions_do(droid_robot: Embodiment) -> None:
-    from spear.embodiments.inverse_kinematics import compute_ee_pose
-
     rows = convert(droid_robot, make_chunk(), "joint_position")
 
     assert rows.shape == (15, 8)
     state = read_state(droid_robot, droid_robot.example())
     positions, rotations = follow_actions(state, make_chunk())
     for row, position, rotation in zip(rows[2::3], positions, rotations, strict=True):
-        reached_position, reached_rotation = compute_ee_pose(row[:7])
+        reached_position, reached_rotation = compute_robotiq_pose(row[:7])
         assert np.linalg.norm(reached_position - position) < 1e-3
         assert angle_between(to_rotation(reached_rotation), rotation) < 5e-3
 
@@ -324,16 +329,15 @@ def test_droid_joint_velocities_stay_within_their_unit(droid_robot: Embodiment) 
 
 
 def test_droid_makes_up_for_an_action_that_was_too_fast(droid_robot: Embodiment) -> None:
-    from spear.embodiments.inverse_kinematics import compute_ee_pose
-
     chunk = make_still_chunk()
-    chunk[0, 3:7] = Rotation.from_euler("x", 2.0).as_quat(scalar_first=True)
+    turn_rad = np.array([2**0.5, 2**0.5, 0])  # 2 rad that the arm can turn
+    chunk[0, 3:7] = Rotation.from_rotvec(turn_rad).as_quat(scalar_first=True)
 
     velocities = convert(droid_robot, chunk, "joint_velocity")[:, :7]
 
     assert np.abs(velocities[3:6]).max() > 0.1
     start = droid_robot.example()[droid.JOINTS_KEY]
-    position, rotation = compute_ee_pose(start + 0.2 * velocities.sum(axis=0))
+    position, rotation = compute_robotiq_pose(start + 0.2 * velocities.sum(axis=0))
     state = read_state(droid_robot, droid_robot.example())
     positions, rotations = follow_actions(state, chunk)
     assert np.linalg.norm(position - positions[-1]) < 1e-3
@@ -358,17 +362,64 @@ def test_droid_joint_positions_stay_within_the_arms_speed_and_limits(
     assert (joints < JOINT_UPPER_RAD).all()
 
 
-def test_droid_cartesian_positions_are_those_of_the_flange(droid_robot: Embodiment) -> None:
-    rows = convert(droid_robot, make_chunk(), "cartesian_position")
+@pytest.mark.parametrize(
+    ("version", "turn_deg", "tip_offset_m"), [(1, -45, 0.1034), (2, 0, 0.1548)]
+)
+def test_droid_cartesian_positions_are_those_of_the_flange(
+    droid_robot: Embodiment, version: int, turn_deg: float, tip_offset_m: float
+) -> None:
+    robot = droid_robot.with_frames({"droid": version})
 
-    ee_in_flange = Rotation.from_euler("ZX", [-45, 180], degrees=True)
-    state = read_state(droid_robot, droid_robot.example())
+    rows = convert(robot, make_chunk(), "cartesian_position")
+
+    ee_in_flange = Rotation.from_euler("ZX", [turn_deg, 180], degrees=True)
+    state = read_state(robot, robot.example())
     positions, rotations = follow_actions(state, make_chunk())
     for row, position, rotation in zip(rows[2::3], positions, rotations, strict=True):
         flange = Rotation.from_euler("xyz", row[3:6])
-        finger_tips = row[:3] + flange.apply([0, 0, 0.1034])
+        finger_tips = row[:3] + flange.apply([0, 0, tip_offset_m])
         np.testing.assert_allclose(finger_tips, position, atol=1e-5)
         assert angle_between(flange * ee_in_flange, rotation) < 1e-5
+
+
+@pytest.mark.parametrize("name", ["droid", "roboarena"])
+def test_a_policy_of_the_first_frames_acts_with_frankas_own_hand(name: str) -> None:
+    from spear.embodiments.inverse_kinematics import compute_ee_pose
+
+    robot = embodiments.load(name).with_frames({"droid": 1})
+
+    state = read_state(robot, robot.example())
+    position, rotation = compute_ee_pose(robot.example()[droid.JOINTS_KEY])
+    np.testing.assert_allclose(state[:3], position, atol=1e-6)
+    assert angle_between(to_rotation(state[3:7]), to_rotation(rotation)) < 1e-5
+
+
+def test_a_policy_without_recorded_frames_acts_in_the_first_ones(droid_robot: Embodiment) -> None:
+    assert droid_robot.with_frames(None).frame_version == 1
+
+
+@pytest.mark.parametrize("frames", [{}, {"droid": 2}, {"bridge_dataset": 1}])
+def test_other_policies_act_in_the_newest_frames(
+    droid_robot: Embodiment, frames: dict[str, int]
+) -> None:
+    assert droid_robot.with_frames(frames) is droid_robot
+
+
+def test_frames_that_are_not_known_are_refused(droid_robot: Embodiment) -> None:
+    refuses("version 3 of the frames of droid", droid_robot.with_frames, {"droid": 3})
+
+
+def test_a_robot_whose_frames_never_changed_serves_every_policy() -> None:
+    robot = embodiments.load("widowx")
+
+    assert robot.with_frames({"droid": 1}) is robot
+
+
+def test_droid_and_its_dataset_have_the_same_tool() -> None:
+    layout = REGISTRY["droid"]
+
+    assert droid.Tool(layout.tool_offset, layout.tool_rotation) == droid.ROBOTIQ
+    assert layout.frames == {droid.EMBODIMENT.frame: droid.EMBODIMENT.frame_version}
 
 
 def test_the_elbow_stays_where_it_is_while_the_hand_hardly_moves(

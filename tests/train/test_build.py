@@ -1,6 +1,8 @@
 """What a recipe builds: new 3D tokens, policies that keep what they have, and what does not fit."""
 
 import dataclasses
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +11,11 @@ import pytest
 import torch
 from transformers import AutoConfig
 
-from data_tiny import make_episode, write_store
+from data_tiny import edit_json, make_episode, write_store
 from labels_boxes import make_labeled_image
 from refusals import no_warning, refuses
 from spear.data.normalize import Normalizer
+from spear.data.store.episode_store import EpisodeStore
 from spear.errors import Notice
 from spear.flow import FlowConfig
 from spear.labels.store import write_labels
@@ -203,7 +206,78 @@ def test_a_policy_keeps_its_normalization_unless_the_recipe_has_another(
     with pytest.warns(Notice, match="'external': .* black bars"):  # as when the policy acts
         _, task, _ = build(POLICY_RECIPE.with_changes(**changes), inputs)
 
-    assert task.normalizer == Normalizer.fit([(store, 1.0)], mode)
+    expected = Normalizer.fit([(store, 1.0)], mode)
+    assert task.normalizer == dataclasses.replace(expected, frames={})
+
+
+def make_store_with_frames(folder: Path, frames: dict[str, int] | None) -> EpisodeStore:
+    """A prepared store whose request.json records these frames, or none as earlier ones."""
+    write_store([make_episode(0, num_steps=9)], folder)
+    request: dict[str, Any] = {"shards": 1, "path": "/data/droid/1.0.0"}
+    if frames is not None:
+        request["frames"] = frames
+    (folder / "request.json").write_text(json.dumps(request))
+    return EpisodeStore(folder)
+
+
+@pytest.mark.filterwarnings("ignore:.*black bars")
+def test_a_policy_records_the_frames_of_its_episodes(tmp_path: Path) -> None:
+    store = make_store_with_frames(tmp_path / "new", {"droid": 2})
+    inputs = TrainingInputs((), [("new", store, 1.0)], locate("nano"))
+
+    _, task, _ = build(POLICY_RECIPE, inputs)
+
+    assert task.normalizer.frames == {"droid": 2}
+
+
+@pytest.mark.filterwarnings("ignore:.*black bars")
+def test_episodes_of_earlier_frames_are_learned_with_a_notice(tmp_path: Path) -> None:
+    store = make_store_with_frames(tmp_path / "old", None)
+    inputs = TrainingInputs((), [("old", store, 1.0)], locate("nano"))
+
+    with pytest.warns(Notice, match="droid: the policy learns version 1 of its frames"):
+        _, task, _ = build(POLICY_RECIPE, inputs)
+
+    assert task.normalizer.frames == {"droid": 1}
+
+
+@pytest.mark.filterwarnings("ignore:.*black bars")
+def test_episodes_of_two_versions_of_frames_are_not_mixed(tmp_path: Path) -> None:
+    old = make_store_with_frames(tmp_path / "old", {"droid": 1})
+    new = make_store_with_frames(tmp_path / "new", {"droid": 2})
+    episodes = [("old", old, 1.0), ("new", new, 1.0)]
+
+    message = "old has version 1 of the frames of droid, but new has version 2"
+    refuses(message, build, POLICY_RECIPE, TrainingInputs((), episodes, locate("nano")))
+
+
+def copy_nano_with_frames(folder: Path, frames: dict[str, int] | None) -> Path:
+    """The shipped policy as if it had been trained on robots, with these frames recorded."""
+    shutil.copytree(locate("nano"), folder)
+    edit_json(folder / "recipe.json", lambda fields: fields.update(simulator_only=False, files={}))
+    if frames is not None:
+        edit_json(folder / "normalizer.json", lambda fields: fields.update(frames=frames))
+    return folder
+
+
+@pytest.mark.filterwarnings("ignore:.*black bars")
+def test_a_policy_of_earlier_frames_does_not_go_on_with_new_ones(tmp_path: Path) -> None:
+    init = copy_nano_with_frames(tmp_path / "init", {"droid": 1})
+    store = make_store_with_frames(tmp_path / "new", {"droid": 2})
+
+    inputs = TrainingInputs((), [("new", store, 1.0)], init)
+    refuses("new has version 2 of the frames of droid, but .*init", build, POLICY_RECIPE, inputs)
+
+
+@pytest.mark.filterwarnings("ignore:.*black bars")
+def test_a_policy_without_recorded_frames_does_not_go_on_with_changed_ones(
+    tmp_path: Path,
+) -> None:
+    init = copy_nano_with_frames(tmp_path / "init", None)
+    store = make_store_with_frames(tmp_path / "new", {"fractal20220817_data": 2})
+
+    inputs = TrainingInputs((), [("new", store, 1.0)], init)
+    refuses('made before frames had versions.*"frames": {}', build, POLICY_RECIPE, inputs)
 
 
 def test_settings_that_a_mapping_drops_are_noted() -> None:

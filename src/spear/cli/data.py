@@ -168,7 +168,7 @@ def export(options: ExportOptions) -> None:
     Example:
         spear data export runs/episodes --out my_lerobot_dataset --images video
     """
-    from spear.data.readers.formats import count_episodes
+    from spear.data.readers.formats import count_episodes, find_frames
     from spear.data.readers.splits import parse_split
     from spear.data.store.lerobot_write import write_lerobot
     from spear.data.store.prepare import MAX_BAD_SHARE, read_good_episodes
@@ -181,7 +181,12 @@ def export(options: ExportOptions) -> None:
     bar = ProgressBar("writing", total, "episodes")
     skipped = SkippedItems(MAX_BAD_SHARE)
     episodes = read_good_episodes(options.path, options.split, options.layout, skipped)
-    num_written = write_lerobot(track_progress(episodes, bar), options.out, options.images)
+    num_written = write_lerobot(
+        track_progress(episodes, bar),
+        options.out,
+        options.images,
+        frames=find_frames(options.path, options.layout),
+    )
     _report(num_written, options.out, skipped.reasons)
 
 

@@ -156,6 +156,7 @@ def evaluate_data(options: EvaluateDataOptions) -> None:
         spear evaluate data --policy runs/my_robot --episodes runs/held_out --report errors.html
         spear evaluate data --policy runs/mine --episodes my_dataset --split "train[90%:]"
     """
+    from spear.data.frames import merge_frames
     from spear.evaluate import open_loop
     from spear.policy import Spear1Policy
     from spear.report.comparison import make_open_loop_page
@@ -170,6 +171,7 @@ def evaluate_data(options: EvaluateDataOptions) -> None:
 
     with TemporaryDirectory() as scratch:
         store = open_episodes(options.episodes, Path(scratch) / "held-out", options.split)
+        merge_frames([(options.policy, policy.frames or {}), (str(options.episodes), store.frames)])
         held_out = store.select_demonstrations()
         training = held_out
         if options.train or options.train_split:

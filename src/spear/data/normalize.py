@@ -53,6 +53,8 @@ class Normalizer:
         translation_offset, translation_scale: Of the translations of actions, m.
         position_offset, position_scale: Of end-effector positions, m.
         samples: The number of steps that they were fitted on.
+        frames: Name of a dataset or robot → version of the frames (`spear.data.frames`) of what
+            the statistics were fitted on; None if they were made before versions were recorded.
         datasets: Empty; or, in the ablation, dataset name → the dataset's own normalizer, in the
             order of the mixture (see `for_dataset`).
     """
@@ -64,6 +66,7 @@ class Normalizer:
     position_scale: Scale
     samples: int
     datasets: "Mapping[str, Normalizer]" = field(default_factory=dict)
+    frames: Mapping[str, int] | None = None
     __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     @staticmethod
@@ -185,7 +188,11 @@ class Normalizer:
 
     def save(self, path: str | Path) -> None:
         """Write the statistics as JSON. The file is complete or not there at all."""
-        write_text(Path(path), json.dumps(asdict(self), indent=2))
+        fields = asdict(self)
+        for values in (fields, *fields["datasets"].values()):
+            if values["frames"] is None:
+                del values["frames"]
+        write_text(Path(path), json.dumps(fields, indent=2))
 
     @staticmethod
     def load(path: str | Path) -> "Normalizer":

@@ -53,6 +53,10 @@ class Embodiment:
             observation with any other key is rejected.
         greeting: control's name → the server's first message, for clients that expect another one
             than `spear.serve.service.Service` makes.
+        frame: name of the robot or dataset whose end-effector frame this is, if it has versions.
+        frame_version: the version of this frame (`spear.data.frames`).
+        earlier_versions: version → the embodiment with that version of the frame, for policies
+            that learned it.
         direct_reply: request → the text that answers it without the policy, None if it is an
             observation.
     """
@@ -64,6 +68,9 @@ class Embodiment:
     optional: Mapping[str, str] = field(default_factory=dict)
     greeting: Callable[[str], dict[str, Any]] | None = None
     direct_reply: Callable[[Observation], str | None] = lambda request: None
+    frame: str | None = None
+    frame_version: int = 1
+    earlier_versions: "Mapping[int, Embodiment]" = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         seed_description = "a whole number that fixes what is random in the answer"
@@ -88,6 +95,29 @@ class Embodiment:
             )
         check_keys(observation, self.required, self.optional)
         return validate_observation({**self.observe(observation), **read_seed(observation)})
+
+    def with_frames(self, frames: Mapping[str, int] | None) -> "Embodiment":
+        """Return the embodiment with the version of the frame in which a policy acts.
+
+        Args:
+            frames: name of a robot or dataset → version that the policy learned; None for a policy
+                that was made before versions were recorded, which acts in the first version.
+
+        Raises:
+            SpearError: this program does not know the policy's version.
+        """
+        if self.frame is None:
+            return self
+        version = 1 if frames is None else frames.get(self.frame, self.frame_version)
+        if version == self.frame_version:
+            return self
+        if version not in self.earlier_versions:
+            known_versions = ", ".join(map(str, [*self.earlier_versions, self.frame_version]))
+            raise SpearError(
+                f"the policy acts in version {version} of the frames of {self.frame}, and this "
+                f"program knows {known_versions}. Update it."
+            )
+        return self.earlier_versions[version]
 
     def select_control(self, name: str | None) -> tuple[str, Control]:
         """Return a control with its name, the default one for None.

@@ -12,6 +12,8 @@ or pads the images, and because the model sees no more pixels. The server rememb
 requests, so it confirms a reset and does nothing; a request without "endpoint" is one to infer.
 """
 
+import functools
+from collections.abc import Mapping
 from typing import Any
 
 from spear.embodiments import Embodiment, Observation, droid
@@ -48,11 +50,11 @@ def reply_directly(request: Observation) -> str | None:
     return "reset successful" if endpoint == "reset" else None
 
 
-def observe(observation: Observation) -> dict[str, Any]:
+def observe(observation: Observation, tool: droid.Tool = droid.ROBOTIQ) -> dict[str, Any]:
     """Convert an observation as `droid` does, with the first exterior camera."""
     for key in (EXTERIOR_IMAGE_0_KEY, EXTERIOR_IMAGE_1_KEY):
         if key in observation:
-            return droid.observe(observation, key)
+            return droid.observe(observation, key, tool)
     raise SpearError(
         f"the observation has neither {EXTERIOR_IMAGE_1_KEY!r} nor {EXTERIOR_IMAGE_0_KEY!r}. Send "
         f"{EXTERIOR_IMAGE_DESCRIPTION}."
@@ -66,21 +68,37 @@ def _list_required_keys_without_exterior_image() -> dict[str, str]:
     return required
 
 
-EMBODIMENT = Embodiment(
-    required=_list_required_keys_without_exterior_image(),
-    optional={
-        EXTERIOR_IMAGE_1_KEY: f"{EXTERIOR_IMAGE_DESCRIPTION}; or as the next key",
-        EXTERIOR_IMAGE_0_KEY: "the same, where cameras count from 0",
-        ENDPOINT_KEY: '"infer"; or "reset", which needs nothing else',
-        "observation/cartesian_position": "not looked at: the pose is that of the joints",
-        "session_id": "not looked at",
+def make_embodiment(
+    robot: Embodiment, tool: droid.Tool, earlier_versions: Mapping[int, Embodiment]
+) -> Embodiment:
+    """Make the embodiment of the benchmark, with DROID's embodiment and its gripper."""
+    return Embodiment(
+        required=_list_required_keys_without_exterior_image(),
+        optional={
+            EXTERIOR_IMAGE_1_KEY: f"{EXTERIOR_IMAGE_DESCRIPTION}; or as the next key",
+            EXTERIOR_IMAGE_0_KEY: "the same, where cameras count from 0",
+            ENDPOINT_KEY: '"infer"; or "reset", which needs nothing else',
+            "observation/cartesian_position": "not looked at: the pose is that of the joints",
+            "session_id": "not looked at",
+        },
+        observe=functools.partial(observe, tool=tool),
+        controls={
+            name: robot.controls[name]
+            for name in ("joint_position", "joint_velocity", "cartesian_position")
+        },
+        example=lambda: {**robot.example(), ENDPOINT_KEY: "infer"},
+        greeting=make_greeting,
+        direct_reply=reply_directly,
+        frame=robot.frame,
+        frame_version=robot.frame_version,
+        earlier_versions=earlier_versions,
+    )
+
+
+EMBODIMENT = make_embodiment(
+    droid.EMBODIMENT,
+    droid.ROBOTIQ,
+    earlier_versions={
+        1: make_embodiment(droid.EMBODIMENT.earlier_versions[1], droid.FRANKA_HAND, {})
     },
-    observe=observe,
-    controls={
-        name: droid.EMBODIMENT.controls[name]
-        for name in ("joint_position", "joint_velocity", "cartesian_position")
-    },
-    example=lambda: {**droid.EMBODIMENT.example(), ENDPOINT_KEY: "infer"},
-    greeting=make_greeting,
-    direct_reply=reply_directly,
 )

@@ -47,6 +47,7 @@ class Service:
         control: str | None = None,
     ) -> None:
         self.policy = policy
+        embodiment = _fit_frames(embodiment, policy, name)
         self.embodiment = embodiment
         control_name, self.control = embodiment.select_control(control)
         self.metadata = self._make_metadata(name, robot, control_name)
@@ -208,3 +209,24 @@ def _try(call: Callable[..., dict[str, Any]], *arguments: Any) -> Result:
         return SpearError(
             f"the robot's file fails with {type(error).__name__}. See the server's log."
         )
+
+
+def _fit_frames(embodiment: Embodiment, policy: Policy, name: str) -> Embodiment:
+    """Return the embodiment with the version of its frame in which the policy acts.
+
+    A notice says if that is not the newest one.
+    """
+    frames = getattr(policy, "frames", {})
+    fitted = embodiment.with_frames(frames)
+    if fitted.frame_version != embodiment.frame_version:
+        advice = "Train it again on data that are prepared anew to change that."
+        if frames is None:
+            advice = (
+                f"It records no version: if it learned nothing of {embodiment.frame}, write "
+                '"frames": {} into its normalizer.json.'
+            )
+        notice(
+            f"{name} acts in version {fitted.frame_version} of the frames of {embodiment.frame}, "
+            f"as when it was trained; they have version {embodiment.frame_version} now. {advice}"
+        )
+    return fitted

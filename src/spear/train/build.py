@@ -14,12 +14,18 @@ PaliGemma.
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
+from spear.data.frames import (
+    find_outdated_frames,
+    get_current_version,
+    merge_frames,
+    resolve_frames,
+)
 from spear.data.mixture import Mixture, TrainingSamples
 from spear.data.normalize import Mode, Normalizer
 from spear.data.store.episode_store import EpisodeStore
@@ -34,6 +40,7 @@ from spear.models.stage0 import MogeDepthConfig, MogeForDepth, PatchClassificati
 from spear.models.vlm import SpearVLMConfig
 from spear.models.vlm import SpearVLMForConditionalGeneration as SpearVLM
 from spear.models.weights import load as weights
+from spear.models.weights.folders import is_simulator_only
 from spear.monitor.distribution import TrainingDistribution
 from spear.question_types import QUESTION_TYPES_PIXEL
 from spear.tokens import CoordinateTokenizer, init_new_embeddings
@@ -384,7 +391,9 @@ def _build_vla(recipe: Recipe, preset: Preset, inputs: TrainingInputs, seed: int
         (name, store.select_cameras(views), weight) for name, store, weight in inputs.episodes
     ]
     _note_image_fitting(episodes, processor)
+    frames = _merge_frames(inputs.init, episodes)
     normalizer = _fit_normalizer(recipe, inputs.init, episodes)
+    normalizer = dataclasses.replace(normalizer, frames=frames)
     samples = TrainingSamples(Mixture(episodes, seed), views, model.config.horizon, recipe.augment)
 
     # Questions.
@@ -434,6 +443,45 @@ def _note_image_fitting(episodes: NamedStores, processor: Processor) -> None:
             if encoded:
                 image = decode_image(encoded, f"{store.path}: camera {view!r}")
                 processor.prepare_image(image, view)
+
+
+def _merge_frames(init: Path | None, episodes: NamedStores) -> dict[str, int]:
+    """Merge the versions of the frames of the demonstrations and of the policy in `init`.
+
+    A notice names the ones that have a newer version. Raises `SpearError` if they differ, or if
+    `init` may have learned another version.
+    """
+    sources = [(name, store.frames) for name, store, _ in episodes]
+    normalizer_file = None if init is None else init / "normalizer.json"
+    if init is not None and normalizer_file is not None and normalizer_file.is_file():
+        recorded = Normalizer.load(normalizer_file).frames
+        init_frames = resolve_frames(recorded, is_simulator_only(init))
+        if init_frames is None:
+            _check_frames_are_old(init, sources)
+            init_frames = {}
+        sources.append((str(init), init_frames))
+
+    frames = merge_frames(sources)
+    for name in find_outdated_frames(frames):
+        notice(
+            f"{name}: the policy learns version {frames[name]} of its frames, because its episodes "
+            f"were prepared in it; they have version {get_current_version(name)} now. Prepare the "
+            "episodes again to use it."
+        )
+    return frames
+
+
+def _check_frames_are_old(init: Path, sources: Sequence[tuple[str, Mapping[str, int]]]) -> None:
+    """Raise `SpearError` for frames that changed since a policy without recorded ones was made."""
+    for source, frames in sources:
+        for name, version in frames.items():
+            if version > 1:
+                raise SpearError(
+                    f"--init {init} was made before frames had versions, and {source} has version "
+                    f"{version} of the frames of {name}. Begin with a VLM or a newer policy; or, "
+                    f'if {init} learned nothing of {name}, write "frames": {{}} into its '
+                    "normalizer.json."
+                )
 
 
 def _fit_normalizer(recipe: Recipe, init: Path | None, episodes: NamedStores) -> Normalizer:

@@ -144,7 +144,7 @@ def test_a_row_without_a_rotation_costs_a_row_and_is_noticed(
 ) -> None:
     set_cells(three_episodes, STATE_FEATURE, {3: [0] * 8})
 
-    with pytest.warns(Notice, match="set: dropped 1 row without a rotation$"):
+    with pytest.warns(Notice, match="set: dropped 1 row without a pose, or with a missing number$"):
         num_prepared, reasons = prepare(three_episodes, tmp_path / "store")
 
     assert num_prepared == 3

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from scipy.spatial.transform import Rotation
 
 from refusals import refuses
 from spear.data.actions import add_actions, resample_episode
@@ -20,6 +21,17 @@ from spear.util.images import encode_jpeg
 
 SOURCE = "bridge_dataset/train#0"
 LAYOUT = REGISTRY["bridge_dataset"]
+HOME_JOINTS = np.array([0, -0.785, 0, -2.356, 0, 1.571, 0.785])
+JOINT_LAYOUT = DatasetLayout(
+    "mine",
+    images={"external": "image"},
+    position="joints",
+    rotation="joints",
+    rotation_format="franka_joints",
+    gripper="gripper",
+    gripper_range=(0.0, 1.0),
+    rate_hz=10.0,
+)
 STAY = [0, 0, 0, 1.0, 0, 0, 0, 1]
 
 
@@ -46,11 +58,103 @@ def steps(original_steps: dict[str, Any]) -> dict[str, Any]:
         ("observation/state", 1),
     ],
 )
-def test_a_number_that_is_nan_is_named(steps: dict[str, Any], column: str, component: int) -> None:
+def test_a_number_that_is_nan_costs_its_row(
+    steps: dict[str, Any], column: str, component: int
+) -> None:
     """Not only of the pose: a command that is NaN would be a gripper that is always closed."""
+    complete = build_episode(deepcopy(steps), LAYOUT, SOURCE)
     read_column(steps, column, SOURCE)[3, component] = np.nan
 
-    refuses(rf"{SOURCE} step 3: {re.escape(column)}", build_episode, steps, LAYOUT, SOURCE)
+    episode = build_episode(steps, LAYOUT, SOURCE)
+
+    np.testing.assert_array_equal(episode.position, np.delete(complete.position, 3, axis=0))
+    np.testing.assert_array_equal(episode.action_mask, [1, 1, 0, 1, 1, 1, 1, 1, 0])
+
+
+def test_numbers_that_are_mostly_nan_are_named(steps: dict[str, Any]) -> None:
+    read_column(steps, "observation/state", SOURCE)[3:9, 4] = np.nan
+
+    message = rf"{SOURCE} step 3: {re.escape('observation/state')}"
+    refuses(message, build_episode, steps, LAYOUT, SOURCE)
+
+
+def test_a_row_of_zeros_costs_itself_where_any_angles_are_a_rotation(
+    steps: dict[str, Any],
+) -> None:
+    complete = build_episode(deepcopy(steps), LAYOUT, SOURCE)
+    read_column(steps, "observation/state", SOURCE)[5] = 0
+
+    episode = build_episode(steps, LAYOUT, SOURCE)
+
+    np.testing.assert_array_equal(episode.position, np.delete(complete.position, 5, axis=0))
+
+
+def test_a_row_of_zeros_costs_itself_among_joint_angles() -> None:
+    joints = np.linspace(0, 0.1, 6)[:, None] + HOME_JOINTS
+    joints[2] = 0
+    steps = {
+        "joints": joints,
+        "gripper": np.linspace(0, 1, 6),
+        "image": [encode_jpeg(np.zeros((8, 8, 3), np.uint8))] * 6,
+        "language_instruction": [b"do it"] * 6,
+    }
+
+    episode = build_episode(steps, JOINT_LAYOUT, SOURCE)
+
+    assert len(episode) == 5
+
+
+def test_zeros_are_a_pose_where_the_arm_comes_near_them(steps: dict[str, Any]) -> None:
+    """As in recordings whose poses are relative to the first one."""
+    state = read_column(steps, "observation/state", SOURCE)
+    state[:, :6] = 0.05 * np.linspace(0, 1, 10)[:, None] ** 2
+
+    assert len(build_episode(steps, LAYOUT, SOURCE)) == 10
+
+
+@pytest.mark.parametrize(
+    ("autonomous_value", "expected"), [(1, [1, 1, 1, 0, 0, 1, 1, 1, 1, 0]), (0, [0] * 10)]
+)
+def test_nothing_is_learned_from_what_a_policy_did(
+    steps: dict[str, Any], autonomous_value: float, expected: list[int]
+) -> None:
+    steps["mode"] = np.array([2, 2, 2, 1, 1, 2, 2, 2, 2, 2])
+    if autonomous_value == 0:
+        steps["mode"] = np.zeros(10)
+    layout = dataclasses.replace(LAYOUT, autonomous="mode", autonomous_value=autonomous_value)
+
+    episode = build_episode(steps, layout, SOURCE)
+
+    np.testing.assert_array_equal(episode.action_mask, expected)
+
+
+@pytest.mark.parametrize(
+    ("dataset", "column", "value"),
+    [
+        ("bc_z", "observation/present/autonomous", 1),
+        ("austin_sirius_dataset_converted_externally_to_rlds", "action_mode", 0),
+    ],
+)
+def test_the_layouts_of_recorded_policies_say_which_steps_these_did(
+    dataset: str, column: str, value: float
+) -> None:
+    layout = REGISTRY[dataset]
+
+    assert (layout.autonomous, layout.autonomous_value) == (column, value)
+
+
+@pytest.mark.parametrize("offset_m", [(0.0, 0.0, 0.1), (0.02, -0.05, 0.0)])
+def test_a_tool_offset_moves_the_pose_along_the_recorded_axes(
+    steps: dict[str, Any], offset_m: tuple[float, float, float]
+) -> None:
+    recorded = build_episode(deepcopy(steps), LAYOUT, SOURCE)
+    layout = dataclasses.replace(LAYOUT, tool_offset=offset_m)
+
+    episode = build_episode(steps, layout, SOURCE)
+
+    turns = Rotation.from_quat(recorded.rotation, scalar_first=True)
+    expected = recorded.position + turns.apply(offset_m)
+    np.testing.assert_allclose(episode.position, expected, atol=1e-6)
 
 
 def test_the_outcome_of_a_dataset_without_one_is_not_known(steps: dict[str, Any]) -> None:
@@ -248,6 +352,7 @@ def make_sirius_steps() -> dict[str, Any]:
             "wrist_image": [image] * NUM_ROWS,
         },
         "action": np.tile([0.0] * 6 + [-1], (NUM_ROWS, 1)),
+        "action_mode": np.full((NUM_ROWS, 1), -1.0),
         "language_instruction": [b"do it"] * NUM_ROWS,
     }
 

@@ -93,10 +93,16 @@ def put_column(steps: dict[str, Any], column: str, values: np.ndarray) -> None:
 
 def layout_pose(layout: DatasetLayout) -> tuple[np.ndarray, Rotation]:
     """The positions and orientations that an episode of this layout should have."""
+    positions = POSITIONS
+    rotations = ROTATIONS
     if layout.rotation_format == "franka_joints":
         positions, quaternions = franka_pose(JOINTS)
-        return positions, Rotation.from_quat(quaternions, scalar_first=True)
-    return POSITIONS, ROTATIONS
+        rotations = Rotation.from_quat(quaternions, scalar_first=True)
+
+    base_rotation = Rotation.from_quat(layout.base_rotation, scalar_first=True)
+    tool_rotation = Rotation.from_quat(layout.tool_rotation, scalar_first=True)
+    positions = base_rotation.apply(positions + rotations.apply(layout.tool_offset))
+    return positions, base_rotation * rotations * tool_rotation
 
 
 def make_steps(layout: DatasetLayout) -> dict[str, Any]:
@@ -127,6 +133,8 @@ def make_steps(layout: DatasetLayout) -> dict[str, Any]:
     steps[layout.instruction] = [b"do it"] * NUM_STEPS
     if layout.success is not None:
         steps[layout.success] = np.zeros(NUM_STEPS, bool)
+    if layout.autonomous is not None:
+        steps[layout.autonomous] = np.full(NUM_STEPS, layout.autonomous_value - 1)
     return steps
 
 
@@ -137,10 +145,9 @@ def test_each_readable_layout_gives_the_recorded_poses(name: str) -> None:
 
     episode = build_episode(make_steps(layout), layout, name)
 
-    tool_rotation = Rotation.from_quat(layout.tool_rotation, scalar_first=True)
     rotation = Rotation.from_quat(episode.rotation, scalar_first=True)
     np.testing.assert_allclose(episode.position, positions, atol=1e-6)
-    assert ((rotations * tool_rotation).inv() * rotation).magnitude().max() < 1e-5
+    assert (rotations.inv() * rotation).magnitude().max() < 1e-5
 
 
 @pytest.mark.parametrize("name", READABLE)
@@ -262,6 +269,84 @@ def test_keys_that_contradict_the_actions_are_refused(
     layout_file.write_text(json.dumps({"like": "fractal20220817_data", **fields}))
 
     refuses(f"{key}.*action", read_layout_file, layout_file, "mine")
+
+
+def convert_pose(name: str, fields: dict[str, np.ndarray]) -> tuple[np.ndarray, Rotation]:
+    """The first pose of an episode of a known dataset, in our frames."""
+    layout = REGISTRY[name]
+    steps = make_steps(layout)
+    for column, values in fields.items():
+        put_column(steps, column, np.tile(values, (NUM_STEPS, 1)))
+    episode = build_episode(steps, layout, name)
+    return episode.position[0], Rotation.from_quat(episode.rotation[0], scalar_first=True)
+
+
+DROID_RESET_JOINTS = np.pi * np.array([0, -1 / 5, 0, -4 / 5, 0, 3 / 5, 0])
+
+
+def test_a_droid_gripper_at_its_reset_pose_is_parallel_to_the_base() -> None:
+    """Its Robotiq gripper closes along the y axis of the flange, whose joint is at 0."""
+    _, rotation = convert_pose("droid", {"observation/joint_position": DROID_RESET_JOINTS})
+
+    assert rotation.magnitude() < 1e-6
+
+
+def test_the_tips_of_a_droid_gripper_are_those_of_a_robotiq() -> None:
+    position, _ = convert_pose("droid", {"observation/joint_position": DROID_RESET_JOINTS})
+
+    hand_position, _ = franka_pose(DROID_RESET_JOINTS[None])
+    np.testing.assert_allclose(hand_position[0] - position, [0, 0, 0.1548 - 0.1034], atol=1e-6)
+
+
+def test_a_turn_of_droids_last_joint_is_one_about_the_closing_fingers_plane() -> None:
+    joints = DROID_RESET_JOINTS + np.array([0, 0, 0, 0, 0, 0, 0.3])
+
+    _, rotation = convert_pose("droid", {"observation/joint_position": joints})
+
+    np.testing.assert_allclose(rotation.as_rotvec(), [0, 0, -0.3], atol=1e-6)
+
+
+def test_a_tool_of_fractal_that_points_down_has_our_z_up() -> None:
+    """The tool's frame has z out of the gripper and y along the fingers' motion."""
+    tool_down = Rotation.from_euler("x", np.pi).as_quat()
+
+    _, rotation = convert_pose(
+        "fractal20220817_data", {"observation/base_pose_tool_reached[3:7]": tool_down}
+    )
+
+    np.testing.assert_allclose(rotation.as_matrix(), np.eye(3), atol=1e-6)
+
+
+def test_the_mean_pose_of_jaco_play_reaches_forward_and_points_down() -> None:
+    """Means of the recorded states, which agree with forward kinematics of the mean joints."""
+    x_axis = np.array([-0.967, 0.25, 0.014])
+    y_axis = np.array([-0.251, -0.966, -0.032])
+    matrix = np.column_stack([x_axis, y_axis, np.cross(x_axis, y_axis)])
+    pose = np.concatenate([[-0.076, -0.431, 0.275], Rotation.from_matrix(matrix).as_quat()])
+
+    position, rotation = convert_pose(
+        "jaco_play", {"observation/end_effector_cartesian_pos[0:7]": pose}
+    )
+
+    np.testing.assert_allclose(position, [0.43, -0.08, 0.115], atol=0.01)
+    assert np.degrees(rotation.magnitude()) < 16
+
+
+@pytest.mark.parametrize(("name", "version"), [("droid", 2), ("bridge_dataset", 1)])
+def test_known_layouts_say_which_version_their_frames_have(name: str, version: int) -> None:
+    assert REGISTRY[name].frames == {name: version}
+
+
+def test_a_layout_like_a_known_one_has_its_frames(layout_file: Path) -> None:
+    layout_file.write_text(json.dumps({"like": "droid"}))
+
+    assert read_layout_file(layout_file, "mine").frames == {"droid": 2}
+
+
+def test_a_layout_with_frames_of_its_own_has_no_version_of_others(layout_file: Path) -> None:
+    layout_file.write_text(json.dumps({"like": "droid", "tool_rotation": [1, 0, 0, 0]}))
+
+    assert read_layout_file(layout_file, "mine").frames == {}
 
 
 def test_a_base_rotation_turns_poses_and_motions() -> None:

@@ -660,7 +660,51 @@ def test_folders_that_earlier_versions_prepared_stay_valid(
     assert hash_bridge_layout(shared, tmp_path, fields) == EARLIER_BRIDGE_HASH
 
 
-def test_another_base_rotation_is_prepared_again(shared: Path, tmp_path: Path) -> None:
-    fields = {"base_rotation": [0.0, 0.0, 0.0, 1.0]}
-
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"base_rotation": [0.0, 0.0, 0.0, 1.0]},
+        {"tool_offset": [0.0, 0.0, 0.1]},
+        {"autonomous": "observation/state[6]"},
+    ],
+)
+def test_other_frames_or_targets_are_prepared_again(
+    shared: Path, tmp_path: Path, fields: dict[str, Any]
+) -> None:
     assert hash_bridge_layout(shared, tmp_path, fields) != EARLIER_BRIDGE_HASH
+
+
+def prepare_bridge(shared: Path, folder: Path) -> Path:
+    """Prepare the first episodes of BridgeData."""
+    prepare(shared / "data" / "bridge_v2_sample", folder, "train[:2]")
+    return folder
+
+
+def test_a_prepared_store_records_the_versions_of_its_frames(shared: Path, tmp_path: Path) -> None:
+    store = EpisodeStore(prepare_bridge(shared, tmp_path / "bridge"))
+
+    assert store.frames == {"bridge_dataset": 1}
+
+
+def test_a_store_of_earlier_frames_is_not_continued(shared: Path, tmp_path: Path) -> None:
+    folder = prepare_bridge(shared, tmp_path / "bridge")
+    edit_json(folder / "request.json", lambda request: request.update(frames={"bridge_dataset": 9}))
+
+    message = "bridge has version 9 of the frames of bridge_dataset, but this dataset has version 1"
+    refuses(message, prepare_bridge, shared, folder)
+
+
+def test_a_store_without_recorded_frames_stays_valid(shared: Path, tmp_path: Path) -> None:
+    folder = prepare_bridge(shared, tmp_path / "bridge")
+    edit_json(folder / "request.json", lambda request: request.pop("frames"))
+
+    assert prepare_bridge(shared, folder) == folder
+
+
+def test_an_export_carries_the_frames_of_its_store(shared: Path, tmp_path: Path) -> None:
+    store = EpisodeStore(prepare_bridge(shared, tmp_path / "bridge"))
+    write_lerobot(list(store), tmp_path / "exported", frames=store.frames)
+
+    prepare(tmp_path / "exported", tmp_path / "again")
+
+    assert EpisodeStore(tmp_path / "again").frames == {"bridge_dataset": 1}

@@ -6,6 +6,7 @@ spear's own commands (`spear serve .../pretrained_model/spear`).
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +87,7 @@ class Spear1Policy(PreTrainedPolicy):
         normalizer, mean_initial_opening = fit_statistics(
             root, self.robot, self.config, self.is_demonstrated, self.spear.normalizer.mode
         )
+        normalizer = dataclasses.replace(normalizer, frames=self.spear.frames)
         is_resumed = folder is not None and normalizer == self.spear.normalizer
         if is_resumed:
             return

@@ -1,24 +1,23 @@
 """Finds and drops the rows of an episode that cannot be used, and counts these repairs.
 
 A row is what a dataset recorded at one step: one number or image of each column. Some datasets
-contain rows of zeros, or rows whose orientation is not a rotation. A reader drops such a bad row
-and masks the action of the row before it, because that action would lead to the bad row. The rest
-of the episode remains usable.
+contain rows of zeros, rows in which a number is missing (NaN), or rows whose orientation is not a
+rotation. A reader drops such a bad row and masks the action of the row before it, because that
+action would lead to the bad row. The rest of the episode remains usable.
 """
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from spear.data.readers.dataset_layout import RotationFormat
-from spear.data.readers.rotation_formats import find_rotations
 from spear.types import Array
 
 MIN_GOOD_SHARE = 0.5  # if a smaller part of an episode's rows is good, the episode is refused
+NEAR_ZERO_SHARE = 0.1  # of a pose's usual size; an arm that gets this near may really be at zero
 
 
 @dataclass
@@ -26,7 +25,7 @@ class Repairs:
     """How much of a dataset was dropped or changed while its episodes were read.
 
     Attributes:
-        num_dropped_rows: Rows that were dropped because their orientation is no rotation.
+        num_dropped_rows: Rows that were dropped because they have no pose, or lack a number.
         num_clipped_readings: Gripper readings that were clipped to their declared range.
     """
 
@@ -64,21 +63,55 @@ def record_repairs(*, num_dropped_rows: int = 0, num_clipped_readings: int = 0) 
         repairs.add(Repairs(num_dropped_rows, num_clipped_readings))
 
 
-def find_good_rows(rotation: Array, rotation_format: RotationFormat) -> Array:
-    """Find the rows of an episode whose orientation is a rotation.
-
-    If more than half of the rows are bad, the layout is probably wrong, or little of the episode
-    would remain. Then all rows are returned, and the conversion of their orientations to
-    quaternions refuses the episode.
+def find_complete_rows(columns: Iterable[Array]) -> Array:
+    """Find the rows in which every number is finite.
 
     Args:
-        rotation: [T, d] recorded orientations; d depends on the format.
-        rotation_format: The format of the orientations.
+        columns: Columns of numbers, [T] or [T, d] each, with the same number of rows.
 
     Returns:
-        [N] the indices of the rows to use, ascending.
+        [T] bool.
     """
-    is_good = find_rotations(rotation, rotation_format)
+    masks: list[Array] = []
+    for values in columns:
+        masks.append(np.isfinite(values.reshape(len(values), -1)).all(axis=1))
+    return np.logical_and.reduce(masks)
+
+
+def find_zero_poses(pose: Array) -> Array:
+    """Find the rows that are zero where the pose should be, as some recorders write lost readings.
+
+    Zeros are a pose like any other if the arm also comes near them, for example because positions
+    are relative to where the episode begins.
+
+    Args:
+        pose: [T, d] the numbers of position and orientation, in any format and unit.
+
+    Returns:
+        [T] bool.
+    """
+    size = np.abs(pose).max(axis=1, initial=0)
+    is_zero = size == 0
+    sizes_elsewhere = size[~is_zero]
+    if not len(sizes_elsewhere):
+        return np.zeros(len(pose), bool)
+
+    comes_near_zero = sizes_elsewhere.min() < NEAR_ZERO_SHARE * np.median(sizes_elsewhere)
+    return np.zeros(len(pose), bool) if comes_near_zero else is_zero
+
+
+def choose_rows(is_good: Array) -> Array:
+    """Choose the rows of an episode to use, and record how many are dropped.
+
+    If more than half of the rows are bad, all are chosen: the layout is wrong, or little of the
+    episode would be left, and what converts the rows then refuses the episode by name.
+
+    Args:
+        is_good: [T] bool.
+
+    Returns:
+        [N] the numbers of the rows.
+    """
     num_rows = len(is_good)
     num_good_rows = int(is_good.sum())
     if num_good_rows < MIN_GOOD_SHARE * num_rows:

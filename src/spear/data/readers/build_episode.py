@@ -13,7 +13,14 @@ import torch
 from PIL import Image
 
 from spear.data.actions import derive_actions, find_first, validate_actions, validate_episode
-from spear.data.readers.bad_rows import find_good_rows, mask_gaps, record_repairs, select_rows
+from spear.data.readers.bad_rows import (
+    choose_rows,
+    find_complete_rows,
+    find_zero_poses,
+    mask_gaps,
+    record_repairs,
+    select_rows,
+)
 from spear.data.readers.columns import (
     Steps,
     count_steps,
@@ -25,10 +32,11 @@ from spear.data.readers.columns import (
 from spear.data.readers.dataset_layout import (
     ANGLE_FORMATS,
     IDENTITY_ROTATION,
+    NO_OFFSET,
     DatasetLayout,
     RotationFormat,
 )
-from spear.data.readers.rotation_formats import to_quaternion
+from spear.data.readers.rotation_formats import find_rotations, to_quaternion
 from spear.embodiments.kinematics import franka_pose
 from spear.errors import SpearError
 from spear.geometry import quat_canonical, quat_multiply, quat_rotate
@@ -56,7 +64,8 @@ def build_episode(steps: Steps, layout: DatasetLayout, source: str) -> Episode:
     states and of these commands. The last action is then masked, because no state follows it. If
     the dataset has neither, the episode has no actions.
 
-    Rows whose orientation is no rotation are dropped, and the actions before them are masked.
+    Rows without a pose are dropped, and the actions before them are masked. So are the actions that
+    a policy did instead of a person.
 
     Args:
         steps: The columns of one episode.
@@ -85,7 +94,7 @@ def build_episode(steps: Steps, layout: DatasetLayout, source: str) -> Episode:
             instruction=read_instruction(steps, layout, source),
             rate_hz=layout.rate_hz,
             source=source,
-            action_mask=mask_gaps(rows),
+            action_mask=_find_usable_actions(steps, layout, rows, source),
             success=read_success(recorded_steps, layout, source),
         )
     )
@@ -107,15 +116,54 @@ def build_episode(steps: Steps, layout: DatasetLayout, source: str) -> Episode:
 
 
 def drop_bad_rows(steps: Steps, layout: DatasetLayout, source: str) -> tuple[Steps, Array]:
-    """Drop the rows of an episode whose orientation is no rotation (see `find_good_rows`).
+    """Drop the rows of an episode that lack a number or a pose (see `spear.data.readers.bad_rows`).
 
     Returns:
         The columns without the bad rows, and the indices [T] of the rows that remain.
     """
-    _, rotation, rotation_format = read_pose(steps, layout, source)
-    rows = find_good_rows(rotation, rotation_format)
-    good_steps = select_rows(steps, rows, num_rows=len(rotation))
-    return good_steps, rows
+    numbers = _read_needed_numbers(steps, layout, source)
+    pose = [numbers[layout.position], numbers[layout.rotation]]
+    num_rows = len(pose[0])
+    is_good = find_complete_rows(values for values in numbers.values() if len(values) == num_rows)
+    if len(pose[1]) == num_rows:
+        pose_numbers = np.concatenate([values.reshape(num_rows, -1) for values in pose], axis=1)
+        is_good &= ~find_zero_poses(np.nan_to_num(pose_numbers, nan=np.inf))
+        assert layout.rotation_format is not None
+        is_good &= find_rotations(pose[1], layout.rotation_format)
+    rows = choose_rows(is_good)
+    return select_rows(steps, rows, num_rows), rows
+
+
+def _read_needed_numbers(steps: Steps, layout: DatasetLayout, source: str) -> dict[Any, Array]:
+    """Read the columns of numbers that an episode is built from; numbers may be missing."""
+    columns = (
+        layout.position,
+        layout.rotation,
+        layout.gripper,
+        layout.command,
+        layout.action,
+    )
+    numbers: dict[Any, Array] = {}
+    for column in columns:
+        if column is not None:
+            numbers[column] = read_numbers(steps, column, source, allow_missing=True)
+    return numbers
+
+
+def _find_usable_actions(
+    steps: Steps, layout: DatasetLayout, rows: Array, source: str
+) -> Array | None:
+    """Mask the steps before a dropped row, and those that a policy did instead of a person.
+
+    Returns [T] bool, or None if all actions are usable.
+    """
+    is_usable = mask_gaps(rows)
+    if layout.autonomous is None:
+        return is_usable
+
+    values = read_numbers(steps, layout.autonomous, source).reshape(-1)
+    is_demonstrated = values != layout.autonomous_value
+    return is_demonstrated if is_usable is None else is_usable & is_demonstrated
 
 
 def _add_derived_actions(episode: Episode, command: Array) -> Episode:
@@ -131,8 +179,12 @@ def _add_derived_actions(episode: Episode, command: Array) -> Episode:
 def _to_our_frames(episode: Episode, layout: DatasetLayout) -> Episode:
     """Convert the poses of an episode from the dataset's end-effector and base frames to ours."""
     tool_rotation = torch.tensor(layout.tool_rotation, dtype=torch.float32)
-    rotation = quat_multiply(torch.as_tensor(episode.rotation), tool_rotation)
+    recorded_rotation = torch.as_tensor(episode.rotation)
+    rotation = quat_multiply(recorded_rotation, tool_rotation)
     position = episode.position
+    if layout.tool_offset != NO_OFFSET:
+        tool_offset = torch.tensor(layout.tool_offset, dtype=torch.float32)
+        position = position + quat_rotate(recorded_rotation, tool_offset).numpy()
     if layout.base_rotation != IDENTITY_ROTATION:
         base_rotation = torch.tensor(layout.base_rotation, dtype=torch.float32)
         rotation = quat_multiply(base_rotation, rotation)

@@ -118,8 +118,14 @@ def count_steps(steps: Steps) -> int:
     return 0
 
 
-def read_numbers(steps: Steps, column: str, source: str) -> Array:
+def read_numbers(steps: Steps, column: str, source: str, allow_missing: bool = False) -> Array:
     """Read a column of numbers.
+
+    Args:
+        steps: The columns of an episode.
+        column: The name of the column.
+        source: The name of the episode, for error messages.
+        allow_missing: Whether numbers may be NaN or infinite.
 
     Returns:
         [T] or [T, d] float64.
@@ -135,6 +141,8 @@ def read_numbers(steps: Steps, column: str, source: str) -> Array:
             f"no numbers in column {column!r}: {source}: name another column"
         ) from error
 
+    if allow_missing:
+        return values
     axes_within_row = tuple(range(1, values.ndim))
     is_finite = np.isfinite(values).all(axis=axes_within_row)  # [T]
     step = find_first(~is_finite)

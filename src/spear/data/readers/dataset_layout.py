@@ -82,7 +82,10 @@ AspectRatio = Annotated[float, Field(ge=0.1, le=10)]
 Range = Annotated[tuple[float, float], AfterValidator(_validate_two_readings)]
 """The readings of a gripper: first when it is closed, then when it is open."""
 Quaternion = Annotated[tuple[float, float, float, float], AfterValidator(_validate_unit_norm)]
+Offset = tuple[float, float, float]
+FrameVersion = Annotated[int, Field(ge=1)]
 IDENTITY_ROTATION = (1.0, 0.0, 0.0, 0.0)
+NO_OFFSET = (0.0, 0.0, 0.0)
 
 
 @dataclass(frozen=True, config=ConfigDict(strict=True, allow_inf_nan=False))
@@ -107,6 +110,8 @@ class DatasetLayout:
     tool_rotation    quaternion (w, x, y, z) by which orientations are multiplied from the right. It
                      leads from the dataset's end-effector frame to ours, which is parallel to the
                      base frame when the gripper points down and its fingers close along y.
+    tool_offset      position of our end-effector, which is between the finger tips, in the
+                     dataset's end-effector frame, m.
     base_rotation    quaternion (w, x, y, z) by which orientations are multiplied from the left, and
                      which rotates positions. It leads from the dataset's base frame to ours (x
                      forward, y left, z up). Actions that are derived from the poses turn with them.
@@ -128,6 +133,10 @@ class DatasetLayout:
     logged_translation_unit   meters (per second, if the kind is velocity) that a logged 1 stands
                      for, if logged actions are in a controller's own unit.
     logged_rotation_unit   likewise for logged rotations, in radians.
+    autonomous       column that says which steps a policy did instead of a person. Nothing is
+                     learned from the actions of these steps.
+    autonomous_value   the value of the column `autonomous` at steps that a policy did.
+    frames           name of a dataset or robot → version of its frames (`spear.data.frames`).
     drop_idle        whether to remove the steps at which neither arm nor gripper moves.
     newest           the last correct version of the dataset, if later versions are broken.
     success          column whose last row says how the episode ended. The row is a number (0
@@ -151,6 +160,7 @@ class DatasetLayout:
     length_unit: Literal["m", "cm", "mm"] = "m"
     angle_unit: Literal["rad", "deg"] = "rad"
     tool_rotation: Quaternion = IDENTITY_ROTATION
+    tool_offset: Offset = NO_OFFSET
     base_rotation: Quaternion = IDENTITY_ROTATION
     gripper: str | None = None
     gripper_range: Range | None = None
@@ -166,6 +176,9 @@ class DatasetLayout:
     logged_rotation_frame: Literal["base", "ee", "angles"] | None = None
     logged_translation_unit: Positive | None = None
     logged_rotation_unit: Positive | None = None
+    autonomous: str | None = None
+    autonomous_value: float = 1.0
+    frames: Mapping[str, FrameVersion] = field(default_factory=dict)
     drop_idle: bool = False
     newest: str | None = None
     success: str | None = None
@@ -176,6 +189,8 @@ class DatasetLayout:
     facts: Mapping[str, str] = field(default_factory=dict)
 
 
+FRAME_FIELDS = ("tool_rotation", "tool_offset", "base_rotation")
+"""Fields that turn or move the dataset's frames into ours. A version of frames is about these."""
 DEPENDENT_FIELDS = {
     "images": ("image_aspect",),
     "gripper": ("command", "command_range", "gripper_opening"),
@@ -183,7 +198,16 @@ DEPENDENT_FIELDS = {
     "logged_frame": ("logged_rotation_frame",),
     "logged_translation": ("logged_translation_unit",),
     "logged_rotation": ("logged_rotation_unit",),
-    "action": ("command", "command_range", "tool_rotation", "base_rotation", "drop_idle"),
+    "action": (
+        "command",
+        "command_range",
+        "tool_rotation",
+        "tool_offset",
+        "base_rotation",
+        "drop_idle",
+    ),
+    "autonomous": ("autonomous_value",),
+    **dict.fromkeys(FRAME_FIELDS, ("frames",)),
 }
 """Field → fields that depend on its value. Where a layout file replaces the value of the entry that
 it is "like", these fields of the entry no longer apply."""
@@ -191,6 +215,7 @@ COLUMN_OF_FIELD = {
     "command_range": "command",
     "logged_translation_unit": "logged_translation",
     "logged_rotation_unit": "logged_rotation",
+    "autonomous_value": "autonomous",
     "action_mask": "action",
     "source": "action",
 }
@@ -378,13 +403,15 @@ def _load_registry() -> dict[str, DatasetLayout]:
     layouts: dict[str, DatasetLayout] = {}
     for name, dataset_table in tables.items():
         family_names = ["all", *dataset_table.pop("like", ())]
+        frames = {name: dataset_table.pop("frame_version", 1)}
         family_tables = [families[family] for family in family_names]
         facts: dict[str, str] = {}
         fields: dict[str, Any] = {}
         for table in [*family_tables, dataset_table]:
             facts.update(table.get("facts", {}))
             fields.update(table)
-        layouts[name] = _make_layout({**fields, "name": name, "facts": facts}, Path(str(file)))
+        fields.update(name=name, frames=frames, facts=facts)
+        layouts[name] = _make_layout(fields, Path(str(file)))
     return layouts
 
 

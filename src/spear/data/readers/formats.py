@@ -243,6 +243,14 @@ def list_cameras(path: str | Path, layout_file: Path | None = None) -> list[str]
     return list(folder.load_layout(layout_file).images)
 
 
+def find_frames(path: str | Path, layout_file: Path | None = None) -> Mapping[str, int]:
+    """Find the versions of the frames of a folder's poses (`spear.data.frames`)."""
+    folder = open_dataset(path)
+    if isinstance(folder, EpisodeStore):
+        return folder.frames
+    return folder.load_layout(layout_file).frames
+
+
 def get_dataset_name(path: str | Path) -> str:
     """Get the name of a dataset: from its metadata if it is RLDS, else from its folder.
 

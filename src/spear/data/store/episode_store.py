@@ -15,6 +15,7 @@ import os
 import uuid
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -145,10 +146,20 @@ class EpisodeStore:
 
     def _read_num_shards(self) -> int:
         """Read how many shards a prepared folder should have; 0 for a recorded folder."""
+        return int(self._read_request().get("shards", 0))
+
+    def _read_request(self) -> dict[str, Any]:
+        """Read what a prepared folder was made from; nothing for a recorded one."""
         request_file = self.path / REQUEST_FILE
-        if not request_file.is_file():
-            return 0
-        return int(read_json(request_file, "copy it again").get("shards", 0))
+        return read_json(request_file, "copy it again") if request_file.is_file() else {}
+
+    @property
+    def frames(self) -> Mapping[str, int]:
+        """The versions of the frames of its poses (`spear.data.frames`); none if recorded."""
+        from spear.data.frames import read_store_frames  # here: few need it, and it takes pydantic
+
+        request = self._read_request()
+        return read_store_frames(request) if request else {}
 
     def subset(self, indices: Sequence[int]) -> "EpisodeStore":
         """Make a store of the episodes `indices`, in this order, which shares the mapped files."""

@@ -63,7 +63,10 @@ VIDEO_PATH = "videos/{video_key}/chunk-{chunk_index:03d}/file-{file_index:03d}.m
 
 
 def write_lerobot(
-    episodes: Iterable[Episode], folder: str | Path, images: Literal["image", "video"] = "image"
+    episodes: Iterable[Episode],
+    folder: str | Path,
+    images: Literal["image", "video"] = "image",
+    frames: Mapping[str, int] | None = None,
 ) -> int:
     """Check episodes, and write them as a LeRobot v3.0 dataset.
 
@@ -72,6 +75,7 @@ def write_lerobot(
         folder: The folder of the dataset. It appears when it is complete.
         images: "image" writes the encoded images unchanged into Parquet files. "video" encodes them
             as AV1 videos.
+        frames: The versions of the frames of the poses (`spear.data.frames`).
 
     Returns:
         The number of episodes.
@@ -92,6 +96,7 @@ def write_lerobot(
                 samples = sample_images(episode)
                 if writer is None:
                     writer = _Writer(work_dir / "dataset", samples, episode.rate_hz, images)
+                    writer.frames = dict(frames or {})
                 writer.add(episode, samples)
             if writer is None:
                 raise SpearError(f"no episodes: nothing to write to {target}")
@@ -126,6 +131,8 @@ class _Writer:
         self.image_sizes = {camera: samples[camera].size for camera in sorted(samples)}
         self.features = make_features(self.image_sizes, images, self.rate_hz)
         self.schema = make_schema(self.features)
+
+        self.frames: dict[str, int] = {}
 
         # What was added so far.
         self.num_episodes = 0
@@ -343,7 +350,10 @@ class _Writer:
             self._write_episode_rows()
         self._write_json("meta/stats.json", self._make_stats())
         self._write_json("meta/info.json", self._make_info())
-        self._write_json(LAYOUT_FILE, describe_layout(self.image_sizes))
+        layout = describe_layout(self.image_sizes)
+        if self.frames:
+            layout["frames"] = self.frames
+        self._write_json(LAYOUT_FILE, layout)
         write_tasks(self.folder / "meta/tasks.parquet", list(self.tasks))
 
     def _make_stats(self) -> dict[str, Any]:

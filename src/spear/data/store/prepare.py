@@ -14,7 +14,6 @@ it. After a kill, the same call therefore continues behind the last shard.
 """
 
 import dataclasses
-import hashlib
 import json
 import shutil
 import time
@@ -37,11 +36,11 @@ from spear.checks.recording import Recording
 from spear.checks.result import Check
 from spear.checks.states import find_implausible_states
 from spear.data.actions import ACTION_RULES_VERSION, add_actions, resample_episode
+from spear.data.frames import hash_layout, hash_text, merge_frames, read_store_frames
 from spear.data.normalize import save_sketches
 from spear.data.options import Conversion
 from spear.data.readers import formats
 from spear.data.readers.bad_rows import Repairs, count_repairs
-from spear.data.readers.dataset_layout import DatasetLayout
 from spear.data.readers.splits import parse_split
 from spear.data.store.episode_store import (
     REQUEST_FILE,
@@ -66,17 +65,6 @@ MAX_SHARD_MIB = 100  # when a shard has images of this size, the next shard begi
 MAX_BAD_SHARE = 0.5  # if a larger fraction of the episodes is bad, preparing stops
 NUM_CHECKED_EPISODES = 100  # at the end, the states and grippers of so many episodes are checked
 POLL_INTERVAL_S = 0.5  # how often waiting processes look for the prepared folder
-UNHASHED_FIELDS: dict[str, Any] = {
-    "logged_rotation_frame": None,
-    "logged_translation_unit": None,
-    "logged_rotation_unit": None,
-}
-"""Fields of a layout that do not influence prepared episodes → the value with which they are
-hashed."""
-LATER_FIELDS = ("base_rotation", "gripper_opening", *UNHASHED_FIELDS)
-"""Fields of a layout that are hashed only if they differ from their defaults. Earlier versions did
-not have these fields, and folders that they prepared should remain valid."""
-LAYOUT_DEFAULTS = {field.name: field.default for field in dataclasses.fields(DatasetLayout)}
 JPEG_START = b"\xff\xd8"  # the first bytes of every JPEG
 SKIPPED_FILE = "skipped.json"
 
@@ -213,13 +201,17 @@ def plan_preparation(path: Path, out: Path, split: str, conversion: Conversion) 
             blocks.append(Block(block_split, num_episodes=block_end - block_start))
 
     layout = None  # a store of episodes needs none
-    if isinstance(dataset, formats.Dataset):
+    if isinstance(dataset, EpisodeStore):
+        frames = dataset.frames
+    else:
         layout = dataset.load_layout(conversion.layout)
+        frames = layout.frames
     request = {
         "path": str(path.resolve()),
         "data": formats.fingerprint_dataset(dataset),
-        "episodes": _hash_text("\n".join(block.split for block in blocks)),
-        "layout": _hash_layout(layout),
+        "episodes": hash_text("\n".join(block.split for block in blocks)),
+        "layout": hash_layout(layout),
+        "frames": dict(frames),
         "size": dict(sorted(conversion.sizes.items())),
         "rate": conversion.control_hz,
         "rules": ACTION_RULES_VERSION,
@@ -231,27 +223,6 @@ def plan_preparation(path: Path, out: Path, split: str, conversion: Conversion) 
     return PreparationPlan(request, blocks, has_commands)
 
 
-def _hash_text(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def _hash_layout(layout: DatasetLayout | None) -> str:
-    """Hash the fields of a layout on which prepared episodes depend.
-
-    The hashed text is the one that earlier versions hashed, so that folders that they prepared stay
-    valid: it has the old name of the class, and lacks fields that came later.
-    """
-    if layout is None:
-        return _hash_text("None")
-
-    hashed_layout = dataclasses.replace(layout, facts={}, weight=None, **UNHASHED_FIELDS)
-    text = repr(hashed_layout).replace("DatasetLayout(", "DatasetSpec(", 1)
-    for name in LATER_FIELDS:
-        default = LAYOUT_DEFAULTS[name]
-        text = text.replace(f", {name}={default!r}", "", 1)
-    return _hash_text(text)
-
-
 def _check_out_folder(out: Path, request: dict[str, Any]) -> None:
     """Raise SpearError if the output folder contains anything but the result of this request."""
     if not (out / REQUEST_FILE).is_file():
@@ -260,6 +231,10 @@ def _check_out_folder(out: Path, request: dict[str, Any]) -> None:
 
     earlier_request = read_json(out / REQUEST_FILE, "remove that folder")
     earlier_request["shards"] = None  # `prepare` adds this key, which is no part of the request
+    merge_frames(
+        [(str(out), read_store_frames(earlier_request)), ("this dataset", request["frames"])]
+    )
+    earlier_request["frames"] = request["frames"]
     difference = describe_difference(earlier_request, request)
     if difference:
         raise SpearError(
@@ -352,7 +327,7 @@ def _notice_repairs(repairs: Repairs, path: Path) -> None:
     remarks: list[str] = []
     if repairs.num_dropped_rows:
         rows = format_count(repairs.num_dropped_rows, "rows")
-        remarks.append(f"dropped {rows} without a rotation")
+        remarks.append(f"dropped {rows} without a pose, or with a missing number")
     if repairs.num_clipped_readings:
         readings = format_count(repairs.num_clipped_readings, "gripper readings")
         remarks.append(f"clipped {readings} outside of gripper_range or command_range")
@@ -533,7 +508,7 @@ def open_store(
         return formats.open_store_split(path, split), []
 
     source = Path(path).resolve()
-    suffix = _hash_text(f"{source} {split}")[:8]
+    suffix = hash_text(f"{source} {split}")[:8]
     target = Path(work_dir) / f"{source.name}-{suffix}"
     reasons: list[str] = []
     if is_first_process():
