@@ -1,4 +1,4 @@
-"""The main job: from images to a robot that moves, on one HTML page.
+"""The demo: it runs the pipeline from images to a moving robot, and reports it on one HTML page.
 
 Every number on the page comes with its sample count and interval.
 """
@@ -38,28 +38,30 @@ from spear.types import CONTROL_RATE_HZ
 from spear.util.files import write_text
 from spear.util.images import to_jpeg_data_uri
 
-SCENES = 40  # closed-loop scenes per family: an interval of ± 15 points, in a few minutes
-QUESTION_SCENES = 60  # scenes 0, 1, … that SPEAR-VLM is asked about
-LABEL_SCENES = 30  # scenes that are labeled
-FIRST_LABEL_SCENE = 100
-LABEL_SIZE = (240, 160)  # width and height of their images, in pixels
+SCENES = 40
+"""Closed-loop scenes per task family. A success rate then has an interval of ± 15 points, and the
+evaluation takes a few minutes."""
+QUESTION_SCENES = 60  # SPEAR-VLM is asked about the scenes 0, 1, … 59
+LABEL_SCENES = 30  # number of scenes that are labeled
+FIRST_LABEL_SCENE = 100  # seed of the first labeled scene
+LABEL_SIZE = (240, 160)  # width and height of the labeled images, in pixels
 NUM_LABEL_PICTURES = 4
 NUM_ANSWER_PICTURES = 6
 FINE_TUNE_STEPS = 600
-HELD_OUT_FRACTION = 0.25  # of a real dataset's episodes, which the fine-tuning does not see
-MAX_EPISODES = 400  # of a larger dataset, the first so many episodes are used
+HELD_OUT_FRACTION = 0.25  # fraction of a real dataset's episodes that fine-tuning does not see
+MAX_EPISODES = 400  # of a larger dataset, only its first episodes are used
 ERROR_NAMES = {
     "translation_mm": ("translation of one step, mm", ".2f"),
     "chunk_end_mm": ("where five steps lead, mm", ".2f"),
     "rotation_deg": ("rotation of one step, degrees", ".2f"),
     "gripper_accuracy": ("gripper command right", ".0%"),
 }
-"""Errors of open-loop evaluation: their names on the page, and their number formats."""
+"""Error of open-loop evaluation -> its name on the page, and its number format."""
 
 Values = dict[str, Any]
-"""What a section of templates/demo.html.j2 shows.
+"""The values that a section of templates/demo.html.j2 shows, by name.
 
-Its "fact" is a card at the top of the page: a number, and what it is.
+The value "fact" is a pair for a card at the top of the page: a number, and its meaning.
 """
 
 
@@ -74,12 +76,12 @@ def write_report(out: Path, data: Path | None = None) -> Path:
         The report, `out/index.html`.
 
     Raises:
-        SpearError: when the package has no trained weights, or for data that cannot be read.
+        SpearError: the package has no trained weights, or the data cannot be read.
     """
     console = Console(stderr=True)
-    start = time.perf_counter()
+    start_s = time.perf_counter()
 
-    # Mistakes are found before minutes of work.
+    # Find a missing encoder of films, or mistakes in the data, before minutes of work.
     film.import_encoder()
     if data is not None:
         _split_episodes(data, out)
@@ -88,6 +90,7 @@ def write_report(out: Path, data: Path | None = None) -> Path:
     policy = Spear1Policy.load("nano")
     disable_progress_bar()
     out.mkdir(parents=True, exist_ok=True)
+    # Name of a section in the template -> its title in the terminal, and what makes its values.
     sections: dict[str, tuple[str, Callable[[], Values]]] = {
         "labels": ("a. labeling a scene in 3D", label_scenes),
         "answers": ("b. asking SPEAR-VLM about held-out scenes", lambda: ask_questions(vlm)),
@@ -97,12 +100,13 @@ def write_report(out: Path, data: Path | None = None) -> Path:
     values_of_section: dict[str, Values] = {}
     for name, (title, make_values) in sections.items():
         console.print(title)
-        section_start = time.perf_counter()
+        section_start_s = time.perf_counter()
         values = make_values()
-        values_of_section[name] = {**values, "seconds": time.perf_counter() - section_start}
+        values_of_section[name] = {**values, "seconds": time.perf_counter() - section_start_s}
 
     facts = [values["fact"] for values in values_of_section.values() if "fact" in values]
-    facts.append((f"{(time.perf_counter() - start) / 60:.1f} min", "to make this page"))
+    total_min = (time.perf_counter() - start_s) / 60
+    facts.append((f"{total_min:.1f} min", "to make this page"))
     title = "SPEAR-1 nano: from images to a robot that moves"
     page = out / "index.html"
     write_text(page, render("demo.html", title=title, facts=facts, **values_of_section))
@@ -128,11 +132,11 @@ def label_scenes() -> Values:
 def ask_questions(vlm: VlmBundle) -> Values:
     """(b) Ask SPEAR-VLM questions, and compare its answers with the true ones."""
     size = vlm.processor.image_sizes["external"]
-    frames = render_held_out_frames(QUESTION_SCENES, 0, size)
+    frames = render_held_out_frames(QUESTION_SCENES, 0, size)  # from scene 0 on
     labels = list(label_with_ground_truth(frames))
     scores = vqa.evaluate_vqa(vlm, labels, QuestionOptions())
 
-    # The first answer about a box in each image.
+    # Show the first answer about a box in each image.
     answer_of_image: dict[int, Any] = {}
     for answer in scores.answers:
         if answer.question.question_type == "box_vertices" and "error" in answer.measures:
@@ -151,7 +155,10 @@ def ask_questions(vlm: VlmBundle) -> Values:
 
 
 def evaluate_policy(policy: Spear1Policy) -> Values:
-    """(c) Evaluate the policy in closed loop, between doing nothing and the scripted expert."""
+    """(c) Evaluate the policy in closed loop, compared with the scripted expert and with idleness.
+
+    The scripted expert is an upper bound, and an agent that does nothing a lower one.
+    """
     agent = PolicyAgent(policy, "SPEAR-1 nano")
     options = TabletopOptions(SCENES, videos=1, tasks=FAMILIES)
     result, films = closed_loop.evaluate_tabletop(agent, options)
@@ -166,11 +173,11 @@ def evaluate_policy(policy: Spear1Policy) -> Values:
         rate_of_agent = [(r.policy, r.summarize(family).success) for r in results]
         rates.append((replace_underscores(family), make_rate_bars(rate_of_agent)))
     captioned_films = []
-    for one_film in films:
-        outcome = one_film.outcome
+    for recorded_film in films:
+        outcome = recorded_film.outcome
         family = replace_underscores(outcome.family)
         caption = f"{family}, scene {outcome.seed}: {describe_ending(outcome)}"
-        captioned_films.append((one_film.data, caption))
+        captioned_films.append((recorded_film.data, caption))
 
     success = result.summarize().success
     description = f"mean success [{success.low:.0%}, {success.high:.0%}], n = {success.n}"
@@ -184,7 +191,7 @@ def evaluate_policy(policy: Spear1Policy) -> Values:
 
 
 def _family_row(result: Results, family: str) -> list[str]:
-    """Return how often each part of a task succeeded, and the steps that successes took."""
+    """Return a table row: how often each part of a task succeeded, and the steps of a success."""
     summary = result.summarize(family)
     rates = (summary.reached, summary.grasped, summary.success, summary.wrong_object)
     steps = "–"
@@ -194,28 +201,36 @@ def _family_row(result: Results, family: str) -> list[str]:
 
 
 def fine_tune(out: Path, data: Path | None) -> Values:
-    """(d) Fine-tune the shipped policy on real episodes, and measure its errors on others."""
+    """(d) Fine-tune the shipped policy on real episodes, and measure its errors on held-out ones.
+
+    Args:
+        out: the demo's folder, in which the episodes are prepared and the weights are written.
+        data: folder of real robot episodes; without it the section says that none were given.
+    """
     if data is None:
         return {"source": None}
     training, held_out = _split_episodes(data, out)
-    inputs = TrainingInputs(episodes=[(data.name, training, 1.0)], init=locate("nano"))
+    sampling_weight = 1.0
+    inputs = TrainingInputs(episodes=[(data.name, training, sampling_weight)], init=locate("nano"))
     recipe = get_recipe("nano-post").with_changes(steps=FINE_TUNE_STEPS)
     final = train(recipe, _fine_tuning_folder(out, training), inputs)
 
-    scores = [
-        open_loop.score_policy("fine-tuned", Spear1Policy.load(str(final)), held_out),
-        open_loop.score_mean_action(training, held_out),
-        open_loop.score_last_action(held_out),
-        open_loop.score_policy("before fine-tuning", Spear1Policy.load("nano"), held_out),
-    ]
+    fine_tuned_policy = Spear1Policy.load(str(final))
+    fine_tuned_errors = open_loop.score_policy("fine-tuned", fine_tuned_policy, held_out)
+    mean_action_errors = open_loop.score_mean_action(training, held_out)
+    last_action_errors = open_loop.score_last_action(held_out)
+    original_policy = Spear1Policy.load("nano")
+    original_errors = open_loop.score_policy("before fine-tuning", original_policy, held_out)
+    scores = [fine_tuned_errors, mean_action_errors, last_action_errors, original_errors]
     summaries = [score.summarize() for score in scores]
     rows = []
     for name, (description, number_format) in ERROR_NAMES.items():
         cells = [summary[name].to_text(number_format) for summary in summaries]
         rows.append([description, *cells])
 
-    error_mm = summaries[0]["translation_mm"].value
-    mean_action_mm = summaries[1]["translation_mm"].value
+    fine_tuned_summary, mean_action_summary, *_ = summaries
+    error_mm = fine_tuned_summary["translation_mm"].value
+    mean_action_mm = mean_action_summary["translation_mm"].value
     fact = f"error per step on real held-out episodes; mean action {mean_action_mm:.1f} mm"
     return {
         "source": get_dataset_name(data),
@@ -224,13 +239,16 @@ def fine_tune(out: Path, data: Path | None) -> Values:
         "steps": FINE_TUNE_STEPS,
         "headers": ["mean error [95 %]", *(score.name for score in scores)],
         "rows": rows,
-        "charts": draw_open_loop_charts(scores[0], scores[1]),
+        "charts": draw_open_loop_charts(fine_tuned_errors, mean_action_errors),
         "fact": (f"{error_mm:.1f} mm", fact),
     }
 
 
 def _fine_tuning_folder(out: Path, training: EpisodeStore) -> Path:
-    """Return the folder for a fine-tuning of these weights on these episodes."""
+    """Return the folder for fine-tuning the shipped weights on these episodes.
+
+    The folder's name has a hash of both, so that other weights or episodes get another folder.
+    """
     weights = (locate("nano") / "model.safetensors").read_bytes()
     store_path = str(training.path.resolve()).encode()
     key = hashlib.sha256(store_path + weights).hexdigest()[:8]
@@ -238,14 +256,18 @@ def _fine_tuning_folder(out: Path, training: EpisodeStore) -> Path:
 
 
 def _split_episodes(source: Path, out: Path) -> tuple[EpisodeStore, EpisodeStore]:
-    """Return a dataset's first episodes for training and its last for testing, prepared once."""
-    split, total = next(iter(count_episodes(source).items()))
-    count = min(MAX_EPISODES, total)
-    num_training = count - max(1, round(HELD_OUT_FRACTION * count))
+    """Return a dataset's first episodes for training, and its last ones, which are held out.
+
+    The episodes are prepared in the folder `out`, unless an earlier call has prepared them there.
+    """
+    split, num_in_split = next(iter(count_episodes(source).items()))  # the first split
+    num_used = min(MAX_EPISODES, num_in_split)
+    num_held_out = max(1, round(HELD_OUT_FRACTION * num_used))
+    num_training = num_used - num_held_out
     if num_training < 1:
         raise SpearError(
-            f"{source}: its split {split!r} has too few episodes ({count}). Give at least 2."
+            f"{source}: its split {split!r} has too few episodes ({num_used}). Give at least 2."
         )
     training, _ = open_store(source, out, f"{split}[:{num_training}]")
-    held_out, _ = open_store(source, out, f"{split}[{num_training}:{count}]")
+    held_out, _ = open_store(source, out, f"{split}[{num_training}:{num_used}]")
     return training.select_demonstrations(), held_out.select_demonstrations()

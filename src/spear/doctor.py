@@ -1,10 +1,12 @@
-"""Whether SPEAR-1 is correct and fast on this machine: `spear doctor`.
+"""Examines whether SPEAR-1 is correct and fast on this machine: `spear doctor`.
 
-One observation goes through the plain network and through everything that replaces it: the fast
-implementation, its CUDA graph, bfloat16. Each is compared with the plain network, and timed in
-comparison with the least time that the machine needs.
+One observation goes through the plain network in float32, and through every implementation that
+can replace it: the fast one, its CUDA graph, and both in bfloat16. The actions of each are compared
+with those of the plain network, and its time with the least time that the machine needs for the
+same operations.
 """
 
+import math
 import os
 import platform
 import re
@@ -40,9 +42,9 @@ from spear.models.weights.folders import BUNDLED_WEIGHTS
 from spear.models.weights.load import load
 from spear.train.memory import GIB, measure_inference
 
-INSTRUCTION_TOKENS = 12
+INSTRUCTION_TOKENS = 12  # length of the instruction in the observation
 MEMORY_INFO = Path("/proc/meminfo")
-NUM_TRIALS = 5  # of a matrix product and of a copy, of which the fastest counts
+NUM_TRIALS = 5  # of each measurement of the machine's speed; the fastest trial counts
 COLUMNS = ["implementation", "type", "ms", "of the least", "difference", "memory of planned", ""]
 
 Phase = tuple[float, float]
@@ -51,14 +53,19 @@ Phase = tuple[float, float]
 
 @dataclass(frozen=True)
 class InferenceResult:
-    """How one implementation computes actions.
+    """How fast and how exactly one implementation computes actions.
 
-    median_ms      time of an observation.
-    least_ms       time that the machine needs for the operations and for reading the weights.
-    difference     `sampling.relative_difference` from the plain network in the first type.
-    peak_bytes     GPU memory that was used; None on a CPU.
-    planned_bytes  GPU memory that `spear estimate-memory` says.
-    problem        why it did not run, or that it is too different; else empty.
+    Attributes:
+        name: the implementation.
+        dtype: the type of its weights.
+        median_ms: median time for one observation.
+        least_ms: time that the machine needs for the operations and for reading the weights.
+        difference: `sampling.relative_difference` of its actions from those of the plain network,
+            in the first type that fits into memory.
+        peak_bytes: GPU memory that was used; None on a CPU.
+        planned_bytes: GPU memory that `spear estimate-memory` estimates.
+        problem: why the implementation did not run, or that its actions differ too much; otherwise
+            empty.
     """
 
     name: str
@@ -72,7 +79,7 @@ class InferenceResult:
 
     def to_row(self) -> list[str]:
         """Return a row of the table with `COLUMNS`."""
-        did_run = self.median_ms == self.median_ms  # NaN is different from itself
+        did_run = not math.isnan(self.median_ms)
         if not did_run:
             return [self.name, self.dtype, "–", "–", "–", "–", self.problem]
         memory = "–"
@@ -91,25 +98,30 @@ class InferenceResult:
 
 @dataclass(frozen=True)
 class MachineSpeed:
-    """What a machine can do at most in a type, as measured.
+    """The measured speed of a machine with one type of numbers.
 
-    bytes_per_s  read from memory and written to it.
-    flops_per_s  floating-point operations of a matrix product.
+    Attributes:
+        bytes_per_s: bytes that a copy reads from memory and writes to it, per second.
+        flops_per_s: floating-point operations of a matrix product, per second.
     """
 
     bytes_per_s: float
     flops_per_s: float
 
     def least_seconds(self, *phases: Phase) -> float:
-        """Return the roofline of phases that follow each other."""
-        total = 0.0
+        """Return the least time in which the machine can compute phases one after the other.
+
+        In each phase the machine computes and moves bytes at the same time, so the slower of the
+        two counts (the roofline model).
+        """
+        total_s = 0.0
         for flops, moved_bytes in phases:
-            total += max(flops / self.flops_per_s, moved_bytes / self.bytes_per_s)
-        return total
+            total_s += max(flops / self.flops_per_s, moved_bytes / self.bytes_per_s)
+        return total_s
 
 
 class DisagreementError(SpearError):
-    """An implementation does not compute here what the plain network does."""
+    """On this machine an implementation computes other actions than the plain network."""
 
     code = 1
 
@@ -117,35 +129,41 @@ class DisagreementError(SpearError):
 def measure_seconds(
     run: Callable[[], object], device: str, use_processor_time: bool = False
 ) -> float:
-    """Measure one run.
+    """Measure the seconds of one call of `run`.
 
-    use_processor_time: whether to sum the processor time of all threads, which other work on the
-        machine changes less than the time on the clock.
+    Args:
+        run: the function to measure.
+        device: type of the device on which it computes, "cpu" or "cuda".
+        use_processor_time: whether to sum the processor time of all threads, which other work on
+            the machine changes less than the time on the clock.
     """
     clock = time.process_time if use_processor_time else time.perf_counter
-    if device == "cuda":
+    if device == "cuda":  # a GPU works asynchronously
         torch.cuda.synchronize()
-    start = clock()
+    start_s = clock()
     run()
     if device == "cuda":
         torch.cuda.synchronize()
-    return clock() - start
+    return clock() - start_s
 
 
 @torch.no_grad()
 def measure_machine(
     device: str, dtype: torch.dtype, use_processor_time: bool = False
 ) -> MachineSpeed:
-    """Measure a large matrix product, and a copy far larger than any cache."""
+    """Measure the machine's speed by a large matrix product, and a copy larger than any cache.
+
+    The arguments are those of `measure_seconds`, and the type of the matrix product.
+    """
 
     def measure_best(run: Callable[[], object]) -> float:
-        run()
+        run()  # to warm up
         return min(measure_seconds(run, device, use_processor_time) for _ in range(NUM_TRIALS))
 
-    # Larger products would take seconds each where bfloat16 is slow.
+    # On a processor without instructions for bfloat16, a larger product would take seconds.
     is_slow = dtype == torch.bfloat16 and not HAS_BFLOAT16
-    side = 512 if is_slow else 1536
-    num_copied = 2**25
+    side = 512 if is_slow else 1536  # of the square matrices
+    num_copied = 2**25  # numbers of 4 bytes
     if device == "cuda":
         side = 8192
         num_copied = 2**29
@@ -158,11 +176,13 @@ def measure_machine(
     source = torch.ones(num_copied, device=device, dtype=torch.float32)
     target = torch.empty_like(source)
     copy_s = measure_best(lambda: target.copy_(source))
-    return MachineSpeed(bytes_per_s=2 * source.nbytes / copy_s, flops_per_s=2 * side**3 / product_s)
+    copied_bytes = 2 * source.nbytes  # read and written
+    product_flops = 2 * side**3  # a multiplication and an addition for each of side³ terms
+    return MachineSpeed(bytes_per_s=copied_bytes / copy_s, flops_per_s=product_flops / product_s)
 
 
 def describe_machine(size: Preset, device: torch.device) -> list[tuple[str, str]]:
-    """Return what is examined, as pairs of a name and its description."""
+    """Return what is examined (software, processor, GPU, model), as pairs of name and text."""
     packages = [f"spear {spear.__version__}"]
     packages += [f"{name} {version(name)}" for name in ("torch", "transformers")]
     facts = [("software", f"Python {platform.python_version()}, {', '.join(packages)}")]
@@ -190,10 +210,18 @@ def describe_machine(size: Preset, device: torch.device) -> list[tuple[str, str]
 
 
 def examine(size: Preset, device: torch.device, repeats: int = 10) -> Iterator[InferenceResult]:
-    """Yield how each implementation acts on this device, the plain network first.
+    """Yield the result of each implementation on this device, the plain network first.
 
-    In float32 if that fits into memory, and in bfloat16. The weights are those that come with this
-    package for nano, otherwise random ones. Raises `SpearError` if not even bfloat16 fits.
+    All implementations are examined in float32, if that fits into memory, and in bfloat16. For
+    nano, the weights are those that come with this package; for other presets they are random.
+
+    Args:
+        size: the preset of the model.
+        device: the device.
+        repeats: number of timed runs of each implementation.
+
+    Raises:
+        SpearError: the model does not even fit into memory in bfloat16.
     """
     planned_bytes = {
         dtype: measure_inference(size, dtype).total for dtype in (torch.float32, torch.bfloat16)
@@ -218,10 +246,10 @@ def examine(size: Preset, device: torch.device, repeats: int = 10) -> Iterator[I
             try:
                 actions, peak_bytes = _run_and_measure_memory(run, device)
                 times_ms = [1000 * measure_seconds(run, device.type) for _ in range(repeats)]
-            except Exception as error:  # whatever a compiler may raise
+            except Exception as error:  # a compiler may raise errors of any type
                 yield InferenceResult(name, dtype_name, problem=summarize_error(error))
                 continue
-            if expected is None:
+            if expected is None:  # the first result is that of the plain network
                 expected = actions
             difference = relative_difference(actions, expected)
             yield InferenceResult(
@@ -234,31 +262,37 @@ def examine(size: Preset, device: torch.device, repeats: int = 10) -> Iterator[I
                 planned_bytes=planned_bytes[dtype],
                 problem=_describe_difference(difference, dtype),
             )
-        del model, implementations, run  # else they would count in the next type's memory
+        # Otherwise this model would count in the measured memory of the next type.
+        del model, implementations, run
 
 
 def _free_bytes(device: torch.device) -> float:
-    """Return the memory that is free on the device; on a CPU, or can be freed for programs."""
+    """Return the free memory of the device.
+
+    On a CPU this includes memory that the system frees when a program needs it. If the system does
+    not say, the result is all of the machine's memory.
+    """
     if device.type == "cuda":
         free_bytes, _ = torch.cuda.mem_get_info(device)
         return free_bytes
     text = MEMORY_INFO.read_text("utf-8") if MEMORY_INFO.is_file() else ""
-    match = re.search(r"MemAvailable: *(\d+)", text)
+    match = re.search(r"MemAvailable: *(\d+)", text)  # in KiB
     if match is None:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return 1024 * int(match[1])
 
 
 def _list_implementations(model: Any, inputs: Inputs) -> dict[str, Callable[[], torch.Tensor]]:
-    """Return functions that compute actions, by name."""
+    """Return the functions that compute actions, by the name of the implementation."""
     steps = model.flow_config.steps
     sampler = get_sampler(model, True)
+    fast = partial(sample_fast, model, sampler, inputs, steps)
     implementations: dict[str, Callable[[], torch.Tensor]] = {
         "plain network": partial(sample_plain, model, inputs, steps),
-        "fast": partial(sample_fast, model, sampler, inputs, steps, False),
+        "fast": partial(fast, use_graph=False),
     }
     if inputs["noise"].device.type == "cuda":
-        fast_as_graph = partial(sample_fast, model, sampler, inputs, steps, True)
+        fast_as_graph = partial(fast, use_graph=True)
         implementations["fast, as a CUDA graph"] = fast_as_graph
     return implementations
 
@@ -272,21 +306,26 @@ def _describe_difference(difference: float, dtype: torch.dtype) -> str:
 
 
 def _load_model(size: Preset, dtype: torch.dtype, device: torch.device) -> Any:
+    """Return the shipped model for nano, and a model with random weights for other presets."""
     if size.name == "nano":
         return load(Spear1ForActionPrediction, BUNDLED_WEIGHTS / "nano", dtype).eval().to(device)
     torch.manual_seed(0)
-    with device:  # and in this type from the start: a large model would not fit twice
+    with device:  # made on its device and in its type, because a large model would not fit twice
         return AutoModel.from_config(build_spear1_config(size), dtype=dtype).eval()
 
 
 def _make_observation(size: Preset, device: torch.device) -> Inputs:
-    """Return one observation of all views, without padding: inputs of `sampling.sample_actions`."""
+    """Return the inputs of `sampling.sample_actions` for one random observation.
+
+    The observation has all views of the preset, and its instruction has no padding.
+    """
     generator = torch.Generator().manual_seed(0)
     inputs: dict[str, torch.Tensor] = {}
     for view, (width, height) in size.image_sizes.items():
         inputs[f"pixels/{view}"] = torch.randint(
             0, 256, (1, 3, height, width), generator=generator, dtype=torch.uint8
         )
+    # Token ids from 3 on are words; smaller ids are special tokens, such as padding.
     ids = torch.randint(3, size.vocabulary_size, (1, INSTRUCTION_TOKENS), generator=generator)
     noise = sample_noise((1, size.horizon), FlowConfig(**size.flow), generator)
     inputs["input_ids"] = ids
@@ -296,20 +335,25 @@ def _make_observation(size: Preset, device: torch.device) -> Inputs:
 
 
 def _count_phases(model: Any, inputs: Inputs) -> list[Phase]:
-    """Return the operations and the bytes of weights of the prefix, and of each flow step."""
-    flops_of_steps = []
+    """Return the phases of one inference: the prefix, which the VLM reads, and each flow step.
+
+    Each phase has its floating-point operations, and the bytes of the weights that it reads.
+    """
+    # Inference with one flow step more costs the operations of one step more.
+    total_flops = []
     for num_steps in (1, 2):
         with FlopCounterMode(display=False) as counter:
             sample_plain(model, inputs, num_steps)
-        flops_of_steps.append(counter.get_total_flops())
-    step_flops = flops_of_steps[1] - flops_of_steps[0]
-    prefix_flops = flops_of_steps[0] - step_flops
+        total_flops.append(counter.get_total_flops())
+    one_step_total, two_steps_total = total_flops
+    step_flops = two_steps_total - one_step_total
+    prefix_flops = one_step_total - step_flops
 
     bytes_per_weight = model.action_out_proj.weight.element_size()
     num_expert_weights = sum(parameter.numel() for parameter in model.expert.parameters())
     num_vlm_weights = 0
     for name, parameter in model.vlm.named_parameters():
-        if "embed_tokens" not in name:  # of which few rows are read
+        if "embed_tokens" not in name:  # only a few rows of the embedding table are read
             num_vlm_weights += parameter.numel()
     prefix = (prefix_flops, num_vlm_weights * bytes_per_weight)
     step = (step_flops, num_expert_weights * bytes_per_weight)
@@ -319,7 +363,11 @@ def _count_phases(model: Any, inputs: Inputs) -> list[Phase]:
 def _run_and_measure_memory(
     run: Callable[[], torch.Tensor], device: torch.device
 ) -> tuple[torch.Tensor, int | None]:
-    """Return a run's actions, after one run to warm up, and the most GPU memory that it used."""
+    """Run an implementation to warm up, then once more on a GPU, and measure its memory.
+
+    Returns:
+        The actions, and the most GPU memory in bytes that the second run used; None on a CPU.
+    """
     actions = run()
     if device.type != "cuda":
         return actions, None

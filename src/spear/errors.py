@@ -1,6 +1,7 @@
-"""What a user sees when something is wrong: what happened, where, and what to do.
+"""Errors and notices for users. Their messages say what happened, where, and what to do.
 
-Errors are `SpearError`s. Notices (`notice`) tell of an input that was usable but could be better.
+A `SpearError` ends the work. A notice (see `notice`) says that an input was usable but could be
+better.
 """
 
 import difflib
@@ -15,15 +16,17 @@ from typing import Any
 
 _OBEYED_BY_TERMINALS = re.compile(
     r"[\x00-\x1f\x7f-\x9f"  # control characters
-    r"\u200e\u200f\u2028-\u202e\u2066-\u2069"  # ends of lines, and changes of direction
-    r"\ud800-\udfff]"  # halves of characters, which cannot be printed
+    r"\u200e\u200f\u2028-\u202e\u2066-\u2069"  # ends of lines, and changes of writing direction
+    r"\ud800-\udfff]"  # halves of characters (surrogates), which cannot be printed
 )
+"""Matches characters that a terminal would obey instead of show."""
 _SHORT_ESCAPES = {"\n": r"\n", "\r": r"\r", "\t": r"\t"}
-MAX_LISTED_NAMES = 6  # in a message that has something better to say
+MAX_LISTED_NAMES = 6
+"""A message that suggests a similar name lists the known names only if they are at most so many."""
 
 
 class SpearError(Exception):
-    """Bad input. Its message is one line: what is wrong, where, what to do.
+    """Bad input. The message is one line, which says what is wrong, where, and what to do.
 
     The command line prints the message and exits with `code`.
     """
@@ -42,9 +45,10 @@ class RetryableError(SpearError):
 
 
 def unknown_name_error(kind: str, name: str, known_names: Iterable[str]) -> SpearError:
-    """Make the error for a name that does not exist. It suggests a similar one that does.
+    """Make the error for a name that does not exist. The message suggests a similar known name.
 
-    A long list of names is left out where one of them is similar.
+    The message also lists the known names, unless it suggests one and there are more than
+    `MAX_LISTED_NAMES`. An abbreviation counts as similar to the name with these initials.
 
     Args:
         kind: what is named, for the message: "preset".
@@ -58,7 +62,7 @@ def unknown_name_error(kind: str, name: str, known_names: Iterable[str]) -> Spea
         unknown key 'learning_rate': did you mean 'lr'? known: lr, steps
     """
     known_names = sorted(known_names)
-    initials = "".join(word[:1] for word in name.split("_"))
+    initials = "".join(word[:1] for word in name.split("_"))  # "lr" of "learning_rate"
     if initials in known_names:
         similar_names = [initials]
     else:
@@ -84,7 +88,7 @@ def import_optional(module: str, extra: str, feature: str) -> Any:
 
     Args:
         module: the module's name.
-        extra: the extra that installs it: "serve".
+        extra: the extra that installs the module, such as "serve".
         feature: what needs the module, for the message.
 
     Raises:
@@ -97,7 +101,7 @@ def import_optional(module: str, extra: str, feature: str) -> Any:
 
 
 def missing_extra_message(feature: str, module: str, extra: str) -> str:
-    """The message for a feature whose module is not installed.
+    """Return the message for a feature whose module is not installed.
 
     >>> missing_extra_message("the simulator", "mujoco", "sim")
     "the simulator needs mujoco. Install it: pip install 'spear-vla[sim]'"
@@ -106,10 +110,10 @@ def missing_extra_message(feature: str, module: str, extra: str) -> str:
 
 
 def summarize_error(error: BaseException | str) -> str:
-    """The first line of an error's message, or its type if that is empty.
+    """Return the first line of an error's message, or the error's type if the message is empty.
 
-    A pydantic error becomes the first key that is wrong and why: "features.state.dtype should be
-    …".
+    A pydantic error becomes the first key that is wrong, and the reason, such as
+    "features.state.dtype should be …".
     """
     from pydantic_core import ValidationError
 
@@ -132,14 +136,15 @@ def to_sentence(text: str) -> str:
 
 
 def escape_control_characters(text: str, keep_newlines: bool = False) -> str:
-    """Escape what a terminal would obey instead of show, in text of others.
+    """Escape the characters of a text that a terminal would obey instead of show.
 
-    Such text (instructions, names, reasons) could otherwise clear the screen, set the title, hide
-    lines or pretend to be other output. The escapes are those of JSON.
+    Text from data of others (instructions, names, reasons) could otherwise clear the screen, set
+    the title, hide lines or pretend to be other output. The characters are written as JSON escapes
+    them.
 
     Args:
         text: any text.
-        keep_newlines: whether the text may have several lines.
+        keep_newlines: whether line breaks stay, because the text may have several lines.
 
     Example:
         >>> print(escape_control_characters("pick\\x1b[2J up\\n"))
@@ -156,21 +161,25 @@ def escape_control_characters(text: str, keep_newlines: bool = False) -> str:
 
 
 def format_count(number: int, unit: str) -> str:
-    """A number and what it counts.
+    """Return a number with the word for what it counts, such as "1 image" or "2 images".
 
     Args:
-        number: how many.
-        unit: what is counted, a plural that ends in -s.
+        number: the number.
+        unit: the word in the plural, which ends in -s.
 
     Example:
         >>> format_count(1, "images"), format_count(1000, "images")
         ('1 image', '1,000 images')
     """
-    return f"{number:,} {unit.removesuffix('s') if number == 1 else unit}"
+    word = unit.removesuffix("s") if number == 1 else unit
+    return f"{number:,} {word}"
 
 
 class Notice(UserWarning):
-    """What was done with an input that could be better. The CLI shows it as "note: …"."""
+    """A warning about an input that was usable but could be better.
+
+    The message says what was done with the input. The command line shows it as "note: …".
+    """
 
 
 _are_notices_enabled: ContextVar[bool] = ContextVar("are notices enabled", default=True)
@@ -178,7 +187,7 @@ _are_notices_enabled: ContextVar[bool] = ContextVar("are notices enabled", defau
 
 @contextmanager
 def suppress_notices() -> Iterator[None]:
-    """Suppress notices in the `with` block, for inputs that are not the user's."""
+    """Suppress notices in the `with` block, whose inputs do not come from the user."""
     token = _are_notices_enabled.set(False)
     try:
         yield
@@ -187,22 +196,25 @@ def suppress_notices() -> Iterator[None]:
 
 
 def disable_notices() -> None:
-    """Suppress notices in this process from now on, since another process does the same work."""
+    """Suppress notices in this process from now on. Another process does the same work and warns.
+
+    A worker process calls this.
+    """
     _are_notices_enabled.set(False)
 
 
 def is_first_process() -> bool:
-    """Whether this process is the only one of its run, or the first that `torchrun` started."""
+    """Return whether this process is the first that `torchrun` started, or its run's only one."""
     return os.environ.get("RANK", "0") == "0"
 
 
 def notice(message: str) -> bool:
     """Warn with a `Notice`, in the first process, unless notices are suppressed.
 
-    The warning has the place of the caller's caller.
+    The warning names the line from which the caller was called.
 
     Returns:
-        Whether it warned.
+        Whether this call warned.
     """
     should_warn = _are_notices_enabled.get() and is_first_process()
     if should_warn:

@@ -1,8 +1,8 @@
 """The command line: `spear COMMAND …`.
 
-A command is a function of one argument, a dataclass of options (`spear.util.options`); its
-docstring is its help. Only the module of the command that is asked for is imported, and heavy
-packages inside its function.
+A command is a function of one argument, a dataclass of options (`spear.util.options`). The
+function's docstring is the command's help. Only the module of the command that the user names is
+imported. Heavy packages are imported inside the command's function, so that help appears at once.
 """
 
 import ast
@@ -60,17 +60,20 @@ COMMANDS: dict[str, str] = {
     "estimate-memory": "train:estimate_memory",
     "doctor": "basics:doctor",
 }
-"""Every command, in the order of the help, and its place: FILE:FUNCTION of this folder."""
+"""Command -> its function as FILE:FUNCTION, a file of this folder; in the order of the help."""
 
 PRINTS_HELP_WITHOUT_ARGUMENTS = ("label",)
-"""Commands that could begin without arguments, but whose work should not be begun by accident."""
+"""Commands that print their help when the user gives no arguments. They could run without any, but
+nobody should begin their work by accident."""
 
 DESCRIPTION = (
     "SPEAR-1: label images with 3D, train the VLM that understands them, "
     "train a robot policy on it."
 )
 HELP_OPTIONS = ("-h", "--help", "--help-all")
-SECONDS_FOR_FIRST_PROCESS = 5  # that other processes wait, so that torchrun ends them silently
+SECONDS_FOR_FIRST_PROCESS = 5
+"""How long the other processes of a run wait before they report an error. The first process reports
+the error meanwhile and ends, and `torchrun` then ends the others silently."""
 
 MODULES_OF_EXTRA = {
     "sim": ("mujoco", "gymnasium"),
@@ -78,7 +81,9 @@ MODULES_OF_EXTRA = {
     "serve": ("websockets", "msgpack", "prometheus_client"),
     "vla-eval": ("vla_eval",),
 }
-"""Extra of this package -> the modules that it installs, where no `import_optional` names it."""
+"""Extra of this package -> modules that it installs and that plain `import` statements load.
+
+`import_optional` names the extra of a missing module by itself; this table serves the others."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -99,7 +104,8 @@ def run_reporting_errors(work: Callable[[], object]) -> int:
         interrupted.
     """
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")  # for a terminal or a log without our characters
+        # The encoding of a terminal or a log may lack characters that we print.
+        sys.stdout.reconfigure(errors="replace")
     with warnings.catch_warnings():
         warnings.simplefilter("always", Notice)
         warnings.showwarning = _WarningPrinter(warnings.showwarning)
@@ -116,17 +122,20 @@ def run_reporting_errors(work: Callable[[], object]) -> int:
             return 130
         except Exception as error:
             message = _explain(error)
-            if message is None:
+            if message is None:  # a mistake in this package: show the traceback
                 raise
             if not is_first_process():
-                # An error that all processes meet is reported by the first; torchrun then ends us.
                 time.sleep(SECONDS_FOR_FIRST_PROCESS)
             print(f"error: {escape_control_characters(message)}", file=sys.stderr)
             return getattr(error, "code", 2)
 
 
 class _WarningPrinter:
-    """Prints each different `Notice` once, as a line; other warnings as Python does."""
+    """Replaces `warnings.showwarning`.
+
+    It prints each different `Notice` once, in one line, and gives other warnings to
+    `print_warning`, which prints them as Python does.
+    """
 
     def __init__(self, print_warning: Callable[..., None]) -> None:
         self._print_warning = print_warning
@@ -142,37 +151,44 @@ class _WarningPrinter:
 
 
 def _flush_stdout() -> None:
-    """Write what Python still holds back: an error when Python exits could not be reported."""
-    if sys.stdout is None:  # it is closed
+    """Write the output that Python still buffers, while an error of writing can be reported."""
+    if sys.stdout is None:  # Python was started with its output closed
         return
     try:
         sys.stdout.flush()
     except OSError:
-        # Else Python would try again when it exits, and print a traceback.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        # Python writes the buffer again when it exits. To the null device that write succeeds;
+        # otherwise Python would print a traceback.
+        null_device = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null_device, sys.stdout.fileno())
         raise
 
 
 def _explain(error: Exception) -> str | None:
-    """Return one line about an error of the user or the machine; None for an error of ours."""
+    """Return one line about an error that the user or the machine caused.
+
+    Returns None for any other error, which is a mistake in this package.
+    """
     if isinstance(error, SpearError):
         return str(error)
     if isinstance(error, ModuleNotFoundError):
         return _explain_missing_module(error)
     if isinstance(error, OSError):
         return _explain_os_error(error)
-    # Its class is only imported together with networks.
+    # The error is recognized by its class's name, because importing safetensors would slow down
+    # the commands that need no weights.
     if type(error).__name__ == "SafetensorError":
         if "No space left" in str(error) or "Disk quota" in str(error):
             return DISK_FULL_MESSAGE
         return f"weights: {error}. Check the file and the disk."
-    # Python raises this before 3.13.
+    # Python before 3.13 raises this for a symbolic link that leads to itself.
     if isinstance(error, RuntimeError) and str(error).startswith("Symlink loop"):
         return f"{error}. Check the path."
     return None
 
 
 def _explain_missing_module(error: ModuleNotFoundError) -> str | None:
+    """Return which extra installs the missing module; None if `MODULES_OF_EXTRA` lacks it."""
     package = (error.name or "").split(".")[0]
     for extra, modules in MODULES_OF_EXTRA.items():
         if package in modules:
@@ -181,6 +197,7 @@ def _explain_missing_module(error: ModuleNotFoundError) -> str | None:
 
 
 def _explain_os_error(error: OSError) -> str | None:
+    """Return one line about an error of a file or the disk; None if the error names neither."""
     is_disk_full = error.errno in DISK_FULL_ERRNOS
     if error.filename is None:
         return DISK_FULL_MESSAGE if is_disk_full else None
@@ -202,7 +219,8 @@ def _dispatch(args: list[str]) -> None:
         print(_overview(title, _subcommands(args[0])))
     else:
         name = find_command(args)
-        option_words = args[len(name.split()) :]
+        num_name_words = len(name.split())
+        option_words = args[num_name_words:]
         renamed.check_options(name, option_words)
         if not option_words and name in PRINTS_HELP_WITHOUT_ARGUMENTS:
             option_words = ["--help"]
@@ -213,12 +231,14 @@ def _dispatch(args: list[str]) -> None:
 def find_command(args: Sequence[str]) -> str:
     """Return the longest command name that the arguments begin with.
 
-    The first argument must be a word: `_dispatch` handles options without a command.
+    The first argument must not begin with a dash: `_dispatch` handles options without a command.
 
-    Raises `SpearError` for an unknown command, naming the nearest, and for a former name.
+    Raises:
+        SpearError: the command is unknown (the message suggests a similar one), or the name is a
+            former one.
     """
     renamed.check_command(args)
-    words = [word for word in args[:2] if not word.startswith("-")]
+    words = [word for word in args[:2] if not word.startswith("-")]  # names have one or two words
     for name in (" ".join(words), words[0]):
         if name in COMMANDS:
             return name
@@ -261,16 +281,17 @@ def _read_docstrings(module: str) -> dict[str, str]:
 
 
 def _subcommands(word: str) -> list[str]:
-    """Return the commands that begin with a word and have a second one."""
+    """Return the two-word commands whose first word is `word`."""
     return [name for name in COMMANDS if name.startswith(f"{word} ")]
 
 
 def _is_group(word: str) -> bool:
-    """Return whether a word begins commands without being one."""
+    """Return whether `word` is the first word of commands, but no command by itself ("data")."""
     return word not in COMMANDS and bool(_subcommands(word))
 
 
 def _overview(title: str, names: Sequence[str]) -> str:
+    """Return the help page that lists these commands."""
     advice = "`spear COMMAND --help` explains a command, with an example."
     return "\n".join([title, "", *_summary_lines(names), "", advice])
 
@@ -278,4 +299,8 @@ def _overview(title: str, names: Sequence[str]) -> str:
 def _summary_lines(names: Sequence[str]) -> list[str]:
     """Return a line per command, with the first line of its help."""
     width = max(len(name) for name in names) + 1
-    return [f"  spear {name:<{width}} {_help_text(name).splitlines()[0]}" for name in names]
+    lines = []
+    for name in names:
+        summary = _help_text(name).splitlines()[0]
+        lines.append(f"  spear {name:<{width}} {summary}")
+    return lines

@@ -1,4 +1,4 @@
-"""Commands of their own: asking about an image, recording demonstrations, the demo, the doctor."""
+"""The commands `ask`, `record`, `record simpler`, `demo` and `doctor`."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from spear.sim.record import InterveningPolicy
     from spear.types import Frame
 
-MAIN_VIEW = "external"  # the only camera with whose images a model's certainty is measured
+MAIN_VIEW = "external"  # a model's certainty is measured only on images of this camera
 
 
 class AskOptions(Options):
@@ -68,12 +68,13 @@ def ask(options: AskOptions) -> None:
 
     folder = locate(options.model)
     if options.save_image:
-        find_image_format(str(options.save_image))  # an unknown one is refused before the work
+        find_image_format(str(options.save_image))  # refuses an unknown format before the work
     bundle = load_vlm(options.model, options.device, options.dtype)
     check_known("view", bundle.processor.image_sizes, options.view)
     size = bundle.processor.image_sizes[options.view]
     picture = load_picture(options.image, size, options.view)
 
+    # How far the model's probabilities can be trusted; None if nobody has measured that.
     trust = Trust.load(folder) if options.view == MAIN_VIEW else None
     answer, reply = ask_question(
         bundle,
@@ -113,7 +114,7 @@ def _draw_answer(answer: Any, picture: "Frame", file: Path) -> None:
 
 
 class DemonstrationOptions(Options):
-    """What is recorded: the same in every simulator."""
+    """The options of recording demonstrations that are the same in every simulator."""
 
     out: Path = Path("runs/episodes")
     """Write to this folder."""
@@ -203,11 +204,12 @@ def record_simpler(options: RecordSimplerOptions) -> None:
 
 
 def _print_recorded(num_written: int, num_tried: int, folder: Path) -> None:
+    """Print how many of the demonstrations that were tried succeeded and were written."""
     print(f"{num_written} of {format_count(num_tried, 'demonstrations')} succeeded: {folder}")
 
 
 def _load_intervening_policy(name: str | None) -> "InterveningPolicy | None":
-    """Return the policy that takes turns with the expert."""
+    """Return the policy that takes turns with the expert; None if the user named none."""
     if name is None:
         return None
     from spear.evaluate.agents import predict_next_action
@@ -266,15 +268,18 @@ def doctor(options: DoctorOptions) -> None:
     size = get_preset(options.preset)
     device = choose_device(options.device)
     facts = describe_machine(size, device)
+    # The lines are Markdown. Two spaces at the end of a line are a line break.
     lines = [f"{name}: {description}  " for name, description in facts]
-    lines += ["", _markdown_row(COLUMNS), "|---" * len(COLUMNS) + "|"]
+    rule_below_header = "|---" * len(COLUMNS) + "|"
+    lines += ["", _markdown_row(COLUMNS), rule_below_header]
     print("\n".join(lines), flush=True)
 
     results: list[InferenceResult] = []
     for result in examine(size, device):
         results.append(result)
-        lines.append(_markdown_row(result.to_row()))
-        print(lines[-1], flush=True)
+        row = _markdown_row(result.to_row())
+        lines.append(row)
+        print(row, flush=True)
 
     if options.out is not None:
         page = render(
@@ -298,4 +303,5 @@ def doctor(options: DoctorOptions) -> None:
 
 
 def _markdown_row(cells: list[str]) -> str:
+    """Return a row of a Markdown table."""
     return f"| {' | '.join(cells)} |"

@@ -1,4 +1,4 @@
-"""`spear convert …`: published weights to SPEAR-VLM, and SPEAR-VLM to SPEAR-1."""
+"""`spear convert …`: makes SPEAR-VLM from published weights, and SPEAR-1 from SPEAR-VLM."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class ConvertOptions(Options, kw_only=True):
-    """The options of every conversion."""
+    """The options that all conversions have. A folder that cannot be written is refused."""
 
     out: Path
     """New folder to write to."""
@@ -175,7 +175,17 @@ def _report_and_save(
 
 
 def _make_coordinate_tokenizer(path: Path, num_bins: int, seed: int) -> "CoordinateTokenizer":
-    """3D tokens from a file, from a folder that contains one, or fitted to labeled images."""
+    """Return the 3D tokens for --coordinates.
+
+    Args:
+        path: a file of 3D tokens, a folder that contains one, or a folder of labeled images, to
+            whose coordinates the tokens are fitted.
+        num_bins: number of 3D tokens of the preset.
+        seed: seed of the fit.
+
+    Raises:
+        SpearError: the file has another number of 3D tokens.
+    """
     from spear.tokens import CoordinateTokenizer
     from spear.train.tasks import fit_coordinates, load_labels
 

@@ -1,4 +1,4 @@
-"""The commands on robot data: what a folder holds, and from one format to another."""
+"""The commands on robot data: they describe a folder, check its layout, and convert its format."""
 
 import json
 import os
@@ -68,7 +68,8 @@ def describe(options: DescribeOptions) -> None:
     if options.out is not None and options.out.exists():
         raise SpearError(f"--out {options.out} exists already. Correct it, or give another name.")
     text = json.dumps(propose_layout(options.path), indent=2, ensure_ascii=False)
-    file = open_dataset(options.path).path / LAYOUT_FILE  # of RLDS in the folder of the version
+    # An RLDS dataset has a folder per version, and the layout belongs into that folder.
+    file = open_dataset(options.path).path / LAYOUT_FILE
     advice = f"{file} should contain this, once you have corrected it"
     if file.exists():
         advice = f"{file} exists already: add what it lacks"
@@ -108,7 +109,7 @@ def prepare(options: PrepareOptions) -> None:
     cameras_of_path = {path: list_cameras(path, conversion.layout) for path in options.paths}
     _check_size_options_name_cameras(conversion, list(cameras_of_path.values()))
 
-    # Mistakes in the last dataset are found before the first is prepared.
+    # Plan all datasets before preparing one, so that a mistake in the last is found at once.
     workers = options.workers if options.workers is not None else os.cpu_count() or 1
     jobs = []
     for path, name in zip(options.paths, names, strict=True):
@@ -135,17 +136,23 @@ def _check_size_options_name_cameras(
 
 
 def _conversion_of_dataset(conversion: Conversion, cameras: Sequence[str]) -> Conversion:
-    """Return the conversion with the sizes of the dataset's own cameras."""
+    """Return the conversion without the sizes of cameras that the dataset does not have.
+
+    Args:
+        conversion: its `image_size` are words CAMERA=WIDTHxHEIGHT, or WIDTHxHEIGHT for all cameras.
+        cameras: the dataset's cameras.
+    """
     sizes = []
     for size in conversion.image_size:
         camera, _, _ = size.rpartition("=")
-        if camera in ("", *cameras):
+        is_for_all_cameras = camera == ""
+        if is_for_all_cameras or camera in cameras:
             sizes.append(size)
     return replace(conversion, image_size=tuple(sizes))
 
 
 def _check_layout(path: Path, layout: Path | None) -> None:
-    """Check that --layout is a file, and is not given with data that need none."""
+    """Check that --layout is a file, and that the data need a layout."""
     from spear.data.readers.formats import FORMATS, find_format
 
     if layout is None:
@@ -177,7 +184,7 @@ def export(options: ExportOptions) -> None:
 
     _check_layout(options.path, options.layout)
     ranges = parse_split(count_episodes(options.path), options.split, options.path)
-    total = sum(end - first for _, first, end in ranges)
+    total = sum(end - first for _, first, end in ranges)  # ranges are (split, first, end)
     bar = ProgressBar("writing", total, "episodes")
     skipped = SkippedItems(MAX_BAD_SHARE)
     episodes = read_good_episodes(options.path, options.split, options.layout, skipped)
@@ -229,7 +236,7 @@ def datasets() -> None:
     """
     from spear.data.readers.dataset_layout import REGISTRY, find_missing_fields
 
-    layouts = sorted(REGISTRY.items(), key=lambda item: -(item[1].weight or 0))
+    layouts = sorted(REGISTRY.items(), key=lambda item: -(item[1].weight or 0))  # largest first
     for name, layout in layouts:
         weight = f"{layout.weight:5.1f} %" if layout.weight is not None else "      -"
         rate = f"{layout.rate_hz:g} Hz" if layout.rate_hz else "rate not known"
@@ -253,7 +260,9 @@ def _report(
 def check_episodes(path: Path, split: str) -> "list[EpisodeRange]":
     """Return the ranges of episodes of a split (see `parse_split`), without preparing them.
 
-    Raises `SpearError` for a folder without a known format, layout, split or camera.
+    Raises:
+        SpearError: the folder's format, layout or split is not known, or it has neither an external
+            nor a wrist camera.
     """
     from spear.data.readers.formats import count_episodes, list_cameras
     from spear.data.readers.splits import parse_split
@@ -269,9 +278,10 @@ def check_episodes(path: Path, split: str) -> "list[EpisodeRange]":
 
 
 def open_episodes(path: Path, out: Path, split: str = "train") -> "EpisodeStore":
-    """Return the episodes of a folder; in other formats than ours they are first prepared in `out`.
+    """Return the episodes of the folder `path`.
 
-    The first process prepares them, and the others wait.
+    Episodes in another format than our store are first prepared in the folder `out`. Of several
+    training processes the first prepares them, and the others wait.
     """
     from spear.data.store.prepare import open_store
 

@@ -43,7 +43,7 @@ RECORDED_KEYS = {
     "--labels": "questions",
     "--num-images": "--images",
 }
-"""Maps options of `spear evaluate vqa` to their keys in scores.json, which keep former names."""
+"""Option of `spear evaluate vqa` -> its key in scores.json, where that is a former name."""
 
 
 class EvaluateOptions(Options):
@@ -122,6 +122,7 @@ def evaluate_simpler(options: EvaluateSimplerOptions) -> None:
         raise SpearError(
             "--policy expert knows only the embedded simulator. Give --policy oracle for SIMPLER."
         )
+    # The oracle of SIMPLER needs no weights. With other agent options `load_agent` decides.
     is_plain_oracle = options.agent == AgentOptions("oracle")
     agent = run.OracleAgent() if is_plain_oracle else load_agent(**vars(options.agent))
     results, _ = run.evaluate_simpler(agent, options.loop)
@@ -161,22 +162,24 @@ def evaluate_data(options: EvaluateDataOptions) -> None:
     from spear.policy import Spear1Policy
     from spear.report.comparison import make_open_loop_page
 
-    # Mistakes are found before the weights are loaded and the data prepared.
+    # Find mistakes in the options before loading the weights and preparing the data.
     train_folder, train_split = _choose_training_episodes(options)
     _check_splits_are_disjoint(options, train_folder, train_split)
     policy = Spear1Policy.load(
         options.policy, options.device, dataset=options.norm_stats, dtype=options.dtype
     )
-    policy.truncate_instructions = True  # as its training did with instructions of these episodes
+    policy.truncate_instructions = True  # training truncated long instructions, too
 
     with TemporaryDirectory() as scratch:
-        store = open_episodes(options.episodes, Path(scratch) / "held-out", options.split)
-        merge_frames([(options.policy, policy.frames or {}), (str(options.episodes), store.frames)])
-        held_out = store.select_demonstrations()
+        held_out_store = open_episodes(options.episodes, Path(scratch) / "held-out", options.split)
+        held_out_frames = (str(options.episodes), held_out_store.frames)
+        # Raises an error if the policy learned another version of the robot's frames.
+        merge_frames([(options.policy, policy.frames or {}), held_out_frames])
+        held_out = held_out_store.select_demonstrations()
         training = held_out
         if options.train or options.train_split:
-            store = open_episodes(train_folder, Path(scratch) / "train", train_split)
-            training = store.select_demonstrations()
+            training_store = open_episodes(train_folder, Path(scratch) / "train", train_split)
+            training = training_store.select_demonstrations()
             _check_episodes_are_disjoint(options, held_out, training, train_split)
         _note_learned_episodes(options.policy, held_out)
 
@@ -194,15 +197,20 @@ def evaluate_data(options: EvaluateDataOptions) -> None:
 
 
 def _choose_training_episodes(options: EvaluateDataOptions) -> tuple[Path, str]:
-    """Return the folder and the split of the episodes whose mean action is a baseline."""
+    """Return the folder and the split of the episodes whose mean action is a baseline.
+
+    Without --train the folder is that of the held-out episodes, and without --train-split the split
+    is theirs, too.
+    """
+    folder = options.train or options.episodes
     default_split = "train" if options.train else options.split
-    return options.train or options.episodes, options.train_split or default_split
+    return folder, options.train_split or default_split
 
 
 def _check_splits_are_disjoint(
     options: EvaluateDataOptions, train_folder: Path, train_split: str
 ) -> None:
-    """Check that both folders have their splits, which do not overlap in the same folder."""
+    """Check that both folders have the splits, and that splits of one folder do not overlap."""
     from spear.data.readers.splits import count_shared_episodes
 
     held_out_ranges = check_episodes(options.episodes, options.split)
@@ -222,7 +230,7 @@ def _check_episodes_are_disjoint(
     training: "EpisodeStore",
     train_split: str,
 ) -> None:
-    """Check that no episode is in both stores, whatever their folders are."""
+    """Check that no episode is in both stores, also if their folders differ."""
     shared = {*held_out.episode_fingerprints()} & {*training.episode_fingerprints()}
     if shared:
         raise SpearError(_describe_shared_episodes(options, train_split, len(shared)))
@@ -231,6 +239,7 @@ def _check_episodes_are_disjoint(
 def _describe_shared_episodes(
     options: EvaluateDataOptions, train_split: str, num_shared: int
 ) -> str:
+    """Return the message for held-out episodes that are also training episodes."""
     return (
         f"--split {options.split} and --train-split {train_split}: {num_shared} of the episodes "
         "are in both. Hold other episodes out."
@@ -259,7 +268,7 @@ def _learned_fingerprints(model: str) -> set[str]:
 def _print_open_loop_errors(scores: "Sequence[OpenLoopErrors]", num_episodes: int) -> None:
     """Print a table: a row per kind of error, a column per policy."""
     summaries = [score.summarize() for score in scores]
-    names = [score.name[-26:] for score in scores]
+    names = [score.name[-26:] for score in scores]  # a column is 28 wide, and a path's end tells it
     rows = [(format_count(num_episodes, "held-out episodes"), names)]
     for error_name in summaries[0]:
         cells = [summary[error_name].to_text(".3f") for summary in summaries]
@@ -310,7 +319,7 @@ def evaluate_vqa(options: EvaluateVqaOptions) -> None:
     settings = _describe_vqa_run(options)
     _check_vqa_run(options, scores_file, settings)
 
-    # Ask.
+    # Ask the questions.
     bundle = load_vlm(options.model, options.device, options.dtype)
     labels = load_labeled_images(
         options.labels, options.num_images, options.query.view, bundle.processor
@@ -321,10 +330,11 @@ def evaluate_vqa(options: EvaluateVqaOptions) -> None:
             f"{len(labels)}. Give more with --num-images."
         )
     _note_learned_images(options.model, labels)
+    # The calibration that an earlier run measured. A run that measures it must not apply one.
     trust = None if options.calibrate else Trust.load(locate(options.model))
     scores = run.evaluate_vqa(bundle, labels, options.query, trust)
 
-    # Save and print.
+    # Save and print the scores.
     scores.save(scores_file, settings)
     page = options.out / "index.html"
     write_text(page, make_vqa_page(scores, options.model, options.labels))
@@ -337,8 +347,8 @@ def evaluate_vqa(options: EvaluateVqaOptions) -> None:
 
 
 def _describe_vqa_run(options: EvaluateVqaOptions) -> dict[str, Any]:
-    """Return the settings that scores depend on, by the keys under which they are recorded."""
-    values = {
+    """Return the settings that the scores depend on, by their keys in scores.json."""
+    value_of_option = {
         "--questions-per-image": options.query.questions_per_image,
         "--question-types": options.query.question_types,
         "--decode": options.query.decode,
@@ -348,13 +358,13 @@ def _describe_vqa_run(options: EvaluateVqaOptions) -> dict[str, Any]:
         "--labels": options.labels,
         "--num-images": options.num_images,
     }
-    return {RECORDED_KEYS.get(option, option): value for option, value in values.items()}
+    return {RECORDED_KEYS.get(option, option): value for option, value in value_of_option.items()}
 
 
 def _check_vqa_run(
     options: EvaluateVqaOptions, scores_file: Path, settings: dict[str, Any]
 ) -> None:
-    """Check the options, and that the folder can be written and has no other scores."""
+    """Check that the options agree, and that the folder is writable and has no other scores."""
     from spear.evaluate.vqa.calibration import CALIBRATION_FILE
     from spear.policy import locate
 
@@ -369,6 +379,8 @@ def _check_vqa_run(
         check_writable(locate(options.model) / CALIBRATION_FILE)
     if not scores_file.is_file():
         return
+
+    # Compare with the settings of the scores in the folder, by the options' present names.
     recorded = read_json(scores_file, "remove it, or give another --out")
     option_of_key = {key: option for option, key in RECORDED_KEYS.items()}
     recorded_values = {option_of_key.get(key, key): recorded.get(key) for key in settings}
@@ -425,7 +437,7 @@ def compare(options: CompareOptions) -> None:
         )
 
     names = None
-    if first.policy == second.policy:  # only the folders tell them apart
+    if first.policy == second.policy:  # only the folders tell the two results apart
         names = (str(options.first), str(options.second))
     comparison = compare_results(first, second, names=names)
     show(comparison.to_table())
@@ -465,9 +477,12 @@ def reference() -> None:
 
 
 def _save_and_print_results(policy: str, out: Path | None, num_requested: int) -> None:
-    """Write results.json into a folder, and print all its results.
+    """Write results.json into the folder `out`, and print all results in it.
 
-    num_requested: how many of its episodes this command asked for.
+    Args:
+        policy: the evaluated policy.
+        out: the folder, which may also have results of earlier commands.
+        num_requested: how many of the folder's episodes this command asked for.
     """
     assert out is not None
     results = load_results(out)

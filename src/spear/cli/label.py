@@ -17,8 +17,10 @@ if TYPE_CHECKING:
     from spear.types import LabeledImage
 
 SIMPLER_PREFIX = "simpler:"
-DEFAULT_PLANNED_SIZE_PX = 840  # longer side, where photos keep their size
-DEFAULT_PLANNED_NAMES = 8  # that are looked for, where no vocabulary is given
+DEFAULT_PLANNED_SIZE_PX = 840
+"""Longer side of an image in the plan of --dry-run, if no --max-size limits the photos' sizes."""
+DEFAULT_PLANNED_NAMES = 8
+"""Number of names that the detector looks for in the plan of --dry-run, without --vocabulary."""
 MODEL_OPTIONS = ("detector", "segmenter", "pointmap")
 """The options that name the three models that label an image."""
 
@@ -105,6 +107,7 @@ def _check_label_options(options: LabelOptions, is_simpler: bool) -> None:
 
 
 def _label_photos(options: LabelOptions) -> None:
+    """Label PHOTOS with the three models, and print how many labels there are."""
     from spear.labels.run import label_photos
     from spear.sim_data.label_scenes import list_scenes
 
@@ -122,6 +125,7 @@ def _label_photos(options: LabelOptions) -> None:
 
 
 def _label_simulated_scenes(options: LabelOptions) -> None:
+    """Label scenes of the built-in simulator from its ground truth."""
     from spear.models.presets import get_preset
     from spear.sim_data.label_scenes import label_scenes
 
@@ -140,6 +144,7 @@ def _label_simulated_scenes(options: LabelOptions) -> None:
 
 
 def _label_simpler_scenes(options: LabelOptions) -> None:
+    """Label scenes of SIMPLER's tasks from the simulator's ground truth."""
     from spear.evaluate.simpler.record import label_tasks
     from spear.labels.sources import parse_scene_seeds
     from spear.models.presets import get_preset
@@ -160,8 +165,8 @@ def _print_labeled_scenes(num_images: int, out: Path) -> None:
 def _print_plan(options: LabelOptions) -> None:
     """Print what labeling would cost.
 
-    If a model is a file that another model completes (FILE+OTHER), the other one is counted, for
-    every image.
+    A model may be written FILE+OTHER: the file's annotations, completed by the model OTHER. The
+    plan assumes that OTHER runs on every image.
     """
     from spear.labels.run import prepare_run
     from spear.models.devices import choose_device
@@ -171,7 +176,7 @@ def _print_plan(options: LabelOptions) -> None:
         raise SpearError("--dry-run: there is nothing to plan. Name the PHOTOS to label.")
     device = choose_device(options.device)
     _, images, settings = prepare_run(options, list_scenes)
-    num_images = sum(1 for _ in images)
+    num_images = sum(1 for _ in images)  # `images` is an iterator
     size_px = options.max_size or DEFAULT_PLANNED_SIZE_PX
     print(
         f"{format_count(num_images, 'images')}, {options.work.batch_size} at a time, {size_px} "
@@ -180,7 +185,7 @@ def _print_plan(options: LabelOptions) -> None:
 
     networks: list[Resources] = []
     for option in MODEL_OPTIONS:
-        _, _, description = getattr(options, option).rpartition("+")
+        _, _, description = getattr(options, option).rpartition("+")  # OTHER of FILE+OTHER
         line, resources = _plan_model(description, settings["vocabulary"], num_images, options)
         print(f"  {line}")
         if resources is not None:
@@ -192,7 +197,16 @@ def _print_plan(options: LabelOptions) -> None:
 def _plan_model(
     description: str, vocabulary: Sequence[str], num_images: int, options: LabelOptions
 ) -> "tuple[str, Resources | None]":
-    """Return a line about what a model costs, and the resources of a network that is known."""
+    """Return a line about what a model costs, and its resources.
+
+    The resources are None unless the model is a published network.
+
+    Args:
+        description: the model as the user names it, such as "owlv2" or "gemini".
+        vocabulary: the names that the detector looks for; empty if the user gave none.
+        num_images: number of images to label.
+        options: the options of `spear label`.
+    """
     from spear.labels.model_factories import parse_description
     from spear.labels.models.gemini import MAX_OUTPUT_TOKENS, estimate_input_tokens
     from spear.labels.models.resources import estimate_resources
@@ -217,7 +231,10 @@ def _plan_model(
 
 
 def _print_estimated_cost(networks: "Sequence[Resources]", num_images: int, device: Any) -> None:
-    """Print the memory and the time that networks need at least."""
+    """Print the least memory and time that the networks need.
+
+    All networks are in memory at once, but only one of them computes at a time.
+    """
     import torch
 
     from spear.doctor import measure_machine
@@ -227,7 +244,7 @@ def _print_estimated_cost(networks: "Sequence[Resources]", num_images: int, devi
     memory_gib = (weight_bytes + activation_bytes) / 2**30
     print(f"memory: at least {memory_gib:.2f} GiB; a smaller --batch-size needs less")
 
-    flops = sum(network.flops for network in networks)
+    flops = sum(network.flops for network in networks)  # per image
     flops_per_s = measure_machine(device.type, torch.float32).flops_per_s
     seconds = flops / flops_per_s
     hours = num_images * seconds / 3600
@@ -294,7 +311,7 @@ def show(options: ShowOptions) -> None:
 
 
 def _shard_folder(labels: Path) -> Path:
-    """Return the folder of shards: the one given, or that of the external camera in it."""
+    """Return the folder of label shards: `labels`, or its subfolder for the external camera."""
     external = labels / "external"
     return external if external.is_dir() else labels
 
@@ -302,9 +319,14 @@ def _shard_folder(labels: Path) -> Path:
 def _predict_point_maps(
     folder: Path, labels: "Sequence[LabeledImage]"
 ) -> "list[PointMapResult | None]":
-    """Predict the point maps of labels again, as run.json says, because they are not stored.
+    """Predict the point maps of labeled images, which labels do not store.
 
-    Returns None for each that cannot be predicted.
+    Args:
+        folder: the folder of the labels, whose run.json names the point-map model.
+        labels: the labeled images.
+
+    Returns:
+        A point map per label; None for each that cannot be predicted.
     """
     from spear.labels.model_factories import resolve_factory
     from spear.labels.pipeline import admit_frame, predict_point_maps, read_images
@@ -317,12 +339,13 @@ def _predict_point_maps(
         return [None] * len(labels)
     run = read_json(folder / "run.json", "leave out --save-rerun, or copy the folder again")
 
-    if run["pointmap"] == "ground-truth":  # which is in the source
+    if run["pointmap"] == "ground-truth":  # the sources of the images have the true depth
         items = list_items(run["inputs"], run["rate"], run["per_episode"], list_scenes=list_scenes)
         item_of_source = {item.key: item for item in items}
-        works = read_images(
-            [item_of_source[label.source] for label in labels if label.source in item_of_source]
-        )
+        labeled_items = [
+            item_of_source[label.source] for label in labels if label.source in item_of_source
+        ]
+        works = read_images(labeled_items)
     else:
         frames = [Frame(decode_image(label.image), source=label.source) for label in labels]
         works = [admit_frame(frame) for frame in frames]

@@ -1,8 +1,8 @@
-"""From the words behind a command to its dataclass of options, by tyro.
+"""Parses the words after a command's name into the command's dataclass of options, with tyro.
 
-tyro explains mistakes in boxes of several lines, as argparse does at length. A command of ours says
-in one line what is wrong and where help is, so tyro's text is caught and shortened here. (tyro's
-sub-command app would not change that, and it would have to import all commands to show one.)
+tyro explains a mistake in a box of several lines. Our commands say in one line what is wrong and
+where help is, so this module catches tyro's text and shortens it. We do not use tyro's application
+with sub-commands, because its messages are the same and it would import all commands to run one.
 """
 
 import contextlib
@@ -19,33 +19,34 @@ from spear.util.files import check_writable
 
 HELP_OPTIONS = ("-h", "--help", "--help-all")
 NO_DEFAULTS = ("None", "", "''", "False")
-"""How tyro writes defaults that say nothing: None, an empty tuple or text, and an unset flag."""
+"""Defaults that the help does not show, as tyro writes them: None, an empty tuple, an empty text,
+and a flag that is not set."""
 PYTHON_TYPES = {"int()": "a whole number", "to float": "a number"}
-"""What tyro says of a value of another type -> what to give instead."""
+"""Words in tyro's complaint about a value of the wrong type -> what the user should give."""
 
 
 def get_options_class(function: Callable[..., None]) -> type | None:
-    """Return the dataclass of options that a command takes; None for a command without options."""
+    """Return the dataclass of options that a command's function takes; None if it takes none."""
     return typing.get_type_hints(function).get("options")
 
 
 def parse_options(
     name: str, function: Callable[..., None], args: Sequence[str], help_text: str
 ) -> list[Any]:
-    """Parse a command's words.
+    """Parse the words after a command's name.
 
     Args:
-        name: the command, such as "data inspect".
-        function: what the command calls.
-        args: the words behind the command's name.
-        help_text: what `--help` prints above the options.
+        name: the command's name, such as "data inspect".
+        function: the command's function.
+        args: the words after the command's name.
+        help_text: the text that `--help` prints above the options.
 
     Returns:
-        The arguments for `function`: its options, or nothing.
+        The arguments for `function`: a list with its options, or an empty list if it takes none.
 
     Raises:
-        SpearError: in one line, for the first mistake.
-        SystemExit: after printing the help.
+        SpearError: the words have a mistake. The message names the first one, in one line.
+        SystemExit: the help was asked for and printed.
     """
     options_class = get_options_class(function)
     _check_option_names(name, options_class, args)
@@ -60,10 +61,7 @@ def parse_options(
 
 
 def _print_help(name: str, options_class: type | None, help_text: str, shows_all: bool) -> None:
-    """Print a command's help, and exit.
-
-    Without `shows_all`, rarely used options are left out.
-    """
+    """Print a command's help, and exit. Rarely used options appear only if `shows_all`."""
     import tyro
 
     from spear.util.options import list_option_help
@@ -74,7 +72,7 @@ def _print_help(name: str, options_class: type | None, help_text: str, shows_all
     if num_hidden:
         help_text += f"\n\nUse --help-all to see {format_count(num_hidden, 'more options')}."
 
-    # A class without the hidden options, in one group
+    # tyro prints the help of a new class, which has only the shown options, in one group.
     fields = []
     for option in shown:
         hint: Any = Annotated[option.hint, tyro.conf.arg(help_behavior_hint=_describe_default)]
@@ -91,7 +89,7 @@ def _print_help(name: str, options_class: type | None, help_text: str, shows_all
 
 
 def _describe_default(default: str) -> str:
-    """Return what the help says of an option's default; nothing where there is none."""
+    """Return the words about an option's default in the help; empty if the default says nothing."""
     return "" if default in NO_DEFAULTS else f"(default: {default})"
 
 
@@ -142,36 +140,48 @@ def _check_output_files(options_class: type, options: Any) -> None:
 
 
 def _parse_with_tyro(name: str, options_class: type | None, args: Sequence[str]) -> Any:
-    """Return what tyro makes of the words; its complaint becomes a `SpearError`."""
+    """Return the options that tyro makes of the words; turn tyro's complaint into a `SpearError`.
+
+    Returns None for a command without options.
+    """
     import tyro
 
+    # tyro also parses for a function. One without parameters accepts no words.
+    target = options_class or (lambda: None)
     complaint = io.StringIO()
     try:
         with contextlib.redirect_stderr(complaint):
             return tyro.cli(
-                options_class or (lambda: None),
+                target,
                 prog=f"spear {name}",
                 args=args,
                 config=(tyro.conf.OmitArgPrefixes,),
             )
-    except SystemExit:
+    except SystemExit:  # tyro has written its complaint
         pass
     reason = _extract_complaint(complaint.getvalue(), name)
     raise SpearError(f"{_simplify(reason, args)}. See `spear {name} --help`.")
 
 
 def _extract_complaint(text: str, name: str) -> str:
-    """Return the sentence in tyro's box, without its title and without what follows it."""
-    boilerplate = ("For full helptext", f"spear {name} --help", "---")
-    lines = [line.strip(" │╭╮╰╯─|+") for line in text.splitlines()[1:]]
-    own_lines = [line for line in lines if line and not line.startswith(boilerplate)]
-    sentence, _, _ = " ".join(own_lines).partition("Argument helptext")
+    """Return the sentence that says what is wrong, out of the box that tyro draws.
+
+    The box's title, the option's help and the advice to use --help are removed.
+    """
+    lines_below_title = text.splitlines()[1:]
+    lines = [line.strip(" │╭╮╰╯─|+") for line in lines_below_title]  # without the box's border
+    advice_starts = ("For full helptext", f"spear {name} --help", "---")
+    sentence_lines = [line for line in lines if line and not line.startswith(advice_starts)]
+    sentence, _, _ = " ".join(sentence_lines).partition("Argument helptext")
     sentence = " ".join(sentence.split()).rstrip(" .")
     return sentence.replace(f"Missing from spear {name}", "missing")
 
 
 def _simplify(reason: str, args: Sequence[str]) -> str:
-    """Return tyro's complaint about an option's value without Python's words for types."""
+    """Return tyro's complaint in the words of the command line, without Python's types.
+
+    Complaints that concern no option's value are returned as they are.
+    """
     match = re.search(r"(?:argument '|parsing )(--[\w-]+)", reason)
     if match is None:
         return reason
@@ -179,6 +189,7 @@ def _simplify(reason: str, args: Sequence[str]) -> str:
     if "Missing value" in reason:
         return f"{option} needs a value"
 
+    # What the user can give: the choices, which tyro lists as ('first', 'second'), or a number.
     alternatives: list[str] = []
     for choices in re.findall(r"\(('[^)]*)\)", reason):
         words = re.findall(r"'([^']*)'", choices)
@@ -189,15 +200,20 @@ def _simplify(reason: str, args: Sequence[str]) -> str:
     if not alternatives:
         return reason
     values = " ".join(_values_of(option, args))
-    return f"{option} {values}: give {' or '.join(dict.fromkeys(alternatives))}"
+    distinct_alternatives = dict.fromkeys(alternatives)
+    return f"{option} {values}: give {' or '.join(distinct_alternatives)}"
 
 
 def _values_of(option: str, args: Sequence[str]) -> list[str]:
-    """Return the word behind each occurrence of an option, or its value behind an equals sign."""
+    """Return the value at each occurrence of an option.
+
+    The value follows an equals sign (--option=value), or is the next word (--option value).
+    """
     values = []
     for index, word in enumerate(args):
-        if option in word:
-            _, equals, value = word.partition("=")
-            next_word = args[index + 1] if index + 1 < len(args) else ""
-            values.append(value if equals and value else next_word)
+        if option not in word:
+            continue
+        _, _, value = word.partition("=")
+        next_word = args[index + 1] if index + 1 < len(args) else ""
+        values.append(value or next_word)
     return values

@@ -1,4 +1,4 @@
-"""Former names of commands and options: who types one is told the name that replaced it."""
+"""Former names of commands and options: the error for a former name says what replaced it."""
 
 from collections.abc import Sequence
 
@@ -67,14 +67,14 @@ NEW_OPTIONS: dict[str, dict[str, str]] = {
         "--moge": "--init-depth-encoder",
     },
 }
-"""Command -> its former options, and those that replace them."""
+"""Command -> former option -> the option that replaces it."""
 
 OPTIONS_OF_ARGUMENTS: dict[str, tuple[str, ...]] = {
     "evaluate data": ("--policy", "--episodes"),
     "evaluate vqa": ("--model", "--labels"),
     "serve": ("--policy",),
 }
-"""Command -> the options that replace the arguments it took by position."""
+"""Command -> the options that replace the arguments that the command formerly took by position."""
 
 
 def check_command(args: Sequence[str]) -> None:
@@ -92,8 +92,8 @@ def check_options(command: str, words: Sequence[str]) -> None:
     """Raise `SpearError` for the first former option, or argument, of a command.
 
     Args:
-        command: its name, such as "data inspect".
-        words: what stands behind the name.
+        command: the command's name, such as "data inspect".
+        words: the words after the name.
 
     Example:
         >>> check_options("evaluate", ["--policy", "nano", "--scenes", "8"])

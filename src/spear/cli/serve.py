@@ -47,7 +47,7 @@ def _serve_robots(options: ServeOptions) -> None:
     if options.token is None:
         options = dataclasses.replace(options, token=os.environ.get("SPEAR_TOKEN"))
     episode_folder = None
-    if options.episodes:  # before the weights are read
+    if options.episodes:  # a wrong folder is refused before the weights are read
         from spear.ui.episodes import EpisodeFolder
 
         episode_folder = EpisodeFolder(options.episodes)
@@ -92,11 +92,13 @@ def _serve_harness(options: ServeOptions) -> None:
 def _load_service(options: ServeOptions) -> "tuple[Spear1Policy, Service]":
     """Load a policy and its service, and let it answer once to warm up.
 
-    Raises `SpearError` for an unknown name, or an address that cannot be used, before the weights
-    are read.
+    Raises:
+        SpearError: a name is unknown or the address cannot be used. Both are checked before the
+            weights are read.
     """
     from spear.serve.access import check_can_listen
 
+    # Check the address before the imports, which take seconds.
     check_can_listen(options.host, options.port)
 
     from spear import embodiments
@@ -111,15 +113,16 @@ def _load_service(options: ServeOptions) -> "tuple[Spear1Policy, Service]":
     folder = locate(options.policy)
     if not options.allow_missing_cameras:
         distribution = TrainingDistribution.load(folder / "seen.json")
-        cameras = distribution.constant_cameras if distribution else []
-        check_cameras(robot, cameras, options.robot)
+        # The cameras that all training steps had, so that the policy relies on them.
+        constant_cameras = distribution.constant_cameras if distribution else []
+        check_cameras(robot, constant_cameras, options.robot)
     device = choose_device(options.device)
     print(f"loading {options.policy} on {device} …", file=sys.stderr, flush=True)
     policy = Spear1Policy.load(
         folder, device, options.flow_steps, dataset=options.norm_stats, dtype=options.dtype
     )
     service = Service(policy, robot, options.policy, options.robot, options.control)
-    num_rows = service.warm_up()
+    num_rows = service.warm_up()  # number of commands in one answer
     if options.protocol == "vla-eval":
         check_replan_interval(options.replan_steps, num_rows)
     policy.reset()
@@ -127,6 +130,6 @@ def _load_service(options: ServeOptions) -> "tuple[Spear1Policy, Service]":
 
 
 def _warn_if_open(options: ServeOptions, reason: str) -> None:
-    """Warn if other machines can connect."""
+    """Warn if other machines can connect, with the reason why that is a risk."""
     if options.host not in LOOPBACK_HOSTS:
         print(f"warning: other machines may connect and {reason}", file=sys.stderr, flush=True)

@@ -1,4 +1,4 @@
-"""Training: the recipes, what they need of a GPU, and one stage of training."""
+"""The commands `recipes`, `train` and `estimate-memory`."""
 
 import textwrap
 from pathlib import Path
@@ -20,11 +20,11 @@ if TYPE_CHECKING:
     from spear.train.options import Recipe
 
 
-SHOWN_WIDTH = 100  # columns of a line of settings
+SHOWN_WIDTH = 100  # of the texts about settings, in characters
 
 
 class DoesNotFitError(SpearError):
-    """What was asked for needs more memory than the GPU has."""
+    """The recipe or the inference needs more memory than the GPU has."""
 
     code = 1
 
@@ -73,7 +73,7 @@ def train(options: TrainOptions) -> None:
     from spear.models.presets import get_preset
     from spear.train.recipes import get_recipe
 
-    # The recipe and its options, before anything heavy is imported.
+    # Check the recipe and its options before importing anything heavy.
     changes = parse_key_values(
         options.set,
         preset=options.preset,
@@ -87,7 +87,7 @@ def train(options: TrainOptions) -> None:
     check_inputs(recipe, options)
     out = options.out or Path("runs") / recipe.name
 
-    # The run, its weights and its data, before the data are prepared.
+    # Check the run, its weights and its data before preparing the data.
     from transformers.utils.logging import disable_progress_bar
 
     from spear.policy import locate
@@ -103,8 +103,8 @@ def train(options: TrainOptions) -> None:
         save_every=options.save_steps,
         sharded=options.parallel == "fsdp",
     )
-    inputs = TrainingInputs(options.labels, (), init, depth_encoder)
-    run.check_run(recipe, out, inputs, run_options, options.device)
+    inputs_without_episodes = TrainingInputs(options.labels, (), init, depth_encoder)
+    run.check_run(recipe, out, inputs_without_episodes, run_options, options.device)
     _check_demonstrations(options)
 
     # Prepare the data, and train.
@@ -117,7 +117,7 @@ def train(options: TrainOptions) -> None:
 
 
 def _check_demonstrations(options: TrainOptions) -> None:
-    """Check that episodes have the split that is asked for, and the camera that a policy needs."""
+    """Check that the episodes have the split of --split, and the camera that a policy needs."""
     from spear.data.readers.formats import list_cameras
 
     for path in options.episodes:
@@ -152,6 +152,7 @@ def estimate_memory(options: EstimateMemoryOptions) -> None:
         return
 
     recipe = get_recipe(options.recipe, **changes)
+    # First the recipe as it is, then with more and more settings that save memory.
     for savings, estimate in memory.plan_memory_savings(recipe):
         if not savings:
             _print_estimate(recipe, estimate)
@@ -173,7 +174,7 @@ def estimate_memory(options: EstimateMemoryOptions) -> None:
 
 
 def _estimate_inference(options: EstimateMemoryOptions, usable_bytes: float) -> None:
-    """Print whether a policy of the preset fits on the GPU to act, in both precisions."""
+    """Print whether inference with a policy of the preset fits on the GPU, in both precisions."""
     import torch
 
     from spear.models.presets import get_preset
@@ -198,12 +199,12 @@ def _estimate_inference(options: EstimateMemoryOptions, usable_bytes: float) -> 
 
 
 def _print_estimate(recipe: "Recipe", estimate: "MemoryEstimate") -> None:
-    """Print what a recipe needs, as a table."""
+    """Print a table of the memory that a recipe needs."""
     num_pieces = format_count(recipe.optimization.accumulate, "pieces")
     print(f"{recipe.name}, {recipe.preset}, batch {recipe.batch_size} in {num_pieces}\n")
     billions = estimate.num_parameters / 1e9
     trainable_billions = estimate.num_trainable / 1e9
-    sizes: dict[str, Any] = {
+    bytes_of_part: dict[str, Any] = {
         f"weights ({billions:.2f} B, {trainable_billions:.2f} B learn)": estimate.weights,
         "gradients": estimate.gradients,
         "optimizer": estimate.moments,
@@ -211,8 +212,8 @@ def _print_estimate(recipe: "Recipe", estimate: "MemoryEstimate") -> None:
         "activations, temporaries": estimate.activations,
         "total": estimate.total,
     }
-    for name, size in sizes.items():
-        print(f"{name:<34} {size / 2**30:8.2f} GiB")
+    for part, num_bytes in bytes_of_part.items():
+        print(f"{part:<34} {num_bytes / 2**30:8.2f} GiB")
 
 
 def _format_gib(num_bytes: float) -> str:

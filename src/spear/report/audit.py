@@ -44,7 +44,7 @@ class _NamedFinding(NamedTuple):
 
 
 def format_report(report: Report) -> str:
-    """The report as a table for the terminal."""
+    """Return the report as a table for the terminal."""
     return render(
         "audit.txt",
         report=report,
@@ -93,7 +93,7 @@ def advise(report: Report) -> str:
 
 
 def _name_findings(report: Report) -> list[_NamedFinding]:
-    """All findings, with the parts that they are about."""
+    """Return all findings, with the parts that they are about."""
     findings = []
     for action_part in report.action_parts:
         for finding in action_part.findings:

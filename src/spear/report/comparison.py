@@ -93,7 +93,7 @@ def make_comparison_page(
 
 
 def _list_facts(comparison: Comparison) -> list[tuple[str, str]]:
-    """The page's large numbers, each with what it is."""
+    """Return the page's large numbers, each with what it is."""
     mean = comparison.mean
     facts = []
     for name, rate in ((comparison.first, mean.first), (comparison.second, mean.second)):

@@ -82,7 +82,7 @@ def write_page(path: str | Path, out: Path, layout: Path | None = None) -> None:
 
 
 def _show_episode(episode: Episode) -> dict[str, Any]:
-    """An episode as the template shows it."""
+    """Return an episode as the template shows it."""
     strips = []
     for name, images in episode.images.items():
         strips.append((name, _make_strip(images, f"{episode.source} camera {name!r}")))
@@ -128,7 +128,7 @@ def _xyz_lines(x: Array, values: Array) -> list[Line]:
 def _draw_path(
     episode: Episode, plane: tuple[int, int], title: str, x_axis: Axis, y_axis: Axis
 ) -> str:
-    """The end-effector's path in a plane of the base frame, with its own x y z axes at some steps.
+    """Return the end-effector's path in a plane of the base frame, with its own x y z axes at some steps.
 
     Args:
         plane: the base frame's axes that are drawn to the right and upward.
@@ -150,7 +150,7 @@ def _draw_path(
 
 
 def _show_columns(steps: Steps, source: str) -> dict[str, Any]:
-    """An episode by its columns: images, charts of numbers that change, words about all else."""
+    """Return an episode by its columns: images, charts of numbers that change, words about all else."""
     strips: list[tuple[str, Any]] = []
     charts: list[str] = []
     quiet: list[tuple[str, str]] = []

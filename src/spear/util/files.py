@@ -24,7 +24,7 @@ DISK_FULL_MESSAGE = "the disk is full. Free some space and run the same command 
 
 @contextmanager
 def report_write_errors(path: Path) -> Iterator[None]:
-    """Convert errors of writing `path` into `SpearError`s that say what to do."""
+    """Convert errors of writing `path` in the `with` block into `SpearError`s with advice."""
     try:
         yield
     except OSError as error:
@@ -41,11 +41,11 @@ def report_write_errors(path: Path) -> Iterator[None]:
 
 
 def check_writable(path: Path) -> None:
-    """Raise `SpearError` if `write_bytes` could not write `path`. It creates nothing."""
+    """Raise `SpearError` if `write_bytes` could not write `path`. No file remains."""
     with report_write_errors(path):
         if path.is_dir():
             raise IsADirectoryError(errno.EISDIR, "it is a folder")
-        if path.is_file() or not path.exists():
+        if path.is_file() or not path.exists():  # otherwise it is a device or a pipe
             existing_parent = next(parent for parent in path.resolve().parents if parent.exists())
             tempfile.TemporaryFile(dir=existing_parent).close()
 
@@ -59,9 +59,9 @@ def write_bytes(path: Path, data: bytes) -> None:
     with report_write_errors(path):
         is_device_or_pipe = path.exists() and not path.is_file() and not path.is_dir()
         if is_device_or_pipe:
-            path.write_bytes(data)  # no other file may take its place
+            path.write_bytes(data)  # a new file must not take the place of /dev/stdout
             return
-        path = path.resolve()  # a symbolic link stays one
+        path = path.resolve()  # write the target of a symbolic link, so that the link stays
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.parent / f".{path.name}.{os.getpid()}.{threading.get_ident()}.tmp"
         try:
@@ -72,15 +72,15 @@ def write_bytes(path: Path, data: bytes) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text in UTF-8, as `write_bytes` does."""
+    """Write a text in UTF-8 so that its file appears completely or not at all (`write_bytes`)."""
     write_bytes(path, text.encode())
 
 
 def is_lfs_pointer(source: Path | bytes) -> bool:
-    """Whether a file, given by its path or its content, is a Git LFS pointer.
+    """Return whether a file, given by its path or its content, is a Git LFS pointer.
 
-    A repository that was cloned without Git LFS has such a text of some 130 bytes in place of every
-    large file. A path that cannot be read is not a pointer.
+    A repository that was cloned without Git LFS has a pointer, a text of some 130 bytes, in place
+    of every large file. The result is False for a path that cannot be read.
 
     Example:
         >>> is_lfs_pointer(b"version https://git-lfs.github.com/spec/v1\\noid sha256:4d7a")
@@ -100,7 +100,7 @@ def refuse_lfs_pointer(source: Path | bytes, name: str | Path) -> None:
 
     Args:
         source: the path or the content of a file that could not be read.
-        name: what the message calls it.
+        name: the file's name in the message.
     """
     if is_lfs_pointer(source):
         raise SpearError(f"{name}: {LFS_POINTER_PROBLEM}. {LFS_POINTER_ADVICE}")
@@ -154,7 +154,7 @@ def read_json_as(
 
 
 def check_new_folder(folder: Path) -> None:
-    """Raise `SpearError` unless a folder is new or empty, and not the current one."""
+    """Raise `SpearError` unless a folder is new or empty, and not the current folder."""
     if folder.exists() and folder.samefile("."):
         raise SpearError(f"{folder}: is the folder that you are in. Give a new one in it.")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
@@ -164,12 +164,14 @@ def check_new_folder(folder: Path) -> None:
 
 
 def check_no_foreign_files(folder: Path, pattern: str, action: str) -> None:
-    """Raise `SpearError` for a folder with files, none of which has the name of this work's files.
+    """Raise `SpearError` if an output folder has files, but none that this work has written.
+
+    Hidden files do not count.
 
     Args:
-        folder: an output folder, which may not exist yet.
-        pattern: of the names of this work's files.
-        action: what is about to be done, for the message: "label". Hidden files do not count.
+        folder: the output folder, which may not exist yet.
+        pattern: pattern of the names of the files that this work writes.
+        action: what is about to be done, for the message: "label".
     """
     if not folder.is_dir() or any(folder.glob(pattern)):
         return
@@ -189,6 +191,7 @@ def notice_missing_shards(
         num_written: how many shards are known to have been written.
     """
     last_number = shards[-1].stem.rpartition("-")[2]
-    num_expected = max(num_written, int(last_number) + 1 if last_number.isdecimal() else 0)
+    num_by_name = int(last_number) + 1 if last_number.isdecimal() else 0  # numbers begin at 0
+    num_expected = max(num_written, num_by_name)
     if folder.is_dir() and num_expected > len(shards):
         notice(f"{folder}: lacks {num_expected - len(shards)} of its shards. {to_sentence(advice)}")

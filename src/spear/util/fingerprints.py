@@ -1,4 +1,4 @@
-"""Hashes of files, to recognize data and checkpoints."""
+"""Hashes of files, by which runs recognize data and checkpoints that have changed."""
 
 import fnmatch
 import hashlib
@@ -6,23 +6,24 @@ import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-HASHED_TAIL_BYTES = 65536  # Parquet, Arrow and growing files change at their end
-MAX_LARGE_FILES_READ = 1000  # about so many files per folder, if they are larger than the tail
+HASHED_TAIL_BYTES = 65536
+"""Bytes at the end of a file that are hashed. Parquet, Arrow and growing files change there."""
+MAX_LARGE_FILES_READ = 1000
+"""About how many files of a folder are read, among those that are larger than the hashed end."""
 
 
 def list_files_recursively(folder: Path, pattern: str) -> list[Path]:
-    """All files whose name matches a pattern ("*.parquet") in a folder and the folders in it,
-    sorted.
+    """Return all files below a folder whose names match a pattern ("*.parquet"), sorted.
 
     Symbolic links to folders are followed, but no folder is entered twice.
     """
     files: list[Path] = []
     entered_folders: set[str] = set()
     for parent, subfolders, names in os.walk(folder, followlinks=True):
-        subfolders.sort()
+        subfolders.sort()  # `os.walk` enters what this list contains, in its order
         real_parent = os.path.realpath(parent)
         if real_parent in entered_folders:
-            subfolders.clear()
+            subfolders.clear()  # so nothing below is entered
             continue
         entered_folders.add(real_parent)
         files += [Path(parent, name) for name in fnmatch.filter(names, pattern)]
@@ -30,11 +31,15 @@ def list_files_recursively(folder: Path, pattern: str) -> list[Path]:
 
 
 def hash_file_ends(folders: Iterable[Path], patterns: Sequence[str], prefix: bytes = b"") -> str:
-    """Hash `prefix` and the names, sizes and ends of all files in these folders that match the
-    patterns.
+    """Hash `prefix` and the names, sizes and ends of all matching files in the folders.
 
-    Large files are not read completely, and of more than `MAX_LARGE_FILES_READ` files in a folder
-    only some of the large ones are read at all.
+    A large file is read only at its end. If a folder has more than `MAX_LARGE_FILES_READ` matching
+    files, only some of its large files are read; the name and size of every file are hashed.
+
+    Args:
+        folders: the folders, which are searched together with the folders in them.
+        patterns: patterns of file names, such as "*.parquet".
+        prefix: bytes that are hashed before the files.
     """
     digest = hashlib.sha256(prefix)
     for folder in folders:
@@ -42,11 +47,12 @@ def hash_file_ends(folders: Iterable[Path], patterns: Sequence[str], prefix: byt
         for pattern in patterns:
             paths += list_files_recursively(folder, pattern)
         paths.sort()
-        stride = 1 + len(paths) // MAX_LARGE_FILES_READ
+        stride = 1 + len(paths) // MAX_LARGE_FILES_READ  # every stride-th large file is read
         for number, path in enumerate(paths):
             num_bytes = path.stat().st_size
             digest.update(f"{path.relative_to(folder)} {num_bytes}".encode())
-            if num_bytes <= HASHED_TAIL_BYTES or number % stride == 0:
+            is_small = num_bytes <= HASHED_TAIL_BYTES
+            if is_small or number % stride == 0:
                 with path.open("rb") as file:
                     file.seek(max(0, num_bytes - HASHED_TAIL_BYTES))
                     digest.update(file.read())
@@ -54,7 +60,11 @@ def hash_file_ends(folders: Iterable[Path], patterns: Sequence[str], prefix: byt
 
 
 def hash_files(files: Iterable[tuple[str, Path]]) -> str:
-    """Hash files, each with the name that it is known by, completely; 16 hexadecimal digits."""
+    """Hash the names and the complete contents of files, to 16 hexadecimal digits.
+
+    Args:
+        files: pairs of a name, which is hashed, and the path of the file.
+    """
     digest = hashlib.sha256()
     for name, path in files:
         with path.open("rb") as file:
@@ -64,7 +74,7 @@ def hash_files(files: Iterable[tuple[str, Path]]) -> str:
 
 
 def fingerprint_checkpoint(folder: Path) -> str:
-    """Hash the configuration and the weights of a checkpoint: what determines its actions."""
+    """Hash the configuration and the weights of a checkpoint, which determine its actions."""
     files = {*folder.glob("*.json"), *folder.glob("*.safetensors")}
-    files.discard(folder / "calibration.json")  # it changes no action
+    files.discard(folder / "calibration.json")  # does not change the actions
     return hash_files((path.name, path) for path in sorted(files))

@@ -1,8 +1,9 @@
-"""Names of files in the data and metadata of others: they stay inside their folder.
+"""Checks names of files in data and metadata that others wrote, so that they stay in their folder.
 
-People share prepared data. A dataset whose rows or metadata name `/home/me/private.jpg` or
-`../../private.jpg` would put that picture into what they share, so such names are refused. Links
-that the owner of a folder made are followed: the cache of Hugging Face consists of them.
+People share prepared data. If the rows or metadata of a dataset name `/home/me/private.jpg` or
+`../../private.jpg`, preparing would copy that picture into the data that are shared, so such names
+are refused. Symbolic links in the folder are followed, because its owner made them: the cache of
+Hugging Face consists of links.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from pathlib import Path, PureWindowsPath
 
 from spear.errors import SpearError
 
-ZERO_PADDED_WIDTH = re.compile(r"(0?\d{1,2})?d?")  # as in {episode_index:06d}
+ZERO_PADDED_WIDTH = re.compile(r"(0?\d{1,2})?d?")  # the part 06d of {episode_index:06d}
 
 
 def join_inside(folder: Path, name: str) -> Path:
@@ -35,7 +36,8 @@ def join_inside(folder: Path, name: str) -> Path:
         >>> join_inside(Path("data"), "images/0.png").as_posix()
         'data/images/0.png'
     """
-    # Windows splits at slashes and backslashes: its rules find the absolute paths of every system.
+    # Windows splits paths at slashes and at backslashes, so its rules recognize the absolute paths
+    # of every system.
     path = PureWindowsPath(name)
     if path.root or path.drive or ".." in path.parts:
         raise SpearError(
@@ -49,7 +51,8 @@ def fill_path_template(template: str, values: Mapping[str, str | int]) -> str:
     """Fill the placeholders of a path that metadata contain, such as `{episode_index:06d}`.
 
     Args:
-        template: The path. A placeholder is a name, and for numbers at most a width of two digits.
+        template: The path. A placeholder is a name in braces. For numbers a width of at most two
+            digits may follow the name.
         values: Name → value. Names that the template does not use are ignored.
 
     Returns:
@@ -69,6 +72,7 @@ def fill_path_template(template: str, values: Mapping[str, str | int]) -> str:
 
 @functools.lru_cache(maxsize=256)  # a dataset fills the same template for each of its episodes
 def _check_template(template: str, names: frozenset[str]) -> None:
+    """Raise `SpearError` unless all placeholders have known names and a plain width."""
     try:
         pieces = list(string.Formatter().parse(template))
     except ValueError as error:
@@ -78,10 +82,11 @@ def _check_template(template: str, names: frozenset[str]) -> None:
         ) from error
 
     for _, name, format_spec, conversion in pieces:
-        if name is None:
+        if name is None:  # text after the last placeholder
             continue
-        is_documented = name in names and conversion is None
-        if not is_documented or ZERO_PADDED_WIDTH.fullmatch(format_spec or "") is None:
+        is_known = name in names and conversion is None
+        has_plain_width = ZERO_PADDED_WIDTH.fullmatch(format_spec or "") is not None
+        if not is_known or not has_plain_width:
             raise SpearError(
                 f"The path {template[:200]!r} of the metadata has a placeholder that is not known."
                 f" It may use {_list_placeholders(names)}, with a width such as :06d."

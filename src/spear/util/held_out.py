@@ -1,18 +1,19 @@
-"""Which simulated scenes are held out: their seeds are never used for training, only for
-evaluation."""
+"""Which scenes of the simulators are held out: their seeds are used for evaluation only, never for
+training."""
 
 import re
 
 FIRST_TRAIN_SEED = 10_000  # scenes of smaller seeds are held out
 
 _SCENE_SOURCE = re.compile(r"sim(?:pler)?[:/](?:[^/]+/)?(\d+)")
+"""Matches the sources of simulated scenes: "sim:SEED", "simpler/TASK/SEED" and the like."""
 
 
 def is_held_out(source: str) -> bool:
-    """Whether a labeled image shows a held-out scene of one of the two simulators.
+    """Return whether a labeled image shows a held-out scene of one of the two simulators.
 
     Args:
-        source: The label's source.
+        source: The source of the labeled image.
 
     Example:
         >>> is_held_out("sim:42"), is_held_out("sim:10042"), is_held_out("photos/cup.jpg")

@@ -34,34 +34,37 @@ IMAGE_SUFFIXES = (*_COMMON_SUFFIXES, ".avif") if features.check("avif") else _CO
 """Suffixes of the images that folders and archives are searched for. (Pillow decodes AVIF since
 version 11.3.)"""
 
-# Values of EXIF orientation. 1 is upright; 2 to 4 mirror or turn by 180°, which keeps the size; 5
-# to 8 exchange width and height.
+# Values of EXIF orientation. 1 is upright. Orientations 2 to 4 mirror the image or turn it by 180°,
+# which keeps its size. Orientations 5 to 8 exchange width and height.
 _SAME_SIZE_ORIENTATIONS = (2, 3, 4)
 _EXCHANGED_SIZE_ORIENTATIONS = (5, 6, 7, 8)
-_INVERSE_ORIENTATION = {6: 8, 8: 6}  # the others are their own inverses
+_INVERSE_ORIENTATION = {6: 8, 8: 6}  # every other orientation is its own inverse
 
 
 _JPEG_DAMAGE = ("premature end", "bad huffman code", "bad arithmetic code", "instead of rst")
-"""Parts of libjpeg's warnings about lost data, in lower case. Others, such as extraneous bytes
-before a marker, are harmless."""
+"""Parts of libjpeg's warnings about lost data, in lower case. Its other warnings, such as those
+about extraneous bytes before a marker, are harmless."""
 
-_MAX_12_BIT = 4095  # a brightest pixel of 16 bits that is no brighter leaves the scale open
+_MAX_12_BIT = 4095
+"""Largest value of 12 bits. If no pixel of a 16-bit image is brighter, the image may be dark, or
+its camera may have only 10 or 12 bits, and nothing says which."""
 
 
 def decode_image(encoded: bytes, name: str = "an image", out: Array | None = None) -> Array:
-    """Decode a JPEG or PNG of a robot's camera to [h, w, 3] uint8 RGB, writable, as it is stored.
+    """Decode a JPEG or PNG of a robot's camera to [h, w, 3] uint8 RGB, writable.
 
-    Transparency is dropped, because a camera's pixels have none: simulators write an alpha channel
-    that says nothing about what a camera sees.
+    EXIF orientation is ignored. Transparency is dropped, because a camera's pixels have none:
+    simulators write an alpha channel that says nothing about what a camera sees.
 
-    JPEGs are decoded by libjpeg-turbo itself, in half of the time that Pillow takes around it for
-    the same numbers. Pillow decodes what is not plain (CMYK, of no sane size, broken), or says why
-    it cannot.
+    Plain JPEGs are decoded by libjpeg-turbo (`simplejpeg`), which gives the same numbers as Pillow
+    in half the time. Pillow decodes every other image (PNG; JPEG in CMYK, of extreme size, or
+    broken), or raises the error that says why it cannot.
 
     Args:
         encoded: the content of the file.
         name: the image's name in messages.
-        out: an array that is filled and returned if it has the image's size.
+        out: an array that is filled and returned if it has the image's size and the image is a
+            plain JPEG.
 
     Raises:
         SpearError: the image is broken.
@@ -83,8 +86,8 @@ def decode_image(encoded: bytes, name: str = "an image", out: Array | None = Non
 def check_jpeg_is_complete(encoded: bytes, name: str) -> None:
     """Check that a JPEG has all of its data, without decoding it at full size.
 
-    Cameras that lose packets write JPEGs that end early but close properly. Decoders fill the rest
-    with gray, and only warn.
+    A camera that loses packets writes a JPEG whose data end early, although the end marker is
+    there. Decoders fill the rest of the image with gray, and only warn.
 
     Args:
         encoded: the content of the file; anything but a JPEG passes.
@@ -97,8 +100,9 @@ def check_jpeg_is_complete(encoded: bytes, name: str) -> None:
         return
     try:
         height, width, *_ = simplejpeg.decode_jpeg_header(encoded)
-        if height * width > (Image.MAX_IMAGE_PIXELS or 0):  # whoever decodes it refuses it
+        if height * width > (Image.MAX_IMAGE_PIXELS or 0):  # Pillow will refuse to decode it
             return
+        # Decode at an eighth of the size, which still reads all data.
         simplejpeg.decode_jpeg(encoded, colorspace="GRAY", min_factor=8, min_height=1, min_width=1)
     except ValueError as error:
         _raise_if_data_are_lost(error, name)
@@ -114,7 +118,15 @@ def _raise_if_data_are_lost(warning: ValueError, name: str) -> None:
 
 
 class Placement(NamedTuple):
-    """Where an image of one size is placed in one of another size, in pixels of the latter."""
+    """Where a scaled source image lies in a target image.
+
+    Attributes:
+        scale: size in the target divided by size in the source.
+        left: distance of the scaled image from the target's left edge, in pixels.
+        top: distance of the scaled image from the target's top edge, in pixels.
+        width: width of the scaled image, in pixels.
+        height: height of the scaled image, in pixels.
+    """
 
     scale: float
     left: int
@@ -124,7 +136,9 @@ class Placement(NamedTuple):
 
 
 def compute_placement(source: tuple[int, int], target: tuple[int, int]) -> Placement:
-    """Where `fit_image` places an image. Sizes are (width, height).
+    """Return where `fit_image` places an image of size `source` in one of size `target`.
+
+    Sizes are (width, height) in pixels. The scaled image is centered.
 
     >>> compute_placement((640, 480), (280, 280))
     Placement(scale=0.4375, left=0, top=35, width=280, height=210)
@@ -138,16 +152,17 @@ def compute_placement(source: tuple[int, int], target: tuple[int, int]) -> Place
 
 
 def fit_image(image: Array, height: int, width: int, bars: bool = True) -> Array:
-    """Bring an image to a size without stretching it: depth depends on the aspect (the paper).
+    """Fit an image into a size without stretching it.
 
-    The image is scaled with antialiasing, and padded with black bars. PyTorch does it in a sixth of
-    Pillow's time, for the same numbers but for one level in 0.2 % of them.
+    The aspect ratio is kept, as in the paper, because estimates of depth depend on it. The image is
+    scaled with antialiasing, and padded with black bars. PyTorch scales in a sixth of Pillow's
+    time; 0.2 % of its values differ, by one of 256 levels.
 
     Args:
         image: [h, w, 3] uint8 RGB.
         height: of the result, in pixels.
         width: of the result, in pixels.
-        bars: whether to pad; without bars, a later call adds them.
+        bars: whether to pad with black bars.
 
     Returns:
         [height, width, 3] uint8; without bars one of the sides may be smaller.
@@ -159,19 +174,19 @@ def fit_image(image: Array, height: int, width: int, bars: bool = True) -> Array
     source_height, source_width = image.shape[:2]
     if (source_height, source_width) == (height, width):
         return image
-    import torch  # here, because the commands' lists and help work without it
+    import torch  # takes seconds, which the commands' lists and help need not wait
 
     placement = compute_placement((source_width, source_height), (width, height))
     contiguous = np.require(image, requirements=["C", "W"])
-    planes = torch.from_numpy(contiguous).permute(2, 0, 1)[None]
+    planes = torch.from_numpy(contiguous).permute(2, 0, 1)[None]  # [1, 3, h, w]
     scaled = torch.nn.functional.interpolate(
         planes, (placement.height, placement.width), mode="bilinear", antialias=True
-    )[0]
+    )[0]  # [3, placement.height, placement.width]
     if bars:
         right = width - placement.width - placement.left
         bottom = height - placement.height - placement.top
         scaled = torch.nn.functional.pad(scaled, (placement.left, right, placement.top, bottom))
-    return scaled.permute(1, 2, 0).numpy()
+    return scaled.permute(1, 2, 0).numpy()  # [height, width, 3]
 
 
 def _check_image(image: Array) -> None:
@@ -184,19 +199,19 @@ def _check_image(image: Array) -> None:
 
 
 def can_open_image(path: str | Path) -> bool:
-    """Whether a file begins as an image that `load_image` decodes, whatever its suffix."""
+    """Return whether a file begins like an image that `load_image` decodes, whatever its suffix."""
     try:
         with Image.open(path):
             return True
-    except Exception:  # on broken files decoders raise errors of many types
+    except Exception:  # decoders raise errors of many types for broken files
         return False
 
 
 def find_image_format(name: str) -> str:
-    """Pillow's name for the format of a file, by its suffix.
+    """Return Pillow's name for the format that a file's suffix names: "PNG" or "JPEG".
 
     Raises:
-        SpearError: the suffix is none of PNG and JPEG files.
+        SpearError: the suffix is that of another format, or is missing.
     """
     image_format = Image.registered_extensions().get(Path(name).suffix.lower(), "")
     if image_format not in ("PNG", "JPEG"):
@@ -205,14 +220,14 @@ def find_image_format(name: str) -> str:
 
 
 def encode_image_file(image: Array, name: str) -> bytes:
-    """Encode [h, w, 3] uint8 RGB in the format that `find_image_format` finds."""
+    """Encode [h, w, 3] uint8 RGB in the format that the suffix of the file `name` says."""
     buffer = io.BytesIO()
     Image.fromarray(image).save(buffer, find_image_format(name))
     return buffer.getvalue()
 
 
 def encode_png(image: Array) -> bytes:
-    """Encode [h, w, 3 or 4] uint8 without loss, and quickly."""
+    """Encode [h, w, 3 or 4] uint8 as PNG, with the fastest compression."""
     buffer = io.BytesIO()
     Image.fromarray(image).save(buffer, "PNG", compress_level=1)
     return buffer.getvalue()
@@ -234,7 +249,7 @@ def to_jpeg_data_uri(image: Array) -> str:
 
 
 def to_data_uri(data: bytes, mime: str) -> str:
-    """Encode data as a URI that contains it, in place of a link to a file.
+    """Encode data as a URI that contains the data, for a page that needs no other file.
 
     >>> to_data_uri(b"hello", "text/plain")
     'data:text/plain;base64,aGVsbG8='
@@ -249,28 +264,28 @@ def load_image(
     stored: bool = False,
     keep_transparent_colors: bool = False,
 ) -> Array:
-    """Load an image file as [h, w, 3] uint8 RGB, upright as its EXIF orientation says.
+    """Load an image file as [h, w, 3] uint8 RGB, turned upright by its EXIF orientation.
 
-    CMYK, palette and gray images become RGB. 16-bit ones lose their lower byte, transparent parts
-    are laid on white, and of an animation the first frame is loaded. Color profiles are not
-    applied. (Our choice.)
+    CMYK, palette and gray images become RGB. 16-bit images lose the lower byte of each value.
+    Transparent parts are laid on white. Of an animation the first frame is loaded. Color profiles
+    are not applied. (Our choice.)
 
-    Images of 16 bits that use only 12 or fewer of them are refused, because they would be nearly
-    black and nothing tells their scale.
+    A 16-bit image whose values fit into 12 bits is refused: without its lower bytes it would be
+    nearly black, and nothing says by how much to brighten it.
 
     Args:
         source: a path, or the content of the file.
         name: the image's name in messages; by default the path.
         longest: the maximal length of a side in pixels; it is checked before the pixels are
             decoded.
-        stored: whether to leave the image as it is stored, because depth, intrinsics or other views
-            belong to its pixels.
+        stored: whether to ignore the EXIF orientation, because depth, intrinsics or other views
+            belong to the pixels as they are stored.
         keep_transparent_colors: whether to drop transparency instead of laying the image on white.
 
     Raises:
-        SpearError: for a missing file, for what is no image, for a broken or truncated image, for
-            one that claims to be enormous (Pillow's limit, 179 million pixels), and for pixels
-            whose brightness is not known (floating point, more than 16 bits, few bits of 16).
+        SpearError: the file is missing, is no image, or is broken or truncated; the image is
+            enormous by its header (Pillow's limit is 179 million pixels); or the brightness of its
+            pixels is not known (floating point, more than 16 bits, or few of 16 bits used).
     """
     image, _ = load_image_and_orientation(source, name, longest, stored, keep_transparent_colors)
     return image
@@ -283,11 +298,12 @@ def load_image_and_orientation(
     stored: bool = False,
     keep_transparent_colors: bool = False,
 ) -> tuple[Array, bool]:
-    """Load an image as `load_image` does, and find out whether its EXIF turns it invisibly.
+    """Load an image, with the arguments and errors of `load_image`, and whether EXIF turns it.
 
     Returns:
-        The image, and whether its EXIF data turns or mirrors it in a way that its size does not
-        show (see `Frame.is_turned`).
+        The image, and whether its EXIF orientation turns or mirrors it in a way that the size of
+        the image does not show. (Orientations that exchange the width and height of an image that
+        is not square are visible in its size. See `Frame.is_turned`.)
     """
     if not name:
         name = "image" if isinstance(source, bytes) else str(source)
@@ -307,9 +323,9 @@ def load_image_and_orientation(
             return _read_pixels(image, name, stored, keep_transparent_colors)
     except SpearError:
         raise
-    except Exception as error:  # on broken files decoders raise errors of many types
+    except Exception as error:  # decoders raise errors of many types for broken files
         refuse_lfs_pointer(data, name)
-        reason = summarize_error(error).partition(" <_io.")[0]
+        reason = summarize_error(error).partition(" <_io.")[0]  # without Python's name of the file
         raise SpearError(
             f"{name}: not a readable image ({reason}). Replace it by a JPEG or PNG."
         ) from error
@@ -318,36 +334,48 @@ def load_image_and_orientation(
 def _read_pixels(
     image: Image.Image, name: str, stored: bool, keep_transparent_colors: bool
 ) -> tuple[Array, bool]:
-    """The pixels of an opened image, and whether its EXIF turns it invisibly."""
+    """Return what `load_image_and_orientation` returns, of an opened image."""
+    # The bits of the file are known only before the pixels are loaded, and for PNG, reading the
+    # EXIF data loads the pixels.
     has_16_bit_colors = image.mode in ("RGB", "RGBA") and _has_16_bits_in_file(image)
-    orientation = image.getexif().get(ExifTags.Base.Orientation, 1)  # for PNG this loads the pixels
+    orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
     image.load()
-    was_turned_by_pillow = orientation != image.getexif().get(ExifTags.Base.Orientation, 1)
-    if stored and was_turned_by_pillow:  # Pillow turns TIFF files by itself: turn them back
+
+    # Pillow turns TIFF files upright when it loads them, and then changes their orientation.
+    orientation_after_loading = image.getexif().get(ExifTags.Base.Orientation, 1)
+    was_turned_by_pillow = orientation_after_loading != orientation
+    if stored and was_turned_by_pillow:  # let `exif_transpose` turn the pixels back
         inverse = _INVERSE_ORIENTATION.get(orientation, orientation)
         image.getexif()[ExifTags.Base.Orientation] = inverse
-        stored = False
-    oriented = image if stored else ImageOps.exif_transpose(image)
-    upright = _to_rgb(oriented, name, keep_transparent_colors)
+        oriented = ImageOps.exif_transpose(image)
+    elif stored:
+        oriented = image
+    else:
+        oriented = ImageOps.exif_transpose(image)
+
+    rgb_image = _to_rgb(oriented, name, keep_transparent_colors)
     if has_16_bit_colors:
-        _check_16_bit_colors(upright, name)
+        _check_16_bit_colors(rgb_image, name)
 
     if orientation in _SAME_SIZE_ORIENTATIONS:
         is_turned_invisibly = True
     else:
-        is_square = upright.width == upright.height
+        is_square = rgb_image.width == rgb_image.height
         is_turned_invisibly = orientation in _EXCHANGED_SIZE_ORIENTATIONS and is_square
-    return np.array(upright), is_turned_invisibly
+    return np.array(rgb_image), is_turned_invisibly
 
 
 def _has_16_bits_in_file(image: Image.Image) -> bool:
-    """Whether the file of an opened image has 16 bits per color. Its pixels are not loaded yet."""
-    raw_modes = [str(tile[3]) for tile in getattr(image, "tile", ())]
+    """Return whether an image's file has 16 bits per color.
+
+    The image is opened and its pixels are not loaded yet: Pillow forgets its tiles when it loads.
+    """
+    raw_modes = [str(tile[3]) for tile in getattr(image, "tile", ())]  # such as "RGB;16B"
     return any(";16" in raw_mode for raw_mode in raw_modes)
 
 
 def _to_rgb(image: Image.Image, name: str, keep_transparent_colors: bool) -> Image.Image:
-    """Convert an image of any mode to RGB, see `load_image`."""
+    """Convert an image of any of Pillow's modes to RGB, by the rules of `load_image`."""
     if image.mode == "F":
         raise SpearError(
             f"{name}: floating-point pixels. Convert it to 8 bits, as you want it to look."
@@ -365,8 +393,8 @@ def _to_rgb(image: Image.Image, name: str, keep_transparent_colors: bool) -> Ima
 def _to_8_bits(values: Array, mode: str, name: str) -> Array:
     """Scale gray values of 16 or 32 bits to 8 bits.
 
-    Values of at most 255 in 32 bits are 8-bit values. Values that use at most 12 of 16 bits are
-    refused: whether the camera has 10 or 12 bits, or the picture is dark, nothing tells.
+    If the values of a 32-bit image (mode "I") are at most 255, they already are 8-bit values. If
+    values fit into 12 bits otherwise, the image is refused (see `_MAX_12_BIT`).
     """
     lowest = int(values.min())
     brightest = int(values.max())
@@ -380,13 +408,18 @@ def _to_8_bits(values: Array, mode: str, name: str) -> Array:
 
 
 def _check_16_bit_colors(image: Image.Image, name: str) -> None:
-    """Refuse colors of 16 bits whose upper byte, which is all that is left of them, is nearly 0."""
-    brightest = int(np.asarray(image).max())
-    if 0 < brightest <= _MAX_12_BIT >> 8:
-        raise SpearError(_describe_unused_bits(name, 8 + brightest.bit_length(), 16))
+    """Raise `SpearError` if the 16-bit colors of an image's file fitted into 12 bits.
+
+    Pillow has kept only the upper byte of each color in `image`.
+    """
+    brightest_upper_byte = int(np.asarray(image).max())
+    if 0 < brightest_upper_byte <= _MAX_12_BIT >> 8:
+        num_used_bits = 8 + brightest_upper_byte.bit_length()
+        raise SpearError(_describe_unused_bits(name, num_used_bits, num_bits=16))
 
 
 def _describe_unused_bits(name: str, num_used_bits: int, num_bits: int) -> str:
+    """Return the message for an image whose values use few of their bits."""
     return (
         f"{name}: pixels use {num_used_bits} of {num_bits} bits, so the image would be nearly "
         "black: convert it to 8 bits, as you want it to look"

@@ -1,6 +1,6 @@
-"""Text and JSON from files of others, bounded in size, depth and the length of numbers.
+"""Reads text and JSON that others wrote, with limits for the size, depth and length of numbers.
 
-Errors are `ValueError`s; `spear.util.files.read_json` turns them into `SpearError`s.
+These functions raise `ValueError`s, which `spear.util.files.read_json` turns into `SpearError`s.
 """
 
 import codecs
@@ -12,9 +12,13 @@ from spear.errors import summarize_error
 
 T = TypeVar("T")
 
-MAX_JSON_BYTES = 256 * 2**20  # of configs and metadata; DROID's episodes.jsonl has 20 MB
-MAX_ANNOTATIONS_BYTES = 4 * 2**30  # COCO's instances of 2017 have 0.5 GB
-MAX_INTEGER_DIGITS = 39  # those of 128 bits, as seeds have; `float` takes 308
+MAX_JSON_BYTES = 256 * 2**20
+"""Size of the largest config or metadata file. DROID's episodes.jsonl has 20 MB."""
+MAX_ANNOTATIONS_BYTES = 4 * 2**30
+"""Size of the largest file of image annotations. COCO's instances of 2017 have 0.5 GB."""
+MAX_INTEGER_DIGITS = 39
+"""Digits of the largest number of 128 bits, which the seeds of some datasets have. `float` would
+take integers of up to 308 digits."""
 
 UTF_16_MARKS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 
@@ -27,14 +31,14 @@ _STRING_OR_NUMBER = re.compile(
 
 
 def read_utf8(path: Path, max_bytes: int = MAX_JSON_BYTES) -> bytes:
-    """Read a text in UTF-8 without its byte order mark, which Windows' editors write.
+    """Read the bytes of a text in UTF-8, without the byte order mark that Windows' editors write.
 
     Raises:
         OSError: the file cannot be read.
         ValueError: the file is larger than `max_bytes`, or in UTF-16.
     """
     with path.open("rb") as file:
-        data = file.read(max_bytes + 1)
+        data = file.read(max_bytes + 1)  # one byte too many shows that the file is too large
     if len(data) > max_bytes:
         raise ValueError(f"it has more than {max_bytes / 2**20:.4g} MiB")
 
@@ -50,8 +54,8 @@ def parse_json_as(json_type: type[T], data: bytes) -> T:
 
     Args:
         json_type: a type that pydantic can validate.
-        data: the JSON. Lists and objects are at most 200 deep, because pydantic's parser stops
-            there.
+        data: the JSON. pydantic's parser refuses lists and objects that are nested more than 200
+            deep.
 
     Raises:
         ValueError: the text is not JSON of this type, or has an integer of too many digits. The
@@ -67,7 +71,7 @@ def parse_json(text: str) -> Any:
     """Parse JSON of any content; limits and errors are those of `parse_json_as`."""
     from pydantic_core import from_json
 
-    data = text.encode(errors="surrogatepass")
+    data = text.encode(errors="surrogatepass")  # halves of characters reach the parser's check
     _check_integers(data)
     return from_json(data)
 
@@ -90,6 +94,7 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
             _check_integers(line)
             objects.append(adapter.validate_json(line))
         except ValueError as error:
+            # The parser sees one line, so its line number is always 1.
             reason = summarize_error(error).replace("at line 1 column", "at column")
             raise ValueError(f"{path.name}, line {number}: {reason}") from error
     return objects
@@ -103,11 +108,12 @@ def _read_lines(path: Path) -> list[bytes]:
 
 
 def _check_integers(data: bytes) -> None:
-    """Raise `ValueError` for an integer that does not fit into 128 bits.
+    """Raise `ValueError` for an integer of more than `MAX_INTEGER_DIGITS` digits.
 
-    Python reads more, but `float` raises an `OverflowError` where nobody expects it.
+    Python reads longer integers, but code that converts one to `float` would then raise an
+    `OverflowError`, far from the file that is wrong.
     """
-    if _MANY_DIGITS.search(data) is None:
+    if _MANY_DIGITS.search(data) is None:  # the fast way for almost every file
         return
     for match in _STRING_OR_NUMBER.finditer(data):
         is_string = match[0].startswith(b'"')
@@ -116,7 +122,8 @@ def _check_integers(data: bytes) -> None:
         num_digits = len(match[0].removeprefix(b"-"))
         if num_digits > MAX_INTEGER_DIGITS:
             line = data.count(b"\n", 0, match.start()) + 1
-            column = match.start() - data.rfind(b"\n", 0, match.start())
+            line_break = data.rfind(b"\n", 0, match.start())  # -1 in the first line
+            column = match.start() - line_break
             raise ValueError(
                 f"an integer of {num_digits} digits at line {line} column {column}, where"
                 f" {MAX_INTEGER_DIGITS} are possible"

@@ -1,4 +1,7 @@
-"""Whether a server can be reached, asked once and briefly, before a client tries for minutes."""
+"""Finds out whether a server can be reached, with one short request.
+
+The clients of the Hugging Face Hub and of Gemini would otherwise try for minutes before they fail.
+"""
 
 import importlib.util
 import os
@@ -17,6 +20,7 @@ TIMEOUT_S = 6.0  # after which a server that has not answered counts as unreacha
 CLIENT_PROXY_SCHEMES = ("http", "https", "socks5", "socks5h")
 """Kinds of proxies that the HTTP client of Gemini and of the Hugging Face Hub can use."""
 _GATEWAY_ERRORS = (502, 503, 504)
+"""HTTP status codes of a proxy that cannot reach the server."""
 
 
 class ProxyProblem(NamedTuple):
@@ -32,9 +36,9 @@ class ProxyProblem(NamedTuple):
 
 
 def find_proxy_problem() -> ProxyProblem | None:
-    """Why the HTTP client would refuse to start with the proxies of the environment, or None.
+    """Return why the HTTP client cannot start with the environment's proxies; None if it can.
 
-    The client looks at all proxies when it starts, whatever server it is for.
+    The client checks all proxies when it starts, including those that it will not use.
     """
     for protocol, proxy in _read_proxies().items():
         variable = _find_variable(protocol)
@@ -65,10 +69,10 @@ def check_proxies(purpose: str) -> None:
 
 
 def explain_unreachable(url: str) -> str | None:
-    """Why a server does not answer, asked once in this process; None if it answers anything.
+    """Return why a server does not answer; None if it answers anything.
 
-    Where the environment names a proxy that only the HTTP client can use, the answer is None,
-    because only the client can tell.
+    Each server is asked once in this process. Also returns None, without asking, if the environment
+    names a proxy that only the HTTP client can use, because then only the client can ask.
     """
     problem = find_proxy_problem()
     if problem is not None:
@@ -79,13 +83,13 @@ def explain_unreachable(url: str) -> str | None:
 
 
 def _has_proxy_for_client_only() -> bool:
-    """Whether there is a proxy that `urllib`, which asks here, cannot use as the client does."""
+    """Return whether the client uses a proxy that `urllib`, which this module uses, does not."""
     proxies = _read_proxies()
     return "all" in proxies or any(_parse_proxy(proxy)[0] != "http" for proxy in proxies.values())
 
 
 def _read_proxies() -> dict[str, str]:
-    """The proxies that the client uses, by protocol ("http", "https", or "all")."""
+    """Return the proxies that the client uses, by protocol ("http", "https", or "all")."""
     settings = urllib.request.getproxies()
     excluded_hosts = [host.strip() for host in settings.get("no", "").split(",")]
     if "*" in excluded_hosts:
@@ -98,17 +102,21 @@ def _read_proxies() -> dict[str, str]:
 
 
 def _parse_proxy(proxy: str) -> tuple[str, bool]:
-    """The scheme of a proxy's URL ("http" where it has none), and whether its port is a number."""
+    """Return the scheme of a proxy's URL, and whether its port is valid.
+
+    The scheme is "http" if the URL has none, and "" if the URL is not valid.
+    """
+    url = proxy if "://" in proxy else f"http://{proxy}"
     try:
-        parts = urllib.parse.urlsplit(proxy if "://" in proxy else f"http://{proxy}")
-        _ = parts.port
+        parts = urllib.parse.urlsplit(url)
+        _ = parts.port  # raises for a port that is no number
     except ValueError:
         return "", False
     return parts.scheme, True
 
 
 def _find_variable(protocol: str) -> str:
-    """The environment variable of a protocol's proxy, as it is spelled there."""
+    """Return the environment variable that names a protocol's proxy, in its own spelling."""
     name = f"{protocol}_proxy"
     if os.environ.get(name):  # lower case takes precedence
         return name
@@ -120,13 +128,17 @@ def _find_variable(protocol: str) -> str:
 
 @lru_cache
 def _ask_server(url: str) -> str | None:
-    """Why a server does not answer a request, made once in this process; None if it answers."""
+    """Return why a server does not answer a request; None if it answers.
+
+    The cache asks each server once in this process.
+    """
     reasons: list[str | None] = []
 
     def ask() -> None:
         reasons.append(_request_head(url))
 
-    # In a thread, because looking up the server's name can take longer than the time-out.
+    # The request runs in a thread, because looking up the server's name has no time-out and can
+    # take longer than `TIMEOUT_S`.
     thread = threading.Thread(target=ask, daemon=True)
     thread.start()
     thread.join(TIMEOUT_S)
@@ -134,7 +146,7 @@ def _ask_server(url: str) -> str | None:
 
 
 def _request_head(url: str) -> str | None:
-    """Why a server does not answer a HEAD request; None if it answers."""
+    """Return why a server does not answer a HEAD request; None if it answers."""
     request = urllib.request.Request(url, method="HEAD")
     opener = urllib.request.build_opener()  # `urlopen` keeps the proxies of its first call
     try:
@@ -147,7 +159,9 @@ def _request_head(url: str) -> str | None:
 
 
 def is_hub_name(name: str) -> bool:
-    """Whether a name looks like a repository of the Hugging Face Hub, perhaps with @REVISION.
+    """Return whether a name looks like a repository of the Hugging Face Hub.
+
+    The repository may be followed by @REVISION.
 
     >>> is_hub_name("google/paligemma-3b-pt-224"), is_hub_name("nano")
     (True, False)
@@ -156,7 +170,7 @@ def is_hub_name(name: str) -> bool:
 
 
 def explain_hub_unreachable() -> str | None:
-    """Why only the local cache of the Hugging Face Hub can be used; None if the Hub can."""
+    """Return why only the local cache of the Hugging Face Hub can be used; None if the Hub can."""
     from huggingface_hub import constants
 
     if constants.HF_HUB_OFFLINE:
@@ -165,7 +179,7 @@ def explain_hub_unreachable() -> str | None:
 
 
 def is_hub_reachable() -> bool:
-    """Whether the Hugging Face Hub can be used; otherwise only its local cache can."""
+    """Return whether the Hugging Face Hub can be used; otherwise only its local cache can."""
     return explain_hub_unreachable() is None
 
 
@@ -173,8 +187,9 @@ def check_available_on_hub(model: str, instead: str) -> None:
     """Raise `SpearError` for a name on the Hub that is neither reachable nor in the cache.
 
     Args:
-        model: the name. Paths, and words that are no names on the Hub, are not checked.
-        instead: what the user can give instead, for the message.
+        model: a name. Nothing is checked if it is the path of a file or folder, or does not look
+            like a name on the Hub.
+        instead: what the user can give instead of a name, for the message.
     """
     from huggingface_hub import constants
 

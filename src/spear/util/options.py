@@ -1,8 +1,8 @@
-"""Options of commands: dataclasses, from which the command line is made.
+"""Options of commands: dataclasses from which tyro makes the command line.
 
-The docstring below each field is its help. Options that several commands have are defined here,
-with one description. Ranges are annotations (`Range`), and are checked whenever options are made,
-from the command line or in Python.
+The docstring below a field is the option's help. Options that several commands have are defined
+here, each with one description. An annotation `Range` limits a number; it is checked whenever an
+object of options is made, from the command line or in Python.
 """
 
 import dataclasses
@@ -21,19 +21,22 @@ from spear.errors import SpearError
 
 @dataclasses.dataclass(frozen=True)
 class Range:
-    """The range of a number, or of each number of a tuple. None and words are always allowed."""
+    """Annotation: the range of a number, or of each number in a tuple.
+
+    Values that are no numbers (None, words) are always allowed.
+    """
 
     minimum: float
     maximum: float = 1e15
 
 
 class RarelyUsed:
-    """Marks an option that only `--help-all` shows, as `Annotated[int, RarelyUsed()]`."""
+    """Annotation: only `--help-all` shows the option. Write `Annotated[int, RarelyUsed()]`."""
 
 
 @typing.dataclass_transform(frozen_default=True)
 class Options:
-    """Base class that makes a class a frozen dataclass whose ranges are checked.
+    """Base class of options: it makes a subclass a frozen dataclass, and checks the ranges.
 
     Raises:
         SpearError: a number is out of its range. The message names the field as the command line
@@ -61,20 +64,22 @@ class Options:
 
 
 def _check_range(name: str, value: Any, allowed: Range) -> None:
-    """Raise `SpearError` if a field's value, or one of a tuple, is a number out of range."""
-    numbers = value if isinstance(value, tuple) else (value,)
-    for number in numbers:
-        if not isinstance(number, int | float) or allowed.minimum <= number <= allowed.maximum:
+    """Raise `SpearError` if the value, or an element of a tuple, is a number out of range."""
+    elements = value if isinstance(value, tuple) else (value,)
+    for element in elements:
+        if not isinstance(element, int | float):
             continue
-        if number > allowed.maximum:
+        if allowed.minimum <= element <= allowed.maximum:
+            continue
+        if element > allowed.maximum:
             bound = f"most {allowed.maximum:g}"
         else:
             bound = f"least {allowed.minimum:g}"
-        raise SpearError(f"{to_option_name(name)} {number:g}: give at {bound}.")
+        raise SpearError(f"{to_option_name(name)} {element:g}: give at {bound}.")
 
 
 def to_option_name(field: str) -> str:
-    """A field's name on the command line.
+    """Return a field's name on the command line.
 
     >>> to_option_name("first_seed")
     '--first-seed'
@@ -83,7 +88,7 @@ def to_option_name(field: str) -> str:
 
 
 def list_changed_options(options: Options, *names: str) -> list[str]:
-    """The names, on the command line, of those options that differ from their defaults."""
+    """Return the command-line names of the fields in `names` that differ from their defaults."""
     return [
         to_option_name(name)
         for name in names
@@ -92,10 +97,13 @@ def list_changed_options(options: Options, *names: str) -> list[str]:
 
 
 def list_option_names(options: type) -> list[str]:
-    """The command-line names of a dataclass's options, with those of dataclasses inside it.
+    """Return the command-line names of a dataclass's options.
 
-    Positional arguments are left out. As a side effect the docstring of each field becomes its
-    help, as one paragraph; tyro by itself would keep the line breaks.
+    The names include the options of fields that are dataclasses themselves. Positional arguments
+    are left out.
+
+    As a side effect the docstring of each field becomes the field's help text for tyro, as one
+    paragraph; tyro by itself would keep the line breaks.
     """
     names = []
     hints = typing.get_type_hints(options, include_extras=True)
@@ -109,7 +117,7 @@ def list_option_names(options: type) -> list[str]:
             names += list_option_names(typing.cast(type, field_type))
         elif not _is_positional(hints[field.name]):
             names.append(to_option_name(field.name))
-            if field_type is bool:
+            if field_type is bool:  # tyro also accepts --no-NAME
                 names.append(to_option_name("no_" + field.name))
     return names
 
@@ -120,10 +128,10 @@ class OptionHelp:
 
     Attributes:
         name: The field's name.
-        hint: Its type, with annotations.
+        hint: The field's type, with its annotations.
         default: The field's default; `dataclasses.MISSING` for an option that is required.
-        text: Its docstring; None if the type has a help text.
-        is_rare: Whether only `--help-all` shows it.
+        text: The field's docstring. It is None if an annotation of the type has the help text.
+        is_rare: Whether only `--help-all` shows the option.
     """
 
     name: str
@@ -134,11 +142,14 @@ class OptionHelp:
 
 
 def list_option_help(options: type, defaults: Any = None) -> list[OptionHelp]:
-    """List what the help shows of a dataclass's options, with those of dataclasses inside it.
+    """List what the help shows of a dataclass's options.
+
+    The list includes the options of fields that are dataclasses themselves.
 
     Args:
         options: The dataclass.
-        defaults: An instance whose values are the defaults, instead of those of the class.
+        defaults: An instance whose values are shown as the defaults; None for the defaults of the
+            class. (A field that is a dataclass may have other defaults than its class.)
     """
     option_help: list[OptionHelp] = []
     hints = typing.get_type_hints(options, include_extras=True)
@@ -157,21 +168,24 @@ def list_option_help(options: type, defaults: Any = None) -> list[OptionHelp]:
 
 
 def _get_default(field: dataclasses.Field[Any]) -> Any:
+    """Return a field's default; `dataclasses.MISSING` if it has none."""
     if field.default_factory is not dataclasses.MISSING:
         return field.default_factory()
     return field.default
 
 
 def _read_field_docstrings(options: type) -> dict[str, str | None]:
-    """The docstrings of the fields of a class and of those it inherits from."""
+    """Return the docstrings of a class's fields by name, including inherited fields."""
     descriptions = {}
-    for base in options.__mro__[-2::-1]:
+    bases_before_subclasses = options.__mro__[-2::-1]  # from the class below `object` to `options`
+    for base in bases_before_subclasses:
         for param in parse_from_object(base).params:
             descriptions[param.arg_name] = param.description
     return descriptions
 
 
 def _is_positional(hint: Any) -> bool:
+    """Return whether a field is given by its position, without an option's name."""
     marker = Positional[int].__metadata__[0]  # type: ignore[attr-defined]
     return marker in getattr(hint, "__metadata__", ())
 
@@ -216,9 +230,10 @@ def parse_key_values(items: Sequence[str], **named: Any) -> dict[str, Any]:
     """Parse the KEY=VALUE words of --set.
 
     Args:
-        items: the words. A value is read as JSON (numbers, true, lists and so on) if it is any,
-            otherwise as a string.
-        named: values of keys that have options of their own; None if not given.
+        items: the words. A VALUE that is valid JSON (a number, true, a list and so on) is read as
+            JSON, and any other VALUE as a string.
+        named: values of keys that also have an option of the command; None if the user did not
+            give that option.
 
     Raises:
         SpearError: a word has no =, or a key is given twice.

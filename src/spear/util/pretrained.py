@@ -1,4 +1,4 @@
-"""The one place that calls Transformers' `from_pretrained`: a model folder never runs code."""
+"""The one place that calls Transformers' `from_pretrained`, so that no model folder runs code."""
 
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ def load_pretrained(cls: Any, name: Path | str | None, **options: Any) -> Any:
     Args:
         cls: a class of Transformers: a model, `AutoConfig`, `AutoTokenizer`, `AutoProcessor`.
         name: the model's folder, its name on the Hub, or None for a model in memory.
-        options: of `from_pretrained`.
+        options: further arguments of `from_pretrained`.
 
     Raises:
         SpearError: the model cannot be loaded without its code.

@@ -31,20 +31,20 @@ def open_worker_pool(
 
     Args:
         num_workers: number of processes. With 0 the pool is None.
-        preload: the module that the workers need.
+        preload: the module that the workers need, which is imported once before they are forked.
         advice: what to do when a worker is killed, for the message.
 
     Raises:
-        SpearError: a worker was killed. If none has started, the cause is a script without a main
-            guard, which is run again in each of them.
+        SpearError: a worker was killed. If no worker has ever run, the cause is a script without a
+            main guard: every worker runs the script again, and fails.
     """
     if num_workers <= 0:
         yield None
         return
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([preload])
-    # The event starts multiprocessing's tracker, which unblocks interrupts: make it before blocking
-    # them.
+    # Making the event starts multiprocessing's resource tracker, which unblocks interrupts. So the
+    # event is made before `block_interrupts`.
     has_started = context.Event()
     with block_interrupts():
         ensure_running()  # the fork server
@@ -67,10 +67,10 @@ def open_worker_pool(
 
 
 def _kill_workers(executor: ProcessPoolExecutor) -> None:
-    """End the workers of a pool, for example after Ctrl-C: nobody waits for their results any more.
+    """End the workers of a pool after an error or Ctrl-C, when nobody waits for their results.
 
-    Workers that are yet to start are not started, because the fork server is killed first. Waiting
-    for its end lets the next pool have another one.
+    The fork server is killed first, so that it does not start further workers. `_stop` waits for
+    its end, so that the next pool starts a new fork server.
     """
     os.kill(_forkserver._forkserver_pid, signal.SIGKILL)  # type: ignore[attr-defined]
     _forkserver._stop()  # type: ignore[attr-defined]
@@ -89,10 +89,10 @@ def block_interrupts() -> Iterator[None]:
 
 
 def follow_parent_process(has_started: Event | None = None) -> None:
-    """In a worker: leave interrupts to the parent process, and end when that one ends.
+    """In a worker: ignore Ctrl-C, which the parent process handles, and end with the parent.
 
     Args:
-        has_started: is set, to show that the worker runs.
+        has_started: an event to set, which shows the parent that a worker runs.
     """
     if has_started is not None:
         has_started.set()
@@ -110,13 +110,13 @@ def follow_parent_process(has_started: Event | None = None) -> None:
 def map_in_order(
     executor: Executor | None, function: Callable[[T], R], items: Iterable[T], num_ahead: int
 ) -> Iterator[R]:
-    """Map a function over items by the workers of a pool, with the results in order.
+    """Apply a function to items in the workers of a pool, and yield the results in order.
 
     Args:
         executor: the pool; None computes in this process.
-        function: what to compute.
-        items: its arguments.
-        num_ahead: the most results that wait for the consumer.
+        function: the function.
+        items: the arguments of its calls.
+        num_ahead: how many calls may be submitted before the oldest result is yielded.
     """
     if executor is None:
         yield from map(function, items)

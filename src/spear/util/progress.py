@@ -1,4 +1,4 @@
-"""Progress of long work on stderr: a bar in a terminal, lines elsewhere."""
+"""Shows the progress of long work on stderr: as a bar in a terminal, elsewhere as lines."""
 
 import sys
 import time
@@ -16,14 +16,14 @@ LOG_INTERVAL_S = 30.0  # between the lines in a log (our choice)
 
 
 class ProgressBar:
-    """Counts finished items of some work, and shows the count inside its `with` block.
+    """Counts the finished items of some work, and shows the count inside the `with` block.
 
     Args:
-        name: of the work.
-        total: number of items to do.
-        unit: what is counted, as a plural.
-        num_done_before: how many of them an earlier command has done. They do not count for the
-            rate.
+        name: name of the work.
+        total: number of all items.
+        unit: the word for the items, in the plural.
+        num_done_before: how many of the items an earlier command has done. They do not count for
+            the rate.
     """
 
     def __init__(
@@ -56,15 +56,17 @@ class ProgressBar:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._num_lines:
-            self._log_line()  # shows where the work ended
+        has_logged = self._num_lines > 0
+        if has_logged:
+            self._log_line()  # the last line shows where the work ended
         self._bar.stop()
 
     def update(self, done: int, info: str = "") -> None:
-        """Set the number of finished items, and what else to show."""
+        """Set the number of finished items, and a text that is shown after the count."""
         self.done = done
         self._info = info
-        if not self._bar.disable:
+        is_terminal = not self._bar.disable
+        if is_terminal:
             self._bar.update(self._task, completed=done, description=self.format_line())
         elif time.monotonic() - self._last_line_time_s > LOG_INTERVAL_S:
             self._log_line()
@@ -74,7 +76,7 @@ class ProgressBar:
         print(escape_control_characters(line), file=sys.stderr, flush=True)
 
     def format_line(self) -> str:
-        """All that is known: "training: 100 of 1,000 steps, 5.0 steps/s, 0:03:00 left"."""
+        """Return a line such as "training: 100 of 1,000 steps, 5.0 steps/s, 0:03:00 left"."""
         phrases = [
             f"{self.name}: {self.done:,} of {format_count(self.total, self.unit)}",
             self.format_rate(),
@@ -84,7 +86,7 @@ class ProgressBar:
         return ", ".join(phrase for phrase in phrases if phrase)
 
     def format_rate(self) -> str:
-        """How fast this command works, "5.0 steps/s"; empty before the first item."""
+        """Return how fast this command works, such as "5.0 steps/s"; "" before the first item."""
         rate_hz = self._rate_hz()
         if rate_hz == 0:
             return ""
@@ -96,7 +98,8 @@ class ProgressBar:
         rate_hz = self._rate_hz()
         if self.done >= self.total or not rate_hz:
             return ""
-        minutes, seconds = divmod(round((self.total - self.done) / rate_hz), 60)
+        remaining_s = round((self.total - self.done) / rate_hz)
+        minutes, seconds = divmod(remaining_s, 60)
         hours, minutes = divmod(minutes, 60)
         return f"{hours}:{minutes:02d}:{seconds:02d} left"
 

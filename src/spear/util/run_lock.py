@@ -1,7 +1,7 @@
 """Locks that let one process at a time write to a folder.
 
-A lock is held on a file, by the `filelock` library. It ends with its process, however that ends,
-and the processes that it forks do not keep it. The lock file itself stays.
+The `filelock` library locks a file. The lock ends with its process, also if that process is killed,
+and processes that it forked do not keep the lock. The lock file itself stays.
 """
 
 import contextlib
@@ -54,9 +54,9 @@ def acquire_run_lock(
 
     Args:
         folder: the folder to lock.
-        doing: what the other process would be doing, for the message: "labeling into".
-        setting_files: names of files that are written before there is any work. If the work fails
-            in a folder that is new and contains nothing else, the folder is removed again.
+        doing: what another process in the folder does, for the message: "labeling into".
+        setting_files: names of files that are written before any result. If the work fails and the
+            folder is new and contains only these files, the folder is removed again.
         name: name of the lock file. Locks of different names let several processes work in
             different parts of one folder.
 
@@ -78,14 +78,14 @@ def acquire_run_lock(
 
 
 def _has_results(folder: Path, ignored_names: set[str]) -> bool:
-    """Whether a folder, or one inside it, contains a file other than these."""
+    """Return whether there is a file below `folder` whose name is not in `ignored_names`."""
     files = (path for path in folder.rglob("*") if path.is_file())
     return any(path.name not in ignored_names for path in files)
 
 
 def _remove_new_folders(folder: Path, new_parents: list[Path]) -> None:
-    """Remove a folder and its content, and parents that were created for it and are empty."""
+    """Remove a folder with its content, and the parents that were created for it, if empty."""
     shutil.rmtree(folder, ignore_errors=True)
-    with contextlib.suppress(OSError):  # another process has written to one of them meanwhile
+    with contextlib.suppress(OSError):  # another process has written to a parent meanwhile
         for parent in new_parents:
             parent.rmdir()

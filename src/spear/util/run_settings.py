@@ -10,12 +10,12 @@ from spear.errors import SpearError
 from spear.util.files import read_json, write_text
 
 _UNREADABLE_VALUE = re.compile(r"[0-9a-f]{32}|\\n")
-"""Matches hashes and texts of several lines (as JSON): it does not help a reader to see both of
-them."""
+"""Matches hashes, and texts of several lines as JSON writes them. A message does not show two of
+these values, because a reader could not see how they differ."""
 
 
 def to_plain_json(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings as they are after writing them to JSON and reading them again: tuples become lists.
+    """Return the settings as they are after JSON has been written and read: tuples become lists.
 
     >>> to_plain_json({"size": (4, 3)})
     {'size': [4, 3]}
@@ -24,7 +24,7 @@ def to_plain_json(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def describe_difference(recorded: Mapping[str, Any], current: Mapping[str, Any]) -> str:
-    """Describe in which keys two settings differ; the empty string if they are the same.
+    """Describe in which keys two settings differ; the empty string if they are equal.
 
     >>> describe_difference({"size": 840, "seed": 0}, {"size": 560, "seed": 0})
     'size is 840 there, 560 here'
@@ -48,11 +48,11 @@ def describe_difference(recorded: Mapping[str, Any], current: Mapping[str, Any])
 
 
 def record_or_check_settings(path: Path, settings: Mapping[str, Any], is_resuming: bool) -> None:
-    """Record the settings of new work in a file; compare those of resumed work with it.
+    """Record the settings of new work in a file, or compare those of resumed work with the file.
 
     Args:
-        path: the file of settings. New work replaces an earlier one.
-        settings: what JSON can express.
+        path: the file of settings. New work overwrites it.
+        settings: the settings of this command. JSON must be able to express their values.
         is_resuming: whether the folder already contains work that is to be continued.
 
     Raises:

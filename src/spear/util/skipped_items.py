@@ -1,4 +1,4 @@
-"""Items that cannot be read are skipped, as long as they are few."""
+"""Collects items that cannot be read, so that work goes on as long as they are few."""
 
 import re
 from collections import Counter
@@ -11,13 +11,12 @@ MAX_SHOWN_REASONS = 3
 
 @dataclass
 class SkippedItems:
-    """Collects the reasons for which items were skipped, and stops the work when there are too
-    many.
+    """Collects why items were skipped, and stops the work when too many of them were.
 
     Attributes:
         limit: the largest fraction of items that may be skipped.
-        unit: what is counted, as a plural.
-        patience: number of items to see before `check` judges the fraction of an unfinished work.
+        unit: the word for the items, in the plural.
+        patience: number of items after which `check` judges work that is not finished.
         reasons: one message per skipped item.
     """
 
@@ -31,10 +30,12 @@ class SkippedItems:
         self.reasons.append(str(reason))
 
     def check(self, good: int, finished: bool = False) -> None:
-        """Raise `SpearError` if too many items were skipped, compared with this number of good
-        ones.
+        """Raise `SpearError` if the skipped items are a larger fraction of all than `limit`.
 
-        Finished work is always judged, unfinished work once `patience` items have been seen.
+        Args:
+            good: number of items that were not skipped.
+            finished: whether the work is done. Unfinished work is judged only after `patience`
+                items.
         """
         num_bad = len(self.reasons)
         num_seen = good + num_bad
@@ -47,18 +48,22 @@ class SkippedItems:
             )
 
     def summarize(self) -> str:
-        """The most frequent reasons in one line, each with its count and its first message.
+        """Return the most frequent reasons in one line, each with its count and its first message.
 
-        Messages are of the same reason if they differ only in numbers, such as those of items.
+        Two messages have the same reason if they differ only in numbers, such as the number of the
+        item.
         """
         counts: Counter[str] = Counter()
         first_messages: dict[str, str] = {}
         for message in self.reasons:
-            kind = re.sub(r"\d+(\.\d+)?", "0", message)
-            counts[kind] += 1
-            first_messages.setdefault(kind, message)
+            reason = re.sub(r"\d+(\.\d+)?", "0", message)
+            counts[reason] += 1
+            first_messages.setdefault(reason, message)
         most_frequent = counts.most_common(MAX_SHOWN_REASONS)
-        texts = [f"{number} × {first_messages[kind].rstrip('.')}" for kind, number in most_frequent]
+        texts = []
+        for reason, count in most_frequent:
+            message = first_messages[reason].rstrip(".")
+            texts.append(f"{count} × {message}")
         num_others = len(counts) - len(most_frequent)
         if num_others:
             texts.append(f"and {num_others} rarer reasons")

@@ -12,7 +12,7 @@ def name_unit(factor: float, units: Mapping[str, float]) -> str:
     """Name a unit by its factor: "mm", or "0.05 m" if it is none of the known ones.
 
     Args:
-        factor: Meters or radians per 1.
+        factor: How many meters or radians one unit has.
         units: `LENGTH_UNITS` or `ANGLE_UNITS`.
 
     Example:
@@ -26,7 +26,7 @@ def name_unit(factor: float, units: Mapping[str, float]) -> str:
 
 
 def unit_factor(name: str, units: Mapping[str, float]) -> float:
-    """The factor of a unit that `name_unit` named.
+    """Return the factor of a unit from the name that `name_unit` made.
 
     Example:
         >>> unit_factor("mm", LENGTH_UNITS), unit_factor("0.05 m", LENGTH_UNITS)
