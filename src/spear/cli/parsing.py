@@ -207,7 +207,7 @@ def _simplify(reason: str, args: Sequence[str]) -> str:
 def _values_of(option: str, args: Sequence[str]) -> list[str]:
     """Return the value at each occurrence of an option.
 
-    The value follows an equals sign (--option=value), or is the next word (--option value).
+    The value follows an equals sign in the option's word, or is the next word.
     """
     values = []
     for index, word in enumerate(args):

@@ -1,4 +1,9 @@
-"""What the audit found: a table for the terminal, and a page with plots."""
+"""Reports the results of an audit: as a table for the terminal, and as a page with plots.
+
+The audit tests *hypotheses*, possible meanings of a dataset's logged actions. For each part of the
+actions (translation, rotation) it has a *finding* per question, such as the frame: which answers
+fit the recorded motion, and whether the layout gives one of these.
+"""
 
 from dataclasses import replace
 from pathlib import Path
@@ -22,7 +27,7 @@ from spear.report.page import render
 from spear.report.plot import GREY, Axis, Bar, Line, draw_bars, draw_chart
 from spear.util.files import write_text
 
-MAX_PATHS = 3  # episodes whose path is drawn
+MAX_PATHS = 3  # number of episodes whose path is drawn
 QUESTIONS = {
     "kind": "change or target",
     "frame": "frame",
@@ -32,11 +37,11 @@ QUESTIONS = {
     "state_format": "form of states",
     "action_format": "form of actions",
 }
-"""Fields of a hypothesis, as the report calls them."""
+"""Field of a hypothesis -> its name in the report."""
 
 
 class _NamedFinding(NamedTuple):
-    """A finding, what it is about, and its name, such as "rotation frame"."""
+    """A finding, the part of the actions that it is about, and its name: "rotation frame"."""
 
     action_part: ActionPart
     finding: Finding
@@ -57,7 +62,7 @@ def format_report(report: Report) -> str:
 
 
 def conclude(report: Report) -> str:
-    """One line: the outcome, and what it is about."""
+    """Return one line: the outcome of the audit, with the contradictions or open questions."""
     findings = _name_findings(report)
     if report.outcome == "contradiction":
         problems = [*report.states, *_list_contradictions(report, findings)]
@@ -67,16 +72,18 @@ def conclude(report: Report) -> str:
     ending = ""
     if open_questions:
         ending = f"; it cannot be told: {'; '.join(open_questions)}"
-    was_cut_short = report.num_episodes == MAX_EPISODES or report.num_steps > MAX_STEPS
-    scope = f" of {report.num_episodes} episodes, the first" if was_cut_short else ""
+    has_more_episodes = report.num_episodes == MAX_EPISODES or report.num_steps > MAX_STEPS
+    scope = f" of {report.num_episodes} episodes, the first" if has_more_episodes else ""
     if report.outcome == "undecided":
         return f"undecided: nothing contradicts the layout in the data{scope}{ending}"
     return f"consistent: the layout agrees with the data{scope}{ending}"
 
 
 def advise(report: Report) -> str:
-    """What would decide an undecided audit: more episodes, a slower motion, or a line in
-    spear.json."""
+    """Return a message about an undecided audit: what is open, and what would decide it.
+
+    The advice is to record slower motions or more episodes, or to complete spear.json.
+    """
     is_unexplained = any(
         action_part.note and action_part.best_fit.relative_error > MAX_UNEXPLAINED
         for action_part in report.action_parts
@@ -93,7 +100,7 @@ def advise(report: Report) -> str:
 
 
 def _name_findings(report: Report) -> list[_NamedFinding]:
-    """Return all findings, with the parts that they are about."""
+    """Return all findings, with their names and the parts of the actions they are about."""
     findings = []
     for action_part in report.action_parts:
         for finding in action_part.findings:
@@ -103,16 +110,21 @@ def _name_findings(report: Report) -> list[_NamedFinding]:
 
 
 def _list_contradictions(report: Report, findings: list[_NamedFinding]) -> list[str]:
-    """What contradicts the layout, and what fits instead."""
+    """List what contradicts the layout, and what fits instead."""
     contradictions = []
     for action_part, finding, name in findings:
         if finding.verdict == "wrong" and action_part.verdict == "wrong":
             contradictions.append(f"{name}: {finding.best_answer}, not {finding.layout_answer}")
+
+    # Without a single wrong answer, the combination of the answers is wrong.
     if not contradictions:
         for action_part in report.action_parts:
             if action_part.verdict == "wrong":
                 contradictions.append(f"{action_part.name}s: the whole reading")
-    if report.fitting_formats:  # then the actions only look wrong
+
+    # With another rotation format of the states, the actions would fit. So the format is the one
+    # mistake, and the contradictions of the actions are consequences.
+    if report.fitting_formats:
         formats = " or ".join(report.fitting_formats)
         contradictions = [f"rotation_format: {formats} fits all else that the layout says"]
     for check in report.checks:
@@ -122,15 +134,16 @@ def _list_contradictions(report: Report, findings: list[_NamedFinding]) -> list[
 
 
 def _list_open_questions(report: Report, findings: list[_NamedFinding]) -> list[str]:
-    """What the data do not decide, and why."""
-    decidable = [named for named in findings if not named.action_part.note]
+    """List the questions that the data do not decide, each with the reason."""
+    # An action part with a note has one reason for all of its questions, which comes below.
+    findings_without_note = [named for named in findings if not named.action_part.note]
     open_questions = []
-    for _, finding, name in decidable:
+    for _, finding, name in findings_without_note:
         if finding.verdict == "cannot tell":
             open_questions.append(f"{name} ({' or '.join(finding.tied_answers)})")
-    for _, finding, name in decidable:
-        is_punctual = "0" in finding.tied_answers  # an arm without delay needs no mention
-        if finding.verdict == "not said" and not is_punctual:
+    for _, finding, name in findings_without_note:
+        fits_without_delay = "0" in finding.tied_answers  # the layout need not mention a delay of 0
+        if finding.verdict == "not said" and not fits_without_delay:
             answer = finding.best_answer
             open_questions.append(f"{name} (not in the layout; {answer} fits best)")
     for action_part in report.action_parts:
@@ -143,7 +156,11 @@ def _list_open_questions(report: Report, findings: list[_NamedFinding]) -> list[
 
 
 def write_audit_page(report: Report, out: Path) -> None:
-    """Write the report as one HTML file. Raises `SpearError` for a file that cannot be written."""
+    """Write the report as one HTML file.
+
+    Raises:
+        SpearError: the file cannot be written.
+    """
     facts = [(f"{report.num_episodes:,}", f"episodes, {format_count(report.num_steps, 'steps')}")]
     paths = []
     for action_part in report.action_parts:
@@ -151,11 +168,12 @@ def write_audit_page(report: Report, out: Path) -> None:
         facts.append((f"{action_part.best_fit.relative_error:.1%}", label))
         if action_part.name == "translation":
             paths = _draw_paths(report, action_part)
-    findings = []
+    drawn_parts = []
     for action_part in report.action_parts:
-        findings.append(
-            (action_part, [(f, _draw_bars(action_part, f)) for f in action_part.findings])
-        )
+        drawn_findings = [
+            (finding, _draw_bars(action_part, finding)) for finding in action_part.findings
+        ]
+        drawn_parts.append((action_part, drawn_findings))
     html = render(
         "audit.html",
         title=f"Audit: {Path(report.path).resolve().name}",
@@ -163,14 +181,17 @@ def write_audit_page(report: Report, out: Path) -> None:
         report=report,
         conclusion=conclude(report),
         questions=QUESTIONS,
-        action_parts=findings,
+        action_parts=drawn_parts,
         paths=paths,
     )
     write_text(out, html)
 
 
 def _draw_bars(action_part: ActionPart, finding: Finding) -> str:
-    """What each answer leaves of the motion; those that fit as well as the best in green."""
+    """Draw how much of the motion each answer of a finding leaves unexplained.
+
+    The bars of answers that fit as well as the best one are green.
+    """
     rows = []
     for answer, (fit, margin) in finding.answers.items():
         comparison = "best" if answer == finding.best_answer else _format_interval(margin)
@@ -178,18 +199,26 @@ def _draw_bars(action_part: ActionPart, finding: Finding) -> str:
         error = f"{fit.relative_error:.1%} ({format_size(action_part.name, fit.mean_error)})"
         style = "good" if answer in finding.tied_answers else ""
         rows.append(Bar(label, fit.relative_error, f"{error}, {comparison}", style=style))
-    return draw_bars([("", rows)], (0.0, 1.2))
+    return draw_bars([("", rows)], ends=(0.0, 1.2))  # an error of 1 is as large as the motion
 
 
 def _format_interval(margin: Margin) -> str:
+    """Return by how much an answer fits worse than the best one, with its interval."""
     return f"{margin.value:+.1%} [{margin.low:+.1%}, {margin.high:+.1%}]"
 
 
 def _draw_paths(report: Report, action_part: ActionPart) -> list[tuple[str, list[str]]]:
-    """Paths of some episodes: as recorded, and as the logged translations lead from the start."""
-    drawn = []
+    """Draw positions over time: as recorded, and as the logged translations add up from the start.
+
+    The translations are added up in two ways, by the meaning that fits best and by the layout's.
+
+    Returns:
+        (name, charts of x, y and z) of each of the first `MAX_PATHS` episodes.
+    """
+    drawn_paths = []
     for recording in report.recordings[:MAX_PATHS]:
         seconds = np.arange(len(recording.position)) / recording.rate_hz
+        # The y of these lines are positions [T, 3]; each chart below takes one of the 3 columns.
         paths = [Line("recorded", seconds, recording.position, GREY)]
         for name, fit in (
             ("best reading", action_part.best_fit),
@@ -202,5 +231,5 @@ def _draw_paths(report: Report, action_part: ActionPart) -> list[tuple[str, list
         for index, axis in enumerate("xyz"):
             lines = [replace(path, y=np.asarray(path.y)[:, index]) for path in paths]
             charts.append(draw_chart(lines, Axis("seconds"), title=f"{axis}, m"))
-        drawn.append((recording.source, charts))
-    return drawn
+        drawn_paths.append((recording.source, charts))
+    return drawn_paths

@@ -1,4 +1,5 @@
-"""Comparisons as pages: two policies in the same scenes; predictions beside demonstrations."""
+"""Makes two pages: one compares two policies in the same scenes, one predictions with
+demonstrations."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -30,12 +31,18 @@ from spear.report.plot import (
 )
 from spear.types import Array
 
-NUM_SHOWN_EPISODES = 3  # of an open-loop evaluation
+NUM_SHOWN_EPISODES = 3  # on the page of an open-loop evaluation
 MM_PER_M = 1000
 
 
 class _ActionChart(NamedTuple):
-    """A chart of one number of the actions: its title, its column, and the unit's factor."""
+    """A chart of one of the 8 numbers of an action over the steps.
+
+    Attributes:
+        title: title of the chart, with the unit.
+        column: index of the number.
+        factor: shown value divided by the number.
+    """
 
     title: str
     column: int
@@ -60,11 +67,11 @@ def make_comparison_page(
     """Make a self-contained page that compares two policies.
 
     Args:
-        comparison: what it shows.
-        folders: where the films of the first and the second policy lie.
+        comparison: the comparison.
+        folders: the folders with the films of the first and of the second policy.
         max_films: the largest number of pairs of films, chosen by `select_filmed_pairs`.
         published: tables of published numbers.
-        named_results: results by name, shown below each of these tables.
+        named_results: pairs of name and results, which each of these tables shows, too.
     """
     rows = comparison.rows
     rate_groups = []
@@ -93,7 +100,7 @@ def make_comparison_page(
 
 
 def _list_facts(comparison: Comparison) -> list[tuple[str, str]]:
-    """Return the page's large numbers, each with what it is."""
+    """Return the large numbers at the page's top, each with its meaning."""
     mean = comparison.mean
     facts = []
     for name, rate in ((comparison.first, mean.first), (comparison.second, mean.second)):
@@ -107,7 +114,12 @@ def _list_facts(comparison: Comparison) -> list[tuple[str, str]]:
 
 
 def make_open_loop_page(model: OpenLoopErrors, reference: OpenLoopErrors) -> str:
-    """Make a self-contained page with `draw_open_loop_charts`."""
+    """Make a self-contained page of a policy's actions in held-out episodes.
+
+    Args:
+        model: the policy's errors, with its predicted and the true actions.
+        reference: those of a baseline.
+    """
     num_episodes = format_count(len(model.truth), "held-out episodes")
     return render(
         "open_loop.html",
@@ -118,23 +130,23 @@ def make_open_loop_page(model: OpenLoopErrors, reference: OpenLoopErrors) -> str
 
 
 def draw_open_loop_charts(model: OpenLoopErrors, reference: OpenLoopErrors) -> list[list[str]]:
-    """Draw predicted and true displacements and gripper openings by step, of three held-out
-    episodes.
+    """Draw predicted and true translations and gripper openings over the steps.
+
+    Returns:
+        The charts of each of the first `NUM_SHOWN_EPISODES` held-out episodes.
     """
-    charts = []
-    for index in range(min(NUM_SHOWN_EPISODES, len(model.truth))):
+    charts_of_episodes = []
+    num_shown = min(NUM_SHOWN_EPISODES, len(model.truth))
+    for index in range(num_shown):
         truth = model.truth[index]
-        predicted = model.predicted[index]
-        baseline = reference.predicted[index]
-        charts.append(
-            [
-                _draw_action_chart(
-                    chart, truth, (model.name, predicted), (reference.name, baseline)
-                )
-                for chart in ACTION_CHARTS
-            ]
-        )
-    return charts
+        named_prediction = (model.name, model.predicted[index])
+        named_baseline = (reference.name, reference.predicted[index])
+        charts = [
+            _draw_action_chart(chart, truth, named_prediction, named_baseline)
+            for chart in ACTION_CHARTS
+        ]
+        charts_of_episodes.append(charts)
+    return charts_of_episodes
 
 
 def _draw_action_chart(
@@ -143,7 +155,14 @@ def _draw_action_chart(
     model: tuple[str, Array],
     baseline: tuple[str, Array],
 ) -> str:
-    """Draw one number of actions [T, 8]; the model and the baseline come with their names."""
+    """Draw one number of the actions over the steps of an episode.
+
+    Args:
+        chart: which number is drawn.
+        truth: [T, 8] the demonstrator's actions.
+        model: name of the model, and its actions [T, 8].
+        baseline: name of the baseline, and its actions [T, 8].
+    """
     steps = range(len(truth))
 
     def select(actions: Array) -> Array:
@@ -162,13 +181,17 @@ def _draw_action_chart(
 def select_filmed_pairs(
     comparison: Comparison, folders: tuple[Path, Path], limit: int
 ) -> list[Pair]:
-    """Select the shared scenes to show.
+    """Select at most `limit` shared scenes whose films the page shows, the most interesting first.
 
-    First come scenes that only one of the two policies solved and of which both folders have a
-    film, then those of which one folder has a film, then other scenes of which both have one. Task
+    A scene is interesting if only one of the two policies solved it. The order is: interesting
+    scenes of which both folders have a film, interesting scenes of which one folder has a film,
+    other scenes of which both folders have a film. Within each of the three groups, the task
     families take turns.
+
+    Returns:
+        The two outcomes in each selected scene.
     """
-    num_by_kind: Counter[tuple[bool, bool, str]] = Counter()
+    num_so_far: Counter[tuple[bool, bool, str]] = Counter()  # by group and task family
     ranked_pairs = []
     for pair in comparison.pairs:
         first, second = pair
@@ -176,26 +199,30 @@ def select_filmed_pairs(
         has_second_film = (folders[1] / second.film_name).is_file()
         has_both_films = has_first_film and has_second_film
         has_one_film = has_first_film != has_second_film
-        agree = first.success == second.success
-        if has_both_films or (has_one_film and not agree):
-            num_by_kind[agree, has_one_film, first.family] += 1
-            turn = num_by_kind[agree, has_one_film, first.family]
-            ranked_pairs.append(((agree, has_one_film, turn), pair))
+        has_same_ending = first.success == second.success
+        if has_both_films or (has_one_film and not has_same_ending):
+            num_so_far[has_same_ending, has_one_film, first.family] += 1
+            turn = num_so_far[has_same_ending, has_one_film, first.family]
+            rank = (has_same_ending, has_one_film, turn)  # False sorts before True
+            ranked_pairs.append((rank, pair))
     ranked_pairs.sort(key=lambda ranked: ranked[0])
     return [pair for _, pair in ranked_pairs[:limit]]
 
 
 def _show_scene(comparison: Comparison, pair: Pair, folders: tuple[Path, Path]) -> dict[str, Any]:
-    """What two policies did in one scene, each with its film if there is one."""
+    """Return the values that the template shows of a scene: its title, and how each policy ended.
+
+    The ending comes with the data of the film; None if there is no film.
+    """
     names = (comparison.first, comparison.second)
     runs = []
     for name, outcome, folder in zip(names, pair, folders, strict=True):
         path = folder / outcome.film_name
         film = path.read_bytes() if path.is_file() else None
         runs.append((f"{name}: {describe_ending(outcome)}", film))
-    scene, _ = pair
-    family = replace_underscores(scene.family)
-    return {"title": f"{family}, scene {scene.seed}: {scene.instruction}", "runs": runs}
+    outcome, _ = pair  # both are of the same scene
+    family = replace_underscores(outcome.family)
+    return {"title": f"{family}, scene {outcome.seed}: {outcome.instruction}", "runs": runs}
 
 
 def describe_ending(outcome: Outcome) -> str:

@@ -1,7 +1,7 @@
-"""A page that shows some episodes of a dataset: frames, actions over time, paths of the gripper.
+"""Makes a page about some episodes of a dataset: images, actions over time, paths of the gripper.
 
-If nobody has described the dataset yet, the page shows its columns as they are: what is in
-`state[3]`, and where the gripper closes, is easier to see than to guess.
+If nobody has described the dataset yet, the page shows its columns as they are. In such charts the
+reader can see what `state[3]` is, and where the gripper closes, instead of guessing.
 """
 
 import itertools
@@ -33,21 +33,21 @@ from spear.util.files import write_text
 from spear.util.images import IMAGE_MAGIC_BYTES, decode_image, to_jpeg_data_uri
 from spear.util.skipped_items import SkippedItems
 
-MAX_EPISODES = 4  # on the page
-MAX_FRAMES = 8  # in the strip of each camera
+MAX_EPISODES = 4  # episodes on the page
+MAX_FRAMES = 8  # images in a strip; a strip is a row of images of one camera
 STRIP_HEIGHT_PX = 120
 NUMBERS_PER_CHART = 3
-MAX_NUMBERS = 24  # of a column, in all its charts
-MAX_LISTED_STEPS = 8  # at which a column of truth values is true
+MAX_NUMBERS = 24  # of a column with more numbers per step, only the first are drawn
+MAX_LISTED_STEPS = 8  # the words about a bool column list its first true steps
 NUM_DRAWN_FRAMES = 5  # poses whose axes are drawn along a path
-PATH_SIZE_PX = (360, 260)
+PATH_SIZE_PX = (360, 260)  # width and height of a chart of a path
 TIME_AXIS = Axis("seconds")
 
 
 def write_page(path: str | Path, out: Path, layout: Path | None = None) -> None:
     """Write a page about the dataset in `path` to the file `out`.
 
-    The page shows the first good episodes and lists those that were skipped before them.
+    The page shows the first good episodes and lists the ones that were skipped among them.
 
     Args:
         path: the dataset's folder.
@@ -82,101 +82,138 @@ def write_page(path: str | Path, out: Path, layout: Path | None = None) -> None:
 
 
 def _show_episode(episode: Episode) -> dict[str, Any]:
-    """Return an episode as the template shows it."""
+    """Return the values that the template shows of an episode whose layout is known."""
     strips = []
     for name, images in episode.images.items():
         strips.append((name, _make_strip(images, f"{episode.source} camera {name!r}")))
-    actions, is_valid = canonicalize_actions(episode)
+    actions, is_valid = canonicalize_actions(episode)  # [T, 8] and [T]
     success = {True: ", a success", False: ", a failure", None: ""}[episode.success]
     length = f"{format_count(len(episode), 'steps')} at {episode.rate_hz:g} Hz"
     num_known = int(is_valid.sum())
+    known_actions = np.where(is_valid[:, None], actions, np.nan)  # [T, 8]
     return {
         "title": episode.instruction or "(no instruction)",
         "about": f"{episode.source}: {length}, {num_known} with a known action{success}",
         "strips": strips,
-        "charts": _draw_episode(episode, np.where(is_valid[:, None], actions, np.nan)),
+        "charts": _draw_episode(episode, known_actions),
         "quiet": [],
     }
 
 
 def _draw_episode(episode: Episode, actions: Array) -> list[str]:
-    """Charts of actions [T, 8] (NaN where unknown), gripper and path."""
+    """Return charts of an episode's actions, gripper and path.
+
+    Args:
+        episode: the episode.
+        actions: [T, 8] translation in meters, rotation quaternion and gripper opening; NaN where
+            the action is not known.
+    """
     seconds = np.arange(len(episode)) / episode.rate_hz
-    turns_deg = np.degrees(quat_log(torch.tensor(actions[:, 3:7])).numpy())
-    gripper = [
+    translations_mm = 1000 * actions[:, :3]
+    rotations = torch.tensor(actions[:, 3:7])  # quaternions
+    rotation_vectors_deg = np.degrees(quat_log(rotations).numpy())  # [T, 3]
+    gripper_lines = [
         Line("measured", seconds, episode.gripper, GREY),
         Line("commanded", seconds, actions[:, 7], dashed=True),
     ]
+    gripper_axis = Axis(ends=(-0.1, 1.1))
     left_axis = Axis("y, to the left", reverse=True)
     return [
+        draw_chart(_xyz_lines(seconds, translations_mm), TIME_AXIS, title="Step, mm (base frame)"),
         draw_chart(
-            _xyz_lines(seconds, 1000 * actions[:, :3]), TIME_AXIS, title="Step, mm (base frame)"
+            _xyz_lines(seconds, rotation_vectors_deg),
+            TIME_AXIS,
+            title="Turn, degrees (end-effector frame)",
         ),
-        draw_chart(
-            _xyz_lines(seconds, turns_deg), TIME_AXIS, title="Turn, degrees (end-effector frame)"
-        ),
-        draw_chart(gripper, TIME_AXIS, Axis(ends=(-0.1, 1.1)), "Gripper (1 is open)"),
+        draw_chart(gripper_lines, TIME_AXIS, gripper_axis, title="Gripper (1 is open)"),
         _draw_path(episode, (1, 0), "Path seen from above, m", left_axis, Axis("x")),
         _draw_path(episode, (0, 2), "Path seen from the right, m", Axis("x, forward"), Axis("z")),
     ]
 
 
 def _xyz_lines(x: Array, values: Array) -> list[Line]:
+    """Return a line for each column of values [T, 3], named x, y and z, over `x` [T]."""
     return [Line(name, x, values[:, i], XYZ_COLORS[i]) for i, name in enumerate("xyz")]
 
 
 def _draw_path(
     episode: Episode, plane: tuple[int, int], title: str, x_axis: Axis, y_axis: Axis
 ) -> str:
-    """Return the end-effector's path in a plane of the base frame, with its own x y z axes at some steps.
+    """Draw the end-effector's path in a plane of the base frame, with its axes at some steps.
 
     Args:
-        plane: the base frame's axes that are drawn to the right and upward.
+        episode: the episode.
+        plane: indices of the base frame's axes (0 x, 1 y, 2 z) that are drawn horizontally and
+            vertically.
+        title: title of the chart.
+        x_axis: the chart's horizontal axis.
+        y_axis: the chart's vertical axis.
     """
     across, up = plane
-    position = episode.position
+    position = episode.position  # [T, 3]
     lines = [
         Line("", position[:, across], position[:, up], GREY),
         Line("start", position[:1, across], position[:1, up], GREY, dots=True),
     ]
-    extent = float(np.ptp(position[:, [across, up]], axis=0).max())
-    axis_length = 0.14 * max(extent, 1e-3)
-    axes = quat_to_matrix(torch.tensor(episode.rotation)).numpy()  # columns, base frame
+    extent_m = float(np.ptp(position[:, [across, up]], axis=0).max())
+    axis_length_m = 0.14 * max(extent_m, 1e-3)
+    # [T, 3, 3]: the columns are the end-effector's axes in the base frame.
+    axes = quat_to_matrix(torch.tensor(episode.rotation)).numpy()
     for step in _spread_steps(len(episode), NUM_DRAWN_FRAMES):
+        start = position[step]
         for i, color in enumerate(XYZ_COLORS):
-            ends = np.stack([position[step], position[step] + axis_length * axes[step, :, i]])
+            axis_vector = axis_length_m * axes[step, :, i]
+            ends = np.stack([start, start + axis_vector])  # [2, 3]
             lines.append(Line("", ends[:, across], ends[:, up], color))
     return draw_chart(lines, x_axis, y_axis, title, PATH_SIZE_PX, equal=True)
 
 
 def _show_columns(steps: Steps, source: str) -> dict[str, Any]:
-    """Return an episode by its columns: images, charts of numbers that change, words about all else."""
+    """Return the values that the template shows of an episode whose layout is not known.
+
+    Columns of images become strips, and numbers that change become charts. Words describe every
+    other column.
+
+    Args:
+        steps: the episode's columns.
+        source: name of the episode.
+    """
     strips: list[tuple[str, Any]] = []
     charts: list[str] = []
-    quiet: list[tuple[str, str]] = []
+    quiet_columns: list[tuple[str, str]] = []  # columns without images or charts: name, words
     for name, values in walk_columns(steps):
         if not len(values):
             continue
-        if isinstance(values, str):
-            quiet.append((name, f"not read: {values}"))
+        if isinstance(values, str):  # the reason why the column was not read
+            quiet_columns.append((name, f"not read: {values}"))
         elif isinstance(values, np.ndarray):
             description = _describe_without_signal(values)
             if description:
-                quiet.append((name, description))
+                quiet_columns.append((name, description))
             else:
                 charts += _draw_column(name, values)
         elif is_depth_png(values[0]):
-            quiet.append((name, "depth images, not shown"))
+            quiet_columns.append((name, "depth images, not shown"))
         elif values[0].startswith(IMAGE_MAGIC_BYTES):
             strips.append((name, _make_strip(values, f"{source} column {name!r}")))
-        else:
-            quiet.append((name, bytes(values[0]).decode("utf-8", "replace")))
-    return {"title": source, "about": "", "strips": strips, "charts": charts, "quiet": quiet}
+        else:  # a text
+            quiet_columns.append((name, bytes(values[0]).decode("utf-8", "replace")))
+    return {
+        "title": source,
+        "about": "",
+        "strips": strips,
+        "charts": charts,
+        "quiet": quiet_columns,
+    }
 
 
 def _describe_without_signal(values: Array) -> str:
-    """What a column holds that says nothing about motion, such as a counter; "" for a signal."""
-    if values.dtype.kind not in "fiub" or values.ndim > 2:
+    """Describe a column [T, …] that says nothing about motion, such as a counter; "" for a signal.
+
+    A signal is a column of numbers that is worth a chart.
+    """
+    is_number = values.dtype.kind in "fiub"  # float, signed and unsigned integer, bool
+    if not is_number or values.ndim > 2:
         return f"{values.dtype} {list(values.shape[1:])}, not shown"
     if values.dtype.kind == "b" and values.ndim == 1:
         true_steps = np.flatnonzero(values)[:MAX_LISTED_STEPS]
@@ -184,33 +221,39 @@ def _describe_without_signal(values: Array) -> str:
             return "always false"
         return f"true at step {', '.join(map(str, true_steps))}"
 
-    table = values.reshape(len(values), -1).astype(np.float64)
+    table = values.reshape(len(values), -1).astype(np.float64)  # [T, numbers per step]
     is_single = table.shape[1] == 1
     if (table == table[0]).all():
         return f"always {table[0, 0]:g}" if is_single else "the same numbers in every step"
-    change = np.diff(table[:, 0])
-    if is_single and len(change) > 2 and np.ptp(change) < 1e-3 * abs(change[0]):
+    changes = np.diff(table[:, 0])  # [T - 1]
+    is_even = len(changes) > 2 and np.ptp(changes) < 1e-3 * abs(changes[0])
+    if is_single and is_even:
         return f"counts from {table[0, 0]:g} to {table[-1, 0]:g}"
     return ""
 
 
 def _draw_column(name: str, values: Array) -> Iterator[str]:
-    """Charts of a column over its steps, some numbers in each."""
-    table = values.reshape(len(values), -1)[:, :MAX_NUMBERS].astype(np.float64)
+    """Yield charts of a column [T, …] over its steps, each with `NUMBERS_PER_CHART` numbers."""
+    numbers = values.reshape(len(values), -1)[:, :MAX_NUMBERS].astype(np.float64)
+    num_steps, num_numbers = numbers.shape
     is_single = values.ndim == 1
-    for first in range(0, table.shape[1], NUMBERS_PER_CHART):
-        numbers = table[:, first : first + NUMBERS_PER_CHART]
-        end = first + numbers.shape[1]
-        column_range = "" if is_single else f"[{first}:{end}]"
+    for first in range(0, num_numbers, NUMBERS_PER_CHART):
+        end = min(first + NUMBERS_PER_CHART, num_numbers)
+        index_range = "" if is_single else f"[{first}:{end}]"
         lines = []
         for index, color in zip(range(first, end), XYZ_COLORS, strict=False):
             label = "" if is_single else str(index)
-            lines.append(Line(label, np.arange(len(table)), table[:, index], color))
-        yield draw_chart(lines, Axis("step"), title=name + column_range)
+            lines.append(Line(label, np.arange(num_steps), numbers[:, index], color))
+        yield draw_chart(lines, Axis("step"), title=name + index_range)
 
 
 def _make_strip(images: Sequence[bytes], where: str) -> list[tuple[int, str]]:
-    """Some of a camera's images: their steps, and small versions as data URIs."""
+    """Return some of a camera's images, as pairs of the step and a small version as data URI.
+
+    Args:
+        images: the encoded images of all steps.
+        where: name of the images in error messages.
+    """
     strip = []
     for step in _spread_steps(len(images), MAX_FRAMES):
         image = Image.fromarray(decode_image(images[step], f"{where} step {step}"))
@@ -221,6 +264,6 @@ def _make_strip(images: Sequence[bytes], where: str) -> list[tuple[int, str]]:
 
 
 def _spread_steps(length: int, max_steps: int) -> list[int]:
-    """At most `max_steps` steps, evenly spread from the first to the last."""
+    """Return at most `max_steps` of `length` steps, evenly spread from the first to the last."""
     spread = np.linspace(0, length - 1, min(max_steps, length))
     return np.unique(spread.round().astype(int)).tolist()

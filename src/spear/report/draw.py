@@ -1,4 +1,4 @@
-"""Draw on images: labels as masks, 3D boxes and names; answers as boxes and points."""
+"""Draws on images: labels as masks, 3D boxes and names; answers as boxes and points."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -17,24 +17,27 @@ from spear.util.images import decode_image
 Color = tuple[int, int, int]
 TRUTH_COLOR = (74, 222, 128)  # green
 PREDICTION_COLOR = (255, 176, 32)  # orange
-RIM_COLOR = (16, 18, 22)  # dark, around lines and behind names, so that both are seen everywhere
-NEAR_FACE = {0, 1, 4, 5}  # vertices of a box, drawn thicker
-MIN_DEPTH_M = 1e-3  # what is nearer lies behind the camera
+RIM_COLOR = (16, 18, 22)  # dark; around lines and behind names, so that both are visible on light
+NEAR_FACE = {0, 1, 4, 5}  # vertices of a box's near face, whose edges are drawn thicker
+MIN_DEPTH_M = 1e-3  # a point of a smaller depth counts as behind the camera
 NUM_BOX_VERTICES = 8
-NUMBERS_OF_3D_ANSWERS = (3, 3 * NUM_BOX_VERTICES)  # a point, or a box's vertices
+NUMBERS_OF_3D_ANSWERS = (3, 3 * NUM_BOX_VERTICES)  # how many numbers a point or a box has
 ANSWER_SCALE = 3
 MASK_OPACITY = 0.35
-TAG_STEP_PX = 3  # places for a name are tried at this distance from each other
+TAG_STEP_PX = 3  # distance between the positions that are tried for a tag; a tag shows a name
 
 
 class _NamedBox(NamedTuple):
+    """A box that is drawn, with its name and color."""
+
     name: str
     color: Color
     corners: Array  # [8, 2] pixels
 
 
 def make_palette(count: int) -> list[Color]:
-    """Make bright colors whose hues differ as much as they can."""
+    """Return `count` bright colors whose hues differ as much as possible."""
+    # Steps of the golden ratio spread any number of hues evenly over the circle of 360°.
     hues = [360 * ((0.02 + index * 0.618034) % 1.0) for index in range(count)]
     return [ImageColor.getrgb(f"hsv({hue:f},70%,100%)")[:3] for hue in hues]
 
@@ -56,18 +59,22 @@ def draw_label(label: LabeledImage, scale: int = 3, masks: bool = False) -> Arra
     palette = make_palette(len(label.objects))
     if masks:
         for labeled_object, color in zip(label.objects, palette, strict=True):
-            mask = decode_mask(labeled_object.mask_runs, label.height, label.width)
+            mask = decode_mask(labeled_object.mask_runs, label.height, label.width)  # [h, w] bool
             tinted = (1 - MASK_OPACITY) * image[mask] + MASK_OPACITY * np.array(color)
             image[mask] = tinted.astype(np.uint8)
-            image[mask & ~erode(mask, 1)] = color
+            outline = mask & ~erode(mask, 1)  # the mask's pixels at its border
+            image[outline] = color
 
     canvas = _enlarge(image, scale)
     boxes = []
     for labeled_object, color in zip(label.objects, palette, strict=True):
         box = labeled_object.box3d
-        if box is None or (box.vertices[:, 2] <= MIN_DEPTH_M).any():
+        if box is None:
             continue
-        corners = project(box.vertices, label.intrinsics) * scale
+        reaches_behind_camera = (box.vertices[:, 2] <= MIN_DEPTH_M).any()
+        if reaches_behind_camera:
+            continue
+        corners = project(box.vertices, label.intrinsics) * scale  # [8, 2] pixels of the canvas
         _draw_points(canvas, corners, color)
         boxes.append(_NamedBox(labeled_object.name, color, corners))
     _draw_names(canvas, boxes, font_size=max(10, 5 * scale, canvas.width // 44))
@@ -79,12 +86,12 @@ def draw_answers(
 ) -> Array:
     """Draw the boxes and points of answers on an image.
 
-    An answer without a place in the image (see `find_pixels`) is not drawn.
+    An answer for which `find_pixels` finds no pixels is not drawn.
 
     Args:
         image: [h, w, 3] uint8.
         intrinsics: [3, 3] in pixels; None if the camera is unknown.
-        answers: each with its color.
+        answers: pairs of an answer and its color.
         scale: how many times as large the drawing is.
 
     Returns:
@@ -102,19 +109,20 @@ def draw_answers(
 def draw_answer(
     answer: Segments, image: Array, intrinsics: Array | None, question_type: str | None
 ) -> Array:
-    """Draw a single answer, three times as large as the image.
+    """Draw a single answer on its image, enlarged three times.
 
     Args:
-        answer: what to draw.
+        answer: the answer.
         image: [h, w, 3] uint8.
         intrinsics: [3, 3] in pixels; None if the camera is unknown.
-        question_type: the type of the question, if it is known.
+        question_type: the type of the question; None if it is unknown.
 
     Raises:
         SpearError: the answer has nothing to draw, or is in 3D and the image's camera is unknown.
     """
     height, width = image.shape[:2]
-    is_displacement = question_type == "offset"  # its three numbers are no place
+    # The three numbers of an offset are a vector between two objects, not a point.
+    is_displacement = question_type == "offset"
     has_place = find_pixels(answer, width, height, intrinsics) is not None
     if has_place and not is_displacement:
         return draw_answers(image, intrinsics, [(answer, PREDICTION_COLOR)], ANSWER_SCALE)
@@ -133,30 +141,45 @@ def draw_answer(
 def find_pixels(
     answer: Segments, width: int, height: int, intrinsics: Array | None
 ) -> Array | None:
-    """Find the pixels [n, 2] of an answer's vertices or points, in an image of that size.
+    """Find the pixels [n, 2] of an answer's box vertices or points in its image.
 
-    Returns None for an answer without any, for one in 3D without `intrinsics` [3, 3], and for one
-    behind the camera.
+    Args:
+        answer: the answer.
+        width: width of the image in pixels.
+        height: height of the image in pixels.
+        intrinsics: [3, 3] in pixels; None if the camera is unknown.
+
+    Returns:
+        The pixels; None if the answer has no vertices or points, lies behind the camera, or is in
+        3D and the camera is unknown.
     """
     values = extract_numbers(answer)
     if len(values) in NUMBERS_OF_3D_ANSWERS and intrinsics is not None:
-        corners = values.reshape(-1, 3)
-        is_behind_camera = (corners[:, 2] <= MIN_DEPTH_M).any()
-        return None if is_behind_camera else project(corners, intrinsics)
-    points = extract_image_points(answer) * (width, height)
+        vertices = values.reshape(-1, 3)
+        is_behind_camera = (vertices[:, 2] <= MIN_DEPTH_M).any()
+        return None if is_behind_camera else project(vertices, intrinsics)
+    points = extract_image_points(answer) * (width, height)  # from fractions of the image's size
     return points if len(points) else None
 
 
 def _enlarge(image: Array, scale: int) -> Image.Image:
+    """Return an image [h, w, 3] as Pillow image, enlarged by `scale`."""
     height, width = image.shape[:2]
     return Image.fromarray(image).resize((width * scale, height * scale), Image.Resampling.BICUBIC)
 
 
 def _draw_points(canvas: Image.Image, points: Array, color: Color) -> None:
-    """Draw eight points [8, 2] as a box, other points as rings; in pixels of the canvas."""
+    """Draw eight points as a box, and any other number of points as rings.
+
+    Args:
+        canvas: the image on which to draw.
+        points: [n, 2] in pixels of the canvas.
+        color: color of the lines.
+    """
     pen = ImageDraw.Draw(canvas)
     line_width = max(2, canvas.width // 190)
     pixels = [(float(x), float(y)) for x, y in points]
+    # First the dark rims, which are 2 pixels wider, then the lines on top of the rims.
     for rim_width, ink in ((2, RIM_COLOR), (0, color)):
         if len(pixels) == NUM_BOX_VERTICES:
             _draw_box(pen, pixels, ink, line_width, rim_width)
@@ -171,6 +194,7 @@ def _draw_box(
     line_width: int,
     rim_width: int,
 ) -> None:
+    """Draw the edges of a box; all lines are `rim_width` pixels wider than without a rim."""
     for start, end in BOX_EDGES:
         is_near = {start, end} <= NEAR_FACE
         edge_width = line_width if is_near else (line_width + 1) // 2
@@ -184,6 +208,7 @@ def _draw_rings(
     line_width: int,
     rim_width: int,
 ) -> None:
+    """Draw a ring around each center; all lines are `rim_width` wider than without a rim."""
     radius = 3 * line_width + rim_width // 2
     for x, y in centers:
         bounds = (x - radius, y - radius, x + radius, y + radius)
@@ -191,20 +216,24 @@ def _draw_rings(
 
 
 def _draw_names(canvas: Image.Image, boxes: Sequence[_NamedBox], font_size: int) -> None:
-    """Draw names on dark tags, as near to the top of their boxes as there is room.
+    """Draw each box's name on a dark tag, as near to the top of the box as there is room.
 
-    Tags lie inside the image and do not overlap. A line leads from a tag that had to move away to
-    its box. Narrow boxes choose first.
+    Tags lie inside the image and do not overlap. If a tag is far from its box, a line connects
+    them. Narrow boxes choose their place first, because they have less room of their own.
     """
     pen = ImageDraw.Draw(canvas)
     font = ImageFont.load_default(font_size)
     padding = font_size // 4
     centers = [box.corners.mean(0) for box in boxes]
     tags: list[tuple[int, int, int, int]] = []  # left, top, right, bottom
-    for box in sorted(boxes, key=lambda box: float(np.ptp(box.corners[:, 0]))):
+    boxes_by_width = sorted(boxes, key=lambda box: float(np.ptp(box.corners[:, 0])))
+    for box in boxes_by_width:
         width = round(font.getlength(box.name)) + 2 * padding
         height = font_size + 2 * padding
-        anchor = np.clip([box.corners[:, 0].mean(), box.corners[:, 1].min() - 3], 0, canvas.size)
+        # The anchor is a point 3 pixels above the box's top, but inside the image.
+        middle_x = box.corners[:, 0].mean()
+        top_y = box.corners[:, 1].min()
+        anchor = np.clip([middle_x, top_y - 3], 0, canvas.size)
         tag_position = _find_place(canvas.size, (width, height), anchor, centers, tags)
         if tag_position is None:
             continue
@@ -212,13 +241,15 @@ def _draw_names(canvas: Image.Image, boxes: Sequence[_NamedBox], font_size: int)
         left, top = tag_position
         right, bottom = left + width, top + height
         tags.append((left, top, right, bottom))
-        line_end = (
-            min(max(anchor[0], left), right),
-            bottom if anchor[1] > bottom else top,
-        )
-        if np.hypot(line_end[0] - anchor[0], line_end[1] - anchor[1]) > height:
+
+        # Connect the anchor with the nearest point on the tag's upper or lower edge.
+        line_end_x = min(max(anchor[0], left), right)
+        line_end_y = bottom if anchor[1] > bottom else top
+        if np.hypot(line_end_x - anchor[0], line_end_y - anchor[1]) > height:
             line_start = (float(anchor[0]), float(anchor[1]))
+            line_end = (line_end_x, line_end_y)
             pen.line([line_start, line_end], fill=box.color, width=max(1, font_size // 10))
+
         pen.rounded_rectangle((left, top, right - 1, bottom - 1), padding, fill=RIM_COLOR)
         text_place = (left + padding, top + height / 2)
         pen.text(text_place, box.name, fill=box.color, font=font, anchor="lm")
@@ -231,9 +262,21 @@ def _find_place(
     centers: Sequence[Array],
     tags: Sequence[tuple[int, int, int, int]],
 ) -> tuple[int, int] | None:
-    """Find the left and top of a tag that is near its anchor and covers no other tag; None without
-    room.
+    """Find a place for a tag near its anchor, where it covers no other tag.
+
+    All numbers are pixels of the canvas.
+
+    Args:
+        canvas_size: width and height of the canvas.
+        size: width and height of the tag.
+        anchor: [2] the point to which the middle of the tag's lower edge should be near.
+        centers: [2] the centers of all boxes, which the tag should not cover.
+        tags: left, top, right and bottom of the tags that have their places.
+
+    Returns:
+        The tag's left and top; None if there is no room.
     """
+    # All places that are tried, a grid of [rows, columns].
     width, height = size
     left, top = np.meshgrid(
         np.arange(0, canvas_size[0] - width + 1, TAG_STEP_PX),
@@ -241,8 +284,11 @@ def _find_place(
     )
     right = left + width
     bottom = top + height
+
+    # The best place has the smallest distance from the anchor. A place on the center of an object
+    # costs as much as a distance of twice the tag's height.
     cost = np.hypot(left + width / 2 - anchor[0], bottom - anchor[1])
-    for x, y in centers:  # a little further away is better than on another object
+    for x, y in centers:
         covers_center = (left < x) & (x < right) & (top < y) & (y < bottom)
         cost += 2 * height * covers_center
     for tag_left, tag_top, tag_right, tag_bottom in tags:

@@ -1,7 +1,7 @@
-"""Self-contained HTML pages from the templates beside this file: no script, no network, light or
-dark.
+"""Renders self-contained HTML pages from the templates in the folder `templates`.
 
-HTML templates escape all of their values but `Markup`, which only templates make.
+The pages need no script and no network, and are readable in light and dark. HTML templates escape
+all of their values except `Markup`, and only rendered templates are `Markup`.
 """
 
 import functools
@@ -23,24 +23,29 @@ from spear.util.images import to_data_uri
 
 
 def render(template: str, **values: Any) -> str:
-    """Fill in the template with this name, without .j2. HTML is returned as `Markup`."""
+    """Fill in a template of this package, and return its text; for HTML as `Markup`.
+
+    Args:
+        template: name of the template's file, without the ending .j2.
+        values: the values that the template shows, by name.
+    """
     return render_from(None, template, **values)
 
 
 def render_from(folder: Path | None, template: str, **values: Any) -> str:
-    """Fill in a template as `render` does; a folder's templates come before the package's."""
+    """Fill in a template as `render` does. Templates in `folder` precede those of the package."""
     text = _environment(folder).get_template(f"{template}.j2").render(values)
     return Markup(text) if template.endswith(".html") else text
 
 
 def replace_underscores(name: str) -> str:
-    """Return a name as people write it: put on for put_on."""
+    """Return a name with spaces for its underscores, as people write it: "put on" for "put_on"."""
     return name.replace("_", " ")
 
 
 @functools.cache
 def _environment(folder: Path | None) -> Environment:
-    """Load the templates of this package, after those of a folder."""
+    """Make Jinja's environment, which finds the templates of `folder`, then of the package."""
     loaders: list[BaseLoader] = [PackageLoader("spear.report")]
     if folder is not None:
         loaders.insert(0, FileSystemLoader(folder))
@@ -52,5 +57,6 @@ def _environment(folder: Path | None) -> Environment:
         lstrip_blocks=True,
     )
     environment.filters |= {"spaced": replace_underscores, "data_uri": to_data_uri}
+    # Every template can call the macros of parts.html.j2, as part.NAME.
     environment.globals["part"] = environment.get_template("parts.html.j2").module
     return environment

@@ -1,6 +1,7 @@
-"""The one plotter of all pages: line charts and histograms as SVG, bars with intervals as HTML.
+"""Draws the plots of all pages: line charts and histograms as SVG, bars with intervals as HTML.
 
-It needs no script and no library: templates draw the plots, readable on light and dark.
+The templates of this folder draw the plots, without a script or a plotting library. The plots are
+readable on light and dark pages.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,7 +16,7 @@ from spear.report.page import render
 from spear.types import Array
 
 LINE_COLORS = ("#3f86f5", "#e07b28", "#26a269", "#b05fd6", "#d8486b", "#8b8f98")
-XYZ_COLORS = ("#d8486b", "#26a269", "#3f86f5")
+XYZ_COLORS = ("#d8486b", "#26a269", "#3f86f5")  # red, green and blue for x, y and z
 GREY = "#8b8f98"
 
 TOP_MARGIN_PX = 8
@@ -26,10 +27,10 @@ BOTTOM_MARGIN_PX = 22
 BOTTOM_MARGIN_WITH_TITLE_PX = 38
 X_TICK_SPACING_PX = 60
 Y_TICK_SPACING_PX = 40
-MIN_DIFFERENCE_RANGE = 0.1  # of a plot of differences, on each side of zero
+MIN_DIFFERENCE_RANGE = 0.1  # a plot of rate differences shows at least ± 10 points
 
 Range = tuple[float, float]
-"""Where an axis begins and ends; the first is the larger one if the axis is reversed."""
+"""The values at which an axis begins and ends. A reversed axis begins at the larger value."""
 
 
 @dataclass(frozen=True)
@@ -37,15 +38,15 @@ class Line:
     """A line through points.
 
     Attributes:
-        name: in the legend; "" leaves the line out of it.
-        x: of each point.
-        y: of each point; NaN leaves a gap.
-        color: in CSS; "" for the next one of `LINE_COLORS`.
-        low: the lower end of a whisker at each point.
-        high: its upper end.
-        dots: whether the points are marked.
+        name: the line's name in the legend; a line named "" is not in the legend.
+        x: x of each point.
+        y: y of each point; NaN leaves a gap.
+        color: a CSS color; "" takes the color of `LINE_COLORS` at the line's index in the chart.
+        low: lower end of the whisker at each point; empty for a line without whiskers.
+        high: upper end of the whisker at each point.
+        dots: whether the points are marked by dots.
         joined: whether the points are joined by a line.
-        dashed: whether that line is dashed.
+        dashed: whether the joining line is dashed.
     """
 
     name: str
@@ -64,12 +65,12 @@ class Axis:
     """One axis of a chart.
 
     Attributes:
-        title: beside the axis.
-        ends: where it begins and ends; by default, so that all lines fit.
-        ticks: (value, label) of each; by default round numbers, followed by `unit`.
-        unit: of the ticks' labels.
+        title: text at the axis.
+        ends: values at which the axis begins and ends; by default all lines fit between them.
+        ticks: (value, label) of each tick; by default round numbers, followed by `unit`.
+        unit: text that follows the numbers of the default ticks.
         log: whether the axis is logarithmic.
-        reverse: whether it runs to the left, or down.
+        reverse: whether values grow to the left, or downward.
     """
 
     title: str = ""
@@ -82,8 +83,15 @@ class Axis:
 
 @dataclass(frozen=True)
 class Bar:
-    """A bar with its interval, followed by a text. style: "quiet", "theirs", "good", "bad" or
-    "dot".
+    """A bar with an interval, and a text behind it.
+
+    Attributes:
+        name: text before the bar.
+        value: length of the bar; None draws no bar.
+        text: text behind the bar.
+        low: lower end of the interval; None draws no interval.
+        high: upper end of the interval.
+        style: CSS classes of templates/page.css: "quiet", "theirs", "good", "bad", "dot", "sure".
     """
 
     name: str
@@ -105,45 +113,48 @@ def draw_chart(
     """Draw lines over two axes, with a legend.
 
     Args:
-        lines: what to draw.
+        lines: the lines.
         x: the horizontal axis.
         y: the vertical axis.
-        title: above the chart.
+        title: text above the chart.
         size: width and height in pixels.
-        equal: whether one unit is as long on both axes, as on a map.
+        equal: whether one unit has the same length on both axes, as on a map.
 
     Returns:
         HTML with an SVG.
     """
-    # The box inside of the margins.
+    # Find the box inside the margins, in pixels from the chart's left and top.
     width, height = size
+    bottom_margin_px = BOTTOM_MARGIN_WITH_TITLE_PX if x.title else BOTTOM_MARGIN_PX
     left_px = LEFT_MARGIN_WITH_TITLE_PX if y.title else LEFT_MARGIN_PX
     right_px = width - RIGHT_MARGIN_PX
     top_px = TOP_MARGIN_PX
-    bottom_px = height - (BOTTOM_MARGIN_WITH_TITLE_PX if x.title else BOTTOM_MARGIN_PX)
+    bottom_px = height - bottom_margin_px
+    box_width_px = right_px - left_px
+    box_height_px = bottom_px - top_px
 
-    # The ranges of the axes.
+    # Find the ranges of the axes.
     x_range = _find_range(x, [line.x for line in lines])
     y_values = [line.y for line in lines]
     for line in lines:
         y_values += [line.low, line.high]
     y_range = _find_range(y, y_values)
     if equal:
-        x_units_per_px = abs(x_range[1] - x_range[0]) / (right_px - left_px)
-        y_units_per_px = abs(y_range[1] - y_range[0]) / (bottom_px - top_px)
+        x_units_per_px = abs(x_range[1] - x_range[0]) / box_width_px
+        y_units_per_px = abs(y_range[1] - y_range[0]) / box_height_px
         units_per_px = max(x_units_per_px, y_units_per_px)
-        x_range = _widen(x_range, units_per_px * (right_px - left_px))
-        y_range = _widen(y_range, units_per_px * (bottom_px - top_px))
+        x_range = _widen(x_range, units_per_px * box_width_px)
+        y_range = _widen(y_range, units_per_px * box_height_px)
 
-    # Everything in pixels.
+    # Convert the lines and the ticks to pixels.
     to_x = _make_scale(x_range, left_px, right_px, x.log)
     to_y = _make_scale(y_range, bottom_px, top_px, y.log)
     drawn_lines = []
     for index, line in enumerate(lines):
         default_color = LINE_COLORS[index % len(LINE_COLORS)]
         drawn_lines.append(_draw_line(line, default_color, to_x, to_y))
-    x_ticks = x.ticks or _choose_ticks(x_range, x, (right_px - left_px) // X_TICK_SPACING_PX)
-    y_ticks = y.ticks or _choose_ticks(y_range, y, (bottom_px - top_px) // Y_TICK_SPACING_PX)
+    x_ticks = x.ticks or _choose_ticks(x_range, x, max_ticks=box_width_px // X_TICK_SPACING_PX)
+    y_ticks = y.ticks or _choose_ticks(y_range, y, max_ticks=box_height_px // Y_TICK_SPACING_PX)
     has_zero_line = not y.log and y_range[0] < 0 < y_range[1]
     return render(
         "chart.html",
@@ -165,14 +176,22 @@ def _draw_line(
     to_x: Callable[[float], float],
     to_y: Callable[[float], float],
 ) -> dict[str, Any]:
-    """Return a line as the template draws it, in pixels."""
+    """Return the values, in pixels, from which the template draws a line.
+
+    Args:
+        line: the line.
+        default_color: the color of a line that has none.
+        to_x: function from an x value to pixels.
+        to_y: function from a y value to pixels.
+    """
     points = []
     dots = []
     for x, y in zip(line.x, line.y, strict=True):
         point = (to_x(x), to_y(y))
         points.append(point)
         if line.dots and np.isfinite(y):
-            dots.append((*point, f"{x:.3g}, {y:.3g}"))
+            tooltip = f"{x:.3g}, {y:.3g}"
+            dots.append((*point, tooltip))
     whiskers = []
     if len(line.low):
         for x, low, high in zip(line.x, line.low, line.high, strict=True):
@@ -190,6 +209,10 @@ def draw_bars(groups: Sequence[tuple[str, Sequence[Bar]]], ends: Range = (0.0, 1
     """Draw groups of bars, each under its heading ("" for none), on a common axis.
 
     Bars that are longer than the axis are cut off.
+
+    Args:
+        groups: (heading, bars) of each group.
+        ends: values at which the axis begins and ends.
     """
 
     def to_percent(value: float) -> float:
@@ -201,44 +224,60 @@ def draw_bars(groups: Sequence[tuple[str, Sequence[Bar]]], ends: Range = (0.0, 1
 
 
 def make_rate_bars(rates: Sequence[tuple[str, Estimate]]) -> list[Bar]:
-    """Make bars of success rates.
+    """Make bars of success rates, which are pairs of a name and the rate.
 
-    The first one is judged and stands out; the others are baselines.
+    The first rate is the one of interest, and its bar stands out. The others are baselines.
     """
     bars = []
     for index, (name, rate) in enumerate(rates):
-        style = "quiet" if index else ""
+        is_baseline = index > 0
+        style = "quiet" if is_baseline else ""
         bars.append(Bar(name, rate.value, rate.to_text(".0%"), rate.low, rate.high, style))
     return bars
 
 
 def draw_differences(rows: Sequence[tuple[str, Estimate]]) -> str:
-    """Draw differences of rates, in points, as dots with intervals on an axis around zero."""
+    """Draw differences of rates as dots with intervals, on an axis around zero.
+
+    Args:
+        rows: (name, difference) of each row; a difference of 0.1 is shown as 10 points.
+    """
     half_range = MIN_DIFFERENCE_RANGE
     dots = []
     for name, difference in rows:
         low, high = difference.low, difference.high
         half_range = max(half_range, abs(low), abs(high))
-        style = "dot" if low <= 0 <= high else "sure dot"
+        contains_zero = low <= 0 <= high  # then the difference may be due to chance
+        style = "dot" if contains_zero else "sure dot"
         text = difference.to_text("+.1f", 100)
         dots.append(Bar(name, difference.value, text, low, high, style))
     return draw_bars([("", dots)], (-half_range, half_range))
 
 
 def draw_histogram(counts: Sequence[int], low: str, high: str) -> str:
-    """Draw counts as bars, as wide as the page, with names at the two ends."""
-    return render("histogram.html", counts=counts, most=max(*counts, 1), low=low, high=high)
+    """Draw counts as bars, over the whole width of the page.
+
+    Args:
+        counts: height of each bar.
+        low: text at the left end.
+        high: text at the right end.
+    """
+    largest_count = max(*counts, 1)
+    return render("histogram.html", counts=counts, most=largest_count, low=low, high=high)
 
 
 def _find_range(axis: Axis, values: Sequence[Sequence[float] | Array]) -> Range:
-    """Find where an axis begins and ends: around all finite values, with some space."""
+    """Return the values at which an axis begins and ends.
+
+    These are the axis's own ends, or otherwise ends around all finite values, with some space.
+    """
     if axis.ends is not None:
         return axis.ends
-    flat = np.concatenate([np.ravel(column).astype(float) for column in values])
-    is_shown = np.isfinite(flat)
+    all_values = np.concatenate([np.ravel(column).astype(float) for column in values])
+    is_shown = np.isfinite(all_values)
     if axis.log:
-        is_shown &= flat > 0
-    shown_values = flat[is_shown]
+        is_shown &= all_values > 0
+    shown_values = all_values[is_shown]
     low, high = 0.1, 1.0
     if len(shown_values):
         low = float(shown_values.min())
@@ -246,57 +285,72 @@ def _find_range(axis: Axis, values: Sequence[Sequence[float] | Array]) -> Range:
 
     if axis.log:
         return low / 1.2, high * 1.2
-    is_flat = high - low <= 1e-6 * max(abs(low), abs(high))
-    space = max(abs(high), 1.0) * 0.1 if is_flat else 0.07 * (high - low)
+    is_constant = high - low <= 1e-6 * max(abs(low), abs(high))
+    if is_constant:
+        space = max(abs(high), 1.0) * 0.1
+    else:
+        space = 0.07 * (high - low)
     if axis.reverse:
         return high + space, low - space
     return low - space, high + space
 
 
 def _widen(ends: Range, span: float) -> Range:
-    """Return a range of this span around the same middle, in the same direction."""
-    middle = (ends[0] + ends[1]) / 2
-    half = span / 2 if ends[1] > ends[0] else -span / 2
+    """Return a range of length `span` with the middle and the direction of the range `ends`."""
+    start, stop = ends
+    middle = (start + stop) / 2
+    half = span / 2 if stop > start else -span / 2
     return middle - half, middle + half
 
 
 def _make_scale(
     ends: Range, start_px: float, stop_px: float, is_log: bool
 ) -> Callable[[float], float]:
-    """Return the function from a value to its pixel; values beyond the ends lie on them."""
+    """Return the function from a value to its position in pixels.
+
+    Values beyond an end of the axis get the position of that end.
+
+    Args:
+        ends: values at which the axis begins and ends.
+        start_px: position of the axis's beginning.
+        stop_px: position of the axis's end.
+        is_log: whether the axis is logarithmic.
+    """
     low, high = ends
     if is_log:
         low, high = log10(low), log10(high)
 
     def to_px(value: float) -> float:
-        position = log10(max(value, 1e-12)) if is_log else value
-        share = (position - low) / (high - low)
-        share_inside = min(max(share, 0.0), 1.0)  # NaN stays NaN
-        return round(start_px + share_inside * (stop_px - start_px), 1)
+        scaled_value = log10(max(value, 1e-12)) if is_log else value
+        fraction = (scaled_value - low) / (high - low)
+        fraction_on_axis = min(max(fraction, 0.0), 1.0)  # NaN stays NaN
+        return round(start_px + fraction_on_axis * (stop_px - start_px), 1)
 
     return to_px
 
 
 def _make_path(points: Sequence[tuple[float, float]]) -> str:
-    """Return an SVG path, broken where a point is not finite."""
+    """Return an SVG path through points (x, y) in pixels, with gaps where a point is not finite."""
     path = ""
     is_pen_down = False
     for x, y in points:
         is_finite = bool(np.isfinite([x, y]).all())
         if is_finite:
-            path += f"{'L' if is_pen_down else 'M'}{x:g} {y:g}"
+            command = "L" if is_pen_down else "M"  # draw a line to the point, or move there
+            path += f"{command}{x:g} {y:g}"
         is_pen_down = is_finite
     return path
 
 
 def _choose_ticks(ends: Range, axis: Axis, max_ticks: int) -> list[tuple[float, str]]:
-    """Choose round numbers within a range, and label them."""
+    """Choose round numbers between the ends of an axis, and return them with their labels."""
     low, high = sorted(ends)
     values = _log_ticks(low, high) if axis.log else _linear_ticks(low, high, max_ticks)
     return [(value, f"{value:g}{axis.unit}") for value in values]
 
 
 def _log_ticks(low: float, high: float) -> list[float]:
+    """Return the numbers 1, 2 and 5 times powers of ten that lie in a range."""
     values = []
     for power in range(floor(log10(low)), floor(log10(high)) + 1):
         for value in (10.0**power, 2 * 10.0**power, 5 * 10.0**power):
@@ -306,7 +360,9 @@ def _log_ticks(low: float, high: float) -> list[float]:
 
 
 def _linear_ticks(low: float, high: float, max_ticks: int) -> list[float]:
-    max_ticks = max(max_ticks, 5)  # two ticks at least
+    """Return the multiples of a step in a range. The step is 1, 2 or 5 times a power of ten."""
+    max_ticks = max(max_ticks, 5)  # fewer would leave some ranges with less than two ticks
+    # Begin with a power of ten that gives too many ticks, and enlarge it.
     step = 10.0 ** floor(log10((high - low) / max_ticks))
     for factor in (1, 2, 5, 10):
         if (high - low) / (factor * step) <= max_ticks:

@@ -1,4 +1,7 @@
-"""A page about the suite of shifts: success along each axis, at each level, as bars."""
+"""Makes the page about shifts: bars of a policy's success rate in scenes that differ from training.
+
+A shift changes the scenes along an axis (camera, light, …), by one of three levels.
+"""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,9 +14,13 @@ from spear.util.files import write_text
 
 
 def write_shift_page(results: Sequence[ShiftResult], policy: str, out: Path) -> None:
-    """Write the page to the file `out`. Raises `SpearError` if it cannot be written."""
-    unshifted = [(r.name, r.success) for r in results if r.shift is None]
-    groups = [("none", make_rate_bars(unshifted))]
+    """Write the page about a policy's results to the file `out`.
+
+    Raises:
+        SpearError: the file cannot be written.
+    """
+    unshifted_rates = [(result.name, result.success) for result in results if result.shift is None]
+    groups = [("none", make_rate_bars(unshifted_rates))]
     for axis in AXES:
         rates = []
         for result in results:

@@ -1,5 +1,6 @@
-"""A page about what a SPEAR-VLM knows in 3D: tables, calibration plots, best and worst answers
-drawn.
+"""Makes the page about what a SPEAR-VLM knows in 3D.
+
+The page has tables, plots of calibration, and drawings of the best, median and worst answers.
 """
 
 from collections.abc import Sequence
@@ -20,17 +21,18 @@ from spear.util.images import decode_image, to_jpeg_data_uri
 Figure = tuple[str, str]
 """An image as a data URI, and its caption."""
 
-MIN_FIGURE_WIDTH_PX = 576
+MIN_FIGURE_WIDTH_PX = 576  # about; images are enlarged by whole numbers
 NUM_FIGURES_BY_TYPE = {"box_vertices": 6, "keypoint": 3, "back_projection": 3}
-"""Question type → how many of its answers are drawn of each kind: worst, median, best."""
+"""Question type → how many of the worst, the median and the best answers are drawn, each."""
 CAPTION_MEASURES = ("error", "pixels", "relative")
-NUM_ANSWERS_IN_WORDS = 4  # of each question type
+"""Measures (keys of `MEASURES`) that a figure's caption names."""
+NUM_ANSWERS_IN_WORDS = 4  # answers of each question type in the list of answers
 MAX_ANSWER_CHARS = 64
 CALIBRATION_CHART_SIZE_PX = (460, 340)
 
 
 class _Fact(NamedTuple):
-    """A large number at the top of the page: a measure of a question type, and what it is."""
+    """A large number at the top of the page: a measure of a question type, with its meaning."""
 
     question_type: str
     measure: str
@@ -68,8 +70,8 @@ def make_vqa_page(scores: Scores, checkpoint: str, questions: str) -> str:
 def draw_figure(answered: AnsweredQuestion) -> Figure:
     """Draw an answer (orange) and the truth (green) on the image.
 
-    What lies behind the camera, or has no place in the image, is not drawn. The caption is the
-    question, and how far off the answer is.
+    An answer that lies behind the camera or has no place in the image is not drawn. The caption
+    contains the question, and the error of the answer.
     """
     label = answered.label
     image = decode_image(label.image, label.source)
@@ -88,6 +90,7 @@ def draw_figure(answered: AnsweredQuestion) -> Figure:
 
 
 def _list_facts(scores: Scores) -> list[tuple[str, str]]:
+    """Return the large numbers at the page's top, each with its meaning."""
     facts = []
     for fact in FACTS:
         score = scores.type_scores.get(fact.question_type)
@@ -114,15 +117,21 @@ def _rank_answers(scores: Scores, question_type: str) -> list[AnsweredQuestion]:
 def _draw_extremes(
     scores: Scores, question_type: str, num_figures: int
 ) -> list[tuple[str, list[Figure]]]:
-    """Draw the worst answers, those around the median and the best, each about another object."""
+    """Draw the worst answers, answers around the median, and the best ones.
+
+    Returns:
+        (title, figures) for these three groups, of `num_figures` figures each. No object is shown
+        twice, so groups may be smaller, and empty groups are left out.
+    """
     ranked = _rank_answers(scores, question_type)
     first_median = max(0, len(ranked) // 2 - num_figures // 2)
+    # Each group takes the first candidates whose object is not shown yet.
     candidates_by_title: dict[str, Sequence[AnsweredQuestion]] = {
         "Worst": ranked[::-1],
         "Around the median": ranked[first_median:],
         "Best": ranked,
     }
-    figures_by_title = []
+    titled_figures = []
     drawn_objects = set()
     for title, candidates in candidates_by_title.items():
         figures: list[Figure] = []
@@ -132,30 +141,37 @@ def _draw_extremes(
                 drawn_objects.add(objects)
                 figures.append(draw_figure(answer))
         if figures:
-            figures_by_title.append((title, figures))
-    return figures_by_title
+            titled_figures.append((title, figures))
+    return titled_figures
 
 
 def _draw_calibration(scores: Scores) -> list[str]:
-    """Draw how often the truth lies in the central intervals, and errors over predicted spreads."""
+    """Draw two charts: how often intervals contain the truth, and errors over predicted spreads."""
     return [_draw_coverage(scores), _draw_spreads(scores)]
 
 
 def _draw_coverage(scores: Scores) -> str:
-    levels = 100 * np.array(CURVE_LEVELS)
+    """Draw how many true values lie in the model's central intervals, over the intervals' level.
+
+    A calibrated model lies on the diagonal: 80 % of the true values are in its 80 % intervals.
+    """
+    levels = 100 * np.array(CURVE_LEVELS)  # percent
     lines = []
     for question_type, calibration in scores.calibration.items():
         coverage = 100 * np.array(calibration.curve)
         lines.append(Line(replace_underscores(question_type), levels, coverage))
     lines.append(Line("", (0, 100), (0, 100), GREY, dashed=True))
 
-    axis = Axis("central interval", (0.0, 100.0), unit=" %")
-    return draw_chart(
-        lines, axis, replace(axis, title="truths in it"), size=CALIBRATION_CHART_SIZE_PX
-    )
+    x_axis = Axis("central interval", (0.0, 100.0), unit=" %")
+    y_axis = replace(x_axis, title="truths in it")
+    return draw_chart(lines, x_axis, y_axis, size=CALIBRATION_CHART_SIZE_PX)
 
 
 def _draw_spreads(scores: Scores) -> str:
+    """Draw the errors over the spreads that the model predicted, for bands of similar spread.
+
+    For a calibrated model both are equal, so its points lie on the diagonal.
+    """
     lines = []
     positive_values = []
     for question_type, calibration in scores.calibration.items():
@@ -170,21 +186,25 @@ def _draw_spreads(scores: Scores) -> str:
         ends = (min(positive_values) / 1.2, max(positive_values) * 1.2)
     lines.append(Line("", ends, ends, GREY, dashed=True))
 
-    axis = Axis("predicted spread, of the distance", ends, unit=" %", log=True)
-    return draw_chart(
-        lines, axis, replace(axis, title="error, of the distance"), size=CALIBRATION_CHART_SIZE_PX
-    )
+    x_axis = Axis("predicted spread, of the distance", ends, unit=" %", log=True)
+    y_axis = replace(x_axis, title="error, of the distance")
+    return draw_chart(lines, x_axis, y_axis, size=CALIBRATION_CHART_SIZE_PX)
 
 
 def _list_answers(scores: Scores) -> list[list[str]]:
-    """List a few answers of every question type in words, spread from the best to the worst."""
+    """List a few answers of every question type, spread from the best to the worst.
+
+    Returns:
+        Table rows of the question, the truth, the answer and its relative error, as texts.
+    """
     rows = []
     for question_type in scores.type_scores:
         ranked = _rank_answers(scores, question_type)
         if not ranked:
             continue
         num_shown = min(NUM_ANSWERS_IN_WORDS, len(ranked))
-        for index in np.unique(np.linspace(0, len(ranked) - 1, num_shown).astype(int)):
+        spread_indices = np.linspace(0, len(ranked) - 1, num_shown).astype(int)
+        for index in np.unique(spread_indices):
             answered = ranked[index]
             question = answered.question
             truth = format_answer_briefly(question.segments, answered.label, MAX_ANSWER_CHARS)
