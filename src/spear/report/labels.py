@@ -1,4 +1,7 @@
-"""Show labels: a page with a contact sheet and statistics, and a file for the Rerun viewer."""
+"""Shows labels: as a page with a contact sheet and statistics, and as a file for the Rerun viewer.
+
+The contact sheet has a *card* for each shown image: the image with its labels, and its questions.
+"""
 
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
@@ -30,21 +33,21 @@ from spear.util.images import decode_image, to_jpeg_data_uri
 
 QuestionsBySource = Mapping[str, Sequence[Question]]
 
-MIN_IMAGE_WIDTH_PX = 640  # of an image on the sheet
-NUM_TOKEN_BARS = 64  # of the chart of token use; each stands for several neighboring tokens
+MIN_IMAGE_WIDTH_PX = 640  # about; images on the contact sheet are enlarged by whole numbers
+NUM_TOKEN_BARS = 64  # in the chart of token use; each bar stands for several neighboring tokens
 NUM_HISTOGRAM_BARS = 40
 MAX_LISTED_NAMES = 20
 MAX_ANSWER_CHARS = 150
-MAX_CLOUD_POINTS = 60_000  # about; of a cloud in the Rerun file
-KEYPOINT_RADIUS = 4
+MAX_CLOUD_POINTS = 60_000  # about; a larger point cloud is thinned out in the Rerun file
+KEYPOINT_RADIUS = 4  # pixels on the screen
 
 
 def write_label_page(folder: Path, shown_labels: Sequence[LabeledImage], out: Path) -> None:
     """Write one self-contained page about a folder of labels; the file is complete or not there.
 
     Args:
-        folder: the shards of labels. If questions were not written beside them, those of seed 0 are
-            generated.
+        folder: the folder of the labels' shards. If it has no questions, the page shows the
+            questions that seed 0 generates.
         shown_labels: the labels on the contact sheet.
         out: the HTML file.
 
@@ -53,11 +56,9 @@ def write_label_page(folder: Path, shown_labels: Sequence[LabeledImage], out: Pa
     """
     statistics = compute_statistics(read_labels(folder, pixels=False))
     questions_by_source, are_written = _load_questions(folder)
-    num_by_type = Counter(
-        question.question_type
-        for questions in questions_by_source.values()
-        for question in questions
-    )
+    num_by_type: Counter[str] = Counter()
+    for questions in questions_by_source.values():
+        num_by_type.update(question.question_type for question in questions)
     num_by_name = _count_asked_names(questions_by_source).most_common()
     num_by_skip_reason = count_skip_reasons(folder)
 
@@ -95,13 +96,20 @@ def write_label_page(folder: Path, shown_labels: Sequence[LabeledImage], out: Pa
 
 
 def format_answer_briefly(answer: Segments, label: LabeledImage, max_chars: int) -> str:
-    """Format an answer about a label, in the label's unit, in at most so many characters."""
+    """Format an answer about a labeled image, in at most `max_chars` characters.
+
+    Lengths are in the unit of the label.
+    """
     text = format_answer(answer, label.unit, (label.width, label.height))
     return shorten(text, max_chars, placeholder=" …")
 
 
 def _load_questions(folder: Path) -> tuple[QuestionsBySource, bool]:
-    """Return the questions about each image, by its source; and whether they were written there."""
+    """Load the questions in a folder of labels, or generate them if there are none.
+
+    Returns:
+        The questions about each image, by the image's source; and whether the folder had them.
+    """
     questions: dict[str, list[Question]] = defaultdict(list)
     for source, question in read_questions(folder):
         questions[source].append(question)
@@ -122,26 +130,29 @@ def _count_asked_names(questions_by_source: QuestionsBySource) -> Counter[str]:
 
 
 def _make_card(label: LabeledImage, questions: Sequence[Question]) -> dict[str, Any]:
-    """Return an image with its labels, the questions about it and the answers, for the template."""
+    """Return the values of a card: the image with its labels, the questions, and the answers.
+
+    The card also lists the objects about which no questions are asked, with the reasons.
+    """
     scale = max(1, round(MIN_IMAGE_WIDTH_PX / label.width))
-    answered = []
+    questions_and_answers = []
     for question in questions:
         answer = format_answer_briefly(question.segments, label, MAX_ANSWER_CHARS)
-        answered.append((question.prompt, answer))
-    excluded = []
+        questions_and_answers.append((question.prompt, answer))
+    excluded_objects = []
     for labeled_object, reasons in zip(label.objects, find_exclusion_reasons(label), strict=True):
         if reasons:
-            excluded.append(f"{labeled_object.name} ({', '.join(reasons)})")
+            excluded_objects.append(f"{labeled_object.name} ({', '.join(reasons)})")
     return {
         "source": label.source,
         "image": to_jpeg_data_uri(draw_label(label, scale, masks=True)),
-        "questions": answered,
-        "excluded": excluded,
+        "questions": questions_and_answers,
+        "excluded": excluded_objects,
     }
 
 
 def _draw_histograms(statistics: LabelStatistics) -> list[tuple[str, str]]:
-    """Draw titled histograms of the objects' distances, sizes and scores."""
+    """Draw histograms of the objects' distances, sizes and scores; return them with their titles."""
     unit = "m" if statistics.unit == "metre" else "the image's own unit"
     values_by_title = {
         f"Distance from the camera ({unit})": statistics.distances,
@@ -160,27 +171,33 @@ def _draw_histograms(statistics: LabelStatistics) -> list[tuple[str, str]]:
 
 
 def _format_counts(counts: Counter[str]) -> list[tuple[str, str]]:
+    """Return names with their counts as texts, the most frequent first."""
     return [(name, f"{count:,}") for name, count in counts.most_common()]
 
 
 def _summarize_token_use(questions_by_source: QuestionsBySource) -> dict[str, Any] | None:
     """Count how often each 3D token occurs in the answers.
 
-    The tokens are fitted to the answers about every other image and counted in the rest. Returns
-    None if there are too few numbers to fit.
+    The tokens are fitted to the answers about every second image, and counted in the answers about
+    the other images, as in an evaluation.
+
+    Returns:
+        The values that the template shows; None if there are too few numbers to fit tokens.
     """
-    numbers_by_image = []
-    for questions in questions_by_source.values():
-        numbers_by_image.append([number for question in questions for number in question.values])
-    fitted_numbers = [number for numbers in numbers_by_image[::2] for number in numbers]
-    counted_numbers = [number for numbers in numbers_by_image[1::2] for number in numbers]
+    fitted_numbers: list[float] = []
+    counted_numbers: list[float] = []
+    for index, questions in enumerate(questions_by_source.values()):
+        numbers = fitted_numbers if index % 2 == 0 else counted_numbers
+        for question in questions:
+            numbers += question.values
     if len(set(fitted_numbers)) < 2:
         return None
 
     tokenizer = CoordinateTokenizer.fit(fitted_numbers)
     use = compute_token_usage(counted_numbers, tokenizer)
-    groups = np.array_split(np.array(use.counts), NUM_TOKEN_BARS)
-    chart = draw_histogram([int(group.sum()) for group in groups], "lowest", "highest")
+    groups = np.array_split(np.array(use.counts), NUM_TOKEN_BARS)  # of neighboring tokens
+    group_counts = [int(group.sum()) for group in groups]
+    chart = draw_histogram(group_counts, "lowest", "highest")
     return {
         "bins": tokenizer.num_bins,
         "use": use,
@@ -194,11 +211,12 @@ def write_rerun(
 ) -> None:
     """Write a file for the Rerun viewer (.rrd); it is complete or not there.
 
-    It contains images, boxes, keypoints and clouds, one step of the timeline "image" per label.
+    The file contains images, boxes, keypoints and point clouds. Its timeline "image" has one step
+    per label.
 
     Args:
-        labels: what to show.
-        clouds: the point map of each label; None if it is not available.
+        labels: the labels.
+        clouds: the point map of each label; None for a label whose point map is not available.
         out: the file.
 
     Raises:
@@ -207,7 +225,7 @@ def write_rerun(
     rr = import_optional("rerun", "view", "the Rerun viewer")
     stream = rr.RecordingStream("spear labels")
     memory = stream.memory_recording()
-    stream.log("camera", rr.ViewCoordinates.RDF, static=True)
+    stream.log("camera", rr.ViewCoordinates.RDF, static=True)  # x right, y down, z forward
     for number, (label, cloud) in enumerate(zip(labels, clouds, strict=True)):
         stream.set_time("image", sequence=number)
         _log_image(rr, stream, label)
@@ -264,7 +282,9 @@ def _log_cloud(rr: Any, stream: Any, label: LabeledImage, cloud: PointMapResult 
     if cloud is None:
         stream.log("camera/points", rr.Clear(recursive=False))
         return
-    stride = max(1, np.count_nonzero(cloud.mask) // MAX_CLOUD_POINTS)
-    colors = decode_image(label.image)[cloud.mask][::stride]
-    points = rr.Points3D(cloud.points[cloud.mask][::stride], colors=colors)
+    num_valid = np.count_nonzero(cloud.mask)  # cloud.mask is [h, w] bool
+    stride = max(1, num_valid // MAX_CLOUD_POINTS)
+    positions = cloud.points[cloud.mask][::stride]  # [n, 3]
+    colors = decode_image(label.image)[cloud.mask][::stride]  # [n, 3]
+    points = rr.Points3D(positions, colors=colors)
     stream.log("camera/points", points)

@@ -1,3 +1,3 @@
-"""The page for people: the simulator or a photo, SPEAR-VLM's boxes on it, SPEAR-1's next actions in
-3D.
+"""The page in the browser. It shows the simulator, a recorded episode or a photo, with the boxes of
+SPEAR-VLM, and the next actions of SPEAR-1 in 3D.
 """

@@ -1,9 +1,11 @@
-"""What a tab shows, step by step: an episode in the simulator, a recorded episode or a photo.
+"""The episodes that a tab shows: in the simulator, recorded ones, and photos.
 
-The page can look at every step again. Lengths are in meters; `vertices` are in the camera frame,
-everything else is in the base frame. Results of an evaluation contain how each episode ended, and
-few films. But the seed of a scene fixes the whole episode, including the policy's noise, so an
-episode can be run again if the same weights are served.
+The page can go back to every step of an episode. Lengths are in meters. Box vertices are in the
+camera frame, and all other positions in the base frame.
+
+Results of an evaluation contain how each episode ended, but few films. The seed of a scene
+determines the whole episode, including the policy's noise, so the page can run an episode of an
+evaluation again, if the server has the same weights.
 """
 
 import math
@@ -38,24 +40,30 @@ PageState = dict[str, Any]
 """A part of what the page shows, as plain JSON."""
 
 SHOWN_WIDTHS_PX = {"external": 576, "wrist": 224}
-"""About how wide the page shows a simulated camera; the policy's own images are smaller."""
+"""About how wide the page shows the images of a simulated camera. The images that the policy gets
+are smaller."""
 MAX_SHOWN_SIZE_PX = (1152, 864)  # larger images of recordings and photos are scaled down
-MAX_TRACK_STEPS = 1000  # in the page's chart; of a longer recording it shows every second, third …
-MAX_LISTED_EPISODES = 500  # the first ones; an evaluation's failures come first
-SEEDS_PER_SCENE = 1000  # as in an evaluation: the seed of step k is 1000 times the scene's, plus k
+MAX_TRACK_STEPS = 1000
+"""Number of steps in the page's chart of a recording; longer recordings are thinned out."""
+MAX_LISTED_EPISODES = 500  # a longer list is cut off; an evaluation's failures come first
+SEEDS_PER_SCENE = 1000
+"""In an evaluation the policy's noise at step k of scene s has the seed 1000 s + k."""
 ARM_BODIES = (*(f"link{number}" for number in range(8)), "hand")
 STATUS_WORDS = {
     "reached": "reached",
     "grasped": "grasped",
     "wrong_object_moved": "moved something else",
 }
-"""A truth value that the simulator reports → what the page says if it is true."""
+"""Bool that the simulator reports → words of the page if it is true."""
 
 
 @dataclass(frozen=True)
 class Rerun:
-    """An episode of an evaluation that is run again: the evaluation's settings, and how it ended
-    then.
+    """An episode of an evaluation that is run again.
+
+    Attributes:
+        settings: the settings of the evaluation.
+        outcome: how the episode ended in the evaluation.
     """
 
     settings: Mapping[str, Any]
@@ -63,7 +71,16 @@ class Rerun:
 
 
 class SimulatedEpisode:
-    """An episode in the simulator, from a scene's start; at most 60 steps, which take 20 MB."""
+    """An episode in the simulator, from the start of a scene.
+
+    All steps stay in memory: the 60 steps of the longest episode take 20 MB.
+
+    Args:
+        family: the scene's task family.
+        seed: the scene's seed.
+        policy: the policy that acts.
+        rerun: the episode of an evaluation that is run again; None for a new episode.
+    """
 
     kind = "simulator"
     rate_hz = CONTROL_RATE_HZ
@@ -90,7 +107,7 @@ class SimulatedEpisode:
         self._views = [self._make_view(observation, {}, self._env.world.spec.instruction)]
 
     def describe(self) -> PageState:
-        """Return what holds for all steps."""
+        """Return the part of the page's state that is the same for all steps."""
         world = self._env.world
         return {
             "family": self._env.family,
@@ -108,16 +125,14 @@ class SimulatedEpisode:
         return f"recorded: {ending}, {self._recorded_outcome.steps} steps"
 
     def execute(self, action: Array, instruction: str) -> None:
-        """Execute one action [8], 0.2 s, which follows that instruction."""
+        """Execute one action [8], which takes 0.2 s and was predicted for `instruction`."""
         observation, *_, info = self._env.step(action)
         self._observations.append(observation)
         self._views.append(self._make_view(observation, info, instruction))
         self.newest_step = self._env.steps
 
     def observation_at(self, step: int) -> dict[str, Any]:
-        """Return what the policy sees at a step, with the seed that an evaluation of this scene
-        uses there.
-        """
+        """Return what the policy sees at a step, with the seed of its noise in an evaluation."""
         observation = select_cameras(self._policy, self._observations[step])
         return {**observation, "seed": SEEDS_PER_SCENE * self._env.seed + step}
 
@@ -133,14 +148,17 @@ class SimulatedEpisode:
     def _make_view(
         self, observation: dict[str, Any], info: Mapping[str, Any], instruction: str
     ) -> PageState:
-        """Make the view of the scene as it is now."""
+        """Return what the page shows of the scene in its present state."""
         world = self._env.world
         shown_sizes = self._get_shown_sizes()
         images = get_thread_renderer().images(world, list(shown_sizes.items()))
-        shown_images = dict(zip(shown_sizes, map(_encode_jpeg, images), strict=True))
+        encoded_images = [_encode_jpeg(image) for image in images]
+        shown_images = dict(zip(shown_sizes, encoded_images, strict=True))
+
         width, height = shown_sizes["external"]
-        focal = float(intrinsics(world, "external", (width, height))[1, 1]) / height
-        pose = camera_pose(world, "external")
+        camera_matrix = intrinsics(world, "external", (width, height))  # [3, 3]
+        focal = float(camera_matrix[1, 1]) / height  # in heights of the image
+        pose = camera_pose(world, "external")  # [4, 4] in the base frame
         outcome = self._find_outcome(info)
         return {
             "images": {
@@ -158,7 +176,10 @@ class SimulatedEpisode:
         }
 
     def _get_shown_sizes(self) -> dict[str, tuple[int, int]]:
-        """Return the sizes of the shown images, whole multiples of what the policy sees."""
+        """Return the sizes of the shown images, by camera.
+
+        They are whole multiples of the sizes that the policy sees.
+        """
         sizes = {}
         for camera, shown_width in SHOWN_WIDTHS_PX.items():
             if camera in get_image_sizes(self._policy):
@@ -168,48 +189,62 @@ class SimulatedEpisode:
         return sizes
 
     def _list_objects(self, pose: Array) -> list[PageState]:
-        """Return names and box vertices of the objects, in the frame of the camera at `pose`."""
+        """Return the names and box vertices of the objects, in the camera frame.
+
+        Args:
+            pose: [4, 4] the camera's pose in the base frame.
+        """
         world = self._env.world
-        corners = object_boxes(world)
+        corners_of_object = object_boxes(world)  # index → [8, 3] in the base frame
+        camera_rotation = pose[:3, :3]
+        camera_position = pose[:3, 3]
         objects = []
         for index, body in enumerate(world.bodies, 1):
-            vertices = order_vertices((corners[index] - pose[:3, 3]) @ pose[:3, :3])
+            # For row vectors, v @ R is R⁻¹ v: the rotation from the base into the camera frame.
+            corners = (corners_of_object[index] - camera_position) @ camera_rotation
+            vertices = order_vertices(corners)
             objects.append({"name": body.kind.name, "vertices": vertices.tolist()})
         return objects
 
     def _find_outcome(self, info: Mapping[str, Any]) -> str | None:
-        """Return how the episode ended; None if it goes on."""
+        """Return how the episode ended; None if it has not ended."""
         if info.get("success"):
             return "success"
         return "time is up" if self._env.steps >= MAX_STEPS else None
 
     def _describe_milestones(self, info: Mapping[str, Any], outcome: str | None) -> list[str]:
-        """List what the robot achieved, and whether a rerun ended as it did before."""
-        words = [words for key, words in STATUS_WORDS.items() if info.get(key)]
+        """List what the robot has achieved, and whether a rerun ended like the recorded episode.
+
+        The two may differ if the evaluation ran on another processor.
+        """
+        descriptions = [words for key, words in STATUS_WORDS.items() if info.get(key)]
         recorded = self._recorded_outcome
-        if outcome and recorded:  # on another processor it may end differently
-            is_same = self._env.steps == recorded.steps and all(
+        if outcome and recorded:
+            has_same_length = self._env.steps == recorded.steps
+            has_same_milestones = all(
                 bool(info[key]) == getattr(recorded, key) for key in MILESTONES
             )
-            words.append("as recorded" if is_same else "not as recorded")
-        return words
+            is_same = has_same_length and has_same_milestones
+            descriptions.append("as recorded" if is_same else "not as recorded")
+        return descriptions
 
     def _describe_instruction(self, instruction: str) -> str:
+        """Return the robot's instruction, with the scene's own task if that differs."""
         task = self._env.world.spec.instruction
         return instruction if instruction == task else f"{instruction} (judged by: {task})"
 
 
 @dataclass
 class RecordedEpisode:
-    """Images that were taken before: a recorded episode, or one photo.
+    """An episode whose images were taken before: a recorded episode, or a single photo.
 
     Attributes:
         kind: "recording" or "photo".
-        name: of the film's file.
-        load_image: (step, view) → [h, w, 3] uint8; None if there is none.
-        states: [T, 8] as `spear.types.Policy` has them.
-        views: the cameras that the policy takes.
-        instruction: of the episode; None for a photo.
+        name: name of the film's file, without its ending.
+        load_image: function from step and view to the image [h, w, 3] uint8; None if it is missing.
+        states: [T, 8] position in meters, rotation quaternion and gripper opening.
+        views: the cameras that the policy uses.
+        instruction: the episode's instruction; None for a photo.
         rate_hz: steps per second.
         success: whether the episode succeeded; None if nobody knows.
     """
@@ -229,7 +264,10 @@ class RecordedEpisode:
         return len(self.states) - 1
 
     def describe(self) -> PageState:
-        """Return what holds for all steps."""
+        """Return the part of the page's state that is the same for all steps.
+
+        The track is the gripper's path for the page's chart.
+        """
         stride = math.ceil(len(self.states) / MAX_TRACK_STEPS)
         states = self.states[::stride].round(4)
         track = {
@@ -268,6 +306,7 @@ class RecordedEpisode:
         }
 
     def _describe_success(self) -> str | None:
+        """Return how the recorded episode ended; None if nobody knows."""
         if self.success is None:
             return None
         return "success" if self.success else "failure"
@@ -277,9 +316,10 @@ Episode = SimulatedEpisode | RecordedEpisode
 
 
 class EpisodeFolder:
-    """A folder of episodes that the page offers.
+    """A folder of episodes that the page offers: recorded ones, or the results of an evaluation.
 
-    Raises `SpearError` for a folder of something else.
+    Raises:
+        SpearError: the folder contains neither.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -295,14 +335,18 @@ class EpisodeFolder:
             )
 
     def describe(self) -> PageState:
-        """Return the titles of the episodes that can be opened, and how many there are in all."""
+        """Return the titles of the listed episodes, and the number of all episodes."""
         return {
             "episodes": self._source.titles,
             "episodes_in_all": self._source.num_episodes,
         }
 
     def open(self, index: object, policy: Spear1Policy) -> Episode:
-        """Open an episode by its number. Raises `SpearError` if that is impossible."""
+        """Open an episode by its number in the list of titles.
+
+        Raises:
+            SpearError: the number is not valid, or the episode cannot be opened with this policy.
+        """
         number = validate_whole_number("episode", index, len(self._source.titles) - 1)
         return self._source.open(number, policy)
 
@@ -327,11 +371,12 @@ class _Recordings:
             return None if data is None else decode_image(data, f"{episode.source} step {step}")
 
         columns = [episode.position, episode.rotation, episode.gripper[:, None]]
+        states = np.concatenate(columns, axis=1).astype(np.float32)  # [T, 3 + 4 + 1]
         return RecordedEpisode(
             kind="recording",
             name=f"episode-{number}",
             load_image=load_image,
-            states=np.concatenate(columns, axis=1).astype(np.float32),
+            states=states,
             views=get_image_sizes(policy),
             instruction=episode.instruction,
             rate_hz=episode.rate_hz,
@@ -347,6 +392,7 @@ class _Evaluation:
         unfinished = self._results.describe_unfinished()
         if unfinished:
             notice(f"--episodes {folder}: {unfinished}")
+        # Failures come first, because False sorts before True.
         self._outcomes: Sequence[Outcome] = sorted(
             self._results.outcomes, key=lambda outcome: outcome.success
         )
@@ -371,23 +417,31 @@ class _Evaluation:
 
 
 def validate_whole_number(name: str, value: object, largest: int) -> int:
-    """Return a whole number from 0 to `largest`.
+    """Return `value` if it is a whole number from 0 to `largest`.
 
-    Raises `SpearError` naming it for anything else.
+    Args:
+        name: the value's name in the message.
+        value: a value that a page has sent.
+        largest: the largest number that is valid.
+
+    Raises:
+        SpearError: the value is something else.
     """
-    # A bool is an int, too.
+    # For Python a bool is an int, too.
     if isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= largest:
         return value
     raise SpearError(f"{name} {str(value)[:20]} is not a whole number from 0 to {largest}.")
 
 
 def _title_prefix(success: bool | None) -> str:
+    """Return the beginning of an episode's title; empty if its success is not known."""
     if success is None:
         return ""
     return "success · " if success else "failure · "
 
 
 def _describe_gripper(state: Array) -> PageState:
+    """Return the pose and opening of the gripper in a state [8], for the page."""
     return {
         "position": state[:3].tolist(),
         "rotation": state[3:7].tolist(),
@@ -396,6 +450,7 @@ def _describe_gripper(state: Array) -> PageState:
 
 
 def _encode_jpeg(image: Array) -> str:
-    small = Image.fromarray(image)
-    small.thumbnail(MAX_SHOWN_SIZE_PX)
-    return to_jpeg_data_uri(np.asarray(small))
+    """Return an image as data URI, scaled down to at most `MAX_SHOWN_SIZE_PX`."""
+    shown_image = Image.fromarray(image)
+    shown_image.thumbnail(MAX_SHOWN_SIZE_PX)
+    return to_jpeg_data_uri(np.asarray(shown_image))

@@ -1,11 +1,11 @@
-"""The page: its files, who may see them, and its tabs, each with a websocket.
+"""Serves the page in the browser: its files, to whom it is shown, and a websocket for each tab.
 
-The page puts this machine to work for whoever opens it; other web sites may not
-(`spear.serve.access`).
+Whoever opens the page makes this machine work. `spear.serve.access` keeps other web sites from
+opening its websocket.
 
-A tab sends JSON {"do": the name of a request, …}, or the bytes of an image file; the server sends
-parts of its view. Whatever is wrong becomes {"problem": one line}. One thread does all the work,
-never the event loop.
+A tab sends JSON {"do": the name of a request, …}, or the bytes of an image file. The server answers
+with a part of the *view*, which is all that the tab shows. An error becomes {"problem": one line}.
+One thread does all the work, so that the event loop never waits for the work.
 """
 
 import asyncio
@@ -36,16 +36,18 @@ from spear.ui.tab import Handler, SharedModel, Tab
 
 LOG = logging.getLogger("spear.ui")
 
-MAX_REQUEST_CHARS = 10_000  # what is longer is no request of the page
-MAX_TABS = 8  # open at a time
+MAX_REQUEST_CHARS = 10_000  # longer messages are cut off, since the page's requests are shorter
+MAX_TABS = 8  # tabs that may be open at the same time
 PAUSE_S = 0.01
-"""After each answer the server does not listen to a tab for this long: one that is dragged through
-a recording would otherwise send more than the server's `max_small_frames_per_s` messages."""
+"""How long the server does not read a tab's messages after each answer. While someone drags through
+a recording, the tab would otherwise send more than `max_small_frames_per_s` of `serve.connection`
+messages per second."""
 REQUESTS_THAT_STOP = ("stop", "step", "reset", "open", "photo")
 """Requests before which a running rollout ends."""
 
 SOCKET_PATH = "/ui"
 STYLE_PATH = "/ui.css"
+# Path of each file of the page -> its content type, without "text/".
 SUBTYPE_BY_PATH = {
     "/": "html",
     STYLE_PATH: "css",
@@ -61,14 +63,14 @@ CONTENT_SECURITY_POLICY = (
 
 
 class Page:
-    """A page for people, served together with the websocket for robots.
+    """The page for people, which one server serves together with the websocket for robots.
 
     Args:
-        policy: what acts and answers.
-        name: what the page calls it.
-        token: the server's.
-        max_message_bytes: of a message to the server.
-        episode_folder: episodes to replay.
+        policy: the policy that acts and answers.
+        name: the policy's name on the page.
+        token: the server's token; None lets everybody in.
+        max_message_bytes: size of the largest message that the server accepts.
+        episode_folder: episodes that the page can replay.
     """
 
     def __init__(
@@ -98,7 +100,7 @@ class Page:
         return path == SOCKET_PATH or is_file
 
     def respond(self, request: Request) -> Response | None:
-        """Answer a request that the page owns; None lets its websocket in."""
+        """Answer a request that the page owns. None accepts the websocket of a tab."""
         url = urlsplit(request.path)
         tokens = parse_qs(url.query).get("token")
         if url.path == "/" and tokens:
@@ -129,12 +131,15 @@ class Page:
         self._thread.shutdown(wait=False, cancel_futures=True)
 
     def _is_authorized(self, request: Request) -> bool:
+        """Return whether a request has the cookie that proves knowledge of the token."""
         if self._token is None:
             return True
+        # A proxy may split the cookies into several headers.
         cookies = "; ".join(request.headers.get_all("Cookie")).split("; ")
         return any(_is_same_secret(cookie, self._make_cookie(request)) for cookie in cookies)
 
     def _respond_to_token(self, request: Request, sent_token: str) -> Response:
+        """Answer a request with a token: set the cookie, and redirect to the page without it."""
         if self._token is not None and not _is_same_secret(sent_token, self._token):
             return self._ask_for_token("That is not the token: try again.")
         response = _make_response(http.HTTPStatus.SEE_OTHER, "")
@@ -145,27 +150,32 @@ class Page:
         return response
 
     def _ask_for_token(self, words: str) -> Response:
+        """Return the page with the form for the token, which shows `words`."""
         form_html = self._token_form.format(words)
         return _make_response(http.HTTPStatus.UNAUTHORIZED, form_html, "text/html")
 
     def _make_cookie(self, request: Request) -> str:
-        """Return what a browser that knows the token sends.
+        """Return the cookie, NAME=VALUE, of a browser whose user knows the token.
 
-        Browsers send cookies to all ports of a host, so the cookie's name contains the port.
+        The value is a hash, so that the browser does not store the token. Browsers send cookies to
+        all ports of a host, so the name contains the port of this server.
         """
-        port = request.headers.get("Host", "").rpartition(":")[2]
-        value = hmac.new((self._token or "").encode(), b"spear page", hashlib.sha256).hexdigest()
-        return f"spear_{port if port.isdecimal() else 80}={value}"
+        host_port = request.headers.get("Host", "").rpartition(":")[2]
+        port = host_port if host_port.isdecimal() else 80
+        token = (self._token or "").encode()
+        value = hmac.new(token, b"spear page", hashlib.sha256).hexdigest()
+        return f"spear_{port}={value}"
 
 
 def _is_same_secret(sent: str, expected: str) -> bool:
-    """Compare secrets in a time that does not depend on how much of them is the same."""
+    """Compare two secrets, in a time that does not show how many characters are equal."""
     return hmac.compare_digest(sent.encode(errors="surrogateescape"), expected.encode())
 
 
 def _make_response(
     status: http.HTTPStatus, body: str | bytes, content_type: str = "text/plain"
 ) -> Response:
+    """Make a response with headers that forbid caching, framing and foreign content."""
     content = body.encode() if isinstance(body, str) else body
     headers = {
         "Content-Type": f"{content_type}; charset=utf-8",
@@ -180,7 +190,15 @@ def _make_response(
 
 
 class TabConnection:
-    """The websocket of one tab. `thread` is the one thread that the shared model belongs to."""
+    """The websocket of one tab.
+
+    A *rollout* is a task that executes steps of the robot until it is stopped or the episode ends.
+
+    Args:
+        connection: the websocket.
+        shared: the model that all tabs share.
+        thread: the thread of the shared model, which does the work of all tabs.
+    """
 
     def __init__(self, connection: ServerConnection, shared: SharedModel, thread: Executor) -> None:
         self._connection = connection
@@ -202,7 +220,7 @@ class TabConnection:
                 self._rollout.cancel()
 
     async def _report_problems(self, work: Coroutine[Any, Any, None]) -> None:
-        """Do the work, and tell the page what went wrong with it."""
+        """Do the work, and send the page its problem, or that there is none."""
         try:
             await work
             await self._send({"problem": None})
@@ -215,15 +233,18 @@ class TabConnection:
             )
 
     async def _handle_message(self, message: str | bytes) -> None:
+        """Handle a message of the tab: a request, or the bytes of a photo."""
         if isinstance(message, bytes):
             await self._handle_request({"do": "photo", "data": message})
         else:
             await self._handle_request(self._parse_request(message))
 
     def _parse_request(self, message: str) -> Mapping[str, Any]:
+        """Parse a request. Raises `SpearError` for anything that the page does not send."""
         try:
             request = json.loads(message[:MAX_REQUEST_CHARS])
             name = request["do"]
+            # "start" and "stop" concern the rollout, and other requests the tab. Photos are bytes.
             is_known = name in ("start", "stop") or (name in self._tab.handlers and name != "photo")
         except (ValueError, TypeError, KeyError, RecursionError):
             is_known = False
@@ -232,33 +253,48 @@ class TabConnection:
         return request
 
     async def _handle_request(self, request: Mapping[str, Any]) -> None:
+        """Stop the rollout if the request needs that, do the request, and start a rollout if asked.
+
+        A rollout also starts when someone opens an episode of an evaluation, to run it again.
+        """
         name = request["do"]
         if name in REQUESTS_THAT_STOP:
             await self._stop_rollout()
         if name not in ("start", "stop"):
-            await self._send(await self._run_in_thread(self._tab.handlers[name], request))
-        starts_rollout = name == "start" or (name == "open" and self._tab.can_move)
-        if starts_rollout and (self._rollout is None or self._rollout.done()):
+            view = await self._run_in_thread(self._tab.handlers[name], request)
+            await self._send(view)
+        should_roll_out = name == "start" or (name == "open" and self._tab.can_move)
+        is_rolling_out = self._rollout is not None and not self._rollout.done()
+        if should_roll_out and not is_rolling_out:
             self._rollout = asyncio.create_task(self._report_problems(self._roll_out()))
 
     async def _stop_rollout(self) -> None:
-        """Wait until the step under way is finished and sent; otherwise the page would lack it."""
+        """Let the rollout end after its current step, and wait until that step is sent.
+
+        Without the wait, the page would lack the step.
+        """
         rollout = self._rollout
-        self._rollout = None
+        self._rollout = None  # `_roll_out` sees that it is not the current rollout, and ends
         if rollout is not None:
             await rollout
 
     async def _roll_out(self) -> None:
-        """Execute steps at the robot's pace, or as fast as this machine can, until the end."""
+        """Execute steps until the episode ends or the rollout is stopped.
+
+        The steps follow each other at the robot's pace, or more slowly if this machine is slower.
+        """
         await self._send({"running": True})
         try:
-            due = time.monotonic()
+            step_s = 1 / CONTROL_RATE_HZ
+            due_s = time.monotonic()  # when the next step should begin
             while self._rollout is asyncio.current_task():
-                await self._send(await self._run_in_thread(self._tab.execute_step, {}))
+                view = await self._run_in_thread(self._tab.execute_step, {})
+                await self._send(view)
                 if not self._tab.can_move:
                     break
-                due = max(due + 1 / CONTROL_RATE_HZ, time.monotonic() - 1 / CONTROL_RATE_HZ)
-                await asyncio.sleep(max(0.0, due - time.monotonic()))
+                # After a slow step, the next ones make up for at most one step of delay.
+                due_s = max(due_s + step_s, time.monotonic() - step_s)
+                await asyncio.sleep(max(0.0, due_s - time.monotonic()))
         finally:
             await self._send({"running": False})
 
@@ -266,5 +302,5 @@ class TabConnection:
         return await asyncio.get_running_loop().run_in_executor(self._thread, handler, request)
 
     async def _send(self, view: PageState) -> None:
-        with contextlib.suppress(ConnectionClosed):  # `talk` notices it
+        with contextlib.suppress(ConnectionClosed):  # `talk` notices that the tab was closed
             await self._connection.send(json.dumps(view))

@@ -1,7 +1,8 @@
-"""What one tab of the page works with: an episode, step by step, and a model that looks at it.
+"""Handles the requests of one tab of the page, which shows an episode and a model's answers to it.
 
-Everything here blocks and belongs to one thread, as a `spear.sim.render.Renderer` does. Results are
-parts of the page's view, as plain JSON, which the page keeps by step.
+The functions here block, and all must be called in one thread, because the renderer of the
+simulator belongs to a thread. They return parts of the page's *view*, which is all that a tab
+shows, as plain JSON. The page stores these parts by step.
 """
 
 import base64
@@ -35,11 +36,12 @@ Request = Mapping[str, Any]
 Handler = Callable[[Request], PageState]
 
 MAX_SEED = 2**31 - 1
-MAX_BOXES = 8  # objects that may be asked for at once
+MAX_BOXES = 8  # objects whose boxes may be asked for in one request
 MM_PER_M = 1000
 BOX_QUESTION_TYPE = "box_vertices"
 PHOTO_STATE = np.array([[*NOMINAL_START_POSITION_M, 1, 0, 0, 0, 1]], np.float32)
-"""The robot's state that a photo gets: gripper open, pointing down over the table."""
+"""[1, 8] the robot's state that the policy gets with a photo: the gripper is over the table, points
+down and is open."""
 EMPTY_PAGE_STATE: PageState = {
     "chunk": None,
     "answer": None,
@@ -47,7 +49,7 @@ EMPTY_PAGE_STATE: PageState = {
     "things": [],
     "objects": [],
 }
-"""Parts of the view that do not stay when another episode begins."""
+"""Parts of the view that are emptied when another episode begins."""
 
 
 class SharedModel:
@@ -68,7 +70,11 @@ class SharedModel:
         return self.vlm.processor.coordinates.unit == "metre"
 
     def describe(self) -> PageState:
-        """Return what does not change: the model, its unit, task families, a box's edges."""
+        """Return the part of the view that never changes, such as the model and its unit.
+
+        "measured" is what an evaluation has measured: how often the model takes an object that is
+        in the picture for absent.
+        """
         measured = {"missed": 1 - self.trust.names_present} if self.trust else None
         episodes = self.episode_folder.describe() if self.episode_folder else {}
         return {
@@ -83,11 +89,11 @@ class SharedModel:
 
 
 class Tab:
-    """One tab's episode or photo, and the requests that the page may send.
+    """One tab's episode or photo, with the handlers of the page's requests.
 
-    Each handler takes a request, whose "step" is the step to look at (by default the newest), and
-    returns the part of the view that changes. It raises `SpearError` for whatever is wrong with the
-    request.
+    Each handler takes a request and returns the part of the view that changes. Handlers that
+    concern one step take its number from the request's "step"; by default it is the newest step.
+    A handler raises `SpearError` if the request has a mistake.
 
     Args:
         shared_model: the model, which all tabs share.
@@ -101,7 +107,7 @@ class Tab:
         self._box_names: list[str] = []  # objects whose boxes were asked for last
         self._instruction = ""
         self._chunk_instruction = ""  # the instruction with which the current chunk was predicted
-        self._keeps_boxes_updated = False
+        self._keeps_boxes_updated = False  # whether to find the boxes again after each step
         self.handlers: dict[str, Handler] = {
             "reset": self.start_scene,
             "open": self.open_episode,
@@ -117,7 +123,7 @@ class Tab:
 
     @property
     def can_move(self) -> bool:
-        """Whether a robot can act: in the simulator, until the episode is over."""
+        """Whether the robot can act, which it can in the simulator until the episode is over."""
         return isinstance(self._episode, SimulatedEpisode) and not self._episode.is_over
 
     def start_scene(self, request: Request) -> PageState:
@@ -146,8 +152,8 @@ class Tab:
         return self._begin(photo)
 
     def set_instruction(self, request: Request) -> PageState:
-        """Set what the robot is to do from now on, and whether boxes are found again after each
-        step.
+        """Set the robot's instruction ("text"), and whether boxes are found again after each step
+        ("follow").
         """
         text = request.get("text", self._instruction)
         self._instruction = text if isinstance(text, str) else ""
@@ -166,7 +172,7 @@ class Tab:
         return {"step": step, "chunk": chunk}
 
     def execute_step(self, _: Request) -> PageState:
-        """Execute one action, 0.2 s, after inferring a new chunk if one is needed."""
+        """Execute one action, which takes 0.2 s. If a new chunk is needed, infer it first."""
         episode, step = self._find_step({})
         if not isinstance(episode, SimulatedEpisode):
             raise SpearError(f"a {episode.kind} does not move. Choose a scene of the simulator.")
@@ -178,6 +184,7 @@ class Tab:
         if executor.needs_chunk():
             observation = {**episode.observation_at(step), **executor.committed_actions()}
             actions, view["chunk"] = self._infer(observation, step)
+            # A simulated latency lets the chunk arrive some steps later.
             executor.add_chunk(actions, arrival_tick=executor.tick + episode.num_latency_steps)
             self._chunk_instruction = self._instruction
         episode.execute(executor.next_action(), self._chunk_instruction)
@@ -189,9 +196,9 @@ class Tab:
     def find_boxes(self, request: Request) -> PageState:
         """Ask SPEAR-VLM for the 3D boxes of several objects at once.
 
-        In the simulator the view says how far off each box is, if the model's unit is meters. If
-        the model was calibrated, the view says within which distance (mm) a box is, and which
-        objects are absent.
+        In the simulator the view has the error of each box's center ("error_mm"), if the model's
+        unit is meters. If the model was calibrated, the view also has the half width of the
+        interval around each box ("within_mm"), and the names of absent objects.
         """
         names = request.get("objects")
         if not isinstance(names, list) or not 0 < len(names) <= MAX_BOXES:
@@ -200,22 +207,23 @@ class Tab:
         episode, step = self._find_step(request)
         image = episode.observation_at(step)["observation/image"]
 
-        started = time.perf_counter()
+        start_s = time.perf_counter()
         absent_names = self._find_absent_objects(image, names)
         present_names = [name for name in names if name not in absent_names]
         answers = self._ask_for_boxes(image, present_names)
-        elapsed_s = time.perf_counter() - started
+        elapsed_s = time.perf_counter() - start_s
 
         true_centers = self._find_true_centers(episode, step)
         boxes = []
         for name, answer in zip(present_names, answers, strict=True):
             vertices = np.reshape(answer.values, (8, 3))
+            center = vertices.mean(0)  # [3]
             boxes.append(
                 {
                     "name": name,
                     "vertices": vertices.tolist(),
                     "step": step,
-                    "error_mm": _distance_mm(vertices.mean(0), true_centers.get(name)),
+                    "error_mm": _distance_mm(center, true_centers.get(name)),
                     "within_mm": self._compute_interval_mm(answer),
                 }
             )
@@ -228,12 +236,14 @@ class Tab:
         }
 
     def _find_absent_objects(self, image: Array, names: list[str]) -> list[str]:
+        """Return the names of objects that are not in the image; none without a calibration."""
         trust = self._shared_model.trust
         if trust is None or not trust.tells_absent:
             return []
         return list(ask.find_absent_objects(self._shared_model.vlm, image, names))
 
     def _ask_for_boxes(self, image: Array, names: list[str]) -> list[Any]:
+        """Return the model's answer about each object's box, with its probabilities."""
         if not names:
             return []
         prompts = [f"Provide the 3D bounding box coordinates of the {name}" for name in names]
@@ -242,8 +252,9 @@ class Tab:
         )
 
     def _find_true_centers(self, episode: Episode, step: int) -> dict[str, Array]:
-        """Return the true centers [3] of the objects by name, if they are comparable with the
-        model's.
+        """Return the true centers [3] of the objects' boxes by name, in meters.
+
+        The result is empty outside the simulator, and for a model whose unit is not meters.
         """
         if not self._shared_model.is_metric:
             return {}
@@ -257,8 +268,9 @@ class Tab:
             return None
         if not self._shared_model.is_metric or answer.distribution is None:
             return None
-        low, high = trust.interval(BOX_QUESTION_TYPE, answer.distribution)
-        return MM_PER_M * float((high - low).mean()) / 2
+        low, high = trust.interval(BOX_QUESTION_TYPE, answer.distribution)  # [24] each, in meters
+        mean_width_m = float((high - low).mean())
+        return MM_PER_M * mean_width_m / 2
 
     def answer_question(self, request: Request) -> PageState:
         """Ask SPEAR-VLM any question, and show its answer in words."""
@@ -274,10 +286,12 @@ class Tab:
         """Make a film of all steps so far."""
         episode, newest_step = self._find_step({})
         video.import_encoder()
-        data = video.encode_film(self._film_frames(episode, newest_step), episode.rate_hz)
+        frames = self._film_frames(episode, newest_step)
+        data = video.encode_film(frames, episode.rate_hz)
         return {"film": {"name": f"{episode.name}.mp4", "data": base64.b64encode(data).decode()}}
 
     def _film_frames(self, episode: Episode, newest_step: int) -> Iterator[Array]:
+        """Yield the frames of a film until `newest_step`, as long as the tab is open."""
         for step in range(newest_step + 1):
             if not self._is_open():
                 raise SpearError("the film is not made, because the tab was closed.")
@@ -293,7 +307,7 @@ class Tab:
             )
 
     def _begin(self, episode: Episode) -> PageState:
-        """Show another episode from its first step on."""
+        """Replace the tab's episode by another one, and show its first step."""
         view = {
             **EMPTY_PAGE_STATE,
             "source": episode.kind,
@@ -303,7 +317,8 @@ class Tab:
         }
         self._episode = episode
         self._box_names = []
-        self._instruction = view["instruction"] or self._instruction  # a photo has none
+        if view["instruction"]:  # a photo has none, and the previous instruction stays
+            self._instruction = view["instruction"]
         return view
 
     def _find_step(self, request: Request) -> tuple[Episode, int]:
@@ -317,11 +332,16 @@ class Tab:
         return self._episode, validate_whole_number("step", step, newest_step)
 
     def _infer(self, observation: dict[str, Any], step: int) -> tuple[Array, PageState]:
-        """Infer actions [H, 8], and the chunk to draw: H + 1 poses from the gripper's pose on."""
+        """Infer a chunk of actions from what the policy sees at a step.
+
+        Returns:
+            The actions [H, 8], and the chunk for the page, which draws it as H + 1 poses: the
+            present pose of the gripper and its pose after each action.
+        """
         observation["prompt"] = read_prompt({"prompt": self._instruction})
-        started = time.perf_counter()
+        start_s = time.perf_counter()
         actions = self._shared_model.policy.infer(observation)["actions"]
-        elapsed_s = time.perf_counter() - started
+        elapsed_s = time.perf_counter() - start_s
 
         state: Array = observation["observation/state"]
         positions, rotations = compute_target_poses(state, actions)
@@ -336,10 +356,12 @@ class Tab:
 
 
 def _distance_mm(center: Array, true_center: Array | None) -> float | None:
+    """Return the distance of two points [3] in meters; None if the true one is not known."""
     if true_center is None:
         return None
     return MM_PER_M * float(np.linalg.norm(center - true_center))
 
 
 def _decode_data_uri(uri: str) -> Array:
+    """Return the image [h, w, 3] in a data URI."""
     return decode_image(base64.b64decode(uri.partition(",")[2]))
