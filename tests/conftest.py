@@ -15,17 +15,23 @@ from spear.cli import main
 settings.register_profile("spear", derandomize=True, deadline=None, max_examples=50)
 settings.load_profile("spear")
 torch.set_num_threads(1)
-gc.disable()  # nothing that is imported is garbage, and looking for it takes a tenth of the time
+
+# Imports leave no garbage, and looking for it would take a tenth of the time of collecting tests.
+gc.disable()
 
 
 def pytest_collection_finish() -> None:
+    """Collect garbage again, but never look at what was imported before the tests."""
     gc.freeze()
     gc.enable()
 
 
 @pytest.fixture(scope="session")
 def shared() -> Path:
-    """The folder of real data and reference outputs (SPEAR_SHARED); skips the test without it."""
+    """The folder of real data and reference outputs; a test is skipped if the folder is missing.
+
+    The environment variable SPEAR_SHARED names the folder.
+    """
     default = Path(__file__).parents[1] / ".." / "shared"
     path = Path(os.environ.get("SPEAR_SHARED", default)).resolve()
     if not path.is_dir():
@@ -34,7 +40,7 @@ def shared() -> Path:
 
 
 def list_words(arguments: Sequence[str | Sequence[str]]) -> list[str]:
-    """Return a command's words from words and lists of words."""
+    """Join the arguments of a command, which are words and lists of words, to one list of words."""
     words: list[str] = []
     for argument in arguments:
         if isinstance(argument, str):
@@ -46,9 +52,9 @@ def list_words(arguments: Sequence[str | Sequence[str]]) -> list[str]:
 
 @pytest.fixture
 def run_command(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
-    """Runs a command, given as words and lists of words, that must succeed.
+    """A function that runs a command, which must succeed, and returns the command's stdout.
 
-    Returns what it prints on stdout.
+    Its arguments are the words of the command, and lists of words.
     """
 
     def run(*arguments: str | Sequence[str]) -> str:
@@ -61,9 +67,9 @@ def run_command(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
 
 @pytest.fixture
 def run_refused_command(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
-    """Runs a command, given as words and lists of words, that must be refused.
+    """A function that runs a command, which must be refused, and returns the one line on stderr.
 
-    Returns what it prints on stderr, which must be one line.
+    Its arguments are the words of the command, and lists of words.
     """
 
     def run(*arguments: str | Sequence[str]) -> str:
@@ -79,6 +85,7 @@ def run_refused_command(capsys: pytest.CaptureFixture[str]) -> Callable[..., str
 
 @pytest.fixture(scope="session")
 def loaded_nano() -> Any:
+    """The shipped policy, loaded once. Tests use `nano` instead."""
     from spear.policy import Spear1Policy
 
     return Spear1Policy.load("nano")
@@ -86,9 +93,9 @@ def loaded_nano() -> Any:
 
 @pytest.fixture
 def nano(loaded_nano: Any) -> Any:
-    """The shipped policy, a `Spear1Policy` that all tests share, with its noise restarted.
+    """The shipped policy, a `Spear1Policy` that all tests share and must not change.
 
-    Tests leave it as it is otherwise.
+    Its noise starts anew for each test.
     """
     loaded_nano.reset()
     return loaded_nano
@@ -96,7 +103,7 @@ def nano(loaded_nano: Any) -> Any:
 
 @pytest.fixture
 def tiny_published_presets(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Presets and an encoder as small as the checkpoints of `published_checkpoints`."""
+    """Makes the tiny presets and the tiny encoder of `published_checkpoints` known by name."""
     from published_checkpoints import register_tiny_sizes
 
     register_tiny_sizes(monkeypatch)
@@ -104,7 +111,7 @@ def tiny_published_presets(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def renderer() -> Any:
-    """The simulator's `Renderer`; skips the test where rendering does not work."""
+    """The simulator's `Renderer`; a test is skipped on machines that cannot render."""
     pytest.importorskip("mujoco")
     from spear.errors import SpearError
     from spear.sim.render import get_thread_renderer

@@ -41,10 +41,10 @@ def test_an_implementation_that_differs_or_fails_is_named(
 ) -> None:
     sample_fast = doctor.sample_fast
 
-    def sample_wrongly(model: Any, *arguments: Any) -> torch.Tensor:
+    def sample_wrongly(model: Any, *arguments: Any, **options: Any) -> torch.Tensor:
         if model.dtype == torch.bfloat16:
             raise RuntimeError("no kernel")
-        return sample_fast(model, *arguments) + 3e-4
+        return sample_fast(model, *arguments, **options) + 3e-4
 
     monkeypatch.setattr(doctor, "sample_fast", sample_wrongly)
 

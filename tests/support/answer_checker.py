@@ -1,8 +1,9 @@
-"""A second opinion on 3D questions: every answer is computed again from the label and the prompt's
-words.
+"""Checks questions and answers by a second implementation, which shares no code with
+`spear.labels`.
 
-It shares no code with `spear.labels`. It rebuilds boxes from their center, size and axes, projects
-points by hand, and reads off the prompt what is asked, as a person would.
+This module reads from the words of a prompt what is asked, as a person would. It then computes the
+answer from the label: it rebuilds the boxes from their centers, sizes and axes, and projects points
+without NumPy.
 """
 
 import math
@@ -11,8 +12,8 @@ from typing import Any
 
 from spear.types import LabeledImage, LabeledObject, Pixel, Question
 
-# Corners in fractions of the box's sides from its center, along right, down and away from the
-# camera.
+# Corners of a box: their offsets from its center along the box's axes (right, down, away from the
+# camera), as fractions of the box's size.
 NEAR, FAR = -0.5, 0.5
 LEFT, RIGHT = -0.5, 0.5
 TOP, BOTTOM = -0.5, 0.5
@@ -27,6 +28,8 @@ CORNERS = [
     (LEFT, BOTTOM, FAR),
 ]
 
+# An object is asked about only if its scores are at least these, and its "edge" score is at most
+# `MAX_EDGE_SCORE`.
 MIN_SCORES = {
     "visible": 0.7,
     "points": 30,
@@ -36,12 +39,13 @@ MIN_SCORES = {
     "compact": 0.4,
 }
 MAX_EDGE_SCORE = 0.05
-MIN_RELATIVE_DIFFERENCE = 0.05  # of two distances, to ask which object is closer
+MIN_RELATIVE_DIFFERENCE = 0.05
+"""Which of two objects is closer is asked only if their distances differ by this fraction."""
 TYPES_ABOUT_TWO_OBJECTS = ("offset", "chain_of_thought")
 
 
 def find_answer_errors(label: LabeledImage, question: Question) -> list[str]:
-    """What is wrong with a question about a label; empty if nothing is."""
+    """Return what is wrong with a question about a labeled image; an empty list if it is right."""
     prompt = question.prompt
     question_type = _read_question_type(prompt)
     if question_type != question.question_type:
@@ -49,7 +53,8 @@ def find_answer_errors(label: LabeledImage, question: Question) -> list[str]:
 
     objects = _find_named_objects(label, prompt)
     names = [o.name for o in objects]
-    if len(objects) != (2 if question_type in TYPES_ABOUT_TWO_OBJECTS else 1):
+    expected_num_objects = 2 if question_type in TYPES_ABOUT_TWO_OBJECTS else 1
+    if len(objects) != expected_num_objects:
         return [f"names {names}: {prompt}"]
 
     errors = []
@@ -73,8 +78,10 @@ def find_answer_errors(label: LabeledImage, question: Question) -> list[str]:
 
 
 def _is_unit_right(label: LabeledImage, question: Question, question_type: str) -> bool:
-    """Whether the prompt says that numbers are relative, if they are, and the question has the
-    label's unit."""
+    """Return whether the prompt and the question name the label's unit.
+
+    The prompt must say that lengths are relative, exactly if they are and the answer has lengths.
+    """
     has_numbers = question_type != "back_projection"
     says_relative = "relative" in question.prompt or "scale" in question.prompt
     should_say_relative = label.unit == "relative" and has_numbers
@@ -86,12 +93,16 @@ def _is_unit_right(label: LabeledImage, question: Question, question_type: str) 
 
 
 def _is_near_tie(objects: list[LabeledObject]) -> bool:
+    """Return whether two objects are too equally far away to ask which of them is closer."""
     near, far = sorted(_distance(o) for o in objects)
     return far - near < MIN_RELATIVE_DIFFERENCE * far
 
 
 def _is_same_segment(segment: Any, expected: Any) -> bool:
-    """Whether a segment is the expected text, number (float) or image location (tuple)."""
+    """Return whether a segment of an answer equals the expected one.
+
+    An expected segment is a text, a number (float) or a location in the image (tuple x, y).
+    """
     if isinstance(expected, float):
         return isinstance(segment, float) and math.isclose(
             segment, expected, rel_tol=1e-4, abs_tol=1e-5
@@ -105,6 +116,7 @@ def _is_same_segment(segment: Any, expected: Any) -> bool:
 
 
 def _read_question_type(prompt: str) -> str:
+    """Return the question type that the words of a prompt suggest."""
     if "closer" in prompt:
         return "chain_of_thought"
     if re.search(r"image\b(?! is unknown)|pixels|2D", prompt):
@@ -119,8 +131,8 @@ def _read_question_type(prompt: str) -> str:
 
 
 def _find_named_objects(label: LabeledImage, prompt: str) -> list[LabeledObject]:
-    """The objects that the prompt names, in the order of their mention."""
-    mentions: dict[int, LabeledObject] = {}
+    """Return the objects that the prompt names, in the order of their mention."""
+    mentions: dict[int, LabeledObject] = {}  # position in the prompt → object
     for o in sorted(label.objects, key=lambda o: -len(o.name)):  # longer names first
         for match in re.finditer(rf"\bthe {re.escape(o.name)}(?! \d)(?!\w)", prompt):
             if not _is_within_mention(match.start(), mentions):
@@ -129,13 +141,16 @@ def _find_named_objects(label: LabeledImage, prompt: str) -> list[LabeledObject]
 
 
 def _is_within_mention(position: int, mentions: dict[int, LabeledObject]) -> bool:
-    """Whether a position is inside the mention of another, longer name."""
-    ends = {start: start + len("the ") + len(o.name) for start, o in mentions.items()}
-    return any(start <= position < end for start, end in ends.items())
+    """Return whether a position is inside one of the mentions, which are of longer names."""
+    for start, o in mentions.items():
+        end = start + len("the ") + len(o.name)
+        if start <= position < end:
+            return True
+    return False
 
 
 def _find_unfit_reasons(label: LabeledImage, o: LabeledObject) -> list[str]:
-    """Why an object should not be asked about."""
+    """Return why an object should not be asked about; an empty list if it may be."""
     reasons = []
     if _is_ambiguous(label, o):
         reasons.append("could be another")
@@ -144,6 +159,7 @@ def _find_unfit_reasons(label: LabeledImage, o: LabeledObject) -> list[str]:
     u, v = _project(label, [float(c) for c in o.box3d.center])
     if not (0 <= u < 1 and 0 <= v < 1):
         reasons.append("is outside the image")
+    # A score that the label does not have is passed.
     has_low_score = any(o.scores.get(name, 99) < minimum for name, minimum in MIN_SCORES.items())
     if has_low_score or o.scores.get("edge", 0) > MAX_EDGE_SCORE:
         reasons.append(f"is under the bar: {dict(o.scores)}")
@@ -151,28 +167,32 @@ def _find_unfit_reasons(label: LabeledImage, o: LabeledObject) -> list[str]:
 
 
 def _is_ambiguous(label: LabeledImage, o: LabeledObject) -> bool:
-    """Whether the object's name fits several objects of the image."""
-    words, aside = _split_name(o.name)
+    """Return whether the object's name fits several objects of the image."""
+    words, addition = _split_name(o.name)
     num_fitting = 0
     for other_object in label.objects:
-        other_words, other_aside = _split_name(other_object.name)
-        if other_words[-len(words) :] == words and aside in ("", other_aside):
+        other_words, other_addition = _split_name(other_object.name)
+        ends_alike = other_words[-len(words) :] == words  # "cup" also fits a "red cup"
+        if ends_alike and addition in ("", other_addition):
             num_fitting += 1
     return num_fitting > 1
 
 
 def _split_name(name: str) -> tuple[list[str], str]:
-    """The words of a name without its number, in the singular, and what stands aside: "cup (of
-    tea)"."""
+    """Split a name into its words and an addition: "red cup (tea)" or "red cup of tea".
+
+    The words are in the singular, without a number at the end. A mug counts as a cup.
+    """
     name = re.sub(r"[ _#-]*[0-9]+$", "", name.lower().strip())
-    name, _, aside = name.replace(" of ", " (").partition(" (")
-    return name.removesuffix("s").replace("mug", "cup").split(" "), aside
+    name, _, addition = name.replace(" of ", " (").partition(" (")
+    words = name.removesuffix("s").replace("mug", "cup").split(" ")
+    return words, addition
 
 
 def _compute_answer(
     label: LabeledImage, question_type: str, objects: list[LabeledObject], prompt: str
 ) -> list[Any]:
-    """The segments of the right answer; image locations are tuples."""
+    """Return the segments of the right answer; locations in the image are tuples (x, y)."""
     first = objects[0]
     if question_type == "box_vertices":
         coordinates = []
@@ -204,7 +224,7 @@ def _compute_answer(
 
 
 def _read_keypoint(prompt: str) -> str:
-    """Which keypoint a prompt asks for, by its key in the label."""
+    """Return the key, in the label, of the keypoint that a prompt asks for."""
     before_point = prompt.split(" point ")[0]
     (word,) = re.findall(r"closest|nearest|furthest|farthest|centre|center", before_point)
     synonyms = {"nearest": "closest", "farthest": "furthest", "center": "centre"}
@@ -212,15 +232,18 @@ def _read_keypoint(prompt: str) -> str:
 
 
 def _compute_center(o: LabeledObject) -> list[float]:
-    return [sum(coordinates) / 8 for coordinates in zip(*_compute_corners(o), strict=True)]
+    """Return the mean of the eight corners."""
+    corners = _compute_corners(o)
+    return [sum(coordinates) / 8 for coordinates in zip(*corners, strict=True)]
 
 
 def _distance(o: LabeledObject) -> float:
+    """Return the distance of the object's center from the camera."""
     return math.sqrt(sum(c * c for c in _compute_center(o)))
 
 
 def _compute_corners(o: LabeledObject) -> list[list[float]]:
-    """The eight corners: top four first, each four near-left, near-right, far-right, far-left."""
+    """Return the eight corners in the order of `CORNERS`, in the camera frame."""
     box = o.box3d
     corners = []
     for fractions in CORNERS:
@@ -235,12 +258,17 @@ def _compute_corners(o: LabeledObject) -> list[list[float]]:
 
 
 def _project(label: LabeledImage, point: list[float]) -> tuple[float, float]:
-    """Where a point is in the image, as fractions of its size; (-1, -1) if it is behind the
-    camera."""
-    k = label.intrinsics
+    """Return a point's location in the image, as fractions of the image's size.
+
+    A point behind the camera gets (-1, -1).
+    """
+    intrinsics = label.intrinsics
+    (focal_x, skew, center_x), (_, focal_y, center_y), _ = [
+        [float(value) for value in row] for row in intrinsics
+    ]
     x, y, z = point
     if z <= 0:
         return -1.0, -1.0
-    u_px = float(k[0][0]) * x / z + float(k[0][1]) * y / z + float(k[0][2])
-    v_px = float(k[1][1]) * y / z + float(k[1][2])
+    u_px = focal_x * x / z + skew * y / z + center_x
+    v_px = focal_y * y / z + center_y
     return u_px / label.width, v_px / label.height

@@ -1,4 +1,7 @@
-"""A headless Chromium, driven through its DevTools protocol; without one, its tests are skipped."""
+"""Runs a headless Chromium and controls it through its DevTools protocol.
+
+Tests that need a browser are skipped on machines without Chromium.
+"""
 
 import json
 import os
@@ -16,11 +19,15 @@ from websockets.sync.client import connect
 from processes import wait_until
 
 PROGRAM_NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome")
-TIMEOUT_S = 240  # for what takes a second on an idle machine
+TIMEOUT_S = 240  # for actions that take a second on an idle machine
 
 
 class Tab:
-    """One page of the browser whose tools listen at a port. Records the errors of its scripts."""
+    """One page of the browser. It records the errors of the page's scripts.
+
+    Args:
+        port: the port at which the browser's DevTools listen.
+    """
 
     def __init__(self, port: int) -> None:
         new = urllib.request.Request(f"http://127.0.0.1:{port}/json/new?about:blank", method="PUT")
@@ -33,6 +40,7 @@ class Tab:
             self.call(f"{domain}.enable")
 
     def call(self, method: str, **params: Any) -> dict[str, Any]:
+        """Call a method of the DevTools protocol, and return its result."""
         self._num_calls += 1
         self._socket.send(json.dumps({"id": self._num_calls, "method": method, "params": params}))
         while True:
@@ -53,13 +61,15 @@ class Tab:
                 self.errors.append(entry["text"])
 
     def open(self, url: str, width: int = 1400, height: int = 1000, phone: bool = False) -> None:
-        size = {"width": width, "height": height, "deviceScaleFactor": 1 + phone, "mobile": phone}
+        """Open a URL in a window of this size, or on a phone with a touch screen of this size."""
+        scale = 2 if phone else 1
+        size = {"width": width, "height": height, "deviceScaleFactor": scale, "mobile": phone}
         self.call("Emulation.setDeviceMetricsOverride", **size)
         self.call("Emulation.setTouchEmulationEnabled", enabled=phone, maxTouchPoints=5)
         self.call("Page.navigate", url=url)
 
     def run(self, script: str) -> Any:
-        """The value of an expression on the page."""
+        """Return the value of a JavaScript expression on the page."""
         result = self.call(
             "Runtime.evaluate", expression=script, awaitPromise=True, returnByValue=True
         )
@@ -67,7 +77,7 @@ class Tab:
         return result["result"].get("value")
 
     def wait(self, script: str, timeout_s: float = TIMEOUT_S) -> None:
-        """Wait until an expression on the page is true."""
+        """Wait until a JavaScript expression on the page is true."""
 
         def is_true() -> bool:
             result = self.call("Runtime.evaluate", expression=f"!!({script})", returnByValue=True)
@@ -76,14 +86,15 @@ class Tab:
         wait_until(is_true, script, timeout_s=timeout_s)
 
     def find_box(self, selector: str) -> list[float]:
-        """Left, top, width and height of an element in the window, scrolled to if need be."""
+        """Scroll to an element, and return its left, top, width and height in the window."""
         script = "(e => { e.scrollIntoViewIfNeeded(); const r = e.getBoundingClientRect();"
         script += (
             f" return [r.x, r.y, r.width, r.height]; }})(document.querySelector({selector!r}))"
         )
-        return [float(v) for v in self.run(script)]
+        return [float(value) for value in self.run(script)]
 
     def click(self, selector: str) -> None:
+        """Click on the middle of the element that a CSS selector finds."""
         left_px, top_px, width, height = self.find_box(selector)
         x = left_px + width / 2
         y = top_px + height / 2
@@ -91,7 +102,13 @@ class Tab:
             self.call("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", clickCount=1)
 
     def touch(self, selector: str, *fingers: Sequence[float]) -> None:
-        """Fingers on an element, each [from x, y, to x, y] as parts of its width and height."""
+        """Move fingers on an element at the same time.
+
+        Args:
+            selector: CSS selector of the element.
+            fingers: for each finger the x and y where it begins, and the x and y where it ends, as
+                fractions of the element's width and height.
+        """
         left_px, top_px, width, height = self.find_box(selector)
         moments = [("touchStart", 0.0), ("touchMove", 0.5), ("touchMove", 1.0)]
         for kind, progress in moments:
@@ -104,24 +121,25 @@ class Tab:
         self.call("Input.dispatchTouchEvent", type="touchEnd", touchPoints=[])
 
     def type(self, selector: str, text: str) -> None:
-        """Replace what is in an input field."""
+        """Replace the text in an input field."""
         self.run(f"(e => {{ e.focus(); e.select(); }})(document.querySelector({selector!r}))")
         self.call("Input.insertText", text=text)
 
     def key(self, name: str, **more: Any) -> None:
-        """Press a key, "ArrowLeft" for one."""
+        """Press a key by its name in JavaScript, such as "ArrowLeft"."""
         for kind in ("keyDown", "keyUp"):
             self.call("Input.dispatchKeyEvent", type=kind, key=name, code=name, **more)
 
     def enter(self) -> None:
+        """Press the key Enter, which sends a form."""
         self.key("Enter", windowsVirtualKeyCode=13, text="\r")
 
 
 @contextmanager
 def run_chromium(folder: Path) -> Iterator[int]:
-    """Run Chromium with an empty profile in `folder`; yields the port of its tools.
+    """Run Chromium with an empty profile in `folder`, and yield the port of its DevTools.
 
-    The environment variable SPEAR_CHROMIUM names another program.
+    The environment variable SPEAR_CHROMIUM can name another program.
     """
     installed = [name for name in PROGRAM_NAMES if shutil.which(name)]
     program = os.environ.get("SPEAR_CHROMIUM") or next(iter(installed), None)
@@ -133,7 +151,7 @@ def run_chromium(folder: Path) -> Iterator[int]:
     command = [program, *(f"--{option}" for option in options), "about:blank"]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
-        port_file = folder / "DevToolsActivePort"
+        port_file = folder / "DevToolsActivePort"  # its first line is the port
 
         def has_started_or_ended() -> bool:
             has_port = port_file.exists() and "\n" in port_file.read_text()

@@ -1,4 +1,4 @@
-"""Small robot episodes and pictures for tests."""
+"""Makes small robot episodes, datasets and pictures."""
 
 import json
 import shutil
@@ -16,12 +16,13 @@ from spear.types import Episode
 from spear.util.images import encode_image_file, encode_jpeg
 
 LAYOUT = {"like": "bridge_dataset", "images": {"external": "observation/images/image_0"}}
+"""The layout of the BridgeData V2 dataset, with the first of its cameras as external one."""
 
 
 def copy_dataset(folder: Path, target: Path, layout: dict[str, Any] | None = LAYOUT) -> Path:
-    """Copy a dataset so that tests may change it, and write its layout."""
+    """Copy a dataset so that tests may change it, and write the layout as its spear.json."""
     shutil.copytree(folder, target)
-    for path in [target, *target.rglob("*")]:
+    for path in [target, *target.rglob("*")]:  # the original may be read-only
         path.chmod(0o755 if path.is_dir() else 0o644)
     if layout is not None:
         (target / "spear.json").write_text(json.dumps(layout))
@@ -29,19 +30,24 @@ def copy_dataset(folder: Path, target: Path, layout: dict[str, Any] | None = LAY
 
 
 def edit_json(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
-    """Change the content of a JSON file."""
+    """Change the content of a JSON file by a function that changes the parsed object."""
     content = json.loads(path.read_text())
     change(content)
     path.write_text(json.dumps(content))
 
 
 def make_png(level: int, width: int = 48, height: int = 32) -> bytes:
-    """A PNG of one gray level."""
+    """Make a PNG whose pixels all have one gray level (0 to 255)."""
     return encode_image_file(np.full((height, width, 3), level, np.uint8), "gray.png")
 
 
 def assemble_png(head: tuple[int, int, int, int], data: bytes) -> bytes:
-    """A PNG of this width, height, bits per channel and color type, with this compressed data."""
+    """Assemble a PNG, which need not be valid.
+
+    Args:
+        head: width, height, bits per channel and color type (0 gray, 2 RGB).
+        data: the compressed pixels.
+    """
     return (
         b"\x89PNG\r\n\x1a\n"
         + _png_chunk(b"IHDR", struct.pack(">IIBBBBB", *head, 0, 0, 0))
@@ -73,10 +79,17 @@ def _masked_crc(data: bytes) -> bytes:
 def make_episode(
     index: int, num_steps: int = 6, size: tuple[int, int] = (64, 80), **fields: Any
 ) -> Episode:
-    """A smooth episode whose images can be told apart; `fields` replace its own."""
+    """Make a smooth episode, whose images differ in color from step to step.
+
+    Args:
+        index: number of the episode, which changes its motion, colors and source.
+        num_steps: number of steps.
+        size: height and width of the images.
+        fields: fields of `Episode`, which replace those of this episode.
+    """
     steps = np.arange(num_steps, dtype=np.float32)
     zeros = 0 * steps
-    angle = 0.1 * steps + index
+    angle = 0.1 * steps + index  # radians
     if "images" not in fields:
         images = [
             np.full((*size, 3), (30 * step + 20, 40 * index, 90), np.uint8)
@@ -97,13 +110,16 @@ def make_episode(
 
 
 def write_store(episodes: Iterable[Episode], folder: Path, **options: int) -> EpisodeStore:
-    """Write a store of these episodes, and open it."""
+    """Write a store of these episodes, and open it.
+
+    options: arguments of `write_episodes`.
+    """
     write_episodes(episodes, folder, **options)
     return EpisodeStore(folder)
 
 
 def assert_same(episode: Episode, expected: Episode, atol: float = 0.0) -> None:
-    """Two episodes are equal; `atol` is the tolerance of their numbers."""
+    """Assert that two episodes are equal, with a tolerance `atol` for their numbers."""
     images = {camera: list(encoded) for camera, encoded in episode.images.items()}
     expected_images = {camera: list(encoded) for camera, encoded in expected.images.items()}
     assert images == expected_images

@@ -1,4 +1,4 @@
-"""A local HTTP server that speaks Gemini's API, for the real client to talk to."""
+"""A local HTTP server with Gemini's API, to which tests connect the real client."""
 
 import base64
 import json
@@ -17,7 +17,13 @@ from spear.util.images import load_image
 
 @dataclass
 class Reply:
-    """status, JSON body (or raw text), headers of one response."""
+    """One response of the server.
+
+    Attributes:
+        status: HTTP status code.
+        body: a value that is sent as JSON, or a text that is sent as it is.
+        headers: further HTTP headers.
+    """
 
     status: int = 200
     body: Any = None
@@ -25,11 +31,21 @@ class Reply:
 
 
 def boxes_reply(*items: tuple[str, list[float]]) -> Reply:
-    """An answer with labels and boxes [ymin, xmin, ymax, xmax] in thousandths."""
+    """Make a reply in which the model has detected objects.
+
+    items: (label, [ymin, xmin, ymax, xmax]) of each object, in thousandths of the image's size.
+    """
     return text_reply(json.dumps([{"label": name, "box_2d": box} for name, box in items]))
 
 
 def text_reply(answer: str, end: str = "STOP", **more: Any) -> Reply:
+    """Make a reply in which the model answers with a text.
+
+    Args:
+        answer: the text.
+        end: why the model stopped to write; "STOP" if the text is complete.
+        more: further keys of the reply.
+    """
     candidate = {
         "content": {"role": "model", "parts": [{"text": answer}]},
         "finishReason": end,
@@ -44,34 +60,45 @@ def text_reply(answer: str, end: str = "STOP", **more: Any) -> Reply:
 def error_reply(
     status: int, name: str, message: str, *details: dict[str, Any], **headers: str
 ) -> Reply:
+    """Make a reply with an error; underscores in the names of headers stand for dashes."""
     body = {"error": {"code": status, "message": message, "status": name, "details": list(details)}}
     return Reply(status, body, {key.replace("_", "-"): value for key, value in headers.items()})
 
 
 def make_retry_info(delay: str) -> dict[str, Any]:
+    """Make the detail of an error that asks the client to wait, for example "2s"."""
     return {"@type": "type.googleapis.com/google.rpc.RetryInfo", "retryDelay": delay}
 
 
 def to_camel_case(value: Any) -> Any:
-    """JSON with its keys in camel case: the API takes both spellings, and the client sends both."""
+    """Convert the keys of a JSON value to camel case.
+
+    The API accepts snake case, too, and the client sends both.
+    """
     if isinstance(value, dict):
-        return {
-            re.sub("_([a-z])", lambda m: m[1].upper(), k): to_camel_case(v)
-            for k, v in value.items()
-        }
-    return [to_camel_case(v) for v in value] if isinstance(value, list) else value
+        converted = {}
+        for key, entry in value.items():
+            camel_key = re.sub("_([a-z])", lambda match: match[1].upper(), key)
+            converted[camel_key] = to_camel_case(entry)
+        return converted
+    if isinstance(value, list):
+        return [to_camel_case(entry) for entry in value]
+    return value
 
 
 def read_picture(request: dict[str, Any]) -> Array:
-    """The image [h, w, 3] in a request."""
+    """Return the image [h, w, 3] in a request."""
     inline = request["contents"][0]["parts"][0]["inlineData"]
     assert inline["mimeType"] == "image/jpeg"
-    return load_image(base64.b64decode(inline["data"].replace("-", "+").replace("_", "/")))
+    return load_image(base64.urlsafe_b64decode(inline["data"]))
 
 
 class Server:
-    """Answers with `replies` in turn, the last one for ever; or as `answer` says, from the
-    request's JSON."""
+    """The replies that the server gives, and the requests that it got.
+
+    The server gives one of `replies` after the other, and the last one again and again. If the
+    function `answer` is set, it makes the reply from the JSON of the request instead.
+    """
 
     def __init__(self) -> None:
         self.replies: list[Reply] = [boxes_reply()]
@@ -84,6 +111,7 @@ class Server:
         self.address = ""
 
     def reply(self, path: str, headers: dict[str, str], request: dict[str, Any]) -> Reply:
+        """Record a request, and return the reply to it."""
         with self.lock:
             self.times.append(time.monotonic())
             self.requests.append(request)
@@ -96,6 +124,7 @@ class Server:
 
 @contextmanager
 def run_server() -> Iterator[Server]:
+    """Run the server in threads, on a free port of this machine, and stop it at the end."""
     server = Server()
 
     class Handler(BaseHTTPRequestHandler):

@@ -1,4 +1,4 @@
-"""Scenes of boxes on a table, seen by a camera that looks down: depth and masks by ray casting."""
+"""Renders boxes on a table as seen by a camera above: image, depth and masks, by ray casting."""
 
 import numpy as np
 
@@ -8,54 +8,79 @@ from spear.labels.models.ground_truth import GroundTruth
 from spear.types import Array, Box3D, Frame
 
 TRUTH = (GroundTruth(),) * 3
+"""Detector, segmenter and point-map model that return the ground truth of a frame."""
 NAMES = ("carrot", "spoon", "bowl", "plate", "cube", "eggplant")
 Block = tuple[Array, Array, float]
-"""Center [3], size [3], yaw of a box; base frame, m."""
+"""Center [3], size [3] and yaw (radians) of a box, in meters in the base frame."""
 
 
 def make_camera(width: int = 192, height: int = 128, pitch: float = 40.0) -> tuple[Array, Array]:
-    """Intrinsics [3, 3], extrinsics [4, 4] (camera -> base); it looks at the base's origin, 0.8 m
-    away."""
-    focal = 0.9 * width
-    p = np.radians(pitch)
-    forward = np.array([np.cos(p), 0, -np.sin(p)])
+    """Make a camera that looks at the base's origin from a distance of 0.8 m.
+
+    Args:
+        width: width of the image in pixels.
+        height: height of the image in pixels.
+        pitch: angle in degrees by which the camera looks down.
+
+    Returns:
+        The intrinsics [3, 3] in pixels, and the camera's pose [4, 4] in the base frame.
+    """
+    focal_px = 0.9 * width
+    intrinsics = np.array([[focal_px, 0, width / 2], [0, focal_px, height / 2], [0, 0, 1.0]])
+    pitch_rad = np.radians(pitch)
+    forward = np.array([np.cos(pitch_rad), 0, -np.sin(pitch_rad)])
     right = np.array([0.0, -1.0, 0.0])
+    down = np.cross(forward, right)
     pose = np.eye(4)
-    pose[:3, :3] = np.stack([right, np.cross(forward, right), forward], axis=1)
+    pose[:3, :3] = np.stack([right, down, forward], axis=1)  # the camera's axes are columns
     pose[:3, 3] = -0.8 * forward
-    return np.array([[focal, 0, width / 2], [0, focal, height / 2], [0, 0, 1.0]]), pose
+    return intrinsics, pose
 
 
 def render_blocks(boxes: list[Block], names: list[str], pitch: float = 40.0, **size: int) -> Frame:
-    """Boxes on the table z = 0."""
-    k, pose = make_camera(pitch=pitch, **size)
+    """Render boxes on the table, which is the plane z = 0 of the base frame.
+
+    Args:
+        boxes: the boxes.
+        names: the boxes' names.
+        pitch: angle in degrees by which the camera looks down.
+        size: "width" and "height" of the image; by default those of `make_camera`.
+
+    Returns:
+        The frame, with its ground truth.
+    """
+    intrinsics, pose = make_camera(pitch=pitch, **size)
     width = size.get("width", 192)
     height = size.get("height", 128)
-    rays = unproject(np.ones((height, width)), k).astype(float) @ pose[:3, :3].T
+    camera_rotation = pose[:3, :3]
     origin = pose[:3, 3]
+    # Rays have a component of 1 along the optical axis, so multiples of a ray are depths.
+    rays_in_camera_frame = unproject(np.ones((height, width)), intrinsics).astype(float)
+    rays = rays_in_camera_frame @ camera_rotation.T  # [height, width, 3] in the base frame
+
     true_vertices = {}
     with np.errstate(divide="ignore", invalid="ignore"):
-        depth = np.where(rays[..., 2] < 0, -origin[2] / rays[..., 2], np.inf)
+        depth = np.where(rays[..., 2] < 0, -origin[2] / rays[..., 2], np.inf)  # of the table
         instances = np.zeros((height, width), np.int32)
         for number, (center, extent, yaw) in enumerate(boxes, start=1):
-            turn = make_yaw_rotation(yaw)
+            box_rotation = make_yaw_rotation(yaw)
             half = np.asarray(extent) / 2
-            # A ray hits a box where it is inside all three of the box's slabs, each between two
-            # parallel sides. In the box's frame it enters the slab of an axis at the smaller of two
-            # distances and leaves it at the larger. It enters the box (`near`) with the last of the
-            # three entries, and leaves it (`far`) with the first of the three exits. The rays have
-            # a component of 1 along the optical axis, so distances on them are depths.
-            start = (origin - center) @ turn
-            direction = rays @ turn
-            sides = np.stack([(-half - start) / direction, (half - start) / direction])
-            near = sides.min(axis=0).max(axis=-1)
-            far = sides.max(axis=0).min(axis=-1)
-            hit = (near <= far) & (near > 0) & (near < depth)
-            depth = np.where(hit, near, depth)
-            instances[hit] = number
-            vertices = np.asarray(center) + VERTEX_SIGNS * half @ turn.T
-            true_vertices[number] = (vertices - origin) @ pose[:3, :3]
-    # Each object has a color of its own, by its number; the background is gray.
+            # A box is the intersection of three slabs, each between two parallel sides. In the
+            # box's frame a ray enters the slab of an axis at the smaller of two depths and leaves
+            # it at the larger. The ray is inside the box from the last of the three entries
+            # (`near`) until the first of the three exits (`far`).
+            start = (origin - center) @ box_rotation  # [3] in the box's frame
+            direction = rays @ box_rotation  # [height, width, 3] in the box's frame
+            side_depths = np.stack([(-half - start) / direction, (half - start) / direction])
+            near = side_depths.min(axis=0).max(axis=-1)  # [height, width]
+            far = side_depths.max(axis=0).min(axis=-1)
+            is_visible = (near <= far) & (near > 0) & (near < depth)
+            depth = np.where(is_visible, near, depth)
+            instances[is_visible] = number
+            vertices = np.asarray(center) + VERTEX_SIGNS * half @ box_rotation.T  # [8, 3]
+            true_vertices[number] = (vertices - origin) @ camera_rotation  # in the camera frame
+
+    # Each object has a color that depends on its number; the background is gray.
     image = np.full((height, width, 3), 90, np.uint8)
     for number in true_vertices:
         red = 40 * number % 256
@@ -67,7 +92,7 @@ def render_blocks(boxes: list[Block], names: list[str], pitch: float = 40.0, **s
         depth=np.where(np.isfinite(depth), depth, 0).astype(np.float32),
         instances=instances,
         names=dict(enumerate(names, start=1)),
-        intrinsics=k,
+        intrinsics=intrinsics,
         extrinsics=pose,
         boxes=true_vertices,
         source="synthetic",
@@ -75,7 +100,7 @@ def render_blocks(boxes: list[Block], names: list[str], pitch: float = 40.0, **s
 
 
 def make_yaw_rotation(yaw: float) -> Array:
-    """[3, 3] about the base's z axis."""
+    """Return the rotation matrix [3, 3] of a rotation by `yaw` radians about the base's z axis."""
     c = np.cos(yaw)
     s = np.sin(yaw)
     return np.array([[c, -s, 0], [s, c, 0], [0, 0, 1.0]])
@@ -84,34 +109,56 @@ def make_yaw_rotation(yaw: float) -> Array:
 def make_random_frame(
     rng: np.random.Generator, objects: int = 5, names: tuple[str, ...] = NAMES, **size: int
 ) -> Frame:
-    """Boxes of random size, place and yaw on the table, apart from each other."""
+    """Render boxes of random size, place and yaw on the table, which do not overlap.
+
+    Args:
+        rng: the random generator.
+        objects: number of boxes.
+        names: names to choose from.
+        size: "width" and "height" of the image.
+    """
     boxes: list[Block] = []
     while len(boxes) < objects:
         extent = rng.uniform(0.03, 0.12, 3)
         center = np.array([rng.uniform(-0.2, 0.2), rng.uniform(-0.25, 0.25), extent[2] / 2])
-        reach = np.hypot(*extent[:2])
-        if all(
-            np.linalg.norm((center - c)[:2]) > (np.hypot(*e[:2]) + reach) / 2 for c, e, _ in boxes
-        ):
+        diagonal = np.hypot(*extent[:2])  # of the box's base, as seen from above
+        overlaps = False
+        for other_center, other_extent, _ in boxes:
+            distance = np.linalg.norm((center - other_center)[:2])
+            other_diagonal = np.hypot(*other_extent[:2])
+            if distance <= (diagonal + other_diagonal) / 2:
+                overlaps = True
+        if not overlaps:
             boxes.append((center, extent, rng.uniform(0, np.pi)))
-    chosen = [names[i % len(names)] for i in rng.permutation(max(objects, len(names)))[:objects]]
-    return render_blocks(boxes, chosen, pitch=float(rng.uniform(25, 60)), **size)
+    name_order = rng.permutation(max(objects, len(names)))
+    chosen_names = [names[index % len(names)] for index in name_order[:objects]]
+    return render_blocks(boxes, chosen_names, pitch=float(rng.uniform(25, 60)), **size)
 
 
 def sample_visible_sides(box: Box3D, rng: np.random.Generator, noise: float) -> Array:
-    """Points on the sides of a box that the camera sees, as densely as it sees them; noise along
-    rays."""
-    sides = []
+    """Sample points [n, 3] on the sides of a box that face the camera at the origin.
+
+    The points are denser on sides that the camera sees less obliquely, as in a depth image.
+
+    Args:
+        box: the box, in the camera frame.
+        rng: the random generator.
+        noise: standard deviation of the distance from the camera, relative to the distance.
+    """
+    num_candidates = 4000
+    points_of_sides = []
     for axis in range(3):
-        middle = float(box.center @ box.rotation[:, axis])
-        if abs(middle) > box.size[axis] / 2:
-            local = rng.uniform(-0.5, 0.5, (4000, 3))
-            local[:, axis] = -np.sign(middle) / 2
-            points = box.center + (local * box.size) @ box.rotation.T
-            slope = abs(
-                box.rotation[:, axis] @ (points / np.linalg.norm(points, axis=1)[:, None]).T
-            )
-            area = np.prod(np.delete(box.size, axis)) / 0.01
-            sides.append(points[rng.uniform(size=4000) < 0.15 * slope * area])
-    points = np.concatenate(sides)
+        normal = box.rotation[:, axis]
+        center_along_axis = float(box.center @ normal)
+        # If the camera is between the planes of the two opposite sides, it sees neither of them.
+        if abs(center_along_axis) > box.size[axis] / 2:
+            fractions = rng.uniform(-0.5, 0.5, (num_candidates, 3))  # of the box's size
+            fractions[:, axis] = -np.sign(center_along_axis) / 2  # the side towards the camera
+            points = box.center + (fractions * box.size) @ box.rotation.T
+            rays = points / np.linalg.norm(points, axis=1)[:, None]
+            slope = abs(normal @ rays.T)  # [num_candidates]: 1 where a ray hits at a right angle
+            area_dm2 = np.prod(np.delete(box.size, axis)) / 0.01
+            is_kept = rng.uniform(size=num_candidates) < 0.15 * slope * area_dm2
+            points_of_sides.append(points[is_kept])
+    points = np.concatenate(points_of_sides)
     return points * (1 + noise * rng.normal(size=(len(points), 1)))

@@ -1,4 +1,7 @@
-"""Models of fixed behavior for tests of the engines: quick, and a function of the pixels alone."""
+"""Quick stand-ins for the three labeling models, whose results depend on the pixels alone.
+
+An *engine* runs the models over many images, in this or in other processes.
+"""
 
 import time
 from collections.abc import Sequence
@@ -15,12 +18,18 @@ from spear.labels.fit.image import unproject
 from spear.labels.models.protocols import Detection, PointMapResult
 from spear.types import Array, Frame
 
-REFUSED_LEVEL = 13  # of the first pixel of an image that the detector refuses
-EMPTY_LEVEL = 14  # of the first pixel of an image in which the detector finds nothing
+REFUSED_LEVEL = 13  # the detector refuses images whose first pixel has this level
+EMPTY_LEVEL = 14  # the detector finds nothing in images whose first pixel has this level
 
 
 class BrightDetector:
-    """What is brighter than 128 is one object, a "block"."""
+    """Detects all pixels brighter than 128 as one object, a "block".
+
+    Args:
+        seconds: time that it takes per image.
+        stuck_at: ending of the source of images at which it hangs.
+        unreached: endings of the sources of images for which it raises a `RetryableError`.
+    """
 
     name = "bright"
 
@@ -46,13 +55,15 @@ class BrightDetector:
 
 
 def _detect_bright(image: Array) -> Detection:
+    """Return the bounding box of the bright pixels of an image [h, w, 3]."""
     y, x = np.nonzero(image[..., 0] > 128)
-    return Detection(
-        "block", np.array([x.min(), y.min(), x.max() + 1, y.max() + 1], np.float32), 0.9
-    )
+    box2d = np.array([x.min(), y.min(), x.max() + 1, y.max() + 1], np.float32)
+    return Detection("block", box2d, 0.9)
 
 
 class BoxSegmenter:
+    """Returns the whole bounding box of each detection as its mask."""
+
     name = "box"
 
     def segment(
@@ -69,19 +80,23 @@ class BoxSegmenter:
 
 
 class SlopePointMap:
-    """A plane that recedes upwards; what is bright stands 0.1 m before it. As with a network, what
-    it says of an image depends a little on how many others come with it."""
+    """Predicts a plane that recedes upwards, and bright pixels 0.1 m in front of the plane.
+
+    As with a network, the result for an image depends a little on the number of images that are
+    predicted together.
+    """
 
     name = "slope"
 
     def predict(self, frames: Sequence[Frame]) -> list[PointMapResult]:
-        return [self._predict(frame.image, 1 + 1e-6 * len(frames)) for frame in frames]
+        relative_focal = 1 + 1e-6 * len(frames)
+        return [self._predict(frame.image, relative_focal) for frame in frames]
 
-    def _predict(self, image: Array, off: float) -> PointMapResult:
+    def _predict(self, image: Array, relative_focal: float) -> PointMapResult:
+        """Predict for an image [h, w, 3]; relative_focal: focal length in widths of the image."""
         height, width = image.shape[:2]
-        intrinsics = np.array(
-            [[off * width, 0, width / 2], [0, off * width, height / 2], [0, 0, 1.0]]
-        )
+        focal_px = relative_focal * width
+        intrinsics = np.array([[focal_px, 0, width / 2], [0, focal_px, height / 2], [0, 0, 1.0]])
         depth = np.linspace(1.5, 1.0, height)[:, None] - 0.1 * (image[..., 0] > 128)
         valid_mask = np.ones((height, width), bool)
         return PointMapResult(unproject(depth, intrinsics), valid_mask, intrinsics, "metre")
@@ -93,24 +108,36 @@ def make_noise_frame(seed: int, height: int = 40, width: int = 60) -> Frame:
 
 
 def make_factories(*detector: Any) -> ModelFactories:
+    """Return functions that make the stand-ins; `detector`: arguments of `BrightDetector`."""
     return partial(BrightDetector, *detector), BoxSegmenter, SlopePointMap
 
 
 def make_engine(workers: int = 0, *detector: Any) -> Any:
+    """Return an engine that runs the stand-ins in `workers` processes; 0 means this process.
+
+    detector: arguments of `BrightDetector`.
+    """
     return partial(run_local, make_factories(*detector), workers)
 
 
 def write_photos(folder: Path, count: int, bad: bool = True) -> Path:
-    """`count` images of a bright block each; with `bad`, number 3 is broken, 5 refused and 7
-    empty."""
+    """Write `count` images, each of a bright block whose size depends on the image's number.
+
+    With `bad`, the file of image 3 is truncated, the detector refuses image 5, and it finds nothing
+    in image 7.
+    """
     folder.mkdir(parents=True)
-    for i in range(count):
-        image = np.full((40, 60, 3), 20 + i % 50, np.uint8)
-        image[8 + i % 9 : 30, 10 + i % 13 : 40] = 220
-        if bad and i in (5, 7):
-            image[0, 0] = {5: REFUSED_LEVEL, 7: EMPTY_LEVEL}[i]
-        path = folder / f"{i:05d}.png"
+    for number in range(count):
+        image = np.full((40, 60, 3), 20 + number % 50, np.uint8)
+        top = 8 + number % 9
+        left = 10 + number % 13
+        image[top:30, left:40] = 220
+        if bad and number == 5:
+            image[0, 0] = REFUSED_LEVEL
+        if bad and number == 7:
+            image[0, 0] = EMPTY_LEVEL
+        path = folder / f"{number:05d}.png"
         Image.fromarray(image).save(path)
-        if bad and i == 3:
+        if bad and number == 3:
             path.write_bytes(path.read_bytes()[:70])
     return folder

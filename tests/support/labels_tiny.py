@@ -1,4 +1,4 @@
-"""Networks of a few thousand random parameters with their processors, saved as users have them."""
+"""Saves tiny networks with random weights and their processors, in the files that users have."""
 
 from pathlib import Path
 
@@ -6,12 +6,13 @@ import torch
 import transformers as hf
 
 WORDS = ("red", "cup", "fork", "plate", "a", "on", "photo", "of", "the", "##s", "steel", "bowl")
+"""Words of Grounding DINO's tokenizer; "##s" is the ending of a word."""
 
 
 def save_sam2(folder: Path, video: bool = False) -> Path:
     """Save a SAM 2 for images of 64 × 64 pixels.
 
-    With `video` it also has the memory of earlier frames, as the published SAM 2 does.
+    With `video` the model also has the memory of earlier frames, as the published SAM 2 has.
     """
     backbone = hf.Sam2HieraDetConfig(
         hidden_size=8, image_size=[64, 64], blocks_per_stage=[1, 1, 2, 1],
@@ -50,8 +51,11 @@ def save_sam2(folder: Path, video: bool = False) -> Path:
 
 
 def save_grounding_dino(folder: Path) -> Path:
-    """Grounding DINO with ten queries and prompts of 16 tokens; marks have BERT's numbers."""
-    special = {
+    """Save a Grounding DINO with ten queries and prompts of at most 16 tokens.
+
+    Special tokens and punctuation have the ids of BERT, because the model's code contains these.
+    """
+    special_tokens = {
         "[PAD]": 0,
         "[UNK]": 100,
         "[CLS]": 101,
@@ -60,8 +64,10 @@ def save_grounding_dino(folder: Path) -> Path:
         ".": 1012,
         "?": 1029,
     }
-    vocabulary = {f"[unused{i}]": i for i in range(1040) if i not in special.values()} | special
-    vocabulary |= {word: 1040 + i for i, word in enumerate(WORDS)}
+    first_word_id = 1040
+    unused_ids = [i for i in range(first_word_id) if i not in special_tokens.values()]
+    vocabulary = {f"[unused{i}]": i for i in unused_ids} | special_tokens
+    vocabulary |= {word: first_word_id + i for i, word in enumerate(WORDS)}
     config = hf.GroundingDinoConfig(
         backbone_config=hf.SwinConfig(
             image_size=64, embed_dim=8, depths=[1, 1, 1, 1], num_heads=[1, 1, 2, 2], window_size=4,
@@ -81,11 +87,14 @@ def save_grounding_dino(folder: Path) -> Path:
 
 
 def save_owlv2(folder: Path) -> Path:
-    """OWLv2 for squares of 32 pixels and queries of 32 letters or words."""
+    """Save an OWLv2 for images of 32 × 32 pixels and queries of at most 32 tokens.
+
+    The tokens are letters, letters at the end of a word ("a</w>"), and the word "cup".
+    """
     letters = "abcdefghijklmnopqrstuvwxyz"
-    tokens = ["!", *letters, *(f"{letter}</w>" for letter in letters), "cu", "cup</w>"]
-    vocabulary = {token: i for i, token in enumerate([*tokens, "<|startoftext|>", "<|endoftext|>"])}
-    start, end = vocabulary["<|startoftext|>"], vocabulary["<|endoftext|>"]
+    last_letters = [f"{letter}</w>" for letter in letters]
+    tokens = ["!", *letters, *last_letters, "cu", "cup</w>", "<|startoftext|>", "<|endoftext|>"]
+    vocabulary = {token: i for i, token in enumerate(tokens)}
     tower = {
         "hidden_size": 16,
         "intermediate_size": 16,
@@ -95,18 +104,18 @@ def save_owlv2(folder: Path) -> Path:
     config = hf.Owlv2Config(
         text_config={
             "vocab_size": len(vocabulary),
-            "bos_token_id": start,
-            "eos_token_id": end,
+            "bos_token_id": vocabulary["<|startoftext|>"],
+            "eos_token_id": vocabulary["<|endoftext|>"],
+            "max_position_embeddings": 32,
             **tower,
-        }
-        | {"max_position_embeddings": 32},
+        },
         vision_config={"image_size": 32, "patch_size": 8, **tower},
         projection_dim=16,
     )
     torch.manual_seed(0)
     network = hf.Owlv2ForObjectDetection(config)
     for parameter in network.box_head.parameters():
-        parameter.data *= 0.1  # so that boxes stay near their patches
+        parameter.data *= 0.1  # so that predicted boxes stay near their patches of the image
     network.save_pretrained(folder)
     merges = [("c", "u"), ("cu", "p</w>")]
     tokenizer = hf.CLIPTokenizer(

@@ -1,4 +1,4 @@
-"""A preset of a few thousand parameters, and random inputs for it, for tests of the models."""
+"""The preset `TINY` of a few thousand parameters, models of this preset, and random inputs."""
 
 import dataclasses
 from functools import partial
@@ -30,18 +30,18 @@ TINY = Preset(
     vocabulary_size=40,
     bins=24,
 )
-FIRST_COORDINATE_ID = TINY.vocabulary_size
+FIRST_COORDINATE_ID = TINY.vocabulary_size  # id of the first 3D token, after all words
 
 
 def make_vlm(seed: int = 0, **changes: Any) -> SpearVLMForConditionalGeneration:
-    """A random SPEAR-VLM of the tiny preset with some of its fields changed."""
+    """Make a SPEAR-VLM with random weights; `changes` are changed fields of the preset."""
     torch.manual_seed(seed)
     config = build_vlm_config(dataclasses.replace(TINY, **changes))
     return SpearVLMForConditionalGeneration(config).eval()
 
 
 def make_spear1(seed: int = 0, **changes: Any) -> Spear1ForActionPrediction:
-    """A random SPEAR-1 of the tiny preset with some of its fields changed."""
+    """Make a SPEAR-1 with random weights; `changes` are changed fields of the preset."""
     torch.manual_seed(seed)
     config = build_spear1_config(dataclasses.replace(TINY, **changes))
     return Spear1ForActionPrediction(config).eval()
@@ -50,7 +50,7 @@ def make_spear1(seed: int = 0, **changes: Any) -> Spear1ForActionPrediction:
 def draw_pixels(
     batch: int, seed: int = 0, views: tuple[str, ...] = ("external", "wrist")
 ) -> dict[str, torch.Tensor]:
-    """Random images, view → [batch, 3, h, w] uint8."""
+    """Draw random images, view → [batch, 3, h, w] uint8."""
     generator = torch.Generator().manual_seed(seed)
     images = {}
     for view in views:
@@ -63,12 +63,17 @@ def draw_pixels(
 def draw_text(
     rows: int, length: int, seed: int = 0, last: int = FIRST_COORDINATE_ID
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Random ids below `last`, and a right-padding mask with rows of different lengths."""
+    """Draw random token ids [rows, length] and their attention mask; padding is on the right.
+
+    Ids are at least 3, because smaller ones are special tokens, and below `last`. The rows have
+    different lengths: the first has no padding, the second one token of padding, the third two,
+    the fourth none, and so on.
+    """
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(3, last, (rows, length), generator=generator)
-    row_lengths = length - torch.arange(rows)[:, None] % 3
-    mask = (torch.arange(length) < row_lengths).long()
-    return ids * mask, mask
+    num_padding = torch.arange(rows)[:, None] % 3
+    mask = (torch.arange(length) < length - num_padding).long()
+    return ids * mask, mask  # the id of padding is 0
 
 
 def to_left_padded(ids: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -81,10 +86,14 @@ def to_left_padded(ids: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor,
 
 
 def draw_actions(*shape: int, seed: int = 0) -> Action:
-    """Random chunks with canonical unit quaternions."""
+    """Draw random actions of a shape such as [batch, horizon].
+
+    The rotations are unit quaternions whose scalar part is not negative.
+    """
     generator = torch.Generator().manual_seed(seed)
     rotation = torch.nn.functional.normalize(torch.randn((*shape, 4), generator=generator), dim=-1)
-    rotation = rotation * torch.where(rotation[..., :1] < 0, -1.0, 1.0)
+    scalar = rotation[..., :1]
+    rotation = rotation * torch.where(scalar < 0, -1.0, 1.0)
     translation = torch.randn((*shape, 3), generator=generator)
     gripper = torch.randn((*shape, 1), generator=generator)
     return Action(translation, rotation, gripper)
@@ -97,8 +106,10 @@ def sample_by_reference(
     steps: int,
     committed: flow.CommittedPrefix | None = None,
 ) -> torch.Tensor:
-    """Sample actions step by step through the network as it is trained, with nothing
-    precomputed."""
+    """Sample actions [B, H, 8] by the network as it is trained, without optimized inference.
+
+    The samples are the reference for the optimized implementations.
+    """
     prefix_inputs = {name: value for name, value in inputs.items() if name != "state"}
     with torch.no_grad():
         prefix = model.encode_prefix(**prefix_inputs)

@@ -1,8 +1,12 @@
 """MoGe with weights that a rule makes from their names, and a small MoGe for other tests.
 
-The rule is the README's in the folder of reference outputs: seeded by the CRC of the name, scaled
-by the fan-in, then changed a little such that x and y are about the view plane and a sane camera
-fits.
+The reference outputs were computed with weights of the same rule, which the README in their folder
+explains: the CRC of a weight's name is the seed, and the fan-in gives the scale. Then a few weights
+are changed so that the x and y of the predicted points are about those of the view plane, because
+otherwise no camera would fit the points.
+
+The view plane is where each pixel's coordinates (u, v) lie at depth 1; MoGe's networks get them as
+two input channels.
 """
 
 import json
@@ -23,26 +27,26 @@ Weights = dict[str, torch.Tensor]
 
 
 def make_weight(name: str, shape: list[int]) -> torch.Tensor:
-    """The weight that the rule makes from a name."""
+    """Make the weight of this shape that the rule gives to a name."""
     if name.endswith("image_mean"):
         return torch.tensor(IMAGENET_MEAN).view(1, 3, 1, 1)
     if name.endswith("image_std"):
         return torch.tensor(IMAGENET_STD).view(1, 3, 1, 1)
     generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
     noise = torch.randn(shape, generator=generator)
-    if name.endswith("gamma"):
+    if name.endswith("gamma"):  # layer scale
         return 0.1 + 0.02 * noise
-    if len(shape) == 1:
+    if len(shape) == 1:  # weights of norms are about 1, biases about 0
         mean = float(name.endswith("weight"))
         return 0.02 * noise + mean
-    if len(shape) == 3:
+    if len(shape) == 3:  # class token and position embeddings
         return noise * 0.3
     fan_in = noise.numel() / shape[0]
     return noise * fan_in**-0.5
 
 
 def pass_view_plane_through(weights: Weights) -> None:
-    """Let the x and y channels of the points pass on the uv channels, in place."""
+    """Change weights in place so that the x and y of the points are about u and v."""
     if "head.projects.0.weight" in weights:
         _pass_view_plane_through_v1(weights)
     else:
@@ -57,7 +61,8 @@ def _pass_view_plane_through_v1(weights: Weights) -> None:
     first_bias[:4] = 0
     last_weight[:2] *= 0.2
     last_weight[:, :4] = 0
-    # A ReLU follows, so four rows carry u, -u, v and -v. The uv channels are the last two.
+    # A ReLU follows the first weight, so four of its rows carry u, -u, v and -v. The channels of u
+    # and v are the last two (-2 and -1).
     for row in range(4):
         axis = row // 2
         sign = 1.0 - 2.0 * (row % 2)
@@ -79,20 +84,20 @@ def _pass_view_plane_through_v2(weights: Weights) -> None:
 
 @cache
 def load_description(shared: Path, version: int) -> dict[str, Any]:
-    """v1.json or v2.json: the config, shapes and probes of the weights, and the cases."""
+    """Load v1.json or v2.json: the config, shapes and samples of the weights, the test cases."""
     return json.loads((shared / "fixtures" / "moge" / f"v{version}.json").read_text())
 
 
 @cache
 def load_arrays(shared: Path, case: str) -> dict[str, Array]:
-    """Inputs and expected outputs of a case."""
+    """Load the inputs and expected outputs of a test case, by name."""
     with np.load(shared / "fixtures" / "moge" / f"{case}.npz") as data:
         return {name: data[name] for name in data.files}
 
 
 @cache
 def make_checkpoint(shared: Path, version: int) -> Checkpoint:
-    """The checkpoint that the reference outputs were computed with."""
+    """Make the checkpoint with which the reference outputs were computed."""
     description = load_description(shared, version)
     weights = {
         name: make_weight(name, entry["shape"]) for name, entry in description["state_dict"].items()
@@ -108,9 +113,9 @@ def build_reference_model(shared: Path, version: int) -> MogeV1 | MogeV2:
 
 @cache
 def build_small_v1() -> MogeV1:
-    """A MoGe v1 with a small encoder and random weights.
+    """Make a MoGe v1 with a small encoder and random weights.
 
-    It knows every point and fits a camera.
+    It predicts a valid point for every pixel, and a camera fits its points.
     """
     torch.manual_seed(0)
     config = {
@@ -123,12 +128,12 @@ def build_small_v1() -> MogeV1:
     model = MogeV1(config).eval()
     weights = model.state_dict()
     pass_view_plane_through(weights)
-    weights["head.output_block.1.2.bias"][:] = 3.0
+    weights["head.output_block.1.2.bias"][:] = 3.0  # the mask's logit, so that points are valid
     return model
 
 
 def relative_error(actual: torch.Tensor, expected: Array) -> float:
-    """The largest difference divided by the largest expected value, where both are finite."""
+    """Return the largest difference divided by the largest expected value, of finite values."""
     expected_tensor = torch.as_tensor(expected)
     is_finite = actual.isfinite() & expected_tensor.isfinite()
     assert actual.shape == expected_tensor.shape

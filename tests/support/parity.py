@@ -1,4 +1,4 @@
-"""The same inputs through SPEAR-VLM and Transformers' PaliGemma, and the error of a result."""
+"""Runs SPEAR-VLM and Transformers' PaliGemma on the same inputs, and compares the results."""
 
 from typing import Any
 
@@ -8,21 +8,28 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from spear.models.vlm import SpearVLMForConditionalGeneration
 
 BATCH = 2
-LENGTH = 9  # tokens of question and answer
-ANSWER_START = 5
+LENGTH = 9  # number of tokens of a question and its answer
+ANSWER_START = 5  # index of the answer's first token
 
 
 def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
-    """The largest difference divided by the largest expected value."""
+    """Return the largest difference divided by the largest expected value."""
     return float((actual - expected).detach().abs().max() / expected.detach().abs().max())
 
 
 def compute_logits_of_both(
     ours: SpearVLMForConditionalGeneration, theirs: Any, width: int, height: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits of both models on the same images and questions: [valid tokens, vocabulary] each.
+    """Compute the logits [valid tokens, vocabulary] of both models for the same random inputs.
 
-    theirs: a `PaliGemmaForConditionalGeneration` whose image token has about the highest id.
+    Args:
+        ours: the SPEAR-VLM.
+        theirs: a `PaliGemmaForConditionalGeneration`, whose image token has one of the highest ids.
+        width: width of the images in pixels.
+        height: height of the images in pixels.
+
+    Returns:
+        The logits of `ours` and of `theirs`.
     """
     torch.manual_seed(5)
     patch = theirs.config.vision_config.patch_size
@@ -32,13 +39,13 @@ def compute_logits_of_both(
     image = torch.randint(0, 256, (BATCH, 3, height, width), dtype=torch.uint8)
     ids = torch.randint(3, min(1000, image_token), (BATCH, LENGTH))
     mask = torch.ones_like(ids)
-    mask[1, 7:] = 0
+    mask[1, 7:] = 0  # the second question has two tokens of padding
     token_types = (torch.arange(LENGTH) >= ANSWER_START).long().expand(BATCH, LENGTH)
 
-    # PaliGemma takes image tokens and text as one sequence.
-    features = theirs.model.get_image_features(
-        image / 127.5 - 1, interpolate_pos_encoding=True
-    ).pooler_output
+    # PaliGemma takes image tokens and text as one sequence, and pixels from -1 to 1.
+    pixels = image / 127.5 - 1
+    image_output = theirs.model.get_image_features(pixels, interpolate_pos_encoding=True)
+    features = image_output.pooler_output
     ones = torch.ones(BATCH, num_image_tokens, dtype=torch.long)
     output = theirs(
         input_ids=torch.cat([ones * image_token, ids], dim=1),
@@ -46,7 +53,7 @@ def compute_logits_of_both(
         token_type_ids=torch.cat([ones * 0, token_types], dim=1),
         mm_encoder_outputs={"image": BaseModelOutputWithPooling(pooler_output=features)},
     )
-    their_logits = output.logits[:, num_image_tokens:]
+    their_logits = output.logits[:, num_image_tokens:]  # [BATCH, LENGTH, vocabulary]
     our_logits = ours({"external": image}, ids, mask, token_types).logits
     is_valid = mask.bool()
     return our_logits[is_valid], their_logits[is_valid]

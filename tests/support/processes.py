@@ -1,4 +1,4 @@
-"""Work in another process, and waiting for what others do."""
+"""Runs work in another process, and waits for conditions that other processes fulfil."""
 
 import multiprocessing
 import time
@@ -9,7 +9,7 @@ from typing import Any
 def run_in_process(
     exit_code: int, work: Callable[..., object], *args: Any, start_method: str = "fork"
 ) -> None:
-    """Do work in a process of its own, which must end with this exit code."""
+    """Call `work(*args)` in another process, which must end with this exit code."""
     process: Any = multiprocessing.get_context(start_method).Process(target=work, args=args)
     process.start()
     process.join()
@@ -19,7 +19,7 @@ def run_in_process(
 def wait_until(
     condition: Callable[[], object], description: str, *processes: Any, timeout_s: float = 300
 ) -> None:
-    """Wait until a condition is true, while all of these processes live."""
+    """Wait until a condition is true; fail if it takes too long or one of the processes ends."""
     deadline_s = time.monotonic() + timeout_s
     while not condition():
         assert time.monotonic() < deadline_s, f"waited in vain for {description}"

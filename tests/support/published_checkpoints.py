@@ -1,5 +1,5 @@
-"""Tiny checkpoints with random weights, in the layouts that PaliGemma, MoGe and π0 are published
-in."""
+"""Writes tiny checkpoints with random weights, in the layouts of the published PaliGemma, MoGe and
+π0."""
 
 import dataclasses
 import json
@@ -19,9 +19,10 @@ from spear.models.moge import checkpoint as moge_checkpoint
 from spear.models.moge.networks import ENCODERS, MogeV1
 from spear.models.processing import train_tokenizer
 
-NUM_ROWS = 1312  # of the token embeddings
-IMAGE_TOKEN = 1311
+NUM_ROWS = 1312  # number of token embeddings
+IMAGE_TOKEN = 1311  # id of the token that stands for a patch of the image
 PALIGEMMA_LAYOUTS = ("2024", "2025", "now")
+"""The Hub's layout of 2024, that of Transformers 4.52 (2025), and that of Transformers now."""
 MOGE_ENCODER = (16, 5, 2)  # width, layers, heads
 TOKENIZER_TEXTS = ["estimate the distance between the mug and the spoon"] * 2
 
@@ -34,7 +35,7 @@ TINY14 = dataclasses.replace(
 )
 """The preset "tiny14": patches of 14 pixels, as published encoders have."""
 LINEAR14 = dataclasses.replace(TINY14, flow={**TINY14.flow, "rotation": "linear"})
-"""The preset "linear14": the same with π0's flow."""
+"""The preset "linear14": "tiny14" with π0's flow, which treats rotations as vectors."""
 
 
 def register_tiny_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -48,8 +49,10 @@ def register_tiny_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def make_paligemma_config(text_type: str = "gemma", num_rows: int = NUM_ROWS) -> PaliGemmaConfig:
-    """PaliGemma's config; with a text model "gemma2" PaliGemma 2's, whose soft caps are low enough
-    to matter."""
+    """Make PaliGemma's config, or PaliGemma 2's if the text model is "gemma2".
+
+    PaliGemma 2 limits its logits by soft caps, which are so low here that they change the results.
+    """
     text_config: dict[str, Any] = {
         **TEXT_SIZES,
         "model_type": text_type,
@@ -79,13 +82,14 @@ def make_paligemma_config(text_type: str = "gemma", num_rows: int = NUM_ROWS) ->
 def make_paligemma(
     text_type: str = "gemma", seed: int = 0, num_rows: int = NUM_ROWS
 ) -> PaliGemmaForConditionalGeneration:
-    """A PaliGemma with random weights, norms and biases included."""
+    """Make a PaliGemma whose weights are random, including those of norms and biases."""
     torch.manual_seed(seed)
     config = make_paligemma_config(text_type, num_rows)
     return _perturb_norms_and_biases(PaliGemmaForConditionalGeneration(config))
 
 
 def _perturb_norms_and_biases(model: Any) -> Any:
+    """Add noise to norms and biases, whose initial ones and zeros would hide mistakes."""
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() == 1:
@@ -99,8 +103,10 @@ def publish_paligemma(
     layout: str = "2024",
     with_tokenizer: bool = True,
 ) -> Path:
-    """Write a PaliGemma folder: as on the Hub in 2024 (two shards), as Transformers 4.52, or
-    now."""
+    """Write a folder of a PaliGemma in one of `PALIGEMMA_LAYOUTS`.
+
+    The weights of the layouts "2024" and "2025" are in two shards.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     if layout == "now":
         model.save_pretrained(folder)
@@ -111,9 +117,9 @@ def publish_paligemma(
                 published_name = _to_published_paligemma_name(name, layout)
                 weights[published_name] = weight.contiguous().clone()
         total_bytes = sum(weight.nbytes for weight in weights.values())
-        save_torch_state_dict(
-            dict(sorted(weights.items())), folder, max_shard_size=total_bytes * 2 // 3
-        )
+        two_thirds = total_bytes * 2 // 3
+        sorted_weights = dict(sorted(weights.items()))
+        save_torch_state_dict(sorted_weights, folder, max_shard_size=two_thirds)
         model.config.save_pretrained(folder)
     if with_tokenizer:
         tokenizer = train_tokenizer(TOKENIZER_TEXTS, IMAGE_TOKEN)
@@ -123,6 +129,7 @@ def publish_paligemma(
 
 
 def _to_published_paligemma_name(name: str, layout: str) -> str:
+    """Return the name in a published layout of a weight that is named as in Transformers now."""
     name = name.replace("model.vision_tower.", "model.vision_tower.vision_model.")
     if layout == "2025":
         return name
@@ -133,7 +140,10 @@ def _to_published_paligemma_name(name: str, layout: str) -> str:
 
 
 def publish_moge(path: Path, seed: int = 0) -> Path:
-    """Write a MoGe v1 as `model.pt`, under DINOv2's own names, queries, keys and values in one."""
+    """Write a MoGe v1 with the names of the published model.pt.
+
+    There the weights of queries, keys and values are one tensor.
+    """
     torch.manual_seed(seed)
     config = {
         "encoder": "dinov2_tiny14",
@@ -149,7 +159,7 @@ def publish_moge(path: Path, seed: int = 0) -> Path:
     for our_name, weight in MogeV1(config).state_dict().items():
         value = weight + 0.1 * torch.randn_like(weight)
         name = moge_checkpoint.to_published_name(our_name, moge_checkpoint.NAME_PREFIXES[1])
-        if name in weights:
+        if name in weights:  # keys and values come after the queries
             weights[name] = torch.cat([weights[name], value])
         else:
             weights[name] = value
@@ -164,7 +174,7 @@ def publish_moge(path: Path, seed: int = 0) -> Path:
 
 
 def make_pi0(state_dim: int = 10, action_dim: int = 8, seed: int = 1) -> Pi0:
-    """A π0 with random weights and SPEAR-1's horizon; states and actions may have other sizes."""
+    """Make a π0 with random weights and SPEAR-1's horizon, for states and actions of other sizes."""
     torch.manual_seed(seed)
     config = PI0Config(
         vlm_config=make_paligemma_config(),
@@ -177,7 +187,7 @@ def make_pi0(state_dim: int = 10, action_dim: int = 8, seed: int = 1) -> Pi0:
 
 
 def publish_pi0(model: Pi0, folder: Path, layout: str = "lerobot") -> Path:
-    """Write a π0 folder: "lerobot" and "openpi" names, or "transformers"."""
+    """Write a folder of a π0 with the names of weights of "lerobot", "openpi" or "transformers"."""
     folder.mkdir(parents=True, exist_ok=True)
     if layout == "transformers":
         weights = {name: w.contiguous().clone() for name, w in model.state_dict().items()}

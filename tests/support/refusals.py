@@ -1,4 +1,4 @@
-"""What is wrong is refused in one line, and what is right has no warning."""
+"""Checks that wrong input is refused in one line, and that right input causes no warning."""
 
 import warnings
 from collections.abc import Callable, Iterator
@@ -10,14 +10,21 @@ import pytest
 from spear.errors import SpearError
 
 Command = Callable[..., str]
-"""The fixtures `run_command` and `run_refused_command`: a command's words -> what it prints."""
+"""Type of the fixtures `run_command` and `run_refused_command` (see tests/conftest.py): functions
+from the words of a command to what the command prints."""
 
 
 def refuses(pattern: str, function: Callable[..., Any], *args: Any, **kwargs: Any) -> str:
-    """Call a function that must raise a `SpearError` of one line, which matches a pattern.
+    """Call a function that must raise a `SpearError`, whose message is one line.
+
+    Args:
+        pattern: a regular expression that must match in the message; "" matches any.
+        function: the function.
+        args: its arguments.
+        kwargs: its keyword arguments.
 
     Returns:
-        The line.
+        The message.
     """
     __tracebackhide__ = True
     with pytest.raises(SpearError, match=pattern or None) as caught:
@@ -32,6 +39,6 @@ def no_warning() -> Iterator[None]:
     """Make warnings errors in the `with` block."""
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        of_the_compiler = r"torch\."
-        warnings.filterwarnings("ignore", category=DeprecationWarning, module=of_the_compiler)
+        compiler_modules = r"torch\."  # PyTorch's compiler uses deprecated functions
+        warnings.filterwarnings("ignore", category=DeprecationWarning, module=compiler_modules)
         yield

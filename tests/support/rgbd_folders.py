@@ -1,4 +1,4 @@
-"""Frames written as RGB-D folders: plain ones and ScanNet's."""
+"""Writes frames as RGB-D folders, in a plain layout and in ScanNet's."""
 
 import json
 from pathlib import Path
@@ -10,10 +10,12 @@ from spear.types import Array, Frame
 
 
 def to_millimeter_image(depth: Array | None) -> Image.Image:
+    """Return a depth image of whole millimeters from depths in meters [h, w]."""
     return Image.fromarray(np.rint(depth * 1000).astype(np.uint16))
 
 
 def write_plain(folder: Path, frames: list[Frame]) -> Path:
+    """Write frames of one camera with their poses, and the camera's intrinsics."""
     for name in ("color", "depth", "pose"):
         (folder / name).mkdir(parents=True)
     for i, frame in enumerate(frames):
@@ -25,26 +27,33 @@ def write_plain(folder: Path, frames: list[Frame]) -> Path:
 
 
 def write_scannet(folder: Path, frames: list[Frame]) -> Path:
+    """Write frames as a scene of ScanNet, with masks and names of the objects."""
     write_plain(folder, frames)
     (folder / "intrinsics.txt").unlink()
     (folder / "intrinsic").mkdir()
     (folder / "instance-filt").mkdir()
     for name in ("color", "depth"):
-        k = np.eye(4)
-        k[:3, :3] = shift_to_first_pixel(frames[0].intrinsics)
-        np.savetxt(folder / "intrinsic" / f"intrinsic_{name}.txt", k, fmt="%f")
+        intrinsics = np.eye(4)
+        intrinsics[:3, :3] = shift_to_first_pixel(frames[0].intrinsics)
+        np.savetxt(folder / "intrinsic" / f"intrinsic_{name}.txt", intrinsics, fmt="%f")
         np.savetxt(folder / "intrinsic" / f"extrinsic_{name}.txt", np.eye(4), fmt="%f")
     for i, frame in enumerate(frames):
         Image.fromarray(frame.instances.astype(np.uint8)).save(
             folder / "instance-filt" / f"{i}.png"
         )
-    names = {number: name for frame in frames for number, name in frame.names.items()}
-    groups = [{"objectId": n - 1, "label": name} for n, name in names.items()]
-    groups.append({"objectId": 20, "label": "wall"})
+    name_of_instance: dict[int, str] = {}
+    for frame in frames:
+        name_of_instance.update(frame.names)
+    # In ScanNet the pixels of an object have the value of its id plus 1.
+    groups = [{"objectId": n - 1, "label": name} for n, name in name_of_instance.items()]
+    groups.append({"objectId": 20, "label": "wall"})  # an object that no image shows
     (folder / "scene0000_00.aggregation.json").write_text(json.dumps({"segGroups": groups}))
     return folder
 
 
-def shift_to_first_pixel(k: Array | None) -> Array:
-    """Intrinsics with the first pixel's centre at 0, as most files have them."""
-    return k - np.array([[0, 0, 0.5], [0, 0, 0.5], [0, 0, 0]])
+def shift_to_first_pixel(intrinsics: Array | None) -> Array:
+    """Return intrinsics for pixel coordinates that are 0 in the center of the first pixel.
+
+    Most files have such intrinsics; ours are 0 at the corner of the image.
+    """
+    return intrinsics - np.array([[0, 0, 0.5], [0, 0, 0.5], [0, 0, 0]])

@@ -1,5 +1,7 @@
-"""A server in this process or in one of its own, and small policies whose answers show what they
-got.
+"""Runs servers in this process or in another one, with small policies instead of networks.
+
+The actions of these policies depend on the state in a simple way, so that a test can see from an
+answer which observation the policy got.
 """
 
 import asyncio
@@ -30,9 +32,13 @@ SPEAR_CLI_CODE = "import sys; from spear.cli import main; sys.exit(main())"
 
 
 class HomingPolicy:
-    """Moves a tenth of the way towards the origin per step, and records what it is asked.
+    """Moves a tenth of the way towards the origin per step, and records its requests.
 
-    Some prompts make it fail: "explode" is refused, "bug" and "stop" raise exceptions.
+    The prompt "explode" is refused by a `SpearError`. The prompts "bug" and "stop" raise other
+    exceptions.
+
+    Args:
+        inference_s: seconds that an inference takes.
     """
 
     def __init__(self, inference_s: float = 0.0) -> None:
@@ -61,19 +67,29 @@ class LargeAnswerPolicy(HomingPolicy):
     """A policy whose answers are 64 MiB long."""
 
     def infer_batch(self, observations: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-        one_action = make_homing_chunk(np.ones(8))[:1]
-        return [{"actions": np.repeat(one_action, 2**21, 0)} for _ in observations]
+        one_action = make_homing_chunk(np.ones(8))[:1]  # [1, 8] float32, 32 bytes
+        num_actions = 2**21  # 64 MiB / 32 bytes
+        return [{"actions": np.repeat(one_action, num_actions, 0)} for _ in observations]
 
 
 def make_homing_chunk(state: np.ndarray) -> np.ndarray:
-    """The chunk [5, 8] that `HomingPolicy` predicts from a state [8]."""
+    """Return the chunk [5, 8] that `HomingPolicy` predicts from a state [8].
+
+    All five actions are equal: a tenth of the way to the origin, no rotation, an open gripper.
+    """
     translation = -0.1 * np.float64(state[:3])
-    return np.tile([*translation, 1, 0, 0, 0, 1], (5, 1)).astype(np.float32)
+    no_rotation = (1, 0, 0, 0)
+    is_open = 1
+    action = [*translation, *no_rotation, is_open]
+    return np.tile(action, (5, 1)).astype(np.float32)
 
 
 @contextmanager
 def run_python(code: str, *arguments: str, **options: Any) -> Iterator[subprocess.Popen[str]]:
-    """Run code in a process of its own, whose output can be read; killed at the end."""
+    """Run code in another process, whose stdout can be read, and kill the process at the end.
+
+    options: options of `Popen`.
+    """
     process = subprocess.Popen(
         [sys.executable, "-c", code, *arguments], stdout=subprocess.PIPE, text=True, **options
     )
@@ -88,14 +104,15 @@ def run_python(code: str, *arguments: str, **options: Any) -> Iterator[subproces
 def run_server_process(
     code: str, limits: str = "ConnectionLimits()", **options: Any
 ) -> Iterator[tuple[subprocess.Popen[str], int, IO[str]]]:
-    """Serve the class `Policy` that this code defines, in a process of its own.
-
-    Yields the process, its port and its output.
+    """Serve a policy in another process.
 
     Args:
-        code: the code of the class.
-        limits: the code of the server's limits.
+        code: Python code that defines a class `Policy`.
+        limits: Python code of the server's limits.
         options: options of `Popen`.
+
+    Yields:
+        The process, the server's port, and the process's stdout.
     """
     run_code = f"""
 from serve_here import *
@@ -110,7 +127,7 @@ asyncio.run(server.run(lambda server: print(server.port, flush=True)))
 
 
 def http_get(server: PolicyServer, path: str, **headers: str) -> tuple[int, dict[str, str], str]:
-    """Status, headers and body of a GET request, without following redirects."""
+    """Send a GET request without following redirects; return status, headers and body."""
     with closing(HTTPConnection("127.0.0.1", server.port, timeout=HTTP_TIMEOUT_S)) as connection:
         connection.request("GET", path, headers=headers)
         reply = connection.getresponse()
@@ -125,9 +142,14 @@ def run_server(
     limits: ConnectionLimits = ConnectionLimits(),  # noqa: B008, it is frozen
     **options: Any,
 ) -> Iterator[PolicyServer]:
-    """Run a server in a thread, on a free port of this machine; stopped at the end.
+    """Run a server in a thread, on a free port of this machine, and stop it at the end.
 
-    options: those of `ServeOptions`.
+    Args:
+        policy: the policy; a `HomingPolicy` if None.
+        robot: name of the embodiment.
+        page: the page in the browser; None serves none.
+        limits: limits of the connections.
+        options: options of `ServeOptions`.
     """
     control = options.get("control")
     service = Service(policy or HomingPolicy(), embodiments.load(robot), "test", robot, control)

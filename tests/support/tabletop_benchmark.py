@@ -1,5 +1,4 @@
-"""The embedded simulator as a benchmark of the vla-eval harness, and how its observations are
-read."""
+"""The embedded simulator as a benchmark of the vla-eval harness, and the embodiment for it."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -14,11 +13,17 @@ from spear.sim.env import TabletopEnv
 
 IMAGE = np.full((32, 48, 3), 90, np.uint8)
 SENT: list[str] = []
-"""The gripper's positions after each step, as texts, of all episodes."""
+"""The position of the gripper after each step of all episodes, as texts."""
 
 
 class Tabletop(StepBenchmark):
-    """Scenes seed 0, 1, … of a family without rendering. `broken`: its last state is no number."""
+    """The scenes 0, 1, … of a task family, without rendering.
+
+    Args:
+        family: the task family.
+        send_state: whether observations contain the robot's state.
+        broken: whether the states are NaN from the second step on.
+    """
 
     def __init__(
         self, family: str = "put_on", send_state: bool = False, broken: bool = False
@@ -57,6 +62,7 @@ class Tabletop(StepBenchmark):
 
 
 def observe(observation: Mapping[str, Any]) -> dict[str, Any]:
+    """Convert an observation of the harness to one of ours."""
     return validate_observation(
         {
             "observation/image": observation["images"]["primary"],
@@ -67,6 +73,7 @@ def observe(observation: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def example() -> dict[str, Any]:
+    """Return an example of the harness's observations."""
     observation = generic.EMBODIMENT.example()
     return {
         "images": {"primary": observation["observation/image"]},

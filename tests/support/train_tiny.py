@@ -1,4 +1,4 @@
-"""A tiny SPEAR-1 as a training task, short runs of it and of recipes, and processes for them."""
+"""Tiny training tasks, and functions that run them or recipes in this or in several processes."""
 
 import json
 import math
@@ -38,7 +38,10 @@ def run_loop(
     run_settings: Mapping[str, Any] | None = None,
     **options: Any,
 ) -> dict[str, torch.Tensor]:
-    """Run the training loop in this process, with every step in the log."""
+    """Run the training loop in this process, with every step in the log; return its result.
+
+    options: fields of `RunOptions`.
+    """
     run_options = RunOptions(**{"workers": 0, "log_every": 1, **options})
     return loop.run(task, opt, out, run_options, run_settings)
 
@@ -52,7 +55,17 @@ def run_recipe(
     moge: Path | None = None,
     **changes: Any,
 ) -> Path:
-    """Train a recipe, changed, in this process on the CPU; returns `out/final`."""
+    """Train a recipe in this process on the CPU, and return the folder of weights, `out/final`.
+
+    Args:
+        recipe: the recipe, or its name.
+        out: the folder of the run.
+        labels: folder of labeled images to train on.
+        store: episodes to train on.
+        init: folder of the weights to begin with.
+        moge: folder of the depth encoder to begin with.
+        changes: changed settings of the recipe.
+    """
     if isinstance(recipe, str):
         recipe = get_recipe(recipe)
     inputs = TrainingInputs(
@@ -66,7 +79,7 @@ def run_recipe(
 
 
 def save_policy(folder: Path) -> Path:
-    """Save a random SPEAR-1 of the tiny preset with its tokenizer, to begin a training with."""
+    """Save a SPEAR-1 of the tiny preset with random weights, from which a training can begin."""
     coordinates = CoordinateTokenizer.fit([0.0, 1.0], TINY.bins)
     processor = Processor(train_tokenizer(["push it"]), coordinates, TINY.image_sizes)
     vlm = build_vlm_config(TINY, len(processor.tokenizer), processor.coordinate_ids.start)
@@ -82,12 +95,17 @@ def read_log(out: Path) -> list[dict[str, Any]]:
 
 
 def read_losses(out: Path) -> list[float | None]:
-    """Return the losses in a run's log; None where one was not finite."""
+    """Return the losses in a run's log; None for a loss that was not finite."""
     return [row["loss"] for row in read_log(out)]
 
 
 class Regression:
-    """A small task whose batches depend on the step alone. delay_s: time that a loss takes."""
+    """A small task whose batches depend on the step alone.
+
+    Args:
+        scale: factor on the loss.
+        delay_s: seconds that each loss takes longer.
+    """
 
     def __init__(self, scale: float = 1.0, delay_s: float = 0.0) -> None:
         torch.manual_seed(0)
@@ -109,7 +127,12 @@ class Regression:
 
 
 class NonFiniteRegression(Regression):
-    """A task whose loss, or whose gradient alone, is not finite in some steps."""
+    """A task whose loss is not finite in some steps.
+
+    Args:
+        bad_steps: these steps.
+        in_gradient: whether the loss is finite in these steps, and only its gradient is not.
+    """
 
     def __init__(self, bad_steps: set[int], in_gradient: bool = False) -> None:
         super().__init__()
@@ -127,13 +150,17 @@ class NonFiniteRegression(Regression):
         if not self.in_gradient:
             return loss * math.nan, loss_terms
         # `weight - weight.detach()` is always 0, so its root adds nothing to the loss. But the
-        # slope of a root at 0 is infinite: it makes the gradient, and only that, not finite.
+        # slope of a root at 0 is infinite, so the gradient is not finite.
         weight = self.model[0].weight.sum()
-        return loss + (weight - weight.detach()).abs().sqrt(), loss_terms
+        zero_with_infinite_slope = (weight - weight.detach()).abs().sqrt()
+        return loss + zero_with_infinite_slope, loss_terms
 
 
 class PolicyTask:
-    """`VlaTask` on made-up batches, with `VlmTask`'s embeddings of which some rows learn."""
+    """Trains a tiny SPEAR-1 as `VlaTask` does, on random actions and questions.
+
+    Of the token embeddings only those of the 3D tokens learn, as in `VlmTask`.
+    """
 
     trainable_rows = {EMBEDDINGS: (FIRST_COORDINATE_ID, FIRST_COORDINATE_ID + TINY.bins)}  # noqa: RUF012
 
@@ -142,16 +169,19 @@ class PolicyTask:
         self.recipe = get_recipe("nano-vla").with_changes(question_weight=0.5, flow_samples=2)
 
     def batch(self, step: int) -> dict[str, Any]:
-        ids, mask = draw_text(2, 6, seed=step)
-        question_ids, question_mask = draw_text(3, 8, seed=step + 1)
-        is_answer = (torch.arange(8) > 3).long() * question_mask
+        """Make a batch of two steps of robots, of which one has no wrist image, and of three
+        questions about two images."""
+        ids, mask = draw_text(rows=2, length=6, seed=step)
+        question_ids, question_mask = draw_text(rows=3, length=8, seed=step + 1)
+        is_answer = (torch.arange(8) > 3).long() * question_mask  # [3, 8]: the last tokens
+        ignored_label = -100  # the loss of cross-entropy leaves out tokens with this label
         questions = {
             "pixel_values": draw_pixels(2, seed=step, views=("external",)),
             "image_index": torch.tensor([0, 0, 1]),
             "input_ids": question_ids,
             "attention_mask": question_mask,
             "token_type_ids": is_answer,
-            "labels": torch.where(is_answer.bool(), question_ids, -100),
+            "labels": torch.where(is_answer.bool(), question_ids, ignored_label),
         }
         return {
             "pixel_values": draw_pixels(2, seed=step),
@@ -170,7 +200,7 @@ class PolicyTask:
         }
 
     def loss(self, batch: dict[str, Any], generator: torch.Generator | None) -> Any:
-        unused: Any = None  # for a loss, the task does not look at its processor and samples
+        unused: Any = None  # a loss does not need the processor, the normalizer and the samples
         task = VlaTask(
             self.model,
             processor=unused,
@@ -185,16 +215,19 @@ class PolicyTask:
 def start_processes(
     function: Callable[..., None], root: Path, num_processes: int = 2, *arguments: Any
 ) -> list[Any]:
-    """Call `function(root, *arguments)` in processes that know of each other, as `torchrun` does.
+    """Call `function(root, *arguments)` in several processes of one run, as `torchrun` does.
 
-    What they write on stderr is in `root` (`read_stderr`). As in the command, a `SpearError` is one
-    line and exit code 2.
+    `read_stderr` returns what a process writes on stderr. A process ends with one line and exit
+    code 2 for a `SpearError`, as the command does.
+
+    Returns:
+        The processes, which have started.
     """
     # A process whose autograd has used a GPU cannot be forked.
     start_method = "forkserver" if torch.backends.cuda.is_built() else "fork"
     context: Any = multiprocessing.get_context(start_method)
     with socket.socket() as free_socket:
-        free_socket.bind(("127.0.0.1", 0))
+        free_socket.bind(("127.0.0.1", 0))  # port 0 stands for any free port
         port = str(free_socket.getsockname()[1])
 
     processes = []
@@ -213,7 +246,7 @@ def start_processes(
 
 
 def read_stderr(function: Callable[..., None], root: Path, rank: int) -> str:
-    """Return what a process that `start_processes` started wrote on stderr."""
+    """Return what the process with this rank, which `start_processes` started, wrote on stderr."""
     return _stderr_file(function, root, rank).read_text()
 
 
@@ -227,6 +260,7 @@ def _work(
     arguments: tuple[Any, ...],
     environment: dict[str, str],
 ) -> None:
+    """Call the function in a process that has just started."""
     os.environ.update(environment)
     sys.stderr = _stderr_file(function, root, int(environment["RANK"])).open("w", buffering=1)
     torch.set_num_threads(1)
