@@ -174,7 +174,7 @@ def publish_moge(path: Path, seed: int = 0) -> Path:
 
 
 def make_pi0(state_dim: int = 10, action_dim: int = 8, seed: int = 1) -> Pi0:
-    """Make a π0 with random weights and SPEAR-1's horizon, for states and actions of other sizes."""
+    """Make a π0 with random weights and SPEAR-1's horizon; states and actions have these sizes."""
     torch.manual_seed(seed)
     config = PI0Config(
         vlm_config=make_paligemma_config(),
