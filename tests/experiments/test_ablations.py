@@ -1,5 +1,9 @@
-"""The ablations: rows that can be trained, plans that share, runs that resume, tables that are
-right.
+"""The ablations: their rows can be trained, plans share trainings, runs resume, tables are right.
+
+A table of ablations has *rows*. Each row changes one part of the method, and names the stages to
+train, the last of which makes the policy. A *plan* is the list of trainings and scorings that some
+rows need; trainings have a *key*, a hash of everything that decides their result. A *line* of a
+table is a row with its results.
 """
 
 import json
@@ -48,44 +52,58 @@ from spear.train.recipes import RECIPES
 from spear.types import Action
 from spear.util.held_out import FIRST_TRAIN_SEED
 
-DATA = Data(Path("labels"), Path("episodes"), 13_056, "data", "labels")
+NUM_IMAGES = 13_056
+DATA = Data(
+    labels=Path("labels"),
+    episodes=Path("episodes"),
+    num_images=NUM_IMAGES,
+    key="data",
+    labels_key="labels",
+)
+"""Data of which a plan needs only the keys and the number of images; the folders do not exist."""
 START = (Weights(Path("vlm"), "vlm"), Weights(Path("depth"), "depth"))
-NUM_SEEDS = 3  # of a row, unless the options say otherwise
+"""The pretrained VLM and depth encoder, of which a plan needs only the keys."""
+NUM_SEEDS = 3  # trainings of each row by default (`AblationOptions.seeds`)
 TINY_CHANGES = ("batch_size=2", "question_images=1", "flow_samples=1")
 
 
 def plan_rows(
     *names: str, data: Data = DATA, start: tuple[Weights, Weights] = START, **options: Any
 ) -> Plan:
+    """Plan the rows and tables of these names; all without any. options: `AblationOptions`."""
     return make_plan(AblationOptions(rows=names, **{"num_scenes": 2, **options}), data, start)
 
 
 def plan_tiny(
     *names: str, data: Data, changes: tuple[str, ...] = TINY_CHANGES, **options: Any
 ) -> Plan:
-    """A plan that takes seconds: one step per training, one scene, one seed."""
+    """Make a plan that takes seconds: one step per training, one scene, one seed."""
     tiny_options: dict[str, Any] = {
         "seeds": 1,
         "num_scenes": 1,
-        "budget": 1,
-        "pretraining": 1e-9,
+        "budget": 1,  # steps of each policy
+        "pretraining": 1e-9,  # so small a part of the steps is rounded up to one step
         "set": changes,
     }
     return plan_rows(*names, data=data, start=pretrained(), **tiny_options, **options)
 
 
 def find_row(name: str) -> Row:
+    """Find the row of this name in all tables."""
     rows = [row for table in TABLES for row in table.rows]
     return next(row for row in rows if row.name == name)
 
 
 def policy_key(plan: Plan, row: str = "full") -> str:
-    return plan.scoring(row, 0).previous.key
+    """Return the key of the training that makes the row's policy of seed 0."""
+    scoring = plan.scoring(row, 0)
+    return scoring.previous.key
 
 
 def flow_config(row: str) -> flow.FlowConfig:
-    policy = plan_rows(row, seeds=1).chains[row, 0][-1]
-    return flow.FlowConfig(**{**PRESETS["nano"].flow, **policy.recipe.flow})
+    """Return the flow with which the row's policy is trained."""
+    *_, policy_training = plan_rows(row, seeds=1).chains[row, 0]
+    return flow.FlowConfig(**{**PRESETS["nano"].flow, **policy_training.recipe.flow})
 
 
 # ---- Rows.
@@ -151,41 +169,52 @@ def test_the_longer_training_without_3d_sees_as_many_samples_as_its_recipe() -> 
 
 
 def test_four_rotation_losses_penalize_a_small_error_alike() -> None:
-    target = quat_exp(torch.tensor([0.3, -0.2, 0.5]))[None, None]
-    error = quat_exp(torch.tensor([0.0, 0.02, 0.0]))[None, None]
+    """For a small angle, each of the four losses is the squared angle times its weight."""
+    error_rad = 0.02
+    target = quat_exp(torch.tensor([0.3, -0.2, 0.5]))[None, None]  # [1, 1, 4]
+    error = quat_exp(torch.tensor([0.0, error_rad, 0.0]))[None, None]
     data = Action(torch.zeros(1, 1, 3), target, torch.zeros(1, 1, 1))
     prediction = Action(torch.zeros(1, 1, 3), quat_multiply(target, error), torch.zeros(1, 1, 1))
+    flow_time = torch.full((1,), 0.5)
     rotation_table = next(table for table in TABLES if table.name == "rotation")
 
     losses = []
-    for row in rotation_table.rows[:4]:
+    for row in rotation_table.rows[:4]:  # the rows that differ in the loss of rotations
         config = flow_config(row.name)
-        loss, *_ = flow.compute_loss(prediction, data, data, torch.full((1,), 0.5), config)
+        loss, *_ = flow.compute_loss(prediction, data, data, flow_time, config)
         losses.append(float(loss))
 
+    rotation_weight = PRESETS["nano"].flow["rotation_weight"]
     assert losses == pytest.approx([losses[0]] * 4, rel=0.01)
-    assert losses[0] == pytest.approx(PRESETS["nano"].flow["rotation_weight"] * 0.02**2, rel=0.01)
+    assert losses[0] == pytest.approx(rotation_weight * error_rad**2, rel=0.01)
 
 
 def test_velocities_are_penalized_as_clean_actions_when_a_turn_is_missed() -> None:
-    generator = torch.Generator().manual_seed(0)
-    n = 20_000
-    noise = flow.sample_noise((n, 1), flow.FlowConfig(), generator).to(torch.float64)
-    random_axes = torch.randn(n, 1, 3, generator=generator).double()
-    axes = torch.nn.functional.normalize(random_axes, dim=-1)
-    no_translation = torch.zeros(n, 1, 3).double()
-    no_gripper = torch.zeros(n, 1, 1).double()
-    no_turn = torch.tensor([1.0, 0, 0, 0]).double().expand(n, 1, 4)
-    data = Action(no_translation, quat_exp(0.1 * axes), no_gripper)
-    prediction = Action(no_translation, no_turn, no_gripper)
-    time = torch.zeros(n).double()
+    """The rows "s3-cosine" and "velocity" have equal losses for a model that predicts no rotation.
 
-    clean_loss, *_ = flow.compute_loss(prediction, noise, data, time, flow_config("s3-cosine"))
+    The first predicts clean actions, the second velocities. The true rotations are by 0.1 rad about
+    random axes, and the losses are compared at flow time 0.
+    """
+    generator = torch.Generator().manual_seed(0)
+    num_samples = 20_000
+    noise = flow.sample_noise((num_samples, 1), flow.FlowConfig(), generator).to(torch.float64)
+    random_axes = torch.randn(num_samples, 1, 3, generator=generator).double()
+    axes = torch.nn.functional.normalize(random_axes, dim=-1)
+    no_translation = torch.zeros(num_samples, 1, 3).double()
+    no_gripper = torch.zeros(num_samples, 1, 1).double()
+    no_rotation = torch.tensor([1.0, 0, 0, 0]).double().expand(num_samples, 1, 4)
+    data = Action(no_translation, quat_exp(0.1 * axes), no_gripper)
+    clean_prediction = Action(no_translation, no_rotation, no_gripper)
+    flow_time = torch.zeros(num_samples).double()
+    clean_config = flow_config("s3-cosine")
     velocity_config = flow_config("velocity")
+
+    # The same prediction, once as clean action and once as the velocity that leads to it.
+    clean_loss, *_ = flow.compute_loss(clean_prediction, noise, data, flow_time, clean_config)
     velocity = flow.prediction_to_velocity(
-        prediction, noise, time, replace(velocity_config, prediction="clean")
+        clean_prediction, noise, flow_time, replace(velocity_config, prediction="clean")
     )
-    velocity_loss, *_ = flow.compute_loss(velocity, noise, data, time, velocity_config)
+    velocity_loss, *_ = flow.compute_loss(velocity, noise, data, flow_time, velocity_config)
 
     assert float(velocity_loss) == pytest.approx(float(clean_loss), rel=0.02)
 
@@ -198,13 +227,14 @@ def test_trainings_that_rows_share_are_planned_once() -> None:
 
     num_trainings = Counter(training.recipe.name for training in plan.trainings)
 
+    num_rows = 7
     assert num_trainings == {
         "nano-vlm-1": NUM_SEEDS * 3,  # as in the paper, about points, without MoGe
         "nano-vlm-2": NUM_SEEDS * 4,  # the same three, and with frozen encoders
-        "nano-vla": NUM_SEEDS * 7,  # one for each row of the table
+        "nano-vla": NUM_SEEDS * num_rows,
     }
     num_scorings = sum(isinstance(job, Scoring) for job in plan.jobs)
-    assert num_scorings == NUM_SEEDS * 7
+    assert num_scorings == NUM_SEEDS * num_rows
 
 
 def test_a_chain_leads_from_the_pretrained_weights_to_the_policy() -> None:
@@ -217,7 +247,7 @@ def test_a_chain_leads_from_the_pretrained_weights_to_the_policy() -> None:
     ]
     vlm, depth = START
     assert chain[0].init == vlm
-    assert [training.moge for training in chain] == [depth, None, None]
+    assert [training.moge for training in chain] == [depth, None, None]  # joins in the first stage
     assert all(training.init == previous for previous, training in pairwise(chain))
 
 
@@ -228,7 +258,7 @@ def test_a_row_from_scratch_begins_with_nothing() -> None:
 
 
 def test_the_row_about_points_asks_about_no_objects() -> None:
-    stage = plan_rows("points").chains["points", 0][-2]
+    *_, stage, _ = plan_rows("points").chains["points", 0]  # the last stage of the VLM
 
     families = stage.recipe.questions.families
 
@@ -258,7 +288,7 @@ def test_rows_of_different_tables_that_mean_the_same_share_their_policy() -> Non
 
 
 def test_a_key_stays_as_it_was() -> None:
-    """Otherwise the kept scores would count no more."""
+    """With another key, the scores that are kept in the repository would not be found."""
     assert policy_key(plan_rows("full", seeds=1)) == "0364d014e594"
 
 
@@ -297,8 +327,8 @@ def test_keys_differ_with_everything_that_decides_the_result() -> None:
 def test_what_a_row_is_about_stays_whatever_is_set_for_all(row: str, loss: str) -> None:
     plan = plan_rows(row, seeds=1, set=('flow={"steps":2}',))
 
-    policy_flow = plan.chains[row, 0][-1].recipe.flow
-
+    *_, policy_training = plan.chains[row, 0]
+    policy_flow = policy_training.recipe.flow
     assert policy_flow["rotation_loss"] == loss
     assert policy_flow["steps"] == 2
 
@@ -308,11 +338,11 @@ def test_trainings_that_see_no_demonstrations_are_shared_whatever_these_are() ->
     other_data = replace(DATA, key="other")
     other_chain = plan_rows("full", data=other_data, seeds=1).chains["full", 0]
 
-    keys = [training.key for training in chain]
-    other_keys = [training.key for training in other_chain]
+    *vlm_keys, key_of_policy = [training.key for training in chain]
+    *other_vlm_keys, other_key_of_policy = [training.key for training in other_chain]
 
-    assert keys[:-1] == other_keys[:-1]
-    assert keys[-1] != other_keys[-1]
+    assert vlm_keys == other_vlm_keys
+    assert key_of_policy != other_key_of_policy
 
 
 @pytest.mark.parametrize(
@@ -330,6 +360,11 @@ def test_trainings_that_see_no_demonstrations_are_shared_whatever_these_are() ->
     ],
 )
 def test_a_budget_is_the_same_for_every_row(row: str, steps: list[int]) -> None:
+    """`steps` are the steps of the row's stages.
+
+    A policy is trained for 1,200 steps in all, except for the rows that train it longer
+    ("no-3d-as-long" and "scratch-x9"). The stages of the VLM have their recipes' part of it.
+    """
     chain = plan_rows(row, seeds=1, budget=1200).chains[row, 0]
 
     assert [training.steps for training in chain] == steps
@@ -347,7 +382,8 @@ def test_the_second_half_of_a_thawed_row_sees_the_data_in_another_order() -> Non
 def test_a_fraction_of_the_images_limits_every_stage() -> None:
     chain = plan_rows("images-64th", seeds=1).chains["images-64th", 0]
 
-    assert [training.recipe.questions.most_images for training in chain] == [204, 204, 204]
+    limit = NUM_IMAGES // 64
+    assert [training.recipe.questions.most_images for training in chain] == [limit] * 3
 
 
 @pytest.mark.parametrize(
@@ -366,7 +402,7 @@ def test_demonstrations_of_some_families_have_their_own_folder(
 
 
 @pytest.mark.parametrize(
-    ("ours", "published", "seeds", "verdict"),
+    ("ours", "published", "seeds", "verdict"),  # ours: our difference, low, high
     [
         ((-0.2, -0.3, -0.1), -14.6, 3, "agrees"),
         ((0.2, 0.1, 0.3), -14.6, 3, "disagrees"),
@@ -379,30 +415,53 @@ def test_demonstrations_of_some_families_have_their_own_folder(
 def test_verdicts(
     ours: tuple[float, float, float] | None, published: float | None, seeds: int, verdict: str
 ) -> None:
-    against = None if ours is None else Estimate(*ours, 10)
+    against = None if ours is None else Estimate(*ours, n=10)
 
     assert judge(against, published, seeds) == verdict
 
 
 def write_scores(plan: Plan, out: Path, rates: dict[str, float], **settings: Any) -> None:
-    """Write journals as scoring does, with these success rates."""
+    """Write the journals of scored policies, with random outcomes of these success rates.
+
+    Args:
+        plan: the plan, whose policies are scored.
+        out: the folder of the ablations.
+        rates: row → success rate. Other rows are not scored.
+        settings: further settings of the evaluation.
+    """
     for (row, seed), chain in plan.chains.items():
         if row not in rates:
             continue
         policy = chain[-1]
         folder = out / "scores" / policy.key
-        journal = Journal(folder, policy.folder, {"weights": row, **settings}, (1, 1), {})
+        journal = Journal(
+            folder, policy.folder, {"weights": row, **settings}, shard=(1, 1), scenes={}
+        )
         rng = np.random.default_rng(seed)
         for family in FAMILIES:
-            for scene in range(plan.scenes + 1):  # one more than is asked for
+            for scene in range(plan.scenes + 1):  # the plan does not ask for the last scene
                 success = bool(rng.random() < rates[row])
-                outcome = Outcome(family, scene, "go", success, success, success, False, 0, 9)
-                journal.add(outcome, 0.1, 0.1)
+                outcome = Outcome(
+                    family,
+                    scene,
+                    "go",
+                    success=success,
+                    reached=success,
+                    grasped=success,
+                    wrong_object_moved=False,
+                    unreachable=0,
+                    steps=9,
+                )
+                journal.add(outcome, seconds=0.1, wall=0.1)
 
 
 @pytest.fixture
 def scored_plan(tmp_path: Path) -> Plan:
-    """A plan of which some rows are scored in `tmp_path`."""
+    """A plan of the tables "3d" and "images", of which four rows are scored in `tmp_path`.
+
+    The policy of the row "full" is also that of the row "all-images". "no-moge" has the same
+    outcomes as "full", because rates and random numbers are the same.
+    """
     plan = plan_rows("3d", "images", num_scenes=12)
     rates = {"full": 0.8, "no-3d": 0.2, "no-moge": 0.8, "images-64th": 0.5}
     write_scores(plan, tmp_path, rates)
@@ -410,6 +469,7 @@ def scored_plan(tmp_path: Path) -> Plan:
 
 
 def lines_by_row(plan: Plan, out: Path) -> dict[str, Line]:
+    """Return the lines of the plan's first table, by the names of their rows."""
     table, *_ = fill_tables(plan, out, DATA)
     return {line.row.name: line for line in table.lines}
 
@@ -418,7 +478,7 @@ def test_a_line_has_the_mean_of_its_seeds(scored_plan: Plan, tmp_path: Path) -> 
     line = lines_by_row(scored_plan, tmp_path)["full"]
 
     assert line.success is not None
-    assert line.success.n == 144
+    assert line.success.n == NUM_SEEDS * len(FAMILIES) * scored_plan.scenes
     assert line.success.value == pytest.approx(np.mean(line.by_seed))
 
 
@@ -426,7 +486,7 @@ def test_a_line_is_compared_with_the_papers_difference(scored_plan: Plan, tmp_pa
     line = lines_by_row(scored_plan, tmp_path)["no-3d"]
 
     assert line.verdict == "agrees"
-    assert line.published_against == pytest.approx(-14.6)
+    assert line.published_against == pytest.approx(-14.6)  # points, in the paper's table
 
 
 def test_rows_with_the_same_outcomes_cannot_be_told_apart(
@@ -447,7 +507,9 @@ def test_lines_say_how_many_images_questions_were_asked_about(
 ) -> None:
     _, images_table = fill_tables(scored_plan, tmp_path, DATA)
 
-    assert [line.images for line in images_table.lines] == [0, 51, 204, 816, 3264, 13_056]
+    # The rows of this table ask about these fractions of the images.
+    num_images = [0, *(NUM_IMAGES // divisor for divisor in (256, 64, 16, 4, 1))]
+    assert [line.images for line in images_table.lines] == num_images
 
 
 def test_the_report_is_written_as_markdown_html_and_json(scored_plan: Plan, tmp_path: Path) -> None:
@@ -456,13 +518,15 @@ def test_the_report_is_written_as_markdown_html_and_json(scored_plan: Plan, tmp_
     paths = write_report(scored_plan, tables, tmp_path)
 
     markdown, page, numbers = [path.read_text() for path in paths]
+    # Columns: row, our success with its interval, the paper's, its difference, verdict, …, steps.
     no_3d_line = r"\| no 3D \| \d\d\.\d \[.*\] \| 20\.8 \| -14\.6 \| agrees \| .* \| 12,000 \|"
     assert re.search(no_3d_line, markdown)
     assert "not run yet" in markdown
-    assert "arXiv 2511.17411" in markdown
-    assert page.count("(theirs)</div>") == 6
+    assert "arXiv 2511.17411" in markdown  # the paper
+    assert page.count("(theirs)</div>") == 6  # bars of the published numbers
     assert "<svg" in page
-    assert json.loads(numbers)[0]["lines"][1]["verdict"] == "agrees"
+    first_table = json.loads(numbers)[0]
+    assert first_table["lines"][1]["verdict"] == "agrees"  # of "no-3d"
 
 
 def test_the_report_says_whether_rows_were_scored_alike(scored_plan: Plan, tmp_path: Path) -> None:
@@ -470,6 +534,7 @@ def test_the_report_says_whether_rows_were_scored_alike(scored_plan: Plan, tmp_p
     markdown_file, *_ = write_report(scored_plan, tables, tmp_path)
     assert "alike" not in markdown_file.read_text()
 
+    # Score another row with another replan interval.
     write_scores(scored_plan, tmp_path, {"points": 0.5}, replan=5)
     tables = fill_tables(scored_plan, tmp_path, DATA)
     markdown_file, *_ = write_report(scored_plan, tables, tmp_path)
@@ -479,7 +544,7 @@ def test_the_report_says_whether_rows_were_scored_alike(scored_plan: Plan, tmp_p
 
 @pytest.fixture
 def two_family_plan(tmp_path: Path) -> Plan:
-    """A plan of two families, in a folder with scores of all families."""
+    """A plan of two of the four task families, in a folder with scores of all families."""
     plan = plan_rows("full", "no-3d", num_scenes=12)
     write_scores(plan, tmp_path, {"full": 0.8, "no-3d": 0.2})
     return plan_rows("full", "no-3d", num_scenes=12, tasks=("stack_cube", "put_on"))
@@ -496,7 +561,7 @@ def test_only_scenes_of_the_chosen_families_count(two_family_plan: Plan, tmp_pat
     score = load_score(tmp_path, two_family_plan.scoring("full", 0))
 
     assert score is not None
-    assert len(score.outcomes) == 24
+    assert len(score.outcomes) == 2 * 12  # families times scenes
     assert {outcome.family for outcome in score.outcomes} == {"put_on", "stack_cube"}
 
 
@@ -505,7 +570,8 @@ def test_tables_name_the_families_that_count(two_family_plan: Plan, tmp_path: Pa
 
     markdown_file, *_ = write_report(two_family_plan, tables, tmp_path)
 
-    assert [line.success.n for line in tables[0].lines if line.success] == [72, 72]
+    num_episodes = NUM_SEEDS * 2 * 12  # seeds times families times scenes
+    assert [line.success.n for line in tables[0].lines if line.success] == [num_episodes] * 2
     text = markdown_file.read_text()
     assert "of each task family (put on, stack cube) per" in text
 
@@ -515,18 +581,19 @@ def test_tables_name_the_families_that_count(two_family_plan: Plan, tmp_path: Pa
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Data:
+    """Three labeled scenes and one demonstration, with which plans can be run."""
     pytest.importorskip("mujoco")
     from spear.sim_data.label_scenes import label_scenes
 
     folder = tmp_path_factory.mktemp("data")
     image_sizes = get_preset("nano").image_sizes
-    label_scenes(folder / "labels", 3, dict(image_sizes), 10_000, workers=1)
+    label_scenes(folder / "labels", 3, dict(image_sizes), first_seed=FIRST_TRAIN_SEED, workers=1)
     record_demonstrations(folder / "episodes", ("put_on",), 1, FIRST_TRAIN_SEED, image_sizes, 1)
     return read_data(folder / "labels", folder / "episodes")
 
 
 def test_a_plan_knows_the_labels_before_there_are_episodes(data: Data, tmp_path: Path) -> None:
-    """Otherwise what was learned from the labels alone would count as not done."""
+    """Trainings on labels alone then have the same keys before and after recording episodes."""
     expected_data = expected(AblationOptions(labels=data.labels, out=tmp_path))
 
     assert expected_data.labels_key == data.labels_key
@@ -535,7 +602,7 @@ def test_a_plan_knows_the_labels_before_there_are_episodes(data: Data, tmp_path:
 
 
 def kill_this_process(message: str) -> None:
-    """Instead of printing what comes next, when that is the second stage."""
+    """Print nothing, and kill this process when the message announces the second stage."""
     if "nano-vlm-2" in message:
         os.kill(os.getpid(), signal.SIGKILL)
 
@@ -547,40 +614,46 @@ def test_a_killed_run_resumes_until_everything_is_scored(
     monkeypatch.setattr(closed_loop, "MAX_STEPS", 3)
     plan = plan_tiny("full", data=data, tasks=("put_on",))
 
-    # Not forked: what earlier tests left in this process would be inherited.
+    # A run in another process is killed after the first stage. The process is not forked, because
+    # it would inherit what earlier tests left in this process.
     run_in_process(
         -signal.SIGKILL, run, plan, tmp_path, data, 0, kill_this_process, start_method="spawn"
     )
-    finished = [training for training in plan.trainings if is_done(tmp_path, training)]
-    assert [training.recipe.name for training in finished] == ["nano-vlm-1"]
-    first_folder = final_folder(tmp_path, finished[0])
+    finished_trainings = [training for training in plan.trainings if is_done(tmp_path, training)]
+    assert [training.recipe.name for training in finished_trainings] == ["nano-vlm-1"]
+    first_folder = final_folder(tmp_path, finished_trainings[0])
     first_time = first_folder.stat().st_mtime_ns
 
-    messages: list[str] = []
-    assert run(plan, tmp_path, data, 0, messages.append) == []
+    # A second run in this process does the rest.
 
+    messages: list[str] = []
+    failures = run(plan, tmp_path, data, 0, messages.append)
+
+    assert failures == []
     assert first_folder.stat().st_mtime_ns == first_time
     assert all(is_done(tmp_path, job) for job in plan.jobs)
-    assert len(messages) == len(plan.jobs) - 1
+    assert len(messages) == len(plan.jobs) - 1  # one for each job but the first
     assert not list(tmp_path.glob("stages/*/checkpoints"))
     table, *_ = fill_tables(plan, tmp_path, data)
     assert all(line.success is not None for line in table.lines)
 
-    # A scored policy needs no training.
+    # A third run has nothing to do, even without the weights, because the policy is scored.
     shutil.rmtree(tmp_path / "stages")
     messages = []
-    assert run(plan, tmp_path, data, 0, messages.append) == []
+    failures = run(plan, tmp_path, data, 0, messages.append)
+    assert failures == []
     assert messages == []
 
 
 def test_a_plan_is_described_by_recipe(data: Data) -> None:
     plan = plan_tiny("full", data=data, tasks=("put_on",))
 
-    _, *lines, _ = describe(plan, plan.jobs).splitlines()
+    _, *lines, _ = describe(plan, finished=plan.jobs).splitlines()
 
     names = [line.split()[0] for line in lines]
+    counts = [line.split()[1:3] for line in lines]  # number of jobs, and of finished jobs
     assert names == ["nano-vlm-1", "nano-vlm-2", "nano-vla", "scoring"]
-    assert all(line.split()[1:3] == ["1", "1"] for line in lines)
+    assert counts == [["1", "1"]] * 4
 
 
 def test_a_row_that_fails_stops_no_other(
@@ -589,7 +662,7 @@ def test_a_row_that_fails_stops_no_other(
     monkeypatch.setattr(closed_loop, "MAX_STEPS", 3)
     good_plan = plan_tiny("no-3d", data=data, tasks=("put_on",))
     good_score = good_plan.scoring("no-3d", 0)
-    bad_changes = (*TINY_CHANGES, "lr=1e30", "warmup=0", "max_skipped=0")
+    bad_changes = (*TINY_CHANGES, "lr=1e30", "warmup=0", "max_skipped=0")  # weights become infinite
     bad_plan = plan_tiny("scratch", data=data, changes=bad_changes)
     bad_score = bad_plan.scoring("scratch", 0)
     jobs = [bad_score.previous, bad_score, good_score.previous, good_score]

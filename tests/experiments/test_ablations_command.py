@@ -1,6 +1,4 @@
-"""`python -m experiments.ablations`: what it refuses, and what it prints without training
-anything.
-"""
+"""`python -m experiments.ablations` refuses mistakes early, and prints plans without PyTorch."""
 
 import subprocess
 import sys
@@ -17,7 +15,7 @@ from spear.labels.store import write_labels
 
 
 @pytest.mark.parametrize(
-    ("args", "hint"),
+    ("args", "hint"),  # the message contains the hint
     [
         (("--set", "steps=3"), "--budget"),
         (("--init", "nano-vlm-9"), "nano-vlm-0"),
@@ -32,7 +30,7 @@ def test_a_mistake_is_found_before_any_data_are_made(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(planning, "obtain", None)
+    monkeypatch.setattr(planning, "obtain", None)  # calling it, to make the data, would fail
     out = tmp_path / "run"
 
     code = main([*args, "--out", str(out)])

@@ -1,4 +1,8 @@
-"""The published tables of the ablations say what the kept episodes say."""
+"""The published tables of the ablations agree with the outcomes that the repository keeps.
+
+A line of a published table names the keys of its scores. The outcomes of all episodes behind a
+score are kept in scores.parquet under its key.
+"""
 
 import re
 from pathlib import Path
@@ -12,6 +16,7 @@ from spear.evaluate.results import Journal, Outcome, load_results
 from spear.evaluate.stats import estimate_difference_over_seeds, estimate_mean_over_seeds
 
 TABLES = read_published_tables()
+"""The lines of each table, as Markdown."""
 LINES = [
     pytest.param(table, number, id=f"{index}-{line.split('|')[1].strip()}")
     for index, table in enumerate(TABLES)
@@ -20,26 +25,31 @@ LINES = [
 
 
 def baseline_line(table: list[str], number: int) -> str:
-    """The line that one is compared with: the last one up to it without a difference."""
-    lines = reversed(table[: number + 1])
-    return next(line for line in lines if re.search(r"\[[\d., ]+\] \| – \|", line))
+    """Return the line with which the numbered line of a table is compared.
+
+    It is the nearest line above, or the line itself, that has no difference ("–").
+    """
+    lines_upward = reversed(table[: number + 1])
+    return next(line for line in lines_upward if re.search(r"\[[\d., ]+\] \| – \|", line))
 
 
 @pytest.mark.parametrize(("table", "number"), LINES)
 def test_a_published_success_rate_is_that_of_the_kept_episodes(
     table: list[str], number: int
 ) -> None:
-    families = load_line(table[number])
+    line = table[number]
+    success_tables = load_line(line)  # of each task family: bools [seeds, scenes]
 
-    assert sum(family.size for family in families) >= 200
-    assert f"| {estimate_mean_over_seeds(families).to_text('.1f', 100)} |" in table[number]
+    rate = estimate_mean_over_seeds(success_tables).to_text(".1f", 100)
+    assert f"| {rate} |" in line
+    assert sum(table.size for table in success_tables) >= 200  # episodes
 
 
 @pytest.mark.parametrize(("table", "number"), LINES)
 def test_a_published_difference_is_that_of_the_kept_episodes(table: list[str], number: int) -> None:
     line = table[number]
     baseline = baseline_line(table, number)
-    if line == baseline:
+    if line == baseline:  # it has no difference
         return
 
     difference = estimate_difference_over_seeds(load_line(line), load_line(baseline))
@@ -57,11 +67,27 @@ def test_every_kept_score_is_published() -> None:
     assert published
 
 
-def write_journal(folder: Path, seeds: list[int], num_ended: int, reached: bool = True) -> None:
-    """A journal of scenes of one family, of which some have ended."""
-    journal = Journal(folder, "policy", {"replan": 1}, (1, 1), {"put_on": seeds})
+def write_journal(folder: Path, seeds: list[int], num_ended: int) -> None:
+    """Write the journal of an evaluation in scenes of one family.
+
+    Args:
+        folder: the journal's folder.
+        seeds: seeds of the scenes.
+        num_ended: how many of the scenes are finished.
+    """
+    journal = Journal(folder, "policy", {"replan": 1}, shard=(1, 1), scenes={"put_on": seeds})
     for seed in seeds[:num_ended]:
-        outcome = Outcome("put_on", seed, "go", True, reached, True, False, 0, 9)
+        outcome = Outcome(
+            "put_on",
+            seed,
+            "go",
+            success=True,
+            reached=True,
+            grasped=True,
+            wrong_object_moved=False,
+            unreachable=0,
+            steps=9,
+        )
         journal.add(outcome, seconds=0.25, wall=0.5)
 
 

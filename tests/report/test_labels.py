@@ -1,4 +1,4 @@
-"""Questions beside labels, the page, the Rerun file, and the commands that make them."""
+"""Questions about a folder of labels, the page about it, the Rerun file, and their commands."""
 
 import re
 import subprocess
@@ -20,22 +20,28 @@ from spear.question_types import QUESTION_TYPES, QUESTION_TYPES_2D
 from spear.report.labels import write_label_page, write_rerun
 from spear.types import Frame, LabeledImage
 
+NUM_LABELS = 12
+
 
 @pytest.fixture(scope="module")
 def frames() -> list[Frame]:
+    """Rendered scenes, whose sources have a character that HTML must escape."""
     rng = np.random.default_rng(5)
-    return [replace(make_random_frame(rng), source=f"scene & {n}") for n in range(12)]
+    return [replace(make_random_frame(rng), source=f"scene & {n}") for n in range(NUM_LABELS)]
 
 
 @pytest.fixture(scope="module")
 def labels(frames: list[Frame]) -> list[LabeledImage]:
+    """The labels of the scenes, from the ground truth."""
     return list(label_images(frames, *TRUTH))
 
 
 @pytest.fixture
 def folder(labels: list[LabeledImage], tmp_path: Path) -> Path:
-    for number in range(0, 12, 5):
-        write_labels(labels[number : number + 5], tmp_path / f"labels/labels-{number:05d}.parquet")
+    """A folder with the labels, in shards of five."""
+    for start in range(0, NUM_LABELS, 5):
+        shard = tmp_path / f"labels/labels-{start:05d}.parquet"
+        write_labels(labels[start : start + 5], shard)
     return tmp_path / "labels"
 
 
@@ -48,17 +54,19 @@ QUESTION_TYPE_SETS = pytest.mark.parametrize(
 def test_written_questions_are_those_that_were_generated(
     question_types: tuple[str, ...], labels: list[LabeledImage], folder: Path
 ) -> None:
-    """They depend on the seed and an image's source alone."""
-    num_images, counts = write_questions(folder, seed=3, question_types=question_types)
-
-    written = list(read_questions(folder))
-    assert num_images == 12
-    assert counts.total() == len(written) > 12
-    assert set(counts) == set(question_types)
+    """The questions about an image depend only on the seed and the image's source."""
     expected = []
     for label in labels:
         for question in generate_label_questions(label, 3, question_types=question_types):
             expected.append((label.source, question))
+
+    num_images, counts = write_questions(folder, seed=3, question_types=question_types)
+
+    written = list(read_questions(folder))
+    assert num_images == NUM_LABELS
+    assert counts.total() == len(written)
+    assert len(written) > NUM_LABELS
+    assert set(counts) == set(question_types)
     assert [source for source, _ in written] == [source for source, _ in expected]
     for (_, question), (_, expected_question) in zip(written, expected, strict=True):
         assert question.question_type == expected_question.question_type
@@ -69,6 +77,7 @@ def test_written_questions_are_those_that_were_generated(
 
 
 def read_question_types(folder: Path) -> set[str]:
+    """Return the types of the questions that are written in the folder."""
     return {question.question_type for _, question in read_questions(folder)}
 
 
@@ -92,7 +101,7 @@ def test_questions_are_described_and_not_taken_for_labels(folder: Path) -> None:
     write_questions(folder)
 
     assert "config_name: questions" in (folder / "README.md").read_text()
-    assert count_labels(folder) == 12
+    assert count_labels(folder) == NUM_LABELS
 
 
 def test_the_labels_on_the_page_are_spread_over_the_folder(folder: Path) -> None:
@@ -109,16 +118,19 @@ def test_the_page_is_self_contained_and_shows_labels_and_questions(
     write_label_page(folder, select_labels(folder, 5), tmp_path / "page.html")
 
     html = (tmp_path / "page.html").read_text()
+    # Images are in the page, and nothing is loaded from elsewhere.
     assert html.count("data:image/jpeg;base64,") == 5
     assert not re.findall(r'(?:src|href)="(?!data:)', html)
+    # The contact sheet, with the shown labels and their questions.
     assert "Contact sheet: 5 of 12" in html
     assert "scene &amp; 4" in html
+    question = next(q for source, q in read_questions(folder) if source == "scene & 4")
+    assert question.prompt.split("{")[0] in html
+    # The statistics: number of images, use of the 3D tokens, question types.
     assert "<b>12</b>" in html
     assert "numbers;" in html
     assert "box vertices" in html
     assert "written yet" not in html
-    question = next(q for source, q in read_questions(folder) if source == "scene & 4")
-    assert question.prompt.split("{")[0] in html
     assert not list(tmp_path.glob(".*"))  # no temporary files
 
 
@@ -144,19 +156,20 @@ def test_the_rerun_file_has_every_label(
     frames: list[Frame], labels: list[LabeledImage], tmp_path: Path
 ) -> None:
     pytest.importorskip("rerun")
+    """Three labels are written, of which the last has no point cloud."""
     path = tmp_path / "labels.rrd"
     clouds = [*GroundTruth().predict(frames[:2]), None]
 
     write_rerun(labels[:3], clouds, path)
 
-    assert path.stat().st_size > 100_000
+    assert path.stat().st_size > 100_000  # with the clouds
     command = [sys.executable, "-m", "rerun", "rrd", "print", str(path)]
     printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     num_rows: Counter[str] = Counter()
     for number, entity in re.findall(r"with (\d+) rows .* - (\S+) - data", printed):
         num_rows[entity] += int(number)
     for entity in ("/camera/boxes", "/camera/points", "/camera/keypoints", "/source"):
-        assert num_rows[entity] == 3
+        assert num_rows[entity] == 3  # a row per label; the missing cloud has an empty one
 
 
 def test_a_rerun_file_that_cannot_be_made_leaves_nothing(
@@ -164,7 +177,7 @@ def test_a_rerun_file_that_cannot_be_made_leaves_nothing(
 ) -> None:
     pytest.importorskip("rerun")
     [cloud] = GroundTruth().predict(frames[:1])
-    wrong_cloud = replace(cloud, mask=np.ones((9, 9), bool))
+    wrong_cloud = replace(cloud, mask=np.ones((9, 9), bool))  # another size than the image
 
     with pytest.raises(IndexError):
         write_rerun(labels[:1], [wrong_cloud], tmp_path / "labels.rrd")

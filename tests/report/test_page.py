@@ -1,4 +1,4 @@
-"""Pages: self-contained and escaped; plots to scale."""
+"""Pages are self-contained and escape all texts, and plots are drawn to scale."""
 
 import re
 
@@ -19,13 +19,14 @@ from spear.report.plot import (
 
 
 def read_lines(svg: str) -> list[np.ndarray]:
-    """The joined points [n, 2] of each line of a chart, in pixels."""
+    """Return the joined points [n, 2] of each line of a chart, in pixels from its left and top."""
     paths = re.findall(r'<path d="(M[^"]+)" stroke=', svg)
     return [np.array(re.findall(r"[ML]([\d.-]+) ([\d.-]+)", path), float) for path in paths]
 
 
 @pytest.fixture(scope="module")
 def page() -> str:
+    """A page whose texts all have characters that HTML must escape."""
     bars = draw_bars([("<i>", [])])
     return render("open_loop.html", title="T & <T>", facts=[("<b>", "&")], charts=[[bars]])
 
@@ -57,7 +58,7 @@ def test_bars_are_as_long_as_the_rates() -> None:
     html = draw_bars([("carrot", make_rate_bars(rates))])
 
     assert "width:75.0%" in html
-    assert "75% [60%, 86%]" in html
+    assert "75% [60%, 86%]" in html  # with the 95 % Wilson interval of 30 of 40
     assert "0% [0%, 9%]" in html
 
 
@@ -78,6 +79,8 @@ def test_a_line_is_drawn_to_scale_and_broken_where_nothing_is_known() -> None:
     assert "nan" not in svg
     [points] = read_lines(svg)
     assert len(points) == 3  # two joined, one alone
+    # From the second to the third point it is twice as far as from the first to the second, in both
+    # directions, because the point at x = 2 is missing.
     to_right = np.diff(points[:, 0])
     upward = -np.diff(points[:, 1])
     assert upward[1] == pytest.approx(2 * upward[0], abs=0.3)
@@ -89,10 +92,12 @@ def test_logarithmic_axes_have_decades_of_the_same_length() -> None:
 
     [points] = read_lines(draw_chart([line], Axis(log=True), Axis(log=True)))
 
-    assert np.allclose(np.diff(points, n=2, axis=0), 0, atol=0.2)
+    first_decade, second_decade = np.diff(points, axis=0)  # from 1 to 10, from 10 to 100
+    np.testing.assert_allclose(second_decade, first_decade, atol=0.2, rtol=0)
 
 
 def test_a_map_has_one_scale_and_may_be_mirrored() -> None:
+    """A line of slope 1 stays one on a chart that is higher than wide; x grows to the left."""
     line = Line("", [0, 1], [0, 1])
 
     svg = draw_chart([line], Axis(reverse=True), equal=True, size=(300, 700))

@@ -1,4 +1,9 @@
-"""The page for people, over real sockets: who sees it, what a tab may ask, several tabs at once."""
+"""The page in the browser, over real sockets: who sees it, and how it answers one tab or several.
+
+A tab sends requests, such as {"do": "step"}. The server answers with *updates*, parts of the
+*view*, which is all that the tab shows. An update {"problem": …} ends the answer to a request; it
+is None if nothing was wrong.
+"""
 
 import base64
 import io
@@ -51,16 +56,18 @@ from spear.ui.tab import SharedModel
 
 MAX_MESSAGE_BYTES = 2**20
 TIMEOUT_S = 240
-NUM_LAST_FRAMES = 5  # for which a film shows its last step
+NUM_LAST_FRAMES = 5  # a film shows its last step for so many more frames
 
 
 @pytest.fixture(scope="module")
 def policy() -> Spear1Policy:
+    """The shipped policy, with few flow steps, so that it is fast."""
     return Spear1Policy.load("nano", steps=2)
 
 
 @pytest.fixture(scope="module")
 def server(policy: Spear1Policy) -> Iterator[PolicyServer]:
+    """A server with the page and without a token, which the tests of this file share."""
     page = Page(policy, "nano", None, MAX_MESSAGE_BYTES)
     limits = ConnectionLimits(max_message_bytes=MAX_MESSAGE_BYTES)
     with run_server(policy, page=page, limits=limits) as running:
@@ -69,11 +76,15 @@ def server(policy: Spear1Policy) -> Iterator[PolicyServer]:
 
 @pytest.fixture
 def shared_model(server: PolicyServer) -> SharedModel:
+    """The model and the episodes that all tabs of the server share."""
     return server.page._shared
 
 
 class Tab:
-    """What a browser's tab is to the server."""
+    """The websocket of a tab, as the browser uses it; options: those of the connection.
+
+    A new tab waits until the server has sent its first scene.
+    """
 
     def __init__(self, server: PolicyServer, **options: Any) -> None:
         address = f"ws://127.0.0.1:{server.port}/ui"
@@ -84,7 +95,7 @@ class Tab:
         )
 
     def receive_until(self, is_last: Callable[[dict[str, Any]], bool]) -> list[dict[str, Any]]:
-        """Receive parts of the view until one is the last; returns them."""
+        """Receive updates until `is_last` is true for one, and return them all."""
         updates = []
         while True:
             update = json.loads(self.socket.recv(timeout=TIMEOUT_S))
@@ -94,24 +105,25 @@ class Tab:
                 return updates
 
     def send(self, message: bytes | str | dict[str, Any]) -> str | None:
-        """Ask for something; returns the problem with it, or None."""
+        """Send a message and wait for the answer; return the problem with the message, or None."""
         self.socket.send(json.dumps(message) if isinstance(message, dict) else message)
+        # The first update of a tab has a problem, too; "running" tells it from an answer.
         self.receive_until(lambda update: "problem" in update and "running" not in update)
         return self.view["problem"]
 
     def fail(self, request: str, **arguments: Any) -> str:
-        """Ask for something that must have a problem, which is returned."""
+        """Send a request that must have a problem, and return the problem."""
         problem = self.send({"do": request, **arguments})
         assert problem is not None
         return problem
 
     def ask(self, request: str, **arguments: Any) -> dict[str, Any]:
-        """Ask for something that must have no problem; returns the view."""
+        """Send a request that must have no problem, and return the view after it."""
         assert self.send({"do": request, **arguments}) is None
         return dict(self.view)
 
     def make_film(self) -> list[Array]:
-        """Make a film; returns its frames [h, w, 3]."""
+        """Let the server make a film, and return its frames [h, w, 3]."""
         data = base64.b64decode(self.ask("film")["film"]["data"])
         with av.open(io.BytesIO(data)) as film:
             return [frame.to_ndarray(format="rgb24") for frame in film.decode(video=0)]
@@ -119,6 +131,7 @@ class Tab:
 
 @contextmanager
 def open_tab(server: PolicyServer, **options: Any) -> Iterator[Tab]:
+    """Open a tab, and close it at the end of the `with` block."""
     tab = Tab(server, **options)
     with tab.socket:
         yield tab
@@ -126,12 +139,13 @@ def open_tab(server: PolicyServer, **options: Any) -> Iterator[Tab]:
 
 @pytest.fixture
 def tab(server: PolicyServer, renderer: Any) -> Iterator[Tab]:
-    """`renderer`: skips where nothing can be rendered."""
-    with open_tab(server) as opened:
-        yield opened
+    """An open tab. The fixture `renderer` skips the test on machines that cannot render."""
+    with open_tab(server) as opened_tab:
+        yield opened_tab
 
 
 def decode_external(view: dict[str, Any]) -> Array:
+    """Return the image [h, w, 3] of the external camera in a view."""
     return decode_image(base64.b64decode(view["images"]["external"].partition(",")[2]))
 
 
@@ -159,17 +173,22 @@ def test_all_files_of_the_page_are_served_and_need_no_other_site(server: PolicyS
 
 
 def test_other_paths_are_not_found(server: PolicyServer) -> None:
-    assert http_get(server, "/nowhere")[0] == 404
+    status, *_ = http_get(server, "/nowhere")
+
+    assert status == 404
 
 
 @pytest.mark.parametrize("path", ["/", "/ui.js"])
 def test_a_server_without_a_page_has_no_files(path: str) -> None:
     with run_server() as server:
-        assert http_get(server, path)[0] == 404
+        status, *_ = http_get(server, path)
+
+    assert status == 404
 
 
 @pytest.fixture(scope="module")
 def server_with_token(policy: Spear1Policy) -> Iterator[PolicyServer]:
+    """A server whose page asks for the token "secret"."""
     page = Page(policy, "nano", "secret", MAX_MESSAGE_BYTES)
     with run_server(policy, token="secret", page=page) as server:
         yield server
@@ -194,6 +213,7 @@ def test_a_tab_without_the_token_is_refused(server_with_token: PolicyServer, ren
 def test_the_token_is_exchanged_for_a_cookie(
     server_with_token: PolicyServer, renderer: Any
 ) -> None:
+    """The page that is opened with the token redirects, and its cookie is the key from then on."""
     status, headers, _ = http_get(server_with_token, "/?token=secret")
 
     assert status == 303
@@ -201,8 +221,12 @@ def test_the_token_is_exchanged_for_a_cookie(
     cookie, *attributes = headers["Set-Cookie"].split("; ")
     assert "secret" not in cookie
     assert {"HttpOnly", "SameSite=Strict"} <= set(attributes)
-    assert http_get(server_with_token, "/", Cookie=cookie)[0] == 200
-    assert http_get(server_with_token, "/", Cookie=cookie[:-1])[0] == 401
+
+    status_with_cookie, *_ = http_get(server_with_token, "/", Cookie=cookie)
+    status_with_wrong_cookie, *_ = http_get(server_with_token, "/", Cookie=cookie[:-1])
+    assert status_with_cookie == 200
+    assert status_with_wrong_cookie == 401
+
     tab_headers = {"Cookie": f"other=1; {cookie}"}
     with open_tab(server_with_token, additional_headers=tab_headers) as tab:
         assert tab.view["source"] == "simulator"
@@ -210,13 +234,16 @@ def test_the_token_is_exchanged_for_a_cookie(
 
 @pytest.mark.parametrize("path", [*pages.SUBTYPE_BY_PATH, "/ui"])
 def test_other_sites_get_nothing(server: PolicyServer, path: str) -> None:
-    assert http_get(server, path, Host=f"evil.example:{server.port}")[0] == 403
+    status, *_ = http_get(server, path, Host=f"evil.example:{server.port}")
+
+    assert status == 403
 
 
 def test_other_sites_open_no_tab(server: PolicyServer, renderer: Any) -> None:
     with pytest.raises(InvalidStatus, match="403"):
         Tab(server, origin="http://evil.example")
-    Tab(server, origin=f"http://127.0.0.1:{server.port}").socket.close()
+
+    Tab(server, origin=f"http://127.0.0.1:{server.port}").socket.close()  # the page itself may
 
 
 def test_the_number_of_tabs_is_bounded(
@@ -233,7 +260,7 @@ def test_the_number_of_tabs_is_bounded(
 
 @pytest.fixture
 def passed_views(tab: Tab) -> list[dict[str, Any]]:
-    """The views of four steps, of which the last follows another instruction."""
+    """The views of steps 0 to 3. Another instruction leads to the last step."""
     views = [tab.ask("reset", family="put_on", seed=2)]
     task = views[0]["told"]
     for instruction in (task, task, "wave"):
@@ -261,40 +288,46 @@ def test_every_step_can_be_looked_at_again(tab: Tab, passed_views: list[dict[str
 
 
 def test_boxes_can_be_asked_for_at_an_earlier_step(tab: Tab) -> None:
+    """The answer for step 0 is the same at step 0 and later."""
     names = tab.view["objects"][:1]
     first_boxes = tab.ask("boxes", objects=names)["boxes"]
     tab.ask("step")
 
-    assert tab.ask("boxes", objects=names)["boxes"][0]["step"] == 1
-    assert tab.ask("boxes", objects=names, step=0)["boxes"] == first_boxes
+    new_boxes = tab.ask("boxes", objects=names)["boxes"]
+    earlier_boxes = tab.ask("boxes", objects=names, step=0)["boxes"]
+
+    assert new_boxes[0]["step"] == 1
+    assert earlier_boxes == first_boxes
 
 
 def test_a_chunk_predicted_again_has_the_same_noise(
     tab: Tab, passed_views: list[dict[str, Any]]
 ) -> None:
-    assert DEFAULT_REPLAN_INTERVAL == 1  # so the step after has the chunk of this one
+    # Each step begins with a new chunk, so the view of step 2 has the chunk predicted at step 1.
+    assert DEFAULT_REPLAN_INTERVAL == 1
 
     chunk = tab.ask("predict", step=1)["chunk"]
 
-    assert {**chunk, "ms": 0} == {**passed_views[2]["chunk"], "ms": 0}
+    assert {**chunk, "ms": 0} == {**passed_views[2]["chunk"], "ms": 0}  # but for the time it took
 
 
 def test_the_film_shows_every_step_with_its_instruction(
     tab: Tab, passed_views: list[dict[str, Any]]
 ) -> None:
+    """A frame of the film has a caption of `video.BAR` pixels, and the images below it."""
     frames = tab.make_film()
 
     assert len(frames) == len(passed_views) + NUM_LAST_FRAMES
     captions = [frame[: video.BAR].astype(float) for frame in frames]
     assert np.abs(captions[2] - captions[0]).mean() < 2  # the same instruction
-    assert np.abs(captions[3] - captions[0]).mean() > 2
+    assert np.abs(captions[3] - captions[0]).mean() > 2  # another one
+
     shown_image = Image.fromarray(decode_external(passed_views[1]))
-    assert shown_image.width / shown_image.height == passed_views[1]["camera"]["aspect"]
-    large = shown_image.resize(
-        (round(video.HEIGHT * shown_image.width / shown_image.height), video.HEIGHT)
-    )
-    filmed = frames[1][video.BAR :, : large.width].astype(float)
-    assert np.abs(filmed - large).mean() < 6
+    aspect = shown_image.width / shown_image.height
+    assert aspect == passed_views[1]["camera"]["aspect"]
+    expected_image = shown_image.resize((round(video.HEIGHT * aspect), video.HEIGHT))
+    filmed_image = frames[1][video.BAR :, : expected_image.width].astype(float)
+    assert np.abs(filmed_image - expected_image).mean() < 6  # of 255, for the film's compression
 
 
 def test_a_rollout_that_is_stopped_sends_each_step_that_it_made(
@@ -310,7 +343,8 @@ def test_a_rollout_that_is_stopped_sends_each_step_that_it_made(
 
     monkeypatch.setattr(policy, "infer", infer_slowly)
     tab.ask("start")
-    assert is_inferring.wait(TIMEOUT_S)  # it is stopped in the middle of a step
+    assert is_inferring.wait(TIMEOUT_S)
+    # Stop the rollout in the middle of step 1, and ask for one more step.
     for request in ("stop", "step"):
         tab.socket.send(json.dumps({"do": request}))
 
@@ -326,7 +360,10 @@ def test_a_rollout_that_is_stopped_sends_each_step_that_it_made(
 def recorded(
     shared_model: SharedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> list[Episode]:
-    """Three recorded episodes of 4, 5 and 6 steps that the page offers."""
+    """Three recorded episodes of 4, 5 and 6 steps, which the page offers.
+
+    The first is a success, the second a failure, and of the third nobody knows.
+    """
     recorded_episodes = []
     for index, success in enumerate((True, False, None)):
         recorded_episodes.append(make_episode(index, num_steps=4 + index, success=success))
@@ -339,8 +376,8 @@ def test_a_recorded_episode_is_opened_with_its_track(tab: Tab, recorded: list[Ep
     view = tab.ask("open", episode=1)
 
     assert view["source"] == "recording"
-    assert view["limit"] == 4
-    assert view["outcome"] is None
+    assert view["limit"] == 4  # the last of 5 steps
+    assert view["outcome"] is None  # only the last step has one
     np.testing.assert_allclose(view["track"]["position"], recorded[1].position, atol=1e-4)
     np.testing.assert_allclose(view["track"]["opening"], recorded[1].gripper, atol=1e-4)
 
@@ -352,6 +389,7 @@ def test_the_last_step_of_a_recording_shows_its_outcome(tab: Tab, recorded: list
 
     assert view["outcome"] == "failure"
     original = decode_image(recorded[1].images["external"][4])
+    # The mean difference, of 255, that compressing the image again may cause.
     assert np.abs(decode_external(view).astype(float) - original).mean() < 6
 
 
@@ -381,6 +419,7 @@ def test_a_recording_is_filmed(tab: Tab, recorded: list[Episode]) -> None:
 
 
 def test_a_tab_may_be_dragged_through_a_recording(tab: Tab, recorded: list[Episode]) -> None:
+    """A tab asks for more steps than the server accepts messages per second."""
     tab.ask("open", episode=1)
 
     for number in range(3 * ConnectionLimits().max_small_frames_per_s):
@@ -394,6 +433,7 @@ def test_the_film_of_a_closed_tab_is_given_up(
     has_begun = threading.Event()
 
     def close_tab_and_compose(external: Array, *_: Any, **__: Any) -> Array:
+        """Compose a frame of the film so slowly that the server sees that the tab is closed."""
         nonlocal num_composed
         num_composed += 1
         has_begun.set()
@@ -406,7 +446,8 @@ def test_the_film_of_a_closed_tab_is_given_up(
     tab.socket.send(json.dumps({"do": "film"}))
     assert has_begun.wait(TIMEOUT_S)
 
-    Tab(server).socket.close()  # it gets its first scene after the film has ended
+    # Another tab gets its first scene after the film has ended, since one thread does all the work.
+    Tab(server).socket.close()
 
     assert num_composed == 1
 
@@ -426,7 +467,7 @@ def test_episodes_need_the_page(tmp_path: Path, run_refused_command: Command) ->
 
 @pytest.fixture
 def inferred_cameras(policy: Spear1Policy, monkeypatch: pytest.MonkeyPatch) -> list[set[str]]:
-    """The keys of the images of each observation that the policy gets."""
+    """A list to which each inference adds the keys of the images in its observation."""
     key_sets: list[set[str]] = []
     infer = policy.infer
 
@@ -442,7 +483,7 @@ def inferred_cameras(policy: Spear1Policy, monkeypatch: pytest.MonkeyPatch) -> l
 def image_sizes(
     policy: Spear1Policy, monkeypatch: pytest.MonkeyPatch
 ) -> dict[str, tuple[int, int]]:
-    """The cameras of the policy, which now takes the external one only."""
+    """The image sizes of a policy that takes only the external camera. A test may add cameras."""
     sizes = {"external": policy.image_sizes["external"]}
     monkeypatch.setattr(policy, "processor", replace(policy.processor, image_sizes=sizes))
     return sizes
@@ -452,7 +493,8 @@ def image_sizes(
 def three_camera_folder(
     shared_model: SharedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> EpisodeFolder:
-    """An episode with three cameras, and one with a wrist camera only."""
+    """A folder, which the page offers, of two episodes: with three cameras, and with the wrist's
+    only."""
     images = make_episode(0, num_steps=4).images["external"]
     cameras = {"external": images, "wrist": images, "left": images}
     write_episodes(
@@ -476,7 +518,7 @@ def test_a_policy_with_one_camera_gets_one_in_the_simulator(
 
     assert inferred_cameras == [{"observation/image"}]
     assert view["images"]["wrist"] is None
-    assert len(tab.make_film()) == 2 + NUM_LAST_FRAMES
+    assert len(tab.make_film()) == 2 + NUM_LAST_FRAMES  # of steps 0 and 1
 
 
 def test_a_policy_with_one_camera_gets_one_of_a_recording(
@@ -525,17 +567,20 @@ def evaluated_chunks(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> dict[int, tuple[Array, Array]]:
-    """The state and the chunk of each inference in an evaluated episode, by step; the page offers
-    it.
+    """Evaluates an episode of at most 7 steps, which the page then offers.
+
+    The result is, for each step at which the policy inferred a chunk, the state [8] and the chunk
+    [H, 8].
     """
     for module in (closed_loop, episodes):
         monkeypatch.setattr(module, "MAX_STEPS", 7)
     agent = PolicyAgent(policy, "nano", policy.identity)
-    chunk_of_step = {}
+    inference_of_step = {}
 
     def act_and_record(envs: Any, observations: Any) -> Any:
         chunks = PolicyAgent.act(agent, envs, observations)
-        chunk_of_step[envs[0].steps] = (observations[0]["observation/state"], chunks[0])
+        [env] = envs
+        inference_of_step[env.steps] = (observations[0]["observation/state"], chunks[0])
         return chunks
 
     monkeypatch.setattr(agent, "act", act_and_record)
@@ -549,7 +594,7 @@ def evaluated_chunks(
     )
     closed_loop.evaluate_tabletop(agent, options)
     monkeypatch.setattr(shared_model, "episode_folder", EpisodeFolder(tmp_path))
-    return chunk_of_step
+    return inference_of_step
 
 
 def test_an_evaluated_episode_is_run_again(
@@ -568,9 +613,10 @@ def test_an_evaluated_episode_is_run_again(
     assert chunk_of_step.keys() == evaluated_chunks.keys()
     assert len(chunk_of_step) > 2
     for step, (state, actions) in evaluated_chunks.items():
-        positions = chunk_of_step[step]["positions"]
+        positions = chunk_of_step[step]["positions"]  # [H + 1, 3]
+        translations = np.diff(positions, axis=0)
         np.testing.assert_allclose(positions[0], state[:3], atol=1e-4)
-        np.testing.assert_allclose(np.diff(positions, axis=0), actions[:, :3], atol=1e-4)
+        np.testing.assert_allclose(translations, actions[:, :3], atol=1e-4)
 
 
 def test_another_policy_does_not_run_an_evaluated_episode_again(
@@ -579,7 +625,7 @@ def test_another_policy_does_not_run_an_evaluated_episode_again(
     evaluated_chunks: dict[int, tuple[Array, Array]],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(policy, "steps", 3)
+    monkeypatch.setattr(policy, "steps", 3)  # of the flow, which are part of its identity
 
     assert "stack_cube 0 can be run again only" in tab.fail("open", episode=0)
 
@@ -587,8 +633,9 @@ def test_another_policy_does_not_run_an_evaluated_episode_again(
 def test_an_unfinished_evaluation_brings_a_notice(
     evaluated_chunks: dict[int, tuple[Array, Array]], tmp_path: Path
 ) -> None:
-    with next(tmp_path.glob("*.jsonl")).open("a") as journal:
-        journal.write('{"scenes": {"stack_cube": [1]}}\n')
+    (journal_file,) = tmp_path.glob("*.jsonl")
+    with journal_file.open("a") as journal:
+        journal.write('{"scenes": {"stack_cube": [1]}}\n')  # a second scene is planned
 
     with pytest.warns(Notice, match="1 scene left"):
         EpisodeFolder(tmp_path)
@@ -600,6 +647,7 @@ def test_an_unfinished_evaluation_brings_a_notice(
 def test_boxes_are_those_of_spear_vlm_with_their_true_errors(
     tab: Tab, policy: Spear1Policy
 ) -> None:
+    """The page shows the first scene, of the family put_on and seed 0."""
     names = tab.view["objects"][:2]
     assert len(names) == 2
     env = TabletopEnv("put_on", policy.processor.image_sizes)
@@ -610,11 +658,11 @@ def test_boxes_are_those_of_spear_vlm_with_their_true_errors(
 
     boxes = tab.ask("boxes", objects=names)["boxes"]
 
-    pose = camera_pose(env.world, "external")
-    for index, (box, answer) in enumerate(zip(boxes, answers, strict=True)):
-        vertices = np.reshape(answer.values, (8, 3))
+    pose = camera_pose(env.world, "external")  # [4, 4] in the base frame
+    for number, (box, answer) in enumerate(zip(boxes, answers, strict=True), start=1):
+        vertices = np.reshape(answer.values, (8, 3))  # in the camera frame
         np.testing.assert_allclose(box["vertices"], vertices)
-        true_center = object_boxes(env.world)[index + 1].mean(0)
+        true_center = object_boxes(env.world)[number].mean(0)  # in the base frame
         center = pose[:3, :3] @ vertices.mean(0) + pose[:3, 3]
         error_mm = 1000 * np.linalg.norm(center - true_center)
         assert box["error_mm"] == pytest.approx(error_mm, abs=0.01)
@@ -622,7 +670,7 @@ def test_boxes_are_those_of_spear_vlm_with_their_true_errors(
 
 @pytest.fixture
 def relative_unit(policy: Spear1Policy, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The model's 3D numbers have no metric unit."""
+    """Lets the model's 3D numbers be relative, instead of meters."""
     coordinates = replace(policy.processor.coordinates, unit="relative")
     monkeypatch.setattr(policy.processor, "coordinates", coordinates)
 
@@ -664,7 +712,7 @@ def test_a_model_without_a_calibration_does_not_say_how_sure_it_is(
 
 @pytest.fixture
 def zebra_is_absent(shared_model: SharedModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A calibrated model that finds no zebra."""
+    """Makes the model a calibrated one, for which a zebra is absent and all else is there."""
     trust = Trust("held-out scenes", {"box_vertices": 2.0}, names_present=1.0, names_absent=0.0)
     monkeypatch.setattr(shared_model, "trust", trust)
 
@@ -693,17 +741,19 @@ def test_only_absent_objects_have_no_boxes(tab: Tab) -> None:
 
 # Photos
 
+GRAY_PHOTO = make_png(120, width=300, height=200)
+
 
 def test_a_photo_is_shown_without_a_scene(tab: Tab) -> None:
-    assert tab.send(make_png(120, 300, 200)) is None
+    assert tab.send(GRAY_PHOTO) is None
 
     assert tab.view["source"] == "photo"
     assert tab.view["things"] == []
-    assert tab.view["camera"]["aspect"] == 1.5
+    assert tab.view["camera"]["aspect"] == 300 / 200
 
 
 def test_an_object_that_a_photo_does_not_show_is_absent(tab: Tab) -> None:
-    tab.send(make_png(120, 300, 200))
+    tab.send(GRAY_PHOTO)
 
     assert tab.ask("boxes", objects=["mug"])["absent"] == ["mug"]
 
@@ -712,7 +762,7 @@ def test_boxes_in_a_photo_have_no_error(
     shared_model: SharedModel, tab: Tab, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(shared_model, "trust", None)  # so that the model answers in any case
-    tab.send(make_png(120, 300, 200))
+    tab.send(GRAY_PHOTO)
 
     [box] = tab.ask("boxes", objects=["mug"])["boxes"]
 
@@ -721,18 +771,18 @@ def test_boxes_in_a_photo_have_no_error(
 
 
 def test_a_chunk_is_predicted_from_a_photo(tab: Tab) -> None:
-    tab.send(make_png(120, 300, 200))
+    tab.send(GRAY_PHOTO)
     tab.ask("instruct", text="lift the mug")
 
     chunk = tab.ask("predict")["chunk"]
 
-    assert np.shape(chunk["positions"]) == (6, 3)
+    assert np.shape(chunk["positions"]) == (6, 3)  # the gripper's position, and after 5 actions
 
 
 def test_a_photo_does_not_move(tab: Tab) -> None:
-    tab.send(make_png(120, 300, 200))
+    tab.send(GRAY_PHOTO)
 
-    tab.ask("start")  # is answered at once; the rollout reports the problem later
+    tab.ask("start")  # the server answers at once; the rollout reports the problem later
 
     tab.receive_until(lambda update: "photo" in (update.get("problem") or ""))
 
@@ -741,7 +791,7 @@ def test_a_photo_does_not_move(tab: Tab) -> None:
 
 
 @pytest.mark.parametrize(
-    ("message", "words"),
+    ("message", "words"),  # the problem contains the words
     [
         ("nonsense", "nonsense"),
         ("[" * 5000, "[["),
@@ -763,8 +813,8 @@ def test_a_photo_does_not_move(tab: Tab) -> None:
         ({"do": "open", "episode": 0}, "--episodes"),
         ({"do": "question", "text": "  "}, "question"),
         (b"GIF89a", "the image"),
-        (make_png(120, 300, 200)[:200], "the image"),
-        (make_png(120, 300, 8), "the image has 300 x 8"),
+        (GRAY_PHOTO[:200], "the image"),
+        (make_png(120, width=300, height=8), "the image has 300 x 8"),
         (assemble_png((10_000, 10_000, 8, 2), b""), "10000 x 10000"),
     ],
 )
@@ -789,6 +839,7 @@ def test_a_chunk_needs_an_instruction(tab: Tab) -> None:
 
 
 def test_tabs_have_scenes_of_their_own(server: PolicyServer, tab: Tab) -> None:
+    """The first tab runs an episode while the second one stays at the start of another scene."""
     tab.ask("reset", family="put_in_basket", seed=5)
     tab.ask("start")
 
@@ -809,7 +860,8 @@ def test_tabs_have_scenes_of_their_own(server: PolicyServer, tab: Tab) -> None:
 def test_the_server_answers_others_while_a_tab_runs(server: PolicyServer, tab: Tab) -> None:
     tab.ask("start")
 
-    assert http_get(server, "/healthz")[0] == 200
+    status, *_ = http_get(server, "/healthz")
+    assert status == 200
     with closing(RemotePolicy(f"ws://127.0.0.1:{server.port}")) as robot:
         assert robot.infer(load("generic").example())["actions"].shape == (5, 8)
 

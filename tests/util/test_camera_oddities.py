@@ -1,4 +1,7 @@
-"""What cameras and simulators write: JPEGs with lost data, alpha channels, unused bits."""
+"""Images as cameras and simulators write them: with lost data, alpha channels and unused bits.
+
+`decode_image` reads images of robots, and `load_image` photos.
+"""
 
 import io
 import zlib
@@ -11,21 +14,26 @@ from data_tiny import assemble_png
 from refusals import refuses
 from spear.util.images import check_jpeg_is_complete, decode_image, load_image
 
+JPEG_END_MARKER = b"\xff\xd9"
+
 
 def photo() -> Image.Image:
+    """Make a smooth random image of 160 × 120 pixels."""
     noise = np.random.default_rng(0).integers(0, 255, (12, 16, 3)).astype(np.uint8)
     return Image.fromarray(noise).resize((160, 120), Image.Resampling.BICUBIC)
 
 
 def encode(image: Image.Image, image_format: str, **options: object) -> bytes:
+    """Encode an image with Pillow; options: those of the format."""
     buffer = io.BytesIO()
     image.save(buffer, image_format, **options)
     return buffer.getvalue()
 
 
 def cut_but_close(jpeg: bytes, fraction: float) -> bytes:
-    """A JPEG that ends early, with an end marker, as from a camera that loses packets."""
-    return jpeg[: int(fraction * len(jpeg))] + b"\xff\xd9"
+    """Cut off a JPEG and append the end marker, as a camera that loses packets does."""
+    num_kept_bytes = int(fraction * len(jpeg))
+    return jpeg[:num_kept_bytes] + JPEG_END_MARKER
 
 
 @pytest.mark.parametrize("fraction", [0.4, 0.7, 0.95])
@@ -45,12 +53,17 @@ def test_a_gray_jpeg_that_lacks_data_is_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    "padding", [b"\0" * 7 + b"\xff\xd9", b"\xff\xd9" + b"\0" * 500, b"\xff\xd9garbage"]
+    "ending",
+    [
+        b"\0" * 7 + JPEG_END_MARKER,
+        JPEG_END_MARKER + b"\0" * 500,
+        JPEG_END_MARKER + b"garbage",
+    ],
 )
-def test_harmless_extra_bytes_are_accepted(padding: bytes) -> None:
+def test_harmless_extra_bytes_are_accepted(ending: bytes) -> None:
     jpeg = encode(photo(), "JPEG")
 
-    padded = jpeg.removesuffix(b"\xff\xd9") + padding
+    padded = jpeg.removesuffix(JPEG_END_MARKER) + ending
 
     assert np.array_equal(decode_image(padded), decode_image(jpeg))
     assert np.array_equal(load_image(padded), load_image(jpeg))
@@ -83,26 +96,29 @@ def test_a_photo_is_laid_on_white() -> None:
     assert (load_image(encode(image, "PNG")) == 255).all()
 
 
-def gray_png_16(values: np.ndarray) -> bytes:
-    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
+def png_16(values: np.ndarray) -> bytes:
+    """Make a PNG of 16 bits per channel from gray values [h, w] or colors [h, w, 3]."""
+    no_filter = b"\0"  # each row begins with the number of its filter
+    rows = b"".join(no_filter + row.astype(">u2").tobytes() for row in values)
     height, width = values.shape[:2]
-    color_type = 2 if values.ndim == 3 else 0
+    color_type = 2 if values.ndim == 3 else 0  # RGB or gray
     return assemble_png((width, height, 16, color_type), zlib.compress(rows))
 
 
 def ramp(num_bits: int) -> np.ndarray:
+    """Return values [8, 8] from 0 to the largest one of `num_bits` bits."""
     return np.linspace(0, 2**num_bits - 1, 64).reshape(8, 8).round()
 
 
 @pytest.mark.parametrize("num_bits", [10, 12])
 def test_gray_values_that_use_few_of_16_bits_are_refused(num_bits: int) -> None:
-    refuses(f"use {num_bits} of 16 bits", load_image, gray_png_16(ramp(num_bits)))
+    refuses(f"use {num_bits} of 16 bits", load_image, png_16(ramp(num_bits)))
 
 
 def test_colors_that_use_few_of_16_bits_are_refused() -> None:
     colors = np.repeat(ramp(12)[..., None], 3, axis=-1)
 
-    refuses("use 12 of 16 bits", load_image, gray_png_16(colors))
+    refuses("use 12 of 16 bits", load_image, png_16(colors))
 
 
 def test_a_tiff_that_uses_10_of_16_bits_is_refused() -> None:
@@ -112,7 +128,7 @@ def test_a_tiff_that_uses_10_of_16_bits_is_refused() -> None:
 
 
 def test_gray_values_that_use_all_16_bits_are_scaled() -> None:
-    image = load_image(gray_png_16(ramp(16)))
+    image = load_image(png_16(ramp(16)))
 
     assert image.max() == 255
     assert image.min() == 0
@@ -127,6 +143,6 @@ def test_integers_of_32_bits_with_values_of_8_bits_are_read() -> None:
 
 
 def test_a_black_picture_of_16_bits_is_black() -> None:
-    image = load_image(gray_png_16(np.zeros((8, 8))))
+    image = load_image(png_16(np.zeros((8, 8))))
 
     assert (image == 0).all()

@@ -1,4 +1,4 @@
-"""Files appear completely or not at all, and a folder contains one thing."""
+"""Files appear completely or not at all, and wrong places for output are refused."""
 
 import errno
 import os
@@ -17,6 +17,7 @@ def test_a_file_that_cannot_be_written_leaves_the_older_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error_number: int, message: str
 ) -> None:
     def fail_halfway(path: Path, data: bytes) -> int:
+        """Leave an incomplete file."""
         path.touch()
         raise OSError(error_number, os.strerror(error_number))
 

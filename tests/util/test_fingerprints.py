@@ -1,4 +1,4 @@
-"""Hashes of files."""
+"""Hashes of files depend on all files of a folder, also behind links."""
 
 from pathlib import Path
 
@@ -6,7 +6,8 @@ from spear.util.fingerprints import hash_file_ends
 
 
 def test_files_behind_links_are_hashed_even_if_the_links_form_a_circle(tmp_path: Path) -> None:
-    dataset, linked = tmp_path / "dataset", tmp_path / "linked"
+    dataset = tmp_path / "dataset"
+    linked = tmp_path / "linked"
     dataset.mkdir()
     linked.mkdir()
     (dataset / "external").symlink_to(linked)

@@ -1,4 +1,4 @@
-"""Names of files in the data of others stay inside their folder and cost no memory."""
+"""Names of files in data of others stay inside their folder, and templates cannot take memory."""
 
 from pathlib import Path
 
@@ -48,7 +48,7 @@ def test_links_of_the_owner_are_followed(tmp_path: Path) -> None:
     [
         ("data/chunk-{chunk:03d}/file-{file:03d}.parquet", "data/chunk-001/file-012.parquet"),
         ("{file}.parquet", "12.parquet"),
-        ("{{{file:4d}}}", "{  12}"),
+        ("{{{file:4d}}}", "{  12}"),  # doubled braces are literal ones
         ("all.parquet", "all.parquet"),
     ],
 )
@@ -59,7 +59,7 @@ def test_documented_placeholders_are_filled(template: str, path: str) -> None:
 @pytest.mark.parametrize(
     "template",
     [
-        "{file:>9999999999}",
+        "{file:>9999999999}",  # would be gigabytes of spaces
         "{file:999d}",
         "{file.__class__}",
         "{file[0]}",

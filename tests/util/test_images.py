@@ -1,5 +1,8 @@
-"""Images: every format is read exactly, broken ones are named, files are written as their names
-say."""
+"""Every image format is read exactly, broken images are refused, and files have the format of their
+names.
+
+`decode_image` reads images of robots ("steps of a dataset"), and `load_image` photos.
+"""
 
 import io
 import zlib
@@ -9,7 +12,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image, features
+from PIL import ExifTags, Image, features
 
 from data_tiny import assemble_png
 from refusals import refuses
@@ -17,28 +20,31 @@ from spear.errors import SpearError
 from spear.types import Array
 from spear.util.images import decode_image, encode_image_file, load_image
 
-# Four flat quarters, so that lossy formats keep their colors and every orientation shows.
+# A picture of four quarters, each of one color, so that lossy formats keep the colors, and every
+# orientation of the picture looks different.
 QUARTERS = np.array([[[220, 30, 30], [30, 200, 40]], [[40, 40, 210], [240, 240, 60]]], np.uint8)
-PICTURE = QUARTERS.repeat(16, axis=0).repeat(24, axis=1)
+PICTURE = QUARTERS.repeat(16, axis=0).repeat(24, axis=1)  # [32, 48, 3]
 NOISE = np.random.default_rng(0).integers(0, 256, (40, 40, 3), np.uint8)
 
 
 def encode(image: Image.Image, image_format: str = "PNG", **options: object) -> bytes:
+    """Encode an image with Pillow; options: those of the format."""
     buffer = io.BytesIO()
     image.save(buffer, image_format, **options)
     return buffer.getvalue()
 
 
 def encode_16_bit_png(values: Array) -> bytes:
-    """A PNG of 16 bits per channel, [h, w] or [h, w, 3]; Pillow writes none with colors."""
+    """Make a PNG of 16 bits per channel from [h, w] or [h, w, 3]. Pillow cannot write colors so."""
     height, width = values.shape[:2]
-    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
-    color_type = 2 if values.ndim == 3 else 0
+    no_filter = b"\0"  # each row begins with the number of its filter
+    rows = b"".join(no_filter + row.astype(">u2").tobytes() for row in values)
+    color_type = 2 if values.ndim == 3 else 0  # RGB or gray
     return assemble_png((width, height, 16, color_type), zlib.compress(rows))
 
 
 def sample_quarters(image: Array) -> Array:
-    """The colors [2, 2, 3] in the middle of the quarters."""
+    """Return the colors [2, 2, 3] in the middle of the four quarters of an image."""
     height, width = image.shape[:2]
     rows = [height // 4, 3 * height // 4]
     columns = [width // 4, 3 * width // 4]
@@ -49,7 +55,7 @@ def sample_quarters(image: Array) -> Array:
 
 
 @pytest.mark.parametrize(
-    ("encode_picture", "tolerance"),
+    ("encode_picture", "tolerance"),  # how far a color from 0 to 255 may be off
     [
         (lambda image: encode(image), 0),
         (lambda image: encode(image, "BMP"), 0),
@@ -61,6 +67,7 @@ def sample_quarters(image: Array) -> Array:
         (lambda image: encode(image.quantize(8)), 2),
         (lambda image: encode(image.convert("RGBA")), 0),
         (lambda image: encode(image.quantize(8), "GIF"), 2),
+        # 257 times a value of 8 bits is the same brightness in 16 bits.
         (lambda image: encode_16_bit_png(np.asarray(image).astype(np.uint16) * 257), 0),
     ],
     ids=[
@@ -125,9 +132,11 @@ def alpha() -> Array:
 
 
 def test_transparent_colors_are_laid_on_white(alpha: Array) -> None:
-    quarters = sample_quarters(load_image(encode(Image.fromarray(np.dstack([PICTURE, alpha])))))
+    transparent = Image.fromarray(np.dstack([PICTURE, alpha]))
 
-    assert (quarters[0] == 255).all()
+    quarters = sample_quarters(load_image(encode(transparent)))
+
+    assert (quarters[0] == 255).all()  # the upper two
     half_white = QUARTERS[1, 0] / 2 + 127.5
     assert np.abs(quarters[1, 0] - half_white).max() <= 1
     assert (quarters[1, 1] == QUARTERS[1, 1]).all()
@@ -135,14 +144,14 @@ def test_transparent_colors_are_laid_on_white(alpha: Array) -> None:
 
 def test_transparent_gray_is_laid_on_white(alpha: Array) -> None:
     gray = Image.fromarray(np.dstack([PICTURE[..., 0], alpha]))
-    assert gray.mode == "LA"
+    assert gray.mode == "LA"  # gray with alpha
 
     quarters = sample_quarters(load_image(encode(gray)))
 
     assert (quarters[0] == 255).all()
 
 
-# EXIF orientation -> what makes the stored pixels upright.
+# EXIF orientation -> function that turns the stored pixels upright.
 TO_UPRIGHT: dict[int, Callable[[Array], Array]] = {
     1: lambda stored: stored,
     2: lambda stored: stored[:, ::-1],
@@ -159,7 +168,7 @@ TO_UPRIGHT: dict[int, Callable[[Array], Array]] = {
 @pytest.mark.parametrize("orientation", TO_UPRIGHT)
 def test_exif_orientation_is_applied_to_photos_only(orientation: int, image_format: str) -> None:
     exif = Image.Exif()
-    exif[0x0112] = orientation
+    exif[ExifTags.Base.Orientation] = orientation
 
     data = encode(Image.fromarray(PICTURE), image_format, exif=exif)
 
@@ -175,7 +184,7 @@ def test_exif_orientation_is_applied_to_photos_only(orientation: int, image_form
     [
         (encode(Image.fromarray(np.ones((4, 4), np.float32)), "TIFF"), "floating-point"),
         (encode(Image.fromarray(np.full((4, 4), 70000, np.int32)), "TIFF"), "more than 16 bits"),
-        (assemble_png((60_000, 60_000, 8, 2), b""), "exceeds limit"),
+        (assemble_png((60_000, 60_000, 8, 2), b""), "exceeds limit"),  # 60,000 pixels square
     ],
     ids=["floating point", "32 bits", "enormous"],
 )
@@ -204,8 +213,11 @@ def test_flipped_bytes_end_in_an_image_or_in_one_clear_error(
     image_format: str, draw: st.DataObject
 ) -> None:
     data = bytearray(encode(Image.fromarray(PICTURE), image_format))
-    for _ in range(draw.draw(st.integers(1, 6))):
-        data[draw.draw(st.integers(0, len(data) - 1))] = draw.draw(st.integers(0, 255))
+    num_changed = draw.draw(st.integers(1, 6))
+    for _ in range(num_changed):
+        value = draw.draw(st.integers(0, 255))
+        index = draw.draw(st.integers(0, len(data) - 1))
+        data[index] = value
 
     try:
         image = load_image(bytes(data))
@@ -217,12 +229,13 @@ def test_flipped_bytes_end_in_an_image_or_in_one_clear_error(
         assert image.dtype == np.uint8
 
 
-# JPEGs, which libjpeg-turbo decodes
+# JPEGs, which `decode_image` decodes by libjpeg-turbo
 
 JPEG_OPTIONS = [{}, {"subsampling": 0}, {"subsampling": 2}, {"progressive": True}]
 
 
 def encode_smooth_jpeg(mode: str, options: dict[str, int]) -> bytes:
+    """Make a JPEG of smooth random colors in one of Pillow's modes."""
     noise = np.random.default_rng(0).integers(0, 256, (12, 10, 3), np.uint8)
     image = Image.fromarray(noise).resize((67, 45), Image.Resampling.BICUBIC).convert(mode)
     return encode(image, "JPEG", quality=90, **options)
@@ -236,6 +249,7 @@ def test_jpegs_have_the_numbers_that_pillow_reads(mode: str, options: dict[str, 
     decoded = decode_image(data)
 
     expected = np.asarray(Image.open(io.BytesIO(data)).convert("RGB")).astype(int)
+    # Pillow gives the same numbers if it uses libjpeg-turbo, too.
     tolerance = 0 if features.check_feature("libjpeg_turbo") else 3
     assert np.abs(decoded - expected).max() <= tolerance
 
@@ -252,9 +266,12 @@ def test_truncated_jpegs_are_refused(mode: str, options: dict[str, int]) -> None
 @pytest.mark.parametrize("options", JPEG_OPTIONS)
 def test_jpegs_that_claim_to_be_enormous_are_refused(mode: str, options: dict[str, int]) -> None:
     data = encode_smooth_jpeg(mode, options)
+    # The header of the frame is a marker of 2 bytes, 2 bytes of length, 1 of precision, and 2 bytes
+    # each of height and width.
     frame_marker = b"\xff\xc2" if "progressive" in options else b"\xff\xc0"
     size_offset = data.index(frame_marker) + 5
-    enormous = data[:size_offset] + b"\xff\xdc\xff\xdc" + data[size_offset + 4 :]
+    enormous_size = b"\xff\xdc\xff\xdc"  # 65,500 x 65,500 pixels
+    enormous = data[:size_offset] + enormous_size + data[size_offset + 4 :]
 
     refuses("huge", decode_image, enormous, "huge")
 

@@ -1,4 +1,5 @@
-"""Texts and JSON of others: every encoding mark and every absurd size ends in one sentence."""
+"""Texts and JSON that others wrote: any encoding mark is understood or refused in one sentence, and
+absurd sizes are refused."""
 
 import codecs
 from pathlib import Path
@@ -16,13 +17,15 @@ from spear.util.files import read_json, read_json_as
 from spear.util.json_text import parse_json, read_json_lines
 
 DEEP_LIST = b"[" * 100_000 + b"]" * 100_000
-LONG_INTEGER = b"9" * 400
+LONG_INTEGER = b"9" * 400  # too large for a float
 ABSURD_VALUES = [DEEP_LIST, LONG_INTEGER, b"9" * 10_000]
 ABSURD_IDS = ["nested", "400 digits", "10,000 digits"]
 SENTENCE_OF_ABSURDITY = "recursion limit exceeded|an integer of [0-9]+ digits"
+"""A pattern of the messages about `ABSURD_VALUES`."""
 
 
 def read_written(tmp_path: Path, data: bytes) -> dict[str, Any]:
+    """Write a file and read its JSON object."""
     path = tmp_path / "file.json"
     path.write_bytes(data)
     return read_json(path, "replace it")
@@ -64,11 +67,12 @@ class TestObjects:
 
         refuses("400 digits at line 2 column 7", read_written, tmp_path, data)
 
-    @pytest.mark.parametrize("value", [b'"\\"%s"', b"0.%s", b"-%s.5", b"1.%se-2"])
+    @pytest.mark.parametrize("template", [b'"\\"%s"', b"0.%s", b"-%s.5", b"1.%se-2"])
     def test_many_digits_of_texts_and_fractions_are_read(
-        self, tmp_path: Path, value: bytes
+        self, tmp_path: Path, template: bytes
     ) -> None:
-        data = b'{"a": ' + value % (b"1" * 100) + b"}"
+        value = template % (b"1" * 100)
+        data = b'{"a": ' + value + b"}"
 
         assert "a" in read_written(tmp_path, data)
 

@@ -1,4 +1,8 @@
-"""Git LFS pointers in place of files are named wherever a file is opened, with what to do."""
+"""A Git LFS pointer in place of a file is refused by name wherever files are opened, with a cure.
+
+A repository that was cloned without Git LFS has such a pointer, a short text, in place of every
+large file.
+"""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -27,6 +31,7 @@ POINTER = (
 CURE = r"Git LFS pointer.*git lfs pull.*hf download"
 
 
+# Hawser was the name of Git LFS before its release.
 @pytest.mark.parametrize("content", [POINTER, POINTER.replace(b"git-lfs", b"hawser", 1)])
 def test_pointers_are_recognized_by_path_and_content(tmp_path: Path, content: bytes) -> None:
     file = tmp_path / "file-000.parquet"
@@ -72,7 +77,7 @@ def test_every_record_of_a_pointer_is_named(tmp_path: Path) -> None:
     file = tmp_path / "a.tfrecord-00000-of-00001"
     file.write_bytes(POINTER)
 
-    errors = [record for _, record in read_records(file, 0, 2)]
+    errors = [record for _, record in read_records(file, 0, 2)]  # errors take the records' places
 
     assert len(errors) == 2
     for error in errors:

@@ -1,4 +1,8 @@
-"""Proxies of the environment, and whether a server can be reached through them."""
+"""A server is called unreachable only if it is, and unusable proxies of the environment are named.
+
+The *client* is the HTTP client of Gemini and of the Hugging Face Hub. It can use SOCKS proxies if
+the package socksio is installed.
+"""
 
 import importlib.machinery
 import importlib.util
@@ -15,18 +19,19 @@ from spear.util import network
 from spear.util.network import check_available_on_hub, check_proxies, explain_unreachable
 
 PROXY_VARIABLES = ("http_proxy", "https_proxy", "all_proxy", "no_proxy")
-UNREACHABLE_URL = "http://spear.invalid/"
+UNREACHABLE_URL = "http://spear.invalid/"  # no server has a name that ends in .invalid
 
 
 @pytest.fixture(autouse=True)
 def environment_without_proxies(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every test begins without proxies."""
     for variable in PROXY_VARIABLES:
         monkeypatch.delenv(variable, raising=False)
         monkeypatch.delenv(variable.upper(), raising=False)
 
 
 def install_socksio(monkeypatch: pytest.MonkeyPatch, is_installed: bool) -> None:
-    """Let the package socksio be found, or not be found."""
+    """Pretend that the package socksio is installed, or that it is not."""
     find_spec = importlib.util.find_spec
 
     def find(name: str, *args: Any) -> Any:
@@ -47,7 +52,7 @@ SOCKS_VARIABLES = ["ALL_PROXY", "all_proxy", "HTTPS_PROXY", "https_proxy", "HTTP
 def test_what_the_client_can_use_is_not_called_unreachable(
     monkeypatch: pytest.MonkeyPatch, variable: str, proxy: str
 ) -> None:
-    install_socksio(monkeypatch, True)
+    install_socksio(monkeypatch, is_installed=True)
     monkeypatch.setenv(variable, proxy)
 
     check_proxies("The service")
@@ -58,7 +63,7 @@ def test_what_the_client_can_use_is_not_called_unreachable(
 def test_a_missing_package_for_socks_is_named_with_the_variable(
     monkeypatch: pytest.MonkeyPatch, variable: str
 ) -> None:
-    install_socksio(monkeypatch, False)
+    install_socksio(monkeypatch, is_installed=False)
     monkeypatch.setenv(variable, "socks5://127.0.0.1:9")
 
     refuses(
@@ -73,14 +78,14 @@ def test_a_missing_package_for_socks_is_named_with_the_variable(
 def test_a_proxy_that_the_client_cannot_use_is_named_with_the_usable_kinds(
     monkeypatch: pytest.MonkeyPatch, proxy: str
 ) -> None:
-    install_socksio(monkeypatch, True)
+    install_socksio(monkeypatch, is_installed=True)
     monkeypatch.setenv("HTTPS_PROXY", proxy)
 
     refuses(r"HTTPS_PROXY .*\. Set it to .*socks5h", check_proxies, "The service")
 
 
 def test_no_proxy_for_any_host_switches_proxies_off(monkeypatch: pytest.MonkeyPatch) -> None:
-    install_socksio(monkeypatch, False)
+    install_socksio(monkeypatch, is_installed=False)  # so this proxy would be refused
     monkeypatch.setenv("ALL_PROXY", "socks5://127.0.0.1:9")
     monkeypatch.setenv("NO_PROXY", "localhost, *")
 
@@ -93,7 +98,7 @@ def test_a_model_of_the_hub_is_refused_with_the_cure_of_the_proxy(
 ) -> None:
     constants = pytest.importorskip("huggingface_hub.constants")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    install_socksio(monkeypatch, False)
+    install_socksio(monkeypatch, is_installed=False)
     monkeypatch.setenv("all_proxy", "socks5://127.0.0.1:9")
 
     refuses(rf"{model}.*all_proxy.*pip install socksio", check_available_on_hub, model, "a folder")
@@ -101,7 +106,7 @@ def test_a_model_of_the_hub_is_refused_with_the_cure_of_the_proxy(
 
 @pytest.fixture
 def http_proxy() -> Iterator[str]:
-    """The address of a server that answers any request with 404, as a proxy may as well."""
+    """The address of a proxy that answers every request itself, with 404."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_HEAD(self) -> None:
@@ -125,16 +130,17 @@ def test_a_server_is_asked_through_an_http_proxy(
     monkeypatch: pytest.MonkeyPatch, http_proxy: str, prefix: str
 ) -> None:
     monkeypatch.setenv("http_proxy", prefix + http_proxy)
+    url_of_this_case = f"http://spear.invalid/behind{len(prefix)}"  # each URL is asked only once
 
-    assert explain_unreachable(f"http://spear.invalid/behind{len(prefix)}") is None
+    assert explain_unreachable(url_of_this_case) is None
 
 
 def test_a_server_behind_an_http_proxy_that_is_gone_is_unreachable(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    with socket.socket() as unused:
-        unused.bind(("127.0.0.1", 0))
-        port = unused.getsockname()[1]
+    with socket.socket() as closed_socket:
+        closed_socket.bind(("127.0.0.1", 0))
+        port = closed_socket.getsockname()[1]
     monkeypatch.setenv("http_proxy", f"http://127.0.0.1:{port}")
 
     assert "refused" in str(explain_unreachable("http://spear.invalid/gone"))

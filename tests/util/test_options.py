@@ -1,4 +1,4 @@
-"""Options: the command line knows their names, and ranges are checked when they are made."""
+"""Options have names on the command line, and their ranges are checked when they are made."""
 
 from dataclasses import field
 from typing import Annotated, Any
@@ -11,10 +11,14 @@ from spear.util.options import Options, Range, list_option_names, parse_key_valu
 
 
 class InnerOptions(Options):
+    """Options that are a field of other options."""
+
     quality: Annotated[int, Range(1, 100)] = 95
 
 
 class OuterOptions(Options):
+    """Options of each kind: positional, with ranges, a flag, and a dataclass."""
+
     name: Positional[str] = "a"
     first_seed: Annotated[int | None, Range(0)] = None
     pairs: Annotated[tuple[int, int], Range(1)] = (1, 2)

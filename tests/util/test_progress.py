@@ -1,4 +1,4 @@
-"""Progress of long work in a log."""
+"""Long work writes its progress as lines to a log, which is no terminal."""
 
 import pytest
 
@@ -25,6 +25,7 @@ def test_short_work_has_no_line_in_a_log(capsys: pytest.CaptureFixture[str]) -> 
 def test_long_work_has_a_line_every_30_seconds_and_one_at_its_end(
     capsys: pytest.CaptureFixture[str], clock_s: list[float]
 ) -> None:
+    """An episode takes a second, so the rate is 1 per second and 7,169 episodes take 1:59:29."""
     with ProgressBar("recording", 7300, "episodes", num_done_before=100) as bar:
         for done in range(101, 150):
             clock_s[0] += 1

@@ -20,20 +20,24 @@ SPAWN = multiprocessing.get_context("spawn")
 
 
 def _hold_lock_until(path: Path, is_held: Event, end: Event) -> None:
+    """Hold a lock until the event `end` is set."""
     with hold_lock(path):
         is_held.set()
         end.wait()
 
 
 def _hold_lock_and_fork(path: Path, is_forked: Event, end_file: Path) -> None:
+    """Hold a lock, and fork a process that lives until `end_file` exists."""
     with hold_lock(path):
-        if os.fork() == 0:
+        is_child = os.fork() == 0
+        if is_child:
             is_forked.set()
         while not end_file.exists():
             time.sleep(0.02)
 
 
 def _wait_for_lock(path: Path, is_held: Event) -> None:
+    """Wait for a lock, and set `is_held` when this process holds it."""
     with hold_lock(path, wait=True) as is_acquired:
         assert is_acquired
         is_held.set()
@@ -95,6 +99,7 @@ def test_the_lock_file_stays_when_the_lock_is_released(tmp_path: Path) -> None:
 def test_a_folder_that_another_process_created_is_not_removed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Two processes see that the folder is missing; the other one then gets the lock first."""
     with ExitStack() as other_process:
 
         def hold_lock_too_late(path: Path) -> object:
@@ -125,7 +130,11 @@ def test_a_lock_below_a_file_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "folder, existing_files, files_after_failure",
-    [("new/one", (), ()), ("old", ("x",), ("x", "run.json")), ("done", (), ("run.json", "y"))],
+    [
+        ("new/one", (), ()),  # new, and without results: removed
+        ("old", ("x",), ("x", "run.json")),  # not new
+        ("done", (), ("run.json", "y")),  # new, with a result
+    ],
 )
 def test_a_new_folder_without_results_is_removed_when_the_work_fails(
     tmp_path: Path,
@@ -143,5 +152,8 @@ def test_a_new_folder_without_results_is_removed_when_the_work_fails(
             (path / name).touch()
         raise KeyError
 
-    assert {file.name for file in path.glob("[!.]*")} == set(files_after_failure)
-    assert path.parent.exists() == (bool(files_after_failure) or path.parent == tmp_path)
+    visible_names = {file.name for file in path.glob("[!.]*")}
+    assert visible_names == set(files_after_failure)
+    # The parent "new" was created for the folder, so it is removed together with it.
+    is_parent_expected = bool(files_after_failure) or path.parent == tmp_path
+    assert path.parent.exists() == is_parent_expected

@@ -1,4 +1,4 @@
-"""The settings of a run: recorded when it begins, compared when it is resumed."""
+"""The settings of a run are recorded when it begins, and compared when it is resumed."""
 
 from pathlib import Path
 from typing import Any
@@ -9,19 +9,21 @@ from refusals import refuses
 from spear.util.run_settings import record_or_check_settings
 
 SETTINGS: dict[str, Any] = {"size": [4, 3], "data": 32 * "0", "layout": "{\n}"}
+"""A list, a hash, and a text of several lines; messages do not show the last two."""
 
 
 @pytest.fixture
 def settings_file(tmp_path: Path) -> Path:
+    """The file in which a new run has recorded `SETTINGS`."""
     path = tmp_path / "run.json"
     record_or_check_settings(path, SETTINGS, is_resuming=False)
     return path
 
 
 def test_a_run_is_resumed_with_the_same_settings(settings_file: Path) -> None:
-    as_tuple = {**SETTINGS, "size": (4, 3)}
+    same_settings = {**SETTINGS, "size": (4, 3)}  # JSON has no tuples
 
-    record_or_check_settings(settings_file, as_tuple, is_resuming=True)
+    record_or_check_settings(settings_file, same_settings, is_resuming=True)
 
 
 def test_a_run_without_its_settings_file_is_not_resumed(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""How many bad items are skipped before the work stops."""
+"""Bad items are skipped, until they are too many and the work stops."""
 
 import pytest
 
@@ -8,6 +8,7 @@ from spear.util.skipped_items import SkippedItems
 
 @pytest.fixture
 def skipped() -> SkippedItems:
+    """At most half of the items may be skipped; unfinished work is judged after 4 items."""
     return SkippedItems(limit=0.5, patience=4)
 
 
@@ -31,14 +32,16 @@ def test_as_many_bad_items_as_the_limit_allows_are_skipped(skipped: SkippedItems
 
 
 def test_the_most_frequent_reasons_are_counted(skipped: SkippedItems) -> None:
-    reasons = [
+    """Messages that differ only in numbers have the same reason, and the first one is shown."""
+    messages = [
         "dark: a#1",
         *[f"blurred: a#{i} by {i}.5 px" for i in range(4)],
         "cut: a#9",
         "cut: a#7",
+        "empty: a#3",
     ]
-    for reason in [*reasons, "empty: a#3"]:
-        skipped(reason)
+    for message in messages:
+        skipped(message)
 
     assert skipped.summarize() == (
         "4 × blurred: a#0 by 0.5 px; 2 × cut: a#9; 1 × dark: a#1; and 1 rarer reasons"
