@@ -1,4 +1,7 @@
-"""Text of others is shown so that a terminal obeys nothing in it."""
+"""Text from data of others is escaped, so that a terminal shows its control characters.
+
+A terminal would otherwise obey them, for example clear the screen.
+"""
 
 import io
 import json
@@ -20,6 +23,7 @@ from spear.util.progress import ProgressBar
 CLEAR_SCREEN = "\x1b[2J"
 ESCAPED_TEXT = r"\u001b[2J"
 HOSTILE = f"push{CLEAR_SCREEN}\nepisodes      100"
+"""A text that clears the screen, and pretends to be a line of `spear data inspect`."""
 
 
 @pytest.mark.parametrize(
@@ -30,8 +34,8 @@ HOSTILE = f"push{CLEAR_SCREEN}\nepisodes      100"
         ("\x1b]0;title\x07", r"\u001b]0;title\u0007"),
         ("\x9b2J", r"\u009b2J"),
         ("one\r\n\ttwo", r"one\r\n\ttwo"),
-        ("cup\u202egnp", r"cup\u202egnp"),
-        ("half \ud800", r"half \ud800"),
+        ("cup\u202egnp", r"cup\u202egnp"),  # changes the direction of writing
+        ("half \ud800", r"half \ud800"),  # half of a character
     ],
 )
 def test_what_a_terminal_obeys_is_escaped(text: str, expected: str) -> None:
@@ -75,7 +79,7 @@ def test_a_line_above_a_progress_bar_has_no_commands(capsys: pytest.CaptureFixtu
 
 @pytest.fixture
 def hostile_dataset(tmp_path: Path, run_command: Command) -> Path:
-    """A LeRobot dataset with commands in the robot's name, a column's axes and an instruction."""
+    """A LeRobot dataset with `HOSTILE` as the robot's name, as names of numbers and as instruction."""
     write_episodes([make_episode(0)], tmp_path / "store")
     folder = tmp_path / "set"
     run_command("data", "export", str(tmp_path / "store"), "--out", str(folder))
@@ -91,6 +95,7 @@ def hostile_dataset(tmp_path: Path, run_command: Command) -> Path:
 
 
 def set_column(file: Path, name: str, values: list[object]) -> None:
+    """Replace the values of a column in a Parquet file."""
     table = pq.read_table(file)
     column = pa.array(values, table.schema.field(name).type)
     pq.write_table(table.set_column(table.column_names.index(name), name, column), file)

@@ -1,4 +1,4 @@
-"""The demo's page is complete, and so are the answers and films that it is made of."""
+"""The demo writes a complete page, and `spear ask` answers and draws its answers."""
 
 import re
 import shlex
@@ -22,6 +22,7 @@ from spear.policy import locate
 
 @pytest.fixture
 def small_demo(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Makes the demo as small as it can be: few scenes, short episodes, small films."""
     monkeypatch.setattr(demo, "SCENES", 1)
     monkeypatch.setattr(demo, "QUESTION_SCENES", 1)
     monkeypatch.setattr(demo, "LABEL_SCENES", 2)
@@ -41,6 +42,7 @@ def uncalibrated(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture
 def photo(tmp_path: Path) -> Path:
+    """A black photo of 80 × 60 pixels."""
     path = tmp_path / "photo.jpg"
     Image.fromarray(np.zeros((60, 80, 3), np.uint8)).save(path)
     return path
@@ -70,21 +72,21 @@ def test_ask_draws_a_box_on_a_photo(
     assert main(["ask", *words]) == 0
 
     output = capsys.readouterr()
-    assert output.out.count("px") == 8
-    # About the size, about certainty, and that photos are new to the model.
+    assert output.out.count("px") == 8  # the corners of the box
+    # Notices about the photo's size, about certainty, and that the model has never seen photos.
     notes = output.err.splitlines()
     assert len(notes) == 3
     assert "80×60" in notes[0]
     assert all(note.startswith("note: ") for note in notes)
-    assert Image.open(drawing).size == (240, 180)
+    assert Image.open(drawing).size == (3 * 80, 3 * 60)
 
 
 def test_ask_refuses_a_drawing_that_cannot_be_written(
     uncalibrated: str, photo: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    in_a_file = photo / "drawing.png"
+    drawing = photo / "drawing.png"  # below a file
 
-    words = ["--model", uncalibrated, str(photo), *BOX_QUESTION, "--save-image", str(in_a_file)]
+    words = ["--model", uncalibrated, str(photo), *BOX_QUESTION, "--save-image", str(drawing)]
     assert main(["ask", *words]) == 2
 
     *notes, last_line = capsys.readouterr().err.splitlines()
@@ -101,15 +103,15 @@ def test_the_example_of_ask_draws_without_a_notice(
 
     assert main(words) == 0
 
-    assert Image.open(words[-1]).size == (576, 384)
+    assert Image.open(words[-1]).size == (3 * 192, 3 * 128)  # the policy's image, enlarged
     assert "note:" not in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     ("question", "exit_code"),
     [
-        ("How far away is the zebra?", 0),  # which is not in the picture
-        # An offset is no place.
+        ("How far away is the zebra?", 0),  # no zebra is in the picture
+        # The answer is an offset, which has no place in the image.
         ("Estimate the x, y, z distance between the plate and the sponge", 2),
     ],
 )
@@ -156,17 +158,17 @@ def test_the_page_without_real_data_says_how_to_get_some(
     assert "make demo DATA=" in html
     assert html.count("<video") == 1
     assert html.count("<section>") == 4
-    assert not re.search(r'(src|href)="(?!data:)', html)
+    assert not re.search(r'(src|href)="(?!data:)', html)  # the page needs no other file
 
 
 def test_bad_episodes_are_refused_before_the_work(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run_refused_command: Command
 ) -> None:
-    monkeypatch.setattr(demo, "load_vlm", None)
+    monkeypatch.setattr(demo, "load_vlm", None)  # calling None would raise another error
     data = tmp_path / "mine"
     out = tmp_path / "page"
     write_lerobot([make_episode(0), make_episode(1)], data)
-    (data / "spear.json").write_text('{"like": "bridge_dataset"}')
+    (data / "spear.json").write_text('{"like": "bridge_dataset"}')  # names another camera
 
     message = run_refused_command("demo", "--data", str(data), "--out", str(out))
 
@@ -181,11 +183,12 @@ def test_real_episodes_are_learned_and_scored(shared: Path, tmp_path: Path) -> N
     values = demo.fine_tune(tmp_path, data)
 
     assert values["source"] == "bridge_dataset"
-    assert values["learned"] == 19
+    assert values["learned"] == 19  # of 25 episodes
     assert values["held_out"] == 6
     assert "mean action" in values["headers"]
-    assert "mean action" in values["fact"][1]
-    assert len(values["charts"]) == 3
+    _, meaning_of_fact = values["fact"]
+    assert "mean action" in meaning_of_fact
+    assert len(values["charts"]) == 3  # of as many episodes
 
 
 def test_real_episodes_are_prepared_once(shared: Path, tmp_path: Path) -> None:

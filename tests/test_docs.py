@@ -1,4 +1,4 @@
-"""What the README and the pages show works: commands, links, the Python, the tutorial."""
+"""The README and the pages are right: commands and files exist, links lead somewhere, code runs."""
 
 import ast
 import json
@@ -31,8 +31,9 @@ RECORDS = [
     *sorted((ROOT / "experiments").rglob("*.md")),
     *sorted((ROOT / "benchmarks").rglob("*.md")),
 ]
-"""What studies and benchmarks say; their commands are those of the scripts in their folders."""
+"""Pages of studies and benchmarks. Their commands run the scripts of their folders."""
 
+# A command in a page: at the beginning of a line, in backticks, or behind a shell's assignment.
 COMMAND = re.compile(r"(?:^[ $]*|`|\.venv/bin/|=\S+ )spear ([a-z][^`#\n]*)", re.MULTILINE)
 NAMED_FILE = re.compile(
     r"(?<![\w/])((?:benchmarks|experiments|docs|tests|scripts|examples|src)/[\w./-]+\.\w+)"
@@ -45,7 +46,7 @@ def parametrize_pages(pages: list[Path]) -> pytest.MarkDecorator:
 
 
 def read_page(page: Path) -> str:
-    """Return a page, with lines that end in a backslash joined to the next."""
+    """Return the text of a page. A line that ends in a backslash is joined to the next line."""
     return page.read_text().replace("\\\n", " ")
 
 
@@ -63,7 +64,10 @@ def list_options(name: str) -> set[str]:
 
 
 def find_named_command(line: str) -> str | None:
-    """Return the command that a line behind "spear" begins with; None for the name of a group."""
+    """Return the command whose name a line begins with; None for the first word of a group.
+
+    line: the words after "spear".
+    """
     words = line.split()
     for name in (" ".join(words[:2]), words[0]):
         if name in COMMANDS:
@@ -80,7 +84,8 @@ def test_commands_and_their_options_exist(page: Path) -> None:
             continue
         name = find_named_command(line)
         if name is None:
-            assert words[1:] in ([], ["…"]), f"spear {line}"  # the group by itself
+            is_group_alone = words[1:] in ([], ["…"])
+            assert is_group_alone, f"spear {line}"
             continue
         command, _, _ = line.partition(" & ")
         for option in re.findall(r"(?<=\s)--[a-z][a-z-]*", command):
@@ -89,7 +94,7 @@ def test_commands_and_their_options_exist(page: Path) -> None:
 
 @parametrize_pages(PAGES)
 def test_commands_in_blocks_are_understood(page: Path) -> None:
-    """As the command line reads them, values and positional arguments included."""
+    """The command line can parse them, with values and positional arguments."""
     for block in find_blocks(page, "sh"):
         for line in block.splitlines():
             command, _, _ = line.partition(" & ")
@@ -102,19 +107,20 @@ def test_commands_in_blocks_are_understood(page: Path) -> None:
 
 
 def test_commands_are_found() -> None:
+    """Otherwise the pattern `COMMAND` could be wrong without a failing test."""
     num_commands = sum(len(COMMAND.findall(read_page(page))) for page in PAGES)
 
     assert num_commands > 100
 
 
 def test_docstrings_have_nothing_that_markdown_takes_for_a_link() -> None:
-    """`make docs` makes the reference of them, and fails at a link that leads nowhere."""
+    """`make docs` turns docstrings into the reference, and fails at a link that leads nowhere."""
     documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
     for file in sorted((ROOT / "src" / "spear").rglob("*.py")):
         for node in ast.walk(ast.parse(file.read_text())):
             if isinstance(node, documented):
                 docstring = ast.get_docstring(node) or ""
-                assert not re.search(r"\][\[(]", docstring), file
+                assert not re.search(r"\][\[(]", docstring), file  # [text](target), [text][name]
 
 
 def find_anchors(page: Path) -> list[str]:
@@ -138,6 +144,7 @@ def test_links_lead_somewhere(page: Path) -> None:
 
 
 def list_code_files() -> Iterator[Path]:
+    """Yield the Python files outside the tests."""
     for folder in CODE_FOLDERS:
         yield from (ROOT / folder).rglob("*.py")
 
@@ -145,14 +152,14 @@ def list_code_files() -> Iterator[Path]:
 def test_files_that_are_named_exist() -> None:
     for file in [*PAGES, *RECORDS, *list_code_files()]:
         for name in NAMED_FILE.findall(file.read_text()):
-            if "NAME" not in name:
+            if "NAME" not in name:  # a name that the reader has to fill in
                 assert (ROOT / name).exists(), f"{file}: {name}"
 
 
 def test_files_of_the_ways_through_the_code_exist() -> None:
     page = ROOT / "docs" / "explanation" / "architecture.md"
-    _, _, ways = page.read_text().partition("## Three ways through the code")
-    ways, _, _ = ways.partition("## To change something")
+    _, _, rest_of_page = page.read_text().partition("## Three ways through the code")
+    ways, _, _ = rest_of_page.partition("## To change something")
 
     paths = re.findall(r"`([\w/]+/[\w.]+\.(?:py|toml))`", ways)
 
@@ -208,10 +215,10 @@ def test_the_tutorial_runs_and_the_policy_that_it_trains_can_be_served(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """Its cells in order, with few scenes and steps, and then the last step of
-    docs/tutorials/finetune.md.
+    """Runs the tutorial's cells in order, with few scenes and steps; then serves the policy.
 
-    They label, ask, act, record, audit, fine-tune and score.
+    The cells label, ask, act, record, audit, fine-tune and score. Serving the policy is the last
+    step of docs/tutorials/finetune.md.
     """
     monkeypatch.setenv("SPEAR_QUICK", "1")
     monkeypatch.setenv("SPEAR_TUTORIAL", str(tmp_path))
@@ -221,8 +228,8 @@ def test_the_tutorial_runs_and_the_policy_that_it_trains_can_be_served(
             exec("".join(cell["source"]), names)
 
     output = capsys.readouterr().out
-    assert "(5, 8)" in output
-    assert "WRONG" not in output
+    assert "(5, 8)" in output  # the shape of an action chunk
+    assert "WRONG" not in output  # of the audit
     assert "trained: " in output
     assert len(list(tmp_path.glob("label-*.png"))) == 2
     _, _, table = output.partition("1 held-out episode")
@@ -245,11 +252,12 @@ def test_the_tutorial_runs_and_the_policy_that_it_trains_can_be_served(
         assert server.wait(60) == 0
     assert actions.shape == (5, 8)
     assert np.isfinite(actions).all()
-    np.testing.assert_allclose(np.linalg.norm(actions[:, 3:7], axis=1), 1, atol=1e-5)
+    quaternions = actions[:, 3:7]
+    np.testing.assert_allclose(np.linalg.norm(quaternions, axis=1), 1, atol=1e-5)
 
 
 def test_the_page_of_the_datasets_repeats_the_facts_of_their_layouts() -> None:
-    """After a change of oxe.toml: `python scripts/datasets_page.py`."""
+    """If this fails after a change of oxe.toml, run `python scripts/datasets_page.py`."""
     names = runpy.run_path(str(ROOT / "scripts" / "datasets_page.py"))
 
     assert names["PAGE"].read_text("utf-8") == names["format_page"]()

@@ -1,4 +1,4 @@
-"""The examples in docstrings print what they say."""
+"""The examples in docstrings print the output that follows them."""
 
 import doctest
 import importlib
@@ -11,6 +11,7 @@ SOURCE = Path(__file__).parents[1] / "src"
 
 
 def modules_with_examples() -> list[str]:
+    """Return the names of modules whose files contain examples."""
     names = []
     for path in sorted(SOURCE.rglob("*.py")):
         if ">>> " in path.read_text(encoding="utf-8"):
@@ -24,7 +25,7 @@ def test_examples_in_docstrings_are_right(name: str) -> None:
     module = importlib.import_module(name)
 
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # an example is about something else
+        warnings.simplefilter("ignore")  # examples may cause notices, which they do not show
         results = doctest.testmod(module, optionflags=doctest.ELLIPSIS)
 
     assert results.failed == 0

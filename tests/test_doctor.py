@@ -1,4 +1,4 @@
-"""`spear doctor`: what agrees passes, what does not is named, with exit code 1."""
+"""`spear doctor` compares optimized inference with the plain network, and names what disagrees."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -28,9 +28,17 @@ def test_everything_agrees_on_this_machine(tmp_path: Path, run_command: Command)
 
 @pytest.fixture
 def instant_measurements(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A machine and a memory plan that are not measured again."""
+    """Gives the speed of the machine and the memory of the model, so that nothing is measured."""
     speed = doctor.MachineSpeed(bytes_per_s=1e10, flops_per_s=1e11)
-    estimate = MemoryEstimate(2**25, 0, 0, 0, 0, 1, 0)
+    estimate = MemoryEstimate(
+        weights=2**25,
+        gradients=0,
+        moments=0,
+        ema=0,
+        activations=0,
+        num_parameters=1,
+        num_trainable=0,
+    )
     monkeypatch.setattr(doctor, "measure_machine", lambda *_: speed)
     monkeypatch.setattr(doctor, "measure_inference", lambda *_: estimate)
 
@@ -39,6 +47,7 @@ def instant_measurements(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_an_implementation_that_differs_or_fails_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """In float32 the fast implementation has another result, and in bfloat16 it fails."""
     sample_fast = doctor.sample_fast
 
     def sample_wrongly(model: Any, *arguments: Any, **options: Any) -> torch.Tensor:
@@ -59,7 +68,10 @@ def test_an_implementation_that_differs_or_fails_is_named(
 def examine_with(
     instant_measurements: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Callable[[int], str]:
-    """Examine a machine with so many kB of memory; returns the first type that is used."""
+    """A function that examines a machine with this available memory, in kB.
+
+    It returns the type of the first result: the first one that fits into memory.
+    """
     monkeypatch.setattr(doctor, "MEMORY_INFO", tmp_path / "meminfo")
 
     def examine(available_kb: int) -> str:
@@ -73,6 +85,7 @@ def examine_with(
 def test_memory_that_holds_copies_of_files_is_available(
     examine_with: Callable[[int], str],
 ) -> None:
+    """Only "MemAvailable" counts such memory; "MemFree" is 9 kB."""
     assert examine_with(2**30) == "float32"
 
 

@@ -1,4 +1,4 @@
-"""Gripper commands from measured and commanded openings."""
+"""Gripper commands (1 opens, 0 closes) are found in measured and in commanded openings (0 to 1)."""
 
 import dataclasses
 from pathlib import Path
@@ -20,6 +20,7 @@ TRIGGER = np.array([1, 1, 0.9, 0.7, 0.5, 0.3, 0, 0, 0.2, 0.4, 0.6, 1])
 
 
 def test_openings_are_binarized_with_hysteresis() -> None:
+    """The command changes to 0 below 0.4, and to 1 above 0.6."""
     opening = np.array([0.55, 0.45, 0.7, 0.5, 0.41, 0.39, 0.5, 0.59, 0.61, 0.45])
 
     np.testing.assert_array_equal(binarize_gripper(opening), [1, 1, 1, 1, 1, 0, 0, 0, 1, 1])
@@ -29,6 +30,7 @@ def test_before_any_threshold_the_nearer_command_is_taken() -> None:
     np.testing.assert_array_equal(binarize_gripper(np.array([0.45, 0.55])), [0, 0])
 
 
+# Case -> measured openings at 5 Hz, and the commands that the gripper obeyed.
 MOTIONS = {
     "fast closing": ([1, 1, 0.1, 0.1], [1, 0, 0, 0]),
     "slow motion, commanded before it begins": (
@@ -50,9 +52,11 @@ MOTIONS = {
 
 @pytest.mark.parametrize(("opening", "expected"), MOTIONS.values(), ids=MOTIONS)
 def test_motion_tells_the_command(opening: list[float], expected: list[int]) -> None:
-    openings = np.array([*opening, opening[-1]], np.float32)
+    openings_and_end = np.array([*opening, opening[-1]], np.float32)  # an episode has one more
 
-    np.testing.assert_array_equal(commands_from_motion(openings, 5.0), expected)
+    commands = commands_from_motion(openings_and_end, rate_hz=5.0)
+
+    np.testing.assert_array_equal(commands, expected)
 
 
 @pytest.mark.parametrize(("opening", "expected"), MOTIONS.values(), ids=MOTIONS)
@@ -60,16 +64,17 @@ def test_motion_tells_the_same_command_at_a_higher_rate(
     opening: list[float], expected: list[int]
 ) -> None:
     steps = np.arange(len(opening))
-    steps_at_30_hz = np.arange(6 * len(opening) - 5) / 6
+    steps_at_30_hz = np.arange(6 * len(opening) - 5) / 6  # 0, 1/6, … up to the last step
     openings_at_30_hz = np.interp(steps_at_30_hz, steps, opening)
 
-    commands = commands_from_motion(openings_at_30_hz, 30.0)
+    commands = commands_from_motion(openings_at_30_hz, rate_hz=30.0)
 
-    np.testing.assert_array_equal(commands[3::6], expected[:-1])
+    commands_between_steps = commands[3::6]
+    np.testing.assert_array_equal(commands_between_steps, expected[:-1])
 
 
 def test_motion_tells_what_real_grippers_were_commanded(shared: Path) -> None:
-    """220 of 225 commands; binarizing the openings gets 190 right."""
+    """It finds 220 of 225 commands. Binarizing the openings would find only 190."""
     num_right = 0
     num_commands = 0
     for episode in read_episodes(shared / "data" / "bridge_v2_sample"):
@@ -82,11 +87,13 @@ def test_motion_tells_what_real_grippers_were_commanded(shared: Path) -> None:
 
 
 def test_steps_of_a_commanded_motion_have_the_command_that_it_leads_to() -> None:
+    """A motion counts from its second step: closing from step 3 on, opening from step 9 on."""
     commands = binarize_commands(TRIGGER, 10.0)
 
     np.testing.assert_array_equal(commands, [1] * 3 + [0] * 6 + [1] * 3)
 
 
+# The first trigger is never below 0.4, and the second one never above 0.6.
 @pytest.mark.parametrize("trigger", [0.46 + 0.54 * TRIGGER, 0.1 + 0.48 * TRIGGER])
 def test_commands_that_pass_only_one_threshold_count_by_their_motion(trigger: np.ndarray) -> None:
     np.testing.assert_array_equal(binarize_commands(trigger, 10.0), [1] * 2 + [0] * 6 + [1] * 4)
@@ -99,14 +106,17 @@ def test_binary_commands_stay_unchanged() -> None:
 
 
 def test_openings_that_are_the_commands_are_observed_one_step_later() -> None:
+    """If the recorded openings are the commands of the same step, the robot cannot have seen them."""
     command = np.array([1.0, 0.0, 0.5])
+    recorded_openings = command + 1e-4
 
-    np.testing.assert_array_equal(
-        observed_openings(command + 1e-4, command), [1.0001, 1.0001, 1e-4]
-    )
+    observed = observed_openings(recorded_openings, command)
+
+    np.testing.assert_array_equal(observed, [1.0001, 1.0001, 1e-4])
 
 
 def test_measured_openings_are_observed_at_once() -> None:
     measured = np.array([1.0, 0.8, 0.5])
+    command = np.array([1.0, 0, 0])
 
-    np.testing.assert_array_equal(observed_openings(measured, np.array([1.0, 0, 0])), measured)
+    np.testing.assert_array_equal(observed_openings(measured, command), measured)

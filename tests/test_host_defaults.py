@@ -1,4 +1,4 @@
-"""A host program may change PyTorch's defaults: spear's results stay the same."""
+"""Results stay the same if the program that uses spear changes PyTorch's default type or device."""
 
 from collections.abc import Callable, Iterator
 
@@ -20,12 +20,14 @@ DEFAULTS: dict[str, Callable[[], None]] = {
 
 @pytest.fixture(params=DEFAULTS)
 def change_defaults(request: pytest.FixtureRequest) -> Iterator[Callable[[], None]]:
+    """A function that changes one of the defaults until the end of the test."""
     yield DEFAULTS[request.param]
     torch.set_default_dtype(torch.float32)
     torch.set_default_device("cpu")
 
 
 def infer(policy: Spear1Policy) -> np.ndarray:
+    """Infer a chunk from the example of an observation, with fixed noise."""
     observation = embodiments.load("generic").example() | {"seed": 1}
     return policy.infer(observation)["actions"]
 
@@ -77,12 +79,12 @@ def test_noise_and_flow_times_are_the_same(change_defaults: Callable[[], None]) 
 
 
 def execute_two_chunks() -> np.ndarray:
-    """Actions where a late chunk joins the one before it."""
+    """Execute a chunk and one that arrives later, and return the actions [5, 8] where they join."""
     executor = ChunkExecutor("async", replan_interval=1)
     chunk = np.zeros((5, 8), np.float32)
-    chunk[:, 0] = 0.01
-    chunk[:, 3] = 1
-    chunk[:, 7] = 1
+    chunk[:, 0] = 0.01  # meters forward
+    chunk[:, 3] = 1  # no rotation: the quaternion (1, 0, 0, 0)
+    chunk[:, 7] = 1  # gripper open
     executor.add_chunk(chunk)
     actions = [executor.next_action()]
     later_chunk = chunk.copy()

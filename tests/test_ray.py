@@ -1,4 +1,7 @@
-"""Ray, started once: it labels as the local engine does, and Ray Train trains with two workers."""
+"""Ray labels images as the local engine does, and Ray Train trains with two workers.
+
+An engine runs the labeling models over many images. Ray is started once for all tests of this file.
+"""
 
 import os
 import runpy
@@ -23,7 +26,7 @@ from spear.policy import Spear1Policy
 from train_tiny import read_log
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "cluster" / "ray_train.py"
-NUM_PHOTOS = 21
+NUM_PHOTOS = 21  # three shards of at most 8
 WORK = WorkOptions(shard_size=8, batch_size=3)
 pytestmark = [
     pytest.mark.slow,  # a minute: Ray starts, and its workers import PyTorch
@@ -33,7 +36,7 @@ pytestmark = [
 
 @pytest.fixture(autouse=True, scope="module")
 def cluster() -> Iterator[None]:
-    """A Ray of two CPUs whose workers can import what the tests can."""
+    """Starts Ray with two CPUs. Its workers can import the same modules as the tests."""
     ray = pytest.importorskip("ray")
     pytest.importorskip("ray.train.torch")
     with pytest.MonkeyPatch.context() as patch:
@@ -49,10 +52,12 @@ def cluster() -> Iterator[None]:
 
 
 def read_files(folder: Path) -> dict[str, bytes]:
+    """Return the contents of the files in a folder by name."""
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 def test_ray_finishes_what_the_local_engine_began_with_the_same_bytes(tmp_path: Path) -> None:
+    """The local engine labels all photos. Two of the three shards are removed and made by Ray."""
     source = str(write_photos(tmp_path / "photos", NUM_PHOTOS))
     labels = tmp_path / "labels"
     label_folder(list_images(source), labels, make_engine(), {}, WORK)
@@ -64,12 +69,13 @@ def test_ray_finishes_what_the_local_engine_began_with_the_same_bytes(tmp_path: 
         list_images(source), labels, partial(run_ray, make_factories(), WORK), {}, WORK
     )
 
-    assert done.num_before == 8
+    assert done.num_before == 8  # in the shard that was there
     assert done.num_done == NUM_PHOTOS
     assert read_files(labels) == expected
 
 
 def make_detector_without_key() -> Any:
+    """Fail as a detector does whose service needs a key."""
     raise SpearError("no API key: set ONE")
 
 

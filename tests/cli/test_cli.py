@@ -1,4 +1,4 @@
-"""The commands: help at once, and one clear line with exit code 2 for bad input."""
+"""The commands show their help at once, and refuse bad input in one line with exit code 2."""
 
 import ast
 import errno
@@ -28,6 +28,7 @@ from spear.util.options import list_option_names
 
 
 def run_python(code: str) -> subprocess.CompletedProcess[str]:
+    """Run Python code in another process, which must succeed."""
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
 
 
@@ -66,16 +67,18 @@ def test_every_command_explains_itself_with_an_example(
 
     text = capsys.readouterr().out
     assert stop.value.code == 0
-    assert f"    spear {name}" in text
+    assert f"    spear {name}" in text  # an example is indented by four spaces
     assert "\n\n\n" not in text
     assert "(default: None)" not in text
 
 
 def check_names_exactly(words: list[str], text: str) -> None:
-    """The text must list the commands that begin with the first word, and no others."""
+    """The text must list the commands that begin with the first of the words, and no others."""
+    first_word = words[0]
     for name in COMMANDS:
-        if name != words[0]:
-            assert (f"  spear {name} " in text) == name.startswith(f"{words[0]} ")
+        if name != first_word:
+            is_listed = f"  spear {name} " in text
+            assert is_listed == name.startswith(f"{first_word} ")
 
 
 @pytest.mark.parametrize("argv", [["data"], ["convert", "-h"]])
@@ -94,12 +97,12 @@ def test_a_command_names_the_commands_that_begin_with_it(
     check_names_exactly(["evaluate"], capsys.readouterr().out)
 
 
-NANO = BUNDLED_WEIGHTS / "nano"
-CARROT = "PutCarrotOnPlate-v1"
+NANO = BUNDLED_WEIGHTS / "nano"  # an existing folder of other files than results
+CARROT = "PutCarrotOnPlate-v1"  # the name in ManiSkill 2 of a task of ManiSkill 3
 
 
 @pytest.mark.parametrize(
-    ("command", "hint"),
+    ("command", "hint"),  # the words after "spear"; what the error says, among other words
     [
         ("evalute", "Did you mean spear evaluate?"),
         ("--steps", "unknown option"),
@@ -188,6 +191,7 @@ def test_bad_input_is_one_line_and_leaves_nothing_behind(
 
 @pytest.fixture
 def taken_port() -> Iterator[int]:
+    """A port at which another server listens."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         yield server.getsockname()[1]
 
@@ -203,7 +207,8 @@ def test_a_port_that_is_taken_is_refused(taken_port: int, run_refused_command: C
 def test_a_package_that_is_not_installed_is_named_with_its_extra(
     monkeypatch: pytest.MonkeyPatch, run_refused_command: Command
 ) -> None:
-    monkeypatch.setitem(sys.modules, "mujoco", None)
+    monkeypatch.setitem(sys.modules, "mujoco", None)  # importing mujoco now fails
+    # Modules that were imported before would not import mujoco again.
     for name in list(sys.modules):
         if name.startswith(("spear.sim", "spear.evaluate.closed")):
             monkeypatch.delitem(sys.modules, name)
@@ -223,6 +228,7 @@ def test_interrupted_is_code_130(
     assert capsys.readouterr().err == "interrupted\n"
 
 
+# The command line recognizes this error of the package safetensors by the name of its class.
 SafetensorError = type("SafetensorError", (Exception,), {})
 
 
@@ -238,7 +244,7 @@ SafetensorError = type("SafetensorError", (Exception,), {})
 def test_a_full_disk_is_one_line(
     error: Exception, run_refused_command: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also where the error does not name the file, and where it is not Python's own."""
+    """So is the error of another package, and one that does not name the file."""
     fill_disk = Mock(side_effect=error)
     monkeypatch.setattr("spear.data.readers.dataset_layout.find_missing_fields", fill_disk)
 
@@ -255,7 +261,7 @@ def test_a_path_that_is_a_loop_of_links_is_one_line(
 
 
 def run_spear(argv: list[str], stdout: Any) -> subprocess.CompletedProcess[str]:
-    """Run a command whose output Python holds back until it exits."""
+    """Run a command in another process, which writes its output when it exits."""
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONUNBUFFERED"}
     command = [sys.executable, "-c", SPEAR_CLI_CODE, *argv]
     return subprocess.run(
@@ -268,7 +274,7 @@ OUTPUTS = pytest.mark.parametrize("argv", [["--help"], ["train", "--help"], ["re
 
 @OUTPUTS
 def test_a_reader_that_has_read_enough_is_no_error(argv: list[str]) -> None:
-    """As `head`."""
+    """A reader such as `head` closes the pipe before the command has written everything."""
     reader, writer = os.pipe()
     os.close(reader)
 
@@ -281,7 +287,7 @@ def test_a_reader_that_has_read_enough_is_no_error(argv: list[str]) -> None:
 
 @OUTPUTS
 def test_output_that_cannot_be_written_is_one_line(argv: list[str]) -> None:
-    with open("/dev/full", "wb") as full_disk:
+    with open("/dev/full", "wb") as full_disk:  # every write to this device fails
         done = run_spear(argv, full_disk)
 
     assert done.returncode == 2
@@ -300,11 +306,17 @@ def test_a_stdout_that_is_closed_or_lacks_our_characters_will_do(
 def test_a_notice_is_one_line_in_a_command_however_often_it_is_given(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As by a robot whose every observation has the same fault; the next command repeats it."""
+    """A command reads three observations with the same fault. The next command prints it again."""
     robot = embodiments.load("droid")
     observation = robot.example()
-    folded = {**observation, droid.JOINTS_KEY: -observation[droid.JOINTS_KEY]}
-    monkeypatch.setattr("spear.cli._dispatch", lambda args: [robot.read(folded) for _ in range(3)])
+    # Negative joint angles, of which the fourth is outside a Franka's range.
+    wrong_observation = {**observation, droid.JOINTS_KEY: -observation[droid.JOINTS_KEY]}
+
+    def read_three_times(args: list[str]) -> None:
+        for _ in range(3):
+            robot.read(wrong_observation)
+
+    monkeypatch.setattr("spear.cli._dispatch", read_three_times)
 
     for _ in range(2):
         assert main([]) == 0
@@ -312,7 +324,7 @@ def test_a_notice_is_one_line_in_a_command_however_often_it_is_given(
 
 
 OTHER_PROGRAMS_OPTIONS = {"--upgrade", "--nproc-per-node", "--no-python"}  # pip's and torchrun's
-FORMER_OPTIONS = {"--per"}  # begins "--per_image", a key that earlier versions wrote
+FORMER_OPTIONS = {"--per"}  # the beginning of "--per_image", a key in files of earlier versions
 for former_options in renamed.NEW_OPTIONS.values():
     FORMER_OPTIONS.update(former_options)
 
@@ -328,5 +340,5 @@ def test_every_option_that_a_text_names_exists() -> None:
     for path in Path(spear.__file__).parent.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Constant) and isinstance(node.value, str):
-                named = set(re.findall(r"(?<![\w-])--[a-z][a-z.-]*[a-z]", node.value))
-                assert not named - known_options, f"{path}:{node.lineno}"
+                named_options = set(re.findall(r"(?<![\w-])--[a-z][a-z.-]*[a-z]", node.value))
+                assert not named_options - known_options, f"{path}:{node.lineno}"

@@ -1,4 +1,4 @@
-"""The commands on robot data, end to end."""
+"""The commands on robot data, from a folder of episodes to their output."""
 
 import json
 import re
@@ -16,10 +16,13 @@ from spear.labels.sources import list_items
 
 @pytest.fixture
 def store(tmp_path: Path) -> Path:
-    """Three episodes, of which the last has a single step."""
-    write_episodes(
-        [make_episode(0, success=True), make_episode(1, 9), make_episode(2, 1)], tmp_path / "store"
-    )
+    """Three episodes of 6 steps, 9 steps and one step."""
+    episodes = [
+        make_episode(0, num_steps=6, success=True),
+        make_episode(1, num_steps=9),
+        make_episode(2, num_steps=1),
+    ]
+    write_episodes(episodes, tmp_path / "store")
     return tmp_path / "store"
 
 
@@ -65,14 +68,15 @@ def test_exported_episodes_can_be_listed_for_labeling(exported: Path) -> None:
         f"{exported}/train#1/1-of-2",
         f"{exported}/train#1/2-of-2",
     ]
-    third = items[2]
-    (image,) = third.reader(third.path, [third.location])
-    assert image == make_episode(1, 9).images["external"][0]
+    # The first listed image of an episode is that of its first step.
+    third_item = items[2]
+    (image,) = third_item.reader(third_item.path, [third_item.location])
+    assert image == make_episode(1, num_steps=9).images["external"][0]
 
 
 @pytest.fixture
 def prepare_two(store: Path, tmp_path: Path) -> list[str]:
-    """The words that prepare two datasets with different cameras."""
+    """The words of a command that prepares two datasets, with an external and a wrist camera."""
     wrist_episode = make_episode(3, images={"wrist": make_episode(3).images["external"]})
     write_episodes([wrist_episode], tmp_path / "other")
     folders = [str(store), str(tmp_path / "other")]
@@ -107,10 +111,10 @@ def test_data_without_a_layout_are_shown_with_what_is_needed_to_write_one(
     )
 
     html = page.read_text()
-    assert html.count("<h2") == 5
-    assert html.count("<img") == 4 * 8
+    assert html.count("<h2") == 5  # for four episodes and the text about the dataset
+    assert html.count("<img") == 4 * 8  # eight images per episode
     assert html.count("<script") == 0
-    _, _, body = html.partition("</pre>")
+    _, _, body = html.partition("</pre>")  # what follows the text
     for words in ("observation/state[3:6]", "observation/state[6:7]", "action[0:3]", "spear.json"):
         assert words in body, words
     assert "counts from 0 to 9" in body
@@ -129,7 +133,7 @@ def wrong_layout(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("command", "words", "message"),
+    ("command", "words", "message"),  # spear data COMMAND FOLDER WORDS
     [
         ("inspect", "--report {out} --layout {layout}", "'observation/image_9'"),
         ("export", "--out {out} --layout {layout}", "'observation/image_9'"),
@@ -171,7 +175,7 @@ COMMANDS_WITH_LAYOUT = pytest.mark.parametrize(
 
 
 @COMMANDS_WITH_LAYOUT
-@pytest.mark.parametrize("source", ["set", "store"])
+@pytest.mark.parametrize("source", ["set", "store"])  # a LeRobot dataset, and our own format
 def test_a_layout_that_does_not_exist_is_refused(
     words: str, source: str, exported: Path, tmp_path: Path, run_refused_command: Command
 ) -> None:
@@ -189,7 +193,7 @@ def test_a_layout_that_does_not_exist_is_refused(
 def test_a_layout_for_a_store_is_refused(
     words: str, store: Path, exported: Path, tmp_path: Path, run_refused_command: Command
 ) -> None:
-    """A store says itself what it holds."""
+    """A store, our own format, always has the same columns."""
     layout = shutil.copy(exported / "spear.json", tmp_path / "layout.json")
     out = tmp_path / "out"
     command = words.format(folder=store, out=out)
@@ -207,7 +211,7 @@ def test_inspect_uses_a_layout_for_its_page_alone(
     layout = str(shutil.copy(exported / "spear.json", tmp_path / "layout.json"))
     page = tmp_path / "look.html"
 
-    run_refused_command("data", "inspect", str(exported), "--layout", layout)
+    run_refused_command("data", "inspect", str(exported), "--layout", layout)  # without a page
     run_command("data", "inspect", str(exported), "--layout", layout, "--report", str(page))
 
     assert page.exists()

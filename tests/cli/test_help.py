@@ -1,4 +1,4 @@
-"""What the help shows, and the commands that print lists."""
+"""The help shows the right options and defaults, and commands print lists of recipes."""
 
 import pytest
 
@@ -7,7 +7,7 @@ from spear.cli import main
 
 
 def read_help(capsys: pytest.CaptureFixture[str], *words: str) -> str:
-    """Run a command that prints its help, and return that."""
+    """Run a command that prints its help, and return the help."""
     with pytest.raises(SystemExit) as stop:
         main([*words])
     assert stop.value.code == 0
@@ -48,7 +48,7 @@ def test_defaults_of_dataclasses_inside_are_those_of_the_command(
 ) -> None:
     help_text = " ".join(read_help(capsys, "evaluate", "--help").split())
 
-    assert "runs/evaluate" in help_text  # not None, as in `EpisodeOptions`
+    assert "runs/evaluate" in help_text  # the class `EpisodeOptions` itself has None
 
 
 def test_recipes_lists_all_recipes(run_command: Command) -> None:

@@ -1,4 +1,4 @@
-"""`spear label` of photos, scenes and RGB-D folders, from the command line."""
+"""The command `spear label`, with photos, scenes of the simulator and RGB-D folders."""
 
 import json
 from collections.abc import Callable
@@ -29,7 +29,7 @@ GROUND_TRUTH = ["--detector", "ground-truth", *TRUE_MASKS_AND_DEPTH]
 
 @pytest.fixture(scope="module")
 def scene_labels(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two scenes, labeled and asked about."""
+    """A folder with the labels of two scenes, and questions about them."""
     pytest.importorskip("mujoco")
     out = tmp_path_factory.mktemp("scenes") / "labels"
     assert main(["label", "sim:3-4", *scene_options(out)]) == 0
@@ -37,6 +37,7 @@ def scene_labels(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def scene_options(out: Path) -> list[str]:
+    """Return the options that label scenes from their ground truth in the folder `out`."""
     return ["--out", str(out), "--workers", "0", "--questions", *GROUND_TRUTH]
 
 
@@ -83,7 +84,7 @@ def test_labels_are_shown_with_point_clouds(
 
 
 @pytest.mark.parametrize(
-    ("words", "hint"),
+    ("words", "hint"),  # the words after "spear label"; what the error says, among other words
     [
         ("photos --pointmap ground-truth", "rgbd:FOLDER"),
         ("photos --detector file:bad.json", "bad.json"),
@@ -134,7 +135,10 @@ def test_what_cannot_be_labeled_is_refused_with_a_way_out_and_leaves_nothing(
 
 @pytest.fixture
 def plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The words of a command that plans to label three photos, on a machine of known speed."""
+    """The words of a command that plans to label three photos, two at a time.
+
+    The speed of the machine is given, so that it is not measured.
+    """
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     speed = MachineSpeed(bytes_per_s=1e10, flops_per_s=1e11)
     monkeypatch.setattr("spear.doctor.measure_machine", lambda *_: speed)
@@ -149,24 +153,27 @@ def test_a_plan_says_what_labeling_costs_and_labels_nothing(
     output = run_command(plan, "--segmenter", "sam2=somebody/else", "--pointmap", "moge")
 
     assert output.startswith("3 images, 2 at a time")
-    assert "314 M parameters, 1.17 GiB" in output
+    assert "314 M parameters, 1.17 GiB" in output  # MoGe
     assert "before it is loaded: somebody/else" in output
-    assert "tokens in" in output
-    moge = resources.estimate_resources("moge", 2, 840, 8)
+    assert "tokens in" in output  # Gemini, the detector by default
+    moge = resources.estimate_resources("moge", batch_size=2, width_px=840, num_names=8)
     assert f"activations {moge.activations / 2**30:.2f} GiB" in output
     assert not (tmp_path / "out").exists()
 
 
 def test_planned_operations_are_those_of_the_encoder_and_a_head() -> None:
+    """MoGe's encoder is a ViT-L, and its head needs less than half as many operations."""
     num_tokens = 2500
-    width = 1024  # of a ViT-L with 24 layers
-    layer_flops = 24 * num_tokens * width**2 + 4 * num_tokens**2 * width
-    encoder_flops = 24 * layer_flops
+    num_layers = 24
+    width = 1024
+    matrix_flops = 24 * num_tokens * width**2  # two for each of the layer's 12 width² weights
+    attention_flops = 4 * num_tokens**2 * width
+    encoder_flops = num_layers * (matrix_flops + attention_flops)
 
-    flops = resources.estimate_resources("moge", 2, 840, 8).flops
+    moge = resources.estimate_resources("moge", batch_size=2, width_px=840, num_names=8)
 
-    assert 1.1 * encoder_flops < flops
-    assert flops < 1.5 * encoder_flops
+    assert 1.1 * encoder_flops < moge.flops
+    assert moge.flops < 1.5 * encoder_flops
 
 
 def test_a_plan_needs_depth(plan: list[str], run_refused_command: Command) -> None:
@@ -183,9 +190,10 @@ class BillingDetector(BrightDetector):
 
 @pytest.fixture
 def label_with_gemini(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
-    """Label three photos with a detector in Gemini's place; returns the exit code.
+    """A function that labels three photos with stand-ins for all models; returns the exit code.
 
-    unreached: part of the names of photos for which the service cannot be reached.
+    Its arguments are the ending of the names of photos for which Gemini cannot be reached, and the
+    value of --detector.
     """
     folder = write_photos(tmp_path / "photos", 3, bad=False)
 
@@ -204,6 +212,7 @@ def label_with_gemini(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callab
     return label
 
 
+# Gemini is reached for all photos, since no name ends in "none", or for no photo.
 @pytest.mark.parametrize(("unreached", "exit_code"), [("none", 0), (".png", 2)])
 def test_the_bill_is_printed_however_the_work_ends(
     unreached: str,
@@ -222,7 +231,7 @@ def test_the_bill_is_printed_where_gemini_completes_a_file(
     boxes = tmp_path / "boxes.json"
     boxes.write_text('{"images": [], "annotations": [], "categories": []}')
 
-    assert label_with_gemini("no", f"file:{boxes}+gemini") == 0
+    assert label_with_gemini("none", f"file:{boxes}+gemini") == 0
 
     assert "3 requests" in capsys.readouterr().out
 
@@ -230,6 +239,7 @@ def test_the_bill_is_printed_where_gemini_completes_a_file(
 def test_a_broken_frame_is_skipped_and_labeled_when_it_is_mended(
     tmp_path: Path, run_command: Command
 ) -> None:
+    """An RGB-D folder has three frames; the depth image of the first one is truncated."""
     frames = [
         make_random_frame(np.random.default_rng(seed), width=96, height=64) for seed in (0, 0, 1)
     ]
@@ -246,8 +256,9 @@ def test_a_broken_frame_is_skipped_and_labeled_when_it_is_mended(
     labels = list(read_labels(out))
     expected_sources = [str(folder / f"color/{number}.png") for number in (1, 2)]
     assert [label.source for label in labels] == expected_sources
+    # The folder has one list of names for all frames, in which later frames overwrite names.
     true_frames = [replace(frame, names=frames[2].names) for frame in frames[1:]]
-    assert compare_labels(labels, true_frames).center < 0.005
+    assert compare_labels(labels, true_frames).center < 0.005  # meters
 
     depth.write_bytes((folder / "depth" / "1.png").read_bytes())
     assert "3 labeled images" in run_command(command)

@@ -1,6 +1,6 @@
-"""What was begun under former names of options continues: files keep the keys that they had.
+"""Files keep their keys although options were renamed, so that work of earlier versions continues.
 
-The keys of trainings are in `tests/train/test_run.py`.
+The keys of trainings are tested in `tests/train/test_run.py`.
 """
 
 from pathlib import Path
@@ -55,7 +55,7 @@ def test_prepared_data_keep_their_keys(tmp_path: Path) -> None:
 
     plan = plan_preparation(tmp_path / "episodes", tmp_path / "out", "train", conversion)
 
-    assert plan.request["size"] == {"": (64, 48)}
+    assert plan.request["size"] == {"": (64, 48)}  # "" stands for all cameras
     assert plan.request["rate"] == 4.0
 
 
@@ -78,9 +78,11 @@ def test_scores_of_a_vlm_keep_their_keys() -> None:
 def test_labels_of_scenes_without_the_robot_are_others(
     tmp_path: Path, run_command: Command, run_refused_command: Command
 ) -> None:
+    """A folder of labels cannot be continued with the robot in the scenes."""
     words = ["label", "--num-scenes", "1", "--workers", "0", "--out", str(tmp_path / "labels")]
 
     output = run_command(words, "--no-robot", "--world", "lab:1")
+    message = run_refused_command(words, "--world", "lab:1")
 
-    assert "2 labeled images" in output
-    assert "shows_robot" in run_refused_command(words, "--world", "lab:1")
+    assert "2 labeled images" in output  # of the two cameras
+    assert "shows_robot" in message

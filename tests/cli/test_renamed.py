@@ -14,7 +14,7 @@ from spear.util.options import list_option_names
 
 
 def list_renamed_options() -> Iterator[tuple[str, str, str]]:
-    """List each command with a former option and the new one."""
+    """Yield (command, former option, new option) for every former option."""
     for command, new_options in NEW_OPTIONS.items():
         for former, new in new_options.items():
             yield command, former, new
@@ -58,7 +58,7 @@ def test_new_options_exist_and_former_ones_do_not(command: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("former", "new"),
+    ("former", "new"),  # a former command line; the beginning of the one that replaces it
     [
         ("serve nano", "spear serve --policy nano"),
         ("serve nano --ui", "spear serve --policy nano"),

@@ -1,4 +1,4 @@
-"""A served policy does what it does in the same process."""
+"""`spear serve` refuses bad options early, and a served policy acts as in the same process."""
 
 import socket
 from collections.abc import Iterator
@@ -29,14 +29,15 @@ ONE_SCENE = TabletopOptions(num_scenes=1, tasks=("put_on",))
 
 @pytest.fixture
 def taken_port() -> Iterator[int]:
+    """A port at which another server listens."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         yield server.getsockname()[1]
 
 
 @pytest.fixture
 def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Loading a model is a mistake."""
-    monkeypatch.setattr(Spear1Policy, "load", None)
+    """Makes the test fail if it loads a model."""
+    monkeypatch.setattr(Spear1Policy, "load", None)  # calling None raises an error
 
 
 @pytest.mark.usefixtures("no_model")
@@ -68,7 +69,7 @@ def test_a_port_that_is_taken_is_found_before_a_model_is_loaded(
 def test_an_empty_token_in_the_environment_is_refused(
     monkeypatch: pytest.MonkeyPatch, run_refused_command: Command
 ) -> None:
-    """It would mean a server that is open to all."""
+    """Otherwise a mistake in the environment would start a server that is open to all."""
     monkeypatch.setenv("SPEAR_TOKEN", "")
 
     assert "SPEAR_TOKEN" in run_refused_command("serve", "--policy", "nano")
@@ -105,23 +106,15 @@ def test_a_robot_with_the_cameras_of_the_training_is_served(robot: str) -> None:
 def test_a_missing_camera_may_be_allowed(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """The camera is checked before the policy is loaded."""
+
     def stop_here(*args: object, **options: object) -> None:
         raise SpearError("the policy is being loaded")
 
     monkeypatch.setattr(Spear1Policy, "load", stop_here)
 
-    main(
-        [
-            "serve",
-            "--policy",
-            "nano",
-            "--port",
-            "0",
-            "--embodiment",
-            "widowx",
-            "--allow-missing-cameras",
-        ]
-    )
+    command = "serve --policy nano --port 0 --embodiment widowx --allow-missing-cameras"
+    main(command.split())
 
     assert "being loaded" in capsys.readouterr().err
 
@@ -137,6 +130,8 @@ def test_results_of_a_served_policy_are_continued_with_the_same_weights_alone(
     """A server may come back at the same address with other weights."""
     options = replace(ONE_SCENE, out=tmp_path)
     policy = HomingPolicy()
+
+    # One scene, and a second one with the same weights at the same address.
     policy.identity = "one"
     with run_server(policy) as server:
         port = server.port
@@ -146,6 +141,7 @@ def test_results_of_a_served_policy_are_continued_with_the_same_weights_alone(
     with run_server(policy, port=port):
         evaluate_tabletop(load_agent(f"ws://127.0.0.1:{port}"), replace(options, num_scenes=2))
 
+    # A third scene with other weights.
     policy.identity = "two"
     with run_server(policy, port=port):
         agent = load_agent(f"ws://127.0.0.1:{port}")
@@ -163,16 +159,22 @@ def test_a_service_names_its_weights_as_an_agent_does() -> None:
     assert load_agent("nano", flow_steps=3).weights != policy.identity
 
 
-@pytest.mark.parametrize("sizes", [{"external": (48, 32), "wrist": (24, 24)}, {}])
-def test_a_served_policy_is_shown_images_of_its_size(sizes: dict[str, tuple[int, int]]) -> None:
+@pytest.mark.parametrize("sizes", [{"external": (48, 32), "wrist": (24, 24)}, None])
+def test_a_served_policy_is_shown_images_of_its_size(
+    sizes: dict[str, tuple[int, int]] | None,
+) -> None:
+    """A policy that does not say its sizes gets images of the default size."""
     policy = HomingPolicy()
-    if sizes:
+    expected_sizes = DEFAULT_IMAGE_SIZES
+    if sizes is not None:
         policy.image_sizes = sizes
+        expected_sizes = sizes
 
+    # The policy does not name its weights, so there is a notice.
     with run_server(policy) as server, pytest.warns(Notice, match="which weights"):
         agent = load_agent(f"ws://127.0.0.1:{server.port}")
 
-    assert agent.image_sizes == (sizes or DEFAULT_IMAGE_SIZES)
+    assert agent.image_sizes == expected_sizes
 
 
 def test_a_policy_with_one_camera_is_served_to_a_robot_that_has_two() -> None:
@@ -188,6 +190,7 @@ def test_a_policy_with_one_camera_is_served_to_a_robot_that_has_two() -> None:
     (answer,) = service.answer([request])
 
     assert list(service.metadata["image_sizes"]) == ["external"]
+    # The answer is that to an observation without the wrist image.
     observation = robot.read(request)
     del observation["observation/wrist_image"]
     actions = policy.infer(observation)["actions"]

@@ -1,5 +1,8 @@
-"""`spear convert …`: dry runs, from published weights to a policy, and one clear line for bad
-input."""
+"""`spear convert …` makes a VLM from published weights and a policy from the VLM, and refuses bad
+input in one line.
+
+The published weights are tiny ones, which `published_checkpoints` writes.
+"""
 
 import json
 import shutil
@@ -34,14 +37,18 @@ pytestmark = pytest.mark.usefixtures("tiny_published_presets")
 
 
 def save_coordinates(path: Path, num_bins: int = TINY14.bins) -> str:
+    """Save 3D tokens, fitted to random numbers; return the path."""
     values = np.random.default_rng(0).normal(size=1000)
     CoordinateTokenizer.fit(values, num_bins, "metre").save(path)
     return str(path)
 
 
 class TestFromBackbonesToAPolicy:
+    """Both conversions, one after the other."""
+
     @pytest.fixture(autouse=True)
     def several_shards(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Lets even these tiny models have several files of weights."""
         monkeypatch.setattr(conversion, "MAX_SHARD_SIZE", "100KB")
 
     @pytest.fixture
@@ -75,7 +82,7 @@ class TestFromBackbonesToAPolicy:
         vlm_command: list[str],
         policy_command: list[str],
     ) -> None:
-        """Both commands have run: `vlm` and `policy` have their files."""
+        """Runs both commands, so that the folders `vlm` and `policy` have their files."""
         run_command(vlm_command)
         run_command(policy_command)
 
@@ -94,7 +101,8 @@ class TestFromBackbonesToAPolicy:
             assert "SPEAR-VLM" in dry_output
             assert not folder.exists()
             report = dry_output.partition("nothing written")[0]
-            assert run_command(command).startswith(report)
+            output = run_command(command)
+            assert output.startswith(report)
 
     @pytest.mark.usefixtures("converted_models")
     def test_the_policy_has_the_weights_of_its_vlm(self, vlm: Path, policy: Path) -> None:
@@ -117,17 +125,18 @@ class TestFromBackbonesToAPolicy:
 
 
 class TestWithoutTokenizer:
-    """A PaliGemma folder without tokenizer, and options that do not fit it."""
+    """Conversions of a PaliGemma folder that has no tokenizer."""
 
     @pytest.fixture
     def paligemma(self, tmp_path: Path) -> str:
+        """The path of the folder."""
         folder = tmp_path / "bare"
         return str(publish_paligemma(make_paligemma(), folder, with_tokenizer=False))
 
     def test_coordinates_need_a_tokenizer(
         self, run_refused_command: Command, paligemma: str, tmp_path: Path
     ) -> None:
-        coordinates = save_coordinates(tmp_path / "few.json", 8)
+        coordinates = save_coordinates(tmp_path / "few.json", num_bins=8)
 
         message = run_refused_command(
             BACKBONES, paligemma, "none", "--coordinates", coordinates, SIZE, "--dry-run"
@@ -157,7 +166,7 @@ class TestWithoutTokenizer:
         tmp_path: Path,
         monkeypatch: pytest.MonkeyPatch,
     ) -> None:
-        monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=9))
+        monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=9))  # bytes
         out = str(tmp_path / "full")
 
         assert "no room for" in run_refused_command(
@@ -207,6 +216,7 @@ class TestExpected:
     def test_a_name_shows_its_tensors(self, run_command: Command) -> None:
         output = run_command("convert", "expected", "moge")
 
+        # The 24 layers are one line. Queries, keys and values have 1,024 rows each.
         assert "24 × backbone.blocks.0…23.attn.qkv.weight [3072, 1024]" in output
         assert "420 tensors" in output
 
