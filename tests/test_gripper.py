@@ -106,7 +106,7 @@ def test_binary_commands_stay_unchanged() -> None:
 
 
 def test_openings_that_are_the_commands_are_observed_one_step_later() -> None:
-    """If the recorded openings are the commands of the same step, the robot cannot have seen them."""
+    """If recorded openings equal the commands of the same step, the robot cannot have seen them."""
     command = np.array([1.0, 0.0, 0.5])
     recorded_openings = command + 1e-4
 
