@@ -79,7 +79,7 @@ def test_a_line_above_a_progress_bar_has_no_commands(capsys: pytest.CaptureFixtu
 
 @pytest.fixture
 def hostile_dataset(tmp_path: Path, run_command: Command) -> Path:
-    """A LeRobot dataset with `HOSTILE` as the robot's name, in the state's names, as instruction."""
+    """A LeRobot dataset with `HOSTILE` as the robot's name, in the state's names and as a task."""
     write_episodes([make_episode(0)], tmp_path / "store")
     folder = tmp_path / "set"
     run_command("data", "export", str(tmp_path / "store"), "--out", str(folder))

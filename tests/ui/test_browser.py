@@ -1,4 +1,9 @@
-"""The page in a real Chromium: it draws what is true, and its buttons do what they say."""
+"""The page in a real Chromium: it draws at the right places, and its buttons and gestures work.
+
+The expressions that `Tab.run` and `Tab.wait` evaluate are JavaScript. In the page's scripts `view`
+is all that the page shows, `picture` is the image of the external camera, and `memory` contains
+what the page knows about earlier steps.
+"""
 
 import json
 from collections.abc import Iterator
@@ -24,6 +29,7 @@ from spear.ui.episodes import EpisodeFolder
 from spear.ui.page import Page
 
 FRAME = "new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))"
+"""JavaScript that waits until the page has drawn its next frame."""
 PAINTED = """((canvas, name) => {
   const probe = document.createElement("canvas").getContext("2d");
   probe.fillStyle = color(name);
@@ -47,98 +53,130 @@ PAINTED = """((canvas, name) => {
     }
   return found;
 })"""
+"""JavaScript function from a canvas and the name of a color to the [count, left, top, right,
+bottom] of the canvas's pixels of this color."""
 
 
 @pytest.fixture(scope="module")
 def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
-    with run_chromium(tmp_path_factory.mktemp("chromium")) as running:
-        yield running
+    """The port of a running browser's DevTools."""
+    with run_chromium(tmp_path_factory.mktemp("chromium")) as port:
+        yield port
 
 
 @pytest.fixture(scope="module")
 def server(browser: int, renderer: Any) -> Iterator[PolicyServer]:
-    """`renderer`: skips where nothing can be rendered."""
+    """A server with the page. The fixture `renderer` skips tests on machines that cannot render."""
     policy = Spear1Policy.load("nano", steps=2)
-    page = Page(policy, "nano", None, 2**20)
-    with run_server(policy, page=page, limits=ConnectionLimits(max_message_bytes=2**20)) as running:
-        yield running
+    max_message_bytes = 2**20
+    page = Page(policy, "nano", None, max_message_bytes)
+    limits = ConnectionLimits(max_message_bytes=max_message_bytes)
+    with run_server(policy, page=page, limits=limits) as running_server:
+        yield running_server
 
 
 @pytest.fixture
 def tab(browser: int, server: PolicyServer) -> Iterator[Tab]:
-    opened = Tab(browser)
-    opened.open(f"http://127.0.0.1:{server.port}/")
-    wait_until_settled(opened)
-    yield opened
-    assert opened.errors == []
-    leave_page(opened)
+    """A tab that shows the page. The test fails if the page's scripts have errors."""
+    opened_tab = Tab(browser)
+    opened_tab.open(f"http://127.0.0.1:{server.port}/")
+    wait_until_settled(opened_tab)
+    yield opened_tab
+    assert opened_tab.errors == []
+    leave_page(opened_tab)
 
 
 def leave_page(tab: Tab) -> None:
-    """The server allows `pages.MAX_TABS` tabs at a time, fewer than there are tests."""
+    """Close the page's websocket: the server allows fewer tabs (`MAX_TABS`) than there are tests."""
     tab.call("Page.navigate", url="about:blank")
 
 
-def wait_until_settled(tab: Tab, what: str = "true") -> None:
-    """Everything that was asked for is there and drawn, and `what` holds."""
-    drawn = (
+def wait_until_settled(tab: Tab, condition: str = "true") -> None:
+    """Wait until the page has got and drawn everything, and a JavaScript condition is true."""
+    is_drawn = (
         "typeof view === 'object' && view.images && picture.complete && !waiting && !view.running"
     )
-    tab.wait(f"{drawn} && {what}")
+    tab.wait(f"{is_drawn} && {condition}")
     tab.run(FRAME)
 
 
-def find_painted_pixels(tab: Tab, canvas: str, name: str) -> list[int]:
-    """[count, left, top, right, bottom] of a canvas's pixels that have one of the page's colors."""
+def find_painted_pixels(tab: Tab, canvas: str, color_name: str) -> list[int]:
+    """Return the number and the bounds of a canvas's pixels that have one of the page's colors.
+
+    The page's colors are "answer" (the model's boxes), "truth" (the true boxes) and "accent".
+
+    Returns:
+        [count, left, top, right, bottom]
+    """
     tab.run(FRAME)
-    return [int(v) for v in tab.run(f"{PAINTED}(document.querySelector('{canvas}'), '{name}')")]
+    script = f"{PAINTED}(document.querySelector('{canvas}'), '{color_name}')"
+    return [int(value) for value in tab.run(script)]
 
 
-def test_boxes_are_drawn_where_they_project_to(tab: Tab) -> None:
-    assert find_painted_pixels(tab, "#camera", "answer")[0] == 0
+# ---- Boxes.
+
+
+def test_boxes_of_the_model_are_drawn_and_listed(tab: Tab) -> None:
+    count_before, *_ = find_painted_pixels(tab, "#camera", "answer")
+
     tab.click("#objects button.all")
     wait_until_settled(tab, "view.boxes.length > 1")
-    assert find_painted_pixels(tab, "#camera", "answer")[0] > 300
-    rows = tab.run("document.querySelectorAll('#answers tbody tr').length")
-    assert rows == tab.run("view.boxes.length + view.absent.length")
+
+    count, *_ = find_painted_pixels(tab, "#camera", "answer")
+    num_rows = tab.run("document.querySelectorAll('#answers tbody tr').length")
+    assert count_before == 0
+    assert count > 300
+    assert num_rows == tab.run("view.boxes.length + view.absent.length")
+
+
+def test_absent_objects_are_listed_with_the_rate_of_this_mistake(tab: Tab) -> None:
     tab.run("show({step: 0, boxes: [], absent: ['zebra']})")
+
     shown_lines = tab.run("document.querySelector('#answers').innerText").splitlines()
     assert shown_lines == [
         "step 0; of held-out things that are there 9 % are not found",
         "zebra: not found",
     ]
-    # the true boxes alone, on an empty picture of the same size: where the pinhole camera puts them
-    tab.run("show({step: 0, boxes: [], absent: []})")
+
+
+def test_true_boxes_are_drawn_where_they_project_to(tab: Tab) -> None:
+    """The boxes are drawn on an empty picture, and compared with those of a pinhole camera."""
     tab.click("#truth")
     tab.run(
         "(() => { const c = document.createElement('canvas'); c.width = picture.naturalWidth;"
         " c.height = picture.naturalHeight; picture.src = c.toDataURL(); })()"
     )
     tab.wait("picture.complete")
-    count, *drawn = find_painted_pixels(tab, "#camera", "truth")
+
+    count, *drawn_bounds = find_painted_pixels(tab, "#camera", "truth")
+
+    width = tab.run("document.querySelector('#camera').width")
+    height = tab.run("document.querySelector('#camera').height")
     assert count > 100
-    width, height = (
-        tab.run(f"document.querySelector('#camera').{side}") for side in ("width", "height")
-    )
-    vertices = np.concatenate([t["vertices"] for t in tab.run("view.things")])
     assert abs(width / height - tab.run("view.camera.aspect")) < 0.01
-    focal = height * tab.run("view.camera.focal")
-    pixels = np.array([width, height]) / 2 + focal * vertices[:, :2] / vertices[:, 2:]
-    expected = np.clip([*pixels.min(0), *pixels.max(0)], 0, [width - 1, height - 1] * 2)
-    np.testing.assert_allclose(drawn, expected, atol=6)  # dashed lines may begin with a gap
+    vertices = np.concatenate([entry["vertices"] for entry in tab.run("view.things")])  # [n, 3]
+    focal_px = height * tab.run("view.camera.focal")
+    center = np.array([width, height]) / 2
+    pixels = center + focal_px * vertices[:, :2] / vertices[:, 2:]
+    left, top = np.clip(pixels.min(0), 0, [width - 1, height - 1])
+    right, bottom = np.clip(pixels.max(0), 0, [width - 1, height - 1])
+    # The lines are dashed, and may begin with a gap.
+    np.testing.assert_allclose(drawn_bounds, [left, top, right, bottom], atol=6)
 
 
 # ---- Buttons.
 
 
 def test_a_predicted_chunk_is_drawn(tab: Tab) -> None:
-    assert find_painted_pixels(tab, "#space", "accent")[0] == 0
+    count_before, *_ = find_painted_pixels(tab, "#space", "accent")
 
     tab.click("#predict")
     wait_until_settled(tab, "view.chunk")
 
+    count, *_ = find_painted_pixels(tab, "#space", "accent")
     chunk_text = tab.run("document.querySelector('#chunk').textContent")
-    assert find_painted_pixels(tab, "#space", "accent")[0] > 100
+    assert count_before == 0
+    assert count > 100
     assert chunk_text.startswith("from step 0 · 5 actions")
 
 
@@ -168,7 +206,7 @@ def test_a_reset_takes_the_seed_and_drops_the_chunk(tab: Tab) -> None:
 
 @pytest.fixture
 def other_scene(tab: Tab) -> Tab:
-    """The tab with the scene of seed 4, whose first object the policy finds."""
+    """The tab `tab`, which now shows the scene of seed 4. The model finds its first object."""
     tab.type("#seed", "4")
     tab.click("#reset")
     wait_until_settled(tab, "view.seed === 4 && view.step === 0")
@@ -204,11 +242,12 @@ def test_an_answer_stays_with_its_question(other_scene: Tab) -> None:
 
 
 BELONGS_TEXT = "document.querySelector('#belongs').textContent"
+"""JavaScript for the text that says to which step the shown boxes belong."""
 
 
 @pytest.fixture
 def pictures(tab: Tab) -> list[str]:
-    """Steps the tab to step 3. The sources of the pictures of steps 0 … 3."""
+    """Executes three steps in the tab. The pictures of steps 0 to 3, as data URIs."""
     sources = [tab.run("picture.src")]
     for step in range(1, 4):
         tab.click("#step")
@@ -218,7 +257,7 @@ def pictures(tab: Tab) -> list[str]:
 
 
 def go_back_to_step_1(tab: Tab) -> None:
-    """From step 3."""
+    """Go back in time by two steps, from step 3."""
     tab.key("ArrowLeft")
     tab.key("ArrowLeft")
     wait_until_settled(tab)
@@ -238,6 +277,7 @@ def test_the_arrow_keys_go_back_in_time(tab: Tab, pictures: list[str]) -> None:
 def test_paths_before_and_after_both_have_where_the_gripper_is(
     tab: Tab, pictures: list[str]
 ) -> None:
+    """The path before has steps 0 and 1, and the path after steps 1, 2 and 3."""
     go_back_to_step_1(tab)
 
     assert tab.run("memory.paths().map(p => p.length)") == [2, 3]
@@ -251,7 +291,7 @@ def test_boxes_belong_to_the_step_at_which_they_were_asked_for(
     wait_until_settled(tab, "view.boxes.length && view.boxes[0].step === 1")
     belongs_text = tab.run(BELONGS_TEXT)
     assert belongs_text.startswith("step 1 · centers in metres in the camera’s frame")
-    assert tab.run("memory.marks()") == [1]
+    assert tab.run("memory.marks()") == [1]  # the marked steps of the time line
 
     tab.key("Home")
 
@@ -280,7 +320,7 @@ def test_a_film_is_downloaded(tab: Tab, pictures: list[str], tmp_path: Path) -> 
 
 
 def fail_request_for_step_2(tab: Tab) -> None:
-    """The page has asked for a step that it lacks, is told of a problem, and goes to that step."""
+    """Let the page forget step 2, ask for it, get a problem as answer, and go to this step."""
     tab.run("memory.moments.delete(2); memory.asked = 2; show({problem: 'it is broken'}); seek(2)")
 
 
@@ -298,10 +338,11 @@ def test_a_lost_connection_is_made_anew(tab: Tab, pictures: list[str]) -> None:
     tab.run("socket.close(); memory.moments.delete(2); seek(2)")
     assert tab.run("[view.late, view.gripper, view.step]") == [True, None, 2]
 
-    tab.wait("socket.readyState === 1 && !view.late && !waiting")
+    tab.wait("socket.readyState === 1 && !view.late && !waiting")  # 1: open
 
+    # The new connection begins with the first scene.
     assert tab.run("[view.step, document.querySelector('#problem').hidden]") == [0, True]
-    tab.errors.clear()
+    tab.errors.clear()  # Chromium reports the lost connection
 
 
 def test_the_wrist_camera_shows_its_image(tab: Tab) -> None:
@@ -318,10 +359,13 @@ def test_a_tab_too_many_is_told_that_the_server_is_busy(
     tab.run("socket.close()")
 
     tab.wait("document.querySelector('#problem').textContent.startsWith('busy: ')")
-    tab.errors.clear()
+    tab.errors.clear()  # Chromium reports the refused connection
 
 
 # ---- Phones.
+
+PHONE_WIDTH_PX = 390
+PHONE_HEIGHT_PX = 844
 
 
 @pytest.fixture
@@ -333,18 +377,18 @@ def phone_tab(
         [make_episode(0, num_steps=11, instruction="a very long instruction " * 9)], tmp_path
     )
     monkeypatch.setattr(server.page._shared, "episode_folder", EpisodeFolder(tmp_path))
-    opened = Tab(browser)
-    opened.open(f"http://127.0.0.1:{server.port}/", 390, 844, phone=True)
-    wait_until_settled(opened)
-    opened.run("document.querySelector('#replay').click()")
-    wait_until_settled(opened, "view.source === 'recording'")
-    yield opened
-    assert opened.errors == []
-    leave_page(opened)
+    opened_tab = Tab(browser)
+    opened_tab.open(f"http://127.0.0.1:{server.port}/", PHONE_WIDTH_PX, PHONE_HEIGHT_PX, phone=True)
+    wait_until_settled(opened_tab)
+    opened_tab.run("document.querySelector('#replay').click()")
+    wait_until_settled(opened_tab, "view.source === 'recording'")
+    yield opened_tab
+    assert opened_tab.errors == []
+    leave_page(opened_tab)
 
 
 def test_the_page_fits_a_phone(phone_tab: Tab) -> None:
-    assert phone_tab.run("document.documentElement.scrollWidth") <= 390
+    assert phone_tab.run("document.documentElement.scrollWidth") <= PHONE_WIDTH_PX
 
 
 def test_buttons_are_large_enough_for_fingers(phone_tab: Tab) -> None:
@@ -374,13 +418,15 @@ def test_answers_fit_a_phone(phone_tab: Tab) -> None:
 
 
 def test_a_finger_on_the_track_chooses_the_step(phone_tab: Tab) -> None:
+    """The finger ends in the middle of the track, which is step 5 of 0 to 10."""
     phone_tab.touch("#track", (0.1, 0.5, 0.5, 0.5))
     wait_until_settled(phone_tab)
 
-    assert phone_tab.run("[view.step, picture.naturalWidth]") == [5, 80]
+    assert phone_tab.run("[view.step, picture.naturalWidth]") == [5, 80]  # recorded images
 
 
 def test_one_finger_turns_the_space_and_two_bring_it_nearer(phone_tab: Tab) -> None:
+    """`space.yaw` is the view's angle in radians, and `space.away` its distance from the robot."""
     yaw, away = phone_tab.run("[space.yaw, space.away]")
 
     phone_tab.touch("#space", (0.2, 0.5, 0.6, 0.5))
@@ -389,7 +435,7 @@ def test_one_finger_turns_the_space_and_two_bring_it_nearer(phone_tab: Tab) -> N
     assert abs(turned_yaw - yaw) > 0.2
     assert turned_away == away
 
-    # Two fingers move three times as far apart
+    # The distance between two fingers grows from 0.2 to 0.6 of the width.
     phone_tab.touch("#space", (0.4, 0.5, 0.2, 0.5), (0.6, 0.5, 0.8, 0.5))
 
     nearer_yaw, nearer_away = phone_tab.run("[space.yaw, space.away]")
