@@ -263,9 +263,11 @@ def _project(label: LabeledImage, point: list[float]) -> tuple[float, float]:
     A point behind the camera gets (-1, -1).
     """
     intrinsics = label.intrinsics
-    (focal_x, skew, center_x), (_, focal_y, center_y), _ = [
-        [float(value) for value in row] for row in intrinsics
-    ]
+    focal_x = float(intrinsics[0][0])
+    skew = float(intrinsics[0][1])
+    center_x = float(intrinsics[0][2])
+    focal_y = float(intrinsics[1][1])
+    center_y = float(intrinsics[1][2])
     x, y, z = point
     if z <= 0:
         return -1.0, -1.0

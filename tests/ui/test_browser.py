@@ -87,7 +87,7 @@ def tab(browser: int, server: PolicyServer) -> Iterator[Tab]:
 
 
 def leave_page(tab: Tab) -> None:
-    """Close the page's websocket: the server allows fewer tabs (`MAX_TABS`) than there are tests."""
+    """Close the websocket of the page, since the server allows few tabs (`MAX_TABS`)."""
     tab.call("Page.navigate", url="about:blank")
 
 
@@ -426,7 +426,7 @@ def test_a_finger_on_the_track_chooses_the_step(phone_tab: Tab) -> None:
 
 
 def test_one_finger_turns_the_space_and_two_bring_it_nearer(phone_tab: Tab) -> None:
-    """`space.yaw` is the view's angle in radians, and `space.away` its distance from the robot."""
+    """`space.yaw` is the camera's angle in radians, `space.away` its distance from its target."""
     yaw, away = phone_tab.run("[space.yaw, space.away]")
 
     phone_tab.touch("#space", (0.2, 0.5, 0.6, 0.5))
