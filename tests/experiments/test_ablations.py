@@ -136,7 +136,8 @@ def test_names_of_rows_and_tables_are_unique() -> None:
 
 
 def test_every_row_names_modules_that_its_network_has() -> None:
-    models = {}
+    """`apply_freeze` raises an error for the name of a missing module."""
+    models = {}  # whether the model has MoGe → the model, without memory for its weights
     for has_moge in (True, False):
         config = build_spear1_config(get_preset("nano"))
         if not has_moge:
@@ -154,6 +155,7 @@ def test_every_row_names_modules_that_its_network_has() -> None:
 
 
 def test_the_vlm_learns_at_its_recipes_rate() -> None:
+    """The ablations change the rate of the policy's recipe, and scale it back for the VLM."""
     settings = RECIPE_SETTINGS["nano-vla"]
 
     vlm_rate = settings["lr"] * settings["lr_scale"]["vlm"]
@@ -162,6 +164,7 @@ def test_the_vlm_learns_at_its_recipes_rate() -> None:
 
 
 def test_the_longer_training_without_3d_sees_as_many_samples_as_its_recipe() -> None:
+    """The row "no-3d-as-long" is a longer "nano-vla", and "nano-vla-no-3d" is its recipe."""
     recipe = RECIPES["nano-vla"]
     longer_recipe = RECIPES["nano-vla-no-3d"]
     num_samples = recipe.optimization.steps * recipe.batch_size

@@ -120,9 +120,10 @@ class Regression:
 
     def loss(self, batch: dict[str, Any], generator: torch.Generator) -> Any:
         time.sleep(self.delay_s)
-        x = batch["x"]
+        x = batch["x"]  # [8, 4]
         noise = 0.1 * torch.randn(8, 1, generator=generator)
-        error = self.model(x) - (x.sum(-1, keepdim=True).sin() + noise)
+        target = x.sum(-1, keepdim=True).sin() + noise
+        error = self.model(x) - target
         return self.scale * error.square().mean(), {"absolute": error.abs().mean()}
 
 
@@ -130,7 +131,7 @@ class NonFiniteRegression(Regression):
     """A task whose loss is not finite in some steps.
 
     Args:
-        bad_steps: these steps.
+        bad_steps: the steps whose loss is not finite.
         in_gradient: whether the loss is finite in these steps, and only its gradient is not.
     """
 

@@ -268,7 +268,8 @@ def _learned_fingerprints(model: str) -> set[str]:
 def _print_open_loop_errors(scores: "Sequence[OpenLoopErrors]", num_episodes: int) -> None:
     """Print a table: a row per kind of error, a column per policy."""
     summaries = [score.summarize() for score in scores]
-    names = [score.name[-26:] for score in scores]  # a column is 28 wide, and a path's end tells it
+    # A column has 28 characters. Long names are paths of policies, which differ at their ends.
+    names = [score.name[-26:] for score in scores]
     rows = [(format_count(num_episodes, "held-out episodes"), names)]
     for error_name in summaries[0]:
         cells = [summary[error_name].to_text(".3f") for summary in summaries]

@@ -152,7 +152,7 @@ def _make_card(label: LabeledImage, questions: Sequence[Question]) -> dict[str, 
 
 
 def _draw_histograms(statistics: LabelStatistics) -> list[tuple[str, str]]:
-    """Draw histograms of the objects' distances, sizes and scores; return them with their titles."""
+    """Draw histograms of the objects' distances, sizes and scores, with their titles."""
     unit = "m" if statistics.unit == "metre" else "the image's own unit"
     values_by_title = {
         f"Distance from the camera ({unit})": statistics.distances,

@@ -71,7 +71,7 @@ def parse_json(text: str) -> Any:
     """Parse JSON of any content; limits and errors are those of `parse_json_as`."""
     from pydantic_core import from_json
 
-    data = text.encode(errors="surrogatepass")  # halves of characters reach the parser's check
+    data = text.encode(errors="surrogatepass")  # lets the parser refuse halves of characters
     _check_integers(data)
     return from_json(data)
 
@@ -101,6 +101,7 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def _read_lines(path: Path) -> list[bytes]:
+    """Return the lines of a text in UTF-8; a `ValueError` names the file."""
     try:
         return read_utf8(path).splitlines()
     except ValueError as error:

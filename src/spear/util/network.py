@@ -130,7 +130,7 @@ def _find_variable(protocol: str) -> str:
 def _ask_server(url: str) -> str | None:
     """Return why a server does not answer a request; None if it answers.
 
-    The cache asks each server once in this process.
+    `lru_cache` keeps the result, so that this process asks each server only once.
     """
     reasons: list[str | None] = []
 
