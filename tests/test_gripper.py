@@ -52,7 +52,8 @@ MOTIONS = {
 
 @pytest.mark.parametrize(("opening", "expected"), MOTIONS.values(), ids=MOTIONS)
 def test_motion_tells_the_command(opening: list[float], expected: list[int]) -> None:
-    openings_and_end = np.array([*opening, opening[-1]], np.float32)  # an episode has one more
+    # A command is inferred for each step between two openings, so the last one is repeated.
+    openings_and_end = np.array([*opening, opening[-1]], np.float32)
 
     commands = commands_from_motion(openings_and_end, rate_hz=5.0)
 
@@ -69,6 +70,7 @@ def test_motion_tells_the_same_command_at_a_higher_rate(
 
     commands = commands_from_motion(openings_at_30_hz, rate_hz=30.0)
 
+    # The command in the middle of each step of 5 Hz.
     commands_between_steps = commands[3::6]
     np.testing.assert_array_equal(commands_between_steps, expected[:-1])
 
