@@ -1,5 +1,4 @@
-"""The arm: published kinematics, actions that do what they say, limits, and no way to make it
-unstable."""
+"""The arm: published kinematics, actions that move as they say, limits, and a stable simulation."""
 
 import math
 import os
@@ -31,10 +30,10 @@ from spear.sim.control import (
 from spear.sim.scene import sample_scene
 from spear.sim.world import World
 
-NO_ROTATION = np.array([1.0, 0, 0, 0])
-SHOULDER = np.array([0, 0, 0.333])
-MAX_REACH_M = 0.95
-MAX_JOINT_SPEED = 100  # rad/s and m/s of any joint; beyond, the simulation is unstable
+NO_ROTATION = np.array([1.0, 0, 0, 0])  # quaternion (w, x, y, z)
+SHOULDER = np.array([0, 0, 0.333])  # position of the arm's shoulder joint, m, base frame
+MAX_REACH_M = 0.95  # more than the arm's reach from its shoulder to the point between the fingers
+MAX_JOINT_SPEED = 100  # rad/s or m/s; if any joint is faster, the simulation has become unstable
 
 
 def to_rotation(quaternion: np.ndarray) -> Rotation:
@@ -60,6 +59,7 @@ def test_forward_kinematics_equal_the_published_parameters() -> None:
 def test_inverse_kinematics_reaches_poses_over_the_table_inside_the_limits() -> None:
     rng = np.random.default_rng(1)
     for _ in range(40):
+        # Over the table (m), tilted by up to 0.25 rad, turned about the vertical by up to 1.2 rad.
         target = rng.uniform([0.35, -0.25, 0.02], [0.62, 0.25, 0.35])
         target_rotation = Rotation.from_rotvec(rng.uniform([-0.25, -0.25, -1.2], [0.25, 0.25, 1.2]))
         quaternion = target_rotation.as_quat(scalar_first=True)
@@ -75,6 +75,7 @@ def test_inverse_kinematics_reaches_poses_over_the_table_inside_the_limits() -> 
 
 @pytest.fixture
 def frequent_thread_switches() -> Iterator[None]:
+    """Let Python switch between threads every microsecond, so that races become likely."""
     interval = sys.getswitchinterval()
     sys.setswitchinterval(1e-6)
     yield
@@ -124,7 +125,10 @@ def test_actions_move_in_the_base_frame_and_turn_in_the_ee_frame() -> None:
 class TestTargetOutOfReach:
     @pytest.fixture
     def world(self) -> World:
-        """A world whose arm is stretched out as far as it goes."""
+        """A world whose arm was moved forward for 15 steps, farther than it can reach.
+
+        `is_unreachable` has what the servo reported at each step.
+        """
         world = World(sample_scene("put_on", 0))
         self.is_unreachable = [
             world.servo.move(np.array([0.06, 0, 0.02]), NO_ROTATION, 1.0) for _ in range(15)
@@ -143,6 +147,7 @@ class TestTargetOutOfReach:
         for _ in range(2):
             assert not world.servo.move(np.array([-0.05, 0, -0.02]), NO_ROTATION, 0.3)
 
+        # Two steps back, of 5 cm each, move the arm back by more than 6 cm, and close the gripper.
         position, _ = world.servo.measure_pose()
         assert stretched[0] - position[0] > 0.06
         assert world.servo.measure_opening() < 0.05
@@ -156,11 +161,12 @@ def test_the_gripper_stays_over_the_table_and_reports_it() -> None:
 
     position, _ = world.servo.measure_pose()
     assert is_unreachable
-    assert position[2] > MIN_EE_HEIGHT_M - 0.003
+    assert position[2] > MIN_EE_HEIGHT_M - 0.003  # the servo may miss its target by 3 mm
 
 
 @pytest.mark.parametrize("seed", range(3))
 def test_wild_actions_never_make_it_unstable_nor_leave_the_limits(seed: int) -> None:
+    """Random actions of about half a meter keep the joints within their speeds and angles."""
     rng = np.random.default_rng([3, seed])
     world = World(sample_scene("put_in_basket", seed))
     control_step_s = PHYSICS_STEPS_PER_CONTROL_STEP * world.model.opt.timestep
@@ -173,6 +179,7 @@ def test_wild_actions_never_make_it_unstable_nor_leave_the_limits(seed: int) -> 
 
         joint_step = np.abs(world.servo._joint_command - command_before)
         assert (joint_step <= MAX_JOINT_SPEED_RAD_S * control_step_s + 1e-9).all()
+        # The measured angles may exceed the limits of the commands by 0.02 rad.
         joints = world.data.qpos[world.servo._joints]
         assert (joints > JOINT_LOWER_RAD - 0.02).all()
         assert (joints < JOINT_UPPER_RAD + 0.02).all()
@@ -184,6 +191,7 @@ def test_wild_actions_never_make_it_unstable_nor_leave_the_limits(seed: int) -> 
 # --- Actions ---
 
 
+# Each bad action, and the part of it that the error shows: a number, the norm, or the shape.
 @pytest.mark.parametrize(
     ("action", "message"),
     [
@@ -203,6 +211,7 @@ def test_a_quaternion_of_about_unit_length_is_normalized() -> None:
     np.testing.assert_allclose(rotation, NO_ROTATION)
 
 
+# A program that simulates the first 12 steps of an episode, and stores the joint angles as text.
 EPISODE = """
 from spear.sim import expert
 from spear.sim.env import TabletopEnv
@@ -216,11 +225,15 @@ result = env.world.data.qpos.tobytes().hex()
 
 
 def test_another_processor_makes_the_same_episode() -> None:
-    """Last bits that NumPy's linear algebra rounds differently there would grow into another
-    episode."""
+    """The episode is the same here and with the linear algebra of an old processor.
+
+    NumPy's matrix products would round the last bit differently there, and the difference would
+    grow until the episodes differ visibly.
+    """
     variables: dict[str, str] = {}
     exec(EPISODE, variables)
-    old_processor = {**os.environ, "OPENBLAS_CORETYPE": "Prescott"}  # what every x86 has
+    # Prescott is the oldest processor that OpenBLAS has code for; every x86 can run this code.
+    old_processor = {**os.environ, "OPENBLAS_CORETYPE": "Prescott"}
 
     command = [sys.executable, "-c", EPISODE + "print(result)"]
     result = subprocess.run(command, env=old_processor, capture_output=True, text=True, check=True)

@@ -1,4 +1,4 @@
-"""The environment: Gymnasium's contract, determinism, and tasks that only work gets done."""
+"""The environment: Gymnasium's contract, determinism, and success only when the task is done."""
 
 import os
 import subprocess
@@ -17,9 +17,9 @@ from spear.sim.env import MAX_STEPS, TabletopEnv
 from spear.sim.scene import FAMILIES
 from spear.sim.world import is_source_on_target
 
-NO_MOTION = np.array([0, 0, 0, 1, 0, 0, 0, 1], np.float32)
-IMAGE_SIZES = {"external": (96, 72), "wrist": (48, 48)}
-MAX_EXPERT_STEPS = 40
+NO_MOTION = np.array([0, 0, 0, 1, 0, 0, 0, 1], np.float32)  # an action with an open gripper
+IMAGE_SIZES = {"external": (96, 72), "wrist": (48, 48)}  # (width, height), small to be fast
+MAX_EXPERT_STEPS = 40  # steps in which the expert solves any task of these tests
 
 
 # --- Gymnasium ---
@@ -70,7 +70,7 @@ def test_an_unknown_family_gets_a_suggestion() -> None:
 
 
 def run_episode() -> list[np.ndarray]:
-    """Images and states of the first steps of a scene."""
+    """The images and states of a scene's first observation and of the four steps after it."""
     env = TabletopEnv("stack_cube", IMAGE_SIZES)
     observation, _ = env.reset(seed=11)
     observations = [observation]
@@ -96,10 +96,11 @@ def test_an_image_does_not_depend_on_what_else_is_rendered() -> None:
         observation, _ = env.reset(seed=2)
         images.append(observation["observation/image"])
 
+    # Observe the same states again, in the opposite order of environments.
     images_again = [env.observe()["observation/image"] for env in reversed(envs)]
 
     np.testing.assert_array_equal(images, images_again[::-1])
-    assert len({image.tobytes() for image in images}) == len(FAMILIES)
+    assert len({image.tobytes() for image in images}) == len(FAMILIES)  # the images differ
 
 
 # --- Tasks ---
@@ -137,6 +138,7 @@ def test_doing_nothing_fails(family: str) -> None:
 
 
 def test_an_object_is_placed_only_when_it_is_let_go() -> None:
+    """The expert solves the task, but the gripper is kept closed as soon as it holds the object."""
     env = TabletopEnv("put_on", images=False)
     _, info = env.reset(seed=3)
     while env.steps < MAX_EXPERT_STEPS:
@@ -154,6 +156,7 @@ def test_an_object_is_placed_only_when_it_is_let_go() -> None:
 
 
 def test_without_an_opengl_driver_the_error_names_the_packages_to_install(tmp_path: Path) -> None:
+    """The variable names a driver description that does not exist, so EGL finds no driver."""
     no_driver = {**os.environ, "__EGL_VENDOR_LIBRARY_FILENAMES": str(tmp_path / "none.json")}
     command = [sys.executable, "-c", "from spear.sim.render import Renderer; Renderer()"]
 

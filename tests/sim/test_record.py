@@ -1,4 +1,4 @@
-"""Demonstrations: whole, masked where disturbed, and the same however many processes make them."""
+"""Demonstrations: complete, masked where disturbed, the same for any number of processes."""
 
 import io
 from collections.abc import Mapping
@@ -17,15 +17,16 @@ from spear.sim.scene import FAMILIES
 from spear.types import Episode
 from spear.util.held_out import FIRST_TRAIN_SEED
 
-IMAGE_SIZES = {"external": (96, 72), "wrist": (48, 48)}
+IMAGE_SIZES = {"external": (96, 72), "wrist": (48, 48)}  # (width, height)
 NO_MOTION = np.array([0, 0, 0, 1, 0, 0, 0, 1], np.float32)
-MAX_EXPERT_STEP_M = 0.0601
-MAX_EXPERT_TURN_RAD = np.radians(8.1)
+MAX_EXPERT_STEP_M = 0.0601  # the expert moves by at most 0.06 m per step
+MAX_EXPERT_TURN_RAD = np.radians(8.1)  # and turns by at most 8°
 
 pytestmark = pytest.mark.usefixtures("renderer")
 
 
 def record(family: str, seed: int, **options: Any) -> Episode:
+    """Record the episode of a training scene, number `seed` of them."""
     return record_episode(family, FIRST_TRAIN_SEED + seed, IMAGE_SIZES, **options)
 
 
@@ -88,6 +89,7 @@ class TestDisturbedEpisodes:
         return np.concatenate([episode.action_mask for episode in episodes])
 
     def test_some_steps_are_masked(self, masks: np.ndarray) -> None:
+        """A push begins with probability 0.15 per step, and lasts one to five steps."""
         assert 0.03 < (~masks).mean() < 0.4
 
     def test_the_expert_recovers(self, episodes: list[Episode]) -> None:
@@ -103,7 +105,11 @@ class TestDisturbedEpisodes:
     def test_the_gripper_turns_also_near_the_object(
         self, episodes: list[Episode], actions: np.ndarray, masks: np.ndarray
     ) -> None:
-        """Only there the wrist camera shows by how much it must turn."""
+        """Only near the object the wrist camera shows how far the gripper has to turn.
+
+        Of the expert's steps after the first five, over a fifth turn by more than 5°.
+        """
+        # The real part of a quaternion is the cosine of half the angle.
         turns_rad = 2 * np.arccos(np.clip(actions[:, 3], -1, 1))
         is_late = np.concatenate([np.arange(len(episode)) >= 5 for episode in episodes])
 
@@ -127,11 +133,13 @@ def test_processes_share_the_work_without_changing_it() -> None:
 class TestPolicyThatTakesTurns:
     @pytest.fixture
     def turns(self) -> list[tuple[int, int]]:
-        """(seed, step) of the policy's steps, as they come."""
+        """A list to which the policy appends (seed, step) of each of its steps."""
         return []
 
     @pytest.fixture
     def episode(self, turns: list[tuple[int, int]]) -> Episode:
+        """An episode in which a policy that never moves takes turns with the expert."""
+
         def stay(
             folder: Path, observation: Mapping[str, Any], seed: int, step: int
         ) -> NDArray[np.float32]:

@@ -22,6 +22,7 @@ NUM_SEEDS = 30
 
 
 def sample(family: str, seed: int) -> SceneSpec:
+    """The scene of a task family, or of "clutter", which has no task."""
     return clutter_scene(seed) if family == "clutter" else sample_scene(family, seed)
 
 
@@ -36,11 +37,12 @@ def test_other_seeds_give_other_scenes(family: str) -> None:
 
     assert len({scene.objects for scene in scenes}) == NUM_SEEDS
     assert len({scene.appearance.camera for scene in scenes}) == NUM_SEEDS
-    assert len({scene.instruction for scene in scenes}) >= 6
+    assert len({scene.instruction for scene in scenes}) >= 6  # each family has 6 templates or more
 
 
 @pytest.mark.parametrize("family", [*FAMILIES, "clutter"])
 def test_objects_lie_inside_the_workspace(family: str) -> None:
+    """`WORKSPACE` is 0.37 … 0.63 m along x and -0.23 … 0.23 m along y, here with 1 cm more."""
     for seed in range(12):
         for item in sample(family, seed).objects:
             assert 0.36 < item.position[0] < 0.64
@@ -61,6 +63,7 @@ def test_objects_lie_apart(family: str) -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_objects_stay_where_they_are_put(family: str) -> None:
+    """A `World` simulates the first moments of a scene; no object moves by more than 2 mm."""
     for seed in range(12):
         scene = sample_scene(family, seed)
         expected = np.array([item.position for item in scene.objects])
@@ -69,6 +72,7 @@ def test_objects_stay_where_they_are_put(family: str) -> None:
 
 
 def list_kinds(family: str, seed: int) -> list[str]:
+    """The kinds of a scene's objects: target, source, distractors."""
     return [item.kind for item in sample_scene(family, seed).objects]
 
 
@@ -100,7 +104,7 @@ class TestRoles:
     def test_distractors_are_few_and_different(self, family: str, seed: int) -> None:
         kinds = list_kinds(family, seed)
 
-        assert 2 <= len(kinds) <= 5
+        assert 2 <= len(kinds) <= 5  # target, source and up to three distractors
         assert len(set(kinds)) == len(kinds)
 
     @pytest.mark.parametrize("family", FAMILIES)

@@ -1,4 +1,4 @@
-"""Each shift changes what it says, by its level, and nothing else."""
+"""Each shift changes what its axis says, as far as its level allows, and nothing else."""
 
 import dataclasses
 import math
@@ -32,6 +32,7 @@ from spear.sim.shifts import (
 from spear.sim.textures import UNSEEN_TEXTURES
 from spear.sim.worlds import CameraOrbit
 
+# Axis -> the fields of `SceneSpec` that it changes.
 CHANGED_FIELDS = {
     "camera": {"appearance"},
     "light": {"appearance"},
@@ -41,6 +42,7 @@ CHANGED_FIELDS = {
     "language": {"instruction"},
     "noise": set(),
 }
+# Axis -> the fields of `SceneAppearance` that it may change.
 CHANGED_LOOK_FIELDS = {
     "camera": {"camera", "fovy_deg", "has_four_walls"},
     "light": {"light", "diffuse", "ambient"},
@@ -49,6 +51,7 @@ CHANGED_LOOK_FIELDS = {
 
 
 def differing_fields(first: object, second: object) -> set[str]:
+    """The fields in which two objects of the same dataclass differ."""
     names = [field.name for field in dataclasses.fields(first)]  # type: ignore[arg-type]
     return {name for name in names if getattr(first, name) != getattr(second, name)}
 
@@ -90,7 +93,7 @@ def test_the_camera_moves_within_its_level(level: int) -> None:
         assert 1 / limits.distance_factor - 1e-6 <= ratio <= limits.distance_factor + 1e-6
 
 
-def test_background_textures_of_level_3_appear_nowhere_else() -> None:
+def test_the_background_of_level_3_has_only_unseen_textures() -> None:
     scene = sample_scene("put_on", 2)
 
     surfaces = shift_scene(scene, Shift("background", 3)).appearance.surfaces
@@ -119,10 +122,11 @@ def test_the_gripper_begins_outside_the_range_of_training(level: int) -> None:
         yaw = 2 * math.atan2(scene.ee_rotation[3], scene.ee_rotation[0])
 
         assert offset.max() >= TRAINING_START_RANGE_M
-        assert abs(yaw) >= math.radians(30) - 1e-9
+        assert abs(yaw) >= math.radians(30) - 1e-9  # training turns the gripper by up to 30°
 
 
 def seen_instructions() -> set[str]:
+    """The instructions of 300 training scenes of each family (training's seeds begin at 10,000)."""
     texts = set()
     for family in FAMILIES:
         for seed in range(10_000, 10_300):
@@ -143,11 +147,12 @@ def test_unseen_words_do_not_stand_among_those_of_training() -> None:
     for name, templates in UNSEEN_TEMPLATES.items():
         assert not set(templates) & set(TEMPLATES[name])
     for kind, synonyms in UNSEEN_SYNONYMS.items():
-        new_words = set(synonyms) - {kind}
+        new_words = set(synonyms) - {kind}  # the kind's plain name may occur in both
         assert not new_words & set(SYNONYMS.get(kind, ()))
 
 
 def scene_with_a_relation() -> SceneSpec:
+    """The first scene whose source (object 1) can be described by where it lies."""
     for seed in range(100):
         scene = sample_scene("put_on", seed)
         if describe_by_relation(scene, 1):
@@ -161,7 +166,7 @@ def test_a_relation_names_another_object_of_the_scene() -> None:
     description = describe_by_relation(scene, 1)
 
     assert description is not None
-    anchor = description.rpartition(" of the ")[2]
+    _, _, anchor = description.rpartition(" of the ")  # for example "thing left of the plate"
     assert anchor in {placed_object.kind for placed_object in scene.objects}
     assert anchor != scene.objects[1].kind
 

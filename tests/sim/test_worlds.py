@@ -1,4 +1,8 @@
-"""Worlds change the surroundings of a scene and nothing of its task."""
+"""Worlds change the surroundings of a scene and nothing of its task.
+
+"lab:3" is laboratory number 3, whose surroundings are the same in all its scenes; "wild" has other
+surroundings in each scene.
+"""
 
 import numpy as np
 import pytest
@@ -17,7 +21,7 @@ def test_a_world_keeps_the_task(world: str) -> None:
 
     placed = place_in_world(scene, world)
 
-    assert placed.objects[: len(scene.objects)] == scene.objects
+    assert placed.objects[: len(scene.objects)] == scene.objects  # clutter follows after them
     assert placed.instruction == scene.instruction
     assert placed.ee_position == scene.ee_position
     assert placed.appearance != scene.appearance
@@ -61,6 +65,8 @@ def test_wild_cameras_stay_in_their_ranges() -> None:
         wild_look = place_in_world(sample_scene("put_on", seed), "wild").appearance
         orbit = CameraOrbit.of(wild_look)
 
+        # Ranges of `_wild_look`: elevation 15° … 70°, azimuth ± 60° around that of the default
+        # world, which itself varies by up to 5°, view angle 30° … 65°.
         assert 15 <= orbit.elevation_deg <= 70
         assert abs(orbit.azimuth_deg - nominal.azimuth_deg) < 65
         assert 30 <= wild_look.fovy_deg <= 65
@@ -95,9 +101,11 @@ def test_true_boxes_project_onto_their_objects_in_any_camera() -> None:
 
     for instance, vertices in frame.boxes.items():
         rows, columns = np.nonzero(frame.instances == instance)
+        # The box's vertices in the image, [8, 2] pixels.
         projected = vertices @ frame.intrinsics.T
         pixels = projected[:, :2] / projected[:, 2:]
 
+        # The object's pixels are within the vertices' range, with a tolerance of 2 pixels.
         assert pixels[:, 0].min() - 2 <= columns.min()
         assert columns.max() <= pixels[:, 0].max() + 2
         assert pixels[:, 1].min() - 2 <= rows.min()
