@@ -1,4 +1,8 @@
-"""What a recipe builds: new 3D tokens, policies that keep what they have, and what does not fit."""
+"""What `build` makes of a recipe and its inputs: new 3D tokens, models, notices and refusals.
+
+`make_labeled_image(i)` is a labeled image of a tabletop scene, with coordinates of about a meter.
+`write_store` writes episodes to a folder and opens them.
+"""
 
 import dataclasses
 import json
@@ -36,12 +40,13 @@ POLICY_RECIPE = get_recipe("nano-post").with_changes(batch_size=1)
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> TrainingInputs:
-    """Labels, and the shipped SPEAR-VLM."""
+    """Twelve labeled images, and the shipped SPEAR-VLM to start from; it has 1,024 3D tokens."""
     folder = tmp_path_factory.mktemp("labels")
     write_labels((make_labeled_image(i) for i in range(12)), folder / "labels-00000.parquet")
     return TrainingInputs(labels=[folder], init=locate("nano-vlm"))
 
 
+# Fewer and more 3D tokens than the 1,024 of the shipped SPEAR-VLM.
 new_tokens = pytest.mark.parametrize(("bins", "spacing"), [(256, None), (1500, "uniform")])
 
 
@@ -58,12 +63,13 @@ def test_new_3d_tokens_have_new_embeddings_and_words_keep_theirs(
     rows = model.get_parameter(EMBEDDINGS)
     first = model.config.coordinate_start
     assert model.config.coordinate_bins == bins
-    assert len(rows) == first + max(bins, 1024)
+    assert len(rows) == first + max(bins, 1024)  # surplus tokens stay in the vocabulary
     assert model.config.text_config.vocab_size == len(rows)
     assert torch.equal(rows[:first], original_rows[:first])
     words = original_rows[: original.processor.location_start]
     expected = init_new_embeddings(words, bins, torch.Generator().manual_seed(0))
     assert torch.equal(rows[first : first + bins], expected)
+    # No 3D token has its old embedding.
     is_close = torch.isclose(rows[first : first + 256], original_rows[first : first + 256])
     assert not is_close.all(1).any()
 
@@ -87,14 +93,17 @@ def test_a_vlm_with_new_3d_tokens_learns_and_answers(
     assert np.allclose(widths, widths[0]) == (spacing == "uniform")
     image = np.zeros((128, 192, 3), np.uint8)
     (answer,) = vlm.answer([image], ["Where is the mug?"], "box_vertices", distributions=True)
-    assert len(answer.values) == 24
+    assert len(answer.values) == 24  # eight vertices with three coordinates each
     assert answer.distribution is not None
     assert answer.distribution.probabilities.shape == (24, bins)
 
 
 @pytest.fixture
 def rooms(inputs: TrainingInputs, tmp_path: Path) -> TrainingInputs:
-    """Labels of rooms, for a VLM of a tabletop: its answers would end at the last 3D token."""
+    """Labels nine times as large as a tabletop.
+
+    Their coordinates exceed the range of the shipped VLM's 3D tokens.
+    """
     folder = tmp_path / "rooms"
     write_labels(
         (make_labeled_image(i, scale=9.0) for i in range(4)), folder / "labels-00000.parquet"
@@ -122,7 +131,7 @@ def test_numbers_inside_of_the_3d_tokens_are_not_noted(inputs: TrainingInputs) -
 
 @pytest.fixture
 def relative_shard(tmp_path: Path) -> Path:
-    """The third shard of labels in another unit; its folder lacks the first two."""
+    """A file of labels in another unit. Its number, 2, says that its folder lacks two files."""
     shard = tmp_path / "labels-00002.parquet"
     write_labels([dataclasses.replace(make_labeled_image(0), unit="relative")], shard)
     return shard
@@ -133,7 +142,7 @@ def test_complete_labels_are_loaded_without_a_notice(
 ) -> None:
     with no_warning():
         load_labels(inputs.labels, ["external"])
-        load_labels([relative_shard], ["external"])  # by itself, a shard lacks no others
+        load_labels([relative_shard], ["external"])  # given as a file, a shard lacks no others
 
 
 def test_labels_that_are_given_twice_are_noted(inputs: TrainingInputs) -> None:
@@ -156,7 +165,11 @@ def test_labels_of_several_units_are_refused(inputs: TrainingInputs, relative_sh
 def test_an_action_expert_is_as_deep_as_the_vlm_that_the_policy_begins_with(
     tmp_path: Path,
 ) -> None:
-    """A VLM with a preset's encoders may have another language model, as PaliGemma 2 has."""
+    """A VLM of a preset may have another language model than the preset, as PaliGemma 2 has.
+
+    Here it has two layers and three key-value heads. The action expert reads the keys and values of
+    each layer, so it needs the same numbers, but it keeps the preset's width.
+    """
     processor = load_vlm("nano").processor
     config = build_vlm_config(
         get_preset("nano"), len(processor.tokenizer), processor.coordinate_ids.start
@@ -188,6 +201,8 @@ def test_an_action_expert_is_as_deep_as_the_vlm_that_the_policy_begins_with(
     assert torch.isfinite(loss)
 
 
+# The policy or VLM to start from, changes of the recipe, and the mode that results. Nano itself was
+# trained with "meanstd".
 @pytest.mark.parametrize(
     ("init", "changes", "mode"),
     [
@@ -199,11 +214,15 @@ def test_an_action_expert_is_as_deep_as_the_vlm_that_the_policy_begins_with(
 def test_a_policy_keeps_its_normalization_unless_the_recipe_has_another(
     init: str, changes: dict[str, Any], mode: Any, tmp_path: Path
 ) -> None:
-    """Else it would begin with steps of another length: nano's three times as long."""
+    """With another normalization the policy's actions would have another length.
+
+    Nano's would at first be three times as long.
+    """
     store = write_store([make_episode(0, num_steps=9)], tmp_path / "mine")
     inputs = TrainingInputs((), [("it", store, 1.0)], locate(init))
 
-    with pytest.warns(Notice, match="'external': .* black bars"):  # as when the policy acts
+    # The same notice about images is printed when the policy acts.
+    with pytest.warns(Notice, match="'external': .* black bars"):
         _, task, _ = build(POLICY_RECIPE.with_changes(**changes), inputs)
 
     expected = Normalizer.fit([(store, 1.0)], mode)
@@ -304,7 +323,7 @@ def test_the_vision_encoder_learns_from_wrist_images_alone(tmp_path: Path) -> No
 
 def test_the_depth_encoder_learns_from_wrist_images_alone() -> None:
     images = [(make_labeled_image(0).image, np.ones((4, 4)))]
-    task = DepthTask(torch.nn.Identity(), {"wrist": images}, 1, 0)
+    task = DepthTask(torch.nn.Identity(), {"wrist": images}, batch_size=1, seed=0)
 
     for step in range(8):
         assert len(task.batch(step)["pixels"]) == 1
@@ -320,6 +339,7 @@ def policy_inputs(tmp_path: Path) -> TrainingInputs:
 def test_a_policy_keeps_its_longest_delay_until_a_recipe_has_another(
     policy_inputs: TrainingInputs, tmp_path: Path
 ) -> None:
+    """Each recipe starts from the result of the one before. `committed` None is no change."""
     inputs = policy_inputs
     for committed, expected in ((None, 0), (3, 3), (None, 3), (0, 0)):
         model, _, save = build(POLICY_RECIPE.with_changes(committed=committed), inputs)
@@ -348,5 +368,6 @@ def test_gemmas_embedding_scale_is_exact_after_a_checkpoint_in_bfloat16(
 
     set_weight_precision(model, POLICY_RECIPE.optimization)
 
+    # Gemma scales embeddings by the root of their width, which is 192 in nano.
     scale = float(model.vlm.language_model.embed_tokens.embed_scale)
     assert scale == pytest.approx(192**0.5, rel=1e-6)

@@ -1,4 +1,8 @@
-"""Mistakes in a training are found before its data are made, and leave no files."""
+"""Mistakes in a training are found before its data are prepared, and leave no files.
+
+Preparing a dataset (`spear.data.store.prepare.prepare`) may take hours. The tests run the command
+or call `check_inputs` and `Recipe.with_changes`, and look at what the error names.
+"""
 
 import json
 import math
@@ -23,7 +27,7 @@ from spear.train.recipes import get_recipe
 
 
 def write_checkpoint(out: Path, seed: int = 0, pieces: int = 1) -> None:
-    """Write the state of a run that has done one step."""
+    """Write the checkpoint's state of a run that has done one step."""
     folder = out / "checkpoints" / "step-00000001"
     folder.mkdir(parents=True)
     settings = {"seed": seed, "pieces": pieces, "about": {}}
@@ -33,9 +37,15 @@ def write_checkpoint(out: Path, seed: int = 0, pieces: int = 1) -> None:
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of good and bad inputs.
+    """A folder with good and bad inputs.
 
-    `mine` has to be prepared before it can be learned from; `cut` is nano with half of its weights.
+    mine        two episodes as a LeRobot dataset, which has to be prepared before a training.
+    cut         the nano policy, with the second half of its weights cut off.
+    empty       an empty folder.
+    file        a file.
+    labels      one labeled image.
+    wrist       an episode without an external camera.
+    of-seed-5, of-2-pieces  unfinished runs with another seed or another number of pieces.
     """
     root = tmp_path_factory.mktemp("folders")
     write_lerobot([make_episode(0), make_episode(1)], root / "mine")
@@ -55,6 +65,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
 no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="is about a machine without a GPU")
 
 
+# Options of `spear train nano-post`, where {} is the fixture's folder, and what the error names.
 @pytest.mark.parametrize(
     ("words", "named"),
     [
@@ -131,7 +142,10 @@ def test_only_the_first_process_says_that_the_training_is_done(
 
 @pytest.fixture
 def refused_vlm(tmp_path: Path, run_refused_command: Command) -> Callable[[str], str]:
-    """Refuse to train a VLM's recipe, with other words, on labels."""
+    """A function that runs `spear train WORDS --labels …`, which must be refused.
+
+    It returns the error.
+    """
     labels = tmp_path / "labels"
     write_labels([make_labeled_image(0)], labels / "labels-00000.parquet")
     return lambda words: run_refused_command("train", words.split(), "--labels", str(labels))
@@ -153,7 +167,7 @@ def test_a_second_moge_is_refused(refused_vlm: Callable[[str], str]) -> None:
 def test_a_broken_origin_of_weights_is_found_before_it_is_needed(
     refused_vlm: Callable[[str], str], tmp_path: Path
 ) -> None:
-    """The result records where the weights that it began with come from."""
+    """The result would record the origin of the depth encoder, which its recipe.json says."""
     depth = shutil.copytree(locate("nano-depth"), tmp_path / "depth")
     (depth / "recipe.json").write_text('{"learned": 3}')
 
@@ -173,7 +187,7 @@ def test_a_broken_origin_of_weights_is_found_before_it_is_needed(
 def test_evaluation_finds_unknown_names_before_data_are_made(
     words: str, folders: Path, run_refused_command: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # Whoever makes the data would call None, and fail with another error than the expected one.
+    # Preparing data would call None, which is another error than the expected one.
     monkeypatch.setattr("spear.data.store.prepare.prepare", None)
 
     arguments = words.format(folders / "mine").split()
@@ -189,6 +203,7 @@ def test_evaluation_refuses_episodes_that_were_trained_on(
     assert "--train-split train: " in run_refused_command(words.split())
 
 
+# A recipe, the inputs that are given, and the option that is missing or has no effect.
 @pytest.mark.parametrize(
     ("name", "inputs", "option"),
     [
@@ -213,6 +228,7 @@ def test_inputs_that_are_missing_or_without_effect_are_named(
     refuses(words, check_inputs, get_recipe(name), TrainingInputs(**values))
 
 
+# A recipe and changes, the first of which has no effect in it.
 @pytest.mark.parametrize(
     ("name", "changes"),
     [
@@ -275,7 +291,7 @@ def test_values_of_another_type_or_out_of_range_are_refused(key: str, value: Any
 
 
 def test_values_may_be_as_json_has_them() -> None:
-    """Lists for tuples, and whole numbers for floats."""
+    """JSON has lists instead of tuples, and may have whole numbers for floats."""
     recipe = get_recipe("nano-vla").with_changes(
         frozen=["vlm.moge"], betas=[0.5, 0.9], lr=1, pairs=[2, 2]
     )

@@ -1,4 +1,7 @@
-"""examples/cluster: each file starts the plain command (Ray's: tests/test_ray.py)."""
+"""examples/cluster: slurm.sh and kubernetes.yaml start the plain training command on all nodes.
+
+tests/test_ray.py tests the file for Ray.
+"""
 
 import os
 import subprocess
@@ -16,7 +19,12 @@ SLURM = ["bash", str(CLUSTER / "slurm.sh"), *TRAIN]
 
 
 def make_slurm_job(folder: Path, **programs: str) -> dict[str, str]:
-    """Return the environment of a Slurm job whose PATH begins with these shell scripts."""
+    """Return the environment of a Slurm job, in which `programs` replace commands of Slurm.
+
+    Args:
+        folder: where the programs are written; PATH begins with it.
+        programs: name -> text of a shell script.
+    """
     folder.mkdir()
     for name, body in programs.items():
         (folder / name).write_text(f"#!/bin/sh\n{body}\n")
@@ -39,10 +47,13 @@ def run_slurm(environment: dict[str, str], folder: Path) -> subprocess.Completed
 
 @pytest.fixture
 def slurm_job(tmp_path: Path) -> dict[str, str]:
-    """A job in which torchrun prints its arguments."""
+    """A job in which torchrun prints its arguments.
+
+    scontrol lists the job's nodes, and srun runs the command that follows its own options.
+    """
     return make_slurm_job(
         tmp_path / "bin",
-        # The names of more nodes than a pipe holds: all must be read.
+        # So many names of nodes that a pipe cannot hold them; the script must read them all.
         scontrol='[ "$1" = show ] && seq -f node%.0f 7 40000',
         srun='while [ "${1#--}" != "$1" ]; do shift; done; exec "$@"',
         torchrun='printf "%s\\n" "$@"',
@@ -74,6 +85,7 @@ def test_slurm_ends_with_the_exit_code_of_the_training(
 
 
 def test_slurm_queues_a_job_again_that_is_out_of_time(tmp_path: Path) -> None:
+    """Slurm sends SIGUSR1 to the script shortly before the job's time is over."""
     out_of_time = "kill -USR1 $PPID; exec sleep 0.2"
     environment = make_slurm_job(
         tmp_path / "bin", scontrol='echo "$@"', srun=out_of_time, torchrun="true"
@@ -86,12 +98,14 @@ def test_slurm_queues_a_job_again_that_is_out_of_time(tmp_path: Path) -> None:
 
 @pytest.fixture
 def service() -> Any:
+    """The service of kubernetes.yaml, the first document of the file."""
     service, _ = yaml.safe_load_all((CLUSTER / "kubernetes.yaml").read_text())
     return service
 
 
 @pytest.fixture
 def job() -> Any:
+    """The job of kubernetes.yaml, the second document of the file."""
     _, job = yaml.safe_load_all((CLUSTER / "kubernetes.yaml").read_text())
     return job
 
@@ -128,7 +142,7 @@ def test_kubernetes_mounts_the_volumes_that_it_names(job: Any) -> None:
 
 
 def test_kubernetes_runs_one_of_our_commands(job: Any, run_refused_command: Command) -> None:
-    """With one bad value at its end, that is what is complained about."""
+    """With a bad value added, the command is refused for this value and nothing else."""
     (container,) = job["spec"]["template"]["spec"]["containers"]
     words = container["command"]
     command = words[words.index("spear") + 1 :]

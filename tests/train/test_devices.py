@@ -1,7 +1,7 @@
 """Devices, as far as they can be checked without a GPU: the choice, and where tensors are created.
 
-A tensor that a training step creates must say on which device, else it is on the CPU. A mode of
-PyTorch's sees all of them.
+Code of a training step has to pass a device whenever it creates a tensor. Otherwise the tensor is
+on the CPU, also if the model is on a GPU. `TensorCreations` finds such places.
 """
 
 import dataclasses
@@ -49,6 +49,7 @@ def test_bfloat16_is_fast_with_amx_or_on_amd_unless_onednn_may_not_use_it(
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: has_avx512_bf16)
 
     is_fast_on_amd = is_amd and has_avx512_bf16
+    # A value of ONEDNN_MAX_CPU_ISA, which limits oneDNN's instructions -> whether bfloat16 is fast.
     expected_of_limit = {
         "": has_amx or is_fast_on_amd,
         "avx512_core_bf16": is_fast_on_amd,
@@ -88,6 +89,7 @@ def test_a_run_uses_float32_where_the_recipe_says_so(
     assert loop.resolve_optimization(IN_FLOAT32, tmp_path, CPU) == IN_FLOAT32
 
 
+# A layer's inputs, the batch size, and the number of threads that results; four are available.
 @pytest.mark.parametrize(
     ("num_inputs", "batch_size", "num_threads"), [(6400, 1, 1), (6400, 32, 2), (10**6, 1, 4)]
 )
@@ -98,6 +100,7 @@ def test_a_small_network_acts_with_few_threads(
     original_num_threads = torch.get_num_threads()
     torch.set_num_threads(4)
 
+    # The number of threads is restored even after an exception.
     try:
         with pytest.raises(ZeroDivisionError), limit_threads(model, batch_size):
             assert torch.get_num_threads() == num_threads
@@ -111,6 +114,7 @@ def test_a_small_network_acts_with_few_threads(
 def test_waiting_threads_soon_sleep_unless_the_user_says_otherwise(
     user_value: str | None, expected: str
 ) -> None:
+    """GOMP_SPINCOUNT is how often a thread of OpenMP looks for work before it sleeps."""
     environment = dict(os.environ)
     environment.pop("GOMP_SPINCOUNT", None)
     if user_value is not None:
@@ -126,7 +130,7 @@ def test_waiting_threads_soon_sleep_unless_the_user_says_otherwise(
 
 @pytest.fixture
 def current_devices(monkeypatch: pytest.MonkeyPatch) -> list[torch.device]:
-    """A machine with two GPUs; the list has those that were made the current one."""
+    """Pretend that the machine has two GPUs; returns a list of the devices made current so far."""
     current: list[torch.device] = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
@@ -194,7 +198,7 @@ def test_without_a_gpu_auto_is_the_cpu_and_cuda_is_refused() -> None:
 
 
 class TensorCreations(TorchFunctionMode):
-    """Counts created tensors, and lists the places where one is created without a device."""
+    """While active, counts created tensors, and collects the places that give no device."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -213,7 +217,7 @@ class TensorCreations(TorchFunctionMode):
 
 @pytest.mark.parametrize("changes", [{}, {"gradient_checkpointing": True, "frozen": ("vlm.moge",)}])
 def test_a_training_step_says_where_it_creates_tensors(changes: dict[str, Any]) -> None:
-    """With robot samples and questions: to the device, forward, backward, clip, update, average."""
+    """The steps of `PolicyTask` have robot samples and questions, and do all that a step does."""
     task = PolicyTask()
     stepper = Stepper(task, Optimization(steps=2, lr=1e-3, **changes), seed=0)
 
@@ -222,7 +226,8 @@ def test_a_training_step_says_where_it_creates_tensors(changes: dict[str, Any]) 
             stepper(step, [task.batch(step)])
 
     assert creations.count > 20
-    # Batches are made on the CPU; and PyTorch's own checkpointing (2.11) is not ours.
+    # The tests make their batches on the CPU, and PyTorch 2.11's gradient checkpointing creates a
+    # tensor without a device itself.
     for location in creations.without_device:
         assert "tests/" in location or "torch/utils/checkpoint" in location
 

@@ -1,8 +1,9 @@
-"""Training on another device than the CPU, without one.
+"""Training on a device other than the CPU, tested on machines without such a device.
 
-The device is pretended: fake tensors of a backend that PyTorch lets Python define, and of CUDA
-where PyTorch is built with it. A stray tensor on the CPU is an error there, and so is reading a
-value. The tests run in processes of their own, because such a backend stays.
+The tests use PyTorch's fake tensors, which have a shape and a device but no values. Their device is
+"pretend", a backend that is defined in Python, or CUDA if PyTorch is built with it. An operation on
+fake tensors fails if one of them is on the CPU by mistake, or if it needs values. Each test runs in
+a process of its own, because a backend cannot be removed again.
 """
 
 import os
@@ -31,12 +32,16 @@ FAKE = FakeTensorMode()
 needs_cuda_build = pytest.mark.skipif(
     not torch.backends.cuda.is_built(), reason="PyTorch is built without CUDA"
 )
-read_sizes: list[int] = []  # numbers that each reading of a tensor's values has read
-last_tasks: list[Any] = []
+read_sizes: list[int] = []  # for each time that values were read from a tensor, how many
+last_tasks: list[Any] = []  # the tasks of all steppers that were made
 
 
 class FakePolicyTask(PolicyTask):
-    """Without the loss of questions, which look for tokens in them: fake tensors have no values."""
+    """The policy's task without the loss of questions.
+
+    That loss reads values (it looks for the answers' tokens), and fake tensors have none. The zero
+    that is added gives a gradient to a weight that only questions train.
+    """
 
     def loss(self, batch: dict[str, Any], generator: torch.Generator | None) -> Any:
         robot_batch = {key: value for key, value in batch.items() if key != "questions"}
@@ -45,7 +50,7 @@ class FakePolicyTask(PolicyTask):
 
 
 def count_readings() -> None:
-    """From now on, note each reading of a tensor's values."""
+    """From now on, let `tolist` of fake tensors return ones, and record it in `read_sizes`."""
 
     def read_values(tensor: FakeTensor) -> list[float]:
         read_sizes.append(tensor.numel())
@@ -58,6 +63,7 @@ def count_readings() -> None:
 
 
 def make_stepper(device: str, sharded: bool = False, **changes: Any) -> Stepper:
+    """A stepper of fake tensors on a device; `changes` are of its `Optimization`."""
     task = FakePolicyTask()
     last_tasks.append(task)
     opt = Optimization(**{"steps": 2, "lr": 1e-3, "ema": 0.9, "precision": "fp32", **changes})
@@ -67,7 +73,10 @@ def make_stepper(device: str, sharded: bool = False, **changes: Any) -> Stepper:
 
 
 def check_steps(stepper: Stepper) -> None:
-    """Check that each of two steps reads from the device once: the losses and the norm."""
+    """Check that each of two steps reads values from the device only once.
+
+    It then reads the loss, its parts and the gradient's norm, which the step returns.
+    """
     batch = tree_map_only(torch.Tensor, FAKE.from_tensor, stepper.task.batch(0))
     read_sizes.clear()
 
@@ -82,10 +91,12 @@ def check_steps(stepper: Stepper) -> None:
 def check_checkpoint(stepper: Stepper, device: str, root: Path) -> None:
     """Check that a checkpoint is copied from the device, and read into tensors on it."""
     with FAKE, Checkpoints(root, stepper) as checkpoints:
+        # All tensors are on the device: weights, EMA weights and two moments.
         tensors = checkpoints._collect_tensors()
         assert {tensor.device.type for tensor in tensors.values()} == {device}
         assert len(tensors) > 3 * len(stepper.trainable)
 
+        # The copies to be written are on the CPU, and values were read once, for the counts.
         written: list[Any] = []
         checkpoints._write = lambda *arguments: written.append(arguments)  # type: ignore
         read_sizes.clear()
@@ -98,6 +109,7 @@ def check_checkpoint(stepper: Stepper, device: str, root: Path) -> None:
             assert copy.device.type == "cpu"
             assert copy.is_contiguous()
 
+        # Loading creates moments on the device.
         checkpoints._create_moments(dict.fromkeys(stepper.trainable, 2.0))
         tensors = checkpoints._collect_tensors()
         assert {tensor.device.type for tensor in tensors.values()} == {device}
@@ -115,7 +127,7 @@ def check_one_process(device: str, root: Path, **changes: Any) -> None:
 def check_sharded() -> None:
     """Check that the shards of a model are on the device and divide it evenly."""
     dist.init_process_group("fake", rank=0, world_size=WORLD_SIZE, store=FakeStore())
-    # Made outside of the fake mode, because the numbers inside a mesh are read.
+    # The meshes are made outside of the fake mode, because their construction reads values.
     meshes = {
         device: parallel.init_device_mesh(device, (WORLD_SIZE,)) for device in ("cpu", "pretend")
     }
@@ -130,11 +142,12 @@ def check_sharded() -> None:
     num_in_shards = WORLD_SIZE * sum(shard.numel() for shard in shards)
     assert num_parameters <= num_in_shards
     assert num_in_shards < 1.02 * num_parameters
-    # FSDP's steps want streams, which the pretended device lacks.
+    # FSDP's steps need streams, which the pretended device does not have, so steps run on the CPU.
     check_steps(make_stepper("cpu", sharded=True))
 
 
 def check_pretended_device(root: Path) -> None:
+    """Check training on the backend "pretend", with one process and sharded."""
     _setup_privateuseone_for_python_backend("pretend")
     torch.pretend.get_amp_supported_dtype = lambda: []  # type: ignore[attr-defined]
     count_readings()
@@ -146,9 +159,10 @@ def check_pretended_device(root: Path) -> None:
 
 
 def check_cuda(root: Path) -> None:
-    """Check CUDA without a driver, for which autocast and autograd ask.
+    """Check training on CUDA without a driver.
 
-    Autocast is told that there is one, and a backward pass is replaced by its result.
+    Autocast and autograd would ask for a driver. So the functions that autocast asks say that there
+    is one, and the backward pass is replaced by a function that creates gradients.
     """
 
     def backward(loss: torch.Tensor) -> None:

@@ -1,4 +1,8 @@
-"""The loop: schedule, freezing, checkpoints, and a killed run that continues bit for bit."""
+"""The loop: schedule, freezing, checkpoints, and a killed run that continues bit for bit.
+
+Most tests train `Regression`, a network of two linear layers, "0" (4 → 16) and "2" (16 → 1), whose
+batches depend on the step alone. A run's log has one row per step, which counts steps from 1.
+"""
 
 import errno
 import json
@@ -63,6 +67,7 @@ def test_the_two_newest_checkpoints_stay_and_remnants_of_killed_processes_go(
     assert sorted(path.name for path in folder.iterdir()) == ["step-00000030", "step-00000040"]
 
 
+# Rank of the training process, number of its worker processes, and number of notices on stderr.
 @pytest.mark.parametrize(
     ("rank", "workers", "num_notices"), [("0", 0, 4), ("0", 2, 2), ("1", 0, 0), ("1", 2, 0)]
 )
@@ -73,7 +78,7 @@ def test_one_of_all_processes_gives_the_notices(
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    """Of two workers, the first makes half of the batches."""
+    """Each of four batches has a notice, and the first of two workers makes two of the batches."""
 
     def show_warning(message: Warning | str, *_: Any) -> None:
         print(message, file=sys.stderr, flush=True)
@@ -105,23 +110,26 @@ def test_modules_have_their_own_learning_rate_and_vectors_no_weight_decay() -> N
 
     groups = optimize.make_optimizer(task.model, opt).param_groups
 
+    # Layer "2" has a tenth of the learning rate, but its bias half of it.
     num_parameters = {}
     for group in groups:
         key = (group["peak"], group["weight_decay"] > 0)
         num_parameters[key] = sum(parameter.numel() for parameter in group["params"])
-    assert num_parameters == {
-        (1e-2, True): 64,
-        (1e-2, False): 16,
-        (1e-3, True): 16,
-        (5e-3, False): 1,
+    assert num_parameters == {  # (learning rate, has weight decay) -> number of parameters
+        (1e-2, True): 64,  # 0.weight
+        (1e-2, False): 16,  # 0.bias
+        (1e-3, True): 16,  # 2.weight
+        (5e-3, False): 1,  # 2.bias
     }
 
 
 def test_steps_that_are_run_again_are_logged_once(tmp_path: Path) -> None:
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
 
+    # Five steps, then a resumed run from step 3 on, which repeats two of them.
     for first, last in ((0, 5), (3, 6)):
-        time.sleep(1 - time.time() % 1)  # TensorBoard's file names are in order by the second
+        # TensorBoard sorts its files by the second in their names, so each begins in a new second.
+        time.sleep(1 - time.time() % 1)
         with log.Logger(tmp_path, first, 9, log_every=1) as logger:
             for step in range(first, last):
                 logger.log(step, {"loss": 1.0})
@@ -136,10 +144,10 @@ def test_ema_is_the_ramped_average(tmp_path: Path) -> None:
     expected = {n: p.detach().clone().double() for n, p in task.model.named_parameters()}
     opt = Optimization(steps=6, lr=1e-2, warmup=1, ema=0.9, precision="fp32", schedule="constant")
 
-    # Step by step, through checkpoints, to look at the weights between.
+    # Train one step more each time, continuing from the checkpoint, to see the weights after it.
     for step in range(1, 7):
         averaged = run_loop(task, replace(opt, steps=step), tmp_path, save_every=1)
-        decay = min(0.9, step / (9 + step))
+        decay = min(0.9, step / (9 + step))  # (1 + k) / (10 + k) for k = step - 1
         for name, parameter in task.model.named_parameters():
             expected[name] = decay * expected[name] + (1 - decay) * parameter.detach().double()
 
@@ -161,7 +169,7 @@ def test_only_the_trainable_rows_change(tmp_path: Path) -> None:
 
 
 def test_trainable_rows_of_an_unknown_parameter_are_an_error() -> None:
-    """Else all rows of the parameter that is meant would learn."""
+    """Otherwise a misspelled name would let all rows of the parameter learn."""
     task = Regression()
     vars(task)["trainable_rows"] = {"0.wieght": (2, 5)}
 
@@ -170,7 +178,11 @@ def test_trainable_rows_of_an_unknown_parameter_are_an_error() -> None:
 
 
 def test_gradients_of_trainable_rows_are_clipped_to_a_norm() -> None:
-    """Seen in AdamW's first moment, 0.1 of the gradient; its update does not depend on the norm."""
+    """The norm of the clipped gradient is seen in AdamW's first moment.
+
+    After one step the first moment is 0.1 of the gradient (1 - beta of 0.9), so its norm is 0.025
+    for a gradient clipped to 0.25. The update itself does not depend on the gradient's norm.
+    """
     task = Regression(scale=100.0)
     vars(task)["trainable_rows"] = {"0.weight": (2, 5)}
     stepper = optimize.Stepper(task, replace(FORTY_STEPS, grad_clip=0.25), seed=0)
@@ -180,8 +192,8 @@ def test_gradients_of_trainable_rows_are_clipped_to_a_norm() -> None:
     moments = [stepper.optimizer.state[p]["exp_avg"] for p in task.model.parameters()]
     norm = float(torch.cat([moment.flatten() for moment in moments]).norm())
     assert norm == pytest.approx(0.025, rel=1e-4)
-    assert values["grad_norm"] > 1
-    assert not moments[0][:2].any()
+    assert values["grad_norm"] > 1  # before clipping
+    assert not moments[0][:2].any()  # 0.weight, rows that do not learn
     assert moments[0][2:5].any()
 
 
@@ -194,7 +206,7 @@ def test_a_step_that_is_not_finite_is_skipped(
     run_loop(task, replace(opt, steps=6), tmp_path)
     weights = {n: p.detach().clone() for n, p in task.model.named_parameters()}
 
-    averaged = run_loop(task, replace(opt, steps=7), tmp_path)
+    averaged = run_loop(task, replace(opt, steps=7), tmp_path)  # step 6, counted from 0, is bad
 
     for name, parameter in task.model.named_parameters():
         assert torch.equal(weights[name], parameter)
@@ -211,7 +223,10 @@ def test_a_step_that_is_not_finite_is_skipped(
 def test_the_batch_of_a_skipped_step_gives_its_loss_again(
     tmp_path: Path, in_gradient: bool
 ) -> None:
-    """With the random numbers of its step and seed; others give other losses."""
+    """The stored batch has the loss of the log again, with the random numbers of its origin.
+
+    A loss with another seed or another piece number differs.
+    """
     opt = replace(FORTY_STEPS, schedule="constant", steps=7)
     task = NonFiniteRegression({6}, in_gradient)
     run_loop(task, opt, tmp_path, seed=5)
@@ -225,6 +240,7 @@ def test_the_batch_of_a_skipped_step_gives_its_loss_again(
     for seed, number in ((5, 6), (5, 7), (6, 6)):
         loss, _ = task.loss(batch, optimize.step_generator(seed, number))
         losses.append(loss.item())
+    # If only the gradient was not finite, the loss is finite.
     is_finite = bool(torch.tensor(losses[0]).isfinite())
     assert is_finite == in_gradient
     if in_gradient:
@@ -235,6 +251,7 @@ def test_the_batch_of_a_skipped_step_gives_its_loss_again(
 def test_a_skipped_batch_is_written_whole_or_not_at_all(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    # Files are written under another name and then renamed; here renaming fails.
     monkeypatch.setattr(os, "replace", Mock(side_effect=OSError(errno.ENOSPC, "full")))
 
     batch = {"x": torch.ones(3)}
@@ -249,13 +266,15 @@ def test_too_many_steps_that_are_not_finite_end_the_run(tmp_path: Path) -> None:
     task = NonFiniteRegression({3, 5, 8})
     refuses(r"step 9.*2 skipped steps", run_loop, task, opt, tmp_path, save_every=4)
 
-    # Those before the checkpoint still count when the run continues.
+    # The run continues from the checkpoint after step 8. The two steps that were skipped before it
+    # still count, so the third one ends the run again.
     refuses("step 9", run_loop, NonFiniteRegression({8}), opt, tmp_path, save_every=4)
 
 
 RUN_SETTINGS = {"--init": "one", "preset": "nano"}
 
 
+# Each change is of one run setting.
 @pytest.mark.parametrize("change", [{"--init": "two"}, {"--init": None}, {"preset": "small"}])
 def test_a_run_does_not_continue_with_other_run_settings(change: Any, tmp_path: Path) -> None:
     run_loop(Regression(), FOUR_STEPS, tmp_path, RUN_SETTINGS)
@@ -289,6 +308,7 @@ def trained(tmp_path: Path) -> Path:
 
 
 def refuses_to_continue(words: str, out: Path) -> None:
+    """Continue the run in `out`, which must be refused with these words."""
     refuses(words, run_loop, Regression(), FORTY_STEPS, out)
 
 
@@ -332,18 +352,22 @@ def test_an_error_in_a_batch_is_one_line(workers: int, tmp_path: Path) -> None:
 
 
 def run_slowly(root: Path, options: dict[str, Any]) -> None:
-    # A shell's background jobs ignore SIGINT.
+    """Train 40 steps of 0.05 s; this is run in a process that the test ends by a signal."""
+    # The tests may run as a shell's background job, whose processes ignore SIGINT.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     run_loop(Regression(delay_s=0.05), FORTY_STEPS, root / "stopped", seed=3, **options)
 
 
+# Options of the run, the signal that ends it, and the exit code of its process. A killed run needs
+# checkpoints by steps or by time; on the other signals the run saves one itself.
 @pytest.mark.parametrize(
     ("options", "signal_number", "exit_code"),
     [
         ({"workers": 1, "save_every": 5}, signal.SIGKILL, -9),
         ({"save_minutes": 1e-6}, signal.SIGKILL, -9),
         ({"workers": 1}, signal.SIGTERM, 143),
-        ({"workers": 1}, signal.SIGINT, 1),  # as any process whose function is interrupted
+        # `multiprocessing` turns KeyboardInterrupt into exit code 1.
+        ({"workers": 1}, signal.SIGINT, 1),
     ],
 )
 def test_a_run_that_a_signal_stopped_continues_bit_for_bit(
@@ -368,9 +392,10 @@ def test_a_run_that_a_signal_stopped_continues_bit_for_bit(
     else:
         assert state["step"] == num_done
 
-    log_file.write_bytes(log_file.read_bytes() + b"{\xff\n")  # a disk's mistake
+    # A broken line in the log does no harm.
+    log_file.write_bytes(log_file.read_bytes() + b"{\xff\n")
     run_loop(Regression(), FORTY_STEPS, stopped, seed=3)
-    # As text, in which NaN equals NaN.
+    # Compared as text, because NaN does not equal NaN otherwise.
     assert json.dumps(read_progress(uninterrupted)) == json.dumps(read_progress(stopped))
 
 
@@ -411,4 +436,4 @@ def test_the_minutes_of_a_continued_run_add_up(trained: Path) -> None:
     run_loop(Regression(), replace(FOUR_STEPS, steps=6), trained)
 
     _, state = find_newest(trained / "checkpoints")
-    assert 7.0 < state["minutes"] < 8.0
+    assert 7.0 < state["minutes"] < 8.0  # the earlier 7 minutes and the short time since

@@ -1,4 +1,7 @@
-"""LoRA on the nano policy: what learns, what is saved, and a stopped run that continues exactly."""
+"""LoRA on the nano policy: what learns, what is saved, and a stopped run that continues exactly.
+
+Nano's language model has five layers, 0 to 4.
+"""
 
 import shutil
 from pathlib import Path
@@ -17,7 +20,7 @@ from spear.policy import Spear1Policy, locate
 from train_tiny import read_losses, run_recipe
 
 pytest.importorskip("peft")
-pytestmark = pytest.mark.xdist_group("lora")  # what the tests share is made once
+pytestmark = pytest.mark.xdist_group("lora")  # in one process, so that fixtures are made once
 CHANGES = {
     "preset": "nano",
     "batch_size": 2,
@@ -26,16 +29,17 @@ CHANGES = {
     "lr": 1e-3,
     "ema": 0.5,
     "schedule": "constant",
-    # On every processor.
+    # The same numbers on every processor: by default bfloat16 is used where it is fast.
     "precision": "fp32",
     "frozen_precision": "fp32",
 }
-RANK = 16
+RANK = 16  # rank of the LoRA matrices in the recipe finetune-lora
 LANGUAGE_MODEL = "vlm.language_model."
 LINEAR_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
 def run(out: Path, store: EpisodeStore, steps: int) -> Path:
+    """Train the recipe finetune-lora for so many steps; returns the folder of the result."""
     changes: dict[str, Any] = {**CHANGES, "steps": steps}
     return run_recipe("finetune-lora", out, store=store, init=locate("nano"), **changes)
 
@@ -76,9 +80,10 @@ def changed(
 
 @pytest.fixture(scope="module")
 def read_layers(original: dict[str, torch.Tensor]) -> set[str]:
-    """Names of the language model's linear layers that have a part in an action.
+    """Names of the weights of the language model's linear layers that influence actions.
 
-    Of the last layer the action expert reads keys and values alone.
+    The action expert reads each layer's keys and values. In the last layer, number 4, the five
+    other linear layers follow after keys and values, and influence nothing.
     """
     layers = {
         name
@@ -127,9 +132,10 @@ def test_what_lora_adds_has_its_rank(
     trained_weights: dict[str, torch.Tensor],
     read_layers: set[str],
 ) -> None:
+    """A change of rank 16 has 16 singular values; the next ones are only rounding."""
     for name in read_layers:
-        spectrum = torch.linalg.svdvals((trained_weights[name] - original[name]).double())
-        assert spectrum[RANK] < 1e-4 * spectrum[0], name
+        singular_values = torch.linalg.svdvals((trained_weights[name] - original[name]).double())
+        assert singular_values[RANK] < 1e-4 * singular_values[0], name
 
 
 def test_peft_reads_the_adapter_and_merges_it_to_the_same_weights(
@@ -160,6 +166,7 @@ def test_a_stopped_run_continues_bit_for_bit(
 
 
 def test_one_folder_is_all_that_serving_needs(trained: Path, tmp_path: Path) -> None:
+    """A copied result names no file of the run that made it, and acts as the original does."""
     folder = shutil.copytree(trained, tmp_path / "robot")
     for path in folder.glob("*.json"):
         assert str(trained.parent) not in path.read_text()

@@ -1,4 +1,8 @@
-"""The memory estimate, compared with what PyTorch's allocator and autograd really do."""
+"""The memory estimate, compared with what PyTorch's allocator really gives out in a step.
+
+The recipes here train a policy of a tiny preset. "lean" is smaller still: it has one camera and no
+MoGe.
+"""
 
 import dataclasses
 from collections.abc import Iterator, Mapping
@@ -33,11 +37,12 @@ RECIPE = Recipe(
     batch_size=8,
     flow_samples=2,
 )
-MARKER_BYTES = 12_345  # of an allocation that marks the beginning of a step
+MARKER_BYTES = 12_345  # an allocation of this size marks the beginning of a step
 
 
 @pytest.fixture(autouse=True, scope="module")
 def small_presets() -> Iterator[None]:
+    """Make the presets "tiny" and "lean" known to recipes."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(presets.PRESETS, "tiny", TINY)
         patch.setitem(presets.PRESETS, "lean", LEAN)
@@ -46,14 +51,14 @@ def small_presets() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def estimate(small_presets: None) -> MemoryEstimate:
-    """What the recipe needs without any change that saves memory."""
+    """The estimate for `RECIPE` without any change that saves memory."""
     return memory.measure_training(RECIPE)
 
 
 def make_stepper(recipe: Recipe) -> tuple[Stepper, dict[str, Any]]:
-    """Return a stepper with the loss that the estimate runs, and a batch, on real tensors."""
+    """Return a stepper and a batch of real tensors, with the loss that the estimate also runs."""
     model = make_spear1()
-    chunk = draw_actions(8, 5)
+    chunk = draw_actions(8, 5)  # 8 chunks of 5 actions
 
     def loss(batch: dict[str, Any], generator: torch.Generator) -> tuple[torch.Tensor, Mapping]:
         output = model(**batch, actions=chunk, flow_samples=2, generator=generator)
@@ -76,10 +81,11 @@ def stored_bytes(stepper: Stepper) -> int:
 
 
 def measure_peak_bytes(recipe: Recipe) -> tuple[Stepper, int]:
-    """Return a stepper, and the most bytes that PyTorch's allocator held in its second step.
+    """Return a stepper, and the largest number of bytes in use during the stepper's second step.
 
-    The profiler gives a running total. It begins at an unknown number, which the total at the
-    allocation of a marker tells.
+    The profiler counts the bytes that PyTorch's allocator has given out, beginning from an unknown
+    number. So a marker is allocated at the beginning of the step. What is in use at that moment is
+    known (`stored_bytes`), and the peak is that plus the later increase of the count.
     """
     stepper, batch = make_stepper(recipe)
     stepper(0, [batch])
@@ -91,7 +97,7 @@ def measure_peak_bytes(recipe: Recipe) -> tuple[Stepper, int]:
         stepper(1, [batch])
     assert marker.nbytes == MARKER_BYTES
 
-    allocations = []
+    allocations = []  # (bytes of the allocation, bytes in use after it)
     events = list(profile.profiler.kineto_results.experimental_event_tree())
     while events:
         event = events.pop()
@@ -117,8 +123,9 @@ def test_the_estimate_is_what_the_allocator_gives_out(changes: dict[str, Any]) -
     num_trainable = sum(parameter.numel() for parameter in stepper.trainable.values())
     assert planned.num_trainable == num_trainable
     assert planned.num_parameters >= num_trainable
+    # Float32 has 4 bytes. The moments are two numbers per parameter; some have no gradient.
     assert planned.ema == 4 * num_trainable
-    assert planned.gradients <= 4 * num_trainable  # not everything has a gradient
+    assert planned.gradients <= 4 * num_trainable
     assert planned.moments == 8 * num_trainable
     weights = [*stepper.model.parameters(), *stepper.model.buffers()]
     assert planned.weights == sum(tensor.nbytes for tensor in weights)
@@ -138,7 +145,7 @@ def test_changes_that_save_memory_do(estimate: MemoryEstimate) -> None:
 
 @pytest.fixture
 def instant_estimates(monkeypatch: pytest.MonkeyPatch, estimate: MemoryEstimate) -> None:
-    """Every recipe is said to need the same."""
+    """Replace the measurement, which takes a while, by the estimate of `RECIPE`."""
     monkeypatch.setattr(memory, "measure_training", lambda recipe: estimate)
 
 
@@ -152,7 +159,8 @@ def test_savings_are_planned_one_after_the_other() -> None:
 
 @pytest.mark.usefixtures("instant_estimates")
 def test_no_pieces_are_planned_among_which_a_batch_cannot_be_divided() -> None:
-    recipe = RECIPE.with_changes(batch_size=48, question_images=3)  # 6 pieces, but 3 images
+    # Pieces of 8 steps would be 6, and pieces of one step 48; neither divides 3 images.
+    recipe = RECIPE.with_changes(batch_size=48, question_images=3)
 
     for changes, _ in memory.plan_memory_savings(recipe):
         assert "accumulate" not in changes
@@ -174,7 +182,7 @@ def test_lora_adds_weights_of_which_few_learn(estimate: MemoryEstimate) -> None:
 
     assert lora.num_trainable < estimate.num_trainable
     assert estimate.num_trainable <= estimate.num_parameters
-    assert estimate.num_parameters < lora.num_parameters
+    assert estimate.num_parameters < lora.num_parameters  # LoRA matrices are additional parameters
     assert lora.weights > estimate.weights
 
 
@@ -200,7 +208,7 @@ def test_the_command_shows_what_a_recipe_needs_and_that_it_fits(run_command: Com
     output = run_command(PLAN_LARGE_BATCH, "--gpu", "16GB")
 
     assert "total" in output
-    assert "usable on 16GB: 14.8 GiB" in output
+    assert "usable on 16GB: 14.8 GiB" in output  # 16 GiB · (1 - 0.04) - 0.6 GiB
     assert output.endswith("fits\n")
 
 
@@ -226,6 +234,7 @@ def test_the_command_plans_inference_in_both_precisions(
     assert in_bfloat16.num_trainable == 0
 
 
+# Options that are refused, and what the error names.
 @pytest.mark.parametrize(
     ("words", "named"),
     [
@@ -245,7 +254,8 @@ def test_the_command_names_what_it_cannot_plan(
 def test_the_command_names_the_changes_that_make_a_recipe_fit(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    totals = iter((100, 60, 50))  # without changes, with one, with two
+    """The GPU has 50 bytes; the recipe needs 100, 60 with one change, and 50 with two."""
+    totals = iter((100, 60, 50))
     monkeypatch.setattr(memory, "usable_bytes", lambda gpu: 50)
     monkeypatch.setattr(
         memory,

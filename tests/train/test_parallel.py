@@ -1,7 +1,9 @@
-"""Several processes and one are the same run, sharded or not; one may continue what others began.
+"""Training with two processes gives the same result as with one, sharded or not.
 
-Two processes on CPUs communicate over gloo. They are started three times for all tests here: once
-for a process to be killed, once to be stopped, and once for the rest.
+A run of two processes may also be continued by one, and the reverse. The two processes run on CPUs
+and communicate over gloo. They are started three times for all tests here (fixture
+`two_processes`): once so that one of them can be killed, once so that one can be stopped, and once
+for the other runs. "ddp" is a run with the whole model in each process, "fsdp" a sharded one.
 """
 
 import json
@@ -35,7 +37,7 @@ from train_tiny import (
     start_processes,
 )
 
-pytestmark = pytest.mark.xdist_group("parallel")  # what the tests share is made once
+pytestmark = pytest.mark.xdist_group("parallel")  # in one process, so that fixtures are made once
 REGRESSION = Optimization(steps=12, lr=1e-2, warmup=3, ema=0.9, precision="fp32")
 POLICY = replace(
     REGRESSION,
@@ -48,32 +50,34 @@ POLICY = replace(
     frozen=("vlm.moge",),
 )
 POLICY_ONE_STEP = replace(POLICY, steps=1)
-PATIENCE_S = 900  # some machines are busy
+PATIENCE_S = 900  # longest time that a process may take, on a busy machine
 
 
 class FixedNoiseRegression(Regression):
-    """A task whose loss does not depend on which process draws its noise."""
+    """A task with the same noise in every piece, whichever process computes the piece."""
 
     def loss(self, batch: dict[str, Any], generator: torch.Generator) -> Any:
         return super().loss(batch, torch.Generator())
 
 
 def run_until_killed(root: Path) -> None:
+    """Train slowly, with checkpoints, until the fixture kills one of the two processes."""
     parallel.join_process_group()
     run_loop(FixedNoiseRegression(delay_s=0.05), REGRESSION, root / "killed", save_every=2)
 
 
 def run_until_stopped(root: Path) -> None:
+    """Train slowly until the fixture sends SIGTERM to one of the two processes."""
     parallel.join_process_group()
     run_loop(FixedNoiseRegression(delay_s=0.05), REGRESSION, root / "stopped")
 
 
 def run_everything(root: Path) -> None:
-    """Run what the tests look at, in each of two processes."""
+    """Do all other runs that the tests look at. This function runs in each of two processes."""
     parallel.join_process_group()
     assert parallel.get_world_size() == 2
 
-    # A run that nothing interrupts, and those that a signal ended.
+    # An uninterrupted run, and the continuation of the two runs that a signal ended.
     for name in ("uninterrupted", "killed", "stopped"):
         run_loop(FixedNoiseRegression(), REGRESSION, root / name)
 
@@ -85,11 +89,13 @@ def run_everything(root: Path) -> None:
     if parallel.get_rank() == 0:
         task.model.save_pretrained(root / "plain")
 
-    # Half a run for one process to continue, and half a run that one process began.
+    # The first half of a run that one process will continue ("from-two"), and the second half of a
+    # run that one process began ("from-one").
     run_loop(PolicyTask(), POLICY_ONE_STEP, root / "from-two", sharded=True)
     run_loop(PolicyTask(), POLICY, root / "from-one", sharded=True)
 
-    # Processes of different runs, and steps that are not finite.
+    # Two processes with different settings, and steps that are not finite. Piece 7 is the second
+    # process's piece of step 3.
     rank = parallel.get_rank()
     other_settings = replace(REGRESSION, lr=1e-2 * (1 + rank))
     refuses(
@@ -104,7 +110,11 @@ def run_everything(root: Path) -> None:
 
 @pytest.fixture(scope="module")
 def two_processes(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """Runs by two processes: their folder, and how they ended when one was killed or stopped."""
+    """All runs of two processes.
+
+    Returns `root` (the folder with a folder per run), `exit_code_of_survivor` (of the process whose
+    partner was killed), and `exit_codes_of_stopped` (of both, after one was told to stop).
+    """
     root = tmp_path_factory.mktemp("two")
 
     # One of two processes is killed.
@@ -127,7 +137,7 @@ def two_processes(tmp_path_factory: pytest.TempPathFactory) -> Any:
     for process in stopped:
         process.join(PATIENCE_S)
 
-    # The rest.
+    # All other runs.
     run_loop(PolicyTask(), replace(POLICY_ONE_STEP, accumulate=2), root / "from-one")
     processes = start_processes(run_everything, root)
     for process in processes:
@@ -143,7 +153,7 @@ def two_processes(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 @pytest.fixture(scope="module")
 def one_process(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The policy's run by one process that takes both pieces."""
+    """The folder of the policy's run by one process, which has two pieces per step."""
     out = tmp_path_factory.mktemp("one")
     run_loop(PolicyTask(), replace(POLICY, accumulate=2), out)
     return out
@@ -162,7 +172,7 @@ def read_tensors(out: Path, step: int) -> dict[str, torch.Tensor]:
 
 
 def check_same_logs(first: Path, second: Path, num_steps: int) -> None:
-    """Losses, their parts and gradient norms are the same within 1e-5."""
+    """Check that losses, their parts and gradient norms of two runs are the same within 1e-5."""
     first_rows = read_log(first)
     second_rows = read_log(second)
     assert len(first_rows) == num_steps
@@ -173,12 +183,16 @@ def check_same_logs(first: Path, second: Path, num_steps: int) -> None:
 
 
 def check_same_tensors(first: Path, second: Path, step: int) -> None:
-    """Weights, averages and moments are the same as far as the gradients' rounding lets them."""
+    """Check that weights, EMA weights and moments of two checkpoints are the same.
+
+    The tolerance allows for the different rounding of averaged gradients.
+    """
     first_tensors = read_tensors(first, step)
     second_tensors = read_tensors(second, step)
     assert first_tensors.keys() == second_tensors.keys()
     for key, value in first_tensors.items():
-        if not key.endswith(("k_proj.bias", "key.bias")):  # their gradient is zero but for rounding
+        # The gradient of these biases is zero except for rounding, and AdamW scales it up.
+        if not key.endswith(("k_proj.bias", "key.bias")):
             torch.testing.assert_close(second_tensors[key], value, rtol=2e-3, atol=2e-4, msg=key)
 
 
@@ -186,7 +200,7 @@ def check_same_tensors(first: Path, second: Path, step: int) -> None:
 def test_two_processes_are_one_that_takes_both_pieces(
     name: str, one_process: Path, two_processes: Any
 ) -> None:
-    """With whole models and sharded ones, and where two continue what one began."""
+    """The run of two processes has the losses and tensors of one process with two pieces."""
     check_same_logs(one_process, two_processes.root / name, 2)
     check_same_tensors(one_process, two_processes.root / name, 2)
 
@@ -254,7 +268,7 @@ def test_a_piece_that_is_not_finite_makes_all_processes_skip_the_step(two_proces
     out = two_processes.root / "skipped"
 
     losses = read_losses(out)
-    assert losses[3] is None
+    assert losses[3] is None  # the only bad piece is number 7, in step 3 (from 0)
     assert None not in losses[:3] + losses[4:]
     names = [path.name for path in (out / "not-finite").iterdir()]
     assert names == ["step-00000004-piece-00000007.safetensors"]
@@ -264,7 +278,7 @@ def test_too_many_skipped_steps_end_all_processes_and_the_first_explains(
     two_processes: Any,
 ) -> None:
     assert "1 skipped step" in (two_processes.root / "too-many-0").read_text()
-    assert (two_processes.root / "too-many-1").read_text() == "2"
+    assert (two_processes.root / "too-many-1").read_text() == "2"  # its exit code
 
 
 def test_pieces_that_the_processes_cannot_share_are_refused(

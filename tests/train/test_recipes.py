@@ -1,4 +1,7 @@
-"""The recipes: the paper's numbers, and modules that exist."""
+"""The recipes have the paper's numbers, and name modules that exist.
+
+`VLM_RECIPES` and `POLICY_RECIPES` are the paper's; all others are ours.
+"""
 
 import dataclasses
 import tomllib
@@ -83,7 +86,10 @@ def test_post_training_is_the_same_on_both_datasets() -> None:
 
 @pytest.fixture(scope="module")
 def config() -> Spear1Config:
-    """The full-size model. Where the paper is silent it is π0's, or our choice."""
+    """The config of the full-size model.
+
+    Where the paper gives no number, it has π0's number or our choice.
+    """
     return build_spear1_config(get_preset("spear1"))
 
 
@@ -104,6 +110,7 @@ def test_the_flow_has_the_papers_settings(config: Spear1Config) -> None:
     }
     assert config.horizon == 5
     assert config.committed == 0
+    # Periods of the sinusoidal encoding of the flow time τ, as in π0.
     assert config.min_period == 4e-3
     assert config.max_period == 4.0
     assert HORIZON == 5
@@ -128,6 +135,7 @@ def test_3d_tokens_are_the_papers(config: Spear1Config) -> None:
     assert vlm.coordinate_loss_weight == 2.0
     assert vlm.coordinate_smoothing == 0.0
     assert CoordinateTokenizer.fit([0.0, 1.0]).num_bins == 1024
+    # PaliGemma's vocabulary has 257,152 tokens; the 3D tokens follow them.
     assert vlm.coordinate_start == 257_152
     assert vlm.text_config.vocab_size == 257_152 + 1024
 
@@ -148,7 +156,7 @@ def test_networks_have_the_published_sizes(config: Spear1Config) -> None:
             network.num_attention_heads,
             network.intermediate_size,
         )
-    assert sizes == {
+    assert sizes == {  # width, layers, attention heads, width inside of the MLP
         "expert": (1024, 18, 8, 4096),
         "language model": (2048, 18, 8, 16384),
         "image encoder": (1152, 27, 16, 4304),
@@ -159,6 +167,7 @@ def test_networks_have_the_published_sizes(config: Spear1Config) -> None:
 
 
 def test_a_recipe_has_keys_and_values_that_set_would_take() -> None:
+    """`with_changes` checks keys and values, and raises for wrong ones."""
     tables = tomllib.loads(Path(recipes.__file__).with_suffix(".toml").read_text())
 
     for name, keys in tables.items():
@@ -167,7 +176,7 @@ def test_a_recipe_has_keys_and_values_that_set_would_take() -> None:
 
 
 def list_trainable(recipe: recipes.Recipe) -> dict[str, bool]:
-    """Return whether each parameter of a recipe's model learns."""
+    """Return whether each parameter of a recipe's model learns, by the parameter's name."""
     with torch.device("meta"):
         policy = Spear1ForActionPrediction(build_spear1_config(get_preset(recipe.preset)))
     model = policy if recipe.kind == "vla" else policy.vlm
@@ -208,6 +217,7 @@ def test_policies_train_everything_but_moges_encoder(name: str) -> None:
 
 
 def test_the_page_has_every_recipe_with_its_numbers() -> None:
+    """A row of the page's tables has the recipe's name, steps × batch size, learning rate, …"""
     cells_of_recipe = {}
     for line in PAGE.read_text().splitlines():
         if line.startswith("| `") and " × " in line:

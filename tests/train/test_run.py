@@ -1,4 +1,10 @@
-"""The whole pipeline at nano: scenes, labels, depth, VLM, demonstrations, SPEAR-1, actions."""
+"""The whole pipeline at nano size, and runs that are continued, refused or recorded.
+
+The first half trains every stage for two steps (fixture `walked`): labels and demonstrations from
+the simulator, a depth encoder, a VLM in three stages, and SPEAR-1. The second half trains a policy
+of a tiny preset (fixtures `finished`, `one_episode` and `learn`). A run is a folder with
+checkpoints; its result is the folder `final` in it.
+"""
 
 import json
 import shutil
@@ -37,7 +43,7 @@ from spear.train.recipes import get_recipe
 from spear.train.run import train, weigh_datasets
 from train_tiny import read_losses, run_recipe, save_policy
 
-pytestmark = pytest.mark.xdist_group("walk")  # what the tests share is made once
+pytestmark = pytest.mark.xdist_group("walk")  # in one process, so that fixtures are made once
 FEW_STEPS = {"steps": 2, "batch_size": 2, "warmup": 1}
 POLICY_CHANGES = {
     **FEW_STEPS,
@@ -46,13 +52,19 @@ POLICY_CHANGES = {
     "coordinate_weight": 5.0,
     "coordinate_smoothing": 0.5,
 }
-TINY_CHANGES = {"preset": "tiny", "flow_samples": 1, "warmup": 0}  # of nano-post, for policy `tiny`
+# Changes of the recipe nano-post for a policy of the tiny preset.
+TINY_CHANGES = {"preset": "tiny", "flow_samples": 1, "warmup": 0}
 EMBEDDINGS = "language_model.embed_tokens.weight"
 
 
 @pytest.fixture(scope="module")
 def walked(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
-    """Every stage run once, for two steps; "grown" is SPEAR-VLM before its first step."""
+    """Run every stage for two steps.
+
+    Returns `labels` (a folder), `episodes` (a store), and `folders`: recipe -> folder of its
+    result. "grown" is the result of nano-vlm-1 after no step, so the VLM with MoGe's encoder and
+    new 3D tokens that nano-vlm-1 begins with.
+    """
     from spear.sim.record import record_episodes
 
     root = tmp_path_factory.mktemp("path")
@@ -84,7 +96,7 @@ def walked(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
 
 @pytest.fixture
 def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A policy whose preset recipes know."""
+    """The folder of a random policy of the preset "tiny", which recipes know in this test."""
     monkeypatch.setitem(PRESETS, "tiny", TINY)
     return save_policy(tmp_path / "tiny")
 
@@ -94,7 +106,7 @@ def load_vlm_parameters(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def read_origin(final: Path) -> dict[str, Any]:
-    """Return what a result says about its training."""
+    """Return the content of a result's recipe.json, which says how it was trained."""
     return json.loads((final / "recipe.json").read_text())
 
 
@@ -104,7 +116,7 @@ def test_the_vlm_answers(walked: SimpleNamespace) -> None:
 
     (answer,) = vlm.answer([image], ["Where is the cube?"], "box_vertices")
 
-    assert len(answer.values) == 24
+    assert len(answer.values) == 24  # eight vertices with three coordinates each
 
 
 def test_the_policy_acts_and_repeats_itself(walked: SimpleNamespace) -> None:
@@ -115,6 +127,7 @@ def test_the_policy_acts_and_repeats_itself(walked: SimpleNamespace) -> None:
 
     assert actions.shape == (5, 8)
     assert np.isfinite(actions).all()
+    # The rotations are unit quaternions with w >= 0.
     np.testing.assert_allclose(np.linalg.norm(actions[:, 3:7], axis=-1), 1, atol=1e-5)
     assert (actions[:, 3] >= 0).all()
     policy.reset()
@@ -139,7 +152,10 @@ def test_the_result_lists_all_that_was_learned_from(walked: SimpleNamespace) -> 
 
 
 def test_moge_changes_no_visual_token_before_it_has_learned(walked: SimpleNamespace) -> None:
-    """The average of both projections is at first what the language model knows already."""
+    """Adding MoGe changes no visual token; training nano-vlm-1 for two steps does.
+
+    "nano-vlm-0" is the VLM before MoGe is added.
+    """
     generator = torch.Generator().manual_seed(0)
     pixels = torch.randint(0, 256, (2, 3, 128, 192), generator=generator).byte()
     tokens = {}
@@ -206,7 +222,11 @@ ONE_STEP = {**TINY_CHANGES, "steps": 1, "batch_size": 2}
 
 @pytest.fixture(scope="module")
 def finished_once(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
-    """A finished run of one step on the first two of three episodes."""
+    """A finished run of nano-post: one step, on the first two of three episodes.
+
+    Returns `out` (the run's folder), `three_episodes` and `store` (the two episodes it trained on),
+    and `init` (the policy it began with).
+    """
     root = tmp_path_factory.mktemp("finished")
     three_episodes = write_store(
         [make_episode(0), make_episode(1), make_episode(2)], root / "store"
@@ -223,7 +243,7 @@ def finished_once(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
 def finished(
     finished_once: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> SimpleNamespace:
-    """A copy of that run, which a test may change."""
+    """A copy of the run of `finished_once`, which a test may change; `final` is its result."""
     monkeypatch.setitem(PRESETS, "tiny", TINY)
     out = shutil.copytree(finished_once.out, tmp_path / "run")
     return SimpleNamespace(**{**vars(finished_once), "out": out, "final": out / "final"})
@@ -236,6 +256,7 @@ def continue_finished(finished: SimpleNamespace, **changes: Any) -> Path:
 
 
 def check_refused_and_unchanged(finished: SimpleNamespace, words: str, **changes: Any) -> None:
+    """Check that continuing with changes is refused with these words, and writes no file."""
     times = {p: p.stat().st_mtime_ns for p in finished.out.rglob("*") if p.is_file()}
 
     refuses(words, continue_finished, finished, **changes)
@@ -244,7 +265,7 @@ def check_refused_and_unchanged(finished: SimpleNamespace, words: str, **changes
 
 
 def test_a_checkpoint_records_what_the_run_is_made_from(finished: SimpleNamespace) -> None:
-    """Also that there were no labels: a run with some would be another one."""
+    """The checkpoint also records that there were no labels, so that a run with labels differs."""
     (path,) = finished.out.glob("checkpoints/*/state.json")
 
     run_settings = json.loads(path.read_text())["settings"]["about"]
@@ -280,7 +301,8 @@ def test_other_words_or_weights_to_begin_with_are_refused(
     coordinates.write_text(coordinates.read_text() + " ")
     check_refused_and_unchanged(finished, "words of --init", init=other_words)
 
-    # As stage 1 changes them: the end of the file stays the same.
+    # Hashes of large files cover only their ends, but a run also compares the weights themselves.
+    # Here a tensor in the middle of the file changes, as VLM stage 1 changes it.
     other_weights = shutil.copytree(finished.init, tmp_path / "weights")
     tensors = load_file(other_weights / "model.safetensors")
     tensors["vlm.multi_modal_projector.linear.weight"] += 1
@@ -305,6 +327,7 @@ def test_other_modules_or_normalization_are_refused(
 
 def test_the_result_records_settings_that_changed(finished: SimpleNamespace) -> None:
     final = continue_finished(finished, lr=1e-5)
+    # The recipe's own learning rate is 3e-4. Step 1 was done with it.
     assert read_origin(final)["earlier"] == [{"until_step": 1, "lr": 3e-4}]
 
     final = continue_finished(finished, lr=1e-5, steps=2, batch_size=1)
@@ -316,7 +339,10 @@ def test_the_result_records_settings_that_changed(finished: SimpleNamespace) -> 
 def test_a_result_with_other_weights_replaces_the_one_before(
     finished: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Even where they differ only in what `hash_files` does not read of large files."""
+    """The old result is replaced even if `hash_files` sees no difference.
+
+    It reads only a part of large files; here it is made to return the same hash for all folders.
+    """
     original = (finished.final / "model.safetensors").read_bytes()
     monkeypatch.setattr("spear.train.run.hash_files", lambda folder: {"model.safetensors": ""})
 
@@ -328,15 +354,17 @@ def test_a_result_with_other_weights_replaces_the_one_before(
 def test_a_result_keeps_files_that_users_added(finished: SimpleNamespace) -> None:
     (finished.final / "README.md").write_text("mine")
 
+    # The result is replaced by another model.
     final = continue_finished(finished, steps=2)
     assert (final / "README.md").read_text() == "mine"
 
+    # The result is the same model.
     continue_finished(finished, steps=2)
     assert (final / "README.md").read_text() == "mine"
 
 
 def test_a_result_that_is_older_than_its_checkpoint_is_noted(finished: SimpleNamespace) -> None:
-    """As when the run was stopped after more steps."""
+    """A run that was continued and then stopped has checkpoints of more steps than its result."""
     (checkpoint,) = finished.out.glob("checkpoints/step-*")
     shutil.copytree(checkpoint, checkpoint.with_name("step-00000003"))
 
@@ -352,6 +380,7 @@ def test_a_result_without_checkpoints_is_not_continued(finished: SimpleNamespace
 
 @pytest.fixture
 def one_episode(tiny: Path, tmp_path: Path) -> TrainingInputs:
+    """Inputs with one episode, and the tiny policy to start from."""
     store = write_store([make_episode(0)], tmp_path / "store")
     return TrainingInputs((), [("made", store, 1.0)], tiny)
 
@@ -394,7 +423,10 @@ def test_a_continued_run_keeps_its_pieces_and_says_so(
 
 
 def test_datasets_whose_folders_have_the_same_name_are_not_mixed_up(tmp_path: Path) -> None:
-    """As in Open X-Embodiment, where the folder is a version."""
+    """If a folder's name is a version, as in Open X-Embodiment, its parent names the dataset.
+
+    Both datasets are prepared in the same working folder, and each keeps its own episode.
+    """
     sources = []
     for number, name in enumerate(("one", "two")):
         folder = tmp_path / name / "1.0.0"
@@ -409,7 +441,7 @@ def test_datasets_whose_folders_have_the_same_name_are_not_mixed_up(tmp_path: Pa
 
 @pytest.fixture
 def stores(tmp_path: Path) -> dict[str, EpisodeStore]:
-    """One episode each of two known datasets and one that is not in the list."""
+    """One episode of each of two known datasets, and of "mine", which is not in the list."""
     stores = {}
     for number, name in enumerate(("bridge_dataset", "droid", "mine")):
         stores[name] = write_store(
@@ -421,6 +453,7 @@ def stores(tmp_path: Path) -> dict[str, EpisodeStore]:
 def sampling_weights(
     stores: dict[str, EpisodeStore], names: Sequence[str], requested: Sequence[float] = ()
 ) -> list[float]:
+    """The sampling weights of the named stores."""
     weighed = weigh_datasets(
         [Path(name) for name in names], [stores[name] for name in names], requested
     )
@@ -436,7 +469,7 @@ def test_known_datasets_have_the_sampling_weights_of_the_list(
     assert weights == [18, 35]
     assert REGISTRY["droid"].weight == 35
     printed = capsys.readouterr().err
-    assert "bridge_dataset 34.0%, droid 66.0%" in printed
+    assert "bridge_dataset 34.0%, droid 66.0%" in printed  # 18 and 35 of 53
     assert printed.count("\n") == 1
 
 
@@ -469,10 +502,11 @@ def test_episodes_in_several_datasets_are_noted(stores: dict[str, EpisodeStore])
 
 @pytest.fixture
 def learn(tiny: Path, tmp_path: Path) -> Any:
-    """Train on one of several stores; returns the bytes of weights and normalization statistics.
+    """A function that trains on one of four stores.
 
-    The stores: "good" episodes, "failed" ones, one that is "blind" because its camera is unknown,
-    and "all" of them.
+    It returns the bytes of the weights and of the normalization statistics. The stores are three
+    "good" episodes, two "failed" ones, one that is "blind" because policies do not know its camera,
+    and "all" six. Two of the good episodes do not say whether they succeeded.
     """
     good = [make_episode(i, success=success) for i, success in ((0, True), (2, None), (3, None))]
     failed = [make_episode(i, gripper=np.zeros(6, np.float32), success=False) for i in (1, 4)]
@@ -497,7 +531,7 @@ def learn(tiny: Path, tmp_path: Path) -> Any:
 
 
 def test_failed_and_blind_episodes_are_left_out_and_noted(learn: Any) -> None:
-    """An episode of which nothing is known about its end is not left out."""
+    """Training on all episodes gives the same result as on the good ones alone."""
     expected = learn("good", "expected")
 
     with (
@@ -516,7 +550,8 @@ def test_a_training_needs_episodes_that_did_not_fail_and_have_a_camera(learn: An
 def test_a_run_that_began_with_failed_episodes_goes_on_with_them(
     learn: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with monkeypatch.context() as older_version:  # which learned from them
+    # An older version of the package learned from failed episodes, too.
+    with monkeypatch.context() as older_version:
         older_version.setattr(EpisodeStore, "select_demonstrations", lambda store: store)
         expected = learn("all", "uninterrupted")
         learn("all", "continued", steps=1)

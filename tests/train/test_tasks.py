@@ -1,4 +1,8 @@
-"""What the stages learn: what each patch shows, what each question is about, how losses add up."""
+"""The training tasks: what each patch shows, what each question is about, how losses add up.
+
+Patch targets are tested on an image of 64 × 64 pixels with 2 × 2 patches of 32 × 32 pixels. Patches
+are numbered row by row, from 0 to 3. A patch has 4 × 4 cells of 8 × 8 pixels.
+"""
 
 import dataclasses
 from typing import Any
@@ -23,7 +27,7 @@ PATCH = 32  # pixels
 
 
 def make_label() -> LabeledImage:
-    """Label a cup of 20 × 20 pixels across two patches, and a small spoon in the last patch."""
+    """Label a cup of 20 × 20 pixels in patches 0 and 1, and a spoon of 8 × 4 pixels in patch 3."""
     objects = []
     for name, (x0, y0, x1, y1) in {"cup": (20, 4, 40, 24), "spoon": (50, 50, 58, 54)}.items():
         mask = np.zeros((64, 64), bool)
@@ -45,10 +49,11 @@ def test_targets_say_which_objects_a_patch_shows() -> None:
 def test_targets_say_how_much_of_each_cell_an_object_covers() -> None:
     targets = patch_targets(make_label(), ["cup", "fork", "spoon"], PATCH, SIZE)
 
-    cells = targets.cells.reshape(4, 4, 4, 3)
-    # Cells are 8 pixels wide. In patch 0 (columns from 0, 8, 16, 24), the cup covers the right half
-    # of the third cell.
+    cells = targets.cells.reshape(4, 4, 4, 3)  # [patches, rows, columns, names], 255 is all of it
+    # Patch 0's cells begin at pixels 0, 8, 16 and 24. The cup covers pixels from column 20 and row
+    # 4 on: half of the third column of cells, and half of the first row.
     np.testing.assert_array_equal(cells[0, :2, :, 0], [[0, 0, 64, 128], [0, 0, 128, 255]])
+    # In patch 3 the spoon covers 6 × 4 pixels of one cell and 2 × 4 of the next.
     np.testing.assert_array_equal(cells[3, 2:, 2:, 2], [[96, 32], [0, 0]])
 
 
@@ -56,29 +61,36 @@ def test_targets_say_where_the_center_of_the_largest_object_is() -> None:
     targets = patch_targets(make_label(), ["cup", "fork", "spoon"], PATCH, SIZE)
 
     np.testing.assert_array_equal(targets.largest, [True, True, False, True])
-    # The cup's center is pixel (30, 14); the middles of patches 0 and 1 are (16, 16), (48, 16).
+    # The cup's center is pixel (30, 14), and the middles of patches 0 and 1 are (16, 16) and
+    # (48, 16). The spoon's center is (54, 52), and the middle of patch 3 is (48, 48).
     offsets_px = np.array([[14, -2], [-18, -2], [6, 4]])
     np.testing.assert_allclose(targets.center[[0, 1, 3]], offsets_px / PATCH)
 
 
 def test_an_image_of_another_size_is_fitted_with_its_masks() -> None:
-    """Three times as large, without what becomes bars above and below, it has the same targets."""
+    """A larger, wider image has the targets of the image that it becomes when it is fitted.
+
+    The image has the rows 16 … 47 of the labeled one, three times as large: 192 × 96 pixels. Fitted
+    to 64 × 64 pixels it has black bars of 16 pixels above and below. So its targets are those of
+    the labeled image with masks cut to the rows between the bars.
+    """
     label = make_label()
     bar = 16  # pixels
     large_objects = []
     cut_objects = []
-    inside = np.zeros((64, 64), bool)
-    inside[bar : 64 - bar] = True
+    is_between_bars = np.zeros((64, 64), bool)
+    is_between_bars[bar : 64 - bar] = True
     for item in label.objects:
         mask = decode_mask(item.mask_runs, 64, 64)
-        large_mask = np.kron(mask[bar : 64 - bar], np.ones((3, 3), bool))
+        large_mask = np.kron(mask[bar : 64 - bar], np.ones((3, 3), bool))  # each pixel 3 × 3 times
         large_box = (np.asarray(item.box2d) - [0, bar, 0, bar]) * 3
         large_objects.append(
             dataclasses.replace(
                 item, mask_runs=encode_mask(large_mask), box2d=large_box.astype(np.float32)
             )
         )
-        cut_objects.append(dataclasses.replace(item, mask_runs=encode_mask(mask & inside)))
+        cut_mask = mask & is_between_bars
+        cut_objects.append(dataclasses.replace(item, mask_runs=encode_mask(cut_mask)))
     large = dataclasses.replace(label, width=192, height=3 * (64 - 2 * bar), objects=large_objects)
     cut = dataclasses.replace(label, objects=cut_objects)
 
@@ -86,14 +98,18 @@ def test_an_image_of_another_size_is_fitted_with_its_masks() -> None:
 
     expected = patch_targets(cut, ["cup", "spoon"], PATCH, SIZE)
     np.testing.assert_array_equal(targets.is_shown, expected.is_shown)
-    # Edges are antialiased.
+    # Fitting blurs the edges of masks, so cells differ by up to 40 of 255.
     np.testing.assert_allclose(targets.cells, expected.cells.astype(int), atol=40)
     np.testing.assert_allclose(targets.center, expected.center, atol=1e-6)
     np.testing.assert_array_equal(targets.largest, expected.largest)
 
 
 def make_numbered_label(number: int) -> LabeledImage:
-    """Label an image that shows its number as redness, and its one object as a green square."""
+    """Label an image from which a test can tell what a question has to be about.
+
+    The red of all pixels is 20 times the image's number, and its one object has a green square in
+    the middle of its 2D box.
+    """
     label = make_labeled_image(number, scale=0.3 + 0.06 * number)
     item = label.objects[number % 3]
     pixels = np.full((105, 140, 3), (20 * number, 0, 0), np.uint8)
@@ -113,7 +129,7 @@ def processor() -> Processor:
 
 
 def check_answer(answer: Any, image: torch.Tensor, item: Any, processor: Processor) -> None:
-    """A distance must be the object's, and a place must be on its green square."""
+    """Check that a number is the object's distance, or that a location is on its green square."""
     if isinstance(answer, float):
         distance = float(np.linalg.norm(item.box3d.center))
         assert processor.coordinates.encode(answer) == processor.coordinates.encode(distance)
@@ -127,7 +143,7 @@ def test_a_question_is_about_its_own_image_and_its_places_are_where_the_model_se
     processor: Processor,
 ) -> None:
     labels = {"external": EXTERNAL_LABELS, "wrist": WRIST_LABELS}
-    samples = QuestionSamples(labels, processor, MIX, 3, seed=0)
+    samples = QuestionSamples(labels, processor, MIX, num_images=3, seed=0)
     items = {}
     for label in EXTERNAL_LABELS + WRIST_LABELS:
         (items[label.source],) = label.objects
@@ -137,21 +153,26 @@ def test_a_question_is_about_its_own_image_and_its_places_are_where_the_model_se
         batch = samples.batch(step)
         ((view, pixels),) = batch["pixel_values"].items()
         views.append(view)
-        images = pixels[batch["image_index"]].int()
+        images = pixels[batch["image_index"]].int()  # the image of each question
         for image, tokens in zip(images, batch["labels"], strict=True):
             number = round(float(image[0].max()) / 20)
-            (answer,) = processor.decode_answer(tokens[tokens >= 0].tolist())
+            answer_tokens = tokens[tokens >= 0]  # other tokens have the label -100
+            (answer,) = processor.decode_answer(answer_tokens.tolist())
             check_answer(answer, image, items[f"test/{number}"], processor)
 
     num_wrist = views.count("wrist")
-    assert 3 <= num_wrist <= 17  # a quarter of 40, ± 2.5 standard deviations
+    # A quarter of 40 batches are of the wrist, ± 2.5 standard deviations of √(40 · ¼ · ¾) = 2.7.
+    assert 3 <= num_wrist <= 17
 
 
+# Labels, the recipe's fraction of wrist batches, and the fraction that results.
 @pytest.mark.parametrize(
     ("labels", "wrist", "fraction"),
     [
+        # 2 of 8 images are of the wrist.
         ({"external": EXTERNAL_LABELS, "wrist": WRIST_LABELS[:2]}, None, 0.25),
         ({"external": EXTERNAL_LABELS, "wrist": WRIST_LABELS[:2]}, 0.0, 0.0),
+        # There are no wrist images.
         ({"external": WRIST_LABELS[:2]}, 0.5, 0.0),
     ],
 )
@@ -167,6 +188,7 @@ def test_the_loss_of_questions_is_added_with_its_weight() -> None:
     policy_task = PolicyTask()
     model = policy_task.model
     recipe = get_recipe("nano-vla").with_changes(question_weight=0.25, flow_samples=2)
+    # The loss reads neither the processor nor the data, and only checks that there are questions.
     unused: Any = None
     task = VlaTask(model, unused, unused, unused, recipe, questions=object())  # type: ignore[arg-type]
     batch = policy_task.batch(0)
