@@ -1,5 +1,7 @@
-"""Every kind of input is listed without reading it, under keys that stay the same, and read item by
-item."""
+"""Listing and reading images in files: photos, folders, patterns, archives and videos.
+
+Test images are gray. `make_png(value)` makes one of a given gray value as PNG.
+"""
 
 import io
 import pickle
@@ -28,7 +30,7 @@ FILM_RATE_HZ = 10
 
 
 def read_values(items: Sequence[Item]) -> list[int | str]:
-    """The gray value of each item's image, or why there is none."""
+    """The gray value of each item's image, or the error why it cannot be read."""
     values: list[int | str] = []
     for image in read_images(items):
         if image.frame is None or image.error:
@@ -39,7 +41,7 @@ def read_values(items: Sequence[Item]) -> list[int | str]:
 
 
 def assert_near(values: Sequence[int | str], expected: Sequence[int]) -> None:
-    """Equal up to what the compression of a video changes."""
+    """Assert that gray values are equal up to what the compression of a video changes."""
     for value, expected_value in zip(values, expected, strict=True):
         assert abs(int(value) - expected_value) <= 2
 
@@ -53,14 +55,20 @@ def write_tar(path: Path, files: Mapping[str, bytes]) -> None:
 
 
 def write_film(path: Path, num_frames: int = 40, aspect: Fraction = Fraction(1)) -> None:
-    """Write a video whose frame i is gray of value 5 i, of pixels so many times as wide as high."""
+    """Write a video of 10 frames per second whose frame i has the gray value 5 i.
+
+    Args:
+        path: The video.
+        num_frames: How many frames it has.
+        aspect: Width of its pixels divided by their height.
+    """
     av = pytest.importorskip("av")
     with av.open(str(path), "w") as container:
         stream = container.add_stream("mpeg4", rate=FILM_RATE_HZ)
         stream.width = 64
         stream.height = 48
         stream.pix_fmt = "yuv420p"
-        stream.gop_size = 7
+        stream.gop_size = 7  # every seventh frame is a key frame, to which one can seek
         stream.bit_rate = 8_000_000
         stream.codec_context.sample_aspect_ratio = aspect
         for i in range(num_frames):
@@ -76,12 +84,12 @@ def write_film(path: Path, num_frames: int = 40, aspect: Fraction = Fraction(1))
 # Photos
 
 
-def test_a_photo_of_a_phone_held_upright_is_upright_whatever_it_is_in(tmp_path: Path) -> None:
-    """In what the networks see, and in what is stored of it for people and for training."""
+def test_a_photo_that_exif_turns_is_read_upright_from_any_container(tmp_path: Path) -> None:
+    """The networks see it upright, and the labels store it upright."""
     exif = Image.Exif()
-    exif[0x0112] = 6  # stored lying on its left side: the top is at the left
+    exif[0x0112] = 6  # orientation: the photo's top is stored at the left
     lying = np.zeros((32, 64, 3), np.uint8)
-    lying[:, :16] = 250
+    lying[:, :16] = 250  # bright at the top, dark below
     photo = tmp_path / "photo.jpg"
     Image.fromarray(lying).save(photo, quality=95, exif=exif)
     write_tar(tmp_path / "photos.tar", {"photo.jpg": photo.read_bytes()})
@@ -89,13 +97,13 @@ def test_a_photo_of_a_phone_held_upright_is_upright_whatever_it_is_in(tmp_path: 
 
     images = read_images(list(list_images(str(tmp_path))))
 
-    assert len(images) == 3
+    assert len(images) == 3  # in the photo itself, the tar and the Parquet file
     upright_images = [load_picture(str(photo), (64, 32)).image]
     for image in images:
         upright_images += [image.frame.image, decode_image(image.encoded)]
     for upright in upright_images:
         assert upright.shape == (64, 32, 3)
-        # Bright on top (16 of 64 rows), dark below; JPEG blurs the rows between.
+        # The upper 16 of 64 rows are bright; JPEG blurs the rows at their border.
         assert upright[:12].min() > 200
         assert upright[20:].max() < 50
 
@@ -105,17 +113,17 @@ def test_a_photo_of_a_phone_held_upright_is_upright_whatever_it_is_in(tmp_path: 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A folder with four images, one hidden image and one text."""
-    values = {"b/2.png": 20, "b/1.PNG": 10, "a.png": 5, "c.png": 30, ".hidden.png": 9}
+    """A folder with four images, one hidden image and one text file."""
+    gray_values = {"b/2.png": 20, "b/1.PNG": 10, "a.png": 5, "c.png": 30, ".hidden.png": 9}
     (tmp_path / "b").mkdir()
-    for name, value in values.items():
+    for name, value in gray_values.items():
         (tmp_path / name).write_bytes(make_png(value))
     (tmp_path / "notes.txt").write_text("no image")
     return tmp_path
 
 
 def list_names(argument: Path | str, folder: Path, **options: Any) -> list[str]:
-    """The names of the images behind an argument, inside the folder."""
+    """The names of the images behind an argument, as paths relative to the folder."""
     items = list_images(str(argument), **options)
     return [Path(item.key).relative_to(folder).as_posix() for item in items]
 
@@ -127,7 +135,7 @@ def test_a_folder_gives_its_images_in_order(folder: Path) -> None:
     assert read_values(items) == [5, 10, 20, 30]
 
 
-def test_items_can_be_sent_to_another_process(folder: Path) -> None:
+def test_items_can_be_pickled(folder: Path) -> None:
     items = list(list_images(str(folder)))
 
     assert pickle.loads(pickle.dumps(items)) == items
@@ -145,42 +153,42 @@ def test_a_pattern_that_matches_a_folder_and_its_files_gives_each_once(folder: P
     assert list_names(f"{folder}/**", folder) == list_names(folder, folder)
 
 
-@pytest.mark.parametrize("pattern", ["", "/**"])
+@pytest.mark.parametrize("pattern", ["", "/**"])  # the folder itself, and all that it contains
 def test_an_excluded_folder_is_not_entered(folder: Path, pattern: str) -> None:
     names = list_names(f"{folder}{pattern}", folder, excluded_folder=folder / "b")
 
     assert names == ["a.png", "c.png"]
 
 
-def test_a_link_that_leads_back_is_not_followed(folder: Path) -> None:
-    names = list_names(folder, folder)
+def test_a_link_to_a_folder_that_contains_it_is_not_followed(folder: Path) -> None:
+    names_without_link = list_names(folder, folder)
 
     (folder / "b" / "back").symlink_to(folder)
 
-    assert list_names(folder, folder) == names
+    assert list_names(folder, folder) == names_without_link
 
 
 def test_a_folder_of_labels_is_ignored_with_a_notice(folder: Path) -> None:
-    names = list_names(folder, folder)
+    names_of_images = list_names(folder, folder)
     (folder / "b" / "old").mkdir()
     for name in ("run.json", "labels-00000.parquet"):
         (folder / "b" / "old" / name).touch()
 
     with pytest.warns(Notice, match="b/old contains labels"):
-        assert list_names(folder, folder) == names
+        assert list_names(folder, folder) == names_of_images
 
 
 def test_files_of_unsupported_formats_are_counted_in_a_notice(folder: Path) -> None:
-    names = list_names(folder, folder)
+    names_of_images = list_names(folder, folder)
     for name in ("IMG_1.HEIC", "IMG_2.CR2", "film.MTS"):
         (folder / "b" / name).touch()
 
     with pytest.warns(Notice, match=r"1 \.cr2, 1 \.heic, 1 \.mts"):
-        assert list_names(folder, folder) == names
+        assert list_names(folder, folder) == names_of_images
 
 
 def test_a_stereo_picture_is_listed(folder: Path) -> None:
-    (folder / "z.MPO").touch()  # a JPEG for each eye, the first of which is read
+    (folder / "z.MPO").touch()  # contains a JPEG for each eye, of which the first one is read
 
     assert list_names(folder, folder)[-1] == "z.MPO"
 
@@ -233,7 +241,8 @@ def test_what_is_no_image_is_refused_though_it_is_named_by_itself(
 
 
 def test_a_tar_shard_gives_its_images(tmp_path: Path) -> None:
-    files = {"x/0.png": make_png(40), "x/0.json": b"{}", "x/1.jpg": make_png(50)[:60]}
+    truncated_image = make_png(50)[:60]
+    files = {"x/0.png": make_png(40), "x/0.json": b"{}", "x/1.jpg": truncated_image}
     write_tar(tmp_path / "shard.tar", files)
 
     items = list(list_images(str(tmp_path)))
@@ -246,6 +255,7 @@ def test_a_tar_shard_gives_its_images(tmp_path: Path) -> None:
 
 
 def test_a_parquet_file_gives_its_images_in_any_order(tmp_path: Path) -> None:
+    """The last of six rows has no image; a row group has two rows."""
     rows = [{"bytes": make_png(60 + i), "path": None} for i in range(5)] + [None]
     table = pa.table({"image": rows, "label": list(range(6))})
     pq.write_table(table, tmp_path / "t.parquet", row_group_size=2)
@@ -269,13 +279,13 @@ def test_the_only_column_of_bytes_is_that_of_the_images(tmp_path: Path) -> None:
 
 
 def test_a_video_gives_frames_at_a_rate(tmp_path: Path) -> None:
-    write_film(tmp_path / "film.mp4")
+    write_film(tmp_path / "film.mp4")  # 40 frames, 10 per second
 
-    items = list(list_images(str(tmp_path / "film.mp4"), rate=2.5))
+    items = list(list_images(str(tmp_path / "film.mp4"), rate=2.5))  # every fourth frame
 
     assert [item.key.rpartition("#")[2] for item in items] == [str(4 * n) for n in range(10)]
     assert_near(read_values(items), [20 * n for n in range(10)])
-    assert_near(read_values([items[7]]), [140])  # alone, after a seek
+    assert_near(read_values([items[7]]), [20 * 7])  # one frame alone, after a seek
 
 
 def test_a_rate_above_that_of_the_video_gives_every_frame_once(tmp_path: Path) -> None:
@@ -297,7 +307,14 @@ def test_a_time_after_the_end_of_a_video_is_refused(tmp_path: Path) -> None:
 
 
 def write_recording(path: Path, times_ms: Sequence[int], end_ms: int, sound_ms: int = 0) -> None:
-    """Write a video of variable frame rate, frame i gray of value 20 i, perhaps with sound."""
+    """Write a video of variable frame rate whose frame i has the gray value 20 i.
+
+    Args:
+        path: The video.
+        times_ms: When each frame is shown.
+        end_ms: When the last frame ends.
+        sound_ms: How long the sound lasts; 0 for a video without sound.
+    """
     av = pytest.importorskip("av")
     with av.open(str(path), "w") as container:
         stream = container.add_stream("libx264", rate=30)
@@ -316,14 +333,16 @@ def write_recording(path: Path, times_ms: Sequence[int], end_ms: int, sound_ms: 
             frame.time_base = Fraction(1, 1000)
             packets += stream.encode(frame)
         packets += stream.encode(None)
-        for packet, next_ms in zip(packets, [*times_ms[1:], end_ms], strict=True):
-            packet.duration = next_ms - packet.pts
+        ends_ms = [*times_ms[1:], end_ms]
+        for packet, packet_end_ms in zip(packets, ends_ms, strict=True):
+            packet.duration = packet_end_ms - packet.pts
             container.mux(packet)
         if sound is not None:
             write_silence(container, sound, sound_ms)
 
 
 def write_silence(container: Any, stream: Any, duration_ms: int) -> None:
+    """Write silence, 16 samples per millisecond in frames of 1024 samples."""
     av = pytest.importorskip("av")
     samples = np.zeros((1, 1024), np.float32)
     for first in range(0, 16 * duration_ms, 1024):
@@ -335,7 +354,11 @@ def write_silence(container: Any, stream: Any, duration_ms: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("times_ms", "end_ms"), [([0, 100, 200, 300], 6000), ([0, 50, 1000, 1030, 2500], 9000)]
+    ("times_ms", "end_ms"),
+    [
+        ([0, 100, 200, 300], 6000),  # the last frame is shown for 5.7 s
+        ([0, 50, 1000, 1030, 2500], 9000),  # the last frame is shown for 6.5 s
+    ],
 )
 @pytest.mark.parametrize("suffix", ["mp4", "mkv"])
 def test_the_last_frame_of_a_screen_recording_is_shown_until_its_end(
@@ -345,14 +368,15 @@ def test_the_last_frame_of_a_screen_recording_is_shown_until_its_end(
 
     values = read_values(list(list_images(str(tmp_path / f"screen.{suffix}"), rate=1.0)))
 
-    assert_near(values[-3:], [20 * (len(times_ms) - 1)] * 3)
+    last_value = 20 * (len(times_ms) - 1)
+    assert_near(values[-3:], [last_value] * 3)  # the last three seconds
 
 
 @pytest.mark.parametrize(("end_ms", "sound_ms"), [(2000, 8000), (3000, 4500)])
 def test_sound_that_lasts_longer_does_not_add_frames(
     tmp_path: Path, end_ms: int, sound_ms: int
 ) -> None:
-    times_ms = list(range(0, end_ms, 250))
+    times_ms = list(range(0, end_ms, 250))  # four frames per second
     write_recording(tmp_path / "film.mkv", times_ms, end_ms, sound_ms)
 
     values = read_values(list(list_images(str(tmp_path / "film.mkv"), rate=1.0)))
@@ -360,13 +384,13 @@ def test_sound_that_lasts_longer_does_not_add_frames(
     assert_near(values, [20 * index for index in range(0, len(times_ms), 4)])
 
 
-def test_a_video_of_pixels_that_are_not_square_is_seen_as_it_is_shown(tmp_path: Path) -> None:
+def test_a_video_with_wide_pixels_is_stretched(tmp_path: Path) -> None:
     write_film(tmp_path / "film.mp4", num_frames=2, aspect=Fraction(4, 3))
 
     (image,) = read_images(list(list_images(str(tmp_path / "film.mp4"))))
 
     assert image.frame is not None
-    assert image.frame.image.shape == (48, 85, 3)
+    assert image.frame.image.shape == (48, 85, 3)  # 64 · 4 / 3 columns
 
 
 def test_frames_of_a_real_video_are_those_that_a_full_decoding_gives(shared: Path) -> None:
@@ -386,7 +410,10 @@ def test_frames_of_a_real_video_are_those_that_a_full_decoding_gives(shared: Pat
 
 @pytest.fixture
 def take(tmp_path: Path) -> Path:
-    """An EgoExo4D take with the smaller copies of its videos."""
+    """An EgoExo4D take that has only the smaller copies of its videos, of one second each.
+
+    aria01_1201-1, aria01_1201-2 and aria01_211-1 are not color cameras.
+    """
     take = tmp_path / "takes" / "cooking_7"
     copies = take / "frame_aligned_videos" / "downscaled" / "448"
     copies.mkdir(parents=True)
@@ -407,17 +434,18 @@ def test_a_take_gives_its_full_videos_rather_than_the_copies(take: Path) -> None
 
     keys = [item.key for item in list_images(str(take.parent))]
 
-    assert keys == [f"{video}#{n}" for n in (0, 10, 20)]
+    assert keys == [f"{video}#{n}" for n in (0, 10, 20)]  # one frame per second, the default
 
 
-# What cannot be read
+# Images that cannot be read
 
 
-def test_what_cannot_be_read_is_skipped_alone_with_its_reason(tmp_path: Path) -> None:
-    files = {"good": make_png(7), "tiny": make_png(7, 1, 1), "zero": b""}
+def test_an_image_that_cannot_be_read_is_skipped_alone_with_its_reason(tmp_path: Path) -> None:
+    files = {"good": make_png(7), "tiny": make_png(7, 1, 1), "zero": b""}  # in order of their names
     for name, data in files.items():
         (tmp_path / f"{name}.png").write_bytes(data)
     items = list(list_images(str(tmp_path)))
+    # An item whose file was removed after it was listed
     removed = items[0]._replace(key="gone.png", path=str(tmp_path / "gone.png"))
 
     value, tiny_reason, zero_reason, removed_reason = read_values([*items, removed])
@@ -439,23 +467,25 @@ def test_only_a_file_that_cannot_be_opened_may_be_retried(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize(
-    ("name", "hint"),
+    ("name", "part_of_message"),
     [
         ("absent", "does not exist"),
-        ("empty", "no image"),
-        ("*.jpg", "pattern"),
-        ("notes.txt", ".jpg"),
+        ("empty", "no image"),  # an empty folder
+        ("*.jpg", "pattern"),  # matches no file
+        ("notes.txt", ".jpg"),  # the message lists the suffixes of images
         ("cut.tar", "tar"),
         ("bad.parquet", "Parquet"),
-        ("words.parquet", "`image`"),
-        ("two.parquet", "(a, b)"),
+        ("words.parquet", "`image`"),  # without a column of bytes
+        ("two.parquet", "(a, b)"),  # with two columns of bytes, a and b
         ("bad.mp4", "video"),
     ],
 )
-def test_bad_input_is_named(tmp_path: Path, name: str, hint: str) -> None:
+def test_bad_input_is_named(tmp_path: Path, name: str, part_of_message: str) -> None:
     (tmp_path / "empty").mkdir()
     for file in ("notes.txt", "bad.parquet", "bad.mp4"):
         (tmp_path / file).write_text("words")
+    # A tar of two files, each with a header of 512 bytes and padded to 5120 bytes, is cut off after
+    # the second header has begun.
     write_tar(tmp_path / "whole.tar", dict.fromkeys(("0.png", "1.png"), bytes(5000)))
     (tmp_path / "cut.tar").write_bytes((tmp_path / "whole.tar").read_bytes()[:5700])
     pq.write_table(pa.table({"x": ["y"]}), tmp_path / "words.parquet")
@@ -463,12 +493,15 @@ def test_bad_input_is_named(tmp_path: Path, name: str, hint: str) -> None:
 
     message = refuses("", list, list_images(str(tmp_path / name)))
 
-    assert hint in message
+    assert part_of_message in message
     assert str(tmp_path) in message
 
 
 def test_hashes_of_frames_are_those_of_older_versions() -> None:
-    """Folders that were labeled before the fields of `Frame` had their present names continue."""
+    """Labels keep hashes of pickled frames, so the pickle must have the old names of fields.
+
+    Otherwise folders that older versions labeled could not be continued.
+    """
     frame = Frame("pixels", source="sim/clutter/0/external", is_turned=True)
 
     assert hash_content(frame) == "99a539aff3883232"

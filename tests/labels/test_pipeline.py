@@ -1,4 +1,8 @@
-"""Labels of ray-cast scenes: their boxes, what is refused, and what questions are not about."""
+"""Labels of ray-cast scenes: their boxes, their scores, and the images that are refused.
+
+The scenes are boxes on a table (`labels_scenes`), seen in images of 192 × 128 pixels. The ground
+truth of a frame takes the place of the three models, unless a test says otherwise.
+"""
 
 import re
 from collections.abc import Sequence
@@ -21,22 +25,25 @@ from spear.types import Array, Frame, LabeledImage
 
 @pytest.fixture(scope="module")
 def frames() -> list[Frame]:
+    """20 frames of five boxes each, in instances 1 to 5."""
     rng = np.random.default_rng(0)
     return [make_random_frame(rng) for _ in range(20)]
 
 
 @pytest.fixture
 def cube_frame() -> Frame:
+    """A frame of one cube of 6 cm, which is in rows 48 to 69 and columns 87 to 104 of the image."""
     return render_blocks([(np.array([0, 0, 0.03]), np.full(3, 0.06), 0.4)], ["cube"])
 
 
 def label_estimated(frames: Sequence[Frame]) -> list[LabeledImage]:
-    """Labels as if masks and depth were estimates."""
+    """Label frames as if their true masks and depth were estimates."""
     truth = GroundTruth()
     return list(label_images(frames, truth, truth, truth, exact=False))
 
 
 def find_height(label: LabeledImage, name: str) -> float:
+    """The height of an object's box: the size along the box's second axis, down."""
     (o,) = (o for o in label.objects if o.name == name)
     return float(o.box3d.size[1])
 
@@ -45,37 +52,42 @@ def find_height(label: LabeledImage, name: str) -> float:
 
 
 def test_boxes_agree_with_the_true_ones(frames: list[Frame]) -> None:
-    result = compare_labels(label_with_ground_truth(frames), frames)
+    accuracy = compare_labels(label_with_ground_truth(frames), frames)
 
-    assert result.n == 100
-    assert result.missed == 0
-    assert result.center < 0.002
-    assert result.vertex < 0.005
-    assert result.iou > 0.85
+    assert accuracy.n == 100  # five boxes in each of 20 frames
+    assert accuracy.missed == 0
+    assert accuracy.center < 0.002  # m
+    assert accuracy.vertex < 0.005  # m
+    assert accuracy.iou > 0.85
 
 
 def test_boxes_of_estimates_do_not_shrink(frames: list[Frame]) -> None:
-    assert compare_labels(label_estimated(frames[:6]), frames[:6]).iou > 0.75
+    """The correction of estimated outlines must not remove parts of the objects."""
+    accuracy = compare_labels(label_estimated(frames[:6]), frames[:6])
+
+    assert accuracy.iou > 0.75
 
 
 def test_boxes_survive_noisy_depth(frames: list[Frame]) -> None:
+    """Depth has noise of 0.3 %, and 1 % of the pixels are half as far again as they should be."""
     rng = np.random.default_rng(0)
     noisy_frames = []
     for frame in frames[:8]:
         depth = frame.depth * (1 + 0.003 * rng.normal(size=frame.depth.shape))
-        is_flying = rng.random(depth.shape) < 0.01
-        noisy_depth = np.where(is_flying, depth * 1.5, depth).astype(np.float32)
+        is_outlier = rng.random(depth.shape) < 0.01
+        noisy_depth = np.where(is_outlier, depth * 1.5, depth).astype(np.float32)
         noisy_frames.append(replace(frame, depth=noisy_depth))
 
-    result = compare_labels(label_with_ground_truth(noisy_frames), frames[:8])
+    accuracy = compare_labels(label_with_ground_truth(noisy_frames), frames[:8])
 
-    assert result.vertex < 0.012
-    assert result.iou > 0.65
+    assert accuracy.vertex < 0.012  # m
+    assert accuracy.iou > 0.65
 
 
 def test_an_object_on_an_object_ends_where_it_stands() -> None:
-    block = (np.array([0, 0, 0.03]), np.array([0.2, 0.2, 0.06]), 0.0)
-    cube = (np.array([0, 0, 0.085]), np.array([0.05, 0.05, 0.05]), 0.0)
+    """The box of a cube on a block reaches down to the block, not to the table."""
+    block = (np.array([0, 0, 0.03]), np.array([0.2, 0.2, 0.06]), 0.0)  # 6 cm high, on the table
+    cube = (np.array([0, 0, 0.085]), np.array([0.05, 0.05, 0.05]), 0.0)  # 5 cm high, on the block
 
     (label,) = label_with_ground_truth([render_blocks([block, cube], ["block", "cube"])])
 
@@ -85,16 +97,20 @@ def test_an_object_on_an_object_ends_where_it_stands() -> None:
 
 @pytest.mark.parametrize("pitch", [80, 89, 95])
 def test_an_object_seen_from_above_stands_on_the_table(pitch: float) -> None:
+    """The camera looks down by about 90°, so it sees the top of the cube and hardly a side."""
     cube = (np.array([0, 0, 0.02]), np.array([0.04, 0.04, 0.04]), 0.3)
     frame = render_blocks([cube], ["cube"], pitch=pitch)
 
-    assert compare_labels(label_with_ground_truth([frame]), [frame]).iou > 0.7
+    accuracy = compare_labels(label_with_ground_truth([frame]), [frame])
+
+    assert accuracy.iou > 0.7
 
 
 @pytest.mark.parametrize("index", [0, 1, 2])
-def test_a_table_that_was_detected_still_holds_things_up(frames: list[Frame], index: int) -> None:
+def test_a_table_that_was_detected_is_still_the_support(frames: list[Frame], index: int) -> None:
+    """The pixels of the background become an object, the table."""
     frame = replace(frames[index], extrinsics=None)
-    instances = np.where(frame.instances, frame.instances, 9)
+    instances = np.where(frame.instances, frame.instances, 9)  # an id that no box has
     with_table = replace(frame, instances=instances, names={**frame.names, 9: "table"})
 
     error = compare_labels(label_with_ground_truth([frame]), [frame]).vertex
@@ -104,13 +120,16 @@ def test_a_table_that_was_detected_still_holds_things_up(frames: list[Frame], in
 
 
 @pytest.mark.parametrize(
-    ("exact", "max_vertex_error", "min_iou"), [(None, 0.008, 0.8), (False, 0.0095, 0.7)]
+    ("exact", "max_vertex_error_m", "min_iou"),
+    [
+        (None, 0.008, 0.8),  # exact masks and depth
+        (False, 0.0095, 0.7),  # as if masks and depth were estimates, and the pose were unknown
+    ],
 )
 def test_boxes_of_the_simulators_objects(
-    renderer: Any, exact: bool | None, max_vertex_error: float, min_iou: float
+    renderer: Any, exact: bool | None, max_vertex_error_m: float, min_iou: float
 ) -> None:
-    """Bowls, spoons, cans, carrots: shapes of which few are boxes; also as if they were
-    estimates."""
+    """The simulator has bowls, spoons, cans, carrots, …; few of these are boxes."""
     from spear.sim.render import render_clutter_frame
 
     frames = []
@@ -122,10 +141,10 @@ def test_boxes_of_the_simulators_objects(
     if exact is not None:
         inputs = [replace(frame, extrinsics=None) for frame in frames]
 
-    result = compare_labels(label_images(inputs, *TRUTH, exact=exact), frames)
+    accuracy = compare_labels(label_images(inputs, *TRUTH, exact=exact), frames)
 
-    assert result.vertex < max_vertex_error
-    assert result.iou > min_iou
+    assert accuracy.vertex < max_vertex_error_m
+    assert accuracy.iou > min_iou
 
 
 def test_camera_pixel_centers_are_at_one_half() -> None:
@@ -133,25 +152,26 @@ def test_camera_pixel_centers_are_at_one_half() -> None:
 
     points = unproject(np.full((16, 32), 2.0), intrinsics)
 
+    # The center of row 8, column 16 is half a pixel from the principal point in x and in y. At a
+    # depth of 2 with a focal length of 100 pixels, half a pixel is 0.5 · 2 / 100.
     np.testing.assert_allclose(points[8, 16], [0.01, 0.01, 2], atol=1e-6)
-    np.testing.assert_allclose(project(points[3, 5], intrinsics), [5.5, 3.5], atol=1e-4)
+    np.testing.assert_allclose(project(points[3, 5], intrinsics), [5.5, 3.5], atol=1e-4)  # x, y
 
 
 # Poses
 
 
 def finish_alone(frame: Frame) -> LabeledBatch:
-    """Take a frame through the stages of the engines."""
+    """Label a frame with the stages of the engines, in a batch with no other image."""
     image = admit_frame(frame)
-    image.encoded = b"JPEG"
+    image.encoded = b"JPEG"  # the stages do not look at it
     for stage, model in zip(STAGES, TRUTH, strict=True):
         stage([image], model)
     return finish_batch([image])
 
 
-def test_a_pose_in_another_convention_is_not_used_and_a_worker_says_so(
-    frames: list[Frame],
-) -> None:
+def test_a_pose_in_another_convention_is_ignored_with_a_notice(frames: list[Frame]) -> None:
+    """In a world with y up, the table is not level; the label is the same as without a pose."""
     y_up = np.array([[1, 0, 0, 0], [0, 0, 1, 0], [0, -1, 0, 0], [0, 0, 0, 1.0]])
     wrong_pose = y_up @ frames[0].extrinsics
 
@@ -164,19 +184,19 @@ def test_a_pose_in_another_convention_is_not_used_and_a_worker_says_so(
     assert "camera to world" in batch_with_wrong_pose.notices[0]
 
 
-# What questions are not about
+# Scores and names that exclude objects from questions
 
 
 class HalfMasks(GroundTruth):
-    """Masks of which the right half of the image is cut off."""
+    """Segments only the left half of the image, which shows 7 of the cube's 18 columns."""
 
     def segment(self, frames: Any, detections: Any) -> list[Array]:
-        is_left = np.arange(192) < 94
+        is_left = np.arange(192) < 94  # [w]
         return [masks & is_left for masks in super().segment(frames, detections)]
 
 
 class NoSecondMask(GroundTruth):
-    """Masks of which the second one is empty."""
+    """Returns an empty mask for the second detection."""
 
     def segment(self, frames: Any, detections: Any) -> list[Array]:
         (masks,) = super().segment(frames, detections)
@@ -191,6 +211,7 @@ def test_a_whole_object_fails_in_no_score(cube_frame: Frame) -> None:
 
 
 def test_an_object_of_whose_depth_half_is_unknown_fails(cube_frame: Frame) -> None:
+    # Depth is known in the left half of the image, which shows 10 of the cube's 18 columns.
     half_known = np.where(np.arange(192) < 97, cube_frame.depth, 0)
 
     (label,) = label_with_ground_truth([replace(cube_frame, depth=half_known)])
@@ -198,7 +219,7 @@ def test_an_object_of_whose_depth_half_is_unknown_fails(cube_frame: Frame) -> No
     assert find_failed_scores(label.objects[0].scores) == ("known",)
 
 
-def test_an_object_whose_mask_covers_half_of_what_was_detected_fails(cube_frame: Frame) -> None:
+def test_an_object_whose_mask_covers_half_of_its_2d_box_fails(cube_frame: Frame) -> None:
     (label,) = label_images([cube_frame], GroundTruth(), HalfMasks(), GroundTruth())
 
     assert find_failed_scores(label.objects[0].scores) == ("whole",)
@@ -221,7 +242,9 @@ def test_an_object_without_a_mask_makes_its_name_ambiguous(label_of_two_mugs: La
 def test_no_2d_question_is_about_an_ambiguous_name(label_of_two_mugs: LabeledImage) -> None:
     rng = np.random.default_rng(0)
 
-    questions = generate_questions(label_of_two_mugs, rng, (9, 9), ("where_2d",))
+    questions = generate_questions(
+        label_of_two_mugs, rng, pairs=(9, 9), question_types=("where_2d",)
+    )
 
     assert questions
     assert not any("mug" in question.objects for question in questions)
@@ -229,14 +252,20 @@ def test_no_2d_question_is_about_an_ambiguous_name(label_of_two_mugs: LabeledIma
 
 # Black bars and edges
 
+NUM_ROWS = 66  # an image with only these rows lacks the last 4 of the cube's 22 rows
+
 
 def test_a_black_bar_cuts_an_object_as_the_edge_of_the_image_does(cube_frame: Frame) -> None:
-    is_lit = np.arange(128)[:, None] < 66
+    """One image is black from row `NUM_ROWS` on, the other one ends there."""
+    is_lit = np.arange(128)[:, None] < NUM_ROWS  # [h, 1]
     image = cube_frame.image * is_lit[..., None]
     instances = cube_frame.instances * is_lit
     barred = replace(cube_frame, image=image, instances=instances)
     cropped = replace(
-        cube_frame, image=image[:66], instances=instances[:66], depth=cube_frame.depth[:66]
+        cube_frame,
+        image=image[:NUM_ROWS],
+        instances=instances[:NUM_ROWS],
+        depth=cube_frame.depth[:NUM_ROWS],
     )
 
     barred_label, cropped_label = label_with_ground_truth([barred, cropped])
@@ -249,13 +278,14 @@ def test_a_black_bar_cuts_an_object_as_the_edge_of_the_image_does(cube_frame: Fr
 
 
 def test_an_estimated_outline_that_ends_a_little_before_the_image_is_cut(cube_frame: Frame) -> None:
-    instances = cube_frame.instances[:66].copy()
+    """The image's edge cuts the cube, whose estimated mask ends two rows before the edge."""
+    instances = cube_frame.instances[:NUM_ROWS].copy()
     instances[-2:] = 0
     cropped = replace(
         cube_frame,
-        image=cube_frame.image[:66],
+        image=cube_frame.image[:NUM_ROWS],
         instances=instances,
-        depth=cube_frame.depth[:66],
+        depth=cube_frame.depth[:NUM_ROWS],
     )
 
     (label,) = label_estimated([cropped])
@@ -263,7 +293,7 @@ def test_an_estimated_outline_that_ends_a_little_before_the_image_is_cut(cube_fr
     assert "edge" in find_failed_scores(label.objects[0].scores)
 
 
-# What is refused, and what has no box
+# Images that are refused, and objects without a box
 
 
 @pytest.mark.parametrize(
@@ -279,8 +309,9 @@ def test_a_bad_image_is_refused_with_its_reason(
     frames: list[Frame], changes: dict[str, Any], reason: str
 ) -> None:
     bad_frame = replace(frames[2], **changes)
+    labels = label_images([*frames[:5], bad_frame], *TRUTH)
 
-    refuses(re.escape(reason), list, label_images([*frames[:5], bad_frame], *TRUTH))
+    refuses(re.escape(reason), list, labels)
 
 
 def test_objects_without_known_depth_have_no_box(frames: list[Frame]) -> None:

@@ -1,4 +1,4 @@
-"""What is listed beside photos: robot episodes, and equal images only once."""
+"""Listing the images behind arguments: frames of robot episodes, and each image only once."""
 
 import os
 from pathlib import Path
@@ -16,7 +16,10 @@ from spear.util.held_out import is_held_out
 
 
 def make_gray_episode(num_steps: int, camera: str, first_value: int) -> Episode:
-    """An episode whose image at step i is gray of value `first_value` + i."""
+    """An episode whose image of `camera` at step i has the gray value `first_value` + i.
+
+    It also has a white image of the wrist camera at each step.
+    """
     images = {
         camera: [make_png(first_value + i) for i in range(num_steps)],
         "wrist": [make_png(255)] * num_steps,
@@ -26,7 +29,7 @@ def make_gray_episode(num_steps: int, camera: str, first_value: int) -> Episode:
 
 @pytest.fixture
 def episodes(tmp_path: Path) -> Path:
-    """An episode of ten steps, and one of two steps without an external camera."""
+    """A store with an episode of ten steps, and one of two steps without an external camera."""
     folder = tmp_path / "robot"
     long_episode = make_gray_episode(10, "external", 0)
     short_episode = make_gray_episode(2, "front", 100)
@@ -38,6 +41,7 @@ def test_frames_are_spread_over_each_episode(episodes: Path) -> None:
     images = read_images(list(list_items([str(episodes)], per_episode=4)))
 
     values = [image.frame.image[0, 0, 0] for image in images if image.frame is not None]
+    # Four frames of the long episode, and both of the short one, which has no more
     assert values == [0, 3, 6, 9, 100, 101]
 
 
@@ -52,7 +56,8 @@ def test_keys_name_episode_and_frame(episodes: Path) -> None:
 def test_frames_that_an_episode_does_not_have_are_refused(episodes: Path) -> None:
     images = read_images(list(list_items([str(episodes)], per_episode=4)))
 
-    assert len(images[6:]) == 2
+    # Four frames of each episode are listed: the last two of the short episode do not exist.
+    assert len(images) == 8
     for image in images[6:]:
         assert "only 2 steps" in str(image.error)
 
@@ -60,6 +65,7 @@ def test_frames_that_an_episode_does_not_have_are_refused(episodes: Path) -> Non
 def test_another_episode_changes_the_stamp_of_all_and_the_content_of_its_frames(
     episodes: Path, tmp_path: Path
 ) -> None:
+    """The second episode gets a third step, so that its third frame exists."""
     items = list(list_items([str(episodes)], per_episode=4))
     hashes = [hash_content(content) for content in read_contents(items)]
     long_episode = make_gray_episode(10, "external", 0)
@@ -71,14 +77,14 @@ def test_another_episode_changes_the_stamp_of_all_and_the_content_of_its_frames(
     new_hashes = [hash_content(content) for content in read_contents(new_items)]
     assert new_items[0].stamp != items[0].stamp
     assert new_hashes[:6] == hashes[:6]
-    assert new_hashes[6] != hashes[6]
-    assert new_hashes[7] != hashes[7]
+    assert new_hashes[6] != hashes[6]  # was an error, is a frame
+    assert new_hashes[7] != hashes[7]  # was and is an error, which names the number of steps
 
 
 @pytest.mark.parametrize(
     "prefix", ["sim:", "sim/clutter/", "simpler:", "simpler/PutCarrotOnPlateInScene-v1/"]
 )
-def test_held_out_scenes_are_told_by_their_seed(prefix: str) -> None:
+def test_a_scene_is_held_out_by_its_seed(prefix: str) -> None:
     assert is_held_out(f"{prefix}9999")
     assert not is_held_out(f"{prefix}10000")
 
@@ -117,11 +123,13 @@ def test_a_relative_and_an_absolute_path_are_the_same_image(
 
 
 def test_file_names_that_are_no_text_become_keys_that_are(tmp_path: Path) -> None:
-    for letter in (b"\xe8", b"\xe9"):  # as Latin-1 has them, in files of old disks and archives
+    # Letters in Latin-1, which are no valid UTF-8. Old disks and archives have such names.
+    for letter in (b"\xe8", b"\xe9"):
         name = os.fsdecode(os.fsencode(tmp_path) + b"/caf" + letter + b".png")
         Path(name).write_bytes(make_png(3))
 
     images = read_images(list(list_items([str(tmp_path)])))
 
     assert [image.error for image in images] == [None, None]
-    assert len({image.source.encode() for image in images}) == 2
+    distinct_sources = {image.source.encode() for image in images}  # `encode` raises for no text
+    assert len(distinct_sources) == 2
