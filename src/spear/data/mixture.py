@@ -1,10 +1,14 @@
-"""Training samples from a weighted mixture of stores.
+"""Draws training samples from a weighted mixture of stores of episodes.
 
-Sample i of training step k is a function of (seed, k, i) alone. No state exists, so a resumed run
-continues with exactly the samples it would have had, and any worker can make any batch.
+Two things are called steps. A training step takes one batch of samples. A sample is one step of an
+episode, from which an action chunk begins.
 
-Steps are drawn with replacement: first a dataset by its weight, then one of its valid steps, all
-with the same probability. Memory grows with the number of episodes (16 bytes each), not of steps.
+Samples are drawn with replacement: first a dataset by its weight, then one of its valid steps, all
+with the same probability. A step is valid if its action is known.
+
+Sample i of training step k depends only on (seed, k, i). Drawing keeps no state, so a resumed run
+continues with exactly the samples that it would have had, and any worker can make any batch. Memory
+grows with the number of episodes (16 bytes each), not with the number of steps.
 """
 
 import functools
@@ -20,16 +24,23 @@ from spear.errors import SpearError
 from spear.types import CONTROL_RATE_HZ, Array, Episode
 from spear.util.images import compute_placement, decode_image, fit_image
 
-MAX_CACHED_EPISODES = 4096  # without images, in memory
-NUM_JITTER_DRAWS = 5  # random numbers that `jitter_colors` takes: offset, contrast, three gains
-MAX_OFFSET_LEVELS = 25.5  # brightness ± 10 % of the range, at strength 1
-MAX_CONTRAST_CHANGE = 0.2  # contrast ± 20 %, at strength 1
-MAX_GAIN_CHANGE = 0.05  # of each channel, ± 5 %, at strength 1
+MAX_CACHED_EPISODES = 4096  # how many episodes, without images, stay in memory
+NUM_JITTER_DRAWS = 5  # the random numbers of `jitter_colors`: offset, contrast, three gains
+MAX_OFFSET_LEVELS = 25.5  # at strength 1, brightness changes by ± 10 % of the 255 levels
+MAX_CONTRAST_CHANGE = 0.2  # at strength 1, contrast changes by ± 20 %
+MAX_GAIN_CHANGE = 0.05  # at strength 1, the gain of each channel changes by ± 5 %
 
 
 @dataclass(frozen=True)
 class Sample:
-    """A training sample: the indices of its dataset, episode and step, and its random numbers."""
+    """A training sample.
+
+    Attributes:
+        dataset: The index of its dataset in the mixture.
+        episode: The index of its episode in the dataset.
+        step: The step of the episode.
+        draws: [5] its random numbers in [0, 1), for `jitter_colors`.
+    """
 
     dataset: int
     episode: int
@@ -38,15 +49,15 @@ class Sample:
 
 
 class Mixture:
-    """Weighted stores from which single steps are drawn.
+    """A weighted mixture of stores.
 
     Args:
-        sources: (name, store, weight) of each dataset. Weights need not sum to one.
-        seed: The seed of all draws.
+        sources: (name, store, sampling weight) of each dataset. Weights need not sum to one.
+        seed: The seed of all random numbers.
 
     Raises:
-        SpearError: For a weight that is not positive, a store without a valid step, or an episode
-            that is not at 5 Hz.
+        SpearError: If a weight is not positive, a store has no valid step, or an episode is not at
+            5 Hz.
     """
 
     def __init__(self, sources: Sequence[tuple[str, EpisodeStore, float]], seed: int = 0) -> None:
@@ -61,42 +72,52 @@ class Mixture:
         weights = np.array([weight for _, _, weight in sources], np.float64)
         self.weights = weights / weights.sum()
 
-        # Per dataset: where each episode's valid steps begin among all valid steps of the dataset.
+        # The valid steps of a dataset are numbered through all its episodes. For each dataset, the
+        # number of the first valid step of each episode, and the number of all: [E + 1].
         self._episode_starts: list[Array] = []
         for store in self.stores:
             starts = np.concatenate([[0], np.cumsum(store.num_known_actions)])
             self._episode_starts.append(starts)
-        cached = functools.lru_cache(MAX_CACHED_EPISODES)
-        self._read_episode: Callable[[int, int], Episode] = cached(self._read_episode_uncached)
+        add_cache = functools.lru_cache(MAX_CACHED_EPISODES)
+        self._read_episode: Callable[[int, int], Episode] = add_cache(self._read_episode_uncached)
 
     def _read_episode_uncached(self, dataset: int, episode: int) -> Episode:
         return self.stores[dataset].without_images(episode)
 
     def __len__(self) -> int:
-        """The number of distinct samples."""
+        """The number of valid steps of all datasets."""
         return sum(int(starts[-1]) for starts in self._episode_starts)
 
     def draw(self, training_step: int, batch_size: int) -> list[Sample]:
         """Draw the samples of a training step."""
-        # Philox is counter based: the step is the counter, so no step depends on another.
+        # Philox is a counter-based generator. With the training step as the high part of its
+        # counter, the numbers of one step never depend on those of another.
         bits = np.random.Philox(key=self.seed, counter=[0, 0, 0, training_step])
-        draws = np.random.Generator(bits).random((batch_size, 2 + NUM_JITTER_DRAWS))
+        num_draws = 2 + NUM_JITTER_DRAWS  # for the dataset, the step, and the jitter
+        draws = np.random.Generator(bits).random((batch_size, num_draws))
+
+        # The weights divide 0 … 1 into one interval per dataset.
         boundaries = np.cumsum(self.weights)[:-1]
-        datasets = np.searchsorted(boundaries, draws[:, 0], side="right")
+        datasets = np.searchsorted(boundaries, draws[:, 0], side="right")  # [batch_size]
 
         samples: list[Sample] = []
-        for dataset, row in zip(datasets.tolist(), draws, strict=True):
+        for dataset, sample_draws in zip(datasets.tolist(), draws, strict=True):
             starts = self._episode_starts[dataset]
-            index = int(row[1] * starts[-1])  # among the dataset's valid steps
-            episode = int(np.searchsorted(starts, index, side="right")) - 1
+            num_valid_steps = starts[-1]
+            number = int(sample_draws[1] * num_valid_steps)  # of a valid step in the dataset
+            episode = int(np.searchsorted(starts, number, side="right")) - 1
+            number_in_episode = number - int(starts[episode])
             is_known = np.asarray(self._read_episode(dataset, episode).action_mask)
             valid_steps = np.flatnonzero(is_known)
-            step = int(valid_steps[index - int(starts[episode])])
-            samples.append(Sample(dataset, episode, step, row[2:]))
+            step = int(valid_steps[number_in_episode])
+            samples.append(Sample(dataset, episode, step, draws=sample_draws[2:]))
         return samples
 
     def read_arrays(self, sample: Sample, horizon: int) -> tuple[Array, Array, Array]:
-        """Read the state [8] of a sample, its action chunk [H, 8], and the chunk's mask [H]."""
+        """Read the state [8] of a sample, its action chunk [H, 8], and the chunk's mask [H].
+
+        `horizon` is H.
+        """
         episode = self.episode(sample)
         step = sample.step
         assert episode.action is not None
@@ -110,7 +131,7 @@ class Mixture:
         return state, chunk, mask
 
     def episode(self, sample: Sample) -> Episode:
-        """The episode of a sample, without images."""
+        """Read the episode of a sample, without images."""
         return self._read_episode(sample.dataset, sample.episode)
 
 
@@ -132,19 +153,23 @@ def _check_source(name: str, store: EpisodeStore, weight: float) -> None:
 
 @dataclass(frozen=True)
 class TrainingSamples:
-    """Batches as the trainer takes them: a map from training step to a dict of arrays.
+    """Makes the batches of a training from a mixture.
 
-    views    camera → (height, width) in pixels, to which its images are resized, aspect unchanged.
-    augment  strength of photometric jitter, 0 for none. Geometry is never augmented, because depth
-             depends on it.
+    Attributes:
+        mixture: The mixture from which samples are drawn.
+        views: Camera → (height, width) in pixels of the images in a batch. An image is scaled to
+            fit, with its aspect ratio unchanged, and gets black bars.
+        horizon: H, the number of actions in a chunk.
+        augment: Strength of the photometric jitter, 0 for none. Images are never rotated, cropped
+            or scaled at random, because depth depends on their geometry.
 
-    A batch of B samples
-        images       camera → [B, h, w, 3] uint8; zeros if an episode does not have the camera
-        views        camera → [B] bool, whether the episode has it
+    A batch of B samples is a dict:
+        images       camera → [B, h, w, 3] uint8; zeros if the episode does not have the camera
+        views        camera → [B] bool, whether the episode has the camera
         position     [B, 3] m, base frame
-        rotation     [B, 4]
+        rotation     [B, 4] unit quaternion
         gripper      [B] opening 0 … 1
-        action       [B, H, 8] meters, as `Action.to_vector`
+        action       [B, H, 8] translations in m, as `Action.to_vector`
         action_mask  [B, H] bool
         instruction  list of B strings
         dataset      [B] int, index into `mixture.names`
@@ -156,7 +181,7 @@ class TrainingSamples:
     augment: float = 0.0
 
     def batch(self, training_step: int, batch_size: int) -> dict[str, Any]:
-        """Make the batch of a training step. Raises SpearError for a broken image."""
+        """Make the batch of a training step. Raises SpearError if an image is broken."""
         samples = self.mixture.draw(training_step, batch_size)
         states: list[Array] = []
         chunks: list[Array] = []
@@ -173,10 +198,10 @@ class TrainingSamples:
             images[camera] = np.zeros((batch_size, height, width, 3), np.uint8)
             is_present: list[bool] = []
             for sample, out in zip(samples, images[camera], strict=True):
-                is_present.append(self._decode_image(sample, camera, out))
+                is_present.append(self._decode_image(sample, camera, out))  # writes into `out`
             has_image[camera] = np.array(is_present)
 
-        state_rows = np.stack(states)
+        state_rows = np.stack(states)  # [B, 8]
         return {
             "images": images,
             "views": has_image,
@@ -190,7 +215,10 @@ class TrainingSamples:
         }
 
     def _decode_image(self, sample: Sample, camera: str, out: Array) -> bool:
-        """Decode a sample's image into `out` [h, w, 3]; returns False if it has none."""
+        """Decode a sample's image into `out` [h, w, 3], which is black before.
+
+        Returns whether the sample's episode has the camera. If not, `out` stays black.
+        """
         store = self.mixture.stores[sample.dataset]
         encoded = store.image(sample.episode, sample.step, camera)
         if encoded is None:
@@ -200,16 +228,18 @@ class TrainingSamples:
         image = decode_image(encoded, f"{source} step {sample.step} camera {camera!r}", out)
         height, width = out.shape[:2]
         fitted = fit_image(image, height, width)
-        if fitted is not out:
+        was_decoded_into_out = fitted is out  # an image that has the right size already
+        if not was_decoded_into_out:
             out[...] = fitted
 
         if self.augment:
+            # Jitter all but the bars at the sides, which stay black, as they are when acting.
+            image_height, image_width = image.shape[:2]
             _, left_px, top_px, fitted_width, fitted_height = compute_placement(
-                image.shape[1::-1], out.shape[1::-1]
+                (image_width, image_height), (width, height)
             )
-            # The bars at the sides stay black, as in acting.
             picture = out[top_px : top_px + fitted_height, left_px : left_px + fitted_width]
-            jitter_colors(picture, sample.draws, self.augment, picture)
+            jitter_colors(picture, sample.draws, self.augment, out=picture)
         return True
 
 
@@ -218,20 +248,24 @@ def jitter_colors(image: Array, draws: Array, strength: float, out: Array | None
 
     Args:
         image: [h, w, 3] uint8.
-        draws: [5] random numbers in [0, 1).
-        strength: At 1, brightness changes by ± 10 % of the range, contrast by ± 20 %, and the gain
-            of each channel by ± 5 %.
+        draws: [5] random numbers in [0, 1), which determine the changes.
+        strength: At 1, brightness changes by up to ± 10 % of the range, contrast by up to ± 20 %,
+            and the gain of each channel by up to ± 5 %.
         out: Where to write the result, which may be `image`; by default a new array.
 
     Returns:
         [h, w, 3] uint8.
     """
-    offset, contrast, *gains = (2 * draws - 1) * strength
-    level = np.arange(256, dtype=np.float32)[:, None]
-    gain = 1 + MAX_GAIN_CHANGE * np.array(gains, np.float32)
-    contrasted = (level - 128) * (1 + MAX_CONTRAST_CHANGE * contrast) + 128
-    new_level = (contrasted + MAX_OFFSET_LEVELS * offset) * gain
-    table = np.clip(np.rint(new_level), 0, 255).astype(np.uint8)  # [256, 3]
+    # Relative changes from -strength to strength.
+    brightness_change, contrast_change, *gain_changes = (2 * draws - 1) * strength
+    contrast = 1 + MAX_CONTRAST_CHANGE * contrast_change
+    gain = 1 + MAX_GAIN_CHANGE * np.array(gain_changes, np.float32)  # [3]
+
+    # A table of the new level for each level and channel, which is faster than a computation.
+    level = np.arange(256, dtype=np.float32)[:, None]  # [256, 1]
+    contrasted = (level - 128) * contrast + 128
+    new_level = (contrasted + MAX_OFFSET_LEVELS * brightness_change) * gain  # [256, 3]
+    table = np.clip(np.rint(new_level), 0, 255).astype(np.uint8)
     if out is None:
         out = np.empty_like(image)
     for channel in range(3):

@@ -1,8 +1,12 @@
-"""Normalization: one scale for translations and one for positions, shared by the whole mixture.
+"""Normalization of actions and states, with statistics over the whole mixture of datasets.
 
-The paper normalizes translations by global quantiles over the whole mixture (not per dataset);
-"minmax" and "meanstd" are its ablations. Rotations stay unit quaternions, and gripper openings 0 …
-1 become -1 … 1. Everything works on torch tensors of any leading shape, device and floating type.
+Each axis of translations and of positions is shifted by an offset and divided by a scale. The paper
+computes both from quantiles over the whole mixture, not per dataset. The modes "minmax" and
+"meanstd" are the paper's ablations. Rotations stay unit quaternions, and gripper openings 0 … 1
+become -1 … 1. Tensors may have any leading dimensions, device and floating type.
+
+The quantiles come from sketches (`QuantileSketch`), which summarize all numbers of one axis of a
+dataset. A mixture's datasets count with their sampling weights, called shares when they sum to 1.
 """
 
 import io
@@ -32,14 +36,14 @@ Scale = tuple[PositiveFloat, PositiveFloat, PositiveFloat]
 MIN_TRANSLATION_SCALE_M = 1e-3  # in a step of 0.2 s
 MIN_POSITION_SCALE_M = 1e-2
 MIN_SCALES = (MIN_TRANSLATION_SCALE_M,) * 3 + (MIN_POSITION_SCALE_M,) * 3
-"""An axis that varies less is scaled as if it varied by this much. Otherwise normalization would
-amplify its noise; and what a policy predicts for it stays small."""
-LOW_QUANTILE = 0.01  # becomes -1
-HIGH_QUANTILE = 0.99  # becomes 1
-STATE_VECTOR_DIM = 10
+"""The smallest scale of each axis. Dividing an axis that hardly varies by its tiny scale would
+amplify its noise. With this scale, predicted motions along such an axis stay small as well."""
+LOW_QUANTILE = 0.01  # is normalized to -1
+HIGH_QUANTILE = 0.99  # is normalized to 1
+STATE_VECTOR_DIM = 10  # position 3, first two columns of the rotation matrix 6, gripper 1
 NUM_AXES = 6  # translation x, y, z and position x, y, z
 SKETCHES_FILE = "sketches.npz"
-"""In a prepared dataset: the quantile sketches of its translations and positions."""
+"""The file of a prepared dataset with the quantile sketches of its translations and positions."""
 
 
 @dataclass(frozen=True)
@@ -49,14 +53,18 @@ class Normalizer:
     Values outside the fitted range are not clipped, so that the inverse is exact.
 
     Attributes:
-        mode: How offset and scale were fitted.
-        translation_offset, translation_scale: Of the translations of actions, m.
-        position_offset, position_scale: Of end-effector positions, m.
-        samples: The number of steps that they were fitted on.
-        frames: Name of a dataset or robot → version of the frames (`spear.data.frames`) of what
-            the statistics were fitted on; None if they were made before versions were recorded.
-        datasets: Empty; or, in the ablation, dataset name → the dataset's own normalizer, in the
-            order of the mixture (see `for_dataset`).
+        mode: How offset and scale were fitted (see `fit`).
+        translation_offset: Offset of the translations of actions, m.
+        translation_scale: Scale of the translations of actions, m.
+        position_offset: Offset of end-effector positions, m.
+        position_scale: Scale of end-effector positions, m.
+        samples: The number of steps whose numbers were used.
+        frames: The name of a dataset or robot → the version of the frames (`spear.data.frames`) of
+            the data to which the statistics belong. None if they were made before versions were
+            recorded.
+        datasets: The name of each dataset → its own normalizer, in the order of the mixture, for
+            the ablation in which datasets are normalized separately (see `for_dataset`). Otherwise
+            empty.
     """
 
     mode: Mode
@@ -73,10 +81,10 @@ class Normalizer:
     def fit_per_dataset(
         stores: Sequence[tuple[str, EpisodeStore, float]], mode: Mode = "quantile"
     ) -> "Normalizer":
-        """Fit statistics over a mixture, and those of each dataset.
+        """Fit statistics over a mixture, and separate statistics of each dataset.
 
         Args:
-            stores: (name, store, weight) of each dataset, as in `Mixture`.
+            stores: (name, store, sampling weight) of each dataset, as in `Mixture`.
             mode: See `fit`.
         """
         names = [name for name, _, _ in stores]
@@ -90,11 +98,16 @@ class Normalizer:
         return replace(over_mixture, datasets=per_dataset)
 
     def for_dataset(self, dataset: str | None) -> "Normalizer":
-        """Get the normalizer of a dataset: this one, unless datasets have their own.
+        """Get the normalizer of a dataset.
+
+        That is this normalizer, unless datasets have their own ones.
+
+        Args:
+            dataset: The dataset's name. It may be None if there is only one normalizer to choose.
 
         Raises:
-            SpearError: If datasets have their own, and `dataset` is not one of them, or is None
-                although there are several.
+            SpearError: If datasets have their own normalizers, and `dataset` is none of them, or is
+                None although there are several.
         """
         if not self.datasets:
             return self
@@ -112,14 +125,15 @@ class Normalizer:
     def fit(stores: Iterable[tuple[EpisodeStore, float]], mode: Mode = "quantile") -> "Normalizer":
         """Fit statistics over a mixture.
 
-        Every dataset counts with its weight, whatever its size; masked steps do not count. It takes
-        one pass over each store in bounded memory. Percentiles are exact for up to 16,384 steps per
-        dataset, and within 0.1 % in rank beyond (`QuantileSketch`).
+        Every dataset counts with its weight, whatever its size. Masked steps do not count. Each
+        store is read once, in bounded memory. Percentiles are exact for up to 16,384 steps per
+        dataset. Beyond, their error in rank is at most 0.1 % (`QuantileSketch`).
 
         Args:
-            stores: (store, weight) of each dataset, weights as in `Mixture`.
-            mode: "quantile" maps the 1st and 99th percentile to -1 and 1; "minmax" the extremes;
-                "meanstd" gives zero mean and unit deviation.
+            stores: (store, sampling weight) of each dataset, as in `Mixture`.
+            mode: "quantile" maps the 1st and 99th percentile to -1 and 1. "minmax" maps the
+                smallest and the largest value to -1 and 1. "meanstd" gives zero mean and unit
+                deviation.
 
         Raises:
             SpearError: If no store has a valid action.
@@ -196,7 +210,7 @@ class Normalizer:
 
     @staticmethod
     def load(path: str | Path) -> "Normalizer":
-        """Read what `save` wrote. Raises SpearError if the file is missing or is something else."""
+        """Read statistics that `save` wrote. Raises SpearError if the file is missing or bad."""
         advice = "take the file beside the weights"
         return read_json_as(Normalizer, Path(path), advice, "cannot read normalization statistics")
 
@@ -207,14 +221,22 @@ def _to_triple(values: Sequence[float]) -> Triple:
 
 
 def save_sketches(store: EpisodeStore) -> None:
-    """Write the sketches of a prepared dataset's demonstrations, which training reads instead."""
+    """Make the sketches of a prepared dataset's demonstrations, and write them into its folder.
+
+    Training reads this file instead of making the sketches from all episodes.
+    """
     with suppress_notices():
         demonstrations = store.select_demonstrations()
     write_sketches(demonstrations, _make_sketches(demonstrations))
 
 
 def write_sketches(store: EpisodeStore, sketches: Sequence[QuantileSketch]) -> None:
-    """Write the six sketches of a store, and the fingerprint of its episodes."""
+    """Write the six sketches of a store into its folder, with the fingerprint of its episodes.
+
+    Args:
+        store: The store.
+        sketches: The sketches of translation x, y, z and position x, y, z.
+    """
     arrays: dict[str, Any] = {"of": np.array(store.fingerprint())}
     for axis, sketch in enumerate(sketches):
         for name, values in sketch.to_arrays().items():
@@ -225,7 +247,7 @@ def write_sketches(store: EpisodeStore, sketches: Sequence[QuantileSketch]) -> N
 
 
 def _load_or_make_sketches(store: EpisodeStore) -> list[QuantileSketch]:
-    """Get the sketches of the known steps of a store: from its file, or else in one pass."""
+    """Get the six sketches of a store: from its file, or else by reading all its episodes."""
     file = store.path / SKETCHES_FILE
     if store.is_complete and file.is_file():
         try:
@@ -240,7 +262,10 @@ def _load_or_make_sketches(store: EpisodeStore) -> list[QuantileSketch]:
 
 
 def _load_sketches(file: Path, store: EpisodeStore) -> list[QuantileSketch] | None:
-    """Load the sketches of a store; None if they are of other episodes, as shards came or went."""
+    """Load the sketches of a store from its file.
+
+    Returns None if the file is of other episodes, because shards were added or removed since.
+    """
     with np.load(file, allow_pickle=False) as arrays:
         if "of" not in arrays.files or str(arrays["of"]) != store.fingerprint():
             return None
@@ -258,20 +283,33 @@ def _load_sketches(file: Path, store: EpisodeStore) -> list[QuantileSketch] | No
 
 
 def _make_sketches(store: EpisodeStore) -> list[QuantileSketch]:
-    """Make the sketches of the known steps of a store: translation x, y, z, position x, y, z."""
+    """Make the six sketches of a store, of the steps whose action is known.
+
+    They are of translation x, y, z and position x, y, z.
+    """
     sketches = [QuantileSketch() for _ in range(NUM_AXES)]
     for index in range(len(store)):
         episode = store.without_images(index)
         assert episode.action is not None
         assert episode.action_mask is not None
-        rows = np.concatenate([episode.action[:, :3], episode.position], axis=1)
-        for sketch, column in zip(sketches, rows[episode.action_mask].T, strict=True):
-            sketch.add(column)
+        rows = np.concatenate([episode.action[:, :3], episode.position], axis=1)  # [T, 6]
+        known_rows = rows[episode.action_mask]  # [num_known, 6]
+        for sketch, axis_values in zip(sketches, known_rows.T, strict=True):
+            sketch.add(axis_values)
     return sketches
 
 
 def _fit_axis(sketches: Sequence[QuantileSketch], shares: Array, mode: Mode) -> tuple[float, float]:
-    """Fit offset and scale of an axis, from the sketch and the share of each dataset."""
+    """Fit offset and scale of one axis.
+
+    Args:
+        sketches: The axis's sketch of each dataset.
+        shares: [D] the share of each dataset, summing to 1.
+        mode: See `Normalizer.fit`.
+
+    Returns:
+        Offset and scale, m.
+    """
     if mode == "meanstd":
         return _fit_mean_and_deviation(sketches, shares)
     if mode == "minmax":
@@ -285,22 +323,24 @@ def _fit_axis(sketches: Sequence[QuantileSketch], shares: Array, mode: Mode) -> 
 def _fit_mean_and_deviation(
     sketches: Sequence[QuantileSketch], shares: Array
 ) -> tuple[float, float]:
-    mean = float(sum(share * s.mean for s, share in zip(sketches, shares, strict=True)))
-    variance = sum(
-        share * (s.squares / s.count + (s.mean - mean) ** 2)
-        for s, share in zip(sketches, shares, strict=True)
-    )
+    """Compute mean and standard deviation of an axis over the mixture; see `_fit_axis`."""
+    weighted_means = [share * sketch.mean for sketch, share in zip(sketches, shares, strict=True)]
+    mean = float(sum(weighted_means))
+    # The variance within each dataset, and that of the datasets' means about the common mean.
+    variance = 0.0
+    for sketch, share in zip(sketches, shares, strict=True):
+        variance += share * (sketch.squares / sketch.count + (sketch.mean - mean) ** 2)
     return mean, float(np.sqrt(variance))
 
 
 def _fit_quantiles(sketches: Sequence[QuantileSketch], shares: Array) -> tuple[float, float]:
-    """The 1st and 99th percentile, where each dataset counts with its share."""
+    """Compute the 1st and the 99th percentile of an axis over the mixture; see `_fit_axis`."""
     all_values: list[Array] = []
     all_weights: list[Array] = []
     for sketch, share in zip(sketches, shares, strict=True):
         values, counts = sketch.weighted()
         all_values.append(values)
-        all_weights.append(counts * share / sketch.count)
+        all_weights.append(counts * share / sketch.count)  # sum to `share`
     values = np.concatenate(all_values)
     weights = np.concatenate(all_weights)
     low = weighted_quantile(values, weights, LOW_QUANTILE)
@@ -309,4 +349,5 @@ def _fit_quantiles(sketches: Sequence[QuantileSketch], shares: Array) -> tuple[f
 
 
 def _normalize(meters: Tensor, offset: Triple, scale: Triple) -> Tensor:
+    """Normalize translations or positions [..., 3]."""
     return (meters - meters.new_tensor(offset)) / meters.new_tensor(scale)

@@ -1,4 +1,7 @@
-"""Options of the commands on robot data: plain values, so that help loads nothing heavy."""
+"""The options of the commands on robot data.
+
+This file imports no large library, so that `--help` is fast.
+"""
 
 from functools import cached_property
 from pathlib import Path
@@ -9,14 +12,14 @@ from tyro.conf import Positional, arg
 from spear.errors import SpearError
 from spear.util.options import EpisodeSplit, LayoutFile, OptionalInt, Options, Range, RarelyUsed
 
-MAX_IMAGE_SIDE_PX = 8192  # of the images that preparing writes
+MAX_IMAGE_SIDE_PX = 8192  # the largest width or height to which images are resized
 
 _FOLDER_HELP = "An RLDS or LeRobot dataset, or episodes written by this program."
 DatasetFolder = Annotated[Positional[Path], arg(metavar="FOLDER", help=_FOLDER_HELP)]
 
 
 class Conversion(Options):
-    """How preparing converts episodes."""
+    """How `spear data prepare` converts episodes."""
 
     image_size: tuple[str, ...] = ()
     """Width x height of the images, as the model takes them (SPEAR-1: 280x210 wrist=112x112), for
@@ -30,9 +33,10 @@ class Conversion(Options):
 
     @cached_property
     def sizes(self) -> dict[str, tuple[int, int]]:
-        """Camera → (width, height) in pixels; the key "" stands for all other cameras.
+        """Parse `image_size`: camera → (width, height) in pixels.
 
-        Raises SpearError for a text that is no size, and for two sizes of one camera.
+        The key "" stands for all cameras that have no key. Raises SpearError if a text is no size,
+        or if a camera has two sizes.
         """
         sizes: dict[str, tuple[int, int]] = {}
         for text in self.image_size:
@@ -51,7 +55,7 @@ class Conversion(Options):
 
 
 def _parse_size(text: str) -> tuple[int, int] | None:
-    """Parse "280x210" as (width, height); None for anything else, or a size that is too large."""
+    """Parse "280x210" as (width, height). Returns None for other texts and sizes out of range."""
     side_texts = text.split("x")
     if len(side_texts) != 2 or not all(side.isdecimal() for side in side_texts):
         return None

@@ -1,7 +1,8 @@
 """Embodiments: adapters between robots and SPEAR-1, one file per robot.
 
-A file in this folder that has an `EMBODIMENT`, or any such Python file of yours, is an embodiment;
-its name is the file's. docs/howto/own-robot.md shows how to write one.
+The Python file of an embodiment defines `EMBODIMENT`. An embodiment of this folder is known by the
+name of its file, and an embodiment of yours by the path of its file. docs/howto/own-robot.md shows
+how to write one.
 """
 
 import importlib
@@ -16,7 +17,7 @@ from spear.errors import SpearError, check_known
 __all__ = ["Control", "Embodiment", "Observation", "list_names", "load"]
 
 _SHARED_MODULES = {"actions", "interface", "inverse_kinematics", "kinematics", "observations"}
-"""Modules of this folder that are no robots."""
+"""Modules of this folder that are no embodiments."""
 
 
 def list_names() -> list[str]:

@@ -1,4 +1,4 @@
-"""Where a chunk of actions leads, as poses and as rotations about the base frame's axes."""
+"""Converts an action chunk to target poses, and to rotations about the axes of the base frame."""
 
 import numpy as np
 import torch
@@ -8,14 +8,14 @@ from spear.types import Array
 
 
 def compute_target_poses(state: Array, actions: Array) -> tuple[Array, Array]:
-    """Compute the poses to which the actions of a chunk lead, one after the other.
+    """Compute the poses to which the actions of a chunk lead, if they are executed in order.
 
     Args:
         state: [8] the state from which the chunk begins.
-        actions: [H, 8] as `spear.types.Action` has them.
+        actions: [H, 8] the action chunk, as `Action.to_vector` arranges it.
 
     Returns:
-        Positions [H, 3] (m) and quaternions [H, 4] after each action, base frame, float64.
+        The position [H, 3] (m) and the quaternion [H, 4] after each action, base frame, float64.
 
     Example:
         >>> state = np.array([0.4, 0, 0.2, 1, 0, 0, 0, 1])
@@ -36,17 +36,22 @@ def compute_target_poses(state: Array, actions: Array) -> tuple[Array, Array]:
 
 
 def compute_base_rotations(state: Array, actions: Array) -> Array:
-    """Compute the rotations of a chunk about the axes of the base frame.
+    """Compute the rotation of each action of a chunk about the axes of the base frame.
+
+    An action's own rotation is about the axes of the end-effector frame, but several robots take
+    rotations about base axes.
 
     Args:
         state: [8] the state from which the chunk begins.
-        actions: [H, 8] as `spear.types.Action` has them.
+        actions: [H, 8] the action chunk, as `Action.to_vector` arranges it.
 
     Returns:
-        [H, 4] canonical unit quaternions R of R_next = R · R_now, float64.
+        [H, 4] canonical unit quaternions, float64. If the orientation is R_now before an action and
+        R_next after it, the action's quaternion is that of the rotation R in R_next = R · R_now.
     """
     _, target_rotations = compute_target_poses(state, actions)
-    rotations_after = torch.from_numpy(target_rotations)
-    first = torch.from_numpy(np.float64(state[3:7]))
-    rotations_before = torch.cat([first[None], rotations_after[:-1]])
-    return quat_canonical(quat_multiply(rotations_after, quat_conjugate(rotations_before))).numpy()
+    rotations_after = torch.from_numpy(target_rotations)  # [H, 4]
+    first_rotation = torch.from_numpy(np.float64(state[3:7]))
+    rotations_before = torch.cat([first_rotation[None], rotations_after[:-1]])  # [H, 4]
+    base_rotations = quat_multiply(rotations_after, quat_conjugate(rotations_before))
+    return quat_canonical(base_rotations).numpy()

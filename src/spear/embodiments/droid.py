@@ -1,19 +1,28 @@
 """The DROID platform (Franka), with the observation keys of openpi's DROID client.
 
-Facts (droid-dataset/droid, robot_ik_solver.py and franka/robot.py): the rate is 15 Hz; a joint
-velocity of 1 asks for 0.2 rad in one step, and a vector with a larger entry is shortened as a
-whole; gripper positions are 1 closed, 0 open; cartesian positions are those of the flange, with
-roll, pitch, yaw (R = Rz Ry Rx). openpi's client sends images scaled into a square of 224 pixels
-with black bands. `remove_padding` cuts the bands off, because the model adds its own: with both,
-the scene would be smaller than in training.
+Facts about the platform (droid-dataset/droid, robot_ik_solver.py and franka/robot.py):
 
-Departures: the end-effector is the point between the closed pads of DROID's Robotiq 2F-85, 0.1548 m
-from the flange, whose y axis the fingers close along (`ROBOTIQ`). Policies that learned the first
-version of DROID's frames act in it: there the tool is Franka's own hand (`FRANKA_HAND`), turned by
-45° and with its tips 0.1034 m from the flange. A chunk's five actions at 5 Hz become fifteen rows
-at 15 Hz on straight lines (joints) or geodesics (poses). Joints come from
-`spear.embodiments.inverse_kinematics`, which stays inside the joint limits and goes as near to the
-target as it can.
+- It takes one row of numbers per step, at 15 Hz.
+- A joint velocity of 1 asks for 0.2 rad in one step. If a velocity is larger, the platform scales
+  all joints' velocities down.
+- A gripper position of 1 is closed, and 0 is open.
+- Cartesian positions are poses of the flange (the end of the last link), with its orientation as
+  roll, pitch, yaw (R = Rz Ry Rx).
+
+openpi's client scales images into a square of 224 pixels with black bands. `remove_padding` cuts
+the bands off, because the model's input gets its own black bars. With both, the scene would be
+smaller than in training.
+
+Our choices: the end-effector frame is at the point between the closed pads of DROID's Robotiq
+2F-85, 0.1548 m from the flange, and its y axis is the one along which the fingers close
+(`ROBOTIQ`). Policies that learned the first version of DROID's frames act in this first version:
+there the tool is Franka's own hand (`FRANKA_HAND`), turned by 45° and with its finger tips 0.1034 m
+from the flange.
+
+The five actions of a chunk at 5 Hz become fifteen rows at 15 Hz, which lie on straight lines
+between joint angles, or on straight lines and geodesics between poses. Joint angles come from
+`spear.embodiments.inverse_kinematics`, which stays inside the joint limits and gets as near to the
+target pose as it can.
 """
 
 import functools
@@ -50,21 +59,23 @@ GRIPPER_KEY = "observation/gripper_position"
 FRAME = "droid"
 RATE_HZ = 15.0
 ROWS_PER_ACTION = 3  # rows at 15 Hz in an action at 5 Hz
-UNIT_VELOCITY_STEP_RAD = 0.2  # what a joint velocity of 1 means, per row
+UNIT_VELOCITY_STEP_RAD = 0.2  # how far a joint velocity of 1 turns a joint in one row
 JOINT_LIMIT_TOLERANCE_RAD = 0.05  # a joint may be read this far beyond its limit without a notice
-PADDED_SIDE_PX = 224  # of the square that openpi's client sends
+PADDED_SIDE_PX = 224  # width and height of the image that openpi's client sends
 PADDED_CONTENT_SIDES_PX = (125, 126, 168)
-"""What padding leaves of the other side: of the ZED camera's 16:9 (125 for 672 x 376), and of 4:3.
-"""
+"""Heights of the camera's image within the padded square: 126 for 16:9 (125 for the ZED camera's
+672 x 376 pixels), and 168 for 4:3. For an upright image, these are its widths."""
 
 
 @dataclass(frozen=True)
 class Tool:
-    """A gripper on the flange: its end-effector frame, seen from that of Franka's own hand.
+    """A gripper on the flange, described by its end-effector frame.
 
     Attributes:
-        offset_m: position of its finger tips in the hand's end-effector frame.
-        rotation: quaternion (w, x, y, z) from the right, from the hand's frame to the tool's.
+        offset_m: position of the gripper's finger tips in the end-effector frame of Franka's own
+            hand.
+        rotation: quaternion (w, x, y, z) of the rotation from the hand's end-effector frame to the
+            tool's, by which orientations are multiplied from the right.
     """
 
     offset_m: tuple[float, float, float]
@@ -75,16 +86,18 @@ class Tool:
         return self._compose(position, rotation, self._pose())
 
     def to_hand(self, position: Array, rotation: Array) -> tuple[Array, Array]:
-        """Invert `from_hand`."""
+        """Convert poses of the tool's end-effector frame to the hand's: the inverse."""
         return self._compose(position, rotation, pose_inverse(*self._pose()))
 
     def _pose(self) -> tuple[Tensor, Tensor]:
+        """The pose of the tool's end-effector frame in the hand's: position [3], rotation [4]."""
         offset = torch.tensor(self.offset_m, dtype=torch.float64)
         return offset, torch.tensor(self.rotation, dtype=torch.float64)
 
     def _compose(
         self, position: Array, rotation: Array, change: tuple[Tensor, Tensor]
     ) -> tuple[Array, Array]:
+        """Compose poses [..., 3], [..., 4] with a pose in their own frame."""
         start = (torch.from_numpy(np.float64(position)), torch.from_numpy(np.float64(rotation)))
         composed_position, composed_rotation = pose_compose(*start, *change)
         return composed_position.numpy(), composed_rotation.numpy()
@@ -95,19 +108,21 @@ ROBOTIQ = Tool(
     offset_m=(0.0, 0.0, -0.0514),  # 0.1548 m from the flange, the hand's tips 0.1034 m
     rotation=(0.9238795325112867, 0.0, 0.0, -0.3826834323650898),  # -45° about z
 )
-"""DROID's gripper, as the dataset's layout has it (`tool_rotation` and `tool_offset` of "droid" in
-oxe.toml, with the sources)."""
+"""DROID's gripper. The numbers are those of the dataset's layout (`tool_rotation` and `tool_offset`
+of "droid" in oxe.toml, which names the sources)."""
 
 
 def observe(
     observation: Observation, image_key: str = EXTERIOR_IMAGE_KEY, tool: Tool = ROBOTIQ
 ) -> dict[str, Any]:
-    """Convert joint angles to an end-effector pose by forward kinematics.
+    """Convert an observation of openpi's DROID client to one of `spear.types.Policy`.
+
+    The end-effector pose is computed from the joint angles by forward kinematics.
 
     Args:
-        observation: as openpi's client sends it.
-        image_key: the key of the exterior camera.
-        tool: the gripper whose end-effector frame the policy knows.
+        observation: the client's observation.
+        image_key: the key of the exterior camera's image.
+        tool: the gripper whose end-effector frame the policy learned.
 
     Returns:
         An observation with the keys of `spear.types.Policy`.
@@ -116,21 +131,22 @@ def observe(
         SpearError: a value is wrong, or MuJoCo is not installed.
     """
     joints = validate_radians(read_numbers(observation, JOINTS_KEY, 7), JOINTS_KEY)
-    gripper_position = float(read_numbers(observation, GRIPPER_KEY, 1)[0])
-    closed = validate_opening(gripper_position, GRIPPER_KEY)
+    gripper_reading = float(read_numbers(observation, GRIPPER_KEY, 1)[0])
+    gripper_position = validate_opening(gripper_reading, GRIPPER_KEY)  # 0 open … 1 closed
 
     arm = _import_kinematics()
-    beyond_limits = np.maximum(arm.JOINT_LOWER_RAD - joints, joints - arm.JOINT_UPPER_RAD)
-    if beyond_limits.max() > JOINT_LIMIT_TOLERANCE_RAD:
+    # By how much each joint is beyond one of its limits, [7] rad; negative within the limits.
+    excess_rad = np.maximum(arm.JOINT_LOWER_RAD - joints, joints - arm.JOINT_UPPER_RAD)
+    if excess_rad.max() > JOINT_LIMIT_TOLERANCE_RAD:
         notice(
-            f"{JOINTS_KEY}: joint {beyond_limits.argmax() + 1} is where a Franka's cannot be. "
+            f"{JOINTS_KEY}: joint {excess_rad.argmax() + 1} is where a Franka's cannot be. "
             "Check the joints' order, signs and unit before the arm moves."
         )
     position, rotation = tool.from_hand(*arm.compute_ee_pose(joints))
     return {
         "observation/image": remove_padding(read_image(observation, image_key)),
         "observation/wrist_image": remove_padding(read_image(observation, WRIST_IMAGE_KEY)),
-        "observation/state": make_state(position, rotation, 1 - closed),
+        "observation/state": make_state(position, rotation, opening=1 - gripper_position),
         "prompt": read_prompt(observation),
     }
 
@@ -138,17 +154,27 @@ def observe(
 def remove_padding(image: Array) -> Array:
     """Cut off the bands with which openpi's client padded an image.
 
-    Only bands that are black (0) throughout, and exactly as high or wide as padding makes them, are
-    cut off; any other image is returned as it is.
+    Bands are cut off only if all their pixels are black (0), and if they are exactly as high or
+    wide as padding makes them. Any other image is returned unchanged.
+
+    Args:
+        image: [h, w, 3] uint8.
     """
     is_padded_size = image.shape[:2] == (PADDED_SIDE_PX, PADDED_SIDE_PX)
-    if not is_padded_size or image[0, 0].any():
+    is_corner_black = not image[0, 0].any()
+    if not is_padded_size or not is_corner_black:
         return image
-    for axis, content_side in itertools.product((0, 1), PADDED_CONTENT_SIDES_PX):
-        first = (PADDED_SIDE_PX - content_side) // 2
-        band_before, content, band_after = np.split(image, (first, first + content_side), axis)
+
+    # Bands may be above and below the content (axis 0), or to its left and right (axis 1).
+    for axis, content_side_px in itertools.product((0, 1), PADDED_CONTENT_SIDES_PX):
+        start = (PADDED_SIDE_PX - content_side_px) // 2
+        end = start + content_side_px
+        band_before, content, band_after = np.split(image, (start, end), axis)
         are_bands_black = band_before.max() == 0 and band_after.max() == 0
-        reaches_bands = content.take(0, axis).max() > 0 and content.take(-1, axis).max() > 0
+        # The content's first and last lines are not black, so the bands are not wider than this.
+        first_line = content.take(0, axis)
+        last_line = content.take(-1, axis)
+        reaches_bands = first_line.max() > 0 and last_line.max() > 0
         if are_bands_black and reaches_bands:
             return content
     return image
@@ -157,50 +183,68 @@ def remove_padding(image: Array) -> Array:
 def convert_to_joint_position_rows(
     actions: Array, state: Array, observation: Observation, tool: Tool = ROBOTIQ
 ) -> Array:
-    """Convert actions [H, 8] to joint angles (rad, within the arm's speed) and gripper.
+    """Convert actions to joint angles and gripper positions.
 
-    There are 3 rows per action: [3 H, 8] float32.
+    Args:
+        actions: [H, 8] the action chunk.
+        state: [8] the state from which it begins.
+        observation: the client's observation.
+        tool: the gripper whose end-effector frame the policy learned.
+
+    Returns:
+        [3 H, 8] float32, three rows per action: joint angles (rad), which change no faster than the
+        arm can move, and the gripper position (1 closed).
     """
-    max_speed = _import_kinematics().MAX_JOINT_SPEED_RAD_S
-    max_step = max_speed * ROWS_PER_ACTION / RATE_HZ
-    steps = _solve_joint_steps(actions, observation, state, max_step, tool)
-    row_steps = np.repeat(steps / ROWS_PER_ACTION, ROWS_PER_ACTION, axis=0)
+    max_speed_rad_s = _import_kinematics().MAX_JOINT_SPEED_RAD_S  # [7]
+    max_step_rad = max_speed_rad_s * ROWS_PER_ACTION / RATE_HZ  # [7] in one action
+    steps_rad = _solve_joint_steps(actions, observation, state, max_step_rad, tool)  # [H, 7]
+    row_steps_rad = np.repeat(steps_rad / ROWS_PER_ACTION, ROWS_PER_ACTION, axis=0)  # [3 H, 7]
     joints = read_numbers(observation, JOINTS_KEY, 7)
-    return _append_gripper(joints + row_steps.cumsum(axis=0), actions)
+    return _append_gripper(joints + row_steps_rad.cumsum(axis=0), actions)
 
 
 def convert_to_joint_velocity_rows(
     actions: Array, state: Array, observation: Observation, tool: Tool = ROBOTIQ
 ) -> Array:
-    """Convert actions [H, 8] to joint velocities (-1 … 1, in the platform's unit) and gripper.
+    """Convert actions to joint velocities and gripper positions.
 
-    There are 3 rows per action: [3 H, 8] float32.
+    The arguments are those of `convert_to_joint_position_rows`.
+
+    Returns:
+        [3 H, 8] float32, three rows per action: joint velocities (-1 … 1, in the platform's unit),
+        and the gripper position (1 closed).
     """
-    max_step = ROWS_PER_ACTION * UNIT_VELOCITY_STEP_RAD
-    steps = _solve_joint_steps(actions, observation, state, max_step, tool)
-    return _append_gripper(np.repeat(steps / max_step, ROWS_PER_ACTION, axis=0), actions)
+    max_step_rad = ROWS_PER_ACTION * UNIT_VELOCITY_STEP_RAD  # in one action, at velocity 1
+    steps_rad = _solve_joint_steps(actions, observation, state, max_step_rad, tool)  # [H, 7]
+    velocities = np.repeat(steps_rad / max_step_rad, ROWS_PER_ACTION, axis=0)  # [3 H, 7]
+    return _append_gripper(velocities, actions)
 
 
 def convert_to_cartesian_position_rows(
     actions: Array, state: Array, observation: Observation, tool: Tool = ROBOTIQ
 ) -> Array:
-    """Convert actions [H, 8] to the flange's x, y, z (m), roll, pitch, yaw (rad) and gripper.
+    """Convert actions to poses of the flange and gripper positions.
 
-    There are 3 rows per action: [3 H, 7] float32.
+    The arguments are those of `convert_to_joint_position_rows`.
+
+    Returns:
+        [3 H, 7] float32, three rows per action: the flange's x, y, z (m, base frame), its roll,
+        pitch, yaw (rad), and the gripper position (1 closed).
     """
+    # The end-effector's pose at the start, and after each action.
     target_positions, target_rotations = compute_target_poses(state, actions)
     start = torch.from_numpy(np.float64(state))
-    positions = torch.cat([start[None, :3], torch.from_numpy(target_positions)])
-    rotations = torch.cat([start[None, 3:7], torch.from_numpy(target_rotations)])
+    positions = torch.cat([start[None, :3], torch.from_numpy(target_positions)])  # [H + 1, 3]
+    rotations = torch.cat([start[None, 3:7], torch.from_numpy(target_rotations)])  # [H + 1, 4]
 
     # Interpolate: the rows of an action lead from one pose to the next.
-    row_numbers = torch.arange(1, ROWS_PER_ACTION + 1, dtype=torch.float64)
-    fraction = row_numbers.repeat(len(actions)) / ROWS_PER_ACTION
-    step = torch.arange(len(actions)).repeat_interleave(ROWS_PER_ACTION)
-    ee_position = torch.lerp(positions[step], positions[step + 1], fraction[:, None])
-    ee_rotation = quat_slerp(rotations[step], rotations[step + 1], fraction)
+    row_numbers = torch.arange(1, ROWS_PER_ACTION + 1, dtype=torch.float64)  # 1, 2, 3
+    fraction = row_numbers.repeat(len(actions)) / ROWS_PER_ACTION  # [3 H] 1/3, 2/3, 1, 1/3, …
+    step = torch.arange(len(actions)).repeat_interleave(ROWS_PER_ACTION)  # [3 H] 0, 0, 0, 1, …
+    ee_position = torch.lerp(positions[step], positions[step + 1], fraction[:, None])  # [3 H, 3]
+    ee_rotation = quat_slerp(rotations[step], rotations[step + 1], fraction)  # [3 H, 4]
 
-    # From the end-effector frame to the hand's, and to the flange.
+    # Convert poses of the tool's end-effector frame to poses of the hand's, and of the flange.
     hand_position, hand_rotation = tool.to_hand(ee_position.numpy(), ee_rotation.numpy())
     ee_from_flange = torch.from_numpy(_import_kinematics().ee_from_flange())
     flange_offset, flange_rotation = pose_inverse(
@@ -212,12 +256,12 @@ def convert_to_cartesian_position_rows(
         flange_offset,
         flange_rotation,
     )
-    rows = torch.cat([position, quat_to_euler(rotation, "xyz")], dim=1)
+    rows = torch.cat([position, quat_to_euler(rotation, "xyz")], dim=1)  # [3 H, 6]
     return _append_gripper(rows.numpy(), actions)
 
 
 def _import_kinematics() -> Any:
-    """Import the inverse kinematics late, because they need MuJoCo."""
+    """Import the module of inverse kinematics. It is imported late, because it needs MuJoCo."""
     import_optional("mujoco", "sim", "droid")
     from spear.embodiments import inverse_kinematics
 
@@ -225,36 +269,55 @@ def _import_kinematics() -> Any:
 
 
 def _solve_joint_steps(
-    actions: Array, observation: Observation, state: Array, max_step: Any, tool: Tool
+    actions: Array, observation: Observation, state: Array, max_step_rad: Any, tool: Tool
 ) -> Array:
-    """Return how far the joints turn in each action, [H, 7] rad.
+    """Compute by how much the joints turn in each action.
 
-    A step with a joint beyond `max_step` (rad) is shortened as a whole; the next step makes up for
-    it.
+    If a joint would turn by more than it may, the step of all joints is scaled down. The step of
+    the next action then begins behind its target, and makes up for the difference.
+
+    Args:
+        actions: [H, 8] the action chunk.
+        observation: the client's observation.
+        state: [8] the state from which the chunk begins.
+        max_step_rad: how far a joint may turn in one action, rad; a number or [7].
+        tool: the gripper whose end-effector frame the policy learned.
+
+    Returns:
+        [H, 7] rad.
     """
     arm = _import_kinematics()
-    joints = read_numbers(observation, JOINTS_KEY, 7)
-    target = joints
+    joints = read_numbers(observation, JOINTS_KEY, 7)  # where the steps so far lead
+    target_joints = joints
     steps = []
-    hand_poses = tool.to_hand(*compute_target_poses(state, actions))
-    for position, rotation in zip(*hand_poses, strict=True):
-        # The posture is the last solution, so that the elbow stays where it is.
-        target = arm.solve_joints(target, position, rotation, posture=target)
-        excess = (np.abs(target - joints) / max_step).max()
-        step = (target - joints) / max(1.0, excess)
+    hand_positions, hand_rotations = tool.to_hand(*compute_target_poses(state, actions))
+    for position, rotation in zip(hand_positions, hand_rotations, strict=True):
+        # The preferred posture is the last solution, so that the elbow does not drift.
+        target_joints = arm.solve_joints(target_joints, position, rotation, posture=target_joints)
+        wanted_step = target_joints - joints
+        excess_factor = (np.abs(wanted_step) / max_step_rad).max()
+        step = wanted_step / max(1.0, excess_factor)
         steps.append(step)
         joints = joints + step
     return np.stack(steps)
 
 
 def _append_gripper(rows: Array, actions: Array) -> Array:
-    """Append the gripper command (1 closed) of each row's action."""
-    closed = 1 - np.repeat(actions[:, 7:], ROWS_PER_ACTION, axis=0)
-    return np.concatenate([rows, closed], axis=1).astype(np.float32)
+    """Append the gripper position (1 closed) that each row's action commands.
+
+    Args:
+        rows: [3 H, n] the commands of the arm.
+        actions: [H, 8] the action chunk.
+
+    Returns:
+        [3 H, n + 1] float32.
+    """
+    openings = np.repeat(actions[:, 7:], ROWS_PER_ACTION, axis=0)  # [3 H, 1]
+    return np.concatenate([rows, 1 - openings], axis=1).astype(np.float32)
 
 
 def make_controls(tool: Tool) -> dict[str, Control]:
-    """Make the controls of a robot with this gripper."""
+    """Make the controls of a robot whose policy acts in the end-effector frame of a tool."""
     return {
         "joint_velocity": Control(
             "7 joint velocities (1 is 0.2 rad per row), gripper (1 closed)",
@@ -277,7 +340,13 @@ def make_controls(tool: Tool) -> dict[str, Control]:
 def make_embodiment(
     tool: Tool, frame_version: int, earlier_versions: Mapping[int, Embodiment]
 ) -> Embodiment:
-    """Make the embodiment with a version of DROID's frames."""
+    """Make the embodiment of one version of DROID's frames.
+
+    Args:
+        tool: the gripper whose end-effector frame policies of this version act in.
+        frame_version: the number of the version.
+        earlier_versions: version → embodiment.
+    """
     return Embodiment(
         required={
             EXTERIOR_IMAGE_KEY: "the exterior camera's image, uint8 [height, width, 3]",
@@ -296,7 +365,7 @@ def make_embodiment(
 
 
 def make_example() -> dict[str, Any]:
-    """Make an observation as openpi's client sends it."""
+    """Make an observation as openpi's client sends it, with images of its size."""
     return {
         EXTERIOR_IMAGE_KEY: make_example_image(224, 224),
         WRIST_IMAGE_KEY: make_example_image(224, 224),

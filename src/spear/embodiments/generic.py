@@ -1,5 +1,5 @@
-"""Any robot that speaks SPEAR-1's own language: observations of `spear.types.Policy` in, actions
-[5, 8] out.
+"""An embodiment for any robot whose program sends observations with the keys of
+`spear.types.Policy` and executes SPEAR-1's actions [5, 8] itself.
 """
 
 import numpy as np
@@ -22,7 +22,7 @@ EMBODIMENT = Embodiment(
         COMMITTED_KEY: "actions [d, 8] that are executed before the answer is there; it begins "
         "with them",
     },
-    observe=dict,
+    observe=dict,  # a copy; nothing to convert
     controls={
         "delta_pose": Control(
             "translation 3 (m, base frame), rotation quaternion 4 (w x y z, end-effector frame), "

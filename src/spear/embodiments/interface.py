@@ -1,4 +1,9 @@
-"""What an embodiment is: how one robot's observations and commands become SPEAR-1's, and back."""
+"""Defines embodiments, the adapters between robots and SPEAR-1.
+
+An embodiment converts one robot's observations to observations that SPEAR-1 understands, and
+SPEAR-1's actions to commands for this robot. A robot may offer several ways to command it, for
+example joint velocities or poses. Each way is a `Control`.
+"""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -17,20 +22,21 @@ from spear.types import Array
 
 
 def keep_actions(actions: Array, state: Array, observation: Observation) -> Array:
-    """Send SPEAR-1's own actions to the robot."""
+    """Return SPEAR-1's actions unchanged, for robots that take them as commands."""
     return actions
 
 
 @dataclass(frozen=True)
 class Control:
-    """One way to command a robot.
+    """One way to command a robot, by rows of n numbers.
 
     Attributes:
-        description: what a row of the result is, with units and frames; the server sends it to
-            clients.
-        rate_hz: rows per second.
-        convert: (actions [H, 8] of `spear.types.Action`, the state [8] and the robot's own
-            observation from which they were predicted) → [N, n] rows for the robot.
+        description: what the numbers of a row are, with units and frames. The server sends this
+            text to clients.
+        rate_hz: how many rows the robot executes per second.
+        convert: a function that converts an action chunk to rows. Its arguments are the actions
+            [H, 8] (`Action.to_vector`), and the state [8] and the robot's observation from which
+            the actions were predicted. Its result is [N, n].
     """
 
     description: str
@@ -40,25 +46,28 @@ class Control:
 
 @dataclass(frozen=True)
 class Embodiment:
-    """The adapter between one robot's observations and commands and SPEAR-1's.
+    """The adapter between one robot and SPEAR-1.
 
     Attributes:
-        required: observation key → what it is; an observation must have all of them.
-        observe: the robot's observation → one with the keys of `spear.types.Policy`; raises
-            `SpearError` naming a key whose value is wrong. `spear.embodiments.observations` has
-            functions for it.
+        required: key → description of its value, for the keys that every observation of the robot
+            must have.
+        observe: a function that converts the robot's observation to an observation with the keys of
+            `spear.types.Policy`. It raises a `SpearError` that names the key if a value is wrong.
+            `spear.embodiments.observations` has functions that read and check values.
         controls: name → `Control`; the first one is the default.
-        example: returns an observation as the robot sends it, the same at every call.
-        optional: as `required`, for keys that an observation may have; the seed is always added. An
-            observation with any other key is rejected.
-        greeting: control's name → the server's first message, for clients that expect another one
-            than `spear.serve.service.Service` makes.
-        frame: name of the robot or dataset whose end-effector frame this is, if it has versions.
+        example: a function that returns an observation as the robot sends it, the same at every
+            call.
+        optional: key → description of its value, for the keys that an observation may have. The
+            key of the seed is always among them. An observation with any other key is rejected.
+        greeting: a function that makes the server's first message from the name of the control, for
+            clients that expect another message than `spear.serve.service.Service` makes.
+        frame: the name of the robot or dataset in whose end-effector frame the policy acts, if this
+            frame has versions.
         frame_version: the version of this frame (`spear.data.frames`).
-        earlier_versions: version → the embodiment with that version of the frame, for policies
-            that learned it.
-        direct_reply: request → the text that answers it without the policy, None if it is an
-            observation.
+        earlier_versions: version → the embodiment with this version of the frame, for policies that
+            learned it.
+        direct_reply: a function that returns the text that answers a request without the policy, or
+            None if the request is an observation.
     """
 
     required: Mapping[str, str]
@@ -77,11 +86,11 @@ class Embodiment:
         object.__setattr__(self, "optional", {**self.optional, SEED_KEY: seed_description})
 
     def read(self, observation: Any) -> CheckedObservation:
-        """Read the robot's observation as SPEAR-1's.
+        """Convert the robot's observation to one of `spear.types.Policy`, and check it.
 
         Raises:
-            SpearError: the observation is no map, a key is missing or unknown, or a value is wrong;
-                the message names the key.
+            SpearError: the observation is no map, a key is missing or unknown, or a value is wrong.
+                The message names the key.
 
         Example:
             >>> from spear.embodiments import load
@@ -94,7 +103,8 @@ class Embodiment:
                 f"the observation is a {type(observation).__name__}. Send a map of keys to values."
             )
         check_keys(observation, self.required, self.optional)
-        return validate_observation({**self.observe(observation), **read_seed(observation)})
+        policy_observation = {**self.observe(observation), **read_seed(observation)}
+        return validate_observation(policy_observation)
 
     def with_frames(self, frames: Mapping[str, int] | None) -> "Embodiment":
         """Return the embodiment with the version of the frame in which a policy acts.
@@ -120,7 +130,7 @@ class Embodiment:
         return self.earlier_versions[version]
 
     def select_control(self, name: str | None) -> tuple[str, Control]:
-        """Return a control with its name, the default one for None.
+        """Return the control of a name, with its name. If the name is None, it is the default one.
 
         Raises `SpearError` for an unknown name.
         """

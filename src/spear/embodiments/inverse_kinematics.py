@@ -1,12 +1,11 @@
-"""Inverse kinematics of the Franka arm: end-effector poses to joint angles, on MuJoCo's model of
-the arm.
+"""Inverse kinematics of the Franka arm: converts end-effector poses to joint angles with MuJoCo.
 
-The simulator and the embodiments that send joint commands use this module; it needs MuJoCo, so
-import it late. `franka.xml` describes the arm: seven joints with the published kinematics, a
-parallel gripper and a wrist camera. The base stands at the origin of the base frame. The
-end-effector frame (site "ee") lies between the finger tips and is parallel to the base frame when
-the gripper points straight down: x forward, y along the closing direction, z up, away from the
-finger tips.
+The simulator and the embodiments that send joint commands use this module. It needs MuJoCo, which
+is optional, so import it only where it is needed. `franka.xml` describes the arm: seven joints with
+the published kinematics, a parallel gripper and a wrist camera. The base stands at the origin of
+the base frame. The end-effector frame (site "ee") lies between the finger tips and is parallel to
+the base frame when the gripper points straight down: x forward, y along the closing direction, z
+up, away from the finger tips.
 """
 
 import math
@@ -32,19 +31,21 @@ JOINT_UPPER_RAD = ARM.jnt_range[:7, 1]
 
 _EE_SITE = ARM.site("ee").id
 _ARM_DATA = mujoco.MjData(ARM)
-_ARM_DATA_LOCK = threading.RLock()  # a server's robots and its page solve from different threads
+_ARM_DATA_LOCK = threading.RLock()  # a server solves for several robots in different threads
 
-_DAMPING = 0.02
-_POSTURE_GAIN = 0.05
-_JOINT_LIMIT_MARGIN_RAD = 0.01
-_MAX_ITERATION_STEP_RAD = 0.4
-_POSITION_CONVERGED_M = 1e-5
+_DAMPING = 0.02  # λ of the damped least squares, which keeps steps small near singular poses
+_POSTURE_GAIN = 0.05  # the fraction of the way to the preferred posture that one iteration goes
+_JOINT_LIMIT_MARGIN_RAD = 0.01  # solutions stay so far inside the joint limits
+_MAX_ITERATION_STEP_RAD = 0.4  # no joint turns further in one iteration
+_POSITION_CONVERGED_M = 1e-5  # iteration ends when both errors are smaller than these
 _ROTATION_CONVERGED_RAD = 1e-4
 
 
 def ee_from_flange() -> Floats:
     """Return the [4, 4] pose of the end-effector frame in the flange frame."""
-    cos, sin = math.cos(-math.pi / 4), math.sin(-math.pi / 4)
+    hand_angle_rad = -math.pi / 4  # the hand is mounted on the flange at this angle
+    cos = math.cos(hand_angle_rad)
+    sin = math.sin(hand_angle_rad)
     finger_tip_offset_m = ARM.site("ee").pos[2]
     return np.array(
         [[cos, sin, 0, 0], [sin, -cos, 0, 0], [0, 0, -1, finger_tip_offset_m], [0, 0, 0, 1]]
@@ -52,10 +53,14 @@ def ee_from_flange() -> Floats:
 
 
 def compute_ee_pose(joints: Floats) -> tuple[Floats, Floats]:
-    """Compute the end-effector's position [3] (m) and quaternion [4] in the base frame from joints
-    [7] (rad).
+    """Compute the end-effector's pose from joint angles.
 
-    The quaternion is not made canonical.
+    Args:
+        joints: [7] joint angles, rad.
+
+    Returns:
+        Position [3] (m) and quaternion [4] (w, x, y, z) in the base frame. The real part of the
+        quaternion may be negative.
     """
     rotation = np.zeros(4)
     with _ARM_DATA_LOCK:
@@ -73,7 +78,7 @@ def solve_joints(
     iterations: int = 20,
     posture: Floats = HOME_JOINTS_RAD,
 ) -> Floats:
-    """Find the joint angles that bring the end-effector as near to a target pose as possible.
+    """Find joint angles at which the end-effector is as near to a target pose as possible.
 
     The solver takes damped least-squares steps and stays inside the joint limits.
 
@@ -92,22 +97,25 @@ def solve_joints(
     upper = JOINT_UPPER_RAD - _JOINT_LIMIT_MARGIN_RAD
     for _ in range(iterations):
         posture_step = _POSTURE_GAIN * (posture - angles)
-        with _ARM_DATA_LOCK:  # `_solve_least_squares` needs the pose that `compute_ee_pose` sets
+        # `compute_ee_pose` leaves the arm at `angles`, and `_solve_least_squares` needs it there.
+        with _ARM_DATA_LOCK:
             ee_position, ee_rotation = compute_ee_pose(angles)
-            error = np.concatenate(
-                [position - ee_position, rotation_vector_between(ee_rotation, rotation)]
-            )
-            is_position_reached = euclidean_norm(error[:3]) < _POSITION_CONVERGED_M
-            if is_position_reached and euclidean_norm(error[3:]) < _ROTATION_CONVERGED_RAD:
+            position_error = position - ee_position  # [3] m
+            rotation_error = rotation_vector_between(ee_rotation, rotation)  # [3] rad
+            is_position_reached = euclidean_norm(position_error) < _POSITION_CONVERGED_M
+            is_rotation_reached = euclidean_norm(rotation_error) < _ROTATION_CONVERGED_RAD
+            if is_position_reached and is_rotation_reached:
                 break
+            error = np.concatenate([position_error, rotation_error])  # [6]
             step = posture_step + _solve_least_squares(error, posture_step)
-        step *= min(1.0, _MAX_ITERATION_STEP_RAD / float(np.abs(step).max()))
+        largest_turn_rad = float(np.abs(step).max())
+        step *= min(1.0, _MAX_ITERATION_STEP_RAD / largest_turn_rad)
         angles = np.clip(angles + step, lower, upper)
     return angles
 
 
 def euclidean_norm(vector: Floats) -> float:
-    """Return the Euclidean norm, which is the same on every processor, unlike NumPy's."""
+    """Return the Euclidean norm of a vector. Unlike NumPy's, it is the same on every processor."""
     return math.hypot(*vector)
 
 
@@ -123,25 +131,37 @@ def rotation_vector_between(start: Floats, end: Floats) -> Floats:
 
 
 def _solve_least_squares(error: Floats, posture_step: Floats) -> Floats:
-    """Return Jᵀ (J Jᵀ + λ² I)⁻¹ (error - J posture_step), [7], at the pose last computed.
+    """Compute the step of the joints by which the end-effector's error shrinks most.
 
-    MuJoCo's own routines compute it because NumPy's differ in the last bit between kinds of
-    processors, and contacts turn one different bit into a different episode.
+    With the arm's Jacobian J [6, 7], the step is Jᵀ (J Jᵀ + λ² I)⁻¹ (error - J posture_step). It
+    corrects the error that remains after the step towards the posture. The damping λ shrinks with
+    the error, so that the iteration converges.
+
+    MuJoCo's routines compute it, because results of NumPy's matrix products differ in the last bit
+    between processors, and in the simulator contacts turn one such bit into another episode.
+
+    Args:
+        error: [6] difference from the target pose: position (m) and rotation vector (rad).
+        posture_step: [7] step towards the preferred posture, rad.
+
+    Returns:
+        [7] step, rad, at the pose that `compute_ee_pose` computed last.
     """
     full_jacobian = np.zeros((6, ARM.nv))
     mujoco.mj_comPos(ARM, _ARM_DATA)
     mujoco.mj_jacSite(ARM, _ARM_DATA, full_jacobian[:3], full_jacobian[3:], _EE_SITE)
     jacobian = np.ascontiguousarray(full_jacobian[:, :7])
 
-    gram = np.empty((6, 6))
+    # The functions of MuJoCo write their result into their first argument.
+    gram = np.empty((6, 6))  # J Jᵀ + λ² I, then its Cholesky factor
     mujoco.mju_mulMatMatT(gram, jacobian, jacobian)
     gram[np.diag_indices(6)] += _DAMPING**2 * min(1.0, 1e3 * euclidean_norm(error) ** 2)
     mujoco.mju_cholFactor(gram, 1e-12)
 
-    posture_error = np.empty(6)
+    posture_motion = np.empty(6)  # J posture_step
     weights = np.empty(6)
     step = np.empty(7)
-    mujoco.mju_mulMatVec(posture_error, jacobian, posture_step)
-    mujoco.mju_cholSolve(weights, gram, error - posture_error)
+    mujoco.mju_mulMatVec(posture_motion, jacobian, posture_step)
+    mujoco.mju_cholSolve(weights, gram, error - posture_motion)
     mujoco.mju_mulMatTVec(step, jacobian, weights)
     return step

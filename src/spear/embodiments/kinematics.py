@@ -1,9 +1,9 @@
-"""Forward kinematics of the Franka arm: joint angles to end-effector poses.
+"""Forward kinematics of the Franka arm: converts joint angles to end-effector poses.
 
-This module needs no simulator, so dataset readers use it for recordings that contain joint angles
-only. It computes all steps of a recording at once. `spear.embodiments.inverse_kinematics` computes
-one pose at a time on MuJoCo's model of the same arm and also solves the inverse problem; a test
-compares the two.
+This module needs no simulator, so readers of datasets use it for recordings that contain joint
+angles only. It computes all steps of a recording at once. `spear.embodiments.inverse_kinematics`
+computes one pose at a time with MuJoCo's model of the same arm, and also solves the inverse
+problem. A test compares the two modules.
 """
 
 import math
@@ -18,14 +18,16 @@ from spear.types import Array
 
 NUM_JOINTS = 7
 FLANGE_OFFSET_M = 0.107  # from the frame of joint 7 to the flange
-FINGER_TIP_OFFSET_M = (
-    0.1034  # from the flange to the point between the tips of Franka's own fingers
-)
+FINGER_TIP_OFFSET_M = 0.1034  # from the flange to the point between the tips of Franka's fingers
 HAND_ANGLE_RAD = -math.pi / 4  # the hand is mounted on the flange at this angle
 
 
 class _Link(NamedTuple):
-    """Denavit-Hartenberg parameters of one joint in Craig's convention."""
+    """Denavit-Hartenberg parameters of one joint in Craig's convention.
+
+    The frame of a joint is that of the joint before it, rotated about x by alpha, moved along x by
+    a and along the new z by d, and rotated about the new z by the joint angle.
+    """
 
     a_m: float
     d_m: float
@@ -60,7 +62,7 @@ def franka_pose(joints: Array, source: str = "") -> tuple[Array, Array]:
         float64.
 
     Raises:
-        SpearError: the array has other than 7 columns, or its numbers are no radians.
+        SpearError: the array does not have 7 columns, or its numbers are too large for radians.
 
     Example:
         >>> position, rotation = franka_pose(np.array([[0, -0.785, 0, -2.356, 0, 1.571, 0.785]]))
@@ -76,23 +78,26 @@ def franka_pose(joints: Array, source: str = "") -> tuple[Array, Array]:
             f"{np.abs(joints).max():.3g} is no joint angle: {source}: radians are expected"
         )
 
-    angles = torch.from_numpy(
-        np.insert(joints.astype(np.float64), NUM_JOINTS, HAND_ANGLE_RAD, axis=1)
-    )
-    position = angles.new_zeros(3)
-    rotation = angles.new_tensor([1, 0, 0, 0])
+    # The hand is one more link, whose angle is fixed.
+    link_angles = np.insert(joints.astype(np.float64), NUM_JOINTS, HAND_ANGLE_RAD, axis=1)
+    angles = torch.from_numpy(link_angles)  # [T, 8]
     x_axis = angles.new_tensor([1, 0, 0])
     z_axis = angles.new_tensor([0, 0, 1])
+
+    # The pose of the last link so far: [3] and [4] at first, then [T, 3] and [T, 4].
+    position = angles.new_zeros(3)
+    rotation = angles.new_tensor([1, 0, 0, 0])
     for link, angle in zip(_LINKS, angles.T, strict=True):
-        offset = angles.new_tensor(
-            [link.a_m, -link.d_m * math.sin(link.alpha_rad), link.d_m * math.cos(link.alpha_rad)]
-        )
-        link_rotation = quat_multiply(
-            quat_exp(link.alpha_rad * x_axis), quat_exp(angle[:, None] * z_axis)
-        )
+        offset_y = -link.d_m * math.sin(link.alpha_rad)
+        offset_z = link.d_m * math.cos(link.alpha_rad)
+        offset = angles.new_tensor([link.a_m, offset_y, offset_z])
+        rotation_about_x = quat_exp(link.alpha_rad * x_axis)  # [4]
+        rotation_about_z = quat_exp(angle[:, None] * z_axis)  # [T, 4]
+        link_rotation = quat_multiply(rotation_about_x, rotation_about_z)
         position = position + quat_rotate(rotation, offset)
         rotation = quat_multiply(rotation, link_rotation)
 
-    half_turn_about_x = angles.new_tensor([0, 1, 0, 0])  # from the hand's axes to ours
+    # The hand's z axis points out of the gripper, and that of our end-effector frame back into it.
+    half_turn_about_x = angles.new_tensor([0, 1, 0, 0])
     ee_rotation = quat_canonical(quat_multiply(rotation, half_turn_about_x))
     return position.numpy(), ee_rotation.numpy()

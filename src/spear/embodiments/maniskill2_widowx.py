@@ -2,11 +2,16 @@
 harness.
 
 Facts (vla-eval 0.8, `benchmarks/simpler`; ManiSkill2_real2sim, `pd_ee_pose.py`, frame "ee_align2"):
-"states" is the pose of link `ee_gripper_link` in the robot's base frame (x y z, quaternion w x y z)
-and the gripper's opening; the controller moves its previous target along base axes and turns it
-about base axes by a rotation vector; a gripper value above 0.5 opens. The rate is 5 Hz. ManiSkill
-3's controller of the same name reads the three numbers as Euler angles: that robot is
-`simpler_widowx`, with which this one shares everything else.
+
+- "states" consists of the pose of link `ee_gripper_link` in the robot's base frame (x y z,
+  quaternion w x y z) and the gripper opening.
+- The controller has a target pose. A command moves this target along base axes, and rotates it
+  about base axes by a rotation vector.
+- A gripper command above 0.5 opens the gripper.
+- The rate is 5 Hz.
+
+ManiSkill 3 has a controller of the same name that reads the three numbers of a rotation as Euler
+angles. Its embodiment is `simpler_widowx`, with which this one shares everything else.
 """
 
 from collections.abc import Mapping
@@ -26,25 +31,30 @@ PRIMARY_IMAGE_KEY = "images/primary"  # what error messages call the image
 
 
 def observe(observation: Observation) -> dict[str, Any]:
-    """Convert the harness's observation, with the orientation of our end-effector frame."""
+    """Convert the harness's observation to one of `spear.types.Policy`.
+
+    The orientation of the gripper link becomes that of our end-effector frame.
+    """
     images = observation["images"]
     if not isinstance(images, Mapping) or "primary" not in images:
         raise SpearError("images has no 'primary'. Send a map of camera names to images.")
     values = read_numbers(observation, "states", 8)
+    link_rotation = values[3:7]
     return read_arm(
         {**observation, PRIMARY_IMAGE_KEY: images["primary"]},
         "states",
         values,
-        maniskill3.ee_from_link_rotation(values[3:7]),
+        rotation=maniskill3.ee_from_link_rotation(link_rotation),
         image_key=PRIMARY_IMAGE_KEY,
         prompt_key="task_description",
     )
 
 
 def convert_to_commands(actions: Array, state: Array, observation: Observation) -> Array:
-    """Convert actions [H, 8] to rows [H, 7] float32 for the controller."""
-    base_rotations = torch.from_numpy(compute_base_rotations(state, actions))
-    return maniskill3.make_commands(actions, quat_log(base_rotations), closed_command=0.0)
+    """Convert actions [H, 8] that begin at `state` to rows [H, 7] float32 for the controller."""
+    base_rotations = torch.from_numpy(compute_base_rotations(state, actions))  # [H, 4]
+    rotation_vectors = quat_log(base_rotations)  # [H, 3]
+    return maniskill3.make_commands(actions, rotation_vectors, closed_command=0.0)
 
 
 EMBODIMENT = Embodiment(

@@ -1,8 +1,11 @@
-"""Reading a robot's observation strictly: every value is checked here, and nowhere else.
+"""Reads and checks the observations of robots.
 
-An embodiment reads its own keys with the functions below; `validate_observation` checks an
-observation that already has SPEAR-1's own keys. The result is a `CheckedObservation`, which is not
-checked again on its way to the network.
+An observation is a map of keys to values. An embodiment reads the robot's own keys with the
+functions below, and converts them to the keys of `spear.types.Policy`, which are defined here.
+`validate_observation` then checks the converted observation. Its result is a `CheckedObservation`,
+whose values are not checked again on their way to the network.
+
+A policy calls the images of one camera a view: "external", "wrist" or another name.
 """
 
 import re
@@ -32,27 +35,28 @@ REQUIRED_KEYS = {
     "1: 8 numbers",
     PROMPT_KEY: "the instruction in words",
 }
-"""What every observation of `spear.types.Policy` has, and what it is."""
+"""Key → description of its value, for the keys that every observation of `spear.types.Policy` has.
+"""
 
 DEFAULT_IMAGE_SIZES: Mapping[str, tuple[int, int]] = {"external": (280, 210), "wrist": (112, 112)}
-"""View → (width, height) in pixels, for a policy that does not say which cameras it takes."""
+"""View → (width, height) in pixels, for a policy that does not say which views it takes."""
 
 MIN_IMAGE_SIDE_PX = 16
 MAX_IMAGE_SIDE_PX = 4096
-MAX_ASPECT_RATIO = 8  # of the longer side of an image to the shorter one
-MAX_REACH_M = 10.0  # from the base; no arm reaches further
-MAX_PROMPT_CHARS = 1000  # the model's own limit, in tokens, is lower
-MAX_GRIPPER_OVERSHOOT = 0.1  # a reading this far beyond 0 … 1 is noise and gets clipped
-_MAX_QUOTED_CHARS = 40
-_MAX_KEY_CHARS = 80
+MAX_ASPECT_RATIO = 8  # the longer side of an image divided by the shorter side
+MAX_REACH_M = 10.0  # no arm reaches further from its base
+MAX_PROMPT_CHARS = 1000  # more than the model reads: its own limit, in tokens, is lower
+MAX_GRIPPER_OVERSHOOT = 0.1  # a reading at most this far beyond 0 … 1 is noise and gets clipped
+_MAX_QUOTED_CHARS = 40  # of a wrong text in a message
+_MAX_KEY_CHARS = 80  # of an unknown key in a message
 
 
 class CheckedObservation(dict[str, Any]):
     """An observation of `spear.types.Policy` whose values have all been checked.
 
     Attributes:
-        robot: who sent it, if a policy answers several robots; the drift monitor checks each by
-            itself.
+        robot: which robot sent the observation, if a policy answers several robots. The drift
+            monitor compares each robot separately.
     """
 
     robot: Hashable = None
@@ -61,17 +65,17 @@ class CheckedObservation(dict[str, Any]):
 def validate_observation(observation: Observation) -> CheckedObservation:
     """Check an observation that has the keys of `spear.types.Policy`.
 
-    Which cameras a policy takes is not checked here, because only the policy knows it.
+    Any camera is accepted here, because only the policy knows which views it takes.
 
     Args:
         observation: key → value.
 
     Returns:
-        The observation with its quaternion normalized, and gripper readings a little beyond 0 … 1
-        clipped.
+        The observation, with normalized quaternions. Gripper openings that are at most 0.1 beyond
+        0 … 1 are clipped.
 
     Raises:
-        SpearError: a key is missing or unknown, or a value is wrong; the message names the key.
+        SpearError: a key is missing or unknown, or a value is wrong. The message names the key.
 
     Example:
         >>> from spear.embodiments import load
@@ -79,21 +83,28 @@ def validate_observation(observation: Observation) -> CheckedObservation:
         ['observation/image', 'observation/state', 'observation/wrist_image', 'prompt']
     """
     camera_keys = [key for key in observation if is_camera_key(key)]
-    check_keys(observation, REQUIRED_KEYS, [WRIST_IMAGE_KEY, SEED_KEY, COMMITTED_KEY, *camera_keys])
-    values = read_numbers(observation, STATE_KEY, STATE_DIM)
+    optional_keys = [WRIST_IMAGE_KEY, SEED_KEY, COMMITTED_KEY, *camera_keys]
+    check_keys(observation, REQUIRED_KEYS, optional_keys)
+    state_numbers = read_numbers(observation, STATE_KEY, STATE_DIM)
     for key in camera_keys:
         read_image(observation, key)
-    arm = read_arm(observation, STATE_KEY, values, values[3:7])
-    return CheckedObservation(
-        {**observation, **arm, **read_seed(observation), **read_committed(observation)}
-    )
+    checked_values = {
+        **read_arm(observation, STATE_KEY, state_numbers, rotation=state_numbers[3:7]),
+        **read_seed(observation),
+        **read_committed(observation),
+    }
+    return CheckedObservation({**observation, **checked_values})
 
 
 def check_keys(
     observation: Observation, required: Mapping[str, str], optional: Collection[str]
 ) -> None:
-    """Raise `SpearError` for a key that is neither required nor optional, and for a required one
-    that is missing.
+    """Raise `SpearError` if an observation has an unknown key, or lacks a required one.
+
+    Args:
+        observation: key → value.
+        required: required key → description of its value, for the message.
+        optional: the keys that an observation may have.
     """
     known_keys = {*required, *optional}
     for key in observation:
@@ -105,7 +116,7 @@ def check_keys(
 
 
 def is_camera_key(key: Any) -> bool:
-    """Return whether a key is a camera's: "observation/image" or "observation/…_image"."""
+    """Return whether a key is that of a camera: "observation/image" or "observation/…_image"."""
     return isinstance(key, str) and re.fullmatch(r"observation/(.+_)?image", key) is not None
 
 
@@ -119,31 +130,34 @@ def camera_key(view: str) -> str:
 
 
 def get_image_sizes(policy: Policy) -> Mapping[str, tuple[int, int]]:
-    """Return the cameras that a policy takes, view → (width, height), `DEFAULT_IMAGE_SIZES` if it
-    does not say.
+    """Return the sizes of the images that a policy takes: view → (width, height).
+
+    If the policy has no attribute `image_sizes`, they are `DEFAULT_IMAGE_SIZES`.
     """
     return getattr(policy, "image_sizes", None) or DEFAULT_IMAGE_SIZES
 
 
 def get_rendered_sizes(policy: Policy) -> dict[str, tuple[int, int]]:
-    """Return the size of each camera of the simulator, including cameras that the policy does not
-    take.
+    """Return the sizes at which the simulator renders its cameras: view → (width, height).
+
+    These include views that the policy does not take.
     """
     return {**DEFAULT_IMAGE_SIZES, **get_image_sizes(policy)}
 
 
 def select_cameras(policy: Policy, observation: ObservationT) -> ObservationT:
-    """Return an observation without the cameras that the policy does not take.
+    """Return a copy of an observation without the views that the policy does not take.
 
-    A policy that does not say which cameras it takes gets them all.
+    A policy without an attribute `image_sizes` takes all views.
     """
     image_sizes = getattr(policy, "image_sizes", None)
+    observation_type = type(observation)  # dict or `CheckedObservation`
     if not image_sizes:
-        return type(observation)(observation)
-    policy_keys = {camera_key(view) for view in image_sizes}
-    selected = type(observation)()
+        return observation_type(observation)
+    policy_camera_keys = {camera_key(view) for view in image_sizes}
+    selected = observation_type()
     for key, value in observation.items():
-        if not is_camera_key(key) or key in policy_keys:
+        if not is_camera_key(key) or key in policy_camera_keys:
             selected[key] = value
     return selected
 
@@ -178,17 +192,18 @@ def read_image(observation: Observation, key: str) -> Array:
 
 
 def read_numbers(observation: Observation, key: str, count: int) -> Array:
-    """Read finite numbers, [count] float64. Raises `SpearError` naming the key for anything else.
+    """Read `count` finite numbers as [count] float64. A single number may be a scalar.
 
-    A single number may come without a shape.
+    Raises `SpearError` naming the key for anything else.
     """
     value = observation[key]
     advice = f"Send {format_count(count, 'numbers')}."
-    # An array of texts could take gigabytes, so lists are checked before NumPy sees them.
+    # An array of texts could take gigabytes, so lists are checked before NumPy converts them.
     if isinstance(value, list) and not all(isinstance(v, int | float | np.generic) for v in value):
         raise SpearError(f"{key} is a list of other things than numbers. {advice}")
     numbers = np.asarray(value)
-    if numbers.dtype.kind not in "fiu" or numbers.size != count or numbers.ndim > 1:
+    is_numeric = numbers.dtype.kind in "fiu"
+    if not is_numeric or numbers.size != count or numbers.ndim > 1:
         raise SpearError(f"{key} is {_describe(numbers)}. {advice}")
     if not np.isfinite(numbers).all():
         raise SpearError(f"{key} contains nan or infinity. Check the robot's state.")
@@ -196,33 +211,36 @@ def read_numbers(observation: Observation, key: str, count: int) -> Array:
 
 
 def validate_position(position: Array, name: str) -> Array:
-    """Return positions [..., 3] in meters.
+    """Return positions [..., 3] in meters unchanged, after a check of their coordinates.
 
-    Raises `SpearError` naming them if an arm cannot reach them.
+    Raises `SpearError`, which contains `name`, if no arm can reach a position.
     """
-    farthest = np.abs(position).max(initial=0)
-    if farthest > MAX_REACH_M:
+    largest_coordinate_m = np.abs(position).max(initial=0)
+    if largest_coordinate_m > MAX_REACH_M:
         raise SpearError(
-            f"{name} has a coordinate of {farthest:g} m, which no arm reaches. Send meters."
+            f"{name} has a coordinate of {largest_coordinate_m:g} m, which no arm reaches. "
+            "Send meters."
         )
     return position
 
 
 def validate_radians(angles: Array, name: str) -> Array:
-    """Return angles, or a rotation vector.
+    """Return angles, or a rotation vector, unchanged, after a check that they can be radians.
 
-    Raises `SpearError` naming them for more than a whole turn.
+    Raises `SpearError`, which contains `name`, if one is larger than a whole turn.
     """
-    largest = np.abs(angles).max()
-    if largest > 2 * np.pi:
-        raise SpearError(f"{name} has an angle of {largest:g}, more than a turn. Send radians.")
+    largest_angle = np.abs(angles).max()
+    if largest_angle > 2 * np.pi:
+        raise SpearError(
+            f"{name} has an angle of {largest_angle:g}, more than a turn. Send radians."
+        )
     return angles
 
 
 def validate_opening(opening: float, name: str) -> float:
-    """Return a gripper opening, clipped to 0 … 1.
+    """Return a gripper opening clipped to 0 … 1.
 
-    Raises `SpearError` naming it if it is more than 0.1 beyond.
+    Raises `SpearError`, which contains `name`, if the opening is further than 0.1 outside.
     """
     if not -MAX_GRIPPER_OVERSHOOT <= opening <= 1 + MAX_GRIPPER_OVERSHOOT:
         raise SpearError(f"{name} is a gripper opening of {opening:g}. Send a number from 0 to 1.")
@@ -232,7 +250,8 @@ def validate_opening(opening: float, name: str) -> float:
 def read_prompt(observation: Observation, key: str = PROMPT_KEY) -> str:
     """Read the instruction.
 
-    Raises `SpearError` naming the key for anything but a text with words.
+    Raises `SpearError` naming the key if the value is no text, or has no words, is too long, or has
+    control characters.
     """
     prompt = observation[key]
     if isinstance(prompt, str) and len(prompt) > MAX_PROMPT_CHARS:
@@ -250,9 +269,10 @@ def read_prompt(observation: Observation, key: str = PROMPT_KEY) -> str:
 
 
 def read_seed(observation: Observation) -> dict[str, int]:
-    """Read the entry that fixes the random part of an answer, if the observation has one.
+    """Read the seed, which fixes what is random in the answer to an observation.
 
-    Raises `SpearError` naming the key for anything but a whole number.
+    Returns a dict with the seed under its key, which is empty if the observation has no seed.
+    Raises `SpearError` if the seed is no whole number.
     """
     if SEED_KEY not in observation:
         return {}
@@ -263,9 +283,11 @@ def read_seed(observation: Observation) -> dict[str, int]:
 
 
 def read_committed(observation: Observation) -> dict[str, Array]:
-    """Read the entry with the committed prefix, actions [d, 8], if the observation has one.
+    """Read the committed prefix: actions [d, 8] with which the next chunk must begin.
 
-    Raises `SpearError` naming the key for anything else.
+    Returns a dict with the actions under their key, which is empty if the observation has none.
+    Quaternions are normalized, and openings clipped to 0 … 1. Raises `SpearError` if the value is
+    anything but actions.
     """
     if COMMITTED_KEY not in observation:
         return {}
@@ -275,8 +297,8 @@ def read_committed(observation: Observation) -> dict[str, Array]:
             f"{COMMITTED_KEY} is {_describe(actions)}. "
             f"Send actions as predicted, [d, {ACTION_DIM}]."
         )
-    flat = read_numbers({COMMITTED_KEY: actions.ravel()}, COMMITTED_KEY, actions.size)
-    checked = flat.reshape(actions.shape).astype(np.float32)
+    flat_numbers = read_numbers({COMMITTED_KEY: actions.ravel()}, COMMITTED_KEY, actions.size)
+    checked = flat_numbers.reshape(actions.shape).astype(np.float32)  # [d, 8]
     validate_position(checked[:, :3], f"{COMMITTED_KEY}[0:3]")
     quaternions = torch.from_numpy(checked[:, 3:7])
     checked[:, 3:7] = validate_unit_quat(quaternions, f"{COMMITTED_KEY}[3:7]").numpy()
@@ -291,7 +313,7 @@ def make_state(
 
     Args:
         position: [3] m, base frame.
-        rotation: [4] quaternion (w, x, y, z), base frame, of nearly unit norm.
+        rotation: [4] quaternion (w, x, y, z), base frame, whose norm is nearly 1.
         opening: gripper opening, 0 closed to 1 open.
         rotation_name: what an error message calls the rotation.
 
@@ -314,28 +336,29 @@ def read_arm(
     image_key: str = IMAGE_KEY,
     prompt_key: str = PROMPT_KEY,
 ) -> dict[str, Any]:
-    """Read the observation of a robot with one camera as SPEAR-1's.
+    """Read the observation of a robot with one camera.
 
     Args:
-        observation: as the robot sends it.
-        state_key: the key of its state.
-        values: the numbers under that key; the first three are the position (m), the last one the
-            opening.
-        rotation: [4] quaternion, the orientation of our end-effector frame in the base frame.
-        image_key: the key of its image.
-        prompt_key: the key of its instruction.
+        observation: the robot's observation.
+        state_key: the key of the robot's state.
+        values: the numbers of this state. The first three are the position (m), and the last one is
+            the gripper opening. The numbers between them are the orientation in any form.
+        rotation: [4] the orientation of our end-effector frame in the base frame, as a quaternion.
+        image_key: the key of the robot's image.
+        prompt_key: the key of the robot's instruction.
 
     Returns:
         Image, state [8] and instruction under the keys of `spear.types.Policy`.
 
     Raises:
-        SpearError: a value is wrong; the message names its key.
+        SpearError: a value is wrong. The message names its key.
     """
-    last = len(values) - 1
+    last_index = len(values) - 1
     image = read_image(observation, image_key)
     position = validate_position(values[:3], f"{state_key}[0:3]")
-    opening = validate_opening(values[last], f"{state_key}[{last}]")
-    state = make_state(position, rotation, opening, f"{state_key}[3:{last}]")
+    opening = validate_opening(values[last_index], f"{state_key}[{last_index}]")
+    rotation_name = f"{state_key}[3:{last_index}]"
+    state = make_state(position, rotation, opening, rotation_name)
     prompt = read_prompt(observation, prompt_key)
     return {IMAGE_KEY: image, STATE_KEY: state, PROMPT_KEY: prompt}
 

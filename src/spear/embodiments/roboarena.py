@@ -1,15 +1,19 @@
-"""RoboArena's evaluation of policies on DROID robots: `droid` with that benchmark's keys and
-greeting.
+"""RoboArena's evaluation of policies on DROID robots: `droid` with the keys and the first message
+that this benchmark expects.
 
-Facts (robo-arena/roboarena, policy_server.py and policy_client.py): the server's first message says
-what the client must send, these six keys and no others; "endpoint" in a request is "infer" or
-"reset"; the client executes all rows of an answer, at 15 Hz, before its next request. The
-template's test counts exterior cameras from 0, the evaluators' client from 1
-(pranavatreya/roboarena_evaluator, 5992b26, main.py).
+Facts (robo-arena/roboarena, policy_server.py and policy_client.py):
 
-Departures: images of 512 x 288 pixels, because DROID's cameras are 16:9, so that nobody stretches
-or pads the images, and because the model sees no more pixels. The server remembers nothing between
-requests, so it confirms a reset and does nothing; a request without "endpoint" is one to infer.
+- The server's first message, here called greeting, says what the client must send. It has six keys
+  (see `make_greeting`) and no others.
+- The key "endpoint" of a request is "infer" or "reset".
+- The client executes all rows of an answer, at 15 Hz, before its next request.
+- The benchmark's template counts exterior cameras from 0, but the evaluators' client counts from 1
+  (pranavatreya/roboarena_evaluator, 5992b26, main.py). So the first camera may have either key.
+
+Our choices: images have 512 x 288 pixels. DROID's cameras are 16:9, so this size needs neither
+stretching nor padding, and the model sees no more pixels than that. The server remembers nothing
+between requests, so it confirms a reset and does nothing. A request without "endpoint" is one to
+infer.
 """
 
 import functools
@@ -29,8 +33,10 @@ ENDPOINTS = ("infer", "reset")
 
 
 def make_greeting(control: str) -> dict[str, Any]:
-    """Say what the client must send: one exterior camera and the wrist's; `control` is the action
-    space.
+    """Make the server's first message: the client must send one exterior camera and the wrist's.
+
+    Args:
+        control: the name of the control, which the message calls the action space.
     """
     return {
         "image_resolution": [IMAGE_HEIGHT_PX, IMAGE_WIDTH_PX],
@@ -43,7 +49,10 @@ def make_greeting(control: str) -> dict[str, Any]:
 
 
 def reply_directly(request: Observation) -> str | None:
-    """Confirm a reset; return None for an observation. Raises `SpearError` for another endpoint."""
+    """Return the answer to a request to reset, or None if the request is an observation.
+
+    Raises `SpearError` for an unknown endpoint.
+    """
     endpoint = request.get(ENDPOINT_KEY, "infer")
     name = endpoint[:80] if isinstance(endpoint, str) else f"a {type(endpoint).__name__}"
     check_known(ENDPOINT_KEY, ENDPOINTS, name)
@@ -51,7 +60,7 @@ def reply_directly(request: Observation) -> str | None:
 
 
 def observe(observation: Observation, tool: droid.Tool = droid.ROBOTIQ) -> dict[str, Any]:
-    """Convert an observation as `droid` does, with the first exterior camera."""
+    """Convert an observation as `droid` does. The first exterior camera may have either key."""
     for key in (EXTERIOR_IMAGE_0_KEY, EXTERIOR_IMAGE_1_KEY):
         if key in observation:
             return droid.observe(observation, key, tool)
@@ -62,7 +71,7 @@ def observe(observation: Observation, tool: droid.Tool = droid.ROBOTIQ) -> dict[
 
 
 def _list_required_keys_without_exterior_image() -> dict[str, str]:
-    """List what `droid` requires, without the exterior image: it may have one of two keys here."""
+    """List the required keys of `droid` except that of the exterior image, which may differ."""
     required = dict(droid.EMBODIMENT.required)
     del required[droid.EXTERIOR_IMAGE_KEY]
     return required

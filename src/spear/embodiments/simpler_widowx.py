@@ -1,20 +1,24 @@
-"""SIMPLER's WidowX in ManiSkill 3: its gripper link's pose, and
-`arm_pd_ee_target_delta_pose_align2` commands.
+"""SIMPLER's WidowX in ManiSkill 3, whose observations have the pose of the gripper link, and whose
+controller is `arm_pd_ee_target_delta_pose_align2`.
 
-Facts, read in mani_skill 3.0.1 and checked in it (docs/howto/simpler.md): the controller keeps a
-commanded pose of link `ee_gripper_link` in the robot's base frame, whose x axis points out of the
-gripper (BridgeData's frame after its reference rotation). A command moves that pose, not the
-measured one, by x, y, z along base axes and turns it about base axes by the angles (a, b, c) with R
-= Rx(a) Ry(b) Rz(c); nothing is scaled or clipped. The gripper takes 1 (open) to -1 (closed). The
-rate is 5 Hz. ManiSkill 3's observations have joint angles only: `spear.evaluate.simpler.world`
-computes the pose.
+Facts, read in mani_skill 3.0.1 and checked in it (docs/howto/simpler.md):
 
-ManiSkill 2 has a controller of the same name that reads (a, b, c) as a rotation vector: that robot
-is `maniskill2_widowx`. The key of the pose names the simulator, so that neither takes the other's
-observations.
+- The controller has a target pose of link `ee_gripper_link` in the robot's base frame. The link's x
+  axis points out of the gripper (BridgeData's frame after its reference rotation).
+- A command moves this target, not the measured pose, by x, y, z along base axes, and rotates it
+  about base axes by the angles (a, b, c) with R = Rx(a) Ry(b) Rz(c). Nothing is scaled or clipped.
+- The gripper command runs from 1 (open) to -1 (closed).
+- The rate is 5 Hz.
+- ManiSkill 3's own observations have joint angles only. `spear.evaluate.simpler.world` computes the
+  pose from them.
 
-Departures: an action's rotation is taken about the axes of the measured pose, as it is when
-demonstrations are converted; the gripper is commanded open from 0.5 on.
+ManiSkill 2 has a controller of the same name that reads (a, b, c) as a rotation vector. Its
+embodiment is `maniskill2_widowx`. The key of the pose names the simulator, so that neither
+embodiment accepts observations of the other.
+
+Our choices: an action's rotation is about the axes of the measured end-effector frame, as in
+demonstrations, and is converted to base axes. The gripper is commanded open from an opening of 0.5
+on.
 """
 
 from typing import Any
@@ -39,35 +43,43 @@ LINK_ROTATION = matrix_to_quat(
 
 
 def ee_from_link_rotation(link_rotation: Array) -> Array:
-    """Return the orientation of our end-effector frame, [4], from that of the gripper link, [4]."""
-    return quat_multiply(torch.from_numpy(link_rotation), quat_conjugate(LINK_ROTATION)).numpy()
+    """Convert the orientation of the gripper link, [4], to that of our end-effector frame, [4]."""
+    ee_rotation = quat_multiply(torch.from_numpy(link_rotation), quat_conjugate(LINK_ROTATION))
+    return ee_rotation.numpy()
 
 
 def make_commands(actions: Array, rotations: torch.Tensor, closed_command: float) -> Array:
     """Make the controller's commands.
 
     Args:
-        actions: [H, 8], of which translations and gripper openings are taken.
-        rotations: [H, 3] the actions' rotations as the controller reads them.
-        closed_command: its command for a closed gripper; that for an open one is 1.
+        actions: [H, 8] the action chunk, whose translations and gripper openings are used.
+        rotations: [H, 3] the actions' rotations in the controller's format.
+        closed_command: the gripper command for closed. The gripper command for open is 1.
 
     Returns:
         [H, 7] float32.
     """
-    gripper = np.where(actions[:, 7:] >= 0.5, 1.0, closed_command)
+    is_open = actions[:, 7:] >= 0.5  # [H, 1]
+    gripper = np.where(is_open, 1.0, closed_command)
     return np.concatenate([actions[:, :3], rotations.numpy(), gripper], axis=1).astype(np.float32)
 
 
 def observe(observation: Observation) -> dict[str, Any]:
-    """Convert the gripper link's orientation to that of our end-effector frame."""
+    """Convert the simulator's observation to one of `spear.types.Policy`.
+
+    The orientation of the gripper link becomes that of our end-effector frame.
+    """
     values = read_numbers(observation, POSE_KEY, 8)
-    return read_arm(observation, POSE_KEY, values, ee_from_link_rotation(values[3:7]))
+    link_rotation = values[3:7]
+    rotation = ee_from_link_rotation(link_rotation)
+    return read_arm(observation, POSE_KEY, values, rotation)
 
 
 def convert_to_commands(actions: Array, state: Array, observation: Observation) -> Array:
-    """Convert actions [H, 8] to rows [H, 7] float32 for the controller."""
-    base_rotations = torch.from_numpy(compute_base_rotations(state, actions))
-    return make_commands(actions, quat_to_euler(base_rotations, "XYZ"), closed_command=-1.0)
+    """Convert actions [H, 8] that begin at `state` to rows [H, 7] float32 for the controller."""
+    base_rotations = torch.from_numpy(compute_base_rotations(state, actions))  # [H, 4]
+    angles = quat_to_euler(base_rotations, "XYZ")  # [H, 3]
+    return make_commands(actions, angles, closed_command=-1.0)
 
 
 EMBODIMENT = Embodiment(
@@ -87,7 +99,7 @@ EMBODIMENT = Embodiment(
     },
     example=lambda: {
         "observation/image": make_example_image(640, 480),
-        # points down, turned
+        # The gripper points down and is turned a little.
         POSE_KEY: np.array([0.3, 0.0, 0.15, 0.7, -0.1, 0.7, 0.1, 1.0], np.float32),
         "prompt": "put carrot on plate",
     },

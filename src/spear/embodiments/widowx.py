@@ -1,10 +1,13 @@
-"""WidowX 250 as in BridgeData V2: the state and the 7 numbers that its `step_action` takes.
+"""WidowX 250 as in BridgeData V2, whose function `step_action` takes 7 numbers.
 
-Facts (rail-berkeley/bridge_data_robot, widowx_envs/utils and widowx_controller): the state is x, y,
-z (m), roll, pitch, yaw (R = Rz Ry Rx, relative to a gripper that points down, which is our
-end-effector frame) and the opening (1 open). An action moves the previous target by x, y, z along
-base axes and turns it by roll, pitch, yaw about base axes, R_next = R(action) R_now; its seventh
-number is the absolute gripper command. The rate is 5 Hz.
+Facts (rail-berkeley/bridge_data_robot, widowx_envs/utils and widowx_controller):
+
+- The state consists of x, y, z (m), roll, pitch, yaw (R = Rz Ry Rx) and the opening (1 open). The
+  angles are relative to a gripper that points down, so they describe our end-effector frame.
+- The robot has a target pose. The 7 numbers move this target by x, y, z along base axes, rotate it
+  by roll, pitch, yaw about base axes (R_next = R(roll, pitch, yaw) R_now), and give the absolute
+  gripper command.
+- The rate is 5 Hz.
 """
 
 from typing import Any
@@ -27,7 +30,10 @@ STATE_KEY = "observation/state"
 
 
 def observe(observation: Observation) -> dict[str, Any]:
-    """Convert roll, pitch and yaw to a quaternion; the rest stays the same."""
+    """Convert the robot's observation to one of `spear.types.Policy`.
+
+    Only roll, pitch and yaw are converted, to a quaternion.
+    """
     values = read_numbers(observation, STATE_KEY, 7)
     angles = validate_radians(values[3:6], f"{STATE_KEY}[3:6]")
     rotation = euler_to_quat(torch.from_numpy(angles), "xyz").numpy()
@@ -35,9 +41,9 @@ def observe(observation: Observation) -> dict[str, Any]:
 
 
 def convert_to_step_actions(actions: Array, state: Array, observation: Observation) -> Array:
-    """Convert actions [H, 8] to rows [H, 7] float32 for `step_action`."""
-    base_rotations = torch.from_numpy(compute_base_rotations(state, actions))
-    angles = quat_to_euler(base_rotations, "xyz").numpy()
+    """Convert actions [H, 8] that begin at `state` to rows [H, 7] float32 for `step_action`."""
+    base_rotations = torch.from_numpy(compute_base_rotations(state, actions))  # [H, 4]
+    angles = quat_to_euler(base_rotations, "xyz").numpy()  # [H, 3] roll, pitch, yaw
     return np.concatenate([actions[:, :3], angles, actions[:, 7:]], axis=1).astype(np.float32)
 
 
