@@ -1,4 +1,4 @@
-"""The sample of BridgeData in RLDS, which the tests of the readers share."""
+"""A sample of BridgeData in RLDS, which several tests of the readers use."""
 
 from pathlib import Path
 
@@ -9,11 +9,11 @@ from data_tiny import copy_dataset
 
 @pytest.fixture(scope="session")
 def bridge(shared: Path) -> Path:
-    """The folder with 25 episodes."""
+    """The dataset's folder, with 25 episodes. Its one version is in the folder 1.0.0."""
     return shared / "data" / "bridge_v2_sample"
 
 
 @pytest.fixture
 def bridge_copy(bridge: Path, tmp_path: Path) -> Path:
-    """A copy of the version folder that a test may change."""
-    return copy_dataset(bridge / "1.0.0", tmp_path / "rlds", None)
+    """A copy of the folder 1.0.0 that a test may change, without a `spear.json`."""
+    return copy_dataset(bridge / "1.0.0", tmp_path / "rlds", layout=None)

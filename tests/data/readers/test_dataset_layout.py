@@ -1,4 +1,8 @@
-"""The registry of datasets: complete, or marked where it is not, and refused in words."""
+"""The registry of datasets and the files `spear.json` describe datasets completely or are refused.
+
+An episode of made columns, exactly where a layout says, must be read as the poses, openings and
+commands that the columns were made from.
+"""
 
 import dataclasses
 import json
@@ -28,17 +32,21 @@ from spear.embodiments.kinematics import franka_pose
 from spear.util.images import encode_jpeg
 
 MIXTURE = {name: layout for name, layout in REGISTRY.items() if layout.weight is not None}
+"""The layouts of the paper's training mixture."""
 READABLE = sorted(name for name, layout in REGISTRY.items() if not find_missing_fields(layout))
+"""The names of the datasets whose layouts are complete."""
 KNOWN_WEIGHTS = {"droid": 35.0, "bridge_dataset": 18.0, "fractal20220817_data": 12.0, "kuka": 4.0}
+"""The weights, %, that the paper states."""
 
-QUARTER_TURN_ABOUT_Z = (math.sqrt(0.5), 0.0, 0.0, math.sqrt(0.5))
+QUARTER_TURN_ABOUT_Z = (math.sqrt(0.5), 0.0, 0.0, math.sqrt(0.5))  # quaternion w, x, y, z
+# The motion of the made episodes: four positions (m, base frame) and orientations, and another
+# motion as the joint angles of a Franka (rad).
 NUM_STEPS = 4
 POSITIONS = np.array([[0.3 + 0.001 * step, 0.1, 0.2] for step in range(NUM_STEPS)])
 ROTATIONS = Rotation.from_euler(
     "xyz", [[0.1 * step, 0.2, -0.1 * step] for step in range(NUM_STEPS)]
 )
 JOINTS = np.array([[0.1 * step, -0.5, 0.2, -2.2, 0.1, 1.8, 0.7] for step in range(NUM_STEPS)])
-"""Four poses (m, base frame), and others as the joint angles of a Franka (rad)."""
 
 
 def test_the_mixture_has_the_papers_weights_where_they_are_known() -> None:
@@ -56,9 +64,9 @@ def test_each_weight_has_a_source(name: str) -> None:
 
 
 def test_the_datasets_that_say_how_episodes_ended_are_known() -> None:
-    with_success = {name for name, layout in MIXTURE.items() if layout.success}
+    names_with_success = {name for name, layout in MIXTURE.items() if layout.success}
 
-    assert with_success == {"bc_z", "droid", "kuka"}
+    assert names_with_success == {"bc_z", "droid", "kuka"}
 
 
 @pytest.mark.parametrize("name", sorted(REGISTRY))
@@ -74,6 +82,7 @@ def test_each_layout_has_a_robot_a_rate_an_instruction_and_an_external_camera(na
 
 @pytest.mark.parametrize("name", sorted(set(REGISTRY) - set(READABLE)))
 def test_a_layout_that_is_not_complete_says_why_and_is_refused(name: str) -> None:
+    """The facts of the layout say why at least one of the missing fields is missing."""
     missing_fields = find_missing_fields(REGISTRY[name])
 
     refuses(f"'{name}': {missing_fields[0]}", find_layout, name, Path("nowhere"))
@@ -81,18 +90,23 @@ def test_a_layout_that_is_not_complete_says_why_and_is_refused(name: str) -> Non
 
 
 def put_column(steps: dict[str, Any], column: str, values: np.ndarray) -> None:
-    """Write values [T, d] into the columns of an episode, where a layout says."""
+    """Write values into the columns of an episode.
+
+    Args:
+        steps: The columns, which are changed.
+        column: Where to write, for example "state[0:3]".
+        values: [T, d] numbers.
+    """
     path, components = parse_column(column)
     if components is None:
         steps[path] = values
         return
-    end = components.start + values.shape[1] if ":" not in column else components.stop
-    rows = steps.setdefault(path, np.zeros((NUM_STEPS, 40)))
-    rows[:, components.start : end] = values
+    rows = steps.setdefault(path, np.zeros((NUM_STEPS, 40)))  # wide enough for every layout
+    rows[:, components] = values
 
 
 def layout_pose(layout: DatasetLayout) -> tuple[np.ndarray, Rotation]:
-    """The positions and orientations that an episode of this layout should have."""
+    """The positions and orientations in our frames of an episode that `make_steps` makes."""
     positions = POSITIONS
     rotations = ROTATIONS
     if layout.rotation_format == "franka_joints":
@@ -106,9 +120,10 @@ def layout_pose(layout: DatasetLayout) -> tuple[np.ndarray, Rotation]:
 
 
 def make_steps(layout: DatasetLayout) -> dict[str, Any]:
-    """The columns of an episode with one known motion, exactly where the layout says.
+    """Make the columns of an episode with the known motion, exactly where the layout says.
 
-    The gripper is 75 % open, or, if its column is its command, closed at steps 1 and 3.
+    The gripper is measured 75 % open, and commanded to be open at steps 0 and 2 and closed at steps
+    1 and 3. If one column is both the measurement and the command, it has the commands.
     """
     steps: dict[str, Any] = {}
     if layout.rotation_format == "franka_joints":
@@ -118,14 +133,15 @@ def make_steps(layout: DatasetLayout) -> dict[str, Any]:
         put_column(steps, layout.position, POSITIONS)
 
     if layout.gripper_opening is None:
-        closed, opened = layout.gripper_range
+        closed_reading, open_reading = layout.gripper_range
         opening = np.full((NUM_STEPS, 1), 0.75)
         if layout.command == layout.gripper:
             opening = np.array([[1.0], [0.0], [1.0], [0.0]])
-        put_column(steps, layout.gripper, closed + opening * (opened - closed))
+        readings = closed_reading + opening * (open_reading - closed_reading)
+        put_column(steps, layout.gripper, readings)
     if layout.command is not None:
         close_command, open_command = layout.command_range
-        commands = np.array([[open_command], [close_command]] * 2)
+        commands = np.array([[open_command], [close_command], [open_command], [close_command]])
         put_column(steps, layout.command, commands)
 
     for column in layout.images.values():
@@ -146,13 +162,14 @@ def test_each_readable_layout_gives_the_recorded_poses(name: str) -> None:
     episode = build_episode(make_steps(layout), layout, name)
 
     rotation = Rotation.from_quat(episode.rotation, scalar_first=True)
+    difference = rotations.inv() * rotation
     np.testing.assert_allclose(episode.position, positions, atol=1e-6)
-    assert (rotations.inv() * rotation).magnitude().max() < 1e-5
+    assert difference.magnitude().max() < 1e-5
 
 
 @pytest.mark.parametrize("name", READABLE)
 def test_each_readable_layout_gives_the_recorded_openings(name: str) -> None:
-    """An opening that is its command is observed one step later."""
+    """Where one column is both the opening and the command, openings follow one step later."""
     layout = REGISTRY[name]
 
     episode = build_episode(make_steps(layout), layout, name)
@@ -161,17 +178,19 @@ def test_each_readable_layout_gives_the_recorded_openings(name: str) -> None:
     if layout.gripper_opening is not None:
         expected = [layout.gripper_opening] * NUM_STEPS
     elif layout.command == layout.gripper:
-        expected = [1, 1, 0, 1]
+        expected = [1, 1, 0, 1]  # the commands 1, 0, 1, 0, one step later
     np.testing.assert_allclose(episode.gripper, expected, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", READABLE)
 def test_each_readable_layout_gives_the_recorded_outcome(name: str) -> None:
+    """`make_steps` records that the episode failed, if the layout has a column for it."""
     layout = REGISTRY[name]
 
     episode = build_episode(make_steps(layout), layout, name)
 
-    assert episode.success is (None if layout.success is None else False)
+    expected = None if layout.success is None else False
+    assert episode.success is expected
 
 
 @pytest.mark.parametrize("name", [name for name in READABLE if REGISTRY[name].command])
@@ -192,6 +211,7 @@ def test_each_readable_layout_with_commands_gives_them(name: str) -> None:
     ],
 )
 def test_a_gripper_column_of_an_action_is_a_command_without_saying_so(name: str) -> None:
+    """Without the field `command`, a gripper column that is part of an action gives commands."""
     layout = dataclasses.replace(REGISTRY[name], command=None)
 
     episode = build_episode(make_steps(REGISTRY[name]), layout, name)
@@ -201,17 +221,23 @@ def test_a_gripper_column_of_an_action_is_a_command_without_saying_so(name: str)
 
 @pytest.mark.parametrize("rotation_format", [*ROTATION_WRITERS, "franka_joints"])
 def test_millimeters_and_degrees_are_converted(rotation_format: RotationFormat) -> None:
-    """The same poses in other units, if a format has any; joint angles have no length."""
+    """Poses in millimeters and degrees are read as the same poses in meters and radians.
+
+    Quaternions and matrices have no unit. Joint angles are in both columns, and have no length.
+    """
     has_joints = rotation_format == "franka_joints"
     rotations = JOINTS if has_joints else ROTATION_WRITERS[rotation_format](ROTATIONS)
-    degrees = np.degrees(rotations) if rotation_format in ANGLE_FORMATS else rotations
-    in_meters = {"at": JOINTS if has_joints else POSITIONS, "turn": rotations}
-    in_millimeters = {"at": degrees if has_joints else 1000 * POSITIONS, "turn": degrees}
+    rotations_deg = np.degrees(rotations) if rotation_format in ANGLE_FORMATS else rotations
+    steps = {"at": JOINTS if has_joints else POSITIONS, "turn": rotations}
+    steps_mm_deg = {
+        "at": rotations_deg if has_joints else 1000 * POSITIONS,
+        "turn": rotations_deg,
+    }
     layout = DatasetLayout("mine", position="at", rotation="turn", rotation_format=rotation_format)
-    other_units = dataclasses.replace(layout, length_unit="mm", angle_unit="deg")
+    layout_mm_deg = dataclasses.replace(layout, length_unit="mm", angle_unit="deg")
 
-    expected_position, expected_rotation, _ = read_pose(in_meters, layout, "mine")
-    position, rotation, _ = read_pose(in_millimeters, other_units, "mine")
+    expected_position, expected_rotation, _ = read_pose(steps, layout, "mine")
+    position, rotation, _ = read_pose(steps_mm_deg, layout_mm_deg, "mine")
 
     np.testing.assert_allclose(position, expected_position, atol=1e-12)
     np.testing.assert_allclose(rotation, expected_rotation, atol=1e-12)
@@ -219,13 +245,16 @@ def test_millimeters_and_degrees_are_converted(rotation_format: RotationFormat) 
 
 @pytest.fixture
 def layout_file(tmp_path: Path) -> Path:
+    """The path of a layout file that the tests write."""
     return tmp_path / "layout.json"
 
 
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
+        # The key is unknown in a file: `--sampling-weights` sets weights.
         ({"weight": 9.0}, r"weight'.*images"),
+        # The camera is misspelled.
         ({"image_aspect": {"externl": 1.5}}, r"image_aspect.*external"),
     ],
 )
@@ -238,6 +267,7 @@ def test_keys_that_would_change_nothing_are_refused(
 
 
 def test_the_range_of_a_command_without_a_column_is_refused(layout_file: Path) -> None:
+    """The file's own `gripper` replaces that of BridgeData, and with it BridgeData's command."""
     fields = {"like": "bridge_dataset", "gripper": "mine[6]", "command_range": [1, 0]}
     layout_file.write_text(json.dumps(fields))
 
@@ -245,6 +275,7 @@ def test_the_range_of_a_command_without_a_column_is_refused(layout_file: Path) -
 
 
 def test_canonical_actions_do_not_inherit_a_tool_rotation(layout_file: Path) -> None:
+    """Canonical actions are in our end-effector frame already."""
     layout_file.write_text(json.dumps({"like": "taco_play", "action": "act"}))
 
     layout = read_layout_file(layout_file, "mine")
@@ -254,10 +285,11 @@ def test_canonical_actions_do_not_inherit_a_tool_rotation(layout_file: Path) -> 
 
 
 @pytest.mark.parametrize(
-    ("fields", "key"),
+    ("fields", "key"),  # key: the one that the message names
     [
+        # A mask without actions.
         ({"action_mask": "valid"}, "action_mask"),
-        # It would turn the states alone.
+        # These would change the states but not the actions.
         ({"action": "act", "tool_rotation": [0.0, 1.0, 0.0, 0.0]}, "tool_rotation"),
         ({"action": "act", "base_rotation": [0.0, 0.0, 0.0, 1.0]}, "base_rotation"),
         ({"action": "act", "drop_idle": True}, "drop_idle"),
@@ -271,17 +303,26 @@ def test_keys_that_contradict_the_actions_are_refused(
     refuses(f"{key}.*action", read_layout_file, layout_file, "mine")
 
 
-def convert_pose(name: str, fields: dict[str, np.ndarray]) -> tuple[np.ndarray, Rotation]:
-    """The first pose of an episode of a known dataset, in our frames."""
+def convert_pose(name: str, columns: dict[str, np.ndarray]) -> tuple[np.ndarray, Rotation]:
+    """Read an episode of a known dataset that rests in one pose, in our frames.
+
+    Args:
+        name: The dataset.
+        columns: Column -> its value at every step. Other columns are those of `make_steps`.
+
+    Returns:
+        Position [3] (m) and orientation.
+    """
     layout = REGISTRY[name]
     steps = make_steps(layout)
-    for column, values in fields.items():
-        put_column(steps, column, np.tile(values, (NUM_STEPS, 1)))
+    for column, value in columns.items():
+        put_column(steps, column, np.tile(value, (NUM_STEPS, 1)))
     episode = build_episode(steps, layout, name)
     return episode.position[0], Rotation.from_quat(episode.rotation[0], scalar_first=True)
 
 
 DROID_RESET_JOINTS = np.pi * np.array([0, -1 / 5, 0, -4 / 5, 0, 3 / 5, 0])
+"""Joint angles (rad) at which DROID's robots begin; the gripper points straight down."""
 
 
 def test_a_droid_gripper_at_its_reset_pose_is_parallel_to_the_base() -> None:
@@ -292,6 +333,7 @@ def test_a_droid_gripper_at_its_reset_pose_is_parallel_to_the_base() -> None:
 
 
 def test_the_tips_of_a_droid_gripper_are_those_of_a_robotiq() -> None:
+    """They are 0.1548 m below the flange, and those of Franka's own hand would be 0.1034 m."""
     position, _ = convert_pose("droid", {"observation/joint_position": DROID_RESET_JOINTS})
 
     hand_position, _ = franka_pose(DROID_RESET_JOINTS[None])
@@ -299,6 +341,7 @@ def test_the_tips_of_a_droid_gripper_are_those_of_a_robotiq() -> None:
 
 
 def test_a_turn_of_droids_last_joint_is_one_about_the_closing_fingers_plane() -> None:
+    """The axis of the last joint points down, so its turn is a negative one about our z axis."""
     joints = DROID_RESET_JOINTS + np.array([0, 0, 0, 0, 0, 0, 0.3])
 
     _, rotation = convert_pose("droid", {"observation/joint_position": joints})
@@ -350,23 +393,36 @@ def test_a_layout_with_frames_of_its_own_has_no_version_of_others(layout_file: P
 
 
 def test_a_base_rotation_turns_poses_and_motions() -> None:
-    layout = dataclasses.replace(REGISTRY["taco_play"], base_rotation=QUARTER_TURN_ABOUT_Z)
+    """Poses and translations turn with the base frame.
+
+    Rotations of actions are in the end-effector frame, so they stay the same.
+    """
+    layout = REGISTRY["taco_play"]
+    turned_layout = dataclasses.replace(layout, base_rotation=QUARTER_TURN_ABOUT_Z)
     steps = make_steps(layout)
-    unturned = add_actions(build_episode(steps, REGISTRY["taco_play"], "mine"))
 
     episode = add_actions(build_episode(steps, layout, "mine"))
+    turned_episode = add_actions(build_episode(steps, turned_layout, "mine"))
 
-    turn = Rotation.from_quat(QUARTER_TURN_ABOUT_Z, scalar_first=True)
-    np.testing.assert_allclose(episode.position, turn.apply(unturned.position), atol=1e-6)
-    rotation = Rotation.from_quat(episode.rotation, scalar_first=True)
-    expected_rotation = turn * Rotation.from_quat(unturned.rotation, scalar_first=True)
-    assert (expected_rotation.inv() * rotation).magnitude().max() < 1e-5
-    expected_translation = turn.apply(unturned.action[:, :3])
-    np.testing.assert_allclose(episode.action[:, :3], expected_translation, atol=1e-6)
-    np.testing.assert_allclose(episode.action[:, 3:7], unturned.action[:, 3:7], atol=1e-6)
+    quarter_turn = Rotation.from_quat(QUARTER_TURN_ABOUT_Z, scalar_first=True)
+    expected_position = quarter_turn.apply(episode.position)
+    np.testing.assert_allclose(turned_episode.position, expected_position, atol=1e-6)
+
+    rotation = Rotation.from_quat(turned_episode.rotation, scalar_first=True)
+    expected_rotation = quarter_turn * Rotation.from_quat(episode.rotation, scalar_first=True)
+    difference = expected_rotation.inv() * rotation
+    assert difference.magnitude().max() < 1e-5
+
+    translation = turned_episode.action[:, :3]
+    expected_translation = quarter_turn.apply(episode.action[:, :3])
+    np.testing.assert_allclose(translation, expected_translation, atol=1e-6)
+
+    action_rotation = turned_episode.action[:, 3:7]
+    np.testing.assert_allclose(action_rotation, episode.action[:, 3:7], atol=1e-6)
 
 
 def test_a_gripper_that_never_moves_keeps_its_command() -> None:
+    """The gripper of this dataset is always closed (its `gripper_opening` is 0)."""
     layout = REGISTRY["berkeley_cable_routing"]
 
     episode = add_actions(build_episode(make_steps(layout), layout, "mine"))
@@ -403,6 +459,7 @@ STEPS_WITH_SLASHES = {
     "observation": {"present/xyz": np.arange(6.0).reshape(2, 3)},
     "observation/state": np.ones((2, 4)),
 }
+"""Columns of two steps, in which names of columns contain slashes themselves."""
 
 
 def test_names_that_contain_slashes_are_found() -> None:

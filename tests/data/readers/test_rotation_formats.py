@@ -1,4 +1,4 @@
-"""Every format of orientations gives back what SciPy writes in it."""
+"""`to_quaternion` reads every format of orientations, as SciPy writes it."""
 
 from typing import get_args
 
@@ -19,7 +19,7 @@ def test_every_format_gives_the_orientation_back(rotation_format: RotationFormat
     rotation = Rotation.random(50, random_state=0)
     values = ROTATION_WRITERS[rotation_format](rotation)
 
-    quaternion = to_quaternion(values, rotation_format)
+    quaternion = to_quaternion(values, rotation_format)  # [50, 4]
 
     difference = rotation.inv() * Rotation.from_quat(quaternion, scalar_first=True)
     assert difference.magnitude().max() < 1e-6
@@ -35,11 +35,14 @@ def test_a_layout_can_name_every_format() -> None:
 
 
 def test_a_layout_can_name_what_the_audit_may_find() -> None:
-    assert set(TESTED_FORMATS) == set(ROTATION_WRITERS) - {"euler_zxy"}
+    """The audit tests all formats but euler_zxy and joint angles (see `RECORDED_ONLY`)."""
     tested_angles = {name for name in TESTED_FORMATS if ROTATION_FORMATS[name].num_components == 3}
+
+    assert set(TESTED_FORMATS) == set(ROTATION_WRITERS) - {"euler_zxy"}
     assert tested_angles == set(ANGLE_FORMATS) - set(RECORDED_ONLY)
 
 
+# A pose of a writer has a position, so its transpose is no pose.
 IDENTITY_BY_COLUMNS = ROTATION_WRITERS["matrix4_columns"](Rotation.identity(1))
 IDENTITY_BY_ROWS = ROTATION_WRITERS["matrix4_rows"](Rotation.identity(1))
 
@@ -47,7 +50,7 @@ IDENTITY_BY_ROWS = ROTATION_WRITERS["matrix4_rows"](Rotation.identity(1))
 def test_a_pose_is_read_column_by_column() -> None:
     quaternion = to_quaternion(IDENTITY_BY_COLUMNS, "matrix4_columns")
 
-    np.testing.assert_allclose(quaternion[0, 0], 1)
+    np.testing.assert_allclose(quaternion[0, 0], 1)  # w of the identity
 
 
 @pytest.mark.parametrize(
@@ -55,7 +58,7 @@ def test_a_pose_is_read_column_by_column() -> None:
     [
         (IDENTITY_BY_ROWS, "matrix4_columns"),
         (IDENTITY_BY_COLUMNS, "matrix4_rows"),
-        (np.eye(2, 6), "6d_rows"),
+        (np.eye(2, 6), "6d_rows"),  # the second row of the matrix is 0
     ],
 )
 def test_numbers_that_are_no_rotation_are_refused(

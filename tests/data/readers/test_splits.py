@@ -1,23 +1,23 @@
-"""Splits are cut as TFDS cuts them."""
+"""Texts like "train[:20%]" select the episodes that TFDS (TensorFlow Datasets) selects."""
 
 import pytest
 
 from refusals import refuses
 from spear.data.readers.splits import count_shared_episodes, parse_split
 
-LENGTHS = {"train": 25, "val": 4}
+LENGTHS = {"train": 25, "val": 4}  # the number of episodes of each split
 
 
 @pytest.mark.parametrize(
-    ("split", "expected"),
+    ("split", "expected"),  # expected: (split, first episode, end)
     [
         ("train", [("train", 0, 25)]),
         ("train[:20%]", [("train", 0, 5)]),
         ("train[50%:]", [("train", 12, 25)]),  # 12.5 rounds to even, as Python and TFDS do
         ("train[5:]", [("train", 5, 25)]),
         ("train[-3:]", [("train", 22, 25)]),
-        ("train[-10%:]", [("train", 23, 25)]),
-        # None. TFDS takes all, so that training would see what should be held out.
+        ("train[-10%:]", [("train", 23, 25)]),  # 2.5 rounds to 2
+        # 1 % of 25 episodes is none. TFDS would take all 25, also those held out for validation.
         ("train[-1%:]", [("train", 25, 25)]),
         ("train[:-1%]", [("train", 0, 25)]),
         ("train[3:8]", [("train", 3, 8)]),

@@ -1,4 +1,4 @@
-"""TFRecord: every kind of feature is read, and what is broken is named by file and record."""
+"""TFRecord files: every kind of feature is read, and errors name the file and the broken record."""
 
 import os
 from pathlib import Path
@@ -12,9 +12,11 @@ from data_tiny import write_records
 from refusals import refuses
 from spear.data.readers.tfrecord import load_example_class, parse_example, read_records
 
-HEADER_BYTES = 12
-CHECKSUM_BYTES = 4
+HEADER_BYTES = 12  # a record's length and the checksum of the length
+CHECKSUM_BYTES = 4  # the checksum of a record's body, behind the body
 VALUE_KINDS = {bytes: "bytes_list", float: "float_list", int: "int64_list"}
+"""Python type of a value -> the kind of the feature in an Example."""
+# The values of one feature: a list of one of these types.
 feature_values = st.one_of(
     st.lists(st.binary(max_size=300), min_size=1, max_size=4),
     st.lists(st.floats(width=32, allow_nan=False), min_size=1, max_size=50),
@@ -36,19 +38,25 @@ def test_every_kind_of_feature_is_read(features: dict[str, Any]) -> None:
 
 
 def test_bytes_that_are_no_example_are_refused() -> None:
+    announces_too_many_bytes = b"\x0a\x7f"  # a field of 127 bytes, which are missing
+
     with pytest.raises(ValueError, match="pars"):
-        parse_example(b"\x0a\x7f")
+        parse_example(announces_too_many_bytes)
 
 
 def test_records_are_read_in_a_range(tmp_path: Path) -> None:
     records = [bytes([index]) * index for index in range(6)]
     path = write_records(tmp_path / "a.tfrecord", records)
 
-    assert list(read_records(path, 0, 6)) == list(enumerate(records))
-    assert list(read_records(path, 2, 5)) == list(enumerate(records))[2:5]
+    all_records = list(read_records(path, start=0, stop=6))
+    middle_records = list(read_records(path, start=2, stop=5))
+
+    assert all_records == list(enumerate(records))
+    assert middle_records == all_records[2:5]
 
 
 def flip_bit(path: Path, position: int) -> None:
+    """Change one bit of the byte at a position of a file."""
     data = bytearray(path.read_bytes())
     data[position] ^= 1
     path.write_bytes(data)
@@ -56,59 +64,86 @@ def flip_bit(path: Path, position: int) -> None:
 
 @pytest.fixture
 def three_records(tmp_path: Path) -> Path:
+    """A file of three records, of which the tests break record 1, b"one"."""
     return write_records(tmp_path / "a.tfrecord", [b"zero", b"one", b"two"])
 
 
-START_OF_RECORD_ONE = HEADER_BYTES + len(b"zero") + CHECKSUM_BYTES
+LENGTH_OF_RECORD_1 = HEADER_BYTES + len(b"zero") + CHECKSUM_BYTES
+"""Position in the file of the first byte of the length of record 1: it follows record 0."""
+BODY_OF_RECORD_1 = LENGTH_OF_RECORD_1 + HEADER_BYTES
+"""Position in the file of the first byte of the body of record 1."""
 
 
 def test_a_broken_record_is_named_and_the_next_one_is_read(three_records: Path) -> None:
-    flip_bit(three_records, START_OF_RECORD_ONE + HEADER_BYTES + 1)
+    flip_bit(three_records, BODY_OF_RECORD_1)
 
-    zero, first_bad, two = read_records(three_records, 0, 3)
+    record_0, record_1, record_2 = read_records(three_records, start=0, stop=3)
 
-    assert zero == (0, b"zero")
-    assert "a.tfrecord record 1: its checksum" in str(first_bad[1])
-    assert two == (2, b"two")
+    assert record_0 == (0, b"zero")
+    assert "a.tfrecord record 1: its checksum" in str(record_1[1])
+    assert record_2 == (2, b"two")
 
 
 def test_a_broken_record_before_the_range_does_not_matter(three_records: Path) -> None:
-    flip_bit(three_records, START_OF_RECORD_ONE + HEADER_BYTES + 1)
+    flip_bit(three_records, BODY_OF_RECORD_1)
 
-    assert list(read_records(three_records, 2, 3)) == [(2, b"two")]
+    assert list(read_records(three_records, start=2, stop=3)) == [(2, b"two")]
 
 
 def test_nothing_behind_a_broken_length_can_be_found(three_records: Path) -> None:
-    flip_bit(three_records, START_OF_RECORD_ONE)
+    flip_bit(three_records, LENGTH_OF_RECORD_1)
 
-    zero, first_bad, two = read_records(three_records, 0, 3)
+    record_0, (index_1, error_1), (index_2, error_2) = read_records(three_records, start=0, stop=3)
 
-    assert zero == (0, b"zero")
-    assert "record 1: the checksum of its length" in str(first_bad[1])
-    assert two[0] == 2
-    assert "record 2: " in str(two[1])
+    assert record_0 == (0, b"zero")
+    assert index_1 == 1
+    assert "record 1: the checksum of its length" in str(error_1)
+    assert index_2 == 2
+    assert "record 2: " in str(error_2)
 
 
 def test_a_broken_length_before_the_range_loses_the_range(three_records: Path) -> None:
-    flip_bit(three_records, START_OF_RECORD_ONE)
+    flip_bit(three_records, LENGTH_OF_RECORD_1)
 
-    ((index, error),) = read_records(three_records, 2, 3)
+    ((index, error),) = read_records(three_records, start=2, stop=3)
 
     assert index == 2
     assert "record 2: " in str(error)
 
 
-@pytest.mark.parametrize("num_bytes_cut", [0, 1, 5, 18, 19])
-def test_a_truncated_file_is_named(tmp_path: Path, num_bytes_cut: int) -> None:
-    records = [b"zero", b"one"] if num_bytes_cut else [b"zero"]
-    path = write_records(tmp_path / "a.tfrecord", records)
+BYTES_OF_RECORD_1 = HEADER_BYTES + len(b"one") + CHECKSUM_BYTES
+
+
+@pytest.mark.parametrize(
+    "num_bytes_left",
+    [
+        0,
+        1,  # a part of the header
+        HEADER_BYTES + 2,  # a part of the body
+        BYTES_OF_RECORD_1 - 1,  # a part of the checksum
+    ],
+)
+def test_a_truncated_record_is_named(tmp_path: Path, num_bytes_left: int) -> None:
+    path = write_records(tmp_path / "a.tfrecord", [b"zero", b"one"])
+    num_bytes_cut = BYTES_OF_RECORD_1 - num_bytes_left
     os.truncate(path, path.stat().st_size - num_bytes_cut)
 
-    zero, first_bad = read_records(path, 0, 2)
+    record_0, (_, error) = read_records(path, start=0, stop=2)
 
-    assert zero == (0, b"zero")
-    assert "a.tfrecord record 1: the file ends" in str(first_bad[1])
+    assert record_0 == (0, b"zero")
+    assert "a.tfrecord record 1: the file ends" in str(error)
+
+
+def test_a_missing_record_is_named(tmp_path: Path) -> None:
+    path = write_records(tmp_path / "a.tfrecord", [b"zero"])
+
+    record_0, (_, error) = read_records(path, start=0, stop=2)
+
+    assert record_0 == (0, b"zero")
+    assert "a.tfrecord record 1: the file ends" in str(error)
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
-    refuses(r"cannot read: .*b\.tfrecord", list, read_records(tmp_path / "b.tfrecord", 0, 1))
+    records = read_records(tmp_path / "b.tfrecord", start=0, stop=1)
+
+    refuses(r"cannot read: .*b\.tfrecord", list, records)
