@@ -1,4 +1,4 @@
-"""From columns to episodes: every column is checked, and means what the layout says."""
+"""`build_episode` checks every column, and reads it as the layout says."""
 
 import dataclasses
 import re
@@ -21,6 +21,7 @@ from spear.util.images import encode_jpeg
 
 SOURCE = "bridge_dataset/train#0"
 LAYOUT = REGISTRY["bridge_dataset"]
+<<<<<<< HEAD
 HOME_JOINTS = np.array([0, -0.785, 0, -2.356, 0, 1.571, 0.785])
 JOINT_LAYOUT = DatasetLayout(
     "mine",
@@ -33,11 +34,14 @@ JOINT_LAYOUT = DatasetLayout(
     rate_hz=10.0,
 )
 STAY = [0, 0, 0, 1.0, 0, 0, 0, 1]
+=======
+STAY = [0, 0, 0, 1.0, 0, 0, 0, 1]  # a canonical action: no translation or rotation, open
+>>>>>>> c7972e92 (Tests of RLDS, LeRobot and building episodes explain their data and expectations)
 
 
 @pytest.fixture(scope="module")
 def original_steps(shared: Path) -> dict[str, Any]:
-    """The first episode of BridgeData, ten steps."""
+    """The columns of the first episode of the sample of BridgeData, which has ten steps."""
     folder = open_rlds(shared / "data" / "bridge_v2_sample")
     ((_, steps),) = folder.read_steps("train[:1]")
     return steps
@@ -45,24 +49,29 @@ def original_steps(shared: Path) -> dict[str, Any]:
 
 @pytest.fixture
 def steps(original_steps: dict[str, Any]) -> dict[str, Any]:
-    """A copy of the episode that a test may change."""
+    """A copy of the columns that a test may change."""
     return deepcopy(original_steps)
 
 
 @pytest.mark.parametrize(
     ("column", "component"),
     [
-        ("action", 6),
-        ("observation/state", 6),
-        ("observation/state", 4),
-        ("observation/state", 1),
+        ("action", 6),  # gripper command
+        ("observation/state", 6),  # opening
+        ("observation/state", 4),  # orientation
+        ("observation/state", 1),  # position
     ],
 )
+<<<<<<< HEAD
 def test_a_number_that_is_nan_costs_its_row(
     steps: dict[str, Any], column: str, component: int
 ) -> None:
     """Not only of the pose: a command that is NaN would be a gripper that is always closed."""
     complete = build_episode(deepcopy(steps), LAYOUT, SOURCE)
+=======
+def test_a_number_that_is_nan_is_named(steps: dict[str, Any], column: str, component: int) -> None:
+    """Commands are checked as well, because a NaN would become the command to close."""
+>>>>>>> c7972e92 (Tests of RLDS, LeRobot and building episodes explain their data and expectations)
     read_column(steps, column, SOURCE)[3, component] = np.nan
 
     episode = build_episode(steps, LAYOUT, SOURCE)
@@ -177,6 +186,7 @@ def test_the_last_number_of_a_column_tells_the_outcome(
 def test_the_folder_of_a_path_tells_the_outcome(
     steps: dict[str, Any], folder: str, expected: bool | None
 ) -> None:
+    """DROID has such a column. Only a whole folder name counts, not a part of one."""
     column = "episode_metadata/file_path"
     assert REGISTRY["droid"].success == column
     path = f"gs://a/success-rates/{folder}/2023-04-21/trajectory.h5"
@@ -207,6 +217,7 @@ def test_actions_that_are_texts_are_refused(steps: dict[str, Any]) -> None:
 
 
 def test_a_gripper_outside_of_its_range_is_named_with_its_readings(steps: dict[str, Any]) -> None:
+    """The readings of BridgeData run to 1, so they are not the finger distances in meters."""
     layout = dataclasses.replace(LAYOUT, gripper_range=(0.0, 0.08))
 
     message = r"step 0: .*gripper_range is \[0, 0\.08\].* to 1"
@@ -217,12 +228,14 @@ def test_a_gripper_outside_of_its_range_is_named_with_its_readings(steps: dict[s
 def test_a_reading_a_little_outside_of_its_range_is_clipped(
     steps: dict[str, Any], reading: float
 ) -> None:
+    """A reading may lie outside the range 0 … 1 by up to 0.3."""
     steps["observation"]["state"][0, 6] = reading
 
     assert build_episode(steps, LAYOUT, SOURCE).gripper[0] == 1
 
 
 def test_the_open_grippers_of_bc_z_read_from_0_to_a_fifth() -> None:
+    """Readings of 0 and of 0.2 are open, and a reading of 1 is closed."""
     layout = dataclasses.replace(REGISTRY["bc_z"], gripper="state", command=None)
 
     opening, _ = read_openings({"state": np.array([0, 0.2, 1])}, layout, "bc_z")
@@ -245,17 +258,19 @@ def test_the_grippers_of_nyu_franka_play_are_closed_at_minus_one() -> None:
 def test_a_broken_image_is_named_without_an_address_in_memory(steps: dict[str, Any]) -> None:
     steps["observation"]["image_0"][4] = b"\xff\xd8no image"
 
+    """Pillow's message has the text "<_io.BytesIO object at 0x…>", which must not be shown."""
     message = r"train#0 step 4 camera 'external': [^<]*$"
     refuses(message, build_episode, steps, LAYOUT, SOURCE)
 
 
 @pytest.fixture
 def steps_with_pause(shared: Path) -> dict[str, Any]:
-    """An episode whose arm does not move from step 2 to step 4."""
+    """The columns of an episode of ten steps, whose arm does not move from step 2 to step 4."""
     folder = open_rlds(shared / "data" / "bridge_v2_sample")
     ((_, steps),) = folder.read_steps("train[5:6]")
-    states = steps["observation"]["state"] = steps["observation"]["state"].copy()
+    states = steps["observation"]["state"].copy()
     states[2:5] = states[2]
+    steps["observation"]["state"] = states
     return steps
 
 
@@ -266,7 +281,7 @@ def test_idle_steps_are_removed_if_the_layout_says_so(steps_with_pause: dict[str
     with_pause = build_episode(steps_with_pause, LAYOUT, SOURCE)
     without_pause = build_episode(steps_with_pause, DROP_IDLE, SOURCE)
 
-    moving_steps = [0, 1, 4, 5, 6, 7, 8, 9]
+    moving_steps = [0, 1, 4, 5, 6, 7, 8, 9]  # at steps 2 and 3, the next state is the same
     assert len(with_pause) == 10
     assert len(without_pause) == 8
     assert len(without_pause.images["external"]) == 8
@@ -279,7 +294,8 @@ def test_the_actions_without_idle_steps_lead_to_the_same_end(
     episode = build_episode(steps_with_pause, DROP_IDLE, SOURCE)
 
     assert episode.action is not None
-    total_translation = episode.action[:-1, :3].sum(0)
+    known_translations = episode.action[:-1, :3]
+    total_translation = known_translations.sum(axis=0)
     expected = episode.position[-1] - episode.position[0]
     np.testing.assert_allclose(total_translation, expected, atol=1e-6)
 
@@ -289,16 +305,22 @@ def test_idle_steps_of_droid_are_removed() -> None:
 
 
 def make_still(steps: dict[str, Any], roll: float) -> None:
-    """Let the arm rest in one pose, with an open gripper."""
+    """Let the arm rest in one pose with this roll (rad), with an open gripper."""
     steps["action"][:, 6] = 1
-    steps["observation"]["state"][:] = [0.3, 0, 0.2, roll, 0.4, -0.7, 1]
+    position = [0.3, 0, 0.2]
+    roll_pitch_yaw = [roll, 0.4, -0.7]
+    steps["observation"]["state"][:] = [*position, *roll_pitch_yaw, 1]
 
 
 @pytest.mark.parametrize("roll", np.linspace(-1, 1, 20))
 def test_an_arm_that_rests_is_idle_whatever_its_orientation(
     steps: dict[str, Any], roll: float
 ) -> None:
-    """In float32 the scalar product of a quaternion with itself may lie below 1."""
+    """The angle between equal quaternions must be 0.
+
+    An arc cosine would give another angle, because the scalar product of a float32 quaternion with
+    itself may be less than 1.
+    """
     make_still(steps, roll)
     layout = dataclasses.replace(DROP_IDLE, rate_hz=15)
 
@@ -306,7 +328,11 @@ def test_an_arm_that_rests_is_idle_whatever_its_orientation(
 
 
 def test_a_slow_drift_becomes_steps_of_the_smallest_motion(steps: dict[str, Any]) -> None:
-    """Otherwise it would add up to a jump in the action of the step before."""
+    """The arm moves 10 mm in the first step, and then 1.9 mm in each step.
+
+    At 1 Hz, less than 2 mm per step is idle. Two steps of the drift together are not, so the drift
+    becomes actions of 3.8 mm. If all its steps were dropped, one action would span 15 mm more.
+    """
     make_still(steps, roll=1)
     steps["observation"]["state"][1:, 0] += 0.01 + 0.0019 * np.arange(9)
     layout = dataclasses.replace(DROP_IDLE, rate_hz=1)
@@ -315,11 +341,12 @@ def test_a_slow_drift_becomes_steps_of_the_smallest_motion(steps: dict[str, Any]
 
     assert episode.action is not None
     largest_step_m = episode.action[:, 0].max()
-    assert largest_step_m >= 0.01
-    assert largest_step_m < 0.013
+    assert largest_step_m >= 0.01  # the first step
+    assert largest_step_m < 0.013  # at most one step of the drift is added to it
 
 
 def test_an_opening_that_is_its_command_but_for_rounding_was_not_measured() -> None:
+    """The observed opening of a step is then the command of the step before."""
     layout = DatasetLayout(
         "mine",
         gripper="state",
@@ -331,8 +358,8 @@ def test_an_opening_that_is_its_command_but_for_rounding_was_not_measured() -> N
 
     opening, command = read_openings(steps, layout, "mine")
 
-    np.testing.assert_allclose(opening, [1, 1, 0], atol=1e-3)
     np.testing.assert_allclose(command, [1, 0, 0.5], atol=1e-3)
+    np.testing.assert_allclose(opening, [1, 1, 0], atol=1e-3)  # the first has no step before
 
 
 SIRIUS = REGISTRY["austin_sirius_dataset_converted_externally_to_rlds"]
@@ -340,10 +367,15 @@ NUM_ROWS = 9
 
 
 def make_sirius_steps() -> dict[str, Any]:
-    """A Franka that moves 1 mm per step, with its gripper open."""
-    poses = np.tile(np.diag([1.0, -1, -1, 1]), (NUM_ROWS, 1, 1))
+    """The columns of a Franka at 20 Hz that moves 1 mm per step along x, with its gripper open.
+
+    The dataset writes poses as matrices, column by column.
+    """
+    points_down = np.diag([1.0, -1, -1, 1])
+    poses = np.tile(points_down, (NUM_ROWS, 1, 1))  # [9, 4, 4]
     poses[:, 0, 3] = 0.4 + 0.001 * np.arange(NUM_ROWS)
     image = encode_jpeg(np.zeros((8, 8, 3), np.uint8))
+    open_command = [-1]
     return {
         "observation": {
             "state_ee": poses.swapaxes(1, 2).reshape(NUM_ROWS, 16),
@@ -351,14 +383,21 @@ def make_sirius_steps() -> dict[str, Any]:
             "image": [image] * NUM_ROWS,
             "wrist_image": [image] * NUM_ROWS,
         },
+<<<<<<< HEAD
         "action": np.tile([0.0] * 6 + [-1], (NUM_ROWS, 1)),
         "action_mode": np.full((NUM_ROWS, 1), -1.0),
+=======
+        "action": np.tile([0.0] * 6 + open_command, (NUM_ROWS, 1)),
+>>>>>>> c7972e92 (Tests of RLDS, LeRobot and building episodes explain their data and expectations)
         "language_instruction": [b"do it"] * NUM_ROWS,
     }
 
 
+X_COLUMN = 12  # of "state_ee": the x of the position
+
+
 def clear_rows(steps: dict[str, Any], rows: list[int]) -> None:
-    """Set the states of some rows to zero, as three datasets of UT Austin have them."""
+    """Set the states of some rows to zero. Three datasets of UT Austin have such rows."""
     steps["observation"]["state_ee"][rows] = 0
     steps["observation"]["state_gripper"][rows] = 0
 
@@ -369,14 +408,15 @@ def test_a_row_of_zeros_is_dropped() -> None:
 
     episode = build_episode(steps, SIRIUS, SOURCE)
 
-    expected = 0.4 + 0.001 * np.array([0, 1, 2, 3, 5, 6, 7, 8])
+    remaining_rows = np.array([0, 1, 2, 3, 5, 6, 7, 8])
+    expected = 0.4 + 0.001 * remaining_rows
     np.testing.assert_allclose(episode.position[:, 0], expected, atol=1e-6)
     np.testing.assert_array_equal(episode.gripper, 1)
     assert len(episode.images["external"]) == NUM_ROWS - 1
 
 
 def test_the_step_before_a_dropped_row_is_no_target() -> None:
-    """Its motion would span two rows."""
+    """The motion of row 3 would span two rows. The last action is never known."""
     steps = make_sirius_steps()
     clear_rows(steps, [4])
 
@@ -386,14 +426,19 @@ def test_the_step_before_a_dropped_row_is_no_target() -> None:
 
 
 def test_no_resampled_target_spans_a_dropped_row() -> None:
+    """At half the rate, every second of the 8 remaining rows is left, and moves 2 mm.
+
+    The second action covers rows 2 and 3, behind which row 4 was dropped.
+    """
     steps = make_sirius_steps()
     clear_rows(steps, [4])
 
-    episode = resample_episode(build_episode(steps, SIRIUS, SOURCE), 10.0)
+    episode = resample_episode(build_episode(steps, SIRIUS, SOURCE), rate_hz=10.0)
 
     assert episode.action is not None
     assert episode.action_mask is not None
-    np.testing.assert_allclose(episode.action[episode.action_mask, 0], 0.002, atol=1e-6)
+    target_translations_m = episode.action[episode.action_mask, 0]
+    np.testing.assert_allclose(target_translations_m, 0.002, atol=1e-6)
     np.testing.assert_array_equal(episode.action_mask, [1, 0, 1, 0])
 
 
@@ -408,6 +453,7 @@ def test_without_commands_the_step_before_a_dropped_row_is_no_target() -> None:
 
 
 def test_canonical_actions_before_a_dropped_row_are_no_targets(steps: dict[str, Any]) -> None:
+    """The quaternion of row 6 is zero. The last of the logged actions is known."""
     steps["own_action"] = np.tile(STAY, (10, 1))
     steps["rotation"] = np.tile([1.0, 0, 0, 0], (10, 1))
     steps["rotation"][6] = 0
@@ -421,20 +467,25 @@ def test_canonical_actions_before_a_dropped_row_are_no_targets(steps: dict[str, 
 
 
 def test_idle_steps_before_a_dropped_row_mask_the_step_that_leads_across_it() -> None:
+    """The arm rests from row 3 to row 5, and row 4 is dropped.
+
+    Row 3 is idle, because row 5 has the same pose. Rows 0, 1, 2, 5, 6, 7 and 8 remain, and the
+    action of row 2 leads across the dropped row.
+    """
     steps = make_sirius_steps()
     poses = steps["observation"]["state_ee"]
-    poses[3:6, 12] = poses[3, 12]
+    poses[3:6, X_COLUMN] = poses[3, X_COLUMN]
     clear_rows(steps, [4])
     layout = dataclasses.replace(SIRIUS, drop_idle=True)
 
     episode = build_episode(steps, layout, SOURCE)
 
-    # Of rows 0 … 3, 5 … 8, the arm rests from row 3 to row 5.
     assert len(episode) == 7
     np.testing.assert_array_equal(episode.action_mask, [1, 1, 0, 1, 1, 1, 0])
 
 
 def test_an_episode_of_which_less_than_half_is_left_is_refused() -> None:
+    """Five of nine rows are bad, so none is dropped, and the first bad one is named."""
     steps = make_sirius_steps()
     clear_rows(steps, [1, 3, 5, 6, 7])
 
@@ -459,7 +510,8 @@ def test_the_outcome_in_a_dropped_row_is_read() -> None:
 def test_a_jump_across_a_dropped_row_is_measured_over_its_time() -> None:
     steps = make_sirius_steps()
     clear_rows(steps, [4])
-    steps["observation"]["state_ee"][5:, 12] += 0.2  # 4 m/s at 20 Hz, if it were one step
+    # 0.2 m in one step at 20 Hz would be 4 m/s, faster than any arm. In two steps it is 2 m/s.
+    steps["observation"]["state_ee"][5:, X_COLUMN] += 0.2
 
     assert len(build_episode(steps, SIRIUS, SOURCE)) == NUM_ROWS - 1
 
@@ -467,7 +519,7 @@ def test_a_jump_across_a_dropped_row_is_measured_over_its_time() -> None:
 def test_repairs_are_counted() -> None:
     steps = make_sirius_steps()
     clear_rows(steps, [4, 5])
-    steps["observation"]["state_gripper"][0] = 0.09
+    steps["observation"]["state_gripper"][0] = 0.09  # more than a tenth beyond the open reading
 
     with count_repairs() as repairs:
         build_episode(steps, SIRIUS, SOURCE)

@@ -1,4 +1,9 @@
-"""LeRobot: datasets that its own library wrote, read exactly; broken ones named."""
+"""Datasets that LeRobot's own library wrote are read exactly, and what is broken is named.
+
+The sample datasets are the first 8 episodes of the sample of BridgeData, 10 steps each, in three
+versions of LeRobot's format. Datasets that a test writes itself have one or two episodes of
+`make_episode`, 6 steps each at 5 Hz.
+"""
 
 import json
 from collections.abc import Callable, Collection, Iterator
@@ -34,34 +39,37 @@ IMAGE_COLUMN = "observation/images/image_0"
 
 @pytest.fixture(scope="session")
 def lerobot(shared: Path) -> Path:
+    """The folder with one sample dataset per version."""
     return shared / "data" / "lerobot"
 
 
 @pytest.fixture(scope="session")
 def rlds_steps(shared: Path) -> list[Any]:
-    """The same episodes as the RLDS folder has them."""
+    """The columns of the same episodes, read from the RLDS format."""
     folder = open_rlds(shared / "data/bridge_v2_sample")
     return [steps for _, steps in folder.read_steps("train[:8]")]
 
 
 @pytest.fixture(scope="module", params=VERSIONS)
 def version(request: pytest.FixtureRequest) -> str:
+    """Each version in turn: a test that uses it runs for all of them."""
     return request.param
 
 
 @pytest.fixture(scope="module")
 def folder(lerobot: Path, version: str) -> LeRobotFolder:
+    """The sample dataset of the version."""
     return open_lerobot(lerobot / version)
 
 
 @pytest.fixture(scope="module")
-def read_columns(folder: LeRobotFolder) -> list[dict[str, Any]]:
-    """The columns of all episodes of a version."""
+def lerobot_steps(folder: LeRobotFolder) -> list[dict[str, Any]]:
+    """The columns of all episodes of the version."""
     return [folder.read_episode(episode.index) for episode in folder.episodes]
 
 
 def test_the_metadata_are_read(folder: LeRobotFolder, version: str) -> None:
-    assert folder.info.codebase_version == version[:4]
+    assert folder.info.codebase_version == version[:4]  # "v2.1" or "v3.0"
     assert folder.info.fps == 5
     assert folder.split_lengths == {"train": NUM_EPISODES}
     assert folder.cameras == ["observation.images.image_0"]
@@ -70,73 +78,79 @@ def test_the_metadata_are_read(folder: LeRobotFolder, version: str) -> None:
 
 
 def test_numbers_are_read_exactly(
-    read_columns: list[dict[str, Any]], rlds_steps: list[Any]
+    lerobot_steps: list[dict[str, Any]], rlds_steps: list[Any]
 ) -> None:
-    for index, (columns, expected) in enumerate(zip(read_columns, rlds_steps, strict=True)):
+    for index, (columns, expected) in enumerate(zip(lerobot_steps, rlds_steps, strict=True)):
         steps = np.arange(STEPS_PER_EPISODE)
-        np.testing.assert_array_equal(
-            columns["observation/state"], expected["observation"]["state"]
-        )
+        first_row = STEPS_PER_EPISODE * index
+        times_s = (steps / 5).astype(np.float32)
+        state = columns["observation/state"]
+        np.testing.assert_array_equal(state, expected["observation"]["state"])
         np.testing.assert_array_equal(columns["action"], expected["action"])
         np.testing.assert_array_equal(columns["frame_index"], steps)
-        np.testing.assert_array_equal(columns["index"], STEPS_PER_EPISODE * index + steps)
-        np.testing.assert_array_equal(columns["timestamp"], (steps / 5).astype(np.float32))
+        np.testing.assert_array_equal(columns["index"], first_row + steps)
+        np.testing.assert_array_equal(columns["timestamp"], times_s)
 
 
 def test_instructions_are_read_exactly(
-    read_columns: list[dict[str, Any]], rlds_steps: list[Any]
+    lerobot_steps: list[dict[str, Any]], rlds_steps: list[Any]
 ) -> None:
-    for columns, expected in zip(read_columns, rlds_steps, strict=True):
+    for columns, expected in zip(lerobot_steps, rlds_steps, strict=True):
         assert set(columns["task"]) == {expected["language_instruction"][0]}
 
 
 def decode_images(encoded_images: list[bytes]) -> np.ndarray:
+    """Decode images to [T, h, w, 3], as floats."""
     return np.array([decode_image(encoded).astype(float) for encoded in encoded_images])
 
 
 def test_images_are_read_up_to_their_compression(
-    read_columns: list[dict[str, Any]], rlds_steps: list[Any], version: str
+    lerobot_steps: list[dict[str, Any]], rlds_steps: list[Any], version: str
 ) -> None:
-    """Images differ by two JPEG decoders only; AV1 at 64 x 64 pixels costs a few gray levels."""
-    max_difference = 1.5 if "image" in version else 12
-    for columns, expected in zip(read_columns, rlds_steps, strict=True):
+    """Images differ by two JPEG decoders only. AV1 at 64 x 64 pixels costs a few gray levels."""
+    max_difference = 1.5 if "image" in version else 12  # levels, mean over an image
+    for columns, expected in zip(lerobot_steps, rlds_steps, strict=True):
         images = decode_images(columns[IMAGE_COLUMN])
         expected_images = decode_images(expected["observation"]["image_0"])
         assert len(images) == STEPS_PER_EPISODE
-        differences = np.abs(images - expected_images).mean((1, 2, 3))
+        differences = np.abs(images - expected_images).mean(axis=(1, 2, 3))  # [T]
         assert differences.max() < max_difference
 
 
 def test_each_frame_is_the_one_of_its_row(
-    read_columns: list[dict[str, Any]], rlds_steps: list[Any]
+    lerobot_steps: list[dict[str, Any]], rlds_steps: list[Any]
 ) -> None:
-    for columns, expected in zip(read_columns, rlds_steps, strict=True):
+    """An image is about as near to the image of its own step as to that of any step."""
+    for columns, expected in zip(lerobot_steps, rlds_steps, strict=True):
         images = decode_images(columns[IMAGE_COLUMN])
         expected_images = decode_images(expected["observation"]["image_0"])
         for step, image in enumerate(images):
-            distances = np.abs(image - expected_images).mean((1, 2, 3))
+            distances = np.abs(image - expected_images).mean(axis=(1, 2, 3))  # [T]
             assert distances[step] <= distances.min() + 1.0
 
 
 def test_ranges_of_columns_are_shown(lerobot: Path, rlds_steps: list[Any], version: str) -> None:
     rows = np.concatenate([steps["observation"]["state"] for steps in rlds_steps])
 
-    text = inspect(lerobot / version)
+    overview = inspect(lerobot / version)
 
     for bounds in (rows.min(0), rows.max(0)):
-        assert "".join(f" {number:>9.4g}" for number in bounds) in text
+        line = "".join(f" {number:>9.4g}" for number in bounds)
+        assert line in overview
 
 
 def change_rows(file: Path, change: Callable[[pa.Table], pa.Table]) -> None:
+    """Replace the table of a Parquet file by what `change` makes of it."""
     pq.write_table(change(pq.read_table(file)), file)
 
 
 def truncate(file: Path, num_bytes: int) -> None:
+    """Keep only the first bytes of a file."""
     file.write_bytes(file.read_bytes()[:num_bytes])
 
 
 def read_good(folder: Path) -> tuple[list[Episode], list[str]]:
-    """The good episodes of a folder, and why the others are not."""
+    """Read the good episodes of a folder, and the reasons why the other ones are bad."""
     reasons: list[str] = []
     episodes = list(read_episodes(folder, on_error=lambda error: reasons.append(str(error))))
     return episodes, reasons
@@ -144,13 +158,15 @@ def read_good(folder: Path) -> tuple[list[Episode], list[str]]:
 
 @pytest.fixture
 def version_2_copy(lerobot: Path, tmp_path: Path) -> Path:
+    """A copy of the version 2.1 that a test may change, with a `spear.json`."""
     return copy_dataset(lerobot / "v2.1_video", tmp_path / "set")
 
 
 def test_bad_episodes_are_skipped_by_name(version_2_copy: Path) -> None:
+    """Episodes 2 to 6 are damaged, each in another way."""
     data = version_2_copy / "data/chunk-000"
     videos = version_2_copy / "videos/chunk-000/observation.images.image_0"
-    change_rows(data / "episode_000002.parquet", lambda table: table.slice(0, 9))
+    change_rows(data / "episode_000002.parquet", lambda table: table.slice(0, length=9))
     truncate(data / "episode_000003.parquet", 900)
     (videos / "episode_000004.mp4").unlink()
     truncate(videos / "episode_000005.mp4", (videos / "episode_000005.mp4").stat().st_size // 2)
@@ -160,7 +176,8 @@ def test_bad_episodes_are_skipped_by_name(version_2_copy: Path) -> None:
 
     episodes, reasons = read_good(version_2_copy)
 
-    assert [episode.source for episode in episodes] == [f"set/train#{i}" for i in (0, 1, 7)]
+    sources = [episode.source for episode in episodes]
+    assert sources == [f"set/train#{index}" for index in (0, 1, 7)]
     assert len(reasons) == 5
     assert "set#2" in reasons[0]
     assert "episode_000003.parquet" in reasons[1]
@@ -171,26 +188,36 @@ def test_bad_episodes_are_skipped_by_name(version_2_copy: Path) -> None:
 
 
 def test_episodes_may_be_listed_in_any_order(version_2_copy: Path) -> None:
-    listed = version_2_copy / "meta/episodes.jsonl"
-    listed.write_text("\n".join(listed.read_text().splitlines()[::-1]))
+    episodes_file = version_2_copy / "meta/episodes.jsonl"
+    reversed_lines = episodes_file.read_text().splitlines()[::-1]
+    episodes_file.write_text("\n".join(reversed_lines))
 
     indices = [episode.index for episode in open_lerobot(version_2_copy).episodes]
 
     assert indices == list(range(NUM_EPISODES))
 
 
-SENTENCES = ["LiftCube", "lift the cube", "put the cube down"]
+TASKS = ["LiftCube", "lift the cube", "put the cube down"]
+"""Tasks 0, 1 and 2, of which the first is only a name."""
 
 
 def forget_own_format(folder: Path) -> None:
-    """Take away the names by which `describe` knows a dataset of ours."""
+    """Remove the names by which `describe` recognizes a dataset of our own writer."""
     edit_json(folder / "meta/info.json", lambda info: info["features"]["action"].update(names=None))
 
 
 def write_with_task_indices(folder: Path, column: str, cells: pa.Array) -> Path:
-    """A dataset of ours with `SENTENCES` as tasks 0, 1, 2, all rows of task 0, and a new column."""
+    """Write a dataset of two episodes, whose instructions are in a column of task indices.
+
+    All rows have the `task_index` 0, which is only a name.
+
+    Args:
+        folder: The dataset's folder.
+        column: The name of the column that the layout gives as instruction.
+        cells: The 12 cells of this column: 6 of each episode.
+    """
     write_lerobot([make_episode(0), make_episode(1)], folder)
-    tasks = pa.table({"task_index": [0, 1, 2], "task": SENTENCES})
+    tasks = pa.table({"task_index": [0, 1, 2], "task": TASKS})
     pq.write_table(tasks, folder / "meta/tasks.parquet")
     (data,) = folder.glob("data/*/*.parquet")
     position = pq.read_schema(data).get_field_index("task_index")
@@ -208,7 +235,7 @@ def write_with_task_indices(folder: Path, column: str, cells: pa.Array) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("column", "cells"),
+    ("column", "cells"),  # cells: task 1 in the first episode, task 2 in the second
     [
         ("language.instruction_id", pa.array([1] * 6 + [2] * 6, pa.int32())),
         ("subtask", pa.array([[1]] * 6 + [[2]] * 6, pa.list_(pa.int64(), 1))),
@@ -223,7 +250,7 @@ def test_instructions_are_looked_up_by_an_index_column(
     episodes, reasons = read_good(folder)
 
     assert reasons == []
-    assert [episode.instruction for episode in episodes] == SENTENCES[1:]
+    assert [episode.instruction for episode in episodes] == TASKS[1:]
 
 
 def test_an_index_without_a_task_costs_its_episode(tmp_path: Path) -> None:
@@ -264,7 +291,11 @@ def test_an_instruction_that_is_only_a_name_is_doubted(tmp_path: Path, instructi
 def test_the_layout_of_our_own_export_is_proposed_exactly(
     tmp_path: Path, images: Literal["image", "video"], cameras: tuple[str, ...]
 ) -> None:
-    """Pushes, which `action_mask` leaves out, would mislead what explains the motion best."""
+    """`describe` recognizes the columns of our own writer.
+
+    For other datasets it proposes what explains the motions best. Injected disturbances, which
+    `action_mask` masks, would mislead it.
+    """
     views = make_episode(0).images["external"]
     episode = make_episode(0, images=dict.fromkeys(cameras, views))
     write_lerobot([episode], tmp_path / "set", images)
@@ -291,7 +322,8 @@ def test_columns_of_any_type_do_no_harm(version_2_copy: Path) -> None:
         table = table.append_column(name, pa.array(cells))
     pq.write_table(table, file)
 
-    assert len(read_good(version_2_copy)[0]) == NUM_EPISODES
+    episodes, _ = read_good(version_2_copy)
+    assert len(episodes) == NUM_EPISODES
     assert describe(version_2_copy)["position"] == "observation/state[0:3]"
     assert "lists of texts" in inspect(version_2_copy)
 
@@ -300,8 +332,8 @@ def test_columns_of_any_type_do_no_harm(version_2_copy: Path) -> None:
     ("fps", "gap_s", "num_good", "message"),
     [
         (5, 0.0, 2, ""),
-        (5, 0.05, 2, ""),
-        (5, 1.0, 1, "set#1: rows 2 and 3"),
+        (5, 0.05, 2, ""),  # a quarter of a step is within the tolerance
+        (5, 1.0, 1, "set#1: rows 2 and 3"),  # five steps are missing in the second episode
         (10, 0.0, 0, "fps"),
         (6, 0.0, 0, "fps"),
     ],
@@ -309,11 +341,16 @@ def test_columns_of_any_type_do_no_harm(version_2_copy: Path) -> None:
 def test_lost_rows_and_wrong_rates_are_noticed_by_their_times(
     tmp_path: Path, fps: int, gap_s: float, num_good: int, message: str
 ) -> None:
-    """Without videos nothing else tells: a second of motion would become one step of it."""
+    """Two episodes at 5 Hz, of which the second has a gap before its step 3.
+
+    `fps` is the rate that the metadata state. Without videos, only the timestamps show that rows
+    are missing; unnoticed, the motion of a second would become one action.
+    """
     folder = tmp_path / "set"
     write_lerobot([make_episode(0), make_episode(1)], folder)
-    times_s = np.tile(np.arange(6) / 5, 2) + gap_s * (np.arange(12) > 8)
-    timestamps = pa.array(times_s, pa.float32())
+    regular_times_s = np.tile(np.arange(6) / 5, 2)  # [12], of both episodes
+    is_behind_gap = np.arange(12) > 8  # row 8 is step 2 of the second episode
+    timestamps = pa.array(regular_times_s + gap_s * is_behind_gap, pa.float32())
     (data,) = folder.glob("data/*/*.parquet")
     index = pq.read_schema(data).get_field_index("timestamp")
     change_rows(data, lambda table: table.set_column(index, "timestamp", timestamps))
@@ -335,24 +372,28 @@ def test_lost_rows_and_wrong_rates_are_noticed_by_their_times(
 def test_other_metadata_are_other_data(
     version_2_copy: Path, tmp_path: Path, file: str, old: str, new: str
 ) -> None:
+    """Preparing again is refused after a change of the metadata, until it is undone."""
     prepare(version_2_copy, tmp_path / "out", "train[:2]")
     metadata_file = version_2_copy / "meta" / file
-    text = metadata_file.read_text()
-    metadata_file.write_text(text.replace(old, new))
+    original_text = metadata_file.read_text()
+    metadata_file.write_text(original_text.replace(old, new))
 
     message = r"in another way \(data is"
     refuses(message, prepare, version_2_copy, tmp_path / "out", "train[:2]")
-    metadata_file.write_text(text)
-    assert prepare(version_2_copy, tmp_path / "out", "train[:2]")[0] == 2
+
+    metadata_file.write_text(original_text)
+    num_prepared, _ = prepare(version_2_copy, tmp_path / "out", "train[:2]")
+    assert num_prepared == 2
 
 
 @pytest.fixture
 def version_3_copy(lerobot: Path, tmp_path: Path) -> Path:
+    """A copy of the version 3.0 with images that a test may change, with a `spear.json`."""
     return copy_dataset(lerobot / "v3.0_image", tmp_path / "set")
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("change", "message"),  # change: entries of info.json that replace its own
     [
         ({"codebase_version": "v1.6"}, "info.json: codebase_version "),
         ({"total_episodes": 9}, "info.json says 9, 8 are listed"),
@@ -373,6 +414,7 @@ def test_broken_metadata_are_named(
 
 @pytest.mark.parametrize("is_absolute", [True, False])
 def test_pictures_outside_the_dataset_are_not_read(version_3_copy: Path, is_absolute: bool) -> None:
+    """A cell may name the file of an image, but only in the dataset's folder."""
     private_photo = version_3_copy.parent / "private.png"
     Image.new("RGB", (64, 64)).save(private_photo)
     name = str(private_photo) if is_absolute else "../private.png"
@@ -408,15 +450,19 @@ def test_splits_that_lack_or_repeat_episodes_are_noticed(
     edit_json(version_2_copy / "meta/info.json", lambda info: info.update(splits=splits))
 
     with pytest.warns(Notice, match="splits"):
-        assert open_lerobot(version_2_copy).split_lengths["train"] == num_train
+        folder = open_lerobot(version_2_copy)
+
+    assert folder.split_lengths["train"] == num_train
 
 
 @pytest.mark.parametrize(
     ("file", "key"), [("tasks.jsonl", "task_index"), ("episodes.jsonl", "episode_index")]
 )
 def test_an_index_that_is_there_twice_is_refused(version_2_copy: Path, file: str, key: str) -> None:
-    lines = (version_2_copy / "meta" / file).read_text().splitlines()
-    (version_2_copy / "meta" / file).write_text("\n".join([lines[1], *lines[1:]]))
+    metadata_file = version_2_copy / "meta" / file
+    lines = metadata_file.read_text().splitlines()
+    lines[0] = lines[1]
+    metadata_file.write_text("\n".join(lines))
 
     refuses(key, open_lerobot, version_2_copy)
 
@@ -434,10 +480,12 @@ def test_the_table_of_tasks_may_have_other_columns(lerobot: Path, version_3_copy
         lambda table: table.add_column(0, "split", pa.array(["a"] * len(table))),
     )
 
-    assert open_lerobot(version_3_copy).tasks == open_lerobot(lerobot / "v3.0_image").tasks
+    original_tasks = open_lerobot(lerobot / "v3.0_image").tasks
+    assert open_lerobot(version_3_copy).tasks == original_tasks
 
 
 def test_another_rate_in_the_layout_is_refused(version_3_copy: Path) -> None:
+    """The metadata say 5 Hz."""
     (version_3_copy / "spear.json").write_text(json.dumps({**LAYOUT, "rate_hz": 30.0}))
 
     refuses("rate_hz", next, read_episodes(version_3_copy))
@@ -445,7 +493,7 @@ def test_another_rate_in_the_layout_is_refused(version_3_copy: Path) -> None:
 
 @pytest.fixture
 def exported(tmp_path: Path) -> Path:
-    """A dataset that our own writer made."""
+    """A dataset of one episode that our own writer made."""
     write_lerobot([make_episode(0)], tmp_path / "exported")
     return tmp_path / "exported"
 
@@ -482,6 +530,7 @@ def test_depth_is_no_camera(exported: Path) -> None:
 
 @pytest.fixture
 def video_copy(lerobot: Path, tmp_path: Path) -> Path:
+    """A copy of the version 3.0 with videos that a test may change, with a `spear.json`."""
     return copy_dataset(lerobot / "v3.0_video", tmp_path / "set")
 
 
@@ -502,11 +551,11 @@ def empty_cells(folder: Path, columns: Collection[str], episode: int) -> None:
     change_rows(folder / EPISODES_FILE, change)
 
 
-VIDEO_PREFIX = "videos/observation.images.image_0"
+VIDEO_PREFIX = "videos/observation.images.image_0"  # of the columns that say where a video is
 
 
 @pytest.mark.parametrize(
-    ("column", "named_entry"),
+    ("column", "named_entry"),  # named_entry: words of the reason
     [
         ("length", "length"),
         ("data/chunk_index", "data/chunk_index"),
@@ -529,7 +578,7 @@ def test_an_empty_cell_of_the_metadata_costs_one_episode(
 
 
 def test_numbers_that_pandas_made_fractions_are_read(video_copy: Path) -> None:
-    """An integer column with an empty cell becomes 0.0, 0.0, NaN … on its way through pandas."""
+    """pandas turns a column of integers with an empty cell into floats: 0.0, 0.0, NaN, …"""
     file = video_copy / EPISODES_FILE
     empty_cells(video_copy, ["data/chunk_index", f"{VIDEO_PREFIX}/file_index"], episode=2)
     pq.read_table(file).to_pandas().to_parquet(file)
@@ -541,6 +590,7 @@ def test_numbers_that_pandas_made_fractions_are_read(video_copy: Path) -> None:
 
 
 def test_a_video_that_the_layout_does_not_name_may_be_absent(video_copy: Path) -> None:
+    """The metadata list a camera "wrist", but no episode has a video of it."""
     change_rows(
         video_copy / EPISODES_FILE,
         lambda table: table.append_column("videos/wrist/chunk_index", pa.array([None] * 8)),
@@ -548,15 +598,16 @@ def test_a_video_that_the_layout_does_not_name_may_be_absent(video_copy: Path) -
     feature = {"dtype": "video", "shape": [64, 64, 3], "names": None}
     edit_json(video_copy / "meta/info.json", lambda info: info["features"].update(wrist=feature))
 
-    assert len(read_good(video_copy)[0]) == NUM_EPISODES
+    episodes, _ = read_good(video_copy)
+    assert len(episodes) == NUM_EPISODES
     assert "skipped" not in inspect(video_copy)
 
 
 def test_a_null_length_in_version_2_costs_one_episode(version_2_copy: Path) -> None:
-    listed = version_2_copy / "meta/episodes.jsonl"
-    lines = listed.read_text().splitlines()
+    episodes_file = version_2_copy / "meta/episodes.jsonl"
+    lines = episodes_file.read_text().splitlines()
     lines[3] = lines[3].replace('"length": 10', '"length": null')
-    listed.write_text("\n".join(lines))
+    episodes_file.write_text("\n".join(lines))
 
     episodes, reasons = read_good(version_2_copy)
 
@@ -569,6 +620,7 @@ def video_file(folder: Path) -> Path:
 
 
 def decode_frames(file: Path) -> Iterator[np.ndarray]:
+    """Yield the frames of a video, [h, w, 3]."""
     with av.open(str(file)) as container:
         for frame in container.decode(video=0):
             yield frame.to_ndarray(format="rgb24")
@@ -591,9 +643,10 @@ def short_video_copy(video_copy: Path) -> Path:
 
 
 def test_a_video_with_too_few_frames_is_named(short_video_copy: Path) -> None:
+    """All episodes are in one video, so the missing frames are those of the last episode."""
     episodes, reasons = read_good(short_video_copy)
 
-    assert len(episodes) == 7
+    assert len(episodes) == NUM_EPISODES - 1
     assert "frames and rows differ: set#7" in reasons[0]
     assert "5 frames" in reasons[0]
     assert f"broken video: {video_file(short_video_copy)}" in inspect(short_video_copy)
@@ -611,7 +664,7 @@ def test_a_good_dataset_is_inspected_without_complaints(lerobot: Path) -> None:
     ],
 )
 def test_a_truncated_file_of_all_episodes_is_named(short_video_copy: Path, file: str) -> None:
-    """For the audit the numbers alone would be consistent."""
+    """The audit refuses the dataset as well, although it compares numbers, not images."""
     path = short_video_copy / file
     truncate(path, path.stat().st_size - 2000)
 

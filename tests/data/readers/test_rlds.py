@@ -1,4 +1,8 @@
-"""RLDS is read as tensorflow_datasets reads it; BridgeData is converted to our conventions."""
+"""RLDS is read as tensorflow_datasets reads it, and BridgeData is converted to our conventions.
+
+Every episode of the sample of BridgeData has ten steps. The fixtures `bridge` and `bridge_copy` are
+in conftest.py: the original folder, and a copy that a test may change.
+"""
 
 import dataclasses
 import io
@@ -28,25 +32,31 @@ from spear.report.dataset import write_page
 from spear.types import Episode
 from spear.util.images import decode_image
 
-SHARD = "bridge_dataset-train.tfrecord-00000-of-00001"
+SHARD = "bridge_dataset-train.tfrecord-00000-of-00001"  # the only one; one record per episode
 NUM_EPISODES = 25
 
 
 def get_step_columns(features: dict[str, Any]) -> dict[str, Any]:
-    """What a `features.json` says of each column of a step."""
+    """Find, in the content of a `features.json`, column of a step -> its description."""
     steps = features["featuresDict"]["features"]["steps"]["sequence"]["feature"]
     return steps["featuresDict"]["features"]
 
 
 def edit_records(
-    shard: Path, change: Callable[[Any], None], numbers: range = range(NUM_EPISODES)
+    shard: Path, change: Callable[[Any], None], indices: range = range(NUM_EPISODES)
 ) -> None:
-    """Change the features of some of a shard's records."""
-    records = [bytes(record) for _, record in read_records(shard, 0, NUM_EPISODES)]
-    for number in numbers:
-        example = load_example_class().FromString(records[number])
+    """Change the features of some records of a shard.
+
+    Args:
+        shard: The file.
+        change: Called with the features of a record, which it changes.
+        indices: The records to change; by default all.
+    """
+    records = [bytes(record) for _, record in read_records(shard, start=0, stop=NUM_EPISODES)]
+    for index in indices:
+        example = load_example_class().FromString(records[index])
         change(example.features.feature)
-        records[number] = example.SerializeToString()
+        records[index] = example.SerializeToString()
     write_records(shard, records)
 
 
@@ -55,7 +65,7 @@ def write_layout(folder: Path, layout: dict[str, Any]) -> None:
 
 
 def read_good(folder: Path) -> tuple[list[Episode], list[str]]:
-    """The good episodes of a folder, and why the others are not."""
+    """Read the good episodes of a folder, and the reasons why the other ones are bad."""
     reasons: list[str] = []
     episodes = list(read_episodes(folder, on_error=lambda error: reasons.append(str(error))))
     return episodes, reasons
@@ -63,17 +73,19 @@ def read_good(folder: Path) -> tuple[list[Episode], list[str]]:
 
 @pytest.fixture(scope="module")
 def raw_episodes(bridge: Path) -> list[tuple[str, Any]]:
-    """(source, steps) of all episodes."""
+    """(source, columns) of all episodes, before their conversion."""
     return list(open_rlds(bridge).read_steps("train"))
 
 
 @pytest.fixture(scope="module")
 def tfds_arrays(shared: Path) -> Any:
+    """Actions and states as tensorflow_datasets read them, under keys like "00/action"."""
     return np.load(shared / "fixtures" / "rlds" / "bridge_by_tfds.npz")
 
 
 @pytest.fixture(scope="module")
 def tfds_values(shared: Path) -> list[dict[str, Any]]:
+    """Other values of each episode as tensorflow_datasets read them."""
     return json.loads((shared / "fixtures" / "rlds" / "bridge_by_tfds.json").read_text())
 
 
@@ -110,16 +122,17 @@ def test_values_of_an_episode_are_in_every_row(
     raw_episodes: list[tuple[str, Any]], tfds_values: list[dict[str, Any]]
 ) -> None:
     for (_, steps), expected in zip(raw_episodes, tfds_values, strict=True):
+        num_steps = len(steps["action"])
         for key, value in expected["episode_metadata"].items():
             stored_value = value.encode() if isinstance(value, str) else value
             rows = list(steps[f"episode_metadata/{key}"])
-            assert rows == [stored_value] * len(steps["action"])
+            assert rows == [stored_value] * num_steps
 
 
 def test_images_are_those_that_tensorflow_datasets_reads(
     raw_episodes: list[tuple[str, Any]], tfds_values: list[dict[str, Any]]
 ) -> None:
-    """Up to the difference between two JPEG decoders."""
+    """Mean levels of images agree up to one level, because two JPEG decoders differ a little."""
     for (_, steps), expected in zip(raw_episodes, tfds_values, strict=True):
         means = [decode_image(image).mean() for image in steps["observation"]["image_0"]]
         differences = np.abs(np.array(means) - expected["image_0_mean"])
@@ -143,23 +156,27 @@ def test_shards_are_named_as_tfds_names_them(bridge_copy: Path) -> None:
 def test_a_split_selects_its_episodes(bridge: Path) -> None:
     raw = open_rlds(bridge).read_steps("train[20%:28%]+train[-1:]")
 
-    assert [source for source, _ in raw] == [f"bridge_dataset/train#{i}" for i in (5, 6, 24)]
+    sources = [source for source, _ in raw]
+    assert sources == [f"bridge_dataset/train#{index}" for index in (5, 6, 24)]
 
 
 @pytest.fixture(scope="module")
 def episodes(bridge: Path) -> list[Episode]:
+    """All episodes, converted to our conventions."""
     return list(read_episodes(bridge))
 
 
 def test_states_of_bridge_are_converted(
     episodes: list[Episode], raw_episodes: list[tuple[str, Any]]
 ) -> None:
+    """A state of BridgeData is x, y, z, roll, pitch, yaw and the opening."""
     for episode, (_, steps) in zip(episodes, raw_episodes, strict=True):
-        states = steps["observation"]["state"]
+        states = steps["observation"]["state"]  # [10, 7]
         expected_rotation = Rotation.from_euler("xyz", states[:, 3:6])
         rotation = Rotation.from_quat(episode.rotation, scalar_first=True)
+        difference = expected_rotation.inv() * rotation
         np.testing.assert_array_equal(episode.position, states[:, :3])
-        assert (expected_rotation.inv() * rotation).magnitude().max() < 1e-5
+        assert difference.magnitude().max() < 1e-5
         assert episode.gripper.min() >= 0
         assert episode.gripper.max() <= 1
 
@@ -167,8 +184,10 @@ def test_states_of_bridge_are_converted(
 def test_actions_of_bridge_lead_from_state_to_state(
     episodes: list[Episode], raw_episodes: list[tuple[str, Any]]
 ) -> None:
+    """The last of the ten actions is not known, because no state follows it."""
     for episode, (_, steps) in zip(episodes, raw_episodes, strict=True):
-        translations = np.diff(steps["observation"]["state"][:, :3], axis=0)
+        positions = steps["observation"]["state"][:, :3]
+        translations = np.diff(positions, axis=0)  # [9, 3]
         np.testing.assert_array_equal(episode.action_mask, [True] * 9 + [False])
         np.testing.assert_allclose(episode.action[:9, :3], translations, atol=1e-7)
 
@@ -176,10 +195,12 @@ def test_actions_of_bridge_lead_from_state_to_state(
 def test_commands_of_bridge_are_the_logged_ones(
     episodes: list[Episode], raw_episodes: list[tuple[str, Any]]
 ) -> None:
+    """A logged command above 0.6 opens, and one below 0.4 closes; between them it is not clear."""
     for episode, (_, steps) in zip(episodes, raw_episodes, strict=True):
-        logged = steps["action"][:, 6]
-        is_clear = (logged > 0.6) | (logged < 0.4)
-        np.testing.assert_array_equal(episode.action[is_clear, 7], logged[is_clear] > 0.5)
+        logged_command = steps["action"][:, 6]
+        is_clear = (logged_command > 0.6) | (logged_command < 0.4)
+        is_open = logged_command[is_clear] > 0.5
+        np.testing.assert_array_equal(episode.action[is_clear, 7], is_open)
 
 
 def test_images_of_bridge_get_their_true_aspect_ratio(episodes: list[Episode]) -> None:
@@ -190,6 +211,7 @@ def test_images_of_bridge_get_their_true_aspect_ratio(episodes: list[Episode]) -
 
 @pytest.fixture
 def copy_with_broken_record(bridge_copy: Path) -> Path:
+    """One bit in the middle of the shard, and so of one record's body, is wrong."""
     data = bytearray((bridge_copy / SHARD).read_bytes())
     data[len(data) // 2] ^= 1
     (bridge_copy / SHARD).write_bytes(data)
@@ -206,26 +228,30 @@ def test_a_broken_record_is_skipped_by_inspecting_and_preparing(
     copy_with_broken_record: Path, tmp_path: Path
 ) -> None:
     num_prepared, reasons = prepare(copy_with_broken_record, tmp_path / "store")
+    overview = inspect(copy_with_broken_record)
 
-    assert num_prepared == 24
+    assert num_prepared == NUM_EPISODES - 1
     assert len(reasons) == 1
     assert "checksum" in reasons[0]
-    text = inspect(copy_with_broken_record)
-    assert re.search(r"looked at +24 episodes.*\nskipped +broken record: ", text)
+    assert re.search(r"looked at +24 episodes.*\nskipped +broken record: ", overview)
 
 
 def test_a_prepared_folder_is_not_prepared_again(bridge_copy: Path, tmp_path: Path) -> None:
+    """The same call writes nothing, and a call for another split is refused."""
     out = tmp_path / "store"
     first_result = prepare(bridge_copy, out)
     times_before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
 
-    assert prepare(bridge_copy, out) == first_result
+    second_result = prepare(bridge_copy, out)
 
-    assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == times_before
+    times_after = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
+    assert second_result == first_result
+    assert times_after == times_before
     refuses("prepared from other episodes", prepare, bridge_copy, out, "train[:20]")
 
 
 def test_a_truncated_shard_is_named(bridge_copy: Path, tmp_path: Path) -> None:
+    """A third of the file has 8 of the 25 records."""
     data = (bridge_copy / SHARD).read_bytes()
     (bridge_copy / SHARD).write_bytes(data[: len(data) // 3])
 
@@ -233,7 +259,7 @@ def test_a_truncated_shard_is_named(bridge_copy: Path, tmp_path: Path) -> None:
 
     assert len(episodes) == 8
     assert len(reasons) == 17
-    assert "record 24: " in reasons[-1]  # the metadata name it, and it is not there
+    assert "record 24: " in reasons[-1]  # the last record, by the number in the metadata
     message = r"record 8: the file ends .* download it anew"
     refuses(message, list, read_episodes(bridge_copy))
     refuses("17 of 25", prepare, bridge_copy, tmp_path / "store")
@@ -241,7 +267,7 @@ def test_a_truncated_shard_is_named(bridge_copy: Path, tmp_path: Path) -> None:
 
 @pytest.fixture
 def copy_with_more_records(bridge_copy: Path) -> Path:
-    """The description knows of 20 of the 25 records."""
+    """A dataset whose `dataset_info.json` says that the shard has 20 records; it has 25."""
     edit_json(
         bridge_copy / "dataset_info.json",
         lambda info: info["splits"][0].update(shardLengths=["20"]),
@@ -252,6 +278,7 @@ def copy_with_more_records(bridge_copy: Path) -> Path:
 def test_records_that_the_description_does_not_know_of_are_named(
     copy_with_more_records: Path, tmp_path: Path
 ) -> None:
+    """Only the first unknown record is named."""
     message = r"broken record: .* record 20: dataset_info"
     refuses(message, list, read_episodes(copy_with_more_records))
 
@@ -261,7 +288,9 @@ def test_records_that_the_description_does_not_know_of_are_named(
 
 
 def test_unknown_records_behind_the_split_do_not_matter(copy_with_more_records: Path) -> None:
-    assert len(list(read_episodes(copy_with_more_records, "train[:19]"))) == 19
+    episodes = list(read_episodes(copy_with_more_records, "train[:19]"))
+
+    assert len(episodes) == 19
 
 
 def test_an_episode_without_steps_is_skipped_by_all(bridge_copy: Path) -> None:
@@ -270,11 +299,11 @@ def test_an_episode_without_steps_is_skipped_by_all(bridge_copy: Path) -> None:
             if name.startswith("steps/"):
                 getattr(feature, feature.WhichOneof("kind")).ClearField("value")
 
-    edit_records(bridge_copy / SHARD, remove_steps, range(1))
+    edit_records(bridge_copy / SHARD, remove_steps, indices=range(1))
 
     episodes, reasons = read_good(bridge_copy)
 
-    assert len(episodes) == 24
+    assert len(episodes) == NUM_EPISODES - 1
     assert "empty" in reasons[0]
     assert "looked at     24 episodes" in inspect(bridge_copy)
     assert audit(bridge_copy).num_episodes == 24
@@ -291,28 +320,32 @@ def test_a_dataset_without_splits_is_refused(
 
 
 def describe_tensor(dtype: str, *shape: str) -> dict[str, Any]:
+    """The description of a tensor in `features.json`."""
     return {"tensor": {"dtype": dtype, "shape": {"dimensions": shape}}}
 
 
 LIST_OF_TEXTS = {"sequence": {"feature": {"text": {}}}}
 UNREADABLE_FEATURES = {
-    "ragged": {"sequence": {"feature": describe_tensor("float32")}},
-    "texts": LIST_OF_TEXTS,
+    "ragged": {"sequence": {"feature": describe_tensor("float32")}},  # lists of 0 or 2 numbers
+    "texts": LIST_OF_TEXTS,  # two texts per step
     "words": describe_tensor("string", "2"),
-    "cloud": describe_tensor("float32", "-1", "3"),
+    "cloud": describe_tensor("float32", "-1", "3"),  # another number of points at every step
     "nothing": describe_tensor("float32", "0"),
-    "brain": describe_tensor("bfloat16", "1"),
+    "brain": describe_tensor("bfloat16", "1"),  # a type that NumPy does not have
     "sound": {"pythonClassName": "Audio", "audio": {}},
 }
+"""Columns that cannot be read -> their descriptions in `features.json`."""
 READABLE_FEATURES = {
     "list": {"sequence": {"feature": describe_tensor("float32"), "length": "7"}},
-    "text": LIST_OF_TEXTS,
+    "text": LIST_OF_TEXTS,  # one text per step
 }
+"""Unusual columns that can be read -> their descriptions in `features.json`."""
 ROW_LENGTHS = {"ragged": [0, 2] * 5, "texts": [2] * 10, "list": [7] * 10, "text": [1] * 10}
+"""For each of these columns that is a list, the length of the list at each of the ten steps."""
 
 
 def add_strange_features(features: Any) -> None:
-    """Add the values of the features above to a record of ten steps."""
+    """Add values of the columns above to a record of ten steps."""
     state = features["steps/observation/state"].float_list.value
     instructions = list(features["steps/language_instruction"].bytes_list.value)
     for name, lengths in ROW_LENGTHS.items():
@@ -347,12 +380,13 @@ def test_columns_that_cannot_be_read_do_not_matter_to_episodes(
 
 
 def test_columns_that_cannot_be_read_do_not_matter_to_commands(strange_copy: Path) -> None:
-    write_page(strange_copy, strange_copy / "look.html", None)
+    page = strange_copy / "look.html"
+    write_page(strange_copy, page, None)
 
     assert inspect(strange_copy).count("not read: ") == len(UNREADABLE_FEATURES)
     assert describe(strange_copy)["gripper"]
     assert audit(strange_copy).num_episodes == NUM_EPISODES
-    assert "the first 4 of 25 episodes" in (strange_copy / "look.html").read_text()
+    assert "the first 4 of 25 episodes" in page.read_text()
 
 
 def test_columns_that_cannot_be_read_are_named_if_the_layout_names_them(
@@ -368,6 +402,7 @@ def test_columns_that_cannot_be_read_are_named_if_the_layout_names_them(
 def test_lists_of_one_length_and_single_texts_are_columns(
     strange_copy: Path, episodes: list[Episode]
 ) -> None:
+    """The column "list" repeats the state, and the column "text" the instruction."""
     layout = {
         "like": "bridge_dataset",
         "position": "list[0:3]",
@@ -383,9 +418,11 @@ def test_lists_of_one_length_and_single_texts_are_columns(
 
 
 def test_depth_is_no_camera(bridge_copy: Path) -> None:
-    depth = io.BytesIO()
-    Image.fromarray(np.arange(300, dtype=np.uint16).reshape(15, 20)).save(depth, "PNG")
-    depth_images = [depth.getvalue()] * 10
+    """A column of 16-bit PNGs of 20 x 15 pixels is shown, but not proposed or read as a camera."""
+    depth_mm = np.arange(300, dtype=np.uint16).reshape(15, 20)
+    png = io.BytesIO()
+    Image.fromarray(depth_mm).save(png, "PNG")
+    depth_images = [png.getvalue()] * 10
     edit_json(
         bridge_copy / "features.json",
         lambda features: get_step_columns(features).update(depth={"image": {}}),
@@ -404,6 +441,7 @@ def test_depth_is_no_camera(bridge_copy: Path) -> None:
 def test_another_number_in_the_middle_of_a_shard_is_other_data(
     bridge_copy: Path, tmp_path: Path
 ) -> None:
+    """The file keeps its size and its end, so only checksums of records tell the difference."""
     prepare(bridge_copy, tmp_path / "out")
     shard = bridge_copy / SHARD
     num_bytes = shard.stat().st_size
@@ -411,7 +449,7 @@ def test_another_number_in_the_middle_of_a_shard_is_other_data(
     def change_number(features: Any) -> None:
         features["steps/action"].float_list.value[6] = 0.5
 
-    edit_records(shard, change_number, range(3, 4))
+    edit_records(shard, change_number, indices=range(3, 4))
 
     assert shard.stat().st_size == num_bytes
     refuses("prepared from other episodes", prepare, bridge_copy, tmp_path / "out")
@@ -428,16 +466,18 @@ MY_LAYOUT = {
     "tool_rotation": [0, 1, 0, 0],
     "rate_hz": 10,
 }
+"""A layout for the columns of BridgeData that differs from that of the registry: another camera,
+an inverted gripper, half a turn of the tool about x, and another rate."""
 
 
 @pytest.fixture
 def my_arm(bridge_copy: Path) -> Path:
-    """A dataset of a name that the registry does not know."""
+    """The sample under the name "my_arm", which the registry does not have."""
 
     def rename(info: dict[str, Any]) -> None:
         info["name"] = "my_arm"
         template = "bridge_dataset-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"
-        info["splits"][0]["filepathTemplate"] = template
+        info["splits"][0]["filepathTemplate"] = template  # the file keeps its name
 
     edit_json(bridge_copy / "dataset_info.json", rename)
     return bridge_copy
@@ -477,11 +517,14 @@ def test_a_dataset_is_read_by_the_layout_in_its_folder(my_arm: Path) -> None:
     assert episode.rate_hz == 10
     assert episode.source == "my_arm/train#0"
     assert list(episode.images["external"]) == steps["observation"]["image_1"]
-    assert (expected_rotation.inv() * rotation).magnitude().max() < 1e-5
+    difference = expected_rotation.inv() * rotation
+    assert difference.magnitude().max() < 1e-5
+    # By `gripper_range`, a reading of 1.01 is closed and a reading of 0 is open.
     np.testing.assert_allclose(episode.gripper, 1 - states[:, 6] / 1.01, atol=1e-6)
 
 
 def test_a_value_of_the_episode_can_be_its_instruction(my_arm: Path) -> None:
+    """A file's path is stored once per episode; as the instruction it is shown by `inspect`."""
     write_layout(my_arm, {**MY_LAYOUT, "instruction": "episode_metadata/file_path"})
 
     assert "/out.npy" in inspect(my_arm)
@@ -491,7 +534,7 @@ SAME_COLUMN_TWICE = dict.fromkeys(("external", "wrist"), "observation/image_0")
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("change", "message"),  # change: fields of the layout that replace those of `MY_LAYOUT`
     [
         ({"rate_hz": None}, "not enough is known of dataset 'my_arm': rate_hz: "),
         ({"rate_hz": "5"}, "rate_hz is .*number"),
@@ -532,16 +575,18 @@ def test_all_missing_fields_are_named_at_once(my_arm: Path) -> None:
 
 @pytest.fixture
 def prepared_from(bridge_copy: Path, tmp_path: Path) -> Path:
-    """A folder with one version, of which two episodes are prepared in `out`."""
-    (tmp_path / "above").mkdir()
-    bridge_copy.rename(tmp_path / "above" / "1.0.0")
-    prepare(tmp_path / "above", tmp_path / "out", "train[:2]")
-    return tmp_path / "above"
+    """A dataset's folder with one version in it; two of its episodes are prepared in `out`."""
+    dataset_folder = tmp_path / "above"
+    dataset_folder.mkdir()
+    bridge_copy.rename(dataset_folder / "1.0.0")
+    prepare(dataset_folder, tmp_path / "out", "train[:2]")
+    return dataset_folder
 
 
 def test_the_same_layout_in_other_words_is_the_same_data(
     prepared_from: Path, tmp_path: Path
 ) -> None:
+    """Without a `spear.json`, the layout is that of "bridge_dataset" already."""
     write_layout(prepared_from / "1.0.0", {"like": "bridge_dataset"})
 
     num_prepared, _ = prepare(prepared_from, tmp_path / "out", "train[:2]")
@@ -549,7 +594,7 @@ def test_the_same_layout_in_other_words_is_the_same_data(
     assert num_prepared == 2
 
 
-OTHER_LAYOUT = r"in another way \(layout is"
+OTHER_LAYOUT = r"in another way \(layout is"  # words of the message
 
 
 def test_another_layout_is_other_data(prepared_from: Path, tmp_path: Path) -> None:
@@ -569,6 +614,7 @@ def test_a_corrected_registry_makes_other_data(
 
 
 def test_another_description_is_other_data(prepared_from: Path, tmp_path: Path) -> None:
+    """Any change of `features.json` counts, even that of a blank line."""
     features_file = prepared_from / "1.0.0" / "features.json"
     features_file.write_text(features_file.read_text() + "\n")
 
@@ -577,6 +623,7 @@ def test_another_description_is_other_data(prepared_from: Path, tmp_path: Path) 
 
 
 def test_numbers_that_do_not_fit_their_description_are_named(bridge_copy: Path) -> None:
+    """Ten actions of 7 numbers are 70 numbers, which do not fill rows of 9."""
     edit_json(
         bridge_copy / "features.json",
         lambda features: get_step_columns(features)["action"]["tensor"].update(
@@ -590,6 +637,7 @@ def test_numbers_that_do_not_fit_their_description_are_named(bridge_copy: Path) 
 
 
 def test_a_version_that_is_known_to_be_broken_is_refused(bridge_copy: Path) -> None:
+    """By the registry, the newest good version of BC-Z is 0.1.0."""
     edit_json(
         bridge_copy / "dataset_info.json",
         lambda info: info.update(name="bc_z", version="1.0.0"),
