@@ -21,8 +21,7 @@ from spear.util.images import encode_jpeg
 
 SOURCE = "bridge_dataset/train#0"
 LAYOUT = REGISTRY["bridge_dataset"]
-<<<<<<< HEAD
-HOME_JOINTS = np.array([0, -0.785, 0, -2.356, 0, 1.571, 0.785])
+HOME_JOINTS = np.array([0, -0.785, 0, -2.356, 0, 1.571, 0.785])  # rad
 JOINT_LAYOUT = DatasetLayout(
     "mine",
     images={"external": "image"},
@@ -33,10 +32,8 @@ JOINT_LAYOUT = DatasetLayout(
     gripper_range=(0.0, 1.0),
     rate_hz=10.0,
 )
-STAY = [0, 0, 0, 1.0, 0, 0, 0, 1]
-=======
+"""The layout of a dataset that records a Franka's joint angles."""
 STAY = [0, 0, 0, 1.0, 0, 0, 0, 1]  # a canonical action: no translation or rotation, open
->>>>>>> c7972e92 (Tests of RLDS, LeRobot and building episodes explain their data and expectations)
 
 
 @pytest.fixture(scope="module")
@@ -62,16 +59,14 @@ def steps(original_steps: dict[str, Any]) -> dict[str, Any]:
         ("observation/state", 1),  # position
     ],
 )
-<<<<<<< HEAD
 def test_a_number_that_is_nan_costs_its_row(
     steps: dict[str, Any], column: str, component: int
 ) -> None:
-    """Not only of the pose: a command that is NaN would be a gripper that is always closed."""
+    """Row 3 is dropped, and the action before it is masked.
+
+    Commands are checked as well, because a NaN would become the command to close.
+    """
     complete = build_episode(deepcopy(steps), LAYOUT, SOURCE)
-=======
-def test_a_number_that_is_nan_is_named(steps: dict[str, Any], column: str, component: int) -> None:
-    """Commands are checked as well, because a NaN would become the command to close."""
->>>>>>> c7972e92 (Tests of RLDS, LeRobot and building episodes explain their data and expectations)
     read_column(steps, column, SOURCE)[3, component] = np.nan
 
     episode = build_episode(steps, LAYOUT, SOURCE)
@@ -383,12 +378,8 @@ def make_sirius_steps() -> dict[str, Any]:
             "image": [image] * NUM_ROWS,
             "wrist_image": [image] * NUM_ROWS,
         },
-<<<<<<< HEAD
-        "action": np.tile([0.0] * 6 + [-1], (NUM_ROWS, 1)),
-        "action_mode": np.full((NUM_ROWS, 1), -1.0),
-=======
         "action": np.tile([0.0] * 6 + open_command, (NUM_ROWS, 1)),
->>>>>>> c7972e92 (Tests of RLDS, LeRobot and building episodes explain their data and expectations)
+        "action_mode": np.full((NUM_ROWS, 1), -1.0),
         "language_instruction": [b"do it"] * NUM_ROWS,
     }
 
