@@ -1,4 +1,9 @@
-"""The audit names each planted mistake, finds right data right, and says when it cannot tell."""
+"""The audit names each planted mistake, finds right data right, and says when it cannot tell.
+
+Most tests make recordings whose states and logged actions fit the layout's answers
+(`RIGHT_ANSWERS`), except for mistakes that the test plants (`Mistakes`). Others audit the real
+sample of BridgeData V2 with a changed layout.
+"""
 
 import dataclasses
 import json
@@ -46,20 +51,29 @@ RIGHT_ANSWERS = {
     "translation": {**_SHARED_ANSWERS, "frame": "base", "unit": "m", "action_format": "-"},
     "rotation": {**_SHARED_ANSWERS, "frame": "ee", "unit": "rad", "action_format": "euler_xyz"},
 }
-"""What a right layout says of the recordings made here."""
+"""The answers of a right layout about the recordings of `make_recordings` without mistakes."""
 
 
 def make_motions(
     num_episodes: int = 6, num_steps: int = 24, is_still: bool = False
 ) -> list[tuple[np.ndarray, Rotation]]:
-    """Positions (m) and orientations of random arms whose wrists turn far about every axis."""
+    """Make motions of arms whose wrists rotate far about every axis.
+
+    Args:
+        num_episodes: The number of motions.
+        num_steps: The number of states of each motion.
+        is_still: Whether the positions stay the same.
+
+    Returns:
+        Positions [num_steps, 3] (m) and orientations of each motion.
+    """
     rng = np.random.default_rng(0)
     time_s = np.arange(num_steps)[:, None] / RATE_HZ
     amplitude_m = 0.0 if is_still else 0.05
     motions = []
     for _ in range(num_episodes):
-        waves = []
-        for frequency in (1.5, 4.0, 2.0, 3.0):
+        waves = []  # sine waves [num_steps, 3]: two for positions, two for orientations
+        for frequency in (1.5, 4.0, 2.0, 3.0):  # rad/s
             amplitude = rng.uniform(-1, 1, (1, 3))
             phase = rng.uniform(0, 6, (1, 3))
             waves.append(amplitude * np.sin(frequency * time_s + phase))
@@ -72,7 +86,22 @@ def make_motions(
 
 @dataclasses.dataclass(frozen=True)
 class Mistakes:
-    """How recordings differ from what `RIGHT_ANSWERS` says of them."""
+    """How recordings differ from `RIGHT_ANSWERS`. The default values are right.
+
+    translation_frame   frame of logged translations: "base" or "ee".
+    rotation_frame      frame of logged rotations: "base" or "ee".
+    kind                "delta", "velocity" or "absolute".
+    delay_steps         by how many steps the arm follows its actions late.
+    action_format       how logged rotations are written: "rotvec", or an axis order of SciPy, whose
+                        "xyz" is our "euler_xyz".
+    state_format        how recorded orientations are written: an axis order of SciPy.
+    translation_factor  factor on logged translations, for all axes or one for each.
+    rotation_factor     factor on the numbers of logged rotations.
+    state_factor        factor on the numbers of recorded orientations.
+    position_factor     factor on recorded positions.
+    noise               standard deviation of the noise of logged translations.
+    is_still            whether the arm keeps its position.
+    """
 
     translation_frame: str = "base"
     rotation_frame: str = "ee"
@@ -89,11 +118,12 @@ class Mistakes:
 
 
 def make_recordings(mistakes: Mistakes = Mistakes()) -> list[Recording]:
-    """Recordings as `RIGHT_ANSWERS` describes them, but for the planted mistakes."""
+    """Make six recordings that fit `RIGHT_ANSWERS`, except for the planted mistakes."""
     rng = np.random.default_rng(1)
     recordings = []
     for number, (position, rotation) in enumerate(make_motions(is_still=mistakes.is_still)):
         translation, turn = log_actions(position, rotation, mistakes)
+        # An arm that follows late executes actions that were logged earlier.
         translation = np.roll(translation, -mistakes.delay_steps, axis=0)
         turn = np.roll(turn, -mistakes.delay_steps, axis=0)
         noise = rng.normal(0, mistakes.noise, translation.shape)
@@ -104,7 +134,7 @@ def make_recordings(mistakes: Mistakes = Mistakes()) -> list[Recording]:
                 rotation=rotation.as_euler(mistakes.state_format) * mistakes.state_factor,
                 translation=translation * mistakes.translation_factor + noise,
                 turn=turn * mistakes.rotation_factor,
-                valid=np.arange(len(position)) < len(position) - 1,
+                valid=np.arange(len(position)) < len(position) - 1,  # the last state has no action
                 rate_hz=RATE_HZ,
             )
         )
@@ -114,7 +144,16 @@ def make_recordings(mistakes: Mistakes = Mistakes()) -> list[Recording]:
 def log_actions(
     position: np.ndarray, rotation: Rotation, mistakes: Mistakes
 ) -> tuple[np.ndarray, np.ndarray]:
-    """[T, 3] logged translations and rotations from state to state; the last ones are 0."""
+    """Compute the logged translations and rotations that lead from state to state.
+
+    Args:
+        position: [T, 3] positions, m.
+        rotation: T orientations.
+        mistakes: In which frame and format, and as which kind, actions are logged.
+
+    Returns:
+        Twice [T, 3]. The last row is 0, because the last state has no next one.
+    """
     translation = np.zeros_like(position)
     turn = np.zeros_like(position)
     if mistakes.kind == "absolute":
@@ -140,21 +179,29 @@ def log_actions(
 
 
 def only(action_part: str, mistakes: Mistakes = Mistakes()) -> list[Recording]:
-    """Recordings without the logged values of the other kind, which saves time."""
+    """Make recordings with only logged translations or only logged rotations, to save time.
+
+    Args:
+        action_part: "translation" or "rotation", which the recordings keep.
+        mistakes: The planted mistakes.
+    """
     removed = "turn" if action_part == "translation" else "translation"
     return [dataclasses.replace(r, **{removed: None}) for r in make_recordings(mistakes)]
 
 
 def find_part(report: Report, name: str) -> ActionPart:
+    """Find a report's findings about "translation" or "rotation"."""
     return next(action_part for action_part in report.action_parts if action_part.name == name)
 
 
 def find_finding(report: Report, action_part: str, question: str) -> Finding:
+    """Find a report's finding about one question, for example "frame"."""
     findings = find_part(report, action_part).findings
     return next(finding for finding in findings if finding.question == question)
 
 
 def find_verdict(report: Report, action_part: str, question: str) -> tuple[str, str]:
+    """Find a report's best answer to one question, and its verdict on the layout's answer."""
     finding = find_finding(report, action_part, question)
     return finding.best_answer, finding.verdict
 
@@ -180,6 +227,7 @@ def test_every_answer_of_a_right_layout_is_the_best_one(name: str) -> None:
 
 
 def test_an_arm_that_follows_late_is_consistent_and_its_delay_is_mentioned() -> None:
+    """A layout of logged actions does not say a delay, so no delay contradicts it."""
     answers = layout_answers(REGISTRY["bridge_dataset"])
 
     report = judge(only("translation", Mistakes(delay_steps=1)), answers)
@@ -189,14 +237,15 @@ def test_an_arm_that_follows_late_is_consistent_and_its_delay_is_mentioned() -> 
 
 
 def test_a_report_about_the_first_episodes_says_so() -> None:
-    report = judge(2 * only("translation"), RIGHT_ANSWERS)
-    cut_report = dataclasses.replace(report, num_episodes=50)
+    report = judge(2 * only("translation"), RIGHT_ANSWERS)  # 12 episodes: all that there are
+    cut_report = dataclasses.replace(report, num_episodes=50)  # as many as an audit reads
 
     assert "first" not in conclude(report)
     assert "50 episodes, the first" in conclude(cut_report)
 
 
 def test_a_single_episode_that_was_recorded_otherwise_is_noticed() -> None:
+    """Its x and y have the opposite signs. Odd episodes are sought among eight or more."""
     recordings = 2 * only("translation")
     mirrored = dataclasses.replace(recordings[0], position=recordings[0].position * [-1, -1, 1])
 
@@ -206,6 +255,8 @@ def test_a_single_episode_that_was_recorded_otherwise_is_noticed() -> None:
     assert "1 of 12 episodes" in conclude(report)
 
 
+# Columns: the planted mistake; the part and the question in which the audit should find it; and the
+# answer that the audit should give.
 @pytest.mark.parametrize(
     ("mistakes", "action_part", "question", "truth"),
     [
@@ -250,12 +301,12 @@ def test_a_corrected_layout_agrees(mistakes: Mistakes, question: str, truth: str
 
 
 def test_an_unknown_unit_is_measured() -> None:
-    """As of controllers whose actions are -1 … 1."""
+    """Some controllers take actions of -1 … 1, where 1 may stand for 0.05 m."""
     report = judge(only("translation", Mistakes(translation_factor=1 / 0.05)), RIGHT_ANSWERS)
 
     unit, verdict = find_verdict(report, "translation", "unit")
     assert verdict == "wrong"
-    assert float(unit.split()[0]) == pytest.approx(0.05, rel=0.1)
+    assert float(unit.split()[0]) == pytest.approx(0.05, rel=0.1)  # "0.05 m" or near
     assert find_verdict(report, "translation", "frame") == ("base", "agrees")
 
 
@@ -263,6 +314,7 @@ def test_an_unknown_unit_is_measured() -> None:
 def test_a_unit_of_a_controller_that_the_layout_names_is_judged(
     unit_m: float, verdict: str
 ) -> None:
+    """The controller's true unit is 0.05 m."""
     layout = dataclasses.replace(REGISTRY["bridge_dataset"], logged_translation_unit=unit_m)
     recordings = only("translation", Mistakes(translation_factor=1 / 0.05))
 
@@ -276,6 +328,7 @@ def test_a_unit_of_a_controller_that_the_layout_names_is_judged(
 def test_a_unit_of_logged_rotations_that_the_layout_names_is_judged(
     unit_rad: float, verdict: str
 ) -> None:
+    """The controller's true unit is 0.5 rad."""
     layout = dataclasses.replace(
         REGISTRY["bridge_dataset"], logged_rotation_unit=unit_rad, logged_rotation_frame="ee"
     )
@@ -288,6 +341,7 @@ def test_a_unit_of_logged_rotations_that_the_layout_names_is_judged(
 
 
 def test_positions_in_millimeters_are_named() -> None:
+    """States and actions are both in millimeters, so they do not contradict each other."""
     mistakes = Mistakes(position_factor=1000, translation_factor=1000)
 
     report = judge(only("translation", mistakes), RIGHT_ANSWERS)
@@ -319,6 +373,7 @@ def test_actions_that_nothing_explains_tell_nothing() -> None:
 
 
 def test_an_arm_that_never_tilts_does_not_tell_the_frame() -> None:
+    """If the orientation is always that of the base, both frames have the same axes."""
     recordings = only("translation")
     upright = [dataclasses.replace(r, rotation=np.zeros_like(r.rotation)) for r in recordings]
 
@@ -336,7 +391,9 @@ def test_episodes_without_five_known_steps_are_refused() -> None:
 
 
 def test_episodes_of_a_store_each_have_their_own_rate(tmp_path: Path) -> None:
-    """With the rate of the first one, the steps of the others would look like 3.6 m/s."""
+    """With the rate of the first episode (30 Hz), the others, which move at up to 0.6 m/s, would
+    seem to move at 3.6 m/s, which is implausible.
+    """
     episodes = []
     for number, rate_hz in enumerate((30.0, 5.0, 5.0, 5.0)):
         time_s = np.arange(24) / rate_hz
@@ -352,13 +409,13 @@ def test_episodes_of_a_store_each_have_their_own_rate(tmp_path: Path) -> None:
 
 
 def write_canonical_store(folder: Path) -> None:
-    """Three episodes with canonical actions, whose gripper closes half way."""
+    """Write three episodes with canonical actions, in whose middle the gripper closes."""
     episodes = []
     for number, (position, rotation) in enumerate(make_motions(3)):
         quaternion = rotation.as_quat(scalar_first=True)
         num_steps = len(quaternion)
         gripper = np.float32(np.arange(num_steps) < 12)
-        command = np.append(gripper[1:], gripper[-1])
+        command = np.append(gripper[1:], gripper[-1])  # leads to the next opening
         episode = make_episode(
             number,
             num_steps,
@@ -375,7 +432,11 @@ def write_canonical_store(folder: Path) -> None:
 
 
 def export_with_wrong_frame(store: Path, exported: Path, run_command: Command) -> None:
-    """A LeRobot dataset whose spear.json claims the base frame for rotations in the ee frame."""
+    """Export a store as a LeRobot dataset, and make its spear.json wrong.
+
+    The layout then describes the actions by `logged_…` keys, and claims the base frame for
+    rotations, which are in the end-effector frame.
+    """
     run_command("data", "export", str(store), "--out", str(exported))
     layout_file = exported / "spear.json"
     layout = json.loads(layout_file.read_text())
@@ -401,8 +462,8 @@ def test_the_command_finds_a_store_consistent(tmp_path: Path, run_command: Comma
     assert output.splitlines()[-1].startswith("consistent: ")
     assert "WRONG" not in output
     assert "the layout agrees with the data" in page.read_text()
-    assert page.read_text().count("<svg") == 9
-    assert "http" not in page.read_text()
+    assert page.read_text().count("<svg") == 9  # the plots
+    assert "http" not in page.read_text()  # the page needs nothing from the internet
 
 
 def test_the_command_finds_a_wrong_layout(
@@ -417,7 +478,7 @@ def test_the_command_finds_a_wrong_layout(
     exit_code = main(["data", "audit", str(exported), "--report", str(page)])
 
     output = capsys.readouterr()
-    assert exit_code == 2  # scripts rely on it
+    assert exit_code == 2  # scripts rely on this code for a contradiction
     assert output.out.splitlines()[-1].startswith("contradiction: ")
     assert output.err.startswith(f"error: {exported}: contradiction: ")
     assert "frame: ee, not base" in output.err
@@ -436,13 +497,14 @@ def test_the_last_line_says_what_is_undecided_and_what_would_decide_it(
 
     exit_code = main(["data", "audit", str(tmp_path / "store")])
 
-    assert exit_code == 3
+    assert exit_code == 3  # undecided
     message = capsys.readouterr().err
     assert "is undecided: grip (shut)." in message
     assert "more episodes with larger motions, or say it in spear.json" in message
 
 
 def test_an_arm_that_does_not_follow_needs_slower_motions() -> None:
+    """With noise of 1 m, no hypothesis explains the states."""
     report = judge(only("translation", Mistakes(noise=1.0)), RIGHT_ANSWERS, "my_robot")
 
     advice = advise(report)
@@ -470,17 +532,27 @@ def test_the_real_sample_fits_its_registry_entry(shared: Path) -> None:
 
 
 def audit_bridge(shared: Path, folder: Path, **changes: Any) -> Report:
-    """Audit the real sample with a changed layout, without its rotations, which saves time."""
+    """Audit the real sample of BridgeData V2 with a changed layout.
+
+    Without `logged_rotation` among the changes, its logged rotations are left out, to save time.
+
+    Args:
+        shared: The folder of real data.
+        folder: Where the layout is written.
+        changes: Keys of the layout and their values.
+    """
     layout = folder / "layout.json"
     layout.write_text(json.dumps({"like": "bridge_dataset", "logged_rotation": None, **changes}))
     return audit(shared / "data" / "bridge_v2_sample", layout_file=layout)
 
 
+# Changes to the sample's right layout; the name of the check that should find the mistake; and some
+# words of its message.
 GRIPPER_MISTAKES = [
     ({"command_range": [1, 0]}, "gripper command", "command_range"),
     ({"gripper_range": [1, 0]}, "gripper command", "gripper_range"),
     ({"command": "action[5]"}, "gripper command", "another column"),
-    ({"command_range": [0, 8]}, "gripper command", "command_range"),  # another unit
+    ({"command_range": [0, 8]}, "gripper command", "command_range"),  # as if in another unit
     ({"gripper_range": [0, 4], "command": None}, "gripper", "gripper_range"),
     ({"gripper_range": [0, 2]}, "gripper", "gripper_range"),  # it is never open
     ({"gripper_range": [1, 0], "command_range": [1, 0]}, "gripper", "gripper_range"),
@@ -513,7 +585,7 @@ def test_each_mistake_in_a_layout_is_named(
 def test_preparing_warns_of_each_gripper_mistake(
     shared: Path, tmp_path: Path, changes: dict[str, Any], check_name: str, words: str
 ) -> None:
-    """Also where both readings are inverted, so that nothing contradicts itself."""
+    """So it does if opening and command are both inverted and do not contradict each other."""
     layout = tmp_path / "layout.json"
     layout.write_text(json.dumps({"like": "bridge_dataset", **changes}))
 
@@ -531,6 +603,7 @@ def test_positions_in_another_unit_than_the_layout_says(shared: Path, tmp_path: 
 
 
 def test_columns_that_nothing_explains_are_undecided(shared: Path, tmp_path: Path) -> None:
+    """Positions and orientations of the layout are exchanged."""
     exchanged = {"position": f"{BRIDGE_STATE}[3:6]", "rotation": f"{BRIDGE_STATE}[0:3]"}
 
     report = audit_bridge(shared, tmp_path, **exchanged)
@@ -554,7 +627,7 @@ def test_an_undecided_audit_has_an_exit_code_of_its_own(shared: Path, tmp_path: 
 
     exit_code = main(["data", "audit", folder, "--layout", str(layout)])
 
-    assert exit_code == 3
+    assert exit_code == 3  # not 2, which means a contradiction
 
 
 @pytest.mark.parametrize(
@@ -568,7 +641,8 @@ def test_an_undecided_audit_has_an_exit_code_of_its_own(shared: Path, tmp_path: 
 def test_columns_of_another_width_are_named(
     shared: Path, tmp_path: Path, key: str, column: str
 ) -> None:
-    message = rf"wrong shape: .*{key.replace('_', ' ')} is \(10, \d\)"
+    name = key.replace("_", " ")
+    message = rf"wrong shape: .*{name} is \(10, \d\)"  # the first episode has 10 steps
 
     refuses(message, audit_bridge, shared, tmp_path, **{key: column})
 
@@ -587,21 +661,27 @@ def test_a_wrong_format_of_states_is_named_instead_of_a_wrong_frame(
 
 
 def test_poses_logged_by_a_franka_are_compared_with_the_frame_of_its_hand() -> None:
-    """O_T_EE has z out of the gripper. Our frame is half a turn about x from it."""
+    """The pose O_T_EE of libfranka has its z axis out of the gripper. Our end-effector frame is
+    rotated by half a turn about x from that frame.
+    """
     layout = REGISTRY["iamlab_cmu_pickup_insert_converted_externally_to_rlds"]
     rng = np.random.default_rng(0)
     time_s = np.arange(24)[:, None] / 20
     recordings = []
     for number in range(6):
+        # Seven joints [24, 7] swing about a posture in which the gripper points down.
         center = np.array([0, -0.5, 0, -2.2, 0, 1.7, 0.8]) + rng.uniform(-0.2, 0.2, 7)
-        joints = center + 0.25 * np.sin(rng.uniform(1, 4, 7) * time_s + rng.uniform(0, 6, 7))
+        frequency = rng.uniform(1, 4, 7)
+        phase = rng.uniform(0, 6, 7)
+        joints = center + 0.25 * np.sin(frequency * time_s + phase)
         position, orientation = franka_pose(joints)
         half_turn = Rotation.from_euler("x", np.pi)
         hand = Rotation.from_quat(orientation, scalar_first=True) * half_turn
-        assert (hand.as_matrix()[:, 2, 2] < 0).all()  # down
+        z_of_hand_in_base = hand.as_matrix()[:, 2, 2]
+        assert (z_of_hand_in_base < 0).all()  # the hand's z axis points down
         action = np.zeros((24, 8))
-        poses = np.c_[position, hand.as_quat(scalar_first=True)]
-        action[:, :7] = np.roll(poses, -1, axis=0)
+        poses = np.c_[position, hand.as_quat(scalar_first=True)]  # [24, 7]
+        action[:, :7] = np.roll(poses, -1, axis=0)  # the next pose
         steps = {"observation": {"state": np.c_[joints, action[:, 7]]}, "action": action}
         recordings.append(make_recording(steps, layout, f"made#{number}"))
 
@@ -633,7 +713,7 @@ def test_rotations_in_another_frame_than_translations_can_be_described(
 def test_rotations_in_another_frame_than_translations_are_found(
     tmp_path: Path, run_command: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # By its columns' names the export would be known as ours: only its numbers are to be judged.
+    # The export would be recognized by its columns' names. This test is about its numbers alone.
     monkeypatch.setattr("spear.audit.describe.is_own_format", lambda features: False)
     write_canonical_store(tmp_path / "store")
     exported = tmp_path / "exported"

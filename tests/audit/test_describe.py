@@ -1,4 +1,9 @@
-"""A proposed spear.json says what the columns tell, and names what they leave open."""
+"""A proposed spear.json says what the columns tell, and names what they leave open.
+
+The tests use two copies of the same real sample of BridgeData V2, in the formats RLDS and LeRobot,
+and variants of the LeRobot copy whose numbers are rewritten. Its states and actions have seven
+numbers: position or translation, roll pitch yaw, gripper.
+"""
 
 import json
 from collections.abc import Callable
@@ -23,14 +28,14 @@ from spear.data.readers.formats import read_episodes
 
 STATE = "observation.state"
 Change = Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]
-"""(states, actions), both [T, 7], to the changed ones."""
+"""A function from states [T, 7] and actions [T, 7] to changed states and actions."""
 
 describe_once = cache(describe)
-"""For folders that no test changes."""
+"""`describe`, for folders that no test changes."""
 
 
 def rewrite_sample(shared: Path, folder: Path, change: Change) -> Path:
-    """A copy of the real sample with changed states and actions."""
+    """Copy the real sample, and change its states and actions. Return the copy's folder."""
     copy = copy_dataset(shared / "data" / "lerobot" / "v3.0_image", folder / "copy", None)
     (file,) = copy.glob("data/*/*.parquet")
     table = pq.read_table(file)
@@ -44,11 +49,13 @@ def rewrite_sample(shared: Path, folder: Path, change: Change) -> Path:
 
 
 def replace_column(table: pa.Table, name: str, values: np.ndarray) -> pa.Table:
+    """Replace a column of a table by rows of integers, or of float32."""
     rows = values if values.dtype.kind == "i" else values.astype(np.float32)
     return table.set_column(table.column_names.index(name), name, pa.array(list(rows)))
 
 
 def keep(states: np.ndarray, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Change nothing."""
     return states, actions
 
 
@@ -110,7 +117,8 @@ def test_the_rate_of_rlds_is_left_open(shared: Path) -> None:
 
 def test_a_single_nan_decides_nothing(shared: Path, tmp_path: Path) -> None:
     def insert_nan(states: np.ndarray, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        return np.where(states == states.flat[93], np.nan, states), actions
+        is_arbitrary_number = states == states.flat[93]
+        return np.where(is_arbitrary_number, np.nan, states), actions
 
     copy = rewrite_sample(shared, tmp_path, insert_nan)
 
@@ -122,7 +130,7 @@ def test_a_single_nan_decides_nothing(shared: Path, tmp_path: Path) -> None:
 
 
 def round_units(states: np.ndarray, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Millimeters, degrees, and an opening in percent, as whole numbers."""
+    """Write states as whole numbers: millimeters, degrees, and the gripper opening in percent."""
     factors = [1000] * 3 + [180 / np.pi] * 3 + [100]
     return np.rint(states * factors).astype(int), actions
 
@@ -135,12 +143,14 @@ def test_whole_numbers_are_measurements_too(shared: Path, tmp_path: Path) -> Non
 
 
 def divide_actions(states: np.ndarray, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Actions of a controller that takes 1 as 0.05 m and as 0.5 rad."""
+    """Write actions for a controller for which 1 means 0.05 m and 0.5 rad."""
     return states, actions / [0.05, 0.05, 0.05, 0.5, 0.5, 0.5, 1]
 
 
 def test_the_units_of_a_controller_are_proposed(shared: Path, tmp_path: Path) -> None:
-    """Measured, and therefore a little smaller: the arm does not reach all of its targets."""
+    """The units are measured, and a little smaller than the true ones, because the arm does not
+    reach all of its targets.
+    """
     proposal = describe(rewrite_sample(shared, tmp_path, divide_actions))
 
     assert proposal["length_unit"] == "m"
@@ -154,7 +164,7 @@ def test_states_in_millimeters_do_not_change_the_unit_of_actions(
     proposal = describe(rewrite_sample(shared, tmp_path, round_units))
 
     assert proposal["length_unit"] == "mm"
-    assert proposal["logged_translation_unit"] == 1
+    assert proposal["logged_translation_unit"] == 1  # m
 
 
 def test_degrees_are_read_only_as_degrees(shared: Path, tmp_path: Path) -> None:
@@ -163,19 +173,20 @@ def test_degrees_are_read_only_as_degrees(shared: Path, tmp_path: Path) -> None:
     layout_file = tmp_path / "layout.json"
 
     layout_file.write_text(json.dumps({**layout, "angle_unit": "deg"}))
-    assert len(list(read_episodes(folder, layout_file=layout_file))) == 8
+    assert len(list(read_episodes(folder, layout_file=layout_file))) == 8  # all of the sample
 
     layout_file.write_text(json.dumps({**layout, "angle_unit": "rad"}))
     refuses("angle_unit deg", next, read_episodes(folder, layout_file=layout_file))
 
 
 def test_a_binary_gripper_is_no_part_of_a_quaternion(shared: Path, tmp_path: Path) -> None:
-    """Three small rotations and a gripper of -1 or 1 have length 1, nearly."""
+    """Three small angles and a gripper of -1 or 1 have nearly length 1, like a quaternion."""
 
     def shrink_rotations(states: np.ndarray, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         factors = np.array([1, 1, 1, 0.3, 0.3, 0.3, 1])
         is_gripper = np.arange(7) == 6
-        return states * factors, np.where(is_gripper, 2 * actions.round() - 1, actions * factors)
+        binary_actions = 2 * actions.round() - 1  # 0 and 1 become -1 and 1
+        return states * factors, np.where(is_gripper, binary_actions, actions * factors)
 
     proposal = describe(rewrite_sample(shared, tmp_path, shrink_rotations))
 
@@ -184,11 +195,11 @@ def test_a_binary_gripper_is_no_part_of_a_quaternion(shared: Path, tmp_path: Pat
 
 
 def to_six_numbers(states: np.ndarray, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Gripper, two columns of the rotation matrix, position."""
+    """Write gripper, the first two rows of the rotation matrix, and position: ten numbers."""
 
     def rewrite(values: np.ndarray) -> np.ndarray:
         matrices = Rotation.from_euler("xyz", values[:, 3:6]).as_matrix()
-        six_numbers = matrices[:, :2].reshape(-1, 6)
+        six_numbers = matrices[:, :2].reshape(-1, 6)  # [T, 2 rows, 3] to [T, 6]
         return np.concatenate([values[:, 6:], six_numbers, values[:, :3]], axis=1)
 
     return rewrite(states), rewrite(actions)
@@ -210,6 +221,7 @@ def test_the_audit_tells_rows_from_columns(
     shared: Path, tmp_path: Path, rotation_format: str, outcome: str
 ) -> None:
     copy = rewrite_sample(shared, tmp_path, to_six_numbers)
+    # `to_six_numbers` writes rows.
     formats = {"rotation_format": rotation_format, "logged_rotation_format": rotation_format}
     write_layout(copy, {**describe(copy), **formats, "logged_frame": "base"})
 
@@ -218,8 +230,10 @@ def test_the_audit_tells_rows_from_columns(
 
 def test_a_whole_pose_is_an_orientation(shared: Path, tmp_path: Path) -> None:
     def to_poses(states: np.ndarray, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Write states as transposed poses [4, 4], so that columns follow each other; gripper."""
         poses = np.tile(np.eye(4), (len(states), 1, 1))
-        poses[:, :3, :3] = Rotation.from_euler("xyz", states[:, 3:6]).inv().as_matrix()
+        rotations = Rotation.from_euler("xyz", states[:, 3:6])
+        poses[:, :3, :3] = rotations.inv().as_matrix()  # the inverse is the transposed matrix
         poses[:, 3, :3] = states[:, :3]
         return np.concatenate([poses.reshape(-1, 16), states[:, 6:]], axis=1), actions
 
@@ -233,11 +247,15 @@ def test_a_whole_pose_is_an_orientation(shared: Path, tmp_path: Path) -> None:
 def put_gripper_and_yaw_first(
     states: np.ndarray, actions: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Gripper, position, yaw, pitch, roll."""
+    """Write gripper, position (or translation), yaw, pitch, roll.
+
+    The logged rotations become those that lead exactly to the next state.
+    """
     rotations = Rotation.from_euler("xyz", states[:, 3:6])
     next_steps = [*range(1, len(states)), 0]
     turns = (rotations[next_steps] * rotations.inv()).as_euler("xyz")
-    new_states = np.concatenate([states[:, 6:], states[:, :3], states[:, 5:2:-1]], axis=1)
+    yaw_pitch_roll = states[:, 5:2:-1]
+    new_states = np.concatenate([states[:, 6:], states[:, :3], yaw_pitch_roll], axis=1)
     new_actions = np.concatenate([actions[:, 6:], actions[:, :3], turns[:, ::-1]], axis=1)
     return new_states, new_actions
 
@@ -259,7 +277,7 @@ def test_yaw_first_is_thought_of(shared: Path, tmp_path: Path) -> None:
 
 
 def use_targets(states: np.ndarray, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Actions that are the next states."""
+    """Replace each action by the next state."""
     return states, np.roll(states, -1, 0)
 
 
@@ -270,6 +288,7 @@ def test_targets_leave_the_rotation_format_open(shared: Path, tmp_path: Path) ->
     assert "euler_xyz or" in proposal["facts"]["rotation_format"]
 
 
+# A layout's rotation format, and another format that the audit should name as equally possible.
 @pytest.mark.parametrize(
     ("rotation_format", "rival"),
     [
@@ -293,7 +312,7 @@ def test_targets_leave_the_audit_undecided(
 
 
 def copy_with_joint_columns(shared: Path, folder: Path) -> Path:
-    """A copy of the sample with columns of joints that hold what the state holds."""
+    """Copy the sample, and add two columns of joints with the same numbers as the state."""
     copy = rewrite_sample(shared, folder, keep)
     (file,) = copy.glob("data/*/*.parquet")
     table = pq.read_table(file)
@@ -304,6 +323,7 @@ def copy_with_joint_columns(shared: Path, folder: Path) -> Path:
 
 
 def name_state_as_joints(copy: Path) -> None:
+    """Let a dataset's metadata name joints for the state; only index 5 is a gripper."""
     names = [
         "shoulder_pan",
         "shoulder_lift",
@@ -334,7 +354,7 @@ def test_numbers_that_the_metadata_call_joints_are_no_pose(shared: Path, tmp_pat
     proposal = describe(copy)
 
     assert proposal["position"] is None
-    assert proposal["gripper"] == "observation/state[5]"
+    assert proposal["gripper"] == "observation/state[5]"  # which the metadata call "gripper"
 
 
 def test_a_layout_that_takes_joints_for_a_pose_is_refused(shared: Path, tmp_path: Path) -> None:

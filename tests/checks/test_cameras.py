@@ -7,30 +7,33 @@ from spear.checks.cameras import View, check_cameras, summarize_view
 from spear.util.images import encode_jpeg
 
 NUM_STEPS = 8
+RATE_HZ = 5.0
 
 
 def moving_arm(num_steps: int) -> np.ndarray:
+    """Positions [num_steps, 3] (m) of an arm that moves 3 cm along each axis in every step."""
     return np.arange(3.0 * num_steps).reshape(num_steps, 3) / 100
 
 
 def background() -> np.ndarray:
+    """An image of random colors, always the same."""
     return np.random.default_rng(0).integers(0, 255, (60, 80, 3)).astype(np.uint8)
 
 
 def view_external() -> View:
-    """An arm moves before a background that stays."""
+    """Summarize images in which an arm, a black rectangle, moves before a background that stays."""
     images = []
     for step in range(NUM_STEPS):
         image = background()
         image[10:20, 5 * step : 5 * step + 20] = 0
         images.append(encode_jpeg(image))
-    return summarize_view(images, moving_arm(NUM_STEPS), 5.0, "it")
+    return summarize_view(images, moving_arm(NUM_STEPS), RATE_HZ, "made")
 
 
 def view_wrist() -> View:
-    """Everything moves."""
+    """Summarize images in which everything moves by 9 pixels per step."""
     images = [encode_jpeg(np.roll(background(), 9 * step, axis=1)) for step in range(NUM_STEPS)]
-    return summarize_view(images, moving_arm(NUM_STEPS), 5.0, "it")
+    return summarize_view(images, moving_arm(NUM_STEPS), RATE_HZ, "made")
 
 
 def test_a_wrist_view_changes_more_than_an_external_one() -> None:
@@ -58,16 +61,16 @@ def test_exchanged_cameras_are_wrong() -> None:
 def test_another_number_of_images_than_steps_is_refused() -> None:
     images = [encode_jpeg(background())] * (NUM_STEPS - 1)
 
-    refuses("images", summarize_view, images, moving_arm(NUM_STEPS), 5.0, "it")
+    refuses("images", summarize_view, images, moving_arm(NUM_STEPS), RATE_HZ, "made")
 
 
 def test_a_camera_that_is_slower_than_the_arm_is_not_called_exchanged() -> None:
-    """At 30 steps per second, each image of a 5 Hz camera stands in six steps."""
+    """At 30 steps per second, each image of a 5 Hz camera is repeated in six steps."""
     pictures = np.random.default_rng(0).integers(0, 255, (10, 96, 128, 3)).astype(np.uint8)
     images = [encode_jpeg(pictures[step // 6]) for step in range(60)]
-    position = np.arange(180.0).reshape(60, 3) / 1000
+    position = np.arange(180.0).reshape(60, 3) / 1000  # 0.16 m/s
 
-    view = summarize_view(images, position, 30.0, "it")
+    view = summarize_view(images, position, 30.0, "made")
 
     assert view.changing_share > 0.5
     checks = check_cameras({"external": [view] * 6, "wrist": [view] * 6})
@@ -75,8 +78,9 @@ def test_a_camera_that_is_slower_than_the_arm_is_not_called_exchanged() -> None:
 
 
 def test_an_episode_too_short_to_compare_images_tells_nothing() -> None:
+    """At 30 steps per second, images are compared with those six steps later."""
     images = [encode_jpeg(background())] * 4
 
-    view = summarize_view(images, moving_arm(4), 30.0, "it")
+    view = summarize_view(images, moving_arm(4), 30.0, "made")
 
     assert np.isnan(view.changing_share)

@@ -1,4 +1,4 @@
-"""Sentences and names of tasks are told apart."""
+"""Instructions that are sentences are distinguished from names of tasks."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""A worse camera shows the same scene, degraded in a way that depends on seed and step only."""
+"""A degraded image shows the same scene, and its noise depends only on seed and step."""
 
 import numpy as np
 import pytest
@@ -7,6 +7,7 @@ from spear.evaluate.noise import NOISE_LEVELS, degrade_image, degrade_observatio
 
 
 def striped_image() -> np.ndarray:
+    """A dark image with a bright column every eight pixels."""
     image = np.full((64, 80, 3), 40, np.uint8)
     image[:, ::8] = 220
     return image

@@ -1,4 +1,4 @@
-"""Published numbers: consistent, shown next to ours for the same tasks, never mixed in."""
+"""Published numbers are consistent, and are shown next to ours for the same tasks, never mixed."""
 
 from dataclasses import replace
 
@@ -12,12 +12,23 @@ SIMPLER = load_references()["simpler_widowx"]
 
 
 def make_results(*families: str) -> Results:
-    """Three successes of four scenes in each family."""
+    """Make results with three successes in four scenes of each family."""
     outcomes = []
     for family in families:
         for seed in range(4):
-            outcomes.append(Outcome(family, seed, "go", seed < 3, True, True, False, 0, 9))
-    return Results("mine", {}, outcomes, 1.0)
+            outcome = Outcome(
+                family=family,
+                seed=seed,
+                instruction="go",
+                success=seed < 3,
+                reached=True,
+                grasped=True,
+                wrong_object_moved=False,
+                unreachable=0,
+                steps=9,
+            )
+            outcomes.append(outcome)
+    return Results(policy="mine", settings={}, outcomes=outcomes, seconds=1.0)
 
 
 @pytest.mark.parametrize("name", load_references())
@@ -62,6 +73,7 @@ def test_our_numbers_stand_below_the_published_ones() -> None:
 
     assert published == SIMPLER.cells()
     assert all("(published)" in line[0] for line in published)
+    # Three of four successes with Wilson's interval; the other tasks and the mean are unknown.
     assert measured == ["mine (measured here)", "75.0 [30, 95]", "–", "–", "–", "–"]
 
 
@@ -70,12 +82,12 @@ def test_a_mean_is_shown_where_all_tasks_were_measured() -> None:
 
     measured = SIMPLER.cells([("mine", results)])[-1]
 
-    assert measured[-1] == "75.0 [51, 90]"
+    assert measured[-1] == "75.0 [51, 90]"  # Wilson's interval of 12 of 16
 
 
 def test_a_published_mean_without_its_tasks_stays_in_its_column() -> None:
     table = replace(SIMPLER, rows={})
 
     for line in table.cells():
-        assert line[1:-1] == ["–"] * 4
+        assert line[1:-1] == ["–"] * 4  # the four tasks
         assert len(line) == len(table.headers())

@@ -1,4 +1,4 @@
-"""The training distribution summary: what it says of training, and its file `seen.json`."""
+"""The training distribution summary: its numbers, and its file `seen.json`."""
 
 import dataclasses
 import json
@@ -18,14 +18,15 @@ NUM_EPISODES = 3
 
 @pytest.fixture(scope="module")
 def distribution(tmp_path_factory: pytest.TempPathFactory) -> TrainingDistribution:
-    """A summary of three small episodes, drawn with augmentation."""
+    """A summary of three small episodes (`make_episode`), drawn with image augmentation."""
     folder = tmp_path_factory.mktemp("episodes")
     store = write_store([make_episode(index) for index in range(NUM_EPISODES)], folder)
     samples = TrainingSamples(Mixture([("it", store, 1.0)]), {"external": (40, 50)}, augment=1.0)
-    return TrainingDistribution.from_samples(samples, 32)
+    return TrainingDistribution.from_samples(samples, batch_size=32)
 
 
 def test_limits_are_those_of_all_positions(distribution: TrainingDistribution) -> None:
+    # The last step of an episode has no action, so it is no sample.
     positions = [make_episode(index).position[:-1] for index in range(NUM_EPISODES)]
 
     np.testing.assert_allclose(distribution.min_position_m, np.min(positions, (0, 1)), atol=1e-6)
@@ -41,7 +42,8 @@ def test_max_rotation_is_measured_from_the_mean_orientation(
     rotations = Rotation.from_quat(quaternions, scalar_first=True)
     expected_rad = (rotations.mean().inv() * rotations).magnitude().max()
 
-    # The summary's mean is of steps as they were drawn, so it differs a little.
+    # The summary averages the steps that were drawn, some of them several times. So its mean
+    # orientation differs a little from the mean over all steps.
     assert distribution.max_rotation_rad == pytest.approx(expected_rad, abs=0.05)
 
 
@@ -50,12 +52,18 @@ def test_colors_are_those_of_images_without_augmentation(
 ) -> None:
     mean_difference, _ = distribution.red_minus_blue["external"]
 
-    assert mean_difference == pytest.approx(80 - 90, abs=3)  # red grows from 20 to 140
+    # `make_episode` gives its images a blue of 90, and a red that grows from 20 to 140.
+    mean_red = 80
+    blue = 90
+    assert mean_difference == pytest.approx(mean_red - blue, abs=3)
 
 
 def test_grippers_that_are_opened_and_closed_in_turn_are_opposite_to_their_commands(
     distribution: TrainingDistribution,
 ) -> None:
+    """The gripper of `make_episode` is open in every second step, and its command is the next
+    opening.
+    """
     assert distribution.opposite_gripper_share == 1
 
 
@@ -68,6 +76,7 @@ def test_the_policy_relies_on_a_camera_of_every_step(distribution: TrainingDistr
     assert distribution.constant_cameras == ["external"]
 
 
+# The share of steps that have the wrist camera, and the cameras on which the policy then relies.
 @pytest.mark.parametrize(("share", "cameras"), [(0.6, ["external"]), (0.99, ["external", "wrist"])])
 def test_the_policy_does_not_rely_on_a_camera_that_many_steps_lack(
     distribution: TrainingDistribution, share: float, cameras: list[str]

@@ -1,4 +1,4 @@
-"""The drift monitor behind a policy: what it reports, once, and of which robot."""
+"""The drift monitor of a policy: what it reports, that it does so once, and about which robot."""
 
 import dataclasses
 import warnings
@@ -18,21 +18,27 @@ from spear.serve.service import Service
 from spear.types import Action, Array
 
 STATE = np.array([0.45, 0, 0.2, 0, 1, 0, 0, 1], np.float32)
+"""A state in the middle of the training data: position (m), quaternion (w x y z), open gripper."""
 CLOSED_STATE = STATE * [1, 1, 1, 1, 1, 1, 1, 0]
 ROTATION_TURNED_BY_180_DEG = [0, 1, 2, 4, 3, 5, 6, 7]
-"""Order of the state's numbers that exchanges w and x of the quaternion, here (0, 1, 0, 0)."""
+"""Indices of the state's numbers, with w and x of the quaternion exchanged.
+
+The quaternion (0, 1, 0, 0) of `STATE` then becomes (1, 0, 0, 0), half a turn away.
+"""
 
 
 def make_image() -> Array:
-    """A reddish image [210, 280, 3] that becomes brighter to the right and the bottom."""
-    down, across = np.mgrid[:70:210j, :140:280j]
-    return (down[..., None] + across[..., None] + [20, 10, 0]).astype(np.uint8)
+    """Make a reddish image [210, 280, 3] that becomes brighter to the right and the bottom."""
+    down, across = np.mgrid[:70:210j, :140:280j]  # 0 … 70 in 210 rows, 0 … 140 in 280 columns
+    brightness = down + across
+    return (brightness[..., None] + [20, 10, 0]).astype(np.uint8)
 
 
 IMAGE = make_image()
 
 
 def make_observation(**changes: Any) -> dict[str, Any]:
+    """Make an observation like those of training, except for the changed keys."""
     return {
         "observation/image": IMAGE,
         "observation/state": STATE,
@@ -43,30 +49,34 @@ def make_observation(**changes: Any) -> dict[str, Any]:
 
 
 def make_distribution(images: dict[str, Array]) -> TrainingDistribution:
-    """A summary of two steps with an open gripper and the same images, by camera."""
+    """Summarize two training steps with an open gripper.
+
+    Args:
+        images: Camera → image, which is the same in both steps.
+    """
     batch = {
         "position": np.array([[0.3, -0.1, 0.1], [0.6, 0.1, 0.3]]),
-        "rotation": np.eye(4)[[1, 1]],
+        "rotation": np.eye(4)[[1, 1]],  # twice the quaternion (0, 1, 0, 0)
         "gripper": np.ones(2),
         "action": np.ones((2, 5, 8)),
         "views": {camera: [True, True] for camera in images},
         "images": {camera: np.stack([image, image]) for camera, image in images.items()},
     }
-    return TrainingDistribution.from_batches([batch], 0.9)
+    return TrainingDistribution.from_batches([batch], mean_initial_opening=0.9)
 
 
 def with_constant_actions(
     policy: Spear1Policy, action: torch.Tensor, batch_size: int, monkeypatch: pytest.MonkeyPatch
 ) -> Spear1Policy:
-    """A policy with a new monitor that always predicts the same action [8]."""
-    actions = Action.from_vector(action.expand(batch_size, 5, 8))
+    """Return a copy of a policy, with a new monitor, that always predicts the same action [8]."""
+    actions = Action.from_vector(action.expand(batch_size, 5, 8))  # chunks of 5 actions
     constant = dataclasses.replace(policy)
     monkeypatch.setattr(constant, "predict", lambda inputs: actions)
     return constant
 
 
 def collect_notices(policy: Spear1Policy, observations: Sequence[dict[str, Any]]) -> list[str]:
-    """The monitor's notices of observations, in order."""
+    """Return the notices that the monitor gives about observations, in order."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         for observation in observations:
@@ -118,6 +128,8 @@ def test_what_is_unlike_training_is_reported_once(
     assert message in notices[0]
 
 
+# The robots of the two observations in each batch, and a word of each notice that is expected: the
+# second robot's gripper begins closed, and stays closed although it is commanded to open.
 @pytest.mark.parametrize(
     ("robots", "expected"),
     [
@@ -132,7 +144,7 @@ def test_robots_that_are_answered_together_are_checked_one_by_one(
     monkeypatch: pytest.MonkeyPatch,
     recwarn: pytest.WarningsRecorder,
 ) -> None:
-    open_gripper = torch.eye(8)[[3, 7]].sum(0)
+    open_gripper = torch.eye(8)[[3, 7]].sum(0)  # no motion; 3 is the quaternion's w
     policy = with_constant_actions(nano, open_gripper, 2, monkeypatch)
     service = Service(policy, load("generic"))
     rng = np.random.default_rng(0)
@@ -144,7 +156,7 @@ def test_robots_that_are_answered_together_are_checked_one_by_one(
     }
     closed_robot = {**open_robot, "observation/state": CLOSED_STATE}
 
-    service.answer([open_robot, open_robot])  # nobody's, as a server warms up
+    service.answer([open_robot, open_robot])  # without robots, like the example of a server's start
     for _ in range(NUM_FIRST_OBSERVATIONS + 1):
         service.answer([open_robot, closed_robot], robots)
 
@@ -152,21 +164,23 @@ def test_robots_that_are_answered_together_are_checked_one_by_one(
     notices = [message for message in messages if "gripper" in message]
     assert len(notices) == len(expected)
     for notice, words in zip(notices, expected, strict=True):
-        assert notice.startswith("robot 2: ")  # the robots of the warm-up are not counted
+        assert notice.startswith("robot 2: ")  # the observations of the start count for no robot
         assert words in notice
 
 
 def test_a_robot_that_comes_late_is_compared_with_training_as_the_first_one_was(
     nano: Spear1Policy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    stay = torch.eye(8)[3]
+    stay = torch.eye(8)[3]  # no motion, gripper closed
     policy = with_constant_actions(nano, stay, 2, monkeypatch)
     service = Service(policy, load("generic"))
     usual = load("generic").example()
+    # 1 m to the left, and with a closed gripper.
     far_state = usual["observation/state"] + np.eye(8)[1] - np.eye(8)[7]
     far_and_closed = {**usual, "observation/state": far_state}
 
     def count_notices(robot: str, observation: dict[str, Any]) -> tuple[int, int]:
+        """Send an observation twice, and count the notices about its gripper and its position."""
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             for _ in range(2):
@@ -174,6 +188,7 @@ def test_a_robot_that_comes_late_is_compared_with_training_as_the_first_one_was(
         messages = " ".join(str(warning.message) for warning in caught)
         return messages.count("gripper begins"), messages.count("y is 1.00 m")
 
+    # Each call sends four observations of the first robot.
     for _ in range(NUM_FIRST_OBSERVATIONS // 4 + 1):
         assert count_notices("first", usual) == (0, 0)
 
@@ -188,12 +203,12 @@ def test_a_camera_that_fails_later_is_reported_once(
     monkeypatch: pytest.MonkeyPatch,
     recwarn: pytest.WarningsRecorder,
 ) -> None:
-    stay = torch.eye(8)[3]
+    stay = torch.eye(8)[3]  # no motion, gripper closed
     policy = with_constant_actions(nano, stay, 1, monkeypatch)
     observation = {**load("generic").example(), "seed": 0}
 
     for step in range(NUM_FIRST_OBSERVATIONS + OBSERVATION_INTERVAL + 1):
-        if failure == "frozen":
+        if failure == "frozen":  # the arm moves 2 mm, but the image stays the same
             observation["observation/state"][0] += 0.002
         if failure == "shows nothing" and step >= NUM_FIRST_OBSERVATIONS:
             observation["observation/image"] = np.zeros_like(observation["observation/image"])

@@ -1,4 +1,4 @@
-"""Checks of what a robot does with its commands: inverted grippers, other axes, stuck states."""
+"""Checks of whether a robot executes its actions: inverted grippers, other axes, stuck states."""
 
 import numpy as np
 import pytest
@@ -8,11 +8,15 @@ from spear.types import Array
 
 STATE = np.array([0.45, 0, 0.2, 0, 1, 0, 0, 1], np.float32)
 
-COMMANDS = np.repeat([1.0, 0.0] * 5, 13)  # open for 2.6 s, closed for 2.6 s, five times
+COMMANDS = np.repeat([1.0, 0.0] * 5, 13)
+"""Gripper commands at 5 Hz: open for 13 steps (2.6 s), then closed for 13 steps, five times."""
 SLOW_OPENINGS = np.convolve(np.concatenate([np.ones(7), COMMANDS]), np.ones(8) / 8, "valid")
-"""A gripper that takes 1.6 s to open or to close."""
+"""Openings of a gripper that takes 8 steps (1.6 s) to open or to close: the mean of the last eight
+commands."""
 
 
+# Columns: measured openings; how many of a chunk's last commands are the opposite of the first;
+# distance between the positions of even and odd steps; and the number of expected findings.
 @pytest.mark.parametrize(
     ("openings", "num_late_commands", "distance_m", "num_findings"),
     [
@@ -20,7 +24,7 @@ SLOW_OPENINGS = np.convolve(np.concatenate([np.ones(7), COMMANDS]), np.ones(8) /
         pytest.param(1 - SLOW_OPENINGS, 0, 0, 1, id="inverted"),
         pytest.param(np.full_like(SLOW_OPENINGS, 0.5), 0, 0, 0, id="half open"),
         pytest.param(1 - SLOW_OPENINGS, 2, 0, 0, id="inverted, but unknown which command counts"),
-        pytest.param(1 - SLOW_OPENINGS, 0, 0.3, 0, id="two arms in turn, 0.3 m apart"),
+        pytest.param(1 - SLOW_OPENINGS, 0, 0.3, 0, id="states of two arms by turns, 0.3 m apart"),
     ],
 )
 def test_only_a_gripper_that_does_the_opposite_is_found(
@@ -32,11 +36,14 @@ def test_only_a_gripper_that_does_the_opposite_is_found(
 
     for step, (opening, command) in enumerate(zip(openings, COMMANDS, strict=True)):
         x = step % 2 * distance_m
-        findings += checks.check(np.array([x, *np.zeros(6), opening]))
+        state = np.array([x, *np.zeros(6), opening])
+        findings += checks.check(state)
         chunk[:, 7] = command
         chunk[5 - num_late_commands :, 7] = 1 - command
         checks.set_chunk(chunk)
-        chunk[:, 7] = 1 - chunk[:, 7]  # as a program for the other convention does in place
+        # A robot's program for the other convention (0 is open) may change the chunk in place. That
+        # must not matter.
+        chunk[:, 7] = 1 - chunk[:, 7]
 
     assert len(findings) == num_findings
 
@@ -46,12 +53,13 @@ def test_a_state_that_no_longer_changes_is_found_once() -> None:
     findings = []
 
     for step in range(9):
-        findings += checks.check(STATE + 1e-6 * min(step, 3))
-        checks.set_chunk(np.full((5, 8), 0.02))
+        findings += checks.check(STATE + 1e-6 * min(step, 3))  # the same from step 3 on
+        checks.set_chunk(np.full((5, 8), 0.02))  # 2 cm along each axis per action
 
     assert [finding.key for finding in findings] == ["state"]
 
 
+# The arm moves by the commanded x, y, z with these signs, in this order.
 @pytest.mark.parametrize(
     ("expected_axes", "order", "signs"),
     [
@@ -71,11 +79,13 @@ def test_an_arm_that_goes_along_other_axes_is_found(
 
     for step in range(80):
         findings += checks.check(state)
+        # The actions of a chunk have nearly the same direction, with some noise.
         chunk[:, :3] = rng.normal(0, 0.02, 3) + rng.normal(0, 0.004, (5, 3))
         checks.set_chunk(chunk)
-        num_executed = 1 + step % 3
+        num_executed = 1 + step % 3  # by turns 1, 2 and 3 actions
         commanded = chunk[:num_executed, :3].sum(0)
-        state[:3] += (commanded * signs)[order] + rng.normal(0, 0.004, 3)
+        executed = (commanded * signs)[order]
+        state[:3] += executed + rng.normal(0, 0.004, 3)
 
     if not expected_axes:
         assert not findings
