@@ -1,4 +1,4 @@
-"""Who may reach the server, and at which address."""
+"""Who may use the server (requests from other web pages, tokens), and the address to reach it."""
 
 import asyncio
 import contextlib
@@ -12,24 +12,29 @@ from websockets.streams import StreamReader
 from spear.errors import SpearError
 
 PRIVATE_NAME_ENDINGS = (".localhost", ".local", ".internal", ".home.arpa")
-"""Endings of host names that nobody outside of this network can point anywhere."""
-ANY_ADDRESS = ("", "0.0.0.0", "::")
-DISCARD_PORT = 9
+"""Endings of host names that exist only within a network, so no outsider can own such a name."""
+ANY_ADDRESS = ("", "0.0.0.0", "::")  # hosts that stand for all addresses of this machine
+DISCARD_PORT = 9  # any port would do, because nothing is sent to it
 
 
 def parse_request(data: bytes) -> Request | None:
-    """Parse the bytes of a whole request without a body; None if they are anything else."""
+    """Parse an HTTP request without a body.
+
+    Returns None if `data` is no request, an incomplete one, or has bytes after the request.
+    """
     reader = StreamReader()
     reader.feed_data(data)
     parser = Request.parse(reader.read_line)
+    # The parser is a generator. It returns the request at the end of the request, or asks for more
+    # bytes if there is no end.
     try:
         next(parser)
     except StopIteration as finished:
         request: Request = finished.value
         return None if reader.buffer else request
-    except Exception:  # of many types, for what is no request
+    except Exception:  # bytes that are no request raise exceptions of many types
         return None
-    return None  # it is not whole
+    return None
 
 
 def malformed_request_error(request: Request) -> str | None:
@@ -48,7 +53,7 @@ def malformed_request_error(request: Request) -> str | None:
 
 
 def _is_url(text: str) -> bool:
-    """Return whether Python can take an address apart."""
+    """Return whether Python can parse an address, including its port."""
     try:
         _ = urlsplit(text).port  # Python checks the port when it is read
     except ValueError:
@@ -57,11 +62,16 @@ def _is_url(text: str) -> bool:
 
 
 def foreign_page_error(request: Request, token: str | None) -> str | None:
-    """Say why a request may come from a web page of somebody else; None if it does not.
+    """Say why a request may come from somebody else's web page; None if it cannot.
 
-    A browser sends the page's address as Origin. If somebody points the name of their own page to
-    this machine (DNS rebinding), the Host header shows that name; a server with a token is safe
-    from that. Programs send no Origin. The request is not malformed (`malformed_request_error`).
+    A browser sends the address of the page that makes a request as Origin. Programs send no Origin.
+    An attacker may also point the host name of their own page to this machine (DNS rebinding). Then
+    Origin and Host agree, but the Host header has a name that is not private. A server with a token
+    is safe from this attack, because the page does not know the token.
+
+    Args:
+        request: a request in which `malformed_request_error` finds no error.
+        token: the server's token, or None.
     """
     hosts = request.headers.get_all("Host")
     origins = request.headers.get_all("Origin")
@@ -82,13 +92,12 @@ def is_authorized(request: Request, token: str | None) -> bool:
     if len(headers) != 1:
         return False
     sent = headers[0].encode(errors="surrogateescape")
+    # This comparison takes the same time for all wrong tokens, so its time reveals nothing.
     return hmac.compare_digest(sent, f"Api-Key {token}".encode())
 
 
 def _is_private_host(host: str) -> bool:
-    """Return whether a Host header is an address, or a name that only this machine or its network
-    has.
-    """
+    """Return whether a Host header is an IP address, or a name within this machine or network."""
     name = (urlsplit("//" + host).hostname or "").rstrip(".")
     is_ipv6 = ":" in name
     is_ipv4 = name.replace(".", "").isdecimal()
@@ -97,10 +106,10 @@ def _is_private_host(host: str) -> bool:
 
 
 def find_reachable_host(host: str) -> str:
-    """Return where clients reach a server that listens on `host`, in brackets if it is an IPv6
-    address.
+    """Return the host name or address at which clients reach a server that listens on `host`.
 
-    For a server that listens on all addresses it is the one that other machines can use.
+    An IPv6 address is in brackets. If the server listens on all addresses, the result is the one
+    that other machines can use.
     """
     if host in ANY_ADDRESS:
         host = _find_own_address(is_ipv6=host == "::")
@@ -108,13 +117,14 @@ def find_reachable_host(host: str) -> str:
 
 
 def _find_own_address(is_ipv6: bool) -> str:
-    """Return the address of this machine from which the operating system would reach another
-    network.
+    """Return this machine's address in the network through which it reaches other networks.
+
+    Connecting a datagram socket sends nothing, but lets the operating system choose this address.
     """
     family = socket.AF_INET6 if is_ipv6 else socket.AF_INET
     documentation_address = "2001:db8::1" if is_ipv6 else "192.0.2.1"
     with contextlib.suppress(OSError), socket.socket(family, socket.SOCK_DGRAM) as datagrams:
-        datagrams.connect((documentation_address, DISCARD_PORT))  # sends nothing
+        datagrams.connect((documentation_address, DISCARD_PORT))
         return str(datagrams.getsockname()[0])
     return "::1" if is_ipv6 else socket.gethostname()  # there is no network
 

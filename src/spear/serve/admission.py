@@ -1,9 +1,9 @@
-"""Which new connections a server takes, and when: rates per address and in all.
+"""Which new connections a server takes, and when: limits of rates per address and in all.
 
-A new connection costs the server milliseconds before its client has said anything, so a flood of
-them would slow the robots that are connected. New connections therefore wait as bare sockets, which
-cost microseconds, until the rates let them in. Addresses take turns, so that one that floods does
-not delay the others.
+A new connection costs the server milliseconds before its client has sent anything, so a flood of
+new connections would delay the robots that are connected. Therefore new connections wait as bare
+sockets, which cost microseconds, until the limits let them in. Addresses take turns, so that an
+address that floods the server does not delay the others.
 """
 
 import ipaddress
@@ -12,8 +12,10 @@ from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 Connection = TypeVar("Connection")
-IPV6_NETWORK_BITS = 64  # one customer of a provider has at least this network
-MAX_BUCKETS = 1024  # addresses whose rates are remembered before full buckets are forgotten
+# Addresses with the same first 64 bits count as one, because a provider gives each customer at
+# least a network of that size.
+IPV6_NETWORK_BITS = 64
+MAX_BUCKETS = 1024  # when so many addresses have buckets, full buckets are forgotten
 
 
 @dataclass(frozen=True)
@@ -26,7 +28,8 @@ class AdmissionLimits:
     per_s_and_address: float = 10.0
     """New connections per second from one address, once its burst is used up."""
     burst_of_address: int = 64
-    """New connections that one address may make at once: a fleet behind one address starts."""
+    """New connections that one address may make at once, for example a fleet of robots that starts
+    behind one address."""
     per_s: float = 20.0
     """New connections per second from all addresses, once the burst is used up."""
     burst: int = 128
@@ -38,7 +41,11 @@ class AdmissionLimits:
 
 
 class TokenBucket:
-    """Allows `capacity` events at once, and `per_s` events per second in the long run."""
+    """Allows `capacity` events at once, and `per_s` events per second in the long run.
+
+    An event takes a token. The bucket begins with `capacity` tokens, and gets `per_s` new ones per
+    second, up to `capacity`.
+    """
 
     def __init__(self, per_s: float, capacity: float) -> None:
         self._per_s = per_s
@@ -52,7 +59,7 @@ class TokenBucket:
         return self._num_tokens >= 1
 
     def is_full(self, now_s: float) -> bool:
-        """Return whether no event of the past counts any more."""
+        """Return whether the bucket is full, as if there had been no event."""
         self._refill(now_s)
         return self._num_tokens >= self._capacity
 
@@ -61,6 +68,7 @@ class TokenBucket:
         self._num_tokens -= 1
 
     def _refill(self, now_s: float) -> None:
+        """Add the tokens for the time since the last call."""
         if self._updated_s is not None:
             num_new_tokens = self._per_s * (now_s - self._updated_s)
             self._num_tokens = min(self._capacity, self._num_tokens + num_new_tokens)
@@ -68,15 +76,17 @@ class TokenBucket:
 
 
 class AdmissionQueue(Generic[Connection]):
-    """New connections that wait, by address. Addresses take turns; each is first come, first
-    served.
+    """New connections that wait, by address.
+
+    Addresses take turns. The connections of one address are taken in the order of their arrival.
     """
 
     def __init__(self, limits: AdmissionLimits) -> None:
         self._limits = limits
+        # The address whose turn is next is the first one.
         self._waiting: OrderedDict[str, deque[Connection]] = OrderedDict()
         self._num_waiting = 0
-        self._bucket = TokenBucket(limits.per_s, limits.burst)
+        self._bucket = TokenBucket(limits.per_s, limits.burst)  # for all addresses together
         self._bucket_by_address: dict[str, TokenBucket] = {}
 
     def __len__(self) -> int:
@@ -84,7 +94,12 @@ class AdmissionQueue(Generic[Connection]):
         return self._num_waiting
 
     def add(self, address: str, connection: Connection) -> Connection | None:
-        """Let a connection wait; returns the one that must be closed for it, if there is one."""
+        """Let a connection wait.
+
+        Returns:
+            The connection that the caller has to close because too many wait: this one, or the
+            newest one of the address with the most. None if there is room for all.
+        """
         waiting = self._waiting.setdefault(address, deque())
         if len(waiting) >= self._limits.max_waiting_of_address:
             return connection
@@ -92,11 +107,11 @@ class AdmissionQueue(Generic[Connection]):
         self._num_waiting += 1
         if self._num_waiting <= self._limits.max_waiting:
             return None
-        longest = max(self._waiting, key=lambda address: len(self._waiting[address]))
-        return self._remove(longest, is_newest=True)
+        busiest_address = max(self._waiting, key=lambda address: len(self._waiting[address]))
+        return self._remove(busiest_address, is_newest=True)
 
     def take(self, now_s: float) -> Connection | None:
-        """Return the next connection that the rates let in; None if there is none."""
+        """Remove and return the next connection that the limits let in now; None if none is."""
         if not self._bucket.has_token(now_s):
             return None
         for address in self._waiting:
@@ -109,13 +124,14 @@ class AdmissionQueue(Generic[Connection]):
         return None
 
     def remove_all(self) -> list[Connection]:
-        """Return all connections that wait, and let none wait any more."""
+        """Remove and return all connections that wait."""
         connections = [connection for waiting in self._waiting.values() for connection in waiting]
         self._waiting.clear()
         self._num_waiting = 0
         return connections
 
     def _remove(self, address: str, is_newest: bool) -> Connection:
+        """Remove and return the newest or the oldest waiting connection of an address."""
         waiting = self._waiting[address]
         connection = waiting.pop() if is_newest else waiting.popleft()
         if not waiting:
@@ -124,6 +140,7 @@ class AdmissionQueue(Generic[Connection]):
         return connection
 
     def _find_bucket(self, address: str, now_s: float) -> TokenBucket:
+        """Return the bucket of an address; a new one is full."""
         bucket = self._bucket_by_address.get(address)
         if bucket is None:
             self._forget_full_buckets(now_s)
@@ -132,7 +149,7 @@ class AdmissionQueue(Generic[Connection]):
         return bucket
 
     def _forget_full_buckets(self, now_s: float) -> None:
-        """Forget addresses that have their whole burst again, when there are many addresses."""
+        """If there are many buckets, forget the full ones, which a new bucket would equal."""
         if len(self._bucket_by_address) < MAX_BUCKETS:
             return
         buckets = self._bucket_by_address.items()
@@ -142,7 +159,7 @@ class AdmissionQueue(Generic[Connection]):
 
 
 def find_network(address: str) -> str:
-    """Return what shares the rates of an address: itself, or the network of an IPv6 address.
+    """Return the address whose limits a client shares: its own, or the network of an IPv6 address.
 
     >>> find_network("192.0.2.7"), find_network("2001:db8:1:2:3:4:5:6")
     ('192.0.2.7', '2001:db8:1:2::')

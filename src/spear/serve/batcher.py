@@ -1,7 +1,7 @@
 """The batcher: a work queue of several clients' requests, answered together in one thread.
 
-A server reads a connection's next request only when the last one is answered. A client therefore
-has at most one place in the queue, however fast it sends, so first come, first served is fair.
+A server reads a connection's next request only when the last one is answered. So a client has at
+most one place in the queue, however fast it sends, and first come, first served is fair.
 """
 
 import asyncio
@@ -30,18 +30,20 @@ class ClientGoneError(Exception):
 
 @dataclass(frozen=True)
 class _QueuedRequest:
+    """A request in the queue or in a batch. The fields are arguments of `Batcher.submit`."""
+
     client: Hashable
     request: Any
     is_wanted: Callable[[], bool]
-    result: asyncio.Future[Any]
+    result: asyncio.Future[Any]  # what `submit` waits for
 
 
 class Batcher:
     """Collects requests and has them answered in one thread, batch after batch.
 
     Args:
-        answer: requests and their clients → one result each, in order. A result that is an
-            exception is raised for its client.
+        answer: a function of the requests and their clients that returns one result per request, in
+            order. If a result is an exception, `submit` raises it.
         max_batch: the largest number of requests in a batch.
         wait_s: the longest time for which a batch waits for more requests once the last batch is
             done. The batch starts at once when it is full, or when it has a request of every client
@@ -75,10 +77,10 @@ class Batcher:
         """Wait for the result of one request.
 
         Args:
-            client: who asks.
-            request: what `answer` takes.
-            is_wanted: whether somebody still wants the result; called just before it is computed,
-                and when the queue is full.
+            client: identifies the client.
+            request: the request, in a form that `answer` takes.
+            is_wanted: returns whether the client still wants the result. It is called just before
+                the result is computed, and when the queue is full.
 
         Returns:
             The result.
@@ -130,7 +132,7 @@ class Batcher:
         self._queue.extend(queued for queued in queue if self._is_wanted(queued))
 
     def _is_wanted(self, queued: _QueuedRequest) -> bool:
-        """Return whether somebody waits for a result; if nobody does, end the request."""
+        """Return whether the client still wants a result. If not, end its request with an error."""
         if queued.result.done():
             return False
         if queued.is_wanted():
@@ -139,6 +141,7 @@ class Batcher:
         return False
 
     def _deliver(self, batch: Sequence[_QueuedRequest], results: Sequence[Any]) -> None:
+        """Give each client of a batch its result, or raise the result if it is an exception."""
         for queued, result in zip(batch, results, strict=True):
             if queued.client in self._last_active:
                 self._last_active[queued.client] = time.perf_counter()
@@ -150,9 +153,10 @@ class Batcher:
                 queued.result.set_result(result)
 
     def _answer_safely(self, requests: Sequence[Any], clients: Sequence[Hashable]) -> Sequence[Any]:
-        """Answer a batch in the thread; an exception becomes the result of every request.
+        """Answer a batch. If this raises an exception, it becomes the result of every request.
 
-        A future cannot carry a `StopIteration`, so that one is replaced.
+        This runs in the inference thread. `StopIteration` is replaced by another exception, because
+        asyncio's futures do not accept it.
         """
         try:
             return self._answer(requests, clients)
@@ -167,6 +171,7 @@ class Batcher:
         """Wait for requests, and take those that are still wanted off the queue."""
         while not self._queue:
             await self._wait_for_arrival()
+        # Wait for more requests until the batch is full, has all active clients, or time is over.
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(self._wait_s):
                 while len(self._queue) < min(self._max_batch, self._count_active_clients()):
@@ -180,10 +185,11 @@ class Batcher:
         return batch
 
     async def _wait_for_arrival(self) -> None:
+        """Wait for the next request that is submitted."""
         self._has_arrived.clear()
         await self._has_arrived.wait()
 
     def _count_active_clients(self) -> int:
-        """Return how many clients are expected to ask again."""
+        """Return the number of clients that are expected to ask again soon."""
         now = time.perf_counter()
         return sum(now - last_active < ACTIVE_S for last_active in self._last_active.values())

@@ -1,8 +1,7 @@
-"""A served policy as a `spear.types.Policy`, so that whatever runs a policy here can run a remote
-one.
+"""A served policy as a `spear.types.Policy`, so that code for local policies can use a remote one.
 
-This is for programs that have this package. A robot's own computer needs only openpi-client, which
-pins numpy < 2 and therefore lives in an environment of its own.
+This client is for programs that have this package. A robot's own computer needs only openpi-client,
+which pins numpy < 2 and therefore needs its own Python environment.
 """
 
 import re
@@ -18,11 +17,11 @@ from websockets.sync.client import ClientConnection, connect
 from spear.errors import SpearError, summarize_error
 from spear.serve import wire
 
-BUSY_PAUSE_S = 0.05  # before a busy server is asked again
-MAX_BUSY_S = 30.0  # after which a busy server's answer is an error
-ANSWER_TIMEOUT_S = 600.0  # after which a silent server counts as gone
-GREETING_TIMEOUT_S = 10.0
-MAX_QUOTED_CHARS = 80
+BUSY_PAUSE_S = 0.05  # pause before a busy server is asked again
+MAX_BUSY_S = 30.0  # a server that is busy for longer is an error
+ANSWER_TIMEOUT_S = 600.0  # a server that does not answer for longer counts as gone
+GREETING_TIMEOUT_S = 10.0  # longest time until the server's first message
+MAX_QUOTED_CHARS = 80  # longest part of an answer that an error quotes
 
 
 class RemotePolicy:
@@ -37,7 +36,8 @@ class RemotePolicy:
         token: the server's --token.
 
     Attributes:
-        metadata: what the server says of itself: what an action means, rows per second.
+        metadata: what the server says about itself, for example what an action means, and how many
+            rows of actions to execute per second (see `spear.serve.service.Service`).
         image_sizes: view → (width, height), the cameras that the policy takes.
         committed: the largest number of committed actions that the policy takes; 0 for none.
 
@@ -62,10 +62,11 @@ class RemotePolicy:
         """Infer the actions for one observation.
 
         Args:
-            observation: with the keys of the embodiment that is served.
+            observation: a dict with the keys of the embodiment that is served.
 
         Returns:
-            {"actions": rows, "server_timing": …, "policy_timing": …}
+            {"actions": …, "server_timing": …, "policy_timing": …}. The actions are [H, 8] for the
+            embodiment "generic", and rows of commands for other embodiments.
 
         Raises:
             SpearError: the server rejects the observation, stays busy, is gone, or serves another
@@ -109,7 +110,7 @@ class RemotePolicy:
             connections = self._connections[: len(messages)]
             for connection, message in zip(connections, messages, strict=True):
                 connection.send(message)
-            # Read every reply, so that an error leaves nothing behind for the next call.
+            # All replies are read, even after an error, so that none is left for the next call.
             replies = [connection.recv(timeout=ANSWER_TIMEOUT_S) for connection in connections]
             for index, connection in enumerate(connections):
                 while _is_busy(replies[index]) and time.monotonic() <= deadline:
@@ -121,7 +122,8 @@ class RemotePolicy:
             self.close()
             raise self._lost_error(error) from error
         except BaseException:
-            # Ctrl-C too: the next call would take a reply that is not read yet for its own.
+            # Also after Ctrl-C. On an open connection the next call would take a reply that has not
+            # been read yet for the reply to its own message.
             self.close()
             raise
 
@@ -154,7 +156,7 @@ class RemotePolicy:
                 TypeError,
                 AttributeError,
             ) as error:
-                self.close()  # also that of a server that greets as no policy server does
+                self.close()  # the server may have accepted the connection before the error
                 raise SpearError(
                     f"{self.url} is no policy server ({summarize_error(error)}). "
                     "Start one with `spear serve`."
@@ -162,8 +164,10 @@ class RemotePolicy:
             self._check_same_server(greeting)
 
     def _open_connection(self) -> Any:
-        """Connect once, and return the server's greeting after reading the policy's properties from
-        it.
+        """Open one connection, and read the policy's properties from the server's greeting.
+
+        Returns:
+            The greeting as it was received.
         """
         headers = {"Authorization": f"Api-Key {self._token}"} if self._token else None
         connection = connect(
@@ -172,7 +176,7 @@ class RemotePolicy:
             max_size=None,
             additional_headers=headers,
             proxy=None,
-        ).__enter__()  # websockets 17 asks for that
+        ).__enter__()  # websockets 17 requires a `with` block, or this call
         self._connections.append(connection)
         greeting: Any = connection.recv(timeout=GREETING_TIMEOUT_S)
         self.metadata = wire.decode(greeting)
@@ -184,6 +188,7 @@ class RemotePolicy:
         return greeting
 
     def _check_same_server(self, greeting: bytes) -> None:
+        """Raise `SpearError` if the server's greeting differs from that of the first connection."""
         if not self._greeting:
             self._greeting = greeting
         if greeting != self._greeting:
@@ -195,7 +200,7 @@ class RemotePolicy:
 
 
 def _find_limit(reason: str) -> str:
-    """The limit that a server gave as it refused a large message, as a parenthesis; else nothing.
+    """Return the size limit that a server's reason names, in parentheses; "" if it names none.
 
     >>> _find_limit("frame with 400000 bytes exceeds limit of 300000 bytes")
     ' (at most 300000 bytes)'
@@ -205,4 +210,5 @@ def _find_limit(reason: str) -> str:
 
 
 def _is_busy(reply: bytes | str) -> bool:
+    """Return whether a reply says that the server's queue was full."""
     return isinstance(reply, str) and reply.startswith("busy: ")

@@ -1,4 +1,4 @@
-"""Limits of the server's connections: what one client may cost before it is cut off."""
+"""Limits of the server's connections: what one client may cost before the server cuts it off."""
 
 import asyncio
 from collections.abc import Coroutine
@@ -32,24 +32,33 @@ class ConnectionLimits:
     """Messages of all clients that are not answered yet; beyond this the largest sender is cut off.
     """
     max_unread_bytes: int = MIB
-    """What may wait for a client to read it, besides its answer: replies to its pings."""
+    """Replies to a client's pings that the client has not read yet (answers do not count)."""
     small_frame_bytes: int = 1024
-    """A frame below this size is as much work as a large one, so their number is limited."""
+    """A smaller websocket frame is as much work as a large one, so the number of small frames per
+    second is limited."""
     max_small_frames_per_s: int = 100
     send_timeout_s: float = 10.0
-    """A client that does not read its answer for this long, per MiB, is cut off."""
+    """A client that does not read its answer within this time is cut off; large answers have this
+    time per MiB in addition."""
     close_timeout_s: float = 1.0
     """A client that does not confirm the end of its connection for this long is cut off."""
     error_pause_s: float = 0.05
-    """After an error the server does not listen to that client for this long."""
+    """After an error the server reads nothing from that client for this long."""
     unauthorized_pause_s: float = 0.5
-    """A wrong token is not answered for this long, so that guessing takes long."""
+    """The server waits this long before it answers a wrong token, so that guessing takes long."""
     drain_timeout_s: float = 30.0
-    """How long requests under way may take when the server stops."""
+    """When the server stops, unanswered requests may take this long."""
 
 
 class LimitedConnection(ServerConnection):
-    """One of a server's open connections, `peers`; it is cut off when it exceeds a limit."""
+    """A connection of a server, which is cut off when it exceeds a limit.
+
+    Args:
+        peers: all connections of the server, as the keys of a dict in the order of opening. The
+            connection adds and removes itself.
+        limits: the limits.
+        args: passed to `ServerConnection`, and so are `options`.
+    """
 
     def __init__(
         self,
@@ -98,6 +107,7 @@ class LimitedConnection(ServerConnection):
         return message
 
     async def _abort_after(self, timeout_s: float, work: Coroutine[Any, Any, None]) -> None:
+        """Wait for `work`; cut the client off if it takes longer than `timeout_s`."""
         try:
             async with asyncio.timeout(timeout_s):
                 await work
@@ -105,6 +115,7 @@ class LimitedConnection(ServerConnection):
             self.transport.abort()
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Join the peers; cut off the oldest ones that have not sent a request, if too many."""
         super().connection_made(transport)
         self._peers[self] = None
         opening = [peer for peer in self._peers if peer.state is State.CONNECTING]
@@ -112,11 +123,14 @@ class LimitedConnection(ServerConnection):
             peer.transport.abort()
 
     def connection_lost(self, exc: Exception | None) -> None:
+        """Leave the peers."""
         self._peers.pop(self, None)
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
-        """Read data in pieces, so that many small frames are noticed before all are read."""
+        """Read data that has arrived, and check the limits in bytes."""
+        # The data is parsed in pieces, so that a flood of small frames is noticed before all of
+        # them are parsed. Pieces double in size as long as they have no small frames.
         self.unanswered_bytes += len(data)
         unread = memoryview(data)
         piece_bytes = self._limits.small_frame_bytes

@@ -1,7 +1,8 @@
-"""A model server for AllenAI's vla-eval harness: its episodes in, one action per observation out.
+"""A model server for AllenAI's vla-eval harness: observations of episodes in, actions out.
 
-The harness's own server speaks its protocol and calls the class below. The batcher answers
-observations of all running episodes together. A wrong observation ends its own episode only.
+The harness runs benchmarks. Its own server code speaks the protocol, and calls the class below,
+which answers each observation with one action. The batcher answers observations of all running
+episodes together. A wrong observation ends only its own episode.
 """
 
 import zlib
@@ -18,23 +19,23 @@ from spear.serve.service import Service
 from spear.types import Array
 
 OBSERVATION_PARAMETERS = {"send_state": True}
-"""What benchmarks are asked to send besides images, where they have such an option."""
-QUEUE_CAPACITY = 256
-SEEDS_PER_EPISODE = 1000  # an episode has fewer steps
+"""Options for benchmarks: send the state in addition to images, if the benchmark can do so."""
+QUEUE_CAPACITY = 256  # the largest number of observations that wait
+SEEDS_PER_EPISODE = 1000  # each step of an episode has its own seed; episodes have fewer steps
 
 
 @dataclass
 class _Episode:
-    """A running episode: its first seed, and the rows that are predicted and not executed yet."""
+    """A running episode."""
 
-    first_seed: int = 0
-    rows: deque[Array] = field(default_factory=deque)
+    first_seed: int = 0  # the seed of step 0
+    rows: deque[Array] = field(default_factory=deque)  # commands that have not been sent yet
 
 
 class HarnessServer(ModelServer):
     """A `Service` behind the harness's protocol.
 
-    Its embodiment reads the harness's observations.
+    The service's embodiment has to be one that reads the harness's observations.
     """
 
     def __init__(self, service: Service, options: ServeOptions) -> None:
@@ -53,7 +54,7 @@ class HarnessServer(ModelServer):
         tg.start_soon(self._batcher.run)
 
     async def on_episode_start(self, config: dict[str, Any], ctx: SessionContext) -> None:
-        """Forget the last episode. The seed depends only on the task and the episode's number."""
+        """Start an episode. Its seeds depend only on the task and the episode's number."""
         task = config.get("task") or {}
         name = f"{task.get('name')}/{task.get('episode_idx')}"
         first_seed = SEEDS_PER_EPISODE * zlib.crc32(name.encode())
@@ -69,7 +70,7 @@ class HarnessServer(ModelServer):
         await ctx.send_action({"actions": episode.rows.popleft()})
 
     async def on_episode_end(self, result: dict[str, Any], ctx: SessionContext) -> None:
-        """Forget the episode; the harness calls this also when the connection is lost."""
+        """Forget the episode. The harness also calls this when the connection is lost."""
         self._episodes.pop(ctx.session_id, None)
         self._batcher.forget(ctx.session_id)
 
@@ -78,7 +79,7 @@ class HarnessServer(ModelServer):
         return dict(OBSERVATION_PARAMETERS)
 
     def get_action_spec(self) -> dict[str, Any]:
-        """Declare nothing: the embodiment checks each observation."""
+        """Return an empty declaration, because the embodiment checks each observation itself."""
         return {}
 
     get_observation_spec = get_action_spec

@@ -1,4 +1,4 @@
-"""The socket from which a server accepts connections, as `spear.serve.admission` lets them in."""
+"""The socket from which a server accepts connections, at the rates of `spear.serve.admission`."""
 
 import asyncio
 import contextlib
@@ -15,30 +15,31 @@ from typing import Any
 from spear.serve.admission import AdmissionLimits, AdmissionQueue, find_network
 
 LOG = logging.getLogger("spear.serve")
-ADMISSION_INTERVAL_S = 0.01  # how often the rates are asked while connections wait
-MAX_ACCEPTED_AT_ONCE = 100  # connections, before the event loop does other work
-MAX_PLAIN_REQUEST_BYTES = 4096
+ADMISSION_INTERVAL_S = 0.01  # while connections wait, time between checks of the rates
+MAX_ACCEPTED_AT_ONCE = 100  # connections that are accepted before the event loop does other work
+MAX_PLAIN_REQUEST_BYTES = 4096  # the largest plain request that is answered without a connection
 RESOURCE_ERRNOS = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
-"""The errors after which accepting pauses, because trying again at once would fail again."""
-ACCEPT_PAUSE_S = 1.0
-LOG_INTERVAL_S = 60.0
+"""Errors of accepting that say that this machine is out of files or memory."""
+ACCEPT_PAUSE_S = 1.0  # pause after such an error, because trying again at once would fail again
+LOG_INTERVAL_S = 60.0  # smallest time between two lines in the log about such errors
 HANG_UP_EVENTS = select.POLLHUP | select.POLLERR | getattr(select, "POLLRDHUP", 0)
 
 AnswerPlainRequest = Callable[[bytes], bytes | None]
 
 
 class LimitedListener(socket.socket):
-    """A socket that asyncio accepts from as from any other that listens.
+    """A listening socket for asyncio, from which connections can be accepted at limited rates only.
 
-    It takes connections from the sockets that listen on the server's addresses, lets them wait, and
-    hands them over at limited rates. Clients that have gone by then are dropped.
+    It accepts connections from the sockets that really listen on the server's addresses, lets them
+    wait, and *admits* them at limited rates: asyncio then gets them from `accept`. Connections
+    whose clients have gone while they waited are dropped.
 
-    This object is one end of a pair of connected sockets. It becomes readable, which is what
-    asyncio waits for, when the other end gets a byte for a connection that may be accepted.
+    asyncio calls `accept` when a socket becomes readable. So this object is one end of a pair of
+    connected sockets, and for each admitted connection a byte is written to the other end.
 
     Args:
         listeners: bound sockets, which this object listens on and closes.
-        limits: the rates.
+        limits: the limits of rates and of waiting connections.
         answer_plain_request: a client's first bytes → the whole response, if the request can be
             answered at once, without a websocket connection; else None.
     """
@@ -78,7 +79,7 @@ class LimitedListener(socket.socket):
         Raises:
             BlockingIOError: there is none.
         """
-        self.recv(1)  # raises BlockingIOError
+        self.recv(1)  # the byte of an admitted connection; raises BlockingIOError if there is none
         connection = self._admitted.popleft()
         try:
             return connection, connection.getpeername()
@@ -100,11 +101,13 @@ class LimitedListener(socket.socket):
         super().close()
 
     def _resume_accepting(self) -> None:
+        """Let the event loop call `_accept_waiting` when a client connects."""
         if not self._is_closed:
             for listener in self._listeners:
                 self._loop.add_reader(listener, self._accept_waiting, listener)
 
     def _pause_accepting(self, error: OSError) -> None:
+        """Accept nothing for a while, after an error that says that resources are used up."""
         for listener in self._listeners:
             self._loop.remove_reader(listener)
         self._loop.call_later(ACCEPT_PAUSE_S, self._resume_accepting)
@@ -117,7 +120,7 @@ class LimitedListener(socket.socket):
             )
 
     def _accept_waiting(self, listener: socket.socket) -> None:
-        """Let the connections wait that have come to an address."""
+        """Accept the connections that clients have made to an address, and let them wait."""
         for _ in range(MAX_ACCEPTED_AT_ONCE):
             try:
                 connection, address = listener.accept()
@@ -136,7 +139,7 @@ class LimitedListener(socket.socket):
                 self._admit()
 
     def _admit(self) -> None:
-        """Hand over the connections that the rates let in; look again soon if others wait."""
+        """Admit the connections that the rates let in. If others wait, check again soon."""
         self._is_admission_planned = False
         if self._is_closed:
             return
@@ -151,8 +154,10 @@ class LimitedListener(socket.socket):
             self._loop.call_later(ADMISSION_INTERVAL_S, self._admit)
 
     def _is_answered(self, connection: socket.socket) -> bool:
-        """Answer a plain request whose bytes are here already; return whether it was one."""
+        """Answer a plain request whose bytes have arrived already; return whether it was one."""
         with contextlib.suppress(OSError):
+            # MSG_PEEK leaves the bytes unread, for the websocket connection if it is no such
+            # request.
             request = connection.recv(MAX_PLAIN_REQUEST_BYTES, socket.MSG_PEEK)
             response = self._answer_plain_request(request)
             if response is not None:
@@ -169,6 +174,7 @@ async def open_listeners(host: str, port: int) -> list[socket.socket]:
     Raises:
         OSError: an address is taken or does not exist.
     """
+    # asyncio's own server binds the sockets. Copies of them stay open when it is closed.
     loop = asyncio.get_running_loop()
     server = await loop.create_server(asyncio.Protocol, host, port, start_serving=False)
     listeners = [socket.socket(fileno=os.dup(bound.fileno())) for bound in server.sockets]
@@ -177,7 +183,7 @@ async def open_listeners(host: str, port: int) -> list[socket.socket]:
 
 
 def has_gone(connection: Any) -> bool:
-    """Return whether the client of a socket will send nothing more, whatever is still unread."""
+    """Return whether the client of a socket has closed its end, even if data are still unread."""
     poll = select.poll()
     poll.register(connection.fileno(), HANG_UP_EVENTS)
     return bool(poll.poll(0))

@@ -1,4 +1,4 @@
-"""What a server counts for Prometheus, at GET /metrics."""
+"""The numbers that a server reports to Prometheus, at GET /metrics."""
 
 from collections.abc import Callable
 
@@ -12,11 +12,15 @@ BATCH_SIZE_BUCKETS = (1, 2, 4, 8, 16, 32, 64)
 
 
 class Metrics:
-    """The counts of one server, in a registry of its own.
+    """The metrics of one server.
 
-    Requests are counted by outcome: ok, refused (a bad observation), busy, failed (an error of the
-    server), gone (the client left). `count_waiting` and `count_clients` are called when somebody
-    asks for the metrics.
+    Requests are counted by outcome: ok, refused (a bad observation), busy (the queue is full),
+    failed (an error of the server), gone (the client left).
+
+    Args:
+        count_waiting: returns the number of requests that wait. Like `count_clients`, it is called
+            whenever the metrics are read.
+        count_clients: returns the number of open connections.
     """
 
     def __init__(
@@ -44,7 +48,7 @@ class Metrics:
         self._add_gauge("spear_gpu_memory_bytes", "Held by PyTorch on GPUs.", gpu_memory_bytes)
 
     def format(self) -> str:
-        """Return the counts as Prometheus reads them."""
+        """Return the metrics in Prometheus's text format."""
         return generate_latest(self.registry).decode()
 
     def _histogram(self, name: str, description: str, buckets: tuple[float, ...]) -> Histogram:

@@ -1,6 +1,4 @@
-"""Options of the servers: light, so that the command line knows them without what a server needs to
-run.
-"""
+"""Options of the servers. This file imports nothing heavy, so that help texts are shown at once."""
 
 from typing import Annotated, Literal
 
@@ -23,10 +21,10 @@ from spear.util.options import (
 
 EMBODIMENTS = ("generic", "droid", "roboarena", "widowx", "simpler_widowx", "maniskill2_widowx")
 DEFAULT_EMBODIMENTS = {"openpi": "generic", "vla-eval": "maniskill2_widowx"}
-"""Protocol -> the robot that is served where --embodiment names none."""
+"""Protocol -> the embodiment that is served without --embodiment."""
+# The options that have an effect only with the protocol openpi, or only with vla-eval.
 OPENPI_OPTIONS = ("token", "ui", "episodes", "max_queue_size")
 VLA_EVAL_OPTIONS = ("replan_steps",)
-"""The options that have an effect with one protocol only."""
 
 
 class ServeOptions(Options):
@@ -75,7 +73,7 @@ class ServeOptions(Options):
     def __post_init__(self) -> None:
         """Refuse options without effect, and a token that no client can send in an HTTP header.
 
-        An empty token, above all, would leave a server open that was meant to be closed.
+        An empty token is refused as well, because it would leave the server open to everybody.
         """
         super().__post_init__()
         self._check_protocol()
@@ -93,7 +91,7 @@ class ServeOptions(Options):
         return self.embodiment or DEFAULT_EMBODIMENTS[self.protocol]
 
     def _check_protocol(self) -> None:
-        """Refuse options without effect on the protocol, and a port that no harness can know."""
+        """Refuse options without effect with this protocol, and port 0 for the harness."""
         unused = OPENPI_OPTIONS if self.protocol == "vla-eval" else VLA_EVAL_OPTIONS
         for option in list_changed_options(self, *unused):
             raise SpearError(
@@ -104,6 +102,6 @@ class ServeOptions(Options):
 
 
 def _fits_in_header(token: str) -> bool:
-    """Return whether a client can send a token in an HTTP header as it is."""
+    """Return whether a client can send a token unchanged in an HTTP header."""
     has_outer_spaces = token.strip() != token
     return token != "" and not has_outer_spaces and token.isascii() and token.isprintable()

@@ -4,8 +4,8 @@ Messages are binary msgpack (`spear.serve.wire`); an error is a text message, af
 connection stays open. `GET /healthz` says "ok"; `GET /metrics` has counts for Prometheus.
 
 No client can delay the others, fill the memory, or keep the server from stopping
-(`spear.serve.connection`); nor can a web page of somebody else reach a server on the machine of
-whoever opens it (`spear.serve.access`).
+(`spear.serve.connection`). If you open somebody else's web page in your browser, that page cannot
+use a server on your machine (`spear.serve.access`).
 """
 
 import asyncio
@@ -41,14 +41,15 @@ from spear.serve.service import Result, Service
 
 LOG = logging.getLogger("spear.serve")
 CONNECTION_LOG = logging.getLogger("spear.serve.websockets")
-"""For what broken clients do: the metrics count it, the terminal does not show it."""
+"""The log of the websockets library. It is not shown, because broken clients would fill it; the
+metrics count what they do."""
 CONNECTION_LOG.setLevel(logging.CRITICAL)
-DRAIN_POLL_S = 0.01
+DRAIN_POLL_S = 0.01  # while the server stops, time between checks for unanswered requests
 DEFAULT_LIMITS = ConnectionLimits()
 
 
 class Page(Protocol):
-    """What the server knows of `spear.ui.page.Page`."""
+    """The methods of `spear.ui.page.Page` that the server calls."""
 
     def owns(self, request: Request) -> bool: ...
     def respond(self, request: Request) -> Response | None: ...
@@ -179,6 +180,7 @@ class PolicyServer:
             self._batcher.forget(connection.id)
 
     async def _answer_messages(self, connection: ServerConnection) -> None:
+        """Send the greeting, and then a reply to each message of a client."""
         previous_s: float | None = None  # how long the previous answer took, sending included
         await connection.send(self._greeting)
         async for message in connection:
@@ -200,8 +202,9 @@ class PolicyServer:
         arrived: float,
         previous_s: float | None,
     ) -> bytes | str:
-        """Return what to send for a message: bytes with actions, or a text that says what was
-        wrong.
+        """Return the reply to a message: bytes with actions, or a text that says what was wrong.
+
+        `arrived` is when the message arrived, and `previous_s` how long the previous answer took.
         """
         outcome = "failed"
         try:
@@ -233,7 +236,7 @@ class PolicyServer:
     ) -> bytes | str:
         """Answer a message with actions, or with the embodiment's direct reply.
 
-        Raises `SpearError`.
+        Raises `SpearError` if the message is wrong or the server is busy.
         """
         if self._is_draining:
             raise ServerBusyError("busy: the server is stopping. Connect to another one.")
@@ -252,7 +255,7 @@ class PolicyServer:
         return wire.encode({**result, "server_timing": timing})
 
     def _answer_plain_request(self, data: bytes) -> bytes | None:
-        """Answer a good request for /healthz or /metrics; None for any other."""
+        """Answer a valid and allowed request for /healthz or /metrics; None for any other."""
         if not data.startswith((b"GET /healthz ", b"GET /metrics ")):
             return None
         request = parse_request(data)
@@ -267,13 +270,17 @@ class PolicyServer:
     async def _process_request(
         self, connection: ServerConnection, request: Request
     ) -> Response | None:
-        """Answer a GET request; None lets a websocket in. Whoever guesses tokens has to wait."""
+        """Answer a client's first request; None means that a websocket connection begins.
+
+        The answer to a wrong token is delayed, so that guessing tokens takes long.
+        """
         response = self._respond(connection, request)
         if response is not None and response.status_code == http.HTTPStatus.UNAUTHORIZED:
             await asyncio.sleep(self.limits.unauthorized_pause_s)
         return response
 
     def _respond(self, connection: ServerConnection, request: Request) -> Response | None:
+        """Return the response to a request; None means that a websocket connection begins."""
         status = http.HTTPStatus
         refusal = self._refuse_origin(request)
         if refusal:
@@ -305,7 +312,10 @@ class PolicyServer:
         return None
 
     def _refuse_origin(self, request: Request) -> tuple[http.HTTPStatus, str] | None:
-        """Return the status and the text for a request that nobody may send from where it is."""
+        """Return the status and the text for a malformed request, or one of a foreign web page.
+
+        The result is None for any other request.
+        """
         malformed = malformed_request_error(request)
         if malformed:
             return http.HTTPStatus.BAD_REQUEST, malformed
@@ -323,7 +333,7 @@ def _is_present(connection: ServerConnection) -> bool:
 
 
 def make_plain_response(text: str) -> bytes:
-    """Make a whole response with a text."""
+    """Make the bytes of a whole HTTP response with a text as its body."""
     body = text.encode()
     head = (
         "HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Type: text/plain; charset=utf-8\r\n"

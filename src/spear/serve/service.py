@@ -1,5 +1,9 @@
-"""A policy for one robot: observations in, commands out; a wrong observation gets an error of its
-own.
+"""A policy for one robot: observations in, commands out.
+
+The *embodiment* is the adapter of the robot. It reads the robot's observations, and one of its
+*controls* converts the policy's actions to *rows*: arrays of commands, which the robot executes one
+after the other at the control's rate. A robot's file is a Python file of the user with such an
+embodiment.
 """
 
 import logging
@@ -25,17 +29,18 @@ from spear.types import CONTROL_RATE_HZ, Policy
 
 LOG = logging.getLogger(__name__)
 Result = dict[str, Any] | SpearError
+"""What an observation gets: an answer, or the error that says what is wrong with it."""
 
 
 class Service:
     """A policy behind an embodiment.
 
     Args:
-        policy: what predicts the actions.
-        embodiment: the robot.
-        name: what clients are told that the policy is called.
-        robot: what clients are told that the embodiment is called.
-        control: a name of one of the embodiment's controls; None for its default.
+        policy: the policy, which predicts the actions.
+        embodiment: the adapter of the robot.
+        name: the policy's name in what clients are told.
+        robot: the embodiment's name in what clients are told.
+        control: the name of one of the embodiment's controls; None for its default.
     """
 
     def __init__(
@@ -56,6 +61,7 @@ class Service:
             self.greeting = embodiment.greeting(control_name)
 
     def _make_metadata(self, name: str, robot: str, control_name: str) -> dict[str, Any]:
+        """Return what clients are told about the policy and the robot."""
         image_sizes = getattr(self.policy, "image_sizes", {})
         takes_committed = COMMITTED_KEY in self.embodiment.optional
         max_committed = getattr(self.policy, "committed", 0) if takes_committed else 0
@@ -75,7 +81,7 @@ class Service:
         }
 
     def answer(self, observations: Sequence[Any], robots: Sequence[Hashable] = ()) -> list[Result]:
-        """Answer observations together. A wrong observation spoils its own answer only.
+        """Answer observations together. A wrong observation does not affect the other answers.
 
         Args:
             observations: as the robots send them.
@@ -89,7 +95,7 @@ class Service:
         readings = [_try(self.embodiment.read, observation) for observation in observations]
         checked: dict[int, CheckedObservation] = {}
         for index, reading in enumerate(readings):
-            if isinstance(reading, CheckedObservation):
+            if isinstance(reading, CheckedObservation):  # otherwise it is an error
                 checked[index] = select_cameras(self.policy, reading)
                 checked[index].robot = robots[index] if robots else None
 
@@ -113,7 +119,8 @@ class Service:
     def warm_up(self) -> int:
         """Answer the embodiment's example, so that the first client does not have to wait.
 
-        Prints a notice if the rows of an answer take another time than their actions.
+        Prints a notice if the rows of the answer last for another time than the actions that they
+        were converted from.
 
         Returns:
             The number of rows of the answer.
@@ -122,7 +129,7 @@ class Service:
             SpearError: the example cannot be answered.
         """
         example = self.embodiment.example()
-        with suppress_notices():  # what the example's images lack is not the robot's fault
+        with suppress_notices():  # notices about the example would not be about the robot
             result = self.answer([example])[0]
             if isinstance(result, SpearError):
                 raise result
@@ -159,7 +166,7 @@ class Service:
         return {"actions": rows}
 
     def _infer(self, observations: Sequence[Mapping[str, Any]]) -> Sequence[Result]:
-        """Infer all actions together; if an observation is at fault, halve the batch to find it."""
+        """Infer all actions together; halve the batch on an error to find the wrong observation."""
         try:
             return self.policy.infer_batch(observations)
         except SpearError as error:
@@ -173,9 +180,9 @@ def check_cameras(embodiment: Embodiment, cameras: Collection[str], robot: str) 
     """Raise `SpearError` if a robot lacks a camera.
 
     Args:
-        embodiment: the robot; its example has the cameras that the robot can have.
-        cameras: those on which a policy relies.
-        robot: what the message calls the robot.
+        embodiment: the adapter of the robot; its example has all cameras that the robot can have.
+        cameras: the cameras that a policy relies on.
+        robot: the robot's name in the error.
     """
     reading = _try(embodiment.read, embodiment.example())
     if isinstance(reading, SpearError):
@@ -190,15 +197,16 @@ def check_cameras(embodiment: Embodiment, cameras: Collection[str], robot: str) 
 
 
 def _add_timing(result: Result, timing: Mapping[str, float]) -> Result:
+    """Return an answer with its timing; an error stays as it is."""
     if isinstance(result, SpearError):
         return result
     return {**result, "policy_timing": timing}
 
 
 def _try(call: Callable[..., dict[str, Any]], *arguments: Any) -> Result:
-    """Return what a call returns, or the `SpearError` that it raises.
+    """Return what `call` returns, or the `SpearError` that it raises.
 
-    Any other exception is a mistake in a robot's file, and becomes a `SpearError` as well.
+    Any other exception comes from a mistake in a robot's file, and is returned as a `SpearError`.
     """
     try:
         return call(*arguments)
@@ -212,9 +220,9 @@ def _try(call: Callable[..., dict[str, Any]], *arguments: Any) -> Result:
 
 
 def _fit_frames(embodiment: Embodiment, policy: Policy, name: str) -> Embodiment:
-    """Return the embodiment with the version of its frame in which the policy acts.
+    """Return the embodiment with the version of its end-effector frame in which the policy acts.
 
-    A notice says if that is not the newest one.
+    A notice tells the user if that version is not the newest one.
     """
     frames = getattr(policy, "frames", {})
     fitted = embodiment.with_frames(frames)
