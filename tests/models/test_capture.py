@@ -1,9 +1,10 @@
-"""What becomes a CUDA graph does the same work whatever is in its tensors.
+"""The code that a CUDA graph records does the same work for all values of its tensors.
 
-It does not look at values, allocates nothing whose size depends on them, copies nothing from or to
-another device, and draws no random numbers. On the `meta` device tensors have no values, so that
-nothing can depend on them. Where PyTorch is built with CUDA, all of it also runs on fake tensors of
-a GPU, which need none.
+A CUDA graph repeats the work of its recording. So the code must not read values, allocate tensors
+whose size depends on values, copy from or to another device, or draw random numbers. Here a
+`CaptureMonitor` notices such operations. The tests run the code on the `meta` device, where tensors
+have no values. If PyTorch is built with CUDA, they also run it on fake tensors of a GPU, which need
+no GPU.
 """
 
 import contextlib
@@ -36,6 +37,7 @@ Tensor = torch.Tensor
 
 FEW_ROWS_BENCHMARK = Path(__file__).parents[2] / "benchmarks/models/few_rows.py"
 NUM_PROMPT_TOKENS = 6
+# PyTorch's tags of operations whose work or result depends on values or on random numbers.
 TAGS_OF_VALUE_DEPENDENCE = {
     torch.Tag.data_dependent_output,
     torch.Tag.dynamic_output_shape,
@@ -44,20 +46,21 @@ TAGS_OF_VALUE_DEPENDENCE = {
 
 
 def make_shallow(preset: Preset) -> Preset:
-    """A preset with two layers of each network, which is faster; all layers do the same."""
+    """The preset with two layers per network, which is enough because all layers do the same."""
     networks = {}
     for network in ("vision", "text", "expert"):
         networks[network] = {**getattr(preset, network), "num_hidden_layers": 2}
     return dataclasses.replace(preset, **networks)
 
 
-WITHOUT_PACKING = False  # the "packed" argument of `sampling.get_sampler`
+WITHOUT_PACKING = False  # a value of the argument `packed` of `sampling.get_sampler`
 SIZES = {name: make_shallow(PRESETS[name]) for name in ("nano", "spear1")}
 SIZES["linear"] = dataclasses.replace(SIZES["nano"], flow={"rotation": "linear"})
 
 needs_cuda_build = pytest.mark.skipif(
     not torch.backends.cuda.is_built(), reason="PyTorch is built without CUDA"
 )
+# Parameters of the fixture `empty_policy`: (name in SIZES, device, precision).
 CAPTURE_POINTS = [
     pytest.param((name, "meta", torch.float32), id=f"{name}-meta-torch.float32") for name in SIZES
 ]
@@ -72,12 +75,15 @@ for _name in ("nano", "spear1"):
 
 @pytest.fixture(autouse=True)
 def no_autocast(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Autocast does not know the meta device."""
+    """Asking for the autocast state of the meta device is an error, so the answer is always no."""
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda device="cpu": False)
 
 
 class CaptureMonitor(TorchDispatchMode):
-    """Counts the operations, and collects the names of those that a graph cannot hold."""
+    """Counts the operations, and collects the names of those that a graph cannot record.
+
+    forbidden  The names of these operations.
+    """
 
     def __init__(self, device: str) -> None:
         super().__init__()
@@ -96,7 +102,8 @@ class CaptureMonitor(TorchDispatchMode):
         for tensor in tree_leaves((args, result)):
             if not isinstance(tensor, Tensor) or tensor.device.type == self.device:
                 continue
-            # A number on the CPU becomes a constant, unless it is copied.
+            # A number on the CPU (a tensor without dimensions) becomes a constant of a kernel,
+            # unless it is copied.
             if tensor.dim() > 0 or "copy" in name:
                 self.forbidden.append(name)
         self.num_operations += 1
@@ -104,12 +111,15 @@ class CaptureMonitor(TorchDispatchMode):
 
 
 def _depends_on_values(func: Any, name: str, args: Any) -> bool:
-    # Attention draws for dropout, of which we have none.
+    """Whether an operation's work depends on the values of its tensors or on random numbers."""
+    # Attention has a tag because of its dropout, which we do not use.
     if "scaled_dot_product" in name:
         return False
     if "aten.index.Tensor" in name:
-        # An index by numbers gives as many elements as there are numbers; one by a mask does not.
-        has_mask = any(i is not None and i.dtype == torch.bool for i in args[1])
+        # Indexing by a mask has a result whose size depends on the mask's values. Indexing by
+        # integers has one element per integer.
+        indices = args[1]
+        has_mask = any(index is not None and index.dtype == torch.bool for index in indices)
         if not has_mask:
             return False
     return bool(TAGS_OF_VALUE_DEPENDENCE & set(func.tags))
@@ -129,7 +139,8 @@ FORBIDDEN_FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 @pytest.mark.parametrize("name", FORBIDDEN_FUNCTIONS)
-def test_monitor_reports_what_a_graph_cannot_hold(name: str) -> None:
+def test_monitor_reports_operations_that_a_graph_cannot_record(name: str) -> None:
+    """The meta device itself raises errors for some of them, after the monitor has noticed."""
     with CaptureMonitor("meta") as monitor, contextlib.suppress(RuntimeError):
         FORBIDDEN_FUNCTIONS[name](torch.ones(4, device="meta"))
 
@@ -137,22 +148,22 @@ def test_monitor_reports_what_a_graph_cannot_hold(name: str) -> None:
 
 
 def make_observation(size: Preset, batch: int, full: bool, device: str) -> dict[str, Tensor]:
-    """Arguments of `sampling.sample_actions`.
+    """The named tensors that `sampling.sample_actions` takes, without values.
 
-    full: with padding, missing views and committed actions.
+    With `full`, they include masks for padding and missing views, and committed actions.
     """
-    actions = torch.float32, (size.horizon, ACTION_DIM)
+    # Name of a tensor -> (type, shape of one batch row).
     tensor_specs: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
     for view, (width, height) in size.image_sizes.items():
-        tensor_specs[f"pixels/{view}"] = torch.uint8, (3, height, width)
-    tensor_specs["input_ids"] = torch.long, (NUM_PROMPT_TOKENS,)
-    tensor_specs["state"] = torch.float32, (NUM_STATE_FEATURES,)
-    tensor_specs["noise"] = actions
+        tensor_specs[f"pixels/{view}"] = (torch.uint8, (3, height, width))
+    tensor_specs["input_ids"] = (torch.long, (NUM_PROMPT_TOKENS,))
+    tensor_specs["state"] = (torch.float32, (NUM_STATE_FEATURES,))
+    tensor_specs["noise"] = (torch.float32, (size.horizon, ACTION_DIM))
     if full:
-        tensor_specs["attention_mask"] = torch.long, (NUM_PROMPT_TOKENS,)
-        tensor_specs["present/wrist"] = torch.bool, ()
-        tensor_specs["committed"] = actions
-        tensor_specs["is_committed"] = torch.bool, (size.horizon,)
+        tensor_specs["attention_mask"] = (torch.long, (NUM_PROMPT_TOKENS,))
+        tensor_specs["present/wrist"] = (torch.bool, ())
+        tensor_specs["committed"] = (torch.float32, (size.horizon, ACTION_DIM))
+        tensor_specs["is_committed"] = (torch.bool, (size.horizon,))
 
     observation = {}
     for name, (dtype, shape) in tensor_specs.items():
@@ -160,23 +171,26 @@ def make_observation(size: Preset, batch: int, full: bool, device: str) -> dict[
     return observation
 
 
-def monitor_sampling(way: str, model: Any, inputs: dict[str, Tensor]) -> CaptureMonitor:
-    sampler = sampling.get_sampler(model, True)
-    sampler.time_embeddings(3)  # made before a graph is recorded
+def monitor_sampling(method: str, model: Any, inputs: dict[str, Tensor]) -> CaptureMonitor:
+    """Sample actions under a monitor, by the method "plain" or "fast"."""
+    num_steps = 3
+    packed = True
+    sampler = sampling.get_sampler(model, packed)
+    sampler.time_embeddings(num_steps)  # they are computed before a graph is recorded
     with torch.no_grad(), CaptureMonitor(model.device.type) as monitor:
-        if way == "plain":
-            sampling.sample_plain(model, inputs, 3)
+        if method == "plain":
+            sampling.sample_plain(model, inputs, num_steps)
         else:
-            sampling._sample(model, sampler, inputs, 3)
+            sampling._sample(model, sampler, inputs, num_steps)
     return monitor
 
 
 @pytest.fixture(params=CAPTURE_POINTS)
 def empty_policy(request: pytest.FixtureRequest) -> Iterator[tuple[Preset, Any]]:
-    """A policy without contents: with most and with fewest tensor_specs of its own, and with linear
-    rotations."""
+    """A preset and a policy of this size, whose weights have no values."""
     name, device, dtype = request.param
-    with torch.device("meta"):  # with fake tensors, drawing weights would look at some
+    # On the meta device, because drawing weights as fake tensors would read values.
+    with torch.device("meta"):
         config = build_spear1_config(SIZES[name])
         model = Spear1ForActionPrediction._from_config(config, dtype=dtype).eval()
     with FakeTensorMode() if device == "cuda" else contextlib.nullcontext():
@@ -185,34 +199,38 @@ def empty_policy(request: pytest.FixtureRequest) -> Iterator[tuple[Preset, Any]]
         yield SIZES[name], model
 
 
-@pytest.mark.parametrize("way", ["plain", "fast"])
-def test_a_graph_can_hold_acting(empty_policy: tuple[Preset, Any], way: str) -> None:
+@pytest.mark.parametrize("method", ["plain", "fast"])
+def test_a_graph_can_record_acting(empty_policy: tuple[Preset, Any], method: str) -> None:
     size, model = empty_policy
     for batch, full in ((1, False), (3, True)):
         inputs = make_observation(size, batch, full, model.device.type)
 
-        monitor = monitor_sampling(way, model, inputs)
+        monitor = monitor_sampling(method, model, inputs)
 
-        assert monitor.num_operations > 100
+        assert monitor.num_operations > 100  # the monitor saw the whole network
         assert not monitor.forbidden
 
 
-def test_a_graph_can_hold_answering(empty_policy: tuple[Preset, Any]) -> None:
+def test_a_graph_can_record_answering(empty_policy: tuple[Preset, Any]) -> None:
+    """The answer is a given word, a 3D token and the end token."""
     size, model = empty_policy
     layers = decode.get_layer_stack(model.vlm.language_model, True, False)
-    spans = [(5, 6), (size.vocabulary_size, size.vocabulary_size + size.bins), (1, 2)]
+    ranges = [(5, 6), (size.vocabulary_size, size.vocabulary_size + size.bins), (1, 2)]
     observation = make_observation(size, 2, full=False, device=model.device.type)
     inputs = {name: observation[name] for name in ("pixels/external", "input_ids")}
 
     with torch.no_grad(), CaptureMonitor(model.device.type) as monitor:
-        decode._decode(model.vlm, layers, inputs, spans)
+        decode._decode(model.vlm, layers, inputs, ranges)
 
-    assert monitor.num_operations > 100
+    assert monitor.num_operations > 100  # the monitor saw the whole network
     assert not monitor.forbidden
 
 
 class FakeGpu:
-    """Stands in for `torch.cuda`: notes the devices of streams and counts replays."""
+    """A stand-in for `torch.cuda`, on a machine without a GPU.
+
+    It collects the devices for which streams are made or entered, and counts the replays of graphs.
+    """
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, device: torch.device) -> None:
         self.device = device
@@ -257,7 +275,7 @@ def add_one(inputs: cuda_graphs.Inputs) -> Tensor:
 def test_a_graph_is_recorded_on_the_gpu_of_its_inputs_one_at_a_time(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """A thread's current GPU may be another one: each thread begins with the first."""
+    """The thread's current GPU may be another one, because each thread begins with GPU 0."""
     x = torch.ones(2)
     gpu = FakeGpu(monkeypatch, x.device)
 
@@ -270,7 +288,9 @@ def test_a_graph_is_recorded_on_the_gpu_of_its_inputs_one_at_a_time(
 def test_a_function_that_cannot_be_recorded_leaves_the_others_their_graphs(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    short, long = torch.ones(2), torch.ones(3)
+    """Recording fails for the long input. The short one is recorded, and replayed once."""
+    short = torch.ones(2)
+    long = torch.ones(3)
     gpu = FakeGpu(monkeypatch, short.device)
     record = cuda_graphs._record
 
@@ -290,7 +310,11 @@ def test_a_function_that_cannot_be_recorded_leaves_the_others_their_graphs(
 
 
 class FakeStream:
-    """A stream that writes down what it waits for and records."""
+    """A stand-in for a CUDA stream, with a log of its calls.
+
+    The log has "layer" for a recorded event, the number of an event that the stream waits for, and
+    "joined" when it waits for another stream.
+    """
 
     device = ""
 
@@ -312,7 +336,7 @@ class FakeStream:
 
 @pytest.fixture
 def parallel_stream(monkeypatch: pytest.MonkeyPatch) -> FakeStream:
-    """A stand-in for all streams, while a graph is said to be recorded."""
+    """One `FakeStream` in place of all streams. The code is told that a graph is being recorded."""
     stream = FakeStream()
     monkeypatch.setattr(sampling, "is_capturing_graph", lambda: True)
     monkeypatch.setattr(linear, "_get_side_streams", lambda device, count: [stream])
@@ -322,6 +346,7 @@ def parallel_stream(monkeypatch: pytest.MonkeyPatch) -> FakeStream:
 
 
 def make_policy_and_inputs() -> tuple[Any, dict[str, Tensor]]:
+    """A policy on the CPU with two layers per network, and inputs of ones."""
     config = build_spear1_config(SIZES["nano"])
     model = Spear1ForActionPrediction._from_config(config).eval()
     observation = make_observation(SIZES["nano"], 1, full=False, device="cpu")
@@ -332,13 +357,15 @@ def make_policy_and_inputs() -> tuple[Any, dict[str, Tensor]]:
 def test_the_first_flow_step_waits_for_the_prefix_layer_by_layer(
     monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
 ) -> None:
+    """The actions are those of running the prefix first, without parallel streams."""
     model, inputs = make_policy_and_inputs()
     sampler = sampling.get_sampler(model, WITHOUT_PACKING)
     with torch.no_grad():
-        in_turn = sampling._sample(model, sampler, inputs, 2)
+        in_turn = sampling._sample(model, sampler, inputs, steps=2)
+        # From here on, the code finds that a graph is being recorded.
         stream: FakeStream = request.getfixturevalue("parallel_stream")
 
-        in_parallel = sampling._sample(model, sampler, inputs, 2)
+        in_parallel = sampling._sample(model, sampler, inputs, steps=2)
 
     assert torch.equal(in_parallel, in_turn)
     assert stream.log == [
@@ -356,14 +383,16 @@ def test_an_expert_in_another_precision_runs_after_the_prefix(parallel_stream: F
     model.expert.bfloat16()
 
     with torch.no_grad():
-        sampling._sample(model, sampling.get_sampler(model, WITHOUT_PACKING), inputs, 2)
+        sampler = sampling.get_sampler(model, WITHOUT_PACKING)
+        sampling._sample(model, sampler, inputs, steps=2)
 
     assert parallel_stream.log == []
 
 
 @pytest.mark.parametrize("batch", ["1", "2"])
 def test_few_rows_compute_what_the_fused_stack_computes(batch: str) -> None:
-    """Triton's kernels, on a GPU, or in Triton's interpreter, which needs NumPy before 2.4."""
+    """The benchmark of few_rows.py prints the largest relative differences between its Triton
+    kernels and a `LayerStack`. The kernels run on a GPU or in Triton's interpreter."""
     pytest.importorskip("triton")
     has_gpu = torch.cuda.is_available()
     if not has_gpu and np.lib.NumpyVersion(np.__version__) >= "2.4.0":

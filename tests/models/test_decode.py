@@ -1,4 +1,5 @@
-"""Answers are, token by token, the likeliest that the grammar allows; numbers are read off."""
+"""Decoding takes the likeliest token that the grammar allows, and numbers are read off
+distributions over the bins of 3D tokens."""
 
 from typing import Any
 
@@ -13,32 +14,54 @@ from spear.models.readout import ONE_SIGMA_PROBABILITY, Distribution
 from spear.policy import load_vlm
 from spear.tokens import CoordinateTokenizer
 
+# The ids of the 3D tokens of the tiny model, which are the last of its vocabulary.
 NUMBER = (FIRST_COORDINATE_ID, FIRST_COORDINATE_ID + TINY.bins)
-END = 1
-PAD = 0
+VOCABULARY_SIZE = NUMBER[1]
+END = 1  # the id of the end token
+PAD = 0  # the id of the padding token
 COORDINATES = CoordinateTokenizer.fit(np.random.default_rng(0).normal(0.2, 0.5, 20_000), bins=64)
 
 
 def allowed_tokens(grammar: decode.Grammar | None, answer: list[int], num_left: int) -> set[int]:
-    """The ids that may come next, `num_left` tokens before the limit, in words of the grammar."""
-    if grammar is None:
-        return set(range(NUMBER[1]))
-    if not isinstance(grammar, decode.FreeTextGrammar):
-        if len(answer) == len(grammar):
-            return {END}
-        return set(range(*grammar[len(answer)]))
+    """The ids that the grammar allows as the next token of an answer.
 
+    This is the definition of the grammars, written without tensors.
+
+    Args:
+        grammar: The grammar; None allows every id.
+        answer: The tokens of the answer so far.
+        num_left: The number of tokens that may still be added, including the next one.
+    """
+    if grammar is None:
+        return set(range(VOCABULARY_SIZE))
+    if isinstance(grammar, decode.FreeTextGrammar):
+        return allowed_tokens_of_free_text(grammar, answer, num_left)
+
+    # A grammar that is a sequence has the range of ids for each token, and then the answer ends.
+    if len(answer) == len(grammar):
+        return {END}
+    first, end = grammar[len(answer)]
+    return set(range(first, end))
+
+
+def allowed_tokens_of_free_text(
+    grammar: decode.FreeTextGrammar, answer: list[int], num_left: int
+) -> set[int]:
+    """The part of `allowed_tokens` for words with numbers between them."""
     words: set[int] = set()
-    for first, last in grammar.word_ranges:
-        words |= set(range(first, last))
+    for first, end in grammar.word_ranges:
+        words |= set(range(first, end))
     numbers = set(range(*grammar.number_range))
-    num_owed = grammar.num_numbers - sum(token in numbers for token in answer)
-    if num_owed:
-        must_be_number = num_left <= num_owed + 2  # then a word and the end must still find room
-        if not answer:
-            return words
+
+    # An answer begins and ends with a word.
+    if not answer:
+        return words
+    num_missing_numbers = grammar.num_numbers - sum(token in numbers for token in answer)
+    if num_missing_numbers > 0:
+        # After the missing numbers there must be room for a word and the end token.
+        must_be_number = num_left <= num_missing_numbers + 2
         return numbers if must_be_number else words | numbers
-    if not answer or answer[-1] in numbers:
+    if answer[-1] in numbers:
         return words
     return {END} if num_left == 1 else words | {END}
 
@@ -50,18 +73,28 @@ def decode_slowly(
     grammar: decode.Grammar | None,
     max_new_tokens: int,
 ) -> list[int]:
-    """The answer to one prompt; the whole sequence runs again for every token."""
+    """The answer to one prompt, without a KV cache: the whole sequence runs for every token.
+
+    Args:
+        model: A SPEAR-VLM.
+        images: View -> [1, 3, h, w].
+        prompt: [L] ids, without padding.
+        grammar: Restricts the answer; None allows every id.
+        max_new_tokens: The largest number of tokens, the end token included.
+    """
     answer: list[int] = []
     while len(answer) < max_new_tokens and END not in answer:
         sequence = torch.cat([prompt, torch.tensor(answer, dtype=torch.long)])[None]
         token_types = (torch.arange(sequence.shape[1]) >= len(prompt)).long()[None]
         with torch.no_grad():
-            logits = model(images, sequence, None, token_types).logits[0, -1]
+            output = model(images, sequence, attention_mask=None, token_type_ids=token_types)
+        logits = output.logits[0, -1]
         allowed = sorted(allowed_tokens(grammar, answer, max_new_tokens - len(answer)))
         answer.append(allowed[int(logits[allowed].argmax())])
     return answer
 
 
+# The ids from 3 to 19 stand for words. A range of one id, such as (7, 8), is a given word.
 GRAMMARS: dict[str, decode.Grammar | None] = {
     "free": None,
     "numbers": [NUMBER] * 3,
@@ -76,6 +109,7 @@ GRAMMARS: dict[str, decode.Grammar | None] = {
 @pytest.mark.parametrize("grammar_name", GRAMMARS)
 @pytest.mark.parametrize("padding", ["none", "right", "left"])
 def test_answers_are_the_likeliest_that_the_grammar_allows(grammar_name: str, padding: str) -> None:
+    """Three answers of one batch are compared with answers that are decoded one by one."""
     model = make_vlm()
     grammar = GRAMMARS[grammar_name]
     two_images = draw_pixels(2, views=("external",))["external"]
@@ -93,7 +127,8 @@ def test_answers_are_the_likeliest_that_the_grammar_allows(grammar_name: str, pa
     assert not answers.is_inference()
     for row in range(3):
         image = {"external": images["external"][[row]]}
-        expected = decode_slowly(model, image, ids[row][mask[row].bool()], grammar, 7)
+        prompt = ids[row][mask[row].bool()]
+        expected = decode_slowly(model, image, prompt, grammar, max_new_tokens=7)
         padded = expected + [PAD] * (answers.shape[1] - len(expected))
         assert answers[row].tolist() == padded
     has_column_of_padding = bool((answers == PAD).all(0).any())
@@ -107,6 +142,8 @@ def test_answers_are_the_likeliest_that_the_grammar_allows(grammar_name: str, pa
 def test_an_answer_that_would_be_cut_off_is_refused(
     grammar: decode.Grammar, min_tokens: int
 ) -> None:
+    """The shortest answers are 3 numbers and the end token, or a word, 2 numbers, a word and the
+    end token."""
     ids, _ = draw_text(1, 6)
     images = draw_pixels(1, views=("external",))
 
@@ -116,14 +153,16 @@ def test_an_answer_that_would_be_cut_off_is_refused(
         make_vlm(),
         images,
         ids,
-        None,
-        min_tokens - 1,
-        grammar,
+        max_new_tokens=min_tokens - 1,
+        grammar=grammar,
     )
 
 
 class TestCertainDistribution:
-    """All probability is in bins 3 and 40."""
+    """A distribution of two numbers: the first is surely in bin 3, the second surely in bin 40.
+
+    `low` and `high` are the edges of these bins.
+    """
 
     distribution = Distribution(np.eye(64, dtype=np.float32)[[3, 40]], COORDINATES)
     low = COORDINATES.bin_edges[[3, 40]]
@@ -144,18 +183,21 @@ class TestCertainDistribution:
         np.testing.assert_allclose(self.distribution.quantile(1.0), self.high)
 
     def test_a_quantile_above_1_is_an_error(self) -> None:
+        """Such as 50, which a user may write for the median."""
         with pytest.raises(ValueError, match="50"):
             self.distribution.quantile(50)
 
     def test_the_probability_below_rises_within_the_bin(self) -> None:
-        below = self.distribution.probability_below
-        assert (below(self.low - 1e-6) == 0).all()
-        np.testing.assert_allclose(below((self.low + self.high) / 2), 0.5)
-        assert (below(self.high + 1e-6) == 1).all()
+        probability_below = self.distribution.probability_below
+        middle = (self.low + self.high) / 2
+
+        assert (probability_below(self.low - 1e-6) == 0).all()
+        np.testing.assert_allclose(probability_below(middle), 0.5)
+        assert (probability_below(self.high + 1e-6) == 1).all()
 
     def test_the_probability_below_a_value_outside_the_bins_is_0_or_1(self) -> None:
-        below = self.distribution.probability_below(np.array([-99.0, 99.0]))
-        assert below.tolist() == [0, 1]
+        probabilities = self.distribution.probability_below(np.array([-99.0, 99.0]))
+        assert probabilities.tolist() == [0, 1]
 
     def test_the_spread_is_half_the_width_of_the_central_68_percent(self) -> None:
         expected = ONE_SIGMA_PROBABILITY / 2 * (self.high - self.low)
@@ -163,19 +205,23 @@ class TestCertainDistribution:
 
 
 def test_mode_mean_median_and_quantile_by_hand() -> None:
-    coordinates = CoordinateTokenizer(np.array([0.0, 1, 2, 4]), np.array([0.5, 1.5, 3.0]), "metre")
+    bin_edges = np.array([0.0, 1, 2, 4])
+    bin_centers = np.array([0.5, 1.5, 3.0])
+    coordinates = CoordinateTokenizer(bin_edges, bin_centers, "metre")
 
     distribution = Distribution(np.array([[0.4, 0.25, 0.35]], np.float32), coordinates)
 
     assert distribution.read("mode") == pytest.approx(0.5)
     assert distribution.read("mean") == pytest.approx(0.4 * 0.5 + 0.25 * 1.5 + 0.35 * 3)
+    # Below bin 1 there is 0.4. The missing 0.1 of 0.5 is 0.4 of this bin's 0.25.
     assert distribution.read("median") == pytest.approx(1.4)
+    # Below bin 2 there is 0.65. The missing 0.175 is half of this bin, which is 2 wide.
     assert distribution.quantile(0.825) == pytest.approx(3.0)
 
 
 @pytest.mark.parametrize("probability", [0.02, 0.3, 0.5, 0.975])
 def test_the_probability_below_a_quantile_is_its_own(probability: float) -> None:
-    weights = np.random.default_rng(1).gamma(0.3, size=(50, 64)) + 1e-6
+    weights = np.random.default_rng(1).gamma(0.3, size=(50, 64)) + 1e-6  # 50 numbers, 64 bins
     probabilities = (weights / weights.sum(1, keepdims=True)).astype(np.float32)
     distribution = Distribution(probabilities, COORDINATES)
 
@@ -200,6 +246,6 @@ def test_a_model_returns_the_distributions_behind_its_answers() -> None:
     for answer, plain in zip(answers, plain_answers, strict=True):
         assert plain.segments == answer.segments
         assert plain.distribution is None
-        assert answer.distribution.probabilities.shape == (3, 1024)
+        assert answer.distribution.probabilities.shape == (3, 1024)  # x, y and z; 3D tokens
         np.testing.assert_allclose(answer.distribution.probabilities.sum(1), 1, rtol=1e-4)
         np.testing.assert_allclose(answer.distribution.read("mode"), answer.values)

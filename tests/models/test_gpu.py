@@ -1,4 +1,7 @@
-"""The fast paths on a GPU: CUDA graphs and compiled layers give what the plain network gives."""
+"""On a GPU, CUDA graphs and compiled layers give the results of the plain network.
+
+The plain network is the network as it is trained: `sample_by_reference` runs it step by step.
+"""
 
 import pytest
 import torch
@@ -21,11 +24,14 @@ from spear.models.fast.stack import can_compile
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 H = TINY.horizon
-NUMBER = (FIRST_COORDINATE_ID, FIRST_COORDINATE_ID + TINY.bins)
+NUMBER = (FIRST_COORDINATE_ID, FIRST_COORDINATE_ID + TINY.bins)  # the range of 3D tokens' ids
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-3), (torch.bfloat16, 0.03)])
-def test_actions_from_graphs(dtype: torch.dtype, tolerance: float) -> None:
+def test_actions_from_graphs_are_those_of_the_plain_network(
+    dtype: torch.dtype, tolerance: float
+) -> None:
+    """Two kinds of inputs are each sampled twice: the graph is recorded, then replayed."""
     model = make_spear1().to("cuda", dtype)
     with no_warning():  # a notice would say that a graph cannot be recorded
         for batch, padded in ((1, False), (3, True), (1, False), (3, True)):
@@ -40,9 +46,8 @@ def test_actions_from_graphs(dtype: torch.dtype, tolerance: float) -> None:
             committed = None
             if padded:
                 is_committed = torch.arange(H, device="cuda").expand(batch, H) < 2
-                committed = flow.CommittedPrefix(
-                    draw_actions(batch, H, seed=5).to("cuda"), is_committed
-                )
+                committed_actions = draw_actions(batch, H, seed=5).to("cuda")
+                committed = flow.CommittedPrefix(committed_actions, is_committed)
 
             sampled = model.sample_actions(**inputs, steps=4, noise=noise, committed=committed)
 
@@ -50,7 +55,8 @@ def test_actions_from_graphs(dtype: torch.dtype, tolerance: float) -> None:
             assert relative_error(sampled.to_vector(), expected) < tolerance
 
 
-def test_answers_from_graphs() -> None:
+def test_answers_from_graphs_are_those_of_the_cpu() -> None:
+    """The answers are decoded twice on the GPU: the graph is recorded, then replayed."""
     model = make_vlm()
     ids, mask = draw_text(3, 6)
     images = draw_pixels(3, views=("external",))
@@ -68,6 +74,7 @@ def test_answers_from_graphs() -> None:
 
 
 def test_only_answers_of_a_known_length_are_recorded_as_a_graph() -> None:
+    """An answer whose grammar is a sequence is recorded, free text is not."""
     model = make_vlm().cuda()
     ids, mask = draw_text(3, 6)
     ids = ids.cuda()

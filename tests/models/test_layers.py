@@ -12,6 +12,7 @@ from spear.models.layers import FastRMSNorm, grouped_attention, set_gradient_che
 
 
 def flow_loss(model: torch.nn.Module) -> torch.Tensor:
+    """The loss of a SPEAR-1 for random demonstrations."""
     ids, mask = draw_text(2, 6)
     generator = torch.Generator().manual_seed(1)
     state = torch.randn(2, 10, generator=generator)
@@ -22,27 +23,33 @@ def flow_loss(model: torch.nn.Module) -> torch.Tensor:
 
 
 def answer_loss(model: torch.nn.Module) -> torch.Tensor:
+    """The loss of a SPEAR-VLM for random answers without prompts."""
     ids, mask = draw_text(2, 6)
     return model(draw_pixels(2), ids, mask, token_type_ids=mask, labels=ids).loss
 
 
 class Step(NamedTuple):
+    """The results of one forward and backward pass.
+
+    saved_bytes  The memory of tensors that autograd saves for the backward pass, without weights.
+    """
+
     loss: torch.Tensor
     gradients: dict[str, torch.Tensor]
-    saved_bytes: int  # for the backward pass, without weights
+    saved_bytes: int
 
 
 def run_step(
     model: torch.nn.Module, compute_loss: Callable[[torch.nn.Module], torch.Tensor]
 ) -> Step:
-    """One forward and backward pass."""
-    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
-    saved: dict[int, int] = {}
+    """Run one forward and backward pass."""
+    weight_addresses = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    bytes_by_address: dict[int, int] = {}
 
     def count(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in weights:
-            saved[storage.data_ptr()] = storage.nbytes()
+        if storage.data_ptr() not in weight_addresses:
+            bytes_by_address[storage.data_ptr()] = storage.nbytes()
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
@@ -54,7 +61,7 @@ def run_step(
         if parameter.grad is not None:
             gradients[name] = parameter.grad.clone()
     model.zero_grad()
-    return Step(loss.detach(), gradients, sum(saved.values()))
+    return Step(loss.detach(), gradients, sum(bytes_by_address.values()))
 
 
 @pytest.mark.parametrize(
@@ -78,6 +85,7 @@ class TestGradientCheckpointing:
     def test_reaches_the_keys_of_the_language_model(
         self, build: Callable[[], torch.nn.Module], compute_loss: Callable
     ) -> None:
+        """Keys leave a layer through the KV cache, where they could lose their gradient."""
         model = build().train()
         set_gradient_checkpointing(model)
 
@@ -90,18 +98,19 @@ class TestGradientCheckpointing:
         self, build: Callable[[], torch.nn.Module], compute_loss: Callable
     ) -> None:
         model = build().train()
-        saved_without = run_step(model, compute_loss).saved_bytes
+        bytes_without = run_step(model, compute_loss).saved_bytes
 
         set_gradient_checkpointing(model)
-        assert run_step(model, compute_loss).saved_bytes < 0.7 * saved_without
+        assert run_step(model, compute_loss).saved_bytes < 0.7 * bytes_without
 
         set_gradient_checkpointing(model, enabled=False)
-        assert run_step(model, compute_loss).saved_bytes == saved_without
+        assert run_step(model, compute_loss).saved_bytes == bytes_without
 
 
 class TestFastRMSNorm:
     @pytest.fixture
     def norms(self) -> tuple[GemmaRMSNorm, FastRMSNorm]:
+        """Gemma's norm and ours, with the same random weight."""
         torch.manual_seed(0)
         reference = GemmaRMSNorm(24)
         torch.nn.init.normal_(reference.weight)
@@ -134,21 +143,24 @@ class TestFastRMSNorm:
 @pytest.mark.parametrize("has_mask", [True, False])
 @pytest.mark.parametrize("num_kv_heads", [1, 2, 4])
 def test_grouped_attention_is_attention(num_kv_heads: int, has_mask: bool) -> None:
+    """It agrees with PyTorch's attention, for which keys and values are copied for each of the 4
+    query heads."""
     torch.manual_seed(0)
     query = torch.randn(2, 4, 5, 8)
     key = torch.randn(2, num_kv_heads, 7, 8)
     value = torch.randn(2, num_kv_heads, 7, 8)
     mask = None
     if has_mask:
-        mask = (torch.rand(2, 1, 5, 7) < 0.6) | (torch.arange(7) == 0)
+        is_first_key = torch.arange(7) == 0  # all queries see it, so that no row is empty
+        mask = (torch.rand(2, 1, 5, 7) < 0.6) | is_first_key
 
     output, _ = grouped_attention(torch.nn.Identity(), query, key, value, mask)
 
-    num_groups = 4 // num_kv_heads
+    heads_per_kv_head = 4 // num_kv_heads
     expected = torch.nn.functional.scaled_dot_product_attention(
         query,
-        key.repeat_interleave(num_groups, dim=1),
-        value.repeat_interleave(num_groups, dim=1),
+        key.repeat_interleave(heads_per_kv_head, dim=1),
+        value.repeat_interleave(heads_per_kv_head, dim=1),
         attn_mask=mask,
     )
     torch.testing.assert_close(output.transpose(1, 2), expected)

@@ -1,4 +1,5 @@
-"""Images are never stretched; text and numbers go through tokens and back."""
+"""Images are fitted without being stretched, and text, numbers and pixels survive a round trip
+through tokens."""
 
 from pathlib import Path
 
@@ -17,16 +18,18 @@ from spear.tokens import CoordinateTokenizer
 from spear.types import Pixel, Question
 from spear.util.images import compute_placement, fit_image
 
+# The tokenizer is trained on these. The spaces in the third are the places of numbers.
 TEXTS = [
     "put the carrot on the plate",
     "where is the bowl",
     "the mug is  and the cup is  so the mug is closer",
 ]
-SPEAR1_SIZE = (280, 210)
+SPEAR1_SIZE = (280, 210)  # width and height of the external view of the preset spear1
 
 
 @pytest.fixture(scope="module")
 def processor() -> Processor:
+    """A processor of the preset nano, whose external view is 192 × 128 pixels."""
     values = np.random.default_rng(0).normal(size=4000)
     return Processor.build(get_preset("nano"), TEXTS, CoordinateTokenizer.fit(values))
 
@@ -34,22 +37,25 @@ def processor() -> Processor:
 class TestFitImage:
     @pytest.mark.parametrize(("width", "height"), [(60, 40), (60, 97), (400, 250)])
     def test_scales_as_pillow_does(self, width: int, height: int) -> None:
-        """With antialiasing, as encoders learned to see; Pillow rounds some numbers otherwise."""
+        """Both scale with antialiasing. They may round to different integers."""
         image = np.random.default_rng(0).integers(0, 256, (97, 151, 3), np.uint8)
-        _, left, top, across, down = compute_placement((151, 97), (width, height))
+        placement = compute_placement(source=(151, 97), target=(width, height))
+        _, left, top, inner_width, inner_height = placement
 
-        fitted = fit_image(image, height=height, width=width)[
-            top : top + down, left : left + across
-        ]
+        fitted = fit_image(image, height=height, width=width)
+        without_padding = fitted[top : top + inner_height, left : left + inner_width]
 
-        pillow = Image.fromarray(image).resize((across, down), Image.Resampling.BILINEAR)
-        assert np.abs(fitted.astype(int) - np.asarray(pillow)).max() <= 1
+        by_pillow = Image.fromarray(image).resize(
+            (inner_width, inner_height), Image.Resampling.BILINEAR
+        )
+        difference = without_padding.astype(int) - np.asarray(by_pillow)
+        assert np.abs(difference).max() <= 1
 
     def test_pads_a_wide_image_above_and_below(self) -> None:
         white = np.full((100, 200, 3), 255, np.uint8)
         fitted = fit_image(white, height=100, width=100)
-        is_lit = fitted.any(axis=(1, 2)).tolist()
-        assert is_lit == [False] * 25 + [True] * 50 + [False] * 25
+        is_row_lit = fitted.any(axis=(1, 2)).tolist()
+        assert is_row_lit == [False] * 25 + [True] * 50 + [False] * 25
 
     def test_returns_an_image_of_the_right_size_unchanged(self) -> None:
         white = np.full((100, 200, 3), 255, np.uint8)
@@ -57,9 +63,11 @@ class TestFitImage:
 
 
 def test_the_visible_window_includes_the_padding() -> None:
+    """An image of 200 × 100 in a square gets padding above and below, each half of its height."""
     assert visible_window(source=(200, 100), target=(100, 100)) == (0, -50, 200, 200)
 
 
+# Twice the size, nearly the same aspect, and an enlargement of less than 1.25.
 @pytest.mark.parametrize("size", [(560, 420), (561, 420), (240, 180)])
 def test_images_that_lose_next_to_nothing_are_not_described(size: tuple[int, int]) -> None:
     assert describe_fit(source=size, target=SPEAR1_SIZE) is None
@@ -84,6 +92,7 @@ def test_black_bars_are_described(size: tuple[int, int], description: str) -> No
 
 
 def test_enlargement_is_described() -> None:
+    """From 192 to 280 pixels is 1.46 times."""
     assert "enlarged 1.5 times" in str(describe_fit((192, 128), SPEAR1_SIZE))
 
 
@@ -103,17 +112,20 @@ def test_empty_images_are_refused(processor: Processor) -> None:
 
 class TestAnswers:
     def test_go_through_tokens_and_back(self, processor: Processor) -> None:
+        """Text stays the same, a pixel is as near as its 1,024 steps allow, and a number is in the
+        same bin."""
         segments = ["at ", Pixel(0.1, 0.7), " and ", 0.3, -1.2, " ¿ok? ", Pixel(0.0, 0.999)]
+        end_token_and_more = [1, 5, 5]  # what follows the end token does not belong to the answer
+        half_step = 0.5 / 1024 + 1e-9
 
-        end_token_and_more = [1, 5, 5]
         decoded = processor.decode_answer([*processor.encode_answer(segments), *end_token_and_more])
 
         assert len(decoded) == len(segments)
         for segment, decoded_segment in zip(segments, decoded, strict=True):
             assert type(segment) is type(decoded_segment)
             if isinstance(segment, Pixel):
-                assert decoded_segment.x == pytest.approx(segment.x, abs=0.5 / 1024 + 1e-9)
-                assert decoded_segment.y == pytest.approx(segment.y, abs=0.5 / 1024 + 1e-9)
+                assert decoded_segment.x == pytest.approx(segment.x, abs=half_step)
+                assert decoded_segment.y == pytest.approx(segment.y, abs=half_step)
             elif isinstance(segment, float):
                 encode = processor.coordinates.encode
                 assert encode(np.array(segment)) == encode(np.array(decoded_segment))
@@ -135,13 +147,13 @@ class TestAnswers:
         self, processor: Processor, segments: list[float | Pixel], is_allowed: bool
     ) -> None:
         ids = processor.encode_answer(segments)
-        ranges = processor.coordinate_grammar(2, 1)
-        fits = [first <= i < last for i, (first, last) in zip(ids, ranges, strict=True)]
-        assert all(fits) is is_allowed
+        ranges = processor.coordinate_grammar(num_numbers=2, num_pixels=1)
+        is_in_range = [first <= i < end for i, (first, end) in zip(ids, ranges, strict=True)]
+        assert all(is_in_range) is is_allowed
 
 
 class TestQuestions:
-    """A batch of a question with 24 numbers and one with a word."""
+    """A batch of two questions: the answer of the first is 24 numbers, of the second a word."""
 
     prompt = "where is the bowl"
 
@@ -198,15 +210,18 @@ class TestPrompts:
     def test_too_long_ones_are_cut_in_training(self, processor: Processor) -> None:
         with pytest.warns(Notice, match="xyzw"):
             ids = processor.encode_prompts(["go", "xyzw" * 100], cut=True)["input_ids"]
-        newline = processor.encode_prompts(["go"])["input_ids"][0, -1]
+        newline_id = processor.encode_prompts(["go"])["input_ids"][0, -1]
         assert ids.shape == (2, processor.prompt_tokens)
-        assert ids[1, -1] == newline
+        assert ids[1, -1] == newline_id
 
     @pytest.mark.parametrize(
         "method", ["encode_prompts", "encode_instructions", "encode_questions"]
     )
     def test_none_at_all_are_no_rows(self, processor: Processor, method: str) -> None:
-        batch = getattr(processor, method)([])
+        encode = getattr(processor, method)
+
+        batch = encode([])
+
         for tensor in batch.values():
             assert tensor.shape == (0, 0)
 
@@ -221,13 +236,14 @@ class TestPrompts:
     "typed", ["<bos>", "<eos>x", "<loc0001>", "<loc0001><loc1024>", "a<3d0007> [x] < y"]
 )
 class TestTypedTokenNames:
-    """Somebody who types the name of a token types text.
+    """The name of a token that a user types is text, not the token.
 
-    Only the two tokens of a pixel are tokens.
+    Only the two location tokens of a pixel are recognized as tokens.
     """
 
     @pytest.fixture
     def named_ids(self, processor: Processor) -> set[int]:
+        """The ids of all special, location and 3D tokens."""
         return set(processor.tokenizer.get_added_vocab().values())
 
     def test_stay_text_in_an_instruction(
@@ -251,7 +267,8 @@ class TestTypedTokenNames:
     ) -> None:
         prompt = f"what is at {Pixel(0.1, 0.2)} {typed}?"
         ids = processor.encode_prompts([prompt])["input_ids"][0, 1:].tolist()
-        assert sum(i in named_ids for i in ids) == 2
+        num_named = sum(i in named_ids for i in ids)
+        assert num_named == 2  # y and x of the pixel
 
 
 @pytest.mark.parametrize("text", ["put the carrot", "naïve 漢字 \t tabs", "<3d0007> is a token"])
@@ -271,6 +288,7 @@ def test_a_trained_tokenizer_has_gemmas_special_tokens_and_the_3d_tokens_last(
 def test_ever_new_texts_take_no_memory(
     processor: Processor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """The cache of tokens has a limited number of texts, and no long ones."""
     monkeypatch.setattr(processing, "MAX_CACHED_TEXTS", 8)
 
     for number in range(20):
@@ -328,19 +346,26 @@ class TestSavedProcessor:
     "size", [(96, 96), (60, 120), (160, 90), (848, 480), (192, 128), (384, 256)]
 )
 class TestPixels:
-    """A white square of 8×8 pixels, at one fraction of images of several sizes."""
+    """A pixel in images of several sizes, marked by a white square of 8×8 pixels on black.
+
+    `size` is the (width, height) of the image.
+    """
 
     square_px = 8
 
     def corner(self, size: tuple[int, int]) -> tuple[int, int]:
+        """The left and top edges of the square, in pixels: about 5/8 and 2/8 of the image."""
         width, height = size
         return width // 8 * 5, height // 8 * 2
 
     def pixel(self, size: tuple[int, int]) -> Pixel:
+        """The center of the square, as fractions of the image."""
+        width, height = size
         left, top = self.corner(size)
-        return Pixel((left + self.square_px / 2) / size[0], (top + self.square_px / 2) / size[1])
+        return Pixel((left + self.square_px / 2) / width, (top + self.square_px / 2) / height)
 
     def prepared(self, processor: Processor, size: tuple[int, int]) -> torch.Tensor:
+        """One channel [h, w] of the prepared image."""
         width, height = size
         left, top = self.corner(size)
         image = np.zeros((height, width, 3), np.uint8)
@@ -352,8 +377,11 @@ class TestPixels:
     ) -> None:
         pixels = self.prepared(processor, size)
         height, width = pixels.shape
-        center_x = float((torch.arange(width) + 0.5).double() @ pixels.sum(0) / pixels.sum())
-        center_y = float((torch.arange(height) + 0.5).double() @ pixels.sum(1) / pixels.sum())
+        # The center of mass of the white square.
+        x_px = (torch.arange(width) + 0.5).double()
+        y_px = (torch.arange(height) + 0.5).double()
+        center_x = float(x_px @ pixels.sum(0) / pixels.sum())
+        center_y = float(y_px @ pixels.sum(1) / pixels.sum())
 
         mapped = map_pixel(self.pixel(size), size, (width, height))
 

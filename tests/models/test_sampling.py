@@ -1,4 +1,8 @@
-"""Fast sampling gives the actions of the flow around the plain network, whatever the inputs."""
+"""Fast sampling gives the same actions as the plain network, for all kinds of inputs and weights.
+
+The plain network is the network as it is trained: `sample_by_reference` runs it step by step, with
+nothing precomputed.
+"""
 
 import weakref
 from collections.abc import Callable
@@ -32,6 +36,7 @@ from spear.types import Action
 
 H = TINY.horizon
 GROUPED = {**TEXT_SIZES, "num_attention_heads": 4, "num_key_value_heads": 2}
+# Changes of the tiny preset.
 ARCHITECTURES: dict[str, dict[str, Any]] = {
     "velocity": {},
     "clean": {"flow": {"prediction": "clean"}},
@@ -41,6 +46,10 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
 
 
 def observation(batch: int, views: tuple[str, ...], padded: bool, seed: int = 0) -> dict[str, Any]:
+    """Random inputs of `sample_actions`, except noise.
+
+    With `padded`, instructions have padding, and row 1 has no wrist image.
+    """
     ids, mask = draw_text(batch, 6, seed)
     state = torch.randn(batch, 10, generator=torch.Generator().manual_seed(seed))
     inputs = {"pixel_values": draw_pixels(batch, seed, views), "input_ids": ids, "state": state}
@@ -60,9 +69,8 @@ def sample_and_check(
     """Sample actions [B, H, 8], and assert that they are those of the plain network."""
     sampled = model.sample_actions(**inputs, steps=steps, noise=noise, committed=committed)
     vector = sampled.to_vector()
-    assert (
-        relative_error(vector, sample_by_reference(model, inputs, noise, steps, committed)) < 1e-5
-    )
+    expected = sample_by_reference(model, inputs, noise, steps, committed)
+    assert relative_error(vector, expected) < 1e-5
     return vector
 
 
@@ -92,15 +100,16 @@ def test_committed_actions_come_back_and_change_the_others(architecture: str, pa
     inputs = observation(3, ("external", "wrist"), padded)
     noise = draw_actions(3, H)
     committed = draw_actions(3, H, seed=5)
-    is_committed = torch.arange(H) < torch.tensor([[0], [1], [H - 1]])
+    num_committed = torch.tensor([[0], [1], [H - 1]])  # of the three rows
+    is_committed = torch.arange(H) < num_committed
 
     free = model.sample_actions(**inputs, steps=4, noise=noise).to_vector()
     prefix = flow.CommittedPrefix(committed, is_committed)
     sampled = sample_and_check(model, inputs, noise, 4, prefix)
 
     assert torch.equal(sampled[is_committed], committed.to_vector()[is_committed])
-    # The first row commits nothing, so its values do not matter; the second row notices its first
-    # action.
+    # Row 0 commits nothing, so `committed` does not change its actions. In row 1, the committed
+    # first action changes the actions after it.
     assert relative_error(sampled[0], free[0]) < 1e-5
     assert relative_error(sampled[1, 1:], free[1, 1:]) > 1e-3
 
@@ -111,8 +120,9 @@ def test_committed_actions_come_back_and_change_the_others(architecture: str, pa
 def test_a_fast_path_that_fails_is_not_used(
     failure: str, message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """The notice has the error's text, or how far the result is from the plain network's."""
     model = make_spear1()
-    inputs = observation(3, ("external", "wrist"), True)
+    inputs = observation(3, ("external", "wrist"), padded=True)
     noise = draw_actions(3, H)
     expected = sample_by_reference(model, inputs, noise, 4)
 
@@ -138,7 +148,7 @@ class TestThreeViewsOfOneSize:
 
     @pytest.fixture
     def inputs(self) -> dict[str, Any]:
-        inputs = observation(2, (), True)
+        inputs = observation(2, views=(), padded=True)
         generator = torch.Generator().manual_seed(0)
         inputs["pixel_values"] = {
             view: torch.randint(0, 256, (2, 3, 32, 32), generator=generator, dtype=torch.uint8)
@@ -150,7 +160,8 @@ class TestThreeViewsOfOneSize:
         self, model: Spear1ForActionPrediction, inputs: dict[str, Any]
     ) -> None:
         noise = draw_actions(2, H)
-        model.sample_actions(**inputs, noise=noise)  # the first also runs through the plain network
+        # The first sample also runs through the plain network, so the second is counted.
+        model.sample_actions(**inputs, noise=noise)
         calls: list[int] = []
         layer = model.vlm.vision_tower.encoder.layers[0]
         layer.register_forward_hook(lambda *_: calls.append(1))
@@ -168,7 +179,7 @@ class TestThreeViewsOfOneSize:
 
         model.to(torch.bfloat16)
         rounded = model.sample_actions(**inputs, noise=noise).to_vector()
-        # The reference rounds at every layer, in another order
+        # The plain network rounds at every layer, in another order.
         plain = sample_by_reference(model, inputs, noise, 10)
 
         assert rounded.dtype == torch.float32
@@ -181,14 +192,14 @@ class TestThreeViewsOfOneSize:
         noise = draw_actions(2, H)
         model.to(torch.bfloat16).float().vlm.to(torch.bfloat16)
 
-        with no_warning():  # a notice would say that fast sampling does not work
+        with no_warning():  # a notice would mean that fast sampling does not work
             mixed = model.sample_actions(**inputs, noise=noise).to_vector()
 
         assert relative_error(mixed, sample_by_reference(model, inputs, noise, 10)) < 0.03
 
 
 class DoubledLinear(torch.nn.Linear):
-    """What a user may make of a layer."""
+    """A layer that a user replaced by a class of their own."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return 2 * super().forward(x)
@@ -212,32 +223,32 @@ def add_forward_pre_hook(layer: Any) -> None:
 )
 def test_changes_of_a_layer_by_a_user_take_effect(name: str, change: Callable[[Any], None]) -> None:
     model = make_spear1()
-    inputs = observation(2, ("external",), False)
+    inputs = observation(2, ("external",), padded=False)
     noise = draw_actions(2, H)
-    sampled_before = sample_and_check(model, inputs, noise, 2)
+    sampled_before = sample_and_check(model, inputs, noise, steps=2)
 
     change(model.get_submodule(name))
-    sampled_after = sample_and_check(model, inputs, noise, 2)
+    sampled_after = sample_and_check(model, inputs, noise, steps=2)
 
     assert relative_error(sampled_after, sampled_before) > 1e-3
 
 
 def test_all_changes_of_a_layer_take_effect_together() -> None:
     model = make_spear1()
-    inputs = observation(2, ("external",), False)
+    inputs = observation(2, ("external",), padded=False)
     noise = draw_actions(2, H)
     layer = model.get_submodule("expert.layers.0.mlp.down_proj")
-    sampled_before = sample_and_check(model, inputs, noise, 2)
+    sampled_before = sample_and_check(model, inputs, noise, steps=2)
 
     for change in (use_another_class, add_forward_hook, add_forward_pre_hook):
         change(layer)
-        sampled_after = sample_and_check(model, inputs, noise, 2)
+        sampled_after = sample_and_check(model, inputs, noise, steps=2)
         assert relative_error(sampled_after, sampled_before) > 1e-3
         sampled_before = sampled_after
 
 
 @pytest.mark.parametrize("padded", [False, True])
-def test_gemma2_layers_too(padded: bool) -> None:
+def test_actions_of_a_model_with_gemma2_are_those_of_the_plain_network(padded: bool) -> None:
     torch.manual_seed(0)
     vlm_config = build_vlm_config(TINY)
     vlm_config.text_config = Gemma2Config(
@@ -252,14 +263,19 @@ def test_gemma2_layers_too(padded: bool) -> None:
     )
     model = Spear1ForActionPrediction(build_spear1_config(TINY, vlm_config)).eval()
 
-    sample_and_check(model, observation(2, ("external",), padded), draw_actions(2, H), 3)
+    inputs = observation(2, ("external",), padded)
+
+    sample_and_check(model, inputs, draw_actions(2, H), steps=3)
 
 
 class TestChangedWeights:
-    """After a change, the next sample is that of the new weights."""
+    """The `Sampler` precomputes products of weights. When weights change, it is made again.
+
+    The methods before the tests change a model's weights in one way each.
+    """
 
     def scale_in_place(self, model: Any) -> None:
-        """As an optimizer does it."""
+        """Change weights as an optimizer does."""
         with torch.no_grad():
             for parameter in model.expert.parameters():
                 parameter.mul_(1.3)
@@ -274,10 +290,9 @@ class TestChangedWeights:
         model.action_in_proj.weight.data = torch.randn_like(model.action_in_proj.weight)
 
     def copy_into_data(self, model: Any) -> None:
-        """As EMA weights are put in place."""
-        for parameter, other in zip(
-            model.parameters(), make_spear1(seed=5).parameters(), strict=True
-        ):
+        """Change weights as training does to put EMA weights in place."""
+        other_model = make_spear1(seed=5)
+        for parameter, other in zip(model.parameters(), other_model.parameters(), strict=True):
             parameter.data.copy_(other.data)
 
     @pytest.mark.parametrize(
@@ -285,49 +300,55 @@ class TestChangedWeights:
         ["scale_in_place", "load_state", "assign_state", "replace_data", "copy_into_data"],
     )
     def test_are_noticed(self, change: str) -> None:
+        packed = True  # the argument with which `sample_actions` gets its sampler
         model = make_spear1()
-        inputs = observation(1, ("external",), False)
+        inputs = observation(1, ("external",), padded=False)
         noise = draw_actions(1, H)
-        sampled_before = sample_and_check(model, inputs, noise, 2)
-        sampler = get_sampler(model, True)
-        assert get_sampler(model, True) is sampler
+        sampled_before = sample_and_check(model, inputs, noise, steps=2)
+        sampler = get_sampler(model, packed)
+        assert get_sampler(model, packed) is sampler
 
-        getattr(self, change)(model)
+        change_weights = getattr(self, change)
+        change_weights(model)
 
-        assert get_sampler(model, True) is not sampler
-        sampled_after = sample_and_check(model, inputs, noise, 2)
+        assert get_sampler(model, packed) is not sampler
+        sampled_after = sample_and_check(model, inputs, noise, steps=2)
         assert relative_error(sampled_after, sampled_before) > 1e-4
 
     @pytest.mark.parametrize(
         "part", ["vlm.vision_tower", "vlm.moge", "state_proj", "action_out_proj"]
     )
     def test_moved_weights_are_noticed(self, part: str) -> None:
+        """A CUDA graph would still read the weights' old addresses."""
+        packed = True
         model = make_spear1()
-        sampler = get_sampler(model, True)
+        sampler = get_sampler(model, packed)
 
         weight = next(model.get_submodule(part).parameters())
-        weight.data = weight.clone()  # a CUDA graph would still read the old place
+        weight.data = weight.clone()
 
-        assert get_sampler(model, True) is not sampler
+        assert get_sampler(model, packed) is not sampler
 
     def test_of_a_network_made_in_inference_mode_are_noticed(self) -> None:
-        inputs = observation(1, ("external",), False)
+        """Weights made in inference mode have no version that counts writes."""
+        inputs = observation(1, ("external",), padded=False)
         noise = draw_actions(1, H)
         with torch.inference_mode():
             model = make_spear1()
-            sample_and_check(model, inputs, noise, 2)
+            sample_and_check(model, inputs, noise, steps=2)
 
             model.action_in_proj.weight.mul_(1.3)
 
-            sample_and_check(model, inputs, noise, 2)
+            sample_and_check(model, inputs, noise, steps=2)
 
 
 def test_lora_takes_effect() -> None:
     pytest.importorskip("peft")
     from spear.train.optimize import add_adapters
 
+    """The adapters begin with zeros in `lora_B`, and have an effect once these are set."""
     model = make_spear1()
-    inputs = observation(1, ("external",), False)
+    inputs = observation(1, ("external",), padded=False)
     noise = draw_actions(1, H)
     sampled_before = model.sample_actions(**inputs, steps=2, noise=noise).to_vector()
 
@@ -335,17 +356,18 @@ def test_lora_takes_effect() -> None:
     for name, parameter in model.named_parameters():
         if ".lora_B." in name:
             torch.nn.init.normal_(parameter)
-    sampled_after = sample_and_check(model, inputs, noise, 2)
+    sampled_after = sample_and_check(model, inputs, noise, steps=2)
 
     assert relative_error(sampled_after, sampled_before) > 1e-3
 
 
-def test_sampling_leaves_weights_where_and_as_they_are() -> None:
+def test_sampling_neither_moves_nor_changes_weights() -> None:
     model = make_spear1()
     weights_before = {name: weight.clone() for name, weight in model.state_dict().items()}
     addresses = {name: weight.data_ptr() for name, weight in model.state_dict().items()}
 
-    model.sample_actions(**observation(2, ("external",), True), noise=draw_actions(2, H))
+    inputs = observation(2, ("external",), padded=True)
+    model.sample_actions(**inputs, noise=draw_actions(2, H))
 
     for name, weight in model.state_dict().items():
         assert weight.data_ptr() == addresses[name]
@@ -354,7 +376,7 @@ def test_sampling_leaves_weights_where_and_as_they_are() -> None:
 
 def test_a_model_learns_after_sampling() -> None:
     model = make_spear1()
-    inputs = observation(2, ("external",), True)
+    inputs = observation(2, ("external",), padded=True)
     model.sample_actions(**inputs, noise=draw_actions(2, H))
 
     model.train()
@@ -366,11 +388,13 @@ def test_a_model_learns_after_sampling() -> None:
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 0.02)])
 class TestLinearLayers:
     def layers_and_input(self, dtype: torch.dtype) -> tuple[list[FastLinear], torch.Tensor]:
+        """Three layers of different widths, and an input [2, 5, 24] for all of them."""
         torch.manual_seed(0)
-        layers = [FastLinear(24, rows).to(dtype) for rows in (8, 3, 40)]
+        layers = [FastLinear(24, out_width).to(dtype) for out_width in (8, 3, 40)]
         return layers, torch.randn(2, 5, 24).to(dtype)
 
     def exact(self, layer: FastLinear, x: torch.Tensor) -> torch.Tensor:
+        """The layer's output, computed in double precision."""
         return torch.nn.functional.linear(x.double(), layer.weight.double(), layer.bias.double())
 
     @pytest.mark.parametrize("packed", [False, True])
@@ -400,6 +424,8 @@ class TestLinearLayers:
 
 
 class TestCompiledStack:
+    """A `LayerStack` whose parts before and after attention are compiled, as they are on a GPU."""
+
     num_layers = 3
 
     @pytest.fixture
@@ -409,6 +435,7 @@ class TestCompiledStack:
 
     @staticmethod
     def compile_stack(stack: LayerStack, backend: Callable[..., Any]) -> None:
+        """Compile a stack by a backend that runs on a CPU."""
         torch._dynamo.reset()
         for function, attribute in (
             ("_project_qkv", "_run_before_attention"),
@@ -419,14 +446,18 @@ class TestCompiledStack:
 
     @staticmethod
     def run(stack: LayerStack) -> list[torch.Tensor]:
-        """The output of the last layer, and all keys and values."""
+        """Run 7 tokens, and return the output of the last layer, and all keys and values.
+
+        The tokens are in two blocks: the first 3 see themselves, the other 4 see all.
+        """
         torch.manual_seed(0)
         with torch.inference_mode():
             x = torch.randn(2, 7, TEXT_SIZES["hidden_size"])
             positions = torch.arange(7).expand(2, 7)
             cache = stack.allocate_cache(2, 7, x.dtype, x.device)
             rotations = stack.compute_rotations(positions, x.dtype)
-            output = stack(x, rotations, cache.make_window(0, [(3, 3), (4, 7)]))
+            window = cache.make_window(0, [(3, 3), (4, 7)])
+            output = stack(x, rotations, window)
             return [output, torch.stack(cache.layers)]
 
     def test_what_is_compiled_for_one_layer_serves_all(self, language_model: Any) -> None:
@@ -440,10 +471,10 @@ class TestCompiledStack:
         self.compile_stack(compiled, count_graphs)
 
         torch.testing.assert_close(self.run(compiled), self.run(LayerStack(language_model)))
-        assert len(graphs) == 2
+        assert len(graphs) == 2  # before and after attention
 
     def test_a_stack_is_freed_at_once(self, language_model: Any) -> None:
-        """Its weights and graphs fill a GPU."""
+        """It does not wait for the garbage collector, because weights and graphs fill a GPU."""
         compiled = LayerStack(language_model)
         self.compile_stack(compiled, aot_eager)
         self.run(compiled)

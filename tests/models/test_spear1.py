@@ -1,4 +1,5 @@
-"""SPEAR-1: block-causal information flow, flow samples, sampling, checkpoints."""
+"""SPEAR-1: which tokens see which, several flow samples per observation, committed actions,
+sampling, and checkpoints."""
 
 import contextlib
 import json
@@ -18,12 +19,14 @@ from spear.models.spear1 import Spear1Config, Spear1ForActionPrediction
 from spear.models.weights import load as weights
 from spear.types import Action
 
-B = 3
+B = 3  # batch size
 H = TINY.horizon
+# Classes of the layers of both Gemmas, of SigLIP and of MoGe's encoder.
 RECORDED_LAYERS = ("GemmaDecoderLayer", "SiglipEncoderLayer", "Dinov2Layer")
 
 
 def observation(seed: int = 0) -> dict[str, Any]:
+    """Random images, padded instructions and states of B observations."""
     ids, mask = draw_text(B, 6, seed)
     state = torch.randn(B, 10, generator=torch.Generator().manual_seed(seed))
     return {
@@ -37,7 +40,17 @@ def observation(seed: int = 0) -> dict[str, Any]:
 def record_activations(
     model: Spear1ForActionPrediction, state: torch.Tensor, noisy: Action
 ) -> dict[str, torch.Tensor]:
-    """Every layer's output, of the VLM [B, S, D] and of the expert [B, 1 + H, D]."""
+    """The output of every layer, by the layer's name.
+
+    Args:
+        model: The model.
+        state: The robot's state.
+        noisy: The state of the flow a_τ.
+
+    Returns:
+        [B, S, D] for layers of the VLM, and [B, 1 + H, D] for layers of the expert, where the first
+        token is that of the robot's state.
+    """
     prefix_inputs = observation()
     del prefix_inputs["state"]
     activations: dict[str, torch.Tensor] = {}
@@ -58,7 +71,12 @@ def record_activations(
 
 
 class TestInformationFlow:
-    """Block-wise causal: [images, instruction] → [state] → [actions]."""
+    """The blocks are [images, instruction], [state] and [actions]. A token sees its own block and
+    the blocks before it.
+
+    The fixtures are the activations of three runs: the baseline, one with another action, and one
+    with another state.
+    """
 
     @pytest.fixture
     def model(self) -> Spear1ForActionPrediction:
@@ -83,7 +101,8 @@ class TestInformationFlow:
     ) -> None:
         for name, value in baseline.items():
             if name.startswith("expert"):
-                assert torch.equal(value[:, 0], after_other_action[name][:, 0]), name
+                state_output = value[:, 0]
+                assert torch.equal(state_output, after_other_action[name][:, 0]), name
             else:
                 assert torch.equal(value, after_other_action[name]), name
 
@@ -92,7 +111,8 @@ class TestInformationFlow:
     ) -> None:
         for name, value in baseline.items():
             is_expert = name.startswith("expert")
-            assert torch.equal(value, after_other_state[name]) != is_expert, name
+            is_unchanged = torch.equal(value, after_other_state[name])
+            assert is_unchanged == (not is_expert), name
 
     def test_every_action_sees_the_state_and_all_actions(
         self,
@@ -104,14 +124,15 @@ class TestInformationFlow:
         last_layer = f"expert.layers.{len(model.expert.layers) - 1}"
         for changed in (after_other_action, after_other_state):
             for position in range(1, 1 + H):
-                unchanged = torch.equal(
+                is_unchanged = torch.equal(
                     baseline[last_layer][:, position], changed[last_layer][:, position]
                 )
-                assert not unchanged, position
+                assert not is_unchanged, position
 
 
 @pytest.mark.parametrize("side", ["right", "left"])
 def test_the_expert_does_not_see_padding_or_a_missing_view(side: str) -> None:
+    """A batch with padding and masked wrist images gives the same as single rows without them."""
     model = make_spear1()
     inputs = observation()
     images = inputs["pixel_values"]
@@ -120,27 +141,32 @@ def test_the_expert_does_not_see_padding_or_a_missing_view(side: str) -> None:
     state = inputs["state"]
     noisy = draw_actions(B, H)
     tau = torch.full((B,), 0.3)
-    is_missing = {"wrist": torch.zeros(B, dtype=torch.bool)}
-    padded_ids, padded_mask = to_left_padded(ids, mask) if side == "left" else (ids, mask)
+    is_present = {"wrist": torch.zeros(B, dtype=torch.bool)}
+    if side == "left":
+        padded_ids, padded_mask = to_left_padded(ids, mask)
+    else:
+        padded_ids, padded_mask = ids, mask
 
-    prefix = model.encode_prefix(images, padded_ids, padded_mask, is_missing)
+    prefix = model.encode_prefix(images, padded_ids, padded_mask, is_present)
     together = model.predict(prefix, state, noisy, tau).to_vector()
 
-    for row in range(B):
-        only = slice(row, row + 1)
-        image = {"external": images["external"][only]}
-        prefix = model.encode_prefix(image, ids[only, : mask[row].sum()])
-        noisy_row = Action.from_vector(noisy.to_vector()[only])
-        alone = model.predict(prefix, state[only], noisy_row, tau[only])
-        torch.testing.assert_close(alone.to_vector(), together[only], rtol=1e-4, atol=1e-5)
+    for index in range(B):
+        row = slice(index, index + 1)
+        image = {"external": images["external"][row]}
+        num_tokens = mask[index].sum()
+        prefix = model.encode_prefix(image, ids[row, :num_tokens])
+        noisy_row = Action.from_vector(noisy.to_vector()[row])
+        alone = model.predict(prefix, state[row], noisy_row, tau[row])
+        torch.testing.assert_close(alone.to_vector(), together[row], rtol=1e-4, atol=1e-5)
 
 
 class TestFlowSamples:
-    """K draws of noise and flow time per observation."""
+    """Several draws of noise and flow time per observation (K in the model's docstrings)."""
 
     num_chunks = 4
 
     def draws(self) -> tuple[Action, torch.Tensor]:
+        """Noise [B, 4, H, ·] and flow times [B, 4]."""
         noise = draw_actions(B, self.num_chunks, H, seed=2)
         tau = torch.rand(B, self.num_chunks, generator=torch.Generator().manual_seed(6))
         return noise, tau
@@ -148,11 +174,11 @@ class TestFlowSamples:
     def test_samples_that_share_a_prefix_equal_separate_calls(self) -> None:
         model = make_spear1()
         target = draw_actions(B, H)
-        counts = torch.rand(B, H, generator=torch.Generator().manual_seed(5)) < 0.7
+        action_mask = torch.rand(B, H, generator=torch.Generator().manual_seed(5)) < 0.7
         noise, tau = self.draws()
 
         together = model(
-            **observation(), actions=target, action_mask=counts, noise=noise, tau=tau
+            **observation(), actions=target, action_mask=action_mask, noise=noise, tau=tau
         ).loss
 
         separate = []
@@ -162,7 +188,7 @@ class TestFlowSamples:
             output = model(
                 **observation(),
                 actions=target,
-                action_mask=counts,
+                action_mask=action_mask,
                 noise=noise_chunk,
                 tau=tau[:, chunk],
             )
@@ -171,6 +197,7 @@ class TestFlowSamples:
 
     @pytest.mark.parametrize("argument", ["noise", "tau"])
     def test_noise_or_tau_determines_how_many_samples_there_are(self, argument: str) -> None:
+        """If one of them is given, the argument `flow_samples` has no effect."""
         model = make_spear1()
         noise, tau = self.draws()
         draws: dict[str, Any] = {"noise": noise} if argument == "noise" else {"tau": tau}
@@ -191,11 +218,12 @@ class TestFlowSamples:
 
 
 class TestCommittedActions:
-    """In training, the first actions of a chunk may be given clean, at τ = 1."""
+    """In training, the first actions of a chunk may be committed: they are given at τ = 1."""
 
-    num_chunks = 8
+    num_chunks = 8  # flow samples per observation
     target = draw_actions(B, H)
-    counts = torch.arange(H) < torch.tensor([[H], [H - 1], [H]])
+    # The last action of the second chunk does not count.
+    action_mask = torch.arange(H) < torch.tensor([[H], [H - 1], [H]])
 
     @pytest.fixture
     def model(self) -> Spear1ForActionPrediction:
@@ -207,7 +235,7 @@ class TestCommittedActions:
 
     def loss(self, model: Spear1ForActionPrediction, **arguments: Any) -> torch.Tensor:
         return model(
-            **observation(), actions=self.target, action_mask=self.counts, **arguments
+            **observation(), actions=self.target, action_mask=self.action_mask, **arguments
         ).loss
 
     def test_without_them_only_noise_and_flow_time_are_drawn(
@@ -227,18 +255,20 @@ class TestCommittedActions:
     def test_they_are_given_slightly_wrong_and_teach_nothing(
         self, model: Spear1ForActionPrediction, generator: torch.Generator
     ) -> None:
-        # Draw what the model will draw.
+        """The network gets committed actions with the errors of `perturb_committed`, and they have
+        no gradient. The loss is that of the other actions."""
+        # Draw the random numbers that the model will draw, in the same order.
         shape = (B, self.num_chunks, H)
         noise = flow.sample_noise(shape, model.flow_config, generator)
         tau = flow.sample_time(B * self.num_chunks, model.flow_config, generator)
         num_committed = torch.randint(3, (B, self.num_chunks, 1), generator=generator)
         assert set(num_committed.flatten().tolist()) == {0, 1, 2}
         is_committed = torch.arange(H) < num_committed
-        counts = self.counts[:, None].expand(shape)
+        is_valid = self.action_mask[:, None].expand(shape)
         target = Action.from_vector(self.target.to_vector()[:, None].expand(*shape, 8))
-        perturbed = flow.perturb_committed(target, is_committed, generator, counts).to_vector()
+        perturbed = flow.perturb_committed(target, is_committed, generator, is_valid).to_vector()
 
-        # Record what the action tokens are made from, and what is predicted.
+        # Record the actions from which the network makes its tokens, and its predictions.
         inputs: list[torch.Tensor] = []
         outputs: list[torch.Tensor] = []
         model.action_in_proj.register_forward_hook(lambda layer, args, out: inputs.append(args[0]))
@@ -252,16 +282,22 @@ class TestCommittedActions:
         torch.testing.assert_close(
             inputs[0][is_committed], perturbed[is_committed], rtol=0, atol=1e-6
         )
-        is_taught = outputs[0].grad.reshape(*shape, 8).abs().sum(-1) > 0
-        assert torch.equal(is_taught, ~is_committed & counts)
+        prediction = outputs[0].detach().reshape(*shape, 8)
+        has_gradient = outputs[0].grad.reshape(*shape, 8).abs().sum(-1) > 0
+        assert torch.equal(has_gradient, ~is_committed & is_valid)
 
-        # The loss is that of the other actions, each taken as a chunk of its own at its own flow
-        # time.
-        alone = []
-        for vector in (outputs[0].detach().reshape(*shape, 8), noise.to_vector(), perturbed):
-            alone.append(Action.from_vector(vector[is_taught][:, None]))
-        tau_of_actions = tau.view(B, self.num_chunks, 1).expand(shape)[is_taught]
-        expected, _ = flow.compute_loss(*alone, tau_of_actions, model.flow_config)
+        # The loss is that of the other actions, each as a chunk of one action.
+        def select(vector: torch.Tensor) -> Action:
+            return Action.from_vector(vector[has_gradient][:, None])
+
+        tau_of_actions = tau.view(B, self.num_chunks, 1).expand(shape)[has_gradient]
+        expected, _ = flow.compute_loss(
+            select(prediction),
+            select(noise.to_vector()),
+            select(perturbed),
+            tau_of_actions,
+            model.flow_config,
+        )
         torch.testing.assert_close(loss, expected)
 
 
@@ -274,7 +310,8 @@ def test_gradients_reach_expert_vlm_and_encoders() -> None:
     for name, parameter in model.named_parameters():
         if parameter.grad is None or not parameter.grad.abs().sum() > 0:
             without_gradient.add(name)
-    # Of the VLM's last layer only the keys and values are read; nothing after them can learn.
+    # The expert reads only the keys and values of the VLM's last layer, so the rest of this layer
+    # does not learn.
     last_layer = f"vlm.language_model.layers.{len(model.expert.layers) - 1}"
     assert without_gradient == {
         f"{last_layer}.self_attn.q_proj.weight",
@@ -290,7 +327,8 @@ def test_gradients_reach_expert_vlm_and_encoders() -> None:
 @pytest.mark.parametrize(
     ("prediction", "rotation"), [("clean", [1.0, 0, 0, 0]), ("velocity", [0.0, 0, 0, 0])]
 )
-def test_an_untrained_network_predicts_not_to_turn(prediction: str, rotation: list[float]) -> None:
+def test_an_untrained_network_predicts_no_rotation(prediction: str, rotation: list[float]) -> None:
+    """The bias of the output layer is the identity for clean actions, and no velocity otherwise."""
     model = make_spear1(flow={"prediction": prediction})
 
     bias = Action.from_vector(model.action_out_proj.bias.detach())
@@ -348,12 +386,12 @@ def test_a_saved_config_is_read_back_and_so_is_one_of_an_older_checkpoint(tmp_pa
     saved = json.loads((tmp_path / "config.json").read_text())
     assert Spear1Config(**saved).to_dict() == model.config.to_dict()
 
-    saved["vlm_config"]["image_sizes"] = {"external": [1, 1]}  # a field that nothing reads any more
+    saved["vlm_config"]["image_sizes"] = {"external": [1, 1]}  # a field of older checkpoints
     assert Spear1Config(**saved).to_dict() == model.config.to_dict()
 
 
 class TestBrokenCheckpoints:
-    """The message says what is wrong, and with which weight or field."""
+    """The message of the error says what is wrong, and names the weight or the config's field."""
 
     @pytest.fixture
     def folder(self, tmp_path: Path) -> Path:
@@ -363,6 +401,7 @@ class TestBrokenCheckpoints:
 
     @staticmethod
     def message(folder: Path) -> str:
+        """The message of the error that loading the folder raises."""
         return refuses("", weights.load, Spear1ForActionPrediction, folder)
 
     def test_a_missing_folder(self, tmp_path: Path) -> None:
@@ -415,6 +454,8 @@ class TestBrokenCheckpoints:
     def test_a_config_field_of_a_wrong_value(
         self, folder: Path, field: str, value: Any, names_field: bool
     ) -> None:
+        """`field` may be in a section of the config, as "section.name". `names_field` says whether
+        the message names the field, or only the file."""
         config = build_spear1_config(TINY).to_dict()
         section, _, name = field.rpartition(".")
         fields = config[section] if section else config

@@ -1,4 +1,5 @@
-"""SPEAR-VLM: fusion of the encoders, masks, loss, sizes of presets; stage 0's depth loss."""
+"""SPEAR-VLM: fusion of the encoders, masks, the loss, refused inputs, and sizes of presets; and the
+depth loss of stage 0."""
 
 import math
 from typing import Any
@@ -24,7 +25,7 @@ from spear.models.vlm import IGNORE_LABEL, compute_weighted_cross_entropy
 
 
 def make_batch(rows: int = 4, length: int = 9, prompt_length: int = 4) -> dict[str, torch.Tensor]:
-    """Prompts and answers of several lengths, with labels on the answers."""
+    """Prompts, each with an answer of one of several lengths, and labels on the answers."""
     ids, mask = draw_text(rows, length, last=FIRST_COORDINATE_ID + TINY.bins)
     is_answer = (torch.arange(length) >= prompt_length) & mask.bool()
     return {
@@ -47,11 +48,12 @@ class TestVisualTokens:
 
         tokens = model.encode_views(image)[0]
 
-        assert tokens.shape == (3, 6, 32)
+        assert tokens.shape == (3, 6, 32)  # batch, 3 × 2 patches of 16 pixels, text width
         average = (siglip_tokens + moge_tokens) / 2
         torch.testing.assert_close(tokens, average, rtol=1e-5, atol=1e-6)
 
     def test_without_moge_are_siglips_exactly(self) -> None:
+        """Two models with the same SigLIP, of which one has a MoGe."""
         model = make_vlm()
         image = draw_pixels(3)["external"]
         moge_tokens = model.moge_projector(model.moge(image))
@@ -87,6 +89,7 @@ class TestVisualTokens:
 
 
 def test_the_prefix_sees_itself_and_answers_see_only_the_past() -> None:
+    """Two tokens of a prefix, two of an answer, and one of padding."""
     valid = torch.tensor([[1, 1, 1, 1, 0]]).bool()
     causal = torch.tensor([[0, 0, 1, 1, 0]]).bool()
 
@@ -107,36 +110,42 @@ def test_the_loss_weighs_3d_tokens_by_lambda() -> None:
 
     output = model(images, **inputs)
 
+    # The logits at a position predict the next token.
     labels = inputs.pop("labels")
     log_p = model(images, **inputs).logits.log_softmax(-1)[:, :-1]
     next_labels = labels[:, 1:]
     is_learned = next_labels != IGNORE_LABEL
-    losses = -log_p.gather(-1, next_labels.clamp_min(0)[..., None])[..., 0][is_learned]
+    label_log_p = log_p.gather(-1, next_labels.clamp_min(0)[..., None])[..., 0]  # [texts, L - 1]
+    losses = -label_log_p[is_learned]
     is_coordinate = next_labels[is_learned] >= FIRST_COORDINATE_ID
-    weights = torch.where(is_coordinate, 2.0, 1.0)
+    weights = torch.where(is_coordinate, 2.0, 1.0)  # λ is 2
     torch.testing.assert_close(output.loss, (weights * losses).sum() / weights.sum())
     torch.testing.assert_close(output.parts["coordinates"], losses[is_coordinate].mean())
     torch.testing.assert_close(output.parts["text"], losses[~is_coordinate].mean())
 
 
 def test_smoothing_spreads_the_target_of_a_3d_token_over_its_neighbors() -> None:
+    """The labels are the 3D token of an inner bin, that of the first bin, and a token of text."""
     sigma = 1.5
+    inner_bin = 10
     text_id = 5
-    labels = torch.tensor([FIRST_COORDINATE_ID + 10, FIRST_COORDINATE_ID, text_id])
-    logits = torch.randn(3, FIRST_COORDINATE_ID + TINY.bins, dtype=torch.float64).float()
+    labels = torch.tensor([FIRST_COORDINATE_ID + inner_bin, FIRST_COORDINATE_ID, text_id])
+    coordinate_ids = range(FIRST_COORDINATE_ID, FIRST_COORDINATE_ID + TINY.bins)
+    logits = torch.randn(3, coordinate_ids.stop, dtype=torch.float64).float()
 
     loss, _ = compute_weighted_cross_entropy(
-        logits, labels, range(FIRST_COORDINATE_ID, FIRST_COORDINATE_ID + TINY.bins), 2.0, sigma
+        logits, labels, coordinate_ids, weight=2.0, smoothing=sigma
     )
 
     bins = torch.arange(TINY.bins)
     target = torch.zeros_like(logits)
-    for row, center in ((0, 10), (1, 0)):
-        is_near = (bins - center).abs() <= 4  # 3σ
+    for row, center in ((0, inner_bin), (1, 0)):
+        is_near = (bins - center).abs() <= 4  # 3σ, rounded
         gaussian = torch.exp(-0.5 * ((bins - center) / sigma) ** 2) * is_near
         target[row, FIRST_COORDINATE_ID:] = gaussian / gaussian.sum()
-    target[2, 5] = 1
+    target[2, text_id] = 1
     losses = -(target * logits.log_softmax(-1)).sum(-1)
+    # The mean with the weights 2, 2 and 1.
     torch.testing.assert_close(loss, (2 * losses[0] + 2 * losses[1] + losses[2]) / 5)
 
 
@@ -188,18 +197,24 @@ class TestRefusals:
 def test_the_depth_loss_is_that_of_shape_and_of_scale(
     log_scale_error: float, shape_error: float
 ) -> None:
-    """The head predicts the same for each patch, whose 4 × 4 cells are 4 pixels wide."""
+    """The head predicts the same 16 log depths for each patch, because its weight is 0.
+
+    A patch of 16 pixels has 4 × 4 cells of 4 pixels. The true depth differs from the prediction by
+    a factor, and by an error that alternates between cells. Some true depths are unknown.
+    """
     config = MogeDepthConfig(moge_config=build_vlm_config(TINY).moge_config, cells=4)
     model = MogeForDepth(config)
-    log_depth = torch.linspace(-1, 1, 16)  # of the cells
+    log_depth = torch.linspace(-1, 1, 16)  # of the cells of a patch
     alternating = torch.tensor([1.0, -1]).repeat(8)
     torch.nn.init.zeros_(model.head.weight)
     model.head.bias.data = log_depth + log_scale_error + shape_error * alternating
-
-    depth = log_depth.view(4, 4).kron(torch.ones(4, 4)).exp().repeat(3, 2, 3)
+    patch_depth = log_depth.view(4, 4).kron(torch.ones(4, 4)).exp()  # [16, 16] pixels
+    depth = patch_depth.repeat(3, 2, 3)  # 3 images of 2 × 3 patches
+    # Unknown depths: two whole cells, half of each cell in the second row of cells, and one pixel.
     depth[:, :4, :8] = math.inf
     depth[:, 4:6] = 0
     depth[:, 30, 1] = math.nan
+
     loss = model(draw_pixels(3)["external"], depth).loss.item()
 
     assert loss == pytest.approx(abs(log_scale_error) + shape_error, abs=1e-5)
@@ -209,9 +224,10 @@ def test_the_depth_loss_is_that_of_shape_and_of_scale(
     ("name", "vlm_billions", "total_billions"),
     [("spear1", 3.24, 3.55), ("small", 0.32, 0.38), ("nano", 0.01, 0.01)],
 )
-def test_presets_have_the_papers_size(
+def test_presets_have_their_stated_size(
     name: str, vlm_billions: float, total_billions: float
 ) -> None:
+    """The size of spear1 is the paper's."""
     with torch.device("meta"):
         model = Spear1ForActionPrediction(build_spear1_config(get_preset(name)))
 
@@ -274,7 +290,7 @@ class TestLossOfSeveralTexts:
     def test_takes_tokens_with_labels_as_the_answer(
         self, single_group: tuple[torch.Tensor, dict[str, Any]]
     ) -> None:
-        """Otherwise answers would see themselves."""
+        """The answer is causal. With the mask of the prompt, its tokens would see the next ones."""
         inputs = make_batch()
         del inputs["token_type_ids"]
 
