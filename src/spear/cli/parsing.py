@@ -130,7 +130,10 @@ def _unknown_option_error(name: str, option: str, known_options: Sequence[str]) 
 
 
 def _check_output_files(options_class: type, options: Any) -> None:
-    """Check that files can be written, before the work whose results would be lost."""
+    """Check that output files can be written, before the work whose results would be lost.
+
+    All options of the type `OptionalFile` name output files.
+    """
     from spear.util.options import OptionalFile
 
     for field, hint in typing.get_type_hints(options_class, include_extras=True).items():

@@ -210,7 +210,8 @@ def _format_interval(margin: Margin) -> str:
 def _draw_paths(report: Report, action_part: ActionPart) -> list[tuple[str, list[str]]]:
     """Draw positions over time: as recorded, and as the logged translations add up from the start.
 
-    The translations are added up in two ways, by the meaning that fits best and by the layout's.
+    The translations are added up twice: with the meaning that fits best, and with the meaning that
+    the layout gives them.
 
     Returns:
         (name, charts of x, y and z) of each of the first `MAX_PATHS` episodes.

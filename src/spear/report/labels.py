@@ -236,6 +236,7 @@ def write_rerun(
 
 
 def _log_image(rr: Any, stream: Any, label: LabeledImage) -> None:
+    """Log the image, its camera and its source. rr: the module `rerun`."""
     camera = rr.Pinhole(image_from_camera=label.intrinsics, resolution=[label.width, label.height])
     stream.log("camera/image", camera)
     stream.log("camera/image", rr.EncodedImage(contents=label.image, media_type="image/jpeg"))
@@ -243,6 +244,7 @@ def _log_image(rr: Any, stream: Any, label: LabeledImage) -> None:
 
 
 def _log_boxes(rr: Any, stream: Any, label: LabeledImage) -> None:
+    """Log the edges of the objects' boxes, each with the object's name and color."""
     edges = []
     names = []
     colors = []
@@ -258,6 +260,7 @@ def _log_boxes(rr: Any, stream: Any, label: LabeledImage) -> None:
 
 
 def _log_keypoints(rr: Any, stream: Any, label: LabeledImage) -> None:
+    """Log the keypoints of objects with a box, in the colors of the boxes."""
     positions = []
     names = []
     colors = []
@@ -279,6 +282,11 @@ def _log_keypoints(rr: Any, stream: Any, label: LabeledImage) -> None:
 
 
 def _log_cloud(rr: Any, stream: Any, label: LabeledImage, cloud: PointMapResult | None) -> None:
+    """Log the points of the point map in the colors of the image.
+
+    Without a point map the cloud is cleared, because Rerun would go on to show that of the image
+    before.
+    """
     if cloud is None:
         stream.log("camera/points", rr.Clear(recursive=False))
         return

@@ -143,11 +143,13 @@ def compute_placement(source: tuple[int, int], target: tuple[int, int]) -> Place
     >>> compute_placement((640, 480), (280, 280))
     Placement(scale=0.4375, left=0, top=35, width=280, height=210)
     """
-    scale = min(target[0] / source[0], target[1] / source[1])
-    width = max(1, round(source[0] * scale))
-    height = max(1, round(source[1] * scale))
-    left = (target[0] - width) // 2
-    top = (target[1] - height) // 2
+    source_width, source_height = source
+    target_width, target_height = target
+    scale = min(target_width / source_width, target_height / source_height)
+    width = max(1, round(source_width * scale))
+    height = max(1, round(source_height * scale))
+    left = (target_width - width) // 2
+    top = (target_height - height) // 2
     return Placement(scale, left, top, width, height)
 
 
@@ -174,7 +176,7 @@ def fit_image(image: Array, height: int, width: int, bars: bool = True) -> Array
     source_height, source_width = image.shape[:2]
     if (source_height, source_width) == (height, width):
         return image
-    import torch  # takes seconds, which the commands' lists and help need not wait
+    import torch  # takes seconds, so that commands which only show lists or help do without it
 
     placement = compute_placement((source_width, source_height), (width, height))
     contiguous = np.require(image, requirements=["C", "W"])
@@ -192,8 +194,10 @@ def fit_image(image: Array, height: int, width: int, bars: bool = True) -> Array
 def _check_image(image: Array) -> None:
     """Raise `SpearError` if an image is not [h, w, 3] uint8."""
     is_array = isinstance(image, np.ndarray)
-    if is_array and image.dtype == np.uint8 and image.shape[2:] == (3,) and image.size:
-        return
+    if is_array and image.dtype == np.uint8:
+        has_three_channels = image.shape[2:] == (3,)  # and three dimensions
+        if has_three_channels and image.size > 0:
+            return
     description = f"{image.dtype} {image.shape}" if is_array else type(image).__name__
     raise SpearError(f"wrong image type: {description}: give a uint8 array of shape [h, w, 3].")
 

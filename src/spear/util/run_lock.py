@@ -63,6 +63,7 @@ def acquire_run_lock(
     Raises:
         SpearError: another process works in the folder.
     """
+    # The folder and those of its parents that are missing, from the innermost outward.
     new_folders = [path for path in (folder, *folder.parents) if not path.exists()]
     with hold_lock(folder / name) as is_acquired:
         if not is_acquired:
@@ -72,8 +73,9 @@ def acquire_run_lock(
         try:
             yield
         except BaseException:
-            if new_folders and not _has_results(folder, {name, *setting_files}):
-                _remove_new_folders(folder, new_folders[1:])
+            is_new = len(new_folders) > 0
+            if is_new and not _has_results(folder, {name, *setting_files}):
+                _remove_new_folders(folder, new_parents=new_folders[1:])
             raise
 
 
