@@ -155,8 +155,8 @@ def test_a_broken_list_of_skipped_images_is_refused(folder: Path, tmp_path: Path
 def test_the_rerun_file_has_every_label(
     frames: list[Frame], labels: list[LabeledImage], tmp_path: Path
 ) -> None:
-    pytest.importorskip("rerun")
     """Three labels are written, of which the last has no point cloud."""
+    pytest.importorskip("rerun")
     path = tmp_path / "labels.rrd"
     clouds = [*GroundTruth().predict(frames[:2]), None]
 

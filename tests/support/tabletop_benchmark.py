@@ -33,11 +33,14 @@ class Tabletop(StepBenchmark):
         self._send_state = send_state
         self._broken = broken
 
+    # The methods that the harness calls.
+
     def get_tasks(self) -> list[dict[str, Any]]:
         return [{"name": self._env.family}]
 
     def reset(self, task: Mapping[str, Any]) -> Any:
-        return self._env.reset(seed=task["episode_idx"])[0]
+        observation, _ = self._env.reset(seed=task["episode_idx"])
+        return observation
 
     def step(self, action: Mapping[str, Any]) -> StepResult:
         observation, reward, is_done, _, info = self._env.step(action["actions"])
@@ -50,8 +53,9 @@ class Tabletop(StepBenchmark):
             "task_description": raw_obs["prompt"],
         }
         if self._send_state:
+            state = raw_obs["observation/state"]
             is_broken = self._broken and self._env.steps > 1
-            message["states"] = raw_obs["observation/state"] * (np.nan if is_broken else 1)
+            message["states"] = state * np.nan if is_broken else state
         return message
 
     def get_step_result(self, step_result: StepResult) -> dict[str, Any]:

@@ -215,11 +215,14 @@ def draw_bars(groups: Sequence[tuple[str, Sequence[Bar]]], ends: Range = (0.0, 1
         ends: values at which the axis begins and ends.
     """
 
-    def to_percent(value: float) -> float:
-        share = (value - ends[0]) / (ends[1] - ends[0])
-        return round(min(max(100 * share, 0.0), 100.0), 1)
+    low, high = ends
 
-    zero = to_percent(0) if ends[0] < 0 else None
+    def to_percent(value: float) -> float:
+        """Return the position of a value on the axis, in percent of the axis's length."""
+        percent = 100 * ((value - low) / (high - low))
+        return round(min(max(percent, 0.0), 100.0), 1)
+
+    zero = to_percent(0) if low < 0 else None
     return render("bars.html", groups=groups, at=to_percent, zero=zero)
 
 

@@ -288,7 +288,8 @@ class Tab:
         video.import_encoder()
         frames = self._film_frames(episode, newest_step)
         data = video.encode_film(frames, episode.rate_hz)
-        return {"film": {"name": f"{episode.name}.mp4", "data": base64.b64encode(data).decode()}}
+        encoded_data = base64.b64encode(data).decode()
+        return {"film": {"name": f"{episode.name}.mp4", "data": encoded_data}}
 
     def _film_frames(self, episode: Episode, newest_step: int) -> Iterator[Array]:
         """Yield the frames of a film until `newest_step`, as long as the tab is open."""
@@ -296,15 +297,13 @@ class Tab:
             if not self._is_open():
                 raise SpearError("the film is not made, because the tab was closed.")
             view = episode.view_at(step)
+            external_image = _decode_data_uri(view["images"]["external"])
             wrist_uri = view["images"]["wrist"]
+            wrist_image = _decode_data_uri(wrist_uri) if wrist_uri else None
             instruction = view["told"] or ""
-            outcome = view["outcome"]
-            yield video.compose_frame(
-                _decode_data_uri(view["images"]["external"]),
-                _decode_data_uri(wrist_uri) if wrist_uri else None,
-                instruction,
-                success=None if outcome is None else outcome == "success",
-            )
+            outcome = view["outcome"]  # None before the last step
+            is_success = None if outcome is None else outcome == "success"
+            yield video.compose_frame(external_image, wrist_image, instruction, success=is_success)
 
     def _begin(self, episode: Episode) -> PageState:
         """Replace the tab's episode by another one, and show its first step."""

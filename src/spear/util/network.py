@@ -83,9 +83,18 @@ def explain_unreachable(url: str) -> str | None:
 
 
 def _has_proxy_for_client_only() -> bool:
-    """Return whether the client uses a proxy that `urllib`, which this module uses, does not."""
+    """Return whether the client uses a proxy that `urllib`, which this module uses, does not.
+
+    `urllib` ignores the variable ALL_PROXY, and can use HTTP proxies only.
+    """
     proxies = _read_proxies()
-    return "all" in proxies or any(_parse_proxy(proxy)[0] != "http" for proxy in proxies.values())
+    if "all" in proxies:
+        return True
+    for proxy in proxies.values():
+        scheme, _ = _parse_proxy(proxy)
+        if scheme != "http":
+            return True
+    return False
 
 
 def _read_proxies() -> dict[str, str]:
