@@ -42,6 +42,7 @@ CODE_FOLDERS = ("src", "benchmarks", "experiments", "scripts")
 
 
 def parametrize_pages(pages: list[Path]) -> pytest.MarkDecorator:
+    """Make a decorator that runs a test for each page."""
     return pytest.mark.parametrize("page", pages, ids=lambda page: str(page.relative_to(ROOT)))
 
 

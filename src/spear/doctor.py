@@ -157,6 +157,7 @@ def measure_machine(
     """
 
     def measure_best(run: Callable[[], object]) -> float:
+        """Return the shortest of some runs, in seconds."""
         run()  # to warm up
         return min(measure_seconds(run, device, use_processor_time) for _ in range(NUM_TRIALS))
 

@@ -152,6 +152,7 @@ def escape_control_characters(text: str, keep_newlines: bool = False) -> str:
     """
 
     def escape(match: re.Match[str]) -> str:
+        """Return the escape of one character."""
         character = match[0]
         if character == "\n" and keep_newlines:
             return character

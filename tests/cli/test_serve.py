@@ -109,6 +109,7 @@ def test_a_missing_camera_may_be_allowed(
     """The camera is checked before the policy is loaded."""
 
     def stop_here(*args: object, **options: object) -> None:
+        """Stand in for loading the policy."""
         raise SpearError("the policy is being loaded")
 
     monkeypatch.setattr(Spear1Policy, "load", stop_here)

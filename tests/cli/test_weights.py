@@ -53,10 +53,12 @@ class TestFromBackbonesToAPolicy:
 
     @pytest.fixture
     def vlm(self, tmp_path: Path) -> Path:
+        """The folder of the converted VLM."""
         return tmp_path / "vlm"
 
     @pytest.fixture
     def policy(self, tmp_path: Path) -> Path:
+        """The folder of the converted policy."""
         return tmp_path / "policy"
 
     @pytest.fixture

@@ -51,6 +51,7 @@ class Tab:
                 return dict(message["result"])
 
     def _record_error(self, message: dict[str, Any]) -> None:
+        """Record the error of the page's scripts that a message may report."""
         method = message.get("method")
         if method == "Runtime.exceptionThrown":
             exception = message["params"]["exceptionDetails"]["exception"]

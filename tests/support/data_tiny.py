@@ -57,6 +57,7 @@ def assemble_png(head: tuple[int, int, int, int], data: bytes) -> bytes:
 
 
 def _png_chunk(kind: bytes, body: bytes) -> bytes:
+    """Return a part of a PNG: length, kind, body and checksum."""
     checksum = struct.pack(">I", zlib.crc32(kind + body))
     return struct.pack(">I", len(body)) + kind + body + checksum
 
@@ -71,6 +72,7 @@ def write_records(path: Path, records: list[bytes]) -> Path:
 
 
 def _masked_crc(data: bytes) -> bytes:
+    """Return the checksum of data as TFRecord files have it."""
     crc = crc32c(data)
     masked = ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF
     return struct.pack("<I", masked)

@@ -103,6 +103,7 @@ class SlopePointMap:
 
 
 def make_noise_frame(seed: int, height: int = 40, width: int = 60) -> Frame:
+    """Make a frame of random pixels."""
     image = np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8)
     return Frame(image, source=f"{seed}.jpg")
 

@@ -54,6 +54,7 @@ def pass_view_plane_through(weights: Weights) -> None:
 
 
 def _pass_view_plane_through_v1(weights: Weights) -> None:
+    """Pass u and v through the two last layers of the head of MoGe v1."""
     first_weight = weights["head.output_block.0.0.weight"]
     first_bias = weights["head.output_block.0.0.bias"]
     last_weight = weights["head.output_block.0.2.weight"]
@@ -71,6 +72,7 @@ def _pass_view_plane_through_v1(weights: Weights) -> None:
 
 
 def _pass_view_plane_through_v2(weights: Weights) -> None:
+    """Pass u and v through the neck and the points head of MoGe v2."""
     identity = torch.eye(2)
     for module_name in ("neck", "points_head"):
         weights[f"{module_name}.resamplers.3.1.weight"][:2] = 0
@@ -108,6 +110,7 @@ def make_checkpoint(shared: Path, version: int) -> Checkpoint:
 
 @cache
 def build_reference_model(shared: Path, version: int) -> MogeV1 | MogeV2:
+    """Build the model whose reference outputs were computed."""
     return build_moge(make_checkpoint(shared, version))
 
 

@@ -252,6 +252,7 @@ def read_stderr(function: Callable[..., None], root: Path, rank: int) -> str:
 
 
 def _stderr_file(function: Callable[..., None], root: Path, rank: int) -> Path:
+    """Return the file of what the process with this rank writes on stderr."""
     return root / f"{function.__name__}-{rank}.txt"
 
 

@@ -32,12 +32,15 @@ def read_written(tmp_path: Path, data: bytes) -> dict[str, Any]:
 
 
 def write_lines(tmp_path: Path, data: bytes) -> Path:
+    """Write a file of JSON lines, and return its path."""
     path = tmp_path / "lines.jsonl"
     path.write_bytes(data)
     return path
 
 
 class TestObjects:
+    """A file with a single JSON object."""
+
     def test_a_byte_order_mark_is_skipped(self, tmp_path: Path) -> None:
         assert read_written(tmp_path, codecs.BOM_UTF8 + b'{"a": 1}') == {"a": 1}
 
@@ -90,6 +93,8 @@ class TestObjects:
 
 
 class TestLines:
+    """A file with a JSON object per line."""
+
     def test_marks_line_ends_and_empty_lines_are_skipped(self, tmp_path: Path) -> None:
         path = write_lines(tmp_path, codecs.BOM_UTF8 + b'{"a": 1}\r\n\r\n{"a": 2}\r\n')
 
@@ -127,6 +132,8 @@ def test_absurd_texts_in_tables_are_refused(value: bytes) -> None:
 
 
 class TestReaders:
+    """Readers of particular files, which must all have these limits."""
+
     @pytest.mark.parametrize("value", ABSURD_VALUES, ids=ABSURD_IDS)
     def test_absurd_3d_tokens_are_refused(self, tmp_path: Path, value: bytes) -> None:
         path = tmp_path / "coordinates.json"

@@ -156,6 +156,7 @@ def _label_simpler_scenes(options: LabelOptions) -> None:
 
 
 def _print_labeled_scenes(num_images: int, out: Path) -> None:
+    """Print how many scenes were labeled, and the command that shows them."""
     print(
         f"{format_count(num_images, 'labeled images')} in {out}; to look at them: "
         f"spear label show {out}"

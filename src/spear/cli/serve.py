@@ -60,6 +60,7 @@ def _serve_robots(options: ServeOptions) -> None:
         page = Page(policy, options.policy, options.token, max_message_bytes, episode_folder)
 
     def announce(server: PolicyServer) -> None:
+        """Print the addresses of the running server."""
         address = f"{find_reachable_host(options.host)}:{server.port}"
         control = service.metadata["control"]
         served = f"{options.policy} for {options.robot} ({control})"

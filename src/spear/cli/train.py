@@ -217,4 +217,5 @@ def _print_estimate(recipe: "Recipe", estimate: "MemoryEstimate") -> None:
 
 
 def _format_gib(num_bytes: float) -> str:
+    """Return a number of bytes in GiB, with its unit."""
     return f"{num_bytes / 2**30:.1f} GiB"

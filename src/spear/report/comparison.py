@@ -166,6 +166,7 @@ def _draw_action_chart(
     steps = range(len(truth))
 
     def select(actions: Array) -> Array:
+        """Return the chart's number of each action [T], in the unit of the chart."""
         return chart.factor * actions[:, chart.column]
 
     model_name, predicted = model

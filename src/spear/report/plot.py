@@ -324,6 +324,7 @@ def _make_scale(
         low, high = log10(low), log10(high)
 
     def to_px(value: float) -> float:
+        """Return the position of a value in pixels."""
         scaled_value = log10(max(value, 1e-12)) if is_log else value
         fraction = (scaled_value - low) / (high - low)
         fraction_on_axis = min(max(fraction, 0.0), 1.0)  # NaN stays NaN

@@ -119,6 +119,7 @@ class SimulatedEpisode:
         }
 
     def _describe_recorded_outcome(self) -> str | None:
+        """Return how the episode ended in the evaluation; None for a new episode."""
         if self._recorded_outcome is None:
             return None
         ending = "success" if self._recorded_outcome.success else "failure"
@@ -367,6 +368,7 @@ class _Recordings:
         episode = self._store.without_images(number)
 
         def load_image(step: int, camera: str) -> Array | None:
+            """Return an image [h, w, 3] of the episode; None if it is missing."""
             data = self._store.image(number, step, camera)
             return None if data is None else decode_image(data, f"{episode.source} step {step}")
 

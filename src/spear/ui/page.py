@@ -299,8 +299,10 @@ class TabConnection:
             await self._send({"running": False})
 
     async def _run_in_thread(self, handler: Handler, request: Mapping[str, Any]) -> PageState:
+        """Call a handler in the model's thread, without blocking the event loop."""
         return await asyncio.get_running_loop().run_in_executor(self._thread, handler, request)
 
     async def _send(self, view: PageState) -> None:
+        """Send a part of the view to the tab."""
         with contextlib.suppress(ConnectionClosed):  # `talk` notices that the tab was closed
             await self._connection.send(json.dumps(view))

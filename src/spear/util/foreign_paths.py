@@ -94,4 +94,5 @@ def _check_template(template: str, names: frozenset[str]) -> None:
 
 
 def _list_placeholders(names: frozenset[str]) -> str:
+    """Return the placeholders with these names, as text."""
     return ", ".join(f"{{{name}}}" for name in sorted(names))

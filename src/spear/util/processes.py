@@ -101,6 +101,7 @@ def follow_parent_process(has_started: Event | None = None) -> None:
     assert parent is not None
 
     def exit_with_parent() -> None:
+        """Wait for the end of the parent process, and end this process."""
         wait([parent.sentinel])
         os._exit(1)
 

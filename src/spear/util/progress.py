@@ -95,6 +95,7 @@ class ProgressBar:
         return f"{60 * rate_hz:.1f} {self.unit}/min"
 
     def _format_remaining_time(self) -> str:
+        """Return the remaining time, such as "0:03:00 left"; "" if it is not known."""
         rate_hz = self._rate_hz()
         if self.done >= self.total or not rate_hz:
             return ""
@@ -104,10 +105,12 @@ class ProgressBar:
         return f"{hours}:{minutes:02d}:{seconds:02d} left"
 
     def _rate_hz(self) -> float:
+        """Return the number of items that this command finishes per second."""
         elapsed_s = time.monotonic() - self._start_time_s
         return (self.done - self.num_done_before) / max(elapsed_s, 1e-9)
 
     def _log_line(self) -> None:
+        """Write the present state as a line."""
         self.print_line(self.format_line())
         self._last_line_time_s = time.monotonic()
         self._num_lines += 1

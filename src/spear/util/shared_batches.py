@@ -102,6 +102,7 @@ class SharedBatchSlots:
         offset = 0
 
         def copy_into_slot(tensor: torch.Tensor) -> TensorLocation:
+            """Copy a tensor behind the tensors that are in the slot already."""
             nonlocal offset
             # `empty_like` keeps the order of the dimensions in memory, without gaps between them.
             stride = torch.empty_like(tensor, device="meta").stride()
