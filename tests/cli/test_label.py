@@ -213,7 +213,7 @@ def label_with_gemini(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callab
     return label
 
 
-# Gemini is reached for all photos, since no name ends in "none", or for no photo.
+# No name of a photo ends in "none", and all of them end in ".png".
 @pytest.mark.parametrize(("unreached", "exit_code"), [("none", 0), (".png", 2)])
 def test_the_bill_is_printed_however_the_work_ends(
     unreached: str,
