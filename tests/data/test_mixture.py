@@ -1,4 +1,5 @@
-"""Sampling: a pure function of (seed, step), by weight, never a masked first action."""
+"""Samples depend only on (seed, training step), are drawn by the datasets' weights, and never begin
+at a masked action."""
 
 from collections import Counter
 from pathlib import Path
@@ -19,15 +20,19 @@ from spear.data.store.episode_store import EpisodeStore
 from spear.train import loop
 from spear.types import Episode
 
-VIEWS = {"external": (12, 16), "wrist": (6, 6)}
+VIEWS = {"external": (12, 16), "wrist": (6, 6)}  # height, width in a batch
 BATCH_SIZE = 64
 MASKED_STEP = 2
-WRIST_LEVEL = 200
+WRIST_LEVEL = 200  # gray level of all wrist images
 NO_MOTION = np.array([0, 0, 0, 1, 0, 0, 0, 1], np.float32)
 
 
 def make_numbered_episode(name: str, number: int, has_wrist: bool, rate_hz: float) -> Episode:
-    """Episode e, step t: image value 10 e + t, x = e + t / 100, action x = t; step 2 is masked."""
+    """An episode of which every part tells its number e and step t; step 2 is masked.
+
+    It has 5 + e steps. Its external images have the gray level 10 e + t, its positions x = e + t /
+    100, and its actions the translation x = t.
+    """
     num_steps = 5 + number
     steps = np.arange(num_steps)
     action = np.zeros((num_steps, 8), np.float32)
@@ -54,6 +59,7 @@ def make_numbered_episode(name: str, number: int, has_wrist: bool, rate_hz: floa
 def make_store(
     folder: Path, name: str, num_episodes: int, has_wrist: bool, rate_hz: float = 5.0
 ) -> EpisodeStore:
+    """A store of the numbered episodes 0, 1, … of a dataset."""
     episodes = [
         make_numbered_episode(name, number, has_wrist, rate_hz) for number in range(num_episodes)
     ]
@@ -62,11 +68,14 @@ def make_store(
 
 @pytest.fixture(scope="module")
 def mixture(tmp_path_factory: pytest.TempPathFactory) -> Mixture:
-    """Dataset "a" has five episodes with a wrist camera, "b" has two without."""
+    """Dataset "a" has the weight 3 and five episodes with a wrist camera.
+
+    Dataset "b" has the weight 1 and two episodes without one.
+    """
     folder = tmp_path_factory.mktemp("mixture")
-    a = make_store(folder / "a", "a", 5, has_wrist=True)
-    b = make_store(folder / "b", "b", 2, has_wrist=False)
-    return Mixture([("a", a, 3.0), ("b", b, 1.0)], seed=7)
+    store_a = make_store(folder / "a", "a", num_episodes=5, has_wrist=True)
+    store_b = make_store(folder / "b", "b", num_episodes=2, has_wrist=False)
+    return Mixture([("a", store_a, 3.0), ("b", store_b, 1.0)], seed=7)
 
 
 @pytest.fixture(scope="module")
@@ -76,13 +85,13 @@ def batch(mixture: Mixture) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def episode_numbers(batch: dict[str, Any]) -> np.ndarray:
-    """The episode of each sample of the batch, by its position."""
+    """The number of the episode of each sample of the batch, from its position's x."""
     return np.floor(batch["position"][:, 0] + 1e-4).astype(int)
 
 
 @pytest.fixture(scope="module")
 def step_numbers(batch: dict[str, Any], episode_numbers: np.ndarray) -> np.ndarray:
-    """The step of each sample of the batch, by its position."""
+    """The step of each sample of the batch, from its position's x."""
     return np.rint((batch["position"][:, 0] - episode_numbers) * 100).astype(int)
 
 
@@ -96,37 +105,44 @@ def test_a_batch_has_the_documented_shapes(batch: dict[str, Any]) -> None:
 def test_images_actions_and_instructions_are_of_the_same_step(
     batch: dict[str, Any], episode_numbers: np.ndarray, step_numbers: np.ndarray
 ) -> None:
-    image_levels = batch["images"]["external"][:, 3, 4, 0]
+    image_levels = batch["images"]["external"][:, 3, 4, 0]  # of any one pixel
+    first_x_translations = batch["action"][:, 0, 0]
 
     np.testing.assert_array_equal(image_levels, 10 * episode_numbers + step_numbers)
-    np.testing.assert_array_equal(batch["action"][:, 0, 0], step_numbers)
+    np.testing.assert_array_equal(first_x_translations, step_numbers)
     assert batch["instruction"] == [f"task {number}" for number in episode_numbers]
 
 
 def test_a_camera_that_an_episode_lacks_is_black_and_masked(batch: dict[str, Any]) -> None:
+    """Only dataset "a" has a wrist camera. The batch has samples of both datasets."""
     is_from_a = batch["dataset"] == 0
-    wrist = batch["images"]["wrist"]
+    num_from_a = is_from_a.sum()
+    wrist_images = batch["images"]["wrist"]
 
-    assert 0 < is_from_a.sum() < BATCH_SIZE
+    assert num_from_a > 0
+    assert num_from_a < BATCH_SIZE
     assert batch["views"]["external"].all()
     np.testing.assert_array_equal(batch["views"]["wrist"], is_from_a)
-    assert (wrist[is_from_a, ..., 0] == WRIST_LEVEL).all()
-    assert (wrist[~is_from_a] == 0).all()
+    assert (wrist_images[is_from_a, ..., 0] == WRIST_LEVEL).all()
+    assert (wrist_images[~is_from_a] == 0).all()
 
 
 def test_actions_from_the_first_masked_one_on_are_no_targets(
     batch: dict[str, Any], episode_numbers: np.ndarray, step_numbers: np.ndarray
 ) -> None:
+    """Action `offset` of a chunk is of step `step + offset` of the episode."""
     for number, step, mask in zip(episode_numbers, step_numbers, batch["action_mask"], strict=True):
         num_steps = 5 + number
         for offset in range(5):
-            passes_masked_step = step <= MASKED_STEP <= step + offset
-            assert mask[offset] == (step + offset < num_steps and not passes_masked_step)
+            is_in_episode = step + offset < num_steps
+            is_at_or_behind_masked_step = step <= MASKED_STEP <= step + offset
+            assert mask[offset] == (is_in_episode and not is_at_or_behind_masked_step)
     assert batch["action_mask"][:, 0].all()
 
 
 @pytest.fixture(scope="module")
 def drawn_samples(mixture: Mixture) -> list[Sample]:
+    """4000 samples of the mixture."""
     samples: list[Sample] = []
     for training_step in range(40):
         samples += mixture.draw(training_step, 100)
@@ -136,18 +152,21 @@ def drawn_samples(mixture: Mixture) -> list[Sample]:
 def test_datasets_are_drawn_by_their_weights(drawn_samples: list[Sample]) -> None:
     share_of_a = np.mean([sample.dataset == 0 for sample in drawn_samples])
 
-    assert share_of_a == pytest.approx(0.75, abs=0.027)  # 4 standard deviations
+    # The tolerance is 4 standard deviations of the share of 4000 samples.
+    assert share_of_a == pytest.approx(0.75, abs=0.027)
 
 
 def test_every_valid_step_is_drawn_and_no_masked_one(
     mixture: Mixture, drawn_samples: list[Sample]
 ) -> None:
-    distinct = {(sample.dataset, sample.episode, sample.step) for sample in drawn_samples}
+    """Each episode has one masked step."""
+    drawn_steps = {(sample.dataset, sample.episode, sample.step) for sample in drawn_samples}
 
     num_valid_in_a = 5 + 6 + 7 + 8 + 9 - 5
     num_valid_in_b = 5 + 6 - 2
-    assert len(distinct) == len(mixture) == num_valid_in_a + num_valid_in_b
-    assert all(step != MASKED_STEP for _, _, step in distinct)
+    assert len(mixture) == num_valid_in_a + num_valid_in_b
+    assert len(drawn_steps) == len(mixture)
+    assert all(step != MASKED_STEP for _, _, step in drawn_steps)
 
 
 def test_steps_of_a_dataset_are_drawn_uniformly(drawn_samples: list[Sample]) -> None:
@@ -155,6 +174,7 @@ def test_steps_of_a_dataset_are_drawn_uniformly(drawn_samples: list[Sample]) -> 
         (sample.episode, sample.step) for sample in drawn_samples if sample.dataset == 0
     )
 
+    # Uniform draws would fail this test in one of a thousand cases; the seed is fixed.
     assert chisquare(list(counts.values())).pvalue > 0.001
 
 
@@ -168,13 +188,20 @@ def test_a_weight_that_is_not_positive_is_refused(mixture: Mixture, weight: floa
 
 
 def test_a_store_at_another_rate_is_refused(tmp_path: Path) -> None:
-    fast = make_store(tmp_path / "fast", "fast", 1, has_wrist=False, rate_hz=10.0)
+    fast_store = make_store(
+        tmp_path / "fast", "fast", num_episodes=1, has_wrist=False, rate_hz=10.0
+    )
 
-    refuses(r"wrong rate: dataset 'fast' \(fast 0\): 10 Hz", Mixture, [("fast", fast, 1.0)])
+    message = r"wrong rate: dataset 'fast' \(fast 0\): 10 Hz"
+    refuses(message, Mixture, [("fast", fast_store, 1.0)])
 
 
 def draw_store(data: st.DataObject, lengths: list[int], folder: Path) -> EpisodeStore:
-    """A store of episodes of these lengths with drawn masks, and one with a valid step."""
+    """Make a store of episodes of these lengths, whose masks hypothesis draws.
+
+    Some episodes have logged actions. One more episode is not masked, so that the store has a valid
+    step.
+    """
     episodes: list[Episode] = []
     for number, num_steps in enumerate(lengths):
         masks = st.lists(st.booleans(), min_size=num_steps, max_size=num_steps)
@@ -210,7 +237,18 @@ def test_the_order_depends_on_seed_and_step_alone(
     batch_size: int,
     data: st.DataObject,
 ) -> None:
-    """Any number of workers, resumed anywhere, draw the same steps, all of them valid."""
+    """One process, several workers and a resumed run draw the same samples of each training step.
+
+    All samples begin at a valid step.
+
+    Args:
+        tmp_path_factory: Makes folders for the stores.
+        lengths: For each dataset, the lengths of its episodes.
+        seed: The seed of the mixture.
+        first: The first of six training steps.
+        batch_size: The number of samples of a training step.
+        data: Draws further values.
+    """
     folder = tmp_path_factory.mktemp("mixture")
     sources: list[tuple[str, EpisodeStore, float]] = []
     for number, store_lengths in enumerate(lengths):
@@ -227,15 +265,16 @@ def test_the_order_depends_on_seed_and_step_alone(
             _, is_known = canonicalize_actions(episode)
             assert is_known[sample.step]
 
+    # Worker w of n draws every n-th training step from w on. The workers run in any order.
     num_workers = data.draw(st.integers(1, 4))
     for worker in data.draw(st.permutations(range(num_workers))):
-        workers_mixture = Mixture(sources, seed)
+        mixture_of_worker = Mixture(sources, seed)
         for step in training_steps[worker::num_workers]:
-            assert_same_samples(workers_mixture.draw(step, batch_size), drawn[step])
+            assert_same_samples(mixture_of_worker.draw(step, batch_size), drawn[step])
 
-    resumed = Mixture(sources, seed)
+    resumed_mixture = Mixture(sources, seed)
     for step in training_steps:
-        assert_same_samples(resumed.draw(step, batch_size), drawn[step])
+        assert_same_samples(resumed_mixture.draw(step, batch_size), drawn[step])
 
 
 def test_the_length_is_the_number_of_valid_steps(mixture: Mixture) -> None:
@@ -249,10 +288,10 @@ def test_the_length_is_the_number_of_valid_steps(mixture: Mixture) -> None:
 
 
 def test_the_arrays_of_a_sample_are_those_of_its_step(mixture: Mixture) -> None:
-    for sample in mixture.draw(5, BATCH_SIZE):
+    for sample in mixture.draw(training_step=5, batch_size=BATCH_SIZE):
         episode = mixture.stores[sample.dataset].without_images(sample.episode)
 
-        state, action, mask = mixture.read_arrays(sample, 5)
+        state, action, mask = mixture.read_arrays(sample, horizon=5)
 
         np.testing.assert_array_equal(state[:3], episode.position[sample.step])
         np.testing.assert_array_equal(state[3:7], episode.rotation[sample.step])
@@ -262,18 +301,21 @@ def test_the_arrays_of_a_sample_are_those_of_its_step(mixture: Mixture) -> None:
 
 
 def test_loader_processes_change_nothing(mixture: Mixture) -> None:
-    """The batches of the training loop, made by none, one or two processes, and resumed."""
+    """The training loop gets the same batches of steps 2 to 6 from any number of processes."""
     samples = TrainingSamples(mixture, VIEWS, augment=1.0)
-    task = SimpleNamespace(batch=lambda step: samples.batch(step, 3))
+    stand_in_task = SimpleNamespace(batch=lambda step: samples.batch(step, batch_size=3))
 
-    without_workers = list(loop.load_batches(task, 2, 7, 0))
-    with_one = list(loop.load_batches(task, 2, 7, 1))
-    with_two = list(loop.load_batches(task, 2, 7, 2))
-    resumed = list(loop.load_batches(task, 2, 4, 2)) + list(loop.load_batches(task, 4, 7, 1))
+    def load_batches(first: int, end: int, num_workers: int) -> list[Any]:
+        return list(loop.load_batches(stand_in_task, first, end, num_workers))
 
-    np.testing.assert_equal(with_one, without_workers)
-    np.testing.assert_equal(with_two, without_workers)
-    np.testing.assert_equal(resumed, without_workers)
+    without_workers = load_batches(2, 7, num_workers=0)
+    with_one_worker = load_batches(2, 7, num_workers=1)
+    with_two_workers = load_batches(2, 7, num_workers=2)
+    resumed_at_4 = load_batches(2, 4, num_workers=2) + load_batches(4, 7, num_workers=1)
+
+    np.testing.assert_equal(with_one_worker, without_workers)
+    np.testing.assert_equal(with_two_workers, without_workers)
+    np.testing.assert_equal(resumed_at_4, without_workers)
 
 
 @pytest.mark.parametrize(
@@ -283,7 +325,11 @@ def test_loader_processes_change_nothing(mixture: Mixture) -> None:
 def test_jitter_leaves_the_bars_of_an_image_black(
     mixture: Mixture, height: int, width: int, rows: slice, columns: slice
 ) -> None:
-    """A policy that acts sees black there, whatever the light."""
+    """A policy sees black bars when it acts, whatever the light.
+
+    Images of 12 x 16 pixels get bars at their sides, or above and below. `rows` and `columns` are
+    those of the picture between the bars.
+    """
     views = {"external": (height, width)}
 
     plain = TrainingSamples(mixture, views, augment=0.0).batch(3, BATCH_SIZE)
@@ -292,29 +338,34 @@ def test_jitter_leaves_the_bars_of_an_image_black(
     for index, sample in enumerate(mixture.draw(3, BATCH_SIZE)):
         picture = plain["images"]["external"][index, rows, columns]
         expected = np.zeros((height, width, 3), np.uint8)
-        expected[rows, columns] = jitter_colors(picture, sample.draws, 1.0)
+        expected[rows, columns] = jitter_colors(picture, sample.draws, strength=1.0)
         np.testing.assert_array_equal(jittered["images"]["external"][index], expected)
 
 
 @pytest.fixture
 def noise() -> np.ndarray:
+    """An image of random pixels."""
     return np.random.default_rng(0).integers(0, 256, (10, 11, 3)).astype(np.uint8)
 
 
 def test_jitter_by_middle_draws_changes_nothing(noise: np.ndarray) -> None:
-    np.testing.assert_array_equal(jitter_colors(noise, np.full(5, 0.5), 1.0), noise)
+    jittered = jitter_colors(noise, np.full(5, 0.5), strength=1.0)
+
+    np.testing.assert_array_equal(jittered, noise)
 
 
 def test_jitter_makes_an_image_brighter_by_a_tenth_of_the_range(noise: np.ndarray) -> None:
-    brighter = jitter_colors(noise, np.array([1, 0.5, 0.5, 0.5, 0.5]), 1.0)
+    """The first of the five draws changes the brightness."""
+    brighter = jitter_colors(noise, np.array([1, 0.5, 0.5, 0.5, 0.5]), strength=1.0)
 
     np.testing.assert_array_equal(brighter, np.clip(np.rint(noise + 25.5), 0, 255))
 
 
 def test_jitter_changes_a_plain_image_everywhere_alike_and_within_bounds() -> None:
+    """Brightness changes by up to 25.5 levels, contrast by 5.6, and a gain then by 5 %."""
     draws = np.random.default_rng(1).random(5)
 
-    jittered = jitter_colors(np.full((4, 4, 3), 100, np.uint8), draws, 1.0)
+    jittered = jitter_colors(np.full((4, 4, 3), 100, np.uint8), draws, strength=1.0)
 
     assert (jittered == jittered[0, 0]).all()
     assert np.abs(jittered.astype(int) - 100).max() < 45

@@ -1,4 +1,5 @@
-"""Normalization: invertible, global, and kind to axes that do not move."""
+"""Normalization is invertible, has statistics of the whole mixture, and does not amplify the noise
+of axes that do not move. The sketches of quantiles keep to their error bound."""
 
 import dataclasses
 from collections.abc import Callable
@@ -25,10 +26,27 @@ ZEROS = (0.0, 0.0, 0.0)
 ONES = (1.0, 1.0, 1.0)
 
 
+def make_normalizer(**fields: Any) -> Normalizer:
+    """Statistics that change nothing, except for `fields`, which replace their own."""
+    defaults = {
+        "mode": "minmax",
+        "translation_offset": ZEROS,
+        "translation_scale": ONES,
+        "position_offset": ZEROS,
+        "position_scale": ONES,
+        "samples": 1,
+    }
+    return Normalizer(**{**defaults, **fields})
+
+
 def make_store(
     folder: Path, seed: int, spread: tuple[float, float, float], num_steps: int = 500
 ) -> EpisodeStore:
-    """One episode, its logged translations uniform in ± spread; every other step is masked."""
+    """Make a store of one episode, in which every other step is masked.
+
+    Translations of known actions are uniform in ± spread (m, per axis), and positions uniform from
+    0 to spread. Translations of masked actions are 1000 m, which would be seen in any statistics.
+    """
     rng = np.random.default_rng(seed)
     action = np.zeros((num_steps, 8), np.float32)
     action[:, :3] = rng.uniform(-1, 1, (num_steps, 3)) * spread
@@ -48,6 +66,7 @@ def make_store(
 
 
 def make_action(translation: np.ndarray) -> Action:
+    """Actions with these translations [N, 3], without rotation, with closed gripper."""
     vector = torch.zeros(len(translation), 8, dtype=torch.float64)
     vector[:, :3] = torch.as_tensor(translation)
     vector[:, 3] = 1
@@ -57,7 +76,7 @@ def make_action(translation: np.ndarray) -> Action:
 @pytest.fixture
 def flat_store(tmp_path: Path) -> EpisodeStore:
     """A store whose actions never move along z."""
-    return make_store(tmp_path, 0, (0.02, 0.05, 0.0))
+    return make_store(tmp_path, seed=0, spread=(0.02, 0.05, 0.0))
 
 
 def test_the_1st_and_99th_percentile_become_minus_one_and_one(flat_store: EpisodeStore) -> None:
@@ -65,30 +84,38 @@ def test_the_1st_and_99th_percentile_become_minus_one_and_one(flat_store: Episod
 
     episode = flat_store[0]
     known_actions = episode.action[episode.action_mask].astype(np.float64)
-    normalized = normalizer.normalize_action(make_action(known_actions[:, :3])).translation.numpy()
-    percentiles = np.quantile(normalized[:, :2], [0.01, 0.99], axis=0)
+    action = make_action(known_actions[:, :3])
+    normalized = normalizer.normalize_action(action).translation.numpy()  # [250, 3]
+    percentiles = np.quantile(normalized[:, :2], [0.01, 0.99], axis=0)  # of x and y
     np.testing.assert_allclose(percentiles, [[-1, -1], [1, 1]], atol=1e-5)
     np.testing.assert_array_equal(normalized[:, 2], 0)
 
 
 def test_statistics_count_known_steps_only(flat_store: EpisodeStore) -> None:
+    """Half of the 500 steps are known."""
     assert Normalizer.fit([(flat_store, 1.0)]).samples == 250
 
 
 @pytest.fixture(params=get_args(Mode))
 def mode(request: pytest.FixtureRequest) -> Mode:
+    """Each mode in turn: a test that uses it runs for all of them."""
     return request.param
 
 
 @pytest.fixture(params=[0.0, 1e-6, 3e-4])
 def noise_m(request: pytest.FixtureRequest) -> float:
+    """Each size of noise in turn."""
     return request.param
 
 
 @pytest.fixture
 def still_axis_normalizer(tmp_path: Path, mode: Mode, noise_m: float) -> Normalizer:
-    """Fitted on actions whose z is noise."""
-    return Normalizer.fit([(make_store(tmp_path, 0, (0.05, 0.05, noise_m)), 1.0)], mode)
+    """Statistics of actions and positions whose z is only noise.
+
+    This z is scaled by the smallest scales: 1 mm for translations, 10 mm for positions.
+    """
+    store = make_store(tmp_path, seed=0, spread=(0.05, 0.05, noise_m))
+    return Normalizer.fit([(store, 1.0)], mode)
 
 
 def test_noise_of_an_axis_that_does_not_move_stays_small(
@@ -96,7 +123,9 @@ def test_noise_of_an_axis_that_does_not_move_stays_small(
 ) -> None:
     action = make_action(np.array([[0, 0, noise_m]]))
 
-    assert abs(still_axis_normalizer.normalize_action(action).translation[0, 2]) < 0.5
+    normalized = still_axis_normalizer.normalize_action(action)
+
+    assert abs(normalized.translation[0, 2]) < 0.5  # 0.3 mm / 1 mm, and an offset near 0
 
 
 def test_a_rare_jump_of_an_axis_that_does_not_move_stays_bounded(
@@ -104,7 +133,9 @@ def test_a_rare_jump_of_an_axis_that_does_not_move_stays_bounded(
 ) -> None:
     action = make_action(np.array([[0, 0, 0.02]]))
 
-    assert abs(still_axis_normalizer.normalize_action(action).translation[0, 2]) < 21
+    normalized = still_axis_normalizer.normalize_action(action)
+
+    assert abs(normalized.translation[0, 2]) < 21  # 20 mm / 1 mm, and an offset near 0
 
 
 def test_what_a_network_predicts_for_an_axis_that_does_not_move_stays_small(
@@ -112,7 +143,9 @@ def test_what_a_network_predicts_for_an_axis_that_does_not_move_stays_small(
 ) -> None:
     predicted = make_action(np.full((1, 3), 0.1))
 
-    assert abs(still_axis_normalizer.unnormalize_action(predicted).translation[0, 2]) < 2e-4
+    action = still_axis_normalizer.unnormalize_action(predicted)
+
+    assert abs(action.translation[0, 2]) < 2e-4  # 0.1 · 1 mm, and an offset near 0
 
 
 def test_a_position_on_an_axis_that_does_not_move_stays_bounded(
@@ -122,18 +155,29 @@ def test_a_position_on_an_axis_that_does_not_move_stays_bounded(
     rotation = torch.tensor([[1.0, 0, 0, 0]], dtype=torch.float64)
     gripper = torch.ones(1, 1, dtype=torch.float64)
 
-    assert abs(still_axis_normalizer.state_vector(position, rotation, gripper)[0, 2]) < 6
+    state = still_axis_normalizer.state_vector(position, rotation, gripper)
+
+    assert abs(state[0, 2]) < 6  # 50 mm / 10 mm, and an offset near 0
 
 
 def known_rows(store: EpisodeStore) -> np.ndarray:
-    """Translation and position of the known steps of a store's first episode."""
+    """Translation and position of the known steps of a store's first episode, [N, 6] m."""
     episode = store[0]
     rows = np.concatenate([episode.action[:, :3], episode.position], axis=1)
     return rows[episode.action_mask].astype(np.float64)
 
 
 def expected_bounds(mode: Mode, rows: np.ndarray, shares: np.ndarray) -> np.ndarray:
-    """What becomes -1 and 1, by NumPy's weighted statistics."""
+    """Compute what becomes -1 and 1, by NumPy's weighted statistics.
+
+    Args:
+        mode: The mode of normalization.
+        rows: [N, 6] the numbers of all steps.
+        shares: [N] the weight of each step, summing to 1.
+
+    Returns:
+        [2, 6] the lower and the upper bound of each axis.
+    """
     if mode == "quantile":
         return np.quantile(rows, [0.01, 0.99], axis=0, weights=shares, method="inverted_cdf")
     if mode == "minmax":
@@ -144,17 +188,20 @@ def expected_bounds(mode: Mode, rows: np.ndarray, shares: np.ndarray) -> np.ndar
 
 
 def test_a_dataset_counts_by_its_weight_not_by_its_size(tmp_path: Path, mode: Mode) -> None:
-    short = make_store(tmp_path / "short", 400, (0.1, 0.1, 0.1), 400)
-    long = make_store(tmp_path / "long", 4000, (0.01, 0.01, 0.01), 4000)
+    """A short and a long dataset, of which every other step is known, have the weights 3 and 1."""
+    short = make_store(tmp_path / "short", seed=400, spread=(0.1, 0.1, 0.1), num_steps=400)
+    long = make_store(tmp_path / "long", seed=4000, spread=(0.01, 0.01, 0.01), num_steps=4000)
 
     normalizer = Normalizer.fit([(short, 3.0), (long, 1.0)], mode)
 
     rows = np.concatenate([known_rows(short), known_rows(long)])
-    shares = np.repeat([0.75 / 200, 0.25 / 2000], [200, 2000])
+    share_of_short_step = 0.75 / 200
+    share_of_long_step = 0.25 / 2000
+    shares = np.repeat([share_of_short_step, share_of_long_step], [200, 2000])
     low, high = expected_bounds(mode, rows, shares)
     offset = [*normalizer.translation_offset, *normalizer.position_offset]
     scale = [*normalizer.translation_scale, *normalizer.position_scale]
-    # NumPy has weights only for quantiles that are not interpolated.
+    # NumPy takes weights only for quantiles that are not interpolated, so these differ a little.
     atol = 2e-3 if mode == "quantile" else 1e-6
     np.testing.assert_allclose(offset, (low + high) / 2, rtol=1e-5, atol=atol)
     np.testing.assert_allclose(scale, (high - low) / 2, rtol=1e-5, atol=atol)
@@ -162,25 +209,30 @@ def test_a_dataset_counts_by_its_weight_not_by_its_size(tmp_path: Path, mode: Mo
 
 @pytest.fixture
 def small_store(tmp_path: Path) -> EpisodeStore:
-    return make_store(tmp_path / "small", 0, (0.01, 0.01, 0.01))
+    """A store with small motions."""
+    return make_store(tmp_path / "small", seed=0, spread=(0.01, 0.01, 0.01))
 
 
 @pytest.fixture
 def large_store(tmp_path: Path) -> EpisodeStore:
-    return make_store(tmp_path / "large", 1, (0.1, 0.1, 0.1))
+    """A store with large motions."""
+    return make_store(tmp_path / "large", seed=1, spread=(0.1, 0.1, 0.1))
 
 
 @pytest.fixture
 def per_dataset(small_store: EpisodeStore, large_store: EpisodeStore) -> Normalizer:
+    """Statistics of both stores, each with its own."""
     return Normalizer.fit_per_dataset([("small", small_store, 1.0), ("large", large_store, 1.0)])
 
 
 def test_each_dataset_has_its_own_statistics(
     per_dataset: Normalizer, small_store: EpisodeStore, large_store: EpisodeStore
 ) -> None:
+    """The weight of a dataset does not matter to its own statistics."""
     assert per_dataset.for_dataset("small") == Normalizer.fit([(small_store, 5.0)])
     assert per_dataset.for_dataset("large") == Normalizer.fit([(large_store, 5.0)])
     small_scale = per_dataset.for_dataset("small").translation_scale
+    # The 1st and 99th percentile of a uniform distribution in ± 0.01 m are ± 0.0098 m.
     np.testing.assert_allclose(small_scale, 0.0098, rtol=0.05)
 
 
@@ -193,7 +245,7 @@ def test_statistics_per_dataset_include_those_of_the_mixture(
 
 
 def test_statistics_of_a_mixture_are_those_of_any_dataset() -> None:
-    normalizer = Normalizer("minmax", ZEROS, ONES, ZEROS, ONES, 1)
+    normalizer = make_normalizer()
 
     assert normalizer.for_dataset(None) is normalizer
 
@@ -222,11 +274,11 @@ def test_datasets_of_the_same_name_are_refused(
 
 @pytest.fixture
 def raw_batch() -> dict[str, Any]:
-    """Three samples of datasets 1, 0 and 1."""
-    image = np.zeros((3, 2, 4, 3), np.uint8)
-    image[:, 1, 3, 0] = 9
+    """A batch of three samples, as `TrainingSamples.batch` makes it, of datasets 1, 0 and 1."""
+    images = np.zeros((3, 2, 4, 3), np.uint8)
+    images[:, 1, 3, 0] = 9  # the red of the last pixel
     return {
-        "images": {"external": image},
+        "images": {"external": images},
         "views": {"wrist": np.array([True, False, True])},
         "position": np.ones((3, 3), np.float32),
         "rotation": np.tile(np.float32([1, 0, 0, 0]), (3, 1)),
@@ -241,22 +293,27 @@ def raw_batch() -> dict[str, Any]:
 @pytest.fixture
 def encoded_batch(raw_batch: dict[str, Any]) -> dict[str, Any]:
     """The batch normalized by a scale of 2 m for dataset 0 and of 4 m for dataset 1."""
-    first = Normalizer("minmax", ZEROS, (2.0, 2.0, 2.0), ZEROS, (2.0, 2.0, 2.0), 1)
-    second = Normalizer("minmax", ZEROS, (4.0, 4.0, 4.0), ZEROS, (4.0, 4.0, 4.0), 1)
+    twos = (2.0, 2.0, 2.0)
+    fours = (4.0, 4.0, 4.0)
+    first = make_normalizer(translation_scale=twos, position_scale=twos)
+    second = make_normalizer(translation_scale=fours, position_scale=fours)
     normalizer = dataclasses.replace(first, datasets={"a": first, "b": second})
-    processor = SimpleNamespace(
+    stand_in_processor = SimpleNamespace(
         encode_instructions=lambda texts, cut: {"input_ids": torch.zeros(len(texts), 1)}
     )
-    return encode_robot_batch(processor, normalizer, raw_batch)
+    return encode_robot_batch(stand_in_processor, normalizer, raw_batch)
 
 
 def test_training_rows_are_normalized_by_their_own_dataset(encoded_batch: dict[str, Any]) -> None:
-    np.testing.assert_allclose(encoded_batch["actions"][:, 2, 0], [0.25, 0.5, 0.25])
-    np.testing.assert_allclose(encoded_batch["state"][:, 1], [0.25, 0.5, 0.25])
+    """All translations and positions were 1 m."""
+    x_translation = encoded_batch["actions"][:, 2, 0]  # of the third action of each chunk
+    y_position = encoded_batch["state"][:, 1]
+    np.testing.assert_allclose(x_translation, [0.25, 0.5, 0.25])
+    np.testing.assert_allclose(y_position, [0.25, 0.5, 0.25])
 
 
 def test_training_images_have_their_channels_first(encoded_batch: dict[str, Any]) -> None:
-    images = encoded_batch["pixel_values"]["external"]
+    images = encoded_batch["pixel_values"]["external"]  # [batch, channel, height, width]
 
     assert images.shape == (3, 3, 2, 4)
     assert (images[:, 0, 1, 3] == 9).all()
@@ -274,7 +331,7 @@ def test_normalized_actions_come_back(seed: int) -> None:
     rng = np.random.default_rng(seed)
     offset = tuple(rng.uniform(-2, 2, 3))
     scale = tuple(rng.uniform(1e-3, 2, 3))
-    normalizer = Normalizer("quantile", offset, scale, ZEROS, ONES, 1)
+    normalizer = make_normalizer(translation_offset=offset, translation_scale=scale)
     gripper = torch.as_tensor(rng.uniform(size=(5, 1)))
     action = dataclasses.replace(make_action(rng.uniform(-2, 2, (5, 3))), gripper=gripper)
 
@@ -286,7 +343,8 @@ def test_normalized_actions_come_back(seed: int) -> None:
     torch.testing.assert_close(restored, action.to_vector(), atol=1e-12, rtol=0)
 
 
-STATE_NORMALIZER = Normalizer("minmax", ZEROS, ONES, (0.1, 0.2, 0.3), (0.5, 0.5, 2.0), 1)
+STATE_NORMALIZER = make_normalizer(position_offset=(0.1, 0.2, 0.3), position_scale=(0.5, 0.5, 2.0))
+# Six equal positions, which are normalized to (1, 0, 0), and six equal openings.
 STATE_POSITIONS = torch.tensor([0.6, 0.2, 0.3], dtype=torch.float64).expand(6, 3)
 STATE_GRIPPERS = torch.full((6, 1), 0.25, dtype=torch.float64)
 
@@ -298,10 +356,11 @@ def test_the_state_vector_is_position_rotation_columns_and_gripper() -> None:
     state = STATE_NORMALIZER.state_vector(STATE_POSITIONS, quaternion, STATE_GRIPPERS)
 
     assert state.shape == (6, STATE_VECTOR_DIM)
-    first_two_columns = np.moveaxis(rotation.as_matrix()[:, :, :2], 2, 1).reshape(6, 6)
+    two_columns = rotation.as_matrix()[:, :, :2]  # [6, 3, 2]
+    two_columns_in_order = np.moveaxis(two_columns, 2, 1).reshape(6, 6)
     np.testing.assert_allclose(state[:, :3], np.tile([1.0, 0, 0], (6, 1)), atol=1e-12)
-    np.testing.assert_allclose(state[:, 3:9], first_two_columns, atol=1e-9)
-    np.testing.assert_allclose(state[:, 9], -0.5)
+    np.testing.assert_allclose(state[:, 3:9], two_columns_in_order, atol=1e-9)
+    np.testing.assert_allclose(state[:, 9], -0.5)  # the opening 0.25 in -1 … 1
 
 
 def test_the_state_vector_does_not_depend_on_the_sign_of_the_quaternion() -> None:
@@ -331,22 +390,23 @@ def test_broken_statistics_are_refused(tmp_path: Path, text: str) -> None:
 @pytest.mark.parametrize("scale", [0.0, -1.0, np.nan, np.inf])
 def test_a_scale_that_is_not_positive_is_refused(tmp_path: Path, scale: float) -> None:
     path = tmp_path / "normalizer.json"
-    Normalizer("quantile", ZEROS, ONES, ZEROS, (1.0, 1.0, scale), 9).save(path)
+    make_normalizer(position_scale=(1.0, 1.0, scale)).save(path)
 
     refuses("position_scale", Normalizer.load, path)
 
 
 def test_an_unknown_mode_is_refused_with_a_suggestion(tmp_path: Path) -> None:
-    store = make_store(tmp_path, 0, (0.1, 0.1, 0.1), num_steps=10)
+    store = make_store(tmp_path, seed=0, spread=(0.1, 0.1, 0.1), num_steps=10)
 
     refuses("did you mean 'quantile'", Normalizer.fit, [(store, 1.0)], "quantiles")
 
 
 def test_a_store_without_known_actions_is_refused(tmp_path: Path) -> None:
-    store = make_store(tmp_path / "a", 0, (0.1, 0.1, 0.1), num_steps=10)
-    masked = dataclasses.replace(store[0], action_mask=np.zeros(10, bool))
+    store = make_store(tmp_path / "a", seed=0, spread=(0.1, 0.1, 0.1), num_steps=10)
+    masked_episode = dataclasses.replace(store[0], action_mask=np.zeros(10, bool))
+    masked_store = write_store([masked_episode], tmp_path / "b")
 
-    refuses("nothing to fit", Normalizer.fit, [(write_store([masked], tmp_path / "b"), 1.0)])
+    refuses("nothing to fit", Normalizer.fit, [(masked_store, 1.0)])
 
 
 STREAMS: dict[str, Callable[[np.random.Generator, int], np.ndarray]] = {
@@ -356,8 +416,9 @@ STREAMS: dict[str, Callable[[np.random.Generator, int], np.ndarray]] = {
     "few values": lambda rng, count: rng.integers(0, 3, count).astype(float),
     "heavy tails": lambda rng, count: rng.standard_cauchy(count),
 }
-CAPACITY = 256
-MAX_LEVELS = 6  # of up to 6000 values
+"""Name of a distribution -> a function that draws `count` values from it."""
+CAPACITY = 256  # of a buffer of the sketch
+MAX_LEVELS = 6  # a sketch of 6000 values has at most so many buffers: 6000 / 256 < 2^5
 
 
 @settings(max_examples=25)
@@ -365,10 +426,12 @@ MAX_LEVELS = 6  # of up to 6000 values
 def test_the_sketch_keeps_moments_exact_and_ranks_within_the_bound(
     kind: str, count: int, cuts: list[float]
 ) -> None:
+    """The values come in several pieces, which end at the fractions `cuts` of the stream."""
     values = STREAMS[kind](np.random.default_rng(0), count)
     sketch = QuantileSketch(CAPACITY)
 
-    for piece in np.split(values, sorted(int(count * cut) for cut in cuts)):
+    piece_ends = sorted(int(count * cut) for cut in cuts)
+    for piece in np.split(values, piece_ends):
         sketch.add(piece)
 
     # The moments are exact, and the size is bounded.
@@ -382,13 +445,15 @@ def test_the_sketch_keeps_moments_exact_and_ranks_within_the_bound(
     assert sketch.mean == pytest.approx(values.mean(), rel=1e-9, abs=mean_tolerance)
     assert sketch.squares / count == pytest.approx(values.var(), rel=1e-6, abs=1e-12)
 
-    # The rank of a value is the share at or below it, of the sketch and of the values.
+    # The rank of a probe is the fraction of values at or below it: by the sketch, where values have
+    # weights, and by the values themselves.
     probes = np.quantile(values, np.linspace(0, 1, 41), method="inverted_cdf")
     order = np.argsort(sketch_values)
-    cumulative = np.concatenate([[0], np.cumsum(weights[order])])
-    positions = np.searchsorted(sketch_values[order], probes, side="right")
-    ranks = cumulative[positions] / count
-    expected_ranks = np.searchsorted(np.sort(values), probes, side="right") / count
+    cumulative_weights = np.concatenate([[0], np.cumsum(weights[order])])
+    num_sketch_values_below = np.searchsorted(sketch_values[order], probes, side="right")
+    ranks = cumulative_weights[num_sketch_values_below] / count
+    num_values_below = np.searchsorted(np.sort(values), probes, side="right")
+    expected_ranks = num_values_below / count
     max_rank_error = MAX_LEVELS / CAPACITY if count > CAPACITY else 0
     assert np.abs(ranks - expected_ranks).max() <= max_rank_error + 1e-12
 
@@ -407,6 +472,7 @@ def test_statistics_are_saved_with_the_frames_of_their_data(
 def test_statistics_without_frames_are_saved_as_before(
     flat_store: EpisodeStore, tmp_path: Path
 ) -> None:
+    """The file has no key "frames", so that it is the one that earlier versions wrote."""
     Normalizer.fit_per_dataset([("it", flat_store, 1.0)]).save(tmp_path / "normalizer.json")
 
     assert "frames" not in (tmp_path / "normalizer.json").read_text()

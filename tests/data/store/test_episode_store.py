@@ -1,4 +1,4 @@
-"""The episode store: what goes in comes out, and what is broken is refused by name."""
+"""An episode store returns the episodes that were written, and refuses bad episodes by name."""
 
 import dataclasses
 from pathlib import Path
@@ -16,7 +16,7 @@ from spear.types import Episode
 def make_random_episode(
     seed: int = 0, num_steps: int = 6, cameras: tuple[str, ...] = ("external", "wrist")
 ) -> Episode:
-    """With images of random bytes, and random actions of which some are masked."""
+    """An episode with images of random bytes, and random actions of which some are masked."""
     rng = np.random.default_rng(seed)
     images: dict[str, list[bytes]] = {}
     for camera in cameras:
@@ -38,7 +38,10 @@ def make_random_episode(
 
 @pytest.fixture(scope="module")
 def episodes() -> list[Episode]:
-    """Seven episodes of different lengths; some lack a camera, actions or an outcome."""
+    """Seven episodes of 3 to 9 steps.
+
+    Episode 2 has 6 steps and no wrist camera. Episode 4 has no actions, and its outcome is unknown.
+    """
     episodes = [make_random_episode(number, num_steps=3 + number) for number in range(7)]
     episodes[2] = make_random_episode(2, cameras=("external",))
     episodes[4] = dataclasses.replace(episodes[4], action=None, success=None)
@@ -47,7 +50,7 @@ def episodes() -> list[Episode]:
 
 @pytest.fixture(scope="module")
 def folder(episodes: list[Episode], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A store written by two calls, of two shards and one."""
+    """A store that two calls wrote: four episodes in two shards, then three in one shard."""
     folder = tmp_path_factory.mktemp("store")
     assert write_episodes(iter(episodes[:4]), folder, shard_size=3) == 4
     assert write_episodes(iter(episodes[4:]), folder, shard_size=3) == 3
@@ -77,7 +80,7 @@ def test_a_store_gives_back_the_episodes_with_canonical_actions(
 ) -> None:
     assert len(store) == 7
     for episode, stored_episode in zip(episodes, store, strict=True):
-        assert_same(add_actions(episode), stored_episode, 1e-7)
+        assert_same(stored_episode, add_actions(episode), atol=1e-7)
 
 
 def test_a_store_knows_its_lengths_and_cameras(
@@ -88,12 +91,15 @@ def test_a_store_knows_its_lengths_and_cameras(
 
 
 def test_single_images_are_read(store: EpisodeStore, episodes: list[Episode]) -> None:
-    assert store.image(5, 4, "wrist") == episodes[5].images["wrist"][4]
+    image = store.image(index=5, step=4, camera="wrist")
+
+    assert image == episodes[5].images["wrist"][4]
 
 
 @pytest.mark.parametrize("camera", ["wrist", "overhead"])
 def test_an_image_of_an_absent_camera_is_none(store: EpisodeStore, camera: str) -> None:
-    assert store.image(2, 1, camera) is None
+    """Episode 2 has no wrist camera, and no episode has an overhead camera."""
+    assert store.image(index=2, step=1, camera=camera) is None
 
 
 def test_a_subset_has_its_episodes_in_its_order(
@@ -103,7 +109,8 @@ def test_a_subset_has_its_episodes_in_its_order(
 
     assert subset.source(0) == "test 6"
     assert subset.source(1) == "test 1"
-    assert subset.image(0, 8, "external") == episodes[6].images["external"][8]
+    image = subset.image(index=0, step=8, camera="external")
+    assert image == episodes[6].images["external"][8]
 
 
 def test_an_episode_is_read_without_images(store: EpisodeStore, episodes: list[Episode]) -> None:
@@ -119,16 +126,20 @@ def test_an_episode_beyond_the_last_one_is_refused(store: EpisodeStore) -> None:
 
 
 def test_a_step_beyond_the_episode_is_not_the_next_episodes(store: EpisodeStore) -> None:
+    """Episode 2 has 6 steps."""
     with pytest.raises(IndexError):
-        store.image(2, 6, "external")
+        store.image(index=2, step=6, camera="external")
 
 
-GROWING_NORMS = np.eye(4)[[0] * 6] * np.linspace(1, 1.0011, 6)[:, None]
-NAN_AT_STEP_4 = np.where(np.arange(18).reshape(6, 3) == 13, np.nan, 0)
+IDENTITY_QUATERNIONS = np.tile([1.0, 0, 0, 0], (6, 1))
+GROWING_NORMS = IDENTITY_QUATERNIONS * np.linspace(1, 1.0011, 6)[:, None]
+"""Quaternions [6, 4] of which only the last one has a norm further from 1 than the tolerance."""
+NAN_AT_STEP_4 = np.zeros((6, 3))
+NAN_AT_STEP_4[4, 1] = np.nan
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("change", "message"),  # change: fields of the episode that replace its own
     [
         ({"rotation": GROWING_NORMS}, r"test 1 step 5: .*1\.001"),
         ({"instruction": " "}, "empty instruction"),
