@@ -1,4 +1,8 @@
-"""New connections: what the rates let in, in which order, and who has to wait."""
+"""New connections: which ones the rates let in, in which order, and which have to wait.
+
+The first tests call `AdmissionQueue` with text instead of connections and with a time of their own.
+The others run a server with low rates. Addresses 127.0.0.1, 127.0.0.2, … are all this machine.
+"""
 
 import socket
 import time
@@ -21,12 +25,13 @@ from spear.serve.connection import ConnectionLimits
 from spear.serve.server import PolicyServer
 
 GENERIC = load("generic")
+# One connection per second; at once two of an address, and three of all addresses.
 ONE_PER_S = AdmissionLimits(per_s_and_address=1.0, burst_of_address=2, per_s=1.0, burst=3)
 HEALTH_REQUEST = b"GET /healthz HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n"
 
 
 def take_all(queue: AdmissionQueue[str], now_s: float) -> list[str]:
-    """All connections that are let in at a time."""
+    """All connections that are let in at the time `now_s`, in order."""
     connections = []
     while (connection := queue.take(now_s)) is not None:
         connections.append(connection)
@@ -42,6 +47,7 @@ def test_a_bucket_allows_a_burst_and_then_the_rate() -> None:
             bucket.take_token()
             num_allowed += 1
 
+    # Three at 0 s, and one at 0.5 s, when half a second has brought one new token.
     assert num_allowed == 4
 
 
@@ -91,6 +97,7 @@ def test_a_full_queue_makes_room_for_other_addresses() -> None:
 
 
 def test_addresses_of_the_past_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each of 100 addresses connects once, one per second, so earlier ones have full buckets."""
     monkeypatch.setattr("spear.serve.admission.MAX_BUCKETS", 10)
     queue: AdmissionQueue[str] = AdmissionQueue(AdmissionLimits(burst=10**6))
 
@@ -117,13 +124,14 @@ def test_an_ipv6_address_shares_the_rates_of_its_network(address: str, network: 
 
 @contextmanager
 def run_slow_to_admit(**limits: float) -> Iterator[PolicyServer]:
-    """A server with these limits of new connections."""
+    """Run a server with these fields of `AdmissionLimits`."""
     admission = AdmissionLimits(**limits)
     with run_server(limits=ConnectionLimits(admission=admission)) as server:
         yield server
 
 
 def connect_from(address: str, port: int) -> socket.socket:
+    """Connect to a server on this machine from one of the machine's addresses; sends nothing."""
     return socket.create_connection(("127.0.0.1", port), 60, source_address=(address, 0))
 
 
@@ -157,6 +165,7 @@ def test_connections_that_have_to_wait_are_answered_later() -> None:
 
         statuses = [http_get(server, "/healthz")[0] for _ in range(6)]
 
+    # The first is let in at once, and each of the other five after 0.1 s more.
     assert statuses == [200] * 6
     assert time.monotonic() - began > 0.45
 
@@ -169,11 +178,16 @@ def test_clients_that_left_while_they_waited_cost_no_connection() -> None:
 
         RemotePolicy(f"ws://127.0.0.1:{server.port}").close()
 
+        # At 5 connections per second, 50 would take 10 s.
         assert time.monotonic() - began < 5
 
 
 def wait_and_read(request: bytes, token: str | None = None) -> bytes:
-    """What a server answers to a request that had to wait, so that its bytes were there."""
+    """What a server answers to a request whose connection had to wait.
+
+    When the connection is let in, the request's bytes have arrived already, so the server may
+    answer without a websocket connection.
+    """
     admission = AdmissionLimits(per_s=5.0, burst=1)
     with run_server(limits=ConnectionLimits(admission=admission), token=token) as server:
         with connect_from("127.0.0.1", server.port), connect_from("127.0.0.1", server.port) as late:

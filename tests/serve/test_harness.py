@@ -1,4 +1,9 @@
-"""A policy for AllenAI's vla-eval harness: evaluated by the real package, over a real socket."""
+"""A policy for AllenAI's vla-eval harness: evaluated by the real package, over a real socket.
+
+The benchmark is `tests/support/tabletop_benchmark.py`, which runs our simulator inside the harness
+for episodes of five steps. It appends the arm's position after each step, as text, to its list
+`SENT`.
+"""
 
 import importlib
 import json
@@ -30,20 +35,26 @@ MANISKILL2_ROBOT = embodiments.load("maniskill2_widowx")
 EXAMPLES = Path(__file__).parents[2] / "examples"
 SUPPORT = Path(__file__).parents[1] / "support"
 NUM_EPISODES = 2
-NUM_STEPS = 5  # of an episode
-REPLAN_INTERVAL = 2
+NUM_STEPS = 5  # steps of an episode
+REPLAN_INTERVAL = 2  # so the policy is asked at steps 0, 2 and 4
 
 
 @pytest.fixture(autouse=True)
 def _own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The harness writes its progress into results/ of the current folder, which tests must not
-    share.
-    """
+    """Give each test its own current folder, in which the harness writes its progress."""
     monkeypatch.chdir(tmp_path)
 
 
 def run_harness(policy: HomingPolicy, **parameters: Any) -> list[dict[str, Any]]:
-    """Run two episodes with the harness's server, client and runner; returns them."""
+    """Run two episodes with the harness's server, client and runner.
+
+    Args:
+        policy: the policy to evaluate.
+        parameters: options of the benchmark.
+
+    Returns:
+        The harness's results of the episodes.
+    """
     pytest.importorskip("mujoco")
     from vla_eval import api
 
@@ -77,6 +88,7 @@ def test_the_harness_moves_the_arm_as_our_own_evaluation_does() -> None:
 
     from tabletop_benchmark import SENT
 
+    # Our own environment, with the actions that `HomingPolicy` predicts every second step.
     expected_positions = []
     env = TabletopEnv("put_on", images=False)
     for seed in range(NUM_EPISODES):
@@ -94,6 +106,7 @@ def test_seeds_depend_on_the_episode_and_the_step_alone() -> None:
     policy = HomingPolicy()
     run_harness(policy)
 
+    # Each episode asks the policy three times, with the episode's first seed plus the step.
     first_episode, second_episode = policy.seeds[:3], policy.seeds[3:]
     assert [seed - first_episode[0] for seed in first_episode] == [0, 2, 4]
     assert [seed - second_episode[0] for seed in second_episode] == [0, 2, 4]
@@ -131,8 +144,13 @@ def make_turning_chunk() -> tuple[np.ndarray, np.ndarray, Rotation]:
 
 
 def test_simplerenv_gets_what_its_controller_takes() -> None:
-    """ManiSkill 2's rule for "ee_align2": the target moves along base axes and turns about them by
-    a rotation vector. The harness passes the action on, with its own rule for the gripper."""
+    """Our actions, converted and passed on by the harness, turn SimplerEnv's link as we want.
+
+    ManiSkill 2's controller "ee_align2" moves its target along the base frame's axes, and turns it
+    about these axes by a rotation vector. Our actions turn in the end-effector frame. The target is
+    the pose of a link of the robot, which has a fixed rotation relative to our end-effector frame.
+    The harness itself turns the gripper's opening into a command of 1 or -1.
+    """
     from vla_eval.benchmarks.simpler.benchmark import SimplerEnvBenchmark
     from vla_eval.recording import NullEpisodeRecorder
 
@@ -151,10 +169,10 @@ def test_simplerenv_gets_what_its_controller_takes() -> None:
     commands = [call.args[0] for call in step.call_args_list]
     link = Rotation.from_quat(observation["states"][3:7], scalar_first=True)
     ee = Rotation.from_quat(state[3:7], scalar_first=True)
-    link_in_ee = ee.inv() * link  # stays the same
+    link_in_ee = ee.inv() * link  # the fixed rotation
     for translation, rotation, command in zip(translations, rotations, commands, strict=True):
-        ee = ee * rotation
-        link = Rotation.from_rotvec(command[3:6]) * link
+        ee = ee * rotation  # our action, in the end-effector frame
+        link = Rotation.from_rotvec(command[3:6]) * link  # the command, in the base frame
         np.testing.assert_allclose(command[:3], translation, atol=1e-6)
         assert (link.inv() * (ee * link_in_ee)).magnitude() < 1e-5
     assert [command[6] for command in commands] == [1, 1, -1, -1, 1]
@@ -188,7 +206,7 @@ def find_free_port() -> int:
 def test_the_commands_of_the_docs_evaluate_nano(tmp_path: Path) -> None:
     """`spear serve --protocol vla-eval` and `vla-eval run`, each in a process of its own.
 
-    The simulator is ours.
+    The benchmark runs our simulator instead of SimplerEnv.
     """
     pytest.importorskip("mujoco")
     port = find_free_port()
@@ -207,6 +225,7 @@ def test_the_commands_of_the_docs_evaluate_nano(tmp_path: Path) -> None:
     evaluate += ["--output-dir", str(tmp_path / "out")]
 
     with run_python(SPEAR_CLI_CODE, *serve, env=environment, stderr=subprocess.STDOUT) as server:
+        # Wait until the server is ready.
         for line in server.stdout:
             if "serving nano" in line:
                 break

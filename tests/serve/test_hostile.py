@@ -24,6 +24,8 @@ from spear.serve.connection import ConnectionLimits
 
 GENERIC = load("generic")
 MANY = 2**20
+# The bytes below are an HTTP request that opens a websocket, and websocket frames: a byte with the
+# frame's type, a length, a mask of four bytes, and the content.
 UPGRADE_HEADERS = (
     b"Upgrade: websocket\r\nConnection: Upgrade\r\n"
     b"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nSec-WebSocket-Version: 13\r\n"
@@ -36,10 +38,11 @@ UNFINISHED_LARGE_FRAME = b"\x82\xff" + (2**23).to_bytes(8, "big") + b"mask" + by
 
 
 def make_frame(message: bytes) -> bytes:
-    """A binary frame, masked with zeros, as bytes on the wire."""
+    """The bytes of a binary websocket frame, masked with zeros."""
     return b"\x82\xff" + len(message).to_bytes(8, "big") + bytes(4) + message
 
 
+# Messages in msgpack that are short, but would take much memory or time to unpack.
 @pytest.mark.parametrize(
     "bomb",
     [
@@ -77,13 +80,14 @@ def test_messages_of_every_shape_are_refused_or_understood() -> None:
 
 
 def connect_without_reading(port: int) -> socket.socket:
-    """A client whose websocket is open, and which reads nothing more."""
+    """Open a websocket as a client that then reads nothing more."""
     client = socket.create_connection(("127.0.0.1", port), 60)
     client.sendall(UPGRADE_REQUEST)
     assert b" 101 " in client.recv(20)
     return client
 
 
+# What the hostile client sends first, what it repeats until it is cut off, and the server's limits.
 @pytest.mark.parametrize(
     ("attack", "repeated", "limits"),
     [
@@ -253,6 +257,7 @@ def test_headers_beyond_ascii_are_forbidden_or_bad(header: bytes) -> None:
         assert send_raw_request(server.port, request) in (400, 403)
 
 
+# Code of a server's process that may open 70 files, connections included.
 FEW_FILES_CODE = """
 import resource
 resource.setrlimit(resource.RLIMIT_NOFILE, (70, 70))

@@ -1,8 +1,8 @@
-"""`spear serve --ui` and the real openpi-client, each in its own process and environment, as on a
-robot.
+"""`spear serve --ui` and the real openpi-client, each in its own process and Python environment.
 
-openpi-client pins numpy < 2. The environment is made once, in the folder for temporary files or in
-SPEAR_OPENPI_VENV; without a package index the test is skipped.
+openpi-client pins numpy < 2, so it needs an environment of its own, as on a robot's computer. The
+environment is made once, in the folder for temporary files or in SPEAR_OPENPI_VENV. Without a
+package index the test is skipped.
 """
 
 import json
@@ -26,6 +26,8 @@ from spear.serve.service import Service
 
 PACKAGES = ("openpi-client==0.1.2", "numpy<2", "typing_extensions")
 
+# The client's program. It sends a good observation, then two bad ones, then a good one again. It
+# writes the actions and what it sent to a file, and prints the rest as JSON.
 CLIENT = """
 import json, sys
 import numpy as np
@@ -55,7 +57,7 @@ print(json.dumps({"metadata": policy.get_server_metadata(), "errors": errors,
 """
 
 
-CHECK = "import openpi_client.websocket_client_policy"
+CHECK = "import openpi_client.websocket_client_policy"  # fails if the environment is incomplete
 DEFAULT_FOLDER_NAME = f"spear-tests-openpi-{sys.version_info[0]}{sys.version_info[1]}"
 
 
@@ -128,11 +130,12 @@ def test_the_real_client_drives_droid(
     assert first_timing["infer_ms"] > 0
     assert second_timing["prev_total_ms"] > 0
 
+    # The actions are those that the policy computes here from what the client sent.
     received = np.load(tmp_path / "out.npz")
     sent = {key: received[key] for key in received.files if key.startswith("observation/")}
     sent["prompt"] = observation["prompt"]
     [expected] = Service(nano, robot, "nano", "droid").answer([sent])
     assert received["actions"].shape == (15, 8)
     np.testing.assert_allclose(received["actions"], expected["actions"], atol=1e-5)
-    assert received["again"].shape == (15, 8)
+    assert received["again"].shape == (15, 8)  # after the errors
     assert np.isfinite(received["again"]).all()

@@ -1,4 +1,8 @@
-"""RoboArena's wire over a real socket, message by message as its clients send and read them."""
+"""RoboArena's protocol over a real socket, message by message as its clients send and read them.
+
+RoboArena evaluates policies on DROID robots. Its embodiment has DROID's controls and observations,
+but its own greeting, and requests with an "endpoint" ("infer" or "reset").
+"""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -33,16 +37,20 @@ class RoboArenaClient:
         self.greeting = wire.decode(connection.recv())
 
     def send(self, message: bytes) -> str | Array:
-        """Send a message; returns an error or another text, or the actions."""
+        """Send a message; returns the actions, or the reply if it is a text, such as an error."""
         self._connection.send(message)
         reply = self._connection.recv()
         return reply if isinstance(reply, str) else wire.decode(reply)["actions"]
 
     def ask(self, **request: Any) -> str | Array:
+        """Send a request with these keys; returns what `send` does."""
         return self.send(wire.encode(request))
 
     def make_observation(self, first_camera: int = 1) -> dict[str, Any]:
-        """An observation as the greeting asks for it; cameras count from `first_camera`."""
+        """An observation as the greeting asks for it.
+
+        The external cameras are numbered from `first_camera` on.
+        """
         image = np.zeros((*self.greeting["image_resolution"], 3), np.uint8)
         observation: dict[str, Any] = {
             "observation/wrist_image_left": image,
@@ -59,6 +67,7 @@ class RoboArenaClient:
 
 @contextmanager
 def connect_client(control: str | None = None) -> Iterator[RoboArenaClient]:
+    """Run a server for RoboArena with one of its controls, and connect a client."""
     with (
         run_server(robot="roboarena", control=control) as server,
         connect(f"ws://127.0.0.1:{server.port}", compression=None) as connection,
@@ -80,7 +89,8 @@ def test_the_greeting_says_what_the_client_must_send(control: str) -> None:
         assert client.greeting["action_space"] == control
 
 
-@pytest.mark.parametrize("first_camera", [0, 1])  # the template's test, and the evaluators' client
+# RoboArena's template numbers cameras from 0, its evaluators' client from 1.
+@pytest.mark.parametrize("first_camera", [0, 1])
 @CONTROLS
 def test_an_observation_is_answered_with_rows_of_the_control(
     control: str, first_camera: int
@@ -91,6 +101,7 @@ def test_an_observation_is_answered_with_rows_of_the_control(
 
         rows = client.ask(**observation, endpoint="infer")
 
+    # Six numbers of a pose or seven joints, and the gripper. Five actions are 15 rows at 15 Hz.
     num_columns = 7 if control == "cartesian_position" else 8
     assert rows.shape == (15, num_columns)
     assert np.isfinite(rows).all()
@@ -133,6 +144,7 @@ def test_an_error_names_a_missing_key(client: RoboArenaClient) -> None:
 
 
 def test_a_reset_that_is_nested_too_deeply_is_refused(client: RoboArenaClient) -> None:
+    # In msgpack, {"endpoint": "reset", "a": [[[…None…]]]} with 20 lists in each other.
     error = client.send(b"\x82\xa8endpoint\xa5reset\xa1a" + b"\x91" * 20 + b"\xc0")
 
     assert error.startswith("a has ")

@@ -1,5 +1,7 @@
-"""The server over real sockets: answers, errors, batches, clients that come and go, busy, drain,
-counts.
+"""The server over real sockets: answers, errors, batches, busy servers, stopping, metrics.
+
+Most tests serve `HomingPolicy`, whose actions move the arm by -0.1 times its position. So the first
+action of an answer shows which observation the policy got (`make_observation`, `first_x`).
 """
 
 import asyncio
@@ -41,23 +43,21 @@ def url_of(server: PolicyServer) -> str:
 
 
 def make_observation(x: float = 0.4, **changes: Any) -> dict[str, Any]:
-    """The example with the arm at x, which the answer of `HomingPolicy` shows."""
+    """An observation with the arm at `x` (m, base frame); `changes` replace other entries."""
     observation = GENERIC.example()
     observation["observation/state"][0] = x
     return {**observation, **changes}
 
 
 def connect_raw(server: PolicyServer) -> ClientConnection:
-    """A connection that has read the greeting."""
+    """A websocket connection to a server, after the greeting was read."""
     connection = connect(url_of(server), compression=None)
     connection.recv()
     return connection
 
 
 def first_x(result: Mapping[str, Any]) -> float:
-    """The x translation of an answer's first action; `HomingPolicy` makes it -0.1 times the arm's
-    x.
-    """
+    """The x translation of an answer's first action: -0.1 times the arm's x (`HomingPolicy`)."""
     return float(result["actions"][0, 0])
 
 
@@ -70,6 +70,7 @@ def run_other_server(handle: Callable[[ServerConnection], None]) -> Iterator[str
 
 
 def read_metrics(server: PolicyServer) -> dict[str, float]:
+    """The numbers at GET /metrics, by Prometheus's name with labels."""
     _, _, body = http_get(server, "/metrics")
     counts = {}
     for line in body.splitlines():
@@ -98,6 +99,8 @@ def test_an_observation_is_answered_with_actions_and_timings() -> None:
 
     expected = make_homing_chunk(make_observation()["observation/state"])
     np.testing.assert_array_equal(first["actions"], expected)
+    # The server's time includes the policy's. The second answer tells how long the first one took
+    # altogether.
     infer_ms = first["server_timing"]["infer_ms"]
     assert infer_ms >= first["policy_timing"]["infer_ms"] >= 0
     assert second["server_timing"]["prev_total_ms"] >= infer_ms
@@ -115,6 +118,7 @@ def test_each_server_counts_its_own_requests() -> None:
 
         counts = read_metrics(server)
 
+    # The other server has counted nothing here. All three requests were batches of one.
     assert counts['spear_requests_total{outcome="ok"}'] == 2
     assert counts['spear_requests_total{outcome="refused"}'] == 1
     assert counts["spear_request_seconds_count"] == 3
@@ -137,6 +141,7 @@ def test_each_server_counts_its_own_requests() -> None:
 def test_a_client_leaves_a_server_that_greets_as_no_policy_server_does(
     greeting: bytes | str,
 ) -> None:
+    """The client refuses the server, and closes the connection, which the server notices."""
     has_left = threading.Event()
 
     def greet(client: ServerConnection) -> None:
@@ -150,6 +155,7 @@ def test_a_client_leaves_a_server_that_greets_as_no_policy_server_does(
         assert has_left.wait(60)
 
 
+# The key of an answer is "actions".
 @pytest.mark.parametrize("answer", [{"action": np.zeros(7)}, {}])
 def test_an_answer_without_actions_is_refused(answer: dict[str, Any]) -> None:
     def answer_each(client: ServerConnection) -> None:
@@ -182,6 +188,8 @@ def test_the_error_names_an_address_without_a_server(address: str) -> None:
 GOOD_MESSAGE = wire.encode(make_observation())
 
 
+# A message, and what the error names. The prompts "explode", "bug" and "stop" make `HomingPolicy`
+# raise a `SpearError`, a `ZeroDivisionError` and a `StopIteration`.
 @pytest.mark.parametrize(
     ("message", "words"),
     [
@@ -221,6 +229,7 @@ def test_an_error_names_what_is_wrong_and_the_next_request_works(
 def test_random_and_damaged_messages_leave_the_connection_usable() -> None:
     rng = np.random.default_rng(0)
     noise = [rng.bytes(int(size)) for size in rng.integers(0, 400, 20)]
+    # 40 good messages with one byte changed; the server may or may not understand them.
     damaged = []
     for offset in rng.integers(0, 700, 40):
         message = bytearray(GOOD_MESSAGE)
@@ -248,6 +257,8 @@ def test_random_and_damaged_messages_leave_the_connection_usable() -> None:
 def test_a_mistake_in_a_robots_file_fails_one_observation(
     function: str, caplog: pytest.LogCaptureFixture
 ) -> None:
+    """Of three observations together, the one with the prompt "odd" makes the file fail."""
+
     def fail_for_odd(*arguments: Any) -> Any:
         if arguments[-1]["prompt"] == "odd":
             raise ZeroDivisionError
@@ -273,6 +284,7 @@ def test_a_mistake_in_a_robots_file_fails_one_observation(
     assert record.exc_info
 
 
+# What the robot's file returns as commands, instead of an array [n, m] of finite numbers.
 @pytest.mark.parametrize(
     "rows", [np.full((5, 7), np.nan), np.full((5, 7), "fast"), np.ones(7), None]
 )
@@ -286,7 +298,7 @@ def test_commands_that_are_no_rows_of_numbers_reach_no_robot(rows: Any) -> None:
 
 
 class CommittedPolicy(HomingPolicy):
-    """A policy that takes two committed actions, and repeats them."""
+    """A policy that takes up to two committed actions, and answers with them, five times each."""
 
     committed = 2
 
@@ -308,6 +320,7 @@ def test_committed_actions_reach_a_policy_that_has_learned_them() -> None:
 
 
 def test_a_robot_with_actions_of_its_own_takes_no_committed_actions() -> None:
+    """DROID's commands are joint velocities, which cannot be committed actions."""
     committed = make_homing_chunk(np.ones(8))[:1]
 
     with (
@@ -360,6 +373,7 @@ def test_a_client_without_the_token_is_refused(token: str | None) -> None:
         refuses("401", RemotePolicy, url_of(server), token=token)
 
 
+# Headers of a request, its path, and the status of the response.
 @pytest.mark.parametrize(
     ("headers", "path", "status"),
     [
@@ -389,6 +403,7 @@ def test_many_clients_are_answered_together_and_each_gets_its_own_answer() -> No
         clients = [RemotePolicy(url_of(server)) for _ in range(8)]
 
         def ask_four_times(index: int) -> None:
+            # No two of the 32 requests have the same x.
             for number in range(4):
                 x = 0.1 + 0.01 * index + 0.1 * number
                 result = clients[index].infer(make_observation(x))
@@ -399,7 +414,7 @@ def test_many_clients_are_answered_together_and_each_gets_its_own_answer() -> No
 
     assert max(policy.batch_sizes) == 8
     assert sum(policy.batch_sizes) == 32
-    assert len(policy.batch_sizes) < 20
+    assert len(policy.batch_sizes) < 20  # 4 batches would do if all clients were always in time
 
 
 def test_a_refused_observation_leaves_nothing_behind_for_the_next_call() -> None:
@@ -424,9 +439,11 @@ def test_a_refused_observation_is_found_by_halving_the_batch() -> None:
     answers = Service(policy, GENERIC).answer(observations)
 
     assert [isinstance(answer, SpearError) for answer in answers] == [False] * 15 + [True]
+    # One batch of 16, and two batches after each of four halvings.
     assert len(policy.batch_sizes) <= 9
 
 
+# An action lasts 0.2 s: three rows at 15 Hz, or one row at 5 Hz.
 @pytest.mark.parametrize(
     ("rate_hz", "rows_per_action", "is_right"),
     [(15.0, 3, True), (5.0, 1, True), (15.0, 1, False), (5.0, 3, False)],
@@ -453,24 +470,30 @@ def test_threads_may_share_a_client() -> None:
         closing(RemotePolicy(url_of(server))) as policy,
     ):
         with ThreadPoolExecutor(4) as threads:
-            found_xs = list(threads.map(lambda x: first_x(policy.infer(make_observation(x))), xs))
+            answered_xs = list(
+                threads.map(lambda x: first_x(policy.infer(make_observation(x))), xs)
+            )
 
-    np.testing.assert_allclose(found_xs, -0.1 * np.array(xs), rtol=1e-5)
+    np.testing.assert_allclose(answered_xs, -0.1 * np.array(xs), rtol=1e-5)
 
 
 def test_an_episode_may_begin_while_the_last_chunk_of_another_is_computed(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("spear.chunks.CONTROL_RATE_HZ", math.inf)
+    """Eight episodes, each with its own pilot, share a client. Each answers its own observation.
+
+    A pilot in the mode "async" is closed while its last inference still runs.
+    """
+    monkeypatch.setattr("spear.chunks.CONTROL_RATE_HZ", math.inf)  # the pilot does not wait
     with (
         run_server(HomingPolicy(inference_s=0.02)) as server,
         closing(RemotePolicy(url_of(server))) as policy,
     ):
         for x in [0.1 + 0.05 * index for index in range(8)]:
             with closing(Pilot(policy, "async", replan_interval=3)) as pilot:
-                found_xs = [pilot.step(make_observation(x))[0] for _ in range(3)]
+                executed_xs = [pilot.step(make_observation(x))[0] for _ in range(3)]
 
-            np.testing.assert_allclose(found_xs, -0.1 * x, rtol=1e-5)
+            np.testing.assert_allclose(executed_xs, -0.1 * x, rtol=1e-5)
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 3])
@@ -478,11 +501,15 @@ def test_an_episode_may_begin_while_the_last_chunk_of_another_is_computed(
 def test_an_interrupted_call_leaves_no_answer_to_the_next(
     moment: str, batch_size: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Ctrl-C may come while the client waits for an answer or for the greeting, or while it closes.
+
+    The next call has to get its own answer, not that of the interrupted call.
+    """
     interrupt = Mock(side_effect=KeyboardInterrupt)
     with run_server() as server:
         policy = RemotePolicy(url_of(server))
         if moment == "greeting":
-            policy.close()
+            policy.close()  # the next call connects again, and waits for the greeting
 
         with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
             patched.setattr(ClientConnection, "recv", interrupt)
@@ -497,13 +524,14 @@ def test_an_interrupted_call_leaves_no_answer_to_the_next(
 def test_a_pilot_executes_the_rows_of_a_robot_that_takes_actions(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """The robot's file "arm.py" has a control that passes actions on unchanged."""
     robot = dataclasses.replace(GENERIC, controls={"mine": Control("x", 5.0)})
     monkeypatch.setattr("spear.embodiments.load", lambda name: robot)
 
     with run_server(robot="arm.py") as server:
         action = Pilot(RemotePolicy(url_of(server))).step(make_observation())
 
-    assert action[0] == pytest.approx(-0.04, rel=1e-5)
+    assert action[0] == pytest.approx(-0.04, rel=1e-5)  # the arm is at 0.4 m
 
 
 def test_a_pilot_does_not_take_commands_for_actions(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -551,10 +579,12 @@ def test_a_client_refuses_another_server_at_the_same_address(changed: str) -> No
         for _ in range(2):
             refuses("than before", client.infer, observation)
         new_client = RemotePolicy(url_of(server))
+        # Five actions at 5 Hz become 15 rows at DROID's 15 Hz.
         assert new_client.infer(observation)["actions"].shape == (15, 8)
 
 
 def test_a_server_whose_batcher_fails_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A batch with None instead of a request makes the batcher fail."""
     monkeypatch.setattr(Batcher, "_collect_batch", lambda self: asyncio.sleep(0, [None]))
     server = PolicyServer(Service(HomingPolicy(), GENERIC), ServeOptions("test", port=0))
 
@@ -571,6 +601,7 @@ def test_a_full_queue_refuses_at_once() -> None:
         for connection in connections:
             connection.close()
 
+    # Of six requests one is computed, two wait, and the others are refused.
     errors = [reply for reply in replies if isinstance(reply, str)]
     assert errors
     assert all(error.startswith("busy: 2 ") for error in errors)
@@ -584,6 +615,7 @@ def test_a_remote_policy_asks_a_busy_server_again() -> None:
     assert len(results) == 4
 
 
+# Code of a policy that prints a line when its inference begins, and takes 0.3 s.
 SLOW_POLICY = """
 class Policy(HomingPolicy):
     def infer_batch(self, observations):
@@ -602,6 +634,7 @@ def test_sigterm_answers_what_is_under_way_and_ends_well() -> None:
             asking.send(GOOD_MESSAGE)
             assert output.readline() == "asked\n"
 
+            # Inference has begun. The answer still comes, and then both connections are closed.
             process.send_signal(signal.SIGTERM)
             answer = wire.decode(asking.recv())
 
