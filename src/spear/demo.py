@@ -170,7 +170,10 @@ def evaluate_policy(policy: Spear1Policy) -> Values:
 
     rates = []
     for family in FAMILIES:
-        rate_of_agent = [(r.policy, r.summarize(family).success) for r in results]
+        rate_of_agent = []
+        for agent_result in results:
+            success_rate = agent_result.summarize(family).success
+            rate_of_agent.append((agent_result.policy, success_rate))
         rates.append((replace_underscores(family), make_rate_bars(rate_of_agent)))
     captioned_films = []
     for recorded_film in films:

@@ -153,7 +153,10 @@ def measure_machine(
 ) -> MachineSpeed:
     """Measure the machine's speed by a large matrix product, and a copy larger than any cache.
 
-    The arguments are those of `measure_seconds`, and the type of the matrix product.
+    Args:
+        device: type of the device, "cpu" or "cuda".
+        dtype: type of the numbers of the matrix product.
+        use_processor_time: as for `measure_seconds`.
     """
 
     def measure_best(run: Callable[[], object]) -> float:
@@ -171,6 +174,7 @@ def measure_machine(
 
     first = torch.randn(side, side, device=device).to(dtype)
     second = torch.randn(side, side, device=device).to(dtype)
+    # Of PyTorch's product and ours, the faster one counts.
     product_s = min(
         measure_best(lambda: first @ second), measure_best(lambda: linear(first, second))
     )
