@@ -1,4 +1,8 @@
-"""MoGe checkpoints: every name is accounted for, and broken or foreign files are refused."""
+"""MoGe checkpoints: every weight is matched by name and shape, and other files are refused.
+
+The fixture `shared` is the folder of reference outputs. `make_checkpoint(shared, version)` makes a
+checkpoint of MoGe v1 or MoGe-2 with weights that follow from their names.
+"""
 
 import dataclasses
 from pathlib import Path
@@ -13,7 +17,7 @@ from spear.models.moge.checkpoint import Checkpoint, build_moge, load_moge
 from spear.models.moge.networks import MogeV1
 
 
-def test_a_file_gives_the_network(shared: Path, tmp_path: Path) -> None:
+def test_a_file_is_loaded_as_the_network(shared: Path, tmp_path: Path) -> None:
     published = make_checkpoint(shared, 1)
     content = {"model_config": published.config, "model": published.weights}
     torch.save(content, tmp_path / "model.pt")
@@ -21,13 +25,14 @@ def test_a_file_gives_the_network(shared: Path, tmp_path: Path) -> None:
     model = load_moge(tmp_path / "model.pt")
 
     assert model.unit == "relative"
-    assert model.max_tokens == 2500
+    assert model.max_tokens == 2500  # of the checkpoint's config
     assert not model.training
     expected = build_reference_model(shared, 1).state_dict()
     torch.testing.assert_close(model.state_dict(), expected, rtol=0, atol=0)
 
 
 def add_weights(published: Checkpoint, **weights: torch.Tensor) -> Checkpoint:
+    """A copy of the checkpoint with these weights added or replaced."""
     return dataclasses.replace(published, weights={**published.weights, **weights})
 
 
@@ -93,6 +98,8 @@ def test_a_config_without_a_field_is_refused(shared: Path) -> None:
 
 
 class RunsCodeWhenLoaded:
+    """An object whose unpickling creates a file, the marker."""
+
     def __init__(self, marker: Path) -> None:
         self.marker = marker
 

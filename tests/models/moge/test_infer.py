@@ -1,4 +1,4 @@
-"""Cameras from affine point maps: the reference's answers, and cameras that are known."""
+"""Cameras are recovered from affine point maps, like in the reference, and for known cameras."""
 
 from pathlib import Path
 
@@ -11,6 +11,7 @@ from spear.models.moge.infer import make_view_plane, recover_focal_shift, unproj
 
 @pytest.fixture(scope="module")
 def helpers(shared: Path) -> dict[str, torch.Tensor]:
+    """Inputs and outputs of helper functions of the reference, by "case.name"."""
     return {name: torch.tensor(array) for name, array in load_arrays(shared, "helpers").items()}
 
 
@@ -21,7 +22,7 @@ def full_mask(points: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("case", ["exact", "masked_noisy", "empty_mask_batch"])
 def test_focal_and_shift_are_the_references(helpers: dict[str, torch.Tensor], case: str) -> None:
     if case == "empty_mask_batch":
-        points = helpers["focal_given_batch.points"]
+        points = helpers["focal_given_batch.points"]  # this case has no points of its own
     else:
         points = helpers[f"{case}.points"][None]
     mask = helpers.get(f"{case}.mask", full_mask(points)).view(points.shape[:-1])
@@ -54,10 +55,15 @@ def test_unprojection_is_the_references(helpers: dict[str, torch.Tensor]) -> Non
 
 
 def wavy_surface(focal: float, shift: float, width: int = 90, height: int = 60) -> torch.Tensor:
-    """The points [1, h, w, 3] of a surface seen by a camera, with a depth that is off by -shift."""
+    """The points [1, h, w, 3] of a surface seen by a camera, with `shift` missing in their depth.
+
+    The focal length is in half diagonals of the image.
+    """
     uv = make_view_plane(width, height)
     depth = 2 + 0.5 * torch.sin(7 * uv[..., 0]) * torch.cos(5 * uv[..., 1])
-    return torch.cat([uv / focal * depth[..., None], depth[..., None] - shift], dim=-1)[None]
+    z = depth[..., None]
+    points = torch.cat([uv / focal * z, z - shift], dim=-1)
+    return points[None]
 
 
 @pytest.mark.parametrize(("focal", "shift"), [(0.6, 0.0), (1.0, 0.8), (2.4, -1.5)])
@@ -71,6 +77,7 @@ def test_a_known_camera_is_recovered(focal: float, shift: float) -> None:
 
 
 def test_unknown_points_do_not_matter() -> None:
+    """Unknown are points outside the mask, points that are not finite, and points with depth 0."""
     points = wavy_surface(1.0, 0.8)
     mask = full_mask(points)
     mask[:, :20] = False
@@ -86,10 +93,12 @@ def test_unknown_points_do_not_matter() -> None:
 
 
 def test_a_map_that_determines_no_camera_has_focal_1_and_shift_0() -> None:
+    """Three such maps: no point is in the mask; all points are on the camera's axis, so that any
+    focal length fits; and no point is finite."""
     points = wavy_surface(1.0, 0.8).repeat(3, 1, 1, 1)
     mask = full_mask(points)
     mask[0] = False
-    points[1, ..., :2] = 0  # all points are on the axis, so any focal length fits
+    points[1, ..., :2] = 0
     points[2] = torch.nan
 
     focal, shift = recover_focal_shift(points, mask)

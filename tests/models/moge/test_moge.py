@@ -1,4 +1,9 @@
-"""MoGe v1 and MoGe-2: the reference implementation's numbers, under its weights' names."""
+"""MoGe v1 and MoGe-2 compute the numbers of the reference implementation, with the same weights.
+
+The fixture `shared` is the folder of reference outputs. It has cases: an image for one version of
+MoGe, with the outputs of the reference for it. "forward" is the network alone, and "infer" includes
+the fit of the camera.
+"""
 
 from pathlib import Path
 from typing import Any
@@ -25,25 +30,29 @@ from spear.models.presets import build_vlm_config, get_preset
 from spear.models.vision import MogeEncoder, standardize
 from spear.types import Array
 
+# (version of MoGe, case). The name of a case has the size of its image.
 CASES = [
     (1, "v1_140x196"),
     (1, "v1_168x224"),
     (2, "v2_196x140"),
     (2, "v2_168x224"),
 ]
-SQUARE_CASE = (2, "v2_square_37x37")  # the grid that the position embeddings were learned on
+SQUARE_CASE = (2, "v2_square_37x37")  # patches in the grid that position embeddings were learned on
+# (version, case, label of the settings of an inference).
 INFERENCE_CASES = [
     *[(version, case, "tokens") for version, case in CASES],
     (1, "v1_168x224", "tokens_fp16"),
     (2, "v2_168x224", "tokens_fp16"),
 ]
 
-# Pixels of a case whose mask value is so near the threshold that rounding may decide.
-MAX_MASK_FLIPS = 13  # within 1e-4
-MAX_MASK_FLIPS_HALF = 40  # in half precision; a thousandth of the pixels
+# How many pixels of a mask may differ from the reference, because their value is so near the
+# threshold of 0.5 that rounding decides.
+MAX_MASK_FLIPS = 13  # the pixels within 1e-4 of the threshold
+MAX_MASK_FLIPS_HALF = 40  # in half precision, about a thousandth of the pixels
 
 
 def cut_into_patches(model: MogeV1 | MogeV2, image: torch.Tensor, num_tokens: int) -> torch.Tensor:
+    """The input of a model's encoder."""
     if isinstance(model, MogeV1):
         patches, _ = model.cut_into_patches(image, num_tokens)
         return patches
@@ -51,7 +60,10 @@ def cut_into_patches(model: MogeV1 | MogeV2, image: torch.Tensor, num_tokens: in
 
 
 def subsampled(expected: dict[str, Array], name: str, steps: dict[str, int]) -> tuple[Array, int]:
-    """An array that is stored whole or subsampled, and the step between its elements."""
+    """An array of a case, and the step between its elements in the full array.
+
+    `steps` maps the suffixes that the array's name may have to their steps, such as "_s2" -> 2.
+    """
     for suffix, step in steps.items():
         if f"{name}{suffix}" in expected:
             return expected[f"{name}{suffix}"], step
@@ -64,6 +76,7 @@ def test_features_are_the_references(shared: Path, version: int, case: str) -> N
     model = build_reference_model(shared, version)
     expected = load_arrays(shared, case)
     settings = load_description(shared, version)["cases"][case]["forward"]
+    # The layers whose outputs the reference has: the last four of 12, or 5 and 11.
     recorded_layers = range(8, 12) if version == 1 else range(5, 12, 6)
 
     image = torch.tensor(expected["image"])[None]
@@ -109,7 +122,10 @@ def test_projected_features_of_moge2_are_the_references(shared: Path) -> None:
 
 
 def conv2d_of_halves(*arguments: Any) -> torch.Tensor:
-    """Sums halves in float32, as a GPU does; PyTorch's own takes a CPU a hundred times as long."""
+    """A convolution of float16 that sums in float32, as a GPU does.
+
+    PyTorch's convolution of float16 takes a hundred times as long on a CPU.
+    """
     widened = [x.half().float() if torch.is_tensor(x) else x for x in arguments]
     with torch.autocast("cpu", enabled=False):
         return conv2d(*widened).half()
@@ -120,23 +136,32 @@ def test_inference_is_the_references(shared: Path, version: int, case: str, labe
     model = build_reference_model(shared, version)
     expected = load_arrays(shared, case)
     settings = load_description(shared, version)["cases"][case]["infer"][label]
-    is_half = settings.get("use_fp16", True)
-    tolerance = 1e-2 if is_half else 1e-3
+    if settings.get("use_fp16", True):
+        dtype = torch.float16
+        convolution = conv2d_of_halves
+        tolerance = 1e-2
+        max_mask_flips = MAX_MASK_FLIPS_HALF
+    else:
+        dtype = torch.float32
+        convolution = conv2d
+        tolerance = 1e-3
+        max_mask_flips = MAX_MASK_FLIPS
     image = (255 * torch.tensor(expected["image"])).byte()[None]
 
     with (
         patch.object(model, "max_tokens", settings["num_tokens"]),
-        patch.object(torch.nn.functional, "conv2d", conv2d_of_halves if is_half else conv2d),
+        patch.object(torch.nn.functional, "conv2d", convolution),
     ):
-        geometry = infer_geometry(model, image, torch.float16 if is_half else torch.float32)
+        geometry = infer_geometry(model, image, dtype)
 
     prefix = f"infer.{label}."
-    num_flips = int((torch.tensor(expected[prefix + "mask"]) != geometry.mask[0]).sum())
-    assert num_flips <= (MAX_MASK_FLIPS_HALF if is_half else MAX_MASK_FLIPS)
+    expected_mask = torch.tensor(expected[prefix + "mask"])
+    assert int((expected_mask != geometry.mask[0]).sum()) <= max_mask_flips
     # The reference's intrinsics are in image widths and heights.
     height, width = image.shape[2:]
     intrinsics = geometry.intrinsics[0] / torch.tensor([[width], [height], [1]])
     assert relative_error(intrinsics, expected[prefix + "intrinsics"]) < tolerance
+    # Points and depth are stored whole, or every fourth row and column ("_s4"), or not at all.
     num_compared = 0
     for suffix, step in (("", 1), ("_s4", 4)):
         points = geometry.points[0, ::step, ::step]
@@ -150,7 +175,7 @@ def test_inference_is_the_references(shared: Path, version: int, case: str, labe
 
 
 class TestVlmEncoder:
-    """The encoder of a SPEAR-VLM."""
+    """The encoder of a SPEAR-VLM, which is that of a MoGe."""
 
     @pytest.mark.parametrize(("version", "case"), [(1, "v1_140x196"), (2, "v2_196x140")])
     @torch.inference_mode()
@@ -163,13 +188,15 @@ class TestVlmEncoder:
         layers = [layer[:, 1:] for layer in encoder.layers(patches, range(8, 12))]
         features = torch.cat(layers, -1)
 
-        assert features.shape[-1] == 4 * 384
+        assert features.shape[-1] == 4 * 384  # four layers of the encoder's width
         recorded = torch.tensor(expected["features.patch"])
         if version == 1:
             all_layers = torch.cat(list(recorded), dim=-1).numpy()
             assert relative_error(features[0], all_layers) < 5e-6
-        else:  # the reference recorded layers 5 and 11
-            assert relative_error(features[0, :, -384:], recorded[1].numpy()) < 5e-6
+        else:
+            # The reference has the layers 5 and 11, of which only layer 11 is among our four.
+            last_layer = features[0, :, -384:]
+            assert relative_error(last_layer, recorded[1].numpy()) < 5e-6
 
     @pytest.mark.parametrize(
         "field",
@@ -199,6 +226,7 @@ class TestVlmEncoder:
         refuses(r"position_offset is 0\.0, MoGe's is 0\.1", fill_encoder, encoder, checkpoint)
 
     def test_of_another_size_is_refused(self, shared: Path) -> None:
+        """The checkpoint's encoder is a "dinov2_vits14", which is narrower."""
         with torch.device("meta"):
             encoder = MogeEncoder(dinov2_config("dinov2_vitb14"))
         checkpoint = make_checkpoint(shared, 1)

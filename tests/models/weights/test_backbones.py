@@ -1,4 +1,8 @@
-"""Published PaliGemma, MoGe and π0 folders become SPEAR-VLM and SPEAR-1, and compute the same."""
+"""Published PaliGemma, MoGe and π0 folders become SPEAR-VLM and SPEAR-1, and compute the same.
+
+The published folders here are tiny, with random weights (`published_checkpoints`). The presets
+"tiny14" and "linear14" fit them.
+"""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -38,11 +42,13 @@ from spear.types import Action
 
 BATCH = 2
 WIDTH_PX, HEIGHT_PX = 280, 210
-MAX_ERROR = 1e-5
-NEW_END = NUM_ROWS + TINY14.bins
+MAX_ERROR = 1e-5  # relative to the largest value
+NEW_END = NUM_ROWS + TINY14.bins  # the first id after the 3D tokens
+# A weight that a π0.5 has, and a π0 has not.
 PI05_WEIGHT = "model.paligemma_with_expert.gemma_expert.model.layers.0.input_layernorm.dense.weight"
 SECOND_SHARD = "model-00002-of-00002.safetensors"
 
+# Registers the presets "tiny14" and "linear14".
 pytestmark = pytest.mark.usefixtures("tiny_published_presets")
 
 
@@ -73,6 +79,7 @@ class TestPaliGemmaWithoutMoge:
 
     @pytest.fixture(params=PALIGEMMA_LAYOUTS)
     def folder(self, tmp_path: Path, request: pytest.FixtureRequest, text_type: str) -> Path:
+        """A published PaliGemma, with each language model, under each version's names."""
         return publish_paligemma(make_paligemma(text_type), tmp_path / "paligemma", request.param)
 
     def test_computes_the_logits_of_the_published_model(self, folder: Path) -> None:
@@ -84,7 +91,8 @@ class TestPaliGemmaWithoutMoge:
         eager_logits, _ = compute_logits_of_both(our_model, their_model, WIDTH_PX, HEIGHT_PX)
 
         assert logits.shape[-1] == NEW_END
-        assert relative_error(logits[:, :NUM_ROWS], expected) < MAX_ERROR
+        published_logits = logits[:, :NUM_ROWS]  # without the 3D tokens
+        assert relative_error(published_logits, expected) < MAX_ERROR
         assert relative_error(eager_logits, logits) < MAX_ERROR
 
     def test_is_the_same_after_saving_and_loading(self, folder: Path, tmp_path: Path) -> None:
@@ -100,11 +108,14 @@ class TestPaliGemmaWithoutMoge:
 
 
 class TestReport:
-    """The report of PaliGemma and MoGe names every weight of both and of the new model."""
+    """The report of PaliGemma and MoGe names every weight of both and of the new model.
+
+    A part of a weight has a name like "name[first:end]".
+    """
 
     @pytest.fixture
     def folder(self, tmp_path: Path) -> Path:
-        return publish_paligemma(make_paligemma(), tmp_path / "paligemma", "2025")
+        return publish_paligemma(make_paligemma(), tmp_path / "paligemma", layout="2025")
 
     @pytest.fixture
     def moge(self, tmp_path: Path) -> Path:
@@ -123,12 +134,13 @@ class TestReport:
     def test_has_every_published_weight(self, folder: Path, moge: Path) -> None:
         report = plan_backbones(folder, moge, "tiny14").report
 
-        loaded = {key.note.split(": ")[-1] for key in report.with_status("loaded")}
-        left_out = {key.name for key in report.with_status("left out")}
+        # The note of a loaded weight is "SOURCE: published name".
+        loaded_names = {key.note.split(": ")[-1] for key in report.with_status("loaded")}
+        left_out_names = {key.name for key in report.with_status("left out")}
         paligemma_names = set(StoredCheckpoint.open(folder, "PaliGemma").weights)
         moge_names = set(torch.load(moge)["model"])
-        assert loaded | left_out == paligemma_names | moge_names
-        assert left_out >= {"lm_head.weight", "image_mean", "backbone.mask_token"}
+        assert loaded_names | left_out_names == paligemma_names | moge_names
+        assert left_out_names >= {"lm_head.weight", "image_mean", "backbone.mask_token"}
 
     def test_names_what_is_new(self, folder: Path, moge: Path) -> None:
         report = plan_backbones(folder, moge, "tiny14").report
@@ -142,19 +154,24 @@ class TestReport:
 
 
 class TestCoordinateTokens:
-    """The 3D tokens follow the tokenizer's tokens, and overwrite rows of the embeddings after
-    them."""
+    """The 3D tokens follow the tokenizer's tokens, and overwrite the rows of the embeddings there.
+
+    The tokenizer always has NUM_ROWS tokens. The embeddings have as many rows, or 64 more, or one
+    row less (without the image token, which is never embedded).
+    """
 
     @pytest.fixture(
         params=[(NUM_ROWS, NUM_ROWS), (NUM_ROWS + 64, NUM_ROWS), (NUM_ROWS - 1, NUM_ROWS)]
     )
     def num_rows_and_start(self, request: pytest.FixtureRequest) -> tuple[int, int]:
+        """The number of published embeddings, and the id of the first 3D token."""
         return request.param
 
     @pytest.fixture
     def plan(self, tmp_path: Path, num_rows_and_start: tuple[int, int]) -> Any:
-        published = make_paligemma(num_rows=num_rows_and_start[0])
-        return plan_backbones(publish_paligemma(published, tmp_path / "paligemma"), None, "tiny14")
+        num_rows, _ = num_rows_and_start
+        folder = publish_paligemma(make_paligemma(num_rows=num_rows), tmp_path / "paligemma")
+        return plan_backbones(folder, None, "tiny14")
 
     def test_have_the_ids_after_the_tokenizers_own(
         self, plan: Any, num_rows_and_start: tuple[int, int]
@@ -165,9 +182,9 @@ class TestCoordinateTokens:
 
         assert plan.tokenizer.convert_tokens_to_ids("<3d0000>") == start
         assert model.config.coordinate_start == start
-        num_rows_after = len(model.language_model.embed_tokens.weight)
-        assert num_rows_after == max(num_rows, start + TINY14.bins)
-        assert num_rows_after == model.config.text_config.vocab_size
+        new_num_rows = len(model.language_model.embed_tokens.weight)
+        assert new_num_rows == max(num_rows, start + TINY14.bins)
+        assert new_num_rows == model.config.text_config.vocab_size
 
     def test_leave_the_other_rows_as_published(
         self, plan: Any, num_rows_and_start: tuple[int, int]
@@ -208,6 +225,7 @@ class TestCoordinateTokens:
 class TestBfloat16:
     @pytest.fixture
     def half(self, paligemma_folder: Path, tmp_path: Path) -> Any:
+        """The SPEAR-VLM of PaliGemma and MoGe, converted in bfloat16."""
         plan = plan_backbones(paligemma_folder, publish_moge(tmp_path / "model.pt"), "tiny14")
         return plan.run(torch.bfloat16)
 
@@ -241,16 +259,22 @@ class TestBfloat16:
 
 
 class TestPolicyWithPi0:
-    """A SPEAR-1 with the weights of a π0 computes what that computes."""
+    """A SPEAR-1 with the weights of a π0 computes the same as the π0 in Transformers.
+
+    The VLM inside the SPEAR-1 is made from the VLM of the π0.
+    """
 
     @pytest.fixture(params=["lerobot", "openpi", "transformers"])
     def layout(self, request: pytest.FixtureRequest) -> str:
+        """The program whose names of weights the published folder has."""
         return request.param
 
     @pytest.fixture
     def models(self, tmp_path: Path, layout: str) -> tuple[Any, Any]:
-        """Ours and theirs."""
+        """The SPEAR-1 and the π0."""
         their_model = make_pi0()
+        # Only the config of the layout "transformers" has this field, so only there it may differ
+        # from the default, to test that it is read.
         their_model.config.dit_config.rms_norm_eps = 1e-2 if layout == "transformers" else 1e-6
         paligemma = make_paligemma()
         paligemma.model.load_state_dict(their_model.model.vlm.state_dict())
@@ -264,24 +288,25 @@ class TestPolicyWithPi0:
 
     @pytest.fixture
     def inputs(self) -> tuple[dict[str, Any], dict[str, Any]]:
-        """The same images and padded text, for ours and for theirs."""
+        """The same two images and padded text, as inputs of the SPEAR-1 and of the π0."""
         images = torch.randint(0, 256, (BATCH, 2, 3, 224, 224), dtype=torch.uint8)
         ids = torch.randint(3, 40, (BATCH, 6))
         mask = torch.ones_like(ids)
         mask[0, 4:] = 0
-        our_model = {
+        our_inputs = {
             "pixel_values": {"external": images[:, 0], "wrist": images[:, 1]},
             "input_ids": ids,
             "attention_mask": mask,
         }
+        # In π0's sequence, image tokens stand before the text: 16 × 16 patches per image.
         image_mask = torch.ones(BATCH, 2 * 256, dtype=torch.long)
-        their_model = {
+        their_inputs = {
             "pixel_values": images / 127.5 - 1,
             "pixel_attention_mask": torch.ones(BATCH, 2, dtype=torch.bool),
             "input_ids": torch.cat([image_mask * IMAGE_TOKEN, ids], dim=1),
             "attention_mask": torch.cat([image_mask, mask], dim=1),
         }
-        return our_model, their_model
+        return our_inputs, their_inputs
 
     def test_predicts_the_same_velocity(
         self, models: tuple[Any, Any], inputs: tuple[dict[str, Any], dict[str, Any]]
@@ -293,7 +318,7 @@ class TestPolicyWithPi0:
         tau = torch.tensor([0.2, 0.9])
 
         with torch.no_grad():
-            # π0's time and velocity point the other way.
+            # π0's flow time runs from data to noise, so time and velocity have the other sign.
             output = their_model(state=state, noise=noisy, timestep=1 - tau, **their_inputs)
             prefix = our_model.encode_prefix(**our_inputs)
             velocity = our_model.predict(prefix, state, Action.from_vector(noisy), tau)
@@ -317,14 +342,17 @@ class TestPolicyWithPi0:
 
         assert relative_error(sampled.translation, expected.translation) < MAX_ERROR
         assert relative_error(sampled.gripper, expected.gripper) < MAX_ERROR
-        # Ours end as unit quaternions with w >= 0.
+        # Our sampling returns canonical unit quaternions.
         unit = torch.nn.functional.normalize(expected.rotation, dim=-1)
         canonical = unit * torch.where(unit[..., :1] < 0, -1.0, 1.0)
         assert relative_error(sampled.rotation, canonical) < MAX_ERROR
 
 
 class TestPi0OfAnotherRobot:
-    """Of a π0 with other states and actions the layers that take or give them are new."""
+    """A π0 whose states and actions have 32 numbers, instead of our 10 and 8.
+
+    The layers whose inputs or outputs are states or actions (robot layers) are new.
+    """
 
     @pytest.fixture
     def expert(self, tmp_path: Path) -> Path:
@@ -368,6 +396,7 @@ class TestPi0OfAnotherRobot:
 
 class TestNewExpert:
     def test_is_drawn_anew_with_each_seed(self, vlm_folder: Path) -> None:
+        """Weights with a normal initialization depend on the seed; all others are 0."""
         plan = plan_policy(vlm_folder, size="tiny14")
 
         first, same, other_seed = [plan.run(seed=seed).state_dict() for seed in (0, 0, 1)]
@@ -383,8 +412,10 @@ class TestNewExpert:
     def test_has_the_spread_that_the_report_says(self, vlm_folder: Path) -> None:
         model = plan_policy(vlm_folder, size="tiny14").run()
 
+        # The report says N(0, 1 / inputs).
         weight = model.action_time_mlp_in.weight.detach()
-        assert float(weight.std()) == pytest.approx(weight.shape[1] ** -0.5, rel=0.1)
+        num_inputs = weight.shape[1]
+        assert float(weight.std()) == pytest.approx(num_inputs**-0.5, rel=0.1)
 
     def test_policy_is_simulator_only_like_its_vlm(self, vlm_folder: Path, tmp_path: Path) -> None:
         plan = plan_policy(vlm_folder, size="tiny14")
@@ -397,7 +428,7 @@ class TestNewExpert:
         assert is_simulator_only(tmp_path / "of the simulator")
 
 
-# --- What is refused, in one line ---
+# --- Refusals, each with a message of one line ---
 
 
 class TestWrongCheckpointsAreRefused:
@@ -411,6 +442,7 @@ class TestWrongCheckpointsAreRefused:
         refuses("holds no action expert", plan_policy, vlm_folder, paligemma_folder, "tiny14")
 
     def test_a_preset_with_other_patches(self, paligemma_folder: Path) -> None:
+        """The images of nano are no multiples of the checkpoint's patches of 14 pixels."""
         message = "does not fit: its external images of 192×128"
         refuses(message, plan_backbones, paligemma_folder, None, "nano")
 
@@ -498,28 +530,31 @@ class TestIncompleteFilesAreRefused:
         refuses(message, plan_backbones, paligemma_folder, None, "tiny14")
 
 
-class TestWrongNumbersAreRefused:
+class TestWrongWeightsAreRefused:
     @pytest.fixture
     def folder(self, tmp_path: Path) -> Path:
-        return publish_paligemma(make_paligemma(), tmp_path / "paligemma", "2025")
+        return publish_paligemma(make_paligemma(), tmp_path / "paligemma", layout="2025")
 
     @pytest.fixture
     def shards(self, folder: Path) -> tuple[Path, Path]:
+        """The two files of weights."""
         first, second = sorted(folder.glob("*.safetensors"))
         return first, second
 
     @pytest.fixture
     def norm_name(self, shards: tuple[Path, Path]) -> str:
+        """The name of a norm's weight in the first file."""
         return next(name for name in load_file(shards[0]) if "norm" in name)
 
     def change(self, file: Path, name: str, addend: float) -> None:
+        """Add a number to all values of a weight."""
         state: Mapping[str, torch.Tensor] = load_file(file)
         save_file({**state, name: state[name] + addend}, file)
 
-    def test_a_head_that_is_not_the_embeddings(
+    def test_a_head_that_differs_from_the_embeddings(
         self, folder: Path, shards: tuple[Path, Path]
     ) -> None:
-        self.change(shards[0], "lm_head.weight", 1)
+        self.change(shards[0], "lm_head.weight", addend=1)
 
         refuses("lm_head.weight", plan_backbones(folder, None, "tiny14").run)
 
@@ -551,6 +586,7 @@ class TestWrongNumbersAreRefused:
     def test_a_weight_under_two_names(
         self, folder: Path, shards: tuple[Path, Path], norm_name: str
     ) -> None:
+        """The same weight has its present name in one file, and its name of 2024 in the other."""
         norm = load_file(shards[0])[norm_name]
         old_name = norm_name.removeprefix("model.")
         save_file({**load_file(shards[1]), old_name: norm}, shards[1])
@@ -577,6 +613,7 @@ class TestVocabulariesThatDoNotFitAreRefused:
         return publish_paligemma(make_paligemma(), tmp_path / "paligemma")
 
     def test_fewer_embeddings_than_tokens(self, tmp_path: Path) -> None:
+        """The tokenizer has NUM_ROWS = 1312 tokens."""
         published = make_paligemma(num_rows=NUM_ROWS - 40)
         folder = publish_paligemma(published, tmp_path / "short")
 
@@ -606,7 +643,7 @@ class TestVocabulariesThatDoNotFitAreRefused:
 
 @pytest.fixture
 def offline_hub_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty cache of the Hub, which cannot be reached."""
+    """The folder of an empty cache of the Hub, while the Hub itself cannot be reached."""
     monkeypatch.setattr(hub, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(hub, "HF_HUB_CACHE", str(tmp_path))
     return tmp_path

@@ -1,4 +1,8 @@
-"""A model folder with Python code: nothing of it runs, even where stdin would say yes."""
+"""Python code in a model folder never runs, even if stdin answers yes to Transformers' question.
+
+The code here creates a file when it runs, the marker. So the tests check that there is no such
+file.
+"""
 
 import io
 import json
@@ -22,14 +26,15 @@ from spear.models.weights.load import load_tokenizer
 from spear.policy import Spear1Policy, load_vlm, locate
 from train_tiny import run_recipe, save_policy
 
-REFUSAL = "run Python code of its own"
-MODULE = "hostile_code"
+REFUSAL = "run Python code of its own"  # part of the message
+MODULE = "hostile_code"  # the name of the Python file in the folder
+# The classes of Transformers that a config can replace by classes of its folder.
 AUTO_CLASSES = ("AutoConfig", "AutoModel", "AutoProcessor", "AutoModelForZeroShotObjectDetection")
 
 
 @pytest.fixture(autouse=True)
 def stdin_that_agrees(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Answer yes to every question of Transformers."""
+    """Let stdin answer yes to every question of Transformers."""
     monkeypatch.setattr("sys.stdin", io.StringIO("y\n" * 10))
 
 
@@ -41,23 +46,26 @@ def marker(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def nano_folder(tmp_path: Path) -> Path:
+    """A copy of the weights nano, which the tests may change."""
     folder = tmp_path / "nano"
     shutil.copytree(locate("nano"), folder)
     return folder
 
 
 def add_code(folder: Path, marker: Path) -> None:
+    """Write a Python file that creates the marker when it is imported, and has a class `Evil`."""
     code = f"open({str(marker)!r}, 'w').close()\nclass Evil: pass\n"
     (folder / f"{MODULE}.py").write_text(code)
 
 
 def edit_json(path: Path, **changes: Any) -> None:
+    """Change keys of a JSON file, or write a new one."""
     content = json.loads(path.read_text()) if path.is_file() else {}
     path.write_text(json.dumps({**content, **changes}))
 
 
 def make_tokenizer_hostile(folder: Path, marker: Path) -> None:
-    """Let the tokenizer be a class of the folder."""
+    """Name a class of the folder as the tokenizer's class."""
     add_code(folder, marker)
     edit_json(
         folder / "tokenizer_config.json",
@@ -67,7 +75,7 @@ def make_tokenizer_hostile(folder: Path, marker: Path) -> None:
 
 
 def make_model_hostile(folder: Path, marker: Path, **changes: Any) -> None:
-    """Let the config, the model and the processor be classes of the folder."""
+    """Name a class of the folder as the class of the config, the model and the processor."""
     add_code(folder, marker)
     auto_map = {name: f"{MODULE}.Evil" for name in AUTO_CLASSES}
     edit_json(folder / "config.json", auto_map=auto_map, **changes)
@@ -86,7 +94,8 @@ def test_a_tokenizer_in_a_policy_runs_no_code(load: Any, nano_folder: Path, mark
 def test_a_network_in_a_policy_runs_no_code(nano_folder: Path, marker: Path) -> None:
     make_model_hostile(nano_folder, marker)
 
-    Spear1Policy.load(nano_folder)  # Transformers takes the class that spear has registered
+    # Loading succeeds, because Transformers takes the class that spear has registered.
+    Spear1Policy.load(nano_folder)
 
     assert not marker.exists()
 
@@ -144,7 +153,8 @@ def test_a_detector_runs_no_code(
     folder = save(tmp_path / "detector")
     make_hostile(folder, marker)
 
-    detector(str(folder), vocabulary=["cup"])  # Transformers' own classes are taken instead
+    # Loading succeeds, because Transformers takes its own classes.
+    detector(str(folder), vocabulary=["cup"])
 
     assert not marker.exists()
 

@@ -1,4 +1,7 @@
-"""The weights that come with the package: small enough, loadable, and better than not looking."""
+"""The weights that come with the package are small, match their recipes, see and act.
+
+Also tested is how folders of weights are found by name.
+"""
 
 import dataclasses
 import json
@@ -24,7 +27,7 @@ from spear.train.recipes import RECIPES
 NAMES = ["nano", "nano-vlm", "nano-vlm-0", "nano-depth"]
 MAX_FOLDER_BYTES = 20e6
 NUM_HELD_OUT_FRAMES = 12
-FIRST_HELD_OUT_SEED = 500
+FIRST_HELD_OUT_SEED = 500  # scenes with this seed and later ones are in no training
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -47,57 +50,64 @@ def test_a_config_does_not_say_on_which_machine_it_was_trained(name: str) -> Non
     assert "_name_or_path" not in (BUNDLED_WEIGHTS / name / "config.json").read_text()
 
 
-def drop_what_differs(recipe: dict[str, Any]) -> dict[str, Any]:
-    """Drop keys that a machine decides, that no longer exist, or that do nothing in this recipe."""
-    del recipe["optimization"]["precision"]  # float32 where the CPU has no bfloat16
+def drop_keys_without_effect(recipe: dict[str, Any]) -> dict[str, Any]:
+    """Drop keys whose value depends on the machine, that no longer exist, or that this recipe does
+    not use."""
+    del recipe["optimization"]["precision"]  # float32 on a machine whose CPU has no bfloat16
     recipe["optimization"].pop("moments", None)  # no longer exists
     recipe.pop("starts_from", None)  # no longer exists
-    del recipe["normalization"]  # of policies
+    del recipe["normalization"]  # only used by policies
     if recipe["kind"] == "depth":
-        del recipe["questions"]  # it asks none
+        del recipe["questions"]  # depth is trained without questions
     return recipe
 
 
 @pytest.mark.parametrize("name", ["nano-vlm-0", "nano-depth"])
 def test_starting_points_were_trained_by_their_recipe(name: str) -> None:
+    """The recipe in recipe.json, of the time of the training, is the package's recipe of today."""
     provenance = json.loads((BUNDLED_WEIGHTS / name / "recipe.json").read_text())
-    stored = drop_what_differs(provenance["recipe"])
-    present = drop_what_differs(json.loads(json.dumps(dataclasses.asdict(RECIPES[name]))))
+    recipe_of_today = json.loads(json.dumps(dataclasses.asdict(RECIPES[name])))
+    stored = drop_keys_without_effect(provenance["recipe"])
+    present = drop_keys_without_effect(recipe_of_today)
 
     assert {key: present[key] for key in stored} == stored
-    # Keys that were added later are off.
-    assert not any(present[key] for key in present.keys() - stored.keys())
+    # Keys that were added after the training are off (false, 0 or empty).
+    added_keys = present.keys() - stored.keys()
+    assert not any(present[key] for key in added_keys)
 
 
 @pytest.fixture(scope="module")
 def held_out_labels() -> list[Any]:
+    """Labeled images of simulated scenes, with the true boxes and keypoints."""
     size = PRESETS["nano"].image_sizes["external"]
     frames = render_held_out_frames(NUM_HELD_OUT_FRAMES, FIRST_HELD_OUT_SEED, size)
     return list(label_with_ground_truth(frames))
 
 
 @pytest.mark.parametrize(
-    ("name", "max_share_of_constant_error", "question_types"),
+    ("name", "max_fraction_of_constant_error", "question_types"),
     [("nano", 0.6, ("keypoint",)), ("nano-vlm", 0.35, ("keypoint", "offset"))],
 )
 def test_a_vlm_sees_where_objects_are(
     held_out_labels: list[Any],
     name: str,
-    max_share_of_constant_error: float,
+    max_fraction_of_constant_error: float,
     question_types: tuple[Any, ...],
 ) -> None:
-    scores = vqa.evaluate_vqa(
-        load_vlm(name), held_out_labels, QuestionOptions(question_types=question_types)
-    )
+    """Its error is well below that of the best constant answer, which does not look at images."""
+    options = QuestionOptions(question_types=question_types)
+
+    scores = vqa.evaluate_vqa(load_vlm(name), held_out_labels, options)
 
     for question_type in question_types:
         score = scores.type_scores[question_type]
-        max_error = max_share_of_constant_error * score.constant["error"]
+        max_error = max_fraction_of_constant_error * score.constant["error"]
         assert score.measures["error"].value < max_error
-        assert score.grammar.value == 1.0
+        assert score.grammar.value == 1.0  # all answers had the right form
 
 
 def test_the_policy_succeeds(nano: Spear1Policy, tmp_path: Path) -> None:
+    """It succeeds in at least two of four rollouts."""
     options = TabletopOptions(num_scenes=4, tasks=("put_on",), out=tmp_path)
 
     results, _ = closed_loop.evaluate_tabletop(PolicyAgent(nano, "nano", None), options)
@@ -108,6 +118,7 @@ def test_the_policy_succeeds(nano: Spear1Policy, tmp_path: Path) -> None:
 class TestLocate:
     @pytest.fixture(autouse=True)
     def folder_named_nano(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """The current folder has a subfolder with the name of weights of the package."""
         monkeypatch.chdir(tmp_path)
         (tmp_path / "nano").mkdir()
 
@@ -127,6 +138,7 @@ class TestLocate:
 
 @pytest.mark.parametrize("key", ["files", "learned", "simulator_only"])
 def test_a_recipe_json_with_a_value_of_another_type_is_refused(key: str, tmp_path: Path) -> None:
+    """The value is a list, which is right for none of these keys."""
     (tmp_path / "recipe.json").write_text(json.dumps({"seed": 0, key: ["model.safetensors"]}))
 
     refuses(rf"recipe\.json.*{key}", read_provenance, tmp_path)

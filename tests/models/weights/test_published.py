@@ -1,4 +1,8 @@
-"""The tensors that published files must contain are those that are read."""
+"""The list of tensors that published files must contain (`PUBLISHED`) is right.
+
+The conversions read exactly these tensors, and files of these tensors have the size of the
+published files.
+"""
 
 import math
 from pathlib import Path
@@ -16,14 +20,15 @@ from spear.models.weights.load import StoredCheckpoint, StoredTensor
 from spear.models.weights.published import PUBLISHED
 from spear.util.network import is_hub_name
 
+# Sizes of the files on the Hub.
 MOGE_FILE_BYTES = 1_256_823_446
 PI0_FILE_BYTES = 14_005_618_584
-MAX_HEADER_BYTES = 2e5
+MAX_HEADER_BYTES = 2e5  # of the part of a file that is not tensors
 BYTES_PER_NUMBER = 4  # both files are float32
 
 
 def make_stored_checkpoint(config: Any, shapes: dict[str, Any]) -> StoredCheckpoint:
-    """A listed checkpoint of these shapes, without files."""
+    """A checkpoint with tensors of these shapes, listed as if from files, but without files."""
     tensors = {}
     for name, shape in shapes.items():
         tensors[name] = StoredTensor(Path("x"), tuple(shape), "BF16")
@@ -49,7 +54,7 @@ def test_all_tensors_of_paligemma_are_loaded(name: str, monkeypatch: pytest.Monk
 
     report = backbones.plan_backbones("nowhere", None).report
 
-    report.check("")
+    report.check("")  # raises SpearError if a weight is missing or refused
     assert len(report.with_status("loaded")) == len(tensors)
     assert not report.with_status("left out")
 
@@ -68,7 +73,7 @@ def test_all_tensors_of_pi0_but_those_of_its_robot_are_loaded(
 
     report = action_expert.plan_policy("a", "b").report
 
-    report.check("")
+    report.check("")  # raises SpearError if a weight is missing or refused
     expected = set()
     for layer in action_expert.ROBOT_LAYERS:
         expected |= {f"{layer}.weight", f"{layer}.bias"}
@@ -77,6 +82,7 @@ def test_all_tensors_of_pi0_but_those_of_its_robot_are_loaded(
 
 @pytest.mark.parametrize("name", ["moge", "moge-2"])
 def test_moge_is_built_from_its_tensors(name: str) -> None:
+    """Building checks all names and shapes, and raises `SpearError` if one is wrong."""
     network = PUBLISHED[name]
     tensors = {}
     for tensor_name, shape in network.tensors().items():
@@ -94,10 +100,11 @@ def test_networks_are_known_by_their_revision(name: str) -> None:
     network = PUBLISHED[name]
 
     assert is_hub_name(f"{network.repository}@{network.revision}")
-    assert len(network.revision) == 40
+    assert len(network.revision) == 40  # the digits of a commit's hash
 
 
 def count_numbers(name: str) -> int:
+    """How many numbers the tensors of a published network have in total."""
     return sum(math.prod(shape) for shape in PUBLISHED[name].tensors().values())
 
 
@@ -108,9 +115,11 @@ def test_moges_file_is_as_large_as_its_tensors() -> None:
 
 
 def test_pi0s_file_is_as_large_as_its_tensors_and_its_vlm() -> None:
-    vlm_numbers = count_numbers("paligemma") - 64 * 2048  # 64 rows less of embeddings
-    head_numbers = 257_152 * 1024  # the expert's head, which is not read
-    numbers = vlm_numbers + count_numbers("pi0") + head_numbers
-    header_bytes = PI0_FILE_BYTES - BYTES_PER_NUMBER * numbers
+    # π0's file also contains its VLM, a PaliGemma with 64 embeddings less, and the output head of
+    # its expert (vocabulary × width). Neither is read.
+    num_in_vlm = count_numbers("paligemma") - 64 * 2048
+    num_in_head = 257_152 * 1024
+    num_numbers = num_in_vlm + count_numbers("pi0") + num_in_head
+    header_bytes = PI0_FILE_BYTES - BYTES_PER_NUMBER * num_numbers
 
     assert 0 < header_bytes < MAX_HEADER_BYTES
