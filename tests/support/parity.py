@@ -18,23 +18,23 @@ def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 def compute_logits_of_both(
-    ours: SpearVLMForConditionalGeneration, theirs: Any, width: int, height: int
+    our_model: SpearVLMForConditionalGeneration, their_model: Any, width: int, height: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Compute the logits [valid tokens, vocabulary] of both models for the same random inputs.
 
     Args:
-        ours: the SPEAR-VLM.
-        theirs: a `PaliGemmaForConditionalGeneration`, whose image token has one of the highest ids.
+        our_model: the SPEAR-VLM.
+        their_model: a `PaliGemmaForConditionalGeneration`, whose image token has one of the highest ids.
         width: width of the images in pixels.
         height: height of the images in pixels.
 
     Returns:
-        The logits of `ours` and of `theirs`.
+        The logits of `our_model` and of `their_model`.
     """
     torch.manual_seed(5)
-    patch = theirs.config.vision_config.patch_size
+    patch = their_model.config.vision_config.patch_size
     num_image_tokens = width // patch * (height // patch)
-    image_token = theirs.config.image_token_id
+    image_token = their_model.config.image_token_id
 
     image = torch.randint(0, 256, (BATCH, 3, height, width), dtype=torch.uint8)
     ids = torch.randint(3, min(1000, image_token), (BATCH, LENGTH))
@@ -44,16 +44,16 @@ def compute_logits_of_both(
 
     # PaliGemma takes image tokens and text as one sequence, and pixels from -1 to 1.
     pixels = image / 127.5 - 1
-    image_output = theirs.model.get_image_features(pixels, interpolate_pos_encoding=True)
+    image_output = their_model.model.get_image_features(pixels, interpolate_pos_encoding=True)
     features = image_output.pooler_output
     ones = torch.ones(BATCH, num_image_tokens, dtype=torch.long)
-    output = theirs(
+    output = their_model(
         input_ids=torch.cat([ones * image_token, ids], dim=1),
         attention_mask=torch.cat([ones, mask], dim=1),
         token_type_ids=torch.cat([ones * 0, token_types], dim=1),
         mm_encoder_outputs={"image": BaseModelOutputWithPooling(pooler_output=features)},
     )
     their_logits = output.logits[:, num_image_tokens:]  # [BATCH, LENGTH, vocabulary]
-    our_logits = ours({"external": image}, ids, mask, token_types).logits
+    our_logits = our_model({"external": image}, ids, mask, token_types).logits
     is_valid = mask.bool()
     return our_logits[is_valid], their_logits[is_valid]

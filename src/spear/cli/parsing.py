@@ -67,14 +67,14 @@ def _print_help(name: str, options_class: type | None, help_text: str, shows_all
     from spear.util.options import list_option_help
 
     option_help = [] if options_class is None else list_option_help(options_class)
-    shown = [option for option in option_help if shows_all or not option.is_rare]
-    num_hidden = len(option_help) - len(shown)
+    shown_options = [option for option in option_help if shows_all or not option.is_rare]
+    num_hidden = len(option_help) - len(shown_options)
     if num_hidden:
         help_text += f"\n\nUse --help-all to see {format_count(num_hidden, 'more options')}."
 
     # tyro prints the help of a new class, which has only the shown options, in one group.
     fields = []
-    for option in shown:
+    for option in shown_options:
         hint: Any = Annotated[option.hint, tyro.conf.arg(help_behavior_hint=_describe_default)]
         metadata = {"help": option.text}
         field = dataclasses.field(default=option.default, metadata=metadata, kw_only=True)

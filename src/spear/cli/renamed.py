@@ -82,10 +82,10 @@ def check_command(args: Sequence[str]) -> None:
     for num_words in (3, 2, 1):
         former = " ".join(args[:num_words])
         if former in NEW_COMMANDS:
-            where = ""
+            advice = ""
             if former == "evaluate ablations":
-                where = " Run it in a clone of the repository."
-            raise SpearError(f"spear {former} is now {NEW_COMMANDS[former]}.{where}")
+                advice = " Run it in a clone of the repository."
+            raise SpearError(f"spear {former} is now {NEW_COMMANDS[former]}.{advice}")
 
 
 def check_options(command: str, words: Sequence[str]) -> None:

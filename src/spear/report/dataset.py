@@ -247,16 +247,16 @@ def _draw_column(name: str, values: Array) -> Iterator[str]:
         yield draw_chart(lines, Axis("step"), title=name + index_range)
 
 
-def _make_strip(images: Sequence[bytes], where: str) -> list[tuple[int, str]]:
+def _make_strip(images: Sequence[bytes], name: str) -> list[tuple[int, str]]:
     """Return some of a camera's images, as pairs of the step and a small version as data URI.
 
     Args:
         images: the encoded images of all steps.
-        where: name of the images in error messages.
+        name: name of the images in error messages.
     """
     strip = []
     for step in _spread_steps(len(images), MAX_FRAMES):
-        image = Image.fromarray(decode_image(images[step], f"{where} step {step}"))
+        image = Image.fromarray(decode_image(images[step], f"{name} step {step}"))
         width = max(1, round(image.width * STRIP_HEIGHT_PX / image.height))
         small = image.resize((width, STRIP_HEIGHT_PX), Image.Resampling.LANCZOS)
         strip.append((step, to_jpeg_data_uri(np.asarray(small))))
