@@ -24,7 +24,7 @@ def compute_logits_of_both(
 
     Args:
         our_model: the SPEAR-VLM.
-        their_model: a `PaliGemmaForConditionalGeneration`, whose image token has one of the highest ids.
+        their_model: a `PaliGemmaForConditionalGeneration`; the id of its image token is high.
         width: width of the images in pixels.
         height: height of the images in pixels.
 
