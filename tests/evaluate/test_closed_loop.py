@@ -1,4 +1,4 @@
-"""The closed loop: fair baselines, outcomes that do not depend on batching, films, latency."""
+"""The closed loop: outcomes that do not depend on batching, films, resumption, latency."""
 
 import contextlib
 import importlib
@@ -20,18 +20,25 @@ from spear.evaluate.options import TabletopOptions
 from spear.evaluate.results import Results
 from spear.types import Array
 
-SMALL_IMAGES = {"external": (48, 32), "wrist": (24, 24)}
+SMALL_IMAGES = {"external": (48, 32), "wrist": (24, 24)}  # camera → (width, height), px
 TIME_LIMIT_STEPS = 60
-SECOND_STEPS = 5  # the last frame of a film stays for a second
+SECOND_STEPS = 5  # the last frame of a film stays for a second, at 5 Hz
 
 
 def evaluate(agent: Agent, scenes: int, **options: Any) -> Results:
+    """Evaluate an agent on some scenes of the task family "put_on"."""
     results, _ = evaluate_tabletop(agent, TabletopOptions(scenes, tasks=("put_on",), **options))
     return results
 
 
 class HalfExpert(ExpertAgent):
-    """The expert in even scenes, idle in odd ones; interrupted after so many calls."""
+    """The expert in even scenes, and idle in odd scenes.
+
+    Args:
+        max_calls: Number of calls of `act` after which the evaluation is interrupted.
+
+    scenes  the seeds of the scenes in which it has acted.
+    """
 
     image_sizes = SMALL_IMAGES
 
@@ -49,15 +56,19 @@ class HalfExpert(ExpertAgent):
         for env, chunk in zip(envs, super().act(envs, observations), strict=True):
             seed = env.world.spec.seed
             self.scenes.add(seed)
-            chunks.append(chunk if seed % 2 == 0 else IDLE_ACTION[None])
+            chunks.append(chunk if seed % 2 == 0 else IDLE_ACTION[None])  # [1, 8]
         return chunks
 
 
 class WanderingPolicy:
-    """Moves as its own observation says, so that its outcome shows what it saw.
+    """A policy whose actions depend on its state, so that its outcome shows what it observed.
 
-    image_shapes   of the images that it saw.
-    num_committed  length of the committed prefix at each inference.
+    Args:
+        image_sizes: Camera → (width, height) of the images that it wants, px.
+        committed: The longest committed prefix that it can continue.
+
+    image_shapes   the shapes of the images that it has seen.
+    num_committed  the length of the committed prefix at each inference.
     """
 
     def __init__(
@@ -74,8 +85,10 @@ class WanderingPolicy:
             if key.endswith("image"):
                 self.image_shapes.add(value.shape)
         state = observation["observation/state"]
-        step = np.array([0.02, -0.1 * state[1], 0.05 * (0.15 - state[2])])
-        return {"actions": np.tile([*step, 1, 0, 0, 0, 1], (5, 1)).astype(np.float32)}
+        # Forward, towards y = 0, and towards a height of 0.15 m.
+        translation = np.array([0.02, -0.1 * state[1], 0.05 * (0.15 - state[2])])
+        chunk = np.tile([*translation, 1, 0, 0, 0, 1], (5, 1))  # five equal actions
+        return {"actions": chunk.astype(np.float32)}
 
     def infer_batch(self, observations: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         return [self.infer(observation) for observation in observations]
@@ -116,14 +129,15 @@ def test_a_policy_with_one_camera_sees_that_one_only(view: str) -> None:
 
 
 def num_frames(data: bytes) -> int:
+    """Count the frames of an MP4 file."""
     with av.open(io.BytesIO(data)) as container:
         return sum(1 for _ in container.decode(video=0))
 
 
 @pytest.fixture
 def filmed_options(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> TabletopOptions:
-    """Options of which one success and one failure are filmed in `tmp_path`."""
-    monkeypatch.setattr(video, "HEIGHT", 60)
+    """Options for two scenes, of which one success and one failure are filmed in `tmp_path`."""
+    monkeypatch.setattr(video, "HEIGHT", 60)  # small films, to save time
     return TabletopOptions(2, out=tmp_path, videos=1, tasks=("put_on",))
 
 
@@ -133,7 +147,8 @@ def test_a_success_and_a_failure_are_filmed_step_by_step(filmed_options: Tableto
     assert [outcome.success for outcome in results.outcomes] == [True, False]
     assert [film.outcome for film in films] == results.outcomes
     for film in films:
-        assert num_frames(film.data) == film.outcome.steps + 1 + SECOND_STEPS
+        num_states = film.outcome.steps + 1  # the start, and the state after each step
+        assert num_frames(film.data) == num_states + SECOND_STEPS
 
 
 def test_only_missing_films_are_made_again(filmed_options: TabletopOptions, tmp_path: Path) -> None:
@@ -149,16 +164,18 @@ def test_only_missing_films_are_made_again(filmed_options: TabletopOptions, tmp_
 
 
 def test_an_interrupted_sharded_evaluation_ends_as_an_uninterrupted_one(tmp_path: Path) -> None:
+    """Four scenes in two parts: scenes 0 and 2, and scenes 1 and 3."""
     uninterrupted = evaluate(HalfExpert(), 4)
     options = {"batch_size": 1, "out": tmp_path}
     steps_of_first_scene = uninterrupted.outcomes[0].steps
 
+    # The first part is interrupted in the first step of its second scene, and resumed.
     with pytest.raises(KeyboardInterrupt):
         evaluate(HalfExpert(steps_of_first_scene + 1), 4, shard="1/2", **options)
     resumed_agent = HalfExpert()
     first_shard = evaluate(resumed_agent, 4, shard="1/2", **options)
     second_shard = evaluate(HalfExpert(), 4, shard="2/2", **options)
-    merged = evaluate(HalfExpert(max_calls=0), 4, **options)
+    merged = evaluate(HalfExpert(max_calls=0), 4, **options)  # all outcomes are there already
 
     assert resumed_agent.scenes == {2}  # scene 0 was done
     assert first_shard.outcomes == uninterrupted.outcomes[::2]
@@ -170,7 +187,7 @@ def test_results_of_another_physics_do_not_mix(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     evaluate(IdleAgent(), 1, out=tmp_path)
-    other_version = "MuJoCo 3.3.7"  # where the expert fails in 7 of 25 scenes
+    other_version = "MuJoCo 3.3.7"  # with this version the expert fails in 7 of 25 scenes
     monkeypatch.setattr(closed_loop, "SIMULATOR_VERSION", other_version)
 
     refuses(other_version, evaluate, IdleAgent(), 2, out=tmp_path)
@@ -190,7 +207,10 @@ def test_results_of_other_slow_actions_do_not_mix(
 
 
 class RepeatingExpert(ExpertAgent):
-    """The expert, which repeats its next action five times: a chunk to execute during inference."""
+    """The expert with chunks of five actions, which are its next action repeated.
+
+    With several actions, there is something to execute during inference.
+    """
 
     def act(
         self, envs: Sequence[Any], observations: Sequence[Mapping[str, Any]]
@@ -199,6 +219,9 @@ class RepeatingExpert(ExpertAgent):
 
 
 def test_latency_costs_steps() -> None:
+    """In sync mode, the robot waits for one step (200 ms) at each inference, that is before every
+    action. So episodes take about twice as many steps.
+    """
     immediate = evaluate(RepeatingExpert(), 2, latency_ms=0.0)
     late = evaluate(RepeatingExpert(), 2, latency_ms=200.0)
 
@@ -216,14 +239,15 @@ def test_async_runs_to_the_time_limit() -> None:
 
 
 def test_rtc_gives_the_policy_what_is_executed_during_inference() -> None:
+    """With a latency of 300 ms, two steps (400 ms) are executed during each inference."""
     policy = WanderingPolicy(committed=2)
 
     results = evaluate(PolicyAgent(policy, "x"), 1, execution="rtc", latency_ms=300.0)
 
-    first, *later_counts = policy.num_committed
-    assert first == 0
+    first_count, *later_counts = policy.num_committed
+    assert first_count == 0
     assert set(later_counts) == {2}
-    assert len(policy.num_committed) == results.outcomes[0].steps / 2
+    assert len(policy.num_committed) == results.outcomes[0].steps / 2  # one inference per 2 steps
 
 
 def test_rtc_is_refused_for_a_policy_that_was_not_trained_for_it() -> None:
@@ -235,7 +259,10 @@ def test_rtc_is_refused_for_a_policy_that_was_not_trained_for_it() -> None:
 
 @pytest.fixture
 def study(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """benchmarks/evaluate/latency_study.py, which replaces parts of the closed loop."""
+    """The module benchmarks/evaluate/latency_study.py.
+
+    It replaces parts of the closed loop when it is imported. These are restored after the test.
+    """
     for name in ("ChunkExecutor", "_make_outcome"):
         monkeypatch.setattr(closed_loop, name, getattr(closed_loop, name))
     monkeypatch.syspath_prepend(Path(__file__).parents[2] / "benchmarks/evaluate")
@@ -243,9 +270,15 @@ def study(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def test_seams_of_an_episode_run_again_count_once(study: Any, tmp_path: Path) -> None:
+    """A seam is the change from one chunk to the next. The study writes a line for each."""
+
     def run_cell(out: Path, max_calls: int) -> list[str]:
+        """Run two scenes, perhaps until they are interrupted, and read the seams."""
         with contextlib.suppress(KeyboardInterrupt):
-            study.run_cell(HalfExpert(max_calls), "sync/1", 0, 2, out, ("put_on",))
+            agent = HalfExpert(max_calls)
+            study.run_cell(
+                agent, row="sync/1", latency_ms=0, scenes=2, out=out, families=("put_on",)
+            )
         (seams_file,) = out.rglob("seams.txt")
         return sorted(seams_file.read_text().split())
 
@@ -253,5 +286,5 @@ def test_seams_of_an_episode_run_again_count_once(study: Any, tmp_path: Path) ->
     run_cell(tmp_path / "resumed", max_calls=30)  # stopped while one of two scenes runs
     resumed_seams = run_cell(tmp_path / "resumed", max_calls=99)
 
-    assert len(seams) > 60
+    assert len(seams) > TIME_LIMIT_STEPS  # the idle scene alone has that many steps
     assert resumed_seams == seams

@@ -1,4 +1,4 @@
-"""Comparing two results: paired on shared scenes, honest about chance, films side by side."""
+"""Comparison of two results: pairs of shared scenes, verdicts, and films side by side."""
 
 import re
 from dataclasses import replace
@@ -13,15 +13,31 @@ from spear.report.comparison import make_comparison_page, select_filmed_pairs
 
 
 def make_results(name: str, successes: dict[str, str], first_seed: int = 0) -> Results:
-    """Results with one letter per scene of each family, "x" for a success."""
+    """Make results from family → one letter per scene, "x" for a success.
+
+    Args:
+        name: The name of the policy.
+        successes: Family → letters.
+        first_seed: The seed of each family's first scene.
+    """
     outcomes = []
     for family, letters in successes.items():
         for seed, letter in enumerate(letters, first_seed):
             is_success = letter == "x"
             instruction = f"{family} {seed}"
-            outcome = Outcome(family, seed, instruction, is_success, True, is_success, False, 0, 10)
+            outcome = Outcome(
+                family=family,
+                seed=seed,
+                instruction=instruction,
+                success=is_success,
+                reached=True,
+                grasped=is_success,
+                wrong_object_moved=False,
+                unreachable=0,
+                steps=10,
+            )
             outcomes.append(outcome)
-    return Results(name, {"replan": 5, "scenes": 4}, outcomes, 1.0)
+    return Results(name, {"replan": 5, "scenes": 4}, outcomes, seconds=1.0)
 
 
 def test_outcomes_are_paired_by_scene_and_unshared_scenes_are_left_out() -> None:
@@ -31,18 +47,18 @@ def test_outcomes_are_paired_by_scene_and_unshared_scenes_are_left_out() -> None
 
     comparison = compare_results(reordered, second)
 
-    (row,) = comparison.rows[:-1]
+    (row,) = comparison.rows[:-1]  # the last row is the mean
     assert row.name == "a"
     assert (row.only_first, row.only_second, row.difference.n) == (2, 0, 4)
-    assert row.difference.value == pytest.approx(0.5)
-    assert comparison.num_unshared == 5
+    assert row.difference.value == pytest.approx(3 / 4 - 1 / 4)
+    assert comparison.num_unshared == 5  # two of a, two of b, one of c
 
 
 @pytest.mark.parametrize(
     ("first", "second"),
     [
-        ("xx.x", "x..."),  # 2 : 0 of 4
-        ("x" * 6 + "." * 6, "." * 6 + "x" + "." * 5),  # 6 : 1 of 12
+        ("xx.x", "x..."),  # 2 scenes solved by the first only, none by the second only, of 4
+        ("x" * 6 + "." * 6, "." * 6 + "x" + "." * 5),  # 6 scenes and 1 scene, of 12
     ],
 )
 def test_few_scenes_show_no_difference(first: str, second: str) -> None:
@@ -54,6 +70,7 @@ def test_few_scenes_show_no_difference(first: str, second: str) -> None:
 
 @pytest.fixture
 def unequal() -> tuple[Results, Results]:
+    """Results that differ by 0.5 in family "a" and by 0.2 in family "b"."""
     first = make_results("x", {"a": "x" * 5 + "." * 5, "b": "x" * 4 + "." * 16})
     second = make_results("y", {"a": "." * 10, "b": "." * 20})
     return first, second
@@ -63,7 +80,8 @@ def test_the_mean_weighs_families_equally(unequal: tuple[Results, Results]) -> N
     comparison = compare_results(*unequal)
 
     assert comparison.mean.difference.value == pytest.approx((0.5 + 0.2) / 2)
-    assert all(row.p > comparison.mean.p for row in comparison.rows[:-1])
+    family_rows = comparison.rows[:-1]
+    assert all(row.p > comparison.mean.p for row in family_rows)  # fewer scenes say less
 
 
 def test_the_verdict_names_the_better_in_either_order(unequal: tuple[Results, Results]) -> None:
@@ -91,6 +109,7 @@ def test_p_values_are_written_with_their_sign(p: float, text: str) -> None:
 
 
 def test_settings_that_differ_are_named() -> None:
+    """The number of scenes may differ in any comparison, so it is not named."""
     first = make_results("x", {"a": "x."})
     second = make_results("y", {"a": "xx"})
     second = replace(second, settings={"replan": 2, "scenes": 9, "new": 1})
@@ -123,7 +142,9 @@ def test_a_scene_with_another_instruction_is_refused() -> None:
 
 @pytest.fixture
 def filmed(tmp_path: Path) -> tuple[Comparison, tuple[Path, Path]]:
-    """A comparison with films in two folders; of b's scene 1 there is only one film."""
+    """A comparison, and two folders with films of its scenes. Scene 1 of family "b" is only filmed
+    in the first folder.
+    """
     comparison = compare_results(
         make_results("x", {"a": "xxx", "b": ".x"}), make_results("y", {"a": "x..", "b": "x."})
     )
@@ -143,7 +164,7 @@ def test_films_of_disagreements_come_first_and_families_take_turns(
 ) -> None:
     comparison, folders = filmed
 
-    pairs = select_filmed_pairs(comparison, folders, 9)
+    pairs = select_filmed_pairs(comparison, folders, 9)  # at most 9 pairs
 
     scenes = [first.scene for first, _ in pairs]
     assert scenes == [("a", 1), ("b", 0), ("a", 2), ("b", 1), ("a", 0)]
@@ -157,16 +178,16 @@ def test_the_page_shows_films_side_by_side(
 
     html = make_comparison_page(comparison, folders)
 
-    assert html.count("<video") == 9
+    assert html.count("<video") == 9  # five pairs, one of which has only one film
     assert "side by side: 5 of 5" in html
     assert html.count("y: failure, not filmed") == 1
     assert "exact" not in html.replace("exactly", "")
-    assert not re.search(r'(src|href)="(?!data:)', html)
+    assert not re.search(r'(src|href)="(?!data:)', html)  # the page needs no other file
 
 
 @pytest.fixture
 def folders(tmp_path: Path) -> tuple[Path, Path]:
-    """Two folders of results, the first much better."""
+    """Two folders of results, the first of which are better by 0.8 in "a" and equal in "b"."""
     first = make_results("mine <b>", {"a": "x" * 8 + "..", "b": "x" * 9})
     second = make_results("theirs", {"a": "." * 10, "b": "x" * 9})
     first.save(tmp_path / "mine" / "results.json")
@@ -179,7 +200,7 @@ def test_the_command_prints_the_verdict(folders: tuple[Path, Path], run_command:
 
     output = run_command("evaluate", "compare", str(first), str(second / "results.json"))
 
-    assert "mine <b> is better than theirs: +40.0 points" in output
+    assert "mine <b> is better than theirs: +40.0 points" in output  # the mean of 80 and 0
     assert "+80.0" in output
 
 
@@ -192,7 +213,7 @@ def test_the_command_writes_a_page(
     run_command("evaluate", "compare", str(first), str(second), "--report", str(page))
 
     html = page.read_text()
-    assert "mine &lt;b&gt; is better" in html
+    assert "mine &lt;b&gt; is better" in html  # the name of the policy is escaped
     assert "<b> is better" not in html
 
 

@@ -1,4 +1,4 @@
-"""Open-loop errors: none for the demonstrator, known for a known mistake; the baselines."""
+"""Open-loop errors: of a policy with a known mistake, and of the baselines."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -25,20 +25,24 @@ from spear.report.comparison import make_open_loop_page
 from spear.types import Array, Episode
 
 NUM_STEPS = 12
-NUM_KNOWN_ACTIONS = NUM_STEPS - 1  # what was done in the last step is not known
+NUM_KNOWN_ACTIONS = NUM_STEPS - 1  # the last step has no next state, so its action is not known
 
 
 def make_moving_episode(seed: int) -> Episode:
-    """An episode whose steps differ in length; the gripper closes half way."""
-    position = np.random.default_rng(seed).normal(0.01, 0.01, (NUM_STEPS, 3)).cumsum(0)
+    """Make an episode whose steps differ in length, and in whose middle the gripper closes."""
+    steps_m = np.random.default_rng(seed).normal(0.01, 0.01, (NUM_STEPS, 3))
+    position = steps_m.cumsum(0)
     gripper = (np.arange(NUM_STEPS) < 6).astype(float)
     return make_episode(seed, NUM_STEPS, position=position, gripper=gripper)
 
 
 class ReplayPolicy:
-    """Answers with the demonstrator's own chunks.
+    """A policy that predicts the recorded chunks of a store.
 
-    error_m  added along x; if there is one, the gripper is inverted, too.
+    Args:
+        store: The episodes. A state is recognized by its exact numbers.
+        error_m: Error that is added to each action's x. If it is not 0, the gripper is inverted,
+            too.
     """
 
     def __init__(self, store: EpisodeStore, error_m: float = 0.0) -> None:
@@ -63,13 +67,14 @@ class ReplayPolicy:
 
 @pytest.fixture
 def stores(tmp_path: Path) -> tuple[EpisodeStore, EpisodeStore]:
-    """Training and held-out episodes."""
+    """Six training episodes and two held-out episodes."""
     store = write_store([make_moving_episode(seed) for seed in range(8)], tmp_path)
     return store.subset(range(6)), store.subset([6, 7])
 
 
 @pytest.fixture
 def held_out(stores: tuple[EpisodeStore, EpisodeStore]) -> EpisodeStore:
+    """The two held-out episodes."""
     _, held_out_store = stores
     return held_out_store
 
@@ -82,17 +87,19 @@ def test_a_known_mistake_is_measured(
 
     summary = score_policy("replay", policy, held_out).summarize()
 
-    assert summary["translation_mm"].value == pytest.approx(1000 * error_m, rel=1e-3, abs=1e-6)
-    assert summary["chunk_end_mm"].value == pytest.approx(5000 * error_m, rel=1e-3, abs=1e-6)
+    error_mm = 1000 * error_m
+    chunk_end_mm = 5 * error_mm  # the errors of the five actions of a chunk add up
+    assert summary["translation_mm"].value == pytest.approx(error_mm, rel=1e-3, abs=1e-6)
+    assert summary["chunk_end_mm"].value == pytest.approx(chunk_end_mm, rel=1e-3, abs=1e-6)
     assert summary["rotation_deg"].value == pytest.approx(0, abs=0.05)
     assert summary["gripper_accuracy"].value == accuracy
-    assert summary["translation_mm"].n == 2
+    assert summary["translation_mm"].n == 2  # episodes
 
 
 def test_held_out_episodes_that_were_learned_from_are_refused(
     tmp_path: Path, run_refused_command: Command
 ) -> None:
-    """Whatever their folder, format and names are."""
+    """Episode 2 is in both, with another folder, format and source. Its numbers give it away."""
     episodes = [make_moving_episode(seed) for seed in range(4)]
     renamed = [replace(episodes[seed], source=f"new#{seed}") for seed in (2, 3)]
     write_episodes(episodes[:3], tmp_path / "arm")
@@ -112,6 +119,7 @@ def test_held_out_episodes_that_were_learned_from_are_refused(
 
 
 def test_the_mean_rotation_is_the_same_for_both_signs() -> None:
+    """A quaternion and its negative are the same rotation."""
     turns = Rotation.from_rotvec([[0, 0, 0.2], [0, 0, 0.5]]).as_quat(scalar_first=True)
     actions = np.concatenate([np.zeros((2, 3)), turns, np.ones((2, 1))], axis=1)
     flipped_actions = actions.copy()
@@ -121,18 +129,24 @@ def test_the_mean_rotation_is_the_same_for_both_signs() -> None:
 
     np.testing.assert_allclose(mean, mean_action(flipped_actions), atol=1e-7)
     mean_turn = Rotation.from_quat(mean[3:7], scalar_first=True)
-    assert mean_turn.magnitude() == pytest.approx(0.35)
+    assert mean_turn.magnitude() == pytest.approx((0.2 + 0.5) / 2)
 
 
 def test_the_mean_action_is_that_of_the_training_episodes(
     stores: tuple[EpisodeStore, EpisodeStore],
 ) -> None:
     train, held_out = stores
-    actions = np.concatenate([canonicalize_actions(episode)[0][:-1] for episode in train])
+    known_actions = []
+    for episode in train:
+        actions, _ = canonicalize_actions(episode)
+        known_actions.append(actions[:NUM_KNOWN_ACTIONS])
+    mean_translation = np.concatenate(known_actions)[:, :3].mean(0)
 
     baseline = score_mean_action(train, held_out)
 
-    np.testing.assert_allclose(baseline.predicted[0][0][:3], actions[:, :3].mean(0), rtol=1e-5)
+    first_prediction = baseline.predicted[0][0]
+    np.testing.assert_allclose(first_prediction[:3], mean_translation, rtol=1e-5)
+    # Steps have a standard deviation of 10 mm along each axis, so no constant comes near them all.
     assert baseline.summarize()["translation_mm"].value > 5
 
 
@@ -150,7 +164,8 @@ def test_the_page_shows_every_held_out_episode(
 
     page = make_open_loop_page(policy, score_mean_action(train, held_out))
 
-    assert page.count("<svg") == 4 * len(held_out)
+    num_charts = 4  # per episode: x, y, z and gripper
+    assert page.count("<svg") == num_charts * len(held_out)
     assert f"the first of {len(held_out)} held-out" in page
 
 
@@ -158,7 +173,7 @@ def test_the_page_shows_every_held_out_episode(
 def test_baselines_are_compared_over_chunks_as_long_as_the_policys(
     held_out: EpisodeStore, horizon: int
 ) -> None:
-    num_whole_chunks = NUM_KNOWN_ACTIONS - horizon + 1
+    num_whole_chunks = NUM_KNOWN_ACTIONS - horizon + 1  # all actions of these are known
 
     last_action = score_last_action(held_out, horizon)
     constant = score_mean_action(held_out, held_out, horizon)
@@ -177,13 +192,16 @@ def test_the_last_action_is_what_was_done_a_step_before(held_out: EpisodeStore) 
 
 
 def test_errors_of_the_last_action_are_as_worked_out_by_hand(held_out: EpisodeStore) -> None:
-    """In the last known step, whose chunk is one action long."""
+    """The last known step has a chunk of a single known action, so its error is simple."""
     actions, _ = canonicalize_actions(held_out[1])
-    expected_mm = 1000 * np.linalg.norm(actions[9, :3] - actions[10, :3])
+    last_known = NUM_KNOWN_ACTIONS - 1
+    difference_m = actions[last_known - 1, :3] - actions[last_known, :3]
+    expected_mm = 1000 * np.linalg.norm(difference_m)
 
     errors = score_last_action(held_out).episodes[1]
 
     assert errors["translation_mm"][-1] == pytest.approx(expected_mm, rel=1e-4)
+    # The gripper command changes once, so the last action is wrong around that change.
     assert 0.5 < errors["gripper_accuracy"].mean() < 1
 
 
@@ -200,6 +218,7 @@ def test_errors_of_the_last_action_are_as_worked_out_by_hand(held_out: EpisodeSt
 def test_a_policy_is_asked_about_its_own_cameras(
     tmp_path: Path, views: tuple[str, ...], image_keys: set[str]
 ) -> None:
+    """The episode also has other cameras."""
     images = make_episode(0, 6).images["external"]
     episode = make_episode(0, 6, images=dict.fromkeys(("external", "wrist", "left"), images))
     store = write_store([episode], tmp_path)

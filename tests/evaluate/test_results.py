@@ -13,21 +13,34 @@ JOURNAL_NAME = "episodes-1-of-1.jsonl"
 
 
 def make_outcome(seed: int, success: bool = True, family: str = "a") -> Outcome:
-    return Outcome(family, seed, "put it there", success, True, success, False, 0, 10 + seed)
+    """Make the outcome of an episode of 10 + seed steps, which grasps only if it succeeds."""
+    return Outcome(
+        family=family,
+        seed=seed,
+        instruction="put it there",
+        success=success,
+        reached=True,
+        grasped=success,
+        wrong_object_moved=False,
+        unreachable=0,
+        steps=10 + seed,
+    )
 
 
 def make_results(successes: dict[str, list[bool]]) -> Results:
+    """Make results from family → whether each of its scenes 0, 1, … succeeded."""
     outcomes = []
     for family, family_successes in successes.items():
         for seed, success in enumerate(family_successes):
             outcomes.append(make_outcome(seed, success, family))
-    return Results("x", {"scenes": 4}, outcomes, 1.5)
+    return Results(policy="x", settings={"scenes": 4}, outcomes=outcomes, seconds=1.5)
 
 
 def write_journal(folder: Path, seeds: range, shard: tuple[int, int] = (1, 1)) -> Journal:
+    """Write a journal of family "a" in which the scenes 0, 1 and 2 succeed, and keep it open."""
     journal = Journal(folder, "me", SETTINGS, shard, {"a": seeds})
     for seed in seeds:
-        journal.add(make_outcome(seed, success=seed < 3), 9.0, 1.5)
+        journal.add(make_outcome(seed, success=seed < 3), seconds=9.0, wall=1.5)
     return journal
 
 
@@ -39,7 +52,7 @@ def test_a_summary_counts_the_episodes_of_a_family() -> None:
     assert results.families == ["a", "b"]
     assert summary.success.value == 0.75
     assert summary.grasped.value == 0.75
-    assert summary.steps == pytest.approx((10 + 12 + 13) / 3)
+    assert summary.steps == pytest.approx((10 + 12 + 13) / 3)  # of the successes 0, 2 and 3
 
 
 def test_a_summary_without_successes_has_no_steps_to_success() -> None:
@@ -53,12 +66,12 @@ def test_the_mean_weighs_families_equally() -> None:
     results = make_results({"a": [True, False, True, True], "b": [False, False]})
 
     assert results.summarize().success.n == 6
-    assert results.mean_success().value == pytest.approx(0.375)
+    assert results.mean_success().value == pytest.approx((0.75 + 0) / 2)
 
 
 def test_a_file_gives_the_same_results(tmp_path: Path) -> None:
-    selection = frozenset({("a", 0), ("b", 7)})
-    results = replace(make_results({"a": [True, False], "b": [False, True]}), selection=selection)
+    wanted = frozenset({("a", 0), ("b", 7)})
+    results = replace(make_results({"a": [True, False], "b": [False, True]}), wanted=wanted)
     path = tmp_path / "deep" / "r.json"
 
     results.save(path)
@@ -72,7 +85,7 @@ def test_a_file_gives_the_same_results(tmp_path: Path) -> None:
 )
 def test_a_broken_or_missing_file_is_named(text: str | None, tmp_path: Path) -> None:
     path = tmp_path / "r.json"
-    if text is not None:
+    if text is not None:  # None: there is no file
         path.write_text(text)
 
     refuses(r"r\.json", load_results, path)
@@ -90,11 +103,12 @@ def test_a_line_cut_short_is_run_again_and_the_others_are_kept(tmp_path: Path) -
     complete = path.read_bytes()
     last_line = complete.splitlines()[-1]
 
+    # Cut off at least the final newline, and at most the whole last line.
     for num_missing_bytes in range(1, len(last_line) + 2):
         path.write_bytes(complete[:-num_missing_bytes])
         journal = write_journal(tmp_path, range(0))
         assert sorted(seed for _, seed in journal.outcomes) == [0, 1]
-    journal.add(make_outcome(2), 9.0, 1.5)
+    journal.add(make_outcome(2), seconds=9.0, wall=1.5)
 
     assert path.read_bytes() == complete
     assert load_results(tmp_path).outcomes == [make_outcome(seed) for seed in range(3)]
@@ -109,7 +123,7 @@ def test_a_journal_cut_in_its_first_line_begins_anew(tmp_path: Path) -> None:
 
     results = load_results(tmp_path)
     assert results.outcomes == [make_outcome(0)]
-    assert results.seconds == 1.5
+    assert results.seconds == 1.5  # the wall time of this one episode
 
 
 def test_a_line_that_is_no_episode_is_refused(tmp_path: Path) -> None:
@@ -127,6 +141,7 @@ def test_a_file_that_is_no_journal_is_named(content: bytes, tmp_path: Path) -> N
     refuses("episodes-2-of-2", load_results, tmp_path)
 
 
+# Policy and settings of another evaluation, and what differs from `write_journal`.
 OTHER_EVALUATIONS = [
     ("you", SETTINGS, "policy"),
     ("me", {**SETTINGS, "weights": "y"}, "weights"),

@@ -1,4 +1,7 @@
-"""The runner that all simulators share: films as episodes end, or of episodes run again."""
+"""The runner that all simulators share: journals, films, and evaluations that are interrupted.
+
+The tests use a simulator without scenes, whose films are the text of its tracks.
+"""
 
 import json
 import weakref
@@ -21,15 +24,19 @@ IDLE = IdleAgent()
 
 
 class Track(str):
-    """What a film is made of: images, in SIMPLER some 100 MB per episode."""
+    """What a film is made of, here a text. In SIMPLER, images of some 100 MB per episode.
+
+    A class of our own, because a plain `str` cannot be in a `WeakSet`.
+    """
 
 
 class ParitySimulator:
-    """A simulator in which even seeds succeed.
+    """A simulator in which even seeds succeed and odd seeds fail.
 
-    is_fickle        every episode fails at first, and succeeds when it is filmed.
-    episodes         (seed, whether it was filmed) of each episode.
-    max_live_tracks  tracks that were in memory when an episode began.
+    is_fickle        whether, instead, every episode fails at first and succeeds when it is filmed.
+    episodes         (seed, whether it was run with its track) of each episode that was run.
+    live_tracks      the tracks that are in memory.
+    max_live_tracks  the largest number of tracks in memory at the begin of an episode.
     """
 
     films_are_free = False
@@ -49,15 +56,26 @@ class ParitySimulator:
             success = filming if self.is_fickle else seed % 2 == 0
             track = Track(f"{family} {seed}" if filming else "")
             self.live_tracks.add(track)
-            yield Outcome(family, seed, "go", success, True, True, False, 0, 9), 2.5, track
-            del track
+            outcome = Outcome(
+                family=family,
+                seed=seed,
+                instruction="go",
+                success=success,
+                reached=True,
+                grasped=True,
+                wrong_object_moved=False,
+                unreachable=0,
+                steps=9,
+            )
+            yield outcome, 2.5, track  # an episode takes 2.5 s
+            del track  # so that only the runner may keep it in memory
 
     def film(self, outcome: Outcome, track: str) -> str:
         return track
 
 
 class StoppedSimulator(ParitySimulator):
-    """Is stopped when only its successes have ended."""
+    """A simulator that is interrupted when only its successes have ended."""
 
     def run(self, *arguments: Any) -> Iterator[tuple[Outcome, float, str]]:
         for episode in super().run(*arguments):
@@ -69,6 +87,7 @@ class StoppedSimulator(ParitySimulator):
 
 @pytest.fixture(autouse=True)
 def _tracks_are_films(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In all tests, the bytes of a film are the text of its track."""
     monkeypatch.setattr(film, "encode_film", lambda track, rate_hz: track.encode())
 
 
@@ -76,6 +95,8 @@ ALL_UNFILMED = [(seed, False) for seed in range(20)]
 ALL_FILMED = [(seed, True) for seed in range(20)]
 
 
+# The option `--videos`; which episodes are run, and whether with their tracks; and how many films
+# there are in the end. Ten of the twenty episodes fail.
 @pytest.mark.parametrize(
     ("films", "episodes", "num_films"),
     [
@@ -107,7 +128,7 @@ def test_the_journal_has_each_episodes_own_time_and_the_wall_time(tmp_path: Path
     results, _ = run_evaluation(ParitySimulator(), IDLE, {"a": range(20)}, {}, options)
 
     lines = (tmp_path / "episodes-1-of-1.jsonl").read_text().splitlines()
-    episodes = [json.loads(line) for line in lines[2:]]
+    episodes = [json.loads(line) for line in lines[2:]]  # behind policy and scenes
     assert all(episode["seconds"] == 2.5 for episode in episodes)
     wall_time = sum(episode["wall"] for episode in episodes)
     assert load_results(tmp_path).seconds == wall_time
@@ -115,7 +136,14 @@ def test_the_journal_has_each_episodes_own_time_and_the_wall_time(tmp_path: Path
 
 
 def run_shard(simulator: ParitySimulator, scenes: int, shard: str, out: Path) -> Results:
-    """Run a shard, perhaps until it is stopped; returns what the folder has then."""
+    """Run a shard until it is finished or interrupted, and load the folder's results.
+
+    Args:
+        simulator: The simulator.
+        scenes: The number of scenes of the whole evaluation.
+        shard: The part, for example "1/2".
+        out: The folder of results.
+    """
     with suppress(KeyboardInterrupt):
         options = EpisodeOptions(out=out, shard=shard)
         run_evaluation(simulator, IDLE, {"a": range(scenes)}, {}, options)
@@ -123,7 +151,7 @@ def run_shard(simulator: ParitySimulator, scenes: int, shard: str, out: Path) ->
 
 
 def test_a_stopped_evaluation_says_that_it_is_unfinished(tmp_path: Path) -> None:
-    """Successes end first: of half of the scenes, nine in ten may have succeeded."""
+    """Successes end first, so a rate over the scenes that have ended is too high."""
     results = run_shard(StoppedSimulator(), 8, "1/1", tmp_path)
 
     assert results.describe_unfinished().startswith("4 scenes")
@@ -140,13 +168,14 @@ def test_a_comparison_names_the_unfinished_result(tmp_path: Path) -> None:
 
 
 def test_an_evaluation_is_finished_when_all_shards_are(tmp_path: Path) -> None:
-    run_shard(StoppedSimulator(), 8, "1/1", tmp_path)
+    """A later part may have more scenes than were planned before."""
+    run_shard(StoppedSimulator(), 8, "1/1", tmp_path)  # scenes 0 to 7; 0, 2, 4 and 6 end
 
     first_half = run_shard(ParitySimulator(), 8, "1/2", tmp_path)
     both_halves = run_shard(ParitySimulator(), 12, "2/2", tmp_path)
     everything = run_shard(ParitySimulator(), 12, "1/1", tmp_path)
 
-    assert first_half.describe_unfinished().startswith("4 ")
+    assert first_half.describe_unfinished().startswith("4 ")  # 1, 3, 5 and 7
     assert both_halves.describe_unfinished() == ""
     assert everything.describe_unfinished() == ""
     assert "UNFINISHED" not in everything.describe_precision()

@@ -1,4 +1,4 @@
-"""The suite evaluates the same scenes with every shift and writes a table and a page."""
+"""The suite of shifts evaluates the same scenes with every shift, and writes a table and a page."""
 
 from pathlib import Path
 
@@ -14,6 +14,7 @@ from spear.sim.shifts import AXES, LEVELS
 
 
 def options(out: Path | None = None, **changes: object) -> TabletopOptions:
+    """Options for one scene of one family, to save time."""
     return TabletopOptions(num_scenes=1, tasks=("put_on",), out=out, **changes)
 
 
@@ -28,7 +29,7 @@ def test_every_shift_is_evaluated_and_kept_in_a_folder_of_its_own(tmp_path: Path
     results = list(evaluate_shifts(IdleAgent(), options(tmp_path)))
 
     assert [result.name for result in results][:3] == ["none", "camera:1", "camera:2"]
-    assert {result.success.n for result in results} == {1}
+    assert {result.success.n for result in results} == {1}  # one scene each
     assert (tmp_path / "noise-3" / "results.json").is_file()
 
 

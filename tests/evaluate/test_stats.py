@@ -1,4 +1,4 @@
-"""Intervals: known values, coverage by simulation, and honest behavior at the edges."""
+"""Intervals: known values, their coverage in simulations, and their behavior at the edges."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -22,10 +22,11 @@ from spear.evaluate.stats import (
 )
 from spear.types import Array
 
-MIN_COVERAGE = 0.93  # of intervals of 95 % in some hundred simulations
+MIN_COVERAGE = 0.93  # 0.95, less what chance explains in some hundred simulations
 
 
 def measure_coverage(estimates: Sequence[Estimate], truth: float) -> float:
+    """Return the fraction of estimates whose interval contains the truth."""
     return float(np.mean([estimate.low <= truth <= estimate.high for estimate in estimates]))
 
 
@@ -46,12 +47,15 @@ def test_a_proportions_interval_agrees_with_scipy(n: int, fraction: float) -> No
 
 @pytest.mark.parametrize("rate", [0.0, 0.1, 0.5, 0.9])
 def test_the_number_of_samples_gives_the_width(rate: float) -> None:
+    """With twice as many samples the interval is narrower than ±0.05, with half as many wider."""
     n = find_num_samples(0.05, rate)
+    many = 2 * n
+    few = n // 2
 
-    enough = binomtest(round(rate * 2 * n), 2 * n).proportion_ci(0.95, "wilson")
-    few = binomtest(round(rate * (n // 2)), n // 2).proportion_ci(0.95, "wilson")
-    assert enough.high - enough.low < 0.1
-    assert few.high - few.low > 0.1
+    interval_of_many = binomtest(round(rate * many), many).proportion_ci(0.95, "wilson")
+    interval_of_few = binomtest(round(rate * few), few).proportion_ci(0.95, "wilson")
+    assert interval_of_many.high - interval_of_many.low < 2 * 0.05
+    assert interval_of_few.high - interval_of_few.low > 2 * 0.05
 
 
 def test_the_default_number_of_scenes_knows_any_rate_to_five_points() -> None:
@@ -69,16 +73,16 @@ def test_a_mean_weighs_families_equally_whatever_their_size() -> None:
 @pytest.mark.parametrize(
     ("function", "arguments"),
     [
-        (estimate_proportion, (0, 0)),
-        (estimate_proportion, (3, 2)),
+        (estimate_proportion, (0, 0)),  # no samples
+        (estimate_proportion, (3, 2)),  # more successes than samples
         (estimate_proportion, (-1, 4)),
-        (estimate_paired_difference, ([],)),
-        (estimate_paired_difference, ([([0.2], [0.9])],)),
-        (estimate_paired_difference, ([([True], [True, False])],)),
-        (bootstrap, ([np.array([])],)),
-        (estimate_mean_over_seeds, ([],)),
-        (estimate_mean_over_seeds, ([np.full((2, 4), np.nan)],)),
-        (estimate_mean_over_seeds, ([np.zeros((0, 4))],)),
+        (estimate_paired_difference, ([],)),  # no strata
+        (estimate_paired_difference, ([([0.2], [0.9])],)),  # no booleans
+        (estimate_paired_difference, ([([True], [True, False])],)),  # other numbers of scenes
+        (bootstrap, ([np.array([])],)),  # no values
+        (estimate_mean_over_seeds, ([],)),  # no strata
+        (estimate_mean_over_seeds, ([np.full((2, 4), np.nan)],)),  # no booleans
+        (estimate_mean_over_seeds, ([np.zeros((0, 4))],)),  # no seeds
         (estimate_mean_over_seeds, ([np.zeros((2, 4)), np.zeros((3, 4))],)),
         (estimate_difference_over_seeds, ([np.zeros((2, 4))], [np.zeros((2, 5))])),
     ],
@@ -92,10 +96,11 @@ def test_nonsense_is_refused(function: Callable[..., object], arguments: tuple[A
 
 
 def test_a_paired_difference_covers_the_truth_and_gains_from_pairing() -> None:
+    """The first policy solves scenes up to a difficulty of 0.7, the second up to 0.6."""
     rng = np.random.default_rng(0)
     differences = []
     for _ in range(400):
-        # Scenes differ much; both policies fail on the same hard ones.
+        # Scenes differ much, and both policies fail on the same hard scenes.
         difficulty = rng.random(60)
         first = difficulty + 0.05 * rng.standard_normal(60) < 0.7
         second = difficulty + 0.05 * rng.standard_normal(60) < 0.6
@@ -103,8 +108,8 @@ def test_a_paired_difference_covers_the_truth_and_gains_from_pairing() -> None:
         differences.append(difference)
 
     assert all(d.low <= d.value <= d.high for d in differences)
-    assert measure_coverage(differences, 0.1) >= MIN_COVERAGE
-    unpaired_width = 2 * estimate_proportion(42, 60).half_width
+    assert measure_coverage(differences, 0.7 - 0.6) >= MIN_COVERAGE
+    unpaired_width = 2 * estimate_proportion(42, 60).half_width  # of a single rate of 0.7
     assert np.mean([2 * d.half_width for d in differences]) < unpaired_width
 
 
@@ -123,10 +128,12 @@ def test_the_difference_of_equal_outcomes_is_zero_with_an_interval() -> None:
 def test_the_interval_excludes_zero_exactly_where_p_is_small(
     counts: list[tuple[int, int, int]],
 ) -> None:
-    """Counts of scenes that only the first, only the second, and both solved."""
+    """For each stratum there are three numbers of scenes: that only the first, only the second,
+    and both solved.
+    """
     strata = []
     for stratum in counts:
-        if any(stratum):
+        if any(stratum):  # a stratum without scenes is not allowed
             first = np.repeat([True, False, True], stratum).tolist()
             second = np.repeat([False, True, True], stratum).tolist()
             strata.append((first, second))
@@ -141,20 +148,25 @@ def test_the_interval_excludes_zero_exactly_where_p_is_small(
 
 @pytest.mark.parametrize(("n", "either"), [(10, 0.3), (24, 0.4), (60, 0.05), (381, 0.1)])
 def test_equals_are_seldom_told_apart(n: int, either: float) -> None:
-    """either: probability that only the first, and that only the second solves a scene."""
+    """With probability `either`, only the first policy solves a scene, and with the same
+    probability only the second.
+    """
     rng = np.random.default_rng(0)
+    num_simulations = 2000
     num_differences = 0
-    for _ in range(2000):
-        solved_by = rng.choice(3, n, p=[either, either, 1 - 2 * either])
-        _, p = estimate_paired_difference([(solved_by == 0, solved_by == 1)])
+    for _ in range(num_simulations):
+        # 0: only the first solves the scene; 1: only the second; 2: neither.
+        solver = rng.choice(3, n, p=[either, either, 1 - 2 * either])
+        _, p = estimate_paired_difference([(solver == 0, solver == 1)])
         num_differences += p < 0.05
 
-    assert num_differences / 2000 < 0.06
+    assert num_differences / num_simulations < 0.06  # 0.05 and a little
 
 
 def test_means_over_unlike_families_cover_the_truth() -> None:
     rng = np.random.default_rng(4)
-    families = [(0.9, 0.8, 40), (0.5, 0.2, 25), (0.05, 0.05, 10)]  # both rates, scenes
+    # Success rate of the first and of the second policy, and number of scenes, of each family.
+    families = [(0.9, 0.8, 40), (0.5, 0.2, 25), (0.05, 0.05, 10)]
     differences = []
     means = []
     for _ in range(400):
@@ -173,7 +185,7 @@ def test_means_over_unlike_families_cover_the_truth() -> None:
     true_mean = float(np.mean([first for first, _, _ in families]))
     assert MIN_COVERAGE <= measure_coverage(differences, true_difference) < 1
     assert measure_coverage(means, true_mean) >= MIN_COVERAGE
-    assert all(estimate.n == 75 for estimate in [*differences, *means])
+    assert all(estimate.n == 40 + 25 + 10 for estimate in [*differences, *means])
 
 
 # ---- Bootstrap.
@@ -182,13 +194,14 @@ def test_means_over_unlike_families_cover_the_truth() -> None:
 def test_bootstrap_resamples_groups_not_values() -> None:
     rng = np.random.default_rng(1)
     groups = [np.full(50, rng.normal()) for _ in range(20)]  # 20 independent numbers, not 1000
-    single_values = np.concatenate(groups)[:, None]
+    single_values = np.concatenate(groups)[:, None]  # 1000 groups of one value
 
     by_group = bootstrap([*groups, np.array([])], np.mean)
     by_value = bootstrap(single_values, np.mean)
 
-    assert by_group.n == 20
+    assert by_group.n == 20  # the empty group does not count
     assert by_group.value == pytest.approx(by_value.value)
+    # The interval should be about √50 = 7 times as wide.
     assert by_group.half_width > 4 * by_value.half_width
 
 
@@ -200,19 +213,22 @@ def test_one_group_has_no_interval() -> None:
 
 @pytest.mark.parametrize("success", [True, False])
 def test_groups_that_are_all_alike_have_wilsons_interval(success: bool) -> None:
-    """No two draws differ, so resampling would give an interval without width."""
+    """All draws of a bootstrap would be equal, so its interval would have no width."""
     estimate = bootstrap([np.full(9, success)] * 20, np.mean)
 
     assert estimate == estimate_proportion(20 * success, 20)
 
 
 def test_groups_of_one_have_wilsons_interval() -> None:
-    assert bootstrap(np.arange(12)[:, None] < 8, np.mean) == estimate_proportion(8, 12)
+    groups = np.arange(12)[:, None] < 8  # 12 groups of one boolean, 8 of which are True
+
+    assert bootstrap(groups, np.mean) == estimate_proportion(8, 12)
 
 
 def test_few_groups_cover_the_truth() -> None:
     rng = np.random.default_rng(2)
 
+    # Six groups of one value each: the smallest number that has an interval.
     estimates = [bootstrap(rng.normal(size=(6, 1)), np.mean) for _ in range(200)]
 
     assert measure_coverage(estimates, 0) > 0.9
@@ -223,8 +239,13 @@ def test_a_rate_covers_the_truth_where_samples_of_a_group_are_correlated(
     rate: float, correlation: float
 ) -> None:
     rng = np.random.default_rng(0)
+    # If the rates of groups have this beta distribution, their samples have that correlation.
     concentration = 1 / correlation - 1
-    group_rates = rng.beta(rate * concentration, (1 - rate) * concentration, (1000, 20))
+    num_simulations = 1000
+    num_groups = 20
+    group_rates = rng.beta(
+        rate * concentration, (1 - rate) * concentration, (num_simulations, num_groups)
+    )
 
     estimates = []
     for rates in group_rates:
@@ -240,20 +261,29 @@ def test_a_rate_covers_the_truth_where_samples_of_a_group_are_correlated(
 def draw_successes(
     rng: np.random.Generator, rate: float, difficulties: Array, qualities: Array
 ) -> Array:
-    """Success [seeds, scenes]: scenes differ in difficulty [scenes], trainings in quality
-    [seeds].
+    """Draw success in some scenes after some trainings.
+
+    Args:
+        rng: Generator of random numbers.
+        rate: Success rate at difficulty 0 and quality 0.
+        difficulties: [scenes] what each scene adds to the logit of the success rate.
+        qualities: [seeds] what each training adds to it.
+
+    Returns:
+        [seeds, scenes] bool.
     """
     logit = np.log(rate / (1 - rate)) + qualities[:, None] + difficulties[None]
     return rng.random(logit.shape) < 1 / (1 + np.exp(-logit))
 
 
+# The standard deviation of the trainings' quality, and the number of training seeds.
 @pytest.mark.parametrize(("spread", "seeds"), [(0.0, 3), (0.4, 2), (0.4, 3), (0.4, 5), (1.0, 3)])
 def test_a_difference_over_seeds_covers_the_truth(spread: float, seeds: int) -> None:
-    """Two recipes are alike: the truth is 0 whatever scenes and trainings are drawn."""
+    """The two recipes are equally good, so the true difference is 0."""
     rng = np.random.default_rng(0)
     differences = []
     for _ in range(200):
-        difficulties = [1.5 * rng.standard_normal(50) for _ in range(2)]
+        difficulties = [1.5 * rng.standard_normal(50) for _ in range(2)]  # two families
         first_quality = spread * rng.standard_normal(seeds)
         second_quality = spread * rng.standard_normal(seeds)
         first = [draw_successes(rng, 0.6, family, first_quality) for family in difficulties]
@@ -262,13 +292,14 @@ def test_a_difference_over_seeds_covers_the_truth(spread: float, seeds: int) -> 
 
     assert all(d.low <= d.value <= d.high for d in differences)
     assert measure_coverage(differences, 0) >= MIN_COVERAGE
-    if spread == 0:  # not much wider than of independent episodes
+    if spread == 0:  # not much wider than if all episodes were independent
         assert np.median([d.half_width for d in differences]) < 0.12
 
 
 def test_a_mean_over_seeds_covers_the_truth_over_unlike_families() -> None:
     rng = np.random.default_rng(2)
     family_rates = (0.9, 0.3)
+    # The true rates are means over very many scenes and trainings.
     true_rates = []
     for rate in family_rates:
         difficulties = rng.standard_normal(4000)

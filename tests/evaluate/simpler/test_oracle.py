@@ -1,6 +1,10 @@
-"""SIMPLER without ManiSkill: frames in closed form, the oracle through adapter and controller."""
+"""SIMPLER without ManiSkill: the oracle on an ideal robot, conversions of poses, and starts.
+
+Poses and frames have known values, which are computed by hand.
+"""
 
 import dataclasses
+import itertools
 import threading
 from types import SimpleNamespace
 
@@ -24,8 +28,9 @@ from spear.evaluate.simpler.tasks import (
 from spear.evaluate.simpler.world import _to_ee_pose, compute_opening, is_at_rest, to_base_frame
 from spear.types import Array
 
-DOWN = Rotation.from_matrix([[0, 0, 1], [0, 1, 0], [-1, 0, 0]])  # of the link, gripper down
-OBJECT_SIZES_M = {  # of the object to move, and of the goal
+# Orientation of ManiSkill's gripper link when the gripper points down.
+DOWN = Rotation.from_matrix([[0, 0, 1], [0, 1, 0], [-1, 0, 0]])
+OBJECT_SIZES_M = {  # task → sizes of the object to move, and of the goal
     "PutCarrotOnPlateInScene-v1": ([0.115, 0.032, 0.038], [0.11, 0.11, 0.006]),
     "PutEggplantInBasketScene-v1": ([0.078, 0.037, 0.038], [0.13, 0.08, 0.002]),
     "PutSpoonOnTableClothInScene-v1": ([0.14, 0.035, 0.026], [0.1, 0.1, 0.01]),
@@ -36,10 +41,17 @@ GOAL_HALF_WIDTH_M = 0.04
 
 
 class IdealRobot:
-    """The controller's law: the arm is at its target at once, objects stick to closed fingers.
+    """A robot whose arm is at its target at once, and to whose closed fingers objects stick.
 
-    is_idle          of each step, whether the arm and the gripper command stayed as they were.
-    grasp_alignment  cosine between the fingers' axis and the object's long axis at the grasp.
+    Args:
+        task: The task, which the oracle knows.
+        object_xy: Position of the object to move, m.
+        yaw: Rotation of this object about the vertical, rad.
+
+    is_idle          for each step, whether arm and gripper command stayed as they were.
+    held_offset      [3] position of a held object relative to the end effector; None without one.
+    grasp_alignment  cosine of the angle between the axis along which the fingers close and the
+                     object's long axis, at the last grasp.
     """
 
     def __init__(self, task: str, object_xy: tuple[float, float], yaw: float) -> None:
@@ -52,7 +64,7 @@ class IdealRobot:
         self.object_rotation = Rotation.from_euler("z", yaw)
         self.goal_position = np.array([0.32, -0.08, goal_size[2] / 2])
         self.ee_position = np.array([0.29, 0.0, 0.13])
-        # 3° off the vertical, so that the oracle's commands do not rely on a gripper exactly down.
+        # The gripper points 3° off the vertical, so that the oracle cannot rely on its direction.
         self.link_rotation = Rotation.from_euler("y", 3, degrees=True) * DOWN
         self.is_open = True
         self.has_gripper_changed = False
@@ -61,6 +73,7 @@ class IdealRobot:
         self.grasp_alignment = 0.0
 
     def truth(self) -> Truth:
+        """Return the true state for the oracle."""
         ee_rotation = (self.link_rotation * DOWN.inv()).as_quat(scalar_first=True)
         pose = np.concatenate([self.ee_position, ee_rotation])
         object_rotation = self.object_rotation.as_quat(scalar_first=True)
@@ -78,12 +91,13 @@ class IdealRobot:
         )
 
     def opening(self) -> float:
+        """Return the gripper opening. With an object between the fingers it is 0.6."""
         if self.is_open:
             return 1.0
         return 0.0 if self.held_offset is None else 0.6
 
     def act(self) -> None:
-        """Let the oracle act for one step, through the robot's adapter."""
+        """Let the oracle choose an action, convert it with the robot's adapter, and execute it."""
         truth = self.truth()
         link_rotation = self.link_rotation.as_quat(scalar_first=True)
         observation = {
@@ -98,6 +112,7 @@ class IdealRobot:
         self.execute(command)
 
     def execute(self, command: Array) -> None:
+        """Execute a command [7]: translation, rotation (Euler angles), gripper (1 is open)."""
         assert np.linalg.norm(command[:3]) <= oracle.MAX_STEP + 1e-6
         self.ee_position = self.ee_position + command[:3]
         self.link_rotation = Rotation.from_euler("XYZ", command[3:6]) * self.link_rotation
@@ -114,6 +129,7 @@ class IdealRobot:
             self.object_position = self.ee_position + self.held_offset
 
     def _grasp(self) -> None:
+        """Hold the object if it is near enough."""
         offset = self.object_position - self.ee_position
         if np.linalg.norm(offset) < MAX_HELD_OFFSET_M:
             self.held_offset = offset
@@ -122,6 +138,7 @@ class IdealRobot:
             self.grasp_alignment = abs(float(finger_axis @ long_axis))
 
     def _release(self) -> None:
+        """Let a held object fall onto the goal, or onto the table."""
         if self.held_offset is None:
             return
         self.held_offset = None
@@ -137,6 +154,7 @@ class IdealRobot:
 
 @pytest.fixture(params=[((0.38, 0.1), 0.3), ((0.24, 0.06), -1.4)], ids=["far", "near"])
 def start(request: pytest.FixtureRequest) -> tuple[tuple[float, float], float]:
+    """Position (m) and rotation about the vertical (rad) of the object to move."""
     return request.param
 
 
@@ -144,7 +162,7 @@ def start(request: pytest.FixtureRequest) -> tuple[tuple[float, float], float]:
 def test_the_oracle_brings_the_object(task: str, start: tuple[tuple[float, float], float]) -> None:
     object_xy, yaw = start
     robot = IdealRobot(task, object_xy, yaw)
-    robot.is_open = False  # the fingers closed on nothing: the oracle tries again
+    robot.is_open = False  # as if the fingers had closed on nothing, so that the oracle tries again
 
     for _ in range(TASKS[task].max_steps):
         robot.act()
@@ -152,7 +170,7 @@ def test_the_oracle_brings_the_object(task: str, start: tuple[tuple[float, float
     assert robot.is_open
     offset = robot.object_position[:2] - robot.goal_position[:2]
     assert np.linalg.norm(offset) < 0.006
-    assert robot.ee_position[2] > robot.object_position[2] + 0.08
+    assert robot.ee_position[2] > robot.object_position[2] + 0.08  # the gripper has retreated
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -166,7 +184,7 @@ def test_the_oracle_waits_only_while_its_fingers_close(
     for _ in range(TASKS[task].max_steps):
         robot.act()
 
-    while robot.is_idle[-1]:  # it is done
+    while robot.is_idle[-1]:  # the steps at the end, when the task is fulfilled, do not count
         robot.is_idle.pop()
     assert sum(robot.is_idle) == 1
 
@@ -183,20 +201,23 @@ def test_the_oracle_grasps_across_the_object(
 
     is_across = robot.grasp_alignment < 0.1
     is_along = robot.grasp_alignment > 0.99
-    assert is_across or ("Cube" in task and is_along)
+    is_cube = "Cube" in task  # a cube has no long side
+    assert is_across or (is_cube and is_along)
 
 
 # ---- Poses.
 
 
 def test_a_pose_in_the_world_is_converted_to_the_base_frame() -> None:
-    base = np.array([0.147, 0.028, 0.870, 0, 0, 0, 1])  # turned by half a turn about z
+    base = np.array([0.147, 0.028, 0.870, 0, 0, 0, 1])  # rotated by half a turn about z
     rotation = Rotation.from_euler("z", 90, degrees=True)
     pose = np.array([-0.235, -0.075, 0.8875, *rotation.as_quat(scalar_first=True)])
 
     converted = to_base_frame(base, pose)
 
+    # x and y of pose - base, with opposite signs; z of pose - base.
     np.testing.assert_allclose(converted[:3], [0.382, 0.103, 0.0175], atol=1e-9)
+    # 90° minus half a turn is -90°, the inverse rotation.
     converted_rotation = Rotation.from_quat(converted[3:], scalar_first=True)
     assert (converted_rotation * rotation).magnitude() < 1e-9
 
@@ -211,15 +232,16 @@ def test_the_end_effector_is_parallel_to_the_base_when_the_gripper_points_down()
     ("joint_m", "opening"), [(0.014, 0), (0.015, 0), (0.026, 0.5), (0.037, 1), (0.038, 1)]
 )
 def test_the_opening_is_a_fraction_of_the_fingers_travel(joint_m: float, opening: float) -> None:
+    """The fingers travel from 0.015 m (closed) to 0.037 m (open), and 1 mm beyond either end."""
     assert compute_opening(np.full(2, joint_m)) == pytest.approx(opening)
 
 
 @pytest.mark.parametrize(
     ("moved_m", "opening_change", "at_rest"),
     [
-        (1e-4, 0.0, True),  # joints at 0.03 rad/s that press on something go nowhere
-        (2e-3, 0.0, False),
-        (0.0, -0.1, False),
+        (1e-4, 0.0, True),  # joints that press on something tremble, but the pose hardly moves
+        (2e-3, 0.0, False),  # the arm moves
+        (0.0, -0.1, False),  # the fingers close
     ],
 )
 def test_rest_is_judged_by_the_pose_and_the_opening(
@@ -231,22 +253,26 @@ def test_rest_is_judged_by_the_pose_and_the_opening(
     assert is_at_rest(truth, measured, truth.opening + opening_change) == at_rest
 
 
-# ---- Starts off the grid. The grid is as ManiSkill's of the carrot: four corners, two
-# orientations.
+# ---- Starts off the grid. The official starts are ManiSkill's of the carrot: carrot and plate lie
+# at two of four corners, and the carrot has one of two orientations.
 
 CARROT = TASKS["PutCarrotOnPlateInScene-v1"]
-CORNERS = np.array([[x, y, 0.88] for x in (-0.235, -0.085) for y in (-0.075, 0.075)])
-POSITIONS = np.array([[a, b] for a in CORNERS for b in CORNERS if a is not b])
-TURNS = np.array([[[1.0, 0, 0, 0]] * 2, [[0.5**0.5, 0, 0, 0.5**0.5], [1, 0, 0, 0]]])
+X_Y_OF_CORNERS = itertools.product((-0.235, -0.085), (-0.075, 0.075))
+CORNERS = np.array([[x, y, 0.88] for x, y in X_Y_OF_CORNERS])  # [4, 3]
+POSITIONS = np.array(list(itertools.permutations(CORNERS, 2)))  # [12, 2, 3]
+UPRIGHT = [1.0, 0, 0, 0]
+TURNED_BY_90_DEG = [0.5**0.5, 0, 0, 0.5**0.5]
+TURNS = np.array([[UPRIGHT, UPRIGHT], [TURNED_BY_90_DEG, UPRIGHT]])  # [2, 2, 4]
 
 
 @pytest.fixture(scope="module")
 def starts() -> list[Start]:
+    """300 starts off the grid, with the seeds 0 to 299."""
     return [sample_off_grid_start(CARROT, seed, POSITIONS, TURNS) for seed in range(300)]
 
 
 def smallest_turn(start: Start) -> float:
-    """From the nearest official orientation of the object to move, rad."""
+    """Return the angle from the nearest official orientation of the object to move, rad."""
     official = Rotation.from_quat(TURNS[:, 0], scalar_first=True)
     turn = official.inv() * Rotation.from_quat(start.turns[0], scalar_first=True)
     return float(turn.magnitude().min())
@@ -255,21 +281,24 @@ def smallest_turn(start: Start) -> float:
 def test_starts_off_the_grid_are_none_of_the_official_ones(starts: list[Start]) -> None:
     for start in starts:
         distances = np.linalg.norm(POSITIONS[:, :, :2] - start.positions[:, :2], axis=-1)
-        nearest = distances.max(axis=1).min()
-        assert nearest >= MIN_START_OFFSET_M or smallest_turn(start) >= MIN_START_TURN_RAD
+        # From each official start, the farther of the two objects counts.
+        smallest_offset = distances.max(axis=1).min()
+        is_elsewhere = smallest_offset >= MIN_START_OFFSET_M
+        assert is_elsewhere or smallest_turn(start) >= MIN_START_TURN_RAD
 
 
 def test_starts_off_the_grid_keep_to_the_tasks_limits(starts: list[Start]) -> None:
     for start in starts:
         distance = np.linalg.norm(start.positions[0] - start.positions[1])
         assert distance >= CARROT.min_distance_m
-        assert (abs(start.positions[:, :2] - [-0.16, 0]) <= 0.1).all()
+        offset_from_middle = start.positions[:, :2] - CORNERS[:, :2].mean(0)
+        assert (abs(offset_from_middle) <= CARROT.max_offset_m).all()
         assert smallest_turn(start) <= np.pi / 4 + 1e-9
 
 
 def test_a_start_close_to_an_official_one_is_official(starts: list[Start]) -> None:
     for start in starts:
-        close_positions = POSITIONS[3] + 0.5 * MIN_START_OFFSET_M
+        close_positions = POSITIONS[3] + 0.5 * MIN_START_OFFSET_M  # along each axis
         close = dataclasses.replace(start, positions=close_positions, turns=TURNS[1])
         assert is_official(close, POSITIONS, TURNS)
 
@@ -282,16 +311,18 @@ def test_a_start_follows_from_its_seed(starts: list[Start]) -> None:
 
 
 def test_objects_that_the_official_starts_do_not_move_stay() -> None:
-    fixed_positions = CORNERS[[[2] * 4, [1] * 4]]
-    positions = np.stack([CORNERS, *fixed_positions], axis=1)
+    """Three objects: the first is on each corner in turn, the others always on two of them."""
+    fixed_positions = np.broadcast_to(CORNERS[[2, 1]], (4, 2, 3))
+    positions = np.concatenate([CORNERS[:, None], fixed_positions], axis=1)  # [4, 3 objects, 3]
+    turns = TURNS[:, [0, 1, 1]]  # [2, 3 objects, 4]
 
-    start = sample_off_grid_start(CARROT, 0, positions, TURNS[:, [0, 1, 1]])
+    start = sample_off_grid_start(CARROT, 0, positions, turns)
 
     np.testing.assert_array_equal(start.positions[1:], CORNERS[[2, 1]])
 
 
 def test_a_task_without_room_is_refused() -> None:
-    crowded = dataclasses.replace(CARROT, min_distance_m=0.6)
+    crowded = dataclasses.replace(CARROT, min_distance_m=0.6)  # more than the table has
 
     refuses("min_distance_m", sample_off_grid_start, crowded, 0, POSITIONS, TURNS)
 
@@ -302,10 +333,12 @@ def test_a_task_without_room_is_refused() -> None:
 def test_a_recording_that_is_abandoned_waits_for_no_episode(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """Deleting the iterator closes the processes, which ends the episodes that they record."""
     is_closed = threading.Event()
     ended_in_time: list[bool] = []
 
     def record_until_closed(process: object, task: str, seed: int, *_: object) -> None:
+        """Record seed 0 at once, and other seeds until the process is closed, at most 9 s."""
         ended_in_time.append(seed == 0 or is_closed.wait(9))
 
     monkeypatch.setattr(record, "SimplerProcess", lambda *_: SimpleNamespace(close=is_closed.set))

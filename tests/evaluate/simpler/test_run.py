@@ -1,4 +1,7 @@
-"""SIMPLER in ManiSkill: conventions as documented, the oracle, an episode of the nano policy."""
+"""SIMPLER in ManiSkill: its conventions, the oracle, recording, an episode of the nano policy.
+
+Most tests need ManiSkill, its assets and a renderer, and are skipped without.
+"""
 
 import os
 import re
@@ -36,12 +39,12 @@ from spear.util.images import decode_image
 EXAMPLE = Path(__file__).parents[3] / "examples" / "simpler_task.py"
 TASK = "StackGreenCubeOnYellowCubeBakedTexInScene-v1"
 CUBE_SIDE_M = 0.03
-TABLE_HEIGHT_M = 0.8695
+TABLE_HEIGHT_M = 0.8695  # z in the world
 
 
 @pytest.fixture
 def frame() -> Frame:
-    """A slanted plane, with a cube, a speck, and an object that the border cuts."""
+    """A slanted plane with a cube, a speck of a few pixels, and an object at the right side."""
     depth = np.broadcast_to(np.linspace(0.5, 1.5, 640, dtype=np.float32), (480, 640)).copy()
     instances = np.zeros((480, 640), np.int32)
     instances[200:300, 300:420] = 1
@@ -53,7 +56,7 @@ def frame() -> Frame:
 
 
 def measure_cube(frame: Frame) -> tuple[Array, Array]:
-    """Mean [3] and extent [3] of the cube's points, in meters."""
+    """Return the mean [3] and the extent [3] of the cube's points in the camera frame, m."""
     assert frame.depth is not None
     assert frame.intrinsics is not None
     points = unproject(frame.depth, frame.intrinsics)[frame.instances == 1]
@@ -61,6 +64,7 @@ def measure_cube(frame: Frame) -> tuple[Array, Array]:
 
 
 def test_a_fitted_frame_has_its_size_and_whole_objects(frame: Frame) -> None:
+    """The speck is too small, and the border cuts the object at the side."""
     fitted = fit_frame(frame, (192, 128), "here")
 
     assert fitted.image.shape == (128, 192, 3)
@@ -69,13 +73,15 @@ def test_a_fitted_frame_has_its_size_and_whole_objects(frame: Frame) -> None:
 
 
 def test_bars_of_a_fitted_frame_have_no_depth(frame: Frame) -> None:
+    """A frame of 640 x 480 fills 171 of 192 columns, behind 10 empty ones."""
     fitted = fit_frame(frame, (192, 128), "here")
 
     assert fitted.depth is not None
     is_colored = np.any(fitted.image, axis=-1)
     assert (fitted.depth[:, :10] == 0).all()
     assert (fitted.depth[:, 10:181] > 0).all()
-    assert (is_colored == (fitted.depth > 0)).mean() > 0.99
+    has_depth = fitted.depth > 0
+    assert (is_colored == has_depth).mean() > 0.99
 
 
 def test_a_fitted_frame_shows_the_same_points(frame: Frame) -> None:
@@ -83,6 +89,7 @@ def test_a_fitted_frame_shows_the_same_points(frame: Frame) -> None:
 
     fitted_center, fitted_extent = measure_cube(fit_frame(frame, (192, 128), "here"))
 
+    # A pixel of the fitted frame is about 6 mm wide at the cube.
     np.testing.assert_allclose(fitted_center, center, atol=0.006)
     np.testing.assert_allclose(fitted_extent, extent, atol=0.006)
 
@@ -105,11 +112,12 @@ def simpler(shared: Path) -> Iterator[Simpler]:
 
 @pytest.fixture
 def process(simpler: Simpler) -> SimplerProcess:
+    """The process of the simulator, for `TASK`."""
     return simpler.open(TASK, 1)[0]
 
 
 def stay(num_steps: int, opening: float) -> Array:
-    """[num_steps, 7] actions that move nothing but the gripper (1 = open, -1 = closed)."""
+    """Make commands [num_steps, 7] that only move the gripper (1 = open, -1 = closed)."""
     return np.array([[0, 0, 0, 0, 0, 0, opening]] * num_steps, np.float32)
 
 
@@ -127,6 +135,7 @@ def test_the_robot_observes_its_camera_its_instruction_and_its_pose(
 
 
 def test_an_action_moves_the_commanded_pose_as_it_says(process: SimplerProcess) -> None:
+    """The commanded pose moves at once. The arm follows in some steps, and the gripper closes."""
     robot = embodiments.load("simpler_widowx")
     moment = process.reset(5, image=True)
     state = robot.read(moment.observation)["observation/state"]
@@ -140,8 +149,10 @@ def test_an_action_moves_the_commanded_pose_as_it_says(process: SimplerProcess) 
     settled = process.run(stay(4, -1), image=False).truth
 
     start = torch.from_numpy(moment.truth.commanded)
-    move = torch.from_numpy(np.float64(action[0]))
-    expected_position, expected_rotation = apply_action(start[:3], start[3:], move[:3], move[3:7])
+    exact_action = torch.from_numpy(np.float64(action[0]))
+    expected_position, expected_rotation = apply_action(
+        start[:3], start[3:], exact_action[:3], exact_action[3:7]
+    )
     commanded_rotation = torch.from_numpy(moved.commanded[3:])
     settled_rotation = torch.from_numpy(settled.measured[3:])
     np.testing.assert_allclose(moved.commanded[:3], expected_position.numpy(), atol=1e-6)
@@ -154,21 +165,22 @@ def test_an_action_moves_the_commanded_pose_as_it_says(process: SimplerProcess) 
 
 
 def test_a_start_is_the_same_whatever_ran_before(process: SimplerProcess) -> None:
-    rows = np.array([[0.02, 0, -0.03, 0, 0, 0.05, 1]] * 4, np.float32)
+    commands = np.array([[0.02, 0, -0.03, 0, 0, 0.05, 1]] * 4, np.float32)
 
     runs = []
     for start in (3, 7, 3):
-        reset = process.reset(start, image=False).truth
-        moved = process.run(rows, image=False).truth
-        runs.append(np.concatenate([reset.source, reset.goal, moved.measured]))
+        at_start = process.reset(start, image=False).truth
+        moved = process.run(commands, image=False).truth
+        runs.append(np.concatenate([at_start.source, at_start.goal, moved.measured]))
 
-    assert (runs[0] == runs[2]).all()
-    assert not np.allclose(runs[0][:3], runs[1][:3])
+    first_run, other_start, second_run = runs
+    assert (first_run == second_run).all()
+    assert not np.allclose(first_run[:3], other_start[:3])  # positions of the object to move
 
 
 @pytest.mark.parametrize(("task", "start"), [("PutEggplantInBasketScene-v1", 59), (TASK, 0)])
 def test_the_oracle_succeeds(simpler: Simpler, task: str, start: int) -> None:
-    """Also where the gripper comes to rest on the rim of the sink, and trembles there."""
+    """In start 59 of the eggplant, the gripper rests on the rim of the sink and trembles."""
     results, _ = run_evaluation(simpler, OracleAgent(), {task: [start]}, {}, EpisodeOptions())
 
     (outcome,) = results.outcomes
@@ -181,14 +193,15 @@ def test_the_oracle_succeeds(simpler: Simpler, task: str, start: int) -> None:
 
 
 def test_a_demonstration_recovers_and_repeats(process: SimplerProcess) -> None:
+    """Disturbances are masked, and the same seed gives the same demonstration."""
     demonstration = record_episode(process, TASK, 10_001, (171, 128))
     repeated = record_episode(process, TASK, 10_001, (171, 128))
 
     assert demonstration.success
     assert demonstration.action is not None
     assert demonstration.action_mask is not None
-    num_recovering = (~demonstration.action_mask).sum()
-    assert 0 < num_recovering < len(demonstration) / 2
+    num_masked = (~demonstration.action_mask).sum()
+    assert 0 < num_masked < len(demonstration) / 2
     np.testing.assert_array_equal(demonstration.position, repeated.position)
 
 
@@ -196,23 +209,30 @@ def test_a_demonstration_starts_off_the_grid(process: SimplerProcess) -> None:
     official = [process.reset(start, image=False).truth for start in range(TASKS[TASK].num_starts)]
     recorded = process.reset(10_001, image=False, is_off_grid=True).truth
 
-    official_pairs = [np.stack([truth.source[:2], truth.goal[:2]]) for truth in official]
+    # Distances [m] from each official start, of the object that is farther from its place there.
     recorded_pair = np.stack([recorded.source[:2], recorded.goal[:2]])
-    distances_m = [np.linalg.norm(recorded_pair - pair, axis=1).max() for pair in official_pairs]
-    reach_m = np.ptp([truth.goal[:2] for truth in official], axis=0) / 2
+    distances_m = []
+    for truth in official:
+        official_pair = np.stack([truth.source[:2], truth.goal[:2]])
+        distances_m.append(np.linalg.norm(recorded_pair - official_pair, axis=1).max())
+    half_grid_m = np.ptp([truth.goal[:2] for truth in official], axis=0) / 2
+    # Half of the offset, because objects still move when they settle.
     assert min(distances_m) > MIN_START_OFFSET_M / 2
-    assert (reach_m + MIN_START_OFFSET_M < TASKS[TASK].max_offset_m).all()
-    assert np.linalg.norm(recorded.measured[:3] - official[0].measured[:3]) > 1e-3
+    assert (half_grid_m + MIN_START_OFFSET_M < TASKS[TASK].max_offset_m).all()
+    arm_offset_m = np.linalg.norm(recorded.measured[:3] - official[0].measured[:3])
+    assert arm_offset_m > 1e-3
 
 
 @pytest.fixture
 def labeled_frames(process: SimplerProcess) -> list[Frame]:
+    """Frames of six scenes for labeling."""
     return [process.look(seed, (384, 256)) for seed in range(10_000, 10_006)]
 
 
 def test_scenes_for_labels_leave_those_of_evaluations_as_they_were(
     process: SimplerProcess,
 ) -> None:
+    """The scene with the most objects is looked at last, so that its clutter would be seen."""
     image_before = process.reset(3, image=True).observation["observation/image"]
     frames = [process.look(seed, (384, 256)) for seed in range(10_000, 10_006)]
     num_objects = [len(frame.names) for frame in frames]
@@ -224,11 +244,13 @@ def test_scenes_for_labels_leave_those_of_evaluations_as_they_were(
 
 
 def test_scenes_for_labels_have_clutter(labeled_frames: list[Frame]) -> None:
+    """So the scenes differ in their objects."""
     kinds = {("carrot" in frame.names.values(), len(frame.names)) for frame in labeled_frames}
     assert len(kinds) > 1
 
 
 def test_labels_of_the_scenes_are_true(labeled_frames: list[Frame]) -> None:
+    """The blocks are cubes of 3 cm that lie on the table."""
     sizes_m = []
     heights_m = []
     for frame in labeled_frames:
@@ -238,6 +260,7 @@ def test_labels_of_the_scenes_are_true(labeled_frames: list[Frame]) -> None:
                 continue
             assert frame.extrinsics is not None
             sizes_m.append(np.sort(labeled.box3d.size))
+            # z in the world: the third row of the transform from the camera to the world.
             height = frame.extrinsics[2, :3] @ labeled.box3d.center + frame.extrinsics[2, 3]
             heights_m.append(height)
 
@@ -253,8 +276,9 @@ def test_recording_continues_after_what_is_written(
     assets = shared / "assets" / "simpler"
     seeds = range(10_000, 10_002)
 
-    first_counts = record_demonstrations(tmp_path, [TASK], seeds[:1], 128, 1, assets)
-    counts = record_demonstrations(tmp_path, [TASK], seeds, 128, 1, assets)
+    options: dict[str, Any] = {"height": 128, "workers": 1, "assets": assets}
+    first_counts = record_demonstrations(tmp_path, [TASK], seeds[:1], **options)
+    counts = record_demonstrations(tmp_path, [TASK], seeds, **options)
 
     store = EpisodeStore(tmp_path / TASK)
     assert first_counts == {TASK: (1, 1)}
@@ -268,18 +292,23 @@ def test_recording_does_not_mix_two_settings(
     simpler: Simpler, shared: Path, tmp_path: Path
 ) -> None:
     assets = shared / "assets" / "simpler"
-    record_demonstrations(tmp_path, [TASK], range(10_000, 10_001), 128, 1, assets)
+    options: dict[str, Any] = {"height": 128, "workers": 1, "assets": assets}
+    record_demonstrations(tmp_path, [TASK], range(10_000, 10_001), **options)
     (tmp_path / TASK / SETTINGS_FILE).write_text('{"assets": "of another version"}')
 
-    refuses(
-        "assets", record_demonstrations, tmp_path, [TASK], range(10_000, 10_002), 128, 1, assets
-    )
+    more_seeds = range(10_000, 10_002)
+    refuses("assets", record_demonstrations, tmp_path, [TASK], more_seeds, **options)
 
 
 class ScriptCase(NamedTuple):
-    """A change of the example, the arguments of its run, and what the run prints.
+    """A run of a changed copy of the example script.
 
-    assets  MS_ASSET_DIR of the run. "." has no assets of its own: the script must name them.
+    arguments  the script's arguments.
+    old_text   text of the example that is replaced.
+    new_text   what it is replaced by.
+    output     pattern of what the run prints.
+    assets     the environment variable MS_ASSET_DIR of the run. The folder "." has no assets, so
+               the script must name their folder.
     """
 
     arguments: str
@@ -322,7 +351,7 @@ SCRIPT_CASES = {
 def test_a_task_is_one_file(
     simpler: Simpler, shared: Path, tmp_path: Path, case: ScriptCase
 ) -> None:
-    """The processes of a script find its scene and its assets, and name what does not fit."""
+    """The processes that a script starts find its task and its assets, or say what is wrong."""
     script = EXAMPLE.read_text().replace(case.old_text, case.new_text)
     (tmp_path / "task.py").write_text(script)
     (tmp_path / "assets").symlink_to(shared / "assets" / "simpler")
@@ -341,6 +370,7 @@ def test_a_task_is_one_file(
 
 
 def test_a_command_back_is_obeyed_at_once(process: SimplerProcess) -> None:
+    """Commands forward, of which the arm cannot follow the last ones, do not add up."""
     process.reset(0, image=False)
     # A row of a command: translation [3] in m, rotation [3] in rad, gripper (1 = open).
     forward = [0.1, 0, 0, 0, 0, 0, 1]
@@ -349,7 +379,7 @@ def test_a_command_back_is_obeyed_at_once(process: SimplerProcess) -> None:
     stretched = process.run(np.array([forward] * 12, np.float32), image=False)
     returned = process.run(np.array([backward] * 2, np.float32), image=False)
 
-    assert stretched.unreachable > 5
+    assert stretched.unreachable > 5  # of 12 steps
     assert np.linalg.norm(stretched.truth.commanded[:3]) < 0.8
     assert returned.unreachable == stretched.unreachable
     assert returned.truth.measured[0] < stretched.truth.measured[0] - 0.02
@@ -358,7 +388,8 @@ def test_a_command_back_is_obeyed_at_once(process: SimplerProcess) -> None:
 @pytest.fixture
 def nano_folder(simpler: Simpler, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """A folder with the results and the film of one short episode of nano."""
-    monkeypatch.setitem(TASKS, TASK, Task(24, 6, 4))
+    short_task = Task(num_starts=24, max_steps=6, num_grasp_directions=4)
+    monkeypatch.setitem(TASKS, TASK, short_task)
     options = EpisodeOptions(videos=1, out=tmp_path)
     run_evaluation(simpler, load_agent("nano"), {TASK: [30]}, {}, options)
     return tmp_path
@@ -370,7 +401,7 @@ def test_nano_runs_and_is_compared_with_published_results(nano_folder: Path) -> 
     (outcome,) = results.outcomes
     (published,) = find_matching_references(results)
     cells: list[Any] = published.cells([("nano", results)])
-    assert (outcome.seed, outcome.steps) == (30, 6)
+    assert (outcome.seed, outcome.steps) == (30, 6)  # to the time limit
     assert "SPEAR-1 (published)" in [line[0] for line in cells]
 
 
@@ -380,4 +411,5 @@ def test_nano_is_filmed(nano_folder: Path) -> None:
     with av.open(str(film)) as container:
         num_frames = sum(1 for _ in container.decode(video=0))
 
-    assert num_frames == 7 + 5  # the start, one per step, and the last one held for a second
+    num_states = 1 + 6  # the start, and the state after each step
+    assert num_frames == num_states + 5  # the last frame stays for a second

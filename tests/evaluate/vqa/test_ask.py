@@ -1,4 +1,4 @@
-"""One question about one image: how it is parsed, how sure the answer is, what is not there."""
+"""One question about one image: how it is parsed, how sure the answer is, and absent objects."""
 
 import json
 import re
@@ -28,11 +28,13 @@ PLATE_QUESTION = "How far away is the plate?"
 
 @pytest.fixture(scope="module")
 def nano() -> VlmBundle:
+    """The SPEAR-VLM of the bundled nano model."""
     return load_vlm("nano")
 
 
 @pytest.fixture(scope="module")
 def trust() -> Trust:
+    """How far nano can be trusted, as measured when the model was made."""
     nano_trust = Trust.load(NANO)
     assert nano_trust is not None
     return nano_trust
@@ -40,7 +42,7 @@ def trust() -> Trust:
 
 @pytest.fixture(scope="module")
 def image(nano: VlmBundle) -> Array:
-    """A held-out scene with a plate and without a zebra or a carrot."""
+    """The image of a held-out scene with a plate, and without a zebra or a carrot."""
     return load_picture("sim:7", nano.processor.image_sizes["external"]).image
 
 
@@ -49,6 +51,7 @@ def image(nano: VlmBundle) -> Array:
 
 @pytest.mark.parametrize("question_type", QUESTION_TYPES)
 def test_every_taught_wording_is_parsed(question_type: str) -> None:
+    """Also in lower case, and after words that only state the unit."""
     for prompt in PROMPT_TEMPLATES[question_type]:
         question = prompt.format(x="the red cube", y="a mug", p="nearest")
         names = ["red cube", "mug"] if "{y}" in prompt else ["red cube"]
@@ -82,6 +85,7 @@ def test_an_answer_has_an_interval_around_its_median(
     answer, text = ask_question(nano, image, PLATE_QUESTION, trust=trust)
 
     assert "80% interval" in text
+    # The numbers in the text are the answer, 80 (%), and the ends of the interval.
     value, _, low, high = [float(number) for number in re.findall(r"[\d.]+", text)]
     assert low < value < high
     assert answer is not None
@@ -109,7 +113,11 @@ def test_a_model_that_was_not_measured_answers_about_any_object(
 
 @pytest.mark.parametrize(
     ("question", "question_type"),
-    [("What is the weather?", None), ("Plate?", "distance"), (PLATE_QUESTION, "keypoint")],
+    [
+        ("What is the weather?", None),  # no 3D question
+        ("Plate?", "distance"),  # a wording that was not taught
+        (PLATE_QUESTION, "keypoint"),  # the wording of another type
+    ],
 )
 def test_how_sure_an_answer_to_another_wording_is_is_not_known(
     question: str, question_type: str | None, nano: VlmBundle, image: Array, trust: Trust
@@ -134,7 +142,7 @@ def test_a_wrist_camera_is_asked_as_one(nano: VlmBundle, run_command: Callable[.
     output = run_command("ask", "sim:7", question, "--view", "wrist")
 
     distance_m = float(output.split()[0])
-    assert distance_m < 0.5  # from the external camera everything is farther away
+    assert distance_m < 0.5  # every object is farther away from the external camera
     assert "interval" not in output
 
 
@@ -143,6 +151,7 @@ def test_a_wrist_camera_is_asked_as_one(nano: VlmBundle, run_command: Callable[.
 
 @pytest.mark.parametrize("name", ["nano", "nano-vlm"])
 def test_the_bundled_calibration_is_right_on_other_scenes(name: str) -> None:
+    """About 80 % of the true numbers lie in the intervals of 80 %, also in scenes 300 to 323."""
     model = load_vlm(name)
     options = QuestionOptions(
         questions_per_image=1, question_types=("distance", "keypoint", "box_vertices")
@@ -161,6 +170,7 @@ def test_the_bundled_calibration_is_right_on_other_scenes(name: str) -> None:
 def test_intervals_are_not_scored_on_the_images_that_they_were_measured_on(
     nano: VlmBundle, trust: Trust
 ) -> None:
+    """Nano was calibrated on scene 1199, the first of these three."""
     labels = load_labeled_images("sim:1199", 3, "external", nano.processor)
     options = QuestionOptions(question_types=("distance",))
 
@@ -174,24 +184,35 @@ def test_intervals_are_not_scored_on_the_images_that_they_were_measured_on(
 
 def test_the_spread_factor_covers_80_percent_of_the_truths() -> None:
     rng = np.random.default_rng(0)
+    spread = 0.1
+    error_std = 0.2
     certainties = []
     for _ in range(2000):
-        error = 0.2 * np.abs(rng.normal(size=3))
-        certainties.append(Certainty(np.zeros(3), np.full(3, 0.1), error))
+        error = error_std * np.abs(rng.normal(size=3))
+        certainty = Certainty(
+            probability_below=np.zeros(3),
+            relative_spread=np.full(3, spread),
+            relative_error=error,
+        )
+        certainties.append(certainty)
 
     factor = compute_spread_factor(certainties)
 
-    assert factor == pytest.approx(2 * 1.2816, rel=0.05)  # 80 % of a normal within 1.28 sigma
+    # 80 % of a normal distribution lie within 1.2816 standard deviations.
+    assert factor == pytest.approx(1.2816 * error_std / spread, rel=0.05)
 
 
 @pytest.fixture
 def model_folder(tmp_path: Path) -> Path:
+    """A folder with the small files of a model that was trained only in the simulator."""
     (tmp_path / "recipe.json").write_text('{"simulator_only": true}')
     (tmp_path / "config.json").write_text("{}")
     return tmp_path
 
 
-SAVED_TRUST = Trust("2 images of sim", {"distance": 1.5}, 0.9, 0.1)
+SAVED_TRUST = Trust(
+    measured_on="2 images of sim", factors={"distance": 1.5}, names_present=0.9, names_absent=0.1
+)
 
 
 def test_a_model_that_was_not_measured_has_no_trust(model_folder: Path) -> None:
