@@ -1,4 +1,4 @@
-"""A real photograph through all three networks: random weights, real code, real files."""
+"""Labeling a real photograph with all three networks, which are small and have random weights."""
 
 from collections.abc import Iterator
 from copy import deepcopy
@@ -36,13 +36,14 @@ def photo() -> Frame:
 
 @pytest.fixture
 def models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Models:
+    """The three networks. Limits are lowered, because networks with random weights find little."""
     monkeypatch.setattr(GroundingDinoDetector, "threshold", 0.0)
     monkeypatch.setattr("spear.labels.objects.MIN_POINTS", 8)
     network = str(save_grounding_dino(tmp_path / "grounding-dino"))
     detector = GroundingDinoDetector(network, vocabulary=VOCABULARY)
     segmenter = Sam2Segmenter(str(save_sam2(tmp_path / "sam2")))
     point_map_model = MogePointMapModel(deepcopy(build_small_v1()), device="cpu")
-    monkeypatch.setattr(point_map_model.model, "max_tokens", 60)
+    monkeypatch.setattr(point_map_model.model, "max_tokens", 60)  # to be fast
     return detector, segmenter, point_map_model
 
 
@@ -53,7 +54,7 @@ def label_photo(photo: Frame, models: Models) -> Iterator[LabeledImage]:
 
 @pytest.fixture
 def label(photo: Frame, models: Models, tmp_path: Path) -> LabeledImage:
-    """The photo's label, written and read again."""
+    """The photo's label, after writing it to a shard and reading it from there."""
     shard = tmp_path / "labels.parquet"
     write_labels(label_photo(photo, models), shard)
     (label,) = read_labels(shard)
@@ -66,7 +67,8 @@ def test_a_photograph_gets_a_label_with_boxes(
     detector, segmenter, point_map_model = models
 
     assert (label.width, label.height, label.unit) == (300, 200, "relative")
-    assert np.abs(decode_image(label.image).astype(int) - photo.image).mean() < 3
+    pixel_errors = np.abs(decode_image(label.image).astype(int) - photo.image)
+    assert pixel_errors.mean() < 3  # of 255, by the compression as JPEG
     assert label.source == "coffee.png"
     assert label.provenance == {
         "detector": detector.name,
@@ -80,7 +82,8 @@ def test_a_photograph_gets_a_label_with_boxes(
 
 
 def test_questions_about_a_photograph_are_in_relative_units(label: LabeledImage) -> None:
-    # Random networks find nothing that is good enough to be asked about, so scores are removed.
+    # Without scores and with unique names, questions may be about all objects with a box. With
+    # their scores they would be excluded, because random networks label them badly.
     objects = []
     for number, o in enumerate(label.objects):
         if o.box3d is not None:
@@ -88,13 +91,14 @@ def test_questions_about_a_photograph_are_in_relative_units(label: LabeledImage)
     askable_label = replace(label, objects=objects)
 
     rng = np.random.default_rng(0)
-    questions = generate_questions(askable_label, rng, (4, 4), QUESTION_TYPES)
+    questions = generate_questions(askable_label, rng, pairs=(4, 4), question_types=QUESTION_TYPES)
 
     assert questions
     assert {question.unit for question in questions} == {"relative"}
 
 
 def fill_with_nan(network: torch.nn.Module) -> None:
+    """Replace all weights of a network by NaN."""
     for weights in network.parameters():
         weights.data.fill_(np.nan)
 
@@ -102,10 +106,13 @@ def fill_with_nan(network: torch.nn.Module) -> None:
 def test_a_network_with_broken_weights_is_named(photo: Frame, models: Models) -> None:
     detector, segmenter, point_map_model = models
 
-    # From the last network to the first, so that each breaks before those that are broken already.
+    # Break the last network of the pipeline first. The network that is broken next is called before
+    # it, so each error names the network that was broken last.
     fill_with_nan(point_map_model.model)
     refuses("the 0 known points", list, label_photo(photo, models))
+
     fill_with_nan(segmenter._network)
     refuses("Sam2", list, label_photo(photo, models))
+
     fill_with_nan(detector._network)
     refuses("Dino", list, label_photo(photo, models))

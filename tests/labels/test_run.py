@@ -1,4 +1,10 @@
-"""Labeling into a folder: whole_run, resumable after any death, the same whatever made it."""
+"""Labeling into a folder: whole runs, interrupted and killed runs, refused and failing runs.
+
+However often a run is interrupted, and however many workers it has, the files are the same to the
+byte. The models are stand-ins (`labels_stand_ins`): the detector "bright" finds one block in each
+photo. Of the photos, 00003.png is broken, the detector refuses 00005.png, and 00007.png shows
+nothing; these three are skipped.
+"""
 
 import json
 import multiprocessing
@@ -27,7 +33,8 @@ from spear.labels.store import count_labels, read_labels
 SETTINGS = {"inputs": ["photos"], "detector": "bright"}
 UNREACHED_FILES = ("00000.png", "00004.png", "00010.png", "00020.png")
 UNREACHED = (0.0, "none", UNREACHED_FILES)
-"""Arguments of a detector to which four images do not get through."""
+"""Arguments of a detector: delay in s, name of a photo at which it hangs, unreachable photos. It
+fails for four photos as if the network were down. They are in shards 0, 0, 1 and 2."""
 
 
 def run(
@@ -39,8 +46,17 @@ def run(
     stop_after: int | None = None,
     retry_skipped: bool = False,
 ) -> LabelingProgress:
-    """Label a folder of photos, in batches of three; the user interrupts after `stop_after`
-    batches."""
+    """Label a folder of photos, in batches of three photos.
+
+    Args:
+        source: The folder of photos.
+        out: The folder of labels.
+        workers: Number of worker processes.
+        detector: Arguments of the detector.
+        shard_size: Number of photos in a shard.
+        stop_after: After so many batches the user interrupts the run (KeyboardInterrupt).
+        retry_skipped: Whether shards with photos that are worth a retry are made again.
+    """
 
     def run_engine(batches: Any) -> Any:
         yield from islice(make_engine(workers, *detector)(batches), stop_after)
@@ -52,6 +68,7 @@ def run(
 
 
 def read_files(folder: Path) -> dict[str, bytes]:
+    """The contents of all files of a folder that are not hidden, by name."""
     return {path.name: path.read_bytes() for path in sorted(folder.glob("[!.]*"))}
 
 
@@ -61,12 +78,13 @@ def read_skipped(folder: Path) -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of 21 photos, of which three are skipped; they make shards of 8, 8 and 5."""
     return write_photos(tmp_path_factory.mktemp("input") / "photos", 21)
 
 
 @pytest.fixture(scope="module")
 def whole_run(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder that an undisturbed run makes."""
+    """The folder of labels that a run without interruption makes."""
     out = tmp_path_factory.mktemp("whole") / "labels"
     run(source, out)
     return out
@@ -98,7 +116,7 @@ def test_every_good_image_is_labeled_in_order(source: Path, whole_run: Path) -> 
     for label in labels:
         (block,) = label.objects
         assert block.box3d is not None
-        assert block.box3d.center[2] == pytest.approx(1.15, abs=0.2)
+        assert block.box3d.center[2] == pytest.approx(1.15, abs=0.2)  # depth of the stand-in
         assert label.provenance == {"detector": "bright", "segmenter": "box", "pointmap": "slope"}
 
 
@@ -148,21 +166,32 @@ def test_a_shard_opens_as_a_hugging_face_dataset_with_images(
     assert isinstance(labels.features["image"], datasets.Image)
 
 
-# Images that do not get through
+# Images that are worth a retry
 
 
 @pytest.fixture
 def partial_out(source: Path, tmp_path: Path) -> Path:
-    """The folder of a run in which four images did not get through."""
+    """The folder of a finished run in which the detector could not be reached for four photos."""
     out = tmp_path / "labels"
     run(source, out, detector=UNREACHED)
     return out
 
 
-def test_images_that_do_not_get_through_are_recorded_as_retryable(partial_out: Path) -> None:
+def test_images_for_which_a_model_was_unreachable_are_retryable(partial_out: Path) -> None:
     retryable = [Path(row["source"]).name for row in read_skipped(partial_out) if row["retryable"]]
 
     assert tuple(retryable) == UNREACHED_FILES
+
+
+def make_progress(num_before: int, num_skipped: int, num_retryable: int = 0) -> LabelingProgress:
+    """The progress of a finished run of all 21 photos."""
+    return LabelingProgress(
+        num_total=21,
+        num_before=num_before,
+        num_done=21,
+        num_skipped=num_skipped,
+        num_retryable=num_retryable,
+    )
 
 
 def test_nothing_is_retried_unless_asked(source: Path, partial_out: Path) -> None:
@@ -170,7 +199,7 @@ def test_nothing_is_retried_unless_asked(source: Path, partial_out: Path) -> Non
 
     progress = run(source, partial_out)
 
-    assert progress == LabelingProgress(21, 21, 21, num_skipped=7, num_retryable=4)
+    assert progress == make_progress(num_before=21, num_skipped=7, num_retryable=4)
     assert read_files(partial_out) == files
 
 
@@ -183,21 +212,25 @@ def test_retried_images_that_get_through_are_labeled(
     second_retry = run(source, partial_out, workers=2, retry_skipped=True)
     third_retry = run(source, partial_out, retry_skipped=True)
 
-    assert first_retry == LabelingProgress(21, 0, 21, num_skipped=4, num_retryable=1)
-    assert second_retry == LabelingProgress(21, 13, 21, num_skipped=3)
-    assert third_retry == LabelingProgress(21, 21, 21, num_skipped=3)
+    # First all shards are made again, then the first shard (8 photos), then none.
+    assert first_retry == make_progress(num_before=0, num_skipped=4, num_retryable=1)
+    assert second_retry == make_progress(num_before=13, num_skipped=3)
+    assert third_retry == make_progress(num_before=21, num_skipped=3)
     assert read_files(partial_out) == read_files(whole_run)
 
 
 @pytest.mark.filterwarnings("ignore:.*questions.parquet")
 def test_a_retry_may_be_interrupted(source: Path, tmp_path: Path) -> None:
-    """In one large shard, whose rows are stored in several groups, and with an unfinished shard
-    after it."""
+    """The old shard stays until the retry has finished it.
+
+    The shards have 17 and 4 photos. The first run is interrupted in the second shard. The first
+    shard has two row groups, so an interrupted retry has written one of them.
+    """
     run(source, tmp_path / "whole", shard_size=17)
     out = tmp_path / "labels"
     with pytest.raises(KeyboardInterrupt):
         run(source, out, detector=UNREACHED, shard_size=17, stop_after=7)
-    (out / "questions.parquet").touch()  # about the labels so far
+    (out / "questions.parquet").touch()  # outdated when labels are made again
     first_shard = (out / "labels-00000.parquet").read_bytes()
 
     with pytest.raises(KeyboardInterrupt):
@@ -205,17 +238,22 @@ def test_a_retry_may_be_interrupted(source: Path, tmp_path: Path) -> None:
 
     assert (out / "labels-00000.parquet").read_bytes() == first_shard
     assert not list(out.glob(".*.tmp"))
+
     progress = run(source, out, shard_size=17, retry_skipped=True)
-    assert progress == LabelingProgress(21, 0, 21, num_skipped=3)
+
+    assert progress == make_progress(num_before=0, num_skipped=3)
     assert read_files(out) == read_files(tmp_path / "whole")
 
 
-# Death
+# Runs that are killed
 
 
 def label_in_a_process(source: str, out: str, workers: int) -> None:
-    """Label at 20 ms per image, in a process group of its own; stuck at an image of the last
-    shard."""
+    """Label photos in a process that is to be killed.
+
+    The detector takes 20 ms per photo and hangs at 00017.png, in the last shard, so that the
+    process never ends by itself. The process and its workers are a process group of their own.
+    """
     os.setpgid(0, 0)
     run(Path(source), Path(out), workers, detector=(0.02, "00017.png"))
 
@@ -223,26 +261,33 @@ def label_in_a_process(source: str, out: str, workers: int) -> None:
 def test_killed_again_and_again_it_loses_nothing(
     source: Path, whole_run: Path, tmp_path: Path
 ) -> None:
+    """The run is killed at least six times, until it has finished a shard."""
     out = tmp_path / "labels"
-    chance = random.Random(0)
-    num_deaths = 0
+    rng = random.Random(0)
+    num_kills = 0
     num_shards = 0
-    while num_deaths < 6 or num_shards == 0:  # on a slow computer all may die young: give more time
-        # A forked process has no workers: it would take its parent's fork server for its own.
-        has_workers = num_deaths == 2
-        context: Any = multiprocessing.get_context("forkserver" if has_workers else "fork")
-        arguments = (str(source), str(out), has_workers)
+    while num_kills < 6 or num_shards == 0:
+        # Only the third process has a worker. It must not be forked, because a forked process would
+        # use its parent's fork server.
+        num_workers = 1 if num_kills == 2 else 0
+        context: Any = multiprocessing.get_context("forkserver" if num_workers else "fork")
+        arguments = (str(source), str(out), num_workers)
         process = context.Process(target=label_in_a_process, args=arguments)
         process.start()
+
+        # Kill the process at a random time after it has begun. From the sixth kill on it gets more
+        # and more time, so that it finishes a shard on slow computers, too.
         wait_until((out / "run.json").is_file, "a run", process)
-        time.sleep(chance.uniform(0, 0.4 * max(1, num_deaths - 4)))
+        time.sleep(rng.uniform(0, 0.4 * max(1, num_kills - 4)))
         os.kill(process.pid, signal.SIGKILL)
         process.join()
         assert process.exitcode == -signal.SIGKILL
+
+        # Shards that exist are complete.
         shards = list(out.glob("labels-*.parquet"))
         for shard in shards:
             assert shard.read_bytes() == (whole_run / shard.name).read_bytes()
-        num_deaths += 1
+        num_kills += 1
         num_shards = len(shards)
     assert not (out / "README.md").exists()
 
@@ -257,7 +302,7 @@ def test_workers_end_with_the_process_that_is_killed(source: Path, tmp_path: Pat
     process = context.Process(target=label_in_a_process, args=arguments)
     process.start()
     members = list_process_group(process.pid)
-    while len(members) < 4:  # itself, the server that forks workers, two workers
+    while len(members) < 4:  # the process, its server that forks workers, and two workers
         time.sleep(0.05)
         members = list_process_group(process.pid)
 
@@ -268,13 +313,15 @@ def test_workers_end_with_the_process_that_is_killed(source: Path, tmp_path: Pat
 
 
 def list_process_group(leader: int | None) -> list[int]:
-    """The processes of a group that are not zombies."""
+    """The ids of the processes of a process group that are not zombies."""
     members = []
     for path in Path("/proc").glob("[0-9]*/stat"):
         try:
-            state, _, group = path.read_text().rpartition(")")[2].split()[:3]
-        except OSError:
+            text = path.read_text()
+        except OSError:  # the process has ended
             continue
+        # After the name in parentheses come the state, the parent and the group.
+        state, _, group = text.rpartition(")")[2].split()[:3]
         if int(group) == leader and state != "Z":
             members.append(int(path.parent.name))
     return members
@@ -286,7 +333,7 @@ def list_process_group(leader: int | None) -> list[int]:
 def refused(
     source: Path, out: Path, settings: dict[str, Any] | None = None, shard_size: int = 8
 ) -> str:
-    """The message with which a run is refused."""
+    """Start a run that must be refused; returns the message."""
     items = list_images(str(source))
     work = WorkOptions(shard_size=shard_size, batch_size=3)
     return refuses("", label_folder, items, out, make_engine(), settings or SETTINGS, work)
@@ -302,7 +349,7 @@ def test_a_finished_run_is_not_done_again(source: Path, whole_run: Path) -> None
 
 
 @pytest.mark.parametrize(
-    ("changes", "shard_size", "difference"),
+    ("changes", "shard_size", "difference"),  # "there": in the folder, "here": in the new run
     [
         ({"detector": "owlv2"}, 8, '"bright" there, "owlv2" here'),
         ({"rate": 2}, 8, "rate is null there, 2 here"),
@@ -335,11 +382,15 @@ def test_a_folder_with_other_files_is_refused(source: Path, tmp_path: Path) -> N
 
 @pytest.mark.parametrize(
     ("detector", "changed_setting"),
-    [("file:{}/one+gemini", "annotations"), ("owlv2={}", "files of")],
+    [
+        ("file:{}/one+gemini", "annotations"),  # the file is one of annotations
+        ("owlv2={}", "files of"),  # the file is in a folder of weights
+    ],
 )
 def test_replaced_annotations_and_weights_are_other_settings(
     source: Path, tmp_path: Path, detector: str, changed_setting: str
 ) -> None:
+    """The file model/one changes; in `detector`, {} stands for the folder model."""
     folder = tmp_path / "model"
     folder.mkdir()
     options = LabelOptions(
@@ -391,13 +442,14 @@ def test_a_replaced_image_is_labeled_again_with_those_of_its_shard(tmp_path: Pat
     folder = write_photos(tmp_path / "photos", 10, bad=False)
     out = tmp_path / "labels"
     run(folder, out)
-    (out / "questions.parquet").touch()  # about the image as it was
-    shutil.copy(folder / "00008.png", folder / "00009.png")  # it has as many bytes
+    (out / "questions.parquet").touch()  # outdated when labels are made again
+    shutil.copy(folder / "00008.png", folder / "00009.png")  # 00009.png keeps its size in bytes
 
     with pytest.warns(Notice, match="1 image changed"):
         progress = run(folder, out)
 
-    assert progress == LabelingProgress(10, 8, 10, 0)
+    # The first shard, with 8 of the 10 photos, stays.
+    assert progress == LabelingProgress(num_total=10, num_before=8, num_done=10, num_skipped=0)
     run(folder, tmp_path / "anew", workers=2)
     assert read_files(out) == read_files(tmp_path / "anew")
 
@@ -407,9 +459,11 @@ def test_images_with_other_stamps_but_equal_contents_are_not_labeled_again(tmp_p
     out = tmp_path / "labels"
     run(folder, out)
     for path in folder.iterdir():
-        os.utime(path, (0, 0))  # as in a copy
+        os.utime(path, (0, 0))  # another modification time, as a copy has
 
-    assert run(folder, out) == LabelingProgress(10, 10, 10, 0)
+    progress = run(folder, out)
+
+    assert progress == LabelingProgress(num_total=10, num_before=10, num_done=10, num_skipped=0)
 
 
 # Runs that fail
@@ -438,9 +492,9 @@ def test_without_images_there_is_no_run(tmp_path: Path) -> None:
 
 
 def run_without_key(batches: Any) -> Iterator[Any]:
-    """An engine whose detector has no key."""
+    """An engine whose detector has no key, so that it fails before it labels anything."""
     raise SpearError("no API key: set ONE")
-    yield
+    yield  # makes this function a generator
 
 
 def test_the_settings_of_a_run_that_labeled_nothing_do_not_bind(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Shards of labels: round trips, reading a part of them, and broken files."""
+"""Files of labels (shards): writing them, reading all or some of their labels, and broken files."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -19,7 +19,7 @@ from spear.types import LabeledImage
 
 @pytest.fixture(scope="module")
 def labels() -> list[LabeledImage]:
-    """23 labels with none to three objects."""
+    """23 labels with zero to three objects each."""
     rng = np.random.default_rng(3)
     frames = [make_random_frame(rng, objects=number % 4) for number in range(23)]
     return list(label_with_ground_truth(frames))
@@ -27,7 +27,10 @@ def labels() -> list[LabeledImage]:
 
 @pytest.fixture
 def shards(labels: list[LabeledImage], tmp_path: Path) -> list[Path]:
-    """The labels in two shards of 18 and 5."""
+    """Two shards in the folder `tmp_path`, with the first 18 and the last 5 labels.
+
+    A row group has 16 rows, so the first shard has two row groups.
+    """
     paths = [tmp_path / "labels-00000.parquet", tmp_path / "labels-00001.parquet"]
     write_labels(labels[:18], paths[0])
     write_labels(labels[18:], paths[1])
@@ -35,6 +38,7 @@ def shards(labels: list[LabeledImage], tmp_path: Path) -> list[Path]:
 
 
 def assert_equal(labels: Sequence[LabeledImage], expected: Sequence[LabeledImage]) -> None:
+    """Assert that labels are equal, arrays included."""
     np.testing.assert_equal(
         [asdict(label) for label in labels], [asdict(label) for label in expected]
     )
@@ -57,22 +61,27 @@ def test_a_shard_gives_its_labels_alone(labels: list[LabeledImage], shards: list
 def test_selected_labels_are_spread_evenly(
     labels: list[LabeledImage], shards: list[Path], tmp_path: Path, max_images: int
 ) -> None:
-    num_selected = min(max_images, 23)
-    expected = [labels[i * 23 // num_selected] for i in range(num_selected)]
+    selected_labels = select_labels(tmp_path, max_images)
 
-    assert_equal(select_labels(tmp_path, max_images), expected)
+    num_selected = min(max_images, 23)
+    expected_labels = [labels[i * 23 // num_selected] for i in range(num_selected)]
+    assert_equal(selected_labels, expected_labels)
 
 
 def test_without_pixels_everything_but_images_and_masks_is_the_same(
     labels: list[LabeledImage], shards: list[Path], tmp_path: Path
 ) -> None:
-    for label, bare in zip(labels, read_labels(tmp_path, pixels=False), strict=True):
-        assert bare.image == b""
-        assert all(len(o.mask_runs) == 0 for o in bare.objects)
+    labels_without_pixels = list(read_labels(tmp_path, pixels=False))
+
+    for label, bare_label in zip(labels, labels_without_pixels, strict=True):
+        assert bare_label.image == b""
+        assert all(len(o.mask_runs) == 0 for o in bare_label.objects)
+
+        # With image and masks put back, it is the whole label.
         objects = []
-        for o, bare_object in zip(label.objects, bare.objects, strict=True):
+        for o, bare_object in zip(label.objects, bare_label.objects, strict=True):
             objects.append(replace(bare_object, mask_runs=o.mask_runs))
-        assert_equal([replace(bare, image=label.image, objects=objects)], [label])
+        assert_equal([replace(bare_label, image=label.image, objects=objects)], [label])
 
 
 def test_a_shard_that_is_cut_off_is_named(shards: list[Path], tmp_path: Path) -> None:
@@ -82,9 +91,9 @@ def test_a_shard_that_is_cut_off_is_named(shards: list[Path], tmp_path: Path) ->
     refuses(r"labels-00000\.parquet is broken.*label it again", count_labels, tmp_path)
 
 
-def test_a_shard_with_other_bytes_in_it_is_named(shards: list[Path]) -> None:
+def test_a_shard_with_overwritten_bytes_is_named(shards: list[Path]) -> None:
     content = shards[0].read_bytes()
-    shards[0].write_bytes(content[:100] + bytes(4000) + content[4100:])
+    shards[0].write_bytes(content[:100] + bytes(4000) + content[4100:])  # 4000 zeros
 
     refuses(r"labels-00000\.parquet is broken", list, read_labels(shards[0]))
 
@@ -93,8 +102,9 @@ def test_a_shard_with_other_bytes_in_it_is_named(shards: list[Path]) -> None:
     "change", [{"width": None}, {"unit": "inch"}, {"provenance": ""}, {"intrinsics": [np.nan] * 9}]
 )
 def test_a_label_that_makes_no_sense_is_refused(shards: list[Path], change: dict[str, Any]) -> None:
-    first, *other_rows = pq.read_table(shards[0]).to_pylist()
-    pq.write_table(pa.Table.from_pylist([first | change, *other_rows], SCHEMA), shards[0])
+    first_row, *other_rows = pq.read_table(shards[0]).to_pylist()
+    changed_rows = [first_row | change, *other_rows]
+    pq.write_table(pa.Table.from_pylist(changed_rows, SCHEMA), shards[0])
 
     refuses(r"labels-00000\.parquet is broken", list, read_labels(shards[0], pixels=False))
 

@@ -1,3 +1,10 @@
+"""Gemini as a detector: requests, answers, waiting, failures, and the cache of answers.
+
+The real client talks to a local server (`gemini_server`). The server sends `server.replies` one
+after another and repeats the last one; without replies it detects nothing. Frame number i of
+`make_noise_frame` has the source "i.jpg".
+"""
+
 import json
 import socket
 import tempfile
@@ -31,8 +38,8 @@ from spear.types import Frame
 
 pytest.importorskip("google.genai")
 
-CUP = ("red cup", [100, 250, 500, 750])
-OF_THE_DAY = {
+CUP = ("red cup", [100, 250, 500, 750])  # ymin, xmin, ymax, xmax in thousandths of the image
+DAILY_QUOTA = {  # details of an error that says that the daily quota is used up
     "@type": "x/google.rpc.QuotaFailure",
     "violations": [{"quotaId": "RequestsPerDayPerProject"}],
 }
@@ -48,6 +55,7 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
 
 @pytest.fixture(autouse=True)
 def key(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A key in the environment, short waits, and temporary folders inside `tmp_path`."""
     monkeypatch.setenv("GEMINI_API_KEY", "secret-key")
     monkeypatch.delenv("GOOGLE_API_KEY", raising=False)
     monkeypatch.setattr(module, "FIRST_WAIT_S", 0.01)
@@ -55,20 +63,22 @@ def key(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 def make_detector(cache: Path | None = None, **changes: Any) -> GeminiDetector:
-    """A detector, with an empty cache unless another one is given."""
+    """Make a detector; without `cache` it has a new, empty cache."""
     return GeminiDetector(cache=cache or Path(tempfile.mkdtemp()), **changes)
 
 
 def to_rows(detections: Any) -> list[tuple[str, list[float]]]:
+    """The name and the rounded 2D box of each detection, to compare them."""
     return [(d.name, [round(float(v), 3) for v in d.box2d]) for d in detections]
 
 
 SMOOTH_IMAGE = np.linspace(0, 255, 400 * 100 * 3).reshape(100, 400, 3).astype(np.uint8)
+"""An image of 400 × 100 pixels without details, which JPEG and resizing hardly change."""
 
 
 @pytest.fixture
 def request_body(server: Server, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """The request about an image of 400 pixels when 200 are the most that is sent."""
+    """The body of the request for `SMOOTH_IMAGE`, which is sent with at most 200 pixels a side."""
     monkeypatch.setattr(module, "MAX_SIDE_PX", 200)
     make_detector(model="gemini-x", vocabulary=["cup", "fork"]).detect([Frame(SMOOTH_IMAGE)])
     (body,) = server.requests
@@ -107,13 +117,13 @@ def test_the_request_contains_the_schema_of_answers(request_body: dict[str, Any]
 
 def test_boxes_are_clipped_and_repeated_ones_dropped() -> None:
     answer = [
-        {"label": "cut", "box_2d": [-40, 900, 300, 1050]},
+        {"label": "cut", "box_2d": [-40, 900, 300, 1050]},  # reaches beyond the image
         {"label": "cup", "box_2d": [100, 100, 500, 600]},
-        {"label": "cup", "box_2d": [101, 100, 500, 600.5]},
-        {"label": "mug", "box_2d": [100, 100, 500, 600]},
+        {"label": "cup", "box_2d": [101, 100, 500, 600.5]},  # nearly the same box
+        {"label": "mug", "box_2d": [100, 100, 500, 600]},  # the same box with another name
     ]
 
-    detections = parse_detections(json.dumps(answer), 100, 50)
+    detections = parse_detections(json.dumps(answer), height=100, width=50)
 
     assert to_rows(detections) == [
         ("cut", [45, 0, 50, 30]),
@@ -125,10 +135,10 @@ def test_boxes_are_clipped_and_repeated_ones_dropped() -> None:
 UNUSABLE_OBJECTS = [
     (("cup", [500, 100, 100, 600]), "ends before it begins"),
     (("cup", [100, 600, 500, 100]), "ends before it begins"),
-    (("cup", [100, 1100, 300, 1300]), "thousandths"),  # pixels of a large image
+    (("cup", [100, 1100, 300, 1300]), "thousandths"),  # in pixels of a large image
     (("cup", [-300, 100, 500, 600]), "thousandths"),
-    (("cup", [0.1, 0.25, 0.5, 0.75]), "thousandths"),  # fractions of the image
-    (("cup", [100, 100, 500, 110]), "less than a pixel"),
+    (("cup", [0.1, 0.25, 0.5, 0.75]), "thousandths"),  # in fractions of the image
+    (("cup", [100, 100, 500, 110]), "less than a pixel"),  # 0.5 pixels wide
     (("cup", [0, 0, 0, 0]), "thousandths"),
     (("cup", [200, 300, 200, 300]), "less than a pixel"),
     ((" ", [100, 100, 500, 600]), "no name"),
@@ -143,11 +153,18 @@ def test_one_unusable_object_makes_the_answer_unusable(
     answer = [{"label": name, "box_2d": box} for name, box in (other_cup, unusable)]
 
     with pytest.raises(UnusableAnswerError, match=reason):
-        parse_detections(json.dumps(answer), 100, 50)
+        parse_detections(json.dumps(answer), height=100, width=50)
 
 
-@pytest.mark.parametrize("box", [[800, 250, 500, 750], [100, 250, 500, 1900], [0, 0.2, 0.5, 0.9]])
-def test_after_an_unusable_box_it_asks_again_and_keeps_the_second_answer(
+@pytest.mark.parametrize(
+    "box",
+    [
+        [800, 250, 500, 750],  # upside down
+        [100, 250, 500, 1900],  # not in thousandths
+        [0, 0.2, 0.5, 0.9],  # in fractions
+    ],
+)
+def test_after_an_unusable_box_it_asks_again_and_caches_the_second_answer(
     server: Server, tmp_path: Path, box: list[float]
 ) -> None:
     server.replies = [boxes_reply(CUP, ("red cup", box)), boxes_reply(CUP)]
@@ -157,11 +174,11 @@ def test_after_an_unusable_box_it_asks_again_and_keeps_the_second_answer(
     (detections,) = make_detector(tmp_path / "answers").detect([frame])
 
     assert [d.name for d in detections] == ["red cup"]
-    assert len(server.requests) == 2
+    assert len(server.requests) == 2  # both by the first detector
 
 
 @pytest.mark.parametrize("box", [[800, 250, 500, 750], [0.1, 0.2, 0.5, 0.9]])
-def test_unusable_boxes_are_not_kept_as_an_empty_answer(
+def test_unusable_boxes_are_not_cached_as_an_empty_answer(
     server: Server, tmp_path: Path, box: list[float]
 ) -> None:
     cache = tmp_path / "answers"
@@ -174,38 +191,52 @@ def test_unusable_boxes_are_not_kept_as_an_empty_answer(
 
 
 @pytest.mark.parametrize("template", ["```json\n{}\n```", "Here it is:\n```\n{}\n```\n"])
-def test_an_answer_may_be_in_a_fence(template: str) -> None:
+def test_an_answer_may_be_in_a_code_block(template: str) -> None:
     answer = json.dumps([{"label": "cup", "box_2d": [100, 100, 500, 600]}])
 
-    detections = parse_detections(template.format(answer), 100, 50)
+    detections = parse_detections(template.format(answer), height=100, width=50)
 
     assert to_rows(detections) == [("cup", [5, 10, 30, 50])]
 
 
 @pytest.mark.parametrize(
-    ("answer", "named"),
+    ("answer", "part_of_message"),
     [
         ("I see a cup.", "JSON"),
-        ('[{"box_2d": [1, 2, 3, 4], "label": "cup"', "JSON"),
+        ('[{"box_2d": [1, 2, 3, 4], "label": "cup"', "JSON"),  # cut off
         ("[" * 100_000, "JSON"),
-        ('[{"label": "\\ud800", "box_2d": [1, 2, 3, 4]}]', "JSON"),
+        ('[{"label": "\\ud800", "box_2d": [1, 2, 3, 4]}]', "JSON"),  # half of a character
         ('{"label": "cup"}', "array"),
         ('[{"box_2d": [1, 2, 3, 4]}]', r"0\.label"),
         ('[{"label": "cup"}]', r"0\.box_2d"),
-        *(
-            (f'[{{"label": "cup", "box_2d": [1, 2, 3{more}]}}]', r"0\.box_2d")
-            for more in ("", ', "4"', ", NaN", ", true", ", 1" + "0" * 400)
-        ),
     ],
 )
-def test_answers_that_are_not_as_asked_are_unusable(answer: str, named: str) -> None:
-    with pytest.raises(UnusableAnswerError, match=named):
-        parse_detections(answer, 10, 10)
+def test_an_answer_that_does_not_follow_the_schema_is_unusable(
+    answer: str, part_of_message: str
+) -> None:
+    with pytest.raises(UnusableAnswerError, match=part_of_message):
+        parse_detections(answer, height=10, width=10)
+
+
+@pytest.mark.parametrize("box", ["1, 2, 3", '1, 2, 3, "4"', "1, 2, 3, NaN", "1, 2, 3, true"])
+def test_a_box_that_is_not_four_numbers_is_unusable(box: str) -> None:
+    with pytest.raises(UnusableAnswerError, match=r"0\.box_2d"):
+        parse_detections(f'[{{"label": "cup", "box_2d": [{box}]}}]', height=10, width=10)
+
+
+def test_a_box_with_a_number_too_large_for_a_float_is_unusable() -> None:
+    number = "1" + "0" * 400
+
+    with pytest.raises(UnusableAnswerError, match=r"0\.box_2d"):
+        parse_detections(
+            f'[{{"label": "cup", "box_2d": [1, 2, 3, {number}]}}]', height=10, width=10
+        )
 
 
 @pytest.mark.parametrize(
     "reply",
     [
+        # The message is shortened to 200 characters, which must not cut the key in two.
         error_reply(400, "INVALID_ARGUMENT", "x" * 150 + " the key secret-key is bad"),
         error_reply(403, "secret-key", "API key secret-key has no access."),
         error_reply(503, "UNAVAILABLE", "secret-key"),
@@ -213,7 +244,9 @@ def test_answers_that_are_not_as_asked_are_unusable(answer: str, named: str) -> 
         text_reply("secret-key"),
     ],
 )
-def test_a_key_that_the_service_repeats_is_not_said(server: Server, reply: Reply) -> None:
+def test_messages_do_not_contain_a_key_that_the_service_repeats(
+    server: Server, reply: Reply
+) -> None:
     server.replies = [reply]
     gemini = make_detector()
 
@@ -224,6 +257,7 @@ def test_a_key_that_the_service_repeats_is_not_said(server: Server, reply: Reply
 
 
 def test_requests_are_spread_over_a_minute(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    # A clock on which only sleeping takes time replaces the module `time`.
     clock = SimpleNamespace(now=0.0, monotonic=lambda: clock.now)
     clock.sleep = lambda seconds: setattr(clock, "now", clock.now + seconds)
     monkeypatch.setattr(module, "time", clock)
@@ -231,11 +265,12 @@ def test_requests_are_spread_over_a_minute(server: Server, monkeypatch: pytest.M
 
     make_detector(requests_per_minute=20).detect([make_noise_frame(i) for i in range(4)])
 
-    assert clock.now == pytest.approx(9.0)
+    assert clock.now == pytest.approx(9.0)  # three intervals of 60 s / 20 before the last request
     assert len(server.requests) == 4
 
 
 def test_rate_limiting_waits_as_long_as_asked(server: Server) -> None:
+    # The first reply asks for 0.3 s in its details, the second one for 0.4 s in its header.
     server.replies = [
         BUSY,
         error_reply(429, "RESOURCE_EXHAUSTED", "More.", Retry_After="0.4"),
@@ -245,9 +280,9 @@ def test_rate_limiting_waits_as_long_as_asked(server: Server) -> None:
     (detections,) = make_detector().detect([make_noise_frame(0)])
 
     assert [d.name for d in detections] == ["red cup"]
-    first, second, third = server.times
-    assert second - first >= 0.3
-    assert third - second >= 0.4
+    first_time, second_time, third_time = server.times
+    assert second_time - first_time >= 0.3
+    assert third_time - second_time >= 0.4
 
 
 OVERLOADED = error_reply(503, "UNAVAILABLE", "The model is overloaded.")
@@ -279,6 +314,8 @@ def test_overload_that_does_not_end_concerns_one_image(
     assert len(gemini.detect([make_noise_frame(1)])[0]) == 1
 
 
+# Three kinds of failing replies, each with a part of the error's message: answers after which the
+# detector asks once more, refusals of one image, and errors that every image would meet
 UNUSABLE = [
     (text_reply("I see a cup."), "JSON"),
     (text_reply("[{", end="MAX_TOKENS"), "cut off"),
@@ -295,7 +332,7 @@ REFUSALS = [
 FATAL = [
     (error_reply(429, "RESOURCE_EXHAUSTED", "Daily quota.", make_retry_info("7200s")), "7200 s"),
     (
-        error_reply(429, "RESOURCE_EXHAUSTED", "Quota.", OF_THE_DAY, make_retry_info("9s")),
+        error_reply(429, "RESOURCE_EXHAUSTED", "Quota.", DAILY_QUOTA, make_retry_info("9s")),
         "tomorrow",
     ),
     (error_reply(404, "NOT_FOUND", "models/gemini-x is not found"), "404 .*gemini-x"),
@@ -349,7 +386,7 @@ def test_a_refusal_concerns_one_image(server: Server, reply: Reply, reason: str)
 
 
 @pytest.mark.parametrize(("reply", "reason"), FATAL)
-def test_what_would_fail_for_every_image_is_asked_once(
+def test_after_an_error_that_every_image_would_meet_nothing_is_requested(
     server: Server, reply: Reply, reason: str
 ) -> None:
     server.replies = [reply, boxes_reply(CUP)]
@@ -363,20 +400,22 @@ def test_what_would_fail_for_every_image_is_asked_once(
     assert len(server.requests) == 1
 
 
-def test_images_of_a_batch_are_asked_about_at_the_same_time_and_keep_their_answers(
+def test_images_of_a_batch_are_requested_at_the_same_time_and_get_their_own_answers(
     server: Server,
 ) -> None:
-    together = threading.Barrier(3, timeout=60)
+    """The images have widths of 60 to 65 pixels; an answer names the width of its image."""
+    barrier = threading.Barrier(3, timeout=60)
 
     def answer(request: dict[str, Any]) -> Reply:
-        together.wait()
+        barrier.wait()  # until three requests have arrived
         width = read_picture(request).shape[1]
-        time.sleep(0.02 * (66 - width))
+        time.sleep(0.02 * (66 - width))  # earlier images are answered later
         return boxes_reply((f"thing {width}", [0, 0, 1000, 1000]))
 
     server.answer = answer
 
-    detections = make_detector().detect([make_noise_frame(i, 40, 60 + i) for i in range(6)])
+    frames = [make_noise_frame(i, height=40, width=60 + i) for i in range(6)]
+    detections = make_detector().detect(frames)
 
     names = [d.name for (d,) in detections]
     assert names == [f"thing {60 + i}" for i in range(6)]
@@ -401,6 +440,7 @@ def test_the_bill_counts_requests_answers_and_tokens(server: Server, tmp_path: P
 
     gemini.detect([make_noise_frame(0), make_noise_frame(1)])
 
+    # The server's replies count 1200 input tokens and 80 + 20 output tokens (with thinking).
     assert gemini.usage == {"requests": 1, "cached": 1, "input": 1200, "output": 100}
     for phrase in ("1 request,", "1 answer ", "1200", "100"):
         assert phrase in gemini.bill()
@@ -418,7 +458,7 @@ def test_other_settings_have_other_answers(
     assert len(server.requests) == 2
 
 
-def test_a_broken_answer_in_the_cache_is_asked_for_again(server: Server, tmp_path: Path) -> None:
+def test_a_broken_answer_in_the_cache_is_requested_again(server: Server, tmp_path: Path) -> None:
     server.replies = [boxes_reply(CUP)]
     make_detector(tmp_path).detect([make_noise_frame(0)])
     for path in tmp_path.rglob("*.json"):
@@ -438,10 +478,11 @@ def test_the_cache_does_not_contain_the_key(server: Server, tmp_path: Path) -> N
     assert not any("secret-key" in content for content in files)
 
 
-def test_in_the_pipeline_nothing_is_asked_twice(
+def test_in_the_pipeline_no_image_is_requested_twice(
     server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "MAX_CONCURRENT_REQUESTS", 1)
+    """The service refuses the first of four images, so the pipeline calls again image by image."""
+    monkeypatch.setattr(module, "MAX_CONCURRENT_REQUESTS", 1)  # so that replies keep their order
     server.replies = [Reply(body={"promptFeedback": {"blockReason": "SAFETY"}}), boxes_reply(CUP)]
     gemini = make_detector()
     images = [admit_frame(make_noise_frame(i)) for i in range(4)]
@@ -456,30 +497,42 @@ def test_in_the_pipeline_nothing_is_asked_twice(
     assert images[1].provenance["detector"] == gemini.name
 
 
-def test_without_a_key_there_is_no_detector(
+def test_without_a_key_there_is_no_detector(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GEMINI_API_KEY", "")
+
+    refuses(r"GEMINI_API_KEY.*--detector", make_detector)
+
+
+def test_the_key_may_be_in_the_second_variable(
     server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("GEMINI_API_KEY", "")
-    refuses(r"GEMINI_API_KEY.*--detector", make_detector)
     monkeypatch.setenv("GOOGLE_API_KEY", "other-key")
+
     make_detector().detect([make_noise_frame(0)])
+
     assert server.headers[0]["x-goog-api-key"] == "other-key"
 
 
-def test_without_a_network_it_says_so_once_and_stops(monkeypatch: pytest.MonkeyPatch) -> None:
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))  # bound, not listening: connections are refused
-        monkeypatch.setenv("GOOGLE_GEMINI_BASE_URL", f"http://127.0.0.1:{taken.getsockname()[1]}")
+def test_without_a_network_later_images_fail_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as unused:
+        # The socket is bound but does not listen, so connections to it are refused.
+        unused.bind(("127.0.0.1", 0))
+        port = unused.getsockname()[1]
+        monkeypatch.setenv("GOOGLE_GEMINI_BASE_URL", f"http://127.0.0.1:{port}")
         gemini = make_detector()
+
         with pytest.raises(RetryableError, match="network"):
             gemini.detect([make_noise_frame(0)])
-        monkeypatch.setattr(module, "MAX_ATTEMPTS", 10**9)  # would never return if it tried again
+
+        # If the detector tried again, it would not end.
+        monkeypatch.setattr(module, "MAX_ATTEMPTS", 10**9)
         with pytest.raises(RetryableError, match="network"):
             gemini.detect([make_noise_frame(1)])
 
 
 @pytest.mark.parametrize("variable", ["ALL_PROXY", "https_proxy"])
-def test_a_proxy_that_the_client_cannot_use_is_refused_with_the_cure(
+def test_a_proxy_that_the_client_cannot_use_is_refused_with_advice(
     monkeypatch: pytest.MonkeyPatch, variable: str
 ) -> None:
     monkeypatch.setenv(variable, "socks4://127.0.0.1:9")

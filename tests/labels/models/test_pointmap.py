@@ -1,6 +1,11 @@
-"""MoGe as the labeler's point-map model."""
+"""MoGe as the point-map model of the labeling pipeline.
+
+`small_v1` is a small MoGe v1 with random weights; `metric_model` is a small MoGe-2 with the weights
+of reference data. Frames of `make_noise_frame` have 60 × 40 pixels unless a size is given.
+"""
 
 import copy
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +29,7 @@ def small_v1() -> MogePointMapModel:
 @pytest.fixture
 def metric_model(shared: Path) -> MogePointMapModel:
     model = copy.deepcopy(build_reference_model(shared, 2))
-    model.max_tokens = 20
+    model.max_tokens = 20  # to be fast
     return MogePointMapModel(model, make_checkpoint(shared, 2).path.name, device="cpu")
 
 
@@ -62,9 +67,10 @@ def test_points_lie_on_the_rays_of_their_pixels(small_v1: MogePointMapModel) -> 
     (result,) = small_v1.predict([make_noise_frame(0)])
 
     y, x = np.mgrid[:40, :60] + 0.5
+    pixel_centers = np.stack([x, y], -1)
     pixels = project(result.points, result.intrinsics)
-    np.testing.assert_allclose(pixels, np.stack([x, y], -1), atol=1e-2)
-    assert result.intrinsics[0, 2] == 30
+    np.testing.assert_allclose(pixels, pixel_centers, atol=1e-2)
+    assert result.intrinsics[0, 2] == 30  # the center of the image
     assert result.intrinsics[1, 2] == 20
 
 
@@ -91,22 +97,22 @@ def test_unknown_points_are_zero_and_known_ones_in_front_of_the_camera(
     assert (result.points[result.mask][:, 2] > 0).all()
 
 
-def overflow(model: MogeV1) -> None:
-    model.head.output_block[0][2].bias.data[2] = 200.0  # exp(200) overflows
+def overflow_depth(model: MogeV1) -> None:
+    """Make all depths infinite: the network returns their logarithm, and exp(200) overflows."""
+    model.head.output_block[0][2].bias.data[2] = 200.0
 
 
-def mirror(model: MogeV1) -> None:
-    model.head.output_block[0][2].weight.data[:2] *= -1  # only a negative focal length fits
+def mirror_points(model: MogeV1) -> None:
+    """Change the signs of x and y, so that only a negative focal length fits."""
+    model.head.output_block[0][2].weight.data[:2] *= -1
 
 
-@pytest.mark.parametrize("spoil", [overflow, mirror])
-def test_an_image_to_whose_points_no_camera_fits_is_refused(spoil: object) -> None:
+@pytest.mark.parametrize("break_weights", [overflow_depth, mirror_points])
+def test_an_image_to_whose_points_no_camera_fits_is_refused(
+    break_weights: Callable[[MogeV1], None],
+) -> None:
     model = copy.deepcopy(build_small_v1())
-    assert callable(spoil)
-    spoil(model)
+    break_weights(model)
+    point_map_model = MogePointMapModel(model, device="cpu")
 
-    refuses(
-        r"No camera fits .* 0\.jpg",
-        MogePointMapModel(model, device="cpu").predict,
-        [make_noise_frame(0)],
-    )
+    refuses(r"No camera fits .* 0\.jpg", point_map_model.predict, [make_noise_frame(0)])

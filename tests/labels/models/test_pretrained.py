@@ -1,4 +1,4 @@
-"""Networks of Transformers by name: what is missing, broken or of another kind is refused."""
+"""Loading networks of Transformers: missing, broken and unsuitable models are refused."""
 
 import json
 from pathlib import Path
@@ -15,14 +15,17 @@ from spear.models.weights.load import download_from_hub
 
 
 def load(model: str | Path, kind: str = "sam2") -> Any:
+    """Load a model as SAM 2, or as a network of another kind."""
     return load_model(Sam2Model, kind, str(model), "cpu")
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
+    """The folder of a tiny SAM 2."""
     return save_sam2(tmp_path / "sam2")
 
 
+# Four paths, a name that may be on the Hub, and text that is neither
 @pytest.mark.parametrize(
     "model", ["./nothing", "/nothing/here", "~/nothing", "a/b/c", "nobody/nothing", "no name!"]
 )
@@ -40,7 +43,8 @@ def test_without_a_network_only_the_cache_is_searched(monkeypatch: pytest.Monkey
     refuses(r"no/body.*a file", download_from_hub, "no/body", "a file", "model.pt")
 
 
-def test_missing_weights_are_not_made_up(folder: Path) -> None:
+def test_a_model_without_all_weights_is_refused(folder: Path) -> None:
+    """Transformers itself would load it, with random numbers as the missing weights."""
     path = folder / "model.safetensors"
     weights = load_file(path)
     name = next(key for key in weights if key.startswith("mask_decoder"))
@@ -57,7 +61,7 @@ def test_a_model_of_another_kind_is_refused(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("file", "content"),
     [
-        ("model.safetensors", b"\0" * 40),
+        ("model.safetensors", b"\0" * 40),  # no valid header
         ("config.json", json.dumps({"model_type": "unheard-of"}).encode()),
     ],
 )

@@ -1,4 +1,8 @@
-"""SAM 2 as a segmenter, compared with Transformers' own model and processor."""
+"""SAM 2 as a segmenter, compared with Transformers' own model and processor.
+
+The network is tiny, with random weights; its square images have 64 × 64 pixels. Frames of
+`make_noise_frame` have 60 × 40 pixels unless a height and a width are given.
+"""
 
 import ast
 from pathlib import Path
@@ -20,7 +24,7 @@ from spear.labels.models.protocols import Detection
 from spear.labels.models.sam2 import Sam2Segmenter, postprocess, preprocess, scale_boxes
 from spear.types import Array
 
-MEAN = (0.485, 0.456, 0.406)
+MEAN = (0.485, 0.456, 0.406)  # ImageNet's mean and standard deviation of red, green and blue
 STD = (0.229, 0.224, 0.225)
 BOXES = np.array([[5, 4, 30, 30], [20, 5, 50, 33], [1, 20, 12, 39], [40, 2, 59, 20]], np.float32)
 
@@ -40,7 +44,10 @@ def make_detections(boxes: Array) -> list[Detection]:
 
 
 def load_reference_postprocessing() -> Any:
-    """Transformers' `post_process_masks`, from its source, because its module needs torchvision."""
+    """Load Transformers' `post_process_masks` from its source.
+
+    The module with this function cannot be imported, because it needs torchvision.
+    """
     path = Path(transformers.__file__).parent / "models" / "sam2" / "image_processing_sam2.py"
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.FunctionDef) and node.name == "post_process_masks":
@@ -57,7 +64,7 @@ def test_preprocessing_is_that_of_transformers(size: tuple[int, int]) -> None:
         size={"height": 64, "width": 64},
         image_mean=MEAN,
         image_std=STD,
-        resample=2,
+        resample=2,  # bilinear
         do_rescale=True,
     )
     reference = processor(image, return_tensors="pt")["pixel_values"][0]
@@ -65,8 +72,9 @@ def test_preprocessing_is_that_of_transformers(size: tuple[int, int]) -> None:
     pixels = preprocess(image, 64)
 
     assert pixels.shape == (3, 64, 64)
-    level_errors = (pixels - reference).abs() * torch.tensor(STD)[:, None, None] * 255
-    assert level_errors.max() < 1.01  # Pillow computes in fixed point
+    std = torch.tensor(STD)[:, None, None]
+    level_errors = (pixels - reference).abs() * std * 255  # in gray levels before normalization
+    assert level_errors.max() < 1.01  # Pillow computes in fixed point, so rounding differs by one
     assert level_errors.mean() < 0.3
 
 
@@ -75,7 +83,9 @@ def test_box_prompts_are_those_of_transformers() -> None:
         None, 1024, torch.tensor(BOXES), (40, 60), is_bounding_box=True
     )
 
-    torch.testing.assert_close(scale_boxes(BOXES, 40, 60, 1024), reference)
+    prompts = scale_boxes(BOXES, height=40, width=60, side_px=1024)
+
+    torch.testing.assert_close(prompts, reference)
 
 
 def test_postprocessing_is_that_of_transformers() -> None:
@@ -83,26 +93,30 @@ def test_postprocessing_is_that_of_transformers() -> None:
     post_process_masks = load_reference_postprocessing()
     (reference,) = post_process_masks(None, [logits[:, None]], [(40, 60)])
 
-    assert (postprocess(logits, 40, 60) == reference[:, 0]).all()
+    masks = postprocess(logits, height=40, width=60)
+
+    assert (masks == reference[:, 0]).all()
 
 
-def test_masks_are_those_of_the_plain_model(folder: str, segmenter: Sam2Segmenter) -> None:
+def test_masks_are_those_of_transformers_model(folder: str, segmenter: Sam2Segmenter) -> None:
     frame = make_noise_frame(0)
     network = Sam2Model.from_pretrained(folder).eval()
-    pixels = preprocess(frame.image, 64)[None]
-    prompts = scale_boxes(BOXES, 40, 60, 64)[None]
+    pixels = preprocess(frame.image, side_px=64)[None]
+    prompts = scale_boxes(BOXES, height=40, width=60, side_px=64)[None]
     with torch.inference_mode():
         output = network(pixels, input_boxes=prompts, multimask_output=False)
-    reference = postprocess(output.pred_masks[0][:, 0], 40, 60).numpy()
+    reference = postprocess(output.pred_masks[0][:, 0], height=40, width=60).numpy()
 
     (masks,) = segmenter.segment([frame], [make_detections(BOXES)])
 
     assert masks.dtype == bool
     assert (masks == reference).mean() > 0.999
-    assert 0.02 < masks.mean() < 0.98
+    assert masks.mean() > 0.02  # neither empty nor full
+    assert masks.mean() < 0.98
 
 
 def test_images_of_a_batch_may_have_any_number_of_boxes(segmenter: Sam2Segmenter) -> None:
+    """They have 1, 4, 0 and 20 boxes; the decoder gets up to 16 boxes at a time."""
     frames = [
         make_noise_frame(0),
         make_noise_frame(1, 48, 32),
@@ -122,8 +136,9 @@ def test_images_of_a_batch_may_have_any_number_of_boxes(segmenter: Sam2Segmenter
     shapes = [image_masks.shape for image_masks in masks]
     assert shapes == [(1, 40, 60), (4, 48, 32), (0, 40, 60), (20, 40, 60)]
     for frame, frame_detections, batch_masks in zip(frames, detections, masks, strict=True):
-        (single_masks,) = segmenter.segment([frame], [frame_detections])
-        assert batch_masks.size == 0 or (single_masks == batch_masks).mean() > 0.999
+        if frame_detections:
+            (single_masks,) = segmenter.segment([frame], [frame_detections])
+            assert (single_masks == batch_masks).mean() > 0.999
 
 
 def test_a_box_among_many_gets_the_mask_that_it_gets_alone(segmenter: Sam2Segmenter) -> None:
@@ -132,9 +147,11 @@ def test_a_box_among_many_gets_the_mask_that_it_gets_alone(segmenter: Sam2Segmen
 
     (masks,) = segmenter.segment([frame], [detections])
 
+    # Boxes 14 and 15 are the last of the decoder's first call, 16 to 18 the first of the second.
     single_masks = []
-    for detection in detections[14:19]:  # on both sides of the 16 boxes that go in one call
-        single_masks.append(segmenter.segment([frame], [[detection]])[0][0])
+    for detection in detections[14:19]:
+        (masks_of_detection,) = segmenter.segment([frame], [[detection]])
+        single_masks.append(masks_of_detection[0])
     assert (np.stack(single_masks) == masks[14:19]).mean() > 0.999
     assert (masks[0] != masks[1]).any()
 
@@ -144,15 +161,17 @@ def test_no_images_give_no_masks(segmenter: Sam2Segmenter) -> None:
 
 
 def test_checkpoints_of_the_video_model_are_loaded(tmp_path: Path) -> None:
+    """The published checkpoints are of the video model, which contains the network and more."""
     folder = save_sam2(tmp_path / "video", video=True)
-    published = load_file(folder / "model.safetensors")
+    published_weights = load_file(folder / "model.safetensors")
 
     segmenter = Sam2Segmenter(str(folder))
 
-    loaded = segmenter._network.state_dict()
-    assert loaded
-    assert len(published) > len(loaded)
-    assert all((published[name] == value).all() for name, value in loaded.items())
+    loaded_weights = segmenter._network.state_dict()
+    assert loaded_weights
+    assert len(published_weights) > len(loaded_weights)
+    for name, value in loaded_weights.items():
+        assert (published_weights[name] == value).all()
     (masks,) = segmenter.segment([make_noise_frame(0)], [make_detections(BOXES)])
     assert masks.shape == (4, 40, 60)
 
