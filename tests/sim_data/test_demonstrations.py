@@ -1,4 +1,8 @@
-"""Recording continues where it was stopped, and mixes nothing up."""
+"""Recording demonstrations: continuing after a stop, and refusing folders of other recordings.
+
+Episodes are recorded in this order: the first seed of each task family, the next seed of each, ….
+The tests use two task families, so two seeds are four episodes.
+"""
 
 import shutil
 from pathlib import Path
@@ -14,8 +18,8 @@ from spear.sim.record import InterveningPolicy
 from spear.sim_data.demonstrations import SETTINGS_FILE, record_demonstrations
 from spear.util.run_lock import hold_lock
 
-SIZES = {"external": (96, 72), "wrist": (48, 48)}
-FAMILIES = "put_on", "spoon_on_towel", "put_on"  # the repetition changes nothing
+SIZES = {"external": (96, 72), "wrist": (48, 48)}  # width and height, in pixels
+FAMILIES = ("put_on", "spoon_on_towel", "put_on")  # a repeated family counts once
 
 
 def record(
@@ -25,18 +29,22 @@ def record(
     policy: InterveningPolicy | None = None,
     **changed_sizes: object,
 ) -> tuple[int, int]:
+    """Record `episodes` demonstrations per task family; returns how many succeeded and were tried.
+
+    `changed_sizes` (external, wrist) replace image sizes.
+    """
     sizes = {**SIZES, **changed_sizes}
     return record_demonstrations(
         out, FAMILIES, episodes, first_seed, sizes, workers=0, policy=policy
     )
 
 
-def modification_times(folder: Path, pattern: str = "*") -> dict[Path, int]:
+def get_modification_times(folder: Path, pattern: str = "*") -> dict[Path, int]:
     return {path: path.stat().st_mtime_ns for path in folder.glob(pattern)}
 
 
 def copy_episodes(recorded: Path, out: Path, indices: list[int]) -> Path:
-    """A folder that has only some of the recorded demonstrations, and the settings."""
+    """Make a folder with the settings and some of the demonstrations of a recording."""
     store = EpisodeStore(recorded)
     write_episodes([store[index] for index in indices], out)
     shutil.copy(recorded / SETTINGS_FILE, out)
@@ -45,6 +53,7 @@ def copy_episodes(recorded: Path, out: Path, indices: list[int]) -> Path:
 
 @pytest.fixture(scope="module")
 def recorded(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished recording of four demonstrations, all of which succeeded."""
     out = tmp_path_factory.mktemp("demonstrations")
     assert record(out) == (4, 4)
     return out
@@ -54,21 +63,20 @@ def test_a_stopped_recording_continues_behind_its_last_shard(
     recorded: Path, tmp_path: Path
 ) -> None:
     out = copy_episodes(recorded, tmp_path / "stopped", [0, 1, 2])
-    times_before = modification_times(out, SHARD_GLOB)
-    (out / "episodes-00001.images").touch()  # stopped between the two files of a shard
+    times_before = get_modification_times(out, SHARD_GLOB)
+    (out / "episodes-00001.images").touch()  # stopped before the shard's other file was written
 
     assert record(out) == (4, 4)
 
     assert (out / "episodes-00001.arrow").is_file()
     for episode, expected in zip(EpisodeStore(out), EpisodeStore(recorded), strict=True):
         assert_same(episode, expected)
-    times_after = modification_times(out, SHARD_GLOB)
-    assert {path: times_after[path] for path in times_before} == times_before
+    times_after = get_modification_times(out, SHARD_GLOB)
+    for path, time_before in times_before.items():
+        assert times_after[path] == time_before
 
 
-def test_a_complete_recording_continues_with_more_episodes_of_the_same_simulator(
-    recorded: Path, tmp_path: Path
-) -> None:
+def test_a_complete_recording_continues_with_more_episodes(recorded: Path, tmp_path: Path) -> None:
     out = copy_episodes(recorded, tmp_path / "complete", [0, 1, 2, 3])
 
     assert record(out) == (4, 4)
@@ -77,32 +85,39 @@ def test_a_complete_recording_continues_with_more_episodes_of_the_same_simulator
     store = EpisodeStore(out)
     assert store.source(4) == "sim/put_on/10002"
     assert store.source(5) == "sim/spoon_on_towel/10002"
+
+
+def test_a_recording_of_another_simulator_is_not_continued(recorded: Path, tmp_path: Path) -> None:
+    out = copy_episodes(recorded, tmp_path / "complete", [0, 1, 2, 3])
     edit_json(out / SETTINGS_FILE, lambda settings: settings.update(simulator="MuJoCo 3.7.0"))
-    refuses("simulator is", record, out, episodes=4)
+
+    refuses("simulator is", record, out, episodes=3)
 
 
 def test_a_failed_demonstration_is_not_tried_again(recorded: Path, tmp_path: Path) -> None:
-    """It is not in the folder, and what comes after it shows that it had its turn."""
+    """The second demonstration is not in the folder. Since later ones are, it was tried before."""
     out = copy_episodes(recorded, tmp_path / "failed", [0, 2, 3])
 
     assert record(out) == (3, 4)
 
 
 @pytest.mark.parametrize(
-    ("changed", "words"),
+    ("changed", "message"),  # arguments of `record`
     [
         ({"first_seed": 10_001}, "other settings .sim/put_on/10000 "),
-        ({"episodes": 1}, "other settings .sim/put_on/10001 "),
+        ({"episodes": 1}, "other settings .sim/put_on/10001 "),  # fewer than the folder has
         ({"wrist": (32, 32)}, r"wrist: 48 x 48, not 32 x 32"),
         ({"first_seed": 9_999}, "kept for testing"),
     ],
 )
-def test_a_folder_with_others_stays(recorded: Path, changed: dict[str, object], words: str) -> None:
-    times_before = modification_times(recorded)
+def test_a_folder_with_other_demonstrations_stays_unchanged(
+    recorded: Path, changed: dict[str, object], message: str
+) -> None:
+    times_before = get_modification_times(recorded)
 
-    refuses(words, record, recorded, **changed)
+    refuses(message, record, recorded, **changed)
 
-    assert modification_times(recorded) == times_before
+    assert get_modification_times(recorded) == times_before
 
 
 def test_one_recording_at_a_time(recorded: Path) -> None:
@@ -112,21 +127,26 @@ def test_one_recording_at_a_time(recorded: Path) -> None:
     assert len(EpisodeStore(recorded)) == 4
 
 
-def stay(folder: Path, observation: object, seed: int, step: int) -> Any:
+def stand_still(folder: Path, observation: object, seed: int, step: int) -> Any:
+    """A policy whose action is the identity: no translation, no rotation, an open gripper."""
     return np.array([0, 0, 0, 1, 0, 0, 0, 1], np.float32)
 
 
 def test_a_recording_with_a_policy_continues_with_the_same_weights_only(tmp_path: Path) -> None:
+    """The policies are in three folders, of which "one" and "copy" have the same weights."""
     for name in ("one", "other"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "model.safetensors").write_text(name)
-    shutil.copytree(tmp_path / "one", tmp_path / "moved")
+    shutil.copytree(tmp_path / "one", tmp_path / "copy")
+    policy = InterveningPolicy(tmp_path / "one", stand_still)
+    copied_policy = InterveningPolicy(tmp_path / "copy", stand_still)
+    other_policy = InterveningPolicy(tmp_path / "other", stand_still)
     out = tmp_path / "out"
 
-    num_recorded, _ = record(out, 1, policy=InterveningPolicy(tmp_path / "one", stay))
-    continued = record(out, 1, policy=InterveningPolicy(tmp_path / "moved", stay))
+    num_recorded, _ = record(out, episodes=1, policy=policy)
+    continued = record(out, episodes=1, policy=copied_policy)
 
     assert num_recorded > 0
-    assert continued == (num_recorded, 2)
-    refuses("policy", record, out, 2, policy=InterveningPolicy(tmp_path / "other", stay))
+    assert continued == (num_recorded, 2)  # two episodes were tried, one of each task family
+    refuses("policy", record, out, episodes=2, policy=other_policy)
     assert len(EpisodeStore(out)) == num_recorded

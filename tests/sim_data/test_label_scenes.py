@@ -1,4 +1,4 @@
-"""Scenes of the simulator as a folder of labels."""
+"""Labeling scenes of the simulator into a folder, which later calls continue."""
 
 import dataclasses
 from collections.abc import Iterator
@@ -16,27 +16,30 @@ from spear.types import Frame, LabeledImage
 
 pytest.importorskip("mujoco")
 
-SIZES = {"external": (96, 64), "wrist": (64, 64)}
+SIZES = {"external": (96, 64), "wrist": (64, 64)}  # view: width and height in pixels
 FIRST_SEED = 10_000
 
 
 def label_by_hand(frames: Iterator[Frame]) -> Iterator[LabeledImage]:
+    """Label frames from ground truth, with a source that shows that this function labeled them."""
     for label in label_with_ground_truth(frames):
         yield dataclasses.replace(label, source=f"by hand/{label.source}")
 
 
 def never_label(frames: Iterator[Frame]) -> Iterator[LabeledImage]:
+    """Fail the test, because it is about scenes that must not be labeled again."""
     raise AssertionError("finished scenes are not labeled again")
 
 
 @pytest.fixture
 def two_scenes(tmp_path: Path) -> Path:
+    """A folder of two labeled scenes, with two views each."""
     label_scenes(tmp_path, 2, SIZES, FIRST_SEED, workers=1, label_frames=label_by_hand)
     return tmp_path
 
 
 @pytest.mark.parametrize("view", list(SIZES))
-def test_scenes_are_labeled_in_the_way_that_is_asked_for(two_scenes: Path, view: str) -> None:
+def test_scenes_are_labeled_by_the_given_function(two_scenes: Path, view: str) -> None:
     labels = list(read_labels(two_scenes / view))
 
     sources = [label.source for label in labels]
@@ -52,7 +55,7 @@ def test_the_instructions_of_the_simulator_are_stored(two_scenes: Path) -> None:
 def test_finished_scenes_are_not_labeled_again(two_scenes: Path) -> None:
     num_images = label_scenes(two_scenes, 2, SIZES, FIRST_SEED, workers=1, label_frames=never_label)
 
-    assert num_images == 4
+    assert num_images == 4  # two scenes, two views
 
 
 def test_fewer_scenes_than_are_finished_change_nothing(two_scenes: Path) -> None:
@@ -62,7 +65,9 @@ def test_fewer_scenes_than_are_finished_change_nothing(two_scenes: Path) -> None
 
 
 def test_more_scenes_continue_where_fewer_ended(two_scenes: Path) -> None:
-    assert label_scenes(two_scenes, 3, SIZES, FIRST_SEED, workers=1) == 6
+    num_images = label_scenes(two_scenes, 3, SIZES, FIRST_SEED, workers=1)
+
+    assert num_images == 6
 
 
 def test_a_missing_shard_is_made_again_and_removes_outdated_questions(two_scenes: Path) -> None:

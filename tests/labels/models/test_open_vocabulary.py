@@ -59,8 +59,9 @@ def test_an_object_has_the_name_of_its_best_token(
     detector = GroundingDinoDetector(dino, vocabulary=VOCABULARY)
     ((prompt, names),) = detector._prompts
     tokens = detector._processor.tokenizer(prompt)["input_ids"]
-    # The prompt's 13 tokens are [CLS] red cup . fork ##s . plate . steel bowl . [SEP]. For each box:
-    # position of a token → its score; and center x, center y, width, height in image sizes.
+    # The prompt's 13 tokens are [CLS] red cup . fork ##s . plate . steel bowl . [SEP]. Each box has
+    # a dict (position of a token → its score), and center x, center y, width and height as
+    # fractions of the image.
     boxes: list[tuple[dict[int, float], list[float]]] = [
         ({1: 0.2, 2: 0.6, 5: 0.5}, [0.5, 0.5, 0.5, 0.25]),
         ({4: 0.3, 5: 0.7, 9: 0.69}, [0.25, 0.25, 0.1, 0.1]),

@@ -1,4 +1,4 @@
-"""Labels of ray-cast scenes, which all tests of questions ask about."""
+"""The labels that all tests of questions ask about."""
 
 import numpy as np
 import pytest
@@ -12,7 +12,11 @@ NAMES = ("carrot", "green cube", "bowl", "plate", "eggplant", "spoon")
 
 @pytest.fixture(scope="package")
 def labels() -> list[LabeledImage]:
-    """Of one to six objects; several have one name in the last six."""
+    """18 labels of ray-cast scenes.
+
+    The first twelve have one to six objects with different names. The last six have six objects
+    with four names, so some names are ambiguous.
+    """
     rng = np.random.default_rng(1)
     frames = [
         make_random_frame(rng, objects=int(rng.integers(1, 7)), names=NAMES) for _ in range(12)

@@ -1,4 +1,8 @@
-"""Every 3D answer follows from its label: checked by `answer_checker`, code of its own."""
+"""Every 3D answer follows from its label, and names mean the right objects.
+
+`answer_checker` computes the answers once more, with code that is independent of the code under
+test.
+"""
 
 import re
 from collections import Counter
@@ -21,9 +25,11 @@ NAMES = (
     "bowl", "red cube", "cube", "Cube", "mug 2", "mug", "eggplant", "tin box", "ice cube tray",
     "plate", "bowl of rice", "cup", "mugs", "hand", "hand (left)",
 )  # fmt: skip
+"""Names of which some mean the same objects, such as "mug 2" and "cup"."""
 
 
 def find_errors(label: LabeledImage, questions: list[Question]) -> list[str]:
+    """What is wrong with questions about an image and with their answers."""
     errors = []
     for question in questions:
         errors += find_answer_errors(label, question)
@@ -45,7 +51,7 @@ def test_answers_about_scenes(labels: list[LabeledImage], unit: Unit) -> None:
 
 
 def make_random_object(rng: np.random.Generator) -> LabeledObject:
-    """An object with a made-up box, name and scores, which may be unfit for questions."""
+    """An object with a random box, name and scores. Questions may not be about all such objects."""
     center = np.array([rng.normal(0, 0.25), rng.normal(0, 0.2), rng.uniform(0.3, 1.2)])
     size = rng.uniform(0.02, 0.2, 3)
     box = make_box(center, size, Rotation.from_quat(rng.normal(size=4)).as_matrix())
@@ -72,7 +78,7 @@ def make_random_object(rng: np.random.Generator) -> LabeledObject:
 
 
 @given(st.integers(0, 2**32 - 1))
-def test_answers_about_made_up_labels(seed: int) -> None:
+def test_answers_about_random_labels(seed: int) -> None:
     rng = np.random.default_rng(seed)
     objects = [make_random_object(rng) for _ in range(rng.integers(0, 7))]
     intrinsics = np.array([[150.0, 0, 96], [0, 150, 64], [0, 0, 1]])
@@ -80,9 +86,11 @@ def test_answers_about_made_up_labels(seed: int) -> None:
     label = LabeledImage(b"", 192, 128, intrinsics, objects, unit, "made up")
 
     for _ in range(4):
-        assert find_errors(label, generate_questions(label, rng, (4, 4))) == []
+        questions = generate_questions(label, rng, pairs=(4, 4))
+        assert find_errors(label, questions) == []
 
 
+# A name, names of objects that it may mean, and names of objects that it does not mean
 @pytest.mark.parametrize(
     ("kind", "meant_names", "other_names"), [
         ("cube", "cube #1, Cube 2, red cube, cube (left), cubes, cube on a tray", "ice cube tray"),
@@ -114,20 +122,23 @@ def test_metric_questions_do_not_mention_a_unit(labels: list[LabeledImage]) -> N
 def test_questions_in_relative_units_say_so_in_one_of_the_templates(
     labels: list[LabeledImage],
 ) -> None:
+    """All types but "back_projection" have numbers, so their questions state the unit."""
     rng = np.random.default_rng(0)
     patterns = {}
     for template in UNIT_TEMPLATES["relative"]:
-        patterns[template] = re.escape(template).replace(r"\{\}", ".*")
+        patterns[template] = re.escape(template).replace(r"\{\}", ".*")  # {} is any prompt
 
     used_templates = Counter[str]()
     for label in labels * 8:
         for question in generate_questions(replace(label, unit="relative"), rng):
-            matches = [
-                t for t, pattern in patterns.items() if re.fullmatch(pattern, question.prompt)
-            ]
+            matching_templates = []
+            for template, pattern in patterns.items():
+                if re.fullmatch(pattern, question.prompt):
+                    matching_templates.append(template)
             has_numbers = question.question_type != "back_projection"
-            assert len(matches) == has_numbers
+            num_expected = 1 if has_numbers else 0
+            assert len(matching_templates) == num_expected
             assert question.unit == "relative"
-            used_templates.update(matches)
+            used_templates.update(matching_templates)
 
     assert len(used_templates) == len(UNIT_TEMPLATES["relative"])

@@ -1,4 +1,7 @@
-"""What is asked about a label, and how; every 2D answer, worked out again (3D: test_answers.py)."""
+"""Generating questions about labels: 2D answers, exclusions, randomness, words, points and depth.
+
+3D answers are tested in test_answers.py.
+"""
 
 import re
 from collections import Counter
@@ -37,24 +40,25 @@ from spear.util.images import encode_jpeg
 def generate_for_seeds(
     label: LabeledImage, question_type: str, num_seeds: int, depth: Array | None = None
 ) -> list[Question]:
-    """A question of one type about an image for each seed that allows one."""
+    """Generate one question of a type for each seed; some seeds allow none."""
     questions = []
     for seed in range(num_seeds):
         rng = np.random.default_rng(seed)
-        questions += generate_questions(label, rng, (1, 1), [question_type], depth)
+        questions += generate_questions(
+            label, rng, pairs=(1, 1), question_types=[question_type], depth=depth
+        )
     return questions
 
 
 @pytest.fixture(scope="module")
 def questions(labels: list[LabeledImage]) -> list[tuple[LabeledImage, Question]]:
-    """Many questions of all types, each with the label of its image."""
+    """Many questions of all 3D and 2D types, each with the label of its image."""
     rng = np.random.default_rng(2)
+    all_types = QUESTION_TYPES + QUESTION_TYPES_2D
     questions = []
     for _ in range(30):
         for label in labels:
-            for question in generate_questions(
-                label, rng, question_types=QUESTION_TYPES + QUESTION_TYPES_2D
-            ):
+            for question in generate_questions(label, rng, question_types=all_types):
                 questions.append((label, question))
     return questions
 
@@ -82,16 +86,18 @@ def test_every_question_type_has_an_answer_form() -> None:
 
 
 def find_object(label: LabeledImage, name: str) -> LabeledObject:
+    """The only object of an image with this name."""
     (o,) = (o for o in label.objects if o.name == name)
     return o
 
 
 def find_middle(label: LabeledImage, name: str) -> float:
-    """How far right the middle of an object is, as a fraction of the image's width."""
+    """The x coordinate of the middle of an object, as a fraction of the image's width."""
     return float(find_object(label, name).box2d[::2].mean()) / label.width
 
 
 def find_relative_box(label: LabeledImage, name: str) -> list[float]:
+    """The 2D box x0, y0, x1, y1 of an object, as fractions of the image's width and height."""
     size = [label.width, label.height, label.width, label.height]
     return (find_object(label, name).box2d / size).tolist()
 
@@ -103,6 +109,10 @@ def read_location(prompt: str) -> tuple[float, float]:
 
 
 def check_point_is_in_the_middle(label: LabeledImage, question: Question) -> None:
+    """Check that the point of "what_at" is in the middle two fifths of its object's 2D box.
+
+    Location tokens round coordinates to 1/1024 of the image.
+    """
     x, y = read_location(question.prompt)
     x0, y0, x1, y1 = find_relative_box(label, question.objects[0])
     assert abs(x - (x0 + x1) / 2) <= 0.2 * (x1 - x0) + 1 / 1024
@@ -110,7 +120,7 @@ def check_point_is_in_the_middle(label: LabeledImage, question: Question) -> Non
 
 
 def answer_again(label: LabeledImage, question: Question) -> list[str | Pixel]:
-    """The answer, worked out again from the label and the words of the question alone."""
+    """Compute the answer to a 2D question once more, from the label and the objects' names."""
     names = [o.name for o in label.objects]
     match question.question_type:
         case "what_at":
@@ -177,14 +187,21 @@ def test_what_a_name_contains_is_not_said_to_be_absent(labels: list[LabeledImage
 # What is not asked
 
 
-@pytest.mark.parametrize(("stretch", "is_asked"), [(1.03, False), (1.1, True)])
+@pytest.mark.parametrize(
+    ("distance_ratio", "is_asked"),
+    [
+        (1.03, False),  # differ by less than 5 %
+        (1.1, True),
+    ],
+)
 def test_distances_that_are_nearly_equal_are_not_compared(
-    labels: list[LabeledImage], stretch: float, is_asked: bool
+    labels: list[LabeledImage], distance_ratio: float, is_asked: bool
 ) -> None:
+    """An object is moved along its ray, to `distance_ratio` times the distance of another one."""
     label = next(label for label in labels if len(find_askable_objects(label)) >= 2)
     a, b = find_askable_objects(label)[:2]
     direction = a.box3d.center / np.linalg.norm(a.box3d.center)
-    center = direction * np.linalg.norm(b.box3d.center) * stretch
+    center = direction * np.linalg.norm(b.box3d.center) * distance_ratio
     moved = replace(a, box3d=replace(a.box3d, center=center))
     pair = replace(label, objects=[moved, b])
 
@@ -199,7 +216,7 @@ def test_boxes_that_reach_out_of_the_image_are_not_projected(labels: list[Labele
     label = next(label for label in labels if find_askable_objects(label))
     o = find_askable_objects(label)[0]
     vertices = o.box3d.vertices.copy()
-    vertices[0, 0] += 5
+    vertices[0, 0] += 5  # 5 m to the right
     outside = replace(o, box3d=replace(o.box3d, vertices=vertices))
     label = replace(label, objects=[outside])
 
@@ -231,12 +248,11 @@ def test_one_to_four_different_questions_are_asked(labels: list[LabeledImage]) -
     for _ in range(200):
         questions = generate_questions(label, rng)
         num_questions[len(questions)] += 1
-        assert len({(q.question_type, q.objects, tuple(q.segments)) for q in questions}) == len(
-            questions
-        )
+        distinct_questions = {(q.question_type, q.objects, tuple(q.segments)) for q in questions}
+        assert len(distinct_questions) == len(questions)
 
     assert set(num_questions) == {1, 2, 3, 4}
-    assert min(num_questions.values()) > 25
+    assert min(num_questions.values()) > 25  # about 50 of 200 are expected
 
 
 def test_question_types_are_drawn_with_equal_chance(labels: list[LabeledImage]) -> None:
@@ -247,15 +263,15 @@ def test_question_types_are_drawn_with_equal_chance(labels: list[LabeledImage]) 
     for _ in range(400):
         counts.update(q.question_type for q in generate_questions(label, rng, pairs=(1, 1)))
 
-    assert min(counts[question_type] for question_type in QUESTION_TYPES) > 0.5 * max(
-        counts.values()
-    )
+    lowest_count = min(counts[question_type] for question_type in QUESTION_TYPES)
+    assert lowest_count > 0.5 * max(counts.values())
 
 
 # Words
 
 
 def find_words(texts: Sequence[str]) -> set[str]:
+    """All words in texts."""
     words = set[str]()
     for text in texts:
         words.update(re.findall(r"\w+", text))
@@ -272,10 +288,11 @@ def test_tokenizer_texts_contain_every_word_that_is_used(
         used_texts.append(question.prompt)
         used_texts += [segment for segment in question.segments if isinstance(segment, str)]
 
-    known_words = find_words(list(iterate_tokenizer_texts([*names, "mug"])))
+    tokenizer_words = find_words(list(iterate_tokenizer_texts([*names, "mug"])))
 
+    # Location tokens need not be in the texts, and neither do names of absent objects.
     used_words = {word for word in find_words(used_texts) if not re.fullmatch(r"loc\d{4}", word)}
-    assert used_words - known_words <= set(EVERYDAY_NAMES)
+    assert used_words - tokenizer_words <= set(EVERYDAY_NAMES)
 
 
 # What is at a point
@@ -297,19 +314,30 @@ def half_covered(labels: list[LabeledImage]) -> LabeledImage:
 
 
 def read_columns(questions: Sequence[Question]) -> list[int]:
-    """The columns of the points in prompts, in 1024ths of the image's width."""
-    return [int(re.findall(r"<loc(\d{4})>", question.prompt)[1]) for question in questions]
+    """The columns of the points in prompts, in 1024ths of the image's width.
+
+    A point is written as two location tokens, y and x.
+    """
+    columns = []
+    for question in questions:
+        _, x_token = re.findall(r"<loc(\d{4})>", question.prompt)
+        columns.append(int(x_token))
+    return columns
 
 
 def test_points_are_on_the_pixels_of_their_object(half_covered: LabeledImage) -> None:
     columns = read_columns(generate_for_seeds(half_covered, "what_at", num_seeds=50))
 
-    assert len(columns) > 40
-    assert max(columns) <= 512
-    assert np.ptp(columns) > 100
+    assert len(columns) > 40  # for nearly all of 50 seeds
+    assert max(columns) <= 512  # in the left half
+    assert np.ptp(columns) > 100  # spread
 
 
 def test_points_are_not_on_a_smaller_object(half_covered: LabeledImage) -> None:
+    """A shirt has the left two fifths of the image, in the mask of the object in the left half.
+
+    The shirt's 2D box is so small that no point is drawn for the shirt itself.
+    """
     o = half_covered.objects[0]
     mask = np.zeros((half_covered.height, half_covered.width), bool)
     mask[:, : 2 * half_covered.width // 5] = True
@@ -318,6 +346,7 @@ def test_points_are_not_on_a_smaller_object(half_covered: LabeledImage) -> None:
 
     questions = generate_for_seeds(with_shirt, "what_at", num_seeds=50)
 
+    # Points are between two fifths (409.6) and a half (512) of the width.
     columns = set(read_columns([q for q in questions if "shirt" not in q.objects]))
     assert len(columns) > 3
     assert min(columns) >= 400
@@ -335,41 +364,56 @@ def test_nothing_is_at_a_point_of_an_object_without_a_mask(half_covered: Labeled
 
 
 def make_label(frame: Frame, image: bytes, source: str = "made") -> LabeledImage:
+    """A label of a frame, without objects."""
     height, width = frame.image.shape[:2]
     return LabeledImage(image, width, height, frame.intrinsics, [], "metre", source)
 
 
-@pytest.mark.parametrize("size", [(160, 120), (159, 119)])
+@pytest.mark.parametrize(
+    ("width", "height"),
+    [
+        (160, 120),
+        (159, 119),  # no multiples of the stride of stored depth, 4 pixels
+    ],
+)
 def test_the_answer_is_the_point_that_the_pixel_shows(
-    tmp_path: Path, size: tuple[int, int]
+    tmp_path: Path, width: int, height: int
 ) -> None:
+    """The depth is written and read as in training."""
     rng = np.random.default_rng(0)
-    frame = make_random_frame(rng, width=size[0], height=size[1])
-    height, width = frame.depth.shape
+    frame = make_random_frame(rng, width=width, height=height)
     image = encode_jpeg(frame.image)
     label = make_label(frame, image)
     write_images_with_depth([(image, frame.depth)], tmp_path / "depth/external/depth-00000.parquet")
-    depth = load_depth([tmp_path], {"external": [label]})["external"][0][1]
+    ((_, depth),) = load_depth([tmp_path], {"external": [label]})["external"]
 
     questions = []
     for _ in range(50):
-        questions += generate_questions(label, rng, (4, 4), QUESTION_TYPES_PIXEL, depth=depth)
+        questions += generate_questions(
+            label, rng, pairs=(4, 4), question_types=QUESTION_TYPES_PIXEL, depth=depth
+        )
 
-    true_points = unproject(frame.depth, frame.intrinsics)
+    true_points = unproject(frame.depth, frame.intrinsics)  # [height, width, 3]
     assert len(questions) == 200
     for question in questions:
         x, y = read_location(question.prompt)
-        true_point = true_points[round(y * height - 0.5), round(x * width - 0.5)]
-        assert question.values == pytest.approx(true_point.tolist(), abs=0.02)
+        row = round(y * height - 0.5)  # pixel centers are at integer + 0.5
+        column = round(x * width - 0.5)
+        assert question.values == pytest.approx(true_points[row, column].tolist(), abs=0.02)
 
 
 @pytest.mark.parametrize("depth", [None, np.zeros((30, 40), np.float16)])
 def test_without_depth_no_pixel_is_asked_about(depth: Array | None) -> None:
+    """The image has no depth, or its depth is unknown (0) everywhere."""
     rng = np.random.default_rng(0)
     frame = make_random_frame(rng, width=160, height=120)
     label = make_label(frame, encode_jpeg(frame.image))
 
-    assert generate_questions(label, rng, (4, 4), QUESTION_TYPES_PIXEL, depth=depth) == []
+    questions = generate_questions(
+        label, rng, pairs=(4, 4), question_types=QUESTION_TYPES_PIXEL, depth=depth
+    )
+
+    assert questions == []
 
 
 # Folders of labels in training
@@ -377,7 +421,11 @@ def test_without_depth_no_pixel_is_asked_about(depth: Array | None) -> None:
 
 @pytest.fixture
 def two_folders(tmp_path: Path) -> tuple[list[Path], dict[tuple[str, int], bytes]]:
-    """Two folders of labels with depth, the second without wrist images; and their images."""
+    """Two folders of labels with depth, and their images: (view, number of the folder) → image.
+
+    The second folder has no wrist images. The first one is of scene sim:9999, which is held out for
+    testing.
+    """
     images = {}
     for view, number in (("external", 0), ("wrist", 0), ("external", 1)):
         frame = make_random_frame(np.random.default_rng(len(images)))
@@ -395,10 +443,10 @@ def two_folders(tmp_path: Path) -> tuple[list[Path], dict[tuple[str, int], bytes
 def test_labels_of_several_folders_come_together_by_view(
     two_folders: tuple[list[Path], dict[tuple[str, int], bytes]],
 ) -> None:
-    """A folder need not have every view, and a notice names held-out scenes."""
+    """A folder need not have every view, and a notice counts images of held-out scenes."""
     folders, images = two_folders
 
-    with pytest.warns(match=r"^2 of 3 "):
+    with pytest.warns(match=r"^2 of 3 "):  # both views of sim:9999
         labels = load_labels(folders, ["external", "wrist"])
 
     assert set(labels) == {"external", "wrist"}
@@ -416,6 +464,7 @@ def test_each_image_of_several_folders_has_its_own_depth(
 
     depths = load_depth(folders, labels)
 
+    # The images of a view are in the order of the folders; the second folder has no wrist image.
     for view, depth_images in depths.items():
         for folder, (_, depth) in zip(folders, depth_images, strict=False):
             ((_, stored_depth),) = read_depth(folder / "depth" / view)
@@ -433,10 +482,11 @@ def test_depth_of_other_images_is_refused(
 
 
 def test_labels_without_askable_objects_end_the_training() -> None:
-    """Instead of looking for another image for ever."""
+    """Otherwise the search for an image with a question would never end."""
     image = encode_jpeg(np.zeros((8, 8, 3), np.uint8))
     label = LabeledImage(image, 8, 8, np.eye(3), [], "metre", "made")
     processor = Processor.load(locate("nano"))
-    samples = QuestionSamples({"external": [label]}, processor, QuestionMix(("offset",)), 2, 0)
+    mix = QuestionMix(("offset",))
+    samples = QuestionSamples({"external": [label]}, processor, mix, 2, 0)
 
     refuses("offset", samples.batch, 0)

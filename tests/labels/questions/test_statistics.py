@@ -1,4 +1,4 @@
-"""Statistics of labels: counted again by hand on a few scenes."""
+"""Statistics of labels, compared with counts by hand, and the use of 3D tokens in answers."""
 
 from collections import Counter
 from dataclasses import replace
@@ -23,7 +23,10 @@ NUM_BINS = 16
 
 @pytest.fixture(scope="module")
 def labels() -> list[LabeledImage]:
-    """Images of 2, 3, 5, 7, 0 and 1 objects; the last one has no box."""
+    """Labels of 2, 3, 5, 7, 0 and 1 objects. The object of the last label has no box.
+
+    There are six names, so that of the seven objects of the fourth label two have one name.
+    """
     rng = np.random.default_rng(1)
     frames = [make_random_frame(rng, objects=num_objects) for num_objects in (2, 3, 5, 7, 0)]
     labels = list(label_images(frames, *TRUTH))
@@ -55,7 +58,7 @@ def list_answer_values(labels: list[LabeledImage]) -> list[float]:
 
 def test_images_objects_and_boxes_are_counted(statistics: LabelStatistics) -> None:
     assert statistics.num_images == 6
-    assert statistics.num_objects == 18
+    assert statistics.num_objects == 18  # 2 + 3 + 5 + 7 + 0 + 1
     assert statistics.num_boxes == 17
     assert statistics.unit == "metre"
 
@@ -75,7 +78,7 @@ def test_askable_objects_are_counted_and_the_reasons_of_the_others(
     num_askable = sum(len(find_askable_objects(label)) for label in labels)
 
     assert statistics.num_askable == num_askable
-    assert statistics.reasons["ambiguous"] == 2
+    assert statistics.reasons["ambiguous"] == 2  # two of seven objects
     assert statistics.reasons["no box"] == 1
 
 
@@ -97,7 +100,7 @@ def test_labels_of_several_units_are_refused(labels: list[LabeledImage]) -> None
     refuses("'relative'", compute_statistics, [labels[0], relative])
 
 
-def test_all_bins_are_used_alike_by_the_values_that_they_were_fitted_to(
+def test_bins_that_were_fitted_to_values_contain_equally_many_of_them(
     labels: list[LabeledImage],
 ) -> None:
     values = list_answer_values(labels)
@@ -111,8 +114,14 @@ def test_all_bins_are_used_alike_by_the_values_that_they_were_fitted_to(
     assert usage.evenness > 0.95
 
 
-@pytest.mark.parametrize(("values", "evenness"), [([0.0] * 5, 1 / NUM_BINS), ([], 0.0)])
-def test_evenness_is_least_where_one_bin_is_used_and_0_without_values(
+@pytest.mark.parametrize(
+    ("values", "evenness"),
+    [
+        ([0.0] * 5, 1 / NUM_BINS),  # all values in one bin: the lowest evenness
+        ([], 0.0),
+    ],
+)
+def test_evenness_is_lowest_if_one_bin_is_used_and_0_without_values(
     labels: list[LabeledImage], values: list[float], evenness: float
 ) -> None:
     tokens = CoordinateTokenizer.fit(list_answer_values(labels), NUM_BINS)
