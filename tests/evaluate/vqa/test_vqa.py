@@ -1,5 +1,7 @@
-"""3D question scores: measures by hand, baselines, calibration, and a model that knows the
-truth.
+"""Scores of 3D questions: measures that are computed by hand, baselines, calibration, the command.
+
+Most tests ask a model that knows the true answers, and that makes a known error. The images
+(`make_labeled_image`) show three cubes of 6 cm, at 0.8 to 0.9 m from the camera.
 """
 
 import base64
@@ -48,20 +50,27 @@ COORDINATES = CoordinateTokenizer.fit(np.random.default_rng(0).normal(0.4, 0.5, 
 
 
 def make_distribution(values: Array, sigma: float) -> Distribution:
-    """Normal distributions of this standard deviation around some numbers."""
-    score = (COORDINATES.bin_centers - values[:, None]) / sigma
-    density = np.exp(-0.5 * score**2) * np.diff(COORDINATES.bin_edges)
-    probabilities = density / density.sum(1, keepdims=True)
+    """Make normal distributions around some numbers, as probabilities of bins.
+
+    Args:
+        values: [n] the means.
+        sigma: The standard deviation.
+    """
+    z = (COORDINATES.bin_centers - values[:, None]) / sigma  # [n, bins]
+    bin_widths = np.diff(COORDINATES.bin_edges)
+    unscaled = np.exp(-0.5 * z**2) * bin_widths
+    probabilities = unscaled / unscaled.sum(1, keepdims=True)
     return Distribution(probabilities.astype(np.float32), COORDINATES)
 
 
 class OracleModel:
-    """Knows every question's answer.
+    """A stand-in for SPEAR-VLM that knows the true answer to every question.
 
-    offset_m             added to all 3D points and distances.
+    offset_m             error that is added to every number of its answers.
     breaks_free_grammar  whether its free answers lack their last segment.
-    sigma                if not 0, its answers have distributions of this standard deviation.
-    answers              prompt → its true answer.
+    sigma                if not 0, its numbers have normal distributions with this standard
+                         deviation.
+    answers              prompt → true answer, see `ask_oracle`.
     """
 
     def __init__(
@@ -105,10 +114,14 @@ def ask_oracle(
     monkeypatch: pytest.MonkeyPatch,
     **options: object,
 ) -> Scores:
+    """Evaluate an oracle on labeled images, with some `QuestionOptions`."""
     generate_questions = vqa.generate_questions
 
     def generate_and_remember(*args: object, **kwargs: object) -> list[Question]:
-        """Make prompts unique per image, so that the oracle can look them up."""
+        """Generate questions, number their prompts, and tell the oracle their true answers.
+
+        Without the numbers, the same question about two images would have the same prompt.
+        """
         questions = []
         for question in generate_questions(*args, **kwargs):  # type: ignore[arg-type]
             prompt = f"{question.prompt} #{len(oracle.answers)}"
@@ -122,6 +135,7 @@ def ask_oracle(
 
 
 def generate_one(label: LabeledImage, question_type: str) -> Question:
+    """Generate one question of a type about an image."""
     questions = vqa.generate_questions_by_type([label], [question_type], 1, seed=3)
     _, question = questions[question_type][0]
     return question
@@ -132,6 +146,7 @@ def generate_one(label: LabeledImage, question_type: str) -> Question:
 
 @pytest.fixture(scope="module")
 def labels() -> list[LabeledImage]:
+    """Six labeled images."""
     return [make_labeled_image(seed) for seed in range(6)]
 
 
@@ -166,6 +181,7 @@ def test_baselines_are_worse_than_an_oracle(
 @pytest.mark.parametrize(
     ("question_type", "error_mm"),
     [
+        # 10 mm along each of three axes, or of a single distance.
         ("box_vertices", np.sqrt(3) * 10),
         ("keypoint", np.sqrt(3) * 10),
         ("offset", np.sqrt(3) * 10),
@@ -190,7 +206,10 @@ def test_an_offset_is_measured(
 def test_the_overlap_of_shifted_boxes_is_as_worked_out_by_hand(
     labels: list[LabeledImage], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    iou = 5**3 / (2 * 6**3 - 5**3)  # boxes of 60 mm, 10 mm apart along each axis
+    # Cubes of 6 cm that are shifted by 1 cm along each axis share a cube of 5 cm.
+    intersection = 5**3
+    union = 2 * 6**3 - intersection
+    iou = intersection / union
 
     scores = ask_oracle(
         OracleModel(offset_m=0.01), labels, monkeypatch, question_types=("box_vertices",)
@@ -204,13 +223,13 @@ def test_the_overlap_of_shifted_boxes_is_as_worked_out_by_hand(
 def test_relative_errors_are_relative_to_the_distance(
     labels: list[LabeledImage], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of objects that are 0.8 to 0.95 m away."""
+    """The objects are 0.8 to 0.95 m away, measured along the line of sight."""
     scores = ask_oracle(
         OracleModel(offset_m=0.01), labels, monkeypatch, question_types=("distance",)
     )
 
     relative = scores.type_scores["distance"].measures["relative"]
-    assert 100 * 0.010 / 0.95 < relative.value < 100 * 0.010 / 0.8
+    assert 100 * 0.010 / 0.95 < relative.value < 100 * 0.010 / 0.8  # percent
     assert relative.low > 1
 
 
@@ -232,6 +251,7 @@ def test_free_answers_with_the_wrong_grammar_are_counted(
 def test_an_answer_with_the_wrong_grammar_fails_the_rates_only(
     labels: list[LabeledImage],
 ) -> None:
+    """The answer lacks the last of its 24 numbers."""
     question = generate_one(labels[0], "box_vertices")
 
     measures = measure_answer(question, question.segments[:-1], labels[0])
@@ -242,12 +262,12 @@ def test_an_answer_with_the_wrong_grammar_fails_the_rates_only(
 def test_question_types_that_no_image_allows_are_named(
     labels: list[LabeledImage], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    lonely = replace(labels[0], objects=labels[0].objects[:1])
+    one_object = replace(labels[0], objects=labels[0].objects[:1])
 
-    with pytest.warns(Notice, match="offset, chain_of_thought"):
-        scores = ask_oracle(OracleModel(), [lonely], monkeypatch)
+    with pytest.warns(Notice, match="offset, chain_of_thought"):  # these need two objects
+        scores = ask_oracle(OracleModel(), [one_object], monkeypatch)
 
-    assert len(scores.type_scores) == 4
+    assert len(scores.type_scores) == len(vqa.QUESTION_TYPES) - 2
 
 
 def test_an_unknown_question_type_is_refused(labels: list[LabeledImage]) -> None:
@@ -258,6 +278,7 @@ def test_an_unknown_question_type_is_refused(labels: list[LabeledImage]) -> None
 
 @pytest.mark.parametrize(("num_failed", "is_finite"), [(3, True), (5, False)])
 def test_failed_answers_count_in_medians_and_means(num_failed: int, is_finite: bool) -> None:
+    """Of eight answers, some have no segments. Such an error is infinite, and its IoU is 0."""
     labels = [make_labeled_image(seed) for seed in range(8)]
     answers = []
     for index, label in enumerate(labels):
@@ -288,6 +309,7 @@ def test_relative_labels_have_no_millimeters(monkeypatch: pytest.MonkeyPatch) ->
 
 @pytest.mark.parametrize("question_type", ["box_vertices", "keypoint", "offset", "distance"])
 def test_the_depth_baseline_knows_how_far_away_a_scene_is(question_type: str) -> None:
+    """The scenes are the same, but for their scale."""
     labels = [make_labeled_image(0, scale) for scale in (0.5, 1.0, 2.0, 3.0)]
     questions = [generate_one(label, question_type) for label in labels]
 
@@ -297,7 +319,8 @@ def test_the_depth_baseline_knows_how_far_away_a_scene_is(question_type: str) ->
     assert guesses is not None
     for index, (question, label) in enumerate(zip(questions, labels, strict=True)):
         assert measure_answer(question, guesses[index], label)["relative"] < 0.01
-        if index in (0, 3):  # the constant is right in between
+        # The best constant lies between the answers for 1.0 and 2.0, far from the other two.
+        if index in (0, 3):
             assert measure_answer(question, constants[index], label)["relative"] > 5
 
 
@@ -306,8 +329,10 @@ def test_a_back_projection_is_measured_as_worked_out_by_hand() -> None:
 
     measures = measure_answer(question, [Pixel(0.4, 0.6), Pixel(0.5, 0.5)], make_labeled_image(0))
 
-    pixels = np.hypot(0.3 * 140, 0.4 * 105) / 2
-    assert measures == pytest.approx({"pixels": pixels, "relative": 25})
+    # The first of two points is off by 0.3 of the width (140 px) and 0.4 of the height (105 px).
+    mean_pixels = np.hypot(0.3 * 140, 0.4 * 105) / 2
+    mean_percent = 100 * np.hypot(0.3, 0.4) / 2
+    assert measures == pytest.approx({"pixels": mean_pixels, "relative": mean_percent})
 
 
 @pytest.mark.parametrize(
@@ -315,7 +340,7 @@ def test_a_back_projection_is_measured_as_worked_out_by_hand() -> None:
     [
         (" so the mug is closer", "mug"),
         (" so the Red Cube is  closer than the mug", "red cube"),
-        (" it is the mugs", None),
+        (" it is the mugs", None),  # another word
         ("", None),
     ],
 )
@@ -335,6 +360,7 @@ def test_a_name_with_parentheses_is_found() -> None:
 
 @pytest.fixture
 def turned_box() -> Any:
+    """A box with three different sides and random axes."""
     axes, _ = np.linalg.qr(np.random.default_rng(0).normal(size=(3, 3)))
     return make_box(np.array([0.1, 0, 1.0]), np.array([0.1, 0.2, 0.05]), axes)
 
@@ -364,8 +390,14 @@ def test_the_nearest_box_of_one_point_overlaps_nothing(turned_box: Any) -> None:
 
 
 def simulate_calibration(overconfidence: float) -> Calibration:
-    """Truths around predictions of half small and half large spread; the factor is from half of
-    them.
+    """Compute the calibration of simulated answers.
+
+    Half of the 300 answers have a small error, the others a large one. The factor of `Trust` is
+    computed from the first half of the answers.
+
+    Args:
+        overconfidence: How many times smaller the predicted spread is than the standard deviation
+            of the error.
     """
     rng = np.random.default_rng(1)
     answers = []
@@ -374,12 +406,15 @@ def simulate_calibration(overconfidence: float) -> Calibration:
         truth = rng.normal(0.4, 0.1, 3)
         prediction = truth + rng.normal(0, sigma, 3)
         distribution = make_distribution(prediction, sigma / overconfidence)
-        certainty = Certainty.of(distribution, truth, np.full(3, 0.5))
-        answers.append((image, certainty, float(100 * certainty.relative_error.mean())))
+        certainty = Certainty.of(distribution, truth, scales=np.full(3, 0.5))
+        relative_error_percent = float(100 * certainty.relative_error.mean())
+        answers.append((image, certainty, relative_error_percent))
     factor = compute_spread_factor([certainty for _, certainty, _ in answers[:150]])
     return calibrate(answers, factor)
 
 
+# The overconfidence, and the fraction of true numbers in intervals of 80 %. These reach to 1.2816
+# standard deviations; with an overconfidence of 3, only to 0.4272, between which 33.1 % lie.
 CASES = pytest.mark.parametrize(("overconfidence", "coverage"), [(1.0, 0.8), (3.0, 0.331)])
 
 
@@ -392,7 +427,8 @@ def test_intervals_contain_as_many_truths_as_they_should(
     estimate = calibration.coverage["80%"]
     assert estimate.value == pytest.approx(coverage, abs=0.05)
     assert estimate.low < coverage < estimate.high + 0.05
-    assert (calibration.miss < 0.05) == (overconfidence == 1)
+    is_calibrated = overconfidence == 1
+    assert (calibration.miss < 0.05) == is_calibrated
 
 
 @CASES
@@ -408,8 +444,10 @@ def test_bands_compare_spread_and_error(overconfidence: float, coverage: float) 
 
     widest_band = calibration.bands[-1]
     assert widest_band.error / widest_band.spread == pytest.approx(overconfidence, rel=0.2)
-    assert sum(band.n for band in calibration.bands) == calibration.n == 900
-    assert calibration.less_sure > 3 * calibration.surer
+    num_numbers = 300 * 3
+    assert calibration.n == num_numbers
+    assert sum(band.n for band in calibration.bands) == num_numbers
+    assert calibration.less_sure > 3 * calibration.surer  # about 5 = 0.1 / 0.02 times
 
 
 def test_the_curve_begins_at_none_and_ends_at_all() -> None:
@@ -420,6 +458,7 @@ def test_the_curve_begins_at_none_and_ends_at_all() -> None:
 
 
 def test_a_vertex_is_no_surer_than_those_before_it() -> None:
+    """The first vertex is unsure in x and y, and all other numbers are sure."""
     wide = make_distribution(np.full(3, 0.4), 0.1)
     narrow = make_distribution(np.full(3, 0.4), 0.01)
     first_vertex = np.concatenate([wide.probabilities[:2], narrow.probabilities[2:]])
@@ -443,18 +482,21 @@ def test_the_uncertainty_of_a_point_is_its_spread() -> None:
 
 @pytest.fixture
 def certain_scores(monkeypatch: pytest.MonkeyPatch) -> Scores:
+    """Scores of answers that are off by 2 cm and have distributions, for four images."""
     labels = [make_labeled_image(seed) for seed in range(4)]
-    return ask_oracle(OracleModel(0.02, sigma=0.02), labels, monkeypatch, decode="median")
+    oracle = OracleModel(offset_m=0.02, sigma=0.02)
+    return ask_oracle(oracle, labels, monkeypatch, decode="median")
 
 
 def test_ways_of_reading_numbers_are_compared(certain_scores: Scores) -> None:
     assert certain_scores.decode == "median"
-    question_types = set(vqa.QUESTION_TYPES) - {"back_projection"}
+    question_types = set(vqa.QUESTION_TYPES) - {"back_projection"}  # which has no numbers
     assert set(certain_scores.readings) == set(certain_scores.calibration) == question_types
     for question_type, readings in certain_scores.readings.items():
         median_error = certain_scores.type_scores[question_type].measures["relative"].value
         assert readings.error["median"] == pytest.approx(median_error)
         assert readings.best in readings.error
+        # The distributions are symmetric, so the ways of reading differ little.
         assert abs(readings.gain["mean"].value) < 0.5
 
 
@@ -467,8 +509,9 @@ def test_a_figure_shows_the_true_and_the_predicted_box(certain_scores: Scores) -
     picture = decode_image(base64.b64decode(uri.partition(",")[2]))
     assert picture.shape == (420, 560, 3)
     for color in (TRUTH_COLOR, PREDICTION_COLOR):
-        difference = np.abs(picture.astype(int) - color).sum(-1)
-        assert (difference < 20).sum() > 50
+        color_difference = np.abs(picture.astype(int) - color).sum(-1)  # [420, 560]
+        num_pixels = (color_difference < 20).sum()
+        assert num_pixels > 50
 
 
 def test_the_page_is_complete(certain_scores: Scores) -> None:
@@ -477,7 +520,9 @@ def test_the_page_is_complete(certain_scores: Scores) -> None:
     assert page.count("<svg") == 2
     assert "model &lt;1&gt;" in page
     assert "<script" not in page
-    assert page.count("<img") == page.count("data:image/jpeg;base64,") > 10
+    num_images = page.count("<img")
+    assert num_images > 10
+    assert page.count("data:image/jpeg;base64,") == num_images  # all are in the page itself
     for title in ("Worst", "Best", "Calibration", "Mode, mean or median", "In words"):
         assert title in page
 
@@ -487,10 +532,11 @@ def test_the_page_is_complete(certain_scores: Scores) -> None:
 
 @pytest.fixture
 def label_folder(tmp_path: Path) -> Path:
-    """Four labeled images that differ."""
+    """A folder of four labeled images, whose files differ."""
     labels = []
     for seed in range(4):
         label = make_labeled_image(seed)
+        # A byte behind a JPEG image does not change its pixels.
         labels.append(replace(label, image=label.image + bytes([seed])))
     write_labels(labels, tmp_path / "labels/external/labels-00000.parquet")
     return tmp_path / "labels"
@@ -501,7 +547,7 @@ FEW_QUESTIONS = ("--num-images", "2", "--questions-per-image", "1")
 
 
 def make_arguments(labels: object, out: Path, *question_types: str) -> list[str]:
-    """Arguments that evaluate nano's answers to few questions of these types."""
+    """Make the arguments of a command that asks nano a few questions of some types."""
     types = ["--question-types", *question_types]
     return [*COMMAND, str(labels), *FEW_QUESTIONS, *types, "--out", str(out)]
 
@@ -525,9 +571,10 @@ def test_the_command_writes_scores_and_a_page(
 def test_the_command_says_which_images_the_model_was_trained_on(
     label_folder: Path, tmp_path: Path, run_command: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """The command evaluates two of the images, of which the model was trained on one."""
     notices: list[str] = []
     label = make_labeled_image(2)
-    provenance = {"learned": hash_content(label.image + bytes([2]))}
+    provenance = {"learned": hash_content(label.image + bytes([2]))}  # as in `label_folder`
     monkeypatch.setattr("spear.cli.evaluate.notice", notices.append)
     monkeypatch.setattr("spear.models.weights.folders.read_provenance", lambda folder: provenance)
 
@@ -579,7 +626,7 @@ def test_a_box_is_written_as_its_center_and_vertices(unit: Unit, suffix: str) ->
     lines = format_reply(Answer([0.25] * 24, unit), image).splitlines()
 
     assert lines[0] == f"centre (0.250, 0.250, 0.250) {suffix}; vertices:"
-    assert len(lines) == 9
+    assert len(lines) == 1 + 8  # the center and eight vertices
 
 
 def test_an_image_point_is_written_in_pixels() -> None:
