@@ -1,4 +1,9 @@
-"""Our LeRobot v3.0 datasets are like those of the library, and are read back the same."""
+"""Datasets of our LeRobot v3.0 writer are like those of LeRobot's library, and are read back equal.
+
+The shared folder has a dataset of 8 episodes that the library wrote (`their_folder`), once with
+images and once with videos. Our writer copies the one with images (`our_folder`). The library's
+dataset names the camera "image_0", and ours "external".
+"""
 
 import json
 import os
@@ -28,26 +33,29 @@ from spear.types import Episode
 from spear.util.images import decode_image
 
 OWN_COLUMNS = ("action_mask", "success", "source")
-"""Columns that the library's dataset does not have."""
+"""Columns that only our datasets have."""
 OTHER_ROTATIONS = ("observation.state", "action")
-"""Columns in which their_folder have Euler angles, and our_folder a quaternion."""
+"""Columns with a rotation, which is Euler angles in their dataset (7 numbers) and a quaternion in
+ours (8 numbers)."""
 DATA_FILE = "data/chunk-000/file-000.parquet"
 EPISODES_FILE = "meta/episodes/chunk-000/file-000.parquet"
 TASKS_FILE = "meta/tasks.parquet"
 
 
 def our_name(name: str) -> str:
-    """Their camera's name in a path or column, replaced by ours."""
+    """Replace, in the name of a file or column, their name of the camera by ours."""
     return name.replace("image_0", "external")
 
 
 def is_own_column(name: str) -> bool:
+    """Whether a column is one of `OWN_COLUMNS`, or a statistic of one ("stats/source/count")."""
     is_statistic = name.startswith("stats/") and name.split("/")[1] in OWN_COLUMNS
     return name in OWN_COLUMNS or is_statistic
 
 
 @pytest.fixture(scope="module")
 def layout_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The layout of their dataset, whose episodes are of BridgeData."""
     file = tmp_path_factory.mktemp("layout") / "bridge.json"
     cameras = {"external": "observation/images/image_0"}
     file.write_text(json.dumps({"like": "bridge_dataset", "images": cameras}))
@@ -58,7 +66,7 @@ def layout_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def written(
     shared: Path, layout_file: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, Path]:
-    """Our copies of the library's dataset with images: kind of images -> folder."""
+    """Our copies of their dataset: "image" or "video" -> folder."""
     source = shared / "data/lerobot/v3.0_image"
     folders: dict[str, Path] = {}
     for kind in ("image", "video"):
@@ -70,17 +78,19 @@ def written(
 
 @pytest.fixture(params=["image", "video"])
 def kind(request: pytest.FixtureRequest) -> str:
+    """How the dataset has its images: a test that uses it runs for both kinds."""
     return request.param
 
 
 @pytest.fixture
 def their_folder(shared: Path, kind: str) -> Path:
-    """What the library wrote."""
+    """The dataset that the library wrote."""
     return shared / f"data/lerobot/v3.0_{kind}"
 
 
 @pytest.fixture
 def our_folder(written: dict[str, Path], kind: str) -> Path:
+    """The copy that our writer wrote."""
     return written[kind]
 
 
@@ -89,6 +99,7 @@ def read_json_file(path: Path) -> dict[str, Any]:
 
 
 def list_files(folder: Path) -> list[str]:
+    """List all files below a folder, under our name of the camera."""
     paths = [path for path in folder.rglob("*") if path.is_file()]
     return sorted(our_name(str(path.relative_to(folder))) for path in paths)
 
@@ -103,8 +114,9 @@ def test_info_has_the_same_keys_and_values(their_folder: Path, our_folder: Path)
     their_info = read_json_file(their_folder / "meta/info.json")
     our_info = read_json_file(our_folder / "meta/info.json")
 
+    compared_keys = set(their_info) - {"features", "robot_type"}  # the next test compares features
     assert list(our_info) == list(their_info)
-    for key in set(their_info) - {"features", "robot_type"}:
+    for key in compared_keys:
         assert our_info[key] == their_info[key], key
 
 
@@ -131,7 +143,8 @@ def test_parquet_schemas_are_the_same(their_folder: Path, our_folder: Path, file
 
     assert [name for name in our_types if not is_own_column(name)] == list(their_types)
     for name, their_type in their_types.items():
-        our_type = str(our_types[name]).replace("[8]", "[7]")  # a quaternion has one number more
+        # With a quaternion, a state has one number more than with Euler angles.
+        our_type = str(our_types[name]).replace("[8]", "[7]")
         assert our_type == str(their_type), name
 
 
@@ -152,17 +165,19 @@ def test_statistics_are_the_same(their_folder: Path, our_folder: Path) -> None:
     our_stats = read_json_file(our_folder / "meta/stats.json")
 
     assert set(our_stats) - set(OWN_COLUMNS) == {our_name(name) for name in their_stats}
-    for name, stats in their_stats.items():
-        assert list(our_stats[our_name(name)]) == list(stats)
+    for name, their_feature_stats in their_stats.items():
+        our_feature_stats = our_stats[our_name(name)]
+        assert list(our_feature_stats) == list(their_feature_stats)
         if name in OTHER_ROTATIONS:
             continue
-        compared = ["min", "max", "mean", "count"]
-        if "images" not in name:  # the library's own std of images is not that of the pixels
-            compared.append("std")
-        for statistic in compared:
+        compared_statistics = ["min", "max", "mean", "count"]
+        # The library's deviation of images is not the deviation of their pixels, as ours is.
+        if "images" not in name:
+            compared_statistics.append("std")
+        for statistic in compared_statistics:
             np.testing.assert_allclose(
-                our_stats[our_name(name)][statistic],
-                stats[statistic],
+                our_feature_stats[statistic],
+                their_feature_stats[statistic],
                 atol=1e-6,
                 err_msg=f"{name} {statistic}",
             )
@@ -179,6 +194,7 @@ def test_the_rows_of_episodes_are_the_same(their_folder: Path, our_folder: Path)
 
 
 def test_the_datasets_library_opens_the_rows(written: dict[str, Path], tmp_path: Path) -> None:
+    """The 8 episodes have 10 steps each, so row 10 is the first of episode 1."""
     rows = datasets.Dataset.from_parquet(str(written["image"] / DATA_FILE), cache_dir=str(tmp_path))
 
     assert isinstance(rows.features["observation.images.external"], datasets.Image)
@@ -191,7 +207,10 @@ def test_the_datasets_library_opens_the_rows(written: dict[str, Path], tmp_path:
 def assert_similar_images(
     images: list[bytes], expected_images: list[bytes], max_difference: float
 ) -> None:
-    """Videos change images a little; the difference is the mean one, in gray levels."""
+    """Assert that the mean difference of images is less than `max_difference` gray levels.
+
+    Videos change images a little.
+    """
     for encoded, expected in zip(images, expected_images, strict=True):
         difference = decode_image(encoded).astype(float) - decode_image(expected)
         assert np.abs(difference).mean() < max_difference
@@ -199,12 +218,13 @@ def assert_similar_images(
 
 @pytest.fixture
 def source_episodes(shared: Path, layout_file: Path) -> list[Episode]:
+    """The episodes of their dataset, which our writer copied."""
     return list(read_episodes(shared / "data/lerobot/v3.0_image", layout_file=layout_file))
 
 
 def test_states_and_actions_are_read_back(source_episodes: list[Episode], our_folder: Path) -> None:
     for source, episode in zip(source_episodes, read_episodes(our_folder), strict=True):
-        assert_same(replace(episode, images={}), replace(source, images={}), 1e-7)
+        assert_same(replace(episode, images={}), replace(source, images={}), atol=1e-7)
 
 
 def test_images_are_read_back(source_episodes: list[Episode], our_folder: Path, kind: str) -> None:
@@ -230,11 +250,12 @@ def test_an_export_is_prepared_for_training(
 
 
 SMALL_ACTION = np.tile(np.array([0.01, 0, 0, 1, 0, 0, 0, 1], np.float32), (5, 1))
+"""Actions of five steps: 1 cm along x, with an open gripper."""
 
 
 @pytest.fixture
 def varied_episodes() -> list[Episode]:
-    """Of different lengths and outcomes, with and without actions and masks."""
+    """Episodes of different lengths and outcomes, with and without actions and masks."""
     mask = np.array([1, 0, 1, 1, 0], bool)
     return [
         make_episode(0, success=True),
@@ -248,7 +269,10 @@ def varied_episodes() -> list[Episode]:
 def folder_of_small_files(
     varied_episodes: list[Episode], tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> Path:
-    """A dataset in which every limit of a file's size begins a new one."""
+    """A dataset of four episodes in which every episode begins a new file of each kind.
+
+    Only the files of `meta/episodes` have two episodes. A folder has two files.
+    """
     monkeypatch.setattr(lerobot_write, "MAX_DATA_FILE_MIB", 0)
     monkeypatch.setattr(lerobot_write, "MAX_VIDEO_FILE_MIB", -1)
     monkeypatch.setattr(lerobot_write, "EPISODES_PER_FILE", 2)
@@ -267,6 +291,7 @@ def test_every_part_survives_in_split_files(
 ) -> None:
     episodes = list(read_episodes(folder_of_small_files))
 
+    # These are the values in `varied_episodes`.
     assert [episode.success for episode in episodes] == [True, False, None, None]
     assert [len(episode) for episode in episodes] == [6, 5, 1, 5]
     np.testing.assert_array_equal(episodes[1].action, SMALL_ACTION)
@@ -277,15 +302,14 @@ def test_every_part_survives_in_split_files(
 
 
 def test_equal_instructions_are_one_task(folder_of_small_files: Path) -> None:
+    """`make_episode` alternates between two instructions."""
     tasks = open_lerobot(folder_of_small_files).tasks
 
     assert tasks == {0: "push the block 0", 1: "push the block 1"}
 
 
-TWO_CAMERAS = {
-    "external": make_episode(1).images["external"],
-    "wrist": make_episode(1).images["external"],
-}
+IMAGES = make_episode(1).images["external"]
+TWO_CAMERAS = {"external": IMAGES, "wrist": IMAGES}
 
 
 @pytest.mark.parametrize(
@@ -328,6 +352,8 @@ def test_a_folder_with_files_stays(tmp_path: Path) -> None:
 
 
 def test_one_export_into_a_folder_at_a_time(tmp_path: Path) -> None:
+    """While one export waits for its second episode, another export is refused."""
+
     def export_meanwhile() -> Iterator[Episode]:
         yield make_episode(0)
         message = r"\.set\.part: another process"
@@ -352,10 +378,14 @@ def list_schedulers() -> set[int]:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells the scheduling of threads")
 def test_no_thread_becomes_a_real_time_one(tmp_path: Path) -> None:
-    """As root, SVT-AV1 makes the calling thread one, which would starve all else on the machine."""
-    schedulers = list_schedulers()
+    """If root starts SVT-AV1, it makes the calling thread a real-time thread.
 
-    with closing(VideoWriter(tmp_path / "video.mp4", 64, 64, 10)) as video:
+    No other process of the machine could run then.
+    """
+    schedulers_before = list_schedulers()
+
+    writer = VideoWriter(tmp_path / "video.mp4", height=64, width=64, rate_hz=10)
+    with closing(writer) as video:
         for _ in range(3):
             video.write(np.zeros((64, 64, 3), np.uint8))
-            assert list_schedulers() <= schedulers
+            assert list_schedulers() <= schedulers_before

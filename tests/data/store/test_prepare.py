@@ -1,4 +1,8 @@
-"""Preparing: a store of episodes, the same bytes however it is made, complete or not at all."""
+"""Preparing writes a store of episodes: complete or not at all, and always the same bytes.
+
+Most tests prepare the same recording of 11 episodes (`recorded`). One of them is skipped, because
+it lacks a camera.
+"""
 
 import dataclasses
 import fcntl
@@ -30,27 +34,32 @@ from spear.types import Episode
 from spear.util.images import decode_image, fit_image
 
 NUM_RECORDED = 11
-NUM_PREPARED = 10  # one episode lacks a camera
-NUM_BLOCKS = 6
-JPEG_START = b"\xff\xd8"
+NUM_PREPARED = 10  # all but episode 4
+NUM_BLOCKS = 6  # of two episodes each, and one of a single episode
+JPEG_START = b"\xff\xd8"  # the first bytes of every JPEG
 NEW_SIZES = {"external": (48, 40), "wrist": (24, 24)}  # width, height
 
 
 def make_recorded_episode(number: int) -> Episode:
-    """At 20 Hz without actions, or at 5 Hz with its own; episode 4 lacks the wrist camera."""
+    """Make an episode of 9 steps of the recording.
+
+    Every third episode is at 20 Hz and has no actions. The other ones are at 5 Hz, and have actions
+    and an outcome. Episode 4 lacks the wrist camera.
+    """
     fields: dict[str, Any] = {"rate_hz": 20.0}
     if number % 3:
         action = np.tile(np.array([0.01, 0, 0, 1, 0, 0, 0, 1], np.float32), (9, 1))
         fields = {"action": action, "success": number % 2 == 0}
-    episode = make_episode(number, 9, size=(60, 90), **fields)
+    episode = make_episode(number, num_steps=9, size=(60, 90), **fields)
     if number == 4:
         return episode
-    wrist_images = make_episode(5, 9, size=(32, 32)).images["external"]
+    wrist_images = make_episode(5, num_steps=9, size=(32, 32)).images["external"]
     return dataclasses.replace(episode, images={**episode.images, "wrist": wrist_images})
 
 
 @pytest.fixture(scope="module")
 def recorded(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The recording: a store of 11 episodes."""
     folder = tmp_path_factory.mktemp("recorded") / "arm"
     write_episodes([make_recorded_episode(number) for number in range(NUM_RECORDED)], folder)
     return folder
@@ -58,6 +67,7 @@ def recorded(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True, scope="module")
 def shards_of_one_block() -> Iterator[None]:
+    """In all tests of this file, a block has two episodes, and every block gets its own shard."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(preparing, "BLOCK_SIZE", 2)
         patch.setattr(preparing, "MAX_SHARD_MIB", 0.0)
@@ -70,6 +80,7 @@ def run_prepare(
     size: tuple[str, ...] = ("48x40", "wrist=24x24"),
     **options: Any,
 ) -> tuple[int, list[str]]:
+    """Prepare a recording with images of `NEW_SIZES`, or of another `size`."""
     return prepare(recorded, out, conversion=Conversion(image_size=size), **options)
 
 
@@ -84,6 +95,7 @@ def read_files(folder: Path) -> dict[str, bytes]:
 
 @pytest.fixture(scope="module")
 def prepared(recorded: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The recording, prepared: six shards."""
     out = tmp_path_factory.mktemp("prepared") / "arm"
     run_prepare(recorded, out)
     return out
@@ -123,7 +135,7 @@ def test_only_a_subset_of_a_store_is_not_complete(prepared: Path, tmp_path: Path
 
 
 def resampled_sources(recorded: Path) -> list[Episode]:
-    """What the prepared episodes should be, with the images of the recording."""
+    """The good episodes of the recording at 5 Hz, with their original images."""
     return [
         resample_episode(episode)
         for episode in read_episodes(recorded)
@@ -139,15 +151,18 @@ def test_prepared_states_and_actions_are_the_canonical_ones_at_5_hz(
         action, mask = canonicalize_actions(source)
         expected = dataclasses.replace(source, images={}, action=action, action_mask=mask)
 
-        assert_same(store.without_images(index), expected, 1e-6)
-        assert_same(dataclasses.replace(store[index], images={}), expected, 1e-6)
+        assert_same(store.without_images(index), expected, atol=1e-6)
+        assert_same(dataclasses.replace(store[index], images={}), expected, atol=1e-6)
         assert store.num_known_actions[index] == mask.sum()
 
 
 def test_prepared_images_are_jpegs_that_a_model_sees_as_before(
     recorded: Path, prepared: Path
 ) -> None:
-    """Whatever size the model takes."""
+    """A model that takes images upright or sideways sees almost the same as in the recording.
+
+    The mean difference is less than 1.5 levels, because JPEG loses a little.
+    """
     store = EpisodeStore(prepared)
     for index, source in enumerate(resampled_sources(recorded)):
         for camera, (width, height) in NEW_SIZES.items():
@@ -162,11 +177,13 @@ def test_prepared_images_are_jpegs_that_a_model_sees_as_before(
 
 
 def fit_without_sketches(store: EpisodeStore) -> Normalizer:
-    """Statistics from the episodes themselves, because a subset does not use the sketches."""
-    return Normalizer.fit([(store.subset(range(len(store))), 1.0)])
+    """Fit statistics to the episodes themselves. A subset does not use the file of sketches."""
+    all_episodes = store.subset(range(len(store)))
+    return Normalizer.fit([(all_episodes, 1.0)])
 
 
 def copy_shard(folder: Path, number: int, new_number: int) -> None:
+    """Copy the two files of a shard to those of another number."""
     for file in folder.glob(f"episodes-{number:05d}.*"):
         shutil.copy(file, folder / f"episodes-{new_number:05d}{file.suffix}")
 
@@ -185,11 +202,11 @@ def test_the_statistics_are_those_of_all_episodes_where_failures_are_kept(prepar
 
 def test_the_statistics_of_demonstrations_leave_out_failures(prepared: Path) -> None:
     store = EpisodeStore(prepared)
-    not_failed = [index for index, episode in enumerate(store) if episode.success is not False]
+    good_indices = [index for index, episode in enumerate(store) if episode.success is not False]
 
     statistics = Normalizer.fit([(store.select_demonstrations(), 1.0)])
 
-    assert statistics == Normalizer.fit([(store.subset(not_failed), 1.0)])
+    assert statistics == Normalizer.fit([(store.subset(good_indices), 1.0)])
 
 
 def test_broken_sketches_are_named(prepared_copy: Path) -> None:
@@ -201,13 +218,14 @@ def test_broken_sketches_are_named(prepared_copy: Path) -> None:
 
 def test_a_part_of_a_dataset_does_not_need_its_sketches(prepared_copy: Path) -> None:
     (prepared_copy / SKETCHES_FILE).write_bytes(b"no statistics")
+    part = EpisodeStore(prepared_copy).subset([1])
 
-    assert Normalizer.fit([(EpisodeStore(prepared_copy).subset([1]), 1.0)]).samples > 0
+    assert Normalizer.fit([(part, 1.0)]).samples > 0
 
 
 def test_sketches_of_another_shard_are_not_used(prepared: Path, prepared_copy: Path) -> None:
-    """Another shard in the place of one, with as many known steps."""
-    copy_shard(prepared_copy, 4, 1)
+    """Shard 4 replaces shard 1, which has as many known steps."""
+    copy_shard(prepared_copy, number=4, new_number=1)
     store = EpisodeStore(prepared_copy).select_demonstrations()
     original = EpisodeStore(prepared).select_demonstrations()
 
@@ -216,8 +234,8 @@ def test_sketches_of_another_shard_are_not_used(prepared: Path, prepared_copy: P
 
 
 def test_sketches_of_fewer_shards_are_not_used(prepared_copy: Path) -> None:
-    """As if someone put two datasets into one folder."""
-    copy_shard(prepared_copy, 0, 6)
+    """A seventh shard with two episodes is added, as if two datasets were put into one folder."""
+    copy_shard(prepared_copy, number=0, new_number=6)
     store = EpisodeStore(prepared_copy)
 
     assert len(store) == NUM_PREPARED + 2
@@ -226,7 +244,7 @@ def test_sketches_of_fewer_shards_are_not_used(prepared_copy: Path) -> None:
 
 
 def test_episodes_that_all_failed_are_prepared_with_one_notice(tmp_path: Path) -> None:
-    """To be looked at and evaluated: the work is not thrown away at its end."""
+    """They can be looked at and evaluated, although nothing can be learned from them."""
     recorded = tmp_path / "arm"
     write_episodes([make_episode(number, success=False) for number in range(3)], recorded)
 
@@ -247,7 +265,11 @@ def test_any_number_of_workers_writes_the_same(
 
 
 def prepare_until_killed(recorded: Path, out: Path, num_steps: int) -> None:
-    """Prepare, and be killed after this many steps that others can see, such as renaming a file."""
+    """Prepare the recording in a process that kills itself before step `num_steps` + 1.
+
+    A step is something that other processes can see, such as renaming a file. Writing a shard takes
+    four: its two files are flushed to the disk and then linked.
+    """
     num_done = 0
 
     def count_and_kill(call: Callable[..., Any]) -> Callable[..., Any]:
@@ -275,23 +297,24 @@ def test_a_killed_run_ends_the_same_and_repeats_no_block(
     monkeypatch: pytest.MonkeyPatch,
     num_steps: int,
 ) -> None:
+    """The six shards take 24 steps. The next steps make the sketches and rename files."""
     out = tmp_path / "arm"
     run_in_process(-signal.SIGKILL, lambda: prepare_until_killed(recorded, out, num_steps))
     assert not out.exists()
-    num_finished = len(list((tmp_path / ".arm.part/dataset").glob("episodes-*.arrow")))
-    assert num_finished == min(NUM_BLOCKS, num_steps // 4)
+    num_finished_shards = len(list((tmp_path / ".arm.part/dataset").glob("episodes-*.arrow")))
+    assert num_finished_shards == min(NUM_BLOCKS, num_steps // 4)
 
-    repeated_blocks: list[str] = []
+    prepared_blocks: list[str] = []
     real_prepare_block = preparing.prepare_block
 
     def record_block(path: Path, conversion: Conversion, split: str) -> Any:
-        repeated_blocks.append(split)
+        prepared_blocks.append(split)
         return real_prepare_block(path, conversion, split)
 
     monkeypatch.setattr(preparing, "prepare_block", record_block)
     num_prepared, reasons = run_prepare(recorded, out)
 
-    assert len(repeated_blocks) == NUM_BLOCKS - num_finished
+    assert len(prepared_blocks) == NUM_BLOCKS - num_finished_shards
     assert num_prepared == NUM_PREPARED
     assert len(reasons) == 1
     assert read_files(out) == read_files(prepared)
@@ -300,15 +323,19 @@ def test_a_killed_run_ends_the_same_and_repeats_no_block(
 
 @pytest.fixture
 def nearly_full_disk(prepared: Path) -> Iterator[Callable[[], None]]:
-    """Files cannot become as large as the largest shard, until the function is called."""
+    """Limit the size of files to one byte less than the largest file of a shard.
+
+    Returns a function that removes the limit.
+    """
     largest_bytes = max(path.stat().st_size for path in prepared.glob("episodes-*"))
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    original_limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    _, hard_limit = original_limits
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 
     def make_room() -> None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        resource.setrlimit(resource.RLIMIT_FSIZE, original_limits)
 
-    resource.setrlimit(resource.RLIMIT_FSIZE, (largest_bytes - 1, limits[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (largest_bytes - 1, hard_limit))
     try:
         yield make_room
     finally:
@@ -319,10 +346,12 @@ def nearly_full_disk(prepared: Path) -> Iterator[Callable[[], None]]:
 def test_a_full_disk_leaves_nothing_half_written(
     recorded: Path, prepared: Path, tmp_path: Path, nearly_full_disk: Callable[[], None]
 ) -> None:
+    """Once there is room, the same call ends as it would have without the full disk."""
     out = tmp_path / "arm"
+    make_room = nearly_full_disk
 
     refuses(r"\.arm\.part/dataset: cannot be written", run_prepare, recorded, out)
-    nearly_full_disk()
+    make_room()
 
     assert not out.exists()
     assert not list(tmp_path.rglob(".episodes-*"))
@@ -349,11 +378,13 @@ def test_an_unfinished_preparation_of_other_settings_is_not_replaced(
     other_size = r"\.arm\.part: was begun with other settings: size is"
     refuses(other_size, run_prepare, recorded, unfinished, size=("40x40",))
     refuses("other settings: episodes is", run_prepare, recorded, unfinished, split="train[:4]")
+
     num_prepared, _ = run_prepare(recorded, unfinished)
     assert num_prepared == NUM_PREPARED
 
 
 def test_one_preparation_at_a_time(recorded: Path, unfinished: Path) -> None:
+    """The test holds the lock, as another process would."""
     with open(unfinished.with_name(".arm.part") / ".lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         refuses("another process is preparing", run_prepare, recorded, unfinished)
@@ -389,36 +420,45 @@ def test_a_truncated_shard_is_named(prepared_copy: Path, fraction_kept: float) -
 
 
 def test_missing_shards_are_noticed_the_last_one_too(recorded: Path, prepared_copy: Path) -> None:
+    """First shard 1 with two episodes is removed, then the last shard with one episode."""
     for number, num_left, num_missing in ((1, 8, 1), (5, 7, 2)):
         (prepared_copy / f"episodes-{number:05d}.arrow").unlink()
 
         with pytest.warns(Notice, match=f"{num_missing} of its shards"):
-            assert len(EpisodeStore(prepared_copy)) == num_left
+            store = EpisodeStore(prepared_copy)
         with pytest.warns(Notice, match=f"{num_missing} of its shards"):
-            assert run_prepare(recorded, prepared_copy)[0] == num_left
+            num_prepared, _ = run_prepare(recorded, prepared_copy)
+
+        assert len(store) == num_left
+        assert num_prepared == num_left
 
 
 def test_missing_shards_are_noticed_without_a_recorded_number_of_shards(
     recorded: Path, prepared_copy: Path
 ) -> None:
-    """As in folders that were prepared before the number was recorded."""
+    """Earlier versions did not record the number. The gap in the shards' numbers is noticed."""
     (prepared_copy / "episodes-00001.arrow").unlink()
     edit_json(prepared_copy / "request.json", lambda request: request.pop("shards"))
 
     with pytest.warns(Notice, match="1 of its shards"):
-        assert run_prepare(recorded, prepared_copy)[0] == NUM_PREPARED - 2
+        num_prepared, _ = run_prepare(recorded, prepared_copy)
+
+    assert num_prepared == NUM_PREPARED - 2
 
 
 @pytest.fixture
 def recorded_with_bad_episodes(tmp_path: Path) -> Path:
-    """Of six episodes, number 1 has a broken image, number 2 another size, number 3 one step."""
-    broken = make_episode(1)
-    broken_images = [*broken.images["external"][:5], b"\xff\xd8no"]
+    """A recording of six episodes.
+
+    Episode 1 has a broken image, episode 2 images of another size, and episode 3 only one step.
+    """
+    episode_1 = make_episode(1)
+    broken_images = [*episode_1.images["external"][:5], b"\xff\xd8no"]
     episodes = [
         make_episode(0),
-        dataclasses.replace(broken, images={"external": broken_images}),
+        dataclasses.replace(episode_1, images={"external": broken_images}),
         make_episode(2, size=(48, 48)),
-        make_episode(3, 1),
+        make_episode(3, num_steps=1),
         make_episode(4),
         make_episode(5),
     ]
@@ -430,6 +470,7 @@ def recorded_with_bad_episodes(tmp_path: Path) -> Path:
 def test_broken_images_and_single_steps_are_skipped_by_name(
     recorded_with_bad_episodes: Path, tmp_path: Path, size: tuple[str, ...]
 ) -> None:
+    """An episode of one step has no known action. Images of another size do no harm."""
     num_prepared, reasons = run_prepare(recorded_with_bad_episodes, tmp_path / "out", size=size)
 
     assert num_prepared == 4
@@ -467,22 +508,29 @@ def test_a_size_that_is_none_is_refused(text: str) -> None:
 
 
 @pytest.mark.parametrize("opening", [[0, 1, 1, 0, 0, 1], [1, 1, 0, 0, 1, 1]])
-@pytest.mark.parametrize("span", [0.01, 0.4, 0.55, -0.08])  # below 0: less than 1 when closed
+@pytest.mark.parametrize("span", [0.01, 0.4, 0.55, -0.08])
 def test_a_gripper_that_never_opens_is_noticed(
     opening: list[float], span: float, tmp_path: Path
 ) -> None:
-    """Finger positions that were taken for widths: a policy would never open again."""
-    closed = 1 if span < 0 else 0
-    episode = make_episode(0, gripper=closed + span * np.array(opening))
-    in_kilometers = dataclasses.replace(episode, position=episode.position / 1000)
-    write_episodes([in_kilometers], tmp_path / "arm")
+    """Openings run from 0 to `span`, or, if it is negative, from 1 down to 1 + `span`.
+
+    That happens if finger positions in meters are taken for openings. A policy would then never
+    open the gripper, or never close it. Positions in kilometers are noticed as well.
+    """
+    offset = 1 if span < 0 else 0
+    episode = make_episode(0, gripper=offset + span * np.array(opening))
+    episode_in_km = dataclasses.replace(episode, position=episode.position / 1000)
+    write_episodes([episode_in_km], tmp_path / "arm")
 
     with pytest.warns(Notice, match="gripper_range"), pytest.warns(Notice, match="length_unit"):
         prepare(tmp_path / "arm", tmp_path / "out")
 
 
 def test_commands_that_come_after_the_motion_are_noticed(tmp_path: Path) -> None:
-    """A policy that sees the gripper closed before the command to close never closes it."""
+    """Each command is the opening of its own step, so it comes when the gripper has moved already.
+
+    A policy would then learn to close a gripper only if it sees that it is closed.
+    """
     episode = make_episode(0)
     action = derive_actions(episode.position, episode.rotation, episode.gripper)
     write_episodes([dataclasses.replace(episode, action=action)], tmp_path / "arm")
@@ -496,7 +544,7 @@ TEXTURED_IMAGES = make_episode(0).images["external"]
 
 
 @pytest.mark.parametrize(
-    ("wrist", "distance", "expected_cameras"),
+    ("wrist", "distance", "expected_cameras"),  # distance: a factor of the arm's motion
     [
         ([BLACK] * 6, 1, ["external"]),
         ([*[BLACK] * 5, make_png(9)], 1, ["external", "wrist"]),
@@ -508,7 +556,7 @@ TEXTURED_IMAGES = make_episode(0).images["external"]
 def test_a_camera_that_shows_nothing_is_left_out(
     tmp_path: Path, wrist: list[bytes], distance: float, expected_cameras: list[str]
 ) -> None:
-    """Many datasets have black images if a camera was absent, which are no view."""
+    """Many datasets have black images where a camera was absent. A frozen camera shows nothing new."""
     episode = make_episode(3, images={"external": TEXTURED_IMAGES, "wrist": wrist})
     moved = dataclasses.replace(episode, position=distance * episode.position)
     write_episodes([moved], tmp_path / "arm")
@@ -538,21 +586,25 @@ def test_the_fingerprint_depends_on_the_episodes_of_the_store(recorded: Path) ->
 
 @pytest.fixture
 def plain_store(tmp_path: Path) -> EpisodeStore:
+    """A store of one episode, from which the next three stores differ in one thing."""
     return write_store([make_episode(0)], tmp_path / "plain")
 
 
 @pytest.fixture
 def other_words_store(tmp_path: Path) -> EpisodeStore:
+    """The same episode with another instruction."""
     return write_store([make_episode(0, instruction="push")], tmp_path / "words")
 
 
 @pytest.fixture
 def other_size_store(tmp_path: Path) -> EpisodeStore:
+    """The same episode with images of another size."""
     return write_store([make_episode(0, size=(48, 48))], tmp_path / "size")
 
 
 @pytest.fixture
 def hand_camera_store(tmp_path: Path) -> EpisodeStore:
+    """The same episode with another name of the camera."""
     images = {"hand": make_episode(0).images["external"]}
     return write_store([make_episode(0, images=images)], tmp_path / "hand")
 
@@ -602,12 +654,13 @@ def test_a_lerobot_dataset_of_other_episodes_is_not_taken_for_prepared(tmp_path:
 
 
 def test_the_hash_of_a_layout_is_the_one_of_earlier_versions(tmp_path: Path) -> None:
-    """Otherwise what they prepared would be refused as data of another layout."""
+    """Otherwise folders that earlier versions prepared would be refused."""
     write_lerobot([make_episode(0)], tmp_path / "set")
     prepare(tmp_path / "set", tmp_path / "out")
 
     request = json.loads((tmp_path / "out/request.json").read_text())
 
+    # The hash that earlier versions recorded.
     expected = "890a0190d3a5ac33ed986d683d598a32fc05915778213f5910f24e05c45a3aa3"
     assert request["layout"] == expected
 
@@ -624,6 +677,7 @@ def test_what_was_prepared_by_other_rules_is_refused(
 def test_all_datasets_are_checked_before_one_is_prepared(
     tmp_path: Path, run_refused_command: Callable[..., str]
 ) -> None:
+    """The folder of the second result is not empty, so the first dataset is not prepared either."""
     first = write_store([make_episode(0)], tmp_path / "a")
     second = write_store([make_episode(0)], tmp_path / "b")
     out = tmp_path / "out"
@@ -634,14 +688,15 @@ def test_all_datasets_are_checked_before_one_is_prepared(
     )
 
     assert "not empty" in message
-    assert [path.name for path in out.iterdir()] == ["b"]
+    assert [path.name for path in out.iterdir()] == ["b"]  # no folder "a"
 
 
 EARLIER_BRIDGE_HASH = "ec8c1d1b0cb9a654a51a6e97eb8070ee2a30675d6cd7d48ed8dc1cc0a45b30b6"
+"""The hash that earlier versions recorded for the layout of BridgeData."""
 
 
 def hash_bridge_layout(shared: Path, tmp_path: Path, fields: dict[str, Any]) -> str:
-    """The hash of BridgeData's layout in the request, with some fields replaced."""
+    """Hash the layout of BridgeData, with some fields replaced, as preparing records it."""
     layout_file = tmp_path / "layout.json"
     layout_file.write_text(json.dumps({"like": "bridge_dataset", **fields}))
     plan = preparing.plan_preparation(
@@ -657,6 +712,7 @@ def hash_bridge_layout(shared: Path, tmp_path: Path, fields: dict[str, Any]) -> 
 def test_folders_that_earlier_versions_prepared_stay_valid(
     shared: Path, tmp_path: Path, fields: dict[str, Any]
 ) -> None:
+    """A field that only the audit reads does not change the hash."""
     assert hash_bridge_layout(shared, tmp_path, fields) == EARLIER_BRIDGE_HASH
 
 
@@ -687,6 +743,7 @@ def test_a_prepared_store_records_the_versions_of_its_frames(shared: Path, tmp_p
 
 
 def test_a_store_of_earlier_frames_is_not_continued(shared: Path, tmp_path: Path) -> None:
+    """The folder is changed to say that other frames were known when it was prepared."""
     folder = prepare_bridge(shared, tmp_path / "bridge")
     edit_json(folder / "request.json", lambda request: request.update(frames={"bridge_dataset": 9}))
 
@@ -702,6 +759,7 @@ def test_a_store_without_recorded_frames_stays_valid(shared: Path, tmp_path: Pat
 
 
 def test_an_export_carries_the_frames_of_its_store(shared: Path, tmp_path: Path) -> None:
+    """Preparing the export gives a store with the same version of frames."""
     store = EpisodeStore(prepare_bridge(shared, tmp_path / "bridge"))
     write_lerobot(list(store), tmp_path / "exported", frames=store.frames)
 
