@@ -1,16 +1,20 @@
 """Versions of the frames in which poses are written.
 
 A dataset's layout, or a robot's embodiment, says where the base frame and the end-effector frame
-are. If that was wrong and is corrected, the same joint angles become another pose. Therefore each
-known dataset and robot has a version of its frames. Prepared stores record it in `request.json`,
-normalization statistics, and with them policies, in `normalizer.json`. Data and policies of
-different versions are never mixed, and a policy acts in the version that it was trained with.
+are. If the layout was wrong and is corrected, the same recording becomes other poses. Therefore
+the frames of each known dataset and robot have a version. Prepared stores record it in
+`request.json`. Normalization statistics, which belong to a policy, record it in `normalizer.json`.
+Data and policies of different versions are never mixed, and a policy acts in the version that it
+was trained with.
 
-    droid                 2  tool not turned by 45°, tips of a Robotiq 2F-85 (1: Franka's hand)
-    fractal20220817_data  2  tool turned by half a turn about x (1: the identity)
-    jaco_play             2  tool, its tips and base turned into our frames (1: the identity)
+    dataset               version  difference from version 1
+    droid                 2        The tool is a Robotiq 2F-85. Version 1 assumed Franka's hand,
+                                   which is turned by 45° and shorter.
+    fractal20220817_data  2        The tool is rotated by half a turn about x.
+    jaco_play             2        The tool and the base are rotated, and the tool has an offset.
 
-Every other dataset has version 1. What was made before versions were recorded has version 1, too.
+The frames of every other dataset have version 1. Data and policies that were made before versions
+were recorded have version 1, too.
 """
 
 import dataclasses
@@ -30,7 +34,8 @@ UNHASHED_FIELDS: dict[str, Any] = {
     "logged_translation_unit": None,
     "logged_rotation_unit": None,
 }
-"""Values that replace those of fields of layouts on which no prepared episode depends."""
+"""Fields of a layout that do not influence prepared episodes → the value with which they are
+hashed."""
 LATER_FIELDS = (
     "base_rotation",
     "gripper_opening",
@@ -39,18 +44,19 @@ LATER_FIELDS = (
     "autonomous_value",
     *UNHASHED_FIELDS,
 )
-"""Fields of layouts that are not part of the hash unless they differ from their defaults."""
+"""Fields of a layout that are hashed only if they differ from their defaults. Earlier versions of
+this program did not have these fields, and folders that they prepared should remain valid."""
 LAYOUT_DEFAULTS = vars(DatasetLayout(name=""))
 
 
 def get_current_version(name: str) -> int:
-    """Get the version that the frames of a dataset or robot have now; 1 if it is not known."""
+    """Get the newest version of the frames of a dataset or robot; 1 if the name is not known."""
     layout = REGISTRY.get(name)
     return 1 if layout is None else layout.frames[name]
 
 
 def find_outdated_frames(frames: Frames) -> list[str]:
-    """List the datasets and robots of which a newer version of the frames is known."""
+    """List the datasets and robots in `frames` whose frames have a newer version."""
     return [name for name, version in frames.items() if version < get_current_version(name)]
 
 
@@ -58,37 +64,40 @@ def merge_frames(sources: Iterable[tuple[str, Frames]]) -> dict[str, int]:
     """Merge the frames of data or policies that are used together.
 
     Args:
-        sources: (name for messages, frames) of each.
+        sources: (name for messages, frames) of each dataset or policy.
 
     Returns:
-        All frames.
+        The frames of all sources together.
 
     Raises:
         SpearError: If two sources have different versions of the same frames.
     """
     merged: dict[str, int] = {}
-    owner: dict[str, str] = {}
+    first_source: dict[str, str] = {}  # name → the first source that has these frames
     for source, frames in sources:
         for name, version in frames.items():
-            if merged.setdefault(name, version) != version:
+            merged.setdefault(name, version)
+            first_source.setdefault(name, source)
+            if merged[name] != version:
                 raise SpearError(
-                    f"{owner[name]} has version {merged[name]} of the frames of {name}, but "
+                    f"{first_source[name]} has version {merged[name]} of the frames of {name}, but "
                     f"{source} has version {version}, and poses of different frames cannot be "
                     "mixed. Prepare or train the older one again."
                 )
-            owner.setdefault(name, source)
     return merged
 
 
 def resolve_frames(recorded: Frames | None, is_simulator_only: bool) -> Frames | None:
-    """Resolve the frames of a policy.
+    """Find the frames in which a policy acts.
 
     Args:
-        recorded: What its statistics record; None if they were made before there were versions.
-        is_simulator_only: Whether it saw the built-in simulator only, whose frames never changed.
+        recorded: The frames that its statistics record; None if the statistics were made before
+            versions were recorded.
+        is_simulator_only: Whether the policy learned from the built-in simulator only, whose frames
+            never changed.
 
     Returns:
-        Its frames; None if they are not known, and are the first version of what it learned from.
+        The frames. None means the first version of the frames of every dataset.
     """
     if recorded is None and is_simulator_only:
         return {}
@@ -96,10 +105,13 @@ def resolve_frames(recorded: Frames | None, is_simulator_only: bool) -> Frames |
 
 
 def read_store_frames(request: Mapping[str, Any]) -> Frames:
-    """Read the frames of a prepared store from its `request.json`.
+    """Find the frames of a prepared store.
 
-    A store that was prepared before versions were recorded has the first version of the known
-    dataset that its path or its layout is of.
+    If the store was prepared before versions were recorded, its frames have version 1. Their name
+    is that of the known dataset which its path names, or whose layout has the recorded hash.
+
+    Args:
+        request: The content of the store's `request.json`.
     """
     if "frames" in request:
         return dict(request["frames"])
@@ -109,6 +121,7 @@ def read_store_frames(request: Mapping[str, Any]) -> Frames:
     for name in REGISTRY:
         if get_current_version(name) == 1:
             continue
+        # The hash of a layout depends on the dataset's name, which may be that of any folder.
         hashes = {_hash_first_version(name, folder) for folder in (name, *folder_names)}
         if name in folder_names or request.get("layout") in hashes:
             frames[name] = 1
@@ -116,20 +129,28 @@ def read_store_frames(request: Mapping[str, Any]) -> Frames:
 
 
 def _hash_first_version(name: str, folder_name: str) -> str:
-    """Hash the layout of a dataset as it was with the first version of its frames."""
-    defaults = {field: LAYOUT_DEFAULTS[field] for field in FRAME_FIELDS}
-    return hash_layout(dataclasses.replace(REGISTRY[name], name=folder_name, **defaults))
+    """Hash the layout of a known dataset with the first version of its frames.
+
+    Args:
+        name: The known dataset.
+        folder_name: The name under which its layout was used.
+    """
+    first_frame_fields = {field: LAYOUT_DEFAULTS[field] for field in FRAME_FIELDS}
+    first_layout = dataclasses.replace(REGISTRY[name], name=folder_name, **first_frame_fields)
+    return hash_layout(first_layout)
 
 
 def hash_layout(layout: DatasetLayout | None) -> str:
-    """Hash what a layout says of the columns."""
+    """Hash the fields of a layout on which prepared episodes depend.
+
+    The hashed text is the one that earlier versions of this program hashed, so that folders that
+    they prepared stay valid: it has the old name of the class, and lacks fields that came later.
+    """
     if layout is None:
         return hash_text("None")
 
-    layout = dataclasses.replace(layout, facts={}, weight=None, **UNHASHED_FIELDS)
-    # The text is that of earlier versions, so that their folders stay valid: with the old name of
-    # the class, and without the fields that came later.
-    text = repr(layout).replace("DatasetLayout(", "DatasetSpec(", 1)
+    hashed_layout = dataclasses.replace(layout, facts={}, weight=None, **UNHASHED_FIELDS)
+    text = repr(hashed_layout).replace("DatasetLayout(", "DatasetSpec(", 1)
     for name in LATER_FIELDS:
         default = LAYOUT_DEFAULTS[name]
         text = text.replace(f", {name}={default!r}", "", 1)
@@ -137,5 +158,5 @@ def hash_layout(layout: DatasetLayout | None) -> str:
 
 
 def hash_text(text: str) -> str:
-    """Hash a text, SHA-256 in hexadecimal digits."""
+    """Hash a text with SHA-256, as hexadecimal digits."""
     return hashlib.sha256(text.encode()).hexdigest()

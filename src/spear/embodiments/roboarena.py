@@ -80,7 +80,13 @@ def _list_required_keys_without_exterior_image() -> dict[str, str]:
 def make_embodiment(
     robot: Embodiment, tool: droid.Tool, earlier_versions: Mapping[int, Embodiment]
 ) -> Embodiment:
-    """Make the embodiment of the benchmark, with DROID's embodiment and its gripper."""
+    """Make the embodiment of the benchmark for one version of DROID's frames.
+
+    Args:
+        robot: the embodiment of DROID with this version.
+        tool: the gripper whose end-effector frame policies of this version act in.
+        earlier_versions: version → embodiment of the benchmark.
+    """
     return Embodiment(
         required=_list_required_keys_without_exterior_image(),
         optional={

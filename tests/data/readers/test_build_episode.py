@@ -85,6 +85,7 @@ def test_numbers_that_are_mostly_nan_are_named(steps: dict[str, Any]) -> None:
 def test_a_row_of_zeros_costs_itself_where_any_angles_are_a_rotation(
     steps: dict[str, Any],
 ) -> None:
+    """BridgeData's orientations are Euler angles, of which zeros are a rotation as well."""
     complete = build_episode(deepcopy(steps), LAYOUT, SOURCE)
     read_column(steps, "observation/state", SOURCE)[5] = 0
 
@@ -94,7 +95,7 @@ def test_a_row_of_zeros_costs_itself_where_any_angles_are_a_rotation(
 
 
 def test_a_row_of_zeros_costs_itself_among_joint_angles() -> None:
-    joints = np.linspace(0, 0.1, 6)[:, None] + HOME_JOINTS
+    joints = HOME_JOINTS + np.linspace(0, 0.1, 6)[:, None]  # [6, 7], a slow motion
     joints[2] = 0
     steps = {
         "joints": joints,
@@ -109,9 +110,9 @@ def test_a_row_of_zeros_costs_itself_among_joint_angles() -> None:
 
 
 def test_zeros_are_a_pose_where_the_arm_comes_near_them(steps: dict[str, Any]) -> None:
-    """As in recordings whose poses are relative to the first one."""
+    """In some recordings, poses are relative to the first one, which is zero."""
     state = read_column(steps, "observation/state", SOURCE)
-    state[:, :6] = 0.05 * np.linspace(0, 1, 10)[:, None] ** 2
+    state[:, :6] = 0.05 * np.linspace(0, 1, 10)[:, None] ** 2  # grows from 0
 
     assert len(build_episode(steps, LAYOUT, SOURCE)) == 10
 

@@ -17,7 +17,7 @@ import numpy as np
 from spear.types import Array
 
 MIN_GOOD_SHARE = 0.5  # if a smaller part of an episode's rows is good, the episode is refused
-NEAR_ZERO_SHARE = 0.1  # of a pose's usual size; an arm that gets this near may really be at zero
+NEAR_ZERO_SHARE = 0.1  # a pose below this fraction of the usual size is near zero
 
 
 @dataclass
@@ -64,7 +64,7 @@ def record_repairs(*, num_dropped_rows: int = 0, num_clipped_readings: int = 0) 
 
 
 def find_complete_rows(columns: Iterable[Array]) -> Array:
-    """Find the rows in which every number is finite.
+    """Say of each row whether all its numbers are finite.
 
     Args:
         columns: Columns of numbers, [T] or [T, d] each, with the same number of rows.
@@ -74,15 +74,18 @@ def find_complete_rows(columns: Iterable[Array]) -> Array:
     """
     masks: list[Array] = []
     for values in columns:
-        masks.append(np.isfinite(values.reshape(len(values), -1)).all(axis=1))
+        numbers_of_rows = values.reshape(len(values), -1)  # [T, d]
+        is_complete = np.isfinite(numbers_of_rows).all(axis=1)  # [T]
+        masks.append(is_complete)
     return np.logical_and.reduce(masks)
 
 
 def find_zero_poses(pose: Array) -> Array:
-    """Find the rows that are zero where the pose should be, as some recorders write lost readings.
+    """Say of each row whether zeros stand for a missing pose.
 
-    Zeros are a pose like any other if the arm also comes near them, for example because positions
-    are relative to where the episode begins.
+    Some recorders write zeros for a lost reading. But if other poses of the episode are near zero,
+    for example because positions are relative to where the episode begins, a row of zeros is a real
+    pose.
 
     Args:
         pose: [T, d] the numbers of position and orientation, in any format and unit.
@@ -90,27 +93,29 @@ def find_zero_poses(pose: Array) -> Array:
     Returns:
         [T] bool.
     """
-    size = np.abs(pose).max(axis=1, initial=0)
-    is_zero = size == 0
-    sizes_elsewhere = size[~is_zero]
-    if not len(sizes_elsewhere):
-        return np.zeros(len(pose), bool)
+    sizes = np.abs(pose).max(axis=1, initial=0)  # [T] the largest number of each row
+    is_zero = sizes == 0  # [T]
+    nonzero_sizes = sizes[~is_zero]
+    no_row = np.zeros(len(pose), bool)
+    if not len(nonzero_sizes):
+        return no_row
 
-    comes_near_zero = sizes_elsewhere.min() < NEAR_ZERO_SHARE * np.median(sizes_elsewhere)
-    return np.zeros(len(pose), bool) if comes_near_zero else is_zero
+    usual_size = np.median(nonzero_sizes)
+    comes_near_zero = nonzero_sizes.min() < NEAR_ZERO_SHARE * usual_size
+    return no_row if comes_near_zero else is_zero
 
 
 def choose_rows(is_good: Array) -> Array:
     """Choose the rows of an episode to use, and record how many are dropped.
 
-    If more than half of the rows are bad, all are chosen: the layout is wrong, or little of the
-    episode would be left, and what converts the rows then refuses the episode by name.
+    If more than half of the rows are bad, the layout is probably wrong, or little of the episode
+    would remain. Then all rows are chosen, and their conversion refuses the episode by name.
 
     Args:
-        is_good: [T] bool.
+        is_good: [T] bool, whether each row can be used.
 
     Returns:
-        [N] the numbers of the rows.
+        [N] the indices of the chosen rows, ascending.
     """
     num_rows = len(is_good)
     num_good_rows = int(is_good.sum())

@@ -64,8 +64,8 @@ def build_episode(steps: Steps, layout: DatasetLayout, source: str) -> Episode:
     states and of these commands. The last action is then masked, because no state follows it. If
     the dataset has neither, the episode has no actions.
 
-    Rows without a pose are dropped, and the actions before them are masked. So are the actions that
-    a policy did instead of a person.
+    Rows that lack a number or a pose are dropped, and the actions before them are masked. Actions
+    of steps at which a policy controlled the robot instead of a person are masked as well.
 
     Args:
         steps: The columns of one episode.
@@ -122,20 +122,27 @@ def drop_bad_rows(steps: Steps, layout: DatasetLayout, source: str) -> tuple[Ste
         The columns without the bad rows, and the indices [T] of the rows that remain.
     """
     numbers = _read_needed_numbers(steps, layout, source)
-    pose = [numbers[layout.position], numbers[layout.rotation]]
-    num_rows = len(pose[0])
+    position = numbers[layout.position]
+    rotation = numbers[layout.rotation]
+    num_rows = len(position)
     is_good = find_complete_rows(values for values in numbers.values() if len(values) == num_rows)
-    if len(pose[1]) == num_rows:
-        pose_numbers = np.concatenate([values.reshape(num_rows, -1) for values in pose], axis=1)
-        is_good &= ~find_zero_poses(np.nan_to_num(pose_numbers, nan=np.inf))
+    if len(rotation) == num_rows:  # otherwise building the episode refuses the columns
+        pose_columns = [position.reshape(num_rows, -1), rotation.reshape(num_rows, -1)]
+        pose = np.concatenate(pose_columns, axis=1)  # [T, d]
+        pose_without_nan = np.nan_to_num(pose, nan=np.inf)  # a missing number is no zero
+        is_good &= ~find_zero_poses(pose_without_nan)
         assert layout.rotation_format is not None
-        is_good &= find_rotations(pose[1], layout.rotation_format)
+        is_good &= find_rotations(rotation, layout.rotation_format)
     rows = choose_rows(is_good)
-    return select_rows(steps, rows, num_rows), rows
+    good_steps = select_rows(steps, rows, num_rows)
+    return good_steps, rows
 
 
 def _read_needed_numbers(steps: Steps, layout: DatasetLayout, source: str) -> dict[Any, Array]:
-    """Read the columns of numbers that an episode is built from; numbers may be missing."""
+    """Read the columns of numbers from which an episode is built: name of a column → numbers.
+
+    Numbers may be NaN or infinite.
+    """
     columns = (
         layout.position,
         layout.rotation,
@@ -153,17 +160,26 @@ def _read_needed_numbers(steps: Steps, layout: DatasetLayout, source: str) -> di
 def _find_usable_actions(
     steps: Steps, layout: DatasetLayout, rows: Array, source: str
 ) -> Array | None:
-    """Mask the steps before a dropped row, and those that a policy did instead of a person.
+    """Mask the actions before dropped rows, and those of a policy that controlled the robot.
 
-    Returns [T] bool, or None if all actions are usable.
+    Args:
+        steps: The columns of the rows that remain.
+        layout: What the columns mean.
+        rows: [T] the indices of these rows in the recording.
+        source: The name of the episode.
+
+    Returns:
+        [T] bool, False for actions that nothing should be learned from; None if there are none.
     """
-    is_usable = mask_gaps(rows)
+    is_before_next_row = mask_gaps(rows)
     if layout.autonomous is None:
-        return is_usable
+        return is_before_next_row
 
-    values = read_numbers(steps, layout.autonomous, source).reshape(-1)
-    is_demonstrated = values != layout.autonomous_value
-    return is_demonstrated if is_usable is None else is_usable & is_demonstrated
+    modes = read_numbers(steps, layout.autonomous, source).reshape(-1)  # [T]
+    is_demonstrated = modes != layout.autonomous_value
+    if is_before_next_row is None:
+        return is_demonstrated
+    return is_before_next_row & is_demonstrated
 
 
 def _add_derived_actions(episode: Episode, command: Array) -> Episode:
@@ -182,7 +198,7 @@ def _to_our_frames(episode: Episode, layout: DatasetLayout) -> Episode:
     recorded_rotation = torch.as_tensor(episode.rotation)
     rotation = quat_multiply(recorded_rotation, tool_rotation)
     position = episode.position
-    if layout.tool_offset != NO_OFFSET:
+    if layout.tool_offset != NO_OFFSET:  # in the recorded end-effector frame
         tool_offset = torch.tensor(layout.tool_offset, dtype=torch.float32)
         position = position + quat_rotate(recorded_rotation, tool_offset).numpy()
     if layout.base_rotation != IDENTITY_ROTATION:

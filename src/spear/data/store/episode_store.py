@@ -149,14 +149,18 @@ class EpisodeStore:
         return int(self._read_request().get("shards", 0))
 
     def _read_request(self) -> dict[str, Any]:
-        """Read what a prepared folder was made from; nothing for a recorded one."""
+        """Read what a prepared folder was made from; an empty dict for a recorded folder."""
         request_file = self.path / REQUEST_FILE
         return read_json(request_file, "copy it again") if request_file.is_file() else {}
 
     @property
     def frames(self) -> Mapping[str, int]:
-        """The versions of the frames of its poses (`spear.data.frames`); none if recorded."""
-        from spear.data.frames import read_store_frames  # here: few need it, and it takes pydantic
+        """The versions of the frames of the store's poses (`spear.data.frames`).
+
+        They are empty for a recorded store.
+        """
+        # Imported here, because few callers need it, and it loads pydantic.
+        from spear.data.frames import read_store_frames
 
         request = self._read_request()
         return read_store_frames(request) if request else {}

@@ -132,7 +132,7 @@ class _Writer:
         self.features = make_features(self.image_sizes, images, self.rate_hz)
         self.schema = make_schema(self.features)
 
-        self.frames: dict[str, int] = {}
+        self.frames: dict[str, int] = {}  # the versions of the frames of the poses
 
         # What was added so far.
         self.num_episodes = 0
