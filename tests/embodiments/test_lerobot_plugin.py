@@ -1,4 +1,13 @@
-"""The plugin for LeRobot: what a dataset's numbers mean. Its check.py runs LeRobot itself."""
+"""The plugin for LeRobot converts the numbers of datasets and robots to states and actions, and
+back.
+
+These tests need no LeRobot, because they load only the plugin's file robots.py. The plugin's
+check.py runs LeRobot itself.
+
+LeRobot calls a step a frame. A robot's class converts one kind of numbers: end-effector poses
+(`PoseRobot`), joint angles (`JointRobot`) or our own exports (`ExportedRobot`). An action of ours
+takes 0.2 s, which is `stride` frames.
+"""
 
 import importlib.util
 import itertools
@@ -31,15 +40,19 @@ def quats_to_rotations(quats: Array) -> Rotation:
 
 
 def max_angle_between(first: Rotation, second: Rotation) -> float:
+    """The largest angle (rad) between rotations of the same index."""
     return float((first.inv() * second).magnitude().max())
 
 
 class TestPoseRobot:
-    """End-effector poses at 30 Hz: 6 frames per action."""
+    """A robot at 30 Hz whose numbers are end-effector poses.
 
-    stride = 6
-    current = np.array([0.3, 0.1, 0.2, 0.1, -0.5, 0.3, 80], np.float32)
-    is_past_end = np.array([0, 0, 0, 0, 1, 1], bool)
+    A pose has 7 numbers: x, y, z (m), a rotation vector (rad) and the gripper (100 is open).
+    """
+
+    stride = 6  # frames per action
+    current = np.array([0.3, 0.1, 0.2, 0.1, -0.5, 0.3, 80], np.float32)  # measured
+    is_past_end = np.array([0, 0, 0, 0, 1, 1], bool)  # of the six commands
 
     @pytest.fixture
     def robot(self) -> Any:
@@ -47,6 +60,7 @@ class TestPoseRobot:
 
     @pytest.fixture
     def commands(self) -> Array:
+        """Six commanded poses, 0.2 s apart, [6, 7]."""
         rng = np.random.default_rng(0)
         positions = rng.normal(0.3, 0.05, (6, 3))
         rotation_vectors = rng.normal(0, 1, (6, 3))
@@ -55,12 +69,13 @@ class TestPoseRobot:
 
     @pytest.fixture
     def path(self, commands: Array) -> Array:
-        """The current pose and the commands to which the five actions lead."""
+        """The current pose, and the commands to which the five actions lead, [6, 7]."""
         return np.vstack([self.current, commands[:5]])
 
     def test_a_state_has_the_position_and_the_opening(self, robot: Any) -> None:
         state = robot.to_state(self.current)
-        np.testing.assert_allclose(state[[0, 1, 2, 7]], [0.3, 0.1, 0.2, 0.8], atol=1e-6)
+        position_and_opening = state[[0, 1, 2, 7]]
+        np.testing.assert_allclose(position_and_opening, [0.3, 0.1, 0.2, 0.8], atol=1e-6)
 
     def test_actions_lead_from_command_to_command(
         self, robot: Any, commands: Array, path: Array
@@ -68,9 +83,11 @@ class TestPoseRobot:
         state = robot.to_state(self.current)
         actions, action_mask = robot.to_actions(state, commands, self.is_past_end)
 
-        assert action_mask.tolist() == [True, True, True, True, False]
-        np.testing.assert_allclose(actions[:, 7], [1, 1, 0.4, 0, 0], atol=1e-6)
-        np.testing.assert_allclose(actions[:, :3], np.diff(path[:, :3], axis=0), atol=1e-6)
+        assert action_mask.tolist() == [True, True, True, True, False]  # until the episode's end
+        openings = actions[:, 7]
+        np.testing.assert_allclose(openings, [1, 1, 0.4, 0, 0], atol=1e-6)  # clipped to 0 … 1
+        expected_translations = np.diff(path[:, :3], axis=0)
+        np.testing.assert_allclose(actions[:, :3], expected_translations, atol=1e-6)
         rotations = Rotation.from_rotvec(path[:, 3:6])
         expected = rotations[:-1].inv() * rotations[1:]
         assert max_angle_between(quats_to_rotations(actions[:, 3:7]), expected) < 1e-5
@@ -81,29 +98,41 @@ class TestPoseRobot:
         state = robot.to_state(self.current)
         actions, _ = robot.to_actions(state, commands, self.is_past_end)
 
-        back = robot.to_commands(actions, self.current)
+        frames = robot.to_commands(actions, self.current)
 
-        assert back.shape == (30, 7)
-        ends = back[5 :: self.stride]
-        np.testing.assert_allclose(ends[:, :3], commands[:5, :3], atol=1e-5)
+        assert frames.shape == (30, 7)  # 5 actions of 6 frames
+        last_frames = frames[5 :: self.stride]  # the last frame of each action
+        np.testing.assert_allclose(last_frames[:, :3], commands[:5, :3], atol=1e-5)
         halfway = (self.current[:3] + commands[0, :3]) / 2
-        np.testing.assert_allclose(back[2, :3], halfway, atol=1e-5)
+        np.testing.assert_allclose(frames[2, :3], halfway, atol=1e-5)
         expected = Rotation.from_rotvec(path[1:, 3:6])
-        assert max_angle_between(Rotation.from_rotvec(ends[:, 3:6]), expected) < 1e-4
+        assert max_angle_between(Rotation.from_rotvec(last_frames[:, 3:6]), expected) < 1e-4
 
     def test_joint_angles_are_refused(self, robot: Any) -> None:
+        """A rotation vector of 30 rad is more than a turn. The error names its first component."""
         joint_angles_deg = np.float32([0, -30, 60, 0, 30, 0, 50])
         refuses(robots.POSE_NAMES[3], robot.to_state, joint_angles_deg)
 
 
 class TestLaggingArm:
-    """An arm at 30 Hz that follows its commands with a time constant of `lag_s`."""
+    """An arm at 30 Hz that follows its commands with a time constant of `lag_s`.
+
+    In the demonstrations it moved along x at a constant speed, with its commands ahead of it.
+    """
 
     distance_per_frame_m = 0.002
     num_chunks = 60
 
     def demonstrated_actions(self, follow_fraction: float) -> Array:
-        """As in a dataset of this arm, the first action leads from where the arm is."""
+        """The five actions [5, 8] that a policy learns from these demonstrations.
+
+        The first action leads from where the arm is to a command, so it also covers the distance by
+        which commands were ahead. The other actions lead from command to command.
+
+        Args:
+            follow_fraction: the fraction of the distance to its command that the arm moves in one
+                frame.
+        """
         step_m = self.distance_per_frame_m
         actions = np.tile(np.float32([6 * step_m, 0, 0, 1, 0, 0, 0, 1]), (5, 1))
         actions[0, 0] = 5 * step_m + step_m / follow_fraction
@@ -111,39 +140,48 @@ class TestLaggingArm:
 
     @pytest.mark.parametrize("lag_s", [0.05, 0.1, 0.4])
     def test_moves_as_fast_as_demonstrated(self, lag_s: float) -> None:
-        robot = robots.PoseRobot(6)
-        follow_fraction = 1 - np.exp(-1 / 30 / lag_s)  # of the remaining distance, per frame
+        """The arm executes the first action (6 frames) of each of 60 chunks."""
+        robot = robots.PoseRobot(stride=6)
+        follow_fraction = 1 - np.exp(-1 / 30 / lag_s)
         actions = self.demonstrated_actions(follow_fraction)
         measured = np.float32([0, 0, 0, 0, 0, 0, 100])
         commands: list[Array] = []
-        positions = []
+        x_before_chunks = []
 
         for _ in range(self.num_chunks):
-            positions.append(measured[0])
-            last = commands[-1] if commands else None
-            for command in robot.to_commands(actions, measured, last)[:6]:
+            x_before_chunks.append(measured[0])
+            last_command = commands[-1] if commands else None
+            for command in robot.to_commands(actions, measured, last_command)[:6]:
                 commands.append(command)
-                measured[0] += (command[0] - measured[0]) * follow_fraction
+                distance_m = command[0] - measured[0]
+                measured[0] += distance_m * follow_fraction
 
+        distance_of_last_30_chunks_m = x_before_chunks[-1] - x_before_chunks[-31]
         demonstrated_m = 30 * 6 * self.distance_per_frame_m
-        assert (positions[-1] - positions[-31]) / demonstrated_m == pytest.approx(1, abs=0.02)
-        never_goes_back = np.diff(commands, axis=0)[:, 0].min() > 0
-        assert never_goes_back
+        assert distance_of_last_30_chunks_m / demonstrated_m == pytest.approx(1, abs=0.02)
+        smallest_command_step_m = np.diff(commands, axis=0)[:, 0].min()
+        assert smallest_command_step_m > 0  # no command goes back
 
     def test_that_is_pushed_away_moves_no_further_than_its_action(self) -> None:
-        robot = robots.PoseRobot(6)
-        actions = self.demonstrated_actions(0.3)
+        """The last command is 1 m and 1 rad away from where the arm was pushed to."""
+        robot = robots.PoseRobot(stride=6)
+        actions = self.demonstrated_actions(follow_fraction=0.3)
         measured = np.float32([0.5, 0, 0, 0, 0, 0, 100])
         last_command = measured + 1
 
-        moved = robot.to_commands(actions, measured, last_command)[0] - measured
+        first_frame = robot.to_commands(actions, measured, last_command)[0]
 
-        assert np.linalg.norm(moved[:3]) < actions[0, 0] + 1e-6
-        assert np.abs(moved[3:6]).max() < 1e-6
+        change = first_frame - measured
+        assert np.linalg.norm(change[:3]) < actions[0, 0] + 1e-6
+        assert np.abs(change[3:6]).max() < 1e-6
 
 
 class GantryKinematics:
-    """Joints 0 to 2 slide along x, y, z (1 m per degree) as far as 1 m; joint 3 turns about z."""
+    """A stand-in for LeRobot's kinematics, of an arm with four joints.
+
+    Joints 0 to 2 slide along x, y and z, by 1 m per degree and as far as 1 m. Joint 3 turns about
+    z.
+    """
 
     def forward_kinematics(self, angles_deg: Array) -> Array:
         pose = np.eye(4)
@@ -157,19 +195,24 @@ class GantryKinematics:
 
 
 class TestJointRobot:
-    current = np.array([0.1, 0.2, 0.3, 30, 100], np.float32)
+    """A robot at 10 Hz whose numbers are four joint angles and the gripper (100 is open)."""
+
+    current = np.array([0.1, 0.2, 0.3, 30, 100], np.float32)  # measured
 
     @pytest.fixture
     def robot(self) -> Any:
+        """The gantry, with 2 frames per action."""
         return robots.JointRobot(2, GantryKinematics(), 4)
 
     @pytest.fixture
     def commands(self) -> Array:
+        """Six commands, 0.2 s apart, [6, 5]."""
         steps = np.arange(1, 7)[:, None]
         return self.current + steps * np.float32([0.01, 0, 0, 5, -20])
 
     @pytest.fixture
     def actions(self, robot: Any, commands: Array) -> Array:
+        """The actions [5, 8] that lead from the current pose from command to command."""
         state = robot.to_state(self.current)
         actions, action_mask = robot.to_actions(state, commands, np.zeros(6, bool))
         assert action_mask.all()
@@ -183,34 +226,49 @@ class TestJointRobot:
     def test_actions_lead_back_to_the_joint_angles(
         self, robot: Any, commands: Array, actions: Array
     ) -> None:
-        back = robot.to_commands(actions, self.current)
-        np.testing.assert_allclose(back[1::2, :4], commands[:5, :4], atol=1e-4)
+        frames = robot.to_commands(actions, self.current)
+
+        last_frames = frames[1::2]  # the second frame of each action
+        np.testing.assert_allclose(last_frames[:, :4], commands[:5, :4], atol=1e-4)
 
     def test_stays_where_no_joint_angles_lead_and_says_so_once(
         self, robot: Any, actions: Array
     ) -> None:
-        too_far = actions.copy()
-        too_far[2:, 0] = 0.6  # from the third action on beyond the reach of 1 m
+        """The third and later actions lead beyond the reach of 1 m.
+
+        The third action (frames 4 and 5) still leads to 0.72 m. From there the arm stays, also in
+        the next chunk.
+        """
+        too_far_actions = actions.copy()
+        too_far_actions[2:, 0] = 0.6
 
         with pytest.warns(UserWarning, match="no joint angles") as notices:
-            commands = robot.to_commands(too_far, self.current)
-            next_commands = robot.to_commands(too_far[2:] * 3, self.current, commands[5])
+            frames = robot.to_commands(too_far_actions, self.current)
+            last_reached_frame = frames[5]
+            next_frames = robot.to_commands(
+                too_far_actions[2:] * 3, self.current, last_reached_frame
+            )
 
         assert len(notices) == 1
-        assert (commands[:4, 0] < 0.13).all()
-        assert commands[-1, 0] <= 1
-        stays = np.vstack([commands[6:], next_commands]) == commands[5]
-        assert stays.all()
+        assert (frames[:4, 0] < 0.13).all()  # of the first two actions
+        assert frames[-1, 0] <= 1
+        later_frames = np.vstack([frames[6:], next_frames])
+        assert (later_frames == last_reached_frame).all()
 
 
 @pytest.mark.parametrize(
     ("kind", "scale", "num_notices"),
-    [("joints", 1, 0), ("exported", 1 / 99, 0), ("joints", 1 / 99, 2), ("joints", 10 / 9, 1)],
+    [
+        ("joints", 1, 0),  # up to 90° and an opening up to 100
+        ("exported", 1 / 99, 0),
+        ("joints", 1 / 99, 2),  # angles like radians, and an opening up to 1
+        ("joints", 10 / 9, 1),  # joints from -100 to 100, which is LeRobot's normalized range
+    ],
 )
 def test_unlikely_units_are_noticed(
     recwarn: pytest.WarningsRecorder, kind: str, scale: float, num_notices: int
 ) -> None:
-    """Radians, an opening from 0 to 1, and joints from -100 to 100."""
+    """The numbers of five frames are multiplied by `scale`."""
     robot = robots.ExportedRobot()
     if kind == "joints":
         robot = robots.JointRobot(2, GantryKinematics(), 4)
@@ -222,7 +280,7 @@ def test_unlikely_units_are_noticed(
 
 
 class FakeClock:
-    """In place of the module `time`."""
+    """A stand-in for the module `time`, whose time passes only if a test or `sleep` says so."""
 
     def __init__(self) -> None:
         self.now_s = 100.0
@@ -235,10 +293,13 @@ class FakeClock:
 
 
 class TestCommandPacer:
+    """The pacer hands out one command after the other, `fps` of them per second at most."""
+
     fps = 5
 
     @pytest.fixture
     def clock(self, monkeypatch: pytest.MonkeyPatch) -> FakeClock:
+        """The clock that the plugin uses in these tests."""
         clock = FakeClock()
         monkeypatch.setattr(robots, "time", clock)
         return clock
@@ -254,27 +315,38 @@ class TestCommandPacer:
         given_per_s: float,
         is_noticed: bool,
     ) -> None:
+        """A control loop asks for commands `asked_per_s` times per second, a bit unevenly.
+
+        It is noticed if the loop asks faster than commands may be executed.
+        """
         pacer = robots.CommandPacer(self.fps)
         num_commands = 100
-        delays_s = np.random.default_rng(0).uniform(0, 0.08, num_commands + 1)  # an uneven loop
+        # By how much each request is later than in an even loop.
+        delays_s = np.random.default_rng(0).uniform(0, 0.08, num_commands + 1)
         start_s = clock.now_s
 
         for previous_delay_s, delay_s in itertools.pairwise(delays_s):
-            asked_s = clock.now_s
+            request_time_s = clock.now_s
             pacer.wait_until_due()
-            next_s = asked_s + 1 / asked_per_s + delay_s - previous_delay_s
-            clock.now_s = max(clock.now_s, next_s)
+            next_request_s = request_time_s + 1 / asked_per_s + delay_s - previous_delay_s
+            clock.now_s = max(clock.now_s, next_request_s)
 
         duration_s = clock.now_s - start_s
         assert num_commands / duration_s == pytest.approx(given_per_s, rel=0.02)
         assert (len(recwarn) > 0) is is_noticed
 
     def test_forgets_commands_that_waited_through_a_pause(self, clock: FakeClock) -> None:
+        """Each prediction is a chunk of two commands, numbered 10 and 11, 20 and 21, and so on.
+
+        The robot asks for five commands, after these pauses. After the pause of 1.1 s, the second
+        command of the second chunk is outdated, so a new chunk is predicted, without a last command
+        that it should continue.
+        """
         pacer = robots.CommandPacer(self.fps)
         last_commands = []
 
-        def predict(last: int | None) -> list[int]:
-            last_commands.append(last)
+        def predict(last_command: int | None) -> list[int]:
+            last_commands.append(last_command)
             chunk_number = len(last_commands)
             return [chunk_number * 10, chunk_number * 10 + 1]
 
@@ -282,37 +354,45 @@ class TestCommandPacer:
             clock.now_s += pause_s
             pacer.next_command(predict)
 
-        # Two chunks run out one after the other. The third one follows the pause of 1.1 s.
         assert last_commands == [None, 11, None]
 
 
 class TestExportedRobot:
+    """The numbers of our own exports are states and canonical actions already, at 5 Hz."""
+
     def test_actions_stay_as_they_are(self) -> None:
         robot = robots.choose_robot(STATE_NAMES, ACTION_NAMES, 1, "", "")
-        commands = np.arange(48, dtype=np.float32).reshape(6, 8)
+        frames = np.arange(48, dtype=np.float32).reshape(6, 8)
         is_past_end = np.arange(6) == 5
 
-        actions, action_mask = robot.to_actions(commands[0], commands, is_past_end)
+        actions, action_mask = robot.to_actions(frames[0], frames, is_past_end)
+        commands = robot.to_commands(actions, frames[0])
 
-        np.testing.assert_array_equal(robot.to_commands(actions, commands[0]), commands[:5])
+        np.testing.assert_array_equal(commands, frames[:5])
         assert action_mask.tolist() == [True, True, True, True, False]
 
     def test_of_another_rate_is_refused(self) -> None:
+        """Six frames per action would be 30 Hz."""
         refuses("fps", robots.choose_robot, STATE_NAMES, ACTION_NAMES, 6, "", "")
 
 
 def test_no_action_after_a_disturbance_is_a_demonstration() -> None:
-    is_demonstrated = np.array([1, 1, 1, 0, 1, 1, 1, 1, 1, 1], bool)
-    index = np.array([0, 3, 4, 8])
+    """Frame 3 is a disturbance, so the chunks from frames 0, 3, 4 and 8 have 3, 0, 5 and 5 actions.
 
-    mask = robots.find_demonstrated_actions(is_demonstrated, index)
+    Behind the last frame, other masks apply.
+    """
+    is_demonstrated = np.array([1, 1, 1, 0, 1, 1, 1, 1, 1, 1], bool)
+    first_frames = np.array([0, 3, 4, 8])
+
+    mask = robots.find_demonstrated_actions(is_demonstrated, first_frames)
 
     num_actions = np.array([3, 0, 5, 5])
-    np.testing.assert_array_equal(mask, np.arange(5) < num_actions[:, None])
+    expected = np.arange(5) < num_actions[:, None]  # [4, 5]
+    np.testing.assert_array_equal(mask, expected)
 
 
 @pytest.mark.parametrize(
-    ("names", "message"),
+    ("names", "message"),  # names of the components of the state and of the action
     [
         (["shoulder.pos", "gripper.pos"], "urdf"),
         (["left_gripper.pos", "right_gripper.pos"], "action"),
@@ -325,14 +405,19 @@ def test_numbers_that_are_no_pose_are_refused(names: list[str], message: str) ->
 
 
 class TestDemonstratedFrames:
-    """Of three episodes, the second one failed."""
+    """A dataset of three episodes of 6 frames, of which the second one failed."""
 
     @pytest.fixture
     def episodes(self) -> list[Any]:
-        return [add_actions(make_episode(i, success=s)) for i, s in enumerate((True, False, None))]
+        outcomes = (True, False, None)
+        return [
+            add_actions(make_episode(index, success=outcome))
+            for index, outcome in enumerate(outcomes)
+        ]
 
     @pytest.fixture
     def dataset_meta(self, episodes: list[Any], tmp_path: Path) -> SimpleNamespace:
+        """A stand-in for LeRobot's metadata of the exported dataset."""
         root = tmp_path / "exported"
         write_lerobot(iter(episodes), root, "image")
         info = json.loads((root / "meta" / "info.json").read_text())
@@ -342,12 +427,14 @@ class TestDemonstratedFrames:
         self, episodes: list[Any], dataset_meta: SimpleNamespace
     ) -> None:
         expected = np.concatenate([np.asarray(episode.action_mask) for episode in episodes])
-        expected[6:12] = False
+        expected[6:12] = False  # the episode that failed
 
         frames = robots.find_demonstrated_frames(dataset_meta, robots.ExportedRobot())
 
         np.testing.assert_array_equal(frames, expected)
 
     def test_are_all_frames_of_a_foreign_dataset(self, dataset_meta: SimpleNamespace) -> None:
-        """There, columns of these names may mean something else."""
-        assert robots.find_demonstrated_frames(dataset_meta, robots.PoseRobot(1)).all()
+        """In a foreign dataset, columns of these names may mean something else."""
+        frames = robots.find_demonstrated_frames(dataset_meta, robots.PoseRobot(1))
+
+        assert frames.all()
