@@ -569,13 +569,14 @@ def test_the_pilot_goes_on_while_the_policy_computes() -> None:
 
 
 def answer_after_50_ms(observation: Mapping[str, Any]) -> Array:
+    """A chunk that moves by t, t + 1, … mm, for an observation {"t": t}."""
     time.sleep(0.05)
     return make_chunk(observation["t"])
 
 
 @pytest.mark.usefixtures("no_waiting")
 def test_the_pilot_in_sync_waits_for_every_chunk() -> None:
-    """At each observation t whose chunk begins, the actions are t, t + 1 and t + 2 mm."""
+    """The chunks of t = 1, 4 and 7 move by t, t + 1 and t + 2 mm."""
     with closing(Pilot(make_policy(answer_after_50_ms), "sync", replan_interval=3)) as pilot:
         actions = [pilot.step({"t": t}) for t in range(1, 9)]
 

@@ -351,8 +351,9 @@ class Pilot:
     The pilot keeps time. A call of `step` that comes early waits for its tick, because a robot that
     executes the same actions at a higher rate moves faster. A notice tells you about early calls,
     because the observation grows old while the pilot waits. After a late call the ticks are a tenth
-    shorter until the pilot has caught up; it catches up at most half a tick (our choice). After a
-    pause of `MAX_PAUSE_S`, and when the prompt changes, the pilot drops its plan and begins anew.
+    shorter until the delay is made up for, but at most half a tick is made up for (our choice).
+    After a pause of `MAX_PAUSE_S`, and when the prompt changes, the pilot drops its plan and begins
+    anew.
     The pilot also drops a chunk whose inference took more than `MAX_PAUSE_S` longer than the
     inference before.
 
@@ -388,12 +389,14 @@ class Pilot:
             max_committed=getattr(policy, "committed", 0),
         )
         self._executor = self._create_executor()
-        self._prompt: Any = None
+        self._prompt: Any = None  # the prompt of the last observation
+        # Times on the monotonic clock: when the last step returned, and when the next tick begins.
+        # Minus infinity means that the pilot begins anew, and waits for nothing.
         self._last_step_time_s = -math.inf
         self._next_tick_time_s = -math.inf
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="pilot")
-        self._inference: _Inference | None = None
-        self._inference_s = math.inf  # the first inference may take long
+        self._inference: _Inference | None = None  # the inference that runs, or whose chunk waits
+        self._inference_s = math.inf  # duration of the last inference; the first may take any time
 
     def step(self, observation: Mapping[str, Any]) -> Array:
         """Return the action [8] to execute now.
@@ -561,9 +564,8 @@ def _join(
         positions[:-1], rotations[:-1], positions[1:], rotations[1:]
     )
     gripper = actions[first:, 7:]
-    return np.concatenate([translation.numpy(), rotation.numpy(), gripper], axis=1).astype(
-        np.float32
-    )
+    joined = np.concatenate([translation.numpy(), rotation.numpy(), gripper], axis=1)
+    return joined.astype(np.float32)
 
 
 def _lengths(actions: Array) -> Array:

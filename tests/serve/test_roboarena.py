@@ -77,6 +77,7 @@ def connect_client(control: str | None = None) -> Iterator[RoboArenaClient]:
 
 @pytest.fixture
 def client() -> Iterator[RoboArenaClient]:
+    """A client of a server with RoboArena's default control."""
     pytest.importorskip("mujoco")
     with connect_client() as connected:
         yield connected

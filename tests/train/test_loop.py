@@ -254,8 +254,10 @@ def test_a_skipped_batch_is_written_whole_or_not_at_all(
     # Files are written under another name and then renamed; here renaming fails.
     monkeypatch.setattr(os, "replace", Mock(side_effect=OSError(errno.ENOSPC, "full")))
 
+    origin = {"step": 0, "number": 0, "seed": 0}
     batch = {"x": torch.ones(3)}
-    refuses("not-finite/step-.*disk is full", log.save_batch, tmp_path, 0, 0, 0, batch)
+    words = "not-finite/step-.*disk is full"
+    refuses(words, log.save_batch, tmp_path, **origin, batch=batch)
 
     assert not any(path.is_file() for path in tmp_path.rglob("*"))
 

@@ -29,11 +29,11 @@ LEAN = dataclasses.replace(
     vision={**TINY.vision, "num_hidden_layers": 1},
 )
 RECIPE = Recipe(
-    "plan",
-    "vla",
-    "lean",
-    "",
-    Optimization(steps=2, lr=1e-3, ema=0.9),
+    name="plan",
+    kind="vla",
+    preset="lean",
+    description="",
+    optimization=Optimization(steps=2, lr=1e-3, ema=0.9),
     batch_size=8,
     flow_samples=2,
 )
@@ -53,6 +53,19 @@ def small_presets() -> Iterator[None]:
 def estimate(small_presets: None) -> MemoryEstimate:
     """The estimate for `RECIPE` without any change that saves memory."""
     return memory.measure_training(RECIPE)
+
+
+def make_estimate(weights: int) -> MemoryEstimate:
+    """An estimate whose bytes are all those of one weight."""
+    return MemoryEstimate(
+        weights=weights,
+        gradients=0,
+        moments=0,
+        ema=0,
+        activations=0,
+        num_parameters=1,
+        num_trainable=1,
+    )
 
 
 def make_stepper(recipe: Recipe) -> tuple[Stepper, dict[str, Any]]:
@@ -199,6 +212,7 @@ def test_a_vlm_has_fewer_weights_than_a_policy(estimate: MemoryEstimate) -> None
     assert vlm.weights < estimate.weights
 
 
+# Words of the command that prints the estimate.
 PLAN = ("estimate-memory", "--preset", "lean")
 PLAN_LARGE_BATCH = (*PLAN, "--batch-size", "64", "--recipe", "post-train-bridge")
 
@@ -260,7 +274,7 @@ def test_the_command_names_the_changes_that_make_a_recipe_fit(
     monkeypatch.setattr(
         memory,
         "measure_training",
-        lambda recipe: MemoryEstimate(next(totals), 0, 0, 0, 0, 1, 1),
+        lambda recipe: make_estimate(next(totals)),
     )
 
     assert main([*PLAN_LARGE_BATCH]) == 1
@@ -273,9 +287,7 @@ def test_the_command_says_that_no_change_makes_a_recipe_fit(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(memory, "usable_bytes", lambda gpu: 50)
-    monkeypatch.setattr(
-        memory, "measure_training", lambda recipe: MemoryEstimate(51, 0, 0, 0, 0, 1, 1)
-    )
+    monkeypatch.setattr(memory, "measure_training", lambda recipe: make_estimate(51))
 
     assert main([*PLAN_LARGE_BATCH]) == 1
 
@@ -286,9 +298,7 @@ def test_the_command_says_that_a_policy_does_not_fit_to_act(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(memory, "usable_bytes", lambda gpu: 50)
-    monkeypatch.setattr(
-        memory, "measure_inference", lambda *options: MemoryEstimate(51, 0, 0, 0, 0, 1, 1)
-    )
+    monkeypatch.setattr(memory, "measure_inference", lambda *options: make_estimate(51))
 
     assert main([*PLAN, "--recipe", "inference"]) == 1
 

@@ -445,7 +445,7 @@ def stores(tmp_path: Path) -> dict[str, EpisodeStore]:
     stores = {}
     for number, name in enumerate(("bridge_dataset", "droid", "mine")):
         stores[name] = write_store(
-            [make_episode(number, 2, source=f"{name}/train#0")], tmp_path / name
+            [make_episode(number, num_steps=2, source=f"{name}/train#0")], tmp_path / name
         )
     return stores
 

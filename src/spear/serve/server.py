@@ -159,6 +159,7 @@ class PolicyServer:
             peer.transport.abort()
 
     def _count_clients(self) -> int:
+        """Return the number of open websocket connections."""
         return sum(peer.state is State.OPEN for peer in self._peers)
 
     def _infer_batch(self, requests: Sequence[Any], robots: Sequence[Hashable]) -> Sequence[Result]:

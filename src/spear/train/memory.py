@@ -147,7 +147,14 @@ def measure_training(recipe: Recipe, as_on_gpu: bool = True) -> MemoryEstimate:
 def measure_inference(preset: Preset, dtype: torch.dtype, batch_size: int = 1) -> MemoryEstimate:
     """Measure what SPEAR-1 needs on a GPU for one inference on `batch_size` observations."""
     no_steps = Optimization(steps=1, lr=0.0)
-    recipe = Recipe("inference", "vla", preset.name, "", no_steps, batch_size)
+    recipe = Recipe(
+        name="inference",
+        kind="vla",
+        preset=preset.name,
+        description="",
+        optimization=no_steps,
+        batch_size=batch_size,
+    )
     model: Any = _build_model(recipe, preset).to(dtype).eval()
 
     # The step runs on CPU tensors. oneDNN, which a GPU does not use, would add repacked copies of

@@ -11,7 +11,15 @@ from typing import Any
 from spear.errors import check_known, notice
 from spear.train.options import Optimization, Recipe
 
-_DEFAULTS = Recipe("", "vla", "", "", Optimization(steps=0, lr=0.0), batch_size=1)
+# The values of keys that neither a recipe nor the one that it is like gives.
+_DEFAULTS = Recipe(
+    name="",
+    kind="vla",
+    preset="",
+    description="",
+    optimization=Optimization(steps=0, lr=0.0),
+    batch_size=1,
+)
 
 
 def _load_recipes() -> dict[str, Recipe]:

@@ -336,6 +336,7 @@ def _is_simulator_only(inputs: TrainingInputs) -> bool:
             sources.extend(pq.read_table(shard, columns=["source"])["source"].to_pylist())
     for _, store, _ in inputs.episodes:
         sources.extend(store.source(index) for index in range(len(store)))
+    # Labels of the simulator's scenes have sources such as "sim:42", its episodes "sim/put_on/42".
     if not all(source.startswith(("sim:", "sim/")) for source in sources):
         return False
     return all(
