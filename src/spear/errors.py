@@ -40,6 +40,12 @@ class UndecidedError(SpearError):
     code = 3
 
 
+class UnansweredError(SpearError):
+    """A model does not answer a question: it was not taught to, or the object is absent."""
+
+    code = 3
+
+
 class RetryableError(SpearError):
     """An error whose cause is temporary, such as a service that cannot be reached."""
 

@@ -5,7 +5,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from tyro.conf import Positional, arg
 
-from spear.errors import check_known, escape_control_characters, format_count, notice
+from spear.errors import (
+    UnansweredError,
+    check_known,
+    escape_control_characters,
+    format_count,
+    notice,
+)
 from spear.evaluate.options import Decode
 from spear.question_types import QUESTION_TYPES
 from spear.util.files import write_bytes, write_text
@@ -38,7 +44,10 @@ class AskOptions(Options):
     """What to ask, in words."""
     model: ModelName = "nano-vlm"
     question_type: Annotated[str | None, arg(metavar=f"{{{','.join(QUESTION_TYPES)}}}")] = None
-    """Type that fixes the form of the answer. Without it the model answers freely."""
+    """Type that fixes the form of the answer. Default: the type that the words of the question
+    say."""
+    free: bool = False
+    """Also answer questions that the model was not taught, with whatever it finds most likely."""
     view: CameraView = MAIN_VIEW
     """Camera that took the image."""
     decode: Decode = "median"
@@ -54,15 +63,16 @@ def ask(options: AskOptions) -> None:
 
     Numbers in the answer are meters in the camera frame (for a model of relative labels, their
     unit): x to the right, y down, z forward. A calibrated model adds the interval that contained
-    80 % of the true values, or answers "not in the picture".
+    80 % of the true values. The command exits with code 3 if the model was not taught to answer
+    such a question, or if a calibrated model does not see the object.
 
     Examples:
         spear ask photo.jpg "How far away is the mug?"
         spear ask sim:7 "Provide the 3D bounding box of the cucumber" --save-image box.png
     """
-    from spear.evaluate.vqa.ask import ask_question, load_picture
+    from spear.evaluate.vqa.ask import AskSettings, ask_question, load_picture
     from spear.evaluate.vqa.calibration import Trust
-    from spear.models.weights.folders import is_simulator_only
+    from spear.models.weights.folders import is_simulator_only, read_taught_questions
     from spear.policy import load_vlm, locate
     from spear.util.images import find_image_format
 
@@ -81,10 +91,14 @@ def ask(options: AskOptions) -> None:
         picture.image,
         options.question,
         options.question_type,
-        options.decode,
-        trust,
-        options.view,
+        AskSettings(
+            options.decode, trust, options.view, read_taught_questions(folder), options.free
+        ),
     )
+    if answer is None:
+        is_absent = "not in the picture" in reply
+        advice = "" if is_absent else " Add --free for whatever it finds most likely."
+        raise UnansweredError(f"{reply}.{advice}")
     print(escape_control_characters(reply, keep_newlines=True))
 
     if trust is None and options.view == MAIN_VIEW:

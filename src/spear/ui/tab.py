@@ -19,6 +19,7 @@ from spear.evaluate import film as video
 from spear.evaluate.vqa import ask
 from spear.evaluate.vqa.calibration import Trust
 from spear.labels.fit.box3d import BOX_EDGES
+from spear.models.weights.folders import read_taught_questions
 from spear.policy import Spear1Policy, VlmBundle
 from spear.sim.scene import EXTERNAL_CAMERA_FOV_Y_DEG, FAMILIES, NOMINAL_START_POSITION_M
 from spear.types import Array
@@ -63,6 +64,7 @@ class SharedModel:
         self.episode_folder = episode_folder
         self.vlm = VlmBundle(policy.model.vlm, policy.processor)
         self.trust = Trust.load(policy.folder) if policy.folder else None
+        self.taught_types = read_taught_questions(policy.folder) if policy.folder else None
 
     @property
     def is_metric(self) -> bool:
@@ -278,7 +280,12 @@ class Tab:
         question = read_prompt({"question": request.get("text")}, "question")
         image = episode.observation_at(step)["observation/image"]
         _, answer = ask.ask_question(
-            self._shared_model.vlm, image, question, trust=self._shared_model.trust
+            self._shared_model.vlm,
+            image,
+            question,
+            settings=ask.AskSettings(
+                trust=self._shared_model.trust, taught_types=self._shared_model.taught_types
+            ),
         )
         return {"step": step, "answer": {"question": question, "text": answer, "step": step}}
 

@@ -2,6 +2,7 @@
 
 import json
 import re
+import tomllib
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -10,19 +11,26 @@ import numpy as np
 import pytest
 
 from refusals import refuses
+from spear.cli import main
 from spear.errors import Notice
 from spear.evaluate.options import QuestionOptions
-from spear.evaluate.vqa.ask import ask_question, load_labeled_images, load_picture, parse_question
+from spear.evaluate.vqa.ask import AskSettings, ask_question, load_labeled_images, load_picture
 from spear.evaluate.vqa.calibration import CALIBRATION_FILE, Certainty, Trust, compute_spread_factor
 from spear.evaluate.vqa.run import evaluate_vqa
+from spear.evaluate.vqa.wording import ParsedQuestion, match_templates, understand_question
 from spear.labels.questions.templates import PROMPT_TEMPLATES
-from spear.models.weights.folders import BUNDLED_WEIGHTS, is_simulator_only
+from spear.models.weights.folders import (
+    BUNDLED_WEIGHTS,
+    is_simulator_only,
+    read_taught_questions,
+)
 from spear.policy import VlmBundle, load_vlm
 from spear.question_types import QUESTION_TYPES
 from spear.types import Array
 from spear.util.fingerprints import fingerprint_checkpoint
 
 NANO = BUNDLED_WEIGHTS / "nano"
+SEEN_NAMES = ("plate", "robot gripper")  # that nano-vlm sees in sim:7
 PLATE_QUESTION = "How far away is the plate?"
 
 
@@ -50,30 +58,107 @@ def image(nano: VlmBundle) -> Array:
 
 
 @pytest.mark.parametrize("question_type", QUESTION_TYPES)
-def test_every_taught_wording_is_parsed(question_type: str) -> None:
+def test_every_taught_wording_is_understood_as_it_is(question_type: str) -> None:
     """Also in lower case, and after words that only state the unit."""
     for prompt in PROMPT_TEMPLATES[question_type]:
         question = prompt.format(x="the red cube", y="a mug", p="nearest")
         names = ["red cube", "mug"] if "{y}" in prompt else ["red cube"]
         for variant in (question, question.lower() + " ", f"Up to scale: {question}"):
-            assert parse_question(variant) == (question_type, names)
+            parsed = understand_question(variant, [question_type])
+            assert parsed == ParsedQuestion(question_type, names, variant, True)
 
 
 @pytest.mark.parametrize("name", ["zebra", "salt and pepper shaker"])
-def test_any_name_is_parsed(name: str) -> None:
-    assert parse_question(f"How far away is a {name}") == ("distance", [name])
+def test_any_name_is_understood(name: str) -> None:
+    parsed = understand_question(f"How far away is a {name}")
+
+    assert parsed is not None
+    assert (parsed.question_type, parsed.names) == ("distance", [name])
+
+
+HELD_OUT = tomllib.loads(Path(__file__).with_name("questions.toml").read_text("utf-8"))
+"""Questions in words that no template has: "taught" by type, "untaught", and "absent", which are
+about objects that no scene has."""
+NANO_TYPES = read_taught_questions(BUNDLED_WEIGHTS / "nano-vlm")
+NAMES = [("red cube", "toy car"), ("cardboard box", "remote"), ("plate", "mug")]
+
+
+def list_held_out(x: str, y: str) -> list[tuple[str, str]]:
+    """The (question type, question) of each paraphrase of a taught question."""
+    questions: list[tuple[str, str]] = []
+    for question_type, paraphrases in HELD_OUT["taught"].items():
+        for paraphrase in paraphrases:
+            questions.append((question_type, paraphrase.format(x=x, y=y)))
+    return questions
+
+
+def test_there_are_200_held_out_questions() -> None:
+    num_others = len(HELD_OUT["untaught"]["questions"]) + len(HELD_OUT["absent"]["questions"])
+
+    assert (len(list_held_out("mug", "bowl")), num_others) == (100, 100)
+
+
+def test_no_held_out_question_has_a_taught_wording() -> None:
+    for _, question in list_held_out("mug", "bowl"):
+        for question_type in PROMPT_TEMPLATES:
+            assert match_templates(question, question_type) is None, question
+
+
+@pytest.mark.parametrize(("x", "y"), NAMES)
+def test_paraphrases_of_taught_questions_are_understood(x: str, y: str) -> None:
+    understood = []
+    for question_type, question in list_held_out(x, y):
+        parsed = understand_question(question, NANO_TYPES)
+        is_type = parsed is not None and parsed.question_type == question_type
+        understood.append(is_type and parsed.names[0] == x)
+
+    assert np.mean(understood) >= 0.95
+
+
+@pytest.mark.parametrize(("x", "y"), NAMES)
+def test_questions_that_were_not_taught_are_not_understood(x: str, y: str) -> None:
+    for question in HELD_OUT["untaught"]["questions"]:
+        assert understand_question(question.format(x=x, y=y), NANO_TYPES) is None, question
+
+
+@pytest.mark.parametrize("question", HELD_OUT["absent"]["questions"])
+def test_a_question_about_any_object_is_understood(question: str) -> None:
+    parsed = understand_question(question, NANO_TYPES)
+
+    assert parsed is not None
+    assert all(name in question for name in parsed.names)
 
 
 @pytest.mark.parametrize(
-    "question",
+    ("question", "prompt"),
     [
-        "What do you think of it?",
-        "How far away is the gripper from the cup?",
-        "How far away is the gripper relative to the cup",
+        (
+            "Give me the offset from the can to the ball.",
+            "Estimate the x, y, z distance between the can and the ball",
+        ),
+        (
+            "Where is the ball relative to the can, in x, y, z?",
+            "Estimate the x, y, z distance between the can and the ball",
+        ),
+        (
+            "Where in space is the farthest point of the jar?",
+            "Provide the 3D coordinates of the furthest point of the jar",
+        ),
+        ("What's the camera's distance to the can?", "How far is the can from the camera?"),
     ],
 )
-def test_other_wordings_are_not_parsed(question: str) -> None:
-    assert parse_question(question) is None
+def test_a_paraphrase_is_asked_in_a_taught_wording(question: str, prompt: str) -> None:
+    parsed = understand_question(question)
+
+    assert parsed is not None
+    assert parsed.prompt == prompt
+
+
+@pytest.mark.parametrize("question_type", ["distance", "keypoint"])
+def test_a_type_that_was_not_taught_is_not_understood(question_type: str) -> None:
+    question = PROMPT_TEMPLATES[question_type][0].format(x="the mug", p="nearest")
+
+    assert understand_question(question, NANO_TYPES - {question_type}) is None
 
 
 # ---- Answers.
@@ -82,7 +167,7 @@ def test_other_wordings_are_not_parsed(question: str) -> None:
 def test_an_answer_has_an_interval_around_its_median(
     nano: VlmBundle, image: Array, trust: Trust
 ) -> None:
-    answer, text = ask_question(nano, image, PLATE_QUESTION, trust=trust)
+    answer, text = ask_question(nano, image, PLATE_QUESTION, settings=AskSettings(trust=trust))
 
     assert "80% interval" in text
     # The numbers in the text are the answer, 80 (%), and the ends of the interval.
@@ -97,7 +182,9 @@ def test_an_answer_has_an_interval_around_its_median(
 def test_an_object_that_is_not_there_has_no_answer(
     name: str, nano: VlmBundle, image: Array, trust: Trust
 ) -> None:
-    answer, text = ask_question(nano, image, f"How far away is the {name}?", trust=trust)
+    answer, text = ask_question(
+        nano, image, f"How far away is the {name}?", settings=AskSettings(trust=trust)
+    )
 
     assert answer is None
     assert text.startswith(f"not in the picture: {name}")
@@ -122,15 +209,86 @@ def test_a_model_that_was_not_measured_answers_about_any_object(
 def test_how_sure_an_answer_to_another_wording_is_is_not_known(
     question: str, question_type: str | None, nano: VlmBundle, image: Array, trust: Trust
 ) -> None:
-    _, text = ask_question(nano, image, question, question_type, trust=trust)
+    _, text = ask_question(
+        nano, image, question, question_type, settings=AskSettings(trust=trust, is_free=True)
+    )
 
     assert "not known" in text
+
+
+@pytest.mark.parametrize("question", ["What color is the sky?", "Is the plate heavy?"])
+def test_a_question_that_was_not_taught_is_answered_as_such(
+    question: str, nano: VlmBundle, image: Array
+) -> None:
+    answer, text = ask_question(nano, image, question)
+
+    assert answer is None
+    assert text.startswith("the model was not taught to answer this question")
+
+
+def test_a_paraphrase_is_answered_with_its_interval(
+    nano: VlmBundle, image: Array, trust: Trust
+) -> None:
+    answer, text = ask_question(
+        nano, image, "At what distance is the plate?", settings=AskSettings(trust=trust)
+    )
+
+    expected, _ = ask_question(
+        nano, image, "How far is the plate from the camera?", settings=AskSettings(trust=trust)
+    )
+    assert answer == expected
+    assert "80% interval" in text
+    assert 'asked as: "How far is the plate from the camera?"' in text
+
+
+@pytest.mark.parametrize(
+    ("question", "message"),
+    [
+        ("What color is the sky?", r"was not taught .*\. Add --free"),
+        ("How distant is the elephant?", r"not in the picture: elephant"),
+    ],
+)
+def test_the_command_exits_with_3_without_an_answer(
+    question: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code = main(["ask", "sim:7", question])
+
+    error_line = capsys.readouterr().err.splitlines()[-1]
+    assert code == 3
+    assert re.search(message, error_line)
+
+
+def test_the_command_answers_anything_with_free(run_command: Callable[..., str]) -> None:
+    assert run_command("ask", "sim:7", ["What color is the sky?"], "--free")
+
+
+@pytest.mark.slow
+def test_held_out_paraphrases_are_answered_and_absent_objects_are_not() -> None:
+    model = load_vlm("nano-vlm")
+    trust = Trust.load(BUNDLED_WEIGHTS / "nano-vlm")
+    picture = load_picture("sim:7", model.processor.image_sizes["external"]).image
+    settings = AskSettings(trust=trust, taught_types=NANO_TYPES)
+
+    answered = [
+        ask_question(model, picture, question, settings=settings)[0] is not None
+        for _, question in list_held_out(*SEEN_NAMES)
+    ]
+    absent_replies = [
+        ask_question(model, picture, question, settings=settings)
+        for question in HELD_OUT["absent"]["questions"]
+    ]
+
+    assert np.mean(answered) >= 0.95
+    assert all(answer is None for answer, _ in absent_replies)
+    assert all(text.startswith("not in the picture") for _, text in absent_replies)
 
 
 def test_a_question_type_that_was_not_measured_has_no_interval(
     nano: VlmBundle, image: Array, trust: Trust
 ) -> None:
-    _, text = ask_question(nano, image, PLATE_QUESTION, trust=replace(trust, factors={}))
+    _, text = ask_question(
+        nano, image, PLATE_QUESTION, settings=AskSettings(trust=replace(trust, factors={}))
+    )
 
     assert "not measured" in text
 

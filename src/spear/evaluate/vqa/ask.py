@@ -1,20 +1,19 @@
 """Load images to ask a SPEAR-VLM about, from files or held-out scenes, and ask one question."""
 
-import re
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
 from spear.errors import SpearError, check_known
 from spear.evaluate.vqa.calibration import TRUSTED_COVERAGE, Trust
+from spear.evaluate.vqa.wording import describe_untaught, understand_question
 from spear.labels.pipeline import label_with_ground_truth
 from spear.labels.questions.generate import abbreviate_unit, format_answer
 from spear.labels.questions.templates import (
     KEYPOINT_NAMES,
     PROMPT_TEMPLATES,
-    UNIT_TEMPLATES,
     is_a,
     with_article,
 )
@@ -49,14 +48,33 @@ def load_picture(source: str, size: tuple[int, int], camera: str = "external") -
     return Frame(load_image(source))
 
 
+@dataclass(frozen=True)
+class AskSettings:
+    """How a model is asked.
+
+    Attributes:
+        decode: How numbers are read off the model's probabilities.
+        trust: How far the model can be trusted. If it is given, the text also says how sure the
+            numbers are, or that this is not known.
+        view: The camera that took the image.
+        taught_types: The types of questions that the model was taught; None if this is not known.
+        is_free: Whether the model also answers questions of no type that it was taught, with
+            whatever it finds most likely.
+    """
+
+    decode: Decode = "median"
+    trust: Trust | None = None
+    view: str = "external"
+    taught_types: Collection[str] | None = None
+    is_free: bool = False
+
+
 def ask_question(
     model: VlmBundle,
     image: Array,
     question: str,
     question_type: str | None = None,
-    decode: Decode = "median",
-    trust: Trust | None = None,
-    view: str = "external",
+    settings: AskSettings = AskSettings(),
 ) -> tuple[Answer | None, str]:
     """Ask a model one question about an image.
 
@@ -65,14 +83,12 @@ def ask_question(
         image: [h, w, 3] uint8.
         question: The question, in words.
         question_type: One of `QUESTION_TYPES`. If it is None, the type is found from the wording
-            (`parse_question`). If the wording belongs to no type, any answer is allowed.
-        decode: How numbers are read off the model's probabilities.
-        trust: How far the model can be trusted. If it is given, the text also says how sure the
-            numbers are, or that this is not known.
-        view: The camera that took the image.
+            (`understand_question`), and the model is asked in a wording that it was taught.
+        settings: How the model is asked.
 
     Returns:
-        The answer and its text. The answer is None if the model does not see the object.
+        The answer and its text. The answer is None if the model was not taught such questions, or
+        does not see the object.
 
     Raises:
         SpearError: The question type is unknown, or the question is empty.
@@ -81,28 +97,41 @@ def ask_question(
         check_known("question type", QUESTION_TYPES, question_type)
     if not question.strip():
         raise SpearError("empty question: ask something about the image, in words")
-    parsed_type, names = parse_question(question) or (None, [])
-    question_type = question_type or parsed_type
+    trust = settings.trust
+    parsed = understand_question(question, settings.taught_types)
+    keeps_wording = settings.is_free or question_type is not None
+    if parsed is None and not keeps_wording:
+        return None, describe_untaught(settings.taught_types)
+    prompt = question if parsed is None or keeps_wording else parsed.prompt
+    if parsed is not None and (parsed.is_taught_wording or not keeps_wording):
+        question_type = question_type or parsed.question_type
 
     # Do not ask where an object is that the model does not see.
+    names = [] if parsed is None else parsed.names
     if trust and trust.tells_absent and names:
-        absent = find_absent_objects(model, image, names, view)
+        absent = find_absent_objects(model, image, names, settings.view)
         if absent:
             return None, _describe_absent(absent)
 
     # Ask, and read the numbers off the distributions in the way that is wanted.
-    (answer,) = model.answer([image], [question], question_type, view, distributions=True)
+    (answer,) = model.answer([image], [prompt], question_type, settings.view, distributions=True)
     distribution = answer.distribution
     if distribution:
-        segments = replace_numbers(answer.segments, distribution.read(decode))
+        segments = replace_numbers(answer.segments, distribution.read(settings.decode))
         answer = replace(answer, segments=segments)
     text = format_reply(answer, image)
     if trust and distribution:
-        is_known_wording = parsed_type is not None and question_type == parsed_type
+        is_known_wording = (
+            parsed is not None
+            and question_type == parsed.question_type
+            and (parsed.is_taught_wording or not keeps_wording)
+        )
         certainty = _describe_certainty(
             answer, distribution, question_type, is_known_wording, trust
         )
         text += f"\n  {certainty}"
+    if prompt != question:
+        text += f'\n  asked as: "{prompt}"'
     return answer, text
 
 
@@ -146,46 +175,6 @@ def _describe_certainty(
     else:
         intervals = "; ".join(f"{a:.3f} … {b:.3f}" for a, b in zip(low, high, strict=True))
     return f"{TRUSTED_COVERAGE:.0%} interval: {intervals} {abbreviate_unit(answer.unit)}"
-
-
-def parse_question(question: str) -> tuple[str, list[str]] | None:
-    """Parse a 3D question that has one of the wordings that the model was trained with.
-
-    Returns:
-        The question type and the names of its objects; None for a question in other words.
-    """
-    text = " ".join(question.split())
-    # Remove the words that only state the unit of the answer.
-    for templates in UNIT_TEMPLATES.values():
-        for template in templates:
-            prefix, suffix = template.split("{}")
-            text = text.removeprefix(prefix).removesuffix(suffix)
-    text = text.rstrip(" ?.")
-
-    for question_type in QUESTION_TYPES:
-        for prompt in PROMPT_TEMPLATES[question_type]:
-            match = re.fullmatch(_to_pattern(prompt), text, re.IGNORECASE)
-            if match:
-                names = match.groupdict()  # gap ("x" or "y") → name
-                return question_type, [names[gap] for gap in sorted(names)]
-    return None
-
-
-def _to_pattern(prompt: str) -> str:
-    """Convert a prompt template to a regular expression.
-
-    Its gaps {x} and {y} become groups of the same names, which match the names of objects. Its gap
-    {p} matches the name of any keypoint.
-    """
-    keypoints: list[str] = []
-    for words in KEYPOINT_NAMES.values():
-        keypoints += [re.escape(word) for word in words]
-    pattern = re.escape(prompt.rstrip("?"))
-    pattern = pattern.replace(r"\{p\}", f"(?:{'|'.join(keypoints)})")
-    # After its article, a name goes on until a comma, or until words such as " and the" that
-    # introduce the second object.
-    name = r"(?:(?:the|an?) )?(?P<\1>(?:(?! (?:from|and|to) (?:the|an?) )[^?,])+)"
-    return re.sub(r"\\{([xy])\\}", name, pattern)
 
 
 def find_absent_objects(

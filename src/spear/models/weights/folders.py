@@ -106,6 +106,23 @@ def is_simulator_only(folder: Path) -> bool:
     return folder.resolve().is_relative_to(BUNDLED_WEIGHTS.resolve())
 
 
+def read_taught_questions(folder: Path) -> set[str] | None:
+    """Read which types of questions the model in a folder was taught, in all of its stages.
+
+    Returns None if its recipe.json does not say so.
+    """
+    taught_types: set[str] = set()
+    provenance: Any = read_provenance(folder)
+    while provenance:
+        recipe = provenance.get("recipe") or {}
+        mix = recipe.get("questions") or {}
+        asks_questions = recipe.get("kind") == "vlm" or recipe.get("question_images", 0) > 0
+        if asks_questions:
+            taught_types.update(mix.get("families") or ())
+        provenance = provenance.get("init")
+    return taught_types or None
+
+
 class Provenance(BaseModel, extra="allow"):
     """The part of a recipe.json that this package reads.
 
