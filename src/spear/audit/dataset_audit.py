@@ -241,6 +241,7 @@ def audit(path: str | Path, split: str | None = None, layout_file: Path | None =
 def _audit_numbers(path: str | Path, split: str, layout: DatasetLayout) -> Report:
     """Audit everything but images and texts, and without the search for fitting formats."""
     recordings, skipped = _read_recordings(path, split, layout)
+    # `make_recording` converted orientations in trusted formats to quaternions.
     trusted_layout = layout
     if layout.rotation_format in TRUSTED_FORMATS:
         trusted_layout = replace(layout, rotation_format="quat_wxyz")
@@ -708,12 +709,13 @@ def _judge_part(name: str, fits: Sequence[Fit], answers: Mapping[str, str | None
     best = ranked[0]
     resamples = _draw_resamples(len(best.error))
     note = _why_undecidable(name, best)
+    is_undecidable = note != ""
 
     # For each question: which answers fit as well as the best? A question is skipped if all
     # hypotheses give the same answer, or if it has no influence on the best one.
     findings = []
     for question in Hypothesis._fields:
-        finding = _judge_question(question, ranked, answers[question], resamples, bool(note))
+        finding = _judge_question(question, ranked, answers[question], resamples, is_undecidable)
         if finding.best_answer != "-" and len(finding.answers) > 1:
             findings.append(finding)
 
@@ -722,7 +724,7 @@ def _judge_part(name: str, fits: Sequence[Fit], answers: Mapping[str, str | None
     agreeing = (fit for fit in ranked if all(agrees(fit, question) for question in questions))
     layout_fit = next(agreeing, None)
     margin = None if layout_fit is None else _margin(layout_fit, best, resamples)
-    verdict = _judge_layout(answers, margin, bool(note))
+    verdict = _judge_layout(answers, margin, is_undecidable)
     return ActionPart(name, best, layout_fit, margin, findings, verdict, note)
 
 

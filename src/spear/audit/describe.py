@@ -244,8 +244,9 @@ def _column_signature(episode: Mapping[str, Any]) -> frozenset[Any]:
 
 
 def _describe_success(episodes: Sequence[Mapping[str, Any]], proposal: _Proposal) -> None:
-    """Propose a column as `success`: its name ends so, and its last value is positive in some
-    episode.
+    """Propose a column for `success`.
+
+    Its name ends in "success", and its last value is positive in some of the episodes.
     """
     for name, values in episodes[0].items():
         if not name.endswith("success") or not isinstance(values, np.ndarray):
@@ -298,7 +299,10 @@ def _leads_to_a_sentence(values: Any, tasks: Mapping[int, str]) -> bool:
     if not is_index_column(values):
         return False
     indices = set(np.ravel(values).tolist())
-    return len(indices) == 1 and " " in tasks.get(indices.pop(), "").strip()
+    if len(indices) != 1:
+        return False
+    task = tasks.get(indices.pop(), "")
+    return " " in task.strip()
 
 
 def _find_signal_columns(episodes: Sequence[Mapping[str, Any]]) -> dict[str, list[Array]]:
@@ -851,7 +855,7 @@ def _describe_gripper(
     is_flipped = verdict == "wrong"  # the low end is open
     conclusions = {"agrees": "", "wrong": "; so the ends are exchanged"}
     conclusion = conclusions.get(verdict, ": check which end is open")
-    evidence = words.partition(": exchange")[0]
+    evidence = words.partition(": exchange")[0]  # without the advice to correct a layout
     proposal.fields["gripper"] = state.name(columns)
     proposal.fields["gripper_range"] = [high, low] if is_flipped else [low, high]
     proposal.facts["gripper_range"] = f"as far as it went: {evidence}{conclusion}"
@@ -861,10 +865,12 @@ def _describe_gripper(
     )
     if abs(correlation) >= MIN_CORRELATION:
         command_low, command_high = _range_ends(values[command])
-        has_same_sense = (correlation > 0) != is_flipped
+        # The command's high end opens the gripper if command and opening rise together and the
+        # opening's high end is open, or if neither is the case.
+        is_high_command_open = (correlation > 0) != is_flipped
         proposal.fields["command"] = command.name(columns)
         proposal.fields["command_range"] = (
-            [command_low, command_high] if has_same_sense else [command_high, command_low]
+            [command_low, command_high] if is_high_command_open else [command_high, command_low]
         )
 
 

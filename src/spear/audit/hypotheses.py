@@ -38,7 +38,7 @@ DELAYS = (-1, 0, 1, 2)  # steps; with a delay d, action t - d leads from state t
 MAX_STRETCH_STEPS = 20  # over longer stretches, small errors add up and hide the large ones
 MIN_EPISODES_TO_RESAMPLE = 8  # with fewer, the bootstrap draws stretches instead of episodes
 MAX_NEAR_UNIT_OCTAVES = 0.5  # a fitted unit within a factor of 2^0.5 of a known unit is that unit
-MIN_TURN_DIFFERENCE = 0.1  # fraction of the rotation by which formats must differ to count as other
+MIN_TURN_DIFFERENCE = 0.1  # fraction of the rotation by which the rotations by two formats differ
 
 SIGNS: dict[str, Array] = {}
 """Signs of the x, y and z components, such as "+-+" → their factors, such as (1, -1, 1)."""
@@ -196,7 +196,7 @@ def _valid_runs(valid: Array) -> Iterator[tuple[int, int]]:
     for t in range(max_delay, len(valid) - max_lead - 1):
         actions_of_all_delays = valid[t - max_delay : t + max_lead + 1]
         is_good.append(int(actions_of_all_delays.all()))
-    # Between zeros at both ends, the changes are by turns the begin and the end of a run.
+    # With a zero added at both ends, the changes are by turns the begin and the end of a run.
     changes = np.flatnonzero(np.diff([0, *is_good, 0]))
     for first, end in zip(changes[::2], changes[1::2], strict=True):
         yield max_delay + int(first), max_delay + int(end)

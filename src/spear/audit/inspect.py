@@ -219,7 +219,8 @@ def _read_lerobot_episode(folder: LeRobotFolder, index: int) -> Steps | SpearErr
     try:
         steps = folder.read_episode(index, images=())
         for file, first_s, end_s in episode.videos.values():
-            # Half a frame before the last frame of the episode.
+            # An incomplete download lacks the end of a video. Try to read the episode's last frame:
+            # the first one after the middle between the last two.
             last_s = max(first_s + (episode.length - 1.5) / folder.info.fps, 0.0)
             if next(read_frames(file, last_s, end_s), None) is None:
                 return SpearError(

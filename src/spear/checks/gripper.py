@@ -143,6 +143,7 @@ def check_range(openings: Sequence[Array], commands: Sequence[Array]) -> Check |
         values = np.concatenate(commands)
     if values.min() < CLOSED_BELOW and values.max() > OPEN_ABOVE:
         return None
+    # Something is wrong. If the measured openings do not reach the closed end, blame them.
     if measured.min() >= CLOSED_BELOW:
         values = measured
 

@@ -169,7 +169,9 @@ def estimate_paired_difference(
         losses = (num_only_second + num_added) / total
         differences.append(a.mean() - b.mean())
         centers.append(wins - losses)
-        variance += (wins + losses - (wins - losses) ** 2) / total / len(strata) ** 2
+        # A scene's difference is 1, -1 or 0; this is its variance.
+        scene_variance = wins + losses - (wins - losses) ** 2
+        variance += scene_variance / total / len(strata) ** 2
         n += a.size
 
     center = float(np.mean(centers))
@@ -360,18 +362,20 @@ def _crossed_interval(tables: Sequence[Array]) -> tuple[float, float]:
     num_tables = len(tables)
     mean = float(np.mean([table.mean() for table in tables]))
 
+    # Three variances of the mean. First, as if only the seeds were drawn at random:
     variance_over_seeds = 0.0
     if num_seeds > 1:
-        seed_means = np.mean([table.mean(1) for table in tables], axis=0)
+        seed_means = np.mean([table.mean(1) for table in tables], axis=0)  # [seeds]
         variance_over_seeds = float(seed_means.var(ddof=1)) / num_seeds
 
+    # Then as if only the scenes were drawn, and what both of them contain.
     variance_over_scenes = 0.0
     variance_in_both = 0.0
     for table in tables:
         num_scenes = table.shape[1]
         if num_scenes == 1:
             continue
-        scene_means = table.mean(0)
+        scene_means = table.mean(0)  # [scenes]
         variance_over_scenes += float(scene_means.var(ddof=1)) / num_scenes / num_tables**2
         if num_seeds > 1:
             # What remains of each entry without the effects of its seed and of its scene.
@@ -387,7 +391,8 @@ def _crossed_interval(tables: Sequence[Array]) -> tuple[float, float]:
     if variance == 0:
         return mean, 0.0
 
-    # Satterthwaite's degrees of freedom.
+    # Satterthwaite's degrees of freedom of a sum of variances. The variance over seeds has
+    # num_seeds - 1 degrees of freedom, the variance over scenes has scene_freedom.
     scene_freedom = sum(table.shape[1] - 1 for table in tables)
     spread_over_seeds = variance_over_seeds**2 / max(num_seeds - 1, 1)
     spread_over_scenes = variance_over_scenes**2 / max(scene_freedom, 1)

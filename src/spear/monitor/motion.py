@@ -195,12 +195,13 @@ class MotionChecks:
         chunk = self._chunk
         displacement = state[:3] - self._last_state[:3]
         is_same_state = bool((state == self._last_state).all())
-        self._chunk = None
+        self._chunk = None  # a chunk is compared only with the next observation
         self._last_state = state.copy()
         if chunk is None:
             return []
 
         findings = list(self._frozen_state.check(is_same_state, chunk))
+        # Do not judge gripper and axes by a motion that is too long to come from the chunk.
         paths = chunk[:, :3].cumsum(0, np.float64)  # [H, 3] after 1, 2, … H actions
         longest_path_m = np.linalg.norm(paths, axis=1).max()
         max_distance_m = MAX_OVERSHOOT_RATIO * longest_path_m + OVERSHOOT_MARGIN_M

@@ -93,7 +93,7 @@ def _wait(truth: Truth, opened: bool) -> Array:
 
 def _approach(truth: Truth, grasp: Task) -> Array:
     """Move above the object, then down to it, then close the gripper."""
-    # Fingers grasp along the object's x axis, at some distance from its origin.
+    # The grasp is at a point on the object's x axis, at some distance from the object's origin.
     axis = quat_to_matrix(torch.from_numpy(truth.source[3:])).numpy()[:, 0]
     point = truth.source[:3] + grasp.grasp_offset_m * axis
     goal = np.array([point[0], point[1], max(point[2], MIN_HEIGHT_M)])
