@@ -260,8 +260,9 @@ class Spear1Policy:
         dataset: the training dataset whose normalization statistics are used; None if all datasets
             share one set of statistics.
         training_distribution: what the drift monitor compares observations with.
-        frames: the versions of the frames in which it acts (`spear.data.frames`), by the datasets
-            or robots that it learned from; None if it was made before they were recorded.
+        frames: name of a dataset or robot → the version of its base and end-effector frames
+            (`spear.data.frames`) in which the policy acts. None if the policy was made before
+            versions were recorded.
         truncate_instructions: whether the policy truncates instructions that are too long, as
             training does. Otherwise it refuses them.
 

@@ -37,6 +37,7 @@ def _dots(x: Gray, y: Gray, rng: np.random.Generator) -> Gray:
 
 
 def _bricks(x: Gray, y: Gray, rng: np.random.Generator) -> Gray:
+    # Every second row of bricks is shifted by half a brick.
     row = (y * 8).astype(int)
     shifted = (x * 4 + 0.5 * (row % 2)) % 1
     mortar = (shifted < 0.06) | ((y * 8) % 1 < 0.12)
@@ -44,6 +45,7 @@ def _bricks(x: Gray, y: Gray, rng: np.random.Generator) -> Gray:
 
 
 def _marble(x: Gray, y: Gray, rng: np.random.Generator) -> Gray:
+    # Dark veins lie where a wave along x, bent by noise, crosses zero.
     bend = _smooth_noise(x, y, rng)
     veins = np.abs(np.sin(2 * math.pi * (2 * x + 1.5 * bend)))
     return 0.95 - 0.35 * (1 - veins) ** 4
@@ -63,6 +65,7 @@ def _granite(x: Gray, y: Gray, rng: np.random.Generator) -> Gray:
 
 
 def _weave(x: Gray, y: Gray, rng: np.random.Generator) -> Gray:
+    # Threads along both axes; where they cross, one is above the other in turns.
     warp = np.sin(2 * math.pi * 16 * x)
     weft = np.sin(2 * math.pi * 16 * y)
     return 0.88 + 0.08 * np.where(np.sign(warp) == np.sign(weft), warp, weft)
@@ -73,6 +76,7 @@ def _plaid(x: Gray, y: Gray, rng: np.random.Generator) -> Gray:
 
 
 def _hexagons(x: Gray, y: Gray, rng: np.random.Generator) -> Gray:
+    # Three waves, 60° apart, add up to a hexagonal grid.
     directions = (0.0, math.pi / 3, 2 * math.pi / 3)
     waves = [np.cos(2 * math.pi * 6 * (math.cos(a) * x + math.sin(a) * y)) for a in directions]
     return 0.85 + 0.06 * np.sum(waves, axis=0)

@@ -446,10 +446,15 @@ def _note_image_fitting(episodes: NamedStores, processor: Processor) -> None:
 
 
 def _merge_frames(init: Path | None, episodes: NamedStores) -> dict[str, int]:
-    """Merge the versions of the frames of the demonstrations and of the policy in `init`.
+    """Merge the versions of frames of the demonstrations with those of the policy in `init`.
 
-    A notice names the ones that have a newer version. Raises `SpearError` if they differ, or if
+    A version says in which base frame and end-effector frame the poses of a dataset or robot are
+    written (`spear.data.frames`). A notice names the frames that have a newer version. Raises
+    `SpearError` if demonstrations and policy have different versions of the same frames, or if
     `init` may have learned another version.
+
+    Returns:
+        Name of a dataset or robot → version of its frames.
     """
     sources = [(name, store.frames) for name, store, _ in episodes]
     normalizer_file = None if init is None else init / "normalizer.json"
@@ -472,7 +477,14 @@ def _merge_frames(init: Path | None, episodes: NamedStores) -> dict[str, int]:
 
 
 def _check_frames_are_old(init: Path, sources: Sequence[tuple[str, Mapping[str, int]]]) -> None:
-    """Raise `SpearError` for frames that changed since a policy without recorded ones was made."""
+    """Raise `SpearError` if demonstrations have frames that are newer than the policy in `init`.
+
+    The policy records no versions of frames, so it was made when all of them had version 1.
+
+    Args:
+        init: the policy's folder.
+        sources: name of each dataset, and the versions of its frames.
+    """
     for source, frames in sources:
         for name, version in frames.items():
             if version > 1:

@@ -415,7 +415,8 @@ def _copy_added_files(source: Path, target: Path) -> None:
     What `target` has already is not replaced.
     """
     for path in source.glob("*"):
-        if path.suffix in (".json", ".safetensors") or (target / path.name).exists():
+        is_of_model = path.suffix in (".json", ".safetensors")
+        if is_of_model or (target / path.name).exists():
             continue
         if path.is_dir():
             shutil.copytree(path, target / path.name)

@@ -59,7 +59,10 @@ def _draw_view(views: Mapping[str, Any], rng: np.random.Generator) -> str:
 
 @dataclass(frozen=True)
 class DepthTask:
-    """Batches of images with depth, from one view each, and the loss of `MogeForDepth`."""
+    """Batches of images with depth, from one view each, and the loss of `MogeForDepth`.
+
+    `views` has the images of each view; an image is a pair of the encoded image and its depth.
+    """
 
     model: MogeForDepth
     views: Mapping[str, DepthImages]
@@ -67,7 +70,7 @@ class DepthTask:
     seed: int
 
     def batch(self, step: int) -> Batch:
-        """Return uint8 pixels [B, 3, h, w] and float depth [B, h/4, w/4]."""
+        """Return uint8 pixels [B, 3, h, w] and float depth [B, h/4, w/4], as labels store it."""
         rng = np.random.default_rng((self.seed, step))
         images = self.views[_draw_view(self.views, rng)]
         samples = [images[int(row)] for row in rng.integers(len(images), size=self.batch_size)]
