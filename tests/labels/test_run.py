@@ -330,7 +330,7 @@ def list_process_group(leader: int | None) -> list[int]:
 # Other settings, other inputs
 
 
-def refused(
+def get_refusal(
     source: Path, out: Path, settings: dict[str, Any] | None = None, shard_size: int = 8
 ) -> str:
     """Start a run that must be refused; returns the message."""
@@ -361,7 +361,7 @@ def test_other_settings_are_refused_and_named(
 ) -> None:
     files = read_files(whole_run)
 
-    assert difference in refused(source, whole_run, {**SETTINGS, **changes}, shard_size)
+    assert difference in get_refusal(source, whole_run, {**SETTINGS, **changes}, shard_size)
     assert read_files(whole_run) == files
 
 
@@ -370,14 +370,14 @@ def test_a_shard_of_another_run_is_refused(source: Path, tmp_path: Path, whole_r
     shutil.copytree(whole_run, out)
     shutil.copy(out / "labels-00001.parquet", out / "labels-00001 (copy).parquet")
 
-    assert "not of this run" in refused(source, out)
+    assert "not of this run" in get_refusal(source, out)
 
 
 def test_a_folder_with_other_files_is_refused(source: Path, tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("words")
 
-    assert "holds other files" in refused(source, tmp_path)
-    assert "holds other files" in refused(source, Path(__file__).parent)
+    assert "holds other files" in get_refusal(source, tmp_path)
+    assert "holds other files" in get_refusal(source, Path(__file__).parent)
 
 
 @pytest.mark.parametrize(
@@ -411,7 +411,8 @@ def test_replaced_annotations_and_weights_are_other_settings(
     refuses(changed_setting, label)
 
 
-def replace_one_image(folder: Path) -> None:
+# Changes to a folder of photos 00000.png to 00009.png; the last two are in labels-00001.parquet.
+def add_one_image(folder: Path) -> None:
     shutil.copy(folder / "00009.png", folder / "00010.png")
 
 
@@ -424,7 +425,7 @@ def rename_one_image(folder: Path) -> None:
     (folder / "00009.png").rename(folder / "10000.png")
 
 
-@pytest.mark.parametrize("change", [replace_one_image, remove_two_images, rename_one_image])
+@pytest.mark.parametrize("change", [add_one_image, remove_two_images, rename_one_image])
 def test_a_list_of_images_that_has_changed_is_refused(
     tmp_path: Path, change: Callable[[Path], None]
 ) -> None:
@@ -433,7 +434,7 @@ def test_a_list_of_images_that_has_changed_is_refused(
 
     change(folder)
 
-    message = refused(folder, tmp_path / "labels")
+    message = get_refusal(folder, tmp_path / "labels")
     assert "the input has changed since labels-00001.parquet" in message
 
 
@@ -474,7 +475,7 @@ def test_too_many_failures_stop_the_run_before_it_writes_anything(tmp_path: Path
     for path in sorted(folder.iterdir())[:5]:
         path.write_bytes(b"words")
 
-    message = refused(folder, tmp_path / "labels")
+    message = get_refusal(folder, tmp_path / "labels")
 
     assert "5 of 8" in message
     assert "photos" in message

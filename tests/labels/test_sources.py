@@ -31,8 +31,8 @@ def make_gray_episode(num_steps: int, camera: str, first_value: int) -> Episode:
 def episodes(tmp_path: Path) -> Path:
     """A store with an episode of ten steps, and one of two steps without an external camera."""
     folder = tmp_path / "robot"
-    long_episode = make_gray_episode(10, "external", 0)
-    short_episode = make_gray_episode(2, "front", 100)
+    long_episode = make_gray_episode(num_steps=10, camera="external", first_value=0)
+    short_episode = make_gray_episode(num_steps=2, camera="front", first_value=100)
     write_episodes([long_episode, short_episode], folder)
     return folder
 
@@ -68,8 +68,8 @@ def test_another_episode_changes_the_stamp_of_all_and_the_content_of_its_frames(
     """The second episode gets a third step, so that its third frame exists."""
     items = list(list_items([str(episodes)], per_episode=4))
     hashes = [hash_content(content) for content in read_contents(items)]
-    long_episode = make_gray_episode(10, "external", 0)
-    other_episode = make_gray_episode(3, "front", 100)
+    long_episode = make_gray_episode(num_steps=10, camera="external", first_value=0)
+    other_episode = make_gray_episode(num_steps=3, camera="front", first_value=100)
     write_episodes([long_episode, other_episode], tmp_path / "anew")
 
     new_items = list(list_items([str(tmp_path / "anew")], per_episode=4))

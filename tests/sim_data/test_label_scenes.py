@@ -34,7 +34,14 @@ def never_label(frames: Iterator[Frame]) -> Iterator[LabeledImage]:
 @pytest.fixture
 def two_scenes(tmp_path: Path) -> Path:
     """A folder of two labeled scenes, with two views each."""
-    label_scenes(tmp_path, 2, SIZES, FIRST_SEED, workers=1, label_frames=label_by_hand)
+    label_scenes(
+        tmp_path,
+        num_scenes=2,
+        sizes=SIZES,
+        first_seed=FIRST_SEED,
+        workers=1,
+        label_frames=label_by_hand,
+    )
     return tmp_path
 
 
@@ -53,19 +60,35 @@ def test_the_instructions_of_the_simulator_are_stored(two_scenes: Path) -> None:
 
 
 def test_finished_scenes_are_not_labeled_again(two_scenes: Path) -> None:
-    num_images = label_scenes(two_scenes, 2, SIZES, FIRST_SEED, workers=1, label_frames=never_label)
+    num_images = label_scenes(
+        two_scenes,
+        num_scenes=2,
+        sizes=SIZES,
+        first_seed=FIRST_SEED,
+        workers=1,
+        label_frames=never_label,
+    )
 
     assert num_images == 4  # two scenes, two views
 
 
 def test_fewer_scenes_than_are_finished_change_nothing(two_scenes: Path) -> None:
-    num_images = label_scenes(two_scenes, 1, SIZES, FIRST_SEED, workers=1, label_frames=never_label)
+    num_images = label_scenes(
+        two_scenes,
+        num_scenes=1,
+        sizes=SIZES,
+        first_seed=FIRST_SEED,
+        workers=1,
+        label_frames=never_label,
+    )
 
     assert num_images == 4
 
 
 def test_more_scenes_continue_where_fewer_ended(two_scenes: Path) -> None:
-    num_images = label_scenes(two_scenes, 3, SIZES, FIRST_SEED, workers=1)
+    num_images = label_scenes(
+        two_scenes, num_scenes=3, sizes=SIZES, first_seed=FIRST_SEED, workers=1
+    )
 
     assert num_images == 6
 
@@ -75,7 +98,7 @@ def test_a_missing_shard_is_made_again_and_removes_outdated_questions(two_scenes
     (two_scenes / "external/questions.parquet").touch()
 
     with pytest.warns(Notice, match="spear questions"):
-        label_scenes(two_scenes, 2, SIZES, FIRST_SEED, workers=1)
+        label_scenes(two_scenes, num_scenes=2, sizes=SIZES, first_seed=FIRST_SEED, workers=1)
 
     assert (two_scenes / "wrist/labels-00000.parquet").is_file()
     assert not (two_scenes / "external/questions.parquet").exists()

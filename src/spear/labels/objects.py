@@ -104,7 +104,9 @@ def label_object(detection: Detection, mask: Array, image: ImageGeometry) -> Lab
     box2d = np.asarray(detection.box2d, np.float32)
     if not mask.any():
         scores = {"detection": detection.score, "points": 0.0, "visible": 0.0}
-        return LabeledObject(detection.name, box2d, encode_mask(mask), None, {}, scores)
+        return LabeledObject(
+            detection.name, box2d, encode_mask(mask), box3d=None, keypoints={}, scores=scores
+        )
 
     # How far the outline of a mask may be off (`error_px`), and how far before the image's edge the
     # mask of an object that the edge cuts may end (`end_px`). Exact masks have neither error.
@@ -144,7 +146,9 @@ def label_object(detection: Detection, mask: Array, image: ImageGeometry) -> Lab
         "whole": float(compute_iou_2d(box2d, tight_box)),
     }
     if len(cloud) < MIN_POINTS:
-        return LabeledObject(detection.name, box2d, encode_mask(mask), None, {}, scores)
+        return LabeledObject(
+            detection.name, box2d, encode_mask(mask), box3d=None, keypoints={}, scores=scores
+        )
 
     # Fit the box.
     fit = _choose_fit(cloud, points_beside, image)

@@ -191,7 +191,8 @@ def _check_camera_center(image: Path, camera: Array, size: Size) -> None:
     center = camera[:2, 2]  # the principal point in pixels
     relative_center = center / size  # near (0.5, 0.5) if the intrinsics belong to the image
     offset = np.abs(relative_center - 0.5).max()
-    # The offset in an image turned by 90°. If it is clearly smaller, the intrinsics are for it.
+    # The offset in an image turned by 90°. If this is clearly smaller, the intrinsics belong to the
+    # turned image.
     offset_if_turned = np.abs(center / size[::-1] - 0.5).max()
     is_off_center = offset > min(MAX_CENTER_OFFSET, offset_if_turned + 0.05)
     # Intrinsics for a larger image shift the center right and down, for a smaller one left and up.

@@ -127,7 +127,7 @@ def test_iou_agrees_with_sampling_where_faces_lie_in_one_plane(
 
     # The fraction of random points of `a` that are inside `b`
     points = a.center + (rng.uniform(-0.5, 0.5, (20_000, 3)) * a.size) @ a.rotation.T
-    in_b = (points - b.center) @ b.rotation
+    in_b = (points - b.center) @ b.rotation  # [n, 3] along the axes of `b`
     is_inside = (np.abs(in_b) <= b.size / 2 + 1e-6).all(axis=1)
     intersection = is_inside.mean() * np.prod(a.size)
     union = np.prod(a.size) + np.prod(b.size) - intersection

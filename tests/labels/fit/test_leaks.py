@@ -45,7 +45,11 @@ class LeakingSegmenter:
 
 
 def render_block(center_height_m: float) -> Frame:
-    """One block above or on a table; the camera looks down by 20°, so masks leak far behind it."""
+    """Render a block above or on a table.
+
+    The camera looks down by only 20°, so a mask that leaks upwards covers points far behind the
+    block.
+    """
     center = np.array([0, 0, center_height_m])
     return render_blocks([(center, BLOCK_SIZE_M, BLOCK_YAW_RAD)], ["box"], pitch=20.0)
 

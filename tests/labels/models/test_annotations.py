@@ -73,7 +73,7 @@ def make_frame(source: str, height: int = 40, width: int = 60) -> Frame:
 @pytest.mark.parametrize(("height", "width"), [(40, 60), (20, 30), (80, 120), (27, 40)])
 def test_boxes_are_those_of_the_file_in_an_image_resized(height: int, width: int) -> None:
     annotations = make_annotations(
-        a=[annotate_disc("cup", 20, 20), annotate_disc("mug", 44, 22)], b=[]
+        a=[annotate_disc("cup", x=20, y=20), annotate_disc("mug", x=44, y=22)], b=[]
     )
     frames = [make_frame("a", height, width), make_frame("b", height, width)]
 
@@ -97,24 +97,30 @@ def test_masks_are_those_of_the_file_in_an_image_resized(
     height: int, width: int, max_error: float
 ) -> None:
     annotations = make_annotations(
-        a=[annotate_disc("cup", 20, 20), annotate_disc("mug", 44, 22, 5)], b=[]
+        a=[annotate_disc("cup", x=20, y=20), annotate_disc("mug", x=44, y=22, radius=5)], b=[]
     )
     frames = [make_frame("a", height, width), make_frame("b", height, width)]
     detections = FileDetector(annotations).detect(frames)
 
     (cup_mask, mug_mask), masks_of_b = FileSegmenter(annotations).segment(frames, detections)
 
-    assert (cup_mask != make_disc(height, width, 20, 20, 8)).mean() < max_error
-    assert (mug_mask != make_disc(height, width, 44, 22, 5)).mean() < max_error
+    assert (cup_mask != make_disc(height, width, x=20, y=20, radius=8)).mean() < max_error
+    assert (mug_mask != make_disc(height, width, x=44, y=22, radius=5)).mean() < max_error
     assert masks_of_b.shape == (0, height, width)
 
 
 def test_an_image_that_was_cropped_is_refused() -> None:
     """A crop has another aspect than the annotated image."""
-    annotations = make_annotations(a=[annotate_disc("cup", 20, 20)])
+    annotations = make_annotations(a=[annotate_disc("cup", x=20, y=20)])
 
-    refuses(r"'cup'.*60×40.* 60×60", FileDetector(annotations).detect, [make_frame("a", 60, 60)])
-    refuses("60×40", FileSegmenter(annotations).segment, [make_frame("a", 40, 40)], [[CUP]])
+    refuses(
+        r"'cup'.*60×40.* 60×60",
+        FileDetector(annotations).detect,
+        [make_frame("a", height=60, width=60)],
+    )
+    refuses(
+        "60×40", FileSegmenter(annotations).segment, [make_frame("a", height=40, width=40)], [[CUP]]
+    )
 
 
 # EXIF orientations that an image's size does not show, and the width of an image 40 pixels high: 2
@@ -142,7 +148,7 @@ def turned_frame(request: pytest.FixtureRequest, tmp_path: Path) -> Frame:
 def check_turned_frame_is_refused(frame: Frame) -> None:
     """Check that annotations of a frame are refused because of the frame's EXIF data."""
     size = frame.image.shape[:2]
-    annotations = Annotations("known", lambda _: [annotate_disc("cup", 20, 20, size=size)])
+    annotations = Annotations("known", lambda _: [annotate_disc("cup", x=20, y=20, size=size)])
     refuses("EXIF", FileDetector(annotations).detect, [frame])
     refuses("EXIF", FileSegmenter(annotations).segment, [frame], [[CUP]])
 
@@ -176,15 +182,15 @@ CONTRADICTORY_BOXES = [  # of a disc whose mask is in [12, 12, 28, 28]
 
 @pytest.mark.parametrize("box", CONTRADICTORY_BOXES)
 def test_a_box_that_contradicts_its_mask_is_an_error_of_its_image(box: list[float]) -> None:
-    odd_cup = annotate_disc("cup", 20, 20, box2d=np.array(box, np.float64))
-    annotations = make_annotations(a=[odd_cup], b=[annotate_disc("mug", 44, 22)])
+    odd_cup = annotate_disc("cup", x=20, y=20, box2d=np.array(box, np.float64))
+    annotations = make_annotations(a=[odd_cup], b=[annotate_disc("mug", x=44, y=22)])
 
     refuses("'cup' contradicts its mask", FileDetector(annotations).detect, [make_frame("a")])
     assert len(FileDetector(annotations).detect([make_frame("b")])[0]) == 1
 
 
 def test_a_mask_is_not_used_for_a_detection_that_matches_its_wrong_box() -> None:
-    odd_cup = annotate_disc("cup", 20, 20, box2d=np.array([40.0, 20, 56, 36]))
+    odd_cup = annotate_disc("cup", x=20, y=20, box2d=np.array([40.0, 20, 56, 36]))
     annotations = make_annotations(a=[odd_cup])
     detection = Detection("cup", np.array([40, 20, 56, 36]))
 
@@ -195,7 +201,7 @@ def test_a_mask_is_not_used_for_a_detection_that_matches_its_wrong_box() -> None
 
 @pytest.mark.parametrize("box", [[10, 11, 29, 28], [12, 12, 28, 40], [4, 12, 36, 28]])
 def test_a_box_may_be_larger_than_its_mask(box: list[float]) -> None:
-    cup = annotate_disc("cup", 20, 20, box2d=np.array(box, np.float64))
+    cup = annotate_disc("cup", x=20, y=20, box2d=np.array(box, np.float64))
 
     (detections,) = FileDetector(make_annotations(a=[cup])).detect([make_frame("a")])
 
@@ -204,7 +210,9 @@ def test_a_box_may_be_larger_than_its_mask(box: list[float]) -> None:
 
 def test_small_boxes_agree_with_their_mask_within_two_pixels() -> None:
     """The mask is the one pixel in [20, 20, 21, 21], with a small overlap with its box."""
-    crumb = annotate_disc("crumb", 20.5, 20.5, radius=0.6, box2d=np.array([19.0, 19, 22.6, 22.6]))
+    crumb = annotate_disc(
+        "crumb", x=20.5, y=20.5, radius=0.6, box2d=np.array([19.0, 19, 22.6, 22.6])
+    )
 
     (detections,) = FileDetector(make_annotations(a=[crumb])).detect([make_frame("a")])
 
@@ -213,9 +221,11 @@ def test_small_boxes_agree_with_their_mask_within_two_pixels() -> None:
 
 def test_boxes_are_clipped_to_the_image_and_empty_ones_dropped() -> None:
     """Two objects have only a mask; one of these masks is empty."""
-    without_box = Annotation("seen", None, (40, 60), lambda h, w: make_disc(h, w, 30, 20, 6))
+    without_box = Annotation(
+        "seen", None, (40, 60), lambda h, w: make_disc(h, w, x=30, y=20, radius=6)
+    )
     invisible = Annotation("unseen", None, (40, 60), lambda h, w: np.zeros((h, w), bool))
-    objects = [annotate_disc("cut", 58, 38), annotate_disc("outside", 80, 20)]
+    objects = [annotate_disc("cut", x=58, y=38), annotate_disc("outside", x=80, y=20)]
     annotations = make_annotations(a=[*objects, without_box, invisible])
 
     (detections,) = FileDetector(annotations).detect([make_frame("a")])
@@ -235,9 +245,9 @@ SPOON = Detection("spoon", np.array([0, 0, 4, 4], np.float32))
 @pytest.fixture
 def boxed_fork() -> Annotations:
     """Image "a" has a fork without a mask and a cup with a mask, image "b" has such a cup."""
-    fork = annotate_disc("fork", 44, 22, 5, decode_outline=None)
+    fork = annotate_disc("fork", x=44, y=22, radius=5, decode_outline=None)
     return make_annotations(
-        a=[fork, annotate_disc("cup", 20, 20)], b=[annotate_disc("cup", 20, 20)]
+        a=[fork, annotate_disc("cup", x=20, y=20)], b=[annotate_disc("cup", x=20, y=20)]
     )
 
 
@@ -262,13 +272,15 @@ def test_only_objects_without_a_mask_go_to_the_second_segmenter(boxed_fork: Anno
     names = [[d.name for d in image_detections] for image_detections in second_detections]
     assert names == [["fork"], ["spoon"]]
     assert masks[0][0].sum() == 100  # the fork's box has 10 × 10 pixels
-    assert (masks[0][1] == make_disc(40, 60, 20, 20, 8)).all()
+    assert (masks[0][1] == make_disc(40, 60, x=20, y=20, radius=8)).all()
     assert masks[2][0].sum() == 16  # the spoon's box has 4 × 4 pixels
 
 
 def test_detections_of_another_detector_get_the_mask_that_they_overlap() -> None:
     """Equal names come first: a cup gets the cup's mask although it overlaps the mug's box more."""
-    annotations = make_annotations(a=[annotate_disc("mug", 20, 20), annotate_disc("cup", 22, 20)])
+    annotations = make_annotations(
+        a=[annotate_disc("mug", x=20, y=20), annotate_disc("cup", x=22, y=20)]
+    )
     cup_in_box_of_mug = Detection("cup", np.array([12, 12, 28, 28], np.float32))
     beaker = Detection("beaker", np.array([13, 12, 29, 28], np.float32))
     distant_cup = Detection("cup", np.array([40, 12, 56, 28], np.float32))
@@ -276,8 +288,8 @@ def test_detections_of_another_detector_get_the_mask_that_they_overlap() -> None
 
     (masks,) = FileSegmenter(annotations, BoxSegmenter()).segment([make_frame("a")], [detections])
 
-    assert (masks[0] == make_disc(40, 60, 22, 20, 8)).all()  # the cup
-    assert (masks[1] == make_disc(40, 60, 20, 20, 8)).all()  # the mug, which is left
+    assert (masks[0] == make_disc(40, 60, x=22, y=20, radius=8)).all()  # the cup
+    assert (masks[1] == make_disc(40, 60, x=20, y=20, radius=8)).all()  # the mug, which is left
     assert masks[2].sum() == 256  # its box of 16 × 16 pixels, from the second segmenter
 
 
@@ -395,9 +407,9 @@ def write_and_open(folder: Path, data: Any) -> Annotations:
 
 
 COCO_FRAMES = [  # kitchen, hall and the image without objects
-    make_frame("photos/kitchen/1.jpg", 12, 20),
-    make_frame("hall/1.jpg", 12, 20),
-    make_frame("2.png", 12, 20),
+    make_frame("photos/kitchen/1.jpg", height=12, width=20),
+    make_frame("hall/1.jpg", height=12, width=20),
+    make_frame("2.png", height=12, width=20),
 ]
 
 
@@ -631,7 +643,10 @@ def test_in_the_pipeline_only_the_image_of_an_odd_box_is_skipped(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", Notice)
         detector = FileDetector(write_and_open(tmp_path, content))
-    frames = [make_frame("kitchen/1.jpg", 36, 60), make_frame("hall/1.jpg", 36, 60)]
+    frames = [
+        make_frame("kitchen/1.jpg", height=36, width=60),
+        make_frame("hall/1.jpg", height=36, width=60),
+    ]
     images = [admit_frame(frame) for frame in frames]
 
     detect_objects(images, detector)
@@ -644,9 +659,9 @@ def test_in_the_pipeline_only_the_image_of_an_odd_box_is_skipped(
 # Ego-Exo4D's relations
 
 UID = "44d647ce-72d2-4312-b80c-99faea2d017d"  # of a take
-STEEL_BOWL = make_disc(48, 48, 20, 25, 8)
-GLASS_BOWL = make_disc(48, 48, 40, 30, 6)
-STEEL_BOWL_FROM_CAM04 = make_disc(36, 64, 40, 20, 5)
+STEEL_BOWL = make_disc(48, 48, x=20, y=25, radius=8)
+GLASS_BOWL = make_disc(48, 48, x=40, y=30, radius=6)
+STEEL_BOWL_FROM_CAM04 = make_disc(36, 64, x=40, y=20, radius=5)
 
 
 def make_relations_entry(mask: Array) -> dict[str, Any]:
@@ -680,9 +695,11 @@ def make_relations() -> dict[str, Any]:
 def test_annotated_masks_of_relations_are_used_unchanged(tmp_path: Path) -> None:
     relations = write_and_open(tmp_path, {"annotations": make_relations()})
     frames = [
-        make_frame("takes/sfu_cooking_008_3/frame_aligned_videos/aria01_214-1.mp4#270", 48, 48),
-        make_frame(f"{UID}/cam04/0.jpg", 36, 64),
-        make_frame("sfu_cooking_008_3/cam04/frame_000030.png", 36, 64),
+        make_frame(
+            "takes/sfu_cooking_008_3/frame_aligned_videos/aria01_214-1.mp4#270", height=48, width=48
+        ),
+        make_frame(f"{UID}/cam04/0.jpg", height=36, width=64),
+        make_frame("sfu_cooking_008_3/cam04/frame_000030.png", height=36, width=64),
     ]
 
     detections = FileDetector(relations).detect(frames)
@@ -700,8 +717,12 @@ def test_a_broken_mask_of_relations_concerns_its_image_alone(tmp_path: Path) -> 
     relations = write_and_open(tmp_path, takes)  # without the outer level, as in older files
 
     (detections,) = FileDetector(relations).detect(
-        [make_frame(f"{UID}/aria01_214-1/270.jpg", 48, 48)]
+        [make_frame(f"{UID}/aria01_214-1/270.jpg", height=48, width=48)]
     )
 
     assert len(detections) == 2
-    refuses("Ego-Exo4D", FileDetector(relations).detect, [make_frame(f"{UID}/cam04/0.jpg", 36, 64)])
+    refuses(
+        "Ego-Exo4D",
+        FileDetector(relations).detect,
+        [make_frame(f"{UID}/cam04/0.jpg", height=36, width=64)],
+    )

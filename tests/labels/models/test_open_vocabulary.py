@@ -97,9 +97,9 @@ def detector(
 def test_an_image_in_a_batch_gets_the_detections_that_it_gets_alone(detector: Any) -> None:
     frames = [
         make_noise_frame(0),
-        make_noise_frame(1, 48, 32),
+        make_noise_frame(1, height=48, width=32),
         make_noise_frame(2),
-        make_noise_frame(3, 30, 90),
+        make_noise_frame(3, height=30, width=90),
     ]
 
     batch_detections = detector.detect(frames)
@@ -119,9 +119,9 @@ def test_an_image_in_a_batch_gets_the_detections_that_it_gets_alone(detector: An
 def test_detections_have_names_of_the_vocabulary_and_boxes_inside_the_image(detector: Any) -> None:
     frames = [
         make_noise_frame(0),
-        make_noise_frame(1, 48, 32),
+        make_noise_frame(1, height=48, width=32),
         make_noise_frame(2),
-        make_noise_frame(3, 30, 90),
+        make_noise_frame(3, height=30, width=90),
     ]
 
     for frame, detections in zip(frames, detector.detect(frames), strict=True):

@@ -34,7 +34,7 @@ def metric_model(shared: Path) -> MogePointMapModel:
 
 
 def test_point_maps_have_the_sizes_of_their_images(small_v1: MogePointMapModel) -> None:
-    frames = [make_noise_frame(0), make_noise_frame(1, 56, 42), make_noise_frame(2)]
+    frames = [make_noise_frame(0), make_noise_frame(1, height=56, width=42), make_noise_frame(2)]
 
     results = small_v1.predict(frames)
 
@@ -50,7 +50,7 @@ def test_point_maps_have_the_sizes_of_their_images(small_v1: MogePointMapModel) 
 def test_an_image_in_a_batch_gets_the_points_that_it_gets_alone(
     small_v1: MogePointMapModel,
 ) -> None:
-    frames = [make_noise_frame(0), make_noise_frame(1, 56, 42), make_noise_frame(2)]
+    frames = [make_noise_frame(0), make_noise_frame(1, height=56, width=42), make_noise_frame(2)]
 
     results = small_v1.predict(frames)
 

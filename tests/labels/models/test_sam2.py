@@ -119,7 +119,7 @@ def test_images_of_a_batch_may_have_any_number_of_boxes(segmenter: Sam2Segmenter
     """They have 1, 4, 0 and 20 boxes; the decoder gets up to 16 boxes at a time."""
     frames = [
         make_noise_frame(0),
-        make_noise_frame(1, 48, 32),
+        make_noise_frame(1, height=48, width=32),
         make_noise_frame(2),
         make_noise_frame(3),
     ]

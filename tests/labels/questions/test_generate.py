@@ -487,6 +487,6 @@ def test_labels_without_askable_objects_end_the_training() -> None:
     label = LabeledImage(image, 8, 8, np.eye(3), [], "metre", "made")
     processor = Processor.load(locate("nano"))
     mix = QuestionMix(("offset",))
-    samples = QuestionSamples({"external": [label]}, processor, mix, 2, 0)
+    samples = QuestionSamples({"external": [label]}, processor, mix, num_images=2, seed=0)
 
     refuses("offset", samples.batch, 0)

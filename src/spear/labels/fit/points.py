@@ -27,7 +27,9 @@ STEEP_PLANE_WEIGHT = 0.4
 as a level one to win."""
 
 NUM_NEIGHBORS = 8  # a point's distances to so many neighbors decide whether it is an outlier
-MAX_OUTLIER_STD = 3.0  # in standard deviations of the points' mean distance to their neighbors
+MAX_OUTLIER_STD = 3.0
+"""A point is an outlier when its mean distance to its neighbors is larger than the average by more
+than this many standard deviations."""
 MAX_NOISE_ROWS = 256  # about so many rows of an image are enough to measure its noise
 MAD_TO_STD = 1.4826  # median absolute deviation of a normal distribution → its standard deviation
 
