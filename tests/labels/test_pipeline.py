@@ -1,8 +1,8 @@
 """Labels of ray-cast scenes: their boxes, their scores, and the images that are refused.
 
-The scenes are boxes on a table (`labels_scenes`), seen in images of 192 × 128 pixels. A box is given
-by its center (m), size (m) and yaw (rad); the table is at z = 0. The ground truth of a frame takes
-the place of the three models, unless a test says otherwise.
+The scenes are boxes on a table (`labels_scenes`) in images of 192 × 128 pixels. A box is given by
+its center (m), size (m) and yaw (rad); the table is at z = 0. The ground truth of a frame takes the
+place of the three models, unless a test says otherwise.
 """
 
 import re

@@ -316,9 +316,9 @@ def fit_box(
             down to the support, although the object's bottom is hidden.
         margin: How far the object reaches beyond its outermost points on each side.
         noise: Standard deviation of the points' depth, as a fraction of the depth. Noise pushes the
-            outermost points further out along their rays. To compensate, each end of the box is
-            moved inwards by the push's component along the end's axis, at most by a fifth of the
-            points' extent.
+            outermost points further out along their rays. To compensate, both ends of the box along
+            an axis are moved inwards by the push's component along this axis, at most by a fifth of
+            the points' extent.
 
     Returns:
         The box; no side is thinner than a thousandth of the longest.
@@ -594,7 +594,7 @@ def _find_corners_inside(a: Box3D, b: Box3D) -> Array:
 
     # Each edge meets the planes of the six faces at start + fraction · step. Division by zero gives
     # no fraction for an edge that is parallel to a face.
-    face_positions = np.concatenate([-half, half])  # [6]
+    face_positions = np.concatenate([-half, half])  # [6] lower faces of three axes, upper faces
     with np.errstate(divide="ignore", invalid="ignore"):
         fraction = (face_positions - np.tile(start, 2)) / np.tile(step, 2)  # [12, 6]
     edge, face = np.nonzero((fraction >= 0) & (fraction <= 1))
