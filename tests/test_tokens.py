@@ -238,7 +238,10 @@ def test_a_file_that_is_no_json_object_is_refused(tmp_path: Path, text: str) -> 
     ],
 )
 def test_a_file_with_bad_content_is_refused(tmp_path: Path, changes: dict[str, Any]) -> None:
-    """`changes` are keys of the file with other values; None removes the key."""
+    """`changes` are keys of the file with other values; None removes the key.
+
+    "edges" are the bin edges, and "representatives" the bin centers.
+    """
     content = {"unit": "metre", "edges": [0.0, 1.0, 2.0, 3.0], "representatives": [0.5, 1.5, 2.5]}
     path = tmp_path / "coordinates.json"
     path.write_text(json.dumps(content))

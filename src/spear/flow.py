@@ -26,8 +26,9 @@ Where the code differs from the paper:
 - The paper keeps every quaternion in the half-space w > 0. We keep the noise there, too (our
   reading). The half-space is geodesically convex, so it contains every state between noise and
   data. Noise with w < 0 would pass through states q whose rotation the network also knows as -q.
-- (3) and (4) are computed as q_τ = q_ε ⊗ exp(τ ω) and u = ½ q_τ ⊗ ω. The results are the same, and
-  they stay exact at θ = 0, where the quotients by sin θ are 0/0.
+- (3) and (4) are computed as q_τ = q_ε ⊗ exp(τ ω) and u = ½ q_τ ⊗ ω, where ω is the angular
+  velocity that turns q_ε into q in unit time. The results are the same, and they stay exact at
+  θ = 0, where the quotients by sin θ are 0/0.
 - With `prediction="clean"` the network predicts the clean action, which is the action at τ = 1,
   instead of the velocity (our addition, better for small models). From a predicted clean action
   (x̂, q̂) follows the velocity: (x̂ - x_τ) / (1 - τ), and on the sphere log_{q_τ}(q̂) / (1 - τ).
@@ -450,9 +451,9 @@ def integrate(
 
     state = noise if committed is None else committed.write_into(noise)
     for k in range(steps):
-        tau = torch.full_like(noise.translation[..., 0, 0], k / steps)
+        tau = torch.full_like(noise.translation[..., 0, 0], k / steps)  # [...], one per chunk
         if committed is not None:
-            tau = torch.where(committed.is_committed, 1.0, tau[..., None])
+            tau = torch.where(committed.is_committed, 1.0, tau[..., None])  # [..., H]
         state = advance(state, predict(state, tau), tau, k, steps, config)
         if committed is not None:
             state = committed.write_into(state)

@@ -190,7 +190,8 @@ def sphere_slerp(q: Tensor, target: Tensor, fraction: float) -> Tensor:
     """The point at a fraction of the shorter great-circle arc from q to `target`, [..., 4].
 
     The point is `sphere_exp(q, fraction * sphere_log(q, target))`, computed as cos(φ) q + sin(φ) u,
-    where φ is the angle of the way and u the unit tangent. For an antipodal pair the point is ±q.
+    where φ is the arc from q to the point, and u the unit tangent. For an antipodal pair the
+    direction u is unknown, and the result is ±q.
     The point's norm is 1 even if rounding errors lengthened the arguments.
     """
     cosine = (q * target).sum(-1, keepdim=True)

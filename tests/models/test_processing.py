@@ -325,6 +325,7 @@ class TestSavedProcessor:
     def test_that_is_broken_is_refused(
         self, processor: Processor, tmp_path: Path, content: str, key: str
     ) -> None:
+        """The message has the key of the bad value, such as the height 0.5 of the first view."""
         processor.save(tmp_path)
         (tmp_path / "processor.json").write_text(content)
         refuses(rf"processor\.json: broken processor .*{key}", Processor.load, tmp_path)

@@ -199,7 +199,7 @@ class TestThreeViewsOfOneSize:
 
 
 class DoubledLinear(torch.nn.Linear):
-    """A layer that a user replaced by a class of their own."""
+    """A user's class of a layer, whose output is doubled."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return 2 * super().forward(x)

@@ -16,6 +16,7 @@ def helpers(shared: Path) -> dict[str, torch.Tensor]:
 
 
 def full_mask(points: torch.Tensor) -> torch.Tensor:
+    """A mask [..., h, w] that says that all points [..., h, w, 3] are known."""
     return torch.ones(points.shape[:-1], dtype=torch.bool)
 
 
@@ -36,8 +37,8 @@ def test_focal_and_shift_are_the_references(helpers: dict[str, torch.Tensor], ca
 
 
 def test_view_planes_are_the_references(helpers: dict[str, torch.Tensor]) -> None:
-    square_cells = make_view_plane(7, 5)
-    other_aspect = make_view_plane(6, 8, 1.3333)
+    square_cells = make_view_plane(width=7, height=5)
+    other_aspect = make_view_plane(width=6, height=8, aspect=1.3333)
 
     assert relative_error(square_cells, helpers["uv.w7_h5_none"].numpy()) < 1e-6
     assert relative_error(other_aspect, helpers["uv.w6_h8_1.3333"].numpy()) < 1e-6

@@ -226,7 +226,7 @@ class TestVlmEncoder:
         refuses(r"position_offset is 0\.0, MoGe's is 0\.1", fill_encoder, encoder, checkpoint)
 
     def test_of_another_size_is_refused(self, shared: Path) -> None:
-        """The checkpoint's encoder is a "dinov2_vits14", which is narrower."""
+        """The checkpoint's encoder is a "dinov2_vits14", which is narrower in all 174 weights."""
         with torch.device("meta"):
             encoder = MogeEncoder(dinov2_config("dinov2_vitb14"))
         checkpoint = make_checkpoint(shared, 1)

@@ -1,7 +1,8 @@
 """Published PaliGemma, MoGe and π0 folders become SPEAR-VLM and SPEAR-1, and compute the same.
 
 The published folders here are tiny, with random weights (`published_checkpoints`). The presets
-"tiny14" and "linear14" fit them.
+"tiny14" and "linear14" fit them. `plan_backbones(folder, None, "tiny14")` converts a PaliGemma
+without a MoGe, and `plan_policy(vlm, expert, "tiny14")` a SPEAR-VLM and a π0.
 """
 
 from collections.abc import Mapping

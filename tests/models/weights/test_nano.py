@@ -27,7 +27,7 @@ from spear.train.recipes import RECIPES
 NAMES = ["nano", "nano-vlm", "nano-vlm-0", "nano-depth"]
 MAX_FOLDER_BYTES = 20e6
 NUM_HELD_OUT_FRAMES = 12
-FIRST_HELD_OUT_SEED = 500  # scenes with this seed and later ones are in no training
+FIRST_HELD_OUT_SEED = 500  # training has the seeds from 10,000 on
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -52,6 +52,7 @@ def test_all_tensors_of_paligemma_are_loaded(name: str, monkeypatch: pytest.Monk
     stored = make_stored_checkpoint(config, tensors)
     monkeypatch.setattr(StoredCheckpoint, "open", lambda *_: stored)
 
+    # The folder does not exist, because `StoredCheckpoint.open` is replaced. There is no MoGe.
     report = backbones.plan_backbones("nowhere", None).report
 
     report.check("")  # raises SpearError if a weight is missing or refused
@@ -71,7 +72,8 @@ def test_all_tensors_of_pi0_but_those_of_its_robot_are_loaded(
     }
     monkeypatch.setattr(StoredCheckpoint, "open", lambda _, what: checkpoints[what])
 
-    report = action_expert.plan_policy("a", "b").report
+    # The folders do not exist, because `StoredCheckpoint.open` is replaced.
+    report = action_expert.plan_policy(vlm="a", expert="b").report
 
     report.check("")  # raises SpearError if a weight is missing or refused
     expected = set()

@@ -180,7 +180,8 @@ class _LayerKernels:
         self.num_keys = keys_per_block[-1]
 
         # Attention: the keys are divided into chunks, and a program attends to one chunk, with all
-        # query heads of one batch row. The partial results are those of one chunk.
+        # query heads of one batch row. It writes partial sums, maxima and masses, which
+        # `_attend_to_keys_kernel` explains.
         self.num_chunks = triton.cdiv(self.num_keys, KEYS_PER_PROGRAM.value)
         self.num_queries = length * self.num_heads
         self.padded_queries = max(16, triton.next_power_of_2(self.num_queries))

@@ -79,6 +79,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def _should_use_onednn(x: Tensor, weight: Tensor) -> bool:
+    """Return whether oneDNN can compute the product, and faster than PyTorch's default."""
     if not _HAS_ONEDNN or x.device.type != "cpu":
         return False
     if x.dtype != weight.dtype or x.dtype not in _ONEDNN_DTYPES:

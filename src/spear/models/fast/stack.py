@@ -53,6 +53,8 @@ class FusedLayer:
     before_attention, after_attention, before_mlp and after_mlp are the scales of norms (1 + weight)
     [D], in float32. Only Gemma 2 has norms after attention and after the MLP. For Gemma their
     scales are None.
+
+    qkv (queries, keys and values), out, gate_up and down are the linear layers.
     """
 
     def __init__(self, layer: Any, packed: bool) -> None:
@@ -274,11 +276,12 @@ class LayerStack:
         batch, length, _ = x.shape
         attended = attended.view(batch, self.num_kv_heads, length, -1, self.head_dim)
         attended = attended.transpose(1, 2).reshape(batch, length, self.num_heads * self.head_dim)
-        out = layer.out(attended)[0]
+        # A `FusedLinear` returns a sequence with the output of each of its layers.
+        (out,) = layer.out(attended)
         x = x + self._norm(out, layer.after_attention)
 
         gate, up = layer.gate_up(self._norm(x, layer.before_mlp))
-        down = layer.down(self.activation(gate) * up)[0]
+        (down,) = layer.down(self.activation(gate) * up)
         return x + self._norm(down, layer.after_mlp)
 
     def _attend(

@@ -65,7 +65,8 @@ def infer_geometry(
     focal, shift = recover_focal_shift(output.points, mask)
     height, width = images.shape[2:]
     intrinsics = make_centered_intrinsics(focal, width, height)
-    depth = output.points[..., 2] + shift[:, None, None]
+    # Only the depth of the predicted points is used. x and y follow from the ray of the pixel.
+    depth = output.points[..., 2] + shift[:, None, None]  # [B, h, w]
     points = unproject(depth, intrinsics)
     if output.scale is not None:
         points = points * output.scale[:, None, None, None]

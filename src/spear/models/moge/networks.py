@@ -98,8 +98,8 @@ class ResidualBlock(nn.Module):
         first_norm: nn.Module = nn.Identity()
         second_norm: nn.Module = nn.Identity()
         if has_norms:
-            first_norm = nn.GroupNorm(1, width)
-            second_norm = nn.GroupNorm(hidden_width // 32, hidden_width)
+            first_norm = nn.GroupNorm(1, width)  # one group of all channels
+            second_norm = nn.GroupNorm(hidden_width // 32, hidden_width)  # groups of 32 channels
         self.layers = nn.Sequential(
             first_norm,
             nn.ReLU(),
@@ -117,7 +117,7 @@ class ResidualBlock(nn.Module):
 def build_upsampler(kind: str, in_width: int, out_width: int) -> nn.Sequential:
     """A module that doubles the resolution: [B, in, h, w] -> [B, out, 2h, 2w].
 
-    The upsampling is "conv_transpose" (learned) or "bilinear", as `kind` says. A convolution
+    `kind` is the method of upsampling, "conv_transpose" (learned) or "bilinear". A convolution
     follows.
     """
     if kind == "bilinear":
@@ -319,6 +319,7 @@ class MogeV1Head(nn.Module):
             nn.Conv2d(width, project_width, 1) for _ in range(num_feature_layers)
         )
 
+        # Every block gets two more channels, u and v (`append_uv`).
         upsample_blocks = []
         for in_width, out_width in pairwise((project_width, *widths)):
             layers: list[nn.Module] = [build_upsampler("conv_transpose", in_width + 2, out_width)]

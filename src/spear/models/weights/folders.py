@@ -74,8 +74,8 @@ def _find_superseded_step(path: Path) -> int | None:
         return None
     optimization = read_provenance(final).get("recipe", {}).get("optimization", {})
     final_step = optimization.get("steps", math.inf)
-    digits = "[0-9]" * 8
-    for checkpoint in path.glob(f"checkpoints/step-{digits}"):
+    eight_digits = "[0-9]" * 8
+    for checkpoint in path.glob(f"checkpoints/step-{eight_digits}"):
         if int(checkpoint.name.removeprefix("step-")) > final_step:
             return final_step
     return None

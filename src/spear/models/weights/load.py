@@ -44,8 +44,8 @@ MAX_READ_BYTES = 8 * 2**20
 bytes do not stay in memory."""
 
 DIGEST_TAIL_BYTES = 4096
-"""How many bytes at the end of each weight `digest` reads. In embeddings, these are 3D tokens,
-which every training changes."""
+"""How many bytes at the end of each weight `digest` reads. At the end of the embeddings are those
+of the 3D tokens."""
 
 _NEEDS_WHOLE_CHECKPOINT = "give the folder of a whole checkpoint"
 
