@@ -91,6 +91,7 @@ class Service:
             For each observation, in order, {"actions", "policy_timing"} or the `SpearError` that
             says what is wrong with it. The timing, in ms, is that of the whole batch.
         """
+        # Read and check the observations. `checked` has the valid ones by their index.
         started = time.perf_counter()
         readings = [_try(self.embodiment.read, observation) for observation in observations]
         checked: dict[int, CheckedObservation] = {}
@@ -103,6 +104,8 @@ class Service:
         predictions = self._infer(list(checked.values())) if checked else []
         inference_ended = time.perf_counter()
 
+        # Wrong observations keep their errors. The others get rows of commands, or an error of the
+        # policy or of the conversion.
         results = readings
         for index, prediction in zip(checked, predictions, strict=True):
             results[index] = prediction

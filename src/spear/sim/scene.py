@@ -162,7 +162,7 @@ def sample_scene(family: str, seed: int) -> SceneSpec:
     distractors = _choose(rng, others, num_distractors)
     objects = _place_objects([target, source, *distractors], rng)
     ee_position = NOMINAL_START_POSITION_M + rng.uniform(-0.08, 0.08, 3)
-    ee_rotation = _sample_ee_rotation(rng, math.radians(18), math.radians(30))
+    ee_rotation = _sample_ee_rotation(rng, max_tilt=math.radians(18), max_yaw=math.radians(30))
     instruction = _write_instruction(family, source, target, rng)
     appearance = _sample_appearance(rng)
     return SceneSpec(
@@ -206,7 +206,9 @@ def clutter_scene(seed: int) -> SceneSpec:
         held_object = int(rng.choice(graspable))
     height = float(rng.choice([rng.uniform(0.02, 0.12), rng.uniform(0.06, 0.32)]))
     max_tilt_deg = float(rng.choice([3.0, 20.0]))
-    ee_rotation = _sample_ee_rotation(rng, math.radians(max_tilt_deg), math.radians(90))
+    ee_rotation = _sample_ee_rotation(
+        rng, max_tilt=math.radians(max_tilt_deg), max_yaw=math.radians(90)
+    )
     appearance = _sample_appearance(rng)
     return SceneSpec(
         family="clutter",
