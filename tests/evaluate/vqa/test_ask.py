@@ -30,7 +30,7 @@ from spear.types import Array
 from spear.util.fingerprints import fingerprint_checkpoint
 
 NANO = BUNDLED_WEIGHTS / "nano"
-SEEN_NAMES = ("plate", "robot gripper")  # that nano-vlm sees in sim:7
+SEEN_NAMES = ("plate", "robot gripper")  # objects that nano-vlm sees in the image of sim:7
 PLATE_QUESTION = "How far away is the plate?"
 
 
@@ -77,14 +77,23 @@ def test_any_name_is_understood(name: str) -> None:
 
 
 HELD_OUT = tomllib.loads(Path(__file__).with_name("questions.toml").read_text("utf-8"))
-"""Questions in words that no template has: "taught" by type, "untaught", and "absent", which are
-about objects that no scene has."""
+"""Questions in words that no template has.
+
+"taught" has questions of each type that nano was taught, "untaught" other questions, and "absent"
+questions about objects that no scene has.
+"""
 NANO_TYPES = read_taught_questions(BUNDLED_WEIGHTS / "nano-vlm")
 NAMES = [("red cube", "toy car"), ("cardboard box", "remote"), ("plate", "mug")]
+"""Pairs of names for the gaps {x} and {y} of these questions."""
 
 
 def list_held_out(x: str, y: str) -> list[tuple[str, str]]:
-    """The (question type, question) of each paraphrase of a taught question."""
+    """List (question type, question) for each paraphrase of a taught question.
+
+    Args:
+        x: The name of the first object.
+        y: The name of the second object.
+    """
     questions: list[tuple[str, str]] = []
     for question_type, paraphrases in HELD_OUT["taught"].items():
         for paraphrase in paraphrases:
@@ -109,8 +118,8 @@ def test_paraphrases_of_taught_questions_are_understood(x: str, y: str) -> None:
     understood = []
     for question_type, question in list_held_out(x, y):
         parsed = understand_question(question, NANO_TYPES)
-        is_type = parsed is not None and parsed.question_type == question_type
-        understood.append(is_type and parsed.names[0] == x)
+        has_right_type = parsed is not None and parsed.question_type == question_type
+        understood.append(has_right_type and parsed.names[0] == x)
 
     assert np.mean(understood) >= 0.95
 
@@ -236,7 +245,7 @@ def test_a_paraphrase_is_answered_with_its_interval(
     expected, _ = ask_question(
         nano, image, "How far is the plate from the camera?", settings=AskSettings(trust=trust)
     )
-    assert answer == expected
+    assert answer == expected  # the model was asked the same
     assert "80% interval" in text
     assert 'asked as: "How far is the plate from the camera?"' in text
 
@@ -264,6 +273,7 @@ def test_the_command_answers_anything_with_free(run_command: Callable[..., str])
 
 @pytest.mark.slow
 def test_held_out_paraphrases_are_answered_and_absent_objects_are_not() -> None:
+    """The model itself answers, so this takes long."""
     model = load_vlm("nano-vlm")
     trust = Trust.load(BUNDLED_WEIGHTS / "nano-vlm")
     picture = load_picture("sim:7", model.processor.image_sizes["external"]).image

@@ -8,7 +8,7 @@ import numpy as np
 
 from spear.errors import SpearError, check_known
 from spear.evaluate.vqa.calibration import TRUSTED_COVERAGE, Trust
-from spear.evaluate.vqa.wording import describe_untaught, understand_question
+from spear.evaluate.vqa.wording import ParsedQuestion, describe_untaught, understand_question
 from spear.labels.pipeline import label_with_ground_truth
 from spear.labels.questions.generate import abbreviate_unit, format_answer
 from spear.labels.questions.templates import (
@@ -102,9 +102,9 @@ def ask_question(
     keeps_wording = settings.is_free or question_type is not None
     if parsed is None and not keeps_wording:
         return None, describe_untaught(settings.taught_types)
-    prompt = question if parsed is None or keeps_wording else parsed.prompt
-    if parsed is not None and (parsed.is_taught_wording or not keeps_wording):
-        question_type = question_type or parsed.question_type
+
+    prompt, taught_type = _choose_prompt(question, parsed, keeps_wording)
+    question_type = question_type or taught_type
 
     # Do not ask where an object is that the model does not see.
     names = [] if parsed is None else parsed.names
@@ -121,11 +121,7 @@ def ask_question(
         answer = replace(answer, segments=segments)
     text = format_reply(answer, image)
     if trust and distribution:
-        is_known_wording = (
-            parsed is not None
-            and question_type == parsed.question_type
-            and (parsed.is_taught_wording or not keeps_wording)
-        )
+        is_known_wording = taught_type is not None and question_type == taught_type
         certainty = _describe_certainty(
             answer, distribution, question_type, is_known_wording, trust
         )
@@ -133,6 +129,29 @@ def ask_question(
     if prompt != question:
         text += f'\n  asked as: "{prompt}"'
     return answer, text
+
+
+def _choose_prompt(
+    question: str, parsed: ParsedQuestion | None, keeps_wording: bool
+) -> tuple[str, str | None]:
+    """Choose the words in which the model is asked.
+
+    Args:
+        question: The question.
+        parsed: What the question asks; None if it is of no type that the model was taught.
+        keeps_wording: Whether the question is asked in its own words, even if they were not taught.
+
+    Returns:
+        The prompt, and the question type of which the prompt is a taught wording; None if it is a
+        taught wording of no type.
+    """
+    if parsed is None:
+        return question, None
+    if not keeps_wording:
+        return parsed.prompt, parsed.question_type
+    if parsed.is_taught_wording:
+        return question, parsed.question_type
+    return question, None
 
 
 def _describe_absent(absent: dict[str, str]) -> str:

@@ -1,9 +1,11 @@
-"""What a question asks, in the wording that the model was taught.
+"""Understand what a question asks, and find the wording in which the model was taught to answer it.
 
-A question in any other words is recognized by rules. Words that no question of a taught type
-consists of are names of objects, if they follow an article or a preposition. The remaining words
-tell the type: "far" asks for a distance, "corners" for a box. The model is then asked in a wording
-that it knows. A question without such words is none that it was taught, whatever it names.
+A *taught wording* is one of the prompt templates with which the model was trained. A question in
+other words is recognized by rules. Its words are divided in two groups. Words of `VOCABULARY`, of
+which questions consist, tell the type: "far" asks for a distance, "corners" for a box. Other words
+are names of objects, if they follow an article, a preposition or the like. The model is then asked
+about these objects in a taught wording of this type. If no word tells the type, the model was not
+taught to answer the question.
 """
 
 import itertools
@@ -26,9 +28,9 @@ _WORDS = tomllib.loads(Path(__file__).with_name("words.toml").read_text(encoding
 WORDS = {kind: frozenset(words) for kind, words in _WORDS.items()}
 """Kind of words → the words (words.toml says what each kind is)."""
 VOCABULARY = frozenset().union(*WORDS.values())
-"""The words that are never part of a name, but for some that `_find_end_of_name` says."""
+"""The words of questions. They are no part of a name, except for those in `_find_end_of_name`."""
 WORDS_BEFORE_NAMES = WORDS["determiners"] | WORDS["name_prepositions"]
-EXAMPLE_TYPES = ("distance", "box_vertices")  # of which a refusal gives an example
+EXAMPLE_TYPES = ("distance", "box_vertices")  # types of the examples in `describe_untaught`
 KEYPOINT_OF_WORD = {
     "closest": "closest",
     "nearest": "closest",
@@ -46,9 +48,9 @@ class ParsedQuestion:
 
     Attributes:
         question_type: one of `spear.question_types`.
-        names: the names of its objects, in the order of the gaps x and y.
+        names: the names of its objects, in the order of the gaps {x} and {y} of prompt templates.
         prompt: the question in a taught wording.
-        is_taught_wording: whether the question had that wording itself.
+        is_taught_wording: whether the question already had a taught wording.
     """
 
     question_type: str
@@ -64,10 +66,10 @@ def understand_question(
 
     Args:
         question: the question, in any words.
-        taught_types: the types that the model was taught; None for all.
+        taught_types: the types of questions that the model was taught; None for all.
 
     Returns:
-        The question; None if it is none of these types.
+        What the question asks; None if it has none of these types.
 
     Example:
         >>> parsed = understand_question("At what distance is the red cube?")
@@ -96,9 +98,10 @@ def understand_question(
 
 
 def match_templates(question: str, question_type: str) -> list[str] | None:
-    """Match a question with the prompt templates of a type.
+    """Match a question with the prompt templates of a question type.
 
-    Returns the names of its objects, or None if it has no wording of this type.
+    Returns:
+        The names of the question's objects; None if it has no taught wording of this type.
     """
     text = " ".join(question.split())
     # Remove the words that only state the unit of the answer.
@@ -135,12 +138,12 @@ def _to_pattern(prompt: str, question_type: str) -> str:
 
 
 class _Words(NamedTuple):
-    """The words of a question.
+    """The words of a question, divided in names and other words.
 
     Attributes:
-        names: the names of objects, in order.
-        other: the other words, in order.
-        between: the words between the first two names.
+        names: the names of objects, in the order of the question.
+        other: the other words, in the order of the question.
+        between: those of the other words that stand between the first two names.
     """
 
     names: list[str]
@@ -149,10 +152,11 @@ class _Words(NamedTuple):
 
 
 def _read_words(question: str) -> _Words | None:
-    """Read the names and the other words of a question.
+    """Divide the words of a question in names and other words.
 
-    Returns None if it asks for a property of an object that is none of the kind "measure", such as
-    "the weight of the mug".
+    Returns:
+        The words; None if the question asks for a property that cannot be measured in an image,
+        such as "the weight of the mug".
     """
     tokens = _TOKENS.findall(question.casefold().replace("’", "'"))
     names: list[str] = []
@@ -181,10 +185,17 @@ def _read_words(question: str) -> _Words | None:
 
 
 def _find_end_of_name(tokens: Sequence[str], start: int) -> int:
-    """Find where a name that begins at a token ends; at the same token if none begins there.
+    """Find the end of a name.
 
-    "box" and "can" may be its last word, as of a cardboard box, although they are also words of
-    `VOCABULARY`. A can may have no other name.
+    "box" and "can" are words of `VOCABULARY`, but may also be the last word of a name, as in
+    "cardboard box". "can" may also be the only word of a name, if it follows an article.
+
+    Args:
+        tokens: The words and punctuation marks of the question.
+        start: The index at which the name begins.
+
+    Returns:
+        The index behind the name; `start` if no name begins there.
     """
     end = start
     while end < len(tokens) and _is_word_of_name(tokens[end]):
@@ -198,14 +209,16 @@ def _find_end_of_name(tokens: Sequence[str], start: int) -> int:
 
 
 def _is_word_of_name(token: str) -> bool:
+    """Return whether a token may be part of a name: a word that is not in `VOCABULARY`."""
     return token not in VOCABULARY and token[0].isalnum()
 
 
 def _is_in_place_of_name(tokens: Sequence[str], start: int, end: int) -> bool:
-    """Whether words stand where the name of an object does, rather than being any other words.
+    """Return whether tokens[start:end] stand in a place where questions name objects.
 
-    That is after an article, a preposition, a comma, or a measure ("distance mug"), or at the
-    beginning and before a measure or a colon ("mug distance", "mug: how far").
+    Such a place is after an article, a preposition, a comma, a colon or a measure ("distance mug").
+    Another one is the beginning of the question, if a measure, a colon, a comma or "'s" follows
+    ("mug distance", "mug: how far").
     """
     if start == 0:
         after = tokens[end] if end < len(tokens) else ""
@@ -267,21 +280,22 @@ def _list_types_of_one(words: Sequence[str]) -> list[str]:
 
 
 def _is_gap(words: Sequence[str]) -> bool:
-    """Whether "space" means the distance: "how much space is between …"."""
+    """Return whether "space" means a distance, as in "how much space is between …"."""
     return "space" in words and "between" in words
 
 
 def _follows(words: Sequence[str], first: str, followers: Collection[str]) -> bool:
-    """Whether one of `followers` comes right after a word."""
+    """Return whether one of `followers` directly follows the word `first`."""
     return any(
         word == first and follower in followers for word, follower in itertools.pairwise(words)
     )
 
 
 def _order_names(words: _Words, question_type: str) -> list[str]:
-    """Order the names as the gaps of the type: an offset leads from x to y.
+    """Order the names as the gaps {x} and {y} of the type's templates.
 
-    "Where is y relative to x" and "how far is y from x" begin with where the offset leads.
+    An offset leads from x to y. Questions such as "where is y relative to x" and "how far is y from
+    x" name y first.
     """
     leads_back = bool({"relative", "respect", "from"} & set(words.between))
     if question_type == "offset" and leads_back:
