@@ -118,7 +118,7 @@ def test_exp_of_scipys_rotation_vectors_gives_the_same_rotations() -> None:
     assert_close(distance_rad, torch.zeros(len(q)), atol=1e-11)
 
 
-# Taylor series change to quotients at 0.01 or 0.02 rad.
+# The series of exp and log change to quotients at 0.02 rad, where the squared half angle is 1e-4.
 @pytest.mark.parametrize("size_rad", [1e-12, 1e-8, 1e-6, 1e-4, 0.0099, 0.0101, 0.02, 0.1, 0.5])
 @pytest.mark.parametrize(("dtype", "rtol"), [(torch.float32, 1e-6), (torch.float64, 1e-14)])
 def test_small_rotations_keep_their_relative_precision(
@@ -146,6 +146,7 @@ def test_canonical_is_the_same_for_both_signs() -> None:
         ([-0.0, 0, 0, -1], [0, 0, 0, 1]),
         ([0.1, -0.9, -0.3, -0.3], [0.1, -0.9, -0.3, -0.3]),
     ],
+    ids=["x decides", "z decides", "w decides"],
 )
 def test_the_first_nonzero_component_of_a_canonical_quaternion_is_positive(
     q: list[float], expected: list[float]

@@ -122,7 +122,7 @@ def grouped_attention(
             outputs.append(output)
         return torch.cat(outputs, dim=1), None
 
-    # Only the image encoders have as many key-value heads as query heads.
+    # The image encoders have as many key-value heads as query heads, the Gemmas of our presets one.
     has_ungrouped_heads = query.shape[1] == key.shape[1]
     is_frozen_encoder = has_ungrouped_heads and not torch.is_grad_enabled()
     if softcap is None and (is_frozen_encoder or query.device.type != "cpu"):
