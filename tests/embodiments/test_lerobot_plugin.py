@@ -260,7 +260,7 @@ class TestJointRobot:
     ("kind", "scale", "num_notices"),
     [
         ("joints", 1, 0),  # up to 90° and an opening up to 100
-        ("exported", 1 / 99, 0),
+        ("exported", 1 / 99, 0),  # our own exports have m, rad and openings up to 1
         ("joints", 1 / 99, 2),  # angles like radians, and an opening up to 1
         ("joints", 10 / 9, 1),  # joints from -100 to 100, which is LeRobot's normalized range
     ],

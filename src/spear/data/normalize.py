@@ -237,6 +237,7 @@ def write_sketches(store: EpisodeStore, sketches: Sequence[QuantileSketch]) -> N
         store: The store.
         sketches: The sketches of translation x, y, z and position x, y, z.
     """
+    # The key "of" has the fingerprint. The arrays of axis 0 have the keys "0 moments" and so on.
     arrays: dict[str, Any] = {"of": np.array(store.fingerprint())}
     for axis, sketch in enumerate(sketches):
         for name, values in sketch.to_arrays().items():
@@ -267,12 +268,13 @@ def _load_sketches(file: Path, store: EpisodeStore) -> list[QuantileSketch] | No
     Returns None if the file is of other episodes, because shards were added or removed since.
     """
     with np.load(file, allow_pickle=False) as arrays:
+        # "of" is the fingerprint of the episodes (see `write_sketches`).
         if "of" not in arrays.files or str(arrays["of"]) != store.fingerprint():
             return None
 
         sketches: list[QuantileSketch] = []
         for axis in range(NUM_AXES):
-            prefix = f"{axis} "
+            prefix = f"{axis} "  # of the keys of the axis's arrays
             sketch_arrays = {
                 name.removeprefix(prefix): arrays[name]
                 for name in arrays.files

@@ -115,8 +115,8 @@ def layout_pose(layout: DatasetLayout) -> tuple[np.ndarray, Rotation]:
 
     base_rotation = Rotation.from_quat(layout.base_rotation, scalar_first=True)
     tool_rotation = Rotation.from_quat(layout.tool_rotation, scalar_first=True)
-    positions = base_rotation.apply(positions + rotations.apply(layout.tool_offset))
-    return positions, base_rotation * rotations * tool_rotation
+    tool_positions = positions + rotations.apply(layout.tool_offset)  # in the dataset's base frame
+    return base_rotation.apply(tool_positions), base_rotation * rotations * tool_rotation
 
 
 def make_steps(layout: DatasetLayout) -> dict[str, Any]:

@@ -346,7 +346,7 @@ ROW_LENGTHS = {"ragged": [0, 2] * 5, "texts": [2] * 10, "list": [7] * 10, "text"
 
 def add_strange_features(features: Any) -> None:
     """Add values of the columns above to a record of ten steps."""
-    state = features["steps/observation/state"].float_list.value
+    state = features["steps/observation/state"].float_list.value  # 10 steps of 7 numbers
     instructions = list(features["steps/language_instruction"].bytes_list.value)
     for name, lengths in ROW_LENGTHS.items():
         features[f"steps/{name}/ragged_row_lengths_0"].int64_list.value.extend(lengths)
@@ -381,7 +381,7 @@ def test_columns_that_cannot_be_read_do_not_matter_to_episodes(
 
 def test_columns_that_cannot_be_read_do_not_matter_to_commands(strange_copy: Path) -> None:
     page = strange_copy / "look.html"
-    write_page(strange_copy, page, None)
+    write_page(strange_copy, page, None)  # without a layout file
 
     assert inspect(strange_copy).count("not read: ") == len(UNREADABLE_FEATURES)
     assert describe(strange_copy)["gripper"]

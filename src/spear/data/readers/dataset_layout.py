@@ -83,6 +83,7 @@ Range = Annotated[tuple[float, float], AfterValidator(_validate_two_readings)]
 """The readings of a gripper: first when it is closed, then when it is open."""
 Quaternion = Annotated[tuple[float, float, float, float], AfterValidator(_validate_unit_norm)]
 Offset = tuple[float, float, float]
+"""A position in the dataset's end-effector frame, m."""
 FrameVersion = Annotated[int, Field(ge=1)]
 IDENTITY_ROTATION = (1.0, 0.0, 0.0, 0.0)
 NO_OFFSET = (0.0, 0.0, 0.0)
@@ -114,7 +115,7 @@ class DatasetLayout:
                      dataset's end-effector frame, m.
     base_rotation    quaternion (w, x, y, z) by which orientations are multiplied from the left, and
                      which rotates positions. It leads from the dataset's base frame to ours (x
-                     forward, y left, z up). Actions that are derived from the poses turn with them.
+                     forward, y left, z up).
     gripper          column of the measured opening. If the column is part of an action, it is also
                      the gripper command.
     gripper_range    readings of the column `gripper` when closed and when open.
@@ -190,7 +191,7 @@ class DatasetLayout:
 
 
 FRAME_FIELDS = ("tool_rotation", "tool_offset", "base_rotation")
-"""Fields that turn or move the dataset's frames into ours. A version of frames is about these."""
+"""Fields that convert the dataset's frames to ours. `spear.data.frames` counts their versions."""
 DEPENDENT_FIELDS = {
     "images": ("image_aspect",),
     "gripper": ("command", "command_range", "gripper_opening"),

@@ -207,8 +207,10 @@ def check_enough_good(num_good: int, skipped: SkippedItems, path: str | Path, sp
         path: The folder, for the message.
         split: The split, for the message.
     """
-    skipped.check(num_good, finished=num_good > 0)
-    if num_good == 0:
+    # With no good episode, the message below says more.
+    has_good_episode = num_good > 0
+    skipped.check(num_good, finished=has_good_episode)
+    if not has_good_episode:
         reason = f": {skipped.summarize()}" if skipped.reasons else " (the split is empty)"
         raise SpearError(f"no good episode: {path} split {split!r}{reason}")
 

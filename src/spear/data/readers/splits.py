@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from spear.errors import SpearError, check_known, format_count
 
+# For example "train", "train[20%:]" or "train[-3:-1]".
 _RANGE_TEXT = re.compile(r"^(?P<name>[\w-]+)(\[(?P<first>-?[\d_]+%?)?:(?P<end>-?[\d_]+%?)?\])?$")
 
 

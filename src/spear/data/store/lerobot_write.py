@@ -131,7 +131,6 @@ class _Writer:
         self.image_sizes = {camera: samples[camera].size for camera in sorted(samples)}
         self.features = make_features(self.image_sizes, images, self.rate_hz)
         self.schema = make_schema(self.features)
-
         self.frames: dict[str, int] = {}  # the versions of the frames of the poses
 
         # What was added so far.

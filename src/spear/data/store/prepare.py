@@ -231,6 +231,7 @@ def _check_out_folder(out: Path, request: dict[str, Any]) -> None:
 
     earlier_request = read_json(out / REQUEST_FILE, "remove that folder")
     earlier_request["shards"] = None  # `prepare` adds this key, which is no part of the request
+    # Other frames have an error message of their own, and an earlier store may lack this key.
     merge_frames(
         [(str(out), read_store_frames(earlier_request)), ("this dataset", request["frames"])]
     )
