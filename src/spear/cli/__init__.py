@@ -44,6 +44,7 @@ COMMANDS: dict[str, str] = {
     "evaluate": "evaluate:evaluate",
     "evaluate data": "evaluate:evaluate_data",
     "evaluate simpler": "evaluate:evaluate_simpler",
+    "evaluate libero": "evaluate:evaluate_libero",
     "evaluate compare": "evaluate:compare",
     "evaluate reference": "evaluate:reference",
     "evaluate vqa": "evaluate:evaluate_vqa",

@@ -12,7 +12,13 @@ from tyro.conf import Positional, arg
 from spear.cli.data import check_episodes, open_episodes
 from spear.errors import SpearError, escape_control_characters, format_count, notice
 from spear.evaluate.compare import find_matching_references, load_references
-from spear.evaluate.options import AgentOptions, QuestionOptions, SimplerOptions, TabletopOptions
+from spear.evaluate.options import (
+    AgentOptions,
+    LiberoOptions,
+    QuestionOptions,
+    SimplerOptions,
+    TabletopOptions,
+)
 from spear.evaluate.results import load_results
 from spear.util.files import check_no_foreign_files, check_writable, read_json, write_text
 from spear.util.options import (
@@ -127,6 +133,49 @@ def evaluate_simpler(options: EvaluateSimplerOptions) -> None:
     agent = run.OracleAgent() if is_plain_oracle else load_agent(**vars(options.agent))
     results, _ = run.evaluate_simpler(agent, options.loop)
     _save_and_print_results(options.agent.policy, options.loop.out, len(results.outcomes))
+
+
+class EvaluateLiberoOptions(Options):
+    agent: AgentOptions = field(default_factory=AgentOptions)
+    loop: LiberoOptions = field(
+        default_factory=lambda: LiberoOptions(videos=1, out=Path("runs/libero"))
+    )
+    setup: bool = False
+    """Set up LIBERO's Python environment (2.1 GB), and do nothing else."""
+
+
+def evaluate_libero(options: EvaluateLiberoOptions) -> None:
+    """Let a policy act in LIBERO's tasks, and count its successes.
+
+    LIBERO runs in a Python environment of its own, which --setup makes once: see
+    docs/howto/libero.md. Prints success per task and suite with 95 % intervals; writes
+    OUT/results.json and films. The same command continues an evaluation that was stopped.
+
+    Examples:
+        spear evaluate libero --setup
+        spear evaluate libero --policy oracle --suites libero_object --num-scenes 2
+        spear evaluate libero --policy runs/my_policy --suites libero_spatial libero_goal_swap
+    """
+    from spear.evaluate.libero import environment
+
+    if options.setup:
+        print(f"LIBERO is ready in {environment.set_up()}")
+        return
+    environment.find_python()  # a missing one is reported before weights are loaded
+
+    from spear.evaluate.agents import load_agent
+    from spear.evaluate.libero import run
+
+    if options.agent.policy == "expert":
+        raise SpearError(
+            "--policy expert knows only the embedded simulator. Give --policy oracle for LIBERO."
+        )
+    is_plain_oracle = options.agent == AgentOptions("oracle")
+    agent = run.OracleAgent() if is_plain_oracle else load_agent(**vars(options.agent))
+    results, _ = run.evaluate_libero(agent, options.loop)
+    _save_and_print_results(options.agent.policy, options.loop.out, len(results.outcomes))
+    for suite, success in run.summarize_suites(results).items():
+        print(f"{suite}: {success.to_text('.1f', 100, ' %')}")
 
 
 class EvaluateDataOptions(Options):

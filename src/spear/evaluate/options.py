@@ -105,6 +105,25 @@ class SimplerOptions(EpisodeOptions):
     """ManiSkill's asset folder, if it is neither ~/.maniskill nor named by MS_ASSET_DIR."""
 
 
+class LiberoOptions(EpisodeOptions):
+    """A closed-loop evaluation in LIBERO's tasks."""
+
+    suites: tuple[str, ...] = ("libero_spatial", "libero_object", "libero_goal", "libero_10")
+    """Suites, original ones or perturbed ones of LIBERO-PRO, for example libero_goal_swap."""
+    num_scenes: Annotated[int, Range(1)] = 50
+    """Official states per task. Further episodes begin in the same states again, with other noise
+    for the policy."""
+    tasks: tuple[int, ...] = ()
+    """Numbers of the tasks of each suite, from 0. Default: all ten."""
+    protocol: Literal["openpi", "oft", "lerobot"] = "openpi"
+    """Whose seed of the environment and limits of steps to use."""
+    fast_rendering: bool = False
+    """Render pictures without multisampling and reflections, several times as fast. They differ
+    from the official ones."""
+    batch_size: Annotated[int | None, Range(1), arg(metavar="N")] = None
+    """Scenes that run at once, each in its own process of 2 GB. Default: the number of cores."""
+
+
 QUESTION_TYPES_HELP = f"Question types: {', '.join(QUESTION_TYPES)}. Default: all."
 QuestionTypes = Annotated[tuple[str, ...], arg(help=QUESTION_TYPES_HELP)]
 

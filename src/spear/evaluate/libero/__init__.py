@@ -1,0 +1,1 @@
+"""LIBERO's suites, in processes of a Python environment of their own."""

@@ -1,0 +1,280 @@
+"""The scripted expert for LIBERO: knows the true state, acts through the policy's eight numbers.
+
+Its actions pass through the same adapter and controller as a policy's, so its success says what
+these let through. An action depends on the present moment only, so the oracle tries again when an
+object slips.
+
+All positions are in the base frame, m.
+"""
+
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from spear.evaluate.libero.process import Box, LiberoMoment
+from spear.geometry import (
+    action_between_poses,
+    quat_canonical,
+    quat_exp,
+    quat_log,
+    quat_rotate,
+    quat_to_euler,
+)
+from spear.types import Array
+
+MAX_STEP_M = 0.04
+MAX_TURN_RAD = 0.3
+HOVER_M = 0.07  # height above the grasp while the gripper is not above it
+CLEARANCE_M = 0.04  # between what moves across and what stands below
+PATH_WIDTH_M = 0.09  # things nearer to the path than this have to be cleared
+FINGER_LENGTH_M = 0.04  # from the end-effector up to the palm, less a margin
+RIM_DEPTH_M = 0.018  # how far below a bowl's rim its wall is gripped
+RELEASE_M = 0.008  # height above its place at which an object is released
+RETREAT_M = 0.1
+NUM_RIM_DIRECTIONS = 16
+OUTER_FINGER_M = 0.035  # the outer finger needs this much room beside a rim
+
+MAX_GRASP_OFFSET_M = 0.01
+MAX_GRASP_TURN_RAD = 0.1
+MAX_ARM_OFFSET_M = 0.008
+MAX_PLACE_OFFSET_M = 0.012
+MAX_PLACED_OFFSET_M = 0.025
+STILL_SPEED_M_S = 0.01
+STILL_FINGER_SPEED_M_S = 0.01
+
+
+@dataclass(frozen=True)
+class Grasp:
+    """Where the gripper closes: position [3] of the end-effector, and the yaw of its frame, rad.
+
+    The fingers close along the y axis of that frame."""
+
+    position: Array
+    yaw: float
+
+
+def choose_action(goal: Sequence[Sequence[str]], moment: LiberoMoment) -> Array:
+    """The action [8] float32 at this moment (layout of `spear.types.Action`).
+
+    goal: the conditions of the task, as LIBERO's files have them: ["on", object, place], …
+    """
+    for condition in goal:
+        if not is_fulfilled(condition, moment):
+            return pursue(condition, moment)
+    return _retreat(moment)
+
+
+def is_fulfilled(condition: Sequence[str], moment: LiberoMoment) -> bool:
+    """Whether nothing is left to do for a condition, the gripper having let go."""
+    if condition[0] not in ("on", "in"):
+        return False
+    source = moment.objects[condition[1]]
+    rest = find_rest_position(source, condition[2], moment)
+    offset = np.linalg.norm(source.pose[:2] - rest[:2])
+    is_low = source.pose[2] < rest[2] + 0.03
+    return bool(moment.is_open and is_low and offset < MAX_PLACED_OFFSET_M)
+
+
+def pursue(condition: Sequence[str], moment: LiberoMoment) -> Array:
+    """The next action towards one condition."""
+    source = moment.objects[condition[1]]
+    rest = find_rest_position(source, condition[2], moment)
+    if moment.is_open:
+        return _approach(condition[1], moment)
+    if condition[1] in moment.held and moment.finger_speed < STILL_FINGER_SPEED_M_S:
+        return _carry(condition[1], rest, moment)
+    if moment.finger_speed >= STILL_FINGER_SPEED_M_S:
+        return _wait(moment, is_open=False)
+    return _wait(moment, is_open=True)
+
+
+def find_rest_position(source: Box, place: str, moment: LiberoMoment) -> Array:
+    """Where an object's origin should come to rest [3]."""
+    below_origin = source.pose[2] - _corners(source)[:, 2].min()
+    if place in moment.regions:
+        region = moment.regions[place]
+        return np.array([*region.pose[:2], region.pose[2] + below_origin])
+    target = moment.objects[place]
+    center = _corners(target).mean(axis=0)
+    # A plate or a bowl is hollow: what is put there sinks below its rim.
+    return np.array([center[0], center[1], target.pose[2] + 0.01 + below_origin])
+
+
+def find_grasps(name: str, moment: LiberoMoment) -> list[Grasp]:
+    """All good grasps of an object."""
+    box = moment.objects[name]
+    if "bowl" in name:
+        return _find_rim_grasps(name, moment)
+
+    corners = _corners(box)
+    center = corners.mean(axis=0)
+    top = corners[:, 2].max()
+    bottom = corners[:, 2].min()
+    height = max((top + bottom) / 2, top - FINGER_LENGTH_M, bottom + 0.012)
+    axes = quat_rotate(torch.from_numpy(box.pose[3:]), torch.eye(3, dtype=torch.float64)).numpy()
+    size = box.high - box.low
+    # Of the object's own axes, those that lie level; the fingers close along the shortest.
+    level_axes = [k for k in range(3) if abs(axes[k][2]) < 0.5]
+    grasps = []
+    shortest = min(level_axes, key=lambda k: size[k])
+    for axis in level_axes:
+        if size[axis] < size[shortest] + 0.005:
+            closing = axes[axis]
+            yaw = math.atan2(closing[1], closing[0]) - math.pi / 2
+            grasps.append(Grasp(np.array([center[0], center[1], height]), yaw))
+    return grasps
+
+
+def _find_rim_grasps(name: str, moment: LiberoMoment) -> list[Grasp]:
+    box = moment.objects[name]
+    corners = _corners(box)
+    center = corners.mean(axis=0)
+    rim_height = corners[:, 2].max()
+    radius = float(np.min(box.high[:2] - box.low[:2])) / 2 - 0.004
+    others = [other for key, other in moment.objects.items() if key != name]
+    grasps = []
+    rooms = []
+    for direction in range(NUM_RIM_DIRECTIONS):
+        angle = 2 * math.pi * direction / NUM_RIM_DIRECTIONS
+        outward = np.array([math.cos(angle), math.sin(angle)])
+        point = center[:2] + radius * outward
+        outer_finger = center[:2] + (radius + OUTER_FINGER_M) * outward
+        room = 1.0
+        for other in others:
+            if _corners(other)[:, 2].max() > rim_height - 0.03:
+                room = min(room, _distance_to_box(other, outer_finger))
+        position = np.array([point[0], point[1], rim_height - RIM_DEPTH_M])
+        grasps.append(Grasp(position, angle - math.pi / 2))
+        rooms.append(room)
+    enough = min(0.03, max(rooms))
+    return [grasp for grasp, room in zip(grasps, rooms, strict=True) if room >= enough - 1e-9]
+
+
+def _approach(name: str, moment: LiberoMoment) -> Array:
+    """Above the object first, then down to it, then close."""
+    current_yaw = _yaw(moment.commanded)
+    best = min(
+        find_grasps(name, moment),
+        key=lambda grasp: (
+            abs(_nearest_yaw(grasp.yaw, current_yaw) - current_yaw)
+            + 3 * float(np.linalg.norm(grasp.position[:2] - moment.pose[:2]))
+        ),
+    )
+    yaw = _nearest_yaw(best.yaw, current_yaw)
+    goal = best.position.copy()
+    offset = float(np.linalg.norm(moment.pose[:2] - goal[:2]))
+    turn = abs(_wrap(yaw - _yaw(moment.pose)))
+    is_aligned = offset < MAX_GRASP_OFFSET_M and turn < MAX_GRASP_TURN_RAD
+    if not is_aligned:
+        hover = goal[2] + HOVER_M
+        if offset > 0.03:
+            hover = max(hover, _height_to_clear(moment, goal, [name]) + CLEARANCE_M)
+        return _move_over(moment, goal, hover, yaw, True)
+    is_there = np.linalg.norm(moment.pose[:3] - goal) < MAX_ARM_OFFSET_M
+    is_blocked = moment.speed < STILL_SPEED_M_S and moment.pose[2] < goal[2] + 0.02
+    return _move_towards(moment, goal, yaw, not (is_there or is_blocked))
+
+
+def _carry(name: str, rest: Array, moment: LiberoMoment) -> Array:
+    """Up, across, down, open."""
+    box = moment.objects[name]
+    offset = rest[:2] - box.pose[:2]
+    distance = float(np.linalg.norm(offset))
+    goal = moment.pose[:3].copy()
+    goal[:2] += offset
+    hanging = moment.pose[2] - _corners(box)[:, 2].min()
+    if distance > MAX_PLACE_OFFSET_M:
+        height = _height_to_clear(moment, goal, [name]) + CLEARANCE_M + hanging
+        height = max(height, moment.pose[2] + rest[2] - box.pose[2] + 0.05)
+        return _move_over(moment, goal, height, _yaw(moment.commanded), False)
+    goal[2] = moment.pose[2] + rest[2] + RELEASE_M - box.pose[2]
+    is_low = box.pose[2] < rest[2] + RELEASE_M + 0.006
+    is_blocked = moment.speed < STILL_SPEED_M_S and box.pose[2] < rest[2] + 0.05
+    return _move_towards(moment, goal, _yaw(moment.commanded), is_low or is_blocked)
+
+
+def _retreat(moment: LiberoMoment) -> Array:
+    goal = moment.commanded[:3] + np.array([0, 0, RETREAT_M])
+    return _move_towards(moment, goal, _yaw(moment.commanded), True)
+
+
+def _wait(moment: LiberoMoment, is_open: bool) -> Array:
+    """Move the fingers only."""
+    return _move_towards(moment, moment.commanded[:3], _yaw(moment.commanded), is_open)
+
+
+def _move_over(
+    moment: LiberoMoment, goal: Array, height: float, yaw: float, is_open: bool
+) -> Array:
+    """Rise to a height, then move across at it."""
+    lacking = height - moment.pose[2]
+    if lacking > 0.02:
+        # Across only as fast as the arm rises, so that it clears what stands near.
+        target = np.array([*moment.commanded[:2], height])
+    else:
+        target = np.array([goal[0], goal[1], height])
+    return _move_towards(moment, target, yaw, is_open)
+
+
+def _height_to_clear(moment: LiberoMoment, goal: Array, ignored: Sequence[str]) -> float:
+    """The top of the highest thing near the straight way from the end-effector to a position."""
+    highest = -1.0
+    for name, box in moment.objects.items():
+        if name in ignored:
+            continue
+        for fraction in np.linspace(0, 1, 12):
+            point = moment.pose[:2] + fraction * (goal[:2] - moment.pose[:2])
+            if _distance_to_box(box, point) < PATH_WIDTH_M:
+                highest = max(highest, float(_corners(box)[:, 2].max()))
+    return highest
+
+
+def _move_towards(moment: LiberoMoment, goal: Array, yaw: float, is_open: bool) -> Array:
+    """A step of the commanded pose towards a position [3] and a gripper that points down."""
+    facing = quat_exp(torch.tensor([0.0, 0.0, yaw], dtype=torch.float64))
+    position, orientation = torch.from_numpy(moment.commanded).split([3, 4])
+    move, rotation = action_between_poses(position, orientation, torch.from_numpy(goal), facing)
+    turn = quat_log(rotation)
+    move = move * min(1.0, MAX_STEP_M / max(float(move.norm()), 1e-9))
+    turn = turn * min(1.0, MAX_TURN_RAD / max(float(turn.norm()), 1e-9))
+    action = np.concatenate([move, quat_canonical(quat_exp(turn)), [float(is_open)]])
+    return action.astype(np.float32)
+
+
+def _corners(box: Box) -> Array:
+    """The corners [8, 3] of a box, base frame."""
+    corners = np.array(list(itertools.product(*zip(box.low, box.high, strict=True))))
+    rotated = quat_rotate(torch.from_numpy(box.pose[3:]), torch.from_numpy(corners))
+    return rotated.numpy() + box.pose[:3]
+
+
+def _distance_to_box(box: Box, point: Array) -> float:
+    """The horizontal distance of a point [2] from the upright rectangle around a box's corners, in
+    the box's own yaw."""
+    corners = _corners(box)[:, :2]
+    center = corners.mean(axis=0)
+    yaw = _yaw(box.pose)
+    along = np.array([math.cos(yaw), math.sin(yaw)])
+    across = np.array([-along[1], along[0]])
+    outside = []
+    for axis in (along, across):
+        half = np.abs((corners - center) @ axis).max()
+        outside.append(max(0.0, abs(float((point - center) @ axis)) - half))
+    return math.hypot(*outside)
+
+
+def _nearest_yaw(yaw: float, current: float) -> float:
+    """Of a gripper's two equal yaws, half a turn apart, the one nearer to the current."""
+    return current + (yaw - current + math.pi / 2) % math.pi - math.pi / 2
+
+
+def _wrap(angle: float) -> float:
+    return (angle + math.pi) % (2 * math.pi) - math.pi
+
+
+def _yaw(pose: Array) -> float:
+    return float(quat_to_euler(torch.from_numpy(pose[3:]), "xyz")[2])

@@ -1,0 +1,438 @@
+"""One LIBERO task in a process of LIBERO's own Python environment.
+
+This file runs where `spear` is not installed: it imports NumPy, robosuite and LIBERO only. The
+process that starts it (`spear.evaluate.libero.process`) sends requests over a socket, each a pair
+(method name, arguments), and gets (True, result) or (False, error text) back.
+
+Conventions of this file, which are those of the whole package: meters, radians, quaternions with
+the scalar first. A pose is [7], position and quaternion, in the frame of the robot's base. The
+end-effector frame is at robosuite's grip site, and parallel to the base frame when the gripper
+points down.
+"""
+
+import contextlib
+import io
+import os
+import sys
+import traceback
+from multiprocessing.connection import Client, Connection
+from typing import Any
+
+import numpy as np
+
+Array = np.ndarray
+
+CONTROLLER_STEPS_PER_ACTION = 4
+"""LIBERO's controller takes 20 commands a second, the policy 5 actions."""
+MAX_TRANSLATION_M = 0.05
+"""How far the controller's command 1 moves the goal, m."""
+MAX_ROTATION_RAD = 0.5
+"""By how much the controller's command 1 turns the goal, rad."""
+NUM_SETTLING_STEPS = 10
+"""Controller steps after an official state is set, in which objects come to rest."""
+SETTLING_COMMAND = [0.0] * 6 + [-1.0]
+"""The arm stays where it is, the gripper opens."""
+CAMERAS = {"external": "agentview", "wrist": "robot0_eye_in_hand"}
+"""The policy's view → LIBERO's camera."""
+EE_FROM_HAND = np.diag([1.0, -1.0, -1.0])
+"""Rotation from our end-effector frame to robosuite's `right_hand`, whose z axis points out of the
+gripper."""
+
+
+class LiberoTask:
+    """A task, with its scene.
+
+    Args:
+        suite: name of the suite, for example "libero_spatial".
+        task_index: number of the task in its suite, from 0.
+        seed: seed of the environment. It draws where the cabinet and the stove stand, which the
+            official states do not contain.
+        is_cheap: whether pictures are rendered without multisampling and without reflections.
+    """
+
+    def __init__(self, suite: str, task_index: int, seed: int, is_cheap: bool) -> None:
+        from libero.libero import benchmark, get_libero_path
+        from libero.libero.envs import OffScreenRenderEnv
+
+        benchmarks = benchmark.get_benchmark_dict()
+        if suite not in benchmarks:
+            raise ValueError(
+                f"LIBERO has no suite {suite!r}; it has {', '.join(sorted(benchmarks))}"
+            )
+        tasks = benchmarks[suite]()
+        if not 0 <= task_index < tasks.n_tasks:
+            raise ValueError(f"{suite} has {tasks.n_tasks} tasks, none with number {task_index}")
+        task = tasks.get_task(task_index)
+        self._states = np.asarray(tasks.get_task_init_states(task_index))
+        self._instruction = task.language
+        self._env = OffScreenRenderEnv(
+            bddl_file_name=os.path.join(
+                get_libero_path("bddl_files"), task.problem_folder, task.bddl_file
+            ),
+            use_camera_obs=False,  # pictures are rendered when somebody asks for one
+        )
+        self._env.seed(seed)
+        self._is_cheap = is_cheap
+        self._is_reset = False
+        self._commanded = np.zeros(7)
+        self._num_steps = 0
+        self._has_succeeded = False
+        self._is_open = True
+        self._boxes: dict[str, tuple[Array, Array]] = {}
+
+    def describe(self) -> dict[str, Any]:
+        """The instruction, the number of official states, and what the task is about."""
+        problem = self._env.env.parsed_problem
+        return {
+            "instruction": self._instruction,
+            "num_states": len(self._states),
+            "goal": [list(condition) for condition in problem["goal_state"]],
+        }
+
+    def reset(self, state_index: int, changes: dict[str, Any] | None = None) -> dict[str, Any]:
+        """Begin an episode from an official state, as openpi's and OpenVLA-OFT's scripts do.
+
+        Args:
+            state_index: number of the official state.
+            changes: what of that state is changed, see `_change_state`. None changes nothing.
+
+        Returns:
+            The moment, see `_make_moment`.
+        """
+        self._reset_environment()
+        self._env.set_init_state(self._states[state_index])
+        if changes is not None:
+            self._change_state(changes)
+        for _ in range(NUM_SETTLING_STEPS):
+            self._env.step(SETTLING_COMMAND)
+
+        self._commanded = self._read_ee_pose()
+        self._num_steps = 0
+        self._has_succeeded = False
+        self._is_open = True
+        return self._make_moment()
+
+    def run(self, rows: Array, max_steps: int) -> dict[str, Any]:
+        """Execute actions, four controller steps for each, until the task is fulfilled.
+
+        Args:
+            rows: [n, 7] as `spear.embodiments.libero` makes them: translation (m) and rotation
+                vector (rad) of the commanded pose, about the axes of the base, and the gripper's
+                command, -1 (open) to 1 (closed).
+            max_steps: controller steps after which an episode ends.
+        """
+        for row in np.asarray(rows, np.float64):
+            self._move_commanded_pose(row)
+            self._is_open = bool(row[6] < 0)
+            for _ in range(CONTROLLER_STEPS_PER_ACTION):
+                if self._has_succeeded or self._num_steps >= max_steps:
+                    return self._make_moment()
+                command = self._compute_command(row[6])
+                _, _, is_done, _ = self._env.step(command)
+                self._num_steps += 1
+                self._has_succeeded = bool(is_done)
+        return self._make_moment()
+
+    def run_controller(self, commands: Array, max_steps: int) -> dict[str, Any]:
+        """Execute commands [n, 7] in the controller's own units, as other projects' clients do."""
+        for command in np.asarray(commands, np.float64):
+            if self._has_succeeded or self._num_steps >= max_steps:
+                break
+            _, _, is_done, _ = self._env.step(command)
+            self._num_steps += 1
+            self._has_succeeded = bool(is_done)
+        self._commanded = self._read_ee_pose()
+        return self._make_moment()
+
+    def render(self, size: int) -> dict[str, Array]:
+        """Pictures of both cameras, upright: view → uint8 [size, size, 3]."""
+        pictures = {}
+        for view, camera in CAMERAS.items():
+            raw_picture = self._env.sim.render(width=size, height=size, camera_name=camera)
+            pictures[view] = np.ascontiguousarray(raw_picture[::-1])  # OpenGL's first row is below
+        return pictures
+
+    def _reset_environment(self) -> None:
+        """Reset robosuite's environment.
+
+        The first time its model is built. After that a soft reset gives the same to the bit, and
+        takes a hundredth of the time, if the gripper forgets its last command.
+        """
+        if self._is_reset:
+            self._env.env.hard_reset = False
+        self._env.reset()
+        self._env.env.robots[0].gripper.current_action[:] = 0
+        if not self._is_reset:
+            self._is_reset = True
+            self._prepare_rendering()
+            self._boxes = self._measure_boxes()
+
+    def _prepare_rendering(self) -> None:
+        """Render without multisampling and reflections, if that was asked for."""
+        if not self._is_cheap:
+            return
+        model = self._env.sim.model._model
+        model.vis.quality.offsamples = 0
+        model.mat_reflectance[:] = 0
+        self._env.env.sim._render_context_offscreen = None
+        from robosuite.utils.binding_utils import MjRenderContextOffscreen
+
+        context = MjRenderContextOffscreen(self._env.sim, device_id=-1)
+        context.vopt.geomgroup[0] = 0  # collision shapes, as robosuite hides them
+        context.vopt.geomgroup[1] = 1
+        self._env.sim.add_render_context(context)
+
+    def _change_state(self, changes: dict[str, Any]) -> None:
+        """Move objects and the arm in a state that was just set.
+
+        changes:
+            "objects": name → (x, y, yaw) by which the object is moved (m, rad).
+            "joints": [7] by which the arm's joints are turned (rad).
+        """
+        sim = self._env.sim
+        for name, (x, y, yaw) in changes.get("objects", {}).items():
+            joint = self._env.env.objects_dict[name].joints[-1]
+            pose = np.array(sim.data.get_joint_qpos(joint))
+            pose[:2] += (x, y)
+            turn = np.array([np.cos(yaw / 2), 0, 0, np.sin(yaw / 2)])
+            pose[3:] = multiply_quaternions(turn, pose[3:])
+            sim.data.set_joint_qpos(joint, pose)
+        if "joints" in changes:
+            robot = self._env.env.robots[0]
+            joints = sim.data.qpos[robot._ref_joint_pos_indexes] + changes["joints"]
+            sim.data.qpos[robot._ref_joint_pos_indexes] = joints
+        sim.forward()
+        self._env.env.robots[0].controller.update(force=True)
+        self._env.env.robots[0].controller.reset_goal()
+
+    def _move_commanded_pose(self, row: Array) -> None:
+        self._commanded[:3] += row[:3]
+        turn = rotation_vector_to_quaternion(row[3:6])
+        rotation = multiply_quaternions(turn, self._commanded[3:])
+        self._commanded[3:] = rotation / np.linalg.norm(rotation)
+
+    def _compute_command(self, gripper: float) -> Array:
+        """The controller's command [7] that takes the arm from where it is to the commanded
+        pose."""
+        measured = self._read_ee_pose()
+        translation = self._commanded[:3] - measured[:3]
+        turn = multiply_quaternions(self._commanded[3:], conjugate_quaternion(measured[3:]))
+        rotation = quaternion_to_rotation_vector(turn)
+        arm = np.concatenate([translation / MAX_TRANSLATION_M, rotation / MAX_ROTATION_RAD])
+        return np.append(np.clip(arm, -1, 1), np.clip(gripper, -1, 1))
+
+    def _read_ee_pose(self) -> Array:
+        """The end-effector's pose [7] in the frame of the robot's base."""
+        robot = self._env.env.robots[0]
+        sim = self._env.sim
+        position = sim.data.site_xpos[robot.eef_site_id]
+        hand = sim.data.get_body_xmat(robot.robot_model.eef_name).reshape(3, 3)
+        return self._to_base_frame(position, hand @ EE_FROM_HAND)
+
+    def _to_base_frame(self, position: Array, rotation: Array) -> Array:
+        """Convert position [3] and rotation matrix [3, 3] from the world to a pose [7]."""
+        base = self._env.env.robots[0].robot_model.root_body
+        base_position = self._env.sim.data.get_body_xpos(base)
+        base_rotation = self._env.sim.data.get_body_xmat(base).reshape(3, 3)
+        position_in_base = base_rotation.T @ (position - base_position)
+        return np.concatenate([position_in_base, matrix_to_quaternion(base_rotation.T @ rotation)])
+
+    def _make_moment(self) -> dict[str, Any]:
+        """What is known between two actions.
+
+        pose        [7] of the end-effector, and "commanded" [7], the one it is told to reach.
+        fingers     [2] joint positions of the fingers, m.
+        base        [3] position of the robot's base in the world, m.
+        objects     name → (pose [7], smallest and largest corner [3] of its box, in its own frame).
+        sites       name of a region → (pose [7], half sizes [3]).
+        joints      name of a joint of a fixture → its position (m or rad).
+        held        names of the objects that both fingers touch.
+        is_open     whether the last command was to open the gripper.
+        speed       of the end-effector, m/s, and "finger_speed", of the fastest finger.
+        """
+        sim = self._env.sim
+        environment = self._env.env
+        robot = environment.robots[0]
+
+        objects = {}
+        for name, (low, high) in self._boxes.items():
+            body = environment.obj_body_id[name]
+            rotation = sim.data.body_xmat[body].reshape(3, 3)
+            objects[name] = (self._to_base_frame(sim.data.body_xpos[body], rotation), low, high)
+        sites = {}
+        for name, site in environment.object_sites_dict.items():
+            rotation = sim.data.get_site_xmat(name).reshape(3, 3)
+            pose = self._to_base_frame(sim.data.get_site_xpos(name), rotation)
+            sites[name] = (pose, np.array(site.size))
+        joints = {}
+        for fixture in environment.fixtures_dict.values():
+            for joint in fixture.joints:
+                joints[joint] = float(sim.data.get_joint_qpos(joint))
+        held = []
+        for name in environment.objects_dict:
+            if environment._check_grasp(robot.gripper, environment.objects_dict[name]):
+                held.append(name)
+
+        return {
+            "pose": self._read_ee_pose(),
+            "commanded": self._commanded.copy(),
+            "fingers": np.array(sim.data.qpos[robot._ref_gripper_joint_pos_indexes]),
+            "base": np.array(sim.data.get_body_xpos(robot.robot_model.root_body)),
+            "objects": objects,
+            "sites": sites,
+            "joints": joints,
+            "held": held,
+            "is_open": self._is_open,
+            "speed": float(np.linalg.norm(robot._hand_vel)),
+            "finger_speed": float(
+                np.abs(sim.data.qvel[robot._ref_gripper_joint_vel_indexes]).max()
+            ),
+            "success": self._has_succeeded,
+            "steps": self._num_steps,
+        }
+
+    def _measure_boxes(self) -> dict[str, tuple[Array, Array]]:
+        """The box of every object and fixture around its shapes, in the frame of its body."""
+        environment = self._env.env
+        boxes = {}
+        for name in (*environment.objects_dict, *environment.fixtures_dict):
+            corners = self._collect_points(environment.obj_body_id[name])
+            boxes[name] = (corners.min(axis=0), corners.max(axis=0))
+        return boxes
+
+    def _collect_points(self, root: int) -> Array:
+        """Points [n, 3] that span the visible shapes of a body and its parts, in its own frame."""
+        model = self._env.sim.model._model
+        data = self._env.sim.data._data
+        root_rotation = data.xmat[root].reshape(3, 3)
+        points = []
+        for geom in range(model.ngeom):
+            if not self._is_part_of(model, int(model.geom_bodyid[geom]), root):
+                continue
+            if model.geom_group[geom] == 0 and model.geom_type[geom] == _MESH:
+                continue  # collision shapes of meshes are their hulls
+            in_geom = _sample_geom(model, geom)
+            rotation = data.geom_xmat[geom].reshape(3, 3)
+            in_world = in_geom @ rotation.T + data.geom_xpos[geom]
+            points.append((in_world - data.xpos[root]) @ root_rotation)
+        return np.concatenate(points)
+
+    @staticmethod
+    def _is_part_of(model: Any, body: int, root: int) -> bool:
+        while body != 0:
+            if body == root:
+                return True
+            body = int(model.body_parentid[body])
+        return False
+
+
+_MESH = 7  # mujoco.mjtGeom.mjGEOM_MESH
+
+
+def _sample_geom(model: Any, geom: int) -> Array:
+    """Points [n, 3] that span a shape, in its own frame."""
+    if model.geom_type[geom] == _MESH:
+        mesh = model.geom_dataid[geom]
+        first = model.mesh_vertadr[mesh]
+        return np.array(model.mesh_vert[first : first + model.mesh_vertnum[mesh]])
+    half_size = model.geom_aabb[geom, 3:]
+    center = model.geom_aabb[geom, :3]
+    return np.stack([center - half_size, center + half_size])
+
+
+def multiply_quaternions(first: Array, second: Array) -> Array:
+    """The product of two quaternions [4], scalar first."""
+    a, b, c, d = first
+    e, f, g, h = second
+    return np.array(
+        [
+            a * e - b * f - c * g - d * h,
+            a * f + b * e + c * h - d * g,
+            a * g - b * h + c * e + d * f,
+            a * h + b * g - c * f + d * e,
+        ]
+    )
+
+
+def conjugate_quaternion(quaternion: Array) -> Array:
+    return quaternion * np.array([1, -1, -1, -1])
+
+
+def rotation_vector_to_quaternion(vector: Array) -> Array:
+    angle = np.linalg.norm(vector)
+    # sin(angle / 2) / angle, which is 1/2 in the limit of no rotation
+    factor = np.sinc(angle / (2 * np.pi)) / 2
+    return np.concatenate([[np.cos(angle / 2)], factor * vector])
+
+
+def quaternion_to_rotation_vector(quaternion: Array) -> Array:
+    if quaternion[0] < 0:
+        quaternion = -quaternion
+    sine = np.linalg.norm(quaternion[1:])
+    if sine < 1e-12:
+        return 2 * quaternion[1:]
+    angle = 2 * np.arctan2(sine, quaternion[0])
+    return angle / sine * quaternion[1:]
+
+
+def matrix_to_quaternion(matrix: Array) -> Array:
+    """The unit quaternion [4] of a rotation matrix, scalar first and not negative."""
+    # The largest of the four squared components is at least 1/4, so that its root is safe.
+    trace = np.trace(matrix)
+    squares = np.array([trace, *np.diag(matrix)])
+    largest = int(np.argmax(squares))
+    if largest == 0:
+        quaternion = np.array(
+            [
+                1 + trace,
+                matrix[2, 1] - matrix[1, 2],
+                matrix[0, 2] - matrix[2, 0],
+                matrix[1, 0] - matrix[0, 1],
+            ]
+        )
+    else:
+        i = largest - 1
+        j = (i + 1) % 3
+        k = (i + 2) % 3
+        quaternion = np.empty(4)
+        quaternion[0] = matrix[k, j] - matrix[j, k]
+        quaternion[1 + i] = 1 + matrix[i, i] - matrix[j, j] - matrix[k, k]
+        quaternion[1 + j] = matrix[i, j] + matrix[j, i]
+        quaternion[1 + k] = matrix[i, k] + matrix[k, i]
+    quaternion = quaternion / np.linalg.norm(quaternion)
+    return -quaternion if quaternion[0] < 0 else quaternion
+
+
+def serve(connection: Connection) -> None:
+    """Answer requests until the other side closes the connection or sends None."""
+    task: LiberoTask | None = None
+    while True:
+        try:
+            request = connection.recv()
+        except EOFError:
+            return
+        if request is None:
+            return
+        method, arguments = request
+        try:
+            with contextlib.redirect_stdout(io.StringIO()):  # LIBERO prints notices
+                if method == "open":
+                    task = LiberoTask(*arguments)
+                    result: Any = task.describe()
+                else:
+                    result = getattr(task, method)(*arguments)
+            connection.send((True, result))
+        except Exception as error:
+            last_line = traceback.format_exc().strip().splitlines()[-3:]
+            connection.send((False, f"{type(error).__name__}: {error} ({' '.join(last_line)})"))
+
+
+def main() -> None:
+    address = sys.argv[1]
+    key = bytes.fromhex(os.environ.pop("SPEAR_LIBERO_KEY"))
+    with Client(address, authkey=key) as connection:
+        serve(connection)
+
+
+if __name__ == "__main__":
+    main()
