@@ -19,7 +19,15 @@ from spear.util.options import (
     list_changed_options,
 )
 
-EMBODIMENTS = ("generic", "droid", "roboarena", "widowx", "simpler_widowx", "maniskill2_widowx")
+EMBODIMENTS = (
+    "generic",
+    "droid",
+    "roboarena",
+    "widowx",
+    "libero",
+    "simpler_widowx",
+    "maniskill2_widowx",
+)
 DEFAULT_EMBODIMENTS = {"openpi": "generic", "vla-eval": "maniskill2_widowx"}
 """Protocol -> the embodiment that is served without --embodiment."""
 # The options that have an effect only with the protocol openpi, or only with vla-eval.

@@ -15,12 +15,14 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from spear.evaluate.libero.process import Box, LiberoMoment
+from spear.evaluate.libero.process import Box, LiberoMoment, Region
 from spear.geometry import (
     action_between_poses,
     quat_canonical,
+    quat_distance,
     quat_exp,
     quat_log,
+    quat_multiply,
     quat_rotate,
     quat_to_euler,
 )
@@ -43,8 +45,28 @@ MAX_GRASP_TURN_RAD = 0.1
 MAX_ARM_OFFSET_M = 0.008
 MAX_PLACE_OFFSET_M = 0.012
 MAX_PLACED_OFFSET_M = 0.025
+PUSH_HEIGHT_M = 0.008  # of the end-effector above a pushed plate's origin
+INSIDE_PLATE_M = 0.07  # fingers that are farther from a plate's middle are not inside its rim
+MAX_PUSH_STEP_M = 0.02
+KNOB_LEVER_M = 0.034  # from a knob's axis to where it is pushed
+KNOB_ROOM_M = 0.04  # beside the knob's handle, before and after a push
+KNOB_HEIGHT_M = 0.047  # of the end-effector above the stove's origin
+KNOB_TILT_RAD = 0.5  # near the base the arm cannot point straight down
+MAX_KNOB_OFFSET_M = 0.02
+ON_ANGLE_RAD = 0.55
+OPEN_DRAWER_M = 0.145
+ENOUGH_DRAWER_M = 0.13  # an object goes into a drawer that is open by this much
+MAX_SIDEWAYS_RAD = 0.8  # a gripper turned farther from pointing down is at a handle
+DRAWER_HALF_HEIGHT_M = 0.035
+HANDLE_DISTANCE_M = 0.113  # from the middle of a drawer to its handle
+HANDLE_HEIGHT_M = -0.004
+FRONT_M = 0.09  # in front of a handle, before the gripper goes to it
 STILL_SPEED_M_S = 0.01
 STILL_FINGER_SPEED_M_S = 0.01
+
+
+DOWN = np.array([1.0, 0.0, 0.0, 0.0])
+"""Orientation of a gripper that points down, but for its yaw."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +92,11 @@ def choose_action(goal: Sequence[Sequence[str]], moment: LiberoMoment) -> Array:
 
 def is_fulfilled(condition: Sequence[str], moment: LiberoMoment) -> bool:
     """Whether nothing is left to do for a condition, the gripper having let go."""
+    if condition[0] == "turnon":
+        return moment.joints[f"{condition[1]}_button"] > ON_ANGLE_RAD
+    if condition[0] == "open":
+        joint, _ = _find_drawer(condition[1])
+        return moment.joints[joint] < -OPEN_DRAWER_M
     if condition[0] not in ("on", "in"):
         return False
     source = moment.objects[condition[1]]
@@ -81,6 +108,35 @@ def is_fulfilled(condition: Sequence[str], moment: LiberoMoment) -> bool:
 
 def pursue(condition: Sequence[str], moment: LiberoMoment) -> Array:
     """The next action towards one condition."""
+    if condition[0] == "turnon":
+        return _turn_on(condition[1], moment)
+    if condition[0] == "open":
+        return _open_drawer(condition[1], moment)
+    if condition[0] not in ("on", "in"):
+        return _wait(moment, is_open=True)
+    if condition[1].startswith("plate"):
+        return _push(condition[1], moment.regions[condition[2]], moment)
+    if _is_drawer(condition[2], moment):
+        opening_action = _prepare_drawer(condition[2], moment)
+        if opening_action is not None:
+            return opening_action
+    return _pick_and_place(condition, moment)
+
+
+def _prepare_drawer(region: str, moment: LiberoMoment) -> Array | None:
+    """The next action until a drawer is open and the gripper away from its handle; None then."""
+    joint, cabinet = _find_drawer(region)
+    if moment.joints[joint] > -ENOUGH_DRAWER_M:
+        return _open_drawer(region, moment)
+    offset = moment.pose[:3] - _find_handle(region, moment)
+    is_sideways = _angle_between(DOWN, moment.pose[3:]) > MAX_SIDEWAYS_RAD
+    if is_sideways and np.linalg.norm(offset) < FRONT_M - 0.01:
+        goal = moment.commanded[:3] + 0.03 * _find_outward(moment.objects[cabinet])
+        return _move_posed(moment, goal, moment.commanded[3:], True)
+    return None
+
+
+def _pick_and_place(condition: Sequence[str], moment: LiberoMoment) -> Array:
     source = moment.objects[condition[1]]
     rest = find_rest_position(source, condition[2], moment)
     if moment.is_open:
@@ -134,8 +190,9 @@ def _find_rim_grasps(name: str, moment: LiberoMoment) -> list[Grasp]:
     corners = _corners(box)
     center = corners.mean(axis=0)
     rim_height = corners[:, 2].max()
+    bottom = corners[:, 2].min()
     radius = float(np.min(box.high[:2] - box.low[:2])) / 2 - 0.004
-    others = [other for key, other in moment.objects.items() if key != name]
+    others = _list_obstacles(moment, [name])
     grasps = []
     rooms = []
     for direction in range(NUM_RIM_DIRECTIONS):
@@ -147,7 +204,8 @@ def _find_rim_grasps(name: str, moment: LiberoMoment) -> list[Grasp]:
         for other in others:
             if _corners(other)[:, 2].max() > rim_height - 0.03:
                 room = min(room, _distance_to_box(other, outer_finger))
-        position = np.array([point[0], point[1], rim_height - RIM_DEPTH_M])
+        depth = min(RIM_DEPTH_M, rim_height - bottom - 0.012)
+        position = np.array([point[0], point[1], rim_height - depth])
         grasps.append(Grasp(position, angle - math.pi / 2))
         rooms.append(room)
     enough = min(0.03, max(rooms))
@@ -197,6 +255,115 @@ def _carry(name: str, rest: Array, moment: LiberoMoment) -> Array:
     return _move_towards(moment, goal, _yaw(moment.commanded), is_low or is_blocked)
 
 
+def _push(name: str, region: Region, moment: LiberoMoment) -> Array:
+    """Push a plate along the table to a region, with closed fingers inside its rim."""
+    center = _corners(moment.objects[name]).mean(axis=0)
+    way = region.pose[:2] - center[:2]
+    distance = float(np.linalg.norm(way))
+    ahead = way / max(distance, 1e-6)
+    yaw = _nearest_yaw(math.atan2(ahead[1], ahead[0]), _yaw(moment.commanded))
+    low = moment.objects[name].pose[2] + PUSH_HEIGHT_M
+
+    is_inside = np.linalg.norm(moment.pose[:2] - center[:2]) < INSIDE_PLATE_M
+    if moment.pose[2] > low + 0.012 or not is_inside:
+        if np.linalg.norm(moment.pose[:2] - center[:2]) > 0.015:
+            height = max(low + HOVER_M, _height_to_clear(moment, center, [name]) + CLEARANCE_M)
+            return _move_over(moment, center, height, yaw, False)
+        return _move_towards(moment, np.array([*center[:2], low]), yaw, False)
+    # The fingers meet the rim ahead, and take the plate as far as it has to go.
+    goal = moment.pose[:2] + min(distance, MAX_PUSH_STEP_M) * ahead
+    return _move_towards(moment, np.array([*goal, low]), yaw, False)
+
+
+def _turn_on(name: str, moment: LiberoMoment) -> Array:
+    """Turn a stove's knob: beside the end of its handle, down, and push it round."""
+    box = moment.objects[name]
+    knob = box.pose[:2]
+    angle = moment.joints[f"{name}_button"]
+    along = np.array([math.cos(angle), math.sin(angle)])
+    round_ = np.array([-along[1], along[0]])
+    start = knob + KNOB_LEVER_M * along - KNOB_ROOM_M * round_
+    low = box.pose[2] + KNOB_HEIGHT_M
+    facing = quat_exp(torch.tensor([0.0, KNOB_TILT_RAD, 0.0], dtype=torch.float64)).numpy()
+    if moment.pose[2] > low + 0.015:
+        offset = float(np.linalg.norm(moment.pose[:2] - start))
+        height = low if offset < MAX_KNOB_OFFSET_M else low + HOVER_M
+        return _move_posed(moment, np.array([*start, height]), facing, False)
+    goal = knob + KNOB_LEVER_M * along + KNOB_ROOM_M * round_
+    return _move_posed(moment, np.array([*goal, low]), facing, False)
+
+
+def _open_drawer(region: str, moment: LiberoMoment) -> Array:
+    """Take a drawer by its handle, from in front, and pull."""
+    _, cabinet = _find_drawer(region)
+    out = _find_outward(moment.objects[cabinet])
+    handle = _find_handle(region, moment)
+    yaw = math.atan2(out[1], out[0])
+    facing = _face_sideways(yaw, moment)
+    in_front = handle + FRONT_M * out
+    offset = moment.pose[:3] - handle
+    aside = float(np.linalg.norm(offset - (offset @ out) * out))
+    turn = _angle_between(facing, moment.pose[3:])
+    is_at_handle = aside < 0.012 and offset @ out < 0.012
+    if moment.is_open and not is_at_handle:
+        if aside > 0.012 or turn > 0.12:
+            if offset @ out < FRONT_M - 0.02 and aside < 0.1:
+                return _move_posed(moment, moment.commanded[:3] + 0.03 * out, facing, True)
+            return _move_posed(moment, in_front, facing, True)
+        return _move_posed(moment, handle, facing, True)
+    if moment.is_open:
+        return _move_posed(moment, moment.commanded[:3], facing, False)
+    if moment.finger_speed >= STILL_FINGER_SPEED_M_S:
+        return _move_posed(moment, moment.commanded[:3], facing, False)
+    if aside > 0.03 or offset @ out > 0.03:
+        return _move_posed(moment, moment.commanded[:3], facing, True)
+    return _move_posed(moment, moment.commanded[:3] + 0.03 * out, facing, False)
+
+
+def _is_drawer(place: str, moment: LiberoMoment) -> bool:
+    return place in moment.regions and _find_drawer(place)[0] in moment.joints
+
+
+def _find_outward(cabinet: Box) -> Array:
+    """The direction [3] in which a cabinet's drawers open."""
+    outward = torch.tensor([0.0, -1.0, 0.0], dtype=torch.float64)
+    return quat_rotate(torch.from_numpy(cabinet.pose[3:]), outward).numpy()
+
+
+def _find_handle(region: str, moment: LiberoMoment) -> Array:
+    """The middle of a drawer's handle [3]."""
+    _, cabinet = _find_drawer(region)
+    middle = moment.regions[region].pose[:3]
+    handle = middle + HANDLE_DISTANCE_M * _find_outward(moment.objects[cabinet])
+    return handle + np.array([0, 0, HANDLE_HEIGHT_M])
+
+
+def _find_drawer(region: str) -> tuple[str, str]:
+    """The joint and the cabinet of a drawer's region, for example
+    "wooden_cabinet_1_middle_region"."""
+    drawer = region.removesuffix("_region")
+    cabinet = drawer.rsplit("_", 1)[0]
+    return f"{drawer}_level", cabinet
+
+
+def _face_sideways(yaw: float, moment: LiberoMoment) -> Array:
+    """The orientation [4] of a gripper that points against the direction `yaw`, level, with its
+    fingers one above the other. Of the two such orientations, the one nearer to the present."""
+    turned = quat_exp(torch.tensor([0.0, 0.0, yaw], dtype=torch.float64))
+    # A quarter turn about y tips a gripper that points down so that it points along -x. Before it,
+    # a quarter turn about the vertical, either way, brings the axis of the fingers upright.
+    tipped = quat_exp(torch.tensor([0.0, math.pi / 2, 0.0], dtype=torch.float64))
+    candidates = []
+    for roll in (math.pi / 2, -math.pi / 2):
+        rolled = quat_exp(torch.tensor([0.0, 0.0, roll], dtype=torch.float64))
+        candidates.append(quat_multiply(turned, quat_multiply(tipped, rolled)).numpy())
+    return min(candidates, key=lambda facing: _angle_between(facing, moment.commanded[3:]))
+
+
+def _angle_between(first: Array, second: Array) -> float:
+    return float(quat_distance(torch.from_numpy(first), torch.from_numpy(second)))
+
+
 def _retreat(moment: LiberoMoment) -> Array:
     goal = moment.commanded[:3] + np.array([0, 0, RETREAT_M])
     return _move_towards(moment, goal, _yaw(moment.commanded), True)
@@ -223,9 +390,7 @@ def _move_over(
 def _height_to_clear(moment: LiberoMoment, goal: Array, ignored: Sequence[str]) -> float:
     """The top of the highest thing near the straight way from the end-effector to a position."""
     highest = -1.0
-    for name, box in moment.objects.items():
-        if name in ignored:
-            continue
+    for box in _list_obstacles(moment, ignored):
         for fraction in np.linspace(0, 1, 12):
             point = moment.pose[:2] + fraction * (goal[:2] - moment.pose[:2])
             if _distance_to_box(box, point) < PATH_WIDTH_M:
@@ -233,11 +398,34 @@ def _height_to_clear(moment: LiberoMoment, goal: Array, ignored: Sequence[str]) 
     return highest
 
 
+def _list_obstacles(moment: LiberoMoment, ignored: Sequence[str]) -> list[Box]:
+    """Everything that stands in the way: objects, fixtures, and drawers as far as they are open."""
+    obstacles = [box for name, box in moment.objects.items() if name not in ignored]
+    for region in moment.regions:
+        if not _is_drawer(region, moment):
+            continue
+        joint, cabinet = _find_drawer(region)
+        box = moment.objects[cabinet]
+        height = moment.regions[region].pose[2] - box.pose[2]
+        front = box.low[1] + moment.joints[joint]
+        low = np.array([box.low[0], front, height - DRAWER_HALF_HEIGHT_M])
+        high = np.array([box.high[0], box.high[1], height + DRAWER_HALF_HEIGHT_M])
+        obstacles.append(Box(box.pose, low, high))
+    return obstacles
+
+
 def _move_towards(moment: LiberoMoment, goal: Array, yaw: float, is_open: bool) -> Array:
     """A step of the commanded pose towards a position [3] and a gripper that points down."""
-    facing = quat_exp(torch.tensor([0.0, 0.0, yaw], dtype=torch.float64))
+    facing = quat_exp(torch.tensor([0.0, 0.0, yaw], dtype=torch.float64)).numpy()
+    return _move_posed(moment, goal, facing, is_open)
+
+
+def _move_posed(moment: LiberoMoment, goal: Array, facing: Array, is_open: bool) -> Array:
+    """A step of the commanded pose towards a position [3] and an orientation [4]."""
     position, orientation = torch.from_numpy(moment.commanded).split([3, 4])
-    move, rotation = action_between_poses(position, orientation, torch.from_numpy(goal), facing)
+    move, rotation = action_between_poses(
+        position, orientation, torch.from_numpy(goal), torch.from_numpy(facing)
+    )
     turn = quat_log(rotation)
     move = move * min(1.0, MAX_STEP_M / max(float(move.norm()), 1e-9))
     turn = turn * min(1.0, MAX_TURN_RAD / max(float(turn.norm()), 1e-9))

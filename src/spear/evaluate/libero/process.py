@@ -152,8 +152,8 @@ class LiberoProcess:
             is_fine, result = self._connection.recv()
         except (EOFError, OSError) as error:
             raise SpearError(
-                f"LIBERO's process of {self._name} ended (exit code {self._process.poll()}). If the "
-                "machine was out of memory (a process takes 2 GB), give a smaller --batch-size."
+                f"LIBERO's process of {self._name} ended (exit code {self._process.poll()}). If "
+                "the machine was out of memory (a process takes 2 GB), give a smaller --batch-size."
             ) from error
         if not is_fine:
             raise SpearError(f"LIBERO, task {self._name}: {result}")

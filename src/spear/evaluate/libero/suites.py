@@ -15,8 +15,8 @@ MAX_STEPS = {
     "libero_10": 520,
     "libero_90": 400,
 }
-"""Controller steps (20 Hz) after which an episode ends (openpi, examples/libero/main.py). A perturbed
-suite has the limit of the suite that its name begins with."""
+"""Controller steps (20 Hz) after which an episode ends (openpi, examples/libero/main.py). A
+perturbed suite has the limit of the suite that its name begins with."""
 
 
 @dataclass(frozen=True)

@@ -61,7 +61,9 @@ class LiberoTask:
             )
         tasks = benchmarks[suite]()
         if not 0 <= task_index < tasks.n_tasks:
-            raise ValueError(f"{suite} has {tasks.n_tasks} tasks, none with number {task_index}")
+            raise ValueError(
+                f"{suite} has {tasks.n_tasks} tasks and no task with number {task_index}"
+            )
         task = tasks.get_task(task_index)
         self._states = np.asarray(tasks.get_task_init_states(task_index))
         self._instruction = task.language

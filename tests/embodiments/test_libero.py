@@ -1,0 +1,160 @@
+"""LIBERO's robot: what clients send becomes SPEAR-1's observation, and actions become commands.
+
+libero.json was recorded in LIBERO: what robosuite reports, where hand and fingers are, and how the
+arm moves under commands. No test here needs LIBERO.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from spear.embodiments import load
+from spear.embodiments.actions import compute_target_poses
+from spear.embodiments.libero import (
+    BASE_POSITION_KEY,
+    CONTROLLER_STEP_S,
+    DAMPING,
+    STIFFNESS,
+    predict_motion,
+)
+from spear.geometry import quat_exp, quat_to_matrix
+from spear.types import Array
+
+RECORDED = json.loads((Path(__file__).parent / "data" / "libero.json").read_text("utf-8"))
+ROBOT = load("libero")
+
+
+def axis_angle(quaternion_xyzw: list[float]) -> Array:
+    """The rotation vector of a quaternion, as openpi's client computes it."""
+    x, y, z, w = quaternion_xyzw
+    angle = 2 * np.arccos(np.clip(w, -1, 1))
+    return angle * np.array([x, y, z]) / np.sqrt(1 - w * w)
+
+
+def make_observation(recorded: dict[str, Any]) -> dict[str, Any]:
+    """What openpi's LIBERO client sends, with a picture whose left half is white."""
+    picture = np.zeros((32, 32, 3), np.uint8)
+    picture[:, :16] = 255
+    vector = axis_angle(recorded["eef_quat_xyzw"])
+    return {
+        "observation/image": picture,
+        "observation/wrist_image": picture,
+        "observation/state": np.concatenate(
+            [recorded["eef_pos"], vector, recorded["gripper_qpos"]]
+        ),
+        "prompt": "put the bowl on the plate",
+    }
+
+
+@pytest.mark.parametrize("recorded", RECORDED["observations"])
+class TestObservations:
+    def test_the_position_is_in_the_frame_of_the_base(self, recorded: dict[str, Any]) -> None:
+        observation = {**make_observation(recorded), BASE_POSITION_KEY: recorded["base"]}
+
+        state = ROBOT.read(observation)["observation/state"]
+
+        expected = np.subtract(recorded["eef_pos"], recorded["base"])
+        np.testing.assert_allclose(state[:3], expected, atol=1e-6)
+
+    def test_a_client_that_does_not_send_the_base_gets_the_same(
+        self, recorded: dict[str, Any]
+    ) -> None:
+        observation = make_observation(recorded)
+
+        with_base = ROBOT.read({**observation, BASE_POSITION_KEY: recorded["base"]})
+        without_base = ROBOT.read(observation)
+
+        np.testing.assert_allclose(
+            without_base["observation/state"], with_base["observation/state"], atol=1e-6
+        )
+
+    def test_the_z_axis_points_from_the_fingers_to_the_hand(self, recorded: dict[str, Any]) -> None:
+        state = ROBOT.read(make_observation(recorded))["observation/state"]
+
+        z_axis = quat_to_matrix(torch.from_numpy(np.float64(state[3:7])))[:, 2].numpy()
+
+        to_hand = np.subtract(recorded["hand"], recorded["eef_pos"])
+        np.testing.assert_allclose(z_axis, to_hand / np.linalg.norm(to_hand), atol=2e-3)
+
+    def test_the_fingers_close_along_the_y_axis(self, recorded: dict[str, Any]) -> None:
+        state = ROBOT.read(make_observation(recorded))["observation/state"]
+
+        rotation = quat_to_matrix(torch.from_numpy(np.float64(state[3:7]))).numpy()
+
+        between = np.subtract(recorded["left_finger"], recorded["right_finger"])
+        in_ee_frame = rotation.T @ between
+        np.testing.assert_allclose(in_ee_frame[[0, 2]], 0, atol=1e-3)  # m
+
+    def test_the_opening_is_the_distance_of_the_fingers(self, recorded: dict[str, Any]) -> None:
+        state = ROBOT.read(make_observation(recorded))["observation/state"]
+
+        left, right = recorded["gripper_qpos"]
+        widest = 0.08  # m, between open fingers
+        assert state[7] == pytest.approx((left - right) / widest, abs=1e-6)
+
+
+def test_pictures_are_mirrored_back() -> None:
+    observation = ROBOT.read(make_observation(RECORDED["observations"][0]))
+
+    for key in ("observation/image", "observation/wrist_image"):
+        picture = observation[key]
+        assert (picture[:, :16] == 0).all()
+        assert (picture[:, 16:] == 255).all()
+
+
+class TestCommands:
+    def test_steps_of_the_commanded_pose_are_meters_and_radians_about_base_axes(self) -> None:
+        state = np.array([0.4, 0, 0.2, 1, 0, 0, 0, 1])
+        turn = np.array([0.1, -0.2, 0.05])
+        action = np.array([[0.01, -0.02, 0.03, *quat_exp(torch.from_numpy(turn)).numpy(), 1]])
+
+        rows = ROBOT.controls["pose_steps"].convert(action, state, {})
+
+        np.testing.assert_allclose(rows[0], [0.01, -0.02, 0.03, *turn, -1], atol=1e-6)
+
+    def test_a_gripper_command_is_minus_one_to_open_and_one_to_close(self) -> None:
+        state = np.array([0.4, 0, 0.2, 1, 0, 0, 0, 1])
+        actions = np.array([[0, 0, 0, 1, 0, 0, 0, 1], [0, 0, 0, 1, 0, 0, 0, 0]], np.float32)
+
+        rows = ROBOT.controls["osc_pose"].convert(actions, state, {})
+
+        assert rows.shape == (8, 7)  # four controller steps per action
+        assert rows[:, 6].tolist() == [-1] * 4 + [1] * 4
+
+    def test_controller_commands_never_leave_their_range(self) -> None:
+        state = np.array([0.4, 0, 0.2, 1, 0, 0, 0, 1])
+        action = np.array([[0.3, 0, 0, *quat_exp(torch.tensor([0, 0, 3.0])).numpy(), 1]])
+
+        rows = ROBOT.controls["osc_pose"].convert(action, state, {})
+
+        assert np.abs(rows).max() == 1
+
+    @pytest.mark.parametrize("motion", RECORDED["motions"])
+    def test_the_recorded_arm_follows_the_commands(self, motion: dict[str, Any]) -> None:
+        """The arm ends a second's motion from rest where the actions lead, up to its lag."""
+        state = np.array(motion["state"])
+        actions = np.repeat(np.array([motion["action"]]), 5, axis=0)
+        expected, _ = compute_target_poses(state, actions)
+        final_position = np.array(motion["poses"][-1][:3])
+
+        lag_m = np.linalg.norm(final_position - expected[-1])
+        way_m = np.linalg.norm(expected[-1] - state[:3])
+        assert lag_m < 0.35 * way_m + 0.005
+
+    def test_the_predicted_motion_solves_the_equation_of_the_controller(self) -> None:
+        """Compared with an integration in small steps of e″ = −STIFFNESS e − DAMPING e′."""
+        position, speed, goal = np.array([0.1]), np.array([-0.3]), np.array([0.15])
+        num_small_steps = 20_000
+        small_step_s = CONTROLLER_STEP_S / num_small_steps
+
+        predicted_position, predicted_speed = predict_motion(position, speed, goal)
+        for _ in range(num_small_steps):
+            speed = speed + small_step_s * (STIFFNESS * (goal - position) - DAMPING * speed)
+            position = position + small_step_s * speed
+
+        np.testing.assert_allclose(predicted_position, position, atol=1e-5)
+        np.testing.assert_allclose(predicted_speed, speed, atol=1e-4)

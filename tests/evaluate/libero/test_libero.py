@@ -1,0 +1,195 @@
+"""LIBERO's tasks: names, limits and protocols; the scripted expert; one episode of each kind.
+
+Tests that need LIBERO's environment (`spear evaluate libero --setup`) are skipped where it is
+missing.
+"""
+
+import contextlib
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from refusals import refuses
+from spear.errors import SpearError
+from spear.evaluate.libero import environment, oracle
+from spear.evaluate.libero.process import Box, LiberoMoment, LiberoProcess, Region
+from spear.evaluate.libero.run import Libero, OracleAgent, summarize_suites
+from spear.evaluate.libero.suites import PROTOCOLS, find_original_suite, get_max_steps
+from spear.evaluate.options import LiberoOptions
+from spear.evaluate.results import Outcome, Results
+from spear.types import Array
+
+DOWN = [1.0, 0.0, 0.0, 0.0]
+"""Orientation of a gripper that points down, and of an object that is not turned."""
+
+
+def make_moment(
+    position: tuple[float, float, float], is_open: bool = True, held: tuple[str, ...] = ()
+) -> LiberoMoment:
+    """A bowl at (0.5, 0), a plate at (0.6, 0.3), and a gripper at rest."""
+    pose = np.array([*position, *DOWN])
+    bowl = Box(np.array([0.5, 0, 0, *DOWN]), np.array([-0.056, -0.056, 0]), np.full(3, 0.056))
+    plate = Box(
+        np.array([0.6, 0.3, 0, *DOWN]), np.array([-0.07, -0.07, 0]), np.array([0.07, 0.07, 0.02])
+    )
+    return LiberoMoment(
+        pose=pose,
+        commanded=pose.copy(),
+        opening=1.0 if is_open else 0.1,
+        base=np.zeros(3),
+        objects={"bowl_1": bowl, "plate_1": plate},
+        regions={"far": Region(np.array([0.6, -0.3, 0, *DOWN]), np.full(3, 0.01))},
+        joints={},
+        held=held,
+        is_open=is_open,
+        speed=0.0,
+        finger_speed=0.0,
+        success=False,
+        steps=0,
+    )
+
+
+def choose(moment: LiberoMoment) -> Array:
+    return oracle.choose_action([["on", "bowl_1", "plate_1"]], moment)
+
+
+class TestSuites:
+    def test_a_perturbed_suite_has_the_limit_of_its_original(self) -> None:
+        openpi = PROTOCOLS["openpi"]
+
+        assert get_max_steps("libero_goal_swap", openpi) == get_max_steps("libero_goal", openpi)
+
+    def test_lerobot_gives_spatial_more_steps(self) -> None:
+        assert get_max_steps("libero_spatial", PROTOCOLS["openpi"]) == 220
+        assert get_max_steps("libero_spatial", PROTOCOLS["lerobot"]) == 280
+
+    def test_an_unknown_suite_is_refused(self) -> None:
+        refuses("libero_space", find_original_suite, "libero_space")
+
+    def test_the_success_of_a_suite_is_the_mean_of_its_tasks(self) -> None:
+        outcomes = []
+        for family, successes in {"libero_goal-0": [True], "libero_goal-1": [False] * 3}.items():
+            for seed, success in enumerate(successes):
+                outcomes.append(
+                    Outcome(family, seed, "open it", success, False, False, False, 0, 10)
+                )
+
+        suites = summarize_suites(Results("a policy", {}, outcomes, 1.0))
+
+        assert suites["libero_goal"].value == 0.5
+
+
+def test_a_missing_environment_is_reported_with_the_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(environment.ENVIRONMENT_VARIABLE, str(tmp_path / "nowhere"))
+
+    refuses("spear evaluate libero --setup", environment.find_python)
+
+
+class TestOracle:
+    def test_it_takes_a_bowl_by_its_rim(self) -> None:
+        grasps = oracle.find_grasps("bowl_1", make_moment((0.5, 0, 0.3)))
+
+        for grasp in grasps:
+            from_middle = grasp.position[:2] - [0.5, 0]
+            assert np.linalg.norm(from_middle) == pytest.approx(0.052)  # 4 mm inside the rim
+            # The fingers close along the gripper's y axis, across the rim.
+            closing = [-math.sin(grasp.yaw), math.cos(grasp.yaw)]
+            assert abs(from_middle @ closing) == pytest.approx(0.052)
+
+    def test_it_moves_to_the_bowl_first(self) -> None:
+        action = choose(make_moment((0.3, -0.2, 0.2)))
+
+        assert action[0] > 0
+        assert action[1] > 0
+        assert action[7] == 1  # open
+
+    def test_it_closes_where_it_grasps(self) -> None:
+        grasp = oracle.find_grasps("bowl_1", make_moment((0.5, 0, 0.3)))[0]
+        x, y, z = grasp.position
+        moment = make_moment((x, y, z))
+        moment.pose[3:] = moment.commanded[3:] = [
+            math.cos(grasp.yaw / 2),
+            0,
+            0,
+            math.sin(grasp.yaw / 2),
+        ]
+
+        assert choose(moment)[7] == 0
+
+    def test_it_lifts_what_it_holds(self) -> None:
+        action = choose(make_moment((0.5, 0.05, 0.04), is_open=False, held=("bowl_1",)))
+
+        assert action[2] > 0
+        assert action[7] == 0
+
+    def test_it_opens_when_it_has_closed_on_nothing(self) -> None:
+        assert choose(make_moment((0.5, 0.05, 0.04), is_open=False))[7] == 1
+
+    def test_no_step_is_longer_than_the_longest(self) -> None:
+        action = choose(make_moment((0.0, -0.5, 0.5)))
+
+        assert np.linalg.norm(action[:3]) <= oracle.MAX_STEP_M + 1e-6
+
+
+def has_libero() -> bool:
+    try:
+        environment.find_python()
+    except SpearError:
+        return False
+    return True
+
+
+needs_libero = pytest.mark.skipif(
+    not has_libero(), reason="LIBERO's environment is missing: spear evaluate libero --setup"
+)
+
+
+@pytest.fixture(scope="module")
+def process() -> Iterator[LiberoProcess]:
+    """The first task of LIBERO-Object."""
+    process = LiberoProcess("libero_object", 0, PROTOCOLS["openpi"].seed, is_cheap=True)
+    with contextlib.closing(process):
+        yield process
+
+
+@needs_libero
+@pytest.mark.slow
+class TestLibero:
+    def test_a_reset_gives_the_same_again(self, process: LiberoProcess) -> None:
+        first = process.reset(3)
+        process.run(np.array([[0.03, 0, 0, 0, 0, 0, 1.0]] * 3), max_steps=100)
+
+        again = process.reset(3)
+
+        np.testing.assert_array_equal(again.pose, first.pose)
+        for name, box in first.objects.items():
+            np.testing.assert_array_equal(again.objects[name].pose, box.pose)
+
+    def test_the_robot_reads_the_pose_that_the_simulator_has(self, process: LiberoProcess) -> None:
+        from spear.embodiments import load
+
+        moment = process.reset(0)
+        observation = moment.make_observation(process.instruction, process.render())
+
+        state = load("libero").read(observation)["observation/state"]
+
+        np.testing.assert_allclose(state[:7], moment.pose, atol=1e-5)
+        assert state[7] == pytest.approx(moment.opening, abs=1e-5)
+
+    def test_an_unknown_task_is_an_error_that_names_it(self) -> None:
+        refuses("no task with number 99", LiberoProcess, "libero_object", 99, 7, True)
+
+    def test_the_oracle_fulfills_a_task(self) -> None:
+        options = LiberoOptions(batch_size=1, fast_rendering=True)
+
+        with contextlib.closing(Libero(options)) as simulator:
+            [(outcome, _, _)] = simulator.run(OracleAgent(), "libero_object-0", [0], False)
+
+        assert outcome.success
+        assert outcome.reached
+        assert outcome.grasped
