@@ -75,8 +75,8 @@ def find_complete_rows(columns: Iterable[Array]) -> Array:
     masks: list[Array] = []
     for values in columns:
         numbers_of_rows = values.reshape(len(values), -1)  # [T, d]
-        is_finite: Array = np.isfinite(numbers_of_rows)  # [T, d]
-        masks.append(is_finite.all(axis=1))
+        is_finite = np.isfinite(numbers_of_rows)  # [T, d]
+        masks.append(np.all(is_finite, axis=1))
     return np.logical_and.reduce(masks)
 
 
