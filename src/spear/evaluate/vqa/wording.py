@@ -30,6 +30,7 @@ WORDS = {kind: frozenset(words) for kind, words in _WORDS.items()}
 VOCABULARY = frozenset().union(*WORDS.values())
 """The words of questions. They are no part of a name, except for those in `_find_end_of_name`."""
 WORDS_BEFORE_NAMES = WORDS["determiners"] | WORDS["name_prepositions"]
+"""The words after which a name may begin."""
 EXAMPLE_TYPES = ("distance", "box_vertices")  # types of the examples in `describe_untaught`
 KEYPOINT_OF_WORD = {
     "closest": "closest",
@@ -37,6 +38,7 @@ KEYPOINT_OF_WORD = {
     "farthest": "furthest",
     "furthest": "furthest",
 }
+"""Word of a question → keypoint, a key of `KEYPOINT_NAMES`."""
 
 _TOKENS = re.compile(r"'s\b|[a-z0-9]+(?:-[a-z0-9]+)*|[^\sa-z0-9]")
 _PIXEL = r"(?:<loc\d{4}>){2}"
@@ -91,6 +93,7 @@ def understand_question(
     if found_type is None:
         return None
     names = _order_names(words, found_type)
+    # Gap → name; a question about one object has no y.
     gaps = dict(zip("xy", [with_article(name) for name in names], strict=False))
     template = PROMPT_TEMPLATES[found_type][0]
     prompt = template.format(p=_choose_keypoint(words), **gaps)
