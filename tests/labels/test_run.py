@@ -223,8 +223,8 @@ def test_retried_images_that_get_through_are_labeled(
 def test_a_retry_may_be_interrupted(source: Path, tmp_path: Path) -> None:
     """The old shard stays until the retry has finished it.
 
-    The shards have 17 and 4 photos. The first run is interrupted in the second shard. The first
-    shard has two row groups, so an interrupted retry has written one of them.
+    The shards have 17 photos (in two row groups) and 4 photos. The first run is interrupted in the
+    second shard, the retry in the first shard.
     """
     run(source, tmp_path / "whole", shard_size=17)
     out = tmp_path / "labels"
@@ -313,7 +313,7 @@ def test_workers_end_with_the_process_that_is_killed(source: Path, tmp_path: Pat
 
 
 def list_process_group(leader: int | None) -> list[int]:
-    """The ids of the processes of a process group that are not zombies."""
+    """The ids of the processes in the group of this leader's id, without zombies."""
     members = []
     for path in Path("/proc").glob("[0-9]*/stat"):
         try:

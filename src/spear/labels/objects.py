@@ -283,7 +283,7 @@ def _trace_outline(
     # Restrict the window to the lit part, both in the window's own rows and columns.
     rows, columns = window
     lit_part = lit_part - [[rows.start], [columns.start]]
-    lit_window = tuple(slice(max(low, 0), max(high + 1, 0)) for low, high in lit_part)
+    lit_window = tuple(slice(max(first, 0), max(last + 1, 0)) for first, last in lit_part)
     # If no pixel of the mask is lit, the object itself is dark, so the dark rows are no black bar.
     if inside[lit_window].any():
         inside = inside[lit_window]
@@ -349,6 +349,8 @@ def _find_support_height(cloud: Array, beside: Array, plane: Plane) -> float | N
     max_contact_height = min(low + 0.25 * (high - low), high - 0.1 * touching_distance)
     contact_heights = heights_beside[heights_beside < max_contact_height]
     if len(contact_heights) >= 3:
+        # If a fifth of them is on the support plane, so is the object. Otherwise it is on a plate,
+        # or on another object.
         is_on_plane = np.abs(contact_heights - plane.height) < 0.25 * touching_distance
         return plane.height if np.mean(is_on_plane) > 0.2 else float(np.median(contact_heights))
 

@@ -201,15 +201,15 @@ class VisibleFaces:
 
     Attributes:
         axes: [3, 3] unit axes as columns.
-        at: [3] the position of the visible face along each axis; NaN for an axis along which the
-            camera sees no face.
+        positions: [3] the position of the visible face along each axis; NaN for an axis along
+            which the camera sees no face.
         side: [3] the end of the points' extent along each axis at which the face is: -1 the lower
             end, 1 the upper end.
         misfit: Mean distance of the points from the nearest face; infinite if no face is seen.
     """
 
     axes: Array
-    at: Array
+    positions: Array
     side: Array
     misfit: float
 
@@ -233,17 +233,17 @@ def fit_faces(points: Array, axes: Array, turn_axis: Array | None = None) -> Vis
     low, high = np.quantile(along, (0.02, 0.98), axis=0)
     camera = -middle @ axes  # [3] the camera's position along each axis
     side = np.where(camera > (low + high) / 2, 1.0, -1.0)
-    at = np.where(side > 0, high, low)
+    positions = np.where(side > 0, high, low)  # [3] of the faces, relative to `middle`
     is_visible = np.abs(camera - (low + high) / 2) > 0.5 * (high - low)
     if not is_visible.any():
-        return VisibleFaces(axes, np.full(3, np.nan), side, np.inf)
+        return VisibleFaces(axes, np.full(3, np.nan), side, misfit=np.inf)
 
     indices = np.arange(len(points))
     half = len(points) // 2
-    turn = np.ones(3)
+    turn = np.ones(3)  # of the last step; so large that the first step is made
     for step in range(MAX_NUM_STEPS + 1):
         # The signed distance of each point from its nearest face
-        offset = np.where(is_visible, along - at, np.inf)  # [n, 3]
+        offset = np.where(is_visible, along - positions, np.inf)  # [n, 3]
         nearest = np.abs(offset).argmin(axis=1)  # [n] the axis of the nearest face
         error = offset[indices, nearest]  # [n]
         if step == MAX_NUM_STEPS or float(turn @ turn) < MIN_TURN_RAD**2:
@@ -273,13 +273,13 @@ def fit_faces(points: Array, axes: Array, turn_axis: Array | None = None) -> Vis
         turn = free_turns @ change[:-3]
         turn *= min(1.0, MAX_TURN_RAD / max(math.sqrt(turn @ turn), 1e-9))
         axes = _rotation_matrix(turn) @ axes
-        at = at + change[-3:]
+        positions = positions + change[-3:]
         along = centered @ axes
 
     fraction = np.bincount(nearest, minlength=3) / len(points)  # [3] of the points, per face
     is_believed = is_visible & (fraction >= MIN_FACE_FRACTION)
-    positions = np.where(is_believed, at + middle @ axes, np.nan)
-    return VisibleFaces(axes, positions, side, float(np.abs(error).mean()))
+    positions = np.where(is_believed, positions + middle @ axes, np.nan)
+    return VisibleFaces(axes, positions, side, misfit=float(np.abs(error).mean()))
 
 
 def _rotation_matrix(turn: Array) -> Array:
@@ -402,19 +402,24 @@ def _enclose(
     low = low + pushed
     high = high - pushed
 
+    # An end with a visible face is at the face. Other ends are `margin` beyond the points, except
+    # for the lower end of an object on a support, which is at the support.
     if faces is not None:
-        has_face = np.isfinite(faces.at)
-        low = np.where((faces.side < 0) & has_face, faces.at, low - margin)
-        high = np.where((faces.side > 0) & has_face, faces.at, high + margin)
+        has_face = np.isfinite(faces.positions)
+        low = np.where((faces.side < 0) & has_face, faces.positions, low - margin)
+        high = np.where((faces.side > 0) & has_face, faces.positions, high + margin)
     elif support is None:
         low = low - margin
         high = high + margin
     if support is not None:
         low[2] = min(support, high[2])
+
+    # Without faces, an object on a support may be round. Its top gets no margin.
     if support is not None and faces is None:
-        near, far = _extend_round_back(along, axes, points.mean(axis=0), low, high)
-        low[:2] -= margin + near
-        high[:2] += margin + far
+        middle = points.mean(axis=0)
+        beyond_low, beyond_high = _extend_round_back(along, axes, middle, low, high)
+        low[:2] -= margin + beyond_low
+        high[:2] += margin + beyond_high
 
     size = np.maximum(high - low, 0)
     size = np.maximum(size, max(1e-3 * size.max(), 1e-9))

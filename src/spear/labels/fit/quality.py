@@ -33,8 +33,10 @@ scores stay in the labels, with their scores."""
 
 
 def find_failed_scores(scores: Mapping[str, float]) -> tuple[str, ...]:
-    """The names of the scores that exclude an object from questions. A missing score excludes
-    nothing."""
+    """The names of the scores that exclude an object from questions.
+
+    A missing score excludes nothing.
+    """
     failed = [name for name, limit in MIN_SCORES.items() if scores.get(name, limit) < limit]
     if scores.get("edge", 0.0) > MAX_EDGE:
         failed.append("edge")

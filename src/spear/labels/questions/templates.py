@@ -110,7 +110,8 @@ def _parse_name(name: str) -> _NameMeaning:
     name = re.sub(r"[\s#-]*\d+$", "", name) or name  # drop the number that detectors add
     name = _MEASURE.sub("", name)
 
-    # The noun is the last word of the head. A name without a head ("(unknown)") has its last word.
+    # The head is the part of the name before a word such as "of", or before a bracket. The noun is
+    # the last word of the head, or of the whole name if the head is empty.
     head = _END_OF_NOUN.split(name)[0]
     head_words = re.findall(r"\w+", head) or re.findall(r"\w+", name) or [name]
     noun = head_words[-1]
