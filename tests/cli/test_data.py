@@ -4,13 +4,15 @@ import json
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from data_tiny import make_episode
-from refusals import Command
+from data_tiny import edit_json, make_episode
+from refusals import Command, no_warning
 from spear.data.readers.formats import read_episodes
 from spear.data.store.episode_store import EpisodeStore, write_episodes
+from spear.data.store.prepare import prepare
 from spear.labels.sources import list_items
 
 
@@ -47,6 +49,46 @@ def test_exported_episodes_can_be_inspected(exported: Path, run_command: Command
     assert re.search(r"observation/images/external +images, 64 x 80 x 3", output)
     assert "layout        described by" in output
     assert "1 × push the block 0" in output
+
+
+def describe_without_facts(exported: Path, run_command: Command) -> dict[str, Any]:
+    out = exported.with_name("described.json")
+    run_command("data", "describe", str(exported), "--out", str(out))
+    fields = json.loads(out.read_text())
+    del fields["facts"]
+    return fields
+
+
+def test_a_description_of_exported_episodes_is_that_of_the_export(
+    exported: Path, run_command: Command
+) -> None:
+    written = json.loads((exported / "spear.json").read_text())
+
+    assert describe_without_facts(exported, run_command) == written
+
+
+@pytest.mark.parametrize("frames", [{"droid": 1}, {"droid": 2, "kuka": 1}])
+def test_a_description_of_exported_episodes_has_their_frames(
+    exported: Path, run_command: Command, frames: dict[str, int]
+) -> None:
+    edit_json(exported / "spear.json", lambda fields: fields.update(frames=frames))
+
+    assert describe_without_facts(exported, run_command)["frames"] == frames
+
+
+@pytest.mark.slow
+def test_recorded_demonstrations_are_exported_described_and_prepared_without_a_notice(
+    tmp_path: Path, run_command: Command
+) -> None:
+    """As the tutorial on fine-tuning does it."""
+    recorded = tmp_path / "recorded"
+    exported = tmp_path / "exported"
+    run_command("record", "--num-episodes", "3", "--tasks", "put_on", "--out", str(recorded))
+    run_command("data", "export", str(recorded), "--out", str(exported))
+
+    with no_warning():
+        run_command("data", "describe", str(exported), "--out", str(tmp_path / "spear.json"))
+        prepare(exported, tmp_path / "prepared")
 
 
 def test_exported_episodes_can_be_prepared(

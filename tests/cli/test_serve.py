@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -22,6 +23,7 @@ from spear.evaluate.options import TabletopOptions
 from spear.evaluate.results import load_results
 from spear.policy import Spear1Policy
 from spear.serve.client import RemotePolicy
+from spear.serve.server import PolicyServer
 from spear.serve.service import Service, check_cameras
 
 ONE_SCENE = TabletopOptions(num_scenes=1, tasks=("put_on",))
@@ -225,6 +227,25 @@ def test_a_policy_that_learned_in_the_simulator_acts_in_the_newest_frames() -> N
         service = Service(policy, embodiments.load("droid"), "nano", "droid")
 
     assert service.embodiment.frame_version == 2
+
+
+@pytest.mark.parametrize(("words", "max_mib"), [((), 16), (("--max-message-mib", "64"), 64)])
+def test_the_largest_message_is_an_option(
+    words: tuple[str, ...],
+    max_mib: int,
+    run_command: Command,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    limits = []
+
+    async def record_limits(server: PolicyServer, _: Any) -> None:
+        limits.append(server.limits.max_message_bytes)
+
+    monkeypatch.setattr(PolicyServer, "run", record_limits)
+
+    run_command("serve", "--policy", "nano", "--port", "0", *words)
+
+    assert limits == [max_mib * 2**20]
 
 
 def test_a_served_policy_has_the_same_outcomes_as_in_the_same_process() -> None:

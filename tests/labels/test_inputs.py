@@ -3,10 +3,12 @@
 Test images are gray. `make_png(value)` makes one of a given gray value as PNG.
 """
 
+import bz2
+import gzip
 import io
 import pickle
 import tarfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -495,6 +497,23 @@ def test_bad_input_is_named(tmp_path: Path, name: str, part_of_message: str) -> 
 
     assert part_of_message in message
     assert str(tmp_path) in message
+
+
+@pytest.mark.parametrize(
+    ("change", "cure"),
+    [
+        (lambda data: data[:5700], "interrupted: repeat it"),
+        (gzip.compress, "compressed: unpack it"),
+        (bz2.compress, "compressed: unpack it"),
+    ],
+)
+def test_each_kind_of_broken_tar_has_its_cure(
+    tmp_path: Path, change: Callable[[bytes], bytes], cure: str
+) -> None:
+    write_tar(tmp_path / "whole.tar", dict.fromkeys(("0.png", "1.png"), bytes(5000)))
+    (tmp_path / "bad.tar").write_bytes(change((tmp_path / "whole.tar").read_bytes()))
+
+    refuses(cure, list, list_images(str(tmp_path / "bad.tar")))
 
 
 def test_hashes_of_frames_are_those_of_older_versions() -> None:

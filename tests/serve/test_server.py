@@ -362,7 +362,8 @@ def test_a_remote_policy_names_an_observation_beyond_the_limit_and_works_again()
     with run_server(limits=limits) as server, closing(RemotePolicy(url_of(server))) as policy:
         large_image = np.zeros((400, 400, 3), np.uint8)
         observation = make_observation(**{"observation/image": large_image})
-        refuses("observation .*at most 300000 bytes", policy.infer, observation)
+        message = "observation .*at most 300000 bytes.*--max-message-mib"
+        refuses(message, policy.infer, observation)
 
         policy.infer(make_observation())
 

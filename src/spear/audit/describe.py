@@ -43,7 +43,7 @@ from spear.data.readers.columns import (
     read_encoded_images,
     walk_columns,
 )
-from spear.data.readers.dataset_layout import ANGLE_FORMATS
+from spear.data.readers.dataset_layout import ANGLE_FORMATS, LAYOUT_FILE
 from spear.data.readers.formats import Dataset, count_episodes, open_dataset
 from spear.data.readers.lerobot import (
     JOINT_NAME_PATTERN,
@@ -55,6 +55,7 @@ from spear.data.store.episode_store import EpisodeStore
 from spear.data.store.lerobot_write import describe_layout, is_own_format
 from spear.errors import SpearError
 from spear.types import Array
+from spear.util.files import read_json
 from spear.util.images import IMAGE_MAGIC_BYTES
 from spear.util.units import ANGLE_UNITS, LENGTH_UNITS, unit_factor
 
@@ -214,7 +215,13 @@ def _describe_own_format(folder: LeRobotFolder) -> dict[str, Any]:
         if not folder.info.features[feature_name].is_depth:
             cameras.append(feature_name.removeprefix("observation.images."))
     facts = {"action": "`spear data export` wrote this dataset: its actions are canonical"}
-    return {**describe_layout(cameras), "facts": facts}
+    layout = {**describe_layout(cameras), "facts": facts}
+    written_file = folder.path / LAYOUT_FILE
+    if written_file.is_file():  # no column says which version the frames have
+        frames = read_json(written_file, "remove it").get("frames")
+        if frames:
+            layout["frames"] = frames
+    return layout
 
 
 def _read_episodes(folder: Dataset, split: str, path: str | Path) -> list[dict[str, Any]]:

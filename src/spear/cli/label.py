@@ -338,7 +338,9 @@ def _predict_point_maps(
 
     if not (folder / "run.json").is_file():
         return [None] * len(labels)
-    run = read_json(folder / "run.json", "leave out --save-rerun, or copy the folder again")
+    run = read_json(
+        folder / "run.json", "leave out --save-rerun, which needs to know how the images were made"
+    )
 
     if run["pointmap"] == "ground-truth":  # the sources of the images have the true depth
         items = list_items(run["inputs"], run["rate"], run["per_episode"], list_scenes=list_scenes)

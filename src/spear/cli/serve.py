@@ -41,7 +41,7 @@ def serve(options: ServeOptions) -> None:
 def _serve_robots(options: ServeOptions) -> None:
     """Serve to openpi-client until the server is stopped."""
     from spear.serve.access import find_reachable_host
-    from spear.serve.connection import ConnectionLimits
+    from spear.serve.connection import MIB, ConnectionLimits
     from spear.serve.server import PolicyServer
 
     if options.token is None:
@@ -52,12 +52,12 @@ def _serve_robots(options: ServeOptions) -> None:
 
         episode_folder = EpisodeFolder(options.episodes)
     policy, service = _load_service(options)
+    limits = ConnectionLimits(max_message_bytes=options.max_message_mib * MIB)
     page = None
     if options.ui:
         from spear.ui.page import Page
 
-        max_message_bytes = ConnectionLimits().max_message_bytes
-        page = Page(policy, options.policy, options.token, max_message_bytes, episode_folder)
+        page = Page(policy, options.policy, options.token, limits.max_message_bytes, episode_folder)
 
     def announce(server: PolicyServer) -> None:
         """Print the addresses of the running server."""
@@ -70,7 +70,7 @@ def _serve_robots(options: ServeOptions) -> None:
         if not options.token:
             _warn_if_open(options, "there is no --token")
 
-    asyncio.run(PolicyServer(service, options, page).run(announce))
+    asyncio.run(PolicyServer(service, options, page, limits).run(announce))
 
 
 def _serve_harness(options: ServeOptions) -> None:

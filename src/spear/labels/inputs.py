@@ -30,6 +30,7 @@ from spear.types import Array, Frame
 from spear.util.files import refuse_lfs_pointer
 from spear.util.images import IMAGE_SUFFIXES, can_open_image
 
+COMPRESSED_STARTS = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"(\xb5/\xfd")  # gzip, bzip2, xz, zstd
 VIDEO_SUFFIXES = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v")
 UNSUPPORTED_SUFFIX = re.compile(
     r"\.(hei[cf]|hif|avif|jxl|jp2|gif|raw|dng|cr[23]|nef|arw|orf|rw2|exr|p[gn]m|tga"
@@ -254,9 +255,20 @@ def list_tar(path: str) -> Iterator[Item]:
     except (tarfile.TarError, OSError) as error:
         refuse_lfs_pointer(Path(path), path)
         raise SpearError(
-            f"{path} is not a complete, uncompressed tar file ({error}). Copy it again, or "
-            "unpack it."
+            f"{path} is not a complete, uncompressed tar file ({error}). {_advise_on_tar(path)}"
         ) from error
+
+
+def _advise_on_tar(path: str) -> str:
+    """Say what to do about a tar file that cannot be read, by how it begins."""
+    try:
+        with open(path, "rb") as file:
+            start = file.read(max(map(len, COMPRESSED_STARTS)))
+    except OSError:
+        return "Check that you may read it."
+    if any(start.startswith(signature) for signature in COMPRESSED_STARTS):
+        return "It is compressed: unpack it, and give the folder."
+    return "Its download or copy was interrupted: repeat it, for example with `rsync --append`."
 
 
 def _check_tar_end(tar: tarfile.TarFile) -> None:
@@ -284,7 +296,8 @@ def list_parquet(path: str) -> Iterator[Item]:
 
     The file must have one column of encoded images. Each row becomes an item.
     """
-    with explain_read_errors(Path(path), "Copy it again, or leave it out."):
+    advice = "Download this one file again, or leave it out: the others stay usable."
+    with explain_read_errors(Path(path), advice):
         file = pq.ParquetFile(path)
     column = _find_image_column(file.schema_arrow, path)
     stamp = compute_stamp(path)
@@ -457,7 +470,10 @@ def read_contents(items: Iterable[Item]) -> Iterator[Content]:
     for (reader, path), group in groupby(items, key=lambda item: (item.reader, item.path)):
         locations = [item.location for item in group]
         num_missing = len(locations)
-        reason = SpearError("the file ends before this image. Copy it again.")
+        reason = SpearError(
+            "the file ends before this image, although it had it when the run began. Let no other "
+            "program write to it, and run the same command again."
+        )
         try:
             for content in reader(path, locations):
                 num_missing -= 1

@@ -133,7 +133,7 @@ class RemotePolicy:
         if close_frame and close_frame.code == CloseCode.MESSAGE_TOO_BIG:
             return SpearError(
                 f"the observation is larger than the server takes{_find_limit(close_frame.reason)}."
-                " Send smaller images."
+                " Send smaller images, or start the server with a larger --max-message-mib."
             )
         return SpearError(f"{self.url}: the server has gone ({error}). Start it again.")
 

@@ -31,7 +31,7 @@ EMBODIMENTS = (
 DEFAULT_EMBODIMENTS = {"openpi": "generic", "vla-eval": "maniskill2_widowx"}
 """Protocol -> the embodiment that is served without --embodiment."""
 # The options that have an effect only with the protocol openpi, or only with vla-eval.
-OPENPI_OPTIONS = ("token", "ui", "episodes", "max_queue_size")
+OPENPI_OPTIONS = ("token", "ui", "episodes", "max_queue_size", "max_message_mib")
 VLA_EVAL_OPTIONS = ("replan_steps",)
 
 
@@ -77,6 +77,9 @@ class ServeOptions(Options):
     """Let a batch wait for more observations for at most this many milliseconds."""
     max_queue_size: Annotated[int, Range(1), RarelyUsed()] = 64
     """Let at most this many observations wait; the server answers further ones with "busy"."""
+    max_message_mib: Annotated[int, Range(1, 256), RarelyUsed()] = 16
+    """Accept messages, such as observations with their images, of at most this many MiB. The server
+    closes the connection of a client that sends a larger one, with code 1009."""
 
     def __post_init__(self) -> None:
         """Refuse options without effect, and a token that no client can send in an HTTP header.

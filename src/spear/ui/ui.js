@@ -27,7 +27,7 @@ function connect() {
       fetch("/ui").then(async r => r.status === 401 ? location.reload() : r.status === 503 && problem(await r.text()), () => {});
     link("down", "not connected: trying again");
     waiting = 0;
-    if (e.code === 1009) problem("that was too large for the server");
+    if (e.code === 1009) problem(`that was larger than the ${(view.max_bytes / 2 ** 20).toFixed(0)} MiB that the server takes: spear serve --max-message-mib sets this limit`);
     view.running = false;
     buttons();
     setTimeout(connect, 2000);

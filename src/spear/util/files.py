@@ -194,4 +194,19 @@ def notice_missing_shards(
     num_by_name = int(last_number) + 1 if last_number.isdecimal() else 0  # numbers begin at 0
     num_expected = max(num_written, num_by_name)
     if folder.is_dir() and num_expected > len(shards):
-        notice(f"{folder}: lacks {num_expected - len(shards)} of its shards. {to_sentence(advice)}")
+        first_missing = _find_first_missing(shards, num_expected)
+        notice(
+            f"{folder}: lacks {num_expected - len(shards)} of its shards, the first of them "
+            f"{first_missing}. {to_sentence(advice)}"
+        )
+
+
+def _find_first_missing(shards: Sequence[Path], num_expected: int) -> str:
+    """Find the name of the first shard that is missing; the names end in their numbers."""
+    names = {shard.name for shard in shards}
+    prefix, _, digits = shards[-1].stem.rpartition("-")
+    for number in range(num_expected):
+        name = f"{prefix}-{number:0{len(digits)}}{shards[-1].suffix}"
+        if name not in names:
+            return name
+    return "unknown"

@@ -401,13 +401,30 @@ def test_truncated_images_are_named(prepared_copy: Path) -> None:
     images = prepared_copy / "episodes-00001.images"
     os.truncate(images, images.stat().st_size - 1)
 
-    refuses(r"truncated or changed: .*episodes-00001\.images", EpisodeStore, prepared_copy)
+    message = r"truncated: .*episodes-00001\.images.*its copy was interrupted"
+    refuses(message, EpisodeStore, prepared_copy)
+
+
+def test_images_of_another_shard_are_refused_with_a_cure(prepared_copy: Path) -> None:
+    with (prepared_copy / "episodes-00001.images").open("ab") as file:
+        file.write(b"more")
+
+    message = r"changed: .*episodes-00001\.images.*copy both files of this shard"
+    refuses(message, EpisodeStore, prepared_copy)
+
+
+def test_a_store_without_a_shard_in_the_middle_names_it(prepared_copy: Path) -> None:
+    (prepared_copy / "episodes-00001.arrow").unlink()
+
+    with pytest.warns(Notice, match=r"lacks 1 of its shards, the first .* episodes-00001\.arrow"):
+        EpisodeStore(prepared_copy)
 
 
 def test_missing_images_are_named(prepared_copy: Path) -> None:
     (prepared_copy / "episodes-00001.images").unlink()
 
-    refuses(r"missing file: .*episodes-00001\.images", EpisodeStore, prepared_copy)
+    message = r"missing file: .*episodes-00001\.images.*delete episodes-00001\.arrow"
+    refuses(message, EpisodeStore, prepared_copy)
 
 
 @pytest.mark.parametrize("fraction_kept", [0.98, 0.7, 0.0])
@@ -415,7 +432,7 @@ def test_a_truncated_shard_is_named(prepared_copy: Path, fraction_kept: float) -
     shard = prepared_copy / "episodes-00001.arrow"
     os.truncate(shard, int(shard.stat().st_size * fraction_kept))
 
-    message = r"truncated shard: .*episodes-00001\.arrow.*write it again"
+    message = r"truncated shard: .*episodes-00001\.arrow.*copy this one file again"
     refuses(message, EpisodeStore, prepared_copy)
 
 

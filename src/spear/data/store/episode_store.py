@@ -130,7 +130,12 @@ class EpisodeStore:
         files = list_shards(self.path)
         if not files:
             raise SpearError(f"no episodes: {path}: no {SHARD_GLOB} in it; record or convert some")
-        notice_missing_shards(self.path, files, "copy it again", self._read_num_shards())
+        notice_missing_shards(
+            self.path,
+            files,
+            "copy those that are missing, with the same command as the others",
+            self._read_num_shards(),
+        )
 
         self._shards = [open_shard(file)[0] for file in files]
         shard_lengths = [len(shard) for shard in self._shards]
@@ -151,7 +156,9 @@ class EpisodeStore:
     def _read_request(self) -> dict[str, Any]:
         """Read what a prepared folder was made from; an empty dict for a recorded folder."""
         request_file = self.path / REQUEST_FILE
-        return read_json(request_file, "copy it again") if request_file.is_file() else {}
+        if not request_file.is_file():
+            return {}
+        return read_json(request_file, "copy this small file, or prepare the folder, again")
 
     @property
     def frames(self) -> Mapping[str, int]:

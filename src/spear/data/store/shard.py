@@ -260,12 +260,15 @@ def open_shard(path: Path) -> tuple[Shard, dict[str, str]]:
     try:
         return _open_shard(path)
     except FileNotFoundError as error:
-        raise SpearError(f"missing file: {error.filename}: copy the folder again") from error
+        raise SpearError(
+            f"missing file: {error.filename}: a shard is two files; copy this one next to the "
+            f"other, or delete {path.name} to leave its episodes out"
+        ) from error
     except (pa.ArrowException, OSError, KeyError, IndexError, ValueError) as error:
         refuse_lfs_pointer(path, path)
         raise SpearError(
-            f"corrupt or truncated shard: {path}: {summarize_error(error)}; "
-            "delete it or write it again"
+            f"corrupt or truncated shard: {path}: {summarize_error(error)}; copy this one file "
+            "again, or delete it to leave its episodes out"
         ) from error
 
 
@@ -282,9 +285,21 @@ def _open_shard(path: Path) -> tuple[Shard, dict[str, str]]:
         shard = Shard(reader.get_batch(0), images)
 
     num_image_bytes = images.stat().st_size
-    if num_image_bytes != int(note.pop("bytes")):
+    num_written_bytes = int(note.pop("bytes"))
+    if num_image_bytes != num_written_bytes:
         refuse_lfs_pointer(images, images)
-        raise SpearError(
-            f"truncated or changed: {images}: it has {num_image_bytes} bytes; copy it again"
-        )
+        raise _wrong_size_error(images, num_image_bytes, num_written_bytes)
     return shard, note
+
+
+def _wrong_size_error(images: Path, num_bytes: int, num_written_bytes: int) -> SpearError:
+    """The error for a file of images that has another size than it was written with."""
+    if num_bytes < num_written_bytes:
+        return SpearError(
+            f"truncated: {images}: it has {num_bytes} of {num_written_bytes} bytes, so its copy "
+            "was interrupted or the disk is full; make space, and copy this one file again"
+        )
+    return SpearError(
+        f"changed: {images}: it has {num_bytes} bytes instead of {num_written_bytes}, so it "
+        f"belongs to another {images.stem}; copy both files of this shard from the same folder"
+    )
