@@ -7,6 +7,7 @@ import time
 import tracemalloc
 from collections import Counter
 from contextlib import closing
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -126,6 +127,38 @@ def test_a_client_beyond_a_limit_is_cut_off_alone(
                 hostile.sendall(500 * repeated)
 
         assert np.isfinite(honest.infer(GENERIC.example())["actions"]).all()
+
+
+def measure_memory_mib(pid: int) -> float:
+    """The memory that is a process's own."""
+    [anonymous] = [
+        line for line in Path(f"/proc/{pid}/status").read_text().splitlines() if "RssAnon" in line
+    ]
+    return int(anonymous.split()[1]) / 1024
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="measures memory on Linux")
+def test_memory_of_large_messages_is_given_back_while_clients_stay() -> None:
+    message = wire.encode({"image": np.zeros((5, 2**20, 3), np.uint8)})
+    with run_server_process("Policy = HomingPolicy") as (process, port, _):
+        clients = [connect(f"ws://127.0.0.1:{port}", proxy=None, max_size=None) for _ in range(8)]
+        for client in clients:
+            client.recv()
+            client.send(wire.encode({"image": np.zeros(1)}))
+            client.recv()
+        idle_mib = measure_memory_mib(process.pid)
+
+        for client in clients:
+            client.send(message)
+        for client in clients:
+            assert isinstance(client.recv(), str)  # it is no observation
+
+        deadline = time.monotonic() + 20
+        while measure_memory_mib(process.pid) > idle_mib + 40:
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        for client in clients:
+            client.close()
 
 
 def test_a_client_that_reads_slowly_gets_all_of_a_large_answer() -> None:

@@ -5,8 +5,10 @@ from typing import Any
 import msgpack
 import numpy as np
 import pytest
+from hypothesis import given, strategies
 
 from refusals import refuses
+from spear.errors import SpearError
 from spear.serve.wire import decode, encode
 
 
@@ -62,7 +64,11 @@ def pack_scalar(data: object, dtype: str) -> bytes:
         (b"", "the message cannot be unpacked"),
         (encode({"a": 1})[:-1], "the message cannot be unpacked"),
         (encode({"a": 1}) + b"\0", "the message cannot be unpacked"),
-        (b"\x91" * 3000 + b"\xc0", "the message cannot be unpacked"),
+        (b"\x91" * 3000 + b"\xc0", "the message has .* 8 deep"),
+        (msgpack.packb({"a": "x" * (2**20 + 1)}), "the message cannot be unpacked .*text"),
+        (msgpack.packb({"a": [bytes(1025)]}), "a has 1025 bytes outside of an array"),
+        (msgpack.packb({bytes(1025): 1}), "the message cannot be unpacked .*key"),
+        (pack_array(shape=bytes(3)), r"image .*x00"),
         (b"\xdf\xff\xff\xff\xff", "the message cannot be unpacked"),
         (msgpack.packb({1: 1}), "the message cannot be unpacked"),
         (msgpack.packb([1, 2]), "the message is a list"),
@@ -89,3 +95,40 @@ def pack_scalar(data: object, dtype: str) -> bytes:
 )
 def test_an_error_names_what_is_wrong_with_a_message(data: bytes, words: str) -> None:
     refuses(f"^{words}", decode, data)
+
+
+def test_an_array_is_a_view_of_its_message() -> None:
+    message = encode({"image": np.zeros((4, 4, 3), np.uint8)})
+
+    image = decode(message)["image"]
+
+    assert image.base is not None
+    assert not image.flags.owndata
+    assert not image.flags.writeable
+
+
+VALUES = strategies.recursive(
+    strategies.none()
+    | strategies.booleans()
+    | strategies.integers(-(2**63), 2**64 - 1)
+    | strategies.floats(allow_nan=False)
+    | strategies.text(max_size=300)
+    | strategies.binary(max_size=300),
+    lambda entries: (
+        strategies.lists(entries, max_size=20)
+        | strategies.dictionaries(strategies.text(max_size=40), entries)
+    ),
+    max_leaves=20,
+)
+
+
+@given(VALUES)
+def test_values_are_read_as_the_package_msgpack_reads_them(value: Any) -> None:
+    packed = msgpack.packb({"a": value})
+
+    try:
+        received = decode(packed)
+    except SpearError as error:
+        assert "deep" in str(error) or "values" in str(error)
+    else:
+        assert received == msgpack.unpackb(packed)

@@ -192,6 +192,26 @@ def test_pixels_without_meaning_and_enormous_images_are_refused(data: bytes, mes
     refuses(message, load_image, data)
 
 
+@pytest.mark.filterwarnings("ignore:Image size")
+def test_an_image_beyond_the_pixel_limit_is_refused_before_it_is_decoded() -> None:
+    bomb = assemble_png((13_300, 13_300, 1, 0), b"")
+
+    refuses("13300 x 13300 pixels are more than the 67,108,864", load_image, bomb)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "P", "L", "1", "I;16"])
+def test_bands_of_an_image_are_put_together(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    gray = Image.fromarray(NOISE[..., 0] | 128)
+    image = Image.fromarray(np.asarray(gray).astype(np.uint16) * 256)
+    if mode != "I;16":
+        image = gray.convert(mode)
+    whole = load_image(encode(image))
+
+    monkeypatch.setattr("spear.util.images._BAND_PIXELS", 300)  # 7 of 40 rows
+
+    assert (load_image(encode(image)) == whole).all()
+
+
 @pytest.mark.filterwarnings("ignore:Truncated File Read")
 @pytest.mark.parametrize("fraction", [0.01, 0.5, 0.9])
 @pytest.mark.parametrize("image_format", ["PNG", "JPEG", "TIFF", "WEBP", "GIF"])

@@ -63,6 +63,7 @@ class Batcher:
         self._wait_s = wait_s
         self._capacity = capacity
         self._queue: deque[_QueuedRequest] = deque()
+        self._batch: list[_QueuedRequest] = []  # that is being answered
         self._last_active: dict[Hashable, float] = {}
         self._has_arrived = asyncio.Event()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="inference")
@@ -98,7 +99,11 @@ class Batcher:
         self._last_active[client] = time.perf_counter()
         self._queue.append(_QueuedRequest(client, request, is_wanted, result))
         self._has_arrived.set()
-        return await result
+        try:
+            return await result
+        finally:
+            # An error knows this frame, and the frame would keep error and request alive.
+            del result, request
 
     def forget(self, client: Hashable) -> None:
         """Stop waiting for a client that has gone."""
@@ -106,24 +111,25 @@ class Batcher:
 
     async def run(self) -> None:
         """Answer requests until cancelled."""
-        loop = asyncio.get_running_loop()
-        batch: list[_QueuedRequest] = []
         try:
             while True:
-                batch = await self._collect_batch()
-                if not batch:  # everyone who asked has left
-                    continue
-                requests = [queued.request for queued in batch]
-                clients = [queued.client for queued in batch]
-                results = await loop.run_in_executor(
-                    self._thread, self._answer_safely, requests, clients
-                )
-                self._deliver(batch, results)
+                self._batch = await self._collect_batch()
+                if self._batch:  # otherwise everyone who asked has left
+                    await self._answer_batch()
+                self._batch = []  # requests may be large
         finally:
             self._thread.shutdown(wait=False, cancel_futures=True)
-            for queued in (*batch, *self._queue):
+            for queued in (*self._batch, *self._queue):
                 if not queued.result.done():
                     queued.result.set_exception(ClientGoneError())
+
+    async def _answer_batch(self) -> None:
+        requests = [queued.request for queued in self._batch]
+        clients = [queued.client for queued in self._batch]
+        results = await asyncio.get_running_loop().run_in_executor(
+            self._thread, self._answer_safely, requests, clients
+        )
+        self._deliver(self._batch, results)
 
     def _drop_unwanted(self) -> None:
         """Free the places of clients that have gone."""
@@ -165,7 +171,7 @@ class Batcher:
             return [RuntimeError(repr(error))] * len(requests)
         except Exception as error:
             LOG.exception("inference failed")
-            return [error] * len(requests)
+            return [error.with_traceback(None)] * len(requests)
 
     async def _collect_batch(self) -> list[_QueuedRequest]:
         """Wait for requests, and take those that are still wanted off the queue."""

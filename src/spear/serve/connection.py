@@ -1,12 +1,13 @@
 """Limits of the server's connections: what one client may cost before the server cuts it off."""
 
 import asyncio
+from collections import deque
 from collections.abc import Coroutine
 from dataclasses import dataclass, field
 from typing import Any
 
 from websockets.asyncio.server import ServerConnection
-from websockets.frames import Frame
+from websockets.frames import DATA_OPCODES, Frame
 from websockets.protocol import State
 
 from spear.serve.admission import AdmissionLimits
@@ -72,6 +73,7 @@ class LimitedConnection(ServerConnection):
         self._limits = limits
         self.unanswered_bytes = 0  # received, and not answered yet
         self._current_message_bytes = 0
+        self._unread_frames: deque[Frame] = deque()  # of messages that `recv` has not returned yet
         self._bytes_being_sent = 0
         self._second_began_s = 0.0
         self._num_small_frames = 0  # in the current second
@@ -102,9 +104,20 @@ class LimitedConnection(ServerConnection):
         self.unanswered_bytes = max(0, self.unanswered_bytes - self._current_message_bytes)
         self._current_message_bytes = 0
         message = await super().recv(decode)
+        self._release_message()
         data = message if isinstance(message, bytes) else message.encode()
         self._current_message_bytes = FRAME_HEADER_BYTES + len(data)
         return message
+
+    def _release_message(self) -> None:
+        """Take the data out of the frames of the next message: the parser keeps its last frame, and
+        they would stay in memory until the client sends another one.
+        """
+        while self._unread_frames:
+            frame = self._unread_frames.popleft()
+            frame.data = b""
+            if frame.fin:
+                return
 
     async def _abort_after(self, timeout_s: float, work: Coroutine[Any, Any, None]) -> None:
         """Wait for `work`; cut the client off if it takes longer than `timeout_s`."""
@@ -126,6 +139,10 @@ class LimitedConnection(ServerConnection):
         """Leave the peers."""
         self._peers.pop(self, None)
         super().connection_lost(exc)
+        # The connection itself stays until Python collects its cycles of references.
+        self.protocol.reader.buffer.clear()
+        while self._unread_frames:
+            self._release_message()
 
     def data_received(self, data: bytes) -> None:
         """Read data that has arrived, and check the limits in bytes."""
@@ -151,6 +168,8 @@ class LimitedConnection(ServerConnection):
 
     def process_event(self, event: Any) -> None:
         """Count small frames, and cut the client off when there are too many within a second."""
+        if isinstance(event, Frame) and event.opcode in DATA_OPCODES:
+            self._unread_frames.append(event)
         if isinstance(event, Frame) and len(event.data) < self._limits.small_frame_bytes:
             if self.loop.time() - self._second_began_s > 1:
                 self._second_began_s = self.loop.time()

@@ -35,6 +35,7 @@ from spear.serve.access import (
 from spear.serve.batcher import Batcher, ClientGoneError, ServerBusyError
 from spear.serve.connection import ConnectionLimits, LimitedConnection
 from spear.serve.listener import LimitedListener, has_gone, open_listeners
+from spear.serve.memory import trim_memory_regularly
 from spear.serve.metrics import Metrics
 from spear.serve.options import ServeOptions
 from spear.serve.service import Result, Service
@@ -104,6 +105,7 @@ class PolicyServer:
         self._stop_on_signals()
         inference = asyncio.create_task(self._batcher.run())
         inference.add_done_callback(lambda _: self.stop())
+        trimming = asyncio.create_task(trim_memory_regularly())
         try:
             async with await self._listen() as server:
                 self.port = next(iter(server.sockets)).getsockname()[1]
@@ -115,6 +117,7 @@ class PolicyServer:
                     inference.result()  # raises what ended it
         finally:
             inference.cancel()
+            trimming.cancel()
             if self.page:
                 self.page.close()
 
@@ -189,6 +192,7 @@ class PolicyServer:
             self._num_unanswered += 1
             try:
                 reply = await self._reply(connection, message, arrived, previous_s)
+                del message  # it may be large, and the next one may come late
                 await connection.send(reply)
             finally:
                 self._num_unanswered -= 1
@@ -239,6 +243,8 @@ class PolicyServer:
 
         Raises `SpearError` if the message is wrong or the server is busy.
         """
+        if not _is_present(connection):
+            raise ClientGoneError
         if self._is_draining:
             raise ServerBusyError("busy: the server is stopping. Connect to another one.")
         if isinstance(message, str):

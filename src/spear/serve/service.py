@@ -174,7 +174,7 @@ class Service:
             return self.policy.infer_batch(observations)
         except SpearError as error:
             if len(observations) == 1:
-                return [error]
+                return [error.with_traceback(None)]
         half = len(observations) // 2
         return [*self._infer(observations[:half]), *self._infer(observations[half:])]
 
@@ -214,7 +214,7 @@ def _try(call: Callable[..., dict[str, Any]], *arguments: Any) -> Result:
     try:
         return call(*arguments)
     except SpearError as error:
-        return error
+        return error.with_traceback(None)  # it would keep the observation in memory
     except Exception as error:
         LOG.exception("the robot's file failed")
         return SpearError(

@@ -14,12 +14,11 @@ import msgpack
 import numpy as np
 
 from spear.errors import SpearError
+from spear.serve.msgpack_reader import MAX_NESTING, make_nesting_error, quote, read_msgpack
 
 MAX_DIMENSIONS = 8  # of an array
-MAX_NESTING = 8  # levels of maps and lists below a key
-MAX_VALUES = 1000  # in the lists and maps of a message; larger data come as arrays
+MAX_BINARY_BYTES = 1024  # of a binary that is not the data of an array
 _DTYPE = re.compile(r"[<>=|]?(b1|[iu][1248]|f[248])")
-_MAX_QUOTED_CHARS = 80
 _MAX_REASON_CHARS = 100
 
 
@@ -41,7 +40,8 @@ def encode(message: Mapping[str, Any]) -> bytes:
 def decode(data: bytes) -> dict[str, Any]:
     """Unpack a message, the inverse of `encode`.
 
-    What it costs is bounded: the values of lists and maps are counted while they are unpacked.
+    What it costs is bounded: values and texts are counted while they are read, and arrays are not
+    copied.
 
     Args:
         data: the message's bytes.
@@ -57,16 +57,9 @@ def decode(data: bytes) -> dict[str, Any]:
         >>> decode(encode({"state": np.zeros(3)}))
         {'state': array([0., 0., 0.])}
     """
-    counter = _ValueCounter()
     try:
-        message = msgpack.unpackb(
-            data,
-            max_array_len=MAX_VALUES,
-            max_map_len=MAX_VALUES,
-            list_hook=counter.count_list,
-            object_pairs_hook=counter.make_map,
-        )
-    except (ValueError, TypeError, OverflowError, RecursionError) as error:
+        message = read_msgpack(data)
+    except ValueError as error:
         reason = " ".join(str(error).split())[:_MAX_REASON_CHARS] or type(error).__name__
         raise SpearError(
             f"the message cannot be unpacked ({reason}). Pack one map as openpi-client does, with "
@@ -78,41 +71,14 @@ def decode(data: bytes) -> dict[str, Any]:
         )
     decoded = {}
     for key, value in message.items():
-        decoded[_validate_key(key, "the message")] = _decode_value(value, _quote(key))
+        decoded[_validate_key(key, "the message")] = _decode_value(value, quote(key))
     return decoded
-
-
-class _ValueCounter:
-    """Counts the values in lists and maps while they are unpacked, and stops when there are too
-    many.
-    """
-
-    def __init__(self) -> None:
-        self._num_values = 0
-
-    def count_list(self, values: list[Any]) -> list[Any]:
-        self._num_values += 1 + len(values)
-        if self._num_values > MAX_VALUES:
-            raise ValueError(f"more than {MAX_VALUES} values in lists and maps")
-        return values
-
-    def make_map(self, pairs: list[Any]) -> dict[Any, Any]:
-        values = dict(self.count_list(pairs))
-        if len(values) < len(pairs):
-            raise ValueError("a map with a key twice")
-        return values
 
 
 def _validate_key(key: Any, path: str) -> str:
     if not isinstance(key, str):
-        raise SpearError(f"{path} has the key {_quote(key)}. Keys must be texts.")
+        raise SpearError(f"{path} has the key {quote(key)}. Keys must be texts.")
     return key
-
-
-def _quote(value: Any) -> str:
-    """Return a part of a message for an error, on one line and not too long."""
-    text = str(value)[:_MAX_QUOTED_CHARS]
-    return text if text.isprintable() else repr(text)
 
 
 def _decode_value(value: Any, path: str, depth: int = 0) -> Any:
@@ -121,49 +87,54 @@ def _decode_value(value: Any, path: str, depth: int = 0) -> Any:
     `path` is where it stands in the message, keys joined by slashes, for errors.
     """
     if depth > MAX_NESTING:
-        key = path.split("/")[0]
-        raise SpearError(
-            f"{key} has maps or lists more than {MAX_NESTING} deep. Send numbers, texts or arrays."
-        )
+        raise make_nesting_error(path.split("/")[0])
     if isinstance(value, dict):
         if b"__ndarray__" in value:
             return _decode_array(value, path)
         if b"__npgeneric__" in value:
             return _decode_scalar(value, path)
         return {
-            _validate_key(key, path): _decode_value(entry, f"{path}/{_quote(key)}", depth + 1)
+            _validate_key(key, path): _decode_value(entry, f"{path}/{quote(key)}", depth + 1)
             for key, entry in value.items()
         }
     if isinstance(value, list):
         return [_decode_value(entry, path, depth + 1) for entry in value]
-    if isinstance(value, msgpack.ExtType | msgpack.Timestamp):
-        raise SpearError(
-            f"{path} is a msgpack extension. Send numbers, texts, lists, maps or arrays."
-        )
+    if isinstance(value, memoryview):
+        return _decode_binary(value, path)
     return value
+
+
+def _decode_binary(view: memoryview, path: str) -> bytes:
+    """Copy a binary that is not an array, so it has to be small."""
+    if len(view) > MAX_BINARY_BYTES:
+        raise SpearError(
+            f"{path} has {len(view)} bytes outside of an array, more than {MAX_BINARY_BYTES}. Send "
+            "large data as arrays."
+        )
+    return bytes(view)
 
 
 def _decode_array(packed: dict[Any, Any], path: str) -> np.ndarray[Any, Any]:
     dtype = _decode_dtype(packed, path)
     data = packed.get(b"data")
-    if not isinstance(data, bytes):
+    if not isinstance(data, memoryview):
         raise SpearError(f"{path} is an array without bytes. Pack it as openpi-client does.")
 
     shape = packed.get(b"shape")
     if not _is_shape(shape):
         raise SpearError(
-            f"{path} is an array of shape {_quote(shape)}. Give up to {MAX_DIMENSIONS} whole "
+            f"{path} is an array of shape {quote(shape)}. Give up to {MAX_DIMENSIONS} whole "
             "numbers."
         )
     if math.prod(shape) * dtype.itemsize != len(data):
         raise SpearError(
-            f"{path} has {len(data)} bytes for an array {dtype} {_quote(shape)}: the message was "
+            f"{path} has {len(data)} bytes for an array {dtype} {quote(shape)}: the message was "
             "cut or mispacked."
         )
     try:
         return np.frombuffer(data, dtype).reshape(shape)
     except ValueError as error:  # an empty array with absurd other sizes
-        raise SpearError(f"{path} is an array of shape {_quote(shape)}: {error}.") from error
+        raise SpearError(f"{path} is an array of shape {quote(shape)}: {error}.") from error
 
 
 def _is_shape(shape: Any) -> TypeGuard[list[int]]:

@@ -2,6 +2,7 @@
 
 import base64
 import io
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -45,6 +46,12 @@ _JPEG_DAMAGE = ("premature end", "bad huffman code", "bad arithmetic code", "ins
 """Parts of libjpeg's warnings about lost data, in lower case. Its other warnings, such as those
 about extraneous bytes before a marker, are harmless."""
 
+MAX_PIXELS = 2**26
+"""Larger images are refused before they are decoded. A photo of 64 million pixels passes, and none
+takes more than about 0.6 GiB of memory while it is read."""
+
+_BAND_PIXELS = 2**22  # images are converted in bands of about this size, which saves memory
+
 _MAX_12_BIT = 4095
 """Largest value of 12 bits. If no pixel of a 16-bit image is brighter, the image may be dark, or
 its camera may have only 10 or 12 bits, and nothing says which."""
@@ -73,7 +80,7 @@ def decode_image(encoded: bytes, name: str = "an image", out: Array | None = Non
         try:
             height, width, color_space, _ = simplejpeg.decode_jpeg_header(encoded)
             is_plain = color_space in ("YCbCr", "RGB", "Gray")
-            if is_plain and height * width <= (Image.MAX_IMAGE_PIXELS or 0):
+            if is_plain and height * width <= MAX_PIXELS:
                 if out is not None and out.shape == (height, width, 3):
                     simplejpeg.decode_jpeg(encoded, buffer=out)
                     return out
@@ -100,7 +107,7 @@ def check_jpeg_is_complete(encoded: bytes, name: str) -> None:
         return
     try:
         height, width, *_ = simplejpeg.decode_jpeg_header(encoded)
-        if height * width > (Image.MAX_IMAGE_PIXELS or 0):  # Pillow will refuse to decode it
+        if height * width > MAX_PIXELS:  # whoever decodes it refuses it
             return
         # Decode at an eighth of the size, which still reads all data.
         simplejpeg.decode_jpeg(encoded, colorspace="GRAY", min_factor=8, min_height=1, min_width=1)
@@ -288,7 +295,7 @@ def load_image(
 
     Raises:
         SpearError: the file is missing, is no image, or is broken or truncated; the image is
-            enormous by its header (Pillow's limit is 179 million pixels); or the brightness of its
+            enormous by its header (it has more than `MAX_PIXELS`); or the brightness of its
             pixels is not known (floating point, more than 16 bits, or few of 16 bits used).
     """
     image, _ = load_image_and_orientation(source, name, longest, stored, keep_transparent_colors)
@@ -319,8 +326,13 @@ def load_image_and_orientation(
     check_jpeg_is_complete(data, name)
     try:
         with Image.open(io.BytesIO(data)) as image:
+            width, height = image.size
+            if width * height > MAX_PIXELS:
+                raise SpearError(
+                    f"{name}: {width} x {height} pixels are more than the {MAX_PIXELS:,} that are "
+                    "read. Scale the image down."
+                )
             if longest and max(image.size) > longest:
-                width, height = image.size
                 raise SpearError(
                     f"{name}: {width} x {height} pixels. Send sides of at most {longest}."
                 )
@@ -351,22 +363,20 @@ def _read_pixels(
     if stored and was_turned_by_pillow:  # let `exif_transpose` turn the pixels back
         inverse = _INVERSE_ORIENTATION.get(orientation, orientation)
         image.getexif()[ExifTags.Base.Orientation] = inverse
-        oriented = ImageOps.exif_transpose(image)
-    elif stored:
-        oriented = image
-    else:
-        oriented = ImageOps.exif_transpose(image)
+        ImageOps.exif_transpose(image, in_place=True)
+    elif not stored:
+        ImageOps.exif_transpose(image, in_place=True)
 
-    rgb_image = _to_rgb(oriented, name, keep_transparent_colors)
+    rgb = _to_rgb(image, name, keep_transparent_colors)
     if has_16_bit_colors:
-        _check_16_bit_colors(rgb_image, name)
+        _check_16_bit_colors(rgb, name)
 
     if orientation in _SAME_SIZE_ORIENTATIONS:
         is_turned_invisibly = True
     else:
-        is_square = rgb_image.width == rgb_image.height
+        is_square = image.width == image.height
         is_turned_invisibly = orientation in _EXCHANGED_SIZE_ORIENTATIONS and is_square
-    return np.array(rgb_image), is_turned_invisibly
+    return rgb, is_turned_invisibly
 
 
 def _has_16_bits_in_file(image: Image.Image) -> bool:
@@ -378,45 +388,68 @@ def _has_16_bits_in_file(image: Image.Image) -> bool:
     return any(";16" in raw_mode for raw_mode in raw_modes)
 
 
-def _to_rgb(image: Image.Image, name: str, keep_transparent_colors: bool) -> Image.Image:
-    """Convert an image of any of Pillow's modes to RGB, by the rules of `load_image`."""
+def _to_rgb(image: Image.Image, name: str, keep_transparent_colors: bool) -> Array:
+    """Convert an image of any of Pillow's modes to [h, w, 3] RGB, by the rules of `load_image`."""
     if image.mode == "F":
         raise SpearError(
             f"{name}: floating-point pixels. Convert it to 8 bits, as you want it to look."
         )
-    if image.mode == "I" or image.mode.startswith("I;16"):
-        image = Image.fromarray(_to_8_bits(np.asarray(image), image.mode, name))
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
+    has_deep_gray = image.mode == "I" or image.mode.startswith("I;16")
+    gray_divisor = _find_gray_divisor(image, name) if has_deep_gray else 1
+    rgb = np.empty((image.height, image.width, 3), np.uint8)
+    for rows, band in _iterate_bands(image):
+        if has_deep_gray:
+            band = Image.fromarray((np.asarray(band) // gray_divisor).astype(np.uint8))
+        rgb[rows] = np.asarray(_band_to_rgb(band, keep_transparent_colors))
+    return rgb
+
+
+def _iterate_bands(image: Image.Image) -> Iterator[tuple[slice, Image.Image]]:
+    """Yield an image in horizontal bands, each with its rows."""
+    num_rows = max(1, _BAND_PIXELS // image.width)
+    for top in range(0, image.height, num_rows):
+        bottom = min(top + num_rows, image.height)
+        yield slice(top, bottom), image.crop((0, top, image.width, bottom))
+
+
+def _band_to_rgb(band: Image.Image, keep_transparent_colors: bool) -> Image.Image:
+    if band.has_transparency_data:
+        band = band.convert("RGBA")
         if not keep_transparent_colors:
-            white = Image.new("RGBA", image.size, "white")
-            image = Image.alpha_composite(white, image)
-    return image.convert("RGB")
+            white = Image.new("RGBA", band.size, "white")
+            band = Image.alpha_composite(white, band)
+    return band.convert("RGB")
 
 
-def _to_8_bits(values: Array, mode: str, name: str) -> Array:
-    """Scale gray values of 16 or 32 bits to 8 bits.
+def _find_gray_divisor(image: Image.Image, name: str) -> int:
+    """Find by what gray values of 16 or 32 bits are divided to become 8-bit values.
 
     If the values of a 32-bit image (mode "I") are at most 255, they already are 8-bit values. If
     values fit into 12 bits otherwise, the image is refused (see `_MAX_12_BIT`).
     """
-    lowest = int(values.min())
-    brightest = int(values.max())
+    lowest = 0
+    brightest = 0
+    num_bits = 0
+    for _, band in _iterate_bands(image):
+        values = np.asarray(band)
+        lowest = min(lowest, int(values.min()))
+        brightest = max(brightest, int(values.max()))
+        num_bits = 8 * values.itemsize
     if lowest < 0 or brightest > 0xFFFF:
         raise SpearError(f"{name}: pixels of more than 16 bits. Convert it to 8 bits.")
-    if mode == "I" and brightest <= 0xFF:
-        return values.astype(np.uint8)
+    if image.mode == "I" and brightest <= 0xFF:
+        return 1
     if 0 < brightest <= _MAX_12_BIT:
-        raise SpearError(_describe_unused_bits(name, brightest.bit_length(), values.itemsize * 8))
-    return (values // 256).astype(np.uint8)
+        raise SpearError(_describe_unused_bits(name, brightest.bit_length(), num_bits))
+    return 256
 
 
-def _check_16_bit_colors(image: Image.Image, name: str) -> None:
+def _check_16_bit_colors(rgb: Array, name: str) -> None:
     """Raise `SpearError` if the 16-bit colors of an image's file fitted into 12 bits.
 
-    Pillow has kept only the upper byte of each color in `image`.
+    Pillow has kept only the upper byte of each color in `rgb`.
     """
-    brightest_upper_byte = int(np.asarray(image).max())
+    brightest_upper_byte = int(rgb.max())
     if 0 < brightest_upper_byte <= _MAX_12_BIT >> 8:
         num_used_bits = 8 + brightest_upper_byte.bit_length()
         raise SpearError(_describe_unused_bits(name, num_used_bits, num_bits=16))
