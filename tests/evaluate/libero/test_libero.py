@@ -27,7 +27,9 @@ DOWN = [1.0, 0.0, 0.0, 0.0]
 
 
 def make_moment(
-    position: tuple[float, float, float], is_open: bool = True, held: tuple[str, ...] = ()
+    position: tuple[float, float, float],
+    is_open: bool = True,
+    gripped_objects: tuple[str, ...] = (),
 ) -> LiberoMoment:
     """A bowl at (0.5, 0), a plate at (0.6, 0.3), and a gripper at rest."""
     pose = np.array([*position, *DOWN])
@@ -43,7 +45,7 @@ def make_moment(
         objects={"bowl_1": bowl, "plate_1": plate},
         regions={"far": Region(np.array([0.6, -0.3, 0, *DOWN]), np.full(3, 0.01))},
         joints={},
-        held=held,
+        gripped_objects=gripped_objects,
         is_open=is_open,
         speed=0.0,
         finger_speed=0.0,
@@ -122,7 +124,7 @@ class TestOracle:
         assert choose(moment)[7] == 0
 
     def test_it_lifts_what_it_holds(self) -> None:
-        action = choose(make_moment((0.5, 0.05, 0.04), is_open=False, held=("bowl_1",)))
+        action = choose(make_moment((0.5, 0.05, 0.04), is_open=False, gripped_objects=("bowl_1",)))
 
         assert action[2] > 0
         assert action[7] == 0
@@ -164,11 +166,11 @@ class TestLibero:
         first = process.reset(3)
         process.run(np.array([[0.03, 0, 0, 0, 0, 0, 1.0]] * 3), max_steps=100)
 
-        again = process.reset(3)
+        second = process.reset(3)
 
-        np.testing.assert_array_equal(again.pose, first.pose)
+        np.testing.assert_array_equal(second.pose, first.pose)
         for name, box in first.objects.items():
-            np.testing.assert_array_equal(again.objects[name].pose, box.pose)
+            np.testing.assert_array_equal(second.objects[name].pose, box.pose)
 
     def test_the_robot_reads_the_pose_that_the_simulator_has(self, process: LiberoProcess) -> None:
         from spear.embodiments import load

@@ -100,9 +100,9 @@ def is_fulfilled(condition: Sequence[str], moment: LiberoMoment) -> bool:
     if condition[0] not in ("on", "in"):
         return False
     source = moment.objects[condition[1]]
-    rest = find_rest_position(source, condition[2], moment)
-    offset = np.linalg.norm(source.pose[:2] - rest[:2])
-    is_low = source.pose[2] < rest[2] + 0.03
+    target_position = find_rest_position(source, condition[2], moment)
+    offset = np.linalg.norm(source.pose[:2] - target_position[:2])
+    is_low = source.pose[2] < target_position[2] + 0.03
     return bool(moment.is_open and is_low and offset < MAX_PLACED_OFFSET_M)
 
 
@@ -138,23 +138,23 @@ def _prepare_drawer(region: str, moment: LiberoMoment) -> Array | None:
 
 def _pick_and_place(condition: Sequence[str], moment: LiberoMoment) -> Array:
     source = moment.objects[condition[1]]
-    rest = find_rest_position(source, condition[2], moment)
+    target_position = find_rest_position(source, condition[2], moment)
     if moment.is_open:
         return _approach(condition[1], moment)
-    if condition[1] in moment.held and moment.finger_speed < STILL_FINGER_SPEED_M_S:
-        return _carry(condition[1], rest, moment)
+    if condition[1] in moment.gripped_objects and moment.finger_speed < STILL_FINGER_SPEED_M_S:
+        return _carry(condition[1], target_position, moment)
     if moment.finger_speed >= STILL_FINGER_SPEED_M_S:
         return _wait(moment, is_open=False)
     return _wait(moment, is_open=True)
 
 
-def find_rest_position(source: Box, place: str, moment: LiberoMoment) -> Array:
+def find_rest_position(source: Box, place_name: str, moment: LiberoMoment) -> Array:
     """Where an object's origin should come to rest [3]."""
     below_origin = source.pose[2] - _corners(source)[:, 2].min()
-    if place in moment.regions:
-        region = moment.regions[place]
+    if place_name in moment.regions:
+        region = moment.regions[place_name]
         return np.array([*region.pose[:2], region.pose[2] + below_origin])
-    target = moment.objects[place]
+    target = moment.objects[place_name]
     center = _corners(target).mean(axis=0)
     # A plate or a bowl is hollow: what is put there sinks below its rim.
     return np.array([center[0], center[1], target.pose[2] + 0.01 + below_origin])
@@ -192,7 +192,7 @@ def _find_rim_grasps(name: str, moment: LiberoMoment) -> list[Grasp]:
     rim_height = corners[:, 2].max()
     bottom = corners[:, 2].min()
     radius = float(np.min(box.high[:2] - box.low[:2])) / 2 - 0.004
-    others = _list_obstacles(moment, [name])
+    obstacles = _list_obstacles(moment, [name])
     grasps = []
     rooms = []
     for direction in range(NUM_RIM_DIRECTIONS):
@@ -201,7 +201,7 @@ def _find_rim_grasps(name: str, moment: LiberoMoment) -> list[Grasp]:
         point = center[:2] + radius * outward
         outer_finger = center[:2] + (radius + OUTER_FINGER_M) * outward
         room = 1.0
-        for other in others:
+        for other in obstacles:
             if _corners(other)[:, 2].max() > rim_height - 0.03:
                 room = min(room, _distance_to_box(other, outer_finger))
         depth = min(RIM_DEPTH_M, rim_height - bottom - 0.012)
@@ -237,31 +237,31 @@ def _approach(name: str, moment: LiberoMoment) -> Array:
     return _move_towards(moment, goal, yaw, not (is_there or is_blocked))
 
 
-def _carry(name: str, rest: Array, moment: LiberoMoment) -> Array:
+def _carry(name: str, target_position: Array, moment: LiberoMoment) -> Array:
     """Up, across, down, open."""
     box = moment.objects[name]
-    offset = rest[:2] - box.pose[:2]
+    offset = target_position[:2] - box.pose[:2]
     distance = float(np.linalg.norm(offset))
     goal = moment.pose[:3].copy()
     goal[:2] += offset
     hanging = moment.pose[2] - _corners(box)[:, 2].min()
     if distance > MAX_PLACE_OFFSET_M:
         height = _height_to_clear(moment, goal, [name]) + CLEARANCE_M + hanging
-        height = max(height, moment.pose[2] + rest[2] - box.pose[2] + 0.05)
+        height = max(height, moment.pose[2] + target_position[2] - box.pose[2] + 0.05)
         return _move_over(moment, goal, height, _yaw(moment.commanded), False)
-    goal[2] = moment.pose[2] + rest[2] + RELEASE_M - box.pose[2]
-    is_low = box.pose[2] < rest[2] + RELEASE_M + 0.006
-    is_blocked = moment.speed < STILL_SPEED_M_S and box.pose[2] < rest[2] + 0.05
+    goal[2] = moment.pose[2] + target_position[2] + RELEASE_M - box.pose[2]
+    is_low = box.pose[2] < target_position[2] + RELEASE_M + 0.006
+    is_blocked = moment.speed < STILL_SPEED_M_S and box.pose[2] < target_position[2] + 0.05
     return _move_towards(moment, goal, _yaw(moment.commanded), is_low or is_blocked)
 
 
 def _push(name: str, region: Region, moment: LiberoMoment) -> Array:
     """Push a plate along the table to a region, with closed fingers inside its rim."""
     center = _corners(moment.objects[name]).mean(axis=0)
-    way = region.pose[:2] - center[:2]
-    distance = float(np.linalg.norm(way))
-    ahead = way / max(distance, 1e-6)
-    yaw = _nearest_yaw(math.atan2(ahead[1], ahead[0]), _yaw(moment.commanded))
+    displacement = region.pose[:2] - center[:2]
+    distance = float(np.linalg.norm(displacement))
+    direction_2d = displacement / max(distance, 1e-6)
+    yaw = _nearest_yaw(math.atan2(direction_2d[1], direction_2d[0]), _yaw(moment.commanded))
     low = moment.objects[name].pose[2] + PUSH_HEIGHT_M
 
     is_inside = np.linalg.norm(moment.pose[:2] - center[:2]) < INSIDE_PLATE_M
@@ -271,7 +271,7 @@ def _push(name: str, region: Region, moment: LiberoMoment) -> Array:
             return _move_over(moment, center, height, yaw, False)
         return _move_towards(moment, np.array([*center[:2], low]), yaw, False)
     # The fingers meet the rim ahead, and take the plate as far as it has to go.
-    goal = moment.pose[:2] + min(distance, MAX_PUSH_STEP_M) * ahead
+    goal = moment.pose[:2] + min(distance, MAX_PUSH_STEP_M) * direction_2d
     return _move_towards(moment, np.array([*goal, low]), yaw, False)
 
 
@@ -320,8 +320,8 @@ def _open_drawer(region: str, moment: LiberoMoment) -> Array:
     return _move_posed(moment, moment.commanded[:3] + 0.03 * out, facing, False)
 
 
-def _is_drawer(place: str, moment: LiberoMoment) -> bool:
-    return place in moment.regions and _find_drawer(place)[0] in moment.joints
+def _is_drawer(place_name: str, moment: LiberoMoment) -> bool:
+    return place_name in moment.regions and _find_drawer(place_name)[0] in moment.joints
 
 
 def _find_outward(cabinet: Box) -> Array:

@@ -60,7 +60,7 @@ class LiberoMoment:
     objects    name → `Box`, of objects and fixtures.
     regions    name → `Region`.
     joints     name of a fixture's joint → its position, m or rad.
-    held       names of the objects that both fingers touch.
+    gripped_objects       names of the objects that both fingers touch.
     is_open    whether the last command was to open the gripper.
     speed      of the end-effector, m/s.
     finger_speed  of the faster finger, m/s.
@@ -75,7 +75,7 @@ class LiberoMoment:
     objects: Mapping[str, Box]
     regions: Mapping[str, Region]
     joints: Mapping[str, float]
-    held: tuple[str, ...]
+    gripped_objects: tuple[str, ...]
     is_open: bool
     speed: float
     finger_speed: float
@@ -208,7 +208,7 @@ def _read_moment(values: Mapping[str, Any]) -> LiberoMoment:
         objects={name: Box(*box) for name, box in values["objects"].items()},
         regions={name: Region(*region) for name, region in values["sites"].items()},
         joints=values["joints"],
-        held=tuple(values["held"]),
+        gripped_objects=tuple(values["gripped_objects"]),
         is_open=values["is_open"],
         speed=values["speed"],
         finger_speed=values["finger_speed"],

@@ -119,7 +119,7 @@ class LiberoScene:
                 continue
             distance_m = np.linalg.norm(box.pose[:3] - self.moment.pose[:3])
             self.reached |= bool(distance_m < REACHED_DISTANCE_M)
-            self.grasped |= name in self.moment.held
+            self.grasped |= name in self.moment.gripped_objects
 
     def make_outcome(self) -> Outcome:
         return Outcome(

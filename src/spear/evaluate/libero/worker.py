@@ -248,7 +248,7 @@ class LiberoTask:
         objects     name → (pose [7], smallest and largest corner [3] of its box, in its own frame).
         sites       name of a region → (pose [7], half sizes [3]).
         joints      name of a joint of a fixture → its position (m or rad).
-        held        names of the objects that both fingers touch.
+        gripped_objects        names of the objects that both fingers touch.
         is_open     whether the last command was to open the gripper.
         speed       of the end-effector, m/s, and "finger_speed", of the fastest finger.
         """
@@ -270,10 +270,10 @@ class LiberoTask:
         for fixture in environment.fixtures_dict.values():
             for joint in fixture.joints:
                 joints[joint] = float(sim.data.get_joint_qpos(joint))
-        held = []
+        gripped_objects = []
         for name in environment.objects_dict:
             if environment._check_grasp(robot.gripper, environment.objects_dict[name]):
-                held.append(name)
+                gripped_objects.append(name)
 
         return {
             "pose": self._read_ee_pose(),
@@ -283,7 +283,7 @@ class LiberoTask:
             "objects": objects,
             "sites": sites,
             "joints": joints,
-            "held": held,
+            "gripped_objects": gripped_objects,
             "is_open": self._is_open,
             "speed": float(np.linalg.norm(robot._hand_vel)),
             "finger_speed": float(
