@@ -183,9 +183,10 @@ def _find_camera_like_axes(axes: Array) -> tuple[list[int], Array]:
     # The two other columns. The three indices 0, 1 and 2 add up to 3.
     first = 1 if vertical == 0 else 0
     second = 3 - vertical - first
-    first_is_right = abs(axes[0, first]) >= abs(axes[0, second])
-    right = first if first_is_right else second
-    away = second if first_is_right else first
+    # Row 0 of `axes` has the axes' components along the camera's x axis.
+    is_first_right = abs(axes[0, first]) >= abs(axes[0, second])
+    right = first if is_first_right else second
+    away = second if is_first_right else first
 
     right_sign = 1.0 if axes[0, right] >= 0 else -1.0
     down_sign = -1.0 if UP_PRIOR @ axes[:, vertical] >= 0 else 1.0

@@ -586,8 +586,8 @@ def _make_crowd_placeholders(annotation: Annotation) -> list[Annotation]:
     """Make two objects with empty masks that stand for a crowd.
 
     Questions about "the person" and counts of persons would be wrong in an image with a crowd of
-    persons. Questions are asked only about objects whose name no other object of the image may
-    have. With the second placeholder, whose name is the plural, this is never so.
+    persons. The second placeholder prevents them: its name is the plural, which may mean the same
+    objects, and no question is about an object whose name may mean another object of the image.
     """
     height, width = annotation.size
     box = annotation.box2d

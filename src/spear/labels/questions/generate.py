@@ -129,7 +129,8 @@ def generate_questions(
         if key in questions:
             continue
 
-        # Put the draft into words. If the answer has numbers, the prompt may state their unit.
+        # Put the draft into words. If the answer has numbers in relative units, the prompt says so;
+        # meters, whose only template is the bare prompt, are not mentioned.
         prompt = draw_one(PROMPT_TEMPLATES[question_type], rng).format_map(draft.words)
         has_numbers = any(isinstance(segment, float) for segment in draft.segments)
         if has_numbers and len(UNIT_TEMPLATES[label.unit]) > 1:
