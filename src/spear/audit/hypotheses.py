@@ -419,22 +419,12 @@ def fit_translations(
         state_format: str,
         delay: int,
     ) -> None:
-        """Add the fits of all scales and signs to `fits`.
+        """Add the fits of K hypotheses, one for each scale and choice of signs.
 
-        Hypotheses that differ only in scale and signs multiply the three logged components with
-        three factors. Therefore one matrix product predicts the displacements for all of them.
-
-        Args:
-            components: [n, L, 3, 3]. Column c is the displacement that the logged component c
-                predicts if its factor is 1.
-            offset: [3] or [n, 1, 3] what is added to the recorded displacement before it is
-                compared: the stretch's start if targets are logged.
-            scales: the kinds and units to try.
-            frame: `Hypothesis.frame` of the fits.
-            state_format: `Hypothesis.state_format` of the fits.
-            delay: `Hypothesis.delay_steps` of the fits.
+        They multiply the three logged components with different factors. Column c of `components`
+        [n, L, 3, 3] is the displacement that the component c predicts if its factor is 1. `offset`
+        [3] or [n, 1, 3] is added to recorded displacements: the stretch's start, for targets.
         """
-        # One row of three factors per hypothesis; K = number of scales · 8 signs.
         factors = np.concatenate([SIGN_FACTORS * scale.factor for scale in scales])  # [K, 3]
         predicted = components @ factors.T  # [n, L, 3, K]
         target = offset + recorded  # [n, L, 3]
@@ -461,12 +451,24 @@ def fit_translations(
         add_fits(diagonal.cumsum(1), origin, relative_scales, "base", "-", delay)
         add_fits(diagonal, start, target_scales, "base", "-", delay)
         for state_format in state_formats(rotation):
-            # Rotate each component on its own from the end-effector frame to the base frame.
             orientation = quaternions[state_format][rows[:, :-1]]  # [n, L, 4]
-            rotated_rows = quat_rotate(_to_tensor(orientation[:, :, None]), _to_tensor(diagonal))
-            columns = rotated_rows.numpy().swapaxes(-1, -2)  # [n, L, 3, 3]
-            add_fits(columns.cumsum(1), origin, relative_scales, "ee", state_format, delay)
+            components = _rotate_components(orientation, diagonal)
+            add_fits(components.cumsum(1), origin, relative_scales, "ee", state_format, delay)
     return fits
+
+
+def _rotate_components(orientation: Array, diagonal: Array) -> Array:
+    """Rotate the components of actions, each on its own, from the end-effector to the base frame.
+
+    Args:
+        orientation: [n, L, 4] quaternions of the end effector.
+        diagonal: [n, L, 3, 3] row c is the component c of an action along its own axis.
+
+    Returns:
+        [n, L, 3, 3], with the rotated component c in column c.
+    """
+    rotated_rows = quat_rotate(_to_tensor(orientation[:, :, None]), _to_tensor(diagonal))
+    return rotated_rows.numpy().swapaxes(-1, -2)
 
 
 def integrate_translations(recording: Recording, fit: Fit) -> Array:
