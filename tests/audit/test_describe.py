@@ -354,6 +354,7 @@ def test_numbers_that_the_metadata_call_joints_are_no_pose(shared: Path, tmp_pat
     proposal = describe(copy)
 
     assert proposal["position"] is None
+    assert "--policy.urdf" in proposal["facts"]["position"]
     assert proposal["gripper"] == "observation/state[5]"  # which the metadata call "gripper"
 
 

@@ -473,7 +473,9 @@ def _describe_motion(
     candidates = _find_candidates(columns, rate_hz, joint_names)
     if not candidates:
         proposal.facts["position"] = (
-            "no column but joints leads to the next state by any action: name it yourself"
+            "no column but joints leads to the next state by any action: name it yourself; joint "
+            "angles of a Franka are rotation_format franka_joints (docs/reference/spear-json.md), "
+            "those of another arm need its URDF (docs/howto/lerobot.md, --policy.urdf)"
         )
         return []
 

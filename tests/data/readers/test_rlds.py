@@ -9,6 +9,7 @@ import io
 import json
 import math
 import re
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,8 @@ from spear.util.images import decode_image
 
 SHARD = "bridge_dataset-train.tfrecord-00000-of-00001"  # the only one; one record per episode
 NUM_EPISODES = 25
+IMAGE_COLUMN = "observation/image_0"
+PNG_START = b"\x89PNG"
 
 
 def get_step_columns(features: dict[str, Any]) -> dict[str, Any]:
@@ -651,3 +654,61 @@ def test_a_broken_description_is_named(bridge_copy: Path, name: str) -> None:
     (bridge_copy / name).write_text("[]")
 
     refuses(name, open_rlds, bridge_copy)
+
+
+RAW_SIZE = (20, 16)  # width, height of the raw images, px
+
+
+def store_raw_pixels(folder: Path, encoding: str) -> None:
+    """Store a camera's images as uint8 arrays, one of the ways in which TFDS writes arrays."""
+    width, height = RAW_SIZE
+
+    def describe_array(features: dict[str, Any]) -> None:
+        get_step_columns(features)["observation"]["featuresDict"]["features"]["image_0"] = {
+            "pythonClassName": "tensorflow_datasets.core.features.tensor_feature.Tensor",
+            "tensor": {
+                "shape": {"dimensions": [str(height), str(width), "3"]},
+                "dtype": "uint8",
+                "encoding": encoding,
+            },
+        }
+
+    def replace_images(features: Any) -> None:
+        column = features["steps/observation/image_0"]
+        arrays: list[np.ndarray] = []
+        for encoded in column.bytes_list.value:
+            image = Image.open(io.BytesIO(encoded)).resize(RAW_SIZE)
+            arrays.append(np.asarray(image))
+        column.Clear()
+        for array in arrays:
+            if encoding == "none":
+                column.int64_list.value.extend(array.reshape(-1).tolist())
+            else:
+                data = array.tobytes()
+                column.bytes_list.value.append(zlib.compress(data) if encoding == "zlib" else data)
+
+    edit_json(folder / "features.json", describe_array)
+    edit_records(folder / SHARD, replace_images)
+
+
+@pytest.mark.parametrize("encoding", ["none", "bytes", "zlib"])
+def test_raw_pixels_are_read_as_images(
+    bridge_copy: Path, episodes: list[Episode], encoding: str
+) -> None:
+    store_raw_pixels(bridge_copy, encoding)
+    write_layout(bridge_copy, {"like": "bridge_dataset", "images": {"external": IMAGE_COLUMN}})
+
+    episode = next(read_episodes(bridge_copy))
+
+    np.testing.assert_array_equal(episode.position, episodes[0].position)
+    pixels = decode_image(episode.images["external"][0])
+    assert pixels.shape == (RAW_SIZE[1], RAW_SIZE[0], 3)
+    assert episode.images["external"][0].startswith(PNG_START)
+
+
+def test_raw_pixels_of_the_wrong_type_are_described(bridge_copy: Path) -> None:
+    fields = {"like": "bridge_dataset", "images": {"external": "observation/state"}}
+    write_layout(bridge_copy, fields)
+
+    message = r"float32 of shape \[10, 7\]. Raw images are uint8 \[steps, height, width, 3\]"
+    refuses(message, next, read_episodes(bridge_copy))

@@ -345,10 +345,16 @@ def choose_robot(
 
     names = ", ".join(action_names[:4]) or "no names"
     if are_joints:
-        advice = "Add --policy.urdf=FILE of the one arm that they move."
+        advice = (
+            "Add --policy.urdf=FILE, the URDF of the one arm that they move, and --policy.tip=LINK "
+            "(docs/howto/lerobot.md)."
+        )
     else:
         pose_names = " ".join(POSE_NAMES)
-        advice = f"Record {pose_names} (LeRobot's end-effector processors), or use `spear train`."
+        advice = (
+            f"Record {pose_names} (LeRobot's end-effector processors), or use `spear train`; for "
+            "joint angles name them MOTOR.pos and add --policy.urdf=FILE (docs/howto/lerobot.md)."
+        )
     raise SpearError(
         f"action ({names}, …) is no pose of an end-effector, which SPEAR-1 moves. {advice}"
     )

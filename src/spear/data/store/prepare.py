@@ -102,11 +102,14 @@ class PreparationPlan(NamedTuple):
         request: Everything that the result depends on, to be recorded as `request.json`.
         blocks: The blocks of episodes to prepare.
         has_commands: Whether the dataset logs gripper commands.
+        has_canonical_actions: Whether its openings and actions are canonical already, as in what
+            `spear data export` wrote. No layout can then be wrong about the gripper.
     """
 
     request: dict[str, Any]
     blocks: list[Block]
     has_commands: bool
+    has_canonical_actions: bool
 
 
 def prepare(
@@ -161,7 +164,9 @@ def prepare(
         # Check the result, and summarize its statistics.
         store = EpisodeStore(folder)
         _notice_repairs(repairs, path)
-        _notice_implausible_values(store, path, plan.has_commands)
+        _notice_implausible_values(store, path)
+        if not plan.has_canonical_actions:
+            _notice_wrong_gripper(store, path, plan.has_commands)
         if store.failed_mask().all():
             notice(
                 f"{path}: no episode of {num_good} succeeded: {out} is to look at, "
@@ -220,7 +225,8 @@ def plan_preparation(path: Path, out: Path, split: str, conversion: Conversion) 
     }
     _check_out_folder(out, request)
     has_commands = layout is not None and layout.command is not None
-    return PreparationPlan(request, blocks, has_commands)
+    has_canonical_actions = layout is not None and layout.action is not None
+    return PreparationPlan(request, blocks, has_commands, has_canonical_actions)
 
 
 def _check_out_folder(out: Path, request: dict[str, Any]) -> None:
@@ -336,22 +342,36 @@ def _notice_repairs(repairs: Repairs, path: Path) -> None:
         notice(f"{path}: {'; '.join(remarks)}")
 
 
-def _notice_implausible_values(store: EpisodeStore, path: Path, has_commands: bool) -> None:
-    """Issue notices about implausible states, instructions and grippers of the first episodes.
+def _read_checked_episodes(store: EpisodeStore) -> list[Episode]:
+    """Read the first episodes of a store, without their images."""
+    num_checked = min(len(store), NUM_CHECKED_EPISODES)
+    return [store.without_images(index) for index in range(num_checked)]
+
+
+def _notice_implausible_values(store: EpisodeStore, path: Path) -> None:
+    """Issue notices about implausible states and instructions of the first episodes.
+
+    Args:
+        store: The prepared episodes.
+        path: The dataset, for the notices.
+    """
+    episodes = _read_checked_episodes(store)
+    for remark in find_implausible_states(episodes):
+        notice(f"{path}: {remark}")
+    doubt = find_doubtful_instruction([episode.instruction for episode in episodes])
+    if doubt:
+        notice(f"{path}: {doubt}")
+
+
+def _notice_wrong_gripper(store: EpisodeStore, path: Path, has_commands: bool) -> None:
+    """Issue notices about what the layout may say wrongly about the gripper.
 
     Args:
         store: The prepared episodes.
         path: The dataset, for the notices.
         has_commands: Whether the dataset logs gripper commands.
     """
-    num_checked = min(len(store), NUM_CHECKED_EPISODES)
-    episodes = [store.without_images(index) for index in range(num_checked)]
-    for remark in find_implausible_states(episodes):
-        notice(f"{path}: {remark}")
-    doubt = find_doubtful_instruction([episode.instruction for episode in episodes])
-    if doubt:
-        notice(f"{path}: {doubt}")
-    for check in _find_wrong_gripper(episodes, has_commands):
+    for check in _find_wrong_gripper(_read_checked_episodes(store), has_commands):
         notice(f"{path}: {check.name}: {check.words}")
 
 
