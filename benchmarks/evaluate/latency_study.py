@@ -60,6 +60,7 @@ is the default of `spear evaluate`, the third executes whole chunks. With async 
 never waits longer than the replan interval, and starts as early as the last one allows."""
 SEAMS_FILE = "seams.txt"
 STILL_FILE = "still.txt"
+RECORDED_FILE = "recorded.txt"  # the episodes whose seams are written
 
 Cells = Mapping[tuple[str, int], Results]
 """(row, latency in ms) → results."""
@@ -110,14 +111,33 @@ def make_recorded_outcome(
 ) -> Outcome:
     """An episode's outcome; its seams are written now.
 
-    The seams of an episode that is stopped are written when it is run again.
+    The seams of an episode that is stopped are written when it is run again. An episode that has
+    ended may be run again with others; its seams are not written twice.
     """
+    outcome = make_outcome(scene)
+    if not is_recorded_before(outcome):
+        record_seams(scene)
+    return outcome
+
+
+def is_recorded_before(outcome: Outcome) -> bool:
+    """Whether the seams of an episode are written already; from now on they are."""
+    recorded_file = RecordingExecutor.seams_file.with_name(RECORDED_FILE)
+    episode = f"{outcome.family}-{outcome.seed}"
+    if recorded_file.is_file() and episode in recorded_file.read_text().split():
+        return True
+    with recorded_file.open("a") as file:
+        file.write(f"{episode}\n")
+    return False
+
+
+def record_seams(scene: Any) -> None:
+    """Write the seams of an episode, and the fraction of its ticks that stood still."""
     with RecordingExecutor.seams_file.open("a") as file:
         file.writelines(f"{seam:.3f}\n" for seam in scene.executor.seams)
     with RecordingExecutor.seams_file.with_name(STILL_FILE).open("a") as file:
         is_still = [action is None for action in scene.executor._executed]
         file.write(f"{np.mean(is_still)}\n")
-    return make_outcome(scene)
 
 
 setattr(closed_loop, "ChunkExecutor", RecordingExecutor)  # noqa: B010

@@ -3,6 +3,9 @@
 import contextlib
 import importlib
 import io
+import multiprocessing
+import os
+import signal
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -181,6 +184,38 @@ def test_an_interrupted_sharded_evaluation_ends_as_an_uninterrupted_one(tmp_path
     assert first_shard.outcomes == uninterrupted.outcomes[::2]
     assert second_shard.outcomes == uninterrupted.outcomes[1::2]
     assert merged.outcomes == uninterrupted.outcomes
+
+
+class CrowdedExpert(HalfExpert):
+    """The expert while at least two scenes run together, and otherwise idle.
+
+    Its process is killed instead of being interrupted.
+    """
+
+    def act(
+        self, envs: Sequence[Any], observations: Sequence[Mapping[str, Any]]
+    ) -> Sequence[Array]:
+        if self.num_calls_left == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        chunks = super().act(envs, observations)
+        return chunks if len(envs) > 1 else [IDLE_ACTION[None]]
+
+
+def test_a_killed_evaluation_ends_as_an_uninterrupted_one(tmp_path: Path) -> None:
+    options = {"batch_size": 3, "first_seed": 20}
+    uninterrupted = evaluate(CrowdedExpert(), 5, **options)
+    first_end = min(outcome.steps for outcome in uninterrupted.outcomes[:3])
+
+    def evaluate_until_killed() -> None:
+        evaluate(CrowdedExpert(max_calls=first_end + 2), 5, out=tmp_path, **options)
+
+    process = multiprocessing.get_context("fork").Process(target=evaluate_until_killed)
+    process.start()
+    process.join()
+    resumed = evaluate(CrowdedExpert(), 5, out=tmp_path, **options)
+
+    assert process.exitcode == -signal.SIGKILL
+    assert resumed.outcomes == uninterrupted.outcomes
 
 
 def test_results_of_another_physics_do_not_mix(

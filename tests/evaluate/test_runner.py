@@ -3,6 +3,7 @@
 The tests use a simulator without scenes, whose films are the text of its tracks.
 """
 
+import dataclasses
 import json
 import weakref
 from collections.abc import Iterator, Sequence
@@ -40,6 +41,7 @@ class ParitySimulator:
     """
 
     films_are_free = False
+    group_size = 1
 
     def __init__(self, is_fickle: bool = False) -> None:
         self.is_fickle = is_fickle
@@ -76,6 +78,8 @@ class ParitySimulator:
 
 class StoppedSimulator(ParitySimulator):
     """A simulator that is interrupted when only its successes have ended."""
+
+    group_size = 20
 
     def run(self, *arguments: Any) -> Iterator[tuple[Outcome, float, str]]:
         for episode in super().run(*arguments):
@@ -205,3 +209,43 @@ def test_a_simulator_that_cannot_run_leaves_nothing_behind(tmp_path: Path) -> No
         run_evaluation(BrokenSimulator(), IDLE, {"a": range(2)}, {}, options)
 
     assert not list(tmp_path.iterdir())
+
+
+class CrowdedSimulator(ParitySimulator):
+    """A simulator in which the number of episodes that run together decides how they end."""
+
+    group_size = 3
+
+    def run(
+        self, agent: Agent, family: str, seeds: Sequence[int], filming: bool
+    ) -> Iterator[tuple[Outcome, float, str]]:
+        for outcome, seconds, track in super().run(agent, family, seeds, filming):
+            yield dataclasses.replace(outcome, steps=len(seeds)), seconds, track
+
+
+class StoppedCrowdedSimulator(CrowdedSimulator):
+    """That simulator, interrupted in its second group, in which only the last episode has ended."""
+
+    def run(
+        self, agent: Agent, family: str, seeds: Sequence[int], filming: bool
+    ) -> Iterator[tuple[Outcome, float, str]]:
+        for episode in super().run(agent, family, seeds, filming):
+            if 3 not in seeds or episode[0].seed == 5:
+                yield episode
+        if 3 in seeds:
+            raise KeyboardInterrupt
+
+
+def test_episodes_run_again_with_those_of_their_group(tmp_path: Path) -> None:
+    options = EpisodeOptions(out=tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        run_evaluation(StoppedCrowdedSimulator(), IDLE, {"a": range(8)}, {}, options)
+    simulator = CrowdedSimulator()
+
+    resumed, _ = run_evaluation(simulator, IDLE, {"a": range(8)}, {}, options)
+
+    uninterrupted, _ = run_evaluation(
+        CrowdedSimulator(), IDLE, {"a": range(8)}, {}, EpisodeOptions()
+    )
+    assert resumed.outcomes == uninterrupted.outcomes
+    assert [seed for seed, _ in simulator.episodes] == [3, 4, 5, 6, 7]

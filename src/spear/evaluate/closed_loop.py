@@ -93,6 +93,7 @@ class _Tabletop:
     films_are_free = True
 
     def __init__(self, agent: Agent, options: TabletopOptions) -> None:
+        self.group_size = options.batch_size
         self._options = options
         self._image_sizes = agent.image_sizes
         self._shift = None if options.shift is None else Shift.parse(options.shift)
@@ -108,19 +109,11 @@ class _Tabletop:
     def run(
         self, agent: Agent, family: str, seeds: Sequence[int], filming: bool
     ) -> Iterator[tuple[Outcome, float, list[Array]]]:
-        """Run one episode per seed in a few environments (see `Simulator.run`).
-
-        An environment whose episode has ended takes the next seed.
-        """
-        waiting_seeds = list(reversed(seeds))
-        num_envs = min(self._options.batch_size, len(seeds))
-        free_envs = [self._make_env(agent, family) for _ in range(num_envs)]
-        scenes: list[_RunningScene] = []
-        while waiting_seeds or scenes:
-            # Start episodes in all free environments.
-            while waiting_seeds and free_envs:
-                scenes.append(self._start_scene(agent, free_envs.pop(), waiting_seeds.pop()))
-
+        """Run one episode per seed, all at once (see `Simulator.run`)."""
+        scenes = []
+        for seed in seeds:
+            scenes.append(self._start_scene(agent, self._make_env(agent, family), seed))
+        while scenes:
             # One inference for all running scenes.
             observations = []
             for scene in scenes:
@@ -128,7 +121,7 @@ class _Tabletop:
                 observations.append({**images_and_state, **scene.executor.committed_actions()})
             chunks = agent.act([scene.env for scene in scenes], observations)
 
-            # Execute the chunks. The environments of ended episodes become free.
+            # Execute the chunks.
             running = []
             for scene, chunk in zip(scenes, chunks, strict=True):
                 arrival_tick = scene.executor.tick + self._latency_steps
@@ -137,7 +130,6 @@ class _Tabletop:
                 if has_ended:
                     seconds = time.perf_counter() - scene.started
                     yield _make_outcome(scene), seconds, scene.poses
-                    free_envs.append(scene.env)
                 else:
                     running.append(scene)
             scenes = running

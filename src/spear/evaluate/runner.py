@@ -42,9 +42,13 @@ class Simulator(Protocol[Track]):
     films_are_free  whether recording an episode's track costs hardly any time. Otherwise, if only a
                     few episodes are filmed, they are run again with their tracks after it is known
                     which ones they are.
+    group_size      how many episodes are run together. The rounding of a policy's actions depends
+                    on the other observations of its batch, so an episode is repeatable only with
+                    the same others.
     """
 
     films_are_free: bool
+    group_size: int
 
     def run(
         self, agent: Agent, family: str, seeds: Sequence[int], filming: bool
@@ -200,52 +204,72 @@ class _Evaluation(Generic[Track]):
             for seed in seeds:
                 if (family, seed) in self.journal.outcomes:
                     outcomes[seed] = self.journal.outcomes[family, seed]
-        missing = [seed for seed in seeds if seed not in outcomes]
-
         title = f"{self.agent.name}, {family}"
         with ProgressBar(title, len(seeds), "scenes", len(outcomes)) as bar:
-            tracks = self._run_episodes(family, missing, outcomes, bar)
+            tracks = self._run_episodes(family, seeds, outcomes, bar)
             ended = [outcomes[seed] for seed in seeds]
             without_track = self._make_films(ended, tracks)
-            self._film_again(family, without_track, outcomes, bar)
+            self._film_again(family, seeds, without_track, outcomes, bar)
         return ended
 
     def _run_episodes(
         self, family: str, seeds: Sequence[int], outcomes: dict[int, Outcome], bar: ProgressBar
     ) -> dict[int, Track]:
-        """Run episodes, and add their outcomes to `outcomes` and to the journal.
+        """Run the missing episodes, and add their outcomes to `outcomes` and to the journal.
+
+        A group of which some episodes are missing is run as a whole, because its episodes end as
+        they would have ended without the interruption only if they run together.
 
         Returns:
-            Seed → track, for the episodes of which no film was made yet.
+            Seed → track, for the episodes that were run and of which no film was made yet.
         """
         tracks: dict[int, Track] = {}
         last_end = time.perf_counter()
-        episodes = self.simulator.run(self.agent, family, seeds, self.records_tracks)
-        for outcome, seconds, track in episodes:
-            outcomes[outcome.seed] = outcome
-            if self.journal is not None:
-                self.journal.add(outcome, seconds, time.perf_counter() - last_end)
-            last_end = time.perf_counter()
-            if self.records_tracks:
-                tracks[outcome.seed] = track
-            if self.films_at_once:
-                self._make_films([outcome], tracks)
-                tracks.clear()
-            num_successes = sum(outcome.success for outcome in outcomes.values())
-            bar.update(len(outcomes), f"{num_successes} succeeded")
+        for group in self._split_into_groups(seeds):
+            if all(seed in outcomes for seed in group):
+                continue
+            episodes = self.simulator.run(self.agent, family, group, self.records_tracks)
+            for outcome, seconds, track in episodes:
+                if outcome.seed not in outcomes:
+                    outcomes[outcome.seed] = outcome
+                    if self.journal is not None:
+                        self.journal.add(outcome, seconds, time.perf_counter() - last_end)
+                    last_end = time.perf_counter()
+                if self.records_tracks and outcome == outcomes[outcome.seed]:
+                    tracks[outcome.seed] = track
+                if self.films_at_once:
+                    self._make_films([outcomes[outcome.seed]], tracks)
+                    tracks.clear()
+                num_successes = sum(outcome.success for outcome in outcomes.values())
+                bar.update(len(outcomes), f"{num_successes} succeeded")
         return tracks
 
+    def _split_into_groups(self, seeds: Sequence[int]) -> list[Sequence[int]]:
+        """Split the seeds of a part into those that run together."""
+        size = self.simulator.group_size
+        return [seeds[start : start + size] for start in range(0, len(seeds), size)]
+
     def _film_again(
-        self, family: str, seeds: Sequence[int], outcomes: Mapping[int, Outcome], bar: ProgressBar
+        self,
+        family: str,
+        seeds: Sequence[int],
+        filmed_seeds: Sequence[int],
+        outcomes: Mapping[int, Outcome],
+        bar: ProgressBar,
     ) -> None:
-        """Run episodes a second time, with their tracks, and make their films."""
-        for outcome, _, track in self.simulator.run(self.agent, family, seeds, True):
-            if outcome == outcomes[outcome.seed]:
-                self._make_films([outcome], {outcome.seed: track})
-            else:
-                bar.print_line(
-                    f"no film of {family} {outcome.seed}: it ended differently when run again"
-                )
+        """Run the groups of some episodes a second time, with tracks, and make their films."""
+        for group in self._split_into_groups(seeds):
+            if not set(group) & set(filmed_seeds):
+                continue
+            for outcome, _, track in self.simulator.run(self.agent, family, group, True):
+                if outcome.seed not in filmed_seeds:
+                    continue
+                if outcome == outcomes[outcome.seed]:
+                    self._make_films([outcome], {outcome.seed: track})
+                else:
+                    bar.print_line(
+                        f"no film of {family} {outcome.seed}: it ended differently when run again"
+                    )
 
     def _make_films(self, ended: Sequence[Outcome], tracks: Mapping[int, Track]) -> list[int]:
         """Make the missing films of those episodes that the options select.

@@ -159,6 +159,7 @@ class Libero:
         self._options = options
         self._protocol = PROTOCOLS[options.protocol]
         self._num_processes = options.batch_size or os.cpu_count() or 1
+        self.group_size = self._num_processes
         self._robot = embodiments.load(ROBOT)
         _, control = self._robot.select_control(CONTROL)
         self._convert = control.convert

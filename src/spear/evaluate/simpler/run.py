@@ -130,6 +130,7 @@ class Simpler:
     def __init__(self, options: SimplerOptions) -> None:
         self._options = options
         self._batch = options.batch_size or os.cpu_count() or 1
+        self.group_size = self._batch
         self._robot = embodiments.load(ROBOT)
         _, control = self._robot.select_control(None)
         self._convert = control.convert
