@@ -97,6 +97,19 @@ def test_an_error_names_what_is_wrong_with_a_message(data: bytes, words: str) ->
     refuses(f"^{words}", decode, data)
 
 
+@pytest.mark.parametrize(
+    ("packed", "package"),
+    [
+        ({b"nd": True, b"type": "<f4", b"shape": [1], b"data": bytes(4)}, "msgpack-numpy"),
+        ({"__numpy__": "AAAAAA==", "dtype": "<f4", "shape": [1]}, "json-numpy"),
+    ],
+)
+def test_an_array_of_another_packer_is_named(packed: Any, package: str) -> None:
+    data = msgpack.packb({"observation/state": packed})
+
+    refuses(f"observation/state is an array as {package} packs it", decode, data)
+
+
 def test_an_array_is_a_view_of_its_message() -> None:
     message = encode({"image": np.zeros((4, 4, 3), np.uint8)})
 

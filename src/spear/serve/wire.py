@@ -18,6 +18,8 @@ from spear.serve.msgpack_reader import MAX_NESTING, make_nesting_error, quote, r
 
 MAX_DIMENSIONS = 8  # of an array
 MAX_BINARY_BYTES = 1024  # of a binary that is not the data of an array
+FOREIGN_ARRAY_KEYS = {b"nd": "msgpack-numpy", "nd": "msgpack-numpy", "__numpy__": "json-numpy"}
+"""Key of an array that another package packed → that package."""
 _DTYPE = re.compile(r"[<>=|]?(b1|[iu][1248]|f[248])")
 _MAX_REASON_CHARS = 100
 
@@ -93,6 +95,12 @@ def _decode_value(value: Any, path: str, depth: int = 0) -> Any:
             return _decode_array(value, path)
         if b"__npgeneric__" in value:
             return _decode_scalar(value, path)
+        for key, package in FOREIGN_ARRAY_KEYS.items():
+            if key in value:
+                raise SpearError(
+                    f"{path} is an array as {package} packs it. Pack messages as openpi-client "
+                    "does: docs/reference/protocol.md."
+                )
         return {
             _validate_key(key, path): _decode_value(entry, f"{path}/{quote(key)}", depth + 1)
             for key, entry in value.items()
