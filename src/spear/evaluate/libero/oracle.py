@@ -38,7 +38,13 @@ RIM_DEPTH_M = 0.018  # how far below a bowl's rim its wall is gripped
 RELEASE_M = 0.008  # height above its place at which an object is released
 RETREAT_M = 0.1
 NUM_RIM_DIRECTIONS = 16
-OUTER_FINGER_M = 0.035  # the outer finger needs this much room beside a rim
+WALL_M = 0.004  # half the thickness of a bowl's wall
+OUTER_FINGER_M = 0.035  # from the middle between open fingers to the outer one
+RIM_CLEARANCE_M = 0.012  # things whose top is lower than this below the fingers do not matter
+PALM_HEIGHT_M = 0.045  # of the hand above the end-effector
+HAND_REACH_M = 0.105  # from the middle of the hand to its ends, along which the fingers close
+HAND_HALF_WIDTH_M = 0.035
+ENOUGH_ROOM_M = 0.03
 
 MAX_GRASP_OFFSET_M = 0.01
 MAX_GRASP_TURN_RAD = 0.1
@@ -58,6 +64,8 @@ OPEN_DRAWER_M = 0.145
 ENOUGH_DRAWER_M = 0.13  # an object goes into a drawer that is open by this much
 MAX_SIDEWAYS_RAD = 0.8  # a gripper turned farther from pointing down is at a handle
 DRAWER_HALF_HEIGHT_M = 0.035
+DRAWER_WALL_M = 0.015  # thickness of a drawer's walls, and room for a finger
+HANDLE_DEPTH_M = 0.035  # how far handles stand out of a cabinet
 HANDLE_DISTANCE_M = 0.113  # from the middle of a drawer to its handle
 HANDLE_HEIGHT_M = -0.004
 FRONT_M = 0.09  # in front of a handle, before the gripper goes to it
@@ -186,30 +194,51 @@ def find_grasps(name: str, moment: LiberoMoment) -> list[Grasp]:
 
 
 def _find_rim_grasps(name: str, moment: LiberoMoment) -> list[Grasp]:
+    """Grasps of a bowl's wall, from all sides where fingers and hand have room."""
     box = moment.objects[name]
     corners = _corners(box)
     center = corners.mean(axis=0)
     rim_height = corners[:, 2].max()
     bottom = corners[:, 2].min()
-    radius = float(np.min(box.high[:2] - box.low[:2])) / 2 - 0.004
+    radius = float(np.min(box.high[:2] - box.low[:2])) / 2 - WALL_M
+    depth = min(RIM_DEPTH_M, rim_height - bottom - 0.012)
     obstacles = _list_obstacles(moment, [name])
+
     grasps = []
     rooms = []
-    for direction in range(NUM_RIM_DIRECTIONS):
-        angle = 2 * math.pi * direction / NUM_RIM_DIRECTIONS
+    for index in range(NUM_RIM_DIRECTIONS):
+        angle = 2 * math.pi * index / NUM_RIM_DIRECTIONS
         outward = np.array([math.cos(angle), math.sin(angle)])
         point = center[:2] + radius * outward
-        outer_finger = center[:2] + (radius + OUTER_FINGER_M) * outward
-        room = 1.0
-        for other in obstacles:
-            if _corners(other)[:, 2].max() > rim_height - 0.03:
-                room = min(room, _distance_to_box(other, outer_finger))
-        depth = min(RIM_DEPTH_M, rim_height - bottom - 0.012)
-        position = np.array([point[0], point[1], rim_height - depth])
-        grasps.append(Grasp(position, angle - math.pi / 2))
-        rooms.append(room)
-    enough = min(0.03, max(rooms))
+        grasp = Grasp(np.array([*point, rim_height - depth]), angle - math.pi / 2)
+        grasps.append(grasp)
+        rooms.append(_measure_room(grasp, center[:2], obstacles))
+    enough = min(ENOUGH_ROOM_M, max(rooms))
     return [grasp for grasp, room in zip(grasps, rooms, strict=True) if room >= enough - 1e-9]
+
+
+def _measure_room(grasp: Grasp, center: Array, obstacles: Sequence[Box]) -> float:
+    """How far fingers and hand stay away from obstacles when they are at a grasp of a rim, m.
+
+    center: [2] the bowl's middle. A drawer around it is an obstacle by its walls only.
+    """
+    point = grasp.position[:2]
+    outward = (point - center) / np.linalg.norm(point - center)
+    outer_finger = point + OUTER_FINGER_M * outward
+    hand_line = [point + reach * outward for reach in np.linspace(-HAND_REACH_M, HAND_REACH_M, 9)]
+    room = 1.0
+    for obstacle in obstacles:
+        top = _corners(obstacle)[:, 2].max()
+        if top > grasp.position[2] - RIM_CLEARANCE_M:
+            if _distance_to_box(obstacle, center) == 0:
+                room = min(room, _distance_to_walls(obstacle, outer_finger) - DRAWER_WALL_M)
+            else:
+                room = min(room, _distance_to_box(obstacle, outer_finger))
+        if top > grasp.position[2] + PALM_HEIGHT_M:
+            for hand_point in hand_line:
+                distance = _distance_to_box(obstacle, hand_point)
+                room = min(room, distance - HAND_HALF_WIDTH_M)
+    return room
 
 
 def _approach(name: str, moment: LiberoMoment) -> Array:
@@ -400,7 +429,8 @@ def _height_to_clear(moment: LiberoMoment, goal: Array, ignored: Sequence[str]) 
 
 def _list_obstacles(moment: LiberoMoment, ignored: Sequence[str]) -> list[Box]:
     """Everything that stands in the way: objects, fixtures, and drawers as far as they are open."""
-    obstacles = [box for name, box in moment.objects.items() if name not in ignored]
+    boxes = {name: box for name, box in moment.objects.items() if name not in ignored}
+    drawers = []
     for region in moment.regions:
         if not _is_drawer(region, moment):
             continue
@@ -410,8 +440,11 @@ def _list_obstacles(moment: LiberoMoment, ignored: Sequence[str]) -> list[Box]:
         front = box.low[1] + moment.joints[joint]
         low = np.array([box.low[0], front, height - DRAWER_HALF_HEIGHT_M])
         high = np.array([box.high[0], box.high[1], height + DRAWER_HALF_HEIGHT_M])
-        obstacles.append(Box(box.pose, low, high))
-    return obstacles
+        drawers.append(Box(box.pose, low, high))
+        # The handles, which the cabinet's box was measured with, belong to the drawers.
+        without_handles = box.low + np.array([0, HANDLE_DEPTH_M, 0])
+        boxes[cabinet] = Box(box.pose, without_handles, box.high)
+    return [*boxes.values(), *drawers]
 
 
 def _move_towards(moment: LiberoMoment, goal: Array, yaw: float, is_open: bool) -> Array:
@@ -441,18 +474,30 @@ def _corners(box: Box) -> Array:
 
 
 def _distance_to_box(box: Box, point: Array) -> float:
-    """The horizontal distance of a point [2] from the upright rectangle around a box's corners, in
-    the box's own yaw."""
+    """The horizontal distance of a point [2] from a box; 0 above or below it."""
+    outside = np.maximum(_excess_over_sides(box, point), 0)
+    return float(np.linalg.norm(outside))
+
+
+def _distance_to_walls(box: Box, point: Array) -> float:
+    """The horizontal distance of a point [2] inside a box from its nearest side; negative
+    outside."""
+    return -float(_excess_over_sides(box, point).max())
+
+
+def _excess_over_sides(box: Box, point: Array) -> Array:
+    """How far a point [2] lies beyond a box's sides, along its x and y axes: [2], negative
+    inside."""
     corners = _corners(box)[:, :2]
     center = corners.mean(axis=0)
     yaw = _yaw(box.pose)
     along = np.array([math.cos(yaw), math.sin(yaw)])
     across = np.array([-along[1], along[0]])
-    outside = []
+    excess = []
     for axis in (along, across):
         half = np.abs((corners - center) @ axis).max()
-        outside.append(max(0.0, abs(float((point - center) @ axis)) - half))
-    return math.hypot(*outside)
+        excess.append(abs(float((point - center) @ axis)) - half)
+    return np.array(excess)
 
 
 def _nearest_yaw(yaw: float, current: float) -> float:
