@@ -33,7 +33,7 @@ from spear.sim.world import World
 NO_ROTATION = np.array([1.0, 0, 0, 0])  # quaternion (w, x, y, z)
 SHOULDER = np.array([0, 0, 0.333])  # position of the arm's shoulder joint, m, base frame
 MAX_REACH_M = 0.95  # more than the arm's reach from its shoulder to the point between the fingers
-MAX_JOINT_SPEED = 100  # rad/s or m/s; if any joint is faster, the simulation has become unstable
+UNSTABLE_SPEED = 100  # rad/s or m/s; if any joint is faster, the simulation has become unstable
 
 
 def to_rotation(quaternion: np.ndarray) -> Rotation:
@@ -184,7 +184,7 @@ def test_wild_actions_never_make_it_unstable_nor_leave_the_limits(seed: int) -> 
         assert (joints > JOINT_LOWER_RAD - 0.02).all()
         assert (joints < JOINT_UPPER_RAD + 0.02).all()
         assert np.isfinite(world.data.qpos).all()
-        assert np.abs(world.data.qvel).max() < MAX_JOINT_SPEED
+        assert np.abs(world.data.qvel).max() < UNSTABLE_SPEED
     assert world.data.warning[mujoco.mjtWarning.mjWARN_BADQACC].number == 0
 
 

@@ -300,6 +300,7 @@ def test_a_policy_without_recorded_frames_does_not_go_on_with_changed_ones(
 
 
 def test_settings_that_a_mapping_drops_are_noted() -> None:
+    """A mapping replaces the recipe's whole mapping, which has these two other settings."""
     with pytest.warns(Notice, match="rotation_loss, rotation_weight"):
         recipe = get_recipe("nano-vla", flow={"steps": 5})
 
@@ -307,8 +308,11 @@ def test_settings_that_a_mapping_drops_are_noted() -> None:
 
 
 def test_a_mapping_that_drops_nothing_or_everything_is_not_noted() -> None:
+    drops_nothing = {"rotation_loss": "mse", "rotation_weight": 1.0}
+    drops_everything: dict[str, float] = {}
+
     with no_warning():
-        get_recipe("nano-vla", lr_scale={}, flow={"rotation_loss": "mse", "rotation_weight": 1.0})
+        get_recipe("nano-vla", flow=drops_nothing, lr_scale=drops_everything)
 
 
 def test_the_vision_encoder_learns_from_wrist_images_alone(tmp_path: Path) -> None:

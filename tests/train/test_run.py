@@ -293,22 +293,29 @@ def test_other_instructions_of_the_same_episodes_are_refused(
     check_refused_and_unchanged(finished, "images or instructions of --episodes", store=store)
 
 
-def test_other_words_or_weights_to_begin_with_are_refused(
+def test_an_init_with_another_tokenizer_is_refused(
     finished: SimpleNamespace, tmp_path: Path
 ) -> None:
+    """The error calls the tokenizer's files, of which coordinates.json is one, the words."""
     other_words = shutil.copytree(finished.init, tmp_path / "words")
     coordinates = other_words / "coordinates.json"
     coordinates.write_text(coordinates.read_text() + " ")
     check_refused_and_unchanged(finished, "words of --init", init=other_words)
 
-    # Hashes of large files cover only their ends, but a run also compares the weights themselves.
-    # Here a tensor in the middle of the file changes, as VLM stage 1 changes it.
+
+def test_an_init_with_other_weights_is_refused(finished: SimpleNamespace, tmp_path: Path) -> None:
+    """Hashes of large files cover only their ends, so the run also compares the weights.
+
+    The tensor that differs here lies in the middle of the file.
+    """
     other_weights = shutil.copytree(finished.init, tmp_path / "weights")
     tensors = load_file(other_weights / "model.safetensors")
     tensors["vlm.multi_modal_projector.linear.weight"] += 1
     save_file(tensors, other_weights / "model.safetensors", {"format": "pt"})
     check_refused_and_unchanged(finished, "weights of --init", init=other_weights)
 
+
+def test_another_init_is_refused(finished: SimpleNamespace) -> None:
     check_refused_and_unchanged(finished, "another --init", init=finished.final)
 
 

@@ -30,7 +30,7 @@ def environment_without_proxies(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(variable.upper(), raising=False)
 
 
-def install_socksio(monkeypatch: pytest.MonkeyPatch, is_installed: bool) -> None:
+def pretend_socksio(monkeypatch: pytest.MonkeyPatch, is_installed: bool) -> None:
     """Pretend that the package socksio is installed, or that it is not."""
     find_spec = importlib.util.find_spec
 
@@ -52,7 +52,7 @@ SOCKS_VARIABLES = ["ALL_PROXY", "all_proxy", "HTTPS_PROXY", "https_proxy", "HTTP
 def test_what_the_client_can_use_is_not_called_unreachable(
     monkeypatch: pytest.MonkeyPatch, variable: str, proxy: str
 ) -> None:
-    install_socksio(monkeypatch, is_installed=True)
+    pretend_socksio(monkeypatch, is_installed=True)
     monkeypatch.setenv(variable, proxy)
 
     check_proxies("The service")
@@ -63,7 +63,7 @@ def test_what_the_client_can_use_is_not_called_unreachable(
 def test_a_missing_package_for_socks_is_named_with_the_variable(
     monkeypatch: pytest.MonkeyPatch, variable: str
 ) -> None:
-    install_socksio(monkeypatch, is_installed=False)
+    pretend_socksio(monkeypatch, is_installed=False)
     monkeypatch.setenv(variable, "socks5://127.0.0.1:9")
 
     refuses(
@@ -78,14 +78,14 @@ def test_a_missing_package_for_socks_is_named_with_the_variable(
 def test_a_proxy_that_the_client_cannot_use_is_named_with_the_usable_kinds(
     monkeypatch: pytest.MonkeyPatch, proxy: str
 ) -> None:
-    install_socksio(monkeypatch, is_installed=True)
+    pretend_socksio(monkeypatch, is_installed=True)
     monkeypatch.setenv("HTTPS_PROXY", proxy)
 
     refuses(r"HTTPS_PROXY .*\. Set it to .*socks5h", check_proxies, "The service")
 
 
 def test_no_proxy_for_any_host_switches_proxies_off(monkeypatch: pytest.MonkeyPatch) -> None:
-    install_socksio(monkeypatch, is_installed=False)  # so this proxy would be refused
+    pretend_socksio(monkeypatch, is_installed=False)  # so this proxy would be refused
     monkeypatch.setenv("ALL_PROXY", "socks5://127.0.0.1:9")
     monkeypatch.setenv("NO_PROXY", "localhost, *")
 
@@ -98,10 +98,11 @@ def test_a_model_of_the_hub_is_refused_with_the_cure_of_the_proxy(
 ) -> None:
     constants = pytest.importorskip("huggingface_hub.constants")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    install_socksio(monkeypatch, is_installed=False)
+    pretend_socksio(monkeypatch, is_installed=False)
     monkeypatch.setenv("all_proxy", "socks5://127.0.0.1:9")
 
-    refuses(rf"{model}.*all_proxy.*pip install socksio", check_available_on_hub, model, "a folder")
+    alternative = "a folder"  # what the error proposes to give instead of the model
+    refuses(rf"{model}.*all_proxy.*pip install socksio", check_available_on_hub, model, alternative)
 
 
 @pytest.fixture

@@ -129,31 +129,33 @@ def test_a_lock_below_a_file_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "folder, existing_files, files_after_failure",
+    "folder, existing_files, written_files, files_after_failure",
     [
-        ("new/one", (), ()),  # new, and without results: removed
-        ("old", ("x",), ("x", "run.json")),  # not new
-        ("done", (), ("run.json", "y")),  # new, with a result
+        ("new/one", [], ["run.json"], []),  # new, and without results: removed
+        ("old", ["x"], ["run.json"], ["run.json", "x"]),  # not new
+        ("done", [], ["run.json", "y"], ["run.json", "y"]),  # new, with a result
     ],
 )
 def test_a_new_folder_without_results_is_removed_when_the_work_fails(
     tmp_path: Path,
     folder: str,
-    existing_files: tuple[str, ...],
-    files_after_failure: tuple[str, ...],
+    existing_files: list[str],
+    written_files: list[str],
+    files_after_failure: list[str],
 ) -> None:
     path = tmp_path / folder
-    for name in existing_files:
+    if existing_files:
         path.mkdir()
+    for name in existing_files:
         (path / name).touch()
 
     with pytest.raises(KeyError), acquire_run_lock(path, "labeling into", "run.json"):
-        for name in ("run.json", *files_after_failure):
+        for name in written_files:
             (path / name).touch()
         raise KeyError
 
-    visible_names = {file.name for file in path.glob("[!.]*")}
-    assert visible_names == set(files_after_failure)
+    visible_names = sorted(file.name for file in path.glob("[!.]*"))
+    assert visible_names == files_after_failure
     # The parent "new" was created for the folder, so it is removed together with it.
     is_parent_expected = bool(files_after_failure) or path.parent == tmp_path
     assert path.parent.exists() == is_parent_expected

@@ -286,7 +286,8 @@ def test_failed_answers_count_in_medians_and_means(num_failed: int, is_finite: b
         segments = question.segments if index >= num_failed else []
         answers.append(AnsweredQuestion(index, label, question, segments))
 
-    scores = summarize(answers, {"box_vertices": [True] * 8}, labels, "mode")
+    are_free_answers_grammatical = {"box_vertices": [True] * 8}
+    scores = summarize(answers, are_free_answers_grammatical, labels, "mode")
 
     measures = scores.type_scores["box_vertices"].measures
     assert np.isfinite(measures["error"].value) == is_finite

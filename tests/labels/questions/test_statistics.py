@@ -59,7 +59,7 @@ def list_answer_values(labels: list[LabeledImage]) -> list[float]:
 def test_images_objects_and_boxes_are_counted(statistics: LabelStatistics) -> None:
     assert statistics.num_images == 6
     assert statistics.num_objects == 18  # 2 + 3 + 5 + 7 + 0 + 1
-    assert statistics.num_boxes == 17
+    assert statistics.num_boxes == 17  # one object has no box
     assert statistics.unit == "metre"
 
 
