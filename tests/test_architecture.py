@@ -48,7 +48,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "sim_data": BASIC | {"sim", "data", "labels"},
     "chunks": BASIC,
     "policy": LOW | {"data", "models", "monitor", "chunks", "embodiments"},
-    "serve": BASIC | {"chunks", "embodiments"},
+    "serve": BASIC | {"data", "chunks", "embodiments"},
     "train": LOW | {"data", "models", "labels", "monitor"},
     "evaluate": MIDDLE | {"sim_data", "policy", "chunks", "embodiments", "serve"},
     "audit": BASIC | {"checks", "data"},

@@ -10,8 +10,11 @@ from spear.serve.options import ServeOptions
 
 if TYPE_CHECKING:
     from spear.policy import Spear1Policy
+    from spear.serve.exchange import Recorder
     from spear.serve.service import Service
+    from spear.ui.episodes import EpisodeFolder
 
+GIB = 2**30
 LOOPBACK_HOSTS = ("127.0.0.1", "::1", "localhost")
 
 
@@ -30,6 +33,7 @@ def serve(options: ServeOptions) -> None:
         spear serve --policy nano
         spear serve --policy nano --ui --episodes runs/my_evaluation
         spear serve --policy runs/my_policy --embodiment droid --host 0.0.0.0 --token SECRET
+        spear serve --policy runs/my_policy --embodiment widowx --record recordings
         spear serve --policy runs/my_policy --protocol vla-eval
     """
     if options.protocol == "vla-eval":
@@ -40,10 +44,6 @@ def serve(options: ServeOptions) -> None:
 
 def _serve_robots(options: ServeOptions) -> None:
     """Serve to openpi-client until the server is stopped."""
-    from spear.serve.access import find_reachable_host
-    from spear.serve.connection import MIB, ConnectionLimits
-    from spear.serve.server import PolicyServer
-
     if options.token is None:
         options = dataclasses.replace(options, token=os.environ.get("SPEAR_TOKEN"))
     episode_folder = None
@@ -51,7 +51,41 @@ def _serve_robots(options: ServeOptions) -> None:
         from spear.ui.episodes import EpisodeFolder
 
         episode_folder = EpisodeFolder(options.episodes)
-    policy, service = _load_service(options)
+    if options.record is None:
+        policy, service = _load_service(options)
+        _run_server(options, policy, service, episode_folder)
+        return
+
+    from spear.serve.recorder import claim_folder, open_recorder
+
+    max_bytes = int(options.max_record_gib * GIB)
+    with claim_folder(options.record):  # a wrong folder is refused before the weights are read
+        policy, service = _load_service(options)
+        with open_recorder(options.record, service, max_bytes) as recorder:
+            print(f"recording into {options.record}", file=sys.stderr, flush=True)
+            _run_server(options, policy, service, episode_folder, recorder)
+
+
+def _run_server(
+    options: ServeOptions,
+    policy: "Spear1Policy",
+    service: "Service",
+    episode_folder: "EpisodeFolder | None",
+    recorder: "Recorder | None" = None,
+) -> None:
+    """Run a server until it is stopped, and print its addresses.
+
+    Args:
+        options: the options of the command.
+        policy: the policy, for the page.
+        service: the policy behind the robot's embodiment.
+        episode_folder: recorded episodes that the page replays.
+        recorder: records what is observed and answered.
+    """
+    from spear.serve.access import find_reachable_host
+    from spear.serve.connection import MIB, ConnectionLimits
+    from spear.serve.server import PolicyServer
+
     limits = ConnectionLimits(max_message_bytes=options.max_message_mib * MIB)
     page = None
     if options.ui:
@@ -70,7 +104,7 @@ def _serve_robots(options: ServeOptions) -> None:
         if not options.token:
             _warn_if_open(options, "there is no --token")
 
-    asyncio.run(PolicyServer(service, options, page, limits).run(announce))
+    asyncio.run(PolicyServer(service, options, page, limits, recorder).run(announce))
 
 
 def _serve_harness(options: ServeOptions) -> None:

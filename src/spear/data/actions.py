@@ -11,6 +11,7 @@ known if it would have to be derived from a next state.
 """
 
 import dataclasses
+import functools
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,7 @@ from spear.geometry import (
     UNIT_NORM_TOLERANCE,
     action_between_poses,
     quat_canonical,
+    quat_multiply,
     quat_normalize,
     quat_slerp,
 )
@@ -82,6 +84,23 @@ def canonicalize_actions(episode: Episode) -> tuple[Array, Array]:
     has_next_state = np.arange(len(episode)) < last_step  # [T]
     actions = derive_actions(episode.position, episode.rotation, command)
     return actions, is_known & has_next_state
+
+
+def compose_actions(actions: Array) -> Array:
+    """Compose k consecutive actions to one: their whole motion, and the last gripper command.
+
+    Args:
+        actions: [T, k, 8] actions of which the robot executes k after each of T observations.
+
+    Returns:
+        [T, 8] actions, float32.
+    """
+    composed = np.array(actions[:, -1], np.float32)  # [T, 8], with the last gripper command
+    composed[:, :3] = actions[:, :, :3].sum(axis=1)
+    rotations = torch.as_tensor(np.asarray(actions[:, :, 3:7], np.float64))
+    rotation = functools.reduce(quat_multiply, rotations.unbind(dim=1))  # [T, 4]
+    composed[:, 3:7] = quat_canonical(rotation).numpy()
+    return composed
 
 
 def add_actions(episode: Episode) -> Episode:

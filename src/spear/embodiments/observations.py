@@ -129,6 +129,17 @@ def camera_key(view: str) -> str:
     return IMAGE_KEY if view == "external" else f"observation/{view}_image"
 
 
+def camera_view(key: str) -> str:
+    """Return the view of a camera's key, the inverse of `camera_key`.
+
+    >>> camera_view("observation/image"), camera_view("observation/wrist_image")
+    ('external', 'wrist')
+    """
+    if key == IMAGE_KEY:
+        return "external"
+    return key.removeprefix("observation/").removesuffix("_image")
+
+
 def get_image_sizes(policy: Policy) -> Mapping[str, tuple[int, int]]:
     """Return the sizes of the images that a policy takes: view → (width, height).
 

@@ -47,6 +47,10 @@ class Metrics:
         self._add_gauge("spear_clients", "Open connections.", count_clients)
         self._add_gauge("spear_gpu_memory_bytes", "Held by PyTorch on GPUs.", gpu_memory_bytes)
 
+    def count_unrecorded(self, count: Callable[[], float]) -> None:
+        """Also report how many observations were not recorded, which `count` returns."""
+        self._add_gauge("spear_unrecorded", "Observations that were not recorded.", count)
+
     def format(self) -> str:
         """Return the metrics in Prometheus's text format."""
         return generate_latest(self.registry).decode()

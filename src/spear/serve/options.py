@@ -31,7 +31,15 @@ EMBODIMENTS = (
 DEFAULT_EMBODIMENTS = {"openpi": "generic", "vla-eval": "maniskill2_widowx"}
 """Protocol -> the embodiment that is served without --embodiment."""
 # The options that have an effect only with the protocol openpi, or only with vla-eval.
-OPENPI_OPTIONS = ("token", "ui", "episodes", "max_queue_size", "max_message_mib")
+OPENPI_OPTIONS = (
+    "token",
+    "ui",
+    "episodes",
+    "max_queue_size",
+    "max_message_mib",
+    "record",
+    "max_record_gib",
+)
 VLA_EVAL_OPTIONS = ("replan_steps",)
 
 
@@ -60,6 +68,12 @@ class ServeOptions(Options):
     ask SPEAR-VLM about a scene or a photo (see docs/howto/web-page.md)."""
     episodes: OptionalFolder = None
     """With --ui: replay recorded episodes, or those of an evaluation (its --out), on the page."""
+    record: OptionalFolder = None
+    """Record what robots observe and what they are answered as an episode store in this folder,
+    which is private to you (see docs/howto/production.md). The page of --ui is not recorded.
+    Default: record nothing."""
+    max_record_gib: Annotated[float, Range(0.01)] = 10.0
+    """With --record: delete the oldest episodes when the recordings exceed this many GiB."""
     device: Device = "auto"
     dtype: Dtype = "float32"
     flow_steps: Annotated[OptionalInt, Range(1)] = None
@@ -90,6 +104,10 @@ class ServeOptions(Options):
         self._check_protocol()
         if self.episodes and not self.ui:
             raise SpearError(f"--episodes {self.episodes} needs the page. Add --ui.")
+        if not self.record and list_changed_options(self, "max_record_gib"):
+            raise SpearError(
+                "--max-record-gib has no effect without --record. Add --record FOLDER."
+            )
         if self.token is not None and not _fits_in_header(self.token):
             raise SpearError(
                 "--token (or SPEAR_TOKEN) is empty, or has spaces at its ends or characters beyond "

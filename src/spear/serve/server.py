@@ -34,11 +34,12 @@ from spear.serve.access import (
 )
 from spear.serve.batcher import Batcher, ClientGoneError, ServerBusyError
 from spear.serve.connection import ConnectionLimits, LimitedConnection
+from spear.serve.exchange import Exchange, Recorder
 from spear.serve.listener import LimitedListener, has_gone, open_listeners
 from spear.serve.memory import trim_memory_regularly
 from spear.serve.metrics import Metrics
 from spear.serve.options import ServeOptions
-from spear.serve.service import Result, Service
+from spear.serve.service import Answer, Result, Service
 
 LOG = logging.getLogger("spear.serve")
 CONNECTION_LOG = logging.getLogger("spear.serve.websockets")
@@ -67,12 +68,14 @@ class PolicyServer:
         options: ServeOptions,
         page: Page | None = None,
         limits: ConnectionLimits = DEFAULT_LIMITS,
+        recorder: Recorder | None = None,
     ) -> None:
         self.options = options
         self.page = page
         self.limits = limits
         self.port = options.port
         self._service = service
+        self._recorder = recorder
         self._greeting = wire.encode(service.greeting)
         self._peers: dict[LimitedConnection, None] = {}
         self._batcher = Batcher(
@@ -82,6 +85,8 @@ class PolicyServer:
             options.max_queue_size,
         )
         self._metrics = Metrics(lambda: len(self._batcher), self._count_clients)
+        if recorder:
+            self._metrics.count_unrecorded(lambda: recorder.num_dropped)
         self._stop = asyncio.Event()
         self._is_draining = False
         self._num_unanswered = 0
@@ -182,6 +187,8 @@ class PolicyServer:
             pass
         finally:
             self._batcher.forget(connection.id)
+            if self._recorder:
+                self._recorder.end_episode(connection.id)
 
     async def _answer_messages(self, connection: ServerConnection) -> None:
         """Send the greeting, and then a reply to each message of a client."""
@@ -254,9 +261,14 @@ class PolicyServer:
         request = wire.decode(message)
         direct_reply = self._service.embodiment.direct_reply(request)
         if direct_reply:
+            if self._recorder:  # such a request resets the robot
+                self._recorder.end_episode(connection.id)
             return direct_reply
         result = await self._batcher.submit(connection.id, request, lambda: _is_present(connection))
-        timing = {"infer_ms": 1000 * (time.perf_counter() - arrived)}
+        answer_s = time.perf_counter() - arrived
+        if self._recorder:
+            self._recorder.add(_make_exchange(connection, len(message), answer_s, result))
+        timing = {"infer_ms": 1000 * answer_s}
         if previous_s is not None:
             timing["prev_total_ms"] = 1000 * previous_s
         return wire.encode({**result, "server_timing": timing})
@@ -330,6 +342,26 @@ class PolicyServer:
         if foreign_page:
             return http.HTTPStatus.FORBIDDEN, foreign_page
         return None
+
+
+def _make_exchange(
+    connection: ServerConnection, num_message_bytes: int, answer_s: float, answer: Answer
+) -> Exchange:
+    """Make what is recorded of an answer that is ready `answer_s` after its message arrived."""
+    now_s = time.time()
+    host, port = connection.remote_address[:2]
+    rows = answer["actions"]
+    return Exchange(
+        client=connection.id,
+        address=f"{host}:{port}",
+        arrival_s=now_s - answer_s,
+        answer_s=now_s,
+        inference_s=answer["policy_timing"]["infer_ms"] / 1000,
+        observation=answer.observation,
+        actions=answer.chunk,
+        rows=rows,
+        num_bytes=num_message_bytes + answer.chunk.nbytes + rows.nbytes,
+    )
 
 
 def _is_present(connection: ServerConnection) -> bool:

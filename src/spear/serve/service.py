@@ -25,9 +25,25 @@ from spear.embodiments.observations import (
     select_cameras,
 )
 from spear.errors import SpearError, format_count, notice, suppress_notices
-from spear.types import CONTROL_RATE_HZ, Policy
+from spear.types import CONTROL_RATE_HZ, Array, Policy
 
 LOG = logging.getLogger(__name__)
+
+
+class Answer(dict[str, Any]):
+    """What the robot gets for a valid observation: {"actions", "policy_timing"}.
+
+    Attributes:
+        observation: what the policy observed.
+        chunk: [H, 8] the policy's actions, from which the rows in "actions" were converted.
+    """
+
+    def __init__(self, rows: Array, observation: CheckedObservation, chunk: Array) -> None:
+        super().__init__(actions=rows)
+        self.observation = observation
+        self.chunk = chunk
+
+
 Result = dict[str, Any] | SpearError
 """What an observation gets: an answer, or the error that says what is wrong with it."""
 
@@ -88,7 +104,7 @@ class Service:
             robots: who sent each observation, if several robots are served.
 
         Returns:
-            For each observation, in order, {"actions", "policy_timing"} or the `SpearError` that
+            For each observation, in order, an `Answer` or the `SpearError` that
             says what is wrong with it. The timing, in ms, is that of the whole batch.
         """
         # Read and check the observations. `checked` has the valid ones by their index.
@@ -117,7 +133,10 @@ class Service:
         inference_s = inference_ended - inference_started
         embodiment_s = time.perf_counter() - started - inference_s
         timing = {"infer_ms": 1000 * inference_s, "embodiment_ms": 1000 * embodiment_s}
-        return [_add_timing(result, timing) for result in results]
+        for result in results:
+            if not isinstance(result, SpearError):
+                result["policy_timing"] = timing
+        return results
 
     def warm_up(self) -> int:
         """Answer the embodiment's example, so that the first client does not have to wait.
@@ -155,9 +174,9 @@ class Service:
     def _convert(
         self,
         prediction: Mapping[str, Any],
-        checked: Mapping[str, Any],
+        checked: CheckedObservation,
         observation: Mapping[str, Any],
-    ) -> dict[str, Any]:
+    ) -> Answer:
         """Convert the policy's result to rows for the robot."""
         actions = validate_chunk(prediction["actions"])
         rows = np.asarray(self.control.convert(actions, checked["observation/state"], observation))
@@ -166,7 +185,7 @@ class Service:
                 "the robot's file makes no rows of finite numbers. Do not move, and repair the "
                 "file."
             )
-        return {"actions": rows}
+        return Answer(rows, checked, actions)
 
     def _infer(self, observations: Sequence[Mapping[str, Any]]) -> Sequence[Result]:
         """Infer all actions together; halve the batch on an error to find the wrong observation."""
@@ -197,13 +216,6 @@ def check_cameras(embodiment: Embodiment, cameras: Collection[str], robot: str) 
             " have. Train a policy without this camera, or add --allow-missing-cameras if you"
             " accept worse actions."
         )
-
-
-def _add_timing(result: Result, timing: Mapping[str, float]) -> Result:
-    """Return an answer with its timing; an error stays as it is."""
-    if isinstance(result, SpearError):
-        return result
-    return {**result, "policy_timing": timing}
 
 
 def _try(call: Callable[..., dict[str, Any]], *arguments: Any) -> Result:

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from spear.data.store.shard import Shard, open_shard, write_shard
+from spear.data.store.shard import ServedSteps, Shard, open_shard, write_shard
 from spear.errors import SpearError, format_count, notice
 from spear.types import Array, Episode
 from spear.util.files import notice_missing_shards, read_json, report_write_errors
@@ -294,6 +294,11 @@ class EpisodeStore:
         """Read where episode `index` came from."""
         shard, row = self._locate(index)
         return str(shard.episode_columns["source"][row].as_py())
+
+    def served_steps(self, index: int) -> ServedSteps | None:
+        """Read the times and answers of episode `index`; None if no server recorded it."""
+        shard, row = self._locate(index)
+        return shard.served_steps(row)
 
     def without_images(self, index: int) -> Episode:
         """Read episode `index` with its states and actions only, which is cheap."""

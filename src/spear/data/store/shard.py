@@ -5,16 +5,20 @@ episode's steps are one list in the cell of a column. `episodes-00000.images` co
 encoded images of all episodes, one after the other. For each step, the column `place:<camera>` has
 two numbers: the byte of the images' file at which the step's image begins, and its length in bytes.
 
+A shard that `spear serve --record` writes has one episode, and further columns `served:<name>`
+(`ServedSteps`). It may still grow while it is read (`spear.data.store.growing_shard`).
+
 Neither file is compressed. Both are mapped into memory, so reading an image is slicing memory,
 whereas Parquet would have to decode a whole column chunk. Numbers and images have separate files,
 so that opening thousands of shards is fast.
 """
 
 import functools
+import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -24,6 +28,9 @@ from spear.types import ACTION_DIM, Array, Episode
 from spear.util.files import refuse_lfs_pointer
 
 PLACE_PREFIX = "place:"
+SERVED_PREFIX = "served:"
+GROWING_NOTE = "growing"  # the key of a note: images may have been appended since it was written
+SESSION_NOTE = "session"  # the key of a note: JSON that says which policy served which robot
 FORMAT = "spear.episodes.2"
 EPISODE_COLUMNS = {
     "instruction": pa.large_string(),
@@ -40,6 +47,29 @@ STEP_COLUMNS = {
     "action_mask": np.uint8,
 }
 """The columns with one list of numbers per episode → the types of these numbers."""
+
+
+class ServedSteps(NamedTuple):
+    """What a server knows of the T steps of an episode that it recorded.
+
+    A step is one observation with its answer. All columns but `session` are kept in the shard under
+    the names of these fields.
+
+    Attributes:
+        arrival_s: [T] when the observation arrived, Unix time.
+        answer_s: [T] when its answer was ready, Unix time.
+        inference_s: [T] how long the policy computed; batches count as a whole.
+        actions: [T, H, 8] the action chunk that the policy predicted, in the layout of `Action`.
+        rows: [T, N, n] the commands that the robot got: these actions as its control converts them.
+        session: what the server told its clients: policy, embodiment, control, rate_hz.
+    """
+
+    arrival_s: Array
+    answer_s: Array
+    inference_s: Array
+    actions: Array
+    rows: Array
+    session: Mapping[str, Any]
 
 
 def to_list_column(offsets: Array, rows: Array) -> pa.Array:
@@ -92,12 +122,14 @@ class Shard:
         position, rotation, gripper, action, action_mask: [N, ...] these fields of `Episode`.
         image_places: Camera → [N, 2] the byte of `images` at which each image begins, and its
             length in bytes, which is 0 if the episode has no such camera.
+        served: Name of a field of `ServedSteps` → [N, d]; empty if no server recorded the shard.
+        note: The note with which the shard was written.
 
     Raises:
         ValueError, KeyError, pa.ArrowException: If the batch is broken.
     """
 
-    def __init__(self, batch: pa.RecordBatch, images: Path) -> None:
+    def __init__(self, batch: pa.RecordBatch, images: Path, note: Mapping[str, str]) -> None:
         batch.validate(full=True)
         columns = {name: batch.column(index) for index, name in enumerate(batch.schema.names)}
         for name, column in columns.items():
@@ -105,6 +137,7 @@ class Shard:
                 raise ValueError("a cell is empty")
 
         self.images = images
+        self.note = note
         self.episode_columns = {
             name: columns[name] for name in ("instruction", "source", "success")
         }
@@ -120,10 +153,15 @@ class Shard:
         self.action = to_rows(columns["action"], ACTION_DIM, num_steps)
         self.action_mask = to_rows(columns["action_mask"], 1, num_steps)[:, 0]
         self.image_places: dict[str, Array] = {}
+        self.served: dict[str, Array] = {}
         for name, column in columns.items():
             if name.startswith(PLACE_PREFIX):
                 camera = name.removeprefix(PLACE_PREFIX)
                 self.image_places[camera] = to_rows(column, 2, num_steps)
+            elif name.startswith(SERVED_PREFIX):
+                width = len(column.values) // num_steps
+                field = name.removeprefix(SERVED_PREFIX)
+                self.served[field] = to_rows(column, width, num_steps)
         # Sum the mask over the steps of each episode; an episode has at least one step.
         is_known = self.action_mask != 0  # [N]
         episode_starts = self.offsets[:-1]  # [E]
@@ -174,6 +212,23 @@ class Shard:
             **texts,
         )
 
+    def served_steps(self, row: int) -> ServedSteps | None:
+        """Read what a server knows of the episode in a row; None if no server recorded it."""
+        if not self.served:
+            return None
+        start, end = self.offsets[row : row + 2]
+        columns = {field: values[start:end] for field, values in self.served.items()}  # [T, d]
+        num_steps = end - start
+        num_rows = int(columns["num_rows"][0, 0])
+        return ServedSteps(
+            arrival_s=columns["arrival_s"][:, 0],
+            answer_s=columns["answer_s"][:, 0],
+            inference_s=columns["inference_s"][:, 0],
+            actions=columns["actions"].reshape(num_steps, -1, ACTION_DIM),
+            rows=columns["rows"].reshape(num_steps, num_rows, -1),
+            session=json.loads(self.note[SESSION_NOTE]),
+        )
+
     def _episode_images(self, row: int, num_steps: int) -> dict[str, Sequence[bytes]]:
         """Read the images of the episode in a row: camera → one encoded image per step.
 
@@ -195,26 +250,52 @@ def write_shard(path: Path, episodes: Sequence[Episode], note: Mapping[str, str]
         episodes: At least one checked episode, with canonical actions.
         note: Key → text, which `open_shard` returns with the shard.
     """
+    with open(path.with_suffix(".images"), "wb") as file:
+        image_places = _write_images(file, episodes)
+        metadata = {"bytes": str(file.tell()), **note}
+        flush_to_disk(file)
+    with open(path, "wb") as file:
+        write_table(file, make_columns(episodes, image_places), metadata)
+
+
+def make_columns(
+    episodes: Sequence[Episode], image_places: Mapping[str, Array]
+) -> dict[str, pa.Array]:
+    """Make the columns of a shard's Arrow file.
+
+    Args:
+        episodes: At least one checked episode, with canonical actions. Images are ignored.
+        image_places: Camera → [N, 2] for each of the N steps of all episodes, the byte at which its
+            image begins, and its length in bytes.
+    """
     lengths = [len(episode) for episode in episodes]
     offsets = np.cumsum([0, *lengths])  # [E + 1]
-    columns: dict[str, Any] = {}
+    columns: dict[str, pa.Array] = {}
     for name, arrow_type in EPISODE_COLUMNS.items():
         columns[name] = pa.array([getattr(episode, name) for episode in episodes], arrow_type)
     for name, dtype in STEP_COLUMNS.items():
         arrays = [np.asarray(getattr(episode, name), dtype) for episode in episodes]
         columns[name] = to_list_column(offsets, np.concatenate(arrays))
+    for camera, places in image_places.items():
+        columns[PLACE_PREFIX + camera] = to_list_column(offsets, places)
+    return columns
 
-    with open(path.with_suffix(".images"), "wb") as file:
-        for camera, image_places in _write_images(file, episodes).items():
-            columns[PLACE_PREFIX + camera] = to_list_column(offsets, image_places)
-        metadata = {"format": FORMAT, "bytes": str(file.tell()), **note}
-        _flush_to_disk(file)
 
-    batch = pa.RecordBatch.from_pydict(columns).replace_schema_metadata(metadata)
-    with open(path, "wb") as file:
-        with pa.ipc.new_file(file, batch.schema) as writer:
-            writer.write_batch(batch)
-        _flush_to_disk(file)
+def write_table(
+    file: IO[bytes], columns: Mapping[str, pa.Array], metadata: Mapping[str, str]
+) -> None:
+    """Write a shard's Arrow file, and wait until it is on the disk.
+
+    Args:
+        file: The opened file.
+        columns: Name → column, as `make_columns` makes them.
+        metadata: The note, and under "bytes" the size of the images' file.
+    """
+    batch = pa.RecordBatch.from_pydict(dict(columns))
+    batch = batch.replace_schema_metadata({"format": FORMAT, **metadata})
+    with pa.ipc.new_file(file, batch.schema) as writer:
+        writer.write_batch(batch)
+    flush_to_disk(file)
 
 
 def _write_images(file: IO[bytes], episodes: Sequence[Episode]) -> dict[str, Array]:
@@ -242,7 +323,7 @@ def _write_images(file: IO[bytes], episodes: Sequence[Episode]) -> dict[str, Arr
     return image_places
 
 
-def _flush_to_disk(file: IO[bytes]) -> None:
+def flush_to_disk(file: IO[bytes]) -> None:
     """Wait until everything written to a file is on the disk."""
     file.flush()
     os.fsync(file.fileno())
@@ -282,13 +363,15 @@ def _open_shard(path: Path) -> tuple[Shard, dict[str, str]]:
             raise SpearError(
                 f"other format: {path}: expected {FORMAT!r}; prepare or record it again"
             )
-        shard = Shard(reader.get_batch(0), images)
+        num_expected_bytes = int(note.pop("bytes"))
+        is_growing = note.pop(GROWING_NOTE, None) is not None
+        shard = Shard(reader.get_batch(0), images, note)
 
     num_image_bytes = images.stat().st_size
-    num_written_bytes = int(note.pop("bytes"))
-    if num_image_bytes != num_written_bytes:
+    has_more_images = is_growing and num_image_bytes > num_expected_bytes
+    if num_image_bytes != num_expected_bytes and not has_more_images:
         refuse_lfs_pointer(images, images)
-        raise _wrong_size_error(images, num_image_bytes, num_written_bytes)
+        raise _wrong_size_error(images, num_image_bytes, num_expected_bytes)
     return shard, note
 
 
