@@ -113,6 +113,8 @@ CARROT = "PutCarrotOnPlate-v1"  # the name in ManiSkill 2 of a task of ManiSkill
         ("train nano-post --lr 1e-4 --set lr=1e-3", "lr is also given as 0.0001"),
         ("serve --policy nano --replan-steps 2", "--replan-steps has no effect"),
         ("serve --policy nano --protocol vla-eval --ui", "--ui has no effect"),
+        ("serve --policy nano --protocol vla-eval --record a", "--record has no effect"),
+        ("serve --policy nano --max-record-gib 5", "Add --record FOLDER."),
         ("label --out labels", "give --num-scenes 1000"),
         ("label photos --no-robot", "--no-robot has no effect with PHOTOS"),
         ("train", "RECIPE"),

@@ -25,7 +25,7 @@ def test_rarely_used_options_are_shown_by_help_all_only(
     whole_help = read_help(capsys, "serve", "--help-all")
 
     assert "--batch-timeout-ms" not in short_help
-    assert "Use --help-all to see 2 more options." in short_help
+    assert "Use --help-all to see 3 more options." in short_help
     assert "--batch-timeout-ms" in whole_help
     assert "Use --help-all" not in whole_help
 

@@ -20,6 +20,7 @@ import numpy as np
 from spear import embodiments
 from spear.errors import SpearError
 from spear.serve.connection import ConnectionLimits
+from spear.serve.exchange import Recorder
 from spear.serve.options import ServeOptions
 from spear.serve.server import PolicyServer
 from spear.serve.service import Service
@@ -140,6 +141,7 @@ def run_server(
     robot: str = "generic",
     page: Any = None,
     limits: ConnectionLimits = ConnectionLimits(),  # noqa: B008, it is frozen
+    recorder: Recorder | None = None,
     **options: Any,
 ) -> Iterator[PolicyServer]:
     """Run a server in a thread, on a free port of this machine, and stop it at the end.
@@ -149,6 +151,7 @@ def run_server(
         robot: name of the embodiment.
         page: the page in the browser; None serves none.
         limits: limits of the connections.
+        recorder: records what is observed and answered.
         options: options of `ServeOptions`.
     """
     control = options.get("control")
@@ -158,7 +161,7 @@ def run_server(
     running: dict[str, Any] = {}
 
     async def main() -> None:
-        server = PolicyServer(service, serve_options, page, limits)
+        server = PolicyServer(service, serve_options, page, limits, recorder)
         running["server"] = server
         running["loop"] = asyncio.get_running_loop()
         await server.run(lambda _: is_ready.set())

@@ -130,7 +130,7 @@ class SessionRecorder:
         self._thread.join(CLOSE_TIMEOUT_S)
         if self.num_dropped:
             num_dropped = format_count(self.num_dropped, "observations")
-            notice(f"{self._writer.folder}: {num_dropped} were not recorded")
+            notice(f"{self._writer.folder}: lacks {num_dropped} that were answered")
 
     def _count_dropped(self) -> None:
         self.num_dropped += 1
@@ -181,7 +181,8 @@ class RecordingWriter:
 
     def __init__(self, folder: Path, session: Mapping[str, Any], max_bytes: int) -> None:
         self.folder = folder
-        self._session = session
+        self._robot = session["embodiment"]
+        self._note = {SESSION_NOTE: json.dumps(session)}
         self._max_bytes = max_bytes
         self._open_episodes: dict[Hashable, _OpenEpisode] = {}  # by client
         self._sizes: dict[str, int] = {}  # shard's name -> bytes on the disk, the oldest first
@@ -228,8 +229,7 @@ class RecordingWriter:
         began = datetime.fromtimestamp(exchange.arrival_s, UTC)
         while (name := format_shard_name(began)) in self._sizes:
             began += timedelta(microseconds=1)
-        robot = self._session["embodiment"]
-        source = f"serve/{robot}/{exchange.address}/{began:%Y-%m-%dT%H:%M:%SZ}"
+        source = f"serve/{self._robot}/{exchange.address}/{began:%Y-%m-%dT%H:%M:%SZ}"
         shard = GrowingShard(self.folder / name)
         episode = _OpenEpisode(shard, source, last_saved_s=time.monotonic())
         self._open_episodes[exchange.client] = episode
@@ -247,7 +247,7 @@ class RecordingWriter:
 
     def _save(self, episode: "_OpenEpisode", is_complete: bool) -> None:
         with report_write_errors(self.folder):
-            episode.save(self._session, is_complete)
+            episode.save(self._note, is_complete)
             self._update_size(episode)
 
     def _update_size(self, episode: "_OpenEpisode") -> None:
@@ -306,11 +306,10 @@ class _OpenEpisode:
         self.exchanges.append(dataclasses.replace(exchange, observation=numbers))
         self.has_unsaved_steps = True
 
-    def save(self, session: Mapping[str, Any], is_complete: bool) -> None:
+    def save(self, note: Mapping[str, str], is_complete: bool) -> None:
         """Write all steps up to now."""
-        served = collect_served(self.exchanges)
-        note = {SESSION_NOTE: json.dumps(session)}
-        self.shard.save(make_episode(self.exchanges, self._source), served, note, is_complete)
+        episode = make_episode(self.exchanges, self._source)
+        self.shard.save(episode, collect_served_columns(self.exchanges), note, is_complete)
         self.has_unsaved_steps = False
         self.last_saved_s = time.monotonic()
 
@@ -364,7 +363,7 @@ def estimate_num_executed(arrivals_s: Array, horizon: int) -> int:
     return min(max(num_executed, 1), horizon)
 
 
-def collect_served(exchanges: Sequence[Exchange]) -> dict[str, Array]:
+def collect_served_columns(exchanges: Sequence[Exchange]) -> dict[str, Array]:
     """Collect times and answers of T exchanges in the columns of `ServedSteps`: name → [T, d]."""
     num_steps = len(exchanges)
     num_rows = len(exchanges[0].rows)

@@ -59,7 +59,7 @@ class GrowingShard:
     def save(
         self,
         episode: Episode,
-        served: Mapping[str, Array],
+        served_columns: Mapping[str, Array],
         note: Mapping[str, str],
         is_complete: bool,
     ) -> None:
@@ -67,7 +67,7 @@ class GrowingShard:
 
         Args:
             episode: The episode with canonical actions. Its images are those that were appended.
-            served: Field of `ServedSteps` → [T, …] its values.
+            served_columns: Field of `ServedSteps` → [T, …] its values.
             note: Key → text, to be kept with the shard.
             is_complete: Whether the episode has ended.
 
@@ -77,7 +77,7 @@ class GrowingShard:
         places = {camera: np.array(pairs) for camera, pairs in self._places.items()}
         columns = make_columns([episode], places)
         offsets = np.array([0, len(episode)])
-        for field, values in served.items():
+        for field, values in served_columns.items():
             columns[SERVED_PREFIX + field] = to_list_column(offsets, values)
         metadata = {"bytes": str(self.num_image_bytes), **note}
         if not is_complete:

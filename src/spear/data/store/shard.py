@@ -122,7 +122,7 @@ class Shard:
         position, rotation, gripper, action, action_mask: [N, ...] these fields of `Episode`.
         image_places: Camera → [N, 2] the byte of `images` at which each image begins, and its
             length in bytes, which is 0 if the episode has no such camera.
-        served: Name of a field of `ServedSteps` → [N, d]; empty if no server recorded the shard.
+        served_columns: Name of a field of `ServedSteps` → [N, d]; empty if no server recorded the shard.
         note: The note with which the shard was written.
 
     Raises:
@@ -153,7 +153,7 @@ class Shard:
         self.action = to_rows(columns["action"], ACTION_DIM, num_steps)
         self.action_mask = to_rows(columns["action_mask"], 1, num_steps)[:, 0]
         self.image_places: dict[str, Array] = {}
-        self.served: dict[str, Array] = {}
+        self.served_columns: dict[str, Array] = {}
         for name, column in columns.items():
             if name.startswith(PLACE_PREFIX):
                 camera = name.removeprefix(PLACE_PREFIX)
@@ -161,7 +161,7 @@ class Shard:
             elif name.startswith(SERVED_PREFIX):
                 width = len(column.values) // num_steps
                 field = name.removeprefix(SERVED_PREFIX)
-                self.served[field] = to_rows(column, width, num_steps)
+                self.served_columns[field] = to_rows(column, width, num_steps)
         # Sum the mask over the steps of each episode; an episode has at least one step.
         is_known = self.action_mask != 0  # [N]
         episode_starts = self.offsets[:-1]  # [E]
@@ -214,10 +214,12 @@ class Shard:
 
     def served_steps(self, row: int) -> ServedSteps | None:
         """Read what a server knows of the episode in a row; None if no server recorded it."""
-        if not self.served:
+        if not self.served_columns:
             return None
         start, end = self.offsets[row : row + 2]
-        columns = {field: values[start:end] for field, values in self.served.items()}  # [T, d]
+        columns = {
+            field: values[start:end] for field, values in self.served_columns.items()
+        }  # [T, d]
         num_steps = end - start
         num_rows = int(columns["num_rows"][0, 0])
         return ServedSteps(
