@@ -122,7 +122,8 @@ class Shard:
         position, rotation, gripper, action, action_mask: [N, ...] these fields of `Episode`.
         image_places: Camera → [N, 2] the byte of `images` at which each image begins, and its
             length in bytes, which is 0 if the episode has no such camera.
-        served_columns: Name of a field of `ServedSteps` → [N, d]; empty if no server recorded the shard.
+        served_columns: Name of a field of `ServedSteps` → [N, d]; empty if no server recorded the
+            shard.
         note: The note with which the shard was written.
 
     Raises:
