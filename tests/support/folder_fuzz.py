@@ -1,0 +1,295 @@
+"""Hostile folders: changes of single files of good folders, and what reading them must not do.
+
+A change is drawn from a seed. Reading the changed folder must succeed or raise `SpearError` with
+one line. It must not raise anything else, ask a question, need more than 1 GiB of memory, or open a
+file outside of the folder.
+"""
+
+import builtins
+import json
+import os
+import resource
+import shutil
+import struct
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from spear.errors import SpearError, suppress_notices
+
+MAX_MEMORY_BYTES = 2**30
+MAX_HEADER_BYTES = 2**20
+OUTSIDE_NAME = "outside"
+SAFETENSORS_SUFFIX = ".safetensors"
+TEXT_SUFFIXES = (".json", ".jsonl")
+NASTY_TEXTS = (
+    "",
+    "../outside/secret.json",
+    "/etc/passwd",
+    "{episode_index:>9999999999}",
+    "{episode_index.__class__}",
+    "%s%s%n",
+    "\x1b[31m\x00\n",
+    "x" * 100_000,
+    "ü" * 300,
+    "__import__('os')",
+)
+NASTY_VALUES: tuple[Any, ...] = (
+    None,
+    True,
+    0,
+    -1,
+    2**31,
+    2**63,
+    10**400,
+    -(10**15),
+    1e308,
+    float("nan"),
+    float("inf"),
+    [],
+    {},
+    [[]],
+    {"": {}},
+    [0] * 1000,
+)
+NASTY_BYTES = (
+    b"",
+    b"\0",
+    b"null",
+    b"[]",
+    b"{}",
+    b"[" * 100_000,
+    b'{"a":' * 50_000,
+    b"9" * 5000,
+    b"\xff\xfe\xff",
+    b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n",
+)
+
+
+@dataclass
+class Finding:
+    """What reading a changed folder did that it must not do."""
+
+    kind: str
+    change: str
+    problem: str
+
+
+@dataclass
+class FuzzReport:
+    """The outcomes of many changes."""
+
+    num_accepted: int = 0
+    num_refused: int = 0
+    findings: list[Finding] = field(default_factory=list)
+
+    @property
+    def num_changes(self) -> int:
+        """How many changed folders were read."""
+        return self.num_accepted + self.num_refused + len(self.findings)
+
+
+class FolderFuzz:
+    """Changes copies of a good folder and reads them.
+
+    Args:
+        kind: what the folder is, for findings.
+        folder: the good folder.
+        read: reads a folder completely.
+        workspace: where the copies are made.
+    """
+
+    def __init__(
+        self, kind: str, folder: Path, read: Callable[[Path], None], workspace: Path
+    ) -> None:
+        self.kind = kind
+        self._folder = folder
+        self._read = read
+        self._copy = workspace / f"changed-{kind}"
+        self._outside = workspace / OUTSIDE_NAME
+        self._outside.mkdir(exist_ok=True)
+        (self._outside / "secret.json").write_text("{}")
+        paths = sorted(path for path in folder.rglob("*") if path.is_file())
+        self._names = [path.relative_to(folder) for path in paths]
+        read(folder)  # the folder is good, and what is imported now opens no files later
+
+    def run(self, num_changes: int, seed: int = 0) -> FuzzReport:
+        """Make so many changes, one at a time, and read each changed folder."""
+        report = FuzzReport()
+        for index in range(num_changes):
+            rng = np.random.default_rng([seed, index])
+            self._make_copy()
+            change = self._change_one_file(rng)
+            self._read_copy(f"seed {seed}, {index}: {change}", report)
+        return report
+
+    def _make_copy(self) -> None:
+        """Copy the folder with hard links: only the file that is changed is written anew."""
+        shutil.rmtree(self._copy, ignore_errors=True)
+        for name in self._names:
+            target = self._copy / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            os.link(self._folder / name, target)
+
+    def _change_one_file(self, rng: np.random.Generator) -> str:
+        name = self._names[rng.integers(len(self._names))]
+        path = self._copy / name
+        data = path.read_bytes()
+        path.unlink()  # the link; the original stays
+        if rng.random() < 0.04:
+            return f"{name} is missing"
+        if rng.random() < 0.02:
+            path.mkdir()
+            return f"{name} is a folder"
+        path.write_bytes(change_bytes(rng, data, path.suffix))
+        return str(name)
+
+    def _read_copy(self, change: str, report: FuzzReport) -> None:
+        try:
+            with forbidden_deeds(self._outside), suppress_notices(), warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                self._read(self._copy)
+            report.num_accepted += 1
+        except SpearError as error:
+            lines = str(error).splitlines()
+            if len(lines) > 1 or "\x1b" in str(error):
+                report.findings.append(Finding(self.kind, change, f"message: {error!r}"))
+            else:
+                report.num_refused += 1
+        except (Exception, SystemExit) as error:
+            problem = f"{type(error).__name__}: {str(error)[:300]}"
+            report.findings.append(Finding(self.kind, change, problem))
+
+
+def change_bytes(rng: np.random.Generator, data: bytes, suffix: str) -> bytes:
+    """Change the content of a file: its values if they are known, or else its bytes."""
+    is_structural = rng.random() < 0.7
+    if is_structural and suffix in TEXT_SUFFIXES:
+        return change_json_text(rng, data)
+    if is_structural and suffix == SAFETENSORS_SUFFIX:
+        return change_safetensors(rng, data)
+    kind = rng.integers(5)
+    position = int(rng.integers(len(data) + 1))
+    if kind == 0:
+        return data[:position]
+    if kind == 1:
+        return data[:position] + rng.bytes(int(rng.integers(1, 9))) + data[position:]
+    if kind == 2:
+        return NASTY_BYTES[rng.integers(len(NASTY_BYTES))]
+    if kind == 3:
+        length = int(rng.integers(1, 200))
+        return data[:position] + data[position + length :]
+    changed = bytearray(data)
+    for _ in range(int(rng.integers(1, 5))):
+        if changed:
+            changed[rng.integers(len(changed))] = rng.integers(256)
+    return bytes(changed)
+
+
+def change_json_text(rng: np.random.Generator, data: bytes) -> bytes:
+    """Replace, remove or nest one value of a JSON file, or of one line of a JSON-lines file."""
+    lines = data.splitlines()
+    is_document = len(lines) < 2 or data.lstrip().startswith((b"{\n", b"[\n"))
+    index = 0 if is_document else int(rng.integers(len(lines)))
+    try:
+        content = json.loads(data if is_document else lines[index])
+    except ValueError:
+        return NASTY_BYTES[rng.integers(len(NASTY_BYTES))]
+    changed = json.dumps(change_value(rng, content)).encode()
+    if is_document:
+        return changed
+    return b"\n".join([*lines[:index], changed, *lines[index + 1 :]])
+
+
+def change_safetensors(rng: np.random.Generator, data: bytes) -> bytes:
+    """Change one value of the header, or the length of the header."""
+    [header_bytes] = struct.unpack("<Q", data[:8])
+    if rng.random() < 0.1:
+        return struct.pack("<Q", int(rng.integers(2**62))) + data[8:]
+    header = json.loads(data[8 : 8 + header_bytes])
+    changed = json.dumps(change_value(rng, header)).encode()[:MAX_HEADER_BYTES]
+    return struct.pack("<Q", len(changed)) + changed + data[8 + header_bytes :]
+
+
+def change_value(rng: np.random.Generator, content: Any) -> Any:
+    """Return JSON content with one change, somewhere in it."""
+    can_descend = isinstance(content, dict | list) and len(content) > 0
+    if not can_descend or rng.random() < 0.15:
+        return draw_nasty_value(rng)
+    if isinstance(content, list):
+        index = int(rng.integers(len(content)))
+        changed_entry = change_value(rng, content[index])
+        return [*content[:index], changed_entry, *content[index + 1 :]]
+    key = list(content)[rng.integers(len(content))]
+    if rng.random() < 0.15:
+        return {name: value for name, value in content.items() if name != key}
+    return {**content, key: change_value(rng, content[key])}
+
+
+def draw_nasty_value(rng: np.random.Generator) -> Any:
+    """Draw a value that no good file has."""
+    if rng.random() < 0.4:
+        return NASTY_TEXTS[rng.integers(len(NASTY_TEXTS))]
+    if rng.random() < 0.05:
+        nested: Any = 0
+        for _ in range(500):
+            nested = [nested]
+        return nested
+    return NASTY_VALUES[rng.integers(len(NASTY_VALUES))]
+
+
+class ForbiddenDeedError(Exception):
+    """Raised where a reader asks a question or opens a file outside of its folder."""
+
+
+_forbidden_folder: Path | None = None
+
+
+def _refuse_open(event: str, arguments: tuple[Any, ...]) -> None:
+    """An audit hook of Python; it stays for the whole process and acts while a folder is set."""
+    if _forbidden_folder is None or event not in ("open", "os.listdir", "os.scandir"):
+        return
+    path = arguments[0]
+    if isinstance(path, str | bytes | os.PathLike):
+        resolved = os.path.realpath(os.fsdecode(path))
+        is_secret = resolved == "/etc/passwd" or resolved.startswith(str(_forbidden_folder))
+        if is_secret:
+            raise ForbiddenDeedError(f"opens {resolved}")
+
+
+sys.addaudithook(_refuse_open)
+
+
+@contextmanager
+def forbidden_deeds(outside: Path) -> Iterator[None]:
+    """Raise an error in whoever asks a question, opens a file outside or takes too much memory."""
+    global _forbidden_folder
+
+    def refuse_question(*_: object) -> str:
+        raise ForbiddenDeedError("asks a question")
+
+    old_input = builtins.input
+    soft_limit, hard_limit = resource.getrlimit(resource.RLIMIT_DATA)
+    builtins.input = refuse_question
+    _forbidden_folder = outside.resolve()
+    resource.setrlimit(resource.RLIMIT_DATA, (measure_data_bytes() + MAX_MEMORY_BYTES, hard_limit))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_DATA, (soft_limit, hard_limit))
+        _forbidden_folder = None
+        builtins.input = old_input
+
+
+def measure_data_bytes() -> int:
+    """Measure what `RLIMIT_DATA` limits: the memory that this process has asked for."""
+    [line] = [
+        line for line in Path("/proc/self/status").read_text().splitlines() if "VmData" in line
+    ]
+    return int(line.split()[1]) * 1024
