@@ -260,12 +260,12 @@ def test_an_endless_session_is_cut_into_episodes(
 
 @pytest.mark.parametrize(
     ("interval_s", "num_executed"),
-    [(0.004, 1), (0.21, 1), (0.41, 2), (1.0, 5), (3.0, 5)],
+    [(0.06, 1), (0.26, 1), (0.46, 2), (1.05, 5), (3.0, 5)],
 )
 def test_the_action_of_a_step_is_all_that_the_robot_executes_until_the_next_one(
     interval_s: float, num_executed: int, tmp_path: Path, writer: RecordingWriter
 ) -> None:
-    """The actions of a chunk of `HomingPolicy` are equal, so their sum is a multiple of one."""
+    """A robot gets an answer within 0.05 s, and executes the five equal actions of its chunk."""
     for step in range(4):
         writer.add(make_exchange(step, interval_s))
     writer.end_all()
@@ -275,6 +275,20 @@ def test_the_action_of_a_step_is_all_that_the_robot_executes_until_the_next_one(
     assert episode.action is not None
     np.testing.assert_allclose(episode.action[0, :3], num_executed * first_action[:3], atol=1e-6)
     assert episode.rate_hz == 5 / num_executed
+
+
+@pytest.mark.parametrize(("changes", "rate_hz"), [({}, 5.0), ({"committed": np.ones(8)}, 2.5)])
+def test_a_robot_that_sends_committed_actions_moves_while_it_waits(
+    changes: dict[str, Any], rate_hz: float, tmp_path: Path, writer: RecordingWriter
+) -> None:
+    """The answers take half of the time between two observations."""
+    for step in range(4):
+        exchange = make_exchange(step, interval_s=0.4)
+        exchange.observation.update(changes)
+        writer.add(dataclasses.replace(exchange, answer_s=exchange.arrival_s + 0.2))
+    writer.end_all()
+
+    assert EpisodeStore(tmp_path)[0].rate_hz == rate_hz
 
 
 def test_a_recording_is_private(tmp_path: Path) -> None:

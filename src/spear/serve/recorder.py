@@ -11,11 +11,12 @@ the folder reaches its largest size, the oldest episodes are deleted. Only files
 ever deleted, and only in a folder that a server has marked as its own (`claim_folder`).
 
 A server does not know how many actions of an answer its robot executes. So `estimate_num_executed`
-takes it from the times between observations.
+takes it from the times of answers and observations.
 """
 
 import contextlib
 import dataclasses
+import itertools
 import json
 import logging
 import queue
@@ -38,6 +39,7 @@ from spear.data.store.episode_store import (
 from spear.data.store.growing_shard import PRIVATE_FILE_MODE, GrowingShard
 from spear.data.store.shard import SESSION_NOTE
 from spear.embodiments.observations import (
+    COMMITTED_KEY,
     PROMPT_KEY,
     STATE_KEY,
     CheckedObservation,
@@ -300,7 +302,7 @@ class _OpenEpisode:
             if is_camera_key(key):
                 images[camera_view(key)] = encode_jpeg(value)
                 numbers[key] = None
-            elif key in (STATE_KEY, PROMPT_KEY):
+            elif key in (STATE_KEY, PROMPT_KEY, COMMITTED_KEY):
                 numbers[key] = value
         self.shard.append_images(images)
         self.exchanges.append(dataclasses.replace(exchange, observation=numbers))
@@ -323,13 +325,12 @@ def _describe_kind(exchange: Exchange) -> tuple[Any, ...]:
 def make_episode(exchanges: Sequence[Exchange], source: str) -> Episode:
     """Make an episode without images of T exchanges.
 
-    The action of a step is what the robot executed until its next observation, if it executed the
-    actions of its answer without a pause: one action, or several that are composed to one.
+    The action of a step is what the robot executed until its next observation: the first action of
+    the answer, or several that are composed to one. The rate is that of these actions.
     """
     states = np.array([exchange.observation[STATE_KEY] for exchange in exchanges])  # [T, 8]
     chunks = np.array([exchange.actions for exchange in exchanges])  # [T, H, 8]
-    arrivals_s = np.array([exchange.arrival_s for exchange in exchanges])
-    num_executed = estimate_num_executed(arrivals_s, horizon=chunks.shape[1])
+    num_executed = estimate_num_executed(exchanges, horizon=chunks.shape[1])
     action = compose_actions(chunks[:, :num_executed])
     action[:, 7] = action[:, 7].clip(0, 1)
     return Episode(
@@ -345,21 +346,26 @@ def make_episode(exchanges: Sequence[Exchange], source: str) -> Episode:
     )
 
 
-def estimate_num_executed(arrivals_s: Array, horizon: int) -> int:
+def estimate_num_executed(exchanges: Sequence[Exchange], horizon: int) -> int:
     """Estimate how many actions of an answer a robot executes before its next observation.
 
-    Args:
-        arrivals_s: [T] when the observations arrived.
-        horizon: H, the number of actions in an answer.
+    Most robots stand still while they wait for an answer, so they execute actions from the answer
+    to the next observation. A robot that sends a committed prefix moves all the time. A robot in
+    the execution mode "async" does so, too, but does not say it: for slow answers, the estimate is
+    too low.
 
-    Example:
-        >>> estimate_num_executed(np.array([10.0, 10.41, 10.8, 14.0]), horizon=5)
-        2
+    Args:
+        exchanges: T exchanges.
+        horizon: H, the number of actions in an answer.
     """
-    if len(arrivals_s) < 2:
+    moves_while_waiting = any(COMMITTED_KEY in exchange.observation for exchange in exchanges)
+    durations_s: list[float] = []
+    for exchange, next_exchange in itertools.pairwise(exchanges):
+        start_s = exchange.arrival_s if moves_while_waiting else exchange.answer_s
+        durations_s.append(next_exchange.arrival_s - start_s)
+    if not durations_s:
         return 1
-    typical_interval_s = float(np.median(np.diff(arrivals_s)))
-    num_executed = round(typical_interval_s * CONTROL_RATE_HZ)
+    num_executed = round(float(np.median(durations_s)) * CONTROL_RATE_HZ)
     return min(max(num_executed, 1), horizon)
 
 

@@ -43,7 +43,7 @@ class GrowingShard:
         self.num_table_bytes = 0
         self.num_image_bytes = 0
         self._images_path = path.with_suffix(".images")
-        self._places: dict[str, list[tuple[int, int]]] = {}  # camera -> (first byte, length)
+        self._image_places: dict[str, list[tuple[int, int]]] = {}  # camera -> (first byte, length)
         os.close(os.open(self._images_path, os.O_CREAT | os.O_EXCL, PRIVATE_FILE_MODE))
 
     def append_images(self, images: Mapping[str, bytes]) -> None:
@@ -51,8 +51,8 @@ class GrowingShard:
         # A file that is open all the time would cost a file handle for each connected robot.
         with open(self._images_path, "ab") as file:
             for camera, image in images.items():
-                places = self._places.setdefault(camera, [])
-                places.append((self.num_image_bytes, len(image)))
+                camera_places = self._image_places.setdefault(camera, [])
+                camera_places.append((self.num_image_bytes, len(image)))
                 self.num_image_bytes += len(image)
                 file.write(image)
 
@@ -74,8 +74,10 @@ class GrowingShard:
         Raises:
             OSError: A file cannot be written. What was saved before stays readable.
         """
-        places = {camera: np.array(pairs) for camera, pairs in self._places.items()}
-        columns = make_columns([episode], places)
+        image_places: dict[str, Array] = {}  # camera -> [T, 2]
+        for camera, camera_places in self._image_places.items():
+            image_places[camera] = np.array(camera_places)
+        columns = make_columns([episode], image_places)
         offsets = np.array([0, len(episode)])
         for field, values in served_columns.items():
             columns[SERVED_PREFIX + field] = to_list_column(offsets, values)

@@ -279,8 +279,8 @@ def make_columns(
     for name, dtype in STEP_COLUMNS.items():
         arrays = [np.asarray(getattr(episode, name), dtype) for episode in episodes]
         columns[name] = to_list_column(offsets, np.concatenate(arrays))
-    for camera, places in image_places.items():
-        columns[PLACE_PREFIX + camera] = to_list_column(offsets, places)
+    for camera, camera_places in image_places.items():
+        columns[PLACE_PREFIX + camera] = to_list_column(offsets, camera_places)
     return columns
 
 
