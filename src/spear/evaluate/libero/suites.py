@@ -36,7 +36,7 @@ PROTOCOLS = {
     "oft": Protocol(seed=0, max_steps={}),
     "lerobot": Protocol(seed=7, max_steps={"libero_spatial": 280}),
 }
-"""openpi (its LIBERO client), OpenVLA-OFT (its script run_libero_eval) and LeRobot 0.6.1 (its module
+"""openpi (its LIBERO client), OpenVLA-OFT (its script run_libero_eval), LeRobot 0.6.1 (its module
 envs.libero). LeRobot draws its seed for each run; we take openpi's."""
 
 
