@@ -317,8 +317,8 @@ class ChunkExecutor:
         `_executed` ends with the tick before `self.tick`, and forgets the oldest ticks.
         """
         num_ticks = self.tick - tick
-        first = max(0, len(self._executed) - num_ticks)
-        return [step for step in list(self._executed)[first:] if step is not None]
+        first_index = max(0, len(self._executed) - num_ticks)
+        return [step for step in list(self._executed)[first_index:] if step is not None]
 
     def _find_gripper_change(self, actions: Iterable[Array]) -> int | None:
         """The index of the first of `actions` that opens or closes the gripper; None if none does.
@@ -419,7 +419,8 @@ class Pilot:
         time.sleep(max(0.0, earliest_s - now_s))
         self._next_tick_time_s = max(self._next_tick_time_s, now_s - tick_s / 2) + tick_s
 
-        # Collect a finished inference, start the next one if needed, and wait where the mode does.
+        # Collect a finished inference, and start the next one if needed. In sync, and in the first
+        # tick, wait until inference has ended.
         executor = self._executor
         self._collect_chunk(wait=False)
         if self._inference is None and executor.needs_chunk():

@@ -119,18 +119,13 @@ class VlmBundle:
         if not prompts:
             return []
 
-        # Inputs. Locations in a prompt refer to the user's image, but the model sees the fitted
-        # image, so the locations in the text are mapped to the fitted image.
+        # Fit the images and the locations in the prompts to the model.
         device = self.model.device
-        pixels = torch.stack([self.processor.prepare_image(image, view) for image in images])
         image_sizes = [image.shape[1::-1] for image in images]  # (width, height) of each image
-        fitted_prompts = [
-            self.processor.map_text_pixels(prompt, size, view)
-            for prompt, size in zip(prompts, image_sizes, strict=True)
-        ]
-        text = self.processor.encode_prompts(fitted_prompts)
+        pixels = torch.stack([self.processor.prepare_image(image, view) for image in images])
+        text = self._encode_prompts(prompts, image_sizes, view)
 
-        # Decoding. The recorder keeps the logits of the 3D tokens at every decoded position.
+        # Decode. The recorder keeps the logits of the 3D tokens at every decoded position.
         token_ids = self.processor.coordinate_ids  # range of the 3D tokens' ids
         recorder = LogitRecorder((token_ids.start, token_ids.stop)) if distributions else None
         with limit_threads(self.model, len(prompts)):
@@ -144,31 +139,52 @@ class VlmBundle:
                 recorder=recorder,
             )
 
-        # Answers. A number's probabilities are those of the position at which its token was
-        # decoded.
+        # Convert the token ids to answers.
         probabilities = None  # or [num_answers, num_positions, num_3d_tokens]
         if recorder is not None and recorder.logits:
             probabilities = torch.stack(recorder.logits, dim=1).softmax(-1).cpu().numpy()
         answers = []
-        for index, (answer_ids, image_size) in enumerate(
-            zip(ids.tolist(), image_sizes, strict=True)
-        ):
+        for index, answer_ids in enumerate(ids.tolist()):
             distribution = None
             if probabilities is not None:
-                number_positions = [
-                    position for position, token in enumerate(answer_ids) if token in token_ids
-                ]
-                distribution = Distribution(
-                    probabilities[index, number_positions], self.processor.coordinates
-                )
+                distribution = self._select_distribution(answer_ids, probabilities[index])
             answer = Answer(
-                segments=self._read_segments(answer_ids, image_size, view),
+                segments=self._read_segments(answer_ids, image_sizes[index], view),
                 unit=self.processor.coordinates.unit,
                 distribution=distribution,
                 question_type=question_type,
             )
             answers.append(answer)
         return answers
+
+    def _encode_prompts(
+        self, prompts: Sequence[str], image_sizes: Sequence[tuple[int, int]], view: str
+    ) -> Mapping[str, Tensor]:
+        """Convert prompts to "input_ids" and "attention_mask".
+
+        Locations in a prompt refer to the user's image, but the model sees the fitted image.
+        Therefore the locations are mapped to the fitted image first.
+        """
+        fitted_prompts = [
+            self.processor.map_text_pixels(prompt, size, view)
+            for prompt, size in zip(prompts, image_sizes, strict=True)
+        ]
+        return self.processor.encode_prompts(fitted_prompts)
+
+    def _select_distribution(self, answer_ids: list[int], probabilities: Array) -> Distribution:
+        """Select the probabilities of an answer's numbers.
+
+        A number's probabilities are those of the position at which its token was decoded.
+
+        Args:
+            answer_ids: the answer's token ids.
+            probabilities: [num_positions, num_3d_tokens] at every decoded position of the answer.
+        """
+        token_ids = self.processor.coordinate_ids
+        number_positions = [
+            position for position, token in enumerate(answer_ids) if token in token_ids
+        ]
+        return Distribution(probabilities[number_positions], self.processor.coordinates)
 
     def _read_segments(
         self, answer_ids: list[int], image_size: tuple[int, int], view: str
@@ -187,12 +203,12 @@ class VlmBundle:
         if question_type is None:
             return None
         check_known("question type", ANSWER_FORMS, question_type)
-        form = ANSWER_FORMS[question_type]
-        if not form.is_restricted:
+        answer_form = ANSWER_FORMS[question_type]
+        if not answer_form.is_restricted:
             return None
-        if form.has_words:
-            return self.processor.free_text_grammar(form.num_numbers)
-        return self.processor.coordinate_grammar(form.num_numbers, form.num_pixels)
+        if answer_form.has_words:
+            return self.processor.free_text_grammar(answer_form.num_numbers)
+        return self.processor.coordinate_grammar(answer_form.num_numbers, answer_form.num_pixels)
 
 
 def load_vlm(

@@ -345,8 +345,13 @@ class Pixel:
 
         Each token names one of 1,024 equal intervals of the image's height or width.
         """
-        y_index, x_index = [min(max(int(value * 1024), 0), 1023) for value in (self.y, self.x)]
-        return f"<loc{y_index:04d}><loc{x_index:04d}>"
+        return _format_location_token(self.y) + _format_location_token(self.x)
+
+
+def _format_location_token(fraction: float) -> str:
+    """Return PaliGemma's token for a fraction (0 … 1) of an image's height or width."""
+    index = min(max(int(fraction * 1024), 0), 1023)
+    return f"<loc{index:04d}>"
 
 
 Segments = Sequence[str | float | Pixel]

@@ -86,14 +86,15 @@ def ask(options: AskOptions) -> None:
 
     # How far the model's probabilities can be trusted; None if nobody has measured that.
     trust = Trust.load(folder) if options.view == MAIN_VIEW else None
+    settings = AskSettings(
+        decode=options.decode,
+        trust=trust,
+        view=options.view,
+        taught_types=read_taught_questions(folder),
+        is_free=options.free,
+    )
     answer, reply = ask_question(
-        bundle,
-        picture.image,
-        options.question,
-        options.question_type,
-        AskSettings(
-            options.decode, trust, options.view, read_taught_questions(folder), options.free
-        ),
+        bundle, picture.image, options.question, options.question_type, settings
     )
     if answer is None:
         is_absent = "not in the picture" in reply

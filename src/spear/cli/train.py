@@ -204,7 +204,7 @@ def _print_estimate(recipe: "Recipe", estimate: "MemoryEstimate") -> None:
     print(f"{recipe.name}, {recipe.preset}, batch {recipe.batch_size} in {num_pieces}\n")
     billions = estimate.num_parameters / 1e9
     trainable_billions = estimate.num_trainable / 1e9
-    bytes_of_part: dict[str, Any] = {
+    bytes_by_purpose: dict[str, Any] = {
         f"weights ({billions:.2f} B, {trainable_billions:.2f} B learn)": estimate.weights,
         "gradients": estimate.gradients,
         "optimizer": estimate.moments,
@@ -212,8 +212,8 @@ def _print_estimate(recipe: "Recipe", estimate: "MemoryEstimate") -> None:
         "activations, temporaries": estimate.activations,
         "total": estimate.total,
     }
-    for part, num_bytes in bytes_of_part.items():
-        print(f"{part:<34} {num_bytes / 2**30:8.2f} GiB")
+    for purpose, num_bytes in bytes_by_purpose.items():
+        print(f"{purpose:<34} {num_bytes / 2**30:8.2f} GiB")
 
 
 def _format_gib(num_bytes: float) -> str:

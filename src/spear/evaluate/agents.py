@@ -20,6 +20,8 @@ from spear.evaluate.options import AgentOptions
 from spear.types import Array, Policy
 from spear.util.options import to_option_name
 
+# Names that stand for no policy. The commands of SIMPLER and LIBERO make their own "oracle", so
+# `load_agent` makes only the other two.
 BASELINES = ("expert", "oracle", "nothing")
 IDLE_ACTION = np.array([0, 0, 0, 1, 0, 0, 0, 1], np.float32)
 """The action that leaves the arm where it is, with the gripper open: no translation, no rotation
@@ -91,7 +93,8 @@ def _load_agent_of_this_process(folder: Path) -> PolicyAgent:
     """Load a policy once per process."""
     from spear.policy import Spear1Policy
 
-    # Several processes run at once. Another number of threads would also change the last bits.
+    # One thread, because several of these processes run at once, and because the number of threads
+    # changes the last bits of the result.
     torch.set_num_threads(1)
     return PolicyAgent(Spear1Policy.load(folder), folder.name)
 

@@ -29,7 +29,7 @@ from spear.types import CONTROL_RATE_HZ, Array
 
 
 def evaluate_tabletop(agent: Agent, options: TabletopOptions) -> tuple[Results, list[Film]]:
-    """Measure success on the held-out scenes first_seed … first_seed + scenes - 1 of each family.
+    """Measure success on the held-out seeds first_seed … first_seed + num_scenes - 1 per family.
 
     Args:
         agent: Who acts.
@@ -109,7 +109,10 @@ class _Tabletop:
     def run(
         self, agent: Agent, family: str, seeds: Sequence[int], filming: bool
     ) -> Iterator[tuple[Outcome, float, list[Array]]]:
-        """Run one episode per seed, all at once (see `Simulator.run`)."""
+        """Run one episode per seed, all at once (see `Simulator.run`).
+
+        Tracks are recorded whether `filming` or not, because joint positions cost hardly any time.
+        """
         scenes = []
         for seed in seeds:
             scenes.append(self._start_scene(agent, self._make_env(agent, family), seed))

@@ -132,7 +132,7 @@ def compare_results(
     rows = [_make_row(family, [members]) for family, members in pairs_by_family.items()]
     rows.append(_make_row("mean of families", list(pairs_by_family.values())))
 
-    # What the reader of the comparison has to know about the two.
+    # Count the scenes of only one result, and list how the two evaluations differ.
     num_unshared = len(first.outcomes) + len(second.outcomes) - 2 * len(pairs)
     differences = _describe_settings(first, second)
     for name, results in ((first_name, first), (second_name, second)):

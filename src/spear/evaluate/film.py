@@ -67,6 +67,7 @@ def compose_frame(
     frame = Image.new("RGB", (even_width, HEIGHT + BAR), GREY)
     frame.paste(Image.fromarray(image), (0, BAR))
 
+    # The caption ends before the badge; without a badge, 20 px before the right side.
     right_space_px = 20 if success is None else BADGE_WIDTH_PX
     font = _fit_font(caption, frame.width - right_space_px - MARGIN_PX)
     draw = ImageDraw.Draw(frame)
@@ -99,6 +100,7 @@ def encode_film(frames: Iterable[Array], rate_hz: float) -> bytes:
     buffer = io.BytesIO()
     rate = Fraction(rate_hz).limit_denominator(1000)
     with av.open(buffer, "w", format="mp4") as container:
+        # x264's quality (0 is lossless, 51 the worst), and its compromise of speed and file size.
         options = {"crf": "26", "preset": "veryfast"}
         stream = container.add_stream("libx264", rate=rate, options=options)
         for index, image in enumerate(frames):

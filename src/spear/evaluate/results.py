@@ -457,6 +457,7 @@ def read_journal(path: Path) -> Results:
             # In older journals, "seconds" means what "wall" means now.
             total_seconds += record.pop("wall", seconds)
             episodes.append(record)
+        # pydantic makes an `Outcome` of each episode's dict, and raises if a field is wrong.
         return Results(
             header["policy"], header["settings"], episodes, total_seconds, frozenset(scheduled)
         )
@@ -482,5 +483,8 @@ def load_results(path: Path) -> Results:
         return results
     file = path / "results.json" if path.is_dir() else path
     return read_json_as(
-        Results, file, "give what `spear evaluate --out` wrote", "cannot read results"
+        Results,
+        file,
+        advice="give what `spear evaluate --out` wrote",
+        problem="cannot read results",
     )

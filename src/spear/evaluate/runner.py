@@ -235,6 +235,8 @@ class _Evaluation(Generic[Track]):
                     if self.journal is not None:
                         self.journal.add(outcome, seconds, time.perf_counter() - last_end)
                     last_end = time.perf_counter()
+                # An episode that was run again may have ended differently. Its track would then not
+                # show the outcome that is in the journal.
                 if self.records_tracks and outcome == outcomes[outcome.seed]:
                     tracks[outcome.seed] = track
                 if self.films_at_once:
@@ -253,16 +255,16 @@ class _Evaluation(Generic[Track]):
         self,
         family: str,
         seeds: Sequence[int],
-        filmed_seeds: Sequence[int],
+        seeds_to_film: Sequence[int],
         outcomes: Mapping[int, Outcome],
         bar: ProgressBar,
     ) -> None:
         """Run the groups of some episodes a second time, with tracks, and make their films."""
         for group in self._split_into_groups(seeds):
-            if not set(group) & set(filmed_seeds):
+            if not set(group) & set(seeds_to_film):
                 continue
-            for outcome, _, track in self.simulator.run(self.agent, family, group, True):
-                if outcome.seed not in filmed_seeds:
+            for outcome, _, track in self.simulator.run(self.agent, family, group, filming=True):
+                if outcome.seed not in seeds_to_film:
                     continue
                 if outcome == outcomes[outcome.seed]:
                     self._make_films([outcome], {outcome.seed: track})

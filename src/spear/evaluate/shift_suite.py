@@ -70,12 +70,12 @@ def build_shift_table(results: list[ShiftResult], policy: str) -> Table:
 
     The success without a shift is in the first row.
     """
-    by_name = {}
+    success_by_name = {}  # name of the shift → success as text
     for result in results:
-        by_name[result.name] = result.success.to_text(".0f", scale=100, unit=" %")
-    rows = [["none", by_name[UNSHIFTED], "", ""]]
+        success_by_name[result.name] = result.success.to_text(".0f", scale=100, unit=" %")
+    rows = [[UNSHIFTED, success_by_name[UNSHIFTED], "", ""]]
     for axis in AXES:
-        success_by_level = [by_name.get(f"{axis}:{level}", "") for level in LEVELS]
+        success_by_level = [success_by_name.get(f"{axis}:{level}", "") for level in LEVELS]
         rows.append([axis, *success_by_level])
     headers = ["shift", *(f"level {level}" for level in LEVELS)]
     return build_terminal_table(f"{policy}: success by shift", headers, rows)

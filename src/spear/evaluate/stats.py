@@ -96,10 +96,11 @@ def estimate_mean_proportion(counts: Sequence[tuple[int, int]]) -> Estimate:
     """Estimate the mean of several proportions, each with the same weight.
 
     The interval is Wilson's interval of a single proportion with an effective number of samples
-    (our choice). For F proportions, this number is F² / Σ 1/n, with which the largest possible
-    variance is the same. If all n are equal, the interval is that of all samples together. It is
-    then never too narrow, because the mean of proportions that differ varies less. With very
-    unequal n, the interval can be slightly too narrow.
+    (our choice). For F proportions, this number is F² / Σ 1/n. If all proportions are 0.5, which is
+    where they vary most, a single proportion of so many samples has the same variance as the mean.
+    If all n are equal, the interval is that of all samples together. Such an interval is never too
+    narrow, because the mean of different proportions varies less than one proportion of all
+    samples. With very unequal n, the interval can be slightly too narrow.
 
     Args:
         counts: (number of successes, n) of each proportion.
@@ -162,16 +163,16 @@ def estimate_paired_difference(
             raise ValueError(
                 f"estimate_paired_difference: {a.dtype} {a.shape} against {b.dtype} {b.shape}"
             )
-        total = a.size + 2 * num_added
+        num_scenes = a.size + 2 * num_added  # with the added ones
         num_only_first = (a & ~b).sum()
         num_only_second = (~a & b).sum()
-        wins = (num_only_first + num_added) / total
-        losses = (num_only_second + num_added) / total
+        win_rate = (num_only_first + num_added) / num_scenes
+        loss_rate = (num_only_second + num_added) / num_scenes
         differences.append(a.mean() - b.mean())
-        centers.append(wins - losses)
+        centers.append(win_rate - loss_rate)
         # A scene's difference is 1, -1 or 0; this is its variance.
-        scene_variance = wins + losses - (wins - losses) ** 2
-        variance += scene_variance / total / len(strata) ** 2
+        scene_variance = win_rate + loss_rate - (win_rate - loss_rate) ** 2
+        variance += scene_variance / num_scenes / len(strata) ** 2
         n += a.size
 
     center = float(np.mean(centers))
@@ -190,9 +191,9 @@ def bootstrap(groups: Sequence[Array], statistic: Callable[[Array], Any] = np.me
     With few groups the interval is widened (Hesterberg, 2015).
 
     If the values are booleans, the interval is Wilson's interval instead, because near 0 and 1 the
-    draws of a bootstrap differ too little. Its number of samples is the number of independent
-    samples that would vary as much (Korn and Graubard, 1998), or the number of groups if all values
-    are equal.
+    draws of a bootstrap differ too little. Wilson's number of samples is then the number of
+    independent samples that would vary as much (Korn and Graubard, 1998), or the number of groups
+    if all values are equal.
 
     Args:
         groups: One array of values per independent unit (an image, an episode). Values of one unit
@@ -289,6 +290,7 @@ def _clustered_wilson_interval(rate: float, units: Sequence[Array]) -> tuple[flo
     if n <= num_units:  # one sample per unit: all are independent
         return _wilson_interval(rate, n)
 
+    # For each unit: the square of the sum of its samples' deviations from the rate.
     squared_deviations = sum((unit - rate).sum() ** 2 for unit in units)
     effective_n: float = num_units
     if squared_deviations:
@@ -391,12 +393,13 @@ def _crossed_interval(tables: Sequence[Array]) -> tuple[float, float]:
     if variance == 0:
         return mean, 0.0
 
-    # Satterthwaite's degrees of freedom of a sum of variances. The variance over seeds has
+    # Satterthwaite's degrees of freedom of a sum of variances: the squared sum, divided by the sum
+    # of each squared variance over its own degrees of freedom. The variance over seeds has
     # num_seeds - 1 degrees of freedom, the variance over scenes has scene_freedom.
     scene_freedom = sum(table.shape[1] - 1 for table in tables)
-    spread_over_seeds = variance_over_seeds**2 / max(num_seeds - 1, 1)
-    spread_over_scenes = variance_over_scenes**2 / max(scene_freedom, 1)
-    degrees_of_freedom = max(1.0, variance**2 / (spread_over_seeds + spread_over_scenes))
+    seed_term = variance_over_seeds**2 / max(num_seeds - 1, 1)
+    scene_term = variance_over_scenes**2 / max(scene_freedom, 1)
+    degrees_of_freedom = max(1.0, variance**2 / (seed_term + scene_term))
     half_width = _student_t95(degrees_of_freedom) * np.sqrt(variance)
     if num_seeds == 2:
         half_width = max(half_width, _student_t95(1) * np.sqrt(variance_over_seeds))

@@ -65,6 +65,7 @@ def conclude(report: Report) -> str:
     """Return one line: the outcome of the audit, with the contradictions or open questions."""
     findings = _name_findings(report)
     if report.outcome == "contradiction":
+        # `report.states` are texts, each about a problem of the recorded states by themselves.
         problems = [*report.states, *_list_contradictions(report, findings)]
         return f"contradiction: the layout is WRONG: {'; '.join(problems)}"
 
@@ -88,7 +89,7 @@ def advise(report: Report) -> str:
         action_part.note and action_part.best_fit.relative_error > MAX_UNEXPLAINED
         for action_part in report.action_parts
     )
-    is_not_said = any(part.verdict == "not said" for part in report.action_parts)
+    is_not_said = any(action_part.verdict == "not said" for action_part in report.action_parts)
     open_questions = "; ".join(_list_open_questions(report, _name_findings(report)))
     if is_unexplained:
         cure = "Record slower motions, which the arm can follow"

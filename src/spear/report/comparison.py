@@ -106,8 +106,9 @@ def _list_facts(comparison: Comparison) -> list[tuple[str, str]]:
     for name, rate in ((comparison.first, mean.first), (comparison.second, mean.second)):
         words = f"{name}: mean success [{rate.low:.0%}, {rate.high:.0%}]"
         facts.append((f"{rate.value:.1%}", words))
-    points, words = format_points(mean.difference).split(" ", 1)
-    facts.append((points, words))
+    # "+35.0" is the large number, and "points [+20.1, +47.2]" its meaning.
+    points, unit_and_interval = format_points(mean.difference).split(" ", 1)
+    facts.append((points, unit_and_interval))
     num_scenes = format_count(len(comparison.pairs), "shared scenes")
     facts.append((f"p {format_p_value(mean.p)}", f"paired test, {num_scenes}"))
     return facts

@@ -265,7 +265,7 @@ def draw_histogram(counts: Sequence[int], low: str, high: str) -> str:
         low: text at the left end.
         high: text at the right end.
     """
-    largest_count = max(*counts, 1)
+    largest_count = max([*counts, 1])  # at least 1, because the template divides by it
     return render("histogram.html", counts=counts, most=largest_count, low=low, high=high)
 
 

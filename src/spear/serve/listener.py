@@ -17,7 +17,7 @@ from spear.serve.admission import AdmissionLimits, AdmissionQueue, find_network
 LOG = logging.getLogger("spear.serve")
 ADMISSION_INTERVAL_S = 0.01  # while connections wait, time between checks of the rates
 MAX_ACCEPTED_AT_ONCE = 100  # connections that are accepted before the event loop does other work
-MAX_PLAIN_REQUEST_BYTES = 4096  # the largest plain request that is answered without a connection
+MAX_PLAIN_REQUEST_BYTES = 4096  # largest plain request that is answered before a client is admitted
 RESOURCE_ERRNOS = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 """Errors of accepting that say that this machine is out of files or memory."""
 ACCEPT_PAUSE_S = 1.0  # pause after such an error, because trying again at once would fail again

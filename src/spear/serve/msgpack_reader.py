@@ -36,8 +36,12 @@ _NUM_LENGTH_BYTES_OF_TEXT = {0xD9: 1, 0xDA: 2, 0xDB: 4}
 _NUM_LENGTH_BYTES_OF_LIST = {0xDC: 2, 0xDD: 4}
 _NUM_LENGTH_BYTES_OF_MAP = {0xDE: 2, 0xDF: 4}
 _EXTENSIONS = (0xC7, 0xC8, 0xC9, 0xD4, 0xD5, 0xD6, 0xD7, 0xD8)
-_FIRST_SHORT_MAP, _FIRST_SHORT_LIST, _FIRST_SHORT_TEXT = 0x80, 0x90, 0xA0
+# The first byte of a short map, list or text also has its length: for a list of two, 0x92.
+_FIRST_SHORT_MAP = 0x80
+_FIRST_SHORT_LIST = 0x90
+_FIRST_SHORT_TEXT = 0xA0
 _LAST_SHORT_TEXT = 0xBF
+# A byte below 0x80 is itself a number from 0 to 127; one from 0xE0 on, a number from -32 to -1.
 _FIRST_NEGATIVE = 0xE0
 
 

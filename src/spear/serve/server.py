@@ -80,9 +80,9 @@ class PolicyServer:
         self._peers: dict[LimitedConnection, None] = {}
         self._batcher = Batcher(
             self._infer_batch,
-            options.max_batch_size,
-            options.batch_timeout_ms / 1000,
-            options.max_queue_size,
+            max_batch=options.max_batch_size,
+            wait_s=options.batch_timeout_ms / 1000,
+            capacity=options.max_queue_size,
         )
         self._metrics = Metrics(lambda: len(self._batcher), self._count_clients)
         if recorder:

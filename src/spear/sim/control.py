@@ -103,10 +103,10 @@ class Servo:
             Whether the target was out of reach.
         """
         # The new target, and joint angles with which the arm reaches the target.
-        position, target_rotation, is_too_low = self._add_to_target(translation, rotation)
-        joints = solve_joints(self._joint_command, position, target_rotation)
+        target_position, target_rotation, is_too_low = self._add_to_target(translation, rotation)
+        joints = solve_joints(self._joint_command, target_position, target_rotation)
         reached_position, reached_rotation = compute_ee_pose(joints)
-        is_missed = _is_far(reached_position, reached_rotation, position, target_rotation)
+        is_missed = _is_far(reached_position, reached_rotation, target_position, target_rotation)
 
         # If a joint would be too fast, all joints make a shorter step in the same direction.
         control_step_s = PHYSICS_STEPS_PER_CONTROL_STEP * self._model.opt.timestep
@@ -118,8 +118,9 @@ class Servo:
 
         # If the arm does not reach the target, the target becomes the pose that the arm reaches.
         if is_missed or speed_ratio > 1:
-            position, target_rotation = reached_position, reached_rotation
-        self._target_position = position
+            target_position = reached_position
+            target_rotation = reached_rotation
+        self._target_position = target_position
         self._target_rotation = target_rotation
 
         # One joint command per physics step, [num_steps, 7], on a straight path. The commands lead
@@ -146,7 +147,7 @@ class Servo:
             table. The new position is then above the table nevertheless.
         """
         measured_position, measured_rotation = self.measure_pose()
-        position = _limit_lead(self._target_position, measured_position)
+        target_position = _limit_lead(self._target_position, measured_position)
         target_rotation = _limit_rotation_lead(self._target_rotation, measured_rotation)
 
         translation = _shorten(translation, MAX_STEP_M)
@@ -154,11 +155,11 @@ class Servo:
         mujoco.mju_quat2Vel(rotation_vector, rotation, 1.0)
         rotation_vector = _shorten(rotation_vector, MAX_STEP_RAD)
 
-        position = position + translation
-        is_too_low = position[2] < MIN_EE_HEIGHT_M
-        position[2] = max(position[2], MIN_EE_HEIGHT_M)
-        mujoco.mju_quatIntegrate(target_rotation, rotation_vector, 1.0)
-        return position, target_rotation, is_too_low
+        target_position = target_position + translation
+        is_too_low = target_position[2] < MIN_EE_HEIGHT_M
+        target_position[2] = max(target_position[2], MIN_EE_HEIGHT_M)
+        mujoco.mju_quatIntegrate(target_rotation, rotation_vector, 1.0)  # changes target_rotation
+        return target_position, target_rotation, is_too_low
 
     def _max_joint_step(self) -> Floats:
         """How far each joint can move in a control step, [7] rad."""

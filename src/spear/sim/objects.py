@@ -122,7 +122,7 @@ def _expand_part(row: dict[str, Any]) -> list[Primitive]:
 
 def _expand_ring(row: dict[str, Any]) -> list[Primitive]:
     """Return the boxes of a part of shape "ring"."""
-    count = row.pop("count", 0.0)
+    count = row.pop("count")
     radius = row.pop("radius", 0.0)
     z = row.pop("z", 0.0)
     lean = row.pop("lean", 0.0)

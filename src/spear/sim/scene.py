@@ -157,9 +157,9 @@ def sample_scene(family: str, seed: int) -> SceneSpec:
     # The random numbers are drawn in this order in all versions, so that a seed keeps its scene.
     rng = np.random.default_rng([FAMILIES.index(family), seed])
     source, target = _choose_roles(family, rng)
-    others = [name for name in DISTRACTORS if name not in (source, target)]
+    distractor_pool = [name for name in DISTRACTORS if name not in (source, target)]
     num_distractors = int(rng.integers(0, MAX_DISTRACTORS + 1))
-    distractors = _choose(rng, others, num_distractors)
+    distractors = _choose(rng, distractor_pool, num_distractors)
     objects = _place_objects([target, source, *distractors], rng)
     ee_position = NOMINAL_START_POSITION_M + rng.uniform(-0.08, 0.08, 3)
     ee_rotation = _sample_ee_rotation(rng, max_tilt=math.radians(18), max_yaw=math.radians(30))
@@ -331,11 +331,11 @@ def _try_to_place(names: Sequence[str], rng: np.random.Generator) -> list[SceneO
 
 
 def _find_room(
-    name: str, others: Sequence[SceneObject], rng: np.random.Generator, gap_m: float
+    name: str, neighbors: Sequence[SceneObject], rng: np.random.Generator, gap_m: float
 ) -> SceneObject | None:
-    """Draw a place for an object with a gap of at least `gap_m` to the others.
+    """Draw a place for an object of the kind `name`, with a gap of at least `gap_m` to `neighbors`.
 
-    Returns None if `NUM_PLACING_ATTEMPTS` places were too near to other objects.
+    Returns None if `NUM_PLACING_ATTEMPTS` places were too near to the neighbors.
     """
     kind = OBJECT_KINDS[name]
     (min_x, max_x), (min_y, max_y) = WORKSPACE
@@ -344,7 +344,7 @@ def _find_room(
     for _ in range(NUM_PLACING_ATTEMPTS):
         x = rng.uniform(min_x + inset, max_x - inset)
         y = rng.uniform(min_y + inset, max_y - inset)
-        if not all(_is_apart(x, y, kind.radius, neighbor, gap_m) for neighbor in others):
+        if not all(_is_apart(x, y, kind.radius, neighbor, gap_m) for neighbor in neighbors):
             continue
         # Baskets and towels turn by at most 12% of half a turn, others by any angle.
         yaw_factor = 0.12 if name in ("basket", "towel") else 1

@@ -242,16 +242,16 @@ def _without_task_objects(scene: SceneSpec, kinds: Sequence[str]) -> tuple[str, 
 def _shift_start_position(level: int, rng: np.random.Generator) -> tuple[float, float, float]:
     """Draw a start position (m) outside of the box in which training's start positions are.
 
-    Along one axis it is outside of that box, by up to the level's distance. Along the other two it
-    is anywhere up to that distance outside.
+    An outer box is larger than training's box by the level's distance on each side. The position is
+    anywhere in the outer box, but along one axis, which is drawn, it is outside of training's box.
     """
-    inner = TRAINING_START_RANGE_M
-    outer = inner + START_DISTANCE_M[level]
-    offset = rng.uniform(-outer, outer, 3)
+    inner_half_m = TRAINING_START_RANGE_M  # half a side of training's box
+    outer_half_m = inner_half_m + START_DISTANCE_M[level]
+    offset = rng.uniform(-outer_half_m, outer_half_m, 3)
     axis = int(rng.integers(0, 3))
-    # Along z it is above the box, because below there is no room.
+    # Along z the position is above training's box, because there is no room below.
     sign = 1.0 if axis == 2 else float(rng.choice([-1.0, 1.0]))
-    offset[axis] = sign * rng.uniform(inner, outer)
+    offset[axis] = sign * rng.uniform(inner_half_m, outer_half_m)
     x, y, z = NOMINAL_START_POSITION_M + offset
     return float(x), float(y), max(float(z), MIN_START_HEIGHT_M)
 
@@ -294,7 +294,7 @@ def describe_by_relation(scene: SceneSpec, index: int) -> str | None:
     Returns:
         For example "thing left of the plate"; None if every description fits several objects.
     """
-    lateral_m = _image_coordinates(scene)
+    lateral_m = _measure_lateral_offsets(scene)
     candidates = [
         i for i, scene_object in enumerate(scene.objects) if scene_object.kind in GRASPABLE
     ]
@@ -312,7 +312,7 @@ def describe_by_relation(scene: SceneSpec, index: int) -> str | None:
     return None
 
 
-def _image_coordinates(scene: SceneSpec) -> list[float]:
+def _measure_lateral_offsets(scene: SceneSpec) -> list[float]:
     """How far to the right of the middle of the external camera's image each object lies, m."""
     backward = np.subtract(scene.appearance.camera, scene.appearance.target)
     # The horizontal unit vector to the camera's right: `backward` turned by a quarter turn.

@@ -47,8 +47,8 @@ def _bricks(x: Gray, y: Gray, rng: np.random.Generator) -> Gray:
 def _marble(x: Gray, y: Gray, rng: np.random.Generator) -> Gray:
     # Dark veins lie where a wave along x, bent by noise, crosses zero.
     bend = _smooth_noise(x, y, rng)
-    veins = np.abs(np.sin(2 * math.pi * (2 * x + 1.5 * bend)))
-    return 0.95 - 0.35 * (1 - veins) ** 4
+    distance_to_vein = np.abs(np.sin(2 * math.pi * (2 * x + 1.5 * bend)))  # 0 in a vein, at most 1
+    return 0.95 - 0.35 * (1 - distance_to_vein) ** 4
 
 
 def _clouds(x: Gray, y: Gray, rng: np.random.Generator) -> Gray:

@@ -444,10 +444,11 @@ def _add_part(
     geom.rgba = [*color, 1.0]
     geom.group = 0 if primitive.visible else HIDDEN_GROUP
     geom.mass = mass_kg
-    geom.friction = (0.9, 0.02, 0.002)
+    geom.friction = (0.9, 0.02, 0.002)  # against sliding, twisting and rolling
     geom.condim = 4  # contacts resist sliding and twisting
+    # Solid primitives have bit 1, and collide with what has bit 1 (objects) or bit 2 (the gripper).
     geom.contype = 1 if primitive.solid else 0
-    geom.conaffinity = 3 if primitive.solid else 0
+    geom.conaffinity = 1 | 2 if primitive.solid else 0
 
 
 def _set_camera(model: mujoco.MjModel, appearance: SceneAppearance) -> None:

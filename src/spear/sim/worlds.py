@@ -221,17 +221,18 @@ def _wild_look(appearance: SceneAppearance, rng: np.random.Generator) -> SceneAp
 def _lab_look(appearance: SceneAppearance, rng: np.random.Generator) -> SceneAppearance:
     """Draw the appearance of a laboratory: a wild world, with the camera where a person mounts it.
 
-    `rng` is seeded with the laboratory's number alone, and the camera of `appearance` has no
-    influence, so the result is the same for every scene.
+    The result is the same for every scene, because `rng` is seeded with the laboratory's number
+    alone. Of the scene's own camera, a wild world uses only the target, azimuth and distance, and
+    these are replaced here.
     """
     wild = _wild_look(appearance, rng)
-    orbit = CameraOrbit.of(wild)
-    target_m = (0.48, 0.01, 0.09)
+    wild_orbit = CameraOrbit.of(wild)
+    target_m = (0.48, 0.01, 0.09)  # middle of the targets of the default world's cameras
     camera = CameraOrbit(
         target=target_m,
-        azimuth_deg=float(rng.uniform(-34, 86)),
-        elevation_deg=float(np.clip(orbit.elevation_deg, 20, 60)),
-        distance_m=float(rng.uniform(0.75, 1.2)),
+        azimuth_deg=float(rng.uniform(-34, 86)),  # ±60° around the default world's camera, at 26°
+        elevation_deg=float(np.clip(wild_orbit.elevation_deg, 20, 60)),
+        distance_m=float(rng.uniform(0.75, 1.2)),  # 0.89 m in the default world
     )
     return dataclasses.replace(
         wild,

@@ -76,7 +76,7 @@ class SceneSource:
 def list_scenes(seeds: range) -> Iterator[Item]:
     """List the scenes of these seeds as items, for `spear.labels.sources.list_items`."""
     for seed in seeds:
-        yield Item(f"sim:{seed}", read_scenes, "", seed)
+        yield Item(f"sim:{seed}", read_scenes, path="", location=seed)
 
 
 def read_scenes(path: str, seeds: Sequence[int]) -> Iterator[Content]:
@@ -140,7 +140,7 @@ def label_scenes(  # noqa: PLR0913  the options of its command
         collect_instructions=collect_instructions,
     )
     seeds = range(first_seed, first_seed + num_scenes)
-    jobs = split_into_jobs("", seeds, MAX_SCENES_PER_JOB)
+    jobs = split_into_jobs("clutter", seeds, MAX_SCENES_PER_JOB)  # the only kind here
     return label_scene_jobs(out, jobs, simulator, workers, label_frames)
 
 

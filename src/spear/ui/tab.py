@@ -143,8 +143,9 @@ class Tab:
 
     def open_photo(self, request: Request) -> PageState:
         """Open a photo, from the data of its file."""
-        pixels = load_image(request["data"], "the image", MAX_IMAGE_SIDE_PX)
-        image = read_image({"the image": pixels}, "the image")
+        name = "the image"  # in messages
+        pixels = load_image(request["data"], name, longest=MAX_IMAGE_SIDE_PX)
+        image = read_image({name: pixels}, name)  # checks the size as that of a robot's image
         photo = RecordedEpisode(
             kind="photo",
             name="photo",

@@ -117,15 +117,18 @@ def _parse_proxy(proxy: str) -> tuple[str, bool]:
     """
     url = proxy if "://" in proxy else f"http://{proxy}"
     try:
-        parts = urllib.parse.urlsplit(url)
-        _ = parts.port  # raises for a port that is no number
+        split_url = urllib.parse.urlsplit(url)
+        _ = split_url.port  # raises for a port that is no number
     except ValueError:
         return "", False
-    return parts.scheme, True
+    return split_url.scheme, True
 
 
 def _find_variable(protocol: str) -> str:
-    """Return the environment variable that names a protocol's proxy, in its own spelling."""
+    """Return the environment variable that names a protocol's proxy, in the user's spelling.
+
+    On macOS and Windows, the proxy may also come from the settings of the system.
+    """
     name = f"{protocol}_proxy"
     if os.environ.get(name):  # lower case takes precedence
         return name

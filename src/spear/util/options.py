@@ -186,6 +186,7 @@ def _read_field_docstrings(options: type) -> dict[str, str | None]:
 
 def _is_positional(hint: Any) -> bool:
     """Return whether a field is given by its position, without an option's name."""
+    # tyro marks such a field: Positional[T] is Annotated[T, marker], with one marker for all T.
     marker = Positional[int].__metadata__[0]  # type: ignore[attr-defined]
     return marker in getattr(hint, "__metadata__", ())
 
@@ -213,8 +214,8 @@ PolicyName = Annotated[
 _MODEL_HELP = "The SPEAR-VLM: nano-vlm (comes with this package) or a folder with a trained one."
 ModelName = Annotated[str, arg(help=_MODEL_HELP)]
 _DATASET_HELP = (
-    "Of a policy whose training datasets were each normalized by itself: the dataset whose "
-    "statistics to use."
+    "The dataset whose statistics to use, if each of the policy's training datasets was normalized "
+    "by itself."
 )
 DatasetName = Annotated[str | None, arg(metavar="NAME", help=_DATASET_HELP)]
 _LAYOUT_HELP = "What the dataset's columns mean, as JSON, when its folder has no spear.json."

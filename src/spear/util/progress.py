@@ -72,7 +72,11 @@ class ProgressBar:
             self._log_line()
 
     def print_line(self, line: str) -> None:
-        """Print a line above the bar."""
+        """Print a line, in a terminal above the bar.
+
+        While the bar is shown, rich replaces `sys.stderr` by a file that removes the bar, writes
+        the line and draws the bar again below it.
+        """
         print(escape_control_characters(line), file=sys.stderr, flush=True)
 
     def format_line(self) -> str:

@@ -297,6 +297,8 @@ def _find_visible_instances(
         inner_height: Height without the borders, px.
     """
     numbers, counts = np.unique(instances, return_counts=True)
+    # An instance with a pixel in an outermost row or column of the image touches the border. Its
+    # count is set to 0, so that it is dropped below.
     if left_px:
         outermost_columns = instances[:, [left_px, left_px + inner_width - 1]]
         counts[np.isin(numbers, outermost_columns)] = 0

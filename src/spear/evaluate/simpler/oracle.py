@@ -34,11 +34,12 @@ RETREAT_M = 0.1  # height above the placed object to which the gripper retreats
 MIN_HEIGHT_M = 0.016  # lowest end-effector height: at 0.0145 m the finger tips touch the table
 MIN_HELD_OPENING = 0.12  # a closed gripper with a larger opening has something between its fingers
 
-# The gripper descends and closes only if it is turned and placed (horizontally) so well.
+# The gripper descends and closes only if it is within this horizontal distance and this angle of
+# the grasp.
 MAX_GRASP_OFFSET_M = 0.012
 MAX_GRASP_TURN_RAD = 0.1
-MAX_COMMAND_OFFSET_M = 1e-3  # distance within which the commanded pose has reached its goal
-MAX_ARM_OFFSET_M = 0.006  # distance within which the arm has reached its goal, or its command
+MAX_COMMAND_OFFSET_M = 1e-3  # distance within which the commanded pose has reached its target
+MAX_ARM_OFFSET_M = 0.006  # distance within which the arm has reached its target, or its command
 MAX_ABOVE_OFFSET_M = 0.015  # horizontal distance within which a carried object is above its place
 MAX_PLACE_OFFSET_M = 0.008  # horizontal distance within which a carried object may be released
 # Horizontal and vertical distance within which a released object lies in its place.
@@ -49,35 +50,35 @@ ACROSS_MARGIN_M = 0.02  # an object moves across from `CARRY_M` minus this margi
 RELEASE_MARGIN_M = 0.004  # an object is released up to so far above the task's release height
 
 
-def choose_action(task: str, truth: Truth) -> Array:
+def choose_action(task_name: str, truth: Truth) -> Array:
     """Choose the next action.
 
     Args:
-        task: One of `TASKS`.
+        task_name: One of `TASKS`.
         truth: The true state.
 
     Returns:
         [8] float32 (layout of `spear.types.Action`).
     """
-    grasp = TASKS[task]
+    task = TASKS[task_name]
     # Where the origin of the source is when the source rests on top of the goal.
     goal_top = truth.goal[2] + truth.goal_size[2] / 2
     rest_position = np.array([truth.goal[0], truth.goal[1], goal_top + truth.source_size[2] / 2])
     offset = float(np.linalg.norm(truth.source[:2] - rest_position[:2]))  # horizontal
     if truth.open:
         height = abs(truth.source[2] - rest_position[2])
-        max_height = MAX_PLACED_HEIGHT_M + grasp.release_height_m
+        max_height = MAX_PLACED_HEIGHT_M + task.release_height_m
         is_placed = offset < MAX_PLACED_OFFSET_M and height < max_height
         if is_placed:
             return _retreat(truth, rest_position)
-        return _approach(truth, grasp)
+        return _approach(truth, task)
 
     has_object = truth.opening > MIN_HELD_OPENING
     if truth.closing and has_object:
         return _wait(truth, opened=False)
     if not has_object:
         return _wait(truth, opened=True)
-    return _carry(truth, grasp, rest_position, offset)
+    return _carry(truth, task, rest_position, offset)
 
 
 def _retreat(truth: Truth, rest_position: Array) -> Array:
@@ -91,33 +92,33 @@ def _wait(truth: Truth, opened: bool) -> Array:
     return _move_towards(truth, truth.commanded[:3], _yaw(truth.commanded), opened=opened)
 
 
-def _approach(truth: Truth, grasp: Task) -> Array:
+def _approach(truth: Truth, task: Task) -> Array:
     """Move above the object, then down to it, then close the gripper."""
     # The grasp is at a point on the object's x axis, at some distance from the object's origin.
     axis = quat_to_matrix(torch.from_numpy(truth.source[3:])).numpy()[:, 0]
-    point = truth.source[:3] + grasp.grasp_offset_m * axis
-    goal = np.array([point[0], point[1], max(point[2], MIN_HEIGHT_M)])
+    point = truth.source[:3] + task.grasp_offset_m * axis
+    target = np.array([point[0], point[1], max(point[2], MIN_HEIGHT_M)])
 
     # Choose the equally good direction that is nearest to the commanded one: the difference is
     # wrapped to -period/2 … period/2.
-    period = 2 * math.pi / grasp.num_grasp_directions
+    period = 2 * math.pi / task.num_grasp_directions
     current_yaw = _yaw(truth.commanded)
     object_yaw = math.atan2(axis[1], axis[0])
     yaw = current_yaw + (object_yaw - current_yaw + period / 2) % period - period / 2
 
-    offset = float(np.linalg.norm(truth.measured[:2] - goal[:2]))
+    offset = float(np.linalg.norm(truth.measured[:2] - target[:2]))
     # The angle that is left to turn, wrapped to 0 … π.
     turn = abs((yaw - _yaw(truth.measured) + math.pi) % (2 * math.pi) - math.pi)
     is_aligned = offset <= MAX_GRASP_OFFSET_M and turn <= MAX_GRASP_TURN_RAD
     if not is_aligned:
-        goal[2] += HOVER_M
-    is_commanded = np.linalg.norm(truth.commanded[:3] - goal) < MAX_COMMAND_OFFSET_M
-    is_near = np.linalg.norm(truth.measured[:3] - goal) < MAX_ARM_OFFSET_M
+        target[2] += HOVER_M
+    is_commanded = np.linalg.norm(truth.commanded[:3] - target) < MAX_COMMAND_OFFSET_M
+    is_near = np.linalg.norm(truth.measured[:3] - target) < MAX_ARM_OFFSET_M
     should_close = is_aligned and is_commanded and (is_near or truth.still)
-    return _move_towards(truth, goal, yaw, opened=not should_close)
+    return _move_towards(truth, target, yaw, opened=not should_close)
 
 
-def _carry(truth: Truth, grasp: Task, rest_position: Array, offset: float) -> Array:
+def _carry(truth: Truth, task: Task, rest_position: Array, offset: float) -> Array:
     """Carry the object up, across and down, then open the gripper.
 
     The object comes down while it still moves across. If the oracle waited until the object is
@@ -125,42 +126,43 @@ def _carry(truth: Truth, grasp: Task, rest_position: Array, offset: float) -> Ar
 
     Args:
         truth: The true state.
-        grasp: The task.
+        task: The task.
         rest_position: [3] where the origin of the object should be at the end.
         offset: Horizontal distance of the object from this position, m.
     """
     height = truth.source[2] - rest_position[2]
-    goal = truth.commanded[:3].copy()
+    # The end effector's target: its measured position, moved as the object still has to move.
+    target = truth.commanded[:3].copy()
     is_above = offset < MAX_ABOVE_OFFSET_M
     if is_above or height > CARRY_M - ACROSS_MARGIN_M:
-        goal[:2] = truth.measured[:2] + rest_position[:2] - truth.source[:2]
-    goal_height = grasp.release_height_m if is_above else CARRY_M
-    goal[2] = truth.measured[2] - height + goal_height
+        target[:2] = truth.measured[:2] + rest_position[:2] - truth.source[:2]
+    target_height = task.release_height_m if is_above else CARRY_M
+    target[2] = truth.measured[2] - height + target_height
 
     # Something blocks the object if the arm stands still far from its command.
     lag = float(np.linalg.norm(truth.commanded[:3] - truth.measured[:3]))
     is_blocked = truth.still and lag > MAX_ARM_OFFSET_M and height < MAX_BLOCKED_HEIGHT_M
-    is_placed = offset < MAX_PLACE_OFFSET_M and height < grasp.release_height_m + RELEASE_MARGIN_M
+    is_placed = offset < MAX_PLACE_OFFSET_M and height < task.release_height_m + RELEASE_MARGIN_M
     should_open = is_placed or (is_above and is_blocked)
-    return _move_towards(truth, goal, _yaw(truth.commanded), opened=should_open)
+    return _move_towards(truth, target, _yaw(truth.commanded), opened=should_open)
 
 
-def _move_towards(truth: Truth, goal: Array, yaw: float, opened: bool) -> Array:
-    """Compute an action that moves the commanded pose towards a goal, by at most one step.
+def _move_towards(truth: Truth, target: Array, yaw: float, opened: bool) -> Array:
+    """Compute an action that moves the commanded pose towards a target, by at most one step.
 
     Args:
         truth: The true state.
-        goal: [3] the goal's position, m.
-        yaw: The goal's rotation about the vertical, rad. The gripper points down.
+        target: [3] the target's position, m.
+        yaw: The target's rotation about the vertical, rad. The gripper points down.
         opened: Whether the gripper should be open.
 
     Returns:
         [8] float32.
     """
-    goal_orientation = quat_exp(torch.tensor([0.0, 0.0, yaw], dtype=torch.float64))
+    target_orientation = quat_exp(torch.tensor([0.0, 0.0, yaw], dtype=torch.float64))
     position, orientation = torch.from_numpy(truth.commanded).split([3, 4])
     translation, rotation = action_between_poses(
-        position, orientation, torch.from_numpy(goal), goal_orientation
+        position, orientation, torch.from_numpy(target), target_orientation
     )
     turn = quat_log(rotation)  # rotation vector [3]
     translation = translation * min(1.0, MAX_STEP / max(float(translation.norm()), 1e-9))

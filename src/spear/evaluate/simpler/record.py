@@ -147,7 +147,7 @@ def record_episode(
         policy: A policy that takes turns with the oracle; None for disturbances of the arm.
     """
     robot = embodiments.load(ROBOT)
-    _, control = robot.select_control(None)
+    _, control = robot.select_control(None)  # None selects the robot's default control
     rng = np.random.default_rng([seed, 1])  # 1: see `sample_off_grid_start`
     disturb = ArmDisturber(DISTURBANCE, rng, policy)
     recorder = EpisodeRecorder()

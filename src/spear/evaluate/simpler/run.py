@@ -132,7 +132,7 @@ class Simpler:
         self._batch = options.batch_size or os.cpu_count() or 1
         self.group_size = self._batch
         self._robot = embodiments.load(ROBOT)
-        _, control = self._robot.select_control(None)
+        _, control = self._robot.select_control(None)  # None selects the robot's default control
         self._convert = control.convert
         self._processes: list[SimplerProcess] = []
         self._task = ""

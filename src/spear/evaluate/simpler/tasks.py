@@ -126,9 +126,9 @@ def sample_off_grid_start(task: Task, seed: int, positions: Array, turns: Array)
     varies = np.ptp(official_xy, axis=0).any(axis=-1)  # [2], for each object
     middle = (official_xy.min(axis=0) + official_xy.max(axis=0)) / 2  # [2, 2]
     for _ in range(MAX_START_TRIES):
-        position = positions[0].copy()
-        turn = turns[rng.integers(len(turns))].copy()
-        offset = rng.uniform(-1, 1, position[:, :2].shape) * task.max_offset_m
+        position = positions[0].copy()  # [2, 3]
+        turn = turns[rng.integers(len(turns))].copy()  # [2, 4]
+        offset = rng.uniform(-1, 1, position[:, :2].shape) * task.max_offset_m  # [2, 2]
         position[:, :2] = np.where(varies[:, None], middle + offset, position[:, :2])
         angle = rng.uniform(-MAX_START_TURN_RAD, MAX_START_TURN_RAD)
         about_vertical = torch.tensor(
@@ -164,6 +164,8 @@ def is_official(start: Start, positions: Array, turns: Array) -> bool:
     # products of quaternions; the official ones need not have length 1.
     cosine = np.abs(turns[:, 0] @ start.turns[0]) / np.linalg.norm(turns[:, 0], axis=-1)  # [m]
     angles = 2 * np.arccos(np.clip(cosine, 0, 1))
+    # Every pair of official positions and orientations is an official start, so it does not matter
+    # which positions are near and which orientation is.
     return bool(is_near.any() and (angles < MIN_START_TURN_RAD).any())
 
 

@@ -163,7 +163,7 @@ class SimplerWorld:
         self._wrong_object_moved = False
         self._last_truth: Truth | None = None
         self._first_positions = self._object_positions()
-        return self._make_moment(image, [])
+        return self._make_moment(image, pictures=[])
 
     def _reset_off_grid(self, seed: int) -> None:
         """Build the scene of a start off the grid, and change the arm's posture."""
@@ -410,6 +410,7 @@ class SimplerProcess:
         context = multiprocessing.get_context("spawn")
         self._worker = ProcessPoolExecutor(1, context, initializer=follow_parent_process)
         with block_interrupts():
+            # A job that does nothing. It fails if the process does not start.
             self._started = self._worker.submit(int)
 
     def reset(self, start: int, image: bool, is_off_grid: bool = False) -> Moment:

@@ -180,7 +180,8 @@ def _describe_certainty(
         trust: How far the model can be trusted.
     """
     if not is_known_wording or question_type is None:
-        template = PROMPT_TEMPLATES[question_type or "distance"][0]
+        example_type = question_type or "distance"  # a question of no type gets a common example
+        template = PROMPT_TEMPLATES[example_type][0]
         example = template.format(x="the mug", y="the bowl", p=KEYPOINT_NAMES["closest"][0])
         return (
             f'how sure this is, is not known: ask in a wording that was taught, such as "{example}"'
@@ -216,7 +217,7 @@ def find_absent_objects(
     """
     images = [image] * len(names)
     location_template = PROMPT_TEMPLATES["centre_2d"][0]
-    location_prompts = [location_template.format(x=with_article(name, True)) for name in names]
+    location_prompts = [location_template.format(x=with_article(name)) for name in names]
     points = model.answer(images, location_prompts, "centre_2d", view)
 
     name_template = PROMPT_TEMPLATES["what_at"][0]

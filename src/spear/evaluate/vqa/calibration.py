@@ -44,8 +44,9 @@ class Certainty:
     Each array has one entry per number of the answer.
 
     probability_below  probability that the model gave to all numbers below the true number.
-    relative_spread    relative spread, see `compute_uncertainty`.
-    relative_error     relative distance of the true number from the median of the distribution.
+    relative_spread    spread (`compute_uncertainty`) as a fraction of the object's distance.
+    relative_error     distance of the true number from the median of the distribution, as a
+                       fraction of the object's distance.
     """
 
     probability_below: Array
@@ -78,9 +79,11 @@ class Trust:
     measured_on    what the images are, in words.
     factors        question type → factor. An interval of ± factor · spread around the median of the
                    distribution contains `TRUSTED_COVERAGE` of the true numbers.
-    names_present  the rate at which a model names an object that is in the image, when it is asked
-                   what is at the point where it sees that object.
-    names_absent   the same rate for objects that are not in the image.
+    names_present  rate at which the model confirms objects that are in the image. For each object,
+                   the model is asked to point at the object, and then what is at this point. It
+                   confirms the object if it gives the object's name.
+    names_absent   rate at which the model confirms objects that are not in the image. It points
+                   somewhere for these, too.
     files          file name → hash, of the files of the measured model.
     sources        the sources of the images.
     """
@@ -204,13 +207,13 @@ class Calibration:
 
 
 def calibrate(
-    answers: Sequence[tuple[int, Certainty, float]], scale: float | None = None
+    answers: Sequence[tuple[int, Certainty, float]], trust_factor: float | None = None
 ) -> Calibration:
     """Compute the calibration of a question type.
 
     Args:
         answers: (index of the image, certainty, relative error in percent) of each answer.
-        scale: The question type's factor in `Trust`; None if it was not measured.
+        trust_factor: The question type's factor in `Trust`; None if it was not measured.
     """
     images = [image for image, _, _ in answers]
     certainties = [certainty for _, certainty, _ in answers]
@@ -223,14 +226,14 @@ def calibrate(
     for level in CENTRAL_INTERVALS:
         is_inside = [_is_inside(c.probability_below, level) for c in certainties]
         coverage[f"{level:.0%}"] = bootstrap(group_by_image(images, is_inside), np.mean)
-    if scale is not None:
-        is_inside = [c.relative_error <= scale * c.relative_spread for c in certainties]
+    if trust_factor is not None:
+        is_inside = [c.relative_error <= trust_factor * c.relative_spread for c in certainties]
         name = f"spear ask, {TRUSTED_COVERAGE:.0%}"
         coverage[name] = bootstrap(group_by_image(images, is_inside), np.mean)
 
     mean_spreads = [float(c.relative_spread.mean()) for c in certainties]
     errors_by_spread = errors[np.argsort(mean_spreads, kind="stable")]
-    half = (len(errors) + 1) // 2
+    half = (len(errors) + 1) // 2  # of an odd number of answers, the middle one is in both halves
     return Calibration(
         n=len(probability_below),
         coverage=coverage,
@@ -260,7 +263,7 @@ def _is_inside(probability_below: Array, level: float) -> Array:
     The central interval of 80 %, for example, contains the numbers with a `probability_below` from
     0.1 to 0.9.
     """
-    return np.abs(probability_below - 0.5) <= level / 2 + 1e-12
+    return np.abs(probability_below - 0.5) <= level / 2 + 1e-12  # a margin for rounding errors
 
 
 def group_by_image(images: Sequence[int], values: Iterable[Array | float]) -> list[Array]:

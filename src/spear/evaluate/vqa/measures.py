@@ -341,7 +341,8 @@ def _conclude(question: Question, guess: Segments, questions: Sequence[Question]
     is_first_closer = []
     for example in questions:
         first_distance, second_distance = extract_numbers(example.segments)
-        is_first_closer.append(first_distance - second_distance < 0)
+        is_first_closer.append(first_distance < second_distance)
     closer_index = 0 if np.mean(is_first_closer) >= 0.5 else 1
     closer = question.objects[closer_index]
+    # The last segment of a chain of thought is its conclusion.
     return [*guess[:-1], f" so the {closer} is closer"]

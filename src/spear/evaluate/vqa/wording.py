@@ -41,7 +41,7 @@ KEYPOINT_OF_WORD = {
 """Word of a question → keypoint, a key of `KEYPOINT_NAMES`."""
 
 _TOKENS = re.compile(r"'s\b|[a-z0-9]+(?:-[a-z0-9]+)*|[^\sa-z0-9]")
-_PIXEL = r"(?:<loc\d{4}>){2}"
+_PIXEL = r"(?:<loc\d{4}>){2}"  # an image point in PaliGemma's tokens: one per coordinate
 
 
 @dataclass(frozen=True)
@@ -89,15 +89,15 @@ def understand_question(
     words = _read_words(question)
     if words is None:
         return None
-    found_type = _find_type(words, known_types)
-    if found_type is None:
+    likely_type = _find_type(words, known_types)
+    if likely_type is None:
         return None
-    names = _order_names(words, found_type)
+    names = _order_names(words, likely_type)
     # Gap → name; a question about one object has no y.
     gaps = dict(zip("xy", [with_article(name) for name in names], strict=False))
-    template = PROMPT_TEMPLATES[found_type][0]
+    template = PROMPT_TEMPLATES[likely_type][0]
     prompt = template.format(p=_choose_keypoint(words), **gaps)
-    return ParsedQuestion(found_type, names, prompt, is_taught_wording=False)
+    return ParsedQuestion(likely_type, names, prompt, is_taught_wording=False)
 
 
 def match_templates(question: str, question_type: str) -> list[str] | None:
@@ -135,7 +135,7 @@ def _to_pattern(prompt: str, question_type: str) -> str:
     pattern = re.escape(prompt.rstrip("?"))
     pattern = pattern.replace(r"\{p\}", f"(?:{point})")
     # After its article, a name goes on until a comma, or until words such as " and the" that
-    # introduce the second object.
+    # introduce the second object. \1 is the name of the gap, x or y.
     name = r"(?:(?:the|an?) )?(?P<\1>(?:(?! (?:from|and|to) (?:the|an?) )[^?,])+)"
     return re.sub(r"\\{([xy])\\}", name, pattern)
 
@@ -145,13 +145,14 @@ class _Words(NamedTuple):
 
     Attributes:
         names: the names of objects, in the order of the question.
-        other: the other words, in the order of the question.
-        between: those of the other words that stand between the first two names.
+        question_words: the words and punctuation marks that belong to no name, in the order of the
+            question.
+        between_names: those of `question_words` that stand between the first two names.
     """
 
     names: list[str]
-    other: list[str]
-    between: list[str]
+    question_words: list[str]
+    between_names: list[str]
 
 
 def _read_words(question: str) -> _Words | None:
@@ -163,28 +164,28 @@ def _read_words(question: str) -> _Words | None:
     """
     tokens = _TOKENS.findall(question.casefold().replace("’", "'"))
     names: list[str] = []
-    other: list[str] = []
-    between: list[str] = []
+    question_words: list[str] = []
+    between_names: list[str] = []
     asks_for_property = False
     index = 0
     while index < len(tokens):
         end = _find_end_of_name(tokens, index)
         if end == index:
-            other.append(tokens[index])
+            question_words.append(tokens[index])
             if len(names) == 1:
-                between.append(tokens[index])
+                between_names.append(tokens[index])
             index += 1
             continue
         if _is_in_place_of_name(tokens, index, end):
-            is_property = tokens[end : end + 1] == ["of"]
+            is_property = tokens[end : end + 1] == ["of"]  # as "weight" in "the weight of the mug"
             asks_for_property |= is_property
             name = _clean_name(tokens[index:end])
             if not is_property and name not in names:
                 names.append(name)
         index = end
-    if asks_for_property and not WORDS["box"] & set(other):
+    if asks_for_property and not WORDS["box"] & set(question_words):
         return None
-    return _Words(names, other, between)
+    return _Words(names, question_words, between_names)
 
 
 def _find_end_of_name(tokens: Sequence[str], start: int) -> int:
@@ -224,10 +225,10 @@ def _is_in_place_of_name(tokens: Sequence[str], start: int, end: int) -> bool:
     ("mug distance", "mug: how far").
     """
     if start == 0:
-        after = tokens[end] if end < len(tokens) else ""
-        return after in WORDS["measure"] or after in (":", ",", "'s")
-    before = tokens[start - 1]
-    return before in WORDS_BEFORE_NAMES | WORDS["measure"] or before in (",", ":")
+        next_token = tokens[end] if end < len(tokens) else ""
+        return next_token in WORDS["measure"] or next_token in (":", ",", "'s")
+    last_token = tokens[start - 1]
+    return last_token in WORDS_BEFORE_NAMES | WORDS["measure"] or last_token in (",", ":")
 
 
 def _clean_name(words: Sequence[str]) -> str:
@@ -242,9 +243,9 @@ def _find_type(words: _Words, known_types: Sequence[str]) -> str | None:
     """Find the type of a question by its words."""
     candidates: list[str] = []
     if len(words.names) == 2:
-        candidates = _list_types_of_two(set(words.other))
+        candidates = _list_types_of_two(set(words.question_words))
     elif len(words.names) == 1:
-        candidates = _list_types_of_one(words.other)
+        candidates = _list_types_of_one(words.question_words)
     for question_type in candidates:
         if question_type in known_types:
             return question_type
@@ -273,7 +274,8 @@ def _list_types_of_one(words: Sequence[str]) -> list[str]:
     is_in_image = bool(used & WORDS["image"]) and not is_3d
     is_asked_to_point = _follows(words, "point", {"at", "to"})
     names_point = bool(used & WORDS["point"]) and not is_asked_to_point
-    if not is_in_image and (used & WORDS["keypoint"] or names_point) and not _is_gap(words):
+    asks_for_point = bool(used & WORDS["keypoint"]) or names_point
+    if asks_for_point and not is_in_image and not _asks_for_free_space(words):
         return ["keypoint"]
     if used & WORDS["distance"] and not names_point:
         return ["distance"]
@@ -282,7 +284,7 @@ def _list_types_of_one(words: Sequence[str]) -> list[str]:
     return []
 
 
-def _is_gap(words: Sequence[str]) -> bool:
+def _asks_for_free_space(words: Sequence[str]) -> bool:
     """Return whether "space" means a distance, as in "how much space is between …"."""
     return "space" in words and "between" in words
 
@@ -300,15 +302,15 @@ def _order_names(words: _Words, question_type: str) -> list[str]:
     An offset leads from x to y. Questions such as "where is y relative to x" and "how far is y from
     x" name y first.
     """
-    leads_back = bool({"relative", "respect", "from"} & set(words.between))
-    if question_type == "offset" and leads_back:
+    names_y_first = bool({"relative", "respect", "from"} & set(words.between_names))
+    if question_type == "offset" and names_y_first:
         return words.names[::-1]
     return words.names
 
 
 def _choose_keypoint(words: _Words) -> str:
     """Choose the taught word for the point of an object that a question asks about."""
-    for word in words.other:
+    for word in words.question_words:
         if word in KEYPOINT_OF_WORD:
             return KEYPOINT_NAMES[KEYPOINT_OF_WORD[word]][0]
     return KEYPOINT_NAMES["centre"][0]
