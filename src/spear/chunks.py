@@ -191,11 +191,11 @@ class ChunkExecutor:
         return has_interval_passed or len(self._planned) <= num_needed_for_inference
 
     def committed_actions(self) -> dict[str, Array]:
-        """In rtc, the committed prefix, as the entry that an observation gets for it.
+        """Return the entry of the present observation that tells the policy the committed prefix.
 
-        The committed prefix consists of the actions that the robot will execute before the chunk
-        arrives that a policy predicts from an observation of now. It assumes that inference takes
-        as long as the last time.
+        The committed prefix exists only in rtc. It consists of the actions that the robot will
+        execute until the chunk arrives that the policy predicts from this observation, if inference
+        takes as long as the last time.
 
         Returns:
             {"committed": [d, 8]}, or {} if nothing is committed.

@@ -45,9 +45,9 @@ QUESTION_SCENES = 60  # SPEAR-VLM is asked about the scenes 0, 1, … 59
 LABEL_SCENES = 30  # number of scenes that are labeled
 FIRST_LABEL_SCENE = 100  # seed of the first labeled scene
 LABEL_SIZE = (240, 160)  # width and height of the labeled images, in pixels
-NUM_LABEL_PICTURES = 4
-NUM_ANSWER_PICTURES = 6
-FINE_TUNE_STEPS = 600
+NUM_LABEL_PICTURES = 4  # labeled images on the page
+NUM_ANSWER_PICTURES = 6  # images with an answer on the page
+FINE_TUNE_STEPS = 600  # training steps of the fine-tuning
 HELD_OUT_FRACTION = 0.25  # fraction of a real dataset's episodes that fine-tuning does not see
 MAX_EPISODES = 400  # of a larger dataset, only its first episodes are used
 ERROR_NAMES = {
@@ -132,7 +132,7 @@ def label_scenes() -> Values:
 def ask_questions(vlm: VlmBundle) -> Values:
     """(b) Ask SPEAR-VLM questions, and compare its answers with the true ones."""
     size = vlm.processor.image_sizes["external"]
-    frames = render_held_out_frames(QUESTION_SCENES, 0, size)  # from scene 0 on
+    frames = render_held_out_frames(QUESTION_SCENES, first_seed=0, size=size)
     labels = list(label_with_ground_truth(frames))
     scores = vqa.evaluate_vqa(vlm, labels, QuestionOptions())
 

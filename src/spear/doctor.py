@@ -45,6 +45,8 @@ from spear.train.memory import GIB, measure_inference
 INSTRUCTION_TOKENS = 12  # length of the instruction in the observation
 MEMORY_INFO = Path("/proc/meminfo")
 NUM_TRIALS = 5  # of each measurement of the machine's speed; the fastest trial counts
+# "of the least" is the time in multiples of the least time; the last column says "agrees", or what
+# the problem is.
 COLUMNS = ["implementation", "type", "ms", "of the least", "difference", "memory of planned", ""]
 
 Phase = tuple[float, float]
@@ -174,7 +176,7 @@ def measure_machine(
 
     first = torch.randn(side, side, device=device).to(dtype)
     second = torch.randn(side, side, device=device).to(dtype)
-    # Of PyTorch's product and ours, the faster one counts.
+    # The faster of PyTorch's product and ours counts.
     product_s = min(
         measure_best(lambda: first @ second), measure_best(lambda: linear(first, second))
     )
@@ -290,7 +292,8 @@ def _free_bytes(device: torch.device) -> float:
 def _list_implementations(model: Any, inputs: Inputs) -> dict[str, Callable[[], torch.Tensor]]:
     """Return the functions that compute actions, by the name of the implementation."""
     steps = model.flow_config.steps
-    sampler = get_sampler(model, True)
+    packed = True  # as in `sample_actions` without autocast
+    sampler = get_sampler(model, packed)
     fast = partial(sample_fast, model, sampler, inputs, steps)
     implementations: dict[str, Callable[[], torch.Tensor]] = {
         "plain network": partial(sample_plain, model, inputs, steps),

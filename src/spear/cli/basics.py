@@ -84,7 +84,7 @@ def ask(options: AskOptions) -> None:
     size = bundle.processor.image_sizes[options.view]
     picture = load_picture(options.image, size, options.view)
 
-    # How far the model's probabilities can be trusted; None if nobody has measured that.
+    # How far the model's probabilities can be trusted; None if this was not measured.
     trust = Trust.load(folder) if options.view == MAIN_VIEW else None
     settings = AskSettings(
         decode=options.decode,

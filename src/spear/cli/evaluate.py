@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from spear.evaluate.open_loop import OpenLoopErrors
     from spear.types import LabeledImage
 
-MIN_CALIBRATION_IMAGES = 100
+MIN_CALIBRATION_IMAGES = 100  # that --calibrate needs (our choice)
 RECORDED_KEYS = {
     "--questions-per-image": "--per_image",
     "--question-types": "--families",
@@ -96,7 +96,8 @@ def _evaluate_all_shifts(agent: "Agent", options: EvaluateOptions) -> None:
     results = []
     for result in evaluate_shifts(agent, options.loop):
         results.append(result)
-        print(f"{result.name}: {result.success.to_text('.0f', 100, ' %')}", flush=True)
+        success = result.success.to_text(".0f", scale=100, unit=" %")
+        print(f"{result.name}: {success}", flush=True)
     show(build_shift_table(results, options.agent.policy))
     page = out / "shifts.html"
     write_shift_page(results, options.agent.policy, page)
@@ -175,7 +176,7 @@ def evaluate_libero(options: EvaluateLiberoOptions) -> None:
     results, _ = run.evaluate_libero(agent, options.loop)
     _save_and_print_results(options.agent.policy, options.loop.out, len(results.outcomes))
     for suite, success in run.summarize_suites(results).items():
-        print(f"{suite}: {success.to_text('.1f', 100, ' %')}")
+        print(f"{suite}: {success.to_text('.1f', scale=100, unit=' %')}")
 
 
 class EvaluateDataOptions(Options):
@@ -423,7 +424,7 @@ def _check_vqa_run(
             "--calibrate measures everything that `spear ask` may be asked. Leave out "
             "--question-types and --view."
         )
-    check_no_foreign_files(options.out, "scores.json", "evaluate")
+    check_no_foreign_files(options.out, "scores.json", action="evaluate")
     check_writable(scores_file)
     if options.calibrate:
         check_writable(locate(options.model) / CALIBRATION_FILE)
@@ -431,7 +432,7 @@ def _check_vqa_run(
         return
 
     # Compare with the settings of the scores in the folder, by the options' present names.
-    recorded = read_json(scores_file, "remove it, or give another --out")
+    recorded = read_json(scores_file, advice="remove it, or give another --out")
     option_of_key = {key: option for option, key in RECORDED_KEYS.items()}
     recorded_values = {option_of_key.get(key, key): recorded.get(key) for key in settings}
     values = {option_of_key.get(key, key): value for key, value in settings.items()}

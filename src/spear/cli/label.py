@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from spear.labels.models.resources import Resources
     from spear.types import LabeledImage
 
-SIMPLER_PREFIX = "simpler:"
+SIMPLER_PREFIX = "simpler:"  # PHOTOS that begin with this are scenes of SIMPLER
 DEFAULT_PLANNED_SIZE_PX = 840
 """Longer side of an image in the plan of --dry-run, if no --max-size limits the photos' sizes."""
 DEFAULT_PLANNED_NAMES = 8
@@ -339,7 +339,8 @@ def _predict_point_maps(
     if not (folder / "run.json").is_file():
         return [None] * len(labels)
     run = read_json(
-        folder / "run.json", "leave out --save-rerun, which needs to know how the images were made"
+        folder / "run.json",
+        advice="leave out --save-rerun, which needs to know how the images were made",
     )
 
     if run["pointmap"] == "ground-truth":  # the sources of the images have the true depth

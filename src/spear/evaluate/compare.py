@@ -216,7 +216,7 @@ def format_row(row: Row) -> list[str]:
         str(row.difference.n),
         f"{row.first.value:.1%}",
         f"{row.second.value:.1%}",
-        row.difference.to_text("+.1f", 100),
+        row.difference.to_text("+.1f", scale=100),
         format_p_value(row.p).removeprefix("= "),
         f"{row.only_first} : {row.only_second}",
     ]
@@ -224,7 +224,7 @@ def format_row(row: Row) -> list[str]:
 
 def format_points(difference: Estimate) -> str:
     """Format a difference of rates, for example as "+35.0 points [+20.1, +47.2]"."""
-    return difference.to_text("+.1f", 100, " points")
+    return difference.to_text("+.1f", scale=100, unit=" points")
 
 
 def format_p_value(p: float) -> str:

@@ -35,7 +35,7 @@ def import_encoder() -> Any:
         SpearError: PyAV is missing, or was built without the H.264 encoder, which every wheel on
             PyPI has.
     """
-    av = import_optional("av", "report", "a film")
+    av = import_optional("av", extra="report", feature="a film")
     if "libx264" not in av.codecs_available:
         raise SpearError("a film: this PyAV has no H.264 encoder: pip install --upgrade av")
     return av

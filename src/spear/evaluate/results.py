@@ -130,7 +130,7 @@ class Results:
 
     @property
     def families(self) -> list[str]:
-        """The families that have outcomes, in the order of these."""
+        """The families that have outcomes, in the order of their first outcomes."""
         return list(dict.fromkeys(outcome.family for outcome in self.outcomes))
 
     def mean_success(self) -> Estimate:

@@ -62,8 +62,8 @@ class Simulator(Protocol[Track]):
             filming: Whether tracks are needed. Otherwise they may be empty.
 
         Yields:
-            Of each episode, when it ends: its outcome, the seconds that it ran (at the same time as
-            others), and its track.
+            (outcome, seconds, track) of each episode, when the episode ends. The seconds are how
+            long the episode ran, at the same time as others.
         """
 
     def film(self, outcome: Outcome, track: Track) -> Iterable[Array]:
@@ -205,7 +205,7 @@ class _Evaluation(Generic[Track]):
                 if (family, seed) in self.journal.outcomes:
                     outcomes[seed] = self.journal.outcomes[family, seed]
         title = f"{self.agent.name}, {family}"
-        with ProgressBar(title, len(seeds), "scenes", len(outcomes)) as bar:
+        with ProgressBar(title, len(seeds), "scenes", num_done_before=len(outcomes)) as bar:
             tracks = self._run_episodes(family, seeds, outcomes, bar)
             ended = [outcomes[seed] for seed in seeds]
             without_track = self._make_films(ended, tracks)

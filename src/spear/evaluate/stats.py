@@ -32,7 +32,7 @@ Z95 = 1.959963984540054  # the 97.5 % quantile of the standard normal distributi
 # With five units, even the range from minimum to maximum misses the median in over 5 % of cases, so
 # no 95 % interval is possible.
 MIN_BOOTSTRAP_UNITS = 6
-NUM_BOOTSTRAP_DRAWS = 1000
+NUM_BOOTSTRAP_DRAWS = 1000  # resampled values of the statistic, of which percentiles are taken
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class Estimate:
             unit: Text after the number.
 
         Example:
-            >>> Estimate(0.8, 0.49, 0.943, 10).to_text(".1f", 100)
+            >>> Estimate(0.8, 0.49, 0.943, 10).to_text(".1f", scale=100)
             '80.0 [49.0, 94.3]'
         """
         value = format(scale * self.value, format_spec)

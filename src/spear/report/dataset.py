@@ -36,7 +36,7 @@ from spear.util.skipped_items import SkippedItems
 MAX_EPISODES = 4  # episodes on the page
 MAX_FRAMES = 8  # images in a strip; a strip is a row of images of one camera
 STRIP_HEIGHT_PX = 120
-NUMBERS_PER_CHART = 3
+NUMBERS_PER_CHART = 3  # lines in a chart of a column that has several numbers per step
 MAX_NUMBERS = 24  # of a column with more numbers per step, only the first are drawn
 MAX_LISTED_STEPS = 8  # the words about a bool column list its first true steps
 NUM_DRAWN_FRAMES = 5  # poses whose axes are drawn along a path

@@ -22,8 +22,8 @@ NEAR_FACE = {0, 1, 4, 5}  # vertices of a box's near face, whose edges are drawn
 MIN_DEPTH_M = 1e-3  # a point of a smaller depth counts as behind the camera
 NUM_BOX_VERTICES = 8
 NUMBERS_OF_3D_ANSWERS = (3, 3 * NUM_BOX_VERTICES)  # how many numbers a point or a box has
-ANSWER_SCALE = 3
-MASK_OPACITY = 0.35
+ANSWER_SCALE = 3  # how many times as large as its image the drawing of a single answer is
+MASK_OPACITY = 0.35  # of an object's color on its mask
 TAG_STEP_PX = 3  # distance between the positions that are tried for a tag; a tag shows a name
 
 

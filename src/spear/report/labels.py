@@ -36,8 +36,8 @@ QuestionsBySource = Mapping[str, Sequence[Question]]
 MIN_IMAGE_WIDTH_PX = 640  # about; images on the contact sheet are enlarged by whole numbers
 NUM_TOKEN_BARS = 64  # in the chart of token use; each bar stands for several neighboring tokens
 NUM_HISTOGRAM_BARS = 40
-MAX_LISTED_NAMES = 20
-MAX_ANSWER_CHARS = 150
+MAX_LISTED_NAMES = 20  # of objects, the most frequent first
+MAX_ANSWER_CHARS = 150  # longer answers are cut off
 MAX_CLOUD_POINTS = 60_000  # about; a larger point cloud is thinned out in the Rerun file
 KEYPOINT_RADIUS = 4  # pixels on the screen
 
@@ -222,7 +222,7 @@ def write_rerun(
     Raises:
         SpearError: rerun-sdk is not installed, or the file cannot be written.
     """
-    rr = import_optional("rerun", "view", "the Rerun viewer")
+    rr = import_optional("rerun", extra="view", feature="the Rerun viewer")
     stream = rr.RecordingStream("spear labels")
     memory = stream.memory_recording()
     stream.log("camera", rr.ViewCoordinates.RDF, static=True)  # x right, y down, z forward

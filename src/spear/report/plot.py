@@ -25,6 +25,7 @@ LEFT_MARGIN_PX = 40
 LEFT_MARGIN_WITH_TITLE_PX = 54
 BOTTOM_MARGIN_PX = 22
 BOTTOM_MARGIN_WITH_TITLE_PX = 38
+# About the smallest distances of ticks, so that their labels do not overlap.
 X_TICK_SPACING_PX = 60
 Y_TICK_SPACING_PX = 40
 MIN_DIFFERENCE_RANGE = 0.1  # a plot of rate differences shows at least ± 10 points
@@ -252,7 +253,7 @@ def draw_differences(rows: Sequence[tuple[str, Estimate]]) -> str:
         half_range = max(half_range, abs(low), abs(high))
         contains_zero = low <= 0 <= high  # then the difference may be due to chance
         style = "dot" if contains_zero else "sure dot"
-        text = difference.to_text("+.1f", 100)
+        text = difference.to_text("+.1f", scale=100)
         dots.append(Bar(name, difference.value, text, low, high, style))
     return draw_bars([("", dots)], (-half_range, half_range))
 

@@ -27,7 +27,7 @@ NUM_FIGURES_BY_TYPE = {"box_vertices": 6, "keypoint": 3, "back_projection": 3}
 CAPTION_MEASURES = ("error", "pixels", "relative")
 """Measures (keys of `MEASURES`) that a figure's caption names."""
 NUM_ANSWERS_IN_WORDS = 4  # answers of each question type in the list of answers
-MAX_ANSWER_CHARS = 64
+MAX_ANSWER_CHARS = 64  # longer answers are cut off
 CALIBRATION_CHART_SIZE_PX = (460, 340)
 
 

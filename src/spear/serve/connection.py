@@ -110,8 +110,10 @@ class LimitedConnection(ServerConnection):
         return message
 
     def _release_message(self) -> None:
-        """Take the data out of the frames of the next message: the parser keeps its last frame, and
-        they would stay in memory until the client sends another one.
+        """Take the data out of the frames of the next message.
+
+        The parser keeps its last frame, so the frame's data would otherwise stay in memory until
+        the client sends another frame.
         """
         while self._unread_frames:
             frame = self._unread_frames.popleft()

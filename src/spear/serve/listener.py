@@ -22,6 +22,7 @@ RESOURCE_ERRNOS = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 """Errors of accepting that say that this machine is out of files or memory."""
 ACCEPT_PAUSE_S = 1.0  # pause after such an error, because trying again at once would fail again
 LOG_INTERVAL_S = 60.0  # smallest time between two lines in the log about such errors
+# What `poll` reports if a client has closed its end, or its connection has an error.
 HANG_UP_EVENTS = select.POLLHUP | select.POLLERR | getattr(select, "POLLRDHUP", 0)
 
 AnswerPlainRequest = Callable[[bytes], bytes | None]

@@ -4,7 +4,7 @@ import asyncio
 import ctypes
 import sys
 
-TRIM_INTERVAL_S = 2.0
+TRIM_INTERVAL_S = 2.0  # between two times at which memory is given back
 
 
 async def trim_memory_regularly() -> None:

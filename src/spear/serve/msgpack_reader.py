@@ -12,9 +12,10 @@ from spear.errors import SpearError
 MAX_NESTING = 8  # levels of maps and lists below a key
 MAX_VALUES = 1000  # in the lists and maps of a message; larger data come as arrays
 MAX_TEXT_BYTES = 2**20  # of all texts of a message
-MAX_KEY_BYTES = 1024
+MAX_KEY_BYTES = 1024  # of a key that is a binary
 _MAX_QUOTED_CHARS = 80
 _MAX_READ_NESTING = MAX_NESTING + 3  # an array is a map with a list in it
+# Number of bytes that a length is written in -> how to read the length.
 _UNPACK_LENGTH = {1: struct.Struct(">B"), 2: struct.Struct(">H"), 4: struct.Struct(">I")}
 
 # The first byte of a value says what it is. Those below are followed by a number or by a length.
@@ -31,6 +32,7 @@ _NUMBERS = {
     0xD3: struct.Struct(">q"),
 }
 _CONSTANTS = {0xC0: None, 0xC2: False, 0xC3: True}
+# First byte -> number of bytes that the following length is written in.
 _NUM_LENGTH_BYTES_OF_BINARY = {0xC4: 1, 0xC5: 2, 0xC6: 4}
 _NUM_LENGTH_BYTES_OF_TEXT = {0xD9: 1, 0xDA: 2, 0xDB: 4}
 _NUM_LENGTH_BYTES_OF_LIST = {0xDC: 2, 0xDD: 4}

@@ -171,7 +171,7 @@ class PolicyServer:
         return sum(peer.state is State.OPEN for peer in self._peers)
 
     def _infer_batch(self, requests: Sequence[Any], robots: Sequence[Hashable]) -> Sequence[Result]:
-        """Answer a batch and count it."""
+        """Answer a batch, and measure its size and time for the metrics."""
         self._metrics.batch_size.observe(len(requests))
         with self._metrics.inference.time():
             return self._service.answer(requests, robots)

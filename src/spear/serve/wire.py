@@ -20,6 +20,7 @@ MAX_DIMENSIONS = 8  # of an array
 MAX_BINARY_BYTES = 1024  # of a binary that is not the data of an array
 FOREIGN_ARRAY_KEYS = {b"nd": "msgpack-numpy", "nd": "msgpack-numpy", "__numpy__": "json-numpy"}
 """Key of an array that another package packed → that package."""
+# NumPy's names of the permitted types: byte order, kind and number of bytes, such as "<f4".
 _DTYPE = re.compile(r"[<>=|]?(b1|[iu][1248]|f[248])")
 _MAX_REASON_CHARS = 100
 

@@ -27,7 +27,7 @@ from spear.embodiments.inverse_kinematics import (
 from spear.errors import SpearError
 from spear.geometry import UNIT_NORM_TOLERANCE
 
-NUM_JOINTS = 7
+NUM_JOINTS = 7  # of the arm, without the fingers
 HIDDEN_GROUP = 3
 """MuJoCo's geom group of collision shapes that no camera sees. The robot has group 1."""
 

@@ -37,7 +37,7 @@ MAX_GRASP_DEPTH_M = 0.033  # how far below the top of a tall object the fingers 
 MIN_EE_HEIGHT_M = 0.012  # the lowest height of the point between the finger tips
 # Height of the source's underside over the target's rim when the gripper opens.
 RELEASE_HEIGHTS_M = {"basket": -0.025, "bowl": -0.015}
-DEFAULT_RELEASE_HEIGHT_M = 0.004
+DEFAULT_RELEASE_HEIGHT_M = 0.004  # for all other targets
 # A held source that is more than this above its release height does not lie on the target yet.
 HANGING_HEIGHT_M = 0.012
 

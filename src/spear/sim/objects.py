@@ -142,6 +142,8 @@ OBJECT_KINDS = _TASK_KINDS | _OTHER_KINDS
 TASK_FREE_KINDS = tuple(_OTHER_KINDS)
 """Names of the kinds that no task uses. They appear as clutter in wild worlds."""
 CUBES = tuple(name for name in OBJECT_KINDS if name.endswith("cube"))
+"""Names of the kinds that can be stacked."""
 GRASPABLE = tuple(name for name, kind in OBJECT_KINDS.items() if kind.grasp is not None)
+"""Names of the kinds that the gripper can pick up."""
 SUPPORTS = ("plate", "bowl", "basket", "towel")
 """Names of the kinds on or in which objects are put."""

@@ -94,7 +94,9 @@ def record_episodes(
     """
     job = functools.partial(_record_task, image_sizes, policy, world)
     num_processes = workers if workers > 1 else 0
-    with processes.open_worker_pool(num_processes, __name__, "give fewer --workers") as executor:
+    with processes.open_worker_pool(
+        num_processes, preload=__name__, advice="give fewer --workers"
+    ) as executor:
         yield from processes.map_in_order(executor, job, tasks, num_ahead=2 * workers)
 
 

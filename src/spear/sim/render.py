@@ -28,7 +28,7 @@ from spear.types import Frame
 
 ImageSize = tuple[int, int]
 """Width and height, pixels."""
-CAMERAS = ("external", "wrist")
+CAMERAS = ("external", "wrist")  # of every world
 MIN_PIXELS = 8
 """An object with fewer visible pixels is not among a frame's instances."""
 INITIAL_BUFFER_PX = (560, 420)  # (width, height); the buffer grows if larger images are requested
@@ -40,7 +40,7 @@ _ALL_RENDERERS: list["Renderer"] = []
 """Keeps all renderers alive. When MuJoCo deletes a context, it deletes the context's buffers by
 their numbers in whichever context is current. Other contexts use the same numbers, so another
 renderer would lose its buffers and draw nothing but its background."""
-_THREAD = threading.local()
+_THREAD = threading.local()  # its attribute `renderer` is each thread's own renderer
 
 
 class Renderer:
@@ -124,9 +124,9 @@ class Renderer:
         mujoco.mjr_readPixels(image, depth_buffer, rectangle, self._context)
 
         # Draw again, now with every geom in a color that encodes the geom's number in the scene.
-        self._set_segmentation(1)
+        self._set_segmentation(is_on=True)
         mujoco.mjr_render(rectangle, self._scene, self._context)
-        self._set_segmentation(0)
+        self._set_segmentation(is_on=False)
         codes = np.empty((height, width, 3), np.uint8)
         mujoco.mjr_readPixels(codes, None, rectangle, self._context)
 
@@ -165,10 +165,10 @@ class Renderer:
             self._scene,
         )
 
-    def _set_segmentation(self, value: int) -> None:
-        """Switch between natural colors (0) and colors that encode numbers of geoms (1)."""
-        self._scene.flags[mujoco.mjtRndFlag.mjRND_SEGMENT] = value
-        self._scene.flags[mujoco.mjtRndFlag.mjRND_IDCOLOR] = value
+    def _set_segmentation(self, is_on: bool) -> None:
+        """Switch between colors that encode numbers of geoms (on) and natural colors (off)."""
+        self._scene.flags[mujoco.mjtRndFlag.mjRND_SEGMENT] = int(is_on)
+        self._scene.flags[mujoco.mjtRndFlag.mjRND_IDCOLOR] = int(is_on)
 
     def _decode_geom_ids(self, codes: NDArray[np.uint8]) -> NDArray[np.int32]:
         """Return the geom id of each pixel, -1 for the background.

@@ -39,8 +39,8 @@ PUT_ON: dict[str, Sequence[str]] = {
 out, because it is a task family of its own."""
 IN_BASKET = ("eggplant", "carrot", "banana", "cucumber", "sponge", "can", *COMPACT)
 """Task family put_in_basket: the kinds of sources."""
-DISTRACTORS = (*GRASPABLE, "bottle")
-MAX_DISTRACTORS = 3
+DISTRACTORS = (*GRASPABLE, "bottle")  # kinds of distractors
+MAX_DISTRACTORS = 3  # in a scene with a task
 
 _DATA = tomllib.loads(Path(__file__).with_suffix(".toml").read_text("utf-8"))
 TEMPLATES: dict[str, Sequence[str]] = _DATA["templates"]
@@ -57,7 +57,7 @@ SURFACES = {
 NUM_PLACING_ATTEMPTS = 40  # places that are tried for an object
 TASK_OBJECT_GAP_M = 0.03  # smallest gap between source and target
 OBJECT_GAP_M = 0.02  # smallest gap between a distractor and other objects
-OBJECT_COLOR_SPREAD = 0.04
+OBJECT_COLOR_SPREAD = 0.04  # the `spread` of an object's color, see `_sample_color`
 
 Quat = tuple[float, float, float, float]
 

@@ -55,7 +55,9 @@ MIN_START_HEIGHT_M = 0.12
 
 _WORDS = tomllib.loads(Path(__file__).with_suffix(".toml").read_text("utf-8"))
 UNSEEN_TEMPLATES: dict[str, Sequence[str]] = _WORDS["unseen_templates"]
+"""Task family -> instructions that training does not have, with {source} and {target}."""
 UNSEEN_SYNONYMS: dict[str, Sequence[str]] = _WORDS["unseen_synonyms"]
+"""Kind of object -> names that training does not have."""
 POLITE_PREFIXES: Sequence[str] = _WORDS["politeness"]["prefixes"]
 POLITE_SUFFIXES: Sequence[str] = _WORDS["politeness"]["suffixes"]
 
@@ -64,8 +66,12 @@ POLITE_SUFFIXES: Sequence[str] = _WORDS["politeness"]["suffixes"]
 class CameraLevel:
     """How far the external camera is moved at most.
 
-    A change is drawn between minus and plus a value, and a factor between 1 / `distance_factor` and
-    `distance_factor`. Azimuth, elevation and distance are those of `CameraOrbit`.
+    Azimuth, elevation and distance are those of `CameraOrbit`.
+
+    azimuth_deg      largest change of the azimuth, to either side.
+    elevation_deg    largest change of the elevation, up or down.
+    distance_factor  the distance is multiplied or divided by at most this.
+    fovy_deg         largest change of the vertical view angle, up or down.
     """
 
     azimuth_deg: float
@@ -78,8 +84,8 @@ class CameraLevel:
 class LightLevel:
     """How far the light changes at most. At every level the light comes from any direction above.
 
-    brightness_factor  the brightness changes by a factor between its inverse and this.
-    warmth             red grows by a fraction between minus and plus this, and blue shrinks by it.
+    brightness_factor  the brightness is multiplied or divided by at most this.
+    warmth             the largest fraction by which red grows and blue shrinks, or the reverse.
     """
 
     brightness_factor: float

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-TEXTURE_SIZE_PX = 128
+TEXTURE_SIZE_PX = 128  # width and height
 
 Gray = NDArray[np.floating[Any]]
 """[h, w] gray values, 0 … 1."""

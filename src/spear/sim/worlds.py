@@ -201,7 +201,8 @@ def _wild_look(appearance: SceneAppearance, rng: np.random.Generator) -> SceneAp
     brightness = rng.uniform(0.3, 0.8)
     fill_lights = []
     for _ in range(int(rng.integers(0, 3))):
-        fill_lights.append((light_from_above(rng), color_near((0.2, 0.2, 0.2), 0.1, rng)))
+        color = color_near((0.2, 0.2, 0.2), distance=0.1, rng=rng)
+        fill_lights.append((light_from_above(rng), color))
     return dataclasses.replace(
         appearance,
         camera=camera.position(),

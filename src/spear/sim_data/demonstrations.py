@@ -135,7 +135,7 @@ def record_successes(
     Returns:
         How many demonstrations succeeded, and how many were tried.
     """
-    check_no_foreign_files(out, SHARD_GLOB, "record")
+    check_no_foreign_files(out, SHARD_GLOB, action="record")
     with acquire_run_lock(out, "recording into", SETTINGS_FILE):
         remove_unfinished_shards(out)
         progress = _Progress(num_recorded=0, num_tried=0)
@@ -145,9 +145,12 @@ def record_successes(
             "simulator": simulator_version,
             "policy": None if policy is None else fingerprint_checkpoint(policy.folder),
         }
-        record_or_check_settings(out / SETTINGS_FILE, settings, bool(list_shards(out)))
+        has_episodes = bool(list_shards(out))
+        record_or_check_settings(out / SETTINGS_FILE, settings, is_resuming=has_episodes)
 
-        bar = ProgressBar("recording", len(sources), "demonstrations", progress.num_tried)
+        bar = ProgressBar(
+            "recording", len(sources), "demonstrations", num_done_before=progress.num_tried
+        )
         episodes = track_progress(record_from(progress.num_tried), bar)
         successes = (episode for episode in episodes if episode.success)
         num_written = write_episodes(successes, out, shard_size)

@@ -37,7 +37,7 @@ from spear.util.run_lock import acquire_run_lock
 from spear.util.run_settings import record_or_check_settings
 
 IMAGE_SIZE_PX = (840, 630)  # width, height of `sim:` images; the paper labeled images of this size
-MAX_SCENES_PER_JOB = 32
+MAX_SCENES_PER_JOB = 32  # and so, labels in a shard
 NUM_INSTRUCTION_SCENES = 2000  # scenes from which the instructions are collected
 INSTRUCTIONS_FILE = "wording.txt"
 """The file of the simulator's instructions. It is written first, so a folder that contains it is a
@@ -173,7 +173,7 @@ def label_scene_jobs(
     """
     views = simulator.views
     num_scenes = _count_scenes(jobs)
-    check_no_foreign_files(out, INSTRUCTIONS_FILE, "label")
+    check_no_foreign_files(out, INSTRUCTIONS_FILE, action="label")
     advice = "use fewer --workers, and run the same command again"
 
     with acquire_run_lock(out, "labelling into", INSTRUCTIONS_FILE, "run.json"):
@@ -185,7 +185,7 @@ def label_scene_jobs(
             )
         has_labels = any(out.glob("*/labels-*.parquet"))
         settings = {"spear": spear.__version__, **simulator.settings}
-        record_or_check_settings(out / "run.json", settings, has_labels)
+        record_or_check_settings(out / "run.json", settings, is_resuming=has_labels)
 
         # Clean up after an earlier run, and find the jobs that it did not finish.
         for view in views:
@@ -202,10 +202,13 @@ def label_scene_jobs(
 
         # Label the scenes of these jobs.
         num_finished = num_scenes - _count_scenes(job for _, job in open_jobs)
-        bar = ProgressBar("labelling", num_scenes, "scenes", num_finished)
+        bar = ProgressBar("labelling", num_scenes, "scenes", num_done_before=num_finished)
         label_job = partial(_label_job, out, simulator.render, label_frames)
         num_processes = workers if workers > 1 else 0
-        with bar, processes.open_worker_pool(num_processes, __name__, advice) as pool:
+        with (
+            bar,
+            processes.open_worker_pool(num_processes, preload=__name__, advice=advice) as pool,
+        ):
             for num_labeled in processes.map_in_order(pool, label_job, open_jobs, workers):
                 bar.update(bar.done + num_labeled)
 

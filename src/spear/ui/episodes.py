@@ -48,7 +48,7 @@ MAX_TRACK_STEPS = 1000
 MAX_LISTED_EPISODES = 500  # a longer list is cut off; an evaluation's failures come first
 SEEDS_PER_SCENE = 1000
 """In an evaluation the policy's noise at step k of scene s has the seed 1000 s + k."""
-ARM_BODIES = (*(f"link{number}" for number in range(8)), "hand")
+ARM_BODIES = (*(f"link{number}" for number in range(8)), "hand")  # in the simulator's model
 STATUS_WORDS = {
     "reached": "reached",
     "grasped": "grasped",

@@ -14,6 +14,7 @@ from spear.util.json_text import MAX_JSON_BYTES, parse_json_as, read_utf8
 
 T = TypeVar("T")
 
+# How a Git LFS pointer begins, today and when Git LFS was called Hawser.
 LFS_POINTER_STARTS = (b"version https://git-lfs", b"version https://hawser")
 MAX_LFS_START_BYTES = max(len(start) for start in LFS_POINTER_STARTS)
 LFS_POINTER_PROBLEM = "the file is a Git LFS pointer, which names the content but lacks it"

@@ -62,7 +62,8 @@ def record_or_check_settings(path: Path, settings: Mapping[str, Any], is_resumin
     if not is_resuming:
         write_text(path, json.dumps(to_plain_json(settings), indent=2) + "\n")
         return
-    difference = describe_difference(read_json(path, "choose another folder"), settings)
+    recorded = read_json(path, advice="choose another folder")
+    difference = describe_difference(recorded, settings)
     if difference:
         raise SpearError(
             f"{path.parent}: was begun with other settings: {difference}. Use the same ones, or "

@@ -123,6 +123,7 @@ class SharedBatchSlots:
         """
         worker, number = slotted.slot
         slot = np.frombuffer(self._memory[worker][number], np.uint8)
+        # When the array is gone, this sets `self._is_taken[slotted.slot] = False`.
         weakref.finalize(slot, self._is_taken.__setitem__, slotted.slot, False)
         return tree_map_only(TensorLocation, lambda location: location.view(slot), slotted.batch)
 

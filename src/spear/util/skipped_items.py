@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from spear.errors import SpearError
 
-MAX_SHOWN_REASONS = 3
+MAX_SHOWN_REASONS = 3  # in one message
 
 
 @dataclass

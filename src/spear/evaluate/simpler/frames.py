@@ -40,7 +40,7 @@ their names. Basket and sink are part of the photograph."""
 GRIPPER_LINK_NAMES = ("gripper", "finger")  # links with one of these in their names are the gripper
 MILLIMETERS_PER_METER = 1000
 
-MAX_CLUTTER_OBJECTS = 3
+MAX_CLUTTER_OBJECTS = 3  # per scene
 MIN_CLUTTER_DISTANCE_M = 0.11  # horizontal distance of a clutter object from all other objects
 CLUTTER_DROP_HEIGHT_M = 0.905  # world z from which clutter falls onto the table
 CLUTTER_X_M = (-0.3, 0.02)  # range of world x of clutter

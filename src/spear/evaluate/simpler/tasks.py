@@ -28,7 +28,7 @@ MIN_START_OFFSET_M = 0.01
 MIN_START_TURN_RAD = math.radians(10)
 MAX_START_TURN_RAD = math.pi / 4  # largest rotation from an official orientation
 START_JOINT_STD_RAD = 0.05  # standard deviation of the arm's joints in a start off the grid
-MAX_START_TRIES = 10_000
+MAX_START_TRIES = 10_000  # random starts that are tried, before there is an error
 
 
 @dataclass(frozen=True)
@@ -150,8 +150,9 @@ def sample_off_grid_start(task: Task, seed: int, positions: Array, turns: Array)
 def is_official(start: Start, positions: Array, turns: Array) -> bool:
     """Return whether a start counts as one of the official ones.
 
-    It does if both objects are less than `MIN_START_OFFSET_M` from their positions in one of these,
-    and the object to move is turned by less than `MIN_START_TURN_RAD`.
+    It does if both objects are less than `MIN_START_OFFSET_M` from their positions in an official
+    start, and the object to move is turned by less than `MIN_START_TURN_RAD` from an official
+    orientation.
 
     Args:
         start: The start.

@@ -44,7 +44,8 @@ def load_picture(source: str, size: tuple[int, int], camera: str = "external") -
         SpearError: The image cannot be read, or the seed is not held out.
     """
     if source.startswith("sim:"):
-        return next(render_held_out_frames(1, parse_sim_seed(source), size, camera))
+        seed = parse_sim_seed(source)
+        return next(render_held_out_frames(num_scenes=1, first_seed=seed, size=size, camera=camera))
     return Frame(load_image(source))
 
 

@@ -29,12 +29,12 @@ CENTRAL_INTERVALS = (0.5, 0.8, 0.95)  # levels of the intervals that tables repo
 CURVE_LEVELS = tuple(round(0.05 * i, 2) for i in range(21))  # levels 0 … 1 of the curve
 TRUSTED_COVERAGE = 0.8  # fraction of true numbers that the intervals of `spear ask` should contain
 MAX_BANDS = 10  # see `Band`
-MIN_NUMBERS_PER_BAND = 40
+MIN_NUMBERS_PER_BAND = 40  # with fewer than twice as many numbers, there is only one band
 MIN_SPREAD = 1e-9  # relative; a smaller spread is replaced by this before an error is divided by it
 # Limits of the rates in `Trust.tells_absent` (our choice).
 MIN_NAMES_PRESENT = 0.8
 MAX_NAMES_ABSENT = 0.2
-CALIBRATION_FILE = "calibration.json"
+CALIBRATION_FILE = "calibration.json"  # in the folder of the model's weights
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,7 @@ class Trust:
         path = folder / CALIBRATION_FILE
         if not path.is_file():
             return None
-        trust = read_json_as(Trust, path, "remove it")
+        trust = read_json_as(Trust, path, advice="remove it")
         changed_files = find_changed_files(folder, trust.files)
         if changed_files:
             notice(

@@ -80,7 +80,7 @@ class Measure:
             format_spec = ".2f"
         unit = f" {self.unit}" if self.unit else ""
         if isinstance(value, Estimate):
-            return value.to_text(format_spec, 1.0, unit)
+            return value.to_text(format_spec, unit=unit)
         return format(value, format_spec) + unit
 
 

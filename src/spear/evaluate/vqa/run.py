@@ -46,7 +46,8 @@ def evaluate_vqa(
         labels: Labeled images, in the unit of the model's numbers.
         options: Which questions are asked, and how answers are read.
         trust: If given, its intervals are scored, too, unless it was measured on some of these
-            images. For those, the intervals are right by construction.
+            images. For the images on which it was measured, its intervals are right by
+            construction.
 
     Raises:
         SpearError: A question type is unknown, or no image allows a question.

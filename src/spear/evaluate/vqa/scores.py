@@ -230,7 +230,7 @@ class Scores:
         rows = []
         for question_type, reading in self.readings.items():
             errors = [f"{reading.error[method]:.2f} %" for method in DECODE_METHODS]
-            gains = [gain.to_text("+.1f", 100, " %") for gain in reading.gain.values()]
+            gains = [gain.to_text("+.1f", scale=100, unit=" %") for gain in reading.gain.values()]
             rows.append([_to_words(question_type), *errors, reading.best, *gains])
         return headers, rows
 

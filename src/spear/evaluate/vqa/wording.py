@@ -40,6 +40,7 @@ KEYPOINT_OF_WORD = {
 }
 """Word of a question → keypoint, a key of `KEYPOINT_NAMES`."""
 
+# A token is 's, a word (perhaps with hyphens), or a single punctuation mark.
 _TOKENS = re.compile(r"'s\b|[a-z0-9]+(?:-[a-z0-9]+)*|[^\sa-z0-9]")
 _PIXEL = r"(?:<loc\d{4}>){2}"  # an image point in PaliGemma's tokens: one per coordinate
 
