@@ -126,6 +126,71 @@ class TestFromBackbonesToAPolicy:
             assert (folder / "README.md").read_text().startswith("---\nlicense: gemma\n")
 
 
+class TestWholePi0:
+    """`spear convert pi0`."""
+
+    @pytest.fixture
+    def policy(self, tmp_path: Path) -> Path:
+        """The folder of the converted policy."""
+        return tmp_path / "policy"
+
+    @pytest.fixture
+    def command(self, tmp_path: Path, policy: Path) -> list[str]:
+        """The command, with everything but a tokenizer."""
+        pi0 = publish_pi0(make_pi0(state_dim=32, action_dim=32), tmp_path / "pi0")
+        moge = publish_moge(tmp_path / "model.pt")
+        coordinates = save_coordinates(tmp_path / "coordinates.json")
+        options = ["--out", str(policy), "--coordinates", coordinates, *SIZE]
+        return ["convert", "pi0", str(pi0), str(moge), *options]
+
+    @pytest.fixture
+    def tokenizer(self, tmp_path: Path) -> str:
+        """The path of a PaliGemma with its tokenizer."""
+        return str(publish_paligemma(make_paligemma(), tmp_path / "paligemma"))
+
+    def test_a_dry_run_prints_what_becomes_of_each_weight(
+        self, run_command: Command, command: list[str], tokenizer: str, policy: Path
+    ) -> None:
+        output = run_command(command, "--tokenizer", tokenizer, "--dry-run")
+
+        rows = [line.split() for line in output.splitlines()]
+        expert = "model.paligemma_with_expert.gemma_expert"
+        assert [
+            "loaded",
+            "expert.norm.weight",
+            "16",
+            "1",
+            "π0:",
+            f"{expert}.model.norm.weight",
+        ] in rows
+        assert any(row[:3] == ["left", "out", f"{expert}.lm_head.weight"] for row in rows)
+        assert any(row[:2] == ["new", "vlm.moge_projector.linear.weight"] for row in rows)
+        assert "nothing written" in output
+        assert not policy.exists()
+
+    def test_the_policy_has_a_processor_and_says_what_it_was_made_from(
+        self, run_command: Command, command: list[str], tokenizer: str, policy: Path
+    ) -> None:
+        run_command(command, "--tokenizer", tokenizer)
+
+        assert Processor.load(policy).coordinate_ids.start == NUM_ROWS
+        sources = json.loads((policy / "recipe.json").read_text())["converted"]
+        assert list(sources) == ["π0", "MoGe", "tokenizer"]
+        assert sources["tokenizer"] == tokenizer
+
+    def test_coordinates_need_a_tokenizer(
+        self, run_refused_command: Command, command: list[str]
+    ) -> None:
+        assert "--tokenizer google/paligemma-3b-pt-224" in run_refused_command(command)
+
+    def test_a_missing_tokenizer_is_named(
+        self, run_refused_command: Command, command: list[str], tmp_path: Path
+    ) -> None:
+        missing = str(tmp_path / "nowhere")
+
+        assert "tokenizer not found" in run_refused_command(command, "--tokenizer", missing)
+
+
 class TestWithoutTokenizer:
     """Conversions of a PaliGemma folder that has no tokenizer."""
 

@@ -1,4 +1,4 @@
-"""Runs SPEAR-VLM and Transformers' PaliGemma on the same inputs, and compares the results."""
+"""The same inputs for our models and for Transformers' PaliGemma and π0, and how results differ."""
 
 from typing import Any
 
@@ -57,3 +57,32 @@ def compute_logits_of_both(
     our_logits = our_model({"external": image}, ids, mask, token_types).logits
     is_valid = mask.bool()
     return our_logits[is_valid], their_logits[is_valid]
+
+
+def draw_pi0_inputs(image_token: int) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Draw two images and a padded text per row, as inputs of a SPEAR-1 and of Transformers' π0.
+
+    Args:
+        image_token: the id of π0's image token.
+
+    Returns:
+        The arguments of SPEAR-1's `encode_prefix`, and those of π0 but for state and noise.
+    """
+    images = torch.randint(0, 256, (BATCH, 2, 3, 224, 224), dtype=torch.uint8)
+    ids = torch.randint(3, 40, (BATCH, 6))
+    mask = torch.ones_like(ids)
+    mask[0, 4:] = 0
+    our_inputs = {
+        "pixel_values": {"external": images[:, 0], "wrist": images[:, 1]},
+        "input_ids": ids,
+        "attention_mask": mask,
+    }
+    # In π0's sequence, image tokens stand before the text: 16 × 16 patches per image.
+    image_mask = torch.ones(BATCH, 2 * 256, dtype=torch.long)
+    their_inputs = {
+        "pixel_values": images / 127.5 - 1,
+        "pixel_attention_mask": torch.ones(BATCH, 2, dtype=torch.bool),
+        "input_ids": torch.cat([image_mask * image_token, ids], dim=1),
+        "attention_mask": torch.cat([image_mask, mask], dim=1),
+    }
+    return our_inputs, their_inputs

@@ -23,6 +23,9 @@ NUM_ROWS = 1312  # number of token embeddings
 IMAGE_TOKEN = 1311  # id of the token that stands for a patch of the image
 PALIGEMMA_LAYOUTS = ("2024", "2025", "now")
 """The Hub's layout of 2024, that of Transformers 4.52 (2025), and that of Transformers now."""
+PI0_LAYOUTS = ("lerobot", "openpi", "transformers", "saved")
+"""The names of weights in LeRobot, in openpi's PyTorch port, inside Transformers' π0, and in the
+files that Transformers saves."""
 MOGE_ENCODER = (16, 5, 2)  # width, layers, heads
 TOKENIZER_TEXTS = ["estimate the distance between the mug and the spoon"] * 2
 
@@ -65,6 +68,9 @@ def make_paligemma_config(text_type: str = "gemma", num_rows: int = NUM_ROWS) ->
         text_config["final_logit_softcapping"] = 3.0
     vision_config = {
         **TINY.vision,
+        # openpi's and LeRobot's files do not say the number of heads, which is always 16.
+        "hidden_size": 32,
+        "num_attention_heads": 16,
         "model_type": "siglip_vision_model",
         "patch_size": 14,
         "image_size": 224,
@@ -187,25 +193,72 @@ def make_pi0(state_dim: int = 10, action_dim: int = 8, seed: int = 1) -> Pi0:
 
 
 def publish_pi0(model: Pi0, folder: Path, layout: str = "lerobot") -> Path:
-    """Write a folder of a π0 with the names of weights of "lerobot", "openpi" or "transformers"."""
+    """Write a folder of a π0 in one of `PI0_LAYOUTS`."""
     folder.mkdir(parents=True, exist_ok=True)
-    if layout == "transformers":
+    if layout == "saved":
+        model.save_pretrained(folder)
+    elif layout == "transformers":
         weights = {name: w.contiguous().clone() for name, w in model.state_dict().items()}
         save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
         model.config.save_pretrained(folder)
-        return folder
+    else:
+        weights = rename_pi0_weights(model)
+        _write_openpi_weights(weights, folder, layout, {"type": "pi0", "chunk_size": TINY.horizon})
+    return folder
 
+
+def publish_pi05(folder: Path, layout: str = "lerobot", seed: int = 1) -> Path:
+    """Write a folder of a π0.5 with the names of weights of "lerobot" or "openpi".
+
+    Its VLM, and the attention and MLPs of its expert, are those of `make_pi0(32, 32, seed)`.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    model = make_pi0(32, 32, seed)
+    width = model.config.dit_config.hidden_size
+    weights: dict[str, torch.Tensor] = {}
+    for name, weight in rename_pi0_weights(model).items():
+        is_norm_of_expert = "gemma_expert" in name and "norm.weight" in name
+        if is_norm_of_expert:
+            # Scale, shift and gate are linear in an embedding of the flow time (adaRMS).
+            layer = name.removesuffix(".weight")
+            weights[f"{layer}.dense.weight"] = torch.randn(3 * width, width)
+            weights[f"{layer}.dense.bias"] = torch.randn(3 * width)
+        elif not name.startswith(("state_proj", "action_time_mlp")):
+            weights[name] = weight
+    for layer in ("time_mlp_in", "time_mlp_out"):
+        weights[f"{layer}.weight"] = torch.randn(width, width)
+        weights[f"{layer}.bias"] = torch.randn(width)
+    _write_openpi_weights(weights, folder, layout, {"type": "pi05", "chunk_size": TINY.horizon})
+    return folder
+
+
+def rename_pi0_weights(model: Pi0) -> dict[str, torch.Tensor]:
+    """Return the weights of a π0 by the names of openpi's PyTorch port.
+
+    A tied head and its embeddings are one tensor there, which is saved as the head.
+    """
+    paligemma = "paligemma_with_expert.paligemma."
+    expert = "paligemma_with_expert.gemma_expert."
     weights = {}
     for name, weight in model.state_dict().items():
-        name = name.replace("model.vlm.", "paligemma_with_expert.paligemma.model.")
-        name = name.replace("model.dit.", "paligemma_with_expert.gemma_expert.model.")
+        name = name.replace(
+            "model.vlm.vision_tower.", f"{paligemma}model.vision_tower.vision_model."
+        )
+        name = name.replace("model.vlm.language_model.embed_tokens.", f"{paligemma}lm_head.")
+        name = name.replace("model.vlm.", f"{paligemma}model.")
+        name = name.replace("model.dit.embed_tokens.", f"{expert}lm_head.")
+        name = name.replace("model.dit.", f"{expert}model.")
         weights[name.removeprefix("embed_action_time.")] = weight.contiguous().clone()
-    expert = "paligemma_with_expert.gemma_expert."
-    weights[f"{expert}lm_head.weight"] = weights.pop(f"{expert}model.embed_tokens.weight")
+    return weights
+
+
+def _write_openpi_weights(
+    weights: dict[str, torch.Tensor], folder: Path, layout: str, config: dict[str, Any]
+) -> None:
+    """Write weights with openpi's names, or as LeRobot does, with its config and statistics."""
     if layout == "lerobot":
         weights = {f"model.{name}": weight for name, weight in weights.items()}
         statistics_name = "normalize_inputs.buffer_observation_state.mean"
-        weights[statistics_name] = torch.zeros(model.config.max_state_dim)
-        (folder / "config.json").write_text(json.dumps({"type": "pi0", "chunk_size": TINY.horizon}))
+        weights[statistics_name] = torch.zeros(32)
+        (folder / "config.json").write_text(json.dumps(config))
     save_file(weights, folder / "model.safetensors")
-    return folder

@@ -57,6 +57,7 @@ COMMANDS: dict[str, str] = {
     "data datasets": "data:datasets",
     "convert backbones": "convert:convert_backbones",
     "convert vlm": "convert:convert_vlm",
+    "convert pi0": "convert:convert_pi0",
     "convert expected": "convert:convert_expected",
     "estimate-memory": "train:estimate_memory",
     "doctor": "basics:doctor",

@@ -1,4 +1,4 @@
-"""`spear convert …`: makes SPEAR-VLM from published weights, and SPEAR-1 from SPEAR-VLM."""
+"""`spear convert …`: makes SPEAR-VLM from published weights, and SPEAR-1 from it or from a π0."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -22,7 +22,7 @@ class ConvertOptions(Options, kw_only=True):
     out: Path
     """New folder to write to."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
-    """Precision of the result; by default that of the PaliGemma or SPEAR-VLM that is read."""
+    """Precision of the result; by default that of the PaliGemma, SPEAR-VLM or π0 that is read."""
     dry_run: bool = False
     """Print what would be done, and write nothing."""
     seed: Seed = 0
@@ -33,16 +33,31 @@ class ConvertOptions(Options, kw_only=True):
             check_new_folder(self.out)
 
 
+MogeName = Annotated[
+    Positional[str],
+    arg(
+        metavar="MOGE",
+        help="A MoGe file (model.pt), or its name on the Hub; none makes a model without 3D"
+        " encoder.",
+    ),
+]
+CoordinatesPath = Annotated[
+    Path | None,
+    arg(
+        metavar="PATH",
+        help="What the 3D tokens mean: a coordinates.json, or a folder of labeled images to fit"
+        " them to. Without it the model is written without a processor, which training needs.",
+    ),
+]
+
+
 class BackbonesOptions(ConvertOptions, kw_only=True):
     paligemma: Annotated[Positional[str], arg(metavar="PALIGEMMA")]
     """Folder of a PaliGemma 1 or 2 (config.json and safetensors), or its name on the Hugging Face
     Hub."""
-    moge: Annotated[Positional[str], arg(metavar="MOGE")]
-    """A MoGe file (model.pt), or its name on the Hub; none makes a model without 3D encoder."""
+    moge: MogeName
     out: Path = Path("runs/spear-vlm")
-    coordinates: Annotated[Path | None, arg(metavar="PATH")] = None
-    """What the 3D tokens mean: a coordinates.json, or a folder of labeled images to fit them to.
-    Without it the model is written without a processor, which training needs."""
+    coordinates: CoordinatesPath = None
     preset: Preset = "spear1"
     """Preset whose views, image sizes and number of 3D tokens the model gets (spear1 is the
     paper's)."""
@@ -57,26 +72,51 @@ def convert_backbones(options: BackbonesOptions) -> None:
         spear convert backbones google/paligemma-3b-pt-224 Ruicheng/moge-vitl --coordinates labels
         spear convert backbones ./paligemma-3b-pt-224 ./moge-vitl/model.pt --dry-run
     """
-    from spear.models.presets import get_preset
-    from spear.models.processing import Processor
     from spear.models.weights.backbones import plan_backbones
 
-    preset = get_preset(options.preset)
-    moge = None if options.moge == "none" else options.moge
-    plan = plan_backbones(options.paligemma, moge, options.preset)
-    processor = None
-    if options.coordinates is not None:
-        if plan.tokenizer is None:
-            raise SpearError(
-                f"--coordinates: {options.paligemma} has no tokenizer."
-                " Copy PaliGemma's tokenizer.json into that folder."
-            )
-        coordinate_tokenizer = _make_coordinate_tokenizer(
-            options.coordinates, preset.bins, options.seed
-        )
-        processor = Processor(
-            plan.tokenizer, coordinate_tokenizer, dict(preset.image_sizes), preset.prompt_tokens
-        )
+    plan = plan_backbones(options.paligemma, _moge_or_none(options.moge), options.preset)
+    processor = _make_processor(
+        plan,
+        options,
+        f"{options.paligemma} has no tokenizer. Copy PaliGemma's tokenizer.json into that folder.",
+    )
+    _report_and_save(plan, processor, options)
+
+
+class Pi0Options(ConvertOptions, kw_only=True):
+    pi0: Annotated[Positional[str], arg(metavar="PI0")]
+    """Folder of a π0 or π0.5 in safetensors, or its name on the Hugging Face Hub."""
+    moge: MogeName
+    out: Path = Path("runs/spear1")
+    tokenizer: OptionalName = None
+    """Folder of PaliGemma's tokenizer, or its name on the Hub; by default that in the folder of the
+    π0, which usually has none."""
+    coordinates: CoordinatesPath = None
+    preset: Preset = "spear1"
+    """Preset whose views, image sizes, number of 3D tokens, chunk length and flow the model gets
+    (spear1 is the paper's)."""
+
+
+def convert_pi0(options: Pi0Options) -> None:
+    """Make a SPEAR-1 policy, ready to be trained, from a whole published π0, and MoGe.
+
+    The policy has π0's VLM and action expert. MoGe joins such that it changes nothing at first.
+    Prints where each weight comes from, and the parameters per part.
+
+    Examples:
+        spear convert pi0 lerobot/pi0_base Ruicheng/moge-vitl --dry-run
+        spear convert pi0 ./pi0_base ./model.pt --tokenizer ./paligemma --coordinates labels
+    """
+    from spear.models.weights.pi0_policy import plan_pi0
+
+    moge = _moge_or_none(options.moge)
+    plan = plan_pi0(options.pi0, moge, options.preset, options.tokenizer)
+    processor = _make_processor(
+        plan,
+        options,
+        f"{options.tokenizer or options.pi0} has no tokenizer. Give PaliGemma's, for example"
+        " --tokenizer google/paligemma-3b-pt-224.",
+    )
     _report_and_save(plan, processor, options)
 
 
@@ -85,7 +125,8 @@ class PolicyOptions(ConvertOptions, kw_only=True):
     """Folder of a SPEAR-VLM, or its name on the Hugging Face Hub."""
     out: Path = Path("runs/spear1")
     expert: OptionalName = None
-    """Folder of a π0 in safetensors, or its name on the Hub; by default the expert is new."""
+    """Folder of a π0 or π0.5 in safetensors, or its name on the Hub; by default the expert is
+    new."""
     preset: Preset = "spear1"
     """Preset of the chunk length, the flow and a new expert (spear1 is the paper's)."""
 
@@ -146,6 +187,35 @@ def convert_expected(options: ExpectedOptions) -> None:
     for weight, count in report.fold_layers():
         print(f"{count:>4} × {weight.name} {list(weight.shape)}")
     print(f"{len(tensors)} tensors, {report.num_parameters():,} numbers")
+
+
+def _moge_or_none(name: str) -> str | None:
+    """Return the MoGe that an option names, or None for "none"."""
+    return None if name == "none" else name
+
+
+def _make_processor(
+    plan: "Conversion[Any]", options: BackbonesOptions | Pi0Options, problem: str
+) -> "Processor | None":
+    """Return the processor for a model with new 3D tokens, or None without --coordinates.
+
+    Raises:
+        SpearError: There is no tokenizer, which the message explains by `problem`.
+    """
+    from spear.models.presets import get_preset
+    from spear.models.processing import Processor
+
+    if options.coordinates is None:
+        return None
+    if plan.tokenizer is None:
+        raise SpearError(f"--coordinates: {problem}")
+    preset = get_preset(options.preset)
+    coordinate_tokenizer = _make_coordinate_tokenizer(
+        options.coordinates, preset.bins, options.seed
+    )
+    return Processor(
+        plan.tokenizer, coordinate_tokenizer, dict(preset.image_sizes), preset.prompt_tokens
+    )
 
 
 def _report_and_save(

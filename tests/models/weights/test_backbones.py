@@ -18,11 +18,12 @@ from transformers import PI0ForConditionalGeneration as Pi0
 
 from data_tiny import edit_json
 from models_tiny import TINY
-from parity import compute_logits_of_both, relative_error
+from parity import compute_logits_of_both, draw_pi0_inputs, relative_error
 from published_checkpoints import (
     IMAGE_TOKEN,
     NUM_ROWS,
     PALIGEMMA_LAYOUTS,
+    PI0_LAYOUTS,
     TINY14,
     make_paligemma,
     make_pi0,
@@ -265,49 +266,32 @@ class TestPolicyWithPi0:
     The VLM inside the SPEAR-1 is made from the VLM of the π0.
     """
 
-    @pytest.fixture(params=["lerobot", "openpi", "transformers"])
+    @pytest.fixture(params=PI0_LAYOUTS)
     def layout(self, request: pytest.FixtureRequest) -> str:
-        """The program whose names of weights the published folder has."""
+        """Where the names of weights in the published folder are from."""
         return request.param
 
     @pytest.fixture
     def models(self, tmp_path: Path, layout: str) -> tuple[Any, Any]:
         """The SPEAR-1 and the π0."""
         their_model = make_pi0()
-        # Only the config of the layout "transformers" has this field, so only there it may differ
-        # from the default, to test that it is read.
-        their_model.config.dit_config.rms_norm_eps = 1e-2 if layout == "transformers" else 1e-6
+        # Only Transformers' config has this field, so only there it may differ from the default, to
+        # test that it is read.
+        has_config = layout in ("transformers", "saved")
+        their_model.config.dit_config.rms_norm_eps = 1e-2 if has_config else 1e-6
         paligemma = make_paligemma()
         paligemma.model.load_state_dict(their_model.model.vlm.state_dict())
         folder = publish_paligemma(paligemma, tmp_path / "paligemma", with_tokenizer=False)
         plan_backbones(folder, None, "tiny14").save(tmp_path / "vlm")
         expert = publish_pi0(their_model, tmp_path / "pi0", layout)
         our_model = plan_policy(tmp_path / "vlm", expert, "linear14").run()
-        if layout == "transformers":
+        if has_config:
             their_model = Pi0.from_pretrained(expert).eval()
         return our_model, their_model
 
     @pytest.fixture
     def inputs(self) -> tuple[dict[str, Any], dict[str, Any]]:
-        """The same two images and padded text, as inputs of the SPEAR-1 and of the π0."""
-        images = torch.randint(0, 256, (BATCH, 2, 3, 224, 224), dtype=torch.uint8)
-        ids = torch.randint(3, 40, (BATCH, 6))
-        mask = torch.ones_like(ids)
-        mask[0, 4:] = 0
-        our_inputs = {
-            "pixel_values": {"external": images[:, 0], "wrist": images[:, 1]},
-            "input_ids": ids,
-            "attention_mask": mask,
-        }
-        # In π0's sequence, image tokens stand before the text: 16 × 16 patches per image.
-        image_mask = torch.ones(BATCH, 2 * 256, dtype=torch.long)
-        their_inputs = {
-            "pixel_values": images / 127.5 - 1,
-            "pixel_attention_mask": torch.ones(BATCH, 2, dtype=torch.bool),
-            "input_ids": torch.cat([image_mask * IMAGE_TOKEN, ids], dim=1),
-            "attention_mask": torch.cat([image_mask, mask], dim=1),
-        }
-        return our_inputs, their_inputs
+        return draw_pi0_inputs(IMAGE_TOKEN)
 
     def test_predicts_the_same_velocity(
         self, models: tuple[Any, Any], inputs: tuple[dict[str, Any], dict[str, Any]]
@@ -466,12 +450,16 @@ class TestWrongCheckpointsAreRefused:
 
         refuses("config.json", plan_backbones, paligemma_folder, None, "tiny14")
 
-    def test_a_pi05_as_expert(self, vlm_folder: Path, tmp_path: Path) -> None:
+    def test_an_expert_with_the_norms_of_both_pi0_and_pi05(
+        self, vlm_folder: Path, tmp_path: Path
+    ) -> None:
         expert = publish_pi0(make_pi0(), tmp_path / "pi0")
         state = load_file(expert / "model.safetensors")
         save_file({**state, PI05_WEIGHT: torch.zeros(3)}, expert / "model.safetensors")
 
-        refuses("π0.5", plan_policy, vlm_folder, expert, "tiny14")
+        plan = plan_policy(vlm_folder, expert, "tiny14")
+
+        refuses("weights refused: 9, .*no such weight", plan.run)
 
     def test_a_file_without_weights(self, vlm_folder: Path) -> None:
         save_file({}, vlm_folder / "model.safetensors")

@@ -17,6 +17,7 @@ from spear.models.presets import PRESETS, build_vlm_config
 from spear.models.vlm import SpearVLMForConditionalGeneration
 from spear.models.weights import action_expert, backbones
 from spear.models.weights.load import StoredCheckpoint, StoredTensor
+from spear.models.weights.pi0_policy import plan_pi0
 from spear.models.weights.published import PUBLISHED
 from spear.util.network import is_hub_name
 
@@ -27,12 +28,20 @@ MAX_HEADER_BYTES = 2e5  # of the part of a file that is not tensors
 BYTES_PER_NUMBER = 4  # both files are float32
 
 
-def make_stored_checkpoint(config: Any, shapes: dict[str, Any]) -> StoredCheckpoint:
+ROBOT_WEIGHTS = {
+    f"{layer}.{layer_part}"
+    for layer in action_expert.ROBOT_LAYERS
+    for layer_part in ("weight", "bias")
+}
+
+
+def make_stored_checkpoint(shapes: dict[str, Any], config: Any = None) -> StoredCheckpoint:
     """A checkpoint with tensors of these shapes, listed as if from files, but without files."""
     tensors = {}
     for name, shape in shapes.items():
         tensors[name] = StoredTensor(Path("x"), tuple(shape), "BF16")
-    return StoredCheckpoint(Path("nowhere"), config.to_dict(), tensors)
+    fields = {} if config is None else config.to_dict()
+    return StoredCheckpoint(Path("nowhere"), fields, tensors)
 
 
 @pytest.mark.parametrize("name", ["paligemma", "paligemma2"])
@@ -49,7 +58,7 @@ def test_all_tensors_of_paligemma_are_loaded(name: str, monkeypatch: pytest.Monk
         text_config=dict(network.config),
         projection_dim=network.config["hidden_size"],
     )
-    stored = make_stored_checkpoint(config, tensors)
+    stored = make_stored_checkpoint(tensors, config)
     monkeypatch.setattr(StoredCheckpoint, "open", lambda *_: stored)
 
     # The folder does not exist, because `StoredCheckpoint.open` is replaced. There is no MoGe.
@@ -67,8 +76,8 @@ def test_all_tensors_of_pi0_but_those_of_its_robot_are_loaded(
         vlm = SpearVLMForConditionalGeneration(build_vlm_config(PRESETS["spear1"]))
     vlm_shapes = {name: weight.shape for name, weight in vlm.state_dict().items()}
     checkpoints = {
-        "SPEAR-VLM": make_stored_checkpoint(vlm.config, vlm_shapes),
-        "π0": make_stored_checkpoint(vlm.config, PUBLISHED["pi0"].tensors()),
+        "SPEAR-VLM": make_stored_checkpoint(vlm_shapes, vlm.config),
+        "π0": make_stored_checkpoint(PUBLISHED["pi0"].tensors()),
     }
     monkeypatch.setattr(StoredCheckpoint, "open", lambda _, what: checkpoints[what])
 
@@ -76,10 +85,42 @@ def test_all_tensors_of_pi0_but_those_of_its_robot_are_loaded(
     report = action_expert.plan_policy(vlm="a", expert="b").report
 
     report.check("")  # raises SpearError if a weight is missing or refused
-    expected = set()
-    for layer in action_expert.ROBOT_LAYERS:
-        expected |= {f"{layer}.weight", f"{layer}.bias"}
-    assert {key.name for key in report.with_status("new")} == expected
+    assert {key.name for key in report.with_status("new")} == ROBOT_WEIGHTS
+
+
+def test_all_tensors_of_pi0_and_its_vlm_but_those_of_its_robot_are_loaded(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    tensors = PUBLISHED["pi0"].tensors()
+    # A file of LeRobot, whose config says nothing about the networks.
+    stored = make_stored_checkpoint(tensors)
+    monkeypatch.setattr(StoredCheckpoint, "open", lambda *_: stored)
+
+    # The folder does not exist, because `StoredCheckpoint.open` is replaced. There is no MoGe.
+    plan = plan_pi0("nowhere", None)
+
+    plan.check()  # raises SpearError if a weight is missing or refused
+    new_names = {key.name for key in plan.report.with_status("new") if "[" not in key.name}
+    assert new_names == ROBOT_WEIGHTS
+    left_out_names = {key.name for key in plan.report.with_status("left out")}
+    assert left_out_names == {f"model.{name}" for name in ROBOT_WEIGHTS}
+
+
+def test_sizes_of_pi0_are_those_of_the_preset(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file of LeRobot does not say them, so they follow from the shapes of its weights."""
+    preset = PRESETS["spear1"]
+    stored = make_stored_checkpoint(PUBLISHED["pi0"].tensors())
+    monkeypatch.setattr(StoredCheckpoint, "open", lambda *_: stored)
+
+    config = plan_pi0("nowhere", None).config
+
+    for network_config, fields in (
+        (config.vlm_config.vision_config, preset.vision),
+        (config.vlm_config.text_config, preset.text),
+        (config.expert_config, preset.expert),
+    ):
+        for name, value in fields.items():
+            assert getattr(network_config, name) == value, name
 
 
 @pytest.mark.parametrize("name", ["moge", "moge-2"])
@@ -117,11 +158,9 @@ def test_moges_file_is_as_large_as_its_tensors() -> None:
 
 
 def test_pi0s_file_is_as_large_as_its_tensors_and_its_vlm() -> None:
-    # π0's file also contains its VLM, a PaliGemma with 64 embeddings less, and the output head of
-    # its expert (vocabulary × width). Neither is read.
-    num_in_vlm = count_numbers("paligemma") - 64 * 2048
+    # π0's file also contains the output head of its expert (vocabulary × width), which is not read.
     num_in_head = 257_152 * 1024
-    num_numbers = num_in_vlm + count_numbers("pi0") + num_in_head
+    num_numbers = count_numbers("pi0") + num_in_head
     header_bytes = PI0_FILE_BYTES - BYTES_PER_NUMBER * num_numbers
 
     assert 0 < header_bytes < MAX_HEADER_BYTES

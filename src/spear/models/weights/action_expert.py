@@ -1,20 +1,17 @@
-"""Conversion of a SPEAR-VLM and an action expert to a SPEAR-1. The expert is new, or π0's.
+"""Conversion of a SPEAR-VLM and an action expert to a SPEAR-1. The expert is new, π0's or π0.5's.
 
-Published files of π0 name its weights in two ways, and both can be read: as openpi's PyTorch port
-and LeRobot do (`paligemma_with_expert.gemma_expert.model.…`), and as Transformers does
-(`model.dit.…`).
+π0.5's expert has the shape of π0's, but for its norms (see `names_pi05.toml`).
 """
 
 import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from spear.errors import SpearError, check_known
+from spear.errors import check_known
 from spear.models.presets import build_spear1_config, get_preset
 from spear.models.spear1 import NUM_STATE_FEATURES, Spear1Config, Spear1ForActionPrediction
 from spear.models.vlm import SpearVLMConfig
@@ -31,27 +28,13 @@ from spear.models.weights.load import (
     describe_source,
     make_weight_reader,
 )
+from spear.models.weights.pi0 import VLM_PREFIX, Pi0Checkpoint
 from spear.types import ACTION_DIM
 
-RENAMED_PREFIXES = (
-    ("model.", ""),
-    ("dit.", "expert."),
-    ("paligemma_with_expert.gemma_expert.model.", "expert."),
-    ("embed_action_time.", ""),
-)
-"""Rules (old prefix, new prefix) that turn π0's names into ours. They are applied in this order."""
-
-UNUSED_WEIGHTS = {
-    # The reasons are part of the report that the user sees.
-    r"vlm\.": "π0's own VLM, which SPEAR-VLM replaces",
-    r"paligemma_with_expert\.paligemma\.": "π0's own VLM, which SPEAR-VLM replaces",
-    r"expert\.embed_tokens\.": "the expert reads no text",
-    r"paligemma_with_expert\.gemma_expert\.lm_head\.": "the expert writes no text",
-    r"(un)?normalize_": "statistics of π0's data",
-}
-"""Patterns of the names of weights in π0's files that SPEAR-1 does not need -> the reason."""
-
 OUTPUT_LAYER = "action_out_proj"
+
+NEW_LAYERS_OF_PI05 = ("state_proj", "action_in_proj", "action_time_mlp_in", "action_time_mlp_out")
+"""Layers that are new with a π0.5. It reads the state as text, and the flow time in its norms."""
 
 
 @dataclass(frozen=True)
@@ -82,14 +65,16 @@ def plan_policy(
 
     Args:
         vlm: A SPEAR-VLM, given as a folder or a name on the Hub.
-        expert: A π0 in safetensors, given as a folder or a name on the Hub. None makes a new
-            expert, which is as wide as the preset's and as deep as the VLM.
+        expert: A π0 or π0.5 in safetensors, given as a folder or a name on the Hub. None makes a
+            new expert, which is as wide as the preset's and as deep as the VLM.
         size: The preset that gives the horizon, the flow, and the width of a new expert.
 
     Of a π0, the layers for states and actions (`ROBOT_LAYERS`) are loaded only if they have our
     sizes (state 10, action 8). Otherwise they are new, because the state's or action's numbers have
     another meaning. π0's velocity points to the noise and ours to the data, so the weights of the
-    output layer are negated. If the preset predicts clean actions, the output layer is new.
+    output layer are negated. If the preset predicts clean actions, the output layer is new. Of a
+    π0.5, the attention and the MLPs of the expert are loaded; `names_pi05.toml` says why the rest
+    is not.
 
     Raises:
         SpearError: A checkpoint is missing, incomplete, broken or of another architecture, or the
@@ -102,9 +87,9 @@ def plan_policy(
     sources = {"SPEAR-VLM": describe_source(vlm, stored_vlm.folder)}
     pi0 = None
     if expert is not None:
-        pi0 = _Pi0.open(expert)
+        pi0 = Pi0Checkpoint.open(expert)
         sources["action expert"] = describe_source(expert, pi0.stored.folder)
-    config = _make_config(size, vlm_config, pi0)
+    config = make_policy_config(size, vlm_config, pi0)
 
     # The weights that the new model needs. On the meta device they have only shapes.
     with torch.device("meta"):
@@ -125,8 +110,10 @@ def plan_policy(
     if pi0 is None:
         keys += [_report_new(name, weight, config) for name, weight in wanted_of_expert.items()]
     else:
-        expert_keys, expert_readers = _plan_pi0(wanted_of_expert, pi0, config)
+        expert_keys, expert_readers = plan_expert(wanted_of_expert, pi0, config)
         keys += expert_keys
+        reason = {"": f"{pi0.title}'s own VLM, which SPEAR-VLM replaces"}
+        keys += report_unused_weights(pi0.vlm_names(), pi0.stored, reason, "SPEAR-1")
         readers += expert_readers
     report = ConversionReport(keys)
     return Conversion(Spear1ForActionPrediction, config, report, readers, dtype, sources)
@@ -139,55 +126,14 @@ def _read_vlm_config(stored: StoredCheckpoint) -> SpearVLMConfig:
     return stored.read_config(SpearVLMConfig)
 
 
-@dataclass(frozen=True)
-class _Pi0:
-    """A π0 checkpoint.
-
-    Attributes:
-        stored: The checkpoint's weights and config.
-        names: Our name of each weight -> the name in the checkpoint.
-    """
-
-    stored: StoredCheckpoint
-    names: Mapping[str, str]
-
-    @staticmethod
-    def open(expert: Path | str) -> "_Pi0":
-        """List the weights of a π0. Raise `SpearError` if the checkpoint is no π0."""
-        stored = StoredCheckpoint.open(expert, "π0")
-        names = stored.names(RENAMED_PREFIXES)
-        is_pi05 = any(".dense." in name or name.startswith("time_mlp_") for name in names)
-        if is_pi05:
-            raise SpearError(
-                f"another architecture: {stored.folder} is a π0.5, whose norms depend on time."
-                " Give a π0 (lerobot/pi0_base)."
-            )
-        if "expert.layers.0.self_attn.q_proj.weight" not in names:
-            raise SpearError(
-                f"another architecture: {stored.folder} holds no action expert."
-                " Give a π0 (lerobot/pi0_base)."
-            )
-        return _Pi0(stored, names)
-
-    def num_rows(self, layer: str) -> int:
-        """Return the number of rows of a weight in the first layer of the expert.
-
-        `layer` is the name of a module in that layer, such as "mlp.gate_proj".
-        """
-        name = f"expert.layers.0.{layer}.weight"
-        if name not in self.names:
-            raise SpearError(
-                f"checkpoint incomplete: {self.stored.folder} has no {name}. Copy it again."
-            )
-        return self.stored.weights[self.names[name]].shape[0]
-
-
-def _make_config(size: str, vlm_config: SpearVLMConfig, pi0: _Pi0 | None) -> Spear1Config:
+def make_policy_config(
+    size: str, vlm_config: SpearVLMConfig, pi0: Pi0Checkpoint | None
+) -> Spear1Config:
     """Return the config of the new model. Without a π0 the action expert is the preset's."""
     preset = get_preset(size)
     if pi0 is None:
         return build_spear1_config(preset, vlm_config, None)
-    expert_fields = _read_expert_fields(pi0, vlm_config.text_config.head_dim)
+    expert_fields = pi0.read_expert_fields(vlm_config.text_config.head_dim)
     config = build_spear1_config(preset, vlm_config, expert_fields)
     for name in ("min_period", "max_period"):
         if name in pi0.stored.config:
@@ -195,46 +141,23 @@ def _make_config(size: str, vlm_config: SpearVLMConfig, pi0: _Pi0 | None) -> Spe
     return config
 
 
-def _read_expert_fields(pi0: _Pi0, head_dim: int) -> dict[str, Any]:
-    """Return config fields of π0's expert: its sizes, from the shapes of its weights, and the
-    settings that its own config names."""
-    fields: dict[str, Any] = {}
-    expert_config = pi0.stored.config.get("dit_config") or {}
-    for name in ("rms_norm_eps", "rope_parameters", "hidden_act"):
-        if name in expert_config:
-            fields[name] = expert_config[name]
-
-    layer_numbers = set()
-    for name in pi0.names:
-        if name.startswith("expert.layers."):
-            layer_numbers.add(name.split(".")[2])
-    fields["hidden_size"] = pi0.num_rows("input_layernorm")
-    fields["intermediate_size"] = pi0.num_rows("mlp.gate_proj")
-    fields["num_attention_heads"] = pi0.num_rows("self_attn.q_proj") // head_dim
-    fields["num_key_value_heads"] = pi0.num_rows("self_attn.k_proj") // head_dim
-    fields["num_hidden_layers"] = len(layer_numbers)
-    fields["head_dim"] = head_dim
-    return fields
-
-
-def _plan_pi0(
-    expected_weights: Mapping[str, Tensor], pi0: _Pi0, config: Spear1Config
+def plan_expert(
+    expected_weights: Mapping[str, Tensor], pi0: Pi0Checkpoint, config: Spear1Config
 ) -> tuple[list[WeightStatus], list[WeightReader]]:
     """Plan the weights of the action expert and the layers around it.
 
     Args:
         expected_weights: The weights that the new model needs, by our names.
-        pi0: The checkpoint.
+        pi0: The checkpoint. Its VLM is not part of this plan.
         config: The config of the new model.
 
     Returns:
         The status of each weight of the new model and of the checkpoint, and the readers of the
         loaded weights.
     """
-    new_layers = _find_new_layers(pi0, config)
-    new_names = [name for name in expected_weights if name.split(".")[0] in new_layers]
+    new_names = _find_new_weights(expected_weights, pi0, config)
     wanted_of_pi0 = {name: w for name, w in expected_weights.items() if name not in new_names}
-    keys, loaded_names = match_weights(wanted_of_pi0, pi0.stored, pi0.names, "π0")
+    keys, loaded_names = match_weights(wanted_of_pi0, pi0.stored, pi0.names, pi0.title)
 
     # The output layer is negated.
     output_names: dict[str, str] = {}
@@ -246,25 +169,40 @@ def _plan_pi0(
     keys = [_note_negation(key) if key.name in output_names else key for key in keys]
     readers = [
         make_weight_reader(pi0.stored, other_names),
-        make_weight_reader(pi0.stored, output_names, sign=-1.0),
+        make_weight_reader(pi0.stored, output_names, factor=-1.0),
     ]
 
     # Layers for other states or actions are new, and π0's weights of these layers are not read.
     keys += [_report_new(name, expected_weights[name], config) for name in new_names]
     leftover_names = {}
     for our_name, stored_name in pi0.names.items():
-        if our_name not in expected_weights or our_name in new_names:
+        is_wanted = our_name in expected_weights and our_name not in new_names
+        if not is_wanted and not our_name.startswith(VLM_PREFIX):
             leftover_names[our_name] = stored_name
-    reasons = dict.fromkeys(new_names, "its states and actions mean other numbers")
-    unused = {**reasons, **UNUSED_WEIGHTS}
+    robot_layers = dict.fromkeys(ROBOT_LAYERS, "its states and actions mean other numbers")
+    unused = {**pi0.rules.unused, **robot_layers}
     keys += report_unused_weights(leftover_names, pi0.stored, unused, "the action expert")
     return keys, readers
 
 
-def _find_new_layers(pi0: _Pi0, config: Spear1Config) -> set[str]:
-    """Return the names of layers that cannot be π0's, because π0's have other states or actions, or
-    predict another quantity."""
-    new_layers = set()
+def _find_new_weights(
+    expected_weights: Mapping[str, Tensor], pi0: Pi0Checkpoint, config: Spear1Config
+) -> list[str]:
+    """Return the names of weights that cannot be the checkpoint's."""
+    new_layers = _find_new_layers(pi0, config)
+    new_names = []
+    for name in expected_weights:
+        is_in_new_layer = name.split(".")[0] in new_layers
+        is_norm_of_pi05 = pi0.is_pi05 and name.endswith("norm.weight")
+        if is_in_new_layer or is_norm_of_pi05:
+            new_names.append(name)
+    return new_names
+
+
+def _find_new_layers(pi0: Pi0Checkpoint, config: Spear1Config) -> set[str]:
+    """Return the names of layers around the expert that cannot be the checkpoint's, because it has
+    other states or actions, predicts another quantity, or has no such layer (π0.5)."""
+    new_layers = set(NEW_LAYERS_OF_PI05 if pi0.is_pi05 else ())
     if _predicts_clean_actions(config):
         new_layers.add(OUTPUT_LAYER)
     for name, layer in ROBOT_LAYERS.items():

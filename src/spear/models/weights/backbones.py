@@ -1,12 +1,12 @@
 """Conversion of a published PaliGemma and a published MoGe to a SPEAR-VLM.
 
-Files of PaliGemma 1 and 2 name the weights in two ways, and both can be read: as the files that
-were published in 2024, and as Transformers does today. `spear.models.moge.checkpoint` reads MoGe.
+Files of PaliGemma 1 and 2 name the weights in several ways, which can all be read (see
+`names_paligemma.toml`). `spear.models.moge.checkpoint` reads MoGe.
 """
 
 import copy
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,29 +39,18 @@ from spear.models.weights.load import (
     describe_source,
     load_tokenizer,
     make_weight_reader,
+    make_zero_reader,
 )
+from spear.models.weights.name_rules import read_name_rules
 from spear.tokens import TOKEN_FORMAT, extend_tokenizer, init_new_embeddings
 
 # Our names of the token embeddings, and of the output head, which is a copy of them in some files.
 EMBEDDINGS = "language_model.embed_tokens.weight"
 HEAD = "lm_head.weight"
 
-RENAMED_PREFIXES = (
-    ("model.", ""),
-    ("language_model.lm_head.", "lm_head."),
-    ("language_model.model.", "language_model."),
-    ("vision_tower.vision_model.", "vision_tower."),
-)
-"""Rules (old prefix, new prefix) that turn PaliGemma's names into ours. They are applied in this
-order."""
-
-UNUSED_WEIGHTS = {
-    r"vision_tower\.head\.": "SigLIP's pooling, which PaliGemma does not read",
-    r"vision_tower\.embeddings\.position_ids": "computed, not learned",
-    r".*\.rotary_emb\.inv_freq": "computed, not learned",
-}
-"""Patterns of the names of weights in PaliGemma's files that SPEAR-VLM does not need -> the
-reason."""
+MOGE_PROJECTOR = "moge_projector."
+SIGLIP_PROJECTOR = "multi_modal_projector."
+"""Beginnings of our names of the two projections, whose average is a visual token."""
 
 IGNORED_CONFIG_FIELDS = (
     "_name_or_path",
@@ -72,6 +61,26 @@ IGNORED_CONFIG_FIELDS = (
 )
 """Fields of a published network's config that are not copied to our config. They describe the file
 that the config came from, or an attention mask, which our code makes itself."""
+
+
+@dataclass(frozen=True)
+class StoredPaliGemma:
+    """A PaliGemma whose weights have been listed, not read.
+
+    title             What reports call it.
+    source            Its path or name, for messages and the model card.
+    stored            The checkpoint that contains it.
+    names             Our name of each of its weights -> the name in the checkpoint.
+    config            Its `PaliGemmaConfig`.
+    tokenizer_folder  The folder of its tokenizer, which may have none.
+    """
+
+    title: str
+    source: str
+    stored: StoredCheckpoint
+    names: Mapping[str, str]
+    config: Any
+    tokenizer_folder: Path
 
 
 @dataclass(frozen=True)
@@ -126,19 +135,44 @@ def plan_backbones(
         SpearError: A checkpoint is missing, incomplete, broken or of another architecture; a weight
             is not floating point; or the vocabulary does not fit.
     """
-    preset = get_preset(size)
-
-    # PaliGemma: its config, our names of its weights, and its vocabulary.
     stored = StoredCheckpoint.open(paligemma, "PaliGemma")
-    published_config = _read_paligemma_config(stored)
-    stored_names = stored.names(RENAMED_PREFIXES)
-    vocabulary = _find_vocabulary(stored, stored_names, published_config)
-    tokenizer, first_new_id = _extend_tokenizer(stored.folder, vocabulary.num_rows, preset.bins)
-    new_tokens = _CoordinateTokens(first_new_id, preset.bins)
+    published = StoredPaliGemma(
+        title="PaliGemma",
+        source=describe_source(paligemma, stored.folder),
+        stored=stored,
+        names=stored.names(read_name_rules("paligemma").renamed),
+        config=_read_paligemma_config(stored),
+        tokenizer_folder=stored.folder,
+    )
+    return plan_vlm(published, moge, get_preset(size))
 
-    # MoGe, and the new model's config.
+
+def plan_vlm(
+    published: StoredPaliGemma,
+    moge: Path | str | None,
+    preset: Preset,
+    keeps_visual_tokens: bool = False,
+) -> Conversion[SpearVLMForConditionalGeneration]:
+    """Plan the conversion of a listed PaliGemma to SPEAR-VLM, as `plan_backbones` does.
+
+    Args:
+        published: The PaliGemma.
+        moge: As in `plan_backbones`.
+        preset: As `size` in `plan_backbones`.
+        keeps_visual_tokens: Whether visual tokens with MoGe are at first those without it. A visual
+            token is the average of two projections, SigLIP's and MoGe's. So MoGe's new projection
+            is zero, and SigLIP's is doubled. Otherwise MoGe's projection is random.
+    """
+    # PaliGemma's vocabulary, MoGe, and the new model's config.
+    stored = published.stored
+    stored_names = dict(published.names)
+    vocabulary = _find_vocabulary(stored, stored_names, published.config)
+    tokenizer, first_new_id = _extend_tokenizer(
+        published.tokenizer_folder, vocabulary.num_rows, preset.bins
+    )
+    new_tokens = _CoordinateTokens(first_new_id, preset.bins)
     encoder_checkpoint = None if moge is None else read_checkpoint(moge)
-    config = _make_vlm_config(preset, published_config, vocabulary, new_tokens, encoder_checkpoint)
+    config = _make_vlm_config(preset, published.config, vocabulary, new_tokens, encoder_checkpoint)
     _check_image_sizes(preset, config.vision_config.patch_size)
 
     # The weights that the new model needs. On the meta device they have only shapes.
@@ -152,20 +186,23 @@ def plan_backbones(
         for name, weight in expected_weights.items()
         if not name.startswith("moge") and name != EMBEDDINGS
     }
-    keys, loaded_names = match_weights(wanted_of_paligemma, stored, stored_names, "PaliGemma")
-    keys += _report_vocabulary(stored, vocabulary, new_tokens)
-    readers = [
-        _make_vocabulary_reader(stored, vocabulary, new_tokens),
-        make_weight_reader(stored, loaded_names),
-    ]
-    sources = {"PaliGemma": describe_source(paligemma, stored.folder)}
+    keys, loaded_names = match_weights(wanted_of_paligemma, stored, stored_names, published.title)
+    keys += _report_vocabulary(published, vocabulary, new_tokens)
+    is_doubled = keeps_visual_tokens and moge is not None
+    readers = [_make_vocabulary_reader(stored, vocabulary, new_tokens)]
+    readers += _make_network_readers(stored, loaded_names, is_doubled)
+    if is_doubled:
+        keys = [_note_doubling(key) for key in keys]
+    sources = {published.title: published.source}
 
     # The weights that MoGe has. MoGe is read first, because it needs a copy in float32, for which
     # there is most room before the other weights are read.
     if encoder_checkpoint is not None and model.moge is not None:
         keys += _report_moge(model.moge, encoder_checkpoint)
-        keys += _report_new_projector(expected_weights, config)
+        keys += _report_new_projector(expected_weights, config, keeps_visual_tokens)
         readers.insert(0, _make_moge_reader(config, encoder_checkpoint.path))
+        if keeps_visual_tokens:
+            readers.append(make_zero_reader(_moge_projector_shapes(expected_weights)))
         sources["MoGe"] = describe_source(str(moge), encoder_checkpoint.path.parent)
 
     keys += _report_left_out(stored, stored_names, vocabulary, expected_weights)
@@ -178,6 +215,31 @@ def plan_backbones(
         sources=sources,
         tokenizer=tokenizer,
     )
+
+
+def _make_network_readers(
+    stored: StoredCheckpoint, loaded_names: Mapping[str, str], is_doubled: bool
+) -> list[WeightReader]:
+    """Return readers of PaliGemma's networks. `is_doubled` doubles SigLIP's projection."""
+    if not is_doubled:
+        return [make_weight_reader(stored, loaded_names)]
+    projector_names: dict[str, str] = {}
+    other_names: dict[str, str] = {}
+    for our_name, stored_name in loaded_names.items():
+        is_projector = our_name.startswith(SIGLIP_PROJECTOR)
+        target = projector_names if is_projector else other_names
+        target[our_name] = stored_name
+    return [
+        make_weight_reader(stored, other_names),
+        make_weight_reader(stored, projector_names, factor=2.0),
+    ]
+
+
+def _note_doubling(key: WeightStatus) -> WeightStatus:
+    """Add to the note of SigLIP's projection that it is doubled. Return other weights as is."""
+    if key.status != "loaded" or not key.name.startswith(SIGLIP_PROJECTOR):
+        return key
+    return replace(key, note=f"{key.note}, doubled: averaged with MoGe's, which is 0")
 
 
 def _report_left_out(
@@ -195,7 +257,8 @@ def _report_left_out(
     leftover_names = {
         our: name for our, name in stored_names.items() if our not in expected_weights
     }
-    keys += report_unused_weights(leftover_names, stored, UNUSED_WEIGHTS, "SPEAR-VLM")
+    unused = read_name_rules("paligemma").unused
+    keys += report_unused_weights(leftover_names, stored, unused, "SPEAR-VLM")
     return keys
 
 
@@ -330,14 +393,14 @@ def _check_image_sizes(preset: Preset, patch_px: int) -> None:
 
 
 def _report_vocabulary(
-    stored: StoredCheckpoint, vocabulary: _StoredVocabulary, new_tokens: _CoordinateTokens
+    published: StoredPaliGemma, vocabulary: _StoredVocabulary, new_tokens: _CoordinateTokens
 ) -> list[WeightStatus]:
     """Report the embeddings in parts: loaded rows, new rows of 3D tokens, and loaded rows after
     these, if there are any."""
-    num_rows, width = stored.weights[vocabulary.name].shape
+    num_rows, width = published.stored.weights[vocabulary.name].shape
     end = new_tokens.end
     num_known = min(num_rows, new_tokens.start)
-    source = f"PaliGemma: {vocabulary.name}"
+    source = f"{published.title}: {vocabulary.name}"
     initialization = f"N(mean, covariance) of rows 0:{num_known} (the paper)"
     known_shape = (num_known, width)
     new_shape = (end - num_known, width)
@@ -417,15 +480,24 @@ def _explain_unused_moge_weight(name: str) -> str:
     return "MoGe's head"
 
 
+def _moge_projector_shapes(expected_weights: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of the projection of MoGe's features, by name."""
+    shapes = {}
+    for name, weight in expected_weights.items():
+        if name.startswith(MOGE_PROJECTOR):
+            shapes[name] = tuple(weight.shape)
+    return shapes
+
+
 def _report_new_projector(
-    expected_weights: Mapping[str, Tensor], config: SpearVLMConfig
+    expected_weights: Mapping[str, Tensor], config: SpearVLMConfig, is_zero: bool
 ) -> list[WeightStatus]:
-    """Report the projection of MoGe's features, which is new."""
-    initializations = {"weight": f"N(0, {config.initializer_range}²)", "bias": "0"}
+    """Report the projection of MoGe's features, which is new: zero, or a random matrix."""
     keys = []
-    for layer_part, initialization in initializations.items():
-        name = f"moge_projector.linear.{layer_part}"
-        keys.append(WeightStatus(name, tuple(expected_weights[name].shape), "new", initialization))
+    for name, shape in _moge_projector_shapes(expected_weights).items():
+        is_random = name.endswith(".weight") and not is_zero
+        initialization = f"N(0, {config.initializer_range}²)" if is_random else "0"
+        keys.append(WeightStatus(name, shape, "new", initialization))
     return keys
 
 

@@ -245,6 +245,7 @@ class Conversion(Generic[ModelT]):
         weights: dict[str, Tensor] = {}
         for read in self.readers:
             weights |= read(dtype, torch.Generator().manual_seed(seed))
+        names_of_readers = set(weights)
 
         with torch.random.fork_rng(devices=[]), quiet_transformers():
             torch.manual_seed(seed)
@@ -259,8 +260,9 @@ class Conversion(Generic[ModelT]):
         model, loading_info = loaded
 
         # A name like "name[…]" stands for some rows of a weight, whose reader has also drawn the
-        # new rows. All other new weights were initialized by the model itself.
+        # new rows. Other new weights that no reader made were initialized by the model itself.
         new_names = {key.name for key in self.report.with_status("new") if "[" not in key.name}
+        new_names -= names_of_readers
         assert set(loading_info["missing_keys"]) == new_names, "the report is wrong"
         assert not loading_info["unexpected_keys"], "the report is wrong"
         check_finite(model, ", ".join(self.sources.values()))

@@ -7,7 +7,7 @@ import functools
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,7 +36,10 @@ FLOAT_DTYPES = {
 }
 """Name of a floating-point type in safetensors -> PyTorch's type."""
 
-HUB_FILE_PATTERNS = ["*.json", "*.safetensors", "tokenizer.model", "*.jinja"]
+HUB_TOKENIZER_PATTERNS = ["*.json", "tokenizer.model", "*.jinja"]
+"""The files of a repository on the Hub that a tokenizer needs."""
+
+HUB_FILE_PATTERNS = [*HUB_TOKENIZER_PATTERNS, "*.safetensors"]
 """The files of a repository on the Hub that belong to a checkpoint."""
 
 MAX_READ_BYTES = 8 * 2**20
@@ -374,14 +377,14 @@ generator."""
 
 
 def make_weight_reader(
-    stored: StoredCheckpoint, names: Mapping[str, str], sign: float = 1.0
+    stored: StoredCheckpoint, names: Mapping[str, str], factor: float = 1.0
 ) -> WeightReader:
     """Return a reader of weights under new names.
 
     Args:
         stored: The checkpoint.
         names: New name -> stored name.
-        sign: A factor of all weights.
+        factor: A number that all weights are multiplied by.
     """
 
     def file_and_name(new_name: str) -> tuple[str, str]:
@@ -396,9 +399,28 @@ def make_weight_reader(
             stored_name = names[new_name]
             buffer = torch.empty(stored.weights[stored_name].shape, dtype=dtype)
             weights[new_name] = stored.read_into(stored_name, buffer)
-        if sign == 1.0:
+        if factor == 1.0:
             return weights
-        return {name: sign * weight for name, weight in weights.items()}
+        return {name: factor * weight for name, weight in weights.items()}
+
+    return read
+
+
+def make_zero_reader(shapes: Mapping[str, tuple[int, ...]]) -> WeightReader:
+    """Return a reader of new weights that are zero. `shapes` maps their names to their shapes."""
+
+    def read(dtype: torch.dtype, _: torch.Generator) -> dict[str, Tensor]:
+        return {name: torch.zeros(shape, dtype=dtype) for name, shape in shapes.items()}
+
+    return read
+
+
+def add_prefix_to_reader(reader: WeightReader, prefix: str) -> WeightReader:
+    """Return a reader of the same weights, whose names begin with `prefix`."""
+
+    def read(dtype: torch.dtype, generator: torch.Generator) -> dict[str, Tensor]:
+        weights = reader(dtype, generator)
+        return {f"{prefix}{name}": weight for name, weight in weights.items()}
 
     return read
 
@@ -447,9 +469,11 @@ def describe_tensor_differences(
 # --- Where checkpoints are ---
 
 
-def find_checkpoint(name: Path | str, checkpoint_kind: str) -> Path:
+def find_checkpoint(
+    name: Path | str, checkpoint_kind: str, patterns: Sequence[str] = HUB_FILE_PATTERNS
+) -> Path:
     """Return the folder of a checkpoint, which is `name` itself or, for a name on the Hub, the
-    folder in the cache.
+    folder in the cache. From the Hub, files with the names `patterns` are downloaded.
 
     Raises:
         SpearError: There is no such checkpoint. The message calls it `checkpoint_kind`.
@@ -462,17 +486,24 @@ def find_checkpoint(name: Path | str, checkpoint_kind: str) -> Path:
             f"{checkpoint_kind} not found: {folder}."
             " Give its folder (config.json and safetensors), or its name on the Hub."
         )
-    return download_from_hub(str(name), "a local folder")
+    return download_from_hub(str(name), "a local folder", patterns=patterns)
 
 
-def download_from_hub(name: str, instead: str, file: str | None = None) -> Path:
+def download_from_hub(
+    name: str,
+    instead: str,
+    file: str | None = None,
+    patterns: Sequence[str] = HUB_FILE_PATTERNS,
+) -> Path:
     """Download one file or the checkpoint of a repository, unless the cache has it, and return its
     path.
 
     Args:
         name: Name on the Hub, perhaps with @REVISION.
         instead: What the message tells the user to give instead, if there is no network.
-        file: The name of the file. None downloads the checkpoint, and the path is its folder.
+        file: The name of the file. None downloads the files with the names `patterns`, and the path
+            is their folder.
+        patterns: By default the files of a checkpoint.
 
     Raises:
         SpearError: The download fails. The message says why.
@@ -488,7 +519,7 @@ def download_from_hub(name: str, instead: str, file: str | None = None) -> Path:
     try:
         if file is not None:
             return Path(hf_hub_download(repository, file, **options))
-        return Path(snapshot_download(repository, allow_patterns=HUB_FILE_PATTERNS, **options))
+        return Path(snapshot_download(repository, allow_patterns=list(patterns), **options))
     except Exception as error:  # errors of the Hub's client and of the network have no common base
         raise SpearError(
             f"cannot get {name} from the Hugging Face Hub: {summarize_error(error)}."

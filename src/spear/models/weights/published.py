@@ -36,10 +36,9 @@ class Published:
             if self.kind.startswith("Moge"):
                 return getattr(networks, self.kind)(self.config)
             if self.kind == "Pi0":
-                # Only the action expert and the layers around it.
-                policy = Spear1ForActionPrediction(build_spear1_config(preset))
-                del policy.vlm
-                return policy
+                vlm_config = build_vlm_config(preset, self.config["vocab_size"])
+                vlm_config.moge_config = None
+                return Spear1ForActionPrediction(build_spear1_config(preset, vlm_config))
             if self.kind == "PaliGemma":
                 config = build_vlm_config(preset)
                 config.moge_config = None

@@ -1,0 +1,99 @@
+"""Conversion of a whole π0 or π0.5 to a SPEAR-1: its PaliGemma becomes SPEAR-VLM, and its action
+expert SPEAR-1's. A MoGe joins such that nothing changes at first."""
+
+import copy
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from spear.models.presets import get_preset
+from spear.models.spear1 import Spear1ForActionPrediction
+from spear.models.weights.action_expert import make_policy_config, plan_expert
+from spear.models.weights.backbones import StoredPaliGemma, plan_vlm
+from spear.models.weights.conversion import Conversion, ConversionReport, WeightStatus
+from spear.models.weights.load import (
+    HUB_TOKENIZER_PATTERNS,
+    add_prefix_to_reader,
+    describe_source,
+    find_checkpoint,
+)
+from spear.models.weights.pi0 import VLM_PREFIX, Pi0Checkpoint
+
+
+def plan_pi0(
+    pi0: Path | str,
+    moge: Path | str | None,
+    size: str = "spear1",
+    tokenizer: Path | str | None = None,
+) -> Conversion[Spear1ForActionPrediction]:
+    """Plan the conversion of a whole π0 or π0.5, and a MoGe, to SPEAR-1.
+
+    All names and shapes are checked; no weights are read yet. The conversion of the VLM is that of
+    `plan_vlm`, which keeps π0's visual tokens. The expert's is that of `plan_expert`. So with the
+    same states and actions, the new model computes what the π0 computes.
+
+    Args:
+        pi0: A π0 or π0.5 in safetensors, given as a folder or a name on the Hub.
+        moge: A MoGe v1 or MoGe-2, given as a `.pt` file or a name on the Hub. None makes a model
+            without 3D encoder.
+        size: The preset that gives the views, the image sizes, the number of 3D tokens, the horizon
+            and the flow. The sizes of the networks are those of the checkpoints.
+        tokenizer: The folder of PaliGemma's tokenizer, or a name on the Hub. By default it is the
+            tokenizer in the folder of the π0. π0's own files usually have none.
+
+    Raises:
+        SpearError: A checkpoint is missing, incomplete, broken or of another architecture, or the
+            vocabulary does not fit.
+    """
+    checkpoint = Pi0Checkpoint.open(pi0)
+    tokenizer_folder = checkpoint.stored.folder
+    if tokenizer is not None:
+        tokenizer_folder = find_checkpoint(tokenizer, "tokenizer", HUB_TOKENIZER_PATTERNS)
+    paligemma = StoredPaliGemma(
+        title=checkpoint.title,
+        source=describe_source(pi0, checkpoint.stored.folder),
+        stored=checkpoint.stored,
+        names=checkpoint.vlm_names(),
+        config=checkpoint.read_paligemma_config(),
+        tokenizer_folder=tokenizer_folder,
+    )
+    vlm_plan = plan_vlm(paligemma, moge, get_preset(size), keeps_visual_tokens=True)
+    config = make_policy_config(size, vlm_plan.config, checkpoint)
+
+    # The weights that the expert needs. On the meta device they have only shapes.
+    with torch.device("meta"):
+        model = Spear1ForActionPrediction(copy.deepcopy(config))
+    expected_of_expert = {}
+    for name, weight in model.state_dict().items():
+        if not name.startswith(VLM_PREFIX):
+            expected_of_expert[name] = weight
+    expert_keys, expert_readers = plan_expert(expected_of_expert, checkpoint, config)
+
+    vlm_keys = _add_prefix(vlm_plan.report.keys)
+    vlm_readers = [add_prefix_to_reader(reader, VLM_PREFIX) for reader in vlm_plan.readers]
+    sources = dict(vlm_plan.sources)
+    if tokenizer is not None:
+        sources["tokenizer"] = describe_source(tokenizer, tokenizer_folder)
+    return Conversion(
+        model_class=Spear1ForActionPrediction,
+        config=config,
+        report=ConversionReport([*vlm_keys, *expert_keys]),
+        readers=[*vlm_readers, *expert_readers],
+        dtype=vlm_plan.dtype,
+        sources=sources,
+        tokenizer=vlm_plan.tokenizer,
+    )
+
+
+def _add_prefix(keys: Iterable[WeightStatus]) -> Iterator[WeightStatus]:
+    """Rename the weights of a SPEAR-VLM to those of the VLM inside SPEAR-1.
+
+    Weights that are left out or refused have the checkpoint's names, which stay.
+    """
+    for key in keys:
+        if key.status in ("loaded", "new", "missing"):
+            yield replace(key, name=f"{VLM_PREFIX}{key.name}")
+        else:
+            yield key
