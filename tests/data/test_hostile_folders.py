@@ -15,7 +15,6 @@ from folder_fuzz import (
     forbidden_deeds,
 )
 from hostile_folders import SAMPLES, make_labels, open_fuzz, read_all_labels
-from spear.errors import SpearError
 
 NUM_CHANGES = {"model": 12, "labels": 60, "recording": 60, "rgbd": 60}
 
@@ -70,13 +69,6 @@ def test_too_much_memory_is_found(tmp_path: Path) -> None:
     problem = run_bad_reader(tmp_path, lambda: np.ones(MAX_MEMORY_BYTES + 2**29, np.uint8))
 
     assert "MemoryError" in problem
-
-
-def test_an_error_of_several_lines_is_found(tmp_path: Path) -> None:
-    def refuse() -> None:
-        raise SpearError("one\ntwo")
-
-    assert run_bad_reader(tmp_path, refuse).startswith("message")
 
 
 def test_the_limits_end_with_the_fuzz(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from data_tiny import assemble_png
 from labels_scenes import make_random_frame
 from refusals import refuses
 from rgbd_folders import to_millimeter_image, write_plain, write_scannet
@@ -422,3 +423,13 @@ def test_cameras_in_two_places_are_refused(tmp_path: Path, truth: list[Frame]) -
     np.savetxt(folder / "intrinsic" / "extrinsic_depth.txt", extrinsics)
 
     refuses("extrinsic_depth", RgbdScene, folder)
+
+
+@pytest.mark.filterwarnings("ignore:Image size")
+def test_an_enormous_depth_image_is_refused_before_it_is_decoded(
+    truth: list[Frame], tmp_path: Path
+) -> None:
+    folder = write_plain(tmp_path / "scene", truth[:1])
+    (folder / "depth" / "0.png").write_bytes(assemble_png((13_300, 13_300, 16, 0), b""))
+
+    refuses("13300 x 13300 pixels", lambda: RgbdScene(folder)[0])

@@ -284,6 +284,20 @@ def test_other_episodes_are_refused(finished: SimpleNamespace) -> None:
     check_refused_and_unchanged(finished, words, store=first)
 
 
+def test_a_run_continues_with_a_renamed_folder_of_the_same_episodes(
+    finished: SimpleNamespace, tmp_path: Path
+) -> None:
+    renamed = shutil.copytree(finished.three_episodes.path, tmp_path / "renamed")
+    store = EpisodeStore(renamed).subset([0, 1])
+    inputs = TrainingInputs(episodes=[("renamed", store, 1.0)], init=finished.init)
+    recipe = get_recipe("nano-post").with_changes(**ONE_STEP)
+    options = RunOptions(workers=0, log_every=1)
+
+    final = train(recipe, finished.out, inputs, options, "cpu")
+
+    assert final == finished.final
+
+
 def test_other_instructions_of_the_same_episodes_are_refused(
     finished: SimpleNamespace, tmp_path: Path
 ) -> None:

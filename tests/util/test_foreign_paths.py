@@ -73,3 +73,8 @@ def test_documented_placeholders_are_filled(template: str, path: str) -> None:
 def test_other_placeholders_are_refused(template: str) -> None:
     with pytest.raises(SpearError, match=r"may use \{chunk\}, \{file\}"):
         fill_path_template(template, {"chunk": 1, "file": 12})
+
+
+def test_a_name_with_a_null_character_is_refused() -> None:
+    with pytest.raises(SpearError, match="cannot exist"):
+        join_inside(FOLDER, "a\0b.png")

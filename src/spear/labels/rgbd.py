@@ -37,7 +37,7 @@ from spear.labels.fit.image import have_same_aspect, resize_nearest
 from spear.labels.inputs import compute_stamp
 from spear.types import Array, Frame
 from spear.util.files import read_json
-from spear.util.images import IMAGE_SUFFIXES, load_image_and_orientation
+from spear.util.images import IMAGE_SUFFIXES, check_num_pixels, load_image_and_orientation
 from spear.util.json_text import read_utf8
 
 COLOR_FOLDERS = ("color", "colour", "rgb", "image", "images")
@@ -356,8 +356,11 @@ def _read_png(path: Path) -> Array:
     """Read a PNG with one channel of integers, as [h, w] of the stored type."""
     try:
         with Image.open(path) as image:
+            check_num_pixels(image, str(path))
             values = np.asarray(image)
-    except (OSError, SyntaxError, ValueError) as error:
+    except SpearError:
+        raise
+    except Exception as error:  # decoders raise errors of many types for broken files
         raise SpearError(f"{path} is not a readable PNG ({error}). Replace it.") from error
     if values.ndim != 2 or values.dtype.kind not in "iu":
         raise SpearError(

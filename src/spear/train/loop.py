@@ -37,6 +37,7 @@ from spear.util.shared_batches import SharedBatchSlots, SlottedBatch
 NUM_BATCHES_AHEAD = 4  # pieces that each worker process loads in advance (our choice)
 # Checkpoints that are written by the clock may take at most this fraction of the run's time.
 MAX_SAVING_SHARE = 1 / 50
+EPISODES_KEY = "--episodes"  # name of a run setting in checkpoints: the datasets
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
@@ -444,7 +445,7 @@ def find_checkpoint_to_resume(
     stored_settings = {"seed": state["settings"]["seed"], **state["settings"]["about"]}
     new_settings = {"seed": seed, **run_settings}
     for name, stored_value in stored_settings.items():
-        if name in new_settings and stored_value != new_settings[name]:
+        if name in new_settings and not is_same_setting(name, stored_value, new_settings[name]):
             setting = name.replace("--moge", "--init-depth-encoder")  # its former name
             raise SpearError(
                 f"{out} holds a run with another {setting} ({stored_value}, not "
@@ -456,6 +457,17 @@ def find_checkpoint_to_resume(
             "--out."
         )
     return checkpoint
+
+
+def is_same_setting(name: str, stored_value: Any, new_value: Any) -> bool:
+    """Return whether two values of a run setting make the same run.
+
+    Datasets may have other names, which come from their folders, if their content is the same.
+    """
+    if name == EPISODES_KEY:
+        stored_value = [content for _, content in stored_value]
+        new_value = [content for _, content in new_value]
+    return bool(stored_value == new_value)
 
 
 def _check_processes_agree(

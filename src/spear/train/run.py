@@ -35,7 +35,7 @@ from spear.models.weights.folders import (
 from spear.models.weights.load import StoredCheckpoint
 from spear.train import build, loop, parallel
 from spear.train.checkpoint import find_newest
-from spear.train.loop import RunOptions
+from spear.train.loop import EPISODES_KEY, RunOptions
 from spear.train.optimize import Task
 from spear.train.options import Optimization, Recipe, TrainingInputs
 from spear.util.files import check_writable
@@ -44,7 +44,6 @@ from spear.util.run_lock import acquire_run_lock
 from spear.util.run_settings import to_plain_json
 
 # Names of run settings in checkpoints. Messages to the user quote these names.
-EPISODES_KEY = "--episodes"
 DEPTH_ENCODER_KEY = "--moge"  # the former name of --init-depth-encoder
 EPISODE_CONTENT_KEY = "cameras, images or instructions of --episodes"  # not in old checkpoints
 
@@ -179,7 +178,11 @@ def _began_with(inputs: TrainingInputs, checkpoint: Checkpoint | None) -> bool:
         return False
     _, state = checkpoint
     run_settings = state["settings"]["about"]
-    return run_settings.get(EPISODES_KEY) == _describe_episodes(inputs)[EPISODES_KEY]
+    stored_episodes = run_settings.get(EPISODES_KEY)
+    if stored_episodes is None:
+        return False
+    new_episodes = _describe_episodes(inputs)[EPISODES_KEY]
+    return loop.is_same_setting(EPISODES_KEY, stored_episodes, new_episodes)
 
 
 def _without_failed_episodes(inputs: TrainingInputs) -> TrainingInputs:

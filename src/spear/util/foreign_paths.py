@@ -30,7 +30,7 @@ def join_inside(folder: Path, name: str) -> Path:
         The path of the file, which need not exist.
 
     Raises:
-        SpearError: If the name is an absolute path, or has a part `..`.
+        SpearError: If the name is an absolute path, has a part `..`, or has a null character.
 
     Example:
         >>> join_inside(Path("data"), "images/0.png").as_posix()
@@ -38,6 +38,8 @@ def join_inside(folder: Path, name: str) -> Path:
     """
     # Windows splits paths at slashes and at backslashes, so its rules recognize the absolute paths
     # of every system.
+    if "\0" in name:
+        raise SpearError(f"{folder}: its data name the file {name!r}, which cannot exist.")
     path = PureWindowsPath(name)
     if path.root or path.drive or ".." in path.parts:
         raise SpearError(

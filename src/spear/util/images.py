@@ -326,13 +326,9 @@ def load_image_and_orientation(
     check_jpeg_is_complete(data, name)
     try:
         with Image.open(io.BytesIO(data)) as image:
-            width, height = image.size
-            if width * height > MAX_PIXELS:
-                raise SpearError(
-                    f"{name}: {width} x {height} pixels are more than the {MAX_PIXELS:,} that are "
-                    "read. Scale the image down."
-                )
+            check_num_pixels(image, name)
             if longest and max(image.size) > longest:
+                width, height = image.size
                 raise SpearError(
                     f"{name}: {width} x {height} pixels. Send sides of at most {longest}."
                 )
@@ -345,6 +341,16 @@ def load_image_and_orientation(
         raise SpearError(
             f"{name}: not a readable image ({reason}). Replace it by a JPEG or PNG."
         ) from error
+
+
+def check_num_pixels(image: Image.Image, name: str) -> None:
+    """Raise `SpearError` if an image, which is opened and not decoded yet, is enormous."""
+    width, height = image.size
+    if width * height > MAX_PIXELS:
+        raise SpearError(
+            f"{name}: {width} x {height} pixels are more than the {MAX_PIXELS:,} that are read. "
+            "Scale the image down."
+        )
 
 
 def _read_pixels(
