@@ -146,6 +146,29 @@ def test_an_image_that_shows_nothing_has_no_number(
 
 
 @pytest.mark.usefixtures("small_demo")
+def test_texts_of_others_are_escaped_on_the_page(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script = "<script>alert(1)</script>"
+    values = {
+        "source": script,
+        "learned": 1,
+        "held_out": 1,
+        "steps": 1,
+        "headers": [script],
+        "rows": [[script]],
+        "charts": [],
+        "fact": (script, script),
+    }
+    monkeypatch.setattr(demo, "fine_tune", lambda out, data: values)
+
+    page = demo.write_report(tmp_path).read_text()
+
+    assert "<script" not in page
+    assert "&lt;script&gt;" in page
+
+
+@pytest.mark.usefixtures("small_demo")
 def test_the_page_without_real_data_says_how_to_get_some(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run_command: Command
 ) -> None:

@@ -36,7 +36,7 @@ from spear.data.readers.dataset_layout import REGISTRY
 from spear.data.store.episode_store import write_episodes
 from spear.data.store.prepare import prepare
 from spear.embodiments.kinematics import franka_pose
-from spear.report.audit import advise, conclude, format_report
+from spear.report.audit import advise, conclude, format_report, write_audit_page
 
 RATE_HZ = 10.0
 BRIDGE_STATE = "observation/state"
@@ -204,6 +204,23 @@ def find_verdict(report: Report, action_part: str, question: str) -> tuple[str, 
     """Find a report's best answer to one question, and its verdict on the layout's answer."""
     finding = find_finding(report, action_part, question)
     return finding.best_answer, finding.verdict
+
+
+def test_texts_of_others_are_escaped_on_the_page(tmp_path: Path) -> None:
+    script = "<script>alert(1)<script>"
+    report = dataclasses.replace(
+        judge(make_recordings(), RIGHT_ANSWERS),
+        path=script,
+        states=[script],
+        checks=[Check(script, "wrong", script)],
+        skipped=[script],
+    )
+
+    write_audit_page(report, tmp_path / "page.html")
+
+    page = (tmp_path / "page.html").read_text()
+    assert "<script" not in page
+    assert "&lt;script&gt;" in page
 
 
 def test_right_data_are_consistent() -> None:

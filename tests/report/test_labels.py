@@ -110,6 +110,21 @@ def test_the_labels_on_the_page_are_spread_over_the_folder(folder: Path) -> None
     assert sources == [f"scene & {number}" for number in (0, 2, 4, 7, 9)]
 
 
+def test_texts_of_others_are_escaped_on_the_page(
+    labels: list[LabeledImage], tmp_path: Path
+) -> None:
+    script = "<script>alert(1)</script>\"'>"
+    hostile_objects = [replace(o, name=script) for o in labels[0].objects]
+    hostile = replace(labels[0], source=script, objects=hostile_objects)
+    write_labels([hostile], tmp_path / "labels/labels-0.parquet")
+
+    write_label_page(tmp_path / "labels", [hostile], tmp_path / "page.html")
+
+    page = (tmp_path / "page.html").read_text()
+    assert "<script" not in page
+    assert "&lt;script&gt;" in page
+
+
 def test_the_page_is_self_contained_and_shows_labels_and_questions(
     folder: Path, tmp_path: Path
 ) -> None:
