@@ -14,6 +14,10 @@ EXTRA=${1:-dev}
     echo "setup: python's venv module is missing: apt-get install python3-venv" >&2
     exit 2
 }
+# LOCKED=1: exactly the files of scripts/lock.txt, whose hashes pip checks.
+if [ "${LOCKED:-}" = 1 ]; then
+    "$VENV/bin/pip" install --quiet --require-hashes --no-deps --requirement scripts/lock.txt
+fi
 # PyTorch first and pinned: later resolution then keeps the build that is there (a CPU build where one is configured).
 "$VENV/bin/python" -c 'import torch' 2>/dev/null || "$VENV/bin/pip" install --quiet torch==2.13.0
 # Then what the tests have passed with, where that can be had: a new release of another project breaks nothing here.

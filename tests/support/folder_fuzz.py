@@ -1,8 +1,8 @@
 """Hostile folders: changes of single files of good folders, and what reading them must not do.
 
-A change is drawn from a seed. Reading the changed folder must succeed or raise `SpearError`. It must
-not raise anything else, ask a question, need more than 1 GiB of memory, or open a file outside of
-the folder.
+A change is drawn from a seed. Reading the changed folder must succeed or raise `SpearError`. It
+must not raise anything else, ask a question, need more than 1 GiB of memory, or open a file outside
+of the folder.
 """
 
 import builtins
