@@ -371,7 +371,9 @@ def test_orientations_in_degrees_are_named() -> None:
 
     report = judge(make_recordings(mistakes), RIGHT_ANSWERS)
 
-    assert any("degrees, where the layout has radians" in remark for remark in report.states)
+    assert any(
+        "degrees, where the layout has radians" in remark for remark in report.state_problems
+    )
 
 
 def test_an_arm_that_hardly_moves_tells_nothing() -> None:
@@ -421,7 +423,7 @@ def test_episodes_of_a_store_each_have_their_own_rate(tmp_path: Path) -> None:
 
     report = audit(tmp_path / "store")
 
-    assert report.states == []
+    assert report.state_problems == []
     assert "rate_hz" not in [check.name for check in report.checks]
 
 

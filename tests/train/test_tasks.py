@@ -60,7 +60,7 @@ def test_targets_say_how_much_of_each_cell_an_object_covers() -> None:
 def test_targets_say_where_the_center_of_the_largest_object_is() -> None:
     targets = patch_targets(make_label(), ["cup", "fork", "spoon"], PATCH, SIZE)
 
-    np.testing.assert_array_equal(targets.largest, [True, True, False, True])
+    np.testing.assert_array_equal(targets.has_object, [True, True, False, True])
     # The cup's center is pixel (30, 14), and the middles of patches 0 and 1 are (16, 16) and
     # (48, 16). The spoon's center is (54, 52), and the middle of patch 3 is (48, 48).
     offsets_px = np.array([[14, -2], [-18, -2], [6, 4]])
@@ -101,7 +101,7 @@ def test_an_image_of_another_size_is_fitted_with_its_masks() -> None:
     # Fitting blurs the edges of masks, so cells differ by up to 40 of 255.
     np.testing.assert_allclose(targets.cells, expected.cells.astype(int), atol=40)
     np.testing.assert_allclose(targets.center, expected.center, atol=1e-6)
-    np.testing.assert_array_equal(targets.largest, expected.largest)
+    np.testing.assert_array_equal(targets.has_object, expected.has_object)
 
 
 def make_numbered_label(number: int) -> LabeledImage:

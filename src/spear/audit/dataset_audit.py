@@ -4,8 +4,10 @@
 actions explains the recorded states. A *question* is one field of a hypothesis: frame, unit, signs
 and so on. For each question, the audit compares the layout's answer with the answer that fits best.
 
-The *margin* of an answer is by how much its error exceeds that of the best answer, with a 95 %
-interval from a bootstrap over episodes. An answer is wrong only if its whole interval lies above
+The audit cuts episodes into short *stretches*, over which actions are added up and compared with
+the states. The *margin* of an answer is by how much its error exceeds that of the best answer, with
+a 95 % interval from a bootstrap. The bootstrap draws *units of resampling*: whole episodes, or
+stretches if there are only few episodes. An answer is wrong only if its whole interval lies above
 `MIN_MARGIN`. An answer is right only if this is the case for all other answers. Otherwise the
 question stays open.
 """
@@ -87,12 +89,12 @@ STORE_LAYOUT = DatasetLayout(
 )
 """The layout of episode stores, without cameras and rate."""
 
-MAX_EPISODES = 50  # the audit reads at most so many episodes,
-MAX_STEPS = 3000  # and no further episode after so many steps
+MAX_EPISODES = 50  # the audit reads at most so many episodes
+MAX_STEPS = 3000  # the audit reads no further episode after so many steps
 MAX_VIEWED_EPISODES = 12  # the images of the first so many episodes are decoded
 MAX_BAD_SHARE = 0.5  # share of unreadable episodes above which the audit fails
 MIN_MARGIN = 0.01  # fraction of the motion by which an error must be larger to count as worse
-MAX_UNEXPLAINED = 1 / 3  # relative error above which even the best hypothesis explains nothing
+MAX_UNEXPLAINED = 1 / 3  # if even the best hypothesis has a larger relative error, none is believed
 MIN_MOTION = {"translation": 2e-3, "rotation": np.radians(0.5)}
 """Mean motion since the start of a stretch (m, rad) below which there is too little to judge."""
 MAX_UNEXPLAINED_OF_EPISODE = (0.5, 1.0)
@@ -101,9 +103,10 @@ MAX_UNEXPLAINED_OF_EPISODE = (0.5, 1.0)
 Between these two, the limit is ten times the median of all episodes.
 """
 NUM_RESAMPLES = 1000  # draws of the bootstrap
+MIN_DIVISOR = 1e-12  # prevents a division by zero where nothing moves
 
 _NOT_CONFIRMED = {"wrong", "cannot tell"}
-"""Verdicts that leave open or deny that data agree with their layout."""
+"""Verdicts by which the data contradict their layout, or are not enough to confirm it."""
 
 LayoutAnswers = Mapping[str, Mapping[str, str | None]]
 """Part ("translation" or "rotation") → question → the layout's answer; None if it gives none."""
@@ -182,7 +185,7 @@ class Report:
     num_episodes     how many episodes were read.
     num_steps        how many steps these episodes have.
     action_parts     the findings about logged translations and logged rotations.
-    states           what is wrong with the recorded states by themselves, one remark per problem.
+    state_problems   what is wrong with the recorded states by themselves, one remark per problem.
     recordings       the episodes that were read.
     checks           the checks of rate, gripper, cameras, instructions and success.
     fitting_formats  formats of the recorded orientations with which everything would agree,
@@ -194,7 +197,7 @@ class Report:
     num_episodes: int
     num_steps: int
     action_parts: Sequence[ActionPart]
-    states: Sequence[str]
+    state_problems: Sequence[str]
     recordings: Sequence[Recording]
     checks: Sequence[Check] = ()
     fitting_formats: Sequence[str] = ()
@@ -205,7 +208,7 @@ class Report:
         """Whether the data agree with the layout, contradict it, or are not enough to decide."""
         verdicts = {action_part.verdict for action_part in self.action_parts}
         verdicts |= {check.verdict for check in self.checks}
-        if self.states or self.fitting_formats or "wrong" in verdicts:
+        if self.state_problems or self.fitting_formats or "wrong" in verdicts:
             return "contradiction"
         if verdicts - {"agrees"}:
             return "undecided"
@@ -248,7 +251,7 @@ def _audit_numbers(path: str | Path, split: str, layout: DatasetLayout) -> Repor
     report = judge(recordings, layout_answers(trusted_layout), str(path), logged_units(layout))
 
     checks = [*report.checks, *check_gripper(recordings)]
-    if not report.states:
+    if not report.state_problems:
         checks += check_rate(recordings)
     if layout.rotation_format not in UNMISTAKABLE_FORMATS:
         checks += _check_rotation_format(report, str(layout.rotation_format))
@@ -308,7 +311,8 @@ def _find_fitting_formats(
         with contextlib.suppress(SpearError):
             other_report = _audit_numbers(path, split, other_layout)
             other_verdicts = {action_part.verdict for action_part in other_report.action_parts}
-            if not other_report.states and not other_verdicts & _NOT_CONFIRMED:
+            is_part_unconfirmed = bool(other_verdicts & _NOT_CONFIRMED)
+            if not other_report.state_problems and not is_part_unconfirmed:
                 fitting_formats.append(name)
     return fitting_formats
 
@@ -319,6 +323,7 @@ def _check_rotation_format(report: Report, layout_format: str) -> list[Check]:
     Logged rotations that are targets never tell, because they are the next states in the same
     format.
     """
+    # Parts of the actions for which the data are enough to judge.
     explained = {
         action_part.name: action_part for action_part in report.action_parts if not action_part.note
     }
@@ -571,6 +576,8 @@ def judge(
     Raises:
         SpearError: no episode has five known steps in a row.
     """
+    # A step can be compared only if the actions of all delays are known, so that the shortest
+    # stretch takes five known steps.
     stretches = Stretches(recordings)
     if not stretches.num:
         raise SpearError(f"nothing to audit: {path}: no episode has five known steps in a row")
@@ -592,7 +599,7 @@ def judge(
         num_episodes=len(recordings),
         num_steps=sum(len(recording.position) for recording in recordings),
         action_parts=action_parts,
-        states=find_implausible_states(recordings),
+        state_problems=find_implausible_states(recordings),
         recordings=recordings,
         checks=checks,
     )
@@ -606,7 +613,7 @@ def _check_odd_episodes(action_part: ActionPart, num_episodes: int) -> list[Chec
     fit = action_part.layout_fit
     if fit is None or action_part.note or action_part.verdict == "wrong":
         return []
-    relative_errors = fit.error / fit.motion.clip(1e-12)  # [episodes]
+    relative_errors = fit.error / fit.motion.clip(MIN_DIVISOR)  # [episodes]
     min_limit, max_limit = MAX_UNEXPLAINED_OF_EPISODE
     limit = np.clip(10 * np.median(relative_errors), min_limit, max_limit)
     # In an episode with hardly any motion, small errors are a large part of it.
@@ -845,7 +852,7 @@ def _margin(fit: Fit, best: Fit, resamples: Array) -> Margin:
     differences vary less.
     """
     difference = _resampled_error(fit, resamples) - _resampled_error(best, resamples)
-    low, high = np.quantile(difference, [0.025, 0.975])
+    low, high = np.quantile(difference, [0.025, 0.975])  # 95 % of the draws lie between
     if len(fit.error) < 3:  # too few units to say how much they differ, so it may be by nothing
         low = min(float(low), 0.0)
     return Margin(fit.relative_error - best.relative_error, float(low), float(high))
@@ -853,4 +860,4 @@ def _margin(fit: Fit, best: Fit, resamples: Array) -> Margin:
 
 def _resampled_error(fit: Fit, resamples: Array) -> Array:
     """Compute a fit's relative error in each draw of the bootstrap: [NUM_RESAMPLES]."""
-    return (resamples @ fit.error) / np.maximum(resamples @ fit.motion, 1e-12)
+    return (resamples @ fit.error) / np.maximum(resamples @ fit.motion, MIN_DIVISOR)

@@ -64,7 +64,7 @@ MAX_SEARCH_EPISODES = 8  # columns of positions and rotations are sought in so m
 MAX_VIEWED_EPISODES = 5  # the images of so many episodes are decoded
 MAX_NUMBERS = 32  # a column with more numbers per step is no measurement or command
 MAX_CANDIDATES = 8  # rotations are sought for so many of the best columns of positions
-UNEXPLAINED_WITHOUT_ROTATIONS = 1  # without rotations, their whole motion counts as unexplained
+UNEXPLAINED_WITHOUT_ROTATIONS = 1  # relative error of rotations for which no column was found
 DEFAULT_RATE_HZ = 5.0  # if the dataset names no rate; only ratios of rates matter here
 
 WRIST_WORDS = ("wrist", "hand", "gripper", "eye_in")
@@ -611,7 +611,7 @@ def _describe_position(
         "length_unit": plausible_length_unit(reach) or "m",
         "logged_kind": fit.hypothesis.kind,
     }
-    # The hypotheses took positions for meters, so what they call "m" is the unit of the positions.
+    # The hypotheses take recorded positions for meters, so their unit "m" is the positions' unit.
     meters_per_position_unit = LENGTH_UNITS[proposal.fields["length_unit"]]
     logged_unit = fit.hypothesis.unit.removesuffix("/s")
     position_units_per_logged_unit = unit_factor(logged_unit, LENGTH_UNITS)
@@ -736,7 +736,7 @@ def _are_unit_vectors(values: Array) -> bool:
     """
     width = values.shape[1]
     if width == 4:
-        # Small rotations and a gripper's -1 or 1 behind them have length 1, too.
+        # Three small angles and a gripper command of -1 or 1 behind them have a length near 1, too.
         is_plus_or_minus_one = (np.abs(values) == 1).all(0)  # [4]
         takes_both_signs = np.ptp(values, axis=0) == 2
         if (is_plus_or_minus_one & takes_both_signs).any():
@@ -841,7 +841,9 @@ def _describe_gripper(
         rate_hz: steps per second.
         proposal: the proposal to be completed.
     """
-    values = {number: [v[:, 0] for v in number.values(columns)] for number in free_numbers}
+    values: dict[ColumnRange, list[Array]] = {}  # number → its readings [T] in each episode
+    for number in free_numbers:
+        values[number] = [readings[:, 0] for readings in number.values(columns)]
     moving = [number for number in free_numbers if np.ptp(np.concatenate(values[number])) > 0]
     commands = [number for number in moving if "action" in number.column]
     states = [number for number in moving if "action" not in number.column]

@@ -136,12 +136,12 @@ class Stretches:
         episodes: list[int] = []
         first_row = 0
         for number, recording in enumerate(recordings):
-            for first, end in _valid_runs(recording.valid):
-                for start in range(first, end, MAX_STRETCH_STEPS):
+            for run_first, run_end in _valid_runs(recording.valid):
+                for start in range(run_first, run_end, MAX_STRETCH_STEPS):
                     states = start + np.arange(MAX_STRETCH_STEPS + 1)
-                    padded_states = np.minimum(states, end)
+                    padded_states = np.minimum(states, run_end)
                     rows.append(first_row + padded_states)
-                    is_step.append(states[:-1] < end)
+                    is_step.append(states[:-1] < run_end)
                     episodes.append(number)
             first_row += len(recording.position)
 
@@ -397,64 +397,112 @@ def fit_translations(
     rotation = np.concatenate([r.rotation for r in recordings])
     quaternions, _ = state_quaternions(rotation)
     logged = _concatenate_logged(r.translation for r in recordings)
-
-    rows = stretches.rows
-    is_step = stretches.is_step
-    start = position[rows[:, :1]]  # [n, 1, 3]
-    recorded = position[rows[:, 1:]] - start  # [n, L, 3] displacement since the stretch's start
-    motion = stretches.sum_per_unit(np.linalg.norm(recorded, axis=-1))
-    num_steps = int(is_step.sum())
+    recorded = _summarize_recorded_translations(position, stretches)
 
     rms_step_m = _measure_rms_step_m(position, stretches)
     step_s = 1 / recordings[0].rate_hz
     relative_scales = _possible_scales(stretches.select_steps(logged), rms_step_m, units, step_s)
     target_scales = [Scale("absolute", unit, factor) for unit, factor in units.items()]
-    fits: list[Fit] = []
-
-    def add_fits(
-        components: Array,
-        offset: Array,
-        scales: Sequence[Scale],
-        frame: str,
-        state_format: str,
-        delay: int,
-    ) -> None:
-        """Add the fits of K hypotheses, one for each scale and choice of signs.
-
-        They multiply the three logged components with different factors. Column c of `components`
-        [n, L, 3, 3] is the displacement that the component c predicts if its factor is 1. `offset`
-        [3] or [n, 1, 3] is added to recorded displacements: the stretch's start, for targets.
-        """
-        factors = np.concatenate([SIGN_FACTORS * scale.factor for scale in scales])  # [K, 3]
-        predicted = components @ factors.T  # [n, L, 3, K]
-        target = offset + recorded  # [n, L, 3]
-        distances = np.linalg.norm(predicted - target[..., None], axis=-2)  # [n, L, K]
-        errors = stretches.sum_per_unit(np.moveaxis(distances, -1, 0))  # [K, U]
-        cases = itertools.product(scales, SIGNS)
-        for (scale, signs), error in zip(cases, errors, strict=True):
-            hypothesis = Hypothesis(
-                kind=scale.kind,
-                frame=frame,
-                unit=scale.unit,
-                signs=signs,
-                delay_steps=delay,
-                state_format=state_format,
-                action_format="-",
-            )
-            fits.append(Fit(hypothesis, error, motion, num_steps, scale.factor))
-
     origin = np.zeros(3)
+
+    fits: list[Fit] = []
     for delay in DELAYS:
-        actions = logged[stretches.action_rows(delay)] * is_step[..., None]  # [n, L, 3]
+        is_step = stretches.is_step[..., None]  # [n, L, 1]
+        actions = logged[stretches.action_rows(delay)] * is_step  # [n, L, 3]
         # Row c (also column c) is the component c of the action along its own axis.
         diagonal = actions[..., None] * np.eye(3)  # [n, L, 3, 3]
-        add_fits(diagonal.cumsum(1), origin, relative_scales, "base", "-", delay)
-        add_fits(diagonal, start, target_scales, "base", "-", delay)
+        in_base = _TranslationReading("base", state_format="-", delay_steps=delay)
+
+        # Displacements along base axes, which add up from the start of each stretch.
+        sums = diagonal.cumsum(1)
+        fits += _fit_components(sums, origin, recorded, relative_scales, in_base, stretches)
+        # Targets, which are compared with positions: the start plus the recorded displacement.
+        fits += _fit_components(
+            diagonal, recorded.start, recorded, target_scales, in_base, stretches
+        )
+        # Displacements along the axes of the end effector, for every format of its orientations.
         for state_format in state_formats(rotation):
-            orientation = quaternions[state_format][rows[:, :-1]]  # [n, L, 4]
-            components = _rotate_components(orientation, diagonal)
-            add_fits(components.cumsum(1), origin, relative_scales, "ee", state_format, delay)
+            orientation = quaternions[state_format][stretches.rows[:, :-1]]  # [n, L, 4]
+            sums = _rotate_components(orientation, diagonal).cumsum(1)
+            in_ee = _TranslationReading("ee", state_format, delay)
+            fits += _fit_components(sums, origin, recorded, relative_scales, in_ee, stretches)
     return fits
+
+
+class _RecordedTranslations(NamedTuple):
+    """Recorded positions, arranged by stretch.
+
+    start         [n, 1, 3] position at the start of each stretch, m.
+    displacement  [n, L, 3] displacement since the start of the stretch, m.
+    motion        [U] lengths of these displacements, summed per unit of resampling, m.
+    """
+
+    start: Array
+    displacement: Array
+    motion: Array
+
+
+def _summarize_recorded_translations(
+    position: Array, stretches: Stretches
+) -> _RecordedTranslations:
+    """Arrange recorded positions [N, 3] (m) by stretch."""
+    start = position[stretches.rows[:, :1]]  # [n, 1, 3]
+    displacement = position[stretches.rows[:, 1:]] - start  # [n, L, 3]
+    motion = stretches.sum_per_unit(np.linalg.norm(displacement, axis=-1))
+    return _RecordedTranslations(start, displacement, motion)
+
+
+class _TranslationReading(NamedTuple):
+    """What hypotheses about translations share that differ in scale and signs only.
+
+    The fields are those of `Hypothesis`.
+    """
+
+    frame: str
+    state_format: str
+    delay_steps: int
+
+
+def _fit_components(
+    components: Array,
+    offset: Array,
+    recorded: _RecordedTranslations,
+    scales: Sequence[Scale],
+    reading: _TranslationReading,
+    stretches: Stretches,
+) -> Iterator[Fit]:
+    """Compute the fits of K hypotheses, one for each scale and choice of signs.
+
+    The hypotheses multiply the three logged components with different factors.
+
+    Args:
+        components: [n, L, 3, 3] column c is the displacement that the component c predicts if its
+            factor is 1.
+        offset: [3] or [n, 1, 3] is added to recorded displacements.
+        recorded: the recorded positions.
+        scales: the kinds and units to try.
+        reading: what the hypotheses have in common.
+        stretches: the stretches into which the episodes are cut.
+    """
+    factors = np.concatenate([SIGN_FACTORS * scale.factor for scale in scales])  # [K, 3]
+    predicted = components @ factors.T  # [n, L, 3, K]
+    target = offset + recorded.displacement  # [n, L, 3]
+    distances = np.linalg.norm(predicted - target[..., None], axis=-2)  # [n, L, K]
+    errors = stretches.sum_per_unit(np.moveaxis(distances, -1, 0))  # [K, U]
+
+    num_steps = int(stretches.is_step.sum())
+    cases = itertools.product(scales, SIGNS)
+    for (scale, signs), error in zip(cases, errors, strict=True):
+        hypothesis = Hypothesis(
+            kind=scale.kind,
+            frame=reading.frame,
+            unit=scale.unit,
+            signs=signs,
+            delay_steps=reading.delay_steps,
+            state_format=reading.state_format,
+            action_format="-",
+        )
+        yield Fit(hypothesis, error, recorded.motion, num_steps, scale.factor)
 
 
 def _rotate_components(orientation: Array, diagonal: Array) -> Array:
@@ -646,9 +694,9 @@ def _integrate_rotations(deltas: torch.Tensor) -> tuple[torch.Tensor, torch.Tens
     """
     about_ee = [deltas[:, :, 0]]
     about_base = [deltas[:, :, 0]]
-    for k in range(1, MAX_STRETCH_STEPS):
-        about_ee.append(quat_multiply(about_ee[-1], deltas[:, :, k]))
-        about_base.append(quat_multiply(deltas[:, :, k], about_base[-1]))
+    for step in range(1, MAX_STRETCH_STEPS):
+        about_ee.append(quat_multiply(about_ee[-1], deltas[:, :, step]))
+        about_base.append(quat_multiply(deltas[:, :, step], about_base[-1]))
     return torch.stack(about_ee, 2), torch.stack(about_base, 2)
 
 

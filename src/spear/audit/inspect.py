@@ -78,7 +78,7 @@ def _inspect_store(store: EpisodeStore) -> str:
     positions = np.concatenate([episode.position for episode in episodes])
     lines.append(f"position, m   {_format_axes(positions)}")
     # The translations [steps, 3] of the known actions.
-    translations = [np.asarray(e.action)[e.action_mask, :3] for e in episodes]
+    translations = [np.asarray(episode.action)[episode.action_mask, :3] for episode in episodes]
     known_translations = np.concatenate(translations)
     if len(known_translations):
         lines.append(f"step, mm      {_format_axes(1000 * known_translations)}")
@@ -121,7 +121,9 @@ def _inspect_dataset(folder: Dataset) -> str:
     lengths_read = [count_steps(episode) for episode in episodes]
     if isinstance(folder, LeRobotFolder):
         title, rate, num_steps = _summarize_lerobot(folder)
-        texts = [task for episode in folder.episodes for task in episode.tasks]
+        texts = []
+        for episode in folder.episodes:
+            texts.extend(episode.tasks)
         cameras = _lerobot_cameras(folder)
         axes = {
             _column_name(n): feature.component_names for n, feature in folder.info.features.items()

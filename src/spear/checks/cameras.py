@@ -16,7 +16,7 @@ from spear.types import CONTROL_RATE_HZ, Array
 from spear.util.images import decode_image
 
 MIN_ARM_SPEED_M_S = 0.05  # an arm that is faster counts as moving
-MIN_PIXEL_CHANGE = 4  # a pixel that changes by more gray levels (of 255) counts as changed
+MIN_PIXEL_CHANGE = 4  # a pixel that changes by more gray levels (of 255) than this has changed
 COMPARED_SIZE_PX = (32, 24)  # width and height to which images are reduced
 MIN_FROZEN_MOTION_M = 0.05  # if the arm moves farther and all images are equal, they are frozen
 MIN_EPISODES = 5  # in which both cameras can be compared; with fewer, there is no verdict
@@ -62,6 +62,7 @@ def summarize_view(images: Sequence[bytes], position: Array, rate_hz: float, con
     # arm's recording and repeat its image in neighboring steps.
     interval = max(1, round(rate_hz / CONTROL_RATE_HZ))  # in recorded steps
     distance_m = np.linalg.norm(position[interval:] - position[:-interval], axis=1)
+    # The speed is distance_m * rate_hz / interval.
     is_moving = distance_m * rate_hz > MIN_ARM_SPEED_M_S * interval  # [T - interval]
     has_changed = np.abs(frames[interval:] - frames[:-interval]) > MIN_PIXEL_CHANGE
     shares_per_step = has_changed.mean((1, 2))  # [T - interval]

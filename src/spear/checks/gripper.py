@@ -114,10 +114,14 @@ def _check_commands(
         return checks
 
     if strongest.correlation <= -MIN_CORRELATION:
-        # The ends of one of the two ranges are exchanged; `open_end` may tell of which.
-        keys = {"wrong": "gripper_range", "agrees": "command_range"}
-        key = keys.get(open_end.verdict, "command_range, or in gripper_range")
-        words = f"{evidence}: exchange the two readings in {key}"
+        # The two readings of one of the ranges are exchanged; `open_end` may tell in which.
+        if open_end.verdict == "wrong":
+            place = "gripper_range"
+        elif open_end.verdict == "agrees":
+            place = "command_range"
+        else:
+            place = "command_range, or in gripper_range"
+        words = f"{evidence}: exchange the two readings in {place}"
         return [Check("gripper command", "wrong", words)]
 
     # `correlate_commands` returns exactly 0 if the commands never change.
@@ -143,7 +147,8 @@ def check_range(openings: Sequence[Array], commands: Sequence[Array]) -> Check |
         values = np.concatenate(commands)
     if values.min() < CLOSED_BELOW and values.max() > OPEN_ABOVE:
         return None
-    # Something is wrong. If the measured openings do not reach the closed end, blame them.
+    # Something is wrong. If the measured openings do not reach the closed end, they are the ones to
+    # report, not the commands.
     if measured.min() >= CLOSED_BELOW:
         values = measured
 
@@ -163,7 +168,7 @@ def check_range(openings: Sequence[Array], commands: Sequence[Array]) -> Check |
 def check_command_timing(episodes: Sequence[tuple[Array, Array]]) -> Check | None:
     """Report a gripper that has mostly moved already when its command changes.
 
-    Such a command was computed from the opening, or recorded too late.
+    Such commands were computed from the openings, or recorded too late.
 
     Args:
         episodes: (openings [T], commands [T], each command 0 or 1) of each episode.
@@ -171,8 +176,9 @@ def check_command_timing(episodes: Sequence[tuple[Array, Array]]) -> Check | Non
     has_moved_by_episode = []
     for opening, command in episodes:
         is_change = np.diff(command) != 0  # [T - 1]
-        distance = np.abs(opening - command)[1:]  # [T - 1], to the new command at a change
-        has_moved_by_episode.append(distance[is_change] < 0.5)
+        # [T - 1] how far the opening is from the command at the step after each possible change
+        distance_to_new_command = np.abs(opening - command)[1:]
+        has_moved_by_episode.append(distance_to_new_command[is_change] < 0.5)
     has_moved = np.concatenate(has_moved_by_episode)  # one entry per change of a command
     if len(has_moved) < MIN_EPISODES or has_moved.mean() < MIN_SHARE:
         return None
@@ -230,6 +236,7 @@ def judge_open_end(openings: Sequence[Array]) -> tuple[Verdict, str]:
     resting_closed: list[float] = []
     resting_open: list[float] = []
     for opening, middle in zip(openings, middles, strict=True):
+        # [T - 1] at each step but the first
         is_at_rest = np.abs(np.diff(opening)) < MAX_REST_CHANGE
         resting = opening[1:][is_at_rest]
         resting_above = resting[resting > middle]
@@ -241,7 +248,8 @@ def judge_open_end(openings: Sequence[Array]) -> tuple[Verdict, str]:
     spread_closed = _spread(resting_closed)
     spread_open = _spread(resting_open)
 
-    # Two independent signs: +1 speaks for the layout, -1 against it, 0 says nothing.
+    # Two independent signs: +1 speaks for the layout, -1 against it, 0 says nothing. A closed
+    # gripper holds objects, and therefore rests at differing openings.
     holds_when_closed = spread_closed > MIN_SPREAD_RATIO * max(spread_open, MAX_REST_CHANGE)
     holds_when_open = spread_open > MIN_SPREAD_RATIO * max(spread_closed, MAX_REST_CHANGE)
     contact_sign = int(holds_when_closed) - int(holds_when_open)

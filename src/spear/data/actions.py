@@ -3,8 +3,8 @@
 A canonical action consists of a translation in the base frame, a rotation in the end-effector frame
 (unit quaternion) and an absolute gripper command (1 open, 0 closed). Here it is a NumPy row [8], as
 `Action.to_vector` arranges it. If an episode has actions, these are used. Otherwise they are
-derived from the states: an action is then the motion to the next state. That happens once, when an
-episode is written (`add_actions`).
+derived from the states: an action is then the motion to the next state. Actions are derived once,
+when an episode is written (`add_actions`).
 
 A mask says which actions of an episode are known. For example, the last action of an episode is not
 known if it would have to be derived from a next state.
@@ -136,6 +136,7 @@ def extract_chunk(
     chunk = np.zeros((horizon, ACTION_DIM), np.float32)
     chunk[:, 3] = 1  # the real part of the identity quaternion
     chunk[:num_targets] = actions[step : step + num_targets]
+    # The gripper's command is that of the last target, or of `step` if there is no target.
     last_target_step = step + max(num_targets, 1) - 1
     chunk[num_targets:, 7] = actions[last_target_step, 7]
     is_target = np.arange(horizon) < num_targets  # [H]
@@ -146,7 +147,7 @@ def resample_episode(episode: Episode, rate_hz: float = CONTROL_RATE_HZ) -> Epis
     """Resample an episode to another rate.
 
     Below, T is the number of source steps (of `episode`) and N the number of new steps. A new step
-    covers the source steps during which it lasts.
+    covers the source steps whose time overlaps with its own.
 
     - Positions and openings are interpolated linearly, and rotations by slerp.
     - The image of a new step is the last one that was taken before the step's time.
@@ -160,11 +161,13 @@ def resample_episode(episode: Episode, rate_hz: float = CONTROL_RATE_HZ) -> Epis
     if np.isclose(episode.rate_hz, rate_hz):
         return episode
 
-    # Times are measured in source steps. Each new step starts at one time and ends at the next.
+    # The last new step starts at the last source step, or less than one new step before it.
     num_source_steps = len(episode)
     last_source_step = num_source_steps - 1
     last_new_step = np.floor(last_source_step * rate_hz / episode.rate_hz + TIME_TOLERANCE_STEPS)
     num_steps = int(last_new_step) + 1
+
+    # Times are measured in source steps. Each new step starts at one time and ends at the next.
     times = np.arange(num_steps + 1) * episode.rate_hz / rate_hz  # [N + 1]
     times = np.minimum(times, last_source_step)
     starts = times[:-1]  # [N]
@@ -184,6 +187,7 @@ def resample_episode(episode: Episode, rate_hz: float = CONTROL_RATE_HZ) -> Epis
     gripper = np.interp(starts, np.arange(num_source_steps), episode.gripper)  # [N]
 
     # A new step covers the source steps from `step_before` to `last_covered_step`.
+    # This is the last source step that starts before the new step's end.
     last_covered_step = np.ceil(ends - TIME_TOLERANCE_STEPS).astype(int) - 1  # [N]
     last_covered_step = np.maximum(last_covered_step, step_before)
     is_source_known = episode.action_mask  # [T]
@@ -248,7 +252,10 @@ def validate_episode(episode: Episode) -> Episode:
 
 
 def _check_images(episode: Episode) -> None:
-    """Raise SpearError unless each camera has an encoded image of every step. Decodes none."""
+    """Raise SpearError unless each camera has an encoded image of every step.
+
+    The images are not decoded.
+    """
     name = episode.source
     if not episode.images:
         raise SpearError(f"no camera: {name}: an episode needs at least one camera's images")
@@ -317,7 +324,7 @@ def _validate_array(name: str, field: str, values: Array, shape: tuple[int, ...]
     array = np.asarray(values, np.float32)
     if array.shape != shape:
         raise SpearError(f"wrong shape: {name}: {field} is {array.shape}, expected {shape}")
-    is_finite = np.isfinite(array.reshape(shape[0], -1)).all(axis=1)
+    is_finite = np.isfinite(array.reshape(shape[0], -1)).all(axis=1)  # [T]
     step = find_first(~is_finite)
     if step is not None:
         raise SpearError(f"not a number: {name} step {step}: {field} is {array[step].tolist()}")

@@ -2,8 +2,9 @@
 
 A dataset's layout, or a robot's embodiment, says where the base frame and the end-effector frame
 are. If the layout was wrong and is corrected, the same recording becomes other poses. Therefore
-the frames of each known dataset and robot have a version. Prepared stores record it in
-`request.json`. Normalization statistics, which belong to a policy, record it in `normalizer.json`.
+the frames of each known dataset and robot have a version. A prepared store records the versions of
+its frames in `request.json`, and a policy records them in its normalization statistics
+(`normalizer.json`).
 Data and policies of different versions are never mixed, and a policy acts in the version that it
 was trained with.
 
@@ -34,8 +35,8 @@ UNHASHED_FIELDS: dict[str, Any] = {
     "logged_translation_unit": None,
     "logged_rotation_unit": None,
 }
-"""Fields of a layout that do not influence prepared episodes → the value with which they are
-hashed."""
+"""Fields of a layout that do not influence prepared episodes → the constant that is hashed in place
+of the field's value."""
 LATER_FIELDS = (
     "base_rotation",
     "gripper_opening",
@@ -46,7 +47,7 @@ LATER_FIELDS = (
 )
 """Fields of a layout that are hashed only if they differ from their defaults. Earlier versions of
 this program did not have these fields, and folders that they prepared should remain valid."""
-LAYOUT_DEFAULTS = vars(DatasetLayout(name=""))
+LAYOUT_DEFAULTS = vars(DatasetLayout(name=""))  # all fields but the name have a default
 
 
 def get_current_version(name: str) -> int:

@@ -72,8 +72,9 @@ class Mixture:
         weights = np.array([weight for _, _, weight in sources], np.float64)
         self.weights = weights / weights.sum()
 
-        # The valid steps of a dataset are numbered through all its episodes. For each dataset, the
-        # number of the first valid step of each episode, and the number of all: [E + 1].
+        # The valid steps of a dataset with E episodes have indices through all its episodes. For
+        # each dataset: the index of the first valid step of each episode, and as the last entry
+        # the count of the dataset's valid steps, [E + 1].
         self._episode_starts: list[Array] = []
         for store in self.stores:
             starts = np.concatenate([[0], np.cumsum(store.num_known_actions)])
@@ -104,12 +105,13 @@ class Mixture:
         for dataset, sample_draws in zip(datasets.tolist(), draws, strict=True):
             starts = self._episode_starts[dataset]
             num_valid_steps = starts[-1]
-            number = int(sample_draws[1] * num_valid_steps)  # of a valid step in the dataset
-            episode = int(np.searchsorted(starts, number, side="right")) - 1
-            number_in_episode = number - int(starts[episode])
+            index_in_dataset = int(sample_draws[1] * num_valid_steps)
+            # The last episode that starts at this index or before has the step.
+            episode = int(np.searchsorted(starts, index_in_dataset, side="right")) - 1
+            index_in_episode = index_in_dataset - int(starts[episode])
             is_known = np.asarray(self._read_episode(dataset, episode).action_mask)
             valid_steps = np.flatnonzero(is_known)
-            step = int(valid_steps[number_in_episode])
+            step = int(valid_steps[index_in_episode])
             samples.append(Sample(dataset, episode, step, draws=sample_draws[2:]))
         return samples
 
@@ -228,7 +230,8 @@ class TrainingSamples:
         image = decode_image(encoded, f"{source} step {sample.step} camera {camera!r}", out)
         height, width = out.shape[:2]
         fitted = fit_image(image, height, width)
-        was_decoded_into_out = fitted is out  # an image that has the right size already
+        # `decode_image` writes into `out` only an image that has the size of `out`.
+        was_decoded_into_out = fitted is out
         if not was_decoded_into_out:
             out[...] = fitted
 

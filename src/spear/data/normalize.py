@@ -33,8 +33,8 @@ Mode = Literal["quantile", "minmax", "meanstd"]
 Triple = tuple[float, float, float]
 Scale = tuple[PositiveFloat, PositiveFloat, PositiveFloat]
 
-MIN_TRANSLATION_SCALE_M = 1e-3  # in a step of 0.2 s
-MIN_POSITION_SCALE_M = 1e-2
+MIN_TRANSLATION_SCALE_M = 1e-3  # 1 mm in a step of 0.2 s (our choice)
+MIN_POSITION_SCALE_M = 1e-2  # our choice
 MIN_SCALES = (MIN_TRANSLATION_SCALE_M,) * 3 + (MIN_POSITION_SCALE_M,) * 3
 """The smallest scale of each axis. Dividing an axis that hardly varies by its tiny scale would
 amplify its noise. With this scale, predicted motions along such an axis stay small as well."""
@@ -94,6 +94,7 @@ class Normalizer:
             )
 
         over_mixture = Normalizer.fit([(store, weight) for _, store, weight in stores], mode)
+        # The weight of a single dataset has no effect, so any weight will do.
         per_dataset = {name: Normalizer.fit([(store, 1.0)], mode) for name, store, _ in stores}
         return replace(over_mixture, datasets=per_dataset)
 
@@ -203,6 +204,7 @@ class Normalizer:
     def save(self, path: str | Path) -> None:
         """Write the statistics as JSON. The file is complete or not there at all."""
         fields = asdict(self)
+        # Unknown versions of frames are written by leaving the key out.
         for values in (fields, *fields["datasets"].values()):
             if values["frames"] is None:
                 del values["frames"]

@@ -13,6 +13,7 @@ from spear.errors import SpearError
 from spear.util.options import EpisodeSplit, LayoutFile, OptionalInt, Options, Range, RarelyUsed
 
 MAX_IMAGE_SIDE_PX = 8192  # the largest width or height to which images are resized
+ALL_OTHER_CAMERAS = ""  # the key, in `Conversion.sizes`, of all cameras that have no key there
 
 _FOLDER_HELP = "An RLDS or LeRobot dataset, or episodes written by this program."
 DatasetFolder = Annotated[Positional[Path], arg(metavar="FOLDER", help=_FOLDER_HELP)]
@@ -35,11 +36,12 @@ class Conversion(Options):
     def sizes(self) -> dict[str, tuple[int, int]]:
         """Parse `image_size`: camera → (width, height) in pixels.
 
-        The key "" stands for all cameras that have no key. Raises SpearError if a text is no size,
-        or if a camera has two sizes.
+        The key `ALL_OTHER_CAMERAS` stands for all cameras that have no key. Raises SpearError if a
+        text is no size, or if a camera has two sizes.
         """
         sizes: dict[str, tuple[int, int]] = {}
         for text in self.image_size:
+            # Without "=", the camera is "", which is `ALL_OTHER_CAMERAS`.
             camera, _, size_text = text.rpartition("=")
             size = _parse_size(size_text)
             if size is None:

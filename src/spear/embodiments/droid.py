@@ -87,7 +87,8 @@ class Tool:
 
     def to_hand(self, position: Array, rotation: Array) -> tuple[Array, Array]:
         """Convert poses of the tool's end-effector frame to the hand's: the inverse."""
-        return self._compose(position, rotation, pose_inverse(*self._pose()))
+        tool_position, tool_rotation = self._pose()
+        return self._compose(position, rotation, pose_inverse(tool_position, tool_rotation))
 
     def _pose(self) -> tuple[Tensor, Tensor]:
         """The pose of the tool's end-effector frame in the hand's: position [3], rotation [4]."""
@@ -98,14 +99,20 @@ class Tool:
         self, position: Array, rotation: Array, change: tuple[Tensor, Tensor]
     ) -> tuple[Array, Array]:
         """Compose poses [..., 3], [..., 4] with a pose in their own frame."""
-        start = (torch.from_numpy(np.float64(position)), torch.from_numpy(np.float64(rotation)))
-        composed_position, composed_rotation = pose_compose(*start, *change)
+        change_position, change_rotation = change
+        composed_position, composed_rotation = pose_compose(
+            torch.from_numpy(np.float64(position)),
+            torch.from_numpy(np.float64(rotation)),
+            change_position,
+            change_rotation,
+        )
         return composed_position.numpy(), composed_rotation.numpy()
 
 
 FRANKA_HAND = Tool(offset_m=(0.0, 0.0, 0.0), rotation=(1.0, 0.0, 0.0, 0.0))
 ROBOTIQ = Tool(
-    offset_m=(0.0, 0.0, -0.0514),  # 0.1548 m from the flange, the hand's tips 0.1034 m
+    # 0.1034 - 0.1548: the hand's tips are 0.1034 m from the flange, and z points to the flange.
+    offset_m=(0.0, 0.0, -0.0514),
     rotation=(0.9238795325112867, 0.0, 0.0, -0.3826834323650898),  # -45° about z
 )
 """DROID's gripper. The numbers are those of the dataset's layout (`tool_rotation` and `tool_offset`
@@ -142,7 +149,8 @@ def observe(
             f"{JOINTS_KEY}: joint {excess_rad.argmax() + 1} is where a Franka's cannot be. "
             "Check the joints' order, signs and unit before the arm moves."
         )
-    position, rotation = tool.from_hand(*arm.compute_ee_pose(joints))
+    hand_position, hand_rotation = arm.compute_ee_pose(joints)
+    position, rotation = tool.from_hand(hand_position, hand_rotation)
     return {
         "observation/image": remove_padding(read_image(observation, image_key)),
         "observation/wrist_image": remove_padding(read_image(observation, WRIST_IMAGE_KEY)),
@@ -262,7 +270,7 @@ def convert_to_cartesian_position_rows(
 
 def _import_kinematics() -> Any:
     """Import the module of inverse kinematics. It is imported late, because it needs MuJoCo."""
-    import_optional("mujoco", "sim", "droid")
+    import_optional("mujoco", extra="sim", feature="droid")
     from spear.embodiments import inverse_kinematics
 
     return inverse_kinematics
@@ -273,8 +281,9 @@ def _solve_joint_steps(
 ) -> Array:
     """Compute by how much the joints turn in each action.
 
-    If a joint would turn by more than it may, the step of all joints is scaled down. The step of
-    the next action then begins behind its target, and makes up for the difference.
+    If a joint would turn by more than it may, the step of all joints is scaled down, so that the
+    arm does not reach the action's target. The step of the next action begins where the arm is, and
+    makes up for the difference.
 
     Args:
         actions: [H, 8] the action chunk.
@@ -290,7 +299,8 @@ def _solve_joint_steps(
     joints = read_numbers(observation, JOINTS_KEY, 7)  # where the steps so far lead
     target_joints = joints
     steps = []
-    hand_positions, hand_rotations = tool.to_hand(*compute_target_poses(state, actions))
+    tool_positions, tool_rotations = compute_target_poses(state, actions)
+    hand_positions, hand_rotations = tool.to_hand(tool_positions, tool_rotations)
     for position, rotation in zip(hand_positions, hand_rotations, strict=True):
         # The preferred posture is the last solution, so that the elbow does not drift.
         target_joints = arm.solve_joints(target_joints, position, rotation, posture=target_joints)
@@ -367,8 +377,9 @@ def make_embodiment(
 def make_example() -> dict[str, Any]:
     """Make an observation as openpi's client sends it, with images of its size."""
     return {
-        EXTERIOR_IMAGE_KEY: make_example_image(224, 224),
-        WRIST_IMAGE_KEY: make_example_image(224, 224),
+        EXTERIOR_IMAGE_KEY: make_example_image(PADDED_SIDE_PX, PADDED_SIDE_PX),
+        WRIST_IMAGE_KEY: make_example_image(PADDED_SIDE_PX, PADDED_SIDE_PX),
+        # Franka's home posture: multiples of 45°, rad.
         JOINTS_KEY: np.array([0.0, -0.785, 0.0, -2.356, 0.0, 1.571, 0.785]),
         GRIPPER_KEY: np.array([0.0]),
         "prompt": "put the carrot on the plate",
@@ -376,5 +387,7 @@ def make_example() -> dict[str, Any]:
 
 
 EMBODIMENT = make_embodiment(
-    ROBOTIQ, frame_version=2, earlier_versions={1: make_embodiment(FRANKA_HAND, 1, {})}
+    ROBOTIQ,
+    frame_version=2,
+    earlier_versions={1: make_embodiment(FRANKA_HAND, frame_version=1, earlier_versions={})},
 )

@@ -130,7 +130,7 @@ class Embodiment:
         return self.earlier_versions[version]
 
     def select_control(self, name: str | None) -> tuple[str, Control]:
-        """Return the control of a name, with its name. If the name is None, it is the default one.
+        """Return a control with its name: the control of this name, or the default one for None.
 
         Raises `SpearError` for an unknown name.
         """

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 Floats = NDArray[np.float64]
 
+# Franka's published limits of the joint velocities.
 MAX_JOINT_SPEED_RAD_S = np.array([2.175, 2.175, 2.175, 2.175, 2.61, 2.61, 2.61])
 HOME_JOINTS_RAD = np.array(
     [0.0, -math.pi / 4, 0.0, -3 * math.pi / 4, 0.0, math.pi / 2, math.pi / 4]
@@ -34,6 +35,8 @@ _ARM_DATA = mujoco.MjData(ARM)
 _ARM_DATA_LOCK = threading.RLock()  # a server solves for several robots in different threads
 
 _DAMPING = 0.02  # λ of the damped least squares, which keeps steps small near singular poses
+_DAMPING_PER_SQUARED_ERROR = 1e3  # λ² shrinks with the error if that is below 1000^-½ = 0.03
+_MIN_PIVOT = 1e-12  # the least diagonal entry with which MuJoCo factorizes a matrix
 _POSTURE_GAIN = 0.05  # the fraction of the way to the preferred posture that one iteration goes
 _JOINT_LIMIT_MARGIN_RAD = 0.01  # solutions stay so far inside the joint limits
 _MAX_ITERATION_STEP_RAD = 0.4  # no joint turns further in one iteration
@@ -47,6 +50,7 @@ def ee_from_flange() -> Floats:
     cos = math.cos(hand_angle_rad)
     sin = math.sin(hand_angle_rad)
     finger_tip_offset_m = ARM.site("ee").pos[2]
+    # A rotation about z by this angle, then half a turn about x: our z points back to the flange.
     return np.array(
         [[cos, sin, 0, 0], [sin, -cos, 0, 0], [0, 0, -1, finger_tip_offset_m], [0, 0, 0, 1]]
     )
@@ -155,8 +159,9 @@ def _solve_least_squares(error: Floats, posture_step: Floats) -> Floats:
     # The functions of MuJoCo write their result into their first argument.
     gram = np.empty((6, 6))  # J Jᵀ + λ² I, then its Cholesky factor
     mujoco.mju_mulMatMatT(gram, jacobian, jacobian)
-    gram[np.diag_indices(6)] += _DAMPING**2 * min(1.0, 1e3 * euclidean_norm(error) ** 2)
-    mujoco.mju_cholFactor(gram, 1e-12)
+    damping_factor = min(1.0, _DAMPING_PER_SQUARED_ERROR * euclidean_norm(error) ** 2)
+    gram[np.diag_indices(6)] += _DAMPING**2 * damping_factor
+    mujoco.mju_cholFactor(gram, _MIN_PIVOT)
 
     posture_motion = np.empty(6)  # J posture_step
     weights = np.empty(6)

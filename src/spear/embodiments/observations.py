@@ -209,7 +209,8 @@ def read_numbers(observation: Observation, key: str, count: int) -> Array:
     """
     value = observation[key]
     advice = f"Send {format_count(count, 'numbers')}."
-    # An array of texts could take gigabytes, so lists are checked before NumPy converts them.
+    # NumPy would pad every text of a list to the longest one, which could take gigabytes. So lists
+    # are checked before NumPy converts them.
     if isinstance(value, list) and not all(isinstance(v, int | float | np.generic) for v in value):
         raise SpearError(f"{key} is a list of other things than numbers. {advice}")
     numbers = np.asarray(value)

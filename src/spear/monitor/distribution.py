@@ -22,8 +22,9 @@ from spear.util.files import read_json_as, write_text
 
 NUM_SAMPLES = 512  # at least so many steps are summarized, in the order in which training draws
 THUMBNAIL_SIZE = 8  # rows and columns of a thumbnail
-MAX_CONSTANT_CAMERA_SHARE = 0.95  # a camera in a larger share of steps: the policy relies on it
-OPPOSITE_OPENING = 0.75  # a gripper opening (0 … 1) farther from its command is its opposite
+# The policy relies on a camera that a larger share of the steps has (see `constant_cameras`).
+MAX_CONSTANT_CAMERA_SHARE = 0.95
+OPPOSITE_OPENING = 0.75  # an opening (0 … 1) that is farther from its command is its opposite
 
 VIEW_TRANSFORMS = {
     "turned by 180°": (-1, -1),

@@ -108,6 +108,7 @@ class DriftMonitor:
             monitor.reported_keys.add(finding.key)
 
     def _report_unlike_training(self, finding: Finding, monitor: RobotMonitor) -> None:
+        """Print a finding as `_report_finding` does, as a difference from the training data."""
         message = f"observations unlike those of training: {finding.message}"
         self._report_finding(Finding(finding.key, message), monitor)
 
@@ -159,8 +160,10 @@ def _is_due(num_observations: int, num_new: int) -> bool:
     """
     if num_observations <= NUM_FIRST_OBSERVATIONS:
         return True
-    # True if the count passed a multiple of the interval by the new observations.
-    return num_observations % OBSERVATION_INTERVAL < num_new
+    # One of the new observations is due if their numbers include a multiple of the interval. The
+    # number of observations since that multiple is then smaller than `num_new`.
+    num_since_multiple = num_observations % OBSERVATION_INTERVAL
+    return num_since_multiple < num_new
 
 
 def _robots_of(observations: Sequence[Mapping[str, Any]]) -> list[Hashable]:

@@ -21,7 +21,7 @@ MAX_OPPOSITE_SHARE = 0.5  # a gripper that is the opposite of more commands than
 MAX_OVERSHOOT_RATIO = 1.5
 OVERSHOOT_MARGIN_M = 0.02
 MIN_MOTION_M = 0.003  # a shorter motion has no reliable direction
-MIN_AXES_GAIN = 0.4  # gain in the mean cosine above which other axes are reported
+MIN_AXES_GAIN = 0.4  # gain in the mean cosine (`MotionAxesCheck`) above which axes are reported
 
 
 class FrozenCameraCheck:
@@ -91,8 +91,8 @@ class GripperCheck:
     def check(self, opening: float, chunk: Array) -> Iterator[Finding]:
         """Check the gripper opening after the robot executed some actions of a chunk [H, 8]."""
         commands = chunk[:, 7]
-        # Only if all commands are nearly equal, it does not matter how many were executed.
-        is_one_command = np.ptp(commands) < 0.5
+        # Which of the commands were executed is unknown, so chunks that change it are not compared.
+        is_one_command = np.ptp(commands) < 0.5  # commands are near 0 or near 1
         if not is_one_command or len(self._were_opposite) == NUM_STEPS:
             return
         self._were_opposite.append(bool(abs(commands.mean() - opening) > OPPOSITE_OPENING))

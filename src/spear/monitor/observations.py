@@ -17,7 +17,10 @@ from spear.types import Array
 
 POSITION_MARGIN_M = 0.1  # added to the range of positions in training before one is reported
 ROTATION_MARGIN_RAD = np.pi / 4  # an orientation turned further than training by this is reported
-MIN_COLOR_SPREAD = 3.0  # of 255; a smaller difference between colors is noise
+MIN_COLOR_SPREAD = 3.0  # gray levels of 255; a smaller difference between colors is noise
+# Red minus blue is unlike training beyond 4 standard deviations, and like training within 2.
+MIN_UNLIKE_DEVIATIONS = 4
+MAX_LIKE_DEVIATIONS = 2
 # An image is reported as transformed if the transform makes its correlation with the mean image of
 # training at least this high, and increases it by more than that of any image of training plus a
 # margin.
@@ -73,7 +76,7 @@ def check_positions(expected: TrainingDistribution, positions: Array) -> Iterato
     """Report each axis along which positions [B, 3] (m) lie far outside the range of training."""
     limits = np.array([expected.min_position_m, expected.max_position_m])  # [2, 3]
     distance_from_middle = np.abs(positions - limits.mean(0))  # [B, 3]
-    # 1.5 ranges from the middle are one whole range beyond the limit.
+    # A limit is half a range from the middle, so 1.5 ranges from it are one range beyond the limit.
     max_distance = 1.5 * np.ptp(limits, 0) + POSITION_MARGIN_M  # [3]
     is_axis_exceeded = distance_from_middle.max(0) > max_distance  # [3]
     for axis in np.flatnonzero(is_axis_exceeded):
@@ -106,11 +109,11 @@ def check_color_order(
 ) -> Iterator[Finding]:
     """Report images [B, 3, h, w] whose colors match training only with red and blue exchanged."""
     mean_difference, std_difference = expected.red_minus_blue.get(camera, (0.0, 0.0))
-    spread = max(std_difference, MIN_COLOR_SPREAD)
+    spread = max(std_difference, MIN_COLOR_SPREAD)  # one standard deviation
     red = pixels[:, 0].mean(dtype=np.float64)
     blue = pixels[:, 2].mean(dtype=np.float64)
-    is_unlike = abs(red - blue - mean_difference) > 4 * spread
-    is_like_when_exchanged = abs(blue - red - mean_difference) < 2 * spread
+    is_unlike = abs(red - blue - mean_difference) > MIN_UNLIKE_DEVIATIONS * spread
+    is_like_when_exchanged = abs(blue - red - mean_difference) < MAX_LIKE_DEVIATIONS * spread
     if is_unlike and is_like_when_exchanged:
         yield Finding(
             camera, f"camera {camera!r}: red and blue are as if exchanged: send RGB, not BGR"

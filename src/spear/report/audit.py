@@ -65,8 +65,7 @@ def conclude(report: Report) -> str:
     """Return one line: the outcome of the audit, with the contradictions or open questions."""
     findings = _name_findings(report)
     if report.outcome == "contradiction":
-        # `report.states` are texts, each about a problem of the recorded states by themselves.
-        problems = [*report.states, *_list_contradictions(report, findings)]
+        problems = [*report.state_problems, *_list_contradictions(report, findings)]
         return f"contradiction: the layout is WRONG: {'; '.join(problems)}"
 
     open_questions = _list_open_questions(report, findings)

@@ -122,10 +122,10 @@ def check(recipe: Recipe, inputs: TrainingInputs) -> tuple[Recipe, Preset]:
     Raises:
         SpearError: for the first mistake in the recipe or its inputs.
     """
-    # The batch has to be divisible into pieces of equally many images.
-    num_pieces = recipe.optimization.accumulate
+    # The batch has to be divisible into equal pieces.
+    pieces_per_process = recipe.optimization.accumulate
     sizes_per_piece = {
-        name: parallel.divide_into_pieces(getattr(recipe, name), name, num_pieces)
+        name: parallel.divide_into_pieces(getattr(recipe, name), name, pieces_per_process)
         for name in ("batch_size", "question_images")
     }
 
@@ -206,7 +206,7 @@ def _read_init_config(recipe: Recipe, preset: Preset, inputs: TrainingInputs) ->
                 "instead."
             )
     _check_moge(recipe, inputs, has_moge=vlm.moge_config is not None)
-    Processor.load(init, vlm)
+    Processor.load(init, vlm)  # raises `SpearError` if its files are missing or do not fit
     return config
 
 
@@ -231,7 +231,8 @@ def _check_moge(recipe: Recipe, inputs: TrainingInputs, has_moge: bool) -> None:
             f"--init-depth-encoder {inputs.init_depth_encoder}: --init has an encoder of MoGe "
             "already. Leave --init-depth-encoder out."
         )
-    if recipe.kind != "vla" and recipe.moge and not has_moge and inputs.init_depth_encoder is None:
+    adds_moge = recipe.kind != "vla" and recipe.moge and not has_moge
+    if adds_moge and inputs.init_depth_encoder is None:
         raise SpearError(
             f"recipe {recipe.name} adds MoGe's encoder. Give --init-depth-encoder FOLDER, the "
             "result of nano-depth."
@@ -324,12 +325,12 @@ def _build_naming(recipe: Recipe, preset: Preset, inputs: TrainingInputs, seed: 
     token_ids = [processor.tokenizer.encode(f" {name}", add_special_tokens=False) for name in names]
     model = PatchClassification(vlm, token_ids)
 
-    patch = vlm.config.vision_config.patch_size
+    patch_side_px = vlm.config.vision_config.patch_size
     views = {}
     for view, labels_of_view in labels.items():
         image_size = processor.image_sizes[view]
         views[view] = [
-            tasks.patch_targets(label, names, patch, image_size) for label in labels_of_view
+            tasks.patch_targets(label, names, patch_side_px, image_size) for label in labels_of_view
         ]
     task = tasks.PatchTask(model, processor, views, recipe.batch_size, seed)
     return _Built(model, task, [vlm.save_pretrained, processor.save])
@@ -555,20 +556,21 @@ def _renew_coordinate_embeddings(
     (our choice), because nano's location tokens were drawn in the same way, and PaliGemma's stand
     for places instead of words.
     """
-    first = processor.coordinate_ids.start
-    bins = processor.coordinates.num_bins
+    first_id = processor.coordinate_ids.start
+    num_bins = processor.coordinates.num_bins
+    end_id = first_id + num_bins
     old_rows = vlm.get_parameter(EMBEDDINGS).detach()
     word_rows = old_rows[: processor.location_start]
     generator = torch.Generator().manual_seed(seed)
-    new_rows = init_new_embeddings(word_rows, bins, generator, recipe.smooth_tokens)
-    rows = torch.cat([old_rows[:first], new_rows, old_rows[first + bins :]])
+    new_rows = init_new_embeddings(word_rows, num_bins, generator, smooth=recipe.smooth_tokens)
+    rows = torch.cat([old_rows[:first_id], new_rows, old_rows[end_id:]])
 
     # Only the weight is replaced, not the module: Gemma's embedding module scales the rows that it
     # looks up, which a plain `torch.nn.Embedding` would not do.
     embeddings: Any = vlm.get_input_embeddings()
     embeddings.weight = torch.nn.Parameter(rows)
     embeddings.num_embeddings = len(rows)
-    vlm.config.coordinate_bins = bins
+    vlm.config.coordinate_bins = num_bins
     vlm.config.text_config.vocab_size = len(rows)
 
 
@@ -597,15 +599,15 @@ def _new_vlm(
     embeddings = vlm.get_parameter(EMBEDDINGS)
     word_rows = embeddings[: processor.location_start]
     generator = torch.Generator().manual_seed(seed)
-    # First token id and number of the location tokens, and of the 3D tokens.
+    # (first token id, count) of the location tokens, and of the 3D tokens.
     number_tokens = (
         (processor.location_start, NUM_LOCATIONS),
         (config.coordinate_start, config.coordinate_bins),
     )
     with torch.no_grad():
-        for first, count in number_tokens:
+        for first_id, count in number_tokens:
             rows = init_new_embeddings(word_rows, count, generator, smooth=True)
-            embeddings[first : first + count] = rows
+            embeddings[first_id : first_id + count] = rows
     return processor, vlm
 
 
@@ -625,7 +627,7 @@ def _with_moge(vlm: SpearVLM, preset: Preset, moge: Path | None) -> SpearVLM:
     moge_config = build_vlm_config(preset).moge_config.to_dict()
     config = SpearVLMConfig.from_dict({**vlm.config.to_dict(), "moge_config": moge_config})
     model = SpearVLM(config)
-    model.load_state_dict(vlm.state_dict(), strict=False)
+    model.load_state_dict(vlm.state_dict(), strict=False)  # without MoGe's encoder and projection
     assert moge is not None
     assert model.moge is not None
     assert model.moge_projector is not None

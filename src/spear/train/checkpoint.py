@@ -86,6 +86,7 @@ def find_newest(folder: Path) -> tuple[Path, dict[str, Any]] | None:
     Returns None if there is no checkpoint. Raises `SpearError` for a checkpoint that cannot be
     read.
     """
+    # Steps have eight digits, so the highest step has the last name.
     path = max(folder.glob(f"{_FOLDER_PATTERN}/state.json"), default=None)
     if path is None:
         return None
@@ -110,6 +111,7 @@ class Checkpoints:
         self._name_of: dict[torch.Tensor, str] = {
             parameter: name for name, parameter in stepper.model.named_parameters()
         }
+        # The process group of the background threads; None in a single process.
         self._group = dist.new_group(backend="gloo") if parallel.get_world_size() > 1 else None
         self._writer = ThreadPoolExecutor(1, "checkpoint")
         self._pending: Future[None] | None = None
@@ -244,7 +246,8 @@ class Checkpoints:
             (unfinished / "state.json").write_text(state_text, "utf-8")
             shutil.rmtree(final, ignore_errors=True)
             os.replace(unfinished, final)
-            for old in sorted(self._folder.glob(_FOLDER_PATTERN))[:-NUM_KEPT]:
+            all_checkpoints = sorted(self._folder.glob(_FOLDER_PATTERN))
+            for old in all_checkpoints[:-NUM_KEPT]:
                 shutil.rmtree(old, ignore_errors=True)
 
     def _collect_tensors(self) -> dict[str, torch.Tensor]:

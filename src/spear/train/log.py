@@ -169,6 +169,7 @@ def save_batch(out: Path, step: int, number: int, seed: int, batch: dict[str, An
         tensors["/".join(key.key for key in keys)] = tensor.contiguous()
 
     metadata = {"batch": json.dumps({"step": step, "number": number, "seed": seed})}
+    # Like the log, the file's name counts steps from 1.
     path = out / SKIPPED_BATCHES / f"step-{step + 1:08d}-piece-{number:08d}.safetensors"
     write_bytes(path, save(tensors, metadata))
 

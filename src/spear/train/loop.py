@@ -333,8 +333,8 @@ def _init_worker(worker: int) -> None:
     """
     if worker > 0:
         disable_notices()
-    for number in STOP_SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
+    for signal_number in STOP_SIGNALS:
+        signal.signal(signal_number, signal.SIG_IGN)
 
 
 @contextlib.contextmanager
@@ -347,19 +347,20 @@ def _catch_stop_signal() -> Iterator[list[int]]:
     received: list[int] = []
     handlers = {}
     if threading.current_thread() is threading.main_thread():
-        handlers = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+        for signal_number in STOP_SIGNALS:
+            handlers[signal_number] = signal.getsignal(signal_number)
 
     def restore_handlers() -> None:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
+        for signal_number, handler in handlers.items():
+            signal.signal(signal_number, handler)
 
-    def catch(number: int, _frame: Any) -> None:
-        received.append(number)
+    def catch(signal_number: int, _frame: Any) -> None:
+        received.append(signal_number)
         restore_handlers()
 
-    for number, handler in handlers.items():
+    for signal_number, handler in handlers.items():
         if handler is not signal.SIG_IGN:
-            signal.signal(number, catch)
+            signal.signal(signal_number, catch)
     try:
         yield received
     finally:
@@ -372,7 +373,7 @@ def _stop(step: int, stop_signal: int, logger: Logger | None) -> None:
         logger.bar.print_line(f"stopped, saved at step {step + 1}; the same command continues")
     if stop_signal == signal.SIGINT:
         raise KeyboardInterrupt
-    raise SystemExit(128 + stop_signal)
+    raise SystemExit(128 + stop_signal)  # the exit status that shells give for a signal
 
 
 @contextlib.contextmanager

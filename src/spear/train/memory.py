@@ -164,6 +164,7 @@ def measure_inference(preset: Preset, dtype: torch.dtype, batch_size: int = 1) -
         allocate_storage(model)
         weights = meter.live
         noise = Action.from_vector(torch.zeros(batch_size, preset.horizon, ACTION_DIM))
+        # Further steps of the flow would need no more memory than two.
         model.sample_actions(**_observation(preset, batch_size), noise=noise, steps=2)
 
     return MemoryEstimate(
@@ -198,7 +199,10 @@ def _build_model(recipe: Recipe, preset: Preset, as_on_gpu: bool = True) -> torc
 
 
 def _loss(model: Any, recipe: Recipe, preset: Preset, piece_size: int) -> torch.Tensor:
-    """Return the training loss on a piece of a batch, of `piece_size` steps with only zeros."""
+    """Return the training loss on a piece of a batch whose tensors contain only zeros.
+
+    The piece has `piece_size` robot steps, or images if the recipe trains a VLM.
+    """
     if recipe.kind == "vlm":
         return _question_loss(model, recipe, preset, piece_size)
 

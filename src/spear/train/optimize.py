@@ -32,13 +32,14 @@ LORA_MODULES = (
 # Generators are seeded with seed · SEED_STRIDE + piece number. So two runs with different seeds get
 # a common generator only if their piece numbers differ by a multiple of this, about a million.
 SEED_STRIDE = 1_000_003
+SEED_LIMIT = 2**63  # PyTorch's seeds are smaller
 
 
 class Task(Protocol):
     """What the loop trains: a model, its batches and its loss.
 
-    A task may also have an attribute `trainable_rows`, parameter name -> (first, last). Of the
-    parameter with this name only the rows first … last − 1 learn.
+    A task may also have an attribute `trainable_rows`, parameter name -> (first, end). Of the
+    parameter with this name only the rows first … end − 1 learn.
     """
 
     @property
@@ -66,8 +67,10 @@ def learning_rate_factor(step: int, opt: Optimization) -> float:
         return (step + 1) / opt.warmup
     if opt.schedule == "constant":
         return 1.0
+    # A cosine from 1 after the warmup to -1 at the last step gives factors from 1 to `final_lr`.
     progress = (step - opt.warmup) / max(1, opt.steps - opt.warmup)
-    return opt.final_lr + (1 - opt.final_lr) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+    cosine = math.cos(math.pi * min(1.0, progress))
+    return opt.final_lr + (1 - opt.final_lr) * 0.5 * (1 + cosine)
 
 
 def apply_freeze(model: torch.nn.Module, opt: Optimization) -> None:
@@ -158,7 +161,7 @@ def make_optimizer(
             {
                 "params": parameters_of[factor, has_decay],
                 "lr": opt.lr * factor,
-                "peak": opt.lr * factor,
+                "peak": opt.lr * factor,  # every step sets "lr" to a fraction of this
                 "weight_decay": opt.weight_decay if has_decay else 0.0,
             }
         )
@@ -176,7 +179,7 @@ def _rate_factor(name: str, opt: Optimization) -> float:
 
 def step_generator(seed: int, number: int, device: torch.device | str = "cpu") -> torch.Generator:
     """Return the random number generator of the piece with this number in a run with this seed."""
-    return torch.Generator(device).manual_seed((seed * SEED_STRIDE + number) % (2**63))
+    return torch.Generator(device).manual_seed((seed * SEED_STRIDE + number) % SEED_LIMIT)
 
 
 class Stepper:
@@ -237,10 +240,10 @@ class Stepper:
     ) -> dict[str, torch.Tensor]:
         """Return [rows, 1] masks by parameter name: 1 for the rows that learn, 0 for the others."""
         masks: dict[str, torch.Tensor] = {}
-        for name, (first, last) in trainable_rows.items():
+        for name, (first, end) in trainable_rows.items():
             if self.model.get_parameter(name).requires_grad:
                 mask = torch.zeros(len(self.trainable[name]), 1)
-                mask[first:last] = 1
+                mask[first:end] = 1
                 masks[name] = parallel.distribute_like(mask, self.trainable[name])
         return masks
 

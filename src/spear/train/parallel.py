@@ -203,7 +203,9 @@ def shard(model: nn.Module, device: torch.device, in_bfloat16: bool) -> None:
 
     mesh = init_device_mesh(device.type, (get_world_size(),))
     gathered_dtype = torch.bfloat16 if in_bfloat16 and device.type != "cpu" else None
-    layer_policy = MixedPrecisionPolicy(gathered_dtype, torch.float32, cast_forward_inputs=False)
+    layer_policy = MixedPrecisionPolicy(
+        param_dtype=gathered_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
+    )
     model_policy = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
     for module in list(model.modules()):
         if isinstance(module, GradientCheckpointingLayer):

@@ -27,7 +27,8 @@ def _load_recipes() -> dict[str, Recipe]:
     tables = tomllib.loads(Path(__file__).with_suffix(".toml").read_text("utf-8"))
     recipes: dict[str, Recipe] = {}
     for name, table in tables.items():
-        base = recipes.get(table.pop("like", ""), _DEFAULTS)
+        base_name = table.pop("like", "")  # no recipe is named ""
+        base = recipes.get(base_name, _DEFAULTS)
         values: dict[str, Any] = {}
         for key, value in table.items():
             # TOML has lists, where recipes have tuples.

@@ -45,6 +45,9 @@ from spear.util.images import decode_image, fit_image
 
 # Fraction of stage 0's batches that consist of wrist images, if there are any (our choice).
 WRIST_FRACTION = 0.25
+# Parts of the seeds of random generators, so that different kinds of batches draw other numbers.
+QUESTION_STREAM = 1
+PATCH_STREAM = 2
 PATCH_JITTER = 0.5  # strength of the photometric augmentation of `PatchTask` (our choice)
 # A patch shows an object if the object covers more than this fraction of the patch.
 MIN_COVERAGE = 0.01
@@ -94,14 +97,14 @@ class PatchTargets(NamedTuple):
               this name cover, from 0 to 255 (all of the cell).
     center    [P, 2] float32: x and y from the patch's center to the center of the patch's largest
               object, in units of patches.
-    largest   [P] bool: whether the patch shows any object, so that `center` is known.
+    has_object  [P] bool: whether the patch shows any object, so that `center` is known.
     """
 
     image: bytes
     is_shown: Array
     cells: Array
     center: Array
-    largest: Array
+    has_object: Array
 
 
 @dataclass(frozen=True)
@@ -116,7 +119,7 @@ class PatchTask:
 
     def batch(self, step: int) -> Batch:
         """Return the arguments of `PatchClassification.forward`."""
-        rng = np.random.default_rng((self.seed, 2, step))
+        rng = np.random.default_rng((self.seed, PATCH_STREAM, step))
         view = _draw_view(self.views, rng)
         rows = rng.integers(len(self.views[view]), size=self.batch_size)
         samples = [self.views[view][int(row)] for row in rows]
@@ -132,7 +135,7 @@ class PatchTask:
             "shown": torch.from_numpy(np.stack([sample.is_shown for sample in samples])),
             "cells": torch.from_numpy(np.stack([sample.cells for sample in samples])),
             "centre": torch.from_numpy(np.stack([sample.center for sample in samples])),
-            "largest": torch.from_numpy(np.stack([sample.largest for sample in samples])),
+            "largest": torch.from_numpy(np.stack([sample.has_object for sample in samples])),
         }
 
     def loss(self, batch: Batch, generator: torch.Generator) -> Loss:
@@ -149,7 +152,7 @@ def patch_targets(
     Args:
         label: the image and its objects.
         names: the C object names to learn.
-        patch: the side of a patch in pixels.
+        patch: the side of a square patch in pixels.
         size: (width, height) in pixels to which the image is fitted.
     """
     width, height = size
@@ -189,7 +192,7 @@ def patch_targets(
         is_shown=is_shown.reshape(num_patches, -1),
         cells=cells.reshape(num_patches, CELLS_PER_SIDE * CELLS_PER_SIDE, -1),
         center=center.reshape(num_patches, 2),
-        largest=(max_coverage > MIN_COVERAGE).reshape(num_patches),
+        has_object=(max_coverage > MIN_COVERAGE).reshape(num_patches),
     )
 
 
@@ -221,7 +224,8 @@ def _cell_coverage(
     return cells.transpose(0, 2, 1, 3)
 
 
-# Number of images drawn at random, per image wanted, before a batch of questions is given up.
+# A batch of questions is given up when more images than this were drawn at random, times the number
+# of the batch's images and of its questions so far.
 MAX_TRIES_PER_IMAGE = 1000
 # At the start, the numbers in the answers about this many labels are compared with the range of the
 # 3D tokens. A notice is printed if a larger fraction than MAX_OUTSIDE lies outside.
@@ -393,7 +397,7 @@ class QuestionSamples:
         The batch has `num_images` images of one view with their questions. Raises `SpearError` if
         hardly any image can be asked about.
         """
-        rng = np.random.default_rng((self.seed, 1, step))
+        rng = np.random.default_rng((self.seed, QUESTION_STREAM, step))
         view = "wrist" if rng.random() < self.wrist_fraction else next(iter(self.labels))
         labels = self._asked_labels(view)
 
@@ -403,7 +407,8 @@ class QuestionSamples:
         num_tries = 0
         while len(pixels) < self.num_images:
             num_tries += 1
-            if num_tries > MAX_TRIES_PER_IMAGE * (self.num_images + len(image_index)):
+            num_questions = len(image_index)
+            if num_tries > MAX_TRIES_PER_IMAGE * (self.num_images + num_questions):
                 question_types = ", ".join(dict.fromkeys(self.mix.families))
                 raise SpearError(
                     f"hardly any of these images can be asked about {question_types}. "

@@ -47,7 +47,7 @@ from spear.util.units import ANGLE_UNITS, LENGTH_UNITS
 
 MAX_MEDIAN_ANGLE_RAD = 4 * math.pi  # wrists turn once or twice; larger angles are degrees
 # A gripper's readings may overshoot their declared range. An overshoot is a fraction of this range.
-MAX_UNCOUNTED_OVERSHOOT = 0.1  # no clipped reading is counted, as most grippers are this inexact
+MAX_UNCOUNTED_OVERSHOOT = 0.1  # up to here a clipped reading is no repair: grippers are inexact
 MAX_GRIPPER_OVERSHOOT = 0.3  # a larger one refuses the episode; BC-Z's readings reach 0.25
 IDLE_SPEED_M_S = 2e-3  # an arm that is slower counts as standing still
 IDLE_TURN_RAD_S = 1e-2  # an arm that turns more slowly counts as not turning
@@ -95,6 +95,7 @@ def build_episode(steps: Steps, layout: DatasetLayout, source: str) -> Episode:
             rate_hz=layout.rate_hz,
             source=source,
             action_mask=_find_usable_actions(steps, layout, rows, source),
+            # The recording's last row says how the episode ended, even if that row is a bad one.
             success=read_success(recorded_steps, layout, source),
         )
     )
@@ -400,7 +401,7 @@ def _read_images(steps: Steps, layout: DatasetLayout, camera: str, source: str) 
         name = f"{source} step {step} camera {camera!r}"
         has_proper_end = encoded.endswith((JPEG_END, PNG_END))
         must_decode = aspect is not None or not has_proper_end
-        if encoded and must_decode:
+        if encoded and must_decode:  # `validate_episode` will refuse empty images
             pixels = decode_image(encoded, name)  # raises SpearError if the image is cut off
             if aspect is not None:
                 height = len(pixels)

@@ -207,8 +207,9 @@ def check_enough_good(num_good: int, skipped: SkippedItems, path: str | Path, sp
         path: The folder, for the message.
         split: The split, for the message.
     """
-    # With no good episode, the message below says more.
     has_good_episode = num_good > 0
+    # `check` raises if too many episodes were bad. Without a good episode, `finished` is False, so
+    # that `check` does not judge a few bad ones: the message below says more.
     skipped.check(num_good, finished=has_good_episode)
     if not has_good_episode:
         reason = f": {skipped.summarize()}" if skipped.reasons else " (the split is empty)"

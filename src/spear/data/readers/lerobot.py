@@ -235,9 +235,10 @@ class LeRobotFolder:
     def component_names(self, column: str) -> list[str]:
         """The names of a column's components; empty if the metadata do not name them."""
         path, components = parse_column(column)
+        selected_components = slice(None) if components is None else components
         for name, feature in self.info.features.items():
             if _to_column(name) == path:
-                return feature.component_names[components or slice(None)]
+                return feature.component_names[selected_components]
         return []
 
     def read_steps(self, split: str, images: Collection[str] | None = None) -> RawEpisodes:
@@ -458,7 +459,7 @@ def _open_cached(folder: Path, changed_ns: int) -> LeRobotFolder:
         folder: The folder.
         changed_ns: When info.json was changed; only distinguishes entries of the cache.
     """
-    file = folder / INFO_FILE
+    file = folder / INFO_FILE  # what is being read, for the error message
     try:
         info = parse_json_as(Info, read_utf8(file))
         file = folder / "meta"
@@ -620,6 +621,7 @@ def _read_v3_episode(row: Mapping[str, Any], folder: Path, info: Info) -> LeRobo
     if file_indices is None:
         missing_entry = "data/chunk_index or data/file_index"
         file_indices = {"chunk_index": 0, "file_index": 0}
+    # Data files belong to no camera, so the template's field for cameras is filled with nothing.
     data_file = fill_path_template(info.data_path, {"video_key": "", **file_indices})
     return LeRobotEpisode(
         index=int(row["episode_index"]),
@@ -662,7 +664,7 @@ def _read_v3_file_indices(row: Mapping[str, Any], prefix: str) -> dict[str, int]
 
 def _is_empty(cell: Any) -> bool:
     """Whether a cell is null, or NaN, which pandas writes for null."""
-    is_nan = cell != cell
+    is_nan = cell != cell  # only NaN differs from itself
     return cell is None or is_nan
 
 

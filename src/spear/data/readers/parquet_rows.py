@@ -72,6 +72,7 @@ class EpisodeFile:
         self._column_names: list[str] = self._file.schema_arrow.names
         if INDEX_COLUMN not in self._column_names:
             raise KeyError(f"no column {INDEX_COLUMN}")
+        # The smallest and the largest episode number of each row group, [num_row_groups] each.
         self._first_episodes, self._last_episodes = self._find_episode_ranges()
         self._last_group: _RowGroup | None = None
         self._last_group_key: tuple[int, frozenset[str]] | None = None

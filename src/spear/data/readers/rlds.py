@@ -352,7 +352,7 @@ def _convert_tensor(
     if has_bytes:
         raise ValueError(f"feature {name!r} holds bytes instead of {dtype}")
     numbers = np.asarray(values, dtype)  # [n]
-    if -1 in shape:  # not in a list, as `unflatten` refuses these: there is one element
+    if -1 in shape:  # there is one element, because `unflatten` refuses such tensors in a list
         return numbers.reshape(1, *shape)
     if len(numbers) % math.prod(shape):
         raise ValueError(

@@ -75,7 +75,9 @@ def _quaternion_from_pose(pose_format: str) -> Callable[[Tensor], Tensor]:
 ROTATION_FORMATS: Mapping[str, RotationEncoding] = {
     "euler_xyz": RotationEncoding(3, lambda angles: euler_to_quat(angles, "xyz")),
     "euler_XYZ": RotationEncoding(3, lambda angles: euler_to_quat(angles, "XYZ")),
+    # The angles are recorded as yaw, pitch, roll; reversed, they are about x, y, z.
     "euler_ZYX": RotationEncoding(3, lambda angles: euler_to_quat(angles.flip(-1), "xyz")),
+    # The angles are recorded in the order z, x, y, and `euler_to_quat` takes them as x, y, z.
     "euler_zxy": RotationEncoding(3, lambda angles: euler_to_quat(angles[..., [1, 2, 0]], "zxy")),
     "rotation_vector": RotationEncoding(3, lambda vector: quat_canonical(quat_exp(vector))),
     "quat_wxyz": RotationEncoding(4, lambda quaternion: quaternion),

@@ -103,6 +103,7 @@ def _resolve_bound(bound: str | None, default: int, total: int) -> int:
 
     value = int(bound.removesuffix("%"))
     if bound.endswith("%"):
+        # TFDS refuses more than 100 %. `total + 1` is out of range, so the caller refuses it, too.
         is_out_of_range = abs(value) > 100
         value = total + 1 if is_out_of_range else round(value * total / 100)
     if bound.startswith("-"):  # counted from the end

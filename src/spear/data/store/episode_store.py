@@ -139,7 +139,8 @@ class EpisodeStore:
 
         self._shards = [open_shard(file)[0] for file in files]
         shard_lengths = [len(shard) for shard in self._shards]
-        # A shard starts at this number, if the folder's episodes are numbered through all shards.
+        # The folder's episodes are numbered through all shards. Here are the number of each shard's
+        # first episode and, as the last entry, the count of all these episodes.
         self._shard_starts = np.cumsum([0, *shard_lengths]).tolist()
         # [E] the number, in the folder, of each episode of this store; a subset has only some.
         self._episode_numbers = np.arange(self._shard_starts[-1])

@@ -38,7 +38,7 @@ from spear.checks.states import find_implausible_states
 from spear.data.actions import ACTION_RULES_VERSION, add_actions, resample_episode
 from spear.data.frames import hash_layout, hash_text, merge_frames, read_store_frames
 from spear.data.normalize import save_sketches
-from spear.data.options import Conversion
+from spear.data.options import ALL_OTHER_CAMERAS, Conversion
 from spear.data.readers import formats
 from spear.data.readers.bad_rows import Repairs, count_repairs
 from spear.data.readers.splits import parse_split
@@ -102,8 +102,8 @@ class PreparationPlan(NamedTuple):
         request: Everything that the result depends on, to be recorded as `request.json`.
         blocks: The blocks of episodes to prepare.
         has_commands: Whether the dataset logs gripper commands.
-        has_canonical_actions: Whether its openings and actions are canonical already, as in what
-            `spear data export` wrote. No layout can then be wrong about the gripper.
+        has_canonical_actions: Whether the dataset's openings and actions are canonical already, as
+            `spear data export` writes them. No layout can then be wrong about the gripper.
     """
 
     request: dict[str, Any]
@@ -266,12 +266,12 @@ def _write_shards(
         blocks: All blocks of the split.
         conversion: Rate and image sizes.
         workers: The number of worker processes, or 0.
-        repairs: The repairs of the blocks that this call prepares are added to it.
+        repairs: The counts to which the repairs of the blocks are added that this call prepares.
 
     Returns:
         The number of good episodes, and why the others were skipped, both of all blocks.
     """
-    # Read what the existing shards cover.
+    # Read what the existing shards cover. The last one's note says how many blocks are done.
     remove_unfinished_shards(folder)
     num_done_blocks = 0
     num_good = 0
@@ -292,7 +292,7 @@ def _write_shards(
         sum(block.num_episodes for block in done_blocks),
     )
     advice = "use fewer --workers, and run the same command again: it continues"
-    with bar, processes.open_worker_pool(workers, __name__, advice) as pool:
+    with bar, processes.open_worker_pool(workers, preload=__name__, advice=advice) as pool:
         results = processes.map_in_order(
             pool,
             partial(prepare_block, path, conversion),
@@ -322,6 +322,7 @@ def _write_shards(
 
 
 def _count_image_bytes(episodes: Sequence[Episode]) -> int:
+    """Count the bytes of all encoded images of some episodes."""
     num_bytes = 0
     for episode in episodes:
         for images in episode.images.values():
@@ -417,7 +418,7 @@ def read_good_episodes(
         path: The folder.
         split: Which episodes.
         layout_file: The file that describes the dataset's layout, or None.
-        skipped: The errors of bad episodes are added to it.
+        skipped: The collection to which the errors of bad episodes are added.
 
     Raises:
         SpearError: If too many episodes are bad, or none is good.
@@ -452,8 +453,7 @@ def _convert_episode(episode: Episode, conversion: Conversion) -> Episode:
 
     Raises SpearError if the episode cannot be learned from.
     """
-    all_other_cameras = ""  # the key of `sizes` for cameras that it does not name
-    unknown_cameras = set(conversion.sizes) - {all_other_cameras, *episode.images}
+    unknown_cameras = set(conversion.sizes) - {ALL_OTHER_CAMERAS, *episode.images}
     if unknown_cameras:
         raise SpearError(
             f"no camera {min(unknown_cameras)!r}: {episode.source}: "
@@ -489,7 +489,7 @@ def _convert_images(episode: Episode, camera: str, conversion: Conversion) -> li
     Raises:
         SpearError: If an image is broken.
     """
-    default_size = conversion.sizes.get("")
+    default_size = conversion.sizes.get(ALL_OTHER_CAMERAS)
     size = conversion.sizes.get(camera, default_size)
     converted_images: list[bytes] = []
     levels: set[int] = set()  # darkest and brightest values of images, until two differ

@@ -195,7 +195,7 @@ class Shard:
         episode_places = self.image_places[camera][episode_start:episode_end]  # [T, 2]
         start, num_bytes = episode_places[step].tolist()
         encoded = bytes(self._image_bytes[start : start + num_bytes])
-        return encoded or None
+        return encoded or None  # 0 bytes mean that the episode has no such camera
 
     def episode(self, row: int, with_images: bool) -> Episode:
         """Read the episode in a row, with encoded images or with no images at all."""

@@ -19,7 +19,7 @@ from spear.types import Array, Episode
 from spear.util.images import decode_image
 
 QUANTILES = {"q01": 0.01, "q10": 0.1, "q50": 0.5, "q90": 0.9, "q99": 0.99}
-QUANTILE_TOLERANCE = 1e-12  # more than the rounding error of a sum of shares
+QUANTILE_TOLERANCE = 1e-12  # more than the rounding error of the summed shares of an image's pixels
 MAX_SAMPLED_IMAGES = 100  # per episode and camera; LeRobot samples about as many
 SKETCH_CAPACITY = 16384  # values in a buffer of `QuantileSketch`
 
@@ -86,12 +86,14 @@ class ImageSample:
         first_level = has_pixels.argmax(1)  # [3]
         last_level = 255 - has_pixels[:, ::-1].argmax(1)  # [3]
         pixels_per_image = math.prod(self.size)
+        num_pixels = self.histogram[:1].sum(1)  # [1] of the first channel, the same in each channel
+        num_images = num_pixels // pixels_per_image  # [1]
         stats = {
             "min": value[first_level],
             "max": value[last_level],
             "mean": mean,
             "std": np.sqrt(np.maximum(variance, 0)),
-            "count": self.histogram[:1].sum(1) // pixels_per_image,
+            "count": num_images,
         }
 
         # A quantile is the first level up to which at least this share of the pixels lies.
