@@ -510,6 +510,7 @@ class Spear1Policy:
             is_present: whether each observation has an image of the camera.
         """
         distribution = self.training_distribution
+        # `red_minus_blue` has an entry for each camera of the training data.
         is_trained_view = distribution is None or view in distribution.red_minus_blue
         untrained = "the policy was trained without that camera"
         if is_trained_view and not all(is_present):

@@ -170,4 +170,5 @@ def find_network(address: str) -> str:
     if parsed.ipv4_mapped:
         return str(parsed.ipv4_mapped)
     num_host_bits = parsed.max_prefixlen - IPV6_NETWORK_BITS
+    # Shifting right and left again sets the bits of the host to 0.
     return str(ipaddress.IPv6Address(int(parsed) >> num_host_bits << num_host_bits))

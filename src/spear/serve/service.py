@@ -122,7 +122,7 @@ class Service:
 
         # Wrong observations keep their errors. The others get rows of commands, or an error of the
         # policy or of the conversion.
-        results = readings
+        results = list(readings)
         for index, prediction in zip(checked, predictions, strict=True):
             results[index] = prediction
             if not isinstance(prediction, SpearError):

@@ -172,7 +172,7 @@ def _read_progress(
     # one in the store were tried.
     last_position = -1
     for index in range(len(store)):
-        position = positions.get(store.source(index), -1)
+        position = positions.get(store.source(index), -1)  # -1 for another demonstration
         if position <= last_position:
             raise SpearError(
                 f"{out} holds demonstrations of other settings ({store.source(index)} is not the "

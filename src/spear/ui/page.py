@@ -139,7 +139,7 @@ class Page:
         return any(_is_same_secret(cookie, self._make_cookie(request)) for cookie in cookies)
 
     def _respond_to_token(self, request: Request, sent_token: str) -> Response:
-        """Answer a request with a token: set the cookie, and redirect to the page without it."""
+        """Answer a request with a token: set the cookie, and redirect to "/", without the token."""
         if self._token is not None and not _is_same_secret(sent_token, self._token):
             return self._ask_for_token("That is not the token: try again.")
         response = _make_response(http.HTTPStatus.SEE_OTHER, "")

@@ -131,7 +131,8 @@ def _carry(truth: Truth, task: Task, rest_position: Array, offset: float) -> Arr
         offset: Horizontal distance of the object from this position, m.
     """
     height = truth.source[2] - rest_position[2]
-    # The end effector's target: its measured position, moved as the object still has to move.
+    # The object moves straight up until it is high enough. Then the end effector has to move across
+    # as far as the object does.
     target = truth.commanded[:3].copy()
     is_above = offset < MAX_ABOVE_OFFSET_M
     if is_above or height > CARRY_M - ACROSS_MARGIN_M:

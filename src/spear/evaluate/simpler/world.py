@@ -444,7 +444,8 @@ class SimplerProcess:
 def _get_world(task: str) -> SimplerWorld:
     """Return the world of this process, which is made at the first call.
 
-    So it is made in the process, and several processes make theirs at the same time.
+    The first call is made in the process of the world, so several processes make their worlds at
+    the same time.
     """
     torch.set_num_threads(1)  # with more threads, many processes only slow each other down
     os.environ.setdefault("LP_NUM_THREADS", "1")  # threads of the software renderer
@@ -454,7 +455,7 @@ def _get_world(task: str) -> SimplerWorld:
 def _call_world(task: str, method: str, arguments: tuple[Any, ...]) -> Any:
     """Call a method of this process's world. Any error becomes a `SpearError` that names the task.
 
-    A module's function, because it has to be pickled.
+    This is a function of the module, because `SimplerProcess` has to pickle it for its process.
     """
     try:
         return getattr(_get_world(task), method)(*arguments)

@@ -251,9 +251,10 @@ def _make_bands(certainties: Sequence[Certainty]) -> list[Band]:
     order = np.argsort(spread, kind="stable")
     num_bands = int(np.clip(len(order) // MIN_NUMBERS_PER_BAND, 1, MAX_BANDS))
     bands = []
-    for rows in np.array_split(order, num_bands):
-        one_sigma_error = np.quantile(error[rows], ONE_SIGMA_PROBABILITY)
-        bands.append(Band(float(np.median(spread[rows])), float(one_sigma_error), len(rows)))
+    for indices in np.array_split(order, num_bands):  # of the numbers in a band
+        band_spread = float(np.median(spread[indices]))
+        one_sigma_error = float(np.quantile(error[indices], ONE_SIGMA_PROBABILITY))
+        bands.append(Band(band_spread, one_sigma_error, len(indices)))
     return bands
 
 

@@ -152,7 +152,9 @@ def _ask_questions(
                 constrained_answers = model.answer(
                     batch_images, prompts, question_type, options.view, distributions=True
                 )
-                free_answers = model.answer(batch_images, prompts, None, options.view)
+                free_answers = model.answer(
+                    batch_images, prompts, question_type=None, view=options.view
+                )
                 for position, (index, question) in enumerate(batch):
                     answer = constrained_answers[position]
                     answered.append(
@@ -254,7 +256,10 @@ def _is_any_of(name: str, object_names: Sequence[str]) -> bool:
 def _name_objects(
     model: VlmBundle, image: Array, names: Sequence[str], rng: np.random.Generator
 ) -> list[bool]:
-    """Choose a few objects, and return whether the model names each where it points for it."""
+    """Choose a few of the objects, and return for each whether the model confirms the object.
+
+    `Trust.names_present` says how a model confirms an object.
+    """
     if not names:
         return []
     chosen_names: list[str] = rng.permutation(names)[:NUM_NAMED_OBJECTS].tolist()
