@@ -169,8 +169,8 @@ def fit_image(image: Array, height: int, width: int, bars: bool = True) -> Array
 
     Args:
         image: [h, w, 3] uint8 RGB.
-        height: of the result, in pixels.
-        width: of the result, in pixels.
+        height: height of the result, in pixels.
+        width: width of the result, in pixels.
         bars: whether to pad with black bars.
 
     Returns:

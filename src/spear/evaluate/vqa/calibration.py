@@ -215,7 +215,7 @@ def calibrate(
         answers: (index of the image, certainty, relative error in percent) of each answer.
         trust_factor: The question type's factor in `Trust`; None if it was not measured.
     """
-    images = [image for image, _, _ in answers]
+    image_indices = [index for index, _, _ in answers]
     certainties = [certainty for _, certainty, _ in answers]
     errors = np.array([error for _, _, error in answers])
 
@@ -225,11 +225,11 @@ def calibrate(
     coverage = {}
     for level in CENTRAL_INTERVALS:
         is_inside = [_is_inside(c.probability_below, level) for c in certainties]
-        coverage[f"{level:.0%}"] = bootstrap(group_by_image(images, is_inside), np.mean)
+        coverage[f"{level:.0%}"] = bootstrap(group_by_image(image_indices, is_inside), np.mean)
     if trust_factor is not None:
         is_inside = [c.relative_error <= trust_factor * c.relative_spread for c in certainties]
         name = f"spear ask, {TRUSTED_COVERAGE:.0%}"
-        coverage[name] = bootstrap(group_by_image(images, is_inside), np.mean)
+        coverage[name] = bootstrap(group_by_image(image_indices, is_inside), np.mean)
 
     mean_spreads = [float(c.relative_spread.mean()) for c in certainties]
     errors_by_spread = errors[np.argsort(mean_spreads, kind="stable")]

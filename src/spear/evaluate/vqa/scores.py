@@ -322,17 +322,17 @@ def _score_question_type(
         are_free_grammatical: Whether the free answer to each question was grammatical.
     """
     questions = [answered.question for answered in answers]
-    images = [answered.image for answered in answers]
+    image_indices = [answered.image for answered in answers]
     are_grammatical = [is_grammatical(answered.question, answered.answer) for answered in answers]
     measures = {}
     for name, values in _collect_measures(answers).items():
-        measures[name] = bootstrap(group_by_image(images, values), MEASURES[name].average)
+        measures[name] = bootstrap(group_by_image(image_indices, values), MEASURES[name].average)
     labels = [answered.label for answered in answers]
     return QuestionTypeScore(
         n=len(answers),
-        images=len(set(images)),
-        grammar=bootstrap(group_by_image(images, are_grammatical), np.mean),
-        free=bootstrap(group_by_image(images, are_free_grammatical), np.mean),
+        images=len(set(image_indices)),
+        grammar=bootstrap(group_by_image(image_indices, are_grammatical), np.mean),
+        free=bootstrap(group_by_image(image_indices, are_free_grammatical), np.mean),
         measures=measures,
         constant=_score_guesses(answers, guess_constants(questions)),
         depth_only=_score_guesses(answers, guess_from_depth(questions, labels)),
@@ -394,11 +394,11 @@ def _compare_readings(answers: Sequence[AnsweredQuestion]) -> Readings:
             relative_errors.append(measures["relative"])
         errors[method] = np.array(relative_errors)
 
-    images = [answered.image for answered in answers]
+    image_indices = [answered.image for answered in answers]
     gain: dict[Decode, Estimate] = {}
     for method in DECODE_METHODS[1:]:  # the first one is "mode", with which others are compared
         pairs = np.stack([errors["mode"], errors[method]], axis=1)  # [answers, 2]
-        gain[method] = bootstrap(group_by_image(images, pairs), _compute_gain)
+        gain[method] = bootstrap(group_by_image(image_indices, pairs), _compute_gain)
     medians = {method: float(np.median(values)) for method, values in errors.items()}
     return Readings(medians, gain)
 
