@@ -96,8 +96,10 @@ def compose_actions(actions: Array) -> Array:
         [T, 8] actions, float32.
     """
     composed = np.array(actions[:, -1], np.float32)  # [T, 8], with the last gripper command
+    # Translations are in the base frame, so they add up. Each rotation is about the axes of the end
+    # effector at its own step, so the next one is multiplied from the right.
     composed[:, :3] = actions[:, :, :3].sum(axis=1)
-    rotations = torch.as_tensor(np.asarray(actions[:, :, 3:7], np.float64))
+    rotations = torch.as_tensor(np.asarray(actions[:, :, 3:7], np.float64))  # [T, k, 4]
     rotation = functools.reduce(quat_multiply, rotations.unbind(dim=1))  # [T, 4]
     composed[:, 3:7] = quat_canonical(rotation).numpy()
     return composed

@@ -54,6 +54,7 @@ def reply_directly(request: Observation) -> str | None:
     Raises `SpearError` for an unknown endpoint.
     """
     endpoint = request.get(ENDPOINT_KEY, "infer")
+    # What the message calls an unknown endpoint: its text, cut if it is long, or its type.
     name = endpoint[:80] if isinstance(endpoint, str) else f"a {type(endpoint).__name__}"
     check_known(ENDPOINT_KEY, ENDPOINTS, name)
     return "reset successful" if endpoint == "reset" else None

@@ -206,7 +206,8 @@ class Checkpoints:
         dealt out to the N processes: sorted by size, every N-th one belongs to this process, so
         that all processes write about as much.
         """
-        largest_first = sorted(self._collect_tensors().items(), key=lambda item: -item[1].numel())
+        tensors = self._collect_tensors()
+        largest_first = sorted(tensors.items(), key=lambda item: -item[1].numel())  # (key, tensor)
         copies = {}
         for position, (key, tensor) in enumerate(largest_first):
             is_own_turn = position % parallel.get_world_size() == parallel.get_rank()

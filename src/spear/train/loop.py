@@ -465,7 +465,7 @@ def is_same_setting(name: str, stored_value: Any, new_value: Any) -> bool:
 
     Datasets may have other names, which come from their folders, if their content is the same.
     """
-    if name == EPISODES_KEY:
+    if name == EPISODES_KEY:  # a list of (name, description of the content) of each dataset
         stored_value = [content for _, content in stored_value]
         new_value = [content for _, content in new_value]
     return bool(stored_value == new_value)

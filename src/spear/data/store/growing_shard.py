@@ -24,7 +24,7 @@ from spear.data.store.shard import (
 )
 from spear.types import Array, Episode
 
-PRIVATE_FILE_MODE = 0o600
+PRIVATE_FILE_MODE = 0o600  # its owner may read and write a file, and nobody else may
 
 
 class GrowingShard:
@@ -33,6 +33,10 @@ class GrowingShard:
     Args:
         path: The Arrow file. The file of images, which must not exist yet, gets the same name with
             the suffix ".images".
+
+    Attributes:
+        num_table_bytes: The size of the Arrow file when it was last saved.
+        num_image_bytes: The size of the file of images.
 
     Raises:
         OSError: The file of images exists, or cannot be written.
@@ -44,6 +48,7 @@ class GrowingShard:
         self.num_image_bytes = 0
         self._images_path = path.with_suffix(".images")
         self._image_places: dict[str, list[tuple[int, int]]] = {}  # camera -> (first byte, length)
+        # Create the file empty; `O_EXCL` makes this fail if it exists.
         os.close(os.open(self._images_path, os.O_CREAT | os.O_EXCL, PRIVATE_FILE_MODE))
 
     def append_images(self, images: Mapping[str, bytes]) -> None:
@@ -67,7 +72,7 @@ class GrowingShard:
 
         Args:
             episode: The episode with canonical actions. Its images are those that were appended.
-            served_columns: Field of `ServedSteps` → [T, …] its values.
+            served_columns: Column of `ServedSteps` → [T, …] its values.
             note: Key → text, to be kept with the shard.
             is_complete: Whether the episode has ended.
 

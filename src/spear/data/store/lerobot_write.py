@@ -270,7 +270,7 @@ class _Writer:
             episode: The episode.
 
         Returns:
-            The columns of its row of `meta/episodes` that say which file that is.
+            The columns of the episode's row of `meta/episodes` that say which file has these steps.
         """
         if self._data is None:
             self._data_path.parent.mkdir(parents=True, exist_ok=True)
@@ -286,8 +286,8 @@ class _Writer:
     def _write_video(self, camera: str, episode: Episode) -> dict[str, Any]:
         """Append the images of an episode to the current video of a camera.
 
-        Returns the columns of its row of `meta/episodes` that say which file and which time span
-        that is.
+        Returns the columns of the episode's row of `meta/episodes` that say in which file, and in
+        which time span of this file, the images are.
         """
         video = self._get_video(camera)
         first_frame = video.num_frames

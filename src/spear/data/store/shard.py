@@ -52,15 +52,16 @@ STEP_COLUMNS = {
 class ServedSteps(NamedTuple):
     """What a server knows of the T steps of an episode that it recorded.
 
-    A step is one observation with its answer. All columns but `session` are kept in the shard under
-    the names of these fields.
+    A step is one observation with its answer. The shard has a column for each field but `session`,
+    with one flat list of numbers per step, and a column "num_rows" with the N of `rows`.
 
     Attributes:
         arrival_s: [T] when the observation arrived, Unix time.
         answer_s: [T] when its answer was ready, Unix time.
         inference_s: [T] how long the policy computed; batches count as a whole.
         actions: [T, H, 8] the action chunk that the policy predicted, in the layout of `Action`.
-        rows: [T, N, n] the commands that the robot got: these actions as its control converts them.
+        rows: [T, N, n] the commands that the robot got: N rows of n numbers, into which the robot's
+            control converts these actions.
         session: what the server told its clients: policy, embodiment, control, rate_hz.
     """
 
@@ -218,11 +219,11 @@ class Shard:
         if not self.served_columns:
             return None
         start, end = self.offsets[row : row + 2]
-        columns = {
-            field: values[start:end] for field, values in self.served_columns.items()
-        }  # [T, d]
         num_steps = end - start
-        num_rows = int(columns["num_rows"][0, 0])
+        columns: dict[str, Array] = {}  # field → [T, d]
+        for field, values in self.served_columns.items():
+            columns[field] = values[start:end]
+        num_rows = int(columns["num_rows"][0, 0])  # N, the same at every step
         return ServedSteps(
             arrival_s=columns["arrival_s"][:, 0],
             answer_s=columns["answer_s"][:, 0],
