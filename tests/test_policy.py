@@ -114,7 +114,7 @@ def test_implausible_actions_are_refused(
     chunk = Action.from_vector(action.expand(1, 5, 8))
     monkeypatch.setattr(nano, "predict", lambda inputs: chunk)
 
-    refuses("do not move", nano.infer, make_observation())
+    refuses("must not move", nano.infer, make_observation())
 
 
 @pytest.mark.parametrize(("bias", "opening"), [(9.0, 1), (-9.0, 0)])
@@ -241,7 +241,9 @@ def test_results_of_other_numbers_of_flow_steps_do_not_mix() -> None:
 
 
 def test_no_flow_steps_are_refused() -> None:
-    refuses("steps: 0", Spear1Policy.load("nano", steps=0).infer, make_observation())
+    refuses(
+        "0 are no integration steps", Spear1Policy.load("nano", steps=0).infer, make_observation()
+    )
 
 
 @pytest.mark.parametrize("name", ["expert", "nothing", "ws://127.0.0.1:9"])
@@ -371,7 +373,7 @@ def test_another_aspect_is_reported_once(nano: Spear1Policy) -> None:
     # so black bars cover 56%.
     with no_warning(), suppress_notices():
         nano.infer(tall)
-    with pytest.warns(Notice, match=r"'external': 200×300 shown in 192×128 .*56%"):
+    with pytest.warns(Notice, match=r"'external' of 200×300 are fitted into 192×128 .*56%"):
         nano.infer(tall)
     with no_warning():
         nano.infer(tall)
@@ -398,7 +400,7 @@ def test_an_answer_of_no_tokens_is_refused(vlm: VlmBundle) -> None:
 
 def test_an_unknown_question_type_is_refused(vlm: VlmBundle) -> None:
     image = make_observation()["observation/image"]
-    suggestion = "'distence': did you mean 'distance'"
+    suggestion = "'distence'. Did you mean 'distance'"
 
     refuses(suggestion, vlm.answer, [image], ["How far is the mug?"], "distence")
 
@@ -430,7 +432,7 @@ def test_3d_tokens_outside_the_vocabulary_are_refused(tmp_path: Path) -> None:
         tmp_path / "start", lambda config: config["vlm_config"].update(coordinate_start=1000)
     )
 
-    refuses(r"vocabulary mismatch: .* 1000 … 2023 of 2786", Spear1Policy.load, folder)
+    refuses(r"3D tokens of the tokenizer .* 1000 … 2023 of 2786", Spear1Policy.load, folder)
 
 
 @pytest.mark.filterwarnings("ignore:.*config.json. not as saved")
@@ -439,7 +441,7 @@ def test_other_views_than_those_of_the_processor_are_refused(tmp_path: Path) -> 
         tmp_path / "views", lambda config: config["vlm_config"].update(views=["external"])
     )
 
-    refuses(r"views do not match: .*wrist", load_vlm, folder)
+    refuses(r"processor in .* has the view .*wrist", load_vlm, folder)
 
 
 def test_a_vlm_is_refused_as_a_policy(tmp_path: Path) -> None:

@@ -181,7 +181,7 @@ def test_fitting_refuses_fewer_than_two_different_values(values: ArrayLike) -> N
 
 
 def test_fitting_refuses_an_unknown_spacing() -> None:
-    suggestion = "'unifrom': did you mean 'uniform'"
+    suggestion = "'unifrom'. Did you mean 'uniform'"
 
     refuses(suggestion, CoordinateTokenizer.fit, [0.0, 1.0], spacing="unifrom")
 

@@ -152,8 +152,8 @@ class ChunkExecutor:
         check_known("way of executing chunks", get_args(ExecutionMode), mode)
         if mode == "rtc" and not max_committed:
             raise SpearError(
-                "--execution rtc: the policy was not trained for it. Use async, or train with "
-                "--set committed=2."
+                "--execution rtc needs a policy that was trained for it. Use async, or train "
+                "with --set committed=2."
             )
         check_replan_interval(replan_interval)
         self.mode = mode
@@ -412,8 +412,8 @@ class Pilot:
         # most half a tick late, and may begin after nine tenths of a tick.
         if self._next_tick_time_s - now_s > tick_s / 4:
             notice(
-                f"Pilot.step waits: observe and call it once in {tick_s:g} s; simulators: "
-                "ChunkExecutor"
+                f"Pilot.step waits until a step is due. Observe and call it once in {tick_s:g} "
+                "s; in a simulator, use ChunkExecutor."
             )
         earliest_s = max(self._next_tick_time_s, self._last_step_time_s + 0.9 * tick_s)
         time.sleep(max(0.0, earliest_s - now_s))
@@ -466,8 +466,8 @@ class Pilot:
         self._inference_s = time.monotonic() - inference.start_time_s
         if self._inference_s > previous_inference_s + MAX_PAUSE_S:
             notice(
-                f"an answer took {self._inference_s:.1f} s: dropped, as the robot may be "
-                "elsewhere now"
+                f"an answer took {self._inference_s:.1f} s and was dropped, because the robot "
+                "may be elsewhere now."
             )
         else:
             self._executor.add_chunk(actions, observed_tick=inference.observed_tick)
@@ -479,7 +479,8 @@ def check_replan_interval(replan_interval: int, horizon: int | None = None) -> N
         return
     maximum = "" if horizon is None else f", and at most the {horizon} that the policy predicts"
     raise SpearError(
-        f"--replan-steps {replan_interval}: execute at least 1 action of a chunk{maximum}."
+        f"--replan-steps {replan_interval} is out of range. Execute at least 1 action of a "
+        f"chunk{maximum}."
     )
 
 
@@ -501,14 +502,15 @@ def validate_chunk(actions: Array) -> Array:
     actions = np.asarray(actions)
     if actions.ndim != 2 or actions.shape[1] != ACTION_DIM or not np.isfinite(actions).all():
         raise SpearError(
-            f"actions {list(actions.shape)}: not finite, or not [H, 8]. So do not move; check the "
-            "policy's weights, and that a server of it has --embodiment generic."
+            f"the actions, of shape {list(actions.shape)}, are not finite or not [H, 8], so the "
+            "robot must not move. Check the policy's weights, and that a server of it has "
+            "--embodiment generic."
         )
     max_length_m, max_turn_rad = _lengths(actions).max(axis=0, initial=0)
     if max_length_m > MAX_ACTION_LENGTH_M or max_turn_rad > MAX_ACTION_TURN_RAD:
         raise SpearError(
-            f"the policy wants to go {max_length_m:.2g} m, or turn by {max_turn_rad:.2g} rad, in "
-            "one step. So do not move; check it with spear doctor."
+            f"the policy wants to go {max_length_m:.2g} m, or turn by {max_turn_rad:.2g} rad, "
+            "in one step, so the robot must not move. Check the policy with `spear doctor`."
         )
     validate_unit_quat(torch.from_numpy(np.float64(actions[:, 3:7])), "actions[3:7]")
     return actions

@@ -269,7 +269,7 @@ def _split_episodes(source: Path, out: Path) -> tuple[EpisodeStore, EpisodeStore
     num_training = num_used - num_held_out
     if num_training < 1:
         raise SpearError(
-            f"{source}: its split {split!r} has too few episodes ({num_used}). Give at least 2."
+            f"the split {split!r} of {source} has too few episodes ({num_used}). Give at least 2."
         )
     training, _ = open_store(source, out, f"{split}[:{num_training}]")
     held_out, _ = open_store(source, out, f"{split}[{num_training}:{num_used}]")

@@ -9,7 +9,7 @@ import importlib
 import os
 import re
 import warnings
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
@@ -22,7 +22,7 @@ _OBEYED_BY_TERMINALS = re.compile(
 """Matches characters that a terminal would obey instead of show."""
 _SHORT_ESCAPES = {"\n": r"\n", "\r": r"\r", "\t": r"\t"}
 MAX_LISTED_NAMES = 6
-"""A message that suggests a similar name lists the known names only if they are at most so many."""
+"""The largest number of names that a message lists."""
 
 
 class SpearError(Exception):
@@ -50,22 +50,28 @@ class RetryableError(SpearError):
     """An error whose cause is temporary, such as a service that cannot be reached."""
 
 
-def unknown_name_error(kind: str, name: str, known_names: Iterable[str]) -> SpearError:
+def unknown_name_error(
+    kind: str, name: str, known_names: Iterable[str], place: str = "", advice: str = ""
+) -> SpearError:
     """Make the error for a name that does not exist. The message suggests a similar known name.
 
-    The message also lists the known names, unless it suggests one and there are more than
-    `MAX_LISTED_NAMES`. An abbreviation counts as similar to the name with these initials.
+    The message also lists the known names, at most `MAX_LISTED_NAMES` of them, and none if it
+    suggests one and there are more. An abbreviation counts as similar to the name with these
+    initials.
 
     Args:
         kind: what is named, for the message: "preset".
         name: the unknown name.
         known_names: the names that exist.
+        place: where the name stands, for the message: "spear.json".
+        advice: what lists the known names, for the message. It replaces their list if there are
+            more than `MAX_LISTED_NAMES`.
 
     Example:
         >>> print(unknown_name_error("preset", "nanno", ["nano", "small"]))
-        unknown preset 'nanno': did you mean 'nano'? known: nano, small
-        >>> print(unknown_name_error("key", "learning_rate", ["lr", "steps"]))
-        unknown key 'learning_rate': did you mean 'lr'? known: lr, steps
+        unknown preset 'nanno'. Did you mean 'nano'? Give nano or small.
+        >>> print(unknown_name_error("key", "learning_rate", ["lr", "steps"], "a.json"))
+        unknown key 'learning_rate' in a.json. Did you mean 'lr'? Give lr or steps.
     """
     known_names = sorted(known_names)
     initials = "".join(word[:1] for word in name.split("_"))  # "lr" of "learning_rate"
@@ -73,20 +79,44 @@ def unknown_name_error(kind: str, name: str, known_names: Iterable[str]) -> Spea
         similar_names = [initials]
     else:
         similar_names = difflib.get_close_matches(name, known_names, n=1, cutoff=0.6)
-    message = f"unknown {kind} {name!r}: "
+    message = f"unknown {kind} {name!r}"
+    if place:
+        message += f" in {place}"
+    message += "."
     if similar_names:
-        message += f"did you mean {similar_names[0]!r}?"
+        message += f" Did you mean {similar_names[0]!r}?"
         if len(known_names) > MAX_LISTED_NAMES:
             return SpearError(message)
-        message += " "
-    return SpearError(f"{message}known: {', '.join(known_names)}")
+    if len(known_names) > MAX_LISTED_NAMES and advice:
+        return SpearError(f"{message} {advice}")
+    return SpearError(f"{message} Give {list_alternatives(known_names)}.")
 
 
-def check_known(kind: str, known_names: Collection[str], *names: str) -> None:
+def list_alternatives(names: Sequence[str]) -> str:
+    """List names of which one is to be chosen, at most about `MAX_LISTED_NAMES` of them.
+
+    >>> list_alternatives(["nano", "small", "spear1"])
+    'nano, small or spear1'
+    >>> list_alternatives(list("abcdefghi"))
+    'a, b, c, d, e, f or one of 3 others'
+    """
+    listed_names = list(names[:MAX_LISTED_NAMES])
+    num_others = len(names) - len(listed_names)
+    if num_others == 1:
+        listed_names.append(names[-1])
+    elif num_others:
+        listed_names.append(f"one of {format_count(num_others, 'others')}")
+    *first_names, last_name = listed_names
+    return f"{', '.join(first_names)} or {last_name}" if first_names else last_name
+
+
+def check_known(
+    kind: str, known_names: Collection[str], *names: str, place: str = "", advice: str = ""
+) -> None:
     """Raise `unknown_name_error` for the first of `names` that is not a known name."""
     for name in names:
         if name not in known_names:
-            raise unknown_name_error(kind, name, known_names)
+            raise unknown_name_error(kind, name, known_names, place, advice)
 
 
 def import_optional(module: str, extra: str, feature: str) -> Any:
@@ -128,7 +158,12 @@ def summarize_error(error: BaseException | str) -> str:
         key = ".".join(str(name) for name in first_problem["loc"])
         reason = first_problem["msg"].removeprefix("Value error, ").removeprefix("Input ")
         return f"{key} {reason}".strip()
-    lines = str(error).strip().splitlines()
+    if isinstance(error, OSError) and error.strerror:  # its text begins with a number
+        return ", ".join(str(part) for part in (error.strerror, error.filename) if part)
+    # The text of a `KeyError` has quotes around the message.
+    is_quoted = isinstance(error, KeyError) and len(error.args) == 1
+    text = str(error.args[0]) if is_quoted else str(error)
+    lines = text.strip().splitlines()
     return lines[0] if lines else type(error).__name__
 
 

@@ -447,7 +447,7 @@ def integrate(
         True
     """
     if steps < 1:
-        raise SpearError(f"integration steps: {steps}. Give at least 1.")
+        raise SpearError(f"{steps} are no integration steps. Give at least 1.")
 
     state = noise if committed is None else committed.write_into(noise)
     for k in range(steps):
@@ -566,5 +566,5 @@ def _mean(error: Tensor, mask: Tensor | None) -> Tensor:
         return error.mean()
     # A mask with one number per chunk might broadcast along a wrong axis.
     if mask.shape != error.shape:
-        raise ValueError(f"mask {list(mask.shape)}: give {list(error.shape)}")
+        raise ValueError(f"the mask has the shape {list(mask.shape)}, not {list(error.shape)}")
     return torch.where(mask, error, 0).sum() / mask.sum().clamp_min(1)

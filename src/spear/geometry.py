@@ -94,8 +94,8 @@ def validate_unit_quat(q: Tensor, name: str) -> Tensor:
     norm_error = (torch.linalg.vector_norm(q, dim=-1) - 1).abs()
     if not bool((norm_error <= UNIT_NORM_TOLERANCE).all()):  # NaN is refused, too
         raise SpearError(
-            f"not a unit quaternion: {name} (norm off by {float(norm_error.max()):.3g}). "
-            "Give (w, x, y, z) with norm 1."
+            f"{name} is no unit quaternion (norm off by {float(norm_error.max()):.3g}). Give "
+            "(w, x, y, z) with norm 1."
         )
     return quat_canonical(quat_normalize(q))
 

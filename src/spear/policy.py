@@ -252,7 +252,7 @@ def _load_model(
 
     model = read_model(folder, torch_dtype)
     if model.dtype == torch.bfloat16 and not is_bfloat16_fast(device):
-        notice("bfloat16 takes longer than float32 on this CPU: it only saves memory")
+        notice("bfloat16 takes longer than float32 on this CPU. It only saves memory.")
     torch.nn.Module.to(model, device)
     if device.type == "cpu":
         # Otherwise allocating temporary tensors takes a tenth of the time of a batch of eight.
@@ -331,7 +331,8 @@ class Spear1Policy:
         normalizer = Normalizer.load(folder / "normalizer.json")
         if dataset is not None and not normalizer.datasets:
             raise SpearError(
-                f"{folder}: has the same units for all datasets. Leave out --norm-stats {dataset}."
+                f"{folder} has the same normalization statistics for all datasets. Leave out "
+                f"--norm-stats {dataset}."
             )
         return Spear1Policy(
             model=model,
@@ -480,7 +481,7 @@ class Spear1Policy:
             for key in observation:
                 if is_camera_key(key) and key not in view_of_key:
                     raise SpearError(
-                        f"{key}: not a camera of the model (it has {', '.join(view_of_key)}). "
+                        f"{key} is no camera of the model, which has {', '.join(view_of_key)}. "
                         "Leave it out."
                     )
 
@@ -514,9 +515,9 @@ class Spear1Policy:
         is_trained_view = distribution is None or view in distribution.red_minus_blue
         untrained = "the policy was trained without that camera"
         if is_trained_view and not all(is_present):
-            self._monitor.report(key, f"observations without {key}: send it, unless {untrained}")
+            self._monitor.report(key, f"observations have no {key}. Send it, unless {untrained}.")
         elif not is_trained_view and any(is_present):
-            self._monitor.report(key, f"observations with {key}: {untrained}: leave it out")
+            self._monitor.report(key, f"observations have {key}, but {untrained}. Leave it out.")
 
     def _prepare_committed(self, prefixes: Sequence[Array]) -> flow.CommittedPrefix | None:
         """Normalize and pad the committed prefixes of B observations.
@@ -533,8 +534,8 @@ class Spear1Policy:
             return None
         if max(num_committed) > self.committed:
             raise SpearError(
-                f"committed: {max(num_committed)} of them: the policy has learned to take "
-                f"{self.committed}"
+                f"{max(num_committed)} actions are committed, but the policy has learned to "
+                f"take {self.committed}. Commit fewer."
             )
         horizon = self.model.config.horizon
         limits = torch.tensor(num_committed, device="cpu")[:, None]  # [B, 1]

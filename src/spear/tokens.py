@@ -90,12 +90,13 @@ class CoordinateTokenizer:
         sorted_values = np.sort(np.asarray(values, dtype=np.float64).ravel())
         if not np.isfinite(sorted_values).all():
             raise SpearError(
-                "coordinates to fit 3D tokens on: some are NaN or infinite. Leave those out."
+                "some of the coordinates to fit 3D tokens on are NaN or infinite. Leave those out."
             )
         distinct, counts = np.unique(sorted_values, return_counts=True)
         if len(distinct) < 2:
             raise SpearError(
-                f"coordinates to fit 3D tokens on: {len(distinct)} different. Give at least 2."
+                f"the coordinates to fit 3D tokens on have {len(distinct)} different values. "
+                "Give at least 2."
             )
 
         if spacing == "uniform":
@@ -123,7 +124,9 @@ class CoordinateTokenizer:
         """
         array = np.asarray(values, dtype=np.float64)
         if np.isnan(array).any():
-            raise SpearError("coordinates to encode as 3D tokens: some are NaN. Leave those out.")
+            raise SpearError(
+                "some of the coordinates to encode as 3D tokens are NaN. Leave those out."
+            )
         # A value's id is the number of inner edges that are not above the value.
         inner_edges = self.bin_edges[1:-1]
         ids = np.searchsorted(inner_edges, array, side="right")
@@ -138,7 +141,7 @@ class CoordinateTokenizer:
         index = np.asarray(ids, dtype=np.int64)
         if index.size and (index.min() < 0 or index.max() >= self.num_bins):
             raise SpearError(
-                f"3D token ids: {index.min()} … {index.max()}. Give 0 … {self.num_bins - 1}."
+                f"the 3D token ids are {index.min()} … {index.max()}. Give 0 … {self.num_bins - 1}."
             )
         return np.asarray(self.bin_centers[index])
 
@@ -166,7 +169,7 @@ class CoordinateTokenizer:
             _check_bins(edges, centers, unit)
         except (OSError, LookupError, TypeError, ValueError) as error:
             raise SpearError(
-                f"not a 3D tokenizer: {path} ({summarize_error(error)}). Choose another file."
+                f"{path} is no 3D tokenizer ({summarize_error(error)}). Choose another file."
             ) from error
         return CoordinateTokenizer(edges, centers, unit)
 
@@ -224,8 +227,8 @@ def extend_tokenizer(tokenizer: Any, bins: int = NUM_BINS) -> int:
     first_id = int(ids[0])
     if list(ids) != list(range(first_id, first_id + bins)):
         raise SpearError(
-            f"tokenizer: its 3D tokens are not the {bins} ids from {first_id}. "
-            "Take a tokenizer without them."
+            f"the 3D tokens of the tokenizer are not the {bins} ids from {first_id}. Take a "
+            "tokenizer without them."
         )
     return first_id
 

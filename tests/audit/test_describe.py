@@ -176,7 +176,7 @@ def test_degrees_are_read_only_as_degrees(shared: Path, tmp_path: Path) -> None:
     assert len(list(read_episodes(folder, layout_file=layout_file))) == 8  # all of the sample
 
     layout_file.write_text(json.dumps({**layout, "angle_unit": "rad"}))
-    refuses("angle_unit deg", next, read_episodes(folder, layout_file=layout_file))
+    refuses("set angle_unit to deg", next, read_episodes(folder, layout_file=layout_file))
 
 
 def test_a_binary_gripper_is_no_part_of_a_quaternion(shared: Path, tmp_path: Path) -> None:

@@ -202,7 +202,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(
 
 
 def test_an_empty_folder_is_no_robot_data(tmp_path: Path, run_refused_command: Command) -> None:
-    assert "no robot data" in run_refused_command("data", "inspect", str(tmp_path))
+    assert "contains no robot data" in run_refused_command("data", "inspect", str(tmp_path))
 
 
 COMMANDS_WITH_LAYOUT = pytest.mark.parametrize(
@@ -227,7 +227,7 @@ def test_a_layout_that_does_not_exist_is_refused(
 
     message = run_refused_command("data", command.split(), "--layout", str(layout))
 
-    assert f"--layout {layout}: no such file" in message
+    assert f"--layout {layout} does not exist" in message
     assert not out.exists()
 
 
@@ -240,7 +240,7 @@ def test_a_layout_for_a_store_is_refused(
     out = tmp_path / "out"
     command = words.format(folder=store, out=out)
 
-    assert "needs no layout" in run_refused_command(
+    assert "has no effect, because" in run_refused_command(
         "data", command.split(), "--layout", str(layout)
     )
 

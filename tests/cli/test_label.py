@@ -106,7 +106,7 @@ def test_labels_are_shown_with_point_clouds(
         ("simpler:10000 --detector owlv2", "--detector"),
         ("--num-scenes 2 --retry-skipped", "--retry-skipped"),
         ("photos --seed 3", "--questions"),
-        ("photos --detector gemni", "did you mean 'gemini'"),
+        ("photos --detector gemni", "Did you mean 'gemini'"),
         ("photos --detector file:absent.json", "names no existing file. Write file:PATH"),
         ("photos --detector ground-truth+gemini", "only file:PATH"),
         ("photos --segmenter ground-truth=foo", "names weights"),

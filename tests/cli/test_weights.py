@@ -222,7 +222,7 @@ class TestWithoutTokenizer:
         (tmp_path / "file").touch()
         out = str(tmp_path / "file" / "out")
 
-        assert "cannot write" in run_refused_command(
+        assert "cannot be written" in run_refused_command(
             BACKBONES, paligemma, "none", "--out", out, SIZE
         )
 
@@ -236,7 +236,7 @@ class TestWithoutTokenizer:
         monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=9))  # bytes
         out = str(tmp_path / "full")
 
-        assert "no room for" in run_refused_command(
+        assert "has no room" in run_refused_command(
             BACKBONES, paligemma, "none", "--out", out, SIZE
         )
 

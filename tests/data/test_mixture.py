@@ -179,12 +179,12 @@ def test_steps_of_a_dataset_are_drawn_uniformly(drawn_samples: list[Sample]) -> 
 
 
 def test_an_empty_mixture_is_refused() -> None:
-    refuses("empty mixture", Mixture, [])
+    refuses("mixture is empty", Mixture, [])
 
 
 @pytest.mark.parametrize("weight", [0.0, -1.0, float("nan")])
 def test_a_weight_that_is_not_positive_is_refused(mixture: Mixture, weight: float) -> None:
-    refuses("bad weight", Mixture, [("a", mixture.stores[0], weight)])
+    refuses("the sampling weight", Mixture, [("a", mixture.stores[0], weight)])
 
 
 def test_a_store_at_another_rate_is_refused(tmp_path: Path) -> None:
@@ -192,7 +192,7 @@ def test_a_store_at_another_rate_is_refused(tmp_path: Path) -> None:
         tmp_path / "fast", "fast", num_episodes=1, has_wrist=False, rate_hz=10.0
     )
 
-    message = r"wrong rate: dataset 'fast' \(fast 0\): 10 Hz"
+    message = r"dataset 'fast' \(fast 0\) has 10 Hz"
     refuses(message, Mixture, [("fast", fast_store, 1.0)])
 
 

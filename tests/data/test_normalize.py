@@ -257,11 +257,11 @@ def test_statistics_are_saved_and_loaded(per_dataset: Normalizer, tmp_path: Path
 
 
 def test_the_dataset_must_be_named_if_there_are_several(per_dataset: Normalizer) -> None:
-    refuses("say which one", per_dataset.for_dataset, None)
+    refuses("which one the robot is like", per_dataset.for_dataset, None)
 
 
 def test_an_unknown_dataset_is_refused_with_a_suggestion(per_dataset: Normalizer) -> None:
-    refuses("did you mean 'small'", per_dataset.for_dataset, "smal")
+    refuses("Did you mean 'small'", per_dataset.for_dataset, "smal")
 
 
 def test_datasets_of_the_same_name_are_refused(
@@ -374,7 +374,7 @@ def test_the_state_vector_does_not_depend_on_the_sign_of_the_quaternion() -> Non
 
 
 def test_missing_statistics_are_refused(tmp_path: Path) -> None:
-    refuses("cannot read normalization statistics", Normalizer.load, tmp_path / "normalizer.json")
+    refuses("cannot be read", Normalizer.load, tmp_path / "normalizer.json")
 
 
 @pytest.mark.parametrize(
@@ -398,7 +398,7 @@ def test_a_scale_that_is_not_positive_is_refused(tmp_path: Path, scale: float) -
 def test_an_unknown_mode_is_refused_with_a_suggestion(tmp_path: Path) -> None:
     store = make_store(tmp_path, seed=0, spread=(0.1, 0.1, 0.1), num_steps=10)
 
-    refuses("did you mean 'quantile'", Normalizer.fit, [(store, 1.0)], "quantiles")
+    refuses("Did you mean 'quantile'", Normalizer.fit, [(store, 1.0)], "quantiles")
 
 
 def test_a_store_without_known_actions_is_refused(tmp_path: Path) -> None:
@@ -406,7 +406,7 @@ def test_a_store_without_known_actions_is_refused(tmp_path: Path) -> None:
     masked_episode = dataclasses.replace(store[0], action_mask=np.zeros(10, bool))
     masked_store = write_store([masked_episode], tmp_path / "b")
 
-    refuses("nothing to fit", Normalizer.fit, [(masked_store, 1.0)])
+    refuses("no valid action", Normalizer.fit, [(masked_store, 1.0)])
 
 
 STREAMS: dict[str, Callable[[np.random.Generator, int], np.ndarray]] = {

@@ -352,8 +352,8 @@ def test_a_finished_run_is_not_done_again(source: Path, whole_run: Path) -> None
     ("changes", "shard_size", "difference"),  # "there": in the folder, "here": in the new run
     [
         ({"detector": "owlv2"}, 8, '"bright" there, "owlv2" here'),
-        ({"rate": 2}, 8, "rate is null there, 2 here"),
-        ({}, 9, "shard_size is 8 there, 9 here"),
+        ({"rate": 2}, 8, "--fps is null there, 2 here"),
+        ({}, 9, "--shard-size is 8 there, 9 here"),
     ],
 )
 def test_other_settings_are_refused_and_named(
@@ -376,8 +376,8 @@ def test_a_shard_of_another_run_is_refused(source: Path, tmp_path: Path, whole_r
 def test_a_folder_with_other_files_is_refused(source: Path, tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("words")
 
-    assert "holds other files" in get_refusal(source, tmp_path)
-    assert "holds other files" in get_refusal(source, Path(__file__).parent)
+    assert "contains other files" in get_refusal(source, tmp_path)
+    assert "contains other files" in get_refusal(source, Path(__file__).parent)
 
 
 @pytest.mark.parametrize(

@@ -232,7 +232,7 @@ def test_the_probability_below_a_quantile_is_its_own(probability: float) -> None
 
 def test_an_unknown_way_to_read_is_refused() -> None:
     distribution = Distribution(np.eye(64, dtype=np.float32)[[3]], COORDINATES)
-    refuses("did you mean 'median'", distribution.read, "medain")
+    refuses("Did you mean 'median'", distribution.read, "medain")
 
 
 def test_a_model_returns_the_distributions_behind_its_answers() -> None:

@@ -405,17 +405,17 @@ class TestBrokenCheckpoints:
         return refuses("", weights.load, Spear1ForActionPrediction, folder)
 
     def test_a_missing_folder(self, tmp_path: Path) -> None:
-        assert "checkpoint not found" in self.message(tmp_path / "nowhere")
+        assert "there is no checkpoint" in self.message(tmp_path / "nowhere")
 
     def test_an_empty_folder(self, tmp_path: Path) -> None:
-        assert "no JSON object can be read" in self.message(tmp_path)
+        assert "config.json cannot be read" in self.message(tmp_path)
 
     def test_truncated_weights(self, folder: Path) -> None:
         file = folder / "model.safetensors"
         content = file.read_bytes()
         for size in (0, 5, len(content) // 2, len(content) - 1):
             file.write_bytes(content[:size])
-            assert "broken checkpoint" in self.message(folder)
+            assert "is broken" in self.message(folder)
 
     def test_missing_weights(self, folder: Path) -> None:
         (folder / "model.safetensors").unlink()
@@ -434,7 +434,7 @@ class TestBrokenCheckpoints:
     def test_a_config_with_a_wrong_part(self, folder: Path, change: dict[str, Any]) -> None:
         config = {**build_spear1_config(TINY).to_dict(), **change}
         (folder / "config.json").write_text(json.dumps(config))
-        assert "broken config" in self.message(folder)
+        assert "config.json is broken" in self.message(folder)
 
     @pytest.mark.parametrize(
         ("field", "value", "names_field"),
@@ -471,8 +471,8 @@ class TestBrokenCheckpoints:
     @pytest.mark.parametrize(
         ("index", "expected"),
         [
-            ([], "no JSON object can be read"),
-            ({"weight_map": {"head": 5}}, "broken checkpoint"),
+            ([], "contains no JSON object"),
+            ({"weight_map": {"head": 5}}, "is broken"),
         ],
     )
     def test_a_broken_index(self, folder: Path, index: Any, expected: str) -> None:

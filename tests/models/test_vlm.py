@@ -168,10 +168,10 @@ class TestRefusals:
     @pytest.mark.parametrize(
         ("images", "message"),
         [
-            ({"wrst": wrist}, r"unknown view 'wrst': did you mean 'wrist'\?"),
+            ({"wrst": wrist}, r"unknown view 'wrst'\. Did you mean 'wrist'\?"),
             ({"wrist": wrist / 255}, r"'wrist' is torch\.float32"),
-            ({"wrist": wrist[:, :1]}, "wrong image type"),
-            ({}, "no images"),
+            ({"wrist": wrist[:, :1]}, "Pass uint8 tensors"),
+            ({}, "there are no images"),
         ],
     )
     def test_of_images(self, images: dict[str, torch.Tensor], message: str) -> None:
@@ -179,18 +179,18 @@ class TestRefusals:
 
     def test_of_parts_of_patches(self) -> None:
         images = {"wrist": self.wrist[..., 1:]}
-        refuses("wrong image size: .* 31×32", make_vlm(stem="patch"), images, *self.inputs)
+        refuses("is 31×32. Use multiples of", make_vlm(stem="patch"), images, *self.inputs)
 
     def test_of_encoders_with_other_patches(self) -> None:
         moge = {**(TINY.moge or {}), "patch_size": 8}
-        refuses("patch 16, MoGe patch 8", make_vlm, moge=moge)
+        refuses("patch of SigLIP is 16, that of MoGe 8", make_vlm, moge=moge)
 
     def test_of_an_expert_that_does_not_fit_the_vlm(self) -> None:
         expert = {**TINY.expert, "head_dim": 4}
         refuses("head_dim is 4, the VLM's is 8", make_spear1, expert=expert)
 
     def test_of_an_unknown_preset(self) -> None:
-        refuses("did you mean 'nano'", get_preset, "nanno")
+        refuses("Did you mean 'nano'", get_preset, "nanno")
 
 
 @pytest.mark.parametrize(("log_scale_error", "shape_error"), [(0, 0), (0.3, 0), (-0.3, 0.2)])

@@ -104,12 +104,12 @@ def test_an_observation_like_those_of_training_brings_no_notice(nano: Spear1Poli
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"observation/image": IMAGE[..., ::-1]}, "'external': red and blue"),
+        ({"observation/image": IMAGE[..., ::-1]}, "red and blue of camera 'external'"),
         ({"observation/image": IMAGE[:, ::-1]}, "'external' is as if flipped left to right"),
         ({"observation/image": 0 * IMAGE}, "'external' shows nothing"),
         (
             {"observation/wrist_image": IMAGE[:, :210]},
-            "with observation/wrist_image: the policy was trained without that camera",
+            "observation/wrist_image, but the policy was trained without that camera",
         ),
         ({"observation/state": STATE + np.eye(8)[1]}, "y is 1.00 m"),
         ({"observation/state": STATE[ROTATION_TURNED_BY_180_DEG]}, "turned by 180°"),

@@ -91,4 +91,4 @@ def test_an_arm_that_goes_along_other_axes_is_found(
         assert not findings
     else:
         [finding] = findings
-        assert f"along {expected_axes}:" in finding.message
+        assert f"along {expected_axes} where" in finding.message

@@ -105,13 +105,17 @@ def test_a_missing_shard_is_made_again_and_removes_outdated_questions(two_scenes
 
 
 @pytest.mark.parametrize(
-    ("key", "value"), [("first_seed", 10_001), ("sizes", {**SIZES, "wrist": (48, 48)})]
+    ("key", "value", "option"),
+    [
+        ("first_seed", 10_001, "--first-seed"),
+        ("sizes", {**SIZES, "wrist": (48, 48)}, "--preset"),
+    ],
 )
-def test_other_settings_are_refused(two_scenes: Path, key: str, value: Any) -> None:
+def test_other_settings_are_refused(two_scenes: Path, key: str, value: Any, option: str) -> None:
     arguments = {"num_scenes": 2, "sizes": SIZES, "first_seed": FIRST_SEED, key: value}
 
     refuses(
-        f"other settings: {key} is",
+        rf"other settings \({option}",
         label_scenes,
         two_scenes,
         **arguments,

@@ -222,7 +222,7 @@ def test_a_policy_keeps_its_normalization_unless_the_recipe_has_another(
     inputs = TrainingInputs((), [("it", store, 1.0)], locate(init))
 
     # The same notice about images is printed when the policy acts.
-    with pytest.warns(Notice, match="'external': .* black bars"):
+    with pytest.warns(Notice, match="'external' .* black bars"):
         _, task, _ = build(POLICY_RECIPE.with_changes(**changes), inputs)
 
     expected = Normalizer.fit([(store, 1.0)], mode)

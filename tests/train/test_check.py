@@ -93,7 +93,7 @@ no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="is about a machin
         ("--split train[5:]", "train[5:]"),
         ("--episodes {}/mine {}/missing", "missing"),
         ("--out {}/file/run", "file"),
-        ("--out {}/labels", "holds other files"),
+        ("--out {}/labels", "contains other files"),
         ("--episodes {}/wrist", "no camera external"),
         ("--out {}/of-seed-5", "seed"),
         ("--out {}/of-2-pieces --steps 0", "1 step,"),
@@ -255,7 +255,7 @@ def test_keys_that_a_recipe_does_not_use_are_refused(
     message = run_refused_command("train", name, inputs.split(), "--set", changes.split())
 
     first_change = changes.split()[0]
-    assert f"--set {first_change}: recipe {name}" in message
+    assert f"--set {first_change} has no effect, because recipe {name}" in message
 
 
 @pytest.mark.parametrize(

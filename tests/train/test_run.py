@@ -411,7 +411,7 @@ def test_settings_without_effect_are_noted(one_episode: TrainingInputs, tmp_path
     options = RunOptions(workers=0, sharded=True)
 
     with (
-        pytest.warns(Notice, match="lr is never reached: warmup takes 50"),
+        pytest.warns(Notice, match="never reached, because warmup takes 50"),
         pytest.warns(match="fsdp"),
     ):
         final = train(recipe, tmp_path / "run", one_episode, options, "cpu")

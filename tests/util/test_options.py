@@ -33,9 +33,9 @@ def test_option_names_include_those_of_dataclasses_inside_but_no_positional_argu
 
 
 def test_numbers_out_of_range_are_refused() -> None:
-    refuses("--quality 101: give at most 100", InnerOptions, quality=101)
-    refuses("--first-seed -1: give at least 0", OuterOptions, first_seed=-1)
-    refuses("--pairs 0: give at least 1", OuterOptions, pairs=(0, 2))
+    refuses("--quality 101 is out of range. Give at most 100", InnerOptions, quality=101)
+    refuses("--first-seed -1 is out of range. Give at least 0", OuterOptions, first_seed=-1)
+    refuses("--pairs 0 is out of range. Give at least 1", OuterOptions, pairs=(0, 2))
 
 
 def test_values_of_keys_are_json_if_they_are_any() -> None:

@@ -450,9 +450,9 @@ def find_logged_layout(path: str | Path, layout_file: Path | None) -> DatasetLay
     action_columns = (layout.action, layout.logged_translation, layout.logged_rotation)
     if all(name is None for name in action_columns):
         raise SpearError(
-            f"nothing to audit: {layout.name}: its layout names no logged actions; "
-            "add logged_translation and logged_rotation, "
-            'for example "logged_translation": "action[0:3]"'
+            f"the layout of {layout.name} names no logged actions, so there is nothing to "
+            'audit. Add logged_translation and logged_rotation, such as "logged_translation": '
+            '"action[0:3]".'
         )
     return layout
 
@@ -527,7 +527,10 @@ def _check_shape(
     if values is None or values.shape in [(num_steps, width) for width in widths]:
         return
     expected = f"{num_steps} x {' or '.join(map(str, widths))}"
-    raise SpearError(f"wrong shape: {source}: {name} is {values.shape}, not {expected}")
+    raise SpearError(
+        f"{name} of {source} has the shape {values.shape}, not {expected}. Correct the column's "
+        "name in spear.json."
+    )
 
 
 def _rotation_to_judge(
@@ -580,7 +583,10 @@ def judge(
     # stretch takes five known steps.
     stretches = Stretches(recordings)
     if not stretches.num:
-        raise SpearError(f"nothing to audit: {path}: no episode has five known steps in a row")
+        raise SpearError(
+            f"no episode of {path} has five known steps in a row, so there is nothing to audit. "
+            "Give longer episodes."
+        )
 
     action_parts = []
     if recordings[0].translation is not None:
@@ -622,8 +628,11 @@ def _check_odd_episodes(action_part: ActionPart, num_episodes: int) -> list[Chec
     num_odd = int(is_odd.sum())
     if not num_odd:
         return []
-    words = f"in {num_odd} of {num_episodes} episodes it explains little: recorded otherwise?"
-    return [Check(f"the {action_part.name}s' reading", "cannot tell", words)]
+    words = (
+        f"the layout explains little of {num_odd} of {num_episodes} episodes, which may be "
+        "recorded in another way"
+    )
+    return [Check(f"{action_part.name}s", "cannot tell", words)]
 
 
 def layout_answers(layout: DatasetLayout) -> dict[str, dict[str, str | None]]:
@@ -782,10 +791,10 @@ def _why_undecidable(name: str, best: Fit) -> str:
     """Return why the data are not enough to judge the translations or rotations; "" if they are."""
     mean_motion = float(best.motion.sum() / best.num_steps)
     if mean_motion < MIN_MOTION[name]:
-        return f"the robot hardly moves: {format_size(name, mean_motion)} in a stretch"
+        return f"the robot hardly moves, by {format_size(name, mean_motion)} in a stretch"
     if best.relative_error > MAX_UNEXPLAINED:
         return (
-            "no reading explains the states: "
+            "no hypothesis explains the states, and "
             f"the best leaves {best.relative_error:.0%} of the motion"
         )
     return ""

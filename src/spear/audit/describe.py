@@ -174,7 +174,8 @@ def describe(path: str | Path) -> dict[str, Any]:
     folder = open_dataset(path)
     if isinstance(folder, EpisodeStore):
         raise SpearError(
-            f"nothing to describe: {path} is a store of episodes, whose columns are known"
+            f"{path} is a store of episodes, whose columns are known, so it needs no "
+            "description. Give the dataset that it was made from."
         )
     if isinstance(folder, LeRobotFolder):
         features = {name: item.component_names for name, item in folder.info.features.items()}
@@ -234,7 +235,9 @@ def _read_episodes(folder: Dataset, split: str, path: str | Path) -> list[dict[s
         if not isinstance(steps, SpearError):
             episodes.append(dict(walk_columns(steps)))
     if not episodes:
-        raise SpearError(f"no good episode: {path}: see spear data inspect")
+        raise SpearError(
+            f"no episode of {path} can be read. `spear data inspect {path}` shows why."
+        )
     signatures = [_column_signature(episode) for episode in episodes]
     usual_signature, _ = Counter(signatures).most_common(1)[0]
     pairs = zip(episodes, signatures, strict=True)
@@ -337,9 +340,7 @@ def _drop_columns_with_nan(columns: Columns) -> dict[str, list[Array]]:
     finite_columns = [name for name in columns if is_finite[name].mean() > 0.5]
     is_good_episode = np.logical_and.reduce([is_finite[name] for name in finite_columns])
     if not np.any(is_good_episode):
-        raise SpearError(
-            "no good episode: in each of them a column holds NaN: leave these columns out"
-        )
+        raise SpearError("in each episode a column contains NaN. Leave these columns out.")
     return {
         name: list(itertools.compress(columns[name], is_good_episode)) for name in finite_columns
     }
@@ -866,7 +867,7 @@ def _describe_gripper(
     is_flipped = verdict == "wrong"  # the low end is open
     conclusions = {"agrees": "", "wrong": "; so the ends are exchanged"}
     conclusion = conclusions.get(verdict, ": check which end is open")
-    evidence = words.partition(": exchange")[0]  # without the advice to correct a layout
+    evidence = words.partition("; exchange")[0]  # without the advice to correct a layout
     proposal.fields["gripper"] = state.name(columns)
     proposal.fields["gripper_range"] = [high, low] if is_flipped else [low, high]
     proposal.facts["gripper_range"] = f"as far as it went: {evidence}{conclusion}"

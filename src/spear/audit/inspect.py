@@ -114,7 +114,9 @@ def _inspect_dataset(folder: Dataset) -> str:
             episodes.append(dict(walk_columns(steps)))
     if not episodes:
         reason = SkippedItems(limit=0.0, reasons=reasons).summarize() or "it has none"
-        raise SpearError(f"no good episode: {folder.path}: {reason}")
+        raise SpearError(
+            f"no episode of {folder.path} can be read ({reason}). Correct the dataset."
+        )
 
     splits = ", ".join(f"{name} {length}" for name, length in folder.split_lengths.items())
     num_read = format_count(len(episodes), "episodes")
@@ -226,8 +228,8 @@ def _read_lerobot_episode(folder: LeRobotFolder, index: int) -> Steps | SpearErr
             last_s = max(first_s + (episode.length - 1.5) / folder.info.fps, 0.0)
             if next(read_frames(file, last_s, end_s), None) is None:
                 return SpearError(
-                    f"broken video: {file}: it ends before {last_s:.4g} s, where the metadata "
-                    "have more frames. Delete it, and download this file anew."
+                    f"the video {file} ends before {last_s:.4g} s, where the metadata have more "
+                    "frames. Delete it, and download this file again."
                 )
         return steps
     except SpearError as error:

@@ -52,7 +52,8 @@ def summarize_view(images: Sequence[bytes], position: Array, rate_hz: float, con
     """
     if len(images) != len(position):
         raise SpearError(
-            f"{context}: not one for each step (images: {len(images)}, steps: {len(position)})"
+            f"{context} has {len(images)} images for {len(position)} steps. Give one image for "
+            "each step."
         )
     frames = np.array(
         [_reduce_image(encoded, f"{context} step {step}") for step, encoded in enumerate(images)]
@@ -116,11 +117,11 @@ def _check_blank(camera: str, episodes: Sequence[View | None]) -> Check | None:
     if num_absent + num_blank < len(episodes):
         return None
     if num_absent:
-        reason = "its column is absent, or holds no images,"
+        reason = "its column is absent, or contains no images,"
     else:
-        reason = "its images are blank or all one"
+        reason = "its images are blank, or the same at every step,"
     num_episodes = format_count(len(episodes), "episodes")
-    words = f"{reason} in all of {num_episodes}: name another one in images"
+    words = f"{reason} in all of {num_episodes}; name another one in images"
     return Check(f"camera {camera}", "wrong", words)
 
 
@@ -150,7 +151,7 @@ def _check_exchange(
     share_exchanged = np.mean(wrist_to_external < 1 / MIN_CHANGE_RATIO)
     share_as_named = np.mean(wrist_to_external > MIN_CHANGE_RATIO)
     if share_exchanged >= MIN_SHARE:
-        return Check("cameras", "wrong", f"{words}: exchange wrist and external in images")
+        return Check("cameras", "wrong", f"{words}; exchange wrist and external in images")
     if share_as_named >= MIN_SHARE:
         return Check("cameras", "agrees", words)
     return None

@@ -107,8 +107,8 @@ def _check_commands(
         smallest_opening = min(opening.min() for opening in openings)
         if smallest_opening >= 0.5:
             words = (
-                f"it never closes further than to {smallest_opening:.2f}: "
-                "around large objects, or it is wrong"
+                f"the gripper never closes further than to {smallest_opening:.2f}, "
+                "either around large objects, or because the range is wrong"
             )
             checks.append(Check("gripper_range", "cannot tell", words))
         return checks
@@ -128,7 +128,7 @@ def _check_commands(
     is_command_constant = strongest.correlation == 0
     if range_problem and is_command_constant:
         return [range_problem]
-    words = f"{evidence} at best: command names another column"
+    words = f"{evidence} at best; name another column as command"
     return [Check("gripper command", "wrong", words)]
 
 
@@ -261,7 +261,7 @@ def judge_open_end(openings: Sequence[Array]) -> tuple[Verdict, str]:
         f"{spread_open:.2f} when open"
     )
     if contact_sign < 0 and start_sign < 0:
-        return "wrong", f"{words}: exchange the two readings in gripper_range"
+        return "wrong", f"{words}; exchange the two readings in gripper_range"
     if max(contact_sign, start_sign) > 0 and min(contact_sign, start_sign) >= 0:
         return "agrees", words
     return "cannot tell", words

@@ -30,18 +30,19 @@ def find_implausible_states(recordings: Sequence[Recording | Episode]) -> list[s
     if reach_m > MAX_REACH_M:
         unit = plausible_length_unit(reach_m) or "another unit"
         remarks.append(
-            f"positions are up to {reach_m:.4g} from the base: not metres, but {unit} (length_unit)"
+            f"positions are up to {reach_m:.4g} from the base, which are not meters, but {unit} "
+            "(length_unit)"
         )
     elif reach_m < MIN_REACH_M:
         remarks.append(
-            f"positions are up to {reach_m:.2g} m from the base: "
-            "steps, or another unit (length_unit)"
+            f"positions are up to {reach_m:.2g} m from the base, which may be steps, or another "
+            "unit (length_unit)"
         )
     rotation = np.concatenate([r.rotation for r in recordings])
     if are_degrees(rotation):
         remarks.append(
-            f"orientations go up to {np.abs(rotation).max():.4g}: "
-            "degrees, where the layout has radians (angle_unit)"
+            f"orientations go up to {np.abs(rotation).max():.4g}, which are degrees, where the "
+            "layout has radians (angle_unit)"
         )
     return remarks
 
@@ -72,5 +73,5 @@ def check_rate(recordings: Sequence[Recording]) -> list[Check]:
     if MIN_TOP_SPEED_M_S <= top_speed_m_s <= MAX_TOP_SPEED_M_S:
         return []
     verdict: Verdict = "wrong" if top_speed_m_s > MAX_EE_SPEED_M_S else "cannot tell"
-    words = f"by it the arm moves at {top_speed_m_s:.2g} m/s when it is quickest, as few arms do"
+    words = f"by this rate the arm moves at up to {top_speed_m_s:.2g} m/s, as few arms do"
     return [Check("rate_hz", verdict, words)]

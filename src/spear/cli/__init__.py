@@ -182,7 +182,7 @@ def _explain(error: Exception) -> str | None:
     if type(error).__name__ == "SafetensorError":
         if "No space left" in str(error) or "Disk quota" in str(error):
             return DISK_FULL_MESSAGE
-        return f"weights: {error}. Check the file and the disk."
+        return f"the weights cannot be read or written ({error}). Check the file and the disk."
     # Python before 3.13 raises this for a symbolic link that leads to itself.
     if isinstance(error, RuntimeError) and str(error).startswith("Symlink loop"):
         return f"{error}. Check the path."
@@ -204,8 +204,8 @@ def _explain_os_error(error: OSError) -> str | None:
     if error.filename is None:
         return DISK_FULL_MESSAGE if is_disk_full else None
     if is_disk_full:
-        return f"{error.filename}: {DISK_FULL_MESSAGE}"
-    return f"{error.filename}: {error.strerror}. Check the path."
+        return f"{error.filename} cannot be written, because {DISK_FULL_MESSAGE}"
+    return f"{error.filename} cannot be opened ({error.strerror}). Check the path."
 
 
 def _dispatch(args: list[str]) -> None:

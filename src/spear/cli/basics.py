@@ -310,8 +310,8 @@ def doctor(options: DoctorOptions) -> None:
     problems = [f"{result.name} in {result.dtype}" for result in results if result.problem]
     if problems:
         raise DisagreementError(
-            f"these disagree with the plain network: {', '.join(problems)}. Paste the lines above "
-            "into an issue."
+            f"optimized inference disagrees with the plain network ({', '.join(problems)}). "
+            "Paste the lines above into an issue."
         )
     page_advice = "" if options.out is None else f"; open {options.out.resolve()}"
     print(f"\neverything agrees{page_advice}")

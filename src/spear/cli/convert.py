@@ -267,7 +267,7 @@ def _make_coordinate_tokenizer(path: Path, num_bins: int, seed: int) -> "Coordin
         tokenizer = fit_coordinates(labels, num_bins, seed)
     if tokenizer.num_bins != num_bins:
         raise SpearError(
-            f"{path}: has {tokenizer.num_bins} 3D tokens, the preset {num_bins}."
-            f" Fit them again with {num_bins} 3D tokens."
+            f"{path} has {tokenizer.num_bins} 3D tokens, the preset {num_bins}. Fit them again "
+            f"with {num_bins} 3D tokens."
         )
     return tokenizer

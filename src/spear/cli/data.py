@@ -104,7 +104,7 @@ def prepare(options: PrepareOptions) -> None:
     names = [get_dataset_name(path) for path in options.paths]
     if len(set(names)) < len(names):
         raise SpearError(
-            f"several datasets have the same name: {', '.join(names)}. Prepare them one by one."
+            f"several datasets have the same name ({', '.join(names)}). Prepare them one by one."
         )
     cameras_of_path = {path: list_cameras(path, conversion.layout) for path in options.paths}
     _check_size_options_name_cameras(conversion, list(cameras_of_path.values()))
@@ -132,7 +132,7 @@ def _check_size_options_name_cameras(
         all_cameras.update(cameras)
     for camera in conversion.sizes:
         if camera:
-            check_known("camera (in --image-size)", all_cameras, camera)
+            check_known("camera", all_cameras, camera, place="--image-size")
 
 
 def _conversion_of_dataset(conversion: Conversion, cameras: Sequence[str]) -> Conversion:
@@ -158,10 +158,10 @@ def _check_layout(path: Path, layout: Path | None) -> None:
     if layout is None:
         return
     if not layout.is_file():
-        raise SpearError(f"--layout {layout}: no such file. Give a JSON file like spear.json.")
+        raise SpearError(f"--layout {layout} does not exist. Give a JSON file like spear.json.")
     if find_format(path) == "store":
         raise SpearError(
-            f"--layout {layout}: {path} is {FORMATS['store'].title} and needs no layout. "
+            f"--layout {layout} has no effect, because {path} is {FORMATS['store'].title}. "
             "Leave it out."
         )
 
@@ -212,7 +212,12 @@ def audit(options: AuditOptions) -> None:
         spear data audit my_lerobot_dataset --report audit.html
     """
     from spear.audit.dataset_audit import audit as audit_dataset
-    from spear.report.audit import advise, conclude, format_report, write_audit_page
+    from spear.report.audit import (
+        advise,
+        explain_contradiction,
+        format_report,
+        write_audit_page,
+    )
 
     _check_layout(options.path, options.layout)
     report = audit_dataset(options.path, options.split, options.layout)
@@ -222,7 +227,8 @@ def audit(options: AuditOptions) -> None:
     print(escape_control_characters(format_report(report), keep_newlines=True))
     if report.outcome == "contradiction":
         raise SpearError(
-            f"{options.path}: {conclude(report)}. Write what fits into its spear.json."
+            f"In {options.path}, {explain_contradiction(report)}. Write what fits into its "
+            "spear.json."
         )
     if report.outcome == "undecided":
         raise UndecidedError(advise(report))
@@ -271,7 +277,7 @@ def check_episodes(path: Path, split: str) -> "list[EpisodeRange]":
     cameras = list_cameras(path)
     if "external" not in cameras and "wrist" not in cameras:
         raise SpearError(
-            f"{path}: there is no camera external or wrist, but {', '.join(cameras)}. Name them "
+            f"{path} has no camera external or wrist, but {', '.join(cameras)}. Name them "
             "external and wrist in its spear.json."
         )
     return ranges

@@ -291,8 +291,8 @@ def _describe_shared_episodes(
 ) -> str:
     """Return the message for held-out episodes that are also training episodes."""
     return (
-        f"--split {options.split} and --train-split {train_split}: {num_shared} of the episodes "
-        "are in both. Hold other episodes out."
+        f"{num_shared} of the episodes are in both --split {options.split} and --train-split "
+        f"{train_split}. Hold other episodes out."
     )
 
 
@@ -438,7 +438,9 @@ def _check_vqa_run(
     values = {option_of_key.get(key, key): value for key, value in settings.items()}
     differences = describe_difference(recorded_values, values)
     if differences:
-        raise SpearError(f"{scores_file} holds other scores: {differences}. Give another --out.")
+        raise SpearError(
+            f"{scores_file} contains other scores ({differences}). Give another --out."
+        )
 
 
 def _note_learned_images(model: str, labels: "Sequence[LabeledImage]") -> None:

@@ -68,8 +68,8 @@ def _check_label_options(options: LabelOptions, is_simpler: bool) -> None:
         )
     if is_simpler and (len(options.photos) > 1 or options.dry_run):
         raise SpearError(
-            f"{SIMPLER_PREFIX}SEED-SEED: give it alone, without --dry-run, because these scenes "
-            "are labeled without networks."
+            f"{SIMPLER_PREFIX}SEED-SEED does not go with other options or images, because these "
+            "scenes are labeled without networks. Give it alone, without --dry-run."
         )
 
     unused_options: list[str] = []
@@ -174,7 +174,7 @@ def _print_plan(options: LabelOptions) -> None:
     from spear.sim_data.label_scenes import list_scenes
 
     if not options.photos:
-        raise SpearError("--dry-run: there is nothing to plan. Name the PHOTOS to label.")
+        raise SpearError("--dry-run has nothing to plan. Name the PHOTOS to label.")
     device = choose_device(options.device)
     _, images, settings = prepare_run(options, list_scenes)
     num_images = sum(1 for _ in images)  # `images` is an iterator

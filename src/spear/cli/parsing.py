@@ -21,6 +21,8 @@ HELP_OPTIONS = ("-h", "--help", "--help-all")
 NO_DEFAULTS = ("None", "", "''", "False")
 """Defaults that the help does not show, as tyro writes them: None, an empty tuple, an empty text,
 and a flag that is not set."""
+MISSING = "missing: "
+"""The beginning of tyro's complaint about missing arguments, after `_extract_complaint`."""
 PYTHON_TYPES = {"int()": "a whole number", "to float": "a number"}
 """Words in tyro's complaint about a value of the wrong type -> what the user should give."""
 
@@ -53,7 +55,7 @@ def parse_options(
     for word in HELP_OPTIONS:
         if word in args:
             _print_help(name, options_class, help_text, shows_all=word == "--help-all")
-    options = _parse_with_tyro(name, options_class, args)
+    options = _parse_with_tyro(name, options_class, args, help_text)
     if options_class is None:
         return []
     _check_output_files(options_class, options)
@@ -142,7 +144,9 @@ def _check_output_files(options_class: type, options: Any) -> None:
             check_writable(file)
 
 
-def _parse_with_tyro(name: str, options_class: type | None, args: Sequence[str]) -> Any:
+def _parse_with_tyro(
+    name: str, options_class: type | None, args: Sequence[str], help_text: str
+) -> Any:
     """Return the options that tyro makes of the words; turn tyro's complaint into a `SpearError`.
 
     Returns None for a command without options.
@@ -163,7 +167,24 @@ def _parse_with_tyro(name: str, options_class: type | None, args: Sequence[str])
     except SystemExit:  # tyro has written its complaint
         pass
     reason = _extract_complaint(complaint.getvalue(), name)
+    if reason.startswith(MISSING):
+        raise _missing_arguments_error(name, reason.removeprefix(MISSING), help_text)
     raise SpearError(f"{_simplify(reason, args)}. See `spear {name} --help`.")
+
+
+def _missing_arguments_error(name: str, reason: str, help_text: str) -> SpearError:
+    """Make the error for arguments and options that a command needs and the user did not give.
+
+    Args:
+        name: the command's name.
+        reason: what tyro says about each of them, ending in "(required)".
+        help_text: the command's help, whose first example the message shows.
+    """
+    descriptions = reason.split("(required)")
+    missing = [words[0] for words in map(str.split, descriptions) if len(words) > 1]
+    example = re.search(rf"^ *(spear {name} .*)", help_text, re.MULTILINE)
+    advice = f"Give it, as in `{example[1].strip()}`. " if example else ""
+    return SpearError(f"{' and '.join(missing)} is missing. {advice}See `spear {name} --help`.")
 
 
 def _extract_complaint(text: str, name: str) -> str:
@@ -177,7 +198,7 @@ def _extract_complaint(text: str, name: str) -> str:
     sentence_lines = [line for line in lines if line and not line.startswith(advice_starts)]
     sentence, _, _ = " ".join(sentence_lines).partition("Argument helptext")
     sentence = " ".join(sentence.split()).rstrip(" .")
-    return sentence.replace(f"Missing from spear {name}", "missing")
+    return sentence.replace(f"Missing from spear {name}", MISSING)
 
 
 def _simplify(reason: str, args: Sequence[str]) -> str:
@@ -204,7 +225,7 @@ def _simplify(reason: str, args: Sequence[str]) -> str:
         return reason
     values = " ".join(_values_of(option, args))
     distinct_alternatives = dict.fromkeys(alternatives)
-    return f"{option} {values}: give {' or '.join(distinct_alternatives)}"
+    return f"{option} cannot be {values}. Give {' or '.join(distinct_alternatives)}"
 
 
 def _values_of(option: str, args: Sequence[str]) -> list[str]:

@@ -125,8 +125,8 @@ def _check_demonstrations(options: TrainOptions) -> None:
     has_external_camera = any("external" in list_cameras(path) for path in options.episodes)
     if options.episodes and not has_external_camera:
         raise SpearError(
-            "--episodes: there is no camera external, which a policy acts by. Name one of the "
-            "cameras external in spear.json."
+            "--episodes has no camera external, which a policy acts by. Name one of the cameras "
+            "external in spear.json."
         )
 
 
@@ -165,11 +165,12 @@ def estimate_memory(options: EstimateMemoryOptions) -> None:
             print("fits")
             return
         raise DoesNotFitError(
-            f"{recipe.name} does not fit on {options.gpu} as it is. It fits with {flags}: {total}."
+            f"{recipe.name} does not fit on {options.gpu} without changes. It fits with {flags} "
+            f"({total})."
         )
     raise DoesNotFitError(
-        f"{recipe.name} does not fit on {options.gpu}, even with {flags}: {total}. Use a larger "
-        "GPU, or several with --parallel fsdp."
+        f"{recipe.name} does not fit on {options.gpu}, even with {flags} ({total}). Use a "
+        "larger GPU, or several with --parallel fsdp."
     )
 
 

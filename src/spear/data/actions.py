@@ -240,7 +240,10 @@ def validate_episode(episode: Episode) -> Episode:
         raise empty_episode_error(name)
     check_instruction(episode.instruction, name)
     if not (np.isfinite(episode.rate_hz) and episode.rate_hz > 0):
-        raise SpearError(f"bad rate {episode.rate_hz}: {name}: give the steps per second")
+        raise SpearError(
+            f"{name} has {episode.rate_hz} steps per second, which is no rate. Give a number "
+            "above 0 as rate_hz."
+        )
     _check_images(episode)
 
     gripper = _validate_array(name, "gripper", episode.gripper, (num_steps,))
@@ -260,25 +263,28 @@ def _check_images(episode: Episode) -> None:
     """
     name = episode.source
     if not episode.images:
-        raise SpearError(f"no camera: {name}: an episode needs at least one camera's images")
+        raise SpearError(f"{name} has no camera. Give the images of at least one.")
     for camera, images in episode.images.items():
         _check_length(name, f"camera {camera!r}", len(images), len(episode))
         if b"" in images:
             step = images.index(b"")
-            raise SpearError(f"empty image: {name} step {step} camera {camera!r}: leave it out")
+            raise SpearError(
+                f"{name} has an empty image at step {step} of the camera {camera!r}. Leave the "
+                "episode out."
+            )
 
 
 def check_instruction(text: str, name: str) -> None:
     """Raise SpearError if an instruction has no words; `name` is the episode, for the message."""
     if not any(character.isalnum() for character in text):
         raise SpearError(
-            f"empty instruction: {name}: say what the robot does, or leave the episode out"
+            f"{name} has an empty instruction. Say what the robot does, or leave the episode out."
         )
 
 
 def empty_episode_error(name: str) -> SpearError:
     """The error for an episode without steps."""
-    return SpearError(f"empty episode: {name}: it has no steps; leave it out")
+    return SpearError(f"{name} has no steps. Leave the episode out.")
 
 
 def validate_actions(episode: Episode) -> Episode:
@@ -309,8 +315,8 @@ def find_first(mask: Any) -> int | None:
 def _check_length(name: str, field: str, length: int, num_steps: int) -> None:
     if length != num_steps:
         raise SpearError(
-            f"lengths: {name}: {field} has {format_count(length, 'rows')} "
-            f"but there are {num_steps} steps"
+            f"{field} of {name} has {format_count(length, 'rows')}, but the episode has "
+            f"{num_steps} steps. Give one row for each step."
         )
 
 
@@ -329,7 +335,9 @@ def _validate_array(name: str, field: str, values: Array, shape: tuple[int, ...]
     is_finite = np.isfinite(array.reshape(shape[0], -1)).all(axis=1)  # [T]
     step = find_first(~is_finite)
     if step is not None:
-        raise SpearError(f"not a number: {name} step {step}: {field} is {array[step].tolist()}")
+        raise SpearError(
+            f"{field} of {name} is NaN or infinite at step {step}. Leave the episode out."
+        )
     return array
 
 
@@ -351,8 +359,9 @@ def validate_unit_norm(quaternion: Array, name: str, field: str) -> Array:
     step = find_first(np.abs(norm - 1) > UNIT_NORM_TOLERANCE)
     if step is not None:
         raise SpearError(
-            f"not a rotation: {name} step {step}: {field} quaternion has norm {norm[step]:.4g}, "
-            "expected 1; check the layout (w x y z) or leave the episode out"
+            f"{field} of {name} is a quaternion of norm {norm[step]:.4g} at step {step}, so it "
+            "is no rotation. Check its rotation_format in spear.json (ours is w x y z), or "
+            "leave the episode out."
         )
     return norm
 
@@ -371,6 +380,7 @@ def _clip_opening(name: str, field: str, opening: Array) -> Array:
     step = find_first(is_outside)
     if step is not None:
         raise SpearError(
-            f"out of range: {name} step {step}: {field} is {opening[step]:.4g}, not in 0 … 1"
+            f"{field} of {name} is {opening[step]:.4g} at step {step}. It must be from 0 "
+            "(closed) to 1 (open)."
         )
     return np.clip(opening, 0, 1)

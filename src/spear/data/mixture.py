@@ -62,7 +62,7 @@ class Mixture:
 
     def __init__(self, sources: Sequence[tuple[str, EpisodeStore, float]], seed: int = 0) -> None:
         if not sources:
-            raise SpearError("empty mixture: give at least one dataset")
+            raise SpearError("the mixture is empty. Give at least one dataset.")
         for name, store, weight in sources:
             _check_source(name, store, weight)
 
@@ -140,16 +140,19 @@ class Mixture:
 def _check_source(name: str, store: EpisodeStore, weight: float) -> None:
     """Raise SpearError for a dataset that cannot be trained on."""
     if not (np.isfinite(weight) and weight > 0):
-        raise SpearError(f"bad weight {weight}: dataset {name!r}: weights must be positive")
+        raise SpearError(
+            f"dataset {name!r} has the sampling weight {weight}. Give a number above 0."
+        )
     index = find_first(~np.isclose(store.rates_hz, CONTROL_RATE_HZ))
     if index is not None:
         raise SpearError(
-            f"wrong rate: dataset {name!r} ({store.source(index)}): "
-            f"{store.rates_hz[index]:g} Hz, training is at {CONTROL_RATE_HZ:g}; prepare it"
+            f"dataset {name!r} ({store.source(index)}) has {store.rates_hz[index]:g} Hz, but "
+            f"training runs at {CONTROL_RATE_HZ:g} Hz. Prepare it with `spear data prepare`."
         )
     if not store.num_known_actions.any():
         raise SpearError(
-            f"nothing to learn from: dataset {name!r} has no valid action; leave it out"
+            f"dataset {name!r} has no valid action, so nothing can be learned from it. Leave it "
+            "out."
         )
 
 

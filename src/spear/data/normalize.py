@@ -90,7 +90,8 @@ class Normalizer:
         names = [name for name, _, _ in stores]
         if len(set(names)) < len(names):
             raise SpearError(
-                f"datasets of the same name: {', '.join(names)}: give each folder its own name"
+                f"several datasets have the same name ({', '.join(names)}). Give each folder "
+                "another name."
             )
 
         over_mixture = Normalizer.fit([(store, weight) for _, store, weight in stores], mode)
@@ -116,8 +117,8 @@ class Normalizer:
             return next(iter(self.datasets.values()))
         if dataset is None:
             raise SpearError(
-                "normalized per dataset: say which one the robot is like (--norm-stats): "
-                f"{', '.join(self.datasets)}"
+                "the policy has normalization statistics of each dataset. Say with --norm-stats "
+                f"which one the robot is like ({', '.join(self.datasets)})."
             )
         check_known("dataset", self.datasets, dataset)
         return self.datasets[dataset]
@@ -149,7 +150,8 @@ class Normalizer:
                 weights.append(weight)
         if not sketches_of_stores:
             raise SpearError(
-                "nothing to fit: no valid action in the stores; check their masks and lengths"
+                "the stores contain no valid action, so no normalization statistics can be "
+                "fitted. Check their masks and lengths."
             )
 
         shares = np.array(weights) / sum(weights)
@@ -214,7 +216,7 @@ class Normalizer:
     def load(path: str | Path) -> "Normalizer":
         """Read statistics that `save` wrote. Raises SpearError if the file is missing or bad."""
         advice = "take the file beside the weights"
-        return read_json_as(Normalizer, Path(path), advice, "cannot read normalization statistics")
+        return read_json_as(Normalizer, Path(path), advice, "contains no normalization statistics")
 
 
 def _to_triple(values: Sequence[float]) -> Triple:
@@ -257,7 +259,7 @@ def _load_or_make_sketches(store: EpisodeStore) -> list[QuantileSketch]:
             sketches = _load_sketches(file, store)
         except (OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
             raise SpearError(
-                f"unreadable: {file}: {error}; remove it, and it is not needed"
+                f"{file} cannot be read ({error}). Remove it; spear works without it."
             ) from error
         if sketches is not None:
             return sketches

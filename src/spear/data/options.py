@@ -46,11 +46,12 @@ class Conversion(Options):
             size = _parse_size(size_text)
             if size is None:
                 raise SpearError(
-                    f"--image-size {text}: write it as 280x210, or for one camera as wrist=112x112"
+                    f"--image-size {text} is no size. Write it as 280x210, or for one camera as "
+                    "wrist=112x112."
                 )
             if camera in sizes:
                 raise SpearError(
-                    f"--image-size {text}: this camera has another size already: give it once"
+                    f"--image-size {text} gives a camera its second size. Give it one."
                 )
             sizes[camera] = size
         return sizes

@@ -53,14 +53,12 @@ def load(name: str) -> Embodiment:
     path = Path(name)
     if not path.is_file():
         names = ", ".join(list_names())
-        raise SpearError(
-            f"embodiment {path}: there is no such file. Give a Python file, or one of {names}."
-        )
+        raise SpearError(f"there is no embodiment {path}. Give a Python file, or one of {names}.")
     try:
         module = runpy.run_path(str(path))
     except Exception as error:
         raise SpearError(
-            f"embodiment {path} fails with {type(error).__name__}: {error}. Repair the file."
+            f"embodiment {path} fails with {type(error).__name__} ({error}). Repair the file."
         ) from error
     embodiment = module.get("EMBODIMENT")
     if not isinstance(embodiment, Embodiment):

@@ -146,7 +146,7 @@ def observe(
     excess_rad = np.maximum(arm.JOINT_LOWER_RAD - joints, joints - arm.JOINT_UPPER_RAD)
     if excess_rad.max() > JOINT_LIMIT_TOLERANCE_RAD:
         notice(
-            f"{JOINTS_KEY}: joint {excess_rad.argmax() + 1} is where a Franka's cannot be. "
+            f"joint {excess_rad.argmax() + 1} of {JOINTS_KEY} is where a Franka's cannot be. "
             "Check the joints' order, signs and unit before the arm moves."
         )
     hand_position, hand_rotation = arm.compute_ee_pose(joints)

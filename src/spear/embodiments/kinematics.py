@@ -71,11 +71,13 @@ def franka_pose(joints: Array, source: str = "") -> tuple[Array, Array]:
     """
     if joints.ndim != 2 or joints.shape[1] != NUM_JOINTS:
         raise SpearError(
-            f"wrong shape: {source}: joint angles are {joints.shape}, but a Franka has 7"
+            f"joint angles of {source} have the shape {joints.shape}, but a Franka has 7. Give "
+            "an array of 7 angles."
         )
     if len(joints) and np.abs(joints).max() > 2 * math.pi:
         raise SpearError(
-            f"{np.abs(joints).max():.3g} is no joint angle: {source}: radians are expected"
+            f"a joint angle of {source} is {np.abs(joints).max():.3g}, more than a turn. Give "
+            "radians."
         )
 
     # The hand is one more link, whose angle is fixed.

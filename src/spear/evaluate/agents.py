@@ -173,7 +173,8 @@ def _check_not_given(policy: str, loading: Mapping[str, Any]) -> None:
         if value != getattr(AgentOptions, field):
             option = to_option_name(field)
             raise SpearError(
-                f"{option} {value}: is for policies loaded here: leave it out for {policy}"
+                f"{option} {value} has no effect on {policy}, because it concerns policies that "
+                "are loaded here. Leave it out."
             )
 
 
@@ -185,10 +186,15 @@ def _connect_agent(address: str) -> PolicyAgent:
     robot = server.metadata.get("embodiment", "generic")
     if robot != "generic":
         server.close()
-        raise SpearError(f"{address}: serves robot {robot!r}: start it with `--embodiment generic`")
+        raise SpearError(
+            f"{address} serves the robot {robot!r}. Start it with `--embodiment generic`."
+        )
     weights = server.metadata.get("weights")
     if weights is None:
-        notice(f"{address}: does not say which weights it has: give those of each their own --out")
+        notice(
+            f"{address} does not say which weights it has. Give the results of each weights "
+            "another --out."
+        )
     return PolicyAgent(server, address, weights)
 
 

@@ -119,8 +119,8 @@ def compare_results(
             pairs.append((outcome, second_outcomes[outcome.scene]))
     if not pairs:
         raise SpearError(
-            f"results: {first_name} and {second_name} share no scene: "
-            "use the same families and seeds"
+            f"{first_name} and {second_name} share no scene. Evaluate both on the same tasks "
+            "and seeds."
         )
     _check_same_scenes(first, second, pairs, first_name, second_name)
 
@@ -149,16 +149,16 @@ def _check_same_scenes(
     for a, b in pairs:
         if a.instruction != b.instruction:
             raise SpearError(
-                f"results: {a.family} scene {a.seed} is {a.instruction!r} for {first_name} and "
-                f"{b.instruction!r} for {second_name}: the simulator changed: "
-                "evaluate the older one again"
+                f"scene {a.seed} of {a.family} is {a.instruction!r} for {first_name} and "
+                f"{b.instruction!r} for {second_name}, because the simulator changed. Evaluate "
+                "the older one again."
             )
     first_starts = first.settings.get("starts", "the official ones")
     second_starts = second.settings.get("starts", "the official ones")
     if first_starts != second_starts:
         raise SpearError(
-            f"results: starts of {first_name}: {first_starts}, of {second_name}: {second_starts}: "
-            "these are other scenes"
+            f"{first_name} starts from {first_starts} and {second_name} from {second_starts}, "
+            "which are other scenes. Evaluate both from the same."
         )
 
 

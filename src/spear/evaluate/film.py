@@ -37,7 +37,7 @@ def import_encoder() -> Any:
     """
     av = import_optional("av", extra="report", feature="a film")
     if "libx264" not in av.codecs_available:
-        raise SpearError("a film: this PyAV has no H.264 encoder: pip install --upgrade av")
+        raise SpearError("this PyAV has no H.264 encoder for a film. Run pip install --upgrade av.")
     return av
 
 

@@ -54,7 +54,7 @@ class OpenLoopErrors:
         """
         if not any(len(errors["chunk_end_mm"]) for errors in self.episodes):
             raise SpearError(
-                "no held-out episode has a whole chunk of known actions: give longer ones"
+                "no held-out episode has a whole chunk of known actions. Give longer episodes."
             )
         summary = {}
         for name in self.episodes[0]:
@@ -80,7 +80,8 @@ def build_observations(
     if not set(views) & set(episode.images):
         recorded_views = ", ".join(episode.images) or "none"
         raise SpearError(
-            f"{episode.source}: cameras are {recorded_views}, the policy sees {', '.join(views)}"
+            f"{episode.source} has the cameras {recorded_views}, but the policy sees "
+            f"{', '.join(views)}. Name them alike in spear.json."
         )
     columns = [episode.position, episode.rotation, episode.gripper[:, None]]
     states = np.concatenate(columns, 1, dtype=np.float32)  # [T, 8]

@@ -126,7 +126,7 @@ class Results:
         if not num_missing:
             return ""
         missing = format_count(num_missing, "scenes")
-        return f"{missing} left: rates may be too high; successes end first"
+        return f"{missing} are left. Rates may be too high, because successes end first."
 
     @property
     def families(self) -> list[str]:
@@ -296,15 +296,16 @@ def merge_results(shards: Sequence[Results]) -> Results:
         difference = describe_difference(_to_header(first), _to_header(shard))
         if difference:
             raise SpearError(
-                f"results of {shard.policy}: {difference}: only parts of one evaluation merge"
+                f"the results of {shard.policy} are of several evaluations ({difference}). "
+                "Merge only parts of the same one."
             )
         for outcome in shard.outcomes:
             known_outcome = outcomes.setdefault(outcome.scene, outcome)
             if known_outcome != outcome:
                 raise SpearError(
-                    f"results of {shard.policy}: {outcome.family} scene {outcome.seed} ended "
-                    "differently in two parts: rounding, or another policy: "
-                    "remove one journal, or all"
+                    f"scene {outcome.seed} of {outcome.family} ended differently in two parts "
+                    f"of the results of {shard.policy}, because of rounding or another policy. "
+                    "Remove one journal, or all."
                 )
 
     families = list(dict.fromkeys(family for family, _ in outcomes))
@@ -337,7 +338,7 @@ def parse_shard(text: str) -> tuple[int, int]:
         count = int(count_text)
         if 1 <= index <= count:
             return index, count
-    raise SpearError(f"--shard {text}: write it as 2/5 for the second of five parts")
+    raise SpearError(f"--shard {text} is no part. Write 2/5 for the second of five.")
 
 
 class Journal:
@@ -371,7 +372,8 @@ class Journal:
         journals = find_journals(folder)
         if not journals and (folder / "results.json").is_file():
             raise SpearError(
-                f"{folder}: holds results.json without journals: give another --out, or move it"
+                f"{folder} contains results.json without journals. Give another --out, or move "
+                "it away."
             )
 
         # The scenes that no journal announces yet.
@@ -383,7 +385,8 @@ class Journal:
             difference = describe_difference(_to_header(earlier), {"policy": policy, **settings})
             if difference:
                 raise SpearError(
-                    f"{folder}: holds other results: {difference}: give another --out, or remove it"
+                    f"{folder} contains other results ({difference}). Give another --out, or "
+                    "remove it."
                 )
             self.outcomes |= {outcome.scene: outcome for outcome in earlier.outcomes}
             missing -= earlier.wanted
@@ -462,7 +465,7 @@ def read_journal(path: Path) -> Results:
             header["policy"], header["settings"], episodes, total_seconds, frozenset(scheduled)
         )
     except (ValueError, KeyError, TypeError, AttributeError):
-        raise SpearError(f"results: {path}: not a journal of `spear evaluate`: remove it") from None
+        raise SpearError(f"{path} is no journal of `spear evaluate`. Remove it.") from None
 
 
 def load_results(path: Path) -> Results:
@@ -477,9 +480,7 @@ def load_results(path: Path) -> Results:
     if journals:
         results = merge_results([read_journal(journal) for journal in journals])
         if not results.outcomes:
-            raise SpearError(
-                f"results: {path}: no episode has ended there: run `spear evaluate` again"
-            )
+            raise SpearError(f"no episode has ended in {path}. Run `spear evaluate` again.")
         return results
     file = path / "results.json" if path.is_dir() else path
     return read_json_as(

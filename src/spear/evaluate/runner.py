@@ -134,8 +134,8 @@ def select_shard(scenes: ScenesByFamily, shard: tuple[int, int]) -> dict[str, Se
     max_scenes = max(map(len, scenes.values()), default=0)
     if max_scenes < index:
         raise SpearError(
-            f"--shard {index}/{count}: holds no scene: "
-            f"make at most {format_count(max_scenes, 'parts')}"
+            f"--shard {index}/{count} contains no scene. Make at most "
+            f"{format_count(max_scenes, 'parts')}."
         )
     return {family: seeds[index - 1 :: count] for family, seeds in scenes.items()}
 

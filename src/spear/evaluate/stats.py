@@ -86,7 +86,7 @@ def estimate_proportion(successes: int, n: int) -> Estimate:
         (0.8, 0.49, 0.943)
     """
     if not 0 <= successes <= n or n == 0:
-        raise ValueError(f"estimate_proportion: {successes} successes of {n}")
+        raise ValueError(f"{successes} successes of {n} are no proportion")
     proportion = successes / n
     low, high = _wilson_interval(proportion, n)
     return Estimate(proportion, low, high, n)
@@ -150,7 +150,7 @@ def estimate_paired_difference(
         The difference, and its two-sided p-value.
     """
     if not strata:
-        raise ValueError("estimate_paired_difference: no strata")
+        raise ValueError("estimate_paired_difference needs at least one stratum")
     differences = []  # of the success rates, per stratum
     centers = []  # of the interval, per stratum
     variance = 0.0  # of the mean of the centers
@@ -243,7 +243,7 @@ def estimate_difference_over_seeds(first: Sequence[Array], second: Sequence[Arra
     shapes_a = [table.shape for table in a]
     shapes_b = [table.shape for table in b]
     if shapes_a != shapes_b:
-        raise ValueError(f"difference: {shapes_a} against {shapes_b}")
+        raise ValueError(f"{shapes_a} cannot be compared with {shapes_b}")
 
     differences = []  # [seeds, scenes] of -1, 0 and 1 per family
     pairs = []

@@ -119,7 +119,7 @@ def finish_batch(images: Sequence[PendingImage]) -> LabeledBatch:
                 labels.append(_unpack_and_fit(image))
             notices.update(str(warning.message) for warning in caught)
         except Exception as error:
-            reason = f"fitting boxes: {type(error).__name__}: {error}"
+            reason = f"boxes cannot be fitted ({type(error).__name__}, {error}). Leave it out."
             skipped.append(SkippedImage(image.source, reason, retryable=False))
     content_hashes = [image.content_hash for image in images]
     return LabeledBatch(to_table(labels), skipped, content_hashes, sorted(notices))

@@ -436,7 +436,7 @@ def read_video_frames(path: str, times: Sequence[float]) -> Iterator[Array]:
                 return
     raise SpearError(
         f"{path} ends before {remaining_times[0]:.2f} s, earlier than its header says. Write its "
-        "header anew with `ffmpeg -i FILE -c copy NEW_FILE`, or leave it out."
+        "header again with `ffmpeg -i FILE -c copy NEW_FILE`, or leave it out."
     )
 
 
@@ -481,7 +481,9 @@ def read_contents(items: Iterable[Item]) -> Iterator[Content]:
         except SpearError as error:
             reason = error
         except OSError as error:
-            reason = RetryableError(f"cannot be read: {error.strerror or error}")
+            reason = RetryableError(
+                f"the file cannot be read ({error.strerror or error}). Label it again."
+            )
         except pa.ArrowException as error:
-            reason = SpearError(f"cannot be read: {error}")
+            reason = SpearError(f"the file cannot be read ({error}). Replace it.")
         yield from [reason] * num_missing

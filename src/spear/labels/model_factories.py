@@ -98,7 +98,7 @@ def resolve_factory(role: str, description: str, options: LabelOptions) -> Calla
     if plus:
         raise SpearError(
             f"{role} {description} is not possible, because only file:PATH leaves the rest to "
-            "another."
+            f"another. Give {first} alone."
         )
     if argument and "model" not in entry.arguments:
         raise SpearError(

@@ -65,6 +65,18 @@ FOOTER_KEY = "spear.labels"
 of the shard's items), `skipped` (a `SkippedImage` for each skipped image), `stamps` and `digests`
 (the stamp and the `PendingImage.content_hash` of each item)."""
 SETTINGS_FILE = "run.json"
+OPTION_OF_SETTING = {
+    "inputs": "PHOTOS",
+    "vocabulary": "--vocabulary",
+    "detector": "--detector",
+    "segmenter": "--segmenter",
+    "pointmap": "--pointmap",
+    "size": "--max-size",
+    "rate": "--fps",
+    "per_episode": "--frames-per-episode",
+    "shard_size": "--shard-size",
+}
+"""Key in the file of settings -> the option that sets it."""
 MAX_FAILED_FRACTION = 0.5
 """The run stops when a larger fraction of the images fails. Images without objects are skipped, but
 do not count as failures."""
@@ -240,7 +252,7 @@ def label_folder(
         # of a run that was refused before it labeled anything may be overwritten.
         has_labels = any(out.glob("labels-*.parquet"))
         all_settings = {"spear": spear.__version__, **settings, "shard_size": work.shard_size}
-        record_or_check_settings(out / SETTINGS_FILE, all_settings, has_labels)
+        record_or_check_settings(out / SETTINGS_FILE, all_settings, has_labels, OPTION_OF_SETTING)
 
         # Find the shards that earlier commands finished.
         remove_temporary_files(out)
@@ -314,7 +326,7 @@ class _RunMonitor:
         for source, reason, _ in labeled.skipped:
             if reason != NO_OBJECTS_REASON:
                 has_source = source in reason
-                self._failures(reason if has_source else f"{source}: {reason}")
+                self._failures(reason if has_source else f"in {source}, {reason}")
         self.bar.update(self.bar.done + num_images, f"{self.num_skipped:,} skipped")
         num_good = self.bar.done - self.num_before - len(self._failures.reasons)
         self._failures.check(num_good, finished=self.bar.done == self.num_total)

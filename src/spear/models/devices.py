@@ -69,8 +69,8 @@ def choose_device(name: str = "auto") -> torch.device:
         raise unknown_name_error("device", name, ("auto", "cpu", "cuda", "cuda:0"))
     if colon and has_several_processes:
         raise SpearError(
-            f"device {name}: several processes cannot share a GPU. Use cuda, and each process takes"
-            " its own."
+            f"device {name} is one GPU, which several processes cannot share. Use cuda, and "
+            "each process takes its own."
         )
 
     if colon:
@@ -85,8 +85,8 @@ def choose_device(name: str = "auto") -> torch.device:
             "Start as many processes as there are GPUs" if has_several_processes else "Use another"
         )
         raise SpearError(
-            f"no device cuda:{index}: PyTorch {torch.__version__} finds {gpus} here. {advice}, or"
-            " use cpu."
+            f"there is no device cuda:{index}, because PyTorch {torch.__version__} finds {gpus} "
+            f"here. {advice}, or use cpu."
         )
 
     device = torch.device("cuda", index)

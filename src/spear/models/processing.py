@@ -108,12 +108,12 @@ def describe_fit(source: Size, target: Size) -> str | None:
     if max(side_bars, top_bars) >= MIN_BAR_FRACTION:
         position = "left and right" if side_bars > top_bars else "above and below"
         fraction = max(side_bars, top_bars)
-        losses.append(f"with black bars {position}, {fraction:.0%} of it, nothing stretched")
+        losses.append(f"with black bars {position} ({fraction:.0%} of the area)")
     if enlargement >= MIN_ENLARGEMENT:
-        losses.append(f"enlarged {enlargement:.1f} times: small ones show less")
+        losses.append(f"enlarged {enlargement:.1f} times, so they show less detail")
     if not losses:
         return None
-    return f"{width}×{height} shown in {target_width}×{target_height} {', '.join(losses)}"
+    return f"of {width}×{height} are fitted into {target_width}×{target_height} {', '.join(losses)}"
 
 
 Count = Annotated[int, Field(strict=True, gt=0, le=4096)]
@@ -181,8 +181,8 @@ class Processor:
         if (view, size) not in self._notified and len(self._notified) < MAX_NOTIFIED_SIZES:
             loss = describe_fit(size, (width, height))
             message = (
-                f"images of view {view!r}: {loss}. Give images of that aspect and size to use all"
-                " of it."
+                f"images of view {view!r} {loss}. Give images of that aspect and size to lose "
+                "nothing."
             )
             if loss is None or notice(message):
                 self._notified.add((view, size))
@@ -260,9 +260,9 @@ class Processor:
         for question in questions:
             if question.values and question.unit != self.coordinates.unit:
                 raise SpearError(
-                    f"question {question.prompt!r}: its numbers are in unit {question.unit!r}, the"
-                    f" 3D tokens in {self.coordinates.unit!r}. Use 3D tokens that were fitted on"
-                    " labels of one unit."
+                    f"the numbers of question {question.prompt!r} are in the unit "
+                    f"{question.unit!r}, the 3D tokens in {self.coordinates.unit!r}. Use 3D "
+                    "tokens that were fitted on labels of one unit."
                 )
 
         prompts = [self._encode_prompt(question.prompt, cut=True) for question in questions]
@@ -312,8 +312,8 @@ class Processor:
         if num_tokens > self.prompt_tokens:
             excess = f"{words[:40]!r}… has {num_tokens} tokens, more than {self.prompt_tokens}"
             if not cut:
-                raise SpearError(f"prompt too long: {excess}. Use fewer words.")
-            notice(f"instruction cut off: {excess}")
+                raise SpearError(f"the prompt {excess}. Use fewer words.")
+            notice(f"the instruction is cut off, because {excess}.")
         return [*ids[: self.prompt_tokens - len(newline)], *newline]
 
     def _encode_text(self, text: str) -> list[int]:
@@ -426,7 +426,7 @@ class Processor:
         coordinates = CoordinateTokenizer.load(folder / "coordinates.json")
         tokenizer = load_tokenizer(folder)
         saved = read_json_as(
-            _SavedProcessor, folder / "processor.json", "save it again", "broken processor"
+            _SavedProcessor, folder / "processor.json", "save it again", "contains no processor"
         )
         sizes = {view: (width, height) for view, width, height in saved.image_sizes}
         processor = Processor(tokenizer, coordinates, sizes, saved.prompt_tokens)
@@ -441,16 +441,16 @@ class Processor:
         vocabulary_size = config.text_config.vocab_size
         if ids != model_ids or ids.stop > vocabulary_size:
             raise SpearError(
-                f"vocabulary mismatch: {folder}: the 3D tokens of its tokenizer are the ids"
-                f" {ids.start} … {ids.stop - 1}, those of its model {model_ids.start} …"
-                f" {model_ids.stop - 1} of {vocabulary_size}. Take both from the same checkpoint."
+                f"the 3D tokens of the tokenizer in {folder} are the ids {ids.start} … "
+                f"{ids.stop - 1}, those of its model {model_ids.start} … {model_ids.stop - 1} "
+                f"of {vocabulary_size}. Take both from the same checkpoint."
             )
         for view in self.image_sizes:
             if view not in config.views:
                 model_views = ", ".join(config.views)
                 raise SpearError(
-                    f"views do not match: {folder}: its processor has {view!r}, its model"
-                    f" {model_views}. Take both from the same checkpoint."
+                    f"the processor in {folder} has the view {view!r}, its model {model_views}. "
+                    "Take both from the same checkpoint."
                 )
 
 

@@ -88,8 +88,8 @@ class Spear1Config(layers.PortableConfig):
             expert_value = getattr(self.expert_config, name)
             if vlm_value != expert_value:
                 raise SpearError(
-                    f"action expert does not fit the VLM: its {name} is {expert_value}, the VLM's"
-                    f" is {vlm_value}. Give both the same value."
+                    f"{name} of the action expert is {expert_value}, the VLM's is {vlm_value}. "
+                    "Give both the same value."
                 )
 
 
@@ -333,7 +333,9 @@ class Spear1ForActionPrediction(PreTrainedModel):
         """
         horizon = noise.translation.shape[-2]
         if horizon != self.config.horizon:
-            raise ValueError(f"noise of {horizon} actions: a chunk has {self.config.horizon}")
+            raise ValueError(
+                f"noise of {horizon} actions does not fit a chunk of {self.config.horizon}"
+            )
         inputs = pack_inputs(
             pixel_values, input_ids, attention_mask, state, noise, view_mask, committed
         )

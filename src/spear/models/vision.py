@@ -72,14 +72,10 @@ def check_pixels(name: str, pixels: Any, patch: int) -> None:
     else:
         problem = ""
     if problem:
-        raise SpearError(
-            f"wrong image type: view {name!r} is {problem}. Pass uint8 tensors [B, 3, h, w]."
-        )
+        raise SpearError(f"view {name!r} is {problem}. Pass uint8 tensors [B, 3, h, w].")
     height, width = pixels.shape[2:]
     if height % patch or width % patch:
-        raise SpearError(
-            f"wrong image size: view {name!r} is {width}×{height}. Use multiples of {patch}."
-        )
+        raise SpearError(f"view {name!r} is {width}×{height}. Use multiples of {patch}.")
 
 
 # The stem: from pixels to patch embeddings

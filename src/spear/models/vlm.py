@@ -78,8 +78,8 @@ class SpearVLMConfig(layers.PortableConfig):
         patch = self.vision_config.patch_size
         if self.moge_config is not None and self.moge_config.patch_size != patch:
             raise SpearError(
-                f"encoder configs disagree: SigLIP patch {patch}, MoGe patch"
-                f" {self.moge_config.patch_size}: both must cut the image into the same grid"
+                f"the patch of SigLIP is {patch}, that of MoGe {self.moge_config.patch_size}. "
+                "Give both the same, because both must cut the image into one grid."
             )
 
     @property
@@ -197,7 +197,7 @@ class SpearVLMForConditionalGeneration(PreTrainedModel):
             vision.check_pixels(name, pixel_values[name], self.config.vision_config.patch_size)
         if not views:
             known_views = ", ".join(self.config.views)
-            raise SpearError(f"no images: pass at least one of the views {known_views}")
+            raise SpearError(f"there are no images. Pass at least one of the views {known_views}.")
 
         features, num_tokens = self._encode_side_by_side([pixel_values[name] for name in views])
         valid = torch.ones(features.shape[:2], dtype=torch.bool, device=features.device)

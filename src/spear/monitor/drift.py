@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from spear.errors import notice
+from spear.errors import notice, to_sentence
 from spear.monitor.distribution import TrainingDistribution
 from spear.monitor.motion import MAX_OPPOSITE_SHARE, FrozenCameraCheck, MotionChecks
 from spear.monitor.observations import Finding, check_first_state, check_observations

@@ -48,7 +48,8 @@ class FrozenCameraCheck:
             if distance_m > FROZEN_DISTANCE_M:
                 yield Finding(
                     f"frozen {camera}",
-                    f"camera {camera!r}: the very same picture {distance_m:.2f} m later: frozen?",
+                    f"camera {camera!r} sends the very same picture after {distance_m:.2f} m of "
+                    "motion. Check that it is not frozen.",
                 )
 
 
@@ -77,8 +78,8 @@ class FrozenStateCheck:
         if previous_m <= FROZEN_DISTANCE_M < self._commanded_m:
             yield Finding(
                 "state",
-                f"the very same state, though told to go {self._commanded_m:.2f} m: does it still "
-                f"come?",
+                f"the state has not changed, though actions of {self._commanded_m:.2f} m were "
+                "sent. Check that the robot sends its state of now.",
             )
 
 
@@ -100,8 +101,8 @@ class GripperCheck:
         if is_complete and sum(self._were_opposite) > MAX_OPPOSITE_SHARE * NUM_STEPS:
             yield Finding(
                 "gripper",
-                "the gripper does the opposite of what it is told: 1 is open, 0 closed, told and "
-                "read",
+                "the gripper does the opposite of its commands. Send 1 for open and 0 for closed, "
+                "and take the commands alike.",
             )
 
 
@@ -133,7 +134,9 @@ class MotionAxesCheck:
         axes = self._find_other_axes(np.mean(self._direction_products, axis=0))
         if axes is not None:
             yield Finding(
-                "arm", f"told to go along x y z, the arm goes along {axes}: another frame?"
+                "arm",
+                f"the arm goes along {axes} where the actions go along x y z. Check the frames of "
+                "its state and its commands.",
             )
 
     @staticmethod

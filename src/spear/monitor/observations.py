@@ -44,8 +44,8 @@ def check_first_state(expected: TrainingDistribution, state: Array) -> Iterator[
     if abs(opening - mean_opening) > OPPOSITE_OPENING:
         yield Finding(
             "gripper",
-            f"the gripper begins at {opening:.2f}, in training at {mean_opening:.2f} in the mean: "
-            "inverted? 1 is open, 0 closed",
+            f"the gripper begins at {opening:.2f}, in training at {mean_opening:.2f} in the mean. "
+            "Send 1 for open and 0 for closed.",
         )
 
 
@@ -67,7 +67,8 @@ def check_observations(
     for camera, pixels in images.items():
         yield from check_color_order(expected, camera, pixels)
         if np.ptp(pixels) < MIN_COLOR_SPREAD:
-            yield Finding(camera, f"camera {camera!r} shows nothing: is it covered, or off?")
+            message = f"camera {camera!r} shows nothing. Check that it is on and not covered."
+            yield Finding(camera, message)
         else:
             yield from check_image_transform(expected, camera, pixels)
 
@@ -84,8 +85,8 @@ def check_positions(expected: TrainingDistribution, positions: Array) -> Iterato
         farthest = positions[farthest_row, axis]
         yield Finding(
             f"state {axis}",
-            f"{'xyz'[axis]} is {farthest:.2f} m, training had {limits[0, axis]:.2f} … "
-            f"{limits[1, axis]:.2f}: another base frame or unit?",
+            f"the position's {'xyz'[axis]} is {farthest:.2f} m, in training {limits[0, axis]:.2f} "
+            f"to {limits[1, axis]:.2f} m. Check the base frame and the unit.",
         )
 
 
@@ -98,9 +99,9 @@ def check_rotations(expected: TrainingDistribution, rotations: Array) -> Iterato
     if max_angle > expected.max_rotation_rad + ROTATION_MARGIN_RAD:
         yield Finding(
             "rotation",
-            f"turned by {np.degrees(max_angle):.0f}° from the mean orientation, in training by "
-            f"{np.degrees(expected.max_rotation_rad):.0f}° at most: another order of the "
-            "quaternion, or another frame?",
+            f"the end-effector is turned by {np.degrees(max_angle):.0f}° from the mean "
+            f"orientation, in training by at most {np.degrees(expected.max_rotation_rad):.0f}°. "
+            "Check the order of the quaternion and the frame.",
         )
 
 
@@ -116,7 +117,7 @@ def check_color_order(
     is_like_when_exchanged = abs(blue - red - mean_difference) < MAX_LIKE_DEVIATIONS * spread
     if is_unlike and is_like_when_exchanged:
         yield Finding(
-            camera, f"camera {camera!r}: red and blue are as if exchanged: send RGB, not BGR"
+            camera, f"red and blue of camera {camera!r} seem to be exchanged. Send RGB, not BGR."
         )
 
 
@@ -143,4 +144,4 @@ def check_image_transform(
         return
     correlation, transform = max(candidates)
     if correlation > MIN_CORRELATION:
-        yield Finding(camera, f"camera {camera!r} is as if {transform}")
+        yield Finding(camera, f"camera {camera!r} is as if {transform}. Correct its images.")

@@ -71,12 +71,18 @@ def conclude(report: Report) -> str:
     open_questions = _list_open_questions(report, findings)
     ending = ""
     if open_questions:
-        ending = f"; it cannot be told: {'; '.join(open_questions)}"
+        ending = f", which do not decide {'; '.join(open_questions)}"
     has_more_episodes = report.num_episodes == MAX_EPISODES or report.num_steps > MAX_STEPS
-    scope = f" of {report.num_episodes} episodes, the first" if has_more_episodes else ""
+    scope = f" of the first {report.num_episodes} episodes" if has_more_episodes else ""
     if report.outcome == "undecided":
         return f"undecided: nothing contradicts the layout in the data{scope}{ending}"
     return f"consistent: the layout agrees with the data{scope}{ending}"
+
+
+def explain_contradiction(report: Report) -> str:
+    """Return what is wrong with a layout that the data contradict."""
+    problems = [*report.states, *_list_contradictions(report, _name_findings(report))]
+    return f"the layout is WRONG, because {'; '.join(problems)}"
 
 
 def advise(report: Report) -> str:
@@ -96,7 +102,7 @@ def advise(report: Report) -> str:
         cure = "Write the missing keys into spear.json"
     else:
         cure = "Record more episodes with larger motions, or say it in spear.json if you know it"
-    return f"{report.path} is undecided: {open_questions}. {cure}, and run the audit again."
+    return f"{report.path} does not decide {open_questions}. {cure}, and run the audit again."
 
 
 def _name_findings(report: Report) -> list[_NamedFinding]:
@@ -114,22 +120,24 @@ def _list_contradictions(report: Report, findings: list[_NamedFinding]) -> list[
     contradictions = []
     for action_part, finding, name in findings:
         if finding.verdict == "wrong" and action_part.verdict == "wrong":
-            contradictions.append(f"{name}: {finding.best_answer}, not {finding.layout_answer}")
+            contradictions.append(
+                f"the {name} is {finding.best_answer}, not {finding.layout_answer}"
+            )
 
     # Without a single wrong answer, the combination of the answers is wrong.
     if not contradictions:
         for action_part in report.action_parts:
             if action_part.verdict == "wrong":
-                contradictions.append(f"{action_part.name}s: the whole reading")
+                contradictions.append(f"the {action_part.name}s do not fit it as a whole")
 
     # With another rotation format of the states, the actions would fit. So the format is the one
     # mistake, and the contradictions of the actions are consequences.
     if report.fitting_formats:
         formats = " or ".join(report.fitting_formats)
-        contradictions = [f"rotation_format: {formats} fits all else that the layout says"]
+        contradictions = [f"rotation_format {formats} fits all else that the layout says"]
     for check in report.checks:
         if check.verdict == "wrong":
-            contradictions.append(f"{check.name}: {check.words}")
+            contradictions.append(f"the check of {check.name} fails ({check.words})")
     return contradictions
 
 
@@ -140,15 +148,15 @@ def _list_open_questions(report: Report, findings: list[_NamedFinding]) -> list[
     open_questions = []
     for _, finding, name in findings_without_note:
         if finding.verdict == "cannot tell":
-            open_questions.append(f"{name} ({' or '.join(finding.tied_answers)})")
+            open_questions.append(f"the {name} ({' or '.join(finding.tied_answers)})")
     for _, finding, name in findings_without_note:
         fits_without_delay = "0" in finding.tied_answers  # the layout need not mention a delay of 0
         if finding.verdict == "not said" and not fits_without_delay:
             answer = finding.best_answer
-            open_questions.append(f"{name} (not in the layout; {answer} fits best)")
+            open_questions.append(f"the {name} (not in the layout; {answer} fits best)")
     for action_part in report.action_parts:
         if action_part.note:
-            open_questions.append(f"{action_part.name}s ({action_part.note})")
+            open_questions.append(f"the {action_part.name}s ({action_part.note})")
     for check in report.checks:
         if check.verdict == "cannot tell":
             open_questions.append(f"{check.name} ({check.words})")
@@ -164,7 +172,7 @@ def write_audit_page(report: Report, out: Path) -> None:
     facts = [(f"{report.num_episodes:,}", f"episodes, {format_count(report.num_steps, 'steps')}")]
     paths = []
     for action_part in report.action_parts:
-        label = f"of the logged {action_part.name}s unexplained by their best reading"
+        label = f"of the logged {action_part.name}s unexplained by their best hypothesis"
         facts.append((f"{action_part.best_fit.relative_error:.1%}", label))
         if action_part.name == "translation":
             paths = _draw_paths(report, action_part)

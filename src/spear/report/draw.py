@@ -129,13 +129,18 @@ def draw_answer(
 
     is_3d = len(extract_numbers(answer)) in NUMBERS_OF_3D_ANSWERS and not is_displacement
     if not is_3d:
-        raise SpearError("cannot draw: the answer has no box, point or image location")
+        raise SpearError(
+            "the answer cannot be drawn, because it has no box, point or image location. Ask "
+            "where an object is."
+        )
     if intrinsics is None:
         raise SpearError(
-            "cannot draw: the answer is in 3D, the camera of this image unknown: "
-            "ask with --question-type back_projection"
+            "the answer cannot be drawn, because it is in 3D and the camera of this image is "
+            "unknown. Ask with --question-type back_projection."
         )
-    raise SpearError("cannot draw: the answer lies behind the camera")
+    raise SpearError(
+        "the answer cannot be drawn, because it lies behind the camera. Ask another question."
+    )
 
 
 def find_pixels(

@@ -44,9 +44,9 @@ def malformed_request_error(request: Request) -> str | None:
     if len(hosts) > 1 or len(origins) > 1:
         return "send one Host header, and one Origin header at most\n"
     if not all(_is_url(f"//{host}") for host in hosts):
-        return "the Host header is no address: send HOST:PORT\n"
+        return "the Host header is no address. Send HOST:PORT.\n"
     if not all(_is_url(origin) for origin in origins):
-        return "the Origin header is no address: send http://HOST:PORT\n"
+        return "the Origin header is no address. Send http://HOST:PORT.\n"
     if not _is_url(request.path):
         return "the path is no address\n"
     return None
@@ -145,4 +145,6 @@ def check_can_listen(host: str, port: int) -> None:
 
 def listen_error(host: str, port: int, error: BaseException) -> SpearError:
     """Make the error for an address that is taken or does not exist."""
-    return SpearError(f"cannot listen on {host}:{port}: {error}. Choose another --port or --host.")
+    return SpearError(
+        f"the server cannot listen on {host}:{port} ({error}). Choose another --port or --host."
+    )

@@ -94,7 +94,9 @@ class Batcher:
             self._drop_unwanted()
         if len(self._queue) >= self._capacity:
             num_waiting = format_count(self._capacity, "requests")
-            raise ServerBusyError(f"busy: {num_waiting} waiting already. Try again in a moment.")
+            raise ServerBusyError(
+                f"busy: {num_waiting} observations are waiting already. Try again in a moment."
+            )
         result = asyncio.get_running_loop().create_future()
         self._last_active[client] = time.perf_counter()
         self._queue.append(_QueuedRequest(client, request, is_wanted, result))

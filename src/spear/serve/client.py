@@ -14,7 +14,7 @@ from websockets.exceptions import ConnectionClosed, InvalidStatus, WebSocketExce
 from websockets.frames import CloseCode
 from websockets.sync.client import ClientConnection, connect
 
-from spear.errors import SpearError, summarize_error
+from spear.errors import SpearError, summarize_error, to_sentence
 from spear.serve import wire
 
 BUSY_PAUSE_S = 0.05  # pause before a busy server is asked again
@@ -91,7 +91,8 @@ class RemotePolicy:
             if "actions" not in result:
                 keys = ", ".join(result)[:MAX_QUOTED_CHARS]
                 raise SpearError(
-                    f"{self.url} answers {keys!r} without actions: it is no policy server."
+                    f"{self.url} answers {keys!r} without actions, so it is no policy server. "
+                    "Start one with `spear serve`."
                 )
         return results
 
@@ -135,7 +136,7 @@ class RemotePolicy:
                 f"the observation is larger than the server takes{_find_limit(close_frame.reason)}."
                 " Send smaller images, or start the server with a larger --max-message-mib."
             )
-        return SpearError(f"{self.url}: the server has gone ({error}). Start it again.")
+        return SpearError(f"the server {self.url} has gone ({error}). Start it again.")
 
     def _open_connections(self, count: int) -> None:
         """Connect until there are `count` connections."""
@@ -146,7 +147,7 @@ class RemotePolicy:
                 reason = (error.response.body or b"").decode(errors="replace").strip()
                 status = error.response.status_code
                 raise SpearError(
-                    f"{self.url} refuses the connection with {status}: {reason}"
+                    f"{self.url} refuses the connection ({status}). {to_sentence(reason)}"
                 ) from error
             except (
                 OSError,

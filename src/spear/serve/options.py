@@ -127,7 +127,10 @@ class ServeOptions(Options):
                 f"{option} has no effect with --protocol {self.protocol}. Leave it out."
             )
         if self.protocol == "vla-eval" and self.port == 0:
-            raise SpearError("--port 0: the harness needs a port that is known. Give at least 1.")
+            raise SpearError(
+                "--port 0 does not suit a harness, which needs a port that is known. Give at "
+                "least 1."
+            )
 
 
 def _fits_in_header(token: str) -> bool:

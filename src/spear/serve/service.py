@@ -242,7 +242,7 @@ def _fit_frames(embodiment: Embodiment, policy: Policy, name: str) -> Embodiment
     frames = getattr(policy, "frames", {})
     fitted = embodiment.with_frames(frames)
     if fitted.frame_version != embodiment.frame_version:
-        advice = "Train it again on data that are prepared anew to change that."
+        advice = "Train it again on data that are prepared again to change that."
         if frames is None:
             advice = (
                 f"It records no version: if it learned nothing of {embodiment.frame}, write "

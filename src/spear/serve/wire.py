@@ -137,13 +137,15 @@ def _decode_array(packed: dict[Any, Any], path: str) -> np.ndarray[Any, Any]:
         )
     if math.prod(shape) * dtype.itemsize != len(data):
         raise SpearError(
-            f"{path} has {len(data)} bytes for an array {dtype} {quote(shape)}: the message was "
-            "cut or mispacked."
+            f"{path} has {len(data)} bytes for an array {dtype} {quote(shape)}, because the "
+            "message was cut or mispacked. Pack it as openpi-client does."
         )
     try:
         return np.frombuffer(data, dtype).reshape(shape)
     except ValueError as error:  # an empty array with absurd other sizes
-        raise SpearError(f"{path} is an array of shape {quote(shape)}: {error}.") from error
+        raise SpearError(
+            f"{path} is an array of shape {quote(shape)} ({error}). Pack it as openpi-client does."
+        ) from error
 
 
 def _is_shape(shape: Any) -> TypeGuard[list[int]]:
@@ -166,7 +168,7 @@ def _decode_scalar(packed: dict[Any, Any], path: str) -> np.generic:
     except (ValueError, OverflowError):
         is_exact = False
     if not is_exact:
-        raise SpearError(f"{path}: {str(value)[:40]} does not fit {dtype}. Send another type.")
+        raise SpearError(f"{str(value)[:40]} in {path} does not fit {dtype}. Send another type.")
     return scalar
 
 

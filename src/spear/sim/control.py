@@ -175,15 +175,16 @@ def split_action(action: NDArray[np.floating]) -> tuple[Floats, Floats, float]:
     values = np.asarray(action, np.float64)
     if values.shape != (8,):
         raise SpearError(
-            f"action: its shape is {values.shape}."
-            " Give 8 numbers: translation, quaternion, gripper."
+            f"the action has the shape {values.shape}. Give 8 numbers (translation, quaternion, "
+            "gripper)."
         )
     if not np.isfinite(values).all():
-        raise SpearError(f"action: {values.tolist()}. Every number must be finite.")
+        raise SpearError(f"the action is {values.tolist()}. Every number must be finite.")
     norm = euclidean_norm(values[3:7])
     if abs(norm - 1.0) > UNIT_NORM_TOLERANCE:
         raise SpearError(
-            f"action: its quaternion has norm {norm:.4f}. Give a unit quaternion (w, x, y, z)."
+            f"the quaternion of the action has norm {norm:.4f}. Give a unit quaternion (w, x, "
+            "y, z)."
         )
     return values[:3], values[3:7] / norm, float(values[7])
 

@@ -57,8 +57,8 @@ class Renderer:
             self._gl_context.make_current()
         except Exception as error:  # which exception depends on what is missing in the driver
             raise SpearError(
-                f"rendering: no OpenGL through EGL ({error})."
-                " Install the Debian packages libegl1 libgl1 libgl1-mesa-dri."
+                f"no OpenGL through EGL ({error}), so nothing can be rendered. Install the "
+                "Debian packages libegl1 libgl1 libgl1-mesa-dri."
             ) from error
 
         spec = base_spec().copy()

@@ -106,7 +106,8 @@ def check_training_seed(first_seed: int) -> None:
     """Raise SpearError if scenes from this seed on include some that are held out for testing."""
     if first_seed < FIRST_TRAIN_SEED:
         raise SpearError(
-            f"--first-seed {first_seed}: below {FIRST_TRAIN_SEED} are scenes kept for testing"
+            f"--first-seed {first_seed} is among the scenes below {FIRST_TRAIN_SEED}, which are "
+            "kept for testing. Choose a larger one."
         )
 
 
@@ -175,8 +176,8 @@ def _read_progress(
         position = positions.get(store.source(index), -1)  # -1 for another demonstration
         if position <= last_position:
             raise SpearError(
-                f"{out} holds demonstrations of other settings ({store.source(index)} is not the "
-                "next of these): give the same ones, or another folder"
+                f"{out} contains demonstrations of other settings ({store.source(index)} is not "
+                "the next of these). Give the same settings, or another folder."
             )
         last_position = position
 
@@ -197,6 +198,6 @@ def _check_image_size(store: EpisodeStore, out: Path, camera: str, size: ImageSi
 
     stored_text = "none" if stored_size is None else f"{stored_size[0]} x {stored_size[1]}"
     raise SpearError(
-        f"{out} holds demonstrations with other images ({camera}: {stored_text}, "
-        f"not {size[0]} x {size[1]}): give the same --preset"
+        f"{out} contains demonstrations with other images ({camera} {stored_text}, not "
+        f"{size[0]} x {size[1]}). Give the same --preset."
     )

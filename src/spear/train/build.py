@@ -202,8 +202,8 @@ def _read_init_config(recipe: Recipe, preset: Preset, inputs: TrainingInputs) ->
         fixed_settings = sorted({"rotation", "prediction"} & recipe.flow.keys())
         if is_policy and fixed_settings:
             raise SpearError(
-                f"recipe key flow: {init} fixes {', '.join(fixed_settings)}. Begin with a VLM "
-                "instead."
+                f"the recipe key flow cannot change what {init} fixes "
+                f"({', '.join(fixed_settings)}). Begin with a VLM instead."
             )
     _check_moge(recipe, inputs, has_moge=vlm.moge_config is not None)
     Processor.load(init, vlm)  # raises `SpearError` if its files are missing or do not fit
@@ -228,8 +228,8 @@ def _check_moge(recipe: Recipe, inputs: TrainingInputs, has_moge: bool) -> None:
         )
     if inputs.init_depth_encoder and has_moge:
         raise SpearError(
-            f"--init-depth-encoder {inputs.init_depth_encoder}: --init has an encoder of MoGe "
-            "already. Leave --init-depth-encoder out."
+            f"--init-depth-encoder {inputs.init_depth_encoder} has no effect, because --init "
+            "has an encoder of MoGe already. Leave it out."
         )
     adds_moge = recipe.kind != "vla" and recipe.moge and not has_moge
     if adds_moge and inputs.init_depth_encoder is None:
@@ -252,7 +252,7 @@ def _check_policy_settings(recipe: Recipe, preset: Preset, init_config: Any) -> 
 
     if FlowConfig(**flow).prediction == "clean" and "geodesic_step" in recipe.flow:
         raise SpearError(
-            "recipe key flow: geodesic_step has an effect on predicted velocities alone. "
+            "geodesic_step of the recipe key flow has an effect on predicted velocities alone. "
             "Leave it out."
         )
     if recipe.committed is not None and recipe.committed >= horizon:
@@ -470,9 +470,9 @@ def _merge_frames(init: Path | None, episodes: NamedStores) -> dict[str, int]:
     frames = merge_frames(sources)
     for name in find_outdated_frames(frames):
         notice(
-            f"{name}: the policy learns version {frames[name]} of its frames, because its episodes "
-            f"were prepared in it; they have version {get_current_version(name)} now. Prepare the "
-            "episodes again to use it."
+            f"the policy learns version {frames[name]} of the frames of {name}, because its "
+            f"episodes were prepared in it; the current version is {get_current_version(name)}. "
+            "Prepare the episodes again to use it."
         )
     return frames
 

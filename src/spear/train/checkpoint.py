@@ -27,7 +27,7 @@ from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceSt
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.tensor import DTensor
 
-from spear.errors import SpearError
+from spear.errors import SpearError, to_sentence
 from spear.train import parallel
 from spear.train.optimize import Stepper
 from spear.util.files import read_json_as
@@ -186,7 +186,9 @@ class Checkpoints:
             )
         except _STORAGE_ERRORS as error:
             reason = _last_line(error)
-            raise SpearError(f"checkpoint {path} cannot be read ({reason}): {ADVICE}") from error
+            raise SpearError(
+                f"the checkpoint {path} cannot be read ({reason}). {to_sentence(ADVICE)}"
+            ) from error
 
     def _count_updates(self) -> dict[str, float]:
         """Return how many updates each parameter has had, by the parameter's name."""

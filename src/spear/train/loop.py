@@ -385,8 +385,8 @@ def _explain_lost_process() -> Iterator[None]:
         if not parallel.is_process_lost(error):
             raise
         raise SpearError(
-            f"process {parallel.get_rank()}: another process of this run is gone. Read that "
-            "process's message; the same command continues from the last checkpoint."
+            f"process {parallel.get_rank()} stops, because another process of this run is gone. "
+            "Read that process's message; the same command continues from the last checkpoint."
         ) from error
 
 

@@ -193,7 +193,7 @@ class Recipe:
             1e-05
         """
         for key, value in changes.items():
-            check_known("recipe key", _CLASS_OF_KEY, key)
+            check_known("recipe key", _CLASS_OF_KEY, key, advice="`spear recipes NAME` lists them.")
             _check_value(_CLASS_OF_KEY[key], key, value)
         return self.with_values(**changes)
 
@@ -259,7 +259,10 @@ def _check_value(owner: type, key: str, value: Any) -> None:
         choices = _choices(hint)
         if choices:
             raise unknown_name_error(key, str(value), choices) from error
-        raise SpearError(f"recipe key {key} is {value!r}: {summarize_error(error)}") from error
+        raise SpearError(
+            f"the recipe key {key} cannot be {value!r} ({summarize_error(error)}). `spear "
+            "recipes NAME` shows each key with its meaning."
+        ) from error
 
     if key == "pairs" and value[0] > value[1]:
         raise SpearError(f"recipe key {key} is {value}. Give the smaller number first.")
@@ -268,7 +271,7 @@ def _check_value(owner: type, key: str, value: Any) -> None:
         # An empty list is refused as if it had an empty, unknown name.
         families = value or [""]
         for family in families:
-            check_known(f"question type (recipe key {key})", known_families, family)
+            check_known("question type", known_families, family, place=f"recipe key {key}")
 
 
 def _choices(hint: Any) -> list[str]:
@@ -340,7 +343,8 @@ def check_inputs(recipe: Recipe, inputs: "TrainingInputs | TrainOptions") -> Non
     for change in getattr(inputs, "set", ()):
         if change.partition("=")[0] in unused_keys:
             raise SpearError(
-                f"--set {change}: recipe {recipe.name} does not use this key. Leave it out."
+                f"--set {change} has no effect, because recipe {recipe.name} does not use this "
+                "key. Leave it out."
             )
 
 

@@ -111,8 +111,8 @@ def check_same_settings(settings: Mapping[str, Any]) -> None:
         differences = describe_difference(settings_by_rank[0], settings_of_rank)
         if differences:
             raise SpearError(
-                f"process {rank} (here) is of another run than process 0 (there): {differences}. "
-                "Give all processes the same command, data and checkpoints."
+                f"process {rank} (here) is of another run than process 0 (there), with "
+                f"{differences}. Give all processes the same command, data and checkpoints."
             )
 
 

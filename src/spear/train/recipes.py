@@ -53,7 +53,7 @@ def get_recipe(name: str, **changes: Any) -> Recipe:
     Raises:
         SpearError: for an unknown recipe, an unknown key or a value that is not allowed.
     """
-    check_known("recipe", RECIPES, name)
+    check_known("recipe", RECIPES, name, advice="`spear recipes` lists them.")
     original = RECIPES[name]
     recipe = original.with_changes(**changes)
 
@@ -65,7 +65,7 @@ def get_recipe(name: str, **changes: Any) -> Recipe:
         dropped = sorted(settings.keys() - value.keys())
         if dropped:
             notice(
-                f"{key} replaces all settings of recipe {name} under this key. "
-                f"No longer set: {', '.join(dropped)}."
+                f"{key} replaces all settings of recipe {name} under this key. It drops "
+                f"{', '.join(dropped)}."
             )
     return recipe

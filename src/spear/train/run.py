@@ -271,7 +271,7 @@ def _note_changed_settings(
     if checkpoint is None or earlier_settings == checkpoint[1]["earlier"]:
         return
     values = [f"{name} {value}" for name, value in earlier_settings[-1].items()]
-    notice(f"the run continues with other settings. Before: {', '.join(values)}.")
+    notice(f"the run continues with other settings than before ({', '.join(values)}).")
 
 
 def _note_settings_without_effect(recipe: Recipe, steps: int, options: RunOptions) -> None:
@@ -281,7 +281,10 @@ def _note_settings_without_effect(recipe: Recipe, steps: int, options: RunOption
     """
     opt = recipe.optimization
     if 0 < steps < opt.warmup:
-        notice(f"lr is never reached: warmup takes {opt.warmup} steps, and the run has {steps}.")
+        notice(
+            f"the peak learning rate is never reached, because warmup takes {opt.warmup} steps "
+            f"and the run has {steps}. Use fewer --warmup-steps."
+        )
     if recipe.committed:
         piece_size = recipe.batch_size / opt.accumulate / parallel.get_world_size()
         if 0 < piece_size < MIN_SAMPLES_FOR_MISTAKES:

@@ -328,8 +328,8 @@ def load_depth(
         images = [image for image, _ in depth_images]
         if images != [label.image for label in labels_of_view]:
             raise SpearError(
-                f"{', '.join(str(folder) for folder in folders_of_view)}: depth/{view} is of other "
-                "images than the labels. Run `spear label --num-scenes` again."
+                f"depth/{view} of {', '.join(str(folder) for folder in folders_of_view)} is "
+                "of other images than the labels. Run `spear label --num-scenes` again."
             )
         depth_by_view[view] = depth_images
     return depth_by_view

@@ -286,7 +286,10 @@ class RecordedEpisode:
             if image is not None:
                 observation[camera_key(view)] = image
         if "observation/image" not in observation:
-            raise SpearError(f"{self.name} has no image of the external camera at step {step}.")
+            raise SpearError(
+                f"{self.name} has no image of the external camera at step {step}. "
+                "Choose another step."
+            )
         return {**observation, "observation/state": self.states[step], "seed": step}
 
     def view_at(self, step: int) -> PageState:
@@ -332,7 +335,7 @@ class EpisodeFolder:
         else:
             raise SpearError(
                 f"--episodes {folder} contains neither recorded episodes (of spear record, or "
-                "prepared ones) nor results of spear evaluate --out."
+                "prepared ones) nor results of spear evaluate --out. Give a folder of one."
             )
 
     def describe(self) -> PageState:
@@ -393,7 +396,7 @@ class _Evaluation:
         self._results = results.load_results(folder)
         unfinished = self._results.describe_unfinished()
         if unfinished:
-            notice(f"--episodes {folder}: {unfinished}")
+            notice(f"In --episodes {folder}, {unfinished}")
         # Failures come first, because False sorts before True.
         self._outcomes: Sequence[Outcome] = sorted(
             self._results.outcomes, key=lambda outcome: outcome.success
@@ -432,7 +435,9 @@ def validate_whole_number(name: str, value: object, largest: int) -> int:
     # For Python a bool is an int, too.
     if isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= largest:
         return value
-    raise SpearError(f"{name} {str(value)[:20]} is not a whole number from 0 to {largest}.")
+    raise SpearError(
+        f"{name} {str(value)[:20]} is not a whole number from 0 to {largest}. Give one."
+    )
 
 
 def _title_prefix(success: bool | None) -> str:

@@ -205,7 +205,9 @@ class Tab:
         """
         names = request.get("objects")
         if not isinstance(names, list) or not 0 < len(names) <= MAX_BOXES:
-            raise SpearError(f"objects {str(names)[:60]} is not a list of 1 to {MAX_BOXES} names.")
+            raise SpearError(
+                f"objects {str(names)[:60]} is not a list of 1 to {MAX_BOXES} names. Give one."
+            )
         names = [read_prompt({"object": name}, "object") for name in names]
         episode, step = self._find_step(request)
         image = episode.observation_at(step)["observation/image"]

@@ -30,14 +30,12 @@ def report_write_errors(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         if error.errno in DISK_FULL_ERRNOS:
-            raise SpearError(f"{path}: {DISK_FULL_MESSAGE}") from error
+            raise SpearError(f"{path} cannot be written, because {DISK_FULL_MESSAGE}") from error
         for parent in path.parents:
             if parent.is_file():
-                raise SpearError(
-                    f"{parent}: is a file, not a folder. Give another name."
-                ) from error
+                raise SpearError(f"{parent} is a file, not a folder. Give another name.") from error
         raise SpearError(
-            f"{path}: cannot be written, {error.strerror or error}. Check the folder."
+            f"{path} cannot be written ({error.strerror or error}). Check the folder."
         ) from error
 
 
@@ -104,7 +102,9 @@ def refuse_lfs_pointer(source: Path | bytes, name: str | Path) -> None:
         name: the file's name in the message.
     """
     if is_lfs_pointer(source):
-        raise SpearError(f"{name}: {LFS_POINTER_PROBLEM}. {LFS_POINTER_ADVICE}")
+        raise SpearError(
+            f"{name} cannot be read, because {LFS_POINTER_PROBLEM}. {LFS_POINTER_ADVICE}"
+        )
 
 
 def advise_on_read_error(error: BaseException) -> str:
@@ -118,7 +118,7 @@ def advise_on_read_error(error: BaseException) -> str:
         return "Download the missing file, for example with `hf download`."
     if isinstance(error, PermissionError):
         return "Allow yourself to read it: `chmod u+r FILE`."
-    return "The file is cut off or damaged. Delete it, and download this file anew."
+    return "The file is cut off or damaged. Delete it, and download this file again."
 
 
 def read_json(path: Path, advice: str, max_bytes: int = MAX_JSON_BYTES) -> dict[str, Any]:
@@ -152,13 +152,15 @@ def read_json_as(
     except (OSError, ValueError) as error:
         refuse_lfs_pointer(path, path)
         reason = getattr(error, "strerror", None) or summarize_error(error)
-        raise SpearError(f"{path}: {problem} ({reason}). {to_sentence(advice)}") from error
+        if isinstance(error, OSError):
+            problem = "cannot be read"
+        raise SpearError(f"{path} {problem} ({reason}). {to_sentence(advice)}") from error
 
 
 def check_new_folder(folder: Path) -> None:
     """Raise `SpearError` unless a folder is new or empty, and not the current folder."""
     if folder.exists() and folder.samefile("."):
-        raise SpearError(f"{folder}: is the folder that you are in. Give a new one in it.")
+        raise SpearError(f"{folder} is the folder that you are in. Give a new one in it.")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise SpearError(
             f"{folder} is there already, and not empty. Give a new folder, or remove it."
@@ -178,7 +180,7 @@ def check_no_foreign_files(folder: Path, pattern: str, action: str) -> None:
     if not folder.is_dir() or any(folder.glob(pattern)):
         return
     if any(not entry.name.startswith(".") for entry in folder.iterdir()):
-        raise SpearError(f"{folder}: holds other files. Choose an empty folder to {action} into.")
+        raise SpearError(f"{folder} contains other files. Choose an empty folder to {action} into.")
 
 
 def notice_missing_shards(
@@ -198,7 +200,7 @@ def notice_missing_shards(
     if folder.is_dir() and num_expected > len(shards):
         first_missing = _find_first_missing(shards, num_expected)
         notice(
-            f"{folder}: lacks {num_expected - len(shards)} of its shards, the first of them "
+            f"{folder} lacks {num_expected - len(shards)} of its shards, the first of them "
             f"{first_missing}. {to_sentence(advice)}"
         )
 

@@ -43,8 +43,8 @@ def join_inside(folder: Path, name: str) -> Path:
     path = PureWindowsPath(name)
     if path.root or path.drive or ".." in path.parts:
         raise SpearError(
-            f"{folder}: its data name the file {name!r}, which lies outside this folder."
-            " Copy the file into the folder, and name it by its path from there."
+            f"the data in {folder} name the file {name!r}, which lies outside this folder. Copy "
+            "the file into the folder, and name it by its path from there."
         )
     return folder / name
 
@@ -79,8 +79,8 @@ def _check_template(template: str, names: frozenset[str]) -> None:
         pieces = list(string.Formatter().parse(template))
     except ValueError as error:
         raise SpearError(
-            f"The path {template!r} of the metadata is no template: {error}."
-            f" It may use {_list_placeholders(names)}."
+            f"the path {template!r} of the metadata is no template ({error}). It may use "
+            f"{_list_placeholders(names)}."
         ) from error
 
     for _, name, format_spec, conversion in pieces:

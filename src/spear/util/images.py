@@ -120,7 +120,8 @@ def _raise_if_data_are_lost(warning: ValueError, name: str) -> None:
     reason = summarize_error(warning)
     if any(words in reason.lower() for words in _JPEG_DAMAGE):
         raise SpearError(
-            f"{name}: not a readable image ({reason}): a part of it is missing; record it again"
+            f"{name} is not a readable image ({reason}), because a part of it is missing. "
+            "Record it again."
         ) from warning
 
 
@@ -206,7 +207,7 @@ def _check_image(image: Array) -> None:
         if has_three_channels and image.size > 0:
             return
     description = f"{image.dtype} {image.shape}" if is_array else type(image).__name__
-    raise SpearError(f"wrong image type: {description}: give a uint8 array of shape [h, w, 3].")
+    raise SpearError(f"{description} is no image. Give a uint8 array of shape [h, w, 3].")
 
 
 def can_open_image(path: str | Path) -> bool:
@@ -226,7 +227,7 @@ def find_image_format(name: str) -> str:
     """
     image_format = Image.registered_extensions().get(Path(name).suffix.lower(), "")
     if image_format not in ("PNG", "JPEG"):
-        raise SpearError(f"{name}: not a name for a picture. End it in .png or .jpg.")
+        raise SpearError(f"{name} is no name for a picture. End it in .png or .jpg.")
     return image_format
 
 
@@ -322,7 +323,7 @@ def load_image_and_orientation(
         data = source if isinstance(source, bytes) else Path(source).read_bytes()
     except OSError as error:
         reason = error.strerror or type(error).__name__
-        raise SpearError(f"{name}: cannot read the image ({reason}). Check the path.") from error
+        raise SpearError(f"{name} cannot be read ({reason}). Check the path.") from error
     check_jpeg_is_complete(data, name)
     try:
         with Image.open(io.BytesIO(data)) as image:
@@ -330,7 +331,7 @@ def load_image_and_orientation(
             if longest and max(image.size) > longest:
                 width, height = image.size
                 raise SpearError(
-                    f"{name}: {width} x {height} pixels. Send sides of at most {longest}."
+                    f"{name} has {width} x {height} pixels. Send sides of at most {longest}."
                 )
             return _read_pixels(image, name, stored, keep_transparent_colors)
     except SpearError:
@@ -339,7 +340,7 @@ def load_image_and_orientation(
         refuse_lfs_pointer(data, name)
         reason = summarize_error(error).partition(" <_io.")[0]  # without Python's name of the file
         raise SpearError(
-            f"{name}: not a readable image ({reason}). Replace it by a JPEG or PNG."
+            f"{name} is not a readable image ({reason}). Replace it by a JPEG or PNG."
         ) from error
 
 
@@ -398,7 +399,7 @@ def _to_rgb(image: Image.Image, name: str, keep_transparent_colors: bool) -> Arr
     """Convert an image of any of Pillow's modes to [h, w, 3] RGB, by the rules of `load_image`."""
     if image.mode == "F":
         raise SpearError(
-            f"{name}: floating-point pixels. Convert it to 8 bits, as you want it to look."
+            f"{name} has floating-point pixels. Convert it to 8 bits, as you want it to look."
         )
     has_deep_gray = image.mode == "I" or image.mode.startswith("I;16")
     gray_divisor = _find_gray_divisor(image, name) if has_deep_gray else 1
@@ -442,7 +443,7 @@ def _find_gray_divisor(image: Image.Image, name: str) -> int:
         brightest = max(brightest, int(values.max()))
         num_bits = 8 * values.itemsize
     if lowest < 0 or brightest > 0xFFFF:
-        raise SpearError(f"{name}: pixels of more than 16 bits. Convert it to 8 bits.")
+        raise SpearError(f"{name} has pixels of more than 16 bits. Convert it to 8 bits.")
     if image.mode == "I" and brightest <= 0xFF:
         return 1
     if 0 < brightest <= _MAX_12_BIT:

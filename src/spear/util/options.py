@@ -75,7 +75,7 @@ def _check_range(name: str, value: Any, allowed: Range) -> None:
             bound = f"most {allowed.maximum:g}"
         else:
             bound = f"least {allowed.minimum:g}"
-        raise SpearError(f"{to_option_name(name)} {element:g}: give at {bound}.")
+        raise SpearError(f"{to_option_name(name)} {element:g} is out of range. Give at {bound}.")
 
 
 def to_option_name(field: str) -> str:
@@ -247,9 +247,12 @@ def parse_key_values(items: Sequence[str], **named: Any) -> dict[str, Any]:
     for item in items:
         key, equals_sign, text = item.partition("=")
         if not equals_sign:
-            raise SpearError(f"--set {item}: write it as KEY=VALUE.")
+            raise SpearError(f"--set {item} has no value. Write it as KEY=VALUE.")
         if key in values:
-            raise SpearError(f"--set {item}: {key} is also given as {values[key]}. Give it once.")
+            raise SpearError(
+                f"--set {item} contradicts another --set, by which {key} is {values[key]}. Give "
+                "it once."
+            )
         try:
             values[key] = json.loads(text)
         except ValueError:

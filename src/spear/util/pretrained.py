@@ -30,7 +30,7 @@ def load_pretrained(cls: Any, name: Path | str | None, **options: Any) -> Any:
         if _REFUSAL_OF_TRANSFORMERS not in str(error):
             raise
         raise SpearError(
-            f"{name}: this model wants to run Python code of its own, which spear never does."
-            " Give a model that Transformers knows without such code, and remove auto_map from"
-            " its JSON files."
+            f"the model {name} wants to run Python code from its folder, which spear never "
+            "does. Give a model that Transformers knows without such code, and remove auto_map "
+            "from its JSON files."
         ) from error

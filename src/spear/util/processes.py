@@ -19,7 +19,7 @@ from spear.errors import SpearError, to_sentence
 T = TypeVar("T")
 R = TypeVar("R")
 NO_WORKER_STARTED = (
-    'no worker process began: in a script, work goes below `if __name__ == "__main__":`'
+    'no worker process began. In a script, put the work below `if __name__ == "__main__":`.'
 )
 
 

@@ -37,7 +37,7 @@ def hold_lock(path: Path, wait: bool = False) -> Iterator[bool]:
         return
     except OSError as error:
         raise SpearError(
-            f"{path}: cannot be locked ({error.strerror}). Use another disk."
+            f"{path} cannot be locked ({error.strerror}). Use another disk."
         ) from error
 
     try:
@@ -67,9 +67,7 @@ def acquire_run_lock(
     new_folders = [path for path in (folder, *folder.parents) if not path.exists()]
     with hold_lock(folder / name) as is_acquired:
         if not is_acquired:
-            raise SpearError(
-                f"{folder}: another process is {doing} this folder. Wait until it ends."
-            )
+            raise SpearError(f"another process is {doing} the folder {folder}. Wait until it ends.")
         try:
             yield
         except BaseException:

@@ -4,6 +4,7 @@ import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from spear.errors import SpearError
@@ -23,13 +24,25 @@ def to_plain_json(settings: Mapping[str, Any]) -> dict[str, Any]:
     return json.loads(json.dumps(settings))
 
 
-def describe_difference(recorded: Mapping[str, Any], current: Mapping[str, Any]) -> str:
+def describe_difference(
+    recorded: Mapping[str, Any],
+    current: Mapping[str, Any],
+    option_names: Mapping[str, str] = MappingProxyType({}),
+) -> str:
     """Describe in which keys two settings differ; the empty string if they are equal.
 
-    >>> describe_difference({"size": 840, "seed": 0}, {"size": 560, "seed": 0})
-    'size is 840 there, 560 here'
-    >>> describe_difference({"data": "0" * 32}, {"data": "1" * 32})
-    'data is not what it was'
+    Args:
+        recorded: the settings of earlier work.
+        current: the settings of this command.
+        option_names: key -> what the description calls it, such as the option that sets it.
+
+    Example:
+        >>> describe_difference({"size": 840, "seed": 0}, {"size": 560, "seed": 0})
+        'size is 840 there, 560 here'
+        >>> describe_difference({"size": 840}, {"size": 560}, {"size": "--max-size"})
+        '--max-size is 840 there, 560 here'
+        >>> describe_difference({"data": "0" * 32}, {"data": "1" * 32})
+        'data is not what it was'
     """
     recorded = to_plain_json(recorded)
     current = to_plain_json(current)
@@ -43,17 +56,23 @@ def describe_difference(recorded: Mapping[str, Any], current: Mapping[str, Any])
         values = f"{json.dumps(recorded_value)} there, {json.dumps(current_value)} here"
         if _UNREADABLE_VALUE.search(values):
             values = "not what it was"
-        differences.append(f"{key} is {values}")
+        differences.append(f"{option_names.get(key, key)} is {values}")
     return "; ".join(differences)
 
 
-def record_or_check_settings(path: Path, settings: Mapping[str, Any], is_resuming: bool) -> None:
+def record_or_check_settings(
+    path: Path,
+    settings: Mapping[str, Any],
+    is_resuming: bool,
+    option_names: Mapping[str, str] = MappingProxyType({}),
+) -> None:
     """Record the settings of new work in a file, or compare those of resumed work with the file.
 
     Args:
         path: the file of settings. New work overwrites it.
         settings: the settings of this command. JSON must be able to express their values.
         is_resuming: whether the folder already contains work that is to be continued.
+        option_names: key of the settings -> the option that sets it, for the message.
 
     Raises:
         SpearError: the resumed work has other settings (the message says which), or its file is
@@ -66,6 +85,6 @@ def record_or_check_settings(path: Path, settings: Mapping[str, Any], is_resumin
     difference = describe_difference(recorded, settings)
     if difference:
         raise SpearError(
-            f"{path.parent}: was begun with other settings: {difference}. Use the same ones, or "
+            f"{path.parent} was begun with other settings ({difference}). Use the same ones, or "
             "another folder."
         )

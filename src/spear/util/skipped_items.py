@@ -43,8 +43,9 @@ class SkippedItems:
             return
         if finished or num_seen >= self.patience:
             raise SpearError(
-                f"too many bad {self.unit}: {num_bad} of {num_seen} (more than {self.limit:.0%}); "
-                f"{self.summarize()}. Mend the input, or leave them out."
+                f"too many bad {self.unit}, {num_bad} of {num_seen} (more than "
+                f"{self.limit:.0%}). The most frequent reasons are {self.summarize()}. Correct "
+                "the input, or leave them out."
             )
 
     def summarize(self) -> str:

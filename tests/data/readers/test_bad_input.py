@@ -107,15 +107,15 @@ def remove_steps(folder: Path) -> None:
     ("damage", "words"),  # words of the reason why the episode is skipped
     [
         (break_image, "set/train#1 step 2 camera 'external'"),
-        (remove_image, "missing image: "),
-        (empty_image, "empty image: set/train#1 step 4"),
-        (remove_state, "no column 'observation/state[0:3]': set/train#1"),
-        (remove_timestamp, "broken rows: set#1"),
-        (remove_task_index, "broken rows: set#1"),
-        (set_unknown_task_index, "empty instruction: set/train#1"),
-        (set_other_task_index, "set#1: by task_index"),
-        (turn_upside_down, "jump: set/train#1 step 3: the end-effector is turned by"),
-        (remove_steps, "empty episode: set#1"),
+        (remove_image, "the image "),
+        (empty_image, "set/train#1 has an empty image at step 4"),
+        (remove_state, "column 'observation/state[0:3]' of set/train#1 cannot be read"),
+        (remove_timestamp, "rows of set#1 are broken (a timestamp is missing)"),
+        (remove_task_index, "rows of set#1 are broken"),
+        (set_unknown_task_index, "set/train#1 has an empty instruction"),
+        (set_other_task_index, "set#1 are broken (by task_index"),
+        (turn_upside_down, "end-effector of set/train#1 turns by 3.14 rad in one step, at step 3"),
+        (remove_steps, "set#1 has no steps"),
     ],
 )
 def test_a_bad_episode_is_skipped_by_name(
@@ -154,7 +154,7 @@ def test_a_row_without_a_rotation_costs_a_row_and_is_noticed(
 ) -> None:
     set_cells(three_episodes, STATE_FEATURE, {3: [0] * 8})  # its quaternion is zero
 
-    with pytest.warns(Notice, match="set: dropped 1 row without a pose, or with a missing number$"):
+    with pytest.warns(Notice, match="set, spear dropped 1 row without a pose"):
         num_prepared, reasons = prepare(three_episodes, tmp_path / "store")
 
     assert num_prepared == 3

@@ -45,7 +45,7 @@ def test_raw_pixels_are_images(num_channels: int) -> None:
     ],
 )
 def test_other_arrays_are_described(values: np.ndarray, description: str) -> None:
-    message = f"no images in column 'wrist': set#0: it has {description}.*uint8"
+    message = f"column 'wrist' of set#0 contains no images, but {description}.*uint8"
 
     refuses(message, read_encoded_images, {"wrist": values}, "wrist", "set#0")
 

@@ -64,18 +64,18 @@ def test_a_pose_is_read_column_by_column() -> None:
 def test_numbers_that_are_no_rotation_are_refused(
     values: np.ndarray, rotation_format: RotationFormat
 ) -> None:
-    message = rf"mine step 0: .* {rotation_format}"
+    message = rf"mine at step 0 .* {rotation_format}"
     refuses(message, to_quaternion, values, rotation_format, "mine")
 
 
 def test_another_number_of_components_is_refused() -> None:
-    message = r"mine: rotation is \(1, 4\).*euler_xyz"
+    message = r"mine has the shape \(1, 4\).*euler_xyz"
     refuses(message, to_quaternion, np.zeros((1, 4)), "euler_xyz", "mine")
 
 
 def test_another_number_of_joints_is_refused() -> None:
-    refuses(r"mine: joint angles are \(2, 6\)", franka_pose, np.zeros((2, 6)), "mine")
+    refuses(r"joint angles of mine have the shape \(2, 6\)", franka_pose, np.zeros((2, 6)), "mine")
 
 
 def test_joint_angles_in_degrees_are_refused() -> None:
-    refuses(r"45 .* mine: radians", franka_pose, np.full((2, 7), 45.0), "mine")
+    refuses(r"joint angle of mine is 45", franka_pose, np.full((2, 7), 45.0), "mine")

@@ -33,11 +33,11 @@ def test_splits_are_cut_as_tfds_cuts_them(split: str, expected: list[tuple[str, 
     "split", ["train[", "train[5]", "train[a:b]", "train[:]", "train[1:2:3]", "train[5%:2]", ""]
 )
 def test_a_text_that_is_no_split_is_refused(split: str) -> None:
-    refuses("unreadable split", parse_split, LENGTHS, split, "bridge")
+    refuses("is no split of bridge", parse_split, LENGTHS, split, "bridge")
 
 
 def test_an_unknown_split_is_refused_with_a_suggestion() -> None:
-    refuses("did you mean 'train'", parse_split, LENGTHS, "trian[:5]", "bridge")
+    refuses("Did you mean 'train'", parse_split, LENGTHS, "trian[:5]", "bridge")
 
 
 @pytest.mark.parametrize("split", ["train+train", "train[:60%]+val+train[40%:]", "all+val[:1]"])

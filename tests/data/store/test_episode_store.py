@@ -141,17 +141,17 @@ NAN_AT_STEP_4[4, 1] = np.nan
 @pytest.mark.parametrize(
     ("change", "message"),  # change: fields of the episode that replace its own
     [
-        ({"rotation": GROWING_NORMS}, r"test 1 step 5: .*1\.001"),
-        ({"instruction": " "}, "empty instruction"),
-        ({"rate_hz": 0.0}, "bad rate"),
+        ({"rotation": GROWING_NORMS}, r"of test 1 is a quaternion of norm 1\.001 at step 5"),
+        ({"instruction": " "}, "an empty instruction"),
+        ({"rate_hz": 0.0}, "no rate"),
         ({"images": {}}, "no camera"),
-        ({"images": {"external": [b"x"] * 5}}, "camera 'external' has 5 rows but there are 6"),
-        ({"images": {"external": [b"x"] * 5 + [b""]}}, "empty image: test 1 step 5"),
-        ({"gripper": np.full(6, 1.5)}, "out of range: test 1 step 0"),
-        ({"rotation": np.zeros((6, 3))}, r"rotation is \(6, 3\), expected \(6, 4\)"),
-        ({"position": np.zeros((0, 3))}, "empty episode"),
-        ({"action_mask": np.ones(3, bool)}, "action_mask has 3 rows"),
-        ({"position": NAN_AT_STEP_4}, "test 1 step 4: position"),
+        ({"images": {"external": [b"x"] * 5}}, "camera 'external' of test 1 has 5 rows, but"),
+        ({"images": {"external": [b"x"] * 5 + [b""]}}, "test 1 has an empty image at step 5"),
+        ({"gripper": np.full(6, 1.5)}, "gripper of test 1 is 1.5 at step 0"),
+        ({"rotation": np.zeros((6, 3))}, r"the shape \(6, 3\), not \(6, 4\)"),
+        ({"position": np.zeros((0, 3))}, "has no steps"),
+        ({"action_mask": np.ones(3, bool)}, "action_mask of test 1 has 3 rows"),
+        ({"position": NAN_AT_STEP_4}, "position of test 1 is NaN or infinite at step 4"),
     ],
 )
 def test_a_bad_episode_is_refused_and_nothing_is_written(

@@ -273,7 +273,7 @@ def test_question_types_that_no_image_allows_are_named(
 def test_an_unknown_question_type_is_refused(labels: list[LabeledImage]) -> None:
     options = QuestionOptions(question_types=("keypiont",))
 
-    refuses("did you mean 'keypoint'", vqa.evaluate_vqa, OracleModel(), labels, options)
+    refuses("Did you mean 'keypoint'", vqa.evaluate_vqa, OracleModel(), labels, options)
 
 
 @pytest.mark.parametrize(("num_failed", "is_finite"), [(3, True), (5, False)])

@@ -52,7 +52,7 @@ def test_a_missing_weight_is_named(shared: Path, version: int, name: str) -> Non
     del weights[name]
     incomplete = dataclasses.replace(published, weights=weights)
 
-    refuses(rf"weights missing: 1, first {name} \[[\d, ]+\]", build_moge, incomplete)
+    refuses(rf"1 weight missing, first {name} \[[\d, ]+\]", build_moge, incomplete)
 
 
 @pytest.mark.parametrize(
@@ -61,13 +61,13 @@ def test_a_missing_weight_is_named(shared: Path, version: int, name: str) -> Non
 )
 def test_an_unknown_weight_is_named(shared: Path, version: int, name: str) -> None:
     published = add_weights(make_checkpoint(shared, version), **{name: torch.zeros(3)})
-    refuses(rf"weights unknown: 1, first {name} \[3\]", build_moge, published)
+    refuses(rf"1 weight unknown, first {name} \[3\]", build_moge, published)
 
 
 def test_a_weight_of_another_shape_is_named(shared: Path) -> None:
     name = "head.projects.0.bias"
     published = add_weights(make_checkpoint(shared, 1), **{name: torch.zeros(5)})
-    refuses(rf"wrong shape: 1, first {name} \[5\], not \[512\]", build_moge, published)
+    refuses(rf"1 weight of the wrong shape, first {name} \[5\], not \[512\]", build_moge, published)
 
 
 def test_other_image_statistics_are_refused(shared: Path) -> None:
@@ -78,13 +78,13 @@ def test_other_image_statistics_are_refused(shared: Path) -> None:
 
 @pytest.mark.parametrize(
     ("field", "value", "message"),
-    [("remap_output", "sinh", "'sinh', only 'exp'"), ("last_res_blocks", 1, "is 1")],
+    [("remap_output", "sinh", "'sinh', but only 'exp'"), ("last_res_blocks", 1, "is 1")],
 )
 def test_configs_that_were_never_published_are_refused(
     shared: Path, field: str, value: Any, message: str
 ) -> None:
     config = {**make_checkpoint(shared, 1).config, field: value}
-    refuses(f"MoGe config not supported: .*{message}", MogeV1, config)
+    refuses(f"in MoGe.s config is .*{message}|in MoGe.s config {message}", MogeV1, config)
 
 
 def test_a_config_without_a_field_is_refused(shared: Path) -> None:
@@ -113,7 +113,7 @@ def test_a_file_that_would_run_code_is_refused(tmp_path: Path) -> None:
     torch.save({"model": {}, "model_config": RunsCodeWhenLoaded(marker)}, file)
 
     reason = r"harmful\.pt is not a PyTorch file of tensors and plain data alone"
-    refuses(rf"refused: .*{reason}", load_moge, file)
+    refuses(reason, load_moge, file)
 
     assert not marker.exists()
 
@@ -122,7 +122,7 @@ def test_a_file_that_would_run_code_is_refused(tmp_path: Path) -> None:
     ("content", "message"),
     [
         ({"model": {"conv.weight": torch.zeros(2)}}, r"has no backbone\.cls_token"),
-        ([1, 2], "holds no weights by name"),
+        ([1, 2], "contains no weights by name"),
         ({"backbone.cls_token": torch.zeros(1, 1, 384)}, "no model_config"),
     ],
 )
@@ -137,9 +137,9 @@ def test_a_truncated_or_empty_file_is_refused(tmp_path: Path) -> None:
     content = file.read_bytes()
     for size in (len(content) // 2, 0):
         file.write_bytes(content[:size])
-        refuses(r"(broken checkpoint|checkpoint refused): ", load_moge, file)
+        refuses(r"(is broken|it is not opened)", load_moge, file)
 
 
 def test_a_file_that_is_not_there_is_refused(tmp_path: Path) -> None:
     for name in (tmp_path, "runs/absent.pt", tmp_path / "nowhere.pt"):
-        refuses("MoGe checkpoint not found", load_moge, name)
+        refuses("there is no MoGe checkpoint", load_moge, name)

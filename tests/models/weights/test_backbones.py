@@ -418,24 +418,24 @@ class TestNewExpert:
 
 class TestWrongCheckpointsAreRefused:
     def test_a_folder_that_does_not_exist(self, tmp_path: Path) -> None:
-        refuses("PaliGemma not found", plan_backbones, tmp_path / "nowhere", None, "tiny14")
+        refuses("there is no PaliGemma", plan_backbones, tmp_path / "nowhere", None, "tiny14")
 
     def test_a_paligemma_as_vlm(self, paligemma_folder: Path) -> None:
         refuses("'paligemma'.*spear_vlm", plan_policy, paligemma_folder)
 
     def test_a_paligemma_as_expert(self, vlm_folder: Path, paligemma_folder: Path) -> None:
-        refuses("holds no action expert", plan_policy, vlm_folder, paligemma_folder, "tiny14")
+        refuses("contains no action expert", plan_policy, vlm_folder, paligemma_folder, "tiny14")
 
     def test_a_preset_with_other_patches(self, paligemma_folder: Path) -> None:
         """The images of nano are no multiples of the checkpoint's patches of 14 pixels."""
-        message = "does not fit: its external images of 192×128"
+        message = "external images of preset nano, 192×128"
         refuses(message, plan_backbones, paligemma_folder, None, "nano")
 
     @pytest.mark.parametrize(
         ("changes", "message"),
         [
             ({"tie_word_embeddings": False}, "not tied"),
-            ({"model_type": "llava"}, "says 'llava'. Give a PaliGemma 1 or 2"),
+            ({"model_type": "llava"}, "architecture 'llava'. Give a PaliGemma 1 or 2"),
         ],
     )
     def test_a_config_of_another_model(
@@ -464,7 +464,7 @@ class TestWrongCheckpointsAreRefused:
     def test_a_file_without_weights(self, vlm_folder: Path) -> None:
         save_file({}, vlm_folder / "model.safetensors")
 
-        refuses("holds no weights", plan_policy, vlm_folder, None, "tiny14")
+        refuses("contains no weights", plan_policy, vlm_folder, None, "tiny14")
 
 
 class TestIncompleteFilesAreRefused:
@@ -476,13 +476,13 @@ class TestIncompleteFilesAreRefused:
         content = shard.read_bytes()
         shard.write_bytes(content[: len(content) // 2])
 
-        message = f"broken checkpoint: .*{shard.name}"
+        message = f"{shard.name} is broken"
         refuses(message, plan_backbones, paligemma_folder, None, "tiny14")
 
     def test_a_missing_file(self, paligemma_folder: Path, shard: Path) -> None:
         shard.unlink()
 
-        message = f"incomplete: .*{shard.name} is missing"
+        message = f"{shard.name} of the checkpoint is missing"
         refuses(message, plan_backbones, paligemma_folder, None, "tiny14")
 
     def test_a_missing_weight(self, paligemma_folder: Path, shard: Path) -> None:
@@ -493,7 +493,7 @@ class TestIncompleteFilesAreRefused:
         plan = plan_backbones(paligemma_folder, None, "tiny14")
 
         assert len(plan.report.with_status("missing")) == 1
-        refuses("weights missing: 1, first ", plan.run)
+        refuses("1 weight missing, first ", plan.run)
 
     def test_a_weight_of_another_shape(self, paligemma_folder: Path, shard: Path) -> None:
         state = load_file(shard)
@@ -501,21 +501,21 @@ class TestIncompleteFilesAreRefused:
 
         plan = plan_backbones(paligemma_folder, None, "tiny14")
 
-        refuses("weights refused: 1, first .*its shape is", plan.check)
+        refuses("1 weight refused, first .*its shape is", plan.check)
 
     def test_a_weight_of_another_model(self, paligemma_folder: Path, shard: Path) -> None:
         save_file({**load_file(shard), "tail.weight": torch.ones(2)}, shard)
 
         plan = plan_backbones(paligemma_folder, None, "tiny14")
 
-        refuses("weights refused: 1, first tail.weight .*no such", plan.run)
+        refuses("1 weight refused, first tail.weight .*no such", plan.run)
 
     def test_a_quantized_weight(self, paligemma_folder: Path, shard: Path) -> None:
         state = load_file(shard)
         name = min(state)
         save_file({**state, name: state[name].to(torch.int8)}, shard)
 
-        message = "wrong dtype: .* is I8. Use a checkpoint in float32"
+        message = "is I8. Use a checkpoint in float32"
         refuses(message, plan_backbones, paligemma_folder, None, "tiny14")
 
 
@@ -606,13 +606,13 @@ class TestVocabulariesThatDoNotFitAreRefused:
         published = make_paligemma(num_rows=NUM_ROWS - 40)
         folder = publish_paligemma(published, tmp_path / "short")
 
-        message = "tokenizer has 1312 tokens, its embeddings 1272"
-        refuses(f"vocabulary mismatch: .*{message}", plan_backbones, folder, None)
+        message = "tokenizer in .* has 1312 tokens, its embeddings have 1272 rows"
+        refuses(message, plan_backbones, folder, None)
 
     def test_a_config_with_another_number_of_tokens(self, folder: Path) -> None:
         edit_json(folder / "config.json", lambda config: config["text_config"].update(vocab_size=7))
 
-        message = "its config says 7 tokens, its embeddings have 1312"
+        message = "config of .* says 7 tokens, its embeddings have 1312"
         refuses(message, plan_backbones, folder, None, "tiny14")
 
     def test_a_tokenizer_that_has_3d_tokens(self, folder: Path) -> None:

@@ -26,7 +26,7 @@ from spear.models.weights.load import load_tokenizer
 from spear.policy import Spear1Policy, load_vlm, locate
 from train_tiny import run_recipe, save_policy
 
-REFUSAL = "run Python code of its own"  # part of the message
+REFUSAL = "run Python code from its folder"  # part of the message
 MODULE = "hostile_code"  # the name of the Python file in the folder
 # The classes of Transformers that a config can replace by classes of its folder.
 AUTO_CLASSES = ("AutoConfig", "AutoModel", "AutoProcessor", "AutoModelForZeroShotObjectDetection")

@@ -232,7 +232,7 @@ class Spear1Policy(PreTrainedPolicy):
         if state.shape[1] != len(names):
             raise SpearError(
                 f"{OBS_STATE} has {state.shape[1]} numbers, but the policy was trained on "
-                f"{len(names)}: {' '.join(names)}. Use the policy with the robot that it was "
+                f"{len(names)} ({' '.join(names)}). Use the policy with the robot that it was "
                 "trained for."
             )
         return state

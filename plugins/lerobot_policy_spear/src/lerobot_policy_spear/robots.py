@@ -238,9 +238,9 @@ class PoseRobot:
         angle_rad = float(np.linalg.norm(values[3:6]))
         if angle_rad > 2 * math.pi:
             raise SpearError(
-                f"{POSE_NAMES[3]} …: {angle_rad:.3g} rad is no rotation of an end-effector. If "
-                "these are joint angles, send the end-effector's pose (LeRobot's end-effector "
-                "processors)."
+                f"{POSE_NAMES[3]} … is {angle_rad:.3g} rad, which is no rotation of an "
+                "end-effector. If these are joint angles, send the end-effector's pose "
+                "(LeRobot's end-effector processors)."
             )
         rotation_vector = torch.from_numpy(np.float64(values[3:6]))
         rotation = quat_canonical(quat_exp(rotation_vector)).numpy()
@@ -372,8 +372,8 @@ def _load_kinematics(urdf: str, tip: str, joints: list[str]) -> Any:
         kinematics.forward_kinematics(np.zeros(len(joints)))
     except (ValueError, RuntimeError) as error:
         raise SpearError(
-            f"--policy.urdf={urdf} --policy.tip={tip}: {error} The dataset's joints: "
-            f"{' '.join(joints)}"
+            f"--policy.urdf={urdf} with --policy.tip={tip} cannot be used ({error}). It needs the "
+            f"joints of the dataset, {' '.join(joints)}."
         ) from error
     return kinematics
 

@@ -218,7 +218,8 @@ def _check_angle_unit(rotation: Array, rotation_format: RotationFormat, source: 
     largest_angles_rad = np.abs(rotation).max(axis=-1)  # [T]
     if np.median(largest_angles_rad) > MAX_MEDIAN_ANGLE_RAD:
         raise SpearError(
-            f"orientations up to {largest_angles_rad.max():.3g} rad: {source}: say angle_unit deg"
+            f"{source} has orientations up to {largest_angles_rad.max():.3g} rad, more than a "
+            "turn. If they are degrees, set angle_unit to deg in spear.json."
         )
 
 
@@ -309,7 +310,8 @@ def _read_opening(
     has_one_number_per_step = readings.size == len(readings)
     if not has_one_number_per_step:
         raise SpearError(
-            f"no column {column!r}: {source}: it has the shape {readings.shape}, not one number"
+            f"column {column!r} of {source} has the shape {readings.shape}, not one number per "
+            "step. Select one, as in state[6]."
         )
 
     readings = readings.reshape(-1)  # [T]
@@ -321,10 +323,10 @@ def _read_opening(
     step = find_first(overshoot > MAX_GRIPPER_OVERSHOOT)
     if step is not None:
         raise SpearError(
-            f"out of range: {source} step {step}: {column} is {readings[step]:.4g}, but "
-            f"{range_key} is [{closed_reading:g}, {open_reading:g}]; in this episode it runs from "
-            f"{readings.min():.4g} to {readings.max():.4g}: "
-            "give its readings when closed, then when open"
+            f"{column} of {source} is {readings[step]:.4g} at step {step}, but {range_key} is "
+            f"[{closed_reading:g}, {open_reading:g}]. In this episode it runs from "
+            f"{readings.min():.4g} to {readings.max():.4g}; give its readings when closed, then "
+            "when open."
         )
     return np.clip(opening, 0, 1)
 
@@ -455,13 +457,13 @@ def _check_jumps(episode: Episode, rows: Array) -> None:
     distances_m = np.linalg.norm(displacements_m, axis=1) / num_rows_between  # [T - 1]
     if distances_m.max(initial=0) * episode.rate_hz > MAX_EE_SPEED_M_S:
         step = int(distances_m.argmax())
-        jump = f"moved by {distances_m[step]:.3g} m"
+        jump = f"moves by {distances_m[step]:.3g} m"
         raise _jump_error(episode, rows[step + 1], jump, "its unit (length_unit)")
 
     turns_rad = _angles_between_steps(episode.rotation) / num_rows_between  # [T - 1]
     if turns_rad.max(initial=0) * episode.rate_hz > MAX_EE_TURN_RAD_S:
         step = int(turns_rad.argmax())
-        jump = f"turned by {turns_rad[step]:.3g} rad"
+        jump = f"turns by {turns_rad[step]:.3g} rad"
         raise _jump_error(episode, rows[step + 1], jump, "how its rotations are written")
 
 
@@ -471,12 +473,12 @@ def _jump_error(episode: Episode, row: int, jump: str, cause: str) -> SpearError
     Args:
         episode: The episode.
         row: The row of the recording at which the pose has jumped.
-        jump: How far the pose jumped: "moved by 2 m".
+        jump: How far the pose jumped: "moves by 2 m".
         cause: What may be wrong in the layout.
     """
     return SpearError(
-        f"jump: {episode.source} step {row}: the end-effector is {jump} in one step; "
-        f"leave it out, or check rate_hz, the column and {cause}"
+        f"the end-effector of {episode.source} {jump} in one step, at step {row}. Leave the "
+        f"episode out, or check rate_hz, the column and {cause} in spear.json."
     )
 
 

@@ -42,14 +42,19 @@ def read_column(steps: Steps, column: str, source: str) -> Any:
     path, components = parse_column(column)
     values = _find_values(steps, path, column, source)
     if isinstance(values, str):
-        raise SpearError(f"no column {column!r}: {source}: it cannot be read: {values}")
+        raise SpearError(
+            f"column {column!r} of {source} cannot be read ({values}). Name another column."
+        )
     if components is None:
         return values
 
     is_matrix = getattr(values, "ndim", 0) == 2  # a list of images or texts has no `ndim`
     if not is_matrix or values.shape[1] < components.stop:
         shape = getattr(values, "shape", "no array")
-        raise SpearError(f"no column {column!r}: {source}: {path} is {shape}")
+        raise SpearError(
+            f"{source} has no column {column!r}, because {path} has the shape {shape}. Name "
+            "fewer numbers of it."
+        )
     brackets = column.removeprefix(path)  # "[0:3]" or "[6]"
     is_range = ":" in brackets
     return values[:, components] if is_range else values[:, components.start]
@@ -69,7 +74,8 @@ def _find_values(steps: Steps, path: str, column: str, source: str) -> Any:
             if isinstance(values, Mapping):
                 known_names = ", ".join(sorted(values))
             raise SpearError(
-                f"no column {column!r}: {source}: no {path_parts[0]!r} (there is: {known_names})"
+                f"{source} has no column {column!r}, because there is no {path_parts[0]!r}. "
+                f"Name one of these columns ({known_names})."
             )
         values = values[name]
         num_used_parts = name.count("/") + 1
@@ -92,7 +98,7 @@ def parse_column(column: str) -> tuple[str, slice | None]:
     """Split the name of a column into its path and the components it selects (None for all)."""
     match = _COLUMN.match(column)
     if match is None:
-        raise SpearError(f"unreadable column {column!r}: write it like observation/state[0:3]")
+        raise SpearError(f"{column!r} is no column. Write one like observation/state[0:3].")
     if match["first"] is None:
         return match["path"], None
 
@@ -138,7 +144,7 @@ def read_numbers(steps: Steps, column: str, source: str, allow_missing: bool = F
         values = np.asarray(read_column(steps, column, source), np.float64)
     except (TypeError, ValueError) as error:
         raise SpearError(
-            f"no numbers in column {column!r}: {source}: name another column"
+            f"column {column!r} of {source} contains no numbers. Name another column."
         ) from error
 
     if allow_missing:
@@ -148,8 +154,7 @@ def read_numbers(steps: Steps, column: str, source: str, allow_missing: bool = F
     step = find_first(~is_finite)
     if step is not None:
         raise SpearError(
-            f"not a number: {source} step {step}: {column} is {values[step].tolist()}; "
-            "leave the episode out"
+            f"{column} of {source} is NaN or infinite at step {step}. Leave the episode out."
         )
     return values
 
@@ -170,12 +175,14 @@ def read_text(steps: Steps, column: str, source: str) -> str:
         rows = read_column(steps, column, source)
         texts = _find_distinct_texts(rows)
     except (TypeError, ValueError, OverflowError) as error:
-        raise SpearError(f"no text in column {column!r}: {source}: name another column") from error
+        raise SpearError(
+            f"column {column!r} of {source} contains no text. Name another column."
+        ) from error
 
     if len(texts) > 1:
         raise SpearError(
-            f"text that changes: {source}: {column} is {texts[0]!r} and then {texts[1]!r}; "
-            "cut the episode there, or leave it out"
+            f"{column} of {source} changes from {texts[0]!r} to {texts[1]!r}. Cut the episode "
+            "there, or leave it out."
         )
     return "".join(texts)
 
@@ -227,16 +234,16 @@ def read_encoded_images(steps: Steps, column: str, source: str) -> list[bytes]:
         return [encode_png(pixels) for pixels in values]
     if isinstance(values, np.ndarray):
         raise SpearError(
-            f"no images in column {column!r}: {source}: it has {values.dtype} of shape "
-            f"{list(values.shape)}. Raw images are uint8 [steps, height, width, 3]; convert them, "
-            "or name another column."
+            f"column {column!r} of {source} contains no images, but {values.dtype} of shape "
+            f"{list(values.shape)}. Raw images are uint8 [steps, height, width, 3]; convert "
+            "them, or name another column."
         )
 
     are_color_images = isinstance(values, list) and all(
         isinstance(row, bytes) and not is_depth_png(row) for row in values
     )
     if not are_color_images:
-        raise SpearError(f"no images in column {column!r}: {source}: name another column")
+        raise SpearError(f"column {column!r} of {source} contains no images. Name another column.")
     encoded_images: list[bytes] = values
     return encoded_images
 

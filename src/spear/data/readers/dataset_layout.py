@@ -270,14 +270,14 @@ def find_layout(
         layout = dataclasses.replace(REGISTRY[name], **(format_defaults or {}))
     else:
         raise SpearError(
-            f"no layout: nothing says what the columns of {name!r} mean: "
-            f"`spear data describe {folder}` proposes a {LAYOUT_FILE}"
+            f"nothing says what the columns of {name!r} mean. `spear data describe {folder}` "
+            f"proposes a {LAYOUT_FILE}."
         )
 
-    check_known(f"camera (image_aspect, in {path})", layout.images, *layout.image_aspect)
+    check_known("camera", layout.images, *layout.image_aspect, place=f"image_aspect of {path}")
     if len(set(layout.images.values())) < len(layout.images):
         raise SpearError(
-            f"images (in {path}): two cameras are the same column: leave one of them out"
+            f"two cameras under images in {path} have the same column. Leave one of them out."
         )
     missing_fields = find_missing_fields(layout)
     if missing_fields:
@@ -294,8 +294,8 @@ def _missing_fields_error(fields: list[str], layout: DatasetLayout, path: Path) 
         else:
             descriptions.append(field_name)
     return SpearError(
-        f"not enough is known of dataset {layout.name!r}: {'; '.join(descriptions)}: "
-        f"say it in {path}"
+        f"the layout of dataset {layout.name!r} lacks {', '.join(descriptions)}. Add what is "
+        f"missing to {path}."
     )
 
 
@@ -316,12 +316,24 @@ def read_layout_file(
     like_name = fields.pop("like", None)
     known_keys = {field.name for field in dataclasses.fields(DatasetLayout)} | {"like"}
     known_keys.remove("weight")  # `--sampling-weights` sets it
-    check_known(f"key (in {path})", known_keys, *fields)
+    check_known(
+        "key",
+        known_keys,
+        *fields,
+        place=str(path),
+        advice="docs/reference/spear-json.md describes all keys.",
+    )
 
     # The registry's entry that "like" names, without fields that depend on what this file replaces.
     base_fields: dict[str, Any] = {}
     if like_name is not None:
-        check_known(f"dataset (like, in {path})", REGISTRY, str(like_name))
+        check_known(
+            "dataset",
+            REGISTRY,
+            str(like_name),
+            place=f"the key like of {path}",
+            advice="`spear data datasets` lists the known ones.",
+        )
         base_fields = dict(vars(REGISTRY[like_name]))
     for field_name, dependent_fields in DEPENDENT_FIELDS.items():
         if field_name in fields:
@@ -347,11 +359,12 @@ def _check_fields_have_columns(
     for key, column in COLUMN_OF_FIELD.items():
         if key in fields and getattr(layout, column) is None:
             raise SpearError(
-                f"{key} (in {path}): of no column: say which as {column}, or leave it out"
+                f"{path} has {key}, but no {column}. Give the column as {column}, or leave "
+                f"{key} out."
             )
     if layout.gripper_opening is not None and (layout.gripper or layout.command):
         raise SpearError(
-            f"gripper_opening (in {path}): the gripper has a column as well: leave one of them out"
+            f"{path} has gripper_opening and a column of the gripper. Leave one of them out."
         )
     if layout.action is None:
         return
@@ -360,7 +373,8 @@ def _check_fields_have_columns(
     for key in DEPENDENT_FIELDS["action"]:
         if key in fields:
             raise SpearError(
-                f"{key} (in {path}): actions are taken as they are: leave it, or action, out"
+                f"{path} has {key} and action, whose numbers are taken without a change. Leave "
+                "one of them out."
             )
 
 
@@ -386,10 +400,12 @@ def _wrong_value_error(error: ValidationError, fields: Mapping[str, Any], path: 
     if choices and isinstance(fields[key], str):
         # pydantic lists the choices of a `Literal` as text: "'m', 'cm' or 'mm'".
         known_values = re.findall(r"'(\w+)'", " ".join(choices))
-        return unknown_name_error(f"{key} (in {path})", fields[key], known_values)
+        return unknown_name_error(key, fields[key], known_values, str(path))
 
     reason = summarize_error(error).removeprefix(f"{key} ")
-    return SpearError(f"wrong value: {path}: {key} is {json.dumps(fields[key])}: {reason}")
+    return SpearError(
+        f"{key} in {path} cannot be {json.dumps(fields[key])} ({reason}). Correct this value."
+    )
 
 
 def _load_registry() -> dict[str, DatasetLayout]:

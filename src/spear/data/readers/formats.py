@@ -15,7 +15,7 @@ from spear.data.readers.rlds import RldsFolder, find_rlds_folders, open_rlds
 from spear.data.readers.splits import parse_split
 from spear.data.readers.tfrecord import read_checksums
 from spear.data.store.episode_store import SHARD_GLOB, EpisodeStore, list_shards
-from spear.errors import SpearError
+from spear.errors import SpearError, list_alternatives
 from spear.types import Episode
 from spear.util.fingerprints import hash_file_ends
 from spear.util.skipped_items import SkippedItems
@@ -93,7 +93,7 @@ def check_holds_no_input(out: Path, action: str) -> None:
     has_robot_data = find_format(out) is not None
     has_model_or_labels = any(any(out.glob(pattern)) for pattern in INPUT_FILES)
     if has_robot_data or has_model_or_labels:
-        raise SpearError(f"{out}: holds other files: {action} into a folder of its own")
+        raise SpearError(f"{out} contains other files. Choose an empty folder to {action} into.")
 
 
 def open_dataset(path: str | Path) -> Dataset | EpisodeStore:
@@ -104,12 +104,12 @@ def open_dataset(path: str | Path) -> Dataset | EpisodeStore:
     """
     path = Path(path)
     if not path.exists():
-        raise SpearError(f"no such folder: {path}: give a folder of robot episodes")
+        raise SpearError(f"there is no folder {path}. Give a folder of robot episodes.")
 
     format_name = find_format(path)
     if format_name is None:
-        titles = "; ".join(data_format.title for data_format in FORMATS.values())
-        raise SpearError(f"no robot data: {path}: none of: {titles}")
+        titles = list_alternatives([data_format.title for data_format in FORMATS.values()])
+        raise SpearError(f"{path} contains no robot data. Give {titles}.")
     return FORMATS[format_name].open(path)
 
 
@@ -192,7 +192,7 @@ def open_store_split(path: str | Path, split: str = "train") -> EpisodeStore:
     for _, first, end in parse_split({"train": len(store)}, split, path):
         indices.extend(range(first, end))
     if not indices:
-        raise SpearError(f"no episodes: {path} split {split!r} is empty")
+        raise SpearError(f"the split {split!r} of {path} is empty. Choose a larger one.")
 
     is_whole_store = indices == list(range(len(store)))  # each episode, in the store's order
     return store if is_whole_store else store.subset(indices)
@@ -212,8 +212,12 @@ def check_enough_good(num_good: int, skipped: SkippedItems, path: str | Path, sp
     # that `check` does not judge a few bad ones: the message below says more.
     skipped.check(num_good, finished=has_good_episode)
     if not has_good_episode:
-        reason = f": {skipped.summarize()}" if skipped.reasons else " (the split is empty)"
-        raise SpearError(f"no good episode: {path} split {split!r}{reason}")
+        if not skipped.reasons:
+            raise SpearError(f"the split {split!r} of {path} is empty. Choose a larger one.")
+        raise SpearError(
+            f"no episode of {path}, split {split!r}, can be used ({skipped.summarize()}). Correct "
+            "the dataset or its spear.json."
+        )
 
 
 def count_episodes(data: str | Path | Dataset | EpisodeStore) -> Mapping[str, int]:

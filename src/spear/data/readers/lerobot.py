@@ -196,8 +196,8 @@ class LeRobotFolder:
         layout = find_layout(self.name, self.path, layout_file, format_defaults)
         if layout.rate_hz != self.info.fps:
             raise SpearError(
-                f"two rates: {self.path}: rate_hz is {layout.rate_hz}, but its {INFO_FILE} says "
-                f"{self.info.fps} fps: leave rate_hz out of the layout"
+                f"rate_hz in the layout of {self.path} is {layout.rate_hz}, but its {INFO_FILE} "
+                f"says {self.info.fps} fps. Leave rate_hz out of the layout."
             )
         if layout.rotation_format != "franka_joints":
             self._check_no_joints("position", str(layout.position))
@@ -206,8 +206,9 @@ class LeRobotFolder:
         named_format = self.find_quaternion_format(str(layout.rotation))
         if named_format and layout.rotation_format != named_format:
             raise SpearError(
-                f"two orders: {self.path}: rotation_format is {layout.rotation_format}, but its "
-                f"{INFO_FILE} names them as of {named_format}: correct the one that is wrong"
+                f"rotation_format in the layout of {self.path} is {layout.rotation_format}, but "
+                f"its {INFO_FILE} names the numbers as of {named_format}. Correct the one that "
+                "is wrong."
             )
         return layout
 
@@ -216,8 +217,9 @@ class LeRobotFolder:
         joint_names = self.find_joint_names(column)
         if joint_names:
             raise SpearError(
-                f"joints are no pose: {self.path}: {key} is {column}, but its {INFO_FILE} names "
-                f"{joint_names[0]!r} there: name columns of the end-effector"
+                f"{key} in the layout of {self.path} is {column}, but its {INFO_FILE} names the "
+                f"joint {joint_names[0]!r} there, and joints are no pose. Name columns of the "
+                "end-effector."
             )
 
     def find_joint_names(self, column: str) -> list[str]:
@@ -280,8 +282,8 @@ class LeRobotFolder:
         episode = self.episodes[index]
         if episode.missing_entry:
             raise SpearError(
-                f"no {episode.missing_entry}: {self.name}#{index}: its entry in meta/episodes is "
-                "empty. Fill it in, or leave the episode out."
+                f"{self.name}#{index} has no {episode.missing_entry} in meta/episodes. Fill it "
+                "in, or leave the episode out."
             )
         if not episode.length:
             raise empty_episode_error(f"{self.name}#{index}")
@@ -292,8 +294,8 @@ class LeRobotFolder:
         except (TypeError, ValueError, AttributeError) as error:
             # An empty cell, or rows of different lengths.
             raise SpearError(
-                f"broken rows: {self.name}#{index}: {summarize_error(error)}; "
-                "mend it, or leave the episode out"
+                f"the rows of {self.name}#{index} are broken ({summarize_error(error)}). "
+                "Correct them, or leave the episode out."
             ) from error
 
     def _select_cameras(self, episode: LeRobotEpisode, images: Collection[str] | None) -> set[str]:
@@ -316,8 +318,8 @@ class LeRobotFolder:
                 cameras.add(camera)
             elif images is not None:
                 raise SpearError(
-                    f"no video of camera {camera}: {self.name}#{episode.index}: its entry in "
-                    "meta/episodes is empty. Leave the episode out, or do without this camera."
+                    f"{self.name}#{episode.index} has no video of the camera {camera} in "
+                    "meta/episodes. Leave the episode out, or do without this camera."
                 )
         return cameras
 
@@ -366,7 +368,8 @@ class LeRobotFolder:
         max_drift = max(max_gap_error, MAX_RATE_ERROR * len(gaps))
         if irregular_row is not None or drift > max_drift:
             raise ValueError(
-                f"rows are {gaps.mean():.3g} steps apart in time: fps in {INFO_FILE} is wrong"
+                f"rows are {gaps.mean():.3g} steps apart in time, because fps in {INFO_FILE} is "
+                "wrong"
             )
         return times_s
 
@@ -423,8 +426,8 @@ class LeRobotFolder:
         for index in np.ravel(indices).tolist():
             if index >= 0 and index not in self.tasks:
                 raise SpearError(
-                    f"no task {index}: {source}: {column} names it, but meta/tasks lacks it. "
-                    "Add it there, or name another column as instruction."
+                    f"{column} of {source} names task {index}, which meta/tasks lacks. Add it "
+                    "there, or name another column as instruction."
                 )
             texts.append(self.tasks.get(index, "").encode())
         return texts
@@ -478,7 +481,7 @@ def _open_cached(folder: Path, changed_ns: int) -> LeRobotFolder:
             refuse_lfs_pointer(metadata_file, metadata_file)
         reason = summarize_error(error)
         raise SpearError(
-            f"unreadable: {file}: {reason}. {_advise_on_metadata_error(error, reason)}"
+            f"{file} cannot be read ({reason}). {_advise_on_metadata_error(error, reason)}"
         ) from error
 
     indices_in_splits: list[int] = []
@@ -487,8 +490,8 @@ def _open_cached(folder: Path, changed_ns: int) -> LeRobotFolder:
     all_indices = list(range(len(dataset.episodes)))
     if sorted(indices_in_splits) != all_indices:
         notice(
-            f"{folder}: the splits {info.splits} do not have each of its episodes once "
-            f"({len(dataset.episodes)})"
+            f"the splits {info.splits} of {folder} do not contain each of its "
+            f"{len(dataset.episodes)} episodes once."
         )
     return dataset
 
@@ -687,15 +690,15 @@ def _read_rows(episode: LeRobotEpisode, dataset: str, skipped_columns: Collectio
     except (OSError, KeyError, pa.ArrowException) as error:
         refuse_lfs_pointer(episode.data, f"{dataset}#{episode.index}: {episode.data}")
         raise SpearError(
-            f"cannot read: {dataset}#{episode.index}: {episode.data}: {summarize_error(error)}. "
-            f"{_advise_on_rows_error(error)}"
+            f"{dataset}#{episode.index} cannot be read from {episode.data} "
+            f"({summarize_error(error)}). {_advise_on_rows_error(error)}"
         ) from error
 
     if len(rows) != episode.length:
         raise SpearError(
-            f"rows missing: {dataset}#{episode.index}: {episode.data} has {len(rows)} of its "
-            f"{format_count(episode.length, 'rows')}. Correct its length in meta/episodes, or "
-            "leave the episode out."
+            f"{dataset}#{episode.index} has only {len(rows)} of its "
+            f"{format_count(episode.length, 'rows')} in {episode.data}. Correct its length in "
+            "meta/episodes, or leave the episode out."
         )
     return rows
 
@@ -777,7 +780,8 @@ def _read_image(cell: Mapping[str, Any], folder: Path) -> bytes:
     file = join_inside(folder, cell.get("path") or "")
     if not file.is_file():
         raise SpearError(
-            f"missing image: {file}. Download the folder of images too, or leave the episode out."
+            f"the image {file} is missing. Download the folder of images too, or leave the "
+            "episode out."
         )
     return file.read_bytes()
 
@@ -799,16 +803,15 @@ def _read_video(span: VideoSpan, times_s: Array, step_s: float, source: str) -> 
     frames = list(read_frames(span.file, span.start_s - tolerance_s, span.end_s - tolerance_s))
     if len(frames) != len(times_s):
         raise SpearError(
-            f"frames and rows differ: {source}: {span.file}: "
-            f"it has {format_count(len(frames), 'frames')} for "
-            f"{format_count(len(times_s), 'rows')}; leave the episode out"
+            f"{source} has {format_count(len(frames), 'frames')} in {span.file} for "
+            f"{format_count(len(times_s), 'rows')}. Leave the episode out."
         )
 
     frame_times_s = np.array([time_s for time_s, _ in frames])  # [T] from the start of the video
     offsets_s = np.abs(frame_times_s - span.start_s - times_s)  # [T]
     if (offsets_s > tolerance_s).any():
         raise SpearError(
-            f"frames and rows differ: {source}: {span.file}: the frame of row "
-            f"{offsets_s.argmax()} is {offsets_s.max():.3f} s off; leave the episode out"
+            f"the frame of row {offsets_s.argmax()} of {source} is {offsets_s.max():.3f} s off "
+            f"in {span.file}. Leave the episode out."
         )
     return [encode_jpeg(image) for _, image in frames]

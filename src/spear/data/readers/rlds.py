@@ -82,7 +82,8 @@ class RldsFolder:
         if _version_numbers(self.version) > _version_numbers(layout.newest):
             reason = layout.facts.get("newest", "")
             raise SpearError(
-                f"broken version {self.version}: {self.path}: take {layout.newest} ({reason})"
+                f"version {self.version} in {self.path} is broken ({reason}). Use version "
+                f"{layout.newest}."
             )
         return layout
 
@@ -132,8 +133,8 @@ class RldsFolder:
             return _repeat_episode_values(episode, num_steps) | steps
         except (ValueError, KeyError, TypeError, AttributeError, zlib.error) as error:
             return SpearError(
-                f"broken record: {file} record {index}: {error}. Its features.json "
-                "describes other records: download both of the same version."
+                f"record {index} of {file} is broken ({error}). Its features.json describes "
+                "other records, so download both of the same version."
             )
 
 
@@ -173,19 +174,23 @@ def open_rlds(path: str | Path) -> RldsFolder:
     """
     folders = find_rlds_folders(Path(path))
     if not folders:
-        raise SpearError(f"not an RLDS folder: {path}: it has no features.json")
+        raise SpearError(
+            f"{path} is no RLDS folder, because it has no features.json. Give the folder with "
+            "this file."
+        )
     if len(folders) > 1:
         names = ", ".join(folder.name for folder in folders)
-        raise SpearError(f"not an RLDS folder: {path}: choose one of {names}")
+        raise SpearError(f"{path} contains several RLDS folders. Choose one of {names}.")
 
     folder = folders[0]
-    info = read_json(folder / "dataset_info.json", "download this file anew")
-    features = read_json(folder / "features.json", "download this file anew")
+    info = read_json(folder / "dataset_info.json", "download this file again")
+    features = read_json(folder / "features.json", "download this file again")
     try:
         return _make_folder(folder, info, features)
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise SpearError(
-            f"unreadable: {folder}/dataset_info.json: {error!r}. Download this file anew."
+            f"{folder}/dataset_info.json cannot be read ({type(error).__name__}, {error}). "
+            "Download this file again."
         ) from error
 
 
@@ -193,14 +198,17 @@ def _make_folder(folder: Path, info: Mapping[str, Any], features: Mapping[str, A
     """Make the description of a folder from the contents of its two JSON files."""
     if info.get("fileFormat", "tfrecord") != "tfrecord":
         raise SpearError(
-            f"unknown file format {info['fileFormat']!r}: {folder}: convert it to tfrecord"
+            f"{folder} is in the file format {info['fileFormat']!r}. Convert it to tfrecord."
         )
 
     splits: dict[str, list[RldsShard]] = {}
     for split in info["splits"]:
         splits[str(split["name"])] = _list_shards(folder, info["name"], split)
     if not splits:
-        raise SpearError(f"no episodes: {folder}: its dataset_info.json names no split")
+        raise SpearError(
+            f"dataset_info.json of {folder} names no split, so there are no episodes. Download "
+            "this file again."
+        )
     version = str(info.get("version", ""))
     return RldsFolder(folder, str(info["name"]), version, splits, features)
 

@@ -108,16 +108,16 @@ def to_quaternion(values: Array, rotation_format: RotationFormat, source: str = 
     encoding = ROTATION_FORMATS[rotation_format]
     if tensor.ndim != 2 or tensor.shape[1] != encoding.num_components:
         raise SpearError(
-            f"wrong shape: {source}: rotation is {tuple(tensor.shape)}, "
-            f"but {rotation_format} needs {encoding.num_components} columns"
+            f"the rotation of {source} has the shape {tuple(tensor.shape)}, but "
+            f"{rotation_format} needs {encoding.num_components} columns. Name as many."
         )
 
     if rotation_format in POSE_FORMATS:
         step = find_first(~find_rotations(values, rotation_format))
         if step is not None:
             raise SpearError(
-                f"not a rotation: {source} step {step}: the numbers are no rotation written as "
-                f"{rotation_format}; check the layout"
+                f"the rotation of {source} at step {step} is not written as {rotation_format}. "
+                "Check rotation_format in spear.json."
             )
     return encoding.to_quaternion(tensor).numpy()
 

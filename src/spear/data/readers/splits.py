@@ -56,7 +56,7 @@ def parse_split(lengths: Mapping[str, int], split: str, dataset: str | Path) -> 
     for index, episode_range in enumerate(ranges):
         if count_shared_episodes([episode_range], ranges[:index]):
             raise SpearError(
-                f"split {split!r} has episodes of {dataset} twice: name each of them once"
+                f"split {split!r} has episodes of {dataset} twice. Name each of them once."
             )
     return ranges
 
@@ -67,18 +67,17 @@ def _parse_range(
     """Parse one part of a split, such as "train[:20%]"."""
     match = _RANGE_TEXT.match(range_text)
     if match is None or range_text.endswith("[:]") or _mixes_units(match["first"], match["end"]):
-        raise SpearError(
-            f"unreadable split {split!r}: {dataset}: write it like train or train[:20%]"
-        )
+        raise SpearError(f"{split!r} is no split of {dataset}. Write it like train or train[:20%].")
 
     name = match["name"]
-    check_known(f"split (of {dataset})", lengths, name)
+    check_known("split", lengths, name, place=dataset)
     total = lengths[name]
     first = _resolve_bound(match["first"], default=0, total=total)
     end = _resolve_bound(match["end"], default=total, total=total)
     if not (0 <= first <= total and 0 <= end <= total):
         raise SpearError(
-            f"split {split!r} reaches beyond the {format_count(total, 'episodes')} of {dataset}"
+            f"split {split!r} reaches beyond the {format_count(total, 'episodes')} of {dataset}. "
+            "Give a smaller one."
         )
     return EpisodeRange(name, first, end)
 

@@ -56,7 +56,7 @@ def read_records(
             yield from _read_records(file, path, start, stop, num_expected)
     except OSError as error:
         raise SpearError(
-            f"cannot read: {path}: {error.strerror}; is the download complete?"
+            f"{path} cannot be read ({error.strerror}). Check that its download is complete."
         ) from error
 
 
@@ -95,11 +95,14 @@ def _read_records(
 def _broken_record(path: Path, index: int, reason: str) -> SpearError:
     """The error for a record that cannot be read, with the cure that fits the reason."""
     if is_lfs_pointer(path):
-        return SpearError(f"{path} record {index}: {LFS_POINTER_PROBLEM}. {LFS_POINTER_ADVICE}")
-    cure = "Delete the file, and download it anew; its download broke off or was damaged."
+        return SpearError(
+            f"record {index} of {path} cannot be read, because {LFS_POINTER_PROBLEM}. "
+            f"{LFS_POINTER_ADVICE}"
+        )
+    cure = "Delete the file, and download it again; its download broke off or was damaged."
     if reason == UNLISTED_RECORD:
         cure = "Correct shardLengths there, or choose a --split that ends before it."
-    return SpearError(f"broken record: {path} record {index}: {reason}. {cure}")
+    return SpearError(f"record {index} of {path} is broken ({reason}). {cure}")
 
 
 def read_checksums(path: Path) -> bytes:

@@ -35,14 +35,16 @@ def open_video(path: str | Path) -> Iterator[tuple[Any, Any]]:
     try:
         with av.open(str(path)) as container:
             if not container.streams.video:
-                raise SpearError(f"{path}: no picture in this video: leave it out")
+                raise SpearError(f"the video {path} has no picture. Leave it out.")
             yield container, container.streams.video[0]
     except av.FFmpegError as error:
         refuse_lfs_pointer(Path(path), path)
-        reason = f"broken video ({error.strerror})"
+        reason = str(error.strerror)
         if isinstance(error, FileNotFoundError):
-            reason = "no such video"
-        raise SpearError(f"{path}: {reason}. {advise_on_read_error(error)}") from error
+            reason = "there is no such file"
+        raise SpearError(
+            f"the video {path} cannot be read ({reason}). {advise_on_read_error(error)}"
+        ) from error
 
 
 def read_frames(path: Path, start_s: float, end_s: float) -> Iterator[tuple[float, Array]]:
@@ -94,13 +96,14 @@ class VideoWriter:
     def __init__(self, path: Path, height: int, width: int, rate_hz: float) -> None:
         if height % 2 or width % 2 or min(height, width) < MIN_SIDE_PX:
             raise SpearError(
-                f"no video of {width} x {height} pixels: AV1 needs even sides of at least "
-                f"{MIN_SIDE_PX}: write images, or prepare the data first, with --image-size"
+                f"images of {width} x {height} pixels cannot become a video, because AV1 needs "
+                f"even sides of at least {MIN_SIDE_PX}. Write images, or prepare the data "
+                "first, with --image-size."
             )
         av = import_optional("av", "data", "a video")
         if ENCODER not in av.codecs_available:
             raise SpearError(
-                "this PyAV has no AV1 encoder: write images, or pip install --upgrade av"
+                "this PyAV has no AV1 encoder. Write images, or run pip install --upgrade av."
             )
 
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from spear.data.store.shard import ServedSteps, Shard, open_shard, write_shard
-from spear.errors import SpearError, format_count, notice
+from spear.errors import SpearError, format_count, notice, to_sentence
 from spear.types import Array, Episode
 from spear.util.files import notice_missing_shards, read_json, report_write_errors
 
@@ -129,7 +129,10 @@ class EpisodeStore:
         self.is_complete = True
         files = list_shards(self.path)
         if not files:
-            raise SpearError(f"no episodes: {path}: no {SHARD_GLOB} in it; record or convert some")
+            raise SpearError(
+                f"{path} contains no episodes ({SHARD_GLOB}). Record some with `spear record`, "
+                "or convert some with `spear data prepare`."
+            )
         notice_missing_shards(
             self.path,
             files,
@@ -201,7 +204,7 @@ class EpisodeStore:
         lacks_cameras = ~self._has_any_camera(cameras)  # [E]
         store = self._drop(
             lacks_cameras,
-            reason=f"with no camera {names} (there: {', '.join(self.cameras)})",
+            reason=f"have no camera {names}, but {', '.join(self.cameras)}",
             advice="name them so in its spear.json",
         )
 
@@ -209,8 +212,9 @@ class EpisodeStore:
         unused = sorted(set(self.cameras) - set(cameras))
         if absent and unused:
             notice(
-                f"{self.path}: has no camera {' or '.join(absent)}, but {', '.join(unused)}, which "
-                "is not learned from: if it is the same, name it so in its spear.json"
+                f"{self.path} has no camera {' or '.join(absent)}, but {', '.join(unused)}, "
+                "which nothing learns from. If it is the same camera, name it so in its "
+                "spear.json."
             )
         return store
 
@@ -241,13 +245,13 @@ class EpisodeStore:
             SpearError: If no episode is left.
         """
         num_episodes = format_count(len(self), "episodes")
-        message = f"{self.path}: {is_dropped.sum()} of {num_episodes} {reason}"
+        message = f"{is_dropped.sum()} of {num_episodes} of {self.path} {reason}"
         if is_dropped.all():
-            raise SpearError(f"{message}: nothing to learn from: {advice}")
+            raise SpearError(f"{message}, so nothing can be learned from it. {to_sentence(advice)}")
         if not is_dropped.any():
             return self
 
-        notice(f"{message}: left out")
+        notice(f"{message}. They are left out.")
         remaining_indices = np.flatnonzero(~is_dropped).tolist()
         store = self.subset(remaining_indices)
         store.is_complete = self.is_complete

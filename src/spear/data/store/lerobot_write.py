@@ -99,7 +99,7 @@ def write_lerobot(
                     writer.frames = dict(frames or {})
                 writer.add(episode, samples)
             if writer is None:
-                raise SpearError(f"no episodes: nothing to write to {target}")
+                raise SpearError(f"there are no episodes to write to {target}. Give some.")
             writer.finish()
             writer.folder.replace(target)
             return writer.num_episodes
@@ -203,15 +203,15 @@ class _Writer:
         cameras = sorted(episode.images)
         if cameras != list(self.image_sizes):
             raise SpearError(
-                f"cameras differ: {episode.source} has {', '.join(cameras)}, "
-                f"the first episode {', '.join(self.image_sizes)}"
+                f"{episode.source} has the cameras {', '.join(cameras)}, the first episode "
+                f"{', '.join(self.image_sizes)}. Export those with the same cameras."
             )
         for camera, size in self.image_sizes.items():
             check_size(samples[camera].size, size, f"{episode.source} step 0 camera {camera!r}")
         if episode.rate_hz != self.rate_hz:
             raise SpearError(
-                f"rates differ: {episode.source} is at {episode.rate_hz:g} Hz, the first episode "
-                f"at {self.rate_hz:g}: resample (see `spear data prepare`)"
+                f"{episode.source} is at {episode.rate_hz:g} Hz, the first episode at "
+                f"{self.rate_hz:g}. Resample it with `spear data prepare`."
             )
 
     def _make_columns(self, episode: Episode) -> dict[str, Any]:

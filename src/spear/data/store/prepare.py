@@ -67,6 +67,14 @@ NUM_CHECKED_EPISODES = 100  # at the end, the states and grippers of so many epi
 POLL_INTERVAL_S = 0.5  # how often waiting processes look for the prepared folder
 JPEG_START = b"\xff\xd8"  # the first bytes of every JPEG
 SKIPPED_FILE = "skipped.json"
+OPTION_OF_SETTING = {
+    "path": "the folder",
+    "episodes": "--split",
+    "size": "--image-size",
+    "rate": "--control-hz",
+    "quality": "--quality",
+}
+"""Key of a request -> the option that sets it, for messages."""
 
 
 class Block(NamedTuple):
@@ -153,7 +161,10 @@ def prepare(
         # Write the shards that an earlier call did not write.
         folder.mkdir(exist_ok=True)
         record_or_check_settings(
-            work_dir / REQUEST_FILE, plan.request, is_resuming=bool(list_shards(folder))
+            work_dir / REQUEST_FILE,
+            plan.request,
+            is_resuming=bool(list_shards(folder)),
+            option_names=OPTION_OF_SETTING,
         )
         repairs = Repairs()  # `_write_shards` adds to these counts
         num_good, skipped = _write_shards(
@@ -169,8 +180,8 @@ def prepare(
             _notice_wrong_gripper(store, path, plan.has_commands)
         if store.failed_mask().all():
             notice(
-                f"{path}: no episode of {num_good} succeeded: {out} is to look at, "
-                "nothing learns from it"
+                f"no episode of the {num_good} in {path} succeeded, so nothing learns from "
+                f"{out}. It is to look at."
             )
         else:
             save_sketches(store)
@@ -242,11 +253,11 @@ def _check_out_folder(out: Path, request: dict[str, Any]) -> None:
         [(str(out), read_store_frames(earlier_request)), ("this dataset", request["frames"])]
     )
     earlier_request["frames"] = request["frames"]
-    difference = describe_difference(earlier_request, request)
+    difference = describe_difference(earlier_request, request, OPTION_OF_SETTING)
     if difference:
         raise SpearError(
-            f"{out} was prepared from other episodes, or in another way ({difference}): "
-            "remove that folder, or choose another --out"
+            f"{out} was prepared from other episodes, or in another way ({difference}). Remove "
+            "that folder, or choose another --out."
         )
 
 
@@ -340,7 +351,7 @@ def _notice_repairs(repairs: Repairs, path: Path) -> None:
         readings = format_count(repairs.num_clipped_readings, "gripper readings")
         remarks.append(f"clipped {readings} outside of gripper_range or command_range")
     if remarks:
-        notice(f"{path}: {'; '.join(remarks)}")
+        notice(f"In {path}, spear {' and '.join(remarks)}.")
 
 
 def _read_checked_episodes(store: EpisodeStore) -> list[Episode]:
@@ -358,10 +369,10 @@ def _notice_implausible_values(store: EpisodeStore, path: Path) -> None:
     """
     episodes = _read_checked_episodes(store)
     for remark in find_implausible_states(episodes):
-        notice(f"{path}: {remark}")
+        notice(f"In {path}, {remark}.")
     doubt = find_doubtful_instruction([episode.instruction for episode in episodes])
     if doubt:
-        notice(f"{path}: {doubt}")
+        notice(f"In {path}, {doubt}")
 
 
 def _notice_wrong_gripper(store: EpisodeStore, path: Path, has_commands: bool) -> None:
@@ -373,7 +384,7 @@ def _notice_wrong_gripper(store: EpisodeStore, path: Path, has_commands: bool) -
         has_commands: Whether the dataset logs gripper commands.
     """
     for check in _find_wrong_gripper(_read_checked_episodes(store), has_commands):
-        notice(f"{path}: {check.name}: {check.words}")
+        notice(f"The check of {check.name} in {path} fails, because {check.words}.")
 
 
 def _find_wrong_gripper(episodes: Sequence[Episode], has_commands: bool) -> list[Check]:
@@ -456,13 +467,16 @@ def _convert_episode(episode: Episode, conversion: Conversion) -> Episode:
     unknown_cameras = set(conversion.sizes) - {ALL_OTHER_CAMERAS, *episode.images}
     if unknown_cameras:
         raise SpearError(
-            f"no camera {min(unknown_cameras)!r}: {episode.source}: "
-            f"its cameras are {', '.join(sorted(episode.images))}"
+            f"{episode.source} has no camera {min(unknown_cameras)!r}. Its cameras are "
+            f"{', '.join(sorted(episode.images))}."
         )
 
     episode = add_actions(resample_episode(episode, conversion.control_hz))
     if not np.any(episode.action_mask):
-        raise SpearError(f"nothing to learn from: {episode.source}: none of its actions is known")
+        raise SpearError(
+            f"no action of {episode.source} is known, so nothing can be learned from it. Leave "
+            "it out."
+        )
 
     images: dict[str, Sequence[bytes]] = {}
     for camera in episode.images:
@@ -470,7 +484,9 @@ def _convert_episode(episode: Episode, conversion: Conversion) -> Episode:
         if converted_images is not None:
             images[camera] = converted_images
     if not images:
-        raise SpearError(f"nothing to see: {episode.source}: its images are blank, or one picture")
+        raise SpearError(
+            f"the images of {episode.source} are blank, or the same at every step. Leave it out."
+        )
     return dataclasses.replace(episode, images=images)
 
 

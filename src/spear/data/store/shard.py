@@ -346,14 +346,14 @@ def open_shard(path: Path) -> tuple[Shard, dict[str, str]]:
         return _open_shard(path)
     except FileNotFoundError as error:
         raise SpearError(
-            f"missing file: {error.filename}: a shard is two files; copy this one next to the "
-            f"other, or delete {path.name} to leave its episodes out"
+            f"{error.filename} is missing, which is one of the two files of a shard. Copy it next "
+            f"to the other, or delete {path.name} to leave its episodes out."
         ) from error
     except (pa.ArrowException, OSError, KeyError, IndexError, ValueError) as error:
         refuse_lfs_pointer(path, path)
         raise SpearError(
-            f"corrupt or truncated shard: {path}: {summarize_error(error)}; copy this one file "
-            "again, or delete it to leave its episodes out"
+            f"the shard {path} is corrupt or truncated ({summarize_error(error)}). Copy this one "
+            "file again, or delete it to leave its episodes out."
         ) from error
 
 
@@ -365,7 +365,7 @@ def _open_shard(path: Path) -> tuple[Shard, dict[str, str]]:
         note = {key.decode(): text.decode() for key, text in metadata.items()}
         if note.pop("format", None) != FORMAT:
             raise SpearError(
-                f"other format: {path}: expected {FORMAT!r}; prepare or record it again"
+                f"{path} is in another format than {FORMAT}. Prepare or record it again."
             )
         num_expected_bytes = int(note.pop("bytes"))
         is_growing = note.pop(GROWING_NOTE, None) is not None
@@ -383,10 +383,10 @@ def _wrong_size_error(images: Path, num_bytes: int, num_written_bytes: int) -> S
     """The error for a file of images that has another size than it was written with."""
     if num_bytes < num_written_bytes:
         return SpearError(
-            f"truncated: {images}: it has {num_bytes} of {num_written_bytes} bytes, so its copy "
-            "was interrupted or the disk is full; make space, and copy this one file again"
+            f"{images} has {num_bytes} of {num_written_bytes} bytes, because its copy was "
+            "interrupted or the disk is full. Make space, and copy this one file again."
         )
     return SpearError(
-        f"changed: {images}: it has {num_bytes} bytes instead of {num_written_bytes}, so it "
-        f"belongs to another {images.stem}; copy both files of this shard from the same folder"
+        f"{images} has {num_bytes} bytes instead of {num_written_bytes}, because it belongs to "
+        f"another {images.stem}. Copy both files of this shard from the same folder."
     )

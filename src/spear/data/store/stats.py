@@ -147,9 +147,8 @@ def check_size(size: tuple[int, ...], first_size: tuple[int, int], description: 
     height, width = size
     first_height, first_width = first_size
     raise SpearError(
-        f"image sizes differ: {description} is {width} x {height} pixels, "
-        f"the first {first_width} x {first_height}: "
-        "leave the episode out; of one aspect, prepare --image-size"
+        f"{description} has {width} x {height} pixels, the first image {first_width} x "
+        f"{first_height}. Leave the episode out, or prepare the data with --image-size."
     )
 
 

@@ -58,8 +58,8 @@ def set_up() -> Path:
     if result.returncode != 0:
         lines = result.stderr.strip().splitlines() or ["no message"]
         raise SpearError(
-            f"pip could not install LIBERO in {folder}: {lines[-1]}. Remove the "
-            "reason and run the command again; it continues."
+            f"pip could not install LIBERO in {folder} ({lines[-1]}). Remove the reason and run "
+            "the command again; it continues."
         )
     return folder
 

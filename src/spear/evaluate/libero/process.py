@@ -156,7 +156,10 @@ class LiberoProcess:
                 "the machine was out of memory (a process takes 2 GB), give a smaller --batch-size."
             ) from error
         if not is_fine:
-            raise SpearError(f"LIBERO, task {self._name}: {result}")
+            raise SpearError(
+                f"LIBERO's task {self._name} failed ({result}). Run the command again; it "
+                "continues."
+            )
         return result
 
 

@@ -56,9 +56,7 @@ class LiberoTask:
 
         benchmarks = benchmark.get_benchmark_dict()
         if suite not in benchmarks:
-            raise ValueError(
-                f"LIBERO has no suite {suite!r}; it has {', '.join(sorted(benchmarks))}"
-            )
+            raise ValueError(f"LIBERO has no suite {suite!r}, only {', '.join(sorted(benchmarks))}")
         tasks = benchmarks[suite]()
         if not 0 <= task_index < tasks.n_tasks:
             raise ValueError(

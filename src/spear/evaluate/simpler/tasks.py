@@ -141,9 +141,9 @@ def sample_off_grid_start(task: Task, seed: int, positions: Array, turns: Array)
         if has_room and not is_official(start, positions, turns):
             return start
     raise SpearError(
-        f"SIMPLER: no start off the grid {task.max_offset_m} m around its middle, "
-        f"{task.min_distance_m} m apart: "
-        "give its Task more `max_offset_m`, or less `min_distance_m`"
+        f"SIMPLER finds no start within {task.max_offset_m} m of the middle of its grid and "
+        f"{task.min_distance_m} m from others. Give the Task more `max_offset_m`, or less "
+        "`min_distance_m`."
     )
 
 

@@ -81,9 +81,9 @@ def find_assets(folder: Path | None) -> Path:
     for name, subfolder in ASSETS.items():
         if not (root / "data" / subfolder).is_dir():
             raise SpearError(
-                f"SIMPLER's assets: {root}: has no data/{subfolder}: "
-                f"run python -m mani_skill.utils.download_asset {name}, "
-                "or give the folder that has it (--assets or MS_ASSET_DIR)"
+                f"{root}, the folder of SIMPLER's assets, has no data/{subfolder}. Run python "
+                f"-m mani_skill.utils.download_asset {name}, or give the folder that has it "
+                "(--assets or MS_ASSET_DIR)."
             )
     return root
 
@@ -127,7 +127,8 @@ class SimplerWorld:
         # adds is known there only if importing the script adds the task to `TASKS`.
         if task not in TASKS:
             raise SpearError(
-                f"SIMPLER: {task}: its process lacks it: import it where your script begins"
+                f"the process of SIMPLER's {task} does not know this task. Import it where your "
+                "script begins."
             )
         self._env = _make_env(task)
         self._render_mode = self._env._obs_mode  # set only while an image is rendered
@@ -141,7 +142,7 @@ class SimplerWorld:
         self._grid = (np.asarray(positions, np.float64), np.asarray(turns, np.float64))
         num_starts = len(positions) * len(turns)
         if num_starts != self._task.num_starts:
-            raise SpearError(f"SIMPLER: {task}: has {num_starts} starts: say so in its Task")
+            raise SpearError(f"SIMPLER's {task} has {num_starts} starts. Say so in its Task.")
 
     def reset(self, start: int, image: bool, is_off_grid: bool = False) -> Moment:
         """Build the scene of one start, and return its state.
@@ -462,4 +463,7 @@ def _call_world(task: str, method: str, arguments: tuple[Any, ...]) -> Any:
     except SpearError:
         raise
     except Exception as error:
-        raise SpearError(f"SIMPLER: {task}: {type(error).__name__}: {error}") from error
+        raise SpearError(
+            f"SIMPLER's {task} fails with {type(error).__name__} ({error}). Run the command "
+            "again; it continues."
+        ) from error

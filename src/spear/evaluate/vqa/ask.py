@@ -97,7 +97,7 @@ def ask_question(
     if question_type is not None:
         check_known("question type", QUESTION_TYPES, question_type)
     if not question.strip():
-        raise SpearError("empty question: ask something about the image, in words")
+        raise SpearError("empty question. Ask something about the image, in words.")
     trust = settings.trust
     parsed = understand_question(question, settings.taught_types)
     keeps_wording = settings.is_free or question_type is not None
@@ -282,9 +282,9 @@ def load_labeled_images(
     for label in labels:
         if label.unit != unit:
             raise SpearError(
-                f"{source}: {label.source} is labelled in unit {label.unit!r}, "
-                f"the model answers in {unit!r}: "
-                "label with a point map of that unit, or ask another model"
+                f"{label.source} in {source} is labeled in the unit {label.unit!r}, the model "
+                f"answers in {unit!r}. Label with a point map of that unit, or ask another "
+                "model."
             )
     return labels
 
@@ -293,7 +293,9 @@ def parse_sim_seed(source: str) -> int:
     """Return the seed in "sim:SEED", or 0 for "sim". Raises `SpearError` if it is no number."""
     seed = source.partition(":")[2] or "0"
     if not seed.isdecimal():
-        raise SpearError(f"{source!r}: write sim:SEED with a number, for example sim:7")
+        raise SpearError(
+            f"{source!r} is no scene. Write sim:SEED with a number, for example sim:7."
+        )
     return int(seed)
 
 

@@ -114,8 +114,8 @@ class Trust:
         changed_files = find_changed_files(folder, trust.files)
         if changed_files:
             notice(
-                f"{path}: of another model ({', '.join(changed_files)}): "
-                "measure it again with --calibrate"
+                f"{path} is of another model ({', '.join(changed_files)}). Measure it again "
+                "with --calibrate."
             )
             return None
         return trust

@@ -104,14 +104,15 @@ def _drop_empty_types(questions: QuestionsByType) -> QuestionsByType:
     }
     if not questions_asked:
         raise SpearError(
-            "no questions: no object in these labels can be asked about: see spear label show"
+            "no object in these labels can be asked about. `spear label show` shows them."
         )
     empty_types = [
         question_type for question_type in questions if question_type not in questions_asked
     ]
     if empty_types:
         notice(
-            f"left out, since no object in these labels can be asked so: {', '.join(empty_types)}"
+            "no object in these labels can be asked so, so these types are left out "
+            f"({', '.join(empty_types)})."
         )
     return questions_asked
 

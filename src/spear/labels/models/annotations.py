@@ -386,7 +386,7 @@ def open_annotations(path: str | Path) -> Annotations:
     except _ENTRY_ERRORS as error:
         raise SpearError(
             f"{path} is neither COCO's JSON of instances nor Ego-Exo4D's relations "
-            f"({type(error).__name__}: {error}). Give one of the two."
+            f"({type(error).__name__}, {error}). Give one of the two."
         ) from error
 
 
@@ -579,7 +579,7 @@ def _explain(error: Exception) -> str:
         return f"has no {error}"
     if isinstance(error, _OddEntryError):
         return str(error)
-    return f"cannot be read ({type(error).__name__}: {error})"
+    return f"cannot be read ({type(error).__name__}, {error})"
 
 
 def _make_crowd_placeholders(annotation: Annotation) -> list[Annotation]:

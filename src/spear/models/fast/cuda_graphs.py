@@ -83,7 +83,10 @@ def _try_to_record(function: Callable[[Inputs], Tensor], inputs: Inputs) -> Reco
     try:
         return _record(function, inputs)
     except Exception as error:  # whatever a compiler may raise
-        notice(f"no CUDA graph ({summarize_error(error)}): slower, same results")
+        notice(
+            f"inference runs without CUDA graphs ({summarize_error(error)}). It is slower, with "
+            "the same results."
+        )
         return None
 
 

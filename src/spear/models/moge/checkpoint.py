@@ -118,8 +118,8 @@ def read_checkpoint(name: Path | str) -> Checkpoint:
         is_path = path.exists() or path.suffix == ".pt"
         if is_path or not is_hub_name(str(name)):
             raise SpearError(
-                f"MoGe checkpoint not found: {path}. Give a .pt file, or a name on the Hub such as"
-                " Ruicheng/moge-vitl."
+                f"there is no MoGe checkpoint {path}. Give a .pt file, or a name on the Hub "
+                "such as Ruicheng/moge-vitl."
             )
         path = download_from_hub(str(name), "a local model.pt", file="model.pt")
 
@@ -127,12 +127,11 @@ def read_checkpoint(name: Path | str) -> Checkpoint:
     version = 2 if "encoder.backbone.cls_token" in weights else 1
     if f"{BACKBONE_PREFIX[version]}cls_token" not in weights:
         raise SpearError(
-            f"not a MoGe checkpoint: {path} has no backbone.cls_token. Download it again."
+            f"{path} is no MoGe checkpoint, because it has no backbone.cls_token. Download it "
+            "again."
         )
     if not isinstance(config, dict):
-        raise SpearError(
-            f"checkpoint incomplete: {path} has no model_config. Use the published file."
-        )
+        raise SpearError(f"the checkpoint {path} has no model_config. Use the published file.")
     return Checkpoint(path, weights, config, version)
 
 
@@ -143,19 +142,20 @@ def _read_file(path: Path) -> tuple[Weights, Any]:
     except pickle.UnpicklingError as error:
         refuse_lfs_pointer(path, path)
         raise SpearError(
-            f"checkpoint refused: {path} is not a PyTorch file of tensors and plain data alone. Use"
-            " the published file."
+            f"the checkpoint {path} is not a PyTorch file of tensors and plain data alone, so "
+            "it is not opened. Use the published file."
         ) from error
     except (RuntimeError, OSError, EOFError, ValueError) as error:
         refuse_lfs_pointer(path, path)
         raise SpearError(
-            f"broken checkpoint: {path}: {summarize_error(error)}. Download it again."
+            f"the checkpoint {path} is broken ({summarize_error(error)}). Download it again."
         ) from error
 
     weights = content.get("model", content) if isinstance(content, dict) else None
     if not isinstance(weights, dict) or not all(isinstance(w, Tensor) for w in weights.values()):
         raise SpearError(
-            f"not a MoGe checkpoint: {path} holds no weights by name. Use the published file."
+            f"{path} is no MoGe checkpoint, because it contains no weights by name. Use the "
+            "published file."
         )
     return weights, content.get("model_config")
 
@@ -182,8 +182,8 @@ def match_encoder(encoder: MogeEncoder, checkpoint: Checkpoint) -> dict[str, str
     offset = getattr(encoder.backbone.config, "position_offset", 0.0)
     if offset != 0.1:
         raise SpearError(
-            f"encoder does not fit {checkpoint.path}: its position_offset is {offset}, MoGe's is"
-            " 0.1. Set position_offset to 0.1."
+            f"the encoder does not fit {checkpoint.path}, because its position_offset is "
+            f"{offset}, and MoGe's is 0.1. Set position_offset to 0.1."
         )
     prefix = BACKBONE_PREFIX[checkpoint.version]
     head_names = {name for name in checkpoint.weights if not name.startswith(prefix)}
@@ -200,8 +200,8 @@ def make_encoder_config(checkpoint: Checkpoint) -> dict[str, Any]:
     names = {encoder_width: name for name, (encoder_width, _, _) in ENCODERS.items()}
     if width not in names:
         raise SpearError(
-            f"MoGe config not supported: its encoder has width {width}. Known widths are"
-            f" {', '.join(map(str, sorted(names)))}."
+            f"a MoGe encoder of width {width} is not known. Use one of the widths "
+            f"{', '.join(map(str, sorted(names)))}."
         )
     config = dinov2_config(names[width])
     fields = (
@@ -272,8 +272,8 @@ def _match_names(
     differences = describe_tensor_differences(expected_shapes, shapes)
     if differences:
         raise SpearError(
-            f"checkpoint does not fit: {checkpoint.path}: {differences}. Download it again, or"
-            " report this line."
+            f"the checkpoint {checkpoint.path} does not fit ({differences}). Download it again, "
+            "or report this line."
         )
 
     for constant, values in IMAGE_STATISTICS.items():
@@ -281,8 +281,8 @@ def _match_names(
         published = checkpoint.weights[name].float().flatten()
         if not torch.allclose(published, torch.tensor(values), atol=1e-3):
             raise SpearError(
-                f"checkpoint does not fit: {checkpoint.path}: {name} is not ImageNet's. Use one of"
-                " the published checkpoints."
+                f"{name} of the checkpoint {checkpoint.path} is not ImageNet's. Use one of the "
+                "published checkpoints."
             )
     return {name: to_published_name(name, prefixes) for name in model.state_dict()}
 

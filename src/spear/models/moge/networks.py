@@ -77,8 +77,8 @@ def check_supported(prefix: str, config: Mapping[str, Any], supported: Mapping[s
     for key, value in supported.items():
         if config.get(key, value) != value:
             raise SpearError(
-                f"MoGe config not supported: {prefix}{key} is {config[key]!r}, only {value!r} is."
-                " Use one of the published checkpoints."
+                f"{prefix}{key} in MoGe's config is {config[key]!r}, but only {value!r} is "
+                "supported. Use one of the published checkpoints."
             )
 
 

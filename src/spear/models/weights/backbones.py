@@ -288,20 +288,17 @@ def _read_paligemma_config(stored: StoredCheckpoint) -> Any:
     file = stored.folder / "config.json"
     if model_type != PaliGemmaConfig.model_type:
         raise SpearError(
-            f"another architecture: {file} says {model_type!r}."
-            " Give a PaliGemma 1 or 2 folder ('paligemma')."
+            f"{file} is of the architecture {model_type!r}. Give a PaliGemma 1 or 2 folder "
+            "('paligemma')."
         )
     config: Any = stored.read_config(PaliGemmaConfig)
     text_type = config.text_config.model_type
     if text_type not in ("gemma", "gemma2"):
-        raise SpearError(
-            f"another architecture: {file}: its language model is {text_type!r}."
-            " Give a PaliGemma 1 or 2."
-        )
+        raise SpearError(f"the language model of {file} is {text_type!r}. Give a PaliGemma 1 or 2.")
     if stored.config.get("tie_word_embeddings") is False:
         raise SpearError(
-            f"another architecture: {file}: its head is not tied to its embeddings."
-            " SPEAR-VLM ties both; give a PaliGemma 1 or 2."
+            f"the head of {file} is not tied to its embeddings, as SPEAR-VLM's is. Give a "
+            "PaliGemma 1 or 2."
         )
     return config
 
@@ -316,16 +313,14 @@ def _find_vocabulary(
         stored_names[EMBEDDINGS] = head_name
         head_name = None
     if EMBEDDINGS not in stored_names:
-        raise SpearError(
-            f"checkpoint incomplete: {stored.folder} has no token embeddings. Copy it again."
-        )
+        raise SpearError(f"{stored.folder} has no token embeddings. Copy it again.")
     name = stored_names[EMBEDDINGS]
     num_rows = stored.weights[name].shape[0]
     num_tokens = published_config.text_config.vocab_size
     if num_rows != num_tokens:
         raise SpearError(
-            f"vocabulary mismatch: {stored.folder}: its config says {num_tokens} tokens,"
-            f" its embeddings have {num_rows} rows. Take both from the same checkpoint."
+            f"the config of {stored.folder} says {num_tokens} tokens, its embeddings have "
+            f"{num_rows} rows. Take both from the same checkpoint."
         )
     return _StoredVocabulary(name, head_name, num_rows)
 
@@ -343,15 +338,14 @@ def _extend_tokenizer(folder: Path, num_rows: int, num_new_tokens: int) -> tuple
     validate_tokenizer(tokenizer)
     if TOKEN_FORMAT.format(0) in tokenizer.get_vocab():
         raise SpearError(
-            f"vocabulary mismatch: {folder}: its tokenizer has 3D tokens already."
-            " Give a PaliGemma's own."
+            f"the tokenizer in {folder} has 3D tokens already. Give a PaliGemma's own."
         )
     # The tokenizer may have one token more than there are embeddings. This is PaliGemma's image
     # token, in whose place the visual tokens are inserted.
     if len(tokenizer) > num_rows + 1:
         raise SpearError(
-            f"vocabulary mismatch: {folder}: its tokenizer has {len(tokenizer)} tokens,"
-            f" its embeddings {num_rows} rows. Take both from the same checkpoint."
+            f"the tokenizer in {folder} has {len(tokenizer)} tokens, its embeddings {num_rows} "
+            "rows. Take both from the same checkpoint."
         )
     return tokenizer, extend_tokenizer(tokenizer, num_new_tokens)
 
@@ -387,8 +381,8 @@ def _check_image_sizes(preset: Preset, patch_px: int) -> None:
     for view, (width, height) in preset.image_sizes.items():
         if width % patch_px or height % patch_px:
             raise SpearError(
-                f"preset {preset.name} does not fit: its {view} images of {width}×{height} are no"
-                f" multiple of the checkpoint's patch, {patch_px}. Choose another preset."
+                f"the {view} images of preset {preset.name}, {width}×{height}, are no multiple "
+                f"of the checkpoint's patch, {patch_px}. Choose another preset."
             )
 
 
@@ -448,8 +442,8 @@ def _check_head(
         )
     if not is_equal:
         raise SpearError(
-            f"{stored.folder}: {head_name} differs from {vocabulary.name}, but SPEAR-VLM ties both."
-            " Give a PaliGemma's own."
+            f"{head_name} in {stored.folder} differs from {vocabulary.name}, but SPEAR-VLM ties "
+            "both. Give a PaliGemma's own."
         )
 
 

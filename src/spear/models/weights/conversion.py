@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 from transformers import PreTrainedConfig
 
-from spear.errors import SpearError, summarize_error
+from spear.errors import SpearError, format_count, summarize_error
 from spear.models.weights.folders import is_simulator_only, write_provenance
 from spear.models.weights.load import (
     ModelT,
@@ -112,13 +112,13 @@ class ConversionReport:
             if keys:
                 first = keys[0]
                 problems.append(
-                    f"weights {status}: {len(keys)}, first {first.name} {list(first.shape)}"
-                    f" ({first.note})"
+                    f"{format_count(len(keys), 'weights')} {status}, first {first.name} "
+                    f"{list(first.shape)} ({first.note})"
                 )
         if problems:
             raise SpearError(
-                f"checkpoint does not fit: {source}: {'; '.join(problems)}."
-                " Compare it with `spear convert expected`, or report this line."
+                f"the checkpoint {source} does not fit ({'; '.join(problems)}). Compare it with "
+                "`spear convert expected`, or report this line."
             )
 
     def fold_layers(self) -> list[tuple[WeightStatus, int]]:
@@ -302,7 +302,7 @@ class Conversion(Generic[ModelT]):
             partial_folder.replace(folder)
         except (OSError, SafetensorError) as error:
             raise SpearError(
-                f"cannot write {folder}: {summarize_error(error)}. Give another folder."
+                f"{folder} cannot be written ({summarize_error(error)}). Give another folder."
             ) from error
         finally:
             shutil.rmtree(partial_folder, ignore_errors=True)
@@ -313,8 +313,9 @@ class Conversion(Generic[ModelT]):
         free_bytes = shutil.disk_usage(partial_folder).free
         if free_bytes < needed_bytes:
             raise SpearError(
-                f"no room for {partial_folder.parent}: {needed_bytes / 1e9:.1f} GB to be written,"
-                f" {free_bytes / 1e9:.1f} GB free. Make room, or give another folder."
+                f"{partial_folder.parent} has no room, because {needed_bytes / 1e9:.1f} GB are "
+                f"to be written and {free_bytes / 1e9:.1f} GB are free. Make room, or give "
+                "another folder."
             )
 
     def _write(

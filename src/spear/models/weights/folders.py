@@ -44,14 +44,14 @@ def locate(name: str | Path) -> Path:
     if path.is_dir():
         if is_bundled and path != bundled:
             notice(
-                f"{path}: this folder is used, not the weights of that name that come with the"
-                " package."
+                f"the folder {path} is used, not the weights of that name that come with the "
+                "package."
             )
         superseded_step = _find_superseded_step(path)
         if superseded_step is not None:
             notice(
-                f"{path}: these are the weights of step {superseded_step:,}; a longer training is"
-                " not finished. Run its command again to use the newer weights."
+                f"{path} has the weights of step {superseded_step:,}, because a longer training "
+                "is not finished. Run its command again to use the newer weights."
             )
         return _resolve_training_folder(path)
     if is_bundled:
@@ -59,8 +59,8 @@ def locate(name: str | Path) -> Path:
 
     bundled_names = sorted(config.parent.name for config in BUNDLED_WEIGHTS.glob("*/config.json"))
     raise SpearError(
-        f"no model {str(name)!r}. Give the folder of a trained model, or the name of one that comes"
-        f" with this package: {', '.join(bundled_names)}."
+        f"there is no model {str(name)!r}. Give the folder of a trained model, or the name of "
+        f"one that comes with this package ({', '.join(bundled_names)})."
     )
 
 
@@ -87,7 +87,7 @@ def _resolve_training_folder(path: Path) -> Path:
         return path / "final"
     if (path / "checkpoints").is_dir() and not (path / "config.json").is_file():
         raise SpearError(
-            f"{path}: its training is not finished. Run the same `spear train` command again."
+            f"the training of {path} is not finished. Run the same `spear train` command again."
         )
     return path
 
@@ -186,8 +186,8 @@ def warn_about_changed_files(folder: Path) -> None:
     changed = find_changed_files(folder, read_provenance(folder).get("files", {}))
     if changed:
         notice(
-            f"{folder}: {', '.join(changed)}: not as saved with the other files."
-            " Copy the whole folder again."
+            f"{', '.join(changed)} in {folder} was not saved with the other files. Copy the "
+            "whole folder again."
         )
 
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
-from spear.errors import SpearError, check_known, summarize_error
+from spear.errors import SpearError, check_known, format_count, summarize_error
 from spear.models.weights.folders import warn_about_changed_files
 from spear.util.files import read_json, refuse_lfs_pointer
 from spear.util.foreign_paths import join_inside
@@ -74,8 +74,7 @@ def load(cls: type[ModelT], folder: Path | str, dtype: torch.dtype | None = None
     folder = Path(folder)
     if dtype is not None and not dtype.is_floating_point:
         raise SpearError(
-            f"wrong dtype: weights cannot be {dtype}."
-            " Give a floating-point type: float32 or bfloat16."
+            f"weights cannot be {dtype}. Give a floating-point type, such as float32 or bfloat16."
         )
     read_compatible_config(cls, folder)
     warn_about_changed_files(folder)
@@ -93,7 +92,9 @@ def load(cls: type[ModelT], folder: Path | str, dtype: torch.dtype | None = None
     except SpearError:
         raise
     except Exception as error:  # any kind: wrong numbers in a config break the networks
-        raise SpearError(f"cannot load checkpoint: {folder}: {summarize_error(error)}") from error
+        raise SpearError(
+            f"the checkpoint {folder} cannot be loaded ({summarize_error(error)}). Copy it again."
+        ) from error
     model, loading_info = loaded
     _check_loading_info(loading_info, folder)
     check_finite(model, str(folder))
@@ -109,8 +110,8 @@ def _check_loading_info(loading_info: Mapping[str, Any], folder: Path) -> None:
         # A mismatched key is a tuple of the name and two shapes, other keys are names.
         names = sorted(str(key[0] if isinstance(key, tuple) else key) for key in keys)
         raise SpearError(
-            f"checkpoint does not fit its config: {folder} has {len(names)}"
-            f" {problem.replace('_', ' ')}, first {names[0]}. Save the model again."
+            f"the weights in {folder} do not fit its config, with {len(names)} "
+            f"{problem.replace('_', ' ')}, first {names[0]}. Save the model again."
         )
 
 
@@ -122,7 +123,8 @@ def check_finite(model: nn.Module, source: str) -> None:
         smallest, largest = weight.aminmax()
         if not smallest.isfinite() or not largest.isfinite():
             raise SpearError(
-                f"{source}: {name} contains NaN or infinity. Copy it again, or give another dtype."
+                f"{name} of {source} contains NaN or infinity. Copy it again, or give another "
+                "dtype."
             )
 
 
@@ -134,17 +136,17 @@ def read_compatible_config(cls: type[PreTrainedModel], folder: Path) -> PreTrain
     """
     if not folder.is_dir():
         raise SpearError(
-            f"checkpoint not found: {folder}. Give a folder with config.json and safetensors."
+            f"there is no checkpoint {folder}. Give a folder with config.json and safetensors."
         )
     architecture = read_architecture(folder)
     assert cls.config_class is not None
     expected = cls.config_class.model_type
     if (architecture, expected) == ("spear_vlm", "spear1"):
         raise SpearError(
-            f"{folder}: this is a SPEAR-VLM, which cannot act."
-            " Train a policy from it with `spear train … --init`."
+            f"{folder} is a SPEAR-VLM, which cannot act. Train a policy from it with `spear "
+            "train … --init`."
         )
-    check_known(f"architecture in {folder / 'config.json'}:", [expected], architecture)
+    check_known("architecture", [expected], architecture, place=str(folder / "config.json"))
     stored = StoredCheckpoint.open(folder, expected)
     stored.precision(stored.weights)
     return stored.read_config(cls.config_class)
@@ -227,7 +229,7 @@ class StoredCheckpoint:
                     )
                 weights[key] = tensor
         if not weights:
-            raise SpearError(f"checkpoint incomplete: {folder} holds no weights. Copy it again.")
+            raise SpearError(f"the checkpoint {folder} contains no weights. Copy it again.")
         config_file = folder / "config.json"
         config: Mapping[str, Any] = {}
         if config_file.is_file():
@@ -239,8 +241,8 @@ class StoredCheckpoint:
         tensor = self.weights[key]
         if tensor.dtype not in FLOAT_DTYPES:
             raise SpearError(
-                f"wrong dtype: {key} in {tensor.file} is {tensor.dtype}."
-                " Use a checkpoint in float32, bfloat16 or float16, not a quantized one."
+                f"{key} in {tensor.file} is {tensor.dtype}. Use a checkpoint in float32, "
+                "bfloat16 or float16, not a quantized one."
             )
         return FLOAT_DTYPES[tensor.dtype]
 
@@ -263,8 +265,8 @@ class StoredCheckpoint:
             first = min(duplicates)
             second = names[rename_prefixes(first, rules)]
             raise SpearError(
-                f"{self.folder}: {first} and {second} are one weight under two names."
-                " Remove one of them."
+                f"{first} and {second} in {self.folder} are one weight under two names. Remove "
+                "one of them."
             )
         return names
 
@@ -299,7 +301,7 @@ class StoredCheckpoint:
         except Exception as error:  # any kind, such as the errors of the decorator `strict`
             reason = summarize_error(error.__cause__ or error)
             raise SpearError(
-                f"broken config: {self.folder / 'config.json'}: {reason}. Copy it again."
+                f"the config {self.folder / 'config.json'} is broken ({reason}). Copy it again."
             ) from error
 
     def pieces(self, key: str) -> Iterator[tuple[slice, Tensor]]:
@@ -339,15 +341,15 @@ def _find_weight_files(folder: Path) -> list[Path]:
             files = sorted({join_inside(folder, name) for name in file_names})
         except (ValueError, KeyError, AttributeError, TypeError) as error:
             refuse_lfs_pointer(index, index)
-            raise SpearError(f"broken checkpoint: {index}: {error}. Copy it again.") from error
+            raise SpearError(f"the index {index} is broken ({error}). Copy it again.") from error
         if single_file.is_file() and single_file not in files:
             raise SpearError(
-                f"two checkpoints in one folder: {index} and {single_file.name}."
-                " Remove the older one."
+                f"{index} and {single_file.name} are two checkpoints in one folder. Remove the "
+                "older one."
             )
     for file in files:
         if not file.is_file():
-            raise SpearError(f"checkpoint incomplete: {file} is missing. Copy it again.")
+            raise SpearError(f"{file} of the checkpoint is missing. Copy it again.")
     return files
 
 
@@ -363,7 +365,7 @@ def _list_tensors(file: Path) -> dict[str, StoredTensor]:
                 )
     except (SafetensorError, OSError) as error:
         refuse_lfs_pointer(file, file)
-        raise SpearError(f"broken checkpoint: {file}: {error}. Copy it again.") from error
+        raise SpearError(f"the checkpoint {file} is broken ({error}). Copy it again.") from error
     return tensors
 
 
@@ -462,7 +464,8 @@ def describe_tensor_differences(
         ("of the wrong shape", misshapen),
     ):
         if descriptions:
-            problems.append(f"weights {problem}: {len(descriptions)}, first {min(descriptions)}")
+            count = format_count(len(descriptions), "weights")
+            problems.append(f"{count} {problem}, first {min(descriptions)}")
     return "; ".join(problems)
 
 
@@ -483,8 +486,8 @@ def find_checkpoint(
         return folder
     if folder.exists() or not is_hub_name(str(name)):
         raise SpearError(
-            f"{checkpoint_kind} not found: {folder}."
-            " Give its folder (config.json and safetensors), or its name on the Hub."
+            f"there is no {checkpoint_kind} {folder}. Give its folder (config.json and "
+            "safetensors), or its name on the Hub."
         )
     return download_from_hub(str(name), "a local folder", patterns=patterns)
 
@@ -522,8 +525,8 @@ def download_from_hub(
         return Path(snapshot_download(repository, allow_patterns=list(patterns), **options))
     except Exception as error:  # errors of the Hub's client and of the network have no common base
         raise SpearError(
-            f"cannot get {name} from the Hugging Face Hub: {summarize_error(error)}."
-            f" Check the name and the network, or give {instead}."
+            f"{name} cannot be loaded from the Hugging Face Hub ({summarize_error(error)}). "
+            f"Check the name and the network, or give {instead}."
         ) from error
 
 
@@ -553,5 +556,5 @@ def load_tokenizer(folder: Path) -> Any:
         for file in sorted(folder.glob("token*")):
             refuse_lfs_pointer(file, file)
         raise SpearError(
-            f"broken tokenizer: {folder}: {summarize_error(error)}. Copy it again."
+            f"the tokenizer in {folder} is broken ({summarize_error(error)}). Copy it again."
         ) from error
