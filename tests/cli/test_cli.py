@@ -110,7 +110,7 @@ CARROT = "PutCarrotOnPlate-v1"  # the name in ManiSkill 2 of a task of ManiSkill
         ("evaluate --polcy nano", "Did you mean --policy?"),
         ("evaluate --xyz 3", "unknown option --xyz. See `spear evaluate --help`."),
         ("train nano-post --grad-clip 1", "Use --set grad_clip=VALUE."),
-        ("train nano-post --lr 1e-4 --set lr=1e-3", "lr is also given as 0.0001"),
+        ("train nano-post --lr 1e-4 --set lr=1e-3", "by which lr is 0.0001"),
         ("serve --policy nano --replan-steps 2", "--replan-steps has no effect"),
         ("serve --policy nano --protocol vla-eval --ui", "--ui has no effect"),
         ("serve --policy nano --protocol vla-eval --record a", "--record has no effect"),

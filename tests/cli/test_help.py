@@ -33,7 +33,7 @@ def test_rarely_used_options_are_shown_by_help_all_only(
 def test_a_rarely_used_option_can_be_given(run_refused_command: Command) -> None:
     message = run_refused_command(["serve", "--policy", "nano", "--batch-timeout-ms", "-1"])
 
-    assert "--batch-timeout-ms -1: give at least 0." in message
+    assert "--batch-timeout-ms -1 is out of range. Give at least 0." in message
 
 
 def test_choices_are_shown_in_braces(capsys: pytest.CaptureFixture[str]) -> None:

@@ -625,7 +625,7 @@ def _describe_position(
     rivals = {candidate.position.name(columns) for candidate in tied}
     rivals.remove(best.position.name(columns))
     if rivals:
-        fact += f"; others do as well: {' or '.join(sorted(rivals))}: ask which it is"
+        fact += f"; {' or '.join(sorted(rivals))} do as well, so ask which it is"
     proposal.facts["position"] = fact
     return fit
 
@@ -661,7 +661,7 @@ def _describe_rotation_format(
     if other_formats:
         proposal.fields["rotation_format"] = None
         names = " or ".join([best.state_format, *other_formats])
-        proposal.facts["rotation_format"] = f"{names}: no action tells: ask who recorded it"
+        proposal.facts["rotation_format"] = f"{names}; no action tells, so ask who recorded it"
 
 
 def _describe_logged_frame(rotation_fit: Fit, translation_fit: Fit, proposal: _Proposal) -> None:

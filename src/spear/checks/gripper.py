@@ -184,7 +184,7 @@ def check_command_timing(episodes: Sequence[tuple[Array, Array]]) -> Check | Non
         return None
     num_changes = format_count(len(has_moved), "changes")
     words = (
-        f"{has_moved.mean():.0%} of {num_changes} come when the gripper has moved already: "
+        f"{has_moved.mean():.0%} of {num_changes} come when the gripper has moved already; "
         "leave command out, the opening tells it better"
     )
     return Check("gripper command", "wrong", words)

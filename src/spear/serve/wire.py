@@ -100,7 +100,7 @@ def _decode_value(value: Any, path: str, depth: int = 0) -> Any:
             if key in value:
                 raise SpearError(
                     f"{path} is an array as {package} packs it. Pack messages as openpi-client "
-                    "does: docs/reference/protocol.md."
+                    "does (docs/reference/protocol.md)."
                 )
         return {
             _validate_key(key, path): _decode_value(entry, f"{path}/{quote(key)}", depth + 1)

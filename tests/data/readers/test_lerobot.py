@@ -333,7 +333,12 @@ def test_columns_of_any_type_do_no_harm(version_2_copy: Path) -> None:
     [
         (5, 0.0, 2, ""),
         (5, 0.05, 2, ""),  # a quarter of a step is within the tolerance
-        (5, 1.0, 1, "set#1: rows 2 and 3"),  # five steps are missing in the second episode
+        (
+            5,
+            1.0,
+            1,
+            "set#1 are broken (rows 2 and 3",
+        ),  # five steps are missing in the second episode
         (10, 0.0, 0, "fps"),
         (6, 0.0, 0, "fps"),
     ],

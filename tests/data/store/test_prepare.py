@@ -552,7 +552,7 @@ def test_commands_that_come_after_the_motion_are_noticed(tmp_path: Path) -> None
     action = derive_actions(episode.position, episode.rotation, episode.gripper)
     write_episodes([dataclasses.replace(episode, action=action)], tmp_path / "arm")
 
-    with pytest.warns(Notice, match="gripper command: 100%.*leave command out"):
+    with pytest.warns(Notice, match="gripper command .* 100%.*leave command out"):
         prepare(tmp_path / "arm", tmp_path / "out")
 
 
