@@ -57,7 +57,7 @@ def unknown_name_error(
 
     The message also lists the known names, at most `MAX_LISTED_NAMES` of them, and none if it
     suggests one and there are more. An abbreviation counts as similar to the name with these
-    initials.
+    initials, and the beginning of a name to this name.
 
     Args:
         kind: what is named, for the message: "preset".
@@ -78,14 +78,16 @@ def unknown_name_error(
     if initials in known_names:
         similar_names = [initials]
     else:
-        similar_names = difflib.get_close_matches(name, known_names, n=1, cutoff=0.6)
+        similar_names = [known for known in known_names if name and known.startswith(name)][:1]
+        if not similar_names:
+            similar_names = difflib.get_close_matches(name, known_names, n=1, cutoff=0.7)
     message = f"unknown {kind} {name!r}"
     if place:
         message += f" in {place}"
     message += "."
     if similar_names:
         message += f" Did you mean {similar_names[0]!r}?"
-        if len(known_names) > MAX_LISTED_NAMES:
+        if not 1 < len(known_names) <= MAX_LISTED_NAMES:
             return SpearError(message)
     if len(known_names) > MAX_LISTED_NAMES and advice:
         return SpearError(f"{message} {advice}")

@@ -352,7 +352,7 @@ def test_a_finished_run_is_not_done_again(source: Path, whole_run: Path) -> None
     ("changes", "shard_size", "difference"),  # "there": in the folder, "here": in the new run
     [
         ({"detector": "owlv2"}, 8, '"bright" there, "owlv2" here'),
-        ({"rate": 2}, 8, "--fps is null there, 2 here"),
+        ({"rate": 2}, 8, "--fps is not set there, 2 here"),
         ({}, 9, "--shard-size is 8 there, 9 here"),
     ],
 )

@@ -27,7 +27,6 @@ from spear.errors import (
     escape_control_characters,
     is_first_process,
     missing_extra_message,
-    unknown_name_error,
 )
 from spear.util.files import DISK_FULL_ERRNOS, DISK_FULL_MESSAGE
 
@@ -215,7 +214,10 @@ def _dispatch(args: list[str]) -> None:
     elif args[0] == "--version":
         print(spear.__version__)
     elif args[0].startswith("-"):
-        raise unknown_name_error("option", args[0], ["--help", "--version"])
+        raise SpearError(
+            f"unknown option {args[0]}. Give a command first, as in `spear train {args[0]}`, or "
+            "run spear --help for the list."
+        )
     elif _is_group(args[0]) and (len(args) == 1 or args[1] in HELP_OPTIONS):
         title = f"The commands that begin with spear {args[0]}:"
         print(_overview(title, _subcommands(args[0])))

@@ -183,8 +183,11 @@ def _missing_arguments_error(name: str, reason: str, help_text: str) -> SpearErr
     descriptions = reason.split("(required)")
     missing = [words[0] for words in map(str.split, descriptions) if len(words) > 1]
     example = re.search(rf"^ *(spear {name} .*)", help_text, re.MULTILINE)
-    advice = f"Give it, as in `{example[1].strip()}`. " if example else ""
-    return SpearError(f"{' and '.join(missing)} is missing. {advice}See `spear {name} --help`.")
+    verb, pronoun = ("is", "it") if len(missing) == 1 else ("are", "them")
+    message = f"{' and '.join(missing)} {verb} missing."
+    if example:
+        message += f" Give {pronoun}, as in `{example[1].strip()}`."
+    return SpearError(f"{message} See `spear {name} --help`.")
 
 
 def _extract_complaint(text: str, name: str) -> str:
@@ -198,7 +201,7 @@ def _extract_complaint(text: str, name: str) -> str:
     sentence_lines = [line for line in lines if line and not line.startswith(advice_starts)]
     sentence, _, _ = " ".join(sentence_lines).partition("Argument helptext")
     sentence = " ".join(sentence.split()).rstrip(" .")
-    return sentence.replace(f"Missing from spear {name}", MISSING)
+    return sentence.replace(f"Missing from spear {name}: ", MISSING)
 
 
 def _simplify(reason: str, args: Sequence[str]) -> str:

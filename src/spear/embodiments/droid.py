@@ -361,7 +361,7 @@ def make_embodiment(
         required={
             EXTERIOR_IMAGE_KEY: "the exterior camera's image, uint8 [height, width, 3]",
             WRIST_IMAGE_KEY: "the wrist camera's image, uint8 [height, width, 3]",
-            JOINTS_KEY: "the joint angles: 7 numbers, rad",
+            JOINTS_KEY: "the 7 joint angles in rad",
             GRIPPER_KEY: "the gripper's position: 0 open … 1 closed",
             "prompt": REQUIRED_KEYS["prompt"],
         },

@@ -100,7 +100,8 @@ class Embodiment:
         """
         if not isinstance(observation, Mapping):
             raise SpearError(
-                f"the observation is a {type(observation).__name__}. Send a map of keys to values."
+                f"the observation is of type {type(observation).__name__}. Send a map of keys to "
+                "values."
             )
         check_keys(observation, self.required, self.optional)
         policy_observation = {**self.observe(observation), **read_seed(observation)}

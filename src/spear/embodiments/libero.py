@@ -176,7 +176,7 @@ EMBODIMENT = Embodiment(
         IMAGE_KEY: "the agent view's picture, turned by 180°, uint8 [height, width, 3]",
         WRIST_IMAGE_KEY: "the wrist camera's picture, turned by 180°, uint8 [height, width, 3]",
         OBSERVED_STATE_KEY: "position (m) of the grip site in the world, rotation vector (rad) of "
-        "right_hand, positions of both fingers (m): 8 numbers",
+        "right_hand, positions of both fingers (m), in all 8 numbers",
         PROMPT_KEY: "the instruction in words",
     },
     optional={BASE_POSITION_KEY: "position (m) of the robot's base in the world: 3 numbers"},

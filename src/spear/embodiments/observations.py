@@ -31,8 +31,8 @@ COMMITTED_KEY = "committed"
 
 REQUIRED_KEYS = {
     IMAGE_KEY: "the external camera's image, uint8 [height, width, 3]",
-    STATE_KEY: "end-effector position (m, base frame), quaternion (w x y z), gripper opening 0 … "
-    "1: 8 numbers",
+    STATE_KEY: "8 numbers, which are end-effector position (m, base frame), quaternion (w x y z) "
+    "and gripper opening (0 … 1)",
     PROMPT_KEY: "the instruction in words",
 }
 """Key → description of its value, for the keys that every observation of `spear.types.Policy` has.

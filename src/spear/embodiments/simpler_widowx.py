@@ -34,7 +34,7 @@ from spear.types import Array
 
 POSE_KEY = "maniskill3/eef_pos"
 POSE_DESCRIPTION = (
-    "position (m), quaternion (w x y z) of ee_gripper_link in the base frame, opening: 8 numbers"
+    "position (m), quaternion (w x y z) of ee_gripper_link in the base frame, opening, 8 numbers"
 )
 LINK_ROTATION = matrix_to_quat(
     torch.tensor([[0, 0, 1], [0, 1, 0], [-1, 0, 0]], dtype=torch.float64)

@@ -52,7 +52,7 @@ EMBODIMENT = Embodiment(
         "observation/image": "the over-the-shoulder camera's image, uint8 [height, width, 3], not "
         "squeezed",
         STATE_KEY: "x y z (m), roll pitch yaw (rad), gripper opening 0 … 1, as the controller's "
-        "state: 7 numbers",
+        "state, 7 numbers",
         "prompt": "the instruction in words",
     },
     observe=observe,

@@ -119,10 +119,10 @@ def list_images(
             yield item
 
     if not has_images:
-        suffixes = ", ".join(IMAGE_SUFFIXES)
+        suffixes = ", ".join(IMAGE_SUFFIXES[:3])
         raise SpearError(
-            f"{argument} contains no images. Give image files ({suffixes}), .tar or .parquet "
-            "files, or videos."
+            f"{argument} contains no images. Give images ({suffixes}, …), .tar or .parquet files, "
+            "or videos."
         )
     if listing.num_unsupported:
         kinds = [f"{number} {suffix}" for suffix, number in sorted(listing.num_unsupported.items())]
@@ -267,8 +267,8 @@ def _advise_on_tar(path: str) -> str:
     except OSError:
         return "Check that you may read it."
     if any(start.startswith(signature) for signature in COMPRESSED_STARTS):
-        return "It is compressed: unpack it, and give the folder."
-    return "Its download or copy was interrupted: repeat it, for example with `rsync --append`."
+        return "It is compressed, so unpack it and give the folder."
+    return "Its download or copy was interrupted. Repeat it, for example with `rsync --append`."
 
 
 def _check_tar_end(tar: tarfile.TarFile) -> None:

@@ -3,13 +3,14 @@
 import asyncio
 import contextlib
 import hmac
+import os
 import socket
 from urllib.parse import urlsplit
 
 from websockets.http11 import Request
 from websockets.streams import StreamReader
 
-from spear.errors import SpearError
+from spear.errors import SpearError, summarize_error
 
 PRIVATE_NAME_ENDINGS = (".localhost", ".local", ".internal", ".home.arpa")
 """Endings of host names that exist only within a network, so no outsider can own such a name."""
@@ -145,6 +146,10 @@ def check_can_listen(host: str, port: int) -> None:
 
 def listen_error(host: str, port: int, error: BaseException) -> SpearError:
     """Make the error for an address that is taken or does not exist."""
+    # The text of an error of the event loop repeats the address.
+    number = getattr(error, "errno", None)
+    is_errno = isinstance(number, int) and number > 0  # it is negative for an unknown host
+    reason = os.strerror(number) if is_errno else summarize_error(error)
     return SpearError(
-        f"the server cannot listen on {host}:{port} ({error}). Choose another --port or --host."
+        f"the server cannot listen on {host}:{port} ({reason}). Choose another --port or --host."
     )

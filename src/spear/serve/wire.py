@@ -70,7 +70,7 @@ def decode(data: bytes) -> dict[str, Any]:
         ) from error
     if not isinstance(message, dict):
         raise SpearError(
-            f"the message is a {type(message).__name__}. Send a map of keys to values."
+            f"the message is of type {type(message).__name__}. Send a map of keys to values."
         )
     decoded = {}
     for key, value in message.items():
@@ -196,5 +196,6 @@ def _pack(value: Any) -> Any:
     if isinstance(value, np.generic):
         return {b"__npgeneric__": True, b"data": value.item(), b"dtype": value.dtype.str}
     raise SpearError(
-        f"a {type(value).__name__} cannot be sent. Send numbers, texts, lists, maps and arrays."
+        f"a value of type {type(value).__name__} cannot be sent. Send numbers, texts, lists, maps "
+        "and arrays."
     )

@@ -140,7 +140,7 @@ def held_out_seeds(first_seed: int, count: int) -> range:
         if count > 0:
             scenes = f"scenes {first_seed} … {first_seed + count - 1}"
         raise SpearError(
-            f"the scenes {scenes} are not all held out. Choose scenes among the held-out seeds "
+            f"{scenes} are not all held out. Choose scenes among the held-out seeds "
             f"0 … {FIRST_TRAIN_SEED - 1}."
         )
     return range(first_seed, first_seed + count)

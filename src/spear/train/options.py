@@ -15,7 +15,13 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin,
 from annotated_types import Ge, Gt, Le, Lt
 from tyro.conf import Positional, arg
 
-from spear.errors import SpearError, check_known, summarize_error, unknown_name_error
+from spear.errors import (
+    SpearError,
+    check_known,
+    format_count,
+    summarize_error,
+    unknown_name_error,
+)
 from spear.question_types import QUESTION_TYPES, QUESTION_TYPES_2D, QUESTION_TYPES_PIXEL
 from spear.util.options import (
     Device,
@@ -469,9 +475,11 @@ class TrainOptions(Options):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.sampling_weights and len(self.sampling_weights) != len(self.episodes):
+            weights = format_count(len(self.sampling_weights), "numbers")
+            folders = format_count(len(self.episodes), "folders")
             raise SpearError(
-                f"--sampling-weights has {len(self.sampling_weights)} numbers and --episodes "
-                f"{len(self.episodes)} folders. Give one number for each folder."
+                f"--sampling-weights has {weights}, and --episodes has {folders}. Give one number "
+                "for each folder."
             )
 
 

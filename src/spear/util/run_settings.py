@@ -53,11 +53,16 @@ def describe_difference(
         current_value = current.get(key)
         if recorded_value == current_value:
             continue
-        values = f"{json.dumps(recorded_value)} there, {json.dumps(current_value)} here"
+        values = f"{_to_text(recorded_value)} there, {_to_text(current_value)} here"
         if _UNREADABLE_VALUE.search(values):
             values = "not what it was"
         differences.append(f"{option_names.get(key, key)} is {values}")
     return "; ".join(differences)
+
+
+def _to_text(value: Any) -> str:
+    """Return a value as JSON writes it, but "not set" for None."""
+    return "not set" if value is None else json.dumps(value)
 
 
 def record_or_check_settings(

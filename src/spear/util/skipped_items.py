@@ -44,8 +44,7 @@ class SkippedItems:
         if finished or num_seen >= self.patience:
             raise SpearError(
                 f"too many bad {self.unit}, {num_bad} of {num_seen} (more than "
-                f"{self.limit:.0%}). The most frequent reasons are {self.summarize()}. Correct "
-                "the input, or leave them out."
+                f"{self.limit:.0%}). {self.summarize()}. Correct the input, or leave them out."
             )
 
     def summarize(self) -> str:

@@ -482,7 +482,7 @@ class TestIncompleteFilesAreRefused:
     def test_a_missing_file(self, paligemma_folder: Path, shard: Path) -> None:
         shard.unlink()
 
-        message = f"{shard.name} of the checkpoint is missing"
+        message = f"{shard.name} is missing"
         refuses(message, plan_backbones, paligemma_folder, None, "tiny14")
 
     def test_a_missing_weight(self, paligemma_folder: Path, shard: Path) -> None:

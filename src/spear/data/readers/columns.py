@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from spear.data.actions import find_first
-from spear.errors import SpearError
+from spear.errors import MAX_LISTED_NAMES, SpearError
 from spear.types import CONTROL_CHARACTERS, Array
 from spear.util.images import encode_png
 
@@ -70,12 +70,12 @@ def _find_values(steps: Steps, path: str, column: str, source: str) -> Any:
     while path_parts:
         name = _longest_prefix_in(values, path_parts)
         if name is None:
-            known_names = "nothing below it"
-            if isinstance(values, Mapping):
-                known_names = ", ".join(sorted(values))
+            advice = "`spear data inspect` lists the columns."
+            if isinstance(values, Mapping) and len(values) <= MAX_LISTED_NAMES:
+                advice = f"Name one of these columns ({', '.join(sorted(values))})."
             raise SpearError(
                 f"{source} has no column {column!r}, because there is no {path_parts[0]!r}. "
-                f"Name one of these columns ({known_names})."
+                f"{advice}"
             )
         values = values[name]
         num_used_parts = name.count("/") + 1

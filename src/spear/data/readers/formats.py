@@ -215,8 +215,7 @@ def check_enough_good(num_good: int, skipped: SkippedItems, path: str | Path, sp
         if not skipped.reasons:
             raise SpearError(f"the split {split!r} of {path} is empty. Choose a larger one.")
         raise SpearError(
-            f"no episode of {path}, split {split!r}, can be used ({skipped.summarize()}). Correct "
-            "the dataset or its spear.json."
+            f"no episode of {path} (split {split!r}) can be used. {skipped.summarize()}."
         )
 
 

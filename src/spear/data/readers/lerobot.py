@@ -688,7 +688,7 @@ def _read_rows(episode: LeRobotEpisode, dataset: str, skipped_columns: Collectio
     try:
         rows = read_episode_rows(episode.data, episode.index, episode.length, skipped_columns)
     except (OSError, KeyError, pa.ArrowException) as error:
-        refuse_lfs_pointer(episode.data, f"{dataset}#{episode.index}: {episode.data}")
+        refuse_lfs_pointer(episode.data, f"{episode.data} of {dataset}#{episode.index}")
         raise SpearError(
             f"{dataset}#{episode.index} cannot be read from {episode.data} "
             f"({summarize_error(error)}). {_advise_on_rows_error(error)}"

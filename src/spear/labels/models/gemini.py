@@ -39,7 +39,7 @@ KEY_VARIABLES = ("GEMINI_API_KEY", "GOOGLE_API_KEY")
 """Environment variables in which the key is looked for, in this order."""
 URL_VARIABLE = "GOOGLE_GEMINI_BASE_URL"  # Google's client reads the service's address from it
 SERVICE_URL = "https://generativelanguage.googleapis.com"
-ALTERNATIVE_ADVICE = 'find objects without it by --detector owlv2 --vocabulary "mug, spoon"'
+ALTERNATIVE_ADVICE = 'find objects without it by --detector owlv2 --vocabulary "mug, spoon".'
 
 MAX_OUTPUT_TOKENS = 16384  # with thinking; a rare answer repeats itself endlessly until this limit
 THINKING_LEVEL = "low"  # how much Gemini thinks before it answers

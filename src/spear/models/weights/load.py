@@ -349,7 +349,7 @@ def _find_weight_files(folder: Path) -> list[Path]:
             )
     for file in files:
         if not file.is_file():
-            raise SpearError(f"{file} of the checkpoint is missing. Copy it again.")
+            raise SpearError(f"{file} is missing. Copy the checkpoint again.")
     return files
 
 
