@@ -135,7 +135,6 @@ data prepare quaternion-order --out out --workers 0
 data prepare joints --out out --workers 0
 data prepare wrong-column --out out --workers 0
 data prepare wrong-gripper-range --out out --workers 0
-data prepare degrees --out out --workers 0
 data prepare git-lfs --out out --workers 0
 data prepare broken-info --out out --workers 0
 estimate-memory --recipe finetune-lora --gpu big
@@ -147,10 +146,10 @@ doctor --out notes.txt/page.html
 """Commands with a mistake, each in a line without the word "spear"."""
 
 
-def change_layout(source: Path, target: Path, **changes: Any) -> None:
+def change_layout(dataset: Path, target: Path, **changes: Any) -> None:
     """Copy a dataset and change keys of its `spear.json`; the value None removes a key."""
-    layout = {**json.loads((source / "spear.json").read_text()), **changes}
-    copy_dataset(source, target, {key: layout[key] for key in layout if layout[key] is not None})
+    layout = {**json.loads((dataset / "spear.json").read_text()), **changes}
+    copy_dataset(dataset, target, {key: layout[key] for key in layout if layout[key] is not None})
 
 
 def write_datasets(desk: Path) -> None:
@@ -170,15 +169,6 @@ def write_datasets(desk: Path) -> None:
     change_layout(arm, desk / "quaternion-order", rotation_format="quat_xyzw")
     change_layout(arm, desk / "wrong-column", position="observation/pose")
     change_layout(arm, desk / "wrong-gripper-range", gripper_range=[0.0, 0.08])
-    change_layout(
-        arm,
-        desk / "degrees",
-        rotation="observation/state[0:3]",
-        rotation_format="euler_xyz",
-        action=None,
-        action_mask=None,
-        source=None,
-    )
     change_layout(arm, desk / "joints")
     edit_json(desk / "joints/meta/info.json", name_joints)
     change_layout(arm, desk / "git-lfs")

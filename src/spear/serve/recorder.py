@@ -132,13 +132,13 @@ class SessionRecorder:
         self._thread.join(CLOSE_TIMEOUT_S)
         if self.num_dropped:
             num_dropped = format_count(self.num_dropped, "observations")
-            notice(f"{self._writer.folder}: lacks {num_dropped} that were answered")
+            notice(f"{self._writer.folder} lacks {num_dropped} that were answered.")
 
     def _count_dropped(self) -> None:
         self.num_dropped += 1
         if self.num_dropped == 1 and not self._has_failed:
             notice(
-                f"{self._writer.folder}: observations arrive faster than they can be recorded. "
+                f"observations arrive faster than they can be recorded in {self._writer.folder}. "
                 "Some are not recorded; all are answered. Use a faster disk or fewer cameras."
             )
 
@@ -156,7 +156,7 @@ class SessionRecorder:
             self._writer.end_all()
         except SpearError as error:
             self._has_failed = True
-            notice(f"nothing more is recorded, robots are still answered: {error}")
+            notice(f"nothing more is recorded, but robots are still answered, because {error}")
         except Exception:
             self._has_failed = True
             LOG.exception("recording failed; nothing more is recorded, robots are still answered")
@@ -273,7 +273,7 @@ class RecordingWriter:
             if not self._has_deleted:
                 self._has_deleted = True
                 notice(
-                    f"{self.folder}: is full. From now on the oldest episodes are deleted. Give a "
+                    f"{self.folder} is full. From now on the oldest episodes are deleted. Give a "
                     "larger --max-record-gib to keep more."
                 )
 
@@ -457,7 +457,7 @@ def mark_folder(folder: Path, frames: Mapping[str, int]) -> None:
         recorded_frames = read_marker(folder)["frames"]
         if recorded_frames != frames:
             raise SpearError(
-                f"{folder}: has recordings in other frames ({recorded_frames}, now {frames}). "
+                f"{folder} has recordings in other frames ({recorded_frames}, now {frames}). "
                 "Choose another folder."
             )
         return
@@ -473,5 +473,5 @@ def read_marker(folder: Path) -> dict[str, Any]:
     """
     marker = read_json(folder / REQUEST_FILE, "choose another folder")
     if marker.get("recorded_by") != RECORDED_BY:
-        raise SpearError(f"{folder}: is a prepared dataset. Choose an empty folder to record into.")
+        raise SpearError(f"{folder} is a prepared dataset. Choose an empty folder to record into.")
     return marker
