@@ -163,8 +163,9 @@ def summarize_error(error: BaseException | str) -> str:
     if isinstance(error, OSError) and error.strerror:  # its text begins with a number
         return ", ".join(str(part) for part in (error.strerror, error.filename) if part)
     # The text of a `KeyError` has quotes around the message.
-    is_quoted = isinstance(error, KeyError) and len(error.args) == 1
-    text = str(error.args[0]) if is_quoted else str(error)
+    text = str(error)
+    if isinstance(error, KeyError) and len(error.args) == 1:
+        text = str(error.args[0])
     lines = text.strip().splitlines()
     return lines[0] if lines else type(error).__name__
 

@@ -230,7 +230,7 @@ def _draw_paths(report: Report, action_part: ActionPart) -> list[tuple[str, list
         # The y of these lines are positions [T, 3]; each chart below takes one of the 3 columns.
         paths = [Line("recorded", seconds, recording.position, GREY)]
         for name, fit in (
-            ("best reading", action_part.best_fit),
+            ("best hypothesis", action_part.best_fit),
             ("layout", action_part.layout_fit),
         ):
             if fit is not None:
