@@ -69,7 +69,7 @@ def test_the_same_command_finds_its_labels_finished(
 def test_a_folder_with_labels_of_other_inputs_is_refused(
     scene_labels: Path, run_refused_command: Command
 ) -> None:
-    assert "inputs" in run_refused_command("label", "sim:3-5", scene_options(scene_labels))
+    assert "PHOTOS is" in run_refused_command("label", "sim:3-5", scene_options(scene_labels))
 
 
 def test_labels_are_shown_with_point_clouds(

@@ -192,7 +192,7 @@ class TestQuestions:
 
     def test_with_numbers_of_another_unit_are_refused(self, processor: Processor) -> None:
         relative = Question("distance", "how far is it", [0.5], ["it"], "relative")
-        refuses("'how far is it': .*'relative'.*'metre'", processor.encode_questions, [relative])
+        refuses("'how far is it' .*'relative'.*'metre'", processor.encode_questions, [relative])
 
     def test_without_numbers_may_have_any_unit(self, processor: Processor) -> None:
         processor.encode_questions([Question("exists", "is it?", ["yes"], ["it"], "relative")])
@@ -204,7 +204,7 @@ class TestPrompts:
         refuses("empty instruction", processor.encode_instructions, ["..."])
 
     def test_too_long_ones_are_refused(self, processor: Processor) -> None:
-        refuses("prompt too long: 'xyzw", processor.encode_prompts, ["xyzw" * 100])
+        refuses("the prompt 'xyzw.*has 402 tokens", processor.encode_prompts, ["xyzw" * 100])
 
     def test_too_long_ones_are_cut_in_training(self, processor: Processor) -> None:
         with pytest.warns(Notice, match="xyzw"):
@@ -292,7 +292,7 @@ def test_ever_new_texts_take_no_memory(
 
     for number in range(20):
         processor.encode_prompts([f"put {number}"])
-        refuses("too long", processor.encode_prompts, [f"{number} " * 100])
+        refuses("more than 64", processor.encode_prompts, [f"{number} " * 100])
 
     assert len(processor._token_cache) <= 8
     assert max(len(text) for text in processor._token_cache) < 20
@@ -327,7 +327,7 @@ class TestSavedProcessor:
         """The message has the key of the bad value, such as the height 0.5 of the first view."""
         processor.save(tmp_path)
         (tmp_path / "processor.json").write_text(content)
-        refuses(rf"processor\.json: broken processor .*{key}", Processor.load, tmp_path)
+        refuses(rf"processor\.json contains no processor .*{key}", Processor.load, tmp_path)
 
     def test_without_the_tokenizers_config_is_refused(
         self, processor: Processor, tmp_path: Path

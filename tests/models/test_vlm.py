@@ -187,7 +187,7 @@ class TestRefusals:
 
     def test_of_an_expert_that_does_not_fit_the_vlm(self) -> None:
         expert = {**TINY.expert, "head_dim": 4}
-        refuses("head_dim is 4, the VLM's is 8", make_spear1, expert=expert)
+        refuses("head_dim of the action expert is 4, the VLM's is 8", make_spear1, expert=expert)
 
     def test_of_an_unknown_preset(self) -> None:
         refuses("Did you mean 'nano'", get_preset, "nanno")

@@ -251,8 +251,8 @@ class TestVlmEncoder:
 @pytest.mark.parametrize(
     ("images", "message"),
     [
-        (torch.zeros(1, 3, 40, 60), r"torch\.float32 \(1, .* is no image"),
-        (torch.zeros(40, 60, 3).byte(), r"torch\.uint8 \(40, .* is no image"),
+        (torch.zeros(1, 3, 40, 60), r"is torch\.float32 \(1, "),
+        (torch.zeros(40, 60, 3).byte(), r"is torch\.uint8 \(40, "),
         (torch.zeros(1, 3, 2, 400).byte(), "image of 400×2 is too thin for 24 MoGe tokens"),
     ],
 )

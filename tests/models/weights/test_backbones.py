@@ -606,7 +606,7 @@ class TestVocabulariesThatDoNotFitAreRefused:
         published = make_paligemma(num_rows=NUM_ROWS - 40)
         folder = publish_paligemma(published, tmp_path / "short")
 
-        message = "tokenizer in .* has 1312 tokens, its embeddings have 1272 rows"
+        message = "tokenizer in .* has 1312 tokens, its embeddings 1272 rows"
         refuses(message, plan_backbones, folder, None)
 
     def test_a_config_with_another_number_of_tokens(self, folder: Path) -> None:
