@@ -121,7 +121,7 @@ def _check_commands(
             place = "command_range"
         else:
             place = "command_range, or in gripper_range"
-        words = f"{evidence}: exchange the two readings in {place}"
+        words = f"{evidence}; exchange the two readings in {place}"
         return [Check("gripper command", "wrong", words)]
 
     # `correlate_commands` returns exactly 0 if the commands never change.

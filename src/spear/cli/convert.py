@@ -208,7 +208,7 @@ def _make_processor(
     if options.coordinates is None:
         return None
     if plan.tokenizer is None:
-        raise SpearError(f"--coordinates: {problem}")
+        raise SpearError(problem)
     preset = get_preset(options.preset)
     coordinate_tokenizer = _make_coordinate_tokenizer(
         options.coordinates, preset.bins, options.seed

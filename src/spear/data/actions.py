@@ -331,7 +331,10 @@ def _validate_array(name: str, field: str, values: Array, shape: tuple[int, ...]
     """
     array = np.asarray(values, np.float32)
     if array.shape != shape:
-        raise SpearError(f"wrong shape: {name}: {field} is {array.shape}, expected {shape}")
+        raise SpearError(
+            f"{field} of {name} has the shape {array.shape}, not {shape}. Give an array of this "
+            "shape."
+        )
     is_finite = np.isfinite(array.reshape(shape[0], -1)).all(axis=1)  # [T]
     step = find_first(~is_finite)
     if step is not None:

@@ -487,5 +487,5 @@ def load_results(path: Path) -> Results:
         Results,
         file,
         advice="give what `spear evaluate --out` wrote",
-        problem="cannot read results",
+        problem="contains no results",
     )

@@ -160,9 +160,7 @@ def estimate_paired_difference(
         a = np.asarray(first)
         b = np.asarray(second)
         if a.dtype != bool or b.dtype != bool or a.shape != b.shape or not a.size:
-            raise ValueError(
-                f"estimate_paired_difference: {a.dtype} {a.shape} against {b.dtype} {b.shape}"
-            )
+            raise ValueError(f"{a.dtype} {a.shape} cannot be compared with {b.dtype} {b.shape}")
         num_scenes = a.size + 2 * num_added  # with the added ones
         num_only_first = (a & ~b).sum()
         num_only_second = (~a & b).sum()

@@ -109,7 +109,7 @@ class DriftMonitor:
 
     def _report_unlike_training(self, finding: Finding, monitor: RobotMonitor) -> None:
         """Print a finding as `_report_finding` does, as a difference from the training data."""
-        message = f"observations unlike those of training: {finding.message}"
+        message = f"the observations are unlike those of training. {to_sentence(finding.message)}"
         self._report_finding(Finding(finding.key, message), monitor)
 
     def _check_state(

@@ -123,7 +123,7 @@ def advise_on_read_error(error: BaseException) -> str:
 
 def read_json(path: Path, advice: str, max_bytes: int = MAX_JSON_BYTES) -> dict[str, Any]:
     """Read the JSON object in a file; arguments and errors are those of `read_json_as`."""
-    problem = "no JSON object can be read"
+    problem = "contains no JSON object"
     return read_json_as(dict[str, Any], path, advice, problem, max_bytes)
 
 

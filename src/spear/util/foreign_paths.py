@@ -39,7 +39,9 @@ def join_inside(folder: Path, name: str) -> Path:
     # Windows splits paths at slashes and at backslashes, so its rules recognize the absolute paths
     # of every system.
     if "\0" in name:
-        raise SpearError(f"{folder}: its data name the file {name!r}, which cannot exist.")
+        raise SpearError(
+            f"the data in {folder} name the file {name!r}, which cannot exist. Correct its path."
+        )
     path = PureWindowsPath(name)
     if path.root or path.drive or ".." in path.parts:
         raise SpearError(

@@ -349,7 +349,7 @@ def check_num_pixels(image: Image.Image, name: str) -> None:
     width, height = image.size
     if width * height > MAX_PIXELS:
         raise SpearError(
-            f"{name}: {width} x {height} pixels are more than the {MAX_PIXELS:,} that are read. "
+            f"{name} has {width} x {height} pixels, more than the {MAX_PIXELS:,} that are read. "
             "Scale the image down."
         )
 

@@ -47,7 +47,7 @@ class Options:
         ...     num_scenes: Annotated[int, Range(1)] = 384
         >>> EvaluateOptions(num_scenes=0)
         Traceback (most recent call last):
-        spear.errors.SpearError: --num-scenes 0: give at least 1.
+        spear.errors.SpearError: --num-scenes 0 is out of range. Give at least 1.
     """
 
     __dataclass_fields__: ClassVar[dict[str, dataclasses.Field[Any]]]

@@ -56,8 +56,7 @@ class Pi0Checkpoint:
         names = stored.names(rules.renamed)
         if "expert.layers.0.self_attn.q_proj.weight" not in names:
             raise SpearError(
-                f"another architecture: {stored.folder} holds no action expert."
-                " Give a π0 (lerobot/pi0_base)."
+                f"{stored.folder} contains no action expert. Give a π0 (lerobot/pi0_base)."
             )
         return Pi0Checkpoint(stored, names, rules, is_pi05)
 
@@ -97,7 +96,7 @@ class Pi0Checkpoint:
             reason = summarize_error(error.__cause__ or error)
             file = self.stored.folder / "config.json"
             raise SpearError(
-                f"broken config: {file}: vlm_config: {reason}. Copy it again."
+                f"vlm_config in {file} is broken ({reason}). Copy it again."
             ) from error
 
     def read_expert_fields(self, head_dim: int) -> dict[str, Any]:
@@ -164,9 +163,7 @@ class Pi0Checkpoint:
     def _shape(self, our_name: str) -> tuple[int, ...]:
         """Return the shape of a weight."""
         if our_name not in self.names:
-            raise SpearError(
-                f"checkpoint incomplete: {self.stored.folder} has no {our_name}. Copy it again."
-            )
+            raise SpearError(f"{self.stored.folder} has no {our_name}. Copy it again.")
         return self.stored.weights[self.names[our_name]].shape
 
 
