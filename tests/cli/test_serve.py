@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 
 from refusals import Command, no_warning, refuses
-from serve_here import HomingPolicy, run_server
+from serve_here import SPEAR_CLI_CODE, HomingPolicy, run_python, run_server
 from spear import embodiments
 from spear.cli import main
+from spear.data.store.episode_store import EpisodeStore
 from spear.embodiments.generic import EMBODIMENT as GENERIC
 from spear.embodiments.observations import DEFAULT_IMAGE_SIZES
 from spear.errors import Notice, SpearError
@@ -65,6 +66,35 @@ def test_a_port_that_is_taken_is_found_before_a_model_is_loaded(
     assert str(taken_port) in run_refused_command(
         "serve", "--policy", "nano", "--port", str(taken_port)
     )
+
+
+@pytest.mark.usefixtures("no_model")
+def test_a_folder_with_other_files_is_not_recorded_into(
+    tmp_path: Path, run_refused_command: Command
+) -> None:
+    (tmp_path / "thesis.tex").write_text("")
+
+    words = ["serve", "--policy", "nano", "--port", "0", "--record", str(tmp_path)]
+    message = run_refused_command(words)
+
+    assert f"{tmp_path}: holds other files" in message
+
+
+def test_a_session_with_the_command_is_recorded(tmp_path: Path) -> None:
+    """The server is stopped as a service is, by SIGTERM."""
+    folder = tmp_path / "recordings"
+    words = ["serve", "--policy", "nano", "--port", "0", "--record", str(folder)]
+    with run_python(SPEAR_CLI_CODE, *words) as process:
+        assert process.stdout
+        address = process.stdout.readline().split()[-1]  # "serving nano … at ws://…"
+        with closing(RemotePolicy(address)) as policy:
+            answer = policy.infer(GENERIC.example())["actions"]
+        process.terminate()
+        assert process.wait(timeout=60) == 0
+
+    (episode,) = EpisodeStore(folder)
+    assert episode.action is not None
+    np.testing.assert_allclose(episode.action[0], answer[0], atol=1e-6)
 
 
 @pytest.mark.usefixtures("no_model")
