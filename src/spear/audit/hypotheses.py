@@ -453,7 +453,7 @@ def _summarize_recorded_translations(
 
 
 class _TranslationReading(NamedTuple):
-    """What hypotheses about translations share that differ in scale and signs only.
+    """What some hypotheses about translations have in common, which differ in scale and signs only.
 
     The fields are those of `Hypothesis`.
     """

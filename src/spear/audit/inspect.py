@@ -263,16 +263,16 @@ def _describe_layout_status(name: str, folder: Path) -> _LayoutStatus:
         folder: the dataset's folder, which may contain a `spear.json`.
     """
     if (folder / LAYOUT_FILE).is_file():
-        return _LayoutStatus(True, f"described by {folder / LAYOUT_FILE}")
+        return _LayoutStatus(is_known=True, description=f"described by {folder / LAYOUT_FILE}")
     if name not in REGISTRY:
-        return _LayoutStatus(False, "not known: see spear data describe")
+        return _LayoutStatus(is_known=False, description="not known: see spear data describe")
     missing_fields = find_missing_fields(REGISTRY[name])
     if missing_fields:
         description = (
             f"not known well enough ({', '.join(missing_fields)}): {LAYOUT_FILE} can say it"
         )
-        return _LayoutStatus(False, description)
-    return _LayoutStatus(True, "known")
+        return _LayoutStatus(is_known=False, description=description)
+    return _LayoutStatus(is_known=True, description="known")
 
 
 def _format_columns(episodes: Sequence[Steps], axes: Mapping[str, Sequence[str]]) -> Iterator[str]:

@@ -116,12 +116,12 @@ def _check_commands(
     if strongest.correlation <= -MIN_CORRELATION:
         # The two readings of one of the ranges are exchanged; `open_end` may tell in which.
         if open_end.verdict == "wrong":
-            place = "gripper_range"
+            range_keys = "gripper_range"
         elif open_end.verdict == "agrees":
-            place = "command_range"
+            range_keys = "command_range"
         else:
-            place = "command_range, or in gripper_range"
-        words = f"{evidence}; exchange the two readings in {place}"
+            range_keys = "command_range, or in gripper_range"
+        words = f"{evidence}; exchange the two readings in {range_keys}"
         return [Check("gripper command", "wrong", words)]
 
     # `correlate_commands` returns exactly 0 if the commands never change.

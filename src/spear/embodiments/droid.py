@@ -179,11 +179,11 @@ def remove_padding(image: Array) -> Array:
         end = start + content_side_px
         band_before, content, band_after = np.split(image, (start, end), axis)
         are_bands_black = band_before.max() == 0 and band_after.max() == 0
-        # The content's first and last lines are not black, so the bands are not wider than this.
+        # If the content's first or last line were black, too, the bands would be wider than this.
         first_line = content.take(0, axis)
         last_line = content.take(-1, axis)
-        reaches_bands = first_line.max() > 0 and last_line.max() > 0
-        if are_bands_black and reaches_bands:
+        has_content_at_bands = first_line.max() > 0 and last_line.max() > 0
+        if are_bands_black and has_content_at_bands:
             return content
     return image
 

@@ -581,8 +581,8 @@ def encode_robot_batch(
     """
     position = torch.from_numpy(np.ascontiguousarray(raw["position"]))
     rotation = torch.from_numpy(np.ascontiguousarray(raw["rotation"]))
-    gripper = torch.from_numpy(np.ascontiguousarray(raw["gripper"]))[..., None]
-    raw_actions = torch.from_numpy(raw["action"])
+    gripper = torch.from_numpy(np.ascontiguousarray(raw["gripper"]))[..., None]  # [B, 1]
+    raw_actions = torch.from_numpy(raw["action"])  # [B, H, 8]
 
     actions = torch.empty_like(raw_actions)
     states = torch.empty(len(raw_actions), STATE_VECTOR_DIM)
