@@ -608,7 +608,7 @@ def test_preparing_warns_of_each_gripper_mistake(
     layout = tmp_path / "layout.json"
     layout.write_text(json.dumps({"like": "bridge_dataset", **changes}))
 
-    with pytest.warns(match=f": {check_name}: "):
+    with pytest.warns(match=f"The check of {check_name} in "):
         prepare(
             shared / "data/bridge_v2_sample", tmp_path / "out", conversion=Conversion(layout=layout)
         )
