@@ -90,7 +90,7 @@ class CommittedPrefix:
     is_committed: Tensor
 
     def write_into(self, chunk: Action) -> Action:
-        """The chunk, with those of its actions replaced that are committed."""
+        """The chunk, in which the committed actions are replaced by those of `self.actions`."""
         vector = torch.where(
             self.is_committed[..., None], self.actions.to_vector(), chunk.to_vector()
         )
@@ -225,12 +225,17 @@ def perturb_committed(
     rotations = []
     deviation = torch.zeros_like(data.rotation[..., 0, :])
     deviation[..., 0] = 1
-    for i, demonstrated in enumerate(data.rotation.unbind(-2)):
-        correcting = quat_multiply(quat_conjugate(deviation), demonstrated)
-        perturbed = quat_multiply(demonstrated, perturbation[..., i, :])
-        actual = torch.where(is_first_free[..., i, :], correcting, perturbed)
-        deviation = quat_multiply(quat_multiply(quat_conjugate(demonstrated), deviation), actual)
-        rotations.append(actual)
+    for i, demonstrated_q in enumerate(data.rotation.unbind(-2)):  # [..., 4]
+        # The first free action goes from the perturbed frame to the next demonstrated frame.
+        correcting_q = quat_multiply(quat_conjugate(deviation), demonstrated_q)
+        perturbed_q = quat_multiply(demonstrated_q, perturbation[..., i, :])
+        new_q = torch.where(is_first_free[..., i, :], correcting_q, perturbed_q)
+        rotations.append(new_q)
+
+        # The next deviation: back along the demonstrated action, over to the perturbed frame, and
+        # on along the new action.
+        deviation_before = quat_multiply(quat_conjugate(demonstrated_q), deviation)
+        deviation = quat_multiply(deviation_before, new_q)
     rotation = quat_canonical(torch.stack(rotations, -2))
     return Action(translation, rotation, data.gripper)
 
@@ -365,7 +370,7 @@ def compute_loss(
     else:
         state, target = interpolate(noise, data, tau, config)
         predicted = prediction_to_velocity(prediction, state, tau, config)
-        rotation_errors = _velocity_error(predicted.rotation, target.rotation, config)
+        rotation_errors = _vector_error(predicted.rotation, target.rotation, config)
         # One integration step from the state, along the predicted and along the true velocity. The
         # step's length δ is at most the remaining time.
         delta = _broadcast_time(1 - tau, state)
@@ -397,7 +402,7 @@ def euler_step(
     Rotations on S³ follow equation (7).
     """
     if config.prediction == "clean":
-        # Of the steps - k steps that remain to τ = 1, this is one.
+        # This step is one of the `steps - k` steps that remain to τ = 1.
         return _step_towards_clean(state, prediction, 1 / (steps - k), config)
     velocity = prediction_to_velocity(prediction, state, tau, config)
     rotation = _integrate_rotation(state.rotation, velocity.rotation, 1 / steps, config)
@@ -508,7 +513,7 @@ def _clean_rotation(predicted: Tensor, config: FlowConfig) -> Tensor:
 def _clean_rotation_error(q_hat: Tensor, q: Tensor, config: FlowConfig) -> Tensor:
     """The rotation's loss of each predicted clean action, [..., H], see `compute_loss`."""
     if config.rotation == "linear":
-        return _velocity_error(q_hat, q, config)
+        return _vector_error(q_hat, q, config)
     difference = quat_multiply(quat_conjugate(q_hat), q)
     if config.rotation_loss == "mse":
         return quat_log(difference).square().sum(-1)
@@ -516,11 +521,13 @@ def _clean_rotation_error(q_hat: Tensor, q: Tensor, config: FlowConfig) -> Tenso
     return difference[..., 1:].square().sum(-1)
 
 
-def _velocity_error(v: Tensor, u: Tensor, config: FlowConfig) -> Tensor:
-    """‖v - u‖² / 4 or 1 - cos(v, u), as `config.rotation_loss` says, [..., H].
+def _vector_error(v: Tensor, u: Tensor, config: FlowConfig) -> Tensor:
+    """The error of predicted vectors v, compared with true vectors u, both in R⁴: [..., H].
 
-    The cosine loss is 0 where u is too short to have a direction. Where v is, the cosine loss still
-    has a bounded gradient.
+    The vectors are velocities of rotations or, with `rotation="linear"`, clean quaternions. The
+    error is ‖v - u‖² / 4 or 1 - cos(v, u), as `config.rotation_loss` says. The cosine loss is 0
+    where u is too short to have a direction. Where v is too short, the cosine loss still has a
+    bounded gradient.
     """
     if config.rotation_loss == "mse":
         return _squared_error(v, u)
@@ -532,7 +539,8 @@ def _velocity_error(v: Tensor, u: Tensor, config: FlowConfig) -> Tensor:
 
 
 def _squared_error(a: Tensor, b: Tensor) -> Tensor:
-    """The mean over the components of (a - b)², [..., H]."""
+    """The mean of (a - b)² over the components, [..., H]. For the 4 components of a rotation it is
+    ‖a - b‖² / 4."""
     return (a - b).square().mean(-1)
 
 
@@ -553,10 +561,10 @@ def _standard_deviation(values: Tensor, is_valid: Tensor) -> Tensor:
     Returns:
         [N].
     """
-    all_but_last = tuple(range(is_valid.dim()))
+    action_axes = tuple(range(is_valid.dim()))  # all axes of `values` but the last
     weight = (is_valid / is_valid.sum().clamp_min(1))[..., None]  # [..., H, 1], sums to 1
-    mean = (weight * values).sum(all_but_last)
-    variance = (weight * (values - mean).square()).sum(all_but_last)
+    mean = (weight * values).sum(action_axes)
+    variance = (weight * (values - mean).square()).sum(action_axes)
     return variance.sqrt()
 
 

@@ -287,6 +287,7 @@ def quat_to_euler(q: Tensor, convention: EulerConvention) -> Tensor:
     # -sin(pitch)).
     m = quat_to_matrix(q)
     abs_cos_pitch = torch.hypot(m[..., 0, 0], m[..., 1, 0]).detach()
+    # A smaller cos(pitch) is rounding noise, from which no yaw can be read.
     is_locked = abs_cos_pitch < 8 * torch.finfo(q.dtype).eps
     yaw_sine = torch.where(is_locked, torch.zeros_like(m[..., 1, 0]), m[..., 1, 0])
     yaw_cosine = torch.where(is_locked, torch.ones_like(m[..., 0, 0]), m[..., 0, 0])

@@ -88,7 +88,8 @@ def commands_from_motion(opening: Array, rate_hz: float) -> Array:
         is_last_stroke = index == len(strokes) - 1
         end = len(opening) if is_last_stroke else strokes[index + 1].start
         rest_step = _last_rest_while_closing(opening[stroke.start : end], rate_hz)
-        commands[stroke.start + rest_step :] = stroke.command  # a later stroke overwrites it
+        # The commands of later strokes overwrite this one.
+        commands[stroke.start + rest_step :] = stroke.command
     return commands
 
 
@@ -99,7 +100,8 @@ def _find_strokes(opening: Array) -> list[_Stroke]:
         opening: [T] openings, 0 closed to 1 open.
     """
     strokes: list[_Stroke] = []
-    # The largest and smallest opening since the last stroke, and the last steps that were there.
+    # The largest and the smallest opening since the last stroke, and the last step at which the
+    # opening was as large, or as small, up to noise.
     top = opening[0]
     bottom = opening[0]
     last_step_at_top = 0
@@ -112,9 +114,9 @@ def _find_strokes(opening: Array) -> list[_Stroke]:
         if current_opening < bottom + MAX_STILL_CHANGE:
             last_step_at_bottom = step
 
-        closing = _Stroke(last_step_at_top, CLOSE, size=top - current_opening)
+        closing_stroke = _Stroke(last_step_at_top, CLOSE, size=top - current_opening)
         opening_stroke = _Stroke(last_step_at_bottom, OPEN, size=current_opening - bottom)
-        for stroke in (closing, opening_stroke):
+        for stroke in (closing_stroke, opening_stroke):
             changes_command = not strokes or strokes[-1].command != stroke.command
             if stroke.size >= MIN_STROKE and changes_command:
                 strokes.append(stroke)

@@ -188,7 +188,7 @@ def _find_bin_centers(edges: Array, sorted_values: Array) -> Array:
     ends = np.searchsorted(sorted_values, [*edges[1:-1], math.inf])
     starts = np.append(0, ends[:-1])
     median_index = (starts + ends - 1) // 2
-    median = sorted_values[median_index]
+    median = sorted_values[median_index]  # meaningless for empty bins
     is_filled = starts < ends
     return np.where(is_filled, median, middle)
 
@@ -256,10 +256,10 @@ def init_new_embeddings(
     num_rows, width = existing.shape
     embeddings = existing.detach()
     zero = torch.zeros((), dtype=torch.float64, device=embeddings.device)
-    sums = (rows.double().sum(0) for rows in embeddings.split(_NUM_ROWS_AT_ONCE))
-    mean = sum(sums, zero) / num_rows  # [D]
-    centered = (rows.double() - mean for rows in embeddings.split(_NUM_ROWS_AT_ONCE))
-    covariance = sum((rows.T @ rows for rows in centered), zero) / num_rows  # [D, D]
+    block_sums = (rows.double().sum(0) for rows in embeddings.split(_NUM_ROWS_AT_ONCE))
+    mean = sum(block_sums, zero) / num_rows  # [D]
+    centered_blocks = (rows.double() - mean for rows in embeddings.split(_NUM_ROWS_AT_ONCE))
+    covariance = sum((rows.T @ rows for rows in centered_blocks), zero) / num_rows  # [D, D]
     eigenvalues, eigenvectors = torch.linalg.eigh(covariance)
     # The square root of the covariance. Rounding may have made zero eigenvalues negative.
     root = (eigenvectors * eigenvalues.clamp_min(0).sqrt()) @ eigenvectors.T
@@ -271,7 +271,7 @@ def init_new_embeddings(
 
 
 def _smooth_normal(num_rows: int, width: int, generator: torch.Generator | None) -> Tensor:
-    """Standard normals [num_rows, width], independent between columns, each smooth along the rows.
+    """Standard normals [num_rows, width], independent between columns; a column is smooth.
 
     A column is a sum of waves with random amplitudes. The waves' lengths are random, uniform on a
     logarithmic scale from 8 rows to four times the number of rows.

@@ -5,7 +5,7 @@ allows more than one token there.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from spear.models.fast.cuda_graphs import Inputs
 from spear.models.fast.small import SmallLayerStack, get_small_stack
 from spear.models.fast.stack import (
     LayerStack,
+    PrefilledCache,
     can_compile,
     get_layer_stack,
     prefill,
@@ -168,20 +169,8 @@ def _decode(
         recorder: If given, it collects logits.
     """
     num_steps = len(ranges)
-    pixels, present = split_image_inputs(inputs)
-    features, _ = vlm.encode_images(pixels, present)
-    text = vlm.embed_text(inputs["input_ids"])
-
-    # A small stack has float32 weights. It is made for single tokens. If the network has another
-    # precision, prompts with their many tokens run through the network's own layers.
-    prompt_layers = layers
-    is_prompt_separate = isinstance(layers, SmallLayerStack) and text.dtype != layers.dtype
-    if is_prompt_separate:
-        prompt_layers = get_layer_stack(vlm.language_model, False, False)
-    prefix = prefill(
-        prompt_layers, features, text, None, inputs.get("attention_mask"), room=num_steps - 1
-    )
-    cache = layers.adopt_cache(prefix.cache) if is_prompt_separate else prefix.cache
+    prefix = _prefill_prompts(vlm, layers, inputs, room=num_steps - 1)
+    cache = prefix.cache
     hidden = prefix.hidden
     assert hidden is not None
 
@@ -213,14 +202,51 @@ def _decode(
         if free_text is not None and free_text.has_ended():
             break
 
-        # Run the chosen token through the layers, to predict the next one.
-        embedded = vlm.embed_text(token[:, None]).to(dtype)
+        # Run the chosen token through the layers, to predict the next one. The window has one
+        # block, the token, which sees the prefix and the answer up to itself.
+        embedded = vlm.embed_text(token[:, None])
         step_rotations = tuple(rotation[:, step : step + 1] for rotation in rotations)
         window = cache.make_window(start + step, [(1, start + step + 1)])
-        hidden = layers(embedded, step_rotations, window, bias)[:, 0].to(text.dtype)
+        output = layers(embedded.to(dtype), step_rotations, window, bias)  # [N, 1, D]
+        hidden = output[:, 0].to(embedded.dtype)
 
     answer = torch.stack(tokens, dim=1)
     return answer if free_text is None else free_text.cut(answer)
+
+
+def _prefill_prompts(vlm: Any, layers: LayerStack, inputs: Inputs, room: int) -> PrefilledCache:
+    """Run images and prompts through the language model.
+
+    Args:
+        vlm: A `SpearVLMForConditionalGeneration`.
+        layers: The layers of its language model.
+        inputs: The named tensors that `decode_greedily` makes.
+        room: Number of free places in the cache, for tokens of the answers.
+
+    Returns:
+        The prefix, with a cache that `layers` can read and write.
+    """
+    pixels, present = split_image_inputs(inputs)
+    features, _ = vlm.encode_images(pixels, present)
+    text = vlm.embed_text(inputs["input_ids"])
+
+    # A small stack has float32 weights. It is made for single tokens. If the network has another
+    # precision, prompts with their many tokens run through the network's own layers.
+    prompt_layers = layers
+    is_prompt_separate = isinstance(layers, SmallLayerStack) and text.dtype != layers.dtype
+    if is_prompt_separate:
+        prompt_layers = get_layer_stack(vlm.language_model, False, False)  # not packed or compiled
+    prefix = prefill(
+        prompt_layers,
+        features,
+        text,
+        image_valid=None,
+        text_valid=inputs.get("attention_mask"),
+        room=room,
+    )
+    if is_prompt_separate:
+        prefix = replace(prefix, cache=layers.adopt_cache(prefix.cache))
+    return prefix
 
 
 class _FreeTextState:
@@ -229,7 +255,10 @@ class _FreeTextState:
     The tensors are on the device of the prompts, so that a step does not wait for a GPU.
 
     is_done        [N] bool, True if the answer has its end token.
-    is_word        [vocabulary] bool, True for words. It and the following are for a grammar only.
+
+    Only with a grammar:
+
+    is_word        [vocabulary] bool, True for words.
     is_number      [vocabulary] bool, True for 3D tokens.
     num_owed       [N], the number of 3D tokens that the answer still must have.
     is_after_word  [N] bool, True if the answer's last token is a word.

@@ -116,6 +116,7 @@ def is_bfloat16_fast(device: torch.device) -> bool:
         max_isa = "AMX"
     if "AMX" in max_isa and torch.cpu._is_amx_tile_supported():
         return True
+    # The instructions that include AVX-512's for bfloat16.
     allows_avx512_bf16 = any(isa in max_isa for isa in ("AMX", "FP16", "BF16"))
     has_avx512_bf16 = allows_avx512_bf16 and torch.cpu._is_avx512_bf16_supported()
     return has_avx512_bf16 and "AuthenticAMD" in CPU_INFO

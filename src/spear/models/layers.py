@@ -97,7 +97,8 @@ def grouped_attention(
         query: [B, heads, S, head_dim].
         key: [B, kv heads, T, head_dim].
         value: [B, kv heads, T, head_dim].
-        attention_mask: [B, 1, S, T] bool, or None where all attention is allowed.
+        attention_mask: [B, 1, S, T] bool; or a `BlockDiagonalMask`; or None where all attention is
+            allowed.
         scaling: Factor of the scores, 1 / √head_dim by default.
         softcap: If given, a score s becomes softcap · tanh(s / softcap) (Gemma 2), which SDPA
             cannot do.
@@ -109,11 +110,12 @@ def grouped_attention(
     """
     # Attend within each sequence of a block-diagonal mask, one after the other.
     if isinstance(attention_mask, BlockDiagonalMask):
+        sequence_lengths: list[int] = attention_mask
         outputs = []
         for block_query, block_key, block_value in zip(
-            query.split(attention_mask, dim=2),
-            key.split(attention_mask, dim=2),
-            value.split(attention_mask, dim=2),
+            query.split(sequence_lengths, dim=2),
+            key.split(sequence_lengths, dim=2),
+            value.split(sequence_lengths, dim=2),
             strict=True,
         ):
             output, _ = grouped_attention(
@@ -122,10 +124,12 @@ def grouped_attention(
             outputs.append(output)
         return torch.cat(outputs, dim=1), None
 
-    # The image encoders have as many key-value heads as query heads, the Gemmas of our presets one.
-    has_ungrouped_heads = query.shape[1] == key.shape[1]
-    is_frozen_encoder = has_ungrouped_heads and not torch.is_grad_enabled()
-    if softcap is None and (is_frozen_encoder or query.device.type != "cpu"):
+    # Image encoders are recognized by their heads: they have as many key-value heads as query
+    # heads. The Gemmas of our presets have one key-value head.
+    is_image_encoder = query.shape[1] == key.shape[1]
+    does_not_learn = not torch.is_grad_enabled()
+    should_use_sdpa = query.device.type != "cpu" or (is_image_encoder and does_not_learn)
+    if softcap is None and should_use_sdpa:
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, scaling=scaling, **kwargs
         )

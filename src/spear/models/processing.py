@@ -117,6 +117,7 @@ def describe_fit(source: Size, target: Size) -> str | None:
 
 
 Count = Annotated[int, Field(strict=True, gt=0, le=4096)]
+"""A number of pixels or tokens in processor.json; a larger one must be a mistake (our choice)."""
 
 
 @dataclass(frozen=True)
@@ -184,6 +185,7 @@ class Processor:
                 f"images of view {view!r} {loss}. Give images of that aspect and size to lose "
                 "nothing."
             )
+            # `notice` returns whether it warned. While notices are suppressed, the size stays open.
             if loss is None or notice(message):
                 self._notified.add((view, size))
         return pixels.permute(2, 0, 1).clone(memory_format=torch.contiguous_format)

@@ -65,8 +65,8 @@ class Distribution:
         # The last cumulative probability is 1 up to rounding.
         target = probability * cumulative[:, -1]
 
-        # The bin in which the cumulative probability reaches the target: before it are all bins
-        # whose upper edge is still below the target.
+        # The bin in which the cumulative probability reaches the target. Its index is the number of
+        # bins at whose upper edge the cumulative probability is still below the target.
         is_below_target = cumulative[:, 1:] < target[:, None]
         bin_index = np.minimum(is_below_target.sum(1), self.coordinates.num_bins - 1)  # [numbers]
         rows = np.arange(len(self))

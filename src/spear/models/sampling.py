@@ -223,6 +223,7 @@ class Sampler:
         device = action_in.weight.device
         compiled = can_compile(device)
         if device.type != "cpu":
+            # This moves weights, so it must happen before a CUDA graph is recorded.
             fuse_attention_projections(model.vlm)
 
         # A network that is small enough gets a stack for the CPU that needs fewer calls.
@@ -255,7 +256,7 @@ class Sampler:
         # GPU. Compiled, the Euler step launches only a few.
         self.euler_step: Any = torch.compile(flow.euler_step) if compiled else flow.euler_step
         self._time_embeddings: dict[int, Tensor] = {}  # number of steps -> [steps, width]
-        # Of committed actions, which are at τ = 1.
+        # The embedding of the time of committed actions, which are at τ = 1.
         self.time_embedding_at_one = self._embed_time(
             torch.ones(1, device=device, dtype=torch.float32)
         )
@@ -393,6 +394,7 @@ class _ExpertFlow:
         cache = expert.adopt_cache(prefix.cache)
         start = prefix.valid.shape[1]  # S
         end = start + 1 + horizon
+        # Added to attention scores, so that padding of the prefix is not seen.
         self.bias = prefix.make_bias(1 + horizon, expert.num_kv_heads, expert.dtype)
 
         # The rotary embeddings of the state token and of the actions, whose positions follow those

@@ -111,9 +111,11 @@ class PatchClassification(nn.Module):
     def __init__(
         self, vlm: SpearVLMForConditionalGeneration, names: Sequence[Sequence[int]]
     ) -> None:
-        """Args:
-        vlm: The model to train.
-        names: Token ids of each object name.
+        """Add the heads to a SPEAR-VLM.
+
+        Args:
+            vlm: The model to train.
+            names: Token ids of each object name.
         """
         super().__init__()
         self.vlm = vlm

@@ -40,18 +40,20 @@ def normalize_pixels(
 ) -> Tensor:
     """(pixel / 255 - mean) / std: uint8 [B, 3, h, w] in any memory layout -> contiguous float32."""
     x = pixels.to(torch.float32, memory_format=torch.contiguous_format)
-    # If all channels have the same constants, they are normalized in one step.
+    # If all channels have the same constants, all of x is normalized in one step, with the first
+    # channel's constants. Otherwise each channel is normalized alone.
     has_equal_channels = len(set(mean)) == 1 and len(set(std)) == 1
     channels = [x] if has_equal_channels else x.unbind(1)
     # The constants are Python numbers, because copying a tensor of them to a GPU would mean
-    # waiting.
+    # waiting. The channels are views of x, so x changes in place.
     for channel, channel_mean, channel_std in zip(channels, mean, std, strict=False):
         channel.mul_(1 / (255 * channel_std)).sub_(channel_mean / channel_std)
     return x
 
 
 def standardize(images: Tensor) -> Tensor:
-    """Normalize images [..., 3, h, w] of values 0 to 1 with ImageNet's mean and deviation."""
+    """Normalize images [..., 3, h, w] of values 0 to 1 with ImageNet's mean and standard
+    deviation."""
     mean = torch.tensor(IMAGENET_MEAN, device=images.device, dtype=torch.float32).view(3, 1, 1)
     std = torch.tensor(IMAGENET_STD, device=images.device, dtype=torch.float32).view(3, 1, 1)
     return (images - mean) / std
@@ -91,7 +93,7 @@ class ConvStem(nn.Module):
     [B, 3, h, w] -> [B, width, h / patch, w / patch]. The widths of the convolutions double up to
     the encoder's width. At the end each patch's embedding is normalized. Without that, the part
     that all embeddings have in common (from the light or the table) grows in training until the
-    position embeddings are too small beside it.
+    position embeddings are too small in comparison.
 
     The stem is meant for small models. With patches of 32 pixels it takes a quarter of the time of
     a patch convolution with patches of 14 pixels.
@@ -174,7 +176,7 @@ class _WithStem:
             getattr(owner, name).__class__ = PatchConv
             return
         setattr(owner, name, ConvStem(self.config.hidden_size, self.config.patch_size))
-        self.post_init()
+        self.post_init()  # gives the stem its initial weights
         if positions.device.type == "meta":
             return
         # DINOv2 has a class token before the side² patches, SigLIP has none.
@@ -425,7 +427,8 @@ class MogeEncoder(nn.Module):
         self.backbone = DinoEncoder(config)
 
     def forward(self, *views: Tensor) -> Tensor:
-        """Features of uint8 images, which are normalized with ImageNet's mean and deviation."""
+        """Features of uint8 images, which are normalized with ImageNet's mean and standard
+        deviation."""
         embedded = []
         for view in views:
             images = normalize_pixels(view, IMAGENET_MEAN, IMAGENET_STD)

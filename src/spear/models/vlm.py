@@ -155,7 +155,10 @@ class SpearVLMForConditionalGeneration(PreTrainedModel):
         return list(features.split(num_tokens, dim=1))
 
     def _encode_side_by_side(self, views: Sequence[Tensor]) -> tuple[Tensor, list[int]]:
-        """Visual tokens of all views, concatenated [B, T, width], and their number per view."""
+        """Visual tokens of all views, concatenated [B, T, width], and their number per view.
+
+        On a GPU the two encoders may run side by side (`run_in_parallel_streams`).
+        """
         moge = self.moge
         moge_projector = self.moge_projector
         encoders = [lambda: self.multi_modal_projector(self.vision_tower.features(views))]
@@ -201,6 +204,7 @@ class SpearVLMForConditionalGeneration(PreTrainedModel):
 
         features, num_tokens = self._encode_side_by_side([pixel_values[name] for name in views])
         valid = torch.ones(features.shape[:2], dtype=torch.bool, device=features.device)
+        # The parts of `valid` are views of its memory, so copying to them changes `valid`.
         for name, view_valid in zip(views, valid.split(num_tokens, dim=1), strict=True):
             if view_mask is not None and name in view_mask:
                 view_valid.copy_(view_mask[name][:, None])

@@ -131,13 +131,17 @@ class FewRows:
             # After the last layer the inputs of a next norm are not used, so any scale will do.
             next_layer = self.layers[(index + 1) % num_layers]
 
+            # Attention. The queries stay in a buffer of `kernels`, in which `attend` finds them.
             kernels.project_qkv(layer.qkv, window.new_key_values[index])
+            # Another stream may still be writing the prefix's keys and values of this layer.
             window.wait(index)
-            keys, values = window.visible[index][-1]  # the last block sees all keys
-            kernels.attend(keys, values)
+            # `visible` has keys and values per block of tokens. The last block sees all of them.
+            keys, values = window.visible[index][-1]
+            kernels.attend(keys, values)  # writes `kernels.attended`
             rows = kernels.add_product(kernels.attended, layer.out, rows, layer.mlp_norm_scale)
 
-            kernels.gate_up(layer.gate_up)
+            # The MLP.
+            kernels.gate_up(layer.gate_up)  # writes `kernels.mlp_hidden`
             rows = kernels.add_product(
                 kernels.mlp_hidden, layer.down, rows, next_layer.attention_norm_scale
             )
@@ -172,18 +176,20 @@ class _LayerKernels:
         }
 
         # A window with two blocks has the state token, which sees the prefix and itself, and the
-        # actions, which see all keys. So tokens with an index below `first_block_length` see
-        # `first_num_keys` keys, and the other tokens all.
-        keys_per_block = [keys.shape[1] for keys, _ in window.visible[0]]
+        # actions, which see all keys. So tokens with an index below `first_block_length`, the
+        # number of tokens in the first block, see `first_block_num_keys` keys. The tokens of the
+        # second block see all `num_keys` keys.
+        num_keys_per_block = [keys.shape[1] for keys, _ in window.visible[0]]
         self.first_block_length = window.block_lengths[0]
-        self.first_num_keys = keys_per_block[0]
-        self.num_keys = keys_per_block[-1]
+        self.first_block_num_keys = num_keys_per_block[0]
+        self.num_keys = num_keys_per_block[-1]
 
         # Attention: the keys are divided into chunks, and a program attends to one chunk, with all
         # query heads of one batch row. It writes partial sums, maxima and masses, which
         # `_attend_to_keys_kernel` explains.
         self.num_chunks = triton.cdiv(self.num_keys, KEYS_PER_PROGRAM.value)
         self.num_queries = length * self.num_heads
+        # 16 is the height of one product of the tensor cores.
         self.padded_queries = max(16, triton.next_power_of_2(self.num_queries))
         attention_width = self.num_heads * self.head_dim
         self.query, self.attended = x.new_empty(2, self.num_rows, attention_width).unbind(0)
@@ -200,7 +206,12 @@ class _LayerKernels:
         self._allocate_norm_buffers(x, model.eps)
 
     def _allocate_norm_buffers(self, x: Tensor, eps: float) -> None:
-        """Allocate `scaled` and `squares`, the inputs of a norm (see the module's description)."""
+        """Allocate `scaled` and `squares`, the inputs of a norm (see the module's description).
+
+        The kernels that write them have one program for each `OUTPUTS_PER_PROGRAM` columns, and
+        each program writes one part of `squares`. So the number of parts is also the number of
+        programs.
+        """
         self.num_square_parts = self.depth // OUTPUTS_PER_PROGRAM.value
         self.scaled = x.new_empty(self.num_rows, self.depth)
         self.squares = x.new_empty(self.num_square_parts, self.padded_rows, dtype=torch.float32)
@@ -216,7 +227,7 @@ class _LayerKernels:
         }
 
     def prepare_norm(self, rows: Tensor, scale: Tensor) -> None:
-        """Write the inputs of the first norm, whose rows are [R, D]."""
+        """Write `self.scaled` and `self.squares` for the first norm, which reads `rows` [R, D]."""
         _prepare_norm_kernel[(self.num_square_parts,)](
             x_ptr=rows,
             scale_ptr=scale,
@@ -254,7 +265,8 @@ class _LayerKernels:
     def attend(self, keys: Tensor, values: Tensor) -> None:
         """Write the attention of `self.query` to keys and values [B, num_keys, E].
 
-        The result goes to `self.attended`.
+        The result goes to `self.attended`. Tokens of the window's first block see only the first
+        `first_block_num_keys` keys.
         """
         # Without a bias the kernel gets the pointer of the keys instead, and does not read it.
         bias = keys if self.bias is None else self.bias
@@ -268,7 +280,7 @@ class _LayerKernels:
             mass_ptr=self.partial_mass,
             length=self.length,
             first_block_length=self.first_block_length,
-            first_num_keys=self.first_num_keys,
+            first_block_num_keys=self.first_block_num_keys,
             num_keys=self.num_keys,
             batch_stride=keys.stride(0),
             bias_stride=bias.stride(0),
@@ -292,14 +304,20 @@ class _LayerKernels:
             **self.launch_options,
         )
 
-    def add_product(self, x: Tensor, weight: Tensor, residual: Tensor, scale: Tensor) -> Tensor:
-        """Return residual + x Wᵀ [R, D], and write the inputs of its norm, which has `scale`."""
+    def add_product(
+        self, x: Tensor, weight: Tensor, residual: Tensor, next_norm_scale: Tensor
+    ) -> Tensor:
+        """Return residual + x Wᵀ [R, D].
+
+        The next norm, whose scale is `next_norm_scale`, reads this sum. Its inputs are written to
+        `self.scaled` and `self.squares`.
+        """
         out = torch.empty_like(residual)
         _add_product_kernel[(self.num_square_parts,)](
             x_ptr=x,
             weight_ptr=weight,
             residual_ptr=residual,
-            scale_ptr=scale,
+            scale_ptr=next_norm_scale,
             out_ptr=out,
             scaled_ptr=self.scaled,
             squares_ptr=self.squares,
@@ -534,7 +552,7 @@ def _project_qkv_kernel(
 @triton.jit
 def _attend_to_keys_kernel(
     query_ptr, keys_ptr, values_ptr, bias_ptr, sums_ptr, max_ptr, mass_ptr,
-    length, first_block_length, first_num_keys, num_keys, batch_stride, bias_stride, scale,
+    length, first_block_length, first_block_num_keys, num_keys, batch_stride, bias_stride, scale,
     NUM_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, PADDED_QUERIES: tl.constexpr,
     HAS_BIAS: tl.constexpr, LAUNCHES_EARLY: tl.constexpr,
 ):  # fmt: skip
@@ -550,8 +568,8 @@ def _attend_to_keys_kernel(
     q is [S H, E] (for each token all heads), K and V are [KEYS_PER_PROGRAM, E]. The results are
     float32: sums [B, chunks, PADDED_QUERIES, E], max and mass [B, chunks, PADDED_QUERIES].
 
-    Tokens with an index below `first_block_length` see the first `first_num_keys` keys, the other
-    tokens `num_keys`.
+    Tokens with an index below `first_block_length` see the first `first_block_num_keys` keys, the
+    other tokens all `num_keys` keys.
 
     Grid: (chunks of keys, B).
     """
@@ -575,7 +593,10 @@ def _attend_to_keys_kernel(
     if HAS_BIAS:
         bias = tl.load(bias_ptr + batch * bias_stride + key, mask=key < num_keys, other=0.0)
         scores += bias[None, :]
-    num_visible = tl.where(query_row // NUM_HEADS < first_block_length, first_num_keys, num_keys)
+    is_in_first_block = query_row // NUM_HEADS < first_block_length
+    num_visible = tl.where(is_in_first_block, first_block_num_keys, num_keys)
+    # The score of keys that are not seen is finite, because with -inf the weights of a query that
+    # sees no key of the chunk would be NaN.
     scores = tl.where(key[None, :] < num_visible[:, None], scores, -1e30)
 
     max_score = tl.max(scores, 1)

@@ -50,11 +50,11 @@ class StaticKVCache:
                 places before `end`.
         """
         block_lengths = [length for length, _ in blocks]
-        end = start + sum(block_lengths)
-        new_key_values = [layer[:, :, :, start:end] for layer in self.layers]
+        end_of_window = start + sum(block_lengths)
+        new_key_values = [layer[:, :, :, start:end_of_window] for layer in self.layers]
         visible = []
         for keys, values in self._keys_and_values:
-            visible.append([(keys[:, :stop], values[:, :stop]) for _, stop in blocks])
+            visible.append([(keys[:, :end], values[:, :end]) for _, end in blocks])
         return CacheWindow(new_key_values, block_lengths, visible)
 
 

@@ -74,6 +74,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         [..., out].
     """
     if _should_use_onednn(x, weight):
+        # "none": no activation follows the product, so it has no parameters [] and no variant "".
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     return nn.functional.linear(x, weight, bias)
 

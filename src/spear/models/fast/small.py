@@ -116,7 +116,7 @@ class SmallLayerStack(LayerStack):
         """Return the cache of another stack, or a copy of it as a `PairedKVCache`."""
         if isinstance(cache, PairedKVCache):
             return cache
-        _, _, batch, _, num_places, _ = cache.buffer.shape
+        _, _, batch, _, num_places, _ = cache.buffer.shape  # [layers, 2, B, kv heads, places, d]
         copy = self.allocate_cache(batch, num_places, torch.float32, cache.buffer.device)
         halves = cache.buffer.unflatten(-1, (2, -1))  # [..., 2, d / 2]
         pairs = copy.buffer.unflatten(-1, (-1, 2))  # [..., d / 2, 2], a view
@@ -153,6 +153,7 @@ class SmallLayerStack(LayerStack):
         for index, weights in enumerate(self._weights):
             is_last = index + 1 == len(self._weights)
             query, key, value = self._project(x, weights.qkv, batch, length)
+            # Write the rotated keys and the values to the cache, of which these two are views.
             new_keys, new_values = window.new_key_values[index]
             torch.mul(key, rotation, out=new_keys)
             new_values.copy_(value)

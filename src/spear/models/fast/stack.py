@@ -153,7 +153,7 @@ class LayerStack:
         """Return the cache of another stack, or a copy of it in this stack's precision."""
         if cache.buffer.dtype == self.dtype:
             return cache
-        _, _, batch, _, num_places, _ = cache.buffer.shape
+        _, _, batch, _, num_places, _ = cache.buffer.shape  # [layers, 2, B, kv heads, places, d]
         copy = self.allocate_cache(batch, num_places, self.dtype, cache.buffer.device)
         copy.buffer.copy_(cache.buffer)
         return copy
@@ -237,9 +237,8 @@ class LayerStack:
         query, key = rotated.tensor_split((self.num_heads,), dim=2)
 
         key_values = torch.stack([key, value.to(key.dtype)]).transpose(2, 3)
-        query = query.unflatten(
-            2, (self.num_kv_heads, -1)
-        )  # [B, S, kv heads, heads per kv head, d]
+        # Group the query heads: [B, S, kv heads, heads per kv head, d].
+        query = query.unflatten(2, (self.num_kv_heads, -1))
         query = query.transpose(1, 2)  # [B, kv heads, S, heads per kv head, d]
         return query.reshape(batch * self.num_kv_heads, -1, self.head_dim), key_values
 
@@ -440,6 +439,7 @@ def prefill(  # noqa: PLR0913  the layers, their inputs and masks, and what to c
         hidden=None,
         write_events=write_events,
     )
+    # One block with all tokens of the prefix, which see all of these tokens.
     window = replace(cache.make_window(0, [(length, length)]), write_events=write_events)
     rotations = layers.compute_rotations(positions, x.dtype)
     bias = prefix.make_bias(0, layers.num_kv_heads, x.dtype)

@@ -60,7 +60,7 @@ def dinov2_config(encoder: str) -> Dinov2Config:
         "num_hidden_layers": num_layers,
         "num_attention_heads": num_heads,
         "patch_size": PATCH_SIZE_PX,
-        "image_size": 37 * PATCH_SIZE_PX,
+        "image_size": 37 * PATCH_SIZE_PX,  # published position embeddings are for 37 × 37 patches
         "position_offset": 0.1,  # see `spear.models.vision.DinoEmbeddings`
         "use_mask_token": False,
         "attn_implementation": "sdpa",
@@ -222,6 +222,7 @@ def _too_thin_error(width: int, height: int, num_tokens: int) -> SpearError:
 
 # MoGe v1
 
+# The only values that these fields of a published config may have.
 _SUPPORTED_V1 = {
     "remap_output": "exp",
     "output_mask": True,
@@ -360,6 +361,7 @@ class MogeV1Head(nn.Module):
 
 # MoGe-2
 
+# The only values that these fields of a published `ConvStack` may have.
 _SUPPORTED_STACK = {
     "res_block_in_norm": "none",
     "res_block_hidden_norm": "none",
@@ -392,7 +394,7 @@ class MogeV2(nn.Module):
         encoder_fields = config["encoder"]
         self.encoder = MogeEncoder(dinov2_config(encoder_fields["backbone"]))
         encoder_config = self.encoder.backbone.config
-        # Either the indices of layers, or the number of last layers.
+        # A config has either the indices of the layers, or how many of the last layers are read.
         feature_layers = encoder_fields["intermediate_layers"]
         if isinstance(feature_layers, int):
             num_layers = encoder_config.num_hidden_layers
@@ -463,8 +465,9 @@ class MogeV2(nn.Module):
         # alone.
         pyramid = [append_uv(features, aspect)]
         for level in range(1, len(self.neck.input_blocks)):
+            upsampling = 2**level
             pyramid.append(
-                make_uv_channels(batch, columns << level, rows << level, aspect, features)
+                make_uv_channels(batch, upsampling * columns, upsampling * rows, aspect, features)
             )
         levels = self.neck(pyramid)
 

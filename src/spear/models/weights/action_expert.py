@@ -69,12 +69,12 @@ def plan_policy(
             new expert, which is as wide as the preset's and as deep as the VLM.
         size: The preset that gives the horizon, the flow, and the width of a new expert.
 
-    Of a π0, the layers for states and actions (`ROBOT_LAYERS`) are loaded only if they have our
-    sizes (state 10, action 8). Otherwise they are new, because the state's or action's numbers have
-    another meaning. π0's velocity points to the noise and ours to the data, so the weights of the
-    output layer are negated. If the preset predicts clean actions, the output layer is new. Of a
-    π0.5, the attention and the MLPs of the expert are loaded; `names_pi05.toml` says why the rest
-    is not.
+    A π0's layers for states and actions (`ROBOT_LAYERS`) are loaded only if they have our sizes
+    (state 10, action 8). Otherwise these layers are new, because the numbers of the π0's states or
+    actions have another meaning. π0's velocity points to the noise and ours to the data, so the
+    weights of the output layer are negated. If the preset predicts clean actions, the output layer
+    is new. A π0.5's attention and MLPs of the expert are loaded; `names_pi05.toml` says why the
+    other weights are not.
 
     Raises:
         SpearError: A checkpoint is missing, incomplete, broken or of another architecture, or the

@@ -124,8 +124,9 @@ class ConversionReport:
     def fold_layers(self) -> list[tuple[WeightStatus, int]]:
         """Return pairs (weight, number of weights), where a weight of all layers is one pair.
 
-        The pair's weight has the range of the layers' numbers in its name. A missing or refused
-        weight is always a pair of its own.
+        The name of the pair's weight then has the range of the layers' numbers, such as
+        "expert.layers.0…17.mlp.up_proj.weight". A missing or refused weight is always a pair of its
+        own.
         """
         # Weights are in a group if they differ only in the numbers in their names and notes.
         groups: dict[tuple[str, ...], list[WeightStatus]] = {}
@@ -155,31 +156,32 @@ class ConversionReport:
         expert = _ParameterCount()
         total = _ParameterCount()
         for key in self.with_status("loaded", "new"):
-            module = modules.setdefault(_module_name(key.name), _ParameterCount())
-            model = expert if key.name.startswith(EXPERT_PREFIXES) else vlm
-            for count in (module, model, total):
-                count.add(key)
+            module_count = modules.setdefault(_module_name(key.name), _ParameterCount())
+            model_count = expert if key.name.startswith(EXPERT_PREFIXES) else vlm
+            for parameter_count in (module_count, model_count, total):
+                parameter_count.add(key)
 
         counts = {**modules, "SPEAR-VLM": vlm}
         if expert.loaded or expert.new:
             counts |= {"action expert": expert, "all": total}
         rows = [("module", "parameters", "loaded", "new")]
-        for name, count in counts.items():
-            total_text = f"{count.loaded + count.new:,}"
-            rows.append((name, total_text, f"{count.loaded:,}", f"{count.new:,}"))
+        for name, parameter_count in counts.items():
+            num_loaded = parameter_count.loaded
+            num_new = parameter_count.new
+            rows.append((name, f"{num_loaded + num_new:,}", f"{num_loaded:,}", f"{num_new:,}"))
         return _format_columns(rows, right_aligned=(1, 2, 3))
 
     def __str__(self) -> str:
         rows = [("status", "weight", "shape", "number", "from")]
-        for key, count in self.fold_layers():
+        for key, num_weights in self.fold_layers():
             shape = " × ".join(map(str, key.shape)) or "1"
-            rows.append((key.status, key.name, shape, str(count), key.note))
+            rows.append((key.status, key.name, shape, str(num_weights), key.note))
 
         totals = []
         for status in get_args(Status):
-            count = len(self.with_status(status))
-            if count > 0 or status in ("loaded", "new"):
-                totals.append(f"{count} {status}")
+            num_with_status = len(self.with_status(status))
+            if num_with_status > 0 or status in ("loaded", "new"):
+                totals.append(f"{num_with_status} {status}")
         weight_table = _format_columns(rows, right_aligned=(3,))
         return f"{weight_table}\n\n{self.module_table()}\n\n{', '.join(totals)}"
 

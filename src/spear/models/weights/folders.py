@@ -19,7 +19,7 @@ from spear.util.files import read_json_as
 BUNDLED_WEIGHTS = Path(__file__).parents[2] / "weights"
 """The folder of the weights that come with the package. It has a folder for each name."""
 
-HASHED_BLOCK_BYTES = 2**16
+HASHED_BLOCK_BYTES = 2**16  # length of one hashed block of a file
 MAX_HASHED_BLOCKS = 64
 """About how many blocks of a file are hashed. Of a larger file we hash its size and so many blocks,
 which are spread evenly over the file, because hashing all of it would take long."""
@@ -73,6 +73,7 @@ def _find_superseded_step(path: Path) -> int | None:
     if not (final / "config.json").is_file():
         return None
     optimization = read_provenance(final).get("recipe", {}).get("optimization", {})
+    # If the number of steps is not recorded, no checkpoint counts as a later one.
     final_step = optimization.get("steps", math.inf)
     eight_digits = "[0-9]" * 8
     for checkpoint in path.glob(f"checkpoints/step-{eight_digits}"):
@@ -118,8 +119,8 @@ def read_taught_questions(folder: Path) -> set[str] | None:
         mix = recipe.get("questions") or {}
         asks_questions = recipe.get("kind") == "vlm" or recipe.get("question_images", 0) > 0
         if asks_questions:
-            taught_types.update(mix.get("families") or ())
-        provenance = provenance.get("init")
+            taught_types.update(mix.get("families") or ())  # the recipe's key for question types
+        provenance = provenance.get("init")  # of the model that this training began with
     return taught_types or None
 
 

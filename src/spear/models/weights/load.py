@@ -259,6 +259,7 @@ class StoredCheckpoint:
         Raises:
             SpearError: Two weights get the same name.
         """
+        # If two weights get the same name, `names` has only the second of them.
         names = {rename_prefixes(stored, rules): stored for stored in self.weights}
         duplicates = self.weights.keys() - names.values()
         if duplicates:

@@ -57,7 +57,8 @@ class Published:
 
         network = self.build()
         if self.kind.startswith("Moge"):
-            return get_published_shapes(network, int(self.kind[-1]))
+            version = int(self.kind[-1])  # of "MogeV1" or "MogeV2"
+            return get_published_shapes(network, version)
         tensors = {}
         for our_name, weight in network.state_dict().items():
             name = rename_prefixes(our_name, self.names)
