@@ -391,6 +391,7 @@ def _measure_duration_s(container: Any, stream: Any) -> float:
         return 0.0
 
     container.seek(container.duration)  # to the last key frame
+    # `start` and `end` are in units of the stream's time base, as the packets' timestamps are.
     start = stream.start_time or 0
     end = start
     for packet in container.demux(stream):
@@ -416,8 +417,8 @@ def read_video_frames(path: str, times: Sequence[float]) -> Iterator[Array]:
     with open_video(path) as (container, stream):
         start_s = float((stream.start_time or 0) * stream.time_base)
         half_frame_s = 0.5 / float(stream.average_rate or 1000)
-        first = int((start_s + remaining_times[0]) / stream.time_base)
-        container.seek(first, stream=stream)
+        first_timestamp = int((start_s + remaining_times[0]) / stream.time_base)
+        container.seek(first_timestamp, stream=stream)  # to the last key frame before it
 
         # A frame is yielded for all times before the next frame starts, half a frame less, because
         # listed times are starts of frames and may be rounded down. The last frame has no next one;

@@ -194,6 +194,7 @@ def _check_camera_center(image: Path, camera: Array, size: Size) -> None:
     # The offset in an image turned by 90°. If this is clearly smaller, the intrinsics belong to the
     # turned image.
     offset_if_turned = np.abs(center / size[::-1] - 0.5).max()
+    # The limits here, 0.05 on either side, are our choice.
     is_off_center = offset > min(MAX_CENTER_OFFSET, offset_if_turned + 0.05)
     # Intrinsics for a larger image shift the center right and down, for a smaller one left and up.
     is_shifted_both_ways = min(relative_center) > 0.55 or max(relative_center) < 0.45
@@ -320,6 +321,7 @@ def read_intrinsics(path: Path) -> tuple[Array, tuple[object, object]]:
     else:
         k = read_matrix(path)[:3, :3].copy()
     k[:2, 2] += 0.5  # move the origin from the first pixel's center to its corner
+    # A focal length of 2 or less is in other units, such as fractions of the image's size.
     is_in_pixels = np.isfinite(k).all() and min(k[0, 0], k[1, 1]) > 2
     if not is_in_pixels or not np.allclose(k[2], [0, 0, 1]):
         raise SpearError(

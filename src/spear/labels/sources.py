@@ -24,8 +24,8 @@ PREFERRED_CAMERA = "external"
 first one in alphabetical order."""
 
 ListScenes = Callable[[range], Iterator[Item]]
-"""Seeds → the simulator's scenes of these seeds, as items. The labels' room may not import the
-simulator, so the caller passes this function."""
+"""Seeds → the simulator's scenes of these seeds, as items. The caller passes this function, because
+`spear.labels` does not import the simulator."""
 
 _open_scene = lru_cache(maxsize=1)(RgbdScene)  # the scene that was opened last stays open
 

@@ -80,17 +80,22 @@ MIN_ON_FACE_FRACTION = 0.85
 """An object is round if a smaller fraction of its points lies on those faces of its box that the
 camera sees."""
 ALIGNMENT_PER_RAD = 0.05
-"""A box that is better aligned with the camera is preferred to one with a smaller footprint, unless
-its footprint is larger by more than this fraction per radian of difference in alignment."""
+"""What a misalignment between an upright box and the camera costs. The box with the smallest
+footprint wins, but a footprint counts as larger by this fraction for each radian of
+misalignment."""
 
 _COARSE_ANGLES_RAD = np.radians(np.arange(0.0, 90.0, 3.0))
 _FINE_ANGLES_RAD = np.radians(np.linspace(-3.0, 3.0, 25))  # around the best coarse angle
-_MAX_HULL_FACES = 48  # of a hull with twice as many faces or more, only about 48 to 96 are tried
+_NUM_HULL_FACES = 48
+"""If a hull has more faces, only every n-th face is tried, where n is the largest number for which
+at least this many are tried. So fewer than twice as many are tried."""
 _TRIPLES = np.array(list(combinations(range(7), 3)))  # [35, 3] all triples of seven indices
 _EYE = np.eye(3)
-_CROSS = np.cross(_EYE[:, None], _EYE).transpose(2, 1, 0)
-"""[3, 3, 3]: `_CROSS @ a` is the matrix [3, 3] with (`_CROSS @ a`) @ b = a × b, because element
-[k, j, i] is component k of (unit vector i × unit vector j)."""
+_UNIT_CROSSES = np.cross(_EYE[:, None], _EYE)
+"""[3, 3, 3]: element [i, j, k] is component k of (unit vector i × unit vector j)."""
+_CROSS = _UNIT_CROSSES.transpose(2, 1, 0)
+"""[3, 3, 3], with the indices [k, j, i]: `_CROSS @ a` is the cross-product matrix [k, j] of a
+vector a, for which (`_CROSS @ a`) @ b = a × b."""
 
 
 def make_box(center: Array, size: Array, axes: Array) -> Box3D:
@@ -231,7 +236,7 @@ def fit_faces(points: Array, axes: Array, turn_axis: Array | None = None) -> Vis
     # Which faces the camera sees, and a first guess of their positions. Along an axis, the camera
     # sees a face if it is beyond the extent of the points.
     along = centered @ axes  # [n, 3]
-    low, high = np.quantile(along, (0.02, 0.98), axis=0)
+    low, high = np.quantile(along, (0.02, 0.98), axis=0)  # [3] the extent without outliers
     camera = -middle @ axes  # [3] the camera's position along each axis
     side = np.where(camera > (low + high) / 2, 1.0, -1.0)
     positions = np.where(side > 0, high, low)  # [3] of the faces, relative to `middle`
@@ -241,7 +246,7 @@ def fit_faces(points: Array, axes: Array, turn_axis: Array | None = None) -> Vis
 
     indices = np.arange(len(points))
     half = len(points) // 2
-    turn = np.ones(3)  # of the last step; so large that the first step is made
+    turn = np.ones(3)  # the turn of the step before; at first so large that a step is made
     for step in range(MAX_NUM_STEPS + 1):
         # The signed distance of each point from its nearest face
         offset = np.where(is_visible, along - positions, np.inf)  # [n, 3]
@@ -257,13 +262,14 @@ def fit_faces(points: Array, axes: Array, turn_axis: Array | None = None) -> Vis
         weight = 1.0 / (1.0 + (error / scale) ** 2)
 
         # The derivative of a point's position along an axis with respect to the turn of the axes is
-        # axis × point. It is computed for all three axes at once; then each point's row of its
-        # nearest face is taken.
-        cross_axes = (_CROSS @ axes).transpose(1, 2, 0).reshape(3, 9)
-        turn_derivatives = (centered @ cross_axes).reshape(-1, 3, 3)  # [n, axis, 3]
-        turned = turn_derivatives[indices, nearest] @ free_turns  # [n, 1 or 3]
+        # axis × point. It is computed for all three axes at once, by one product. Then each point
+        # gets the derivative along the axis of its nearest face.
+        axis_crosses = _CROSS @ axes  # [k, j, a]: component k of (axis a × unit vector j)
+        cross_matrix = axis_crosses.transpose(1, 2, 0).reshape(3, 9)  # [j, (a, k)]
+        axis_cross_point = (centered @ cross_matrix).reshape(-1, 3, 3)  # [n, a, k]
+        turn_derivatives = axis_cross_point[indices, nearest] @ free_turns  # [n, 1 or 3]
         position_derivatives = -_EYE[nearest]  # [n, 3] the error is position minus face position
-        jacobian = np.concatenate([turned, position_derivatives], axis=1)
+        jacobian = np.concatenate([turn_derivatives, position_derivatives], axis=1)
 
         # One damped Gauss-Newton step, which changes the turn and the three positions
         weighted = (jacobian * weight[:, None]).T
@@ -326,7 +332,9 @@ def fit_box(
     """
     points = np.asarray(points, np.float64)
     distance = float(np.linalg.norm(points.mean(axis=0)))
-    blur = 0.5 * noise * distance  # the length by which noise moves a point; smoothing halves it
+    # The length by which noise moves a point. `masks.clean_points` has smoothed the points, which
+    # removes at least half of the noise.
+    blur = 0.5 * noise * distance
 
     # First try an upright box. Return it if its faces certainly fit the points.
     if up is not None:
@@ -341,7 +349,7 @@ def fit_box(
             # Fit once more from the better axes, along which other faces may be visible.
             upright = min(upright, fit_faces(points, upright.axes, up), key=_get_misfit)
         if is_upright_box(upright):
-            return _enclose(points, upright.axes, margin, noise, support, upright)
+            return _enclose(points, upright.axes, margin, noise, support=support, faces=upright)
 
     # Then try a free box. On a support, it must fit much better than the upright box.
     start_axes = _fit_smallest_volume_axes(points)
@@ -350,12 +358,12 @@ def fit_box(
         free = min(free, fit_faces(points, upright.axes), key=_get_misfit)
         is_upright_almost_as_good = free.misfit > MAX_TILTED_MISFIT_FRACTION * upright.misfit
         if is_upright_almost_as_good or not _is_box(points, free, blur):
-            return _enclose(points, level_axes, margin, noise, support, None)
+            return _enclose(points, level_axes, margin, noise, support=support)
     if _is_box(points, free, blur):
-        return _enclose(points, free.axes, margin, noise, None, free)
+        return _enclose(points, free.axes, margin, noise, faces=free)
 
     # The object is not box-shaped, and no support is known.
-    return _enclose(points, start_axes, margin, noise, None, None)
+    return _enclose(points, start_axes, margin, noise)
 
 
 def _get_misfit(faces: VisibleFaces) -> float:
@@ -380,8 +388,8 @@ def _enclose(
     axes: Array,
     margin: float,
     noise: float,
-    support: float | None,
-    faces: VisibleFaces | None,
+    support: float | None = None,
+    faces: VisibleFaces | None = None,
 ) -> Box3D:
     """The tight box around points [n, 3] with given axes.
 
@@ -463,7 +471,10 @@ def _extend_round_back(
     # Along one level axis, the object's width is its size along the other level axis.
     width = size[1::-1]
     depth = np.minimum(width, size[2])
-    extension = np.clip(depth - size[:2], 0, 0.6 * size[:2]) * direction**2
+    missing_depth = np.clip(depth - size[:2], 0, 0.6 * size[:2])
+    # The squared components of a unit vector add up to 1. An axis at a right angle to the line of
+    # sight gets nothing.
+    extension = missing_depth * direction**2
     beyond_low = np.where(direction > 0, 0, extension)
     beyond_high = np.where(direction > 0, extension, 0)
     return beyond_low, beyond_high
@@ -536,7 +547,7 @@ def _fit_smallest_volume_axes(points: Array) -> Array:
         return np.linalg.eigh(covariance)[1]
     corners = points[hull.vertices]  # [k, 3]
     normals = hull.equations[:, :3]
-    stride = max(1, len(normals) // _MAX_HULL_FACES)
+    stride = max(1, len(normals) // _NUM_HULL_FACES)
     normals = normals[::stride]  # [m, 3]
 
     # Two axes in the plane of each face. The first one is orthogonal to the normal and to the
@@ -548,7 +559,8 @@ def _fit_smallest_volume_axes(points: Array) -> Array:
 
     # For each normal, the smallest box is the smallest footprint times the height.
     flat = np.stack([corners @ sideways.T, corners @ other_sideways.T])  # [2, k, m]
-    areas = _compute_footprints(np.moveaxis(flat, 2, 0), _COARSE_ANGLES_RAD[::2])  # [m, a]
+    every_6_degrees = _COARSE_ANGLES_RAD[::2]  # [a]
+    areas = _compute_footprints(np.moveaxis(flat, 2, 0), every_6_degrees)  # [m, a]
     heights = np.ptp(corners @ normals.T, axis=0)  # [m]
     volumes = areas.min(axis=1) * heights
     return _fit_upright_axes(corners, normals[np.argmin(volumes)])

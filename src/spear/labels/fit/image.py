@@ -68,6 +68,8 @@ def have_same_aspect(size: tuple[int, ...], other_size: tuple[int, ...]) -> bool
     """
     height, width = size
     other_height, other_width = other_size
+    # With equal aspects the two products are equal. One pixel more in a side of `size` changes
+    # their difference by a side of the original.
     return abs(height * other_width - width * other_height) <= max(other_size)
 
 

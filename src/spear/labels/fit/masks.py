@@ -204,16 +204,16 @@ def keep_main_part(mask: Array, points: Array, is_known: Array, limit: float) ->
     graph = coo_array((np.ones(len(starts), bool), (starts, ends)), shape=(num_pixels, num_pixels))
     _, part_of_node = connected_components(graph, directed=False)  # [n]
 
-    # A part stays if it is large enough and at the depth of the largest part.
+    # A part stays if it is large enough and at the depth of the largest part, the main part.
     sizes = np.bincount(part_of_node)  # [parts]
-    main = int(sizes.argmax())
+    main_part = int(sizes.argmax())
     node_depth = depth[usable]  # [n]
-    main_depth = node_depth[part_of_node == main]
-    low = main_depth.min()
-    high = main_depth.max()
+    main_depth = node_depth[part_of_node == main_part]
+    nearest_depth = main_depth.min() * (1 - limit)
+    furthest_depth = main_depth.max() * (1 + limit)
     median_depth = ndimage.median(node_depth, part_of_node, np.arange(len(sizes)))  # [parts]
-    is_large = sizes >= MIN_PART_FRACTION * sizes[main]
-    is_as_far = (median_depth > low * (1 - limit)) & (median_depth < high * (1 + limit))
+    is_large = sizes >= MIN_PART_FRACTION * sizes[main_part]
+    is_as_far = (median_depth > nearest_depth) & (median_depth < furthest_depth)
     stays = is_large & is_as_far  # [parts]
     result = np.zeros_like(mask)
     result[usable] = stays[part_of_node]
@@ -241,6 +241,7 @@ def remove_support(
     on_object = mask & is_known
     if not on_object.any():
         return mask
+    # The pixels beside the object, at most 4 pixels away, show the support near the object.
     is_near_mask = ndimage.binary_dilation(mask, iterations=4)
     beside = is_known & ~mask & ~occupied & is_near_mask
     height = points @ plane.up - _estimate_level(points[beside], plane)  # [h, w]
@@ -320,6 +321,7 @@ def snap_outline(
     # Rule 2, where object and support meet
     result = mask.copy()
     if plane is not None:
+        # The pixels at most 3 pixels outside the band show the support near the object.
         beside = outside & ~occupied & ndimage.binary_dilation(surroundings, iterations=3)
         height = points @ plane.up - _estimate_level(points[beside], plane)  # [h, w]
         limit = max(ON_SUPPORT_FRACTION, 2.5 * noise) * float(np.median(points[core][:, 2]))
@@ -368,9 +370,8 @@ def clean_points(mask: Array, points: Array, pixels: Array, erosion_px: int, noi
 
     # Pixels of the outline that differ from the value to which the inside leads take that value.
     expected = np.full(len(pixels), np.nan)
-    expected[~is_inner] = _continue_values(
-        inverse, inner, pixels[~is_inner], 1.5 * erosion_px, noise
-    )
+    reach_px = 1.5 * erosion_px  # the layers are √2 · erosion_px wide along a diagonal
+    expected[~is_inner] = _continue_values(inverse, inner, pixels[~is_inner], reach_px, noise)
     with np.errstate(invalid="ignore"):
         is_flying = np.abs(values - expected) > FLYING_FRACTION * expected
     values = np.where(is_flying, expected, values)

@@ -50,8 +50,8 @@ def compute_planarity(points: Array) -> float:
     along their principal axes.
     """
     eigenvalues = np.linalg.eigvalsh(np.cov(points.T))  # [3] variances, smallest first
-    third, second, first = np.sqrt(np.maximum(eigenvalues, 0))
-    return float((second - third) / first) if first > 0 else 0.0
+    sigma3, sigma2, sigma1 = np.sqrt(np.maximum(eigenvalues, 0))
+    return float((sigma2 - sigma3) / sigma1) if sigma1 > 0 else 0.0
 
 
 def compute_stability(points: Array, box: Box3D, fit: Callable[[Array], Box3D]) -> float:
@@ -146,21 +146,21 @@ def compare_labels(
         if frame.instances is None or frame.boxes is None:
             name = frame.source or "frame"
             raise SpearError(f"{name} has no instances or no boxes. Give frames that have both.")
-        matched: set[int] = set()
+        matched_instances: set[int] = set()
         errors_by_instance: dict[int, tuple[float, ...]] = {}
         for o in label.objects:
             instance = find_instance(o, label, frame)
             if o.box3d is None or instance not in frame.boxes:
                 continue
-            matched.add(instance)
+            matched_instances.add(instance)
             true_box = make_box_from_vertices(frame.boxes[instance])
             # If two labeled boxes belong to one instance, the last box counts.
             errors_by_instance.pop(instance, None)
             if o.scores.get("visible", 1.0) >= min_visible:
                 errors_by_instance[instance] = compute_box_errors(o.box3d, true_box)
         errors += errors_by_instance.values()
-        visible = set(np.unique(frame.instances).tolist()) & set(frame.boxes)
-        num_missed += len(visible - matched)
+        visible_instances = set(np.unique(frame.instances).tolist()) & set(frame.boxes)
+        num_missed += len(visible_instances - matched_instances)
 
     if not errors:
         raise SpearError("No labeled box has a true box. Give frames with instances and boxes.")

@@ -202,6 +202,7 @@ class FileDetector:
         self.annotations = annotations
         self.second = second
         self.name = _join_names(annotations, second)
+        # Without a bill of the second detector, the bill is empty, which is what `str()` returns.
         self.bill: Callable[[], str] = getattr(second, "bill", str)
 
     def detect(self, frames: Sequence[Frame]) -> list[list[Detection]]:
@@ -430,61 +431,62 @@ class _CocoIndex:
         for index, entry in enumerate(_validate_list(content["annotations"])):
             entry_name = _name_entry("annotation", entry, index)
             try:
-                image = self._find_image(entry)
+                image_id = self._find_image_id(entry)
             except _ENTRY_ERRORS as error:
                 stray_entries.append(f"{entry_name} {_explain(error)}")
                 continue
-            self._add_annotation(image, entry, entry_name, names)
+            self._add_annotation(image_id, entry, entry_name, names)
         self._notify(stray_entries)
 
     def _add_image(self, entry: Mapping[str, Any]) -> None:
         """Add an image entry, or note why the image cannot be used."""
         path = _split_path(entry["file_name"])
         name = path[-1]
-        image = entry["id"]
-        self._annotations[image] = []
-        self._images_by_name[name].append((path, image))
-        self._file_names[image] = entry["file_name"]
+        image_id = entry["id"]
+        self._annotations[image_id] = []
+        self._images_by_name[name].append((path, image_id))
+        self._file_names[image_id] = entry["file_name"]
 
         # Annotations are in pixels of this size. The image to label may be a smaller copy.
         height = entry.get("height")
         width = entry.get("width")
         if _is_length(height) and _is_length(width):
-            self._sizes[image] = (int(height), int(width))
+            self._sizes[image_id] = (int(height), int(width))
             return
-        self._problems[image] = (
+        self._problems[image_id] = (
             f"{entry['file_name']} has height {height} and width {width}, which is no size"
         )
 
-    def _find_image(self, entry: Mapping[str, Any]) -> Any:
+    def _find_image_id(self, entry: Mapping[str, Any]) -> Any:
         """The id of the image that an annotation belongs to."""
-        image = entry["image_id"]
-        if image not in self._annotations:
-            raise _OddEntryError(f"belongs to image {image}, which the file does not list")
-        return image
+        image_id = entry["image_id"]
+        if image_id not in self._annotations:
+            raise _OddEntryError(f"belongs to image {image_id}, which the file does not list")
+        return image_id
 
     def _add_annotation(
-        self, image: Any, entry: Mapping[str, Any], entry_name: str, names: Mapping[Any, str]
+        self, image_id: Any, entry: Mapping[str, Any], entry_name: str, names: Mapping[Any, str]
     ) -> None:
         """Add an annotation to its image, or note why the image cannot be used.
 
         Args:
-            image: The image's id.
+            image_id: The image's id.
             entry: The annotation's entry.
             entry_name: What messages call the entry.
             names: The names of the categories, by id.
         """
-        if image in self._problems:
+        if image_id in self._problems:
             return
         try:
-            annotation = _read_coco_annotation(entry, names, self._sizes[image])
+            annotation = _read_coco_annotation(entry, names, self._sizes[image_id])
         except _ENTRY_ERRORS as error:
-            self._problems[image] = f"{entry_name} of {self._file_names[image]} {_explain(error)}"
+            file_name = self._file_names[image_id]
+            self._problems[image_id] = f"{entry_name} of {file_name} {_explain(error)}"
             return
         if entry.get("iscrowd"):
-            self._annotations[image] += _make_crowd_placeholders(annotation)
+            self._annotations[image_id] += _make_crowd_placeholders(annotation)
         else:
-            self._annotations[image].append(annotation)
+            self._annotations[image_id].append(annotation)
 
     def _notify(self, stray_entries: Sequence[str]) -> None:
         """Give a notice of the entries that cannot be used, with the first ones' names."""
@@ -514,31 +516,31 @@ class _CocoIndex:
         # Images whose path ends as the source does, or the other way round. The image with the
         # longest common ending fits best.
         common_lengths = {}
-        for image_path, image in self._images_by_name.get(path[-1], ()):
+        for image_path, image_id in self._images_by_name.get(path[-1], ()):
             length = min(len(path), len(image_path))
             if path[-length:] == image_path[-length:]:
-                common_lengths[image] = length
+                common_lengths[image_id] = length
         max_length = max(common_lengths.values(), default=0)
-        images = [image for image, length in common_lengths.items() if length == max_length]
-        if not images:
+        best_ids = [image_id for image_id, length in common_lengths.items() if length == max_length]
+        if not best_ids:
             return None
-        if len(images) > 1:
+        if len(best_ids) > 1:
             raise SpearError(
-                f"{source} fits {len(images)} images of coco {self.file}. Name its folder too."
+                f"{source} fits {len(best_ids)} images of coco {self.file}. Name its folder too."
             )
-        image = images[0]
-        earlier_source = self._sources.setdefault(image, source)
+        best_id = best_ids[0]
+        earlier_source = self._sources.setdefault(best_id, source)
         if earlier_source != source:
             raise SpearError(
                 f"{earlier_source} and {source} fit the same image of coco {self.file}. Name the "
                 "folder too."
             )
-        if image in self._problems:
+        if best_id in self._problems:
             raise SpearError(
-                f"In coco {self.file}, {self._problems[image]}. Correct the file, or leave "
+                f"In coco {self.file}, {self._problems[best_id]}. Correct the file, or leave "
                 f"{source} out."
             )
-        return self._annotations[image]
+        return self._annotations[best_id]
 
 
 def _is_length(value: Any) -> TypeGuard[float]:

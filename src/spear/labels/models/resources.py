@@ -104,5 +104,5 @@ def _run_owlv2(network: Any, batch_size: int, num_names: int) -> None:
     network(
         pixel_values=torch.zeros(batch_size, 3, side_px, side_px),
         input_ids=token_ids,
-        attention_mask=token_ids + 1,
+        attention_mask=torch.ones_like(token_ids),  # no padding
     )
