@@ -182,8 +182,9 @@ def _correct_mask(
         The corrected mask [h, w] in the window.
     """
     occupied = image.occupied[window] & ~inside  # by other objects
-    # From pixel to pixel, the depth of a surface whose depth grows `slope` times as fast as its
-    # width changes by the fraction slope / focal_px. So 12 links surfaces with slopes of up to 12.
+    # The slope of a surface is the length by which its depth grows per unit of its width. From one
+    # pixel to the next, the depth then changes by the fraction slope / focal_px. So pixels of
+    # surfaces with slopes of up to 12 are linked.
     link_limit = max(LINKED_DEPTH_FRACTION, 12.0 / image.focal_px, 4 * image.noise)
     inside = keep_main_part(inside, points, is_known, link_limit)
     plane = image.support_plane

@@ -293,9 +293,9 @@ class _FreeTextState:
         token = logits.argmax(-1).masked_fill(self.is_done, self.pad_token)
         self.is_done = self.is_done | (token == self.end_token)
         if self.grammar is not None:
-            is_number = self.is_number[token]
-            self.num_owed = self.num_owed - is_number.long()
-            self.is_after_word = ~is_number
+            has_chosen_number = self.is_number[token]  # [N]
+            self.num_owed = self.num_owed - has_chosen_number.long()
+            self.is_after_word = ~has_chosen_number
         self.step += 1
         return token
 
@@ -303,7 +303,7 @@ class _FreeTextState:
         """The ids that the grammar forbids as the next token, [N, vocabulary] bool."""
         num_left = self.max_tokens - self.step  # tokens that fit, including this one
         can_end = (self.num_owed == 0) & self.is_after_word  # [N], like all conditions here
-        can_be_number = (self.num_owed > 0) & (self.step > 0)
+        can_be_number = (self.num_owed > 0) & (self.step > 0)  # an answer begins with a word
         must_end = can_end & (num_left == 1)
         # The tokens that are left must suffice for the numbers, a word and the end token.
         must_be_number = can_be_number & (num_left <= self.num_owed + 2)

@@ -246,9 +246,9 @@ class Sampler:
         self._action_weight = (action_half @ action_in_weight).to(self.expert.dtype)
         self._time_weight = time_half
         self._bias = action_half @ action_in_bias + time_mlp_in.bias.detach().float()
-        self._mlp_out = FusedLinear(
-            model.action_time_mlp_out, packed=packed and not is_small_float32
-        )
+        # The layers of a small float32 network multiply plain weights. This layer does so, too.
+        is_packed = packed and not is_small_float32
+        self._mlp_out = FusedLinear(model.action_time_mlp_out, packed=is_packed)
         self._min_period = model.config.min_period
         self._max_period = model.config.max_period
 

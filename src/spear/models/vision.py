@@ -248,16 +248,18 @@ def _interpolation_weights(
     if key in _interpolation_cache and can_cache:
         return _interpolation_cache[key]
 
-    size: dict[str, Any] = {"size": (count, 1)}
+    size_arguments: dict[str, Any] = {"size": (count, 1)}
     if offset:
         # With an offset, the scale is given as MoGe gives it, and PyTorch rounds the size down to
         # `count`.
-        size = {"scale_factor": ((count + offset) / side, 1.0)}
+        size_arguments = {"scale_factor": ((count + offset) / side, 1.0)}
     with torch.inference_mode(False), torch.no_grad():
         # Column i of the identity is an image [side, 1] that is 1 at position i. Resampled, it has
         # the weights of position i.
         identity = torch.eye(side, dtype=torch.float64, device=device)[None, ..., None]
-        resampled = nn.functional.interpolate(identity, mode="bicubic", align_corners=False, **size)
+        resampled = nn.functional.interpolate(
+            identity, mode="bicubic", align_corners=False, **size_arguments
+        )
         weights = resampled[0, :, :, 0].T.contiguous()
     if can_cache:
         _interpolation_cache[key] = weights

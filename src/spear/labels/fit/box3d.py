@@ -87,8 +87,8 @@ misalignment."""
 _COARSE_ANGLES_RAD = np.radians(np.arange(0.0, 90.0, 3.0))
 _FINE_ANGLES_RAD = np.radians(np.linspace(-3.0, 3.0, 25))  # around the best coarse angle
 _NUM_HULL_FACES = 48
-"""If a hull has more faces, only every n-th face is tried, where n is the largest number for which
-at least this many are tried. So fewer than twice as many are tried."""
+"""Of a hull with more faces, only every n-th face is tried, where n is the number of faces divided
+by this constant, rounded down. So at least this many are tried, but fewer than twice as many."""
 _TRIPLES = np.array(list(combinations(range(7), 3)))  # [35, 3] all triples of seven indices
 _EYE = np.eye(3)
 _UNIT_CROSSES = np.cross(_EYE[:, None], _EYE)

@@ -272,9 +272,10 @@ def snap_outline(
 ) -> Array:
     """Decide by the 3D points which pixels within `band_px` of a mask's outline are the object's.
 
-    These pixels are the band. The pixels inside the band are certainly the object's (the core), and
-    those outside the band are certainly not. The inverse depth of the core and that of the outside
-    are both continued into the band. A pixel of the band is decided by the first rule that applies:
+    These pixels are the band. The pixels that the band encloses, the core, certainly belong to the
+    object, and the pixels beyond the band certainly do not. The inverse depth of the core and that
+    of the pixels beyond are both continued into the band. A pixel of the band is decided by the
+    first rule that applies:
 
     1. Object and background differ in depth there: the pixel belongs to the one whose continued
        inverse depth is nearer to the pixel's own.

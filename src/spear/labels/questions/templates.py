@@ -115,7 +115,7 @@ def _parse_name(name: str) -> _NameMeaning:
     head = _END_OF_NOUN.split(name)[0]
     head_words = re.findall(r"\w+", head) or re.findall(r"\w+", name) or [name]
     noun = head_words[-1]
-    words = set(re.findall(r"\w+", _END_OF_NOUN.sub(" ", name)))
+    words = set(re.findall(r"\w+", _END_OF_NOUN.sub(" ", name)))  # without words such as "of"
 
     forms = {noun}
     for ending, singular_ending in _PLURAL_ENDINGS:

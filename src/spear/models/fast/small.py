@@ -82,7 +82,8 @@ class SmallLayerStack(LayerStack):
         # instead, so the scales of norms get the factor √D.
         sqrt_width = math.sqrt(len(self.last_norm_scale))
         self.last_norm_scale = self.last_norm_scale * sqrt_width
-        self._min_length = torch.tensor(sqrt_width * math.sqrt(self.eps), dtype=torch.float32)
+        # The length √(D · eps), by which `eps` limits the division for short x.
+        self._eps_length = torch.tensor(sqrt_width * math.sqrt(self.eps), dtype=torch.float32)
 
     def _prepare_weights(self, layer: Any) -> LayerWeights:
         attention = layer.self_attn
@@ -206,7 +207,7 @@ class SmallLayerStack(LayerStack):
     def _to_unit_length(self, x: Tensor) -> Tensor:
         """Rows x [N, D] divided by √(‖x‖² + D · eps). The weights contain a norm's factor √D."""
         length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-        return x / length.hypot_(self._min_length)  # hypot(a, b) = √(a² + b²)
+        return x / length.hypot_(self._eps_length)  # hypot(a, b) = √(a² + b²)
 
 
 def _gelu(x: Tensor) -> Tensor:
