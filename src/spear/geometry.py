@@ -269,7 +269,7 @@ def euler_to_quat(angles: Tensor, convention: EulerConvention | Literal["zxy"]) 
         "zxy": (about_y, about_x, about_z),
     }
     check_known("Euler convention", factors, convention)
-    first, second, third = factors[convention]
+    first, second, third = factors[convention]  # of the product, from left to right
     return quat_canonical(quat_multiply(quat_multiply(first, second), third))
 
 

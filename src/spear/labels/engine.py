@@ -147,7 +147,7 @@ def run_local(
     factories: ModelFactories,
     workers: int,
     batches: Iterable[Sequence[Item]],
-    longest: int | None = DEFAULT_MAX_SIDE_PX,
+    max_side_px: int | None = DEFAULT_MAX_SIDE_PX,
 ) -> Generator[LabeledBatch, None, None]:
     """Label batches on this computer.
 
@@ -159,7 +159,7 @@ def run_local(
         workers: Number of processes that read images and fit boxes; with 0, this process does all
             of it.
         batches: Batches of items; the images of a batch go through the networks together.
-        longest: The longer side, in pixels, to which larger images are shrunk; None keeps all
+        max_side_px: The longer side, in pixels, to which larger images are shrunk; None keeps all
             sizes.
 
     Raises:
@@ -168,7 +168,7 @@ def run_local(
     advice = "use fewer --workers or a smaller --batch-size, and run the same command again"
     models = [make_model() for make_model in factories]
     num_ahead = workers + 1  # number of batches that are in progress at once, per stage
-    read = partial(read_images, longest=longest)
+    read = partial(read_images, max_side_px=max_side_px)
     try:
         with processes.open_worker_pool(workers, __name__, advice) as pool:
             pending = processes.map_in_order(pool, read, batches, num_ahead)
@@ -217,7 +217,7 @@ def run_ray(
     factories: ModelFactories,
     work: WorkOptions,
     batches: Iterable[Sequence[Item]],
-    longest: int | None = DEFAULT_MAX_SIDE_PX,
+    max_side_px: int | None = DEFAULT_MAX_SIDE_PX,
 ) -> Generator[LabeledBatch, None, None]:
     """Label batches with Ray.
 
@@ -229,7 +229,7 @@ def run_ray(
         work: Its `replicas` and `gpus` say how many actors run each model, and how many GPUs each
             actor gets.
         batches: Batches of items; the images of a batch go through the networks together.
-        longest: The longer side, in pixels, to which larger images are shrunk; None keeps all
+        max_side_px: The longer side, in pixels, to which larger images are shrunk; None keeps all
             sizes.
 
     Raises:
@@ -249,7 +249,7 @@ def run_ray(
         results: deque[Any] = deque()  # futures of labeled batches, in order
         for batch in batches:
             # `images` is a future. Ray passes it from stage to stage without waiting here.
-            images = reader.remote(list(batch), longest)
+            images = reader.remote(list(batch), max_side_px)
             for actors in actors_of_stages:
                 images = next(actors).call.remote(images)
             results.append(finisher.remote(images))

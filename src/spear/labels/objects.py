@@ -325,7 +325,7 @@ def _trace_outline(
     return visible, float(num_cut / length), np.concatenate(touching)
 
 
-def _find_support_height(cloud: Array, beside: Array, plane: Plane) -> float | None:
+def _find_support_height(cloud: Array, points_beside: Array, plane: Plane) -> float | None:
     """The height of the surface on which an object stands; None if no such surface is seen.
 
     The object stands on the points that touch it and are lower than nearly all of its own points.
@@ -338,7 +338,7 @@ def _find_support_height(cloud: Array, beside: Array, plane: Plane) -> float | N
 
     Args:
         cloud: [n, 3] points of the object, camera frame.
-        beside: [m, 3] points beside the object that touch it.
+        points_beside: [m, 3] points beside the object that touch it.
         plane: The support plane of the image.
     """
     heights = cloud @ plane.up
@@ -346,7 +346,7 @@ def _find_support_height(cloud: Array, beside: Array, plane: Plane) -> float | N
     touching_distance = TOUCHING_FRACTION * _compute_distance(cloud)
 
     # Low points that touch the object
-    heights_beside = beside @ plane.up
+    heights_beside = points_beside @ plane.up
     max_contact_height = min(low + 0.25 * (high - low), high - 0.1 * touching_distance)
     contact_heights = heights_beside[heights_beside < max_contact_height]
     if len(contact_heights) >= 3:

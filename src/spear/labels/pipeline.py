@@ -77,7 +77,7 @@ class PendingImage:
     lit_part: Array | None = None
 
 
-def read_images(items: Sequence[Item], longest: int | None = None) -> list[PendingImage]:
+def read_images(items: Sequence[Item], max_side_px: int | None = None) -> list[PendingImage]:
     """Read images and encode them as JPEG, as labels store them.
 
     An image that cannot be read carries the error with which all stages skip it.
@@ -85,12 +85,12 @@ def read_images(items: Sequence[Item], longest: int | None = None) -> list[Pendi
     Args:
         items: The images to read. Keep the order in which they were listed, so that items that are
             neighbors in one file are read together.
-        longest: The longer side, in pixels, to which larger images are shrunk with their aspect
+        max_side_px: The longer side, in pixels, to which larger images are shrunk with their aspect
             kept. Frames with ground truth keep their size. None keeps the size of all images.
     """
     images = []
     for item, content in zip(items, read_contents(items), strict=True):
-        image = _start_image(item.key, content, longest)
+        image = _start_image(item.key, content, max_side_px)
         image.content_hash = hash_content(content)
         images.append(image)
     return images
@@ -98,14 +98,14 @@ def read_images(items: Sequence[Item], longest: int | None = None) -> list[Pendi
 
 def _start_image(source: str, content: Content, max_side_px: int | None) -> PendingImage:
     if isinstance(content, SpearError):
-        return PendingImage(source, None, content)
+        return PendingImage(source, frame=None, error=content)
     if isinstance(content, Frame):
         frame = content
     else:
         try:
             pixels, is_turned = _decode(content, source)
         except SpearError as error:
-            return PendingImage(source, None, error)
+            return PendingImage(source, frame=None, error=error)
         frame = Frame(shrink_image(pixels, max_side_px), is_turned=is_turned)
     image = admit_frame(replace(frame, source=source))
     if image.error is None:
@@ -149,8 +149,8 @@ def label_images(
     Raises:
         SpearError: An image is bad, or a model refuses it.
     """
-    remaining = iter(frames)
-    while batch := list(islice(remaining, BATCH_SIZE)):
+    remaining_frames = iter(frames)
+    while batch := list(islice(remaining_frames, BATCH_SIZE)):
         images = [admit_frame(frame) for frame in batch]
         detect_objects(images, detector)
         segment_objects(images, segmenter)
@@ -242,18 +242,18 @@ def _apply_model(
         call: Calls the model with the images that are not skipped and with their frames. It returns
             one result per image.
     """
-    active = [image for image in images if image.error is None]
-    if not active:
+    active_images = [image for image in images if image.error is None]
+    if not active_images:
         return []
-    frames = [image.frame for image in active if image.frame is not None]
+    frames = [image.frame for image in active_images if image.frame is not None]
     try:
-        return list(zip(active, call(active, frames), strict=True))
+        return list(zip(active_images, call(active_images, frames), strict=True))
     except SpearError as error:
-        if len(active) == 1:
-            active[0].error = error
+        if len(active_images) == 1:
+            active_images[0].error = error
             return []
     pairs = []
-    for image in active:
+    for image in active_images:
         pairs += _apply_model([image], call)
     return pairs
 

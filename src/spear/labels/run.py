@@ -135,13 +135,15 @@ def label_photos(options: LabelOptions, list_scenes: ListScenes | None = None) -
     max_side_px = options.max_size or None  # 0 keeps the size of all images
     engine: Engine
     if work.engine == "local":
-        unused = list_changed_options(work, "replicas", "gpus")
-        engine = partial(run_local, run.factories, work.workers, longest=max_side_px)
+        unused_options = list_changed_options(work, "replicas", "gpus")
+        engine = partial(run_local, run.factories, work.workers, max_side_px=max_side_px)
     else:
-        unused = list_changed_options(work, "workers")
-        engine = partial(run_ray, run.factories, work, longest=max_side_px)
-    if unused:
-        raise SpearError(f"{unused[0]} has no effect with the {work.engine} engine. Leave it out.")
+        unused_options = list_changed_options(work, "workers")
+        engine = partial(run_ray, run.factories, work, max_side_px=max_side_px)
+    if unused_options:
+        raise SpearError(
+            f"{unused_options[0]} has no effect with the {work.engine} engine. Leave it out."
+        )
     return label_folder(run.items, options.out, engine, run.settings, work, options.retry_skipped)
 
 
@@ -397,7 +399,7 @@ def _find_finished_shards(
     Raises:
         SpearError: A file is not a shard of this run, or was made from other items.
     """
-    finished = {}
+    skipped_of_finished = {}
     num_changed = 0
     for path in sorted(out.glob("labels-*.parquet")):
         footer = json.loads(read_footer(path, FOOTER_KEY) or "{}")
@@ -414,13 +416,13 @@ def _find_finished_shards(
         skipped = [SkippedImage(*fields) for fields in footer["skipped"]]
         is_retried = retry_skipped and any(image.retryable for image in skipped)
         if num_changed_in_shard == 0 and not is_retried:
-            finished[number] = skipped
+            skipped_of_finished[number] = skipped
     if num_changed:
         notice(
             f"{format_count(num_changed, 'images')} changed since they were labeled into {out}. "
             "They are labeled again, with all others in the same files."
         )
-    return finished
+    return skipped_of_finished
 
 
 def _count_changed_images(shard: Sequence[Item], footer: Mapping[str, Any]) -> int:
@@ -440,7 +442,9 @@ def _count_changed_images(shard: Sequence[Item], footer: Mapping[str, Any]) -> i
             old_hashes.append(content_hash)
     contents = read_contents(doubtful_items)
     new_hashes = [hash_content(content) for content in contents]
-    return sum(new != old for new, old in zip(new_hashes, old_hashes, strict=True))
+    return sum(
+        new_hash != old_hash for new_hash, old_hash in zip(new_hashes, old_hashes, strict=True)
+    )
 
 
 def _split(items: Sequence[Item], size: int) -> list[Sequence[Item]]:

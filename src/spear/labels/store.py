@@ -222,16 +222,17 @@ def select_labels(path: str | Path, max_images: int) -> list[LabeledImage]:
     num_selected = min(max_images, num_labels)
     selected_rows = [i * num_labels // num_selected for i in range(num_selected)]
     labels: list[LabeledImage] = []
-    # Rows are counted through all shards: a group contains the rows from `first` to `end` - 1.
-    first = 0
+    # Rows are counted through all shards. A group contains the rows from `first_row` to
+    # `end_row` - 1.
+    first_row = 0
     for shard in find_shards(path):
         file = _open_shard(shard)
         for group in range(file.num_row_groups):
-            end = first + file.metadata.row_group(group).num_rows
-            rows_in_group = [row - first for row in selected_rows if first <= row < end]
+            end_row = first_row + file.metadata.row_group(group).num_rows
+            rows_in_group = [row - first_row for row in selected_rows if first_row <= row < end_row]
             if rows_in_group:
                 labels += _read_group(shard, file, group, rows_in_group)
-            first = end
+            first_row = end_row
     return labels
 
 
@@ -289,11 +290,11 @@ def _open_shard(path: Path) -> pq.ParquetFile:
     """Open a shard; `SpearError` if the file is broken or lacks columns of a shard."""
     with explain_read_errors(path):
         file = pq.ParquetFile(path)
-    missing = sorted(set(SCHEMA.names) - set(file.schema_arrow.names))
-    if missing:
+    missing_columns = sorted(set(SCHEMA.names) - set(file.schema_arrow.names))
+    if missing_columns:
         raise SpearError(
-            f"{path} is not a label shard, because it has no {', '.join(missing[:6])}. Give "
-            "another file."
+            f"{path} is not a label shard, because it has no {', '.join(missing_columns[:6])}. "
+            "Give another file."
         )
     return file
 

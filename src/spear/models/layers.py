@@ -119,7 +119,14 @@ def grouped_attention(
             strict=True,
         ):
             output, _ = grouped_attention(
-                module, block_query, block_key, block_value, None, scaling, softcap, **kwargs
+                module,
+                block_query,
+                block_key,
+                block_value,
+                attention_mask=None,
+                scaling=scaling,
+                softcap=softcap,
+                **kwargs,
             )
             outputs.append(output)
         return torch.cat(outputs, dim=1), None

@@ -78,12 +78,34 @@ NANO = Preset(
     name="nano",
     image_sizes={"external": (192, 128), "wrist": (96, 96)},
     stem="conv",
-    vision=network_fields(192, 3, 3, intermediate_size=512, patch_size=32, image_size=192),
-    moge=network_fields(
-        128, 4, 2, mlp_ratio=4, patch_size=32, image_size=192, initializer_range=0.08
+    vision=network_fields(
+        width=192, num_layers=3, num_heads=3, intermediate_size=512, patch_size=32, image_size=192
     ),
-    text=gemma_fields(192, 5, 3, intermediate_size=576, head_dim=64, initializer_range=0.05),
-    expert=gemma_fields(160, 5, 3, intermediate_size=384, head_dim=64, initializer_range=0.05),
+    moge=network_fields(
+        width=128,
+        num_layers=4,
+        num_heads=2,
+        mlp_ratio=4,
+        patch_size=32,
+        image_size=192,
+        initializer_range=0.08,
+    ),
+    text=gemma_fields(
+        width=192,
+        num_layers=5,
+        num_heads=3,
+        intermediate_size=576,
+        head_dim=64,
+        initializer_range=0.05,
+    ),
+    expert=gemma_fields(
+        width=160,
+        num_layers=5,
+        num_heads=3,
+        intermediate_size=384,
+        head_dim=64,
+        initializer_range=0.05,
+    ),
     vocabulary_size=2048,
     coordinate_smoothing=2.0,
     # The rotation has a squared error, with a weight that makes it as large as the losses of
@@ -102,10 +124,21 @@ NANO = Preset(
 SMALL = Preset(
     name="small",
     image_sizes=_PAPER_IMAGE_SIZES,
-    vision=network_fields(768, 12, 12, intermediate_size=3072, patch_size=14, image_size=224),
-    moge=network_fields(384, 12, 6, mlp_ratio=4, patch_size=14, image_size=224),
-    text=gemma_fields(1024, 12, 8, intermediate_size=4096, head_dim=128),
-    expert=gemma_fields(512, 12, 8, intermediate_size=2048, head_dim=128),
+    vision=network_fields(
+        width=768,
+        num_layers=12,
+        num_heads=12,
+        intermediate_size=3072,
+        patch_size=14,
+        image_size=224,
+    ),
+    moge=network_fields(
+        width=384, num_layers=12, num_heads=6, mlp_ratio=4, patch_size=14, image_size=224
+    ),
+    text=gemma_fields(width=1024, num_layers=12, num_heads=8, intermediate_size=4096, head_dim=128),
+    expert=gemma_fields(
+        width=512, num_layers=12, num_heads=8, intermediate_size=2048, head_dim=128
+    ),
     vocabulary_size=32768,
 )
 
@@ -113,13 +146,30 @@ SMALL = Preset(
 SPEAR1 = Preset(
     name="spear1",
     image_sizes=_PAPER_IMAGE_SIZES,
-    vision=network_fields(1152, 27, 16, intermediate_size=4304, patch_size=14, image_size=224),
+    vision=network_fields(
+        width=1152,
+        num_layers=27,
+        num_heads=16,
+        intermediate_size=4304,
+        patch_size=14,
+        image_size=224,
+    ),
     # With this `image_size` and `position_offset` MoGe's weights were trained.
     moge=network_fields(
-        1024, 24, 16, mlp_ratio=4, patch_size=14, image_size=518, position_offset=0.1
+        width=1024,
+        num_layers=24,
+        num_heads=16,
+        mlp_ratio=4,
+        patch_size=14,
+        image_size=518,
+        position_offset=0.1,
     ),
-    text=gemma_fields(2048, 18, 8, intermediate_size=16384, head_dim=256),
-    expert=gemma_fields(1024, 18, 8, intermediate_size=4096, head_dim=256),
+    text=gemma_fields(
+        width=2048, num_layers=18, num_heads=8, intermediate_size=16384, head_dim=256
+    ),
+    expert=gemma_fields(
+        width=1024, num_layers=18, num_heads=8, intermediate_size=4096, head_dim=256
+    ),
 )
 
 PRESETS: dict[str, Preset] = {preset.name: preset for preset in (NANO, SMALL, SPEAR1)}

@@ -382,12 +382,16 @@ class Processor:
         # of text stay int.
         items: list[int | float | Pixel] = []
         for token in answer_ids:
-            previous = items[-1] if items else None
+            previous_item = items[-1] if items else None
             if token in self.coordinate_ids:
                 bin_index = token - self.coordinate_ids.start
                 items.append(float(self.coordinates.decode(bin_index)))
-            elif token in location_ids and isinstance(previous, int) and previous in location_ids:
-                y = (previous - location_ids.start + 0.5) / NUM_LOCATIONS
+            elif (
+                token in location_ids
+                and isinstance(previous_item, int)
+                and previous_item in location_ids
+            ):
+                y = (previous_item - location_ids.start + 0.5) / NUM_LOCATIONS
                 x = (token - location_ids.start + 0.5) / NUM_LOCATIONS
                 items[-1] = Pixel(x, y)
             else:
@@ -465,8 +469,8 @@ def validate_tokenizer(tokenizer: Any) -> int:
     """
     first_name = LOCATION_FORMAT.format(0)
     last_name = LOCATION_FORMAT.format(NUM_LOCATIONS - 1)
-    first, last = tokenizer.convert_tokens_to_ids([first_name, last_name])
-    if first is None or last is None or last - first != NUM_LOCATIONS - 1:
+    first_id, last_id = tokenizer.convert_tokens_to_ids([first_name, last_name])
+    if first_id is None or last_id is None or last_id - first_id != NUM_LOCATIONS - 1:
         raise SpearError(
             f"the tokenizer has no location tokens {first_name} … {last_name}. Start from"
             " PaliGemma's."
@@ -478,7 +482,7 @@ def validate_tokenizer(tokenizer: Any) -> int:
                 f"the tokenizer's {name} is {actual}, not {expected}. Copy tokenizer_config.json,"
                 " too."
             )
-    return int(first)
+    return int(first_id)
 
 
 def train_tokenizer(texts: Iterable[str], vocabulary_size: int = 2048) -> PreTrainedTokenizerFast:

@@ -442,8 +442,8 @@ def _group_by_length(attention_mask: Tensor, num_groups: int) -> Iterator[tuple[
     lengths = last_column + 1
     num_groups = min(num_groups, len(lengths))
     for rows in lengths.argsort(stable=True).tensor_split(num_groups):
-        longest = int(lengths[rows[-1]])
-        rounded_up = -(-longest // PAD_LENGTH_TO_MULTIPLE) * PAD_LENGTH_TO_MULTIPLE
+        max_length = int(lengths[rows[-1]])
+        rounded_up = -(-max_length // PAD_LENGTH_TO_MULTIPLE) * PAD_LENGTH_TO_MULTIPLE
         yield rows, min(rounded_up, attention_mask.shape[1])
 
 

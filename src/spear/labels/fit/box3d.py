@@ -185,13 +185,13 @@ def _find_camera_like_axes(axes: Array) -> tuple[list[int], Array]:
         The indices of the three columns, and the signs [3] by which to multiply these columns.
     """
     vertical = int(np.argmax(np.abs(UP_PRIOR @ axes)))
-    # The two other columns. The three indices 0, 1 and 2 add up to 3.
-    first = 1 if vertical == 0 else 0
-    second = 3 - vertical - first
+    # The columns of the two level axes. The three indices 0, 1 and 2 add up to 3.
+    level1 = 1 if vertical == 0 else 0
+    level2 = 3 - vertical - level1
     # Row 0 of `axes` has the axes' components along the camera's x axis.
-    is_first_right = abs(axes[0, first]) >= abs(axes[0, second])
-    right = first if is_first_right else second
-    away = second if is_first_right else first
+    is_level1_right = abs(axes[0, level1]) >= abs(axes[0, level2])
+    right = level1 if is_level1_right else level2
+    away = level2 if is_level1_right else level1
 
     right_sign = 1.0 if axes[0, right] >= 0 else -1.0
     down_sign = -1.0 if UP_PRIOR @ axes[:, vertical] >= 0 else 1.0
@@ -245,7 +245,7 @@ def fit_faces(points: Array, axes: Array, turn_axis: Array | None = None) -> Vis
         return VisibleFaces(axes, np.full(3, np.nan), side, misfit=np.inf)
 
     indices = np.arange(len(points))
-    half = len(points) // 2
+    median_index = len(points) // 2
     turn = np.ones(3)  # the turn of the step before; at first so large that a step is made
     for step in range(MAX_NUM_STEPS + 1):
         # The signed distance of each point from its nearest face
@@ -257,7 +257,7 @@ def fit_faces(points: Array, axes: Array, turn_axis: Array | None = None) -> Vis
 
         # Cauchy weights, whose scale is twice the median error. `np.partition` finds the median
         # faster than `np.median` with its checks.
-        median_error = float(np.partition(np.abs(error), half)[half])
+        median_error = float(np.partition(np.abs(error), median_index)[median_index])
         scale = 2.0 * median_error + 1e-6
         weight = 1.0 / (1.0 + (error / scale) ** 2)
 
@@ -602,17 +602,18 @@ def compute_iou_3d(a: Box3D, b: Box3D) -> float:
 def _find_corners_inside(a: Box3D, b: Box3D) -> Array:
     """The corners of box `a` inside box `b`, and where `a`'s edges cross `b`'s faces: [n, 3]."""
     axes = b.rotation.astype(np.float64)
-    half = b.size.astype(np.float64) / 2
+    half_size = b.size.astype(np.float64) / 2
     center = b.center.astype(np.float64)
 
-    # The vertices and edges of `a` in the frame of `b`, where b's faces are at -half and +half
+    # The vertices and edges of `a` in the frame of `b`, where b's faces are at ± half_size
     local = (a.vertices.astype(np.float64) - center) @ axes  # [8, 3]
     start = local[[i for i, _ in BOX_EDGES]]  # [12, 3]
     step = local[[j for _, j in BOX_EDGES]] - start  # [12, 3]
 
     # Each edge meets the planes of the six faces at start + fraction · step. Division by zero gives
-    # no fraction for an edge that is parallel to a face.
-    face_positions = np.concatenate([-half, half])  # [6] lower faces of three axes, upper faces
+    # no fraction for an edge that is parallel to a face. The lower faces of the three axes come
+    # first, then the upper faces.
+    face_positions = np.concatenate([-half_size, half_size])  # [6]
     with np.errstate(divide="ignore", invalid="ignore"):
         fraction = (face_positions - np.tile(start, 2)) / np.tile(step, 2)  # [12, 6]
     edge, face = np.nonzero((fraction >= 0) & (fraction <= 1))
@@ -621,8 +622,8 @@ def _find_corners_inside(a: Box3D, b: Box3D) -> Array:
 
     # A crossing may still be outside b's other faces. Faces of two boxes on one table lie in one
     # plane up to the rounding of float32, so the comparison needs a tolerance.
-    tolerance = 1e-6 * float(half.max() + np.abs(center).max())
-    is_inside = (np.abs(candidates) <= half + tolerance).all(axis=1)
+    tolerance = 1e-6 * float(half_size.max() + np.abs(center).max())
+    is_inside = (np.abs(candidates) <= half_size + tolerance).all(axis=1)
     return candidates[is_inside] @ axes.T + center
 
 

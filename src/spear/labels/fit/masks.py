@@ -134,14 +134,14 @@ def decode_run_lengths(text: str) -> list[int]:
             f"a compressed mask is cut off, or is none ({remainder[:20]!r}). Give the whole string."
         )
     runs: list[int] = []
-    for number in re.findall(r"[P-o]*[0-O]", text):
+    for number_letters in re.findall(r"[P-o]*[0-O]", text):
         value = 0
-        for group, letter in enumerate(number):
+        for group, letter in enumerate(number_letters):
             five_bits = (ord(letter) - 48) & 31
             value += five_bits << (5 * group)
-        # A set sign bit makes the number negative (two's complement of 5 · len(number) bits).
-        sign_bit = ((ord(number[-1]) - 48) >> 4) & 1
-        value -= sign_bit << (5 * len(number))
+        # A set sign bit makes the number negative: two's complement, with 5 bits per letter.
+        sign_bit = ((ord(number_letters[-1]) - 48) >> 4) & 1
+        value -= sign_bit << (5 * len(number_letters))
         if len(runs) > 2:
             value += runs[-2]
         runs.append(value)
@@ -182,22 +182,22 @@ def keep_main_part(mask: Array, points: Array, is_known: Array, limit: float) ->
         The remaining mask [h, w]. Pixels without a known point are removed, unless the mask has no
         other pixels.
     """
-    usable = mask & is_known
-    if not usable.any():
+    is_usable = mask & is_known
+    if not is_usable.any():
         return mask
 
     # Parts are the connected components of a graph. Its nodes are the n usable pixels, numbered in
     # reading order. Its edges link neighboring pixels with similar depth.
-    num_pixels = int(usable.sum())
-    node = np.cumsum(usable).reshape(usable.shape) - 1  # [h, w], meaningful where usable
-    depth = np.where(usable, points[..., 2], 1.0)
+    num_pixels = int(is_usable.sum())
+    node = np.cumsum(is_usable).reshape(is_usable.shape) - 1  # [h, w], meaningful where usable
+    depth = np.where(is_usable, points[..., 2], 1.0)
     right = np.s_[:, 1:]
     left = np.s_[:, :-1]
     lower = np.s_[1:]
     upper = np.s_[:-1]
     links = []
     for a, b in ((right, left), (lower, upper)):
-        is_linked = usable[a] & usable[b]
+        is_linked = is_usable[a] & is_usable[b]
         is_linked &= np.abs(depth[a] - depth[b]) < limit * np.minimum(depth[a], depth[b])
         links.append(np.stack([node[a][is_linked], node[b][is_linked]]))
     starts, ends = np.concatenate(links, axis=1)
@@ -207,7 +207,7 @@ def keep_main_part(mask: Array, points: Array, is_known: Array, limit: float) ->
     # A part stays if it is large enough and at the depth of the largest part, the main part.
     sizes = np.bincount(part_of_node)  # [parts]
     main_part = int(sizes.argmax())
-    node_depth = depth[usable]  # [n]
+    node_depth = depth[is_usable]  # [n]
     main_depth = node_depth[part_of_node == main_part]
     nearest_depth = main_depth.min() * (1 - limit)
     furthest_depth = main_depth.max() * (1 + limit)
@@ -216,7 +216,7 @@ def keep_main_part(mask: Array, points: Array, is_known: Array, limit: float) ->
     is_as_far = (median_depth > nearest_depth) & (median_depth < furthest_depth)
     stays = is_large & is_as_far  # [parts]
     result = np.zeros_like(mask)
-    result[usable] = stays[part_of_node]
+    result[is_usable] = stays[part_of_node]
     return result
 
 
@@ -243,8 +243,8 @@ def remove_support(
         return mask
     # The pixels beside the object, at most 4 pixels away, show the support near the object.
     is_near_mask = ndimage.binary_dilation(mask, iterations=4)
-    beside = is_known & ~mask & ~occupied & is_near_mask
-    height = points @ plane.up - _estimate_level(points[beside], plane)  # [h, w]
+    is_beside = is_known & ~mask & ~occupied & is_near_mask
+    height = points @ plane.up - _estimate_level(points[is_beside], plane)  # [h, w]
 
     # Average the heights over 3 × 3 pixels, of which only the object's pixels count. The filter
     # divides both sums by 9, so their quotient is the mean over the object's pixels.
@@ -323,8 +323,8 @@ def snap_outline(
     result = mask.copy()
     if plane is not None:
         # The pixels at most 3 pixels outside the band show the support near the object.
-        beside = outside & ~occupied & ndimage.binary_dilation(surroundings, iterations=3)
-        height = points @ plane.up - _estimate_level(points[beside], plane)  # [h, w]
+        is_beside = outside & ~occupied & ndimage.binary_dilation(surroundings, iterations=3)
+        height = points @ plane.up - _estimate_level(points[is_beside], plane)  # [h, w]
         limit = max(ON_SUPPORT_FRACTION, 2.5 * noise) * float(np.median(points[core][:, 2]))
         # If the object is as flat as the error of its height, heights decide nothing.
         if np.median(height[core]) > 2 * limit:
@@ -388,18 +388,18 @@ def _invert_depth(points: Array, is_known: Array) -> Array:
     return np.where(is_known, 1 / depth, np.nan)
 
 
-def _estimate_level(beside: Array, plane: Plane) -> float:
+def _estimate_level(points_beside: Array, plane: Plane) -> float:
     """The height of the support near an object.
 
     It is the median height of the points beside the object that are near the support plane, or the
     plane's height if they are too few.
 
     Args:
-        beside: [n, 3] points beside the object, camera frame.
+        points_beside: [n, 3] points beside the object, camera frame.
         plane: The support.
     """
-    heights = beside @ plane.up
-    is_near = np.abs(heights - plane.height) < 2 * TOUCHING_FRACTION * beside[:, 2]
+    heights = points_beside @ plane.up
+    is_near = np.abs(heights - plane.height) < 2 * TOUCHING_FRACTION * points_beside[:, 2]
     heights = heights[is_near]
     return float(np.median(heights)) if len(heights) >= MIN_LEVEL_POINTS else plane.height
 
@@ -435,13 +435,13 @@ def _smooth_values(values: Array, valid: Array, pixels: Array, noise: float) -> 
     pair_means = np.stack([(flat[center + k] + flat[center - k]) / 2 for k in offsets])  # [5, n]
 
     # The mean of a pair with an invalid pixel is NaN. Sorting puts NaN last, so the finite means of
-    # a pixel have the indices 0 to `last`. Their median is the mean of the elements with indices
-    # `low_middle` and `high_middle`, which are equal if the number of means is odd.
+    # a pixel have the indices 0 to `last_index`. Their median is the mean of the elements with
+    # indices `low_middle` and `high_middle`, which are equal if the number of means is odd.
     pair_means.sort(axis=0)
     num_finite = np.isfinite(pair_means).sum(axis=0)  # [n]
-    last = np.maximum(num_finite - 1, 0)
-    low_middle = last // 2
-    high_middle = (last + 1) // 2
+    last_index = np.maximum(num_finite - 1, 0)
+    low_middle = last_index // 2
+    high_middle = (last_index + 1) // 2
     low = np.take_along_axis(pair_means, low_middle[None], axis=0)[0]
     high = np.take_along_axis(pair_means, high_middle[None], axis=0)[0]
     return np.asarray((low + high) / 2)
@@ -474,16 +474,16 @@ def _continue_values(
     distance, nearest = ndimage.distance_transform_edt(~source, return_indices=True)
     is_in_reach = distance[targets[:, 0], targets[:, 1]] <= reach_px
     target = targets[is_in_reach]  # [k, 2]
-    start = nearest[:, target[:, 0], target[:, 1]].T  # [k, 2] nearest source pixels
-    mirror_image = 2 * start - target
-    behind = np.clip(mirror_image, 0, np.array(values.shape) - 1)  # [k, 2] inside the image
+    nearest_source = nearest[:, target[:, 0], target[:, 1]].T  # [k, 2] nearest source pixels
+    mirror_image = 2 * nearest_source - target
+    mirror_pixel = np.clip(mirror_image, 0, np.array(values.shape) - 1)  # [k, 2] inside the image
 
-    # From `behind` to `start` is as far as from `start` to the target, so the value is taken to
-    # change by the same amount.
-    base = _smooth_values(values, source, start, noise)
-    change = base - _smooth_values(values, source, behind, noise)
-    is_behind_in_source = source[behind[:, 0], behind[:, 1]]
-    step = np.where(is_behind_in_source, change, 0.0)
+    # The nearest source pixel is halfway between the mirror pixel and the target. So the value is
+    # taken to change by the same amount in both halves.
+    base = _smooth_values(values, source, nearest_source, noise)
+    change = base - _smooth_values(values, source, mirror_pixel, noise)
+    is_mirror_in_source = source[mirror_pixel[:, 0], mirror_pixel[:, 1]]
+    step = np.where(is_mirror_in_source, change, 0.0)
     max_step = TOUCHING_FRACTION * base
     result[is_in_reach] = base + np.clip(step, -max_step, max_step)
     return result

@@ -37,10 +37,10 @@ def find_failed_scores(scores: Mapping[str, float]) -> tuple[str, ...]:
 
     A missing score excludes nothing.
     """
-    failed = [name for name, limit in MIN_SCORES.items() if scores.get(name, limit) < limit]
+    failed_scores = [name for name, limit in MIN_SCORES.items() if scores.get(name, limit) < limit]
     if scores.get("edge", 0.0) > MAX_EDGE:
-        failed.append("edge")
-    return tuple(failed)
+        failed_scores.append("edge")
+    return tuple(failed_scores)
 
 
 def compute_planarity(points: Array) -> float:

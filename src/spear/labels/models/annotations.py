@@ -270,30 +270,32 @@ class FileSegmenter:
         self, frames: Sequence[Frame], detections: Sequence[Sequence[Detection]]
     ) -> list[Array]:
         """Return the masks [n, h, w] bool of the n detections of each frame."""
-        results = []
-        incomplete: list[_IncompleteMasks] = []
+        masks_of_frames = []
+        incomplete_images: list[_IncompleteMasks] = []
         for frame, frame_detections in zip(frames, detections, strict=True):
-            masks, missing = self._read_masks(frame, frame_detections)
-            results.append(masks)
-            if missing:
-                missing_detections = [frame_detections[i] for i in missing]
-                incomplete.append(_IncompleteMasks(frame, masks, missing, missing_detections))
-        if incomplete:
-            self._complete(incomplete)
-        return results
+            masks, missing_indices = self._read_masks(frame, frame_detections)
+            masks_of_frames.append(masks)
+            if missing_indices:
+                missing_detections = [frame_detections[i] for i in missing_indices]
+                incomplete_images.append(
+                    _IncompleteMasks(frame, masks, missing_indices, missing_detections)
+                )
+        if incomplete_images:
+            self._complete_masks(incomplete_images)  # changes arrays in `masks_of_frames`
+        return masks_of_frames
 
-    def _complete(self, incomplete: Sequence["_IncompleteMasks"]) -> None:
-        """Fill in the missing masks with the second segmenter."""
+    def _complete_masks(self, images: Sequence["_IncompleteMasks"]) -> None:
+        """Fill in the missing masks of images, in place, with the second segmenter."""
         if self.second is None:
-            first = incomplete[0]
+            image = images[0]
             raise SpearError(
-                f"{self.annotations.name} has no mask of {first.detections[0].name!r} in "
-                f"{first.frame.source}. Add a segmenter for objects without one."
+                f"{self.annotations.name} has no mask of {image.detections[0].name!r} in "
+                f"{image.frame.source}. Add a segmenter for objects without one."
             )
         second_masks = self.second.segment(
-            [image.frame for image in incomplete], [image.detections for image in incomplete]
+            [image.frame for image in images], [image.detections for image in images]
         )
-        for image, masks in zip(incomplete, second_masks, strict=True):
+        for image, masks in zip(images, second_masks, strict=True):
             image.masks[image.indices] = masks
 
     def _read_masks(self, frame: Frame, detections: Sequence[Detection]) -> tuple[Array, list[int]]:
@@ -310,11 +312,12 @@ class FileSegmenter:
             if annotation.decode_outline is not None:
                 annotations.append(annotation)
         matches = _match(detections, annotations, height, width)
-        for i, j in matches.items():
-            annotations[j].check_box()
-            masks[i] = annotations[j].mask_in(height, width)
-        missing = [i for i in range(len(detections)) if i not in matches]
-        return masks, missing
+        for detection_index, annotation_index in matches.items():
+            annotation = annotations[annotation_index]
+            annotation.check_box()
+            masks[detection_index] = annotation.mask_in(height, width)
+        missing_indices = [i for i in range(len(detections)) if i not in matches]
+        return masks, missing_indices
 
 
 class _IncompleteMasks(NamedTuple):
@@ -747,7 +750,7 @@ def _add_view(frames: dict[int, list[Annotation]], name: str, view: Mapping[str,
     for number, entry in view["annotation"].items():
         size = (int(entry["height"]), int(entry["width"]))
         decode_outline = partial(_decode_relations_mask, entry["encodedMask"])
-        annotation = Annotation(name, None, size, decode_outline)
+        annotation = Annotation(name, box2d=None, size=size, decode_outline=decode_outline)
         frames.setdefault(int(number), []).append(annotation)
 
 
@@ -787,14 +790,14 @@ def decompress_lz_string(text: str) -> str:
             num_bits = 8 if code == _NEW_8_BIT_LETTER else 16
             words.append(chr(_read_number(bits, num_bits)))
             code = len(words) - 1
-        previous = output[-1]
-        if code > len(words) or (code == len(words) and not previous):
+        previous_word = output[-1]
+        if code > len(words) or (code == len(words) and not previous_word):
             raise _broken_lz_string_error()
         # The next free index is the entry that is added after this word. Because this word is that
         # entry, it is the previous word with the previous word's own first letter appended.
-        word = words[code] if code < len(words) else previous + previous[0]
-        if previous:
-            words.append(previous + word[0])
+        word = words[code] if code < len(words) else previous_word + previous_word[0]
+        if previous_word:
+            words.append(previous_word + word[0])
         output.append(word)
     return "".join(output)
 

@@ -229,12 +229,12 @@ def clean_detections(
         return []
     boxes = clip_boxes(np.stack([d.box2d for d in detections]), height, width)
     scores = np.array([d.score for d in detections])
-    cleaned = []
+    cleaned_detections = []
     for index in suppress_overlaps(boxes, scores, max_overlap).tolist():
         box = boxes[index]
         if detections[index].name and (box[2:] - box[:2]).min() >= 1:
-            cleaned.append(replace(detections[index], box2d=box))
-    return cleaned
+            cleaned_detections.append(replace(detections[index], box2d=box))
+    return cleaned_detections
 
 
 def _make_detections(

@@ -451,15 +451,15 @@ def _multiply_normalized(
 
     # Each warp sums the products of its share of the inputs, and the sums of the warps are added at
     # the end. The warps are the first axis: `inputs` is [NUM_WARPS, PADDED_ROWS, INPUTS_PER_WARP].
-    first = tl.zeros([NUM_WARPS, PADDED_ROWS, PAIRED_OUTPUTS_PER_PROGRAM], tl.float32)
-    second = tl.zeros([NUM_WARPS, PADDED_ROWS, PAIRED_OUTPUTS_PER_PROGRAM], tl.float32)
+    first_sums = tl.zeros([NUM_WARPS, PADDED_ROWS, PAIRED_OUTPUTS_PER_PROGRAM], tl.float32)
+    second_sums = tl.zeros([NUM_WARPS, PADDED_ROWS, PAIRED_OUTPUTS_PER_PROGRAM], tl.float32)
     for begin in range(0, depth, INPUTS_PER_STEP):
         inputs = _load_inputs(scaled_ptr, begin, num_rows, depth, PADDED_ROWS)
-        first += tl.dot(inputs, _load_weights(first_weight_ptr, column, begin, depth))
-        second += tl.dot(inputs, _load_weights(second_weight_ptr, column, begin, depth))
+        first_sums += tl.dot(inputs, _load_weights(first_weight_ptr, column, begin, depth))
+        second_sums += tl.dot(inputs, _load_weights(second_weight_ptr, column, begin, depth))
 
     inverse_rms = tl.rsqrt(tl.sum(squares, 0) / depth + eps)[:, None]
-    return tl.sum(first, 0) * inverse_rms, tl.sum(second, 0) * inverse_rms
+    return tl.sum(first_sums, 0) * inverse_rms, tl.sum(second_sums, 0) * inverse_rms
 
 
 # --- Kernels ---
@@ -512,7 +512,7 @@ def _project_qkv_kernel(
     half = HEAD_DIM // 2
     first_weight_ptr = weight_ptr + head * HEAD_DIM * depth
     second_weight_ptr = first_weight_ptr + half * depth
-    first, second = _multiply_normalized(
+    first_half, second_half = _multiply_normalized(
         scaled_ptr, squares_ptr, first_weight_ptr, second_weight_ptr, column,
         num_rows, depth, eps, num_square_parts, PADDED_SQUARE_PARTS, PADDED_ROWS, LAUNCHES_EARLY,
     )  # fmt: skip
@@ -532,8 +532,8 @@ def _project_qkv_kernel(
     first_sin = tl.load(sin_ptr + rotation_offset, is_rotated, 0.0)
     second_cos = tl.load(cos_ptr + rotation_offset + half, is_rotated, 1.0)
     second_sin = tl.load(sin_ptr + rotation_offset + half, is_rotated, 0.0)
-    rotated_first = (first * first_cos + second * first_sin).to(dtype)
-    rotated_second = (second * second_cos + first * second_sin).to(dtype)
+    rotated_first = (first_half * first_cos + second_half * first_sin).to(dtype)
+    rotated_second = (second_half * second_cos + first_half * second_sin).to(dtype)
 
     # Store to the queries or to the cache, whose first axis is keys, then values.
     query_out_ptr = query_ptr + row * NUM_HEADS * HEAD_DIM + head * HEAD_DIM + column[None, :]

@@ -148,8 +148,8 @@ class FusedLinear:
             return
 
         weights = [layer.weight for layer in plain_layers]
-        first = weights[0]
-        if isinstance(first, FakeTensor):
+        first_weight = weights[0]
+        if isinstance(first_weight, FakeTensor):
             if len(weights) > 1:
                 # Fake tensors measure memory. While weights are joined they exist twice, so this
                 # tensor must be counted, too.
@@ -157,12 +157,12 @@ class FusedLinear:
             return
 
         has_bias = plain_layers[0].bias is not None
-        if first.device.type != "cpu":
+        if first_weight.device.type != "cpu":
             self.weight = _share_storage(weights)
             if has_bias:
                 self.bias = _share_storage([layer.bias for layer in plain_layers])
-        elif packed and _HAS_ONEDNN and first.dtype in _ONEDNN_DTYPES:
-            joint_weight = torch.cat(weights) if len(weights) > 1 else first.contiguous()
+        elif packed and _HAS_ONEDNN and first_weight.dtype in _ONEDNN_DTYPES:
+            joint_weight = torch.cat(weights) if len(weights) > 1 else first_weight.contiguous()
             self.weight = torch.ops.mkldnn._reorder_linear_weight(joint_weight, None)
             if has_bias:
                 self.bias = torch.cat([layer.bias for layer in plain_layers])
@@ -188,11 +188,11 @@ def _share_storage(weights: Sequence[Tensor]) -> Tensor:
 
     If they already are consecutive parts of one tensor, nothing is copied.
     """
-    first = weights[0]
+    first_weight = weights[0]
     num_rows = sum(weight.shape[0] for weight in weights)
     if _are_consecutive(weights):
-        joint_shape = (num_rows, *first.shape[1:])
-        return first.detach().as_strided(joint_shape, first.stride())
+        joint_shape = (num_rows, *first_weight.shape[1:])
+        return first_weight.detach().as_strided(joint_shape, first_weight.stride())
 
     joint_weight = torch.cat([weight.detach() for weight in weights])
     row_blocks = joint_weight.split([weight.shape[0] for weight in weights])

@@ -167,8 +167,8 @@ class LayerStack:
         # The rotary embedding reads only the type and the device of its first argument.
         only_dtype_and_device = torch.empty(0, dtype=dtype, device=positions.device)
         cos, sin = self.rotary_embedding(only_dtype_and_device, positions)
-        first, second = sin.chunk(2, dim=-1)
-        signed_sin = torch.cat([-first, second], dim=-1)
+        first_half, second_half = sin.chunk(2, dim=-1)
+        signed_sin = torch.cat([-first_half, second_half], dim=-1)
         return cos[:, :, None], signed_sin[:, :, None]
 
     def __call__(

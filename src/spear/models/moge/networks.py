@@ -331,9 +331,9 @@ class MogeV1Head(nn.Module):
 
         output_blocks = []
         for num_channels in (3, 1):  # points, mask
-            first = build_conv3x3(widths[-1] + 2, last_width)
-            last = nn.Conv2d(last_width, num_channels, 1)
-            output_blocks.append(nn.Sequential(first, nn.ReLU(), last))
+            first_conv = build_conv3x3(widths[-1] + 2, last_width)
+            last_conv = nn.Conv2d(last_width, num_channels, 1)
+            output_blocks.append(nn.Sequential(first_conv, nn.ReLU(), last_conv))
         self.output_block = nn.ModuleList(output_blocks)
 
     def forward(self, features: Sequence[Tensor], size: tuple[int, int]) -> tuple[Tensor, Tensor]:

@@ -184,10 +184,10 @@ def warn_about_changed_files(folder: Path) -> None:
     Weights and the normalizer.json or tokenizer of another training have the right shapes, so
     loading raises no error, but the robot acts wrongly.
     """
-    changed = find_changed_files(folder, read_provenance(folder).get("files", {}))
-    if changed:
+    changed_files = find_changed_files(folder, read_provenance(folder).get("files", {}))
+    if changed_files:
         notice(
-            f"{', '.join(changed)} in {folder} was not saved with the other files. Copy the "
+            f"{', '.join(changed_files)} in {folder} was not saved with the other files. Copy the "
             "whole folder again."
         )
 
