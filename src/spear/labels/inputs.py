@@ -416,7 +416,7 @@ def read_video_frames(path: str, times: Sequence[float]) -> Iterator[Array]:
     remaining_times = list(times)
     with open_video(path) as (container, stream):
         start_s = float((stream.start_time or 0) * stream.time_base)
-        half_frame_s = 0.5 / float(stream.average_rate or 1000)
+        half_frame_s = 0.5 / float(stream.average_rate or 1000)  # half a ms if the rate is unknown
         first_timestamp = int((start_s + remaining_times[0]) / stream.time_base)
         container.seek(first_timestamp, stream=stream)  # to the last key frame before it
 

@@ -331,10 +331,10 @@ def _find_support_height(cloud: Array, points_beside: Array, plane: Plane) -> fl
     The object stands on the points that touch it and are lower than nearly all of its own points.
     They belong to the table, or to the plate on which the object lies. If there are too few such
     points, the object's lower part is hidden. The object is then taken to stand on the support
-    plane, unless its visible points are too far above the plane. They may be above it by nearly the
-    object's visible height, because the underside of a ball is not seen. If the camera looks down
-    steeply, the object's sides are hidden, so its points may be above the plane by the object's
-    width. Our choice.
+    plane, unless its visible points are too far above the plane. The points may be above the plane
+    by nearly the object's visible height, because the underside of a ball is not seen. If the
+    camera looks down steeply, the object's sides are hidden, so the points may be above the plane
+    by the object's width. Our choice.
 
     Args:
         cloud: [n, 3] points of the object, camera frame.
@@ -342,10 +342,10 @@ def _find_support_height(cloud: Array, points_beside: Array, plane: Plane) -> fl
         plane: The support plane of the image.
     """
     heights = cloud @ plane.up
-    low, high = np.quantile(heights, (0.05, 1.0))
+    low, high = np.quantile(heights, (0.05, 1.0))  # the lowest point, but for outliers, and the top
     touching_distance = TOUCHING_FRACTION * _compute_distance(cloud)
 
-    # Low points that touch the object
+    # Points that touch the object in the lowest quarter of its visible height, and below its top
     heights_beside = points_beside @ plane.up
     max_contact_height = min(low + 0.25 * (high - low), high - 0.1 * touching_distance)
     contact_heights = heights_beside[heights_beside < max_contact_height]

@@ -108,8 +108,8 @@ class ConvStem(nn.Module):
             )
         widths = [3]
         for index in range(num_convs):
-            num_doublings = num_convs - 1 - index
-            widths.append(min(width, max(32, width >> num_doublings)))
+            num_doublings = num_convs - 1 - index  # from this convolution to the last one
+            widths.append(min(width, max(32, width // 2**num_doublings)))  # at least 32 channels
         convs = []
         for in_width, out_width in pairwise(widths):
             convs.append(StemConv(in_width, out_width, kernel_size=3, stride=2, padding=1))

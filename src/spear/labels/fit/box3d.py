@@ -258,7 +258,7 @@ def fit_faces(points: Array, axes: Array, turn_axis: Array | None = None) -> Vis
         # Cauchy weights, whose scale is twice the median error. `np.partition` finds the median
         # faster than `np.median` with its checks.
         median_error = float(np.partition(np.abs(error), median_index)[median_index])
-        scale = 2.0 * median_error + 1e-6
+        scale = 2.0 * median_error + 1e-6  # never 0
         weight = 1.0 / (1.0 + (error / scale) ** 2)
 
         # The derivative of a point's position along an axis with respect to the turn of the axes is
@@ -430,6 +430,7 @@ def _enclose(
         low[:2] -= margin + beyond_low
         high[:2] += margin + beyond_high
 
+    # No side may be thinner than a thousandth of the longest.
     size = np.maximum(high - low, 0)
     size = np.maximum(size, max(1e-3 * size.max(), 1e-9))
     return make_box(axes @ ((low + high) / 2), size, axes)

@@ -325,6 +325,7 @@ def snap_outline(
         # The pixels at most 3 pixels outside the band show the support near the object.
         is_beside = outside & ~occupied & ndimage.binary_dilation(surroundings, iterations=3)
         height = points @ plane.up - _estimate_level(points[is_beside], plane)  # [h, w]
+        # 2.5 standard deviations of noise (our choice), as a length at the object's distance
         limit = max(ON_SUPPORT_FRACTION, 2.5 * noise) * float(np.median(points[core][:, 2]))
         # If the object is as flat as the error of its height, heights decide nothing.
         if np.median(height[core]) > 2 * limit:

@@ -155,6 +155,7 @@ def fit_support_plane(points: Array, up: Array | None = None) -> Plane | None:
     # Refine the winner on all its points: the normal is the direction of their smallest variance.
     on_plane = is_near[np.argmax(votes)]
     for _ in range(2):
+        # With fewer than 12 points, the direction of smallest variance would be too uncertain.
         if on_plane.sum() < max(12, MIN_PLANE_FRACTION * len(points)):
             return None
         plane_points = points[on_plane]

@@ -187,7 +187,7 @@ class GeminiDetector:
         return detections
 
     def _hash_request(self, image: Array) -> str:
-        """Hash everything on which the answer depends. It is the name of the cached answer."""
+        """Hash everything on which the answer depends. The hash names the cached answer."""
         # None stands for a setting of earlier versions, whose cached answers stay valid.
         request = [self.model, self.prompt, SCHEMA, THINKING_LEVEL, None, MAX_SIDE_PX, image.shape]
         return hashlib.sha256(json.dumps(request).encode() + image.tobytes()).hexdigest()

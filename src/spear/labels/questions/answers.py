@@ -38,8 +38,8 @@ class QuestionScene:
 
     Attributes:
         label: The image's label.
-        objects_3d: Its objects that 3D questions may be about.
-        objects_2d: Its objects that 2D questions may be about.
+        objects_3d: The image's objects that 3D questions may be about.
+        objects_2d: The image's objects that 2D questions may be about.
         depth: [rows, columns] the image's depth in the label's unit, 0 or not finite where it is
             unknown. It has one value for each square of `DEPTH_STRIDE_PX` × `DEPTH_STRIDE_PX`
             pixels, that of the square's middle pixel (`store.write_images_with_depth`). None if the
@@ -299,8 +299,8 @@ def _draft_what_at(scene: QuestionScene, rng: Random) -> Draft | None:
     label = scene.label
     x0, y0, x1, y1 = o.box2d.tolist()
     for _ in range(NUM_POINT_TRIES):
-        u = 0.3 + 0.4 * rng.random()
-        v = 0.3 + 0.4 * rng.random()
+        u = 0.3 + 0.4 * rng.random()  # fraction of the box's width, from its left side
+        v = 0.3 + 0.4 * rng.random()  # fraction of the box's height, from its top
         pixel = _to_pixel(x0 + u * (x1 - x0), y0 + v * (y1 - y0), label)
         objects = _find_objects_at(pixel, label)
         if min(objects, key=_count_mask_pixels, default=None) is o:

@@ -56,7 +56,7 @@ class CudaGraphCache:
 
         Args:
             function: What is recorded on the first call.
-            inputs: Its argument.
+            inputs: The argument of `function`.
             options: Everything else that the function's result depends on. There is one graph for
                 each combination of options, names, shapes and types.
         """

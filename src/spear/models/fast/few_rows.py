@@ -309,8 +309,8 @@ class _LayerKernels:
     ) -> Tensor:
         """Return residual + x Wᵀ [R, D].
 
-        The next norm, whose scale is `next_norm_scale`, reads this sum. Its inputs are written to
-        `self.scaled` and `self.squares`.
+        The next norm, whose scale is `next_norm_scale`, reads this sum. The norm's inputs are
+        written to `self.scaled` and `self.squares`.
         """
         out = torch.empty_like(residual)
         _add_product_kernel[(self.num_square_parts,)](

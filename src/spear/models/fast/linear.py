@@ -114,7 +114,7 @@ def use_fast_linear(model: nn.Module) -> None:
 def is_plain_linear(layer: nn.Module) -> TypeGuard[nn.Linear]:
     """Return whether a layer is linear and nothing else: it has no other forward and no hooks.
 
-    A hook on a module around the layer is not noticed. It does not run in fast inference.
+    A hook on a module around the layer is not noticed. Such a hook does not run in fast inference.
     """
     has_known_forward = type(layer).forward in (nn.Linear.forward, FastLinear.forward)
     if not has_known_forward or "forward" in vars(layer):
@@ -295,7 +295,7 @@ class ModuleCache(Generic[Value]):
     """Calls `build(module, *options)`, and keeps the result as long as the module and its weights.
 
     The result is not stored in the module, so copies and checkpoints of the module do not contain
-    it. It must not refer to the module itself, which otherwise would never be freed. The result is
+    it. The result must not refer to the module, which otherwise would never be freed. The result is
     built again when any weight of the module changes or moves in memory, even if the result has no
     reference to this weight. For example, a CUDA graph reads each weight at the address that the
     weight had during recording.

@@ -26,9 +26,9 @@ from spear.models.fast.linear import FusedLinear, LayerEvents, ModuleCache
 from spear.models.layers import compute_position_ids, mask_to_bias
 
 MIN_RECOMPILE_LIMIT = 32
-"""How many variants `torch.compile` may make of a function. It makes one for the first length and
-one for any length, each for the VLM and the expert, for prompts and single tokens, and for several
-types. PyTorch's default of 8 is too small."""
+"""How many variants `torch.compile` may make of a function. There is one variant for the first
+length and one for any length, each for the VLM and the expert, for prompts and single tokens, and
+for several types. PyTorch's default of 8 is too small."""
 
 
 def split_image_inputs(inputs: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

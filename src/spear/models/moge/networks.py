@@ -272,8 +272,8 @@ class MogeV1(nn.Module):
 
         Returns:
             The encoder's input [B, 3, 14 · rows, 14 · columns], normalized; and the size (height,
-            width) of the head's output. It has the aspect of the images, and nearly as many pixels
-            as the encoder's input.
+            width) of the head's output, which has the aspect of the images, and nearly as many
+            pixels as the encoder's input.
 
         Raises:
             SpearError: The images are too long and thin for so few patches.
@@ -309,6 +309,7 @@ class MogeV1Head(nn.Module):
 
     def __init__(self, config: Mapping[str, Any], width: int) -> None:
         super().__init__()
+        # Where a config does not name a field, the default is that of MoGe's own code.
         num_feature_layers = config.get("intermediate_layers", 4)
         project_width = config.get("dim_proj", 512)
         widths = config.get("dim_upsample", (256, 128, 128))
