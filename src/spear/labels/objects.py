@@ -219,8 +219,8 @@ def _choose_fit(
 def _compute_compactness(inside: Array, cloud: Array, box: Box3D, focal_px: float) -> float:
     """How wide an object appears, divided by the extent of its box in depth; at most 1.
 
-    If a mask leaks on to what is behind the object, the box becomes much deeper than the object
-    appears wide.
+    The width is the diagonal of the mask's extent, at the distance of the object. If a mask leaks
+    on to what is behind the object, the box becomes much deeper than the object appears wide.
 
     Args:
         inside: [h, w] bool, the object's mask.

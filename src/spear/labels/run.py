@@ -328,6 +328,7 @@ class _RunMonitor:
         for source, reason, _ in labeled.skipped:
             if reason != NO_OBJECTS_REASON:
                 has_source = source in reason
+                # Calling `SkippedItems` adds the failure to it.
                 self._failures(reason if has_source else f"in {source}, {reason}")
         self.bar.update(self.bar.done + num_images, f"{self.num_skipped:,} skipped")
         num_good = self.bar.done - self.num_before - len(self._failures.reasons)
