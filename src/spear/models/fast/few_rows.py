@@ -228,7 +228,8 @@ class _LayerKernels:
 
     def prepare_norm(self, rows: Tensor, scale: Tensor) -> None:
         """Write `self.scaled` and `self.squares` for the first norm, which reads `rows` [R, D]."""
-        _prepare_norm_kernel[(self.num_square_parts,)](
+        num_programs = self.num_square_parts  # each program writes one part of the squares
+        _prepare_norm_kernel[(num_programs,)](
             x_ptr=rows,
             scale_ptr=scale,
             scaled_ptr=self.scaled,
@@ -313,7 +314,8 @@ class _LayerKernels:
         written to `self.scaled` and `self.squares`.
         """
         out = torch.empty_like(residual)
-        _add_product_kernel[(self.num_square_parts,)](
+        num_programs = self.num_square_parts  # each program writes one part of the squares
+        _add_product_kernel[(num_programs,)](
             x_ptr=x,
             weight_ptr=weight,
             residual_ptr=residual,
