@@ -73,8 +73,8 @@ def plan_policy(
     (state 10, action 8). Otherwise these layers are new, because the numbers of the π0's states or
     actions have another meaning. π0's velocity points to the noise and ours to the data, so the
     weights of the output layer are negated. If the preset predicts clean actions, the output layer
-    is new. A π0.5's attention and MLPs of the expert are loaded; `names_pi05.toml` says why the
-    other weights are not.
+    is new. From a π0.5, only the attention and the MLPs of the expert are loaded;
+    `names_pi05.toml` says why the other weights are not.
 
     Raises:
         SpearError: A checkpoint is missing, incomplete, broken or of another architecture, or the
