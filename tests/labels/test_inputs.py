@@ -502,9 +502,9 @@ def test_bad_input_is_named(tmp_path: Path, name: str, part_of_message: str) -> 
 @pytest.mark.parametrize(
     ("change", "cure"),
     [
-        (lambda data: data[:5700], "interrupted: repeat it"),
-        (gzip.compress, "compressed: unpack it"),
-        (bz2.compress, "compressed: unpack it"),
+        (lambda data: data[:5700], "interrupted. Repeat it"),
+        (gzip.compress, "compressed, so unpack it"),
+        (bz2.compress, "compressed, so unpack it"),
     ],
 )
 def test_each_kind_of_broken_tar_has_its_cure(

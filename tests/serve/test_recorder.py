@@ -489,7 +489,7 @@ def test_recording_goes_on_in_the_folder_of_a_killed_server(tmp_path: Path) -> N
 def test_a_folder_with_other_files_is_refused(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("")
 
-    refuses("holds other files", claim_folder(tmp_path).__enter__)
+    refuses("contains other files", claim_folder(tmp_path).__enter__)
 
 
 def test_a_prepared_dataset_is_refused(tmp_path: Path) -> None:

@@ -65,8 +65,7 @@ def conclude(report: Report) -> str:
     """Return one line: the outcome of the audit, with the contradictions or open questions."""
     findings = _name_findings(report)
     if report.outcome == "contradiction":
-        problems = [*report.state_problems, *_list_contradictions(report, findings)]
-        return f"contradiction: the layout is WRONG: {'; '.join(problems)}"
+        return f"contradiction: {explain_contradiction(report)}"
 
     open_questions = _list_open_questions(report, findings)
     ending = ""
@@ -81,7 +80,7 @@ def conclude(report: Report) -> str:
 
 def explain_contradiction(report: Report) -> str:
     """Return what is wrong with a layout that the data contradict."""
-    problems = [*report.states, *_list_contradictions(report, _name_findings(report))]
+    problems = [*report.state_problems, *_list_contradictions(report, _name_findings(report))]
     return f"the layout is WRONG, because {'; '.join(problems)}"
 
 

@@ -38,6 +38,12 @@ from spear.util.run_settings import record_or_check_settings
 
 IMAGE_SIZE_PX = (840, 630)  # width, height of `sim:` images; the paper labeled images of this size
 MAX_SCENES_PER_JOB = 32  # and so, labels in a shard
+OPTION_OF_SETTING = {
+    "first_seed": "--first-seed",
+    "sizes": "--preset, by its image sizes,",
+    "world": "--world",
+}
+"""Key of the settings -> the option that sets it, for messages."""
 NUM_INSTRUCTION_SCENES = 2000  # scenes from which the instructions are collected
 INSTRUCTIONS_FILE = "wording.txt"
 """The file of the simulator's instructions. It is written first, so a folder that contains it is a
@@ -185,7 +191,9 @@ def label_scene_jobs(
             )
         has_labels = any(out.glob("*/labels-*.parquet"))
         settings = {"spear": spear.__version__, **simulator.settings}
-        record_or_check_settings(out / "run.json", settings, is_resuming=has_labels)
+        record_or_check_settings(
+            out / "run.json", settings, has_labels, option_names=OPTION_OF_SETTING
+        )
 
         # Clean up after an earlier run, and find the jobs that it did not finish.
         for view in views:

@@ -87,7 +87,7 @@ def record_or_check_settings(
         write_text(path, json.dumps(to_plain_json(settings), indent=2) + "\n")
         return
     recorded = read_json(path, advice="choose another folder")
-    difference = describe_difference(recorded, settings)
+    difference = describe_difference(recorded, settings, option_names)
     if difference:
         raise SpearError(
             f"{path.parent} was begun with other settings ({difference}). Use the same ones, or "

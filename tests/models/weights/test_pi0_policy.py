@@ -429,7 +429,7 @@ class TestWrongCheckpointsAreRefused:
     def test_a_paligemma(self, tmp_path: Path) -> None:
         folder = publish_paligemma(make_paligemma(), tmp_path / "paligemma")
 
-        refuses("holds no action expert", plan_pi0, folder, None, "tiny14")
+        refuses("contains no action expert", plan_pi0, folder, None, "tiny14")
 
     def test_an_expert_without_its_vlm(self, pi0_folder: Path) -> None:
         self.edit_weights(pi0_folder, lambda name: ".paligemma." not in name)
