@@ -53,7 +53,7 @@ def set_up() -> Path:
     if not python.is_file():
         venv.create(folder, with_pip=True)
     print(f"installing {', '.join(REQUIREMENTS)} in {folder} (2.1 GB)", flush=True)
-    command = [str(python), "-m", "pip", "install", "--quiet", *REQUIREMENTS]
+    command = [str(python), "-m", "pip", "install", "-q", *REQUIREMENTS]
     result = subprocess.run(command, stderr=subprocess.PIPE, text=True)
     if result.returncode != 0:
         lines = result.stderr.strip().splitlines() or ["no message"]
