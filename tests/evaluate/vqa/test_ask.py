@@ -76,8 +76,10 @@ def test_any_name_is_understood(name: str) -> None:
     assert (parsed.question_type, parsed.names) == ("distance", [name])
 
 
-HELD_OUT = tomllib.loads(Path(__file__).with_name("questions.toml").read_text("utf-8"))
-"""Questions in words that no template has.
+DEVELOPMENT_QUESTIONS = tomllib.loads(
+    Path(__file__).with_name("development_questions.toml").read_text("utf-8")
+)
+"""Questions with which the rules were written, in words that no template has.
 
 "taught" has questions of each type that nano was taught, "untaught" other questions, and "absent"
 questions about objects that no scene has.
@@ -87,7 +89,7 @@ NAMES = [("red cube", "toy car"), ("cardboard box", "remote"), ("plate", "mug")]
 """Pairs of names for the gaps {x} and {y} of these questions."""
 
 
-def list_held_out(x: str, y: str) -> list[tuple[str, str]]:
+def list_paraphrases(x: str, y: str) -> list[tuple[str, str]]:
     """List (question type, question) for each paraphrase of a taught question.
 
     Args:
@@ -95,20 +97,22 @@ def list_held_out(x: str, y: str) -> list[tuple[str, str]]:
         y: The name of the second object.
     """
     questions: list[tuple[str, str]] = []
-    for question_type, paraphrases in HELD_OUT["taught"].items():
+    for question_type, paraphrases in DEVELOPMENT_QUESTIONS["taught"].items():
         for paraphrase in paraphrases:
             questions.append((question_type, paraphrase.format(x=x, y=y)))
     return questions
 
 
-def test_there_are_200_held_out_questions() -> None:
-    num_others = len(HELD_OUT["untaught"]["questions"]) + len(HELD_OUT["absent"]["questions"])
+def test_there_are_200_development_questions() -> None:
+    num_others = len(DEVELOPMENT_QUESTIONS["untaught"]["questions"]) + len(
+        DEVELOPMENT_QUESTIONS["absent"]["questions"]
+    )
 
-    assert (len(list_held_out("mug", "bowl")), num_others) == (100, 100)
+    assert (len(list_paraphrases("mug", "bowl")), num_others) == (100, 100)
 
 
-def test_no_held_out_question_has_a_taught_wording() -> None:
-    for _, question in list_held_out("mug", "bowl"):
+def test_no_development_paraphrase_has_a_taught_wording() -> None:
+    for _, question in list_paraphrases("mug", "bowl"):
         for question_type in PROMPT_TEMPLATES:
             assert match_templates(question, question_type) is None, question
 
@@ -116,7 +120,7 @@ def test_no_held_out_question_has_a_taught_wording() -> None:
 @pytest.mark.parametrize(("x", "y"), NAMES)
 def test_paraphrases_of_taught_questions_are_understood(x: str, y: str) -> None:
     understood = []
-    for question_type, question in list_held_out(x, y):
+    for question_type, question in list_paraphrases(x, y):
         parsed = understand_question(question, NANO_TYPES)
         has_right_type = parsed is not None and parsed.question_type == question_type
         understood.append(has_right_type and parsed.names[0] == x)
@@ -126,11 +130,11 @@ def test_paraphrases_of_taught_questions_are_understood(x: str, y: str) -> None:
 
 @pytest.mark.parametrize(("x", "y"), NAMES)
 def test_questions_that_were_not_taught_are_not_understood(x: str, y: str) -> None:
-    for question in HELD_OUT["untaught"]["questions"]:
+    for question in DEVELOPMENT_QUESTIONS["untaught"]["questions"]:
         assert understand_question(question.format(x=x, y=y), NANO_TYPES) is None, question
 
 
-@pytest.mark.parametrize("question", HELD_OUT["absent"]["questions"])
+@pytest.mark.parametrize("question", DEVELOPMENT_QUESTIONS["absent"]["questions"])
 def test_a_question_about_any_object_is_understood(question: str) -> None:
     parsed = understand_question(question, NANO_TYPES)
 
@@ -272,7 +276,7 @@ def test_the_command_answers_anything_with_free(run_command: Callable[..., str])
 
 
 @pytest.mark.slow
-def test_held_out_paraphrases_are_answered_and_absent_objects_are_not() -> None:
+def test_paraphrases_are_answered_and_absent_objects_are_not() -> None:
     """The model itself answers, so this takes long."""
     model = load_vlm("nano-vlm")
     trust = Trust.load(BUNDLED_WEIGHTS / "nano-vlm")
@@ -281,11 +285,11 @@ def test_held_out_paraphrases_are_answered_and_absent_objects_are_not() -> None:
 
     answered = [
         ask_question(model, picture, question, settings=settings)[0] is not None
-        for _, question in list_held_out(*SEEN_NAMES)
+        for _, question in list_paraphrases(*SEEN_NAMES)
     ]
     absent_replies = [
         ask_question(model, picture, question, settings=settings)
-        for question in HELD_OUT["absent"]["questions"]
+        for question in DEVELOPMENT_QUESTIONS["absent"]["questions"]
     ]
 
     assert np.mean(answered) >= 0.95
