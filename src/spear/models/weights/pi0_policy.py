@@ -5,6 +5,7 @@ import copy
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -60,7 +61,8 @@ def plan_pi0(
         tokenizer_folder=tokenizer_folder,
     )
     vlm_plan = plan_vlm(paligemma, moge, get_preset(size), keeps_visual_tokens=True)
-    config = make_policy_config(size, vlm_plan.config, checkpoint)
+    vlm_config: Any = vlm_plan.config
+    config = make_policy_config(size, vlm_config, checkpoint)
 
     # The weights that the expert needs. On the meta device they have only shapes.
     with torch.device("meta"):
