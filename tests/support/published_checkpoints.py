@@ -29,10 +29,21 @@ files that Transformers saves."""
 MOGE_ENCODER = (16, 5, 2)  # width, layers, heads
 TOKENIZER_TEXTS = ["estimate the distance between the mug and the spoon"] * 2
 
+VISION_SIZES = {
+    **TINY.vision,
+    # openpi's and LeRobot's files do not say the number of heads, which is always 16.
+    "hidden_size": 32,
+    "num_attention_heads": 16,
+    "patch_size": 14,
+    "image_size": 224,
+}
+
 TINY14 = dataclasses.replace(
     TINY,
     name="tiny14",
     stem="patch",
+    vision=VISION_SIZES,
+    moge={**(TINY.moge or {}), "patch_size": 14},
     image_sizes={"external": (56, 42), "wrist": (28, 28)},
     vocabulary_size=NUM_ROWS,
 )
@@ -67,13 +78,8 @@ def make_paligemma_config(text_type: str = "gemma", num_rows: int = NUM_ROWS) ->
         text_config["attn_logit_softcapping"] = 2.0
         text_config["final_logit_softcapping"] = 3.0
     vision_config = {
-        **TINY.vision,
-        # openpi's and LeRobot's files do not say the number of heads, which is always 16.
-        "hidden_size": 32,
-        "num_attention_heads": 16,
+        **VISION_SIZES,
         "model_type": "siglip_vision_model",
-        "patch_size": 14,
-        "image_size": 224,
         "vision_use_head": False,
     }
     return PaliGemmaConfig(
