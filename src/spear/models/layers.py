@@ -111,24 +111,21 @@ def grouped_attention(
     # Attend within each sequence of a block-diagonal mask, one after the other.
     if isinstance(attention_mask, BlockDiagonalMask):
         sequence_lengths: list[int] = attention_mask
-        outputs = []
-        for block_query, block_key, block_value in zip(
+        attend = partial(
+            grouped_attention,
+            module,
+            attention_mask=None,
+            scaling=scaling,
+            softcap=softcap,
+            **kwargs,
+        )
+        sequences = zip(
             query.split(sequence_lengths, dim=2),
             key.split(sequence_lengths, dim=2),
             value.split(sequence_lengths, dim=2),
             strict=True,
-        ):
-            output, _ = grouped_attention(
-                module,
-                block_query,
-                block_key,
-                block_value,
-                attention_mask=None,
-                scaling=scaling,
-                softcap=softcap,
-                **kwargs,
-            )
-            outputs.append(output)
+        )
+        outputs = [attend(*sequence)[0] for sequence in sequences]
         return torch.cat(outputs, dim=1), None
 
     # Image encoders are recognized by their heads: they have as many key-value heads as query
