@@ -125,7 +125,7 @@ def grouped_attention(
             value.split(sequence_lengths, dim=2),
             strict=True,
         )
-        outputs = [attend(*sequence)[0] for sequence in sequences]
+        outputs = [attend(query=q, key=k, value=v)[0] for q, k, v in sequences]
         return torch.cat(outputs, dim=1), None
 
     # Image encoders are recognized by their heads: they have as many key-value heads as query
