@@ -26,6 +26,6 @@ class AuditOptions(Options):
     report: OptionalFile = None
     """Write a page with plots to this file."""
     split: Annotated[str | None, arg(metavar="SPLIT")] = None
-    """Which episodes (at most 50, or 3,000 steps, are read): train, val, train[:90%] … Default: the
-    first."""
+    """Which episodes (at most 50, or 3,000 steps, are read): train, val, train[:90%] …; by default
+    the first split."""
     layout: LayoutFile = None

@@ -148,7 +148,7 @@ class EvaluateLiberoOptions(Options):
 def evaluate_libero(options: EvaluateLiberoOptions) -> None:
     """Let a policy act in LIBERO's tasks, and count its successes.
 
-    LIBERO runs in a Python environment of its own, which --setup makes once: see
+    LIBERO runs in a separate Python environment, which --setup makes once: see
     docs/howto/libero.md. Prints success per task and suite with 95 % intervals; writes
     OUT/results.json and films. The same command continues an evaluation that was stopped.
 

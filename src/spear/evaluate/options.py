@@ -35,8 +35,8 @@ class AgentOptions(Options):
 
     policy: str = "nano"
     """Who acts: nano (comes with this package), a folder with a trained policy, the ws:// address
-    of `spear serve --embodiment generic`, or a baseline: expert (oracle for SIMPLER: a script that
-    knows the true state) or nothing."""
+    of `spear serve --embodiment generic`, expert (a script that knows the true state; oracle for
+    SIMPLER) or nothing."""
     device: Device = "auto"
     dtype: Dtype = "float32"
     norm_stats: DatasetName = None
@@ -56,8 +56,8 @@ class EpisodeOptions(Options):
     """Replan interval: number of predicted actions that are executed before the next inference.
     Fewer react sooner and cost more inferences."""
     videos: Annotated[Films, Range(0)] = 0
-    """Films of so many successes and failures per family; failures, for a film of every failure; or
-    all."""
+    """Number of successes and of failures per task to film; or failures, for a film of every
+    failure; or all."""
     out: OptionalFolder = None
     """Folder for the results. Outcomes are written as they come; episodes that it contains are not
     run again."""

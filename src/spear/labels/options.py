@@ -65,8 +65,8 @@ class LabelOptions(Options):
     scene: SceneOptions = SceneOptions()
     detector: str = "gemini"
     """gemini (its key in GEMINI_API_KEY), grounding-dino, owlv2, file:ANNOTATIONS.json or
-    ground-truth. A model of your choice: owlv2=HUB_NAME_OR_FOLDER. file:A.json+gemini: Gemini does
-    what the file lacks."""
+    ground-truth. owlv2=HUB_NAME_OR_FOLDER is a model of your choice, and with file:A.json+gemini,
+    Gemini does what the file lacks."""
     segmenter: str = "sam2"
     """sam2, file:ANNOTATIONS.json or ground-truth."""
     pointmap: str = "moge-2"
@@ -75,7 +75,7 @@ class LabelOptions(Options):
     """Names of objects to look for, separated by commas."""
     max_size: Annotated[int, Range(0)] = 840
     """Scale larger photos down to this many pixels on their longer side; 0 keeps their size. Frames
-    of rgbd: and sim: keep theirs."""
+    of `rgbd:` and `sim:` keep theirs."""
     fps: Annotated[float, Range(0.001, 1000)] = 1.0
     """Frames per second of video."""
     frames_per_episode: Annotated[int, Range(1)] = 4

@@ -147,9 +147,9 @@ def check_can_listen(host: str, port: int) -> None:
 def listen_error(host: str, port: int, error: BaseException) -> SpearError:
     """Make the error for an address that is taken or does not exist."""
     # The text of an error of the event loop repeats the address.
-    number = getattr(error, "errno", None)
-    is_errno = isinstance(number, int) and number > 0  # it is negative for an unknown host
-    reason = os.strerror(number) if is_errno else summarize_error(error)
+    reason = summarize_error(error)
+    if isinstance(error, OSError) and error.errno is not None and error.errno > 0:
+        reason = os.strerror(error.errno)  # the number is negative for an unknown host
     return SpearError(
         f"the server cannot listen on {host}:{port} ({reason}). Choose another --port or --host."
     )

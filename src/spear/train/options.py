@@ -489,7 +489,7 @@ class EstimateMemoryOptions(Options):
     preset: OptionalPreset = None
     """Model size; default: the recipe's."""
     gpu: str = "24GB"
-    """Memory of the GPU as it is sold, such as 24GB."""
+    """Memory of the GPU by its data sheet, such as 24GB."""
     batch_size: Annotated[OptionalInt, Range(1)] = None
     """Examples per training step (with inference: observations at once); default: the recipe's."""
     set: RecipeChanges = ()

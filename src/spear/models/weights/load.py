@@ -366,7 +366,8 @@ def _list_tensors(file: Path) -> dict[str, StoredTensor]:
                 )
     except (SafetensorError, OSError) as error:
         refuse_lfs_pointer(file, file)
-        raise SpearError(f"the checkpoint {file} is broken ({error}). Copy it again.") from error
+        reason = str(error).removeprefix("Error while deserializing header: ")
+        raise SpearError(f"the checkpoint {file} is broken ({reason}). Copy it again.") from error
     return tensors
 
 
