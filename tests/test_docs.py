@@ -262,3 +262,20 @@ def test_the_page_of_the_datasets_repeats_the_facts_of_their_layouts() -> None:
     names = runpy.run_path(str(ROOT / "scripts" / "datasets_page.py"))
 
     assert names["PAGE"].read_text("utf-8") == names["format_page"]()
+
+
+def list_message_headings() -> list[str]:
+    """Return the headings of troubleshooting.md that are words of messages."""
+    page = (ROOT / "docs" / "troubleshooting.md").read_text("utf-8")
+    messages, _, _ = page.partition("\n## Symptoms without a message")
+    return re.findall(r"^### (.*)", messages, re.MULTILINE)
+
+
+def test_headings_of_the_page_for_troubles_are_words_of_messages() -> None:
+    source = "\n".join(file.read_text("utf-8") for file in (ROOT / "src").rglob("*.py"))
+    source = re.sub(r"[\"']\s*\n\s*f?[\"']", "", source)  # joins the lines of a long text
+    headings = list_message_headings()
+
+    assert len(headings) > 20
+    for heading in headings:
+        assert heading in source, heading

@@ -225,7 +225,7 @@ def test_the_seed_is_optional(name: str) -> None:
 def test_an_observation_must_be_a_map(name: str) -> None:
     robot = embodiments.load(name)
 
-    refuses("a list", robot.read, [robot.example()])
+    refuses("type list", robot.read, [robot.example()])
 
 
 # WidowX

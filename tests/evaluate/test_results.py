@@ -131,7 +131,7 @@ def test_a_line_that_is_no_episode_is_refused(tmp_path: Path) -> None:
     path = tmp_path / JOURNAL_NAME
     path.write_bytes(path.read_bytes().replace(b'"steps": 10', b'"steps": {}'))
 
-    refuses("not a journal", load_results, tmp_path)
+    refuses("is no journal", load_results, tmp_path)
 
 
 @pytest.mark.parametrize("content", [b"nonsense\n", b"\xff\n"])

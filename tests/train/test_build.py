@@ -254,7 +254,7 @@ def test_episodes_of_earlier_frames_are_learned_with_a_notice(tmp_path: Path) ->
     store = make_store_with_frames(tmp_path / "old", None)
     inputs = TrainingInputs((), [("old", store, 1.0)], locate("nano"))
 
-    with pytest.warns(Notice, match="droid: the policy learns version 1 of its frames"):
+    with pytest.warns(Notice, match="learns version 1 of the frames of droid"):
         _, task, _ = build(POLICY_RECIPE, inputs)
 
     assert task.normalizer.frames == {"droid": 1}

@@ -200,7 +200,7 @@ def test_evaluation_refuses_episodes_that_were_trained_on(
     data = folders / "mine"
     words = f"evaluate data --policy nano --episodes {data} --split train[:1] --train-split train"
 
-    assert "--train-split train: " in run_refused_command(words.split())
+    assert "--train-split train. " in run_refused_command(words.split())
 
 
 # A recipe, the inputs that are given, and the option that is missing or has no effect.
