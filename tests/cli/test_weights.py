@@ -188,7 +188,9 @@ class TestWholePi0:
     ) -> None:
         missing = str(tmp_path / "nowhere")
 
-        assert "tokenizer not found" in run_refused_command(command, "--tokenizer", missing)
+        message = run_refused_command(command, "--tokenizer", missing)
+
+        assert f"there is no tokenizer {missing}. Give its folder (tokenizer.json)" in message
 
 
 class TestWithoutTokenizer:

@@ -23,9 +23,9 @@ NUM_ROWS = 1312  # number of token embeddings
 IMAGE_TOKEN = 1311  # id of the token that stands for a patch of the image
 PALIGEMMA_LAYOUTS = ("2024", "2025", "now")
 """The Hub's layout of 2024, that of Transformers 4.52 (2025), and that of Transformers now."""
-PI0_LAYOUTS = ("lerobot", "openpi", "transformers", "saved")
-"""The names of weights in LeRobot, in openpi's PyTorch port, inside Transformers' π0, and in the
-files that Transformers saves."""
+PI0_LAYOUTS = ("lerobot", "lerobot-2025", "openpi", "transformers", "saved")
+"""The names of weights in LeRobot now, in LeRobot when it first had π0 (early in 2025), in openpi's
+PyTorch port, inside Transformers' π0, and in the files that Transformers saves."""
 MOGE_ENCODER = (16, 5, 2)  # width, layers, heads
 TOKENIZER_TEXTS = ["estimate the distance between the mug and the spoon"] * 2
 
@@ -262,9 +262,19 @@ def _write_openpi_weights(
     weights: dict[str, torch.Tensor], folder: Path, layout: str, config: dict[str, Any]
 ) -> None:
     """Write weights with openpi's names, or as LeRobot does, with its config and statistics."""
-    if layout == "lerobot":
+    if layout == "lerobot-2025":
+        weights = {_to_first_lerobot_name(name): weight for name, weight in weights.items()}
+    if layout != "openpi":
         weights = {f"model.{name}": weight for name, weight in weights.items()}
         statistics_name = "normalize_inputs.buffer_observation_state.mean"
         weights[statistics_name] = torch.zeros(32)
         (folder / "config.json").write_text(json.dumps(config))
     save_file(weights, folder / "model.safetensors")
+
+
+def _to_first_lerobot_name(name: str) -> str:
+    """Return the name that LeRobot first gave a weight, which is openpi's `name`."""
+    paligemma = "paligemma_with_expert.paligemma."
+    name = name.replace(f"{paligemma}lm_head.", f"{paligemma}language_model.lm_head.")
+    name = name.replace(f"{paligemma}model.language_model.", f"{paligemma}language_model.model.")
+    return name.replace(f"{paligemma}model.", paligemma)

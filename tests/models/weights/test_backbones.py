@@ -459,7 +459,7 @@ class TestWrongCheckpointsAreRefused:
 
         plan = plan_policy(vlm_folder, expert, "tiny14")
 
-        refuses("weights refused: 9, .*no such weight", plan.run)
+        refuses("9 weights refused, .*no such weight", plan.run)
 
     def test_a_file_without_weights(self, vlm_folder: Path) -> None:
         save_file({}, vlm_folder / "model.safetensors")

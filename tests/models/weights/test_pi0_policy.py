@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import PI0ForConditionalGeneration as Pi0
 
+from data_tiny import edit_json
 from models_tiny import TINY
 from parity import BATCH, draw_pi0_inputs, relative_error
 from published_checkpoints import (
@@ -329,6 +330,25 @@ def test_3d_tokens_follow_the_tokens_of_paligemmas_tokenizer(
     assert plan.config.vlm_config.coordinate_start == NUM_ROWS
 
 
+def test_of_a_tokenizer_on_the_hub_no_weights_are_downloaded(
+    pi0_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = publish_paligemma(make_paligemma(), tmp_path / "paligemma")
+    downloads = []
+
+    def download(name: str, **options: Any) -> str:
+        downloads.append((name, options["allow_patterns"]))
+        return str(folder)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    monkeypatch.setattr("spear.models.weights.load.check_available_on_hub", lambda *_: None)
+
+    plan = plan_pi0(pi0_folder, None, "tiny14", "google/paligemma-3b-pt-224")
+
+    assert downloads == [("google/paligemma-3b-pt-224", ["*.json", "tokenizer.model", "*.jinja"])]
+    assert plan.tokenizer is not None
+
+
 def test_the_seed_changes_new_weights_only(pi0_folder: Path, moge: Path) -> None:
     plan = plan_pi0(pi0_folder, moge, "tiny14")
 
@@ -441,7 +461,7 @@ class TestWrongCheckpointsAreRefused:
 
         plan = plan_pi0(pi0_folder, None, "tiny14")
 
-        refuses("weights missing: 1, first vlm.vision_tower.*layer_norm1.bias", plan.run)
+        refuses("1 weight missing, first vlm.vision_tower.*layer_norm1.bias", plan.run)
 
     def test_an_unknown_weight(self, pi0_folder: Path) -> None:
         file = pi0_folder / "model.safetensors"
@@ -449,7 +469,13 @@ class TestWrongCheckpointsAreRefused:
 
         plan = plan_pi0(pi0_folder, None, "tiny14")
 
-        refuses("weights refused: 1, first model.memory.weight", plan.run)
+        refuses("1 weight refused, first model.memory.weight", plan.run)
+
+    def test_a_broken_config_of_the_vlm(self, tmp_path: Path) -> None:
+        folder = publish_pi0(make_pi0(), tmp_path / "pi0", "transformers")
+        edit_json(folder / "config.json", lambda config: config.update(vlm_config=[7]))
+
+        refuses("vlm_config in .* is broken", plan_pi0, folder, None, "tiny14")
 
     def test_a_tokenizer_of_another_vocabulary(self, tmp_path: Path, pi0_folder: Path) -> None:
         folder = publish_paligemma(make_paligemma(), tmp_path / "paligemma")

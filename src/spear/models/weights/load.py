@@ -474,22 +474,33 @@ def describe_tensor_differences(
 # --- Where checkpoints are ---
 
 
-def find_checkpoint(
-    name: Path | str, checkpoint_kind: str, patterns: Sequence[str] = HUB_FILE_PATTERNS
-) -> Path:
+def find_checkpoint(name: Path | str, checkpoint_kind: str) -> Path:
     """Return the folder of a checkpoint, which is `name` itself or, for a name on the Hub, the
-    folder in the cache. From the Hub, files with the names `patterns` are downloaded.
+    folder in the cache.
 
     Raises:
         SpearError: There is no such checkpoint. The message calls it `checkpoint_kind`.
+    """
+    description = f"{checkpoint_kind} {name}"
+    return _find_folder(name, description, "config.json and safetensors", HUB_FILE_PATTERNS)
+
+
+def find_tokenizer(name: Path | str) -> Path:
+    """Return the folder of a tokenizer, as `find_checkpoint` does. No weights are downloaded."""
+    return _find_folder(name, f"tokenizer {name}", "tokenizer.json", HUB_TOKENIZER_PATTERNS)
+
+
+def _find_folder(name: Path | str, description: str, content: str, patterns: Sequence[str]) -> Path:
+    """Return a local folder, or download the files with the names `patterns` from the Hub.
+
+    Messages say what was not found by `description`, and what its folder contains by `content`.
     """
     folder = Path(name)
     if folder.is_dir():
         return folder
     if folder.exists() or not is_hub_name(str(name)):
         raise SpearError(
-            f"there is no {checkpoint_kind} {folder}. Give its folder (config.json and "
-            "safetensors), or its name on the Hub."
+            f"there is no {description}. Give its folder ({content}), or its name on the Hub."
         )
     return download_from_hub(str(name), "a local folder", patterns=patterns)
 

@@ -15,10 +15,9 @@ from spear.models.weights.action_expert import make_policy_config, plan_expert
 from spear.models.weights.backbones import StoredPaliGemma, plan_vlm
 from spear.models.weights.conversion import Conversion, ConversionReport, WeightStatus
 from spear.models.weights.load import (
-    HUB_TOKENIZER_PATTERNS,
     add_prefix_to_reader,
     describe_source,
-    find_checkpoint,
+    find_tokenizer,
 )
 from spear.models.weights.pi0 import VLM_PREFIX, Pi0Checkpoint
 
@@ -51,7 +50,7 @@ def plan_pi0(
     checkpoint = Pi0Checkpoint.open(pi0)
     tokenizer_folder = checkpoint.stored.folder
     if tokenizer is not None:
-        tokenizer_folder = find_checkpoint(tokenizer, "tokenizer", HUB_TOKENIZER_PATTERNS)
+        tokenizer_folder = find_tokenizer(tokenizer)
     paligemma = StoredPaliGemma(
         title=checkpoint.title,
         source=describe_source(pi0, checkpoint.stored.folder),
