@@ -57,6 +57,15 @@ def test_targets_say_how_much_of_each_cell_an_object_covers() -> None:
     np.testing.assert_array_equal(cells[3, 2:, 2:, 2], [[96, 32], [0, 0]])
 
 
+def test_targets_of_a_wide_size_are_between_its_bars() -> None:
+    """Fitted into 128 × 64 pixels, the square image lies in the middle two columns of patches."""
+    targets = patch_targets(make_label(), ["cup"], PATCH, size=(128, 64))
+
+    is_cup_shown = targets.is_shown[:, 0].reshape(2, 4)  # rows and columns of patches
+    np.testing.assert_array_equal(is_cup_shown[0], [False, True, True, False])
+    assert not is_cup_shown[1].any()
+
+
 def test_targets_say_where_the_center_of_the_largest_object_is() -> None:
     targets = patch_targets(make_label(), ["cup", "fork", "spoon"], PATCH, SIZE)
 

@@ -212,7 +212,7 @@ def _cell_coverage(
     if mask.shape != (height, width):
         # Fitted like an image, the mask has the fraction of each pixel that the object covers.
         gray = np.repeat(mask[..., None], 3, axis=2).astype(np.uint8) * 255
-        mask = fit_image(gray, width, height)[..., 0] / np.float32(255)
+        mask = fit_image(gray, height, width)[..., 0] / np.float32(255)
 
     rows = height // patch
     columns = width // patch
