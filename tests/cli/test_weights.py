@@ -27,6 +27,7 @@ from spear.cli import main
 from spear.models.processing import Processor
 from spear.models.spear1 import load_inner_vlm
 from spear.models.weights import conversion
+from spear.models.weights.folders import BUNDLED_WEIGHTS
 from spear.models.weights.published import PUBLISHED
 from spear.tokens import CoordinateTokenizer
 
@@ -291,3 +292,19 @@ class TestExpected:
 
     def test_an_unknown_name_gets_a_suggestion(self, run_refused_command: Command) -> None:
         assert "'pi0'" in run_refused_command("convert", "expected", "pi00")
+
+
+class TestRoles:
+    """`spear convert roles`."""
+
+    def test_shows_what_weights_may_be_and_how_it_knows(self, run_command: Command) -> None:
+        output = run_command("convert", "roles", str(BUNDLED_WEIGHTS / "nano"), "--preset", "nano")
+
+        line = next(line for line in output.splitlines() if "expert.layers.*.mlp.up_proj" in line)
+        assert line.endswith(": expert.layers.*.mlp.up_proj.weight (by name and shape)")
+        assert "unverified" in output.splitlines()[-1]
+
+    def test_a_folder_without_weights_is_refused(
+        self, run_refused_command: Command, tmp_path: Path
+    ) -> None:
+        assert "model.safetensors" in run_refused_command("convert", "roles", str(tmp_path))

@@ -58,6 +58,7 @@ COMMANDS: dict[str, str] = {
     "convert vlm": "convert:convert_vlm",
     "convert pi0": "convert:convert_pi0",
     "convert expected": "convert:convert_expected",
+    "convert roles": "convert:convert_roles",
     "estimate-memory": "train:estimate_memory",
     "doctor": "basics:doctor",
 }

@@ -13,7 +13,11 @@ from spear.util.options import OptionalName, Options, Preset, Seed
 if TYPE_CHECKING:
     from spear.models.processing import Processor
     from spear.models.weights.conversion import Conversion
+    from spear.models.weights.roles import Role
     from spear.tokens import CoordinateTokenizer
+
+
+MAX_CANDIDATES = 4  # `spear convert roles` names at most so many for one group of weights
 
 
 class ConvertOptions(Options, kw_only=True):
@@ -152,6 +156,48 @@ def convert_vlm(options: PolicyOptions) -> None:
     if (folder / "processor.json").is_file():
         processor = Processor.load(folder, plan.config.vlm_config)
     _report_and_save(plan, processor, options)
+
+
+class RolesOptions(Options):
+    checkpoint: Annotated[Positional[str], arg(metavar="CHECKPOINT")]
+    """Folder of safetensors, or its name on the Hugging Face Hub."""
+    preset: Preset = "spear1"
+    """Preset of the SPEAR-1 that it may be."""
+
+
+def convert_roles(options: RolesOptions) -> None:
+    """Guess what the weights of a checkpoint with unknown names are in a SPEAR-1.
+
+    Prints each group of weights with the weights that it may be, and whether their names or only
+    their shapes say so. No weights are read.
+
+    Examples:
+        spear convert roles ./spear1-franka
+        spear convert roles ./spear1-franka > roles.txt
+    """
+    from spear.models.weights.load import StoredCheckpoint
+    from spear.models.weights.roles import guess_roles
+
+    stored = StoredCheckpoint.open(options.checkpoint, "checkpoint")
+    shapes = {name: tensor.shape for name, tensor in stored.weights.items()}
+    roles = guess_roles(shapes, options.preset)
+    num_known = 0
+    for role in roles:
+        group = role.group
+        line = f"{group.count:>4} × {group.name} {list(group.shape)}: {_describe_role(role)}"
+        print(escape_control_characters(line))
+        num_known += len(role.candidates) == 1
+    print(f"{len(roles)} groups of weights, of which {num_known} have one candidate (unverified)")
+
+
+def _describe_role(role: "Role") -> str:
+    """Describe what a group of weights may be, and why."""
+    if not role.candidates:
+        return "unknown"
+    names = [candidate.name for candidate in role.candidates[:MAX_CANDIDATES]]
+    num_more = len(role.candidates) - len(names)
+    more = f" or one of {num_more} more" if num_more > 0 else ""
+    return f"{' or '.join(names)}{more} (by {role.evidence})"
 
 
 class ExpectedOptions(Options):
