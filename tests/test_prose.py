@@ -4,6 +4,7 @@ The rules are: no phrase of `BANNED_PHRASES`, American spelling, an actor for wh
 no more than 40 words in a sentence of a page, and no second colon in a sentence.
 """
 
+import ast
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -125,6 +126,26 @@ def list_help_texts() -> Iterator[tuple[str, str]]:
                 yield f"{name} {option.name}", option.text or ""
 
 
+def list_messages_in_the_code() -> Iterator[tuple[str, str]]:
+    """Yield the place and the text of each `SpearError` that the code raises with a text.
+
+    X stands for each value that the code fills in.
+    """
+    for file in sorted((ROOT / "src").rglob("*.py")):
+        for node in ast.walk(ast.parse(file.read_text("utf-8"))):
+            is_call = isinstance(node, ast.Call) and isinstance(node.func, ast.Name)
+            if not is_call or node.func.id != "SpearError" or not node.args:
+                continue
+            (text, *_) = node.args
+            if isinstance(text, ast.Constant):
+                yield f"{file.name}:{node.lineno}", str(text.value)
+            if isinstance(text, ast.JoinedStr):
+                parts = [
+                    part.value if isinstance(part, ast.Constant) else "X" for part in text.values
+                ]
+                yield f"{file.name}:{node.lineno}", "".join(map(str, parts))
+
+
 def list_messages() -> list[str]:
     """Return the lines of the file of messages that are messages."""
     lines = MESSAGES.read_text("utf-8").splitlines()
@@ -178,6 +199,19 @@ def test_help_texts_follow_the_rules() -> None:
 @pytest.mark.parametrize("message", list_messages())
 def test_a_message_follows_the_rules(message: str) -> None:
     assert find_problems(message) == []
+
+
+def test_messages_in_the_code_are_sentences() -> None:
+    """A message says what happened, and then in another sentence what to do."""
+    problems = []
+    for place, message in list_messages_in_the_code():
+        has_two_sentences = re.search(r"[.?!X] [A-Z`-]", message) or message.endswith("X")
+        if not has_two_sentences and " is now " not in message:  # a renamed option
+            problems.append(f"{place}: one sentence: {message}")
+        if remove_code(message).count(": ") > COLONS_PER_SENTENCE:
+            problems.append(f"{place}: colons: {message}")
+
+    assert problems == []
 
 
 @pytest.mark.parametrize("message", list_messages())

@@ -305,7 +305,9 @@ class Tab:
         """Yield the frames of a film until `newest_step`, as long as the tab is open."""
         for step in range(newest_step + 1):
             if not self._is_open():
-                raise SpearError("the film is not made, because the tab was closed.")
+                raise SpearError(
+                    "the film is not made, because the tab was closed. Open the page again."
+                )
             view = episode.view_at(step)
             external_image = _decode_data_uri(view["images"]["external"])
             wrist_uri = view["images"]["wrist"]
