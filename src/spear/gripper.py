@@ -124,6 +124,7 @@ def _find_strokes(opening: Array) -> list[_Stroke]:
                 bottom = current_opening
                 last_step_at_top = step
                 last_step_at_bottom = step
+                break  # the other stroke was measured before this one began
     return strokes
 
 
