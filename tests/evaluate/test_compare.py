@@ -114,7 +114,7 @@ def test_settings_that_differ_are_named() -> None:
     second = make_results("y", {"a": "xx"})
     second = replace(second, settings={"replan": 2, "scenes": 9, "new": 1})
 
-    assert compare_results(first, second).settings == ["replan: 5 and 2", "new: not said and 1"]
+    assert compare_results(first, second).settings == ["replan 5 and 2", "new not said and 1"]
 
 
 def test_other_starts_are_refused_in_either_order() -> None:

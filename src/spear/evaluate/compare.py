@@ -138,7 +138,7 @@ def compare_results(
     for name, results in ((first_name, first), (second_name, second)):
         unfinished = results.describe_unfinished()
         if unfinished:
-            differences.append(f"{name}: {unfinished}")
+            differences.append(f"in {name}, {unfinished}")
     return Comparison(first_name, second_name, rows, pairs, num_unshared, differences)
 
 
@@ -171,7 +171,7 @@ def _describe_settings(first: Results, second: Results) -> list[str]:
         a = first.settings.get(key, "not said")
         b = second.settings.get(key, "not said")
         if a != b:
-            differences.append(f"{key.replace('_', ' ')}: {a} and {b}")
+            differences.append(f"{key.replace('_', ' ')} {a} and {b}")
     return differences
 
 

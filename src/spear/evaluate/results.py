@@ -150,7 +150,7 @@ class Results:
         text = f"intervals: {mean_width}, {family_width}"
         unfinished = self.describe_unfinished()
         if unfinished:
-            text = f"UNFINISHED: {unfinished}. {text}"
+            text = f"UNFINISHED: {unfinished} {text}"
         if widest.half_width <= TARGET_HALF_WIDTH:
             return text
 
