@@ -11,7 +11,7 @@ from spear.data.frames import (
     find_outdated_frames,
     get_current_version,
     hash_layout,
-    merge_frames,
+    merge_frame_versions,
     read_store_frames,
     resolve_frames,
 )
@@ -25,7 +25,7 @@ def test_every_dataset_has_a_version(name: str, version: int) -> None:
 
 
 def test_frames_of_several_sources_are_merged() -> None:
-    merged = merge_frames([("a", {"droid": 2}), ("b", {"kuka": 1}), ("c", {"droid": 2})])
+    merged = merge_frame_versions([("a", {"droid": 2}), ("b", {"kuka": 1}), ("c", {"droid": 2})])
 
     assert merged == {"droid": 2, "kuka": 1}
 
@@ -34,7 +34,11 @@ def test_frames_of_several_sources_are_merged() -> None:
 def test_two_versions_of_the_same_frames_are_refused(name: str) -> None:
     sources = [("runs/old", {name: 1}), ("runs/new", {name: 2})]
 
-    refuses(f"runs/old has version 1 of the frames of {name}, but runs/new", merge_frames, sources)
+    refuses(
+        f"runs/old has version 1 of the frames of {name}, but runs/new",
+        merge_frame_versions,
+        sources,
+    )
 
 
 def test_only_frames_with_a_newer_version_are_outdated() -> None:

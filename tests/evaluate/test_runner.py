@@ -40,7 +40,7 @@ class ParitySimulator:
     max_live_tracks  the largest number of tracks in memory at the begin of an episode.
     """
 
-    films_are_free = False
+    has_cheap_tracks = False
     group_size = 1
 
     def __init__(self, is_fickle: bool = False) -> None:

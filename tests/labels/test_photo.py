@@ -91,7 +91,9 @@ def test_questions_about_a_photograph_are_in_relative_units(label: LabeledImage)
     askable_label = replace(label, objects=objects)
 
     rng = np.random.default_rng(0)
-    questions = generate_questions(askable_label, rng, pairs=(4, 4), question_types=QUESTION_TYPES)
+    questions = generate_questions(
+        askable_label, rng, questions_per_image=(4, 4), question_types=QUESTION_TYPES
+    )
 
     assert questions
     assert {question.unit for question in questions} == {"relative"}

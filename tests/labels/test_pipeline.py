@@ -244,7 +244,7 @@ def test_no_2d_question_is_about_an_ambiguous_name(label_of_two_mugs: LabeledIma
     rng = np.random.default_rng(0)
 
     questions = generate_questions(
-        label_of_two_mugs, rng, pairs=(9, 9), question_types=("where_2d",)
+        label_of_two_mugs, rng, questions_per_image=(9, 9), question_types=("where_2d",)
     )
 
     assert questions

@@ -170,12 +170,12 @@ class TestCertainDistribution:
 
     def test_mode_and_mean_are_the_bin_centers(self) -> None:
         centers = COORDINATES.bin_centers[[3, 40]]
-        assert (self.distribution.read("mode") == centers).all()
-        assert (self.distribution.read("mean") == centers).all()
+        assert (self.distribution.read_numbers("mode") == centers).all()
+        assert (self.distribution.read_numbers("mean") == centers).all()
 
     def test_the_median_is_the_middle_of_the_bin(self) -> None:
         middle = (self.low + self.high) / 2
-        np.testing.assert_allclose(self.distribution.read("median"), middle)
+        np.testing.assert_allclose(self.distribution.read_numbers("median"), middle)
 
     def test_quantiles_span_from_the_first_edge_to_the_end_of_the_bin(self) -> None:
         first_edges = COORDINATES.bin_edges[[0, 0]]
@@ -211,10 +211,10 @@ def test_mode_mean_median_and_quantile_by_hand() -> None:
 
     distribution = Distribution(np.array([[0.4, 0.25, 0.35]], np.float32), coordinates)
 
-    assert distribution.read("mode") == pytest.approx(0.5)
-    assert distribution.read("mean") == pytest.approx(0.4 * 0.5 + 0.25 * 1.5 + 0.35 * 3)
+    assert distribution.read_numbers("mode") == pytest.approx(0.5)
+    assert distribution.read_numbers("mean") == pytest.approx(0.4 * 0.5 + 0.25 * 1.5 + 0.35 * 3)
     # Below bin 1 there is 0.4. The missing 0.1 of 0.5 is 0.4 of this bin's 0.25.
-    assert distribution.read("median") == pytest.approx(1.4)
+    assert distribution.read_numbers("median") == pytest.approx(1.4)
     # Below bin 2 there is 0.65. The missing 0.175 is half of this bin, which is 2 wide.
     assert distribution.quantile(0.825) == pytest.approx(3.0)
 
@@ -232,7 +232,7 @@ def test_the_probability_below_a_quantile_is_its_own(probability: float) -> None
 
 def test_an_unknown_way_to_read_is_refused() -> None:
     distribution = Distribution(np.eye(64, dtype=np.float32)[[3]], COORDINATES)
-    refuses("Did you mean 'median'", distribution.read, "medain")
+    refuses("Did you mean 'median'", distribution.read_numbers, "medain")
 
 
 def test_a_model_returns_the_distributions_behind_its_answers() -> None:
@@ -248,4 +248,4 @@ def test_a_model_returns_the_distributions_behind_its_answers() -> None:
         assert plain.distribution is None
         assert answer.distribution.probabilities.shape == (3, 1024)  # x, y and z; 3D tokens
         np.testing.assert_allclose(answer.distribution.probabilities.sum(1), 1, rtol=1e-4)
-        np.testing.assert_allclose(answer.distribution.read("mode"), answer.values)
+        np.testing.assert_allclose(answer.distribution.read_numbers("mode"), answer.values)

@@ -84,7 +84,7 @@ def read_question_types(folder: Path) -> set[str]:
 def test_new_questions_replace_those_that_were_written(folder: Path) -> None:
     write_questions(folder, seed=3)
 
-    write_questions(folder, seed=4, pairs=(2, 2), question_types=("distance",))
+    write_questions(folder, seed=4, questions_per_image=(2, 2), question_types=("distance",))
 
     assert read_question_types(folder) == {"distance"}
 

@@ -243,7 +243,7 @@ def audit(path: str | Path, split: str | None = None, layout_file: Path | None =
 
 def _audit_numbers(path: str | Path, split: str, layout: DatasetLayout) -> Report:
     """Audit everything but images and texts, and without the search for fitting formats."""
-    recordings, skipped = _read_recordings(path, split, layout)
+    recordings, skipped = _read_first_recordings(path, split, layout)
     # `make_recording` converted orientations in trusted formats to quaternions.
     trusted_layout = layout
     if layout.rotation_format in TRUSTED_FORMATS:
@@ -258,7 +258,7 @@ def _audit_numbers(path: str | Path, split: str, layout: DatasetLayout) -> Repor
     return replace(report, skipped=skipped.reasons, checks=checks)
 
 
-def _read_recordings(
+def _read_first_recordings(
     path: str | Path, split: str, layout: DatasetLayout
 ) -> tuple[list[Recording], SkippedItems]:
     """Read the first episodes, up to `MAX_EPISODES` and about `MAX_STEPS`.
@@ -723,7 +723,7 @@ def _judge_part(name: str, fits: Sequence[Fit], answers: Mapping[str, str | None
 
     ranked = sorted(fits, key=rank)
     best = ranked[0]
-    resamples = _draw_resamples(len(best.error))
+    resamples = _draw_resample_counts(len(best.error))
     note = _why_undecidable(name, best)
     is_undecidable = note != ""
 
@@ -776,7 +776,7 @@ def _judge_layout(
     return "agrees"
 
 
-def _draw_resamples(num_units: int) -> Array:
+def _draw_resample_counts(num_units: int) -> Array:
     """Draw how often each draw of the bootstrap contains each unit of resampling.
 
     Returns:

@@ -415,9 +415,9 @@ def fit_translations(
 
         # Displacements along base axes, which add up from the start of each stretch.
         sums = diagonal.cumsum(1)
-        fits += _fit_components(sums, origin, recorded, relative_scales, in_base, stretches)
+        fits += _fit_scales_and_signs(sums, origin, recorded, relative_scales, in_base, stretches)
         # Targets, which are compared with positions: the start plus the recorded displacement.
-        fits += _fit_components(
+        fits += _fit_scales_and_signs(
             diagonal, recorded.start, recorded, target_scales, in_base, stretches
         )
         # Displacements along the axes of the end effector, for every format of its orientations.
@@ -425,7 +425,7 @@ def fit_translations(
             orientation = quaternions[state_format][stretches.rows[:, :-1]]  # [n, L, 4]
             sums = _rotate_components(orientation, diagonal).cumsum(1)
             in_ee = _TranslationReading("ee", state_format, delay)
-            fits += _fit_components(sums, origin, recorded, relative_scales, in_ee, stretches)
+            fits += _fit_scales_and_signs(sums, origin, recorded, relative_scales, in_ee, stretches)
     return fits
 
 
@@ -463,7 +463,7 @@ class _TranslationReading(NamedTuple):
     delay_steps: int
 
 
-def _fit_components(
+def _fit_scales_and_signs(
     components: Array,
     offset: Array,
     recorded: _RecordedTranslations,

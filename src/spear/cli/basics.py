@@ -12,7 +12,7 @@ from spear.errors import (
     format_count,
     notice,
 )
-from spear.evaluate.options import Decode
+from spear.evaluate.options import DecodeOption
 from spear.question_types import QUESTION_TYPES
 from spear.util.files import write_bytes, write_text
 from spear.util.options import (
@@ -50,7 +50,7 @@ class AskOptions(Options):
     """Also answer questions that the model was not taught, with whatever it finds most likely."""
     view: CameraView = MAIN_VIEW
     """Camera that took the image."""
-    decode: Decode = "median"
+    decode: DecodeOption = "median"
     """How numbers are read from the model's probabilities; the interval is around the median."""
     save_image: OptionalFile = None
     """Save the image with the answer's box drawn on it (for sim: images, whose camera is known)."""

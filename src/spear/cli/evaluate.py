@@ -207,7 +207,7 @@ def evaluate_data(options: EvaluateDataOptions) -> None:
         spear evaluate data --policy runs/my_robot --episodes runs/held_out --report errors.html
         spear evaluate data --policy runs/mine --episodes my_dataset --split "train[90%:]"
     """
-    from spear.data.frames import merge_frames
+    from spear.data.frames import merge_frame_versions
     from spear.evaluate import open_loop
     from spear.policy import Spear1Policy
     from spear.report.comparison import make_open_loop_page
@@ -224,7 +224,7 @@ def evaluate_data(options: EvaluateDataOptions) -> None:
         held_out_store = open_episodes(options.episodes, Path(scratch) / "held-out", options.split)
         held_out_frames = (str(options.episodes), held_out_store.frames)
         # Raises an error if the policy learned another version of the robot's frames.
-        merge_frames([(options.policy, policy.frames or {}), held_out_frames])
+        merge_frame_versions([(options.policy, policy.frames or {}), held_out_frames])
         held_out = held_out_store.select_demonstrations()
         training = held_out
         if options.train or options.train_split:

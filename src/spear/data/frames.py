@@ -61,7 +61,7 @@ def find_outdated_frames(frames: Frames) -> list[str]:
     return [name for name, version in frames.items() if version < get_current_version(name)]
 
 
-def merge_frames(sources: Iterable[tuple[str, Frames]]) -> dict[str, int]:
+def merge_frame_versions(sources: Iterable[tuple[str, Frames]]) -> dict[str, int]:
     """Merge the frames of data or policies that are used together.
 
     Args:

@@ -90,7 +90,7 @@ class _Tabletop:
     An episode's track, from which its film is made, is the joint positions at each step.
     """
 
-    films_are_free = True
+    has_cheap_tracks = True  # see `Simulator`; a track consists of joint positions only
 
     def __init__(self, agent: Agent, options: TabletopOptions) -> None:
         self.group_size = options.batch_size

@@ -27,7 +27,7 @@ DECODE_HELP = (
     "How numbers are read off the model's probabilities: the likeliest (mode), the mean or the "
     "median."
 )
-Decode = Annotated[Literal["mode", "mean", "median"], arg(help=DECODE_HELP)]
+DecodeOption = Annotated[Literal["mode", "mean", "median"], arg(help=DECODE_HELP)]
 
 
 class AgentOptions(Options):
@@ -134,7 +134,7 @@ class QuestionOptions(Options):
     questions_per_image: Annotated[int, Range(1)] = 2
     """Maximum number of questions of each type about an image."""
     question_types: QuestionTypes = ()
-    decode: Decode = "median"
+    decode: DecodeOption = "median"
     seed: Seed = 0
     view: CameraView = "external"
     """The camera that the images are from."""

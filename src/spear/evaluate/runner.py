@@ -39,15 +39,15 @@ class Film:
 class Simulator(Protocol[Track]):
     """Scenes of task families, each fixed by its seed, in which an agent acts.
 
-    films_are_free  whether recording an episode's track costs hardly any time. Otherwise, if only a
-                    few episodes are filmed, they are run again with their tracks after it is known
-                    which ones they are.
-    group_size      how many episodes are run together. The rounding of a policy's actions depends
-                    on the other observations of its batch, so an episode is repeatable only with
-                    the same others.
+    has_cheap_tracks  whether recording an episode's track costs hardly any time. Otherwise, if only
+                      a few episodes are filmed, they are run again with their tracks after it is
+                      known which ones they are.
+    group_size        how many episodes are run together. The rounding of a policy's actions depends
+                      on the other observations of its batch, so an episode is repeatable only with
+                      the same others.
     """
 
-    films_are_free: bool
+    has_cheap_tracks: bool
     group_size: int
 
     def run(
@@ -182,7 +182,7 @@ class _Evaluation(Generic[Track]):
         films = self.options.videos
         if isinstance(films, str):
             return True
-        return films > 0 and self.simulator.films_are_free
+        return films > 0 and self.simulator.has_cheap_tracks
 
     @property
     def films_at_once(self) -> bool:

@@ -216,13 +216,13 @@ def bootstrap(groups: Sequence[Array], statistic: Callable[[Array], Any] = np.me
     return Estimate(value, low, high, num_units)
 
 
-def estimate_mean_over_seeds(strata: Sequence[Array]) -> Estimate:
+def estimate_mean_over_seeds(success_by_family: Sequence[Array]) -> Estimate:
     """Estimate mean success over training seeds and scenes.
 
     Args:
-        strata: For each task family: success [seeds, scenes] bool.
+        success_by_family: For each task family: success [seeds, scenes] bool.
     """
-    tables = _to_success_tables(strata)
+    tables = _to_success_tables(success_by_family)
     mean, half_width = _crossed_interval(tables)
     counts = [(int(table.sum()), table.size) for table in tables]
     return _widen(mean, half_width, estimate_mean_proportion(counts), lower_bound=0.0)
@@ -333,12 +333,12 @@ def _percentile_interval(
     return float(low), float(high)
 
 
-def _to_success_tables(strata: Sequence[Array]) -> list[Array]:
-    """Convert each stratum to an array [seeds, scenes] of bool.
+def _to_success_tables(success_by_family: Sequence[Array]) -> list[Array]:
+    """Convert the success of each task family to an array [seeds, scenes] of bool.
 
     Raises `ValueError` for other shapes and types, or if the numbers of seeds differ.
     """
-    tables = [np.asarray(table) for table in strata]
+    tables = [np.asarray(success) for success in success_by_family]
     if not tables or not all(_is_success_table(table, len(tables[0])) for table in tables):
         kinds = [(table.dtype, table.shape) for table in tables]
         raise ValueError(f"Give bool tables [seeds, scenes] with equally many seeds, not {kinds}.")
@@ -353,7 +353,7 @@ def _crossed_interval(tables: Sequence[Array]) -> tuple[float, float]:
     """Estimate the mean of a crossed design (see the beginning of this file).
 
     Args:
-        tables: [seeds, scenes] of each stratum, with the same number of seeds.
+        tables: [seeds, scenes] of each task family, with the same number of seeds.
 
     Returns:
         The mean of the tables' means, and half the width of its interval.
@@ -362,13 +362,15 @@ def _crossed_interval(tables: Sequence[Array]) -> tuple[float, float]:
     num_tables = len(tables)
     mean = float(np.mean([table.mean() for table in tables]))
 
-    # Three variances of the mean. First, as if only the seeds were drawn at random:
+    # Three variances of the mean. The first one is as if only the seeds were drawn at random:
     variance_over_seeds = 0.0
     if num_seeds > 1:
         seed_means = np.mean([table.mean(1) for table in tables], axis=0)  # [seeds]
         variance_over_seeds = float(seed_means.var(ddof=1)) / num_seeds
 
-    # Then as if only the scenes were drawn, and what both of them contain.
+    # The second one is as if only the scenes were drawn at random. The third one is the variance by
+    # chance in each entry, which the first and the second one both contain. So it is subtracted
+    # from their sum below, in order to count only once.
     variance_over_scenes = 0.0
     variance_in_both = 0.0
     for table in tables:

@@ -154,17 +154,17 @@ def remove_outdated_questions(folder: Path) -> None:
         )
 
 
-def write_labels(labels: Iterable[LabeledImage], path: Path) -> None:
+def write_labels(labels: Iterable[LabeledImage], shard: Path) -> None:
     """Write labels to one shard. No file is left when `labels` raises.
 
     Args:
         labels: The labels.
-        path: The shard, such as FOLDER/labels-00000.parquet.
+        shard: The file to write, such as FOLDER/labels-00000.parquet.
 
     Raises:
         SpearError: The disk is full, or the file cannot be written.
     """
-    with ParquetWriter(path, SCHEMA) as writer:
+    with ParquetWriter(shard, SCHEMA) as writer:
         for label in labels:
             writer.write(to_table([label]))
         writer.commit()

@@ -16,9 +16,9 @@ from spear.errors import check_known
 from spear.tokens import CoordinateTokenizer
 from spear.types import Array, Pixel
 
-Decode = Literal["mode", "mean", "median"]
+DecodeMethod = Literal["mode", "mean", "median"]
 """How a number is read off the probabilities of its bins."""
-DECODE_METHODS: tuple[Decode, ...] = get_args(Decode)
+DECODE_METHODS: tuple[DecodeMethod, ...] = get_args(DecodeMethod)
 
 Segment = str | float | Pixel
 """A part of an answer: text, a number (a 3D token), or a pixel."""
@@ -42,16 +42,16 @@ class Distribution:
     def __len__(self) -> int:
         return len(self.probabilities)
 
-    def read(self, decode: Decode) -> Array:
+    def read_numbers(self, method: DecodeMethod) -> Array:
         """Read each number off its probabilities: [numbers] float64.
 
         Raises:
-            SpearError: `decode` is none of `DECODE_METHODS`.
+            SpearError: `method` is none of `DECODE_METHODS`.
         """
-        check_known("decode", DECODE_METHODS, decode)
-        if decode == "mode":
+        check_known("decode", DECODE_METHODS, method)
+        if method == "mode":
             return np.asarray(self.coordinates.decode(self.probabilities.argmax(-1)))
-        if decode == "mean":
+        if method == "mean":
             return np.asarray(self.probabilities.astype(np.float64) @ self.coordinates.bin_centers)
         return self.quantile(0.5)
 

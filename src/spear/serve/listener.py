@@ -145,7 +145,7 @@ class LimitedListener(socket.socket):
         if self._is_closed:
             return
         while (connection := self._queue.take(self._loop.time())) is not None:
-            if has_gone(connection) or self._is_answered(connection):
+            if has_gone(connection) or self._answer_if_plain_request(connection):
                 connection.close()
             else:
                 self._admitted.append(connection)
@@ -154,11 +154,15 @@ class LimitedListener(socket.socket):
             self._is_admission_planned = True
             self._loop.call_later(ADMISSION_INTERVAL_S, self._admit)
 
-    def _is_answered(self, connection: socket.socket) -> bool:
-        """Answer a plain request whose bytes have arrived already; return whether it was one."""
+    def _answer_if_plain_request(self, connection: socket.socket) -> bool:
+        """Send the response to a plain request whose bytes have arrived already.
+
+        Returns:
+            Whether the bytes were such a request, so that the connection can be closed.
+        """
         with contextlib.suppress(OSError):
-            # MSG_PEEK leaves the bytes unread, for the websocket connection if it is no such
-            # request.
+            # MSG_PEEK leaves the bytes unread. If they are not a plain request, the websocket
+            # connection has yet to read them.
             request = connection.recv(MAX_PLAIN_REQUEST_BYTES, socket.MSG_PEEK)
             response = self._answer_plain_request(request)
             if response is not None:

@@ -311,7 +311,7 @@ class _OpenEpisode:
     def save(self, note: Mapping[str, str], is_complete: bool) -> None:
         """Write all steps up to now."""
         episode = make_episode(self.exchanges, self._source)
-        self.shard.save(episode, collect_served_columns(self.exchanges), note, is_complete)
+        self.shard.save(episode, collect_answer_columns(self.exchanges), note, is_complete)
         self.has_unsaved_steps = False
         self.last_saved_s = time.monotonic()
 
@@ -369,8 +369,12 @@ def estimate_num_executed(exchanges: Sequence[Exchange], horizon: int) -> int:
     return min(max(num_executed, 1), horizon)
 
 
-def collect_served_columns(exchanges: Sequence[Exchange]) -> dict[str, Array]:
-    """Collect times and answers of T exchanges in the columns of `ServedSteps`: name → [T, d]."""
+def collect_answer_columns(exchanges: Sequence[Exchange]) -> dict[str, Array]:
+    """Collect times and answers of T exchanges in the columns of `ServedSteps`.
+
+    Returns:
+        Name of a column → [T, …].
+    """
     num_steps = len(exchanges)
     num_rows = len(exchanges[0].rows)
     return {
@@ -386,7 +390,9 @@ def collect_served_columns(exchanges: Sequence[Exchange]) -> dict[str, Array]:
 def format_shard_name(began: datetime) -> str:
     """Name the Arrow file of an episode for the time at which it began.
 
-    Names sort by time. Their ends are no numbers, so readers do not miss the shards between them.
+    The names sort by time. The other shards of an episode store end with their number, and readers
+    report a missing number. These names end with "Z" instead, so no reader takes the microseconds
+    for a number and reports that the numbers in between are missing.
 
     Example:
         >>> format_shard_name(datetime(2026, 11, 30, 6, 50, 12, 345678))

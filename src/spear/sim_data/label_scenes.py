@@ -6,7 +6,7 @@ subfolder `depth/VIEW/` (images with metric depth, on which a depth encoder is p
 
 The scenes are divided into jobs. A job writes one shard of each view.
 
-`list_scenes` and `read_scenes` let `spear label` label scenes as one more kind of input,
+`list_scenes` and `render_scenes` let `spear label` label scenes as one more kind of input,
 `sim:SEED-SEED`.
 """
 
@@ -82,10 +82,10 @@ class SceneSource:
 def list_scenes(seeds: range) -> Iterator[Item]:
     """List the scenes of these seeds as items, for `spear.labels.sources.list_items`."""
     for seed in seeds:
-        yield Item(f"sim:{seed}", read_scenes, path="", location=seed)
+        yield Item(f"sim:{seed}", render_scenes, path="", location=seed)
 
 
-def read_scenes(path: str, seeds: Sequence[int]) -> Iterator[Content]:
+def render_scenes(path: str, seeds: Sequence[int]) -> Iterator[Content]:
     """Render clutter scenes (many objects, no task), seen by the external camera.
 
     Args:

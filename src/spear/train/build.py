@@ -23,7 +23,7 @@ import torch
 from spear.data.frames import (
     find_outdated_frames,
     get_current_version,
-    merge_frames,
+    merge_frame_versions,
     resolve_frames,
 )
 from spear.data.mixture import Mixture, TrainingSamples
@@ -321,7 +321,7 @@ def _build_naming(recipe: Recipe, preset: Preset, inputs: TrainingInputs, seed: 
     labels = tasks.load_labels(inputs.labels, list(preset.image_sizes))
     processor, vlm = _new_vlm(recipe, preset, inputs.labels, labels, seed)
 
-    names = _object_names(labels)
+    names = _list_names_in_first_view(labels)
     token_ids = [processor.tokenizer.encode(f" {name}", add_special_tokens=False) for name in names]
     model = PatchClassification(vlm, token_ids)
 
@@ -392,7 +392,7 @@ def _build_vla(recipe: Recipe, preset: Preset, inputs: TrainingInputs, seed: int
         (name, store.select_cameras(views), weight) for name, store, weight in inputs.episodes
     ]
     _note_image_fitting(episodes, processor)
-    frames = _merge_frames(inputs.init, episodes)
+    frames = _merge_frame_versions(inputs.init, episodes)
     normalizer = _fit_normalizer(recipe, inputs.init, episodes)
     normalizer = dataclasses.replace(normalizer, frames=frames)
     samples = TrainingSamples(Mixture(episodes, seed), views, model.config.horizon, recipe.augment)
@@ -446,7 +446,7 @@ def _note_image_fitting(episodes: NamedStores, processor: Processor) -> None:
                 processor.prepare_image(image, view)
 
 
-def _merge_frames(init: Path | None, episodes: NamedStores) -> dict[str, int]:
+def _merge_frame_versions(init: Path | None, episodes: NamedStores) -> dict[str, int]:
     """Merge the versions of frames of the demonstrations with those of the policy in `init`.
 
     A version says in which base frame and end-effector frame the poses of a dataset or robot are
@@ -467,7 +467,7 @@ def _merge_frames(init: Path | None, episodes: NamedStores) -> dict[str, int]:
             init_frames = {}
         sources.append((str(init), init_frames))
 
-    frames = merge_frames(sources)
+    frames = merge_frame_versions(sources)
     for name in find_outdated_frames(frames):
         notice(
             f"the policy learns version {frames[name]} of the frames of {name}, because its "
@@ -524,8 +524,11 @@ def _question_samples(
     return tasks.QuestionSamples(labels, processor, mix, num_images, seed, recipe.augment, depth)
 
 
-def _object_names(labels: LabelsByView) -> list[str]:
-    """Return the sorted names of all objects in the first view's images, without repetition."""
+def _list_names_in_first_view(labels: LabelsByView) -> list[str]:
+    """Return the sorted names of all objects in the first view's images, without repetition.
+
+    Names that only other views contain are missing in the result.
+    """
     names: set[str] = set()
     for label in next(iter(labels.values())):
         names.update(item.name for item in label.objects)
@@ -583,7 +586,7 @@ def _new_vlm(
     `wording.txt` of each folder of labels. The embeddings of two location tokens, or of two 3D
     tokens, start similar if the tokens stand for neighboring values.
     """
-    texts = list(iterate_tokenizer_texts(_object_names(labels)))
+    texts = list(iterate_tokenizer_texts(_list_names_in_first_view(labels)))
     for folder in folders:
         wording = folder / "wording.txt"
         if wording.is_file():

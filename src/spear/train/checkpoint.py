@@ -139,7 +139,7 @@ class Checkpoints:
             state: the other entries of `CheckpointState`, except "counts" and "files".
         """
         self.wait()
-        copies = self._copy_tensors()
+        copies = self._copy_own_tensors()
         state = {**state, "step": step, "counts": self._count_updates()}
         self._pending = self._writer.submit(self._write, step, copies, state)
 
@@ -201,7 +201,7 @@ class Checkpoints:
         counts = torch.stack(list(counters.values())).tolist()
         return dict(zip(counters, counts, strict=True))
 
-    def _copy_tensors(self) -> dict[str, torch.Tensor]:
+    def _copy_own_tensors(self) -> dict[str, torch.Tensor]:
         """Copy to the CPU the tensors that this process writes.
 
         A process writes its parts of all sharded tensors. Tensors that every process has whole are

@@ -166,7 +166,9 @@ def _train_steps(stepper: Stepper, saver: "_Saver", logger: Logger | None, out: 
                 values = problem.values
                 progress.num_skipped += 1
                 _save_suspects(problem, step, pieces, stepper.seed, out)
-                _report_skip(problem, step, progress.num_skipped, opt.max_skipped, out, logger)
+                _report_skip_or_end_run(
+                    problem, step, progress.num_skipped, opt.max_skipped, out, logger
+                )
 
             # Log.
             if logger is not None:
@@ -525,7 +527,7 @@ def _save_suspects(
         save_batch(out, step, numbers[index], seed, pieces[index])
 
 
-def _report_skip(
+def _report_skip_or_end_run(
     problem: NonFiniteStep,
     step: int,
     num_skipped: int,

@@ -152,7 +152,7 @@ class Recipe:
                   that of the policy in `--init`; a new policy has "quantile".
     normalize_each  normalize each dataset by its own statistics instead of those of the mixture
                   (for an ablation).
-    flow          fields of `spear.flow.FlowConfig` that differ from the preset's or from `--init`.
+    flow          fields of `spear.types.FlowConfig` that differ from the preset's or from `--init`.
     committed     the longest committed prefix to train with, in actions
                   (`spear.flow.sample_committed`). None: that of the policy in `--init`; a new
                   policy has 0 (paper).

@@ -460,8 +460,9 @@ class QuestionSamples:
 
 
 NUM_FITTED_LABELS = 20_000  # the largest number of labels that 3D tokens are fitted to
-# Fewest and most questions about each label whose answers are collected by `collect_answers`.
-PAIRS_PER_FITTED_LABEL = (4, 4)
+# (fewest, most) questions about each label, for `collect_answers`. There are fewer than 4 only if
+# the image does not allow more.
+QUESTIONS_PER_FITTED_LABEL = (4, 4)
 
 
 def fit_coordinates(
@@ -486,7 +487,7 @@ def collect_answers(
     numbers: list[float] = []
     for index in rng.permutation(len(labels))[:max_labels]:
         for question in generate_questions(
-            labels[index], rng, PAIRS_PER_FITTED_LABEL, question_types
+            labels[index], rng, QUESTIONS_PER_FITTED_LABEL, question_types
         ):
             numbers.extend(question.values)
     return np.array(numbers)

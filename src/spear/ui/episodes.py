@@ -106,7 +106,7 @@ class SimulatedEpisode:
         self._observations = [observation]
         self._views = [self._make_view(observation, {}, self._env.world.spec.instruction)]
 
-    def describe(self) -> PageState:
+    def describe_constant_state(self) -> PageState:
         """Return the part of the page's state that is the same for all steps."""
         world = self._env.world
         return {
@@ -264,7 +264,7 @@ class RecordedEpisode:
         """The last step."""
         return len(self.states) - 1
 
-    def describe(self) -> PageState:
+    def describe_constant_state(self) -> PageState:
         """Return the part of the page's state that is the same for all steps.
 
         The track is the gripper's path for the page's chart.
@@ -305,7 +305,7 @@ class RecordedEpisode:
             "camera": {"aspect": image.shape[1] / image.shape[0], "focal": None, "pose": None},
             "step": step,
             "outcome": self._describe_success() if step == self.newest_step else None,
-            "told": self.instruction,
+            "told": self.instruction,  # the instruction that the policy gets at this step
             "gripper": _describe_gripper(self.states[step]),
         }
 

@@ -241,7 +241,11 @@ class Tab:
         }
 
     def _find_absent_objects(self, image: Array, names: list[str]) -> list[str]:
-        """Return the names of objects that are not in the image; none without a calibration."""
+        """Return the names of objects that are not in the image.
+
+        The result is empty if it was not measured how far the model can be trusted (`Trust`), or if
+        that measurement cannot tell absent objects from present ones.
+        """
         trust = self._shared_model.trust
         if trust is None or not trust.tells_absent:
             return []
@@ -323,7 +327,7 @@ class Tab:
             **EMPTY_PAGE_STATE,
             "source": episode.kind,
             "rate_hz": episode.rate_hz,
-            **episode.describe(),
+            **episode.describe_constant_state(),
             **episode.view_at(0),
         }
         self._episode = episode

@@ -86,7 +86,7 @@ def test_answers_about_random_labels(seed: int) -> None:
     label = LabeledImage(b"", 192, 128, intrinsics, objects, unit, "made up")
 
     for _ in range(4):
-        questions = generate_questions(label, rng, pairs=(4, 4))
+        questions = generate_questions(label, rng, questions_per_image=(4, 4))
         assert find_errors(label, questions) == []
 
 

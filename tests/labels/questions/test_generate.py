@@ -45,7 +45,7 @@ def generate_for_seeds(
     for seed in range(num_seeds):
         rng = np.random.default_rng(seed)
         questions += generate_questions(
-            label, rng, pairs=(1, 1), question_types=[question_type], depth=depth
+            label, rng, questions_per_image=(1, 1), question_types=[question_type], depth=depth
         )
     return questions
 
@@ -261,7 +261,9 @@ def test_question_types_are_drawn_with_equal_chance(labels: list[LabeledImage]) 
 
     counts = Counter[str]()
     for _ in range(400):
-        counts.update(q.question_type for q in generate_questions(label, rng, pairs=(1, 1)))
+        counts.update(
+            q.question_type for q in generate_questions(label, rng, questions_per_image=(1, 1))
+        )
 
     lowest_count = min(counts[question_type] for question_type in QUESTION_TYPES)
     assert lowest_count > 0.5 * max(counts.values())
@@ -390,7 +392,7 @@ def test_the_answer_is_the_point_that_the_pixel_shows(
     questions = []
     for _ in range(50):
         questions += generate_questions(
-            label, rng, pairs=(4, 4), question_types=QUESTION_TYPES_PIXEL, depth=depth
+            label, rng, questions_per_image=(4, 4), question_types=QUESTION_TYPES_PIXEL, depth=depth
         )
 
     true_points = unproject(frame.depth, frame.intrinsics)  # [height, width, 3]
@@ -410,7 +412,7 @@ def test_without_depth_no_pixel_is_asked_about(depth: Array | None) -> None:
     label = make_label(frame, encode_jpeg(frame.image))
 
     questions = generate_questions(
-        label, rng, pairs=(4, 4), question_types=QUESTION_TYPES_PIXEL, depth=depth
+        label, rng, questions_per_image=(4, 4), question_types=QUESTION_TYPES_PIXEL, depth=depth
     )
 
     assert questions == []

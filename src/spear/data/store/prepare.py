@@ -36,7 +36,7 @@ from spear.checks.recording import Recording
 from spear.checks.result import Check
 from spear.checks.states import find_implausible_states
 from spear.data.actions import ACTION_RULES_VERSION, add_actions, resample_episode
-from spear.data.frames import hash_layout, hash_text, merge_frames, read_store_frames
+from spear.data.frames import hash_layout, hash_text, merge_frame_versions, read_store_frames
 from spear.data.normalize import save_sketches
 from spear.data.options import ALL_OTHER_CAMERAS, Conversion
 from spear.data.readers import formats
@@ -249,7 +249,7 @@ def _check_out_folder(out: Path, request: dict[str, Any]) -> None:
     earlier_request = read_json(out / REQUEST_FILE, "remove that folder")
     earlier_request["shards"] = None  # `prepare` adds this key, which is no part of the request
     # Other frames have an error message of their own, and an earlier store may lack this key.
-    merge_frames(
+    merge_frame_versions(
         [(str(out), read_store_frames(earlier_request)), ("this dataset", request["frames"])]
     )
     earlier_request["frames"] = request["frames"]

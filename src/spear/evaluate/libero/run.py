@@ -153,7 +153,7 @@ class Libero:
     A track is the pictures of both cameras at each inference.
     """
 
-    films_are_free = False
+    has_cheap_tracks = False
 
     def __init__(self, options: LiberoOptions) -> None:
         self._options = options

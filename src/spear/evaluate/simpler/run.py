@@ -125,7 +125,7 @@ class Simpler:
     An episode's track, from which its film is made, is the camera's image at each step.
     """
 
-    films_are_free = False
+    has_cheap_tracks = False
 
     def __init__(self, options: SimplerOptions) -> None:
         self._options = options

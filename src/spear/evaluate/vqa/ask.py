@@ -19,7 +19,7 @@ from spear.labels.questions.templates import (
 )
 from spear.labels.store import select_labels
 from spear.models.processing import Processor
-from spear.models.readout import Decode, Distribution, replace_numbers
+from spear.models.readout import DecodeMethod, Distribution, replace_numbers
 from spear.policy import Answer, VlmBundle
 from spear.question_types import QUESTION_TYPES
 from spear.types import Array, Frame, LabeledImage
@@ -63,7 +63,7 @@ class AskSettings:
             whatever it finds most likely.
     """
 
-    decode: Decode = "median"
+    decode: DecodeMethod = "median"
     trust: Trust | None = None
     view: str = "external"
     taught_types: Collection[str] | None = None
@@ -118,7 +118,7 @@ def ask_question(
     (answer,) = model.answer([image], [prompt], question_type, settings.view, distributions=True)
     distribution = answer.distribution
     if distribution:
-        segments = replace_numbers(answer.segments, distribution.read(settings.decode))
+        segments = replace_numbers(answer.segments, distribution.read_numbers(settings.decode))
         answer = replace(answer, segments=segments)
     text = format_reply(answer, image)
     if trust and distribution:

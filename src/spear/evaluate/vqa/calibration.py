@@ -62,7 +62,7 @@ class Certainty:
             truth: [numbers] the true numbers.
             scales: [numbers] the object's distance from the camera, for each number.
         """
-        error = np.abs(distribution.read("median") - truth)
+        error = np.abs(distribution.read_numbers("median") - truth)
         return Certainty(
             probability_below=distribution.probability_below(truth),
             relative_spread=compute_uncertainty(distribution) / scales,
@@ -137,7 +137,7 @@ class Trust:
 
     def interval(self, question_type: str, distribution: Distribution) -> tuple[Array, Array]:
         """Compute the intervals of an answer's numbers: their lower and upper ends, [numbers]."""
-        median = distribution.read("median")
+        median = distribution.read_numbers("median")
         half_width = self.factors[question_type] * compute_uncertainty(distribution)
         return median - half_width, median + half_width
 

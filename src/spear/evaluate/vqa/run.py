@@ -20,7 +20,7 @@ from spear.evaluate.vqa.measures import compute_error_scales, extract_numbers, i
 from spear.evaluate.vqa.scores import AnsweredQuestion, Scores, summarize
 from spear.labels.questions.generate import find_askable_objects, generate_questions
 from spear.labels.questions.templates import is_a
-from spear.models.readout import DECODE_METHODS, Decode, replace_numbers
+from spear.models.readout import DECODE_METHODS, DecodeMethod, replace_numbers
 from spear.policy import Answer, VlmBundle
 from spear.question_types import QUESTION_TYPES
 from spear.types import Array, LabeledImage, Question
@@ -170,7 +170,7 @@ def _ask_questions(
 
 
 def _read_answer(
-    image: int, label: LabeledImage, question: Question, answer: Answer, decode: Decode
+    image: int, label: LabeledImage, question: Question, answer: Answer, decode: DecodeMethod
 ) -> AnsweredQuestion:
     """Read the numbers of an answer in every way, and compare its distribution with the truth.
 
@@ -188,7 +188,7 @@ def _read_answer(
         return AnsweredQuestion(image, label, question, answer.segments)
     readings = {}
     for method in DECODE_METHODS:
-        readings[method] = replace_numbers(answer.segments, distribution.read(method))
+        readings[method] = replace_numbers(answer.segments, distribution.read_numbers(method))
     certainty = None
     if len(distribution) and is_grammatical(question, answer.segments):
         truth = extract_numbers(question.segments)

@@ -24,7 +24,7 @@ from spear.evaluate.vqa.measures import (
     is_grammatical,
     measure_answer,
 )
-from spear.models.readout import DECODE_METHODS, Decode
+from spear.models.readout import DECODE_METHODS, DecodeMethod
 from spear.question_types import ANSWER_FORMS
 from spear.types import Array, LabeledImage, Question, Segments, Unit
 from spear.util.files import write_text
@@ -53,7 +53,7 @@ class AnsweredQuestion:
     label: LabeledImage = field(repr=False)
     question: Question
     answer: Segments
-    readings: Mapping[Decode, Segments] = field(default_factory=dict)
+    readings: Mapping[DecodeMethod, Segments] = field(default_factory=dict)
     certainty: Certainty | None = None
 
     @cached_property
@@ -95,11 +95,11 @@ class Readings:
            that of the way "mode"; negative if it is larger. The answers are the same.
     """
 
-    error: Mapping[Decode, float]
-    gain: Mapping[Decode, Estimate]
+    error: Mapping[DecodeMethod, float]
+    gain: Mapping[DecodeMethod, Estimate]
 
     @property
-    def best(self) -> Decode:
+    def best(self) -> DecodeMethod:
         """The way with the smallest median error."""
         return min(self.error, key=lambda method: self.error[method])
 
@@ -119,7 +119,7 @@ class Scores:
     """
 
     unit: Unit
-    decode: Decode
+    decode: DecodeMethod
     images: int
     type_scores: Mapping[str, QuestionTypeScore]
     readings: Mapping[str, Readings]
@@ -280,7 +280,7 @@ def summarize(
     answers: Sequence[AnsweredQuestion],
     free_grammar: Mapping[str, Sequence[bool]],
     labels: Sequence[LabeledImage],
-    decode: Decode,
+    decode: DecodeMethod,
     trust: Trust | None = None,
 ) -> Scores:
     """Compute the scores per question type.
@@ -385,7 +385,7 @@ def _score_guesses(
 
 def _compare_readings(answers: Sequence[AnsweredQuestion]) -> Readings:
     """Compare the errors of the ways of reading numbers, all from the same answers."""
-    errors: dict[Decode, Array] = {}  # way → relative error of each answer, percent
+    errors: dict[DecodeMethod, Array] = {}  # way → relative error of each answer, percent
     for method in DECODE_METHODS:
         relative_errors = []
         for answered in answers:
@@ -395,7 +395,7 @@ def _compare_readings(answers: Sequence[AnsweredQuestion]) -> Readings:
         errors[method] = np.array(relative_errors)
 
     image_indices = [answered.image for answered in answers]
-    gain: dict[Decode, Estimate] = {}
+    gain: dict[DecodeMethod, Estimate] = {}
     for method in DECODE_METHODS[1:]:  # the first one is "mode", with which others are compared
         pairs = np.stack([errors["mode"], errors[method]], axis=1)  # [answers, 2]
         gain[method] = bootstrap(group_by_image(image_indices, pairs), _compute_gain)

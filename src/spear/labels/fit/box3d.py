@@ -106,7 +106,7 @@ def make_box(center: Array, size: Array, axes: Array) -> Box3D:
         size: [3] full sizes along the axes.
         axes: [3, 3] unit axes as columns, in any order and with any signs.
     """
-    order, signs = _find_camera_like_axes(axes)
+    order, signs = _find_right_down_away(axes)
     rotation = axes[:, order] * signs
     ordered_size = np.asarray(size)[list(order)]
     offsets = VERTEX_SIGNS * (ordered_size / 2)  # [8, 3] of the vertices from the center, box frame
@@ -173,13 +173,13 @@ def order_vertices(vertices: Array) -> Array:
     axes = unit[_TRIPLES[most_orthogonal]].T  # [3, 3], as columns
 
     # Vertex number n is the one that is furthest in the direction of `VERTEX_SIGNS[n]`.
-    order, signs = _find_camera_like_axes(axes)
+    order, signs = _find_right_down_away(axes)
     along = (v - v.mean(axis=0)) @ (axes[:, order] * signs)  # [8, 3]
     return v[(along @ VERTEX_SIGNS.T).argmax(axis=0)]
 
 
-def _find_camera_like_axes(axes: Array) -> tuple[list[int], Array]:
-    """Which columns of `axes` [3, 3] are the box's right, down and away axes.
+def _find_right_down_away(axes: Array) -> tuple[list[int], Array]:
+    """Find which columns of `axes` [3, 3] are the box's right, down and away axes.
 
     Returns:
         The indices of the three columns, and the signs [3] by which to multiply these columns.
@@ -426,7 +426,7 @@ def _enclose(
     # Without faces, an object on a support may be round. Its top gets no margin.
     if support is not None and faces is None:
         middle = points.mean(axis=0)
-        beyond_low, beyond_high = _extend_round_back(along, axes, middle, low, high)
+        beyond_low, beyond_high = _measure_round_back(along, axes, middle, low, high)
         low[:2] -= margin + beyond_low
         high[:2] += margin + beyond_high
 
@@ -436,10 +436,10 @@ def _enclose(
     return make_box(axes @ ((low + high) / 2), size, axes)
 
 
-def _extend_round_back(
+def _measure_round_back(
     along: Array, axes: Array, middle: Array, low: Array, high: Array
 ) -> tuple[Array, Array]:
-    """How far the hidden back of a round object reaches beyond its visible points.
+    """Measure how far the hidden back of a round object reaches beyond its visible points.
 
     The visible points of a box-shaped object fill its faces and end at its far edges. The surface
     of a round object, in contrast, curves away from the faces of the box around it, and the

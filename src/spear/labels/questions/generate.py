@@ -74,14 +74,14 @@ def _is_name_unique(o: LabeledObject, label: LabeledImage) -> bool:
 
 def find_askable_objects(label: LabeledImage) -> list[LabeledObject]:
     """The objects that 3D questions may be about."""
-    pairs = zip(label.objects, find_exclusion_reasons(label), strict=True)
-    return [o for o, reasons in pairs if not reasons]
+    objects_with_reasons = zip(label.objects, find_exclusion_reasons(label), strict=True)
+    return [o for o, reasons in objects_with_reasons if not reasons]
 
 
 def generate_questions(
     label: LabeledImage,
     rng: np.random.Generator,
-    pairs: tuple[int, int] = (1, 4),
+    questions_per_image: tuple[int, int] = (1, 4),
     question_types: Sequence[str] = QUESTION_TYPES,
     depth: Array | None = None,
 ) -> list[Question]:
@@ -90,22 +90,23 @@ def generate_questions(
     Args:
         label: The image's label.
         rng: The source of all randomness; the same state gives the same questions.
-        pairs: The smallest and the largest number of questions.
+        questions_per_image: (fewest, most) questions. A random number in this range is wanted.
         question_types: The types (`spear.question_types`) from which each question's type is drawn,
             with equal chance.
         depth: The image's depth (`QuestionScene.depth`), which "pixel_point" needs.
 
     Returns:
-        Up to `pairs[1]` different questions. If the image does not allow enough questions, there
-        are fewer than `pairs[0]`, or none.
+        At most `questions_per_image[1]` different questions. If the image does not allow enough
+        questions, there are fewer than `questions_per_image[0]`, or none.
 
     Raises:
-        SpearError: A question type is unknown, or `pairs` are not 1 <= fewest <= most.
+        SpearError: A question type is unknown, or `questions_per_image` is not a range with
+            1 <= fewest <= most.
     """
-    min_questions, max_questions = pairs
+    min_questions, max_questions = questions_per_image
     if not 1 <= min_questions <= max_questions:
         raise SpearError(
-            f"{pairs} is no range of questions per image. "
+            f"{questions_per_image} is no range of questions per image. "
             "Give --questions-per-image FEWEST MOST, both at least 1."
         )
     check_known("question type", DRAFTERS, *question_types)

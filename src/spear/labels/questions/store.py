@@ -51,7 +51,7 @@ y]}."""
 def generate_label_questions(
     label: LabeledImage,
     seed: int,
-    pairs: tuple[int, int] = (1, 4),
+    questions_per_image: tuple[int, int] = (1, 4),
     question_types: Sequence[str] = QUESTION_TYPES,
 ) -> list[Question]:
     """Generate the questions about one image.
@@ -59,18 +59,18 @@ def generate_label_questions(
     Args:
         label: The image's label.
         seed: Seeds the random numbers, together with the label's source.
-        pairs: The smallest and the largest number of questions.
+        questions_per_image: (fewest, most) questions about the image.
         question_types: The types from which each question's type is drawn.
     """
     digest = hashlib.sha256(label.source.encode()).digest()
     rng = np.random.default_rng([seed, int.from_bytes(digest[:8], "little")])
-    return generate_questions(label, rng, pairs, question_types)
+    return generate_questions(label, rng, questions_per_image, question_types)
 
 
 def write_questions(
     folder: Path,
     seed: int = 0,
-    pairs: tuple[int, int] = (1, 4),
+    questions_per_image: tuple[int, int] = (1, 4),
     question_types: Sequence[str] = QUESTION_TYPES,
 ) -> tuple[int, Counter[str]]:
     """Write questions about every image of a folder of labels.
@@ -80,7 +80,7 @@ def write_questions(
     Args:
         folder: The folder.
         seed: Seeds the random numbers, together with each label's source.
-        pairs: The smallest and the largest number of questions about an image.
+        questions_per_image: (fewest, most) questions about each image.
         question_types: The types from which each question's type is drawn.
 
     Returns:
@@ -88,7 +88,7 @@ def write_questions(
 
     Raises:
         SpearError: The folder contains no labels, a question type is unknown or needs depth,
-            `pairs` is no range, or the disk is full.
+            `questions_per_image` is no range, or the disk is full.
     """
     check_known(
         "question type about labels", (*QUESTION_TYPES, *QUESTION_TYPES_2D), *question_types
@@ -102,7 +102,10 @@ def write_questions(
         while batch := list(islice(labels, BATCH_SIZE)):
             rows = []
             for label in batch:
-                for question in generate_label_questions(label, seed, pairs, question_types):
+                questions = generate_label_questions(
+                    label, seed, questions_per_image, question_types
+                )
+                for question in questions:
                     counts[question.question_type] += 1
                     rows.append(_question_to_row(label.source, question))
             writer.write(pa.Table.from_pylist(rows, _SCHEMA))
