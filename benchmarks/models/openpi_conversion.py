@@ -158,13 +158,15 @@ def compute_results(
     return results
 
 
-def compare(ours: dict[str, Tensor], theirs: dict[str, Tensor], mask: Tensor) -> dict[str, float]:
+def compare(
+    our_results: dict[str, Tensor], expected_results: dict[str, Tensor], mask: Tensor
+) -> dict[str, float]:
     """Return the largest relative difference of each kind of result."""
     num_padding = (mask == 0).sum(dim=1)  # at the end of each row
     differences: dict[str, float] = {}
-    for name, expected in theirs.items():
+    for name, expected in expected_results.items():
         kind = name.split(" ")[0]
-        actual = ours[name]
+        actual = our_results[name]
         if kind == "actions":
             # Our sampling returns canonical unit quaternions, so the other five numbers compare.
             expected = expected[..., [0, 1, 2, 7]]
@@ -191,12 +193,16 @@ def main(openpi: Path) -> None:
     for title, is_pi05 in (("π0", False), ("π0.5", True)):
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name) / title
-            theirs = run_openpi(openpi, folder, inputs, is_pi05)
+            expected_results = run_openpi(openpi, folder, inputs, is_pi05)
             plan = plan_pi0(folder / "pi0", write_moge(folder / "model.pt"), TINY.name)
-            ours = compute_results(plan.run(), inputs)
+            our_results = compute_results(plan.run(), inputs)
         if is_pi05:
-            theirs = {name: theirs[name] for name in theirs if name.startswith(("keys", "values"))}
-        differences = compare(ours, theirs, inputs["mask"])
+            expected_results = {
+                name: expected_results[name]
+                for name in expected_results
+                if name.startswith(("keys", "values"))
+            }
+        differences = compare(our_results, expected_results, inputs["mask"])
         columns = [f"{kind} {value:.1e}" for kind, value in differences.items()]
         statuses = [f"{len(plan.report.with_status(s))} {s}" for s in ("loaded", "new", "left out")]
         print(f"{title}: {', '.join(columns)}; weights: {', '.join(statuses)}")

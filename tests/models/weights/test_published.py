@@ -29,9 +29,8 @@ BYTES_PER_NUMBER = 4  # both files are float32
 
 
 ROBOT_WEIGHTS = {
-    f"{layer}.{layer_part}"
-    for layer in action_expert.ROBOT_LAYERS
-    for layer_part in ("weight", "bias")
+    *(f"{layer}.weight" for layer in action_expert.ROBOT_LAYERS),
+    *(f"{layer}.bias" for layer in action_expert.ROBOT_LAYERS),
 }
 
 
