@@ -168,7 +168,7 @@ def test_a_comparison_names_the_unfinished_result(tmp_path: Path) -> None:
 
     (warning,) = compare_results(unfinished, finished).settings
 
-    assert warning.startswith(f"{IDLE.name}: ")
+    assert warning.startswith(f"in {IDLE.name}, ")
 
 
 def test_an_evaluation_is_finished_when_all_shards_are(tmp_path: Path) -> None:
