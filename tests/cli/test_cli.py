@@ -325,7 +325,14 @@ def test_a_notice_is_one_line_in_a_command_however_often_it_is_given(
         assert re.fullmatch(r"note: .*joint 4.*\n", capsys.readouterr().err)
 
 
-OTHER_PROGRAMS_OPTIONS = {"--upgrade", "--nproc-per-node", "--no-python"}  # pip's and torchrun's
+OTHER_PROGRAMS_OPTIONS = {
+    "--upgrade",
+    "--quiet",
+    "--nproc-per-node",
+    "--no-python",
+    "--policy.urdf",
+}
+"""Options of pip, torchrun and lerobot-train."""
 FORMER_OPTIONS = {"--per"}  # the beginning of "--per_image", a key in files of earlier versions
 for former_options in renamed.NEW_OPTIONS.values():
     FORMER_OPTIONS.update(former_options)

@@ -77,7 +77,7 @@ def test_a_folder_with_other_files_is_not_recorded_into(
     words = ["serve", "--policy", "nano", "--port", "0", "--record", str(tmp_path)]
     message = run_refused_command(words)
 
-    assert f"{tmp_path}: holds other files" in message
+    assert f"{tmp_path} contains other files" in message
 
 
 def test_a_session_with_the_command_is_recorded(tmp_path: Path) -> None:

@@ -637,7 +637,7 @@ def test_an_unfinished_evaluation_brings_a_notice(
     with journal_file.open("a") as journal:
         journal.write('{"scenes": {"stack_cube": [1]}}\n')  # a second scene is planned
 
-    with pytest.warns(Notice, match="1 scene left"):
+    with pytest.warns(Notice, match="1 scene is left"):
         EpisodeFolder(tmp_path)
 
 

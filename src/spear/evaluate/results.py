@@ -126,7 +126,8 @@ class Results:
         if not num_missing:
             return ""
         missing = format_count(num_missing, "scenes")
-        return f"{missing} are left. Rates may be too high, because successes end first."
+        verb = "is" if num_missing == 1 else "are"
+        return f"{missing} {verb} left. Rates may be too high, because successes end first."
 
     @property
     def families(self) -> list[str]:
