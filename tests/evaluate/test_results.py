@@ -155,7 +155,8 @@ def test_a_folder_has_results_of_one_evaluation_only(
 ) -> None:
     write_journal(tmp_path, range(1))
 
-    refuses(f"{difference} is", Journal, tmp_path, policy, settings, (2, 2), {})
+    message = f"{difference} is"
+    refuses(message, Journal, tmp_path, policy, settings, shard=(2, 2), scenes={})
 
 
 @pytest.mark.parametrize(("policy", "settings", "difference"), OTHER_EVALUATIONS)

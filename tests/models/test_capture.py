@@ -147,10 +147,12 @@ def test_monitor_reports_operations_that_a_graph_cannot_record(name: str) -> Non
     assert monitor.forbidden
 
 
-def make_observation(size: Preset, batch: int, full: bool, device: str) -> dict[str, Tensor]:
+def make_observation(
+    size: Preset, batch: int, has_optional: bool, device: str
+) -> dict[str, Tensor]:
     """The named tensors that `sampling.sample_actions` takes, without values.
 
-    With `full`, they include masks for padding and missing views, and committed actions.
+    With `has_optional`, they include masks for padding and missing views, and committed actions.
     """
     # Name of a tensor -> (type, shape of one batch row).
     tensor_specs: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
@@ -159,7 +161,7 @@ def make_observation(size: Preset, batch: int, full: bool, device: str) -> dict[
     tensor_specs["input_ids"] = (torch.long, (NUM_PROMPT_TOKENS,))
     tensor_specs["state"] = (torch.float32, (NUM_STATE_FEATURES,))
     tensor_specs["noise"] = (torch.float32, (size.horizon, ACTION_DIM))
-    if full:
+    if has_optional:
         tensor_specs["attention_mask"] = (torch.long, (NUM_PROMPT_TOKENS,))
         tensor_specs["present/wrist"] = (torch.bool, ())
         tensor_specs["committed"] = (torch.float32, (size.horizon, ACTION_DIM))
@@ -202,9 +204,11 @@ def empty_policy(request: pytest.FixtureRequest) -> Iterator[tuple[Preset, Any]]
 @pytest.mark.parametrize("method", ["plain", "fast"])
 def test_a_graph_can_record_acting(empty_policy: tuple[Preset, Any], method: str) -> None:
     size, model = empty_policy
-    for batch, full in ((1, False), (3, True)):
-        inputs = make_observation(size, batch, full, model.device.type)
+    device = model.device.type
+    one_observation = make_observation(size, batch=1, has_optional=False, device=device)
+    three_observations = make_observation(size, batch=3, has_optional=True, device=device)
 
+    for inputs in (one_observation, three_observations):
         monitor = monitor_sampling(method, model, inputs)
 
         assert monitor.num_operations > 100  # the monitor saw the whole network
@@ -214,9 +218,15 @@ def test_a_graph_can_record_acting(empty_policy: tuple[Preset, Any], method: str
 def test_a_graph_can_record_answering(empty_policy: tuple[Preset, Any]) -> None:
     """The answer is a given word, a 3D token and the end token."""
     size, model = empty_policy
-    layers = decode.get_layer_stack(model.vlm.language_model, True, False)
-    ranges = [(5, 6), (size.vocabulary_size, size.vocabulary_size + size.bins), (1, 2)]
-    observation = make_observation(size, 2, full=False, device=model.device.type)
+    packed = True
+    compiled = False
+    layers = decode.get_layer_stack(model.vlm.language_model, packed, compiled)
+    # The ranges (first, end) of the ids that each of the three tokens may have.
+    given_word = (5, 6)
+    any_3d_token = (size.vocabulary_size, size.vocabulary_size + size.bins)
+    end_token = (1, 2)
+    ranges = [given_word, any_3d_token, end_token]
+    observation = make_observation(size, batch=2, has_optional=False, device=model.device.type)
     inputs = {name: observation[name] for name in ("pixels/external", "input_ids")}
 
     with torch.no_grad(), CaptureMonitor(model.device.type) as monitor:
@@ -312,26 +322,26 @@ def test_a_function_that_cannot_be_recorded_leaves_the_others_their_graphs(
 class FakeStream:
     """A stand-in for a CUDA stream, with a log of its calls.
 
-    The log has "layer" for a recorded event, the number of an event that the stream waits for, and
-    "joined" when it waits for another stream.
+    Events are numbered from 0 in the order in which the stream records them.
     """
 
     device = ""
 
     def __init__(self) -> None:
-        self.log: list[Any] = []
+        self.log: list[str] = []
         self.num_events = 0
 
     def record_event(self) -> int:
-        self.log.append("layer")
+        event = self.num_events
         self.num_events += 1
-        return self.num_events - 1
+        self.log.append(f"records event {event}")
+        return event
 
     def wait_event(self, event: int) -> None:
-        self.log.append(event)
+        self.log.append(f"waits for event {event}")
 
     def wait_stream(self, _: Any) -> None:
-        self.log.append("joined")
+        self.log.append("waits for another stream")
 
 
 @pytest.fixture
@@ -349,7 +359,7 @@ def make_policy_and_inputs() -> tuple[Any, dict[str, Tensor]]:
     """A policy on the CPU with two layers per network, and inputs of ones."""
     config = build_spear1_config(SIZES["nano"])
     model = Spear1ForActionPrediction._from_config(config).eval()
-    observation = make_observation(SIZES["nano"], 1, full=False, device="cpu")
+    observation = make_observation(SIZES["nano"], batch=1, has_optional=False, device="cpu")
     inputs = {name: torch.ones_like(tensor) for name, tensor in observation.items()}
     return model, inputs
 
@@ -368,13 +378,14 @@ def test_the_first_flow_step_waits_for_the_prefix_layer_by_layer(
         in_parallel = sampling._sample(model, sampler, inputs, steps=2)
 
     assert torch.equal(in_parallel, in_turn)
+    # One `FakeStream` stands for the prefix's stream and for the action expert's.
     assert stream.log == [
-        "layer",  # the prefix has written its first layer
-        "layer",  # and its second
-        0,  # the expert's branch begins after event 0, of the first layer
-        0,  # its first layer waits for the first of the prefix
-        1,  # its second layer waits for the second
-        "joined",  # the main stream waits for the branch
+        "records event 0",  # the prefix has written the keys and values of its first layer
+        "records event 1",  # the prefix has written those of its second layer
+        "waits for event 0",  # the action expert begins after the prefix's first layer
+        "waits for event 0",  # the expert's first layer needs the prefix's first layer
+        "waits for event 1",  # the expert's second layer needs the prefix's second layer
+        "waits for another stream",  # the prefix's stream waits for the action expert
     ]
 
 

@@ -20,6 +20,7 @@ from spear.types import Action, Array
 STATE = np.array([0.45, 0, 0.2, 0, 1, 0, 0, 1], np.float32)
 """A state in the middle of the training data: position (m), quaternion (w x y z), open gripper."""
 CLOSED_STATE = STATE * [1, 1, 1, 1, 1, 1, 1, 0]
+ONE_METER_IN_Y = np.array([0, 1, 0, 0, 0, 0, 0, 0])
 ROTATION_TURNED_BY_180_DEG = [0, 1, 2, 4, 3, 5, 6, 7]
 """Indices of the state's numbers, with w and x of the quaternion exchanged.
 
@@ -35,6 +36,7 @@ def make_image() -> Array:
 
 
 IMAGE = make_image()
+SQUARE_IMAGE = IMAGE[:, :210]  # 210 × 210 pixels, as wrist images are square
 
 
 def make_observation(**changes: Any) -> dict[str, Any]:
@@ -101,17 +103,18 @@ def test_an_observation_like_those_of_training_brings_no_notice(nano: Spear1Poli
     assert collect_notices(policy, [make_observation()]) == []
 
 
+# Changed keys of an observation, and a part of the notice about them.
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"observation/image": IMAGE[..., ::-1]}, "Red and blue of camera 'external'"),
         ({"observation/image": IMAGE[:, ::-1]}, "'external' is as if flipped left to right"),
-        ({"observation/image": 0 * IMAGE}, "'external' shows nothing"),
+        ({"observation/image": np.zeros_like(IMAGE)}, "'external' shows nothing"),
         (
-            {"observation/wrist_image": IMAGE[:, :210]},
+            {"observation/wrist_image": SQUARE_IMAGE},
             "observation/wrist_image, but the policy was trained without that camera",
         ),
-        ({"observation/state": STATE + np.eye(8)[1]}, "y is 1.00 m"),
+        ({"observation/state": STATE + ONE_METER_IN_Y}, "y is 1.00 m"),
         ({"observation/state": STATE[ROTATION_TURNED_BY_180_DEG]}, "turned by 180°"),
         ({"observation/state": CLOSED_STATE}, "gripper begins at 0.00"),
     ],

@@ -152,9 +152,9 @@ def _to_published_paligemma_name(name: str, layout: str) -> str:
 
 
 def publish_moge(path: Path, seed: int = 0) -> Path:
-    """Write a MoGe v1 with the names of the published model.pt.
+    """Write a MoGe v1 with random weights, under the names of the published model.pt.
 
-    There the weights of queries, keys and values are one tensor.
+    In the published file, the weights of queries, keys and values are one tensor.
     """
     torch.manual_seed(seed)
     config = {
@@ -167,17 +167,23 @@ def publish_moge(path: Path, seed: int = 0) -> Path:
         "num_res_blocks": 1,
         "last_conv_channels": 32,
     }
+    version = 1
+    prefixes = moge_checkpoint.NAME_PREFIXES[version]
     weights: dict[str, torch.Tensor] = {}
     for our_name, weight in MogeV1(config).state_dict().items():
+        # Noise, because the initial ones and zeros of norms and biases would hide mistakes.
         value = weight + 0.1 * torch.randn_like(weight)
-        name = moge_checkpoint.to_published_name(our_name, moge_checkpoint.NAME_PREFIXES[1])
-        if name in weights:  # keys and values come after the queries
+        # Queries, keys and values have the same published name, and come in this order.
+        name = moge_checkpoint.to_published_name(our_name, prefixes)
+        if name in weights:
             weights[name] = torch.cat([weights[name], value])
         else:
             weights[name] = value
-    for name, values in moge_checkpoint.IMAGE_STATISTICS.items():
-        weights[name] = torch.tensor(values).view(1, 3, 1, 1)
-    weights["backbone.mask_token"] = torch.zeros(1, MOGE_ENCODER[0])
+    for name, channel_values in moge_checkpoint.IMAGE_STATISTICS.items():
+        weights[name] = torch.tensor(channel_values).view(1, 3, 1, 1)
+    # A weight of the published file that MoGe does not use, and that a conversion leaves out.
+    width, _, _ = MOGE_ENCODER
+    weights["backbone.mask_token"] = torch.zeros(1, width)
     torch.save({"model_config": config, "model": weights}, path)
     return path
 

@@ -49,14 +49,17 @@ class FakePolicyTask(PolicyTask):
         return loss + 0 * self.model.vlm.language_model.norm.weight.sum(), loss_parts
 
 
-def count_readings() -> None:
-    """From now on, let `tolist` of fake tensors return ones, and record it in `read_sizes`."""
+def replace_operations_that_need_values() -> None:
+    """Replace the operations of a training step that would read the values of fake tensors.
+
+    From now on, `tolist` of a fake tensor returns ones and records their number in `read_sizes`.
+    """
 
     def read_values(tensor: FakeTensor) -> list[float]:
         read_sizes.append(tensor.numel())
         return [1.0] * tensor.numel()
 
-    # PyTorch 2.11 cannot fake this operation.
+    # PyTorch 2.11 cannot fake the operations of these two functions, which draw random numbers.
     torch._standard_gamma = lambda shape, generator=None: torch.empty_like(shape)  # type: ignore
     optimize.step_generator = lambda *_: None  # type: ignore[assignment]
     FakeTensor.tolist = read_values  # type: ignore
@@ -141,6 +144,7 @@ def check_sharded() -> None:
     num_parameters = sum(p.numel() for p in FakePolicyTask().model.parameters())
     num_in_shards = WORLD_SIZE * sum(shard.numel() for shard in shards)
     assert num_parameters <= num_in_shards
+    # Rank 0 has the largest shard of each weight, so four times its shards may be a little more.
     assert num_in_shards < 1.02 * num_parameters
     # FSDP's steps need streams, which the pretended device does not have, so steps run on the CPU.
     check_steps(make_stepper("cpu", sharded=True))
@@ -149,8 +153,10 @@ def check_sharded() -> None:
 def check_pretended_device(root: Path) -> None:
     """Check training on the backend "pretend", with one process and sharded."""
     _setup_privateuseone_for_python_backend("pretend")
+    # Autocast asks the backend for the precisions that it supports.
     torch.pretend.get_amp_supported_dtype = lambda: []  # type: ignore[attr-defined]
-    count_readings()
+    replace_operations_that_need_values()
+    # The checks rely on it that an operation on tensors of two devices is an error.
     with FAKE, pytest.raises(RuntimeError):
         torch.ones(3, device="pretend") + torch.ones(3)
 
@@ -161,8 +167,9 @@ def check_pretended_device(root: Path) -> None:
 def check_cuda(root: Path) -> None:
     """Check training on CUDA without a driver.
 
-    Autocast and autograd would ask for a driver. So the functions that autocast asks say that there
-    is one, and the backward pass is replaced by a function that creates gradients.
+    Autocast and autograd would ask for a driver. So the functions that autocast calls are replaced
+    by functions that say that there is a driver, and the backward pass by a function that creates
+    gradients.
     """
 
     def backward(loss: torch.Tensor) -> None:
@@ -175,7 +182,7 @@ def check_cuda(root: Path) -> None:
     torch.cuda.amp.common.amp_definitely_not_available = lambda: False  # type: ignore[attr-defined]
     torch.cuda.is_bf16_supported = lambda including_emulation=True: True
     torch.Tensor.backward = backward  # type: ignore[method-assign, assignment]
-    count_readings()
+    replace_operations_that_need_values()
     check_one_process("cuda", root, precision="bf16", frozen_precision="bf16")
 
 

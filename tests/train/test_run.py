@@ -435,6 +435,11 @@ def test_the_result_lists_its_files_and_episodes(
 def test_a_continued_run_keeps_its_pieces_and_says_so(
     one_episode: TrainingInputs, tmp_path: Path
 ) -> None:
+    """The setting `accumulate` is the number of pieces into which a batch is divided.
+
+    The run begins with one piece. When it is continued with a recipe of two pieces, a notice says
+    that the number of pieces is still 1.
+    """
     recipe = get_recipe("nano-post").with_changes(preset="tiny", steps=1, batch_size=1)
     train(recipe, tmp_path / "run", one_episode, RunOptions(workers=0), "cpu")
 

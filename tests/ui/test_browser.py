@@ -206,7 +206,10 @@ def test_a_reset_takes_the_seed_and_drops_the_chunk(tab: Tab) -> None:
 
 @pytest.fixture
 def other_scene(tab: Tab) -> Tab:
-    """The tab `tab`, which now shows the scene of seed 4. The model finds its first object."""
+    """The tab `tab`, which now shows the scene of seed 4.
+
+    The model finds the first object of this scene, whose name is `view.objects[0]`.
+    """
     tab.type("#seed", "4")
     tab.click("#reset")
     wait_until_settled(tab, "view.seed === 4 && view.step === 0")

@@ -28,7 +28,7 @@ def read_written(tmp_path: Path, data: bytes) -> dict[str, Any]:
     """Write a file and read its JSON object."""
     path = tmp_path / "file.json"
     path.write_bytes(data)
-    return read_json(path, "replace it")
+    return read_json(path, advice="replace it")
 
 
 def write_lines(tmp_path: Path, data: bytes) -> Path:

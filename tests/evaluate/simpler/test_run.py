@@ -281,6 +281,7 @@ def test_recording_continues_after_what_is_written(
     counts = record_demonstrations(tmp_path, [TASK], seeds, **options)
 
     store = EpisodeStore(tmp_path / TASK)
+    # (number of successful demonstrations, number of demonstrations) of each task.
     assert first_counts == {TASK: (1, 1)}
     assert counts == {TASK: (2, 2)}
     assert store.source(0) == f"simpler/{TASK}/10000"

@@ -25,7 +25,7 @@ NUM_BINS = 16
 def labels() -> list[LabeledImage]:
     """Labels of 2, 3, 5, 7, 0 and 1 objects. The object of the last label has no box.
 
-    There are six names, so that of the seven objects of the fourth label two have one name.
+    The scenes have six different names, so two of the fourth label's seven objects have the same.
     """
     rng = np.random.default_rng(1)
     frames = [make_random_frame(rng, objects=num_objects) for num_objects in (2, 3, 5, 7, 0)]

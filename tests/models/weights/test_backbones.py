@@ -275,8 +275,8 @@ class TestPolicyWithPi0:
     def models(self, tmp_path: Path, layout: str) -> tuple[Any, Any]:
         """The SPEAR-1 and the π0."""
         their_model = make_pi0()
-        # Only Transformers' config has this field, so only there it may differ from the default, to
-        # test that it is read.
+        # Only the folders of two layouts have Transformers' config. Its field `rms_norm_eps`
+        # differs from the default, so that a conversion that ignores the field fails.
         has_config = layout in ("transformers", "saved")
         their_model.config.dit_config.rms_norm_eps = 1e-2 if has_config else 1e-6
         paligemma = make_paligemma()
@@ -286,6 +286,7 @@ class TestPolicyWithPi0:
         expert = publish_pi0(their_model, tmp_path / "pi0", layout)
         our_model = plan_policy(tmp_path / "vlm", expert, "linear14").run()
         if has_config:
+            # The layers of the first π0 were made before the field was changed.
             their_model = Pi0.from_pretrained(expert).eval()
         return our_model, their_model
 
