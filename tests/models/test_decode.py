@@ -14,7 +14,7 @@ from spear.models.readout import ONE_SIGMA_PROBABILITY, Distribution
 from spear.policy import load_vlm
 from spear.tokens import CoordinateTokenizer
 
-# The ids of the 3D tokens of the tiny model, which are the last of its vocabulary.
+# The range of the ids of the tiny model's 3D tokens, which are the last of its vocabulary.
 NUMBER = (FIRST_COORDINATE_ID, FIRST_COORDINATE_ID + TINY.bins)
 VOCABULARY_SIZE = NUMBER[1]
 END = 1  # the id of the end token
@@ -101,8 +101,10 @@ GRAMMARS: dict[str, decode.Grammar | None] = {
     "numbers and given words": [(7, 8), NUMBER, (9, 10)],
     "nothing to choose": [(7, 8), (9, 10)],
     "nothing": [],
-    "words": decode.FreeTextGrammar(2, ((3, 20),), NUMBER),
-    "some words": decode.FreeTextGrammar(1, ((3, 9), (12, 20)), NUMBER),
+    "words": decode.FreeTextGrammar(num_numbers=2, word_ranges=((3, 20),), number_range=NUMBER),
+    "some words": decode.FreeTextGrammar(
+        num_numbers=1, word_ranges=((3, 9), (12, 20)), number_range=NUMBER
+    ),
 }
 
 
@@ -113,8 +115,8 @@ def test_answers_are_the_likeliest_that_the_grammar_allows(grammar_name: str, pa
     model = make_vlm()
     grammar = GRAMMARS[grammar_name]
     two_images = draw_pixels(2, views=("external",))["external"]
-    images = {"external": two_images[[1, 0, 1]]}
-    ids, mask = draw_text(3, 6)
+    images = {"external": two_images[[1, 0, 1]]}  # three images, of which two are equal
+    ids, mask = draw_text(rows=3, length=6)
     if padding == "none":
         mask = torch.ones_like(mask)
     if padding == "left":
@@ -129,22 +131,22 @@ def test_answers_are_the_likeliest_that_the_grammar_allows(grammar_name: str, pa
         image = {"external": images["external"][[row]]}
         prompt = ids[row][mask[row].bool()]
         expected = decode_slowly(model, image, prompt, grammar, max_new_tokens=7)
-        padded = expected + [PAD] * (answers.shape[1] - len(expected))
-        assert answers[row].tolist() == padded
+        num_padding = answers.shape[1] - len(expected)
+        assert answers[row].tolist() == expected + [PAD] * num_padding
     has_column_of_padding = bool((answers == PAD).all(0).any())
     assert not has_column_of_padding
 
 
 @pytest.mark.parametrize(
     ("grammar", "min_tokens"),
-    [([NUMBER] * 3, 4), (decode.FreeTextGrammar(2, ((3, 20),), NUMBER), 5)],
+    [([NUMBER] * 3, 4), (GRAMMARS["words"], 5)],
 )
 def test_an_answer_that_would_be_cut_off_is_refused(
     grammar: decode.Grammar, min_tokens: int
 ) -> None:
     """The shortest answers are 3 numbers and the end token, or a word, 2 numbers, a word and the
     end token."""
-    ids, _ = draw_text(1, 6)
+    ids, _ = draw_text(rows=1, length=6)
     images = draw_pixels(1, views=("external",))
 
     refuses(

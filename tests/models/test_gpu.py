@@ -21,6 +21,7 @@ from refusals import no_warning
 from spear import flow
 from spear.models.decode import decode_greedily, get_layer_stack
 from spear.models.fast.stack import can_compile
+from spear.models.spear1 import NUM_STATE_FEATURES
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 H = TINY.horizon
@@ -35,12 +36,12 @@ def test_actions_from_graphs_are_those_of_the_plain_network(
     model = make_spear1().to("cuda", dtype)
     with no_warning():  # a notice would say that a graph cannot be recorded
         for batch, padded in ((1, False), (3, True), (1, False), (3, True)):
-            ids, mask = draw_text(batch, 6)
+            ids, mask = draw_text(rows=batch, length=6)
             inputs = {
                 "pixel_values": {view: image.cuda() for view, image in draw_pixels(batch).items()},
                 "input_ids": ids.cuda(),
                 "attention_mask": mask.cuda() if padded else None,
-                "state": torch.randn(batch, 10, device="cuda"),
+                "state": torch.randn(batch, NUM_STATE_FEATURES, device="cuda"),
             }
             noise = draw_actions(batch, H).to("cuda")
             committed = None
@@ -58,7 +59,7 @@ def test_actions_from_graphs_are_those_of_the_plain_network(
 def test_answers_from_graphs_are_those_of_the_cpu() -> None:
     """The answers are decoded twice on the GPU: the graph is recorded, then replayed."""
     model = make_vlm()
-    ids, mask = draw_text(3, 6)
+    ids, mask = draw_text(rows=3, length=6)
     images = draw_pixels(3, views=("external",))
     grammar = [NUMBER, (7, 8), NUMBER]
     on_cpu = decode_greedily(model, images, ids, mask, max_new_tokens=8, grammar=grammar)
@@ -76,7 +77,7 @@ def test_answers_from_graphs_are_those_of_the_cpu() -> None:
 def test_only_answers_of_a_known_length_are_recorded_as_a_graph() -> None:
     """An answer whose grammar is a sequence is recorded, free text is not."""
     model = make_vlm().cuda()
-    ids, mask = draw_text(3, 6)
+    ids, mask = draw_text(rows=3, length=6)
     ids = ids.cuda()
     mask = mask.cuda()
     images = {view: image.cuda() for view, image in draw_pixels(3, views=("external",)).items()}
@@ -84,6 +85,7 @@ def test_only_answers_of_a_known_length_are_recorded_as_a_graph() -> None:
     decode_greedily(model, images, ids, mask, max_new_tokens=8, grammar=[NUMBER, (7, 8), NUMBER])
     free_text = decode_greedily(model, images, ids, mask, max_new_tokens=12)
 
-    assert free_text.shape[1] <= 12
-    stack = get_layer_stack(model.language_model, True, can_compile(model.device))
+    assert free_text.shape[1] <= 12  # tokens
+    packed = True
+    stack = get_layer_stack(model.language_model, packed, can_compile(model.device))
     assert len(stack.run_as_graph._graphs) == 1

@@ -7,24 +7,24 @@ import pytest
 import torch
 from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 
-from models_tiny import draw_actions, draw_pixels, draw_text, make_spear1, make_vlm
+from models_tiny import TINY, draw_actions, draw_pixels, draw_text, make_spear1, make_vlm
 from spear.models.layers import FastRMSNorm, grouped_attention, set_gradient_checkpointing
+from spear.models.spear1 import NUM_STATE_FEATURES
 
 
 def flow_loss(model: torch.nn.Module) -> torch.Tensor:
     """The loss of a SPEAR-1 for random demonstrations."""
-    ids, mask = draw_text(2, 6)
+    ids, mask = draw_text(rows=2, length=6)
     generator = torch.Generator().manual_seed(1)
-    state = torch.randn(2, 10, generator=generator)
-    output = model(
-        draw_pixels(2), ids, mask, state, draw_actions(2, 5), flow_samples=2, generator=generator
-    )
+    state = torch.randn(2, NUM_STATE_FEATURES, generator=generator)
+    actions = draw_actions(2, TINY.horizon)
+    output = model(draw_pixels(2), ids, mask, state, actions, flow_samples=2, generator=generator)
     return output.loss
 
 
 def answer_loss(model: torch.nn.Module) -> torch.Tensor:
     """The loss of a SPEAR-VLM for random answers without prompts."""
-    ids, mask = draw_text(2, 6)
+    ids, mask = draw_text(rows=2, length=6)
     return model(draw_pixels(2), ids, mask, token_type_ids=mask, labels=ids).loss
 
 
@@ -91,7 +91,7 @@ class TestGradientCheckpointing:
 
         gradients = run_step(model, compute_loss).gradients
 
-        assert len(gradients) > 50
+        assert len(gradients) > 50  # weights that learn, of all parts of the model
         assert any("language_model" in n and n.endswith("k_proj.weight") for n in gradients)
 
     def test_saves_memory_until_it_is_turned_off(
@@ -146,8 +146,8 @@ def test_grouped_attention_is_attention(num_kv_heads: int, has_mask: bool) -> No
     """It agrees with PyTorch's attention, for which keys and values are copied for each of the 4
     query heads."""
     torch.manual_seed(0)
-    query = torch.randn(2, 4, 5, 8)
-    key = torch.randn(2, num_kv_heads, 7, 8)
+    query = torch.randn(2, 4, 5, 8)  # [B, heads, queries, head_dim]
+    key = torch.randn(2, num_kv_heads, 7, 8)  # [B, key-value heads, keys, head_dim]
     value = torch.randn(2, num_kv_heads, 7, 8)
     mask = None
     if has_mask:

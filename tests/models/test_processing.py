@@ -40,7 +40,7 @@ class TestFitImage:
         """Both scale with antialiasing. They may round to different integers."""
         image = np.random.default_rng(0).integers(0, 256, (97, 151, 3), np.uint8)
         placement = compute_placement(source=(151, 97), target=(width, height))
-        _, left, top, inner_width, inner_height = placement
+        _, left, top, inner_width, inner_height = placement  # the first is the scale
 
         fitted = fit_image(image, height=height, width=width)
         without_padding = fitted[top : top + inner_height, left : left + inner_width]
@@ -64,7 +64,9 @@ class TestFitImage:
 
 def test_the_visible_window_includes_the_padding() -> None:
     """An image of 200 × 100 in a square gets padding above and below, each half of its height."""
-    assert visible_window(source=(200, 100), target=(100, 100)) == (0, -50, 200, 200)
+    window = visible_window(source=(200, 100), target=(100, 100))
+
+    assert window == (0, -50, 200, 200)  # left, top, width and height in pixels of the source
 
 
 # Twice the size, nearly the same aspect, and an enlargement of less than 1.25.
@@ -73,6 +75,7 @@ def test_images_that_lose_next_to_nothing_are_not_described(size: tuple[int, int
     assert describe_fit(source=size, target=SPEAR1_SIZE) is None
 
 
+# A square fills 210 of the 280 columns. An image of 16:9 fills 157.5 of the 210 rows.
 @pytest.mark.parametrize(
     ("size", "description"),
     [
@@ -115,7 +118,7 @@ class TestAnswers:
         same bin."""
         segments = ["at ", Pixel(0.1, 0.7), " and ", 0.3, -1.2, " ¿ok? ", Pixel(0.0, 0.999)]
         end_token_and_more = [1, 5, 5]  # what follows the end token does not belong to the answer
-        half_step = 0.5 / 1024 + 1e-9
+        half_step = 0.5 / 1024 + 1e-9  # with a tolerance for rounding
 
         decoded = processor.decode_answer([*processor.encode_answer(segments), *end_token_and_more])
 
@@ -204,6 +207,7 @@ class TestPrompts:
         refuses("empty instruction", processor.encode_instructions, ["..."])
 
     def test_too_long_ones_are_refused(self, processor: Processor) -> None:
+        """Each of the 400 letters is a token, to which "<bos>" and a newline are added."""
         refuses("the prompt 'xyzw.*has 402 tokens", processor.encode_prompts, ["xyzw" * 100])
 
     def test_too_long_ones_are_cut_in_training(self, processor: Processor) -> None:
@@ -393,7 +397,8 @@ class TestPixels:
     ) -> None:
         pixels = self.prepared(processor, size)
         height, width = pixels.shape
-        scale = min(width / size[0], height / size[1])
+        source_width, source_height = size
+        scale = min(width / source_width, height / source_height)
         expected_area = (self.square_px * scale) ** 2
         assert float(pixels.sum()) / 255 == pytest.approx(expected_area, rel=0.05)
 
@@ -415,7 +420,8 @@ class TestPixels:
 
         mapped = processor.map_question_pixels(question, size, "external")
 
-        has_same_aspect = size[0] / size[1] == width / height
+        source_width, source_height = size
+        has_same_aspect = source_width / source_height == width / height
         if has_same_aspect:
             assert mapped == question
         else:

@@ -31,10 +31,11 @@ from spear.models.fast.linear import FastLinear, FusedLinear, linear
 from spear.models.fast.stack import LayerStack
 from spear.models.presets import build_spear1_config, build_vlm_config
 from spear.models.sampling import get_sampler
-from spear.models.spear1 import Spear1ForActionPrediction
+from spear.models.spear1 import NUM_STATE_FEATURES, Spear1ForActionPrediction
 from spear.types import Action
 
 H = TINY.horizon
+DEFAULT_NUM_STEPS = 10  # flow steps of `sample_actions`, if it gets no other number
 GROUPED = {**TEXT_SIZES, "num_attention_heads": 4, "num_key_value_heads": 2}
 # Changes of the tiny preset.
 ARCHITECTURES: dict[str, dict[str, Any]] = {
@@ -50,8 +51,9 @@ def observation(batch: int, views: tuple[str, ...], padded: bool, seed: int = 0)
 
     With `padded`, instructions have padding, and row 1 has no wrist image.
     """
-    ids, mask = draw_text(batch, 6, seed)
-    state = torch.randn(batch, 10, generator=torch.Generator().manual_seed(seed))
+    ids, mask = draw_text(rows=batch, length=6, seed=seed)
+    generator = torch.Generator().manual_seed(seed)
+    state = torch.randn(batch, NUM_STATE_FEATURES, generator=generator)
     inputs = {"pixel_values": draw_pixels(batch, seed, views), "input_ids": ids, "state": state}
     inputs["attention_mask"] = mask if padded else None
     if padded and "wrist" in views:
@@ -86,6 +88,7 @@ def test_actions_are_those_of_the_plain_network(
     inputs = observation(batch, views, padded)
     noise = draw_actions(batch, H)
 
+    # Numbers of flow steps, and implementations of attention.
     for steps, attention in ((1, "spear"), (4, "spear"), (4, "eager"), (1, "sdpa")):
         model.set_attn_implementation(attention)
         sampled = sample_and_check(model, inputs, noise, steps)
@@ -97,7 +100,7 @@ def test_actions_are_those_of_the_plain_network(
 @pytest.mark.parametrize("padded", [False, True])
 def test_committed_actions_come_back_and_change_the_others(architecture: str, padded: bool) -> None:
     model = make_spear1(**ARCHITECTURES[architecture])
-    inputs = observation(3, ("external", "wrist"), padded)
+    inputs = observation(batch=3, views=("external", "wrist"), padded=padded)
     noise = draw_actions(3, H)
     committed = draw_actions(3, H, seed=5)
     num_committed = torch.tensor([[0], [1], [H - 1]])  # of the three rows
@@ -105,7 +108,7 @@ def test_committed_actions_come_back_and_change_the_others(architecture: str, pa
 
     free = model.sample_actions(**inputs, steps=4, noise=noise).to_vector()
     prefix = flow.CommittedPrefix(committed, is_committed)
-    sampled = sample_and_check(model, inputs, noise, 4, prefix)
+    sampled = sample_and_check(model, inputs, noise, steps=4, committed=prefix)
 
     assert torch.equal(sampled[is_committed], committed.to_vector()[is_committed])
     # Row 0 commits nothing, so `committed` does not change its actions. In row 1, the committed
@@ -120,16 +123,20 @@ def test_committed_actions_come_back_and_change_the_others(architecture: str, pa
 def test_a_fast_path_that_fails_is_not_used(
     failure: str, message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The notice has the error's text, or how far the result is from the plain network's."""
+    """The notice has the text of the exception, or the relative error of the result.
+
+    If every number of the result is wrong by 0.01, the relative error begins with "0.0".
+    """
     model = make_spear1()
-    inputs = observation(3, ("external", "wrist"), padded=True)
+    inputs = observation(batch=3, views=("external", "wrist"), padded=True)
     noise = draw_actions(3, H)
-    expected = sample_by_reference(model, inputs, noise, 4)
+    expected = sample_by_reference(model, inputs, noise, steps=4)
 
     def broken_sample(*args: Any) -> torch.Tensor:
         if failure == "raises":
             raise RuntimeError("no kernel")
-        return expected + (0.01 if failure == "differs" else torch.nan)
+        error = 0.01 if failure == "differs" else torch.nan
+        return expected + error
 
     monkeypatch.setattr(sampling, "_sample", broken_sample)
     with pytest.warns(Notice, match=message):
@@ -148,7 +155,7 @@ class TestThreeViewsOfOneSize:
 
     @pytest.fixture
     def inputs(self) -> dict[str, Any]:
-        inputs = observation(2, views=(), padded=True)
+        inputs = observation(batch=2, views=(), padded=True)
         generator = torch.Generator().manual_seed(0)
         inputs["pixel_values"] = {
             view: torch.randint(0, 256, (2, 3, 32, 32), generator=generator, dtype=torch.uint8)
@@ -169,7 +176,8 @@ class TestThreeViewsOfOneSize:
         sampled = model.sample_actions(**inputs, noise=noise).to_vector()
 
         assert len(calls) == 1
-        assert relative_error(sampled, sample_by_reference(model, inputs, noise, 10)) < 1e-5
+        expected = sample_by_reference(model, inputs, noise, DEFAULT_NUM_STEPS)
+        assert relative_error(sampled, expected) < 1e-5
 
     def test_bfloat16_is_no_further_from_the_plain_network_than_from_float32(
         self, model: Spear1ForActionPrediction, inputs: dict[str, Any]
@@ -180,7 +188,7 @@ class TestThreeViewsOfOneSize:
         model.to(torch.bfloat16)
         rounded = model.sample_actions(**inputs, noise=noise).to_vector()
         # The plain network rounds at every layer, in another order.
-        plain = sample_by_reference(model, inputs, noise, 10)
+        plain = sample_by_reference(model, inputs, noise, DEFAULT_NUM_STEPS)
 
         assert rounded.dtype == torch.float32
         assert relative_error(rounded, plain) < 0.03
@@ -190,12 +198,15 @@ class TestThreeViewsOfOneSize:
         self, model: Spear1ForActionPrediction, inputs: dict[str, Any]
     ) -> None:
         noise = draw_actions(2, H)
-        model.to(torch.bfloat16).float().vlm.to(torch.bfloat16)
+        model.to(torch.bfloat16)
+        model.float()
+        model.vlm.to(torch.bfloat16)
 
         with no_warning():  # a notice would mean that fast sampling does not work
             mixed = model.sample_actions(**inputs, noise=noise).to_vector()
 
-        assert relative_error(mixed, sample_by_reference(model, inputs, noise, 10)) < 0.03
+        expected = sample_by_reference(model, inputs, noise, DEFAULT_NUM_STEPS)
+        assert relative_error(mixed, expected) < 0.03
 
 
 class DoubledLinear(torch.nn.Linear):
@@ -223,7 +234,7 @@ def add_forward_pre_hook(layer: Any) -> None:
 )
 def test_changes_of_a_layer_by_a_user_take_effect(name: str, change: Callable[[Any], None]) -> None:
     model = make_spear1()
-    inputs = observation(2, ("external",), padded=False)
+    inputs = observation(batch=2, views=("external",), padded=False)
     noise = draw_actions(2, H)
     sampled_before = sample_and_check(model, inputs, noise, steps=2)
 
@@ -235,7 +246,7 @@ def test_changes_of_a_layer_by_a_user_take_effect(name: str, change: Callable[[A
 
 def test_all_changes_of_a_layer_take_effect_together() -> None:
     model = make_spear1()
-    inputs = observation(2, ("external",), padded=False)
+    inputs = observation(batch=2, views=("external",), padded=False)
     noise = draw_actions(2, H)
     layer = model.get_submodule("expert.layers.0.mlp.down_proj")
     sampled_before = sample_and_check(model, inputs, noise, steps=2)
@@ -263,7 +274,7 @@ def test_actions_of_a_model_with_gemma2_are_those_of_the_plain_network(padded: b
     )
     model = Spear1ForActionPrediction(build_spear1_config(TINY, vlm_config)).eval()
 
-    inputs = observation(2, ("external",), padded)
+    inputs = observation(batch=2, views=("external",), padded=padded)
 
     sample_and_check(model, inputs, draw_actions(2, H), steps=3)
 
@@ -302,7 +313,7 @@ class TestChangedWeights:
     def test_are_noticed(self, change: str) -> None:
         packed = True  # the argument with which `sample_actions` gets its sampler
         model = make_spear1()
-        inputs = observation(1, ("external",), padded=False)
+        inputs = observation(batch=1, views=("external",), padded=False)
         noise = draw_actions(1, H)
         sampled_before = sample_and_check(model, inputs, noise, steps=2)
         sampler = get_sampler(model, packed)
@@ -331,7 +342,7 @@ class TestChangedWeights:
 
     def test_of_a_network_made_in_inference_mode_are_noticed(self) -> None:
         """Weights made in inference mode have no version that counts writes."""
-        inputs = observation(1, ("external",), padded=False)
+        inputs = observation(batch=1, views=("external",), padded=False)
         noise = draw_actions(1, H)
         with torch.inference_mode():
             model = make_spear1()
@@ -343,12 +354,12 @@ class TestChangedWeights:
 
 
 def test_lora_takes_effect() -> None:
+    """The adapters begin with zeros in `lora_B`, and have an effect once these are set."""
     pytest.importorskip("peft")
     from spear.train.optimize import add_adapters
 
-    """The adapters begin with zeros in `lora_B`, and have an effect once these are set."""
     model = make_spear1()
-    inputs = observation(1, ("external",), padded=False)
+    inputs = observation(batch=1, views=("external",), padded=False)
     noise = draw_actions(1, H)
     sampled_before = model.sample_actions(**inputs, steps=2, noise=noise).to_vector()
 
@@ -366,7 +377,7 @@ def test_sampling_neither_moves_nor_changes_weights() -> None:
     weights_before = {name: weight.clone() for name, weight in model.state_dict().items()}
     addresses = {name: weight.data_ptr() for name, weight in model.state_dict().items()}
 
-    inputs = observation(2, ("external",), padded=True)
+    inputs = observation(batch=2, views=("external",), padded=True)
     model.sample_actions(**inputs, noise=draw_actions(2, H))
 
     for name, weight in model.state_dict().items():
@@ -376,7 +387,7 @@ def test_sampling_neither_moves_nor_changes_weights() -> None:
 
 def test_a_model_learns_after_sampling() -> None:
     model = make_spear1()
-    inputs = observation(2, ("external",), padded=True)
+    inputs = observation(batch=2, views=("external",), padded=True)
     model.sample_actions(**inputs, noise=draw_actions(2, H))
 
     model.train()
@@ -456,7 +467,9 @@ class TestCompiledStack:
             positions = torch.arange(7).expand(2, 7)
             cache = stack.allocate_cache(2, 7, x.dtype, x.device)
             rotations = stack.compute_rotations(positions, x.dtype)
-            window = cache.make_window(0, [(3, 3), (4, 7)])
+            # Per block: the number of its tokens, and the number of tokens that they see.
+            blocks = [(3, 3), (4, 7)]
+            window = cache.make_window(0, blocks)
             output = stack(x, rotations, window)
             return [output, torch.stack(cache.layers)]
 
@@ -471,7 +484,7 @@ class TestCompiledStack:
         self.compile_stack(compiled, count_graphs)
 
         torch.testing.assert_close(self.run(compiled), self.run(LayerStack(language_model)))
-        assert len(graphs) == 2  # before and after attention
+        assert len(graphs) == 2  # what runs before attention, and what runs after it
 
     def test_a_stack_is_freed_at_once(self, language_model: Any) -> None:
         """It does not wait for the garbage collector, because weights and graphs fill a GPU."""

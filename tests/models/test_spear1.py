@@ -15,7 +15,7 @@ from models_tiny import TINY, draw_actions, draw_pixels, draw_text, make_spear1,
 from refusals import refuses
 from spear import flow
 from spear.models.presets import build_spear1_config
-from spear.models.spear1 import Spear1Config, Spear1ForActionPrediction
+from spear.models.spear1 import NUM_STATE_FEATURES, Spear1Config, Spear1ForActionPrediction
 from spear.models.weights import load as weights
 from spear.types import Action
 
@@ -27,8 +27,9 @@ RECORDED_LAYERS = ("GemmaDecoderLayer", "SiglipEncoderLayer", "Dinov2Layer")
 
 def observation(seed: int = 0) -> dict[str, Any]:
     """Random images, padded instructions and states of B observations."""
-    ids, mask = draw_text(B, 6, seed)
-    state = torch.randn(B, 10, generator=torch.Generator().manual_seed(seed))
+    ids, mask = draw_text(rows=B, length=6, seed=seed)
+    generator = torch.Generator().manual_seed(seed)
+    state = torch.randn(B, NUM_STATE_FEATURES, generator=generator)
     return {
         "pixel_values": draw_pixels(B, seed),
         "input_ids": ids,
@@ -66,7 +67,8 @@ def record_activations(
             if type(module).__name__ in RECORDED_LAYERS:
                 hooks.enter_context(module.register_forward_hook(make_hook(name)))
         prefix = model.encode_prefix(**prefix_inputs)
-        model.predict(prefix, state, noisy, torch.full((B,), 0.3))
+        tau = torch.full((B,), 0.3)
+        model.predict(prefix, state, noisy, tau)
     return activations
 
 
@@ -89,7 +91,7 @@ class TestInformationFlow:
     @pytest.fixture
     def after_other_action(self, model: Spear1ForActionPrediction) -> dict[str, torch.Tensor]:
         noisy = draw_actions(B, H)
-        noisy.translation[:, 2] += 1
+        noisy.translation[:, 2] += 1  # the third action of each chunk
         return record_activations(model, observation()["state"], noisy)
 
     @pytest.fixture
@@ -102,7 +104,8 @@ class TestInformationFlow:
         for name, value in baseline.items():
             if name.startswith("expert"):
                 state_output = value[:, 0]
-                assert torch.equal(state_output, after_other_action[name][:, 0]), name
+                state_output_after = after_other_action[name][:, 0]
+                assert torch.equal(state_output, state_output_after), name
             else:
                 assert torch.equal(value, after_other_action[name]), name
 
@@ -261,7 +264,10 @@ class TestCommittedActions:
         shape = (B, self.num_chunks, H)
         noise = flow.sample_noise(shape, model.flow_config, generator)
         tau = flow.sample_time(B * self.num_chunks, model.flow_config, generator)
-        num_committed = torch.randint(3, (B, self.num_chunks, 1), generator=generator)
+        max_committed = 2
+        num_committed = torch.randint(
+            max_committed + 1, (B, self.num_chunks, 1), generator=generator
+        )
         assert set(num_committed.flatten().tolist()) == {0, 1, 2}
         is_committed = torch.arange(H) < num_committed
         is_valid = self.action_mask[:, None].expand(shape)
@@ -274,7 +280,7 @@ class TestCommittedActions:
         model.action_in_proj.register_forward_hook(lambda layer, args, out: inputs.append(args[0]))
         model.action_out_proj.register_forward_hook(lambda layer, args, out: outputs.append(out))
         model.action_out_proj.register_forward_hook(lambda layer, args, out: out.retain_grad())
-        model.config.committed = 2
+        model.config.committed = max_committed
 
         loss = self.loss(model, flow_samples=self.num_chunks, generator=generator.manual_seed(3))
         loss.backward()

@@ -26,7 +26,7 @@ from spear.models.vlm import IGNORE_LABEL, compute_weighted_cross_entropy
 
 def make_batch(rows: int = 4, length: int = 9, prompt_length: int = 4) -> dict[str, torch.Tensor]:
     """Prompts, each with an answer of one of several lengths, and labels on the answers."""
-    ids, mask = draw_text(rows, length, last=FIRST_COORDINATE_ID + TINY.bins)
+    ids, mask = draw_text(rows=rows, length=length, last=FIRST_COORDINATE_ID + TINY.bins)
     is_answer = (torch.arange(length) >= prompt_length) & mask.bool()
     return {
         "input_ids": ids,
@@ -40,9 +40,8 @@ class TestVisualTokens:
     def test_are_the_average_of_both_projections(self) -> None:
         model = make_vlm()
         image = draw_pixels(3)["external"]
-        siglip = model.vision_tower(
-            image / 127.5 - 1, interpolate_pos_encoding=True
-        ).last_hidden_state
+        pixels = image / 127.5 - 1  # SigLIP takes values from -1 to 1
+        siglip = model.vision_tower(pixels, interpolate_pos_encoding=True).last_hidden_state
         siglip_tokens = model.multi_modal_projector(siglip)
         moge_tokens = model.moge_projector(model.moge(image))
 
@@ -72,7 +71,7 @@ class TestVisualTokens:
     def test_of_a_missing_view_are_not_seen(self) -> None:
         model = make_vlm()
         images = draw_pixels(2)
-        ids, mask = draw_text(2, 5)
+        ids, mask = draw_text(rows=2, length=5)
         is_present = {"wrist": torch.zeros(2, dtype=torch.bool)}
 
         masked = model(images, ids, mask, view_mask=is_present).logits
@@ -83,7 +82,7 @@ class TestVisualTokens:
     def test_are_in_the_order_of_the_config(self) -> None:
         model = make_vlm()
         images = draw_pixels(2)
-        ids, mask = draw_text(2, 5)
+        ids, mask = draw_text(rows=2, length=5)
         swapped = {"wrist": images["wrist"], "external": images["external"]}
         assert torch.equal(model(swapped, ids, mask).logits, model(images, ids, mask).logits)
 
@@ -95,7 +94,12 @@ def test_the_prefix_sees_itself_and_answers_see_only_the_past() -> None:
 
     mask = make_prefix_lm_mask(valid, causal)[0, 0].int()
 
-    assert mask[:4].tolist() == [[1, 1, 0, 0, 0], [1, 1, 0, 0, 0], [1, 1, 1, 0, 0], [1, 1, 1, 1, 0]]
+    assert mask[:4].tolist() == [  # row: the token that sees; column: the token that is seen
+        [1, 1, 0, 0, 0],
+        [1, 1, 0, 0, 0],
+        [1, 1, 1, 0, 0],
+        [1, 1, 1, 1, 0],
+    ]
 
 
 def test_padding_takes_no_position() -> None:
@@ -162,7 +166,7 @@ def test_gradients_reach_every_weight() -> None:
 
 
 class TestRefusals:
-    inputs = draw_text(1, 4)
+    inputs = draw_text(rows=1, length=4)
     wrist = draw_pixels(1)["wrist"]
 
     @pytest.mark.parametrize(
@@ -178,8 +182,9 @@ class TestRefusals:
         refuses(message, make_vlm(), images, *self.inputs)
 
     def test_of_parts_of_patches(self) -> None:
-        images = {"wrist": self.wrist[..., 1:]}
-        refuses("is 31×32. Use multiples of", make_vlm(stem="patch"), images, *self.inputs)
+        images = {"wrist": self.wrist[..., 1:]}  # without the first column
+        model = make_vlm(stem="patch")  # with patches of 16 pixels
+        refuses("is 31×32. Use multiples of", model, images, *self.inputs)
 
     def test_of_encoders_with_other_patches(self) -> None:
         moge = {**(TINY.moge or {}), "patch_size": 8}

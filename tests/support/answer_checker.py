@@ -159,8 +159,10 @@ def _find_unfit_reasons(label: LabeledImage, o: LabeledObject) -> list[str]:
     u, v = _project(label, [float(c) for c in o.box3d.center])
     if not (0 <= u < 1 and 0 <= v < 1):
         reasons.append("is outside the image")
-    # A score that the label does not have is passed.
-    has_low_score = any(o.scores.get(name, 99) < minimum for name, minimum in MIN_SCORES.items())
+    # A score that the label does not have counts as high enough.
+    has_low_score = any(
+        name in o.scores and o.scores[name] < minimum for name, minimum in MIN_SCORES.items()
+    )
     if has_low_score or o.scores.get("edge", 0) > MAX_EDGE_SCORE:
         reasons.append(f"is under the bar: {dict(o.scores)}")
     return reasons

@@ -133,7 +133,7 @@ class Tab:
 
     def enter(self) -> None:
         """Press the key Enter, which sends a form."""
-        self.key("Enter", windowsVirtualKeyCode=13, text="\r")
+        self.key("Enter", windowsVirtualKeyCode=13, text="\r")  # the code and the text of Enter
 
 
 @contextmanager
@@ -164,4 +164,4 @@ def run_chromium(folder: Path) -> Iterator[int]:
         yield int(port_file.read_text().splitlines()[0])
     finally:
         process.terminate()
-        process.wait(60)
+        process.wait(timeout=60)

@@ -50,6 +50,7 @@ def assemble_png(head: tuple[int, int, int, int], data: bytes) -> bytes:
     """
     return (
         b"\x89PNG\r\n\x1a\n"
+        # The zeros are the methods of compression and filtering, and no interlacing.
         + _png_chunk(b"IHDR", struct.pack(">IIBBBBB", *head, 0, 0, 0))
         + _png_chunk(b"IDAT", data)
         + _png_chunk(b"IEND", b"")
@@ -73,6 +74,8 @@ def write_records(path: Path, records: list[bytes]) -> Path:
 
 def _masked_crc(data: bytes) -> bytes:
     """Return the checksum of data as TFRecord files have it."""
+    # The format rotates the checksum by 15 bits and adds a constant, because checksums of data that
+    # contain checksums are weak.
     crc = crc32c(data)
     masked = ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF
     return struct.pack("<I", masked)

@@ -26,6 +26,8 @@ from spear.errors import SpearError, suppress_notices
 MAX_MEMORY_BYTES = 2**30
 MAX_HEADER_BYTES = 2**20
 OUTSIDE_NAME = "outside"
+MISSING_PROBABILITY = 0.04  # that a change removes the file
+FOLDER_PROBABILITY = 0.02  # that a change puts a folder in place of the file
 SAFETENSORS_SUFFIX = ".safetensors"
 TEXT_SUFFIXES = (".json", ".jsonl")
 NASTY_TEXTS = (
@@ -70,6 +72,8 @@ NASTY_BYTES = (
     b"\xff\xfe\xff",
     b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n",
 )
+BYTE_CHANGES = ("cut off", "insert", "replace all", "remove", "overwrite")
+"""What a change of bytes does to a file's content."""
 
 
 @dataclass
@@ -142,9 +146,9 @@ class FolderFuzz:
         path = self._copy / name
         data = path.read_bytes()
         path.unlink()  # the link; the original stays
-        if rng.random() < 0.04:
+        if rng.random() < MISSING_PROBABILITY:
             return f"{name} is missing"
-        if rng.random() < 0.02:
+        if rng.random() < FOLDER_PROBABILITY:
             path.mkdir()
             return f"{name} is a folder"
         path.write_bytes(change_bytes(rng, data, path.suffix))
@@ -165,24 +169,26 @@ class FolderFuzz:
 
 def change_bytes(rng: np.random.Generator, data: bytes, suffix: str) -> bytes:
     """Change the content of a file: its values if they are known, or else its bytes."""
-    is_structural = rng.random() < 0.7
+    is_structural = rng.random() < 0.7  # a change of values, not of bytes
     if is_structural and suffix in TEXT_SUFFIXES:
         return change_json_text(rng, data)
     if is_structural and suffix == SAFETENSORS_SUFFIX:
         return change_safetensors(rng, data)
-    kind = rng.integers(5)
+    kind = BYTE_CHANGES[rng.integers(len(BYTE_CHANGES))]
     position = int(rng.integers(len(data) + 1))
-    if kind == 0:
+    if kind == "cut off":
         return data[:position]
-    if kind == 1:
-        return data[:position] + rng.bytes(int(rng.integers(1, 9))) + data[position:]
-    if kind == 2:
+    if kind == "insert":
+        num_inserted = int(rng.integers(1, 9))
+        return data[:position] + rng.bytes(num_inserted) + data[position:]
+    if kind == "replace all":
         return NASTY_BYTES[rng.integers(len(NASTY_BYTES))]
-    if kind == 3:
-        length = int(rng.integers(1, 200))
-        return data[:position] + data[position + length :]
+    if kind == "remove":
+        num_removed = int(rng.integers(1, 200))
+        return data[:position] + data[position + num_removed :]
     changed = bytearray(data)
-    for _ in range(int(rng.integers(1, 5))):
+    num_overwritten = int(rng.integers(1, 5))
+    for _ in range(num_overwritten):
         if changed:
             changed[rng.integers(len(changed))] = rng.integers(256)
     return bytes(changed)
@@ -191,6 +197,7 @@ def change_bytes(rng: np.random.Generator, data: bytes, suffix: str) -> bytes:
 def change_json_text(rng: np.random.Generator, data: bytes) -> bytes:
     """Replace, remove or nest one value of a JSON file, or of one line of a JSON-lines file."""
     lines = data.splitlines()
+    # A JSON file is one document, even if it has several lines. A JSON-lines file has one per line.
     is_document = len(lines) < 2 or data.lstrip().startswith((b"{\n", b"[\n"))
     index = 0 if is_document else int(rng.integers(len(lines)))
     try:
@@ -205,6 +212,7 @@ def change_json_text(rng: np.random.Generator, data: bytes) -> bytes:
 
 def change_safetensors(rng: np.random.Generator, data: bytes) -> bytes:
     """Change one value of the header, or the length of the header."""
+    # The file begins with the length of the header, as an integer of 8 bytes.
     [header_bytes] = struct.unpack("<Q", data[:8])
     if rng.random() < 0.1:
         return struct.pack("<Q", int(rng.integers(2**62))) + data[8:]
@@ -288,4 +296,5 @@ def measure_data_bytes() -> int:
     [line] = [
         line for line in Path("/proc/self/status").read_text().splitlines() if "VmData" in line
     ]
-    return int(line.split()[1]) * 1024
+    _, kib, _ = line.split()  # "VmData:   123456 kB"
+    return int(kib) * 1024

@@ -118,7 +118,8 @@ class Server:
             self.paths.append(path)
             self.headers.append(headers)
             if self.answer is None:
-                return self.replies.pop(0) if len(self.replies) > 1 else self.replies[0]
+                is_last_reply = len(self.replies) == 1
+                return self.replies[0] if is_last_reply else self.replies.pop(0)
         return self.answer(request)
 
 

@@ -24,7 +24,9 @@ def make_labeled_image(seed: int, scale: float = 1.0, unit: Unit = "metre") -> L
     rng = np.random.default_rng(seed)
     objects = []
     for index, name in enumerate(("mug", "spoon", "bowl")):
-        center = np.array([0.2 * index - 0.2, 0.02, 0.8 + 0.1 * rng.random()])
+        x = -0.2 + 0.2 * index  # from left to right, in meters
+        z = 0.8 + 0.1 * rng.random()
+        center = np.array([x, 0.02, z])
         box = make_box(scale * center, np.full(3, scale * 0.06), np.eye(3))
         corners = project(box.vertices, INTRINSICS)
         box2d = np.concatenate([corners.min(0), corners.max(0)])

@@ -10,6 +10,9 @@ from spear.types import Array, Box3D, Frame
 TRUTH = (GroundTruth(),) * 3
 """Detector, segmenter and point-map model that return the ground truth of a frame."""
 NAMES = ("carrot", "spoon", "bowl", "plate", "cube", "eggplant")
+MAX_KEPT_PER_DM2 = 0.15
+"""Fraction of its candidates that `sample_visible_sides` keeps of a side of 1 dm² which the camera
+sees at a right angle."""
 Block = tuple[Array, Array, float]
 """Center [3], size [3] and yaw (radians) of a box, in meters in the base frame."""
 
@@ -25,7 +28,7 @@ def make_camera(width: int = 192, height: int = 128, pitch: float = 40.0) -> tup
     Returns:
         The intrinsics [3, 3] in pixels, and the camera's pose [4, 4] in the base frame.
     """
-    focal_px = 0.9 * width
+    focal_px = 0.9 * width  # a horizontal field of view of 58°
     intrinsics = np.array([[focal_px, 0, width / 2], [0, focal_px, height / 2], [0, 0, 1.0]])
     pitch_rad = np.radians(pitch)
     forward = np.array([np.cos(pitch_rad), 0, -np.sin(pitch_rad)])
@@ -33,7 +36,7 @@ def make_camera(width: int = 192, height: int = 128, pitch: float = 40.0) -> tup
     down = np.cross(forward, right)
     pose = np.eye(4)
     pose[:3, :3] = np.stack([right, down, forward], axis=1)  # the camera's axes are columns
-    pose[:3, 3] = -0.8 * forward
+    pose[:3, 3] = -0.8 * forward  # position in meters
     return intrinsics, pose
 
 
@@ -122,6 +125,7 @@ def make_random_frame(
         extent = rng.uniform(0.03, 0.12, 3)
         center = np.array([rng.uniform(-0.2, 0.2), rng.uniform(-0.25, 0.25), extent[2] / 2])
         diagonal = np.hypot(*extent[:2])  # of the box's base, as seen from above
+        # Two boxes count as overlapping if the circles around their bases overlap.
         overlaps = False
         for other_center, other_extent, _ in boxes:
             distance = np.linalg.norm((center - other_center)[:2])
@@ -130,6 +134,7 @@ def make_random_frame(
                 overlaps = True
         if not overlaps:
             boxes.append((center, extent, rng.uniform(0, np.pi)))
+    # Names are used a second time only if there are more objects than names.
     name_order = rng.permutation(max(objects, len(names)))
     chosen_names = [names[index % len(names)] for index in name_order[:objects]]
     return render_blocks(boxes, chosen_names, pitch=float(rng.uniform(25, 60)), **size)
@@ -157,8 +162,10 @@ def sample_visible_sides(box: Box3D, rng: np.random.Generator, noise: float) -> 
             points = box.center + (fractions * box.size) @ box.rotation.T
             rays = points / np.linalg.norm(points, axis=1)[:, None]
             slope = abs(normal @ rays.T)  # [num_candidates]: 1 where a ray hits at a right angle
-            area_dm2 = np.prod(np.delete(box.size, axis)) / 0.01
-            is_kept = rng.uniform(size=num_candidates) < 0.15 * slope * area_dm2
+            area_m2 = np.prod(np.delete(box.size, axis))  # of the other two sizes
+            area_dm2 = area_m2 / 0.01
+            keep_probability = MAX_KEPT_PER_DM2 * slope * area_dm2
+            is_kept = rng.uniform(size=num_candidates) < keep_probability
             points_of_sides.append(points[is_kept])
     points = np.concatenate(points_of_sides)
     return points * (1 + noise * rng.normal(size=(len(points), 1)))

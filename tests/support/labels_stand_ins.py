@@ -43,7 +43,7 @@ class BrightDetector:
     def detect(self, frames: Sequence[Frame]) -> list[list[Detection]]:
         time.sleep(self.seconds * len(frames))
         if any(frame.source.endswith(self.stuck_at) for frame in frames):
-            time.sleep(1e6)
+            time.sleep(1e6)  # longer than any test waits
         if any(frame.source.endswith(self.unreached) for frame in frames):
             raise RetryableError("no connection")
         if any(frame.image[0, 0, 0] == REFUSED_LEVEL for frame in frames):
@@ -58,7 +58,7 @@ def _detect_bright(image: Array) -> Detection:
     """Return the bounding box of the bright pixels of an image [h, w, 3]."""
     y, x = np.nonzero(image[..., 0] > 128)
     box2d = np.array([x.min(), y.min(), x.max() + 1, y.max() + 1], np.float32)
-    return Detection("block", box2d, 0.9)
+    return Detection("block", box2d, score=0.9)
 
 
 class BoxSegmenter:
@@ -97,7 +97,9 @@ class SlopePointMap:
         height, width = image.shape[:2]
         focal_px = relative_focal * width
         intrinsics = np.array([[focal_px, 0, width / 2], [0, focal_px, height / 2], [0, 0, 1.0]])
-        depth = np.linspace(1.5, 1.0, height)[:, None] - 0.1 * (image[..., 0] > 128)
+        plane_depth = np.linspace(1.5, 1.0, height)[:, None]  # meters, from the top row down
+        is_bright = image[..., 0] > 128
+        depth = plane_depth - 0.1 * is_bright  # [h, w]
         valid_mask = np.ones((height, width), bool)
         return PointMapResult(unproject(depth, intrinsics), valid_mask, intrinsics, "metre")
 
@@ -140,5 +142,5 @@ def write_photos(folder: Path, count: int, bad: bool = True) -> Path:
         path = folder / f"{number:05d}.png"
         Image.fromarray(image).save(path)
         if bad and number == 3:
-            path.write_bytes(path.read_bytes()[:70])
+            path.write_bytes(path.read_bytes()[:70])  # the beginning of the PNG
     return folder

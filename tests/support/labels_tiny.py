@@ -64,7 +64,8 @@ def save_grounding_dino(folder: Path) -> Path:
         ".": 1012,
         "?": 1029,
     }
-    first_word_id = 1040
+    first_word_id = 1040  # after the ids of all special tokens
+    num_ids = 1060  # some more than are used
     unused_ids = [i for i in range(first_word_id) if i not in special_tokens.values()]
     vocabulary = {f"[unused{i}]": i for i in unused_ids} | special_tokens
     vocabulary |= {word: first_word_id + i for i, word in enumerate(WORDS)}
@@ -73,7 +74,7 @@ def save_grounding_dino(folder: Path) -> Path:
             image_size=64, embed_dim=8, depths=[1, 1, 1, 1], num_heads=[1, 1, 2, 2], window_size=4,
             out_features=["stage2", "stage3", "stage4"]),
         text_config=hf.BertConfig(
-            vocab_size=1060, hidden_size=16, num_hidden_layers=1,
+            vocab_size=num_ids, hidden_size=16, num_hidden_layers=1,
             num_attention_heads=2, intermediate_size=16,
             max_position_embeddings=32),
         num_queries=10, d_model=32, encoder_layers=1, decoder_layers=2, encoder_ffn_dim=16,

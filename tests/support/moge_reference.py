@@ -34,6 +34,7 @@ def make_weight(name: str, shape: list[int]) -> torch.Tensor:
         return torch.tensor(IMAGENET_STD).view(1, 3, 1, 1)
     generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
     noise = torch.randn(shape, generator=generator)
+    # The numbers below are those of the rule.
     if name.endswith("gamma"):  # layer scale
         return 0.1 + 0.02 * noise
     if len(shape) == 1:  # weights of norms are about 1, biases about 0
@@ -60,14 +61,14 @@ def _pass_view_plane_through_v1(weights: Weights) -> None:
     last_weight = weights["head.output_block.0.2.weight"]
     first_weight[:4] = 0
     first_bias[:4] = 0
-    last_weight[:2] *= 0.2
+    last_weight[:2] *= 0.2  # what the other channels add to x and y stays small
     last_weight[:, :4] = 0
     # A ReLU follows the first weight, so four of its rows carry u, -u, v and -v. The channels of u
     # and v are the last two (-2 and -1).
     for row in range(4):
         axis = row // 2
         sign = 1.0 - 2.0 * (row % 2)
-        first_weight[row, axis - 2, 1, 1] = sign
+        first_weight[row, axis - 2, 1, 1] = sign  # [out, in, kernel row, kernel column]
         last_weight[axis, row] = sign
 
 
@@ -79,6 +80,7 @@ def _pass_view_plane_through_v2(weights: Weights) -> None:
         weights[f"{module_name}.input_blocks.4.weight"][:2] = 0
         weights[f"{module_name}.input_blocks.4.weight"][:2, :2, 0, 0] = identity
     last_weight = weights["points_head.output_blocks.4.weight"]
+    # What the other channels add to x, y and z stays small.
     last_weight *= torch.tensor([0.05, 0.05, 0.25]).view(3, 1, 1, 1)
     last_weight[:, :2] = 0
     last_weight[:2, :2, 0, 0] = identity
@@ -131,7 +133,8 @@ def build_small_v1() -> MogeV1:
     model = MogeV1(config).eval()
     weights = model.state_dict()
     pass_view_plane_through(weights)
-    weights["head.output_block.1.2.bias"][:] = 3.0  # the mask's logit, so that points are valid
+    # The logit of the mask. A sigmoid makes it 0.95, so that all points are valid.
+    weights["head.output_block.1.2.bias"][:] = 3.0
     return model
 
 

@@ -37,6 +37,7 @@ def compute_logits_of_both(
     image_token = their_model.config.image_token_id
 
     image = torch.randint(0, 256, (BATCH, 3, height, width), dtype=torch.uint8)
+    # Ids of words: smaller ids are special tokens, and the image token has a larger one.
     ids = torch.randint(3, min(1000, image_token), (BATCH, LENGTH))
     mask = torch.ones_like(ids)
     mask[1, 7:] = 0  # the second question has two tokens of padding
@@ -50,7 +51,7 @@ def compute_logits_of_both(
     output = their_model(
         input_ids=torch.cat([ones * image_token, ids], dim=1),
         attention_mask=torch.cat([ones, mask], dim=1),
-        token_type_ids=torch.cat([ones * 0, token_types], dim=1),
+        token_type_ids=torch.cat([torch.zeros_like(ones), token_types], dim=1),
         mm_encoder_outputs={"image": BaseModelOutputWithPooling(pooler_output=features)},
     )
     their_logits = output.logits[:, num_image_tokens:]  # [BATCH, LENGTH, vocabulary]
@@ -69,9 +70,9 @@ def draw_pi0_inputs(image_token: int) -> tuple[dict[str, Any], dict[str, Any]]:
         The arguments of SPEAR-1's `encode_prefix`, and those of π0 but for state and noise.
     """
     images = torch.randint(0, 256, (BATCH, 2, 3, 224, 224), dtype=torch.uint8)
-    ids = torch.randint(3, 40, (BATCH, 6))
+    ids = torch.randint(3, 40, (BATCH, 6))  # ids of words; smaller ones are special tokens
     mask = torch.ones_like(ids)
-    mask[0, 4:] = 0
+    mask[0, 4:] = 0  # the first text has two tokens of padding
     our_inputs = {
         "pixel_values": {"external": images[:, 0], "wrist": images[:, 1]},
         "input_ids": ids,

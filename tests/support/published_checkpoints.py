@@ -18,6 +18,8 @@ from spear.models import presets
 from spear.models.moge import checkpoint as moge_checkpoint
 from spear.models.moge.networks import ENCODERS, MogeV1
 from spear.models.processing import train_tokenizer
+from spear.models.spear1 import NUM_STATE_FEATURES
+from spear.types import ACTION_DIM
 
 NUM_ROWS = 1312  # number of token embeddings
 IMAGE_TOKEN = 1311  # id of the token that stands for a patch of the image
@@ -74,7 +76,7 @@ def make_paligemma_config(text_type: str = "gemma", num_rows: int = NUM_ROWS) ->
         "pad_token_id": 0,
     }
     if text_type == "gemma2":
-        text_config["query_pre_attn_scalar"] = 6
+        text_config["query_pre_attn_scalar"] = 6  # differs from the width of a head, 8
         text_config["attn_logit_softcapping"] = 2.0
         text_config["final_logit_softcapping"] = 3.0
     vision_config = {
@@ -191,8 +193,13 @@ def publish_moge(path: Path, seed: int = 0) -> Path:
 # --- π0 ---
 
 
-def make_pi0(state_dim: int = 10, action_dim: int = 8, seed: int = 1) -> Pi0:
-    """Make a π0 with random weights and SPEAR-1's horizon; states and actions have these sizes."""
+def make_pi0(
+    state_dim: int = NUM_STATE_FEATURES, action_dim: int = ACTION_DIM, seed: int = 1
+) -> Pi0:
+    """Make a π0 with random weights and SPEAR-1's horizon.
+
+    By default its states and actions have as many numbers as SPEAR-1's; a published π0 has 32.
+    """
     torch.manual_seed(seed)
     config = PI0Config(
         vlm_config=make_paligemma_config(),
@@ -222,10 +229,11 @@ def publish_pi0(model: Pi0, folder: Path, layout: str = "lerobot") -> Path:
 def publish_pi05(folder: Path, layout: str = "lerobot", seed: int = 1) -> Path:
     """Write a folder of a π0.5 with the names of weights of "lerobot" or "openpi".
 
-    Its VLM, and the attention and MLPs of its expert, are those of `make_pi0(32, 32, seed)`.
+    Its VLM, and the attention and MLPs of its expert, are those of `make_pi0` with states and
+    actions of 32 numbers.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    model = make_pi0(32, 32, seed)
+    model = make_pi0(state_dim=32, action_dim=32, seed=seed)
     width = model.config.dit_config.hidden_size
     weights: dict[str, torch.Tensor] = {}
     for name, weight in rename_pi0_weights(model).items():
@@ -272,6 +280,7 @@ def _write_openpi_weights(
         weights = {_to_first_lerobot_name(name): weight for name, weight in weights.items()}
     if layout != "openpi":
         weights = {f"model.{name}": weight for name, weight in weights.items()}
+        # LeRobot's files also contain normalization statistics.
         statistics_name = "normalize_inputs.buffer_observation_state.mean"
         weights[statistics_name] = torch.zeros(32)
         (folder / "config.json").write_text(json.dumps(config))

@@ -46,7 +46,8 @@ def write_scannet(folder: Path, frames: list[Frame]) -> Path:
         name_of_instance.update(frame.names)
     # In ScanNet the pixels of an object have the value of its id plus 1.
     groups = [{"objectId": n - 1, "label": name} for n, name in name_of_instance.items()]
-    groups.append({"objectId": 20, "label": "wall"})  # an object that no image shows
+    unseen_id = 20  # of an object that no image shows
+    groups.append({"objectId": unseen_id, "label": "wall"})
     (folder / "scene0000_00.aggregation.json").write_text(json.dumps({"segGroups": groups}))
     return folder
 

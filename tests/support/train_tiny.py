@@ -70,6 +70,7 @@ def run_recipe(
         recipe = get_recipe(recipe)
     inputs = TrainingInputs(
         labels=[] if labels is None else [labels],
+        # (name, store, sampling weight) of each dataset.
         episodes=[] if store is None else [("made", store, 1.0)],
         init=init,
         init_depth_encoder=moge,

@@ -1,7 +1,8 @@
 """What `build` makes of a recipe and its inputs: new 3D tokens, models, notices and refusals.
 
 `make_labeled_image(i)` is a labeled image of a tabletop scene, with coordinates of about a meter.
-`write_store` writes episodes to a folder and opens them.
+`write_store` writes episodes to a folder and opens them. The episodes among `TrainingInputs` are
+triples of a dataset's name, its store and its sampling weight.
 """
 
 import dataclasses
@@ -38,6 +39,11 @@ VLM_RECIPE = get_recipe("nano-vlm-2").with_changes(batch_size=2)
 POLICY_RECIPE = get_recipe("nano-post").with_changes(batch_size=1)
 
 
+FEW_BINS = 256
+SHIPPED_BINS = 1024
+MANY_BINS = 1500
+
+
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> TrainingInputs:
     """Twelve labeled images, and the shipped SPEAR-VLM to start from; it has 1,024 3D tokens."""
@@ -46,8 +52,10 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> TrainingInputs:
     return TrainingInputs(labels=[folder], init=locate("nano-vlm"))
 
 
-# Fewer and more 3D tokens than the 1,024 of the shipped SPEAR-VLM.
-new_tokens = pytest.mark.parametrize(("bins", "spacing"), [(256, None), (1500, "uniform")])
+# Fewer and more 3D tokens than the shipped SPEAR-VLM has.
+new_tokens = pytest.mark.parametrize(
+    ("bins", "spacing"), [(FEW_BINS, None), (MANY_BINS, "uniform")]
+)
 
 
 @new_tokens
@@ -63,15 +71,17 @@ def test_new_3d_tokens_have_new_embeddings_and_words_keep_theirs(
     rows = model.get_parameter(EMBEDDINGS)
     first = model.config.coordinate_start
     assert model.config.coordinate_bins == bins
-    assert len(rows) == first + max(bins, 1024)  # surplus tokens stay in the vocabulary
+    # If there are fewer 3D tokens than before, the other ones stay in the vocabulary.
+    assert len(rows) == first + max(bins, SHIPPED_BINS)
     assert model.config.text_config.vocab_size == len(rows)
     assert torch.equal(rows[:first], original_rows[:first])
     words = original_rows[: original.processor.location_start]
     expected = init_new_embeddings(words, bins, torch.Generator().manual_seed(0))
     assert torch.equal(rows[first : first + bins], expected)
-    # No 3D token has its old embedding.
-    is_close = torch.isclose(rows[first : first + 256], original_rows[first : first + 256])
-    assert not is_close.all(1).any()
+    # No 3D token that has an old embedding keeps it.
+    end = first + FEW_BINS
+    is_close = torch.isclose(rows[first:end], original_rows[first:end])  # [FEW_BINS, width]
+    assert not is_close.all(dim=1).any()
 
 
 @new_tokens
@@ -187,10 +197,11 @@ def test_an_action_expert_is_as_deep_as_the_vlm_that_the_policy_begins_with(
     config.text_config = AutoConfig.for_model("gemma2", **fields)
     SpearVLMForConditionalGeneration(config).save_pretrained(tmp_path / "vlm")
     processor.save(tmp_path / "vlm")
-    episodes = [("it", write_store([make_episode(0)], tmp_path / "mine"), 1.0)]
+    store = write_store([make_episode(0)], tmp_path / "mine")
+    inputs = TrainingInputs(episodes=[("it", store, 1.0)], init=tmp_path / "vlm")
 
     with pytest.warns(Notice, match="random weights"):
-        model, task, _ = build(POLICY_RECIPE, TrainingInputs((), episodes, tmp_path / "vlm"))
+        model, task, _ = build(POLICY_RECIPE, inputs)
 
     expert = model.get_submodule("expert").config
     assert expert.num_hidden_layers == 2
@@ -219,7 +230,7 @@ def test_a_policy_keeps_its_normalization_unless_the_recipe_has_another(
     Nano's would at first be three times as long.
     """
     store = write_store([make_episode(0, num_steps=9)], tmp_path / "mine")
-    inputs = TrainingInputs((), [("it", store, 1.0)], locate(init))
+    inputs = TrainingInputs(episodes=[("it", store, 1.0)], init=locate(init))
 
     # The same notice about images is printed when the policy acts.
     with pytest.warns(Notice, match="'external' .* black bars"):
@@ -242,7 +253,7 @@ def make_store_with_frames(folder: Path, frames: dict[str, int] | None) -> Episo
 @pytest.mark.filterwarnings("ignore:.*black bars")
 def test_a_policy_records_the_frames_of_its_episodes(tmp_path: Path) -> None:
     store = make_store_with_frames(tmp_path / "new", {"droid": 2})
-    inputs = TrainingInputs((), [("new", store, 1.0)], locate("nano"))
+    inputs = TrainingInputs(episodes=[("new", store, 1.0)], init=locate("nano"))
 
     _, task, _ = build(POLICY_RECIPE, inputs)
 
@@ -252,7 +263,7 @@ def test_a_policy_records_the_frames_of_its_episodes(tmp_path: Path) -> None:
 @pytest.mark.filterwarnings("ignore:.*black bars")
 def test_episodes_of_earlier_frames_are_learned_with_a_notice(tmp_path: Path) -> None:
     store = make_store_with_frames(tmp_path / "old", None)
-    inputs = TrainingInputs((), [("old", store, 1.0)], locate("nano"))
+    inputs = TrainingInputs(episodes=[("old", store, 1.0)], init=locate("nano"))
 
     with pytest.warns(Notice, match="learns version 1 of the frames of droid"):
         _, task, _ = build(POLICY_RECIPE, inputs)
@@ -265,9 +276,10 @@ def test_episodes_of_two_versions_of_frames_are_not_mixed(tmp_path: Path) -> Non
     old = make_store_with_frames(tmp_path / "old", {"droid": 1})
     new = make_store_with_frames(tmp_path / "new", {"droid": 2})
     episodes = [("old", old, 1.0), ("new", new, 1.0)]
+    inputs = TrainingInputs(episodes=episodes, init=locate("nano"))
 
     message = "old has version 1 of the frames of droid, but new has version 2"
-    refuses(message, build, POLICY_RECIPE, TrainingInputs((), episodes, locate("nano")))
+    refuses(message, build, POLICY_RECIPE, inputs)
 
 
 def copy_nano_with_frames(folder: Path, frames: dict[str, int] | None) -> Path:
@@ -284,7 +296,7 @@ def test_a_policy_of_earlier_frames_does_not_go_on_with_new_ones(tmp_path: Path)
     init = copy_nano_with_frames(tmp_path / "init", {"droid": 1})
     store = make_store_with_frames(tmp_path / "new", {"droid": 2})
 
-    inputs = TrainingInputs((), [("new", store, 1.0)], init)
+    inputs = TrainingInputs(episodes=[("new", store, 1.0)], init=init)
     refuses("new has version 2 of the frames of droid, but .*init", build, POLICY_RECIPE, inputs)
 
 
@@ -295,7 +307,7 @@ def test_a_policy_without_recorded_frames_does_not_go_on_with_changed_ones(
     init = copy_nano_with_frames(tmp_path / "init", None)
     store = make_store_with_frames(tmp_path / "new", {"fractal20220817_data": 2})
 
-    inputs = TrainingInputs((), [("new", store, 1.0)], init)
+    inputs = TrainingInputs(episodes=[("new", store, 1.0)], init=init)
     refuses('made before frames had versions.*"frames": {}', build, POLICY_RECIPE, inputs)
 
 

@@ -53,8 +53,10 @@ def slurm_job(tmp_path: Path) -> dict[str, str]:
     """
     return make_slurm_job(
         tmp_path / "bin",
-        # So many names of nodes that a pipe cannot hold them; the script must read them all.
+        # "node7", "node8", … are so many names that a pipe cannot hold them. So the script must
+        # read all of them.
         scontrol='[ "$1" = show ] && seq -f node%.0f 7 40000',
+        # Skips the words that begin with "--", which are the options of srun.
         srun='while [ "${1#--}" != "$1" ]; do shift; done; exec "$@"',
         torchrun='printf "%s\\n" "$@"',
     )
@@ -64,6 +66,7 @@ def test_slurm_starts_the_command_on_all_nodes(slurm_job: dict[str, str], tmp_pa
     done = run_slurm(slurm_job, tmp_path)
 
     assert done.returncode == 0, done.stderr
+    # The port depends on the job's id, 40123, so that jobs on one node have different ports.
     assert done.stdout.splitlines() == [
         "--nnodes=2",
         "--nproc-per-node=8",

@@ -89,7 +89,8 @@ def test_a_run_uses_float32_where_the_recipe_says_so(
     assert loop.resolve_optimization(IN_FLOAT32, tmp_path, CPU) == IN_FLOAT32
 
 
-# A layer's inputs, the batch size, and the number of threads that results; four are available.
+# A layer's inputs, the batch size, and the number of threads that results; four are available. The
+# layer has 1,000 outputs. A thread is worth 100 million parameters times the batch size.
 @pytest.mark.parametrize(
     ("num_inputs", "batch_size", "num_threads"), [(6400, 1, 1), (6400, 32, 2), (10**6, 1, 4)]
 )
@@ -225,7 +226,7 @@ def test_a_training_step_says_where_it_creates_tensors(changes: dict[str, Any]) 
         for step in range(2):
             stepper(step, [task.batch(step)])
 
-    assert creations.count > 20
+    assert creations.count > 20  # the mode saw the whole step
     # The tests make their batches on the CPU, and PyTorch 2.11's gradient checkpointing creates a
     # tensor without a device itself.
     for location in creations.without_device:

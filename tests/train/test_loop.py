@@ -52,7 +52,7 @@ def test_training_lowers_the_loss_and_logs_every_step(tmp_path: Path) -> None:
 
     losses = read_losses(tmp_path)
     assert [row["step"] for row in read_log(tmp_path)] == list(range(1, 41))
-    assert sum(losses[-10:]) < 0.7 * sum(losses[:10])
+    assert sum(losses[-10:]) < 0.7 * sum(losses[:10])  # the last ten and the first ten steps
     assert set(averaged) == {"0.weight", "0.bias", "2.weight", "2.bias"}
 
 
@@ -87,17 +87,19 @@ def test_one_of_all_processes_gives_the_notices(
     monkeypatch.setattr(warnings, "showwarning", show_warning)
     task = SimpleNamespace(batch=lambda step: {"is_given": notice(f"odd batch {step}")})
 
-    batches = list(load_batches(task, 0, 4, workers))
+    batches = list(load_batches(task, first_step=0, end_step=4, workers=workers))
 
     assert len(batches) == 4
     assert capfd.readouterr().err.count("odd batch") == num_notices
 
 
 def test_the_learning_rate_follows_the_schedule() -> None:
+    """The factor rises linearly in 10 steps, and falls to a tenth in the other 100 steps."""
     opt = Optimization(steps=110, lr=1.0, warmup=10, final_lr=0.1)
 
     assert optimize.learning_rate_factor(0, opt) == pytest.approx(0.1)
     assert optimize.learning_rate_factor(9, opt) == pytest.approx(1.0)
+    # Half of the fall is over after step 60, at the mean of 1 and 0.1.
     assert optimize.learning_rate_factor(60, opt) == pytest.approx(0.55)
     assert optimize.learning_rate_factor(109, opt) == pytest.approx(0.1, abs=1e-3)
     assert optimize.learning_rate_factor(109, replace(opt, schedule="constant")) == 1.0
@@ -130,7 +132,7 @@ def test_steps_that_are_run_again_are_logged_once(tmp_path: Path) -> None:
     for first, last in ((0, 5), (3, 6)):
         # TensorBoard sorts its files by the second in their names, so each begins in a new second.
         time.sleep(1 - time.time() % 1)
-        with log.Logger(tmp_path, first, 9, log_every=1) as logger:
+        with log.Logger(tmp_path, first_step=first, num_steps=9, log_every=1) as logger:
             for step in range(first, last):
                 logger.log(step, {"loss": 1.0})
 
@@ -157,7 +159,7 @@ def test_ema_is_the_ramped_average(tmp_path: Path) -> None:
 
 def test_only_the_trainable_rows_change(tmp_path: Path) -> None:
     task = Regression()
-    vars(task)["trainable_rows"] = {"0.weight": (2, 5)}
+    vars(task)["trainable_rows"] = {"0.weight": (2, 5)}  # the rows 2, 3 and 4 of 16
     original = task.model.get_parameter("0.weight").detach().clone()
 
     averaged = run_loop(task, replace(FORTY_STEPS, weight_decay=0.5), tmp_path)
@@ -202,7 +204,7 @@ def test_a_step_that_is_not_finite_is_skipped(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], in_gradient: bool
 ) -> None:
     opt = replace(FORTY_STEPS, schedule="constant")
-    task = NonFiniteRegression({6}, in_gradient)
+    task = NonFiniteRegression(bad_steps={6}, in_gradient=in_gradient)
     run_loop(task, replace(opt, steps=6), tmp_path)
     weights = {n: p.detach().clone() for n, p in task.model.named_parameters()}
 
@@ -228,7 +230,7 @@ def test_the_batch_of_a_skipped_step_gives_its_loss_again(
     A loss with another seed or another piece number differs.
     """
     opt = replace(FORTY_STEPS, schedule="constant", steps=7)
-    task = NonFiniteRegression({6}, in_gradient)
+    task = NonFiniteRegression(bad_steps={6}, in_gradient=in_gradient)
     run_loop(task, opt, tmp_path, seed=5)
 
     (file,) = (tmp_path / "not-finite").iterdir()
@@ -265,12 +267,13 @@ def test_a_skipped_batch_is_written_whole_or_not_at_all(
 def test_too_many_steps_that_are_not_finite_end_the_run(tmp_path: Path) -> None:
     opt = replace(FORTY_STEPS, max_skipped=2)
 
-    task = NonFiniteRegression({3, 5, 8})
+    task = NonFiniteRegression(bad_steps={3, 5, 8})
     refuses(r"step 9.*2 skipped steps", run_loop, task, opt, tmp_path, save_every=4)
 
     # The run continues from the checkpoint after step 8. The two steps that were skipped before it
     # still count, so the third one ends the run again.
-    refuses("step 9", run_loop, NonFiniteRegression({8}), opt, tmp_path, save_every=4)
+    task = NonFiniteRegression(bad_steps={8})
+    refuses("step 9", run_loop, task, opt, tmp_path, save_every=4)
 
 
 RUN_SETTINGS = {"--init": "one", "preset": "nano"}
@@ -326,7 +329,7 @@ def test_a_checkpoint_of_another_model_is_refused(trained: Path) -> None:
 def test_a_checkpoint_with_cut_off_or_missing_weights_is_named(trained: Path) -> None:
     (weights,) = trained.glob("checkpoints/step-00000004/*.safetensors")
 
-    weights.write_bytes(weights.read_bytes()[:-8])
+    weights.write_bytes(weights.read_bytes()[:-8])  # without the last 8 bytes
     refuses_to_continue("step-00000004", trained)
 
     weights.unlink()
@@ -380,7 +383,8 @@ def test_a_run_that_a_signal_stopped_continues_bit_for_bit(
     run_loop(Regression(), FORTY_STEPS, uninterrupted, seed=3)
     log_file = stopped / "log.jsonl"
 
-    (process,) = start_processes(run_slowly, tmp_path, 1, options)
+    num_processes = 1
+    (process,) = start_processes(run_slowly, tmp_path, num_processes, options)
     wait_until(lambda: log_file.is_file() and len(read_log(stopped)) >= 12, "12 steps", process)
     os.kill(process.pid, signal_number)
     process.join()

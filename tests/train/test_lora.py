@@ -33,13 +33,14 @@ CHANGES = {
     "precision": "fp32",
     "frozen_precision": "fp32",
 }
+NUM_LAYERS = 5
 RANK = 16  # rank of the LoRA matrices in the recipe finetune-lora
 LANGUAGE_MODEL = "vlm.language_model."
 LINEAR_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
 def run(out: Path, store: EpisodeStore, steps: int) -> Path:
-    """Train the recipe finetune-lora for so many steps; returns the folder of the result."""
+    """Train the recipe finetune-lora for `steps` steps, and return the folder of the result."""
     changes: dict[str, Any] = {**CHANGES, "steps": steps}
     return run_recipe("finetune-lora", out, store=store, init=locate("nano"), **changes)
 
@@ -57,7 +58,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> EpisodeStore:
 
 @pytest.fixture(scope="module")
 def trained(store: EpisodeStore, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return run(tmp_path_factory.mktemp("lora"), store, 3)
+    return run(tmp_path_factory.mktemp("lora"), store, steps=3)
 
 
 @pytest.fixture(scope="module")
@@ -90,13 +91,13 @@ def read_layers(original: dict[str, torch.Tensor]) -> set[str]:
         for name in original
         if name.startswith(f"{LANGUAGE_MODEL}layers.") and name.endswith("_proj.weight")
     }
-    assert len(layers) == len(LINEAR_LAYERS) * 5
+    assert len(layers) == len(LINEAR_LAYERS) * NUM_LAYERS
     unread = {
         name
         for name in layers
         if ".layers.4." in name and ".k_proj." not in name and ".v_proj." not in name
     }
-    assert len(unread) == 5
+    assert len(unread) == len(LINEAR_LAYERS) - 2  # all but those of keys and of values
     return layers - unread
 
 
@@ -156,8 +157,8 @@ def test_peft_reads_the_adapter_and_merges_it_to_the_same_weights(
 def test_a_stopped_run_continues_bit_for_bit(
     trained: Path, trained_weights: dict[str, torch.Tensor], store: EpisodeStore, tmp_path: Path
 ) -> None:
-    run(tmp_path, store, 1)
-    continued = run(tmp_path, store, 3)
+    run(tmp_path, store, steps=1)
+    continued = run(tmp_path, store, steps=3)
 
     losses = read_losses(continued.parent)
     assert len(losses) == 3

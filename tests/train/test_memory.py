@@ -71,13 +71,15 @@ def make_estimate(weights: int) -> MemoryEstimate:
 def make_stepper(recipe: Recipe) -> tuple[Stepper, dict[str, Any]]:
     """Return a stepper and a batch of real tensors, with the loss that the estimate also runs."""
     model = make_spear1()
-    chunk = draw_actions(8, 5)  # 8 chunks of 5 actions
+    chunks = draw_actions(recipe.batch_size, TINY.horizon)
 
     def loss(batch: dict[str, Any], generator: torch.Generator) -> tuple[torch.Tensor, Mapping]:
-        output = model(**batch, actions=chunk, flow_samples=2, generator=generator)
+        output = model(
+            **batch, actions=chunks, flow_samples=recipe.flow_samples, generator=generator
+        )
         return output.loss, {}
 
-    batch = memory._observation(TINY, 8)
+    batch = memory._observation(TINY, recipe.batch_size)
     for view, pixels in batch["pixel_values"].items():
         batch["pixel_values"][view] = torch.randint_like(pixels, 256)
     task = SimpleNamespace(model=model, loss=loss)
@@ -118,9 +120,10 @@ def measure_peak_bytes(recipe: Recipe) -> tuple[Stepper, int]:
         if event.tag == _EventType.Allocation:
             fields = event.extra_fields
             allocations.append((fields.alloc_size, fields.total_allocated))
-    assert len(allocations) > 100
+    assert len(allocations) > 100  # the profiler saw the whole step
     (total_at_start,) = (total for size, total in allocations if size == MARKER_BYTES)
-    return stepper, stored + max(total for _, total in allocations) - total_at_start
+    peak_total = max(total for _, total in allocations)
+    return stepper, stored + peak_total - total_at_start
 
 
 @pytest.mark.parametrize(
@@ -166,8 +169,13 @@ def instant_estimates(monkeypatch: pytest.MonkeyPatch, estimate: MemoryEstimate)
 def test_savings_are_planned_one_after_the_other() -> None:
     plans = [list(changes) for changes, _ in memory.plan_memory_savings(RECIPE)]
 
-    names = ["frozen_precision", "gradient_checkpointing", "accumulate", "ema"]
-    assert plans == [names[:count] for count in range(5)]
+    assert plans == [
+        [],
+        ["frozen_precision"],
+        ["frozen_precision", "gradient_checkpointing"],
+        ["frozen_precision", "gradient_checkpointing", "accumulate"],
+        ["frozen_precision", "gradient_checkpointing", "accumulate", "ema"],
+    ]
 
 
 @pytest.mark.usefixtures("instant_estimates")
@@ -222,6 +230,7 @@ def test_the_command_shows_what_a_recipe_needs_and_that_it_fits(run_command: Com
     output = run_command(PLAN_LARGE_BATCH, "--gpu", "16GB")
 
     assert "total" in output
+    # 4 % may be lost between blocks of memory, and 0.6 GiB are for CUDA itself.
     assert "usable on 16GB: 14.8 GiB" in output  # 16 GiB · (1 - 0.04) - 0.6 GiB
     assert output.endswith("fits\n")
 

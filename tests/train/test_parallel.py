@@ -94,17 +94,17 @@ def run_everything(root: Path) -> None:
     run_loop(PolicyTask(), POLICY_ONE_STEP, root / "from-two", sharded=True)
     run_loop(PolicyTask(), POLICY, root / "from-one", sharded=True)
 
-    # Two processes with different settings, and steps that are not finite. Piece 7 is the second
-    # process's piece of step 3.
+    # Two processes with different settings, and steps that are not finite. Step k (from 0) consists
+    # of the pieces 2k, of the first process, and 2k + 1. So piece 7 belongs to step 3.
     rank = parallel.get_rank()
     other_settings = replace(REGRESSION, lr=1e-2 * (1 + rank))
     refuses(
         "process 1 .*lr.*seed", run_loop, FixedNoiseRegression(), other_settings, root, seed=rank
     )
-    run_loop(NonFiniteRegression({7}), REGRESSION, root / "skipped")
+    run_loop(NonFiniteRegression(bad_steps={7}), REGRESSION, root / "skipped")
     with pytest.raises(SpearError if rank == 0 else SystemExit) as end:
         one_skipped = replace(REGRESSION, max_skipped=1)
-        run_loop(NonFiniteRegression({7, 8}), one_skipped, root / "too-many")
+        run_loop(NonFiniteRegression(bad_steps={7, 8}), one_skipped, root / "too-many")
     (root / f"too-many-{rank}").write_text(str(end.value))
 
 
@@ -142,7 +142,8 @@ def two_processes(tmp_path_factory: pytest.TempPathFactory) -> Any:
     processes = start_processes(run_everything, root)
     for process in processes:
         process.join(PATIENCE_S)
-    messages = read_stderr(run_everything, root, 0) + read_stderr(run_everything, root, 1)
+    messages = read_stderr(run_everything, root, rank=0)
+    messages += read_stderr(run_everything, root, rank=1)
     assert [process.exitcode for process in processes] == [0, 0], messages
     return SimpleNamespace(
         root=root,
@@ -201,15 +202,15 @@ def test_two_processes_are_one_that_takes_both_pieces(
     name: str, one_process: Path, two_processes: Any
 ) -> None:
     """The run of two processes has the losses and tensors of one process with two pieces."""
-    check_same_logs(one_process, two_processes.root / name, 2)
-    check_same_tensors(one_process, two_processes.root / name, 2)
+    check_same_logs(one_process, two_processes.root / name, num_steps=2)
+    check_same_tensors(one_process, two_processes.root / name, step=2)
 
 
 def test_one_process_continues_what_two_began(one_process: Path, two_processes: Any) -> None:
     run_loop(PolicyTask(), POLICY, two_processes.root / "from-two")
 
-    check_same_logs(one_process, two_processes.root / "from-two", 2)
-    check_same_tensors(one_process, two_processes.root / "from-two", 2)
+    check_same_logs(one_process, two_processes.root / "from-two", num_steps=2)
+    check_same_tensors(one_process, two_processes.root / "from-two", step=2)
 
 
 def test_both_processes_write_half_of_a_sharded_checkpoint(two_processes: Any) -> None:
@@ -225,7 +226,7 @@ def test_only_the_trainable_rows_learn(name: str, one_process: Path, two_process
     out = one_process if name == "one" else two_processes.root / name
     original = dict(PolicyTask().model.named_parameters())[EMBEDDINGS].detach()
 
-    trained = read_tensors(out, 2)[f"model.{EMBEDDINGS}"]
+    trained = read_tensors(out, step=2)[f"model.{EMBEDDINGS}"]
 
     assert torch.equal(original[:FIRST_COORDINATE_ID], trained[:FIRST_COORDINATE_ID])
     assert not torch.equal(original[FIRST_COORDINATE_ID:], trained[FIRST_COORDINATE_ID:])
@@ -234,7 +235,7 @@ def test_only_the_trainable_rows_learn(name: str, one_process: Path, two_process
 def test_the_result_of_a_sharded_run_is_a_plain_model(two_processes: Any) -> None:
     model = weights.load(Spear1ForActionPrediction, two_processes.root / "plain")
 
-    trained = read_tensors(two_processes.root / "fsdp", 2)
+    trained = read_tensors(two_processes.root / "fsdp", step=2)
     for name, value in model.state_dict().items():
         assert torch.equal(value, trained[f"model.{name}"]), name
     config = json.loads((two_processes.root / "plain" / "config.json").read_text())
@@ -242,15 +243,15 @@ def test_the_result_of_a_sharded_run_is_a_plain_model(two_processes: Any) -> Non
 
 
 def test_when_a_process_is_killed_the_other_ends_with_one_line(two_processes: Any) -> None:
-    message = read_stderr(run_until_killed, two_processes.root, 0)
+    message = read_stderr(run_until_killed, two_processes.root, rank=0)
 
-    assert two_processes.exit_code_of_survivor == 2
+    assert two_processes.exit_code_of_survivor == 2  # that of a `SpearError`
     assert message.count("error: process 0") == 1
     assert "Traceback" not in message
 
 
 def test_when_a_process_is_told_to_stop_all_stop(two_processes: Any) -> None:
-    assert two_processes.exit_codes_of_stopped == [143, 143]
+    assert two_processes.exit_codes_of_stopped == [143, 143]  # 128 + 15, the number of SIGTERM
 
 
 @pytest.mark.parametrize("name", ["killed", "stopped"])
@@ -259,9 +260,9 @@ def test_a_run_of_two_processes_continues_bit_for_bit(name: str, two_processes: 
     continued = two_processes.root / name
 
     assert read_losses(uninterrupted) == read_losses(continued)
-    torch.testing.assert_close(
-        read_tensors(continued, 12), read_tensors(uninterrupted, 12), rtol=0, atol=0
-    )
+    continued_tensors = read_tensors(continued, step=REGRESSION.steps)
+    expected_tensors = read_tensors(uninterrupted, step=REGRESSION.steps)
+    torch.testing.assert_close(continued_tensors, expected_tensors, rtol=0, atol=0)
 
 
 def test_a_piece_that_is_not_finite_makes_all_processes_skip_the_step(two_processes: Any) -> None:
@@ -304,4 +305,4 @@ def test_a_continued_run_divides_its_pieces_among_the_processes(
     monkeypatch.setattr(parallel, "get_world_size", lambda: 3)
     opt = loop.resolve_optimization(REGRESSION, tmp_path, parallel.CPU)
 
-    assert opt.accumulate == 2
+    assert opt.accumulate == 2  # 6 pieces for 3 processes

@@ -70,7 +70,7 @@ def walked(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     root = tmp_path_factory.mktemp("path")
     sizes = dict(PRESETS["nano"].image_sizes)
     labels = root / "labels"
-    label_scenes(labels, 3, sizes, first_seed=10_000, workers=1)
+    label_scenes(labels, num_scenes=3, sizes=sizes, first_seed=10_000, workers=1)
     episodes = record_episodes([("put_on", 10_000)], sizes, workers=1)
     store = write_store(episodes, root / "episodes")
 
@@ -125,7 +125,7 @@ def test_the_policy_acts_and_repeats_itself(walked: SimpleNamespace) -> None:
 
     actions = policy.infer(observation)["actions"]
 
-    assert actions.shape == (5, 8)
+    assert actions.shape == (5, 8)  # five actions of eight numbers
     assert np.isfinite(actions).all()
     # The rotations are unit quaternions with w >= 0.
     np.testing.assert_allclose(np.linalg.norm(actions[:, 3:7], axis=-1), 1, atol=1e-5)
@@ -403,7 +403,7 @@ def test_a_result_without_checkpoints_is_not_continued(finished: SimpleNamespace
 def one_episode(tiny: Path, tmp_path: Path) -> TrainingInputs:
     """Inputs with one episode, and the tiny policy to start from."""
     store = write_store([make_episode(0)], tmp_path / "store")
-    return TrainingInputs((), [("made", store, 1.0)], tiny)
+    return TrainingInputs(episodes=[("made", store, 1.0)], init=tiny)
 
 
 def test_settings_without_effect_are_noted(one_episode: TrainingInputs, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from labels_boxes import make_labeled_image
+from labels_boxes import HEIGHT_PX, WIDTH_PX, make_labeled_image
 from spear.labels.fit.masks import decode_mask, encode_mask
 from spear.models.processing import Processor
 from spear.policy import locate
@@ -35,7 +35,15 @@ def make_label() -> LabeledImage:
         box = np.array([x0, y0, x1, y1], np.float32)
         objects.append(LabeledObject(name, box, encode_mask(mask), None, {}))
     image = encode_jpeg(np.zeros((64, 64, 3), np.uint8))
-    return LabeledImage(image, 64, 64, np.eye(3), objects, "metre", "test")
+    return LabeledImage(
+        image,
+        width=64,
+        height=64,
+        intrinsics=np.eye(3),
+        objects=objects,
+        unit="metre",
+        source="test",
+    )
 
 
 def test_targets_say_which_objects_a_patch_shows() -> None:
@@ -117,12 +125,14 @@ def make_numbered_label(number: int) -> LabeledImage:
     """Label an image from which a test can tell what a question has to be about.
 
     The red of all pixels is 20 times the image's number, and its one object has a green square in
-    the middle of its 2D box.
+    the middle of its 2D box. Each image has another scale, so that the distances differ.
     """
     label = make_labeled_image(number, scale=0.3 + 0.06 * number)
     item = label.objects[number % 3]
-    pixels = np.full((105, 140, 3), (20 * number, 0, 0), np.uint8)
-    x, y = ((item.box2d[:2] + item.box2d[2:]) / 2).astype(int)
+    pixels = np.full((HEIGHT_PX, WIDTH_PX, 3), (20 * number, 0, 0), np.uint8)
+    top_left = item.box2d[:2]
+    bottom_right = item.box2d[2:]
+    x, y = ((top_left + bottom_right) / 2).astype(int)
     pixels[y - 3 : y + 3, x - 3 : x + 3, 1] = 255
     return dataclasses.replace(label, image=encode_jpeg(pixels), objects=[item])
 
@@ -145,7 +155,7 @@ def check_answer(answer: Any, image: torch.Tensor, item: Any, processor: Process
         return
     height, width = image.shape[1:]
     green = image[1, int(answer.y * height), int(answer.x * width)]
-    assert green > 150
+    assert green > 150  # 255, blurred by JPEG and by scaling
 
 
 def test_a_question_is_about_its_own_image_and_its_places_are_where_the_model_sees_them(
@@ -190,7 +200,9 @@ def test_the_fraction_of_wrist_batches_is_the_recipes_or_that_of_the_images(
 ) -> None:
     mix = dataclasses.replace(MIX, wrist=wrist)
 
-    assert QuestionSamples(labels, processor, mix, 3, seed=0).wrist_fraction == fraction
+    samples = QuestionSamples(labels, processor, mix, num_images=3, seed=0)
+
+    assert samples.wrist_fraction == fraction
 
 
 def test_the_loss_of_questions_is_added_with_its_weight() -> None:
@@ -199,9 +211,17 @@ def test_the_loss_of_questions_is_added_with_its_weight() -> None:
     recipe = get_recipe("nano-vla").with_changes(question_weight=0.25, flow_samples=2)
     # The loss reads neither the processor nor the data, and only checks that there are questions.
     unused: Any = None
-    task = VlaTask(model, unused, unused, unused, recipe, questions=object())  # type: ignore[arg-type]
+    has_questions: Any = object()
+    task = VlaTask(
+        model,
+        processor=unused,
+        normalizer=unused,
+        samples=unused,
+        recipe=recipe,
+        questions=has_questions,
+    )
     batch = policy_task.batch(0)
-    batch["action_mask"][1, 1:] = False
+    batch["action_mask"][1, 1:] = False  # of the second row only the first action counts
 
     total, loss_parts = task.loss(dict(batch), torch.Generator().manual_seed(1))
 

@@ -37,6 +37,7 @@ def test_focal_and_shift_are_the_references(helpers: dict[str, torch.Tensor], ca
 
 
 def test_view_planes_are_the_references(helpers: dict[str, torch.Tensor]) -> None:
+    # The name of an expected array has the width, the height and the aspect.
     square_cells = make_view_plane(width=7, height=5)
     other_aspect = make_view_plane(width=6, height=8, aspect=1.3333)
 

@@ -33,6 +33,7 @@ from published_checkpoints import (
 )
 from refusals import refuses
 from spear.models.presets import build_vlm_config
+from spear.models.spear1 import NUM_STATE_FEATURES
 from spear.models.vlm import SpearVLMForConditionalGeneration
 from spear.models.weights import load as weights
 from spear.models.weights.action_expert import plan_policy
@@ -40,7 +41,7 @@ from spear.models.weights.backbones import EMBEDDINGS, plan_backbones
 from spear.models.weights.folders import is_simulator_only
 from spear.models.weights.load import StoredCheckpoint
 from spear.tokens import init_new_embeddings
-from spear.types import Action
+from spear.types import ACTION_DIM, Action
 
 BATCH = 2
 WIDTH_PX, HEIGHT_PX = 280, 210
@@ -162,12 +163,11 @@ class TestCoordinateTokens:
     row less (without the image token, which is never embedded).
     """
 
-    @pytest.fixture(
-        params=[(NUM_ROWS, NUM_ROWS), (NUM_ROWS + 64, NUM_ROWS), (NUM_ROWS - 1, NUM_ROWS)]
-    )
+    @pytest.fixture(params=[NUM_ROWS, NUM_ROWS + 64, NUM_ROWS - 1])
     def num_rows_and_start(self, request: pytest.FixtureRequest) -> tuple[int, int]:
         """The number of published embeddings, and the id of the first 3D token."""
-        return request.param
+        first_id_after_tokenizer = NUM_ROWS
+        return request.param, first_id_after_tokenizer
 
     @pytest.fixture
     def plan(self, tmp_path: Path, num_rows_and_start: tuple[int, int]) -> Any:
@@ -299,12 +299,12 @@ class TestPolicyWithPi0:
     ) -> None:
         our_model, their_model = models
         our_inputs, their_inputs = inputs
-        state = torch.randn(BATCH, 10)
-        noisy = torch.randn(BATCH, TINY.horizon, 8)
+        state = torch.randn(BATCH, NUM_STATE_FEATURES)
+        noisy = torch.randn(BATCH, TINY.horizon, ACTION_DIM)
         tau = torch.tensor([0.2, 0.9])
 
         with torch.no_grad():
-            # π0's flow time runs from data to noise, so time and velocity have the other sign.
+            # π0's flow time runs from data to noise, so it is 1 - τ, and its velocity is negative.
             output = their_model(state=state, noise=noisy, timestep=1 - tau, **their_inputs)
             prefix = our_model.encode_prefix(**our_inputs)
             velocity = our_model.predict(prefix, state, Action.from_vector(noisy), tau)
@@ -316,8 +316,8 @@ class TestPolicyWithPi0:
     ) -> None:
         our_model, their_model = models
         our_inputs, their_inputs = inputs
-        state = torch.randn(BATCH, 10)
-        noise = torch.randn(BATCH, TINY.horizon, 8)
+        state = torch.randn(BATCH, NUM_STATE_FEATURES)
+        noise = torch.randn(BATCH, TINY.horizon, ACTION_DIM)
 
         expected = Action.from_vector(
             their_model.sample_actions(state=state, noise=noise, num_steps=4, **their_inputs)

@@ -94,7 +94,7 @@ def test_a_vlm_sees_where_objects_are(
     max_fraction_of_constant_error: float,
     question_types: tuple[Any, ...],
 ) -> None:
-    """Its error is well below that of the best constant answer, which does not look at images."""
+    """A VLM's error is well below that of the best constant answer, which ignores the image."""
     options = QuestionOptions(question_types=question_types)
 
     scores = vqa.evaluate_vqa(load_vlm(name), held_out_labels, options)
@@ -107,7 +107,7 @@ def test_a_vlm_sees_where_objects_are(
 
 
 def test_the_policy_succeeds(nano: Spear1Policy, tmp_path: Path) -> None:
-    """It succeeds in at least two of four rollouts."""
+    """The policy nano succeeds in at least two of four rollouts."""
     options = TabletopOptions(num_scenes=4, tasks=("put_on",), out=tmp_path)
 
     results, _ = closed_loop.evaluate_tabletop(PolicyAgent(nano, "nano", None), options)

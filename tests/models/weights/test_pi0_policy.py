@@ -29,13 +29,13 @@ from published_checkpoints import (
 )
 from refusals import refuses
 from spear.models.layers import KVCache
+from spear.models.spear1 import NUM_STATE_FEATURES
 from spear.models.weights.action_expert import plan_policy
 from spear.models.weights.load import StoredCheckpoint
 from spear.models.weights.pi0_policy import plan_pi0
-from spear.types import Action
+from spear.types import ACTION_DIM, Action
 
 MAX_ERROR = 1e-5  # relative to the largest value
-NUM_IMAGE_TOKENS = 2 * 256
 EMBEDDINGS = "vlm.language_model.embed_tokens.weight"
 ROBOT_LAYERS = {
     "state_proj.weight",
@@ -154,13 +154,13 @@ class TestParityWithTransformers:
     ) -> None:
         our_model, their_model = models
         our_inputs, their_inputs = inputs
-        state = torch.randn(BATCH, 10)
-        noisy = torch.randn(BATCH, TINY.horizon, 8)
+        state = torch.randn(BATCH, NUM_STATE_FEATURES)
+        noisy = torch.randn(BATCH, TINY.horizon, ACTION_DIM)
         tau = torch.tensor([0.2, 0.9])
         their_hidden_states = record_hidden_states(their_model.model.dit)
         our_hidden_states = record_hidden_states(our_model.expert)
 
-        # π0's flow time runs from data to noise, so time and velocity have the other sign.
+        # π0's flow time runs from data to noise, so it is 1 - τ, and its velocity is negative.
         output = their_model(state=state, noise=noisy, timestep=1 - tau, **their_inputs)
         prefix = our_model.encode_prefix(**our_inputs)
         velocity = our_model.predict(prefix, state, Action.from_vector(noisy), tau)
@@ -175,8 +175,8 @@ class TestParityWithTransformers:
     ) -> None:
         our_model, their_model = models
         our_inputs, their_inputs = inputs
-        state = torch.randn(BATCH, 10)
-        noise = torch.randn(BATCH, TINY.horizon, 8)
+        state = torch.randn(BATCH, NUM_STATE_FEATURES)
+        noise = torch.randn(BATCH, TINY.horizon, ACTION_DIM)
 
         expected = Action.from_vector(
             their_model.sample_actions(state=state, noise=noise, num_steps=4, **their_inputs)
@@ -213,10 +213,11 @@ def test_with_other_states_and_actions_the_expert_computes_the_same_from_the_sam
 
 def run_expert(model: Any, prefix: Any, tokens: torch.Tensor) -> torch.Tensor:
     """Run SPEAR-1's expert on tokens in place of the embedded state and actions."""
+    # The first token stands for the state, the others for the actions.
     model.state_proj = torch.nn.Identity()
-    model._embed_actions = lambda *_: tokens[:, None, 1:]
+    model._embed_actions = lambda *_: tokens[:, None, 1:]  # [BATCH, 1 chunk, H, width]
     outputs = record_hidden_states(model.expert)
-    noise = Action.from_vector(torch.zeros(BATCH, TINY.horizon, 8))
+    noise = Action.from_vector(torch.zeros(BATCH, TINY.horizon, ACTION_DIM))
     model.state_proj.weight = torch.zeros(1)  # the type in which the model computes
     model.predict(prefix, tokens[:, 0], noise, torch.zeros(BATCH))
     return outputs[-1]
@@ -229,7 +230,8 @@ class TestMogeJoins:
     @pytest.fixture
     def pixels(self) -> dict[str, torch.Tensor]:
         generator = torch.Generator().manual_seed(0)
-        shape = (BATCH, 3, 42, 56)
+        width, height = TINY14.image_sizes["external"]
+        shape = (BATCH, 3, height, width)
         return {"external": torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)}
 
     def test_visual_tokens_are_those_without_it(
@@ -400,7 +402,9 @@ class TestPi05:
 
         # Gemma's norms multiply by 1 + weight.
         norms = [w for name, w in expert.state_dict().items() if name.endswith("norm.weight")]
-        assert len(norms) == 2 * TINY.expert["num_hidden_layers"] + 1
+        assert (
+            len(norms) == 2 * TINY.expert["num_hidden_layers"] + 1
+        )  # two per layer, one at the end
         for weight in norms:
             assert not weight.any()
 

@@ -129,10 +129,10 @@ def test_moge_is_built_from_its_tensors(name: str) -> None:
     tensors = {}
     for tensor_name, shape in network.tensors().items():
         tensors[tensor_name] = torch.empty(shape, device="meta")
-    prefix = "encoder." if name == "moge-2" else ""
+    prefix = "encoder." if name == "moge-2" else ""  # of the statistics' names
     for constant, values in IMAGE_STATISTICS.items():
         tensors[prefix + constant] = torch.tensor(values)[None, :, None, None]
-    version = int(network.kind[-1])
+    version = 2 if name == "moge-2" else 1
 
     build_moge(Checkpoint(Path("x"), tensors, network.config, version))
 
