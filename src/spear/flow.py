@@ -148,7 +148,8 @@ def sample_time(
     concentration[:, 1].fill_(config.time_beta)
     gamma = torch._standard_gamma(concentration, generator=generator)
     total = gamma.sum(-1).clamp_min(torch.finfo(gamma.dtype).tiny)
-    return config.time_scale * (gamma[:, 1] / total)
+    one_minus_u = gamma[:, 1] / total  # [batch]; gamma[:, 0] and gamma[:, 1] are G₁ and G₂
+    return config.time_scale * one_minus_u
 
 
 def sample_committed(

@@ -156,12 +156,13 @@ def binarize_commands(command: Array, rate_hz: float) -> Array:
 
     Operators command a gripper by a trigger or a leader arm, so a command to close passes through
     all openings in between. All steps of such a motion get the binary command that the motion leads
-    to. The steps of a motion are those at which the commanded opening changes, in the same
-    direction as at the step before, by more than `MIN_SPEED_PER_S`; the change is measured over
-    0.2 s, which is one step at 5 Hz.
+    to. A step belongs to a motion if the commanded opening changes at more than `MIN_SPEED_PER_S`,
+    and in the same direction as at the step before. The change is measured over 0.2 s, which is one
+    step at 5 Hz.
 
-    If the openings change but never pass both 0.4 and 0.6, as they may around a wide object,
-    `commands_from_motion` decides.
+    A gripper that closes around a wide object may never get below 0.4, and one that opens a little
+    may never get above 0.6. If the commands change by at least `MIN_STROKE` without reaching both
+    sides, `commands_from_motion` decides.
 
     Args:
         command: [T] commanded openings, 0 closed to 1 open.
@@ -170,7 +171,7 @@ def binarize_commands(command: Array, rate_hz: float) -> Array:
     Returns:
         [T] commands 0 or 1, float32.
     """
-    passes_both_thresholds = command.min() < CLOSED_BELOW and command.max() > OPEN_ABOVE
+    passes_both_thresholds = command.min() < CLOSED_BELOW and command.max() > OPEN_ABOVE  # 0.4, 0.6
     if np.ptp(command) >= MIN_STROKE and not passes_both_thresholds:
         openings = np.append(command[:1], command)  # [T + 1], as if each step reached its command
         return commands_from_motion(openings, rate_hz)

@@ -199,7 +199,11 @@ class VlmBundle:
         return segments
 
     def _get_grammar(self, question_type: str | None) -> Any:
-        """The answer grammar of a question type; None if its answers are free text."""
+        """The answer grammar of a question type; None if decoding is not restricted.
+
+        The grammar fixes how many numbers and pixels the answer has. For an answer with words, it
+        leaves the words around the numbers free.
+        """
         if question_type is None:
             return None
         check_known("question type", ANSWER_FORMS, question_type)
@@ -513,11 +517,15 @@ class Spear1Policy:
         distribution = self.training_distribution
         # `red_minus_blue` has an entry for each camera of the training data.
         is_trained_view = distribution is None or view in distribution.red_minus_blue
-        untrained = "the policy was trained without that camera"
+        trained_without = "the policy was trained without that camera"
         if is_trained_view and not all(is_present):
-            self._monitor.report(key, f"observations have no {key}. Send it, unless {untrained}.")
+            self._monitor.report(
+                key, f"observations have no {key}. Send it, unless {trained_without}."
+            )
         elif not is_trained_view and any(is_present):
-            self._monitor.report(key, f"observations have {key}, but {untrained}. Leave it out.")
+            self._monitor.report(
+                key, f"observations have {key}, but {trained_without}. Leave it out."
+            )
 
     def _prepare_committed(self, prefixes: Sequence[Array]) -> flow.CommittedPrefix | None:
         """Normalize and pad the committed prefixes of B observations.

@@ -77,7 +77,8 @@ TRUSTED_FORMATS = (*RECORDED_ONLY, "euler_ZYX")
 The audit takes the layout's word for them, and converts such orientations to quaternions first.
 """
 UNMISTAKABLE_FORMATS = ("franka_joints", "matrix4_columns", "matrix4_rows")
-"""Formats for which numbers of another format could not be mistaken."""
+"""Formats whose numbers show that they are of this format. The audit does not check whether the
+layout names the right format if it names one of these."""
 ROTATION_WIDTHS = sorted({encoding.num_components for encoding in ROTATION_FORMATS.values()})
 """How many numbers an orientation may have."""
 
@@ -93,15 +94,14 @@ MAX_EPISODES = 50  # the audit reads at most so many episodes
 MAX_STEPS = 3000  # the audit reads no further episode after so many steps
 MAX_VIEWED_EPISODES = 12  # the images of the first so many episodes are decoded
 MAX_BAD_SHARE = 0.5  # share of unreadable episodes above which the audit fails
-MIN_MARGIN = 0.01  # fraction of the motion by which an error must be larger to count as worse
+# A hypothesis is worse than the best one if its relative error (error ÷ motion) is larger by this.
+MIN_MARGIN = 0.01
 MAX_UNEXPLAINED = 1 / 3  # if even the best hypothesis has a larger relative error, none is believed
 MIN_MOTION = {"translation": 2e-3, "rotation": np.radians(0.5)}
 """Mean motion since the start of a stretch (m, rad) below which there is too little to judge."""
 MAX_UNEXPLAINED_OF_EPISODE = (0.5, 1.0)
-"""Smallest and largest limit of an episode's relative error above which the episode is odd.
-
-Between these two, the limit is ten times the median of all episodes.
-"""
+"""An episode is odd if its relative error is above ten times the median of all episodes. That limit
+is clipped to these two values, the smallest and the largest limit."""
 NUM_RESAMPLES = 1000  # draws of the bootstrap
 MIN_DIVISOR = 1e-12  # prevents a division by zero where nothing moves
 

@@ -193,6 +193,8 @@ def _valid_runs(valid: Array) -> Iterator[tuple[int, int]]:
     max_delay = max(DELAYS)
     max_lead = -min(DELAYS)
     is_good = []  # 1 or 0 for each step t from max_delay on
+    # Every delay needs a valid action. The last action, len(valid) - 1, is not among these actions,
+    # because without delay it leads to a state after the end of the recording.
     for t in range(max_delay, len(valid) - max_lead - 1):
         actions_of_all_delays = valid[t - max_delay : t + max_lead + 1]
         is_good.append(int(actions_of_all_delays.all()))

@@ -333,8 +333,8 @@ class EvaluateVqaOptions(Options):
     model: ModelName
     labels: Annotated[str, arg(metavar="FOLDER|sim")]
     """A folder of labeled images that `spear label` wrote, from which questions are made; or sim,
-    for scenes of the built-in simulator that nothing is trained on (sim:SEED begins with that
-    one)."""
+    for scenes of the built-in simulator that nothing is trained on (sim:SEED begins with the scene
+    of that seed)."""
     num_images: Annotated[int, Range(1)] = 300
     """Maximum number of images; of a folder, they are spread evenly over it."""
     query: QuestionOptions = field(default_factory=QuestionOptions)

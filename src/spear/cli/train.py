@@ -168,6 +168,7 @@ def estimate_memory(options: EstimateMemoryOptions) -> None:
             f"{recipe.name} does not fit on {options.gpu} without changes. It fits with {flags} "
             f"({total})."
         )
+    # The loop did not return, so `flags` and `total` are those of its last and smallest estimate.
     raise DoesNotFitError(
         f"{recipe.name} does not fit on {options.gpu}, even with {flags} ({total}). Use a "
         "larger GPU, or several with --parallel fsdp."

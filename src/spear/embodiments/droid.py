@@ -254,15 +254,16 @@ def convert_to_cartesian_position_rows(
 
     # Convert poses of the tool's end-effector frame to poses of the hand's, and of the flange.
     hand_position, hand_rotation = tool.to_hand(ee_position.numpy(), ee_rotation.numpy())
-    ee_from_flange = torch.from_numpy(_import_kinematics().ee_from_flange())
-    flange_offset, flange_rotation = pose_inverse(
-        ee_from_flange[:3, 3], matrix_to_quat(ee_from_flange[:3, :3])
+    ee_in_flange = torch.from_numpy(_import_kinematics().ee_pose_in_flange())  # [4, 4]
+    # The inverse pose: offset [3] and rotation [4] of the flange in the hand's end-effector frame.
+    flange_offset_in_ee, flange_rotation_in_ee = pose_inverse(
+        ee_in_flange[:3, 3], matrix_to_quat(ee_in_flange[:3, :3])
     )
     position, rotation = pose_compose(
         torch.from_numpy(hand_position),
         torch.from_numpy(hand_rotation),
-        flange_offset,
-        flange_rotation,
+        flange_offset_in_ee,
+        flange_rotation_in_ee,
     )
     rows = torch.cat([position, quat_to_euler(rotation, "xyz")], dim=1)  # [3 H, 6]
     return _append_gripper(rows.numpy(), actions)

@@ -44,7 +44,7 @@ _POSITION_CONVERGED_M = 1e-5  # iteration ends when both errors are smaller than
 _ROTATION_CONVERGED_RAD = 1e-4
 
 
-def ee_from_flange() -> Floats:
+def ee_pose_in_flange() -> Floats:
     """Return the [4, 4] pose of the end-effector frame in the flange frame."""
     hand_angle_rad = -math.pi / 4  # the hand is mounted on the flange at this angle
     cos = math.cos(hand_angle_rad)

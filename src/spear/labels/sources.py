@@ -136,7 +136,7 @@ def read_rgbd(folder: str, indices: Sequence[int]) -> Iterator[Content]:
     """Read the frames of an RGB-D scene with these indices."""
     for index in indices:
         try:
-            yield _open_scene(folder)[index]
+            yield _open_scene(folder)[index]  # opened once, because the scene is cached
         except SpearError as error:
             yield error
 

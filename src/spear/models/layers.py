@@ -72,7 +72,10 @@ class PortableConfig(PreTrainedConfig):
 
 
 class BlockDiagonalMask(list[int]):
-    """The lengths of sequences that are joined in one batch row, and do not see each other."""
+    """The lengths of sequences that are joined in one batch row, and do not see each other.
+
+    The list of lengths stands for the mask, whose matrix is never made.
+    """
 
 
 def grouped_attention(
@@ -110,7 +113,7 @@ def grouped_attention(
     """
     # Attend within each sequence of a block-diagonal mask, one after the other.
     if isinstance(attention_mask, BlockDiagonalMask):
-        sequence_lengths: list[int] = attention_mask
+        sequence_lengths: list[int] = attention_mask  # this mask is a list of lengths
         attend = partial(
             grouped_attention,
             module,
@@ -119,12 +122,14 @@ def grouped_attention(
             softcap=softcap,
             **kwargs,
         )
+        # Split along the tokens: dimension 2 of [B, heads, S, head_dim].
         sequences = zip(
             query.split(sequence_lengths, dim=2),
             key.split(sequence_lengths, dim=2),
             value.split(sequence_lengths, dim=2),
             strict=True,
         )
+        # Join along the tokens again: dimension 1 of the outputs [B, S, heads, head_dim].
         outputs = [attend(query=q, key=k, value=v)[0] for q, k, v in sequences]
         return torch.cat(outputs, dim=1), None
 

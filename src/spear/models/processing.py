@@ -32,11 +32,16 @@ height or width. A pixel is two of them, first y, then x."""
 
 _LOCATION_TOKEN = r"<loc(0\d{3}|10[01]\d|102[0-3])>"
 _PIXEL_TOKENS = re.compile(_LOCATION_TOKEN * 2)
-_TEXT_PIECES = re.compile(rf"(?:[^<[]+|{_PIXEL_TOKENS.pattern}|[<[](?!\S))+|[<[]")
+_NO_BRACKETS = r"[^<[]+"  # characters other than "<" and "["
+_BRACKET_BEFORE_SPACE = r"[<[](?!\S)"  # a "<" or "[" before a space, or at the end of the text
+_TEXT_PIECES = re.compile(
+    rf"(?:{_NO_BRACKETS}|{_PIXEL_TOKENS.pattern}|{_BRACKET_BEFORE_SPACE})+|[<[]"
+)
 """Pieces of a text that are tokenized one by one.
 
-A "<" or "[" before another character is a piece of its own, so that a user cannot type the name of
-a token such as "<eos>". Only the two location tokens of a pixel are recognized as tokens."""
+A piece is as long as possible, except that every other "<" or "[" (the last alternative) is a piece
+of its own. So a user cannot type the name of a token such as "<eos>". Only the two location tokens
+of a pixel are recognized as tokens."""
 
 Size = tuple[int, int]
 """(width, height) in pixels."""

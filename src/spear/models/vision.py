@@ -250,8 +250,9 @@ def _interpolation_weights(
 
     size_arguments: dict[str, Any] = {"size": (count, 1)}
     if offset:
-        # With an offset, the scale is given as MoGe gives it, and PyTorch rounds the size down to
-        # `count`.
+        # With an offset, MoGe gives PyTorch a scale instead of a size, and the weights depend on
+        # which of the two is given. PyTorch computes the size as side · scale = count + offset, and
+        # rounds it down to `count`.
         size_arguments = {"scale_factor": ((count + offset) / side, 1.0)}
     with torch.inference_mode(False), torch.no_grad():
         # Column i of the identity is an image [side, 1] that is 1 at position i. Resampled, it has

@@ -149,7 +149,8 @@ def _list_open_questions(report: Report, findings: list[_NamedFinding]) -> list[
         if finding.verdict == "cannot tell":
             open_questions.append(f"the {name} ({' or '.join(finding.tied_answers)})")
     for _, finding, name in findings_without_note:
-        fits_without_delay = "0" in finding.tied_answers  # the layout need not mention a delay of 0
+        # "0" can only be the answer about the delay, and the layout need not mention a delay of 0.
+        fits_without_delay = "0" in finding.tied_answers
         if finding.verdict == "not said" and not fits_without_delay:
             answer = finding.best_answer
             open_questions.append(f"the {name} (not in the layout; {answer} fits best)")

@@ -47,6 +47,7 @@ ALIGNED_M = 0.008  # to grasp and to release: largest distance to the side
 ALIGNED_RAD = 0.09  # to grasp: largest error of yaw and of tilt
 PLACED_YAW_RAD = 0.12  # to release: largest error of yaw
 PLACED_HEIGHT_M = 0.010  # to release: largest error of height
+MIN_LEAVING_OPENING = 0.6  # after the release: the gripper goes up when it is open this far, 0 to 1
 
 # Objects.
 MAX_GRASP_HALF_WIDTH_M = 0.037  # half the width of the widest thing that fits between the fingers
@@ -149,7 +150,7 @@ def _leave(world: World, gripper: _Gripper, is_held: bool) -> _Goal:
     """Leave the source that lies on the target: let go, then go up."""
     position = gripper.position.copy()
     # The gripper stays in place until its fingers have opened.
-    if not is_held and world.servo.measure_opening() > 0.6:
+    if not is_held and world.servo.measure_opening() > MIN_LEAVING_OPENING:
         target_height = world.object_position(TARGET_INDEX)[2]
         position[2] = max(gripper.position[2], target_height + RETREAT_HEIGHT_M)
     return _Goal(position, gripper.yaw, 1.0)

@@ -50,7 +50,8 @@ class ObjectKind:
     mass          the object's mass, kg.
     grasp         center and half-sizes of the box that the gripper grasps, object frame, m; None
                   for an object that is not picked up.
-    round         whether the box has a round cross-section, so that the gripper may have any yaw.
+    round         whether the part of the object in the box `grasp` has a round cross-section, so
+                  that the gripper may have any yaw.
     inside        only for kinds on or in which objects are put: the half-sizes along x and y of the
                   area in which an object counts as placed, and the area's height above the
                   origin, m.

@@ -556,8 +556,8 @@ def _renew_coordinate_embeddings(
     3D tokens than before. If there are fewer, the surplus tokens stay in the vocabulary, but no
     answer uses them. New rows are drawn from a normal distribution with the mean and covariance of
     the rows of words (paper). The location tokens' rows are left out of this mean and covariance
-    (our choice), because nano's location tokens were drawn in the same way, and PaliGemma's stand
-    for places instead of words.
+    (our choice): nano's rows of location tokens are random draws themselves, and PaliGemma's
+    location tokens stand for places instead of words.
     """
     first_id = processor.coordinate_ids.start
     num_bins = processor.coordinates.num_bins

@@ -221,8 +221,8 @@ def _describe_run(recipe: Recipe, inputs: TrainingInputs) -> dict[str, Any]:
         DEPTH_ENCODER_KEY: moge_folders,
     }
     # Hashes of the large files and of the texts, in separate settings, so that an error can say
-    # which of them differ. Of large files only the ends are hashed, so a further setting below
-    # has a hash of something of every weight.
+    # which of them differ. Of large files only the ends are hashed, which would miss a change of
+    # weights in the middle. So the last values of every weight are hashed in another setting below.
     for option, folders in folders_of_option.items():
         settings[option] = _short_hash(folders, DATA_FILES)
         settings[f"settings or words of {option}"] = _short_hash(folders, TEXT_FILES)

@@ -224,8 +224,8 @@ def _cell_coverage(
     return cells.transpose(0, 2, 1, 3)
 
 
-# A batch of questions is given up when more images than this were drawn at random, times the number
-# of the batch's images and of its questions so far.
+# A batch of questions is given up after more random draws of an image than this number times the
+# sum of two numbers: the images that the batch should have, and the questions that it has so far.
 MAX_TRIES_PER_IMAGE = 1000
 # At the start, the numbers in the answers about this many labels are compared with the range of the
 # 3D tokens. A notice is printed if a larger fraction than MAX_OUTSIDE lies outside.

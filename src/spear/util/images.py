@@ -53,8 +53,8 @@ takes more than about 0.6 GiB of memory while it is read."""
 _BAND_PIXELS = 2**22  # images are converted in bands of about this size, which saves memory
 
 _MAX_12_BIT = 4095
-"""Largest value of 12 bits. If no pixel of a 16-bit image is brighter, the image may be dark, or
-its camera may have only 10 or 12 bits, and nothing says which."""
+"""Largest value of 12 bits. A 16-bit image without a brighter pixel is refused. It may be a dark
+image, or its camera may have only 10 or 12 bits, and the file does not say which of the two."""
 
 
 def decode_image(encoded: bytes, name: str = "an image", out: Array | None = None) -> Array:
@@ -203,7 +203,7 @@ def _check_image(image: Array) -> None:
     """Raise `SpearError` if an image is not [h, w, 3] uint8."""
     is_array = isinstance(image, np.ndarray)
     if is_array and image.dtype == np.uint8:
-        has_three_channels = image.shape[2:] == (3,)  # and three dimensions
+        has_three_channels = image.ndim == 3 and image.shape[2] == 3
         if has_three_channels and image.size > 0:
             return
     description = f"{image.dtype} {image.shape}" if is_array else type(image).__name__

@@ -150,7 +150,10 @@ def read_episodes(
 def read_layout_steps(
     folder: Dataset, split: str, layout: DatasetLayout, images: Collection[str]
 ) -> RawEpisodes:
-    """Read the columns of each episode of a split, with texts in the column of the instruction.
+    """Read the columns of each episode of a split.
+
+    A LeRobot dataset may have indices of tasks as instructions. They are replaced by the tasks'
+    texts, so that the column of the instruction has texts in every format.
 
     Args:
         folder: The dataset.
@@ -208,8 +211,8 @@ def check_enough_good(num_good: int, skipped: SkippedItems, path: str | Path, sp
         split: The split, for the message.
     """
     has_good_episode = num_good > 0
-    # `check` raises if too many episodes were bad. Without a good episode, `finished` is False, so
-    # that `check` does not judge a few bad ones: the message below says more.
+    # `check` raises if too many episodes were bad. With `finished=False` it does so only if there
+    # were many episodes. Few episodes that are all bad get the more detailed message below.
     skipped.check(num_good, finished=has_good_episode)
     if not has_good_episode:
         if not skipped.reasons:

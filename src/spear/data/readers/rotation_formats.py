@@ -113,7 +113,8 @@ def to_quaternion(values: Array, rotation_format: RotationFormat, source: str = 
         )
 
     if rotation_format in POSE_FORMATS:
-        step = find_first(~find_rotations(values, rotation_format))
+        is_rotation = find_rotations(values, rotation_format)  # [T]
+        step = find_first(~is_rotation)  # the first step without a rotation
         if step is not None:
             raise SpearError(
                 f"the rotation of {source} at step {step} is not written as {rotation_format}. "
@@ -123,7 +124,9 @@ def to_quaternion(values: Array, rotation_format: RotationFormat, source: str = 
 
 
 def find_rotations(values: Array, rotation_format: RotationFormat) -> Array:
-    """Say for each row whether its numbers are a rotation, which any angles are.
+    """Find the rows whose numbers are a rotation in this format.
+
+    Numbers of a pose format or of a quaternion may be no rotation. Angles always are one.
 
     Args:
         values: [T, d] orientations in the dataset's format.

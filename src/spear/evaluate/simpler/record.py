@@ -102,7 +102,9 @@ def record_episodes(
     assets: Path | None = None,
     policy: InterveningPolicy | None = None,
 ) -> Iterator[Episode]:
-    """Record an episode for each seed, in the order of the seeds, also if it fails.
+    """Record an episode for each seed, in the order of the seeds.
+
+    Episodes in which the oracle fails are yielded, too.
 
     Args:
         task: The task.

@@ -363,7 +363,7 @@ def _score_guesses(
     """Summarize the measures of a baseline's answers to the same questions.
 
     Args:
-        answers: The questions.
+        answers: The questions of one type, with the model's answers.
         guesses: The baseline's answer to each question; None if it cannot answer them.
 
     Returns:

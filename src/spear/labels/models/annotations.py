@@ -70,7 +70,7 @@ class Annotation:
     def box_in(self, height: int, width: int) -> Array:
         """The box [4] float32 in pixels of an image of this size, clipped to the image.
 
-        It consists of zeros if only a mask was annotated and that is empty.
+        The box consists of zeros if no box was annotated, and the mask is empty or absent.
 
         Raises:
             SpearError: The annotated image has another aspect, or the mask is broken.
@@ -182,6 +182,7 @@ class Annotations:
         """
         annotations = self.find(frame.source)
         if annotations and frame.is_turned:
+            # The advice: turn the pixels as they were annotated, and store them without the tag.
             raise SpearError(
                 f"EXIF turns {frame.source}, so {self.name} may mean it as it is stored or as it "
                 "is seen. Remove that tag, from pixels as annotated."
@@ -202,8 +203,10 @@ class FileDetector:
         self.annotations = annotations
         self.second = second
         self.name = _join_names(annotations, second)
-        # Without a bill of the second detector, the bill is empty, which is what `str()` returns.
-        self.bill: Callable[[], str] = getattr(second, "bill", str)
+        # A detector that costs money has a method `bill`, which returns the costs as text. If the
+        # second detector has none, or is None, the bill is "", which `str()` returns.
+        make_empty_bill: Callable[[], str] = str
+        self.bill: Callable[[], str] = getattr(second, "bill", make_empty_bill)
 
     def detect(self, frames: Sequence[Frame]) -> list[list[Detection]]:
         """Return the annotated objects of each image, in the file's order.

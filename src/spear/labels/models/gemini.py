@@ -212,13 +212,14 @@ class GeminiDetector:
                 self._count_request(response.usage_metadata)
                 text = extract_text(response, source)
                 return text, parse_detections(text, height, width)
+            # A request counts if the service answered it, also if the answer is an error.
             except self._errors.APIError as error:
                 self._count_request()
                 reason = self._quote(f"{error.code} {error.status or ''}: {error.message or ''}")
                 wait_s = self._choose_wait(error, reason, source, wait_s)
-            except self._connection_errors as error:
+            except self._connection_errors as error:  # no answer, so there is nothing to count
                 reason = self._quote(f"no connection: {summarize_error(error)}")
-            except UnusableAnswerError as error:
+            except UnusableAnswerError as error:  # counted above, before the answer was parsed
                 reason = self._quote(f"unusable answer: {error}")
                 wait_s = 0.0
                 num_unusable += 1
