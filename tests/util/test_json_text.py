@@ -16,7 +16,7 @@ from spear.tokens import CoordinateTokenizer
 from spear.util.files import read_json, read_json_as
 from spear.util.json_text import parse_json, read_json_lines
 
-DEEP_LIST = b"[" * 100_000 + b"]" * 100_000
+DEEP_LIST = b"[" * 100_000 + b"]" * 100_000  # deeper than Python's recursion limit
 LONG_INTEGER = b"9" * 400  # too large for a float
 ABSURD_VALUES = [DEEP_LIST, LONG_INTEGER, b"9" * 10_000]
 ABSURD_IDS = ["nested", "400 digits", "10,000 digits"]

@@ -285,6 +285,8 @@ class TestPolicyWithPi0:
         plan_backbones(folder, None, "tiny14").save(tmp_path / "vlm")
         expert = publish_pi0(their_model, tmp_path / "pi0", layout)
         our_model = plan_policy(tmp_path / "vlm", expert, "linear14").run()
+        # The layers of `their_model` were made before `rms_norm_eps` changed. Layers that are made
+        # from the published config have the changed value.
         if has_config:
             # The layers of the first π0 were made before the field was changed.
             their_model = Pi0.from_pretrained(expert).eval()
