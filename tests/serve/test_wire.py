@@ -71,7 +71,7 @@ def pack_scalar(data: object, dtype: str) -> bytes:
         (pack_array(shape=bytes(3)), r"image .*x00"),
         (b"\xdf\xff\xff\xff\xff", "the message cannot be unpacked"),
         (msgpack.packb({1: 1}), "the message cannot be unpacked"),
-        (msgpack.packb([1, 2]), "the message is a list"),
+        (msgpack.packb([1, 2]), "the message is of type list"),
         (msgpack.packb({b"a": 1}), "the message has the key"),
         (b"\x81\xa1a" * 300 + b"\xc0", "a has .* 8 deep"),
         (b"\x81\xa1a" + b"\x91" * 300 + b"\xc0", "a has .* 8 deep"),
