@@ -133,8 +133,9 @@ def list_messages_in_the_code() -> Iterator[tuple[str, str]]:
     """
     for file in sorted((ROOT / "src").rglob("*.py")):
         for node in ast.walk(ast.parse(file.read_text("utf-8"))):
-            is_call = isinstance(node, ast.Call) and isinstance(node.func, ast.Name)
-            if not is_call or node.func.id != "SpearError" or not node.args:
+            if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Name):
+                continue
+            if node.func.id != "SpearError" or not node.args:
                 continue
             (text, *_) = node.args
             if isinstance(text, ast.Constant):
