@@ -211,7 +211,7 @@ def test_texts_of_others_are_escaped_on_the_page(tmp_path: Path) -> None:
     report = dataclasses.replace(
         judge(make_recordings(), RIGHT_ANSWERS),
         path=script,
-        states=[script],
+        state_problems=[script],
         checks=[Check(script, "wrong", script)],
         skipped=[script],
     )
@@ -675,7 +675,7 @@ def test_a_wrong_format_of_states_is_named_instead_of_a_wrong_frame(
 
     assert report.outcome == "contradiction"
     assert "euler_xyz" in report.fitting_formats
-    assert "rotation_format: euler_xyz" in conclude(report)
+    assert "rotation_format euler_xyz" in conclude(report)
     assert "frame" not in conclude(report)
 
 
