@@ -331,6 +331,7 @@ OTHER_PROGRAMS_OPTIONS = {
     "--nproc-per-node",
     "--no-python",
     "--policy.urdf",
+    "--append",
 }
 """Options of pip, torchrun and lerobot-train."""
 FORMER_OPTIONS = {"--per"}  # the beginning of "--per_image", a key in files of earlier versions

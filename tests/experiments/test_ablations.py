@@ -546,7 +546,7 @@ def test_the_report_says_whether_rows_were_scored_alike(scored_plan: Plan, tmp_p
     tables = fill_tables(scored_plan, tmp_path, DATA)
     markdown_file, *_ = write_report(scored_plan, tables, tmp_path)
 
-    assert "alike: replan is null there, 5 here." in markdown_file.read_text()
+    assert "alike: replan is not set there, 5 here." in markdown_file.read_text()
 
 
 @pytest.fixture

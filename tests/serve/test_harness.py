@@ -125,7 +125,7 @@ def test_an_impossible_option_is_refused_before_anybody_connects(
     assert main([*serve, option, value]) == 2
 
     error = capsys.readouterr().err
-    assert f"error: {option} {value}: " in error
+    assert f"error: {option} {value} " in error
 
 
 def test_a_wrong_observation_ends_its_episode_with_a_reason() -> None:

@@ -106,7 +106,7 @@ def test_a_failed_demonstration_is_not_tried_again(recorded: Path, tmp_path: Pat
     [
         ({"first_seed": 10_001}, "other settings .sim/put_on/10000 "),
         ({"episodes": 1}, "other settings .sim/put_on/10001 "),  # fewer than the folder has
-        ({"wrist": (32, 32)}, r"wrist: 48 x 48, not 32 x 32"),
+        ({"wrist": (32, 32)}, r"wrist 48 x 48, not 32 x 32"),
         ({"first_seed": 9_999}, "kept for testing"),
     ],
 )

@@ -289,7 +289,7 @@ def test_the_command_names_the_changes_that_make_a_recipe_fit(
     assert main([*PLAN_LARGE_BATCH]) == 1
 
     message = capsys.readouterr().err
-    assert "It fits with --set frozen_precision=bf16 gradient_checkpointing=true: " in message
+    assert "It fits with --set frozen_precision=bf16 gradient_checkpointing=true (" in message
 
 
 def test_the_command_says_that_no_change_makes_a_recipe_fit(
