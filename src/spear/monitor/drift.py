@@ -132,7 +132,7 @@ class DriftMonitor:
             expected is not None and expected.opposite_gripper_share < MAX_OPPOSITE_SHARE / 2
         )
         # A motion check does not repeat its finding at every step, so each finding is reported.
-        for finding in monitor.motion.check_obeys_command(state):
+        for finding in monitor.motion.check(state):
             if finding.key != "gripper" or is_gripper_checked:
                 notice(monitor.message_prefix + finding.message)
         return monitor

@@ -193,7 +193,7 @@ class MotionChecks:
         """
         self._chunk = None if chunk is None else chunk.copy()
 
-    def check_obeys_command(self, state: Array) -> list[Finding]:
+    def check(self, state: Array) -> list[Finding]:
         """Compare the robot's state [8] with the chunk that the robot was sent last."""
         chunk = self._chunk
         displacement = state[:3] - self._last_state[:3]
