@@ -141,10 +141,10 @@ def list_messages_in_the_code() -> Iterator[tuple[str, str]]:
             if isinstance(text, ast.Constant):
                 yield f"{file.name}:{node.lineno}", str(text.value)
             if isinstance(text, ast.JoinedStr):
-                parts = [
-                    part.value if isinstance(part, ast.Constant) else "X" for part in text.values
+                pieces = [
+                    piece.value if isinstance(piece, ast.Constant) else "X" for piece in text.values
                 ]
-                yield f"{file.name}:{node.lineno}", "".join(map(str, parts))
+                yield f"{file.name}:{node.lineno}", "".join(map(str, pieces))
 
 
 def list_messages() -> list[str]:
@@ -205,12 +205,12 @@ def test_a_message_follows_the_rules(message: str) -> None:
 def test_messages_in_the_code_are_sentences() -> None:
     """A message says what happened, and then in another sentence what to do."""
     problems = []
-    for place, message in list_messages_in_the_code():
+    for location, message in list_messages_in_the_code():
         has_two_sentences = re.search(r"[.?!X] [A-Z`-]", message) or message.endswith("X")
         if not has_two_sentences and " is now " not in message:  # a renamed option
-            problems.append(f"{place}: one sentence: {message}")
+            problems.append(f"{location}: one sentence: {message}")
         if remove_code(message).count(": ") > COLONS_PER_SENTENCE:
-            problems.append(f"{place}: colons: {message}")
+            problems.append(f"{location}: colons: {message}")
 
     assert problems == []
 

@@ -51,7 +51,7 @@ class RetryableError(SpearError):
 
 
 def unknown_name_error(
-    kind: str, name: str, known_names: Iterable[str], place: str = "", advice: str = ""
+    kind: str, name: str, known_names: Iterable[str], location: str = "", advice: str = ""
 ) -> SpearError:
     """Make the error for a name that does not exist. The message suggests a similar known name.
 
@@ -63,7 +63,7 @@ def unknown_name_error(
         kind: what is named, for the message: "preset".
         name: the unknown name.
         known_names: the names that exist.
-        place: where the name stands, for the message: "spear.json".
+        location: where the name stands, for the message: "spear.json".
         advice: what lists the known names, for the message. It replaces their list if there are
             more than `MAX_LISTED_NAMES`.
 
@@ -78,12 +78,14 @@ def unknown_name_error(
     if initials in known_names:
         similar_names = [initials]
     else:
-        similar_names = [known for known in known_names if name and known.startswith(name)][:1]
+        similar_names = [
+            candidate for candidate in known_names if name and candidate.startswith(name)
+        ][:1]
         if not similar_names:
             similar_names = difflib.get_close_matches(name, known_names, n=1, cutoff=0.7)
     message = f"unknown {kind} {name!r}"
-    if place:
-        message += f" in {place}"
+    if location:
+        message += f" in {location}"
     message += "."
     if similar_names:
         message += f" Did you mean {similar_names[0]!r}?"
@@ -113,12 +115,12 @@ def list_alternatives(names: Sequence[str]) -> str:
 
 
 def check_known(
-    kind: str, known_names: Collection[str], *names: str, place: str = "", advice: str = ""
+    kind: str, known_names: Collection[str], *names: str, location: str = "", advice: str = ""
 ) -> None:
     """Raise `unknown_name_error` for the first of `names` that is not a known name."""
     for name in names:
         if name not in known_names:
-            raise unknown_name_error(kind, name, known_names, place, advice)
+            raise unknown_name_error(kind, name, known_names, location, advice)
 
 
 def import_optional(module: str, extra: str, feature: str) -> Any:
@@ -161,7 +163,7 @@ def summarize_error(error: BaseException | str) -> str:
         reason = first_problem["msg"].removeprefix("Value error, ").removeprefix("Input ")
         return f"{key} {reason}".strip()
     if isinstance(error, OSError) and error.strerror:  # its text begins with a number
-        return ", ".join(str(part) for part in (error.strerror, error.filename) if part)
+        return ", ".join(str(detail) for detail in (error.strerror, error.filename) if detail)
     # The text of a `KeyError` has quotes around the message.
     text = str(error)
     if isinstance(error, KeyError) and len(error.args) == 1:

@@ -132,7 +132,7 @@ def _check_size_options_name_cameras(
         all_cameras.update(cameras)
     for camera in conversion.sizes:
         if camera:
-            check_known("camera", all_cameras, camera, place="--image-size")
+            check_known("camera", all_cameras, camera, location="--image-size")
 
 
 def _conversion_of_dataset(conversion: Conversion, cameras: Sequence[str]) -> Conversion:

@@ -10,6 +10,7 @@ softmax would be NaN.
 
 import inspect
 import math
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -111,9 +112,7 @@ def grouped_attention(
         The output [B, S, heads, head_dim]; and None in place of the attention weights, which
         Transformers' interface includes.
     """
-    # Attend within each sequence of a block-diagonal mask, one after the other.
     if isinstance(attention_mask, BlockDiagonalMask):
-        sequence_lengths: list[int] = attention_mask  # this mask is a list of lengths
         attend = partial(
             grouped_attention,
             module,
@@ -122,16 +121,7 @@ def grouped_attention(
             softcap=softcap,
             **kwargs,
         )
-        # Split along the tokens: dimension 2 of [B, heads, S, head_dim].
-        sequences = zip(
-            query.split(sequence_lengths, dim=2),
-            key.split(sequence_lengths, dim=2),
-            value.split(sequence_lengths, dim=2),
-            strict=True,
-        )
-        # Join along the tokens again: dimension 1 of the outputs [B, S, heads, head_dim].
-        outputs = [attend(query=q, key=k, value=v)[0] for q, k, v in sequences]
-        return torch.cat(outputs, dim=1), None
+        return _attend_within_sequences(attend, query, key, value, attention_mask), None
 
     # Image encoders are recognized by their heads: they have as many key-value heads as query
     # heads. The Gemmas of our presets have one key-value head.
@@ -163,6 +153,37 @@ def grouped_attention(
     weights = scores.softmax(-1, dtype=torch.float32).to(dtype)
     output = torch.bmm(weights.view(batch * num_kv_heads, -1, num_keys), value_rows)
     return output.view(batch, num_heads, num_queries, width).transpose(1, 2), None
+
+
+def _attend_within_sequences(
+    attend: Callable[..., tuple[Tensor, None]],
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    sequence_lengths: list[int],
+) -> Tensor:
+    """Attend within each sequence of a block-diagonal mask, one after the other.
+
+    Args:
+        attend: computes the attention of one sequence.
+        query: [B, heads, S, head_dim], all sequences one behind the other, as key and value.
+        key: [B, kv heads, S, head_dim].
+        value: [B, kv heads, S, head_dim].
+        sequence_lengths: how many tokens each sequence has, S in all.
+
+    Returns:
+        The output [B, S, heads, head_dim].
+    """
+    # Split along the tokens: dimension 2 of the inputs.
+    sequences = zip(
+        query.split(sequence_lengths, dim=2),
+        key.split(sequence_lengths, dim=2),
+        value.split(sequence_lengths, dim=2),
+        strict=True,
+    )
+    # Join along the tokens again: dimension 1 of the outputs.
+    outputs = [attend(query=q, key=k, value=v)[0] for q, k, v in sequences]
+    return torch.cat(outputs, dim=1)
 
 
 AttentionInterface.register(ATTENTION_NAME, grouped_attention)

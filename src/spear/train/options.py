@@ -277,7 +277,7 @@ def _check_value(owner: type, key: str, value: Any) -> None:
         # An empty list is refused as if it had an empty, unknown name.
         families = value or [""]
         for family in families:
-            check_known("question type", known_families, family, place=f"recipe key {key}")
+            check_known("question type", known_families, family, location=f"recipe key {key}")
 
 
 def _choices(hint: Any) -> list[str]:

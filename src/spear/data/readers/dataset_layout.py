@@ -274,7 +274,7 @@ def find_layout(
             f"proposes a {LAYOUT_FILE}."
         )
 
-    check_known("camera", layout.images, *layout.image_aspect, place=f"image_aspect of {path}")
+    check_known("camera", layout.images, *layout.image_aspect, location=f"image_aspect of {path}")
     if len(set(layout.images.values())) < len(layout.images):
         raise SpearError(
             f"two cameras under images in {path} have the same column. Leave one of them out."
@@ -320,7 +320,7 @@ def read_layout_file(
         "key",
         known_keys,
         *fields,
-        place=str(path),
+        location=str(path),
         advice="docs/reference/spear-json.md describes all keys.",
     )
 
@@ -331,7 +331,7 @@ def read_layout_file(
             "dataset",
             REGISTRY,
             str(like_name),
-            place=f"the key like of {path}",
+            location=f"the key like of {path}",
             advice="`spear data datasets` lists the known ones.",
         )
         base_fields = dict(vars(REGISTRY[like_name]))

@@ -70,7 +70,7 @@ def _parse_range(
         raise SpearError(f"{split!r} is no split of {dataset}. Write it like train or train[:20%].")
 
     name = match["name"]
-    check_known("split", lengths, name, place=str(dataset))
+    check_known("split", lengths, name, location=str(dataset))
     total = lengths[name]
     first = _resolve_bound(match["first"], default=0, total=total)
     end = _resolve_bound(match["end"], default=total, total=total)

@@ -122,7 +122,9 @@ def plan_policy(
 def _read_vlm_config(stored: StoredCheckpoint) -> SpearVLMConfig:
     """Return the config of a SPEAR-VLM. Raise `SpearError` if it is another model."""
     architecture = str(stored.config.get("model_type"))
-    check_known("architecture", [SpearVLMConfig.model_type], architecture, place=str(stored.folder))
+    check_known(
+        "architecture", [SpearVLMConfig.model_type], architecture, location=str(stored.folder)
+    )
     return stored.read_config(SpearVLMConfig)
 
 

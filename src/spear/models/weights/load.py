@@ -146,7 +146,7 @@ def read_compatible_config(cls: type[PreTrainedModel], folder: Path) -> PreTrain
             f"{folder} is a SPEAR-VLM, which cannot act. Train a policy from it with `spear "
             "train … --init`."
         )
-    check_known("architecture", [expected], architecture, place=str(folder / "config.json"))
+    check_known("architecture", [expected], architecture, location=str(folder / "config.json"))
     stored = StoredCheckpoint.open(folder, expected)
     stored.precision(stored.weights)
     return stored.read_config(cls.config_class)
