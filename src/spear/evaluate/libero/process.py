@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from spear.embodiments.libero import (
     BASE_POSITION_KEY,
@@ -89,7 +90,7 @@ class LiberoMoment:
             instruction: the task in words.
             pictures: view → uint8 [h, w, 3], upright; black ones where none was rendered.
         """
-        hand = quat_multiply(_to_tensor(self.pose[3:]), HAND_ROTATION)
+        hand = quat_multiply(torch.from_numpy(np.float64(self.pose[3:])), HAND_ROTATION)
         finger = self.opening * FINGER_TRAVEL_M
         fingers = np.array([finger, -finger])
         vector = quat_log(hand).numpy()
@@ -218,9 +219,3 @@ def _read_moment(values: Mapping[str, Any]) -> LiberoMoment:
         success=values["success"],
         steps=values["steps"],
     )
-
-
-def _to_tensor(array: Array) -> Any:
-    import torch
-
-    return torch.from_numpy(np.float64(array))

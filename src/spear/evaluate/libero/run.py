@@ -17,6 +17,7 @@ import numpy as np
 
 from spear import embodiments
 from spear.chunks import check_replan_interval
+from spear.embodiments.libero import CONTROLLER_STEPS_PER_ACTION
 from spear.embodiments.observations import CheckedObservation
 from spear.errors import check_known
 from spear.evaluate import film as video
@@ -40,7 +41,6 @@ from spear.types import Array
 
 ROBOT = "libero"
 CONTROL = "pose_steps"
-CONTROLLER_STEPS_PER_ACTION = 4
 REACHED_DISTANCE_M = 0.06
 """An object counts as reached from this distance of the end-effector's on (our choice)."""
 MIN_MOVED_M = 0.03
