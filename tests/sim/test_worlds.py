@@ -1,7 +1,7 @@
 """Worlds change the surroundings of a scene and nothing of its task.
 
-"lab:3" is laboratory number 3, whose surroundings are the same in all its scenes; "wild" has other
-surroundings in each scene.
+"lab:3" is laboratory number 3, whose surroundings are the same in all its scenes; "wild" and
+"varied" have other surroundings in each scene.
 """
 
 import numpy as np
@@ -15,7 +15,7 @@ from spear.sim.world import GRIPPER_NAME, World
 from spear.sim.worlds import CameraOrbit, lab_of_scene, place_in_world, without_robot
 
 
-@pytest.mark.parametrize("world", ["wild", "lab:3"])
+@pytest.mark.parametrize("world", ["wild", "varied", "lab:3"])
 def test_a_world_keeps_the_task(world: str) -> None:
     scene = sample_scene("put_on", 7)
 
@@ -33,7 +33,7 @@ def test_the_default_world_changes_nothing() -> None:
     assert place_in_world(scene, "default") is scene
 
 
-@pytest.mark.parametrize("world", ["wild", "lab:3"])
+@pytest.mark.parametrize("world", ["wild", "varied", "lab:3"])
 def test_the_same_seed_gives_the_same_world(world: str) -> None:
     scene = sample_scene("put_on", 7)
 
@@ -70,6 +70,19 @@ def test_wild_cameras_stay_in_their_ranges() -> None:
         assert 15 <= orbit.elevation_deg <= 70
         assert abs(orbit.azimuth_deg - nominal.azimuth_deg) < 65
         assert 30 <= wild_look.fovy_deg <= 65
+
+
+def test_half_of_the_varied_cameras_are_near_the_one_of_the_default_world() -> None:
+    distances_deg = []
+    for seed in range(400):
+        scene = sample_scene("put_on", seed)
+        default_azimuth_deg = CameraOrbit.of(scene.appearance).azimuth_deg
+        varied = place_in_world(scene, "varied").appearance
+        distances_deg.append(abs(CameraOrbit.of(varied).azimuth_deg - default_azimuth_deg))
+
+    # The largest change is 60° times a uniform share, so that its median is 60° * 0.187.
+    assert np.median(distances_deg) == pytest.approx(60 * 0.187, abs=2.5)
+    assert 50 < max(distances_deg) < 60
 
 
 def test_clutter_is_of_kinds_that_no_task_uses() -> None:

@@ -7,6 +7,8 @@
     wild     each scene has other surroundings: a camera anywhere around the table, any colors and
              textures, several lights, tables and floors of other sizes and heights, and clutter,
              which consists of objects that no task uses.
+    varied   as wild, but the camera is near the one of the default world in many scenes and far
+             from it in few, and the light changes more.
 
 A world changes only the surroundings. The objects of the task, their places and the instruction
 stay the ones of the scene's seed, so that two worlds can be compared on the same tasks.
@@ -34,11 +36,13 @@ from spear.sim.textures import WILD_TEXTURES
 
 DEFAULT = "default"
 WILD = "wild"
+VARIED = "varied"
 _LAB = re.compile(r"lab:(\d{1,6})")
 _LABS = re.compile(r"labs:([1-9]\d{0,5})")
 
 _WILD_STREAM = 101
 _LAB_STREAM = 102
+_VARIED_STREAM = 104
 """First numbers of the random generators' seeds in this file. Other files use other first numbers,
 so that no two draw the same random numbers."""
 
@@ -91,11 +95,11 @@ class CameraOrbit:
 
 def validate_world(name: str) -> str:
     """Return `name` if there is such a world. Raises `SpearError` otherwise."""
-    if name in (DEFAULT, WILD) or _LAB.fullmatch(name) or _LABS.fullmatch(name):
+    if name in (DEFAULT, WILD, VARIED) or _LAB.fullmatch(name) or _LABS.fullmatch(name):
         return name
     raise SpearError(
-        f"There is no world {name!r}. Choose default, wild, lab:N (laboratory number N) or labs:K"
-        " (K laboratories)."
+        f"There is no world {name!r}. Choose default, wild, varied, lab:N (laboratory number N)"
+        " or labs:K (K laboratories)."
     )
 
 
@@ -113,7 +117,7 @@ def place_in_world(scene: SceneSpec, name: str) -> SceneSpec:
 
     Args:
         scene: a scene of `spear.sim.scene.sample_scene` or `clutter_scene`.
-        name: "default", "wild", "lab:N" or "labs:K".
+        name: "default", "wild", "varied", "lab:N" or "labs:K".
 
     Returns:
         The scene with other surroundings. The same scene and name always give the same result.
@@ -133,9 +137,14 @@ def place_in_world(scene: SceneSpec, name: str) -> SceneSpec:
         rng = np.random.default_rng([_LAB_STREAM, int(lab[1])])
         return dataclasses.replace(scene, appearance=_lab_look(scene.appearance, rng))
 
-    rng = np.random.default_rng([_WILD_STREAM, *scene.family.encode(), scene.seed])
-    appearance = _wild_look(scene.appearance, rng)
-    num_clutter = int(rng.integers(0, 5))
+    if name == VARIED:
+        rng = np.random.default_rng([_VARIED_STREAM, *scene.family.encode(), scene.seed])
+        appearance = _varied_look(scene.appearance, rng)
+        num_clutter = int(rng.integers(0, 10))
+    else:
+        rng = np.random.default_rng([_WILD_STREAM, *scene.family.encode(), scene.seed])
+        appearance = _wild_look(scene.appearance, rng)
+        num_clutter = int(rng.integers(0, 5))
     objects = add_clutter(scene.objects, TASK_FREE_KINDS, num_clutter, rng)
     return dataclasses.replace(scene, appearance=appearance, objects=objects)
 
@@ -216,6 +225,39 @@ def _wild_look(appearance: SceneAppearance, rng: np.random.Generator) -> SceneAp
         table_half_size_m=(float(rng.uniform(0.5, 0.9)), float(rng.uniform(0.5, 1.1))),
         table_height_m=float(rng.uniform(0.4, 1.1)),
         has_four_walls=True,
+    )
+
+
+def _varied_look(appearance: SceneAppearance, rng: np.random.Generator) -> SceneAppearance:
+    """Draw the appearance of a varied world.
+
+    The camera is moved in the same ways as in a wild world, but all its changes are multiplied by
+    one factor, uniform from 0 to 1: half of the scenes have less than half of the largest change.
+    """
+    wild = _wild_look(appearance, rng)
+    orbit = CameraOrbit.of(appearance)
+    share = rng.uniform(0, 1)  # of the largest change of the camera
+    elevation_deg = orbit.elevation_deg + share * rng.uniform(-30, 30)
+    log_factor = share * math.log(1.6)
+    camera = CameraOrbit(
+        target=appearance.target,
+        azimuth_deg=orbit.azimuth_deg + share * rng.uniform(-60, 60),
+        elevation_deg=float(np.clip(elevation_deg, 12, 78)),
+        distance_m=orbit.distance_m * math.exp(rng.uniform(-log_factor, log_factor)),
+    )
+    brightness = math.exp(rng.uniform(-math.log(2.5), math.log(2.5)))
+    warmth = rng.uniform(-0.4, 0.4)
+    tint = brightness * np.array([1 + warmth, 1.0, 1 - warmth])
+    diffuse = np.clip(np.array(appearance.diffuse) * tint, 0, 1)
+    ambient = np.clip(np.array(appearance.ambient) * tint, 0, 1)
+    return dataclasses.replace(
+        wild,
+        camera=camera.position(),
+        target=camera.target,
+        fovy_deg=EXTERNAL_CAMERA_FOV_Y_DEG + float(share * rng.uniform(-15, 15)),
+        diffuse=(float(diffuse[0]), float(diffuse[1]), float(diffuse[2])),
+        ambient=(float(ambient[0]), float(ambient[1]), float(ambient[2])),
+        fill_lights=(),
     )
 
 
