@@ -10,7 +10,8 @@ from websockets.asyncio.server import ServerConnection
 from websockets.frames import DATA_OPCODES, Frame
 from websockets.protocol import State
 
-from spear.serve.admission import AdmissionLimits
+from spear.serve.admission import AdmissionLimits, find_network
+from spear.serve.reading import ReadingBudgets, ReadingLimits
 
 MIB = 2**20
 FRAME_HEADER_BYTES = 14  # the longest header of a websocket frame
@@ -22,6 +23,8 @@ class ConnectionLimits:
 
     admission: AdmissionLimits = field(default_factory=AdmissionLimits)
     """How many new connections clients may make."""
+    reading: ReadingLimits = field(default_factory=ReadingLimits)
+    """How many bytes per second the server reads."""
     max_message_bytes: int = 16 * MIB
     """A larger message ends its connection with code 1009."""
     max_clients: int = 256
@@ -57,6 +60,7 @@ class LimitedConnection(ServerConnection):
     Args:
         peers: all connections of the server, as the keys of a dict in the order of opening. The
             connection adds and removes itself.
+        budgets: how many bytes the server still reads from each address.
         limits: the limits.
         args: passed to `ServerConnection`, and so are `options`.
     """
@@ -64,13 +68,17 @@ class LimitedConnection(ServerConnection):
     def __init__(
         self,
         peers: "dict[LimitedConnection, None]",
+        budgets: ReadingBudgets,
         limits: ConnectionLimits,
         *args: Any,
         **options: Any,
     ) -> None:
         super().__init__(*args, **options)
         self._peers = peers
+        self._budgets = budgets
         self._limits = limits
+        self._address = ""  # whose budget this connection uses
+        self._is_reading_paused = False  # until the budget has bytes again
         self.unanswered_bytes = 0  # received, and not answered yet
         self._current_message_bytes = 0
         self._unread_frames: deque[Frame] = deque()  # of messages that `recv` has not returned yet
@@ -133,6 +141,7 @@ class LimitedConnection(ServerConnection):
         """Join the peers; cut off the oldest ones that have not sent a request, if too many."""
         super().connection_made(transport)
         self._peers[self] = None
+        self._address = find_network(self.remote_address[0])
         opening = [peer for peer in self._peers if peer.state is State.CONNECTING]
         for peer in opening[: -self._limits.max_opening]:
             peer.transport.abort()
@@ -148,6 +157,7 @@ class LimitedConnection(ServerConnection):
 
     def data_received(self, data: bytes) -> None:
         """Read data that has arrived, and check the limits in bytes."""
+        self._pause_reading(self._budgets.spend(self._address, len(data), self.loop.time()))
         # The data is parsed in pieces, so that a flood of small frames is noticed before all of
         # them are parsed. Pieces double in size as long as they have no small frames.
         self.unanswered_bytes += len(data)
@@ -167,6 +177,25 @@ class LimitedConnection(ServerConnection):
         if total_unanswered_bytes > self._limits.max_unanswered_bytes:
             largest_sender = max(self._peers, key=lambda peer: peer.unanswered_bytes)
             largest_sender.transport.abort()
+
+    def _pause_reading(self, wait_s: float) -> None:
+        """Read nothing for a time.
+
+        The websockets library pauses and resumes reading, too, for reasons of its own. If it
+        resumes during this pause, at most one more piece of data is read, which begins a new pause.
+        """
+        if wait_s <= 0:
+            return
+        self.transport.pause_reading()
+        if not self._is_reading_paused:
+            self._is_reading_paused = True
+            self.loop.call_later(wait_s, self._resume_reading)
+
+    def _resume_reading(self) -> None:
+        """Read again after a pause, unless the library has its own pause."""
+        self._is_reading_paused = False
+        if not self.recv_messages.paused:
+            self.transport.resume_reading()
 
     def process_event(self, event: Any) -> None:
         """Count small frames, and cut the client off when there are too many within a second."""

@@ -39,6 +39,7 @@ from spear.serve.listener import LimitedListener, has_gone, open_listeners
 from spear.serve.memory import trim_memory_regularly
 from spear.serve.metrics import Metrics
 from spear.serve.options import ServeOptions
+from spear.serve.reading import ReadingBudgets
 from spear.serve.service import Answer, Result, Service
 
 LOG = logging.getLogger("spear.serve")
@@ -143,7 +144,10 @@ class PolicyServer:
                 self._serve_client,
                 sock=listener,
                 create_connection=functools.partial(  # type: ignore[arg-type]
-                    LimitedConnection, self._peers, self.limits
+                    LimitedConnection,
+                    self._peers,
+                    ReadingBudgets(self.limits.reading),
+                    self.limits,
                 ),
                 process_request=self._process_request,
                 compression=None,

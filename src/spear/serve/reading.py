@@ -1,0 +1,101 @@
+"""How fast a server reads: limits of bytes per second, per address and in all.
+
+Reading is work, too: 16 MiB take the server some 40 ms, whatever is in them. A few clients that send
+large messages without end would therefore delay all others. The server stops reading from an
+address that has used up its bytes, until it has new ones. What it does not read waits in the
+client, so nothing is lost, and a client that sends less than its share never waits.
+"""
+
+from dataclasses import dataclass
+
+MIB = 2**20
+MAX_ADDRESSES = 1024  # when so many addresses are remembered, those without a debt are forgotten
+
+
+@dataclass(frozen=True)
+class ReadingLimits:
+    """How many bytes a server reads. All numbers are our choice.
+
+    A robot with two cameras of 640×480 pixels, sent uncompressed five times per second, sends
+    9 MiB/s.
+    """
+
+    bytes_per_s_and_address: float = 32 * MIB
+    """Bytes per second from one address, once its burst is used up."""
+    burst_bytes_of_address: float = 64 * MIB
+    """Bytes that one address may send at once."""
+    bytes_per_s: float = 64 * MIB
+    """Bytes per second from all addresses together, once the burst is used up. Then only addresses
+    that have used more than half of their own burst have to wait."""
+    burst_bytes: float = 128 * MIB
+    """Bytes that all addresses together may send at once."""
+
+
+class ByteBudget:
+    """Says how long to wait after each read, so that a rate is kept.
+
+    The budget begins with `burst_bytes` and gets `bytes_per_s` new ones per second, up to
+    `burst_bytes`. It may become negative: what has arrived cannot be refused any more.
+    """
+
+    def __init__(self, bytes_per_s: float, burst_bytes: float) -> None:
+        self.burst_bytes = burst_bytes
+        self.num_bytes_left = burst_bytes
+        self._bytes_per_s = bytes_per_s
+        self._updated_s: float | None = None
+
+    def spend(self, num_bytes: int, now_s: float) -> float:
+        """Count bytes that were read; return for how long nothing more should be read, s."""
+        if self._updated_s is not None:
+            num_new_bytes = self._bytes_per_s * (now_s - self._updated_s)
+            self.num_bytes_left = min(self.burst_bytes, self.num_bytes_left + num_new_bytes)
+        self._updated_s = now_s
+        self.num_bytes_left -= num_bytes
+        return max(0.0, -self.num_bytes_left / self._bytes_per_s)
+
+
+class ReadingBudgets:
+    """The budgets of all addresses, and the one that they share."""
+
+    def __init__(self, limits: ReadingLimits) -> None:
+        self._limits = limits
+        self._shared = ByteBudget(limits.bytes_per_s, limits.burst_bytes)
+        self._budget_by_address: dict[str, ByteBudget] = {}
+
+    def spend(self, address: str, num_bytes: int, now_s: float) -> float:
+        """Count bytes that were read from an address.
+
+        Args:
+            address: the address, or the network that counts as one.
+            num_bytes: how many bytes were read.
+            now_s: the time, from any fixed moment on.
+
+        Returns:
+            For how long to read nothing more from this address, s.
+        """
+        own = self._find_budget(address)
+        own_wait_s = own.spend(num_bytes, now_s)
+        shared_wait_s = self._shared.spend(num_bytes, now_s)
+        if own.num_bytes_left > own.burst_bytes / 2:
+            return own_wait_s
+        return max(own_wait_s, shared_wait_s)
+
+    def _find_budget(self, address: str) -> ByteBudget:
+        """Return the budget of an address; a new one is full."""
+        budget = self._budget_by_address.get(address)
+        if budget is None:
+            if len(self._budget_by_address) >= MAX_ADDRESSES:
+                self._forget_addresses_without_debt()
+            budget = ByteBudget(
+                self._limits.bytes_per_s_and_address, self._limits.burst_bytes_of_address
+            )
+            self._budget_by_address[address] = budget
+        return budget
+
+    def _forget_addresses_without_debt(self) -> None:
+        """Forget the addresses that may read at once; they begin again with a full budget."""
+        self._budget_by_address = {
+            address: budget
+            for address, budget in self._budget_by_address.items()
+            if budget.num_bytes_left < 0
+        }

@@ -1,0 +1,99 @@
+"""How many bytes the server reads from each address and from all, and who has to wait.
+
+The first tests call the budgets with a time of their own. The last one runs a server.
+"""
+
+import threading
+import time
+from contextlib import closing
+
+import pytest
+from websockets.sync.client import connect
+
+from serve_here import run_server
+from spear.embodiments import load
+from spear.serve import wire
+from spear.serve.client import RemotePolicy
+from spear.serve.connection import ConnectionLimits
+from spear.serve.reading import ByteBudget, ReadingBudgets, ReadingLimits
+
+GENERIC = load("generic")
+ROBOT = "192.0.2.1"
+HEAVY = ("192.0.2.2", "192.0.2.3", "192.0.2.4")
+# 10 bytes per second of an address and 20 bytes at once; twice as much of all addresses.
+SMALL = ReadingLimits(
+    bytes_per_s_and_address=10, burst_bytes_of_address=20, bytes_per_s=20, burst_bytes=40
+)
+
+
+def test_nobody_waits_during_a_burst() -> None:
+    budget = ByteBudget(bytes_per_s=10, burst_bytes=20)
+
+    assert budget.spend(20, now_s=0.0) == 0
+
+
+def test_after_the_burst_each_byte_takes_its_time() -> None:
+    budget = ByteBudget(bytes_per_s=10, burst_bytes=20)
+    budget.spend(20, now_s=0.0)
+
+    assert budget.spend(5, now_s=0.0) == pytest.approx(0.5)
+    assert budget.spend(5, now_s=0.5) == pytest.approx(0.5)
+    assert budget.spend(5, now_s=10.0) == 0
+
+
+def test_a_budget_never_holds_more_than_its_burst() -> None:
+    budget = ByteBudget(bytes_per_s=10, burst_bytes=20)
+    budget.spend(0, now_s=0.0)
+
+    assert budget.spend(30, now_s=1000.0) == pytest.approx(1.0)
+
+
+def test_an_address_does_not_pay_for_another() -> None:
+    budgets = ReadingBudgets(SMALL)
+
+    assert budgets.spend(HEAVY[0], 30, now_s=0.0) == pytest.approx(1.0)
+    assert budgets.spend(ROBOT, 5, now_s=0.0) == 0
+
+
+def test_when_all_read_too_much_only_heavy_addresses_wait() -> None:
+    budgets = ReadingBudgets(SMALL)
+    for address in HEAVY:
+        last_wait_s = budgets.spend(address, 20, now_s=0.0)
+
+    # Together they have sent 60 bytes, 20 more than all may send at once.
+    assert last_wait_s == pytest.approx(1.0)
+    assert budgets.spend(ROBOT, 5, now_s=0.0) == 0
+
+
+def send_without_end(url: str, message: bytes, stop: threading.Event, count: list[int]) -> None:
+    """Send a message again and again, as another address of this machine."""
+    with connect(url, proxy=None, max_size=None, source_address=("127.0.0.2", 0)) as client:
+        client.recv()
+        while not stop.is_set():
+            client.send(message)
+            client.recv()
+            count.append(len(message))
+
+
+def test_a_client_that_sends_without_end_is_slowed_and_another_is_not() -> None:
+    message = wire.encode({"image": bytes(2**20)})
+    limits = ReadingLimits(bytes_per_s_and_address=2 * 2**20, burst_bytes_of_address=2**21)
+    stop = threading.Event()
+    received: list[int] = []
+    with run_server(limits=ConnectionLimits(reading=limits, error_pause_s=0)) as server:
+        url = f"ws://127.0.0.1:{server.port}"
+        heavy = threading.Thread(target=send_without_end, args=(url, message, stop, received))
+        with closing(RemotePolicy(url)) as robot:
+            heavy.start()
+            began_s = time.monotonic()
+            num_answers = 0
+            while time.monotonic() - began_s < 2:
+                robot.infer(GENERIC.example())
+                num_answers += 1
+            stop.set()
+            heavy.join()
+            elapsed_s = time.monotonic() - began_s
+
+    # A burst of 2 MiB, 2 MiB per second, and what was read before the pause began.
+    assert sum(received) <= (2 + 2 * elapsed_s + 2) * 2**20
+    assert num_answers > 10
