@@ -11,7 +11,13 @@ import torch
 
 from spear.embodiments import load
 from spear.monitor.distribution import TrainingDistribution
-from spear.monitor.drift import NUM_FIRST_OBSERVATIONS, OBSERVATION_INTERVAL
+from spear.monitor.drift import (
+    MAX_NOTICES,
+    NOTICE_PERIOD_S,
+    NUM_FIRST_OBSERVATIONS,
+    OBSERVATION_INTERVAL,
+    NoticeLimit,
+)
 from spear.monitor.observations import check_observations
 from spear.policy import Spear1Policy
 from spear.serve.service import Service
@@ -224,3 +230,31 @@ def test_a_camera_that_fails_later_is_reported_once(
     else:
         assert len(notices) == 1
         assert failure in notices[0]
+
+
+def test_a_flood_of_notices_ends_with_one_that_says_so() -> None:
+    now_s = 0.0
+    limit = NoticeLimit(lambda: now_s)
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for robot in range(10 * MAX_NOTICES):
+            limit.notice(f"robot {robot}: the camera is frozen.")
+    messages = [str(warning.message) for warning in caught]
+
+    assert len(messages) == MAX_NOTICES + 1
+    assert messages[-2] == f"robot {MAX_NOTICES - 1}: the camera is frozen."
+    assert "Further ones are left out" in messages[-1]
+
+
+def test_after_a_while_notices_are_printed_again() -> None:
+    now_s = 0.0
+    limit = NoticeLimit(lambda: now_s)
+    with warnings.catch_warnings(record=True):
+        warnings.simplefilter("always")
+        for _ in range(2 * MAX_NOTICES):
+            limit.notice("the camera is frozen.")
+    now_s = NOTICE_PERIOD_S + 1
+
+    with pytest.warns(match="the gripper does the opposite"):
+        limit.notice("the gripper does the opposite")

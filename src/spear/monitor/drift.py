@@ -4,7 +4,9 @@ One policy may serve several robots. Each has its own `RobotMonitor`, and findin
 per robot.
 """
 
-from collections.abc import Hashable, Mapping, Sequence
+import time
+from collections import deque
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,6 +20,9 @@ from spear.types import Array
 NUM_FIRST_OBSERVATIONS = 64  # each robot's first observations, all of which are compared
 OBSERVATION_INTERVAL = 16  # of the later observations, one in so many is compared with training
 MAX_ROBOTS = 1024  # with more, the robot whose last observation is oldest is forgotten
+# Clients that connect again and again count as new robots, and would fill the log.
+MAX_NOTICES = 50  # about robots, within the following time
+NOTICE_PERIOD_S = 600.0
 
 
 class RobotMonitor:
@@ -35,10 +40,45 @@ class RobotMonitor:
         self.frozen_cameras = FrozenCameraCheck()
 
 
+class NoticeLimit:
+    """Prints notices about robots, but not more than `MAX_NOTICES` in `NOTICE_PERIOD_S`.
+
+    Args:
+        read_time_s: returns the time, s, from any fixed moment on.
+    """
+
+    def __init__(self, read_time_s: Callable[[], float] = time.monotonic) -> None:
+        self._read_time_s = read_time_s
+        self._times_s: deque[float] = deque()  # of the notices of the last period
+
+    def notice(self, message: str) -> bool:
+        """Print a notice, or leave it out if there were too many.
+
+        Returns:
+            Whether the message is dealt with: printed or left out. False if notices are suppressed,
+            so that the caller may try again later.
+        """
+        now_s = self._read_time_s()
+        while self._times_s and now_s - self._times_s[0] > NOTICE_PERIOD_S:
+            self._times_s.popleft()
+        if len(self._times_s) > MAX_NOTICES:
+            return True
+        if len(self._times_s) == MAX_NOTICES:
+            message = (
+                f"more than {MAX_NOTICES} notices about robots within {NOTICE_PERIOD_S / 60:.0f}"
+                " minutes. Further ones are left out for a while."
+            )
+        is_printed = notice(message)
+        if is_printed:
+            self._times_s.append(now_s)
+        return is_printed
+
+
 class DriftMonitor:
     """Reports how observations and motions of a policy's robots differ from the training data."""
 
     def __init__(self) -> None:
+        self._limit = NoticeLimit()
         self._reported_keys: set[str] = set()
         # Ordered by each robot's latest observation, the most recent one last.
         self._robots: dict[Hashable, RobotMonitor] = {}
@@ -104,7 +144,7 @@ class DriftMonitor:
     def _report_finding(self, finding: Finding, monitor: RobotMonitor) -> None:
         """Print a finding, unless one with its key was printed for that robot before."""
         is_new = finding.key not in monitor.reported_keys
-        if is_new and notice(monitor.message_prefix + finding.message):
+        if is_new and self._limit.notice(monitor.message_prefix + finding.message):
             monitor.reported_keys.add(finding.key)
 
     def _report_unlike_training(self, finding: Finding, monitor: RobotMonitor) -> None:
@@ -134,7 +174,7 @@ class DriftMonitor:
         # A motion check does not repeat its finding at every step, so each finding is reported.
         for finding in monitor.motion.check(state):
             if finding.key != "gripper" or is_gripper_checked:
-                notice(monitor.message_prefix + finding.message)
+                self._limit.notice(monitor.message_prefix + finding.message)
         return monitor
 
     def _find_or_add_robot(self, robot: Hashable) -> RobotMonitor:
