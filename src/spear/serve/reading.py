@@ -1,9 +1,9 @@
 """How fast a server reads: limits of bytes per second, per address and in all.
 
-Reading is work, too: 16 MiB take the server some 40 ms, whatever is in them. A few clients that send
-large messages without end would therefore delay all others. The server stops reading from an
-address that has used up its bytes, until it has new ones. What it does not read waits in the
-client, so nothing is lost, and a client that sends less than its share never waits.
+Reading is work, too: 16 MiB take the server some 40 ms, whatever is in them. So a few clients that
+send large messages without end would delay all others. The server stops reading from an address
+that has used up its bytes, until it has new ones. What it does not read waits in the client, so
+nothing is lost, and a client that sends less than its share never waits.
 """
 
 from dataclasses import dataclass
