@@ -304,6 +304,20 @@ class TestRoles:
         assert line.endswith(": expert.layers.*.mlp.up_proj.weight (by name and shape)")
         assert "unverified" in output.splitlines()[-1]
 
+    def test_shows_each_tensor_and_saves_a_mapping(
+        self, run_command: Command, tmp_path: Path
+    ) -> None:
+        names = tmp_path / "names.toml"
+        nano = str(BUNDLED_WEIGHTS / "nano")
+
+        output = run_command(
+            "convert", "roles", nano, "--preset", "nano", "--per-tensor", "--save-names", str(names)
+        )
+
+        name = "expert.layers.4.mlp.up_proj.weight"
+        assert f"{name} [384, 160]: {name} (by name and shape)" in output.splitlines()
+        assert "verified = false" in names.read_text().splitlines()
+
     def test_a_folder_without_weights_is_refused(
         self, run_refused_command: Command, tmp_path: Path
     ) -> None:

@@ -262,6 +262,9 @@ class DoctorOptions(Options):
     device: Device = "auto"
     out: OptionalFile = Path("runs/doctor.html")
     """Write a page to this file; None writes none."""
+    checkpoint: OptionalFolder = None
+    """Instead of this machine, examine the settings of another project's SPEAR-1 in a folder: look
+    for them in its JSON, YAML and Python files (which are not run) and compare them with ours."""
 
 
 def doctor(options: DoctorOptions) -> None:
@@ -274,7 +277,11 @@ def doctor(options: DoctorOptions) -> None:
     Examples:
         spear doctor
         spear doctor --device cuda --preset spear1
+        spear doctor --checkpoint ./spear1-franka
     """
+    if options.checkpoint is not None:
+        _compare_checkpoint(options.checkpoint)
+        return
     from spear.doctor import COLUMNS, DisagreementError, describe_machine, examine
     from spear.models.devices import choose_device
     from spear.models.presets import get_preset
@@ -315,6 +322,17 @@ def doctor(options: DoctorOptions) -> None:
         )
     page_advice = "" if options.out is None else f"; open {options.out.resolve()}"
     print(f"\neverything agrees{page_advice}")
+
+
+def _compare_checkpoint(folder: Path) -> None:
+    """Print how the settings of a checkpoint compare with ours."""
+    from spear.models.weights.foreign_settings import COLUMNS, compare_settings, summarize
+
+    comparisons = compare_settings(folder)
+    lines = [_markdown_row(COLUMNS), "|---" * len(COLUMNS) + "|"]
+    lines += [_markdown_row(comparison.to_row()) for comparison in comparisons]
+    print(escape_control_characters("\n".join(lines), keep_newlines=True))
+    print(f"\n{summarize(comparisons)}")
 
 
 def _markdown_row(cells: list[str]) -> str:

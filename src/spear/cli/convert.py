@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from tyro.conf import Positional, arg
 
 from spear.errors import SpearError, check_known, escape_control_characters
-from spear.util.files import check_new_folder
+from spear.util.files import check_new_folder, write_text
 from spear.util.network import is_hub_name
-from spear.util.options import OptionalName, Options, Preset, Seed
+from spear.util.options import OptionalFile, OptionalName, Options, Preset, Seed
 
 if TYPE_CHECKING:
     from spear.models.processing import Processor
@@ -163,41 +163,68 @@ class RolesOptions(Options):
     """Folder of safetensors, or its name on the Hugging Face Hub."""
     preset: Preset = "spear1"
     """Preset of the SPEAR-1 that it may be."""
+    per_tensor: bool = False
+    """Print a line for every tensor, not one for a weight of all layers."""
+    save_names: OptionalFile = None
+    """Write a first mapping of the names to this file (TOML), to be completed and verified."""
 
 
 def convert_roles(options: RolesOptions) -> None:
     """Guess what the weights of a checkpoint with unknown names are in a SPEAR-1.
 
-    Prints each group of weights with the weights that it may be, and whether their names or only
-    their shapes say so. No weights are read.
+    Prints each group of weights with the weights that it may be, and whether their names, their
+    shapes, or the stack of layers around them (position) say so. No weights are read.
 
     Examples:
         spear convert roles ./spear1-franka
-        spear convert roles ./spear1-franka > roles.txt
+        spear convert roles ./spear1-franka --per-tensor --save-names names.toml > roles.txt
     """
     from spear.models.weights.load import StoredCheckpoint
-    from spear.models.weights.roles import guess_roles
+    from spear.models.weights.name_rules import read_name_rules
+    from spear.models.weights.roles import format_mapping, group_name, guess_roles
 
     stored = StoredCheckpoint.open(options.checkpoint, "checkpoint")
     shapes = {name: tensor.shape for name, tensor in stored.weights.items()}
-    roles = guess_roles(shapes, options.preset)
-    num_known = 0
-    for role in roles:
-        group = role.group
-        line = f"{group.count:>4} × {group.name} {list(group.shape)}: {_describe_role(role)}"
-        print(escape_control_characters(line))
-        num_known += len(role.candidates) == 1
-    print(f"{len(roles)} groups of weights, of which {num_known} have one candidate (unverified)")
+    roles = guess_roles(shapes, options.preset, read_name_rules("spear1_franka").renamed)
+    if options.per_tensor:
+        role_of_group = {(role.group.name, role.group.shape): role for role in roles}
+        for name, shape in shapes.items():
+            role = role_of_group[group_name(name), shape]
+            line = f"{name} {list(shape)}: {_describe_role(role, name)}"
+            print(escape_control_characters(line))
+    else:
+        for role in roles:
+            group = role.group
+            line = f"{group.count:>4} × {group.name} {list(group.shape)}: {_describe_role(role)}"
+            print(escape_control_characters(line))
+
+    num_settled = sum(role.is_settled for role in roles)
+    num_joined = sum(role.evidence.startswith("joined") for role in roles)
+    num_unknown = sum(not role.candidates for role in roles)
+    print(
+        f"{len(roles)} groups of weights, of which {num_settled} have one candidate, "
+        f"{num_joined} are several weights in one, and {num_unknown} are unknown (unverified)"
+    )
+    if options.save_names is not None:
+        write_text(options.save_names, format_mapping(roles, options.checkpoint))
 
 
-def _describe_role(role: "Role") -> str:
-    """Describe what a group of weights may be, and why."""
+def _describe_role(role: "Role", stored_name: str = "") -> str:
+    """Describe what a group of weights may be, and why.
+
+    With the name of one of the stored weights, the candidates are those in the same layer.
+    """
+    from spear.models.weights.roles import name_in_layer
+
     if not role.candidates:
         return "unknown"
-    names = [candidate.name for candidate in role.candidates[:MAX_CANDIDATES]]
+    names = [
+        name_in_layer(candidate, stored_name) for candidate in role.candidates[:MAX_CANDIDATES]
+    ]
     num_more = len(role.candidates) - len(names)
     more = f" or one of {num_more} more" if num_more > 0 else ""
-    return f"{' or '.join(names)}{more} (by {role.evidence})"
+    joint = " and " if role.evidence.startswith("joined") else " or "
+    return f"{joint.join(names)}{more} (by {role.evidence})"
 
 
 class ExpectedOptions(Options):

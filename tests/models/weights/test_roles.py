@@ -1,16 +1,25 @@
 """`guess_roles` finds what weights under unknown names may be. The SPEAR-1 here is `nano`'s."""
 
+import tomllib
+
 import torch
 
 from spear.models.presets import PRESETS, build_spear1_config
 from spear.models.spear1 import Spear1ForActionPrediction
-from spear.models.weights.roles import group_weights, guess_roles
+from spear.models.weights.name_rules import read_name_rules
+from spear.models.weights.roles import (
+    format_mapping,
+    group_name,
+    group_weights,
+    guess_roles,
+    name_in_layer,
+)
 
 
-def list_shapes() -> dict[str, tuple[int, ...]]:
+def list_shapes(preset: str = "nano") -> dict[str, tuple[int, ...]]:
     """Name -> shape of each weight of the policy."""
     with torch.device("meta"):
-        model = Spear1ForActionPrediction(build_spear1_config(PRESETS["nano"]))
+        model = Spear1ForActionPrediction(build_spear1_config(PRESETS[preset]))
     return {name: tuple(weight.shape) for name, weight in model.state_dict().items()}
 
 
@@ -73,3 +82,114 @@ def test_an_unknown_name_and_shape_have_no_role() -> None:
 
     assert role.evidence == ""
     assert role.candidates == ()
+
+
+STACKS = {
+    "vlm.vision_tower.encoder.layers.": "a.",
+    "vlm.moge.backbone.encoder.layer.": "b.",
+    "vlm.language_model.layers.": "c.",
+    "expert.layers.": "d.",
+}
+"""Beginning of the names of a stack's weights -> a beginning that says nothing."""
+
+
+def disguise_names(shapes: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+    """Give weights names that say nothing but which of them belong to one stack and layer."""
+    disguised = {}
+    numbers: dict[str, int] = {}  # the rest of a name, after stack and layer -> a number
+    for name, shape in shapes.items():
+        stack = next((stack for stack in STACKS if name.startswith(stack)), None)
+        if stack is None:
+            disguised[f"x{len(disguised)}"] = shape
+            continue
+        layer, _, rest = name.removeprefix(stack).partition(".")
+        number = numbers.setdefault(rest, len(numbers))
+        disguised[f"{STACKS[stack]}{layer}.w_{number}"] = shape
+    return disguised
+
+
+def test_names_that_say_nothing_are_placed_by_the_shapes_of_their_stack_at_full_size() -> None:
+    """All 87 layers are found, and in them each weight whose shape occurs once per layer."""
+    roles = guess_roles(disguise_names(list_shapes("spear1")), "spear1")
+
+    by_position = [role for role in roles if role.evidence == "shape and position"]
+    stacks = {role.candidates[0].name.split("layer")[0] for role in by_position}
+    assert stacks == {
+        "vlm.vision_tower.encoder.",
+        "vlm.moge.backbone.encoder.",
+        "vlm.language_model.",
+        "expert.",
+    }
+    down = next(r for r in by_position if r.group.shape == (1024, 4096) and r.group.count == 18)
+    assert [candidate.name for candidate in down.candidates] == [
+        "expert.layers.*.mlp.down_proj.weight"
+    ]
+
+
+def test_a_shape_that_two_stacks_have_is_placed_by_the_other_shapes_of_its_stack() -> None:
+    """MoGe's fc2 and the expert's down_proj are both 1024 × 4096 at full size."""
+    shapes = disguise_names(list_shapes("spear1"))
+
+    roles = guess_roles(shapes, "spear1")
+
+    named = [role for role in roles if role.group.shape == (1024, 4096)]
+    assert {role.candidates[0].name for role in named if role.is_settled} == {
+        "vlm.moge.backbone.encoder.layer.*.mlp.fc2.weight",
+        "expert.layers.*.mlp.down_proj.weight",
+    }
+
+
+def test_queries_keys_and_values_in_one_weight_are_recognized() -> None:
+    """MoGe's own files, and those of some authors, join the three."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name, shape in list_shapes().items():
+        if "moge" not in name:
+            continue
+        if ".k_proj." in name or ".v_proj." in name:
+            continue
+        if ".q_proj." in name:
+            shape = (3 * shape[0], *shape[1:])
+        shapes[name.replace("q_proj", "qkv").replace("vlm.moge.backbone.encoder", "enc")] = shape
+
+    roles = guess_roles(shapes, "nano")
+
+    joined = next(role for role in roles if role.group.name.endswith("qkv.weight"))
+    assert joined.evidence == "joined shapes and position"
+    assert [part.name.split(".")[-2] for part in joined.candidates] == [
+        "q_proj",
+        "k_proj",
+        "v_proj",
+    ]
+    assert not joined.is_settled
+
+
+def test_rules_for_names_are_applied_before_names_are_compared() -> None:
+    shapes = {}
+    for name, shape in list_shapes().items():
+        renamed = name.replace("expert.", "paligemma_with_expert.gemma_expert.model.")
+        shapes[renamed] = shape
+
+    roles = guess_roles(shapes, "nano", read_name_rules("spear1_franka").renamed)
+
+    assert all(role.is_settled for role in roles)
+
+
+def test_a_candidate_gets_the_number_of_the_weights_layer() -> None:
+    (group,) = group_weights({"expert.layers.0.norm": (4,), "expert.layers.1.norm": (4,)})
+
+    assert name_in_layer(group, "blocks.17.n") == "expert.layers.17.norm"
+    assert group_name("blocks.17.n") == "blocks.*.n"
+
+
+def test_the_first_mapping_is_unverified_and_says_what_is_open() -> None:
+    shapes = disguise_names(list_shapes())
+    shapes['odd "name"'] = (7, 7, 7)
+
+    mapping = tomllib.loads(format_mapping(guess_roles(shapes, "nano"), "./spear1"))
+
+    assert mapping["verified"] is False
+    assert "action_time_mlp_in.weight" in mapping["settled"].values()
+    # Nothing but names could tell keys from values.
+    keys_or_values = [names for names in mapping["open"].values() if len(names) == 2]
+    assert any(names[0].endswith("k_proj.weight") for names in keys_or_values)
+    assert mapping["unknown"] == {'odd "name"': [7, 7, 7]}

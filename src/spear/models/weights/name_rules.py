@@ -24,7 +24,7 @@ class NameRules:
 
 
 def read_name_rules(source: str) -> NameRules:
-    """Read the rules for a source: "paligemma", "pi0" or "pi05"."""
+    """Read the rules for a source: "paligemma", "pi0", "pi05" or "spear1_franka"."""
     file = Path(__file__).with_name(f"names_{source}.toml")
     content = tomllib.loads(file.read_text(encoding="utf-8"))
     renamed = [(old_prefix, new_prefix) for old_prefix, new_prefix in content["renamed"]]

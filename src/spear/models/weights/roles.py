@@ -1,22 +1,32 @@
-"""What the weights of a checkpoint with unknown names may be, judged by names and shapes.
+"""What the weights of a checkpoint with unknown names may be, by names, shapes and positions.
 
 The result is a guess for people who write rules for names (`names_SOURCE.toml`). Nothing is loaded.
 """
 
+import json
 import re
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from spear.models.presets import build_spear1_config, get_preset
 from spear.models.spear1 import Spear1ForActionPrediction
+from spear.models.weights.load import rename_prefixes
 
 Shape = tuple[int, ...]
 
 MIN_COMMON_PARTS = 2
 """Names that end with the same so many parts, such as "q_proj.weight", probably mean the same. One
 part is too few, because nearly all names end with "weight" or "bias"."""
+
+MIN_COMMON_SHAPES = 0.5
+"""Two stacks are taken for the same network if at least this fraction of their shapes is common
+(our choice). A tower with joined queries, keys and values has still 0.7 of DINOv2's shapes."""
+
+JOINED_LAYERS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+"""Layers with the same input, which some networks store as one weight, row after row."""
 
 _NUMBER = re.compile(r"\b\d+\b")
 
@@ -34,6 +44,15 @@ class WeightGroup:
     shape: Shape
     count: int
 
+    @property
+    def stack(self) -> str | None:
+        """The name of the stack of layers that has these weights: the name until the first *.
+
+        None, if the names have no number.
+        """
+        before, star, _ = self.name.partition("*")
+        return before if star else None
+
 
 @dataclass(frozen=True)
 class Role:
@@ -41,21 +60,32 @@ class Role:
 
     group       The group.
     candidates  The groups of SPEAR-1 that the evidence speaks for.
-    evidence    "name and shape", "shape", or "name" if the shape is another. "" if neither the name
-                nor the shape is one of SPEAR-1.
+    evidence    "name and shape"; "shape and position", the position being the stack of layers that
+                has the weights, which its shapes reveal; "joined shapes and position", if the
+                group is all of the candidates in one weight; "shape"; "name" if the shape is
+                another. "" if neither the name nor the shape is one of SPEAR-1.
     """
 
     group: WeightGroup
     candidates: tuple[WeightGroup, ...]
     evidence: str
 
+    @property
+    def is_settled(self) -> bool:
+        """Whether one candidate remains whose shape is the group's."""
+        return len(self.candidates) == 1 and "shape" in self.evidence
 
-def guess_roles(stored: Mapping[str, Shape], size: str = "spear1") -> list[Role]:
+
+def guess_roles(
+    stored: Mapping[str, Shape], size: str = "spear1", renamed: Sequence[tuple[str, str]] = ()
+) -> list[Role]:
     """Guess what the weights of a checkpoint are in a SPEAR-1 of the preset `size`.
 
     Args:
         stored: Name -> shape of each weight in the checkpoint.
         size: The preset.
+        renamed: Rules (old prefix, new prefix) that are applied to the names before they are
+            compared, as in `names_SOURCE.toml`.
 
     Returns:
         A role for each group of weights, in the order of the checkpoint.
@@ -64,39 +94,137 @@ def guess_roles(stored: Mapping[str, Shape], size: str = "spear1") -> list[Role]
         model = Spear1ForActionPrediction(build_spear1_config(get_preset(size)))
     expected = {name: tuple(weight.shape) for name, weight in model.state_dict().items()}
     expected_groups = group_weights(expected)
-    return [_guess_role(group, expected_groups) for group in group_weights(stored)]
+    groups = group_weights(stored)
+    expected_stacks = _match_stacks(groups, expected_groups)
+
+    roles = []
+    for group in groups:
+        name = rename_prefixes(group.name, renamed)
+        candidates = expected_groups
+        is_stack_known = group.stack in expected_stacks
+        if is_stack_known:
+            stack = expected_stacks[group.stack]
+            candidates = [expected for expected in expected_groups if expected.stack == stack]
+        roles.append(_guess_role(group, name, candidates, is_stack_known))
+    return roles
 
 
 def group_weights(shapes: Mapping[str, Shape]) -> list[WeightGroup]:
     """Group weights, given as name -> shape, by shape and by name without its numbers."""
     counts: dict[tuple[str, Shape], int] = {}
     for name, shape in shapes.items():
-        key = (_NUMBER.sub("*", name), shape)
+        key = (group_name(name), shape)
         counts[key] = counts.get(key, 0) + 1
     return [WeightGroup(name, shape, count) for (name, shape), count in counts.items()]
 
 
-def _guess_role(group: WeightGroup, expected_groups: list[WeightGroup]) -> Role:
-    """Guess the role of one group."""
+def group_name(name: str) -> str:
+    """Return a weight's name with * for each number."""
+    return _NUMBER.sub("*", name)
+
+
+def name_in_layer(group: WeightGroup, stored_name: str) -> str:
+    """Return the name that a group of SPEAR-1 has in the layer of a stored weight.
+
+    >>> name_in_layer(WeightGroup("expert.layers.*.norm", (4,), 18), "blocks.7.n")
+    'expert.layers.7.norm'
+    """
+    numbers = _NUMBER.findall(stored_name)
+    if group.name.count("*") != len(numbers):
+        return group.name
+    name = group.name
+    for number in numbers:
+        name = name.replace("*", number, 1)
+    return name
+
+
+# --- Stacks of layers ---
+
+
+def _match_stacks(
+    groups: Sequence[WeightGroup], expected_groups: Sequence[WeightGroup]
+) -> dict[str | None, str]:
+    """Match each stack of the checkpoint with the stack of SPEAR-1 whose shapes it has.
+
+    Returns:
+        Name of a stack in the checkpoint -> name in SPEAR-1, of the stacks of which only one fits.
+    """
+    expected_stacks = _list_stacks(expected_groups)
+    matches: dict[str | None, str] = {}
+    for name, shapes in _list_stacks(groups).items():
+        fractions = {
+            expected_name: (shapes & expected).total() / (shapes | expected).total()
+            for expected_name, expected in expected_stacks.items()
+        }
+        best = max(fractions.values())
+        best_names = [name for name, fraction in fractions.items() if fraction == best]
+        if best >= MIN_COMMON_SHAPES and len(best_names) == 1:
+            matches[name] = best_names[0]
+    return matches
+
+
+def _list_stacks(groups: Sequence[WeightGroup]) -> dict[str, Counter[tuple[Shape, int]]]:
+    """Return the stacks by name, each with its (shape, number of layers) and their counts."""
+    stacks: dict[str, Counter[tuple[Shape, int]]] = {}
+    for group in groups:
+        if group.stack is not None:
+            stacks.setdefault(group.stack, Counter())[group.shape, group.count] += 1
+    return stacks
+
+
+# --- Single groups ---
+
+
+def _guess_role(
+    group: WeightGroup, name: str, expected_groups: Sequence[WeightGroup], is_stack_known: bool
+) -> Role:
+    """Guess the role of one group, whose name is compared as `name`.
+
+    `expected_groups` are those of its stack, if the stack is known, otherwise all.
+    """
     same_shape = [expected for expected in expected_groups if expected.shape == group.shape]
-    same_name_and_shape = _find_similar_names(group, same_shape)
+    same_name_and_shape = _find_similar_names(name, same_shape)
     if same_name_and_shape:
         return Role(group, tuple(same_name_and_shape), "name and shape")
     if same_shape:
+        evidence = "shape and position" if is_stack_known else "shape"
         # Layers of one network are as many here as there.
         same_count = [expected for expected in same_shape if expected.count == group.count]
-        return Role(group, tuple(same_count or same_shape), "shape")
-    same_name = _find_similar_names(group, expected_groups)
+        return Role(group, tuple(same_count or same_shape), evidence)
+    if is_stack_known:
+        joined = _find_joined(group, expected_groups)
+        if joined:
+            return Role(group, joined, "joined shapes and position")
+    same_name = _find_similar_names(name, expected_groups)
     return Role(group, tuple(same_name), "name" if same_name else "")
 
 
-def _find_similar_names(group: WeightGroup, candidates: list[WeightGroup]) -> list[WeightGroup]:
-    """Return the candidates whose names end most like the group's, and at least in
+def _find_joined(
+    group: WeightGroup, stack_groups: Sequence[WeightGroup]
+) -> tuple[WeightGroup, ...]:
+    """Return the groups of a stack that, row after row, have the shape of `group` together."""
+    for layers in JOINED_LAYERS:
+        for kind in ("weight", "bias"):
+            parts = []
+            for layer in layers:
+                parts += [part for part in stack_groups if part.name.endswith(f".{layer}.{kind}")]
+            if len(parts) < len(layers):
+                continue
+            num_rows = sum(part.shape[0] for part in parts)
+            if (num_rows, *parts[0].shape[1:]) == group.shape:
+                return tuple(parts)
+    return ()
+
+
+def _find_similar_names(name: str, candidates: Sequence[WeightGroup]) -> list[WeightGroup]:
+    """Return the candidates whose names end most like `name`, and at least in
     `MIN_COMMON_PARTS`."""
     similar: list[WeightGroup] = []
     most_common = MIN_COMMON_PARTS
     for candidate in candidates:
-        num_common = _count_common_parts(group.name, candidate.name)
+        if candidate.name == name:
+            return [candidate]
+        num_common = _count_common_parts(name, candidate.name)
         if num_common > most_common:
             similar = []
             most_common = num_common
@@ -118,3 +246,42 @@ def _count_common_parts(first: str, second: str) -> int:
             break
         count += 1
     return count
+
+
+# --- The first mapping file ---
+
+
+def format_mapping(roles: Sequence[Role], source: str) -> str:
+    """Format roles as a first mapping file (TOML), which a person completes.
+
+    Args:
+        roles: The roles of all groups of a checkpoint.
+        source: The checkpoint's path or name, for the comment.
+    """
+    settled = [role for role in roles if role.is_settled]
+    joined = [role for role in roles if role.evidence.startswith("joined")]
+    unknown = [role for role in roles if not role.candidates]
+    settled_or_joined_or_unknown = [*settled, *joined, *unknown]
+    open_roles = [role for role in roles if role not in settled_or_joined_or_unknown]
+
+    lines = [
+        f"# A first mapping of the names in {json.dumps(source)}, by `spear convert roles`.",
+        "# Nobody has verified it. * stands for a layer's number.",
+        "verified = false",
+        "",
+        "[settled] # name in the checkpoint -> our name: one candidate",
+    ]
+    lines += [_format_entry(role, role.candidates[0].name) for role in settled]
+    lines += ["", "[joined] # name in the checkpoint -> our names, row after row"]
+    lines += [_format_entry(role, [part.name for part in role.candidates]) for role in joined]
+    lines += ["", "[open] # several candidates, or one of another shape: choose"]
+    lines += [_format_entry(role, [part.name for part in role.candidates]) for role in open_roles]
+    lines += ["", "[unknown] # SPEAR-1 has no such name or shape: the shape"]
+    lines += [_format_entry(role, list(role.group.shape)) for role in unknown]
+    return "\n".join(lines) + "\n"
+
+
+def _format_entry(role: Role, value: str | list[str] | list[int]) -> str:
+    """Format one line of the mapping file. JSON's strings and lists are valid TOML."""
+    text = f"{json.dumps(role.group.name)} = {json.dumps(value)}"
+    return f"{text} # by {role.evidence}" if role.evidence else text
