@@ -26,14 +26,56 @@ PUBLIC_MODULES = {
     "spear.embodiments.interface": "What a robot consists of",
     "spear.serve.client": "Client of the server",
     "spear.data.readers.formats": "Read datasets of robot episodes",
+    "spear.data.store.episode_store": "Read an episode store",
     "spear.labels.store": "Read and write labeled images",
     "spear.geometry": "Rotations and poses",
     "spear.flow": "Flow matching on R³ × S³",
     "spear.tokens": "3D tokens",
-    "spear.models.presets": "Model sizes",
     "spear.train.recipes": "Recipes",
+    "spear.errors": "The error that spear raises",
 }
-"""Each public module and the title of its page. All other modules are internal."""
+"""Each module with public names, and the title of its page. All other modules are internal."""
+
+PUBLIC_NAMES = {
+    "spear.types": (
+        "Action",
+        "Episode",
+        "Frame",
+        "Box3D",
+        "LabeledObject",
+        "LabeledImage",
+        "Question",
+        "Policy",
+        "FlowConfig",
+    ),
+    "spear.policy": ("Spear1Policy", "load_vlm", "VlmBundle", "Answer"),
+    "spear.chunks": ("Pilot", "ChunkExecutor", "validate_chunk"),
+    "spear.embodiments": ("list_names", "load"),
+    "spear.embodiments.interface": ("Embodiment", "Control"),
+    "spear.serve.client": ("RemotePolicy",),
+    "spear.data.readers.formats": ("read_episodes", "open_dataset"),
+    "spear.data.store.episode_store": ("EpisodeStore",),
+    "spear.labels.store": ("read_labels", "write_labels"),
+    "spear.geometry": (
+        "quat_exp",
+        "quat_log",
+        "quat_slerp",
+        "quat_rotate",
+        "euler_to_quat",
+        "action_between_poses",
+        "apply_action",
+    ),
+    "spear.flow": ("sample_noise", "interpolate", "compute_loss", "integrate"),
+    "spear.tokens": ("CoordinateTokenizer",),
+    "spear.train.recipes": ("get_recipe",),
+    "spear.errors": ("SpearError",),
+}
+"""The public names of each module. Its other names are internal, and the reference omits them."""
+
+PUBLIC_METHODS = {
+    "EpisodeStore": ("subset", "image", "source", "served_steps", "without_images"),
+}
+"""The public methods of a class that has internal ones, too."""
 
 PRINT_HELP = """
 import io, sys
@@ -66,14 +108,27 @@ def on_config(config: Any) -> Any:
 
 
 def on_files(files: Files, config: Any) -> Files:
-    """Add the page of each public module, and the page of the command line."""
+    """Add a page with the public names of each module, and the page of the command line."""
     for module, title in PUBLIC_MODULES.items():
-        text = f"# {title}\n\n::: {module}\n"
+        text = f"# {title}\n\n{format_directive(module, members=())}"
+        for name in PUBLIC_NAMES[module]:
+            text += format_directive(f"{module}.{name}", PUBLIC_METHODS.get(name))
         files.append(File.generated(config, page_of_module(module), content=text))
 
     text = f"# Command line\n\n{read_help_of_commands()}"
     files.append(File.generated(config, "reference/cli.md", content=text))
     return files
+
+
+def format_directive(path: str, members: tuple[str, ...] | None) -> str:
+    """Return the Markdown that mkdocstrings replaces by the docstring of a name.
+
+    members: the names below this one to show; None for all public ones.
+    """
+    directive = f"::: {path}\n"
+    if members is not None:
+        directive += f"    options:\n      members: [{', '.join(members)}]\n"
+    return f"{directive}\n"
 
 
 def read_help_of_commands() -> str:

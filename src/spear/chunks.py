@@ -176,6 +176,9 @@ class ChunkExecutor:
 
         In sync the caller adds the chunk before the next tick. In async and rtc the caller may add
         the chunk in a later tick, and passes the tick of the observation as `observed_tick`.
+
+        Returns:
+            True if a chunk is needed.
         """
         if self._last_observed_tick == self.tick:
             return False
@@ -234,6 +237,9 @@ class ChunkExecutor:
         """Return the action [8] to execute in this tick, and go on to the next tick.
 
         If no step is planned, the action is no motion, with the last commanded gripper opening.
+
+        Returns:
+            [8]: translation (m, base frame), quaternion (end-effector frame), gripper opening.
         """
         self._adopt_arrived_chunks()
         self.tick += 1
@@ -367,6 +373,13 @@ class Pilot:
         SpearError: for "rtc" with a policy that was not trained for it, and for a server that sends
             commands in a robot's own format. Such commands could be poses, for example, and the
             pilot would execute them as displacements. `step` raises what the policy raises.
+
+    Example:
+        >>> from spear.policy import Spear1Policy
+        >>> pilot = Pilot(Spear1Policy.load("nano"), "async")  # doctest: +SKIP
+        >>> while True:  # doctest: +SKIP
+        ...     action = pilot.step(observe())  # `observe` and `robot` are yours
+        ...     robot.execute(action)
     """
 
     def __init__(
@@ -403,6 +416,9 @@ class Pilot:
 
         Args:
             observation: what the robot observes now, with the keys of `spear.types.Policy`.
+
+        Returns:
+            [8]: translation (m, base frame), quaternion (end-effector frame), gripper opening.
         """
         now_s = time.monotonic()
         tick_s = 1 / CONTROL_RATE_HZ
@@ -498,6 +514,11 @@ def validate_chunk(actions: Array) -> Array:
         SpearError: if it is not [H, 8] finite numbers with unit quaternions, or if one of its
             actions is longer than `MAX_ACTION_LENGTH_M` or turns by more than
             `MAX_ACTION_TURN_RAD`.
+
+    Example:
+        >>> still = np.tile([0.0, 0, 0, 1, 0, 0, 0, 1], (5, 1))
+        >>> validate_chunk(still).shape
+        (5, 8)
     """
     actions = np.asarray(actions)
     if actions.ndim != 2 or actions.shape[1] != ACTION_DIM or not np.isfinite(actions).all():

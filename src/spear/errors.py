@@ -29,6 +29,14 @@ class SpearError(Exception):
     """Bad input. The message is one line, which says what is wrong, where, and what to do.
 
     The command line prints the message and exits with `code`.
+
+    Example:
+        >>> from spear.embodiments import load
+        >>> try:
+        ...     load("so100")
+        ... except SpearError as error:
+        ...     print(str(error).splitlines()[0])  # doctest: +ELLIPSIS
+        unknown embodiment 'so100'...
     """
 
     code = 2

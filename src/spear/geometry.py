@@ -101,24 +101,55 @@ def validate_unit_quat(q: Tensor, name: str) -> Tensor:
 
 
 def quat_exp(vector: Tensor) -> Tensor:
-    """Rotation vector [..., 3] (axis times angle, rad) to unit quaternion [..., 4]; w may be
-    negative."""
+    """Convert a rotation vector to a unit quaternion.
+
+    Args:
+        vector: [..., 3], axis times angle, rad.
+
+    Returns:
+        [..., 4], (w, x, y, z); w may be negative.
+
+    Example:
+        >>> quat_exp(torch.tensor([0.0, 0.0, torch.pi / 2]))
+        tensor([0.7071, 0.0000, 0.0000, 0.7071])
+    """
     squared_half_angle = (vector * vector).sum(-1, keepdim=True) / 4
     cos, sinc = _cos_sinc(squared_half_angle)
     return torch.cat([cos, vector * sinc / 2], dim=-1)
 
 
 def quat_log(q: Tensor) -> Tensor:
-    """Unit quaternion [..., 4] to rotation vector [..., 3], rad, of norm ≤ π; q and -q give the
-    same."""
+    """Convert a unit quaternion to a rotation vector.
+
+    Args:
+        q: [..., 4], (w, x, y, z); q and -q give the same.
+
+    Returns:
+        [..., 3], axis times angle, rad, of norm ≤ π.
+
+    Example:
+        >>> quat_log(torch.tensor([0.7071, 0.0, 0.0, 0.7071]))
+        tensor([0.0000, 0.0000, 1.5708])
+    """
     return _log(quat_canonical(q))
 
 
 def quat_slerp(q0: Tensor, q1: Tensor, t: Tensor | float) -> Tensor:
-    """Rotate at constant speed from q0 (t = 0) to q1 (t = 1), by at most π, [..., 4].
+    """Rotate at constant speed from q0 (t = 0) to q1 (t = 1), by at most π.
 
-    t is a number or a tensor that broadcasts against the leading dimensions. At t = 1 the result
-    may be -q1, which is the same rotation.
+    Args:
+        q0: [..., 4], unit quaternion.
+        q1: [..., 4], unit quaternion.
+        t: a number, or a tensor that broadcasts against the leading dimensions.
+
+    Returns:
+        [..., 4]. At t = 1 the result may be -q1, which is the same rotation.
+
+    Example:
+        >>> q0 = torch.tensor([1.0, 0.0, 0.0, 0.0])
+        >>> q1 = torch.tensor([0.0, 0.0, 0.0, 1.0])  # half a turn about z
+        >>> quat_slerp(q0, q1, 0.5)
+        tensor([0.7071, 0.0000, 0.0000, 0.7071])
     """
     relative_rotation = quat_multiply(quat_conjugate(q0), q1)
     rotation_vector = quat_log(relative_rotation)
@@ -143,7 +174,20 @@ def quat_distance(a: Tensor, b: Tensor) -> Tensor:
 
 
 def quat_rotate(q: Tensor, v: Tensor) -> Tensor:
-    """R(q) v for vectors v [..., 3]."""
+    """Rotate vectors.
+
+    Args:
+        q: [..., 4], unit quaternion.
+        v: [..., 3], vectors.
+
+    Returns:
+        [..., 3], R(q) v.
+
+    Example:
+        >>> turn = quat_exp(torch.tensor([0.0, 0.0, torch.pi], dtype=torch.float64))
+        >>> quat_rotate(turn, torch.tensor([1.0, 0.0, 0.0], dtype=torch.float64)).round()[0].item()
+        -1.0
+    """
     real = q[..., :1]
     imag, v = torch.broadcast_tensors(q[..., 1:], v)
     double_cross = 2 * torch.linalg.cross(imag, v)
@@ -255,9 +299,18 @@ def matrix_to_quat(matrix: Tensor) -> Tensor:
 
 
 def euler_to_quat(angles: Tensor, convention: EulerConvention | Literal["zxy"]) -> Tensor:
-    """Angles about x, y and z [..., 3], rad, to canonical unit quaternion [..., 4].
+    """Convert Euler angles to a unit quaternion.
 
-    See `EulerConvention` for "xyz" and "XYZ"; "zxy" is R = Ry Rx Rz.
+    Args:
+        angles: [..., 3], angles about x, y and z, rad.
+        convention: see `EulerConvention` for "xyz" and "XYZ"; "zxy" is R = Ry Rx Rz.
+
+    Returns:
+        [..., 4], canonical: w is not negative.
+
+    Example:
+        >>> euler_to_quat(torch.tensor([0.0, 0.0, torch.pi / 2]), "xyz")
+        tensor([0.7071, 0.0000, 0.0000, 0.7071])
     """
     axis_x, axis_y, axis_z = torch.eye(3, dtype=angles.dtype, device=angles.device)
     about_x = quat_exp(angles * axis_x)
@@ -331,14 +384,26 @@ def pose_inverse(position: Tensor, rotation: Tensor) -> tuple[Tensor, Tensor]:
 def action_between_poses(
     position: Tensor, rotation: Tensor, next_position: Tensor, next_rotation: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The action that leads from one end-effector pose to the next, in the paper's frames.
+    """Compute the action that leads from one end-effector pose to the next, in the paper's frames.
 
     That an action is the difference between poses one step apart is our reading of the paper.
+
+    Args:
+        position: [..., 3], base frame, m.
+        rotation: [..., 4], unit quaternion, base frame.
+        next_position: [..., 3], one step later.
+        next_rotation: [..., 4], one step later.
 
     Returns:
         The translation [..., 3] in the base frame (m), with x' = x + translation; and the canonical
         rotation [..., 4] in the end-effector frame, with R' = R · R(rotation). Here x and R are the
         pose, and x' and R' the next pose.
+
+    Example:
+        >>> upright = torch.tensor([1.0, 0.0, 0.0, 0.0])
+        >>> higher = torch.tensor([0.0, 0.0, 0.1])
+        >>> action_between_poses(torch.zeros(3), upright, higher, upright)
+        (tensor([0.0000, 0.0000, 0.1000]), tensor([1., 0., 0., 0.]))
     """
     translation = next_position - position
     step_rotation = quat_multiply(quat_conjugate(rotation), next_rotation)
@@ -348,9 +413,21 @@ def action_between_poses(
 def apply_action(
     position: Tensor, rotation: Tensor, translation: Tensor, step_rotation: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The pose that an action leads to; its rotation is a canonical unit quaternion.
+    """Compute the pose that an action leads to; the inverse of `action_between_poses`.
 
-    With the action of `action_between_poses` this is the next pose.
+    Args:
+        position: [..., 3], base frame, m.
+        rotation: [..., 4], unit quaternion, base frame.
+        translation: [..., 3], of the action, base frame, m.
+        step_rotation: [..., 4], of the action, end-effector frame.
+
+    Returns:
+        The next position [..., 3] and the next rotation [..., 4], which is canonical.
+
+    Example:
+        >>> upright = torch.tensor([1.0, 0.0, 0.0, 0.0])
+        >>> apply_action(torch.zeros(3), upright, torch.tensor([0.0, 0.0, 0.1]), upright)
+        (tensor([0.0000, 0.0000, 0.1000]), tensor([1., 0., 0., 0.]))
     """
     next_rotation = quat_multiply(rotation, step_rotation)
     return position + translation, quat_canonical(quat_normalize(next_rotation))

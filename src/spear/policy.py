@@ -57,6 +57,11 @@ class Answer:
         distribution: for each number, the probabilities of all 3D tokens; None unless the caller
             asked for them.
         question_type: the question type that determined the answer's form; None for a free answer.
+
+    Example:
+        >>> answer = Answer([0.82], unit="metre", question_type="distance")
+        >>> answer.values, answer.unit
+        ([0.82], 'metre')
     """
 
     segments: Segments
@@ -73,6 +78,10 @@ class Answer:
 @dataclass(frozen=True)
 class VlmBundle:
     """SPEAR-VLM with its processor; `load_vlm` returns one.
+
+    Attributes:
+        model: the network.
+        processor: prepares images and prompts, and reads answers.
 
     Example:
         >>> import numpy as np
@@ -107,6 +116,9 @@ class VlmBundle:
             view: the camera that took the images, "external" or "wrist".
             max_new_tokens: the largest number of tokens of a free answer.
             distributions: whether to add the probabilities of the 3D tokens to the answers.
+
+        Returns:
+            One answer for each image, in order.
 
         Raises:
             SpearError: for an unknown type or view, an empty or too long prompt, and numbers of
@@ -228,8 +240,16 @@ def load_vlm(
         device: "cpu", "cuda" and so on, see `choose_device`.
         dtype: data type of the weights. "bfloat16" takes half the memory of "float32".
 
+    Returns:
+        The model, with the method `answer`.
+
     Raises:
         SpearError: the model is missing or broken.
+
+    Example:
+        >>> vlm = load_vlm("nano-vlm")
+        >>> sorted(vlm.processor.image_sizes.items())  # width and height in pixels
+        [('external', (192, 128)), ('wrist', (96, 96))]
     """
     folder, model = _load_model(load_inner_vlm, name, device, dtype)
     return VlmBundle(model, Processor.load(folder, model.config))
@@ -327,6 +347,9 @@ class Spear1Policy:
                 and only if, each dataset of the training mixture had its own statistics.
             dtype: data type of the weights. "bfloat16" takes half the memory of "float32".
 
+        Returns:
+            The policy.
+
         Raises:
             SpearError: the policy is missing or broken, or `dataset` is given without need.
         """
@@ -405,7 +428,14 @@ class Spear1Policy:
 
     @ignore_default_device
     def infer_batch(self, observations: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-        """Compute an action chunk for each of several observations in one pass, as `infer` does."""
+        """Compute an action chunk for each of several observations in one pass, as `infer` does.
+
+        Args:
+            observations: observations with the keys of `spear.types.Policy`.
+
+        Returns:
+            What `infer` returns for each observation, in order.
+        """
         if not observations:
             return []
         with limit_threads(self.model, len(observations)):
@@ -436,6 +466,12 @@ class Spear1Policy:
 
         An observation that is not yet a `CheckedObservation` is checked first. The drift monitor
         compares every observation with the training distribution.
+
+        Args:
+            observations: observations with the keys of `spear.types.Policy`.
+
+        Returns:
+            Name → tensor, the arguments of the network's sampling.
         """
         checked = [_check_once(observation) for observation in observations]
         states = torch.from_numpy(np.stack([o["observation/state"] for o in checked]))

@@ -82,6 +82,9 @@ class CoordinateTokenizer:
             unit: the unit of the values.
             spacing: "quantile", or "uniform" for bins that are equally wide instead.
 
+        Returns:
+            The tokenizer with these bins.
+
         Raises:
             SpearError: for an unknown spacing, values that are not finite, and fewer than two
                 different ones.
@@ -115,9 +118,14 @@ class CoordinateTokenizer:
         return CoordinateTokenizer(edges, _find_bin_centers(edges, sorted_values), unit)
 
     def encode(self, values: ArrayLike) -> Array:
-        """The id of each value's bin, int64, of the same shape.
+        """Convert coordinates to token ids.
 
-        Values below or above all bins get the first or last id.
+        Args:
+            values: coordinates in `unit`, an array of any shape.
+
+        Returns:
+            The id of each value's bin, int64, of the same shape. Values below or above all bins get
+            the first or last id.
 
         Raises:
             SpearError: a value is NaN.
@@ -133,7 +141,13 @@ class CoordinateTokenizer:
         return np.asarray(ids, dtype=np.int64)
 
     def decode(self, ids: ArrayLike) -> Array:
-        """The center of each id's bin, in `unit`, float64, of the same shape.
+        """Convert token ids to coordinates.
+
+        Args:
+            ids: an array of any shape.
+
+        Returns:
+            The center of each id's bin, in `unit`, float64, of the same shape.
 
         Raises:
             SpearError: an id is not in 0 … num_bins - 1.
@@ -146,7 +160,11 @@ class CoordinateTokenizer:
         return np.asarray(self.bin_centers[index])
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the tokenizer as JSON with all digits, so that `load` is exact."""
+        """Write the tokenizer as JSON with all digits, so that `load` is exact.
+
+        Args:
+            path: the file.
+        """
         content = {
             "unit": self.unit,
             "edges": self.bin_edges.tolist(),
@@ -157,6 +175,12 @@ class CoordinateTokenizer:
     @staticmethod
     def load(path: str | os.PathLike[str]) -> "CoordinateTokenizer":
         """Read what `save` wrote.
+
+        Args:
+            path: the file.
+
+        Returns:
+            The same tokenizer.
 
         Raises:
             SpearError: the file is missing, or not a tokenizer.

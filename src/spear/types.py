@@ -64,18 +64,37 @@ class Action:
     gripper: "torch.Tensor"
 
     def to_vector(self) -> "torch.Tensor":
-        """Translation, rotation and gripper side by side, [..., H, 8]."""
+        """Join the three parts to one vector per action.
+
+        Returns:
+            [..., H, 8]: translation, rotation and gripper side by side.
+        """
         import torch
 
         return torch.cat([self.translation, self.rotation, self.gripper], dim=-1)
 
     @staticmethod
     def from_vector(vector: "torch.Tensor") -> "Action":
-        """Split a vector [..., H, 8] into the three parts; the inverse of `to_vector`."""
+        """Split a vector into the three parts; the inverse of `to_vector`.
+
+        Args:
+            vector: [..., H, 8], translation, rotation and gripper side by side.
+
+        Returns:
+            The action chunk.
+        """
         return Action(vector[..., :3], vector[..., 3:7], vector[..., 7:8])
 
     def to(self, *args: Any, **kwargs: Any) -> "Action":
-        """Apply `torch.Tensor.to` to each part."""
+        """Apply `torch.Tensor.to` to each part.
+
+        Args:
+            args: what `torch.Tensor.to` takes, such as a device or a data type.
+            kwargs: likewise, by keyword.
+
+        Returns:
+            The same actions on that device, or in that type.
+        """
         return Action(
             translation=self.translation.to(*args, **kwargs),
             rotation=self.rotation.to(*args, **kwargs),
@@ -113,6 +132,11 @@ class FlowConfig:
 
     Raises:
         SpearError: a field has an unknown word, or a number out of range.
+
+    Example:
+        >>> config = FlowConfig(prediction="clean", steps=5)
+        >>> config.rotation, config.geodesic_step
+        ('s3', 0.1)
     """
 
     rotation: Literal["s3", "linear"] = "s3"
@@ -175,6 +199,20 @@ class Episode:
         action_mask: [T] bool, whether the action of a step may be a training target. It is False
             for disturbances that were injected on purpose. None means True for all steps.
         success: whether the task was achieved; None if unknown.
+
+    Example:
+        >>> import numpy as np
+        >>> episode = Episode(
+        ...     images={},
+        ...     position=np.zeros((3, 3)),
+        ...     rotation=np.tile([1.0, 0, 0, 0], (3, 1)),
+        ...     gripper=np.ones(3),
+        ...     instruction="put the carrot on the plate",
+        ...     rate_hz=5.0,
+        ...     source="example",
+        ... )
+        >>> len(episode)
+        3
     """
 
     images: Mapping[str, Sequence[bytes]]
@@ -210,6 +248,12 @@ class Frame:
             height do not show (a half turn, for example).
         is_measured: whether depth and instances come from sensors, so that they only approximate
             the truth.
+
+    Example:
+        >>> import numpy as np
+        >>> frame = Frame(np.zeros((480, 640, 3), np.uint8), source="photo.jpg")
+        >>> frame.depth is None, frame.source
+        (True, 'photo.jpg')
     """
 
     image: Array
@@ -246,6 +290,14 @@ class Box3D:
         center: [3], the box's center.
         size: [3], full side lengths along the box axes.
         rotation: [3, 3], rotation matrix whose columns are the box axes.
+
+    Example:
+        >>> import numpy as np
+        >>> from spear.labels.fit.box3d import order_vertices
+        >>> corners = np.array([[x, y, z] for x in (0, 1) for y in (0, 1) for z in (2, 3)], float)
+        >>> box = Box3D(order_vertices(corners), corners.mean(axis=0), np.ones(3), np.eye(3))
+        >>> box.center.tolist(), box.size.tolist()
+        ([0.5, 0.5, 2.5], [1.0, 1.0, 1.0])
     """
 
     vertices: Array
@@ -267,6 +319,18 @@ class LabeledObject:
         keypoints: {"closest", "furthest", "centre"} -> point [3], camera frame. "closest" and
             "furthest" are points of the visible surface, "centre" is the box's center.
         scores: quality measures: detection score, number of points, visible fraction and others.
+
+    Example:
+        >>> import numpy as np
+        >>> mug = LabeledObject(
+        ...     name="mug",
+        ...     box2d=np.array([0.0, 0, 4, 2]),
+        ...     mask_runs=[0, 8],  # all eight pixels of an image of 4 × 2
+        ...     box3d=None,
+        ...     keypoints={},
+        ... )
+        >>> sum(mug.mask_runs)
+        8
     """
 
     name: str
@@ -291,6 +355,12 @@ class LabeledImage:
         source: where the image comes from.
         provenance: names of the models that labeled the image, by role:
             {"detector": …, "segmenter": …, "pointmap": …}.
+
+    Example:
+        >>> from spear.labels.store import read_labels
+        >>> for image in read_labels("runs/labels"):  # doctest: +SKIP
+        ...     print(image.source, image.unit, [item.name for item in image.objects])
+        sim:0/external metre ['plate', 'lemon', 'mug']
     """
 
     image: bytes
@@ -314,6 +384,11 @@ class Question:
             coordinate or length in `unit`, camera frame) or a `Pixel` (two location tokens).
         objects: names of the objects asked about.
         unit: the unit of the floats in `segments`.
+
+    Example:
+        >>> question = Question("distance", "How far away is the mug?", [0.82], ["mug"])
+        >>> question.values, question.unit
+        ([0.82], 'metre')
     """
 
     question_type: str
@@ -380,12 +455,38 @@ class Policy(Protocol):
 
     A policy may have an attribute `image_sizes` that says which cameras it takes: view → (width,
     height), in the form that `spear.embodiments.observations.get_image_sizes` returns.
+
+    Example:
+        >>> import numpy as np
+        >>> class StandStill:
+        ...     def infer(self, observation):
+        ...         still = np.tile(np.float32([0, 0, 0, 1, 0, 0, 0, 1]), (5, 1))
+        ...         return {"actions": still}
+        ...
+        ...     def infer_batch(self, observations):
+        ...         return [self.infer(observation) for observation in observations]
+        >>> StandStill().infer({})["actions"].shape
+        (5, 8)
     """
 
     def infer(self, observation: Mapping[str, Any]) -> dict[str, Any]:
-        """Compute an action chunk for one observation."""
+        """Compute an action chunk for one observation.
+
+        Args:
+            observation: a map with the keys above.
+
+        Returns:
+            A map with the key "actions".
+        """
         ...
 
     def infer_batch(self, observations: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-        """Compute an action chunk for each of several observations."""
+        """Compute an action chunk for each of several observations.
+
+        Args:
+            observations: maps with the keys above.
+
+        Returns:
+            A map with the key "actions" for each observation, in order.
+        """
         ...

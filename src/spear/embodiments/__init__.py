@@ -23,8 +23,12 @@ _SHARED_MODULES = {"actions", "interface", "inverse_kinematics", "kinematics", "
 def list_names() -> list[str]:
     """Return the names of the embodiments that this package contains.
 
-    >>> "droid" in list_names()
-    True
+    Returns:
+        The names, each of which `load` takes.
+
+    Example:
+        >>> "droid" in list_names()
+        True
     """
     modules = {module.name for module in pkgutil.iter_modules(__path__)}
     return sorted(modules - _SHARED_MODULES)

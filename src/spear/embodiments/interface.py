@@ -37,6 +37,13 @@ class Control:
         convert: a function that converts an action chunk to rows. Its arguments are the actions
             [H, 8] (`Action.to_vector`), and the state [8] and the robot's observation from which
             the actions were predicted. Its result is [N, n].
+
+    Example:
+        >>> def move_only(actions, state, observation):
+        ...     return actions[:, :3] * 1000
+        >>> control = Control("translation, mm, base frame", rate_hz=5.0, convert=move_only)
+        >>> control.rate_hz
+        5.0
     """
 
     description: str
@@ -68,6 +75,12 @@ class Embodiment:
             learned it.
         direct_reply: a function that returns the text that answers a request without the policy, or
             None if the request is an observation.
+
+    Example:
+        >>> from spear.embodiments import load
+        >>> robot = load("droid")
+        >>> list(robot.controls)
+        ['joint_velocity', 'joint_position', 'cartesian_position']
     """
 
     required: Mapping[str, str]
@@ -87,6 +100,12 @@ class Embodiment:
 
     def read(self, observation: Any) -> CheckedObservation:
         """Convert the robot's observation to one of `spear.types.Policy`, and check it.
+
+        Args:
+            observation: what the robot sends.
+
+        Returns:
+            The observation that the policy takes.
 
         Raises:
             SpearError: the observation is no map, a key is missing or unknown, or a value is wrong.
@@ -114,6 +133,9 @@ class Embodiment:
             frames: name of a robot or dataset → version that the policy learned; None for a policy
                 that was made before versions were recorded, which acts in the first version.
 
+        Returns:
+            The embodiment with this version.
+
         Raises:
             SpearError: this program does not know the policy's version.
         """
@@ -131,9 +153,16 @@ class Embodiment:
         return self.earlier_versions[version]
 
     def select_control(self, name: str | None) -> tuple[str, Control]:
-        """Return a control with its name: the control of this name, or the default one for None.
+        """Return a control with its name.
 
-        Raises `SpearError` for an unknown name.
+        Args:
+            name: the control's name; None is the first control.
+
+        Returns:
+            The name and the control.
+
+        Raises:
+            SpearError: the name is unknown.
         """
         if name is None:
             name = next(iter(self.controls))

@@ -163,6 +163,10 @@ def write_labels(labels: Iterable[LabeledImage], shard: Path) -> None:
 
     Raises:
         SpearError: The disk is full, or the file cannot be written.
+
+    Example:
+        >>> labels = list(read_labels("runs/labels"))  # doctest: +SKIP
+        >>> write_labels(labels[:100], Path("runs/few/labels-00000.parquet"))  # doctest: +SKIP
     """
     with ParquetWriter(shard, SCHEMA) as writer:
         for label in labels:
@@ -183,6 +187,9 @@ def read_labels(path: str | Path, pixels: bool = True) -> Iterator[LabeledImage]
     Args:
         path: The shard or folder.
         pixels: Whether to read images and masks. Without them, reading is faster.
+
+    Yields:
+        The labeled images.
 
     Raises:
         SpearError: The folder contains no shard, or a shard is broken.

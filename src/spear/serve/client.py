@@ -75,9 +75,16 @@ class RemotePolicy:
         return self.infer_batch([observation])[0]
 
     def infer_batch(self, observations: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-        """Infer the actions for several observations; results are in order.
+        """Infer the actions for several observations, which are sent at once.
 
-        Raises as `infer` does.
+        Args:
+            observations: dicts with the keys of the embodiment that is served.
+
+        Returns:
+            What `infer` returns for each observation, in order.
+
+        Raises:
+            SpearError: as `infer`.
         """
         messages = [wire.encode(observation) for observation in observations]
         with self._lock:

@@ -50,8 +50,16 @@ def get_recipe(name: str, **changes: Any) -> Recipe:
         name: one of `RECIPES`.
         changes: values by key, as `Recipe.with_changes` takes them.
 
+    Returns:
+        The recipe, with a value for each of its keys.
+
     Raises:
         SpearError: for an unknown recipe, an unknown key or a value that is not allowed.
+
+    Example:
+        >>> recipe = get_recipe("nano-post", steps=100)
+        >>> recipe.optimization.steps, recipe.preset
+        (100, 'nano')
     """
     check_known("recipe", RECIPES, name, advice="`spear recipes` lists them.")
     original = RECIPES[name]

@@ -99,8 +99,20 @@ def check_holds_no_input(out: Path, action: str) -> None:
 def open_dataset(path: str | Path) -> Dataset | EpisodeStore:
     """Open a folder of robot data in any format.
 
+    Args:
+        path: The folder.
+
+    Returns:
+        A recorded or prepared folder as an `EpisodeStore`, any other as a `Dataset` with the
+        columns as they are in the files.
+
     Raises:
         SpearError: If the folder does not exist, is in no known format, or has broken metadata.
+
+    Example:
+        >>> dataset = open_dataset("my_robot")  # doctest: +SKIP
+        >>> dataset.splits  # doctest: +SKIP
+        {'train': 50}
     """
     path = Path(path)
     if not path.exists():
@@ -131,8 +143,16 @@ def read_episodes(
         on_error: Called with the error of each bad episode, which is then skipped. If it is None,
             the error is raised.
 
+    Yields:
+        The episodes of the split, in order.
+
     Raises:
         SpearError: If the folder cannot be read.
+
+    Example:
+        >>> for episode in read_episodes("my_robot", "train[:5]"):  # doctest: +SKIP
+        ...     print(len(episode), episode.rate_hz, episode.instruction)
+        87 30.0 put the carrot on the plate
     """
     folder = open_dataset(path)
     if isinstance(folder, EpisodeStore):

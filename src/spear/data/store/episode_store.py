@@ -122,6 +122,11 @@ class EpisodeStore:
 
     Raises:
         SpearError: If the folder has no episodes, or a file of it is broken.
+
+    Example:
+        >>> store = EpisodeStore("runs/episodes")  # doctest: +SKIP
+        >>> len(store), store[0].instruction  # doctest: +SKIP
+        (32, 'put the carrot on the plate')
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -177,7 +182,14 @@ class EpisodeStore:
         return read_store_frames(request) if request else {}
 
     def subset(self, indices: Sequence[int]) -> "EpisodeStore":
-        """Make a store of the episodes `indices`, in this order, which shares the mapped files."""
+        """Make a store of some of the episodes, which shares the mapped files.
+
+        Args:
+            indices: The numbers of the episodes, in the order of the new store.
+
+        Returns:
+            The store of these episodes.
+        """
         indices_array = np.asarray(indices, np.int64)
         store = copy.copy(self)
         store.is_complete = False
@@ -291,22 +303,52 @@ class EpisodeStore:
         return sorted(names)
 
     def image(self, index: int, step: int, camera: str) -> bytes | None:
-        """Read the encoded image of a step of episode `index`; None if it has no such camera."""
+        """Read the encoded image of a step.
+
+        Args:
+            index: The number of the episode.
+            step: The number of the step in the episode.
+            camera: The camera's name.
+
+        Returns:
+            The encoded image; None if the episode has no such camera.
+        """
         shard, row = self._locate(index)
         return shard.image(row, step, camera)
 
     def source(self, index: int) -> str:
-        """Read where episode `index` came from."""
+        """Read where an episode came from.
+
+        Args:
+            index: The number of the episode.
+
+        Returns:
+            The dataset and its number there, or the task and the seed of the simulator.
+        """
         shard, row = self._locate(index)
         return str(shard.episode_columns["source"][row].as_py())
 
     def served_steps(self, index: int) -> ServedSteps | None:
-        """Read the times and answers of episode `index`; None if no server recorded it."""
+        """Read the times and answers of an episode that a server recorded.
+
+        Args:
+            index: The number of the episode.
+
+        Returns:
+            The times and answers; None if no server recorded the episode.
+        """
         shard, row = self._locate(index)
         return shard.served_steps(row)
 
     def without_images(self, index: int) -> Episode:
-        """Read episode `index` with its states and actions only, which is cheap."""
+        """Read an episode with its states and actions only, which is cheap.
+
+        Args:
+            index: The number of the episode.
+
+        Returns:
+            The episode, with empty `images`.
+        """
         shard, row = self._locate(index)
         return shard.episode(row, with_images=False)
 
