@@ -59,4 +59,4 @@ ask nano-corrected nano-vlm-a 18000 warmup=200 "families=[$BOXES,\"keypoint\",\"
 ask nano-vlm-a nano-vlm 3600 lr=1.5e-4 warmup=100 "families=[$BOXES,\"keypoint\",\"keypoint\",
     \"offset\",\"offset\",\"offset\",\"distance\",\"distance\",
     \"back_projection\",\"back_projection\",\"back_projection\",\"back_projection\",$WORDS]"
-"$BIN/spear" evaluate vqa "$RUNS/nano-vlm" sim --images 400 --out "$RUNS/evaluate-vqa"
+"$BIN/spear" evaluate vqa --model "$RUNS/nano-vlm" --labels sim --num-images 400 --out "$RUNS/evaluate-vqa"
