@@ -22,8 +22,8 @@ from spear.cli import run_reporting_errors
 from spear.evaluate.stats import bootstrap
 from spear.evaluate.vqa.ask import load_labeled_images
 from spear.evaluate.vqa.calibration import group_by_image
-from spear.evaluate.vqa.measures import extract_numbers
 from spear.evaluate.vqa.run import generate_questions_by_type
+from spear.labels.questions.measures import extract_numbers
 from spear.policy import VlmBundle, load_vlm
 from spear.types import Array, LabeledImage, Question
 from spear.util.images import decode_image

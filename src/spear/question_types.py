@@ -1,37 +1,15 @@
 """The types of questions about an image that SPEAR-VLM learns, and the form of their answers.
 
-`spear.labels.questions` writes questions of these types, and their answers, from 3D labels. A model
-that answers a question may decode only an answer of the form that belongs to the question's type.
+Here is the list of all question types. What else belongs to a type is in one file with the type's
+name, in `spear.labels.questions.types`: the wording of its questions, how a question and its answer
+are made from labels, and how the answer of a model is scored.
+
+A model that answers a question may decode only an answer of the form that belongs to the question's
+type.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-
-QUESTION_TYPES = (
-    "box_vertices",
-    "keypoint",
-    "offset",
-    "distance",
-    "back_projection",
-    "chain_of_thought",
-)
-"""The types of 3D questions about objects, as in the paper."""
-
-QUESTION_TYPES_2D = (
-    "what_at",
-    "where_2d",
-    "centre_2d",
-    "exists",
-    "count",
-    "which_side",
-    "left_or_right",
-    "list",
-)
-"""The types of questions about which objects an image shows, and where in the image they are."""
-
-QUESTION_TYPES_PIXEL = ("pixel_point",)
-"""The type of 3D question about a pixel, whatever object it shows. The paper has it in an
-ablation."""
 
 
 @dataclass(frozen=True)
@@ -57,13 +35,16 @@ class AnswerForm:
 
 _FREE_WORDS = AnswerForm(has_words=True, is_restricted=False)
 
-ANSWER_FORMS: Mapping[str, AnswerForm] = {
+_FORMS_3D = {
     "box_vertices": AnswerForm(num_numbers=24),  # x, y, z of eight vertices
     "keypoint": AnswerForm(num_numbers=3),
     "offset": AnswerForm(num_numbers=3),
     "distance": AnswerForm(num_numbers=1),
     "back_projection": AnswerForm(num_pixels=8),  # one per vertex of the box
     "chain_of_thought": AnswerForm(num_numbers=2, has_words=True),  # a sentence with two distances
+}
+_FORMS_PIXEL = {"pixel_point": AnswerForm(num_numbers=3)}
+_FORMS_2D = {
     "what_at": AnswerForm(has_words=True),
     "where_2d": AnswerForm(num_pixels=2),  # two opposite corners of the 2D box
     "centre_2d": AnswerForm(num_pixels=1),
@@ -72,6 +53,15 @@ ANSWER_FORMS: Mapping[str, AnswerForm] = {
     "which_side": _FREE_WORDS,
     "left_or_right": _FREE_WORDS,
     "list": _FREE_WORDS,
-    "pixel_point": AnswerForm(num_numbers=3),
 }
+
+QUESTION_TYPES = tuple(_FORMS_3D)
+"""The types of 3D questions about objects, as in the paper."""
+QUESTION_TYPES_PIXEL = tuple(_FORMS_PIXEL)
+"""The type of 3D question about a pixel, whatever object it shows. The paper has it in an
+ablation."""
+QUESTION_TYPES_2D = tuple(_FORMS_2D)
+"""The types of questions about which objects an image shows, and where in the image they are."""
+
+ANSWER_FORMS: Mapping[str, AnswerForm] = {**_FORMS_3D, **_FORMS_PIXEL, **_FORMS_2D}
 """Question type → the form of its answers. Every type has one."""

@@ -7,10 +7,10 @@ import numpy as np
 from PIL import Image, ImageColor, ImageDraw, ImageFont
 
 from spear.errors import SpearError
-from spear.evaluate.vqa.measures import extract_image_points, extract_numbers
 from spear.labels.fit.box3d import BOX_EDGES
 from spear.labels.fit.image import project
 from spear.labels.fit.masks import decode_mask, erode
+from spear.labels.questions.measures import extract_image_points, extract_numbers
 from spear.types import Array, LabeledImage, Segments
 from spear.util.images import decode_image
 

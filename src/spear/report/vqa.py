@@ -5,13 +5,13 @@ The page has tables, plots of calibration, and drawings of the best, median and 
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import NamedTuple
 
 import numpy as np
 
 from spear.evaluate.vqa.calibration import CURVE_LEVELS
-from spear.evaluate.vqa.measures import MEASURES
+from spear.evaluate.vqa.measures import format_measure
 from spear.evaluate.vqa.scores import AnsweredQuestion, Scores
+from spear.labels.questions.types import QUESTION_TYPE_BY_NAME
 from spear.report.draw import PREDICTION_COLOR, TRUTH_COLOR, draw_answers
 from spear.report.labels import format_answer_briefly
 from spear.report.page import render, replace_underscores
@@ -22,38 +22,19 @@ Figure = tuple[str, str]
 """An image as a data URI, and its caption."""
 
 MIN_FIGURE_WIDTH_PX = 576  # about; images are enlarged by whole numbers
-NUM_FIGURES_BY_TYPE = {"box_vertices": 6, "keypoint": 3, "back_projection": 3}
-"""Question type → how many of the worst, the median and the best answers are drawn, each."""
 CAPTION_MEASURES = ("error", "pixels", "relative")
-"""Measures (keys of `MEASURES`) that a figure's caption names."""
+"""Measures (keys of `measures.MEASURES`) that a figure's caption names."""
 NUM_ANSWERS_IN_WORDS = 4  # answers of each question type in the list of answers
 MAX_ANSWER_CHARS = 64  # longer answers are cut off
 CALIBRATION_CHART_SIZE_PX = (460, 340)
 
 
-class _Fact(NamedTuple):
-    """A large number at the top of the page: a measure of a question type, with its meaning."""
-
-    question_type: str
-    measure: str
-    description: str
-
-
-FACTS = (
-    _Fact("box_vertices", "error", "median error of a box's center"),
-    _Fact("box_vertices", "relative", "of the distance, median error of a box's center"),
-    _Fact("box_vertices", "iou_25", "of the boxes overlap the truth by IoU 0.25 or more"),
-    _Fact("distance", "relative", "median error of a distance"),
-    _Fact("chain_of_thought", "closer", "of the time it names the closer of two"),
-)
-
-
 def make_vqa_page(scores: Scores, checkpoint: str, questions: str) -> str:
     """Make one self-contained page about an evaluation of `checkpoint` on `questions`."""
     drawn = []
-    for question_type, num_figures in NUM_FIGURES_BY_TYPE.items():
-        if question_type in scores.type_scores:
-            drawn.append((question_type, _draw_extremes(scores, question_type, num_figures)))
+    for name, question_type in QUESTION_TYPE_BY_NAME.items():
+        if question_type.num_figures > 0 and name in scores.type_scores:
+            drawn.append((name, _draw_extremes(scores, name, question_type.num_figures)))
     return render(
         "vqa.html",
         title=f"3D questions: {checkpoint}",
@@ -82,7 +63,7 @@ def draw_figure(answered: AnsweredQuestion) -> Figure:
     errors = []
     for name in CAPTION_MEASURES:
         if name in answered.measures:
-            errors.append(MEASURES[name].to_text(answered.measures[name]))
+            errors.append(format_measure(name, answered.measures[name]))
     if "iou" in answered.measures:
         errors.append(f"IoU {answered.measures['iou']:.2f}")
     verdict = f"off by {', '.join(errors)}" if errors else "broken"
@@ -92,16 +73,17 @@ def draw_figure(answered: AnsweredQuestion) -> Figure:
 def _list_facts(scores: Scores) -> list[tuple[str, str]]:
     """Return the large numbers at the page's top, each with its meaning."""
     facts = []
-    for fact in FACTS:
-        score = scores.type_scores.get(fact.question_type)
-        if score is None or fact.measure not in score.measures:
+    for name, question_type in QUESTION_TYPE_BY_NAME.items():
+        score = scores.type_scores.get(name)
+        if score is None:
             continue
-        measure = MEASURES[fact.measure]
-        description = fact.description
-        if fact.measure in score.constant:
-            constant_guess = measure.to_text(score.constant[fact.measure])
-            description += f"; a constant guess: {constant_guess}"
-        facts.append((measure.to_text(score.measures[fact.measure].value), description))
+        for measure, description in question_type.facts:
+            if measure not in score.measures:
+                continue
+            if measure in score.constant:
+                constant_guess = format_measure(measure, score.constant[measure])
+                description += f"; a constant guess: {constant_guess}"
+            facts.append((format_measure(measure, score.measures[measure].value), description))
     return facts
 
 

@@ -18,7 +18,7 @@ from spear.evaluate.vqa.ask import AskSettings, ask_question, load_labeled_image
 from spear.evaluate.vqa.calibration import CALIBRATION_FILE, Certainty, Trust, compute_spread_factor
 from spear.evaluate.vqa.run import evaluate_vqa
 from spear.evaluate.vqa.wording import ParsedQuestion, match_templates, understand_question
-from spear.labels.questions.templates import PROMPT_TEMPLATES
+from spear.labels.questions.types import PROMPT_TEMPLATES
 from spear.models.weights.folders import (
     BUNDLED_WEIGHTS,
     is_simulator_only,

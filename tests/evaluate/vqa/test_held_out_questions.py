@@ -14,7 +14,7 @@ import pytest
 from spear.evaluate.vqa.ask import AskSettings, ask_question, load_picture
 from spear.evaluate.vqa.calibration import Trust
 from spear.evaluate.vqa.wording import match_templates, understand_question
-from spear.labels.questions.templates import PROMPT_TEMPLATES
+from spear.labels.questions.types import PROMPT_TEMPLATES
 from spear.models.weights.folders import BUNDLED_WEIGHTS, read_taught_questions
 from spear.policy import load_vlm
 from spear.question_types import ANSWER_FORMS, QUESTION_TYPES

@@ -28,8 +28,6 @@ from spear.evaluate.vqa.calibration import (
     compute_uncertainty,
 )
 from spear.evaluate.vqa.measures import (
-    Segments,
-    find_closer_named,
     guess_constants,
     guess_from_depth,
     measure_answer,
@@ -37,13 +35,14 @@ from spear.evaluate.vqa.measures import (
 from spear.evaluate.vqa.scores import AnsweredQuestion, Scores, summarize
 from spear.labels.fit.box3d import compute_iou_3d, fit_nearest_box, make_box
 from spear.labels.inputs import hash_content
+from spear.labels.questions.types.chain_of_thought import find_closer_named
 from spear.labels.store import write_labels
 from spear.models.readout import Distribution
 from spear.policy import Answer
 from spear.report.draw import PREDICTION_COLOR, TRUTH_COLOR
 from spear.report.vqa import draw_figure, make_vqa_page
 from spear.tokens import CoordinateTokenizer
-from spear.types import Array, LabeledImage, Pixel, Question, Unit
+from spear.types import Array, LabeledImage, Pixel, Question, Segments, Unit
 from spear.util.images import decode_image
 
 COORDINATES = CoordinateTokenizer.fit(np.random.default_rng(0).normal(0.4, 0.5, 20_000), bins=256)

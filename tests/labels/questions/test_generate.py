@@ -22,6 +22,7 @@ from spear.labels.questions.generate import (
     iterate_tokenizer_texts,
 )
 from spear.labels.questions.templates import EVERYDAY_NAMES
+from spear.labels.questions.types import QUESTION_TYPE_BY_NAME
 from spear.labels.store import read_depth, write_images_with_depth, write_labels
 from spear.models.processing import Processor
 from spear.policy import locate
@@ -76,10 +77,13 @@ def test_answers_have_the_form_of_their_question_type(
         assert bool(words) == answer_form.has_words
 
 
-def test_every_question_type_has_an_answer_form() -> None:
-    known_types = {*QUESTION_TYPES, *QUESTION_TYPES_2D, *QUESTION_TYPES_PIXEL}
+@pytest.mark.parametrize("name", QUESTION_TYPES)
+def test_answers_to_every_type_of_3d_question_about_objects_are_scored(name: str) -> None:
+    question_type = QUESTION_TYPE_BY_NAME[name]
+    has_numbers = ANSWER_FORMS[name].num_numbers > 0
 
-    assert set(ANSWER_FORMS) == known_types
+    assert question_type.measure is not None
+    assert (question_type.compute_error_scales is not None) == has_numbers
 
 
 # Answers in 2D

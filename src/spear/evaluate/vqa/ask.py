@@ -11,12 +11,8 @@ from spear.evaluate.vqa.calibration import TRUSTED_COVERAGE, Trust
 from spear.evaluate.vqa.wording import ParsedQuestion, describe_untaught, understand_question
 from spear.labels.pipeline import label_with_ground_truth
 from spear.labels.questions.generate import abbreviate_unit, format_answer
-from spear.labels.questions.templates import (
-    KEYPOINT_NAMES,
-    PROMPT_TEMPLATES,
-    is_a,
-    with_article,
-)
+from spear.labels.questions.templates import KEYPOINT_NAMES, is_a, with_article
+from spear.labels.questions.types import PROMPT_TEMPLATES
 from spear.labels.store import select_labels
 from spear.models.processing import Processor
 from spear.models.readout import DecodeMethod, Distribution, replace_numbers

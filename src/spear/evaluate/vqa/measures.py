@@ -1,114 +1,64 @@
 """Measures of how far answers to 3D questions are from the truth, and two baselines.
 
-Each question type has some of these measures:
+Each question type has some measures. The function that computes them is in the type's file
+(`spear.labels.questions.types`), with the measures that only this type has. The others are:
 
-relative         error in percent of the object's distance from the camera. What the error is,
-                 depends on the question type:
-                 - box: distance between the centers (means of the eight vertices);
-                 - keypoint: distance between the points;
-                 - offset: distance between the offsets, in percent of the mean distance of the two
-                   objects from the camera;
-                 - distance: absolute difference;
-                 - chain of thought: mean absolute difference of its two distances;
-                 - back-projection: mean distance of the image points, in percent of the image (x in
-                   percent of the width, y in percent of the height).
-error            the same error in millimeters, if labels are in meters.
-vertex_relative  mean distance of a box's vertices, each from the true vertex with the same number,
-                 in percent of the box's distance from the camera.
-vertex           the same distance in millimeters, if labels are in meters.
-iou              3D intersection over union of the true box and the box nearest to the answered
-                 vertices.
-iou_25           whether the intersection over union is at least 0.25.
-iou_50           whether the intersection over union is at least 0.5.
-closer           whether the words of a chain of thought name the right object as the closer one.
-consistent       whether these words follow from the two distances in the same answer, even if
-                 these are wrong.
-pixels           mean distance of a back-projection's image points, in pixels of the labeled image.
+relative  error in percent of the object's distance from the camera (of image locations: in percent
+          of the image).
+error     the same error in millimeters, if labels are in meters.
 
 Two baselines answer without seeing the image (our choice). `guess_constants` knows where objects
 usually are. `guess_from_depth` knows where in the image objects usually are, how large they are,
-and how far away this scene is, but not which object is where. To say which of two objects is
-closer, the baselines always name the first object of the question or always the second, whichever
-is right more often.
+and how far away this scene is, but not which object is where. If an answer has words, the question
+type chooses those of the baselines (`QuestionType.conclude`).
 """
 
-import re
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
 from spear.errors import SpearError
 from spear.evaluate.stats import Estimate
-from spear.labels.fit.box3d import compute_iou_3d, fit_nearest_box
-from spear.labels.questions.answers import compute_distance
+from spear.labels.questions.interface import Measure
+from spear.labels.questions.measures import extract_image_points, extract_numbers
+from spear.labels.questions.types import QUESTION_TYPE_BY_NAME
 from spear.models.readout import replace_numbers
 from spear.question_types import ANSWER_FORMS
 from spear.types import Array, LabeledImage, Pixel, Question, Segments
 
-MM_PER_M = 1000
+
+def _collect_measures() -> dict[str, Measure]:
+    measures = {
+        "relative": Measure("error, of the distance", "%", "median"),
+        "error": Measure("error", "mm", "median"),
+    }
+    for question_type in QUESTION_TYPE_BY_NAME.values():
+        measures.update(question_type.measures)
+    return measures
 
 
-@dataclass(frozen=True)
-class Measure:
-    """How a measure is summarized over questions, and written.
+MEASURES: Mapping[str, Measure] = _collect_measures()
+"""Name of each measure → how it is summarized and written."""
 
-    title      name of the measure in tables.
-    unit       unit of its values; "" without a unit. A rate is written in percent.
-    statistic  how values are summarized: "median", "mean", or "rate" for values that are 0 or 1. An
-               answer with the wrong grammar counts as an infinite error in a median, and as 0 in a
-               mean or rate.
+
+def format_measure(name: str, value: float | Estimate) -> str:
+    """Format a measure's value with its unit, an estimate for example as "12.3 mm [10.1, 14.0]".
+
+    Args:
+        name: The name of the measure.
+        value: The value of one answer, or a summary over answers.
     """
-
-    title: str
-    unit: str
-    statistic: Literal["median", "mean", "rate"]
-
-    @property
-    def average(self) -> Callable[[Any], Any]:
-        """The function that summarizes the values of several questions."""
-        return np.median if self.statistic == "median" else np.mean
-
-    def to_text(self, value: float | Estimate) -> str:
-        """Format a value with its unit, an estimate for example as "12.3 mm [10.1, 14.0]"."""
-        if self.statistic == "rate":
-            format_spec = ".0%"
-        elif self.unit:
-            format_spec = ".1f"
-        else:
-            format_spec = ".2f"
-        unit = f" {self.unit}" if self.unit else ""
-        if isinstance(value, Estimate):
-            return value.to_text(format_spec, unit=unit)
-        return format(value, format_spec) + unit
-
-
-MEASURES: Mapping[str, Measure] = {
-    "relative": Measure("error, of the distance", "%", "median"),
-    "error": Measure("error", "mm", "median"),
-    "pixels": Measure("image points off by", "px", "median"),
-    "vertex_relative": Measure("vertices off by, of the distance", "%", "median"),
-    "vertex": Measure("vertices off by", "mm", "median"),
-    "iou": Measure("3D overlap (mean IoU)", "", "mean"),
-    "iou_25": Measure("IoU at least 0.25", "", "rate"),
-    "iou_50": Measure("IoU at least 0.5", "", "rate"),
-    "closer": Measure("names the closer of two", "", "rate"),
-    "consistent": Measure("says what its own distances say", "", "rate"),
-}
-RATES = {"box_vertices": ("iou_25", "iou_50"), "chain_of_thought": ("closer", "consistent")}
-"""Question type → its rates, in which an answer with the wrong grammar counts as 0."""
-
-
-def extract_numbers(segments: Segments) -> Array:
-    """Return the 3D numbers of an answer, [number of numbers]."""
-    return np.array([segment for segment in segments if isinstance(segment, float)])
-
-
-def extract_image_points(segments: Segments) -> Array:
-    """Return the image points of an answer: [number of points, 2], x and y as fractions (0 … 1)."""
-    points = [(segment.x, segment.y) for segment in segments if isinstance(segment, Pixel)]
-    return np.array(points).reshape(-1, 2)
+    measure = MEASURES[name]
+    if measure.statistic == "rate":
+        format_spec = ".0%"
+    elif measure.unit:
+        format_spec = ".1f"
+    else:
+        format_spec = ".2f"
+    unit = f" {measure.unit}" if measure.unit else ""
+    if isinstance(value, Estimate):
+        return value.to_text(format_spec, unit=unit)
+    return format(value, format_spec) + unit
 
 
 def is_grammatical(question: Question, answer: Segments) -> bool:
@@ -132,17 +82,17 @@ def compute_error_scales(question: Question, label: LabeledImage) -> Array:
 
     Returns:
         [number of numbers in the answer], in the unit of the label.
+
+    Raises:
+        SpearError: Answers of this question type have no numbers, or are not scored.
     """
-    truth = extract_numbers(question.segments)
-    if question.question_type == "box_vertices":
-        center = truth.reshape(8, 3).mean(0)
-        return np.full(24, np.linalg.norm(center))
-    if question.question_type == "keypoint":
-        return np.full(3, np.linalg.norm(truth))
-    if question.question_type == "offset":
-        distances = {o.name: compute_distance(o) for o in label.objects if o.box3d is not None}
-        return np.full(3, np.mean([distances[name] for name in question.objects]))
-    return np.abs(truth)  # the numbers are distances from the camera themselves
+    compute_scales = QUESTION_TYPE_BY_NAME[question.question_type].compute_error_scales
+    if compute_scales is None:
+        raise SpearError(
+            f"errors of question type {question.question_type} are relative to no distance. "
+            "Ask a type of 3D question whose answer has numbers."
+        )
+    return compute_scales(question, label)
 
 
 def measure_answer(question: Question, answer: Segments, label: LabeledImage) -> dict[str, float]:
@@ -154,119 +104,21 @@ def measure_answer(question: Question, answer: Segments, label: LabeledImage) ->
         label: The labeled image that the question is about.
 
     Returns:
-        Measure → value. For an answer with the wrong grammar, these are only the rates (`RATES`),
-        with value 0.
+        Measure → value. For an answer with the wrong grammar, these are only the rates that the
+        question type has (`Measure.statistic`), with value 0.
+
+    Raises:
+        SpearError: Answers of this question type are not scored.
     """
+    question_type = QUESTION_TYPE_BY_NAME[question.question_type]
+    if question_type.measure is None:
+        raise SpearError(
+            f"question type {question.question_type} has no measures. Ask a type of 3D question."
+        )
     if not is_grammatical(question, answer):
-        return dict.fromkeys(RATES.get(question.question_type, ()), 0.0)
-    if question.question_type == "back_projection":
-        return _measure_image_points(question, answer, label)
-    if question.question_type == "distance":
-        return _measure_distances(question, answer, label)
-    if question.question_type == "chain_of_thought":
-        measures = _measure_distances(question, answer, label)
-        return measures | _measure_conclusion(question, answer)
-    if question.question_type == "box_vertices":
-        measures = _measure_points(question, answer, label)
-        return measures | _measure_overlap(question, answer)
-    if question.question_type in ("keypoint", "offset"):
-        return _measure_points(question, answer, label)
-    raise SpearError(
-        f"question type {question.question_type} has no measures. Ask a type of 3D question."
-    )
-
-
-def _measure_image_points(
-    question: Question, answer: Segments, label: LabeledImage
-) -> dict[str, float]:
-    """Compute the measures of a back-projection."""
-    offset = extract_image_points(answer) - extract_image_points(question.segments)
-    pixels = np.linalg.norm(offset * (label.width, label.height), axis=1)
-    return {
-        "relative": 100 * float(np.linalg.norm(offset, axis=1).mean()),
-        "pixels": float(pixels.mean()),
-    }
-
-
-def _measure_distances(
-    question: Question, answer: Segments, label: LabeledImage
-) -> dict[str, float]:
-    """Compute the errors of one or two distances."""
-    difference = np.abs(extract_numbers(answer) - extract_numbers(question.segments))
-    scales = compute_error_scales(question, label)
-    measures = {"relative": 100 * float((difference / scales).mean())}
-    if label.unit == "metre":
-        measures["error"] = MM_PER_M * float(difference.mean())
-    return measures
-
-
-def _measure_points(question: Question, answer: Segments, label: LabeledImage) -> dict[str, float]:
-    """Compute the errors of one point, or of a box's center and vertices."""
-    difference = extract_numbers(answer) - extract_numbers(question.segments)
-    offsets = difference.reshape(-1, 3)  # [1 or 8 points, 3]
-    distance = float(compute_error_scales(question, label)[0])  # the same for all numbers
-    error = float(np.linalg.norm(offsets.mean(0)))  # of a box: of its center
-    measures = {"relative": 100 * error / distance}
-    if label.unit == "metre":
-        measures["error"] = MM_PER_M * error
-    if question.question_type == "box_vertices":
-        vertex_error = float(np.linalg.norm(offsets, axis=1).mean())
-        measures["vertex_relative"] = 100 * vertex_error / distance
-        if label.unit == "metre":
-            measures["vertex"] = MM_PER_M * vertex_error
-    return measures
-
-
-def _measure_overlap(question: Question, answer: Segments) -> dict[str, float]:
-    """Compute the overlap of the answered box with the true box."""
-    answered_box = fit_nearest_box(extract_numbers(answer).reshape(8, 3))
-    true_box = fit_nearest_box(extract_numbers(question.segments).reshape(8, 3))
-    iou = compute_iou_3d(answered_box, true_box)
-    return {"iou": iou, "iou_25": float(iou >= 0.25), "iou_50": float(iou >= 0.5)}
-
-
-def _measure_conclusion(question: Question, answer: Segments) -> dict[str, float]:
-    """Compute the measures of the words in which a chain of thought names the closer object."""
-    named_object = find_closer_named(answer, question.objects)
-    measures = {}
-    # "closer" compares with the true distances, "consistent" with the answered ones.
-    for measure, segments in (("closer", question.segments), ("consistent", answer)):
-        first_distance, second_distance = extract_numbers(segments)
-        closer_index = 0 if first_distance < second_distance else 1
-        measures[measure] = float(named_object == question.objects[closer_index])
-    return measures
-
-
-def find_closer_named(answer: Segments, names: Sequence[str]) -> str | None:
-    """Find which of two objects a chain of thought calls the closer one.
-
-    This is the object that it names first after its last number.
-
-    Args:
-        answer: The chain of thought.
-        names: The names of the two objects.
-
-    Returns:
-        One of the names; None if neither is there.
-    """
-    conclusion_start = 0  # index of the first segment after the last number
-    for index, segment in enumerate(answer):
-        if isinstance(segment, float):
-            conclusion_start = index + 1
-    conclusion = "".join(str(segment) for segment in answer[conclusion_start:])
-    text = " ".join(conclusion.casefold().split())
-
-    ranks = {}
-    for name in names:
-        # The name as whole words.
-        match = re.search(rf"(?<!\w){re.escape(name.casefold())}(?!\w)", text)
-        if match:
-            # Earlier names come first. If two begin at the same place, as "cup" and "cup holder",
-            # the longer one is meant.
-            ranks[name] = (match.start(), -len(name))
-    if not ranks:
-        return None
-    return min(ranks, key=lambda name: ranks[name])
+        measures = question_type.measures.items()
+        return {name: 0.0 for name, measure in measures if measure.statistic == "rate"}
+    return question_type.measure(question, answer, label)
 
 
 def guess_constants(questions: Sequence[Question]) -> list[Segments]:
@@ -321,28 +173,11 @@ def _guess_in_units(questions: Sequence[Question], units: Sequence[float]) -> li
     # [questions, numbers]
     scaled_answers = [extract_numbers(question.segments) / unit for question, unit in pairs]
     median_answer = np.median(scaled_answers, axis=0)
+    conclude = QUESTION_TYPE_BY_NAME[questions[0].question_type].conclude
     guesses = []
     for question, unit in pairs:
         guess = replace_numbers(question.segments, median_answer * unit)
-        guesses.append(_conclude(question, guess, questions))
+        if conclude is not None:
+            guess = conclude(question, guess, questions)
+        guesses.append(guess)
     return guesses
-
-
-def _conclude(question: Question, guess: Segments, questions: Sequence[Question]) -> Segments:
-    """Give a guessed chain of thought the conclusion that is right more often.
-
-    Args:
-        question: The question.
-        guess: The guess. If it is no chain of thought, it stays as it is.
-        questions: All questions of the type, from which it is known what is right more often.
-    """
-    if question.question_type != "chain_of_thought":
-        return guess
-    is_first_closer = []
-    for example in questions:
-        first_distance, second_distance = extract_numbers(example.segments)
-        is_first_closer.append(first_distance < second_distance)
-    closer_index = 0 if np.mean(is_first_closer) >= 0.5 else 1
-    closer = question.objects[closer_index]
-    # The last segment of a chain of thought is its conclusion.
-    return [*guess[:-1], f" so the {closer} is closer"]

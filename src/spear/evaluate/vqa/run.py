@@ -16,9 +16,10 @@ from spear.errors import SpearError, check_known, format_count, notice
 from spear.evaluate.options import QuestionOptions
 from spear.evaluate.vqa.ask import find_absent_objects
 from spear.evaluate.vqa.calibration import Certainty, Trust, compute_spread_factor
-from spear.evaluate.vqa.measures import compute_error_scales, extract_numbers, is_grammatical
+from spear.evaluate.vqa.measures import compute_error_scales, is_grammatical
 from spear.evaluate.vqa.scores import AnsweredQuestion, Scores, summarize
 from spear.labels.questions.generate import find_askable_objects, generate_questions
+from spear.labels.questions.measures import extract_numbers
 from spear.labels.questions.templates import is_a
 from spear.models.readout import DECODE_METHODS, DecodeMethod, replace_numbers
 from spear.policy import Answer, VlmBundle

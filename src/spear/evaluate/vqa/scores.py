@@ -19,6 +19,7 @@ from spear.evaluate.stats import Estimate, bootstrap
 from spear.evaluate.vqa.calibration import Calibration, Certainty, Trust, calibrate, group_by_image
 from spear.evaluate.vqa.measures import (
     MEASURES,
+    format_measure,
     guess_constants,
     guess_from_depth,
     is_grammatical,
@@ -273,7 +274,7 @@ def _to_words(question_type: str) -> str:
 
 
 def _format_measure(name: str, value: Estimate | float | None) -> str:
-    return "–" if value is None else MEASURES[name].to_text(value)
+    return "–" if value is None else format_measure(name, value)
 
 
 def summarize(

@@ -16,12 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from spear.labels.questions.templates import (
-    KEYPOINT_NAMES,
-    PROMPT_TEMPLATES,
-    UNIT_TEMPLATES,
-    with_article,
-)
+from spear.labels.questions.templates import KEYPOINT_NAMES, UNIT_TEMPLATES, with_article
+from spear.labels.questions.types import PROMPT_TEMPLATES
 from spear.question_types import ANSWER_FORMS
 
 _WORDS = tomllib.loads(Path(__file__).with_name("words.toml").read_text(encoding="utf-8"))

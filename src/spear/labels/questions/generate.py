@@ -1,20 +1,8 @@
 """Generating questions and answers about a labeled image.
 
-There are 3D questions, and 2D questions on which a small VLM is pretrained. Numbers in 3D answers
-are in the label's unit and in the camera frame (x right, y down, z forward). The sign of "offset"
-and the end points of "distance" are our choice. The answers to 3D questions about the objects X and
-Y are:
-
-    box_vertices      24 numbers: x, y, z of each of the eight vertices, in the order of
-                      `box3d.order_vertices`.
-    keypoint          3 numbers: the closest or furthest visible point of X, or the center of X's
-                      box.
-    offset            3 numbers: the center of Y minus the center of X, signed.
-    distance          1 number: the Euclidean distance from the camera to the center of X.
-    back_projection   8 pixels: where the vertices of X's box appear in the image.
-    chain_of_thought  "the X is d and the Y is e so the X is closer".
-    pixel_point       3 numbers: the 3D point that a pixel drawn at random shows, if the pixel's
-                      depth is known (for an ablation).
+There are 3D questions, and 2D questions on which a small VLM is pretrained. The folder `types` has
+one file per question type, which says what is asked and what the answer consists of. Numbers in 3D
+answers are in the label's unit and in the camera frame (x right, y down, z forward).
 
 3D questions are only about objects whose name is unambiguous in the image and whose label is good
 (`find_exclusion_reasons`).
@@ -28,14 +16,10 @@ import numpy as np
 
 from spear.errors import SpearError, check_known
 from spear.labels.fit.quality import find_failed_scores
-from spear.labels.questions.answers import DRAFTERS, QuestionScene, draw_one, project_to_pixels
-from spear.labels.questions.templates import (
-    KEYPOINT_NAMES,
-    PROMPT_TEMPLATES,
-    UNIT_TEMPLATES,
-    is_a,
-    with_article,
-)
+from spear.labels.questions.interface import QuestionScene, draw_one
+from spear.labels.questions.positions import project_to_pixels
+from spear.labels.questions.templates import KEYPOINT_NAMES, UNIT_TEMPLATES, is_a, with_article
+from spear.labels.questions.types import PROMPT_TEMPLATES, QUESTION_TYPE_BY_NAME
 from spear.question_types import QUESTION_TYPES
 from spear.types import Array, LabeledImage, LabeledObject, Pixel, Question, Segments, Unit
 
@@ -109,7 +93,7 @@ def generate_questions(
             f"{questions_per_image} is no range of questions per image. "
             "Give --questions-per-image FEWEST MOST, both at least 1."
         )
-    check_known("question type", DRAFTERS, *question_types)
+    check_known("question type", QUESTION_TYPE_BY_NAME, *question_types)
 
     objects_2d = []
     for o in label.objects:
@@ -121,7 +105,7 @@ def generate_questions(
     questions: dict[tuple[Any, ...], Question] = {}
     for _ in range(TRIES_PER_QUESTION * num_questions):
         question_type = draw_one(question_types, rng)
-        draft = DRAFTERS[question_type](scene, rng)
+        draft = QUESTION_TYPE_BY_NAME[question_type].draft(scene, rng)
         if draft is None:
             continue
 
@@ -196,15 +180,19 @@ def iterate_tokenizer_texts(names: Sequence[str]) -> Iterator[str]:
 
     They are all prompt templates filled with all names, the units, and all answers in words.
     """
+    answer_texts: list[str] = []
+    for question_type in QUESTION_TYPE_BY_NAME.values():
+        answer_texts += question_type.answer_texts
+
     next_names = [*names[1:], *names[:1]]  # the second object of a question is the next name
     for x, y in zip(names, next_names, strict=True):
         for definite in (True, False):
             words = {"x": with_article(x, definite), "y": with_article(y, definite)}
             yield from _fill_prompt_templates(words)
-        yield f"the {x} is  and the {y} is  so the {x} is closer"  # without the two distances
-        yield f"{x}, {y}"
+        for template in answer_texts:
+            if "{" in template:
+                yield template.format(x=x, y=y)
+    yield from (text for text in answer_texts if "{" not in text)
     for templates in UNIT_TEMPLATES.values():
         for template in templates:
             yield template.format("")
-    yield from ("yes", "no", "left", "right")
-    yield from (str(digit) for digit in range(10))

@@ -1,4 +1,7 @@
-"""The prompt templates of questions (templates.toml), and which objects a name may mean.
+"""Words of questions that all question types share, and which objects a name may mean.
+
+The words are in templates.toml. The prompt templates of each question type are in its file in the
+folder `types`.
 
 The noun of a name is the word that says what kind of object it is: "cube" in "red cube on the
 tray". The other words describe the object.
@@ -18,8 +21,6 @@ def _read_section(section: str) -> Mapping[str, tuple[str, ...]]:
     return {name: tuple(words) for name, words in _DATA[section].items()}
 
 
-PROMPT_TEMPLATES = _read_section("prompts")
-"""Question type → prompt templates with the gaps {x} and {y} for objects, {p} for a keypoint."""
 KEYPOINT_NAMES = _read_section("points")
 """Name of a keypoint in labels → the words for the keypoint in questions."""
 UNIT_TEMPLATES = _read_section("units")

@@ -1,0 +1,28 @@
+"""Questions for the number of objects with a name. The answer is the number as a word ("2")."""
+
+from spear.labels.questions.interface import Draft, QuestionScene, QuestionType, Random, draw_one
+from spear.labels.questions.templates import EVERYDAY_NAMES, is_a
+
+PROMPTS = (
+    "How many objects called {x} are there?",
+    "Count the objects named {x}",
+    "What is the number of objects called {x}?",
+    "How often does the image show an object called {x}?",
+    "How many times do you see: {x}?",
+)
+
+
+def _draft(scene: QuestionScene, rng: Random) -> Draft | None:
+    """Ask how many objects of some name there are; sometimes there are none."""
+    visible_names = [o.name for o in scene.label.objects]
+    is_visible = bool(visible_names) and rng.random() < 0.8
+    name = draw_one(visible_names if is_visible else EVERYDAY_NAMES, rng)
+    num_exact = sum(is_a(visible_name, name, exact=True) for visible_name in visible_names)
+    num_meant = sum(is_a(visible_name, name) for visible_name in visible_names)
+    # If there are objects with a synonym of the name, it is open whether they count.
+    if num_exact != num_meant:
+        return None
+    return Draft({"x": name}, [str(num_exact)], (name,))
+
+
+QUESTION_TYPE = QuestionType(prompts=PROMPTS, draft=_draft, answer_texts=tuple("0123456789"))

@@ -1,0 +1,32 @@
+"""Questions for the distance of an object.
+
+The answer has 1 number: the Euclidean distance from the camera to the center of the object's box
+(our choice of end points).
+"""
+
+from spear.labels.questions.interface import QuestionType, about_one_object
+from spear.labels.questions.measures import compute_absolute_scales, measure_distances
+from spear.labels.questions.positions import compute_distance
+from spear.types import LabeledImage, LabeledObject, Segments
+
+PROMPTS = (
+    "How far is {x} from the camera?",
+    "Estimate the distance between the camera and {x}",
+    "What is the distance to {x}?",
+    "Provide the distance from the camera to {x}",
+    "How far away is {x}?",
+    "Give the camera to object distance of {x}",
+)
+
+
+def _answer(o: LabeledObject, label: LabeledImage) -> Segments:
+    return [compute_distance(o)]
+
+
+QUESTION_TYPE = QuestionType(
+    prompts=PROMPTS,
+    draft=about_one_object("objects_3d", _answer),
+    measure=measure_distances,
+    compute_error_scales=compute_absolute_scales,
+    facts=(("relative", "median error of a distance"),),
+)

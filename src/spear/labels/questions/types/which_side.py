@@ -1,0 +1,25 @@
+"""Questions for the side of the image on which an object is. The answer is "left" or "right"."""
+
+from spear.labels.questions.interface import QuestionType, about_one_object
+from spear.labels.questions.positions import find_center_2d, name_side
+from spear.types import LabeledImage, LabeledObject, Segments
+
+PROMPTS = (
+    "Is {x} on the left or on the right side of the image?",
+    "On which side of the image is {x}?",
+    "Which half of the picture shows {x}: left or right?",
+    "Is {x} left or right of the middle of the image?",
+    "Left or right side: where is {x}?",
+)
+
+
+def _answer(o: LabeledObject, label: LabeledImage) -> Segments | None:
+    """The side of the image's middle on which an object is; None if it is near the middle."""
+    return name_side(find_center_2d(o, label).x - 0.5)
+
+
+QUESTION_TYPE = QuestionType(
+    prompts=PROMPTS,
+    draft=about_one_object("objects_2d", _answer),
+    answer_texts=("left", "right"),
+)
