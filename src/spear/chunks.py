@@ -289,7 +289,7 @@ class ChunkExecutor:
         actions = _join(chunk.actions, executed_actions, num_executed, gripper_change)
 
         # The largest translation (m) and rotation (rad) of an action before joining, [2].
-        longest = _lengths(np.stack([*chunk.actions, *executed_actions])).max(axis=0)
+        longest = _measure_lengths(np.stack([*chunk.actions, *executed_actions])).max(axis=0)
         longest = np.maximum(longest, (MIN_LONGEST_STEP_M, MIN_LONGEST_TURN_RAD))
 
         steps = []
@@ -303,7 +303,7 @@ class ChunkExecutor:
             num_ticks = 1
             if gripper_change is not None and 0 < gripper_change - index <= NUM_SLOW_ACTIONS:
                 num_ticks = max(1, round(fraction * (1 + chunk.delay_ticks)))
-            relative_length = (_lengths(action) / longest).max()
+            relative_length = (_measure_lengths(action) / longest).max()
             # Rounding errors of up to a thousandth do not cost a tick.
             num_ticks = max(num_ticks, math.ceil(relative_length - 1e-3))
 
@@ -527,7 +527,8 @@ def validate_chunk(actions: Array) -> Array:
             "robot must not move. Check the policy's weights, and that a server of it has "
             "--embodiment generic."
         )
-    max_length_m, max_turn_rad = _lengths(actions).max(axis=0, initial=0)
+    # [2] the length (m) and the turn (rad) of the longest actions
+    max_length_m, max_turn_rad = _measure_lengths(actions).max(axis=0, initial=0)
     if max_length_m > MAX_ACTION_LENGTH_M or max_turn_rad > MAX_ACTION_TURN_RAD:
         raise SpearError(
             f"the policy wants to go {max_length_m:.2g} m, or turn by {max_turn_rad:.2g} rad, "
@@ -592,7 +593,7 @@ def _join(
     return joined.astype(np.float32)
 
 
-def _lengths(actions: Array) -> Array:
+def _measure_lengths(actions: Array) -> Array:
     """Length of the translation (m) and angle of the rotation (rad) of actions.
 
     Args:

@@ -166,6 +166,7 @@ class TestLaggingArm:
         """The last command is 1 m and 1 rad away from where the arm was pushed to."""
         robot = robots.PoseRobot(stride=6)
         actions = self.demonstrated_actions(follow_fraction=0.3)
+        # x, y, z (m), rotation vector (rad) and gripper (100 is open)
         measured = np.float32([0.5, 0, 0, 0, 0, 0, 100])
         last_command = measured + 1
 

@@ -140,7 +140,7 @@ def num_frames(data: bytes) -> int:
 @pytest.fixture
 def filmed_options(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> TabletopOptions:
     """Options for two scenes, of which one success and one failure are filmed in `tmp_path`."""
-    monkeypatch.setattr(video, "HEIGHT", 60)  # small films, to save time
+    monkeypatch.setattr(video, "HEIGHT_PX", 60)  # small films, to save time
     return TabletopOptions(2, out=tmp_path, videos=1, tasks=("put_on",))
 
 

@@ -116,7 +116,7 @@ def test_an_observation_like_those_of_training_brings_no_notice(nano: Spear1Poli
         ({"observation/image": IMAGE[..., ::-1]}, "Red and blue of camera 'external'"),
         ({"observation/image": IMAGE[:, ::-1]}, "'external' is as if flipped left to right"),
         ({"observation/image": np.zeros_like(IMAGE)}, "'external' shows nothing"),
-        (
+        (  # the policy of this test was trained with the external camera only
             {"observation/wrist_image": SQUARE_IMAGE},
             "observation/wrist_image, but the policy was trained without that camera",
         ),

@@ -1,11 +1,18 @@
 """The same inputs for our models and for Transformers' PaliGemma and π0, and how results differ."""
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
+from spear.models.spear1 import NUM_STATE_FEATURES, Spear1ForActionPrediction
 from spear.models.vlm import SpearVLMForConditionalGeneration
+from spear.types import ACTION_DIM, Action
+
+Pi0Inputs = tuple[dict[str, Any], dict[str, Any]]
+"""The arguments of SPEAR-1's `encode_prefix`, and those of Transformers' π0 but for state and
+noise. Both are the same images and texts."""
 
 BATCH = 2
 LENGTH = 9  # number of tokens of a question and its answer
@@ -60,14 +67,11 @@ def compute_logits_of_both(
     return our_logits[is_valid], their_logits[is_valid]
 
 
-def draw_pi0_inputs(image_token: int) -> tuple[dict[str, Any], dict[str, Any]]:
+def draw_pi0_inputs(image_token: int) -> Pi0Inputs:
     """Draw two images and a padded text per row, as inputs of a SPEAR-1 and of Transformers' π0.
 
     Args:
         image_token: the id of π0's image token.
-
-    Returns:
-        The arguments of SPEAR-1's `encode_prefix`, and those of π0 but for state and noise.
     """
     images = torch.randint(0, 256, (BATCH, 2, 3, 224, 224), dtype=torch.uint8)
     ids = torch.randint(3, 40, (BATCH, 6))  # ids of words; smaller ones are special tokens
@@ -87,3 +91,41 @@ def draw_pi0_inputs(image_token: int) -> tuple[dict[str, Any], dict[str, Any]]:
         "attention_mask": torch.cat([image_mask, mask], dim=1),
     }
     return our_inputs, their_inputs
+
+
+def predict_velocities_of_both(
+    our_model: Spear1ForActionPrediction, their_model: Any, inputs: Pi0Inputs
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Predict the velocities [BATCH, H, 8] of both models for the same random state and noise."""
+    our_inputs, their_inputs = inputs
+    state = torch.randn(BATCH, NUM_STATE_FEATURES)
+    noisy = torch.randn(BATCH, our_model.config.horizon, ACTION_DIM)
+    tau = torch.tensor([0.2, 0.9])
+
+    # π0's flow time runs from data to noise, so it is 1 - τ, and its velocity is negative.
+    output = their_model(state=state, noise=noisy, timestep=1 - tau, **their_inputs)
+    prefix = our_model.encode_prefix(**our_inputs)
+    velocity = our_model.predict(prefix, state, Action.from_vector(noisy), tau)
+    return velocity.to_vector(), -output.logits
+
+
+def sample_actions_of_both(
+    our_model: Spear1ForActionPrediction, their_model: Any, inputs: Pi0Inputs
+) -> tuple[Action, Action]:
+    """Sample an action chunk of both models from the same random state and noise, in four steps.
+
+    Our sampling returns canonical unit quaternions, so π0's quaternions are made canonical too.
+    """
+    our_inputs, their_inputs = inputs
+    state = torch.randn(BATCH, NUM_STATE_FEATURES)
+    noise = torch.randn(BATCH, our_model.config.horizon, ACTION_DIM)
+
+    ours = our_model.sample_actions(
+        **our_inputs, state=state, steps=4, noise=Action.from_vector(noise)
+    )
+    theirs = Action.from_vector(
+        their_model.sample_actions(state=state, noise=noise, num_steps=4, **their_inputs)
+    )
+    unit = torch.nn.functional.normalize(theirs.rotation, dim=-1)
+    canonical = unit * torch.where(unit[..., :1] < 0, -1.0, 1.0)
+    return ours, replace(theirs, rotation=canonical)

@@ -411,7 +411,8 @@ def fit_translations(
     for delay in DELAYS:
         is_step = stretches.is_step[..., None]  # [n, L, 1]
         actions = logged[stretches.action_rows(delay)] * is_step  # [n, L, 3]
-        # Row c (also column c) is the component c of the action along its own axis.
+        # An action (x, y, z) is split into (x, 0, 0), (0, y, 0) and (0, 0, z), so that scales and
+        # signs can be chosen for each part.
         diagonal = actions[..., None] * np.eye(3)  # [n, L, 3, 3]
         in_base = _TranslationReading("base", state_format="-", delay_steps=delay)
 

@@ -12,10 +12,10 @@ from PIL import Image, ImageDraw, ImageFont
 from spear.errors import SpearError, import_optional
 from spear.types import Array
 
-# Height of the images in a film, px. It is twice the height of the external camera's image, so that
+# Height of the images in a film. It is twice the height of the external camera's image, so that
 # this image is enlarged by a whole factor.
-HEIGHT = 420
-BAR = 44  # height of the caption bar, px
+HEIGHT_PX = 420
+BAR_HEIGHT_PX = 44  # of the caption bar
 MARGIN_PX = 14  # distance of text from the sides of the film
 BADGE_WIDTH_PX = 120  # room for the outcome at the right end of the caption bar
 MIN_FONT_SIZE = 11  # px, for the longest captions
@@ -64,19 +64,19 @@ def compose_frame(
     image = np.concatenate(views, axis=1)
     width = image.shape[1]
     even_width = width + width % 2
-    frame = Image.new("RGB", (even_width, HEIGHT + BAR), GREY)
-    frame.paste(Image.fromarray(image), (0, BAR))
+    frame = Image.new("RGB", (even_width, HEIGHT_PX + BAR_HEIGHT_PX), GREY)
+    frame.paste(Image.fromarray(image), (0, BAR_HEIGHT_PX))
 
     # The caption ends before the badge; without a badge, 20 px before the right side.
     right_space_px = 20 if success is None else BADGE_WIDTH_PX
     font = _fit_font(caption, frame.width - right_space_px - MARGIN_PX)
     draw = ImageDraw.Draw(frame)
     # Anchors: "lm" is the middle of the text's left side, "rm" of its right side.
-    draw.text((MARGIN_PX, BAR // 2), caption, WHITE, font, anchor="lm")
+    draw.text((MARGIN_PX, BAR_HEIGHT_PX // 2), caption, WHITE, font, anchor="lm")
     if success is not None:
         badge = "success" if success else "failure"
         color = GREEN if success else RED
-        position = (frame.width - MARGIN_PX, BAR // 2)
+        position = (frame.width - MARGIN_PX, BAR_HEIGHT_PX // 2)
         draw.text(position, badge, color, _load_font(MAX_FONT_SIZE), anchor="rm")
     return np.asarray(frame)
 
@@ -116,9 +116,9 @@ def encode_film(frames: Iterable[Array], rate_hz: float) -> bytes:
 
 
 def _scale_to_height(image: Array) -> Array:
-    """Scale an image [h, w, 3] to the height `HEIGHT`, with the same aspect ratio."""
-    width = round(image.shape[1] * HEIGHT / image.shape[0])
-    return np.asarray(Image.fromarray(image).resize((width, HEIGHT), Image.Resampling.LANCZOS))
+    """Scale an image [h, w, 3] to the height `HEIGHT_PX`, with the same aspect ratio."""
+    width = round(image.shape[1] * HEIGHT_PX / image.shape[0])
+    return np.asarray(Image.fromarray(image).resize((width, HEIGHT_PX), Image.Resampling.LANCZOS))
 
 
 def _fit_font(text: str, width_px: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:

@@ -393,9 +393,9 @@ class DinoEmbeddings(Dinov2Embeddings):
     """
 
     def interpolate_pos_encoding(self, embeddings: Tensor, height: int, width: int) -> Tensor:
-        """Position embeddings [1, 1 + patches, width] of an image of height × width pixels.
+        """Position embeddings [1, 1 + patches, D] of an image of height × width pixels.
 
-        The first is the class token's.
+        The first one belongs to the class token.
         """
         patch = self.patch_size
         assert isinstance(patch, int)

@@ -163,7 +163,7 @@ class RemotePolicy:
                 ValueError,
                 TypeError,
                 AttributeError,
-            ) as error:
+            ) as error:  # a server of another kind may send anything as its greeting
                 self.close()  # the server may have accepted the connection before the error
                 raise SpearError(
                     f"{self.url} is no policy server ({summarize_error(error)}). "

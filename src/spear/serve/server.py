@@ -208,7 +208,8 @@ class PolicyServer:
             finally:
                 self._num_unanswered -= 1
             previous_s = time.perf_counter() - arrived
-            if isinstance(reply, str):
+            is_error = isinstance(reply, str)
+            if is_error:  # a client that repeats its mistake at once must not keep the server busy
                 await asyncio.sleep(self.limits.error_pause_s)
 
     async def _reply(

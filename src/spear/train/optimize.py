@@ -38,8 +38,8 @@ SEED_LIMIT = 2**63  # PyTorch's seeds are smaller
 class Task(Protocol):
     """What the loop trains: a model, its batches and its loss.
 
-    A task may also have an attribute `trainable_rows`, parameter name -> (first, end). Of the
-    parameter with this name only the rows first … end − 1 learn.
+    A task may also have an attribute `trainable_rows`, parameter name -> (first, end). Only the
+    rows first … end − 1 of the named parameter learn, and its other rows stay as they are.
     """
 
     @property

@@ -148,14 +148,15 @@ class Recipe:
     question_images, question_weight  images with 3D questions in addition to a robot batch (0:
                   none), and the factor on their loss (our choice).
     augment       strength of the photometric augmentation, 0 to 1.
-    normalization  of translations and positions: "quantile" (paper), "minmax" or "meanstd". None:
-                  that of the policy in `--init`; a new policy has "quantile".
+    normalization  how translations and positions are normalized: "quantile" (paper), "minmax" or
+                  "meanstd". With None a new policy has "quantile", and a policy that starts from
+                  `--init` keeps its normalization.
     normalize_each  normalize each dataset by its own statistics instead of those of the mixture
                   (for an ablation).
     flow          fields of `spear.types.FlowConfig` that differ from the preset's or from `--init`.
     committed     the longest committed prefix to train with, in actions
-                  (`spear.flow.sample_committed`). None: that of the policy in `--init`; a new
-                  policy has 0 (paper).
+                  (`spear.flow.sample_committed`). With None a new policy has 0 (paper), and one
+                  that starts from `--init` keeps its length.
     lora_rank     if not 0, the language model also learns through LoRA matrices of this rank.
     lora_alpha    LoRA matrices are scaled by alpha / rank (`spear.train.optimize`).
     """

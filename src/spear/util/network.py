@@ -165,6 +165,7 @@ def _request_head(url: str) -> str | None:
         with opener.open(request, timeout=TIMEOUT_S):
             return None
     except urllib.error.HTTPError as error:
+        # The server itself has answered, unless a gateway on the way answered in its place.
         return str(error) if error.code in _GATEWAY_ERRORS else None
     except (OSError, ValueError) as error:
         return summarize_error(error)

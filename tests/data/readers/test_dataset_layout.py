@@ -340,7 +340,7 @@ def test_the_tips_of_a_droid_gripper_are_those_of_a_robotiq() -> None:
     np.testing.assert_allclose(hand_position[0] - position, [0, 0, 0.1548 - 0.1034], atol=1e-6)
 
 
-def test_a_turn_of_droids_last_joint_is_one_about_the_closing_fingers_plane() -> None:
+def test_a_turn_of_droids_last_joint_turns_the_gripper_about_its_z_axis() -> None:
     """The axis of the last joint points down, so its turn is a negative one about our z axis."""
     joints = DROID_RESET_JOINTS + np.array([0, 0, 0, 0, 0, 0, 0.3])
 

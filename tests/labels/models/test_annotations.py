@@ -607,19 +607,21 @@ def test_empty_fields_of_a_coco_annotation_count_as_missing(
     [
         [["a", 1, 2, 3, 4, 5]],  # a coordinate is no number
         [[1, 2, 3, 4]],  # two points
-        [[[1, 2], [3]]],
-        {"size": [12, 20], "counts": "é"},
-        {"size": [12, 20], "counts": [1, "a"]},
+        [[[1, 2], [3]]],  # lists of points instead of a flat list of coordinates
+        {"size": [12, 20], "counts": "é"},  # no letter of compressed run lengths
+        {"size": [12, 20], "counts": [1, "a"]},  # a run length is no number
         {"size": [12], "counts": [240]},  # no width
     ],
 )
 def test_a_broken_coco_mask_concerns_its_image_alone(tmp_path: Path, segmentation: Any) -> None:
     content = make_coco()
-    content["annotations"][3]["segmentation"] = segmentation
+    content["annotations"][3]["segmentation"] = segmentation  # the ring in the hall
     coco = write_and_open(tmp_path, content)
+    kitchen, hall = COCO_FRAMES[:2]
 
-    assert len(FileDetector(coco).detect(COCO_FRAMES[:1])[0]) == 4
-    refuses("", FileDetector(coco).detect, COCO_FRAMES[1:2])
+    assert len(FileDetector(coco).detect([kitchen])[0]) == 4
+    any_reason = ""
+    refuses(any_reason, FileDetector(coco).detect, [hall])
 
 
 @pytest.mark.parametrize(

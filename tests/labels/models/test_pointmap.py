@@ -97,14 +97,19 @@ def test_unknown_points_are_zero_and_known_ones_in_front_of_the_camera(
     assert (result.points[result.mask][:, 2] > 0).all()
 
 
+def get_last_layer(model: MogeV1) -> torch.nn.Conv2d:
+    """The layer whose output channels are x, y and the logarithm of the depth."""
+    return model.head.output_block[0][2]
+
+
 def overflow_depth(model: MogeV1) -> None:
-    """Make all depths infinite: the network returns their logarithm, and exp(200) overflows."""
-    model.head.output_block[0][2].bias.data[2] = 200.0
+    """Make all depths infinite: exp(200) overflows."""
+    get_last_layer(model).bias.data[2] = 200.0
 
 
 def mirror_points(model: MogeV1) -> None:
     """Change the signs of x and y, so that only a negative focal length fits."""
-    model.head.output_block[0][2].weight.data[:2] *= -1
+    get_last_layer(model).weight.data[:2] *= -1
 
 
 @pytest.mark.parametrize("break_weights", [overflow_depth, mirror_points])

@@ -17,8 +17,14 @@ from transformers import PaliGemmaForConditionalGeneration
 from transformers import PI0ForConditionalGeneration as Pi0
 
 from data_tiny import edit_json
-from models_tiny import TINY
-from parity import compute_logits_of_both, draw_pi0_inputs, relative_error
+from parity import (
+    Pi0Inputs,
+    compute_logits_of_both,
+    draw_pi0_inputs,
+    predict_velocities_of_both,
+    relative_error,
+    sample_actions_of_both,
+)
 from published_checkpoints import (
     IMAGE_TOKEN,
     NUM_ROWS,
@@ -33,7 +39,6 @@ from published_checkpoints import (
 )
 from refusals import refuses
 from spear.models.presets import build_vlm_config
-from spear.models.spear1 import NUM_STATE_FEATURES
 from spear.models.vlm import SpearVLMForConditionalGeneration
 from spear.models.weights import load as weights
 from spear.models.weights.action_expert import plan_policy
@@ -41,7 +46,6 @@ from spear.models.weights.backbones import EMBEDDINGS, plan_backbones
 from spear.models.weights.folders import is_simulator_only
 from spear.models.weights.load import StoredCheckpoint
 from spear.tokens import init_new_embeddings
-from spear.types import ACTION_DIM, Action
 
 BATCH = 2
 WIDTH_PX, HEIGHT_PX = 280, 210
@@ -288,52 +292,25 @@ class TestPolicyWithPi0:
         # The layers of `their_model` were made before `rms_norm_eps` changed. Layers that are made
         # from the published config have the changed value.
         if has_config:
-            # The layers of the first π0 were made before the field was changed.
             their_model = Pi0.from_pretrained(expert).eval()
         return our_model, their_model
 
     @pytest.fixture
-    def inputs(self) -> tuple[dict[str, Any], dict[str, Any]]:
+    def inputs(self) -> Pi0Inputs:
         return draw_pi0_inputs(IMAGE_TOKEN)
 
-    def test_predicts_the_same_velocity(
-        self, models: tuple[Any, Any], inputs: tuple[dict[str, Any], dict[str, Any]]
-    ) -> None:
-        our_model, their_model = models
-        our_inputs, their_inputs = inputs
-        state = torch.randn(BATCH, NUM_STATE_FEATURES)
-        noisy = torch.randn(BATCH, TINY.horizon, ACTION_DIM)
-        tau = torch.tensor([0.2, 0.9])
+    @torch.no_grad()
+    def test_predicts_the_same_velocity(self, models: tuple[Any, Any], inputs: Pi0Inputs) -> None:
+        ours, theirs = predict_velocities_of_both(*models, inputs)
 
-        with torch.no_grad():
-            # π0's flow time runs from data to noise, so it is 1 - τ, and its velocity is negative.
-            output = their_model(state=state, noise=noisy, timestep=1 - tau, **their_inputs)
-            prefix = our_model.encode_prefix(**our_inputs)
-            velocity = our_model.predict(prefix, state, Action.from_vector(noisy), tau)
+        assert relative_error(ours, theirs) < MAX_ERROR
 
-        assert relative_error(velocity.to_vector(), -output.logits) < MAX_ERROR
+    def test_samples_the_same_actions(self, models: tuple[Any, Any], inputs: Pi0Inputs) -> None:
+        ours, theirs = sample_actions_of_both(*models, inputs)
 
-    def test_samples_the_same_actions(
-        self, models: tuple[Any, Any], inputs: tuple[dict[str, Any], dict[str, Any]]
-    ) -> None:
-        our_model, their_model = models
-        our_inputs, their_inputs = inputs
-        state = torch.randn(BATCH, NUM_STATE_FEATURES)
-        noise = torch.randn(BATCH, TINY.horizon, ACTION_DIM)
-
-        expected = Action.from_vector(
-            their_model.sample_actions(state=state, noise=noise, num_steps=4, **their_inputs)
-        )
-        sampled = our_model.sample_actions(
-            **our_inputs, state=state, steps=4, noise=Action.from_vector(noise)
-        )
-
-        assert relative_error(sampled.translation, expected.translation) < MAX_ERROR
-        assert relative_error(sampled.gripper, expected.gripper) < MAX_ERROR
-        # Our sampling returns canonical unit quaternions.
-        unit = torch.nn.functional.normalize(expected.rotation, dim=-1)
-        canonical = unit * torch.where(unit[..., :1] < 0, -1.0, 1.0)
-        assert relative_error(sampled.rotation, canonical) < MAX_ERROR
+        assert relative_error(ours.translation, theirs.translation) < MAX_ERROR
+        assert relative_error(ours.rotation, theirs.rotation) < MAX_ERROR
+        assert relative_error(ours.gripper, theirs.gripper) < MAX_ERROR
 
 
 class TestPi0OfAnotherRobot:

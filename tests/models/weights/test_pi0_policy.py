@@ -14,7 +14,14 @@ from transformers import PI0ForConditionalGeneration as Pi0
 
 from data_tiny import edit_json
 from models_tiny import TINY
-from parity import BATCH, draw_pi0_inputs, relative_error
+from parity import (
+    BATCH,
+    Pi0Inputs,
+    draw_pi0_inputs,
+    predict_velocities_of_both,
+    relative_error,
+    sample_actions_of_both,
+)
 from published_checkpoints import (
     IMAGE_TOKEN,
     NUM_ROWS,
@@ -29,7 +36,6 @@ from published_checkpoints import (
 )
 from refusals import refuses
 from spear.models.layers import KVCache
-from spear.models.spear1 import NUM_STATE_FEATURES
 from spear.models.weights.action_expert import plan_policy
 from spear.models.weights.load import StoredCheckpoint
 from spear.models.weights.pi0_policy import plan_pi0
@@ -121,13 +127,12 @@ class TestParityWithTransformers:
         return plan_pi0(folder, moge, "linear14").run(), their_model
 
     @pytest.fixture
-    def inputs(self) -> tuple[dict[str, Any], dict[str, Any]]:
-        """The same two images and padded text, as inputs of the SPEAR-1 and of the π0."""
+    def inputs(self) -> Pi0Inputs:
         return draw_pi0_inputs(IMAGE_TOKEN)
 
     @torch.no_grad()
     def test_keys_and_values_of_the_prefix(
-        self, models: tuple[Any, Any], inputs: tuple[dict[str, Any], dict[str, Any]]
+        self, models: tuple[Any, Any], inputs: Pi0Inputs
     ) -> None:
         our_model, their_model = models
         our_inputs, their_inputs = inputs
@@ -150,43 +155,25 @@ class TestParityWithTransformers:
 
     @torch.no_grad()
     def test_hidden_states_of_the_expert_and_velocities(
-        self, models: tuple[Any, Any], inputs: tuple[dict[str, Any], dict[str, Any]]
+        self, models: tuple[Any, Any], inputs: Pi0Inputs
     ) -> None:
         our_model, their_model = models
-        our_inputs, their_inputs = inputs
-        state = torch.randn(BATCH, NUM_STATE_FEATURES)
-        noisy = torch.randn(BATCH, TINY.horizon, ACTION_DIM)
-        tau = torch.tensor([0.2, 0.9])
         their_hidden_states = record_hidden_states(their_model.model.dit)
         our_hidden_states = record_hidden_states(our_model.expert)
 
-        # π0's flow time runs from data to noise, so it is 1 - τ, and its velocity is negative.
-        output = their_model(state=state, noise=noisy, timestep=1 - tau, **their_inputs)
-        prefix = our_model.encode_prefix(**our_inputs)
-        velocity = our_model.predict(prefix, state, Action.from_vector(noisy), tau)
+        our_velocity, their_velocity = predict_velocities_of_both(our_model, their_model, inputs)
 
         assert len(our_hidden_states) == TINY.expert["num_hidden_layers"] + 1
         for our_output, their_output in zip(our_hidden_states, their_hidden_states, strict=True):
             assert relative_error(our_output, their_output) < MAX_ERROR
-        assert relative_error(velocity.to_vector(), -output.logits) < MAX_ERROR
+        assert relative_error(our_velocity, their_velocity) < MAX_ERROR
 
-    def test_sampled_actions(
-        self, models: tuple[Any, Any], inputs: tuple[dict[str, Any], dict[str, Any]]
-    ) -> None:
-        our_model, their_model = models
-        our_inputs, their_inputs = inputs
-        state = torch.randn(BATCH, NUM_STATE_FEATURES)
-        noise = torch.randn(BATCH, TINY.horizon, ACTION_DIM)
+    def test_sampled_actions(self, models: tuple[Any, Any], inputs: Pi0Inputs) -> None:
+        ours, theirs = sample_actions_of_both(*models, inputs)
 
-        expected = Action.from_vector(
-            their_model.sample_actions(state=state, noise=noise, num_steps=4, **their_inputs)
-        )
-        sampled = our_model.sample_actions(
-            **our_inputs, state=state, steps=4, noise=Action.from_vector(noise)
-        )
-
-        assert relative_error(sampled.translation, expected.translation) < MAX_ERROR
-        assert relative_error(sampled.gripper, expected.gripper) < MAX_ERROR
+        assert relative_error(ours.translation, theirs.translation) < MAX_ERROR
+        assert relative_error(ours.rotation, theirs.rotation) < MAX_ERROR
+        assert relative_error(ours.gripper, theirs.gripper) < MAX_ERROR
 
 
 def test_with_other_states_and_actions_the_expert_computes_the_same_from_the_same_tokens(

@@ -34,6 +34,7 @@ MAX_NOISE_ROWS = 256  # about so many rows of an image are enough to measure its
 MAD_TO_STD = 1.4826  # median absolute deviation of a normal distribution → its standard deviation
 
 _GOLDEN_RATIO = (np.sqrt(5.0) - 1.0) / 2.0
+"""Multiples of this number, modulo 1, are spread evenly over 0 … 1, however many there are."""
 
 
 @dataclass(frozen=True)

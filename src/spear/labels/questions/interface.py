@@ -107,6 +107,7 @@ class QuestionType:
         prompts: Prompt templates with the gaps {x} and {y} for objects, {p} for a keypoint or
             pixel. The first one is used where only one wording is needed.
         draft: Draws what to ask about, and computes the answer from the label.
+        needs_masks: Whether `draft` needs the masks of objects, which take long to read from files.
         measure: Scores an answer; None if answers of this type are not scored.
         compute_error_scales: To which distance the errors of numbers are relative; None if answers
             are not scored or have no numbers.
@@ -123,6 +124,7 @@ class QuestionType:
 
     prompts: tuple[str, ...]
     draft: Drafter
+    needs_masks: bool = False
     measure: MeasureAnswer | None = None
     compute_error_scales: ComputeErrorScales | None = None
     measures: Mapping[str, Measure] = field(default_factory=dict)

@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 from spear.errors import check_known
 from spear.labels.questions.generate import format_answer, generate_questions
 from spear.labels.questions.statistics import write_dataset_card
+from spear.labels.questions.types import QUESTION_TYPE_BY_NAME
 from spear.labels.store import (
     QUESTIONS_FILE,
     ParquetWriter,
@@ -97,7 +98,7 @@ def write_questions(
     bar = ProgressBar("asking", count_labels(folder), "images")
     path = folder / QUESTIONS_FILE
     with ParquetWriter(path, _SCHEMA, rows_per_group=ROWS_PER_GROUP) as writer, bar:
-        needs_masks = "what_at" in question_types
+        needs_masks = any(QUESTION_TYPE_BY_NAME[name].needs_masks for name in question_types)
         labels = read_labels(folder, pixels=needs_masks)
         while batch := list(islice(labels, BATCH_SIZE)):
             rows = []

@@ -296,8 +296,9 @@ def _fill(model: nn.Module, checkpoint: Checkpoint, names: Mapping[str, str]) ->
     for our_name, name in names.items():
         weight = checkpoint.weights[name]
         if FUSED_PROJECTIONS in name:
+            queries, keys, values = weight.chunk(3)
             projection = our_name.split("attention.")[1][0]  # "q", "k" or "v"
-            weight = weight.chunk(3)["qkv".index(projection)]
+            weight = {"q": queries, "k": keys, "v": values}[projection]
         state[our_name] = weight.to(torch.float32, copy=True)
     # Tensors of the meta device have no memory to copy to, so they are replaced.
     is_meta = next(model.parameters()).is_meta

@@ -59,4 +59,4 @@ def _count_mask_pixels(o: LabeledObject) -> int:
     return sum(o.mask_runs[1::2])  # the runs of ones
 
 
-QUESTION_TYPE = QuestionType(prompts=PROMPTS, draft=_draft)
+QUESTION_TYPE = QuestionType(prompts=PROMPTS, draft=_draft, needs_masks=True)
