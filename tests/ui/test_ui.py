@@ -314,19 +314,19 @@ def test_a_chunk_predicted_again_has_the_same_noise(
 def test_the_film_shows_every_step_with_its_instruction(
     tab: Tab, passed_views: list[dict[str, Any]]
 ) -> None:
-    """A frame of the film has a caption of `video.BAR` pixels, and the images below it."""
+    """A frame of the film has a caption of `video.BAR_HEIGHT_PX` pixels, and the images below it."""
     frames = tab.make_film()
 
     assert len(frames) == len(passed_views) + NUM_LAST_FRAMES
-    captions = [frame[: video.BAR].astype(float) for frame in frames]
+    captions = [frame[: video.BAR_HEIGHT_PX].astype(float) for frame in frames]
     assert np.abs(captions[2] - captions[0]).mean() < 2  # the same instruction
     assert np.abs(captions[3] - captions[0]).mean() > 2  # another one
 
     shown_image = Image.fromarray(decode_external(passed_views[1]))
     aspect = shown_image.width / shown_image.height
     assert aspect == passed_views[1]["camera"]["aspect"]
-    expected_image = shown_image.resize((round(video.HEIGHT * aspect), video.HEIGHT))
-    filmed_image = frames[1][video.BAR :, : expected_image.width].astype(float)
+    expected_image = shown_image.resize((round(video.HEIGHT_PX * aspect), video.HEIGHT_PX))
+    filmed_image = frames[1][video.BAR_HEIGHT_PX :, : expected_image.width].astype(float)
     assert np.abs(filmed_image - expected_image).mean() < 6  # of 255, for the film's compression
 
 

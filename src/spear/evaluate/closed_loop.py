@@ -167,8 +167,8 @@ class _Tabletop:
         world = World(self._sample_scene(outcome.family, outcome.seed))
         width, height = self._image_sizes["external"]
         views = [
-            ("external", (round(video.HEIGHT * width / height), video.HEIGHT)),
-            ("wrist", (video.HEIGHT, video.HEIGHT)),
+            ("external", (round(video.HEIGHT_PX * width / height), video.HEIGHT_PX)),
+            ("wrist", (video.HEIGHT_PX, video.HEIGHT_PX)),
         ]
         for step, pose in enumerate(track):
             world.data.qpos[:] = pose
