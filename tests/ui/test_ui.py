@@ -314,7 +314,7 @@ def test_a_chunk_predicted_again_has_the_same_noise(
 def test_the_film_shows_every_step_with_its_instruction(
     tab: Tab, passed_views: list[dict[str, Any]]
 ) -> None:
-    """A frame of the film has a caption of `video.BAR_HEIGHT_PX` pixels, and the images below it."""
+    """A frame of the film has a caption `video.BAR_HEIGHT_PX` high, and the images below it."""
     frames = tab.make_film()
 
     assert len(frames) == len(passed_views) + NUM_LAST_FRAMES
