@@ -205,7 +205,7 @@ def draw_perturbed() -> tuple[Action, Action, Tensor]:
     [4000, 5] of the committed actions (at most 3 per chunk)."""
     data = draw_data(PERTURBED_SHAPE)
     is_committed = flow.sample_committed(PERTURBED_SHAPE, max_committed=3, generator=generator(5))
-    return data, flow.perturb_committed(data, is_committed, generator(6)), is_committed
+    return data, flow.perturb_committed(data, is_committed, "previous", generator(6)), is_committed
 
 
 def test_poses_differ_while_actions_are_committed_and_agree_from_the_next_action_on() -> None:
@@ -250,6 +250,30 @@ def test_perturbations_leave_the_gripper() -> None:
     data, perturbed, _ = draw_perturbed()
 
     assert torch.equal(perturbed.gripper, data.gripper)
+
+
+def test_motions_from_the_observed_pose_need_no_correction_after_the_committed_ones() -> None:
+    data, _, is_committed = draw_perturbed()
+    perturbed = flow.perturb_committed(data, is_committed, "observed", generator(6))
+
+    is_translation_different = (perturbed.translation != data.translation).any(-1)
+    assert torch.equal(is_translation_different, is_committed)
+    angles_rad = quat_distance(perturbed.rotation, data.rotation)
+    assert (angles_rad[~is_committed] < 1e-6).all()
+    assert (angles_rad[is_committed] > 0).all()
+
+
+def test_errors_of_motions_from_the_observed_pose_add_up() -> None:
+    """The third committed action has the errors of three steps, so its variance is three times."""
+    data, _, is_committed = draw_perturbed()
+    perturbed = flow.perturb_committed(data, is_committed, "observed", generator(6))
+
+    has_three = is_committed[:, 2]
+    errors = (perturbed.translation - data.translation)[has_three]  # [N, 5, 3]
+    variance = errors.var(0).mean(-1)  # per action of the chunk
+    torch.testing.assert_close(
+        variance[:3] / variance[0], torch.tensor([1.0, 2, 3]).to(variance), rtol=0.15, atol=0
+    )
 
 
 def test_actions_that_are_not_valid_do_not_change_the_scale_of_perturbations() -> None:

@@ -63,7 +63,7 @@ from spear.geometry import (
     sphere_log,
     sphere_slerp,
 )
-from spear.types import Action, FlowConfig
+from spear.types import Action, ActionReference, FlowConfig
 
 # Standard deviations of the errors that training adds to committed actions (`perturb_committed`).
 # Our choice: the errors are larger than the differences between demonstrations of one scene. With
@@ -185,6 +185,7 @@ def sample_committed(
 def perturb_committed(
     data: Action,
     is_committed: Tensor,
+    reference: ActionReference = "previous",
     generator: torch.Generator | None = None,
     is_valid: Tensor | None = None,
 ) -> Action:
@@ -194,9 +195,13 @@ def perturb_committed(
     alone never show (our choice). After the first action that is not committed, and after all later
     ones, the pose is the demonstrated one.
 
+    If actions are measured from the observed pose, the errors of the committed ones add up in the
+    same way, but the others need no correction, because each says its whole motion.
+
     Args:
         data: demonstrated chunks [..., H, ·].
         is_committed: [..., H] bool, see `sample_committed`.
+        reference: from which pose actions are measured (`spear.data.action_reference`).
         generator: source of the random numbers.
         is_valid: [..., H] bool, the actions from which the standard deviation of translations is
             estimated; None is all.
@@ -218,6 +223,14 @@ def perturb_committed(
     if is_valid is None:
         is_valid = torch.ones_like(is_committed)
     scale = _standard_deviation(data.translation, is_valid)
+    if reference == "observed":
+        accumulated = noise.cumsum(-2) * is_committed[..., None]
+        turn = quat_exp(PERTURBATION_ROTATION_RAD * accumulated[..., 3:])
+        return Action(
+            translation=data.translation + PERTURBATION_TRANSLATION * scale * accumulated[..., :3],
+            rotation=quat_canonical(quat_multiply(data.rotation, turn)),
+            gripper=data.gripper,
+        )
     error = PERTURBATION_TRANSLATION * scale * noise[..., :3]
     total_error = error.sum(-2, keepdim=True)  # [..., 1, 3]
     translation = data.translation + error - is_first_free * total_error

@@ -356,6 +356,12 @@ class Spear1Policy:
         read_model = functools.partial(weights.load, Spear1ForActionPrediction)
         folder, model = _load_model(read_model, name, device, dtype)
         normalizer = Normalizer.load(folder / "normalizer.json")
+        if normalizer.action_reference != model.config.action_reference:
+            raise SpearError(
+                f"{folder}: config.json says that actions are measured from the "
+                f"{model.config.action_reference} pose, normalizer.json from the "
+                f"{normalizer.action_reference} one. Take both files from the same training."
+            )
         if dataset is not None and not normalizer.datasets:
             raise SpearError(
                 f"{folder} has the same normalization statistics for all datasets. Leave out "

@@ -96,9 +96,9 @@ def test_statistics_count_known_steps_only(flat_store: EpisodeStore) -> None:
     assert Normalizer.fit([(flat_store, 1.0)]).samples == 250
 
 
-@pytest.fixture(params=get_args(Mode))
+@pytest.fixture(params=sorted({*get_args(Mode)} - {"bounds"}))
 def mode(request: pytest.FixtureRequest) -> Mode:
-    """Each mode in turn: a test that uses it runs for all of them."""
+    """Each mode that has statistics in turn: a test that uses it runs for all of them."""
     return request.param
 
 

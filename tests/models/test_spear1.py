@@ -272,7 +272,9 @@ class TestCommittedActions:
         is_committed = torch.arange(H) < num_committed
         is_valid = self.action_mask[:, None].expand(shape)
         target = Action.from_vector(self.target.to_vector()[:, None].expand(*shape, 8))
-        perturbed = flow.perturb_committed(target, is_committed, generator, is_valid).to_vector()
+        perturbed = flow.perturb_committed(
+            target, is_committed, "previous", generator, is_valid
+        ).to_vector()
 
         # Record the actions from which the network makes its tokens, and its predictions.
         inputs: list[torch.Tensor] = []

@@ -21,18 +21,25 @@ from labels_boxes import make_labeled_image
 from refusals import no_warning, refuses
 from spear.data.normalize import Normalizer
 from spear.data.store.episode_store import EpisodeStore
+from spear.embodiments import load
 from spear.errors import Notice
 from spear.flow import FlowConfig
 from spear.labels.store import write_labels
 from spear.models.presets import build_vlm_config, get_preset
 from spear.models.vlm import SpearVLMForConditionalGeneration
-from spear.policy import load_vlm, locate
+from spear.policy import Spear1Policy, load_vlm, locate
 from spear.tokens import init_new_embeddings
 from spear.train.build import build
 from spear.train.optimize import set_weight_precision
 from spear.train.options import TrainingInputs
 from spear.train.recipes import get_recipe
 from spear.train.tasks import DepthTask, load_labels
+
+
+def example_observation() -> dict[str, Any]:
+    """An observation that the shipped policy understands."""
+    return load("generic").example()
+
 
 EMBEDDINGS = "language_model.embed_tokens.weight"
 VLM_RECIPE = get_recipe("nano-vlm-2").with_changes(batch_size=2)
@@ -362,6 +369,67 @@ def test_a_policy_keeps_its_longest_delay_until_a_recipe_has_another(
         assert model.config.committed == expected
         save(tmp_path / "out")
         inputs = dataclasses.replace(inputs, init=tmp_path / "out")
+
+
+def test_a_policy_keeps_its_action_reference_until_a_recipe_has_another(
+    policy_inputs: TrainingInputs, tmp_path: Path
+) -> None:
+    """Each recipe starts from the result of the one before. `reference` None is no change."""
+    inputs = policy_inputs
+    for reference, expected in (
+        (None, "previous"),
+        ("observed", "observed"),
+        (None, "observed"),
+        ("previous", "previous"),
+    ):
+        recipe = POLICY_RECIPE.with_changes(action_reference=reference)
+        model, _, save = build(recipe, inputs)
+        save(tmp_path / "out")
+        inputs = dataclasses.replace(inputs, init=tmp_path / "out")
+
+        assert model.config.action_reference == expected
+        assert Normalizer.load(tmp_path / "out/normalizer.json").action_reference == expected
+
+
+def test_the_loss_is_of_the_motions_that_the_recipe_says(policy_inputs: TrainingInputs) -> None:
+    _, task, _ = build(POLICY_RECIPE.with_changes(action_reference="observed"), policy_inputs)
+    _, task_of_steps, _ = build(POLICY_RECIPE, policy_inputs)
+
+    motions = task.batch(0)["actions"]
+    steps = task_of_steps.batch(0)["actions"]
+
+    assert motions.shape == steps.shape
+    assert not torch.allclose(motions[:, 1:, :3], steps[:, 1:, :3])
+
+
+def test_a_policy_of_motions_from_the_observed_pose_answers_with_steps(
+    policy_inputs: TrainingInputs, tmp_path: Path
+) -> None:
+    """Unnormalizing the network's chunk and summing the answered steps give the same motions."""
+    recipe = POLICY_RECIPE.with_changes(action_reference="observed")
+    _, _, save = build(recipe, policy_inputs)
+    save(tmp_path / "out")
+    policy = Spear1Policy.load(tmp_path / "out")
+    observation = {**example_observation(), "seed": 0}
+
+    network_chunk = policy.predict(policy.prepare_inputs([observation])).translation[0]
+    answered = policy.infer(observation)["actions"]
+
+    scale = torch.tensor(policy.normalizer.chunk_scale)
+    offset = torch.tensor(policy.normalizer.chunk_offset)
+    motions_m = network_chunk * scale + offset
+    np.testing.assert_allclose(answered[:, :3].cumsum(axis=0), motions_m, atol=1e-5)
+
+
+def test_weights_and_normalization_of_different_trainings_are_refused(
+    policy_inputs: TrainingInputs, tmp_path: Path
+) -> None:
+    recipe = POLICY_RECIPE.with_changes(action_reference="observed")
+    _, _, save = build(recipe, policy_inputs)
+    save(tmp_path / "out")
+    shutil.copy(locate("nano") / "normalizer.json", tmp_path / "out")
+
+    refuses("normalizer.json", Spear1Policy.load, tmp_path / "out")
 
 
 def test_flow_settings_of_a_recipe_are_added_to_the_policys(policy_inputs: TrainingInputs) -> None:

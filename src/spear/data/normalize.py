@@ -2,8 +2,11 @@
 
 Each axis of translations and of positions is shifted by an offset and divided by a scale. The paper
 computes both from quantiles over the whole mixture, not per dataset. The modes "minmax" and
-"meanstd" are the paper's ablations. Rotations stay unit quaternions, and gripper openings 0 … 1
-become -1 … 1. Tensors may have any leading dimensions, device and floating type.
+"meanstd" are the paper's ablations; "bounds" divides translations by lengths that the user gives
+(our choice, for policies of other projects). If the policy measures actions from the observed pose
+(`spear.data.action_reference`), later actions of a chunk are longer than earlier ones, so each
+action of the chunk has its own offset and scale. Rotations stay unit quaternions, and gripper
+openings 0 … 1 become -1 … 1. Tensors may have any leading dimensions, device and floating type.
 
 The quantiles come from sketches (`QuantileSketch`), which summarize all numbers of one axis of a
 dataset. A mixture's datasets count with their sampling weights, called shares when they sum to 1.
@@ -22,16 +25,19 @@ import torch
 from pydantic import ConfigDict, PositiveFloat
 from torch import Tensor
 
+from spear.data.action_reference import measure_from_observed, measure_from_previous
+from spear.data.actions import HORIZON, extract_chunk
 from spear.data.store.episode_store import EpisodeStore
 from spear.data.store.stats import QuantileSketch, weighted_quantile
 from spear.errors import SpearError, check_known, suppress_notices
 from spear.geometry import quat_to_6d
-from spear.types import Action, Array
+from spear.types import Action, ActionReference, Array
 from spear.util.files import read_json_as, write_bytes, write_text
 
-Mode = Literal["quantile", "minmax", "meanstd"]
+Mode = Literal["quantile", "minmax", "meanstd", "bounds"]
 Triple = tuple[float, float, float]
 Scale = tuple[PositiveFloat, PositiveFloat, PositiveFloat]
+Triples = Triple | tuple[Triple, ...]
 
 MIN_TRANSLATION_SCALE_M = 1e-3  # 1 mm in a step of 0.2 s (our choice)
 MIN_POSITION_SCALE_M = 1e-2  # our choice
@@ -54,8 +60,8 @@ class Normalizer:
 
     Attributes:
         mode: How offset and scale were fitted (see `fit`).
-        translation_offset: Offset of the translations of actions, m.
-        translation_scale: Scale of the translations of actions, m.
+        translation_offset: Offset of the translations of steps, m.
+        translation_scale: Scale of the translations of steps, m.
         position_offset: Offset of end-effector positions, m.
         position_scale: Scale of end-effector positions, m.
         samples: The number of steps whose numbers were used.
@@ -65,6 +71,11 @@ class Normalizer:
         datasets: The name of each dataset → its own normalizer, in the order of the mixture, for
             the ablation in which datasets are normalized separately (see `for_dataset`). Otherwise
             empty.
+        action_reference: From which pose normalized actions are measured. Actions in meters are
+            always steps, measured from the pose before.
+        chunk_offset: Offset of the translations of a chunk's H actions, m, if these are measured
+            from the observed pose; otherwise empty.
+        chunk_scale: Their scale, m.
     """
 
     mode: Mode
@@ -75,17 +86,27 @@ class Normalizer:
     samples: int
     datasets: "Mapping[str, Normalizer]" = field(default_factory=dict)
     frames: Mapping[str, int] | None = None
+    action_reference: ActionReference = "previous"
+    chunk_offset: tuple[Triple, ...] = ()
+    chunk_scale: tuple[Scale, ...] = ()
     __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     @staticmethod
     def fit_per_dataset(
-        stores: Sequence[tuple[str, EpisodeStore, float]], mode: Mode = "quantile"
+        stores: Sequence[tuple[str, EpisodeStore, float]],
+        mode: Mode = "quantile",
+        bounds_m: Triple | None = None,
+        action_reference: ActionReference = "previous",
+        horizon: int = HORIZON,
     ) -> "Normalizer":
         """Fit statistics over a mixture, and separate statistics of each dataset.
 
         Args:
             stores: (name, store, sampling weight) of each dataset, as in `Mixture`.
-            mode: See `fit`.
+            mode: See `fit`, also for the other arguments.
+            bounds_m: See `fit`.
+            action_reference: See `fit`.
+            horizon: See `fit`.
         """
         names = [name for name, _, _ in stores]
         if len(set(names)) < len(names):
@@ -94,9 +115,12 @@ class Normalizer:
                 "another name."
             )
 
-        over_mixture = Normalizer.fit([(store, weight) for _, store, weight in stores], mode)
+        def fit(weighted_stores: Sequence[tuple[EpisodeStore, float]]) -> Normalizer:
+            return Normalizer.fit(weighted_stores, mode, bounds_m, action_reference, horizon)
+
+        over_mixture = fit([(store, weight) for _, store, weight in stores])
         # The weight of a single dataset has no effect, so any weight will do.
-        per_dataset = {name: Normalizer.fit([(store, 1.0)], mode) for name, store, _ in stores}
+        per_dataset = {name: fit([(store, 1.0)]) for name, store, _ in stores}
         return replace(over_mixture, datasets=per_dataset)
 
     def for_dataset(self, dataset: str | None) -> "Normalizer":
@@ -124,7 +148,13 @@ class Normalizer:
         return self.datasets[dataset]
 
     @staticmethod
-    def fit(stores: Iterable[tuple[EpisodeStore, float]], mode: Mode = "quantile") -> "Normalizer":
+    def fit(
+        stores: Iterable[tuple[EpisodeStore, float]],
+        mode: Mode = "quantile",
+        bounds_m: Triple | None = None,
+        action_reference: ActionReference = "previous",
+        horizon: int = HORIZON,
+    ) -> "Normalizer":
         """Fit statistics over a mixture.
 
         Every dataset counts with its weight, whatever its size. Masked steps do not count. Each
@@ -135,56 +165,100 @@ class Normalizer:
             stores: (store, sampling weight) of each dataset, as in `Mixture`.
             mode: "quantile" maps the 1st and 99th percentile to -1 and 1. "minmax" maps the
                 smallest and the largest value to -1 and 1. "meanstd" gives zero mean and unit
-                deviation.
+                deviation. "bounds" maps translations of ±`bounds_m` to ±1; positions are
+                normalized as in "quantile".
+            bounds_m: The length of a step that becomes 1, per axis, m; only for the mode "bounds".
+                Action k of a chunk may be k times as long if it is measured from the observed pose.
+            action_reference: From which pose normalized actions are measured.
+            horizon: H, the number of actions of a chunk.
 
         Raises:
-            SpearError: If no store has a valid action.
+            SpearError: If no store has a valid action, or if `bounds_m` is missing.
         """
         check_known("normalization", get_args(Mode), mode)
-        sketches_of_stores: list[list[QuantileSketch]] = []
-        weights: list[float] = []
-        for store, weight in stores:
-            sketches = _load_or_make_sketches(store)
-            if sketches[0].count:
-                sketches_of_stores.append(sketches)
-                weights.append(weight)
-        if not sketches_of_stores:
+        if mode == "bounds" and bounds_m is None:
+            raise SpearError(
+                "normalization bounds needs the length of a step that becomes 1. Add "
+                "bounds_m=[0.05,0.05,0.05], in meters per axis."
+            )
+        weighted_stores = [(store, weight) for store, weight in stores]
+        mixture = _Mixture([], [])
+        chunk_mixture = _Mixture([], [])
+        for store, weight in weighted_stores:
+            mixture.add(_load_or_make_sketches(store), weight)
+            if action_reference == "observed" and mode != "bounds":
+                chunk_mixture.add(_make_chunk_sketches(store, horizon), weight)
+        if not mixture.sketches:
             raise SpearError(
                 "the stores contain no valid action, so no normalization statistics can be "
                 "fitted. Check their masks and lengths."
             )
 
-        shares = np.array(weights) / sum(weights)
-        offsets: list[float] = []
-        scales: list[float] = []
-        for axis, min_scale in enumerate(MIN_SCALES):
-            axis_sketches = [sketches[axis] for sketches in sketches_of_stores]
-            offset, scale = _fit_axis(axis_sketches, shares, mode)
-            offsets.append(offset)
-            scales.append(max(scale, min_scale))
-        return Normalizer(
+        ranges = mixture.fit(mode, MIN_SCALES)
+        offsets = [offset for offset, _ in ranges]
+        scales = [scale for _, scale in ranges]
+        if bounds_m is not None:
+            offsets[:3] = (0.0, 0.0, 0.0)
+            scales[:3] = bounds_m
+        normalizer = Normalizer(
             mode=mode,
             translation_offset=_to_triple(offsets[:3]),
             translation_scale=_to_triple(scales[:3]),
             position_offset=_to_triple(offsets[3:]),
             position_scale=_to_triple(scales[3:]),
-            samples=sum(sketches[0].count for sketches in sketches_of_stores),
+            samples=mixture.num_steps,
+        )
+        if action_reference == "previous":
+            return normalizer
+
+        chunk_offset: list[Triple] = []
+        chunk_scale: list[Triple] = []
+        if bounds_m is not None:
+            for number in range(1, horizon + 1):
+                chunk_offset.append((0.0, 0.0, 0.0))
+                chunk_scale.append(_to_triple([number * bound for bound in bounds_m]))
+        else:
+            ranges = chunk_mixture.fit(mode, (MIN_TRANSLATION_SCALE_M,) * (3 * horizon))
+            for first in range(0, 3 * horizon, 3):  # the three axes of an action
+                chunk_offset.append(_to_triple([offset for offset, _ in ranges[first : first + 3]]))
+                chunk_scale.append(_to_triple([scale for _, scale in ranges[first : first + 3]]))
+        return replace(
+            normalizer,
+            action_reference=action_reference,
+            chunk_offset=tuple(chunk_offset),
+            chunk_scale=tuple(chunk_scale),
         )
 
     def normalize_action(self, action: Action) -> Action:
-        """Normalize translation and gripper opening to about -1 … 1, but no rotation."""
-        translation = _normalize(
-            action.translation, self.translation_offset, self.translation_scale
-        )
+        """Normalize a chunk: translation and gripper opening to about -1 … 1, but no rotation.
+
+        Args:
+            action: Chunks [..., H, ·] of steps, in meters.
+
+        Returns:
+            Chunks [..., H, ·], measured from the pose that `action_reference` says.
+        """
+        if self.action_reference == "observed":
+            action = measure_from_observed(action)
+        offset, scale = self._action_range()
+        translation = _normalize(action.translation, offset, scale)
         return Action(translation, action.rotation, action.gripper * 2 - 1)
 
     def unnormalize_action(self, action: Action) -> Action:
-        """Invert `normalize_action`: translation in meters, gripper opening in 0 … 1."""
+        """Invert `normalize_action`: steps in meters, gripper opening in 0 … 1."""
+        offset, scale = self._action_range()
         normalized = action.translation
-        scale = normalized.new_tensor(self.translation_scale)
-        offset = normalized.new_tensor(self.translation_offset)
-        translation_m = normalized * scale + offset
-        return Action(translation_m, action.rotation, (action.gripper + 1) / 2)
+        translation_m = normalized * normalized.new_tensor(scale) + normalized.new_tensor(offset)
+        action = Action(translation_m, action.rotation, (action.gripper + 1) / 2)
+        if self.action_reference == "observed":
+            action = measure_from_previous(action)
+        return action
+
+    def _action_range(self) -> tuple[Triples, Triples]:
+        """Return offset and scale of normalized translations: of all actions, or of each one."""
+        if self.action_reference == "observed":
+            return self.chunk_offset, self.chunk_scale
+        return self.translation_offset, self.translation_scale
 
     def state_vector(self, position: Tensor, rotation: Tensor, gripper: Tensor) -> Tensor:
         """Encode the state as the policy sees it.
@@ -206,10 +280,14 @@ class Normalizer:
     def save(self, path: str | Path) -> None:
         """Write the statistics as JSON. The file is complete or not there at all."""
         fields = asdict(self)
-        # Unknown versions of frames are written by leaving the key out.
         for values in (fields, *fields["datasets"].values()):
+            # Unknown versions of frames are written by leaving the key out.
             if values["frames"] is None:
                 del values["frames"]
+            # Files of steps are as they were before actions could be measured in another way.
+            if values["action_reference"] == "previous":
+                for key in ("action_reference", "chunk_offset", "chunk_scale"):
+                    del values[key]
         write_text(Path(path), json.dumps(fields, indent=2))
 
     @staticmethod
@@ -217,6 +295,47 @@ class Normalizer:
         """Read statistics that `save` wrote. Raises SpearError if the file is missing or bad."""
         advice = "take the file beside the weights"
         return read_json_as(Normalizer, Path(path), advice, "contains no normalization statistics")
+
+
+@dataclass(frozen=True)
+class _Mixture:
+    """The sketches of a mixture's datasets.
+
+    Attributes:
+        sketches: The sketches of each dataset, one per axis.
+        weights: The sampling weight of each dataset.
+    """
+
+    sketches: list[list[QuantileSketch]]
+    weights: list[float]
+
+    def add(self, sketches: list[QuantileSketch], weight: float) -> None:
+        """Add a dataset, unless it has no valid action."""
+        if sketches[0].count:
+            self.sketches.append(sketches)
+            self.weights.append(weight)
+
+    @property
+    def num_steps(self) -> int:
+        """The number of valid steps of all datasets."""
+        return sum(sketches[0].count for sketches in self.sketches)
+
+    def fit(self, mode: Mode, min_scales: Sequence[float]) -> list[tuple[float, float]]:
+        """Fit offset and scale of each axis, m; `min_scales` are the axes' smallest scales."""
+        ranges: list[tuple[float, float]] = []
+        for axis, min_scale in enumerate(min_scales):
+            sketches: list[QuantileSketch] = []
+            weights: list[float] = []
+            for dataset_sketches, weight in zip(self.sketches, self.weights, strict=True):
+                if dataset_sketches[axis].count:
+                    sketches.append(dataset_sketches[axis])
+                    weights.append(weight)
+            if not sketches:  # all episodes are shorter than a chunk
+                ranges.append((0.0, min_scale))
+                continue
+            offset, scale = _fit_axis(sketches, np.array(weights) / sum(weights), mode)
+            ranges.append((offset, max(scale, min_scale)))
+        return ranges
 
 
 def _to_triple(values: Sequence[float]) -> Triple:
@@ -305,6 +424,33 @@ def _make_sketches(store: EpisodeStore) -> list[QuantileSketch]:
     return sketches
 
 
+def _make_chunk_sketches(store: EpisodeStore, horizon: int) -> list[QuantileSketch]:
+    """Make sketches of the translations of chunks, measured from the observed pose.
+
+    Returns:
+        3 H sketches: x, y, z of the first action of each chunk, then of the second and so on.
+        Actions that are unknown, or lie after an unknown one, do not count.
+    """
+    sketches = [QuantileSketch() for _ in range(3 * horizon)]
+    for index in range(len(store)):
+        episode = store.without_images(index)
+        assert episode.action is not None
+        assert episode.action_mask is not None
+        chunks = []
+        masks = []
+        for step in range(len(episode)):
+            chunk, is_target = extract_chunk(episode.action, episode.action_mask, step, horizon)
+            chunks.append(chunk[:, :3].cumsum(axis=0))
+            masks.append(is_target)
+        motions = np.stack(chunks)  # [T, H, 3]
+        is_target_of_step = np.stack(masks)  # [T, H]
+        for number in range(horizon):
+            known = motions[is_target_of_step[:, number], number]  # [num_known, 3]
+            for axis in range(3):
+                sketches[3 * number + axis].add(known[:, axis])
+    return sketches
+
+
 def _fit_axis(sketches: Sequence[QuantileSketch], shares: Array, mode: Mode) -> tuple[float, float]:
     """Fit offset and scale of one axis.
 
@@ -354,6 +500,6 @@ def _fit_quantiles(sketches: Sequence[QuantileSketch], shares: Array) -> tuple[f
     return low, high
 
 
-def _normalize(meters: Tensor, offset: Triple, scale: Triple) -> Tensor:
-    """Normalize translations or positions [..., 3]."""
+def _normalize(meters: Tensor, offset: Triples, scale: Triples) -> Tensor:
+    """Normalize translations or positions [..., 3], or chunks [..., H, 3] with H offsets."""
     return (meters - meters.new_tensor(offset)) / meters.new_tensor(scale)

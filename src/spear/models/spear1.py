@@ -34,7 +34,7 @@ from spear.models.fast.linear import use_fast_linear
 from spear.models.sampling import pack_inputs, sample_actions
 from spear.models.vlm import LossOutput, Prefix, SpearVLMConfig, SpearVLMForConditionalGeneration
 from spear.models.weights import load as weights
-from spear.types import ACTION_DIM, Action
+from spear.types import ACTION_DIM, Action, ActionReference
 
 NUM_STATE_FEATURES = 10
 """The robot's state (proprioception) in 10 numbers: position 3 (normalized), rotation 6, gripper 1.
@@ -59,6 +59,9 @@ class Spear1Config(layers.PortableConfig):
     committed      In training, up to this many actions at the beginning of a chunk are committed
                    (`spear.flow.sample_committed`). The paper has no committed actions, so the
                    default is 0.
+    action_reference  From which pose actions are measured: "previous" or "observed"
+                   (`spear.data.action_reference`). The normalizer converts them; the network needs
+                   to know it for committed actions alone.
     min_period     Shortest period of the waves that embed the flow time, which runs from 0 to 1.
                    The value is π0's.
     max_period     Longest period of these waves. The value is π0's.
@@ -76,6 +79,7 @@ class Spear1Config(layers.PortableConfig):
     horizon: int = 5
     flow: dict[str, Any] | None = None
     committed: int = 0
+    action_reference: ActionReference = "previous"
     min_period: float | int = 4e-3
     max_period: float | int = 4.0
     initializer_range: float | int = 0.02
@@ -279,7 +283,8 @@ class Spear1ForActionPrediction(PreTrainedModel):
                     (*tau.shape, horizon), self.config.committed, generator, device
                 )
                 tau = torch.where(is_committed, 1.0, tau[..., None])
-                data = flow.perturb_committed(data, is_committed, generator, action_mask)
+                reference = self.config.action_reference
+                data = flow.perturb_committed(data, is_committed, reference, generator, action_mask)
 
         # The state of the flow a_τ: x_τ = τ x + (1 - τ) ε, and q_τ = slerp(q_ε, q; τ). From a_τ the
         # network predicts the velocity u or the clean action, as the config says.

@@ -262,18 +262,40 @@ def _check_policy_settings(recipe: Recipe, preset: Preset, init_config: Any) -> 
         )
 
 
-def resolve_normalization(recipe: Recipe, init: Path | None) -> Mode:
-    """Return the mode of normalization: the recipe's, else the one of the policy in `init`.
+def resolve_normalization(recipe: Recipe, init: Path | None) -> Recipe:
+    """Return the recipe with all that says how actions are measured and normalized.
 
-    If neither gives a mode, it is the paper's, "quantile".
+    What the recipe leaves open is as in the policy in `init`. A policy that begins with a VLM or
+    without weights has the paper's normalization, "quantile", and measures actions from the pose
+    before (our choice).
+
+    Raises:
+        SpearError: the normalization is "bounds", but nothing says which bounds, or the other way
+            round.
     """
-    if recipe.normalization:
-        return recipe.normalization
-    if init is not None and recipe.kind == "vla":
-        path = init / "normalizer.json"
-        if path.is_file():
-            return Normalizer.load(path).mode
-    return "quantile"
+    mode: Mode = recipe.normalization or "quantile"
+    bounds_m = recipe.bounds_m
+    reference = recipe.action_reference
+    path = None if init is None else init / "normalizer.json"
+    if recipe.kind == "vla" and path is not None and path.is_file():
+        initial = Normalizer.load(path)
+        mode = recipe.normalization or initial.mode
+        reference = reference or initial.action_reference
+        if mode == initial.mode == "bounds" and bounds_m is None:
+            bounds_m = initial.translation_scale
+    if mode == "bounds" and bounds_m is None:
+        raise SpearError(
+            "normalization=bounds needs the length of a step that becomes 1. Add --set "
+            "bounds_m=[0.05,0.05,0.05], in meters per axis."
+        )
+    if mode != "bounds" and bounds_m is not None:
+        raise SpearError(
+            f"bounds_m has no effect with normalization={mode}. Add --set normalization=bounds, or "
+            "leave bounds_m out."
+        )
+    return dataclasses.replace(
+        recipe, normalization=mode, bounds_m=bounds_m, action_reference=reference or "previous"
+    )
 
 
 def build_empty_model(recipe: Recipe, config: SpearVLMConfig | Spear1Config) -> torch.nn.Module:
@@ -384,6 +406,9 @@ def _build_vla(recipe: Recipe, preset: Preset, inputs: TrainingInputs, seed: int
         model = _load_policy(recipe, preset, inputs.init)
     if recipe.committed is not None:
         model.config.committed = recipe.committed
+    recipe = resolve_normalization(recipe, inputs.init)
+    assert recipe.action_reference is not None
+    model.config.action_reference = recipe.action_reference
 
     # Demonstrations with the cameras that the policy sees, and their normalization. The processor
     # has sizes as (width, height), the samples take (height, width).
@@ -393,7 +418,7 @@ def _build_vla(recipe: Recipe, preset: Preset, inputs: TrainingInputs, seed: int
     ]
     _note_image_fitting(episodes, processor)
     frames = _merge_frame_versions(inputs.init, episodes)
-    normalizer = _fit_normalizer(recipe, inputs.init, episodes)
+    normalizer = _fit_normalizer(recipe, model.config.horizon, episodes)
     normalizer = dataclasses.replace(normalizer, frames=frames)
     samples = TrainingSamples(Mixture(episodes, seed), views, model.config.horizon, recipe.augment)
 
@@ -497,12 +522,17 @@ def _check_frames_are_old(init: Path, sources: Sequence[tuple[str, Mapping[str, 
                 )
 
 
-def _fit_normalizer(recipe: Recipe, init: Path | None, episodes: NamedStores) -> Normalizer:
-    """Fit the normalization to the datasets: one for all of them, or one for each."""
-    mode = resolve_normalization(recipe, init)
+def _fit_normalizer(recipe: Recipe, horizon: int, episodes: NamedStores) -> Normalizer:
+    """Fit the normalization to the datasets: one for all of them, or one for each.
+
+    The recipe is one of `resolve_normalization`, and `horizon` the number of actions per chunk.
+    """
+    assert recipe.normalization is not None
+    assert recipe.action_reference is not None
+    settings = (recipe.normalization, recipe.bounds_m, recipe.action_reference, horizon)
     if recipe.normalize_each:
-        return Normalizer.fit_per_dataset(episodes, mode)
-    return Normalizer.fit([(store, weight) for _, store, weight in episodes], mode)
+        return Normalizer.fit_per_dataset(episodes, *settings)
+    return Normalizer.fit([(store, weight) for _, store, weight in episodes], *settings)
 
 
 def _question_samples(

@@ -148,9 +148,14 @@ class Recipe:
     question_images, question_weight  images with 3D questions in addition to a robot batch (0:
                   none), and the factor on their loss (our choice).
     augment       strength of the photometric augmentation, 0 to 1.
-    normalization  how translations and positions are normalized: "quantile" (paper), "minmax" or
-                  "meanstd". With None a new policy has "quantile", and a policy that starts from
-                  `--init` keeps its normalization.
+    normalization  how translations and positions are normalized: "quantile" (paper), "minmax",
+                  "meanstd" or "bounds". With None a new policy has "quantile", and a policy that
+                  starts from `--init` keeps its normalization.
+    bounds_m      with "bounds", the length of a step that becomes 1, per axis, m. With None a
+                  policy that starts from `--init` keeps its bounds.
+    action_reference  from which pose actions are measured (`spear.data.action_reference`), our
+                  choice because the paper does not say. With None a new policy has "previous", and
+                  a policy that starts from `--init` keeps its reference.
     normalize_each  normalize each dataset by its own statistics instead of those of the mixture
                   (for an ablation).
     flow          fields of `spear.types.FlowConfig` that differ from the preset's or from `--init`.
@@ -177,7 +182,9 @@ class Recipe:
     question_images: Count = 0
     question_weight: NonNegative = 1.0
     augment: Fraction = 0.0
-    normalization: Literal["quantile", "minmax", "meanstd"] | None = None
+    normalization: Literal["quantile", "minmax", "meanstd", "bounds"] | None = None
+    bounds_m: tuple[Positive, Positive, Positive] | None = None
+    action_reference: Literal["previous", "observed"] | None = None
     normalize_each: bool = False
     flow: Mapping[str, bool | float | str] = field(default_factory=dict)
     committed: Count | None = None
@@ -296,6 +303,8 @@ _POLICY_KEYS = {
     "question_images",
     "question_weight",
     "normalization",
+    "bounds_m",
+    "action_reference",
     "normalize_each",
     "flow",
     "committed",

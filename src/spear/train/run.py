@@ -152,8 +152,7 @@ def check_run(
     opt = loop.resolve_optimization(recipe.optimization, out, torch_device)
     recipe = dataclasses.replace(recipe, optimization=opt)
     build.check(recipe, inputs)
-    normalization = build.resolve_normalization(recipe, inputs.init)
-    recipe = dataclasses.replace(recipe, normalization=normalization)
+    recipe = build.resolve_normalization(recipe, inputs.init)
 
     # The result will record the origin of the weights to start from. Reading it here finds broken
     # files before the training.

@@ -1,0 +1,160 @@
+"""Chunks as steps, and as motions from the observed pose: both lead the arm through the same poses.
+
+The poses are computed with `apply_action`, one step after the other, as a robot executes a chunk.
+"""
+
+import numpy as np
+import pytest
+import torch
+from scipy.spatial.transform import Rotation
+
+from data_tiny import make_episode, write_store
+from refusals import refuses
+from spear.data.action_reference import measure_from_observed, measure_from_previous
+from spear.data.normalize import Normalizer
+from spear.data.store.episode_store import EpisodeStore
+from spear.geometry import apply_action
+from spear.types import Action
+
+NUM_CHUNKS, HORIZON = 50, 5
+
+
+def draw_quaternions(shape: tuple[int, ...], seed: int) -> torch.Tensor:
+    """Random unit quaternions (w, x, y, z) with w >= 0."""
+    xyzw = Rotation.random(int(np.prod(shape)), random_state=seed).as_quat(canonical=True)
+    return torch.from_numpy(np.roll(xyzw, 1, axis=-1)).reshape(*shape, 4)
+
+
+def draw_steps(seed: int = 0) -> Action:
+    """Random chunks of steps, with large rotations."""
+    generator = torch.Generator().manual_seed(seed)
+    translation = torch.randn(NUM_CHUNKS, HORIZON, 3, generator=generator, dtype=torch.float64)
+    gripper = torch.rand(NUM_CHUNKS, HORIZON, 1, generator=generator, dtype=torch.float64)
+    return Action(translation, draw_quaternions((NUM_CHUNKS, HORIZON), seed), gripper)
+
+
+def test_a_motion_from_the_observed_pose_leads_where_the_steps_lead() -> None:
+    steps = draw_steps()
+    motions = measure_from_observed(steps)
+    observed_x = torch.ones(NUM_CHUNKS, 3, dtype=torch.float64)
+    observed_q = draw_quaternions((NUM_CHUNKS,), seed=1)
+
+    x, q = observed_x, observed_q
+    for i in range(HORIZON):
+        x, q = apply_action(x, q, steps.translation[:, i], steps.rotation[:, i])
+        x_at_once, q_at_once = apply_action(
+            observed_x, observed_q, motions.translation[:, i], motions.rotation[:, i]
+        )
+
+        torch.testing.assert_close(x_at_once, x)
+        torch.testing.assert_close(q_at_once, q)
+
+
+def test_steps_are_exactly_recovered() -> None:
+    steps = draw_steps()
+
+    recovered = measure_from_previous(measure_from_observed(steps))
+
+    torch.testing.assert_close(recovered.to_vector(), steps.to_vector(), rtol=0, atol=1e-12)
+
+
+def test_rotations_stay_in_the_half_space_that_the_flow_learns() -> None:
+    motions = measure_from_observed(draw_steps())
+
+    assert (motions.rotation[..., 0] >= 0).all()
+    torch.testing.assert_close(
+        motions.rotation.norm(dim=-1), torch.ones(NUM_CHUNKS, HORIZON, dtype=torch.float64)
+    )
+
+
+def test_the_first_action_and_the_gripper_are_the_same_in_both() -> None:
+    steps = draw_steps()
+    motions = measure_from_observed(steps)
+
+    torch.testing.assert_close(motions.translation[:, 0], steps.translation[:, 0])
+    torch.testing.assert_close(motions.rotation[:, 0], steps.rotation[:, 0])
+    assert torch.equal(motions.gripper, steps.gripper)
+
+
+# Normalization
+
+
+def make_steady_store(tmp_path: object, num_steps: int) -> EpisodeStore:
+    """An episode in which each step moves by 10 to 20 mm along x, and by nothing else."""
+    action = np.zeros((num_steps, 8), np.float32)
+    action[:, 0] = np.random.default_rng(0).uniform(0.01, 0.02, num_steps)
+    action[:, 3] = 1
+    images = {"external": [b"x"] * num_steps}
+    episode = make_episode(0, num_steps, images=images, action=action)
+    return write_store([episode], tmp_path)  # type: ignore[arg-type]
+
+
+@pytest.fixture(params=["quantile", "minmax", "meanstd"])
+def normalizer(request: pytest.FixtureRequest, tmp_path: object) -> Normalizer:
+    """Statistics of the steady store, for motions from the observed pose, in each mode."""
+    store = make_steady_store(tmp_path, 400)
+    return Normalizer.fit([(store, 1.0)], request.param, action_reference="observed")
+
+
+def test_each_action_of_a_chunk_has_its_own_scale(normalizer: Normalizer) -> None:
+    """After k steps of 15 mm on average, the arm is k · 15 mm away."""
+    mean_m = [offset[0] for offset in normalizer.chunk_offset]
+
+    np.testing.assert_allclose(mean_m, 0.015 * np.arange(1, HORIZON + 1), rtol=0.07)
+    spread_m = [scale[0] for scale in normalizer.chunk_scale]
+    assert spread_m == sorted(spread_m)
+
+
+def test_normalizing_and_back_gives_the_same_steps(normalizer: Normalizer) -> None:
+    steps = draw_steps()
+
+    normalized = normalizer.normalize_action(steps)
+    recovered = normalizer.unnormalize_action(normalized)
+
+    torch.testing.assert_close(recovered.to_vector(), steps.to_vector(), rtol=0, atol=1e-9)
+
+
+def test_what_is_saved_is_read_back(normalizer: Normalizer, tmp_path: object) -> None:
+    path = f"{tmp_path}/normalizer.json"
+    normalizer.save(path)
+
+    assert Normalizer.load(path) == normalizer
+
+
+def test_bounds_say_what_becomes_one(tmp_path: object) -> None:
+    store = make_steady_store(tmp_path, 30)
+    normalizer = Normalizer.fit([(store, 1.0)], "bounds", bounds_m=(0.05, 0.1, 0.2))
+    longest = torch.tensor([[[0.05, 0.1, 0.2, 1, 0, 0, 0, 1]]])
+
+    normalized = normalizer.normalize_action(Action.from_vector(longest))
+
+    torch.testing.assert_close(normalized.translation, torch.ones(1, 1, 3))
+
+
+def test_bounds_grow_along_a_chunk_that_is_measured_from_the_observed_pose(
+    tmp_path: object,
+) -> None:
+    store = make_steady_store(tmp_path, 30)
+    normalizer = Normalizer.fit(
+        [(store, 1.0)], "bounds", bounds_m=(0.05, 0.1, 0.2), action_reference="observed"
+    )
+    longest = torch.tensor([[[0.05, 0.1, 0.2, 1, 0, 0, 0, 1]] * HORIZON])
+
+    normalized = normalizer.normalize_action(Action.from_vector(longest))
+
+    torch.testing.assert_close(normalized.translation, torch.ones(1, HORIZON, 3))
+
+
+def test_bounds_without_lengths_are_refused(tmp_path: object) -> None:
+    store = make_steady_store(tmp_path, 30)
+
+    refuses(r"bounds_m=\[0.05", Normalizer.fit, [(store, 1.0)], "bounds")
+
+
+def test_episodes_shorter_than_a_chunk_can_be_normalized(tmp_path: object) -> None:
+    store = make_steady_store(tmp_path, 3)
+
+    normalizer = Normalizer.fit([(store, 1.0)], action_reference="observed")
+
+    assert len(normalizer.chunk_scale) == HORIZON
+    assert normalizer.chunk_offset[4] == (0.0, 0.0, 0.0)  # no chunk has a fifth action
