@@ -285,7 +285,9 @@ def test_actions_that_are_not_valid_do_not_change_the_scale_of_perturbations() -
 
     errors = []
     for demonstrations in (data, with_outliers):
-        perturbed = flow.perturb_committed(demonstrations, is_committed, generator(6), is_valid)
+        perturbed = flow.perturb_committed(
+            demonstrations, is_committed, "previous", generator(6), is_valid
+        )
         errors.append(perturbed.translation - demonstrations.translation)
 
     torch.testing.assert_close(errors[0], errors[1], rtol=0, atol=1e-9)
