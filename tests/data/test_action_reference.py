@@ -3,6 +3,8 @@
 The poses are computed with `apply_action`, one step after the other, as a robot executes a chunk.
 """
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -79,18 +81,18 @@ def test_the_first_action_and_the_gripper_are_the_same_in_both() -> None:
 # Normalization
 
 
-def make_steady_store(tmp_path: object, num_steps: int) -> EpisodeStore:
+def make_steady_store(tmp_path: Path, num_steps: int) -> EpisodeStore:
     """An episode in which each step moves by 10 to 20 mm along x, and by nothing else."""
     action = np.zeros((num_steps, 8), np.float32)
     action[:, 0] = np.random.default_rng(0).uniform(0.01, 0.02, num_steps)
     action[:, 3] = 1
     images = {"external": [b"x"] * num_steps}
     episode = make_episode(0, num_steps, images=images, action=action)
-    return write_store([episode], tmp_path)  # type: ignore[arg-type]
+    return write_store([episode], tmp_path)
 
 
 @pytest.fixture(params=["quantile", "minmax", "meanstd"])
-def normalizer(request: pytest.FixtureRequest, tmp_path: object) -> Normalizer:
+def normalizer(request: pytest.FixtureRequest, tmp_path: Path) -> Normalizer:
     """Statistics of the steady store, for motions from the observed pose, in each mode."""
     store = make_steady_store(tmp_path, 400)
     return Normalizer.fit([(store, 1.0)], request.param, action_reference="observed")
@@ -114,14 +116,14 @@ def test_normalizing_and_back_gives_the_same_steps(normalizer: Normalizer) -> No
     torch.testing.assert_close(recovered.to_vector(), steps.to_vector(), rtol=0, atol=1e-9)
 
 
-def test_what_is_saved_is_read_back(normalizer: Normalizer, tmp_path: object) -> None:
-    path = f"{tmp_path}/normalizer.json"
+def test_what_is_saved_is_read_back(normalizer: Normalizer, tmp_path: Path) -> None:
+    path = tmp_path / "normalizer.json"
     normalizer.save(path)
 
     assert Normalizer.load(path) == normalizer
 
 
-def test_bounds_say_what_becomes_one(tmp_path: object) -> None:
+def test_bounds_say_what_becomes_one(tmp_path: Path) -> None:
     store = make_steady_store(tmp_path, 30)
     normalizer = Normalizer.fit([(store, 1.0)], "bounds", bounds_m=(0.05, 0.1, 0.2))
     longest = torch.tensor([[[0.05, 0.1, 0.2, 1, 0, 0, 0, 1]]])
@@ -132,7 +134,7 @@ def test_bounds_say_what_becomes_one(tmp_path: object) -> None:
 
 
 def test_bounds_grow_along_a_chunk_that_is_measured_from_the_observed_pose(
-    tmp_path: object,
+    tmp_path: Path,
 ) -> None:
     store = make_steady_store(tmp_path, 30)
     normalizer = Normalizer.fit(
@@ -145,13 +147,13 @@ def test_bounds_grow_along_a_chunk_that_is_measured_from_the_observed_pose(
     torch.testing.assert_close(normalized.translation, torch.ones(1, HORIZON, 3))
 
 
-def test_bounds_without_lengths_are_refused(tmp_path: object) -> None:
+def test_bounds_without_lengths_are_refused(tmp_path: Path) -> None:
     store = make_steady_store(tmp_path, 30)
 
     refuses(r"bounds_m=\[0.05", Normalizer.fit, [(store, 1.0)], "bounds")
 
 
-def test_episodes_shorter_than_a_chunk_can_be_normalized(tmp_path: object) -> None:
+def test_episodes_shorter_than_a_chunk_can_be_normalized(tmp_path: Path) -> None:
     store = make_steady_store(tmp_path, 3)
 
     normalizer = Normalizer.fit([(store, 1.0)], action_reference="observed")
