@@ -42,7 +42,7 @@ _LABS = re.compile(r"labs:([1-9]\d{0,5})")
 
 _WILD_STREAM = 101
 _LAB_STREAM = 102
-_VARIED_STREAM = 104
+_VARIED_STREAM = 104  # like `spear.evaluate.noise`, but its seeds have fewer numbers
 """First numbers of the random generators' seeds in this file. Other files use other first numbers,
 so that no two draw the same random numbers."""
 

@@ -178,10 +178,13 @@ def _check_label_folders(recipe: Recipe, preset: Preset, folders: Sequence[Path]
 def _read_init_config(recipe: Recipe, preset: Preset, inputs: TrainingInputs) -> Any:
     """Check that the recipe can begin with `inputs.init`; return that checkpoint's config.
 
-    The config is a `Spear1Config` if the checkpoint is a policy, otherwise a `SpearVLMConfig`.
+    The config is a `Spear1Config` if the checkpoint is a policy, a `MogeDepthConfig` if the recipe
+    trains the depth encoder, otherwise a `SpearVLMConfig`.
     """
     init = inputs.init
     assert init is not None
+    if recipe.kind == "depth":
+        return weights.read_compatible_config(MogeForDepth, init)
     is_policy = weights.read_architecture(init) == Spear1Config.model_type
     model_class = Spear1ForActionPrediction if is_policy else SpearVLM
     config: Any = weights.read_compatible_config(model_class, init)
@@ -318,8 +321,11 @@ def build_empty_model(recipe: Recipe, config: SpearVLMConfig | Spear1Config) -> 
 
 
 def _build_depth(recipe: Recipe, preset: Preset, inputs: TrainingInputs, seed: int) -> _Built:
-    """Build stage 0's encoder, which learns depth."""
-    model = MogeForDepth(MogeDepthConfig(moge_config=build_vlm_config(preset).moge_config))
+    """Build stage 0's encoder, which learns depth. It may begin with an earlier one."""
+    if inputs.init is None:
+        model = MogeForDepth(MogeDepthConfig(moge_config=build_vlm_config(preset).moge_config))
+    else:
+        model = weights.load(MogeForDepth, inputs.init)
     folders: list[Path] = []
     for folder in inputs.labels:
         folders.extend(folder.glob("depth/*/"))
@@ -339,9 +345,15 @@ def _build_depth(recipe: Recipe, preset: Preset, inputs: TrainingInputs, seed: i
 
 
 def _build_naming(recipe: Recipe, preset: Preset, inputs: TrainingInputs, seed: int) -> _Built:
-    """Build stage 0's VLM, whose image encoder learns which objects the image patches show."""
+    """Build stage 0's VLM, whose image encoder learns which objects the image patches show.
+
+    With `--init` it is the VLM of a later stage, which learns to see in other surroundings.
+    """
     labels = tasks.load_labels(inputs.labels, list(preset.image_sizes))
-    processor, vlm = _new_vlm(recipe, preset, inputs.labels, labels, seed)
+    if inputs.init is None:
+        processor, vlm = _new_vlm(recipe, preset, inputs.labels, labels, seed)
+    else:
+        processor, vlm = Processor.load(inputs.init), load_inner_vlm(inputs.init)
 
     names = _list_names_in_first_view(labels)
     token_ids = [processor.tokenizer.encode(f" {name}", add_special_tokens=False) for name in names]

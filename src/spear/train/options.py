@@ -390,9 +390,6 @@ def _check_data(recipe: Recipe, inputs: "TrainingInputs | TrainOptions") -> None
 
 def _check_initial_weights(recipe: Recipe, inputs: "TrainingInputs | TrainOptions") -> None:
     """Check that the recipe can begin with the weights of `--init` and `--init-depth-encoder`."""
-    if inputs.init and recipe.kind in ("depth", "naming"):
-        raise SpearError(f"recipe {recipe.name} begins with random weights. Leave --init out.")
-
     is_vlm_with_moge = recipe.kind == "vlm" and recipe.moge
     if inputs.init_depth_encoder and not (is_vlm_with_moge and inputs.init):
         reason = "without --init" if is_vlm_with_moge else f"of kind {recipe.kind!r}"

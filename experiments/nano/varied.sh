@@ -1,0 +1,25 @@
+#!/bin/sh
+# Trains the nano weights further, in varied surroundings: tables of any color, any light, moved cameras.
+# Two processes, one per core. Stopped at any moment, the same command continues where it was.
+set -eu
+BIN=${BIN:-.venv/bin}
+RUNS=${RUNS:-runs}
+export OMP_NUM_THREADS=1
+TRAIN="$BIN/torchrun --standalone --nproc-per-node ${PROCESSES:-2} --no-python $BIN/spear train"
+
+"$BIN/spear" label --num-scenes 2500 --first-seed 500000 --out "$RUNS/labels-default"
+"$BIN/spear" label --world wild --num-scenes 7000 --first-seed 400000 --out "$RUNS/labels-wild"
+"$BIN/spear" label --world varied --num-scenes 3424 --first-seed 420000 --out "$RUNS/labels-varied"
+"$BIN/spear" record --num-episodes 500 --first-seed 210000 --out "$RUNS/episodes-default"
+"$BIN/spear" record --world wild --num-episodes 900 --first-seed 110000 --out "$RUNS/episodes-wild"
+"$BIN/spear" record --world varied --num-episodes 600 --first-seed 120000 --out "$RUNS/episodes-varied"
+
+BOXES='"box_vertices","box_vertices","box_vertices","box_vertices","box_vertices","box_vertices"'
+WORDS='"chain_of_thought","what_at","centre_2d"'
+QUESTIONS="families=[$BOXES,\"keypoint\",\"keypoint\",\"keypoint\",\"offset\",\"offset\",\"distance\",\"distance\",
+    \"back_projection\",\"back_projection\",$WORDS]"
+$TRAIN nano-vlm-2 --labels "$RUNS/labels-wild" "$RUNS/labels-default" --init nano --out "$RUNS/vlm-wild" \
+    --steps 2600 --set warmup=200 "$QUESTIONS"
+$TRAIN nano-vlm-2 --labels "$RUNS/labels-varied" "$RUNS/labels-default" "$RUNS/labels-wild" \
+    --init "$RUNS/vlm-wild" --out "$RUNS/vlm-varied" --steps 5000 \
+    --set warmup=100 'lr_scale={"vision_tower":0.6,"moge":0.6}' "$QUESTIONS"
