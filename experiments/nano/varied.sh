@@ -20,6 +20,14 @@ QUESTIONS="families=[$BOXES,\"keypoint\",\"keypoint\",\"keypoint\",\"offset\",\"
     \"back_projection\",\"back_projection\",$WORDS]"
 $TRAIN nano-vlm-2 --labels "$RUNS/labels-wild" "$RUNS/labels-default" --init nano --out "$RUNS/vlm-wild" \
     --steps 2600 --set warmup=200 "$QUESTIONS"
-$TRAIN nano-vlm-2 --labels "$RUNS/labels-varied" "$RUNS/labels-default" "$RUNS/labels-wild" \
-    --init "$RUNS/vlm-wild" --out "$RUNS/vlm-varied" --steps 5000 \
-    --set warmup=100 'lr_scale={"vision_tower":0.6,"moge":0.6}' "$QUESTIONS"
+# The two encoders learn to see in other surroundings, side by side, one process each.
+LABELS="$RUNS/labels-varied $RUNS/labels-default $RUNS/labels-wild"
+"$BIN/spear" train nano-depth --labels $LABELS --init nano-depth --out "$RUNS/depth-varied" --steps 4000 --lr 6e-4 &
+DEPTH=$!
+"$BIN/spear" train nano-siglip --labels $LABELS --init "$RUNS/vlm-wild" --out "$RUNS/siglip-varied" --steps 2000 \
+    --lr 5e-4 --set moge=true 'frozen=["vlm.language_model"]'
+wait "$DEPTH"
+"$BIN/python" -m experiments.nano.exchange "$RUNS/siglip-varied/final" moge "$RUNS/depth-varied/final" moge \
+    "$RUNS/encoders-varied"
+$TRAIN nano-vlm-2 --labels $LABELS --init "$RUNS/encoders-varied" --out "$RUNS/vlm-varied" --steps 4000 \
+    --set warmup=100 "$QUESTIONS"

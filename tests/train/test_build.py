@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoConfig
 
 from data_tiny import edit_json, make_episode, write_store
@@ -24,12 +25,12 @@ from spear.data.store.episode_store import EpisodeStore
 from spear.embodiments import load
 from spear.errors import Notice
 from spear.flow import FlowConfig
-from spear.labels.store import write_labels
+from spear.labels.store import write_images_with_depth, write_labels
 from spear.models.presets import build_vlm_config, get_preset
 from spear.models.vlm import SpearVLMForConditionalGeneration
 from spear.policy import Spear1Policy, load_vlm, locate
 from spear.tokens import init_new_embeddings
-from spear.train.build import build
+from spear.train.build import build, check
 from spear.train.optimize import set_weight_precision
 from spear.train.options import TrainingInputs
 from spear.train.recipes import get_recipe
@@ -342,6 +343,39 @@ def test_the_vision_encoder_learns_from_wrist_images_alone(tmp_path: Path) -> No
 
     for step in range(8):
         assert len(task.batch(step)["pixels"]) == 1
+
+
+def test_stage_0_may_begin_with_an_earlier_image_encoder(inputs: TrainingInputs) -> None:
+    recipe = get_recipe("nano-siglip").with_changes(batch_size=2, moge=True)
+
+    model: Any
+    model, _, _ = build(recipe, inputs)
+
+    shipped = load_vlm("nano-vlm").model.vision_tower.state_dict()
+    for name, weight in model.vlm.vision_tower.state_dict().items():
+        assert torch.equal(weight, shipped[name])
+
+
+def test_stage_0_may_begin_with_an_earlier_depth_encoder(tmp_path: Path) -> None:
+    depth_folder = tmp_path / "depth/external"
+    depth_folder.mkdir(parents=True)
+    images = [(make_labeled_image(0).image, np.ones((4, 4), np.float16))]
+    write_images_with_depth(images, depth_folder / "depth-00000.parquet")
+    recipe = get_recipe("nano-depth").with_changes(batch_size=2)
+
+    model: Any
+    inputs = TrainingInputs(labels=[tmp_path], init=locate("nano-depth"))
+    model, _, _ = build(recipe, inputs)
+
+    shipped = load_file(locate("nano-depth") / "model.safetensors")
+    for name, weight in model.state_dict().items():
+        assert torch.equal(weight, shipped[name].float())
+
+
+def test_a_policy_is_no_depth_encoder_to_begin_with() -> None:
+    inputs = TrainingInputs(labels=[Path("labels")], init=locate("nano"))
+
+    refuses("spear1", check, get_recipe("nano-depth"), inputs)
 
 
 def test_the_depth_encoder_learns_from_wrist_images_alone() -> None:

@@ -215,7 +215,6 @@ def test_evaluation_refuses_episodes_that_were_trained_on(
         ("nano-vlm-1", "init init_depth_encoder", "--labels"),
         ("nano-vla", "episodes init", "--labels"),  # for its questions
         ("nano-post", "episodes", "--init .*--labels"),  # for the tokenizer of a new model
-        ("nano-depth", "labels init", "--init"),
         ("nano-post", "episodes init labels", "--labels"),
         ("nano-vlm-1", "labels init_depth_encoder", "--init-depth-encoder"),
     ],
