@@ -52,11 +52,12 @@ MAY_IMPORT: dict[str, set[str]] = {
     "train": LOW | {"data", "models", "labels", "monitor"},
     "evaluate": MIDDLE | {"sim_data", "policy", "chunks", "embodiments", "serve"},
     "audit": BASIC | {"checks", "data"},
-    "report": HIGH | {"audit"},
+    "diagnose": HIGH | {"checks"},
+    "report": HIGH | {"audit", "checks", "diagnose"},
     "ui": HIGH,
     "demo": HIGH | {"report"},
     "doctor": HIGH | {"__init__"},
-    "cli": HIGH | {"sim_data", "audit", "report", "ui", "demo", "doctor", "__init__"},
+    "cli": HIGH | {"sim_data", "audit", "diagnose", "report", "ui", "demo", "doctor", "__init__"},
 }
 """Room -> the rooms of this package that it may import.
 

@@ -60,6 +60,7 @@ COMMANDS: dict[str, str] = {
     "convert expected": "convert:convert_expected",
     "convert roles": "convert:convert_roles",
     "estimate-memory": "train:estimate_memory",
+    "diagnose": "diagnose:diagnose",
     "doctor": "basics:doctor",
 }
 """Command -> its function as FILE:FUNCTION, a file of this folder; in the order of the help."""
@@ -101,9 +102,9 @@ def run_reporting_errors(work: Callable[[], object]) -> int:
         work: what to run.
 
     Returns:
-        The exit code: 0; 1 where `spear doctor` finds something wrong; 2 for bad input or a file
-        that cannot be read or written; 3 for a question that the data cannot answer; 130 when
-        interrupted.
+        The exit code: 0; 1 where `spear doctor` or `spear diagnose` finds something wrong; 2 for
+        bad input or a file that cannot be read or written; 3 for a question that the data cannot
+        answer; 130 when interrupted.
     """
     if isinstance(sys.stdout, io.TextIOWrapper):
         # The encoding of a terminal or a log may lack characters that we print.

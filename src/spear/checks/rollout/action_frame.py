@@ -1,0 +1,61 @@
+"""The robot executes translations along the axes of its tool instead of its base."""
+
+from typing import ClassVar
+
+import numpy as np
+
+from spear.checks.rollout.case import Case, Doubt, Finding, Result, RolloutCheck
+from spear.checks.rollout.motion import MIN_MOVES, PLAIN
+from spear.checks.rollout.motion_figures import (
+    compare_readings,
+    compare_turn_readings,
+    describe_reading,
+)
+
+ROBOT_FILE = "the convert function of your robot's file (see examples/my_robot.py)"
+
+
+class ActionFrameCheck(RolloutCheck):
+    """Finds translations that are executed in the tool's frame."""
+
+    fault = "action-frame"
+    title = "the robot moves along its tool's axes, the actions are along the base's"
+    causes: ClassVar[frozenset[str]] = frozenset({"controller-short", "latency"})
+
+    def examine(self, case: Case) -> Result:
+        motion = case.motion
+        if motion.num_moving < MIN_MOVES:
+            return Doubt(f"only {motion.num_moving} moves are long enough")
+        better = motion.better_reading
+        if better is None or better.reading.frame == "base":
+            return self._examine_rotations(case)
+        plain = motion.fit_of(PLAIN)
+        return Finding(
+            confidence=0.95,
+            evidence=(
+                f"taken in the {describe_reading(better.reading)}, the actions explain all but "
+                f"{better.error:.0%} of the motion; taken in the base frame, all but "
+                f"{plain.error:.0%}"
+            ),
+            cure="rotate each translation from the base frame into the one that the robot expects",
+            file=ROBOT_FILE,
+            figure=compare_readings(motion, better.reading),
+        )
+
+    def _examine_rotations(self, case: Case) -> Result:
+        """Look for rotations about the axes of the base."""
+        motion = case.motion
+        if motion.better_turn_reading != "about the base":
+            return None
+        errors = motion.turn_errors
+        return Finding(
+            confidence=0.9,
+            evidence=(
+                "the arm rotates about the axes of its base: that is off by "
+                f"{np.degrees(errors['about the base'].mean()):.1f}° per move, the axes of the "
+                f"tool by {np.degrees(errors['plain'].mean()):.1f}°"
+            ),
+            cure="apply each rotation in the tool's frame: R_next = R_now · R(action)",
+            file=ROBOT_FILE,
+            figure=compare_turn_readings(motion),
+        )

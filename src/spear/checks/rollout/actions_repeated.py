@@ -1,0 +1,63 @@
+"""Some or all actions are executed twice."""
+
+from typing import ClassVar
+
+import numpy as np
+
+from spear.checks.rollout.case import (
+    Case,
+    Doubt,
+    Finding,
+    Result,
+    RolloutCheck,
+    confidence_of_margin,
+)
+from spear.checks.rollout.motion import MIN_MOVES
+from spear.checks.rollout.motion_figures import draw_step_gains
+
+# A move that achieves between these multiples of its command was executed twice.
+MIN_TWICE_GAIN = 1.7
+MAX_TWICE_GAIN = 2.3
+FULL_GAIN = (0.8, 1.2)  # a move between these multiples was executed once
+# Share of the moves that are executed twice; below 0.01 in rollouts of nano.
+MIN_REPEATED_SHARE = 0.08
+CERTAIN_REPEATED_SHARE = 0.2
+MIN_EXPLAINED_SHARE = 0.7  # share of the moves that are executed once or twice
+
+
+class ActionsRepeatedCheck(RolloutCheck):
+    """Finds moves that go twice as far as commanded."""
+
+    fault = "actions-repeated"
+    title = "actions are executed twice"
+    causes: ClassVar[frozenset[str]] = frozenset({"seam-jumps"})
+
+    def examine(self, case: Case) -> Result:
+        motion = case.motion
+        if motion.num_moving < MIN_MOVES:
+            return Doubt(f"only {motion.num_moving} moves are long enough")
+        if motion.better_reading is not None or motion.executed_at_other_rate is not None:
+            return None
+        gains = motion.step_gains[motion.is_moving]
+        repeated_share = np.mean((gains > MIN_TWICE_GAIN) & (gains < MAX_TWICE_GAIN))
+        once_share = np.mean((gains > FULL_GAIN[0]) & (gains < FULL_GAIN[1]))
+        if repeated_share < MIN_REPEATED_SHARE:
+            return None
+        if repeated_share + once_share < MIN_EXPLAINED_SHARE:
+            return Doubt(
+                f"{repeated_share:.0%} of the moves go twice as far as commanded, but many others "
+                "neither once nor twice",
+                is_suspicion=True,
+            )
+        return Finding(
+            confidence=confidence_of_margin(
+                float(repeated_share), MIN_REPEATED_SHARE, CERTAIN_REPEATED_SHARE
+            ),
+            evidence=(
+                f"{repeated_share:.0%} of {len(gains)} moves go twice as far as commanded, "
+                f"{once_share:.0%} once"
+            ),
+            cure="send each action once: two threads, or a retry after a timeout, send it again",
+            file="the control loop of your robot",
+            figure=draw_step_gains(motion),
+        )

@@ -1,0 +1,79 @@
+"""What the checks of cameras share: which camera's pictures fit best in which version."""
+
+from collections.abc import Collection
+
+import numpy as np
+
+from spear.checks.rollout.case import Case, Doubt, Figure, Finding, Result
+from spear.checks.rollout.pictures import VersionOdds
+from spear.types import Array
+
+CAMERA_FILE = "observe in your robot's file, where it reads the cameras"
+MIN_CONFIDENCE_LOG_ODDS = 2.0  # below it, a version is only a suspicion
+MAX_SHOWN_PICTURES = 4  # of the rollout, and as many of the training
+
+
+def find_picture_version(
+    case: Case, versions: Collection[str], words: str, cure: str, is_color: bool = False
+) -> Result:
+    """Look for cameras whose pictures fit the training best if they are one of some versions.
+
+    Args:
+        case: the case.
+        versions: the versions that count, or beginnings of their names.
+        words: what happened, after the name of the camera.
+        cure: what to change.
+        is_color: whether the versions are of the colors instead of the shape.
+    """
+    comparison = case.comparison
+    num_compared = 0
+    suspicion = ""
+    for camera in case.cameras:
+        odds = comparison.color_odds(camera) if is_color else comparison.shape_odds(camera)
+        if odds is None:
+            continue
+        num_compared += 1
+        find_best = comparison.best_color if is_color else comparison.best_shape
+        best = find_best(camera)
+        if best is None or not best.version.startswith(tuple(versions)):
+            continue
+        if best.log_odds < MIN_CONFIDENCE_LOG_ODDS:
+            suspicion = f"camera {camera} may be {best.version}"
+            continue
+        return Finding(
+            confidence=round(float(min(1 / (1 + np.exp(-best.log_odds)), 0.97)), 3),
+            evidence=f"camera {camera} {words}: {_describe_odds(best)}",
+            cure=cure,
+            file=CAMERA_FILE,
+            figure=show_pictures(case, camera),
+        )
+    if suspicion:
+        return Doubt(suspicion, is_suspicion=True)
+    if not num_compared:
+        return Doubt("too few training pictures to compare with")
+    return None
+
+
+def _describe_odds(best: VersionOdds) -> str:
+    """Say how much better a version fits than the plain pictures."""
+    return (
+        f"its pictures fit those of training as {best.version} "
+        f"(log likelihood {best.margin:+.1f} per picture; training pictures so changed "
+        f"{best.expected:+.1f}, unchanged {best.plain:+.1f})"
+    )
+
+
+def show_pictures(case: Case, camera: str) -> Figure:
+    """Show pictures of the rollout, and the training pictures of the nearest arm positions."""
+    pictures: list[tuple[str, Array]] = []
+    training = [e for e in case.demonstrations if camera in e.pictures]
+    positions = np.concatenate([e.position for e in training]) if training else None
+    small = [e.pictures[camera].small for e in training]
+    for episode in case.rollout[:MAX_SHOWN_PICTURES]:
+        if camera not in episode.pictures:
+            continue
+        pictures.append(("rollout", episode.pictures[camera].small[0]))
+        if positions is not None:
+            distances = np.linalg.norm(positions - episode.position[0], axis=1)
+            pictures.append(("nearest in training", np.concatenate(small)[distances.argmin()]))
+    return Figure(f"camera {camera}", pictures=pictures)

@@ -1,0 +1,21 @@
+"""Two cameras have each other's names."""
+
+from typing import ClassVar
+
+from spear.checks.rollout.camera_checks import find_picture_version
+from spear.checks.rollout.case import Case, Material, Result, RolloutCheck
+
+
+class CamerasExchangedCheck(RolloutCheck):
+    """Finds cameras that are exchanged."""
+
+    fault = "cameras-exchanged"
+    title = "cameras that are exchanged"
+    needs: ClassVar[frozenset[Material]] = frozenset({"rollout", "demonstrations"})
+
+    def examine(self, case: Case) -> Result:
+        versions = ("exchanged",)
+        cure = "exchange the keys of the cameras"
+        return find_picture_version(
+            case, versions, "shows what another one shows in training", cure
+        )

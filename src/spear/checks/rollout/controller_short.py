@@ -1,0 +1,58 @@
+"""The controller does not reach what it is commanded."""
+
+import numpy as np
+
+from spear.checks.rollout.action_frame import ROBOT_FILE
+from spear.checks.rollout.case import (
+    Case,
+    Doubt,
+    Finding,
+    Result,
+    RolloutCheck,
+    confidence_of_margin,
+)
+from spear.checks.rollout.motion import MIN_MOVES
+from spear.checks.rollout.motion_figures import draw_step_gains
+from spear.checks.rollout.translation_unit import MAX_UNIT_GAIN
+
+# The median share of commanded displacements that the arm achieves. In rollouts of nano in the
+# simulator it is 0.98 to 1.01.
+MAX_SHORT_GAIN = 0.85  # below it, the controller is short
+CERTAIN_SHORT_GAIN = 0.6  # from here on down, surely
+MAX_DOUBTFUL_GAIN = 0.92  # between this and `MAX_SHORT_GAIN` there is no verdict
+MIN_TYPICAL_SHARE = 0.4  # share of moves that must be short; otherwise single actions are lost
+FULL_GAIN = 0.9  # a move that achieves more than this is not short
+
+
+class ControllerShortCheck(RolloutCheck):
+    """Finds arms that move in the commanded direction, but less far."""
+
+    fault = "controller-short"
+    title = "the controller does not reach what it is commanded"
+
+    def examine(self, case: Case) -> Result:
+        motion = case.motion
+        if motion.num_moving < MIN_MOVES:
+            return Doubt(f"only {motion.num_moving} moves are long enough")
+        gains = motion.step_gains[motion.is_moving]
+        gain = float(np.median(gains))
+        if motion.better_reading is not None or gain > MAX_DOUBTFUL_GAIN or gain < MAX_UNIT_GAIN:
+            return None
+        if np.mean(gains < FULL_GAIN) < MIN_TYPICAL_SHARE:
+            return None
+        if gain > MAX_SHORT_GAIN:
+            return Doubt(f"the arm achieves {gain:.0%} of the commands", is_suspicion=True)
+        low, high = np.quantile(gains, [0.25, 0.75])
+        return Finding(
+            confidence=confidence_of_margin(-gain, -MAX_SHORT_GAIN, -CERTAIN_SHORT_GAIN),
+            evidence=(
+                f"the arm achieves {gain:.0%} of the commanded displacements (half of the "
+                f"{len(gains)} moves between {low:.0%} and {high:.0%})"
+            ),
+            cure=(
+                "make the controller stiffer or give it more time per action, or send targets "
+                "that are relative to the last target instead of the measured pose"
+            ),
+            file=ROBOT_FILE,
+            figure=draw_step_gains(motion),
+        )

@@ -1,0 +1,20 @@
+"""The robot's angles are taken in another order."""
+
+from typing import ClassVar
+
+from spear.checks.rollout.case import Case, Material, Result, RolloutCheck
+from spear.checks.rollout.orientation import EULER_VARIANTS
+from spear.checks.rollout.orientation_finding import find_orientation_variant
+
+
+class EulerOrderCheck(RolloutCheck):
+    """Finds orientations that were made of angles in another order."""
+
+    fault = "euler-order"
+    title = "the angles of the orientation are taken in another order"
+    needs: ClassVar[frozenset[Material]] = frozenset({"rollout", "demonstrations"})
+    causes: ClassVar[frozenset[str]] = frozenset({"action-frame", "angle-unit", "start-outside"})
+
+    def examine(self, case: Case) -> Result:
+        cure = "make the quaternion of the angles in the order in which your robot means them"
+        return find_orientation_variant(case, EULER_VARIANTS, cure)

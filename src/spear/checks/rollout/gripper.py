@@ -1,0 +1,87 @@
+"""How the gripper follows its commands, in a rollout and in the demonstrations.
+
+Thresholds are chosen on rollouts of nano in the simulator and on demonstrations of Bridge V2.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from spear.checks.gripper import Following, correlate_commands
+from spear.checks.rollout.episode import RecordedEpisode
+from spear.types import Array
+
+MIN_COMMAND_CHANGE = 0.5  # commands that vary by less are one and the same command
+MIN_OPENINGS = 5  # steps with a command to open, with fewer nothing is compared
+SETTLING_STEPS = 2  # steps after a change of the command that are not compared
+OPEN_COMMAND = 0.5  # a command above it opens
+
+
+@dataclass(frozen=True)
+class GripperUse:
+    """What a gripper does.
+
+    rollout           (openings [T], commands [T], steps per second) of each episode of the rollout
+                      that changes its command.
+    following         the delay at which openings follow commands best in the rollout; None if the
+                      commands never change.
+    following_before  the same in the demonstrations.
+    first_openings    the opening at the start of each episode of the rollout.
+    first_before      the same in the demonstrations.
+    open_level        median opening of the rollout while it is commanded to be open; NaN if it
+                      hardly ever is.
+    open_before       the same in the demonstrations.
+    """
+
+    rollout: Sequence[tuple[Array, Array, float]]
+    following: Following | None
+    following_before: Following | None
+    first_openings: Array
+    first_before: Array
+    open_level: float
+    open_before: float
+
+    @staticmethod
+    def from_episodes(
+        rollout: Sequence[RecordedEpisode], demonstrations: Sequence[RecordedEpisode]
+    ) -> "GripperUse":
+        """Summarize the grippers of a rollout and of demonstrations."""
+        changing = _select_changing(rollout)
+        return GripperUse(
+            rollout=changing,
+            following=_find_delay(changing),
+            following_before=_find_delay(_select_changing(demonstrations)),
+            first_openings=np.array([episode.opening[0] for episode in rollout]),
+            first_before=np.array([episode.opening[0] for episode in demonstrations]),
+            open_level=_measure_open_level(rollout),
+            open_before=_measure_open_level(demonstrations),
+        )
+
+
+def _select_changing(episodes: Sequence[RecordedEpisode]) -> list[tuple[Array, Array, float]]:
+    """Select openings, commands and rates of the episodes whose command changes."""
+    changing = []
+    for episode in episodes:
+        command = np.asarray(episode.action[:, 7], np.float64)
+        if np.ptp(command) > MIN_COMMAND_CHANGE:
+            changing.append((np.asarray(episode.opening, np.float64), command, episode.rate_hz))
+    return changing
+
+
+def _find_delay(episodes: Sequence[tuple[Array, Array, float]]) -> Following | None:
+    """Find the delay with the largest correlation, positive or negative."""
+    if not episodes:
+        return None
+    return max(correlate_commands(episodes), key=lambda result: abs(result.correlation))
+
+
+def _measure_open_level(episodes: Sequence[RecordedEpisode]) -> float:
+    """Return the median opening after some steps of a command to open; NaN with too few steps."""
+    levels = []
+    for episode in episodes:
+        is_open = np.asarray(episode.action[:, 7]) > OPEN_COMMAND
+        for step in range(SETTLING_STEPS, len(episode)):
+            if is_open[step - SETTLING_STEPS : step].all():
+                levels.append(episode.opening[step])
+    return float(np.median(levels)) if len(levels) >= MIN_OPENINGS else float("nan")

@@ -1,0 +1,59 @@
+"""The gripper opens when it is commanded to close."""
+
+import numpy as np
+
+from spear.checks.gripper import MIN_CORRELATION
+from spear.checks.rollout.action_frame import ROBOT_FILE
+from spear.checks.rollout.case import Case, Doubt, Finding, Result, RolloutCheck
+from spear.checks.rollout.gripper_figures import draw_gripper
+
+MAX_OPPOSITE_START = (
+    0.25  # an opening that differs from the usual start by 1 minus this is opposite
+)
+
+
+class GripperInvertedCheck(RolloutCheck):
+    """Finds a gripper, or its measured opening, that runs against the commands."""
+
+    fault = "gripper-inverted"
+    title = "the gripper does the opposite of its commands"
+
+    def examine(self, case: Case) -> Result:
+        gripper = case.gripper
+        following = gripper.following
+        starts_opposite = False
+        start_evidence = ""
+        if len(gripper.first_before) and len(gripper.first_openings):
+            usual = float(np.median(gripper.first_before))
+            start = float(np.median(gripper.first_openings))
+            starts_opposite = abs(start - usual) > 1 - MAX_OPPOSITE_START
+            start_evidence = f"it begins at {start:.2f}, in training at {usual:.2f}"
+        is_against = following is not None and following.correlation <= -MIN_CORRELATION
+        follows = following is not None and following.correlation >= MIN_CORRELATION
+        if is_against:
+            assert following is not None
+            return Finding(
+                confidence=0.97,
+                evidence=(
+                    f"openings and commands have a correlation of {following.correlation:.2f}"
+                    + (f"; {start_evidence}" if starts_opposite else "")
+                ),
+                cure=(
+                    "send 1 for open and 0 for closed as the state"
+                    if starts_opposite
+                    else "1 means open and 0 closed: invert the commands for your gripper"
+                ),
+                file=ROBOT_FILE,
+                figure=draw_gripper(case),
+            )
+        if starts_opposite and not follows:
+            return Finding(
+                confidence=0.75,
+                evidence=f"the gripper seems inverted: {start_evidence}",
+                cure="send 1 for open and 0 for closed, and take the commands alike",
+                file=ROBOT_FILE,
+                figure=draw_gripper(case),
+            )
+        if following is None:
+            return Doubt("the gripper's command never changes")
+        return None

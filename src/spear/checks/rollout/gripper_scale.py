@@ -1,0 +1,57 @@
+"""The gripper's opening is not 0 … 1."""
+
+from typing import ClassVar
+
+import numpy as np
+
+from spear.checks.gripper import MIN_CORRELATION
+from spear.checks.rollout.action_frame import ROBOT_FILE
+from spear.checks.rollout.case import (
+    Case,
+    Doubt,
+    Finding,
+    Material,
+    Result,
+    RolloutCheck,
+    confidence_of_margin,
+)
+from spear.checks.rollout.gripper_figures import draw_gripper
+
+# Median opening while the gripper is commanded to be open, as a share of the one of training. In
+# rollouts of nano it is 1.00.
+MAX_SCALE = 0.7
+CERTAIN_SCALE = 0.4
+MIN_USUAL_OPENING = 0.5  # in training; an open gripper below it is no measure
+
+
+class GripperScaleCheck(RolloutCheck):
+    """Finds a gripper that never opens as far as in training."""
+
+    fault = "gripper-scale"
+    title = "the gripper's opening has another scale than in training"
+    needs: ClassVar[frozenset[Material]] = frozenset({"rollout", "demonstrations"})
+
+    def examine(self, case: Case) -> Result:
+        gripper = case.gripper
+        following = gripper.following
+        if not np.isfinite([gripper.open_level, gripper.open_before]).all():
+            return Doubt("the gripper is never commanded to stay open")
+        if following is not None and following.correlation <= -MIN_CORRELATION:
+            return None  # inverted
+        if gripper.open_before < MIN_USUAL_OPENING:
+            return Doubt("the gripper is hardly open in training")
+        scale = gripper.open_level / gripper.open_before
+        if scale > MAX_SCALE:
+            return None
+        if following is None:
+            return Doubt(f"the open gripper measures {scale:.0%} of training, and never moves")
+        return Finding(
+            confidence=confidence_of_margin(-scale, -MAX_SCALE, -CERTAIN_SCALE),
+            evidence=(
+                f"commanded to be open, the gripper measures {gripper.open_level:.2f}, in training "
+                f"{gripper.open_before:.2f}"
+            ),
+            cure="divide the measured opening by that of the open gripper, so that open is 1",
+            file=f"observe in your robot's file, and {ROBOT_FILE}",
+            figure=draw_gripper(case),
+        )

@@ -1,0 +1,63 @@
+"""Answers come late, or at very different times."""
+
+import numpy as np
+
+from spear.checks.rollout.case import (
+    Case,
+    Curve,
+    Doubt,
+    Figure,
+    Finding,
+    Result,
+    RolloutCheck,
+    confidence_of_margin,
+)
+from spear.types import CONTROL_RATE_HZ
+
+MIN_ANSWERS = 10
+STEP_S = 1 / CONTROL_RATE_HZ
+# Latency in control steps: above one, the robot stands still or acts on an old observation.
+MIN_LATENCY_STEPS = 1.0
+CERTAIN_LATENCY_STEPS = 2.0
+MIN_SPREAD_STEPS = 1.0  # between the median and the slowest 10 % of the answers
+CERTAIN_SPREAD_STEPS = 2.5
+
+
+class LatencyCheck(RolloutCheck):
+    """Finds answers that take longer than a control step."""
+
+    fault = "latency"
+    title = "answers come late"
+
+    def examine(self, case: Case) -> Result:
+        served = [episode.served for episode in case.rollout if episode.served is not None]
+        if not served:
+            return Doubt("the rollout has no times")
+        # The first answer of an episode may include warming up.
+        seconds = np.concatenate([(s.answer_s - s.arrival_s)[1:] for s in served])
+        if len(seconds) < MIN_ANSWERS:
+            return Doubt("the rollout has too few answers")
+        median, slow = np.quantile(seconds, [0.5, 0.9])
+        confidence = max(
+            confidence_of_margin(median / STEP_S, MIN_LATENCY_STEPS, CERTAIN_LATENCY_STEPS),
+            confidence_of_margin((slow - median) / STEP_S, MIN_SPREAD_STEPS, CERTAIN_SPREAD_STEPS),
+        )
+        if median < MIN_LATENCY_STEPS * STEP_S and slow - median < MIN_SPREAD_STEPS * STEP_S:
+            return None
+        return Finding(
+            confidence=confidence,
+            evidence=(
+                f"answers take {1000 * median:.0f} ms (median), one in ten longer than "
+                f"{1000 * slow:.0f} ms; an action lasts {1000 * STEP_S:.0f} ms"
+            ),
+            cure="use a faster machine or a nearer one, or execute in the mode rtc or async",
+            file="--device of spear serve, and the execution mode of your robot's client",
+            figure=Figure(
+                "time from observation to answer, s",
+                "answer",
+                [
+                    Curve("latency", np.arange(len(seconds)), seconds),
+                    Curve("one action", np.arange(len(seconds)), np.full(len(seconds), STEP_S)),
+                ],
+            ),
+        )

@@ -1,0 +1,407 @@
+"""Does the arm go where it is commanded? Several readings of the commands compete to explain it.
+
+A *move* is what the arm did between two observations: its displacement and rotation, and the
+actions that were commanded meanwhile. A *reading* says how the robot may have understood these
+actions: along which axes, with which signs, and how many of them. Each reading is fitted with one
+factor, the *gain*, and its error is the mean distance between fitted and achieved displacement,
+divided by the mean achieved displacement.
+
+Thresholds are chosen on rollouts of nano in the simulator (replan intervals 1, 2 and 4) and on
+demonstrations of Bridge V2.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import product
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from spear.checks.rollout.episode import RecordedEpisode
+from spear.geometry import (
+    quat_canonical,
+    quat_conjugate,
+    quat_distance,
+    quat_exp,
+    quat_log,
+    quat_multiply,
+    quat_rotate,
+)
+from spear.types import CONTROL_RATE_HZ, Array
+
+MIN_MOVES = 20  # with fewer commanded moves there is no verdict
+MIN_COMMAND_M = 0.004  # a shorter commanded displacement has no reliable direction
+MIN_COMMAND_RAD = np.radians(1.0)  # the same for rotations
+MAX_READING_ERROR = 0.5  # a reading that leaves more of the motion unexplained is not believed
+MIN_READING_GAIN = 0.2  # a reading must explain so much more of the motion than the plain one
+# An action lasts for another time than in training if its rate differs by more than this factor.
+MIN_RATE_RATIO = 1.4
+CERTAIN_RATE_RATIO = 1.8
+MAX_SECONDS_SPREAD = 0.25  # times of a steady rate vary by less (quartiles, as a share)
+MAX_PLAUSIBLE_SPEED_M_S = 1.0  # no arm is mostly faster: then a simulator does not run in real time
+MIN_COUNT_GAIN = 0.85  # the arm must do at least this share of what so many actions command
+MAX_COUNT_GAIN = 1.15
+MIN_COUNT_ADVANTAGE = 0.05  # by how much another number of actions must explain the motion better
+NUM_RESAMPLES = 200  # draws of the bootstrap over moves
+SMALL_QUANTILE = 0.05  # the end of the bootstrap's interval that must exceed the limit
+
+SIGNS = {"".join(signs): signs for signs in product("+-", repeat=3)}
+
+
+class Reading(NamedTuple):
+    """How a robot may understand the translation of an action.
+
+    frame  "base", "tool" or "inverse tool" (base axes rotated by the inverse orientation).
+    signs  signs of x, y and z, such as "+-+".
+    """
+
+    frame: str
+    signs: str
+
+
+PLAIN = Reading("base", "+++")
+
+
+class OtherRate(NamedTuple):
+    """A rate at which actions are executed that is not the one of training.
+
+    num_actions  how many actions the arm executes between two observations.
+    seconds      median time of these.
+    rate_hz      actions per second.
+    confidence   how sure this is.
+    """
+
+    num_actions: int
+    seconds: float
+    rate_hz: float
+    confidence: float
+
+
+@dataclass(frozen=True)
+class ReadingFit:
+    """How well a reading explains the moves.
+
+    gain   achieved displacement per commanded displacement.
+    error  share of the motion that it leaves unexplained.
+    """
+
+    reading: Reading
+    gain: float
+    error: float
+
+
+@dataclass(frozen=True)
+class CommandedMotion:
+    """All N moves of a rollout.
+
+    achieved     [N, 3] displacement between two observations, base frame, m.
+    commanded    [N, H, 3] displacement of the first 1, 2, … H actions, base frame, m.
+    orientation  [N, 4] orientation at the first of the two observations.
+    turn         [N, 3] achieved rotation vector, end-effector frame, rad.
+    turn_quats   [N, H, 4] rotation of the first 1, 2, … H actions, end-effector frame.
+    opening      [N] gripper opening at the second observation.
+    seconds      [N] time from the answer to the second observation; NaN if unknown.
+    num_executed [N] how many actions were executed by these times.
+    episode      [N] the index of the episode.
+    """
+
+    achieved: Array
+    commanded: Array
+    orientation: Array
+    turn: Array
+    turn_quats: Array
+    opening: Array
+    seconds: Array
+    num_executed: Array
+    episode: Array
+
+    @staticmethod
+    def from_episodes(episodes: Sequence[RecordedEpisode]) -> "CommandedMotion":
+        """Collect the moves of some episodes."""
+        horizon = min((_horizon(episode) for episode in episodes), default=1)
+        parts = []
+        for number, episode in enumerate(episodes):
+            if len(episode) > 1:
+                parts.append(_moves_of_episode(episode, number, horizon))
+        if not parts:
+            return CommandedMotion(
+                achieved=np.zeros((0, 3)),
+                commanded=np.zeros((0, 1, 3)),
+                orientation=np.zeros((0, 4)),
+                turn=np.zeros((0, 3)),
+                turn_quats=np.zeros((0, 1, 4)),
+                opening=np.zeros(0),
+                seconds=np.zeros(0),
+                num_executed=np.zeros(0, int),
+                episode=np.zeros(0, int),
+            )
+        names = CommandedMotion.__dataclass_fields__
+        return CommandedMotion(
+            **{name: np.concatenate([getattr(part, name) for part in parts]) for name in names}
+        )
+
+    @cached_property
+    def typical_executed(self) -> int:
+        """How many actions the robot mostly executes before its next observation."""
+        return int(np.median(self.num_executed)) if len(self.num_executed) else 1
+
+    @cached_property
+    def command(self) -> Array:
+        """[N, 3] commanded displacement of the actions that were executed, m."""
+        return self.commanded[:, self._count - 1]
+
+    @property
+    def _count(self) -> int:
+        """How many actions are taken to be executed: by the motion, or else by the times."""
+        return self.executed_count or self.typical_executed
+
+    @cached_property
+    def is_moving(self) -> Array:
+        """[N] whether a displacement was commanded that is long enough to judge."""
+        return np.linalg.norm(self.command, axis=1) > MIN_COMMAND_M
+
+    @property
+    def num_moving(self) -> int:
+        """How many moves can be judged."""
+        return int(self.is_moving.sum())
+
+    @cached_property
+    def fits(self) -> list[ReadingFit]:
+        """The fit of every reading, the best one first."""
+        fits = []
+        for reading in self._predictions:
+            achieved, predicted = self._pair(reading)
+            gain = _fit_gain(achieved, predicted)
+            error = _unexplained(achieved, gain * predicted).mean() / _mean_length(achieved)
+            fits.append(ReadingFit(reading, gain, float(error)))
+        return sorted(fits, key=lambda fit: fit.error)
+
+    def fit_of(self, reading: Reading) -> ReadingFit:
+        """Return the fit of one reading."""
+        return next(fit for fit in self.fits if fit.reading == reading)
+
+    @cached_property
+    def better_reading(self) -> ReadingFit | None:
+        """The reading that explains the motion surely better than the plain one; None if none does.
+
+        The gain in error must exceed `MIN_READING_GAIN` in 95 % of the draws of a bootstrap.
+        """
+        if self.num_moving < MIN_MOVES:
+            return None
+        best = self.fits[0]
+        if best.reading == PLAIN or best.error > MAX_READING_ERROR:
+            return None
+        plain_fit = self.fit_of(PLAIN)
+        achieved, plain_predicted = self._pair(PLAIN)
+        _, best_predicted = self._pair(best.reading)
+        plain_error = _unexplained(achieved, plain_fit.gain * plain_predicted)
+        best_error = _unexplained(achieved, best.gain * best_predicted)
+        lengths = np.linalg.norm(achieved, axis=1)
+        is_better = surely_better(plain_error, best_error, lengths, MIN_READING_GAIN)
+        return best if is_better else None
+
+    @cached_property
+    def turn_errors(self) -> dict[str, Array]:
+        """How far each reading of the rotations is off: name → [M] rad, for M turning moves.
+
+        "plain" is the right reading. By "about the base" the robot rotates about the axes of its
+        base; by "x y z w" it takes the quaternion's first number for x.
+        """
+        command = torch.as_tensor(self.turn_quats[:, self._count - 1][self.is_turning])
+        orientation = torch.as_tensor(self.orientation[self.is_turning])
+        achieved = quat_exp(torch.as_tensor(self.turn[self.is_turning]))
+        about_base = quat_multiply(quat_conjugate(orientation), quat_multiply(command, orientation))
+        readings = {
+            "plain": command,
+            "about the base": about_base,
+            "x y z w": command.roll(1, dims=-1),
+        }
+        for name, signs in SIGNS.items():
+            if name != PLAIN.signs:
+                factors = torch.tensor([1.0, *(float(f"{sign}1") for sign in signs)])
+                readings[name] = command * factors
+        return {name: quat_distance(quats, achieved).numpy() for name, quats in readings.items()}
+
+    @cached_property
+    def better_turn_reading(self) -> str | None:
+        """The reading of the rotations that surely fits better than the plain one, if any."""
+        if self.is_turning.sum() < MIN_MOVES:
+            return None
+        errors = self.turn_errors
+        best = min(errors, key=lambda name: errors[name].mean())
+        lengths = np.linalg.norm(self.turn[self.is_turning], axis=1)
+        if best == "plain" or errors[best].mean() > MAX_READING_ERROR * lengths.mean():
+            return None
+        is_better = surely_better(errors["plain"], errors[best], lengths, MIN_READING_GAIN)
+        return best if is_better else None
+
+    @cached_property
+    def turn_gain(self) -> float:
+        """The median achieved rotation along the command, per commanded rotation."""
+        command = self.command_turn[self.is_turning]
+        return _fit_gain(self.turn[self.is_turning], command)
+
+    @cached_property
+    def step_gains(self) -> Array:
+        """[N] achieved displacement along the command, per commanded length; NaN if not moving."""
+        command = self.command
+        squared_length = (command**2).sum(1)
+        gains = (self.achieved * command).sum(1) / np.maximum(squared_length, 1e-12)
+        return np.where(self.is_moving, gains, np.nan)
+
+    @cached_property
+    def executed_count(self) -> int | None:
+        """How many actions the arm executed between observations, by its motion alone.
+
+        None if no number explains the motion with a gain near 1.
+        """
+        lengths = np.linalg.norm(self.commanded[:, self.typical_executed - 1], axis=1)
+        is_moving = lengths > MIN_COMMAND_M
+        achieved = self.achieved[is_moving]
+        if len(achieved) < MIN_MOVES:
+            return None
+        errors = {}
+        gains = {}
+        for count in range(1, self.commanded.shape[1] + 1):
+            predicted = self.commanded[is_moving, count - 1]
+            gains[count] = _fit_gain(achieved, predicted)
+            unexplained = _unexplained(achieved, gains[count] * predicted)
+            errors[count] = unexplained.mean() / _mean_length(achieved)
+        candidates = [
+            count for count, gain in gains.items() if MIN_COUNT_GAIN < gain < MAX_COUNT_GAIN
+        ]
+        if not candidates:
+            return None
+        best = min(candidates, key=lambda count: errors[count])
+        typical = self.typical_executed
+        # Without a clear advantage, the number that the times tell is believed, with its gain.
+        if errors[typical] < errors[best] + MIN_COUNT_ADVANTAGE:
+            return typical if typical in candidates else None
+        return best if errors[best] < MAX_READING_ERROR else None
+
+    @cached_property
+    def executed_at_other_rate(self) -> OtherRate | None:
+        """The rate at which actions are executed; None if it is the one of training, or unknown."""
+        count = self.executed_count
+        if count is None or not np.isfinite(self.seconds).all():
+            return None
+        low, median, high = np.quantile(self.seconds, [0.25, 0.5, 0.75])
+        if median <= 0 or (high - low) / median > MAX_SECONDS_SPREAD:
+            return None
+        speed_m_s = np.median(np.linalg.norm(self.achieved[self.is_moving], axis=1)) / median
+        if speed_m_s > MAX_PLAUSIBLE_SPEED_M_S:
+            return None
+        rate_hz = count / median
+        ratio = max(rate_hz / CONTROL_RATE_HZ, CONTROL_RATE_HZ / rate_hz)
+        if ratio < MIN_RATE_RATIO:
+            return None
+        fraction = (ratio - MIN_RATE_RATIO) / (CERTAIN_RATE_RATIO - MIN_RATE_RATIO)
+        confidence = 0.5 + 0.45 * min(fraction, 1.0)
+        return OtherRate(count, float(median), float(rate_hz), round(float(confidence), 3))
+
+    @cached_property
+    def command_turn(self) -> Array:
+        """[N, 3] commanded rotation vector of the executed actions, end-effector frame, rad."""
+        quats = torch.as_tensor(self.turn_quats[:, self._count - 1])
+        return quat_log(quat_canonical(quats)).numpy()
+
+    @cached_property
+    def is_turning(self) -> Array:
+        """[N] whether a rotation was commanded that is large enough to judge."""
+        return np.linalg.norm(self.command_turn, axis=1) > MIN_COMMAND_RAD
+
+    @cached_property
+    def _predictions(self) -> dict[Reading, Array]:
+        """Reading → [N, 3] the displacement that it makes of the commands, before the gain."""
+        orientation = torch.as_tensor(self.orientation)
+        command = torch.as_tensor(self.command)
+        in_frames = {
+            "base": self.command,
+            "tool": quat_rotate(orientation, command).numpy(),
+            "inverse tool": quat_rotate(quat_conjugate(orientation), command).numpy(),
+        }
+        predictions = {}
+        for frame, displacement in in_frames.items():
+            for name, signs in SIGNS.items():
+                factors = np.array([float(f"{sign}1") for sign in signs])
+                # Signs apply to the robot's own axes: those of the base.
+                predictions[Reading(frame, name)] = displacement * factors
+        return predictions
+
+    def _pair(self, reading: Reading) -> tuple[Array, Array]:
+        """Return achieved and predicted displacements of the moves that can be judged."""
+        return self.achieved[self.is_moving], self._predictions[reading][self.is_moving]
+
+
+def surely_better(plain: Array, better: Array, lengths: Array, min_gain: float) -> bool:
+    """Return whether errors are surely smaller, by a share of the motion.
+
+    Args:
+        plain: [N] error of each move by the plain reading.
+        better: [N] error of each move by the other reading.
+        lengths: [N] size of each move.
+        min_gain: the share of the motion by which the errors must differ, in 95 % of the draws of
+            a bootstrap over moves.
+    """
+    draws = np.random.default_rng(0).integers(0, len(lengths), (NUM_RESAMPLES, len(lengths)))
+    gains = (plain - better)[draws].sum(1) / np.maximum(lengths[draws].sum(1), 1e-9)
+    return bool(np.quantile(gains, SMALL_QUANTILE) > min_gain)
+
+
+def _horizon(episode: RecordedEpisode) -> int:
+    return 1 if episode.served is None else episode.served.chunks.shape[1]
+
+
+def _moves_of_episode(episode: RecordedEpisode, number: int, horizon: int) -> CommandedMotion:
+    """Collect the moves of one episode of at least two steps."""
+    orientation = torch.as_tensor(np.asarray(episode.rotation, np.float64))
+    turn_quats = quat_multiply(quat_conjugate(orientation[:-1]), orientation[1:])
+    if episode.served is None:
+        chunks = episode.action[:-1, None].astype(np.float64)
+        seconds = np.full(len(episode) - 1, np.nan)
+        num_executed = np.ones(len(episode) - 1, int)
+    else:
+        chunks = episode.served.chunks[:-1, :horizon].astype(np.float64)
+        seconds = episode.served.arrival_s[1:] - episode.served.answer_s[:-1]
+        rounded = np.round(seconds * CONTROL_RATE_HZ)
+        num_executed = np.clip(rounded, 1, horizon).astype(int)
+    rotations = [torch.as_tensor(chunks[:, 0, 3:7])]
+    for step in range(1, chunks.shape[1]):
+        rotations.append(quat_multiply(rotations[-1], torch.as_tensor(chunks[:, step, 3:7])))
+    is_known = episode.is_known[:-1]
+    return CommandedMotion(
+        achieved=np.diff(np.asarray(episode.position, np.float64), axis=0)[is_known],
+        commanded=chunks[:, :, :3].cumsum(1)[is_known],
+        orientation=orientation[:-1].numpy()[is_known],
+        turn=quat_log(quat_canonical(turn_quats)).numpy()[is_known],
+        turn_quats=torch.stack(rotations, 1).numpy()[is_known],
+        opening=np.asarray(episode.opening, np.float64)[1:][is_known],
+        seconds=seconds[is_known],
+        num_executed=num_executed[is_known],
+        episode=np.full(len(episode) - 1, number)[is_known],
+    )
+
+
+def _fit_gain(achieved: Array, predicted: Array) -> float:
+    """Fit the factor from predicted to achieved displacements [N, 3]: the median over moves.
+
+    The median is used because a few moves are stopped by contacts. A negative factor becomes 0:
+    signs belong to the reading.
+    """
+    if not len(achieved):
+        return 0.0
+    squared_length = np.maximum((predicted**2).sum(1), 1e-12)
+    return max(float(np.median((achieved * predicted).sum(1) / squared_length)), 0.0)
+
+
+def _unexplained(achieved: Array, predicted: Array) -> Array:
+    """Return the distances [N] between achieved and predicted displacements [N, 3]."""
+    return np.linalg.norm(achieved - predicted, axis=1)
+
+
+def _mean_length(displacements: Array) -> float:
+    if not len(displacements):
+        return 1e-9
+    return max(float(np.linalg.norm(displacements, axis=1).mean()), 1e-9)

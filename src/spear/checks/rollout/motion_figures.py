@@ -1,0 +1,47 @@
+"""Figures of commanded and achieved motion."""
+
+import numpy as np
+
+from spear.checks.rollout.case import Curve, Figure
+from spear.checks.rollout.motion import PLAIN, CommandedMotion, Reading
+
+MAX_CURVE_MOVES = 120  # moves that a figure shows
+FRAME_NAMES = {"base": "base frame", "tool": "tool's frame", "inverse tool": "inverted tool frame"}
+
+
+def describe_reading(reading: Reading) -> str:
+    """Name a reading of the actions."""
+    name = FRAME_NAMES[reading.frame]
+    if reading.signs == PLAIN.signs:
+        return name
+    return f"{name} with signs {reading.signs}"
+
+
+def compare_readings(motion: CommandedMotion, reading: Reading) -> Figure:
+    """Draw what each reading leaves unexplained: the plain one, the best one, and some others."""
+    bars = []
+    for fit in motion.fits[:6]:
+        bars.append((describe_reading(fit.reading), fit.error, f"{fit.error:.0%}"))
+    plain = motion.fit_of(PLAIN)
+    if all(fit.reading != PLAIN for fit in motion.fits[:6]):
+        bars.append((describe_reading(PLAIN), plain.error, f"{plain.error:.0%}"))
+    return Figure("motion that each reading of the actions leaves unexplained", bars=bars)
+
+
+def draw_step_gains(motion: CommandedMotion) -> Figure:
+    """Draw how much of each commanded displacement was achieved."""
+    gains = motion.step_gains[motion.is_moving][:MAX_CURVE_MOVES]
+    moves = np.arange(len(gains))
+    return Figure(
+        "achieved per commanded displacement",
+        "move",
+        [Curve("achieved / commanded", moves, gains), Curve("1", moves, np.ones(len(gains)))],
+    )
+
+
+def compare_turn_readings(motion: CommandedMotion) -> Figure:
+    """Draw how far the rotations are off by each reading, the nearest first."""
+    means = {name: float(np.degrees(e.mean())) for name, e in motion.turn_errors.items()}
+    nearest = sorted(means, key=lambda name: means[name])[:6]
+    bars = [(name, means[name], f"{means[name]:.1f}°") for name in nearest]
+    return Figure("distance from the achieved rotation, per move", bars=bars)

@@ -1,0 +1,125 @@
+"""Other variants in which a robot may send its orientation, and which of them fits the training.
+
+Thresholds are chosen on rollouts and demonstrations of nano in the simulator.
+"""
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from itertools import product
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from spear.checks.rollout.episode import RecordedEpisode
+from spear.geometry import EulerConvention, euler_to_quat, quat_to_euler
+from spear.types import Array
+
+MAX_COMPARED_ROTATIONS = 1500  # of the demonstrations
+MIN_EPISODES = 4  # demonstrations, with fewer their orientations are no measure
+# Distances from a rollout's orientations to the nearest of training, beyond those between training
+# episodes themselves.
+MIN_OUTSIDE_RAD = np.radians(20)  # as they are sent, they must be farther than this
+MAX_INSIDE_RAD = np.radians(8)  # in the other variant, they must be nearer than this
+
+QUATERNION_VARIANTS = ("x y z w", "w x y z reordered once too often")
+"""Orders of the four numbers, as which a quaternion w x y z may be sent by mistake."""
+
+
+class EulerVariant(NamedTuple):
+    """Angles that are written by one convention and read by another one.
+
+    written      the convention of the angles that the robot means.
+    read         the convention by which a quaternion was made of them.
+    is_reversed  whether the three angles were given in the opposite order.
+    """
+
+    written: EulerConvention
+    read: EulerConvention
+    is_reversed: bool
+
+
+EULER_VARIANTS: dict[str, EulerVariant] = {}
+"""Every mistake with angles, in words."""
+for _written, _read, _is_reversed in product(("xyz", "XYZ"), ("xyz", "XYZ"), (False, True)):
+    if _written != _read or _is_reversed:
+        _name = f"angles {_written} read as {_read}"
+        if _is_reversed:
+            _name += " in reverse order"
+        EULER_VARIANTS[_name] = EulerVariant(_written, _read, _is_reversed)
+
+
+@dataclass(frozen=True)
+class OrientationFit:
+    """How near orientations are to those of training, in one variant.
+
+    variant      how the orientation may have been sent; "plain" is the right variant.
+    distance  median angle to the nearest orientation of training, rad.
+    typical   the same between training episodes, rad.
+    """
+
+    variant: str
+    distance: float
+    typical: float
+
+
+def undo_variant(rotation: Array, variant: str) -> Array:
+    """Return the orientations [T, 4] that are meant, if they were sent in another variant."""
+    quats = torch.as_tensor(np.asarray(rotation, np.float64))
+    if variant == QUATERNION_VARIANTS[0]:
+        return quats.roll(1, dims=-1).numpy()
+    if variant == QUATERNION_VARIANTS[1]:
+        return quats.roll(-1, dims=-1).numpy()
+    if variant in EULER_VARIANTS:
+        euler_variant = EULER_VARIANTS[variant]
+        angles = quat_to_euler(quats, euler_variant.read)
+        if euler_variant.is_reversed:
+            angles = angles.flip(-1)
+        return euler_to_quat(angles, euler_variant.written).numpy()
+    return quats.numpy()
+
+
+def fit_orientations(
+    rollout: Sequence[RecordedEpisode], demonstrations: Sequence[RecordedEpisode]
+) -> list[OrientationFit]:
+    """Compare the orientations of a rollout with training in every variant, the nearest first.
+
+    Returns an empty list with too few demonstrations.
+    """
+    if len(demonstrations) < MIN_EPISODES or not rollout:
+        return []
+    sent = np.concatenate([episode.rotation for episode in rollout])
+    trained = np.concatenate([episode.rotation for episode in demonstrations])
+    stride = -(-len(trained) // MAX_COMPARED_ROTATIONS)
+    first_half = np.concatenate([e.rotation for e in demonstrations[::2]])[::stride]
+    second_half = np.concatenate([e.rotation for e in demonstrations[1::2]])[::stride]
+    typical = float(np.median(_nearest_angle(first_half, second_half)))
+    fits = []
+    for variant in ("plain", *QUATERNION_VARIANTS, *EULER_VARIANTS):
+        distance = float(np.median(_nearest_angle(undo_variant(sent, variant), trained[::stride])))
+        fits.append(OrientationFit(variant, distance, typical))
+    return sorted(fits, key=lambda fit: fit.distance)
+
+
+def find_likely_variant(
+    fits: Sequence[OrientationFit], variants: Collection[str]
+) -> OrientationFit | None:
+    """Return the variant in which orientations are like training, if they are not as they are sent.
+
+    Args:
+        fits: what `fit_orientations` returned.
+        variants: the variants that count.
+    """
+    if not fits or fits[0].variant not in variants:
+        return None
+    best = fits[0]
+    plain = next(fit for fit in fits if fit.variant == "plain")
+    is_outside = plain.distance > plain.typical + MIN_OUTSIDE_RAD
+    is_inside = best.distance < best.typical + MAX_INSIDE_RAD
+    return best if is_outside and is_inside else None
+
+
+def _nearest_angle(rotation: Array, reference: Array) -> Array:
+    """Return the angle [T] from each orientation [T, 4] to the nearest of `reference` [N, 4]."""
+    cosines = np.abs(np.asarray(rotation) @ np.asarray(reference).T).max(1)
+    return 2 * np.arccos(np.minimum(cosines, 1.0))

@@ -1,0 +1,342 @@
+"""The pictures of a rollout, compared with those of the training episodes.
+
+A *version* is what may have happened to a camera's pictures on their way: mirrored, turned, cropped
+and so on, or taken by the other camera. For each version, the mean picture is learned from the
+training pictures as a linear function of the arm's state, with one covariance for all versions
+(linear discriminant analysis). The *score* of a version is the log likelihood of a picture by it,
+averaged over an episode.
+
+Half of the training episodes fit this model. The other half, changed in the same ways, say how far
+the scores of two versions differ if the pictures are, or are not, of this version. So a version
+that the training pictures cannot tell from the plain one is never accused: a wrist camera that
+sees two equal fingers on a plain table, for example, cannot say whether it is mirrored.
+"""
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import NamedTuple
+
+import numpy as np
+
+from spear.checks.rollout.episode import RecordedEpisode
+from spear.types import Array
+
+PICTURE_WIDTH_PX = 32  # width to which pictures are reduced
+FEATURE_WIDTH = 16  # columns of cells that the model sees; as many rows as the aspect makes
+MIN_EPISODES = 8  # training episodes with a camera; with fewer its pictures are not compared
+RIDGE = 0.1  # added to the covariance, as a share of its mean diagonal
+PRIOR = 0.01  # probability of each version before the pictures are seen
+SHIFT_SHARE = 0.2  # standard deviation, as a share of the difference between two versions, by
+# which all scores of a rollout may differ from those of training, because the scene is another one
+MAX_LOG_ODDS = 30.0  # so that odds stay finite
+
+Transform = Callable[[Array], Array]
+"""A change of pictures [N, h, w, 3] float32."""
+
+
+def _zoom(pictures: Array, share_x: float, share_y: float) -> Array:
+    """Show the middle of pictures [N, h, w, 3] only, in the same size."""
+    height, width = pictures.shape[1:3]
+    crop_width = max(1, round(width * share_x))
+    crop_height = max(1, round(height * share_y))
+    left = (width - crop_width) // 2
+    top = (height - crop_height) // 2
+    cropped = pictures[:, top : top + crop_height, left : left + crop_width]
+    return _resize(cropped, width, height)
+
+
+def _resize(pictures: Array, width: int, height: int) -> Array:
+    """Resize pictures [N, h, w, 3] by linear interpolation."""
+    rows = _interpolation_matrix(pictures.shape[1], height)
+    columns = _interpolation_matrix(pictures.shape[2], width)
+    num, _, old_width, _ = pictures.shape
+    # Two matrix products are many times faster than Pillow for thousands of small pictures.
+    tall = rows @ pictures.reshape(num, pictures.shape[1], -1)  # [N, height, w · 3]
+    wide = columns @ tall.reshape(num * height, old_width, 3)  # [N · height, width, 3]
+    return wide.reshape(num, height, width, 3)
+
+
+@functools.cache
+def _interpolation_matrix(old_size: int, new_size: int) -> Array:
+    """Return the matrix [new_size, old_size] that interpolates a row of pixels linearly."""
+    positions = (np.arange(new_size) + 0.5) * old_size / new_size - 0.5
+    positions = np.clip(positions, 0, old_size - 1)
+    lower = np.floor(positions).astype(int)
+    upper = np.minimum(lower + 1, old_size - 1)
+    fraction = positions - lower
+    matrix = np.zeros((new_size, old_size), np.float32)
+    matrix[np.arange(new_size), lower] += 1 - fraction
+    matrix[np.arange(new_size), upper] += fraction
+    return matrix
+
+
+def _turn_quarter(pictures: Array, num_quarters: int) -> Array:
+    """Turn pictures [N, h, w, 3] by quarters of a turn, fitted into their size without bars."""
+    height, width = pictures.shape[1:3]
+    return _resize(np.rot90(pictures, num_quarters, axes=(1, 2)), width, height)
+
+
+def _scale_light(pictures: Array, factor: float) -> Array:
+    """Brighten or darken pictures, as another exposure does."""
+    return np.clip(pictures * factor, 0, 255)
+
+
+SHAPE_VERSIONS: dict[str, Transform] = {
+    "plain": lambda pictures: pictures,
+    "mirrored left to right": lambda pictures: pictures[:, :, ::-1],
+    "mirrored upside down": lambda pictures: pictures[:, ::-1],
+    "turned by 180°": lambda pictures: pictures[:, ::-1, ::-1],
+    "turned by 90° to the left": lambda pictures: _turn_quarter(pictures, 1),
+    "turned by 90° to the right": lambda pictures: _turn_quarter(pictures, 3),
+    "cropped to 80 %": lambda pictures: _zoom(pictures, 0.8, 0.8),
+    "cropped to 60 %": lambda pictures: _zoom(pictures, 0.6, 0.6),
+    "stretched in width": lambda pictures: _zoom(pictures, 0.7, 1.0),
+    "stretched in height": lambda pictures: _zoom(pictures, 1.0, 0.7),
+}
+"""Changes that move the content of a picture; they are compared without colors and brightness."""
+
+COLOR_VERSIONS: dict[str, Transform] = {
+    "plain": lambda pictures: pictures,
+    "with red and blue exchanged": lambda pictures: pictures[..., ::-1],
+    "exposed for half as long": lambda pictures: _scale_light(pictures, 0.5),
+    "exposed for twice as long": lambda pictures: _scale_light(pictures, 2.0),
+}
+"""Changes of the colors; they are compared with colors and brightness."""
+
+
+class VersionOdds(NamedTuple):
+    """How likely a version of a camera's pictures is, compared with the plain one.
+
+    version    the version.
+    log_odds   logarithm of its probability over that of the plain version.
+    margin     mean difference of the scores, over the episodes of the rollout.
+    expected   the same for training pictures that were changed to this version.
+    plain      the same for training pictures that were not changed (negative).
+    """
+
+    version: str
+    log_odds: float
+    margin: float
+    expected: float
+    plain: float
+
+
+@dataclass(frozen=True)
+class _VersionModel:
+    """Linear discriminant analysis of the versions of one camera's pictures.
+
+    coefficients  version → [S, D] maps the state to the mean features.
+    precision     [D, D] inverse of the common covariance.
+    """
+
+    coefficients: Mapping[str, Array]
+    precision: Array
+
+    @staticmethod
+    def fit(states: Array, features: Mapping[str, Array]) -> "_VersionModel":
+        """Fit a model.
+
+        Args:
+            states: [N, S] features of the arm's state.
+            features: version → [N, D] features of the pictures.
+        """
+        gram = states.T @ states + 1e-3 * np.eye(states.shape[1])
+        coefficients = {}
+        covariances = []
+        for version, values in features.items():
+            coefficients[version] = np.linalg.solve(gram, states.T @ values)
+            residual = values - states @ coefficients[version]
+            covariances.append(residual.T @ residual / len(residual))
+        covariance = np.mean(covariances, axis=0)
+        size = len(covariance)
+        ridge = RIDGE * np.trace(covariance) / size
+        return _VersionModel(coefficients, np.linalg.inv(covariance + ridge * np.eye(size)))
+
+    def score(self, states: Array, features: Array) -> dict[str, float]:
+        """Return the mean log likelihood of an episode's pictures by each version."""
+        scores = {}
+        for version, coefficients in self.coefficients.items():
+            residual = features - states @ coefficients
+            scores[version] = float(-0.5 * ((residual @ self.precision) * residual).sum(1).mean())
+        return scores
+
+
+@dataclass(frozen=True)
+class PictureComparison:
+    """The pictures of a rollout and of demonstrations, camera by camera."""
+
+    rollout: Sequence[RecordedEpisode]
+    demonstrations: Sequence[RecordedEpisode]
+    _odds: dict[tuple[str, str], list[VersionOdds] | None] = field(default_factory=dict)
+
+    @staticmethod
+    def from_episodes(
+        rollout: Sequence[RecordedEpisode], demonstrations: Sequence[RecordedEpisode]
+    ) -> "PictureComparison":
+        """Compare two groups of episodes."""
+        return PictureComparison(rollout, demonstrations)
+
+    def best_shape(self, camera: str) -> VersionOdds | None:
+        """Return the version of `shape_odds` that fits best, if it is likelier than plain."""
+        return _select_likely(self.shape_odds(camera))
+
+    def best_color(self, camera: str) -> VersionOdds | None:
+        """Return the version of `color_odds` that fits best, if it is likelier than plain."""
+        return _select_likely(self.color_odds(camera))
+
+    def shape_odds(self, camera: str) -> list[VersionOdds] | None:
+        """Return the odds of `SHAPE_VERSIONS` and of an exchange; None without enough pictures."""
+        return self._find_odds(camera, "shape", SHAPE_VERSIONS, _shape_features)
+
+    def color_odds(self, camera: str) -> list[VersionOdds] | None:
+        """Return the odds of `COLOR_VERSIONS`; None without enough pictures."""
+        return self._find_odds(camera, "color", COLOR_VERSIONS, _color_features)
+
+    @cached_property
+    def training_cameras(self) -> list[str]:
+        """The cameras that nearly all demonstrations have."""
+        names: dict[str, int] = {}
+        for episode in self.demonstrations:
+            for camera in episode.pictures:
+                names[camera] = names.get(camera, 0) + 1
+        return [name for name, count in names.items() if count > 0.95 * len(self.demonstrations)]
+
+    def _find_odds(
+        self,
+        camera: str,
+        kind: str,
+        versions: Mapping[str, Transform],
+        to_features: Callable[[Array], Array],
+    ) -> list[VersionOdds] | None:
+        """Compute the odds of the versions of a camera once."""
+        key = (camera, kind)
+        if key not in self._odds:
+            self._odds[key] = self._compute_odds(camera, versions, to_features, kind == "shape")
+        return self._odds[key]
+
+    def _compute_odds(
+        self,
+        camera: str,
+        versions: Mapping[str, Transform],
+        to_features: Callable[[Array], Array],
+        has_exchange: bool,
+    ) -> list[VersionOdds] | None:
+        training = [episode for episode in self.demonstrations if camera in episode.pictures]
+        rollout = [episode for episode in self.rollout if camera in episode.pictures]
+        if len(training) < MIN_EPISODES or not rollout:
+            return None
+        height = training[0].pictures[camera].small.shape[1]
+        changes = dict(versions)
+        sources = dict.fromkeys(changes, camera)
+        if has_exchange:
+            for name in self.training_cameras:
+                if name != camera:
+                    changes[f"exchanged with {name}"] = lambda pictures: _resize(
+                        pictures, PICTURE_WIDTH_PX, height
+                    )
+                    sources[f"exchanged with {name}"] = name
+            training = [e for e in training if all(name in e.pictures for name in sources.values())]
+
+        def read(episode: RecordedEpisode, version: str) -> Array:
+            pictures = episode.pictures[sources[version]].small.astype(np.float32)
+            return to_features(changes[version](pictures))
+
+        fitted = training[::2]
+        held_out = training[1::2]
+        states = np.concatenate([_state_features(episode) for episode in fitted])
+        features = {
+            version: np.concatenate([read(episode, version) for episode in fitted])
+            for version in changes
+        }
+        model = _VersionModel.fit(states, features)
+
+        rollout_scores = []
+        for episode in rollout:
+            pictures = episode.pictures[camera].small.astype(np.float32)
+            if pictures.shape[1] != height:
+                pictures = _resize(pictures, PICTURE_WIDTH_PX, height)
+            rollout_scores.append(model.score(_state_features(episode), to_features(pictures)))
+        plain_scores = [model.score(_state_features(e), read(e, "plain")) for e in held_out]
+        odds = []
+        for version in changes:
+            if version == "plain":
+                continue
+            changed_scores = [model.score(_state_features(e), read(e, version)) for e in held_out]
+            odds.append(
+                _compute_version_odds(version, rollout_scores, plain_scores, changed_scores)
+            )
+        return sorted(odds, key=lambda entry: -entry.margin)
+
+
+def _select_likely(odds: list[VersionOdds] | None) -> VersionOdds | None:
+    """Return the version with the highest score, if its log odds are positive."""
+    if not odds or odds[0].log_odds <= 0:
+        return None
+    return odds[0]
+
+
+def _compute_version_odds(
+    version: str,
+    rollout: Sequence[Mapping[str, float]],
+    plain: Sequence[Mapping[str, float]],
+    changed: Sequence[Mapping[str, float]],
+) -> VersionOdds:
+    """Compare the scores of the rollout with those of plain and of changed training pictures.
+
+    The mean margin of a rollout's episodes is taken to be normally distributed around that of
+    the training episodes. Its variance has two parts: the variance between episodes, which more
+    episodes make smaller, and a shift of the whole rollout (`SHIFT_SHARE`).
+    """
+    margins = np.array([scores[version] - scores["plain"] for scores in rollout])
+    plain_margins = np.array([scores[version] - scores["plain"] for scores in plain])
+    changed_margins = np.array([scores[version] - scores["plain"] for scores in changed])
+    plain_mean = float(plain_margins.mean())
+    changed_mean = float(changed_margins.mean())
+    shift = SHIFT_SHARE * abs(changed_mean - plain_mean)
+    spread = max(float(plain_margins.std()), float(changed_margins.std()), 1e-6)
+    variance = spread**2 / len(margins) + shift**2
+    # Beyond the two means, a margin speaks for the nearer version, and not more and more.
+    margin = float(margins.mean())
+    low, high = sorted((plain_mean, changed_mean))
+    bounded = float(np.clip(margin, low, high))
+    log_likelihoods = ((bounded - plain_mean) ** 2 - (bounded - changed_mean) ** 2) / (2 * variance)
+    log_odds = float(np.clip(log_likelihoods + np.log(PRIOR), -MAX_LOG_ODDS, MAX_LOG_ODDS))
+    return VersionOdds(version, log_odds, margin, changed_mean, plain_mean)
+
+
+def _state_features(episode: RecordedEpisode) -> Array:
+    """Return what pictures may depend on linearly, [T, S]: position, orientation and opening."""
+    w, x, y, z = np.asarray(episode.rotation, np.float64).T
+    columns = [
+        np.ones(len(episode)),
+        *(np.asarray(episode.position, np.float64).T * 10),
+        1 - 2 * (y**2 + z**2),
+        2 * (x * y + w * z),
+        2 * (x * z - w * y),
+        np.asarray(episode.opening, np.float64),
+    ]
+    return np.stack(columns, 1)
+
+
+def _reduce(pictures: Array) -> Array:
+    """Average pictures [N, h, w, 3] over cells of 2 x 2 pixels."""
+    num, height, width, _ = pictures.shape
+    rows = height // 2
+    columns = width // 2
+    cells = pictures[:, : 2 * rows, : 2 * columns].reshape(num, rows, 2, columns, 2, 3)
+    return cells.mean((2, 4))
+
+
+def _shape_features(pictures: Array) -> Array:
+    """Return the brightness of each cell, with mean 0 and deviation 1 in each picture: [N, D]."""
+    brightness = _reduce(pictures).mean(-1).reshape(len(pictures), -1)
+    centered = brightness - brightness.mean(1, keepdims=True)
+    return centered / np.maximum(centered.std(1, keepdims=True), 1.0)
+
+
+def _color_features(pictures: Array) -> Array:
+    """Return the colors of cells of 4 x 4 pixels, around the middle gray: [N, D]."""
+    cells = _reduce(_reduce(pictures))
+    return (cells.reshape(len(pictures), -1) - 127.5) / 64.0

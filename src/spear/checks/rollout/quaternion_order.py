@@ -1,0 +1,39 @@
+"""The robot sends or takes quaternions with the scalar last."""
+
+from typing import ClassVar
+
+import numpy as np
+
+from spear.checks.rollout.action_frame import ROBOT_FILE
+from spear.checks.rollout.case import Case, Finding, Material, Result, RolloutCheck
+from spear.checks.rollout.motion_figures import compare_turn_readings
+from spear.checks.rollout.orientation import QUATERNION_VARIANTS
+from spear.checks.rollout.orientation_finding import find_orientation_variant
+
+
+class QuaternionOrderCheck(RolloutCheck):
+    """Finds quaternions x y z w where w x y z is meant, in commands and in states."""
+
+    fault = "quaternion-order"
+    title = "quaternions have another order than w x y z"
+    needs: ClassVar[frozenset[Material]] = frozenset({"rollout"})
+    causes: ClassVar[frozenset[str]] = frozenset({"action-frame", "angle-unit", "start-outside"})
+
+    def examine(self, case: Case) -> Result:
+        motion = case.motion
+        if motion.better_turn_reading == "x y z w":
+            errors = motion.turn_errors
+            return Finding(
+                confidence=0.93,
+                evidence=(
+                    "the arm rotates as if commands were x y z w: that is off by "
+                    f"{np.degrees(errors['x y z w'].mean()):.1f}° per move, w x y z by "
+                    f"{np.degrees(errors['plain'].mean()):.1f}°"
+                ),
+                cure="our quaternions are w x y z: reorder them for your robot",
+                file=ROBOT_FILE,
+                figure=compare_turn_readings(motion),
+            )
+        return find_orientation_variant(
+            case, QUATERNION_VARIANTS, "send the orientation as w x y z, with the scalar first"
+        )

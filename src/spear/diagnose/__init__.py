@@ -1,0 +1,1 @@
+"""Why does my robot fail? `spear diagnose`: data, policy and rollout, looked at together."""

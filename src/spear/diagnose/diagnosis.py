@@ -1,0 +1,133 @@
+"""Runs all checks on a case, and ranks what they find."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from spear.checks.rollout.case import Doubt, Finding, Material, RolloutCheck
+from spear.diagnose.policy_case import PolicyCase
+from spear.diagnose.registry import find_checks
+from spear.util.files import write_text
+
+Verdict = Literal["nothing found", "found", "undecided"]
+
+MIN_CONFIDENCE = 0.5  # a finding of less confidence only makes the diagnosis undecided
+
+
+@dataclass(frozen=True)
+class RankedFinding:
+    """A finding with the check that made it."""
+
+    check: RolloutCheck
+    finding: Finding
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """The result of all checks.
+
+    findings    what is wrong, the likeliest first.
+    secondary   findings that another finding explains, with the fault that explains each.
+    suspicions  fault → why a check can neither find it nor exclude it.
+    unknown     fault → why it was not examined.
+    clean       the faults that are excluded, as far as the check can see.
+    """
+
+    findings: Sequence[RankedFinding]
+    secondary: Sequence[tuple[RankedFinding, str]]
+    suspicions: Mapping[str, str]
+    unknown: Mapping[str, str]
+    clean: Sequence[str]
+
+    @property
+    def verdict(self) -> Verdict:
+        """Whether something is wrong."""
+        if self.findings:
+            return "found"
+        if self.suspicions or not self.clean:
+            return "undecided"
+        return "nothing found"
+
+    def to_json(self) -> str:
+        """Return the verdict and the findings as JSON."""
+        findings: list[dict[str, Any]] = []
+        for ranked in self.findings:
+            findings.append(
+                {
+                    "fault": ranked.check.fault,
+                    "confidence": ranked.finding.confidence,
+                    "evidence": ranked.finding.evidence,
+                    "cure": ranked.finding.cure,
+                    "file": ranked.finding.file,
+                }
+            )
+        return json.dumps({"verdict": self.verdict, "findings": findings}, indent=1)
+
+
+def diagnose(case: PolicyCase) -> Diagnosis:
+    """Run all checks on a case."""
+    material = list_material(case)
+    results: list[RankedFinding] = []
+    suspicions: dict[str, str] = {}
+    unknown: dict[str, str] = {}
+    clean: list[str] = []
+    for check in find_checks():
+        missing = sorted(check.needs - material)
+        if missing:
+            unknown[check.fault] = f"needs {' and '.join(missing)}"
+            continue
+        result = check.examine(case)
+        if isinstance(result, Doubt):
+            reasons = suspicions if result.is_suspicion else unknown
+            reasons[check.fault] = result.reason
+        elif result is None:
+            clean.append(check.fault)
+        elif result.confidence < MIN_CONFIDENCE:
+            suspicions[check.fault] = result.evidence
+        else:
+            results.append(RankedFinding(check, result))
+    findings, secondary = _rank(results)
+    return Diagnosis(findings, secondary, suspicions, unknown, clean)
+
+
+def list_material(case: PolicyCase) -> frozenset[Material]:
+    """List what a case has for checks to look at."""
+    material: set[Material] = set()
+    if case.rollout:
+        material.add("rollout")
+    if case.demonstrations:
+        material.add("demonstrations")
+    if case.policy is not None:
+        material.add("policy")
+    return frozenset(material)
+
+
+def _rank(
+    results: Sequence[RankedFinding],
+) -> tuple[list[RankedFinding], list[tuple[RankedFinding, str]]]:
+    """Sort findings by confidence, and split off those that another one explains."""
+    ranked = sorted(results, key=lambda entry: -entry.finding.confidence)
+    findings = []
+    secondary = []
+    for entry in ranked:
+        explanation = _find_explanation(entry, ranked)
+        if explanation is None:
+            findings.append(entry)
+        else:
+            secondary.append((entry, explanation))
+    return findings, secondary
+
+
+def _find_explanation(entry: RankedFinding, ranked: Sequence[RankedFinding]) -> str | None:
+    """Return the fault that explains a finding, if one does."""
+    for cause in ranked:
+        if entry.check.fault in cause.check.causes:
+            return cause.check.fault
+    return None
+
+
+def write_json(diagnosis: Diagnosis, file: Path) -> None:
+    """Write the JSON of a diagnosis to a file."""
+    write_text(file, diagnosis.to_json() + "\n")

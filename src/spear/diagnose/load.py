@@ -1,0 +1,156 @@
+"""Reads what a diagnosis looks at: a rollout and training episodes, with small pictures."""
+
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+from spear.checks.rollout.episode import CameraPictures, RecordedEpisode, ServedTimes
+from spear.checks.rollout.pictures import PICTURE_WIDTH_PX
+from spear.data.actions import canonicalize_actions
+from spear.data.readers.formats import find_format
+from spear.data.store.episode_store import EpisodeStore
+from spear.diagnose.policy_case import PolicyCase
+from spear.errors import SpearError, suppress_notices
+from spear.models.devices import choose_device
+from spear.policy import Spear1Policy
+from spear.types import Array
+from spear.util.images import decode_image, fit_image
+
+MAX_ROLLOUT_STEPS = 600  # two minutes at 5 Hz; the newest episodes are looked at
+MAX_TRAINING_EPISODES = 80  # spread over the store
+MAX_TRAINING_STEPS = 2000
+
+ImageSizes = Mapping[str, tuple[int, int]]
+"""Camera → (width, height) in pixels of the images that the policy takes."""
+
+
+def read_rollout(store: EpisodeStore, image_sizes: ImageSizes) -> list[RecordedEpisode]:
+    """Read the newest episodes of a rollout, in the order of their recording."""
+    indices: list[int] = []
+    num_steps = 0
+    for index in reversed(range(len(store))):
+        num_steps += int(store.lengths[index])
+        if indices and num_steps > MAX_ROLLOUT_STEPS:
+            break
+        indices.insert(0, index)
+    return [read_episode(store, index, image_sizes) for index in indices]
+
+
+def read_demonstrations(store: EpisodeStore, image_sizes: ImageSizes) -> list[RecordedEpisode]:
+    """Read training episodes that are spread over a store."""
+    num_episodes = min(len(store), MAX_TRAINING_EPISODES)
+    spread = np.unique(np.linspace(0, len(store) - 1, num_episodes).round().astype(int))
+    episodes = []
+    num_steps = 0
+    # A fixed random order, so that the limit of steps leaves out no end of the store.
+    for index in np.random.default_rng(0).permutation(spread).tolist():
+        episodes.append(read_episode(store, index, image_sizes))
+        num_steps += len(episodes[-1])
+        if num_steps > MAX_TRAINING_STEPS:
+            break
+    return episodes
+
+
+def read_episode(store: EpisodeStore, index: int, image_sizes: ImageSizes) -> RecordedEpisode:
+    """Read one episode of a store."""
+    episode = store[index]
+    action, is_known = canonicalize_actions(episode)
+    served = store.served_steps(index)
+    times = None
+    if served is not None:
+        times = ServedTimes(served.arrival_s, served.answer_s, served.actions)
+    pictures = {}
+    for camera, encoded in episode.images.items():
+        size = image_sizes.get(camera)
+        pictures[camera] = _read_pictures(list(encoded), size, f"{episode.source} {camera}")
+    return RecordedEpisode(
+        source=episode.source,
+        instruction=episode.instruction,
+        rate_hz=episode.rate_hz,
+        position=episode.position,
+        rotation=episode.rotation,
+        opening=episode.gripper,
+        action=action,
+        is_known=np.asarray(is_known, bool),
+        pictures=pictures,
+        served=times,
+    )
+
+
+def _read_pictures(
+    encoded: list[bytes], size: tuple[int, int] | None, context: str
+) -> CameraPictures:
+    """Reduce a camera's encoded pictures, each different one once.
+
+    Args:
+        encoded: [T] encoded pictures.
+        size: (width, height) of the view of the policy; None to keep the pictures' aspect.
+        context: names episode and camera in errors.
+    """
+    fingerprints = [zlib.crc32(image) for image in encoded]
+    small_by_fingerprint: dict[int, Array] = {}
+    recorded_size = (0, 0)
+    for step, (fingerprint, image) in enumerate(zip(fingerprints, encoded, strict=True)):
+        if fingerprint in small_by_fingerprint:
+            continue
+        pixels = decode_image(image, f"{context} step {step}")
+        recorded_size = (pixels.shape[1], pixels.shape[0])
+        width, height = size or recorded_size
+        small_height = max(2, round(PICTURE_WIDTH_PX * height / width))
+        small_by_fingerprint[fingerprint] = fit_image(pixels, small_height, PICTURE_WIDTH_PX)
+    return CameraPictures(
+        small=np.stack([small_by_fingerprint[fingerprint] for fingerprint in fingerprints]),
+        fingerprint=np.array(fingerprints),
+        size=recorded_size,
+    )
+
+
+def load_case(
+    policy_name: str,
+    episodes: Path | None,
+    rollout: Path | None,
+    device: str = "auto",
+    norm_stats: str | None = None,
+) -> PolicyCase:
+    """Load a policy, its training episodes and a rollout.
+
+    Args:
+        policy_name: the policy.
+        episodes: folder of the training episodes, in any format; None without them.
+        rollout: folder of the rollout, an episode store; None without one.
+        device: where the policy computes.
+        norm_stats: the training dataset whose statistics the policy uses, if it has several.
+
+    Raises:
+        SpearError: a folder cannot be read.
+    """
+    policy = Spear1Policy.load(policy_name, choose_device(device), dataset=norm_stats)
+    training = None
+    demonstrations: list[RecordedEpisode] = []
+    if episodes is not None:
+        training = _open_training(episodes)
+        demonstrations = read_demonstrations(training, policy.image_sizes)
+    rollout_store = None
+    rollout_episodes: list[RecordedEpisode] = []
+    if rollout is not None:
+        rollout_store = EpisodeStore(rollout)
+        rollout_episodes = read_rollout(rollout_store, policy.image_sizes)
+    return PolicyCase(
+        rollout=rollout_episodes,
+        demonstrations=demonstrations,
+        policy=policy,
+        training=training,
+        rollout_store=rollout_store,
+    )
+
+
+def _open_training(path: Path) -> EpisodeStore:
+    """Open training episodes; those in another format than ours are refused with advice."""
+    if find_format(path) != "store":
+        raise SpearError(
+            f"{path} is no store of episodes. Prepare it first: spear data prepare {path}."
+        )
+    with suppress_notices():
+        return EpisodeStore(path).select_demonstrations()

@@ -1,0 +1,1 @@
+"""Checks that need the policy itself: one file per fault, as in `spear.checks.rollout`."""

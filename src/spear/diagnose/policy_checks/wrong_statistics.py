@@ -1,0 +1,74 @@
+"""The policy has the normalization statistics of another dataset."""
+
+from typing import ClassVar
+
+import numpy as np
+
+from spear.checks.rollout.case import (
+    Case,
+    Doubt,
+    Figure,
+    Finding,
+    Material,
+    Result,
+    RolloutCheck,
+    confidence_of_margin,
+)
+from spear.diagnose.policy_case import PolicyCase
+
+# The largest ratio between the policy's scale of an axis and that of the training episodes. nano's
+# statistics and 120 demonstrations that it did not learn from differ by at most a factor of 1.3.
+MAX_SCALE_RATIO = 1.8
+CERTAIN_SCALE_RATIO = 3.0
+MAX_OFFSET_SHIFT = 1.0  # distance of two offsets, as a share of the larger scale
+CERTAIN_OFFSET_SHIFT = 2.0
+NAMES = (
+    "translation x",
+    "translation y",
+    "translation z",
+    "position x",
+    "position y",
+    "position z",
+)
+
+
+class WrongStatisticsCheck(RolloutCheck):
+    """Compares the policy's normalization statistics with those of the training episodes."""
+
+    fault = "wrong-statistics"
+    title = "the policy has the statistics of another dataset"
+    needs: ClassVar[frozenset[Material]] = frozenset({"demonstrations", "policy"})
+
+    def examine(self, case: Case) -> Result:
+        assert isinstance(case, PolicyCase)
+        assert case.policy is not None
+        if case.training is None or not case.training.num_known_actions.sum():
+            return Doubt("the training episodes have no actions")
+        policy = case.policy.normalizer
+        fitted = case.fitted_normalizer
+        policy_scales = np.array([*policy.translation_scale, *policy.position_scale])
+        scales = np.array([*fitted.translation_scale, *fitted.position_scale])
+        policy_offsets = np.array([*policy.translation_offset, *policy.position_offset])
+        offsets = np.array([*fitted.translation_offset, *fitted.position_offset])
+        ratios = np.maximum(policy_scales / scales, scales / policy_scales)
+        shifts = np.abs(policy_offsets - offsets) / np.maximum(policy_scales, scales)
+        if ratios.max() < MAX_SCALE_RATIO and shifts.max() < MAX_OFFSET_SHIFT:
+            return None
+        by_scale = confidence_of_margin(ratios.max(), MAX_SCALE_RATIO, CERTAIN_SCALE_RATIO)
+        by_offset = confidence_of_margin(shifts.max(), MAX_OFFSET_SHIFT, CERTAIN_OFFSET_SHIFT)
+        worst = int(ratios.argmax() if by_scale >= by_offset else shifts.argmax())
+        bars = []
+        for name, policy_scale, scale in zip(NAMES, policy_scales, scales, strict=True):
+            bars.append((f"{name}, policy", float(policy_scale), f"{policy_scale:.3g} m"))
+            bars.append((f"{name}, episodes", float(scale), f"{scale:.3g} m"))
+        return Finding(
+            confidence=max(by_scale, by_offset),
+            evidence=(
+                f"the policy's {NAMES[worst]} has the offset {policy_offsets[worst]:.3g} m and the "
+                f"scale {policy_scales[worst]:.3g} m, the training episodes {offsets[worst]:.3g} m "
+                f"and {scales[worst]:.3g} m"
+            ),
+            cure="take the normalizer.json of this training, or name its dataset by --norm-stats",
+            file=f"{case.policy.folder}/normalizer.json",
+            figure=Figure("scale of each axis, m", bars=bars),
+        )

@@ -1,0 +1,138 @@
+"""Each way to misunderstand actions has its own name, and a robot without faults has none."""
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+
+from made_rollouts import MadeRobot, make_case
+from spear.checks.rollout.action_frame import ActionFrameCheck
+from spear.checks.rollout.action_sign import ActionSignCheck
+from spear.checks.rollout.actions_dropped import ActionsDroppedCheck
+from spear.checks.rollout.actions_repeated import ActionsRepeatedCheck
+from spear.checks.rollout.angle_unit import AngleUnitCheck
+from spear.checks.rollout.case import Finding, RolloutCheck
+from spear.checks.rollout.control_rate import ControlRateCheck
+from spear.checks.rollout.controller_short import ControllerShortCheck
+from spear.checks.rollout.latency import LatencyCheck
+from spear.checks.rollout.quaternion_order import QuaternionOrderCheck
+from spear.checks.rollout.translation_unit import TranslationUnitCheck
+from spear.geometry import quat_conjugate, quat_exp, quat_log, quat_multiply, quat_rotate
+from spear.types import Array
+
+CHECKS = (
+    ActionFrameCheck(),
+    ActionSignCheck(),
+    TranslationUnitCheck(),
+    AngleUnitCheck(),
+    QuaternionOrderCheck(),
+    ControlRateCheck(),
+    LatencyCheck(),
+    ControllerShortCheck(),
+    ActionsRepeatedCheck(),
+    ActionsDroppedCheck(),
+)
+Execute = Callable[[Array, Array], Array]
+
+
+def as_tensor(values: Array) -> torch.Tensor:
+    return torch.as_tensor(np.asarray(values, np.float64))
+
+
+def in_tool_frame(action: Array, rotation: Array) -> Array:
+    """Move along the axes of the tool."""
+    moved = action.copy()
+    moved[:3] = quat_rotate(as_tensor(rotation), as_tensor(action[:3])).numpy()
+    return moved
+
+
+def rotate_about_base(action: Array, rotation: Array) -> Array:
+    """Rotate about the axes of the base."""
+    orientation = as_tensor(rotation)
+    turn = quat_multiply(as_tensor(action[3:7]), orientation)
+    moved = action.copy()
+    moved[3:7] = quat_multiply(quat_conjugate(orientation), turn).numpy()
+    return moved
+
+
+def reverse_y(action: Array, rotation: Array) -> Array:
+    """Move along y in the opposite direction."""
+    return action * np.array([1, -1, 1, 1, 1, 1, 1, 1])
+
+
+def scale_translation(factor: float) -> Execute:
+    """Move farther by a factor."""
+    return lambda action, rotation: np.concatenate([factor * action[:3], action[3:]])
+
+
+def scale_rotation(factor: float) -> Execute:
+    """Rotate farther by a factor."""
+
+    def execute(action: Array, rotation: Array) -> Array:
+        turn = quat_exp(factor * quat_log(as_tensor(action[3:7])))
+        return np.concatenate([action[:3], turn.numpy(), action[7:]])
+
+    return execute
+
+
+def take_scalar_last(action: Array, rotation: Array) -> Array:
+    """Take a quaternion w x y z for x y z w."""
+    return np.concatenate([action[:3], np.roll(action[3:7], 1), action[7:]])
+
+
+def move_sometimes(probability: float, factor: float) -> Execute:
+    """Move farther by a factor, in a share of the actions."""
+    rng = np.random.default_rng(0)
+
+    def execute(action: Array, rotation: Array) -> Array:
+        is_changed = rng.random() < probability
+        return scale_translation(factor)(action, rotation) if is_changed else action
+
+    return execute
+
+
+PLANTED = {
+    "tool frame": (MadeRobot(in_tool_frame), "action-frame"),
+    "rotations about the base": (MadeRobot(rotate_about_base), "action-frame"),
+    "reversed y": (MadeRobot(reverse_y), "action-sign"),
+    "millimeters": (MadeRobot(scale_translation(0.001)), "translation-unit"),
+    "controller units": (MadeRobot(scale_translation(20.0)), "translation-unit"),
+    "degrees": (MadeRobot(scale_rotation(1 / 57.3)), "angle-unit"),
+    "scalar last": (MadeRobot(take_scalar_last), "quaternion-order"),
+    "twice the rate": (MadeRobot(num_executed=4, action_s=0.1), "control-rate"),
+    "a third of the rate": (MadeRobot(action_s=0.6), "control-rate"),
+    "slow answers": (MadeRobot(answer_s=lambda step: 0.5), "latency"),
+    "some slow answers": (MadeRobot(answer_s=lambda step: 0.7 * (step % 4 == 0)), "latency"),
+    "60 %": (MadeRobot(scale_translation(0.6)), "controller-short"),
+    "everything twice": (MadeRobot(scale_translation(2.0)), "actions-repeated"),
+    "some twice": (MadeRobot(move_sometimes(0.25, 2.0)), "actions-repeated"),
+    "some never": (MadeRobot(move_sometimes(0.25, 0.0)), "actions-dropped"),
+}
+
+
+@pytest.mark.parametrize("name", PLANTED)
+def test_a_planted_fault_is_the_first_that_is_named(name: str) -> None:
+    robot, fault = PLANTED[name]
+    case = make_case(robot)
+
+    findings = {}
+    for check in CHECKS:
+        result = check.examine(case)
+        if isinstance(result, Finding):
+            findings[check.fault] = (result.confidence, check)
+
+    assert fault in findings
+    confidence, check = findings[fault]
+    unexplained = set(findings) - {fault} - set(check.causes)
+    assert all(findings[other][0] < confidence for other in unexplained)
+
+
+@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.fault)
+@pytest.mark.parametrize("num_executed", [1, 3])
+def test_a_robot_that_does_what_it_is_told_has_no_fault(
+    check: RolloutCheck, num_executed: int
+) -> None:
+    case = make_case(MadeRobot(num_executed=num_executed))
+
+    assert check.examine(case) is None
