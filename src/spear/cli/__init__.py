@@ -37,6 +37,7 @@ COMMANDS: dict[str, str] = {
     "ask": "basics:ask",
     "record": "basics:record",
     "record simpler": "basics:record_simpler",
+    "record libero": "basics:record_libero",
     "demo": "basics:demo",
     "recipes": "train:recipes",
     "train": "train:train",

@@ -16,7 +16,9 @@ from refusals import refuses
 from spear.errors import SpearError
 from spear.evaluate.libero import environment, oracle
 from spear.evaluate.libero.process import Box, LiberoMoment, LiberoProcess, Region
+from spear.evaluate.libero.record import RecordingSettings, begin_episode, record_episode
 from spear.evaluate.libero.run import Libero, OracleAgent, summarize_suites
+from spear.evaluate.libero.starts import MARGIN_M, measure_margin
 from spear.evaluate.libero.suites import PROTOCOLS, find_original_suite, get_max_steps
 from spear.evaluate.options import LiberoOptions
 from spear.evaluate.results import Outcome, Results
@@ -182,6 +184,39 @@ class TestLibero:
 
         np.testing.assert_allclose(state[:7], moment.pose, atol=1e-5)
         assert state[7] == pytest.approx(moment.opening, abs=1e-5)
+
+    def test_official_positions_are_those_that_a_reset_sets(self, process: LiberoProcess) -> None:
+        official = process.list_official_positions()
+
+        moment = process.reset(3)
+
+        assert len(official) > 3
+        for name, positions in official.items():
+            assert positions.shape == (process.num_states, 3)
+            settled = moment.objects[name].pose[:3] + moment.base
+            np.testing.assert_allclose(settled[:2], positions[3, :2], atol=0.01)
+
+    def test_a_demonstration_begins_where_no_official_state_is(
+        self, process: LiberoProcess
+    ) -> None:
+        moment = begin_episode(process, 10_000)
+
+        official = process.list_official_positions()
+        names = sorted(official)
+        places = np.stack([moment.objects[name].pose[:2] + moment.base[:2] for name in names])
+        all_official = np.stack([official[name][:, :2] for name in names], axis=1)
+        assert measure_margin(all_official, places) > 0.8 * MARGIN_M  # less what settling moves
+
+    def test_a_demonstration_is_an_episode_to_train_on(self, process: LiberoProcess) -> None:
+        settings = RecordingSettings(sizes={"external": (192, 128), "wrist": (96, 96)})
+
+        episode = record_episode(process, "libero_object", 0, 10_001, settings)
+
+        assert episode.instruction == process.instruction
+        assert episode.source == "libero/libero_object-0/10001"
+        assert len(episode.images["external"]) == len(episode.images["wrist"]) == len(episode)
+        assert episode.action is not None
+        assert np.isfinite(episode.action).all()
 
     def test_an_unknown_task_is_an_error_that_names_it(self) -> None:
         refuses("no task with number 99", LiberoProcess, "libero_object", 99, 7, True)

@@ -126,6 +126,11 @@ class LiberoProcess:
         self.num_states = int(description["num_states"])
         self.goal: list[list[str]] = description["goal"]
 
+    def list_official_positions(self) -> dict[str, Array]:
+        """Loose object → [states, 3], where it is in each official state, world frame, m."""
+        positions: dict[str, Array] = self._call("list_official_positions")
+        return positions
+
     def reset(self, state_index: int, changes: Mapping[str, Any] | None = None) -> LiberoMoment:
         """Begin an episode from an official state (see `LiberoTask.reset` in worker.py)."""
         return _read_moment(self._call("reset", state_index, changes))

@@ -89,6 +89,21 @@ class LiberoTask:
             "goal": [list(condition) for condition in problem["goal_state"]],
         }
 
+    def list_official_positions(self) -> dict[str, Array]:
+        """Where each loose object is in each official state: name → [states, 3], world frame, m.
+
+        Loose objects are those that are not part of the room's furniture.
+        """
+        if not self._is_reset:
+            self._reset_environment()
+        model = self._env.sim.model
+        positions = {}
+        for name, loose_object in self._env.env.objects_dict.items():
+            first, _ = model.get_joint_qpos_addr(loose_object.joints[-1])
+            # A state is the time, then all positions of joints, then their speeds.
+            positions[name] = self._states[:, 1 + first : 4 + first]
+        return positions
+
     def reset(self, state_index: int, changes: dict[str, Any] | None = None) -> dict[str, Any]:
         """Begin an episode from an official state, as openpi's and OpenVLA-OFT's scripts do.
 
