@@ -249,7 +249,13 @@ def test_no_flow_steps_are_refused() -> None:
 @pytest.mark.parametrize("name", ["expert", "nothing", "ws://127.0.0.1:9"])
 @pytest.mark.parametrize(
     ("option", "value"),
-    [("device", "cpu"), ("dtype", "bfloat16"), ("norm_stats", "fast"), ("flow_steps", 2)],
+    [
+        ("device", "cpu"),
+        ("dtype", "bfloat16"),
+        ("quantize", "int8"),
+        ("norm_stats", "fast"),
+        ("flow_steps", 2),
+    ],
 )
 def test_options_of_loaded_policies_are_refused_for_others(
     name: str, option: str, value: Any

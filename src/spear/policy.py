@@ -34,6 +34,7 @@ from spear.models.devices import (
     limit_threads,
 )
 from spear.models.processing import Processor, map_pixel
+from spear.models.quantize import Quantization, check_quantization, quantize_model
 from spear.models.readout import Distribution
 from spear.models.spear1 import Spear1ForActionPrediction, load_inner_vlm
 from spear.models.vlm import SpearVLMForConditionalGeneration
@@ -261,8 +262,11 @@ def _load_model(
     name: str | Path,
     device: str | torch.device,
     dtype: str | torch.dtype,
+    quantize: Quantization | None = None,
 ) -> tuple[Path, ModelT]:
     """Find the folder of the model `name`, load the model by `read_model`, move it to `device`.
+
+    With `quantize` its weights are quantized on the way there.
 
     Returns:
         The folder and the model.
@@ -274,7 +278,10 @@ def _load_model(
     if not isinstance(torch_dtype, torch.dtype):
         raise unknown_name_error("dtype", str(dtype), ["float32", "bfloat16", "float16"])
 
+    check_quantization(quantize, device)
     model = read_model(folder, torch_dtype)
+    if quantize is not None:
+        quantize_model(model, quantize)
     if model.dtype == torch.bfloat16 and not is_bfloat16_fast(device):
         notice("bfloat16 takes longer than float32 on this CPU. It only saves memory.")
     torch.nn.Module.to(model, device)
@@ -305,6 +312,7 @@ class Spear1Policy:
             versions were recorded.
         truncate_instructions: whether the policy truncates instructions that are too long, as
             training does. Otherwise it refuses them.
+        quantize: how the weights are quantized; None if they are not.
 
     Example:
         >>> from spear.embodiments import load
@@ -323,6 +331,7 @@ class Spear1Policy:
     training_distribution: TrainingDistribution | None = None
     frames: Frames | None = None
     truncate_instructions: bool = False
+    quantize: Quantization | None = None
     _num_observations: int = field(default=0, init=False, repr=False)
     _monitor: DriftMonitor = field(default_factory=DriftMonitor, init=False, repr=False)
 
@@ -335,6 +344,7 @@ class Spear1Policy:
         seed: int = 0,
         dataset: str | None = None,
         dtype: str | torch.dtype = "float32",
+        quantize: Quantization | None = None,
     ) -> "Spear1Policy":
         """Load a policy.
 
@@ -346,6 +356,8 @@ class Spear1Policy:
             dataset: the training dataset whose normalization statistics to use. Give a dataset if,
                 and only if, each dataset of the training mixture had its own statistics.
             dtype: data type of the weights. "bfloat16" takes half the memory of "float32".
+            quantize: keep the weights of linear layers in 8 or 4 bits ("int8", "int8-dynamic",
+                "int4"; see `spear.models.quantize`). Everything else keeps `dtype`.
 
         Returns:
             The policy.
@@ -354,7 +366,7 @@ class Spear1Policy:
             SpearError: the policy is missing or broken, or `dataset` is given without need.
         """
         read_model = functools.partial(weights.load, Spear1ForActionPrediction)
-        folder, model = _load_model(read_model, name, device, dtype)
+        folder, model = _load_model(read_model, name, device, dtype, quantize)
         normalizer = Normalizer.load(folder / "normalizer.json")
         if normalizer.action_reference != model.config.action_reference:
             raise SpearError(
@@ -377,6 +389,7 @@ class Spear1Policy:
             dataset=dataset,
             training_distribution=TrainingDistribution.load(folder / "seen.json"),
             frames=resolve_frames(normalizer.frames, is_simulator_only(folder)),
+            quantize=quantize,
         )
 
     @property
@@ -391,6 +404,8 @@ class Spear1Policy:
         words = [self._fingerprint]
         if self.model.dtype != torch.float32:
             words.append(str(self.model.dtype))
+        if self.quantize is not None:
+            words.append(self.quantize)
         if self.dataset is not None:
             words.append(self.dataset)
         if self.steps != self.model.flow_config.steps:

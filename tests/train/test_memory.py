@@ -235,7 +235,7 @@ def test_the_command_shows_what_a_recipe_needs_and_that_it_fits(run_command: Com
     assert output.endswith("fits\n")
 
 
-def test_the_command_plans_inference_in_both_precisions(
+def test_the_command_plans_inference_in_each_precision(
     run_command: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     estimates: list[MemoryEstimate] = []
@@ -249,9 +249,12 @@ def test_the_command_plans_inference_in_both_precisions(
 
     output = run_command(PLAN, "--gpu", "8GB", "--recipe", "inference")
 
-    assert "bfloat16" in output
-    assert output.count("fits on 8GB") == 2
-    in_bfloat16, in_float32 = sorted(estimates, key=lambda planned: planned.weights)
+    names = [line.split()[0] for line in output.splitlines()]
+    assert names == ["int4", "int8", "bfloat16", "float32"]
+    assert output.count("fits on 8GB") == 4
+    in_int4, in_int8, in_bfloat16, in_float32 = estimates
+    assert in_int4.weights <= in_int8.weights <= in_bfloat16.weights
+    assert in_int4.num_parameters == in_bfloat16.num_parameters
     assert in_bfloat16.total == pytest.approx(in_float32.total / 2, rel=0.2)
     assert in_bfloat16.gradients == 0
     assert in_bfloat16.num_trainable == 0

@@ -154,7 +154,12 @@ def _load_service(options: ServeOptions) -> "tuple[Spear1Policy, Service]":
     device = choose_device(options.device)
     print(f"loading {options.policy} on {device} …", file=sys.stderr, flush=True)
     policy = Spear1Policy.load(
-        folder, device, options.flow_steps, dataset=options.norm_stats, dtype=options.dtype
+        folder,
+        device,
+        options.flow_steps,
+        dataset=options.norm_stats,
+        dtype=options.dtype,
+        quantize=options.quantize,
     )
     service = Service(policy, robot, options.policy, options.robot, options.control)
     num_rows = service.warm_up()  # number of commands in one answer

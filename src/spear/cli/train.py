@@ -176,23 +176,31 @@ def estimate_memory(options: EstimateMemoryOptions) -> None:
 
 
 def _estimate_inference(options: EstimateMemoryOptions, usable_bytes: float) -> None:
-    """Print whether inference with a policy of the preset fits on the GPU, in both precisions."""
+    """Print whether inference with a policy of the preset fits on the GPU, in each precision."""
     import torch
 
     from spear.models.presets import get_preset
+    from spear.models.quantize import Quantization
     from spear.train.memory import measure_inference
 
     if options.set:
         raise SpearError("--set changes recipes, and inference is none. Leave it out.")
     size = get_preset(options.preset or "spear1")
     fits_any = False
-    for dtype in (torch.bfloat16, torch.float32):
-        estimate = measure_inference(size, dtype, options.batch_size or 1)
+    # Quantized models keep embeddings, norms and activations in bfloat16.
+    precisions: dict[str, tuple[torch.dtype, Quantization | None]] = {
+        "int4": (torch.bfloat16, "int4"),
+        "int8": (torch.bfloat16, "int8"),
+        "bfloat16": (torch.bfloat16, None),
+        "float32": (torch.float32, None),
+    }
+    for name, (dtype, quantize) in precisions.items():
+        estimate = measure_inference(size, dtype, options.batch_size or 1, quantize)
         fits = estimate.total <= usable_bytes
         fits_any = fits_any or fits
         verdict = "fits" if fits else "does not fit"
         print(
-            f"{str(dtype).removeprefix('torch.'):<9} weights {_format_gib(estimate.weights)} + "
+            f"{name:<9} weights {_format_gib(estimate.weights)} + "
             f"activations {_format_gib(estimate.activations)} = {_format_gib(estimate.total)}: "
             f"{verdict} on {options.gpu} (usable {_format_gib(usable_bytes)})"
         )

@@ -148,8 +148,8 @@ def load_agent(policy: str, **loading: Any) -> Agent:
 
     Args:
         policy: "expert", "nothing", a trained folder, a shipped name, or a server's ws:// address.
-        loading: device, dtype, norm_stats and flow_steps (see `AgentOptions`), only for a policy
-            that this process loads.
+        loading: device, dtype, quantize, norm_stats and flow_steps (see `AgentOptions`), only for
+            a policy that this process loads.
 
     Raises:
         SpearError: `loading` was given for another agent; the policy or the server does not exist;
@@ -207,5 +207,6 @@ def _load_policy_agent(options: AgentOptions) -> PolicyAgent:
         options.flow_steps,
         dataset=options.norm_stats,
         dtype=options.dtype,
+        quantize=options.quantize,
     )
     return PolicyAgent(policy, options.policy, policy.identity)

@@ -13,6 +13,7 @@ from spear.util.options import (
     OptionalFolder,
     OptionalInt,
     Options,
+    Quantize,
     Range,
     Seed,
 )
@@ -39,6 +40,7 @@ class AgentOptions(Options):
     SIMPLER) or nothing."""
     device: Device = "auto"
     dtype: Dtype = "float32"
+    quantize: Quantize = None
     norm_stats: DatasetName = None
     flow_steps: Annotated[OptionalInt, Range(1)] = None
     """Euler steps from noise to actions. Default: the model's own number."""

@@ -14,6 +14,7 @@ from spear.util.options import (
     OptionalName,
     Options,
     PolicyName,
+    Quantize,
     Range,
     RarelyUsed,
     list_changed_options,
@@ -76,6 +77,7 @@ class ServeOptions(Options):
     """With --record: delete the oldest episodes when the recordings exceed this many GiB."""
     device: Device = "auto"
     dtype: Dtype = "float32"
+    quantize: Quantize = None
     flow_steps: Annotated[OptionalInt, Range(1)] = None
     """Number of Euler steps from noise to actions. Default: the model's own number."""
     norm_stats: DatasetName = None

@@ -20,6 +20,7 @@ from spear.errors import SpearError
 from spear.models.layers import FastRMSNorm, set_gradient_checkpointing
 from spear.models.meter import MemoryMeter, allocate_storage
 from spear.models.presets import Preset, build_spear1_config, build_vlm_config, get_preset
+from spear.models.quantize import Quantization, quantize_model
 from spear.models.spear1 import NUM_STATE_FEATURES
 from spear.train import parallel
 from spear.train.build import build_empty_model
@@ -144,8 +145,16 @@ def measure_training(recipe: Recipe, as_on_gpu: bool = True) -> MemoryEstimate:
     )
 
 
-def measure_inference(preset: Preset, dtype: torch.dtype, batch_size: int = 1) -> MemoryEstimate:
-    """Measure what SPEAR-1 needs on a GPU for one inference on `batch_size` observations."""
+def measure_inference(
+    preset: Preset,
+    dtype: torch.dtype,
+    batch_size: int = 1,
+    quantize: Quantization | None = None,
+) -> MemoryEstimate:
+    """Measure what SPEAR-1 needs on a GPU for one inference on `batch_size` observations.
+
+    With `quantize` the weights of linear layers are quantized, and the others are of type `dtype`.
+    """
     no_steps = Optimization(steps=1, lr=0.0)
     recipe = Recipe(
         name="inference",
@@ -156,6 +165,9 @@ def measure_inference(preset: Preset, dtype: torch.dtype, batch_size: int = 1) -
         batch_size=batch_size,
     )
     model: Any = _build_model(recipe, preset).to(dtype).eval()
+    num_parameters = sum(parameter.numel() for parameter in model.parameters())
+    if quantize is not None:
+        quantize_model(model, quantize)
 
     # The step runs on CPU tensors. oneDNN, which a GPU does not use, would add repacked copies of
     # the weights there.
@@ -173,7 +185,7 @@ def measure_inference(preset: Preset, dtype: torch.dtype, batch_size: int = 1) -
         moments=0,
         ema=0,
         activations=meter.peak - weights,
-        num_parameters=sum(parameter.numel() for parameter in model.parameters()),
+        num_parameters=num_parameters,
         num_trainable=0,
     )
 

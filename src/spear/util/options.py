@@ -208,6 +208,14 @@ Device = Annotated[
 ]
 _DTYPE_HELP = "Precision of the weights: bfloat16 takes half the memory of float32."
 Dtype = Annotated[Literal["float32", "bfloat16"], arg(help=_DTYPE_HELP)]
+_QUANTIZE_HELP = (
+    "Keep the weights of linear layers in 8 or 4 bits, to save memory; int8-dynamic also rounds"
+    " their inputs, which is faster on a CPU. By default no weight is quantized."
+)
+Quantize = Annotated[
+    Literal["int8", "int8-dynamic", "int4"] | None,
+    arg(metavar="{int8,int8-dynamic,int4}", help=_QUANTIZE_HELP),
+]
 PolicyName = Annotated[
     str, arg(help="nano (comes with this package) or a folder with a trained policy.")
 ]
