@@ -27,4 +27,6 @@ class PolicyCase(Case):
         """The statistics of the training episodes, fitted as those of the policy were."""
         assert self.policy is not None
         assert self.training is not None
-        return Normalizer.fit([(self.training, 1.0)], self.policy.normalizer.mode)
+        mode = self.policy.normalizer.mode
+        # Bounds of translations are no statistics, and positions are then fitted to quantiles.
+        return Normalizer.fit([(self.training, 1.0)], "quantile" if mode == "bounds" else mode)

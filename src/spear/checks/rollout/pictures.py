@@ -30,6 +30,10 @@ RIDGE = 0.1  # added to the covariance, as a share of its mean diagonal
 PRIOR = 0.01  # probability of each version before the pictures are seen
 SHIFT_SHARE = 0.2  # standard deviation, as a share of the difference between two versions, by
 # which all scores of a rollout may differ from those of training, because the scene is another one
+DELAY_STEPS = (0, 1, 2, 3, 5)  # delays that are compared
+MAX_DELAY = DELAY_STEPS[-1]
+MIN_DELAY_STEPS = 12  # shorter episodes do not show a delay
+POSITION_RIDGE = 0.3  # of the regression from pictures to positions, as a share of the mean square
 MAX_LOG_ODDS = 30.0  # so that odds stay finite
 
 Transform = Callable[[Array], Array]
@@ -164,6 +168,78 @@ class _VersionModel:
 
 
 @dataclass(frozen=True)
+class _PositionModel:
+    """Predicts the arm's position from a picture.
+
+    weights    [D + 1, 3] linear function of the features.
+    precision  [3, 3] inverse covariance of its errors.
+    """
+
+    weights: Array
+    precision: Array
+
+    @staticmethod
+    def fit(episodes: Sequence[RecordedEpisode], camera: str) -> "_PositionModel":
+        """Fit a model by ridge regression."""
+        features = np.concatenate([_position_features(episode, camera) for episode in episodes])
+        positions = np.concatenate([_centered_position(episode) for episode in episodes])
+        gram = features.T @ features
+        ridge = POSITION_RIDGE * np.trace(gram) / len(gram)
+        weights = np.linalg.solve(gram + ridge * np.eye(len(gram)), features.T @ positions)
+        errors = positions - features @ weights
+        covariance = errors.T @ errors / len(errors) + 1e-8 * np.eye(3)
+        return _PositionModel(weights, np.linalg.inv(covariance))
+
+    def score(
+        self, episode: RecordedEpisode, camera: str, height: int, delay: int = 0
+    ) -> dict[str, float]:
+        """Return the mean log likelihood of the positions, if the pictures are so late.
+
+        Args:
+            episode: the episode.
+            camera: the camera.
+            height: rows of the pictures that the model was fitted to.
+            delay: by how many steps to delay the pictures first.
+        """
+        features = _position_features(episode, camera, height)
+        steps = np.arange(len(episode))
+        features = features[np.maximum(steps - delay, 0)]
+        predicted = features @ self.weights
+        positions = np.asarray(episode.position, np.float64)
+        scores = {}
+        for tested_delay in DELAY_STEPS:
+            # The first steps of an episode have no earlier position.
+            errors = (
+                predicted[MAX_DELAY:] - positions[np.maximum(steps - tested_delay, 0)][MAX_DELAY:]
+            )
+            # Scenes differ, so only the motion within an episode counts.
+            errors = errors - errors.mean(0)
+            name = "plain" if tested_delay == 0 else _name_delay(tested_delay)
+            scores[name] = float(-0.5 * ((errors @ self.precision) * errors).sum(1).mean())
+        return scores
+
+
+def _name_delay(delay: int) -> str:
+    """Name pictures that are some steps late."""
+    return f"late by {delay} steps" if delay > 1 else "late by 1 step"
+
+
+def _centered_position(episode: RecordedEpisode) -> Array:
+    """Return positions [T, 3], relative to their mean."""
+    position = np.asarray(episode.position, np.float64)
+    return position - position.mean(0)
+
+
+def _position_features(episode: RecordedEpisode, camera: str, height: int | None = None) -> Array:
+    """Return features [T, D] of pictures, relative to their mean in the episode."""
+    pictures = episode.pictures[camera].small.astype(np.float32)
+    if height is not None and pictures.shape[1] != height:
+        pictures = _resize(pictures, PICTURE_WIDTH_PX, height)
+    features = np.concatenate([_shape_features(pictures), _color_features(pictures)], axis=1)
+    return features - features.mean(0)
+
+
+@dataclass(frozen=True)
 class PictureComparison:
     """The pictures of a rollout and of demonstrations, camera by camera."""
 
@@ -193,6 +269,44 @@ class PictureComparison:
     def color_odds(self, camera: str) -> list[VersionOdds] | None:
         """Return the odds of `COLOR_VERSIONS`; None without enough pictures."""
         return self._find_odds(camera, "color", COLOR_VERSIONS, _color_features)
+
+    def delay_odds(self, camera: str) -> list[VersionOdds] | None:
+        """Return the odds of pictures that are some steps late; None without enough pictures.
+
+        The arm's position is learned as a linear function of a picture. If the pictures are late,
+        what they show are the positions of earlier steps.
+        """
+        key = (camera, "delay")
+        if key not in self._odds:
+            self._odds[key] = self._compute_delay_odds(camera)
+        return self._odds[key]
+
+    def best_delay(self, camera: str) -> VersionOdds | None:
+        """Return the delay that fits best, if it is likelier than none."""
+        return _select_likely(self.delay_odds(camera))
+
+    def _compute_delay_odds(self, camera: str) -> list[VersionOdds] | None:
+        training = [episode for episode in self.demonstrations if camera in episode.pictures]
+        rollout = [
+            episode
+            for episode in self.rollout
+            if camera in episode.pictures and len(episode) >= MIN_DELAY_STEPS
+        ]
+        if len(training) < MIN_EPISODES or not rollout:
+            return None
+        height = training[0].pictures[camera].small.shape[1]
+        model = _PositionModel.fit(training[::2], camera)
+        held_out = [episode for episode in training[1::2] if len(episode) >= MIN_DELAY_STEPS]
+        if not held_out:
+            return None
+        rollout_scores = [model.score(episode, camera, height) for episode in rollout]
+        plain_scores = [model.score(episode, camera, height) for episode in held_out]
+        odds = []
+        for delay in DELAY_STEPS[1:]:
+            late_scores = [model.score(episode, camera, height, delay) for episode in held_out]
+            version = _name_delay(delay)
+            odds.append(_compute_version_odds(version, rollout_scores, plain_scores, late_scores))
+        return sorted(odds, key=lambda entry: -entry.margin)
 
     @cached_property
     def training_cameras(self) -> list[str]:

@@ -52,6 +52,9 @@ class WrongStatisticsCheck(RolloutCheck):
         offsets = np.array([*fitted.translation_offset, *fitted.position_offset])
         ratios = np.maximum(policy_scales / scales, scales / policy_scales)
         shifts = np.abs(policy_offsets - offsets) / np.maximum(policy_scales, scales)
+        if policy.mode == "bounds":  # the user has chosen the bounds of translations
+            ratios[:3] = 1.0
+            shifts[:3] = 0.0
         if ratios.max() < MAX_SCALE_RATIO and shifts.max() < MAX_OFFSET_SHIFT:
             return None
         by_scale = confidence_of_margin(ratios.max(), MAX_SCALE_RATIO, CERTAIN_SCALE_RATIO)

@@ -1,0 +1,44 @@
+"""A camera's pictures are late."""
+
+from typing import ClassVar
+
+import numpy as np
+
+from spear.checks.rollout.camera_checks import (
+    CAMERA_FILE,
+    MIN_CONFIDENCE_LOG_ODDS,
+    show_pictures,
+)
+from spear.checks.rollout.case import Case, Doubt, Finding, Material, Result, RolloutCheck
+
+
+class CameraLateCheck(RolloutCheck):
+    """Finds a camera whose pictures show where the arm was some steps ago."""
+
+    fault = "camera-late"
+    title = "a camera's pictures are late"
+    needs: ClassVar[frozenset[Material]] = frozenset({"rollout", "demonstrations"})
+
+    def examine(self, case: Case) -> Result:
+        num_compared = 0
+        for camera in case.cameras:
+            if case.comparison.delay_odds(camera) is None:
+                continue
+            num_compared += 1
+            best = case.comparison.best_delay(camera)
+            if best is None:
+                continue
+            if best.log_odds < MIN_CONFIDENCE_LOG_ODDS:
+                return Doubt(f"camera {camera} may be {best.version}", is_suspicion=True)
+            return Finding(
+                confidence=round(float(min(1 / (1 + np.exp(-best.log_odds)), 0.95)), 3),
+                evidence=(
+                    f"the pictures of camera {camera} show the arm where it was earlier: they fit "
+                    f"best {best.version} (log likelihood {best.margin:+.2f} per picture; training "
+                    f"pictures so delayed {best.expected:+.2f}, in time {best.plain:+.2f})"
+                ),
+                cure="read the newest picture: empty the camera's buffer before each observation",
+                file=CAMERA_FILE,
+                figure=show_pictures(case, camera),
+            )
+        return None if num_compared else Doubt("too few training pictures to compare with")

@@ -1,0 +1,85 @@
+"""Asks a policy what it would do if something of its observations were another."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from spear.data.store.episode_store import EpisodeStore
+from spear.embodiments.observations import camera_key, is_camera_key
+from spear.errors import suppress_notices
+from spear.policy import Spear1Policy
+from spear.types import Array
+from spear.util.images import decode_image
+
+NUM_OBSERVATIONS = 16  # of different episodes, as far as there are so many
+SEED = 0  # of the noise of every answer, so that only the observations differ
+
+Observation = dict[str, Any]
+
+
+def sample_observations(store: EpisodeStore, policy: Spear1Policy) -> list[Observation]:
+    """Draw observations from the episodes of a store, one from each as long as there are enough."""
+    rng = np.random.default_rng(0)
+    order = rng.permutation(len(store))
+    observations = []
+    for number in range(NUM_OBSERVATIONS):
+        index = int(order[number % len(order)])
+        step = int(rng.integers(store.lengths[index]))
+        observations.append(build_observation(store, policy, index, step))
+    return observations
+
+
+def build_observation(
+    store: EpisodeStore, policy: Spear1Policy, index: int, step: int
+) -> Observation:
+    """Build the observation of a step of an episode."""
+    episode = store.without_images(index)
+    state = np.concatenate(
+        [episode.position[step], episode.rotation[step], episode.gripper[step : step + 1]]
+    )
+    observation: Observation = {
+        "observation/state": state.astype(np.float32),
+        "prompt": episode.instruction,
+        "seed": SEED,
+    }
+    for camera in policy.image_sizes:
+        encoded = store.image(index, step, camera)
+        if encoded:
+            observation[camera_key(camera)] = decode_image(encoded, f"{episode.source} {camera}")
+    return observation
+
+
+def predict_path_ends(policy: Spear1Policy, observations: Sequence[Observation]) -> Array:
+    """Return where the chunks [B, H, 8] that answer observations lead: [B, 3], m."""
+    with suppress_notices():
+        results = policy.infer_batch(observations)
+    return np.stack([result["actions"][:, :3].sum(0) for result in results]).astype(np.float64)
+
+
+def exchange_pictures(observations: Sequence[Observation]) -> list[Observation]:
+    """Give each observation the pictures of the next one, if both have the same cameras."""
+    exchanged = []
+    for number, observation in enumerate(observations):
+        donor = observations[(number + 1) % len(observations)]
+        pictures = {key: value for key, value in donor.items() if is_camera_key(key)}
+        kept = {key: value for key, value in observation.items() if not is_camera_key(key)}
+        exchanged.append({**kept, **pictures})
+    return exchanged
+
+
+def exchange_instructions(
+    observations: Sequence[Observation], instructions: Sequence[str]
+) -> list[Observation]:
+    """Give each observation another instruction."""
+    exchanged = []
+    for number, observation in enumerate(observations):
+        candidates = [text for text in instructions if text != observation["prompt"]]
+        prompt = candidates[number % len(candidates)]
+        exchanged.append({**observation, "prompt": prompt})
+    return exchanged
+
+
+def mean_distance_m(first: Array, second: Array) -> float:
+    """Return the mean distance between path ends [B, 3]."""
+    return float(np.linalg.norm(first - second, axis=1).mean())

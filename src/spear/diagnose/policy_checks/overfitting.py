@@ -1,0 +1,96 @@
+"""The policy knows its training episodes by heart."""
+
+from collections.abc import Sequence
+from typing import ClassVar
+
+import numpy as np
+
+from spear.checks.rollout.case import (
+    Case,
+    Doubt,
+    Figure,
+    Finding,
+    Material,
+    Result,
+    RolloutCheck,
+    confidence_of_margin,
+)
+from spear.data.actions import canonicalize_actions
+from spear.data.store.episode_store import EpisodeStore
+from spear.diagnose.answers import build_observation
+from spear.diagnose.policy_case import PolicyCase
+from spear.errors import suppress_notices
+from spear.models.weights.folders import read_provenance
+from spear.policy import Spear1Policy
+
+MIN_EPISODES = 3  # that were learned, and that were not
+MAX_EPISODES = 6
+STEPS_PER_EPISODE = 5
+# Mean error of the first action on episodes that the policy has not learned, divided by the error
+# on episodes that it has learned. For a policy that generalizes it is near 1.
+MIN_ERROR_RATIO = 2.0
+CERTAIN_ERROR_RATIO = 4.0
+
+
+class OverfittingCheck(RolloutCheck):
+    """Compares open-loop errors on episodes that the policy has, and has not, learned."""
+
+    fault = "overfitting"
+    title = "the policy knows its training episodes by heart"
+    needs: ClassVar[frozenset[Material]] = frozenset({"policy", "demonstrations"})
+
+    def examine(self, case: Case) -> Result:
+        assert isinstance(case, PolicyCase)
+        assert case.policy is not None
+        assert case.training is not None
+        store = case.training
+        if case.policy.folder is None:
+            return Doubt("the policy has no folder")
+        learned = set(read_provenance(case.policy.folder).get("learned", "").split())
+        fingerprints = store.episode_fingerprints()
+        if len(fingerprints) != len(store):
+            return Doubt("some training episodes are empty")
+        is_learned = np.array([fingerprint in learned for fingerprint in fingerprints])
+        if min(is_learned.sum(), (~is_learned).sum()) < MIN_EPISODES:
+            return Doubt("--episodes needs episodes that the policy has learned, and others")
+        learned_m = _measure_error_m(case.policy, store, np.flatnonzero(is_learned).tolist())
+        other_m = _measure_error_m(case.policy, store, np.flatnonzero(~is_learned).tolist())
+        ratio = other_m / max(learned_m, 1e-6)
+        if ratio < MIN_ERROR_RATIO:
+            return None
+        bars = [
+            ("learned episodes", 1000 * learned_m, f"{1000 * learned_m:.1f} mm"),
+            ("other episodes", 1000 * other_m, f"{1000 * other_m:.1f} mm"),
+        ]
+        return Finding(
+            confidence=confidence_of_margin(ratio, MIN_ERROR_RATIO, CERTAIN_ERROR_RATIO),
+            evidence=(
+                f"open loop, the first action is {1000 * learned_m:.1f} mm off on episodes that "
+                f"the policy has learned, and {1000 * other_m:.1f} mm on others"
+            ),
+            cure="train for fewer steps, on more episodes, or with image augmentation",
+            file="steps and data of the recipe",
+            figure=Figure("open-loop error of the first action, mm", bars=bars),
+        )
+
+
+def _measure_error_m(policy: Spear1Policy, store: EpisodeStore, indices: Sequence[int]) -> float:
+    """Return the mean distance between predicted and recorded translations of some steps."""
+    spread = np.linspace(0, len(indices) - 1, min(len(indices), MAX_EPISODES)).astype(int)
+    observations = []
+    targets = []
+    for index in [indices[number] for number in spread]:
+        episode = store.without_images(index)
+        actions, is_known = canonicalize_actions(episode)
+        known_steps = np.flatnonzero(is_known)
+        if not len(known_steps):
+            continue
+        count = min(len(known_steps), STEPS_PER_EPISODE)
+        for number in np.linspace(0, len(known_steps) - 1, count).astype(int):
+            step = int(known_steps[number])
+            observations.append(build_observation(store, policy, index, step))
+            targets.append(actions[step, :3])
+    with suppress_notices():
+        results = policy.infer_batch(observations)
+    predicted = np.stack([result["actions"][0, :3] for result in results])
+    return float(np.linalg.norm(predicted - np.stack(targets), axis=1).mean())
