@@ -64,6 +64,11 @@ def diagnose(options: DiagnoseOptions) -> None:
     print(escape_control_characters(format_diagnosis(diagnosis), keep_newlines=True))
     if options.json is not None:
         write_json(diagnosis, options.json)
+    if options.out is not None:
+        from spear.report.diagnosis import write_diagnosis_page
+
+        write_diagnosis_page(case, diagnosis, options.out)
+        print(f"open {options.out.resolve()}")
     if diagnosis.verdict == "found":
         first = diagnosis.findings[0]
         raise FaultFoundError(

@@ -22,16 +22,19 @@ class CameraLateCheck(RolloutCheck):
     def examine(self, case: Case) -> Result:
         num_compared = 0
         for camera in case.cameras:
-            if case.comparison.delay_odds(camera) is None:
+            odds = case.comparison.delay_odds(camera)
+            if odds is None:
                 continue
             num_compared += 1
             best = case.comparison.best_delay(camera)
             if best is None:
                 continue
-            if best.log_odds < MIN_CONFIDENCE_LOG_ODDS:
+            # Any delay excludes that there is none; the best one is only the likeliest of them.
+            log_odds = max(entry.log_odds for entry in odds)
+            if log_odds < MIN_CONFIDENCE_LOG_ODDS:
                 return Doubt(f"camera {camera} may be {best.version}", is_suspicion=True)
             return Finding(
-                confidence=round(float(min(1 / (1 + np.exp(-best.log_odds)), 0.95)), 3),
+                confidence=round(float(min(1 / (1 + np.exp(-log_odds)), 0.95)), 3),
                 evidence=(
                     f"the pictures of camera {camera} show the arm where it was earlier: they fit "
                     f"best {best.version} (log likelihood {best.margin:+.2f} per picture; training "

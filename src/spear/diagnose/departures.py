@@ -1,0 +1,127 @@
+"""Where a rollout leaves the training distribution: in poses, in pictures and in words.
+
+A distance is that to the nearest state of training. A step departs where its distance is larger
+than the largest distance of a training episode to all others.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from spear.checks.rollout.episode import RecordedEpisode
+from spear.checks.rollout.unseen_instruction import split_words
+from spear.types import Array
+
+MAX_REFERENCES = 1500  # training steps that are compared
+
+
+@dataclass(frozen=True)
+class Departure:
+    """The first step of an episode that is farther from training than training is from itself.
+
+    episode   index of the episode.
+    step      the step.
+    quantity  what departs.
+    amount    the distance and the largest one of training, in words.
+    """
+
+    episode: int
+    step: int
+    quantity: str
+    amount: str
+
+
+@dataclass(frozen=True)
+class Departures:
+    """All distances of a rollout from training.
+
+    distances  quantity → [N] distance of each step of all episodes.
+    limits     quantity → the largest distance between training episodes.
+    first      the first departures of each episode, in time order.
+    """
+
+    distances: Mapping[str, Array]
+    limits: Mapping[str, float]
+    first: Sequence[Departure]
+
+
+def measure_departures(
+    rollout: Sequence[RecordedEpisode], demonstrations: Sequence[RecordedEpisode]
+) -> Departures:
+    """Measure how far each step of a rollout is from training."""
+    quantities = {"position, m": "position", "orientation, degrees": "rotation"}
+    cameras = set(rollout[0].pictures)
+    for episode in [*rollout, *demonstrations]:
+        cameras &= set(episode.pictures)
+    for camera in sorted(cameras):
+        quantities[f"pictures of {camera}, gray levels"] = camera
+
+    distances: dict[str, Array] = {}
+    limits: dict[str, float] = {}
+    first: list[Departure] = []
+    for quantity, source in quantities.items():
+        vectors = [_read_vectors(episode, source) for episode in demonstrations]
+        limits[quantity] = _measure_limit(vectors, source)
+        references = _thin_out(np.concatenate(vectors))
+        values = []
+        for number, episode in enumerate(rollout):
+            distance = _nearest(_read_vectors(episode, source), references, source)
+            values.append(distance)
+            is_outside = distance > limits[quantity]
+            if is_outside.any():
+                step = int(is_outside.argmax())
+                amount = f"{distance[step]:.3g}, in training at most {limits[quantity]:.3g}"
+                first.append(Departure(number, step, quantity, amount))
+        distances[quantity] = np.concatenate(values)
+    first += _find_new_words(rollout, demonstrations)
+    return Departures(distances, limits, sorted(first, key=lambda d: (d.episode, d.step)))
+
+
+def _read_vectors(episode: RecordedEpisode, source: str) -> Array:
+    """Return what is compared, [T, D]: positions, orientations, or small pictures of a camera."""
+    if source == "position":
+        return np.asarray(episode.position, np.float32)
+    if source == "rotation":
+        return np.asarray(episode.rotation, np.float32)
+    pictures = episode.pictures[source].small[:, ::2, ::2].astype(np.float32)
+    return pictures.reshape(len(episode), -1)
+
+
+def _measure_limit(vectors: Sequence[Array], source: str) -> float:
+    """Return the largest distance from one half of the training episodes to the other one."""
+    first_half = _thin_out(np.concatenate(vectors[::2]))
+    second_half = _thin_out(np.concatenate(vectors[1::2] or vectors))
+    return float(_nearest(second_half, first_half, source).max())
+
+
+def _thin_out(vectors: Array) -> Array:
+    stride = -(-len(vectors) // MAX_REFERENCES)
+    return vectors[::stride]
+
+
+def _nearest(vectors: Array, references: Array, source: str) -> Array:
+    """Return the distance from each vector [T, D] to the nearest reference [N, D]."""
+    if source == "rotation":
+        cosines = np.abs(vectors @ references.T).max(1)
+        return np.degrees(2 * np.arccos(np.minimum(cosines, 1.0)))
+    squares = (vectors**2).sum(1)[:, None] + (references**2).sum(1) - 2 * vectors @ references.T
+    distances = np.sqrt(np.maximum(squares.min(1), 0.0))
+    if source == "position":
+        return distances
+    return distances / np.sqrt(vectors.shape[1])  # per pixel
+
+
+def _find_new_words(
+    rollout: Sequence[RecordedEpisode], demonstrations: Sequence[RecordedEpisode]
+) -> list[Departure]:
+    """List the episodes whose instruction has words that training never had."""
+    vocabulary: set[str] = set()
+    for episode in demonstrations:
+        vocabulary |= split_words(episode.instruction)
+    departures = []
+    for number, episode in enumerate(rollout):
+        new_words = sorted(split_words(episode.instruction) - vocabulary)
+        if new_words:
+            departures.append(Departure(number, 0, "words", ", ".join(new_words)))
+    return departures

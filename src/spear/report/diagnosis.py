@@ -1,0 +1,249 @@
+"""The page of a diagnosis: what is wrong, and what happened in the rollout, in time order."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from spear.checks.rollout.case import Figure
+from spear.checks.rollout.episode import RecordedEpisode
+from spear.data.store.episode_store import EpisodeStore
+from spear.diagnose.departures import Departures, measure_departures
+from spear.diagnose.diagnosis import Diagnosis
+from spear.diagnose.policy_case import PolicyCase
+from spear.diagnose.registry import FAULTS, find_checks
+from spear.errors import SpearError, suppress_notices
+from spear.evaluate.film import compose_frame, encode_film
+from spear.evaluate.open_loop import score_mean_action, score_policy
+from spear.report.page import render
+from spear.report.plot import Axis, Bar, Line, draw_bars, draw_chart
+from spear.types import CONTROL_RATE_HZ, Array
+from spear.util.files import write_text
+from spear.util.images import decode_image, to_jpeg_data_uri
+
+MAX_FILM_STEPS = 75  # 15 s at 5 Hz
+MAX_STILLS = 4  # steps of the rollout that are shown beside training pictures
+MAX_CHART_STEPS = 150
+NUM_OPEN_LOOP_EPISODES = 3
+STILL_HEIGHT_PX = 144
+ERROR_NAMES = {
+    "translation_mm": "translation, mm",
+    "rotation_deg": "rotation, degrees",
+    "chunk_end_mm": "end of the chunk, mm",
+    "gripper_accuracy": "gripper commands that agree",
+}
+
+
+def write_diagnosis_page(case: PolicyCase, diagnosis: Diagnosis, out: Path) -> None:
+    """Write the page of a diagnosis as one HTML file.
+
+    Raises:
+        SpearError: the file cannot be written.
+    """
+    departures = None
+    if case.rollout and case.demonstrations:
+        departures = measure_departures(case.rollout, case.demonstrations)
+    named_faults = {check.fault for check in find_checks()}
+    page = render(
+        "diagnosis.html",
+        title="Why does the robot fail?",
+        facts=_list_facts(case, diagnosis),
+        diagnosis=diagnosis,
+        findings=[(entry, _draw_figure(entry.finding.figure)) for entry in diagnosis.findings],
+        film=_make_film(case.rollout_store),
+        stills=_show_stills(case),
+        departures=None if departures is None else _list_departures(departures, case.rollout),
+        distance_charts=[] if departures is None else _draw_distances(departures),
+        motion_charts=_draw_motion(case),
+        open_loop=_measure_open_loop(case),
+        unnamed=[fault for fault in FAULTS if fault not in named_faults],
+    )
+    write_text(out, page)
+
+
+def _list_facts(case: PolicyCase, diagnosis: Diagnosis) -> list[tuple[str, str]]:
+    """List the large numbers at the top of the page."""
+    facts = [(str(len(diagnosis.findings)), "findings")]
+    if case.rollout:
+        num_steps = sum(map(len, case.rollout))
+        facts.append((str(len(case.rollout)), f"episodes of the rollout, {num_steps:,} steps"))
+    if case.training is not None:
+        facts.append((f"{len(case.training):,}", "training episodes"))
+    return facts
+
+
+def _draw_figure(figure: Figure | None) -> str:
+    """Draw the evidence of a finding."""
+    if figure is None:
+        return ""
+    if figure.pictures:
+        pictures = [(_enlarge(picture), caption) for caption, picture in figure.pictures]
+        return render("pictures.html", title=figure.title, pictures=pictures)
+    if figure.bars:
+        longest = max(abs(value) for _, value, _ in figure.bars)
+        bars = [Bar(name, value, text) for name, value, text in figure.bars]
+        return draw_bars([(figure.title, bars)], ends=(0.0, longest or 1.0))
+    lines = [Line(curve.name, curve.x, curve.y) for curve in figure.curves]
+    return draw_chart(lines, Axis(figure.x_title), title=figure.title, size=(720, 220))
+
+
+def _enlarge(picture: Array) -> str:
+    """Return a small picture as a data URI, enlarged to `STILL_HEIGHT_PX`."""
+    factor = max(1, STILL_HEIGHT_PX // picture.shape[0])
+    enlarged = picture.repeat(factor, axis=0).repeat(factor, axis=1)
+    return to_jpeg_data_uri(np.ascontiguousarray(enlarged, np.uint8))
+
+
+def _make_film(store: EpisodeStore | None) -> bytes | None:
+    """Make a film of the newest episodes; None without pictures or without an encoder."""
+    if store is None:
+        return None
+    frames = []
+    for index in range(len(store)):
+        episode = store.without_images(index)
+        for step in range(len(episode)):
+            external = store.image(index, step, "external") or store.image(index, step, "wrist")
+            wrist = store.image(index, step, "wrist")
+            if not external:
+                continue
+            main_view = decode_image(external, episode.source)
+            wrist_view = decode_image(wrist, episode.source) if wrist else None
+            frames.append(compose_frame(main_view, wrist_view, episode.instruction))
+            if len(frames) == MAX_FILM_STEPS:
+                break
+        if len(frames) == MAX_FILM_STEPS:
+            break
+    same_size = [frame for frame in frames if frame.shape == frames[0].shape]
+    try:
+        return encode_film(same_size, CONTROL_RATE_HZ) if same_size else None
+    except SpearError:  # the encoder is not installed
+        return None
+
+
+def _show_stills(case: PolicyCase) -> list[tuple[str, str]]:
+    """Show pictures of the rollout beside the training pictures of the nearest arm positions."""
+    stills: list[tuple[str, str]] = []
+    if not case.rollout or not case.demonstrations:
+        return stills
+    episode = case.rollout[-1]
+    steps = np.linspace(0, len(episode) - 1, MAX_STILLS).round().astype(int)
+    for camera in case.cameras:
+        if camera not in episode.pictures:
+            continue
+        for step in steps.tolist():
+            stills.append((_enlarge(episode.pictures[camera].small[step]), f"step {step}"))
+            nearest = _find_nearest_picture(case.demonstrations, camera, episode.position[step])
+            if nearest is not None:
+                stills.append((_enlarge(nearest), "training"))
+    return stills
+
+
+def _find_nearest_picture(
+    demonstrations: Sequence[RecordedEpisode], camera: str, position: Array
+) -> Array | None:
+    """Return the picture of the training state whose position is nearest; None without one."""
+    nearest = None
+    nearest_m = np.inf
+    for episode in demonstrations:
+        if camera not in episode.pictures:
+            continue
+        distances_m = np.linalg.norm(episode.position - position, axis=1)
+        step = int(distances_m.argmin())
+        if distances_m[step] < nearest_m:
+            nearest_m = distances_m[step]
+            nearest = episode.pictures[camera].small[step]
+    return nearest
+
+
+class _Row(NamedTuple):
+    """A row of the table of departures."""
+
+    seconds: str
+    episode: str
+    quantity: str
+    amount: str
+
+
+def _list_departures(departures: Departures, rollout: Sequence[RecordedEpisode]) -> list[_Row]:
+    """List where the rollout left the training distribution, in time order."""
+    rows = []
+    for departure in departures.first:
+        rate_hz = rollout[departure.episode].rate_hz
+        rows.append(
+            _Row(
+                f"{departure.step / rate_hz:.1f}",
+                str(departure.episode + 1),
+                departure.quantity,
+                departure.amount,
+            )
+        )
+    return rows
+
+
+def _draw_distances(departures: Departures) -> list[str]:
+    """Draw the distance from training over time, one chart per quantity."""
+    charts = []
+    for quantity, values in departures.distances.items():
+        shown = values[:MAX_CHART_STEPS]
+        steps = np.arange(len(shown))
+        limit = np.full(len(shown), departures.limits[quantity])
+        lines = [
+            Line(quantity, steps, shown),
+            Line("largest of training", steps, limit, dashed=True),
+        ]
+        charts.append(draw_chart(lines, Axis("step"), title=quantity))
+    return charts
+
+
+def _draw_motion(case: PolicyCase) -> list[str]:
+    """Draw commanded and achieved motion, the gripper, and the times."""
+    if not case.rollout:
+        return []
+    motion = case.motion
+    charts = []
+    num_shown = min(len(motion.achieved), MAX_CHART_STEPS)
+    moves = np.arange(num_shown)
+    for index, axis in enumerate("xyz"):
+        lines = [
+            Line("commanded", moves, 1000 * motion.command[:num_shown, index]),
+            Line("achieved", moves, 1000 * motion.achieved[:num_shown, index]),
+        ]
+        charts.append(draw_chart(lines, Axis("move"), title=f"motion along {axis}, mm"))
+    openings = np.concatenate([episode.opening for episode in case.rollout])[:MAX_CHART_STEPS]
+    commands = np.concatenate([episode.action[:, 7] for episode in case.rollout])
+    steps = np.arange(len(openings))
+    lines = [Line("commanded", steps, commands[: len(openings)]), Line("measured", steps, openings)]
+    charts.append(draw_chart(lines, Axis("step"), title="gripper, 1 is open"))
+    served = [episode.served for episode in case.rollout if episode.served is not None]
+    if served:
+        delays_ms = 1000 * np.concatenate([times.answer_s - times.arrival_s for times in served])
+        delays_ms = delays_ms[:MAX_CHART_STEPS]
+        lines = [Line("answer", np.arange(len(delays_ms)), delays_ms)]
+        charts.append(draw_chart(lines, Axis("step"), title="time to the answer, ms"))
+        seconds = motion.seconds[:num_shown]
+        lines = [Line("from answer to next observation", moves, seconds)]
+        charts.append(draw_chart(lines, Axis("move"), title="time per move, s"))
+    return charts
+
+
+def _measure_open_loop(case: PolicyCase) -> list[tuple[str, str, str]]:
+    """Measure open-loop errors of each part of the actions, on some training episodes."""
+    if case.policy is None or case.training is None:
+        return []
+    count = min(len(case.training), NUM_OPEN_LOOP_EPISODES)
+    spread = np.linspace(0, len(case.training) - 1, count).round().astype(int)
+    some = case.training.subset(np.unique(spread).tolist())
+    try:
+        with suppress_notices():
+            policy_errors = score_policy("policy", case.policy, some).summarize()
+            horizon = int(case.policy.model.config.horizon)
+            baseline_errors = score_mean_action(case.training, some, horizon).summarize()
+    except SpearError:  # no episode is as long as a chunk
+        return []
+    rows = []
+    for key, name in ERROR_NAMES.items():
+        style = ".0%" if key == "gripper_accuracy" else ".1f"
+        policy_text = format(policy_errors[key].value, style)
+        rows.append((name, policy_text, format(baseline_errors[key].value, style)))
+    return rows
