@@ -1,0 +1,213 @@
+"""The bench of planted faults on real episodes of BridgeData V2, which no simulator made.
+
+    spear train nano-post --init nano --episodes bridge_v2_sample --split "train[:19]" \\
+        --out runs/bridge
+    python benchmarks/diagnose/bridge.py bridge_v2_sample --policy runs/bridge --out runs/real
+
+The six held-out episodes become recordings, in which the recorded actions stand for the policy's
+answers. A fault of the cameras changes the pictures, and a fault of the robot's program changes
+the states: they become those to which the changed actions lead. The pictures stay where the real
+arm was, so faults of commands are planted less completely than in the simulator.
+
+A clean run, and each run with a fault, has four of the six episodes.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import shutil
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import tyro
+from tyro.conf import Positional
+
+from bench import Subject, diagnose_cases, read_results
+from cases import Case, list_plantings
+from fault_table import Planting
+from planted import PlantedFault
+from robot import MAX_RECORDING_BYTES, ClientHabits
+from score import summarize, write_table
+from spear import embodiments
+from spear.cli import run_reporting_errors
+from spear.data.actions import add_actions, extract_chunk
+from spear.data.readers.formats import read_episodes
+from spear.data.store.episode_store import write_episodes
+from spear.errors import SpearError
+from spear.evaluate.open_loop import build_observations
+from spear.geometry import apply_action
+from spear.policy import Spear1Policy
+from spear.serve.exchange import Exchange
+from spear.serve.recorder import RecordingWriter, mark_folder
+from spear.serve.service import Service
+from spear.types import CONTROL_RATE_HZ, Array, Episode
+
+TRAIN_SPLIT = "train[:19]"
+HELD_OUT_SPLIT = "train[19:]"
+EPISODES_PER_RUN = 4
+FIRST_START_S = 1_780_000_000.0
+EPISODE_DISTANCE_S = 120.0
+INFERENCE_S = 0.03
+FAULTS = (
+    "action-frame",
+    "action-sign",
+    "translation-unit",
+    "angle-unit",
+    "quaternion-order",
+    "gripper-inverted",
+    "gripper-late",
+    "controller-short",
+    "camera-mirrored",
+    "camera-turned",
+    "camera-cropped",
+    "camera-bgr",
+    "camera-exposure",
+    "camera-frozen",
+    "camera-late",
+)
+"""The faults that can be planted in recorded episodes of one camera."""
+
+
+@dataclass
+class Options:
+    """Measure `spear diagnose` on planted faults in real episodes."""
+
+    data: Positional[Path]
+    """Dataset of real episodes"""
+    policy: Path
+    """Policy that was trained on its first 19 episodes"""
+    out: Path
+    """Folder of recordings and results"""
+    workers: int = 2
+    """Processes that diagnose"""
+
+
+def list_bridge_cases(num_episodes: int) -> list[tuple[Case, tuple[int, ...]]]:
+    """List the runs, each with the numbers of its episodes."""
+    choices = list(itertools.combinations(range(num_episodes), EPISODES_PER_RUN))
+    cases = []
+    for number, episodes in enumerate(choices):
+        cases.append((_make_case("clean", (), number), episodes))
+    for number, plant in enumerate(list_plantings()):
+        is_of_wrist = plant.settings.get("camera") == "wrist"
+        if plant.fault in FAULTS and not is_of_wrist:
+            case = _make_case("single", (plant,), number)
+            cases.append((case, choices[number % len(choices)]))
+    return cases
+
+
+def _make_case(kind: str, plants: tuple[Planting, ...], number: int) -> Case:
+    name = "+".join([kind, *map(str, plants), str(number)])
+    assert kind in ("clean", "single")
+    return Case(name, "single" if plants else "clean", plants, (), ClientHabits(), number)
+
+
+# --- Recordings of real episodes ---
+
+
+def record_case(
+    case: Case, episodes: Sequence[Episode], service: Service, session_folder: Path
+) -> None:
+    """Record the episodes of a run, with its faults, as a server would have."""
+    session_folder.mkdir(parents=True)
+    mark_folder(session_folder, {})
+    writer = RecordingWriter(session_folder, service.metadata, MAX_RECORDING_BYTES)
+    for index, episode in enumerate(episodes):
+        fault = case.plants[0].make() if case.plants else PlantedFault()
+        start_s = FIRST_START_S + 3600 * case.number + EPISODE_DISTANCE_S * index
+        for exchange in make_exchanges(episode, fault, index, start_s):
+            writer.add(exchange)
+    writer.end_all()
+
+
+def make_exchanges(
+    episode: Episode, fault: PlantedFault, client: int, start_s: float
+) -> list[Exchange]:
+    """Make what a server would have recorded of an episode with a fault."""
+    assert episode.action is not None
+    assert episode.action_mask is not None
+    observations = build_observations(episode, ["external"])
+    states = np.stack([observation["observation/state"] for observation in observations])
+    moved_states = move_states(states, episode.action, fault)
+    robot = embodiments.load("generic")
+    exchanges = []
+    for step, observation in enumerate(observations):
+        observation = {**observation, "observation/state": moved_states[step]}
+        chunk, _ = extract_chunk(episode.action, episode.action_mask, step)
+        arrival_s = start_s + step / CONTROL_RATE_HZ
+        exchange = Exchange(
+            client=client,
+            address="127.0.0.1:40000",
+            arrival_s=arrival_s,
+            answer_s=arrival_s + INFERENCE_S,
+            inference_s=INFERENCE_S,
+            observation=robot.read(fault.change_observation(observation)),
+            actions=np.float32(chunk),
+            rows=np.float32(chunk),
+            num_bytes=0,
+        )
+        exchanges.append(exchange)
+    return exchanges
+
+
+def move_states(states: Array, actions: Array, fault: PlantedFault) -> Array:
+    """Return the states [T, 8] to which the faulty execution of actions [T, 8] would have led.
+
+    What the real arm did differently from its commands is added to each motion.
+    """
+    moved = [np.float64(states[0])]
+    for step in range(len(states) - 1):
+        executed = np.float64(fault.change_action(np.float32(actions[step]), states[step]))
+        tracking_error_m = states[step + 1, :3] - states[step, :3] - actions[step, :3]
+        position, rotation = apply_action(
+            torch.from_numpy(moved[-1][:3]),
+            torch.from_numpy(moved[-1][3:7]),
+            torch.from_numpy(executed[:3] + tracking_error_m),
+            torch.from_numpy(executed[3:7]),
+        )
+        commanded_opening = executed[7]
+        is_changed = abs(commanded_opening - actions[step, 7]) > 0.5
+        opening = states[step + 1, 7]
+        if is_changed:
+            opening = 1 - opening
+        moved.append(np.concatenate([position.numpy(), rotation.numpy(), [opening]]))
+    return np.float32(moved)
+
+
+def main(options: Options) -> None:
+    """Record the runs, diagnose them, and write the table."""
+    if not options.data.is_dir():
+        raise SpearError(f"{options.data} does not exist. Give BridgeData's test episodes.")
+    out = options.out
+    if not (out / "episodes").is_dir():
+        write_episodes(read_episodes(options.data, TRAIN_SPLIT), out / "episodes")
+    held_out = [add_actions(episode) for episode in read_episodes(options.data, HELD_OUT_SPLIT)]
+    policy = Spear1Policy.load(options.policy)
+    service = Service(policy, embodiments.load("generic"), name="bridge")
+
+    cases = []
+    (out / "outcomes").mkdir(exist_ok=True)
+    for case, numbers in list_bridge_cases(len(held_out)):
+        folder = out / "rollouts" / case.name
+        shutil.rmtree(folder, ignore_errors=True)
+        record_case(case, [held_out[number] for number in numbers], service, folder)
+        outcome = json.dumps({"successes": 0, "episodes": len(numbers)})
+        (out / "outcomes" / f"{case.name}.json").write_text(outcome, "utf-8")
+        cases.append(case)
+
+    subject = Subject(str(policy.folder), out / "episodes")
+    results_file = out / "results.jsonl"
+    with results_file.open("w", encoding="utf-8") as file:
+        for result in diagnose_cases([(case, subject) for case in cases], out, options.workers):
+            file.write(json.dumps(result) + "\n")
+            print(f"{result['name']}: {', '.join(result['named']) or result['verdict']}")
+    write_table(summarize(read_results(results_file)), out / "diagnose.csv")
+
+
+if __name__ == "__main__":
+    sys.exit(run_reporting_errors(lambda: main(tyro.cli(Options))))

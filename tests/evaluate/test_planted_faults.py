@@ -1,0 +1,191 @@
+"""The bench of planted faults: a fault changes what it says, and nothing else."""
+
+import importlib
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+
+from serve_here import HomingPolicy
+from spear.data.store.episode_store import EpisodeStore
+from spear.geometry import UNIT_NORM_TOLERANCE
+from spear.sim.render import Renderer
+from spear.sim.scene import SceneSpec, sample_scene
+
+RNG = np.random.default_rng(0)
+HALF = np.sqrt(0.5)
+STATE = np.array([0.5, 0.1, 0.2, HALF, 0.0, 0.5, 0.5, 0.9], np.float32)
+ACTION = np.array([0.01, 0.02, -0.03, 0.99, 0.08, 0.06, 0.02, 0.2], np.float32)
+ACTION[3:7] /= np.linalg.norm(ACTION[3:7])
+PICTURE_FAULTS = ("camera", "padding")
+ROTATION_FAULTS = ("angle-unit", "quaternion-order", "euler-order")
+GRIPPER_FAULTS = ("gripper-inverted", "gripper-scale", "gripper-late")
+TRANSLATION_FAULTS = ("action-frame", "translation-unit")
+SCENE_FAULTS = {
+    "unseen-instruction": {"instruction"},
+    "start-outside": {"ee_position", "ee_rotation"},
+    "object-not-in-view": {"objects"},
+}
+"""Fault of the scene → the fields that it may change."""
+
+
+@pytest.fixture
+def bench(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """The module benchmarks/diagnose/cases.py; the other modules are found afterwards, too."""
+    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "benchmarks/diagnose")
+    return importlib.import_module("cases")
+
+
+def make_observation() -> dict[str, Any]:
+    return {
+        "observation/image": RNG.integers(1, 255, (128, 192, 3), np.uint8),
+        "observation/wrist_image": RNG.integers(1, 255, (96, 96, 3), np.uint8),
+        "observation/state": STATE,
+        "prompt": "put the carrot on the plate",
+    }
+
+
+def find_changes(before: dict[str, Any], after: dict[str, Any]) -> set[str]:
+    """The keys whose values differ."""
+    return {key for key in before if not np.array_equal(before[key], after.get(key))}
+
+
+def list_plants(bench: ModuleType, *prefixes: str) -> list[Any]:
+    """All strengths of the faults whose names begin like this."""
+    return [plant for plant in bench.list_plantings() if plant.fault.startswith(prefixes)]
+
+
+def test_there_are_thirty_kinds_of_faults_with_makers(bench: ModuleType) -> None:
+    plants = bench.list_plantings()
+
+    for plant in plants:
+        plant.make()
+    assert len({plant.fault for plant in plants}) >= 30
+
+
+def test_faults_of_pictures_change_only_the_pictures_of_their_cameras(bench: ModuleType) -> None:
+    keys = {"external": "observation/image", "wrist": "observation/wrist_image"}
+    for plant in list_plants(bench, *PICTURE_FAULTS):
+        fault = plant.make()
+        camera = plant.settings.get("camera", "both")
+        expected = {keys[view] for view in ("external", "wrist") if camera in (view, "both")}
+
+        changes = set()
+        for _ in range(12):  # some faults show only after some observations
+            observation = make_observation()
+            changes |= find_changes(observation, fault.change_observation(observation))
+
+        assert changes == expected, plant
+        assert np.array_equal(fault.change_action(ACTION, STATE), ACTION)
+
+
+def test_wide_pictures_come_back_to_the_usual_size(bench: ModuleType) -> None:
+    for plant in list_plants(bench, "camera-stretched", "padding-bars"):
+        fault = plant.make()
+        width, height = fault.change_image_sizes({"external": (192, 128), "wrist": (96, 96)})[
+            plant.settings["camera"]
+        ]
+        key = {"external": "observation/image", "wrist": "observation/wrist_image"}[
+            plant.settings["camera"]
+        ]
+        usual = make_observation()
+
+        wide = {**usual, key: RNG.integers(1, 255, (height, width, 3), np.uint8)}
+
+        assert fault.change_observation(wide)[key].shape == usual[key].shape
+
+
+def test_faults_of_commands_change_one_part_of_the_action(bench: ModuleType) -> None:
+    parts = {
+        TRANSLATION_FAULTS: slice(0, 3),
+        ROTATION_FAULTS: slice(3, 7),
+        GRIPPER_FAULTS: slice(7, 8),
+    }
+    for faults, part in parts.items():
+        for plant in list_plants(bench, *faults):
+            fault = plant.make()
+            is_state_fault = plant.settings.get("quantity") == "state"
+
+            first_action = fault.change_action(ACTION, STATE)
+            opposite_action = np.append(ACTION[:7], np.float32(1 - ACTION[7]))
+            second_action = fault.change_action(opposite_action, STATE)
+
+            rest = np.delete(np.arange(8), part)
+            assert np.allclose(first_action[rest], ACTION[rest]), plant
+            is_same = np.allclose(first_action, ACTION)
+            is_later_same = np.allclose(second_action, opposite_action)
+            assert (is_same and is_later_same) == is_state_fault, plant
+
+
+def test_commands_stay_unit_quaternions(bench: ModuleType) -> None:
+    for plant in bench.list_plantings():
+        action = plant.make().change_action(ACTION, STATE)
+
+        assert abs(np.linalg.norm(action[3:7]) - 1) < UNIT_NORM_TOLERANCE, plant
+
+
+def test_faults_of_states_change_only_the_state(bench: ModuleType) -> None:
+    plants = [p for p in bench.list_plantings() if p.settings.get("quantity") == "state"]
+    assert plants
+    for plant in plants:
+        observation = make_observation()
+
+        changed = plant.make().change_observation(observation)
+
+        assert find_changes(observation, changed) == {"observation/state"}, plant
+
+
+def test_faults_of_scenes_change_only_their_part(bench: ModuleType) -> None:
+    scene = sample_scene("put_on", 8301)
+    for fault, fields in SCENE_FAULTS.items():
+        for plant in list_plants(bench, fault):
+            changed: SceneSpec = plant.make().change_scene(scene)
+
+            differing = {
+                name for name, value in vars(scene).items() if getattr(changed, name) != value
+            }
+            assert differing, plant
+            assert differing <= fields, plant
+
+
+def test_no_scene_is_used_twice(bench: ModuleType) -> None:
+    cases = bench.list_cases(num_clean=300, num_runs=2, num_pairs=40, num_scenes=4)
+
+    scenes = [scene for case in cases for scene in case.scenes]
+
+    assert len(set(scenes)) == len(scenes)
+    assert all(7000 <= seed < 9000 for _, seed in scenes)
+
+
+def test_a_run_keeps_its_scenes_in_smaller_benches(bench: ModuleType) -> None:
+    large = {case.name: case for case in bench.list_cases(40, 2, 20, 4)}
+    small = bench.list_cases(10, 1, 5, 4)
+
+    assert all(large[case.name] == case for case in small)
+
+
+def test_a_rollout_is_recorded_with_the_faults_in_it(
+    bench: ModuleType, renderer: Renderer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The recording shows the actions that the policy sent, and the motion that the arm made."""
+    robot = importlib.import_module("robot")
+    monkeypatch.setattr(robot, "MAX_ACTIONS", 5)
+    plants = [None, bench.Planting("action-sign", 0), bench.Planting("control-rate", 0)]
+    recordings = []
+    for index, plant in enumerate(plants):
+        faults = [] if plant is None else [plant.make()]
+        scene = sample_scene("put_on", 8302)
+        one = robot.Robot(scene, faults, robot.ClientHabits(), index, 1e9, seed=1)
+        recordings.append(robot.Recording(tmp_path / str(index), [one]))
+
+    robot.record(HomingPolicy(), recordings, "test")
+
+    clean, inverted, fast = (EpisodeStore(recording.folder) for recording in recordings)
+    clean_motion, inverted_motion = (
+        store[0].position[1, 0] - store[0].position[0, 0] for store in (clean, inverted)
+    )
+    assert np.sign(inverted_motion) == -np.sign(clean_motion)
+    intervals_s = [np.diff(store.served_steps(0).arrival_s).mean() for store in (clean, fast)]
+    assert intervals_s[1] < 0.7 * intervals_s[0]
