@@ -1,6 +1,6 @@
 """The server under attack: eight honest clients beside each kind of hostile ones, on this machine.
 
-    python benchmarks/serve/hostile.py [SECONDS] [POLICY] [--only ATTACK …] [--quick]
+    python benchmarks/serve/hostile.py [SECONDS] [POLICY] [--only ATTACK …] [--table FILE] [--quick]
 
 Honest clients ask for their next chunk as soon as they have one, from 127.0.0.1. Attackers come
 from 127.0.0.2 and on, and in one row from 127.0.0.1 too. They run in a process of their own, at the
@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import csv
 import io
 import itertools
 import json
@@ -24,7 +25,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Awaitable, Callable, Iterable, Iterator
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -400,7 +401,9 @@ def run_honest_clients(url: str, seconds: float) -> dict[str, Any]:
 class Measurement(NamedTuple):
     """Of the honest clients under one attack, and of the server's memory."""
 
+    attack: str
     p99_ms: float
+    num_answered: int
     memory_during_mib: float
     memory_after_mib: float
 
@@ -431,16 +434,50 @@ def measure_attack(
     with watch_memory(server) as memory_mib, attack_in_background(name, server.url):
         result = run_honest_clients(server.url, seconds)
     time.sleep(RECOVERY_S)
-    measured = Measurement(result["p99"], max(memory_mib), server.measure_memory_mib())
+    measured = Measurement(
+        name or "none",
+        result["p99"],
+        result["requests"],
+        max(memory_mib),
+        server.measure_memory_mib(),
+    )
 
     slowdown = "" if undisturbed_p99_ms is None else f"{result['p99'] / undisturbed_p99_ms:.2f}"
     print(
-        f"| {name or 'none'} | {result['p50']:.0f} | {result['p99']:.0f} | {slowdown} | "
+        f"| {measured.attack} | {result['p50']:.0f} | {result['p99']:.0f} | {slowdown} | "
         f"{result['requests']} | {measured.memory_during_mib:.0f} | "
         f"{measured.memory_after_mib:.0f} |",
         flush=True,
     )
     return measured
+
+
+def write_csv(path: Path, rows: Sequence[Measurement], undisturbed_p99_ms: float) -> None:
+    """Write the measurements as a table."""
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(
+            [
+                "attack",
+                "p99 (ms)",
+                "p99 / undisturbed",
+                "answered",
+                "memory during (MiB)",
+                "memory after (MiB)",
+            ]
+        )
+        for row in rows:
+            description = (ATTACKS[row.attack].__doc__ or "") if row.attack in ATTACKS else "None."
+            writer.writerow(
+                [
+                    description.rstrip("."),
+                    f"{row.p99_ms:.0f}",
+                    f"{row.p99_ms / undisturbed_p99_ms:.2f}",
+                    row.num_answered,
+                    f"{row.memory_during_mib:.0f}",
+                    f"{row.memory_after_mib:.0f}",
+                ]
+            )
 
 
 def stop_under_attack(server: ServerProcess, attack: str) -> float:
@@ -459,6 +496,7 @@ def main(
     seconds: Positional[float] = 15.0,
     policy: Positional[str] = "nano",
     only: tuple[str, ...] = tuple(ATTACKS),
+    table: Path | None = None,
     quick: bool = False,
     attack: str | None = None,
 ) -> None:
@@ -479,6 +517,8 @@ def main(
         stop_s = stop_under_attack(server, only[0])
 
     undisturbed_p99_ms = max(load_before.p99_ms, load_after.p99_ms)
+    if table:
+        write_csv(table, [load_before, *attacked, load_after], undisturbed_p99_ms)
     slowdown = max(measured.p99_ms for measured in attacked) / undisturbed_p99_ms
     idle_mib = load_before.memory_after_mib
     during_mib = max(measured.memory_during_mib for measured in attacked) - idle_mib
