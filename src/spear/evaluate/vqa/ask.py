@@ -88,14 +88,16 @@ def ask_question(
         does not see the object.
 
     Raises:
-        SpearError: The question type is unknown, or the question is empty.
+        SpearError: The question type is unknown, the question is empty, or it is about a pixel
+            outside the image.
     """
     if question_type is not None:
         check_known("question type", QUESTION_TYPES, question_type)
     if not question.strip():
         raise SpearError("empty question. Ask something about the image, in words.")
     trust = settings.trust
-    parsed = understand_question(question, settings.taught_types)
+    height, width = image.shape[:2]
+    parsed = understand_question(question, settings.taught_types, (width, height))
     keeps_wording = settings.is_free or question_type is not None
     if parsed is None and not keeps_wording:
         return None, describe_untaught(settings.taught_types)

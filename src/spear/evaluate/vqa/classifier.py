@@ -1,0 +1,160 @@
+"""Classify questions by their skeletons: which type of question is it, if any that models learn?
+
+A linear classifier gives each type a score. It is fitted to the questions of example_questions.toml
+and to the prompt templates by ridge regression, which takes less than a second, so that no weights
+are stored. To teach it another wording, add the question to example_questions.toml.
+"""
+
+import itertools
+import re
+import tomllib
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from spear.evaluate.vqa.skeleton import CUES, PIXEL, UNEXPLAINED, WORDS, Skeleton, read_question
+from spear.labels.questions.types import PROMPT_TEMPLATES
+from spear.types import Array
+
+EXAMPLES_FILE = Path(__file__).with_name("example_questions.toml")
+NO_TYPE = "untaught"
+"""The class of the questions that no model is taught to answer."""
+NUM_OBJECTS = {
+    question_type: sum(gap in templates[0] for gap in ("{x}", "{y}"))
+    for question_type, templates in PROMPT_TEMPLATES.items()
+}
+"""Question type → how many objects its questions name."""
+PIXEL_TYPES = frozenset(
+    question_type
+    for question_type, templates in PROMPT_TEMPLATES.items()
+    if "{p}" in templates[0] and not NUM_OBJECTS[question_type]
+)
+"""The types whose questions give the coordinates of a pixel."""
+RIDGE_PENALTY = 0.1  # chosen by cross-validation among 0.1, 0.5 and 2
+_UNTAUGHT_WORDS = WORDS["untaught"] | WORDS["adjectives"]
+
+_UNIT = "(?:meters|centimeters|millimeters|feet|inches|yards)"
+PATTERNS = {
+    "closer to an object": r"\b(?:closer|nearer|closest|nearest|further|farther) (?:to|from) NAME",
+    "how many objects": rf"\b(?:how many|count|number of) (?!{_UNIT})",
+    "how many meters": rf"\b(?:how many|number of) {_UNIT}",
+    "an object moves": r"NAME .*\b(?:move|moved|moving|reach|reaching|travel|walk)\b",
+    "one object and another": r"NAME (?:and|or)(?: \w+)* NAME",
+    "room between": r"\b(?:room|space) .*between",
+    "from one object to another": r"\b(?:how|what|which)\b.* from NAME .*\bto\b.* NAME",
+}
+"""Name of a cue → the skeletons that have it. These cues are no single words."""
+
+
+@dataclass(frozen=True)
+class Example:
+    """A question whose type is known; `NO_TYPE` if no model is taught to answer it."""
+
+    question: str
+    question_type: str
+
+
+def load_examples() -> list[Example]:
+    """Load the questions to which the classifier is fitted."""
+    tables: Mapping[str, Any] = tomllib.loads(EXAMPLES_FILE.read_text(encoding="utf-8"))
+    examples = [Example(question, NO_TYPE) for question in tables["untaught"]]
+    for row in (*tables["paraphrases"], *tables["absent"]):
+        examples.append(Example(row["ask"], row["type"]))
+    for question_type, templates in PROMPT_TEMPLATES.items():
+        point = "(80, 40)" if question_type in PIXEL_TYPES else "closest"
+        for template in templates:
+            question = template.format(x="the mug", y="the bowl", p=point)
+            examples.append(Example(question, question_type))
+    return examples
+
+
+@dataclass(frozen=True)
+class Classifier:
+    """A linear classifier of skeletons.
+
+    Attributes:
+        feature_indices: feature → its row in `weights`.
+        classes: the question types, and `NO_TYPE`.
+        weights: [number of features, number of classes].
+    """
+
+    feature_indices: Mapping[str, int]
+    classes: Sequence[str]
+    weights: Array
+
+    @classmethod
+    def fit(cls, examples: Iterable[Example]) -> "Classifier":
+        """Fit a classifier to examples by ridge regression."""
+        feature_sets: list[set[str]] = []
+        types: list[str] = []
+        for example in examples:
+            skeleton = read_question(example.question).list_readings()[0]
+            feature_sets.append(list_features(skeleton))
+            types.append(example.question_type)
+        features = sorted(set().union(*feature_sets))
+        feature_indices = {feature: index for index, feature in enumerate(features)}
+        classes = sorted(set(types))
+
+        inputs = np.stack([_to_vector(features, feature_indices) for features in feature_sets])
+        targets = np.array([[float(name == own_type) for name in classes] for own_type in types])
+        # The weights are a combination of the examples, of which there are fewer than features.
+        similarities = inputs @ inputs.T
+        penalty = RIDGE_PENALTY * np.eye(len(inputs))
+        weights = inputs.T @ np.linalg.solve(similarities + penalty, targets)
+        return cls(feature_indices, classes, weights)
+
+    def classify(self, skeleton: Skeleton) -> str:
+        """Return the type of a question, or `NO_TYPE`."""
+        if not _UNTAUGHT_WORDS.isdisjoint(skeleton.words):
+            return NO_TYPE
+        scores = _to_vector(list_features(skeleton), self.feature_indices) @ self.weights
+        has_pixel = PIXEL in skeleton.words
+        likely_classes = sorted(zip(-scores, self.classes, strict=True))
+        for _, name in likely_classes:
+            if name == NO_TYPE:
+                return NO_TYPE
+            if NUM_OBJECTS[name] == skeleton.num_objects and (name in PIXEL_TYPES) == has_pixel:
+                return name
+        return NO_TYPE
+
+
+@lru_cache(1)
+def fit_classifier() -> Classifier:
+    """Fit the classifier to all examples, once per process."""
+    return Classifier.fit(load_examples())
+
+
+def list_features(skeleton: Skeleton) -> set[str]:
+    """List the features of a skeleton: its words, its cues, and pairs of each."""
+    words = ["<begin>", *skeleton.words, "<end>"]
+    cues = _find_cues(skeleton)
+    num_objects = f"{skeleton.num_objects} objects"
+    num_unexplained = min(2, words.count(UNEXPLAINED))
+    features = {*words, num_objects, f"{num_unexplained} unexplained"}
+    features.update(f"{word} {next_word}" for word, next_word in itertools.pairwise(words))
+    for cue in cues:
+        features.add(f"[{cue}]")
+        features.add(f"[{cue}] {num_objects}")
+    features.update(f"[{cue}] [{other}]" for cue, other in itertools.combinations(cues, 2))
+    return features
+
+
+def _find_cues(skeleton: Skeleton) -> list[str]:
+    """Find the cues of a skeleton: groups of words that it uses, and patterns; sorted."""
+    cues = [group for group, words in CUES.items() if not words.isdisjoint(skeleton.words)]
+    text = " ".join(skeleton.words)
+    cues += [cue for cue, pattern in PATTERNS.items() if re.search(pattern, text)]
+    return sorted(cues)
+
+
+def _to_vector(features: Collection[str], feature_indices: Mapping[str, int]) -> Array:
+    """Return the unit vector of a question's features. Unknown features are ignored."""
+    vector = np.zeros(len(feature_indices))
+    for feature in features:
+        if feature in feature_indices:
+            vector[feature_indices[feature]] = 1.0
+    return vector / max(1.0, float(np.linalg.norm(vector)))

@@ -1,0 +1,375 @@
+"""Read the skeleton of a question: its words, with NAME in place of each object.
+
+The skeleton of "Hey, how far's the red cube from the camera?" is "how far is NAME from camera".
+words.toml lists the words that questions of the taught types are made of. Any other word is part of
+a name, if it stands where a question names an object. Otherwise it is *unexplained*, which suggests
+that the question asks for something else.
+"""
+
+import difflib
+import re
+import tomllib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+_DATA = tomllib.loads(Path(__file__).with_name("words.toml").read_text(encoding="utf-8"))
+PHRASES: dict[str, str] = _DATA["phrases"]
+"""Phrase → what it is read as."""
+SPELLINGS: dict[str, str] = _DATA["spellings"]
+"""Word → the word that it is read as."""
+WORDS = {group: frozenset(words) for group, words in _DATA["words"].items()}
+"""Group of words → the words. They do not tell what a question asks."""
+CUES = {group: frozenset(words) for group, words in _DATA["cues"].items()}
+"""Group of words → the words. They tell what a question asks."""
+CUE_WORDS = frozenset().union(*CUES.values())
+_GROUPS_OF_NAMES = frozenset(("look_alikes", "surfaces"))
+VOCABULARY = CUE_WORDS.union(
+    *(words for group, words in WORDS.items() if group not in _GROUPS_OF_NAMES)
+)
+"""The words of questions, which are no names."""
+
+NAME = "NAME"  # stands for an object in a skeleton
+PIXEL = "PIXEL"  # stands for the coordinates of a pixel in a skeleton
+UNEXPLAINED = "?"  # stands for an unexplained word in a skeleton
+
+MIN_TYPO_LETTERS = 4  # a shorter word resembles too many others
+TYPO_SIMILARITY = 0.85  # of difflib; "cornres" and "corners" have 0.857
+_TYPO_TARGETS = sorted(
+    word for word in CUE_WORDS | WORDS["often_misspelled"] if len(word) >= MIN_TYPO_LETTERS
+)
+_MIN_ADVERB_LETTERS = 6  # "nearly", but not "ugly"
+
+_QUOTATION_MARKS = re.compile(r"(?<!\w)'|'(?!\w)|[\"“”‘*_]")  # also the apostrophe of plurals
+_PHRASES = re.compile(
+    rf"(?<!\w)(?:{'|'.join(re.escape(phrase) for phrase in sorted(PHRASES, key=len)[::-1])})(?!\w)"
+)
+_CAPITALIZED = re.compile(r"(?<=[\w,] )[A-Z][a-z]+")  # though no sentence begins with it
+# A token is 's, a word (perhaps with hyphens), or a single punctuation mark.
+_TOKENS = re.compile(r"'s\b|[^\W_]+(?:-[^\W_]+)*|[^\s\w]")
+_ENDS_OF_CLAUSES = frozenset(",.;:?!()[]–—-") | WORDS["subordinators"]
+_AFTER_VERBS = WORDS["determiners"] | {"i", "it", "out", "them", "up", "we", "you"}
+"""The words before these are no name, but a verb: "pick up", "grasp the mug"."""
+
+_NUMBER = r"(\d+(?:\.\d+)?)"
+_ROW_AND_COLUMN = re.compile(rf"row\s+{_NUMBER}\s*,?\s*(?:and\s+)?col(?:umn)?\s+{_NUMBER}")
+_PIXELS = tuple(
+    re.compile(pattern)
+    for pattern in (
+        rf"[(\[]?\b[xu]\s*[=:]?\s*{_NUMBER}\s*[,;]?\s*(?:and\s+)?[yv]\s*[=:]?\s*{_NUMBER}[)\]]?",
+        rf"[(\[]\s*{_NUMBER}\s*[,;/ ]\s*{_NUMBER}\s*[)\]]",
+        rf"(?<![\w.]){_NUMBER}\s*[,/ ]\s*{_NUMBER}(?!\w)",
+    )
+)
+"""Match the coordinates of a pixel, x before y: "x=60 y=110", "(60, 110)", "60, 110"."""
+
+
+@dataclass
+class Skeleton:
+    """The words of a question or of one of its clauses, with NAME in place of each object.
+
+    Attributes:
+        words: the words without determiners; `NAME` stands for an object, `PIXEL` for the
+            coordinates of a pixel, and `UNEXPLAINED` for an unexplained word.
+        names: the names of the objects, in the order of the words `NAME`.
+        has_bare_names: whether a name stands without an article.
+    """
+
+    words: list[str] = field(default_factory=list)
+    names: list[str] = field(default_factory=list)
+    has_bare_names: bool = False
+
+    @property
+    def num_objects(self) -> int:
+        """How many different objects the question names."""
+        return len(set(self.names))
+
+    @property
+    def has_cues(self) -> bool:
+        """Whether a word tells what is asked."""
+        return not CUE_WORDS.isdisjoint(self.words)
+
+
+@dataclass
+class ReadQuestion:
+    """A question, read.
+
+    Attributes:
+        clauses: the skeletons of its clauses.
+        pixel: (x, y) of the pixel that it mentions, px; None if it mentions none.
+    """
+
+    clauses: list[Skeleton]
+    pixel: tuple[float, float] | None
+
+    def list_readings(self) -> list[Skeleton]:
+        """List the skeletons that the whole question may have, the likeliest first.
+
+        The first reading is without the clauses that say nothing about what is asked, as "I want to
+        grasp the mug" in "I want to grasp the mug, how far is it?". If there are any, the second
+        reading has the names in them.
+        """
+        first_reading: list[Skeleton] = []
+        second_reading: list[Skeleton] = []
+        for clause in self.clauses:
+            if self._is_essential(clause):
+                first_reading.append(clause)
+                second_reading.append(clause)
+            else:
+                second_reading.append(Skeleton([NAME] * len(clause.names), clause.names))
+        if len(first_reading) == len(self.clauses):
+            return [_join_clauses(first_reading)]
+        return [_join_clauses(first_reading), _join_clauses(second_reading)]
+
+    def _is_essential(self, clause: Skeleton) -> bool:
+        """Return whether a clause says what is asked."""
+        if clause.has_cues:
+            return True
+        others_name_object = any(other.has_cues and other.names for other in self.clauses)
+        is_aside = clause.has_bare_names and others_name_object  # as in "for grasp planning, …"
+        return UNEXPLAINED not in clause.words and not is_aside
+
+
+def read_question(question: str) -> ReadQuestion:
+    """Read the skeletons of a question's clauses, and the pixel that it mentions."""
+    capitalized = frozenset(word.casefold() for word in _CAPITALIZED.findall(question))
+    text = question.casefold().replace("’", "'")
+    text = _QUOTATION_MARKS.sub(" ", text)
+    text = _PHRASES.sub(lambda match: PHRASES[match[0]], text)
+    text, pixel = _cut_pixel(text)
+
+    clauses: list[Skeleton] = []
+    tokens: list[str] = []
+    for token in [*_split_words(text), "."]:
+        if token not in _ENDS_OF_CLAUSES:
+            tokens.append(_correct_spelling(token))
+        elif tokens:
+            clauses.append(_Clause(tokens, capitalized).read())
+            tokens = []
+    return ReadQuestion(clauses, pixel)
+
+
+def is_name(text: str, question: str) -> bool:
+    """Return whether the text that fills a gap of a template is a name.
+
+    "elephant from us", "mug please" and "color of the mug" are none. "Paris" without an article is
+    no object.
+    """
+    *other_words, last_word = text.casefold().split()
+    if not WORDS["untaught"].isdisjoint(other_words):
+        return False
+    has_article = re.search(rf"\b(?:the|an?) {re.escape(text)}", question, re.IGNORECASE)
+    if not has_article and re.match("[A-Z][a-z]", text):
+        return False
+    words_after_names = WORDS["common"] | WORDS["references"] | CUES["image"]
+    return not other_words or last_word not in words_after_names
+
+
+def _join_clauses(clauses: Sequence[Skeleton]) -> Skeleton:
+    """Join the skeletons of clauses.
+
+    If "cube" and "red cube" are named, they are the same object. A surface such as "table" only
+    says where an object is, if another object is named.
+    """
+    words = [word for clause in clauses for word in clause.words]
+    names = [name for clause in clauses for name in clause.names]
+    for index, name in enumerate(names):
+        longer_names = [other for other in names if other.endswith(f" {name}")]
+        if longer_names:
+            names[index] = longer_names[0]
+
+    objects = [name for name in names if name not in WORDS["surfaces"]]
+    if objects:
+        places = [index for index, word in enumerate(words) if word == NAME]
+        for place, name in reversed(list(zip(places, names, strict=True))):
+            if name in WORDS["surfaces"]:
+                del words[place]
+        names = objects
+    return Skeleton(words, names)
+
+
+def _cut_pixel(text: str) -> tuple[str, tuple[float, float] | None]:
+    """Replace the coordinates of a pixel by `PIXEL`. Return the text and (x, y)."""
+    match = _ROW_AND_COLUMN.search(text)
+    if match:
+        row, column = match.groups()
+        pixel = (float(column), float(row))
+        return _replace_match(text, match), pixel
+    for pattern in _PIXELS:
+        match = pattern.search(text)
+        if match:
+            x, y = match.groups()
+            return _replace_match(text, match), (float(x), float(y))
+    return text, None
+
+
+def _replace_match(text: str, match: re.Match[str]) -> str:
+    """Replace what a pattern matches by `PIXEL`."""
+    return f"{text[: match.start()]} {PIXEL} {text[match.end() :]}"
+
+
+def _split_words(text: str) -> list[str]:
+    """Split a text in tokens; also at the hyphens of words such as "camera-to-mug"."""
+    tokens: list[str] = []
+    for token in _TOKENS.findall(text):
+        parts = token.split("-")
+        is_one_word = token in VOCABULARY or VOCABULARY.isdisjoint(parts)
+        tokens += [token] if is_one_word else [part for part in parts if part]
+    return tokens
+
+
+def _correct_spelling(token: str) -> str:
+    """Return the word of `VOCABULARY` that a token probably means, or the token."""
+    token = SPELLINGS.get(token, token)
+    is_known = token in VOCABULARY or token in WORDS["look_alikes"]
+    if is_known or len(token) < MIN_TYPO_LETTERS:
+        return token
+    targets = [word for word in _TYPO_TARGETS if word[0] == token[0]]
+    matches = difflib.get_close_matches(token, targets, n=1, cutoff=TYPO_SIMILARITY)
+    return matches[0] if matches else token
+
+
+@dataclass(frozen=True)
+class _Clause:
+    """A clause of a question.
+
+    Attributes:
+        tokens: Its words and punctuation marks.
+        capitalized: The words of the question that are capitalized though no sentence begins with
+            them.
+    """
+
+    tokens: Sequence[str]
+    capitalized: frozenset[str]
+
+    def read(self) -> Skeleton:
+        """Return the skeleton."""
+        skeleton = Skeleton()
+        index = 0
+        while index < len(self.tokens):
+            end = self._find_end_of_name(index)
+            if end == index:
+                skeleton.words += self._read_word(self.tokens[index])
+                index += 1
+            elif self._is_in_place_of_name(index, end):
+                self._read_name(index, end, skeleton)
+                index = end
+            else:
+                skeleton.words += [UNEXPLAINED] * (end - index)
+                index = end
+        return skeleton
+
+    def _token_at(self, index: int) -> str:
+        """Return a token; "" before the first and after the last."""
+        return self.tokens[index] if 0 <= index < len(self.tokens) else ""
+
+    def _read_word(self, token: str) -> list[str]:
+        """Return what a word that is no name adds to the skeleton."""
+        if token in WORDS["determiners"] or token == "'s" or token.isdigit():
+            return []
+        is_known = token in VOCABULARY or token == PIXEL or _is_adverb(token)
+        return [token] if is_known else [UNEXPLAINED]
+
+    def _read_name(self, start: int, end: int, skeleton: Skeleton) -> None:
+        """Add the name tokens[start:end] to a skeleton."""
+        words = list(self.tokens[start:end])
+        skeleton.words.append(NAME)
+        if self._ends_with_verb(start, end):
+            words.pop()
+            skeleton.words.append(UNEXPLAINED)
+        skeleton.names.append(" ".join(words))
+        skeleton.has_bare_names |= not self._is_after_determiner(start)
+
+    def _is_after_determiner(self, index: int) -> bool:
+        return self._token_at(index - 1) in WORDS["determiners"]
+
+    def _find_end_of_name(self, start: int) -> int:
+        """Find the index behind the words from `start` on that may be a name.
+
+        "box" and "can" are words of `VOCABULARY`, but may also be a name or its last word.
+
+        Returns:
+            The index; `start` if no name begins there.
+        """
+        end = start
+        while self._is_adjective_of_name(end, start):
+            end += 1
+        while _may_be_in_name(self._token_at(end)):
+            end += 1
+
+        last_word = self._token_at(end)
+        if last_word == "can" and self._is_noun_can(end, has_words_before=end > start):
+            return end + 1
+        if last_word == "box" and self._is_noun_box(end, has_words_before=end > start):
+            return end + 1
+        if end > start and last_word == "of" and _may_be_in_name(self._token_at(end + 1)):
+            return end + 2  # "cup of tea"
+        return end
+
+    def _is_adjective_of_name(self, index: int, start: int) -> bool:
+        """Return whether a word is an adjective before a noun, as "big" in "the big bowl"."""
+        is_adjective = self._token_at(index) in WORDS["adjectives"]
+        is_before_noun = _may_be_in_name(self._token_at(index + 1))
+        return is_adjective and is_before_noun and self._is_after_determiner(start)
+
+    def _is_noun_can(self, index: int, has_words_before: bool) -> bool:
+        """Return whether the "can" at an index is a noun."""
+        following = self._token_at(index + 1)
+        if has_words_before or self._is_after_determiner(index):
+            return following not in WORDS["references"] | WORDS["determiners"] | {"be"}
+        return following in ("", "to", "or", "and", "in", "from", "'s")
+
+    def _is_noun_box(self, index: int, has_words_before: bool) -> bool:
+        """Return whether the "box" at an index is an object, and not the box around an object."""
+        following = self._token_at(index + 1)
+        if has_words_before:
+            return following not in CUES["corners"]
+        is_named = self._token_at(index - 2) in WORDS["name_prepositions"]
+        is_end = following in ("", "and", "or", "from", "is", "than", "to", "'s")
+        return self._is_after_determiner(index) and is_named and is_end
+
+    def _is_in_place_of_name(self, start: int, end: int) -> bool:
+        """Return whether tokens[start:end] stand where questions name objects.
+
+        Such a place is after an article, a preposition or a cue ("distance mug"). Another one is
+        the beginning of the clause, if a cue or the like follows ("mug distance", "mug or bowl").
+        """
+        previous = self._token_at(start - 1)
+        following = self._token_at(end)
+        if self._is_after_determiner(start) and previous != "that":
+            return True
+        first_word = self.tokens[start]
+        is_infinitive = previous == "to" and (following == "to" or first_word.endswith("ing"))
+        if following in _AFTER_VERBS or is_infinitive:
+            return False
+        is_after_adjective = previous in WORDS["common"] | CUES["superlative"]
+        if previous == "that" or (is_after_adjective and self._is_after_determiner(start - 1)):
+            return True
+        if first_word in self.capitalized:
+            return False
+        is_before_cue = following in CUE_WORDS - {"away"} or following == "'s"
+        if previous == "":
+            return is_before_cue or following in ("", "and", "or", "to", "is", "in")
+        if previous in CUE_WORDS - CUES["image"] or previous in WORDS["name_prepositions"]:
+            return True
+        return is_before_cue and previous in WORDS["common"] | WORDS["references"]
+
+    def _ends_with_verb(self, start: int, end: int) -> bool:
+        """Return whether the last word of a name is a verb, as in "does the ball roll"."""
+        first = start - 1 if self._is_after_determiner(start) else start
+        following = self._token_at(end)
+        is_end = following == "" or following in WORDS["name_prepositions"] - {"and", "or"}
+        is_after_auxiliary = self._token_at(first - 1) in WORDS["auxiliaries"]
+        return end - start > 1 and is_after_auxiliary and is_end
+
+
+def _may_be_in_name(token: str) -> bool:
+    """Return whether a token may be part of a name: a word that is not in `VOCABULARY`."""
+    is_known = token in VOCABULARY or token == PIXEL or _is_adverb(token)
+    return not is_known and token[:1].isalpha()
+
+
+def _is_adverb(token: str) -> bool:
+    """Return whether a word is an adverb such as "roughly"."""
+    has_ending = token.endswith("ly") and not token.endswith("fly")  # "butterfly" is a name
+    return has_ending and len(token) >= _MIN_ADVERB_LETTERS
