@@ -1,25 +1,17 @@
 """The README and the pages are right: commands and files exist, links lead somewhere, code runs."""
 
 import ast
-import json
 import re
 import runpy
 import shlex
-import signal
 from collections.abc import Iterator
-from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
-from serve_here import SPEAR_CLI_CODE, run_python
 from spear.cli import COMMANDS, find_command, load_command
 from spear.cli.parsing import get_options_class, parse_options
-from spear.data.readers.formats import read_episodes
-from spear.evaluate.open_loop import build_observations
-from spear.serve.client import RemotePolicy
 from spear.util.options import list_option_names
 
 ROOT = Path(__file__).parents[1]
@@ -198,63 +190,6 @@ def test_the_python_of_the_readme_runs() -> None:
     exec(block, names)
 
     assert names["actions"].shape == (5, 8)
-
-
-def read_tutorial() -> list[dict[str, Any]]:
-    """Return the cells of the tutorial."""
-    return json.loads((ROOT / "examples" / "quickstart.ipynb").read_text())["cells"]
-
-
-def test_the_tutorial_is_stored_without_outputs() -> None:
-    assert not any(cell.get("outputs") for cell in read_tutorial())
-
-
-@pytest.mark.slow  # runs the whole tutorial
-def test_the_tutorial_runs_and_the_policy_that_it_trains_can_be_served(
-    renderer: object,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    """Runs the tutorial's cells in order, with few scenes and steps; then serves the policy.
-
-    The cells label, ask, act, record, audit, fine-tune and score. Serving the policy is the last
-    step of docs/tutorials/finetune.md.
-    """
-    monkeypatch.setenv("SPEAR_QUICK", "1")
-    monkeypatch.setenv("SPEAR_TUTORIAL", str(tmp_path))
-    names: dict[str, Any] = {}
-    for cell in read_tutorial():
-        if cell["cell_type"] == "code":
-            exec("".join(cell["source"]), names)
-
-    output = capsys.readouterr().out
-    assert "(5, 8)" in output  # the shape of an action chunk
-    assert "WRONG" not in output  # of the audit
-    assert "trained: " in output
-    assert len(list(tmp_path.glob("label-*.png"))) == 2
-    _, _, table = output.partition("1 held-out episode")
-    header, *rows = table.splitlines()
-    assert header.endswith("last action")
-    assert len(rows) == 4
-    for row in rows:
-        assert row.count("(n = 1)") == 3  # one episode gives no interval
-
-    (episode,) = read_episodes(tmp_path / "my_robot", "train[2:]")
-    with run_python(
-        SPEAR_CLI_CODE, "serve", "--policy", str(tmp_path / "mine"), "--port", "0"
-    ) as server:
-        line = server.stdout.readline()
-        match = re.search(r"ws://\S+", line)
-        assert match, line
-        with closing(RemotePolicy(match[0])) as policy:
-            actions = policy.infer(build_observations(episode)[0])["actions"]
-        server.send_signal(signal.SIGTERM)
-        assert server.wait(60) == 0
-    assert actions.shape == (5, 8)
-    assert np.isfinite(actions).all()
-    quaternions = actions[:, 3:7]
-    np.testing.assert_allclose(np.linalg.norm(quaternions, axis=1), 1, atol=1e-5)
 
 
 def test_the_page_of_the_datasets_repeats_the_facts_of_their_layouts() -> None:
