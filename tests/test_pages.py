@@ -79,7 +79,8 @@ def test_a_command_is_tested_or_says_what_it_needs(page: Path) -> None:
         pytest.skip("the page marks no block yet")
     for block in read_blocks(page):
         if block.language == "sh":
-            assert block.is_tested or block.says_what_it_needs(), block.code
+            advice = f"mark it as tested, or begin it with `# needs …` or `# takes …`: {block.code}"
+            assert block.is_tested or block.says_what_it_needs(), advice
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_page)
