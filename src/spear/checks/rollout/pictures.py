@@ -13,7 +13,7 @@ sees two equal fingers on a plain table, for example, cannot say whether it is m
 """
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import NamedTuple
@@ -101,6 +101,9 @@ SHAPE_VERSIONS: dict[str, Transform] = {
 }
 """Changes that move the content of a picture; they are compared without colors and brightness."""
 
+EXCHANGED = "exchanged with "
+"""The version of pictures that are another camera's; the camera's name follows."""
+
 COLOR_VERSIONS: dict[str, Transform] = {
     "plain": lambda pictures: pictures,
     "with red and blue exchanged": lambda pictures: pictures[..., ::-1],
@@ -158,13 +161,99 @@ class _VersionModel:
         ridge = RIDGE * np.trace(covariance) / size
         return _VersionModel(coefficients, np.linalg.inv(covariance + ridge * np.eye(size)))
 
-    def score(self, states: Array, features: Array) -> dict[str, float]:
-        """Return the mean log likelihood of an episode's pictures by each version."""
+    def score(self, states: Array, features: Array, versions: Iterable[str]) -> dict[str, float]:
+        """Return the mean log likelihood of an episode's pictures by some versions."""
         scores = {}
-        for version, coefficients in self.coefficients.items():
-            residual = features - states @ coefficients
+        for version in versions:
+            residual = features - states @ self.coefficients[version]
             scores[version] = float(-0.5 * ((residual @ self.precision) * residual).sum(1).mean())
         return scores
+
+
+@dataclass(frozen=True)
+class VersionReference:
+    """What training pictures of one camera say about its versions.
+
+    camera          the camera.
+    kind            "shape" or "color".
+    height          rows of its small pictures.
+    model           the model, fitted to half of the training episodes.
+    plain_scores    scores of each other training episode.
+    changed_scores  version → scores of each other training episode, changed to this version.
+    """
+
+    camera: str
+    kind: str
+    height: int
+    model: _VersionModel
+    plain_scores: Sequence[Mapping[str, float]]
+    changed_scores: Mapping[str, Sequence[Mapping[str, float]]]
+
+    @staticmethod
+    def fit(
+        demonstrations: Sequence[RecordedEpisode],
+        camera: str,
+        kind: str,
+        other_cameras: Sequence[str],
+    ) -> "VersionReference | None":
+        """Fit the model, and score the other half; None with too few pictures.
+
+        Args:
+            demonstrations: the training episodes.
+            camera: the camera.
+            kind: "shape" or "color".
+            other_cameras: cameras with which this one may be exchanged.
+        """
+        cameras = {camera, *other_cameras}
+        training = [episode for episode in demonstrations if cameras <= set(episode.pictures)]
+        if len(training) < MIN_EPISODES:
+            return None
+        height = training[0].pictures[camera].small.shape[1]
+
+        def read(episode: RecordedEpisode, version: str) -> Array:
+            """Return the features of an episode's pictures, changed to a version."""
+            exchanged_camera = version.removeprefix(EXCHANGED)
+            if exchanged_camera != version:
+                pictures = _read_pictures(episode, exchanged_camera, height)
+            else:
+                pictures = transforms[version](_read_pictures(episode, camera, height))
+            return _extract_features(kind, pictures)
+
+        transforms = SHAPE_VERSIONS if kind == "shape" else COLOR_VERSIONS
+        versions = [*transforms, *(f"{EXCHANGED}{name}" for name in other_cameras)]
+        features = {}
+        for version in versions:
+            features[version] = np.concatenate([read(e, version) for e in training[::2]])
+        states = np.concatenate([_state_features(episode) for episode in training[::2]])
+        model = _VersionModel.fit(states, features)
+
+        held_out = [(episode, _state_features(episode)) for episode in training[1::2]]
+        plain_scores = [model.score(s, read(e, "plain"), versions) for e, s in held_out]
+        changed_scores = {}
+        for version in versions[1:]:
+            pair = ("plain", version)
+            changed_scores[version] = [model.score(s, read(e, version), pair) for e, s in held_out]
+        return VersionReference(camera, kind, height, model, plain_scores, changed_scores)
+
+    def score(self, episode: RecordedEpisode) -> dict[str, float]:
+        """Return the mean log likelihood of an episode's pictures by each version."""
+        pictures = _read_pictures(episode, self.camera, self.height)
+        features = _extract_features(self.kind, pictures)
+        states = _state_features(episode)
+        return self.model.score(states, features, self.model.coefficients)
+
+
+def _read_pictures(episode: RecordedEpisode, camera: str, height: int) -> Array:
+    """Return the small pictures [T, height, w, 3] of a camera as float32."""
+    pictures = episode.pictures[camera].small.astype(np.float32)
+    if pictures.shape[1] == height:
+        return pictures
+    return _resize(pictures, PICTURE_WIDTH_PX, height)
+
+
+def _extract_features(kind: str, pictures: Array) -> Array:
+    """Return the features [N, D] of pictures: their "shape" or their "color"."""
+    return _shape_features(pictures) if kind == "shape" else _color_features(pictures)
 
 
 @dataclass(frozen=True)
@@ -232,19 +321,24 @@ def _centered_position(episode: RecordedEpisode) -> Array:
 
 def _position_features(episode: RecordedEpisode, camera: str, height: int | None = None) -> Array:
     """Return features [T, D] of pictures, relative to their mean in the episode."""
-    pictures = episode.pictures[camera].small.astype(np.float32)
-    if height is not None and pictures.shape[1] != height:
-        pictures = _resize(pictures, PICTURE_WIDTH_PX, height)
+    rows = episode.pictures[camera].small.shape[1] if height is None else height
+    pictures = _read_pictures(episode, camera, rows)
     features = np.concatenate([_shape_features(pictures), _color_features(pictures)], axis=1)
     return features - features.mean(0)
 
 
 @dataclass(frozen=True)
 class PictureComparison:
-    """The pictures of a rollout and of demonstrations, camera by camera."""
+    """The pictures of a rollout and of demonstrations, camera by camera.
+
+    rollout         the episodes of the rollout.
+    demonstrations  the training episodes.
+    references      (camera, "shape" or "color") → what the demonstrations say, once computed.
+    """
 
     rollout: Sequence[RecordedEpisode]
     demonstrations: Sequence[RecordedEpisode]
+    references: dict[tuple[str, str], VersionReference | None] = field(default_factory=dict)
     _odds: dict[tuple[str, str], list[VersionOdds] | None] = field(default_factory=dict)
 
     @staticmethod
@@ -264,11 +358,11 @@ class PictureComparison:
 
     def shape_odds(self, camera: str) -> list[VersionOdds] | None:
         """Return the odds of `SHAPE_VERSIONS` and of an exchange; None without enough pictures."""
-        return self._find_odds(camera, "shape", SHAPE_VERSIONS, _shape_features)
+        return self._find_odds(camera, "shape")
 
     def color_odds(self, camera: str) -> list[VersionOdds] | None:
         """Return the odds of `COLOR_VERSIONS`; None without enough pictures."""
-        return self._find_odds(camera, "color", COLOR_VERSIONS, _color_features)
+        return self._find_odds(camera, "color")
 
     def delay_odds(self, camera: str) -> list[VersionOdds] | None:
         """Return the odds of pictures that are some steps late; None without enough pictures.
@@ -317,70 +411,31 @@ class PictureComparison:
                 names[camera] = names.get(camera, 0) + 1
         return [name for name, count in names.items() if count > 0.95 * len(self.demonstrations)]
 
-    def _find_odds(
-        self,
-        camera: str,
-        kind: str,
-        versions: Mapping[str, Transform],
-        to_features: Callable[[Array], Array],
-    ) -> list[VersionOdds] | None:
-        """Compute the odds of the versions of a camera once."""
+    def _find_odds(self, camera: str, kind: str) -> list[VersionOdds] | None:
+        """Compute the odds of the versions of a camera once; `kind` is "shape" or "color"."""
         key = (camera, kind)
         if key not in self._odds:
-            self._odds[key] = self._compute_odds(camera, versions, to_features, kind == "shape")
+            self._odds[key] = self._compute_odds(camera, kind)
         return self._odds[key]
 
-    def _compute_odds(
-        self,
-        camera: str,
-        versions: Mapping[str, Transform],
-        to_features: Callable[[Array], Array],
-        has_exchange: bool,
-    ) -> list[VersionOdds] | None:
-        training = [episode for episode in self.demonstrations if camera in episode.pictures]
+    def _compute_odds(self, camera: str, kind: str) -> list[VersionOdds] | None:
         rollout = [episode for episode in self.rollout if camera in episode.pictures]
-        if len(training) < MIN_EPISODES or not rollout:
-            return None
-        height = training[0].pictures[camera].small.shape[1]
-        changes = dict(versions)
-        sources = dict.fromkeys(changes, camera)
-        if has_exchange:
-            for name in self.training_cameras:
-                if name != camera:
-                    changes[f"exchanged with {name}"] = lambda pictures: _resize(
-                        pictures, PICTURE_WIDTH_PX, height
-                    )
-                    sources[f"exchanged with {name}"] = name
-            training = [e for e in training if all(name in e.pictures for name in sources.values())]
-
-        def read(episode: RecordedEpisode, version: str) -> Array:
-            pictures = episode.pictures[sources[version]].small.astype(np.float32)
-            return to_features(changes[version](pictures))
-
-        fitted = training[::2]
-        held_out = training[1::2]
-        states = np.concatenate([_state_features(episode) for episode in fitted])
-        features = {
-            version: np.concatenate([read(episode, version) for episode in fitted])
-            for version in changes
-        }
-        model = _VersionModel.fit(states, features)
-
-        rollout_scores = []
-        for episode in rollout:
-            pictures = episode.pictures[camera].small.astype(np.float32)
-            if pictures.shape[1] != height:
-                pictures = _resize(pictures, PICTURE_WIDTH_PX, height)
-            rollout_scores.append(model.score(_state_features(episode), to_features(pictures)))
-        plain_scores = [model.score(_state_features(e), read(e, "plain")) for e in held_out]
-        odds = []
-        for version in changes:
-            if version == "plain":
-                continue
-            changed_scores = [model.score(_state_features(e), read(e, version)) for e in held_out]
-            odds.append(
-                _compute_version_odds(version, rollout_scores, plain_scores, changed_scores)
+        reference_key = (camera, kind)
+        if reference_key not in self.references:
+            other_cameras = []
+            if kind == "shape":
+                other_cameras = [name for name in self.training_cameras if name != camera]
+            self.references[reference_key] = VersionReference.fit(
+                self.demonstrations, camera, kind, other_cameras
             )
+        reference = self.references[reference_key]
+        if reference is None or not rollout:
+            return None
+        scores = [reference.score(episode) for episode in rollout]
+        odds = []
+        for version, changed_scores in reference.changed_scores.items():
+            plain_scores = reference.plain_scores
+            odds.append(_compute_version_odds(version, scores, plain_scores, changed_scores))
         return sorted(odds, key=lambda entry: -entry.margin)
 
 

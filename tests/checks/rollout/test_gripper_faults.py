@@ -1,0 +1,80 @@
+"""A gripper that is inverted, scaled or late has its own name."""
+
+from dataclasses import replace
+
+import numpy as np
+
+from made_rollouts import MadeRobot, make_case
+from spear.checks.rollout.case import Doubt, Finding
+from spear.checks.rollout.episode import RecordedEpisode
+from spear.checks.rollout.gripper_inverted import GripperInvertedCheck
+from spear.checks.rollout.gripper_late import GripperLateCheck
+from spear.checks.rollout.gripper_scale import GripperScaleCheck
+from spear.types import Array
+
+
+def invert_command(action: Array, rotation: Array) -> Array:
+    """Open when the command is to close."""
+    return np.concatenate([action[:7], 1 - action[7:]])
+
+
+def scale_opening(episode: RecordedEpisode) -> RecordedEpisode:
+    """Report the opening in meters instead of 0 … 1."""
+    return replace(episode, opening=0.08 * episode.opening)
+
+
+def invert_opening(episode: RecordedEpisode) -> RecordedEpisode:
+    """Report 1 for closed."""
+    return replace(episode, opening=1 - episode.opening)
+
+
+def keep_open(episode: RecordedEpisode) -> RecordedEpisode:
+    """Command the gripper to stay open."""
+    action = episode.action.copy()
+    action[:, 7] = 1
+    return replace(episode, action=action, opening=np.ones(len(episode)))
+
+
+def test_a_gripper_that_inverts_its_commands_is_inverted() -> None:
+    result = GripperInvertedCheck().examine(make_case(MadeRobot(invert_command)))
+
+    assert isinstance(result, Finding)
+    assert "correlation" in result.evidence
+
+
+def test_an_opening_that_is_sent_inverted_is_inverted() -> None:
+    result = GripperInvertedCheck().examine(make_case(change=invert_opening))
+
+    assert isinstance(result, Finding)
+    assert "begins at 0.00" in result.evidence
+
+
+def test_an_opening_in_another_unit_is_scaled() -> None:
+    case = make_case(change=scale_opening)
+
+    result = GripperScaleCheck().examine(case)
+
+    assert isinstance(result, Finding)
+    assert "0.08" in result.evidence
+    assert GripperInvertedCheck().examine(case) is None or result.confidence > 0.9
+
+
+def test_a_gripper_that_acts_four_steps_later_is_late() -> None:
+    result = GripperLateCheck().examine(make_case(MadeRobot(gripper_delay=3)))
+
+    assert isinstance(result, Finding)
+
+
+def test_a_gripper_that_follows_has_no_fault() -> None:
+    case = make_case()
+
+    assert GripperInvertedCheck().examine(case) is None
+    assert GripperScaleCheck().examine(case) is None
+    assert GripperLateCheck().examine(case) is None
+
+
+def test_a_gripper_that_never_moves_is_not_examined() -> None:
+    case = make_case(change=keep_open)
+
+    assert isinstance(GripperInvertedCheck().examine(case), Doubt)
+    assert isinstance(GripperLateCheck().examine(case), Doubt)

@@ -1,0 +1,99 @@
+"""Orientations in another form, starts outside of training, and unseen words are named."""
+
+from dataclasses import replace
+
+import numpy as np
+import torch
+
+from made_rollouts import make_case
+from spear.checks.rollout.case import Doubt, Finding
+from spear.checks.rollout.episode import RecordedEpisode
+from spear.checks.rollout.euler_order import EulerOrderCheck
+from spear.checks.rollout.quaternion_order import QuaternionOrderCheck
+from spear.checks.rollout.start_outside import StartOutsideCheck
+from spear.checks.rollout.unseen_instruction import UnseenInstructionCheck
+from spear.geometry import euler_to_quat, quat_multiply, quat_to_euler
+
+TILT = torch.tensor([0.95, 0.1, 0.25, 0.1], dtype=torch.float64)
+"""A rotation that tilts the gripper, so that the order of angles matters."""
+
+
+def send_scalar_last(episode: RecordedEpisode) -> RecordedEpisode:
+    """Send x y z w instead of w x y z."""
+    return replace(episode, rotation=episode.rotation[:, [1, 2, 3, 0]])
+
+
+def tilt(episode: RecordedEpisode) -> RecordedEpisode:
+    """Tilt the gripper."""
+    turn = TILT / TILT.norm()
+    rotation = quat_multiply(turn, torch.as_tensor(episode.rotation))
+    return replace(episode, rotation=rotation.numpy())
+
+
+def reorder_angles(episode: RecordedEpisode) -> RecordedEpisode:
+    """Make the quaternion of the angles by the other convention."""
+    angles = quat_to_euler(torch.as_tensor(episode.rotation), "xyz")
+    return replace(episode, rotation=euler_to_quat(angles, "XYZ").numpy())
+
+
+def move_away(episode: RecordedEpisode) -> RecordedEpisode:
+    """Begin half a meter away."""
+    return replace(episode, position=episode.position + np.array([0.0, 0.5, 0.0]))
+
+
+def test_quaternions_with_the_scalar_last_are_recognized() -> None:
+    case = make_case(change=send_scalar_last)
+
+    result = QuaternionOrderCheck().examine(case)
+
+    assert isinstance(result, Finding)
+    assert EulerOrderCheck().examine(case) is None
+
+
+def test_angles_in_another_order_are_recognized() -> None:
+    case = make_case(change=lambda episode: reorder_angles(tilt(episode)))
+    tilted = [tilt(episode) for episode in case.demonstrations]
+
+    result = EulerOrderCheck().examine(replace(case, demonstrations=tilted))
+
+    assert isinstance(result, Finding)
+    assert "angles xyz read as XYZ" in result.evidence
+
+
+def test_orientations_like_those_of_training_have_no_fault() -> None:
+    case = make_case()
+
+    assert QuaternionOrderCheck().examine(case) is None
+    assert EulerOrderCheck().examine(case) is None
+
+
+def test_a_start_far_from_training_is_outside() -> None:
+    result = StartOutsideCheck().examine(make_case(change=move_away))
+
+    assert isinstance(result, Finding)
+    assert result.confidence > 0.9
+
+
+def test_a_start_like_those_of_training_is_not_outside() -> None:
+    assert StartOutsideCheck().examine(make_case()) is None
+
+
+def test_few_demonstrations_do_not_tell_the_usual_starts() -> None:
+    assert isinstance(StartOutsideCheck().examine(make_case(num_demonstrations=3)), Doubt)
+
+
+def test_new_words_are_unseen() -> None:
+    case = make_case(change=lambda episode: replace(episode, instruction="open the drawer"))
+
+    result = UnseenInstructionCheck().examine(case)
+
+    assert isinstance(result, Finding)
+    assert "drawer" in result.evidence
+
+
+def test_known_words_in_another_order_and_case_are_seen() -> None:
+    case = make_case(
+        change=lambda episode: replace(episode, instruction="Put the mug on the red plate.")
+    )
+
+    assert UnseenInstructionCheck().examine(case) is None

@@ -1,0 +1,140 @@
+"""`spear diagnose` tells its verdict by text, JSON and exit code."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import ClassVar
+
+import pytest
+
+from data_tiny import make_episode
+from spear.checks.rollout.case import Case, Doubt, Finding, Result, RolloutCheck
+from spear.cli import main
+from spear.data.store.episode_store import write_episodes
+
+
+class MadeCheck(RolloutCheck):
+    """A check whose result a test chooses."""
+
+    fault = "action-frame"
+    title = "the robot moves along other axes"
+    result: ClassVar[Result] = None
+
+    def examine(self, case: Case) -> Result:
+        return self.result
+
+
+class DependentCheck(MadeCheck):
+    """A check whose fault the other one causes."""
+
+    fault = "start-outside"
+    title = "the robot starts elsewhere"
+
+
+FINDING = Finding(0.9, "evidence in numbers", "turn it", "my_robot.py")
+
+
+@pytest.fixture
+def diagnose(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., tuple[int, dict[str, object]]]:
+    """Return a function that runs the command with checks of these results."""
+    write_episodes([make_episode(0)], tmp_path / "rollout")
+
+    def run(*checks: RolloutCheck, out: str = "None") -> tuple[int, dict[str, object]]:
+        monkeypatch.setattr("spear.diagnose.diagnosis.find_checks", lambda: checks)
+        file = tmp_path / "diagnosis.json"
+        command = f"diagnose --rollout {tmp_path}/rollout --json {file} --device cpu --out {out}"
+        code = main(command.split())
+        return code, json.loads(file.read_text())
+
+    return run
+
+
+def made_check(result: Result, kind: type[MadeCheck] = MadeCheck) -> RolloutCheck:
+    """Make a check with a result."""
+    check = kind()
+    check.result = result  # type: ignore[misc]
+    return check
+
+
+def test_a_clean_case_exits_with_0(
+    diagnose: Callable[..., tuple[int, dict[str, object]]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, written = diagnose(made_check(None))
+
+    assert code == 0
+    assert written == {"verdict": "nothing found", "findings": []}
+    assert "examined and not found: action-frame" in capsys.readouterr().out
+
+
+def test_a_fault_exits_with_1_and_is_explained(
+    diagnose: Callable[..., tuple[int, dict[str, object]]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, written = diagnose(made_check(FINDING))
+
+    assert code == 1
+    assert written["verdict"] == "found"
+    assert written["findings"] == [
+        {
+            "fault": "action-frame",
+            "confidence": 0.9,
+            "evidence": "evidence in numbers",
+            "cure": "turn it",
+            "file": "my_robot.py",
+        }
+    ]
+    printed = capsys.readouterr()
+    assert "evidence in numbers" in printed.out
+    assert "Change it in my_robot.py" in printed.err
+
+
+@pytest.mark.parametrize(
+    "result", [Doubt("it is odd", is_suspicion=True), Finding(0.3, "hardly", "turn", "file")]
+)
+def test_a_suspicion_is_undecided_and_exits_with_3(
+    result: Result, diagnose: Callable[..., tuple[int, dict[str, object]]]
+) -> None:
+    code, written = diagnose(made_check(result))
+
+    assert code == 3
+    assert written == {"verdict": "undecided", "findings": []}
+
+
+def test_nothing_examined_is_undecided(
+    diagnose: Callable[..., tuple[int, dict[str, object]]],
+) -> None:
+    code, _ = diagnose(made_check(Doubt("too short")))
+
+    assert code == 3
+
+
+def test_bad_input_exits_with_2(tmp_path: Path) -> None:
+    assert main(["diagnose"]) == 2
+    assert main(["diagnose", "--rollout", str(tmp_path / "absent")]) == 2
+
+
+def test_findings_are_ranked_and_causes_explain_their_effects(
+    diagnose: Callable[..., tuple[int, dict[str, object]]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    cause = made_check(FINDING)
+    cause.causes = frozenset({"start-outside"})  # type: ignore[misc]
+    effect = made_check(Finding(0.95, "far away", "go", "file"), DependentCheck)
+
+    _, written = diagnose(effect, cause)
+
+    findings = written["findings"]
+    assert isinstance(findings, list)
+    assert [entry["fault"] for entry in findings] == ["action-frame"]
+    assert "explained by action-frame: start-outside" in capsys.readouterr().out
+
+
+def test_the_page_has_the_finding(
+    diagnose: Callable[..., tuple[int, dict[str, object]]], tmp_path: Path
+) -> None:
+    diagnose(made_check(FINDING), out=str(tmp_path / "page.html"))
+
+    page = (tmp_path / "page.html").read_text()
+    assert "evidence in numbers" in page
+    assert "commanded" in page
+    assert "object-not-in-view" in page
