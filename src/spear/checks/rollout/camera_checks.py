@@ -9,7 +9,7 @@ from spear.checks.rollout.pictures import VersionOdds
 from spear.types import Array
 
 CAMERA_FILE = "observe in your robot's file, where it reads the cameras"
-MIN_CONFIDENCE_LOG_ODDS = 2.0  # below it, a version is only a suspicion
+MIN_CONFIDENCE_LOG_ODDS = 0.5  # below it, a version is only a suspicion
 MAX_SHOWN_PICTURES = 4  # of the rollout, and as many of the training
 
 

@@ -27,14 +27,14 @@ PICTURE_WIDTH_PX = 32  # width to which pictures are reduced
 FEATURE_WIDTH = 16  # columns of cells that the model sees; as many rows as the aspect makes
 MIN_EPISODES = 8  # training episodes with a camera; with fewer its pictures are not compared
 RIDGE = 0.1  # added to the covariance, as a share of its mean diagonal
-PRIOR = 0.01  # probability of each version before the pictures are seen
+PRIOR = 0.02  # probability of each version before the pictures are seen
 SHIFT_SHARE = 0.2  # standard deviation, as a share of the difference between two versions, by
 # which all scores of a rollout may differ from those of training, because the scene is another one
 DELAY_STEPS = (0, 1, 2, 3, 5)  # delays that are compared
 MAX_DELAY = DELAY_STEPS[-1]
 MIN_DELAY_STEPS = 12  # shorter episodes do not show a delay
 POSITION_RIDGE = 0.3  # of the regression from pictures to positions, as a share of the mean square
-MAX_LOG_ODDS = 30.0  # so that odds stay finite
+MAX_LOG_RATIO = 30.0  # so that odds stay finite
 
 Transform = Callable[[Array], Array]
 """A change of pictures [N, h, w, 3] float32."""
@@ -108,6 +108,8 @@ COLOR_VERSIONS: dict[str, Transform] = {
     "plain": lambda pictures: pictures,
     "with red and blue exchanged": lambda pictures: pictures[..., ::-1],
     "exposed for half as long": lambda pictures: _scale_light(pictures, 0.5),
+    "exposed for 70 % as long": lambda pictures: _scale_light(pictures, 0.7),
+    "exposed for half as long again": lambda pictures: _scale_light(pictures, 1.5),
     "exposed for twice as long": lambda pictures: _scale_light(pictures, 2.0),
 }
 """Changes of the colors; they are compared with colors and brightness."""
@@ -118,6 +120,7 @@ class VersionOdds(NamedTuple):
 
     version    the version.
     log_odds   logarithm of its probability over that of the plain version.
+    log_ratio  the same, before the small prior probability of any version is counted.
     margin     mean difference of the scores, over the episodes of the rollout.
     expected   the same for training pictures that were changed to this version.
     plain      the same for training pictures that were not changed (negative).
@@ -125,6 +128,7 @@ class VersionOdds(NamedTuple):
 
     version: str
     log_odds: float
+    log_ratio: float
     margin: float
     expected: float
     plain: float
@@ -470,9 +474,10 @@ def _compute_version_odds(
     margin = float(margins.mean())
     low, high = sorted((plain_mean, changed_mean))
     bounded = float(np.clip(margin, low, high))
-    log_likelihoods = ((bounded - plain_mean) ** 2 - (bounded - changed_mean) ** 2) / (2 * variance)
-    log_odds = float(np.clip(log_likelihoods + np.log(PRIOR), -MAX_LOG_ODDS, MAX_LOG_ODDS))
-    return VersionOdds(version, log_odds, margin, changed_mean, plain_mean)
+    log_ratio = ((bounded - plain_mean) ** 2 - (bounded - changed_mean) ** 2) / (2 * variance)
+    log_ratio = float(np.clip(log_ratio, -MAX_LOG_RATIO, MAX_LOG_RATIO))
+    log_odds = log_ratio + float(np.log(PRIOR))
+    return VersionOdds(version, log_odds, log_ratio, margin, changed_mean, plain_mean)
 
 
 def _state_features(episode: RecordedEpisode) -> Array:
