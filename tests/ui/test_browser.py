@@ -293,7 +293,7 @@ def test_boxes_belong_to_the_step_at_which_they_were_asked_for(
     tab.click("#objects button.all")
     wait_until_settled(tab, "view.boxes.length && view.boxes[0].step === 1")
     belongs_text = tab.run(BELONGS_TEXT)
-    assert belongs_text.startswith("step 1 · centers in metres in the camera’s frame")
+    assert belongs_text.startswith("step 1 · centers in meters in the camera’s frame")
     assert tab.run("memory.marks()") == [1]  # the marked steps of the time line
 
     tab.key("Home")

@@ -196,7 +196,7 @@ function found() {
 
 // Of which picture the answers are, and in which frame their numbers.
 function belongs() {
-  const unit = view.unit === "metre" ? "metres" : "the model’s own units (no scale)";
+  const unit = view.unit === "metre" ? "meters" : "the model’s own units (no scale)";
   const frame = unit + " in the camera’s frame: x right, y down, z forward";
   const now = step => step === view.step ? "" : `, not of step ${view.step}, which is shown`;
   const of = step => view.source === "photo" ? "photo" : `step ${step}${now(step)}`;
