@@ -192,6 +192,14 @@ def test_the_python_of_the_readme_runs() -> None:
     assert names["actions"].shape == (5, 8)
 
 
+def test_figures_follow_the_theme_of_the_reader() -> None:
+    figures = sorted((ROOT / "docs" / "figures").glob("*.svg"))
+
+    assert len(figures) > 5
+    for figure in figures:
+        assert "@media (prefers-color-scheme: dark)" in figure.read_text("utf-8"), figure
+
+
 def test_the_page_of_the_datasets_repeats_the_facts_of_their_layouts() -> None:
     """If this fails after a change of oxe.toml, run `python scripts/datasets_page.py`."""
     names = runpy.run_path(str(ROOT / "scripts" / "datasets_page.py"))

@@ -134,14 +134,17 @@ def draw_demonstrations(long: Rows, demonstrations: Rows) -> None:
 def draw_images(curve: Rows) -> None:
     """Success over the number of 3D-labeled images, and the gains over none.
 
-    Gains need as many trainings as there are without images; two rows have fewer.
+    The row of 13,056 images is not drawn: it has fewer trainings, which ran on other hardware.
     """
-    rows = {int(name.replace(",", "").replace("none", "0")): row for name, row in curve.items()}
+    all_rows = {int(name.replace(",", "").replace("none", "0")): row for name, row in curve.items()}
+    rows = {
+        number: row for number, row in all_rows.items() if np.shape(row) == np.shape(all_rows[0])
+    }
     places = {max(number, ZERO_IMAGES_X): row for number, row in rows.items()}
     gains = {
         f"{number:,}": estimate_difference_over_seeds(row, rows[0])
         for number, row in rows.items()
-        if number and np.shape(row) == np.shape(rows[0])
+        if number
     }
 
     figure, (left, right) = plt.subplots(
