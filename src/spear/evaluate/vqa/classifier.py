@@ -100,7 +100,9 @@ class Classifier:
         classes = sorted(set(types))
 
         inputs = np.stack([_to_vector(features, feature_indices) for features in feature_sets])
-        targets = np.array([[float(name == own_type) for name in classes] for own_type in types])
+        targets = np.zeros((len(types), len(classes)))
+        for index, question_type in enumerate(types):
+            targets[index, classes.index(question_type)] = 1.0
         # The weights are a combination of the examples, of which there are fewer than features.
         similarities = inputs @ inputs.T
         penalty = RIDGE_PENALTY * np.eye(len(inputs))
@@ -139,7 +141,9 @@ def list_features(skeleton: Skeleton) -> set[str]:
     for cue in cues:
         features.add(f"[{cue}]")
         features.add(f"[{cue}] {num_objects}")
-    features.update(f"[{cue}] [{other}]" for cue, other in itertools.combinations(cues, 2))
+    features.update(
+        f"[{cue}] [{second_cue}]" for cue, second_cue in itertools.combinations(cues, 2)
+    )
     return features
 
 

@@ -24,13 +24,12 @@ CUES = {group: frozenset(words) for group, words in _DATA["cues"].items()}
 """Group of words → the words. They tell what a question asks."""
 CUE_WORDS = frozenset().union(*CUES.values())
 _GROUPS_OF_NAMES = frozenset(("look_alikes", "surfaces"))
-VOCABULARY = CUE_WORDS.union(
-    *(words for group, words in WORDS.items() if group not in _GROUPS_OF_NAMES)
-)
+VOCABULARY = CUE_WORDS.union(*(WORDS[group] for group in WORDS.keys() - _GROUPS_OF_NAMES))
 """The words of questions, which are no names."""
 
 NAME = "NAME"  # stands for an object in a skeleton
 PIXEL = "PIXEL"  # stands for the coordinates of a pixel in a skeleton
+PROPERTY = "untaught"  # stands for a property or a part of an object, which no model is taught
 UNEXPLAINED = "?"  # stands for an unexplained word in a skeleton
 
 MIN_TYPO_LETTERS = 4  # a shorter word resembles too many others
@@ -42,14 +41,17 @@ _MIN_ADVERB_LETTERS = 6  # "nearly", but not "ugly"
 
 _QUOTATION_MARKS = re.compile(r"(?<!\w)'|'(?!\w)|[\"“”‘*_]")  # also the apostrophe of plurals
 _PHRASES = re.compile(
-    rf"(?<!\w)(?:{'|'.join(re.escape(phrase) for phrase in sorted(PHRASES, key=len)[::-1])})(?!\w)"
+    rf"(?<!\w)(?:{'|'.join(map(re.escape, sorted(PHRASES, key=len, reverse=True)))})(?!\w)"
 )
-_CAPITALIZED = re.compile(r"(?<=[\w,] )[A-Z][a-z]+")  # though no sentence begins with it
+_CAPITALIZED = re.compile(r"(?<=[\w,] )[A-Z][a-z]+")  # although no sentence begins there
 # A token is 's, a word (perhaps with hyphens), or a single punctuation mark.
 _TOKENS = re.compile(r"'s\b|[^\W_]+(?:-[^\W_]+)*|[^\s\w]")
 _ENDS_OF_CLAUSES = frozenset(",.;:?!()[]–—-") | WORDS["subordinators"]
 _AFTER_VERBS = WORDS["determiners"] | {"i", "it", "out", "them", "up", "we", "you"}
 """The words before these are no name, but a verb: "pick up", "grasp the mug"."""
+
+_CUES_AFTER_NAMES = CUE_WORDS - CUES["naming"] - CUES["finding"] - {"away"}
+"""The words before these may be a name without an article: "mug distance"."""
 
 _NUMBER = r"(\d+(?:\.\d+)?)"
 _ROW_AND_COLUMN = re.compile(rf"row\s+{_NUMBER}\s*,?\s*(?:and\s+)?col(?:umn)?\s+{_NUMBER}")
@@ -91,8 +93,8 @@ class Skeleton:
 
 
 @dataclass
-class ReadQuestion:
-    """A question, read.
+class QuestionReading:
+    """What was read of a question.
 
     Attributes:
         clauses: the skeletons of its clauses.
@@ -125,12 +127,12 @@ class ReadQuestion:
         """Return whether a clause says what is asked."""
         if clause.has_cues:
             return True
-        others_name_object = any(other.has_cues and other.names for other in self.clauses)
+        others_name_object = any(sibling.has_cues and sibling.names for sibling in self.clauses)
         is_aside = clause.has_bare_names and others_name_object  # as in "for grasp planning, …"
         return UNEXPLAINED not in clause.words and not is_aside
 
 
-def read_question(question: str) -> ReadQuestion:
+def read_question(question: str) -> QuestionReading:
     """Read the skeletons of a question's clauses, and the pixel that it mentions."""
     capitalized = frozenset(word.casefold() for word in _CAPITALIZED.findall(question))
     text = question.casefold().replace("’", "'")
@@ -144,9 +146,9 @@ def read_question(question: str) -> ReadQuestion:
         if token not in _ENDS_OF_CLAUSES:
             tokens.append(_correct_spelling(token))
         elif tokens:
-            clauses.append(_Clause(tokens, capitalized).read())
+            clauses.append(_Clause(tokens, capitalized).read_skeleton())
             tokens = []
-    return ReadQuestion(clauses, pixel)
+    return QuestionReading(clauses, pixel)
 
 
 def is_name(text: str, question: str) -> bool:
@@ -174,16 +176,16 @@ def _join_clauses(clauses: Sequence[Skeleton]) -> Skeleton:
     words = [word for clause in clauses for word in clause.words]
     names = [name for clause in clauses for name in clause.names]
     for index, name in enumerate(names):
-        longer_names = [other for other in names if other.endswith(f" {name}")]
+        longer_names = [longer_name for longer_name in names if longer_name.endswith(f" {name}")]
         if longer_names:
             names[index] = longer_names[0]
 
     objects = [name for name in names if name not in WORDS["surfaces"]]
     if objects:
-        places = [index for index, word in enumerate(words) if word == NAME]
-        for place, name in reversed(list(zip(places, names, strict=True))):
+        name_indices = [index for index, word in enumerate(words) if word == NAME]
+        for name_index, name in reversed(list(zip(name_indices, names, strict=True))):
             if name in WORDS["surfaces"]:
-                del words[place]
+                del words[name_index]
         names = objects
     return Skeleton(words, names)
 
@@ -212,9 +214,9 @@ def _split_words(text: str) -> list[str]:
     """Split a text in tokens; also at the hyphens of words such as "camera-to-mug"."""
     tokens: list[str] = []
     for token in _TOKENS.findall(text):
-        parts = token.split("-")
-        is_one_word = token in VOCABULARY or VOCABULARY.isdisjoint(parts)
-        tokens += [token] if is_one_word else [part for part in parts if part]
+        subwords = token.split("-")
+        is_one_word = token in VOCABULARY or VOCABULARY.isdisjoint(subwords)
+        tokens += [token] if is_one_word else [subword for subword in subwords if subword]
     return tokens
 
 
@@ -242,8 +244,8 @@ class _Clause:
     tokens: Sequence[str]
     capitalized: frozenset[str]
 
-    def read(self) -> Skeleton:
-        """Return the skeleton."""
+    def read_skeleton(self) -> Skeleton:
+        """Read the skeleton."""
         skeleton = Skeleton()
         index = 0
         while index < len(self.tokens):
@@ -255,7 +257,8 @@ class _Clause:
                 self._read_name(index, end, skeleton)
                 index = end
             else:
-                skeleton.words += [UNEXPLAINED] * (end - index)
+                is_property = self._token_at(index - 1) == "'s"  # as in "the mug's handle"
+                skeleton.words += [PROPERTY if is_property else UNEXPLAINED] * (end - index)
                 index = end
         return skeleton
 
@@ -298,35 +301,42 @@ class _Clause:
             end += 1
 
         last_word = self._token_at(end)
-        if last_word == "can" and self._is_noun_can(end, has_words_before=end > start):
+        if last_word == "can" and self._is_noun_can(start, end):
             return end + 1
-        if last_word == "box" and self._is_noun_box(end, has_words_before=end > start):
+        if last_word == "box" and self._is_noun_box(start, end):
             return end + 1
         if end > start and last_word == "of" and _may_be_in_name(self._token_at(end + 1)):
             return end + 2  # "cup of tea"
         return end
 
     def _is_adjective_of_name(self, index: int, start: int) -> bool:
-        """Return whether a word is an adjective before a noun, as "big" in "the big bowl"."""
-        is_adjective = self._token_at(index) in WORDS["adjectives"]
+        """Return whether a word describes a noun after it, as "big" in "the big bowl"."""
+        is_adjective = self._token_at(index) in WORDS["adjectives"] | WORDS["untaught"]
         is_before_noun = _may_be_in_name(self._token_at(index + 1))
         return is_adjective and is_before_noun and self._is_after_determiner(start)
 
-    def _is_noun_can(self, index: int, has_words_before: bool) -> bool:
-        """Return whether the "can" at an index is a noun."""
-        following = self._token_at(index + 1)
-        if has_words_before or self._is_after_determiner(index):
-            return following not in WORDS["references"] | WORDS["determiners"] | {"be"}
-        return following in ("", "to", "or", "and", "in", "from", "'s")
+    def _is_noun_can(self, start: int, end: int) -> bool:
+        """Return whether "can" at `end`, after tokens[start:end], belongs to a name."""
+        next_token = self._token_at(end + 1)
+        if end > start or self._is_after_determiner(start):
+            return next_token not in WORDS["references"] | WORDS["determiners"] | {"be"}
+        return next_token in ("", "to", "or", "and", "in", "from", "'s")
 
-    def _is_noun_box(self, index: int, has_words_before: bool) -> bool:
-        """Return whether the "box" at an index is an object, and not the box around an object."""
-        following = self._token_at(index + 1)
-        if has_words_before:
-            return following not in CUES["corners"]
-        is_named = self._token_at(index - 2) in WORDS["name_prepositions"]
-        is_end = following in ("", "and", "or", "from", "is", "than", "to", "'s")
-        return self._is_after_determiner(index) and is_named and is_end
+    def _is_noun_box(self, start: int, end: int) -> bool:
+        """Return whether "box" at `end`, after tokens[start:end], belongs to a name.
+
+        "box" is the noun of "the cardboard box" and of "the box", but not of "mug box corners".
+        """
+        next_token = self._token_at(end + 1)
+        is_after_determiner = self._is_after_determiner(start)
+        if end > start and is_after_determiner:
+            return next_token not in CUES["corners"]
+        if end > start:
+            other_cues = CUES["corners"] | CUES["solid"] | CUES["projecting"]
+            return other_cues.isdisjoint(self.tokens)
+        is_after_preposition = self._token_at(start - 2) in WORDS["name_prepositions"]
+        is_end = next_token in ("", "and", "or", "from", "is", "than", "to", "'s")
+        return is_after_determiner and is_after_preposition and is_end
 
     def _is_in_place_of_name(self, start: int, end: int) -> bool:
         """Return whether tokens[start:end] stand where questions name objects.
@@ -334,31 +344,38 @@ class _Clause:
         Such a place is after an article, a preposition or a cue ("distance mug"). Another one is
         the beginning of the clause, if a cue or the like follows ("mug distance", "mug or bowl").
         """
-        previous = self._token_at(start - 1)
-        following = self._token_at(end)
-        if self._is_after_determiner(start) and previous != "that":
+        previous_token = self._token_at(start - 1)
+        next_token = self._token_at(end)
+        if self._is_after_determiner(start) and previous_token != "that":
             return True
         first_word = self.tokens[start]
-        is_infinitive = previous == "to" and (following == "to" or first_word.endswith("ing"))
-        if following in _AFTER_VERBS or is_infinitive:
+        is_infinitive = previous_token == "to" and (
+            next_token == "to" or first_word.endswith("ing")
+        )
+        if next_token in _AFTER_VERBS or is_infinitive:
             return False
-        is_after_adjective = previous in WORDS["common"] | CUES["superlative"]
-        if previous == "that" or (is_after_adjective and self._is_after_determiner(start - 1)):
+        is_after_adjective = previous_token in WORDS["common"] | CUES["superlative"]
+        if previous_token == "that" or (
+            is_after_adjective and self._is_after_determiner(start - 1)
+        ):
             return True
         if first_word in self.capitalized:
             return False
-        is_before_cue = following in CUE_WORDS - {"away"} or following == "'s"
-        if previous == "":
-            return is_before_cue or following in ("", "and", "or", "to", "is", "in")
-        if previous in CUE_WORDS - CUES["image"] or previous in WORDS["name_prepositions"]:
+        is_before_cue = next_token in _CUES_AFTER_NAMES or next_token == "'s"
+        if previous_token == "":
+            return is_before_cue or next_token in ("", "and", "or", "to", "is", "in")
+        if (
+            previous_token in CUE_WORDS - CUES["image"]
+            or previous_token in WORDS["name_prepositions"]
+        ):
             return True
-        return is_before_cue and previous in WORDS["common"] | WORDS["references"]
+        return is_before_cue and previous_token in WORDS["common"] | WORDS["references"]
 
     def _ends_with_verb(self, start: int, end: int) -> bool:
         """Return whether the last word of a name is a verb, as in "does the ball roll"."""
         first = start - 1 if self._is_after_determiner(start) else start
-        following = self._token_at(end)
-        is_end = following == "" or following in WORDS["name_prepositions"] - {"and", "or"}
+        next_token = self._token_at(end)
+        is_end = next_token == "" or next_token in WORDS["name_prepositions"] - {"and", "or"}
         is_after_auxiliary = self._token_at(first - 1) in WORDS["auxiliaries"]
         return end - start > 1 and is_after_auxiliary and is_end
 

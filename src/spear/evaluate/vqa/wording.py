@@ -83,12 +83,12 @@ def understand_question(
         if names is not None:
             return ParsedQuestion(question_type, names, question, is_taught_wording=True)
 
-    read = read_question(question)
+    reading = read_question(question)
     classifier = classifier or fit_classifier()
-    for skeleton in read.list_readings():
+    for skeleton in reading.list_readings():
         likely_type = classifier.classify(skeleton)
         if likely_type in known_types:
-            return _parse_skeleton(skeleton, likely_type, read.pixel, image_size)
+            return _parse_skeleton(skeleton, likely_type, reading.pixel, image_size)
     return None
 
 
@@ -173,8 +173,8 @@ def _order_names(skeleton: Skeleton, question_type: str) -> list[str]:
     names = list(dict.fromkeys(skeleton.names))  # each name once
     if question_type != "offset":
         return names
-    places = [index for index, word in enumerate(skeleton.words) if word == NAME]
-    first, second = (places[skeleton.names.index(name)] for name in names)
+    name_indices = [index for index, word in enumerate(skeleton.words) if word == NAME]
+    first, second = (name_indices[skeleton.names.index(name)] for name in names)
     words_before = skeleton.words[:first]
     words_between = skeleton.words[first + 1 : second]
     if not {"relative", "from", "with"}.isdisjoint(words_between):
