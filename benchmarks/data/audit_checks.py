@@ -18,9 +18,9 @@ from pathlib import Path
 import numpy as np
 
 from spear.audit.dataset_audit import (
-    episode_steps,
     find_logged_layout,
     make_recording,
+    read_episode_steps,
     summarize_cameras,
 )
 from spear.checks.cameras import check_cameras
@@ -58,7 +58,7 @@ def read_recordings(folder: Path) -> list[Recording]:
     """All good episodes of a dataset."""
     layout = find_logged_layout(folder, None)
     recordings = []
-    for name, steps in episode_steps(folder, "train", ()):
+    for name, steps in read_episode_steps(folder, "train", ()):
         if not isinstance(steps, SpearError):
             recordings.append(make_recording(steps, layout, name))
     return recordings

@@ -35,7 +35,7 @@ from spear.labels.models.ground_truth import GroundTruth
 from spear.labels.models.protocols import Detection, PointMapResult
 from spear.labels.pipeline import label_images, label_with_ground_truth
 from spear.sim.render import render_frame
-from spear.sim.scene import clutter_scene
+from spear.sim.scene import sample_clutter_scene
 from spear.sim.world import GRIPPER_NAME, World
 from spear.types import Array, Box3D, Frame, LabeledImage, LabeledObject
 
@@ -276,7 +276,7 @@ def main(
         views: print the first table.
         open3d: print the second.
     """
-    worlds = [World(clutter_scene(seed)) for seed in range(first_seed, first_seed + scenes)]
+    worlds = [World(sample_clutter_scene(seed)) for seed in range(first_seed, first_seed + scenes)]
     if views:
         print_views(worlds)
     if open3d:

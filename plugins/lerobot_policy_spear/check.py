@@ -25,7 +25,7 @@ import numpy as np
 from lerobot_policy_spear.robots import read_columns
 
 from spear.errors import SpearError
-from spear.train.optimize import learning_rate_factor
+from spear.train.optimize import compute_learning_rate_factor
 from spear.train.recipes import get_recipe
 
 # The made-up arm.
@@ -113,7 +113,7 @@ def check_resumed_training(saved: Path, steps: int) -> None:
     lr_factor = preset.build(optimizer, num_steps).lr_lambdas[0]
     longer = dataclasses.replace(optimization, steps=num_steps)
     for step in (0, 600, num_steps - 1):
-        assert lr_factor(step) == learning_rate_factor(step, longer)
+        assert lr_factor(step) == compute_learning_rate_factor(step, longer)
 
 
 def check_incomplete_observations(policy: Any, preprocess: Any, frame: Frame) -> None:

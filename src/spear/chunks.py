@@ -274,7 +274,7 @@ class ChunkExecutor:
         before the gripper acts, or joining has made it longer than all actions of the chunk and all
         executed actions.
         """
-        executed = self._executed_since(chunk.observed_tick)
+        executed = self._list_executed_since(chunk.observed_tick)
         executed_actions = [step.action for step in executed]
         # How many of the chunk's actions the executed steps amount to. Not always an integer,
         # because a step may be a part of an action.
@@ -317,7 +317,7 @@ class ChunkExecutor:
             steps += [_Step(step_action, step_fraction) for step_action in step_actions]
         return steps
 
-    def _executed_since(self, tick: int) -> list[_Step]:
+    def _list_executed_since(self, tick: int) -> list[_Step]:
         """The steps executed since the start of a tick; ticks without a planned step are left out.
 
         `_executed` ends with the tick before `self.tick`, and forgets the oldest ticks.

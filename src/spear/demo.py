@@ -187,13 +187,13 @@ def evaluate_policy(policy: Spear1Policy) -> Values:
     return {
         "scenes": SCENES,
         "rates": draw_bars(rates),
-        "rows": [_family_row(result, family) for family in FAMILIES],
+        "rows": [_format_family_row(result, family) for family in FAMILIES],
         "films": captioned_films,
         "fact": (f"{result.mean_success().value:.0%}", description),
     }
 
 
-def _family_row(result: Results, family: str) -> list[str]:
+def _format_family_row(result: Results, family: str) -> list[str]:
     """Return a table row: how often each part of a task succeeded, and the steps of a success."""
     summary = result.summarize(family)
     rates = (summary.reached, summary.grasped, summary.success, summary.wrong_object)

@@ -244,7 +244,7 @@ def examine(size: Preset, device: torch.device, repeats: int = 10) -> Iterator[I
     inputs = _make_observation(size, device)
     expected: torch.Tensor | None = None
     for dtype in fitting_dtypes:
-        model = _load_model(size, dtype, device)
+        model = _load_or_make_model(size, dtype, device)
         speed = measure_machine(device.type, dtype)
         least_ms = 1000 * speed.least_seconds(*_count_phases(model, inputs))
         implementations = _list_implementations(model, inputs)
@@ -313,7 +313,7 @@ def _describe_difference(difference: float, dtype: torch.dtype) -> str:
     return f"more than {max_difference:g} from the plain network"
 
 
-def _load_model(size: Preset, dtype: torch.dtype, device: torch.device) -> Any:
+def _load_or_make_model(size: Preset, dtype: torch.dtype, device: torch.device) -> Any:
     """Return the shipped model for nano, and a model with random weights for other presets."""
     if size.name == "nano":
         return load(Spear1ForActionPrediction, BUNDLED_WEIGHTS / "nano", dtype).eval().to(device)

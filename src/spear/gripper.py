@@ -61,7 +61,7 @@ def binarize_gripper(opening: Array) -> Array:
     return command[last_decided_step]
 
 
-def commands_from_motion(opening: Array, rate_hz: float) -> Array:
+def infer_commands_from_motion(opening: Array, rate_hz: float) -> Array:
     """Infer the commands that a gripper obeyed from its measured motion.
 
     If the gripper moves by at least `MIN_STROKE`, a command caused this stroke, and it is in force
@@ -87,7 +87,7 @@ def commands_from_motion(opening: Array, rate_hz: float) -> Array:
     for index, stroke in enumerate(strokes):
         is_last_stroke = index == len(strokes) - 1
         end = len(opening) if is_last_stroke else strokes[index + 1].start
-        rest_step = _last_rest_while_closing(opening[stroke.start : end], rate_hz)
+        rest_step = _find_last_rest_while_closing(opening[stroke.start : end], rate_hz)
         # The commands of later strokes overwrite this one.
         commands[stroke.start + rest_step :] = stroke.command
     return commands
@@ -128,7 +128,7 @@ def _find_strokes(opening: Array) -> list[_Stroke]:
     return strokes
 
 
-def _last_rest_while_closing(opening: Array, rate_hz: float) -> int:
+def _find_last_rest_while_closing(opening: Array, rate_hz: float) -> int:
     """Find the last step of a stroke at which the gripper rests before it closes further.
 
     Args:
@@ -162,7 +162,7 @@ def binarize_commands(command: Array, rate_hz: float) -> Array:
 
     A gripper that closes around a wide object may never get below 0.4, and one that opens a little
     may never get above 0.6. If the commands change by at least `MIN_STROKE` without reaching both
-    sides, `commands_from_motion` decides.
+    sides, `infer_commands_from_motion` decides.
 
     Args:
         command: [T] commanded openings, 0 closed to 1 open.
@@ -174,7 +174,7 @@ def binarize_commands(command: Array, rate_hz: float) -> Array:
     passes_both_thresholds = command.min() < CLOSED_BELOW and command.max() > OPEN_ABOVE  # 0.4, 0.6
     if np.ptp(command) >= MIN_STROKE and not passes_both_thresholds:
         openings = np.append(command[:1], command)  # [T + 1], as if each step reached its command
-        return commands_from_motion(openings, rate_hz)
+        return infer_commands_from_motion(openings, rate_hz)
 
     # The speed [T], which is 0 unless the opening changes in the direction of the step before.
     window_steps = max(1, round(rate_hz / CONTROL_RATE_HZ))
@@ -203,7 +203,7 @@ def _change_over(opening: Array, window_steps: int, lag_steps: int) -> Array:
     return opening[np.maximum(end_steps, 0)] - opening[np.maximum(start_steps, 0)]
 
 
-def observed_openings(measured: Array, command: Array) -> Array:
+def choose_observed_openings(measured: Array, command: Array) -> Array:
     """Return the openings that a policy may observe at each step.
 
     If measured and commanded openings agree but for rounding, the dataset logged its commands as

@@ -224,8 +224,10 @@ class VlmBundle:
         if not answer_form.is_restricted:
             return None
         if answer_form.has_words:
-            return self.processor.free_text_grammar(answer_form.num_numbers)
-        return self.processor.coordinate_grammar(answer_form.num_numbers, answer_form.num_pixels)
+            return self.processor.make_free_text_grammar(answer_form.num_numbers)
+        return self.processor.make_coordinate_grammar(
+            answer_form.num_numbers, answer_form.num_pixels
+        )
 
 
 def load_vlm(
@@ -513,7 +515,7 @@ class Spear1Policy:
             for view in pixels
             if not all(is_present[view])
         }
-        state = self.normalizer.state_vector(states[:, :3], states[:, 3:7], states[:, 7:8])
+        state = self.normalizer.encode_state(states[:, :3], states[:, 3:7], states[:, 7:8])
         # If no prompt is padded, the network gets no attention mask: it is faster without one.
         is_padded = not bool(attention_mask.all())
         return {

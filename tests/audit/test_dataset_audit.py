@@ -22,8 +22,8 @@ from spear.audit.dataset_audit import (
     Report,
     audit,
     judge,
-    layout_answers,
-    logged_units,
+    list_layout_answers,
+    list_logged_units,
     make_recording,
 )
 from spear.audit.describe import describe
@@ -35,7 +35,7 @@ from spear.data.options import Conversion
 from spear.data.readers.dataset_layout import REGISTRY
 from spear.data.store.episode_store import write_episodes
 from spear.data.store.prepare import prepare
-from spear.embodiments.kinematics import franka_pose
+from spear.embodiments.kinematics import compute_franka_pose
 from spear.report.audit import advise, conclude, format_report, write_audit_page
 
 RATE_HZ = 10.0
@@ -245,7 +245,7 @@ def test_every_answer_of_a_right_layout_is_the_best_one(name: str) -> None:
 
 def test_an_arm_that_follows_late_is_consistent_and_its_delay_is_mentioned() -> None:
     """A layout of logged actions does not say a delay, so no delay contradicts it."""
-    answers = layout_answers(REGISTRY["bridge_dataset"])
+    answers = list_layout_answers(REGISTRY["bridge_dataset"])
 
     report = judge(only("translation", Mistakes(delay_steps=1)), answers)
 
@@ -335,7 +335,7 @@ def test_a_unit_of_a_controller_that_the_layout_names_is_judged(
     layout = dataclasses.replace(REGISTRY["bridge_dataset"], logged_translation_unit=unit_m)
     recordings = only("translation", Mistakes(translation_factor=1 / 0.05))
 
-    report = judge(recordings, layout_answers(layout), units=logged_units(layout))
+    report = judge(recordings, list_layout_answers(layout), units=list_logged_units(layout))
 
     _, unit_verdict = find_verdict(report, "translation", "unit")
     assert unit_verdict == verdict
@@ -351,7 +351,7 @@ def test_a_unit_of_logged_rotations_that_the_layout_names_is_judged(
     )
     recordings = only("rotation", Mistakes(rotation_factor=1 / 0.5))
 
-    report = judge(recordings, layout_answers(layout), units=logged_units(layout))
+    report = judge(recordings, list_layout_answers(layout), units=list_logged_units(layout))
 
     _, unit_verdict = find_verdict(report, "rotation", "unit")
     assert unit_verdict == verdict
@@ -693,7 +693,7 @@ def test_poses_logged_by_a_franka_are_compared_with_the_frame_of_its_hand() -> N
         frequency = rng.uniform(1, 4, 7)
         phase = rng.uniform(0, 6, 7)
         joints = center + 0.25 * np.sin(frequency * time_s + phase)
-        position, orientation = franka_pose(joints)
+        position, orientation = compute_franka_pose(joints)
         half_turn = Rotation.from_euler("x", np.pi)
         hand = Rotation.from_quat(orientation, scalar_first=True) * half_turn
         z_of_hand_in_base = hand.as_matrix()[:, 2, 2]
@@ -705,7 +705,7 @@ def test_poses_logged_by_a_franka_are_compared_with_the_frame_of_its_hand() -> N
         recordings.append(make_recording(steps, layout, f"made#{number}"))
 
     quaternion_layout = dataclasses.replace(layout, rotation_format="quat_wxyz")
-    report = judge(recordings, layout_answers(quaternion_layout))
+    report = judge(recordings, list_layout_answers(quaternion_layout))
 
     assert report.outcome == "consistent"
     for action_part in report.action_parts:

@@ -185,7 +185,7 @@ def test_a_plan_needs_depth(plan: list[str], run_refused_command: Command) -> No
 class BillingDetector(BrightDetector):
     """A detector that is paid for."""
 
-    def bill(self) -> str:
+    def describe_costs(self) -> str:
         return "3 requests"
 
 

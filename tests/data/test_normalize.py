@@ -155,7 +155,7 @@ def test_a_position_on_an_axis_that_does_not_move_stays_bounded(
     rotation = torch.tensor([[1.0, 0, 0, 0]], dtype=torch.float64)
     gripper = torch.ones(1, 1, dtype=torch.float64)
 
-    state = still_axis_normalizer.state_vector(position, rotation, gripper)
+    state = still_axis_normalizer.encode_state(position, rotation, gripper)
 
     assert abs(state[0, 2]) < 6  # 50 mm / 10 mm, and an offset near 0
 
@@ -353,7 +353,7 @@ def test_the_state_vector_is_position_rotation_columns_and_gripper() -> None:
     rotation = Rotation.random(6, random_state=0)
     quaternion = torch.as_tensor(rotation.as_quat(scalar_first=True))
 
-    state = STATE_NORMALIZER.state_vector(STATE_POSITIONS, quaternion, STATE_GRIPPERS)
+    state = STATE_NORMALIZER.encode_state(STATE_POSITIONS, quaternion, STATE_GRIPPERS)
 
     assert state.shape == (6, STATE_VECTOR_DIM)
     two_columns = rotation.as_matrix()[:, :, :2]  # [6, 3, 2]
@@ -367,8 +367,8 @@ def test_the_state_vector_does_not_depend_on_the_sign_of_the_quaternion() -> Non
     rotation = Rotation.random(6, random_state=0)
     quaternion = torch.as_tensor(rotation.as_quat(scalar_first=True))
 
-    state = STATE_NORMALIZER.state_vector(STATE_POSITIONS, quaternion, STATE_GRIPPERS)
-    negated = STATE_NORMALIZER.state_vector(STATE_POSITIONS, -quaternion, STATE_GRIPPERS)
+    state = STATE_NORMALIZER.encode_state(STATE_POSITIONS, quaternion, STATE_GRIPPERS)
+    negated = STATE_NORMALIZER.encode_state(STATE_POSITIONS, -quaternion, STATE_GRIPPERS)
 
     torch.testing.assert_close(negated, state)
 

@@ -149,7 +149,7 @@ class TestAnswers:
         self, processor: Processor, segments: list[float | Pixel], is_allowed: bool
     ) -> None:
         ids = processor.encode_answer(segments)
-        ranges = processor.coordinate_grammar(num_numbers=2, num_pixels=1)
+        ranges = processor.make_coordinate_grammar(num_numbers=2, num_pixels=1)
         is_in_range = [first <= i < end for i, (first, end) in zip(ids, ranges, strict=True)]
         assert all(is_in_range) is is_allowed
 

@@ -13,7 +13,7 @@ from spear.sim.scene import (
     SYNONYMS,
     TEMPLATES,
     SceneSpec,
-    clutter_scene,
+    sample_clutter_scene,
     sample_scene,
 )
 from spear.sim.world import World
@@ -23,7 +23,7 @@ NUM_SEEDS = 30
 
 def sample(family: str, seed: int) -> SceneSpec:
     """The scene of a task family, or of "clutter", which has no task."""
-    return clutter_scene(seed) if family == "clutter" else sample_scene(family, seed)
+    return sample_clutter_scene(seed) if family == "clutter" else sample_scene(family, seed)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

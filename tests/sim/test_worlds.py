@@ -10,7 +10,7 @@ import pytest
 from spear.errors import SpearError
 from spear.sim.objects import TASK_FREE_KINDS
 from spear.sim.render import render_frame
-from spear.sim.scene import clutter_scene, sample_scene
+from spear.sim.scene import sample_clutter_scene, sample_scene
 from spear.sim.world import GRIPPER_NAME, World
 from spear.sim.worlds import CameraOrbit, lab_of_scene, place_in_world, without_robot
 
@@ -96,7 +96,7 @@ def test_clutter_is_of_kinds_that_no_task_uses() -> None:
 
 
 def test_pictures_without_the_robot_do_not_show_it() -> None:
-    scene = place_in_world(clutter_scene(10_004), "wild")
+    scene = place_in_world(sample_clutter_scene(10_004), "wild")
 
     rendered = render_frame(World(scene), "external", (168, 126))
     hidden = render_frame(World(without_robot(scene)), "external", (168, 126))
@@ -108,7 +108,7 @@ def test_pictures_without_the_robot_do_not_show_it() -> None:
 
 def test_true_boxes_project_onto_their_objects_in_any_camera() -> None:
     frame = render_frame(
-        World(place_in_world(clutter_scene(10_001), "wild")), "external", (280, 210)
+        World(place_in_world(sample_clutter_scene(10_001), "wild")), "external", (280, 210)
     )
     assert frame.boxes and frame.instances is not None and frame.intrinsics is not None
 

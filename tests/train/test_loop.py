@@ -97,12 +97,12 @@ def test_the_learning_rate_follows_the_schedule() -> None:
     """The factor rises linearly in 10 steps, and falls to a tenth in the other 100 steps."""
     opt = Optimization(steps=110, lr=1.0, warmup=10, final_lr=0.1)
 
-    assert optimize.learning_rate_factor(0, opt) == pytest.approx(0.1)
-    assert optimize.learning_rate_factor(9, opt) == pytest.approx(1.0)
+    assert optimize.compute_learning_rate_factor(0, opt) == pytest.approx(0.1)
+    assert optimize.compute_learning_rate_factor(9, opt) == pytest.approx(1.0)
     # Half of the fall is over after step 60, at the mean of 1 and 0.1.
-    assert optimize.learning_rate_factor(60, opt) == pytest.approx(0.55)
-    assert optimize.learning_rate_factor(109, opt) == pytest.approx(0.1, abs=1e-3)
-    assert optimize.learning_rate_factor(109, replace(opt, schedule="constant")) == 1.0
+    assert optimize.compute_learning_rate_factor(60, opt) == pytest.approx(0.55)
+    assert optimize.compute_learning_rate_factor(109, opt) == pytest.approx(0.1, abs=1e-3)
+    assert optimize.compute_learning_rate_factor(109, replace(opt, schedule="constant")) == 1.0
 
 
 def test_modules_have_their_own_learning_rate_and_vectors_no_weight_decay() -> None:

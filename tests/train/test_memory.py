@@ -282,7 +282,7 @@ def test_the_command_names_the_changes_that_make_a_recipe_fit(
 ) -> None:
     """The GPU has 50 bytes; the recipe needs 100, 60 with one change, and 50 with two."""
     totals = iter((100, 60, 50))
-    monkeypatch.setattr(memory, "usable_bytes", lambda gpu: 50)
+    monkeypatch.setattr(memory, "estimate_usable_bytes", lambda gpu: 50)
     monkeypatch.setattr(
         memory,
         "measure_training",
@@ -298,7 +298,7 @@ def test_the_command_names_the_changes_that_make_a_recipe_fit(
 def test_the_command_says_that_no_change_makes_a_recipe_fit(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(memory, "usable_bytes", lambda gpu: 50)
+    monkeypatch.setattr(memory, "estimate_usable_bytes", lambda gpu: 50)
     monkeypatch.setattr(memory, "measure_training", lambda recipe: make_estimate(51))
 
     assert main([*PLAN_LARGE_BATCH]) == 1
@@ -309,7 +309,7 @@ def test_the_command_says_that_no_change_makes_a_recipe_fit(
 def test_the_command_says_that_a_policy_does_not_fit_to_act(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(memory, "usable_bytes", lambda gpu: 50)
+    monkeypatch.setattr(memory, "estimate_usable_bytes", lambda gpu: 50)
     monkeypatch.setattr(memory, "measure_inference", lambda *options: make_estimate(51))
 
     assert main([*PLAN, "--recipe", "inference"]) == 1

@@ -29,10 +29,10 @@ from spear.audit.hypotheses import (
     Hypothesis,
     Stretches,
     can_tell_euler_order,
+    find_formats_that_turn_otherwise,
     fit_rotations,
     fit_translations,
-    formats_that_turn_otherwise,
-    state_formats,
+    list_state_formats,
 )
 from spear.checks.cameras import View, check_cameras, summarize_view
 from spear.checks.gripper import check_gripper
@@ -72,7 +72,7 @@ from spear.util.skipped_items import SkippedItems
 from spear.util.units import ANGLE_UNITS, LENGTH_UNITS, name_unit
 
 TRUSTED_FORMATS = (*RECORDED_ONLY, "euler_ZYX")
-"""Formats of recorded orientations that hypotheses do not try (see `state_formats`).
+"""Formats of recorded orientations that hypotheses do not try (see `list_state_formats`).
 
 The audit takes the layout's word for them, and converts such orientations to quaternions first.
 """
@@ -248,7 +248,9 @@ def _audit_numbers(path: str | Path, split: str, layout: DatasetLayout) -> Repor
     trusted_layout = layout
     if layout.rotation_format in TRUSTED_FORMATS:
         trusted_layout = replace(layout, rotation_format="quat_wxyz")
-    report = judge(recordings, layout_answers(trusted_layout), str(path), logged_units(layout))
+    report = judge(
+        recordings, list_layout_answers(trusted_layout), str(path), list_logged_units(layout)
+    )
 
     checks = [*report.checks, *check_gripper(recordings)]
     if not report.state_problems:
@@ -269,7 +271,7 @@ def _read_first_recordings(
     skipped = SkippedItems(MAX_BAD_SHARE)
     recordings: list[Recording] = []
     num_steps = 0
-    sources = episode_steps(path, split, ())
+    sources = read_episode_steps(path, split, ())
     for recording in convert_episodes(sources, partial(make_recording, layout=layout), skipped):
         recordings.append(recording)
         num_steps += len(recording.position)
@@ -336,12 +338,12 @@ def _check_rotation_format(report: Report, layout_format: str) -> list[Check]:
         other_formats = [] if is_order_known else ["euler_xyz"]
     else:
         rotations = [recording.rotation for recording in report.recordings]
-        tied_formats = set(state_formats(rotations[0]))
+        tied_formats = set(list_state_formats(rotations[0]))
         for action_part in explained.values():
             for finding in action_part.findings:
                 if finding.question == "state_format":
                     tied_formats &= set(finding.tied_answers)
-        other_formats = formats_that_turn_otherwise(
+        other_formats = find_formats_that_turn_otherwise(
             rotations, layout_format, tied_formats, translation, rotation
         )
     if not other_formats:
@@ -366,7 +368,7 @@ def summarize_cameras(
     """
     views: dict[str, list[View | None]] = {camera: [] for camera in layout.images}
     skipped = SkippedItems(MAX_BAD_SHARE)
-    sources = episode_steps(path, split, list(layout.images.values()))
+    sources = read_episode_steps(path, split, list(layout.images.values()))
     for source, steps in itertools.islice(sources, MAX_VIEWED_EPISODES):
         try:
             if isinstance(steps, SpearError):
@@ -419,7 +421,7 @@ def check_texts(path: str | Path, split: str, layout: DatasetLayout) -> list[Che
     return checks
 
 
-def episode_steps(path: str | Path, split: str, images: Sequence[str] | None) -> RawEpisodes:
+def read_episode_steps(path: str | Path, split: str, images: Sequence[str] | None) -> RawEpisodes:
     """Read the steps of a dataset's episodes.
 
     Args:
@@ -497,7 +499,7 @@ def make_recording(steps: Steps, layout: DatasetLayout, source: str) -> Recordin
     return Recording(
         source=source,
         position=position,
-        rotation=_rotation_to_judge(rotation, rotation_format, layout, source),
+        rotation=_choose_rotation_to_judge(rotation, rotation_format, layout, source),
         translation=logged_translation,
         turn=logged_rotation,
         valid=is_valid,
@@ -533,7 +535,7 @@ def _check_shape(
     )
 
 
-def _rotation_to_judge(
+def _choose_rotation_to_judge(
     rotation: Array, rotation_format: RotationFormat, layout: DatasetLayout, source: str
 ) -> Array:
     """Convert recorded orientations [T, d] to what hypotheses can read.
@@ -635,7 +637,7 @@ def _check_odd_episodes(action_part: ActionPart, num_episodes: int) -> list[Chec
     return [Check(f"{action_part.name}s", "cannot tell", words)]
 
 
-def layout_answers(layout: DatasetLayout) -> dict[str, dict[str, str | None]]:
+def list_layout_answers(layout: DatasetLayout) -> dict[str, dict[str, str | None]]:
     """List what a layout says about its logged actions, see `LayoutAnswers`.
 
     Layouts have no key for signs, so "+++" is their answer. A layout does not say either by how
@@ -690,7 +692,7 @@ def layout_answers(layout: DatasetLayout) -> dict[str, dict[str, str | None]]:
     }
 
 
-def logged_units(layout: DatasetLayout) -> LoggedUnits:
+def list_logged_units(layout: DatasetLayout) -> LoggedUnits:
     """List the known units and those that the layout names for logged actions."""
     length_units = dict(LENGTH_UNITS)
     if layout.logged_translation_unit is not None:
@@ -724,7 +726,7 @@ def _judge_part(name: str, fits: Sequence[Fit], answers: Mapping[str, str | None
     ranked = sorted(fits, key=rank)
     best = ranked[0]
     resamples = _draw_resample_counts(len(best.error))
-    note = _why_undecidable(name, best)
+    note = _explain_undecidable(name, best)
     is_undecidable = note != ""
 
     # For each question: which answers fit as well as the best? A question is skipped if all
@@ -736,15 +738,15 @@ def _judge_part(name: str, fits: Sequence[Fit], answers: Mapping[str, str | None
             findings.append(finding)
 
     # The layout as a whole: how much worse is the best hypothesis that agrees with all its answers?
-    questions = _answered_questions(answers)
+    questions = _list_answered_questions(answers)
     agreeing = (fit for fit in ranked if all(agrees(fit, question) for question in questions))
     layout_fit = next(agreeing, None)
-    margin = None if layout_fit is None else _margin(layout_fit, best, resamples)
+    margin = None if layout_fit is None else _compute_margin(layout_fit, best, resamples)
     verdict = _judge_layout(answers, margin, is_undecidable)
     return ActionPart(name, best, layout_fit, margin, findings, verdict, note)
 
 
-def _answered_questions(answers: Mapping[str, str | None]) -> list[str]:
+def _list_answered_questions(answers: Mapping[str, str | None]) -> list[str]:
     """List the questions that a layout answers.
 
     A unit without a kind is no answer, because the unit of a velocity is another one ("m/s").
@@ -787,7 +789,7 @@ def _draw_resample_counts(num_units: int) -> Array:
     return counts.astype(float)
 
 
-def _why_undecidable(name: str, best: Fit) -> str:
+def _explain_undecidable(name: str, best: Fit) -> str:
     """Return why the data are not enough to judge the translations or rotations; "" if they are."""
     mean_motion = float(best.motion.sum() / best.num_steps)
     if mean_motion < MIN_MOTION[name]:
@@ -829,7 +831,7 @@ def _judge_question(
         if answer == "-" and fit is not best:
             continue
         if answer not in answers:  # the first fit with an answer is the best with that answer
-            answers[answer] = (fit, _margin(fit, best, resamples))
+            answers[answer] = (fit, _compute_margin(fit, best, resamples))
     tied_answers = []
     for answer, (_, margin) in answers.items():
         if margin.low <= MIN_MARGIN:
@@ -854,19 +856,21 @@ def format_size(name: str, value: float) -> str:
     return f"{np.degrees(value):.3g}°"
 
 
-def _margin(fit: Fit, best: Fit, resamples: Array) -> Margin:
+def _compute_margin(fit: Fit, best: Fit, resamples: Array) -> Margin:
     """Compute the margin of a fit: by how much its relative error exceeds that of the best fit.
 
     Each draw of the bootstrap contains the same units of resampling for both fits, because paired
     differences vary less.
     """
-    difference = _resampled_error(fit, resamples) - _resampled_error(best, resamples)
+    difference = _compute_resampled_errors(fit, resamples) - _compute_resampled_errors(
+        best, resamples
+    )
     low, high = np.quantile(difference, [0.025, 0.975])  # 95 % of the draws lie between
     if len(fit.error) < 3:  # too few units to say how much they differ, so it may be by nothing
         low = min(float(low), 0.0)
     return Margin(fit.relative_error - best.relative_error, float(low), float(high))
 
 
-def _resampled_error(fit: Fit, resamples: Array) -> Array:
+def _compute_resampled_errors(fit: Fit, resamples: Array) -> Array:
     """Compute a fit's relative error in each draw of the bootstrap: [NUM_RESAMPLES]."""
     return (resamples @ fit.error) / np.maximum(resamples @ fit.motion, MIN_DIVISOR)

@@ -19,11 +19,11 @@ from spear.audit.hypotheses import (
     UNIT_QUATERNION,
     Fit,
     Stretches,
+    convert_to_quaternions,
+    find_formats_that_turn_otherwise,
     fit_rotations,
     fit_translations,
-    formats_that_turn_otherwise,
     round_to_known_unit,
-    state_quaternions,
 )
 from spear.checks.cameras import summarize_view
 from spear.checks.gripper import (
@@ -238,13 +238,13 @@ def _read_episodes(folder: Dataset, split: str, path: str | Path) -> list[dict[s
         raise SpearError(
             f"no episode of {path} can be read. `spear data inspect {path}` shows why."
         )
-    signatures = [_column_signature(episode) for episode in episodes]
+    signatures = [_summarize_columns(episode) for episode in episodes]
     usual_signature, _ = Counter(signatures).most_common(1)[0]
     pairs = zip(episodes, signatures, strict=True)
     return [episode for episode, signature in pairs if signature == usual_signature]
 
 
-def _column_signature(episode: Mapping[str, Any]) -> frozenset[Any]:
+def _summarize_columns(episode: Mapping[str, Any]) -> frozenset[Any]:
     """Return the names, types and shapes (without the steps) of an episode's columns."""
     signature = set()
     for name, values in episode.items():
@@ -645,7 +645,7 @@ def _describe_rotation_format(
         proposal: the proposal to be completed.
     """
     best = fits[0].hypothesis
-    _, state_unit = state_quaternions(np.concatenate(orientations))
+    _, state_unit = convert_to_quaternions(np.concatenate(orientations))
     # If the states have no angles, the layout's unit of angles is that of the actions.
     angle_unit = state_unit if best.state_format in ANGLE_FORMATS else best.unit
     proposal.fields["rotation_format"] = best.state_format
@@ -655,7 +655,7 @@ def _describe_rotation_format(
         proposal.fields["logged_rotation_unit"] = unit_factor(logged_unit, ANGLE_UNITS)
 
     tied_formats = {fit.hypothesis.state_format for fit in fits}
-    other_formats = formats_that_turn_otherwise(
+    other_formats = find_formats_that_turn_otherwise(
         orientations, best.state_format, tied_formats, translation_fit.hypothesis, best
     )
     if other_formats:

@@ -136,7 +136,7 @@ class Stretches:
         episodes: list[int] = []
         first_row = 0
         for number, recording in enumerate(recordings):
-            for run_first, run_end in _valid_runs(recording.valid):
+            for run_first, run_end in _find_valid_runs(recording.valid):
                 for start in range(run_first, run_end, MAX_STRETCH_STEPS):
                     states = start + np.arange(MAX_STRETCH_STEPS + 1)
                     padded_states = np.minimum(states, run_end)
@@ -181,7 +181,7 @@ class Stretches:
         return sum_per_stretch @ self._membership
 
 
-def _valid_runs(valid: Array) -> Iterator[tuple[int, int]]:
+def _find_valid_runs(valid: Array) -> Iterator[tuple[int, int]]:
     """Find the runs of steps in which the actions of all delays are valid.
 
     Args:
@@ -213,7 +213,7 @@ def _to_quaternions(rotation_format: str, values: torch.Tensor) -> torch.Tensor:
     return quat_normalize(ROTATION_FORMATS[rotation_format].to_quaternion(values))
 
 
-def _possible_formats(values: Array) -> list[str]:
+def _list_possible_formats(values: Array) -> list[str]:
     """Return the formats in which numbers [N, d] may be rotations: those of d numbers."""
     num_components = values.shape[1]
     return [
@@ -221,19 +221,19 @@ def _possible_formats(values: Array) -> list[str]:
     ]
 
 
-def state_formats(values: Array) -> list[str]:
+def list_state_formats(values: Array) -> list[str]:
     """Return the formats in which recorded numbers [N, d] may be orientations.
 
     Yaw, pitch, roll ("euler_ZYX") is not among them. If states and actions are both written as yaw,
     pitch, roll, then they fit as well as roll, pitch, yaw ("euler_xyz") with base and end-effector
     frame exchanged, because the one is the mirror image of the other. Rotations alone cannot tell
-    these two apart (see `formats_that_turn_otherwise`). If only the actions are written as yaw,
-    pitch, roll, their `action_format` says so.
+    these two apart (see `find_formats_that_turn_otherwise`). If only the actions are written as
+    yaw, pitch, roll, their `action_format` says so.
     """
-    return [name for name in _possible_formats(values) if name != "euler_ZYX"]
+    return [name for name in _list_possible_formats(values) if name != "euler_ZYX"]
 
 
-def state_quaternions(rotation: Array) -> tuple[dict[str, Array], str]:
+def convert_to_quaternions(rotation: Array) -> tuple[dict[str, Array], str]:
     """Convert recorded orientations [N, d] to quaternions in every format that is possible.
 
     Three numbers may be angles. They are taken for degrees if some go beyond a whole turn in
@@ -247,7 +247,7 @@ def state_quaternions(rotation: Array) -> tuple[dict[str, Array], str]:
         unit = "deg" if are_degrees(rotation) else "rad"
     values = _to_tensor(rotation * ANGLE_UNITS.get(unit, 1.0))
     quaternions = {}
-    for name in _possible_formats(rotation):
+    for name in _list_possible_formats(rotation):
         quaternions[name] = _to_quaternions(name, values).numpy()
     return quaternions, unit
 
@@ -255,9 +255,9 @@ def state_quaternions(rotation: Array) -> tuple[dict[str, Array], str]:
 def can_tell_euler_order(translation: Hypothesis | None, rotation: Hypothesis | None) -> bool:
     """Return whether the actions tell roll, pitch, yaw from yaw, pitch, roll.
 
-    With the wrong order of angles, rotations fit in the wrong frame (see `state_formats`). This
-    shows if translations and rotations fit in the same frame, because the other order would put
-    them in two frames. Rotations that are targets have no such frame, so they tell nothing.
+    With the wrong order of angles, rotations fit in the wrong frame (see `list_state_formats`).
+    This shows if translations and rotations fit in the same frame, because the other order would
+    put them in two frames. Rotations that are targets have no such frame, so they tell nothing.
 
     Args:
         translation: the best hypothesis about logged translations; None if they tell nothing.
@@ -272,7 +272,7 @@ def can_tell_euler_order(translation: Hypothesis | None, rotation: Hypothesis | 
     return is_translation_in_ee == is_rotation_in_ee
 
 
-def formats_that_turn_otherwise(
+def find_formats_that_turn_otherwise(
     rotations: Sequence[Array],
     layout_format: str,
     tied_formats: Iterable[str],
@@ -293,22 +293,22 @@ def formats_that_turn_otherwise(
     if is_euler_possible and not can_tell_euler_order(translation, rotation):
         other_formats.append("euler_ZYX")
 
-    quaternions, _ = state_quaternions(np.concatenate(rotations))
+    quaternions, _ = convert_to_quaternions(np.concatenate(rotations))
     episode_ends = np.cumsum([len(values) for values in rotations])[:-1]
-    layout_turns = _turns_between_steps(quaternions[layout_format], episode_ends)
+    layout_turns = _compute_turns_between_steps(quaternions[layout_format], episode_ends)
     mean_turn_rad = _angle(layout_turns[:, 0]).mean()  # from the quaternions' scalar parts
     min_difference_rad = MIN_TURN_DIFFERENCE * mean_turn_rad + 1e-6
 
     differing_formats = []
     for name in other_formats:
-        turns = _turns_between_steps(quaternions[name], episode_ends)
+        turns = _compute_turns_between_steps(quaternions[name], episode_ends)
         difference_rad = _angle((layout_turns * turns).sum(-1))  # one per pair of steps
         if difference_rad.mean() > min_difference_rad:
             differing_formats.append(name)
     return differing_formats
 
 
-def _turns_between_steps(quaternions: Array, episode_ends: Array) -> Array:
+def _compute_turns_between_steps(quaternions: Array, episode_ends: Array) -> Array:
     """Compute the rotations from step to step.
 
     Args:
@@ -323,7 +323,7 @@ def _turns_between_steps(quaternions: Array, episode_ends: Array) -> Array:
     return np.delete(turns, episode_ends - 1, axis=0)
 
 
-def _possible_scales(
+def _list_possible_scales(
     logged: Array, rms_step: float, units: Mapping[str, float], step_s: float
 ) -> list[Scale]:
     """List the known units of changes and velocities, and a fitted unit if none of them is near.
@@ -397,13 +397,15 @@ def fit_translations(
     """
     position = np.concatenate([r.position for r in recordings]).astype(np.float64)
     rotation = np.concatenate([r.rotation for r in recordings])
-    quaternions, _ = state_quaternions(rotation)
+    quaternions, _ = convert_to_quaternions(rotation)
     logged = _concatenate_logged(r.translation for r in recordings)
     recorded = _summarize_recorded_translations(position, stretches)
 
     rms_step_m = _measure_rms_step_m(position, stretches)
     step_s = 1 / recordings[0].rate_hz
-    relative_scales = _possible_scales(stretches.select_steps(logged), rms_step_m, units, step_s)
+    relative_scales = _list_possible_scales(
+        stretches.select_steps(logged), rms_step_m, units, step_s
+    )
     target_scales = [Scale("absolute", unit, factor) for unit, factor in units.items()]
     origin = np.zeros(3)
 
@@ -424,7 +426,7 @@ def fit_translations(
             diagonal, recorded.start, recorded, target_scales, in_base, stretches
         )
         # Displacements along the axes of the end effector, for every format of its orientations.
-        for state_format in state_formats(rotation):
+        for state_format in list_state_formats(rotation):
             orientation = quaternions[state_format][stretches.rows[:, :-1]]  # [n, L, 4]
             sums = _rotate_components(orientation, diagonal).cumsum(1)
             in_ee = _TranslationReading("ee", state_format, delay)
@@ -548,7 +550,7 @@ def integrate_translations(recording: Recording, fit: Fit) -> Array:
         path[1:] = np.where(is_known[:, None], logged, path[1:])
         return path
     if hypothesis.frame == "ee":
-        quaternions, _ = state_quaternions(recording.rotation)
+        quaternions, _ = convert_to_quaternions(recording.rotation)
         orientation = _to_tensor(quaternions[hypothesis.state_format][:-1])
         logged = quat_rotate(orientation, _to_tensor(logged)).numpy()
     known_displacements = logged * is_known[:, None]
@@ -577,8 +579,8 @@ class _RecordedRotations(NamedTuple):
 
 def _summarize_recorded_rotations(rotation: Array, stretches: Stretches) -> _RecordedRotations:
     """Read recorded orientations [N, d] in every possible format, and arrange them by stretch."""
-    quaternions, _ = state_quaternions(rotation)
-    formats = state_formats(rotation)
+    quaternions, _ = convert_to_quaternions(rotation)
+    formats = list_state_formats(rotation)
     orientation = torch.stack([_to_tensor(quaternions[name][stretches.rows]) for name in formats])
     inverse_start = quat_conjugate(orientation[:, :, :1])
     motion_ee = quat_multiply(inverse_start, orientation[:, :, 1:])
@@ -615,8 +617,8 @@ def fit_rotations(
     recorded = _summarize_recorded_rotations(rotation, stretches)
     num_steps = int(stretches.is_step.sum())
     step_s = 1 / recordings[0].rate_hz
-    scales = _rotation_scales(logged, recorded.rms_step_rad, stretches, step_s, units)
-    hypotheses, logged_quaternions = _logged_rotations(logged, scales)
+    scales = _choose_rotation_scales(logged, recorded.rms_step_rad, stretches, step_s, units)
+    hypotheses, logged_quaternions = _interpret_logged_rotations(logged, scales)
     fits: list[Fit] = []
 
     def add_fits(
@@ -661,7 +663,7 @@ def fit_rotations(
     return fits
 
 
-def _rotation_scales(
+def _choose_rotation_scales(
     logged: Array,
     rms_step_rad: float,
     stretches: Stretches,
@@ -680,7 +682,7 @@ def _rotation_scales(
     if logged.shape[1] != 3:
         return [Scale("delta", UNIT_QUATERNION, 1.0), Scale("absolute", UNIT_QUATERNION, 1.0)]
     logged_in_steps = stretches.select_steps(logged)
-    scales = _possible_scales(logged_in_steps, rms_step_rad, units, step_s)
+    scales = _list_possible_scales(logged_in_steps, rms_step_rad, units, step_s)
     scales += [Scale("absolute", unit, factor) for unit, factor in units.items()]
     return scales
 
@@ -708,7 +710,7 @@ def _angle(cosine: Array) -> Array:
     return 2 * np.arccos(np.minimum(np.abs(cosine), 1))
 
 
-def _logged_rotations(
+def _interpret_logged_rotations(
     logged: Array, scales: Sequence[Scale]
 ) -> tuple[list[Hypothesis], torch.Tensor]:
     """List the hypotheses about logged rotations and convert the rotations by each of them.
@@ -725,7 +727,7 @@ def _logged_rotations(
     """
     hypotheses: list[Hypothesis] = []
     quaternions: list[torch.Tensor] = []  # [8, N, 4] each: one row per choice of signs
-    for scale, action_format in itertools.product(scales, _possible_formats(logged)):
+    for scale, action_format in itertools.product(scales, _list_possible_formats(logged)):
         if logged.shape[1] == 3:
             signed = logged * scale.factor * SIGN_FACTORS[:, None]  # [8, N, 3]
             rotations = _to_quaternions(action_format, _to_tensor(signed))
@@ -771,7 +773,7 @@ def _fit_added_angles(
     Yields:
         One fit per scale, state format and choice of signs.
     """
-    _, state_unit = state_quaternions(rotation)
+    _, state_unit = convert_to_quaternions(rotation)
     angles = rotation * ANGLE_UNITS[state_unit]  # [N, 3] rad
     start = angles[stretches.rows[:, :1]]  # [n, 1, 3]
     steps = logged[stretches.action_rows(delay)] * stretches.is_step[..., None]  # [n, L, 3]

@@ -126,7 +126,7 @@ def _inspect_dataset(folder: Dataset) -> str:
         texts = []
         for episode in folder.episodes:
             texts.extend(episode.tasks)
-        cameras = _lerobot_cameras(folder)
+        cameras = _list_lerobot_cameras(folder)
         axes = {
             _column_name(n): feature.component_names for n, feature in folder.info.features.items()
         }
@@ -165,7 +165,7 @@ def _summarize_lerobot(folder: LeRobotFolder) -> tuple[str, str, str]:
     return title, f"{info.fps:g} Hz", f", {num_steps} ({_format_range(lengths)} each)"
 
 
-def _lerobot_cameras(folder: LeRobotFolder) -> list[str]:
+def _list_lerobot_cameras(folder: LeRobotFolder) -> list[str]:
     """Describe each camera of a LeRobot dataset in a line."""
     lines = []
     for name, feature in folder.info.features.items():

@@ -213,7 +213,7 @@ def _explain_os_error(error: OSError) -> str | None:
 def _dispatch(args: list[str]) -> None:
     """Print the help or the version, or run a command."""
     if not args or args[0] in HELP_OPTIONS:
-        print(_overview(DESCRIPTION, list(COMMANDS)))
+        print(_format_overview(DESCRIPTION, list(COMMANDS)))
     elif args[0] == "--version":
         print(spear.__version__)
     elif args[0].startswith("-"):
@@ -223,7 +223,7 @@ def _dispatch(args: list[str]) -> None:
         )
     elif _is_group(args[0]) and (len(args) == 1 or args[1] in HELP_OPTIONS):
         title = f"The commands that begin with spear {args[0]}:"
-        print(_overview(title, _subcommands(args[0])))
+        print(_format_overview(title, _list_subcommands(args[0])))
     else:
         name = find_command(args)
         num_name_words = len(name.split())
@@ -269,10 +269,10 @@ def _help_text(name: str) -> str:
     """Return the command's docstring, and the commands that begin with its name."""
     module, _, function = COMMANDS[name].partition(":")
     docstring = _read_docstrings(module)[function]
-    subcommands = _subcommands(name)
+    subcommands = _list_subcommands(name)
     if not subcommands:
         return docstring
-    lines = "\n".join(_summary_lines(subcommands))
+    lines = "\n".join(_format_summary_lines(subcommands))
     return f"{docstring}\n\nOther commands that begin with it:\n{lines}"
 
 
@@ -287,23 +287,23 @@ def _read_docstrings(module: str) -> dict[str, str]:
     }
 
 
-def _subcommands(word: str) -> list[str]:
+def _list_subcommands(word: str) -> list[str]:
     """Return the two-word commands whose first word is `word`."""
     return [name for name in COMMANDS if name.startswith(f"{word} ")]
 
 
 def _is_group(word: str) -> bool:
     """Return whether `word` is the first word of commands, but no command by itself ("data")."""
-    return word not in COMMANDS and bool(_subcommands(word))
+    return word not in COMMANDS and bool(_list_subcommands(word))
 
 
-def _overview(title: str, names: Sequence[str]) -> str:
+def _format_overview(title: str, names: Sequence[str]) -> str:
     """Return the help page that lists these commands."""
     advice = "`spear COMMAND --help` explains a command, with an example."
-    return "\n".join([title, "", *_summary_lines(names), "", advice])
+    return "\n".join([title, "", *_format_summary_lines(names), "", advice])
 
 
-def _summary_lines(names: Sequence[str]) -> list[str]:
+def _format_summary_lines(names: Sequence[str]) -> list[str]:
     """Return a line per command, with the first line of its help."""
     width = max(len(name) for name in names) + 1
     lines = []

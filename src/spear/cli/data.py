@@ -114,7 +114,7 @@ def prepare(options: PrepareOptions) -> None:
     jobs = []
     for path, name in zip(options.paths, names, strict=True):
         target = options.out if len(names) == 1 else options.out / name
-        own_conversion = _conversion_of_dataset(conversion, cameras_of_path[path])
+        own_conversion = _choose_conversion(conversion, cameras_of_path[path])
         plan_preparation(path, target, options.split, own_conversion)
         jobs.append((path, target, own_conversion))
 
@@ -135,7 +135,7 @@ def _check_size_options_name_cameras(
             check_known("camera", all_cameras, camera, location="--image-size")
 
 
-def _conversion_of_dataset(conversion: Conversion, cameras: Sequence[str]) -> Conversion:
+def _choose_conversion(conversion: Conversion, cameras: Sequence[str]) -> Conversion:
     """Return the conversion without the sizes of cameras that the dataset does not have.
 
     Args:

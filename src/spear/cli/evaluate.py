@@ -160,7 +160,7 @@ def evaluate_libero(options: EvaluateLiberoOptions) -> None:
     from spear.evaluate.libero import environment
 
     if options.setup:
-        print(f"LIBERO is ready in {environment.set_up()}")
+        print(f"LIBERO is ready in {environment.install()}")
         return
     environment.find_python()  # a missing one is reported before weights are loaded
 
@@ -299,7 +299,7 @@ def _describe_shared_episodes(
 def _note_learned_episodes(policy: str, held_out: "EpisodeStore") -> None:
     """Give a notice if the policy was trained on held-out episodes."""
     fingerprints = set(held_out.episode_fingerprints())
-    num_learned = len(fingerprints & _learned_fingerprints(policy))
+    num_learned = len(fingerprints & _read_learned_fingerprints(policy))
     if num_learned:
         notice(
             f"{policy} was trained on {num_learned} of {len(fingerprints)} held-out episodes. "
@@ -307,7 +307,7 @@ def _note_learned_episodes(policy: str, held_out: "EpisodeStore") -> None:
         )
 
 
-def _learned_fingerprints(model: str) -> set[str]:
+def _read_learned_fingerprints(model: str) -> set[str]:
     """Return the fingerprints of the images and episodes that a model was trained on."""
     from spear.models.weights.folders import read_provenance
     from spear.policy import locate
@@ -447,7 +447,7 @@ def _note_learned_images(model: str, labels: "Sequence[LabeledImage]") -> None:
     """Give a notice if the model was trained on some of the images."""
     from spear.labels.inputs import hash_content
 
-    learned = _learned_fingerprints(model)
+    learned = _read_learned_fingerprints(model)
     num_learned = sum(hash_content(label.image) in learned for label in labels)
     if num_learned:
         notice(

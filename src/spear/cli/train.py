@@ -145,7 +145,7 @@ def estimate_memory(options: EstimateMemoryOptions) -> None:
     from spear.train import memory
     from spear.train.recipes import get_recipe
 
-    usable_bytes = memory.usable_bytes(options.gpu)
+    usable_bytes = memory.estimate_usable_bytes(options.gpu)
     changes = parse_key_values(options.set, preset=options.preset, batch_size=options.batch_size)
     if options.recipe == "inference":
         _estimate_inference(options, usable_bytes)

@@ -26,7 +26,7 @@ from spear.geometry import (
     quat_normalize,
     quat_slerp,
 )
-from spear.gripper import commands_from_motion
+from spear.gripper import infer_commands_from_motion
 from spear.types import ACTION_DIM, CONTROL_RATE_HZ, Array, Episode
 
 HORIZON = 5  # the number of actions in a chunk (the paper)
@@ -66,7 +66,7 @@ def canonicalize_actions(episode: Episode) -> tuple[Array, Array]:
     """Get the canonical actions of an episode at its own rate.
 
     If the episode has no actions, they are derived: motions from its states, and gripper commands
-    from the motion of its gripper (`commands_from_motion`). The last action is then not known.
+    from the motion of its gripper (`infer_commands_from_motion`). Then the last action is unknown.
 
     Returns:
         Actions [T, 8], and a mask [T] bool that says which of them are known.
@@ -79,7 +79,7 @@ def canonicalize_actions(episode: Episode) -> tuple[Array, Array]:
 
     # After the last step, the opening is taken to stay, so that every step has a command.
     openings = np.append(episode.gripper, episode.gripper[-1])  # [T + 1]
-    command = commands_from_motion(openings, episode.rate_hz)  # [T]
+    command = infer_commands_from_motion(openings, episode.rate_hz)  # [T]
     last_step = len(episode) - 1
     has_next_state = np.arange(len(episode)) < last_step  # [T]
     actions = derive_actions(episode.position, episode.rotation, command)

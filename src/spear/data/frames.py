@@ -123,13 +123,13 @@ def read_store_frames(request: Mapping[str, Any]) -> Frames:
         if get_current_version(name) == 1:
             continue
         # The hash of a layout depends on the dataset's name, which may be that of any folder.
-        hashes = {_hash_first_version(name, folder) for folder in (name, *folder_names)}
+        hashes = {_hash_layout_with_first_frames(name, folder) for folder in (name, *folder_names)}
         if name in folder_names or request.get("layout") in hashes:
             frames[name] = 1
     return frames
 
 
-def _hash_first_version(name: str, folder_name: str) -> str:
+def _hash_layout_with_first_frames(name: str, folder_name: str) -> str:
     """Hash the layout of a known dataset with the first version of its frames.
 
     Args:

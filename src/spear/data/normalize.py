@@ -260,7 +260,7 @@ class Normalizer:
             return self.chunk_offset, self.chunk_scale
         return self.translation_offset, self.translation_scale
 
-    def state_vector(self, position: Tensor, rotation: Tensor, gripper: Tensor) -> Tensor:
+    def encode_state(self, position: Tensor, rotation: Tensor, gripper: Tensor) -> Tensor:
         """Encode the state as the policy sees it.
 
         The rotation becomes the first two columns of its matrix. These six numbers follow every

@@ -182,7 +182,7 @@ def run_local(
 
 def _print_bill(model: Any) -> None:
     """Print what the use of a model costs, if the model knows."""
-    bill = model.bill() if hasattr(model, "bill") else ""
+    bill = model.describe_costs() if hasattr(model, "describe_costs") else ""
     if bill:
         print(bill, flush=True)
 

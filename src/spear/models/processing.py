@@ -352,7 +352,7 @@ class Processor:
 
     # Tokens to answers
 
-    def coordinate_grammar(self, num_numbers: int, num_pixels: int) -> list[tuple[int, int]]:
+    def make_coordinate_grammar(self, num_numbers: int, num_pixels: int) -> list[tuple[int, int]]:
         """The grammar of answers that consist of numbers, then pixels.
 
         It has a range of ids (first, end) for each token of the answer.
@@ -361,7 +361,7 @@ class Processor:
         location_range = (self.location_start, self.location_start + NUM_LOCATIONS)
         return [number_range] * num_numbers + [location_range] * (2 * num_pixels)
 
-    def free_text_grammar(self, num_numbers: int) -> FreeTextGrammar:
+    def make_free_text_grammar(self, num_numbers: int) -> FreeTextGrammar:
         """The grammar of answers in free words, with `num_numbers` numbers between the words."""
         # Words are the ids before the location tokens, except special tokens: the ranges between
         # each special token and the next.

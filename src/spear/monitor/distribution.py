@@ -110,7 +110,7 @@ class TrainingDistribution:
         rotation_angles = quat_distance(torch.from_numpy(rotation), torch.tensor(mean_rotation))
         is_gripper_opposite = np.concatenate([_is_gripper_opposite(batch) for batch in batches])
 
-        images_by_camera = _images_by_camera(batches)
+        images_by_camera = _group_images_by_camera(batches)
         red_minus_blue = {}
         thumbnails = {}
         mean_thumbnails = {}
@@ -251,7 +251,7 @@ def _compute_camera_shares(
     return shares
 
 
-def _images_by_camera(batches: Sequence[Mapping[str, Any]]) -> dict[str, Array]:
+def _group_images_by_camera(batches: Sequence[Mapping[str, Any]]) -> dict[str, Array]:
     """Collect each camera's images [N, h, w, 3], without cameras that no step has."""
     images_by_camera = {}
     for camera in batches[0]["images"]:

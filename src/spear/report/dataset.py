@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from spear.audit.dataset_audit import episode_steps
+from spear.audit.dataset_audit import read_episode_steps
 from spear.audit.inspect import inspect, is_layout_known
 from spear.data.actions import canonicalize_actions
 from spear.data.readers.columns import Steps, is_depth_png, walk_columns
@@ -65,7 +65,7 @@ def write_page(path: str | Path, out: Path, layout: Path | None = None) -> None:
     if has_layout:
         episodes = map(_show_episode, read_episodes(path, split, layout, skipped))
     else:
-        episodes = convert_episodes(episode_steps(path, split, None), _show_columns, skipped)
+        episodes = convert_episodes(read_episode_steps(path, split, None), _show_columns, skipped)
     first_episodes = list(itertools.islice(episodes, MAX_EPISODES))
     check_enough_good(len(first_episodes), skipped, path, split)
     html = render(
@@ -119,9 +119,11 @@ def _draw_episode(episode: Episode, actions: Array) -> list[str]:
     gripper_axis = Axis(ends=(-0.1, 1.1))
     left_axis = Axis("y, to the left", reverse=True)
     return [
-        draw_chart(_xyz_lines(seconds, translations_mm), TIME_AXIS, title="Step, mm (base frame)"),
         draw_chart(
-            _xyz_lines(seconds, rotation_vectors_deg),
+            _make_xyz_lines(seconds, translations_mm), TIME_AXIS, title="Step, mm (base frame)"
+        ),
+        draw_chart(
+            _make_xyz_lines(seconds, rotation_vectors_deg),
             TIME_AXIS,
             title="Turn, degrees (end-effector frame)",
         ),
@@ -131,7 +133,7 @@ def _draw_episode(episode: Episode, actions: Array) -> list[str]:
     ]
 
 
-def _xyz_lines(x: Array, values: Array) -> list[Line]:
+def _make_xyz_lines(x: Array, values: Array) -> list[Line]:
     """Return a line for each column of values [T, 3], named x, y and z, over `x` [T]."""
     return [Line(name, x, values[:, i], XYZ_COLORS[i]) for i, name in enumerate("xyz")]
 

@@ -91,7 +91,9 @@ def act(world: World) -> NDArray[np.float32]:
     num_touching = world.count_touching_fingers(SOURCE_INDEX)
     is_held = num_touching == 2
     # A held source that touches the target may still hang above the place where it should rest.
-    is_hanging = is_held and _underside(world) > _release_height(world) + HANGING_HEIGHT_M
+    is_hanging = (
+        is_held and _measure_underside_height(world) > _release_height(world) + HANGING_HEIGHT_M
+    )
     if is_source_on_target(world) and not is_hanging:
         goal = _leave(world, gripper, is_held)
     elif is_held:
@@ -127,7 +129,7 @@ def _approach(world: World, gripper: _Gripper) -> _Goal:
 
 def _carry(world: World, gripper: _Gripper) -> _Goal:
     """Carry the held source: lift, move over the target, come down, open the gripper."""
-    yaw = _placing_yaw(world, gripper.yaw)
+    yaw = _choose_placing_yaw(world, gripper.yaw)
     turn_rad = abs(_wrap(yaw - gripper.yaw))
     offset = world.object_position(TARGET_INDEX)[:2] - world.object_position(SOURCE_INDEX)[:2]
     side_m = euclidean_norm(offset)
@@ -135,7 +137,7 @@ def _carry(world: World, gripper: _Gripper) -> _Goal:
 
     # The funnel: 2 mm above the release height per millimeter of misalignment beyond 10 mm, but at
     # most the height for carrying.
-    underside = _underside(world)
+    underside = _measure_underside_height(world)
     release_height = _release_height(world)
     funnel_m = float(np.clip(2.0 * (misalignment_m - 0.010), 0, 1))
     height = min(max(CARRY_HEIGHT_M, release_height), release_height + funnel_m)
@@ -186,7 +188,7 @@ def _release_height(world: World) -> float:
     return rim_height + RELEASE_HEIGHTS_M.get(kind.name, DEFAULT_RELEASE_HEIGHT_M)
 
 
-def _underside(world: World) -> float:
+def _measure_underside_height(world: World) -> float:
     """The height of the lowest point of the source's bounding box, m."""
     body = world.bodies[SOURCE_INDEX]
     # The z components of the object's three axes: how much each axis contributes to height, [3].
@@ -197,7 +199,7 @@ def _underside(world: World) -> float:
     return float(height + (vertical * center).sum() - (np.abs(vertical) * half).sum())
 
 
-def _placing_yaw(world: World, yaw: float) -> float:
+def _choose_placing_yaw(world: World, yaw: float) -> float:
     """Return the gripper's yaw for placing the source, given the gripper's present yaw.
 
     A cube is placed square on a cube, and a long object along the basket. For other pairs any yaw

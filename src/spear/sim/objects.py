@@ -80,7 +80,7 @@ def load_catalog(file_name: str) -> dict[str, ObjectKind]:
     The file has a table per kind, with its `parts`. A table `palette` names colors for the parts.
     """
     text = Path(__file__).with_name(file_name).read_text("utf-8")
-    tables = _lists_to_tuples(tomllib.loads(text))
+    tables = _convert_lists_to_tuples(tomllib.loads(text))
     palette = tables.pop("palette", {})
     kinds = {}
     for name, table in tables.items():
@@ -93,12 +93,12 @@ def load_catalog(file_name: str) -> dict[str, ObjectKind]:
     return kinds
 
 
-def _lists_to_tuples(value: Any) -> Any:
+def _convert_lists_to_tuples(value: Any) -> Any:
     """Return a copy of nested dicts and lists, with tuples instead of the lists."""
     if isinstance(value, dict):
-        return {key: _lists_to_tuples(inner) for key, inner in value.items()}
+        return {key: _convert_lists_to_tuples(inner) for key, inner in value.items()}
     if isinstance(value, list):
-        return tuple(map(_lists_to_tuples, value))
+        return tuple(map(_convert_lists_to_tuples, value))
     return value
 
 

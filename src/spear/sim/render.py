@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from spear.errors import SpearError, check_known
 from spear.sim.control import HIDDEN_GROUP
-from spear.sim.scene import clutter_scene
+from spear.sim.scene import sample_clutter_scene
 from spear.sim.world import GRIPPER_NAME, World, base_spec, half_extent
 from spear.types import Frame
 
@@ -261,7 +261,7 @@ def render_frame(world: World, camera: str, size: ImageSize) -> Frame:
 
 def render_clutter_frame(seed: int, camera: str, size: ImageSize) -> Frame:
     """Render the cluttered scene, without a task, that `seed` stands for, with its ground truth."""
-    return render_frame(World(clutter_scene(seed)), camera, size)
+    return render_frame(World(sample_clutter_scene(seed)), camera, size)
 
 
 def _instance_name(world: World, instance: int) -> str:
@@ -299,11 +299,11 @@ def object_boxes(world: World) -> dict[int, NDArray[np.float64]]:
         corners = body.low + _UNIT_CORNERS * (body.high - body.low)  # in the object's frame
         rotation = world.object_rotation(index)
         boxes[index + 1] = corners @ rotation.T + world.object_position(index)
-    boxes[len(world.bodies) + 1] = _gripper_box(world)
+    boxes[len(world.bodies) + 1] = _compute_gripper_box(world)
     return boxes
 
 
-def _gripper_box(world: World) -> NDArray[np.float64]:
+def _compute_gripper_box(world: World) -> NDArray[np.float64]:
     """The corners [8, 3] of the box around hand and fingers, base frame.
 
     The sides of the box are along the hand's axes.

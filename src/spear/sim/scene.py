@@ -176,7 +176,7 @@ def sample_scene(family: str, seed: int) -> SceneSpec:
     )
 
 
-def clutter_scene(seed: int) -> SceneSpec:
+def sample_clutter_scene(seed: int) -> SceneSpec:
     """Draw a scene without a task, for labeling.
 
     It has 2 to 7 objects, and the arm is at a random plausible pose, perhaps holding one of them.

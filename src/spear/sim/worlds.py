@@ -116,7 +116,7 @@ def place_in_world(scene: SceneSpec, name: str) -> SceneSpec:
     """Return the same task in the surroundings of a world.
 
     Args:
-        scene: a scene of `spear.sim.scene.sample_scene` or `clutter_scene`.
+        scene: a scene of `spear.sim.scene.sample_scene` or `sample_clutter_scene`.
         name: "default", "wild", "varied", "lab:N" or "labs:K".
 
     Returns:

@@ -300,14 +300,14 @@ def _render_clutter(
         Each view with its frames of all scenes.
     """
     from spear.sim.render import render_frame
-    from spear.sim.scene import clutter_scene
+    from spear.sim.scene import sample_clutter_scene
     from spear.sim.world import World
     from spear.sim.worlds import place_in_world, without_robot
 
     _, seeds = job
     worlds = []
     for seed in seeds:
-        scene = place_in_world(clutter_scene(seed), world)
+        scene = place_in_world(sample_clutter_scene(seed), world)
         worlds.append(World(scene if shows_robot else without_robot(scene)))
     for view, size in sizes.items():
         yield view, [render_frame(world, view, size) for world in worlds]

@@ -130,7 +130,7 @@ def check(recipe: Recipe, inputs: TrainingInputs) -> tuple[Recipe, Preset]:
     }
 
     # The flow settings and the folders of labels.
-    preset = _preset_of(recipe)
+    preset = _build_preset(recipe)
     check_known(
         "flow setting", [field.name for field in dataclasses.fields(FlowConfig)], *preset.flow
     )
@@ -149,12 +149,12 @@ def check(recipe: Recipe, inputs: TrainingInputs) -> tuple[Recipe, Preset]:
     if recipe.kind == "vlm":
         build_empty_model(recipe, build_vlm_config(preset))
     elif recipe.kind == "vla":
-        vlm = build_vlm_config(preset) if init_config is None else _vlm_config_of(init_config)
+        vlm = build_vlm_config(preset) if init_config is None else _get_vlm_config(init_config)
         build_empty_model(recipe, build_spear1_config(preset, vlm))
     return recipe.with_changes(**sizes_per_piece), preset
 
 
-def _preset_of(recipe: Recipe) -> Preset:
+def _build_preset(recipe: Recipe) -> Preset:
     """Return the recipe's preset, with its flow settings, and without MoGe if it has none."""
     preset = get_preset(recipe.preset)
     flow = {**preset.flow, **recipe.flow}
@@ -188,7 +188,7 @@ def _read_init_config(recipe: Recipe, preset: Preset, inputs: TrainingInputs) ->
     is_policy = weights.read_architecture(init) == Spear1Config.model_type
     model_class = Spear1ForActionPrediction if is_policy else SpearVLM
     config: Any = weights.read_compatible_config(model_class, init)
-    vlm = _vlm_config_of(config)
+    vlm = _get_vlm_config(config)
 
     # The vision encoder's width tells the presets apart. The text model does not, because a
     # preset's checkpoint may have the one of PaliGemma 1 or of PaliGemma 2.
@@ -213,7 +213,7 @@ def _read_init_config(recipe: Recipe, preset: Preset, inputs: TrainingInputs) ->
     return config
 
 
-def _vlm_config_of(config: Any) -> SpearVLMConfig:
+def _get_vlm_config(config: Any) -> SpearVLMConfig:
     """Return the config of the VLM: the inner one of a policy's config, or a VLM's own config."""
     return config.vlm_config if isinstance(config, Spear1Config) else config
 
@@ -351,7 +351,7 @@ def _build_naming(recipe: Recipe, preset: Preset, inputs: TrainingInputs, seed: 
     """
     labels = tasks.load_labels(inputs.labels, list(preset.image_sizes))
     if inputs.init is None:
-        processor, vlm = _new_vlm(recipe, preset, inputs.labels, labels, seed)
+        processor, vlm = _make_new_vlm(recipe, preset, inputs.labels, labels, seed)
     else:
         processor, vlm = Processor.load(inputs.init), load_inner_vlm(inputs.init)
 
@@ -374,16 +374,16 @@ def _build_vlm(recipe: Recipe, preset: Preset, inputs: TrainingInputs, seed: int
     """Build a VLM that learns to answer questions."""
     labels = tasks.load_labels(inputs.labels, list(preset.image_sizes))
     if inputs.init is None:
-        processor, model = _new_vlm(recipe, preset, inputs.labels, labels, seed)
+        processor, model = _make_new_vlm(recipe, preset, inputs.labels, labels, seed)
     else:
-        processor, model = _continued_vlm(recipe, preset, inputs, labels, seed)
+        processor, model = _load_initial_vlm(recipe, preset, inputs, labels, seed)
 
-    questions = _question_samples(recipe, inputs, labels, processor, recipe.batch_size, seed)
+    questions = _make_question_samples(recipe, inputs, labels, processor, recipe.batch_size, seed)
     task = tasks.VlmTask(model, questions, recipe.coordinate_rows_only)
     return _Built(model, task, [model.save_pretrained, processor.save])
 
 
-def _continued_vlm(
+def _load_initial_vlm(
     recipe: Recipe, preset: Preset, inputs: TrainingInputs, labels: LabelsByView, seed: int
 ) -> tuple[Processor, SpearVLM]:
     """Load the VLM of `inputs.init`; add new 3D tokens and MoGe's encoder if the recipe says so."""
@@ -411,7 +411,7 @@ def _build_vla(recipe: Recipe, preset: Preset, inputs: TrainingInputs, seed: int
     """Build a policy that learns from demonstrations, and from questions if the recipe asks any."""
     labels = tasks.load_labels(inputs.labels, list(preset.image_sizes))
     if inputs.init is None:
-        processor, vlm = _new_vlm(recipe, preset, inputs.labels, labels, seed)
+        processor, vlm = _make_new_vlm(recipe, preset, inputs.labels, labels, seed)
         model = _add_action_expert(vlm, preset)
     else:
         processor = Processor.load(inputs.init)
@@ -437,7 +437,7 @@ def _build_vla(recipe: Recipe, preset: Preset, inputs: TrainingInputs, seed: int
     # Questions.
     questions = None
     if recipe.question_images:
-        questions = _question_samples(
+        questions = _make_question_samples(
             recipe, inputs, labels, processor, recipe.question_images, seed
         )
         _set_coordinate_loss(model.vlm.config, recipe)
@@ -547,7 +547,7 @@ def _fit_normalizer(recipe: Recipe, horizon: int, episodes: NamedStores) -> Norm
     return Normalizer.fit([(store, weight) for _, store, weight in episodes], *settings)
 
 
-def _question_samples(
+def _make_question_samples(
     recipe: Recipe,
     inputs: TrainingInputs,
     labels: LabelsByView,
@@ -619,7 +619,7 @@ def _renew_coordinate_embeddings(
     vlm.config.text_config.vocab_size = len(rows)
 
 
-def _new_vlm(
+def _make_new_vlm(
     recipe: Recipe, preset: Preset, folders: Sequence[Path], labels: LabelsByView, seed: int
 ) -> tuple[Processor, SpearVLM]:
     """Return a processor with a new tokenizer and fitted 3D tokens, and a VLM with random weights.

@@ -28,7 +28,7 @@ from spear.models.devices import is_bfloat16_fast
 from spear.train import parallel
 from spear.train.checkpoint import Checkpoints, find_newest
 from spear.train.log import SKIPPED_BATCHES, Logger, NonFiniteStep, save_batch
-from spear.train.optimize import Batch, Stepper, Task, learning_rate_factor
+from spear.train.optimize import Batch, Stepper, Task, compute_learning_rate_factor
 from spear.train.options import Optimization
 from spear.util.run_lock import acquire_run_lock
 from spear.util.run_settings import to_plain_json
@@ -172,7 +172,7 @@ def _train_steps(stepper: Stepper, saver: "_Saver", logger: Logger | None, out: 
 
             # Log.
             if logger is not None:
-                lr = opt.lr * learning_rate_factor(step, opt)
+                lr = opt.lr * compute_learning_rate_factor(step, opt)
                 logger.log(step, values, lr, waited_s)
 
             # Save when it is time, or when a signal tells a process to stop. All processes have to

@@ -3,7 +3,8 @@
 A forward and a backward pass run on PyTorch's fake tensors, which have shapes and storage sizes but
 no contents. After every operation the sizes of all live tensors are added up, and the maximum is
 the estimate. The estimate does not include the CUDA context, memory that kernels use internally,
-and memory that is lost between the allocator's blocks; `usable_bytes` leaves room for these.
+and memory that is lost between the allocator's blocks. `estimate_usable_bytes` leaves room for
+these.
 """
 
 import re
@@ -66,7 +67,7 @@ class MemoryEstimate:
         return self.weights + self.gradients + self.moments + self.ema + self.activations
 
 
-def usable_bytes(gpu: str) -> float:
+def estimate_usable_bytes(gpu: str) -> float:
     """Return the bytes that a training step may use on a GPU.
 
     Args:
@@ -75,7 +76,7 @@ def usable_bytes(gpu: str) -> float:
     Raises:
         SpearError: for a text that is no size of memory.
 
-    >>> round(usable_bytes("24GB") / GIB, 1)
+    >>> round(estimate_usable_bytes("24GB") / GIB, 1)
     22.4
     """
     match = re.fullmatch(r"(\d+(\.\d+)?) ?(G(i?B)?)?", gpu.strip(), re.IGNORECASE)
@@ -273,7 +274,7 @@ def plan_memory_savings(recipe: Recipe) -> Iterator[tuple[dict[str, Any], Memory
     The first set is empty. Each further set has one change more, in the order of what the changes
     cost in time or quality, the cheapest first. A set is measured only when the caller asks for it.
     """
-    changes = _memory_saving_changes(recipe)
+    changes = _list_memory_saving_changes(recipe)
     numbers_of_changes = range(len(changes) + 1)
     bar = ProgressBar(f"planning {recipe.name}", len(numbers_of_changes), "settings")
     for num_changes in track_progress(numbers_of_changes, bar):
@@ -281,7 +282,7 @@ def plan_memory_savings(recipe: Recipe) -> Iterator[tuple[dict[str, Any], Memory
         yield first_changes, measure_training(recipe.with_changes(**first_changes))
 
 
-def _memory_saving_changes(recipe: Recipe) -> list[tuple[str, Any]]:
+def _list_memory_saving_changes(recipe: Recipe) -> list[tuple[str, Any]]:
     """Return recipe keys and values that save memory and that the recipe does not have yet.
 
     The cheapest change in time or quality comes first.

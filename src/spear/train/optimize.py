@@ -56,11 +56,11 @@ class Task(Protocol):
         """Return the loss of a batch, with random numbers from `generator`."""
 
 
-def learning_rate_factor(step: int, opt: Optimization) -> float:
+def compute_learning_rate_factor(step: int, opt: Optimization) -> float:
     """Return the factor on the peak learning rate at `step` (from 0).
 
     >>> opt = Optimization(steps=110, lr=1e-3, warmup=10, final_lr=0.1)
-    >>> [round(learning_rate_factor(step, opt), 2) for step in (0, 9, 60, 110)]
+    >>> [round(compute_learning_rate_factor(step, opt), 2) for step in (0, 9, 60, 110)]
     [0.1, 1.0, 0.55, 0.1]
     """
     if step < opt.warmup:
@@ -152,7 +152,7 @@ def make_optimizer(
         if not parameter.requires_grad:
             continue
         has_decay = parameter.ndim >= 2 and name not in partly_trained
-        group_key = (_rate_factor(name, opt), has_decay)
+        group_key = (_find_rate_factor(name, opt), has_decay)
         parameters_of.setdefault(group_key, []).append(parameter)
 
     groups = []
@@ -168,7 +168,7 @@ def make_optimizer(
     return torch.optim.AdamW(groups, betas=opt.betas, fused=True)
 
 
-def _rate_factor(name: str, opt: Optimization) -> float:
+def _find_rate_factor(name: str, opt: Optimization) -> float:
     """Return the factor on a parameter's learning rate.
 
     It is the one that `lr_scale` gives for the longest prefix of the parameter's name, or 1.
@@ -263,7 +263,7 @@ class Stepper:
                 then stay as they were before the step.
         """
         for group in self.optimizer.param_groups:
-            group["lr"] = group["peak"] * learning_rate_factor(step, self.opt)
+            group["lr"] = group["peak"] * compute_learning_rate_factor(step, self.opt)
         self.optimizer.zero_grad(set_to_none=True)
 
         # Forward and backward, piece by piece.

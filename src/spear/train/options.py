@@ -228,7 +228,7 @@ class Recipe:
         )
 
 
-def _class_of_key() -> dict[str, type]:
+def _find_class_of_key() -> dict[str, type]:
     """Map each recipe key to the class that has the field of this name.
 
     The keys `optimization` and `questions` are left out, because their fields are keys themselves.
@@ -242,7 +242,7 @@ def _class_of_key() -> dict[str, type]:
     return class_of_key
 
 
-_CLASS_OF_KEY = _class_of_key()
+_CLASS_OF_KEY = _find_class_of_key()
 
 
 def list_recipe_keys() -> list[str]:
@@ -270,7 +270,7 @@ def _check_value(owner: type, key: str, value: Any) -> None:
         # but neither a word nor a truth value for a number.
         TypeAdapter(hint, config=strict).validate_json(json.dumps(value))
     except (ValidationError, TypeError) as error:
-        choices = _choices(hint)
+        choices = _list_choices(hint)
         if choices:
             raise unknown_name_error(key, str(value), choices) from error
         raise SpearError(
@@ -288,7 +288,7 @@ def _check_value(owner: type, key: str, value: Any) -> None:
             check_known("question type", known_families, family, location=f"recipe key {key}")
 
 
-def _choices(hint: Any) -> list[str]:
+def _list_choices(hint: Any) -> list[str]:
     """Return the words that a type hint such as `Literal["a", "b"] | None` allows."""
     choices: list[str] = []
     for option in (hint, *get_args(hint)):
@@ -355,7 +355,7 @@ def check_inputs(recipe: Recipe, inputs: "TrainingInputs | TrainOptions") -> Non
     _check_data(recipe, inputs)
     _check_initial_weights(recipe, inputs)
 
-    unused_keys = _unused_keys(recipe)
+    unused_keys = _list_unused_keys(recipe)
     for change in getattr(inputs, "set", ()):
         if change.partition("=")[0] in unused_keys:
             raise SpearError(
@@ -399,7 +399,7 @@ def _check_initial_weights(recipe: Recipe, inputs: "TrainingInputs | TrainOption
         )
 
 
-def _unused_keys(recipe: Recipe) -> set[str]:
+def _list_unused_keys(recipe: Recipe) -> set[str]:
     """Return the keys that have no effect in a recipe, given its kind and its other values."""
     unused = set(UNUSED_KEYS[recipe.kind])
     if recipe.kind == "vla" and not recipe.question_images:

@@ -91,8 +91,8 @@ def train(
     # Which run this is: a new one, or the one that the newest checkpoint continues.
     options = options or RunOptions()
     checkpoint = find_newest(out / "checkpoints")
-    if not _began_with(inputs, checkpoint):
-        inputs = _without_failed_episodes(inputs)
+    if not _has_same_episodes(inputs, checkpoint):
+        inputs = _drop_failed_episodes(inputs)
     requested = recipe.optimization  # before it is adapted to the device and to a resumed run
     recipe, torch_device, run_settings = check_run(recipe, out, inputs, options, device)
     init_origin = None if inputs.init is None else read_provenance(inputs.init)
@@ -124,10 +124,10 @@ def train(
             "recipe": dataclasses.asdict(recipe),
             "earlier": earlier_settings,
             "seed": options.seed,
-            "init": _without_learned(init_origin),
+            "init": _drop_learned_fingerprints(init_origin),
             "simulator_only": _is_simulator_only(inputs),
             "learned": _list_learned(init_origin, inputs, task),
-            "minutes": _minutes_of_run(out),
+            "minutes": _read_minutes_of_run(out),
             **_describe_machine(options),
         }
         _save_result(out, save, origin)
@@ -171,7 +171,7 @@ def check_run(
     return recipe, torch_device, run_settings
 
 
-def _began_with(inputs: TrainingInputs, checkpoint: Checkpoint | None) -> bool:
+def _has_same_episodes(inputs: TrainingInputs, checkpoint: Checkpoint | None) -> bool:
     """Return whether the checkpoint's run has exactly these episodes, including the failed ones."""
     if checkpoint is None:
         return False
@@ -184,7 +184,7 @@ def _began_with(inputs: TrainingInputs, checkpoint: Checkpoint | None) -> bool:
     return loop.is_same_setting(EPISODES_KEY, stored_episodes, new_episodes)
 
 
-def _without_failed_episodes(inputs: TrainingInputs) -> TrainingInputs:
+def _drop_failed_episodes(inputs: TrainingInputs) -> TrainingInputs:
     """Return the inputs without the episodes that are known to have failed."""
     episodes = [
         (name, store.select_demonstrations(), weight) for name, store, weight in inputs.episodes
@@ -223,8 +223,8 @@ def _describe_run(recipe: Recipe, inputs: TrainingInputs) -> dict[str, Any]:
     # which of them differ. Of large files only the ends are hashed, which would miss a change of
     # weights in the middle. So the last values of every weight are hashed in another setting below.
     for option, folders in folders_of_option.items():
-        settings[option] = _short_hash(folders, DATA_FILES)
-        settings[f"settings or words of {option}"] = _short_hash(folders, TEXT_FILES)
+        settings[option] = _compute_short_hash(folders, DATA_FILES)
+        settings[f"settings or words of {option}"] = _compute_short_hash(folders, TEXT_FILES)
     for option in ("--init", DEPTH_ENCODER_KEY):
         weights_hash = None
         for folder in folders_of_option[option]:  # one at most
@@ -244,7 +244,7 @@ def _describe_episodes(inputs: TrainingInputs) -> dict[str, Any]:
     return {EPISODES_KEY: datasets, EPISODE_CONTENT_KEY: contents_hashes}
 
 
-def _short_hash(folders: Sequence[Path], patterns: Sequence[str]) -> str | None:
+def _compute_short_hash(folders: Sequence[Path], patterns: Sequence[str]) -> str | None:
     """Return a hash of the files in `folders` whose names match one of `patterns`.
 
     Of large files only the ends are read. Without folders the result is None.
@@ -308,7 +308,7 @@ def _load_weights(model: torch.nn.Module, weights: Mapping[str, torch.Tensor]) -
         parallel.unshard(model)
 
 
-def _without_learned(origin: Mapping[str, Any] | None) -> dict[str, Any] | None:
+def _drop_learned_fingerprints(origin: Mapping[str, Any] | None) -> dict[str, Any] | None:
     """Return the origin of the initial weights without the fingerprints of their training data.
 
     The result's own entry "learned" already contains these fingerprints (`_list_learned`).
@@ -354,7 +354,7 @@ def _is_simulator_only(inputs: TrainingInputs) -> bool:
     )
 
 
-def _minutes_of_run(out: Path) -> float:
+def _read_minutes_of_run(out: Path) -> float:
     """Return the minutes that the run took, including the time before it was resumed."""
     checkpoint = find_newest(out / "checkpoints")
     return 0.0 if checkpoint is None else round(checkpoint[1]["minutes"], 2)

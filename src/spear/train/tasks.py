@@ -399,7 +399,7 @@ class QuestionSamples:
         """
         rng = np.random.default_rng((self.seed, QUESTION_STREAM, step))
         view = "wrist" if rng.random() < self.wrist_fraction else next(iter(self.labels))
-        labels = self._asked_labels(view)
+        labels = self._select_asked_labels(view)
 
         pixels: list[torch.Tensor] = []
         questions: list[Question] = []
@@ -450,10 +450,12 @@ class QuestionSamples:
         # The first view, and the wrist's if its images are asked about.
         num_views = 2 if self.wrist_fraction else 1
         for view in list(self.labels)[:num_views]:
-            fingerprints.extend(hash_content(label.image) for label in self._asked_labels(view))
+            fingerprints.extend(
+                hash_content(label.image) for label in self._select_asked_labels(view)
+            )
         return fingerprints
 
-    def _asked_labels(self, view: str) -> Sequence[LabeledImage]:
+    def _select_asked_labels(self, view: str) -> Sequence[LabeledImage]:
         """The labeled images of a view that questions are asked about."""
         end = self.mix.most_images or None  # 0 stands for all images
         return self.labels[view][:end]
@@ -587,10 +589,10 @@ def encode_robot_batch(
 
     actions = torch.empty_like(raw_actions)
     states = torch.empty(len(raw_actions), STATE_VECTOR_DIM)
-    for dataset_normalizer, is_of_dataset in _row_masks_by_normalizer(normalizer, raw):
+    for dataset_normalizer, is_of_dataset in _make_row_masks_by_normalizer(normalizer, raw):
         action = Action.from_vector(raw_actions[is_of_dataset])
         actions[is_of_dataset] = dataset_normalizer.normalize_action(action).to_vector()
-        states[is_of_dataset] = dataset_normalizer.state_vector(
+        states[is_of_dataset] = dataset_normalizer.encode_state(
             position[is_of_dataset], rotation[is_of_dataset], gripper[is_of_dataset]
         )
 
@@ -609,7 +611,7 @@ def encode_robot_batch(
     }
 
 
-def _row_masks_by_normalizer(
+def _make_row_masks_by_normalizer(
     normalizer: Normalizer, raw: Mapping[str, Any]
 ) -> list[tuple[Normalizer, torch.Tensor]]:
     """Pair each dataset's normalizer with a mask [B] of the rows that belong to the dataset."""

@@ -300,12 +300,12 @@ class Tab:
         """Make a film of all steps so far."""
         episode, newest_step = self._find_step({})
         video.import_encoder()
-        frames = self._film_frames(episode, newest_step)
+        frames = self._compose_film_frames(episode, newest_step)
         data = video.encode_film(frames, episode.rate_hz)
         encoded_data = base64.b64encode(data).decode()
         return {"film": {"name": f"{episode.name}.mp4", "data": encoded_data}}
 
-    def _film_frames(self, episode: Episode, newest_step: int) -> Iterator[Array]:
+    def _compose_film_frames(self, episode: Episode, newest_step: int) -> Iterator[Array]:
         """Yield the frames of a film until `newest_step`, as long as the tab is open."""
         for step in range(newest_step + 1):
             if not self._is_open():

@@ -14,7 +14,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from spear.data.actions import HORIZON
 from spear.errors import SpearError
-from spear.train.optimize import learning_rate_factor
+from spear.train.optimize import compute_learning_rate_factor
 from spear.train.options import Optimization, Recipe
 from spear.train.recipes import get_recipe
 from spear.types import CONTROL_RATE_HZ
@@ -42,7 +42,7 @@ class Spear1SchedulerConfig(LRSchedulerConfig):
             steps=num_training_steps,
             warmup=round(self.num_warmup_steps * fraction),
         )
-        return LambdaLR(optimizer, lambda step: learning_rate_factor(step, optimization))
+        return LambdaLR(optimizer, lambda step: compute_learning_rate_factor(step, optimization))
 
 
 def _no_normalization() -> dict[str, NormalizationMode]:

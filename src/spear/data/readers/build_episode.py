@@ -37,10 +37,10 @@ from spear.data.readers.dataset_layout import (
     RotationFormat,
 )
 from spear.data.readers.rotation_formats import find_rotations, to_quaternion
-from spear.embodiments.kinematics import franka_pose
+from spear.embodiments.kinematics import compute_franka_pose
 from spear.errors import SpearError
 from spear.geometry import quat_canonical, quat_multiply, quat_rotate
-from spear.gripper import binarize_commands, observed_openings
+from spear.gripper import binarize_commands, choose_observed_openings
 from spear.types import MAX_EE_SPEED_M_S, MAX_EE_TURN_RAD_S, Array, Episode
 from spear.util.images import check_jpeg_is_complete, decode_image, encode_jpeg
 from spear.util.units import ANGLE_UNITS, LENGTH_UNITS
@@ -256,7 +256,7 @@ def read_pose(
     position_column = read_numbers(steps, layout.position, source)
     if layout.rotation_format == "franka_joints":
         joint_angles_rad = position_column * radians_per_unit  # [T, 7]
-        position_m, quaternion = franka_pose(joint_angles_rad, source)
+        position_m, quaternion = compute_franka_pose(joint_angles_rad, source)
         return position_m, quaternion, "quat_wxyz"
 
     rotation = read_numbers(steps, layout.rotation, source)
@@ -272,7 +272,7 @@ def read_openings(steps: Steps, layout: DatasetLayout, source: str) -> tuple[Arr
     Returns:
         Openings [T] and commands [T], both 0 closed to 1 open. Commands are None if the dataset
         logs none. If both columns agree but for rounding, nothing was measured, and openings follow
-        from the commands (see `observed_openings`).
+        from the commands (see `choose_observed_openings`).
 
     Raises:
         SpearError: If a reading is outside its declared range by more than 30 % of the range.
@@ -291,7 +291,7 @@ def read_openings(steps: Steps, layout: DatasetLayout, source: str) -> tuple[Arr
         command = opening
     else:
         return opening, None
-    return observed_openings(opening, command), command
+    return choose_observed_openings(opening, command), command
 
 
 def _read_opening(
@@ -352,7 +352,7 @@ def _find_moving_steps(episode: Episode, command: Array | None) -> list[int]:
     for step in range(last_step):
         compared_steps = [reached_step, step + 1]
         distance_m = np.linalg.norm(np.diff(episode.position[compared_steps], axis=0))
-        turn_rad = _angles_between_steps(episode.rotation[compared_steps])[0]
+        turn_rad = _compute_angles_between_steps(episode.rotation[compared_steps])[0]
         opening_change = np.ptp(episode.gripper[compared_steps])
         is_moving = (
             distance_m * episode.rate_hz > IDLE_SPEED_M_S
@@ -460,7 +460,7 @@ def _check_jumps(episode: Episode, rows: Array) -> None:
         jump = f"moves by {distances_m[step]:.3g} m"
         raise _jump_error(episode, rows[step + 1], jump, "its unit (length_unit)")
 
-    turns_rad = _angles_between_steps(episode.rotation) / num_rows_between  # [T - 1]
+    turns_rad = _compute_angles_between_steps(episode.rotation) / num_rows_between  # [T - 1]
     if turns_rad.max(initial=0) * episode.rate_hz > MAX_EE_TURN_RAD_S:
         step = int(turns_rad.argmax())
         jump = f"turns by {turns_rad[step]:.3g} rad"
@@ -482,7 +482,7 @@ def _jump_error(episode: Episode, row: int, jump: str, cause: str) -> SpearError
     )
 
 
-def _angles_between_steps(rotation: Array) -> Array:
+def _compute_angles_between_steps(rotation: Array) -> Array:
     """Compute the angles [T - 1] in rad between consecutive unit quaternions [T, 4].
 
     Unit quaternions q and p whose rotations differ by the angle a have |q - p| = 2 sin(a / 4) or,

@@ -68,7 +68,7 @@ def _find_values(steps: Steps, path: str, column: str, source: str) -> Any:
     values: Any = steps
     path_parts = path.split("/")
     while path_parts:
-        name = _longest_prefix_in(values, path_parts)
+        name = _find_longest_prefix_in(values, path_parts)
         if name is None:
             advice = "`spear data inspect` lists the columns."
             if isinstance(values, Mapping) and len(values) <= MAX_LISTED_NAMES:
@@ -83,7 +83,7 @@ def _find_values(steps: Steps, path: str, column: str, source: str) -> Any:
     return values
 
 
-def _longest_prefix_in(values: Any, path_parts: list[str]) -> str | None:
+def _find_longest_prefix_in(values: Any, path_parts: list[str]) -> str | None:
     """Find the longest leading part of a path that is a key of `values`; None if there is none."""
     if not isinstance(values, Mapping):
         return None

@@ -52,7 +52,7 @@ frame with other axes, and rotations alone cannot decide between the two.
 
 euler_zxy        angles about the fixed axes z, x, y in that order (R = Ry Rx Rz).
 franka_joints    a Franka's seven joint angles, in one column for positions and rotations
-                 (`franka_pose`).
+                 (`compute_franka_pose`).
 """
 RotationFormat = LoggedFormat | RecordedOnly
 RECORDED_ONLY: tuple[str, ...] = get_args(RecordedOnly)

@@ -87,7 +87,7 @@ ROTATION_FORMATS: Mapping[str, RotationEncoding] = {
     "matrix4_columns": RotationEncoding(16, _quaternion_from_pose("matrix4_columns")),
     "matrix4_rows": RotationEncoding(16, _quaternion_from_pose("matrix4_rows")),
 }
-"""Format → its encoding. "franka_joints" is missing, as `franka_pose` converts joint angles."""
+"""Format → its encoding. "franka_joints" is missing, as `compute_franka_pose` converts it."""
 
 
 def to_quaternion(values: Array, rotation_format: RotationFormat, source: str = "") -> Array:

@@ -39,7 +39,7 @@ def find_python() -> Path:
     return python
 
 
-def set_up() -> Path:
+def install() -> Path:
     """Make the environment, or complete one whose installation was stopped.
 
     Returns:

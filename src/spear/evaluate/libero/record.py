@@ -189,12 +189,12 @@ def begin_episode(process: LiberoProcess, seed: int) -> LiberoMoment:
         start = sample_start(official, seed, attempt)
         unchanged = process.reset(start.state_index)
         moment = process.reset(start.state_index, start.changes)
-        if _rests_where_put(unchanged, moment, start.changes["objects"]):
+        if _is_at_rest_where_put(unchanged, moment, start.changes["objects"]):
             break
     return moment
 
 
-def _rests_where_put(
+def _is_at_rest_where_put(
     unchanged: LiberoMoment, moment: LiberoMoment, shifts: Mapping[str, Sequence[float]]
 ) -> bool:
     """Whether objects have come to rest where they were put.

@@ -203,10 +203,12 @@ class FileDetector:
         self.annotations = annotations
         self.second = second
         self.name = _join_names(annotations, second)
-        # A detector that costs money has a method `bill`, which returns the costs as text. If the
-        # second detector has none, or is None, the bill is "", which `str()` returns.
-        make_empty_bill: Callable[[], str] = str
-        self.bill: Callable[[], str] = getattr(second, "bill", make_empty_bill)
+        # Only a detector that costs money has the method `describe_costs`.
+        self._describe_costs: Callable[[], str] | None = getattr(second, "describe_costs", None)
+
+    def describe_costs(self) -> str:
+        """What the second detector has cost, in words; "" if it costs nothing."""
+        return "" if self._describe_costs is None else self._describe_costs()
 
     def detect(self, frames: Sequence[Frame]) -> list[list[Detection]]:
         """Return the annotated objects of each image, in the file's order.

@@ -112,7 +112,7 @@ class GeminiDetector:
         check_proxies("Gemini")
         self._types = genai.types
         self._errors = genai.errors
-        self._connection_errors = _find_connection_errors()
+        self._connection_errors = _list_connection_error_types()
         self._url = os.environ.get(URL_VARIABLE, SERVICE_URL)
         options = genai.types.HttpOptions(api_version="v1beta", timeout=int(1000 * TIMEOUT_S))
         self._client = genai.Client(api_key=self._key, vertexai=False, http_options=options)
@@ -146,7 +146,7 @@ class GeminiDetector:
             self._results_of_failed_batch = dict(zip(hashes, results, strict=True))
         raise failures[0]
 
-    def bill(self) -> str:
+    def describe_costs(self) -> str:
         """One line about the requests that reached the service so far; empty without any.
 
         Output tokens include those of thinking.
@@ -322,7 +322,7 @@ def _read_key() -> str:
     )
 
 
-def _find_connection_errors() -> tuple[type[Exception], ...]:
+def _list_connection_error_types() -> tuple[type[Exception], ...]:
     """The classes of errors of a lost connection.
 
     Google's client uses httpx or its successor httpx2, whichever is installed.

@@ -111,7 +111,7 @@ class LayerStack:
 
         self.few_rows: Any = None
         if compiled:
-            self.few_rows = self._make_few_rows()
+            self.few_rows = self._make_few_row_kernels()
         # These are functions, not bound methods. With bound methods the stack would refer to
         # itself, and its weights and graphs would stay in memory after its last use.
         self._run_before_attention: Any = type(self)._project_qkv
@@ -119,7 +119,7 @@ class LayerStack:
         if compiled:
             self._compile()
 
-    def _make_few_rows(self) -> Any:
+    def _make_few_row_kernels(self) -> Any:
         """Return Triton kernels for these layers and few tokens, or None if they do not fit."""
         from spear.models.fast.few_rows import FewRows  # needs Triton
 
