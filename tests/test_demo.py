@@ -29,7 +29,7 @@ def small_demo(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(demo, "FINE_TUNE_STEPS", 1)
     monkeypatch.setattr(demo, "FAMILIES", ("put_on",))
     monkeypatch.setattr(closed_loop, "MAX_STEPS", 3)
-    monkeypatch.setattr(video, "HEIGHT", 84)
+    monkeypatch.setattr(video, "HEIGHT_PX", 84)
 
 
 @pytest.fixture(scope="module")

@@ -83,6 +83,7 @@ def remove_code(text: str) -> str:
 
 def list_paragraphs(page: str) -> Iterator[str]:
     """Yield the paragraphs and list items of a Markdown page, without code, tables and headings."""
+    # Remove code between ``` and ```, and the header between --- and ---.
     page = re.sub(r"^( *)```.*?^\1```", "", page, flags=re.DOTALL | re.MULTILINE)
     page = re.sub(r"\A---\n.*?\n---\n", "", page, flags=re.DOTALL)
     for block in re.split(r"\n\s*\n", page):
@@ -90,6 +91,7 @@ def list_paragraphs(page: str) -> Iterator[str]:
         is_output = all(line.startswith("    ") for line in lines if line.strip())
         if is_output:
             continue
+        # Tables, headings, admonitions, BibTeX entries
         text_lines = [line for line in lines if not re.match(r"\s*(\||#|!!!|@|\w+ = )", line)]
         items = re.split(r"^\s*(?:[-*]|\d+\.) ", "\n".join(text_lines), flags=re.MULTILINE)
         for item in items:

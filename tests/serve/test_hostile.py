@@ -180,6 +180,7 @@ def test_connections_without_a_request_make_room_for_others() -> None:
     with run_server(limits=ConnectionLimits(max_opening=3)) as server:
         silent = [socket.create_connection(("127.0.0.1", server.port), 60) for _ in range(5)]
 
+        # Of five connections three may stay open, so the server closes the two oldest ones.
         assert [connection.recv(1) for connection in silent[:2]] == [b"", b""]
         RemotePolicy(f"ws://127.0.0.1:{server.port}").close()
 
@@ -202,11 +203,11 @@ def test_sigterm_ends_the_server_whatever_clients_do() -> None:
         assert process.wait(60) == 0
 
 
-PATHS = [("/healthz", 200), ("/metrics", 200), ("/", 404), ("/anything", 404)]
+STATUS_BY_PATH = {"/healthz": 200, "/metrics": 200, "/": 404, "/anything": 404}
 
 
-@pytest.mark.parametrize(("path", "_status"), PATHS)
-def test_web_pages_of_others_get_nothing(path: str, _status: int) -> None:
+@pytest.mark.parametrize("path", STATUS_BY_PATH)
+def test_web_pages_of_others_get_nothing(path: str) -> None:
     with run_server() as server:
         foreign_headers = [
             {"Origin": "http://evil.example"},
@@ -219,7 +220,7 @@ def test_web_pages_of_others_get_nothing(path: str, _status: int) -> None:
             assert http_get(server, path, **headers)[0] == 403
 
 
-@pytest.mark.parametrize(("path", "status"), PATHS)
+@pytest.mark.parametrize(("path", "status"), STATUS_BY_PATH.items())
 def test_own_pages_and_local_names_are_answered(path: str, status: int) -> None:
     with run_server() as server:
         own_headers = [

@@ -387,13 +387,11 @@ class TestPi05:
     def test_norms_of_its_expert_begin_with_a_scale_of_1(self, folder: Path) -> None:
         expert = plan_pi0(folder, None, "tiny14").run().expert
 
-        # Gemma's norms multiply by 1 + weight.
         norms = [w for name, w in expert.state_dict().items() if name.endswith("norm.weight")]
-        assert (
-            len(norms) == 2 * TINY.expert["num_hidden_layers"] + 1
-        )  # two per layer, one at the end
+        # There are two norms per layer, and one at the end.
+        assert len(norms) == 2 * TINY.expert["num_hidden_layers"] + 1
         for weight in norms:
-            assert not weight.any()
+            assert not weight.any()  # Gemma's norms multiply by 1 + weight
 
     def test_names_what_is_new(self, folder: Path) -> None:
         report = plan_pi0(folder, None, "tiny14").report
