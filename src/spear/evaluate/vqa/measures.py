@@ -174,9 +174,9 @@ def _guess_in_units(questions: Sequence[Question], units: Sequence[float]) -> li
     scaled_answers = [extract_numbers(question.segments) / unit for question, unit in pairs]
     median_answer = np.median(scaled_answers, axis=0)
     conclude = QUESTION_TYPE_BY_NAME[questions[0].question_type].conclude
-    guesses = []
+    guesses: list[Segments] = []
     for question, unit in pairs:
-        guess = replace_numbers(question.segments, median_answer * unit)
+        guess: Segments = replace_numbers(question.segments, median_answer * unit)
         if conclude is not None:
             guess = conclude(question, guess, questions)
         guesses.append(guess)
