@@ -9,7 +9,13 @@ from typing import Any
 
 import pytest
 
-from page_blocks import Block, find_difference, read_blocks, run_block
+from page_blocks import (
+    Block,
+    find_difference,
+    make_folder_like_a_clone,
+    read_blocks,
+    run_block,
+)
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -34,7 +40,8 @@ SLOW_PAGES = [page for page in PAGES if any(block.is_slow for block in read_bloc
 
 
 def check_blocks(blocks: list[Block], folder: Path) -> None:
-    """Run blocks in their order in an empty folder, and compare what they print."""
+    """Run blocks in their order in a folder, and compare what they print."""
+    make_folder_like_a_clone(folder)
     names: dict[str, Any] = {}
     for block in blocks:
         printed = run_block(block, folder, names)

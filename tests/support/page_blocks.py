@@ -103,6 +103,11 @@ def _make_block(match: re.Match[str], output: str | None) -> Block:
     )
 
 
+def make_folder_like_a_clone(folder: Path) -> None:
+    """Link into a folder what commands read from the folder of the clone."""
+    (folder / "examples").symlink_to(ROOT / "examples")
+
+
 def run_block(block: Block, folder: Path, names: dict[str, Any]) -> str:
     """Run a block in a folder, and return what it prints.
 
@@ -248,6 +253,7 @@ def print_outputs(page: Path, with_slow_blocks: bool) -> None:
     shared = ROOT / ".." / "shared" / "data"
     names: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
+        make_folder_like_a_clone(Path(folder))
         for block in read_blocks(page):
             if not block.is_tested or (block.is_slow and not with_slow_blocks):
                 continue
