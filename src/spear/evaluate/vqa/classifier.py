@@ -1,8 +1,8 @@
 """Classify questions by their skeletons: which type of question is it, if any that models learn?
 
 A linear classifier gives each type a score. It is fitted to the questions of example_questions.toml
-and to the prompt templates by ridge regression, which takes less than a second, so that no weights
-are stored. To teach it another wording, add the question to example_questions.toml.
+and to the prompt templates by ridge regression. This takes about a second, so no weights are
+stored. To teach it another wording, add the question to example_questions.toml.
 """
 
 import itertools
@@ -89,13 +89,12 @@ class Classifier:
     @classmethod
     def fit(cls, examples: Iterable[Example]) -> "Classifier":
         """Fit a classifier to examples by ridge regression."""
-        feature_sets: list[set[str]] = []
+        feature_sets: list[frozenset[str]] = []
         types: list[str] = []
         for example in examples:
-            skeleton = read_question(example.question).list_readings()[0]
-            feature_sets.append(list_features(skeleton))
+            feature_sets.append(_read_features(example.question))
             types.append(example.question_type)
-        features = sorted(set().union(*feature_sets))
+        features = sorted(frozenset[str]().union(*feature_sets))
         feature_indices = {feature: index for index, feature in enumerate(features)}
         classes = sorted(set(types))
 
@@ -128,6 +127,12 @@ class Classifier:
 def fit_classifier() -> Classifier:
     """Fit the classifier to all examples, once per process."""
     return Classifier.fit(load_examples())
+
+
+@lru_cache(None)
+def _read_features(question: str) -> frozenset[str]:
+    """Read the features of an example. They are kept for the next fit of a cross-validation."""
+    return frozenset(list_features(read_question(question).list_readings()[0]))
 
 
 def list_features(skeleton: Skeleton) -> set[str]:
