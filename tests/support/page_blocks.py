@@ -105,7 +105,8 @@ def _make_block(match: re.Match[str], output: str | None) -> Block:
 
 def make_folder_like_a_clone(folder: Path) -> None:
     """Link into a folder what commands read from the folder of the clone."""
-    (folder / "examples").symlink_to(ROOT / "examples")
+    for name in ("examples", "experiments", "tests"):
+        (folder / name).symlink_to(ROOT / name)
 
 
 def run_block(block: Block, folder: Path, names: dict[str, Any]) -> str:
