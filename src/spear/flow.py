@@ -330,6 +330,7 @@ def prediction_to_velocity(
     remaining = _broadcast_time(1 - tau, state).clamp_min(_MIN_REMAINING)
     q_hat = _clean_rotation(prediction.rotation, config)
     if config.rotation == "s3":
+        # The data that the network learns have w >= 0, so its prediction means that sign.
         displacement = sphere_log(q_tau, quat_canonical(q_hat))
     else:
         displacement = q_hat - q_tau

@@ -119,9 +119,10 @@ def test_a_robot_without_a_camera_of_the_training_is_refused(
 
 
 @pytest.mark.usefixtures("no_model")
-def test_the_harness_does_not_get_a_policy_for_a_camera_that_its_robot_lacks(
+def test_a_harness_whose_robot_lacks_a_camera_of_the_policy_is_refused(
     free_tcp_port: int, run_refused_command: Command
 ) -> None:
+    """The protocol of vla-eval is served for its robot, maniskill2_widowx, without a choice."""
     pytest.importorskip("vla_eval")
 
     words = ["serve", "--policy", "nano", "--protocol", "vla-eval", "--port"]

@@ -188,6 +188,7 @@ def test_four_rotation_losses_penalize_a_small_error_alike() -> None:
     losses = []
     for row in rotation_table.rows[:4]:  # the rows that differ in the loss of rotations
         config = flow_config(row.name)
+        # The second argument is the noise, on which the loss of clean actions does not depend.
         loss, *_ = flow.compute_loss(prediction, data, data, flow_time, config)
         losses.append(float(loss))
 
@@ -196,7 +197,7 @@ def test_four_rotation_losses_penalize_a_small_error_alike() -> None:
     assert losses[0] == pytest.approx(rotation_weight * error_rad**2, rel=0.01)
 
 
-def test_velocities_are_penalized_as_clean_actions_when_a_turn_is_missed() -> None:
+def test_a_missed_turn_costs_a_predicted_velocity_as_much_as_a_clean_action() -> None:
     """The rows "s3-cosine" and "velocity" have equal losses for a model that predicts no rotation.
 
     The first predicts clean actions, the second velocities. The true rotations are by 0.1 rad about

@@ -126,7 +126,7 @@ def test_answers_are_the_likeliest_that_the_grammar_allows(grammar_name: str, pa
         model, images, ids, None if padding == "none" else mask, max_new_tokens=7, grammar=grammar
     )
 
-    assert not answers.is_inference()
+    assert not answers.is_inference()  # a tensor of inference mode could not be changed by callers
     for row in range(3):
         image = {"external": images["external"][[row]]}
         prompt = ids[row][mask[row].bool()]

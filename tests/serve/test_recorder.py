@@ -415,7 +415,8 @@ class FullDiskWriter(RecordingWriter):
     """A writer whose disk is full after one exchange."""
 
     def _begin_episode(self, exchange: Exchange) -> Any:
-        if self._open_episodes or list_shards(self.folder):
+        is_first_exchange = not self._open_episodes and not list_shards(self.folder)
+        if not is_first_exchange:
             raise OSError(errno.ENOSPC, "No space left on device")
         return super()._begin_episode(exchange)
 

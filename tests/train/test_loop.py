@@ -351,6 +351,7 @@ def test_a_checkpoint_whose_state_lacks_a_key_is_named(trained: Path) -> None:
 def test_an_error_in_a_batch_is_one_line(workers: int, tmp_path: Path) -> None:
     message = "broken image: step 3: leave it out"
     task = Regression()
+    # mypy allows no assignment to a method.
     vars(task)["batch"] = Mock(side_effect=SpearError(message))
 
     assert refuses("", run_loop, task, FOUR_STEPS, tmp_path, workers=workers) == message

@@ -148,6 +148,7 @@ class Stretches:
         self.num = len(rows)
         self.rows = np.array(rows, int).reshape(-1, MAX_STRETCH_STEPS + 1)
         self.is_step = np.array(is_step, bool).reshape(-1, MAX_STRETCH_STEPS)
+        # What is resampled as a whole, a unit, is an episode, or a stretch if episodes are few.
         self.are_units_episodes = len(set(episodes)) >= MIN_EPISODES_TO_RESAMPLE
         if self.are_units_episodes:
             # Number the episodes that have stretches from 0, without gaps.
@@ -162,7 +163,8 @@ class Stretches:
         """Return the row of the action that leads from each state to the next, [n, L].
 
         Args:
-            delay: how many steps after its state the robot executes an action.
+            delay: how many steps after its state the robot executes an action. The action that is
+                executed in a state was then logged this many rows before the state.
         """
         return self.rows[:, :-1] - delay
 

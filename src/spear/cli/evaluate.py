@@ -226,7 +226,7 @@ def evaluate_data(options: EvaluateDataOptions) -> None:
         # Raises an error if the policy learned another version of the robot's frames.
         merge_frame_versions([(options.policy, policy.frames or {}), held_out_frames])
         held_out = held_out_store.select_demonstrations()
-        training = held_out
+        training = held_out  # without training episodes, the baselines are fitted to these
         if options.train or options.train_split:
             training_store = open_episodes(train_folder, Path(scratch) / "train", train_split)
             training = training_store.select_demonstrations()

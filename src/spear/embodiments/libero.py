@@ -10,7 +10,8 @@ checked in the simulator (docs/howto/libero.md):
   second is negative.
 - The controller `OSC_POSE` takes 20 commands a second, each with 7 numbers from -1 to 1. Its goal
   is the measured pose, moved by 0.05 m times the first three numbers and turned by 0.5 rad times
-  the next three as a rotation vector, both about the axes of the world. It accelerates the arm by
+  the next three, which are a rotation vector. Both vectors are in the frame of the world. The
+  controller accelerates the arm by
   `STIFFNESS` times the distance from the goal, less `DAMPING` times the speed.
 - A gripper command is -1 (open) or 1 (closed).
 - The axes of the robot's base are parallel to those of the world. The base's position differs

@@ -39,9 +39,9 @@ class Film:
 class Simulator(Protocol[Track]):
     """Scenes of task families, each fixed by its seed, in which an agent acts.
 
-    has_cheap_tracks  whether recording an episode's track costs hardly any time. Otherwise, if only
-                      a few episodes are filmed, they are run again with their tracks after it is
-                      known which ones they are.
+    has_cheap_tracks  whether recording an episode's track (what its film is made from) costs hardly
+                      any time. If it does not, episodes run without tracks first, and the few that
+                      are filmed, such as failures, are run again with their tracks.
     group_size        how many episodes are run together. The rounding of a policy's actions depends
                       on the other observations of its batch, so an episode is repeatable only with
                       the same others.

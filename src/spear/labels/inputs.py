@@ -181,6 +181,7 @@ class _Listing:
         A file whose suffix is not supported has no items.
         """
         suffix = os.path.splitext(path)[1].lower()
+        # Which images can be read depends on this machine, so a suffix may be in both.
         if suffix not in IMAGE_SUFFIXES and UNSUPPORTED_SUFFIX.fullmatch(suffix):
             self.num_unsupported[suffix] += 1
         if os.path.isdir(path):
@@ -208,9 +209,10 @@ class _Listing:
             )
             return
 
-        take_folder = os.path.join(path, TAKE_VIDEO_FOLDER)
-        if os.path.isdir(take_folder):
-            for video in _find_take_videos(take_folder):
+        # The folder of an EgoExo4D take (one recording by several cameras) has its videos here.
+        video_folder = os.path.join(path, TAKE_VIDEO_FOLDER)
+        if os.path.isdir(video_folder):
+            for video in _find_take_videos(video_folder):
                 yield from list_video_frames(video, self.rate)
             return
         for name in sorted(os.listdir(path)):
@@ -219,7 +221,7 @@ class _Listing:
 
 
 def _find_take_videos(folder: str) -> list[str]:
-    """The videos of a take's color cameras.
+    """The videos of the color cameras of an EgoExo4D take (one recording by several cameras).
 
     They are the videos of full size, or their smaller copies if only these exist.
     """

@@ -193,7 +193,7 @@ class Service:
             return self.policy.infer_batch(observations)
         except SpearError as error:
             if len(observations) == 1:
-                return [error.with_traceback(None)]
+                return [error.with_traceback(None)]  # a traceback would keep the images in memory
         half = len(observations) // 2
         return [*self._infer(observations[:half]), *self._infer(observations[half:])]
 

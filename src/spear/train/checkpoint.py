@@ -64,7 +64,8 @@ class CheckpointState(BaseModel, extra="allow"):
     settings  the run's settings.
     step      number of steps that the run has done.
     skipped   number of steps that were skipped because their loss or gradient was not finite.
-    counts    parameter name -> number of updates that the parameter has had.
+    counts    parameter name -> number of updates that the parameter has had (the optimizer counts
+              in floating-point numbers).
     files     names of the files that belong to the checkpoint.
     minutes   minutes that the run has taken, including the time before it was resumed.
     earlier   earlier values of settings that changed when the run was resumed, as

@@ -93,7 +93,7 @@ def test_a_row_of_zeros_costs_itself_where_any_angles_are_a_rotation(
     np.testing.assert_array_equal(episode.position, np.delete(complete.position, 5, axis=0))
 
 
-def test_a_row_of_zeros_costs_itself_among_joint_angles() -> None:
+def test_a_row_of_joint_angles_that_are_all_zero_is_left_out() -> None:
     joints = HOME_JOINTS + np.linspace(0, 0.1, 6)[:, None]  # [6, 7], a slow motion
     joints[2] = 0
     steps = {
@@ -110,7 +110,7 @@ def test_a_row_of_zeros_costs_itself_among_joint_angles() -> None:
 
 def test_zeros_are_a_pose_where_the_arm_comes_near_them(steps: dict[str, Any]) -> None:
     """In some recordings, poses are relative to the first one, which is zero."""
-    state = read_column(steps, "observation/state", SOURCE)
+    state = read_column(steps, "observation/state", SOURCE)  # a view of the array in `steps`
     state[:, :6] = 0.05 * np.linspace(0, 1, 10)[:, None] ** 2  # grows from 0
 
     assert len(build_episode(steps, LAYOUT, SOURCE)) == 10
@@ -122,6 +122,7 @@ def test_zeros_are_a_pose_where_the_arm_comes_near_them(steps: dict[str, Any]) -
 def test_nothing_is_learned_from_what_a_policy_did(
     steps: dict[str, Any], autonomous_value: float, expected: list[int]
 ) -> None:
+    """`expected` is the action mask. The last action is never known, as no state follows it."""
     steps["mode"] = np.array([2, 2, 2, 1, 1, 2, 2, 2, 2, 2])
     if autonomous_value == 0:
         steps["mode"] = np.zeros(10)

@@ -212,6 +212,7 @@ def _decode_text(row: Any) -> str:
     """
     if isinstance(row, np.ndarray) and row.dtype.kind in "iu":  # code points padded with zeros
         row = "".join(chr(int(code)) for code in row.reshape(-1) if code)
+    # `bytes.decode` raises TypeError for anything but bytes.
     text: str = row if isinstance(row, str) else bytes.decode(row, "utf-8", "replace")
     text = text.strip()
     if CONTROL_CHARACTERS.search(text):

@@ -101,7 +101,7 @@ def _broken_record(path: Path, index: int, reason: str) -> SpearError:
         )
     cure = "Delete the file, and download it again; its download broke off or was damaged."
     if reason == UNLISTED_RECORD:
-        cure = "Correct shardLengths there, or choose a --split that ends before it."
+        cure = "Correct shardLengths in dataset_info.json, or choose a --split that ends before it."
     return SpearError(f"record {index} of {path} is broken ({reason}). {cure}")
 
 

@@ -51,6 +51,7 @@ MAX_GRASP_TURN_RAD = 0.1
 MAX_ARM_OFFSET_M = 0.008
 MAX_PLACE_OFFSET_M = 0.012
 MAX_PLACED_OFFSET_M = 0.025
+MAX_PLACED_HEIGHT_M = 0.03  # an object higher above its place is still held, or lies on another
 PUSH_HEIGHT_M = 0.008  # of the end-effector above a pushed plate's origin
 INSIDE_PLATE_M = 0.07  # fingers that are farther from a plate's middle are not inside its rim
 MAX_PUSH_STEP_M = 0.02  # how far one action pushes an object
@@ -106,11 +107,11 @@ def is_fulfilled(condition: Sequence[str], moment: LiberoMoment) -> bool:
         joint, _ = _find_drawer(condition[1])
         return moment.joints[joint] < -OPEN_DRAWER_M
     if condition[0] not in ("on", "in"):
-        return False
+        return False  # the oracle knows no other conditions, and waits
     source = moment.objects[condition[1]]
     target_position = find_rest_position(source, condition[2], moment)
     offset = np.linalg.norm(source.pose[:2] - target_position[:2])
-    is_low = source.pose[2] < target_position[2] + 0.03
+    is_low = source.pose[2] < target_position[2] + MAX_PLACED_HEIGHT_M
     return bool(moment.is_open and is_low and offset < MAX_PLACED_OFFSET_M)
 
 
@@ -121,7 +122,7 @@ def pursue(condition: Sequence[str], moment: LiberoMoment) -> Array:
     if condition[0] == "open":
         return _open_drawer(condition[1], moment)
     if condition[0] not in ("on", "in"):
-        return _wait(moment, is_open=True)
+        return _wait(moment, is_open=True)  # the oracle knows no other conditions
     if condition[1].startswith("plate"):
         return _push(condition[1], moment.regions[condition[2]], moment)
     if _is_drawer(condition[2], moment):
@@ -428,7 +429,10 @@ def _height_to_clear(moment: LiberoMoment, goal: Array, ignored: Sequence[str]) 
 
 
 def _list_obstacles(moment: LiberoMoment, ignored: Sequence[str]) -> list[Box]:
-    """Everything that stands in the way: objects, fixtures, and drawers as far as they are open."""
+    """Everything that stands in the way: objects, fixtures and drawers.
+
+    The box of a drawer reaches from its front, wherever that is, to the back of its cabinet.
+    """
     boxes = {name: box for name, box in moment.objects.items() if name not in ignored}
     drawers = []
     for region in moment.regions:
@@ -437,11 +441,12 @@ def _list_obstacles(moment: LiberoMoment, ignored: Sequence[str]) -> list[Box]:
         joint, cabinet = _find_drawer(region)
         box = moment.objects[cabinet]
         height = moment.regions[region].pose[2] - box.pose[2]
+        # A drawer slides along the cabinet's -y axis, and its joint is negative when it is open.
         front = box.low[1] + moment.joints[joint]
         low = np.array([box.low[0], front, height - DRAWER_HALF_HEIGHT_M])
         high = np.array([box.high[0], box.high[1], height + DRAWER_HALF_HEIGHT_M])
         drawers.append(Box(box.pose, low, high))
-        # The handles, which the cabinet's box was measured with, belong to the drawers.
+        # The cabinet's box includes the handles of closed drawers. They move with the drawers.
         without_handles = box.low + np.array([0, HANDLE_DEPTH_M, 0])
         boxes[cabinet] = Box(box.pose, without_handles, box.high)
     return [*boxes.values(), *drawers]

@@ -63,9 +63,8 @@ class NoRenderer(SpearError):
 
     def __str__(self) -> str:
         return (
-            f"SIMPLER: ManiSkill cannot draw its scene here ({self.args[0]}): "
-            "unless a file is missing, install a Vulkan driver "
-            "(for a CPU lavapipe 24.3: docs/howto/simpler.md)"
+            f"SIMPLER: ManiSkill cannot draw its scene here ({self.args[0]}). If that names no "
+            "missing file, install a Vulkan driver; docs/howto/simpler.md names one for CPUs."
         )
 
 

@@ -32,8 +32,8 @@ MAX_BANDS = 10  # see `Band`
 MIN_NUMBERS_PER_BAND = 40  # with fewer than twice as many numbers, there is only one band
 MIN_SPREAD = 1e-9  # relative; a smaller spread is replaced by this before an error is divided by it
 # Limits of the rates in `Trust.tells_absent` (our choice).
-MIN_NAMES_PRESENT = 0.8
-MAX_NAMES_ABSENT = 0.2
+MIN_RATE_NAMED_PRESENT = 0.8
+MAX_RATE_NAMED_ABSENT = 0.2
 CALIBRATION_FILE = "calibration.json"  # in the folder of the model's weights
 
 
@@ -133,7 +133,10 @@ class Trust:
 
         The model must name most objects that are present, and few that are absent (our choice).
         """
-        return self.names_present >= MIN_NAMES_PRESENT and self.names_absent <= MAX_NAMES_ABSENT
+        return (
+            self.names_present >= MIN_RATE_NAMED_PRESENT
+            and self.names_absent <= MAX_RATE_NAMED_ABSENT
+        )
 
     def interval(self, question_type: str, distribution: Distribution) -> tuple[Array, Array]:
         """Compute the intervals of an answer's numbers: their lower and upper ends, [numbers]."""

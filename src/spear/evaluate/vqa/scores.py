@@ -69,8 +69,8 @@ class QuestionTypeScore:
 
     n           how many questions were asked.
     images      how many images these questions are about.
-    grammar     fraction of grammatical answers among the constrained answers.
-    free        fraction of grammatical answers among the free answers.
+    grammar     fraction of well-formed answers if decoding is constrained by the grammar.
+    free        fraction of well-formed answers if it is not.
     measures    measure → its summary over the questions (see `MEASURES`), with a 95 % interval that
                 resamples images.
     constant    measure → its summary for the baseline `guess_constants`.
@@ -91,9 +91,12 @@ class QuestionTypeScore:
 class Readings:
     """Comparison of the ways of reading numbers off their probabilities, for one question type.
 
-    error  way → median relative error, percent.
-    gain   way ("mean" or "median") → the fraction by which its mean relative error is smaller than
-           that of the way "mode"; negative if it is larger. The answers are the same.
+    The ways read the mode, the mean or the median of a number's distribution.
+
+    error  way → its relative error, percent: the median over all numbers.
+    gain   way "mean" or "median" → by which fraction its relative error, the mean over all numbers,
+           is smaller than that of the way "mode"; negative if it is larger. The answers are the
+           same.
     """
 
     error: Mapping[DecodeMethod, float]

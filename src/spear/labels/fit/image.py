@@ -15,7 +15,7 @@ MIN_LIT_LEVEL = 24
 """Pixels brighter than this level (of 255) are lit. The noise that JPEG compression adds to the
 black bars of films stays below this level."""
 MIN_LIT_FRACTION = 0.05
-"""A row or column belongs to a black bar if no larger fraction of its pixels is lit."""
+"""A row or column belongs to a black bar if at most this fraction of its pixels is lit."""
 
 
 @lru_cache(maxsize=8)

@@ -596,8 +596,8 @@ def _make_crowd_placeholders(annotation: Annotation) -> list[Annotation]:
     """Make two objects with empty masks that stand for a crowd.
 
     Questions about "the person" and counts of persons would be wrong in an image with a crowd of
-    persons. The second placeholder prevents them: its name is the plural, which may mean the same
-    objects, and no question is about an object whose name may mean another object of the image.
+    persons. The two placeholders, "person" and "persons", prevent such questions, because no
+    question is about an object whose name may also mean another object of the image.
     """
     height, width = annotation.size
     box = annotation.box2d

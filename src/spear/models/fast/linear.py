@@ -174,9 +174,9 @@ class FusedLinear:
         """[..., in] -> a list of each layer's output, [..., out]."""
         if self.weight is None:
             return [layer(x) for layer in self.layers]
-        return self.concatenated(x).split(self._out_sizes, dim=-1)
+        return self.project_all(x).split(self._out_sizes, dim=-1)
 
-    def concatenated(self, x: Tensor) -> Tensor:
+    def project_all(self, x: Tensor) -> Tensor:
         """[..., in] -> all layers' outputs side by side, [..., sum of out]."""
         if self.weight is None:
             return torch.cat([layer(x) for layer in self.layers], dim=-1)

@@ -227,10 +227,11 @@ class LayerStack:
             [2, B, kv heads, S, d].
         """
         batch, length, _ = x.shape
-        qkv = layer.qkv.concatenated(self._norm(x, layer.before_attention))
+        qkv = layer.qkv.project_all(self._norm(x, layer.before_attention))
         qkv = qkv.view(batch, length, -1, self.head_dim)
 
-        # Queries and keys are rotated together: [B, S, heads, d].
+        # Rotary embedding of queries and keys together: [B, S, heads, d]. `sin` has
+        # the signed sines (`compute_rotations`), so that (a, b) becomes (a cos - b sin, b cos + a sin).
         query_key, value = qkv.tensor_split((self.num_heads + self.num_kv_heads,), dim=2)
         swapped = query_key.roll(self.head_dim // 2, dims=-1)
         rotated = torch.addcmul(query_key * cos, swapped, sin)
