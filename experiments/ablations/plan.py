@@ -350,6 +350,11 @@ def _identify(
     if not is_policy or size["flow"]["steps"] == FlowConfig.steps:  # of acting
         del size["flow"]["steps"]
     fields["normalization"] = recipe.normalization or "quantile"
+    # Keys of recipes that the first scores did not have count only if they have an effect.
+    if recipe.bounds_m is None:
+        del fields["bounds_m"]
+    if recipe.action_reference in (None, "previous"):
+        del fields["action_reference"]
     identity = [
         fields,
         size,

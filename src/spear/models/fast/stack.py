@@ -230,8 +230,8 @@ class LayerStack:
         qkv = layer.qkv.project_all(self._norm(x, layer.before_attention))
         qkv = qkv.view(batch, length, -1, self.head_dim)
 
-        # Rotary embedding of queries and keys together: [B, S, heads, d]. `sin` has
-        # the signed sines (`compute_rotations`), so that (a, b) becomes (a cos - b sin, b cos + a sin).
+        # Rotary embedding of queries and keys together, [B, S, heads, d]. `sin` has signed sines
+        # (`compute_rotations`), so that halves (a, b) become (a cos - b sin, b cos + a sin).
         query_key, value = qkv.tensor_split((self.num_heads + self.num_kv_heads,), dim=2)
         swapped = query_key.roll(self.head_dim // 2, dims=-1)
         rotated = torch.addcmul(query_key * cos, swapped, sin)
