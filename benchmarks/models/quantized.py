@@ -15,6 +15,7 @@ import copy
 import dataclasses
 import sys
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -104,7 +105,7 @@ def main(options: Options) -> None:
     for name, description in describe_machine(size, torch.device("cpu"))[:2]:
         print(f"{name}: {description}")
     unquantized = make_model(options)
-    models = {options.dtype: unquantized}
+    models: dict[str, Any] = {options.dtype: unquantized}
     for quantization in QUANTIZATIONS:
         models[quantization] = copy.deepcopy(unquantized)
         quantize_model(models[quantization], quantization)
@@ -118,8 +119,7 @@ def main(options: Options) -> None:
         actions = sample_all(model, observations)
         cosines[name] = cosine_similarity(actions, expected, dim=1).min()
     runs = {
-        name: (lambda model=model: model.sample_actions(**observations[0]))
-        for name, model in models.items()
+        name: partial(model.sample_actions, **observations[0]) for name, model in models.items()
     }
     times = race(runs, "cpu", options.repeats, options.processor_time)
 

@@ -60,6 +60,7 @@ COMMANDS: dict[str, str] = {
     "convert pi0": "convert:convert_pi0",
     "convert expected": "convert:convert_expected",
     "convert roles": "convert:convert_roles",
+    "export onnx": "export:export_onnx",
     "estimate-memory": "train:estimate_memory",
     "diagnose": "diagnose:diagnose",
     "doctor": "basics:doctor",
