@@ -132,7 +132,7 @@ def measure_peak_bytes(recipe: Recipe) -> tuple[Stepper, int]:
 def test_the_estimate_is_what_the_allocator_gives_out(changes: dict[str, Any]) -> None:
     recipe = RECIPE.with_changes(preset="tiny", **changes)
 
-    planned = memory.measure_training(recipe, as_on_gpu=False)
+    planned = memory.measure_training(recipe, with_gpu_layers=False)
     stepper, peak_bytes = measure_peak_bytes(recipe)
 
     assert planned.total == pytest.approx(peak_bytes, rel=0.05)

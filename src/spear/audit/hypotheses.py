@@ -297,20 +297,20 @@ def find_formats_that_turn_otherwise(
 
     quaternions, _ = convert_to_quaternions(np.concatenate(rotations))
     episode_ends = np.cumsum([len(values) for values in rotations])[:-1]
-    layout_turns = _compute_turns_between_steps(quaternions[layout_format], episode_ends)
+    layout_turns = _compute_turns_within_episodes(quaternions[layout_format], episode_ends)
     mean_turn_rad = _angle(layout_turns[:, 0]).mean()  # from the quaternions' scalar parts
     min_difference_rad = MIN_TURN_DIFFERENCE * mean_turn_rad + 1e-6
 
     differing_formats = []
     for name in other_formats:
-        turns = _compute_turns_between_steps(quaternions[name], episode_ends)
+        turns = _compute_turns_within_episodes(quaternions[name], episode_ends)
         difference_rad = _angle((layout_turns * turns).sum(-1))  # one per pair of steps
         if difference_rad.mean() > min_difference_rad:
             differing_formats.append(name)
     return differing_formats
 
 
-def _compute_turns_between_steps(quaternions: Array, episode_ends: Array) -> Array:
+def _compute_turns_within_episodes(quaternions: Array, episode_ends: Array) -> Array:
     """Compute the rotations from step to step.
 
     Args:

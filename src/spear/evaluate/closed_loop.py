@@ -129,7 +129,7 @@ class _Tabletop:
             for scene, chunk in zip(scenes, chunks, strict=True):
                 arrival_tick = scene.executor.tick + self._latency_steps
                 scene.executor.add_chunk(chunk, arrival_tick=arrival_tick)
-                has_ended = _step_until_next_inference(scene)
+                has_ended = _step_until_inference_or_end(scene)
                 if has_ended:
                     seconds = time.perf_counter() - scene.started
                     yield _make_outcome(scene), seconds, scene.poses
@@ -189,7 +189,7 @@ def count_latency_steps(latency_ms: float) -> int:
     return math.ceil(latency_steps - 1e-9)  # so that a rounding error adds no step
 
 
-def _step_until_next_inference(scene: _RunningScene) -> bool:
+def _step_until_inference_or_end(scene: _RunningScene) -> bool:
     """Step a scene until its executor needs the next chunk, or until the episode ends.
 
     Returns:

@@ -86,7 +86,7 @@ def estimate_usable_bytes(gpu: str) -> float:
     return gpu_bytes * (1 - FRAGMENTATION) - CONTEXT_BYTES
 
 
-def measure_training(recipe: Recipe, as_on_gpu: bool = True) -> MemoryEstimate:
+def measure_training(recipe: Recipe, with_gpu_layers: bool = True) -> MemoryEstimate:
     """Measure what one process needs to train a "vla" or "vlm" recipe with the whole batch.
 
     The estimate assumes that no image is missing, and that prompts and answers are as long as they
@@ -94,7 +94,7 @@ def measure_training(recipe: Recipe, as_on_gpu: bool = True) -> MemoryEstimate:
 
     Args:
         recipe: what to train.
-        as_on_gpu: whether to run the attention and the norms that run on a GPU. With False those of
+        with_gpu_layers: whether to run the attention and the norms that run on a GPU. With False those of
             a CPU run, so that the estimate can be checked against a real step on a CPU.
 
     Raises:
@@ -108,7 +108,7 @@ def measure_training(recipe: Recipe, as_on_gpu: bool = True) -> MemoryEstimate:
     preset = get_preset(recipe.preset)
     opt = recipe.optimization
     piece_size = parallel.divide_into_pieces(recipe.batch_size, "batch_size", opt.accumulate)
-    model = _build_model(recipe, preset, as_on_gpu)
+    model = _build_model(recipe, preset, with_gpu_layers)
     set_gradient_checkpointing(model, opt.gradient_checkpointing)
 
     with FakeTensorMode(), MemoryMeter() as meter:
@@ -191,20 +191,20 @@ def measure_inference(
     )
 
 
-def _build_model(recipe: Recipe, preset: Preset, as_on_gpu: bool = True) -> torch.nn.Module:
+def _build_model(recipe: Recipe, preset: Preset, with_gpu_layers: bool = True) -> torch.nn.Module:
     """Build the recipe's model without memory for weights.
 
-    With `as_on_gpu` the model has the attention and the norms that run on a GPU.
+    With `with_gpu_layers` the model has the attention and the norms that run on a GPU.
     """
     vlm = build_vlm_config(preset)
     if not recipe.moge:
         vlm.moge_config = None
     config: Any = vlm if recipe.kind == "vlm" else build_spear1_config(preset, vlm)
-    if as_on_gpu:
+    if with_gpu_layers:
         config._attn_implementation = "sdpa"
 
     model = build_empty_model(recipe, config)
-    if as_on_gpu:
+    if with_gpu_layers:
         for module in model.modules():
             if isinstance(module, FastRMSNorm):
                 module.forward = partial(GemmaRMSNorm.forward, module)  # type: ignore[method-assign]

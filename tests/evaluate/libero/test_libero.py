@@ -16,7 +16,7 @@ from refusals import refuses
 from spear.errors import SpearError
 from spear.evaluate.libero import environment, oracle
 from spear.evaluate.libero.process import Box, LiberoMoment, LiberoProcess, Region
-from spear.evaluate.libero.record import RecordingSettings, begin_episode, record_episode
+from spear.evaluate.libero.record import RecordingSettings, begin_at_resting_start, record_episode
 from spear.evaluate.libero.run import Libero, OracleAgent, summarize_suites
 from spear.evaluate.libero.starts import MARGIN_M, measure_margin
 from spear.evaluate.libero.suites import PROTOCOLS, find_original_suite, get_max_steps
@@ -199,7 +199,7 @@ class TestLibero:
     def test_a_demonstration_begins_where_no_official_state_is(
         self, process: LiberoProcess
     ) -> None:
-        moment = begin_episode(process, 10_000)
+        moment = begin_at_resting_start(process, 10_000)
 
         official = process.list_official_positions()
         names = sorted(official)

@@ -7,7 +7,7 @@ import numpy as np
 from spear.checks.rollout.camera_checks import (
     CAMERA_FILE,
     MIN_CONFIDENCE_LOG_ODDS,
-    show_pictures,
+    draw_beside_nearest_training,
 )
 from spear.checks.rollout.case import Case, Doubt, Finding, Material, Result, RolloutCheck
 
@@ -42,6 +42,6 @@ class CameraLateCheck(RolloutCheck):
                 ),
                 cure="read the newest picture: empty the camera's buffer before each observation",
                 file=CAMERA_FILE,
-                figure=show_pictures(case, camera),
+                figure=draw_beside_nearest_training(case, camera),
             )
         return None if num_compared else Doubt("too few training pictures to compare with")

@@ -162,7 +162,7 @@ def record_episode(
     recorder = EpisodeRecorder()
     max_steps = get_max_steps(suite, PROTOCOL)
 
-    moment = begin_episode(process, seed)
+    moment = begin_at_resting_start(process, seed)
     step = 0
     while not moment.success and moment.steps < max_steps:
         observation = robot.read(moment.make_observation(process.instruction, process.render()))
@@ -178,7 +178,7 @@ def record_episode(
     return recorder.episode(process.instruction, CONTROL_RATE_HZ, source, moment.success)
 
 
-def begin_episode(process: LiberoProcess, seed: int) -> LiberoMoment:
+def begin_at_resting_start(process: LiberoProcess, seed: int) -> LiberoMoment:
     """Put the scene into the start of a seed; draw again if something falls or moves by itself.
 
     If that happens in all of `MAX_STARTS` starts, the last one is used. Whether it can be solved

@@ -628,7 +628,7 @@ def _find_corners_inside(a: Box3D, b: Box3D) -> Array:
     return candidates[is_inside] @ axes.T + center
 
 
-def _list_symmetries() -> Array:
+def _list_vertex_relabelings() -> Array:
     """The symmetries of a cube: 6 permutations of its axes times 8 choices of their signs."""
     symmetries = []
     for axis_order, axis_signs in product(permutations(range(3)), product((-1, 1), repeat=3)):
@@ -638,7 +638,7 @@ def _list_symmetries() -> Array:
     return np.array(symmetries)
 
 
-SYMMETRIES = _list_symmetries()
+SYMMETRIES = _list_vertex_relabelings()
 """[48, 8]: each row is a permutation of the vertices' indices that maps edges to edges, so that the
 permuted vertices describe the same box."""
 

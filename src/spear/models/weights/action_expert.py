@@ -82,7 +82,7 @@ def plan_policy(
     """
     # The VLM and the expert, and the config of both.
     stored_vlm = StoredCheckpoint.open(vlm, "SPEAR-VLM")
-    vlm_config = _read_vlm_config(stored_vlm)
+    vlm_config = _read_config_of_vlm(stored_vlm)
     dtype = stored_vlm.precision(stored_vlm.weights)
     sources = {"SPEAR-VLM": describe_source(vlm, stored_vlm.folder)}
     pi0 = None
@@ -119,7 +119,7 @@ def plan_policy(
     return Conversion(Spear1ForActionPrediction, config, report, readers, dtype, sources)
 
 
-def _read_vlm_config(stored: StoredCheckpoint) -> SpearVLMConfig:
+def _read_config_of_vlm(stored: StoredCheckpoint) -> SpearVLMConfig:
     """Return the config of a SPEAR-VLM. Raise `SpearError` if it is another model."""
     architecture = str(stored.config.get("model_type"))
     check_known(
