@@ -8,7 +8,7 @@ from spear.checks.rollout.camera_checks import (
     CAMERA_FILE,
     MIN_CONFIDENCE_LOG_ODDS,
     find_picture_version,
-    draw_beside_nearest_training,
+    show_pictures,
 )
 from spear.checks.rollout.case import Case, Finding, Material, Result, RolloutCheck
 from spear.checks.rollout.pictures import PRIOR, VersionOdds
@@ -49,7 +49,7 @@ class CameraBgrCheck(RolloutCheck):
             ),
             cure=CURE,
             file=CAMERA_FILE,
-            figure=draw_beside_nearest_training(case, next(iter(odds_by_camera))),
+            figure=show_pictures(case, next(iter(odds_by_camera))),
         )
 
     @staticmethod

@@ -45,7 +45,7 @@ def find_picture_version(
             evidence=f"camera {camera} {words}: {_describe_odds(best)}",
             cure=cure,
             file=CAMERA_FILE,
-            figure=draw_beside_nearest_training(case, camera),
+            figure=show_pictures(case, camera),
         )
     if suspicion:
         return Doubt(suspicion, is_suspicion=True)
@@ -63,7 +63,7 @@ def _describe_odds(best: VersionOdds) -> str:
     )
 
 
-def draw_beside_nearest_training(case: Case, camera: str) -> Figure:
+def show_pictures(case: Case, camera: str) -> Figure:
     """Show pictures of the rollout, and the training pictures of the nearest arm positions."""
     pictures: list[tuple[str, Array]] = []
     training = [e for e in case.demonstrations if camera in e.pictures]

@@ -4,7 +4,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from spear.checks.rollout.camera_checks import CAMERA_FILE, draw_beside_nearest_training
+from spear.checks.rollout.camera_checks import CAMERA_FILE, show_pictures
 from spear.checks.rollout.case import Case, Finding, Result, RolloutCheck, confidence_of_margin
 
 MIN_MOTION_M = 0.01  # a picture that stays the same over a longer motion is repeated
@@ -46,6 +46,6 @@ class CameraFrozenCheck(RolloutCheck):
                     ),
                     cure="restart the camera, and read a new picture for every observation",
                     file=CAMERA_FILE,
-                    figure=draw_beside_nearest_training(case, camera),
+                    figure=show_pictures(case, camera),
                 )
         return None

@@ -7,7 +7,7 @@ import numpy as np
 from spear.checks.rollout.camera_checks import (
     CAMERA_FILE,
     MIN_CONFIDENCE_LOG_ODDS,
-    draw_beside_nearest_training,
+    show_pictures,
 )
 from spear.checks.rollout.case import Case, Doubt, Finding, Material, Result, RolloutCheck
 
@@ -42,6 +42,6 @@ class CameraLateCheck(RolloutCheck):
                 ),
                 cure="read the newest picture: empty the camera's buffer before each observation",
                 file=CAMERA_FILE,
-                figure=draw_beside_nearest_training(case, camera),
+                figure=show_pictures(case, camera),
             )
         return None if num_compared else Doubt("too few training pictures to compare with")

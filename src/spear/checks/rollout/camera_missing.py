@@ -4,7 +4,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from spear.checks.rollout.camera_checks import CAMERA_FILE, draw_beside_nearest_training
+from spear.checks.rollout.camera_checks import CAMERA_FILE, show_pictures
 from spear.checks.rollout.case import Case, Finding, Material, Result, RolloutCheck
 
 MAX_BLANK_SPREAD = 8.0  # gray levels of 255 between the darkest and brightest cell
@@ -43,6 +43,6 @@ class CameraMissingCheck(RolloutCheck):
                 ),
                 cure=f"connect the camera and send its pictures as {camera}",
                 file=CAMERA_FILE,
-                figure=draw_beside_nearest_training(case, camera),
+                figure=show_pictures(case, camera),
             )
         return None

@@ -4,7 +4,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from spear.checks.rollout.camera_checks import CAMERA_FILE, draw_beside_nearest_training
+from spear.checks.rollout.camera_checks import CAMERA_FILE, show_pictures
 from spear.checks.rollout.case import Case, Doubt, Finding, Material, Result, RolloutCheck
 from spear.types import Array
 
@@ -46,7 +46,7 @@ class PaddingBarsCheck(RolloutCheck):
                 ),
                 cure="send pictures without bars, in the aspect of training",
                 file=CAMERA_FILE,
-                figure=draw_beside_nearest_training(case, camera),
+                figure=show_pictures(case, camera),
             )
         return None if num_compared else Doubt("no training pictures to compare with")
 
