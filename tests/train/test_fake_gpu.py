@@ -61,7 +61,7 @@ def replace_operations_that_need_values() -> None:
 
     # PyTorch 2.11 cannot fake the operations of these two functions, which draw random numbers.
     torch._standard_gamma = lambda shape, generator=None: torch.empty_like(shape)  # type: ignore
-    optimize.step_generator = lambda *_: None  # type: ignore[assignment]
+    optimize.make_step_generator = lambda *_: None  # type: ignore[assignment]
     FakeTensor.tolist = read_values  # type: ignore
 
 

@@ -25,7 +25,7 @@ from processes import wait_until
 from refusals import refuses
 from spear.errors import SpearError, notice
 from spear.train import log, optimize
-from spear.train.checkpoint import find_newest
+from spear.train.checkpoint import find_newest_checkpoint
 from spear.train.loop import load_batches
 from spear.train.options import Optimization
 from spear.util.run_lock import hold_lock
@@ -240,7 +240,7 @@ def test_the_batch_of_a_skipped_step_gives_its_loss_again(
     assert batch["nested"]["is_bad"]
     losses = []
     for seed, number in ((5, 6), (5, 7), (6, 6)):
-        loss, _ = task.loss(batch, optimize.step_generator(seed, number))
+        loss, _ = task.loss(batch, optimize.make_step_generator(seed, number))
         losses.append(loss.item())
     # If only the gradient was not finite, the loss is finite.
     is_finite = bool(torch.tensor(losses[0]).isfinite())
@@ -393,7 +393,7 @@ def test_a_run_that_a_signal_stopped_continues_bit_for_bit(
     assert process.exitcode == exit_code
     num_done = read_log(stopped)[-1]["step"]
     assert 12 <= num_done < FORTY_STEPS.steps
-    _, state = find_newest(stopped / "checkpoints")
+    _, state = find_newest_checkpoint(stopped / "checkpoints")
     if signal_number == signal.SIGKILL:
         assert 0 < state["step"] <= num_done
     else:
@@ -433,7 +433,7 @@ def test_only_one_process_may_train_into_a_folder(tmp_path: Path) -> None:
     with hold_lock(tmp_path / ".lock"):
         refuses("another process is training", run_loop, Regression(), FOUR_STEPS, tmp_path)
 
-    assert find_newest(tmp_path / "checkpoints") is None
+    assert find_newest_checkpoint(tmp_path / "checkpoints") is None
 
 
 def test_the_minutes_of_a_continued_run_add_up(trained: Path) -> None:
@@ -442,5 +442,5 @@ def test_the_minutes_of_a_continued_run_add_up(trained: Path) -> None:
 
     run_loop(Regression(), replace(FOUR_STEPS, steps=6), trained)
 
-    _, state = find_newest(trained / "checkpoints")
+    _, state = find_newest_checkpoint(trained / "checkpoints")
     assert 7.0 < state["minutes"] < 8.0  # the earlier 7 minutes and the short time since

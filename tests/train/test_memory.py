@@ -79,7 +79,7 @@ def make_stepper(recipe: Recipe) -> tuple[Stepper, dict[str, Any]]:
         )
         return output.loss, {}
 
-    batch = memory._observation(TINY, recipe.batch_size)
+    batch = memory._make_observation(TINY, recipe.batch_size)
     for view, pixels in batch["pixel_values"].items():
         batch["pixel_values"][view] = torch.randint_like(pixels, 256)
     task = SimpleNamespace(model=model, loss=loss)

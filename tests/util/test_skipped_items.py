@@ -15,7 +15,7 @@ def skipped() -> SkippedItems:
 def test_unfinished_work_goes_on_while_few_items_have_been_seen(skipped: SkippedItems) -> None:
     skipped("broken: 1")
 
-    skipped.check(good=0)
+    skipped.check_limit(good=0)
 
 
 def test_finished_work_is_judged_however_few_items_it_had(skipped: SkippedItems) -> None:
@@ -28,7 +28,7 @@ def test_as_many_bad_items_as_the_limit_allows_are_skipped(skipped: SkippedItems
     skipped("broken: 1")
     skipped("broken: 2")
 
-    skipped.check(good=2)
+    skipped.check_limit(good=2)
 
 
 def test_the_most_frequent_reasons_are_counted(skipped: SkippedItems) -> None:

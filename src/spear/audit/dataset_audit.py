@@ -380,7 +380,7 @@ def summarize_cameras(
         for camera in layout.images:
             views[camera].append(_summarize_camera(steps, layout, camera, position, source))
     num_viewed = max((len(episodes) for episodes in views.values()), default=0)
-    skipped.check(num_viewed, finished=True)
+    skipped.check_limit(num_viewed, finished=True)
     return {camera: episodes for camera, episodes in views.items() if episodes}
 
 
@@ -391,7 +391,7 @@ def _summarize_camera(
     with contextlib.suppress(SpearError):
         images = read_encoded_images(steps, layout.images[camera], source)
         context = f"{source} camera {camera!r}"
-        return summarize_view(images, position, episode_rate_hz(steps, layout), context)
+        return summarize_view(images, position, get_episode_rate_hz(steps, layout), context)
     return None
 
 
@@ -503,7 +503,7 @@ def make_recording(steps: Steps, layout: DatasetLayout, source: str) -> Recordin
         translation=logged_translation,
         turn=logged_rotation,
         valid=is_valid,
-        rate_hz=episode_rate_hz(steps, layout),
+        rate_hz=get_episode_rate_hz(steps, layout),
         opening=opening,
         command=command,
     )
@@ -555,7 +555,7 @@ def _choose_rotation_to_judge(
     return rotation
 
 
-def episode_rate_hz(steps: Steps, layout: DatasetLayout) -> float:
+def get_episode_rate_hz(steps: Steps, layout: DatasetLayout) -> float:
     """Return the steps per second of an episode: its own rate (in a store), or the layout's."""
     rate_hz = steps.get("rate_hz")
     if isinstance(rate_hz, float):

@@ -862,7 +862,7 @@ def _describe_gripper(
         return
 
     correlation, state, command = max(pairs, key=lambda pair: abs(pair[0]))
-    low, high = _range_ends(values[state])
+    low, high = _find_range_ends(values[state])
     verdict, words = _judge_free_gripper(values[state], low, high)
     is_flipped = verdict == "wrong"  # the low end is open
     conclusions = {"agrees": "", "wrong": "; so the ends are exchanged"}
@@ -876,7 +876,7 @@ def _describe_gripper(
         f"correlation {correlation:.2f}"
     )
     if abs(correlation) >= MIN_CORRELATION:
-        command_low, command_high = _range_ends(values[command])
+        command_low, command_high = _find_range_ends(values[command])
         # The command's high end opens the gripper if command and opening rise together and the
         # opening's high end is open, or if neither is the case.
         is_high_command_open = (correlation > 0) != is_flipped
@@ -906,7 +906,7 @@ def _judge_free_gripper(episodes: Sequence[Array], low: float, high: float) -> t
     return judge_open_end(openings)
 
 
-def _range_ends(values: Sequence[Array]) -> tuple[float, float]:
+def _find_range_ends(values: Sequence[Array]) -> tuple[float, float]:
     """Return the smallest and the largest reading; 0 and 1 if the readings nearly span these."""
     readings = np.concatenate(values)
     low = float(f"{np.min(readings):.4g}")

@@ -120,7 +120,7 @@ def prepare(options: PrepareOptions) -> None:
 
     for path, target, own_conversion in jobs:
         num_written, reasons = prepare_dataset(path, target, options.split, own_conversion, workers)
-        _report(num_written, target, reasons)
+        _print_written_and_skipped(num_written, target, reasons)
 
 
 def _check_size_options_name_cameras(
@@ -194,7 +194,7 @@ def export(options: ExportOptions) -> None:
         options.images,
         frames=find_frames(options.path, options.layout),
     )
-    _report(num_written, options.out, skipped.reasons)
+    _print_written_and_skipped(num_written, options.out, skipped.reasons)
 
 
 def audit(options: AuditOptions) -> None:
@@ -253,7 +253,7 @@ def datasets() -> None:
         print(f"{weight}  {name:<62} {layout.robot or '':<16} {rate:<8} {note}")
 
 
-def _report(
+def _print_written_and_skipped(
     num_written: int, folder: Path, reasons: Sequence[str], file: TextIO | None = None
 ) -> None:
     """Print how many episodes were written, and why others were skipped."""
@@ -293,5 +293,5 @@ def open_episodes(path: Path, out: Path, split: str = "train") -> "EpisodeStore"
 
     store, reasons = open_store(path, out, split)
     if reasons:
-        _report(len(store), path, reasons, sys.stderr)
+        _print_written_and_skipped(len(store), path, reasons, sys.stderr)
     return store

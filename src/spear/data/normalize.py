@@ -240,13 +240,13 @@ class Normalizer:
         """
         if self.action_reference == "observed":
             action = measure_from_observed(action)
-        offset, scale = self._action_range()
+        offset, scale = self._get_action_range()
         translation = _normalize(action.translation, offset, scale)
         return Action(translation, action.rotation, action.gripper * 2 - 1)
 
     def unnormalize_action(self, action: Action) -> Action:
         """Invert `normalize_action`: steps in meters, gripper opening in 0 … 1."""
-        offset, scale = self._action_range()
+        offset, scale = self._get_action_range()
         normalized = action.translation
         translation_m = normalized * normalized.new_tensor(scale) + normalized.new_tensor(offset)
         action = Action(translation_m, action.rotation, (action.gripper + 1) / 2)
@@ -254,7 +254,7 @@ class Normalizer:
             action = measure_from_previous(action)
         return action
 
-    def _action_range(self) -> tuple[Triples, Triples]:
+    def _get_action_range(self) -> tuple[Triples, Triples]:
         """Return offset and scale of normalized translations: of all actions, or of each one."""
         if self.action_reference == "observed":
             return self.chunk_offset, self.chunk_scale

@@ -332,7 +332,7 @@ class _RunMonitor:
                 self._failures(reason if has_source else f"in {source}, {reason}")
         self.bar.update(self.bar.done + num_images, f"{self.num_skipped:,} skipped")
         num_good = self.bar.done - self.num_before - len(self._failures.reasons)
-        self._failures.check(num_good, finished=self.bar.done == self.num_total)
+        self._failures.check_limit(num_good, finished=self.bar.done == self.num_total)
 
 
 def _label_shard(

@@ -32,15 +32,15 @@ class Metrics:
         )
         for outcome in OUTCOMES:
             self.requests.labels(outcome)  # so that all outcomes are shown from the start
-        self.latency = self._histogram(
+        self.latency = self._make_histogram(
             "spear_request_seconds",
             "From a request's arrival to its answer being ready.",
             DURATION_BUCKETS_S,
         )
-        self.inference = self._histogram(
+        self.inference = self._make_histogram(
             "spear_inference_seconds", "Inference of one batch.", DURATION_BUCKETS_S
         )
-        self.batch_size = self._histogram(
+        self.batch_size = self._make_histogram(
             "spear_batch_size", "Requests answered together.", BATCH_SIZE_BUCKETS
         )
         self._add_gauge("spear_queue", "Requests that wait.", count_waiting)
@@ -55,7 +55,7 @@ class Metrics:
         """Return the metrics in Prometheus's text format."""
         return generate_latest(self.registry).decode()
 
-    def _histogram(self, name: str, description: str, buckets: tuple[float, ...]) -> Histogram:
+    def _make_histogram(self, name: str, description: str, buckets: tuple[float, ...]) -> Histogram:
         return Histogram(name, description, buckets=buckets, registry=self.registry)
 
     def _add_gauge(self, name: str, description: str, read: Callable[[], float]) -> None:

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from spear.errors import SpearError, check_known
 from spear.sim.control import HIDDEN_GROUP
 from spear.sim.scene import sample_clutter_scene
-from spear.sim.world import GRIPPER_NAME, World, base_spec, half_extent
+from spear.sim.world import GRIPPER_NAME, World, build_base_spec, half_extent
 from spear.types import Frame
 
 ImageSize = tuple[int, int]
@@ -61,7 +61,7 @@ class Renderer:
                 "Debian packages libegl1 libgl1 libgl1-mesa-dri."
             ) from error
 
-        spec = base_spec().copy()
+        spec = build_base_spec().copy()
         spec.visual.global_.offwidth = width
         spec.visual.global_.offheight = height
         model = spec.compile()
@@ -243,7 +243,7 @@ def render_frame(world: World, camera: str, size: ImageSize) -> Frame:
     pose = camera_pose(world, camera)
     camera_position = pose[:3, 3]
     camera_to_base = pose[:3, :3]
-    base_boxes = object_boxes(world)
+    base_boxes = compute_object_boxes(world)
     boxes = {}
     for instance in visible:
         boxes[instance] = (base_boxes[instance] - camera_position) @ camera_to_base  # [8, 3]
@@ -292,7 +292,7 @@ def camera_pose(world: World, camera: str) -> NDArray[np.float64]:
     return pose
 
 
-def object_boxes(world: World) -> dict[int, NDArray[np.float64]]:
+def compute_object_boxes(world: World) -> dict[int, NDArray[np.float64]]:
     """The oriented boxes of all instances: instance id -> corners [8, 3], base frame, m."""
     boxes = {}
     for index, body in enumerate(world.bodies):

@@ -305,7 +305,7 @@ def _euler_to_quaternion(euler: tuple[float, float, float]) -> Floats:
 
 
 @functools.cache
-def base_spec() -> mujoco.MjSpec:
+def build_base_spec() -> mujoco.MjSpec:
     """Return the model that every scene begins with: arm, table and room, and all materials.
 
     It is described by world.xml, which includes the arm of franka.xml. The caller copies it before
@@ -369,7 +369,7 @@ def _add_material(spec: mujoco.MjSpec, name: str, gray: NDArray[np.uint8] | None
 def _compile_model(scene: SceneSpec) -> mujoco.MjModel:
     """Compile the model of a scene."""
     appearance = scene.appearance
-    spec = base_spec().copy()
+    spec = build_base_spec().copy()
     _furnish(spec, appearance)
     # Several geoms may belong to a surface; "wall_left", for example, is of the surface "wall".
     for geom in spec.worldbody.geoms:

@@ -81,7 +81,7 @@ class CheckpointState(BaseModel, extra="allow"):
     earlier: list[dict[str, Any]] = []
 
 
-def find_newest(folder: Path) -> tuple[Path, dict[str, Any]] | None:
+def find_newest_checkpoint(folder: Path) -> tuple[Path, dict[str, Any]] | None:
     """Return the checkpoint in `folder` with the highest step, and its `CheckpointState` as a dict.
 
     Returns None if there is no checkpoint. Raises `SpearError` for a checkpoint that cannot be

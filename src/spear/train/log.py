@@ -158,7 +158,7 @@ def save_batch(out: Path, step: int, number: int, seed: int, batch: dict[str, An
         out: the run's folder.
         step: the step's number, from 0.
         number: the piece's number in the run. With the seed it determines the random numbers that
-            the piece's loss was computed with (`spear.train.optimize.step_generator`).
+            the piece's loss was computed with (`spear.train.optimize.make_step_generator`).
         seed: the run's seed.
         batch: the piece: tensors by name, or dicts of tensors by name. A tensor in a dict gets a
             key such as "questions/input_ids" in the file.

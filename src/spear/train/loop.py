@@ -26,7 +26,7 @@ import torch
 from spear.errors import SpearError, disable_notices, format_count
 from spear.models.devices import is_bfloat16_fast
 from spear.train import parallel
-from spear.train.checkpoint import Checkpoints, find_newest
+from spear.train.checkpoint import Checkpoints, find_newest_checkpoint
 from spear.train.log import SKIPPED_BATCHES, Logger, NonFiniteStep, save_batch
 from spear.train.optimize import Batch, Stepper, Task, compute_learning_rate_factor
 from spear.train.options import Optimization
@@ -400,7 +400,7 @@ def resolve_optimization(opt: Optimization, out: Path, device: torch.device) -> 
     processes does not divide the number of pieces.
     """
     in_float32 = dataclasses.replace(opt, precision="fp32", frozen_precision="fp32")
-    checkpoint = find_newest(out / "checkpoints")
+    checkpoint = find_newest_checkpoint(out / "checkpoints")
     if checkpoint is None:
         return opt if is_bfloat16_fast(device) else in_float32
 
@@ -436,7 +436,7 @@ def find_checkpoint_to_resume(
         SpearError: if the run in `out` has another seed or another value of a run setting, or has
             done more than `steps` steps already.
     """
-    checkpoint = find_newest(out / "checkpoints")
+    checkpoint = find_newest_checkpoint(out / "checkpoints")
     if checkpoint is None:
         if (out / "final" / "recipe.json").is_file():
             raise SpearError(

@@ -126,7 +126,7 @@ def measure_training(recipe: Recipe, with_gpu_layers: bool = True) -> MemoryEsti
             enabled=opt.precision == "bf16",
             cache_enabled=not opt.gradient_checkpointing,
         ):
-            loss = _loss(model, recipe, preset, piece_size)
+            loss = _compute_loss(model, recipe, preset, piece_size)
         loss.backward()
         del loss
         gradients = 0
@@ -178,7 +178,7 @@ def measure_inference(
         weights = meter.live
         noise = Action.from_vector(torch.zeros(batch_size, preset.horizon, ACTION_DIM))
         # Further steps of the flow would need no more memory than two.
-        model.sample_actions(**_observation(preset, batch_size), noise=noise, steps=2)
+        model.sample_actions(**_make_observation(preset, batch_size), noise=noise, steps=2)
 
     return MemoryEstimate(
         weights=weights,
@@ -211,27 +211,27 @@ def _build_model(recipe: Recipe, preset: Preset, with_gpu_layers: bool = True) -
     return model
 
 
-def _loss(model: Any, recipe: Recipe, preset: Preset, piece_size: int) -> torch.Tensor:
+def _compute_loss(model: Any, recipe: Recipe, preset: Preset, piece_size: int) -> torch.Tensor:
     """Return the training loss on a piece of a batch whose tensors contain only zeros.
 
     The piece has `piece_size` robot steps, or images if the recipe trains a VLM.
     """
     if recipe.kind == "vlm":
-        return _question_loss(model, recipe, preset, piece_size)
+        return _compute_question_loss(model, recipe, preset, piece_size)
 
     actions = Action.from_vector(torch.zeros(piece_size, preset.horizon, ACTION_DIM))
-    observation = _observation(preset, piece_size)
+    observation = _make_observation(preset, piece_size)
     total = model(**observation, actions=actions, flow_samples=recipe.flow_samples).loss
     if recipe.question_images:
         num_images = parallel.divide_into_pieces(
             recipe.question_images, "question_images", recipe.optimization.accumulate
         )
-        question_loss = _question_loss(model.vlm, recipe, preset, num_images)
+        question_loss = _compute_question_loss(model.vlm, recipe, preset, num_images)
         total = total + recipe.question_weight * question_loss
     return total
 
 
-def _observation(preset: Preset, batch_size: int) -> dict[str, Any]:
+def _make_observation(preset: Preset, batch_size: int) -> dict[str, Any]:
     """Return a batch of observations that contain only zeros, with prompts of full length."""
     pixels = {}
     for view, (width, height) in preset.image_sizes.items():
@@ -244,7 +244,9 @@ def _observation(preset: Preset, batch_size: int) -> dict[str, Any]:
     }
 
 
-def _question_loss(vlm: Any, recipe: Recipe, preset: Preset, num_images: int) -> torch.Tensor:
+def _compute_question_loss(
+    vlm: Any, recipe: Recipe, preset: Preset, num_images: int
+) -> torch.Tensor:
     """Return the loss of the largest batch of questions about `num_images` external images.
 
     Each image has as many questions as the recipe allows, with prompts and answers of full length.

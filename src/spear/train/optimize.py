@@ -177,7 +177,9 @@ def _find_rate_factor(name: str, opt: Optimization) -> float:
     return opt.lr_scale[max(prefixes, key=len)] if prefixes else 1.0
 
 
-def step_generator(seed: int, number: int, device: torch.device | str = "cpu") -> torch.Generator:
+def make_step_generator(
+    seed: int, number: int, device: torch.device | str = "cpu"
+) -> torch.Generator:
     """Return the random number generator of the piece with this number in a run with this seed."""
     return torch.Generator(device).manual_seed((seed * SEED_STRIDE + number) % SEED_LIMIT)
 
@@ -317,7 +319,7 @@ class Stepper:
             # The cache would keep a bfloat16 copy of every weight until the forward pass ends.
             cache_enabled=not self.opt.gradient_checkpointing,
         ):
-            generator = step_generator(self.seed, number, self.device)
+            generator = make_step_generator(self.seed, number, self.device)
             loss, parts = self.task.loss(piece_on_device, generator)
         (loss / num_pieces).backward()
         return {"loss": loss.detach(), **parts}

@@ -34,7 +34,7 @@ from spear.models.weights.folders import (
 )
 from spear.models.weights.load import StoredCheckpoint
 from spear.train import build, loop, parallel
-from spear.train.checkpoint import find_newest
+from spear.train.checkpoint import find_newest_checkpoint
 from spear.train.loop import EPISODES_KEY, RunOptions
 from spear.train.optimize import Task
 from spear.train.options import Optimization, Recipe, TrainingInputs
@@ -61,7 +61,8 @@ TEXT_FILES = (
 MIN_SAMPLES_FOR_MISTAKES = 4
 
 Checkpoint = tuple[Path, dict[str, Any]]
-"""A checkpoint's folder and its `CheckpointState` as a dict, as `find_newest` returns them."""
+"""The result of `find_newest_checkpoint`: a checkpoint's folder, and its `CheckpointState` as a
+dict."""
 
 
 def train(
@@ -90,7 +91,7 @@ def train(
     """
     # Which run this is: a new one, or the one that the newest checkpoint continues.
     options = options or RunOptions()
-    checkpoint = find_newest(out / "checkpoints")
+    checkpoint = find_newest_checkpoint(out / "checkpoints")
     if not _has_same_episodes(inputs, checkpoint):
         inputs = _drop_failed_episodes(inputs)
     requested = recipe.optimization  # before it is adapted to the device and to a resumed run
@@ -356,7 +357,7 @@ def _is_simulator_only(inputs: TrainingInputs) -> bool:
 
 def _read_minutes_of_run(out: Path) -> float:
     """Return the minutes that the run took, including the time before it was resumed."""
-    checkpoint = find_newest(out / "checkpoints")
+    checkpoint = find_newest_checkpoint(out / "checkpoints")
     return 0.0 if checkpoint is None else round(checkpoint[1]["minutes"], 2)
 
 

@@ -32,7 +32,7 @@ from spear.evaluate.results import MILESTONES, Outcome
 from spear.labels.fit.box3d import order_vertices
 from spear.policy import Spear1Policy
 from spear.sim.env import MAX_STEPS, TabletopEnv
-from spear.sim.render import camera_pose, get_thread_renderer, intrinsics, object_boxes
+from spear.sim.render import camera_pose, compute_object_boxes, get_thread_renderer, intrinsics
 from spear.types import CONTROL_RATE_HZ, Array
 from spear.util.images import decode_image, to_jpeg_data_uri
 
@@ -196,7 +196,7 @@ class SimulatedEpisode:
             pose: [4, 4] the camera's pose in the base frame.
         """
         world = self._env.world
-        corners_of_object = object_boxes(world)  # index → [8, 3] in the base frame
+        corners_of_object = compute_object_boxes(world)  # index → [8, 3] in the base frame
         camera_rotation = pose[:3, :3]
         camera_position = pose[:3, 3]
         objects = []

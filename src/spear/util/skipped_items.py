@@ -29,7 +29,7 @@ class SkippedItems:
         """Record that one item is skipped."""
         self.reasons.append(str(reason))
 
-    def check(self, good: int, finished: bool = False) -> None:
+    def check_limit(self, good: int, finished: bool = False) -> None:
         """Raise `SpearError` if the skipped items are a larger fraction of all than `limit`.
 
         Args:

@@ -317,7 +317,7 @@ def _write_shards(
             shard_episodes += prepared.episodes
             skipped.reasons += prepared.skip_reasons
             repairs.add(prepared.repairs)
-            skipped.check(num_good)
+            skipped.check_limit(num_good)
             bar.update(bar.done + block.num_episodes, f"{len(skipped.reasons)} skipped")
 
             # End the shard, with a note from which another call can continue.
@@ -437,7 +437,7 @@ def read_good_episodes(
     num_good = 0
     for episode in formats.read_episodes(path, split, layout_file, skipped):
         num_good += 1
-        skipped.check(num_good)
+        skipped.check_limit(num_good)
         yield episode
     formats.check_enough_good(num_good, skipped, path, split)
 

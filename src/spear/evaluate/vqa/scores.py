@@ -188,7 +188,7 @@ class Scores:
         ]
         rows = []
         for question_type, score in self.type_scores.items():
-            measure = self._main_measure(question_type)
+            measure = self._choose_main_measure(question_type)
             rows.append(
                 [
                     _to_words(question_type),
@@ -203,7 +203,7 @@ class Scores:
             )
         return headers, rows
 
-    def _main_measure(self, question_type: str) -> str:
+    def _choose_main_measure(self, question_type: str) -> str:
         """Return the measure of a question type that has the most useful unit: px, mm, or %."""
         if ANSWER_FORMS[question_type].num_pixels > 0:
             return "pixels"

@@ -30,7 +30,7 @@ from transformers.activations import GELUTanh
 
 from spear.models.fast.kv_cache import CacheWindow, StaticKVCache
 from spear.models.fast.linear import MAX_CACHED_ELEMENTS, ModuleCache, is_plain_linear
-from spear.models.fast.stack import LayerStack, norm_scale
+from spear.models.fast.stack import LayerStack, compute_norm_scale
 
 MLP_BLOCK_ROWS = 128
 """Number of rows that an MLP runs at once, so that its hidden layer stays in the core's cache (our
@@ -104,8 +104,8 @@ class SmallLayerStack(LayerStack):
         out = out.transpose(2, 3).flatten(1)  # [D, heads · d]
 
         sqrt_width = math.sqrt(query.shape[1])
-        attention_norm_scale = norm_scale(layer.input_layernorm) * sqrt_width
-        mlp_norm_scale = norm_scale(layer.post_attention_layernorm) * sqrt_width
+        attention_norm_scale = compute_norm_scale(layer.input_layernorm) * sqrt_width
+        mlp_norm_scale = compute_norm_scale(layer.post_attention_layernorm) * sqrt_width
         return LayerWeights(
             qkv=_transpose(qkv * attention_norm_scale),
             out=_transpose(out),

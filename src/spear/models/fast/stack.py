@@ -61,15 +61,15 @@ class FusedLayer:
         attention = layer.self_attn
         mlp = layer.mlp
         is_gemma2 = hasattr(layer, "pre_feedforward_layernorm")
-        self.before_attention = norm_scale(layer.input_layernorm)
+        self.before_attention = compute_norm_scale(layer.input_layernorm)
         self.after_attention: Tensor | None = None
         self.after_mlp: Tensor | None = None
         if is_gemma2:
-            self.after_attention = norm_scale(layer.post_attention_layernorm)
-            self.before_mlp = norm_scale(layer.pre_feedforward_layernorm)
-            self.after_mlp = norm_scale(layer.post_feedforward_layernorm)
+            self.after_attention = compute_norm_scale(layer.post_attention_layernorm)
+            self.before_mlp = compute_norm_scale(layer.pre_feedforward_layernorm)
+            self.after_mlp = compute_norm_scale(layer.post_feedforward_layernorm)
         else:
-            self.before_mlp = norm_scale(layer.post_attention_layernorm)
+            self.before_mlp = compute_norm_scale(layer.post_attention_layernorm)
 
         self.qkv = FusedLinear(attention.q_proj, attention.k_proj, attention.v_proj, packed=packed)
         self.out = FusedLinear(attention.o_proj, packed=packed)
@@ -105,7 +105,7 @@ class LayerStack:
         self.softcap: float | None = getattr(first_layer.self_attn, "attn_logit_softcapping", None)
         self.activation: Any = first_layer.mlp.act_fn
         self.rotary_embedding = model.rotary_emb
-        self.last_norm_scale = norm_scale(model.norm)
+        self.last_norm_scale = compute_norm_scale(model.norm)
         self.layers = [FusedLayer(layer, packed) for layer in model.layers]
         self.run_as_graph = CudaGraphCache()
 
@@ -462,7 +462,7 @@ def _get_valid(valid: Tensor | None, tokens: Tensor) -> Tensor:
     return torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
 
 
-def norm_scale(norm: nn.Module) -> Tensor:
+def compute_norm_scale(norm: nn.Module) -> Tensor:
     """Return the factor of Gemma's RMSNorm, 1 + weight, in float32."""
     return 1 + norm.weight.detach().float()  # type: ignore[operator]
 
