@@ -104,7 +104,8 @@ class Batcher:
         try:
             return await result
         finally:
-            # An error knows this frame, and the frame would keep error and request alive.
+            # An error's traceback refers to this function's variables, and `result` to the error. This
+            # circle would keep the request, which may be large, in memory.
             del result, request
 
     def forget(self, client: Hashable) -> None:

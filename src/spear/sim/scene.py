@@ -227,9 +227,10 @@ def sample_clutter_scene(seed: int) -> SceneSpec:
 
 def _sample_appearance(rng: np.random.Generator) -> SceneAppearance:
     """Draw camera, surfaces and light; all cameras are near one view from the front left."""
+    # Positions in meters, base frame
     camera = np.array([1.12, 0.32, 0.62]) + rng.uniform(-0.04, 0.04, 3)
     target = np.array([0.48, 0.01, 0.09]) + rng.uniform(-0.02, 0.02, 3)
-    light = np.array([rng.uniform(-0.7, 0.7), rng.uniform(-0.7, 0.7), -1.0])
+    light = np.array([rng.uniform(-0.7, 0.7), rng.uniform(-0.7, 0.7), -1.0])  # down
     warmth = rng.uniform(-0.05, 0.05)
     brightness = rng.uniform(0.45, 0.70)
     diffuse = np.clip([brightness + warmth, brightness, brightness - warmth], 0, 1)

@@ -41,7 +41,7 @@ MAX_ANSWER_TOKENS = 24
 class MemoryEstimate:
     """Memory in one training step, or one inference, at the moment when most memory is in use.
 
-    The first five are in bytes.
+    weights, gradients, moments, ema and activations are in bytes.
 
     weights         all parameters and buffers, in the precision in which they are stored.
     gradients       the gradients of the parameters that learn.
