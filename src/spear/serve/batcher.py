@@ -104,8 +104,8 @@ class Batcher:
         try:
             return await result
         finally:
-            # An error's traceback refers to this function's variables, and `result` to the error. This
-            # circle would keep the request, which may be large, in memory.
+            # An error's traceback refers to this function's variables, and `result` to the error.
+            # This circle would keep the request, which may be large, in memory.
             del result, request
 
     def forget(self, client: Hashable) -> None:
