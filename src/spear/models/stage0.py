@@ -138,7 +138,7 @@ class PatchClassification(nn.Module):
 
         Args:
             pixels: [B, 3, h, w] uint8, images of P patches.
-            shown: [B, P, C] bool, for each of C object names whether the patch shows such an object.
+            shown: [B, P, C] bool, for each of C names whether the patch shows such an object.
             cells: [B, P, `CELLS_PER_SIDE`², C] uint8, for each name the fraction of a cell that
                 shows such an object, where 255 is the whole cell.
             centre: [B, P, 2], x and y of the center of the patch's largest object, relative to the
