@@ -162,7 +162,7 @@ def test_memory_of_large_messages_is_given_back_while_clients_stay() -> None:
 
 
 def test_a_client_that_reads_slowly_gets_all_of_a_large_answer() -> None:
-    num_bytes_left = 2**26
+    num_bytes_left = 2**26  # the answers of `LargeAnswerPolicy` have 64 MiB of actions
     with (
         run_server(LargeAnswerPolicy(), limits=ConnectionLimits(send_timeout_s=0.1)) as server,
         connect_without_reading(server.port) as slow,
