@@ -369,7 +369,9 @@ class _Clause:
             or previous_token in WORDS["name_prepositions"]
         ):
             return True
-        return is_before_cue and previous_token in WORDS["common"] | WORDS["references"]
+        if previous_token in WORDS["references"]:
+            return is_before_cue or next_token == ""
+        return is_before_cue and previous_token in WORDS["common"]
 
     def _ends_with_verb(self, start: int, end: int) -> bool:
         """Return whether the last word of a name is a verb, as in "does the ball roll"."""

@@ -179,7 +179,7 @@ def _order_names(skeleton: Skeleton, question_type: str) -> list[str]:
     words_between = skeleton.words[first + 1 : second]
     if not {"relative", "from", "with"}.isdisjoint(words_between):
         return names[::-1]
-    is_y_to_x = words_before[-1:] in (["is"], ["are"]) or "relative" in words_before
+    is_y_to_x = words_before[-1:] in (["is"], ["are"]) or {"relative", "of"} <= set(words_before)
     return names[::-1] if is_y_to_x and "to" in words_between else names
 
 
