@@ -47,7 +47,9 @@ class Departures:
 
 
 def measure_departures(
-    rollout: Sequence[RecordedEpisode], demonstrations: Sequence[RecordedEpisode]
+    rollout: Sequence[RecordedEpisode],
+    demonstrations: Sequence[RecordedEpisode],
+    instructions: Sequence[str],
 ) -> Departures:
     """Measure how far each step of a rollout is from training."""
     quantities = {"position, m": "position", "orientation, degrees": "rotation"}
@@ -74,7 +76,7 @@ def measure_departures(
                 amount = f"{distance[step]:.3g}, in training at most {limits[quantity]:.3g}"
                 first.append(Departure(number, step, quantity, amount))
         distances[quantity] = np.concatenate(values)
-    first += _find_new_words(rollout, demonstrations)
+    first += _find_new_words(rollout, instructions)
     return Departures(distances, limits, sorted(first, key=lambda d: (d.episode, d.step)))
 
 
@@ -113,12 +115,12 @@ def _nearest(vectors: Array, references: Array, source: str) -> Array:
 
 
 def _find_new_words(
-    rollout: Sequence[RecordedEpisode], demonstrations: Sequence[RecordedEpisode]
+    rollout: Sequence[RecordedEpisode], instructions: Sequence[str]
 ) -> list[Departure]:
     """List the episodes whose instruction has words that training never had."""
     vocabulary: set[str] = set()
-    for episode in demonstrations:
-        vocabulary |= split_words(episode.instruction)
+    for text in instructions:
+        vocabulary |= split_words(text)
     departures = []
     for number, episode in enumerate(rollout):
         new_words = sorted(split_words(episode.instruction) - vocabulary)

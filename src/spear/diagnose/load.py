@@ -129,9 +129,13 @@ def load_case(
     policy = Spear1Policy.load(policy_name, choose_device(device), dataset=norm_stats)
     training = None
     demonstrations: list[RecordedEpisode] = []
+    instructions: list[str] = []
     if episodes is not None:
         training = _open_training(episodes)
         demonstrations = read_demonstrations(training, policy.image_sizes)
+        indices = range(len(training))
+        texts = [training.without_images(index).instruction for index in indices]
+        instructions = list(dict.fromkeys(texts))
     rollout_store = None
     rollout_episodes: list[RecordedEpisode] = []
     if rollout is not None:
@@ -140,6 +144,7 @@ def load_case(
     return PolicyCase(
         rollout=rollout_episodes,
         demonstrations=demonstrations,
+        instructions=instructions,
         policy=policy,
         training=training,
         rollout_store=rollout_store,

@@ -43,7 +43,9 @@ def write_diagnosis_page(case: PolicyCase, diagnosis: Diagnosis, out: Path) -> N
     """
     departures = None
     if case.rollout and case.demonstrations:
-        departures = measure_departures(case.rollout, case.demonstrations)
+        departures = measure_departures(
+            case.rollout, case.demonstrations, case.training_instructions
+        )
     named_faults = {check.fault for check in find_checks()}
     page = render(
         "diagnosis.html",

@@ -22,11 +22,21 @@ class Case:
     """What is known of a failure: a rollout, and what the policy learned from.
 
     rollout         the episodes in which the robot failed.
-    demonstrations  the training episodes; empty if unknown.
+    demonstrations  training episodes; empty if unknown.
+    instructions    the different instructions of all training episodes; by default those of
+                    `demonstrations`, which may be fewer.
     """
 
     rollout: Sequence[RecordedEpisode] = ()
     demonstrations: Sequence[RecordedEpisode] = ()
+    instructions: Sequence[str] = ()
+
+    @property
+    def training_instructions(self) -> Sequence[str]:
+        """The different instructions of training."""
+        if self.instructions:
+            return self.instructions
+        return list(dict.fromkeys(episode.instruction for episode in self.demonstrations))
 
     @cached_property
     def motion(self) -> CommandedMotion:

@@ -39,7 +39,7 @@ class IgnoresWordsCheck(RolloutCheck):
         assert isinstance(case, PolicyCase)
         assert case.policy is not None
         assert case.training is not None
-        instructions = list(dict.fromkeys(e.instruction for e in case.demonstrations))
+        instructions = case.training_instructions
         if len(instructions) < 2:
             return Doubt("training has one instruction, so words cannot matter")
         observations = sample_observations(case.training, case.policy)
