@@ -190,11 +190,14 @@ def check_command_timing(episodes: Sequence[tuple[Array, Array]]) -> Check | Non
     return Check("gripper command", "wrong", words)
 
 
-def correlate_commands(episodes: Sequence[tuple[Array, Array, float]]) -> list[Following]:
-    """Correlate commands with the openings some steps later, for every delay up to `MAX_DELAY_S`.
+def correlate_commands(
+    episodes: Sequence[tuple[Array, Array, float]], max_delay_s: float = MAX_DELAY_S
+) -> list[Following]:
+    """Correlate commands with the openings some steps later, for every delay up to a longest one.
 
     Args:
         episodes: (openings [T], commands [T], steps per second) of each episode.
+        max_delay_s: the longest delay.
 
     Returns:
         One result per delay, from 0 steps on. The correlation is 0 if commands or openings never
@@ -202,7 +205,7 @@ def correlate_commands(episodes: Sequence[tuple[Array, Array, float]]) -> list[F
     """
     rate_hz = episodes[0][2]
     results = []
-    max_delay_steps = round(MAX_DELAY_S * rate_hz)
+    max_delay_steps = round(max_delay_s * rate_hz)
     for delay in range(max_delay_steps + 1):
         pairs = []  # [2, T - delay] of each episode: commands, and openings `delay` steps later
         for opening, command, _ in episodes:

@@ -12,7 +12,7 @@ from spear.checks.rollout.action_sign import ActionSignCheck
 from spear.checks.rollout.actions_dropped import ActionsDroppedCheck
 from spear.checks.rollout.actions_repeated import ActionsRepeatedCheck
 from spear.checks.rollout.angle_unit import AngleUnitCheck
-from spear.checks.rollout.case import Finding, RolloutCheck
+from spear.checks.rollout.case import Doubt, Finding, RolloutCheck
 from spear.checks.rollout.control_rate import ControlRateCheck
 from spear.checks.rollout.controller_short import ControllerShortCheck
 from spear.checks.rollout.latency import LatencyCheck
@@ -135,4 +135,37 @@ def test_a_robot_that_does_what_it_is_told_has_no_fault(
 ) -> None:
     case = make_case(MadeRobot(num_executed=num_executed))
 
-    assert check.examine(case) is None
+    result = check.examine(case)
+
+    assert not isinstance(result, Finding)
+    assert num_executed > 1 or result is None
+
+
+def test_a_base_that_is_turned_by_a_quarter_is_another_frame() -> None:
+    def turn_quarter(action: Array, rotation: Array) -> Array:
+        return np.concatenate([[-action[1], action[0], action[2]], action[3:]])
+
+    result = ActionFrameCheck().examine(make_case(MadeRobot(turn_quarter)))
+
+    assert isinstance(result, Finding)
+    assert "turned by 90°" in result.evidence
+
+
+def test_an_arm_that_is_often_blocked_still_shows_a_reversed_axis() -> None:
+    rng = np.random.default_rng(0)
+
+    def reverse_or_stop(action: Array, rotation: Array) -> Array:
+        moved = reverse_y(action, rotation)
+        return moved if rng.random() < 0.4 else scale_translation(0.02)(moved, rotation)
+
+    result = ActionSignCheck().examine(make_case(MadeRobot(reverse_or_stop)))
+
+    assert isinstance(result, Finding)
+
+
+def test_a_robot_that_moves_while_it_waits_is_not_judged_by_its_moves() -> None:
+    robot = MadeRobot(scale_translation(2.0), answer_s=lambda step: 0.6, action_s=0.01)
+
+    result = ActionsRepeatedCheck().examine(make_case(robot))
+
+    assert isinstance(result, Doubt)

@@ -19,7 +19,7 @@ class ActionFrameCheck(RolloutCheck):
     """Finds translations that are executed in the tool's frame."""
 
     fault = "action-frame"
-    title = "the robot moves along its tool's axes, the actions are along the base's"
+    title = "the robot moves along other axes than those of the base"
     causes: ClassVar[frozenset[str]] = frozenset({"controller-short", "latency"})
 
     def examine(self, case: Case) -> Result:
@@ -33,8 +33,8 @@ class ActionFrameCheck(RolloutCheck):
         return Finding(
             confidence=0.95,
             evidence=(
-                f"taken in the {describe_reading(better.reading)}, the actions explain all but "
-                f"{better.error:.0%} of the motion; taken in the base frame, all but "
+                f"in the {describe_reading(better.reading)}, the actions explain all but "
+                f"{better.error:.0%} of the motion; in the base frame, all but "
                 f"{plain.error:.0%}"
             ),
             cure="rotate each translation from the base frame into the one that the robot expects",

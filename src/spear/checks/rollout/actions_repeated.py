@@ -30,14 +30,18 @@ class ActionsRepeatedCheck(RolloutCheck):
 
     fault = "actions-repeated"
     title = "actions are executed twice"
-    causes: ClassVar[frozenset[str]] = frozenset({"seam-jumps"})
+    causes: ClassVar[frozenset[str]] = frozenset({"seam-jumps", "gripper-late"})
 
     def examine(self, case: Case) -> Result:
         motion = case.motion
         if motion.num_moving < MIN_MOVES:
             return Doubt(f"only {motion.num_moving} moves are long enough")
+        if motion.typical_executed > 1:
+            return Doubt("the robot executes several actions per observation")
         if motion.better_reading is not None or motion.executed_at_other_rate is not None:
             return None
+        if motion.small_gain > MAX_TWICE_GAIN:
+            return None  # another unit, whose longer moves the robot cuts
         gains = motion.step_gains[motion.is_moving]
         repeated_share = np.mean((gains > MIN_TWICE_GAIN) & (gains < MAX_TWICE_GAIN))
         once_share = np.mean((gains > FULL_GAIN[0]) & (gains < FULL_GAIN[1]))

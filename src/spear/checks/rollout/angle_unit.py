@@ -8,7 +8,8 @@ from spear.checks.rollout.action_frame import ROBOT_FILE
 from spear.checks.rollout.case import Case, Curve, Doubt, Figure, Finding, Result, RolloutCheck
 from spear.checks.rollout.motion import MIN_MOVES
 
-MIN_UNIT_GAIN = 8.0  # degrees taken for radians are 57 times too large (nano: 0.99 … 1.02)
+# Median achieved rotation, as a multiple of the median commanded one (nano: 0.99 … 1.02).
+MIN_TURN_RATIO = 2.5  # degrees taken for radians are 57 times too large, before limits of the robot
 MAX_UNIT_GAIN = 0.06  # radians taken for degrees are 57 times too small
 MIN_TRANSLATION_GAIN = 0.3  # an arm that hardly moves at all is another fault
 
@@ -26,19 +27,25 @@ class AngleUnitCheck(RolloutCheck):
         if num_turning < MIN_MOVES:
             return Doubt(f"only {num_turning} moves rotate far enough")
         gain = motion.turn_gain
-        translation_gain = float(np.nan_to_num(np.nanmedian(motion.step_gains)))
-        if MAX_UNIT_GAIN < gain < MIN_UNIT_GAIN or translation_gain < MIN_TRANSLATION_GAIN:
-            return None
+        translation_gain = float(np.nan_to_num(np.nanquantile(motion.step_gains, 0.75)))
+        if translation_gain < MIN_TRANSLATION_GAIN:
+            return Doubt("the arm hardly moves")
         commanded = np.degrees(np.linalg.norm(motion.command_turn[motion.is_turning], axis=1))
         achieved = np.degrees(np.linalg.norm(motion.turn[motion.is_turning], axis=1))
-        if gain <= MAX_UNIT_GAIN and np.median(achieved) > 0.5 * np.median(commanded):
-            return None  # it rotates, but otherwise
+        ratio = float(np.median(achieved) / np.median(commanded))
+        # Single actions may be lost, so nearly all rotations must be small.
+        is_too_near = np.quantile(achieved, 0.8) < MAX_UNIT_GAIN * np.median(commanded)
+        # A robot that limits its turns, or one that turns by more than half a turn, does not turn
+        # along its commands, but too far.
+        is_too_far = ratio > MIN_TURN_RATIO and motion.better_turn_reading is None
+        if not is_too_near and not is_too_far:
+            return None
         moves = np.arange(num_turning)
         return Finding(
-            confidence=0.9,
+            confidence=0.9 if is_too_near else 0.75,
             evidence=(
-                f"the arm rotates {gain:.3g} times as far as commanded (median of {num_turning} "
-                f"moves: {np.median(achieved):.2g}° for {np.median(commanded):.2g}°)"
+                f"the arm rotates by {np.median(achieved):.2g}° where {np.median(commanded):.2g}° "
+                f"are commanded (medians of {num_turning} moves), {gain:.2g} of it along them"
             ),
             cure="convert radians to the unit of the robot's controller, once",
             file=ROBOT_FILE,

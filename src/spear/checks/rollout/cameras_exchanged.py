@@ -11,6 +11,18 @@ class CamerasExchangedCheck(RolloutCheck):
 
     fault = "cameras-exchanged"
     title = "cameras that are exchanged"
+    causes: ClassVar[frozenset[str]] = frozenset(
+        {
+            "padding-bars",
+            "camera-exposure",
+            "camera-bgr",
+            "camera-mirrored",
+            "camera-turned",
+            "camera-cropped",
+            "camera-stretched",
+            "camera-late",
+        }
+    )
     needs: ClassVar[frozenset[Material]] = frozenset({"rollout", "demonstrations"})
 
     def examine(self, case: Case) -> Result:

@@ -21,6 +21,7 @@ MAX_SHORT_GAIN = 0.85  # below it, the controller is short
 CERTAIN_SHORT_GAIN = 0.6  # from here on down, surely
 MAX_DOUBTFUL_GAIN = 0.92  # between this and `MAX_SHORT_GAIN` there is no verdict
 MIN_TYPICAL_SHARE = 0.4  # share of moves that must be short; otherwise single actions are lost
+MAX_QUARTILE_RANGE = 0.35  # of the achieved shares; an arm that is blocked at times has more
 FULL_GAIN = 0.9  # a move that achieves more than this is not short
 
 
@@ -40,9 +41,11 @@ class ControllerShortCheck(RolloutCheck):
             return None
         if np.mean(gains < FULL_GAIN) < MIN_TYPICAL_SHARE:
             return None
+        low, high = np.quantile(gains, [0.25, 0.75])
+        if high - low > MAX_QUARTILE_RANGE:
+            return Doubt("the arm is blocked in some moves, so its controller cannot be judged")
         if gain > MAX_SHORT_GAIN:
             return Doubt(f"the arm achieves {gain:.0%} of the commands", is_suspicion=True)
-        low, high = np.quantile(gains, [0.25, 0.75])
         return Finding(
             confidence=confidence_of_margin(-gain, -MAX_SHORT_GAIN, -CERTAIN_SHORT_GAIN),
             evidence=(

@@ -13,7 +13,16 @@ class EulerOrderCheck(RolloutCheck):
     fault = "euler-order"
     title = "the angles of the orientation are taken in another order"
     needs: ClassVar[frozenset[Material]] = frozenset({"rollout", "demonstrations"})
-    causes: ClassVar[frozenset[str]] = frozenset({"action-frame", "angle-unit", "start-outside"})
+    causes: ClassVar[frozenset[str]] = frozenset(
+        {
+            "action-frame",
+            "angle-unit",
+            "start-outside",
+            "camera-exposure",
+            "camera-bgr",
+            "camera-late",
+        }
+    )
 
     def examine(self, case: Case) -> Result:
         cure = "make the quaternion of the angles in the order in which your robot means them"

@@ -8,11 +8,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from spear.checks.gripper import Following, correlate_commands
+from spear.checks.gripper import MIN_CORRELATION, Following, correlate_commands
 from spear.checks.rollout.episode import RecordedEpisode
 from spear.types import Array
 
 MIN_COMMAND_CHANGE = 0.5  # commands that vary by less are one and the same command
+MAX_DELAY_S = 2.4  # longest delay of a gripper that is looked for
 MIN_OPENINGS = 5  # steps with a command to open, with fewer nothing is compared
 SETTLING_STEPS = 2  # steps after a change of the command that are not compared
 OPEN_COMMAND = 0.5  # a command above it opens
@@ -70,10 +71,18 @@ def _select_changing(episodes: Sequence[RecordedEpisode]) -> list[tuple[Array, A
 
 
 def _find_delay(episodes: Sequence[tuple[Array, Array, float]]) -> Following | None:
-    """Find the delay with the largest correlation, positive or negative."""
+    """Find the delay with the largest correlation, positive or negative.
+
+    Long delays are tried only if no usual one explains the openings, because a gripper that opens
+    and closes regularly is opposite to its commands of long ago.
+    """
     if not episodes:
         return None
-    return max(correlate_commands(episodes), key=lambda result: abs(result.correlation))
+    usual = max(correlate_commands(episodes), key=lambda result: abs(result.correlation))
+    if abs(usual.correlation) >= MIN_CORRELATION:
+        return usual
+    longest = max(correlate_commands(episodes, MAX_DELAY_S), key=lambda result: result.correlation)
+    return longest if longest.correlation >= MIN_CORRELATION else usual
 
 
 def _measure_open_level(episodes: Sequence[RecordedEpisode]) -> float:

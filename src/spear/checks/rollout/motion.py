@@ -34,6 +34,11 @@ from spear.types import CONTROL_RATE_HZ, Array
 MIN_MOVES = 20  # with fewer commanded moves there is no verdict
 MIN_COMMAND_M = 0.004  # a shorter commanded displacement has no reliable direction
 MIN_COMMAND_RAD = np.radians(1.0)  # the same for rotations
+FREE_QUANTILE = 0.9  # of achieved per commanded lengths: what the arm does if nothing blocks it
+MIN_FREE_SHARE = 0.5  # of this; a move that achieves less was blocked
+SMALL_COMMAND_QUANTILE = 0.33  # the shortest third of the commands is not cut by limits
+MIN_BASE_ANGLE_RAD = np.radians(15)  # a base that is turned by less is not turned (nano: 1°)
+ROTATED_PENALTY = 0.05  # share of the motion by which a turned base must explain more
 MAX_READING_ERROR = 0.5  # a reading that leaves more of the motion unexplained is not believed
 MIN_READING_GAIN = 0.2  # a reading must explain so much more of the motion than the plain one
 # An action lasts for another time than in training if its rate differs by more than this factor.
@@ -53,12 +58,18 @@ SIGNS = {"".join(signs): signs for signs in product("+-", repeat=3)}
 class Reading(NamedTuple):
     """How a robot may understand the translation of an action.
 
-    frame  "base", "tool" or "inverse tool" (base axes rotated by the inverse orientation).
+    frame  "base", "tool", "inverse tool" (base axes rotated by the inverse orientation), or
+           "base turned by N°" about the vertical axis.
     signs  signs of x, y and z, such as "+-+".
     """
 
     frame: str
     signs: str
+
+    @property
+    def is_rotated(self) -> bool:
+        """Whether the base is turned by an angle that is fitted to the moves."""
+        return self.frame.startswith("base turned")
 
 
 PLAIN = Reading("base", "+++")
@@ -123,7 +134,7 @@ class CommandedMotion:
         horizon = min((_horizon(episode) for episode in episodes), default=1)
         parts = []
         for number, episode in enumerate(episodes):
-            if len(episode) > 1:
+            if len(episode) > 1 and not _moves_while_waiting(episode):
                 parts.append(_moves_of_episode(episode, number, horizon))
         if not parts:
             return CommandedMotion(
@@ -168,6 +179,20 @@ class CommandedMotion:
         return int(self.is_moving.sum())
 
     @cached_property
+    def is_free(self) -> Array:
+        """[N] whether the arm moved about as far as it mostly can, and so was not blocked.
+
+        An arm that goes the wrong way soon stands at the border of its reach. What it does there
+        says nothing about the axes of its commands.
+        """
+        lengths = np.linalg.norm(self.achieved, axis=1)
+        ratios = lengths / np.maximum(np.linalg.norm(self.command, axis=1), 1e-9)
+        if not self.is_moving.any():
+            return self.is_moving
+        usual_ratio = np.quantile(ratios[self.is_moving], FREE_QUANTILE)
+        return self.is_moving & (ratios > MIN_FREE_SHARE * usual_ratio)
+
+    @cached_property
     def fits(self) -> list[ReadingFit]:
         """The fit of every reading, the best one first."""
         fits = []
@@ -176,7 +201,8 @@ class CommandedMotion:
             gain = _fit_gain(achieved, predicted)
             error = _unexplained(achieved, gain * predicted).mean() / _mean_length(achieved)
             fits.append(ReadingFit(reading, gain, float(error)))
-        return sorted(fits, key=lambda fit: fit.error)
+        # A rotated base explains what the others do, too, so it must do it better.
+        return sorted(fits, key=lambda fit: fit.error + ROTATED_PENALTY * fit.reading.is_rotated)
 
     def fit_of(self, reading: Reading) -> ReadingFit:
         """Return the fit of one reading."""
@@ -188,7 +214,7 @@ class CommandedMotion:
 
         The gain in error must exceed `MIN_READING_GAIN` in 95 % of the draws of a bootstrap.
         """
-        if self.num_moving < MIN_MOVES:
+        if self.is_free.sum() < MIN_MOVES:
             return None
         best = self.fits[0]
         if best.reading == PLAIN or best.error > MAX_READING_ERROR:
@@ -302,6 +328,14 @@ class CommandedMotion:
         return OtherRate(count, float(median), float(rate_hz), round(float(confidence), 3))
 
     @cached_property
+    def small_gain(self) -> float:
+        """The gain of the shorter commands, which a robot's limits cut least (upper quartile)."""
+        lengths = np.linalg.norm(self.command, axis=1)
+        limit = np.quantile(lengths[self.is_free], SMALL_COMMAND_QUANTILE)
+        is_small = self.is_free & (lengths <= limit)
+        return float(np.quantile(self.step_gains[is_small], 0.75))
+
+    @cached_property
     def command_turn(self) -> Array:
         """[N, 3] commanded rotation vector of the executed actions, end-effector frame, rad."""
         quats = torch.as_tensor(self.turn_quats[:, self._count - 1])
@@ -323,6 +357,13 @@ class CommandedMotion:
             "inverse tool": quat_rotate(quat_conjugate(orientation), command).numpy(),
         }
         predictions = {}
+        angle_rad = self._base_angle
+        if abs(angle_rad) > MIN_BASE_ANGLE_RAD:
+            cos = np.cos(angle_rad)
+            sin = np.sin(angle_rad)
+            turned = self.command @ np.array([[cos, sin, 0], [-sin, cos, 0], [0, 0, 1]])
+            frame = f"base turned by {np.degrees(angle_rad):.0f}°"
+            predictions[Reading(frame, PLAIN.signs)] = turned
         for frame, displacement in in_frames.items():
             for name, signs in SIGNS.items():
                 factors = np.array([float(f"{sign}1") for sign in signs])
@@ -330,9 +371,18 @@ class CommandedMotion:
                 predictions[Reading(frame, name)] = displacement * factors
         return predictions
 
+    @property
+    def _base_angle(self) -> float:
+        """The angle about the vertical axis that turns commands best into free moves, rad."""
+        x, y = self.command[self.is_free, :2].T
+        moved_x, moved_y = self.achieved[self.is_free, :2].T
+        cosine_sum = (x * moved_x + y * moved_y).sum()
+        sine_sum = (x * moved_y - y * moved_x).sum()
+        return float(np.arctan2(sine_sum, cosine_sum))
+
     def _pair(self, reading: Reading) -> tuple[Array, Array]:
-        """Return achieved and predicted displacements of the moves that can be judged."""
-        return self.achieved[self.is_moving], self._predictions[reading][self.is_moving]
+        """Return achieved and predicted displacements of the free moves."""
+        return self.achieved[self.is_free], self._predictions[reading][self.is_free]
 
 
 def surely_better(plain: Array, better: Array, lengths: Array, min_gain: float) -> bool:
@@ -348,6 +398,20 @@ def surely_better(plain: Array, better: Array, lengths: Array, min_gain: float) 
     draws = np.random.default_rng(0).integers(0, len(lengths), (NUM_RESAMPLES, len(lengths)))
     gains = (plain - better)[draws].sum(1) / np.maximum(lengths[draws].sum(1), 1e-9)
     return bool(np.quantile(gains, SMALL_QUANTILE) > min_gain)
+
+
+def _moves_while_waiting(episode: RecordedEpisode) -> bool:
+    """Return whether a robot executes earlier actions while it waits for its answers.
+
+    Then it observes again as soon as it has an answer, although waiting took several actions'
+    time. Which actions it executed between two observations is unknown.
+    """
+    if episode.served is None:
+        return False
+    pauses_s = episode.served.arrival_s[1:] - episode.served.answer_s[:-1]
+    cycles_s = np.diff(episode.served.arrival_s)
+    action_s = 1 / CONTROL_RATE_HZ
+    return bool(np.median(pauses_s) < 0.5 * action_s and np.median(cycles_s) > 1.5 * action_s)
 
 
 def _horizon(episode: RecordedEpisode) -> int:

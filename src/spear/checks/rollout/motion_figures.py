@@ -11,7 +11,7 @@ FRAME_NAMES = {"base": "base frame", "tool": "tool's frame", "inverse tool": "in
 
 def describe_reading(reading: Reading) -> str:
     """Name a reading of the actions."""
-    name = FRAME_NAMES[reading.frame]
+    name = FRAME_NAMES.get(reading.frame, reading.frame)
     if reading.signs == PLAIN.signs:
         return name
     return f"{name} with signs {reading.signs}"

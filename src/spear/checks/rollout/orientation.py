@@ -16,6 +16,7 @@ from spear.geometry import EulerConvention, euler_to_quat, quat_to_euler
 from spear.types import Array
 
 MAX_COMPARED_ROTATIONS = 1500  # of the demonstrations
+NUM_FIRST_STEPS = 3  # steps at the start of each episode of the rollout that are compared
 MIN_EPISODES = 4  # demonstrations, with fewer their orientations are no measure
 # Distances from a rollout's orientations to the nearest of training, beyond those between training
 # episodes themselves.
@@ -88,7 +89,8 @@ def fit_orientations(
     """
     if len(demonstrations) < MIN_EPISODES or not rollout:
         return []
-    sent = np.concatenate([episode.rotation for episode in rollout])
+    # Later states depend on what the policy made of the first ones.
+    sent = np.concatenate([episode.rotation[:NUM_FIRST_STEPS] for episode in rollout])
     trained = np.concatenate([episode.rotation for episode in demonstrations])
     stride = -(-len(trained) // MAX_COMPARED_ROTATIONS)
     first_half = np.concatenate([e.rotation for e in demonstrations[::2]])[::stride]

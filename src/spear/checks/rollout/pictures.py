@@ -26,6 +26,8 @@ from spear.types import Array
 PICTURE_WIDTH_PX = 32  # width to which pictures are reduced
 FEATURE_WIDTH = 16  # columns of cells that the model sees; as many rows as the aspect makes
 MIN_EPISODES = 8  # training episodes with a camera; with fewer its pictures are not compared
+STATE_QUANTILES = (0.02, 0.98)  # of the state features of training, to which others are clipped
+TIE_SHARE = 0.1  # versions whose scores differ by less, as a share of what they should, are tied
 RIDGE = 0.1  # added to the covariance, as a share of its mean diagonal
 PRIOR = 0.02  # probability of each version before the pictures are seen
 SHIFT_SHARE = 0.2  # standard deviation, as a share of the difference between two versions, by
@@ -82,6 +84,17 @@ def _turn_quarter(pictures: Array, num_quarters: int) -> Array:
     return _resize(np.rot90(pictures, num_quarters, axes=(1, 2)), width, height)
 
 
+def _turn_quarter_with_bars(pictures: Array, num_quarters: int) -> Array:
+    """Turn pictures by quarters of a turn, and fit them into their size with black bars."""
+    num, height, width, _ = pictures.shape
+    turned_width = max(1, round(height * height / width))
+    turned = _resize(np.rot90(pictures, num_quarters, axes=(1, 2)), turned_width, height)
+    left = (width - turned_width) // 2
+    barred = np.zeros((num, height, width, 3), np.float32)
+    barred[:, :, left : left + turned_width] = turned
+    return barred
+
+
 def _scale_light(pictures: Array, factor: float) -> Array:
     """Brighten or darken pictures, as another exposure does."""
     return np.clip(pictures * factor, 0, 255)
@@ -94,6 +107,8 @@ SHAPE_VERSIONS: dict[str, Transform] = {
     "turned by 180°": lambda pictures: pictures[:, ::-1, ::-1],
     "turned by 90° to the left": lambda pictures: _turn_quarter(pictures, 1),
     "turned by 90° to the right": lambda pictures: _turn_quarter(pictures, 3),
+    "turned by 90° to the left, with bars": lambda pictures: _turn_quarter_with_bars(pictures, 1),
+    "turned by 90° to the right, with bars": lambda pictures: _turn_quarter_with_bars(pictures, 3),
     "cropped to 80 %": lambda pictures: _zoom(pictures, 0.8, 0.8),
     "cropped to 60 %": lambda pictures: _zoom(pictures, 0.6, 0.6),
     "stretched in width": lambda pictures: _zoom(pictures, 0.7, 1.0),
@@ -140,10 +155,14 @@ class _VersionModel:
 
     coefficients  version → [S, D] maps the state to the mean features.
     precision     [D, D] inverse of the common covariance.
+    low           [S] smallest state features of training, to which others are raised.
+    high          [S] largest state features of training, to which others are lowered.
     """
 
     coefficients: Mapping[str, Array]
     precision: Array
+    low: Array
+    high: Array
 
     @staticmethod
     def fit(states: Array, features: Mapping[str, Array]) -> "_VersionModel":
@@ -163,10 +182,14 @@ class _VersionModel:
         covariance = np.mean(covariances, axis=0)
         size = len(covariance)
         ridge = RIDGE * np.trace(covariance) / size
-        return _VersionModel(coefficients, np.linalg.inv(covariance + ridge * np.eye(size)))
+        precision = np.linalg.inv(covariance + ridge * np.eye(size))
+        low, high = np.quantile(states, STATE_QUANTILES, axis=0)
+        return _VersionModel(coefficients, precision, low, high)
 
     def score(self, states: Array, features: Array, versions: Iterable[str]) -> dict[str, float]:
         """Return the mean log likelihood of an episode's pictures by some versions."""
+        # Outside of training, the linear function would lead to impossible pictures.
+        states = np.clip(states, self.low, self.high)
         scores = {}
         for version in versions:
             residual = features - states @ self.coefficients[version]
@@ -447,7 +470,14 @@ def _select_likely(odds: list[VersionOdds] | None) -> VersionOdds | None:
     """Return the version with the highest score, if its log odds are positive."""
     if not odds or odds[0].log_odds <= 0:
         return None
-    return odds[0]
+    best = odds[0]
+    # A view that is nearly symmetric does not tell a turn from a mirror image. A turned camera is
+    # the more frequent mistake.
+    for entry in odds[1:]:
+        is_tied = best.margin - entry.margin < TIE_SHARE * (best.expected - best.plain)
+        if is_tied and entry.version == "turned by 180°":
+            return entry
+    return best
 
 
 def _compute_version_odds(

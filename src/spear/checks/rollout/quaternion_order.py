@@ -17,7 +17,16 @@ class QuaternionOrderCheck(RolloutCheck):
     fault = "quaternion-order"
     title = "quaternions have another order than w x y z"
     needs: ClassVar[frozenset[Material]] = frozenset({"rollout"})
-    causes: ClassVar[frozenset[str]] = frozenset({"action-frame", "angle-unit", "start-outside"})
+    causes: ClassVar[frozenset[str]] = frozenset(
+        {
+            "action-frame",
+            "angle-unit",
+            "start-outside",
+            "camera-exposure",
+            "camera-bgr",
+            "camera-late",
+        }
+    )
 
     def examine(self, case: Case) -> Result:
         motion = case.motion
