@@ -120,5 +120,5 @@ def add_dark_colors(svg: str) -> str:
             selector = f'[style*="{attribute}: {light}"]'
             rules.append(f"{selector} {{ {attribute}: {dark} !important }}")
     style = "@media (prefers-color-scheme: dark) {\n" + "\n".join(rules) + "\n}"
-    head, end_of_tag, rest = svg.partition("<defs>\n")
-    return f'{head}<style type="text/css">\n{style}\n</style>\n{end_of_tag}{rest}'
+    head, end_of_tag, tail = svg.partition("<defs>\n")
+    return f'{head}<style type="text/css">\n{style}\n</style>\n{end_of_tag}{tail}'

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -32,12 +33,12 @@ GAP_PX = 6
 FIGURE = Path(__file__).parents[1] / "docs" / "figures" / "labeling.jpg"
 
 
-def write_tag(canvas: Image.Image, place: tuple[float, float], text: str, font: object) -> None:
-    """Write a text on a dark field, whose lower left corner is at a place."""
+def write_tag(canvas: Image.Image, corner: tuple[float, float], text: str, font: Any) -> None:
+    """Write a text on a dark field, whose lower left corner is given."""
     draw = ImageDraw.Draw(canvas)
-    x, y = place
-    left, top, right, bottom = draw.textbbox((x + 5, y - 5), text, font=font, anchor="ls")
-    draw.rectangle((left - 5, top - 4, right + 5, bottom + 4), fill=TAG_COLOR)
+    x, y = corner
+    x0, y0, x1, y1 = draw.textbbox((x + 5, y - 5), text, font=font, anchor="ls")
+    draw.rectangle((x0 - 5, y0 - 4, x1 + 5, y1 + 4), fill=TAG_COLOR)
     draw.text((x + 5, y - 5), text, fill=TEXT_COLOR, font=font, anchor="ls")
 
 
@@ -87,6 +88,7 @@ def join_panels(panels: list[Image.Image], captions: list[str]) -> Image.Image:
 def main(seed: int) -> None:
     """Draw the figure."""
     frame = render_clutter_frame(seed, "external", SIZE_PX)
+    assert frame.depth is not None  # the renderer knows it
     (label,) = label_with_ground_truth([frame])
     objects = [item for item in label.objects if item.box3d and "robot" not in item.name]
     label = dataclasses.replace(label, objects=objects)

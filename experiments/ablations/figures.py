@@ -53,7 +53,7 @@ def draw_parts(three_seeds: Rows, long: Rows) -> None:
     """What each choice of the paper brings, here and in the paper."""
     full = three_seeds["full method"]
     three_d_gain = find_published_gain("ablations", "full", "no 3D")
-    parts = {  # choice → its rows, the rows without it, and what the paper gains by it
+    choices = {  # choice → its rows, the rows without it, and what the paper gains by it
         "3D, 1,500 policy steps": (full, three_seeds["no-3d"], three_d_gain),
         "3D, 3,500 policy steps": (long["full method"], long["no-3d"], three_d_gain),
         "questions about objects, not pixels": (
@@ -80,11 +80,11 @@ def draw_parts(three_seeds: Rows, long: Rows) -> None:
     }
     gains = {
         name: estimate_difference_over_seeds(with_choice, without_choice)
-        for name, (with_choice, without_choice, _) in parts.items()
+        for name, (with_choice, without_choice, _) in choices.items()
     }
 
     figure, axes = plt.subplots(figsize=(WIDTH_INCHES * 0.6, 3.2))
-    draw_forest(axes, gains, [published for *_, published in parts.values()])
+    draw_forest(axes, gains, [published for *_, published in choices.values()])
     axes.set_title("What each choice of the paper brings", loc="center", x=0.3)
     axes.set_xlabel("gain in success, points")
     axes.legend(loc="upper center", bbox_to_anchor=(0.3, -0.16), ncols=2)
@@ -113,21 +113,23 @@ def draw_demonstrations(long: Rows, demonstrations: Rows) -> None:
         for number in NUM_DEMONSTRATIONS
     }
 
-    figure, (left, right) = plt.subplots(
+    figure, (trainings_axes, gains_axes) = plt.subplots(
         ncols=2, figsize=(WIDTH_INCHES, 3), width_ratios=[1.5, 1], layout="constrained"
     )
-    draw_trainings(left, with_3d, "with 3D", BLUE)
-    draw_trainings(left, without_3d, "without 3D", ORANGE)
-    set_log_axis(left, NUM_DEMONSTRATIONS, [f"{number:,}" for number in NUM_DEMONSTRATIONS])
-    left.set_title("Success of each training")
-    left.set_xlabel("demonstrations of each task (3,500 policy steps)")
-    left.set_ylabel("success, %")
-    left.set_ylim(0, 100)
-    left.legend(loc="lower right")
-    draw_forest(right, gains)
-    right.set_title("Gain by 3D")
-    right.set_xlabel("points, with 95 % interval")
-    right.set_ylabel("demonstrations")
+    draw_trainings(trainings_axes, with_3d, "with 3D", BLUE)
+    draw_trainings(trainings_axes, without_3d, "without 3D", ORANGE)
+    set_log_axis(
+        trainings_axes, NUM_DEMONSTRATIONS, [f"{number:,}" for number in NUM_DEMONSTRATIONS]
+    )
+    trainings_axes.set_title("Success of each training")
+    trainings_axes.set_xlabel("demonstrations of each task (3,500 policy steps)")
+    trainings_axes.set_ylabel("success, %")
+    trainings_axes.set_ylim(0, 100)
+    trainings_axes.legend(loc="lower right")
+    draw_forest(gains_axes, gains)
+    gains_axes.set_title("Gain by 3D")
+    gains_axes.set_xlabel("points, with 95 % interval")
+    gains_axes.set_ylabel("demonstrations")
     save_figure(figure, locate_figure("demonstrations"))
 
 
@@ -140,26 +142,26 @@ def draw_images(curve: Rows) -> None:
     rows = {
         number: row for number, row in all_rows.items() if np.shape(row) == np.shape(all_rows[0])
     }
-    places = {max(number, ZERO_IMAGES_X): row for number, row in rows.items()}
+    rows_by_x = {max(number, ZERO_IMAGES_X): row for number, row in rows.items()}
     gains = {
         f"{number:,}": estimate_difference_over_seeds(row, rows[0])
         for number, row in rows.items()
         if number
     }
 
-    figure, (left, right) = plt.subplots(
+    figure, (trainings_axes, gains_axes) = plt.subplots(
         ncols=2, figsize=(WIDTH_INCHES, 3), width_ratios=[1.5, 1], layout="constrained"
     )
-    draw_trainings(left, places, "", BLUE)
-    set_log_axis(left, list(places), [f"{number:,}" for number in rows])
-    left.set_title("Success of each training")
-    left.set_xlabel("3D-labeled images (1,500 policy steps)")
-    left.set_ylabel("success, %")
-    left.set_ylim(0, 100)
-    draw_forest(right, gains)
-    right.set_title("Gain over no images")
-    right.set_xlabel("points, with 95 % interval")
-    right.set_ylabel("images")
+    draw_trainings(trainings_axes, rows_by_x, "", BLUE)
+    set_log_axis(trainings_axes, list(rows_by_x), [f"{number:,}" for number in rows])
+    trainings_axes.set_title("Success of each training")
+    trainings_axes.set_xlabel("3D-labeled images (1,500 policy steps)")
+    trainings_axes.set_ylabel("success, %")
+    trainings_axes.set_ylim(0, 100)
+    draw_forest(gains_axes, gains)
+    gains_axes.set_title("Gain over no images")
+    gains_axes.set_xlabel("points, with 95 % interval")
+    gains_axes.set_ylabel("images")
     save_figure(figure, locate_figure("images"))
 
 
@@ -199,10 +201,10 @@ def draw_trainings(axes: Axes, rows: Mapping[int, SuccessTables], name: str, col
         color: of line and dots.
     """
     means = []
-    for place, row in rows.items():
+    for x, row in rows.items():
         rates = 100 * np.mean(row, axis=(0, 2))  # [seeds]
         means.append(rates.mean())
-        axes.plot([place] * len(rates), rates, "o", color=color, alpha=0.5, markersize=4)
+        axes.plot([x] * len(rates), rates, "o", color=color, alpha=0.5, markersize=4)
     axes.plot(list(rows), means, "-", color=color, label=name)
 
 

@@ -174,14 +174,14 @@ def _start_server(arguments: list[str]) -> str:
     return "".join(lines)
 
 
-def find_difference(shown: str, printed: str, max_relative_error: float) -> str | None:
+def find_difference(page_text: str, printed: str, max_relative_error: float) -> str | None:
     """Return how the printed text differs from the text that a page shows, or None.
 
     Spaces, the characters of tables' lines and durations do not count.
     """
     printed_lines = list(_simplify_lines(printed))
     begin = 0
-    for segment in _split_at_gaps(list(_simplify_lines(shown))):
+    for segment in _split_at_gaps(list(_simplify_lines(page_text))):
         position = _find_segment(segment, printed_lines, begin, max_relative_error)
         if position is None:
             printed_text = "\n".join(printed_lines[begin:])
@@ -218,19 +218,19 @@ def _find_segment(
     for position in range(begin, len(lines) - len(segment) + 1):
         candidates = lines[position : position + len(segment)]
         pairs = zip(segment, candidates, strict=True)
-        if all(_is_same_line(shown, line, max_relative_error) for shown, line in pairs):
+        if all(_is_same_line(page_line, line, max_relative_error) for page_line, line in pairs):
             return position
     return None
 
 
-def _is_same_line(shown: str, printed: str, max_relative_error: float) -> bool:
+def _is_same_line(page_line: str, printed: str, max_relative_error: float) -> bool:
     """Return whether a line is the shown one, up to the errors of its numbers."""
-    parts = [re.escape(part) for part in NUMBER.sub("\0", shown).split("…")]
-    pattern = ".*".join(part.replace("\0", f"({NUMBER.pattern})") for part in parts)
+    literals = [re.escape(literal) for literal in NUMBER.sub("\0", page_line).split("…")]
+    pattern = ".*".join(literal.replace("\0", f"({NUMBER.pattern})") for literal in literals)
     match = re.fullmatch(pattern, printed)
     if match is None:
         return False
-    for shown_number, printed_number in zip(NUMBER.findall(shown), match.groups(), strict=True):
+    for shown_number, printed_number in zip(NUMBER.findall(page_line), match.groups(), strict=True):
         difference = abs(_read_number(shown_number) - _read_number(printed_number))
         allowed = max_relative_error * abs(_read_number(shown_number))
         if difference > max(allowed, _last_digit(shown_number)):
