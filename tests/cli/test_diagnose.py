@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import ClassVar
 
@@ -138,3 +139,21 @@ def test_the_page_has_the_finding(
     assert "evidence in numbers" in page
     assert "commanded" in page
     assert "object-not-in-view" in page
+
+
+def test_the_advice_names_the_file_of_the_robot(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_episodes([make_episode(0)], tmp_path / "rollout")
+    finding = replace(FINDING, file="observe in your robot's file")
+    monkeypatch.setattr("spear.diagnose.diagnosis.find_checks", lambda: (made_check(finding),))
+
+    main(f"diagnose --rollout {tmp_path}/rollout --robot widowx --out None".split())
+
+    assert "observe in src/spear/embodiments/widowx.py" in capsys.readouterr().out
+
+
+def test_an_unknown_robot_is_bad_input(tmp_path: Path) -> None:
+    write_episodes([make_episode(0)], tmp_path / "rollout")
+
+    assert main(f"diagnose --rollout {tmp_path}/rollout --robot widow --out None".split()) == 2

@@ -27,7 +27,8 @@ class DiagnoseOptions(Options):
     rollout: OptionalFolder = None
     """Folder of a recorded rollout (spear serve --record)."""
     robot: OptionalName = None
-    """The embodiment, or the robot's file, whose name the advice mentions."""
+    """The embodiment or the robot's file, which the advice then names. Default: the one that the
+    rollout was recorded with."""
     norm_stats: DatasetName = None
     device: Device = "auto"
     json: OptionalFile = None
@@ -58,7 +59,12 @@ def diagnose(options: DiagnoseOptions) -> None:
     if options.rollout is None:
         notice("without --rollout, only the policy and its training data are examined.")
     case = load_case(
-        options.policy, options.episodes, options.rollout, options.device, options.norm_stats
+        options.policy,
+        options.episodes,
+        options.rollout,
+        options.device,
+        options.norm_stats,
+        options.robot,
     )
     diagnosis = run_checks(case)
     print(escape_control_characters(format_diagnosis(diagnosis), keep_newlines=True))

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,6 +13,8 @@ from spear.util.files import write_text
 
 Verdict = Literal["nothing found", "found", "undecided"]
 
+ANY_ROBOT_FILE = "your robot's file"
+ROBOT_FILE_WITH_EXAMPLE = f"{ANY_ROBOT_FILE} (see examples/my_robot.py)"
 MIN_CONFIDENCE = 0.5  # a finding of less confidence only makes the diagnosis undecided
 
 
@@ -79,6 +81,8 @@ def diagnose(case: PolicyCase) -> Diagnosis:
             unknown[check.fault] = f"needs {' and '.join(missing)}"
             continue
         result = check.examine(case)
+        if isinstance(result, Finding):
+            result = replace(result, file=name_robot_file(result.file, case.robot))
         if isinstance(result, Doubt):
             reasons = suspicions if result.is_suspicion else unknown
             reasons[check.fault] = result.reason
@@ -90,6 +94,23 @@ def diagnose(case: PolicyCase) -> Diagnosis:
             results.append(RankedFinding(check, result))
     findings, secondary = _rank(results)
     return Diagnosis(findings, secondary, suspicions, unknown, clean)
+
+
+def name_robot_file(place: str, robot: str | None) -> str:
+    """Name the robot's file in a text that says where to change something.
+
+    >>> name_robot_file("observe in your robot's file", "widowx")
+    'observe in src/spear/embodiments/widowx.py'
+    """
+    if robot is None:
+        return place
+    if robot.endswith(".py"):
+        file = robot
+    elif robot == "generic":  # its observations and commands are ours, so nothing converts them
+        file = "the program of your robot that talks to the server"
+    else:
+        file = f"src/spear/embodiments/{robot}.py"
+    return place.replace(ROBOT_FILE_WITH_EXAMPLE, file).replace(ANY_ROBOT_FILE, file)
 
 
 def list_material(case: PolicyCase) -> frozenset[Material]:

@@ -12,6 +12,7 @@ from spear.data.actions import canonicalize_actions
 from spear.data.readers.formats import find_format
 from spear.data.store.episode_store import EpisodeStore
 from spear.diagnose.policy_case import PolicyCase
+from spear.embodiments import load as load_embodiment
 from spear.errors import SpearError, suppress_notices
 from spear.models.devices import choose_device
 from spear.policy import Spear1Policy
@@ -113,6 +114,7 @@ def load_case(
     rollout: Path | None,
     device: str = "auto",
     norm_stats: str | None = None,
+    robot: str | None = None,
 ) -> PolicyCase:
     """Load a policy, its training episodes and a rollout.
 
@@ -122,10 +124,13 @@ def load_case(
         rollout: folder of the rollout, an episode store; None without one.
         device: where the policy computes.
         norm_stats: the training dataset whose statistics the policy uses, if it has several.
+        robot: an embodiment's name, or a robot's file; None for the one that the rollout names.
 
     Raises:
         SpearError: a folder cannot be read.
     """
+    if robot is not None:
+        load_embodiment(robot)  # raises an error for an unknown name
     policy = Spear1Policy.load(policy_name, choose_device(device), dataset=norm_stats)
     training = None
     demonstrations: list[RecordedEpisode] = []
@@ -141,6 +146,7 @@ def load_case(
     if rollout is not None:
         rollout_store = EpisodeStore(rollout)
         rollout_episodes = read_rollout(rollout_store, policy.image_sizes)
+        robot = robot or _read_robot(rollout_store)
     return PolicyCase(
         rollout=rollout_episodes,
         demonstrations=demonstrations,
@@ -148,7 +154,14 @@ def load_case(
         policy=policy,
         training=training,
         rollout_store=rollout_store,
+        robot=robot,
     )
+
+
+def _read_robot(store: EpisodeStore) -> str | None:
+    """Read which embodiment a server recorded; None if no server recorded the rollout."""
+    served = store.served_steps(len(store) - 1)
+    return None if served is None else served.session.get("embodiment")
 
 
 def _open_training(path: Path) -> EpisodeStore:

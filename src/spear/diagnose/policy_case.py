@@ -16,11 +16,13 @@ class PolicyCase(Case):
     policy         the policy; None without one.
     training       the store of all training episodes; None without one.
     rollout_store  the store of the rollout; None without one.
+    robot          the embodiment's name, or the path of the robot's file; None if unknown.
     """
 
     policy: Spear1Policy | None = None
     training: EpisodeStore | None = None
     rollout_store: EpisodeStore | None = None
+    robot: str | None = None
 
     @cached_property
     def fitted_normalizer(self) -> Normalizer:
