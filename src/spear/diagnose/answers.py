@@ -63,8 +63,8 @@ def exchange_pictures(observations: Sequence[Observation]) -> list[Observation]:
     for number, observation in enumerate(observations):
         donor = observations[(number + 1) % len(observations)]
         pictures = {key: value for key, value in donor.items() if is_camera_key(key)}
-        kept = {key: value for key, value in observation.items() if not is_camera_key(key)}
-        exchanged.append({**kept, **pictures})
+        own_values = {key: value for key, value in observation.items() if not is_camera_key(key)}
+        exchanged.append({**own_values, **pictures})
     return exchanged
 
 

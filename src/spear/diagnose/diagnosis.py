@@ -96,21 +96,21 @@ def diagnose(case: PolicyCase) -> Diagnosis:
     return Diagnosis(findings, secondary, suspicions, unknown, clean)
 
 
-def name_robot_file(place: str, robot: str | None) -> str:
+def name_robot_file(location: str, robot: str | None) -> str:
     """Name the robot's file in a text that says where to change something.
 
     >>> name_robot_file("observe in your robot's file", "widowx")
     'observe in src/spear/embodiments/widowx.py'
     """
     if robot is None:
-        return place
+        return location
     if robot.endswith(".py"):
         file = robot
     elif robot == "generic":  # its observations and commands are ours, so nothing converts them
         file = "the program of your robot that talks to the server"
     else:
         file = f"src/spear/embodiments/{robot}.py"
-    return place.replace(ROBOT_FILE_WITH_EXAMPLE, file).replace(ANY_ROBOT_FILE, file)
+    return location.replace(ROBOT_FILE_WITH_EXAMPLE, file).replace(ANY_ROBOT_FILE, file)
 
 
 def list_material(case: PolicyCase) -> frozenset[Material]:

@@ -187,11 +187,11 @@ def _draw_distances(departures: Departures) -> list[str]:
     """Draw the distance from training over time, one chart per quantity."""
     charts = []
     for quantity, values in departures.distances.items():
-        shown = values[:MAX_CHART_STEPS]
-        steps = np.arange(len(shown))
-        limit = np.full(len(shown), departures.limits[quantity])
+        first_values = values[:MAX_CHART_STEPS]
+        steps = np.arange(len(first_values))
+        limit = np.full(len(first_values), departures.limits[quantity])
         lines = [
-            Line(quantity, steps, shown),
+            Line(quantity, steps, first_values),
             Line("largest of training", steps, limit, dashed=True),
         ]
         charts.append(draw_chart(lines, Axis("step"), title=quantity))
@@ -235,12 +235,12 @@ def _measure_open_loop(case: PolicyCase) -> list[tuple[str, str, str]]:
         return []
     count = min(len(case.training), NUM_OPEN_LOOP_EPISODES)
     spread = np.linspace(0, len(case.training) - 1, count).round().astype(int)
-    some = case.training.subset(np.unique(spread).tolist())
+    sample = case.training.subset(np.unique(spread).tolist())
     try:
         with suppress_notices():
-            policy_errors = score_policy("policy", case.policy, some).summarize()
+            policy_errors = score_policy("policy", case.policy, sample).summarize()
             horizon = int(case.policy.model.config.horizon)
-            baseline_errors = score_mean_action(case.training, some, horizon).summarize()
+            baseline_errors = score_mean_action(case.training, sample, horizon).summarize()
     except SpearError:  # no episode is as long as a chunk
         return []
     rows = []

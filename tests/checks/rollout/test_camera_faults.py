@@ -104,7 +104,7 @@ def test_a_planted_fault_is_named_and_no_other_one_is_surer(fault: str) -> None:
     assert fault in findings
     confidence, check = findings[fault]
     unexplained = set(findings) - {fault} - set(check.causes)
-    assert all(findings[other][0] < confidence for other in unexplained)
+    assert all(findings[fault][0] < confidence for fault in unexplained)
 
 
 def test_pictures_like_those_of_training_have_no_fault() -> None:

@@ -125,7 +125,7 @@ def test_a_planted_fault_is_the_first_that_is_named(name: str) -> None:
     assert fault in findings
     confidence, check = findings[fault]
     unexplained = set(findings) - {fault} - set(check.causes)
-    assert all(findings[other][0] < confidence for other in unexplained)
+    assert all(findings[fault][0] < confidence for fault in unexplained)
 
 
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.fault)

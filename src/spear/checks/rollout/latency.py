@@ -1,5 +1,7 @@
 """Answers come late, or at very different times."""
 
+from typing import ClassVar
+
 import numpy as np
 
 from spear.checks.rollout.case import (
@@ -28,6 +30,7 @@ class LatencyCheck(RolloutCheck):
 
     fault = "latency"
     title = "answers come late"
+    causes: ClassVar[frozenset[str]] = frozenset({"gripper-late", "controller-short"})
 
     def examine(self, case: Case) -> Result:
         served = [episode.served for episode in case.rollout if episode.served is not None]

@@ -132,11 +132,11 @@ class CommandedMotion:
     def from_episodes(episodes: Sequence[RecordedEpisode]) -> "CommandedMotion":
         """Collect the moves of some episodes."""
         horizon = min((_horizon(episode) for episode in episodes), default=1)
-        parts = []
+        moves_of_episodes = []
         for number, episode in enumerate(episodes):
             if len(episode) > 1 and not _moves_while_waiting(episode):
-                parts.append(_moves_of_episode(episode, number, horizon))
-        if not parts:
+                moves_of_episodes.append(_moves_of_episode(episode, number, horizon))
+        if not moves_of_episodes:
             return CommandedMotion(
                 achieved=np.zeros((0, 3)),
                 commanded=np.zeros((0, 1, 3)),
@@ -150,7 +150,10 @@ class CommandedMotion:
             )
         names = CommandedMotion.__dataclass_fields__
         return CommandedMotion(
-            **{name: np.concatenate([getattr(part, name) for part in parts]) for name in names}
+            **{
+                name: np.concatenate([getattr(moves, name) for moves in moves_of_episodes])
+                for name in names
+            }
         )
 
     @cached_property

@@ -40,9 +40,11 @@ class EulerVariant(NamedTuple):
     is_reversed: bool
 
 
+CONVENTIONS: tuple[EulerConvention, ...] = ("xyz", "XYZ")
+
 EULER_VARIANTS: dict[str, EulerVariant] = {}
 """Every mistake with angles, in words."""
-for _written, _read, _is_reversed in product(("xyz", "XYZ"), ("xyz", "XYZ"), (False, True)):
+for _written, _read, _is_reversed in product(CONVENTIONS, CONVENTIONS, (False, True)):
     if _written != _read or _is_reversed:
         _name = f"angles {_written} read as {_read}"
         if _is_reversed:

@@ -47,9 +47,9 @@ def _zoom(pictures: Array, share_x: float, share_y: float) -> Array:
     height, width = pictures.shape[1:3]
     crop_width = max(1, round(width * share_x))
     crop_height = max(1, round(height * share_y))
-    left = (width - crop_width) // 2
+    left_px = (width - crop_width) // 2
     top = (height - crop_height) // 2
-    cropped = pictures[:, top : top + crop_height, left : left + crop_width]
+    cropped = pictures[:, top : top + crop_height, left_px : left_px + crop_width]
     return _resize(cropped, width, height)
 
 
@@ -89,9 +89,9 @@ def _turn_quarter_with_bars(pictures: Array, num_quarters: int) -> Array:
     num, height, width, _ = pictures.shape
     turned_width = max(1, round(height * height / width))
     turned = _resize(np.rot90(pictures, num_quarters, axes=(1, 2)), turned_width, height)
-    left = (width - turned_width) // 2
+    left_px = (width - turned_width) // 2
     barred = np.zeros((num, height, width, 3), np.float32)
-    barred[:, :, left : left + turned_width] = turned
+    barred[:, :, left_px : left_px + turned_width] = turned
     return barred
 
 

@@ -44,8 +44,8 @@ class UnseenInstructionCheck(RolloutCheck):
             usual = []
             for index, text in enumerate(trained):
                 usual.append(measure_novelty(text, [*trained[:index], *trained[index + 1 :]]))
-            unknown_limit = max(unknown_limit, *(novelty.unknown_share for novelty in usual))
-            similarity_limit = min(similarity_limit, *(novelty.similarity for novelty in usual))
+            unknown_limit = max([unknown_limit] + [novelty.unknown_share for novelty in usual])
+            similarity_limit = min([similarity_limit] + [novelty.similarity for novelty in usual])
         for text in dict.fromkeys(episode.instruction for episode in case.rollout):
             words = split_words(text)
             if not words or words in trained_words:
@@ -65,7 +65,7 @@ def _make_finding(text: str, novelty: Novelty, trained: Sequence[str]) -> Findin
     reason = f"it has {novelty.similarity:.0%} of its words in common with the nearest one"
     if unknown:
         reason = f"training never had the words {', '.join(unknown)}"
-    similarities = [(other, _similarity(text, other)) for other in trained]
+    similarities = [(other_text, _similarity(text, other_text)) for other_text in trained]
     bars = sorted(similarities, key=lambda item: -item[1])[:5]
     return Finding(
         confidence=0.9 if novelty.unknown_share > MIN_UNKNOWN_SHARE else 0.7,
@@ -74,7 +74,7 @@ def _make_finding(text: str, novelty: Novelty, trained: Sequence[str]) -> Findin
         file="the prompt that your robot sends",
         figure=Figure(
             "words in common with the nearest instructions of training",
-            bars=[(other, share, f"{share:.0%}") for other, share in bars],
+            bars=[(trained_text, share, f"{share:.0%}") for trained_text, share in bars],
         ),
     )
 
