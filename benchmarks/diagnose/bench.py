@@ -57,7 +57,7 @@ from spear.sim.scene import FAMILIES
 from spear.util.held_out import FIRST_TRAIN_SEED
 
 POLICY = "nano"
-NUM_TRAINING_EPISODES = 120
+NUM_TRAINING_EPISODES = 400
 FIRST_EPISODE_SEED = FIRST_TRAIN_SEED + 50_000
 NUM_RECORDED_TOGETHER = 6  # runs
 QUICK_CLEAN_RUNS = 20
@@ -184,9 +184,11 @@ def diagnose_case(case: Case, subject: Subject, out: Path) -> dict[str, Any]:
     arguments = ["diagnose", "--policy", subject.policy, "--episodes", str(subject.episodes)]
     arguments += ["--rollout", str(rollout), "--json", str(findings_file)]
     started_s = time.perf_counter()
+    started_processor_s = time.process_time()
     with redirect_stdout(StringIO()):
         exit_code = run_command(arguments)
     seconds = time.perf_counter() - started_s
+    processor_s = time.process_time() - started_processor_s
 
     result: dict[str, Any] = {"verdict": "error", "findings": []}
     if findings_file.is_file():
@@ -203,6 +205,7 @@ def diagnose_case(case: Case, subject: Subject, out: Path) -> dict[str, Any]:
         "named": [finding["fault"] for finding in result["findings"]],
         "exit_code": exit_code,
         "seconds": round(seconds, 2),
+        "processor_s": round(processor_s, 2),
         "rollout_s": round(rollout_s, 1),
         **outcome,
     }

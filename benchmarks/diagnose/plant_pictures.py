@@ -22,12 +22,22 @@ def _change_images(camera: str, change: ImageChange) -> PlantedFault:
 
     def change_observation(observation: Observation) -> Observation:
         changed = dict(observation)
-        for view in VIEWS[camera]:
-            key = camera_key(view)
+        for key in _find_keys(camera, observation):
             changed[key] = np.ascontiguousarray(change(observation[key]))
         return changed
 
     return PlantedFault(change_observation=change_observation)
+
+
+def _find_keys(camera: str, observation: Observation) -> list[str]:
+    """Return the keys of a camera's images, without the views that the robot lacks."""
+    keys = [camera_key(view) for view in VIEWS[camera]]
+    return [key for key in keys if key in observation]
+
+
+def _select_images(camera: str, observation: Observation) -> Observation:
+    """Return the entries of a camera's images."""
+    return {key: observation[key] for key in _find_keys(camera, observation)}
 
 
 def _resize(image: Array, width: int, height: int) -> Array:
@@ -144,7 +154,6 @@ def freeze_camera(camera: str, first: int, count: int) -> PlantedFault:
 
     After `count` repetitions the camera shows one new image, which is repeated in turn.
     """
-    keys = [camera_key(view) for view in VIEWS[camera]]
     last_images: Observation = {}
     num_observations = 0
 
@@ -152,7 +161,7 @@ def freeze_camera(camera: str, first: int, count: int) -> PlantedFault:
         nonlocal num_observations
         num_frozen = num_observations - first
         if num_frozen <= 0 or num_frozen % (count + 1) == 0:
-            last_images.update({key: observation[key] for key in keys})
+            last_images.update(_select_images(camera, observation))
         num_observations += 1
         return {**observation, **last_images}
 
@@ -161,11 +170,10 @@ def freeze_camera(camera: str, first: int, count: int) -> PlantedFault:
 
 def delay_camera(camera: str, num_observations: int) -> PlantedFault:
     """Send the images of `num_observations` observations ago, the first one at the beginning."""
-    keys = [camera_key(view) for view in VIEWS[camera]]
     recent: deque[Observation] = deque(maxlen=num_observations + 1)
 
     def delay(observation: Observation) -> Observation:
-        recent.append({key: observation[key] for key in keys})
+        recent.append(_select_images(camera, observation))
         return {**observation, **recent[0]}
 
     return PlantedFault(change_observation=delay)

@@ -189,3 +189,18 @@ def test_a_rollout_is_recorded_with_the_faults_in_it(
     assert np.sign(inverted_motion) == -np.sign(clean_motion)
     intervals_s = [np.diff(store.served_steps(0).arrival_s).mean() for store in (clean, fast)]
     assert intervals_s[1] < 0.7 * intervals_s[0]
+
+
+def test_states_of_a_recorded_episode_follow_the_faulty_commands(bench: ModuleType) -> None:
+    """With half of each motion, a recorded arm gets half as far; without a fault it stays."""
+    bridge = importlib.import_module("bridge")
+    actions = np.tile(np.array([0.02, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0, 1.0], np.float32), (6, 1))
+    states = np.tile(np.array([0.3, 0.0, 0.2, 1.0, 0.0, 0.0, 0.0, 1.0], np.float32), (6, 1))
+    states[:, 0] += 0.02 * np.arange(6)
+
+    shortened = bench.Planting("controller-short", 2).make()  # 0.4 of the way
+    moved = bridge.move_states(states, actions, shortened)
+    unmoved = bridge.move_states(states, actions, importlib.import_module("planted").PlantedFault())
+
+    assert np.allclose(unmoved, states, atol=1e-6)
+    assert moved[-1, 0] - moved[0, 0] == pytest.approx(0.4 * 0.1, abs=1e-6)
