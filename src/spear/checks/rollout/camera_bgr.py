@@ -6,7 +6,6 @@ import numpy as np
 
 from spear.checks.rollout.camera_checks import (
     CAMERA_FILE,
-    MIN_CONFIDENCE_LOG_ODDS,
     find_picture_version,
     show_pictures,
 )
@@ -15,6 +14,7 @@ from spear.checks.rollout.pictures import PRIOR, VersionOdds
 
 VERSION = "with red and blue exchanged"
 CURE = "send RGB: convert what OpenCV reads with image[..., ::-1]"
+MIN_COMBINED_LOG_ODDS = 1.2  # of all cameras; their scenes, too, may be of unusual colors
 INDEPENDENT_SHARE = 0.8  # of the evidence of each camera, as two cameras see the same scene
 
 
@@ -33,7 +33,7 @@ class CameraBgrCheck(RolloutCheck):
         # One program reads all cameras, so mostly all of them are wrong, and add to the evidence.
         log_ratio = sum(INDEPENDENT_SHARE * odds.log_ratio for odds in odds_by_camera.values())
         log_odds = log_ratio + float(np.log(PRIOR))
-        if len(odds_by_camera) < 2 or log_odds < MIN_CONFIDENCE_LOG_ODDS:
+        if len(odds_by_camera) < 2 or log_odds < MIN_COMBINED_LOG_ODDS:
             return of_one
         words = []
         for camera, odds in odds_by_camera.items():
