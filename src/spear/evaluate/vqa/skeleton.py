@@ -9,7 +9,7 @@ that the question asks for something else.
 import difflib
 import re
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -23,9 +23,12 @@ WORDS = {group: frozenset(words) for group, words in _DATA["words"].items()}
 CUES = {group: frozenset(words) for group, words in _DATA["cues"].items()}
 """Group of words → the words. They tell what a question asks."""
 CUE_WORDS = frozenset().union(*CUES.values())
-_GROUPS_OF_NAMES = frozenset(("look_alikes", "surfaces"))
+_GROUPS_OF_NAMES = frozenset(("kinds_of_boxes", "look_alikes", "movers", "surfaces"))
+_MAX_OBJECTS = 2  # that a taught question names
 VOCABULARY = CUE_WORDS.union(*(WORDS[group] for group in WORDS.keys() - _GROUPS_OF_NAMES))
 """The words of questions, which are no names."""
+
+_WORDS_IN_NO_NAME = WORDS["untaught"] | CUES["solid"] | CUES["corners"] | CUES["center"]
 
 NAME = "NAME"  # stands for an object in a skeleton
 PIXEL = "PIXEL"  # stands for the coordinates of a pixel in a skeleton
@@ -158,12 +161,12 @@ def is_name(text: str, question: str) -> bool:
     no object.
     """
     *other_words, last_word = text.casefold().split()
-    if not WORDS["untaught"].isdisjoint(other_words):
+    if not _WORDS_IN_NO_NAME.isdisjoint(other_words):
         return False
     has_article = re.search(rf"\b(?:the|an?) {re.escape(text)}", question, re.IGNORECASE)
     if not has_article and re.match("[A-Z][a-z]", text):
         return False
-    words_after_names = WORDS["common"] | WORDS["references"] | CUES["image"]
+    words_after_names = WORDS["common"] | WORDS["references"] | CUES["image"] | CUES["in_3d"]
     return not other_words or last_word not in words_after_names
 
 
@@ -180,14 +183,23 @@ def _join_clauses(clauses: Sequence[Skeleton]) -> Skeleton:
         if longer_names:
             names[index] = longer_names[0]
 
-    objects = [name for name in names if name not in WORDS["surfaces"]]
-    if objects:
-        name_indices = [index for index, word in enumerate(words) if word == NAME]
-        for name_index, name in reversed(list(zip(name_indices, names, strict=True))):
-            if name in WORDS["surfaces"]:
-                del words[name_index]
-        names = objects
+    if not WORDS["surfaces"].issuperset(names):
+        words, names = _drop_names(words, names, WORDS["surfaces"])
+    if len(set(names)) > _MAX_OBJECTS:
+        words, names = _drop_names(words, names, WORDS["movers"])
     return Skeleton(words, names)
+
+
+def _drop_names(
+    words: Sequence[str], names: Sequence[str], dropped: Collection[str]
+) -> tuple[list[str], list[str]]:
+    """Drop some names, and the words `NAME` that stand for them."""
+    remaining_names = iter(names)
+    kept_words: list[str] = []
+    for word in words:
+        if word != NAME or next(remaining_names) not in dropped:
+            kept_words.append(word)
+    return kept_words, [name for name in names if name not in dropped]
 
 
 def _cut_pixel(text: str) -> tuple[str, tuple[float, float] | None]:
@@ -227,8 +239,22 @@ def _correct_spelling(token: str) -> str:
     if is_known or len(token) < MIN_TYPO_LETTERS:
         return token
     targets = [word for word in _TYPO_TARGETS if word[0] == token[0]]
+    for target in targets:
+        if _has_swapped_letters(token, target):
+            return target
     matches = difflib.get_close_matches(token, targets, n=1, cutoff=TYPO_SIMILARITY)
     return matches[0] if matches else token
+
+
+def _has_swapped_letters(token: str, word: str) -> bool:
+    """Return whether a token is a word with two neighboring letters swapped, as in "camrea"."""
+    if len(token) != len(word):
+        return False
+    wrong = [index for index, letter in enumerate(word) if token[index] != letter]
+    if len(wrong) != 2 or wrong[1] != wrong[0] + 1:
+        return False
+    first, second = wrong
+    return token[first] == word[second] and token[second] == word[first]
 
 
 @dataclass(frozen=True)
@@ -320,6 +346,9 @@ class _Clause:
         next_token = self._token_at(end + 1)
         if end > start or self._is_after_determiner(start):
             return next_token not in WORDS["references"] | WORDS["determiners"] | {"be"}
+        is_named = self._token_at(start - 1) in WORDS["name_prepositions"] | {"distance"}
+        if is_named and next_token in _CUES_AFTER_NAMES:
+            return True  # "camera to can distance"
         return next_token in ("", "to", "or", "and", "in", "from", "'s")
 
     def _is_noun_box(self, start: int, end: int) -> bool:
@@ -329,8 +358,11 @@ class _Clause:
         """
         next_token = self._token_at(end + 1)
         is_after_determiner = self._is_after_determiner(start)
+        if end > start and self._token_at(end - 1) in WORDS["kinds_of_boxes"]:
+            return True
         if end > start and is_after_determiner:
-            return next_token not in CUES["corners"]
+            other_cues = CUES["projecting"] | CUES["corners"]
+            return next_token not in CUES["corners"] and other_cues.isdisjoint(self.tokens)
         if end > start:
             other_cues = CUES["corners"] | CUES["solid"] | CUES["projecting"]
             return other_cues.isdisjoint(self.tokens)

@@ -177,7 +177,11 @@ def _order_names(skeleton: Skeleton, question_type: str) -> list[str]:
     first, second = (name_indices[skeleton.names.index(name)] for name in names)
     words_before = skeleton.words[:first]
     words_between = skeleton.words[first + 1 : second]
-    if not {"relative", "from", "with"}.isdisjoint(words_between):
+    if "subtract" in words_before:  # "subtract x from y"
+        return names
+    if not {"relative", "from", "minus", "with"}.isdisjoint(words_between):
+        return names[::-1]
+    if "origin" in skeleton.words[second:]:  # "where would y be if x was the origin"
         return names[::-1]
     is_y_to_x = words_before[-1:] in (["is"], ["are"]) or {"relative", "of"} <= set(words_before)
     return names[::-1] if is_y_to_x and "to" in words_between else names
