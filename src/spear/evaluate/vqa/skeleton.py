@@ -7,6 +7,7 @@ that the question asks for something else.
 """
 
 import difflib
+import itertools
 import re
 import tomllib
 from collections.abc import Collection, Sequence
@@ -112,7 +113,8 @@ class QuestionReading:
 
         The first reading is without the clauses that say nothing about what is asked, as "I want to
         grasp the mug" in "I want to grasp the mug, how far is it?". If there are any, the second
-        reading has the names in them.
+        reading has the names in them. The last reading is without the clauses that have no cues, as
+        "For my thesis"; if the others name no object, only without such clauses before them.
         """
         first_reading: list[Skeleton] = []
         second_reading: list[Skeleton] = []
@@ -122,9 +124,17 @@ class QuestionReading:
                 second_reading.append(clause)
             else:
                 second_reading.append(Skeleton([NAME] * len(clause.names), clause.names))
-        if len(first_reading) == len(self.clauses):
-            return [_join_clauses(first_reading)]
-        return [_join_clauses(first_reading), _join_clauses(second_reading)]
+        readings = [_join_clauses(first_reading)]
+        if len(first_reading) < len(self.clauses):
+            readings.append(_join_clauses(second_reading))
+        last_reading = [clause for clause in self.clauses if clause.has_cues]
+        if not any(clause.names for clause in last_reading):  # "which is closer, x or y"
+            last_reading = list(
+                itertools.dropwhile(lambda clause: not clause.has_cues, self.clauses)
+            )
+        if any(clause.names for clause in last_reading):
+            readings.append(_join_clauses(last_reading))
+        return readings
 
     def _is_essential(self, clause: Skeleton) -> bool:
         """Return whether a clause says what is asked."""
@@ -395,7 +405,7 @@ class _Clause:
             return False
         is_before_cue = next_token in _CUES_AFTER_NAMES or next_token == "'s"
         if previous_token == "":
-            return is_before_cue or next_token in ("", "and", "or", "to", "is", "in")
+            return is_before_cue or next_token in ("", "against", "and", "or", "to", "is", "in")
         if (
             previous_token in CUE_WORDS - CUES["image"]
             or previous_token in WORDS["name_prepositions"]

@@ -177,8 +177,8 @@ def _order_names(skeleton: Skeleton, question_type: str) -> list[str]:
     first, second = (name_indices[skeleton.names.index(name)] for name in names)
     words_before = skeleton.words[:first]
     words_between = skeleton.words[first + 1 : second]
-    if "subtract" in words_before:  # "subtract x from y"
-        return names
+    if not {"connecting", "connects", "subtract"}.isdisjoint(words_before):
+        return names  # "what connects x with y", "subtract x from y"
     if not {"relative", "from", "minus", "with"}.isdisjoint(words_between):
         return names[::-1]
     if "origin" in skeleton.words[second:]:  # "where would y be if x was the origin"
