@@ -147,8 +147,8 @@ def make_exchanges(
             answer_s=arrival_s + INFERENCE_S,
             inference_s=INFERENCE_S,
             observation=robot.read(fault.change_observation(observation)),
-            actions=np.float32(chunk),
-            rows=np.float32(chunk),
+            actions=np.asarray(chunk, np.float32),
+            rows=np.asarray(chunk, np.float32),
             num_bytes=0,
         )
         exchanges.append(exchange)
@@ -160,9 +160,10 @@ def move_states(states: Array, actions: Array, fault: PlantedFault) -> Array:
 
     What the real arm did differently from its commands is added to each motion.
     """
-    moved = [np.float64(states[0])]
+    moved = [np.asarray(states[0], np.float64)]
     for step in range(len(states) - 1):
-        executed = np.float64(fault.change_action(np.float32(actions[step]), states[step]))
+        action = np.asarray(actions[step], np.float32)
+        executed = np.asarray(fault.change_action(action, states[step]), np.float64)
         tracking_error_m = states[step + 1, :3] - states[step, :3] - actions[step, :3]
         position, rotation = apply_action(
             torch.from_numpy(moved[-1][:3]),
@@ -176,7 +177,7 @@ def move_states(states: Array, actions: Array, fault: PlantedFault) -> Array:
         if is_changed:
             opening = 1 - opening
         moved.append(np.concatenate([position.numpy(), rotation.numpy(), [opening]]))
-    return np.float32(moved)
+    return np.asarray(moved, np.float32)
 
 
 def main(options: Options) -> None:

@@ -190,6 +190,6 @@ def _draw_habits(number: int) -> ClientHabits:
     return ClientHabits(
         replan_interval=int(rng.choice([1, 1, 1, 2])),
         image_scale=int(rng.choice([1, 1, 2])),
-        jpeg_quality=rng.choice([None, None, 95, 85]),
+        jpeg_quality=(None, None, 95, 85)[int(rng.integers(4))],
         inference_s=float(rng.choice([0.015, 0.03, 0.08])),
     )

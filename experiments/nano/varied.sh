@@ -1,5 +1,5 @@
 #!/bin/sh
-# Trains the nano weights further, in varied surroundings: tables of any color, any light, moved cameras.
+# Trains the nano-vlm further, in varied surroundings: tables of any color, any light, moved cameras.
 # Two processes, one per core. Stopped at any moment, the same command continues where it was.
 set -eu
 BIN=${BIN:-.venv/bin}
@@ -10,9 +10,6 @@ TRAIN="$BIN/torchrun --standalone --nproc-per-node ${PROCESSES:-2} --no-python $
 "$BIN/spear" label --num-scenes 2500 --first-seed 500000 --out "$RUNS/labels-default"
 "$BIN/spear" label --world wild --num-scenes 7000 --first-seed 400000 --out "$RUNS/labels-wild"
 "$BIN/spear" label --world varied --num-scenes 3424 --first-seed 420000 --out "$RUNS/labels-varied"
-"$BIN/spear" record --num-episodes 500 --first-seed 210000 --out "$RUNS/episodes-default"
-"$BIN/spear" record --world wild --num-episodes 900 --first-seed 110000 --out "$RUNS/episodes-wild"
-"$BIN/spear" record --world varied --num-episodes 600 --first-seed 120000 --out "$RUNS/episodes-varied"
 
 BOXES='"box_vertices","box_vertices","box_vertices","box_vertices","box_vertices","box_vertices"'
 WORDS='"chain_of_thought","what_at","centre_2d"'
@@ -29,5 +26,5 @@ DEPTH=$!
 wait "$DEPTH"
 "$BIN/python" -m experiments.nano.exchange "$RUNS/siglip-varied/final" moge "$RUNS/depth-varied/final" moge \
     "$RUNS/encoders-varied"
-$TRAIN nano-vlm-2 --labels $LABELS --init "$RUNS/encoders-varied" --out "$RUNS/vlm-varied" --steps 4000 \
+$TRAIN nano-vlm-2 --labels $LABELS --init "$RUNS/encoders-varied" --out "$RUNS/vlm-varied" --steps 3200 \
     --set warmup=100 "$QUESTIONS"

@@ -123,7 +123,8 @@ def _has_gaps(before: Array, after: Array, group_of_object: list[int]) -> bool:
     for first, second in itertools.combinations(range(len(after)), 2):
         if group_of_object[first] == group_of_object[second]:
             continue
-        old_distance = np.linalg.norm(before[first] - before[second])
-        if np.linalg.norm(after[first] - after[second]) < min(old_distance, MIN_GAP_M):
+        old_distance = float(np.linalg.norm(before[first] - before[second]))
+        new_distance = float(np.linalg.norm(after[first] - after[second]))
+        if new_distance < min(old_distance, MIN_GAP_M):
             return False
     return True
