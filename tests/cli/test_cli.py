@@ -350,5 +350,5 @@ def test_every_option_that_a_text_names_exists() -> None:
     for path in Path(spear.__file__).parent.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Constant) and isinstance(node.value, str):
-                named_options = set(re.findall(r"(?<![\w-])--[a-z][a-z.-]*[a-z]", node.value))
+                named_options = set(re.findall(r"(?<![\w-])--[a-z][a-z0-9.-]*[a-z0-9]", node.value))
                 assert not named_options - known_options, f"{path}:{node.lineno}"
