@@ -1,6 +1,6 @@
 """How the gripper follows its commands, in a rollout and in the demonstrations.
 
-Thresholds are chosen on rollouts of nano in the simulator and on demonstrations of Bridge V2.
+Thresholds are chosen on rollouts of nano in the simulator.
 """
 
 from collections.abc import Sequence

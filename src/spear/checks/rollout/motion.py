@@ -6,8 +6,8 @@ actions: along which axes, with which signs, and how many of them. Each reading 
 factor, the *gain*, and its error is the mean distance between fitted and achieved displacement,
 divided by the mean achieved displacement.
 
-Thresholds are chosen on rollouts of nano in the simulator (replan intervals 1, 2 and 4) and on
-demonstrations of Bridge V2.
+Thresholds are chosen on rollouts of nano in the simulator (replan intervals 1, 2 and 4). Some of
+them were moved after runs of the bench of planted faults (docs/results/diagnose.md).
 """
 
 from collections.abc import Sequence

@@ -13,8 +13,7 @@ from spear.checks.rollout.case import (
 )
 from spear.diagnose.policy_case import PolicyCase
 
-# Bridge V2 and DROID have hundreds of demonstrations of most skills; a single task at a fixed place
-# takes some tens.
+# Our choice: also a single task at a fixed place takes some tens of demonstrations.
 MAX_FEW_EPISODES = 10
 CERTAIN_FEW_EPISODES = 4
 
