@@ -5,12 +5,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 from rollouts import RobotFaults, record_rollout
 from spear.cli import main
 from spear.diagnose.registry import FAULTS, find_checks
-from spear.geometry import quat_rotate
 from spear.policy import Spear1Policy
 from spear.types import Array
 
@@ -18,12 +16,11 @@ pytest.importorskip("mujoco", reason="the simulator records the rollouts")
 SCENES = [("put_on", 50), ("stack_cube", 50), ("put_in_basket", 51)]
 
 
-def move_along_tool(action: Array, state: Array) -> list[Array]:
-    """Execute the translation along the axes of the tool."""
-    moved = np.array(action, np.float64)
-    orientation = torch.as_tensor(np.asarray(state[3:7], np.float64))
-    moved[:3] = quat_rotate(orientation, torch.as_tensor(moved[:3])).numpy()
-    return [moved.astype(np.float32)]
+def invert_gripper(action: Array, state: Array) -> list[Array]:
+    """Execute the opposite of the gripper's command."""
+    inverted = np.array(action, np.float32)
+    inverted[7] = 1 - inverted[7]
+    return [inverted]
 
 
 def test_every_check_has_a_fault_of_its_own() -> None:
@@ -36,8 +33,8 @@ def test_every_check_has_a_fault_of_its_own() -> None:
 @pytest.mark.slow  # records demonstrations and rollouts in the simulator
 @pytest.mark.parametrize(
     ("faults", "exit_code", "expected"),
-    [(RobotFaults(), 0, []), (RobotFaults(execute=move_along_tool), 1, ["action-frame"])],
-    ids=["clean", "tool frame"],
+    [(RobotFaults(), 0, []), (RobotFaults(execute=invert_gripper), 1, ["gripper-inverted"])],
+    ids=["clean", "inverted gripper"],
 )
 def test_a_rollout_of_nano_is_diagnosed(
     faults: RobotFaults, exit_code: int, expected: list[str], tmp_path: Path

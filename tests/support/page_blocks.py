@@ -136,16 +136,23 @@ def run_line(line: str, printed: io.StringIO) -> None:
     elif words[:1] == ["spear"]:
         main(words[1:])
     elif words:
-        path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
         completed = subprocess.run(
             ["bash", "-c", line],
-            env={**os.environ, "PATH": path},
+            env=_make_environment(),
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
             check=True,
         )
         printed.write(completed.stdout)
+
+
+def _make_environment() -> dict[str, str]:
+    """Return the environment of a command: with this Python's programs, as a user has it."""
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    environment = {**os.environ, "PATH": path}
+    environment.pop("PYTHONWARNDEFAULTENCODING", None)  # the tests' own; it prints warnings
+    return environment
 
 
 def _start_server(arguments: list[str]) -> str:
@@ -163,7 +170,11 @@ def _start_server(arguments: list[str]) -> str:
     command = [sys.executable, "-c", SPEAR_CLI_CODE, "serve", *arguments, "--port", "0"]
     last_line = "http://" if "--ui" in arguments else "ws://"
     with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        command,
+        env=_make_environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
     ) as server:
         assert server.stdout is not None
         for line in server.stdout:
