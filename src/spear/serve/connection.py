@@ -11,9 +11,11 @@ from websockets.frames import DATA_OPCODES, Frame
 from websockets.protocol import State
 
 from spear.serve.admission import AdmissionLimits, find_network
+from spear.serve.listener import has_gone
 from spear.serve.reading import ReadingBudgets, ReadingLimits
 
 MIB = 2**20
+MAX_PAUSE_S = 1.0  # without reading, until the server looks whether the client is still there
 FRAME_HEADER_BYTES = 14  # the longest header of a websocket frame
 
 
@@ -189,11 +191,19 @@ class LimitedConnection(ServerConnection):
         self.transport.pause_reading()
         if not self._is_reading_paused:
             self._is_reading_paused = True
-            self.loop.call_later(wait_s, self._resume_reading)
+            self.loop.call_later(min(wait_s, MAX_PAUSE_S), self._resume_reading)
 
     def _resume_reading(self) -> None:
-        """Read again after a pause, unless the library has its own pause."""
+        """Read again after a pause, unless the library has its own pause or the client has gone.
+
+        A client that has gone is noticed here, because nothing is read during a pause.
+        """
         self._is_reading_paused = False
+        if self.transport.is_closing():
+            return
+        if has_gone(self.transport.get_extra_info("socket")):
+            self.transport.abort()
+            return
         if not self.recv_messages.paused:
             self.transport.resume_reading()
 
