@@ -13,9 +13,10 @@ from websockets.sync.client import connect
 from serve_here import run_server
 from spear.embodiments import load
 from spear.serve import wire
+from spear.serve.admission import TokenBucket
 from spear.serve.client import RemotePolicy
 from spear.serve.connection import ConnectionLimits
-from spear.serve.reading import ByteBudget, ReadingBudgets, ReadingLimits
+from spear.serve.reading import ReadingBudgets, ReadingLimits
 
 GENERIC = load("generic")
 ROBOT = "192.0.2.1"
@@ -27,13 +28,13 @@ SMALL = ReadingLimits(
 
 
 def test_nobody_waits_during_a_burst() -> None:
-    budget = ByteBudget(bytes_per_s=10, burst_bytes=20)
+    budget = TokenBucket(per_s=10, capacity=20)
 
     assert budget.spend(20, now_s=0.0) == 0
 
 
 def test_after_the_burst_each_byte_takes_its_time() -> None:
-    budget = ByteBudget(bytes_per_s=10, burst_bytes=20)
+    budget = TokenBucket(per_s=10, capacity=20)
     budget.spend(20, now_s=0.0)
 
     assert budget.spend(5, now_s=0.0) == pytest.approx(0.5)
@@ -42,7 +43,7 @@ def test_after_the_burst_each_byte_takes_its_time() -> None:
 
 
 def test_a_budget_never_holds_more_than_its_burst() -> None:
-    budget = ByteBudget(bytes_per_s=10, burst_bytes=20)
+    budget = TokenBucket(per_s=10, capacity=20)
     budget.spend(0, now_s=0.0)
 
     assert budget.spend(30, now_s=1000.0) == pytest.approx(1.0)

@@ -44,34 +44,41 @@ class TokenBucket:
     """Allows `capacity` events at once, and `per_s` events per second in the long run.
 
     An event takes a token. The bucket begins with `capacity` tokens, and gets `per_s` new ones per
-    second, up to `capacity`.
+    second, up to `capacity`. The number may become negative if what has happened already is counted
+    (`spend`).
     """
 
     def __init__(self, per_s: float, capacity: float) -> None:
         self._per_s = per_s
-        self._capacity = capacity
-        self._num_tokens = capacity
+        self.capacity = capacity
+        self.num_tokens = capacity
         self._updated_s: float | None = None
 
     def has_token(self, now_s: float) -> bool:
         """Return whether an event is allowed."""
         self._refill(now_s)
-        return self._num_tokens >= 1
+        return self.num_tokens >= 1
 
     def is_full(self, now_s: float) -> bool:
         """Return whether the bucket is full, as if there had been no event."""
         self._refill(now_s)
-        return self._num_tokens >= self._capacity
+        return self.num_tokens >= self.capacity
 
     def take_token(self) -> None:
         """Count an event."""
-        self._num_tokens -= 1
+        self.num_tokens -= 1
+
+    def spend(self, num_tokens: float, now_s: float) -> float:
+        """Count what took many tokens; return the seconds until the bucket has no debt."""
+        self._refill(now_s)
+        self.num_tokens -= num_tokens
+        return max(0.0, -self.num_tokens / self._per_s)
 
     def _refill(self, now_s: float) -> None:
         """Add the tokens for the time since the last call."""
         if self._updated_s is not None:
             num_new_tokens = self._per_s * (now_s - self._updated_s)
-            self._num_tokens = min(self._capacity, self._num_tokens + num_new_tokens)
+            self.num_tokens = min(self.capacity, self.num_tokens + num_new_tokens)
         self._updated_s = now_s
 
 

@@ -8,6 +8,8 @@ nothing is lost, and a client that sends less than its share never waits.
 
 from dataclasses import dataclass
 
+from spear.serve.admission import TokenBucket
+
 MIB = 2**20
 MAX_ADDRESSES = 1024  # when so many addresses are remembered, those without a debt are forgotten
 
@@ -31,36 +33,13 @@ class ReadingLimits:
     """Bytes that all addresses together may send at once."""
 
 
-class ByteBudget:
-    """Says how long to wait after each read, so that a rate is kept.
-
-    The budget begins with `burst_bytes` and gets `bytes_per_s` new ones per second, up to
-    `burst_bytes`. It may become negative: what has arrived cannot be refused any more.
-    """
-
-    def __init__(self, bytes_per_s: float, burst_bytes: float) -> None:
-        self.burst_bytes = burst_bytes
-        self.num_bytes_left = burst_bytes
-        self._bytes_per_s = bytes_per_s
-        self._updated_s: float | None = None
-
-    def spend(self, num_bytes: int, now_s: float) -> float:
-        """Count bytes that were read; return for how long nothing more should be read, s."""
-        if self._updated_s is not None:
-            num_new_bytes = self._bytes_per_s * (now_s - self._updated_s)
-            self.num_bytes_left = min(self.burst_bytes, self.num_bytes_left + num_new_bytes)
-        self._updated_s = now_s
-        self.num_bytes_left -= num_bytes
-        return max(0.0, -self.num_bytes_left / self._bytes_per_s)
-
-
 class ReadingBudgets:
-    """The budgets of all addresses, and the one that they share."""
+    """The budgets of all addresses, and the one that they share; a token is a byte."""
 
     def __init__(self, limits: ReadingLimits) -> None:
         self._limits = limits
-        self._shared = ByteBudget(limits.bytes_per_s, limits.burst_bytes)
-        self._budget_by_address: dict[str, ByteBudget] = {}
+        self._shared = TokenBucket(limits.bytes_per_s, limits.burst_bytes)
+        self._budget_by_address: dict[str, TokenBucket] = {}
 
     def spend(self, address: str, num_bytes: int, now_s: float) -> float:
         """Count bytes that were read from an address.
@@ -76,17 +55,17 @@ class ReadingBudgets:
         own = self._find_budget(address)
         own_wait_s = own.spend(num_bytes, now_s)
         shared_wait_s = self._shared.spend(num_bytes, now_s)
-        if own.num_bytes_left > own.burst_bytes / 2:
+        if own.num_tokens > own.capacity / 2:
             return own_wait_s
         return max(own_wait_s, shared_wait_s)
 
-    def _find_budget(self, address: str) -> ByteBudget:
+    def _find_budget(self, address: str) -> TokenBucket:
         """Return the budget of an address; a new one is full."""
         budget = self._budget_by_address.get(address)
         if budget is None:
             if len(self._budget_by_address) >= MAX_ADDRESSES:
                 self._forget_addresses_without_debt()
-            budget = ByteBudget(
+            budget = TokenBucket(
                 self._limits.bytes_per_s_and_address, self._limits.burst_bytes_of_address
             )
             self._budget_by_address[address] = budget
@@ -97,5 +76,5 @@ class ReadingBudgets:
         self._budget_by_address = {
             address: budget
             for address, budget in self._budget_by_address.items()
-            if budget.num_bytes_left < 0
+            if budget.num_tokens < 0
         }
