@@ -1,7 +1,7 @@
 """Worlds change the surroundings of a scene and nothing of its task.
 
-"lab:3" is laboratory number 3, whose surroundings are the same in all its scenes; "wild" and
-"varied" have other surroundings in each scene.
+"lab:3" is laboratory number 3, whose surroundings are the same in all its scenes; "wild", "varied"
+and "colorful" have other surroundings in each scene.
 """
 
 import numpy as np
@@ -15,7 +15,7 @@ from spear.sim.world import GRIPPER_NAME, World
 from spear.sim.worlds import CameraOrbit, lab_of_scene, place_in_world, without_robot
 
 
-@pytest.mark.parametrize("world", ["wild", "varied", "lab:3"])
+@pytest.mark.parametrize("world", ["wild", "varied", "colorful", "lab:3"])
 def test_a_world_keeps_the_task(world: str) -> None:
     scene = sample_scene("put_on", 7)
 
@@ -33,7 +33,7 @@ def test_the_default_world_changes_nothing() -> None:
     assert place_in_world(scene, "default") is scene
 
 
-@pytest.mark.parametrize("world", ["wild", "varied", "lab:3"])
+@pytest.mark.parametrize("world", ["wild", "varied", "colorful", "lab:3"])
 def test_the_same_seed_gives_the_same_world(world: str) -> None:
     scene = sample_scene("put_on", 7)
 
@@ -70,6 +70,20 @@ def test_wild_cameras_stay_in_their_ranges() -> None:
         assert 15 <= orbit.elevation_deg <= 70
         assert abs(orbit.azimuth_deg - nominal.azimuth_deg) < 65
         assert 30 <= wild_look.fovy_deg <= 65
+
+
+def test_a_colorful_world_has_the_default_table_and_a_camera_within_30_degrees() -> None:
+    for seed in range(40):
+        scene = sample_scene("put_on", seed)
+        colorful = place_in_world(scene, "colorful").appearance
+        turn_deg = (
+            CameraOrbit.of(colorful).azimuth_deg - CameraOrbit.of(scene.appearance).azimuth_deg
+        )
+
+        assert abs(turn_deg) <= 30
+        assert colorful.target == scene.appearance.target
+        assert colorful.table_half_size_m == scene.appearance.table_half_size_m
+        assert colorful.table_height_m == scene.appearance.table_height_m
 
 
 def test_half_of_the_varied_cameras_are_near_the_one_of_the_default_world() -> None:

@@ -83,9 +83,9 @@ class TabletopOptions(EpisodeOptions):
     """Simulated inference latency in milliseconds. The control loop uses a chunk at its next step,
     so the latency counts in whole steps of 200 ms, rounded up."""
     world: str = "default"
-    """Surroundings of the scenes: default, wild or varied (other ones in every scene, with a camera
-    anywhere or mostly near the default one), lab:N (laboratory number N) or labs:K (the scenes are
-    spread over K laboratories)."""
+    """Surroundings of the scenes: default, colorful, varied or wild (other ones in every scene,
+    from near the default ones to far from them), lab:N (laboratory number N) or labs:K (the scenes
+    are spread over K laboratories)."""
     shift: Annotated[str | None, arg(metavar="AXIS[:LEVEL]")] = None
     """Shift the scenes along one axis: camera, light, background, layout, robot, language or noise,
     by level 1, 2 (default) or 3; or all, for every axis and level."""

@@ -50,9 +50,9 @@ class SceneOptions(Options):
     preset: Preset = "nano"
     """Model size whose cameras are used for scenes."""
     world: str = "default"
-    """Surroundings of the scenes: default, wild or varied (other ones in every scene, with a camera
-    anywhere or mostly near the default one), lab:N (laboratory number N) or labs:K (the scenes are
-    spread over K laboratories)."""
+    """Surroundings of the scenes: default, colorful, varied or wild (other ones in every scene,
+    from near the default ones to far from them), lab:N (laboratory number N) or labs:K (the scenes
+    are spread over K laboratories)."""
     no_robot: bool = False
     """Leave the robot's arm out of the scenes."""
 

@@ -9,6 +9,8 @@
              which consists of objects that no task uses.
     varied   as wild, but the camera is near the one of the default world in many scenes and far
              from it in few, and the light changes more.
+    colorful the table and floor of the default world, with any colors and often other textures,
+             another light, a camera moved by up to 30°, and clutter.
 
 A world changes only the surroundings. The objects of the task, their places and the instruction
 stay the ones of the scene's seed, so that two worlds can be compared on the same tasks.
@@ -37,12 +39,16 @@ from spear.sim.textures import WILD_TEXTURES
 DEFAULT = "default"
 WILD = "wild"
 VARIED = "varied"
+COLORFUL = "colorful"
+_WORLDS_OF_SCENES = (DEFAULT, WILD, VARIED, COLORFUL)
+"""The worlds whose surroundings are drawn for each scene. Laboratories are the other worlds."""
 _LAB = re.compile(r"lab:(\d{1,6})")
 _LABS = re.compile(r"labs:([1-9]\d{0,5})")
 
 _WILD_STREAM = 101
 _LAB_STREAM = 102
 _VARIED_STREAM = 104  # like `spear.evaluate.noise`, but its seeds have fewer numbers
+_COLORFUL_STREAM = 105
 """First numbers of the random generators' seeds in this file. Other files use other first numbers,
 so that no two draw the same random numbers."""
 
@@ -95,11 +101,11 @@ class CameraOrbit:
 
 def validate_world(name: str) -> str:
     """Return `name` if there is such a world. Raises `SpearError` otherwise."""
-    if name in (DEFAULT, WILD, VARIED) or _LAB.fullmatch(name) or _LABS.fullmatch(name):
+    if name in _WORLDS_OF_SCENES or _LAB.fullmatch(name) or _LABS.fullmatch(name):
         return name
     raise SpearError(
-        f"There is no world {name!r}. Choose default, wild, varied, lab:N (laboratory number N)"
-        " or labs:K (K laboratories)."
+        f"There is no world {name!r}. Choose default, wild, varied, colorful, lab:N (laboratory"
+        " number N) or labs:K (K laboratories)."
     )
 
 
@@ -117,7 +123,7 @@ def place_in_world(scene: SceneSpec, name: str) -> SceneSpec:
 
     Args:
         scene: a scene of `spear.sim.scene.sample_scene` or `sample_clutter_scene`.
-        name: "default", "wild", "varied", "lab:N" or "labs:K".
+        name: "default", "wild", "varied", "colorful", "lab:N" or "labs:K".
 
     Returns:
         The scene with other surroundings. The same scene and name always give the same result.
@@ -141,6 +147,10 @@ def place_in_world(scene: SceneSpec, name: str) -> SceneSpec:
         rng = np.random.default_rng([_VARIED_STREAM, *scene.family.encode(), scene.seed])
         appearance = _varied_look(scene.appearance, rng)
         num_clutter = int(rng.integers(0, 10))
+    elif name == COLORFUL:
+        rng = np.random.default_rng([_COLORFUL_STREAM, *scene.family.encode(), scene.seed])
+        appearance = _colorful_look(scene.appearance, rng)
+        num_clutter = int(rng.integers(0, 7))
     else:
         rng = np.random.default_rng([_WILD_STREAM, *scene.family.encode(), scene.seed])
         appearance = _wild_look(scene.appearance, rng)
@@ -258,6 +268,45 @@ def _varied_look(appearance: SceneAppearance, rng: np.random.Generator) -> Scene
         diffuse=(float(diffuse[0]), float(diffuse[1]), float(diffuse[2])),
         ambient=(float(ambient[0]), float(ambient[1]), float(ambient[2])),
         fill_lights=(),
+    )
+
+
+def _colorful_look(appearance: SceneAppearance, rng: np.random.Generator) -> SceneAppearance:
+    """Draw the appearance of a colorful world: that of the default world, changed moderately.
+
+    The camera's changes are multiplied by one factor, uniform from 0 to 1, as in a varied world.
+    """
+    orbit = CameraOrbit.of(appearance)
+    share = rng.uniform(0, 1)  # of the largest change of the camera
+    log_factor = share * math.log(1.3)
+    camera = CameraOrbit(
+        target=orbit.target,
+        azimuth_deg=orbit.azimuth_deg + share * rng.uniform(-30, 30),
+        elevation_deg=orbit.elevation_deg + share * rng.uniform(-20, 20),
+        distance_m=orbit.distance_m * math.exp(rng.uniform(-log_factor, log_factor)),
+    )
+
+    surfaces = {}
+    for name in SURFACES:
+        texture, _ = appearance.surfaces[name]
+        if rng.random() < 0.5:
+            texture = str(rng.choice(tuple(WILD_TEXTURES)))
+        surfaces[name] = (texture, any_color(rng))
+
+    brightness = math.exp(rng.uniform(-math.log(2), math.log(2)))
+    warmth = rng.uniform(-0.3, 0.3)
+    tint = brightness * np.array([1 + warmth, 1.0, 1 - warmth])
+    diffuse = np.clip(np.array(appearance.diffuse) * tint, 0, 1)
+    ambient = np.clip(np.array(appearance.ambient) * tint, 0, 1)
+    return dataclasses.replace(
+        appearance,
+        camera=camera.position(),
+        fovy_deg=EXTERNAL_CAMERA_FOV_Y_DEG + float(share * rng.uniform(-8, 8)),
+        surfaces=surfaces,
+        light=light_from_above(rng),
+        diffuse=(float(diffuse[0]), float(diffuse[1]), float(diffuse[2])),
+        ambient=(float(ambient[0]), float(ambient[1]), float(ambient[2])),
+        has_four_walls=True,
     )
 
 
