@@ -75,10 +75,9 @@ def test_scores_of_a_vlm_keep_their_keys() -> None:
 
 
 @pytest.mark.usefixtures("renderer")
-def test_labels_of_scenes_without_the_robot_are_others(
+def test_labels_without_the_robot_cannot_be_continued_with_it(
     tmp_path: Path, run_command: Command, run_refused_command: Command
 ) -> None:
-    """A folder of labels cannot be continued with the robot in the scenes."""
     words = ["label", "--num-scenes", "1", "--workers", "0", "--out", str(tmp_path / "labels")]
 
     output = run_command(words, "--no-robot", "--world", "lab:1")

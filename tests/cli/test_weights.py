@@ -113,6 +113,9 @@ class TestFromBackbonesToAPolicy:
         weights = load_inner_vlm(policy).state_dict()
         for name, weight in expected.items():
             assert torch.equal(weights[name], weight)
+
+    @pytest.mark.usefixtures("converted_models")
+    def test_a_large_policy_is_written_as_several_files(self, policy: Path) -> None:
         assert len(list(policy.glob("*.safetensors"))) > 1
 
     @pytest.mark.usefixtures("converted_models")

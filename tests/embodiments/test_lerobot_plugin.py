@@ -339,7 +339,7 @@ class TestCommandPacer:
     def test_forgets_commands_that_waited_through_a_pause(self, clock: FakeClock) -> None:
         """Each prediction is a chunk of two commands, numbered 10 and 11, 20 and 21, and so on.
 
-        The robot asks for five commands, after these pauses. After the pause of 1.1 s, the second
+        The robot asks for five commands, each after a pause. After the pause of 1.1 s, the second
         command of the second chunk is outdated, so a new chunk is predicted, without a last command
         that it should continue.
         """

@@ -152,7 +152,7 @@ def test_skipped_images_open_as_a_hugging_face_dataset(whole_run: Path, tmp_path
 
     skipped = datasets.load_dataset(str(whole_run), "skipped", cache_dir=str(tmp_path))["train"]
 
-    assert skipped["reason"][2] == "no object was found"
+    assert "no object was found" in skipped["reason"]
 
 
 def test_a_shard_opens_as_a_hugging_face_dataset_with_images(

@@ -81,7 +81,7 @@ def run_everything(root: Path) -> None:
     for name in ("uninterrupted", "killed", "stopped"):
         run_loop(FixedNoiseRegression(), REGRESSION, root / name)
 
-    # A policy, whole on each process and sharded.
+    # A policy, twice: first whole on each process, then sharded.
     run_loop(PolicyTask(), POLICY, root / "ddp")
     task = PolicyTask()
     run_loop(task, POLICY, root / "fsdp", sharded=True)
@@ -102,6 +102,7 @@ def run_everything(root: Path) -> None:
         "process 1 .*lr.*seed", run_loop, FixedNoiseRegression(), other_settings, root, seed=rank
     )
     run_loop(NonFiniteRegression(bad_steps={7}), REGRESSION, root / "skipped")
+    # The first process says what is wrong; the other ones end without a message.
     with pytest.raises(SpearError if rank == 0 else SystemExit) as end:
         one_skipped = replace(REGRESSION, max_skipped=1)
         run_loop(NonFiniteRegression(bad_steps={7, 8}), one_skipped, root / "too-many")

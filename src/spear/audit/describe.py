@@ -181,7 +181,8 @@ def describe(path: str | Path) -> dict[str, Any]:
         features = {name: item.component_names for name, item in folder.info.features.items()}
         if is_own_format(features):
             return _describe_own_format(folder)
-    split = next(iter(count_episodes(path)))
+    num_episodes_of_split = count_episodes(path)
+    split = next(iter(num_episodes_of_split))  # the first
     rate_hz = folder.info.fps if isinstance(folder, LeRobotFolder) else DEFAULT_RATE_HZ
     episodes = _read_episodes(folder, split, path)
     proposal = _Proposal()
@@ -204,8 +205,8 @@ def describe(path: str | Path) -> dict[str, Any]:
             proposal.fields["rotation_format"] = rotation_format
             proposal.facts["rotation_format"] = "by the names of its components"
 
-    free_numbers = _free_numbers(columns, used_ranges, joint_names)
-    _describe_gripper(columns, free_numbers, rate_hz, proposal)
+    unused_numbers = _find_unused_numbers(columns, used_ranges, joint_names)
+    _describe_gripper(columns, unused_numbers, rate_hz, proposal)
     return proposal.to_dict()
 
 
@@ -358,7 +359,7 @@ def _make_joint_name_finder(folder: Dataset) -> JointNames:
     return find_joint_names
 
 
-def _free_numbers(
+def _find_unused_numbers(
     columns: Columns, used_ranges: Sequence[ColumnRange], joint_names: JointNames
 ) -> list[ColumnRange]:
     """List the single numbers that are neither joints nor used for positions and rotations."""
@@ -832,20 +833,20 @@ def _rank_fits(fits: Sequence[Fit]) -> list[Fit]:
 
 
 def _describe_gripper(
-    columns: Columns, free_numbers: Sequence[ColumnRange], rate_hz: float, proposal: _Proposal
+    columns: Columns, unused_numbers: Sequence[ColumnRange], rate_hz: float, proposal: _Proposal
 ) -> None:
-    """Propose the gripper: the free number that follows a command best, and which end is open.
+    """Propose the gripper: the unused number that follows a command best, and which end is open.
 
     Args:
         columns: the columns that may be measurements or commands.
-        free_numbers: single numbers that are not used for the motion of the arm.
+        unused_numbers: single numbers that are not used for the motion of the arm.
         rate_hz: steps per second.
         proposal: the proposal to be completed.
     """
     values: dict[ColumnRange, list[Array]] = {}  # number → its readings [T] in each episode
-    for number in free_numbers:
+    for number in unused_numbers:
         values[number] = [readings[:, 0] for readings in number.values(columns)]
-    moving = [number for number in free_numbers if np.ptp(np.concatenate(values[number])) > 0]
+    moving = [number for number in unused_numbers if np.ptp(np.concatenate(values[number])) > 0]
     commands = [number for number in moving if "action" in number.column]
     states = [number for number in moving if "action" not in number.column]
     pairs = []  # (strongest correlation over all delays, state, command)

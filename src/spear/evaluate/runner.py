@@ -188,8 +188,9 @@ class _Evaluation(Generic[Track]):
     def films_at_once(self) -> bool:
         """Whether each film is made when its episode ends, so that its track can be deleted.
 
-        Tracks of many episodes would need much memory, because in SIMPLER a track has the image of
-        each step.
+        So it is if `videos` is "all" or "failures": whether an episode is filmed is then known when
+        it ends. Tracks of many episodes would need much memory, because in SIMPLER a track has the
+        image of each step.
         """
         return isinstance(self.options.videos, str)
 
@@ -217,8 +218,8 @@ class _Evaluation(Generic[Track]):
     ) -> dict[int, Track]:
         """Run the missing episodes, and add their outcomes to `outcomes` and to the journal.
 
-        A group of which some episodes are missing is run as a whole, because its episodes end as
-        they would have ended without the interruption only if they run together.
+        A group of which some episodes are missing is run as a whole. Only if its episodes run
+        together do they end as they would have ended without the interruption.
 
         Returns:
             Seed → track, for the episodes that were run and of which no film was made yet.

@@ -63,7 +63,7 @@ class Item(NamedTuple):
         path: The file or folder that contains the image.
         location: Where the image is in the file or folder; None for a file with one image.
         stamp: Sizes and modification times of the file or folder (`compute_stamp`). While the stamp
-            is the same, so is the image. None where nothing can change.
+            is the same, so is the image. None for images that are rendered, which never change.
     """
 
     key: str

@@ -417,9 +417,9 @@ class _RMSNorm(torch.autograd.Function):
         width = rows.shape[-1]
         grad_rows = grad.reshape(rows.shape).to(rows.dtype)
 
-        # We use the fused backward of LayerNorm, with a mean of 0. LayerNorm's gradient has one
-        # term that an RMSNorm's has not, the gradient through the mean: minus the mean over the
-        # width of grad · scale / rms. It is subtracted there, so we add it again.
+        # We use the fused backward of LayerNorm, with a mean of 0. It subtracts the gradient
+        # through the mean, which is the mean over the width of grad · scale / rms. An RMSNorm has
+        # no mean, so we add that term again.
         output_mask = [ctx.needs_input_grad[0], ctx.needs_input_grad[1], False]
         mean = torch.zeros_like(inverse_rms)
         grad_x, grad_scale, _ = torch.ops.aten.native_layer_norm_backward(

@@ -37,9 +37,9 @@ MAX_GEOMS = 600  # the largest number of MuJoCo geoms in a scene
 _UNIT_CORNERS = np.array(list(itertools.product((0, 1), repeat=3)))  # [8, 3], of the unit cube
 
 _ALL_RENDERERS: list["Renderer"] = []
-"""Keeps all renderers alive. When MuJoCo deletes a context, it deletes the context's buffers by
-their numbers in whichever context is current. Other contexts use the same numbers, so another
-renderer would lose its buffers and draw nothing but its background."""
+"""Keeps all renderers alive. When a renderer is deleted, MuJoCo deletes its buffers by their
+numbers in the OpenGL context that is current, which may be another renderer's. That one has buffers
+of the same numbers, so it would lose them and draw nothing but its background."""
 _THREAD = threading.local()  # its attribute `renderer` is each thread's own renderer
 
 

@@ -47,7 +47,7 @@ def hash_file_ends(folders: Iterable[Path], patterns: Sequence[str], prefix: byt
         for pattern in patterns:
             paths += list_files_recursively(folder, pattern)
         paths.sort()
-        stride = 1 + len(paths) // MAX_LARGE_FILES_READ  # every stride-th large file is read
+        stride = 1 + len(paths) // MAX_LARGE_FILES_READ  # of all files; a small one is always read
         for number, path in enumerate(paths):
             num_bytes = path.stat().st_size
             digest.update(f"{path.relative_to(folder)} {num_bytes}".encode())

@@ -75,7 +75,7 @@ def add_shard(episodes: Sequence[Episode], folder: Path, note: Mapping[str, str]
     temporary_images = temporary.with_suffix(".images")
     try:
         with report_write_errors(folder):
-            write_shard(temporary, episodes, note)
+            write_shard(temporary, episodes, note)  # and its images, beside it
             # Linking fails if the name exists, so no two processes get the same number.
             for number in itertools.count(len(list_shards(folder))):
                 target = folder / f"episodes-{number:05d}.arrow"

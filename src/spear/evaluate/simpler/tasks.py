@@ -22,8 +22,8 @@ CAMERA_SIZE = (640, 480)  # width and height of the camera's images, px
 FINGER_CLOSED_M = 0.015  # position of each finger's joint when the gripper is closed
 FINGER_OPEN_M = 0.037  # position of each finger's joint when the gripper is open
 
-# A start off the grid differs from every official start: an object lies farther away, or the object
-# to move is turned by a larger angle.
+# A start off the grid differs from every official start: an object lies at least this far from its
+# official position, or the object to move is turned by at least this angle.
 MIN_START_OFFSET_M = 0.01
 MIN_START_TURN_RAD = math.radians(10)
 MAX_START_TURN_RAD = math.pi / 4  # largest rotation from an official orientation

@@ -40,11 +40,11 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-MAX_ROWS = 16  # tokens of all batch rows; the height of one product of the tensor cores
+MAX_ROWS = 16  # tokens of a batch, together; the height of one product of the tensor cores
 
 # The block sizes are our choice: the fastest of those tried on an H200.
 OUTPUTS_PER_PROGRAM = tl.constexpr(8)  # output columns of a program with one matrix product
-PAIRED_OUTPUTS_PER_PROGRAM = tl.constexpr(16)  # output columns per product, in programs with two
+PAIRED_OUTPUTS_PER_PROGRAM = tl.constexpr(16)  # output columns of each product, if there are two
 KEYS_PER_PROGRAM = tl.constexpr(32)  # keys that one program attends to
 INPUTS_PER_STEP = tl.constexpr(256)  # input columns that a program multiplies per loop iteration
 NUM_WARPS = tl.constexpr(4)  # warps per program

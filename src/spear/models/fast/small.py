@@ -103,6 +103,7 @@ class SmallLayerStack(LayerStack):
         out = out.unflatten(1, (-1, 2, half))  # [D, heads, 2, d / 2]
         out = out.transpose(2, 3).flatten(1)  # [D, heads · d]
 
+        # Inputs are divided by their Euclidean norm, which is √width times the rms of RMSNorm.
         sqrt_width = math.sqrt(query.shape[1])
         attention_norm_scale = compute_norm_scale(layer.input_layernorm) * sqrt_width
         mlp_norm_scale = compute_norm_scale(layer.post_attention_layernorm) * sqrt_width

@@ -259,17 +259,17 @@ class StoredCheckpoint:
         Raises:
             SpearError: Two weights get the same name.
         """
-        # If two weights get the same name, `names` has only the second of them.
-        names = {rename_prefixes(stored, rules): stored for stored in self.weights}
-        duplicates = self.weights.keys() - names.values()
-        if duplicates:
-            first = min(duplicates)
-            second = names[rename_prefixes(first, rules)]
+        # If two weights get the same name, the second replaces the first in `stored_names`.
+        stored_names = {rename_prefixes(stored, rules): stored for stored in self.weights}
+        replaced = self.weights.keys() - stored_names.values()
+        if replaced:
+            first = min(replaced)
+            second = stored_names[rename_prefixes(first, rules)]
             raise SpearError(
                 f"{first} and {second} in {self.folder} are one weight under two names. Remove "
                 "one of them."
             )
-        return names
+        return stored_names
 
     def digest(self) -> str:
         """A hash of the names, the shapes and the last values of all weights.
