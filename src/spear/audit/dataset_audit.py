@@ -93,15 +93,23 @@ STORE_LAYOUT = DatasetLayout(
 MAX_EPISODES = 50  # the audit reads at most so many episodes
 MAX_STEPS = 3000  # the audit reads no further episode after so many steps
 MAX_VIEWED_EPISODES = 12  # the images of the first so many episodes are decoded
-MAX_BAD_SHARE = 0.5  # share of unreadable episodes above which the audit fails
+# If a larger share of the episodes is unreadable, the rest says little about the dataset: give up.
+MAX_BAD_SHARE = 0.5
 # A hypothesis is worse than the best one if its relative error (error ÷ motion) is larger by this.
 MIN_MARGIN = 0.01
 MAX_UNEXPLAINED = 1 / 3  # if even the best hypothesis has a larger relative error, none is believed
 MIN_MOTION = {"translation": 2e-3, "rotation": np.radians(0.5)}
 """Mean motion since the start of a stretch (m, rad) below which there is too little to judge."""
-MAX_UNEXPLAINED_OF_EPISODE = (0.5, 1.0)
-"""An episode is odd if its relative error is above ten times the median of all episodes. That limit
-is clipped to these two values, the smallest and the largest limit."""
+ODD_EPISODE_FACTOR = 10
+"""An episode is odd if its relative error is above so many times the median of all episodes."""
+MIN_ODD_EPISODE_LIMIT = 0.5
+"""An episode with a smaller relative error is not odd, however small the median is."""
+MAX_ODD_EPISODE_LIMIT = 1.0
+"""An episode with a larger relative error is odd, however large the median is: its actions predict
+the motion worse than standing still would."""
+MIN_SHARE_OF_MEAN_MOTION = 1 / 4
+"""Episodes with a smaller share of the episodes' mean motion are not called odd, because in them
+small errors are a large part of the motion."""
 NUM_RESAMPLES = 1000  # draws of the bootstrap
 MIN_DIVISOR = 1e-12  # prevents a division by zero where nothing moves
 
@@ -229,7 +237,8 @@ def audit(path: str | Path, split: str | None = None, layout_file: Path | None =
     Raises:
         SpearError: the layout names no logged actions, or no readable episode has five steps.
     """
-    split = split or next(iter(count_episodes(path)))
+    if split is None:
+        split = next(iter(count_episodes(path)))  # the name of the first split
     layout = find_logged_layout(path, layout_file)
     report = _audit_numbers(path, split, layout)
     cameras = check_cameras(summarize_cameras(path, split, layout))
@@ -271,8 +280,10 @@ def _read_first_recordings(
     skipped = SkippedItems(MAX_BAD_SHARE)
     recordings: list[Recording] = []
     num_steps = 0
-    sources = read_episode_steps(path, split, ())
-    for recording in convert_episodes(sources, partial(make_recording, layout=layout), skipped):
+    raw_episodes = read_episode_steps(path, split, images=())
+    for recording in convert_episodes(
+        raw_episodes, partial(make_recording, layout=layout), skipped
+    ):
         recordings.append(recording)
         num_steps += len(recording.position)
         if len(recordings) == MAX_EPISODES or num_steps > MAX_STEPS:
@@ -334,6 +345,8 @@ def _check_rotation_format(report: Report, layout_format: str) -> list[Check]:
     rotation = best.get("rotation")
 
     if layout_format in TRUSTED_FORMATS:
+        # The caller excluded unmistakable formats, so this one is angles, which may be in the other
+        # order.
         is_order_known = can_tell_euler_order(translation, rotation)
         other_formats = [] if is_order_known else ["euler_xyz"]
     else:
@@ -368,8 +381,8 @@ def summarize_cameras(
     """
     views: dict[str, list[View | None]] = {camera: [] for camera in layout.images}
     skipped = SkippedItems(MAX_BAD_SHARE)
-    sources = read_episode_steps(path, split, list(layout.images.values()))
-    for source, steps in itertools.islice(sources, MAX_VIEWED_EPISODES):
+    raw_episodes = read_episode_steps(path, split, list(layout.images.values()))
+    for source, steps in itertools.islice(raw_episodes, MAX_VIEWED_EPISODES):
         try:
             if isinstance(steps, SpearError):
                 raise steps
@@ -439,6 +452,7 @@ def read_episode_steps(path: str | Path, split: str, images: Sequence[str] | Non
     needs_images = images is None or len(images) > 0
     read_episode = store.__getitem__ if needs_images else store.without_images
     episodes = map(read_episode, range(len(store)))
+    # The attributes of a store's episode have the names of columns in `STORE_LAYOUT`.
     return ((episode.source, vars(episode)) for episode in episodes)
 
 
@@ -499,7 +513,7 @@ def make_recording(steps: Steps, layout: DatasetLayout, source: str) -> Recordin
     return Recording(
         source=source,
         position=position,
-        rotation=_choose_rotation_to_judge(rotation, rotation_format, layout, source),
+        rotation=_convert_for_hypotheses(rotation, rotation_format, layout, source),
         translation=logged_translation,
         turn=logged_rotation,
         valid=is_valid,
@@ -535,12 +549,20 @@ def _check_shape(
     )
 
 
-def _choose_rotation_to_judge(
+def _convert_for_hypotheses(
     rotation: Array, rotation_format: RotationFormat, layout: DatasetLayout, source: str
 ) -> Array:
-    """Convert recorded orientations [T, d] to what hypotheses can read.
+    """Convert recorded orientations to what hypotheses can read.
 
-    Trusted formats become quaternions [T, 4], others stay as they are.
+    Args:
+        rotation: [T, d] orientations as `read_pose` returns them.
+        rotation_format: their format, which is that of the layout except for "franka_joints", where
+            `read_pose` computes quaternions from joint angles.
+        layout: the dataset's layout.
+        source: names the episode in errors.
+
+    Returns:
+        Quaternions [T, 4] for trusted formats; otherwise `rotation` without changes.
     """
     quaternions = to_quaternion(rotation, rotation_format, source)
     if layout.rotation_format == "franka_joints":
@@ -622,10 +644,12 @@ def _check_odd_episodes(action_part: ActionPart, num_episodes: int) -> list[Chec
     if fit is None or action_part.note or action_part.verdict == "wrong":
         return []
     relative_errors = fit.error / fit.motion.clip(MIN_DIVISOR)  # [episodes]
-    min_limit, max_limit = MAX_UNEXPLAINED_OF_EPISODE
-    limit = np.clip(10 * np.median(relative_errors), min_limit, max_limit)
-    # In an episode with hardly any motion, small errors are a large part of it.
-    has_motion = fit.motion > fit.motion.mean() / 4
+    limit = np.clip(
+        ODD_EPISODE_FACTOR * np.median(relative_errors),
+        MIN_ODD_EPISODE_LIMIT,
+        MAX_ODD_EPISODE_LIMIT,
+    )
+    has_motion = fit.motion > MIN_SHARE_OF_MEAN_MOTION * fit.motion.mean()
     is_odd = (relative_errors > limit) & has_motion
     num_odd = int(is_odd.sum())
     if not num_odd:

@@ -184,7 +184,7 @@ def describe(path: str | Path) -> dict[str, Any]:
     num_episodes_of_split = count_episodes(path)
     split = next(iter(num_episodes_of_split))  # the first
     rate_hz = folder.info.fps if isinstance(folder, LeRobotFolder) else DEFAULT_RATE_HZ
-    episodes = _read_episodes(folder, split, path)
+    episodes = _read_first_episodes(folder, split, path)
     proposal = _Proposal()
 
     proposal.fields["images"] = _describe_cameras(folder.read_steps(split), proposal, rate_hz)
@@ -226,7 +226,7 @@ def _describe_own_format(folder: LeRobotFolder) -> dict[str, Any]:
     return layout
 
 
-def _read_episodes(folder: Dataset, split: str, path: str | Path) -> list[dict[str, Any]]:
+def _read_first_episodes(folder: Dataset, split: str, path: str | Path) -> list[dict[str, Any]]:
     """Read the columns of the first good episodes.
 
     Episodes are left out if their columns are not the same as those of most episodes.
@@ -470,6 +470,7 @@ def _describe_motion(
     Returns:
         The ranges of numbers that the proposal uses.
     """
+    # These keys are open (None) until a value is found, here or in `_describe_gripper`.
     keys = ("position", "rotation", "rotation_format", "gripper", "gripper_range")
     proposal.fields |= dict.fromkeys(keys)
     candidates = _find_candidates(columns, rate_hz, joint_names)
@@ -481,7 +482,7 @@ def _describe_motion(
         )
         return []
 
-    tied = _best_candidates(candidates)
+    tied = _select_best_candidates(candidates)
     best = tied[0]
     translation_fit = _describe_position(best, tied, columns, rate_hz, proposal)
     if best.rotation is None or best.action_rotation is None:
@@ -493,7 +494,9 @@ def _describe_motion(
         fit_rotations, best.position, best.rotation, best.action_rotation, columns, rate_hz
     )
     proposal.fields["rotation"] = best.rotation.name(columns)
-    proposal.facts["rotation"] = _explain(best.action_rotation.name(columns), rotation_fits[0])
+    proposal.facts["rotation"] = _explain_choice(
+        best.action_rotation.name(columns), rotation_fits[0]
+    )
     _describe_rotation_format(
         best.rotation.values(columns), rotation_fits, translation_fit, proposal
     )
@@ -503,7 +506,7 @@ def _describe_motion(
     return [best.position, best.action_translation, best.rotation, best.action_rotation]
 
 
-def _find_triples(columns: Columns, joint_names: JointNames) -> list[ColumnRange]:
+def _list_triples(columns: Columns, joint_names: JointNames) -> list[ColumnRange]:
     """List every three neighboring numbers of a column that are not joints."""
     triples = []
     for name, episodes in columns.items():
@@ -520,7 +523,7 @@ def _find_candidates(columns: Columns, rate_hz: float, joint_names: JointNames) 
     Orientations and the actions that rotate are only sought for the best candidates of positions,
     because trying all combinations would take too long.
     """
-    triples = _find_triples(columns, joint_names)
+    triples = _list_triples(columns, joint_names)
     translations = [triple for triple in triples if "action" in triple.column]
     positions = [triple for triple in triples if "action" not in triple.column]
     few_episodes = {name: episodes[:MAX_SEARCH_EPISODES] for name, episodes in columns.items()}
@@ -531,7 +534,9 @@ def _find_candidates(columns: Columns, rate_hz: float, joint_names: JointNames) 
     for position, translation in itertools.product(positions, translations):
         rotations: list[ColumnRange | None] = []
         rotations += _find_orientations_near(position, columns, joint_names)
-        for rotation in rotations or [None]:
+        if not rotations:
+            rotations = [None]  # a candidate without orientations
+        for rotation in rotations:
             fits = _find_best_fits(
                 fit_translations, position, rotation, translation, few_episodes, rate_hz
             )
@@ -556,7 +561,7 @@ def _find_candidates(columns: Columns, rate_hz: float, joint_names: JointNames) 
                 rate_hz,
             )
             if fits:
-                # The rotations' own part takes the place of the part without rotations.
+                # The relative error of the rotations replaces the number that stood for it.
                 unexplained_translations = candidate.unexplained - UNEXPLAINED_WITHOUT_ROTATIONS
                 unexplained = unexplained_translations + fits[0].relative_error
                 candidates.append(
@@ -565,7 +570,7 @@ def _find_candidates(columns: Columns, rate_hz: float, joint_names: JointNames) 
     return candidates
 
 
-def _best_candidates(candidates: Sequence[_Candidate]) -> list[_Candidate]:
+def _select_best_candidates(candidates: Sequence[_Candidate]) -> list[_Candidate]:
     """Select the candidates that explain about as much as the best one, sorted by their columns.
 
     If some of them have orientations of more than three numbers, only these are selected.
@@ -622,7 +627,7 @@ def _describe_position(
         proposal.fields["logged_translation_unit"] = round_to_known_unit(
             meters_per_logged_unit, LENGTH_UNITS
         )
-    fact = _explain(best.action_translation.name(columns), fit)
+    fact = _explain_choice(best.action_translation.name(columns), fit)
     rivals = {candidate.position.name(columns) for candidate in tied}
     rivals.remove(best.position.name(columns))
     if rivals:
@@ -675,7 +680,7 @@ def _describe_logged_frame(rotation_fit: Fit, translation_fit: Fit, proposal: _P
         proposal.fields["logged_rotation_frame"] = rotation_frame
 
 
-def _explain(name: str, fit: Fit) -> str:
+def _explain_choice(name: str, fit: Fit) -> str:
     """Say in words why logged actions were chosen.
 
     Args:
@@ -908,7 +913,10 @@ def _judge_free_gripper(episodes: Sequence[Array], low: float, high: float) -> t
 
 
 def _find_range_ends(values: Sequence[Array]) -> tuple[float, float]:
-    """Return the smallest and the largest reading; 0 and 1 if the readings nearly span these."""
+    """Return the smallest and the largest reading, each rounded to four digits.
+
+    If the readings nearly span 0 to 1, the ends are 0 and 1.
+    """
     readings = np.concatenate(values)
     low = float(f"{np.min(readings):.4g}")
     high = float(f"{np.max(readings):.4g}")

@@ -38,7 +38,8 @@ DELAYS = (-1, 0, 1, 2)  # steps; with a delay d, action t - d leads from state t
 MAX_STRETCH_STEPS = 20  # over longer stretches, small errors add up and hide the large ones
 MIN_EPISODES_TO_RESAMPLE = 8  # with fewer, the bootstrap draws stretches instead of episodes
 MAX_NEAR_UNIT_OCTAVES = 0.5  # a fitted unit within a factor of 2^0.5 of a known unit is that unit
-MIN_TURN_DIFFERENCE = 0.1  # fraction of the rotation by which the rotations by two formats differ
+# Two formats turn the gripper differently if their rotations differ by this fraction of a rotation.
+MIN_TURN_DIFFERENCE = 0.1
 
 SIGNS: dict[str, Array] = {}
 """Signs of the x, y and z components, such as "+-+" → their factors, such as (1, -1, 1)."""
@@ -125,7 +126,7 @@ class Stretches:
     rows                [n, L + 1] the row of each state of each stretch. Shorter stretches are
                         padded by repeating their last row.
     is_step             [n, L] whether a step is real, and not padding.
-    unit                [n] the unit of resampling to which each stretch belongs.
+    resampling_unit     [n] index of the unit of resampling to which each stretch belongs.
     are_units_episodes  whether the units of resampling are episodes. If there are few episodes,
                         each stretch is a unit.
     """
@@ -148,16 +149,15 @@ class Stretches:
         self.num = len(rows)
         self.rows = np.array(rows, int).reshape(-1, MAX_STRETCH_STEPS + 1)
         self.is_step = np.array(is_step, bool).reshape(-1, MAX_STRETCH_STEPS)
-        # What is resampled as a whole, a unit, is an episode, or a stretch if episodes are few.
         self.are_units_episodes = len(set(episodes)) >= MIN_EPISODES_TO_RESAMPLE
         if self.are_units_episodes:
             # Number the episodes that have stretches from 0, without gaps.
-            _, self.unit = np.unique(episodes, return_inverse=True)
+            _, self.resampling_unit = np.unique(episodes, return_inverse=True)
         else:
-            self.unit = np.arange(self.num)
-        num_units = self.unit.max(initial=-1) + 1
-        # [n, U] bool: a product with it sums over the stretches of each unit.
-        self._membership = self.unit[:, None] == np.arange(num_units)
+            self.resampling_unit = np.arange(self.num)
+        num_units = self.resampling_unit.max(initial=-1) + 1
+        # [n, U] bool: a product with it sums over the stretches of each unit of resampling.
+        self._membership = self.resampling_unit[:, None] == np.arange(num_units)
 
     def action_rows(self, delay: int) -> Array:
         """Return the row of the action that leads from each state to the next, [n, L].
@@ -298,13 +298,15 @@ def find_formats_that_turn_otherwise(
     quaternions, _ = convert_to_quaternions(np.concatenate(rotations))
     episode_ends = np.cumsum([len(values) for values in rotations])[:-1]
     layout_turns = _compute_turns_within_episodes(quaternions[layout_format], episode_ends)
-    mean_turn_rad = _angle(layout_turns[:, 0]).mean()  # from the quaternions' scalar parts
+    # The scalar part of a rotation's quaternion is its scalar product with "no rotation".
+    mean_turn_rad = _compute_angle_rad(layout_turns[:, 0]).mean()
+    # The 1e-6 rad are rounding errors, which differ by format even if nothing rotates.
     min_difference_rad = MIN_TURN_DIFFERENCE * mean_turn_rad + 1e-6
 
     differing_formats = []
     for name in other_formats:
         turns = _compute_turns_within_episodes(quaternions[name], episode_ends)
-        difference_rad = _angle((layout_turns * turns).sum(-1))  # one per pair of steps
+        difference_rad = _compute_angle_rad((layout_turns * turns).sum(-1))  # one per pair of steps
         if difference_rad.mean() > min_difference_rad:
             differing_formats.append(name)
     return differing_formats
@@ -588,12 +590,12 @@ def _summarize_recorded_rotations(rotation: Array, stretches: Stretches) -> _Rec
     motion_ee = quat_multiply(inverse_start, orientation[:, :, 1:])
     motion_base = quat_multiply(orientation[:, :, 1:], inverse_start)
     # The scalar part of a rotation's quaternion is its scalar product with "no rotation".
-    motion_size = stretches.sum_per_unit(_angle(motion_ee[..., 0].numpy()))
+    motion_size = stretches.sum_per_unit(_compute_angle_rad(motion_ee[..., 0].numpy()))
 
     single_steps = quat_multiply(quat_conjugate(orientation[:, :, :-1]), orientation[:, :, 1:])
     step_sizes = []  # one per format
     for scalar_parts in single_steps[..., 0].numpy():
-        angles = _angle(scalar_parts)[stretches.is_step]
+        angles = _compute_angle_rad(scalar_parts)[stretches.is_step]
         step_sizes.append(np.sqrt((angles**2).mean()))
     # A wrong format makes the motion rough, so the format with the smallest steps is believed.
     rms_step_rad = float(min(step_sizes))
@@ -640,8 +642,8 @@ def fit_rotations(
             delay: `Hypothesis.delay_steps` of the fits.
         """
         # Scalar products of quaternions, each of which gives the angle between two rotations.
-        cosine = torch.einsum("knlc,snlc->sknl", predicted, observed).numpy()
-        errors = stretches.sum_per_unit(_angle(cosine))  # [S, K, U] rad
+        scalar_products = torch.einsum("knlc,snlc->sknl", predicted, observed).numpy()
+        errors = stretches.sum_per_unit(_compute_angle_rad(scalar_products))  # [S, K, U] rad
         for s, state_format in enumerate(recorded.formats):
             for k, index in enumerate(indices):
                 hypothesis = hypotheses[index]._replace(
@@ -707,9 +709,9 @@ def _integrate_rotations(deltas: torch.Tensor) -> tuple[torch.Tensor, torch.Tens
     return torch.stack(about_ee, 2), torch.stack(about_base, 2)
 
 
-def _angle(cosine: Array) -> Array:
-    """Compute the angle between two orientations, rad, from their quaternions' scalar product."""
-    return 2 * np.arccos(np.minimum(np.abs(cosine), 1))
+def _compute_angle_rad(scalar_product: Array) -> Array:
+    """Compute the angle between two orientations from their quaternions' scalar product."""
+    return 2 * np.arccos(np.minimum(np.abs(scalar_product), 1))
 
 
 def _interpret_logged_rotations(
@@ -785,13 +787,13 @@ def _fit_added_angles(
     factors = SIGN_FACTORS * scale_factors[:, None, None]  # [scales, 8, 3]
     reached = _to_tensor(start + total * factors[:, :, None, None])  # [scales, 8, n, L, 3] rad
 
-    cosines = []  # per state format: [scales, 8, n, L]
+    scalar_products = []  # per state format: [scales, 8, n, L]
     for name, orientation in zip(recorded.formats, recorded.orientation, strict=True):
         predicted = _to_quaternions(name, reached)  # [scales, 8, n, L, 4]
-        cosines.append((predicted * orientation[:, 1:]).sum(-1))
+        scalar_products.append((predicted * orientation[:, 1:]).sum(-1))
     # Flattened in the order of `cases` below: scale, state format, signs.
-    all_cosines = torch.stack(cosines, 1).flatten(end_dim=2).numpy()  # [scales · S · 8, n, L]
-    errors = stretches.sum_per_unit(_angle(all_cosines))  # [scales · S · 8, U]
+    all_products = torch.stack(scalar_products, 1).flatten(end_dim=2)  # [scales · S · 8, n, L]
+    errors = stretches.sum_per_unit(_compute_angle_rad(all_products.numpy()))  # [scales · S · 8, U]
 
     num_steps = int(stretches.is_step.sum())
     cases = itertools.product(tested_scales, enumerate(recorded.formats), SIGNS)

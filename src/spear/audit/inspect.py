@@ -128,7 +128,8 @@ def _inspect_dataset(folder: Dataset) -> str:
             texts.extend(episode.tasks)
         cameras = _list_lerobot_cameras(folder)
         axes = {
-            _column_name(n): feature.component_names for n, feature in folder.info.features.items()
+            _to_column_name(n): feature.component_names
+            for n, feature in folder.info.features.items()
         }
     else:
         title = f"an RLDS dataset, {folder.name} {folder.version}".rstrip()
@@ -151,7 +152,7 @@ def _inspect_dataset(folder: Dataset) -> str:
     return "\n".join(escape_control_characters(line) for line in lines)
 
 
-def _column_name(feature_name: str) -> str:
+def _to_column_name(feature_name: str) -> str:
     """Convert a LeRobot feature's name to the form that layouts use."""
     return feature_name.replace(".", "/")
 
@@ -174,7 +175,7 @@ def _list_lerobot_cameras(folder: LeRobotFolder) -> list[str]:
         kind = "images in video" if feature.dtype == "video" else "images"
         size = " x ".join(map(str, feature.shape))
         depth = ", depth: not read" if feature.is_depth else ""
-        lines.append(f"  {_column_name(name):<34} {kind}, {size}{depth}")
+        lines.append(f"  {_to_column_name(name):<34} {kind}, {size}{depth}")
     return lines
 
 
