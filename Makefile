@@ -1,6 +1,6 @@
 # make demo        sets up .venv with what a demo needs and does the main job: one HTML page, images -> 3D -> actions
 # make test        sets up .venv with everything and passes linter, type checker and tests
-# make test-slow   the tests that take half a minute or more each, which `make test` leaves out
+# make test-slow   the tests that take some seconds or more each, which `make test` leaves out
 # make test-avx2   the tests that compute, once more as an older processor would
 # make docs        builds the documentation as a site with search: site/index.html
 PYTHON ?= python3

@@ -200,6 +200,7 @@ def test_bad_episodes_are_refused_before_the_work(
 
 
 @pytest.mark.usefixtures("small_demo")
+@pytest.mark.slow
 def test_real_episodes_are_learned_and_scored(shared: Path, tmp_path: Path) -> None:
     data = shared / "data/bridge_v2_sample"
 

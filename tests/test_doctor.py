@@ -14,6 +14,7 @@ from spear.models.presets import get_preset
 from spear.train.memory import MemoryEstimate
 
 
+@pytest.mark.slow
 def test_everything_agrees_on_this_machine(tmp_path: Path, run_command: Command) -> None:
     page = tmp_path / "doctor.html"
 

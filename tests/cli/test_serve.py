@@ -80,6 +80,7 @@ def test_a_folder_with_other_files_is_not_recorded_into(
     assert f"{tmp_path} contains other files" in message
 
 
+@pytest.mark.slow
 def test_a_session_with_the_command_is_recorded(tmp_path: Path) -> None:
     """The server is stopped as a service is, by SIGTERM."""
     folder = tmp_path / "recordings"

@@ -299,6 +299,7 @@ Policy = HomingPolicy
 """
 
 
+@pytest.mark.slow
 def test_a_server_without_open_files_says_it_once_and_goes_on() -> None:
     with (
         tempfile.TemporaryFile() as stderr,

@@ -117,6 +117,7 @@ class TestDisturbedEpisodes:
         assert turns_rad[masks].max() < MAX_EXPERT_TURN_RAD
 
 
+@pytest.mark.slow
 def test_processes_share_the_work_without_changing_it() -> None:
     tasks = [("stack_cube", FIRST_TRAIN_SEED), ("put_in_basket", FIRST_TRAIN_SEED + 3)]
 

@@ -393,6 +393,7 @@ def policy_inputs(tmp_path: Path) -> TrainingInputs:
     return TrainingInputs(episodes=[("it", store, 1.0)], init=locate("nano"))
 
 
+@pytest.mark.slow
 def test_a_policy_keeps_its_longest_delay_until_a_recipe_has_another(
     policy_inputs: TrainingInputs, tmp_path: Path
 ) -> None:
@@ -405,6 +406,7 @@ def test_a_policy_keeps_its_longest_delay_until_a_recipe_has_another(
         inputs = dataclasses.replace(inputs, init=tmp_path / "out")
 
 
+@pytest.mark.slow
 def test_a_policy_keeps_its_action_reference_until_a_recipe_has_another(
     policy_inputs: TrainingInputs, tmp_path: Path
 ) -> None:

@@ -154,6 +154,7 @@ def test_peft_reads_the_adapter_and_merges_it_to_the_same_weights(
             torch.testing.assert_close(merged[name], value, rtol=1e-6, atol=1e-7)
 
 
+@pytest.mark.slow
 def test_a_stopped_run_continues_bit_for_bit(
     trained: Path, trained_weights: dict[str, torch.Tensor], store: EpisodeStore, tmp_path: Path
 ) -> None:

@@ -127,7 +127,11 @@ def measure_peak_bytes(recipe: Recipe) -> tuple[Stepper, int]:
 
 
 @pytest.mark.parametrize(
-    "changes", [{"gradient_checkpointing": True}, {"frozen": ("vlm",), "frozen_precision": "bf16"}]
+    "changes",
+    [
+        pytest.param({"gradient_checkpointing": True}, marks=pytest.mark.slow),
+        {"frozen": ("vlm",), "frozen_precision": "bf16"},
+    ],
 )
 def test_the_estimate_is_what_the_allocator_gives_out(changes: dict[str, Any]) -> None:
     recipe = RECIPE.with_changes(preset="tiny", **changes)

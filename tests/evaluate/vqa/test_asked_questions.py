@@ -43,6 +43,7 @@ def example_misses() -> list[ListedQuestion]:
 
 
 @pytest.mark.parametrize("group", GROUPS)
+@pytest.mark.slow
 def test_the_examples_are_understood_when_they_are_cross_validated(
     group: str, example_misses: list[ListedQuestion]
 ) -> None:
