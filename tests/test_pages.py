@@ -21,10 +21,6 @@ ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 
-UNMARKED_PAGES = ("nano.md", "shifts.md", "diagnose.md", "robot-fails.md")
-"""Pages that mark no block yet."""
-
-
 def is_in_every_run(block: Block) -> bool:
     """Return whether the quick tests run a block."""
     return block.is_tested and not block.is_slow
@@ -93,8 +89,6 @@ def test_all_tested_commands_print_what_the_page_shows(
 
 @pytest.mark.parametrize("page", PAGES, ids=name_page)
 def test_a_command_is_tested_or_says_what_it_needs(page: Path) -> None:
-    if page.name in UNMARKED_PAGES:
-        pytest.skip("the page marks no block yet")
     for block in read_blocks(page):
         if block.language == "sh":
             advice = f"mark it as tested, or begin it with `# needs …` or `# takes …`: {block.code}"
