@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from spear.data.store.prepare import open_store
+from spear.data.store.prepare import open_or_prepare_store
 from spear.evaluate.agents import PolicyAgent
 from spear.evaluate.open_loop import build_observations
 from spear.geometry import quat_multiply
@@ -160,7 +160,7 @@ def measure_acting(policy: Spear1Policy) -> None:
 def iterate_observations(data: str, split: str) -> Iterator[dict[str, Any]]:
     """The observations of all steps of a dataset, with the external camera."""
     with TemporaryDirectory() as scratch:
-        store, _ = open_store(Path(data), Path(scratch), split)
+        store, _ = open_or_prepare_store(Path(data), Path(scratch), split)
         for episode in store:
             yield from build_observations(episode, ["external"])
 

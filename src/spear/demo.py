@@ -14,7 +14,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from spear.data.readers.formats import count_episodes, get_dataset_name
 from spear.data.store.episode_store import EpisodeStore
-from spear.data.store.prepare import open_store
+from spear.data.store.prepare import open_or_prepare_store
 from spear.errors import SpearError
 from spear.evaluate import closed_loop, film, open_loop
 from spear.evaluate.agents import ExpertAgent, IdleAgent, PolicyAgent
@@ -271,6 +271,6 @@ def _split_episodes(source: Path, out: Path) -> tuple[EpisodeStore, EpisodeStore
         raise SpearError(
             f"the split {split!r} of {source} has too few episodes ({num_used}). Give at least 2."
         )
-    training, _ = open_store(source, out, f"{split}[:{num_training}]")
-    held_out, _ = open_store(source, out, f"{split}[{num_training}:{num_used}]")
+    training, _ = open_or_prepare_store(source, out, f"{split}[:{num_training}]")
+    held_out, _ = open_or_prepare_store(source, out, f"{split}[{num_training}:{num_used}]")
     return training.select_demonstrations(), held_out.select_demonstrations()

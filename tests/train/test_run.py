@@ -26,7 +26,7 @@ from spear.data.readers.dataset_layout import REGISTRY
 from spear.data.readers.formats import get_dataset_name
 from spear.data.store.episode_store import EpisodeStore
 from spear.data.store.lerobot_write import write_lerobot
-from spear.data.store.prepare import open_store
+from spear.data.store.prepare import open_or_prepare_store
 from spear.errors import Notice
 from spear.labels.inputs import hash_content
 from spear.labels.store import read_labels
@@ -458,7 +458,7 @@ def test_datasets_whose_folders_have_the_same_name_are_not_mixed_up(tmp_path: Pa
         folder = tmp_path / name / "1.0.0"
         folder.parent.mkdir()
         write_lerobot([make_episode(number)], folder)
-        store, _ = open_store(folder, tmp_path / "work")
+        store, _ = open_or_prepare_store(folder, tmp_path / "work")
         sources.append(store.source(0))
         assert get_dataset_name(folder) == name
 

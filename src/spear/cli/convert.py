@@ -223,8 +223,9 @@ def _describe_role(role: "Role", stored_name: str = "") -> str:
     ]
     num_more = len(role.candidates) - len(names)
     more = f" or one of {num_more} more" if num_more > 0 else ""
-    joint = " and " if role.evidence.startswith("joined") else " or "
-    return f"{joint.join(names)}{more} (by {role.evidence})"
+    # Weights that are joined in one tensor are all in it; otherwise it is one of the candidates.
+    conjunction = " and " if role.evidence.startswith("joined") else " or "
+    return f"{conjunction.join(names)}{more} (by {role.evidence})"
 
 
 class ExpectedOptions(Options):

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from spear.data.readers.splits import EpisodeRange
     from spear.data.store.episode_store import EpisodeStore
 
-MAX_SHOWN_REASONS = 5  # of skipped episodes
+MAX_SHOWN_REASONS = 5  # for at most so many skipped episodes, the reason is printed
 
 
 def inspect(options: InspectOptions) -> None:
@@ -39,7 +39,7 @@ def inspect(options: InspectOptions) -> None:
     """
     from spear.audit.inspect import inspect as describe_dataset
 
-    _check_layout(options.path, options.layout)
+    _check_layout_option(options.path, options.layout)
     if options.layout is not None and options.report is None:
         raise SpearError(f"--layout {options.layout} is for the page. Add --report FILE.")
     print(describe_dataset(options.path))
@@ -100,7 +100,7 @@ def prepare(options: PrepareOptions) -> None:
     if not options.paths:
         raise SpearError("there is nothing to prepare. Give one folder of robot data, or several.")
     for path in options.paths:
-        _check_layout(path, conversion.layout)
+        _check_layout_option(path, conversion.layout)
     names = [get_dataset_name(path) for path in options.paths]
     if len(set(names)) < len(names):
         raise SpearError(
@@ -114,7 +114,7 @@ def prepare(options: PrepareOptions) -> None:
     jobs = []
     for path, name in zip(options.paths, names, strict=True):
         target = options.out if len(names) == 1 else options.out / name
-        own_conversion = _choose_conversion(conversion, cameras_of_path[path])
+        own_conversion = _drop_sizes_of_absent_cameras(conversion, cameras_of_path[path])
         plan_preparation(path, target, options.split, own_conversion)
         jobs.append((path, target, own_conversion))
 
@@ -135,7 +135,7 @@ def _check_size_options_name_cameras(
             check_known("camera", all_cameras, camera, location="--image-size")
 
 
-def _choose_conversion(conversion: Conversion, cameras: Sequence[str]) -> Conversion:
+def _drop_sizes_of_absent_cameras(conversion: Conversion, cameras: Sequence[str]) -> Conversion:
     """Return the conversion without the sizes of cameras that the dataset does not have.
 
     Args:
@@ -151,7 +151,7 @@ def _choose_conversion(conversion: Conversion, cameras: Sequence[str]) -> Conver
     return replace(conversion, image_size=tuple(sizes))
 
 
-def _check_layout(path: Path, layout: Path | None) -> None:
+def _check_layout_option(path: Path, layout: Path | None) -> None:
     """Check that --layout is a file, and that the data need a layout."""
     from spear.data.readers.formats import FORMATS, find_format
 
@@ -182,7 +182,7 @@ def export(options: ExportOptions) -> None:
     from spear.util.progress import ProgressBar, track_progress
     from spear.util.skipped_items import SkippedItems
 
-    _check_layout(options.path, options.layout)
+    _check_layout_option(options.path, options.layout)
     ranges = parse_split(count_episodes(options.path), options.split, options.path)
     total = sum(end - first for _, first, end in ranges)  # ranges are (split, first, end)
     bar = ProgressBar("writing", total, "episodes")
@@ -219,7 +219,7 @@ def audit(options: AuditOptions) -> None:
         write_audit_page,
     )
 
-    _check_layout(options.path, options.layout)
+    _check_layout_option(options.path, options.layout)
     report = audit_dataset(options.path, options.split, options.layout)
     if options.report is not None:
         write_audit_page(report, options.report)
@@ -264,7 +264,9 @@ def _print_written_and_skipped(
 
 
 def check_episodes(path: Path, split: str) -> "list[EpisodeRange]":
-    """Return the ranges of episodes of a split (see `parse_split`), without preparing them.
+    """Check that the episodes of a split can be used, and return their ranges (`parse_split`).
+
+    Nothing is prepared or written.
 
     Raises:
         SpearError: the folder's format, layout or split is not known, or it has neither an external
@@ -283,15 +285,15 @@ def check_episodes(path: Path, split: str) -> "list[EpisodeRange]":
     return ranges
 
 
-def open_episodes(path: Path, out: Path, split: str = "train") -> "EpisodeStore":
+def open_or_prepare_episodes(path: Path, out: Path, split: str = "train") -> "EpisodeStore":
     """Return the episodes of the folder `path`.
 
     Episodes in another format than our store are first prepared in the folder `out`. Of several
     training processes the first prepares them, and the others wait.
     """
-    from spear.data.store.prepare import open_store
+    from spear.data.store.prepare import open_or_prepare_store
 
-    store, reasons = open_store(path, out, split)
+    store, reasons = open_or_prepare_store(path, out, split)
     if reasons:
         _print_written_and_skipped(len(store), path, reasons, sys.stderr)
     return store

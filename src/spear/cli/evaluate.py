@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from rich import print as show
 from tyro.conf import Positional, arg
 
-from spear.cli.data import check_episodes, open_episodes
+from spear.cli.data import check_episodes, open_or_prepare_episodes
 from spear.errors import SpearError, escape_control_characters, format_count, notice
 from spear.evaluate.compare import find_matching_references, load_references
 from spear.evaluate.options import (
@@ -41,15 +41,15 @@ if TYPE_CHECKING:
     from spear.evaluate.open_loop import OpenLoopErrors
     from spear.types import LabeledImage
 
-MIN_CALIBRATION_IMAGES = 100  # that --calibrate needs (our choice)
-RECORDED_KEYS = {
+MIN_CALIBRATION_IMAGES = 100  # number of images that --calibrate needs (our choice)
+KEY_OF_RENAMED_OPTION = {
     "--questions-per-image": "--per_image",
     "--question-types": "--families",
     "--model": "model",
     "--labels": "questions",
     "--num-images": "--images",
 }
-"""Option of `spear evaluate vqa` -> its key in scores.json, where that is a former name."""
+"""Option of `spear evaluate vqa` that was renamed -> its key in scores.json, a former name."""
 
 
 class EvaluateOptions(Options):
@@ -130,7 +130,7 @@ def evaluate_simpler(options: EvaluateSimplerOptions) -> None:
             "--policy expert knows only the embedded simulator. Give --policy oracle for SIMPLER."
         )
     # The oracle of SIMPLER needs no weights. With other agent options `load_agent` decides.
-    is_plain_oracle = options.agent == AgentOptions("oracle")
+    is_plain_oracle = options.agent == AgentOptions(policy="oracle")
     agent = run.OracleAgent() if is_plain_oracle else load_agent(**vars(options.agent))
     results, _ = run.evaluate_simpler(agent, options.loop)
     _save_and_print_results(options.agent.policy, options.loop.out, len(results.outcomes))
@@ -171,7 +171,7 @@ def evaluate_libero(options: EvaluateLiberoOptions) -> None:
         raise SpearError(
             "--policy expert knows only the embedded simulator. Give --policy oracle for LIBERO."
         )
-    is_plain_oracle = options.agent == AgentOptions("oracle")
+    is_plain_oracle = options.agent == AgentOptions(policy="oracle")
     agent = run.OracleAgent() if is_plain_oracle else load_agent(**vars(options.agent))
     results, _ = run.evaluate_libero(agent, options.loop)
     _save_and_print_results(options.agent.policy, options.loop.out, len(results.outcomes))
@@ -221,14 +221,18 @@ def evaluate_data(options: EvaluateDataOptions) -> None:
     policy.truncate_instructions = True  # training truncated long instructions, too
 
     with TemporaryDirectory() as scratch:
-        held_out_store = open_episodes(options.episodes, Path(scratch) / "held-out", options.split)
+        held_out_store = open_or_prepare_episodes(
+            options.episodes, Path(scratch) / "held-out", options.split
+        )
         held_out_frames = (str(options.episodes), held_out_store.frames)
         # Raises an error if the policy learned another version of the robot's frames.
         merge_frame_versions([(options.policy, policy.frames or {}), held_out_frames])
         held_out = held_out_store.select_demonstrations()
         training = held_out  # without training episodes, the baselines are fitted to these
         if options.train or options.train_split:
-            training_store = open_episodes(train_folder, Path(scratch) / "train", train_split)
+            training_store = open_or_prepare_episodes(
+                train_folder, Path(scratch) / "train", train_split
+            )
             training = training_store.select_demonstrations()
             _check_episodes_are_disjoint(options, held_out, training, train_split)
         _note_learned_episodes(options.policy, held_out)
@@ -409,7 +413,10 @@ def _describe_vqa_run(options: EvaluateVqaOptions) -> dict[str, Any]:
         "--labels": options.labels,
         "--num-images": options.num_images,
     }
-    return {RECORDED_KEYS.get(option, option): value for option, value in value_of_option.items()}
+    return {
+        KEY_OF_RENAMED_OPTION.get(option, option): value
+        for option, value in value_of_option.items()
+    }
 
 
 def _check_vqa_run(
@@ -433,7 +440,7 @@ def _check_vqa_run(
 
     # Compare with the settings of the scores in the folder, by the options' present names.
     recorded = read_json(scores_file, advice="remove it, or give another --out")
-    option_of_key = {key: option for option, key in RECORDED_KEYS.items()}
+    option_of_key = {key: option for option, key in KEY_OF_RENAMED_OPTION.items()}
     recorded_values = {option_of_key.get(key, key): recorded.get(key) for key in settings}
     values = {option_of_key.get(key, key): value for key, value in settings.items()}
     differences = describe_difference(recorded_values, values)

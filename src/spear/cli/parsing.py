@@ -153,6 +153,10 @@ def _parse_with_tyro(
     """
     import tyro
 
+    from spear.util.options import set_help_texts
+
+    if options_class is not None:
+        set_help_texts(options_class)
     # tyro also parses for a function. One without parameters accepts no words.
     target = options_class or (lambda: None)
     complaint = io.StringIO()
@@ -180,8 +184,11 @@ def _missing_arguments_error(name: str, reason: str, help_text: str) -> SpearErr
         reason: what tyro says about each of them, ending in "(required)".
         help_text: the command's help, whose first example the message shows.
     """
-    descriptions = reason.split("(required)")
-    missing = [words[0] for words in map(str.split, descriptions) if len(words) > 1]
+    missing = []
+    for description in reason.split("(required)"):
+        words = description.split()
+        if len(words) > 1:  # the argument's name and a word for its value; not a rest of the text
+            missing.append(words[0])
     example = re.search(rf"^ *(spear {name} .*)", help_text, re.MULTILINE)
     verb, pronoun = ("is", "it") if len(missing) == 1 else ("are", "them")
     message = f"{' and '.join(missing)} {verb} missing."

@@ -52,7 +52,7 @@ def _serve_robots(options: ServeOptions) -> None:
 
         episode_folder = EpisodeFolder(options.episodes)
     if options.record is None:
-        policy, service = _load_service(options)
+        policy, service = _load_and_warm_up(options)
         _run_server(options, policy, service, episode_folder)
         return
 
@@ -60,7 +60,7 @@ def _serve_robots(options: ServeOptions) -> None:
 
     max_bytes = int(options.max_record_gib * GIB)
     with claim_folder(options.record):  # a wrong folder is refused before the weights are read
-        policy, service = _load_service(options)
+        policy, service = _load_and_warm_up(options)
         with open_recorder(options.record, service, max_bytes) as recorder:
             print(f"recording into {options.record}", file=sys.stderr, flush=True)
             _run_server(options, policy, service, episode_folder, recorder)
@@ -114,7 +114,7 @@ def _serve_harness(options: ServeOptions) -> None:
     from spear.serve.access import find_reachable_host, listen_error
     from spear.serve.harness import HarnessServer
 
-    _, service = _load_service(options)
+    _, service = _load_and_warm_up(options)
     address = f"ws://{find_reachable_host(options.host)}:{options.port}"
     print(f"serving {options.policy} for {options.robot} to vla-eval at {address}", flush=True)
     _warn_if_open(options, "the harness's protocol has no token")
@@ -124,7 +124,7 @@ def _serve_harness(options: ServeOptions) -> None:
         raise listen_error(options.host, options.port, group.exceptions[0]) from group
 
 
-def _load_service(options: ServeOptions) -> "tuple[Spear1Policy, Service]":
+def _load_and_warm_up(options: ServeOptions) -> "tuple[Spear1Policy, Service]":
     """Load a policy and its service, and let it answer once to warm up.
 
     Raises:
@@ -162,7 +162,7 @@ def _load_service(options: ServeOptions) -> "tuple[Spear1Policy, Service]":
         quantize=options.quantize,
     )
     service = Service(policy, robot, options.policy, options.robot, options.control)
-    num_rows = service.warm_up()  # number of commands in one answer
+    num_rows = service.warm_up()  # returns the number of commands in one answer
     if options.protocol == "vla-eval":
         check_replan_interval(options.replan_steps, num_rows)
     policy.reset()

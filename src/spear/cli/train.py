@@ -4,7 +4,7 @@ import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from spear.cli.data import check_episodes, open_episodes
+from spear.cli.data import check_episodes, open_or_prepare_episodes
 from spear.errors import SpearError, format_count, is_first_process
 from spear.train.options import (
     EstimateMemoryOptions,
@@ -108,7 +108,9 @@ def train(options: TrainOptions) -> None:
     _check_demonstrations(options)
 
     # Prepare the data, and train.
-    stores = [open_episodes(path, out / "data", options.split) for path in options.episodes]
+    stores = [
+        open_or_prepare_episodes(path, out / "data", options.split) for path in options.episodes
+    ]
     episodes = run.weigh_datasets(options.episodes, stores, options.sampling_weights)
     inputs = TrainingInputs(options.labels, episodes, init, depth_encoder)
     final = run.train(recipe, out, inputs, run_options, options.device)

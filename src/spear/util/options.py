@@ -101,17 +101,11 @@ def list_option_names(options: type) -> list[str]:
 
     The names include the options of fields that are dataclasses themselves. Positional arguments
     are left out.
-
-    As a side effect the docstring of each field becomes the field's help text for tyro, as one
-    paragraph; tyro by itself would keep the line breaks.
     """
     names = []
     hints = typing.get_type_hints(options, include_extras=True)
     types = typing.get_type_hints(options)
-    descriptions = _read_field_docstrings(options)
     for field in dataclasses.fields(options):
-        help_text = " ".join((descriptions.get(field.name) or "").split())
-        field.metadata = MappingProxyType({**field.metadata, "help": help_text or None})
         field_type = types[field.name]
         if dataclasses.is_dataclass(field_type):
             names += list_option_names(typing.cast(type, field_type))
@@ -120,6 +114,27 @@ def list_option_names(options: type) -> list[str]:
             if field_type is bool:  # tyro also accepts --no-NAME
                 names.append(to_option_name("no_" + field.name))
     return names
+
+
+def set_help_texts(options: type) -> None:
+    """Make the docstring of each field of a dataclass the field's help text for tyro.
+
+    The text is one paragraph; tyro by itself would keep the docstring's line breaks. Fields that
+    are dataclasses themselves get the help texts of their fields, too.
+    """
+    types = typing.get_type_hints(options)
+    descriptions = _read_field_docstrings(options)
+    for field in dataclasses.fields(options):
+        help_text = _join_lines(descriptions.get(field.name))
+        field.metadata = MappingProxyType({**field.metadata, "help": help_text})
+        field_type = types[field.name]
+        if dataclasses.is_dataclass(field_type):
+            set_help_texts(typing.cast(type, field_type))
+
+
+def _join_lines(docstring: str | None) -> str | None:
+    """Return a docstring as one paragraph; None if there is none or it has no words."""
+    return " ".join((docstring or "").split()) or None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -161,7 +176,7 @@ def list_option_help(options: type, defaults: Any = None) -> list[OptionHelp]:
             continue
         hint = hints[field.name]
         annotations = getattr(hint, "__metadata__", ())
-        text = " ".join((descriptions.get(field.name) or "").split()) or None
+        text = _join_lines(descriptions.get(field.name))
         is_rare = any(isinstance(annotation, RarelyUsed) for annotation in annotations)
         option_help.append(OptionHelp(field.name, hint, default, text, is_rare))
     return option_help

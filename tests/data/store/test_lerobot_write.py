@@ -28,7 +28,7 @@ from spear.data.readers.video import VideoWriter
 from spear.data.store import lerobot_write
 from spear.data.store.episode_store import EpisodeStore
 from spear.data.store.lerobot_write import write_lerobot
-from spear.data.store.prepare import open_store
+from spear.data.store.prepare import open_or_prepare_store
 from spear.types import Episode
 from spear.util.images import decode_image
 
@@ -240,7 +240,7 @@ def test_images_are_read_back(source_episodes: list[Episode], our_folder: Path, 
 def test_an_export_is_prepared_for_training(
     source_episodes: list[Episode], our_folder: Path, tmp_path: Path, kind: str
 ) -> None:
-    store, reasons = open_store(our_folder, tmp_path)
+    store, reasons = open_or_prepare_store(our_folder, tmp_path)
 
     assert len(store) == 8
     assert not reasons

@@ -28,7 +28,7 @@ from spear.data.readers.formats import find_format, read_episodes
 from spear.data.store import prepare as preparing
 from spear.data.store.episode_store import EpisodeStore, write_episodes
 from spear.data.store.lerobot_write import write_lerobot
-from spear.data.store.prepare import open_store, prepare
+from spear.data.store.prepare import open_or_prepare_store, prepare
 from spear.errors import Notice
 from spear.types import Episode
 from spear.util.images import decode_image, fit_image
@@ -126,8 +126,8 @@ def test_the_result_is_a_store(prepared: Path) -> None:
 
 
 def test_only_a_subset_of_a_store_is_not_complete(prepared: Path, tmp_path: Path) -> None:
-    store, _ = open_store(prepared, tmp_path)
-    partial_store, _ = open_store(prepared, tmp_path, "train[1:]")
+    store, _ = open_or_prepare_store(prepared, tmp_path)
+    partial_store, _ = open_or_prepare_store(prepared, tmp_path, "train[1:]")
 
     assert store.is_complete
     assert not store.subset([0]).is_complete
@@ -391,7 +391,7 @@ def test_one_preparation_at_a_time(recorded: Path, unfinished: Path) -> None:
 
 
 def test_a_store_is_opened_without_preparing_it(prepared: Path, tmp_path: Path) -> None:
-    store, _ = open_store(prepared, tmp_path / "unused")
+    store, _ = open_or_prepare_store(prepared, tmp_path / "unused")
 
     assert store.path == prepared
     assert not (tmp_path / "unused").exists()
@@ -509,7 +509,7 @@ def test_a_camera_that_no_episode_has_is_refused(
 def test_an_unknown_split_is_refused(tmp_path: Path) -> None:
     write_lerobot([make_episode(0)], tmp_path / "set")
 
-    refuses("val", open_store, tmp_path / "set", tmp_path / "no" / "data", "val")
+    refuses("val", open_or_prepare_store, tmp_path / "set", tmp_path / "no" / "data", "val")
     assert not (tmp_path / "no").exists()
 
 

@@ -528,7 +528,7 @@ def _convert_images(episode: Episode, camera: str, conversion: Conversion) -> li
     return converted_images
 
 
-def open_store(
+def open_or_prepare_store(
     path: str | Path, work_dir: str | Path, split: str = "train"
 ) -> tuple[EpisodeStore, list[str]]:
     """Open the episodes of a split as a store, whatever the format of the folder.
