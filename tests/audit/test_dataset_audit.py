@@ -21,7 +21,7 @@ from spear.audit.dataset_audit import (
     Finding,
     Report,
     audit,
-    judge,
+    audit_recordings,
     list_layout_answers,
     list_logged_units,
     make_recording,
@@ -209,7 +209,7 @@ def find_verdict(report: Report, action_part: str, question: str) -> tuple[str, 
 def test_texts_of_others_are_escaped_on_the_page(tmp_path: Path) -> None:
     script = "<script>alert(1)<script>"
     report = dataclasses.replace(
-        judge(make_recordings(), RIGHT_ANSWERS),
+        audit_recordings(make_recordings(), RIGHT_ANSWERS),
         path=script,
         state_problems=[script],
         checks=[Check(script, "wrong", script)],
@@ -224,7 +224,7 @@ def test_texts_of_others_are_escaped_on_the_page(tmp_path: Path) -> None:
 
 
 def test_right_data_are_consistent() -> None:
-    report = judge(make_recordings(), RIGHT_ANSWERS)
+    report = audit_recordings(make_recordings(), RIGHT_ANSWERS)
 
     assert report.outcome == "consistent"
     assert conclude(report).startswith("consistent: ")
@@ -234,7 +234,7 @@ def test_right_data_are_consistent() -> None:
 
 @pytest.mark.parametrize("name", ["translation", "rotation"])
 def test_every_answer_of_a_right_layout_is_the_best_one(name: str) -> None:
-    action_part = find_part(judge(make_recordings(), RIGHT_ANSWERS), name)
+    action_part = find_part(audit_recordings(make_recordings(), RIGHT_ANSWERS), name)
 
     assert action_part.verdict == "agrees"
     assert action_part.best_fit.relative_error < 0.05
@@ -247,14 +247,16 @@ def test_an_arm_that_follows_late_is_consistent_and_its_delay_is_mentioned() -> 
     """A layout of logged actions does not say a delay, so no delay contradicts it."""
     answers = list_layout_answers(REGISTRY["bridge_dataset"])
 
-    report = judge(only("translation", Mistakes(delay_steps=1)), answers)
+    report = audit_recordings(only("translation", Mistakes(delay_steps=1)), answers)
 
     assert report.outcome == "consistent"
     assert "(not in the layout; 1 fits best)" in conclude(report)
 
 
 def test_a_report_about_the_first_episodes_says_so() -> None:
-    report = judge(2 * only("translation"), RIGHT_ANSWERS)  # 12 episodes: all that there are
+    report = audit_recordings(
+        2 * only("translation"), RIGHT_ANSWERS
+    )  # 12 episodes: all that there are
     cut_report = dataclasses.replace(report, num_episodes=50)  # as many as an audit reads
 
     assert "of the first" not in conclude(report)
@@ -266,7 +268,7 @@ def test_a_single_episode_that_was_recorded_otherwise_is_noticed() -> None:
     recordings = 2 * only("translation")
     mirrored = dataclasses.replace(recordings[0], position=recordings[0].position * [-1, -1, 1])
 
-    report = judge([mirrored, *recordings[1:]], RIGHT_ANSWERS)
+    report = audit_recordings([mirrored, *recordings[1:]], RIGHT_ANSWERS)
 
     assert report.outcome == "undecided"
     assert "1 of 12 episodes" in conclude(report)
@@ -293,7 +295,7 @@ def test_a_single_episode_that_was_recorded_otherwise_is_noticed() -> None:
 def test_each_planted_mistake_is_named(
     mistakes: Mistakes, action_part: str, question: str, truth: str
 ) -> None:
-    report = judge(only(action_part, mistakes), RIGHT_ANSWERS)
+    report = audit_recordings(only(action_part, mistakes), RIGHT_ANSWERS)
 
     assert find_verdict(report, action_part, question) == (truth, "wrong")
     assert report.outcome == "contradiction"
@@ -312,14 +314,16 @@ def test_a_corrected_layout_agrees(mistakes: Mistakes, question: str, truth: str
     corrected = {**RIGHT_ANSWERS["translation"], question: truth}
     answers = {**RIGHT_ANSWERS, "translation": corrected}
 
-    report = judge(only("translation", mistakes), answers)
+    report = audit_recordings(only("translation", mistakes), answers)
 
     assert find_part(report, "translation").verdict == "agrees"
 
 
 def test_an_unknown_unit_is_measured() -> None:
     """Some controllers take actions of -1 … 1, where 1 may stand for 0.05 m."""
-    report = judge(only("translation", Mistakes(translation_factor=1 / 0.05)), RIGHT_ANSWERS)
+    report = audit_recordings(
+        only("translation", Mistakes(translation_factor=1 / 0.05)), RIGHT_ANSWERS
+    )
 
     unit, verdict = find_verdict(report, "translation", "unit")
     assert verdict == "wrong"
@@ -335,7 +339,9 @@ def test_a_unit_of_a_controller_that_the_layout_names_is_judged(
     layout = dataclasses.replace(REGISTRY["bridge_dataset"], logged_translation_unit=unit_m)
     recordings = only("translation", Mistakes(translation_factor=1 / 0.05))
 
-    report = judge(recordings, list_layout_answers(layout), units=list_logged_units(layout))
+    report = audit_recordings(
+        recordings, list_layout_answers(layout), units=list_logged_units(layout)
+    )
 
     _, unit_verdict = find_verdict(report, "translation", "unit")
     assert unit_verdict == verdict
@@ -351,7 +357,9 @@ def test_a_unit_of_logged_rotations_that_the_layout_names_is_judged(
     )
     recordings = only("rotation", Mistakes(rotation_factor=1 / 0.5))
 
-    report = judge(recordings, list_layout_answers(layout), units=list_logged_units(layout))
+    report = audit_recordings(
+        recordings, list_layout_answers(layout), units=list_logged_units(layout)
+    )
 
     _, unit_verdict = find_verdict(report, "rotation", "unit")
     assert unit_verdict == verdict
@@ -361,7 +369,7 @@ def test_positions_in_millimeters_are_named() -> None:
     """States and actions are both in millimeters, so they do not contradict each other."""
     mistakes = Mistakes(position_factor=1000, translation_factor=1000)
 
-    report = judge(only("translation", mistakes), RIGHT_ANSWERS)
+    report = audit_recordings(only("translation", mistakes), RIGHT_ANSWERS)
 
     assert "not meters, but mm" in conclude(report)
 
@@ -369,7 +377,7 @@ def test_positions_in_millimeters_are_named() -> None:
 def test_orientations_in_degrees_are_named() -> None:
     mistakes = Mistakes(state_factor=180 / np.pi, rotation_factor=180 / np.pi)
 
-    report = judge(make_recordings(mistakes), RIGHT_ANSWERS)
+    report = audit_recordings(make_recordings(mistakes), RIGHT_ANSWERS)
 
     assert any(
         "degrees, where the layout has radians" in remark for remark in report.state_problems
@@ -377,14 +385,18 @@ def test_orientations_in_degrees_are_named() -> None:
 
 
 def test_an_arm_that_hardly_moves_tells_nothing() -> None:
-    (action_part,) = judge(only("translation", Mistakes(is_still=True)), RIGHT_ANSWERS).action_parts
+    (action_part,) = audit_recordings(
+        only("translation", Mistakes(is_still=True)), RIGHT_ANSWERS
+    ).action_parts
 
     assert action_part.verdict == "cannot tell"
     assert "hardly moves" in action_part.note
 
 
 def test_actions_that_nothing_explains_tell_nothing() -> None:
-    (action_part,) = judge(only("translation", Mistakes(noise=1.0)), RIGHT_ANSWERS).action_parts
+    (action_part,) = audit_recordings(
+        only("translation", Mistakes(noise=1.0)), RIGHT_ANSWERS
+    ).action_parts
 
     assert action_part.verdict == "cannot tell"
     assert "no hypothesis explains" in action_part.note
@@ -396,7 +408,7 @@ def test_an_arm_that_never_tilts_does_not_tell_the_frame() -> None:
     recordings = only("translation")
     upright = [dataclasses.replace(r, rotation=np.zeros_like(r.rotation)) for r in recordings]
 
-    frame = find_finding(judge(upright, RIGHT_ANSWERS), "translation", "frame")
+    frame = find_finding(audit_recordings(upright, RIGHT_ANSWERS), "translation", "frame")
 
     assert frame.verdict == "cannot tell"
     assert set(frame.tied_answers) == {"base", "ee"}
@@ -406,7 +418,7 @@ def test_episodes_without_five_known_steps_are_refused() -> None:
     recordings = make_recordings()
     unknown = [dataclasses.replace(r, valid=np.zeros_like(r.valid)) for r in recordings]
 
-    refuses("no episode of .* has five known steps", judge, unknown, RIGHT_ANSWERS)
+    refuses("no episode of .* has five known steps", audit_recordings, unknown, RIGHT_ANSWERS)
 
 
 def test_episodes_of_a_store_each_have_their_own_rate(tmp_path: Path) -> None:
@@ -524,7 +536,7 @@ def test_the_last_line_says_what_is_undecided_and_what_would_decide_it(
 
 def test_an_arm_that_does_not_follow_needs_slower_motions() -> None:
     """With noise of 1 m, no hypothesis explains the states."""
-    report = judge(only("translation", Mistakes(noise=1.0)), RIGHT_ANSWERS, "my_robot")
+    report = audit_recordings(only("translation", Mistakes(noise=1.0)), RIGHT_ANSWERS, "my_robot")
 
     advice = advise(report)
 
@@ -534,7 +546,9 @@ def test_an_arm_that_does_not_follow_needs_slower_motions() -> None:
 
 def test_a_layout_that_says_nothing_needs_a_line() -> None:
     unsaid = {**RIGHT_ANSWERS["translation"], "frame": None}
-    report = judge(only("translation"), {**RIGHT_ANSWERS, "translation": unsaid}, "my_robot")
+    report = audit_recordings(
+        only("translation"), {**RIGHT_ANSWERS, "translation": unsaid}, "my_robot"
+    )
 
     assert "Write the missing keys into spear.json" in advise(report)
 
@@ -705,7 +719,7 @@ def test_poses_logged_by_a_franka_are_compared_with_the_frame_of_its_hand() -> N
         recordings.append(make_recording(steps, layout, f"made#{number}"))
 
     quaternion_layout = dataclasses.replace(layout, rotation_format="quat_wxyz")
-    report = judge(recordings, list_layout_answers(quaternion_layout))
+    report = audit_recordings(recordings, list_layout_answers(quaternion_layout))
 
     assert report.outcome == "consistent"
     for action_part in report.action_parts:

@@ -12,7 +12,7 @@ from spear.data.frames import (
     get_current_version,
     hash_layout,
     merge_frame_versions,
-    read_store_frames,
+    read_store_frame_versions,
     resolve_frames,
 )
 from spear.data.readers.dataset_layout import FRAME_FIELDS, REGISTRY
@@ -59,7 +59,7 @@ def test_only_frames_with_a_newer_version_are_outdated() -> None:
 def test_a_store_without_versions_has_the_first_ones_of_its_dataset(
     request_fields: dict[str, Any], expected: dict[str, int]
 ) -> None:
-    assert read_store_frames(request_fields) == expected
+    assert read_store_frame_versions(request_fields) == expected
 
 
 @pytest.mark.parametrize("name", ["droid", "jaco_play"])
@@ -72,7 +72,7 @@ def test_an_earlier_store_of_a_dataset_like_a_known_one_is_recognized(name: str)
     first_layout = dataclasses.replace(REGISTRY[name], name="mine", **first_fields)
     request_fields = {"path": "/data/mine", "layout": hash_layout(first_layout)}
 
-    assert read_store_frames(request_fields) == {name: 1}
+    assert read_store_frame_versions(request_fields) == {name: 1}
 
 
 @pytest.mark.parametrize(

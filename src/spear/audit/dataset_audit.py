@@ -40,7 +40,7 @@ from spear.checks.recording import Recording
 from spear.checks.result import Check, Verdict
 from spear.checks.states import check_rate, find_implausible_states
 from spear.data.actions import check_instruction, validate_unit_norm
-from spear.data.readers.bad_rows import mask_gaps
+from spear.data.readers.bad_rows import mask_actions_before_gaps
 from spear.data.readers.build_episode import (
     drop_bad_rows,
     read_instruction,
@@ -242,7 +242,7 @@ def audit(path: str | Path, split: str | None = None, layout_file: Path | None =
     layout = find_logged_layout(path, layout_file)
     report = _audit_numbers(path, split, layout)
     cameras = check_cameras(summarize_cameras(path, split, layout))
-    texts = check_texts(path, split, layout)
+    texts = check_instruction_and_success(path, split, layout)
     return replace(
         report,
         fitting_formats=_find_fitting_formats(path, split, layout, report),
@@ -257,7 +257,7 @@ def _audit_numbers(path: str | Path, split: str, layout: DatasetLayout) -> Repor
     trusted_layout = layout
     if layout.rotation_format in TRUSTED_FORMATS:
         trusted_layout = replace(layout, rotation_format="quat_wxyz")
-    report = judge(
+    report = audit_recordings(
         recordings, list_layout_answers(trusted_layout), str(path), list_logged_units(layout)
     )
 
@@ -408,7 +408,9 @@ def _summarize_camera(
     return None
 
 
-def check_texts(path: str | Path, split: str, layout: DatasetLayout) -> list[Check]:
+def check_instruction_and_success(
+    path: str | Path, split: str, layout: DatasetLayout
+) -> list[Check]:
     """Report instructions, and success, if they can be read in none of the first episodes."""
     folder = open_dataset(path)
     if isinstance(folder, EpisodeStore):  # its writer already refused unreadable texts
@@ -500,7 +502,7 @@ def make_recording(steps: Steps, layout: DatasetLayout, source: str) -> Recordin
     is_valid = np.ones(len(position), bool)
     if layout.action_mask is not None:
         is_valid = read_numbers(steps, layout.action_mask, source).reshape(-1) != 0
-    leads_to_next_row = mask_gaps(rows)
+    leads_to_next_row = mask_actions_before_gaps(rows)
     if leads_to_next_row is not None:
         is_valid = is_valid & leads_to_next_row
 
@@ -586,7 +588,7 @@ def get_episode_rate_hz(steps: Steps, layout: DatasetLayout) -> float:
     return layout.rate_hz
 
 
-def judge(
+def audit_recordings(
     recordings: Sequence[Recording],
     answers: LayoutAnswers,
     path: str = "",

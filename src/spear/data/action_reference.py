@@ -51,8 +51,10 @@ def measure_from_previous(motions: Action) -> Action:
     Args:
         motions: chunks [..., H, ·], each action measured from the observed pose.
     """
-    translation, rotation = motions.translation, motions.rotation
-    first_translation, first_rotation = translation[..., :1, :], rotation[..., :1, :]
+    translation = motions.translation
+    rotation = motions.rotation
+    first_translation = translation[..., :1, :]  # the first step begins at the observed pose
+    first_rotation = rotation[..., :1, :]
     later_translations = translation[..., 1:, :] - translation[..., :-1, :]
     later_rotations = quat_multiply(quat_conjugate(rotation[..., :-1, :]), rotation[..., 1:, :])
     return Action(

@@ -105,7 +105,7 @@ def resolve_frames(recorded: Frames | None, is_simulator_only: bool) -> Frames |
     return recorded
 
 
-def read_store_frames(request: Mapping[str, Any]) -> Frames:
+def read_store_frame_versions(request: Mapping[str, Any]) -> Frames:
     """Find the frames of a prepared store.
 
     If the store was prepared before versions were recorded, its frames have version 1. Their name

@@ -40,7 +40,7 @@ Scale = tuple[PositiveFloat, PositiveFloat, PositiveFloat]
 Triples = Triple | tuple[Triple, ...]
 
 MIN_TRANSLATION_SCALE_M = 1e-3  # 1 mm in a step of 0.2 s (our choice)
-MIN_POSITION_SCALE_M = 1e-2  # our choice
+MIN_POSITION_SCALE_M = 1e-2  # 1 cm (our choice)
 MIN_SCALES = (MIN_TRANSLATION_SCALE_M,) * 3 + (MIN_POSITION_SCALE_M,) * 3
 """The smallest scale of each axis. Dividing an axis that hardly varies by its tiny scale would
 amplify its noise. With this scale, predicted motions along such an axis stay small as well."""
@@ -181,22 +181,19 @@ class Normalizer:
                 "normalization bounds needs the length of a step that becomes 1. Add "
                 "bounds_m=[0.05,0.05,0.05], in meters per axis."
             )
-        weighted_stores = [(store, weight) for store, weight in stores]
-        mixture = _Mixture([], [])
-        chunk_mixture = _Mixture([], [])
-        for store, weight in weighted_stores:
-            mixture.add(_load_or_make_sketches(store), weight)
+        step_sketches = _WeightedSketches([], [])  # of single steps
+        chunk_sketches = _WeightedSketches([], [])  # of chunks, measured from the observed pose
+        for store, weight in stores:
+            step_sketches.add(_load_or_make_sketches(store), weight)
             if action_reference == "observed" and mode != "bounds":
-                chunk_mixture.add(_make_chunk_sketches(store, horizon), weight)
-        if not mixture.sketches:
+                chunk_sketches.add(_make_chunk_sketches(store, horizon), weight)
+        if not step_sketches.sketches:
             raise SpearError(
                 "the stores contain no valid action, so no normalization statistics can be "
                 "fitted. Check their masks and lengths."
             )
 
-        ranges = mixture.fit(mode, MIN_SCALES)
-        offsets = [offset for offset, _ in ranges]
-        scales = [scale for _, scale in ranges]
+        offsets, scales = step_sketches.fit(mode, MIN_SCALES)
         if bounds_m is not None:
             offsets[:3] = (0.0, 0.0, 0.0)
             scales[:3] = bounds_m
@@ -206,7 +203,7 @@ class Normalizer:
             translation_scale=_to_triple(scales[:3]),
             position_offset=_to_triple(offsets[3:]),
             position_scale=_to_triple(scales[3:]),
-            samples=mixture.num_steps,
+            samples=step_sketches.num_steps,
         )
         if action_reference == "previous":
             return normalizer
@@ -214,14 +211,16 @@ class Normalizer:
         chunk_offset: list[Triple] = []
         chunk_scale: list[Triple] = []
         if bounds_m is not None:
-            for number in range(1, horizon + 1):
+            for num_steps in range(1, horizon + 1):  # from the observed pose to each action's end
                 chunk_offset.append((0.0, 0.0, 0.0))
-                chunk_scale.append(_to_triple([number * bound for bound in bounds_m]))
+                chunk_scale.append(_to_triple([num_steps * bound for bound in bounds_m]))
         else:
-            ranges = chunk_mixture.fit(mode, (MIN_TRANSLATION_SCALE_M,) * (3 * horizon))
-            for first in range(0, 3 * horizon, 3):  # the three axes of an action
-                chunk_offset.append(_to_triple([offset for offset, _ in ranges[first : first + 3]]))
-                chunk_scale.append(_to_triple([scale for _, scale in ranges[first : first + 3]]))
+            min_scales = (MIN_TRANSLATION_SCALE_M,) * (3 * horizon)
+            motion_offsets, motion_scales = chunk_sketches.fit(mode, min_scales)
+            for first_axis in range(0, 3 * horizon, 3):
+                axes = slice(first_axis, first_axis + 3)  # x, y and z of one action of the chunk
+                chunk_offset.append(_to_triple(motion_offsets[axes]))
+                chunk_scale.append(_to_triple(motion_scales[axes]))
         return replace(
             normalizer,
             action_reference=action_reference,
@@ -240,13 +239,13 @@ class Normalizer:
         """
         if self.action_reference == "observed":
             action = measure_from_observed(action)
-        offset, scale = self._get_action_range()
+        offset, scale = self._get_translation_offset_and_scale()
         translation = _normalize(action.translation, offset, scale)
         return Action(translation, action.rotation, action.gripper * 2 - 1)
 
     def unnormalize_action(self, action: Action) -> Action:
         """Invert `normalize_action`: steps in meters, gripper opening in 0 … 1."""
-        offset, scale = self._get_action_range()
+        offset, scale = self._get_translation_offset_and_scale()
         normalized = action.translation
         translation_m = normalized * normalized.new_tensor(scale) + normalized.new_tensor(offset)
         action = Action(translation_m, action.rotation, (action.gripper + 1) / 2)
@@ -254,7 +253,7 @@ class Normalizer:
             action = measure_from_previous(action)
         return action
 
-    def _get_action_range(self) -> tuple[Triples, Triples]:
+    def _get_translation_offset_and_scale(self) -> tuple[Triples, Triples]:
         """Return offset and scale of normalized translations: of all actions, or of each one."""
         if self.action_reference == "observed":
             return self.chunk_offset, self.chunk_scale
@@ -298,8 +297,8 @@ class Normalizer:
 
 
 @dataclass(frozen=True)
-class _Mixture:
-    """The sketches of a mixture's datasets.
+class _WeightedSketches:
+    """The sketches of a mixture's datasets, with the sampling weights of these datasets.
 
     Attributes:
         sketches: The sketches of each dataset, one per axis.
@@ -320,9 +319,18 @@ class _Mixture:
         """The number of valid steps of all datasets."""
         return sum(sketches[0].count for sketches in self.sketches)
 
-    def fit(self, mode: Mode, min_scales: Sequence[float]) -> list[tuple[float, float]]:
-        """Fit offset and scale of each axis, m; `min_scales` are the axes' smallest scales."""
-        ranges: list[tuple[float, float]] = []
+    def fit(self, mode: Mode, min_scales: Sequence[float]) -> tuple[list[float], list[float]]:
+        """Fit offset and scale of each axis, m.
+
+        Args:
+            mode: See `Normalizer.fit`.
+            min_scales: The smallest scale of each axis, m.
+
+        Returns:
+            The offsets of all axes, and their scales.
+        """
+        offsets: list[float] = []
+        scales: list[float] = []
         for axis, min_scale in enumerate(min_scales):
             sketches: list[QuantileSketch] = []
             weights: list[float] = []
@@ -331,11 +339,14 @@ class _Mixture:
                     sketches.append(dataset_sketches[axis])
                     weights.append(weight)
             if not sketches:  # all episodes are shorter than a chunk
-                ranges.append((0.0, min_scale))
+                offsets.append(0.0)
+                scales.append(min_scale)
                 continue
-            offset, scale = _fit_axis(sketches, np.array(weights) / sum(weights), mode)
-            ranges.append((offset, max(scale, min_scale)))
-        return ranges
+            shares = np.array(weights) / sum(weights)
+            offset, scale = _fit_axis(sketches, shares, mode)
+            offsets.append(offset)
+            scales.append(max(scale, min_scale))
+        return offsets, scales
 
 
 def _to_triple(values: Sequence[float]) -> Triple:

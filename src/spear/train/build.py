@@ -426,7 +426,8 @@ def _build_vla(recipe: Recipe, preset: Preset, inputs: TrainingInputs, seed: int
     # has sizes as (width, height), the samples take (height, width).
     views = {view: (height, width) for view, (width, height) in processor.image_sizes.items()}
     episodes = [
-        (name, store.select_cameras(views), weight) for name, store, weight in inputs.episodes
+        (name, store.select_episodes_with_cameras(views), weight)
+        for name, store, weight in inputs.episodes
     ]
     _note_image_fitting(episodes, processor)
     frames = _merge_frame_versions(inputs.init, episodes)

@@ -154,7 +154,7 @@ def select_rows(columns: Mapping[str, Any], rows: Array, num_rows: int) -> Mappi
     return selected
 
 
-def mask_gaps(rows: Array) -> Array | None:
+def mask_actions_before_gaps(rows: Array) -> Array | None:
     """Mask the actions of rows whose next row was dropped.
 
     The motion from such a row to the next remaining row takes more than one step, so it is no

@@ -17,7 +17,7 @@ from spear.data.readers.bad_rows import (
     choose_rows,
     find_complete_rows,
     find_zero_poses,
-    mask_gaps,
+    mask_actions_before_gaps,
     record_repairs,
     select_rows,
 )
@@ -101,7 +101,7 @@ def build_episode(steps: Steps, layout: DatasetLayout, source: str) -> Episode:
     )
     _check_jumps(episode, rows)
 
-    episode = _to_our_frames(episode, layout)
+    episode = _convert_to_our_frames(episode, layout)
 
     # Canonical actions of the dataset, or actions derived from states and gripper commands.
     if layout.action is not None:
@@ -172,7 +172,7 @@ def _find_usable_actions(
     Returns:
         [T] bool, False for actions that nothing should be learned from; None if there are none.
     """
-    is_before_next_row = mask_gaps(rows)
+    is_before_next_row = mask_actions_before_gaps(rows)
     if layout.autonomous is None:
         return is_before_next_row
 
@@ -193,7 +193,7 @@ def _add_derived_actions(episode: Episode, command: Array) -> Episode:
     return validate_actions(dataclasses.replace(episode, action=action, action_mask=is_known))
 
 
-def _to_our_frames(episode: Episode, layout: DatasetLayout) -> Episode:
+def _convert_to_our_frames(episode: Episode, layout: DatasetLayout) -> Episode:
     """Convert the poses of an episode from the dataset's end-effector and base frames to ours."""
     tool_rotation = torch.tensor(layout.tool_rotation, dtype=torch.float32)
     recorded_rotation = torch.as_tensor(episode.rotation)

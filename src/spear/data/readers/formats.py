@@ -31,7 +31,7 @@ HASHED_FILES = (
     "*.tfrecord*",
     "*.parquet",
     "*.mp4",
-    "*.[jp]*g",
+    "*.[jp]*g",  # jpg, jpeg, png
     "info.json",
     "*.jsonl",
     "features.json",
@@ -186,7 +186,7 @@ def read_layout_steps(
     """
     raw_episodes = folder.read_steps(split, images)
     if isinstance(folder, LeRobotFolder):
-        return folder.with_instruction_texts(raw_episodes, layout.instruction)
+        return folder.replace_task_indices(raw_episodes, layout.instruction)
     return raw_episodes
 
 
@@ -231,8 +231,8 @@ def check_enough_good(num_good: int, skipped: SkippedItems, path: str | Path, sp
         split: The split, for the message.
     """
     has_good_episode = num_good > 0
-    # `check` raises if too many episodes were bad. With `finished=False` it does so only if there
-    # were many episodes. Few episodes that are all bad get the more detailed message below.
+    # `check_limit` raises if too many episodes were bad. With `finished=False` it does so only if
+    # there were many episodes. Few episodes that are all bad get the more detailed message below.
     skipped.check_limit(num_good, finished=has_good_episode)
     if not has_good_episode:
         if not skipped.reasons:
@@ -272,7 +272,7 @@ def list_cameras(path: str | Path, layout_file: Path | None = None) -> list[str]
     return list(folder.load_layout(layout_file).images)
 
 
-def find_frames(path: str | Path, layout_file: Path | None = None) -> Mapping[str, int]:
+def find_frame_versions(path: str | Path, layout_file: Path | None = None) -> Mapping[str, int]:
     """Find the versions of the frames of a folder's poses (`spear.data.frames`)."""
     folder = open_dataset(path)
     if isinstance(folder, EpisodeStore):

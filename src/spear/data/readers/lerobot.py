@@ -398,7 +398,7 @@ class LeRobotFolder:
             )
         return [task.encode() for task in tasks]
 
-    def with_instruction_texts(self, raw_episodes: RawEpisodes, column: str) -> RawEpisodes:
+    def replace_task_indices(self, raw_episodes: RawEpisodes, column: str) -> RawEpisodes:
         """Replace indices of tasks in the column of the instruction by the tasks' texts.
 
         Datasets of GR00T have such a column, `annotation.human.action.task_description`.

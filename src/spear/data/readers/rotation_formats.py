@@ -66,7 +66,7 @@ POSE_FORMATS: Mapping[str, Callable[[Tensor], Tensor]] = {
 checks whether these matrices are poses, because arbitrary numbers are not."""
 
 
-def _quaternion_from_pose(pose_format: str) -> Callable[[Tensor], Tensor]:
+def _make_quaternion_conversion(pose_format: str) -> Callable[[Tensor], Tensor]:
     """Make the conversion of one of `POSE_FORMATS` to quaternions."""
     to_pose = POSE_FORMATS[pose_format]
     return lambda values: matrix_to_quat(to_pose(values)[..., :3, :3].contiguous())
@@ -82,10 +82,10 @@ ROTATION_FORMATS: Mapping[str, RotationEncoding] = {
     "rotation_vector": RotationEncoding(3, lambda vector: quat_canonical(quat_exp(vector))),
     "quat_wxyz": RotationEncoding(4, lambda quaternion: quaternion),
     "quat_xyzw": RotationEncoding(4, lambda quaternion: quaternion[..., [3, 0, 1, 2]]),
-    "6d_columns": RotationEncoding(6, _quaternion_from_pose("6d_columns")),
-    "6d_rows": RotationEncoding(6, _quaternion_from_pose("6d_rows")),
-    "matrix4_columns": RotationEncoding(16, _quaternion_from_pose("matrix4_columns")),
-    "matrix4_rows": RotationEncoding(16, _quaternion_from_pose("matrix4_rows")),
+    "6d_columns": RotationEncoding(6, _make_quaternion_conversion("6d_columns")),
+    "6d_rows": RotationEncoding(6, _make_quaternion_conversion("6d_rows")),
+    "matrix4_columns": RotationEncoding(16, _make_quaternion_conversion("matrix4_columns")),
+    "matrix4_rows": RotationEncoding(16, _make_quaternion_conversion("matrix4_rows")),
 }
 """Format → its encoding. "franka_joints" is missing, as `compute_franka_pose` converts it."""
 

@@ -66,7 +66,8 @@ def _parse_range(
 ) -> EpisodeRange:
     """Parse one part of a split, such as "train[:20%]"."""
     match = _RANGE_TEXT.match(range_text)
-    if match is None or range_text.endswith("[:]") or _mixes_units(match["first"], match["end"]):
+    says_nothing = range_text.endswith("[:]")  # all episodes, for which the name alone stands
+    if match is None or says_nothing or _mixes_units(match["first"], match["end"]):
         raise SpearError(f"{split!r} is no split of {dataset}. Write it like train or train[:20%].")
 
     name = match["name"]

@@ -66,7 +66,7 @@ def _read_records(
     file_bytes = path.stat().st_size
     for index in range(stop):
         header = file.read(HEADER_BYTES)
-        reason = _find_header_error(header, file_bytes - file.tell())
+        reason = _find_header_error(header, num_bytes_left=file_bytes - file.tell())
         if reason:
             # Without the length of this record, nobody knows where the records behind it begin.
             first_lost = max(start, index)
@@ -114,7 +114,7 @@ def read_checksums(path: Path) -> bytes:
     file_bytes = path.stat().st_size
     with open(path, "rb") as file:
         header = file.read(HEADER_BYTES)
-        while not _find_header_error(header, file_bytes - file.tell()):
+        while not _find_header_error(header, num_bytes_left=file_bytes - file.tell()):
             file.seek(_record_length(header), os.SEEK_CUR)
             checksums.append(header + file.read(CHECKSUM_BYTES))
             header = file.read(HEADER_BYTES)

@@ -176,10 +176,10 @@ class EpisodeStore:
         They are empty for a recorded store.
         """
         # Imported here, because few callers need it, and it loads pydantic.
-        from spear.data.frames import read_store_frames
+        from spear.data.frames import read_store_frame_versions
 
         request = self._read_request()
-        return read_store_frames(request) if request else {}
+        return read_store_frame_versions(request) if request else {}
 
     def subset(self, indices: Sequence[int]) -> "EpisodeStore":
         """Make a store of some of the episodes, which shares the mapped files.
@@ -206,7 +206,7 @@ class EpisodeStore:
         """
         return self._drop(self.failed_mask(), reason="failed", advice="give others")
 
-    def select_cameras(self, cameras: Collection[str]) -> "EpisodeStore":
+    def select_episodes_with_cameras(self, cameras: Collection[str]) -> "EpisodeStore":
         """Leave out the episodes that have no images of any of these cameras, with a notice.
 
         If the store lacks one of these cameras but has others, which would not be used, another

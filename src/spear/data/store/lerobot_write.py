@@ -119,17 +119,17 @@ class _Writer:
         samples: Camera → sample of the images of the first episode. All episodes must have its
             cameras and image sizes.
         rate_hz: The rate of all episodes.
-        images: "image" or "video".
+        image_type: How images are stored, "image" or "video" (see `write_lerobot`).
     """
 
     def __init__(
-        self, folder: Path, samples: Mapping[str, ImageSample], rate_hz: float, images: str
+        self, folder: Path, samples: Mapping[str, ImageSample], rate_hz: float, image_type: str
     ) -> None:
         self.folder = folder
-        self.images = images
+        self.image_type = image_type
         self.rate_hz = rate_hz
         self.image_sizes = {camera: samples[camera].size for camera in sorted(samples)}
-        self.features = make_features(self.image_sizes, images, self.rate_hz)
+        self.features = make_features(self.image_sizes, image_type, self.rate_hz)
         self.schema = make_schema(self.features)
         self.frames: dict[str, int] = {}  # the versions of the frames of the poses
 
@@ -181,7 +181,7 @@ class _Writer:
             "dataset_from_index": self.num_rows,
             "dataset_to_index": self.num_rows + length,
         }
-        if self.images == "video":
+        if self.image_type == "video":
             for camera in self.image_sizes:
                 row |= self._write_video(camera, episode)
         row |= self._make_stats_columns(columns, samples)
@@ -192,7 +192,7 @@ class _Writer:
         for name, stats in self.row_stats.items():
             stats.add(columns[name].reshape(length, -1))
         for camera, sample in self.image_samples.items():
-            sample.histogram[...] += samples[camera].histogram
+            sample.histogram[...] += samples[camera].histogram  # adds to the dataset's sample
         self.num_episodes += 1
         self.num_rows += length
         if len(self.episode_rows) == EPISODES_PER_FILE:
@@ -277,7 +277,7 @@ class _Writer:
             self._data = pq.ParquetWriter(self._data_path, self.schema)
 
         rows: dict[str, list[Any]] = {name: list(values) for name, values in columns.items()}
-        if self.images == "image":
+        if self.image_type == "image":
             for camera, images in episode.images.items():
                 rows[feature_name(camera)] = _make_image_cells(images)
         self._data.write_table(pa.Table.from_pydict(rows, schema=self.schema))
@@ -381,7 +381,7 @@ class _Writer:
             "fps": int_if_whole(self.rate_hz),
             "splits": {"train": f"0:{self.num_episodes}"},
             "data_path": DATA_PATH,
-            "video_path": VIDEO_PATH if self.images == "video" else None,
+            "video_path": VIDEO_PATH if self.image_type == "video" else None,
             "features": self.features,
         }
 
@@ -426,23 +426,23 @@ def is_own_format(features: Mapping[str, Sequence[str]]) -> bool:
 
 
 def make_features(
-    image_sizes: Mapping[str, tuple[int, int]], images: str, rate_hz: float
+    image_sizes: Mapping[str, tuple[int, int]], image_type: str, rate_hz: float
 ) -> dict[str, Any]:
     """Make the "features" of info.json, in the order of the columns.
 
     Args:
         image_sizes: Camera → (height, width) in pixels.
-        images: "image" or "video".
+        image_type: How images are stored, "image" or "video".
         rate_hz: The rate of the dataset.
     """
     features: dict[str, Any] = {}
     for camera, (height, width) in image_sizes.items():
         feature: dict[str, Any] = {
-            "dtype": images,
+            "dtype": image_type,
             "shape": [height, width, 3],
             "names": ["height", "width", "channels"],
         }
-        if images == "video":
+        if image_type == "video":
             feature["info"] = {
                 "video.height": height,
                 "video.width": width,

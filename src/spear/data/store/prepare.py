@@ -36,7 +36,12 @@ from spear.checks.recording import Recording
 from spear.checks.result import Check
 from spear.checks.states import find_implausible_states
 from spear.data.actions import ACTION_RULES_VERSION, add_actions, resample_episode
-from spear.data.frames import hash_layout, hash_text, merge_frame_versions, read_store_frames
+from spear.data.frames import (
+    hash_layout,
+    hash_text,
+    merge_frame_versions,
+    read_store_frame_versions,
+)
 from spear.data.normalize import save_sketches
 from spear.data.options import ALL_OTHER_CAMERAS, Conversion
 from spear.data.readers import formats
@@ -250,7 +255,10 @@ def _check_out_folder(out: Path, request: dict[str, Any]) -> None:
     earlier_request["shards"] = None  # `prepare` adds this key, which is no part of the request
     # Other frames have an error message of their own, and an earlier store may lack this key.
     merge_frame_versions(
-        [(str(out), read_store_frames(earlier_request)), ("this dataset", request["frames"])]
+        [
+            (str(out), read_store_frame_versions(earlier_request)),
+            ("this dataset", request["frames"]),
+        ]
     )
     earlier_request["frames"] = request["frames"]
     difference = describe_difference(earlier_request, request, OPTION_OF_SETTING)

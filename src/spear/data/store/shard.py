@@ -115,13 +115,13 @@ class Shard:
     The steps of all episodes follow each other; N is their number.
 
     Attributes:
-        images: The file with the encoded images.
+        images_file: The file with the encoded images.
         offsets: [E + 1] the step at which each episode begins, and N.
         rates_hz: [E] steps per second.
         num_known_actions: [E] how many steps of each episode have a known action.
         episode_columns: "instruction", "source" and "success" of each episode, as Arrow columns.
         position, rotation, gripper, action, action_mask: [N, ...] these fields of `Episode`.
-        image_places: Camera → [N, 2] the byte of `images` at which each image begins, and its
+        image_places: Camera → [N, 2] the byte of `images_file` at which each image begins, and its
             length in bytes, which is 0 if the episode has no such camera.
         served_columns: Name of a field of `ServedSteps` → [N, d]; empty if no server recorded the
             shard.
@@ -131,14 +131,14 @@ class Shard:
         ValueError, KeyError, pa.ArrowException: If the batch is broken.
     """
 
-    def __init__(self, batch: pa.RecordBatch, images: Path, note: Mapping[str, str]) -> None:
+    def __init__(self, batch: pa.RecordBatch, images_file: Path, note: Mapping[str, str]) -> None:
         batch.validate(full=True)
         columns = {name: batch.column(index) for index, name in enumerate(batch.schema.names)}
         for name, column in columns.items():
             if column.null_count and name != "success":
                 raise ValueError("a cell is empty")
 
-        self.images = images
+        self.images_file = images_file
         self.note = note
         self.episode_columns = {
             name: columns[name] for name in ("instruction", "source", "success")
@@ -180,7 +180,7 @@ class Shard:
         handles. The mapping lives as long as a buffer of it, so the memoryview of the whole file
         keeps the buffer of its first byte.
         """
-        with pa.memory_map(str(self.images)) as file:
+        with pa.memory_map(str(self.images_file)) as file:
             first_byte = file.read_buffer(1)
             num_bytes = file.size()
         return memoryview(pa.foreign_buffer(first_byte.address, num_bytes, base=first_byte))
@@ -359,7 +359,7 @@ def open_shard(path: Path) -> tuple[Shard, dict[str, str]]:
 
 def _open_shard(path: Path) -> tuple[Shard, dict[str, str]]:
     """Map a shard; see `open_shard`. Other errors than SpearError mean that a file is broken."""
-    images = path.with_suffix(".images")
+    images_file = path.with_suffix(".images")
     with pa.ipc.open_file(pa.memory_map(str(path))) as reader:
         metadata = reader.schema.metadata or {}
         note = {key.decode(): text.decode() for key, text in metadata.items()}
@@ -369,13 +369,14 @@ def _open_shard(path: Path) -> tuple[Shard, dict[str, str]]:
             )
         num_expected_bytes = int(note.pop("bytes"))
         is_growing = note.pop(GROWING_NOTE, None) is not None
-        shard = Shard(reader.get_batch(0), images, note)
+        only_batch = reader.get_batch(0)
+        shard = Shard(only_batch, images_file, note)
 
-    num_image_bytes = images.stat().st_size
+    num_image_bytes = images_file.stat().st_size
     has_more_images = is_growing and num_image_bytes > num_expected_bytes
     if num_image_bytes != num_expected_bytes and not has_more_images:
-        refuse_lfs_pointer(images, images)
-        raise _wrong_size_error(images, num_image_bytes, num_expected_bytes)
+        refuse_lfs_pointer(images_file, images_file)
+        raise _wrong_size_error(images_file, num_image_bytes, num_expected_bytes)
     return shard, note
 
 
