@@ -113,7 +113,7 @@ def solve_joints(
             if is_position_reached and is_rotation_reached:
                 break
             error = np.concatenate([position_error, rotation_error])  # [6]
-            # The posture's step, and what it leaves to do to reach the pose.
+            # The step to the posture, and the step that corrects the error which then remains.
             step = posture_step + _solve_least_squares(error, posture_step)
         largest_turn_rad = float(np.abs(step).max())
         step *= min(1.0, _MAX_ITERATION_STEP_RAD / largest_turn_rad)

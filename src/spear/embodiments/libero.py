@@ -11,8 +11,8 @@ checked in the simulator (docs/howto/libero.md):
 - The controller `OSC_POSE` takes 20 commands a second, each with 7 numbers from -1 to 1. Its goal
   is the measured pose, moved by 0.05 m times the first three numbers and turned by 0.5 rad times
   the next three, which are a rotation vector. Both vectors are in the frame of the world. The
-  controller accelerates the arm by
-  `STIFFNESS` times the distance from the goal, less `DAMPING` times the speed.
+  controller accelerates the arm by `STIFFNESS` times the distance from the goal, less `DAMPING`
+  times the speed.
 - A gripper command is -1 (open) or 1 (closed).
 - The axes of the robot's base are parallel to those of the world. The base's position differs
   between scenes.
@@ -168,7 +168,8 @@ def _join_columns(translations: Array, vectors: Array, openings: Array) -> Array
 
     The gripper commands follow from the openings [N, 1].
     """
-    gripper_commands = np.where(openings >= 0.5, -1.0, 1.0)  # -1 opens the gripper
+    is_open = openings >= 0.5  # [N, 1]
+    gripper_commands = np.where(is_open, -1.0, 1.0)  # -1 opens the gripper
     return np.concatenate([translations, vectors, gripper_commands], axis=1).astype(np.float32)
 
 

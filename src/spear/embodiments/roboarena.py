@@ -115,6 +115,8 @@ EMBODIMENT = make_embodiment(
     droid.EMBODIMENT,
     droid.ROBOTIQ,
     earlier_versions={
-        1: make_embodiment(droid.EMBODIMENT.earlier_versions[1], droid.FRANKA_HAND, {})
+        1: make_embodiment(
+            droid.EMBODIMENT.earlier_versions[1], droid.FRANKA_HAND, earlier_versions={}
+        )
     },
 )

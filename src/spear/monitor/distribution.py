@@ -22,8 +22,8 @@ from spear.util.files import read_json_as, write_text
 
 NUM_SAMPLES = 512  # at least so many steps are summarized, in the order in which training draws
 THUMBNAIL_SIZE = 8  # rows and columns of a thumbnail
-# The policy relies on a camera that a larger share of the steps has (see `constant_cameras`).
-MAX_CONSTANT_CAMERA_SHARE = 0.95
+# The policy relies on a camera if more than this share of the steps has its image.
+MIN_CONSTANT_CAMERA_SHARE = 0.95
 OPPOSITE_OPENING = 0.75  # an opening (0 … 1) that is farther from its command is its opposite
 
 VIEW_TRANSFORMS = {
@@ -151,7 +151,7 @@ class TrainingDistribution:
         return [
             camera
             for camera in self.red_minus_blue
-            if self.camera_shares.get(camera, 1.0) > MAX_CONSTANT_CAMERA_SHARE
+            if self.camera_shares.get(camera, 1.0) > MIN_CONSTANT_CAMERA_SHARE
         ]
 
     def save(self, path: Path) -> None:

@@ -17,7 +17,7 @@ from spear.monitor.motion import MAX_OPPOSITE_SHARE, FrozenCameraCheck, MotionCh
 from spear.monitor.observations import Finding, check_first_state, check_observations
 from spear.types import Array
 
-NUM_FIRST_OBSERVATIONS = 64  # each robot's first observations, all of which are compared
+NUM_FIRST_OBSERVATIONS = 64  # so many first observations of each robot are compared with training
 OBSERVATION_INTERVAL = 16  # of the later observations, one in so many is compared with training
 MAX_ROBOTS = 1024  # with more, the robot whose last observation is oldest is forgotten
 # Clients that connect again and again count as new robots, and would fill the log.
@@ -35,6 +35,7 @@ class RobotMonitor:
     def __init__(self, number: int = 1) -> None:
         self.message_prefix = f"robot {number}: " if number > 1 else ""
         self.num_observations = 0
+        self.is_first_state = True  # whether no state of the robot was checked yet
         self.reported_keys: set[str] = set()
         self.motion = MotionChecks()
         self.frozen_cameras = FrozenCameraCheck()
@@ -109,7 +110,9 @@ class DriftMonitor:
         robots = _robots_of(observations)
         monitors = {}
         for robot, state in zip(robots, states, strict=True):
-            monitors[robot] = self._check_state(expected, robot, state)
+            monitor = self._find_or_add_robot(robot)
+            self._check_state(expected, monitor, state)
+            monitors[robot] = monitor
 
         for robot, monitor in monitors.items():
             rows = [row for row, sender in enumerate(robots) if sender == robot]
@@ -122,7 +125,7 @@ class DriftMonitor:
                 for finding in monitor.frozen_cameras.check(states[rows[0]], images):
                     self._report_finding(finding, monitor)
             monitor.num_observations += len(rows)
-            if expected and _is_due(monitor.num_observations, len(rows)):
+            if expected and _is_comparison_due(monitor.num_observations, len(rows)):
                 for finding in check_observations(expected, states[rows], images):
                     self._report_unlike_training(finding, monitor)
 
@@ -153,16 +156,14 @@ class DriftMonitor:
         self._report_finding(Finding(finding.key, message), monitor)
 
     def _check_state(
-        self, expected: TrainingDistribution | None, robot: Hashable, state: Array
-    ) -> RobotMonitor:
-        """Check a robot's state [8], and return the robot's monitor.
+        self, expected: TrainingDistribution | None, monitor: RobotMonitor, state: Array
+    ) -> None:
+        """Check the state [8] of a monitor's robot, and report findings.
 
         The first state is compared with training, every later state with the actions that the robot
         was sent before.
         """
-        is_new_robot = robot not in self._robots
-        monitor = self._find_or_add_robot(robot)
-        if is_new_robot and expected:
+        if monitor.is_first_state and expected:
             for finding in check_first_state(expected, state):
                 self._report_unlike_training(finding, monitor)
 
@@ -175,7 +176,7 @@ class DriftMonitor:
         for finding in monitor.motion.check(state):
             if finding.key != "gripper" or is_gripper_checked:
                 self._limit.notice(monitor.message_prefix + finding.message)
-        return monitor
+        monitor.is_first_state = False
 
     def _find_or_add_robot(self, robot: Hashable) -> RobotMonitor:
         """Return a robot's monitor, and move it to the end of the order by latest observation."""
@@ -191,7 +192,7 @@ class DriftMonitor:
         return monitor
 
 
-def _is_due(num_observations: int, num_new: int) -> bool:
+def _is_comparison_due(num_observations: int, num_new: int) -> bool:
     """Return whether the newest observations of a robot are compared with training.
 
     Args:

@@ -125,7 +125,7 @@ class MotionAxesCheck:
         """
         if len(self._direction_products) == NUM_STEPS:
             return
-        product = self._direction_product(displacement, paths)
+        product = self._compute_direction_product(displacement, paths)
         if product is None:
             return
         self._direction_products.append(product)
@@ -140,7 +140,7 @@ class MotionAxesCheck:
             )
 
     @staticmethod
-    def _direction_product(displacement: Array, paths: Array) -> Array | None:
+    def _compute_direction_product(displacement: Array, paths: Array) -> Array | None:
         """Compute d ⊗ c [3, 3] of one motion; None if the arm hardly moved.
 
         How many of the actions were executed is unknown. The path is assumed whose length is

@@ -94,7 +94,7 @@ def make_comparison_page(
             [(replace_underscores(row.name), row.difference) for row in rows]
         ),
         rows=table_rows,
-        scenes=[_show_scene(comparison, pair, folders) for pair in pairs],
+        scenes=[_make_scene_section(comparison, pair, folders) for pair in pairs],
         published=[(table, table.headers(), table.cells(named_results)) for table in published],
     )
 
@@ -114,23 +114,23 @@ def _list_facts(comparison: Comparison) -> list[tuple[str, str]]:
     return facts
 
 
-def make_open_loop_page(model: OpenLoopErrors, reference: OpenLoopErrors) -> str:
+def make_open_loop_page(model: OpenLoopErrors, baseline: OpenLoopErrors) -> str:
     """Make a self-contained page of a policy's actions in held-out episodes.
 
     Args:
         model: the policy's errors, with its predicted and the true actions.
-        reference: those of a baseline.
+        baseline: the errors of a baseline, with its actions.
     """
     num_episodes = format_count(len(model.truth), "held-out episodes")
     return render(
         "open_loop.html",
         title=f"{model.name}: predicted actions, the first of {num_episodes}",
         facts=[],
-        charts=draw_open_loop_charts(model, reference),
+        charts=draw_open_loop_charts(model, baseline),
     )
 
 
-def draw_open_loop_charts(model: OpenLoopErrors, reference: OpenLoopErrors) -> list[list[str]]:
+def draw_open_loop_charts(model: OpenLoopErrors, baseline: OpenLoopErrors) -> list[list[str]]:
     """Draw predicted and true translations and gripper openings over the steps.
 
     Returns:
@@ -141,7 +141,7 @@ def draw_open_loop_charts(model: OpenLoopErrors, reference: OpenLoopErrors) -> l
     for index in range(num_shown):
         truth = model.truth[index]
         named_prediction = (model.name, model.predicted[index])
-        named_baseline = (reference.name, reference.predicted[index])
+        named_baseline = (baseline.name, baseline.predicted[index])
         charts = [
             _draw_action_chart(chart, truth, named_prediction, named_baseline)
             for chart in ACTION_CHARTS
@@ -211,7 +211,9 @@ def select_filmed_pairs(
     return [pair for _, pair in ranked_pairs[:limit]]
 
 
-def _show_scene(comparison: Comparison, pair: Pair, folders: tuple[Path, Path]) -> dict[str, Any]:
+def _make_scene_section(
+    comparison: Comparison, pair: Pair, folders: tuple[Path, Path]
+) -> dict[str, Any]:
     """Return the values that the template shows of a scene: its title, and how each policy ended.
 
     The ending comes with the data of the film; None if there is no film.

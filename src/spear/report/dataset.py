@@ -40,6 +40,8 @@ NUMBERS_PER_CHART = 3  # lines in a chart of a column that has several numbers p
 MAX_NUMBERS = 24  # of a column with more numbers per step, only the first are drawn
 MAX_LISTED_STEPS = 8  # the words about a bool column list its first true steps
 NUM_DRAWN_FRAMES = 5  # poses whose axes are drawn along a path
+DRAWN_AXIS_SHARE = 0.14  # length of a drawn axis, of the path's extent, so that axes stay apart
+MIN_PATH_EXTENT_M = 1e-3  # a shorter path counts as so long, so that its axes have a length
 PATH_SIZE_PX = (360, 260)  # width and height of a chart of a path
 TIME_AXIS = Axis("seconds")
 
@@ -57,15 +59,16 @@ def write_page(path: str | Path, out: Path, layout: Path | None = None) -> None:
     Raises:
         SpearError: none of the first episodes is good, or the file cannot be written.
     """
-    skipped = SkippedItems(limit=1.0)
+    skipped = SkippedItems(limit=1.0)  # any number of episodes may be bad
     split_counts = count_episodes(path)
     split = next(iter(split_counts))
     has_layout = layout is not None or is_layout_known(path)
     episodes: Iterator[dict[str, Any]]
     if has_layout:
-        episodes = map(_show_episode, read_episodes(path, split, layout, skipped))
+        episodes = map(_make_episode_section, read_episodes(path, split, layout, skipped))
     else:
-        episodes = convert_episodes(read_episode_steps(path, split, None), _show_columns, skipped)
+        raw_episodes = read_episode_steps(path, split, images=None)  # with all images
+        episodes = convert_episodes(raw_episodes, _make_columns_section, skipped)
     first_episodes = list(itertools.islice(episodes, MAX_EPISODES))
     check_enough_good(len(first_episodes), skipped, path, split)
     html = render(
@@ -81,7 +84,7 @@ def write_page(path: str | Path, out: Path, layout: Path | None = None) -> None:
     write_text(out, html)
 
 
-def _show_episode(episode: Episode) -> dict[str, Any]:
+def _make_episode_section(episode: Episode) -> dict[str, Any]:
     """Return the values that the template shows of an episode whose layout is known."""
     strips = []
     for name, images in episode.images.items():
@@ -158,7 +161,7 @@ def _draw_path(
         Line("start", position[:1, across], position[:1, up], GREY, dots=True),
     ]
     extent_m = float(np.ptp(position[:, [across, up]], axis=0).max())
-    axis_length_m = 0.14 * max(extent_m, 1e-3)
+    axis_length_m = DRAWN_AXIS_SHARE * max(extent_m, MIN_PATH_EXTENT_M)
     # [T, 3, 3]: the columns are the end-effector's axes in the base frame.
     axes = quat_to_matrix(torch.tensor(episode.rotation)).numpy()
     for step in _spread_steps(len(episode), NUM_DRAWN_FRAMES):
@@ -170,7 +173,7 @@ def _draw_path(
     return draw_chart(lines, x_axis, y_axis, title, PATH_SIZE_PX, equal=True)
 
 
-def _show_columns(steps: Steps, source: str) -> dict[str, Any]:
+def _make_columns_section(steps: Steps, source: str) -> dict[str, Any]:
     """Return the values that the template shows of an episode whose layout is not known.
 
     Columns of images become strips, and numbers that change become charts. Words describe every

@@ -1,13 +1,15 @@
 """The page of a diagnosis: what is wrong, and what happened in the rollout, in time order."""
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from spear.checks.rollout.case import Figure
-from spear.checks.rollout.episode import RecordedEpisode
+from spear.checks.rollout.episode import RecordedEpisode, ServedTimes
+from spear.checks.rollout.motion import CommandedMotion
 from spear.data.store.episode_store import EpisodeStore
 from spear.diagnose.departures import Departures, measure_departures
 from spear.diagnose.diagnosis import Diagnosis
@@ -24,9 +26,11 @@ from spear.util.images import decode_image, to_jpeg_data_uri
 
 MAX_FILM_STEPS = 75  # 15 s at 5 Hz
 MAX_STILLS = 4  # steps of the rollout that are shown beside training pictures
-MAX_CHART_STEPS = 150
-NUM_OPEN_LOOP_EPISODES = 3
+MAX_CHART_STEPS = 150  # a chart shows the first so many steps or moves
+NUM_OPEN_LOOP_EPISODES = 3  # training episodes on which the policy's errors are measured
 STILL_HEIGHT_PX = 144
+MM_PER_M = 1000
+MS_PER_S = 1000
 ERROR_NAMES = {
     "translation_mm": "translation, mm",
     "rotation_deg": "rotation, degrees",
@@ -54,7 +58,7 @@ def write_diagnosis_page(case: PolicyCase, diagnosis: Diagnosis, out: Path) -> N
         diagnosis=diagnosis,
         findings=[(entry, _draw_figure(entry.finding.figure)) for entry in diagnosis.findings],
         film=_make_film(case.rollout_store),
-        stills=_show_stills(case),
+        stills=_make_stills(case),
         departures=None if departures is None else _list_departures(departures, case.rollout),
         distance_charts=[] if departures is None else _draw_distances(departures),
         motion_charts=_draw_motion(case),
@@ -80,7 +84,9 @@ def _draw_figure(figure: Figure | None) -> str:
     if figure is None:
         return ""
     if figure.pictures:
-        pictures = [(_enlarge(picture), caption) for caption, picture in figure.pictures]
+        pictures = [
+            (_to_enlarged_data_uri(picture), caption) for caption, picture in figure.pictures
+        ]
         return render("pictures.html", title=figure.title, pictures=pictures)
     if figure.bars:
         longest = max(abs(value) for _, value, _ in figure.bars)
@@ -90,7 +96,7 @@ def _draw_figure(figure: Figure | None) -> str:
     return draw_chart(lines, Axis(figure.x_title), title=figure.title, size=(720, 220))
 
 
-def _enlarge(picture: Array) -> str:
+def _to_enlarged_data_uri(picture: Array) -> str:
     """Return a small picture as a data URI, enlarged to `STILL_HEIGHT_PX`."""
     factor = max(1, STILL_HEIGHT_PX // picture.shape[0])
     enlarged = picture.repeat(factor, axis=0).repeat(factor, axis=1)
@@ -98,24 +104,10 @@ def _enlarge(picture: Array) -> str:
 
 
 def _make_film(store: EpisodeStore | None) -> bytes | None:
-    """Make a film of the newest episodes; None without pictures or without an encoder."""
+    """Make a film of the first episodes; None without pictures or without an encoder."""
     if store is None:
         return None
-    frames = []
-    for index in range(len(store)):
-        episode = store.without_images(index)
-        for step in range(len(episode)):
-            external = store.image(index, step, "external") or store.image(index, step, "wrist")
-            wrist = store.image(index, step, "wrist")
-            if not external:
-                continue
-            main_view = decode_image(external, episode.source)
-            wrist_view = decode_image(wrist, episode.source) if wrist else None
-            frames.append(compose_frame(main_view, wrist_view, episode.instruction))
-            if len(frames) == MAX_FILM_STEPS:
-                break
-        if len(frames) == MAX_FILM_STEPS:
-            break
+    frames = list(itertools.islice(_compose_frames(store), MAX_FILM_STEPS))
     same_size = [frame for frame in frames if frame.shape == frames[0].shape]
     try:
         return encode_film(same_size, CONTROL_RATE_HZ) if same_size else None
@@ -123,7 +115,24 @@ def _make_film(store: EpisodeStore | None) -> bytes | None:
         return None
 
 
-def _show_stills(case: PolicyCase) -> list[tuple[str, str]]:
+def _compose_frames(store: EpisodeStore) -> Iterator[Array]:
+    """Yield a film frame of each step that has a picture, episode after episode.
+
+    Without a picture of the external camera, that of the wrist camera takes its place.
+    """
+    for index in range(len(store)):
+        episode = store.without_images(index)
+        for step in range(len(episode)):
+            wrist = store.image(index, step, "wrist")
+            main = store.image(index, step, "external") or wrist
+            if not main:
+                continue
+            main_view = decode_image(main, episode.source)
+            wrist_view = decode_image(wrist, episode.source) if wrist else None
+            yield compose_frame(main_view, wrist_view, episode.instruction)
+
+
+def _make_stills(case: PolicyCase) -> list[tuple[str, str]]:
     """Show pictures of the rollout beside the training pictures of the nearest arm positions."""
     stills: list[tuple[str, str]] = []
     if not case.rollout or not case.demonstrations:
@@ -134,10 +143,12 @@ def _show_stills(case: PolicyCase) -> list[tuple[str, str]]:
         if camera not in episode.pictures:
             continue
         for step in steps.tolist():
-            stills.append((_enlarge(episode.pictures[camera].small[step]), f"step {step}"))
+            stills.append(
+                (_to_enlarged_data_uri(episode.pictures[camera].small[step]), f"step {step}")
+            )
             nearest = _find_nearest_picture(case.demonstrations, camera, episode.position[step])
             if nearest is not None:
-                stills.append((_enlarge(nearest), "training"))
+                stills.append((_to_enlarged_data_uri(nearest), "training"))
     return stills
 
 
@@ -202,31 +213,55 @@ def _draw_motion(case: PolicyCase) -> list[str]:
     """Draw commanded and achieved motion, the gripper, and the times."""
     if not case.rollout:
         return []
-    motion = case.motion
-    charts = []
-    num_shown = min(len(motion.achieved), MAX_CHART_STEPS)
-    moves = np.arange(num_shown)
-    for index, axis in enumerate("xyz"):
-        lines = [
-            Line("commanded", moves, 1000 * motion.command[:num_shown, index]),
-            Line("achieved", moves, 1000 * motion.achieved[:num_shown, index]),
-        ]
-        charts.append(draw_chart(lines, Axis("move"), title=f"motion along {axis}, mm"))
-    openings = np.concatenate([episode.opening for episode in case.rollout])[:MAX_CHART_STEPS]
-    commands = np.concatenate([episode.action[:, 7] for episode in case.rollout])
-    steps = np.arange(len(openings))
-    lines = [Line("commanded", steps, commands[: len(openings)]), Line("measured", steps, openings)]
-    charts.append(draw_chart(lines, Axis("step"), title="gripper, 1 is open"))
+    charts = [*_draw_moves(case.motion), _draw_gripper(case.rollout)]
     served = [episode.served for episode in case.rollout if episode.served is not None]
     if served:
-        delays_ms = 1000 * np.concatenate([times.answer_s - times.arrival_s for times in served])
-        delays_ms = delays_ms[:MAX_CHART_STEPS]
-        lines = [Line("answer", np.arange(len(delays_ms)), delays_ms)]
-        charts.append(draw_chart(lines, Axis("step"), title="time to the answer, ms"))
-        seconds = motion.seconds[:num_shown]
-        lines = [Line("from answer to next observation", moves, seconds)]
-        charts.append(draw_chart(lines, Axis("move"), title="time per move, s"))
+        charts += _draw_times(case.motion, served)
     return charts
+
+
+def _draw_moves(motion: CommandedMotion) -> list[str]:
+    """Draw commanded and achieved displacements over the moves, one chart per axis.
+
+    A *move* is what the arm did between two observations.
+    """
+    num_shown = min(len(motion.achieved), MAX_CHART_STEPS)
+    moves = np.arange(num_shown)
+    charts = []
+    for index, axis in enumerate("xyz"):
+        lines = [
+            Line("commanded", moves, MM_PER_M * motion.command[:num_shown, index]),
+            Line("achieved", moves, MM_PER_M * motion.achieved[:num_shown, index]),
+        ]
+        charts.append(draw_chart(lines, Axis("move"), title=f"motion along {axis}, mm"))
+    return charts
+
+
+def _draw_gripper(rollout: Sequence[RecordedEpisode]) -> str:
+    """Draw commanded and measured gripper openings over the steps of the rollout."""
+    openings = np.concatenate([episode.opening for episode in rollout])[:MAX_CHART_STEPS]
+    commands = np.concatenate([episode.action[:, 7] for episode in rollout])
+    steps = np.arange(len(openings))
+    lines = [Line("commanded", steps, commands[: len(openings)]), Line("measured", steps, openings)]
+    return draw_chart(lines, Axis("step"), title="gripper, 1 is open")
+
+
+def _draw_times(motion: CommandedMotion, served: Sequence[ServedTimes]) -> list[str]:
+    """Draw how long each answer took, and how long each move took.
+
+    Args:
+        motion: the moves of the rollout.
+        served: the times of each episode that a server recorded.
+    """
+    delays_ms = MS_PER_S * np.concatenate([times.answer_s - times.arrival_s for times in served])
+    delays_ms = delays_ms[:MAX_CHART_STEPS]
+    answers = [Line("answer", np.arange(len(delays_ms)), delays_ms)]
+    seconds = motion.seconds[:MAX_CHART_STEPS]
+    moves = [Line("from answer to next observation", np.arange(len(seconds)), seconds)]
+    return [
+        draw_chart(answers, Axis("step"), title="time to the answer, ms"),
+        draw_chart(moves, Axis("move"), title="time per move, s"),
+    ]
 
 
 def _measure_open_loop(case: PolicyCase) -> list[tuple[str, str, str]]:

@@ -24,6 +24,15 @@ NUM_BOX_VERTICES = 8
 NUMBERS_OF_3D_ANSWERS = (3, 3 * NUM_BOX_VERTICES)  # how many numbers a point or a box has
 ANSWER_SCALE = 3  # how many times as large as its image the drawing of a single answer is
 MASK_OPACITY = 0.35  # of an object's color on its mask
+MIN_FONT_PX = 10
+FONT_PX_PER_SCALE = 5
+MAX_WIDTH_PER_FONT = 44
+"""Names have at least `MIN_FONT_PX`, in enlarged drawings at least `FONT_PX_PER_SCALE` times the
+enlargement, and at least the drawing's width divided by `MAX_WIDTH_PER_FONT`, so that they are
+readable when a page scales the drawing down."""
+MIN_LINE_PX = 2
+MAX_WIDTH_PER_LINE = 190  # lines are at least the drawing's width divided by this
+ANCHOR_GAP_PX = 3  # distance between a box's top and the point to which its tag is connected
 TAG_STEP_PX = 3  # distance between the positions that are tried for a tag; a tag shows a name
 
 
@@ -77,7 +86,8 @@ def draw_label(label: LabeledImage, scale: int = 3, masks: bool = False) -> Arra
         corners = project(box.vertices, label.intrinsics) * scale  # [8, 2] pixels of the canvas
         _draw_points(canvas, corners, color)
         boxes.append(_NamedBox(labeled_object.name, color, corners))
-    _draw_names(canvas, boxes, font_size=max(10, 5 * scale, canvas.width // 44))
+    font_size = max(MIN_FONT_PX, FONT_PX_PER_SCALE * scale, canvas.width // MAX_WIDTH_PER_FONT)
+    _draw_names(canvas, boxes, font_size)
     return np.asarray(canvas)
 
 
@@ -182,7 +192,7 @@ def _draw_points(canvas: Image.Image, points: Array, color: Color) -> None:
         color: color of the lines.
     """
     pen = ImageDraw.Draw(canvas)
-    line_width = max(2, canvas.width // 190)
+    line_width = max(MIN_LINE_PX, canvas.width // MAX_WIDTH_PER_LINE)
     pixels = [(float(x), float(y)) for x, y in points]
     # First the dark rims, which are 2 pixels wider, then the lines on top of the rims.
     for rim_width, ink in ((2, RIM_COLOR), (0, color)):
@@ -235,10 +245,10 @@ def _draw_names(canvas: Image.Image, boxes: Sequence[_NamedBox], font_size: int)
     for box in boxes_by_width:
         width = round(font.getlength(box.name)) + 2 * padding
         height = font_size + 2 * padding
-        # The anchor is a point 3 pixels above the box's top, but inside the image.
+        # The anchor is a point above the middle of the box's top, but inside the image.
         middle_x = box.corners[:, 0].mean()
         top_y = box.corners[:, 1].min()
-        anchor = np.clip([middle_x, top_y - 3], 0, canvas.size)
+        anchor = np.clip([middle_x, top_y - ANCHOR_GAP_PX], 0, canvas.size)
         tag_position = _find_place(canvas.size, (width, height), anchor, centers, tags)
         if tag_position is None:
             continue

@@ -29,6 +29,10 @@ BOTTOM_MARGIN_WITH_TITLE_PX = 38
 X_TICK_SPACING_PX = 60
 Y_TICK_SPACING_PX = 40
 MIN_DIFFERENCE_RANGE = 0.1  # a plot of rate differences shows at least ± 10 points
+# Space between the outermost points and the ends of an axis that fits its lines.
+LINEAR_SPACE = 0.07  # of the values' range
+CONSTANT_SPACE = 0.1  # of the value, or of 1 if that is larger, if all values are the same
+LOG_SPACE_FACTOR = 1.2  # by which the ends of a logarithmic axis are beyond the points
 
 Range = tuple[float, float]
 """The values at which an axis begins and ends. A reversed axis begins at the larger value."""
@@ -282,18 +286,18 @@ def _find_range(axis: Axis, values: Sequence[Sequence[float] | Array]) -> Range:
     if axis.log:
         is_shown &= all_values > 0
     shown_values = all_values[is_shown]
-    low, high = 0.1, 1.0
+    low, high = 0.1, 1.0  # of an axis without values; above 0, so that the axis may be logarithmic
     if len(shown_values):
         low = float(shown_values.min())
         high = float(shown_values.max())
 
     if axis.log:
-        return low / 1.2, high * 1.2
+        return low / LOG_SPACE_FACTOR, high * LOG_SPACE_FACTOR
     is_constant = high - low <= 1e-6 * max(abs(low), abs(high))
     if is_constant:
-        space = max(abs(high), 1.0) * 0.1
+        space = max(abs(high), 1.0) * CONSTANT_SPACE
     else:
-        space = 0.07 * (high - low)
+        space = LINEAR_SPACE * (high - low)
     if axis.reverse:
         return high + space, low - space
     return low - space, high + space
@@ -350,11 +354,11 @@ def _make_path(points: Sequence[tuple[float, float]]) -> str:
 def _choose_ticks(ends: Range, axis: Axis, max_ticks: int) -> list[tuple[float, str]]:
     """Choose round numbers between the ends of an axis, and return them with their labels."""
     low, high = sorted(ends)
-    values = _log_ticks(low, high) if axis.log else _linear_ticks(low, high, max_ticks)
+    values = _list_log_ticks(low, high) if axis.log else _list_linear_ticks(low, high, max_ticks)
     return [(value, f"{value:g}{axis.unit}") for value in values]
 
 
-def _log_ticks(low: float, high: float) -> list[float]:
+def _list_log_ticks(low: float, high: float) -> list[float]:
     """Return the numbers 1, 2 and 5 times powers of ten that lie in a range."""
     values = []
     for power in range(floor(log10(low)), floor(log10(high)) + 1):
@@ -364,7 +368,7 @@ def _log_ticks(low: float, high: float) -> list[float]:
     return values
 
 
-def _linear_ticks(low: float, high: float, max_ticks: int) -> list[float]:
+def _list_linear_ticks(low: float, high: float, max_ticks: int) -> list[float]:
     """Return the multiples of a step in a range. The step is 1, 2 or 5 times a power of ten."""
     max_ticks = max(max_ticks, 5)  # fewer would leave some ranges with less than two ticks
     # Begin with a power of ten that gives too many ticks, and enlarge it.
@@ -374,5 +378,5 @@ def _linear_ticks(low: float, high: float, max_ticks: int) -> list[float]:
             step *= factor
             break
     first = ceil(low / step)
-    last = floor(high / step + 1e-9)
+    last = floor(high / step + 1e-9)  # without the 1e-9, rounding could lose a tick at the end
     return [number * step for number in range(first, last + 1)]

@@ -15,7 +15,7 @@ from spear.labels.questions.types import QUESTION_TYPE_BY_NAME
 from spear.report.draw import PREDICTION_COLOR, TRUTH_COLOR, draw_answers
 from spear.report.labels import format_answer_briefly
 from spear.report.page import render, replace_underscores
-from spear.report.plot import GREY, Axis, Line, draw_chart
+from spear.report.plot import GREY, LOG_SPACE_FACTOR, Axis, Line, draw_chart
 from spear.util.images import decode_image, to_jpeg_data_uri
 
 Figure = tuple[str, str]
@@ -163,9 +163,11 @@ def _draw_spreads(scores: Scores) -> str:
         for value in (*spreads, *errors):
             if value > 0 and np.isfinite(value):
                 positive_values.append(value)
-    ends = (0.1, 10.0)
+    ends = (0.1, 10.0)  # of a chart without points
     if positive_values:
-        ends = (min(positive_values) / 1.2, max(positive_values) * 1.2)
+        low = min(positive_values) / LOG_SPACE_FACTOR
+        high = max(positive_values) * LOG_SPACE_FACTOR
+        ends = (low, high)
     lines.append(Line("", ends, ends, GREY, dashed=True))
 
     x_axis = Axis("predicted spread, of the distance", ends, unit=" %", log=True)

@@ -153,7 +153,7 @@ class SimulatedEpisode:
         world = self._env.world
         shown_sizes = self._get_shown_sizes()
         images = get_thread_renderer().images(world, list(shown_sizes.items()))
-        encoded_images = [_encode_jpeg(image) for image in images]
+        encoded_images = [_to_shown_data_uri(image) for image in images]
         shown_images = dict(zip(shown_sizes, encoded_images, strict=True))
 
         width, height = shown_sizes["external"]
@@ -299,8 +299,8 @@ class RecordedEpisode:
         wrist_image = observation.get("observation/wrist_image")
         return {
             "images": {
-                "external": _encode_jpeg(image),
-                "wrist": None if wrist_image is None else _encode_jpeg(wrist_image),
+                "external": _to_shown_data_uri(image),
+                "wrist": None if wrist_image is None else _to_shown_data_uri(wrist_image),
             },
             "camera": {"aspect": image.shape[1] / image.shape[0], "focal": None, "pose": None},
             "step": step,
@@ -456,7 +456,7 @@ def _describe_gripper(state: Array) -> PageState:
     }
 
 
-def _encode_jpeg(image: Array) -> str:
+def _to_shown_data_uri(image: Array) -> str:
     """Return an image as data URI, scaled down to at most `MAX_SHOWN_SIZE_PX`."""
     shown_image = Image.fromarray(image)
     shown_image.thumbnail(MAX_SHOWN_SIZE_PX)

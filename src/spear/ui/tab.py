@@ -63,7 +63,9 @@ class SharedModel:
         self.name = name
         self.episode_folder = episode_folder
         self.vlm = VlmBundle(policy.model.vlm, policy.processor)
+        # How far the model's probabilities can be trusted; None if no evaluation measured this.
         self.trust = Trust.load(policy.folder) if policy.folder else None
+        # The question types that the model was taught; None if they are not known.
         self.taught_types = read_taught_questions(policy.folder) if policy.folder else None
 
     @property

@@ -47,7 +47,8 @@ def hash_file_ends(folders: Iterable[Path], patterns: Sequence[str], prefix: byt
         for pattern in patterns:
             paths += list_files_recursively(folder, pattern)
         paths.sort()
-        stride = 1 + len(paths) // MAX_LARGE_FILES_READ  # of all files; a small one is always read
+        # Every small file is read, and a large file if its number is a multiple of this.
+        stride = 1 + len(paths) // MAX_LARGE_FILES_READ
         for number, path in enumerate(paths):
             num_bytes = path.stat().st_size
             digest.update(f"{path.relative_to(folder)} {num_bytes}".encode())

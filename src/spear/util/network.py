@@ -41,7 +41,7 @@ def find_proxy_problem() -> ProxyProblem | None:
     The client checks all proxies when it starts, including those that it will not use.
     """
     for protocol, proxy in _read_proxies().items():
-        variable = _find_variable(protocol)
+        variable = _find_proxy_variable(protocol)
         scheme, port_is_valid = _parse_proxy(proxy)
         if scheme not in CLIENT_PROXY_SCHEMES or not port_is_valid:
             schemes = ", ".join(CLIENT_PROXY_SCHEMES)
@@ -100,7 +100,8 @@ def _has_proxy_for_client_only() -> bool:
 def _read_proxies() -> dict[str, str]:
     """Return the proxies that the client uses, by protocol ("http", "https", or "all")."""
     settings = urllib.request.getproxies()
-    excluded_hosts = [host.strip() for host in settings.get("no", "").split(",")]
+    no_proxy = settings.get("no", "")  # the variable NO_PROXY: hosts that need no proxy
+    excluded_hosts = [host.strip() for host in no_proxy.split(",")]
     if "*" in excluded_hosts:
         return {}
     proxies = {}
@@ -124,7 +125,7 @@ def _parse_proxy(proxy: str) -> tuple[str, bool]:
     return split_url.scheme, True
 
 
-def _find_variable(protocol: str) -> str:
+def _find_proxy_variable(protocol: str) -> str:
     """Return the environment variable that names a protocol's proxy, in the user's spelling.
 
     On macOS and Windows, the proxy may also come from the settings of the system.

@@ -16,7 +16,7 @@ class SkippedItems:
     Attributes:
         limit: the largest fraction of items that may be skipped.
         unit: the word for the items, in the plural.
-        patience: number of items after which `check` judges work that is not finished.
+        patience: number of items after which `check_limit` judges work that is not finished.
         reasons: one message per skipped item.
     """
 
