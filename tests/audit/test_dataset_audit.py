@@ -20,13 +20,13 @@ from spear.audit.dataset_audit import (
     ActionPart,
     Finding,
     Report,
-    audit,
+    audit_dataset,
     audit_recordings,
     list_layout_answers,
     list_logged_units,
     make_recording,
 )
-from spear.audit.describe import describe
+from spear.audit.describe import propose_layout
 from spear.checks.recording import Recording
 from spear.checks.result import Check
 from spear.cli import main
@@ -433,7 +433,7 @@ def test_episodes_of_a_store_each_have_their_own_rate(tmp_path: Path) -> None:
         episodes.append(make_episode(number, 24, (8, 8), position=position, rate_hz=rate_hz))
     write_episodes(episodes, tmp_path / "store")
 
-    report = audit(tmp_path / "store")
+    report = audit_dataset(tmp_path / "store")
 
     assert report.state_problems == []
     assert "rate_hz" not in [check.name for check in report.checks]
@@ -522,9 +522,11 @@ def test_the_last_line_says_what_is_undecided_and_what_would_decide_it(
 ) -> None:
     write_canonical_store(tmp_path / "store")
     undecided = dataclasses.replace(
-        audit(tmp_path / "store"), action_parts=[], checks=[Check("grip", "cannot tell", "shut")]
+        audit_dataset(tmp_path / "store"),
+        action_parts=[],
+        checks=[Check("grip", "cannot tell", "shut")],
     )
-    monkeypatch.setattr("spear.audit.dataset_audit.audit", lambda *_: undecided)
+    monkeypatch.setattr("spear.audit.dataset_audit.audit_dataset", lambda *_: undecided)
 
     exit_code = main(["data", "audit", str(tmp_path / "store")])
 
@@ -554,7 +556,7 @@ def test_a_layout_that_says_nothing_needs_a_line() -> None:
 
 
 def test_the_real_sample_fits_its_registry_entry(shared: Path) -> None:
-    report = audit(shared / "data" / "bridge_v2_sample")
+    report = audit_dataset(shared / "data" / "bridge_v2_sample")
 
     assert report.outcome == "consistent"
     assert report.num_episodes == 25
@@ -576,7 +578,7 @@ def audit_bridge(shared: Path, folder: Path, **changes: Any) -> Report:
     """
     layout = folder / "layout.json"
     layout.write_text(json.dumps({"like": "bridge_dataset", "logged_rotation": None, **changes}))
-    return audit(shared / "data" / "bridge_v2_sample", layout_file=layout)
+    return audit_dataset(shared / "data" / "bridge_v2_sample", layout_file=layout)
 
 
 # Changes to the sample's right layout; the name of the check that should find the mistake; and some
@@ -737,7 +739,7 @@ def test_rotations_in_another_frame_than_translations_can_be_described(
     layout = {**json.loads(layout_file.read_text()), "logged_rotation_frame": "ee"}
     layout_file.write_text(json.dumps(layout))
 
-    report = audit(exported)
+    report = audit_dataset(exported)
 
     assert find_part(report, "translation").verdict == "agrees"
     assert find_part(report, "rotation").verdict == "agrees"
@@ -752,7 +754,7 @@ def test_rotations_in_another_frame_than_translations_are_found(
     exported = tmp_path / "exported"
     run_command("data", "export", str(tmp_path / "store"), "--out", str(exported))
 
-    proposal = describe(exported)
+    proposal = propose_layout(exported)
 
     assert proposal["logged_frame"] == "base"
     assert proposal["logged_rotation_frame"] == "ee"
@@ -769,6 +771,6 @@ def test_a_gripper_that_never_moves_by_its_layout_is_not_judged(
     del layout["gripper"], layout["gripper_range"]
     layout_file.write_text(json.dumps({**layout, "gripper_opening": 0.0}))
 
-    report = audit(exported)
+    report = audit_dataset(exported)
 
     assert not any(check.name.startswith("gripper") for check in report.checks)

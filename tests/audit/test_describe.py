@@ -19,9 +19,9 @@ from scipy.spatial.transform import Rotation
 
 from data_tiny import copy_dataset, edit_json
 from refusals import refuses
-from spear.audit.dataset_audit import audit
-from spear.audit.describe import describe
-from spear.audit.inspect import inspect
+from spear.audit.dataset_audit import audit_dataset
+from spear.audit.describe import propose_layout
+from spear.audit.inspect import describe_dataset
 from spear.cli import main
 from spear.data.readers.dataset_layout import REGISTRY
 from spear.data.readers.formats import read_episodes
@@ -30,7 +30,7 @@ STATE = "observation.state"
 Change = Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]
 """A function from states [T, 7] and actions [T, 7] to changed states and actions."""
 
-describe_once = cache(describe)
+describe_once = cache(propose_layout)
 """`describe`, for folders that no test changes."""
 
 
@@ -122,11 +122,11 @@ def test_a_single_nan_decides_nothing(shared: Path, tmp_path: Path) -> None:
 
     copy = rewrite_sample(shared, tmp_path, insert_nan)
 
-    proposal = describe(copy)
+    proposal = propose_layout(copy)
     expected = describe_once(shared / "data" / "lerobot" / "v3.0_image")
     assert {**proposal, "facts": None} == {**expected, "facts": None}
-    assert "NaN in 1 of" in inspect(copy)
-    assert " nan " not in inspect(copy)
+    assert "NaN in 1 of" in describe_dataset(copy)
+    assert " nan " not in describe_dataset(copy)
 
 
 def round_units(states: np.ndarray, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -136,7 +136,7 @@ def round_units(states: np.ndarray, actions: np.ndarray) -> tuple[np.ndarray, np
 
 
 def test_whole_numbers_are_measurements_too(shared: Path, tmp_path: Path) -> None:
-    proposal = describe(rewrite_sample(shared, tmp_path, round_units))
+    proposal = propose_layout(rewrite_sample(shared, tmp_path, round_units))
 
     assert proposal["position"] == "observation/state[0:3]"
     assert proposal["length_unit"] == "mm"
@@ -151,7 +151,7 @@ def test_the_units_of_a_controller_are_proposed(shared: Path, tmp_path: Path) ->
     """The units are measured, and a little smaller than the true ones, because the arm does not
     reach all of its targets.
     """
-    proposal = describe(rewrite_sample(shared, tmp_path, divide_actions))
+    proposal = propose_layout(rewrite_sample(shared, tmp_path, divide_actions))
 
     assert proposal["length_unit"] == "m"
     assert proposal["logged_translation_unit"] == pytest.approx(0.05, rel=0.4)
@@ -161,7 +161,7 @@ def test_the_units_of_a_controller_are_proposed(shared: Path, tmp_path: Path) ->
 def test_states_in_millimeters_do_not_change_the_unit_of_actions(
     shared: Path, tmp_path: Path
 ) -> None:
-    proposal = describe(rewrite_sample(shared, tmp_path, round_units))
+    proposal = propose_layout(rewrite_sample(shared, tmp_path, round_units))
 
     assert proposal["length_unit"] == "mm"
     assert proposal["logged_translation_unit"] == 1  # m
@@ -169,7 +169,7 @@ def test_states_in_millimeters_do_not_change_the_unit_of_actions(
 
 def test_degrees_are_read_only_as_degrees(shared: Path, tmp_path: Path) -> None:
     folder = rewrite_sample(shared, tmp_path, round_units)
-    layout = {**describe(folder), "rotation_format": "euler_xyz"}
+    layout = {**propose_layout(folder), "rotation_format": "euler_xyz"}
     layout_file = tmp_path / "layout.json"
 
     layout_file.write_text(json.dumps({**layout, "angle_unit": "deg"}))
@@ -188,7 +188,7 @@ def test_a_binary_gripper_is_no_part_of_a_quaternion(shared: Path, tmp_path: Pat
         binary_actions = 2 * actions.round() - 1  # 0 and 1 become -1 and 1
         return states * factors, np.where(is_gripper, binary_actions, actions * factors)
 
-    proposal = describe(rewrite_sample(shared, tmp_path, shrink_rotations))
+    proposal = propose_layout(rewrite_sample(shared, tmp_path, shrink_rotations))
 
     assert proposal["position"] == "observation/state[0:3]"
     assert proposal["logged_translation"] == "action[0:3]"
@@ -206,7 +206,7 @@ def to_six_numbers(states: np.ndarray, actions: np.ndarray) -> tuple[np.ndarray,
 
 
 def test_six_numbers_are_an_orientation(shared: Path, tmp_path: Path) -> None:
-    proposal = describe(rewrite_sample(shared, tmp_path, to_six_numbers))
+    proposal = propose_layout(rewrite_sample(shared, tmp_path, to_six_numbers))
 
     assert proposal["position"] == "observation/state[7:10]"
     assert proposal["rotation"] == "observation/state[1:7]"
@@ -223,9 +223,9 @@ def test_the_audit_tells_rows_from_columns(
     copy = rewrite_sample(shared, tmp_path, to_six_numbers)
     # `to_six_numbers` writes rows.
     formats = {"rotation_format": rotation_format, "logged_rotation_format": rotation_format}
-    write_layout(copy, {**describe(copy), **formats, "logged_frame": "base"})
+    write_layout(copy, {**propose_layout(copy), **formats, "logged_frame": "base"})
 
-    assert audit(copy).outcome == outcome
+    assert audit_dataset(copy).outcome == outcome
 
 
 def test_a_whole_pose_is_an_orientation(shared: Path, tmp_path: Path) -> None:
@@ -237,7 +237,7 @@ def test_a_whole_pose_is_an_orientation(shared: Path, tmp_path: Path) -> None:
         poses[:, 3, :3] = states[:, :3]
         return np.concatenate([poses.reshape(-1, 16), states[:, 6:]], axis=1), actions
 
-    proposal = describe(rewrite_sample(shared, tmp_path, to_poses))
+    proposal = propose_layout(rewrite_sample(shared, tmp_path, to_poses))
 
     assert proposal["position"] == "observation/state[12:15]"
     assert proposal["rotation"] == "observation/state[0:16]"
@@ -261,7 +261,7 @@ def put_gripper_and_yaw_first(
 
 
 def test_columns_are_found_in_any_order(shared: Path, tmp_path: Path) -> None:
-    proposal = describe(rewrite_sample(shared, tmp_path, put_gripper_and_yaw_first))
+    proposal = propose_layout(rewrite_sample(shared, tmp_path, put_gripper_and_yaw_first))
 
     assert proposal["position"] == "observation/state[1:4]"
     assert proposal["logged_translation"] == "action[1:4]"
@@ -270,7 +270,7 @@ def test_columns_are_found_in_any_order(shared: Path, tmp_path: Path) -> None:
 
 
 def test_yaw_first_is_thought_of(shared: Path, tmp_path: Path) -> None:
-    proposal = describe(rewrite_sample(shared, tmp_path, put_gripper_and_yaw_first))
+    proposal = propose_layout(rewrite_sample(shared, tmp_path, put_gripper_and_yaw_first))
 
     assert proposal["rotation_format"] is None
     assert "euler_ZYX" in proposal["facts"]["rotation_format"]
@@ -282,7 +282,7 @@ def use_targets(states: np.ndarray, actions: np.ndarray) -> tuple[np.ndarray, np
 
 
 def test_targets_leave_the_rotation_format_open(shared: Path, tmp_path: Path) -> None:
-    proposal = describe(rewrite_sample(shared, tmp_path, use_targets))
+    proposal = propose_layout(rewrite_sample(shared, tmp_path, use_targets))
 
     assert proposal["rotation_format"] is None
     assert "euler_xyz or" in proposal["facts"]["rotation_format"]
@@ -302,9 +302,9 @@ def test_targets_leave_the_audit_undecided(
 ) -> None:
     copy = rewrite_sample(shared, tmp_path, use_targets)
     formats = {"rotation_format": rotation_format, "logged_rotation_format": rotation_format}
-    write_layout(copy, {**describe(copy), **formats, "facts": {}})
+    write_layout(copy, {**propose_layout(copy), **formats, "facts": {}})
 
-    report = audit(copy)
+    report = audit_dataset(copy)
 
     (check,) = [check for check in report.checks if check.name == "rotation_format"]
     assert report.outcome == "undecided"
@@ -341,7 +341,7 @@ def name_state_as_joints(copy: Path) -> None:
 
 
 def test_columns_of_joints_are_no_pose(shared: Path, tmp_path: Path) -> None:
-    proposal = describe(copy_with_joint_columns(shared, tmp_path))
+    proposal = propose_layout(copy_with_joint_columns(shared, tmp_path))
 
     assert proposal["position"] == "observation/state[0:3]"
     assert proposal["gripper"] == "observation/state[6]"
@@ -351,7 +351,7 @@ def test_numbers_that_the_metadata_call_joints_are_no_pose(shared: Path, tmp_pat
     copy = copy_with_joint_columns(shared, tmp_path)
     name_state_as_joints(copy)
 
-    proposal = describe(copy)
+    proposal = propose_layout(copy)
 
     assert proposal["position"] is None
     assert "--policy.urdf" in proposal["facts"]["position"]
@@ -360,7 +360,7 @@ def test_numbers_that_the_metadata_call_joints_are_no_pose(shared: Path, tmp_pat
 
 def test_a_layout_that_takes_joints_for_a_pose_is_refused(shared: Path, tmp_path: Path) -> None:
     copy = copy_with_joint_columns(shared, tmp_path)
-    write_layout(copy, describe(copy))
+    write_layout(copy, propose_layout(copy))
     name_state_as_joints(copy)
 
     refuses("shoulder_pan", lambda: next(read_episodes(copy)))
@@ -368,13 +368,13 @@ def test_a_layout_that_takes_joints_for_a_pose_is_refused(shared: Path, tmp_path
 
 def test_a_column_of_success_is_proposed(shared: Path, tmp_path: Path) -> None:
     copy = rewrite_sample(shared, tmp_path, keep)
-    without_success = describe(copy)
+    without_success = propose_layout(copy)
     (file,) = copy.glob("data/*/*.parquet")
     table = pq.read_table(file)
     successes = pa.array([True] * len(table))
     pq.write_table(table.append_column("next.success", successes), file)
 
-    assert describe(copy)["success"] == "next/success"
+    assert propose_layout(copy)["success"] == "next/success"
     assert "success" not in without_success
 
 

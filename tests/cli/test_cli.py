@@ -223,7 +223,7 @@ def test_a_package_that_is_not_installed_is_named_with_its_extra(
 def test_interrupted_is_code_130(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("spear.audit.inspect.inspect", Mock(side_effect=KeyboardInterrupt))
+    monkeypatch.setattr("spear.audit.inspect.describe_dataset", Mock(side_effect=KeyboardInterrupt))
 
     assert main(["data", "inspect", "x"]) == 130
 

@@ -21,7 +21,7 @@ from processes import wait_until
 from refusals import refuses
 from serve_here import HomingPolicy, http_get, make_homing_chunk, run_python, run_server
 from spear import embodiments
-from spear.audit.inspect import inspect
+from spear.audit.inspect import describe_dataset
 from spear.data.store.episode_store import REQUEST_FILE, EpisodeStore, list_shards, write_episodes
 from spear.embodiments.observations import validate_observation
 from spear.errors import Notice
@@ -523,7 +523,7 @@ def test_data_inspect_describes_a_recording(tmp_path: Path, writer: RecordingWri
         writer.add(make_exchange(step))
     writer.end_all()
 
-    description = inspect(tmp_path)
+    description = describe_dataset(tmp_path)
 
     assert "4 steps" in description
     assert "1 unknown" in description

@@ -223,7 +223,9 @@ class Report:
         return "consistent"
 
 
-def audit(path: str | Path, split: str | None = None, layout_file: Path | None = None) -> Report:
+def audit_dataset(
+    path: str | Path, split: str | None = None, layout_file: Path | None = None
+) -> Report:
     """Audit some episodes of a dataset, in any format that has logged actions.
 
     Args:
@@ -321,7 +323,7 @@ def _find_fitting_formats(
         if name == layout.rotation_format or not has_same_width:
             continue
         other_layout = replace(layout, rotation_format=cast(RotationFormat, name))
-        with contextlib.suppress(SpearError):
+        with contextlib.suppress(SpearError):  # by this format, the numbers may be no rotations
             other_report = _audit_numbers(path, split, other_layout)
             other_verdicts = {action_part.verdict for action_part in other_report.action_parts}
             is_part_unconfirmed = bool(other_verdicts & _NOT_CONFIRMED)

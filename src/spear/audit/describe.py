@@ -159,7 +159,7 @@ class _Proposal:
         return {**self.fields, "facts": self.facts}
 
 
-def describe(path: str | Path) -> dict[str, Any]:
+def propose_layout(path: str | Path) -> dict[str, Any]:
     """Propose the contents of `spear.json` for a dataset.
 
     Args:
@@ -611,7 +611,7 @@ def _describe_position(
     )
     fit = fits[0]
     distances = np.linalg.norm(np.concatenate(best.position.values(columns)), axis=1)
-    reach = float(np.quantile(distances, 0.95))
+    reach = float(np.quantile(distances, 0.95))  # a few positions may be wrong
     proposal.fields |= {
         "position": best.position.name(columns),
         "logged_translation": best.action_translation.name(columns),
@@ -920,6 +920,7 @@ def _find_range_ends(values: Sequence[Array]) -> tuple[float, float]:
     readings = np.concatenate(values)
     low = float(f"{np.min(readings):.4g}")
     high = float(f"{np.max(readings):.4g}")
+    # A gripper may overshoot 0 or 1 a little, and need not have opened completely.
     if low >= -0.05 and 0.9 <= high <= 1.05:
         return 0.0, 1.0
     return low, high

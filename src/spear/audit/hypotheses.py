@@ -194,7 +194,7 @@ def _find_valid_runs(valid: Array) -> Iterator[tuple[int, int]]:
     """
     max_delay = max(DELAYS)
     max_lead = -min(DELAYS)
-    is_good = []  # 1 or 0 for each step t from max_delay on
+    is_good = []  # 1 or 0 for each step t from max_delay on: its index is t - max_delay
     # Every delay needs a valid action. The last action, len(valid) - 1, is not among these actions,
     # because without delay it leads to a state after the end of the recording.
     for t in range(max_delay, len(valid) - max_lead - 1):

@@ -40,7 +40,7 @@ MAX_AXES = 16  # up to so many numbers of a column are shown one by one
 MAX_EPISODES = 50  # so many episodes are read, because reading all may take hours
 
 
-def inspect(path: str | Path) -> str:
+def describe_dataset(path: str | Path) -> str:
     """Describe the folder `path` of robot data in text.
 
     Raises:
@@ -113,7 +113,8 @@ def _inspect_dataset(folder: Dataset) -> str:
         else:
             episodes.append(dict(walk_columns(steps)))
     if not episodes:
-        reason = SkippedItems(limit=0.0, reasons=reasons).summarize() or "it has none"
+        skipped = SkippedItems(limit=0.0, reasons=reasons)  # only to summarize the reasons
+        reason = skipped.summarize() or "it has none"
         raise SpearError(
             f"no episode of {folder.path} can be read ({reason}). Correct the dataset."
         )

@@ -212,7 +212,10 @@ def convert_roles(options: RolesOptions) -> None:
 def _describe_role(role: "Role", stored_name: str = "") -> str:
     """Describe what a group of weights may be, and why.
 
-    With the name of one of the stored weights, the candidates are those in the same layer.
+    Args:
+        role: the group of stored weights, with its candidates.
+        stored_name: the name of one of these weights. Candidates are then named with the number of
+            its layer. Otherwise they are named with "*", which stands for all layers.
     """
     from spear.models.weights.roles import name_in_layer
 

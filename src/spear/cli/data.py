@@ -37,7 +37,7 @@ def inspect(options: InspectOptions) -> None:
         spear data inspect bridge_dataset/1.0.0
         spear data inspect my_lerobot_dataset --report look.html
     """
-    from spear.audit.inspect import inspect as describe_dataset
+    from spear.audit.inspect import describe_dataset
 
     _check_layout_option(options.path, options.layout)
     if options.layout is not None and options.report is None:
@@ -61,7 +61,7 @@ def describe(options: DescribeOptions) -> None:
         spear data describe my_robot
         spear data describe my_robot --out my_robot/spear.json
     """
-    from spear.audit.describe import describe as propose_layout
+    from spear.audit.describe import propose_layout
     from spear.data.readers.dataset_layout import LAYOUT_FILE
     from spear.data.readers.formats import open_dataset
 
@@ -211,7 +211,7 @@ def audit(options: AuditOptions) -> None:
         spear data audit bridge_dataset/1.0.0
         spear data audit my_lerobot_dataset --report audit.html
     """
-    from spear.audit.dataset_audit import audit as audit_dataset
+    from spear.audit.dataset_audit import audit_dataset
     from spear.report.audit import (
         advise,
         explain_contradiction,

@@ -343,17 +343,19 @@ def _predict_point_maps(
         advice="leave out --save-rerun, which needs to know how the images were made",
     )
 
-    if run["pointmap"] == "ground-truth":  # the sources of the images have the true depth
+    if run["pointmap"] == "ground-truth":
+        # The true depth is not in the labels, so read the images again from where they came.
         items = list_items(run["inputs"], run["rate"], run["per_episode"], list_scenes=list_scenes)
         item_of_source = {item.key: item for item in items}
         labeled_items = [
             item_of_source[label.source] for label in labels if label.source in item_of_source
         ]
-        works = read_images(labeled_items)
+        images = read_images(labeled_items)
     else:
         frames = [Frame(decode_image(label.image), source=label.source) for label in labels]
-        works = [admit_frame(frame) for frame in frames]
-    make_model = resolve_factory("point map", run["pointmap"], LabelOptions())
-    predict_point_maps(works, make_model())
-    point_map_of_source = {work.source: work.point_map for work in works}
+        images = [admit_frame(frame) for frame in frames]
+    default_options = LabelOptions()
+    make_model = resolve_factory("point map", run["pointmap"], default_options)
+    predict_point_maps(images, make_model())  # sets the attribute `point_map` of each image
+    point_map_of_source = {image.source: image.point_map for image in images}
     return [point_map_of_source.get(label.source) for label in labels]

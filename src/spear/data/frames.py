@@ -108,8 +108,8 @@ def resolve_frames(recorded: Frames | None, is_simulator_only: bool) -> Frames |
 def read_store_frame_versions(request: Mapping[str, Any]) -> Frames:
     """Find the frames of a prepared store.
 
-    If the store was prepared before versions were recorded, its frames have version 1. Their name
-    is that of the known dataset which its path names, or whose layout has the recorded hash.
+    If the store was prepared before versions were recorded, its frames have version 1. They belong
+    to the known dataset that the request's path names, or whose layout has the request's hash.
 
     Args:
         request: The content of the store's `request.json`.

@@ -354,7 +354,7 @@ def _to_triple(values: Sequence[float]) -> Triple:
     return x, y, z
 
 
-def save_sketches(store: EpisodeStore) -> None:
+def make_and_write_sketches(store: EpisodeStore) -> None:
     """Make the sketches of a prepared dataset's demonstrations, and write them into its folder.
 
     Training reads this file instead of making the sketches from all episodes.
@@ -501,7 +501,7 @@ def _fit_quantiles(sketches: Sequence[QuantileSketch], shares: Array) -> tuple[f
     all_values: list[Array] = []
     all_weights: list[Array] = []
     for sketch, share in zip(sketches, shares, strict=True):
-        values, counts = sketch.weighted()
+        values, counts = sketch.get_weighted_values()
         all_values.append(values)
         all_weights.append(counts * share / sketch.count)  # sum to `share`
     values = np.concatenate(all_values)

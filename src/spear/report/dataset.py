@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from spear.audit.dataset_audit import read_episode_steps
-from spear.audit.inspect import inspect, is_layout_known
+from spear.audit.inspect import describe_dataset, is_layout_known
 from spear.data.actions import canonicalize_actions
 from spear.data.readers.columns import Steps, is_depth_png, walk_columns
 from spear.data.readers.dataset_layout import LAYOUT_FILE
@@ -75,7 +75,7 @@ def write_page(path: str | Path, out: Path, layout: Path | None = None) -> None:
         "dataset.html",
         title=f"Dataset: {Path(path).resolve().name}",
         facts=[(f"{n:,}", f"episodes in split {name}") for name, n in split_counts.items()],
-        text=inspect(path),
+        text=describe_dataset(path),
         known=has_layout,
         spec_file=LAYOUT_FILE,
         reasons=skipped.reasons,

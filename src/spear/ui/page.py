@@ -105,7 +105,8 @@ class Page:
         tokens = parse_qs(url.query).get("token")
         if url.path == "/" and tokens:
             return self._respond_to_token(request, tokens[-1])
-        if not self._is_authorized(request) and url.path != STYLE_PATH:
+        needs_token = url.path != STYLE_PATH  # the form that asks for the token uses the style, too
+        if needs_token and not self._is_authorized(request):
             return self._ask_for_token("This page asks for the server's token.")
         if url.path != SOCKET_PATH:
             content, content_type = self._files[url.path]

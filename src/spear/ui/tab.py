@@ -134,14 +134,16 @@ class Tab:
         """Go to the start of a simulated scene, by its family and seed."""
         family = str(request.get("family"))[:40]
         seed = validate_whole_number("seed", request.get("seed"), MAX_SEED)
-        return self._begin(SimulatedEpisode(family, seed, self._shared_model.policy))
+        return self._switch_to_episode(SimulatedEpisode(family, seed, self._shared_model.policy))
 
     def open_episode(self, request: Request) -> PageState:
         """Open an episode of `spear serve --episodes`, by its number."""
         folder = self._shared_model.episode_folder
         if folder is None:
             raise SpearError("there are no episodes. Start the server with --episodes FOLDER.")
-        return self._begin(folder.open(request.get("episode"), self._shared_model.policy))
+        return self._switch_to_episode(
+            folder.open(request.get("episode"), self._shared_model.policy)
+        )
 
     def open_photo(self, request: Request) -> PageState:
         """Open a photo, from the data of its file."""
@@ -154,7 +156,7 @@ class Tab:
             load_image=lambda step, view: image if view == "external" else None,
             states=PHOTO_STATE,
         )
-        return self._begin(photo)
+        return self._switch_to_episode(photo)
 
     def set_instruction(self, request: Request) -> PageState:
         """Set the robot's instruction ("text"), and whether boxes are found again after each step
@@ -323,8 +325,8 @@ class Tab:
             is_success = None if outcome is None else outcome == "success"
             yield video.compose_frame(external_image, wrist_image, instruction, success=is_success)
 
-    def _begin(self, episode: Episode) -> PageState:
-        """Replace the tab's episode by another one, and show its first step."""
+    def _switch_to_episode(self, episode: Episode) -> PageState:
+        """Replace the tab's episode by another one, and return the view of its first step."""
         view = {
             **EMPTY_PAGE_STATE,
             "source": episode.kind,

@@ -9,8 +9,8 @@ import pytest
 
 from data_tiny import edit_json, make_episode
 from refusals import refuses
-from spear.audit.describe import describe
-from spear.audit.inspect import inspect
+from spear.audit.describe import propose_layout
+from spear.audit.inspect import describe_dataset
 from spear.data.readers.columns import read_encoded_images
 from spear.data.readers.formats import read_episodes
 from spear.data.store.lerobot_write import write_lerobot
@@ -68,8 +68,8 @@ def test_raw_pixels_of_a_lerobot_dataset_are_read(tmp_path: Path, size: tuple[in
     )
 
     (episode,) = read_episodes(folder)
-    proposed_images = describe(folder)["images"]
-    overview = inspect(folder)
+    proposed_images = propose_layout(folder)["images"]
+    overview = describe_dataset(folder)
 
     height, width = size
     np.testing.assert_array_equal(decode_image(episode.images["wrist"][3]), pixels[3])

@@ -19,9 +19,9 @@ from PIL import Image
 
 from data_tiny import LAYOUT, copy_dataset, edit_json, make_episode
 from refusals import refuses
-from spear.audit.dataset_audit import audit
-from spear.audit.describe import describe
-from spear.audit.inspect import inspect
+from spear.audit.dataset_audit import audit_dataset
+from spear.audit.describe import propose_layout
+from spear.audit.inspect import describe_dataset
 from spear.data.readers.formats import read_episodes
 from spear.data.readers.lerobot import LeRobotFolder, open_lerobot
 from spear.data.readers.rlds import open_rlds
@@ -132,7 +132,7 @@ def test_each_frame_is_the_one_of_its_row(
 def test_ranges_of_columns_are_shown(lerobot: Path, rlds_steps: list[Any], version: str) -> None:
     rows = np.concatenate([steps["observation"]["state"] for steps in rlds_steps])
 
-    overview = inspect(lerobot / version)
+    overview = describe_dataset(lerobot / version)
 
     for bounds in (rows.min(0), rows.max(0)):
         line = "".join(f" {number:>9.4g}" for number in bounds)
@@ -269,13 +269,13 @@ def test_a_column_of_indices_is_proposed_where_the_task_is_only_a_name(
 ) -> None:
     folder = write_with_task_indices(tmp_path / "set", column, pa.array([1] * 6 + [2] * 6))
 
-    assert describe(folder)["instruction"] == column.replace(".", "/")
+    assert propose_layout(folder)["instruction"] == column.replace(".", "/")
 
 
 def test_lerobot_s_own_task_needs_no_proposal(exported: Path) -> None:
     forget_own_format(exported)
 
-    assert "instruction" not in describe(exported)
+    assert "instruction" not in propose_layout(exported)
 
 
 @pytest.mark.parametrize("instruction", ["StackCube-v1", "open_drawer"])
@@ -300,7 +300,7 @@ def test_the_layout_of_our_own_export_is_proposed_exactly(
     episode = make_episode(0, images=dict.fromkeys(cameras, views))
     write_lerobot([episode], tmp_path / "set", images)
 
-    proposal = describe(tmp_path / "set")
+    proposal = propose_layout(tmp_path / "set")
 
     proposal.pop("facts")
     assert proposal == json.loads((tmp_path / "set/spear.json").read_text())
@@ -324,8 +324,8 @@ def test_columns_of_any_type_do_no_harm(version_2_copy: Path) -> None:
 
     episodes, _ = read_good(version_2_copy)
     assert len(episodes) == NUM_EPISODES
-    assert describe(version_2_copy)["position"] == "observation/state[0:3]"
-    assert "lists of texts" in inspect(version_2_copy)
+    assert propose_layout(version_2_copy)["position"] == "observation/state[0:3]"
+    assert "lists of texts" in describe_dataset(version_2_copy)
 
 
 @pytest.mark.parametrize(
@@ -518,7 +518,7 @@ def test_the_names_of_components_tell_the_order_of_quaternions(exported: Path) -
     )
 
     next(read_episodes(exported))
-    assert describe(exported)["rotation_format"] == "quat_xyzw"
+    assert propose_layout(exported)["rotation_format"] == "quat_xyzw"
 
 
 def test_depth_is_no_camera(exported: Path) -> None:
@@ -530,7 +530,7 @@ def test_depth_is_no_camera(exported: Path) -> None:
     )
 
     refuses("observation/images/external", next, read_episodes(exported))
-    assert "80 x 3, depth: not read" in inspect(exported)
+    assert "80 x 3, depth: not read" in describe_dataset(exported)
 
 
 @pytest.fixture
@@ -605,7 +605,7 @@ def test_a_video_that_the_layout_does_not_name_may_be_absent(video_copy: Path) -
 
     episodes, _ = read_good(video_copy)
     assert len(episodes) == NUM_EPISODES
-    assert "skipped" not in inspect(video_copy)
+    assert "skipped" not in describe_dataset(video_copy)
 
 
 def test_a_null_length_in_version_2_costs_one_episode(version_2_copy: Path) -> None:
@@ -653,11 +653,11 @@ def test_a_video_with_too_few_frames_is_named(short_video_copy: Path) -> None:
 
     assert len(episodes) == NUM_EPISODES - 1
     assert "set#7 has 5 frames" in reasons[0]
-    assert f"the video {video_file(short_video_copy)} ends" in inspect(short_video_copy)
+    assert f"the video {video_file(short_video_copy)} ends" in describe_dataset(short_video_copy)
 
 
 def test_a_good_dataset_is_inspected_without_complaints(lerobot: Path) -> None:
-    assert "skipped" not in inspect(lerobot / "v3.0_video")
+    assert "skipped" not in describe_dataset(lerobot / "v3.0_video")
 
 
 @pytest.mark.parametrize(
@@ -672,8 +672,8 @@ def test_a_truncated_file_of_all_episodes_is_named(short_video_copy: Path, file:
     path = short_video_copy / file
     truncate(path, path.stat().st_size - 2000)
 
-    refuses(rf"no episode of .* can be read .*{path}", inspect, short_video_copy)
-    refuses("bad episodes, 8 of 8|no episode of", audit, short_video_copy)
+    refuses(rf"no episode of .* can be read .*{path}", describe_dataset, short_video_copy)
+    refuses("bad episodes, 8 of 8|no episode of", audit_dataset, short_video_copy)
 
 
 def test_rows_without_the_number_of_their_episode_are_named(version_3_copy: Path) -> None:

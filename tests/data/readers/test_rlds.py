@@ -21,9 +21,9 @@ from scipy.spatial.transform import Rotation
 
 from data_tiny import assert_same, edit_json, write_records
 from refusals import refuses
-from spear.audit.dataset_audit import audit
-from spear.audit.describe import describe
-from spear.audit.inspect import inspect
+from spear.audit.dataset_audit import audit_dataset
+from spear.audit.describe import propose_layout
+from spear.audit.inspect import describe_dataset
 from spear.data.readers.dataset_layout import REGISTRY
 from spear.data.readers.formats import read_episodes
 from spear.data.readers.rlds import open_rlds
@@ -231,7 +231,7 @@ def test_a_broken_record_is_skipped_by_inspecting_and_preparing(
     copy_with_broken_record: Path, tmp_path: Path
 ) -> None:
     num_prepared, reasons = prepare(copy_with_broken_record, tmp_path / "store")
-    overview = inspect(copy_with_broken_record)
+    overview = describe_dataset(copy_with_broken_record)
 
     assert num_prepared == NUM_EPISODES - 1
     assert len(reasons) == 1
@@ -308,12 +308,12 @@ def test_an_episode_without_steps_is_skipped_by_all(bridge_copy: Path) -> None:
 
     assert len(episodes) == NUM_EPISODES - 1
     assert "has no steps" in reasons[0]
-    assert "looked at     24 episodes" in inspect(bridge_copy)
-    assert audit(bridge_copy).num_episodes == 24
-    assert describe(bridge_copy)["position"] == "observation/state[0:3]"
+    assert "looked at     24 episodes" in describe_dataset(bridge_copy)
+    assert audit_dataset(bridge_copy).num_episodes == 24
+    assert propose_layout(bridge_copy)["position"] == "observation/state[0:3]"
 
 
-@pytest.mark.parametrize("command", [inspect, audit, describe])
+@pytest.mark.parametrize("command", [describe_dataset, audit_dataset, propose_layout])
 def test_a_dataset_without_splits_is_refused(
     bridge_copy: Path, command: Callable[[Path], Any]
 ) -> None:
@@ -386,9 +386,9 @@ def test_columns_that_cannot_be_read_do_not_matter_to_commands(strange_copy: Pat
     page = strange_copy / "look.html"
     write_page(strange_copy, page, None)  # without a layout file
 
-    assert inspect(strange_copy).count("not read: ") == len(UNREADABLE_FEATURES)
-    assert describe(strange_copy)["gripper"]
-    assert audit(strange_copy).num_episodes == NUM_EPISODES
+    assert describe_dataset(strange_copy).count("not read: ") == len(UNREADABLE_FEATURES)
+    assert propose_layout(strange_copy)["gripper"]
+    assert audit_dataset(strange_copy).num_episodes == NUM_EPISODES
     assert "the first 4 of 25 episodes" in page.read_text()
 
 
@@ -435,8 +435,8 @@ def test_depth_is_no_camera(bridge_copy: Path) -> None:
         lambda features: features["steps/depth"].bytes_list.value.extend(depth_images),
     )
 
-    assert "depth" not in describe(bridge_copy)["images"].values()
-    assert "20 x 15 pixels" in inspect(bridge_copy)
+    assert "depth" not in propose_layout(bridge_copy)["images"].values()
+    assert "20 x 15 pixels" in describe_dataset(bridge_copy)
     write_layout(bridge_copy, {"like": "bridge_dataset", "images": {"external": "depth"}})
     refuses("column 'depth' of .* contains no images", next, read_episodes(bridge_copy))
 
@@ -530,7 +530,7 @@ def test_a_value_of_the_episode_can_be_its_instruction(my_arm: Path) -> None:
     """A file's path is stored once per episode; as the instruction it is shown by `inspect`."""
     write_layout(my_arm, {**MY_LAYOUT, "instruction": "episode_metadata/file_path"})
 
-    assert "/out.npy" in inspect(my_arm)
+    assert "/out.npy" in describe_dataset(my_arm)
 
 
 SAME_COLUMN_TWICE = dict.fromkeys(("external", "wrist"), "observation/image_0")

@@ -284,7 +284,7 @@ def prepare_until_killed(recorded: Path, out: Path, num_steps: int) -> None:
 
     os.fsync = count_and_kill(os.fsync)
     os.link = count_and_kill(os.link)
-    preparing.save_sketches = count_and_kill(preparing.save_sketches)
+    preparing.make_and_write_sketches = count_and_kill(preparing.make_and_write_sketches)
     Path.replace = count_and_kill(Path.replace)  # type: ignore[method-assign]
     run_prepare(recorded, out)
 
@@ -365,7 +365,7 @@ def unfinished(recorded: Path, tmp_path: Path) -> Path:
     out = tmp_path / "arm"
 
     def prepare_and_die() -> None:
-        preparing.save_sketches = lambda folder: os.kill(os.getpid(), signal.SIGKILL)
+        preparing.make_and_write_sketches = lambda folder: os.kill(os.getpid(), signal.SIGKILL)
         run_prepare(recorded, out)
 
     run_in_process(-signal.SIGKILL, prepare_and_die)

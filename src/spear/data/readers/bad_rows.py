@@ -105,7 +105,7 @@ def find_zero_poses(pose: Array) -> Array:
     return no_row if comes_near_zero else is_zero
 
 
-def choose_rows(is_good: Array) -> Array:
+def choose_rows_and_record_drops(is_good: Array) -> Array:
     """Choose the rows of an episode to use, and record how many are dropped.
 
     If more than half of the rows are bad, the layout is probably wrong, or little of the episode

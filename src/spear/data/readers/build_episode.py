@@ -14,7 +14,7 @@ from PIL import Image
 
 from spear.data.actions import derive_actions, find_first, validate_actions, validate_episode
 from spear.data.readers.bad_rows import (
-    choose_rows,
+    choose_rows_and_record_drops,
     find_complete_rows,
     find_zero_poses,
     mask_actions_before_gaps,
@@ -134,7 +134,7 @@ def drop_bad_rows(steps: Steps, layout: DatasetLayout, source: str) -> tuple[Ste
         is_good &= ~find_zero_poses(pose_without_nan)
         assert layout.rotation_format is not None
         is_good &= find_rotations(rotation, layout.rotation_format)
-    rows = choose_rows(is_good)
+    rows = choose_rows_and_record_drops(is_good)
     good_steps = select_rows(steps, rows, num_rows)
     return good_steps, rows
 

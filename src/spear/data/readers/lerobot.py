@@ -718,13 +718,15 @@ def _convert_column(column: pa.ChunkedArray, folder: Path) -> Any:
         column has neither, a str that says why.
     """
     kind = column.type
-    if pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0:
+    has_encoded_images = pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0
+    if has_encoded_images:
         return [_read_image(cell or {}, folder) for cell in column.to_pylist()]
 
     # Rows of a fixed number of numbers are converted by pyarrow alone, which is fast.
     is_matrix = pa.types.is_fixed_size_list(kind) and not pa.types.is_nested(kind.value_type)
     values = column.combine_chunks()
-    if is_matrix and not values.null_count:
+    has_empty_cells = values.null_count > 0
+    if is_matrix and not has_empty_cells:
         numbers = values.flatten().to_numpy(zero_copy_only=False)
         return numbers.reshape(len(values), kind.list_size)
 

@@ -42,7 +42,7 @@ from spear.data.frames import (
     merge_frame_versions,
     read_store_frame_versions,
 )
-from spear.data.normalize import save_sketches
+from spear.data.normalize import make_and_write_sketches
 from spear.data.options import ALL_OTHER_CAMERAS, Conversion
 from spear.data.readers import formats
 from spear.data.readers.bad_rows import Repairs, count_repairs
@@ -189,7 +189,7 @@ def prepare(
                 f"{out}. It is to look at."
             )
         else:
-            save_sketches(store)
+            make_and_write_sketches(store)
 
         # Complete the folder, and give it its name.
         skipped_text = json.dumps(skipped.reasons, indent=4, ensure_ascii=False)
