@@ -39,7 +39,7 @@ from spear.checks.gripper import check_gripper
 from spear.checks.recording import Recording
 from spear.checks.result import Check, Verdict
 from spear.checks.states import check_rate, find_implausible_states
-from spear.data.actions import check_instruction, validate_unit_norm
+from spear.data.actions import check_instruction, compute_and_check_norms
 from spear.data.readers.bad_rows import mask_actions_before_gaps
 from spear.data.readers.build_episode import (
     drop_bad_rows,
@@ -577,7 +577,7 @@ def _convert_for_hypotheses(
     if rotation_format in TRUSTED_FORMATS:
         return quaternions
     if rotation_format.startswith("quat"):
-        validate_unit_norm(rotation, source, "rotation")
+        compute_and_check_norms(rotation, source, "rotation")  # only the check matters here
     return rotation
 
 

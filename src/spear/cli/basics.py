@@ -331,9 +331,9 @@ def doctor(options: DoctorOptions) -> None:
     from spear.models.presets import get_preset
     from spear.report.page import render
 
-    size = get_preset(options.preset)
+    preset = get_preset(options.preset)
     device = choose_device(options.device)
-    facts = describe_machine(size, device)
+    facts = describe_machine(preset, device)
     # The lines are Markdown. Two spaces at the end of a line are a line break.
     lines = [f"{name}: {description}  " for name, description in facts]
     rule_below_header = "|---" * len(COLUMNS) + "|"
@@ -341,7 +341,7 @@ def doctor(options: DoctorOptions) -> None:
     print("\n".join(lines), flush=True)
 
     results: list[InferenceResult] = []
-    for result in examine(size, device):
+    for result in examine(preset, device):
         results.append(result)
         row = _markdown_row(result.to_row())
         lines.append(row)
@@ -350,7 +350,7 @@ def doctor(options: DoctorOptions) -> None:
     if options.out is not None:
         page = render(
             "doctor.html",
-            title=f"spear doctor: {size.name} on {device}",
+            title=f"spear doctor: {preset.name} on {device}",
             facts=facts,
             columns=COLUMNS,
             rows=[result.to_row() for result in results],

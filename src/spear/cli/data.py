@@ -256,7 +256,10 @@ def datasets() -> None:
 def _print_written_and_skipped(
     num_written: int, folder: Path, reasons: Sequence[str], file: TextIO | None = None
 ) -> None:
-    """Print how many episodes were written, and why others were skipped."""
+    """Print to `file` how many episodes were written, and to stderr why others were skipped.
+
+    Without `file`, the number goes to stdout.
+    """
     for reason in reasons[:MAX_SHOWN_REASONS]:
         print(f"skipped: {escape_control_characters(reason)}", file=sys.stderr)
     episodes = format_count(num_written, "episodes")

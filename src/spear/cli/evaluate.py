@@ -269,7 +269,8 @@ def _check_splits_are_disjoint(
 
     held_out_ranges = check_episodes(options.episodes, options.split)
     train_ranges = check_episodes(train_folder, train_split)
-    if not (options.train or options.train_split):
+    has_own_training_episodes = options.train or options.train_split
+    if not has_own_training_episodes:  # the baseline is fitted to the held-out episodes
         return
     if train_folder.resolve() != options.episodes.resolve():
         return

@@ -121,11 +121,12 @@ def _serve_harness(options: ServeOptions) -> None:
     try:
         serve_harness(HarnessServer(service, options), options.host, options.port)
     except* OSError as group:
-        raise listen_error(options.host, options.port, group.exceptions[0]) from group
+        first_error = group.exceptions[0]
+        raise listen_error(options.host, options.port, first_error) from group
 
 
 def _load_and_warm_up(options: ServeOptions) -> "tuple[Spear1Policy, Service]":
-    """Load a policy and its service, and let it answer once to warm up.
+    """Load a policy, make its service, and let the service answer once to warm up.
 
     Raises:
         SpearError: a name is unknown or the address cannot be used. Both are checked before the
@@ -148,7 +149,7 @@ def _load_and_warm_up(options: ServeOptions) -> "tuple[Spear1Policy, Service]":
     folder = locate(options.policy)
     if not options.allow_missing_cameras:
         distribution = TrainingDistribution.load(folder / "seen.json")
-        # The cameras that all training steps had, so that the policy relies on them.
+        # The cameras that nearly all training steps had, so that the policy relies on them.
         constant_cameras = distribution.constant_cameras if distribution else []
         check_cameras(robot, constant_cameras, options.robot)
     device = choose_device(options.device)

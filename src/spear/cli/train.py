@@ -187,7 +187,7 @@ def _estimate_inference(options: EstimateMemoryOptions, usable_bytes: float) -> 
 
     if options.set:
         raise SpearError("--set changes recipes, and inference is none. Leave it out.")
-    size = get_preset(options.preset or "spear1")
+    preset = get_preset(options.preset or "spear1")
     fits_any = False
     # Quantized models keep embeddings, norms and activations in bfloat16.
     precisions: dict[str, tuple[torch.dtype, Quantization | None]] = {
@@ -197,7 +197,7 @@ def _estimate_inference(options: EstimateMemoryOptions, usable_bytes: float) -> 
         "float32": (torch.float32, None),
     }
     for name, (dtype, quantize) in precisions.items():
-        estimate = measure_inference(size, dtype, options.batch_size or 1, quantize)
+        estimate = measure_inference(preset, dtype, options.batch_size or 1, quantize)
         fits = estimate.total <= usable_bytes
         fits_any = fits_any or fits
         verdict = "fits" if fits else "does not fit"

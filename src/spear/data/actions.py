@@ -344,8 +344,8 @@ def _validate_array(name: str, field: str, values: Array, shape: tuple[int, ...]
     return array
 
 
-def validate_unit_norm(quaternion: Array, name: str, field: str) -> Array:
-    """Check that quaternions [T, 4] have norms within 1e-3 of 1.
+def compute_and_check_norms(quaternion: Array, name: str, field: str) -> Array:
+    """Compute the norms of quaternions [T, 4], and check that they are within 1e-3 of 1.
 
     Args:
         quaternion: [T, 4] the quaternions.
@@ -371,7 +371,7 @@ def validate_unit_norm(quaternion: Array, name: str, field: str) -> Array:
 
 def _normalize_rotation(name: str, field: str, quaternion: Array) -> Array:
     """Normalize quaternions [T, 4] to norm 1 and w >= 0, after checking their norms."""
-    norms = validate_unit_norm(quaternion, name, field)  # [T]
+    norms = compute_and_check_norms(quaternion, name, field)  # [T]
     unit = quaternion / norms[:, None]  # [T, 4]
     real_part = unit[:, :1]  # [T, 1]
     return np.where(real_part < 0, -unit, unit).astype(np.float32)

@@ -455,10 +455,10 @@ def _make_chunk_sketches(store: EpisodeStore, horizon: int) -> list[QuantileSket
             masks.append(is_target)
         motions = np.stack(chunks)  # [T, H, 3]
         is_target_of_step = np.stack(masks)  # [T, H]
-        for number in range(horizon):
-            known = motions[is_target_of_step[:, number], number]  # [num_known, 3]
+        for place in range(horizon):  # of an action in its chunk
+            known = motions[is_target_of_step[:, place], place]  # [num_known, 3]
             for axis in range(3):
-                sketches[3 * number + axis].add(known[:, axis])
+                sketches[3 * place + axis].add(known[:, axis])
     return sketches
 
 

@@ -128,12 +128,13 @@ def euclidean_norm(vector: Floats) -> float:
 
 def rotation_vector_between(start: Floats, end: Floats) -> Floats:
     """Return the rotation vector [3] (rad, base frame) that turns quaternion `start` into `end`."""
+    # The functions of MuJoCo write their result into their first argument.
     conjugate = np.empty(4)
     relative = np.empty(4)
     vector = np.empty(3)
     mujoco.mju_negQuat(conjugate, start)
     mujoco.mju_mulQuat(relative, end, conjugate)
-    mujoco.mju_quat2Vel(vector, relative, 1.0)
+    mujoco.mju_quat2Vel(vector, relative, 1.0)  # the angular velocity of this rotation in 1 s
     return vector
 
 

@@ -91,6 +91,7 @@ def compute_franka_pose(joints: Array, source: str = "") -> tuple[Array, Array]:
     position = angles.new_zeros(3)
     rotation = angles.new_tensor([1, 0, 0, 0])
     for link, angle in zip(_LINKS, angles.T, strict=True):
+        # Move by a along x, and by d along the z axis that alpha has rotated about x.
         offset_y = -link.d_m * math.sin(link.alpha_rad)
         offset_z = link.d_m * math.cos(link.alpha_rad)
         offset = angles.new_tensor([link.a_m, offset_y, offset_z])

@@ -106,7 +106,7 @@ class TrainingDistribution:
         """
         position = np.concatenate([batch["position"] for batch in batches])
         rotation = np.concatenate([batch["rotation"] for batch in batches])
-        mean_rotation = _mean_quaternion(rotation)
+        mean_rotation = _compute_mean_quaternion(rotation)
         rotation_angles = quat_distance(torch.from_numpy(rotation), torch.tensor(mean_rotation))
         is_gripper_opposite = np.concatenate([_is_gripper_opposite(batch) for batch in batches])
 
@@ -224,7 +224,7 @@ def _correlate(thumbnails: Array, mean_thumbnail: Any) -> Array:
     return np.einsum("bij,ij->b", thumbnails, unit_mean)
 
 
-def _mean_quaternion(rotation: Array) -> Array:
+def _compute_mean_quaternion(rotation: Array) -> Array:
     """Average unit quaternions [N, 4], whatever their signs (Markley et al. 2007).
 
     The mean is the eigenvector of the sum of q qᵀ with the largest eigenvalue.

@@ -62,14 +62,14 @@ class NoticeLimit:
         now_s = self._read_time_s()
         while self._times_s and now_s - self._times_s[0] > NOTICE_PERIOD_S:
             self._times_s.popleft()
-        if len(self._times_s) > MAX_NOTICES:
+        if len(self._times_s) > MAX_NOTICES:  # the last of these said that others are left out
             return True
         if len(self._times_s) == MAX_NOTICES:
             message = (
                 f"more than {MAX_NOTICES} notices about robots within {NOTICE_PERIOD_S / 60:.0f}"
                 " minutes. Further ones are left out for a while."
             )
-        is_printed = notice(message)
+        is_printed = notice(message)  # the function of `spear.errors`, not this method
         if is_printed:
             self._times_s.append(now_s)
         return is_printed

@@ -162,7 +162,7 @@ class Page:
         all ports of a host, so the name contains the port of this server.
         """
         host_port = request.headers.get("Host", "").rpartition(":")[2]
-        port = host_port if host_port.isdecimal() else 80
+        port = host_port if host_port.isdecimal() else 80  # which browsers leave out
         token = (self._token or "").encode()
         value = hmac.new(token, b"spear page", hashlib.sha256).hexdigest()
         return f"spear_{port}={value}"

@@ -175,7 +175,8 @@ def fit_image(image: Array, height: int, width: int, bars: bool = True) -> Array
         bars: whether to pad with black bars.
 
     Returns:
-        [height, width, 3] uint8; without bars one of the sides may be smaller.
+        [height, width, 3] uint8; without bars one of the sides may be smaller. If the image has
+        this size already, it is returned itself.
 
     Raises:
         SpearError: the image is another kind of array.
@@ -187,7 +188,7 @@ def fit_image(image: Array, height: int, width: int, bars: bool = True) -> Array
     import torch  # takes seconds, so that commands which only show lists or help do without it
 
     placement = compute_placement((source_width, source_height), (width, height))
-    contiguous = np.require(image, requirements=["C", "W"])
+    contiguous = np.require(image, requirements=["C", "W"])  # PyTorch wants writable memory, too
     planes = torch.from_numpy(contiguous).permute(2, 0, 1)[None]  # [1, 3, h, w]
     scaled = torch.nn.functional.interpolate(
         planes, (placement.height, placement.width), mode="bilinear", antialias=True

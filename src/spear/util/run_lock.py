@@ -26,12 +26,13 @@ def hold_lock(path: Path, wait: bool = False) -> Iterator[bool]:
 
     with report_write_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.open("a", encoding="utf-8").close()
+        path.open("a", encoding="utf-8").close()  # so that an error of writing is reported here
 
     # A "soft" lock, which is a file that exists, would outlive a process that is killed.
     file_lock = filelock.FileLock(path, thread_local=False, fallback_to_soft=False)
+    timeout_s = -1 if wait else 0  # -1 waits without limit
     try:
-        file_lock.acquire(timeout=-1 if wait else 0)
+        file_lock.acquire(timeout=timeout_s)
     except filelock.Timeout:
         yield False
         return

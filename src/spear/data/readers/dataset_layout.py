@@ -79,7 +79,7 @@ def _validate_unit_norm(quaternion: tuple[float, ...]) -> tuple[float, ...]:
 Positive = Annotated[float, Field(gt=0)]
 Opening = Annotated[float, Field(ge=0, le=1)]
 AspectRatio = Annotated[float, Field(ge=0.1, le=10)]
-Range = Annotated[tuple[float, float], AfterValidator(_validate_two_readings)]
+ClosedAndOpenReadings = Annotated[tuple[float, float], AfterValidator(_validate_two_readings)]
 """The readings of a gripper: first when it is closed, then when it is open."""
 Quaternion = Annotated[tuple[float, float, float, float], AfterValidator(_validate_unit_norm)]
 Offset = tuple[float, float, float]
@@ -164,10 +164,10 @@ class DatasetLayout:
     tool_offset: Offset = NO_OFFSET
     base_rotation: Quaternion = IDENTITY_ROTATION
     gripper: str | None = None
-    gripper_range: Range | None = None
+    gripper_range: ClosedAndOpenReadings | None = None
     gripper_opening: Opening | None = None
     command: str | None = None
-    command_range: Range = (0.0, 1.0)
+    command_range: ClosedAndOpenReadings = (0.0, 1.0)
     rate_hz: Positive | None = None
     logged_translation: str | None = None
     logged_rotation: str | None = None

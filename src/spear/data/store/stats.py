@@ -158,8 +158,8 @@ class QuantileSketch:
     The sketch (Manku, Rajagopalan and Lindsay, 1998) consists of levels, each with a buffer of
     values. A value on level i stands for 2^i added values. New values enter level 0. When a buffer
     is full, it is sorted and divided into pairs; one value of each pair moves to the next level,
-    and the other value is dropped. Whether the smaller or the larger one moves alternates from time
-    to time, and is not random, so the result is the same in every run.
+    and the other value is dropped. Whether the smaller or the larger one of each pair moves
+    alternates whenever the buffer is full. This is not random, so every run gives the same result.
 
     Up to `capacity` values, quantiles are exact. Beyond, the error in rank is at most
     (levels - 1) / capacity, which is 0.07 % for 45 million values.
