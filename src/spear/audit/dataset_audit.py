@@ -856,7 +856,7 @@ def _judge_question(
     answers: dict[str, tuple[Fit, Margin]] = {}
     for fit in ranked:
         answer = _answer(fit, question)
-        if answer == "-" and fit is not best:
+        if answer == "-" and fit is not best:  # the question has no influence on this hypothesis
             continue
         if answer not in answers:  # the first fit with an answer is the best with that answer
             answers[answer] = (fit, _compute_margin(fit, best, resamples))

@@ -405,8 +405,8 @@ def _describe_cameras(
             if not are_raw_images(values) and not _are_images(values):
                 continue
             images = read_encoded_images(steps, name, source)
-            # The positions are not known yet. With these, the arm moves at every step, so that all
-            # images count.
+            # The positions are not known yet. These made-up ones move at every step, so that no
+            # image is left out because the arm is idle.
             fast_position = np.arange(3 * len(values)).reshape(-1, 3)
             view = summarize_view(images, fast_position, rate_hz, f"{source} column {name!r}")
             shares.setdefault(name, [])
@@ -450,7 +450,8 @@ def _choose_cameras(changing_shares: Mapping[str, float]) -> dict[str, str]:
         max_other_share = max(changing_shares[name] for name in other_cameras)
         is_wrist |= changing_shares[wrist_candidate] > MIN_WRIST_RATIO * max_other_share
     if not is_wrist:
-        return {"external": next(iter(changing_shares))}
+        first_camera = next(iter(changing_shares))
+        return {"external": first_camera}
     if not other_cameras:
         return {"wrist": wrist_candidate}
     return {"external": other_cameras[0], "wrist": wrist_candidate}
@@ -757,7 +758,7 @@ def _are_unit_vectors(values: Array) -> bool:
     # identity.
     products = axes @ axes.swapaxes(1, 2)
     identity = np.eye(axes.shape[1])
-    return bool(np.abs(products - identity).max() < 1e-2)
+    return bool(np.abs(products - identity).max() < 1e-2)  # recorded numbers may be rounded
 
 
 def _find_best_fits(

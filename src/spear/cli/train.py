@@ -188,7 +188,7 @@ def _estimate_inference(options: EstimateMemoryOptions, usable_bytes: float) -> 
     if options.set:
         raise SpearError("--set changes recipes, and inference is none. Leave it out.")
     preset = get_preset(options.preset or "spear1")
-    fits_any = False
+    fits_in_any_precision = False
     # Quantized models keep embeddings, norms and activations in bfloat16.
     precisions: dict[str, tuple[torch.dtype, Quantization | None]] = {
         "int4": (torch.bfloat16, "int4"),
@@ -199,14 +199,14 @@ def _estimate_inference(options: EstimateMemoryOptions, usable_bytes: float) -> 
     for name, (dtype, quantize) in precisions.items():
         estimate = measure_inference(preset, dtype, options.batch_size or 1, quantize)
         fits = estimate.total <= usable_bytes
-        fits_any = fits_any or fits
+        fits_in_any_precision = fits_in_any_precision or fits
         verdict = "fits" if fits else "does not fit"
         print(
             f"{name:<9} weights {_format_gib(estimate.weights)} + "
             f"activations {_format_gib(estimate.activations)} = {_format_gib(estimate.total)}: "
             f"{verdict} on {options.gpu} (usable {_format_gib(usable_bytes)})"
         )
-    if not fits_any:
+    if not fits_in_any_precision:
         raise DoesNotFitError(f"inference does not fit on {options.gpu}. Use a larger GPU.")
 
 

@@ -104,7 +104,8 @@ class SimulatedEpisode:
         self.name = f"{family}-{seed}"
         self.newest_step = 0
         self._observations = [observation]
-        self._views = [self._make_view(observation, {}, self._env.world.spec.instruction)]
+        task = self._env.world.spec.instruction
+        self._views = [self._make_view(observation, info={}, instruction=task)]
 
     def describe_constant_state(self) -> PageState:
         """Return the part of the page's state that is the same for all steps."""

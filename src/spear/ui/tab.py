@@ -180,7 +180,7 @@ class Tab:
 
     def execute_step(self, _: Request) -> PageState:
         """Execute one action, which takes 0.2 s. If a new chunk is needed, infer it first."""
-        episode, step = self._find_step({})
+        episode, step = self._find_step({})  # the newest step
         if not isinstance(episode, SimulatedEpisode):
             raise SpearError(f"a {episode.kind} does not move. Choose a scene of the simulator.")
         if episode.is_over:

@@ -40,7 +40,7 @@ class ProgressBar:
         self._last_line_time_s = self._start_time_s
         console = Console(file=sys.stderr)
         self._bar = Progress(
-            BarColumn(20),
+            BarColumn(bar_width=20),  # characters
             TextColumn("{task.description}", markup=False, table_column=Column(no_wrap=True)),
             console=console,
             disable=not console.is_terminal,
