@@ -61,7 +61,7 @@ def write_page(path: str | Path, out: Path, layout: Path | None = None) -> None:
     """
     skipped = SkippedItems(limit=1.0)  # any number of episodes may be bad
     split_counts = count_episodes(path)
-    split = next(iter(split_counts))
+    split = next(iter(split_counts))  # the first split
     has_layout = layout is not None or is_layout_known(path)
     episodes: Iterator[dict[str, Any]]
     if has_layout:
@@ -74,7 +74,7 @@ def write_page(path: str | Path, out: Path, layout: Path | None = None) -> None:
     html = render(
         "dataset.html",
         title=f"Dataset: {Path(path).resolve().name}",
-        facts=[(f"{n:,}", f"episodes in split {name}") for name, n in split_counts.items()],
+        facts=[(f"{count:,}", f"episodes in split {name}") for name, count in split_counts.items()],
         text=describe_dataset(path),
         known=has_layout,
         spec_file=LAYOUT_FILE,
@@ -231,6 +231,7 @@ def _describe_without_signal(values: Array) -> str:
     if (table == table[0]).all():
         return f"always {table[0, 0]:g}" if is_single else "the same numbers in every step"
     changes = np.diff(table[:, 0])  # [T - 1]
+    # The same change at every step, but for rounding.
     is_even = len(changes) > 2 and np.ptp(changes) < 1e-3 * abs(changes[0])
     if is_single and is_even:
         return f"counts from {table[0, 0]:g} to {table[-1, 0]:g}"

@@ -201,7 +201,7 @@ class SimulatedEpisode:
         camera_rotation = pose[:3, :3]
         camera_position = pose[:3, 3]
         objects = []
-        for index, body in enumerate(world.bodies, 1):
+        for index, body in enumerate(world.bodies, start=1):
             # For row vectors, v @ R is R⁻¹ v: the rotation from the base into the camera frame.
             corners = (corners_of_object[index] - camera_position) @ camera_rotation
             vertices = order_vertices(corners)

@@ -123,7 +123,8 @@ class VideoWriter:
         frame = self._make_frame(np.ascontiguousarray(image), format="rgb24")
         # The first frame starts the encoder's threads.
         starts_encoder = self.num_frames == 0
-        with _keep_scheduling() if starts_encoder else nullcontext():
+        scheduling = _keep_scheduling() if starts_encoder else nullcontext()
+        with scheduling:
             packets = self._stream.encode(frame)
             self._mux(packets)
         self.num_frames += 1

@@ -422,7 +422,8 @@ def _find_wrong_gripper(episodes: Sequence[Episode], has_commands: bool) -> list
         return []
 
     has_clear_motion = largest_motion > MIN_MOTION
-    check = check_range(openings, commands if has_clear_motion else ())
+    compared_commands = commands if has_clear_motion else ()
+    check = check_range(openings, compared_commands)
     if check is None:
         check = check_command_timing(list(zip(openings, commands, strict=True)))
     return [] if check is None else [check]

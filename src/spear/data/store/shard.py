@@ -380,14 +380,14 @@ def _open_shard(path: Path) -> tuple[Shard, dict[str, str]]:
     return shard, note
 
 
-def _wrong_size_error(images: Path, num_bytes: int, num_written_bytes: int) -> SpearError:
+def _wrong_size_error(images_file: Path, num_bytes: int, num_written_bytes: int) -> SpearError:
     """The error for a file of images that has another size than it was written with."""
     if num_bytes < num_written_bytes:
         return SpearError(
-            f"{images} has {num_bytes} of {num_written_bytes} bytes, because its copy was "
+            f"{images_file} has {num_bytes} of {num_written_bytes} bytes, because its copy was "
             "interrupted or the disk is full. Make space, and copy this one file again."
         )
     return SpearError(
-        f"{images} has {num_bytes} bytes instead of {num_written_bytes}, because it belongs to "
-        f"another {images.stem}. Copy both files of this shard from the same folder."
+        f"{images_file} has {num_bytes} bytes instead of {num_written_bytes}, because it belongs to "
+        f"another {images_file.stem}. Copy both files of this shard from the same folder."
     )
