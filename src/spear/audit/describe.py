@@ -367,13 +367,13 @@ def _find_unused_numbers(
     for used_range in used_ranges:
         for index in range(used_range.first, used_range.end):
             used.add((used_range.column, index))
-    free = []
+    unused_numbers = []
     for name, episodes in columns.items():
         for index in range(episodes[0].shape[1]):
             number = ColumnRange(name, index, index + 1)
             if (name, index) not in used and not joint_names(number.name(columns)):
-                free.append(number)
-    return free
+                unused_numbers.append(number)
+    return unused_numbers
 
 
 def _are_images(values: Any) -> bool:

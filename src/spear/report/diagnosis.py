@@ -133,7 +133,10 @@ def _compose_frames(store: EpisodeStore) -> Iterator[Array]:
 
 
 def _make_stills(case: PolicyCase) -> list[tuple[str, str]]:
-    """Show pictures of the rollout beside the training pictures of the nearest arm positions."""
+    """Return pictures of the rollout, each before the training picture of the nearest position.
+
+    Every picture has its caption.
+    """
     stills: list[tuple[str, str]] = []
     if not case.rollout or not case.demonstrations:
         return stills

@@ -388,6 +388,6 @@ def _wrong_size_error(images_file: Path, num_bytes: int, num_written_bytes: int)
             "interrupted or the disk is full. Make space, and copy this one file again."
         )
     return SpearError(
-        f"{images_file} has {num_bytes} bytes instead of {num_written_bytes}, because it belongs to "
-        f"another {images_file.stem}. Copy both files of this shard from the same folder."
+        f"{images_file} has {num_bytes} bytes instead of {num_written_bytes}, because it belongs "
+        f"to another {images_file.stem}. Copy both files of this shard from the same folder."
     )
