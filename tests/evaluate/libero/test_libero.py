@@ -5,6 +5,7 @@ missing.
 """
 
 import contextlib
+import dataclasses
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -134,6 +135,19 @@ class TestOracle:
     def test_it_opens_when_it_has_closed_on_nothing(self) -> None:
         assert choose(make_moment((0.5, 0.05, 0.04), is_open=False))[7] == 1
 
+    def test_it_puts_a_bottle_on_the_slope_of_a_rack(self) -> None:
+        """The z axis of the rack's region points up the slope, 60° from the vertical."""
+        tilted = np.array([math.cos(math.pi / 6), math.sin(math.pi / 6), 0, 0])
+        moment = make_moment((0.3, -0.2, 0.2))
+        rack = Region(np.array([0.5, -0.3, 0.2, *tilted]), np.full(3, 0.02))
+        moment = dataclasses.replace(moment, regions={"rack": rack})
+
+        place = oracle.find_rest_position(moment.objects["bowl_1"], "rack", moment)
+
+        assert place[0] == pytest.approx(0.5)
+        assert place[1] == pytest.approx(-0.3 - oracle.SLOPE_DISTANCE_M * math.sin(math.pi / 3))
+        assert place[2] == pytest.approx(0.2 + oracle.SLOPE_DISTANCE_M * math.cos(math.pi / 3))
+
     def test_no_step_is_longer_than_the_longest(self) -> None:
         action = choose(make_moment((0.0, -0.5, 0.5)))
 
@@ -173,6 +187,17 @@ class TestLibero:
         np.testing.assert_array_equal(second.pose, first.pose)
         for name, box in first.objects.items():
             np.testing.assert_array_equal(second.objects[name].pose, box.pose)
+
+    def test_the_number_of_resets_fixes_where_furniture_stands(self) -> None:
+        with contextlib.closing(
+            LiberoProcess("libero_goal", 1, PROTOCOLS["openpi"].seed, is_cheap=True)
+        ) as process:
+            second = process.reset(1, num_resets=2).objects["wooden_cabinet_1"]
+            first = process.reset(0, num_resets=1).objects["wooden_cabinet_1"]
+            second_again = process.reset(1, num_resets=2).objects["wooden_cabinet_1"]
+
+        np.testing.assert_array_equal(second_again.pose, second.pose)
+        assert np.linalg.norm(first.pose[:3] - second.pose[:3]) > 1e-4
 
     def test_the_robot_reads_the_pose_that_the_simulator_has(self, process: LiberoProcess) -> None:
         from spear.embodiments import load

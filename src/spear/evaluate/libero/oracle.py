@@ -74,6 +74,13 @@ STILL_SPEED_M_S = 0.01  # a slower gripper has stopped
 STILL_FINGER_SPEED_M_S = 0.01  # slower fingers have stopped
 
 
+SLOPE_COSINES = (0.2, 0.8)
+"""Range of the cosine between the vertical and the z axis of a slanted region. Those of other
+regions are level or upright, because a region may be turned by quarter turns."""
+SLOPE_DISTANCE_M = 0.045  # up the slope of a rack, from its lower end to where a bottle is put
+
+VERTICAL = torch.tensor([0.0, 0.0, 1.0], dtype=torch.float64)
+
 DOWN = np.array([1.0, 0.0, 0.0, 0.0])
 """Orientation of a gripper that points down, but for its yaw."""
 
@@ -86,6 +93,36 @@ class Grasp:
 
     position: Array
     yaw: float
+
+
+@dataclass(frozen=True)
+class Outline:
+    """A box seen from above.
+
+    center     [2] its middle.
+    axes       [2, 2] the directions of its sides, one a column.
+    half_size  [2] half of its size along each axis, m.
+    top        height of its highest point, m.
+    """
+
+    center: Array
+    axes: Array
+    half_size: Array
+    top: float
+
+    def measure_distance(self, points: Array) -> Array:
+        """The horizontal distances [n] of points [n, 2]; 0 above or below the box."""
+        outside = np.maximum(self._measure_excess(points), 0)
+        return np.linalg.norm(outside, axis=-1)
+
+    def measure_distance_to_sides(self, points: Array) -> Array:
+        """The horizontal distances [n] of points [n, 2] inside the box from its nearest side;
+        negative outside."""
+        return -self._measure_excess(points).max(axis=-1)
+
+    def _measure_excess(self, points: Array) -> Array:
+        """How far points lie beyond the sides, along each axis: [n, 2], negative inside."""
+        return np.abs((points - self.center) @ self.axes) - self.half_size
 
 
 def choose_action(goal: Sequence[Sequence[str]], moment: LiberoMoment) -> Array:
@@ -162,6 +199,10 @@ def find_rest_position(source: Box, place_name: str, moment: LiberoMoment) -> Ar
     below_origin = source.pose[2] - _corners(source)[:, 2].min()
     if place_name in moment.regions:
         region = moment.regions[place_name]
+        z_axis = quat_rotate(torch.from_numpy(region.pose[3:]), VERTICAL).numpy()
+        if SLOPE_COSINES[0] < z_axis[2] < SLOPE_COSINES[1]:
+            # The region is the lower end of a rack's slope, and its z axis points up the slope.
+            return region.pose[:3] + SLOPE_DISTANCE_M * z_axis + np.array([0, 0, below_origin])
         return np.array([*region.pose[:2], region.pose[2] + below_origin])
     target = moment.objects[place_name]
     center = _corners(target).mean(axis=0)
@@ -218,7 +259,7 @@ def _find_rim_grasps(name: str, moment: LiberoMoment) -> list[Grasp]:
     return [grasp for grasp, room in zip(grasps, rooms, strict=True) if room >= enough - 1e-9]
 
 
-def _measure_room(grasp: Grasp, center: Array, obstacles: Sequence[Box]) -> float:
+def _measure_room(grasp: Grasp, center: Array, obstacles: Sequence[Outline]) -> float:
     """How far fingers and hand stay away from obstacles when they are at a grasp of a rim, m.
 
     center: [2] the bowl's middle. A drawer around it is an obstacle by its walls only.
@@ -226,19 +267,19 @@ def _measure_room(grasp: Grasp, center: Array, obstacles: Sequence[Box]) -> floa
     point = grasp.position[:2]
     outward = (point - center) / np.linalg.norm(point - center)
     outer_finger = point + OUTER_FINGER_M * outward
-    hand_line = [point + reach * outward for reach in np.linspace(-HAND_REACH_M, HAND_REACH_M, 9)]
+    reaches = np.linspace(-HAND_REACH_M, HAND_REACH_M, 9)
+    hand_points = point + reaches[:, None] * outward
     room = 1.0
     for obstacle in obstacles:
-        top = _corners(obstacle)[:, 2].max()
-        if top > grasp.position[2] - RIM_CLEARANCE_M:
-            if _distance_to_box(obstacle, center) == 0:
-                room = min(room, _distance_to_walls(obstacle, outer_finger) - DRAWER_WALL_M)
+        if obstacle.top > grasp.position[2] - RIM_CLEARANCE_M:
+            if obstacle.measure_distance(center) == 0:
+                distance = obstacle.measure_distance_to_sides(outer_finger) - DRAWER_WALL_M
             else:
-                room = min(room, _distance_to_box(obstacle, outer_finger))
-        if top > grasp.position[2] + PALM_HEIGHT_M:
-            for hand_point in hand_line:
-                distance = _distance_to_box(obstacle, hand_point)
-                room = min(room, distance - HAND_HALF_WIDTH_M)
+                distance = obstacle.measure_distance(outer_finger)
+            room = min(room, float(distance))
+        if obstacle.top > grasp.position[2] + PALM_HEIGHT_M:
+            distances = obstacle.measure_distance(hand_points)
+            room = min(room, float(distances.min()) - HAND_HALF_WIDTH_M)
     return room
 
 
@@ -419,16 +460,16 @@ def _move_over(
 
 def _height_to_clear(moment: LiberoMoment, goal: Array, ignored: Sequence[str]) -> float:
     """The top of the highest thing near the straight way from the end-effector to a position."""
+    fractions = np.linspace(0, 1, 12)
+    path = moment.pose[:2] + fractions[:, None] * (goal[:2] - moment.pose[:2])
     highest = -1.0
-    for box in _list_obstacles(moment, ignored):
-        for fraction in np.linspace(0, 1, 12):
-            point = moment.pose[:2] + fraction * (goal[:2] - moment.pose[:2])
-            if _distance_to_box(box, point) < PATH_WIDTH_M:
-                highest = max(highest, float(_corners(box)[:, 2].max()))
+    for obstacle in _list_obstacles(moment, ignored):
+        if obstacle.measure_distance(path).min() < PATH_WIDTH_M:
+            highest = max(highest, obstacle.top)
     return highest
 
 
-def _list_obstacles(moment: LiberoMoment, ignored: Sequence[str]) -> list[Box]:
+def _list_obstacles(moment: LiberoMoment, ignored: Sequence[str]) -> list[Outline]:
     """Everything that stands in the way: objects, fixtures and drawers.
 
     The box of a drawer reaches from its front, wherever that is, to the back of its cabinet.
@@ -449,7 +490,7 @@ def _list_obstacles(moment: LiberoMoment, ignored: Sequence[str]) -> list[Box]:
         # The cabinet's box includes the handles of closed drawers. They move with the drawers.
         without_handles = box.low + np.array([0, HANDLE_DEPTH_M, 0])
         boxes[cabinet] = Box(box.pose, without_handles, box.high)
-    return [*boxes.values(), *drawers]
+    return [_outline(box) for box in [*boxes.values(), *drawers]]
 
 
 def _move_towards(moment: LiberoMoment, goal: Array, yaw: float, is_open: bool) -> Array:
@@ -478,31 +519,15 @@ def _corners(box: Box) -> Array:
     return rotated.numpy() + box.pose[:3]
 
 
-def _distance_to_box(box: Box, point: Array) -> float:
-    """The horizontal distance of a point [2] from a box; 0 above or below it."""
-    outside = np.maximum(_excess_over_sides(box, point), 0)
-    return float(np.linalg.norm(outside))
-
-
-def _distance_to_walls(box: Box, point: Array) -> float:
-    """The horizontal distance of a point [2] inside a box from its nearest side; negative
-    outside."""
-    return -float(_excess_over_sides(box, point).max())
-
-
-def _excess_over_sides(box: Box, point: Array) -> Array:
-    """How far a point [2] lies beyond a box's sides, along its x and y axes: [2], negative
-    inside."""
-    corners = _corners(box)[:, :2]
-    center = corners.mean(axis=0)
+def _outline(box: Box) -> Outline:
+    corners = _corners(box)
+    center = corners[:, :2].mean(axis=0)
     yaw = _yaw(box.pose)
     along = np.array([math.cos(yaw), math.sin(yaw)])
     across = np.array([-along[1], along[0]])
-    excess = []
-    for axis in (along, across):
-        half = np.abs((corners - center) @ axis).max()
-        excess.append(abs(float((point - center) @ axis)) - half)
-    return np.array(excess)
+    axes = np.stack([along, across], axis=1)
+    half_size = np.abs((corners[:, :2] - center) @ axes).max(axis=0)
+    return Outline(center, axes, half_size, top=float(corners[:, 2].max()))
 
 
 def _nearest_yaw(yaw: float, current: float) -> float:

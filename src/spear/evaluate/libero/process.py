@@ -131,9 +131,14 @@ class LiberoProcess:
         positions: dict[str, Array] = self._call("list_official_positions")
         return positions
 
-    def reset(self, state_index: int, changes: Mapping[str, Any] | None = None) -> LiberoMoment:
+    def reset(
+        self,
+        state_index: int,
+        changes: Mapping[str, Any] | None = None,
+        num_resets: int | None = None,
+    ) -> LiberoMoment:
         """Begin an episode from an official state (see `LiberoTask.reset` in worker.py)."""
-        return _read_moment(self._call("reset", state_index, changes))
+        return _read_moment(self._call("reset", state_index, changes, num_resets))
 
     def run(self, rows: Array, max_steps: int) -> LiberoMoment:
         """Execute rows [n, 7] of the control "pose_steps"."""

@@ -242,7 +242,10 @@ class Libero:
     def _start(
         self, task: str, process: LiberoProcess, seed: int, needs_pictures: bool
     ) -> LiberoScene:
-        moment = process.reset(seed % process.num_states)
+        state_index = seed % process.num_states
+        # Other projects go through the states in their order, with one reset before each. That
+        # number fixes where cabinet and stove stand, also in an evaluation that was continued.
+        moment = process.reset(state_index, num_resets=state_index + 1)
         pictures = process.render() if needs_pictures else make_blank_pictures()
         return LiberoScene(task, seed, process, moment, moment, pictures, [pictures])
 

@@ -72,8 +72,10 @@ class LiberoTask:
             use_camera_obs=False,  # pictures are rendered when somebody asks for one
         )
         self._env.seed(seed)
+        self._seed = seed
+        self._num_resets = 0  # since the environment was seeded
         self._is_cheap = is_cheap
-        self._is_reset = False
+        self._is_prepared = False
         self._commanded = np.zeros(7)
         self._num_steps = 0
         self._has_succeeded = False
@@ -94,7 +96,7 @@ class LiberoTask:
 
         Loose objects are those that are not part of the room's furniture.
         """
-        if not self._is_reset:
+        if not self._is_prepared:
             self._reset_environment()
         model = self._env.sim.model
         positions = {}
@@ -104,17 +106,28 @@ class LiberoTask:
             positions[name] = self._states[:, 1 + first : 4 + first]
         return positions
 
-    def reset(self, state_index: int, changes: dict[str, Any] | None = None) -> dict[str, Any]:
+    def reset(
+        self, state_index: int, changes: dict[str, Any] | None = None, num_resets: int | None = None
+    ) -> dict[str, Any]:
         """Begin an episode from an official state, as openpi's and OpenVLA-OFT's scripts do.
 
         Args:
             state_index: number of the official state.
             changes: what of that state is changed, see `_change_state`. None changes nothing.
+            num_resets: how many resets there have been since the environment was seeded, this one
+                included. Each reset draws anew where cabinet and stove stand. None stands for one
+                more than before.
 
         Returns:
             The moment, see `_make_moment`.
         """
-        self._reset_environment()
+        if num_resets is None:
+            num_resets = self._num_resets + 1
+        if num_resets <= self._num_resets:
+            self._env.seed(self._seed)
+            self._num_resets = 0
+        while self._num_resets < num_resets:
+            self._reset_environment()
         self._env.set_init_state(self._states[state_index])
         if changes is not None:
             self._change_state(changes)
@@ -170,15 +183,15 @@ class LiberoTask:
     def _reset_environment(self) -> None:
         """Reset robosuite's environment.
 
-        The first time its model is built. After that a soft reset gives the same to the bit, and
-        takes a hundredth of the time, if the gripper forgets its last command.
+        A hard reset would build the model again. A soft one gives the same to the bit, and takes a
+        hundredth of the time, if the gripper forgets its last command.
         """
-        if self._is_reset:
-            self._env.env.hard_reset = False
+        self._env.env.hard_reset = False
         self._env.reset()
+        self._num_resets += 1
         self._env.env.robots[0].gripper.current_action[:] = 0
-        if not self._is_reset:
-            self._is_reset = True
+        if not self._is_prepared:
+            self._is_prepared = True
             self._prepare_rendering()
             self._boxes = self._measure_boxes()
 
