@@ -30,7 +30,7 @@ from spear.cli import run_reporting_errors
 from spear.models import presets
 from spear.models.moge import checkpoint as moge_checkpoint
 from spear.models.moge.networks import ENCODERS, MogeV1
-from spear.models.presets import SPEAR1, gemma_fields, network_fields
+from spear.models.presets import SPEAR1, make_gemma_fields, make_network_fields
 from spear.models.spear1 import NUM_STATE_FEATURES, Spear1ForActionPrediction
 from spear.models.weights.pi0_policy import plan_pi0
 from spear.types import ACTION_DIM, Action
@@ -44,9 +44,9 @@ FLOW_TIME = 0.3  # SPEAR-1's, from noise to data
 TINY = dataclasses.replace(
     SPEAR1,
     name="tiny-openpi",
-    vision=network_fields(64, 2, 16, intermediate_size=96, patch_size=14, image_size=224),
-    text=gemma_fields(64, 3, 4, intermediate_size=96, head_dim=16),
-    expert=gemma_fields(32, 3, 4, intermediate_size=48, head_dim=16),
+    vision=make_network_fields(64, 2, 16, intermediate_size=96, patch_size=14, image_size=224),
+    text=make_gemma_fields(64, 3, 4, intermediate_size=96, head_dim=16),
+    expert=make_gemma_fields(32, 3, 4, intermediate_size=48, head_dim=16),
     flow={"rotation": "linear"},
 )
 MOGE_ENCODER = (16, 5, 2)  # width, layers, heads
@@ -204,7 +204,9 @@ def main(openpi: Path) -> None:
             }
         differences = compare(our_results, expected_results, inputs["mask"])
         columns = [f"{kind} {value:.1e}" for kind, value in differences.items()]
-        statuses = [f"{len(plan.report.with_status(s))} {s}" for s in ("loaded", "new", "left out")]
+        statuses = [
+            f"{len(plan.report.select_by_status(s))} {s}" for s in ("loaded", "new", "left out")
+        ]
         print(f"{title}: {', '.join(columns)}; weights: {', '.join(statuses)}")
 
 

@@ -17,7 +17,7 @@ from spear.models.processing import Processor
 from spear.policy import locate
 from spear.train.options import QuestionMix
 from spear.train.recipes import get_recipe
-from spear.train.tasks import QuestionSamples, VlaTask, patch_targets
+from spear.train.tasks import QuestionSamples, VlaTask, compute_patch_targets
 from spear.types import Action, LabeledImage, LabeledObject
 from spear.util.images import encode_jpeg
 from train_tiny import PolicyTask
@@ -47,7 +47,7 @@ def make_label() -> LabeledImage:
 
 
 def test_targets_say_which_objects_a_patch_shows() -> None:
-    targets = patch_targets(make_label(), ["cup", "fork", "spoon"], PATCH, SIZE)
+    targets = compute_patch_targets(make_label(), ["cup", "fork", "spoon"], PATCH, SIZE)
 
     np.testing.assert_array_equal(targets.is_shown[:, 0], [True, True, False, False])
     assert not targets.is_shown[:, 1].any()
@@ -55,7 +55,7 @@ def test_targets_say_which_objects_a_patch_shows() -> None:
 
 
 def test_targets_say_how_much_of_each_cell_an_object_covers() -> None:
-    targets = patch_targets(make_label(), ["cup", "fork", "spoon"], PATCH, SIZE)
+    targets = compute_patch_targets(make_label(), ["cup", "fork", "spoon"], PATCH, SIZE)
 
     cells = targets.cells.reshape(4, 4, 4, 3)  # [patches, rows, columns, names], 255 is all of it
     # Patch 0's cells begin at pixels 0, 8, 16 and 24. The cup covers pixels from column 20 and row
@@ -67,7 +67,7 @@ def test_targets_say_how_much_of_each_cell_an_object_covers() -> None:
 
 def test_targets_of_a_wide_size_are_between_its_bars() -> None:
     """Fitted into 128 × 64 pixels, the square image lies in the middle two columns of patches."""
-    targets = patch_targets(make_label(), ["cup"], PATCH, size=(128, 64))
+    targets = compute_patch_targets(make_label(), ["cup"], PATCH, size=(128, 64))
 
     is_cup_shown = targets.is_shown[:, 0].reshape(2, 4)  # rows and columns of patches
     np.testing.assert_array_equal(is_cup_shown[0], [False, True, True, False])
@@ -75,7 +75,7 @@ def test_targets_of_a_wide_size_are_between_its_bars() -> None:
 
 
 def test_targets_say_where_the_center_of_the_largest_object_is() -> None:
-    targets = patch_targets(make_label(), ["cup", "fork", "spoon"], PATCH, SIZE)
+    targets = compute_patch_targets(make_label(), ["cup", "fork", "spoon"], PATCH, SIZE)
 
     np.testing.assert_array_equal(targets.has_object, [True, True, False, True])
     # The cup's center is pixel (30, 14), and the middles of patches 0 and 1 are (16, 16) and
@@ -111,9 +111,9 @@ def test_an_image_of_another_size_is_fitted_with_its_masks() -> None:
     large = dataclasses.replace(label, width=192, height=3 * (64 - 2 * bar), objects=large_objects)
     cut = dataclasses.replace(label, objects=cut_objects)
 
-    targets = patch_targets(large, ["cup", "spoon"], PATCH, SIZE)
+    targets = compute_patch_targets(large, ["cup", "spoon"], PATCH, SIZE)
 
-    expected = patch_targets(cut, ["cup", "spoon"], PATCH, SIZE)
+    expected = compute_patch_targets(cut, ["cup", "spoon"], PATCH, SIZE)
     np.testing.assert_array_equal(targets.is_shown, expected.is_shown)
     # Fitting blurs the edges of masks, so cells differ by up to 40 of 255.
     np.testing.assert_allclose(targets.cells, expected.cells.astype(int), atol=40)

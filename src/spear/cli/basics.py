@@ -370,13 +370,13 @@ def doctor(options: DoctorOptions) -> None:
 
 def _compare_checkpoint(folder: Path) -> None:
     """Print how the settings of a checkpoint compare with ours."""
-    from spear.models.weights.foreign_settings import COLUMNS, compare_settings, summarize
+    from spear.models.weights.foreign_settings import COLUMNS, compare_settings, summarize_verdicts
 
     comparisons = compare_settings(folder)
     lines = [_markdown_row(COLUMNS), "|---" * len(COLUMNS) + "|"]
     lines += [_markdown_row(comparison.to_row()) for comparison in comparisons]
     print(escape_control_characters("\n".join(lines), keep_newlines=True))
-    print(f"\n{summarize(comparisons)}")
+    print(f"\n{summarize_verdicts(comparisons)}")
 
 
 def _markdown_row(cells: list[str]) -> str:

@@ -181,7 +181,7 @@ def convert_roles(options: RolesOptions) -> None:
     """
     from spear.models.weights.load import StoredCheckpoint
     from spear.models.weights.name_rules import read_name_rules
-    from spear.models.weights.roles import format_mapping, group_name, guess_roles
+    from spear.models.weights.roles import format_mapping, guess_roles, mask_numbers
 
     stored = StoredCheckpoint.open(options.checkpoint, "checkpoint")
     shapes = {name: tensor.shape for name, tensor in stored.weights.items()}
@@ -189,7 +189,7 @@ def convert_roles(options: RolesOptions) -> None:
     if options.per_tensor:
         role_of_group = {(role.group.name, role.group.shape): role for role in roles}
         for name, shape in shapes.items():
-            role = role_of_group[group_name(name), shape]
+            role = role_of_group[mask_numbers(name), shape]
             line = f"{name} {list(shape)}: {_describe_role(role, name)}"
             print(escape_control_characters(line))
     else:
@@ -257,13 +257,13 @@ def convert_expected(options: ExpectedOptions) -> None:
     if options.network is None:
         return
 
-    tensors = PUBLISHED[options.network].tensors()
+    tensors = PUBLISHED[options.network].list_tensors()
     report = ConversionReport(
         [WeightStatus(name, shape, "loaded", "") for name, shape in tensors.items()]
     )
     for weight, count in report.fold_layers():
         print(f"{count:>4} × {weight.name} {list(weight.shape)}")
-    print(f"{len(tensors)} tensors, {report.num_parameters():,} numbers")
+    print(f"{len(tensors)} tensors, {report.count_parameters():,} numbers")
 
 
 def _moge_or_none(name: str) -> str | None:
@@ -303,7 +303,7 @@ def _report_and_save(
 
     dtype = plan.dtype if options.dtype is None else getattr(torch, options.dtype)
     dtype_name = str(dtype).removeprefix("torch.")
-    size_gb = plan.report.num_parameters() * dtype.itemsize / 1e9
+    size_gb = plan.report.count_parameters() * dtype.itemsize / 1e9
     size = f"{size_gb:.2f} GB, {dtype_name}"
     print(escape_control_characters(str(plan.report), keep_newlines=True))
     plan.check()

@@ -142,10 +142,11 @@ def decode_greedily(
         answer = layers.run_as_graph(
             lambda static_inputs: _decode(vlm, layers, static_inputs, ranges),
             inputs,
-            tuple(ranges),
+            tuple(ranges),  # for other ranges another graph is recorded
         )
     else:
         answer = _decode(vlm, layers, inputs, ranges, free_text, recorder)
+    # A tensor that was made in inference mode could not be used in training.
     with torch.inference_mode(False):
         return answer.clone()
 
@@ -169,6 +170,7 @@ def _decode(
         recorder: If given, it collects logits.
     """
     num_steps = len(ranges)
+    # The last token of an answer is chosen, but does not run through the layers.
     prefix = _prefill_prompts(vlm, layers, inputs, room=num_steps - 1)
     cache = prefix.cache
     hidden = prefix.hidden
@@ -227,6 +229,7 @@ def _prefill_prompts(vlm: Any, layers: LayerStack, inputs: Inputs, room: int) ->
         The prefix, with a cache that `layers` can read and write.
     """
     pixels, present = split_image_inputs(inputs)
+    # No image is missing, so the mask of missing images is not needed.
     features, _ = vlm.encode_images(pixels, present)
     text = vlm.embed_text(inputs["input_ids"])
 
@@ -289,7 +292,7 @@ class _FreeTextState:
         An answer that has ended gets padding.
         """
         if self.grammar is not None:
-            logits = logits.masked_fill(self._forbidden(), float("-inf"))
+            logits = logits.masked_fill(self._find_forbidden_ids(), float("-inf"))
         token = logits.argmax(-1).masked_fill(self.is_done, self.pad_token)
         self.is_done = self.is_done | (token == self.end_token)
         if self.grammar is not None:
@@ -299,7 +302,7 @@ class _FreeTextState:
         self.step += 1
         return token
 
-    def _forbidden(self) -> Tensor:
+    def _find_forbidden_ids(self) -> Tensor:
         """The ids that the grammar forbids as the next token, [N, vocabulary] bool."""
         num_left = self.max_tokens - self.step  # tokens that fit, including this one
         can_end = (self.num_owed == 0) & self.is_after_word  # [N], like all conditions here

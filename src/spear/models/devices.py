@@ -14,14 +14,14 @@ from torch import nn
 from spear.errors import SpearError, format_count, unknown_name_error
 from spear.models.fast.linear import CPU_INFO, HAS_BFLOAT16
 
-# Names of parameters of glibc's `mallopt`, from its malloc.h, and values for them.
+# Parameters of glibc's `mallopt`, by their numbers in malloc.h, and the values for them.
 M_TRIM_THRESHOLD = -1
 M_MMAP_THRESHOLD = -3
 MAX_MMAP_THRESHOLD_BYTES = 2**25  # the largest that glibc takes
 NEVER_TRIM = -1
 
 PARAMETERS_PER_THREAD = 100_000_000
-"""`limit_threads` allows one thread per so many parameters, multiplied by the batch size."""
+"""`limit_threads` allows one thread for each 100 million of (parameters times batch size)."""
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -47,8 +47,9 @@ def ignore_default_device(function: Callable[P, T]) -> Callable[P, T]:
 
 
 def choose_device(name: str = "auto") -> torch.device:
-    """The device that a name stands for; a GPU becomes the current one.
+    """Return the device that a name stands for. A GPU becomes PyTorch's current one.
 
+    With a GPU, float32 convolutions of this process compute in full precision from now on.
     If there are several processes (`torchrun`), each takes the GPU whose index is the environment
     variable LOCAL_RANK, the process's number on its machine.
 

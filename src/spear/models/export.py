@@ -39,7 +39,8 @@ FEATURE = "the export of a policy"
 OPSET = 18  # the ONNX version of the graphs; TensorRT 10, onnxruntime and OpenVINO read it
 GRAPHS = ("prefix", "flow_step")
 MAX_DIFFERENCE = 1e-4
-"""How far the exported graphs may be from the network in float32, by `relative_difference`."""
+"""How far the exported graphs may be from the network in float32, by `relative_difference` (our
+choice)."""
 
 RunGraph = Callable[[Mapping[str, Array]], list[Array]]
 """Runs a graph: input name -> array, to the outputs in order."""
@@ -268,7 +269,7 @@ def make_example(exported: ExportedPolicy, seed: int = 0) -> dict[str, Array]:
         example[f"pixels_{view}"] = pixels.to(torch.uint8).numpy()
     num_words = math.ceil(exported.prompt_tokens / 2)
     mask = torch.arange(exported.prompt_tokens)[None] < num_words
-    # Token ids from 3 on are words; smaller ids are special tokens, such as padding.
+    # Any words will do. Ids from 3 on are words; smaller ids are special tokens, such as padding.
     ids = torch.randint(3, 16, (1, exported.prompt_tokens), generator=generator) * mask
     noise = flow.sample_noise((1, exported.horizon), FlowConfig(**exported.flow), generator)
     return {
@@ -387,7 +388,7 @@ def check_graphs(model: Spear1ForActionPrediction, folder: Path) -> float:
         The difference, by `relative_difference`.
 
     Raises:
-        SpearError: It is larger than `MAX_DIFFERENCE`.
+        SpearError: The difference is larger than `MAX_DIFFERENCE`.
     """
     exported = ExportedPolicy.load(folder)
     inputs = make_example(exported, seed=1)

@@ -364,7 +364,8 @@ def _run_checkpointed(forward: Any, *args: Any, **kwargs: Any) -> Any:
         return output, layer_cache.keys[0], layer_cache.values[0]
 
     output, keys, values = checkpoint(forward_with_keys_and_values, *args, use_reentrant=False)
-    cache.update(keys, values, len(cache.keys))
+    # Layers run in order, so the keys and values become the cache's next entry.
+    cache.update(keys, values, layer=len(cache.keys))
     return output
 
 
@@ -420,6 +421,7 @@ class _RMSNorm(torch.autograd.Function):
         # We use the fused backward of LayerNorm, with a mean of 0. It subtracts the gradient
         # through the mean, which is the mean over the width of grad · scale / rms. An RMSNorm has
         # no mean, so we add that term again.
+        # Which gradients are needed: of x and of the scale. LayerNorm's bias does not exist here.
         output_mask = [ctx.needs_input_grad[0], ctx.needs_input_grad[1], False]
         mean = torch.zeros_like(inverse_rms)
         grad_x, grad_scale, _ = torch.ops.aten.native_layer_norm_backward(

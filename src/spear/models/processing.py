@@ -81,8 +81,8 @@ def map_pixel(pixel: Pixel, source: Size, target: Size, inverse: bool = False) -
     width and height.
     """
     left, top, window_width, window_height = visible_window(source, target)
-    has_same_aspect = max(abs(left), abs(top)) < 1e-6
-    if has_same_aspect:
+    has_no_padding = max(abs(left), abs(top)) < 1e-6  # pixels; not exactly 0 because of rounding
+    if has_no_padding:
         return pixel
     width, height = source
     if inverse:

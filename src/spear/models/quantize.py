@@ -38,7 +38,8 @@ class QuantizedLinear(nn.Module):
 
     Args:
         layer: The layer, whose weight is quantized and whose bias is kept.
-        quantization: How. A layer whose inputs do not divide into groups gets 8 bits instead of 4.
+        quantization: How the weight is quantized. A layer whose inputs do not divide into groups
+            gets 8 bits instead of 4.
 
     Attributes:
         quantized: 8 bits: int8 [out, in]. 4 bits: uint8 [out, in / 2], where the lower four bits
@@ -164,6 +165,7 @@ def multiplies_integers_exactly() -> bool:
     On x86 processors without VNNI instructions, sums of two products overflow 16 bits and are cut
     off, without an error.
     """
+    # A product of two matrices of the largest integers. Each sum has 64 terms of -127².
     first = torch.full((32, 64), 127, dtype=torch.int8, device="cpu")
     second = torch.full((64, 32), -127, dtype=torch.int8, device="cpu")
     product = torch._int_mm(first, second)

@@ -230,6 +230,7 @@ class Sampler:
         small_expert = make_small_stack(model.expert) if packed else None
         self.expert = small_expert or LayerStack(model.expert, packed, compiled)
 
+        # A small stack computes in float32, so the VLM gets one only if its weights are float32.
         language = model.vlm.language_model
         is_small_float32 = (
             small_expert is not None and language.embed_tokens.weight.dtype == torch.float32
@@ -346,9 +347,9 @@ def _sample(model: Any, sampler: Sampler, inputs: Inputs, steps: int) -> Tensor:
         sampler.vlm,
         features,
         text,
-        image_valid if present else None,
-        inputs.get("attention_mask"),
-        1 + horizon,  # places for the state token and the actions
+        image_valid=image_valid if present else None,  # None, if no image can be missing, is faster
+        text_valid=inputs.get("attention_mask"),
+        room=1 + horizon,  # places for the state token and the actions
         keys_only=True,
         write_events=write_events,
     )
@@ -406,7 +407,8 @@ class _ExpertFlow:
 
         # The first step runs two blocks of tokens: the state, which sees the prefix and itself, and
         # the actions, which see everything. Later steps run the actions alone, and overwrite the
-        # keys and values of the step before.
+        # keys and values of the step before. Per block, the window gets the number of tokens, and
+        # the place at which the keys that they see end.
         self.window = replace(
             cache.make_window(start, [(1, start + 1), (horizon, end)]),
             await_events=prefix.write_events,

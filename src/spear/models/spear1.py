@@ -60,8 +60,8 @@ class Spear1Config(layers.PortableConfig):
                    (`spear.flow.sample_committed`). The paper has no committed actions, so the
                    default is 0.
     action_reference  From which pose actions are measured: "previous" or "observed"
-                   (`spear.data.action_reference`). The normalizer converts them; the network needs
-                   to know it for committed actions alone.
+                   (`spear.data.action_reference`). The normalizer converts actions. The network
+                   reads this field for committed actions alone.
     min_period     Shortest period of the waves that embed the flow time, which runs from 0 to 1.
                    The value is π0's.
     max_period     Longest period of these waves. The value is π0's.

@@ -77,15 +77,15 @@ class MogeForDepth(PreTrainedModel):
 
         # The target: the mean log depth over the known pixels of each cell. A mean over all pixels,
         # in which unknown ones are 0, is divided by the fraction of known pixels.
+        # The log of an unknown depth is set to 0.
         known_mask = (torch.isfinite(depth) & (depth > 0)).float()[:, None]  # [B, 1, h, w]
         known_depth = torch.where(
             known_mask > 0, depth[:, None].float(), torch.ones_like(known_mask)
         )
         size = log_depth.shape[1:]
         known_fraction = nn.functional.adaptive_avg_pool2d(known_mask, size)[:, 0]
-        mean_log_depth = nn.functional.adaptive_avg_pool2d(known_depth.log() * known_mask, size)[
-            :, 0
-        ]
+        known_log_depth = known_depth.log() * known_mask
+        mean_log_depth = nn.functional.adaptive_avg_pool2d(known_log_depth, size)[:, 0]
         target = mean_log_depth / known_fraction.clamp_min(1e-6)
 
         # The losses, over cells with a target.
@@ -120,8 +120,8 @@ class PatchClassification(nn.Module):
         super().__init__()
         self.vlm = vlm
         self.names = [torch.tensor(ids) for ids in names]
-        # SigLIP's logit scale (its logarithm) and bias. The negative bias says that a patch shows
-        # few of the objects.
+        # Logarithm of SigLIP's logit scale, which begins at SigLIP's value, 10; and SigLIP's bias.
+        # The negative bias says that a patch shows few of the objects (the value is ours).
         self.scale = nn.Parameter(torch.tensor(math.log(10.0)))
         self.bias = nn.Parameter(torch.tensor(-4.0))
         width = vlm.config.text_config.hidden_size
@@ -143,7 +143,7 @@ class PatchClassification(nn.Module):
                 shows such an object, where 255 is the whole cell.
             centre: [B, P, 2], x and y of the center of the patch's largest object, relative to the
                 patch, in patch widths.
-            largest: [B, P] bool, True if the patch shows an object.
+            largest: [B, P] bool, True if the patch shows an object, so that `centre` counts.
         """
         tokens = self.vlm.encode_views(pixels)[0]
 

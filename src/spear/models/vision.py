@@ -283,7 +283,7 @@ class _FusedProjections:
         if not is_our_attention or is_on_cpu or not torch.is_inference_mode_enabled():
             return super().forward(hidden_states, attention_mask, **kwargs)  # type: ignore[misc]
         shape = (*hidden_states.shape[:-1], -1, self.head_dim)  # [B, S, heads, head_dim]
-        query, key, value = self.fused_projections()(hidden_states)
+        query, key, value = self.fuse_projections()(hidden_states)
         output, _ = grouped_attention(
             self,
             query.view(shape).transpose(1, 2),
@@ -296,7 +296,7 @@ class _FusedProjections:
         out_proj = self.out_proj if hasattr(self, "out_proj") else self.o_proj
         return out_proj(output.flatten(2)), None
 
-    def fused_projections(self: Any) -> FusedLinear:
+    def fuse_projections(self: Any) -> FusedLinear:
         """The three projections as one. On a GPU this moves their weights into one tensor."""
         return FusedLinear(self.q_proj, self.k_proj, self.v_proj)
 
@@ -308,7 +308,7 @@ def fuse_attention_projections(model: nn.Module) -> None:
     """
     for module in model.modules():
         if isinstance(module, _FusedProjections):
-            module.fused_projections()
+            module.fuse_projections()
 
 
 class _SiglipAttention(_FusedProjections, SiglipAttention):

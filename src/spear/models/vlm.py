@@ -347,6 +347,7 @@ class SpearVLMForConditionalGeneration(PreTrainedModel):
 
         hidden = torch.cat(hidden_per_group)  # [learned tokens, D]
         targets = torch.cat(targets_per_group)  # [learned tokens]
+        # Pad to the next multiple. The padding has no label, so it does not count.
         num_padding = -len(targets) % PAD_NUM_TARGETS_TO_MULTIPLE
         hidden = F.pad(hidden, (0, 0, 0, num_padding))
         targets = F.pad(targets, (0, num_padding), value=IGNORE_LABEL)

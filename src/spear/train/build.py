@@ -169,7 +169,7 @@ def _check_label_folders(recipe: Recipe, preset: Preset, folders: Sequence[Path]
     of its folders of labels, so labels have to be in a folder.
     """
     for folder in folders:
-        for path in tasks.view_folders(folder, list(preset.image_sizes)).values():
+        for path in tasks.find_view_folders(folder, list(preset.image_sizes)).values():
             if path.is_file():
                 raise SpearError(f"--labels {folder} is a file. Give the folder that it is in.")
             find_shards(path)
@@ -347,7 +347,7 @@ def _build_depth(recipe: Recipe, preset: Preset, inputs: TrainingInputs, seed: i
 def _build_naming(recipe: Recipe, preset: Preset, inputs: TrainingInputs, seed: int) -> _Built:
     """Build stage 0's VLM, whose image encoder learns which objects the image patches show.
 
-    With `--init` it is the VLM of a later stage, which learns to see in other surroundings.
+    With `--init` the VLM is one of a later stage, which learns to see in other surroundings.
     """
     labels = tasks.load_labels(inputs.labels, list(preset.image_sizes))
     if inputs.init is None:
@@ -364,7 +364,8 @@ def _build_naming(recipe: Recipe, preset: Preset, inputs: TrainingInputs, seed: 
     for view, labels_of_view in labels.items():
         image_size = processor.image_sizes[view]
         views[view] = [
-            tasks.patch_targets(label, names, patch_side_px, image_size) for label in labels_of_view
+            tasks.compute_patch_targets(label, names, patch_side_px, image_size)
+            for label in labels_of_view
         ]
     task = tasks.PatchTask(model, processor, views, recipe.batch_size, seed)
     return _Built(model, task, [vlm.save_pretrained, processor.save])
@@ -402,7 +403,7 @@ def _load_initial_vlm(
     if fits_tokens or is_moge_new or learns_tokens_without_moge:
         _renew_coordinate_embeddings(model, processor, recipe, seed)
     if is_moge_new:
-        model = _with_moge(model, preset, inputs.init_depth_encoder)
+        model = _add_moge(model, preset, inputs.init_depth_encoder)
     _set_coordinate_loss(model.config, recipe)
     return processor, model
 
@@ -478,7 +479,7 @@ def _note_image_fitting(episodes: NamedStores, processor: Processor) -> None:
     """
     for _, store, _ in episodes:
         for view in processor.image_sizes:
-            encoded = store.image(0, 0, view)
+            encoded = store.image(index=0, step=0, camera=view)
             if encoded:
                 image = decode_image(encoded, f"{store.path}: camera {view!r}")
                 processor.prepare_image(image, view)
@@ -663,7 +664,7 @@ def _set_coordinate_loss(config: SpearVLMConfig, recipe: Recipe) -> None:
     config.coordinate_smoothing = recipe.questions.coordinate_smoothing
 
 
-def _with_moge(vlm: SpearVLM, preset: Preset, moge: Path | None) -> SpearVLM:
+def _add_moge(vlm: SpearVLM, preset: Preset, moge: Path | None) -> SpearVLM:
     """Return the VLM with MoGe's encoder and a projection for it, added without changing outputs.
 
     With MoGe a visual token is the average of two projections, SigLIP's and MoGe's. So that visual

@@ -132,7 +132,7 @@ def run(
             _train_steps(stepper, saver, logger, out)
 
     parallel.wait_for_all_processes()
-    return stepper.result()
+    return stepper.get_final_weights()
 
 
 def _train_steps(stepper: Stepper, saver: "_Saver", logger: Logger | None, out: Path) -> None:
@@ -177,13 +177,13 @@ def _train_steps(stepper: Stepper, saver: "_Saver", logger: Logger | None, out: 
 
             # Save when it is time, or when a signal tells a process to stop. All processes have to
             # save in the same step, so each takes the maximum over the processes.
-            own_signal = signals[0] if signals else 0
+            own_signal = signals[0] if signals else 0  # 0 stands for no signal
             is_overdue, stop_signal = parallel.max_over_processes([saver.is_overdue(), own_signal])
             if is_overdue or stop_signal or saver.is_due(step):
                 saver.save(step)
             if stop_signal:
                 saver.checkpoints.wait()
-                _stop(step, stop_signal, logger)
+                _end_process(step, stop_signal, logger)
 
 
 @dataclass
@@ -369,8 +369,8 @@ def _catch_stop_signal() -> Iterator[list[int]]:
         restore_handlers()
 
 
-def _stop(step: int, stop_signal: int, logger: Logger | None) -> None:
-    """End this process with the exception that belongs to the signal."""
+def _end_process(step: int, stop_signal: int, logger: Logger | None) -> None:
+    """Print where the run stopped, and raise the exception that belongs to the signal."""
     if logger is not None:
         logger.bar.print_line(f"stopped, saved at step {step + 1}; the same command continues")
     if stop_signal == signal.SIGINT:

@@ -94,8 +94,8 @@ def measure_training(recipe: Recipe, with_gpu_layers: bool = True) -> MemoryEsti
 
     Args:
         recipe: what to train.
-        with_gpu_layers: whether to run the attention and the norms that run on a GPU. With False it
-            is those of a CPU, so that the estimate can be checked against a real step on a CPU.
+        with_gpu_layers: whether to run the attention and the norms that run on a GPU. With False
+            those of a CPU run, so that the estimate can be checked against a real step on a CPU.
 
     Raises:
         SpearError: for another kind of recipe, or a batch that does not divide into `accumulate`
@@ -124,6 +124,7 @@ def measure_training(recipe: Recipe, with_gpu_layers: bool = True) -> MemoryEsti
             "cpu",
             torch.bfloat16,
             enabled=opt.precision == "bf16",
+            # As in `spear.train.optimize`: the cache keeps bfloat16 copies of the weights.
             cache_enabled=not opt.gradient_checkpointing,
         ):
             loss = _compute_loss(model, recipe, preset, piece_size)

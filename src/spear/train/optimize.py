@@ -336,7 +336,7 @@ class Stepper:
             raise NonFiniteStep("gradient", all_pieces, step_values)
         suspects = []
         for index, values in enumerate(piece_values):
-            piece_loss = values[0]
+            piece_loss = values[0]  # the parts of the loss follow
             if not piece_loss.isfinite():
                 suspects.append(index)
         raise NonFiniteStep("loss", suspects, step_values)
@@ -349,8 +349,11 @@ class Stepper:
         weights = [self.trainable[name].detach() for name in self.ema]
         torch._foreach_lerp_(list(self.ema.values()), weights, 1 - decay)
 
-    def result(self) -> dict[str, torch.Tensor]:
-        """Return the EMA weights by name, or the plain weights when averaging is off."""
+    def get_final_weights(self) -> dict[str, torch.Tensor]:
+        """Return the EMA weights by name, or the plain weights when averaging is off.
+
+        The model is put into evaluation mode.
+        """
         self.model.eval()
         if self.ema:
             return self.ema

@@ -4,7 +4,7 @@ The result, `OUT/final`, is a Hugging Face folder (config, safetensors, tokenize
 additions: `coordinates.json` (3D tokens), `recipe.json` (the origin of the result: what was
 trained, how, and on what), and for policies `normalizer.json` and `seen.json`.
 
-A run is identified by what it is made from, its *run settings* (`_describe_run`). The newest
+A run is identified by what it is made from, its *run settings* (`_list_run_settings`). The newest
 checkpoint in the run's folder is continued only by a command with the same run settings.
 """
 
@@ -127,9 +127,9 @@ def train(
             "seed": options.seed,
             "init": _drop_learned_fingerprints(init_origin),
             "simulator_only": _is_simulator_only(inputs),
-            "learned": _list_learned(init_origin, inputs, task),
+            "learned": _join_learned_fingerprints(init_origin, inputs, task),
             "minutes": _read_minutes_of_run(out),
-            **_describe_machine(options),
+            **_list_machine_properties(options),
         }
         _save_result(out, save, origin)
     parallel.wait_for_all_processes()
@@ -162,7 +162,7 @@ def check_run(
             read_provenance(folder)
 
     # Without episodes (before they are prepared) all other run settings are compared.
-    run_settings = _describe_run(recipe, inputs)
+    run_settings = _list_run_settings(recipe, inputs)
     known_settings = dict(run_settings)
     if not inputs.episodes:
         del known_settings[EPISODES_KEY]
@@ -181,7 +181,7 @@ def _has_same_episodes(inputs: TrainingInputs, checkpoint: Checkpoint | None) ->
     stored_episodes = run_settings.get(EPISODES_KEY)
     if stored_episodes is None:
         return False
-    new_episodes = _describe_episodes(inputs)[EPISODES_KEY]
+    new_episodes = _list_episode_settings(inputs)[EPISODES_KEY]
     return loop.is_same_setting(EPISODES_KEY, stored_episodes, new_episodes)
 
 
@@ -193,7 +193,7 @@ def _drop_failed_episodes(inputs: TrainingInputs) -> TrainingInputs:
     return dataclasses.replace(inputs, episodes=episodes)
 
 
-def _describe_run(recipe: Recipe, inputs: TrainingInputs) -> dict[str, Any]:
+def _list_run_settings(recipe: Recipe, inputs: TrainingInputs) -> dict[str, Any]:
     """Describe what a run is made from: its recipe, its data and the weights that it begins with.
 
     A run is continued only if all of these run settings are the same.
@@ -211,7 +211,7 @@ def _describe_run(recipe: Recipe, inputs: TrainingInputs) -> dict[str, Any]:
     }
     settings["frozen"] = recipe.optimization.frozen
     settings["trained"] = recipe.optimization.trained
-    settings.update(_describe_episodes(inputs))
+    settings.update(_list_episode_settings(inputs))
 
     init_folders = [] if inputs.init is None else [inputs.init]
     moge_folders = [] if inputs.init_depth_encoder is None else [inputs.init_depth_encoder]
@@ -229,12 +229,12 @@ def _describe_run(recipe: Recipe, inputs: TrainingInputs) -> dict[str, Any]:
     for option in ("--init", DEPTH_ENCODER_KEY):
         weights_hash = None
         for folder in folders_of_option[option]:  # one at most
-            weights_hash = StoredCheckpoint.open(folder, option).digest()[:12]
+            weights_hash = StoredCheckpoint.open(folder, option).hash_weights()[:12]
         settings[f"weights of {option}"] = weights_hash
     return to_plain_json(settings)
 
 
-def _describe_episodes(inputs: TrainingInputs) -> dict[str, Any]:
+def _list_episode_settings(inputs: TrainingInputs) -> dict[str, Any]:
     """Describe the episodes of all datasets, as run settings by name."""
     datasets = []
     for name, store, weight in inputs.episodes:
@@ -312,14 +312,17 @@ def _load_weights(model: torch.nn.Module, weights: Mapping[str, torch.Tensor]) -
 def _drop_learned_fingerprints(origin: Mapping[str, Any] | None) -> dict[str, Any] | None:
     """Return the origin of the initial weights without the fingerprints of their training data.
 
-    The result's own entry "learned" already contains these fingerprints (`_list_learned`).
+    The result's own entry "learned" already contains these fingerprints
+    (`_join_learned_fingerprints`).
     """
     if origin is None:
         return None
     return {key: value for key, value in origin.items() if key != "learned"}
 
 
-def _list_learned(init_origin: Mapping[str, Any] | None, inputs: TrainingInputs, task: Task) -> str:
+def _join_learned_fingerprints(
+    init_origin: Mapping[str, Any] | None, inputs: TrainingInputs, task: Task
+) -> str:
     """Return the fingerprints of all episodes and images that the result has learned from.
 
     They include those that the weights of `--init` have learned from. The fingerprints are joined
@@ -361,7 +364,7 @@ def _read_minutes_of_run(out: Path) -> float:
     return 0.0 if checkpoint is None else round(checkpoint[1]["minutes"], 2)
 
 
-def _describe_machine(options: RunOptions) -> dict[str, Any]:
+def _list_machine_properties(options: RunOptions) -> dict[str, Any]:
     """Describe the machine that trained: processes, device and versions."""
     device = options.device or parallel.CPU
     return {
@@ -447,14 +450,14 @@ def weigh_datasets(
             known datasets if that has all of them; otherwise they are equal.
     """
     names = [get_dataset_name(folder) for folder in folders]
-    weights = list(weights) or _default_weights(stores)
+    weights = list(weights) or _choose_default_weights(stores)
     if len(stores) > 1 and is_first_process():
         _print_mixture(names, weights)
         _note_repeated_episodes(stores)
     return list(zip(names, stores, weights, strict=True))
 
 
-def _default_weights(stores: Sequence[EpisodeStore]) -> list[float]:
+def _choose_default_weights(stores: Sequence[EpisodeStore]) -> list[float]:
     """Return the known sampling weights of all datasets, or equal weights if one is unknown."""
     weights: list[float] = []
     for store in stores:

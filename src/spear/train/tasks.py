@@ -73,7 +73,10 @@ class DepthTask:
     seed: int
 
     def batch(self, step: int) -> Batch:
-        """Return uint8 pixels [B, 3, h, w] and float depth [B, h/4, w/4], as labels store it."""
+        """Return uint8 pixels [B, 3, h, w] and float depth [B, h/4, w/4].
+
+        Labels store only every fourth row and column of the depth.
+        """
         rng = np.random.default_rng((self.seed, step))
         images = self.views[_draw_view(self.views, rng)]
         samples = [images[int(row)] for row in rng.integers(len(images), size=self.batch_size)]
@@ -144,7 +147,7 @@ class PatchTask:
         return output.loss, output.parts
 
 
-def patch_targets(
+def compute_patch_targets(
     label: LabeledImage, names: Sequence[str], patch: int, size: tuple[int, int]
 ) -> PatchTargets:
     """Return what the patches of a labeled image show.
@@ -201,7 +204,7 @@ def _cell_coverage(
 ) -> Array:
     """Return the fraction of each cell of the fitted image that an object of `label` covers.
 
-    The other arguments are those of `patch_targets`.
+    The other arguments are those of `compute_patch_targets`.
 
     Returns:
         [rows, columns, CELLS_PER_SIDE, CELLS_PER_SIDE]: rows and columns of patches, and of cells
@@ -224,8 +227,8 @@ def _cell_coverage(
     return cells.transpose(0, 2, 1, 3)
 
 
-# A batch of questions is given up after more random draws of an image than this number times the
-# sum of two numbers: the images that the batch should have, and the questions that it has so far.
+# A batch draws images at random until enough of them can be asked about. It is given up after more
+# draws than this number times (images that the batch needs + questions that it has so far).
 MAX_TRIES_PER_IMAGE = 1000
 # At the start, the numbers in the answers about this many labels are compared with the range of the
 # 3D tokens. A notice is printed if a larger fraction than MAX_OUTSIDE lies outside.
@@ -246,7 +249,7 @@ def count_length_groups(model: torch.nn.Module, batch: Batch) -> int:
     return min(MAX_LENGTH_GROUPS, num_groups)
 
 
-def view_folders(folder: Path, views: Sequence[str]) -> dict[str, Path]:
+def find_view_folders(folder: Path, views: Sequence[str]) -> dict[str, Path]:
     """Return the folders with the shards of labels in `folder`, by view; see `load_labels`."""
     folders = {view: folder / view for view in views if (folder / view).is_dir()}
     return folders or {views[0]: folder}
@@ -261,7 +264,7 @@ def load_labels(folders: Sequence[Path], views: Sequence[str]) -> dict[str, list
     """
     labels_by_view: dict[str, list[LabeledImage]] = {}
     for folder in folders:
-        for view, path in view_folders(folder, views).items():
+        for view, path in find_view_folders(folder, views).items():
             notice_missing_shards(path, find_shards(path), "run its command again")
             labels = labels_by_view.setdefault(view, [])
             labels.extend(_with_compact_masks(label) for label in read_labels(path))
@@ -319,7 +322,7 @@ def load_depth(
     depth_by_view: dict[str, DepthImages] = {}
     for view, labels_of_view in labels.items():
         folders_of_view = [
-            folder for folder in folders if view in view_folders(folder, list(labels))
+            folder for folder in folders if view in find_view_folders(folder, list(labels))
         ]
         depth_images: Any = []
         for folder in folders_of_view:
@@ -447,7 +450,7 @@ class QuestionSamples:
         The fingerprint depends on the image's content only, not on its folder.
         """
         fingerprints: list[str] = []
-        # The first view, and the wrist's if its images are asked about.
+        # The first view, and the second, which is the wrist's, if its images are asked about.
         num_views = 2 if self.wrist_fraction else 1
         for view in list(self.labels)[:num_views]:
             fingerprints.extend(

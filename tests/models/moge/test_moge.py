@@ -25,7 +25,7 @@ from moge_reference import (
 from refusals import refuses
 from spear.models.moge.checkpoint import fill_encoder
 from spear.models.moge.infer import infer_geometry
-from spear.models.moge.networks import MogeV1, MogeV2, dinov2_config
+from spear.models.moge.networks import MogeV1, MogeV2, make_dinov2_config
 from spear.models.presets import build_vlm_config, get_preset
 from spear.models.vision import MogeEncoder, standardize
 from spear.types import Array
@@ -181,7 +181,7 @@ class TestVlmEncoder:
     @pytest.mark.parametrize(("version", "case"), [(1, "v1_140x196"), (2, "v2_196x140")])
     @torch.inference_mode()
     def test_takes_moges_weights(self, shared: Path, version: int, case: str) -> None:
-        encoder = MogeEncoder(dinov2_config("dinov2_vits14")).eval()
+        encoder = MogeEncoder(make_dinov2_config("dinov2_vits14")).eval()
         fill_encoder(encoder, make_checkpoint(shared, version))
         expected = load_arrays(shared, case)
 
@@ -218,7 +218,7 @@ class TestVlmEncoder:
     )
     def test_of_the_papers_size_is_moges_large_encoder(self, field: str) -> None:
         config = build_vlm_config(get_preset("spear1")).moge_config
-        assert getattr(config, field) == getattr(dinov2_config("dinov2_vitl14"), field)
+        assert getattr(config, field) == getattr(make_dinov2_config("dinov2_vitl14"), field)
 
     def test_that_resamples_positions_otherwise_is_refused(self, shared: Path) -> None:
         config = Dinov2Config(hidden_size=384, num_attention_heads=6, image_size=518, patch_size=14)
@@ -230,7 +230,7 @@ class TestVlmEncoder:
     def test_of_another_size_is_refused(self, shared: Path) -> None:
         """The checkpoint's encoder is a "dinov2_vits14", which is narrower in all 174 weights."""
         with torch.device("meta"):
-            encoder = MogeEncoder(dinov2_config("dinov2_vitb14"))
+            encoder = MogeEncoder(make_dinov2_config("dinov2_vitb14"))
         checkpoint = make_checkpoint(shared, 1)
         message = r"174 weights of the wrong shape, first backbone\.blocks\.0\.attn\.proj\.bias"
         refuses(message, fill_encoder, encoder, checkpoint)
@@ -264,4 +264,4 @@ def test_unfit_images_are_refused(images: torch.Tensor, message: str) -> None:
 
 def test_an_unknown_encoder_is_refused() -> None:
     message = "unknown MoGe encoder 'dinov2_vitg14'. Did you mean"
-    refuses(message, dinov2_config, "dinov2_vitg14")
+    refuses(message, make_dinov2_config, "dinov2_vitg14")

@@ -133,17 +133,17 @@ class TestReport:
 
         model = plan.run()
 
-        reported = plan.report.with_status("loaded", "new")
+        reported = plan.report.select_by_status("loaded", "new")
         assert {key.name.split("[")[0] for key in reported} == set(model.state_dict())
         num_parameters = sum(parameter.numel() for parameter in model.parameters())
-        assert plan.report.num_parameters() == num_parameters
+        assert plan.report.count_parameters() == num_parameters
 
     def test_has_every_published_weight(self, folder: Path, moge: Path) -> None:
         report = plan_backbones(folder, moge, "tiny14").report
 
         # The note of a loaded weight is "SOURCE: published name".
-        loaded_names = {key.note.split(": ")[-1] for key in report.with_status("loaded")}
-        left_out_names = {key.name for key in report.with_status("left out")}
+        loaded_names = {key.note.split(": ")[-1] for key in report.select_by_status("loaded")}
+        left_out_names = {key.name for key in report.select_by_status("left out")}
         paligemma_names = set(StoredCheckpoint.open(folder, "PaliGemma").weights)
         moge_names = set(torch.load(moge)["model"])
         assert loaded_names | left_out_names == paligemma_names | moge_names
@@ -152,12 +152,12 @@ class TestReport:
     def test_names_what_is_new(self, folder: Path, moge: Path) -> None:
         report = plan_backbones(folder, moge, "tiny14").report
 
-        assert sorted(key.name for key in report.with_status("new")) == [
+        assert sorted(key.name for key in report.select_by_status("new")) == [
             f"{EMBEDDINGS}[{NUM_ROWS}:{NEW_END}]",
             "moge_projector.linear.bias",
             "moge_projector.linear.weight",
         ]
-        assert report.with_status("missing", "refused") == []
+        assert report.select_by_status("missing", "refused") == []
 
 
 class TestCoordinateTokens:
@@ -329,21 +329,21 @@ class TestPi0OfAnotherRobot:
         expected = set()
         for layer in ("state_proj", "action_in_proj", "action_out_proj"):
             expected |= {f"{layer}.weight", f"{layer}.bias"}
-        assert {key.name for key in report.with_status("new")} == expected
+        assert {key.name for key in report.select_by_status("new")} == expected
 
     def test_every_stored_weight_is_loaded_or_left_out(
         self, vlm_folder: Path, expert: Path
     ) -> None:
         report = plan_policy(vlm_folder, expert, "tiny14").report
 
-        reasons = {key.name: key.note for key in report.with_status("left out")}
+        reasons = {key.name: key.note for key in report.select_by_status("left out")}
         assert reasons["model.state_proj.weight"] == "its states and actions mean other numbers"
         assert "normalize_inputs.buffer_observation_state.mean" in reasons
         num_stored = 0
         for folder in (vlm_folder, expert):
             num_stored += len(StoredCheckpoint.open(folder, "one").weights)
-        assert len(report.with_status("loaded", "left out")) == num_stored
-        assert report.with_status("missing", "refused") == []
+        assert len(report.select_by_status("loaded", "left out")) == num_stored
+        assert report.select_by_status("missing", "refused") == []
 
     def test_its_other_layers_are_loaded(self, vlm_folder: Path, expert: Path) -> None:
         published = make_pi0(state_dim=32, action_dim=32)
@@ -366,7 +366,7 @@ class TestNewExpert:
 
         first, same, other_seed = [plan.run(seed=seed).state_dict() for seed in (0, 0, 1)]
 
-        for key in plan.report.with_status("new"):
+        for key in plan.report.select_by_status("new"):
             assert torch.equal(first[key.name], same[key.name])
             if key.note.startswith("N("):
                 assert not torch.equal(first[key.name], other_seed[key.name]), key.name
@@ -472,7 +472,7 @@ class TestIncompleteFilesAreRefused:
 
         plan = plan_backbones(paligemma_folder, None, "tiny14")
 
-        assert len(plan.report.with_status("missing")) == 1
+        assert len(plan.report.select_by_status("missing")) == 1
         refuses("1 weight missing, first ", plan.run)
 
     def test_a_weight_of_another_shape(self, paligemma_folder: Path, shard: Path) -> None:
@@ -628,7 +628,7 @@ def test_a_name_on_the_hub_is_read_from_the_cache(offline_hub_cache: Path) -> No
     plan = plan_backbones("google/tiny", None, "tiny14")
 
     assert plan.sources == {"PaliGemma": "google/tiny@0123456789"}
-    assert plan.report.with_status("missing", "refused") == []
+    assert plan.report.select_by_status("missing", "refused") == []
 
 
 @pytest.mark.usefixtures("offline_hub_cache")

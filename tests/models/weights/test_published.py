@@ -46,7 +46,7 @@ def make_stored_checkpoint(shapes: dict[str, Any], config: Any = None) -> Stored
 @pytest.mark.parametrize("name", ["paligemma", "paligemma2"])
 def test_all_tensors_of_paligemma_are_loaded(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     network = PUBLISHED[name]
-    tensors = network.tensors()
+    tensors = network.list_tensors()
     vision_config = {
         **PRESETS["spear1"].vision,
         "model_type": "siglip_vision_model",
@@ -64,8 +64,8 @@ def test_all_tensors_of_paligemma_are_loaded(name: str, monkeypatch: pytest.Monk
     report = backbones.plan_backbones("nowhere", None).report
 
     report.check("")  # raises SpearError if a weight is missing or refused
-    assert len(report.with_status("loaded")) == len(tensors)
-    assert not report.with_status("left out")
+    assert len(report.select_by_status("loaded")) == len(tensors)
+    assert not report.select_by_status("left out")
 
 
 def test_all_tensors_of_pi0_but_those_of_its_robot_are_loaded(
@@ -76,7 +76,7 @@ def test_all_tensors_of_pi0_but_those_of_its_robot_are_loaded(
     vlm_shapes = {name: weight.shape for name, weight in vlm.state_dict().items()}
     checkpoints = {
         "SPEAR-VLM": make_stored_checkpoint(vlm_shapes, vlm.config),
-        "π0": make_stored_checkpoint(PUBLISHED["pi0"].tensors()),
+        "π0": make_stored_checkpoint(PUBLISHED["pi0"].list_tensors()),
     }
     monkeypatch.setattr(StoredCheckpoint, "open", lambda _, what: checkpoints[what])
 
@@ -84,13 +84,13 @@ def test_all_tensors_of_pi0_but_those_of_its_robot_are_loaded(
     report = action_expert.plan_policy(vlm="a", expert="b").report
 
     report.check("")  # raises SpearError if a weight is missing or refused
-    assert {key.name for key in report.with_status("new")} == ROBOT_WEIGHTS
+    assert {key.name for key in report.select_by_status("new")} == ROBOT_WEIGHTS
 
 
 def test_all_tensors_of_pi0_and_its_vlm_but_those_of_its_robot_are_loaded(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    tensors = PUBLISHED["pi0"].tensors()
+    tensors = PUBLISHED["pi0"].list_tensors()
     # A file of LeRobot, whose config says nothing about the networks.
     stored = make_stored_checkpoint(tensors)
     monkeypatch.setattr(StoredCheckpoint, "open", lambda *_: stored)
@@ -99,16 +99,16 @@ def test_all_tensors_of_pi0_and_its_vlm_but_those_of_its_robot_are_loaded(
     plan = plan_pi0("nowhere", None)
 
     plan.check()  # raises SpearError if a weight is missing or refused
-    new_names = {key.name for key in plan.report.with_status("new") if "[" not in key.name}
+    new_names = {key.name for key in plan.report.select_by_status("new") if "[" not in key.name}
     assert new_names == ROBOT_WEIGHTS
-    left_out_names = {key.name for key in plan.report.with_status("left out")}
+    left_out_names = {key.name for key in plan.report.select_by_status("left out")}
     assert left_out_names == {f"model.{name}" for name in ROBOT_WEIGHTS}
 
 
 def test_sizes_of_pi0_are_those_of_the_preset(monkeypatch: pytest.MonkeyPatch) -> None:
     """A file of LeRobot does not say them, so they follow from the shapes of its weights."""
     preset = PRESETS["spear1"]
-    stored = make_stored_checkpoint(PUBLISHED["pi0"].tensors())
+    stored = make_stored_checkpoint(PUBLISHED["pi0"].list_tensors())
     monkeypatch.setattr(StoredCheckpoint, "open", lambda *_: stored)
 
     config = plan_pi0("nowhere", None).config
@@ -127,7 +127,7 @@ def test_moge_is_built_from_its_tensors(name: str) -> None:
     """Building checks all names and shapes, and raises `SpearError` if one is wrong."""
     network = PUBLISHED[name]
     tensors = {}
-    for tensor_name, shape in network.tensors().items():
+    for tensor_name, shape in network.list_tensors().items():
         tensors[tensor_name] = torch.empty(shape, device="meta")
     prefix = "encoder." if name == "moge-2" else ""  # of the statistics' names
     for constant, values in IMAGE_STATISTICS.items():
@@ -147,7 +147,7 @@ def test_networks_are_known_by_their_revision(name: str) -> None:
 
 def count_numbers(name: str) -> int:
     """How many numbers the tensors of a published network have in total."""
-    return sum(math.prod(shape) for shape in PUBLISHED[name].tensors().values())
+    return sum(math.prod(shape) for shape in PUBLISHED[name].list_tensors().values())
 
 
 def test_moges_file_is_as_large_as_its_tensors() -> None:

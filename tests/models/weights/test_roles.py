@@ -9,9 +9,9 @@ from spear.models.spear1 import Spear1ForActionPrediction
 from spear.models.weights.name_rules import read_name_rules
 from spear.models.weights.roles import (
     format_mapping,
-    group_name,
     group_weights,
     guess_roles,
+    mask_numbers,
     name_in_layer,
 )
 
@@ -178,7 +178,7 @@ def test_a_candidate_gets_the_number_of_the_weights_layer() -> None:
     (group,) = group_weights({"expert.layers.0.norm": (4,), "expert.layers.1.norm": (4,)})
 
     assert name_in_layer(group, "blocks.17.n") == "expert.layers.17.norm"
-    assert group_name("blocks.17.n") == "blocks.*.n"
+    assert mask_numbers("blocks.17.n") == "blocks.*.n"
 
 
 def test_the_first_mapping_is_unverified_and_says_what_is_open() -> None:

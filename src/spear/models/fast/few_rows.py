@@ -171,14 +171,14 @@ class _LayerKernels:
         self.num_rows = batch * length
         self.padded_rows = 8 if self.num_rows <= 8 else MAX_ROWS  # Triton needs a power of 2
         self.launch_options = {
-            "LAUNCHES_EARLY": model.launches_early,
-            "launch_pdl": model.launches_early,
+            "LAUNCHES_EARLY": model.launches_early,  # read by our kernels
+            "launch_pdl": model.launches_early,  # read by Triton
         }
 
         # A window with two blocks has the state token, which sees the prefix and itself, and the
         # actions, which see all keys. So tokens with an index below `first_block_length`, the
         # number of tokens in the first block, see `first_block_num_keys` keys. The tokens of the
-        # second block see all `num_keys` keys.
+        # second block see all `num_keys` keys. These numbers are the same in all layers.
         num_keys_per_block = [keys.shape[1] for keys, _ in window.visible[0]]
         self.first_block_length = window.block_lengths[0]
         self.first_block_num_keys = num_keys_per_block[0]
@@ -244,8 +244,10 @@ class _LayerKernels:
 
         `new_key_values` [2, B, 1, S, E] is the cache's view for the new tokens.
         """
+        num_all_heads = self.num_heads + 2  # the query heads, one key head and one value head
+        # A program computes columns of the first half of a head, and their partners in the second.
         num_column_blocks = self.head_dim // 2 // PAIRED_OUTPUTS_PER_PROGRAM.value
-        _project_qkv_kernel[(self.num_heads + 2, num_column_blocks)](
+        _project_qkv_kernel[(num_all_heads, num_column_blocks)](
             weight_ptr=weight,
             cos_ptr=self.cos,
             sin_ptr=self.sin,

@@ -89,7 +89,8 @@ def _should_use_onednn(x: Tensor, weight: Tensor) -> bool:
         return False
     if weight.is_mkldnn:
         return True
-    # For plain weights MKL may be as fast. For a single row, oneDNN is not faster than PyTorch.
+    # For plain weights PyTorch's default may be as fast: by MKL in float32, and in any precision
+    # for a single row.
     is_one_row = x.numel() == x.shape[-1]
     is_for_mkl = _IS_MKL_FAST and x.dtype == torch.float32
     return not is_one_row and not is_for_mkl

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from spear.errors import SpearError, summarize_error
-from spear.models.moge.networks import ENCODERS, MogeV1, MogeV2, dinov2_config
+from spear.models.moge.networks import ENCODERS, MogeV1, MogeV2, make_dinov2_config
 from spear.models.vision import IMAGENET_MEAN, IMAGENET_STD, MogeEncoder
 from spear.models.weights.load import (
     describe_tensor_differences,
@@ -203,7 +203,7 @@ def make_encoder_config(checkpoint: Checkpoint) -> dict[str, Any]:
             f"a MoGe encoder of width {width} is not known. Use one of the widths "
             f"{', '.join(map(str, sorted(names)))}."
         )
-    config = dinov2_config(names[width])
+    config = make_dinov2_config(names[width])
     fields = (
         "hidden_size",
         "mlp_ratio",
@@ -297,8 +297,9 @@ def _fill(model: nn.Module, checkpoint: Checkpoint, names: Mapping[str, str]) ->
         weight = checkpoint.weights[name]
         if FUSED_PROJECTIONS in name:
             queries, keys, values = weight.chunk(3)
-            projection = our_name.split("attention.")[1][0]  # "q", "k" or "v"
-            weight = {"q": queries, "k": keys, "v": values}[projection]
+            _, name_in_attention = our_name.split("attention.")  # such as "q_proj.weight"
+            projection, _ = name_in_attention.split(".")
+            weight = {"q_proj": queries, "k_proj": keys, "v_proj": values}[projection]
         state[our_name] = weight.to(torch.float32, copy=True)
     # Tensors of the meta device have no memory to copy to, so they are replaced.
     is_meta = next(model.parameters()).is_meta

@@ -56,7 +56,7 @@ def infer_geometry(
             patches.
     """
     device = next(model.parameters()).device
-    check_pixels("image", images, 1)
+    check_pixels("image", images, patch=1)  # the network resizes images of any size
     images = images.to(device) / 255
     with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
         output = model(images, model.max_tokens)
@@ -86,7 +86,8 @@ def recover_focal_shift(points: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
 
     Returns:
         Focal lengths [B] in half diagonals and shifts [B] in the points' unit, float32. A map with
-        fewer than two known points has focal length 1 and shift 0.
+        fewer than two known points, or with all points on the camera's axis, has focal length 1
+        and shift 0.
     """
     batch, height, width = points.shape[:3]
     uv = make_view_plane(width, height, device=points.device).permute(2, 0, 1)
@@ -119,7 +120,8 @@ def _fit_focal_shift(rows: Array) -> tuple[float, float]:
     xy = rows[is_usable, :2].astype(float)
     z = rows[is_usable, 2].astype(float)
     uv = rows[is_usable, 3:5]
-    if len(z) < 2 or not xy.any():
+    is_on_axis = not xy.any()  # then every focal length fits
+    if len(z) < 2 or is_on_axis:
         return 1.0, 0.0
 
     def project(shift: Array) -> tuple[Array, float]:
@@ -129,11 +131,12 @@ def _fit_focal_shift(rows: Array) -> tuple[float, float]:
         focal = float((projected * uv).sum() / (projected**2).sum())
         return projected, focal
 
-    def residuals(shift: Array) -> Array:
+    def compute_residuals(shift: Array) -> Array:
         projected, focal = project(shift)
         return (focal * projected - uv).ravel()
 
-    shift = least_squares(residuals, x0=0.0, method="lm", ftol=1e-3).x
+    # Method and tolerance are MoGe's.
+    shift = least_squares(compute_residuals, x0=0.0, method="lm", ftol=1e-3).x
     _, focal = project(shift)
     return focal, float(shift[0])
 

@@ -47,7 +47,7 @@ class MogeOutput:
     scale: Tensor | None = None
 
 
-def dinov2_config(encoder: str) -> Dinov2Config:
+def make_dinov2_config(encoder: str) -> Dinov2Config:
     """The config of the encoder with a name in `ENCODERS`, with MoGe's settings.
 
     Raises:
@@ -256,7 +256,7 @@ class MogeV1(nn.Module):
         self.max_tokens = int(num_tokens_range[1])
         if "trained_area_range" in config:  # an older field of the released checkpoint, in pixels
             self.max_tokens = int(config["trained_area_range"][1]) // PATCH_SIZE_PX**2
-        self.encoder = MogeEncoder(dinov2_config(config.get("encoder", "dinov2_vitb14")))
+        self.encoder = MogeEncoder(make_dinov2_config(config.get("encoder", "dinov2_vitb14")))
         encoder_config = self.encoder.backbone.config
         num_layers = encoder_config.num_hidden_layers
         num_feature_layers = config.get("intermediate_layers", 4)
@@ -393,7 +393,7 @@ class MogeV2(nn.Module):
         self.max_tokens = int(num_tokens_range[1])
 
         encoder_fields = config["encoder"]
-        self.encoder = MogeEncoder(dinov2_config(encoder_fields["backbone"]))
+        self.encoder = MogeEncoder(make_dinov2_config(encoder_fields["backbone"]))
         encoder_config = self.encoder.backbone.config
         # A config has either the indices of the layers, or how many of the last layers are read.
         feature_layers = encoder_fields["intermediate_layers"]

@@ -83,7 +83,7 @@ def plan_policy(
     # The VLM and the expert, and the config of both.
     stored_vlm = StoredCheckpoint.open(vlm, "SPEAR-VLM")
     vlm_config = _read_config_of_vlm(stored_vlm)
-    dtype = stored_vlm.precision(stored_vlm.weights)
+    dtype = stored_vlm.find_common_dtype(stored_vlm.weights)
     sources = {"SPEAR-VLM": describe_source(vlm, stored_vlm.folder)}
     pi0 = None
     if expert is not None:
@@ -101,21 +101,22 @@ def plan_policy(
 
     # The weights that the VLM has.
     vlm_names = {f"vlm.{name}": name for name in stored_vlm.weights}
-    keys, loaded_names = match_weights(wanted_of_vlm, stored_vlm, vlm_names, "SPEAR-VLM")
+    entries, loaded_names = match_weights(wanted_of_vlm, stored_vlm, vlm_names, "SPEAR-VLM")
     leftover_names = {our: name for our, name in vlm_names.items() if our not in wanted_of_vlm}
-    keys += report_unused_weights(leftover_names, stored_vlm, {}, "SPEAR-VLM")
+    entries += report_unused_weights(leftover_names, stored_vlm, unused={}, model_name="SPEAR-VLM")
     readers = [make_weight_reader(stored_vlm, loaded_names)]
 
     # The other weights are π0's, or new.
     if pi0 is None:
-        keys += [_report_new(name, weight, config) for name, weight in wanted_of_expert.items()]
+        entries += [_report_new(name, weight, config) for name, weight in wanted_of_expert.items()]
     else:
-        expert_keys, expert_readers = plan_expert(wanted_of_expert, pi0, config)
-        keys += expert_keys
-        reason = {"": f"{pi0.title}'s own VLM, which SPEAR-VLM replaces"}
-        keys += report_unused_weights(pi0.vlm_names(), pi0.stored, reason, "SPEAR-1")
+        expert_entries, expert_readers = plan_expert(wanted_of_expert, pi0, config)
+        entries += expert_entries
+        # The pattern "" matches every name: all weights of π0's VLM are left out.
+        unused = {"": f"{pi0.title}'s own VLM, which SPEAR-VLM replaces"}
+        entries += report_unused_weights(pi0.map_vlm_names(), pi0.stored, unused, "SPEAR-1")
         readers += expert_readers
-    report = ConversionReport(keys)
+    report = ConversionReport(entries)
     return Conversion(Spear1ForActionPrediction, config, report, readers, dtype, sources)
 
 
@@ -159,7 +160,7 @@ def plan_expert(
     """
     new_names = _find_new_weights(expected_weights, pi0, config)
     wanted_of_pi0 = {name: w for name, w in expected_weights.items() if name not in new_names}
-    keys, loaded_names = match_weights(wanted_of_pi0, pi0.stored, pi0.names, pi0.title)
+    entries, loaded_names = match_weights(wanted_of_pi0, pi0.stored, pi0.names, pi0.title)
 
     # The output layer is negated.
     output_names: dict[str, str] = {}
@@ -168,14 +169,14 @@ def plan_expert(
         is_output = our_name.startswith(f"{OUTPUT_LAYER}.")
         target = output_names if is_output else other_names
         target[our_name] = stored_name
-    keys = [_note_negation(key) if key.name in output_names else key for key in keys]
+    entries = [_note_negation(entry) if entry.name in output_names else entry for entry in entries]
     readers = [
         make_weight_reader(pi0.stored, other_names),
         make_weight_reader(pi0.stored, output_names, factor=-1.0),
     ]
 
     # Layers for other states or actions are new, and π0's weights of these layers are not read.
-    keys += [_report_new(name, expected_weights[name], config) for name in new_names]
+    entries += [_report_new(name, expected_weights[name], config) for name in new_names]
     leftover_names = {}
     for our_name, stored_name in pi0.names.items():
         is_wanted = our_name in expected_weights and our_name not in new_names
@@ -183,8 +184,8 @@ def plan_expert(
             leftover_names[our_name] = stored_name
     robot_layers = dict.fromkeys(ROBOT_LAYERS, "its states and actions mean other numbers")
     unused = {**pi0.rules.unused, **robot_layers}
-    keys += report_unused_weights(leftover_names, pi0.stored, unused, "the action expert")
-    return keys, readers
+    entries += report_unused_weights(leftover_names, pi0.stored, unused, "the action expert")
+    return entries, readers
 
 
 def _find_new_weights(
@@ -216,9 +217,9 @@ def _find_new_layers(pi0: Pi0Checkpoint, config: Spear1Config) -> set[str]:
     return new_layers
 
 
-def _note_negation(key: WeightStatus) -> WeightStatus:
+def _note_negation(entry: WeightStatus) -> WeightStatus:
     """Add to a weight's note that its values are negated."""
-    return replace(key, note=f"{key.note}, negated: π0's velocity points to the noise")
+    return replace(entry, note=f"{entry.note}, negated: π0's velocity points to the noise")
 
 
 def _predicts_clean_actions(config: Spear1Config) -> bool:

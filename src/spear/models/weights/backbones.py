@@ -140,7 +140,7 @@ def plan_backbones(
         title="PaliGemma",
         source=describe_source(paligemma, stored.folder),
         stored=stored,
-        names=stored.names(read_name_rules("paligemma").renamed),
+        names=stored.map_names(read_name_rules("paligemma").renamed),
         config=_read_paligemma_config(stored),
         tokenizer_folder=stored.folder,
     )
@@ -186,32 +186,34 @@ def plan_vlm(
         for name, weight in expected_weights.items()
         if not name.startswith("moge") and name != EMBEDDINGS
     }
-    keys, loaded_names = match_weights(wanted_of_paligemma, stored, stored_names, published.title)
-    keys += _report_vocabulary(published, vocabulary, new_tokens)
+    entries, loaded_names = match_weights(
+        wanted_of_paligemma, stored, stored_names, published.title
+    )
+    entries += _report_vocabulary(published, vocabulary, new_tokens)
     is_doubled = keeps_visual_tokens and moge is not None
     readers = [_make_vocabulary_reader(stored, vocabulary, new_tokens)]
     readers += _make_network_readers(stored, loaded_names, is_doubled)
     if is_doubled:
-        keys = [_note_doubling(key) for key in keys]
+        entries = [_note_doubling(entry) for entry in entries]
     sources = {published.title: published.source}
 
     # The weights that MoGe has. MoGe is read first, because it needs a copy in float32, for which
     # there is most room before the other weights are read.
     if encoder_checkpoint is not None and model.moge is not None:
-        keys += _report_moge(model.moge, encoder_checkpoint)
-        keys += _report_new_projector(expected_weights, config, keeps_visual_tokens)
+        entries += _report_moge(model.moge, encoder_checkpoint)
+        entries += _report_new_projector(expected_weights, config, keeps_visual_tokens)
         readers.insert(0, _make_moge_reader(config, encoder_checkpoint.path))
         if keeps_visual_tokens:
             readers.append(make_zero_reader(_moge_projector_shapes(expected_weights)))
         sources["MoGe"] = describe_source(str(moge), encoder_checkpoint.path.parent)
 
-    keys += _report_left_out(stored, stored_names, vocabulary, expected_weights)
+    entries += _report_left_out(stored, stored_names, vocabulary, expected_weights)
     return Conversion(
         model_class=SpearVLMForConditionalGeneration,
         config=config,
-        report=ConversionReport(_sort_like_model(keys, expected_weights)),
+        report=ConversionReport(_sort_like_model(entries, expected_weights)),
         readers=readers,
-        dtype=stored.precision([vocabulary.name, *loaded_names.values()]),
+        dtype=stored.find_common_dtype([vocabulary.name, *loaded_names.values()]),
         sources=sources,
         tokenizer=tokenizer,
     )
@@ -235,11 +237,11 @@ def _make_network_readers(
     ]
 
 
-def _note_doubling(key: WeightStatus) -> WeightStatus:
+def _note_doubling(entry: WeightStatus) -> WeightStatus:
     """Add to the note of SigLIP's projection that it is doubled. Return other weights as is."""
-    if key.status != "loaded" or not key.name.startswith(SIGLIP_PROJECTOR):
-        return key
-    return replace(key, note=f"{key.note}, doubled: averaged with MoGe's, which is 0")
+    if entry.status != "loaded" or not entry.name.startswith(SIGLIP_PROJECTOR):
+        return entry
+    return replace(entry, note=f"{entry.note}, doubled: averaged with MoGe's, which is 0")
 
 
 def _report_left_out(
@@ -249,30 +251,31 @@ def _report_left_out(
     expected_weights: Mapping[str, Tensor],
 ) -> list[WeightStatus]:
     """Report the weights of PaliGemma that the new model does not have."""
-    keys = []
+    entries = []
     if vocabulary.head_name is not None:
         head_shape = stored.weights[vocabulary.head_name].shape
         reason = "tied to the token embeddings"
-        keys.append(WeightStatus(vocabulary.head_name, head_shape, "left out", reason))
+        entries.append(WeightStatus(vocabulary.head_name, head_shape, "left out", reason))
     leftover_names = {
         our: name for our, name in stored_names.items() if our not in expected_weights
     }
     unused = read_name_rules("paligemma").unused
-    keys += report_unused_weights(leftover_names, stored, unused, "SPEAR-VLM")
-    return keys
+    entries += report_unused_weights(leftover_names, stored, unused, "SPEAR-VLM")
+    return entries
 
 
 def _sort_like_model(
-    keys: Sequence[WeightStatus], expected_weights: Mapping[str, Tensor]
+    entries: Sequence[WeightStatus], expected_weights: Mapping[str, Tensor]
 ) -> list[WeightStatus]:
     """Sort by the order of the model's weights. Weights that the model does not have come last."""
     order = {name: index for index, name in enumerate(expected_weights)}
 
-    def position(key: WeightStatus) -> int:
-        whole_name = key.name.split("[")[0]
+    def position(entry: WeightStatus) -> int:
+        # The entry may be about some rows of a weight, such as "name[:10]".
+        whole_name = entry.name.split("[")[0]
         return order.get(whole_name, len(order))
 
-    return sorted(keys, key=position)
+    return sorted(entries, key=position)
 
 
 # --- PaliGemma ---
@@ -282,7 +285,7 @@ def _read_paligemma_config(stored: StoredCheckpoint) -> Any:
     """Return the `PaliGemmaConfig` of a folder.
 
     Raises:
-        SpearError: It is no PaliGemma that can be converted to a SPEAR-VLM.
+        SpearError: The folder contains no PaliGemma that can be converted to a SPEAR-VLM.
     """
     model_type = stored.config.get("model_type")
     file = stored.folder / "config.json"
@@ -398,14 +401,14 @@ def _report_vocabulary(
     initialization = f"N(mean, covariance) of rows 0:{num_known} (the paper)"
     known_shape = (num_known, width)
     new_shape = (end - num_known, width)
-    keys = [
+    entries = [
         WeightStatus(f"{EMBEDDINGS}[:{num_known}]", known_shape, "loaded", source),
         WeightStatus(f"{EMBEDDINGS}[{num_known}:{end}]", new_shape, "new", initialization),
     ]
     if num_rows > end:
         rest_shape = (num_rows - end, width)
-        keys.append(WeightStatus(f"{EMBEDDINGS}[{end}:]", rest_shape, "loaded", source))
-    return keys
+        entries.append(WeightStatus(f"{EMBEDDINGS}[{end}:]", rest_shape, "loaded", source))
+    return entries
 
 
 def _make_vocabulary_reader(
@@ -438,7 +441,7 @@ def _check_head(
     if is_equal:
         is_equal = all(
             torch.equal(piece.to(embeddings.dtype), embeddings[row_range])
-            for row_range, piece in stored.pieces(head_name)
+            for row_range, piece in stored.read_pieces(head_name)
         )
     if not is_equal:
         raise SpearError(
@@ -453,16 +456,16 @@ def _check_head(
 def _report_moge(encoder: MogeEncoder, checkpoint: Checkpoint) -> list[WeightStatus]:
     """Report the weights of MoGe: those of the encoder are loaded, the others left out."""
     stored_names = match_encoder(encoder, checkpoint)
-    keys = []
+    entries = []
     for name, weight in encoder.state_dict().items():
         source = f"MoGe: {stored_names[name]}"
-        keys.append(WeightStatus(f"moge.{name}", tuple(weight.shape), "loaded", source))
+        entries.append(WeightStatus(f"moge.{name}", tuple(weight.shape), "loaded", source))
     loaded_names = set(stored_names.values())
     for name, weight in checkpoint.weights.items():
         if name not in loaded_names:
             reason = _explain_unused_moge_weight(name)
-            keys.append(WeightStatus(name, tuple(weight.shape), "left out", reason))
-    return keys
+            entries.append(WeightStatus(name, tuple(weight.shape), "left out", reason))
+    return entries
 
 
 def _explain_unused_moge_weight(name: str) -> str:
@@ -487,12 +490,12 @@ def _report_new_projector(
     expected_weights: Mapping[str, Tensor], config: SpearVLMConfig, is_zero: bool
 ) -> list[WeightStatus]:
     """Report the projection of MoGe's features, which is new: zero, or a random matrix."""
-    keys = []
+    entries = []
     for name, shape in _moge_projector_shapes(expected_weights).items():
         is_random = name.endswith(".weight") and not is_zero
         initialization = f"N(0, {config.initializer_range}²)" if is_random else "0"
-        keys.append(WeightStatus(name, shape, "new", initialization))
-    return keys
+        entries.append(WeightStatus(name, shape, "new", initialization))
+    return entries
 
 
 def _make_moge_reader(config: SpearVLMConfig, path: Path) -> WeightReader:

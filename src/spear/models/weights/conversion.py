@@ -34,6 +34,7 @@ from spear.util.pretrained import load_pretrained
 Status = Literal["loaded", "new", "left out", "missing", "refused"]
 """The status of a weight in a conversion; see `WeightStatus`."""
 PROBLEMS: tuple[Status, ...] = ("missing", "refused")
+"""With a weight of such a status, the conversion cannot be run."""
 
 MAX_SHARD_SIZE = "5GB"
 """The largest size of one file of weights."""
@@ -92,14 +93,14 @@ class WeightStatus:
 class ConversionReport:
     """A report about all weights of the new model and of the checkpoints. `str` makes a table.
 
-    keys  The status of each of these weights.
+    entries  What the conversion does with each of these weights.
     """
 
-    keys: Sequence[WeightStatus]
+    entries: Sequence[WeightStatus]
 
-    def with_status(self, *statuses: Status) -> list[WeightStatus]:
+    def select_by_status(self, *statuses: Status) -> list[WeightStatus]:
         """Return the weights that have one of these statuses."""
-        return [key for key in self.keys if key.status in statuses]
+        return [entry for entry in self.entries if entry.status in statuses]
 
     def check(self, source: str) -> None:
         """Raise `SpearError` if weights are missing or refused.
@@ -108,11 +109,11 @@ class ConversionReport:
         """
         problems = []
         for status in PROBLEMS:
-            keys = self.with_status(status)
-            if keys:
-                first = keys[0]
+            entries = self.select_by_status(status)
+            if entries:
+                first = entries[0]
                 problems.append(
-                    f"{format_count(len(keys), 'weights')} {status}, first {first.name} "
+                    f"{format_count(len(entries), 'weights')} {status}, first {first.name} "
                     f"{list(first.shape)} ({first.note})"
                 )
         if problems:
@@ -130,36 +131,36 @@ class ConversionReport:
         """
         # Weights are in a group if they differ only in the numbers in their names and notes.
         groups: dict[tuple[str, ...], list[WeightStatus]] = {}
-        for key in self.keys:
-            is_problem = key.status in PROBLEMS
-            name = key.name if is_problem else _NUMBER.sub("*", key.name)
-            group = (name, str(key.shape), key.status, _NUMBER.sub("*", key.note))
-            groups.setdefault(group, []).append(key)
+        for entry in self.entries:
+            is_problem = entry.status in PROBLEMS
+            name = entry.name if is_problem else _NUMBER.sub("*", entry.name)
+            group = (name, str(entry.shape), entry.status, _NUMBER.sub("*", entry.note))
+            groups.setdefault(group, []).append(entry)
 
         folded = []
-        for keys in groups.values():
-            first = keys[0]
-            last = keys[-1]
+        for entries in groups.values():
+            first = entries[0]
+            last = entries[-1]
             name = _join_numbers(first.name, last.name)
             note = _join_numbers(first.note, last.note)
-            folded.append((WeightStatus(name, first.shape, first.status, note), len(keys)))
+            folded.append((WeightStatus(name, first.shape, first.status, note), len(entries)))
         return folded
 
-    def num_parameters(self) -> int:
+    def count_parameters(self) -> int:
         """Return the number of parameters of the new model."""
-        return sum(math.prod(key.shape) for key in self.with_status("loaded", "new"))
+        return sum(math.prod(entry.shape) for entry in self.select_by_status("loaded", "new"))
 
-    def module_table(self) -> str:
+    def format_module_table(self) -> str:
         """Return a table of the numbers of parameters of each module, and of each whole model."""
         modules: dict[str, _ParameterCount] = {}
         vlm = _ParameterCount()
         expert = _ParameterCount()
         total = _ParameterCount()
-        for key in self.with_status("loaded", "new"):
-            module_count = modules.setdefault(_module_name(key.name), _ParameterCount())
-            model_count = expert if key.name.startswith(EXPERT_PREFIXES) else vlm
+        for entry in self.select_by_status("loaded", "new"):
+            module_count = modules.setdefault(_module_name(entry.name), _ParameterCount())
+            model_count = expert if entry.name.startswith(EXPERT_PREFIXES) else vlm
             for parameter_count in (module_count, model_count, total):
-                parameter_count.add(key)
+                parameter_count.add(entry)
 
         counts = {**modules, "SPEAR-VLM": vlm}
         if expert.loaded or expert.new:
@@ -173,17 +174,17 @@ class ConversionReport:
 
     def __str__(self) -> str:
         rows = [("status", "weight", "shape", "number", "from")]
-        for key, num_weights in self.fold_layers():
-            shape = " × ".join(map(str, key.shape)) or "1"
-            rows.append((key.status, key.name, shape, str(num_weights), key.note))
+        for entry, num_weights in self.fold_layers():
+            shape = " × ".join(map(str, entry.shape)) or "1"
+            rows.append((entry.status, entry.name, shape, str(num_weights), entry.note))
 
         totals = []
         for status in get_args(Status):
-            num_with_status = len(self.with_status(status))
+            num_with_status = len(self.select_by_status(status))
             if num_with_status > 0 or status in ("loaded", "new"):
                 totals.append(f"{num_with_status} {status}")
         weight_table = _format_columns(rows, right_aligned=(3,))
-        return f"{weight_table}\n\n{self.module_table()}\n\n{', '.join(totals)}"
+        return f"{weight_table}\n\n{self.format_module_table()}\n\n{', '.join(totals)}"
 
 
 @dataclass
@@ -193,12 +194,12 @@ class _ParameterCount:
     loaded: int = 0
     new: int = 0
 
-    def add(self, key: WeightStatus) -> None:
+    def add(self, entry: WeightStatus) -> None:
         """Count the parameters of a weight that is loaded or new."""
-        if key.status == "new":
-            self.new += math.prod(key.shape)
+        if entry.status == "new":
+            self.new += math.prod(entry.shape)
         else:
-            self.loaded += math.prod(key.shape)
+            self.loaded += math.prod(entry.shape)
 
 
 @dataclass(frozen=True)
@@ -247,13 +248,13 @@ class Conversion(Generic[ModelT]):
         weights: dict[str, Tensor] = {}
         for read in self.readers:
             weights |= read(dtype, torch.Generator().manual_seed(seed))
-        names_of_readers = set(weights)
+        names_from_readers = set(weights)
 
         with torch.random.fork_rng(devices=[]), quiet_transformers():
             torch.manual_seed(seed)
             loaded = load_pretrained(
                 self.model_class,
-                None,
+                None,  # no folder, because the weights are given
                 config=self.config,
                 state_dict=weights,
                 dtype=dtype,
@@ -261,10 +262,13 @@ class Conversion(Generic[ModelT]):
             )
         model, loading_info = loaded
 
-        # A name like "name[…]" stands for some rows of a weight, whose reader has also drawn the
-        # new rows. Other new weights that no reader made were initialized by the model itself.
-        new_names = {key.name for key in self.report.with_status("new") if "[" not in key.name}
-        new_names -= names_of_readers
+        # The weights that no reader made are missing for Transformers, and the model initialized
+        # them. They must be those that the report calls new. A name like "name[…]" stands for some
+        # rows of a weight, whose reader has also drawn the new rows.
+        new_names = {
+            entry.name for entry in self.report.select_by_status("new") if "[" not in entry.name
+        }
+        new_names -= names_from_readers
         assert set(loading_info["missing_keys"]) == new_names, "the report is wrong"
         assert not loading_info["unexpected_keys"], "the report is wrong"
         check_finite(model, ", ".join(self.sources.values()))
@@ -311,7 +315,7 @@ class Conversion(Generic[ModelT]):
         return model
 
     def _check_disk_space(self, partial_folder: Path, dtype: torch.dtype) -> None:
-        needed_bytes = self.report.num_parameters() * dtype.itemsize
+        needed_bytes = self.report.count_parameters() * dtype.itemsize
         free_bytes = shutil.disk_usage(partial_folder).free
         if free_bytes < needed_bytes:
             raise SpearError(
@@ -353,9 +357,9 @@ class Conversion(Generic[ModelT]):
         """
         card_text = CARD_TEXTS[self.config.model_type]
         new_weights = []
-        for key, _ in self.report.fold_layers():
-            if key.status == "new":
-                new_weights.append(f"- `{key.name}` {list(key.shape)}: {key.note}")
+        for entry, _ in self.report.fold_layers():
+            if entry.status == "new":
+                new_weights.append(f"- `{entry.name}` {list(entry.shape)}: {entry.note}")
         new_weights_text = "Every weight was loaded; none is new."
         if new_weights:
             new_weights_text = "\n".join(["These weights are new and untrained:", "", *new_weights])
@@ -369,7 +373,7 @@ class Conversion(Generic[ModelT]):
             use=card_text.use,
             made="\n".join(source_lines),
             fresh=new_weights_text,
-            table=self.report.module_table(),
+            table=self.report.format_module_table(),
             module=self.model_class.__module__,
             cls=self.model_class.__name__,
         )
@@ -379,15 +383,18 @@ class Conversion(Generic[ModelT]):
 
 
 def match_weights(
-    expected: Mapping[str, Tensor], shards: StoredCheckpoint, stored: Mapping[str, str], source: str
+    expected: Mapping[str, Tensor],
+    checkpoint: StoredCheckpoint,
+    stored_names: Mapping[str, str],
+    source: str,
 ) -> tuple[list[WeightStatus], dict[str, str]]:
     """Find the weights of a model in a checkpoint.
 
     Args:
         expected: The weights that the model needs: our name -> tensor. Only the tensors' shapes are
             read, so they may be on the meta device.
-        shards: The checkpoint.
-        stored: Our name of each weight in the checkpoint -> its name in the checkpoint.
+        checkpoint: The checkpoint.
+        stored_names: Our name of each weight in the checkpoint -> its name in the checkpoint.
         source: What the notes call the checkpoint.
 
     Returns:
@@ -397,40 +404,43 @@ def match_weights(
     Raises:
         SpearError: A weight is not plain floating point.
     """
-    keys: list[WeightStatus] = []
+    entries: list[WeightStatus] = []
     loaded_names: dict[str, str] = {}
     for our_name, tensor in expected.items():
         shape = tuple(tensor.shape)
-        if our_name not in stored:
-            keys.append(WeightStatus(our_name, shape, "missing", f"not in {source}"))
+        if our_name not in stored_names:
+            entries.append(WeightStatus(our_name, shape, "missing", f"not in {source}"))
             continue
-        stored_name = stored[our_name]
-        shards.dtype(stored_name)  # raises SpearError for quantized weights
-        stored_shape = shards.weights[stored_name].shape
+        stored_name = stored_names[our_name]
+        checkpoint.find_dtype(stored_name)  # raises SpearError for quantized weights
+        stored_shape = checkpoint.weights[stored_name].shape
         if stored_shape != shape:
             note = f"its shape is {list(stored_shape)}, its config says {list(shape)}"
-            keys.append(WeightStatus(stored_name, stored_shape, "refused", note))
+            entries.append(WeightStatus(stored_name, stored_shape, "refused", note))
         else:
-            keys.append(WeightStatus(our_name, shape, "loaded", f"{source}: {stored_name}"))
+            entries.append(WeightStatus(our_name, shape, "loaded", f"{source}: {stored_name}"))
             loaded_names[our_name] = stored_name
-    return keys, loaded_names
+    return entries, loaded_names
 
 
 def report_unused_weights(
-    stored: Mapping[str, str], shards: StoredCheckpoint, unused: Mapping[str, str], model_name: str
+    stored_names: Mapping[str, str],
+    checkpoint: StoredCheckpoint,
+    unused: Mapping[str, str],
+    model_name: str,
 ) -> Iterator[WeightStatus]:
     """Report the weights of a checkpoint that the new model does not have.
 
     A weight is left out if `unused` has a reason for it. Otherwise it is refused.
 
     Args:
-        stored: Our name of each such weight -> its name in the checkpoint.
-        shards: The checkpoint.
+        stored_names: Our name of each such weight -> its name in the checkpoint.
+        checkpoint: The checkpoint.
         unused: Patterns that match beginnings of our names -> why the model needs no such weights.
         model_name: What the notes of refused weights call the model.
     """
-    for our_name, stored_name in stored.items():
-        shape = shards.weights[stored_name].shape
+    for our_name, stored_name in stored_names.items():
+        shape = checkpoint.weights[stored_name].shape
         reason = _find_reason(our_name, unused)
         if reason is not None:
             yield WeightStatus(stored_name, shape, "left out", reason)

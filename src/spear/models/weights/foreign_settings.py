@@ -115,7 +115,7 @@ def compare_settings(folder: Path, source: str = "spear1_franka") -> list[Compar
     return comparisons
 
 
-def summarize(comparisons: list[Comparison]) -> str:
+def summarize_verdicts(comparisons: list[Comparison]) -> str:
     """Return the number of comparisons with each verdict, in one line."""
     verdicts = [comparison.verdict for comparison in comparisons]
     counts = [

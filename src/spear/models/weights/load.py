@@ -47,8 +47,8 @@ MAX_READ_BYTES = 8 * 2**20
 bytes do not stay in memory."""
 
 DIGEST_TAIL_BYTES = 4096
-"""How many bytes at the end of each weight `digest` reads. At the end of the embeddings are those
-of the 3D tokens."""
+"""How many bytes at the end of each weight `hash_weights` reads. At the end of the embeddings are
+those of the 3D tokens."""
 
 _NEEDS_WHOLE_CHECKPOINT = "give the folder of a whole checkpoint"
 
@@ -148,7 +148,7 @@ def read_compatible_config(cls: type[PreTrainedModel], folder: Path) -> PreTrain
         )
     check_known("architecture", [expected], architecture, location=str(folder / "config.json"))
     stored = StoredCheckpoint.open(folder, expected)
-    stored.precision(stored.weights)
+    stored.find_common_dtype(stored.weights)  # raises SpearError for quantized weights
     return stored.read_config(cls.config_class)
 
 
@@ -236,7 +236,7 @@ class StoredCheckpoint:
             config = read_json(config_file, _NEEDS_WHOLE_CHECKPOINT)
         return StoredCheckpoint(folder, config, weights)
 
-    def dtype(self, key: str) -> torch.dtype:
+    def find_dtype(self, key: str) -> torch.dtype:
         """The dtype of a weight. Raise `SpearError` if it is no plain floating-point type."""
         tensor = self.weights[key]
         if tensor.dtype not in FLOAT_DTYPES:
@@ -246,14 +246,14 @@ class StoredCheckpoint:
             )
         return FLOAT_DTYPES[tensor.dtype]
 
-    def precision(self, keys: Iterable[str]) -> torch.dtype:
+    def find_common_dtype(self, keys: Iterable[str]) -> torch.dtype:
         """The smallest dtype that represents all of these weights (at least one) exactly.
 
         Raise `SpearError` if a weight has no plain floating-point type.
         """
-        return functools.reduce(torch.promote_types, map(self.dtype, keys))
+        return functools.reduce(torch.promote_types, map(self.find_dtype, keys))
 
-    def names(self, rules: Iterable[tuple[str, str]]) -> dict[str, str]:
+    def map_names(self, rules: Iterable[tuple[str, str]]) -> dict[str, str]:
         """Rename all weights by `rename_prefixes`, and return new name -> stored name.
 
         Raises:
@@ -271,7 +271,7 @@ class StoredCheckpoint:
             )
         return stored_names
 
-    def digest(self) -> str:
+    def hash_weights(self) -> str:
         """A hash of the names, the shapes and the last values of all weights.
 
         All weights are part of it, because a training may change only a few of them. Only their
@@ -300,19 +300,20 @@ class StoredCheckpoint:
         try:
             return config_class.from_dict(dict(self.config))
         except Exception as error:  # any kind, such as the errors of the decorator `strict`
+            # An error of `strict` has a cause, which says what is wrong.
             reason = summarize_error(error.__cause__ or error)
             raise SpearError(
                 f"the config {self.folder / 'config.json'} is broken ({reason}). Copy it again."
             ) from error
 
-    def pieces(self, key: str) -> Iterator[tuple[slice, Tensor]]:
+    def read_pieces(self, key: str) -> Iterator[tuple[slice, Tensor]]:
         """Read a weight [rows, …] piece by piece, and yield the range of rows with each piece.
 
         A piece is valid only until the next one is read.
         """
-        self.dtype(key)  # raises SpearError for quantized weights
+        self.find_dtype(key)  # raises SpearError for quantized weights
         tensor = self.weights[key]
-        row_bytes = max(1, math.prod(tensor.shape[1:]) * 4)  # in float32
+        row_bytes = max(1, math.prod(tensor.shape[1:]) * 4)  # 4 bytes per number, as in float32
         rows_per_piece = max(1, MAX_READ_BYTES // row_bytes)
         for begin in range(0, tensor.shape[0], rows_per_piece):
             row_range = slice(begin, begin + rows_per_piece)
@@ -321,7 +322,7 @@ class StoredCheckpoint:
 
     def read_into(self, key: str, out: Tensor) -> Tensor:
         """Read a weight, piece by piece, into the tensor `out` of the same shape, and return it."""
-        for row_range, piece in self.pieces(key):
+        for row_range, piece in self.read_pieces(key):
             out[row_range].copy_(piece)
         return out
 

@@ -53,7 +53,7 @@ class Pi0Checkpoint:
         stored = StoredCheckpoint.open(name, "π0")
         is_pi05 = any(_belongs_to_pi05(stored_name) for stored_name in stored.weights)
         rules = read_name_rules("pi05" if is_pi05 else "pi0")
-        names = stored.names(rules.renamed)
+        names = stored.map_names(rules.renamed)
         if "expert.layers.0.self_attn.q_proj.weight" not in names:
             raise SpearError(
                 f"{stored.folder} contains no action expert. Give a π0 (lerobot/pi0_base)."
@@ -65,7 +65,7 @@ class Pi0Checkpoint:
         """What reports call the checkpoint."""
         return "π0.5" if self.is_pi05 else "π0"
 
-    def vlm_names(self) -> dict[str, str]:
+    def map_vlm_names(self) -> dict[str, str]:
         """Map our names of the weights of its PaliGemma, as in a SPEAR-VLM, to the stored names."""
         names = {}
         for our_name, stored_name in self.names.items():
@@ -86,7 +86,7 @@ class Pi0Checkpoint:
                 "text_config": {
                     "model_type": "gemma",
                     "vocab_size": self._num_embeddings(),
-                    **self._read_gemma_fields("vlm.language_model", None),
+                    **self._read_gemma_fields("vlm.language_model", head_dim=None),
                 },
                 "projection_dim": self._shape("vlm.multi_modal_projector.linear.weight")[0],
             }
@@ -148,7 +148,10 @@ class Pi0Checkpoint:
         }
 
     def _num_embeddings(self) -> int:
-        """Return the number of token embeddings, of which the file may have only the tied head."""
+        """Return the number of token embeddings.
+
+        The file may have only the output head, which is the same matrix.
+        """
         embeddings = "vlm.language_model.embed_tokens.weight"
         return self._shape(embeddings if embeddings in self.names else "vlm.lm_head.weight")[0]
 

@@ -55,7 +55,7 @@ def plan_pi0(
         title=checkpoint.title,
         source=describe_source(pi0, checkpoint.stored.folder),
         stored=checkpoint.stored,
-        names=checkpoint.vlm_names(),
+        names=checkpoint.map_vlm_names(),
         config=checkpoint.read_paligemma_config(),
         tokenizer_folder=tokenizer_folder,
     )
@@ -70,9 +70,9 @@ def plan_pi0(
     for name, weight in model.state_dict().items():
         if not name.startswith(VLM_PREFIX):
             expected_of_expert[name] = weight
-    expert_keys, expert_readers = plan_expert(expected_of_expert, checkpoint, config)
+    expert_entries, expert_readers = plan_expert(expected_of_expert, checkpoint, config)
 
-    vlm_keys = _add_prefix(vlm_plan.report.keys)
+    vlm_entries = _add_prefix(vlm_plan.report.entries)
     vlm_readers = [add_prefix_to_reader(reader, VLM_PREFIX) for reader in vlm_plan.readers]
     sources = dict(vlm_plan.sources)
     if tokenizer is not None:
@@ -80,7 +80,7 @@ def plan_pi0(
     return Conversion(
         model_class=Spear1ForActionPrediction,
         config=config,
-        report=ConversionReport([*vlm_keys, *expert_keys]),
+        report=ConversionReport([*vlm_entries, *expert_entries]),
         readers=[*vlm_readers, *expert_readers],
         dtype=vlm_plan.dtype,
         sources=sources,
@@ -88,13 +88,13 @@ def plan_pi0(
     )
 
 
-def _add_prefix(keys: Iterable[WeightStatus]) -> Iterator[WeightStatus]:
+def _add_prefix(entries: Iterable[WeightStatus]) -> Iterator[WeightStatus]:
     """Rename the weights of a SPEAR-VLM to those of the VLM inside SPEAR-1.
 
     Weights that are left out or refused have the checkpoint's names, which stay.
     """
-    for key in keys:
-        if key.status in ("loaded", "new", "missing"):
-            yield replace(key, name=f"{VLM_PREFIX}{key.name}")
+    for entry in entries:
+        if entry.status in ("loaded", "new", "missing"):
+            yield replace(entry, name=f"{VLM_PREFIX}{entry.name}")
         else:
-            yield key
+            yield entry

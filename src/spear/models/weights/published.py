@@ -47,7 +47,7 @@ class Published:
             network_class: Any = getattr(transformers, self.kind)
             return network_class(network_class.config_class(**self.config))
 
-    def tensors(self) -> dict[str, tuple[int, ...]]:
+    def list_tensors(self) -> dict[str, tuple[int, ...]]:
         """The tensors that this package reads from the files: name in the files -> shape.
 
         The files may contain other tensors, too.

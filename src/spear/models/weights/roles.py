@@ -60,10 +60,11 @@ class Role:
 
     group       The group.
     candidates  The groups of SPEAR-1 that the evidence speaks for.
-    evidence    "name and shape"; "shape and position", the position being the stack of layers that
-                has the weights, which its shapes reveal; "joined shapes and position", if the
-                group is all of the candidates in one weight; "shape"; "name" if the shape is
-                another. "" if neither the name nor the shape is one of SPEAR-1.
+    evidence    What group and candidates have in common: "name and shape"; "shape and position",
+                where the position is the stack of layers that the group belongs to (a stack is
+                recognized by its shapes); "joined shapes and position", if the group is all of the
+                candidates in one weight; "shape"; or "name", if the shape differs. "" if neither
+                the name nor the shape is one of SPEAR-1.
     """
 
     group: WeightGroup
@@ -92,8 +93,8 @@ def guess_roles(
     """
     with torch.device("meta"):
         model = Spear1ForActionPrediction(build_spear1_config(get_preset(size)))
-    expected = {name: tuple(weight.shape) for name, weight in model.state_dict().items()}
-    expected_groups = group_weights(expected)
+    expected_shapes = {name: tuple(weight.shape) for name, weight in model.state_dict().items()}
+    expected_groups = group_weights(expected_shapes)
     groups = group_weights(stored)
     expected_stacks = _match_stacks(groups, expected_groups)
 
@@ -104,7 +105,7 @@ def guess_roles(
         is_stack_known = group.stack in expected_stacks
         if is_stack_known:
             stack = expected_stacks[group.stack]
-            candidates = [expected for expected in expected_groups if expected.stack == stack]
+            candidates = [candidate for candidate in expected_groups if candidate.stack == stack]
         roles.append(_guess_role(group, name, candidates, is_stack_known))
     return roles
 
@@ -113,12 +114,12 @@ def group_weights(shapes: Mapping[str, Shape]) -> list[WeightGroup]:
     """Group weights, given as name -> shape, by shape and by name without its numbers."""
     counts: dict[tuple[str, Shape], int] = {}
     for name, shape in shapes.items():
-        key = (group_name(name), shape)
+        key = (mask_numbers(name), shape)
         counts[key] = counts.get(key, 0) + 1
     return [WeightGroup(name, shape, count) for (name, shape), count in counts.items()]
 
 
-def group_name(name: str) -> str:
+def mask_numbers(name: str) -> str:
     """Return a weight's name with * for each number."""
     return _NUMBER.sub("*", name)
 
@@ -152,12 +153,16 @@ def _match_stacks(
     expected_stacks = _list_stacks(expected_groups)
     matches: dict[str | None, str] = {}
     for name, shapes in _list_stacks(groups).items():
+        # For each stack of SPEAR-1: the number of common shapes, divided by the number of shapes
+        # that at least one of both stacks has.
         fractions = {
             expected_name: (shapes & expected).total() / (shapes | expected).total()
             for expected_name, expected in expected_stacks.items()
         }
         best = max(fractions.values())
-        best_names = [name for name, fraction in fractions.items() if fraction == best]
+        best_names = [
+            expected_name for expected_name, fraction in fractions.items() if fraction == best
+        ]
         if best >= MIN_COMMON_SHAPES and len(best_names) == 1:
             matches[name] = best_names[0]
     return matches
@@ -188,7 +193,7 @@ def _guess_role(
         return Role(group, tuple(same_name_and_shape), "name and shape")
     if same_shape:
         evidence = "shape and position" if is_stack_known else "shape"
-        # Layers of one network are as many here as there.
+        # The checkpoint has as many layers of a network as SPEAR-1, so the same number of weights.
         same_count = [expected for expected in same_shape if expected.count == group.count]
         return Role(group, tuple(same_count or same_shape), evidence)
     if is_stack_known:
