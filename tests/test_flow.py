@@ -122,6 +122,7 @@ def true_prediction_from_state(
 def test_noise_of_translation_and_gripper_is_standard_normal() -> None:
     noise = flow.sample_noise((20_000, 5), S3, generator())
 
+    # The mean and the standard deviation of 100,000 numbers or more vary by at most about 0.003.
     for component in (noise.translation, noise.gripper):
         assert float(component.mean()) == pytest.approx(0, abs=0.01)
         assert float(component.std()) == pytest.approx(1, abs=0.01)
@@ -165,7 +166,7 @@ def test_time_has_the_density_of_its_config(alpha: float, beta: float) -> None:
     assert float(tau.max()) <= 0.999
     beta_variable = (0.999 - tau.double().numpy()) / 0.999
     test_result = kstest(beta_variable, beta_distribution(alpha, beta).cdf)
-    assert test_result.pvalue > 0.01
+    assert test_result.pvalue > 0.01  # the samples do not contradict the distribution
 
 
 def test_the_same_generator_draws_the_same_times() -> None:
@@ -188,6 +189,7 @@ def test_committed_prefixes_of_every_length_are_equally_frequent() -> None:
     num_committed = is_committed.sum(-1)
     frequency = torch.bincount(num_committed.flatten(), minlength=5) / num_committed.numel()
     expected = torch.tensor([0.25, 0.25, 0.25, 0.25, 0])  # of 0, 1, 2, 3 and 4 committed actions
+    # A frequency among 40,000 prefixes varies by about 0.002.
     torch.testing.assert_close(frequency, expected, atol=0.01, rtol=0)
 
 

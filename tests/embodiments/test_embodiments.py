@@ -389,7 +389,7 @@ def test_droid_joint_positions_stay_within_the_arms_speed_and_limits(
         MAX_JOINT_SPEED_RAD_S,
     )
 
-    fast_chunk = make_chunk(distance_m=0.3)
+    fast_chunk = make_chunk(distance_m=0.3)  # so fast that the arm reaches its speed limit
     joints = convert(droid_robot, fast_chunk, "joint_position")[:, :7]
 
     start = droid_robot.example()[droid.JOINTS_KEY]

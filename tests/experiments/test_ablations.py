@@ -595,8 +595,21 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Data:
 
     folder = tmp_path_factory.mktemp("data")
     image_sizes = get_preset("nano").image_sizes
-    label_scenes(folder / "labels", 3, dict(image_sizes), first_seed=FIRST_TRAIN_SEED, workers=1)
-    record_demonstrations(folder / "episodes", ("put_on",), 1, FIRST_TRAIN_SEED, image_sizes, 1)
+    label_scenes(
+        folder / "labels",
+        num_scenes=3,
+        sizes=dict(image_sizes),
+        first_seed=FIRST_TRAIN_SEED,
+        workers=1,
+    )
+    record_demonstrations(
+        folder / "episodes",
+        ("put_on",),
+        episodes_per_family=1,
+        first_seed=FIRST_TRAIN_SEED,
+        image_sizes=image_sizes,
+        workers=1,
+    )
     return read_data(folder / "labels", folder / "episodes")
 
 
@@ -624,8 +637,16 @@ def test_a_killed_run_resumes_until_everything_is_scored(
 
     # A run in another process is killed after the first stage. The process is not forked, because
     # it would inherit what earlier tests left in this process.
+    num_workers = 0  # the training process loads its batches itself
     run_in_process(
-        -signal.SIGKILL, run, plan, tmp_path, data, 0, kill_this_process, start_method="spawn"
+        -signal.SIGKILL,
+        run,
+        plan,
+        tmp_path,
+        data,
+        num_workers,
+        kill_this_process,
+        start_method="spawn",
     )
     finished_trainings = [training for training in plan.trainings if is_done(tmp_path, training)]
     assert [training.recipe.name for training in finished_trainings] == ["nano-vlm-1"]
@@ -633,9 +654,8 @@ def test_a_killed_run_resumes_until_everything_is_scored(
     first_time = first_folder.stat().st_mtime_ns
 
     # A second run in this process does the rest.
-
     messages: list[str] = []
-    failures = run(plan, tmp_path, data, 0, messages.append)
+    failures = run(plan, tmp_path, data, workers=num_workers, say=messages.append)
 
     assert failures == []
     assert first_folder.stat().st_mtime_ns == first_time
@@ -648,7 +668,7 @@ def test_a_killed_run_resumes_until_everything_is_scored(
     # A third run has nothing to do, even without the weights, because the policy is scored.
     shutil.rmtree(tmp_path / "stages")
     messages = []
-    failures = run(plan, tmp_path, data, 0, messages.append)
+    failures = run(plan, tmp_path, data, workers=num_workers, say=messages.append)
     assert failures == []
     assert messages == []
 
@@ -675,7 +695,7 @@ def test_a_row_that_fails_stops_no_other(
     bad_score = bad_plan.scoring("scratch", 0)
     jobs = [bad_score.previous, bad_score, good_score.previous, good_score]
 
-    reasons = run(replace(bad_plan, jobs=jobs), tmp_path, data, 0, lambda _: None)
+    reasons = run(replace(bad_plan, jobs=jobs), tmp_path, data, workers=0, say=lambda _: None)
 
     assert len(reasons) == 1
     assert "not finite" in reasons[0]

@@ -100,7 +100,7 @@ def test_a_photo_that_exif_turns_is_read_upright_from_any_container(tmp_path: Pa
     images = read_images(list(list_images(str(tmp_path))))
 
     assert len(images) == 3  # in the photo itself, the tar and the Parquet file
-    upright_images = [load_picture(str(photo), (64, 32)).image]
+    upright_images = [load_picture(str(photo), size=(64, 32)).image]
     for image in images:
         upright_images += [image.frame.image, decode_image(image.encoded)]
     for upright in upright_images:
@@ -227,7 +227,7 @@ def test_an_image_named_by_itself_is_read_whatever_its_suffix(
     Image.new("RGB", (64, 48), (90, 90, 90)).save(path, format=image_format)
 
     assert_near(read_values(list(list_images(str(path)))), [90])
-    assert round(float(load_picture(str(path), (64, 48)).image.mean())) == 90
+    assert round(float(load_picture(str(path), size=(64, 48)).image.mean())) == 90
 
 
 @pytest.mark.parametrize("name", ["notes.txt", "a.heic"])

@@ -138,6 +138,7 @@ def test_images_are_those_that_were_sent_up_to_jpeg(tmp_path: Path) -> None:
     for camera, key in (("external", "image"), ("wrist", "wrist_image")):
         sent = observation[f"observation/{key}"].astype(int)
         recorded = decode_image(episode.images[camera][0])
+        # JPEG changes a single level of 255 by less than 16, and levels by less than 2 on average.
         assert np.abs(recorded - sent).max() < 16
         assert np.abs(recorded - sent).mean() < 2
 
@@ -265,7 +266,11 @@ def test_an_endless_session_is_cut_into_episodes(
 def test_the_action_of_a_step_is_all_that_the_robot_executes_until_the_next_one(
     interval_s: float, num_executed: int, tmp_path: Path, writer: RecordingWriter
 ) -> None:
-    """A robot gets an answer within 0.05 s, and executes the five equal actions of its chunk."""
+    """A robot gets an answer after 0.05 s, and executes the five equal actions of its chunk.
+
+    An action takes 0.2 s, so the robot executes as many actions as fit between an answer and the
+    next observation, at least one and at most all five.
+    """
     for step in range(4):
         writer.add(make_exchange(step, interval_s))
     writer.end_all()
@@ -281,7 +286,11 @@ def test_the_action_of_a_step_is_all_that_the_robot_executes_until_the_next_one(
 def test_a_robot_that_sends_committed_actions_moves_while_it_waits(
     changes: dict[str, Any], rate_hz: float, tmp_path: Path, writer: RecordingWriter
 ) -> None:
-    """The answers take half of the time between two observations."""
+    """The answers take half of the 0.4 s between two observations, so the time of one action.
+
+    A robot that stands still while it waits executes one action per observation (5 Hz). A robot
+    that moves meanwhile executes two, which together are one step of the episode (2.5 Hz).
+    """
     for step in range(4):
         exchange = make_exchange(step, interval_s=0.4)
         exchange.observation.update(changes)
@@ -329,7 +338,8 @@ def test_the_oldest_episodes_make_room_for_new_ones(tmp_path: Path) -> None:
     assert num_bytes > MIB / 2
     assert len(store) < 100
     last_position = make_exchange(99).observation["observation/state"][:3]
-    np.testing.assert_allclose(store[-1 + len(store)].position[0], last_position, atol=1e-6)
+    last_episode = store[len(store) - 1]
+    np.testing.assert_allclose(last_episode.position[0], last_position, atol=1e-6)
 
 
 def test_one_long_episode_does_not_exceed_the_bound(tmp_path: Path) -> None:
@@ -441,7 +451,7 @@ def test_a_full_disk_ends_recording_but_not_serving(tmp_path: Path) -> None:
 def test_an_episode_can_be_read_while_it_is_recorded(
     tmp_path: Path, writer: RecordingWriter
 ) -> None:
-    later_s = time.monotonic() + 3600
+    later_s = time.monotonic() + 3600  # when the episode has to be saved again
     writer.add(make_exchange(0))
     writer.save_outdated(later_s)
     writer.add(make_exchange(1))  # its images are on the disk, but nothing refers to them yet
@@ -526,7 +536,7 @@ def test_data_inspect_describes_a_recording(tmp_path: Path, writer: RecordingWri
     description = describe_dataset(tmp_path)
 
     assert "4 steps" in description
-    assert "1 unknown" in description
+    assert "1 unknown" in description  # the one episode, of which nobody knows the success
 
 
 def test_a_policy_agrees_with_a_recording_of_itself(

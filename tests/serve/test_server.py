@@ -182,7 +182,7 @@ def test_a_silent_server_counts_as_gone(monkeypatch: pytest.MonkeyPatch) -> None
     "address", ["http://127.0.0.1:9", "ws://127.0.0.1:99999", "ws://[::1", "ws://a..b"]
 )
 def test_the_error_names_an_address_without_a_server(address: str) -> None:
-    refuses(re.escape(address), RemotePolicy, address, "two\nlines")
+    refuses(re.escape(address), RemotePolicy, address, token="two\nlines")
 
 
 GOOD_MESSAGE = wire.encode(make_observation())
@@ -264,10 +264,10 @@ def test_a_mistake_in_a_robots_file_fails_one_observation(
             raise ZeroDivisionError
         return arguments[0]
 
-    control = Control("", 5.0)
+    control = Control(description="", rate_hz=5.0)
     observe = GENERIC.observe
     if function == "convert":
-        control = Control("", 5.0, fail_for_odd)
+        control = dataclasses.replace(control, convert=fail_for_odd)
     else:
         observe = fail_for_odd
     robot = dataclasses.replace(GENERIC, observe=observe, controls={"pose": control})
@@ -289,7 +289,8 @@ def test_a_mistake_in_a_robots_file_fails_one_observation(
     "rows", [np.full((5, 7), np.nan), np.full((5, 7), "fast"), np.ones(7), None]
 )
 def test_commands_that_are_no_rows_of_numbers_reach_no_robot(rows: Any) -> None:
-    robot = dataclasses.replace(GENERIC, controls={"pose": Control("", 5.0, lambda *_: rows)})
+    control = Control(description="", rate_hz=5.0, convert=lambda *_: rows)
+    robot = dataclasses.replace(GENERIC, controls={"pose": control})
 
     [answer] = Service(HomingPolicy(), robot).answer([make_observation()])
 
@@ -455,7 +456,7 @@ def test_rows_that_take_another_time_than_their_actions_bring_a_notice(
     def repeat_actions(actions: np.ndarray, *_: Any) -> np.ndarray:
         return np.repeat(actions, rows_per_action, axis=0)
 
-    control = Control("", rate_hz, repeat_actions)
+    control = Control(description="", rate_hz=rate_hz, convert=repeat_actions)
     service = Service(HomingPolicy(), dataclasses.replace(GENERIC, controls={"mine": control}))
 
     with no_warning() if is_right else pytest.warns(Notice, match="rate_hz"):
@@ -526,7 +527,8 @@ def test_a_pilot_executes_the_rows_of_a_robot_that_takes_actions(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The robot's file "arm.py" has a control that passes actions on unchanged."""
-    robot = dataclasses.replace(GENERIC, controls={"mine": Control("x", 5.0)})
+    control = Control(description="actions", rate_hz=5.0)
+    robot = dataclasses.replace(GENERIC, controls={"mine": control})
     monkeypatch.setattr("spear.embodiments.load", lambda name: robot)
 
     with run_server(robot="arm.py") as server:
@@ -541,7 +543,8 @@ def test_a_pilot_does_not_take_commands_for_actions(monkeypatch: pytest.MonkeyPa
     def convert_to_poses(actions: Any, state: np.ndarray, observation: Any) -> np.ndarray:
         return np.tile(state, (5, 1))
 
-    robot = dataclasses.replace(GENERIC, controls={"mine": Control("x", 5.0, convert_to_poses)})
+    control = Control(description="poses", rate_hz=5.0, convert=convert_to_poses)
+    robot = dataclasses.replace(GENERIC, controls={"mine": control})
     monkeypatch.setattr("spear.embodiments.load", lambda name: robot)
 
     with run_server(robot="arm.py") as server:
@@ -586,7 +589,8 @@ def test_a_client_refuses_another_server_at_the_same_address(changed: str) -> No
 
 def test_a_server_whose_batcher_fails_ends(monkeypatch: pytest.MonkeyPatch) -> None:
     """A batch with None instead of a request makes the batcher fail."""
-    monkeypatch.setattr(Batcher, "_collect_batch", lambda self: asyncio.sleep(0, [None]))
+    # The sleep makes a coroutine whose result is the list.
+    monkeypatch.setattr(Batcher, "_collect_batch", lambda self: asyncio.sleep(0, result=[None]))
     server = PolicyServer(Service(HomingPolicy(), GENERIC), ServeOptions("test", port=0))
 
     with pytest.raises(AttributeError):

@@ -41,6 +41,7 @@ from spear.train.loop import RunOptions
 from spear.train.options import TrainingInputs
 from spear.train.recipes import get_recipe
 from spear.train.run import train, weigh_datasets
+from spear.util.held_out import FIRST_TRAIN_SEED
 from train_tiny import read_losses, run_recipe, save_policy
 
 pytestmark = pytest.mark.xdist_group("walk")  # in one process, so that fixtures are made once
@@ -70,8 +71,8 @@ def walked(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     root = tmp_path_factory.mktemp("path")
     sizes = dict(PRESETS["nano"].image_sizes)
     labels = root / "labels"
-    label_scenes(labels, num_scenes=3, sizes=sizes, first_seed=10_000, workers=1)
-    episodes = record_episodes([("put_on", 10_000)], sizes, workers=1)
+    label_scenes(labels, num_scenes=3, sizes=sizes, first_seed=FIRST_TRAIN_SEED, workers=1)
+    episodes = record_episodes([("put_on", FIRST_TRAIN_SEED)], sizes, workers=1)
     store = write_store(episodes, root / "episodes")
 
     depth = run_recipe("nano-depth", root / "depth", labels, **FEW_STEPS)
@@ -558,7 +559,7 @@ def learn(tiny: Path, tmp_path: Path) -> Any:
 
 def test_failed_and_blind_episodes_are_left_out_and_noted(learn: Any) -> None:
     """Training on all episodes gives the same result as on the good ones alone."""
-    expected = learn("good", "expected")
+    expected = learn("good", out="expected")
 
     with (
         pytest.warns(Notice, match="2 of 6 episodes .* failed"),
@@ -570,7 +571,7 @@ def test_failed_and_blind_episodes_are_left_out_and_noted(learn: Any) -> None:
 
 def test_a_training_needs_episodes_that_did_not_fail_and_have_a_camera(learn: Any) -> None:
     refuses("2 of 2 episodes .* failed", learn, "failed")
-    refuses("side", learn, "blind", "other")
+    refuses("side", learn, "blind", out="other")
 
 
 def test_a_run_that_began_with_failed_episodes_goes_on_with_them(
@@ -579,8 +580,8 @@ def test_a_run_that_began_with_failed_episodes_goes_on_with_them(
     # An older version of the package learned from failed episodes, too.
     with monkeypatch.context() as older_version:
         older_version.setattr(EpisodeStore, "select_demonstrations", lambda store: store)
-        expected = learn("all", "uninterrupted")
-        learn("all", "continued", steps=1)
+        expected = learn("all", out="uninterrupted")
+        learn("all", out="continued", steps=1)
 
-    assert expected != learn("good", "without-failures")
-    assert learn("all", "continued") == expected
+    assert expected != learn("good", out="without-failures")
+    assert learn("all", out="continued") == expected

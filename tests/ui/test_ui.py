@@ -54,8 +54,8 @@ from spear.ui.episodes import EpisodeFolder
 from spear.ui.page import Page
 from spear.ui.tab import SharedModel
 
-MAX_MESSAGE_BYTES = 2**20
-TIMEOUT_S = 240
+MAX_MESSAGE_BYTES = 2**20  # larger than every message of these tests
+TIMEOUT_S = 240  # so long that only a server that hangs exceeds it
 NUM_LAST_FRAMES = 5  # a film shows its last step for so many more frames
 
 
@@ -68,7 +68,7 @@ def policy() -> Spear1Policy:
 @pytest.fixture(scope="module")
 def server(policy: Spear1Policy) -> Iterator[PolicyServer]:
     """A server with the page and without a token, which the tests of this file share."""
-    page = Page(policy, "nano", None, MAX_MESSAGE_BYTES)
+    page = Page(policy, "nano", token=None, max_message_bytes=MAX_MESSAGE_BYTES)
     limits = ConnectionLimits(max_message_bytes=MAX_MESSAGE_BYTES)
     with run_server(policy, page=page, limits=limits) as running:
         yield running
@@ -165,7 +165,7 @@ def test_all_files_of_the_page_are_served_and_need_no_other_site(server: PolicyS
     links = re.findall(r'(?:src|href)="([^"]+)"', html)
     paths = [link for link in links if not link.startswith("data:")]
 
-    assert len(links) >= 4
+    assert len(links) >= 4  # the search has found the page's scripts and its style sheet
     for path in paths:
         status, _, text = http_get(server, path)
         assert status == 200
@@ -189,7 +189,7 @@ def test_a_server_without_a_page_has_no_files(path: str) -> None:
 @pytest.fixture(scope="module")
 def server_with_token(policy: Spear1Policy) -> Iterator[PolicyServer]:
     """A server whose page asks for the token "secret"."""
-    page = Page(policy, "nano", "secret", MAX_MESSAGE_BYTES)
+    page = Page(policy, "nano", token="secret", max_message_bytes=MAX_MESSAGE_BYTES)
     with run_server(policy, token="secret", page=page) as server:
         yield server
 
@@ -794,8 +794,8 @@ def test_a_photo_does_not_move(tab: Tab) -> None:
     ("message", "words"),  # the problem contains the words
     [
         ("nonsense", "nonsense"),
-        ("[" * 5000, "[["),
-        ("[" + 300_000 * "[]," + "[]]", "[[],[]"),
+        ("[" * 5000, "[["),  # nested too deep for Python's JSON
+        ("[" + 300_000 * "[]," + "[]]", "[[],[]"),  # far longer than a request
         ('{"do": ["reset"]}', "reset"),
         ({"do": "explode"}, "explode"),
         ({"do": "photo", "data": "x"}, "photo"),
@@ -803,9 +803,9 @@ def test_a_photo_does_not_move(tab: Tab) -> None:
         ({"do": "reset", "family": 7, "seed": 0}, "task family '7'"),
         ({"do": "reset", "family": "put_on"}, "seed None"),
         ({"do": "boxes", "objects": "mug"}, "objects"),
-        ({"do": "boxes", "objects": ["mug"] * 9}, "objects"),
+        ({"do": "boxes", "objects": ["mug"] * 9}, "objects"),  # more than 8
         ({"do": "boxes", "objects": [{}]}, "object"),
-        ({"do": "look", "step": 1}, "step "),
+        ({"do": "look", "step": 1}, "step "),  # the scene is at step 0
         ({"do": "look", "step": -1}, "step "),
         ({"do": "look", "step": True}, "step "),
         ({"do": "look", "step": "0"}, "step "),
@@ -814,8 +814,8 @@ def test_a_photo_does_not_move(tab: Tab) -> None:
         ({"do": "question", "text": "  "}, "question"),
         (b"GIF89a", "the image"),
         (GRAY_PHOTO[:200], "the image"),
-        (make_png(120, width=300, height=8), "the image has 300 x 8"),
-        (assemble_png((10_000, 10_000, 8, 2), b""), "10000 x 10000"),
+        (make_png(120, width=300, height=8), "the image has 300 x 8"),  # too small
+        (assemble_png((10_000, 10_000, 8, 2), b""), "10000 x 10000"),  # too large
     ],
 )
 def test_a_wrong_request_is_reported_in_one_line_and_the_next_one_works(

@@ -333,12 +333,8 @@ def test_columns_of_any_type_do_no_harm(version_2_copy: Path) -> None:
     [
         (5, 0.0, 2, ""),
         (5, 0.05, 2, ""),  # a quarter of a step is within the tolerance
-        (
-            5,
-            1.0,
-            1,
-            "set#1 are broken (rows 2 and 3",
-        ),  # five steps are missing in the second episode
+        # Five steps are missing in the second episode.
+        (5, 1.0, 1, "set#1 are broken (rows 2 and 3"),
         (10, 0.0, 0, "fps"),
         (6, 0.0, 0, "fps"),
     ],
@@ -670,6 +666,7 @@ def test_a_good_dataset_is_inspected_without_complaints(lerobot: Path) -> None:
 def test_a_truncated_file_of_all_episodes_is_named(short_video_copy: Path, file: str) -> None:
     """The audit refuses the dataset as well, although it compares numbers, not images."""
     path = short_video_copy / file
+    # Both formats have their index at the end of the file, which is cut off here.
     truncate(path, path.stat().st_size - 2000)
 
     refuses(rf"no episode of .* can be read .*{path}", describe_dataset, short_video_copy)

@@ -35,7 +35,7 @@ from spear.util.images import decode_image, fit_image
 
 NUM_RECORDED = 11
 NUM_PREPARED = 10  # all but episode 4
-NUM_BLOCKS = 6  # of two episodes each, and one of a single episode
+NUM_BLOCKS = 6  # five blocks of two episodes, and the last one of a single episode
 JPEG_START = b"\xff\xd8"  # the first bytes of every JPEG
 NEW_SIZES = {"external": (48, 40), "wrist": (24, 24)}  # width, height
 
@@ -297,7 +297,11 @@ def test_a_killed_run_ends_the_same_and_repeats_no_block(
     monkeypatch: pytest.MonkeyPatch,
     num_steps: int,
 ) -> None:
-    """The six shards take 24 steps. The next steps make the sketches and rename files."""
+    """The six shards take 24 steps. The next steps make the sketches and rename files.
+
+    So the process is killed before its first step, twice within the first shard, within the third
+    shard, when all shards are written, and when the sketches are made, too.
+    """
     out = tmp_path / "arm"
     run_in_process(-signal.SIGKILL, lambda: prepare_until_killed(recorded, out, num_steps))
     assert not out.exists()

@@ -80,6 +80,7 @@ def test_boxes_are_those_of_the_file_in_an_image_resized(height: int, width: int
     (cup, mug), detections_of_b = FileDetector(annotations).detect(frames)
 
     assert (cup.name, mug.name) == ("cup", "mug")
+    # 27 × 40 pixels have nearly, but not exactly, the aspect of 40 × 60.
     np.testing.assert_allclose(cup.box2d, CUP.box2d * width / 60, rtol=0.02)
     assert detections_of_b == []
 
@@ -199,6 +200,7 @@ def test_a_mask_is_not_used_for_a_detection_that_matches_its_wrong_box() -> None
     )
 
 
+# The tight box of the mask is [12, 12, 28, 28]. A box around it may have up to four times its area.
 @pytest.mark.parametrize("box", [[10, 11, 29, 28], [12, 12, 28, 40], [4, 12, 36, 28]])
 def test_a_box_may_be_larger_than_its_mask(box: list[float]) -> None:
     cup = annotate_disc("cup", x=20, y=20, box2d=np.array(box, np.float64))
@@ -355,7 +357,16 @@ def test_decompresses_what_lz_string_compresses(text: str) -> None:
     assert decompress_lz_string(compress_text(text)) == text
 
 
-@pytest.mark.parametrize("text", ["", "A", "A*", "____", "EoFQtg2gTARgDAM"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "A",  # the announced letter is missing
+        "A*",  # "*" stands for no bits
+        "____",  # begins with the index of a word that is not in the dictionary
+        "EoFQtg2gTARgDAM",  # cut off before its end
+    ],
+)
 def test_text_that_is_no_complete_lz_string_is_refused(text: str) -> None:
     refuses("lz-string", decompress_lz_string, text)
 

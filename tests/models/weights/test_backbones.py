@@ -47,7 +47,6 @@ from spear.models.weights.folders import is_simulator_only
 from spear.models.weights.load import StoredCheckpoint
 from spear.tokens import init_new_embeddings
 
-BATCH = 2
 WIDTH_PX, HEIGHT_PX = 280, 210
 MAX_ERROR = 1e-5  # relative to the largest value
 NEW_END = NUM_ROWS + TINY14.bins  # the first id after the 3D tokens
@@ -439,6 +438,7 @@ class TestWrongCheckpointsAreRefused:
 
         plan = plan_policy(vlm_folder, expert, "tiny14")
 
+        # The 5 norms, and the 4 weights of the layers that join actions and flow time, are a π0's.
         refuses("9 weights refused, .*no such weight", plan.run)
 
     def test_a_file_without_weights(self, vlm_folder: Path) -> None:
