@@ -268,7 +268,7 @@ class TestCommittedActions:
         num_committed = torch.randint(
             max_committed + 1, (B, self.num_chunks, 1), generator=generator
         )
-        assert set(num_committed.flatten().tolist()) == {0, 1, 2}
+        assert set(num_committed.flatten().tolist()) == {0, 1, 2}  # each case occurs
         is_committed = torch.arange(H) < num_committed
         is_valid = self.action_mask[:, None].expand(shape)
         target = Action.from_vector(self.target.to_vector()[:, None].expand(*shape, 8))

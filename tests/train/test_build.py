@@ -245,6 +245,7 @@ def test_a_policy_keeps_its_normalization_unless_the_recipe_has_another(
         _, task, _ = build(POLICY_RECIPE.with_changes(**changes), inputs)
 
     expected = Normalizer.fit([(store, 1.0)], mode)
+    # Neither the made episode nor nano has frames of a known robot.
     assert task.normalizer == dataclasses.replace(expected, frames={})
 
 
@@ -341,6 +342,7 @@ def test_the_vision_encoder_learns_from_wrist_images_alone(tmp_path: Path) -> No
 
     _, task, _ = build(recipe, TrainingInputs([tmp_path]))
 
+    # Each batch draws its view at random, so a single batch could miss an error.
     for step in range(8):
         assert len(task.batch(step)["pixels"]) == 1
 
@@ -382,6 +384,7 @@ def test_the_depth_encoder_learns_from_wrist_images_alone() -> None:
     images = [(make_labeled_image(0).image, np.ones((4, 4)))]
     task = DepthTask(torch.nn.Identity(), {"wrist": images}, batch_size=1, seed=0)
 
+    # Each batch draws its view at random, so a single batch could miss an error.
     for step in range(8):
         assert len(task.batch(step)["pixels"]) == 1
 

@@ -170,6 +170,7 @@ def test_the_outcome_of_a_dataset_without_one_is_not_known(steps: dict[str, Any]
 def test_the_last_number_of_a_column_tells_the_outcome(
     steps: dict[str, Any], reward: float, expected: bool | None
 ) -> None:
+    """0 is a failure and 1 a success. A negative number says nothing."""
     steps["reward"] = np.append(np.zeros(9), reward)
     layout = dataclasses.replace(LAYOUT, success="reward")
 
@@ -256,7 +257,7 @@ def test_the_grippers_of_nyu_franka_play_are_closed_at_minus_one() -> None:
 def test_a_broken_image_is_named_without_an_address_in_memory(steps: dict[str, Any]) -> None:
     steps["observation"]["image_0"][4] = b"\xff\xd8no image"
 
-    """Pillow's message has the text "<_io.BytesIO object at 0x…>", which must not be shown."""
+    # Pillow's message has the text "<_io.BytesIO object at 0x…>", which must not be shown.
     message = r"train#0 step 4 camera 'external' is not a readable image [^<]*$"
     refuses(message, build_episode, steps, LAYOUT, SOURCE)
 
@@ -320,6 +321,7 @@ def test_an_arm_that_rests_is_idle_whatever_its_orientation(
     itself may be less than 1.
     """
     make_still(steps, roll)
+    # At a higher rate, smaller motions per step count as motions.
     layout = dataclasses.replace(DROP_IDLE, rate_hz=15)
 
     assert len(build_episode(steps, layout, SOURCE)) == 1

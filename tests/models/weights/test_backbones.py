@@ -133,7 +133,7 @@ class TestReport:
         model = plan.run()
 
         reported = plan.report.select_by_status("loaded", "new")
-        assert {key.name.split("[")[0] for key in reported} == set(model.state_dict())
+        assert {entry.name.split("[")[0] for entry in reported} == set(model.state_dict())
         num_parameters = sum(parameter.numel() for parameter in model.parameters())
         assert plan.report.count_parameters() == num_parameters
 
@@ -141,8 +141,8 @@ class TestReport:
         report = plan_backbones(folder, moge, "tiny14").report
 
         # The note of a loaded weight is "SOURCE: published name".
-        loaded_names = {key.note.split(": ")[-1] for key in report.select_by_status("loaded")}
-        left_out_names = {key.name for key in report.select_by_status("left out")}
+        loaded_names = {entry.note.split(": ")[-1] for entry in report.select_by_status("loaded")}
+        left_out_names = {entry.name for entry in report.select_by_status("left out")}
         paligemma_names = set(StoredCheckpoint.open(folder, "PaliGemma").weights)
         moge_names = set(torch.load(moge)["model"])
         assert loaded_names | left_out_names == paligemma_names | moge_names
@@ -151,7 +151,7 @@ class TestReport:
     def test_names_what_is_new(self, folder: Path, moge: Path) -> None:
         report = plan_backbones(folder, moge, "tiny14").report
 
-        assert sorted(key.name for key in report.select_by_status("new")) == [
+        assert sorted(entry.name for entry in report.select_by_status("new")) == [
             f"{EMBEDDINGS}[{NUM_ROWS}:{NEW_END}]",
             "moge_projector.linear.bias",
             "moge_projector.linear.weight",
@@ -328,14 +328,14 @@ class TestPi0OfAnotherRobot:
         expected = set()
         for layer in ("state_proj", "action_in_proj", "action_out_proj"):
             expected |= {f"{layer}.weight", f"{layer}.bias"}
-        assert {key.name for key in report.select_by_status("new")} == expected
+        assert {entry.name for entry in report.select_by_status("new")} == expected
 
     def test_every_stored_weight_is_loaded_or_left_out(
         self, vlm_folder: Path, expert: Path
     ) -> None:
         report = plan_policy(vlm_folder, expert, "tiny14").report
 
-        reasons = {key.name: key.note for key in report.select_by_status("left out")}
+        reasons = {entry.name: entry.note for entry in report.select_by_status("left out")}
         assert reasons["model.state_proj.weight"] == "its states and actions mean other numbers"
         assert "normalize_inputs.buffer_observation_state.mean" in reasons
         num_stored = 0
@@ -365,13 +365,13 @@ class TestNewExpert:
 
         first, same, other_seed = [plan.run(seed=seed).state_dict() for seed in (0, 0, 1)]
 
-        for key in plan.report.select_by_status("new"):
-            assert torch.equal(first[key.name], same[key.name])
-            if key.note.startswith("N("):
-                assert not torch.equal(first[key.name], other_seed[key.name]), key.name
+        for entry in plan.report.select_by_status("new"):
+            assert torch.equal(first[entry.name], same[entry.name])
+            if entry.note.startswith("N("):
+                assert not torch.equal(first[entry.name], other_seed[entry.name]), entry.name
             else:
-                assert torch.equal(first[key.name], other_seed[key.name])
-                assert not first[key.name].any(), key.name
+                assert torch.equal(first[entry.name], other_seed[entry.name])
+                assert not first[entry.name].any(), entry.name
 
     def test_has_the_spread_that_the_report_says(self, vlm_folder: Path) -> None:
         model = plan_policy(vlm_folder, size="tiny14").run()

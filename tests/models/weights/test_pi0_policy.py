@@ -266,9 +266,9 @@ class TestReport:
         report = plan_pi0(pi0_folder, moge, "tiny14").report
 
         # The note of a loaded weight is "SOURCE: published name, what is done to it".
-        loaded_notes = [key.note.split(": ")[1] for key in report.select_by_status("loaded")]
+        loaded_notes = [entry.note.split(": ")[1] for entry in report.select_by_status("loaded")]
         reported_names = {note.split(",")[0] for note in loaded_notes}
-        reported_names |= {key.name for key in report.select_by_status("left out")}
+        reported_names |= {entry.name for entry in report.select_by_status("left out")}
         stored_names = set(StoredCheckpoint.open(pi0_folder, "π0").weights)
         assert stored_names <= reported_names
         assert report.select_by_status("missing", "refused") == []
@@ -279,24 +279,26 @@ class TestReport:
         model = plan.run()
 
         reported = plan.report.select_by_status("loaded", "new")
-        assert {key.name.split("[")[0] for key in reported} == set(model.state_dict())
+        assert {entry.name.split("[")[0] for entry in reported} == set(model.state_dict())
 
     def test_names_what_is_new(self, pi0_folder: Path, moge: Path) -> None:
         report = plan_pi0(pi0_folder, moge, "tiny14").report
 
-        assert {key.name for key in report.select_by_status("new")} == NEW_WEIGHTS | ROBOT_LAYERS
+        assert {
+            entry.name for entry in report.select_by_status("new")
+        } == NEW_WEIGHTS | ROBOT_LAYERS
 
     def test_with_our_sizes_only_the_3d_parts_are_new(self, tmp_path: Path, moge: Path) -> None:
         folder = publish_pi0(make_pi0(state_dim=10, action_dim=8), tmp_path / "pi0")
 
         report = plan_pi0(folder, moge, "tiny14").report
 
-        assert {key.name for key in report.select_by_status("new")} == NEW_WEIGHTS
+        assert {entry.name for entry in report.select_by_status("new")} == NEW_WEIGHTS
 
     def test_says_that_siglips_projection_is_doubled(self, pi0_folder: Path, moge: Path) -> None:
         report = plan_pi0(pi0_folder, moge, "tiny14").report
 
-        doubled_names = {key.name for key in report.entries if "doubled" in key.note}
+        doubled_names = {entry.name for entry in report.entries if "doubled" in entry.note}
         assert doubled_names == {
             "vlm.multi_modal_projector.linear.weight",
             "vlm.multi_modal_projector.linear.bias",
@@ -305,7 +307,7 @@ class TestReport:
     def test_without_moge_nothing_is_doubled(self, pi0_folder: Path) -> None:
         report = plan_pi0(pi0_folder, None, "tiny14").report
 
-        assert not [key for key in report.entries if "doubled" in key.note]
+        assert not [entry for entry in report.entries if "doubled" in entry.note]
 
 
 def test_3d_tokens_follow_the_tokens_of_paligemmas_tokenizer(
@@ -402,15 +404,14 @@ class TestPi05:
         for index in range(TINY.expert["num_hidden_layers"]):
             for norm in ("input_layernorm", "post_attention_layernorm"):
                 expected.add(f"expert.layers.{index}.{norm}.weight")
-        assert {key.name for key in report.select_by_status("new")} == expected
+        assert {entry.name for entry in report.select_by_status("new")} == expected
 
     def test_every_weight_that_is_not_used_has_a_reason(self, folder: Path) -> None:
         report = plan_pi0(folder, None, "tiny14").report
 
         assert report.select_by_status("missing", "refused") == []
-        reasons = {
-            key.name.removeprefix("model."): key for key in report.select_by_status("left out")
-        }
+        left_out = report.select_by_status("left out")
+        reasons = {entry.name.removeprefix("model."): entry for entry in left_out}
         norm = "paligemma_with_expert.gemma_expert.model.layers.1.input_layernorm.dense.weight"
         assert reasons[norm].note.startswith("adaRMS")
         assert reasons["time_mlp_in.bias"].note.startswith("adaRMS")
@@ -425,7 +426,7 @@ class TestPi05:
         report = plan_policy(tmp_path / "vlm", folder, "tiny14").report
 
         report.check("")  # raises SpearError if a weight is missing or refused
-        assert "expert.norm.weight" in {key.name for key in report.select_by_status("new")}
+        assert "expert.norm.weight" in {entry.name for entry in report.select_by_status("new")}
 
 
 # --- Refusals ---
