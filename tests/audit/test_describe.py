@@ -117,8 +117,8 @@ def test_the_rate_of_rlds_is_left_open(shared: Path) -> None:
 
 def test_a_single_nan_decides_nothing(shared: Path, tmp_path: Path) -> None:
     def insert_nan(states: np.ndarray, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        is_arbitrary_number = states == states.flat[93]
-        return np.where(is_arbitrary_number, np.nan, states), actions
+        is_chosen = states == states.flat[93]  # true for one number, which one does not matter
+        return np.where(is_chosen, np.nan, states), actions
 
     copy = rewrite_sample(shared, tmp_path, insert_nan)
 

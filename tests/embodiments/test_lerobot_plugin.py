@@ -35,6 +35,11 @@ robots: Any = importlib.util.module_from_spec(SPEC)
 SPEC.loader.exec_module(robots)
 
 
+def choose_robot_without_urdf(state_names: list[str], action_names: list[str], stride: int) -> Any:
+    """Choose a robot by its names alone: the user gives neither a URDF nor its tip."""
+    return robots.choose_robot(state_names, action_names, stride, urdf="", tip="")
+
+
 def quats_to_rotations(quats: Array) -> Rotation:
     return Rotation.from_quat(quats, scalar_first=True)
 
@@ -56,7 +61,7 @@ class TestPoseRobot:
 
     @pytest.fixture
     def robot(self) -> Any:
-        return robots.choose_robot(robots.POSE_NAMES, robots.POSE_NAMES, self.stride, "", "")
+        return choose_robot_without_urdf(robots.POSE_NAMES, robots.POSE_NAMES, self.stride)
 
     @pytest.fixture
     def commands(self) -> Array:
@@ -203,7 +208,7 @@ class TestJointRobot:
     @pytest.fixture
     def robot(self) -> Any:
         """The gantry, with 2 frames per action."""
-        return robots.JointRobot(2, GantryKinematics(), 4)
+        return robots.JointRobot(stride=2, kinematics=GantryKinematics(), num_joints=4)
 
     @pytest.fixture
     def commands(self) -> Array:
@@ -235,10 +240,10 @@ class TestJointRobot:
     def test_stays_where_no_joint_angles_lead_and_says_so_once(
         self, robot: Any, actions: Array
     ) -> None:
-        """The third and later actions lead beyond the reach of 1 m.
+        """The third and later actions are 0.6 m along x each, with a reach of 1 m.
 
-        The third action (frames 4 and 5) still leads to 0.72 m. From there the arm stays, also in
-        the next chunk.
+        The third action (frames 4 and 5) leads to 0.72 m. The fourth would lead beyond the reach,
+        so the arm stays, also in the next chunk.
         """
         too_far_actions = actions.copy()
         too_far_actions[2:, 0] = 0.6
@@ -272,7 +277,7 @@ def test_unlikely_units_are_noticed(
     """The numbers of five frames are multiplied by `scale`."""
     robot = robots.ExportedRobot()
     if kind == "joints":
-        robot = robots.JointRobot(2, GantryKinematics(), 4)
+        robot = robots.JointRobot(stride=2, kinematics=GantryKinematics(), num_joints=4)
     frames = np.linspace(0, 1, 5)[:, None] * [[30, -60, 90, 5, 100]]
 
     robots.notice_unlikely_units(robot, frames * scale)
@@ -362,7 +367,7 @@ class TestExportedRobot:
     """The numbers of our own exports are states and canonical actions already, at 5 Hz."""
 
     def test_actions_stay_as_they_are(self) -> None:
-        robot = robots.choose_robot(STATE_NAMES, ACTION_NAMES, 1, "", "")
+        robot = choose_robot_without_urdf(STATE_NAMES, ACTION_NAMES, stride=1)
         frames = np.arange(48, dtype=np.float32).reshape(6, 8)
         is_past_end = np.arange(6) == 5
 
@@ -374,7 +379,7 @@ class TestExportedRobot:
 
     def test_of_another_rate_is_refused(self) -> None:
         """Six frames per action would be 30 Hz."""
-        refuses("fps", robots.choose_robot, STATE_NAMES, ACTION_NAMES, 6, "", "")
+        refuses("fps", choose_robot_without_urdf, STATE_NAMES, ACTION_NAMES, stride=6)
 
 
 def test_no_action_after_a_disturbance_is_a_demonstration() -> None:
@@ -402,7 +407,7 @@ def test_no_action_after_a_disturbance_is_a_demonstration() -> None:
     ],
 )
 def test_numbers_that_are_no_pose_are_refused(names: list[str], message: str) -> None:
-    refuses(message, robots.choose_robot, names, names, 1, "", "")
+    refuses(message, choose_robot_without_urdf, names, names, stride=1)
 
 
 class TestDemonstratedFrames:

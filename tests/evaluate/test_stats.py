@@ -83,6 +83,7 @@ def test_a_mean_weighs_families_equally_whatever_their_size() -> None:
         (estimate_mean_over_seeds, ([],)),  # no strata
         (estimate_mean_over_seeds, ([np.full((2, 4), np.nan)],)),  # no booleans
         (estimate_mean_over_seeds, ([np.zeros((0, 4))],)),  # no seeds
+        # Other numbers of seeds, and other numbers of scenes.
         (estimate_mean_over_seeds, ([np.zeros((2, 4)), np.zeros((3, 4))],)),
         (estimate_difference_over_seeds, ([np.zeros((2, 4))], [np.zeros((2, 5))])),
     ],

@@ -430,6 +430,7 @@ def test_an_enormous_depth_image_is_refused_before_it_is_decoded(
     truth: list[Frame], tmp_path: Path
 ) -> None:
     folder = write_plain(tmp_path / "scene", truth[:1])
-    (folder / "depth" / "0.png").write_bytes(assemble_png((13_300, 13_300, 16, 0), b""))
+    header = (13_300, 13_300, 16, 0)  # width, height, bits per channel, and 0 for gray
+    (folder / "depth" / "0.png").write_bytes(assemble_png(header, data=b""))
 
     refuses("13300 x 13300 pixels", lambda: RgbdScene(folder)[0])

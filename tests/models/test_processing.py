@@ -194,11 +194,11 @@ class TestQuestions:
         assert batch["labels"].shape == batch["input_ids"].shape
 
     def test_with_numbers_of_another_unit_are_refused(self, processor: Processor) -> None:
-        relative = Question("distance", "how far is it", [0.5], ["it"], "relative")
+        relative = Question("distance", "how far is it", [0.5], ["it"], unit="relative")
         refuses("'how far is it' .*'relative'.*'metre'", processor.encode_questions, [relative])
 
     def test_without_numbers_may_have_any_unit(self, processor: Processor) -> None:
-        processor.encode_questions([Question("exists", "is it?", ["yes"], ["it"], "relative")])
+        processor.encode_questions([Question("exists", "is it?", ["yes"], ["it"], unit="relative")])
 
 
 class TestPrompts:

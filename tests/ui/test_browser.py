@@ -69,7 +69,7 @@ def server(browser: int, renderer: Any) -> Iterator[PolicyServer]:
     """A server with the page. The fixture `renderer` skips tests on machines that cannot render."""
     policy = Spear1Policy.load("nano", steps=2)
     max_message_bytes = 2**20
-    page = Page(policy, "nano", None, max_message_bytes)
+    page = Page(policy, name="nano", token=None, max_message_bytes=max_message_bytes)
     limits = ConnectionLimits(max_message_bytes=max_message_bytes)
     with run_server(policy, page=page, limits=limits) as running_server:
         yield running_server
@@ -125,7 +125,7 @@ def test_boxes_of_the_model_are_drawn_and_listed(tab: Tab) -> None:
     count, *_ = find_painted_pixels(tab, "#camera", "answer")
     num_rows = tab.run("document.querySelectorAll('#answers tbody tr').length")
     assert count_before == 0
-    assert count > 300
+    assert count > 300  # pixels: the lines of at least one box
     assert num_rows == tab.run("view.boxes.length + view.absent.length")
 
 
@@ -399,7 +399,7 @@ def test_buttons_are_large_enough_for_fingers(phone_tab: Tab) -> None:
         "[...document.querySelectorAll('button')].map(b => b.offsetHeight).filter(h => h)"
     )
 
-    assert len(heights_px) > 8
+    assert len(heights_px) > 8  # the visible buttons, of which the page has more than eight
     assert min(heights_px) >= 40
 
 

@@ -77,7 +77,7 @@ def test_each_layout_has_a_robot_a_rate_an_instruction_and_an_external_camera(na
     assert layout.rate_hz
     assert layout.instruction
     assert "external" in layout.images
-    assert all(len(fact) > 5 for fact in layout.facts.values())
+    assert all(len(fact) > 5 for fact in layout.facts.values())  # words, no empty texts
 
 
 @pytest.mark.parametrize("name", sorted(set(REGISTRY) - set(READABLE)))

@@ -259,9 +259,9 @@ def varied_episodes() -> list[Episode]:
     mask = np.array([1, 0, 1, 1, 0], bool)
     return [
         make_episode(0, success=True),
-        make_episode(1, 5, action=SMALL_ACTION, success=False),
-        make_episode(2, 1),
-        make_episode(3, 5, action=SMALL_ACTION, action_mask=mask),
+        make_episode(1, num_steps=5, action=SMALL_ACTION, success=False),
+        make_episode(2, num_steps=1),
+        make_episode(3, num_steps=5, action=SMALL_ACTION, action_mask=mask),
     ]
 
 
@@ -274,10 +274,11 @@ def folder_of_small_files(
     Only the files of `meta/episodes` have two episodes. A folder has two files.
     """
     monkeypatch.setattr(lerobot_write, "MAX_DATA_FILE_MIB", 0)
+    # Below 0, because a video counts as 0 bytes until the encoder returns its first data.
     monkeypatch.setattr(lerobot_write, "MAX_VIDEO_FILE_MIB", -1)
     monkeypatch.setattr(lerobot_write, "EPISODES_PER_FILE", 2)
     monkeypatch.setattr(lerobot_write, "FILES_PER_CHUNK", 2)
-    assert write_lerobot(varied_episodes, tmp_path / kind, kind) == 4
+    assert write_lerobot(varied_episodes, tmp_path / kind, images=kind) == 4
     return tmp_path / kind
 
 
@@ -333,7 +334,7 @@ def test_a_video_of_small_images_is_refused_and_leaves_nothing(tmp_path: Path) -
     small = make_episode(1, size=(48, 48))
 
     message = "AV1 needs even sides of at least 64"
-    refuses(message, write_lerobot, [small], tmp_path / "set", "video")
+    refuses(message, write_lerobot, [small], tmp_path / "set", images="video")
     assert list(tmp_path.iterdir()) == []
 
 

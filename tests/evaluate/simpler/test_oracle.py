@@ -169,8 +169,9 @@ def test_the_oracle_brings_the_object(task: str, start: tuple[tuple[float, float
 
     assert robot.is_open
     offset = robot.object_position[:2] - robot.goal_position[:2]
-    assert np.linalg.norm(offset) < 0.006
-    assert robot.ee_position[2] > robot.object_position[2] + 0.08  # the gripper has retreated
+    assert np.linalg.norm(offset) < 0.006  # m
+    # The gripper has retreated by at least 8 cm.
+    assert robot.ee_position[2] > robot.object_position[2] + 0.08
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -186,7 +187,7 @@ def test_the_oracle_waits_only_while_its_fingers_close(
 
     while robot.is_idle[-1]:  # the steps at the end, when the task is fulfilled, do not count
         robot.is_idle.pop()
-    assert sum(robot.is_idle) == 1
+    assert sum(robot.is_idle) == 1  # the step in which the fingers close
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -247,7 +248,8 @@ def test_the_opening_is_a_fraction_of_the_fingers_travel(joint_m: float, opening
 def test_rest_is_judged_by_the_pose_and_the_opening(
     moved_m: float, opening_change: float, at_rest: bool
 ) -> None:
-    truth = IdealRobot("PutEggplantInBasketScene-v1", (0.3, 0.1), 0.0).truth()
+    robot = IdealRobot("PutEggplantInBasketScene-v1", object_xy=(0.3, 0.1), yaw=0.0)
+    truth = robot.truth()
     measured = truth.measured + np.array([moved_m, 0, 0, 0, 0, 0, 0])
 
     assert is_at_rest(truth, measured, truth.opening + opening_change) == at_rest
@@ -311,7 +313,7 @@ def test_a_start_follows_from_its_seed(starts: list[Start]) -> None:
 
 
 def test_objects_that_the_official_starts_do_not_move_stay() -> None:
-    """Three objects: the first is on each corner in turn, the others always on two of them."""
+    """Three objects: the first is on each corner in turn, the others always on corners 2 and 1."""
     fixed_positions = np.broadcast_to(CORNERS[[2, 1]], (4, 2, 3))
     positions = np.concatenate([CORNERS[:, None], fixed_positions], axis=1)  # [4, 3 objects, 3]
     turns = TURNS[:, [0, 1, 1]]  # [2, 3 objects, 4]

@@ -388,7 +388,10 @@ def test_a_command_back_is_obeyed_at_once(process: SimplerProcess) -> None:
 
 @pytest.fixture
 def nano_folder(simpler: Simpler, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    """A folder with the results and the film of one short episode of nano."""
+    """A folder with the results and the film of one short episode of nano.
+
+    Seed 30 is start 30 - 24 = 6, because there are 24 starts.
+    """
     short_task = Task(num_starts=24, max_steps=6, num_grasp_directions=4)
     monkeypatch.setitem(TASKS, TASK, short_task)
     options = EpisodeOptions(videos=1, out=tmp_path)
@@ -413,4 +416,4 @@ def test_nano_is_filmed(nano_folder: Path) -> None:
         num_frames = sum(1 for _ in container.decode(video=0))
 
     num_states = 1 + 6  # the start, and the state after each step
-    assert num_frames == num_states + 5  # the last frame stays for a second
+    assert num_frames == num_states + 5  # the last frame stays for a second, at 5 Hz

@@ -62,7 +62,9 @@ def test_every_taught_wording_is_understood_as_it_is(question_type: str) -> None
         names = ["red cube", "mug"] if "{y}" in prompt else ["red cube"]
         for variant in (question, question.lower() + " ", f"Up to scale: {question}"):
             parsed = understand_question(variant, [question_type])
-            assert parsed == ParsedQuestion(question_type, names, variant, True)
+            assert parsed == ParsedQuestion(
+                question_type, names, prompt=variant, is_taught_wording=True
+            )
 
 
 @pytest.mark.parametrize("name", ["zebra", "salt and pepper shaker"])
@@ -122,7 +124,8 @@ def test_a_pixel_is_asked_about_as_a_fraction_of_the_image(question: str) -> Non
 
 
 def test_a_pixel_outside_the_image_is_refused() -> None:
-    refuses("outside the image", understand_question, "What is at (192, 20)?", None, (192, 144))
+    question = "What is at (192, 20)?"
+    refuses("outside the image", understand_question, question, image_size=(192, 144))
 
 
 @pytest.mark.parametrize(
@@ -271,7 +274,7 @@ def test_a_question_type_that_was_not_measured_has_no_interval(
 
 
 def test_a_wrist_camera_is_asked_as_one(nano: VlmBundle, run_command: Callable[..., str]) -> None:
-    (label,) = load_labeled_images("sim:7", 1, "wrist", nano.processor)
+    (label,) = load_labeled_images("sim:7", num_images=1, view="wrist", processor=nano.processor)
     question = f"How far away is the {label.objects[0].name}?"
 
     output = run_command("ask", "sim:7", question, "--view", "wrist")
@@ -291,7 +294,9 @@ def test_the_bundled_calibration_is_right_on_other_scenes(name: str) -> None:
     options = QuestionOptions(
         questions_per_image=1, question_types=("distance", "keypoint", "box_vertices")
     )
-    labels = load_labeled_images("sim:300", 24, "external", model.processor)
+    labels = load_labeled_images(
+        "sim:300", num_images=24, view="external", processor=model.processor
+    )
     model_trust = Trust.load(BUNDLED_WEIGHTS / name)
 
     calibration = evaluate_vqa(model, labels, options, model_trust).calibration
@@ -299,14 +304,17 @@ def test_the_bundled_calibration_is_right_on_other_scenes(name: str) -> None:
     assert model_trust is not None
     assert model_trust.tells_absent
     for question_type in options.question_types:
-        assert 0.6 < calibration[question_type].coverage["spear ask, 80%"].value < 0.95
+        coverage = calibration[question_type].coverage["spear ask, 80%"].value
+        assert 0.6 < coverage < 0.95  # 24 scenes tell it only roughly
 
 
 def test_intervals_are_not_scored_on_the_images_that_they_were_measured_on(
     nano: VlmBundle, trust: Trust
 ) -> None:
     """Nano was calibrated on scene 1199, the first of these three."""
-    labels = load_labeled_images("sim:1199", 3, "external", nano.processor)
+    labels = load_labeled_images(
+        "sim:1199", num_images=3, view="external", processor=nano.processor
+    )
     options = QuestionOptions(question_types=("distance",))
 
     with pytest.warns(Notice, match="calibrated on 1 image"):
