@@ -15,7 +15,6 @@ from spear import demo
 from spear.cli import load_command, main
 from spear.data.store.lerobot_write import write_lerobot
 from spear.evaluate import closed_loop
-from spear.evaluate import film as video
 from spear.evaluate.vqa.calibration import CALIBRATION_FILE
 from spear.policy import locate
 
@@ -29,7 +28,7 @@ def small_demo(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(demo, "FINE_TUNE_STEPS", 1)
     monkeypatch.setattr(demo, "FAMILIES", ("put_on",))
     monkeypatch.setattr(closed_loop, "MAX_STEPS", 3)
-    monkeypatch.setattr(video, "HEIGHT_PX", 84)
+    monkeypatch.setattr("spear.evaluate.film.HEIGHT_PX", 84)
 
 
 @pytest.fixture(scope="module")

@@ -168,6 +168,7 @@ def test_planned_operations_are_those_of_the_encoder_and_a_head() -> None:
     num_layers = 24
     width = 1024
     matrix_flops = 24 * num_tokens * width**2  # two for each of the layer's 12 width² weights
+    # Two products, of queries with keys and of attention with values, of num_tokens² · width each.
     attention_flops = 4 * num_tokens**2 * width
     encoder_flops = num_layers * (matrix_flops + attention_flops)
 

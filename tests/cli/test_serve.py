@@ -239,7 +239,7 @@ def test_a_policy_of_earlier_frames_is_served_in_them_with_a_notice() -> None:
     policy.frames = {"droid": 1}
 
     with pytest.warns(Notice, match="mine acts in version 1 of the frames of droid"):
-        service = Service(policy, embodiments.load("droid"), "mine", "droid")
+        service = Service(policy, embodiments.load("droid"), name="mine", robot="droid")
 
     assert service.embodiment.frame_version == 1
 
@@ -249,14 +249,14 @@ def test_a_policy_without_recorded_frames_is_served_with_a_cure() -> None:
     policy.frames = None
 
     with pytest.warns(Notice, match='write "frames": {} into its normalizer.json'):
-        Service(policy, embodiments.load("roboarena"), "mine", "roboarena")
+        Service(policy, embodiments.load("roboarena"), name="mine", robot="roboarena")
 
 
 def test_a_policy_that_learned_in_the_simulator_acts_in_the_newest_frames() -> None:
     policy = Spear1Policy.load("nano", steps=1)
 
     with no_warning():
-        service = Service(policy, embodiments.load("droid"), "nano", "droid")
+        service = Service(policy, embodiments.load("droid"), name="nano", robot="droid")
 
     assert service.embodiment.frame_version == 2
 

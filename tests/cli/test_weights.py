@@ -198,7 +198,7 @@ class TestWholePi0:
 
 
 class TestWithoutTokenizer:
-    """Conversions of a PaliGemma folder that has no tokenizer."""
+    """Conversions of a PaliGemma folder that has no tokenizer; "none" is for "without a MoGe"."""
 
     @pytest.fixture
     def paligemma(self, tmp_path: Path) -> str:

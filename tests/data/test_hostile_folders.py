@@ -12,7 +12,7 @@ from folder_fuzz import (
     FolderFuzz,
     ForbiddenDeedError,
     change_value,
-    forbidden_deeds,
+    forbid_deeds,
 )
 from hostile_folders import SAMPLES, make_labels, open_fuzz, read_all_labels
 
@@ -74,7 +74,7 @@ def test_too_much_memory_is_found(tmp_path: Path) -> None:
 def test_the_limits_end_with_the_fuzz(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("text")
 
-    with forbidden_deeds(tmp_path):
+    with forbid_deeds(tmp_path):
         with pytest.raises(ForbiddenDeedError):
             (tmp_path / "file").read_text()
 

@@ -16,7 +16,6 @@ import pytest
 
 from refusals import refuses
 from spear.evaluate import closed_loop
-from spear.evaluate import film as video
 from spear.evaluate.agents import IDLE_ACTION, Agent, ExpertAgent, IdleAgent, PolicyAgent
 from spear.evaluate.closed_loop import evaluate_tabletop
 from spear.evaluate.options import TabletopOptions
@@ -30,7 +29,8 @@ SECOND_STEPS = 5  # the last frame of a film stays for a second, at 5 Hz
 
 def evaluate(agent: Agent, scenes: int, **options: Any) -> Results:
     """Evaluate an agent on some scenes of the task family "put_on"."""
-    results, _ = evaluate_tabletop(agent, TabletopOptions(scenes, tasks=("put_on",), **options))
+    tabletop_options = TabletopOptions(num_scenes=scenes, tasks=("put_on",), **options)
+    results, _ = evaluate_tabletop(agent, tabletop_options)
     return results
 
 
@@ -103,8 +103,8 @@ class WanderingPolicy:
 def test_outcomes_do_not_depend_on_the_batch() -> None:
     options = {"first_seed": 20, "replan_steps": 5}
 
-    alone = evaluate(PolicyAgent(WanderingPolicy(), "x"), 3, batch_size=1, **options)
-    together = evaluate(PolicyAgent(WanderingPolicy(), "x"), 3, batch_size=3, **options)
+    alone = evaluate(PolicyAgent(WanderingPolicy(), name="any"), 3, batch_size=1, **options)
+    together = evaluate(PolicyAgent(WanderingPolicy(), name="any"), 3, batch_size=3, **options)
 
     assert together.outcomes == alone.outcomes
 
@@ -112,7 +112,7 @@ def test_outcomes_do_not_depend_on_the_batch() -> None:
 def test_a_policy_sees_images_of_its_own_sizes() -> None:
     policy = WanderingPolicy()
 
-    evaluate(PolicyAgent(policy, "x"), 1, replan_steps=5)
+    evaluate(PolicyAgent(policy, name="any"), 1, replan_steps=5)
 
     assert policy.image_shapes == {(32, 48, 3), (24, 24, 3)}
 
@@ -122,7 +122,7 @@ def test_a_policy_with_one_camera_sees_that_one_only(view: str) -> None:
     width, height = SMALL_IMAGES[view]
     policy = WanderingPolicy(image_sizes={view: (width, height)})
 
-    results = evaluate(PolicyAgent(policy, "x"), 1, replan_steps=5)
+    results = evaluate(PolicyAgent(policy, name="any"), 1, replan_steps=5)
 
     assert results.outcomes
     assert policy.image_shapes == {(height, width, 3)}
@@ -140,8 +140,8 @@ def num_frames(data: bytes) -> int:
 @pytest.fixture
 def filmed_options(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> TabletopOptions:
     """Options for two scenes, of which one success and one failure are filmed in `tmp_path`."""
-    monkeypatch.setattr(video, "HEIGHT_PX", 60)  # small films, to save time
-    return TabletopOptions(2, out=tmp_path, videos=1, tasks=("put_on",))
+    monkeypatch.setattr("spear.evaluate.film.HEIGHT_PX", 60)  # small films, to save time
+    return TabletopOptions(num_scenes=2, out=tmp_path, videos=1, tasks=("put_on",))
 
 
 def test_a_success_and_a_failure_are_filmed_step_by_step(filmed_options: TabletopOptions) -> None:
@@ -174,7 +174,7 @@ def test_an_interrupted_sharded_evaluation_ends_as_an_uninterrupted_one(tmp_path
 
     # The first part is interrupted in the first step of its second scene, and resumed.
     with pytest.raises(KeyboardInterrupt):
-        evaluate(HalfExpert(steps_of_first_scene + 1), 4, shard="1/2", **options)
+        evaluate(HalfExpert(max_calls=steps_of_first_scene + 1), 4, shard="1/2", **options)
     resumed_agent = HalfExpert()
     first_shard = evaluate(resumed_agent, 4, shard="1/2", **options)
     second_shard = evaluate(HalfExpert(), 4, shard="2/2", **options)
@@ -207,6 +207,7 @@ def test_a_killed_evaluation_ends_as_an_uninterrupted_one(tmp_path: Path) -> Non
     first_end = min(outcome.steps for outcome in uninterrupted.outcomes[:3])
 
     def evaluate_until_killed() -> None:
+        """Killed two steps after the end of the first scene, while other scenes run."""
         evaluate(CrowdedExpert(max_calls=first_end + 2), 5, out=tmp_path, **options)
 
     process = multiprocessing.get_context("fork").Process(target=evaluate_until_killed)
@@ -277,7 +278,7 @@ def test_rtc_gives_the_policy_what_is_executed_during_inference() -> None:
     """With a latency of 300 ms, two steps (400 ms) are executed during each inference."""
     policy = WanderingPolicy(committed=2)
 
-    results = evaluate(PolicyAgent(policy, "x"), 1, execution="rtc", latency_ms=300.0)
+    results = evaluate(PolicyAgent(policy, name="any"), 1, execution="rtc", latency_ms=300.0)
 
     first_count, *later_counts = policy.num_committed
     assert first_count == 0

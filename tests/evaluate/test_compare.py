@@ -41,9 +41,9 @@ def make_results(name: str, successes: dict[str, str], first_seed: int = 0) -> R
 
 
 def test_outcomes_are_paired_by_scene_and_unshared_scenes_are_left_out() -> None:
-    first = make_results("x", {"a": "xx.x", "b": "xx"})
+    first = make_results("first", {"a": "xx.x", "b": "xx"})
     reordered = replace(first, outcomes=list(first.outcomes)[::-1])
-    second = make_results("y", {"a": "x.....", "c": "x"})
+    second = make_results("second", {"a": "x.....", "c": "x"})
 
     comparison = compare_results(reordered, second)
 
@@ -62,7 +62,9 @@ def test_outcomes_are_paired_by_scene_and_unshared_scenes_are_left_out() -> None
     ],
 )
 def test_few_scenes_show_no_difference(first: str, second: str) -> None:
-    comparison = compare_results(make_results("x", {"a": first}), make_results("y", {"a": second}))
+    comparison = compare_results(
+        make_results("first", {"a": first}), make_results("second", {"a": second})
+    )
 
     assert comparison.mean.p > 0.05
     assert comparison.mean.difference.low < 0
@@ -71,8 +73,8 @@ def test_few_scenes_show_no_difference(first: str, second: str) -> None:
 @pytest.fixture
 def unequal() -> tuple[Results, Results]:
     """Results that differ by 0.5 in family "a" and by 0.2 in family "b"."""
-    first = make_results("x", {"a": "x" * 5 + "." * 5, "b": "x" * 4 + "." * 16})
-    second = make_results("y", {"a": "." * 10, "b": "." * 20})
+    first = make_results("first", {"a": "x" * 5 + "." * 5, "b": "x" * 4 + "." * 16})
+    second = make_results("second", {"a": "." * 10, "b": "." * 20})
     return first, second
 
 
@@ -89,17 +91,17 @@ def test_the_verdict_names_the_better_in_either_order(unequal: tuple[Results, Re
 
     verdict = compare_results(first, second).verdict()
 
-    assert verdict.startswith("x is better than y: +35.0 points [+")
+    assert verdict.startswith("first is better than second: +35.0 points [+")
     assert compare_results(second, first).verdict() == verdict
 
 
 def test_the_verdict_says_where_no_difference_is_shown() -> None:
-    first = make_results("x", {"a": "xx..x"})
-    second = make_results("y", {"a": "x.x.x"})
+    first = make_results("first", {"a": "xx..x"})
+    second = make_results("second", {"a": "x.x.x"})
 
     comparison = compare_results(first, second)
 
-    assert comparison.verdict().startswith("No difference shown between x and y")
+    assert comparison.verdict().startswith("No difference shown between first and second")
     assert comparison.mean.difference.low < 0 < comparison.mean.difference.high
 
 
@@ -110,31 +112,31 @@ def test_p_values_are_written_with_their_sign(p: float, text: str) -> None:
 
 def test_settings_that_differ_are_named() -> None:
     """The number of scenes may differ in any comparison, so it is not named."""
-    first = make_results("x", {"a": "x."})
-    second = make_results("y", {"a": "xx"})
+    first = make_results("first", {"a": "x."})
+    second = make_results("second", {"a": "xx"})
     second = replace(second, settings={"replan": 2, "scenes": 9, "new": 1})
 
     assert compare_results(first, second).settings == ["replan 5 and 2", "new not said and 1"]
 
 
 def test_other_starts_are_refused_in_either_order() -> None:
-    official = make_results("x", {"a": "x."})
-    off_grid = replace(make_results("y", {"a": "xx"}), settings={"starts": "off the grid"})
+    official = make_results("first", {"a": "x."})
+    off_grid = replace(make_results("second", {"a": "xx"}), settings={"starts": "off the grid"})
 
     refuses("starts", compare_results, official, off_grid)
     refuses("starts", compare_results, off_grid, official)
 
 
 def test_results_without_a_shared_scene_are_refused() -> None:
-    first = make_results("x", {"a": "x."})
-    second = make_results("z", {"a": "x"}, first_seed=7)
+    first = make_results("first", {"a": "x."})
+    second = make_results("second", {"a": "x"}, first_seed=7)
 
-    refuses("x and z", compare_results, first, second)
+    refuses("first and second", compare_results, first, second)
 
 
 def test_a_scene_with_another_instruction_is_refused() -> None:
-    first = make_results("x", {"a": "x."})
-    second = make_results("y", {"a": "xx"})
+    first = make_results("first", {"a": "x."})
+    second = make_results("second", {"a": "xx"})
     changed_outcomes = [replace(o, instruction="something else") for o in second.outcomes]
 
     refuses("scene 0", compare_results, first, replace(second, outcomes=changed_outcomes))
@@ -146,7 +148,8 @@ def filmed(tmp_path: Path) -> tuple[Comparison, tuple[Path, Path]]:
     in the first folder.
     """
     comparison = compare_results(
-        make_results("x", {"a": "xxx", "b": ".x"}), make_results("y", {"a": "x..", "b": "x."})
+        make_results("first", {"a": "xxx", "b": ".x"}),
+        make_results("second", {"a": "x..", "b": "x."}),
     )
     names_by_folder = {
         tmp_path / "a": ("a-success-0", "a-success-1", "a-success-2", "b-failure-0", "b-success-1"),
@@ -164,11 +167,11 @@ def test_films_of_disagreements_come_first_and_families_take_turns(
 ) -> None:
     comparison, folders = filmed
 
-    pairs = select_filmed_pairs(comparison, folders, 9)  # at most 9 pairs
+    pairs = select_filmed_pairs(comparison, folders, limit=9)
 
     scenes = [first.scene for first, _ in pairs]
     assert scenes == [("a", 1), ("b", 0), ("a", 2), ("b", 1), ("a", 0)]
-    assert len(select_filmed_pairs(comparison, folders, 2)) == 2
+    assert len(select_filmed_pairs(comparison, folders, limit=2)) == 2
 
 
 def test_the_page_shows_films_side_by_side(
@@ -180,7 +183,7 @@ def test_the_page_shows_films_side_by_side(
 
     assert html.count("<video") == 9  # five pairs, one of which has only one film
     assert "side by side: 5 of 5" in html
-    assert html.count("y: failure, not filmed") == 1
+    assert html.count("second: failure, not filmed") == 1
     assert "exact" not in html.replace("exactly", "")
     assert not re.search(r'(src|href)="(?!data:)', html)  # the page needs no other file
 

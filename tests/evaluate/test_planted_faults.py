@@ -57,7 +57,7 @@ def list_plants(bench: ModuleType, *prefixes: str) -> list[Any]:
     return [plant for plant in bench.list_plantings() if plant.fault.startswith(prefixes)]
 
 
-def test_there_are_thirty_kinds_of_faults_with_makers(bench: ModuleType) -> None:
+def test_there_are_thirty_kinds_of_faults_that_can_be_made(bench: ModuleType) -> None:
     plants = bench.list_plantings()
 
     for plant in plants:
@@ -160,8 +160,11 @@ def test_no_scene_is_used_twice(bench: ModuleType) -> None:
 
 
 def test_a_run_keeps_its_scenes_in_smaller_benches(bench: ModuleType) -> None:
-    large = {case.name: case for case in bench.list_cases(40, 2, 20, 4)}
-    small = bench.list_cases(10, 1, 5, 4)
+    large = {
+        case.name: case
+        for case in bench.list_cases(num_clean=40, num_runs=2, num_pairs=20, num_scenes=4)
+    }
+    small = bench.list_cases(num_clean=10, num_runs=1, num_pairs=5, num_scenes=4)
 
     assert all(large[case.name] == case for case in small)
 
@@ -177,8 +180,10 @@ def test_a_rollout_is_recorded_with_the_faults_in_it(
     for index, plant in enumerate(plants):
         faults = [] if plant is None else [plant.make()]
         scene = sample_scene("put_on", 8302)
-        one = robot.Robot(scene, faults, robot.ClientHabits(), index, 1e9, seed=1)
-        recordings.append(robot.Recording(tmp_path / str(index), [one]))
+        only_robot = robot.Robot(
+            scene, faults, robot.ClientHabits(), client=index, start_s=1e9, seed=1
+        )
+        recordings.append(robot.Recording(tmp_path / str(index), [only_robot]))
 
     robot.record(HomingPolicy(), recordings, "test")
 
@@ -192,7 +197,7 @@ def test_a_rollout_is_recorded_with_the_faults_in_it(
 
 
 def test_states_of_a_recorded_episode_follow_the_faulty_commands(bench: ModuleType) -> None:
-    """With half of each motion, a recorded arm gets half as far; without a fault it stays."""
+    """With 0.4 of each motion, a recorded arm gets 0.4 as far; without a fault nothing changes."""
     bridge = importlib.import_module("bridge")
     actions = np.tile(np.array([0.02, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0, 1.0], np.float32), (6, 1))
     states = np.tile(np.array([0.3, 0.0, 0.2, 1.0, 0.0, 0.0, 0.0, 1.0], np.float32), (6, 1))
@@ -203,4 +208,5 @@ def test_states_of_a_recorded_episode_follow_the_faulty_commands(bench: ModuleTy
     unmoved = bridge.move_states(states, actions, importlib.import_module("planted").PlantedFault())
 
     assert np.allclose(unmoved, states, atol=1e-6)
-    assert moved[-1, 0] - moved[0, 0] == pytest.approx(0.4 * 0.1, abs=1e-6)
+    full_distance_m = 5 * 0.02
+    assert moved[-1, 0] - moved[0, 0] == pytest.approx(0.4 * full_distance_m, abs=1e-6)

@@ -37,7 +37,10 @@ def make_results(successes: dict[str, list[bool]]) -> Results:
 
 
 def write_journal(folder: Path, seeds: range, shard: tuple[int, int] = (1, 1)) -> Journal:
-    """Write a journal of family "a" in which the scenes 0, 1 and 2 succeed, and keep it open."""
+    """Write a journal of family "a" in which the scenes 0, 1 and 2 succeed, and keep it open.
+
+    An episode takes 9 s, but several run at once, so that one ends every 1.5 s.
+    """
     journal = Journal(folder, "me", SETTINGS, shard, {"a": seeds})
     for seed in seeds:
         journal.add(make_outcome(seed, success=seed < 3), seconds=9.0, wall=1.5)
@@ -163,15 +166,15 @@ def test_a_folder_has_results_of_one_evaluation_only(
 def test_results_of_different_evaluations_do_not_merge(
     policy: str, settings: dict[str, object], difference: str
 ) -> None:
-    results = Results("me", SETTINGS, [make_outcome(0)], 1.0)
-    other_results = Results(policy, settings, [make_outcome(1)], 1.0)
+    results = Results("me", SETTINGS, [make_outcome(0)], seconds=1.0)
+    other_results = Results(policy, settings, [make_outcome(1)], seconds=1.0)
 
     refuses(f"{difference} is", merge_results, [results, other_results])
 
 
 def test_merged_scenes_are_in_order_and_each_once() -> None:
-    first = Results("me", {"r": 1}, [make_outcome(2), make_outcome(0)], 1.0)
-    second = Results("me", {"r": 1}, [make_outcome(1), make_outcome(0)], 1.0)
+    first = Results("me", SETTINGS, [make_outcome(2), make_outcome(0)], seconds=1.0)
+    second = Results("me", SETTINGS, [make_outcome(1), make_outcome(0)], seconds=1.0)
 
     merged = merge_results([first, second])
 
@@ -179,7 +182,7 @@ def test_merged_scenes_are_in_order_and_each_once() -> None:
 
 
 def test_a_scene_that_ended_differently_in_two_shards_is_refused() -> None:
-    first = Results("me", {"r": 1}, [make_outcome(0)], 1.0)
+    first = Results("me", SETTINGS, [make_outcome(0)], seconds=1.0)
     second = replace(first, outcomes=[make_outcome(0, success=False)])
 
     refuses("scene 0", merge_results, [first, second])

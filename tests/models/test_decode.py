@@ -22,7 +22,9 @@ PAD = 0  # the id of the padding token
 COORDINATES = CoordinateTokenizer.fit(np.random.default_rng(0).normal(0.2, 0.5, 20_000), bins=64)
 
 
-def allowed_tokens(grammar: decode.Grammar | None, answer: list[int], num_left: int) -> set[int]:
+def list_allowed_tokens(
+    grammar: decode.Grammar | None, answer: list[int], num_left: int
+) -> set[int]:
     """The ids that the grammar allows as the next token of an answer.
 
     This is the definition of the grammars, written without tensors.
@@ -35,7 +37,7 @@ def allowed_tokens(grammar: decode.Grammar | None, answer: list[int], num_left: 
     if grammar is None:
         return set(range(VOCABULARY_SIZE))
     if isinstance(grammar, decode.FreeTextGrammar):
-        return allowed_tokens_of_free_text(grammar, answer, num_left)
+        return list_allowed_tokens_of_free_text(grammar, answer, num_left)
 
     # A grammar that is a sequence has the range of ids for each token, and then the answer ends.
     if len(answer) == len(grammar):
@@ -44,10 +46,10 @@ def allowed_tokens(grammar: decode.Grammar | None, answer: list[int], num_left: 
     return set(range(first, end))
 
 
-def allowed_tokens_of_free_text(
+def list_allowed_tokens_of_free_text(
     grammar: decode.FreeTextGrammar, answer: list[int], num_left: int
 ) -> set[int]:
-    """The part of `allowed_tokens` for words with numbers between them."""
+    """The part of `list_allowed_tokens` for words with numbers between them."""
     words: set[int] = set()
     for first, end in grammar.word_ranges:
         words |= set(range(first, end))
@@ -89,7 +91,7 @@ def decode_slowly(
         with torch.no_grad():
             output = model(images, sequence, attention_mask=None, token_type_ids=token_types)
         logits = output.logits[0, -1]
-        allowed = sorted(allowed_tokens(grammar, answer, max_new_tokens - len(answer)))
+        allowed = sorted(list_allowed_tokens(grammar, answer, max_new_tokens - len(answer)))
         answer.append(allowed[int(logits[allowed].argmax())])
     return answer
 
@@ -122,8 +124,10 @@ def test_answers_are_the_likeliest_that_the_grammar_allows(grammar_name: str, pa
     if padding == "left":
         ids, mask = to_left_padded(ids, mask)
 
+    given_mask = None if padding == "none" else mask  # without padding no mask is needed
+
     answers = decode.decode_greedily(
-        model, images, ids, None if padding == "none" else mask, max_new_tokens=7, grammar=grammar
+        model, images, ids, given_mask, max_new_tokens=7, grammar=grammar
     )
 
     assert not answers.is_inference()  # a tensor of inference mode could not be changed by callers

@@ -148,6 +148,7 @@ def test_nano_acts_almost_alike(quantization: Quantization, min_cosine: float) -
 
 
 def test_a_processor_whose_products_overflow_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Here the products are wrong because all of them are 0."""
     monkeypatch.setattr(
         "spear.models.quantize.torch._int_mm", lambda first, second: torch.zeros(32, 32)
     )

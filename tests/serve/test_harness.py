@@ -62,8 +62,9 @@ def run_harness(policy: HomingPolicy, **parameters: Any) -> list[dict[str, Any]]
     from spear.serve.harness import HarnessServer
 
     tabletop_benchmark.SENT.clear()
-    service = Service(policy, tabletop_benchmark.EMBODIMENT, "test", "tabletop")
-    server = HarnessServer(service, ServeOptions("test", "vla-eval", replan_steps=REPLAN_INTERVAL))
+    service = Service(policy, tabletop_benchmark.EMBODIMENT, name="test", robot="tabletop")
+    options = ServeOptions(policy="test", protocol="vla-eval", replan_steps=REPLAN_INTERVAL)
+    server = HarnessServer(service, options)
     benchmark = {
         "benchmark": "tabletop_benchmark:Tabletop",
         "params": {"family": "put_on", **parameters},

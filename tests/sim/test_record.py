@@ -133,12 +133,12 @@ def test_processes_share_the_work_without_changing_it() -> None:
 
 class TestPolicyThatTakesTurns:
     @pytest.fixture
-    def turns(self) -> list[tuple[int, int]]:
+    def policy_steps(self) -> list[tuple[int, int]]:
         """A list to which the policy appends (seed, step) of each of its steps."""
         return []
 
     @pytest.fixture
-    def episode(self, turns: list[tuple[int, int]]) -> Episode:
+    def episode(self, policy_steps: list[tuple[int, int]]) -> Episode:
         """An episode in which a policy that never moves takes turns with the expert."""
 
         def stay(
@@ -146,13 +146,13 @@ class TestPolicyThatTakesTurns:
         ) -> NDArray[np.float32]:
             assert folder == Path("weights")
             assert observation["observation/image"].shape == (72, 96, 3)
-            turns.append((seed, step))
+            policy_steps.append((seed, step))
             return NO_MOTION
 
         return record("stack_cube", 2, policy=InterveningPolicy(Path("weights"), stay))
 
     def test_its_steps_are_never_a_target(
-        self, episode: Episode, turns: list[tuple[int, int]]
+        self, episode: Episode, policy_steps: list[tuple[int, int]]
     ) -> None:
         assert episode.action is not None
         assert episode.action_mask is not None
@@ -161,7 +161,7 @@ class TestPolicyThatTakesTurns:
         assert episode.success
         np.testing.assert_array_equal(is_policys, ~episode.action_mask)
         assert 0.1 < is_policys.mean() < 0.9
-        assert len(set(turns)) == is_policys.sum()
+        assert len(set(policy_steps)) == is_policys.sum()
 
     def test_the_source_says_that_there_were_turns(self, episode: Episode) -> None:
         assert episode.source != record("stack_cube", 2).source

@@ -50,7 +50,7 @@ CHANGED_LOOK_FIELDS = {
 }
 
 
-def differing_fields(first: object, second: object) -> set[str]:
+def find_differing_fields(first: object, second: object) -> set[str]:
     """The fields in which two objects of the same dataclass differ."""
     names = [field.name for field in dataclasses.fields(first)]  # type: ignore[arg-type]
     return {name for name in names if getattr(first, name) != getattr(second, name)}
@@ -63,9 +63,11 @@ def test_an_axis_changes_only_what_it_says(axis: str, level: int) -> None:
 
     shifted = shift_scene(scene, Shift(axis, level))
 
-    assert differing_fields(scene, shifted) == CHANGED_FIELDS[axis]
+    assert find_differing_fields(scene, shifted) == CHANGED_FIELDS[axis]
     if axis in CHANGED_LOOK_FIELDS:
-        assert differing_fields(scene.appearance, shifted.appearance) <= CHANGED_LOOK_FIELDS[axis]
+        assert (
+            find_differing_fields(scene.appearance, shifted.appearance) <= CHANGED_LOOK_FIELDS[axis]
+        )
 
 
 @pytest.mark.parametrize("axis", SCENE_AXES)
@@ -125,7 +127,7 @@ def test_the_gripper_begins_outside_the_range_of_training(level: int) -> None:
         assert abs(yaw) >= math.radians(30) - 1e-9  # training turns the gripper by up to 30°
 
 
-def seen_instructions() -> set[str]:
+def list_seen_instructions() -> set[str]:
     """The instructions of 300 training scenes of each family (training's seeds begin at 10,000)."""
     texts = set()
     for family in FAMILIES:
@@ -135,7 +137,7 @@ def seen_instructions() -> set[str]:
 
 
 def test_shifted_instructions_were_never_seen() -> None:
-    trained_instructions = seen_instructions()
+    trained_instructions = list_seen_instructions()
 
     for family in FAMILIES:
         for level in LEVELS:
@@ -151,7 +153,7 @@ def test_unseen_words_do_not_stand_among_those_of_training() -> None:
         assert not new_words & set(SYNONYMS.get(kind, ()))
 
 
-def scene_with_a_relation() -> SceneSpec:
+def find_scene_with_a_relation() -> SceneSpec:
     """The first scene whose source (object 1) can be described by where it lies."""
     for seed in range(100):
         scene = sample_scene("put_on", seed)
@@ -161,7 +163,7 @@ def scene_with_a_relation() -> SceneSpec:
 
 
 def test_a_relation_names_another_object_of_the_scene() -> None:
-    scene = scene_with_a_relation()
+    scene = find_scene_with_a_relation()
 
     description = describe_by_relation(scene, 1)
 

@@ -134,6 +134,7 @@ def _find_named_objects(label: LabeledImage, prompt: str) -> list[LabeledObject]
     """Return the objects that the prompt names, in the order of their mention."""
     mentions: dict[int, LabeledObject] = {}  # position in the prompt → object
     for o in sorted(label.objects, key=lambda o: -len(o.name)):  # longer names first
+        # Before a number or more letters, the name would be the beginning of another one.
         for match in re.finditer(rf"\bthe {re.escape(o.name)}(?! \d)(?!\w)", prompt):
             if not _is_within_mention(match.start(), mentions):
                 mentions[match.start()] = o

@@ -3,6 +3,9 @@
 A change is drawn from a seed. Reading the changed folder must succeed or raise `SpearError`. It
 must not raise anything else, ask a question, need more than 1 GiB of memory, or open a file outside
 of the folder.
+
+The probabilities of the kinds of changes let each kind occur often. Their exact values do not
+matter.
 """
 
 import builtins
@@ -78,7 +81,13 @@ BYTE_CHANGES = ("cut off", "insert", "replace all", "remove", "overwrite")
 
 @dataclass
 class Finding:
-    """What reading a changed folder did that it must not do."""
+    """What reading a changed folder did that it must not do.
+
+    Attributes:
+        kind: what the folder is.
+        change: the seed and the file of the change.
+        problem: the error that is no `SpearError`.
+    """
 
     kind: str
     change: str
@@ -142,6 +151,7 @@ class FolderFuzz:
             os.link(self._folder / name, target)
 
     def _change_one_file(self, rng: np.random.Generator) -> str:
+        """Change a file of the copy; return its name, and what became of it if it is no file."""
         name = self._names[rng.integers(len(self._names))]
         path = self._copy / name
         data = path.read_bytes()
@@ -155,8 +165,9 @@ class FolderFuzz:
         return str(name)
 
     def _read_copy(self, change: str, report: FuzzReport) -> None:
+        """Read the copy, and add the outcome to the report."""
         try:
-            with forbidden_deeds(self._outside), suppress_notices(), warnings.catch_warnings():
+            with forbid_deeds(self._outside), suppress_notices(), warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 self._read(self._copy)
             report.num_accepted += 1
@@ -271,7 +282,7 @@ sys.addaudithook(_refuse_open)
 
 
 @contextmanager
-def forbidden_deeds(outside: Path) -> Iterator[None]:
+def forbid_deeds(outside: Path) -> Iterator[None]:
     """Raise an error in whoever asks a question, opens a file outside or takes too much memory."""
     global _forbidden_folder
 

@@ -41,6 +41,7 @@ BLOCK = re.compile(
     r"^```(?P<language>\w+)\n(?P<code>.*?)^```$|(?P<indented>(?:^    [^\n]*\n|^\n(?=    ))+)",
     re.DOTALL | re.MULTILINE,
 )
+"""A block between fences, which a mark may precede; or an indented block, which is an output."""
 BOX = re.compile(r"^!!! [^\n]*\n(?:    [^\n]*\n|\n(?=    ))+", re.MULTILINE)
 """An admonition, whose text is indented like an output."""
 NEEDS = re.compile(r"# (?:needs|takes|downloads|runs until|begins with) ")
@@ -49,6 +50,7 @@ NUMBER = re.compile(r"[-−+]?\d[\d,]*(?:\.\d+)?(?:e[-+]?\d+)?")
 PROGRESS = re.compile(r"[\w ,./-]+: \d+ of \d+ \w+, [\d.]+ \w+/\w+")
 """The line of a progress bar, which a slow command prints."""
 DURATION = re.compile(r"\b\d[\d.,]* (?=(?:s|ms|min|h|scenes/s)\b)")
+"""The number and the space before a unit of time."""
 
 
 @dataclass(frozen=True)
@@ -109,10 +111,10 @@ def make_folder_like_a_clone(folder: Path) -> None:
         (folder / name).symlink_to(ROOT / name)
 
 
-def run_block(block: Block, folder: Path, names: dict[str, Any]) -> str:
+def run_block(block: Block, folder: Path, variables: dict[str, Any]) -> str:
     """Run a block in a folder, and return what it prints.
 
-    names: the variables of the page's Python, which the block may read and change.
+    variables: those of the page's Python, which the block may read and change.
     """
     printed = io.StringIO()
     with (
@@ -121,7 +123,7 @@ def run_block(block: Block, folder: Path, names: dict[str, Any]) -> str:
         contextlib.redirect_stderr(printed),
     ):
         if block.language == "python":
-            exec(block.code, names)
+            exec(block.code, variables)
         else:
             for line in block.code.replace("\\\n", " ").splitlines():
                 run_line(line, printed)
@@ -168,7 +170,7 @@ def _start_server(arguments: list[str]) -> str:
         del arguments[index : index + 2]
     lines = []
     command = [sys.executable, "-c", SPEAR_CLI_CODE, "serve", *arguments, "--port", "0"]
-    last_line = "http://" if "--ui" in arguments else "ws://"
+    text_of_last_line = "http://" if "--ui" in arguments else "ws://"
     with subprocess.Popen(
         command,
         env=_make_environment(),
@@ -179,7 +181,7 @@ def _start_server(arguments: list[str]) -> str:
         assert server.stdout is not None
         for line in server.stdout:
             lines.append(re.sub(r"://([^:/]+):\d+", rf"://\1:{port}", line))
-            if last_line in line:
+            if text_of_last_line in line:
                 break
         server.send_signal(signal.SIGTERM)
     return "".join(lines)
@@ -204,7 +206,10 @@ def find_difference(page_text: str, printed: str, max_relative_error: float) -> 
 
 
 def _simplify_lines(text: str) -> Iterator[str]:
-    """Yield the lines that contain something, without indentation, doubled spaces and durations."""
+    """Yield the lines that contain something, without indentation and doubled spaces.
+
+    "T" stands for the number of a duration.
+    """
     for line in text.splitlines():
         words = re.sub(r"[─━│┃┡╇┩┏┳┓└┴┘]+", " ", line).split()
         if words and not PROGRESS.match(line):
@@ -236,6 +241,7 @@ def _find_segment(
 
 def _is_same_line(page_line: str, printed: str, max_relative_error: float) -> bool:
     """Return whether a line is the shown one, up to the errors of its numbers."""
+    # In the text between the gaps `…`, "\0" stands for a number.
     literals = [re.escape(literal) for literal in NUMBER.sub("\0", page_line).split("…")]
     pattern = ".*".join(literal.replace("\0", f"({NUMBER.pattern})") for literal in literals)
     match = re.fullmatch(pattern, printed)
@@ -244,7 +250,7 @@ def _is_same_line(page_line: str, printed: str, max_relative_error: float) -> bo
     for shown_number, printed_number in zip(NUMBER.findall(page_line), match.groups(), strict=True):
         difference = abs(_read_number(shown_number) - _read_number(printed_number))
         allowed = max_relative_error * abs(_read_number(shown_number))
-        if difference > max(allowed, _last_digit(shown_number)):
+        if difference > max(allowed, _find_precision(shown_number)):
             return False
     return True
 
@@ -254,8 +260,8 @@ def _read_number(text: str) -> float:
     return float(text.replace(",", "").replace("−", "-"))
 
 
-def _last_digit(text: str) -> float:
-    """Return the value of the last decimal of a number; 0 for an integer."""
+def _find_precision(text: str) -> float:
+    """Return what one unit of the last decimal of a number is worth; 0 for an integer."""
     _, _, decimals = text.partition(".")
     return 0.1 ** len(decimals) if decimals.isdigit() else 0.0
 
@@ -263,7 +269,7 @@ def _last_digit(text: str) -> float:
 def print_outputs(page: Path, with_slow_blocks: bool) -> None:
     """Print every tested block of a page and its output."""
     shared = ROOT / ".." / "shared" / "data"
-    names: dict[str, Any] = {}
+    variables: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
         make_folder_like_a_clone(Path(folder))
         for block in read_blocks(page):
@@ -272,7 +278,7 @@ def print_outputs(page: Path, with_slow_blocks: bool) -> None:
             if block.data is not None and not Path(folder, block.data).exists():
                 Path(folder, block.data).symlink_to(shared.resolve() / block.data)
             print(f"```\n{block.code}```")
-            printed = run_block(block, Path(folder), names)
+            printed = run_block(block, Path(folder), variables)
             print(printed)
             if block.output is not None:
                 difference = find_difference(block.output, printed, block.max_relative_error)

@@ -155,8 +155,14 @@ def run_server(
         options: options of `ServeOptions`.
     """
     control = options.get("control")
-    service = Service(policy or HomingPolicy(), embodiments.load(robot), "test", robot, control)
-    serve_options = ServeOptions("test", **{"port": 0, **options})
+    service = Service(
+        policy or HomingPolicy(),
+        embodiments.load(robot),
+        name="test",
+        robot=robot,
+        control=control,
+    )
+    serve_options = ServeOptions(policy="test", **{"port": 0, **options})
     is_ready = threading.Event()
     running: dict[str, Any] = {}
 

@@ -241,7 +241,9 @@ def start_processes(
             "RANK": str(rank),
             "LOCAL_RANK": str(rank),
         }
-        process = context.Process(target=_work, args=(function, root, arguments, environment))
+        process = context.Process(
+            target=_run_in_new_process, args=(function, root, arguments, environment)
+        )
         process.start()
         processes.append(process)
     return processes
@@ -257,13 +259,13 @@ def _stderr_file(function: Callable[..., None], root: Path, rank: int) -> Path:
     return root / f"{function.__name__}-{rank}.txt"
 
 
-def _work(
+def _run_in_new_process(
     function: Callable[..., None],
     root: Path,
     arguments: tuple[Any, ...],
     environment: dict[str, str],
 ) -> None:
-    """Call the function in a process that has just started."""
+    """Call the function in a process that has just started; its stderr goes to a file."""
     os.environ.update(environment)
     sys.stderr = _stderr_file(function, root, int(environment["RANK"])).open("w", buffering=1)
     torch.set_num_threads(1)

@@ -224,7 +224,7 @@ def test_inputs_that_are_missing_or_without_effect_are_named(
 ) -> None:
     values: dict[str, Any] = {word: Path(word) for word in inputs.split()}
     if "episodes" in values:
-        values["episodes"] = [("mine", None, 1.0)]
+        values["episodes"] = [("mine", None, 1.0)]  # name, store, sampling weight
 
     words = f"recipe {name} .*{option}"
     refuses(words, check_inputs, get_recipe(name), TrainingInputs(**values))

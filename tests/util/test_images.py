@@ -184,7 +184,8 @@ def test_exif_orientation_is_applied_to_photos_only(orientation: int, image_form
     [
         (encode(Image.fromarray(np.ones((4, 4), np.float32)), "TIFF"), "floating-point"),
         (encode(Image.fromarray(np.full((4, 4), 70000, np.int32)), "TIFF"), "more than 16 bits"),
-        (assemble_png((60_000, 60_000, 8, 2), b""), "exceeds limit"),  # 60,000 pixels square
+        # 60,000 pixels square, 8 bits per channel, and 2 for RGB.
+        (assemble_png((60_000, 60_000, 8, 2), data=b""), "exceeds limit"),
     ],
     ids=["floating point", "32 bits", "enormous"],
 )
@@ -194,7 +195,8 @@ def test_pixels_without_meaning_and_enormous_images_are_refused(data: bytes, mes
 
 @pytest.mark.filterwarnings("ignore:Image size")
 def test_an_image_beyond_the_pixel_limit_is_refused_before_it_is_decoded() -> None:
-    bomb = assemble_png((13_300, 13_300, 1, 0), b"")
+    header = (13_300, 13_300, 1, 0)  # width, height, bits per channel, and 0 for gray
+    bomb = assemble_png(header, data=b"")
 
     refuses("13300 x 13300 pixels, more than the 67,108,864", load_image, bomb)
 
@@ -223,7 +225,7 @@ def test_truncated_images_are_refused(image_format: str, fraction: float) -> Non
 
 @pytest.mark.parametrize("data", [b"no image", encode(Image.fromarray(NOISE))[:40]])
 def test_a_broken_image_of_a_dataset_is_named(data: bytes) -> None:
-    refuses("episode 3 step 4", decode_image, data, "episode 3 step 4")
+    refuses("episode 3 step 4", decode_image, data, name="episode 3 step 4")
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning:PIL")
@@ -279,7 +281,7 @@ def test_jpegs_have_the_numbers_that_pillow_reads(mode: str, options: dict[str, 
 def test_truncated_jpegs_are_refused(mode: str, options: dict[str, int]) -> None:
     data = encode_smooth_jpeg(mode, options)
 
-    refuses("cut", decode_image, data[:-200], "cut")
+    refuses("cut", decode_image, data[:-200], name="cut")
 
 
 @pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
@@ -293,7 +295,7 @@ def test_jpegs_that_claim_to_be_enormous_are_refused(mode: str, options: dict[st
     enormous_size = b"\xff\xdc\xff\xdc"  # 65,500 x 65,500 pixels
     enormous = data[:size_offset] + enormous_size + data[size_offset + 4 :]
 
-    refuses("huge", decode_image, enormous, "huge")
+    refuses("huge", decode_image, enormous, name="huge")
 
 
 # Writing

@@ -86,10 +86,11 @@ class TestObjects:
         path = tmp_path / "file.json"
         path.write_bytes(b'{"a": 1}' + b" " * 3 * 2**20)
 
-        refuses("more than 2 MiB", read_json, path, "replace it", 2 * 2**20)
+        refuses("more than 2 MiB", read_json, path, advice="replace it", max_bytes=2 * 2**20)
 
     def test_a_file_without_end_is_refused(self) -> None:
-        refuses("more than 1 MiB", read_json_as, list, Path("/dev/zero"), "no", max_bytes=2**20)
+        zeros = Path("/dev/zero")
+        refuses("more than 1 MiB", read_json_as, list, zeros, advice="replace it", max_bytes=2**20)
 
 
 class TestLines:

@@ -36,9 +36,15 @@ def make_moment(
 ) -> LiberoMoment:
     """A bowl at (0.5, 0), a plate at (0.6, 0.3), and a gripper at rest."""
     pose = np.array([*position, *DOWN])
-    bowl = Box(np.array([0.5, 0, 0, *DOWN]), np.array([-0.056, -0.056, 0]), np.full(3, 0.056))
+    bowl = Box(
+        pose=np.array([0.5, 0, 0, *DOWN]),
+        low=np.array([-0.056, -0.056, 0]),
+        high=np.full(3, 0.056),
+    )
     plate = Box(
-        np.array([0.6, 0.3, 0, *DOWN]), np.array([-0.07, -0.07, 0]), np.array([0.07, 0.07, 0.02])
+        pose=np.array([0.6, 0.3, 0, *DOWN]),
+        low=np.array([-0.07, -0.07, 0]),
+        high=np.array([0.07, 0.07, 0.02]),
     )
     return LiberoMoment(
         pose=pose,
@@ -58,6 +64,7 @@ def make_moment(
 
 
 def choose(moment: LiberoMoment) -> Array:
+    """The oracle's action for the goal that the bowl is on the plate."""
     return oracle.choose_action([["on", "bowl_1", "plate_1"]], moment)
 
 
@@ -78,11 +85,21 @@ class TestSuites:
         outcomes = []
         for family, successes in {"libero_goal-0": [True], "libero_goal-1": [False] * 3}.items():
             for seed, success in enumerate(successes):
-                outcomes.append(
-                    Outcome(family, seed, "open it", success, False, False, False, 0, 10)
+                outcome = Outcome(
+                    family,
+                    seed,
+                    instruction="open it",
+                    success=success,
+                    reached=False,
+                    grasped=False,
+                    wrong_object_moved=False,
+                    unreachable=0,
+                    steps=10,
                 )
+                outcomes.append(outcome)
 
-        suites = summarize_suites(Results("a policy", {}, outcomes, 1.0))
+        results = Results("a policy", settings={}, outcomes=outcomes, seconds=1.0)
+        suites = summarize_suites(results)
 
         assert suites["libero_goal"].value == 0.5
 
@@ -170,7 +187,8 @@ needs_libero = pytest.mark.skipif(
 @pytest.fixture(scope="module")
 def process() -> Iterator[LiberoProcess]:
     """The first task of LIBERO-Object."""
-    process = LiberoProcess("libero_object", 0, PROTOCOLS["openpi"].seed, is_cheap=True)
+    seed = PROTOCOLS["openpi"].seed
+    process = LiberoProcess("libero_object", task_index=0, seed=seed, is_cheap=True)
     with contextlib.closing(process):
         yield process
 
@@ -235,7 +253,7 @@ class TestLibero:
     def test_a_demonstration_is_an_episode_to_train_on(self, process: LiberoProcess) -> None:
         settings = RecordingSettings(sizes={"external": (192, 128), "wrist": (96, 96)})
 
-        episode = record_episode(process, "libero_object", 0, 10_001, settings)
+        episode = record_episode(process, "libero_object", index=0, seed=10_001, settings=settings)
 
         assert episode.instruction == process.instruction
         assert episode.source == "libero/libero_object-0/10001"
@@ -244,13 +262,20 @@ class TestLibero:
         assert np.isfinite(episode.action).all()
 
     def test_an_unknown_task_is_an_error_that_names_it(self) -> None:
-        refuses("no task with number 99", LiberoProcess, "libero_object", 99, 7, True)
+        refuses(
+            "no task with number 99",
+            LiberoProcess,
+            "libero_object",
+            task_index=99,
+            seed=7,
+            is_cheap=True,
+        )
 
     def test_the_oracle_fulfills_a_task(self) -> None:
         options = LiberoOptions(batch_size=1, fast_rendering=True)
 
         with contextlib.closing(Libero(options)) as simulator:
-            [(outcome, _, _)] = simulator.run(OracleAgent(), "libero_object-0", [0], False)
+            [(outcome, _, _)] = simulator.run(OracleAgent(), "libero_object-0", [0], filming=False)
 
         assert outcome.success
         assert outcome.reached

@@ -215,4 +215,4 @@ def test_run_lengths_go_column_by_column_and_start_with_zeros() -> None:
     ],
 )
 def test_run_lengths_that_do_not_add_up_are_refused(runs: list[int]) -> None:
-    refuses("2×3", decode_mask, runs, 2, 3)
+    refuses("2×3", decode_mask, runs, height=2, width=3)

@@ -59,7 +59,9 @@ def cut_into_patches(model: MogeV1 | MogeV2, image: torch.Tensor, num_tokens: in
     return model.cut_into_patches(image, num_tokens)
 
 
-def subsampled(expected: dict[str, Array], name: str, steps: dict[str, int]) -> tuple[Array, int]:
+def get_subsampled(
+    expected: dict[str, Array], name: str, steps: dict[str, int]
+) -> tuple[Array, int]:
     """An array of a case, and the step between its elements in the full array.
 
     `steps` maps the suffixes that the array's name may have to their steps, such as "_s2" -> 2.
@@ -88,7 +90,7 @@ def test_features_are_the_references(shared: Path, version: int, case: str) -> N
         assert relative_error(patches[0], expected["features.image_14"]) < 5e-6
     # The first token of a layer is the class token, the others are those of patches.
     assert relative_error(layers[:, 0], expected["features.cls"]) < 5e-6
-    patch_features, step = subsampled(expected, "features.patch", {"": 1, "_s37": 37})
+    patch_features, step = get_subsampled(expected, "features.patch", {"": 1, "_s37": 37})
     assert relative_error(layers[:, 1::step], patch_features) < 5e-6
 
 
@@ -102,7 +104,7 @@ def test_raw_outputs_are_the_references(shared: Path, version: int, case: str) -
     output = model(torch.tensor(expected["image"])[None], num_tokens)
 
     for name, tensor in (("points", output.points), ("mask", output.mask)):
-        array, step = subsampled(expected, f"forward.{name}", {"": 1, "_s2": 2})
+        array, step = get_subsampled(expected, f"forward.{name}", {"": 1, "_s2": 2})
         assert relative_error(tensor[0, ::step, ::step], array) < 1e-4
     if version == 2:
         expected_scale = float(expected["forward.metric_scale"])

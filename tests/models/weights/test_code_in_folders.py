@@ -113,7 +113,7 @@ def test_a_tokenizer_in_a_paligemma_runs_no_code(tmp_path: Path, marker: Path) -
     folder = publish_paligemma(make_paligemma(), tmp_path / "paligemma", with_tokenizer=True)
     make_tokenizer_hostile(folder, marker)
 
-    refuses(REFUSAL, plan_backbones, folder, None, "tiny14")
+    refuses(REFUSAL, plan_backbones, folder, moge=None, size="tiny14")
 
     assert not marker.exists()
 
@@ -174,6 +174,6 @@ def test_a_network_for_masks_runs_no_code(tmp_path: Path, marker: Path) -> None:
     folder = save_sam2(tmp_path / "sam2")
     make_model_hostile(folder, marker, model_type="evil")
 
-    refuses(REFUSAL, load_model, Sam2Model, "sam2", str(folder), "cpu")
+    refuses(REFUSAL, load_model, Sam2Model, kind="sam2", model=str(folder), device="cpu")
 
     assert not marker.exists()

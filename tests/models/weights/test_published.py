@@ -63,7 +63,7 @@ def test_all_tensors_of_paligemma_are_loaded(name: str, monkeypatch: pytest.Monk
     # The folder does not exist, because `StoredCheckpoint.open` is replaced. There is no MoGe.
     report = backbones.plan_backbones("nowhere", None).report
 
-    report.check("")  # raises SpearError if a weight is missing or refused
+    report.check(source="nowhere")  # raises SpearError if a weight is missing or refused
     assert len(report.select_by_status("loaded")) == len(tensors)
     assert not report.select_by_status("left out")
 
@@ -83,8 +83,8 @@ def test_all_tensors_of_pi0_but_those_of_its_robot_are_loaded(
     # The folders do not exist, because `StoredCheckpoint.open` is replaced.
     report = action_expert.plan_policy(vlm="a", expert="b").report
 
-    report.check("")  # raises SpearError if a weight is missing or refused
-    assert {key.name for key in report.select_by_status("new")} == ROBOT_WEIGHTS
+    report.check(source="nowhere")  # raises SpearError if a weight is missing or refused
+    assert {entry.name for entry in report.select_by_status("new")} == ROBOT_WEIGHTS
 
 
 def test_all_tensors_of_pi0_and_its_vlm_but_those_of_its_robot_are_loaded(
@@ -99,9 +99,11 @@ def test_all_tensors_of_pi0_and_its_vlm_but_those_of_its_robot_are_loaded(
     plan = plan_pi0("nowhere", None)
 
     plan.check()  # raises SpearError if a weight is missing or refused
-    new_names = {key.name for key in plan.report.select_by_status("new") if "[" not in key.name}
+    new_names = {
+        entry.name for entry in plan.report.select_by_status("new") if "[" not in entry.name
+    }
     assert new_names == ROBOT_WEIGHTS
-    left_out_names = {key.name for key in plan.report.select_by_status("left out")}
+    left_out_names = {entry.name for entry in plan.report.select_by_status("left out")}
     assert left_out_names == {f"model.{name}" for name in ROBOT_WEIGHTS}
 
 
