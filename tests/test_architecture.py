@@ -14,13 +14,13 @@ from spear.data.store.episode_store import write_episodes
 SOURCE = Path(__file__).parents[1] / "src" / "spear"
 
 
-def _module_name(path: Path) -> str:
+def _get_module_name(path: Path) -> str:
     """Return the name by which a file of the package is imported."""
     names = path.relative_to(SOURCE.parent).with_suffix("").parts
     return ".".join(names).removesuffix(".__init__")
 
 
-MODULES = {_module_name(path): path for path in sorted(SOURCE.rglob("*.py"))}
+MODULES = {_get_module_name(path): path for path in sorted(SOURCE.rglob("*.py"))}
 """The name of each module of this package -> its file."""
 
 # Sets of rooms that many rooms may import.
@@ -74,13 +74,13 @@ OPTIONAL_MODULES = (
 """Modules that `pip install spear-vla` without extras does not install."""
 
 
-def room_of(module: str) -> str:
+def get_room(module: str) -> str:
     """Return the room of a module: "data" for "spear.data.actions"."""
     names = module.split(".")
     return names[1] if len(names) > 1 else "__init__"
 
 
-def imported_modules(module: str) -> set[str]:
+def list_imports(module: str) -> set[str]:
     """Return the modules of this package that a module imports, anywhere in its file."""
     names = set()
     for node in ast.walk(ast.parse(MODULES[module].read_text())):
@@ -94,7 +94,7 @@ def imported_modules(module: str) -> set[str]:
     return {name for name in names if name in MODULES and name != module}
 
 
-@pytest.mark.parametrize("room", sorted({room_of(module) for module in MODULES}))
+@pytest.mark.parametrize("room", sorted({get_room(module) for module in MODULES}))
 def test_a_room_imports_only_rooms_below_it(room: str) -> None:
     assert room in MAY_IMPORT, (
         f"{room} is a new room: give it a place in MAY_IMPORT and docs/explanation/architecture.md"
@@ -102,15 +102,15 @@ def test_a_room_imports_only_rooms_below_it(room: str) -> None:
     allowed_rooms = MAY_IMPORT[room] | {room, "__init__"}
 
     for module in MODULES:
-        if room_of(module) != room:
+        if get_room(module) != room:
             continue
-        imports = imported_modules(module)
-        wrong_imports = sorted(name for name in imports if room_of(name) not in allowed_rooms)
+        imports = list_imports(module)
+        wrong_imports = sorted(name for name in imports if get_room(name) not in allowed_rooms)
         assert not wrong_imports, f"{module} imports {wrong_imports}, which lie above it"
 
 
 def test_no_modules_import_each_other_in_a_circle() -> None:
-    imports = {module: imported_modules(module) for module in MODULES}
+    imports = {module: list_imports(module) for module in MODULES}
 
     TopologicalSorter(imports).prepare()  # raises an error that names the circle
 

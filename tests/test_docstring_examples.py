@@ -10,7 +10,7 @@ import pytest
 SOURCE = Path(__file__).parents[1] / "src"
 
 
-def modules_with_examples() -> list[str]:
+def list_modules_with_examples() -> list[str]:
     """Return the names of modules whose files contain examples."""
     names = []
     for path in sorted(SOURCE.rglob("*.py")):
@@ -20,7 +20,7 @@ def modules_with_examples() -> list[str]:
     return names
 
 
-@pytest.mark.parametrize("name", modules_with_examples())
+@pytest.mark.parametrize("name", list_modules_with_examples())
 def test_examples_in_docstrings_are_right(name: str) -> None:
     module = importlib.import_module(name)
 

@@ -94,7 +94,7 @@ def test_motion_tells_what_real_grippers_were_commanded(shared: Path) -> None:
 
 def test_steps_of_a_commanded_motion_have_the_command_that_it_leads_to() -> None:
     """A motion counts from its second step: closing from step 3 on, opening from step 9 on."""
-    commands = binarize_commands(TRIGGER, 10.0)
+    commands = binarize_commands(TRIGGER, rate_hz=10.0)
 
     np.testing.assert_array_equal(commands, [1] * 3 + [0] * 6 + [1] * 3)
 
@@ -102,13 +102,15 @@ def test_steps_of_a_commanded_motion_have_the_command_that_it_leads_to() -> None
 # The first trigger is never below 0.4, and the second one never above 0.6.
 @pytest.mark.parametrize("trigger", [0.46 + 0.54 * TRIGGER, 0.1 + 0.48 * TRIGGER])
 def test_commands_that_pass_only_one_threshold_count_by_their_motion(trigger: np.ndarray) -> None:
-    np.testing.assert_array_equal(binarize_commands(trigger, 10.0), [1] * 2 + [0] * 6 + [1] * 4)
+    commands = binarize_commands(trigger, rate_hz=10.0)
+
+    np.testing.assert_array_equal(commands, [1] * 2 + [0] * 6 + [1] * 4)
 
 
 def test_binary_commands_stay_unchanged() -> None:
     pulses = np.array([1, 0, 1, 0, 0, 1])
 
-    np.testing.assert_array_equal(binarize_commands(pulses, 30.0), pulses)
+    np.testing.assert_array_equal(binarize_commands(pulses, rate_hz=30.0), pulses)
 
 
 def test_openings_that_are_the_commands_are_observed_one_step_later() -> None:

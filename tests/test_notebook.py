@@ -29,10 +29,10 @@ def read_code_cells() -> list[dict[str, Any]]:
     return [cell for cell in cells if cell["cell_type"] == "code"]
 
 
-def run_cell(cell: dict[str, Any], names: dict[str, Any]) -> str:
+def run_cell(cell: dict[str, Any], variables: dict[str, Any]) -> str:
     """Run a cell as a notebook would, and return what it prints.
 
-    names: the notebook's variables, which the cell may read and change.
+    variables: those of the notebook, which the cell may read and change.
     """
     source = "".join(cell["source"])
     python = re.sub(r"^!.*", "", source, flags=re.MULTILINE)
@@ -40,7 +40,7 @@ def run_cell(cell: dict[str, Any], names: dict[str, Any]) -> str:
     with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
         for command in re.findall(r"^!(.*)", source, re.MULTILINE):
             run_line(command, printed)
-        exec(python, names)
+        exec(python, variables)
     return printed.getvalue()
 
 
@@ -72,9 +72,9 @@ def test_the_cells_print_what_is_stored_and_the_policy_can_be_served(
     renderer: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    names: dict[str, Any] = {}
+    variables: dict[str, Any] = {}
     for cell in read_code_cells():
-        printed = run_cell(cell, names)
+        printed = run_cell(cell, variables)
 
         assert not find_difference(read_stored_text(cell), printed, MAX_RELATIVE_ERROR)
 

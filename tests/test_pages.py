@@ -48,9 +48,9 @@ SLOW_PAGES = list(filter(has_slow_blocks, PAGES))
 def check_blocks(blocks: list[Block], folder: Path) -> None:
     """Run blocks in their order in a folder, and compare what they print."""
     make_folder_like_a_clone(folder)
-    names: dict[str, Any] = {}
+    variables: dict[str, Any] = {}
     for block in blocks:
-        printed = run_block(block, folder, names)
+        printed = run_block(block, folder, variables)
 
         if block.output is not None:
             assert not find_difference(block.output, printed, block.max_relative_error)
@@ -131,7 +131,7 @@ def test_a_block_has_its_mark_and_its_output(tmp_path: Path) -> None:
     ],
 )
 def test_outputs_that_say_the_same(page_text: str, printed: str) -> None:
-    assert find_difference(page_text, printed, 0.05) is None
+    assert find_difference(page_text, printed, max_relative_error=0.05) is None
 
 
 @pytest.mark.parametrize(
@@ -145,4 +145,4 @@ def test_outputs_that_say_the_same(page_text: str, printed: str) -> None:
     ],
 )
 def test_outputs_that_differ(page_text: str, printed: str) -> None:
-    assert find_difference(page_text, printed, 0.05) is not None
+    assert find_difference(page_text, printed, max_relative_error=0.05) is not None

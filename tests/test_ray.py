@@ -28,6 +28,7 @@ from train_tiny import read_log
 EXAMPLE = Path(__file__).parents[1] / "examples" / "cluster" / "ray_train.py"
 NUM_PHOTOS = 21  # three shards of at most 8
 WORK = WorkOptions(shard_size=8, batch_size=3)
+NO_SETTINGS: dict[str, Any] = {}  # which a folder of labels would record
 pytestmark = [
     pytest.mark.slow,  # a minute: Ray starts, and its workers import PyTorch
     pytest.mark.xdist_group("ray"),  # two Rays at a time starve each other
@@ -60,13 +61,13 @@ def test_ray_finishes_what_the_local_engine_began_with_the_same_bytes(tmp_path: 
     """The local engine labels all photos. Two of the three shards are removed and made by Ray."""
     source = str(write_photos(tmp_path / "photos", NUM_PHOTOS))
     labels = tmp_path / "labels"
-    label_folder(list_images(source), labels, make_engine(), {}, WORK)
+    label_folder(list_images(source), labels, make_engine(), NO_SETTINGS, WORK)
     expected = read_files(labels)
     for number in (0, 2):
         (labels / f"labels-{number:05d}.parquet").unlink()
 
     done = label_folder(
-        list_images(source), labels, partial(run_ray, make_factories(), WORK), {}, WORK
+        list_images(source), labels, partial(run_ray, make_factories(), WORK), NO_SETTINGS, WORK
     )
 
     assert done.num_before == 8  # in the shard that was there
@@ -85,7 +86,13 @@ def test_an_error_in_a_ray_worker_is_one_line_and_leaves_no_folder(tmp_path: Pat
     out = tmp_path / "labels"
 
     refuses(
-        "set ONE", label_folder, list_images(source), out, partial(run_ray, makers, WORK), {}, WORK
+        "set ONE",
+        label_folder,
+        list_images(source),
+        out,
+        partial(run_ray, makers, WORK),
+        NO_SETTINGS,
+        WORK,
     )
 
     assert not out.exists()

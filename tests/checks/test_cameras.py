@@ -10,35 +10,37 @@ NUM_STEPS = 8
 RATE_HZ = 5.0
 
 
-def moving_arm(num_steps: int) -> np.ndarray:
+def make_positions(num_steps: int) -> np.ndarray:
     """Positions [num_steps, 3] (m) of an arm that moves 3 cm along each axis in every step."""
     return np.arange(3.0 * num_steps).reshape(num_steps, 3) / 100
 
 
-def background() -> np.ndarray:
+def make_background() -> np.ndarray:
     """An image of random colors, always the same."""
     return np.random.default_rng(0).integers(0, 255, (60, 80, 3)).astype(np.uint8)
 
 
-def view_external() -> View:
+def summarize_external_view() -> View:
     """Summarize images in which an arm, a black rectangle, moves before a background that stays."""
     images = []
     for step in range(NUM_STEPS):
-        image = background()
+        image = make_background()
         image[10:20, 5 * step : 5 * step + 20] = 0
         images.append(encode_jpeg(image))
-    return summarize_view(images, moving_arm(NUM_STEPS), RATE_HZ, "made")
+    return summarize_view(images, make_positions(NUM_STEPS), RATE_HZ, "made")
 
 
-def view_wrist() -> View:
+def summarize_wrist_view() -> View:
     """Summarize images in which everything moves by 9 pixels per step."""
-    images = [encode_jpeg(np.roll(background(), 9 * step, axis=1)) for step in range(NUM_STEPS)]
-    return summarize_view(images, moving_arm(NUM_STEPS), RATE_HZ, "made")
+    images = [
+        encode_jpeg(np.roll(make_background(), 9 * step, axis=1)) for step in range(NUM_STEPS)
+    ]
+    return summarize_view(images, make_positions(NUM_STEPS), RATE_HZ, "made")
 
 
 def test_a_wrist_view_changes_more_than_an_external_one() -> None:
-    external = view_external()
-    wrist = view_wrist()
+    external = summarize_external_view()
+    wrist = summarize_wrist_view()
 
     assert external.changing_share < 0.2 < wrist.changing_share
     assert not external.is_blank
@@ -46,22 +48,26 @@ def test_a_wrist_view_changes_more_than_an_external_one() -> None:
 
 
 def test_cameras_in_their_places_agree() -> None:
-    (check,) = check_cameras({"external": [view_external()] * 6, "wrist": [view_wrist()] * 6})
+    (check,) = check_cameras(
+        {"external": [summarize_external_view()] * 6, "wrist": [summarize_wrist_view()] * 6}
+    )
 
     assert check.verdict == "agrees"
 
 
 def test_exchanged_cameras_are_wrong() -> None:
-    (check,) = check_cameras({"external": [view_wrist()] * 6, "wrist": [view_external()] * 6})
+    (check,) = check_cameras(
+        {"external": [summarize_wrist_view()] * 6, "wrist": [summarize_external_view()] * 6}
+    )
 
     assert check.verdict == "wrong"
     assert "exchange" in check.words
 
 
 def test_another_number_of_images_than_steps_is_refused() -> None:
-    images = [encode_jpeg(background())] * (NUM_STEPS - 1)
+    images = [encode_jpeg(make_background())] * (NUM_STEPS - 1)
 
-    refuses("images", summarize_view, images, moving_arm(NUM_STEPS), RATE_HZ, "made")
+    refuses("images", summarize_view, images, make_positions(NUM_STEPS), RATE_HZ, "made")
 
 
 def test_a_camera_that_is_slower_than_the_arm_is_not_called_exchanged() -> None:
@@ -79,8 +85,8 @@ def test_a_camera_that_is_slower_than_the_arm_is_not_called_exchanged() -> None:
 
 def test_an_episode_too_short_to_compare_images_tells_nothing() -> None:
     """At 30 steps per second, images are compared with those six steps later."""
-    images = [encode_jpeg(background())] * 4
+    images = [encode_jpeg(make_background())] * 4
 
-    view = summarize_view(images, moving_arm(4), 30.0, "made")
+    view = summarize_view(images, make_positions(4), 30.0, "made")
 
     assert np.isnan(view.changing_share)

@@ -32,14 +32,16 @@ class DependentCheck(MadeCheck):
     title = "the robot starts elsewhere"
 
 
-FINDING = Finding(0.9, "evidence in numbers", "turn it", "my_robot.py")
+FINDING = Finding(
+    confidence=0.9, evidence="evidence in numbers", cure="turn it", file="my_robot.py"
+)
 
 
 @pytest.fixture
 def diagnose(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Callable[..., tuple[int, dict[str, object]]]:
-    """Return a function that runs the command with checks of these results."""
+    """Return a function that runs the command with these checks; by default without a page."""
     write_episodes([make_episode(0)], tmp_path / "rollout")
 
     def run(*checks: RolloutCheck, out: str = "None") -> tuple[int, dict[str, object]]:
@@ -52,7 +54,7 @@ def diagnose(
     return run
 
 
-def made_check(result: Result, kind: type[MadeCheck] = MadeCheck) -> RolloutCheck:
+def make_check(result: Result, kind: type[MadeCheck] = MadeCheck) -> RolloutCheck:
     """Make a check with a result."""
     check = kind()
     check.result = result  # type: ignore[misc]
@@ -62,7 +64,7 @@ def made_check(result: Result, kind: type[MadeCheck] = MadeCheck) -> RolloutChec
 def test_a_clean_case_exits_with_0(
     diagnose: Callable[..., tuple[int, dict[str, object]]], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    code, written = diagnose(made_check(None))
+    code, written = diagnose(make_check(None))
 
     assert code == 0
     assert written == {"verdict": "nothing found", "findings": []}
@@ -72,7 +74,7 @@ def test_a_clean_case_exits_with_0(
 def test_a_fault_exits_with_1_and_is_explained(
     diagnose: Callable[..., tuple[int, dict[str, object]]], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    code, written = diagnose(made_check(FINDING))
+    code, written = diagnose(make_check(FINDING))
 
     assert code == 1
     assert written["verdict"] == "found"
@@ -91,12 +93,16 @@ def test_a_fault_exits_with_1_and_is_explained(
 
 
 @pytest.mark.parametrize(
-    "result", [Doubt("it is odd", is_suspicion=True), Finding(0.3, "hardly", "turn", "file")]
+    "result",
+    [
+        Doubt("it is odd", is_suspicion=True),
+        Finding(0.3, evidence="hardly", cure="turn", file="file"),
+    ],
 )
 def test_a_suspicion_is_undecided_and_exits_with_3(
     result: Result, diagnose: Callable[..., tuple[int, dict[str, object]]]
 ) -> None:
-    code, written = diagnose(made_check(result))
+    code, written = diagnose(make_check(result))
 
     assert code == 3
     assert written == {"verdict": "undecided", "findings": []}
@@ -105,7 +111,7 @@ def test_a_suspicion_is_undecided_and_exits_with_3(
 def test_nothing_examined_is_undecided(
     diagnose: Callable[..., tuple[int, dict[str, object]]],
 ) -> None:
-    code, _ = diagnose(made_check(Doubt("too short")))
+    code, _ = diagnose(make_check(Doubt("too short")))
 
     assert code == 3
 
@@ -118,9 +124,10 @@ def test_bad_input_exits_with_2(tmp_path: Path) -> None:
 def test_findings_are_ranked_and_causes_explain_their_effects(
     diagnose: Callable[..., tuple[int, dict[str, object]]], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    cause = made_check(FINDING)
+    cause = make_check(FINDING)
     cause.causes = frozenset({"start-outside"})  # type: ignore[misc]
-    effect = made_check(Finding(0.95, "far away", "go", "file"), DependentCheck)
+    finding = Finding(0.95, evidence="far away", cure="go", file="file")
+    effect = make_check(finding, DependentCheck)
 
     _, written = diagnose(effect, cause)
 
@@ -133,7 +140,7 @@ def test_findings_are_ranked_and_causes_explain_their_effects(
 def test_the_page_has_the_finding(
     diagnose: Callable[..., tuple[int, dict[str, object]]], tmp_path: Path
 ) -> None:
-    diagnose(made_check(FINDING), out=str(tmp_path / "page.html"))
+    diagnose(make_check(FINDING), out=str(tmp_path / "page.html"))
 
     page = (tmp_path / "page.html").read_text()
     assert "evidence in numbers" in page
@@ -146,7 +153,7 @@ def test_the_advice_names_the_file_of_the_robot(
 ) -> None:
     write_episodes([make_episode(0)], tmp_path / "rollout")
     finding = replace(FINDING, file="observe in your robot's file")
-    monkeypatch.setattr("spear.diagnose.diagnosis.find_checks", lambda: (made_check(finding),))
+    monkeypatch.setattr("spear.diagnose.diagnosis.find_checks", lambda: (make_check(finding),))
 
     main(f"diagnose --rollout {tmp_path}/rollout --robot widowx --out None".split())
 

@@ -28,7 +28,7 @@ RECORDED = json.loads((Path(__file__).parent / "data" / "libero.json").read_text
 ROBOT = load("libero")
 
 
-def axis_angle(quaternion_xyzw: list[float]) -> Array:
+def compute_rotation_vector(quaternion_xyzw: list[float]) -> Array:
     """The rotation vector of a quaternion, as openpi's client computes it."""
     x, y, z, w = quaternion_xyzw
     angle = 2 * np.arccos(np.clip(w, -1, 1))
@@ -39,7 +39,7 @@ def make_observation(recorded: dict[str, Any]) -> dict[str, Any]:
     """What openpi's LIBERO client sends, with a picture whose left half is white."""
     picture = np.zeros((32, 32, 3), np.uint8)
     picture[:, :16] = 255
-    vector = axis_angle(recorded["eef_quat_xyzw"])
+    vector = compute_rotation_vector(recorded["eef_quat_xyzw"])
     return {
         "observation/image": picture,
         "observation/wrist_image": picture,

@@ -6,7 +6,7 @@ import pytest
 from spear.evaluate.noise import NOISE_LEVELS, degrade_image, degrade_observation
 
 
-def striped_image() -> np.ndarray:
+def make_striped_image() -> np.ndarray:
     """A dark image with a bright column every eight pixels."""
     image = np.full((64, 80, 3), 40, np.uint8)
     image[:, ::8] = 220
@@ -14,7 +14,7 @@ def striped_image() -> np.ndarray:
 
 
 def test_noise_grows_with_the_level() -> None:
-    image = striped_image()
+    image = make_striped_image()
 
     errors = []
     for level in NOISE_LEVELS.values():
@@ -26,7 +26,7 @@ def test_noise_grows_with_the_level() -> None:
 
 @pytest.mark.parametrize("level", [1, 2, 3])
 def test_a_degraded_picture_keeps_its_shape_and_brightness(level: int) -> None:
-    image = striped_image()
+    image = make_striped_image()
 
     degraded = degrade_image(image, NOISE_LEVELS[level], np.random.default_rng(0))
 
@@ -37,7 +37,11 @@ def test_a_degraded_picture_keeps_its_shape_and_brightness(level: int) -> None:
 
 def test_only_pictures_are_degraded() -> None:
     state = np.arange(8, dtype=np.float32)
-    observation = {"observation/image": striped_image(), "observation/state": state, "prompt": "go"}
+    observation = {
+        "observation/image": make_striped_image(),
+        "observation/state": state,
+        "prompt": "go",
+    }
 
     degraded = degrade_observation(observation, NOISE_LEVELS[2], seed=3, step=0)
 
@@ -47,7 +51,7 @@ def test_only_pictures_are_degraded() -> None:
 
 
 def test_noise_depends_on_seed_and_step_only() -> None:
-    observation = {"observation/image": striped_image()}
+    observation = {"observation/image": make_striped_image()}
 
     first = degrade_observation(observation, NOISE_LEVELS[1], seed=3, step=5)
     same = degrade_observation(observation, NOISE_LEVELS[1], seed=3, step=5)

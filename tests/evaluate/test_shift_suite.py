@@ -13,7 +13,7 @@ from spear.evaluate.shift_suite import evaluate_shifts, list_shifts
 from spear.sim.shifts import AXES, LEVELS
 
 
-def options(out: Path | None = None, **changes: object) -> TabletopOptions:
+def make_options(out: Path | None = None, **changes: object) -> TabletopOptions:
     """Options for one scene of one family, to save time."""
     return TabletopOptions(num_scenes=1, tasks=("put_on",), out=out, **changes)
 
@@ -26,7 +26,7 @@ def test_the_suite_has_every_axis_at_every_level() -> None:
 
 
 def test_every_shift_is_evaluated_and_kept_in_a_folder_of_its_own(tmp_path: Path) -> None:
-    results = list(evaluate_shifts(IdleAgent(), options(tmp_path)))
+    results = list(evaluate_shifts(IdleAgent(), make_options(tmp_path)))
 
     assert [result.name for result in results][:3] == ["none", "camera:1", "camera:2"]
     assert {result.success.n for result in results} == {1}  # one scene each
@@ -35,28 +35,28 @@ def test_every_shift_is_evaluated_and_kept_in_a_folder_of_its_own(tmp_path: Path
 
 @pytest.mark.parametrize("shift", ["camera:3", "layout:3", "robot:3", "language:3", "noise:3"])
 def test_the_expert_succeeds_whatever_the_shift(shift: str) -> None:
-    results, _ = evaluate_tabletop(ExpertAgent(), options(shift=shift))
+    results, _ = evaluate_tabletop(ExpertAgent(), make_options(shift=shift))
 
     assert results.mean_success().value == 1
 
 
 @pytest.mark.parametrize("world", ["wild", "lab:2", "labs:4"])
 def test_the_expert_succeeds_in_other_worlds(world: str) -> None:
-    results, _ = evaluate_tabletop(ExpertAgent(), options(world=world))
+    results, _ = evaluate_tabletop(ExpertAgent(), make_options(world=world))
 
     assert results.mean_success().value == 1
 
 
 def test_a_folder_of_one_shift_does_not_take_results_of_another(tmp_path: Path) -> None:
-    evaluate_tabletop(IdleAgent(), options(tmp_path, shift="light:1"))
+    evaluate_tabletop(IdleAgent(), make_options(tmp_path, shift="light:1"))
 
     with pytest.raises(SpearError, match="shift"):
-        evaluate_tabletop(IdleAgent(), options(tmp_path, shift="light:2"))
+        evaluate_tabletop(IdleAgent(), make_options(tmp_path, shift="light:2"))
 
 
 def test_an_unknown_world_is_refused_before_anything_runs(tmp_path: Path) -> None:
     with pytest.raises(SpearError, match="no world 'mars'"):
-        evaluate_tabletop(IdleAgent(), options(tmp_path / "out", world="mars"))
+        evaluate_tabletop(IdleAgent(), make_options(tmp_path / "out", world="mars"))
 
     assert not (tmp_path / "out").exists()
 

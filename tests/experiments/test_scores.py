@@ -33,7 +33,7 @@ def list_lines() -> list[Any]:
 LINES = list_lines()
 
 
-def baseline_line(table: list[str], number: int) -> str:
+def find_baseline_line(table: list[str], number: int) -> str:
     """Return the line with which the numbered line of a table is compared.
 
     It is the nearest line above, or the line itself, that has no difference ("–").
@@ -49,7 +49,7 @@ def test_a_published_success_rate_is_that_of_the_kept_episodes(
     line = table[number]
     success_tables = load_line(line)  # of each task family: bools [seeds, scenes]
 
-    rate = estimate_mean_over_seeds(success_tables).to_text(".1f", 100)
+    rate = estimate_mean_over_seeds(success_tables).to_text(".1f", scale=100)
     assert f"| {rate} |" in line
     assert sum(table.size for table in success_tables) >= 200  # episodes
 
@@ -57,13 +57,13 @@ def test_a_published_success_rate_is_that_of_the_kept_episodes(
 @pytest.mark.parametrize(("table", "number"), LINES)
 def test_a_published_difference_is_that_of_the_kept_episodes(table: list[str], number: int) -> None:
     line = table[number]
-    baseline = baseline_line(table, number)
+    baseline = find_baseline_line(table, number)
     if line == baseline:  # it has no difference
         return
 
     difference = estimate_difference_over_seeds(load_line(line), load_line(baseline))
 
-    assert f"| {difference.to_text('+.1f', 100)} |" in line
+    assert f"| {difference.to_text('+.1f', scale=100)} |" in line
 
 
 def test_every_kept_score_is_published() -> None:

@@ -134,7 +134,7 @@ def test_the_real_client_drives_droid(
     received = np.load(tmp_path / "out.npz")
     sent = {key: received[key] for key in received.files if key.startswith("observation/")}
     sent["prompt"] = observation["prompt"]
-    [expected] = Service(nano, robot, "nano", "droid").answer([sent])
+    [expected] = Service(nano, robot, name="nano", robot="droid").answer([sent])
     assert received["actions"].shape == (15, 8)
     np.testing.assert_allclose(received["actions"], expected["actions"], atol=1e-5)
     assert received["again"].shape == (15, 8)  # after the errors

@@ -140,7 +140,7 @@ def test_true_boxes_project_onto_their_objects_in_any_camera() -> None:
 
 
 def test_scenes_are_spread_over_the_labs() -> None:
-    labs = {lab_of_scene(seed, 4) for seed in range(10_000, 10_040)}
+    labs = {lab_of_scene(seed, num_labs=4) for seed in range(10_000, 10_040)}
 
     assert labs == {"lab:0", "lab:1", "lab:2", "lab:3"}
 

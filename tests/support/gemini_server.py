@@ -30,15 +30,15 @@ class Reply:
     headers: dict[str, str] = field(default_factory=dict)
 
 
-def boxes_reply(*items: tuple[str, list[float]]) -> Reply:
+def make_boxes_reply(*items: tuple[str, list[float]]) -> Reply:
     """Make a reply in which the model has detected objects.
 
     items: (label, [ymin, xmin, ymax, xmax]) of each object, in thousandths of the image's size.
     """
-    return text_reply(json.dumps([{"label": name, "box_2d": box} for name, box in items]))
+    return make_text_reply(json.dumps([{"label": name, "box_2d": box} for name, box in items]))
 
 
-def text_reply(answer: str, end: str = "STOP", **more: Any) -> Reply:
+def make_text_reply(answer: str, end: str = "STOP", **more: Any) -> Reply:
     """Make a reply in which the model answers with a text.
 
     Args:
@@ -57,7 +57,7 @@ def text_reply(answer: str, end: str = "STOP", **more: Any) -> Reply:
     )
 
 
-def error_reply(
+def make_error_reply(
     status: int, name: str, message: str, *details: dict[str, Any], **headers: str
 ) -> Reply:
     """Make a reply with an error; underscores in the names of headers stand for dashes."""
@@ -101,7 +101,7 @@ class Server:
     """
 
     def __init__(self) -> None:
-        self.replies: list[Reply] = [boxes_reply()]
+        self.replies: list[Reply] = [make_boxes_reply()]
         self.answer: Callable[[dict[str, Any]], Reply] | None = None
         self.requests: list[dict[str, Any]] = []
         self.paths: list[str] = []
@@ -110,7 +110,9 @@ class Server:
         self.lock = threading.Lock()
         self.address = ""
 
-    def reply(self, path: str, headers: dict[str, str], request: dict[str, Any]) -> Reply:
+    def record_and_reply(
+        self, path: str, headers: dict[str, str], request: dict[str, Any]
+    ) -> Reply:
         """Record a request, and return the reply to it."""
         with self.lock:
             self.times.append(time.monotonic())
@@ -132,7 +134,7 @@ def run_server() -> Iterator[Server]:
         def do_POST(self) -> None:
             content = self.rfile.read(int(self.headers["Content-Length"]))
             headers = {key.lower(): value for key, value in self.headers.items()}
-            reply = server.reply(self.path, headers, to_camel_case(json.loads(content)))
+            reply = server.record_and_reply(self.path, headers, to_camel_case(json.loads(content)))
             data = reply.body if isinstance(reply.body, str) else json.dumps(reply.body)
             self.send_response(reply.status)
             for key, value in {"Content-Type": "application/json", **reply.headers}.items():

@@ -29,6 +29,8 @@ class BrightDetector:
         seconds: time that it takes per image.
         stuck_at: ending of the source of images at which it hangs.
         unreached: endings of the sources of images for which it raises a `RetryableError`.
+
+    By default these endings are "none", which no source has.
     """
 
     name = "bright"

@@ -31,7 +31,7 @@ class MadeRobot:
     num_executed     how many actions of a chunk it executes.
     answer_s         seconds from each observation to its answer.
     action_s         seconds that an action lasts.
-    gripper_delay    steps by which the gripper is late.
+    gripper_delay    steps by which the gripper is later than the step after its command.
     """
 
     execute: Callable[[Array, Array], Array] = follow
@@ -49,8 +49,8 @@ def make_episode(
     chunks = _make_chunks(rng)
     position = np.array([0.4, 0.0, 0.2]) + rng.normal(0, 0.03, 3)
     rotation = torch.tensor([0.0, 1.0, 0.0, 0.0], dtype=torch.float64)
-    rotation = quat_multiply(_turn([0, 0, rng.normal(0, 0.4)]), rotation)
-    time_s = 1_780_000_000.0 + 100 * seed
+    rotation = quat_multiply(_make_turn([0, 0, rng.normal(0, 0.4)]), rotation)
+    time_s = 1_780_000_000.0 + 100 * seed  # Unix time
     states = []
     times = []
     commands = [1.0] * (robot.gripper_delay + 1)
@@ -119,17 +119,19 @@ def _make_chunks(rng: np.random.Generator) -> Array:
     """Make the answers [T, H, 8]: a smooth random walk of actions, and two grasps."""
     num_actions = NUM_STEPS + HORIZON
     white = rng.normal(0, 1, (num_actions + 4, 6))
+    # The mean of four neighbors.
     smooth = np.stack([white[i : i + num_actions] for i in range(4)]).mean(0)
-    translation = 0.03 * smooth[:, :3]
-    turns = torch.as_tensor(0.05 * smooth[:, 3:])
+    translation = 0.03 * smooth[:, :3]  # m
+    turns = torch.as_tensor(0.05 * smooth[:, 3:])  # rad
     rotation = quat_exp(turns).numpy()
+    # The gripper is open and closed for ten steps each.
     phase = int(rng.integers(0, 10))
     gripper = ((np.arange(num_actions) + phase) // 10 % 2 == 0).astype(float)
     actions = np.concatenate([translation, rotation, gripper[:, None]], 1)
     return np.stack([actions[step : step + HORIZON] for step in range(NUM_STEPS)])
 
 
-def _turn(vector: Sequence[float]) -> torch.Tensor:
+def _make_turn(vector: Sequence[float]) -> torch.Tensor:
     return quat_exp(torch.tensor(vector, dtype=torch.float64))
 
 

@@ -47,7 +47,7 @@ def policy(tmp_path: Path) -> Path:
     pi0 = publish_pi0(make_pi0(state_dim=32, action_dim=32), tmp_path / "pi0")
     moge = publish_moge(tmp_path / "model.pt")
     tokenizer = publish_paligemma(make_paligemma(), tmp_path / "paligemma")
-    plan = plan_pi0(pi0, moge, "tiny14", tokenizer)
+    plan = plan_pi0(pi0, moge, size="tiny14", tokenizer=tokenizer)
     coordinates = CoordinateTokenizer.fit([0.0, 1.0], TINY14.bins)
     processor = Processor(plan.tokenizer, coordinates, dict(TINY14.image_sizes))
     plan.save(tmp_path / "spear1", save_more=processor.save)

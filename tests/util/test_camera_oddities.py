@@ -17,7 +17,7 @@ from spear.util.images import check_jpeg_is_complete, decode_image, load_image
 JPEG_END_MARKER = b"\xff\xd9"
 
 
-def photo() -> Image.Image:
+def make_photo() -> Image.Image:
     """Make a smooth random image of 160 × 120 pixels."""
     noise = np.random.default_rng(0).integers(0, 255, (12, 16, 3)).astype(np.uint8)
     return Image.fromarray(noise).resize((160, 120), Image.Resampling.BICUBIC)
@@ -39,7 +39,7 @@ def cut_but_close(jpeg: bytes, fraction: float) -> bytes:
 @pytest.mark.parametrize("fraction", [0.4, 0.7, 0.95])
 @pytest.mark.parametrize("options", [{}, {"progressive": True}, {"restart_marker_rows": 1}])
 def test_a_jpeg_that_lacks_data_is_refused(fraction: float, options: dict[str, object]) -> None:
-    damaged = cut_but_close(encode(photo(), "JPEG", **options), fraction)
+    damaged = cut_but_close(encode(make_photo(), "JPEG", **options), fraction)
 
     refuses("not a readable image", load_image, damaged)
     refuses("not a readable image", decode_image, damaged)
@@ -47,9 +47,9 @@ def test_a_jpeg_that_lacks_data_is_refused(fraction: float, options: dict[str, o
 
 
 def test_a_gray_jpeg_that_lacks_data_is_refused() -> None:
-    damaged = cut_but_close(encode(photo().convert("L"), "JPEG"), 0.5)
+    damaged = cut_but_close(encode(make_photo().convert("L"), "JPEG"), 0.5)
 
-    refuses("frame 3", decode_image, damaged, "frame 3")
+    refuses("frame 3", decode_image, damaged, name="frame 3")
 
 
 @pytest.mark.parametrize(
@@ -61,7 +61,7 @@ def test_a_gray_jpeg_that_lacks_data_is_refused() -> None:
     ],
 )
 def test_harmless_extra_bytes_are_accepted(ending: bytes) -> None:
-    jpeg = encode(photo(), "JPEG")
+    jpeg = encode(make_photo(), "JPEG")
 
     padded = jpeg.removesuffix(JPEG_END_MARKER) + ending
 
@@ -72,7 +72,7 @@ def test_harmless_extra_bytes_are_accepted(ending: bytes) -> None:
 
 @pytest.mark.parametrize("alpha", [0, 100, 255])
 def test_a_robots_picture_loses_its_alpha(alpha: int) -> None:
-    image = photo()
+    image = make_photo()
     transparent = image.copy()
     transparent.putalpha(alpha)
 
@@ -80,7 +80,7 @@ def test_a_robots_picture_loses_its_alpha(alpha: int) -> None:
 
 
 def test_a_gray_picture_of_a_robot_loses_its_alpha() -> None:
-    gray = photo().convert("L")
+    gray = make_photo().convert("L")
     transparent = gray.copy()
     transparent.putalpha(0)
 
@@ -90,13 +90,13 @@ def test_a_gray_picture_of_a_robot_loses_its_alpha() -> None:
 
 
 def test_a_photo_is_laid_on_white() -> None:
-    image = photo()
+    image = make_photo()
     image.putalpha(0)
 
     assert (load_image(encode(image, "PNG")) == 255).all()
 
 
-def png_16(values: np.ndarray) -> bytes:
+def encode_16_bit_png(values: np.ndarray) -> bytes:
     """Make a PNG of 16 bits per channel from gray values [h, w] or colors [h, w, 3]."""
     no_filter = b"\0"  # each row begins with the number of its filter
     rows = b"".join(no_filter + row.astype(">u2").tobytes() for row in values)
@@ -105,37 +105,37 @@ def png_16(values: np.ndarray) -> bytes:
     return assemble_png((width, height, 16, color_type), zlib.compress(rows))
 
 
-def ramp(num_bits: int) -> np.ndarray:
+def make_ramp(num_bits: int) -> np.ndarray:
     """Return values [8, 8] from 0 to the largest one of `num_bits` bits."""
     return np.linspace(0, 2**num_bits - 1, 64).reshape(8, 8).round()
 
 
 @pytest.mark.parametrize("num_bits", [10, 12])
 def test_gray_values_that_use_few_of_16_bits_are_refused(num_bits: int) -> None:
-    refuses(f"use {num_bits} of 16 bits", load_image, png_16(ramp(num_bits)))
+    refuses(f"use {num_bits} of 16 bits", load_image, encode_16_bit_png(make_ramp(num_bits)))
 
 
 def test_colors_that_use_few_of_16_bits_are_refused() -> None:
-    colors = np.repeat(ramp(12)[..., None], 3, axis=-1)
+    colors = np.repeat(make_ramp(12)[..., None], 3, axis=-1)
 
-    refuses("use 12 of 16 bits", load_image, png_16(colors))
+    refuses("use 12 of 16 bits", load_image, encode_16_bit_png(colors))
 
 
 def test_a_tiff_that_uses_10_of_16_bits_is_refused() -> None:
-    tiff = encode(Image.fromarray(ramp(10).astype(np.uint16)), "TIFF")
+    tiff = encode(Image.fromarray(make_ramp(10).astype(np.uint16)), "TIFF")
 
     refuses("use 10 of 16 bits", load_image, tiff)
 
 
 def test_gray_values_that_use_all_16_bits_are_scaled() -> None:
-    image = load_image(png_16(ramp(16)))
+    image = load_image(encode_16_bit_png(make_ramp(16)))
 
     assert image.max() == 255
     assert image.min() == 0
 
 
 def test_integers_of_32_bits_with_values_of_8_bits_are_read() -> None:
-    values = ramp(8).astype(np.int32)
+    values = make_ramp(8).astype(np.int32)
 
     image = load_image(encode(Image.fromarray(values), "TIFF"))
 
@@ -143,6 +143,6 @@ def test_integers_of_32_bits_with_values_of_8_bits_are_read() -> None:
 
 
 def test_a_black_picture_of_16_bits_is_black() -> None:
-    image = load_image(png_16(np.zeros((8, 8))))
+    image = load_image(encode_16_bit_png(np.zeros((8, 8))))
 
     assert (image == 0).all()

@@ -78,19 +78,21 @@ def test_a_slot_is_free_when_the_last_tensor_of_its_batch_is_gone() -> None:
     state_before = view_of_state.clone()
 
     del batch
-    assert slots.put(BATCH, 0) is BATCH  # no slot is free, so `put` returns the batch itself
+    assert slots.put(BATCH, worker=0) is BATCH  # no slot is free, so `put` returns the batch itself
     del view_of_pixels
-    assert slots.put(BATCH, 0) is BATCH
+    assert slots.put(BATCH, worker=0) is BATCH
     assert torch.equal(view_of_state, state_before)
     del view_of_state
     gc.collect()
-    assert isinstance(slots.put(BATCH, 0), SlottedBatch)
+    assert isinstance(slots.put(BATCH, worker=0), SlottedBatch)
 
 
 def test_a_batch_larger_than_a_slot_is_returned_as_it_is() -> None:
     large = {"pixels": {"external": torch.empty(SLOT_BYTES, dtype=torch.uint8)}}
 
-    assert SharedBatchSlots(1, 1).put(large, 0) is large
+    slots = SharedBatchSlots(num_workers=1, slots_per_worker=1)
+
+    assert slots.put(large, worker=0) is large
 
 
 def put_with_memory_for_one_slot() -> None:
@@ -99,7 +101,7 @@ def put_with_memory_for_one_slot() -> None:
     limit_bytes = num_used_pages * resource.getpagesize() + SLOT_BYTES
     resource.setrlimit(resource.RLIMIT_AS, (limit_bytes, limit_bytes))
 
-    assert SharedBatchSlots(num_workers=1, slots_per_worker=3).put(BATCH, 0) is BATCH
+    assert SharedBatchSlots(num_workers=1, slots_per_worker=3).put(BATCH, worker=0) is BATCH
 
 
 def test_batches_are_returned_as_they_are_without_memory_for_slots() -> None:

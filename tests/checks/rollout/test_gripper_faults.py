@@ -60,6 +60,7 @@ def test_an_opening_in_another_unit_is_scaled() -> None:
 
 
 def test_a_gripper_that_acts_four_steps_later_is_late() -> None:
+    # Three steps later than the step after the command.
     result = GripperLateCheck().examine(make_case(MadeRobot(gripper_delay=3)))
 
     assert isinstance(result, Finding)

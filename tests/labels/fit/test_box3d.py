@@ -29,7 +29,7 @@ def random_box(rng: np.random.Generator) -> Box3D:
     return make_box(center, rng.uniform(0.05, 0.3, 3), rotation)
 
 
-def on_table(size: Array, yaw_rad: float, pitch: float = 40.0) -> Array:
+def make_vertices_on_table(size: Array, yaw_rad: float, pitch: float = 40.0) -> Array:
     """The vertices of a level box whose center is the origin of the base frame.
 
     Args:
@@ -74,7 +74,7 @@ def test_order_survives_noise_and_quarter_turns(
 ) -> None:
     rng = np.random.default_rng(seed)
     size = rng.uniform(0.02, 0.2, 3)
-    vertices = on_table(size, np.radians(yaw_deg + quarter_turn_deg), pitch)
+    vertices = make_vertices_on_table(size, np.radians(yaw_deg + quarter_turn_deg), pitch)
     noisy = vertices + rng.uniform(-1, 1, (8, 3)) * 0.01 * size.min()
 
     ordered = order_vertices(noisy[rng.permutation(8)])
@@ -86,7 +86,9 @@ def test_order_survives_noise_and_quarter_turns(
 @given(st.floats(-35, 35), st.floats(5, 75))
 def test_top_near_left_comes_first(yaw_deg: float, pitch: float) -> None:
     """The order is near-left, near-right, far-right, far-left; the top first, then the bottom."""
-    vertices = order_vertices(on_table(np.array([0.1, 0.2, 0.05]), np.radians(yaw_deg), pitch))
+    vertices = order_vertices(
+        make_vertices_on_table(np.array([0.1, 0.2, 0.05]), np.radians(yaw_deg), pitch)
+    )
     _, pose = make_camera(pitch=pitch)
     in_base = vertices @ pose[:3, :3].T + pose[:3, 3]
 
@@ -192,7 +194,7 @@ def test_vertex_error_of_a_shifted_box_is_the_shift(seed: int) -> None:
 def test_upright_fit_reaches_the_support(seed: int, yaw_rad: float) -> None:
     """Of a standing box only the upper half is visible."""
     rng = np.random.default_rng(seed)
-    true = make_box_from_vertices(on_table(rng.uniform(0.05, 0.2, 3), yaw_rad))
+    true = make_box_from_vertices(make_vertices_on_table(rng.uniform(0.05, 0.2, 3), yaw_rad))
     up = -true.rotation[:, 1]  # the second axis of a box is down
     points = sample_visible_sides(true, rng, noise=0.0)
     support = (points @ up).min()

@@ -87,7 +87,7 @@ def test_a_leak_that_is_not_corrected_lowers_a_score(
     assert find_failed_scores(label.objects[0].scores) == failed_scores
 
 
-def on_table(turn: Rotation, size: Array) -> tuple[Box3D, Array, float]:
+def put_on_table(turn: Rotation, size: Array) -> tuple[Box3D, Array, float]:
     """Put a box of this size, rotated by `turn`, on a table so that it touches the table.
 
     Returns:
@@ -111,7 +111,7 @@ def test_a_box_that_leans_gets_a_box_that_leans(seed: int, noise: float) -> None
     axis = np.array([np.cos(direction), np.sin(direction), 0])
     lean = np.radians(rng.uniform(20, 45)) * axis
     turn = Rotation.from_rotvec(lean) * Rotation.from_rotvec([0, 0, rng.uniform(0, 6)])
-    true, up, support = on_table(turn, rng.uniform(0.06, 0.15, 3))
+    true, up, support = put_on_table(turn, rng.uniform(0.06, 0.15, 3))
     # At least two of its sides are seen well: the second largest cosine between the line of sight
     # and the box's axes is not small.
     ray = true.center / np.linalg.norm(true.center)
@@ -131,7 +131,7 @@ def fit_noisy_standing_box(seed: int, yaw_deg: float) -> tuple[Box3D, Box3D, Arr
     """
     rng = np.random.default_rng(seed)
     turn = Rotation.from_rotvec([0, 0, np.radians(yaw_deg)])
-    true, up, support = on_table(turn, rng.uniform(0.05, 0.16, 3))
+    true, up, support = put_on_table(turn, rng.uniform(0.05, 0.16, 3))
     noise = 0.0025
     points = sample_visible_sides(true, rng, noise)
     return fit_box(points, up, support, noise=noise), true, up

@@ -21,12 +21,12 @@ import pytest
 from gemini_server import (
     Reply,
     Server,
-    boxes_reply,
-    error_reply,
+    make_boxes_reply,
+    make_error_reply,
     make_retry_info,
+    make_text_reply,
     read_picture,
     run_server,
-    text_reply,
 )
 from labels_stand_ins import make_noise_frame
 from refusals import refuses
@@ -43,7 +43,7 @@ DAILY_QUOTA = {  # details of an error that says that the daily quota is used up
     "@type": "x/google.rpc.QuotaFailure",
     "violations": [{"quotaId": "RequestsPerDayPerProject"}],
 }
-BUSY = error_reply(429, "RESOURCE_EXHAUSTED", "Slow down.", make_retry_info("0.3s"))
+BUSY = make_error_reply(429, "RESOURCE_EXHAUSTED", "Slow down.", make_retry_info("0.3s"))
 
 
 @pytest.fixture
@@ -167,7 +167,7 @@ def test_one_unusable_object_makes_the_answer_unusable(
 def test_after_an_unusable_box_it_asks_again_and_caches_the_second_answer(
     server: Server, tmp_path: Path, box: list[float]
 ) -> None:
-    server.replies = [boxes_reply(CUP, ("red cup", box)), boxes_reply(CUP)]
+    server.replies = [make_boxes_reply(CUP, ("red cup", box)), make_boxes_reply(CUP)]
     frame = make_noise_frame(0)
 
     make_detector(tmp_path / "answers").detect([frame])
@@ -182,7 +182,7 @@ def test_unusable_boxes_are_not_cached_as_an_empty_answer(
     server: Server, tmp_path: Path, box: list[float]
 ) -> None:
     cache = tmp_path / "answers"
-    server.replies = [boxes_reply(("red cup", box))]
+    server.replies = [make_boxes_reply(("red cup", box))]
 
     with pytest.raises(RetryableError, match=r"0\.jpg.*red cup"):
         make_detector(cache).detect([make_noise_frame(0)])
@@ -237,11 +237,11 @@ def test_a_box_with_a_number_too_large_for_a_float_is_unusable() -> None:
     "reply",
     [
         # The message is shortened to 200 characters, which must not cut the key in two.
-        error_reply(400, "INVALID_ARGUMENT", "x" * 150 + " the key secret-key is bad"),
-        error_reply(403, "secret-key", "API key secret-key has no access."),
-        error_reply(503, "UNAVAILABLE", "secret-key"),
+        make_error_reply(400, "INVALID_ARGUMENT", "x" * 150 + " the key secret-key is bad"),
+        make_error_reply(403, "secret-key", "API key secret-key has no access."),
+        make_error_reply(503, "UNAVAILABLE", "secret-key"),
         Reply(body="<html> secret-key"),
-        text_reply("secret-key"),
+        make_text_reply("secret-key"),
     ],
 )
 def test_messages_do_not_contain_a_key_that_the_service_repeats(
@@ -273,8 +273,8 @@ def test_rate_limiting_waits_as_long_as_asked(server: Server) -> None:
     # The first reply asks for 0.3 s in its details, the second one for 0.4 s in its header.
     server.replies = [
         BUSY,
-        error_reply(429, "RESOURCE_EXHAUSTED", "More.", Retry_After="0.4"),
-        boxes_reply(CUP),
+        make_error_reply(429, "RESOURCE_EXHAUSTED", "More.", Retry_After="0.4"),
+        make_boxes_reply(CUP),
     ]
 
     (detections,) = make_detector().detect([make_noise_frame(0)])
@@ -285,13 +285,13 @@ def test_rate_limiting_waits_as_long_as_asked(server: Server) -> None:
     assert third_time - second_time >= 0.4
 
 
-OVERLOADED = error_reply(503, "UNAVAILABLE", "The model is overloaded.")
+OVERLOADED = make_error_reply(503, "UNAVAILABLE", "The model is overloaded.")
 
 
 def test_overload_that_ends_is_waited_out(server: Server) -> None:
     bad_gateway = Reply(502, "<html>Bad gateway</html>")
-    internal_error = error_reply(500, "INTERNAL", "Oops.")
-    server.replies = [OVERLOADED, bad_gateway, internal_error, boxes_reply(CUP)]
+    internal_error = make_error_reply(500, "INTERNAL", "Oops.")
+    server.replies = [OVERLOADED, bad_gateway, internal_error, make_boxes_reply(CUP)]
     gemini = make_detector()
 
     (detections,) = gemini.detect([make_noise_frame(0)])
@@ -305,7 +305,7 @@ def test_overload_that_does_not_end_concerns_one_image(
     server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "MAX_ATTEMPTS", 3)
-    server.replies = [OVERLOADED, OVERLOADED, OVERLOADED, boxes_reply(CUP)]
+    server.replies = [OVERLOADED, OVERLOADED, OVERLOADED, make_boxes_reply(CUP)]
     gemini = make_detector()
 
     with pytest.raises(RetryableError, match=r"0\.jpg .*503"):
@@ -317,27 +317,33 @@ def test_overload_that_does_not_end_concerns_one_image(
 # Three kinds of failing replies, each with a part of the error's message: answers after which the
 # detector asks once more, refusals of one image, and errors that every image would meet
 UNUSABLE = [
-    (text_reply("I see a cup."), "JSON"),
-    (text_reply("[{", end="MAX_TOKENS"), "cut off"),
-    (text_reply(""), "empty"),
+    (make_text_reply("I see a cup."), "JSON"),
+    (make_text_reply("[{", end="MAX_TOKENS"), "cut off"),
+    (make_text_reply(""), "empty"),
     (Reply(body={"candidates": [{"finishReason": "MALFORMED_RESPONSE"}]}), "empty"),
     (Reply(body="<html>"), "unreadable response"),
 ]
 REFUSALS = [
-    (error_reply(400, "INVALID_ARGUMENT", "Unable to process input image."), "400 .*Unable"),
+    (make_error_reply(400, "INVALID_ARGUMENT", "Unable to process input image."), "400 .*Unable"),
     (Reply(body={"promptFeedback": {"blockReason": "SAFETY"}}), "SAFETY"),
     (Reply(body={"candidates": [{"finishReason": "SAFETY", "index": 0}]}), "SAFETY"),
-    (text_reply("[]", end="SOMETHING_NEW"), "SOMETHING_NEW"),
+    (make_text_reply("[]", end="SOMETHING_NEW"), "SOMETHING_NEW"),
 ]
 FATAL = [
-    (error_reply(429, "RESOURCE_EXHAUSTED", "Daily quota.", make_retry_info("7200s")), "7200 s"),
     (
-        error_reply(429, "RESOURCE_EXHAUSTED", "Quota.", DAILY_QUOTA, make_retry_info("9s")),
+        make_error_reply(429, "RESOURCE_EXHAUSTED", "Daily quota.", make_retry_info("7200s")),
+        "7200 s",
+    ),
+    (
+        make_error_reply(429, "RESOURCE_EXHAUSTED", "Quota.", DAILY_QUOTA, make_retry_info("9s")),
         "tomorrow",
     ),
-    (error_reply(404, "NOT_FOUND", "models/gemini-x is not found"), "404 .*gemini-x"),
-    (error_reply(403, "PERMISSION_DENIED", "No."), "403 .*GEMINI_API_KEY"),
-    (error_reply(400, "INVALID_ARGUMENT", "No.", {"reason": "API_KEY_INVALID"}), "GEMINI_API_KEY"),
+    (make_error_reply(404, "NOT_FOUND", "models/gemini-x is not found"), "404 .*gemini-x"),
+    (make_error_reply(403, "PERMISSION_DENIED", "No."), "403 .*GEMINI_API_KEY"),
+    (
+        make_error_reply(400, "INVALID_ARGUMENT", "No.", {"reason": "API_KEY_INVALID"}),
+        "GEMINI_API_KEY",
+    ),
 ]
 
 
@@ -346,7 +352,7 @@ FATAL = [
 def test_after_an_unusable_answer_it_asks_once_more(
     server: Server, reply: Reply, reason: str
 ) -> None:
-    server.replies = [reply, boxes_reply(CUP)]
+    server.replies = [reply, make_boxes_reply(CUP)]
 
     (detections,) = make_detector().detect([make_noise_frame(0)])
 
@@ -366,14 +372,14 @@ def test_an_image_with_two_unusable_answers_may_be_retried(
         gemini.detect([make_noise_frame(0)])
 
     assert len(server.requests) == 2
-    server.replies = [boxes_reply(CUP)]
+    server.replies = [make_boxes_reply(CUP)]
     assert len(gemini.detect([make_noise_frame(1)])[0]) == 1
 
 
 @pytest.mark.parametrize(("reply", "reason"), REFUSALS)
 @pytest.mark.filterwarnings("ignore:.*is not a valid")
 def test_a_refusal_concerns_one_image(server: Server, reply: Reply, reason: str) -> None:
-    server.replies = [reply, boxes_reply(CUP)]
+    server.replies = [reply, make_boxes_reply(CUP)]
     gemini = make_detector()
 
     with pytest.raises(SpearError, match=reason) as refusal:
@@ -389,7 +395,7 @@ def test_a_refusal_concerns_one_image(server: Server, reply: Reply, reason: str)
 def test_after_an_error_that_every_image_would_meet_nothing_is_requested(
     server: Server, reply: Reply, reason: str
 ) -> None:
-    server.replies = [reply, boxes_reply(CUP)]
+    server.replies = [reply, make_boxes_reply(CUP)]
     gemini = make_detector()
 
     with pytest.raises(RetryableError, match=reason):
@@ -410,7 +416,7 @@ def test_images_of_a_batch_are_requested_at_the_same_time_and_get_their_own_answ
         barrier.wait()  # until three requests have arrived
         width = read_picture(request).shape[1]
         time.sleep(0.02 * (66 - width))  # earlier images are answered later
-        return boxes_reply((f"thing {width}", [0, 0, 1000, 1000]))
+        return make_boxes_reply((f"thing {width}", [0, 0, 1000, 1000]))
 
     server.answer = answer
 
@@ -422,7 +428,7 @@ def test_images_of_a_batch_are_requested_at_the_same_time_and_get_their_own_answ
 
 
 def test_cached_answers_make_no_request(server: Server, tmp_path: Path) -> None:
-    server.replies = [boxes_reply(CUP)]
+    server.replies = [make_boxes_reply(CUP)]
     (detections,) = make_detector(tmp_path).detect([make_noise_frame(0)])
     gemini = make_detector(tmp_path)
 
@@ -434,7 +440,7 @@ def test_cached_answers_make_no_request(server: Server, tmp_path: Path) -> None:
 
 
 def test_the_bill_counts_requests_answers_and_tokens(server: Server, tmp_path: Path) -> None:
-    server.replies = [boxes_reply(CUP)]
+    server.replies = [make_boxes_reply(CUP)]
     make_detector(tmp_path).detect([make_noise_frame(0)])
     gemini = make_detector(tmp_path)
 
@@ -450,7 +456,7 @@ def test_the_bill_counts_requests_answers_and_tokens(server: Server, tmp_path: P
 def test_other_settings_have_other_answers(
     server: Server, tmp_path: Path, changes: dict[str, Any]
 ) -> None:
-    server.replies = [boxes_reply(CUP)]
+    server.replies = [make_boxes_reply(CUP)]
     make_detector(tmp_path).detect([make_noise_frame(0)])
 
     make_detector(tmp_path, **changes).detect([make_noise_frame(0)])
@@ -459,7 +465,7 @@ def test_other_settings_have_other_answers(
 
 
 def test_a_broken_answer_in_the_cache_is_requested_again(server: Server, tmp_path: Path) -> None:
-    server.replies = [boxes_reply(CUP)]
+    server.replies = [make_boxes_reply(CUP)]
     make_detector(tmp_path).detect([make_noise_frame(0)])
     for path in tmp_path.rglob("*.json"):
         path.write_text("broken")
@@ -470,7 +476,7 @@ def test_a_broken_answer_in_the_cache_is_requested_again(server: Server, tmp_pat
 
 
 def test_the_cache_does_not_contain_the_key(server: Server, tmp_path: Path) -> None:
-    server.replies = [boxes_reply(CUP)]
+    server.replies = [make_boxes_reply(CUP)]
     make_detector(tmp_path).detect([make_noise_frame(0)])
 
     files = [path.read_text() for path in tmp_path.rglob("*.json")]
@@ -483,7 +489,10 @@ def test_in_the_pipeline_no_image_is_requested_twice(
 ) -> None:
     """The service refuses the first of four images, so the pipeline calls again image by image."""
     monkeypatch.setattr(module, "MAX_CONCURRENT_REQUESTS", 1)  # so that replies keep their order
-    server.replies = [Reply(body={"promptFeedback": {"blockReason": "SAFETY"}}), boxes_reply(CUP)]
+    server.replies = [
+        Reply(body={"promptFeedback": {"blockReason": "SAFETY"}}),
+        make_boxes_reply(CUP),
+    ]
     gemini = make_detector()
     images = [admit_frame(make_noise_frame(i)) for i in range(4)]
 

@@ -16,7 +16,7 @@ from spear.models.weights.load import download_from_hub
 
 def load(model: str | Path, kind: str = "sam2") -> Any:
     """Load a model as SAM 2, or as a network of another kind."""
-    return load_model(Sam2Model, kind, str(model), "cpu")
+    return load_model(Sam2Model, kind, str(model), device="cpu")
 
 
 @pytest.fixture

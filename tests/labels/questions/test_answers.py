@@ -83,7 +83,15 @@ def test_answers_about_random_labels(seed: int) -> None:
     objects = [make_random_object(rng) for _ in range(rng.integers(0, 7))]
     intrinsics = np.array([[150.0, 0, 96], [0, 150, 64], [0, 0, 1]])
     unit = rng.choice(["metre", "relative"])
-    label = LabeledImage(b"", 192, 128, intrinsics, objects, unit, "made up")
+    label = LabeledImage(
+        image=b"",
+        width=192,
+        height=128,
+        intrinsics=intrinsics,
+        objects=objects,
+        unit=unit,
+        source="made up",
+    )
 
     for _ in range(4):
         questions = generate_questions(label, rng, questions_per_image=(4, 4))

@@ -15,7 +15,7 @@ def helpers(shared: Path) -> dict[str, torch.Tensor]:
     return {name: torch.tensor(array) for name, array in load_arrays(shared, "helpers").items()}
 
 
-def full_mask(points: torch.Tensor) -> torch.Tensor:
+def make_full_mask(points: torch.Tensor) -> torch.Tensor:
     """A mask [..., h, w] that says that all points [..., h, w, 3] are known."""
     return torch.ones(points.shape[:-1], dtype=torch.bool)
 
@@ -26,7 +26,7 @@ def test_focal_and_shift_are_the_references(helpers: dict[str, torch.Tensor], ca
         points = helpers["focal_given_batch.points"]  # this case has no points of its own
     else:
         points = helpers[f"{case}.points"][None]
-    mask = helpers.get(f"{case}.mask", full_mask(points)).view(points.shape[:-1])
+    mask = helpers.get(f"{case}.mask", make_full_mask(points)).view(points.shape[:-1])
 
     focal, shift = recover_focal_shift(points, mask)
 
@@ -56,7 +56,9 @@ def test_unprojection_is_the_references(helpers: dict[str, torch.Tensor]) -> Non
     assert relative_error(points, helpers["unproject.points"].numpy()) < 1e-6
 
 
-def wavy_surface(focal: float, shift: float, width: int = 90, height: int = 60) -> torch.Tensor:
+def make_wavy_surface(
+    focal: float, shift: float, width: int = 90, height: int = 60
+) -> torch.Tensor:
     """The points [1, h, w, 3] of a surface seen by a camera, with `shift` missing in their depth.
 
     The focal length is in half diagonals of the image.
@@ -70,9 +72,9 @@ def wavy_surface(focal: float, shift: float, width: int = 90, height: int = 60) 
 
 @pytest.mark.parametrize(("focal", "shift"), [(0.6, 0.0), (1.0, 0.8), (2.4, -1.5)])
 def test_a_known_camera_is_recovered(focal: float, shift: float) -> None:
-    points = wavy_surface(focal, shift)
+    points = make_wavy_surface(focal, shift)
 
-    recovered_focal, recovered_shift = recover_focal_shift(points, full_mask(points))
+    recovered_focal, recovered_shift = recover_focal_shift(points, make_full_mask(points))
 
     assert recovered_focal.item() == pytest.approx(focal, rel=2e-3)
     assert recovered_shift.item() == pytest.approx(shift, abs=5e-3)
@@ -80,8 +82,8 @@ def test_a_known_camera_is_recovered(focal: float, shift: float) -> None:
 
 def test_unknown_points_do_not_matter() -> None:
     """Unknown are points outside the mask, points that are not finite, and points with depth 0."""
-    points = wavy_surface(1.0, 0.8)
-    mask = full_mask(points)
+    points = make_wavy_surface(1.0, 0.8)
+    mask = make_full_mask(points)
     mask[:, :20] = False
     clean = recover_focal_shift(points, mask)
 
@@ -97,8 +99,8 @@ def test_unknown_points_do_not_matter() -> None:
 def test_a_map_that_determines_no_camera_has_focal_1_and_shift_0() -> None:
     """Three such maps: no point is in the mask; all points are on the camera's axis, so that any
     focal length fits; and no point is finite."""
-    points = wavy_surface(1.0, 0.8).repeat(3, 1, 1, 1)
-    mask = full_mask(points)
+    points = make_wavy_surface(1.0, 0.8).repeat(3, 1, 1, 1)
+    mask = make_full_mask(points)
     mask[0] = False
     points[1, ..., :2] = 0
     points[2] = torch.nan

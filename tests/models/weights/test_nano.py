@@ -110,7 +110,7 @@ def test_the_policy_succeeds(nano: Spear1Policy, tmp_path: Path) -> None:
     """The policy nano succeeds in at least two of four rollouts."""
     options = TabletopOptions(num_scenes=4, tasks=("put_on",), out=tmp_path)
 
-    results, _ = closed_loop.evaluate_tabletop(PolicyAgent(nano, "nano", None), options)
+    results, _ = closed_loop.evaluate_tabletop(PolicyAgent(nano, name="nano"), options)
 
     assert results.mean_success().value > 0.4
 
