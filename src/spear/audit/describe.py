@@ -180,25 +180,25 @@ def propose_layout(path: str | Path) -> dict[str, Any]:
     if isinstance(folder, LeRobotFolder):
         features = {name: item.component_names for name, item in folder.info.features.items()}
         if is_own_format(features):
-            return _describe_own_format(folder)
+            return _make_own_layout(folder)
     num_episodes_of_split = count_episodes(path)
     split = next(iter(num_episodes_of_split))  # the first
     rate_hz = folder.info.fps if isinstance(folder, LeRobotFolder) else DEFAULT_RATE_HZ
     episodes = _read_first_episodes(folder, split, path)
     proposal = _Proposal()
 
-    proposal.fields["images"] = _describe_cameras(folder.read_steps(split), proposal, rate_hz)
-    _describe_success(episodes, proposal)
+    proposal.fields["images"] = _propose_cameras(folder.read_steps(split), proposal, rate_hz)
+    _propose_success(episodes, proposal)
     if isinstance(folder, LeRobotFolder):
-        _describe_task_indices(episodes, folder.tasks, proposal)
+        _propose_task_indices(episodes, folder.tasks, proposal)
     else:
-        _describe_instruction(episodes[0], proposal)
+        _propose_instruction(episodes[0], proposal)
         proposal.fields["rate_hz"] = None
         proposal.facts["rate_hz"] = "not in the metadata: write how many steps a second has"
 
-    columns = _drop_columns_with_nan(_find_signal_columns(episodes))
+    columns = _drop_columns_and_episodes_with_nan(_find_signal_columns(episodes))
     joint_names = _make_joint_name_finder(folder)
-    used_ranges = _describe_motion(columns, rate_hz, joint_names, proposal)
+    used_ranges = _propose_motion(columns, rate_hz, joint_names, proposal)
     if isinstance(folder, LeRobotFolder):
         rotation_format = folder.find_quaternion_format(str(proposal.fields["rotation"]))
         if rotation_format:
@@ -206,11 +206,11 @@ def propose_layout(path: str | Path) -> dict[str, Any]:
             proposal.facts["rotation_format"] = "by the names of its components"
 
     unused_numbers = _find_unused_numbers(columns, used_ranges, joint_names)
-    _describe_gripper(columns, unused_numbers, rate_hz, proposal)
+    _propose_gripper(columns, unused_numbers, rate_hz, proposal)
     return proposal.to_dict()
 
 
-def _describe_own_format(folder: LeRobotFolder) -> dict[str, Any]:
+def _make_own_layout(folder: LeRobotFolder) -> dict[str, Any]:
     """Describe a dataset that `spear data export` wrote, whose columns are known."""
     cameras: list[str] = []
     for feature_name in folder.cameras:
@@ -254,7 +254,7 @@ def _summarize_columns(episode: Mapping[str, Any]) -> frozenset[Any]:
     return frozenset(signature)
 
 
-def _describe_success(episodes: Sequence[Mapping[str, Any]], proposal: _Proposal) -> None:
+def _propose_success(episodes: Sequence[Mapping[str, Any]], proposal: _Proposal) -> None:
     """Propose a column for `success`.
 
     Its name ends in "success", and its last value is positive in some of the episodes.
@@ -266,7 +266,7 @@ def _describe_success(episodes: Sequence[Mapping[str, Any]], proposal: _Proposal
             proposal.fields["success"] = name
 
 
-def _describe_instruction(episode: Mapping[str, Any], proposal: _Proposal) -> None:
+def _propose_instruction(episode: Mapping[str, Any], proposal: _Proposal) -> None:
     """Propose the first column of texts whose name says that it contains an instruction."""
     proposal.fields["instruction"] = None
     for name, values in episode.items():
@@ -277,7 +277,7 @@ def _describe_instruction(episode: Mapping[str, Any], proposal: _Proposal) -> No
             return
 
 
-def _describe_task_indices(
+def _propose_task_indices(
     episodes: Sequence[Mapping[str, Any]], tasks: Mapping[int, str], proposal: _Proposal
 ) -> None:
     """Propose a column of task indices as instruction, if LeRobot's own task is no sentence.
@@ -333,7 +333,7 @@ def _find_signal_columns(episodes: Sequence[Mapping[str, Any]]) -> dict[str, lis
     return columns
 
 
-def _drop_columns_with_nan(columns: Columns) -> dict[str, list[Array]]:
+def _drop_columns_and_episodes_with_nan(columns: Columns) -> dict[str, list[Array]]:
     """Drop columns that contain NaN in most episodes, then episodes in which other columns do."""
     is_finite = {}  # column → [episodes]
     for name, episodes in columns.items():
@@ -384,7 +384,7 @@ def _are_images(values: Any) -> bool:
     return first.startswith(IMAGE_MAGIC_BYTES) and not is_depth_png(first)
 
 
-def _describe_cameras(
+def _propose_cameras(
     raw_episodes: RawEpisodes, proposal: _Proposal, rate_hz: float
 ) -> dict[str, str]:
     """Find the columns of images, and which of them is the wrist camera.
@@ -457,7 +457,7 @@ def _choose_cameras(changing_shares: Mapping[str, float]) -> dict[str, str]:
     return {"external": other_cameras[0], "wrist": wrist_candidate}
 
 
-def _describe_motion(
+def _propose_motion(
     columns: Columns, rate_hz: float, joint_names: JointNames, proposal: _Proposal
 ) -> list[ColumnRange]:
     """Propose the columns of positions, orientations, and logged translations and rotations.
@@ -471,7 +471,7 @@ def _describe_motion(
     Returns:
         The ranges of numbers that the proposal uses.
     """
-    # These keys are open (None) until a value is found, here or in `_describe_gripper`.
+    # These keys are open (None) until a value is found, here or in `_propose_gripper`.
     keys = ("position", "rotation", "rotation_format", "gripper", "gripper_range")
     proposal.fields |= dict.fromkeys(keys)
     candidates = _find_candidates(columns, rate_hz, joint_names)
@@ -485,7 +485,7 @@ def _describe_motion(
 
     tied = _select_best_candidates(candidates)
     best = tied[0]
-    translation_fit = _describe_position(best, tied, columns, rate_hz, proposal)
+    translation_fit = _propose_position(best, tied, columns, rate_hz, proposal)
     if best.rotation is None or best.action_rotation is None:
         proposal.facts["rotation"] = (
             "no numbers beside them lead from one to the next: name them yourself"
@@ -498,12 +498,12 @@ def _describe_motion(
     proposal.facts["rotation"] = _explain_choice(
         best.action_rotation.name(columns), rotation_fits[0]
     )
-    _describe_rotation_format(
+    _propose_rotation_format(
         best.rotation.values(columns), rotation_fits, translation_fit, proposal
     )
     proposal.fields["logged_rotation"] = best.action_rotation.name(columns)
     proposal.fields["logged_rotation_format"] = rotation_fits[0].hypothesis.action_format
-    _describe_logged_frame(rotation_fits[0], translation_fit, proposal)
+    _propose_logged_frame(rotation_fits[0], translation_fit, proposal)
     return [best.position, best.action_translation, best.rotation, best.action_rotation]
 
 
@@ -588,7 +588,7 @@ def _select_best_candidates(candidates: Sequence[_Candidate]) -> list[_Candidate
     return with_certain_rotation or tied
 
 
-def _describe_position(
+def _propose_position(
     best: _Candidate,
     tied: Sequence[_Candidate],
     columns: Columns,
@@ -637,7 +637,7 @@ def _describe_position(
     return fit
 
 
-def _describe_rotation_format(
+def _propose_rotation_format(
     orientations: Sequence[Array],
     fits: Sequence[Fit],
     translation_fit: Fit,
@@ -647,7 +647,7 @@ def _describe_rotation_format(
 
     Args:
         orientations: [T, d] of each episode.
-        fits: the fits of the best hypotheses about the rotations, see `_rank_fits`.
+        fits: the fits of the best hypotheses about the rotations, see `_select_best_fits`.
         translation_fit: the fit of the best hypothesis about the translations.
         proposal: the proposal to be completed.
     """
@@ -671,7 +671,7 @@ def _describe_rotation_format(
         proposal.facts["rotation_format"] = f"{names}; no action tells, so ask who recorded it"
 
 
-def _describe_logged_frame(rotation_fit: Fit, translation_fit: Fit, proposal: _Proposal) -> None:
+def _propose_logged_frame(rotation_fit: Fit, translation_fit: Fit, proposal: _Proposal) -> None:
     """Propose the frame of logged translations, and that of logged rotations if it is another."""
     translation_frame = translation_fit.hypothesis.frame
     rotation_frame = rotation_fit.hypothesis.frame
@@ -780,11 +780,11 @@ def _find_best_fits(
         rate_hz: steps per second.
 
     Returns:
-        The best fits, see `_rank_fits`; none if no episode is long enough or nothing moves.
+        The best fits, see `_select_best_fits`; none if no episode is long enough or nothing moves.
     """
     recordings = _make_recordings(position, rotation, logged, columns, rate_hz)
     stretches = Stretches(recordings)
-    return _rank_fits(fit_hypotheses(recordings, stretches)) if stretches.num else []
+    return _select_best_fits(fit_hypotheses(recordings, stretches)) if stretches.num else []
 
 
 def _make_recordings(
@@ -820,7 +820,7 @@ def _make_recordings(
     return recordings
 
 
-def _rank_fits(fits: Sequence[Fit]) -> list[Fit]:
+def _select_best_fits(fits: Sequence[Fit]) -> list[Fit]:
     """Return the best fit, and behind it all fits that are as good.
 
     Of equally good fits, the one with the most `PREFERRED_ANSWERS` is the best. If nothing moves,
@@ -838,7 +838,7 @@ def _rank_fits(fits: Sequence[Fit]) -> list[Fit]:
     return [best, *(fit for fit in fits if fit is not best and fit.relative_error <= limit)]
 
 
-def _describe_gripper(
+def _propose_gripper(
     columns: Columns, unused_numbers: Sequence[ColumnRange], rate_hz: float, proposal: _Proposal
 ) -> None:
     """Propose the gripper: the unused number that follows a command best, and which end is open.
@@ -870,7 +870,7 @@ def _describe_gripper(
 
     correlation, state, command = max(pairs, key=lambda pair: abs(pair[0]))
     low, high = _find_range_ends(values[state])
-    verdict, words = _judge_free_gripper(values[state], low, high)
+    verdict, words = _judge_whether_high_is_open(values[state], low, high)
     is_flipped = verdict == "wrong"  # the low end is open
     conclusions = {"agrees": "", "wrong": "; so the ends are exchanged"}
     conclusion = conclusions.get(verdict, ": check which end is open")
@@ -893,7 +893,9 @@ def _describe_gripper(
         )
 
 
-def _judge_free_gripper(episodes: Sequence[Array], low: float, high: float) -> tuple[str, str]:
+def _judge_whether_high_is_open(
+    episodes: Sequence[Array], low: float, high: float
+) -> tuple[str, str]:
     """Judge whether the high end of the readings is open, from episodes where the gripper moves.
 
     Args:

@@ -48,11 +48,11 @@ def describe_dataset(path: str | Path) -> str:
     """
     folder = open_dataset(path)
     if isinstance(folder, EpisodeStore):
-        return _inspect_store(folder)
-    return _inspect_dataset(folder)
+        return _describe_store(folder)
+    return _describe_foreign_dataset(folder)
 
 
-def _inspect_store(store: EpisodeStore) -> str:
+def _describe_store(store: EpisodeStore) -> str:
     """Describe an episode store."""
     lengths = store.lengths
     rates = Counter(f"{rate_hz:g} Hz" for rate_hz in store.rates_hz)
@@ -72,7 +72,7 @@ def _inspect_store(store: EpisodeStore) -> str:
 
     episodes = [store.without_images(index) for index in range(len(store))]
     for camera in store.cameras:
-        lines.append(f"camera        {camera}: {_inspect_store_camera(store, camera)}")
+        lines.append(f"camera        {camera}: {_describe_store_camera(store, camera)}")
     success = Counter(episode.success for episode in episodes)
     lines.append(f"success       {success[True]} yes, {success[False]} no, {success[None]} unknown")
     positions = np.concatenate([episode.position for episode in episodes])
@@ -86,7 +86,7 @@ def _inspect_store(store: EpisodeStore) -> str:
     return "\n".join(escape_control_characters(line) for line in lines)
 
 
-def _inspect_store_camera(store: EpisodeStore, camera: str) -> str:
+def _describe_store_camera(store: EpisodeStore, camera: str) -> str:
     """Say how large a camera's images are, and how many episodes have this camera."""
     num_episodes = format_count(len(store), "episodes")
     episodes_with_camera = []
@@ -103,7 +103,7 @@ def _inspect_store_camera(store: EpisodeStore, camera: str) -> str:
     return f"{width} x {height} pixels, in {len(episodes_with_camera)} of {num_episodes}"
 
 
-def _inspect_dataset(folder: Dataset) -> str:
+def _describe_foreign_dataset(folder: Dataset) -> str:
     """Describe a dataset in another format than ours."""
     episodes: list[Steps] = []
     reasons: list[str] = []
@@ -212,10 +212,10 @@ def _sample_episodes(folder: Dataset) -> list[Steps | SpearError]:
     num_episodes = len(folder.episodes)
     spread = np.linspace(0, num_episodes - 1, min(num_episodes, MAX_EPISODES))
     indices = np.unique(spread.round().astype(int)).tolist()
-    return [_read_lerobot_episode(folder, index) for index in indices]
+    return [_read_and_check_lerobot_episode(folder, index) for index in indices]
 
 
-def _read_lerobot_episode(folder: LeRobotFolder, index: int) -> Steps | SpearError:
+def _read_and_check_lerobot_episode(folder: LeRobotFolder, index: int) -> Steps | SpearError:
     """Read the rows of an episode.
 
     Returns:

@@ -173,7 +173,7 @@ def _parse_with_tyro(
     reason = _extract_complaint(complaint.getvalue(), name)
     if reason.startswith(MISSING):
         raise _missing_arguments_error(name, reason.removeprefix(MISSING), help_text)
-    raise SpearError(f"{_simplify(reason, args)}. See `spear {name} --help`.")
+    raise SpearError(f"{_simplify_complaint(reason, args)}. See `spear {name} --help`.")
 
 
 def _missing_arguments_error(name: str, reason: str, help_text: str) -> SpearError:
@@ -211,7 +211,7 @@ def _extract_complaint(text: str, name: str) -> str:
     return sentence.replace(f"Missing from spear {name}: ", MISSING)
 
 
-def _simplify(reason: str, args: Sequence[str]) -> str:
+def _simplify_complaint(reason: str, args: Sequence[str]) -> str:
     """Return tyro's complaint in the words of the command line, without Python's types.
 
     Complaints that concern no option's value are returned as they are.

@@ -249,7 +249,7 @@ def _draw_names(canvas: Image.Image, boxes: Sequence[_NamedBox], font_size: int)
         middle_x = box.corners[:, 0].mean()
         top_y = box.corners[:, 1].min()
         anchor = np.clip([middle_x, top_y - ANCHOR_GAP_PX], 0, canvas.size)
-        tag_position = _find_place(canvas.size, (width, height), anchor, centers, tags)
+        tag_position = _find_tag_position(canvas.size, (width, height), anchor, centers, tags)
         if tag_position is None:
             continue
 
@@ -270,7 +270,7 @@ def _draw_names(canvas: Image.Image, boxes: Sequence[_NamedBox], font_size: int)
         pen.text(text_place, box.name, fill=box.color, font=font, anchor="lm")
 
 
-def _find_place(
+def _find_tag_position(
     canvas_size: tuple[int, int],
     size: tuple[int, int],
     anchor: Array,

@@ -107,7 +107,7 @@ class Page:
             return self._respond_to_token(request, tokens[-1])
         needs_token = url.path != STYLE_PATH  # the form that asks for the token uses the style, too
         if needs_token and not self._is_authorized(request):
-            return self._ask_for_token("This page asks for the server's token.")
+            return self._make_token_form("This page asks for the server's token.")
         if url.path != SOCKET_PATH:
             content, content_type = self._files[url.path]
             return _make_response(http.HTTPStatus.OK, content, content_type)
@@ -142,7 +142,7 @@ class Page:
     def _respond_to_token(self, request: Request, sent_token: str) -> Response:
         """Answer a request with a token: set the cookie, and redirect to "/", without the token."""
         if self._token is not None and not _is_same_secret(sent_token, self._token):
-            return self._ask_for_token("That is not the token: try again.")
+            return self._make_token_form("That is not the token: try again.")
         response = _make_response(http.HTTPStatus.SEE_OTHER, "")
         response.headers["Location"] = "/"
         if self._token is not None:
@@ -150,7 +150,7 @@ class Page:
             response.headers["Set-Cookie"] = f"{cookie}; Path=/; HttpOnly; SameSite=Strict"
         return response
 
-    def _ask_for_token(self, words: str) -> Response:
+    def _make_token_form(self, words: str) -> Response:
         """Return the page with the form for the token, which shows `words`."""
         form_html = self._token_form.format(words)
         return _make_response(http.HTTPStatus.UNAUTHORIZED, form_html, "text/html")

@@ -169,18 +169,18 @@ class Tab:
 
     def show_step(self, request: Request) -> PageState:
         """Show the images and the robot at a step."""
-        episode, step = self._find_step(request)
+        episode, step = self._find_episode_and_step(request)
         return episode.view_at(step)
 
     def predict_chunk(self, request: Request) -> PageState:
         """Show the chunk of actions that the policy would execute."""
-        episode, step = self._find_step(request)
+        episode, step = self._find_episode_and_step(request)
         _, chunk = self._infer(episode.observation_at(step), step)
         return {"step": step, "chunk": chunk}
 
     def execute_step(self, _: Request) -> PageState:
         """Execute one action, which takes 0.2 s. If a new chunk is needed, infer it first."""
-        episode, step = self._find_step({})  # the newest step
+        episode, step = self._find_episode_and_step({})  # the newest step
         if not isinstance(episode, SimulatedEpisode):
             raise SpearError(f"a {episode.kind} does not move. Choose a scene of the simulator.")
         if episode.is_over:
@@ -213,7 +213,7 @@ class Tab:
                 f"objects {str(names)[:60]} is not a list of 1 to {MAX_BOXES} names. Give one."
             )
         names = [read_prompt({"object": name}, "object") for name in names]
-        episode, step = self._find_step(request)
+        episode, step = self._find_episode_and_step(request)
         image = episode.observation_at(step)["observation/image"]
 
         start_s = time.perf_counter()
@@ -287,7 +287,7 @@ class Tab:
 
     def answer_question(self, request: Request) -> PageState:
         """Ask SPEAR-VLM any question, and show its answer in words."""
-        episode, step = self._find_step(request)
+        episode, step = self._find_episode_and_step(request)
         question = read_prompt({"question": request.get("text")}, "question")
         image = episode.observation_at(step)["observation/image"]
         _, answer = ask.ask_question(
@@ -302,7 +302,7 @@ class Tab:
 
     def make_film(self, _: Request) -> PageState:
         """Make a film of all steps so far."""
-        episode, newest_step = self._find_step({})
+        episode, newest_step = self._find_episode_and_step({})
         video.import_encoder()
         frames = self._compose_film_frames(episode, newest_step)
         data = video.encode_film(frames, episode.rate_hz)
@@ -340,7 +340,7 @@ class Tab:
             self._instruction = view["instruction"]
         return view
 
-    def _find_step(self, request: Request) -> tuple[Episode, int]:
+    def _find_episode_and_step(self, request: Request) -> tuple[Episode, int]:
         """Return the episode, and the step that a request is about."""
         if self._episode is None:
             raise SpearError("there is no image yet. Choose a scene or open a photo.")

@@ -63,7 +63,7 @@ def record_repairs(*, num_dropped_rows: int = 0, num_clipped_readings: int = 0) 
         repairs.add(Repairs(num_dropped_rows, num_clipped_readings))
 
 
-def find_complete_rows(columns: Iterable[Array]) -> Array:
+def mark_complete_rows(columns: Iterable[Array]) -> Array:
     """Say of each row whether all its numbers are finite.
 
     Args:
@@ -80,7 +80,7 @@ def find_complete_rows(columns: Iterable[Array]) -> Array:
     return np.logical_and.reduce(masks)
 
 
-def find_zero_poses(pose: Array) -> Array:
+def mark_zero_poses(pose: Array) -> Array:
     """Say of each row whether zeros stand for a missing pose.
 
     Some recorders write zeros for a lost reading. But if other poses of the episode are near zero,

@@ -15,8 +15,8 @@ from PIL import Image
 from spear.data.actions import derive_actions, find_first, validate_actions, validate_episode
 from spear.data.readers.bad_rows import (
     choose_rows_and_record_drops,
-    find_complete_rows,
-    find_zero_poses,
+    mark_complete_rows,
+    mark_zero_poses,
     mask_actions_before_gaps,
     record_repairs,
     select_rows,
@@ -36,7 +36,7 @@ from spear.data.readers.dataset_layout import (
     DatasetLayout,
     RotationFormat,
 )
-from spear.data.readers.rotation_formats import find_rotations, to_quaternion
+from spear.data.readers.rotation_formats import mark_rotations, to_quaternion
 from spear.embodiments.kinematics import compute_franka_pose
 from spear.errors import SpearError
 from spear.geometry import quat_canonical, quat_multiply, quat_rotate
@@ -94,7 +94,7 @@ def build_episode(steps: Steps, layout: DatasetLayout, source: str) -> Episode:
             instruction=read_instruction(steps, layout, source),
             rate_hz=layout.rate_hz,
             source=source,
-            action_mask=_find_usable_actions(steps, layout, rows, source),
+            action_mask=_mark_usable_actions(steps, layout, rows, source),
             # The recording's last row says how the episode ended, even if that row is a bad one.
             success=read_success(recorded_steps, layout, source),
         )
@@ -126,14 +126,14 @@ def drop_bad_rows(steps: Steps, layout: DatasetLayout, source: str) -> tuple[Ste
     position = numbers[layout.position]
     rotation = numbers[layout.rotation]
     num_rows = len(position)
-    is_good = find_complete_rows(values for values in numbers.values() if len(values) == num_rows)
+    is_good = mark_complete_rows(values for values in numbers.values() if len(values) == num_rows)
     if len(rotation) == num_rows:  # otherwise building the episode refuses the columns
         pose_columns = [position.reshape(num_rows, -1), rotation.reshape(num_rows, -1)]
         pose = np.concatenate(pose_columns, axis=1)  # [T, d]
         pose_without_nan = np.nan_to_num(pose, nan=np.inf)  # a missing number is no zero
-        is_good &= ~find_zero_poses(pose_without_nan)
+        is_good &= ~mark_zero_poses(pose_without_nan)
         assert layout.rotation_format is not None
-        is_good &= find_rotations(rotation, layout.rotation_format)
+        is_good &= mark_rotations(rotation, layout.rotation_format)
     rows = choose_rows_and_record_drops(is_good)
     good_steps = select_rows(steps, rows, num_rows)
     return good_steps, rows
@@ -158,7 +158,7 @@ def _read_needed_numbers(steps: Steps, layout: DatasetLayout, source: str) -> di
     return numbers
 
 
-def _find_usable_actions(
+def _mark_usable_actions(
     steps: Steps, layout: DatasetLayout, rows: Array, source: str
 ) -> Array | None:
     """Mask the actions before dropped rows, and those of a policy that controlled the robot.

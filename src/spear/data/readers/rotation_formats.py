@@ -113,7 +113,7 @@ def to_quaternion(values: Array, rotation_format: RotationFormat, source: str = 
         )
 
     if rotation_format in POSE_FORMATS:
-        is_rotation = find_rotations(values, rotation_format)  # [T]
+        is_rotation = mark_rotations(values, rotation_format)  # [T]
         step = find_first(~is_rotation)  # the first step without a rotation
         if step is not None:
             raise SpearError(
@@ -123,8 +123,8 @@ def to_quaternion(values: Array, rotation_format: RotationFormat, source: str = 
     return encoding.to_quaternion(tensor).numpy()
 
 
-def find_rotations(values: Array, rotation_format: RotationFormat) -> Array:
-    """Find the rows whose numbers are a rotation in this format.
+def mark_rotations(values: Array, rotation_format: RotationFormat) -> Array:
+    """Mark the rows whose numbers are a rotation in this format.
 
     Numbers of a pose format or of a quaternion may be no rotation. Angles always are one.
 
