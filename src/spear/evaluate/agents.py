@@ -89,12 +89,12 @@ class PolicyAgent(Agent):
 
 
 @functools.cache
-def _load_agent_of_this_process(folder: Path) -> PolicyAgent:
-    """Load a policy once per process."""
+def _load_agent_on_one_thread(folder: Path) -> PolicyAgent:
+    """Load a policy, once per process, and restrict PyTorch in this process to one thread."""
     from spear.policy import Spear1Policy
 
-    # One thread, because several of these processes run at once, and because the number of threads
-    # changes the last bits of the result.
+    # Several of these processes run at once, and the number of threads changes the last bits of the
+    # result.
     torch.set_num_threads(1)
     return PolicyAgent(Spear1Policy.load(folder), folder.name)
 
@@ -110,7 +110,7 @@ def predict_next_action(
         seed: The scene's seed, which with `step` fixes the policy's noise.
         step: The number of steps so far.
     """
-    agent = _load_agent_of_this_process(folder)
+    agent = _load_agent_on_one_thread(folder)
     env = SimpleNamespace(seed=seed, steps=step)
     (chunk,) = agent.act([env], [observation])
     return chunk[0]
@@ -152,8 +152,8 @@ def load_agent(policy: str, **loading: Any) -> Agent:
             a policy that this process loads.
 
     Raises:
-        SpearError: `loading` was given for another agent; the policy or the server does not exist;
-            or the server's embodiment is not "generic".
+        SpearError: `loading` was given for a baseline or a server; the policy or the server does
+            not exist; or the server's embodiment is not "generic".
     """
     is_remote = policy.startswith(("ws://", "wss://"))
     if is_remote or policy in BASELINES:

@@ -134,7 +134,7 @@ def compare_results(
 
     # Count the scenes of only one result, and list how the two evaluations differ.
     num_unshared = len(first.outcomes) + len(second.outcomes) - 2 * len(pairs)
-    differences = _describe_settings(first, second)
+    differences = _describe_differing_settings(first, second)
     for name, results in ((first_name, first), (second_name, second)):
         unfinished = results.describe_unfinished()
         if unfinished:
@@ -162,7 +162,7 @@ def _check_same_scenes(
         )
 
 
-def _describe_settings(first: Results, second: Results) -> list[str]:
+def _describe_differing_settings(first: Results, second: Results) -> list[str]:
     """List the settings that differ between two results, in words."""
     differences = []
     for key in {**first.settings, **second.settings}:

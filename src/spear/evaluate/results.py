@@ -313,11 +313,11 @@ def merge_results(shards: Sequence[Results]) -> Results:
     sorted_outcomes = sorted(
         outcomes.values(), key=lambda outcome: (families.index(outcome.family), outcome.seed)
     )
-    scheduled: frozenset[SceneId] = frozenset()
+    wanted: frozenset[SceneId] = frozenset()
     for shard in shards:
-        scheduled |= shard.wanted
+        wanted |= shard.wanted
     seconds = sum(shard.seconds for shard in shards)
-    return Results(first.policy, first.settings, sorted_outcomes, seconds, scheduled)
+    return Results(first.policy, first.settings, sorted_outcomes, seconds, wanted)
 
 
 def _to_header(results: Results) -> dict[str, Any]:
@@ -382,15 +382,15 @@ class Journal:
         for family, seeds in scenes.items():
             missing |= {(family, seed) for seed in seeds}
         for path in journals:
-            earlier = read_journal(path)
-            difference = describe_difference(_to_header(earlier), {"policy": policy, **settings})
+            results = read_journal(path)
+            difference = describe_difference(_to_header(results), {"policy": policy, **settings})
             if difference:
                 raise SpearError(
                     f"{folder} contains other results ({difference}). Give another --out, or "
                     "remove it."
                 )
-            self.outcomes |= {outcome.scene: outcome for outcome in earlier.outcomes}
-            missing -= earlier.wanted
+            self.outcomes |= {outcome.scene: outcome for outcome in results.outcomes}
+            missing -= results.wanted
 
         self._path = folder / f"episodes-{shard[0]}-of-{shard[1]}.jsonl"
         if self._path.is_file():
@@ -449,13 +449,13 @@ def read_journal(path: Path) -> Results:
     try:
         complete_lines = path.read_text("utf-8").rpartition("\n")[0]
         header, *records = [parse_json(line) for line in complete_lines.split("\n")]
-        scheduled: set[SceneId] = set()
+        wanted: set[SceneId] = set()
         episodes = []
         total_seconds = 0.0
         for record in records:
             if "scenes" in record:
                 for family, seeds in record["scenes"].items():
-                    scheduled.update((family, seed) for seed in seeds)
+                    wanted.update((family, seed) for seed in seeds)
                 continue
             seconds = record.pop("seconds")
             # In older journals, "seconds" means what "wall" means now.
@@ -463,7 +463,7 @@ def read_journal(path: Path) -> Results:
             episodes.append(record)
         # pydantic makes an `Outcome` of each episode's dict, and raises if a field is wrong.
         return Results(
-            header["policy"], header["settings"], episodes, total_seconds, frozenset(scheduled)
+            header["policy"], header["settings"], episodes, total_seconds, frozenset(wanted)
         )
     except (ValueError, KeyError, TypeError, AttributeError):
         raise SpearError(f"{path} is no journal of `spear evaluate`. Remove it.") from None

@@ -73,6 +73,7 @@ def build_shift_table(results: list[ShiftResult], policy: str) -> Table:
     success_by_name = {}  # name of the shift → success as text
     for result in results:
         success_by_name[result.name] = result.success.to_text(".0f", scale=100, unit=" %")
+    # The first row has no levels, so the cells of the second and third level are empty.
     rows = [[UNSHIFTED, success_by_name[UNSHIFTED], "", ""]]
     for axis in AXES:
         success_by_level = [success_by_name.get(f"{axis}:{level}", "") for level in LEVELS]

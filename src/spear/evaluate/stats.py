@@ -401,6 +401,8 @@ def _crossed_interval(tables: Sequence[Array]) -> tuple[float, float]:
     scene_term = variance_over_scenes**2 / max(scene_freedom, 1)
     degrees_of_freedom = max(1.0, variance**2 / (seed_term + scene_term))
     half_width = _student_t95(degrees_of_freedom) * np.sqrt(variance)
+    # Two seeds often agree by chance, so the interval is never narrower than that of the seeds
+    # alone, which has one degree of freedom.
     if num_seeds == 2:
         half_width = max(half_width, _student_t95(1) * np.sqrt(variance_over_seeds))
     return mean, float(half_width)

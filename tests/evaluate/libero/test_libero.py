@@ -55,7 +55,7 @@ def make_moment(
         regions={"far": Region(np.array([0.6, -0.3, 0, *DOWN]), np.full(3, 0.01))},
         joints={},
         gripped_objects=gripped_objects,
-        is_open=is_open,
+        is_commanded_open=is_open,
         speed=0.0,
         finger_speed=0.0,
         success=False,
@@ -188,7 +188,7 @@ needs_libero = pytest.mark.skipif(
 def process() -> Iterator[LiberoProcess]:
     """The first task of LIBERO-Object."""
     seed = PROTOCOLS["openpi"].seed
-    process = LiberoProcess("libero_object", task_index=0, seed=seed, is_cheap=True)
+    process = LiberoProcess("libero_object", task_index=0, seed=seed, fast_rendering=True)
     with contextlib.closing(process):
         yield process
 
@@ -208,7 +208,7 @@ class TestLibero:
 
     def test_the_number_of_resets_fixes_where_furniture_stands(self) -> None:
         with contextlib.closing(
-            LiberoProcess("libero_goal", 1, PROTOCOLS["openpi"].seed, is_cheap=True)
+            LiberoProcess("libero_goal", 1, PROTOCOLS["openpi"].seed, fast_rendering=True)
         ) as process:
             second = process.reset(1, num_resets=2).objects["wooden_cabinet_1"]
             first = process.reset(0, num_resets=1).objects["wooden_cabinet_1"]
@@ -268,7 +268,7 @@ class TestLibero:
             "libero_object",
             task_index=99,
             seed=7,
-            is_cheap=True,
+            fast_rendering=True,
         )
 
     def test_the_oracle_fulfills_a_task(self) -> None:

@@ -39,7 +39,7 @@ class KinematicProcess:
     goal: Sequence[Sequence[str]] = [["on", BOWL, PLATE]]
     resets: list[tuple[int, int | None]]
 
-    def __init__(self, suite: str, task_index: int, seed: int, is_cheap: bool) -> None:
+    def __init__(self, suite: str, task_index: int, seed: int, fast_rendering: bool) -> None:
         pass
 
     def reset(
@@ -70,7 +70,7 @@ class KinematicProcess:
             regions={},
             joints={},
             gripped_objects=(),
-            is_open=True,
+            is_commanded_open=True,
             speed=0.0,
             finger_speed=0.0,
             success=False,
@@ -112,7 +112,7 @@ class KinematicProcess:
             opening=1.0 if is_open else 0.1,
             objects={**before.objects, BOWL: replace(bowl, pose=bowl_pose)},
             gripped_objects=(BOWL,) if is_gripped else (),
-            is_open=is_open,
+            is_commanded_open=is_open,
             success=before.success or bool(is_released and is_above_plate),
             steps=before.steps + run.CONTROLLER_STEPS_PER_ACTION,
         )

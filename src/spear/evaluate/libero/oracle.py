@@ -1,10 +1,12 @@
 """The scripted expert for LIBERO: knows the true state, acts through the policy's eight numbers.
 
-Its actions pass through the same adapter and controller as a policy's, so its success says what
-these let through. An action depends on the present moment only, so the oracle tries again when an
-object slips.
+Its actions pass through the same adapter and controller as a policy's, so its success shows what
+adapter and controller allow. An action depends on the present moment only, so the oracle tries
+again when an object slips.
 
-All positions are in the base frame, m.
+The controller moves a *commanded pose*, which the arm follows with a lag. So a step is planned from
+the commanded pose, and the measured pose says what has been reached. All positions are in the base
+frame, m. All numbers are our choice.
 """
 
 import itertools
@@ -28,36 +30,55 @@ from spear.geometry import (
 )
 from spear.types import Array
 
-MAX_STEP_M = 0.04
-MAX_TURN_RAD = 0.3
+MAX_STEP_M = 0.04  # longest translation of an action
+MAX_TURN_RAD = 0.3  # largest rotation of an action
+MIN_NORM = 1e-9  # of a vector that is divided by its norm, m or rad
 HOVER_M = 0.07  # height above the grasp while the gripper is not above it
 CLEARANCE_M = 0.04  # between what moves across and what stands below
+MAX_MISSING_HEIGHT_M = 0.02  # the gripper moves across only if it is at most this much too low
 PATH_WIDTH_M = 0.09  # things nearer to the path than this have to be cleared
+NUM_PATH_POINTS = 12  # at which a path is compared with what stands near
 FINGER_LENGTH_M = 0.04  # from the end-effector up to the palm, less a margin
+MIN_GRASP_HEIGHT_M = 0.012  # of the end-effector above the bottom of what it grasps
+MAX_LEVEL_SLOPE = 0.5  # vertical part of the unit vector of an axis that counts as level
+MAX_WIDER_M = 0.005  # a level side wider than the narrowest by less than this is as good to grasp
 RIM_DEPTH_M = 0.018  # how far below a bowl's rim its wall is gripped
 RELEASE_M = 0.008  # height above its place at which an object is released
-RETREAT_M = 0.1
-NUM_RIM_DIRECTIONS = 16
+RELEASE_MARGIN_M = 0.006  # an object is released up to so far above this height
+RETREAT_M = 0.1  # by which the gripper rises in an action when nothing is left to do
+NUM_RIM_DIRECTIONS = 16  # from which a grasp of a bowl's rim is considered
+NUM_HAND_POINTS = 9  # along the hand, whose distances from obstacles are measured
 WALL_M = 0.004  # half the thickness of a bowl's wall
 OUTER_FINGER_M = 0.035  # from the middle between open fingers to the outer one
 RIM_CLEARANCE_M = 0.012  # things whose top is lower than this below the fingers do not matter
 PALM_HEIGHT_M = 0.045  # of the hand above the end-effector
-HAND_REACH_M = 0.105  # from the middle of the hand to its ends, along which the fingers close
-HAND_HALF_WIDTH_M = 0.035
-ENOUGH_ROOM_M = 0.03
+HAND_REACH_M = 0.105  # from the middle of the hand to either end, along the closing direction
+HAND_HALF_WIDTH_M = 0.035  # of the hand, across the closing direction
+ENOUGH_ROOM_M = 0.03  # grasps of a rim with this much room are equally good
+MAX_ROOM_M = 1.0  # of a grasp without any obstacle near
 
+# The gripper descends only if it is within this horizontal distance and this angle of the grasp.
 MAX_GRASP_OFFSET_M = 0.01
 MAX_GRASP_TURN_RAD = 0.1
-MAX_ARM_OFFSET_M = 0.008
-MAX_PLACE_OFFSET_M = 0.012
-MAX_PLACED_OFFSET_M = 0.025
+FAR_OFFSET_M = 0.03  # a gripper farther from its grasp has to clear what stands on its way
+DISTANCE_WEIGHT_RAD_PER_M = 3  # a grasp 1 m away counts as far as one with 3 rad to turn
+MAX_ARM_OFFSET_M = 0.008  # distance within which the arm has reached its target
+MAX_BLOCKED_HEIGHT_M = 0.02  # a gripper that stops below this height over its grasp is blocked
+MAX_PLACE_OFFSET_M = 0.012  # horizontal distance within which a carried object is lowered
+MAX_PLACED_OFFSET_M = 0.025  # horizontal distance within which a released object is in its place
+MAX_BLOCKED_PLACE_HEIGHT_M = 0.05  # an object that stops below this height rests on something
+CARRY_MARGIN_M = 0.05  # by which a carried object is at least higher than its place
+HOLLOW_DEPTH_M = 0.01  # height above a plate's origin at which an object lies in the plate
 MAX_PLACED_HEIGHT_M = 0.03  # an object higher above its place is still held, or lies on another
 PUSH_HEIGHT_M = 0.008  # of the end-effector above a pushed plate's origin
+PUSH_HEIGHT_MARGIN_M = 0.012  # a gripper that is higher than this above it is not in the plate
+MAX_PUSH_START_OFFSET_M = 0.015  # from a plate's middle, within which the gripper goes down to push
 INSIDE_PLATE_M = 0.07  # fingers that are farther from a plate's middle are not inside its rim
 MAX_PUSH_STEP_M = 0.02  # how far one action pushes an object
 KNOB_LEVER_M = 0.034  # from a knob's axis to where it is pushed
 KNOB_ROOM_M = 0.04  # beside the knob's handle, before and after a push
 KNOB_HEIGHT_M = 0.047  # of the end-effector above the stove's origin
+KNOB_HEIGHT_MARGIN_M = 0.015  # a gripper that is higher than this above it is not at the knob
 KNOB_TILT_RAD = 0.5  # near the base the arm cannot point straight down
 MAX_KNOB_OFFSET_M = 0.02  # the gripper goes down beside the knob from at most this far aside
 ON_ANGLE_RAD = 0.55  # a stove is on if its knob is turned farther
@@ -68,11 +89,17 @@ DRAWER_HALF_HEIGHT_M = 0.035
 DRAWER_WALL_M = 0.015  # thickness of a drawer's walls, and room for a finger
 HANDLE_DEPTH_M = 0.035  # how far handles stand out of a cabinet
 HANDLE_DISTANCE_M = 0.113  # from the middle of a drawer to its handle
-HANDLE_HEIGHT_M = -0.004
+HANDLE_HEIGHT_M = -0.004  # from the middle of a drawer up to that of its handle
+MAX_HANDLE_OFFSET_M = 0.012  # along and across a drawer's way, of a gripper that is at its handle
+MAX_HANDLE_TURN_RAD = 0.12  # of a gripper that goes to a handle, from facing it
+MAX_PULL_OFFSET_M = 0.03  # a closed gripper farther from the handle than this has lost it
+NEAR_HANDLE_M = 0.1  # a gripper that is less far aside of a handle could meet the handle
+DRAWER_STEP_M = 0.03  # by which one action moves the commanded pose away from the cabinet
 FRONT_M = 0.09  # in front of a handle, before the gripper goes to it
+MIN_FRONT_M = FRONT_M - 0.02  # in front of a handle; a gripper so far away may move aside
+MIN_LEFT_FRONT_M = FRONT_M - 0.01  # from a handle; a gripper so far away has left the handle
 STILL_SPEED_M_S = 0.01  # a slower gripper has stopped
 STILL_FINGER_SPEED_M_S = 0.01  # slower fingers have stopped
-
 
 SLOPE_COSINES = (0.2, 0.8)
 """Range of the cosine between the vertical and the z axis of a slanted region. Those of other
@@ -82,14 +109,16 @@ SLOPE_DISTANCE_M = 0.045  # up the slope of a rack, from its lower end to where 
 VERTICAL = torch.tensor([0.0, 0.0, 1.0], dtype=torch.float64)
 
 DOWN = np.array([1.0, 0.0, 0.0, 0.0])
-"""Orientation of a gripper that points down, but for its yaw."""
+"""Orientation of a gripper that points down, with yaw 0."""
 
 
 @dataclass(frozen=True)
 class Grasp:
-    """Where the gripper closes: position [3] of the end-effector, and the yaw of its frame, rad.
+    """Where the gripper closes.
 
-    The fingers close along the y axis of that frame."""
+    position  [3] of the end-effector, m.
+    yaw       of the end-effector frame, along whose y axis the fingers close, rad.
+    """
 
     position: Array
     yaw: float
@@ -126,9 +155,12 @@ class Outline:
 
 
 def choose_action(goal: Sequence[Sequence[str]], moment: LiberoMoment) -> Array:
-    """The action [8] float32 at this moment (layout of `spear.types.Action`).
+    """Choose the action [8] float32 of this moment (layout of `spear.types.Action`).
 
-    goal: the conditions of the task, as LIBERO's files have them: ["on", object, place], …
+    Args:
+        goal: The conditions of the task, as in LIBERO's files: ["on", object, place],
+            ["in", object, place], ["open", drawer] or ["turnon", stove].
+        moment: The true state.
     """
     for condition in goal:
         if not is_fulfilled(condition, moment):
@@ -137,7 +169,10 @@ def choose_action(goal: Sequence[Sequence[str]], moment: LiberoMoment) -> Array:
 
 
 def is_fulfilled(condition: Sequence[str], moment: LiberoMoment) -> bool:
-    """Whether nothing is left to do for a condition, the gripper having let go."""
+    """Whether nothing is left to do for a condition.
+
+    An object that has to be put somewhere must be there, and the gripper must have let go of it.
+    """
     if condition[0] == "turnon":
         return moment.joints[f"{condition[1]}_button"] > ON_ANGLE_RAD
     if condition[0] == "open":
@@ -149,11 +184,11 @@ def is_fulfilled(condition: Sequence[str], moment: LiberoMoment) -> bool:
     target_position = find_rest_position(source, condition[2], moment)
     offset = np.linalg.norm(source.pose[:2] - target_position[:2])
     is_low = source.pose[2] < target_position[2] + MAX_PLACED_HEIGHT_M
-    return bool(moment.is_open and is_low and offset < MAX_PLACED_OFFSET_M)
+    return bool(moment.is_commanded_open and is_low and offset < MAX_PLACED_OFFSET_M)
 
 
 def pursue(condition: Sequence[str], moment: LiberoMoment) -> Array:
-    """The next action towards one condition."""
+    """Choose the next action towards a condition that is not fulfilled."""
     if condition[0] == "turnon":
         return _turn_on(condition[1], moment)
     if condition[0] == "open":
@@ -170,22 +205,30 @@ def pursue(condition: Sequence[str], moment: LiberoMoment) -> Array:
 
 
 def _prepare_drawer(region: str, moment: LiberoMoment) -> Array | None:
-    """The next action until a drawer is open and the gripper away from its handle; None then."""
+    """Open a drawer and move the gripper away from its handle.
+
+    Returns:
+        The next action; None when both is done.
+    """
     joint, cabinet = _find_drawer(region)
     if moment.joints[joint] > -ENOUGH_DRAWER_M:
         return _open_drawer(region, moment)
     offset = moment.pose[:3] - _find_handle(region, moment)
     is_sideways = _angle_between(DOWN, moment.pose[3:]) > MAX_SIDEWAYS_RAD
-    if is_sideways and np.linalg.norm(offset) < FRONT_M - 0.01:
-        goal = moment.commanded[:3] + 0.03 * _find_outward(moment.objects[cabinet])
-        return _move_posed(moment, goal, moment.commanded[3:], True)
+    if is_sideways and np.linalg.norm(offset) < MIN_LEFT_FRONT_M:
+        goal = moment.commanded[:3] + DRAWER_STEP_M * _find_outward(moment.objects[cabinet])
+        return _move_posed(moment, goal, moment.commanded[3:], is_open=True)
     return None
 
 
 def _pick_and_place(condition: Sequence[str], moment: LiberoMoment) -> Array:
+    """Approach an object with open fingers, wait until they hold it, and carry it to its place.
+
+    Fingers that have closed without holding the object open again.
+    """
     source = moment.objects[condition[1]]
     target_position = find_rest_position(source, condition[2], moment)
-    if moment.is_open:
+    if moment.is_commanded_open:
         return _approach(condition[1], moment)
     if condition[1] in moment.gripped_objects and moment.finger_speed < STILL_FINGER_SPEED_M_S:
         return _carry(condition[1], target_position, moment)
@@ -195,7 +238,7 @@ def _pick_and_place(condition: Sequence[str], moment: LiberoMoment) -> Array:
 
 
 def find_rest_position(source: Box, place_name: str, moment: LiberoMoment) -> Array:
-    """Where an object's origin should come to rest [3]."""
+    """Compute where an object's origin should come to rest [3]."""
     below_origin = source.pose[2] - _corners(source)[:, 2].min()
     if place_name in moment.regions:
         region = moment.regions[place_name]
@@ -207,11 +250,11 @@ def find_rest_position(source: Box, place_name: str, moment: LiberoMoment) -> Ar
     target = moment.objects[place_name]
     center = _corners(target).mean(axis=0)
     # A plate or a bowl is hollow: what is put there sinks below its rim.
-    return np.array([center[0], center[1], target.pose[2] + 0.01 + below_origin])
+    return np.array([center[0], center[1], target.pose[2] + HOLLOW_DEPTH_M + below_origin])
 
 
 def find_grasps(name: str, moment: LiberoMoment) -> list[Grasp]:
-    """All good grasps of an object."""
+    """Find all good grasps of an object: a bowl's at its rim, others' around the middle."""
     box = moment.objects[name]
     if "bowl" in name:
         return _find_rim_grasps(name, moment)
@@ -220,15 +263,16 @@ def find_grasps(name: str, moment: LiberoMoment) -> list[Grasp]:
     center = corners.mean(axis=0)
     top = corners[:, 2].max()
     bottom = corners[:, 2].min()
-    height = max((top + bottom) / 2, top - FINGER_LENGTH_M, bottom + 0.012)
+    height = max((top + bottom) / 2, top - FINGER_LENGTH_M, bottom + MIN_GRASP_HEIGHT_M)
+    # [3, 3], one of the object's own axes per row
     axes = quat_rotate(torch.from_numpy(box.pose[3:]), torch.eye(3, dtype=torch.float64)).numpy()
     size = box.high - box.low
-    # Of the object's own axes, those that lie level; the fingers close along the shortest.
-    level_axes = [k for k in range(3) if abs(axes[k][2]) < 0.5]
+    # The fingers close along the level axis in whose direction the object is narrowest.
+    level_axes = [k for k in range(3) if abs(axes[k][2]) < MAX_LEVEL_SLOPE]
+    min_width = min(size[k] for k in level_axes)
     grasps = []
-    shortest = min(level_axes, key=lambda k: size[k])
     for axis in level_axes:
-        if size[axis] < size[shortest] + 0.005:
+        if size[axis] < min_width + MAX_WIDER_M:
             closing = axes[axis]
             yaw = math.atan2(closing[1], closing[0]) - math.pi / 2
             grasps.append(Grasp(np.array([center[0], center[1], height]), yaw))
@@ -236,14 +280,17 @@ def find_grasps(name: str, moment: LiberoMoment) -> list[Grasp]:
 
 
 def _find_rim_grasps(name: str, moment: LiberoMoment) -> list[Grasp]:
-    """Grasps of a bowl's wall, from all sides where fingers and hand have room."""
+    """Find the grasps of a bowl's wall at which fingers and hand have room.
+
+    If no grasp has `ENOUGH_ROOM_M`, those with the most room are returned.
+    """
     box = moment.objects[name]
     corners = _corners(box)
     center = corners.mean(axis=0)
     rim_height = corners[:, 2].max()
     bottom = corners[:, 2].min()
     radius = float(np.min(box.high[:2] - box.low[:2])) / 2 - WALL_M
-    depth = min(RIM_DEPTH_M, rim_height - bottom - 0.012)
+    depth = min(RIM_DEPTH_M, rim_height - bottom - MIN_GRASP_HEIGHT_M)
     obstacles = _list_obstacles(moment, [name])
 
     grasps = []
@@ -255,21 +302,25 @@ def _find_rim_grasps(name: str, moment: LiberoMoment) -> list[Grasp]:
         grasp = Grasp(np.array([*point, rim_height - depth]), angle - math.pi / 2)
         grasps.append(grasp)
         rooms.append(_measure_room(grasp, center[:2], obstacles))
-    enough = min(ENOUGH_ROOM_M, max(rooms))
+    enough = min(ENOUGH_ROOM_M, max(rooms))  # compared with a margin for rounding errors
     return [grasp for grasp, room in zip(grasps, rooms, strict=True) if room >= enough - 1e-9]
 
 
 def _measure_room(grasp: Grasp, center: Array, obstacles: Sequence[Outline]) -> float:
-    """How far fingers and hand stay away from obstacles when they are at a grasp of a rim, m.
+    """Measure how far fingers and hand stay away from obstacles at a grasp of a rim, m.
 
-    center: [2] the bowl's middle. A drawer around it is an obstacle by its walls only.
+    Args:
+        grasp: The grasp.
+        center: [2] the bowl's middle. If an obstacle's box contains this point, the obstacle is a
+            drawer around the bowl, of which only the walls are in the way.
+        obstacles: What is in the way, seen from above.
     """
     point = grasp.position[:2]
     outward = (point - center) / np.linalg.norm(point - center)
     outer_finger = point + OUTER_FINGER_M * outward
-    reaches = np.linspace(-HAND_REACH_M, HAND_REACH_M, 9)
+    reaches = np.linspace(-HAND_REACH_M, HAND_REACH_M, NUM_HAND_POINTS)
     hand_points = point + reaches[:, None] * outward
-    room = 1.0
+    room = MAX_ROOM_M
     for obstacle in obstacles:
         if obstacle.top > grasp.position[2] - RIM_CLEARANCE_M:
             if obstacle.measure_distance(center) == 0:
@@ -284,15 +335,15 @@ def _measure_room(grasp: Grasp, center: Array, obstacles: Sequence[Outline]) -> 
 
 
 def _approach(name: str, moment: LiberoMoment) -> Array:
-    """Above the object first, then down to it, then close."""
+    """Move above the object first, then down to it, then close the gripper."""
     current_yaw = _yaw(moment.commanded)
-    best = min(
-        find_grasps(name, moment),
-        key=lambda grasp: (
-            abs(_nearest_yaw(grasp.yaw, current_yaw) - current_yaw)
-            + 3 * float(np.linalg.norm(grasp.position[:2] - moment.pose[:2]))
-        ),
-    )
+
+    def measure_effort(grasp: Grasp) -> float:
+        turn = abs(_nearest_yaw(grasp.yaw, current_yaw) - current_yaw)
+        distance = float(np.linalg.norm(grasp.position[:2] - moment.pose[:2]))
+        return turn + DISTANCE_WEIGHT_RAD_PER_M * distance
+
+    best = min(find_grasps(name, moment), key=measure_effort)
     yaw = _nearest_yaw(best.yaw, current_yaw)
     goal = best.position.copy()
     offset = float(np.linalg.norm(moment.pose[:2] - goal[:2]))
@@ -300,30 +351,34 @@ def _approach(name: str, moment: LiberoMoment) -> Array:
     is_aligned = offset < MAX_GRASP_OFFSET_M and turn < MAX_GRASP_TURN_RAD
     if not is_aligned:
         hover = goal[2] + HOVER_M
-        if offset > 0.03:
+        if offset > FAR_OFFSET_M:
             hover = max(hover, _height_to_clear(moment, goal, [name]) + CLEARANCE_M)
-        return _move_over(moment, goal, hover, yaw, True)
-    is_there = np.linalg.norm(moment.pose[:3] - goal) < MAX_ARM_OFFSET_M
-    is_blocked = moment.speed < STILL_SPEED_M_S and moment.pose[2] < goal[2] + 0.02
-    return _move_towards(moment, goal, yaw, not (is_there or is_blocked))
+        return _move_over(moment, goal, hover, yaw, is_open=True)
+    is_at_grasp = np.linalg.norm(moment.pose[:3] - goal) < MAX_ARM_OFFSET_M
+    is_low = moment.pose[2] < goal[2] + MAX_BLOCKED_HEIGHT_M
+    is_blocked = moment.speed < STILL_SPEED_M_S and is_low
+    should_close = is_at_grasp or is_blocked
+    return _move_towards(moment, goal, yaw, is_open=not should_close)
 
 
 def _carry(name: str, target_position: Array, moment: LiberoMoment) -> Array:
-    """Up, across, down, open."""
+    """Carry the object up, across and down, then open the gripper."""
     box = moment.objects[name]
     offset = target_position[:2] - box.pose[:2]
     distance = float(np.linalg.norm(offset))
     goal = moment.pose[:3].copy()
     goal[:2] += offset
-    hanging = moment.pose[2] - _corners(box)[:, 2].min()
+    hanging = moment.pose[2] - _corners(box)[:, 2].min()  # of the object below the end-effector
     if distance > MAX_PLACE_OFFSET_M:
         height = _height_to_clear(moment, goal, [name]) + CLEARANCE_M + hanging
-        height = max(height, moment.pose[2] + target_position[2] - box.pose[2] + 0.05)
-        return _move_over(moment, goal, height, _yaw(moment.commanded), False)
+        height = max(height, moment.pose[2] + target_position[2] - box.pose[2] + CARRY_MARGIN_M)
+        return _move_over(moment, goal, height, _yaw(moment.commanded), is_open=False)
     goal[2] = moment.pose[2] + target_position[2] + RELEASE_M - box.pose[2]
-    is_low = box.pose[2] < target_position[2] + RELEASE_M + 0.006
-    is_blocked = moment.speed < STILL_SPEED_M_S and box.pose[2] < target_position[2] + 0.05
-    return _move_towards(moment, goal, _yaw(moment.commanded), is_low or is_blocked)
+    is_placed = box.pose[2] < target_position[2] + RELEASE_M + RELEASE_MARGIN_M
+    is_low = box.pose[2] < target_position[2] + MAX_BLOCKED_PLACE_HEIGHT_M
+    is_blocked = moment.speed < STILL_SPEED_M_S and is_low
+    should_open = is_placed or is_blocked
+    return _move_towards(moment, goal, _yaw(moment.commanded), is_open=should_open)
 
 
 def _push(name: str, region: Region, moment: LiberoMoment) -> Array:
@@ -336,59 +391,74 @@ def _push(name: str, region: Region, moment: LiberoMoment) -> Array:
     low = moment.objects[name].pose[2] + PUSH_HEIGHT_M
 
     is_inside = np.linalg.norm(moment.pose[:2] - center[:2]) < INSIDE_PLATE_M
-    if moment.pose[2] > low + 0.012 or not is_inside:
-        if np.linalg.norm(moment.pose[:2] - center[:2]) > 0.015:
+    if moment.pose[2] > low + PUSH_HEIGHT_MARGIN_M or not is_inside:
+        if np.linalg.norm(moment.pose[:2] - center[:2]) > MAX_PUSH_START_OFFSET_M:
             height = max(low + HOVER_M, _height_to_clear(moment, center, [name]) + CLEARANCE_M)
-            return _move_over(moment, center, height, yaw, False)
-        return _move_towards(moment, np.array([*center[:2], low]), yaw, False)
+            return _move_over(moment, center, height, yaw, is_open=False)
+        return _move_towards(moment, np.array([*center[:2], low]), yaw, is_open=False)
     # The fingers meet the rim ahead, and take the plate as far as it has to go.
     goal = moment.pose[:2] + min(distance, MAX_PUSH_STEP_M) * direction_2d
-    return _move_towards(moment, np.array([*goal, low]), yaw, False)
+    return _move_towards(moment, np.array([*goal, low]), yaw, is_open=False)
 
 
 def _turn_on(name: str, moment: LiberoMoment) -> Array:
-    """Turn a stove's knob: beside the end of its handle, down, and push it round."""
+    """Turn a stove's knob: move beside the end of the knob's handle, then down, then push it round.
+
+    The position of the knob's joint is the angle of its handle.
+    """
     box = moment.objects[name]
     knob = box.pose[:2]
     angle = moment.joints[f"{name}_button"]
-    along = np.array([math.cos(angle), math.sin(angle)])
-    round_ = np.array([-along[1], along[0]])
-    start = knob + KNOB_LEVER_M * along - KNOB_ROOM_M * round_
+    along_handle = np.array([math.cos(angle), math.sin(angle)])
+    push_direction = np.array(
+        [-along_handle[1], along_handle[0]]
+    )  # turns the knob to a larger angle
+    start = knob + KNOB_LEVER_M * along_handle - KNOB_ROOM_M * push_direction
     low = box.pose[2] + KNOB_HEIGHT_M
     facing = quat_exp(torch.tensor([0.0, KNOB_TILT_RAD, 0.0], dtype=torch.float64)).numpy()
-    if moment.pose[2] > low + 0.015:
+    if moment.pose[2] > low + KNOB_HEIGHT_MARGIN_M:
         offset = float(np.linalg.norm(moment.pose[:2] - start))
         height = low if offset < MAX_KNOB_OFFSET_M else low + HOVER_M
-        return _move_posed(moment, np.array([*start, height]), facing, False)
-    goal = knob + KNOB_LEVER_M * along + KNOB_ROOM_M * round_
-    return _move_posed(moment, np.array([*goal, low]), facing, False)
+        return _move_posed(moment, np.array([*start, height]), facing, is_open=False)
+    goal = knob + KNOB_LEVER_M * along_handle + KNOB_ROOM_M * push_direction
+    return _move_posed(moment, np.array([*goal, low]), facing, is_open=False)
 
 
 def _open_drawer(region: str, moment: LiberoMoment) -> Array:
     """Take a drawer by its handle, from in front, and pull."""
     _, cabinet = _find_drawer(region)
-    out = _find_outward(moment.objects[cabinet])
+    outward = _find_outward(moment.objects[cabinet])
     handle = _find_handle(region, moment)
-    yaw = math.atan2(out[1], out[0])
-    facing = _face_sideways(yaw, moment)
-    in_front = handle + FRONT_M * out
+    facing = _face_sideways(math.atan2(outward[1], outward[0]), moment)
+    stay = moment.commanded[:3]
+    pull = moment.commanded[:3] + DRAWER_STEP_M * outward
+
+    # Where the gripper is, seen from the handle
     offset = moment.pose[:3] - handle
-    aside = float(np.linalg.norm(offset - (offset @ out) * out))
+    front = float(offset @ outward)  # how far in front of the handle, m
+    aside = float(np.linalg.norm(offset - front * outward))  # how far above, below or beside it, m
     turn = _angle_between(facing, moment.pose[3:])
-    is_at_handle = aside < 0.012 and offset @ out < 0.012
-    if moment.is_open and not is_at_handle:
-        if aside > 0.012 or turn > 0.12:
-            if offset @ out < FRONT_M - 0.02 and aside < 0.1:
-                return _move_posed(moment, moment.commanded[:3] + 0.03 * out, facing, True)
-            return _move_posed(moment, in_front, facing, True)
-        return _move_posed(moment, handle, facing, True)
-    if moment.is_open:
-        return _move_posed(moment, moment.commanded[:3], facing, False)
+    is_at_handle = aside < MAX_HANDLE_OFFSET_M and front < MAX_HANDLE_OFFSET_M
+    is_facing_handle = aside <= MAX_HANDLE_OFFSET_M and turn <= MAX_HANDLE_TURN_RAD
+    could_meet_handle = front < MIN_FRONT_M and aside < NEAR_HANDLE_M
+    has_lost_handle = aside > MAX_PULL_OFFSET_M or front > MAX_PULL_OFFSET_M
+
+    # With open fingers: away from the cabinet, then in front of the handle, to the handle, close.
+    if moment.is_commanded_open:
+        if is_at_handle:
+            return _move_posed(moment, stay, facing, is_open=False)
+        if is_facing_handle:
+            return _move_posed(moment, handle, facing, is_open=True)
+        if could_meet_handle:
+            return _move_posed(moment, pull, facing, is_open=True)
+        return _move_posed(moment, handle + FRONT_M * outward, facing, is_open=True)
+
+    # With closed fingers: wait until they have stopped. Then pull, or open if they lost the handle.
     if moment.finger_speed >= STILL_FINGER_SPEED_M_S:
-        return _move_posed(moment, moment.commanded[:3], facing, False)
-    if aside > 0.03 or offset @ out > 0.03:
-        return _move_posed(moment, moment.commanded[:3], facing, True)
-    return _move_posed(moment, moment.commanded[:3] + 0.03 * out, facing, False)
+        return _move_posed(moment, stay, facing, is_open=False)
+    if has_lost_handle:
+        return _move_posed(moment, stay, facing, is_open=True)
+    return _move_posed(moment, pull, facing, is_open=False)
 
 
 def _is_drawer(place_name: str, moment: LiberoMoment) -> bool:
@@ -396,13 +466,13 @@ def _is_drawer(place_name: str, moment: LiberoMoment) -> bool:
 
 
 def _find_outward(cabinet: Box) -> Array:
-    """The direction [3] in which a cabinet's drawers open."""
+    """Return the direction [3] in which a cabinet's drawers open: the cabinet's own -y axis."""
     outward = torch.tensor([0.0, -1.0, 0.0], dtype=torch.float64)
     return quat_rotate(torch.from_numpy(cabinet.pose[3:]), outward).numpy()
 
 
 def _find_handle(region: str, moment: LiberoMoment) -> Array:
-    """The middle of a drawer's handle [3]."""
+    """Compute the middle of a drawer's handle [3]."""
     _, cabinet = _find_drawer(region)
     middle = moment.regions[region].pose[:3]
     handle = middle + HANDLE_DISTANCE_M * _find_outward(moment.objects[cabinet])
@@ -410,16 +480,23 @@ def _find_handle(region: str, moment: LiberoMoment) -> Array:
 
 
 def _find_drawer(region: str) -> tuple[str, str]:
-    """The joint and the cabinet of a drawer's region, for example
-    "wooden_cabinet_1_middle_region"."""
+    """Return the names of the joint and of the cabinet of a drawer's region.
+
+    Example:
+        >>> _find_drawer("wooden_cabinet_1_middle_region")
+        ('wooden_cabinet_1_middle_level', 'wooden_cabinet_1')
+    """
     drawer = region.removesuffix("_region")
     cabinet = drawer.rsplit("_", 1)[0]
     return f"{drawer}_level", cabinet
 
 
 def _face_sideways(yaw: float, moment: LiberoMoment) -> Array:
-    """The orientation [4] of a gripper that points against the direction `yaw`, level, with its
-    fingers one above the other. Of the two such orientations, the one nearer to the present."""
+    """Return the orientation [4] of a gripper that points level, against the direction `yaw`.
+
+    Its fingers are one above the other. There are two such orientations, of which the one nearer to
+    the commanded one is returned.
+    """
     turned = quat_exp(torch.tensor([0.0, 0.0, yaw], dtype=torch.float64))
     # A quarter turn about y tips a gripper that points down so that it points along -x. Before it,
     # a quarter turn about the vertical, either way, brings the axis of the fingers upright.
@@ -436,8 +513,9 @@ def _angle_between(first: Array, second: Array) -> float:
 
 
 def _retreat(moment: LiberoMoment) -> Array:
+    """Rise with open fingers."""
     goal = moment.commanded[:3] + np.array([0, 0, RETREAT_M])
-    return _move_towards(moment, goal, _yaw(moment.commanded), True)
+    return _move_towards(moment, goal, _yaw(moment.commanded), is_open=True)
 
 
 def _wait(moment: LiberoMoment, is_open: bool) -> Array:
@@ -448,10 +526,9 @@ def _wait(moment: LiberoMoment, is_open: bool) -> Array:
 def _move_over(
     moment: LiberoMoment, goal: Array, height: float, yaw: float, is_open: bool
 ) -> Array:
-    """Rise to a height, then move across at it."""
-    lacking = height - moment.pose[2]
-    if lacking > 0.02:
-        # Across only as fast as the arm rises, so that it clears what stands near.
+    """Rise straight up to a height, then move across at this height to above `goal`."""
+    missing_height = height - moment.pose[2]
+    if missing_height > MAX_MISSING_HEIGHT_M:
         target = np.array([*moment.commanded[:2], height])
     else:
         target = np.array([goal[0], goal[1], height])
@@ -459,8 +536,11 @@ def _move_over(
 
 
 def _height_to_clear(moment: LiberoMoment, goal: Array, ignored: Sequence[str]) -> float:
-    """The top of the highest thing near the straight way from the end-effector to a position."""
-    fractions = np.linspace(0, 1, 12)
+    """Return the height of the highest thing near the straight way from the gripper to `goal`.
+
+    Without such a thing, it is a height below everything (-1 m).
+    """
+    fractions = np.linspace(0, 1, NUM_PATH_POINTS)
     path = moment.pose[:2] + fractions[:, None] * (goal[:2] - moment.pose[:2])
     highest = -1.0
     for obstacle in _list_obstacles(moment, ignored):
@@ -470,9 +550,10 @@ def _height_to_clear(moment: LiberoMoment, goal: Array, ignored: Sequence[str]) 
 
 
 def _list_obstacles(moment: LiberoMoment, ignored: Sequence[str]) -> list[Outline]:
-    """Everything that stands in the way: objects, fixtures and drawers.
+    """List the outlines of everything that stands in the way: objects, fixtures and drawers.
 
-    The box of a drawer reaches from its front, wherever that is, to the back of its cabinet.
+    The box of a drawer reaches from the drawer's front, which may be pulled out, to the back of the
+    cabinet.
     """
     boxes = {name: box for name, box in moment.objects.items() if name not in ignored}
     drawers = []
@@ -494,32 +575,36 @@ def _list_obstacles(moment: LiberoMoment, ignored: Sequence[str]) -> list[Outlin
 
 
 def _move_towards(moment: LiberoMoment, goal: Array, yaw: float, is_open: bool) -> Array:
-    """A step of the commanded pose towards a position [3] and a gripper that points down."""
+    """Make the action that moves the commanded pose towards a position [3], pointing down."""
     facing = quat_exp(torch.tensor([0.0, 0.0, yaw], dtype=torch.float64)).numpy()
     return _move_posed(moment, goal, facing, is_open)
 
 
 def _move_posed(moment: LiberoMoment, goal: Array, facing: Array, is_open: bool) -> Array:
-    """A step of the commanded pose towards a position [3] and an orientation [4]."""
+    """Make the action that moves the commanded pose towards a position [3] and an orientation [4].
+
+    The action goes at most `MAX_STEP_M` and `MAX_TURN_RAD` of the way.
+    """
     position, orientation = torch.from_numpy(moment.commanded).split([3, 4])
     move, rotation = action_between_poses(
         position, orientation, torch.from_numpy(goal), torch.from_numpy(facing)
     )
     turn = quat_log(rotation)
-    move = move * min(1.0, MAX_STEP_M / max(float(move.norm()), 1e-9))
-    turn = turn * min(1.0, MAX_TURN_RAD / max(float(turn.norm()), 1e-9))
+    move = move * min(1.0, MAX_STEP_M / max(float(move.norm()), MIN_NORM))
+    turn = turn * min(1.0, MAX_TURN_RAD / max(float(turn.norm()), MIN_NORM))
     action = np.concatenate([move, quat_canonical(quat_exp(turn)), [float(is_open)]])
     return action.astype(np.float32)
 
 
 def _corners(box: Box) -> Array:
-    """The corners [8, 3] of a box, base frame."""
+    """Compute the corners [8, 3] of a box, base frame."""
     corners = np.array(list(itertools.product(*zip(box.low, box.high, strict=True))))
     rotated = quat_rotate(torch.from_numpy(box.pose[3:]), torch.from_numpy(corners))
     return rotated.numpy() + box.pose[:3]
 
 
 def _outline(box: Box) -> Outline:
+    """Return a box as it is seen from above."""
     corners = _corners(box)
     center = corners[:, :2].mean(axis=0)
     yaw = _yaw(box.pose)
@@ -531,13 +616,18 @@ def _outline(box: Box) -> Outline:
 
 
 def _nearest_yaw(yaw: float, current: float) -> float:
-    """Of a gripper's two equal yaws, half a turn apart, the one nearer to the current."""
+    """Return `yaw`, or `yaw` and half a turn, whichever is nearer to `current`, rad.
+
+    The gripper has two fingers, so it grasps in the same way after half a turn.
+    """
     return current + (yaw - current + math.pi / 2) % math.pi - math.pi / 2
 
 
 def _wrap(angle: float) -> float:
+    """Add full turns to an angle until it is in -π … π."""
     return (angle + math.pi) % (2 * math.pi) - math.pi
 
 
 def _yaw(pose: Array) -> float:
+    """Return the rotation of a pose [7] about the vertical, rad."""
     return float(quat_to_euler(torch.from_numpy(pose[3:]), "xyz")[2])

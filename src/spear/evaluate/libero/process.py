@@ -54,19 +54,19 @@ class Region:
 class LiberoMoment:
     """A scene between two actions.
 
-    pose       [7] of the end-effector in the base frame.
-    commanded  [7], the pose that the controller is told to reach.
-    opening    of the gripper, 0 to 1.
-    base       [3] position of the robot's base in the world, m.
-    objects    name → `Box`, of objects and fixtures.
-    regions    name → `Region`.
-    joints     name of a fixture's joint → its position, m or rad.
-    gripped_objects       names of the objects that both fingers touch.
-    is_open    whether the last command was to open the gripper.
-    speed      of the end-effector, m/s.
-    finger_speed  of the faster finger, m/s.
-    success    whether the task has been fulfilled.
-    steps      controller steps since the episode began.
+    pose               [7] of the end-effector in the base frame.
+    commanded          [7] pose that the controller has to reach.
+    opening            measured gripper opening, 0 to 1.
+    base               [3] position of the robot's base in the world, m.
+    objects            name → `Box`, of objects and fixtures.
+    regions            name → `Region`.
+    joints             name of a fixture's joint → its position, m or rad.
+    gripped_objects    names of the objects that both fingers touch.
+    is_commanded_open  whether the last command was to open the gripper.
+    speed              of the end-effector, m/s.
+    finger_speed       of the faster finger, m/s.
+    success            whether the task has been fulfilled.
+    steps              controller steps since the episode began.
     """
 
     pose: Array
@@ -77,7 +77,7 @@ class LiberoMoment:
     regions: Mapping[str, Region]
     joints: Mapping[str, float]
     gripped_objects: tuple[str, ...]
-    is_open: bool
+    is_commanded_open: bool
     speed: float
     finger_speed: float
     success: bool
@@ -112,16 +112,16 @@ class LiberoProcess:
         suite: name of the suite.
         task_index: number of the task, from 0.
         seed: seed of the environment, see `Protocol`.
-        is_cheap: whether pictures are rendered without multisampling and reflections.
+        fast_rendering: whether pictures are rendered without multisampling and reflections.
 
     Raises:
         SpearError: LIBERO's environment is missing, or it does not know the task.
     """
 
-    def __init__(self, suite: str, task_index: int, seed: int, is_cheap: bool) -> None:
+    def __init__(self, suite: str, task_index: int, seed: int, fast_rendering: bool) -> None:
         self._name = f"{suite}/{task_index}"
         self._process, self._connection = _start_worker()
-        description = self._call("open", suite, task_index, seed, is_cheap)
+        description = self._call("open", suite, task_index, seed, fast_rendering)
         self.instruction = str(description["instruction"])
         self.num_states = int(description["num_states"])
         self.goal: list[list[str]] = description["goal"]
@@ -175,7 +175,7 @@ class LiberoProcess:
 
 
 def make_blank_pictures() -> dict[str, Array]:
-    """Black pictures, where nobody looks at them."""
+    """Make black pictures, for observations of agents that use no pictures."""
     blank = np.zeros((IMAGE_SIZE_PX, IMAGE_SIZE_PX, 3), np.uint8)
     return {"external": blank, "wrist": blank}
 
@@ -201,6 +201,7 @@ def _start_worker() -> tuple[subprocess.Popen[bytes], Connection]:
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
             )
+            # `accept` takes no timeout, so the listener's socket gets one.
             listener._listener._socket.settimeout(MAX_START_S)  # type: ignore[attr-defined]
             try:
                 return process, listener.accept()
@@ -223,7 +224,7 @@ def _read_moment(values: Mapping[str, Any]) -> LiberoMoment:
         regions={name: Region(*region) for name, region in values["sites"].items()},
         joints=values["joints"],
         gripped_objects=tuple(values["gripped_objects"]),
-        is_open=values["is_open"],
+        is_commanded_open=values["is_commanded_open"],
         speed=values["speed"],
         finger_speed=values["finger_speed"],
         success=values["success"],

@@ -46,7 +46,7 @@ PROTOCOL = PROTOCOLS["openpi"]
 SHARD_SIZE = 16  # number of demonstrations in a file: a few minutes of recording
 DISTURBANCE = Disturbance(translation=0.02, rotation=math.radians(6), twist=math.radians(20))
 """Disturbances of the arm (m, rad), as in SIMPLER's demonstrations."""
-MAX_STARTS = 10  # that are tried for a seed
+MAX_STARTS = 10  # starts that are tried for a seed, before the last one is used anyway
 MAX_SETTLED_OFFSET_M = 0.02
 """An object that comes to rest farther from where it was put has fallen, or was pushed away."""
 MAX_SETTLED_HEIGHT_M = 0.01  # the same for its height
@@ -175,7 +175,7 @@ def record_episode(
         step += 1
 
     source = _format_source(format_task(suite, index), seed, settings)
-    return recorder.episode(process.instruction, CONTROL_RATE_HZ, source, moment.success)
+    return recorder.make_episode(process.instruction, CONTROL_RATE_HZ, source, moment.success)
 
 
 def begin_at_resting_start(process: LiberoProcess, seed: int) -> LiberoMoment:

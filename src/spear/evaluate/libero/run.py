@@ -86,11 +86,17 @@ def evaluate_libero(agent: Agent, options: LiberoOptions) -> tuple[Results, list
 class LiberoScene:
     """A running scene.
 
-    moment    what is known since the last inference, and `first_moment` when the episode began.
-    pictures  of both cameras at this moment, by view.
-    track     the pictures of each inference so far, for a film.
-    reached, grasped, has_moved_wrong_object  milestones so far, see `Outcome`.
-    started   when, in seconds of `time.perf_counter`.
+    task                    the task.
+    seed                    the seed of the scene.
+    process                 the simulator of the scene.
+    first_moment            the state when the episode began.
+    moment                  the state after the last executed action.
+    pictures                of both cameras before the next inference, by view.
+    track                   the pictures of each inference so far, for a film.
+    reached                 whether the gripper has been at an object that the goal names.
+    grasped                 whether the gripper has held such an object.
+    has_moved_wrong_object  whether another object has moved.
+    started                 start of the episode, in seconds of `time.perf_counter`.
     """
 
     task: str
@@ -111,10 +117,13 @@ class LiberoScene:
         return self.moment.steps // CONTROLLER_STEPS_PER_ACTION
 
     def update_milestones(self) -> None:
-        named = {word for condition in self.process.goal for word in condition[1:]}
+        """Set `reached`, `grasped` and `has_moved_wrong_object` if that holds at this moment."""
+        goal_names = set[str]()  # of objects and places
+        for _, *names in self.process.goal:  # a condition is ["on", object, place], for example
+            goal_names.update(names)
         for name, box in self.moment.objects.items():
             moved_m = np.linalg.norm(box.pose[:3] - self.first_moment.objects[name].pose[:3])
-            if name not in named:
+            if name not in goal_names:
                 self.has_moved_wrong_object |= bool(moved_m > MIN_MOVED_M)
                 continue
             distance_m = np.linalg.norm(box.pose[:3] - self.moment.pose[:3])
@@ -136,8 +145,10 @@ class LiberoScene:
 
 
 class OracleAgent(Agent):
-    """The scripted expert, which sees the true state: what adapter, controller and step limit
-    allow."""
+    """The scripted expert, which sees the true state.
+
+    Its success shows what adapter, controller and step limit allow.
+    """
 
     name = "oracle"
 
@@ -164,7 +175,7 @@ class Libero:
         _, control = self._robot.select_control(CONTROL)
         self._convert = control.convert
         self._processes: list[LiberoProcess] = []
-        self._task = ""
+        self._task = ""  # the task of the processes
 
     def run(
         self, agent: Agent, family: str, seeds: Sequence[int], filming: bool
@@ -223,18 +234,18 @@ class Libero:
         self._processes = []
 
     def _open(self, task: str, count: int) -> list[LiberoProcess]:
-        """Open processes of a task; those of another task end."""
+        """Return `count` processes of a task. Processes of another task end."""
         if task != self._task:
             self.close()
             self._task = task
         suite, index = parse_task(task)
-        missing = count - len(self._processes)
-        with ThreadPoolExecutor(max(missing, 1)) as threads:
+        num_missing = count - len(self._processes)
+        with ThreadPoolExecutor(max(num_missing, 1)) as threads:
             opening = [
                 threads.submit(
                     LiberoProcess, suite, index, self._protocol.seed, self._options.fast_rendering
                 )
-                for _ in range(missing)
+                for _ in range(num_missing)
             ]
             self._processes += [process.result() for process in opening]
         return self._processes[:count]
@@ -247,7 +258,15 @@ class Libero:
         # number fixes where cabinet and stove stand, also in an evaluation that was continued.
         moment = process.reset(state_index, num_resets=state_index + 1)
         pictures = process.render() if needs_pictures else make_blank_pictures()
-        return LiberoScene(task, seed, process, moment, moment, pictures, [pictures])
+        return LiberoScene(
+            task,
+            seed,
+            process,
+            first_moment=moment,
+            moment=moment,
+            pictures=pictures,
+            track=[pictures],
+        )
 
     def _observe(self, scene: LiberoScene) -> CheckedObservation:
         observation = scene.moment.make_observation(scene.process.instruction, scene.pictures)
@@ -264,9 +283,9 @@ class Libero:
         check_replan_interval(self._options.replan_steps, len(chunk))
         suite, _ = parse_task(scene.task)
         max_steps = get_max_steps(suite, self._protocol)
-        rows = self._convert(
-            chunk[: self._options.replan_steps], observation["observation/state"], {}
-        )
+        actions = chunk[: self._options.replan_steps]
+        robot_observation: Mapping[str, Any] = {}  # this control reads nothing from it
+        rows = self._convert(actions, observation["observation/state"], robot_observation)
         for row in rows:
             scene.moment = scene.process.run(row[None], max_steps)
             scene.update_milestones()

@@ -33,7 +33,7 @@ RAISED_M = 0.05
 """An object whose origin is this much higher than the lowest one's does not stand on the table."""
 MIN_GAP_M = 0.11
 """Objects are not moved closer to each other than this, from middle to middle, m."""
-MAX_TRIES = 200
+MAX_TRIES = 200  # draws of all motions, before there is an error
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ def sample_start(official: Mapping[str, Array], seed: int, attempt: int = 0) -> 
     Args:
         official: loose object → [S, 3], its position in each official state, m.
         seed: of the start. It also chooses the official state.
-        attempt: another number gives another start of the same official state.
+        attempt: number of the draw; each number gives another start of the same official state.
 
     Raises:
         SpearError: no start was found that keeps the margin and the gaps.
@@ -70,7 +70,7 @@ def sample_start(official: Mapping[str, Array], seed: int, attempt: int = 0) -> 
         shift_of_group = {group: _draw_shift(rng) for group in sorted(set(group_of_object))}
         shifts = np.stack([shift_of_group[group] for group in group_of_object])  # [objects, 2]
         for group in set(group_of_object):
-            members = [index for index, own in enumerate(group_of_object) if own == group]
+            members = np.equal(group_of_object, group)  # [objects] bool
             if heights[members].min() > RAISED_M:
                 shifts[members] *= MAX_RAISED_SHIFT_M / MAX_SHIFT_M
         after = before[:, :2] + shifts
@@ -113,8 +113,12 @@ def _find_groups(positions: Array) -> list[int]:
     for first, second in itertools.combinations(range(len(positions)), 2):
         distance = np.linalg.norm(positions[first, :2] - positions[second, :2])
         if distance < STACKED_DISTANCE_M:
-            old, new = group_of_object[second], group_of_object[first]
-            group_of_object = [new if group == old else group for group in group_of_object]
+            # Merge the two groups: the members of the second object's group join the first one's.
+            first_group = group_of_object[first]
+            second_group = group_of_object[second]
+            group_of_object = [
+                first_group if group == second_group else group for group in group_of_object
+            ]
     return group_of_object
 
 

@@ -47,10 +47,10 @@ class LiberoTask:
         task_index: number of the task in its suite, from 0.
         seed: seed of the environment. It draws where the cabinet and the stove stand, which the
             official states do not contain.
-        is_cheap: whether pictures are rendered without multisampling and without reflections.
+        fast_rendering: whether pictures are rendered without multisampling and without reflections.
     """
 
-    def __init__(self, suite: str, task_index: int, seed: int, is_cheap: bool) -> None:
+    def __init__(self, suite: str, task_index: int, seed: int, fast_rendering: bool) -> None:
         from libero.libero import benchmark, get_libero_path
         from libero.libero.envs import OffScreenRenderEnv
 
@@ -74,12 +74,12 @@ class LiberoTask:
         self._env.seed(seed)
         self._seed = seed
         self._num_resets = 0  # since the environment was seeded
-        self._is_cheap = is_cheap
+        self._fast_rendering = fast_rendering
         self._is_prepared = False
         self._commanded = np.zeros(7)
         self._num_steps = 0
         self._has_succeeded = False
-        self._is_open = True
+        self._is_commanded_open = True
         self._boxes: dict[str, tuple[Array, Array]] = {}
 
     def describe(self) -> dict[str, Any]:
@@ -102,7 +102,8 @@ class LiberoTask:
         positions = {}
         for name, loose_object in self._env.env.objects_dict.items():
             first, _ = model.get_joint_qpos_addr(loose_object.joints[-1])
-            # A state is the time, then all positions of joints, then their speeds.
+            # A state is the time, then all positions of joints, then their speeds. The first three
+            # numbers of a loose object's joint are x, y and z.
             positions[name] = self._states[:, 1 + first : 4 + first]
         return positions
 
@@ -137,7 +138,7 @@ class LiberoTask:
         self._commanded = self._read_ee_pose()
         self._num_steps = 0
         self._has_succeeded = False
-        self._is_open = True
+        self._is_commanded_open = True
         return self._make_moment()
 
     def run(self, rows: Array, max_steps: int) -> dict[str, Any]:
@@ -151,7 +152,7 @@ class LiberoTask:
         """
         for row in np.asarray(rows, np.float64):
             self._move_commanded_pose(row)
-            self._is_open = bool(row[6] < 0)
+            self._is_commanded_open = bool(row[6] < 0)
             for _ in range(CONTROLLER_STEPS_PER_ACTION):
                 if self._has_succeeded or self._num_steps >= max_steps:
                     return self._make_moment()
@@ -192,13 +193,12 @@ class LiberoTask:
         self._env.env.robots[0].gripper.current_action[:] = 0
         if not self._is_prepared:
             self._is_prepared = True
-            self._prepare_rendering()
+            if self._fast_rendering:
+                self._simplify_rendering()
             self._boxes = self._measure_boxes()
 
-    def _prepare_rendering(self) -> None:
-        """Render without multisampling and reflections, if that was asked for."""
-        if not self._is_cheap:
-            return
+    def _simplify_rendering(self) -> None:
+        """Replace the renderer by one without multisampling and reflections."""
         model = self._env.sim.model._model
         model.vis.quality.offsamples = 0
         model.mat_reflectance[:] = 0
@@ -268,15 +268,20 @@ class LiberoTask:
     def _make_moment(self) -> dict[str, Any]:
         """What is known between two actions.
 
-        pose        [7] of the end-effector, and "commanded" [7], the one it is told to reach.
-        fingers     [2] joint positions of the fingers, m.
-        base        [3] position of the robot's base in the world, m.
-        objects     name → (pose [7], smallest and largest corner [3] of its box, in its own frame).
-        sites       name of a region → (pose [7], half sizes [3]).
-        joints      name of a joint of a fixture → its position (m or rad).
-        gripped_objects        names of the objects that both fingers touch.
-        is_open     whether the last command was to open the gripper.
-        speed       of the end-effector, m/s, and "finger_speed", of the fastest finger.
+        pose               [7] of the end-effector.
+        commanded          [7] pose that the controller has to reach.
+        fingers            [2] joint positions of the fingers, m.
+        base               [3] position of the robot's base in the world, m.
+        objects            name → (pose [7], smallest and largest corner [3] of its box, in its own
+                           frame).
+        sites              name of a region → (pose [7], half sizes [3]).
+        joints             name of a joint of a fixture → its position (m or rad).
+        gripped_objects    names of the objects that both fingers touch.
+        is_commanded_open  whether the last command was to open the gripper.
+        speed              of the end-effector, m/s.
+        finger_speed       of the faster finger, m/s.
+        success            whether the task has been fulfilled.
+        steps              controller steps since the episode began.
         """
         sim = self._env.sim
         environment = self._env.env
@@ -310,7 +315,7 @@ class LiberoTask:
             "sites": sites,
             "joints": joints,
             "gripped_objects": gripped_objects,
-            "is_open": self._is_open,
+            "is_commanded_open": self._is_commanded_open,
             "speed": float(np.linalg.norm(robot._hand_vel)),
             "finger_speed": float(
                 np.abs(sim.data.qvel[robot._ref_gripper_joint_vel_indexes]).max()
@@ -451,8 +456,8 @@ def serve(connection: Connection) -> None:
                     result = getattr(task, method)(*arguments)
             connection.send((True, result))
         except Exception as error:
-            last_line = traceback.format_exc().strip().splitlines()[-3:]
-            connection.send((False, f"{type(error).__name__}: {error} ({' '.join(last_line)})"))
+            last_lines = traceback.format_exc().strip().splitlines()[-3:]
+            connection.send((False, f"{type(error).__name__}: {error} ({' '.join(last_lines)})"))
 
 
 def main() -> None:

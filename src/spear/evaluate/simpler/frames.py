@@ -71,7 +71,7 @@ def render_labeled_frame(env: Any, task: Task, official: tuple[Array, Array], se
     start = sample_off_grid_start(task, seed, *official)
 
     # The order of these calls must stay, because it is the order in which `rng` draws numbers.
-    clutter_names = _add_clutter(env, start, rng)
+    clutter_names = _build_scene_with_clutter(env, start, rng)
     _change_light(env, rng)
     _change_posture(env, rng)
     is_camera_moved = _move_camera_sometimes(env, rng)
@@ -101,8 +101,8 @@ def render_labeled_frame(env: Any, task: Task, official: tuple[Array, Array], se
     )
 
 
-def _add_clutter(env: Any, start: Start, rng: np.random.Generator) -> list[str]:
-    """Build the scene of a start with clutter in it. Return the models of the clutter objects."""
+def _build_scene_with_clutter(env: Any, start: Start, rng: np.random.Generator) -> list[str]:
+    """Build the scene of a start, with clutter. Return the models of the clutter objects."""
     task_names = list(env.obj_names)
     foreground_names = list(env.objects_excluded_from_greenscreening)
     other_names = [name for name in OBJECT_NAMES if name not in task_names]

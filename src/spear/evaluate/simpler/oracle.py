@@ -65,7 +65,7 @@ def choose_action(task_name: str, truth: Truth) -> Array:
     goal_top = truth.goal[2] + truth.goal_size[2] / 2
     rest_position = np.array([truth.goal[0], truth.goal[1], goal_top + truth.source_size[2] / 2])
     offset = float(np.linalg.norm(truth.source[:2] - rest_position[:2]))  # horizontal
-    if truth.open:
+    if truth.is_commanded_open:
         height = abs(truth.source[2] - rest_position[2])
         max_height = MAX_PLACED_HEIGHT_M + task.release_height_m
         is_placed = offset < MAX_PLACED_OFFSET_M and height < max_height
@@ -74,7 +74,7 @@ def choose_action(task_name: str, truth: Truth) -> Array:
         return _approach(truth, task)
 
     has_object = truth.opening > MIN_HELD_OPENING
-    if truth.closing and has_object:
+    if truth.is_closing and has_object:
         return _wait(truth, opened=False)
     if not has_object:
         return _wait(truth, opened=True)
@@ -114,7 +114,7 @@ def _approach(truth: Truth, task: Task) -> Array:
         target[2] += HOVER_M
     is_commanded = np.linalg.norm(truth.commanded[:3] - target) < MAX_COMMAND_OFFSET_M
     is_near = np.linalg.norm(truth.measured[:3] - target) < MAX_ARM_OFFSET_M
-    should_close = is_aligned and is_commanded and (is_near or truth.still)
+    should_close = is_aligned and is_commanded and (is_near or truth.is_still)
     return _move_towards(truth, target, yaw, opened=not should_close)
 
 
@@ -142,7 +142,7 @@ def _carry(truth: Truth, task: Task, rest_position: Array, offset: float) -> Arr
 
     # Something blocks the object if the arm stands still far from its command.
     lag = float(np.linalg.norm(truth.commanded[:3] - truth.measured[:3]))
-    is_blocked = truth.still and lag > MAX_ARM_OFFSET_M and height < MAX_BLOCKED_HEIGHT_M
+    is_blocked = truth.is_still and lag > MAX_ARM_OFFSET_M and height < MAX_BLOCKED_HEIGHT_M
     is_placed = offset < MAX_PLACE_OFFSET_M and height < task.release_height_m + RELEASE_MARGIN_M
     should_open = is_placed or (is_above and is_blocked)
     return _move_towards(truth, target, _yaw(truth.commanded), opened=should_open)

@@ -174,7 +174,7 @@ def record_episode(
     success = num_fulfilled_steps >= NUM_STEPS_AFTER_SUCCESS or moment.success
     instruction = str(moment.observation["prompt"])
     source = _format_source(task, seed, policy)
-    return recorder.episode(instruction, CONTROL_RATE_HZ, source, success)
+    return recorder.make_episode(instruction, CONTROL_RATE_HZ, source, success)
 
 
 def _format_source(task: str, seed: int, policy: InterveningPolicy | None) -> str:
@@ -226,4 +226,4 @@ def _render_frames(
     """Render the frames of one job in a process of its own."""
     task, seeds = job
     with contextlib.closing(SimplerProcess(task, assets)) as process:
-        yield VIEW, [process.look(seed, size) for seed in seeds]
+        yield VIEW, [process.render_scene(seed, size) for seed in seeds]

@@ -82,13 +82,13 @@ def evaluate_simpler(agent: Agent, options: SimplerOptions) -> tuple[Results, li
 class SimplerScene:
     """A running scene.
 
-    task      the task.
-    seed      the seed of the scene.
-    moment    the state after the last executed step.
-    process   the simulator of the scene.
-    pictures  the camera's image at each step so far, if a film may be made.
-    achieved  the step since which the task has been fulfilled; None while it is not fulfilled.
-    started   start of the episode, in seconds of `time.perf_counter`.
+    task             the task.
+    seed             the seed of the scene.
+    moment           the state after the last executed step.
+    process          the simulator of the scene.
+    pictures         the camera's image at each step so far, if a film may be made.
+    fulfilled_since  the step since which the task has been fulfilled; None while it is not.
+    started          start of the episode, in seconds of `time.perf_counter`.
     """
 
     task: str
@@ -96,7 +96,7 @@ class SimplerScene:
     moment: Moment
     process: SimplerProcess
     pictures: list[Array]
-    achieved: int | None = None
+    fulfilled_since: int | None = None
     started: float = field(default_factory=time.perf_counter)
 
     @property
@@ -129,8 +129,8 @@ class Simpler:
 
     def __init__(self, options: SimplerOptions) -> None:
         self._options = options
-        self._batch = options.batch_size or os.cpu_count() or 1
-        self.group_size = self._batch
+        self._num_processes = options.batch_size or os.cpu_count() or 1
+        self.group_size = self._num_processes
         self._robot = embodiments.load(ROBOT)
         _, control = self._robot.select_control(None)  # None selects the robot's default control
         self._convert = control.convert
@@ -144,17 +144,17 @@ class Simpler:
 
         A process whose episode has ended takes the next seed.
         """
-        free_processes = self.open(family, min(self._batch, len(seeds)))
-        image = agent.needs_images or filming
+        free_processes = self.open(family, min(self._num_processes, len(seeds)))
+        needs_image = agent.needs_images or filming
         waiting_seeds = list(reversed(seeds))
         scenes: list[SimplerScene] = []
-        with ThreadPoolExecutor(self._batch) as threads:
+        with ThreadPoolExecutor(self._num_processes) as threads:
 
             def start(process: SimplerProcess, seed: int) -> SimplerScene:
-                return self._start(family, process, seed, image)
+                return self._start(family, process, seed, needs_image)
 
             def execute(scene: SimplerScene, chunk: Array, observation: Mapping[str, Any]) -> bool:
-                return self._execute(scene, chunk, observation, image, filming)
+                return self._execute(scene, chunk, observation, needs_image, filming)
 
             while waiting_seeds or scenes:
                 # Start episodes in all free processes.
@@ -206,12 +206,14 @@ class Simpler:
             self._processes.append(SimplerProcess(task, self._options.assets))
         return self._processes[:count]
 
-    def _start(self, task: str, process: SimplerProcess, seed: int, image: bool) -> SimplerScene:
+    def _start(
+        self, task: str, process: SimplerProcess, seed: int, needs_image: bool
+    ) -> SimplerScene:
         """Start the episode of one seed in a process."""
         off_grid = self._options.off_grid
         start = seed if off_grid else seed % TASKS[task].num_starts
-        moment = process.reset(start, image, off_grid)
-        pictures = [moment.observation["observation/image"]] if image else []
+        moment = process.reset(start, image=needs_image, is_off_grid=off_grid)
+        pictures = [moment.observation["observation/image"]] if needs_image else []
         return SimplerScene(task, seed, moment, process, pictures)
 
     def _execute(
@@ -219,7 +221,7 @@ class Simpler:
         scene: SimplerScene,
         chunk: Array,
         observation: Mapping[str, Any],
-        image: bool,
+        needs_image: bool,
         filming: bool,
     ) -> bool:
         """Step one scene until the next inference, or until the episode ends.
@@ -228,7 +230,7 @@ class Simpler:
             scene: The scene.
             chunk: [H, 8] the predicted actions.
             observation: The observation from which they were predicted.
-            image: Whether the next observation should have an image.
+            needs_image: Whether the next observation should have an image.
             filming: Whether the images of all steps are kept for a film.
 
         Returns:
@@ -239,15 +241,15 @@ class Simpler:
         num_actions = min(self._options.replan_steps, max_steps - scene.steps)
         state = observation["observation/state"]
         rows = self._convert(chunk[:num_actions], state, scene.moment.observation)
-        scene.moment = scene.process.run(rows, image, filming)
+        scene.moment = scene.process.run(rows, image=needs_image, filming=filming)
         if filming:
             scene.pictures = scene.pictures + scene.moment.pictures
         else:
             scene.pictures = []
         if not scene.moment.success:
-            scene.achieved = None
-        elif scene.achieved is None:
-            scene.achieved = scene.steps
+            scene.fulfilled_since = None
+        elif scene.fulfilled_since is None:
+            scene.fulfilled_since = scene.steps
         return scene.steps >= max_steps
 
 
@@ -255,7 +257,7 @@ def _make_outcome(scene: SimplerScene) -> Outcome:
     """Make the outcome of a scene whose episode has ended."""
     moment = scene.moment
     # With success, the steps until the task was fulfilled; otherwise all steps.
-    num_steps = moment.steps if scene.achieved is None else scene.achieved
+    num_steps = moment.steps if scene.fulfilled_since is None else scene.fulfilled_since
     return Outcome(
         family=scene.task,
         seed=scene.seed,

@@ -176,24 +176,24 @@ class Truth:
 
     Poses are [7]: position (m) and quaternion (w x y z), in the robot's base frame.
 
-    commanded    pose of the end effector that the controller has to reach.
-    measured     pose of the end effector.
-    opening      measured gripper opening, 0 to 1.
-    open         whether the gripper was commanded to be open.
-    still        whether the arm and the fingers hardly moved in the last step.
-    closing      whether the fingers closed further in the last step.
-    source       pose of the object to move.
-    source_size  [3] sides of the source's bounding box along its own axes, m.
-    goal         pose of the object, or place, on which the source has to be put.
-    goal_size    [3] sides of the goal's bounding box along its own axes, m.
+    commanded          pose of the end effector that the controller has to reach.
+    measured           pose of the end effector.
+    opening            measured gripper opening, 0 to 1.
+    is_commanded_open  whether the gripper was commanded to be open.
+    is_still           whether the arm and the fingers hardly moved in the last step.
+    is_closing         whether the fingers closed further in the last step.
+    source             pose of the object to move.
+    source_size        [3] sides of the source's bounding box along its own axes, m.
+    goal               pose of the object, or place, on which the source has to be put.
+    goal_size          [3] sides of the goal's bounding box along its own axes, m.
     """
 
     commanded: Array
     measured: Array
     opening: float
-    open: bool
-    still: bool
-    closing: bool
+    is_commanded_open: bool
+    is_still: bool
+    is_closing: bool
     source: Array
     source_size: Array
     goal: Array

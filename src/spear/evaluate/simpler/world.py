@@ -135,10 +135,10 @@ class SimplerWorld:
         self._task = TASKS[task]
         # Positions [n, 2, 3] and orientations [m, 2, 4] of the official starts, as ManiSkill's
         # tensors, from which `rebuild_scene` builds scenes
-        self._official = (self._env.xyz_configs, self._env.quat_configs)
-        positions, turns = self._official
+        self._official_tensors = (self._env.xyz_configs, self._env.quat_configs)
+        positions, turns = self._official_tensors
         # The same as float64 arrays, which `sample_off_grid_start` uses
-        self._grid = (np.asarray(positions, np.float64), np.asarray(turns, np.float64))
+        self._official_arrays = (np.asarray(positions, np.float64), np.asarray(turns, np.float64))
         num_starts = len(positions) * len(turns)
         if num_starts != self._task.num_starts:
             raise SpearError(f"SIMPLER's {task} has {num_starts} starts. Say so in its Task.")
@@ -154,7 +154,7 @@ class SimplerWorld:
         if is_off_grid:
             self._reset_off_grid(start)
         else:
-            rebuild_scene(self._env, *self._official, start)
+            rebuild_scene(self._env, *self._official_tensors, start)
         self._unreachable = 0
         self._steps = 0
         self._success = False
@@ -162,12 +162,12 @@ class SimplerWorld:
         self._grasped = False
         self._wrong_object_moved = False
         self._last_truth: Truth | None = None
-        self._first_positions = self._object_positions()
+        self._first_positions = self._read_object_positions()
         return self._make_moment(image, pictures=[])
 
     def _reset_off_grid(self, seed: int) -> None:
         """Build the scene of a start off the grid, and change the arm's posture."""
-        start = sample_off_grid_start(self._task, seed, *self._grid)
+        start = sample_off_grid_start(self._task, seed, *self._official_arrays)
         rebuild_scene(
             self._env, torch.from_numpy(start.positions)[None], torch.from_numpy(start.turns)[None]
         )
@@ -199,27 +199,27 @@ class SimplerWorld:
                 arm._target_pose = last_target_pose
             self._update_milestones()
             if filming:
-                pictures.append(self.picture())
+                pictures.append(self.render_picture())
         return self._make_moment(image, pictures)
 
-    def look(self, seed: int, size: tuple[int, int]) -> Frame:
-        """Render a scene for labeling (see `spear.evaluate.simpler.frames`).
+    def render_scene(self, seed: int, size: tuple[int, int]) -> Frame:
+        """Build and render a scene for labeling (see `spear.evaluate.simpler.frames`).
 
         Args:
             seed: The seed of the scene.
             size: (width, height) of the image, px.
         """
-        frame = render_labeled_frame(self._env, self._task, self._grid, seed)
+        frame = render_labeled_frame(self._env, self._task, self._official_arrays, seed)
         return fit_frame(frame, size, f"simpler/{self._name}/{seed}")
 
-    def picture(self) -> Array:
+    def render_picture(self) -> Array:
         """Render what the camera sees, in front of the task's photograph: [480, 640, 3] uint8."""
         self._env._obs_mode = self._render_mode
         image = self._env.get_obs()["sensor_data"][CAMERA]["rgb"][0]
         self._env._obs_mode = "none"
         return np.asarray(image, np.uint8)
 
-    def _object_positions(self) -> dict[str, Array]:
+    def _read_object_positions(self) -> dict[str, Array]:
         """Return ManiSkill's name of each object → its position [3] in the world, m."""
         positions = {}
         for name, actor in self._env.objs.items():
@@ -233,7 +233,7 @@ class SimplerWorld:
         and ended before. A milestone stays reached until the next reset.
         """
         source = self._env.source_obj_name
-        positions = self._object_positions()
+        positions = self._read_object_positions()
         moved_m = {}  # object → horizontal distance from its first position
         for name, position in positions.items():
             x, y, _ = position - self._first_positions[name]
@@ -267,7 +267,7 @@ class SimplerWorld:
         }
         if image:
             # The last of the pictures already shows the present state.
-            observation["observation/image"] = pictures[-1] if pictures else self.picture()
+            observation["observation/image"] = pictures[-1] if pictures else self.render_picture()
         return Moment(
             observation=observation,
             truth=truth,
@@ -305,9 +305,9 @@ class SimplerWorld:
             commanded=_to_ee_pose(_read_pose(arm._target_pose)),
             measured=measured,
             opening=opening,
-            open=is_commanded_open,
-            still=is_still,
-            closing=is_closing,
+            is_commanded_open=is_commanded_open,
+            is_still=is_still,
+            is_closing=is_closing,
             source=to_base_frame(base, _read_pose(env.objs[source].pose)),
             source_size=_read_size(env.model_db[source]),
             goal=to_base_frame(base, _read_pose(env.objs[goal].pose)),
@@ -421,9 +421,9 @@ class SimplerProcess:
         """Execute control steps, see `SimplerWorld.run`."""
         return self._call("run", rows, image, filming)
 
-    def look(self, seed: int, size: tuple[int, int]) -> Frame:
-        """Render a scene for labeling, see `SimplerWorld.look`."""
-        return self._call("look", seed, size)
+    def render_scene(self, seed: int, size: tuple[int, int]) -> Frame:
+        """Build and render a scene for labeling, see `SimplerWorld.render_scene`."""
+        return self._call("render_scene", seed, size)
 
     def close(self) -> None:
         self._worker.shutdown(cancel_futures=True)

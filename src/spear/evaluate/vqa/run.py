@@ -60,10 +60,10 @@ def evaluate_vqa(
             labels, question_types, options.questions_per_image, options.seed
         )
     )
-    if trust and _notice_calibration_overlap(trust, labels):
-        trust = None
-    answered, is_free_grammatical = _ask_questions(model, labels, questions, options)
-    return summarize(answered, is_free_grammatical, labels, options.decode, trust)
+    if trust is not None:
+        trust = _drop_trust_measured_on(labels, trust)
+    answered, free_grammar = _ask_questions(model, labels, questions, options)
+    return summarize(answered, free_grammar, labels, options.decode, trust)
 
 
 def generate_questions_by_type(
@@ -118,16 +118,17 @@ def _drop_empty_types(questions: QuestionsByType) -> QuestionsByType:
     return questions_asked
 
 
-def _notice_calibration_overlap(trust: Trust, labels: Sequence[LabeledImage]) -> bool:
-    """Return whether the trust was measured on some of these images. If so, print a notice."""
+def _drop_trust_measured_on(labels: Sequence[LabeledImage], trust: Trust) -> Trust | None:
+    """Return the trust; None, with a notice, if it was measured on some of these images."""
     shared_sources = set(trust.sources) & {label.source for label in labels}
-    if shared_sources:
-        num_shared = format_count(len(shared_sources), "images")
-        notice(
-            f"the model was calibrated on {num_shared} of these labels, so its intervals are not "
-            "judged. Take other images to judge them."
-        )
-    return bool(shared_sources)
+    if not shared_sources:
+        return trust
+    num_shared = format_count(len(shared_sources), "images")
+    notice(
+        f"the model was calibrated on {num_shared} of these labels, so its intervals are not "
+        "judged. Take other images to judge them."
+    )
+    return None
 
 
 def _ask_questions(
@@ -144,7 +145,7 @@ def _ask_questions(
     images = [decode_image(label.image, label.source) for label in labels]
     num_questions = sum(len(members) for members in questions.values())
     answered: list[AnsweredQuestion] = []
-    is_free_grammatical: dict[str, list[bool]] = {question_type: [] for question_type in questions}
+    free_grammar: dict[str, list[bool]] = {question_type: [] for question_type in questions}
     with ProgressBar("asking", num_questions, "questions") as bar:
         for question_type, members in questions.items():
             for start in range(0, len(members), options.batch_size):
@@ -163,11 +164,9 @@ def _ask_questions(
                         _read_answer(index, labels[index], question, answer, options.decode)
                     )
                     free_segments = free_answers[position].segments
-                    is_free_grammatical[question_type].append(
-                        is_grammatical(question, free_segments)
-                    )
+                    free_grammar[question_type].append(is_grammatical(question, free_segments))
                 bar.update(bar.done + len(batch), question_type)
-    return answered, is_free_grammatical
+    return answered, free_grammar
 
 
 def _read_answer(
@@ -243,8 +242,8 @@ def _measure_naming(model: VlmBundle, labels: Sequence[LabeledImage]) -> tuple[f
         names_in_image = [object_.name for object_ in label.objects]
         askable_names = [object_.name for object_ in find_askable_objects(label)]
         absent_names = [name for name in all_names if not _is_any_of(name, names_in_image)]
-        present_results += _name_objects(model, image, askable_names, rng)
-        absent_results += _name_objects(model, image, absent_names, rng)
+        present_results += _confirm_some_objects(model, image, askable_names, rng)
+        absent_results += _confirm_some_objects(model, image, absent_names, rng)
     names_present = float(np.mean(present_results)) if present_results else 0.0
     names_absent = float(np.mean(absent_results)) if absent_results else 1.0
     return names_present, names_absent
@@ -255,7 +254,7 @@ def _is_any_of(name: str, object_names: Sequence[str]) -> bool:
     return any(is_a(name, object_name) or is_a(object_name, name) for object_name in object_names)
 
 
-def _name_objects(
+def _confirm_some_objects(
     model: VlmBundle, image: Array, names: Sequence[str], rng: np.random.Generator
 ) -> list[bool]:
     """Choose a few of the objects, and return for each whether the model confirms the object.
