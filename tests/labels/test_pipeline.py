@@ -15,7 +15,7 @@ import pytest
 
 from labels_scenes import TRUTH, make_random_frame, render_blocks
 from refusals import refuses
-from spear.labels.engine import STAGES, LabeledBatch, finish_batch
+from spear.labels.engine import STAGES, LabeledBatch, fit_packed_boxes
 from spear.labels.fit.image import project, unproject
 from spear.labels.fit.quality import compare_labels, find_failed_scores
 from spear.labels.models.ground_truth import GroundTruth
@@ -172,7 +172,7 @@ def finish_alone(frame: Frame) -> LabeledBatch:
     image.encoded = b"JPEG"  # the stages do not look at it
     for stage, model in zip(STAGES, TRUTH, strict=True):
         stage([image], model)
-    return finish_batch([image])
+    return fit_packed_boxes([image])
 
 
 def test_a_pose_in_another_convention_is_ignored_with_a_notice(frames: list[Frame]) -> None:

@@ -81,7 +81,7 @@ Engine = Callable[[Iterable[Sequence[Item]]], Generator[LabeledBatch, None, None
 
 
 def predict_and_pack(images: list[PendingImage], point_map_model: PointMapModel) -> None:
-    """Predict point maps, and remove from the images what `finish_batch` does not need.
+    """Predict point maps, and remove from the images what `fit_packed_boxes` does not need.
 
     The images are smaller then, and cheaper to send to another process. Pixels and ground truth are
     removed (the image is encoded already). Masks are packed, eight pixels to a byte.
@@ -93,14 +93,14 @@ def predict_and_pack(images: list[PendingImage], point_map_model: PointMapModel)
             image.masks = None
             image.point_map = None
         else:
-            no_pixels = image.frame.image[..., :0]  # [h, w, 0]: `finish_batch` needs the size
+            no_pixels = image.frame.image[..., :0]  # [h, w, 0]: `fit_packed_boxes` needs the size
             image.frame = replace(
                 image.frame, image=no_pixels, depth=None, instances=None, boxes=None
             )
             image.masks = np.packbits(image.masks, axis=-1)  # [n, h, ⌈w / 8⌉]
 
 
-def finish_batch(images: Sequence[PendingImage]) -> LabeledBatch:
+def fit_packed_boxes(images: Sequence[PendingImage]) -> LabeledBatch:
     """Fit the boxes of a batch that `predict_and_pack` has packed.
 
     An unexpected exception in one image skips only that image: among millions of images, some
@@ -174,7 +174,7 @@ def run_local(
             pending = processes.map_in_order(pool, read, batches, num_ahead)
             for stage, model in zip(STAGES, models, strict=True):
                 pending = _run_stage_on_all(stage, model, pending)
-            yield from processes.map_in_order(pool, finish_batch, pending, num_ahead)
+            yield from processes.map_in_order(pool, fit_packed_boxes, pending, num_ahead)
     finally:
         for model in models:
             _print_bill(model)
@@ -242,7 +242,7 @@ def run_ray(
     try:
         actors_of_stages = _start_actors(ray, factories, work)
         reader = ray.remote(read_images)
-        finisher = ray.remote(finish_batch)
+        finisher = ray.remote(fit_packed_boxes)
         # Keep all CPUs and actors busy, and bound the number of batches in memory.
         num_cpus = int(ray.cluster_resources().get("CPU", 1))
         max_ahead = num_cpus + 2 * sum(work.replicas)

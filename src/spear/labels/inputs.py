@@ -473,7 +473,7 @@ def read_contents(items: Iterable[Item]) -> Iterator[Content]:
     for (reader, path), group in groupby(items, key=lambda item: (item.reader, item.path)):
         locations = [item.location for item in group]
         num_missing = len(locations)
-        reason = SpearError(
+        error_of_missing = SpearError(
             "the file ends before this image, although it had it when the run began. Let no other "
             "program write to it, and run the same command again."
         )
@@ -482,11 +482,11 @@ def read_contents(items: Iterable[Item]) -> Iterator[Content]:
                 num_missing -= 1
                 yield content
         except SpearError as error:
-            reason = error
+            error_of_missing = error
         except OSError as error:
-            reason = RetryableError(
+            error_of_missing = RetryableError(
                 f"the file cannot be read ({error.strerror or error}). Label it again."
             )
         except pa.ArrowException as error:
-            reason = SpearError(f"the file cannot be read ({error}). Replace it.")
-        yield from [reason] * num_missing
+            error_of_missing = SpearError(f"the file cannot be read ({error}). Replace it.")
+        yield from [error_of_missing] * num_missing

@@ -41,6 +41,19 @@ MASK_ERROR_FRACTION = 1 / 256
 """The outlines of estimated masks, and those of objects in estimated depth, are taken to be off by
 this fraction of the image's longer side, at least by a pixel. (Our choice; the paper says only
 "outlier removal, oriented box".)"""
+MAX_CONTACT_HEIGHT_FRACTION = 0.25
+"""A point beside an object may belong to what the object stands on if it is in this lowest part of
+the object's visible height (our choice)."""
+MIN_CONTACT_POINTS = 3  # with fewer such points, the lower part of the object counts as hidden
+MIN_ON_PLANE_FRACTION = 0.2
+"""An object stands on the support plane, and not on a plate, if more than this fraction of these
+points are on the plane (our choice)."""
+MAX_HIDDEN_HEIGHT_FRACTION = 0.8
+"""The hidden lower part of an object may be as high as this fraction of its visible height (our
+choice)."""
+WIDTH_MARGIN = 1.25
+"""Factor on the visible width of an object, because a part of the width may be hidden (our
+choice)."""
 MASK_END_FRACTION = 0.01
 """The estimated mask of an object that the image's edge cuts may end this fraction of the image's
 longer side before the edge (our choice)."""
@@ -184,7 +197,7 @@ def _correct_mask(
     occupied = image.occupied[window] & ~inside  # by other objects
     # The slope of a surface is the length by which its depth grows per unit of its width. From one
     # pixel to the next, the depth then changes by the fraction slope / focal_px. So pixels of
-    # surfaces with slopes of up to 12 are linked.
+    # surfaces with slopes of up to 12 are linked, and so are pixels that differ by noise only.
     link_limit = max(LINKED_DEPTH_FRACTION, 12.0 / image.focal_px, 4 * image.noise)
     inside = keep_main_part(inside, points, is_known, link_limit)
     plane = image.support_plane
@@ -345,15 +358,20 @@ def _find_support_height(cloud: Array, points_beside: Array, plane: Plane) -> fl
     low, high = np.quantile(heights, (0.05, 1.0))  # the lowest point, but for outliers, and the top
     touching_distance = TOUCHING_FRACTION * _compute_distance(cloud)
 
-    # Points that touch the object in the lowest quarter of its visible height, and below its top
+    # Points that touch the object in the lowest part of its visible height, and below its top
     heights_beside = points_beside @ plane.up
-    max_contact_height = min(low + 0.25 * (high - low), high - 0.1 * touching_distance)
+    visible_height = high - low
+    max_contact_height = min(
+        low + MAX_CONTACT_HEIGHT_FRACTION * visible_height, high - 0.1 * touching_distance
+    )
     contact_heights = heights_beside[heights_beside < max_contact_height]
-    if len(contact_heights) >= 3:
-        # If a fifth of them is on the support plane, so is the object. Otherwise it is on a plate,
+    if len(contact_heights) >= MIN_CONTACT_POINTS:
+        # If enough of them are on the support plane, so is the object. Otherwise it is on a plate,
         # or on another object.
         is_on_plane = np.abs(contact_heights - plane.height) < 0.25 * touching_distance
-        return plane.height if np.mean(is_on_plane) > 0.2 else float(np.median(contact_heights))
+        if np.mean(is_on_plane) > MIN_ON_PLANE_FRACTION:
+            return plane.height
+        return float(np.median(contact_heights))
 
     # The lower part is hidden: compare how far the visible points are above the plane with the
     # object's visible height and, as far as the camera looks down, with its width.
@@ -364,7 +382,7 @@ def _find_support_height(cloud: Array, points_beside: Array, plane: Plane) -> fl
     # middle one belongs to the shorter level side. A uniform distribution over a side has 1/12 of
     # the squared side as its variance.
     variance = np.linalg.eigvalsh(np.cov(level.T))[1]
-    width = 1.25 * float(np.sqrt(max(12 * variance, 0)))
+    width = WIDTH_MARGIN * float(np.sqrt(max(12 * variance, 0)))
     hidden_height = low - plane.height
-    stands = hidden_height < max(0.8 * (high - low), steepness * width)
-    return plane.height if stands else None
+    max_hidden_height = max(MAX_HIDDEN_HEIGHT_FRACTION * visible_height, steepness * width)
+    return plane.height if hidden_height < max_hidden_height else None

@@ -97,6 +97,10 @@ def read_images(items: Sequence[Item], max_side_px: int | None = None) -> list[P
 
 
 def _start_image(source: str, content: Content, max_side_px: int | None) -> PendingImage:
+    """Decode, shrink, check and encode the content of one item.
+
+    If the content cannot be used, the image carries the error.
+    """
     if isinstance(content, SpearError):
         return PendingImage(source, frame=None, error=content)
     if isinstance(content, Frame):
@@ -194,7 +198,10 @@ def _find_problem(image: Array) -> str | None:
 def detect_objects(
     images: Sequence[PendingImage], detector: Detector, skip_empty: bool = False
 ) -> None:
-    """Find each image's objects. With `skip_empty`, later stages skip images without objects."""
+    """Find each image's objects, and store them in its `detections`.
+
+    With `skip_empty`, images without objects get an error, so that later stages skip them.
+    """
 
     def detect(batch: Sequence[PendingImage], frames: Sequence[Frame]) -> list[list[Detection]]:
         return detector.detect(frames)
@@ -207,7 +214,7 @@ def detect_objects(
 
 
 def segment_objects(images: Sequence[PendingImage], segmenter: Segmenter) -> None:
-    """Outline the objects of each image."""
+    """Outline the objects of each image, and store their outlines in its `masks`."""
 
     def segment(batch: Sequence[PendingImage], frames: Sequence[Frame]) -> list[Array]:
         return segmenter.segment(frames, [image.detections for image in batch])
@@ -218,7 +225,7 @@ def segment_objects(images: Sequence[PendingImage], segmenter: Segmenter) -> Non
 
 
 def predict_point_maps(images: Sequence[PendingImage], point_map_model: PointMapModel) -> None:
-    """Predict the 3D point of every pixel of each image."""
+    """Predict the 3D point of every pixel of each image, and store them in its `point_map`."""
 
     def predict(batch: Sequence[PendingImage], frames: Sequence[Frame]) -> list[PointMapResult]:
         return point_map_model.predict(frames)

@@ -438,7 +438,7 @@ def write_images_with_depth(images: Iterable[tuple[bytes, Array | None]], path: 
         writer.commit()
 
 
-def read_depth(folder: Path) -> DepthImages:
+def read_images_with_depth(folder: Path) -> DepthImages:
     """Read all images with depth of a folder, from files that `write_images_with_depth` wrote.
 
     Raises:

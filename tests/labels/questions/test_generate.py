@@ -23,7 +23,7 @@ from spear.labels.questions.generate import (
 )
 from spear.labels.questions.templates import EVERYDAY_NAMES
 from spear.labels.questions.types import QUESTION_TYPE_BY_NAME
-from spear.labels.store import read_depth, write_images_with_depth, write_labels
+from spear.labels.store import read_images_with_depth, write_images_with_depth, write_labels
 from spear.models.processing import Processor
 from spear.policy import locate
 from spear.question_types import (
@@ -473,7 +473,7 @@ def test_each_image_of_several_folders_has_its_own_depth(
     # The images of a view are in the order of the folders; the second folder has no wrist image.
     for view, depth_images in depths.items():
         for folder, (_, depth) in zip(folders, depth_images, strict=False):
-            ((_, stored_depth),) = read_depth(folder / "depth" / view)
+            ((_, stored_depth),) = read_images_with_depth(folder / "depth" / view)
             np.testing.assert_array_equal(depth, stored_depth)
 
 

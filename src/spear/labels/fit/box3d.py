@@ -79,6 +79,8 @@ box's size along the face's normal."""
 MIN_ON_FACE_FRACTION = 0.85
 """An object is round if a smaller fraction of its points lies on those faces of its box that the
 camera sees."""
+MAX_HIDDEN_DEPTH_FRACTION = 0.6
+"""The hidden back of a round object is at most this fraction of its visible depth deep."""
 ALIGNMENT_PER_RAD = 0.05
 """What a misalignment between an upright box and the camera costs. The box with the smallest
 footprint wins, but a footprint counts as larger by this fraction for each radian of
@@ -273,10 +275,12 @@ def fit_faces(points: Array, axes: Array, turn_axis: Array | None = None) -> Vis
 
         # One damped Gauss-Newton step, which changes the turn and the three positions
         weighted = (jacobian * weight[:, None]).T
-        normal = weighted @ jacobian
-        diagonal = slice(None, None, len(normal) + 1)  # of the flat matrix
-        normal.flat[diagonal] += 1e-6 * normal.trace()
-        change = np.linalg.solve(normal, -weighted @ error)
+        normal_matrix = weighted @ jacobian
+        diagonal = slice(None, None, len(normal_matrix) + 1)  # of the flat matrix
+        normal_matrix.flat[diagonal] += 1e-6 * normal_matrix.trace()  # never singular then
+        change = np.linalg.solve(
+            normal_matrix, -weighted @ error
+        )  # of the turn, and [-3:] positions
         turn = free_turns @ change[:-3]
         turn *= min(1.0, MAX_TURN_RAD / max(math.sqrt(turn @ turn), 1e-9))
         axes = _rotation_matrix(turn) @ axes
@@ -407,9 +411,9 @@ def _enclose(
     high = along.max(axis=0)
 
     # Noise along the rays pushes the outermost points outwards: move both ends back.
-    pushed = np.minimum(noise * np.abs(along.mean(axis=0)), 0.2 * (high - low))
-    low = low + pushed
-    high = high - pushed
+    push = np.minimum(noise * np.abs(along.mean(axis=0)), 0.2 * (high - low))
+    low = low + push
+    high = high - push
 
     # An end with a visible face is at the face. Other ends are `margin` beyond the points, except
     # for the lower end of an object on a support, which is at the support.
@@ -472,7 +476,7 @@ def _measure_round_back(
     # Along one level axis, the object's width is its size along the other level axis.
     width = size[1::-1]
     depth = np.minimum(width, size[2])
-    missing_depth = np.clip(depth - size[:2], 0, 0.6 * size[:2])
+    missing_depth = np.clip(depth - size[:2], 0, MAX_HIDDEN_DEPTH_FRACTION * size[:2])
     # The squared components of a unit vector add up to 1. An axis at a right angle to the line of
     # sight gets nothing.
     extension = missing_depth * direction**2

@@ -142,18 +142,26 @@ def fit_support_plane(points: Array, up: Array | None = None) -> Plane | None:
     heights = np.einsum("ij,ij->i", normals, a)  # [candidates]
     is_near = np.abs(normals @ points.T - heights[:, None]) < limit  # [candidates, n]
 
-    # A candidate gets a vote from each of its points, less (or nothing) if it is not level. A
-    # normal's sign is arbitrary, so `upwards` takes the one that faces the camera (the origin).
+    # The cosine of each normal's angle to up. A normal's sign is arbitrary, so the one that faces
+    # the camera (the origin) is taken.
     direction = UP_PRIOR if up is None else np.asarray(up, np.float64)
-    upwards = -np.sign(heights) * (normals @ direction)
-    max_tilt_deg = MAX_TILT_DEG if up is None else MAX_KNOWN_TILT_DEG
-    is_level = upwards > np.cos(np.radians(max_tilt_deg))
-    steep_weight = STEEP_PLANE_WEIGHT * (upwards > 0) if up is None else 0.0
+    cosines = -np.sign(heights) * (normals @ direction)  # [candidates]
+
+    # A candidate gets a vote from each of its points, less (or nothing) if it is not level. A steep
+    # plane can win only without `up`, and only if its visible side does not face down.
+    if up is None:
+        max_tilt_deg = MAX_TILT_DEG
+        steep_weight: Array | float = STEEP_PLANE_WEIGHT * (cosines > 0)
+    else:
+        max_tilt_deg = MAX_KNOWN_TILT_DEG
+        steep_weight = 0.0
+    is_level = cosines > np.cos(np.radians(max_tilt_deg))
     votes = is_near.sum(axis=1) * np.where(is_level, 1.0, steep_weight)
     if not votes.any():
         return None
 
     # Refine the winner on all its points: the normal is the direction of their smallest variance.
+    # This is done twice, because the refined plane has other points.
     on_plane = is_near[np.argmax(votes)]
     for _ in range(2):
         # With fewer than 12 points, the direction of smallest variance would be too uncertain.

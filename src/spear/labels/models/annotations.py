@@ -201,7 +201,7 @@ class FileDetector:
 
     def __init__(self, annotations: Annotations, second: Detector | None = None) -> None:
         self.annotations = annotations
-        self.second = second
+        self.second_detector = second
         self.name = _join_names(annotations, second)
         # Only a detector that costs money has the method `describe_costs`.
         self._describe_costs: Callable[[], str] | None = getattr(second, "describe_costs", None)
@@ -224,12 +224,12 @@ class FileDetector:
         # Detect objects in the images that the file lacks.
         second_results: Iterator[list[Detection]] = iter(())
         if unknown_frames:
-            if self.second is None:
+            if self.second_detector is None:
                 raise SpearError(
                     f"{unknown_frames[0].source} is not in {self.annotations.name}. Name images "
                     "as that file does, or add a detector for the others."
                 )
-            second_results = iter(self.second.detect(unknown_frames))
+            second_results = iter(self.second_detector.detect(unknown_frames))
 
         # Combine both in the order of the images.
         detections = []
@@ -268,7 +268,7 @@ class FileSegmenter:
 
     def __init__(self, annotations: Annotations, second: Segmenter | None = None) -> None:
         self.annotations = annotations
-        self.second = second
+        self.second_segmenter = second
         self.name = _join_names(annotations, second)
 
     def segment(
@@ -291,13 +291,13 @@ class FileSegmenter:
 
     def _complete_masks(self, images: Sequence["_IncompleteMasks"]) -> None:
         """Fill in the missing masks of images, in place, with the second segmenter."""
-        if self.second is None:
+        if self.second_segmenter is None:
             image = images[0]
             raise SpearError(
                 f"{self.annotations.name} has no mask of {image.detections[0].name!r} in "
                 f"{image.frame.source}. Add a segmenter for objects without one."
             )
-        second_masks = self.second.segment(
+        second_masks = self.second_segmenter.segment(
             [image.frame for image in images], [image.detections for image in images]
         )
         for image, masks in zip(images, second_masks, strict=True):

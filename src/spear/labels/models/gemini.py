@@ -114,7 +114,8 @@ class GeminiDetector:
         self._errors = genai.errors
         self._connection_errors = _list_connection_error_types()
         self._url = os.environ.get(URL_VARIABLE, SERVICE_URL)
-        options = genai.types.HttpOptions(api_version="v1beta", timeout=int(1000 * TIMEOUT_S))
+        timeout_ms = int(1000 * TIMEOUT_S)
+        options = genai.types.HttpOptions(api_version="v1beta", timeout=timeout_ms)
         self._client = genai.Client(api_key=self._key, vertexai=False, http_options=options)
         self._config = genai.types.GenerateContentConfig(
             response_mime_type="application/json",
@@ -177,13 +178,15 @@ class GeminiDetector:
 
         # Otherwise ask the service, and cache its answer.
         try:
-            text, detections = self._ask(frame)
+            text, detections = self._request_answer(frame)
         except SpearError as error:
             return error
         try:
             write_text(path, json.dumps({"model": self.model, "text": text}))
         except SpearError as error:
-            return self._stop(f"cannot store an answer ({error}). Choose another cache folder.")
+            return self._fail_later_images(
+                f"cannot store an answer ({error}). Choose another cache folder."
+            )
         return detections
 
     def _hash_request(self, image: Array) -> str:
@@ -192,7 +195,7 @@ class GeminiDetector:
         request = [self.model, self.prompt, SCHEMA, THINKING_LEVEL, None, MAX_SIDE_PX, image.shape]
         return hashlib.sha256(json.dumps(request).encode() + image.tobytes()).hexdigest()
 
-    def _ask(self, frame: Frame) -> tuple[str, list[Detection]]:
+    def _request_answer(self, frame: Frame) -> tuple[str, list[Detection]]:
         """Request an answer until it is usable; returns its text and the objects in it."""
         jpeg = encode_jpeg(shrink_image(frame.image, MAX_SIDE_PX))
         image_part = self._types.Part.from_bytes(data=jpeg, mime_type="image/jpeg")
@@ -244,7 +247,7 @@ class GeminiDetector:
         if self._fatal_reason is None:
             problem = explain_unreachable(self._url)
             if problem:
-                self._stop(
+                self._fail_later_images(
                     f"cannot reach the service ({problem}). Check the network and label again, or "
                     f"{ALTERNATIVE_ADVICE}"
                 )
@@ -279,7 +282,7 @@ class GeminiDetector:
             advice = f"Check the key in {' or '.join(KEY_VARIABLES)}."
             if error.code == 404:
                 advice = "Choose another model."
-            raise self._stop(f"refuses all requests ({reason}). {advice}")
+            raise self._fail_later_images(f"refuses all requests ({reason}). {advice}")
         if error.code not in _RETRYABLE_CODES:
             raise SpearError(
                 f"Gemini refused {source} ({reason}). Change the settings, or leave it out."
@@ -289,15 +292,15 @@ class GeminiDetector:
         is_daily_quota = "PerDay" in details  # part of the name of Google's daily quotas
         if is_daily_quota or (advised_s or 0) > MAX_WAIT_S:
             when = "tomorrow" if is_daily_quota else f"in {advised_s:.0f} s"
-            raise self._stop(f"has no quota left ({reason}). Label again {when}.")
+            raise self._fail_later_images(f"has no quota left ({reason}). Label again {when}.")
         if advised_s is None:
             return default_wait_s
         with self._lock:
             self._next_request_s = max(self._next_request_s, time.monotonic() + advised_s)
         return advised_s
 
-    def _stop(self, message: str) -> RetryableError:
-        """Make all later images fail for one reason; returns the error for the current image."""
+    def _fail_later_images(self, message: str) -> RetryableError:
+        """Make all later images fail for one reason. Return the error for the current image."""
         self._fatal_reason = f"{self.model} {message}"
         return RetryableError(self._fatal_reason)
 

@@ -107,9 +107,10 @@ def find_closer_named(answer: Segments, names: Sequence[str]) -> str | None:
 
 
 def _conclude(question: Question, guess: Segments, questions: Sequence[Question]) -> Segments:
-    """Name the first object of each question as the closer one, or else always the second.
+    """Replace the conclusion of a baseline's guess.
 
-    The guess names the one that is closer in more of the `questions`.
+    It names the question's first object as the closer one if the first object is the closer one in
+    at least half of the `questions`, and the second object otherwise.
     """
     is_first_closer = []
     for example in questions:

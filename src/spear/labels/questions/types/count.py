@@ -11,11 +11,13 @@ PROMPTS = (
     "How many times do you see: {x}?",
 )
 
+VISIBLE_FRACTION = 0.8  # of the questions ask about an object that the image shows (our choice)
+
 
 def _draft(scene: QuestionScene, rng: Random) -> Draft | None:
     """Ask how many objects of some name there are; sometimes there are none."""
     visible_names = [o.name for o in scene.label.objects]
-    is_visible = bool(visible_names) and rng.random() < 0.8
+    is_visible = bool(visible_names) and rng.random() < VISIBLE_FRACTION
     name = draw_one(visible_names if is_visible else EVERYDAY_NAMES, rng)
     num_exact = sum(is_a(visible_name, name, exact=True) for visible_name in visible_names)
     num_meant = sum(is_a(visible_name, name) for visible_name in visible_names)

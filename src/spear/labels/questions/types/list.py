@@ -21,7 +21,10 @@ PROMPTS = (
 
 
 def _draft(scene: QuestionScene, rng: Random) -> Draft | None:
-    """Ask for the names of all objects from left to right; None if two are nearly above another."""
+    """Ask for the names of all objects from left to right.
+
+    Return None if an object is nearly above another one, so that their order is not clear.
+    """
     names_with_x = [(find_center_2d(o, scene.label).x, o.name) for o in scene.label.objects]
     names_with_x.sort(key=_get_x)
     if not names_with_x:

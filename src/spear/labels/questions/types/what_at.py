@@ -31,6 +31,7 @@ def _draft(scene: QuestionScene, rng: Random) -> Draft | None:
     label = scene.label
     x0, y0, x1, y1 = o.box2d.tolist()
     for _ in range(NUM_POINT_TRIES):
+        # From 0.3 to 0.7 of the box's sides
         u = 0.3 + 0.4 * rng.random()  # fraction of the box's width, from its left side
         v = 0.3 + 0.4 * rng.random()  # fraction of the box's height, from its top
         pixel = to_pixel(x0 + u * (x1 - x0), y0 + v * (y1 - y0), label)
