@@ -111,7 +111,7 @@ def _serve_harness(options: ServeOptions) -> None:
     """Serve to the vla-eval harness until the server is stopped."""
     from vla_eval.model_servers.serve import serve as serve_harness
 
-    from spear.serve.access import find_reachable_host, listen_error
+    from spear.serve.access import find_reachable_host, make_listen_error
     from spear.serve.harness import HarnessServer
 
     _, service = _load_and_warm_up(options)
@@ -122,7 +122,7 @@ def _serve_harness(options: ServeOptions) -> None:
         serve_harness(HarnessServer(service, options), options.host, options.port)
     except* OSError as group:
         first_error = group.exceptions[0]
-        raise listen_error(options.host, options.port, first_error) from group
+        raise make_listen_error(options.host, options.port, first_error) from group
 
 
 def _load_and_warm_up(options: ServeOptions) -> "tuple[Spear1Policy, Service]":

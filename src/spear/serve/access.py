@@ -38,7 +38,7 @@ def parse_request(data: bytes) -> Request | None:
     return None
 
 
-def malformed_request_error(request: Request) -> str | None:
+def explain_malformed_request(request: Request) -> str | None:
     """Say what is wrong with a request's path, Host or Origin; None if all three can be read."""
     hosts = request.headers.get_all("Host")
     origins = request.headers.get_all("Origin")
@@ -62,7 +62,7 @@ def _is_url(text: str) -> bool:
     return True
 
 
-def foreign_page_error(request: Request, token: str | None) -> str | None:
+def explain_foreign_page(request: Request, token: str | None) -> str | None:
     """Say why a request may come from somebody else's web page; None if it cannot.
 
     A browser sends the address of the page that makes a request as Origin. Programs send no Origin.
@@ -71,7 +71,7 @@ def foreign_page_error(request: Request, token: str | None) -> str | None:
     is safe from this attack, because the page does not know the token.
 
     Args:
-        request: a request in which `malformed_request_error` finds no error.
+        request: a request in which `explain_malformed_request` finds no error.
         token: the server's token, or None.
     """
     hosts = request.headers.get_all("Host")
@@ -141,10 +141,10 @@ def check_can_listen(host: str, port: int) -> None:
     try:
         asyncio.run(listen())
     except (OSError, UnicodeError) as error:
-        raise listen_error(host, port, error) from error
+        raise make_listen_error(host, port, error) from error
 
 
-def listen_error(host: str, port: int, error: BaseException) -> SpearError:
+def make_listen_error(host: str, port: int, error: BaseException) -> SpearError:
     """Make the error for an address that is taken or does not exist."""
     # The text of an error of the event loop repeats the address.
     reason = summarize_error(error)

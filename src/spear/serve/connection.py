@@ -159,7 +159,8 @@ class LimitedConnection(ServerConnection):
 
     def data_received(self, data: bytes) -> None:
         """Read data that has arrived, and check the limits in bytes."""
-        self._pause_reading(self._budgets.spend(self._address, len(data), self.loop.time()))
+        wait_s = self._budgets.spend(self._address, len(data), self.loop.time())
+        self._pause_reading(wait_s)
         # The data is parsed in pieces, so that a flood of small frames is noticed before all of
         # them are parsed. Pieces double in size as long as they have no small frames.
         self.unanswered_bytes += len(data)

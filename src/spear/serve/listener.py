@@ -133,9 +133,9 @@ class LimitedListener(socket.socket):
                 self._pause_accepting(error)
                 break
             connection.setblocking(False)
-            superfluous = self._queue.add(find_network(address[0]), connection)
-            if superfluous is not None:
-                superfluous.close()
+            surplus_connection = self._queue.add(find_network(address[0]), connection)
+            if surplus_connection is not None:
+                surplus_connection.close()
             if not self._is_admission_planned:
                 self._admit()
 

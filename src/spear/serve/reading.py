@@ -52,12 +52,13 @@ class ReadingBudgets:
         Returns:
             For how long to read nothing more from this address, s.
         """
-        own = self._find_budget(address)
-        own_wait_s = own.spend(num_bytes, now_s)
+        budget = self._find_budget(address)
+        wait_s = budget.spend(num_bytes, now_s)
         shared_wait_s = self._shared.spend(num_bytes, now_s)
-        if own.num_tokens > own.capacity / 2:
-            return own_wait_s
-        return max(own_wait_s, shared_wait_s)
+        # An address with more than half of its burst left does not wait for the others.
+        if budget.num_tokens > budget.capacity / 2:
+            return wait_s
+        return max(wait_s, shared_wait_s)
 
     def _find_budget(self, address: str) -> TokenBucket:
         """Return the budget of an address; a new one is full."""

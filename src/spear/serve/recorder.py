@@ -19,6 +19,7 @@ import dataclasses
 import itertools
 import json
 import logging
+import math
 import queue
 import re
 import threading
@@ -241,7 +242,7 @@ class RecordingWriter:
         """Return whether an exchange continues its client's episode."""
         previous = episode.exchanges[-1]
         return (
-            _describe_kind(exchange) == _describe_kind(previous)
+            _get_episode_key(exchange) == _get_episode_key(previous)
             and exchange.arrival_s - previous.answer_s <= MAX_PAUSE_S
             and len(episode.exchanges) < MAX_EPISODE_STEPS
             and episode.shard.num_image_bytes < MAX_EPISODE_SHARE * self._max_bytes
@@ -316,7 +317,7 @@ class _OpenEpisode:
         self.last_saved_s = time.monotonic()
 
 
-def _describe_kind(exchange: Exchange) -> tuple[Any, ...]:
+def _get_episode_key(exchange: Exchange) -> tuple[Any, ...]:
     """Return what all exchanges of an episode have in common: instruction, cameras and shapes."""
     cameras = sorted(filter(is_camera_key, exchange.observation))
     return exchange.observation[PROMPT_KEY], cameras, exchange.actions.shape, exchange.rows.shape
@@ -403,7 +404,7 @@ def format_shard_name(began: datetime) -> str:
 
 def round_up_file_sizes(*file_sizes: int) -> int:
     """Add the sizes of files, each rounded up to whole blocks of a disk, at least one."""
-    num_blocks = sum(max(1, -(-num_bytes // FILE_BLOCK_BYTES)) for num_bytes in file_sizes)
+    num_blocks = sum(max(1, math.ceil(num_bytes / FILE_BLOCK_BYTES)) for num_bytes in file_sizes)
     return num_blocks * FILE_BLOCK_BYTES
 
 

@@ -20,16 +20,17 @@ from typing import Any, Protocol
 
 from websockets.asyncio.server import Server, ServerConnection, serve
 from websockets.exceptions import ConnectionClosed
+from websockets.frames import CloseCode
 from websockets.http11 import Request, Response
 from websockets.protocol import State
 
 from spear.errors import SpearError
 from spear.serve import wire
 from spear.serve.access import (
-    foreign_page_error,
+    explain_foreign_page,
+    explain_malformed_request,
     is_authorized,
-    listen_error,
-    malformed_request_error,
+    make_listen_error,
     parse_request,
 )
 from spear.serve.batcher import Batcher, ClientGoneError, ServerBusyError
@@ -157,7 +158,7 @@ class PolicyServer:
                 logger=CONNECTION_LOG,
             )
         except OSError as error:
-            raise listen_error(self.options.host, self.options.port, error) from error
+            raise make_listen_error(self.options.host, self.options.port, error) from error
 
     async def _drain(self, server: Server) -> None:
         """Answer the requests under way, then close all connections."""
@@ -166,7 +167,8 @@ class PolicyServer:
         deadline = time.monotonic() + self.limits.drain_timeout_s
         while self._num_unanswered and time.monotonic() < deadline:
             await asyncio.sleep(DRAIN_POLL_S)
-        await asyncio.gather(*[peer.close(1001, "the server stops") for peer in self._peers])
+        endings = [peer.close(CloseCode.GOING_AWAY, "the server stops") for peer in self._peers]
+        await asyncio.gather(*endings)
         for peer in self._peers:
             peer.transport.abort()
 
@@ -196,36 +198,40 @@ class PolicyServer:
 
     async def _answer_messages(self, connection: ServerConnection) -> None:
         """Send the greeting, and then a reply to each message of a client."""
-        previous_s: float | None = None  # how long the previous answer took, sending included
+        # How long the previous answer took, sending included
+        previous_duration_s: float | None = None
         await connection.send(self._greeting)
         async for message in connection:
-            arrived = time.perf_counter()
+            arrival_time = time.perf_counter()
             self._num_unanswered += 1
             try:
-                reply = await self._reply(connection, message, arrived, previous_s)
+                reply = await self._answer_or_explain(
+                    connection, message, arrival_time, previous_duration_s
+                )
                 del message  # it may be large, and the next one may come late
                 await connection.send(reply)
             finally:
                 self._num_unanswered -= 1
-            previous_s = time.perf_counter() - arrived
+            previous_duration_s = time.perf_counter() - arrival_time
             is_error = isinstance(reply, str)
             if is_error:  # a client that repeats its mistake at once must not keep the server busy
                 await asyncio.sleep(self.limits.error_pause_s)
 
-    async def _reply(
+    async def _answer_or_explain(
         self,
         connection: ServerConnection,
         message: str | bytes,
-        arrived: float,
-        previous_s: float | None,
+        arrival_time: float,
+        previous_duration_s: float | None,
     ) -> bytes | str:
         """Return the reply to a message: bytes with actions, or a text that says what was wrong.
 
-        `arrived` is when the message arrived, and `previous_s` how long the previous answer took.
+        `arrival_time` is when the message arrived (`time.perf_counter`), and `previous_duration_s`
+        how long the previous answer took.
         """
         outcome = "failed"
         try:
-            reply = await self._answer(connection, message, arrived, previous_s)
+            reply = await self._answer(connection, message, arrival_time, previous_duration_s)
             outcome = "ok"
             return reply
         except ServerBusyError as error:
@@ -242,14 +248,14 @@ class PolicyServer:
             return f"the server failed with {type(error).__name__}. See its log."
         finally:
             self._metrics.requests.labels(outcome).inc()
-            self._metrics.latency.observe(time.perf_counter() - arrived)
+            self._metrics.latency.observe(time.perf_counter() - arrival_time)
 
     async def _answer(
         self,
         connection: ServerConnection,
         message: str | bytes,
-        arrived: float,
-        previous_s: float | None,
+        arrival_time: float,
+        previous_duration_s: float | None,
     ) -> bytes | str:
         """Answer a message with actions, or with the embodiment's direct reply.
 
@@ -270,12 +276,12 @@ class PolicyServer:
                 self._recorder.end_episode(connection.id)
             return direct_reply
         result = await self._batcher.submit(connection.id, request, lambda: _is_present(connection))
-        answer_s = time.perf_counter() - arrived
+        latency_s = time.perf_counter() - arrival_time
         if self._recorder:
-            self._recorder.add(_make_exchange(connection, len(message), answer_s, result))
-        timing = {"infer_ms": 1000 * answer_s}
-        if previous_s is not None:
-            timing["prev_total_ms"] = 1000 * previous_s
+            self._recorder.add(_make_exchange(connection, len(message), latency_s, result))
+        timing = {"infer_ms": 1000 * latency_s}
+        if previous_duration_s is not None:
+            timing["prev_total_ms"] = 1000 * previous_duration_s
         return wire.encode({**result, "server_timing": timing})
 
     def _answer_plain_request(self, data: bytes) -> bytes | None:
@@ -283,7 +289,7 @@ class PolicyServer:
         if not data.startswith((b"GET /healthz ", b"GET /metrics ")):
             return None
         request = parse_request(data)
-        if request is None or self._refuse_origin(request):
+        if request is None or self._find_refusal(request):
             return None
         if request.path == "/healthz":
             return make_plain_response("ok\n")
@@ -306,7 +312,7 @@ class PolicyServer:
     def _respond(self, connection: ServerConnection, request: Request) -> Response | None:
         """Return the response to a request; None means that a websocket connection begins."""
         status = http.HTTPStatus
-        refusal = self._refuse_origin(request)
+        refusal = self._find_refusal(request)
         if refusal:
             return connection.respond(*refusal)
         if request.path == "/healthz":
@@ -335,31 +341,31 @@ class PolicyServer:
             )
         return None
 
-    def _refuse_origin(self, request: Request) -> tuple[http.HTTPStatus, str] | None:
+    def _find_refusal(self, request: Request) -> tuple[http.HTTPStatus, str] | None:
         """Return the status and the text for a malformed request, or one of a foreign web page.
 
         The result is None for any other request.
         """
-        malformed = malformed_request_error(request)
+        malformed = explain_malformed_request(request)
         if malformed:
             return http.HTTPStatus.BAD_REQUEST, malformed
-        foreign_page = foreign_page_error(request, self.options.token)
+        foreign_page = explain_foreign_page(request, self.options.token)
         if foreign_page:
             return http.HTTPStatus.FORBIDDEN, foreign_page
         return None
 
 
 def _make_exchange(
-    connection: ServerConnection, num_message_bytes: int, answer_s: float, answer: Answer
+    connection: ServerConnection, num_message_bytes: int, latency_s: float, answer: Answer
 ) -> Exchange:
-    """Make what is recorded of an answer that is ready `answer_s` after its message arrived."""
+    """Make what is recorded of an answer that is ready `latency_s` after its message arrived."""
     now_s = time.time()
     host, port = connection.remote_address[:2]
     rows = answer["actions"]
     return Exchange(
         client=connection.id,
         address=f"{host}:{port}",
-        arrival_s=now_s - answer_s,
+        arrival_s=now_s - latency_s,
         answer_s=now_s,
         inference_s=answer["policy_timing"]["infer_ms"] / 1000,
         observation=answer.observation,
