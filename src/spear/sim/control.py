@@ -82,6 +82,7 @@ class Servo:
 
     def set_pose(self, position: Floats, rotation: Floats, opening: float) -> None:
         """Put the resting arm at a pose at once, or as near to the pose as the arm can reach."""
+        # More iterations than for a step of motion, because the home pose may be far away.
         self._joint_command = solve_joints(HOME_JOINTS_RAD, position, rotation, iterations=60)
         self._data.qpos[self._joints] = self._joint_command
         self._data.ctrl[:NUM_JOINTS] = self._joint_command
@@ -111,7 +112,7 @@ class Servo:
         # If a joint would be too fast, all joints make a shorter step in the same direction.
         control_step_s = PHYSICS_STEPS_PER_CONTROL_STEP * self._model.opt.timestep
         step = joints - self._joint_command  # [7] rad
-        speed_ratio = float((np.abs(step) / self._max_joint_step()).max())
+        speed_ratio = float((np.abs(step) / self._compute_max_joint_step()).max())
         if speed_ratio > 1:
             joints = self._joint_command + step / speed_ratio
             reached_position, reached_rotation = compute_ee_pose(joints)
@@ -128,8 +129,8 @@ class Servo:
         num_steps = PHYSICS_STEPS_PER_CONTROL_STEP
         path = np.linspace(self._joint_command, joints, num_steps + 1)[1:]
         path[:-1] += SERVO_LAG_S * ((joints - self._joint_command) / control_step_s)
-        is_opening = opening >= 0.5
-        self._data.ctrl[NUM_JOINTS : NUM_JOINTS + 2] = FINGER_TRAVEL_M if is_opening else 0.0
+        should_open = opening >= 0.5
+        self._data.ctrl[NUM_JOINTS : NUM_JOINTS + 2] = FINGER_TRAVEL_M if should_open else 0.0
         for joint_command in path:
             self._data.ctrl[:NUM_JOINTS] = joint_command
             mujoco.mj_step(self._model, self._data)
@@ -161,7 +162,7 @@ class Servo:
         mujoco.mju_quatIntegrate(target_rotation, rotation_vector, 1.0)  # changes target_rotation
         return target_position, target_rotation, is_too_low
 
-    def _max_joint_step(self) -> Floats:
+    def _compute_max_joint_step(self) -> Floats:
         """How far each joint can move in a control step, [7] rad."""
         num_steps = PHYSICS_STEPS_PER_CONTROL_STEP
         return MAX_JOINT_SPEED_RAD_S * num_steps * self._model.opt.timestep

@@ -104,7 +104,7 @@ class TabletopEnv(gymnasium.Env[Observation, NDArray[np.floating]]):
             seed = int(self.np_random.integers(0, FIRST_TRAIN_SEED))
         scene = place_in_world(sample_scene(self.family, seed), self.world_name)
         self.load(World(scene))
-        return self.observe(), self._make_info(is_unreachable=False)
+        return self.observe(), self._update_info(is_unreachable=False)
 
     def load(self, world: World) -> None:
         """Start an episode in `world` instead of in a scene of a seed."""
@@ -129,7 +129,7 @@ class TabletopEnv(gymnasium.Env[Observation, NDArray[np.floating]]):
         translation, rotation, opening = split_action(action)
         is_unreachable = self.world.servo.move(translation, rotation, opening)
         self.steps += 1
-        return self._make_info(is_unreachable)
+        return self._update_info(is_unreachable)
 
     def observe(self) -> Observation:
         """Return the present observation."""
@@ -156,8 +156,8 @@ class TabletopEnv(gymnasium.Env[Observation, NDArray[np.floating]]):
         view = ("external", self.image_sizes["external"])
         return get_thread_renderer().images(self.world, [view])[0]
 
-    def _make_info(self, is_unreachable: bool) -> dict[str, Any]:
-        """Measure the milestones, combine them with those so far, and return `info`."""
+    def _update_info(self, is_unreachable: bool) -> dict[str, Any]:
+        """Measure the milestones, add them to those so far, and return `info` with both."""
         info: dict[str, Any] = dict(measure_milestones(self.world))
         for key, was_reached in self._milestones.items():
             info[key] = was_reached or info[key]

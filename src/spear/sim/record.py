@@ -136,7 +136,7 @@ def record_episode(
         observation = env.observe()
     source = format_episode_source(family, seed, policy is not None)
     instruction = env.world.spec.instruction
-    return recorder.episode(instruction, CONTROL_RATE_HZ, source, bool(info["success"]))
+    return recorder.make_episode(instruction, CONTROL_RATE_HZ, source, bool(info["success"]))
 
 
 @dataclass(frozen=True)
@@ -162,7 +162,7 @@ class EpisodeRecorder:
         encoded = {camera: encode_jpeg(image) for camera, image in images.items()}
         self.steps.append(_RecordedStep(encoded, state, action, is_pushed))
 
-    def episode(self, instruction: str, rate_hz: float, source: str, success: bool) -> Episode:
+    def make_episode(self, instruction: str, rate_hz: float, source: str, success: bool) -> Episode:
         """Return all steps as an episode."""
         states = np.array([step.state for step in self.steps])
         images = {}
@@ -232,7 +232,7 @@ class ArmDisturber:
         self.num_steps_left -= 1
         if self.policy is not None:
             return self.policy.act(self.policy.folder, observation, seed, step), True
-        return self._push(action, is_holding), True
+        return self._draw_pushed_action(action, is_holding), True
 
     def _begin_at_random(self, is_holding: bool) -> None:
         """Begin a push, or a turn of the policy, with its probability."""
@@ -249,7 +249,7 @@ class ArmDisturber:
                 num_steps = rng.integers(1, MAX_PUSH_STEPS + 1)
             self.num_steps_left = int(num_steps)
 
-    def _push(self, action: Array, is_holding: bool) -> Array:
+    def _draw_pushed_action(self, action: Array, is_holding: bool) -> Array:
         """Return the action [8] of a random push, given the expert's `action`."""
         rng = self.rng
         translation = rng.normal(0, self.disturbance.translation, 3)

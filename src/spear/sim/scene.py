@@ -54,7 +54,12 @@ SURFACES = {
 }
 """Surface -> the materials that it may have, and the `spread` of its colors (`_sample_color`)."""
 
+MAX_START_OFFSET_M = 0.08  # of the gripper's start from the nominal one along each axis
+MAX_START_TILT_RAD = math.radians(18)  # of the gripper's start from straight down
+MAX_START_YAW_RAD = math.radians(30)  # of the gripper's start, to either side
+
 NUM_PLACING_ATTEMPTS = 40  # places that are tried for an object
+MAX_OVERHANG_M = 0.08  # how far an object reaches beyond the border of the workspace
 TASK_OBJECT_GAP_M = 0.03  # smallest gap between source and target
 OBJECT_GAP_M = 0.02  # smallest gap between a distractor and other objects
 OBJECT_COLOR_SPREAD = 0.04  # the `spread` of an object's color, see `_sample_color`
@@ -159,10 +164,11 @@ def sample_scene(family: str, seed: int) -> SceneSpec:
     source, target = _choose_roles(family, rng)
     distractor_pool = [name for name in DISTRACTORS if name not in (source, target)]
     num_distractors = int(rng.integers(0, MAX_DISTRACTORS + 1))
-    distractors = _choose(rng, distractor_pool, num_distractors)
+    distractors = _draw_names(rng, distractor_pool, num_distractors)
     objects = _place_objects([target, source, *distractors], rng)
-    ee_position = NOMINAL_START_POSITION_M + rng.uniform(-0.08, 0.08, 3)
-    ee_rotation = _sample_ee_rotation(rng, max_tilt=math.radians(18), max_yaw=math.radians(30))
+    offset = rng.uniform(-MAX_START_OFFSET_M, MAX_START_OFFSET_M, 3)
+    ee_position = NOMINAL_START_POSITION_M + offset
+    ee_rotation = _sample_ee_rotation(rng, MAX_START_TILT_RAD, MAX_START_YAW_RAD)
     instruction = _write_instruction(family, source, target, rng)
     appearance = _sample_appearance(rng)
     return SceneSpec(
@@ -180,14 +186,14 @@ def sample_clutter_scene(seed: int) -> SceneSpec:
     """Draw a scene without a task, for labeling.
 
     It has 2 to 7 objects, and the arm is at a random plausible pose, perhaps holding one of them.
-    `spear.sim.world.World` lifts the gripper until it touches nothing.
+    `spear.sim.world.World` lifts the gripper until it touches nothing. All numbers are our choice.
     """
     # The random numbers are drawn in this order in all versions, so that a seed keeps its scene.
     rng = np.random.default_rng([len(FAMILIES), seed])
     num_objects = int(rng.integers(2, 6))
-    names = _choose(rng, DISTRACTORS, num_objects, repeat_probability=0.15)
+    names = _draw_names(rng, DISTRACTORS, num_objects, repeat_probability=0.15)
     num_supports = int(rng.choice([0, 1, 2], p=[0.15, 0.7, 0.15]))
-    supports = _choose(rng, SUPPORTS, num_supports)
+    supports = _draw_names(rng, SUPPORTS, num_supports)
     objects = _place_objects([*supports, *names], rng)
 
     # The gripper: in half of the scenes fully open; in most over an object that it could grasp.
@@ -199,11 +205,12 @@ def sample_clutter_scene(seed: int) -> SceneSpec:
     ]
     xy = np.array([rng.uniform(*WORKSPACE[0]), rng.uniform(*WORKSPACE[1])])
     if graspable and rng.random() < 0.7:
-        approached = objects[int(rng.choice(graspable))]
-        xy = np.array(approached.position[:2]) + rng.normal(0, 0.03, 2)
+        approached_object = objects[int(rng.choice(graspable))]
+        xy = np.array(approached_object.position[:2]) + rng.normal(0, 0.03, 2)
     held_object = None
     if graspable and rng.random() < 0.25:
         held_object = int(rng.choice(graspable))
+    # In half of the scenes low over the table, and in half nearly straight down
     height = float(rng.choice([rng.uniform(0.02, 0.12), rng.uniform(0.06, 0.32)]))
     max_tilt_deg = float(rng.choice([3.0, 20.0]))
     ee_rotation = _sample_ee_rotation(
@@ -289,7 +296,7 @@ def _choose_word(words: Sequence[str], rng: np.random.Generator) -> str:
     return words[int(rng.integers(len(words)))]
 
 
-def _choose(
+def _draw_names(
     rng: np.random.Generator, pool: Sequence[str], count: int, repeat_probability: float = 0.0
 ) -> list[str]:
     """Draw `count` different names of `pool`, or all if there are fewer.
@@ -323,25 +330,26 @@ def _try_to_place(names: Sequence[str], rng: np.random.Generator) -> list[SceneO
     for index, name in enumerate(names):
         is_of_task = index in (TARGET_INDEX, SOURCE_INDEX)
         gap_m = TASK_OBJECT_GAP_M if is_of_task else OBJECT_GAP_M
-        placed = _find_room(name, objects, rng, gap_m)
-        if placed is not None:
-            objects.append(placed)
+        scene_object = _try_to_place_one(name, objects, rng, gap_m)
+        if scene_object is not None:
+            objects.append(scene_object)
         elif is_of_task:
             return None
     return objects
 
 
-def _find_room(
+def _try_to_place_one(
     name: str, neighbors: Sequence[SceneObject], rng: np.random.Generator, gap_m: float
 ) -> SceneObject | None:
-    """Draw a place for an object of the kind `name`, with a gap of at least `gap_m` to `neighbors`.
+    """Place an object of the kind `name` at random, at least `gap_m` away from its neighbors.
 
     Returns None if `NUM_PLACING_ATTEMPTS` places were too near to the neighbors.
     """
     kind = OBJECT_KINDS[name]
     (min_x, max_x), (min_y, max_y) = WORKSPACE
-    # The middle of a large object stays away from the border of the workspace.
-    inset = max(0.0, kind.radius - 0.08)
+    # An object reaches at most 8 cm beyond the border of the workspace (our choice). So the middle
+    # of a larger object stays away from the border.
+    inset = max(0.0, kind.radius - MAX_OVERHANG_M)
     for _ in range(NUM_PLACING_ATTEMPTS):
         x = rng.uniform(min_x + inset, max_x - inset)
         y = rng.uniform(min_y + inset, max_y - inset)

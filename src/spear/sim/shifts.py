@@ -155,11 +155,15 @@ def shift_scene(scene: SceneSpec, shift: Shift) -> SceneSpec:
         [_STREAM, AXES.index(shift.axis), shift.level, *scene.family.encode(), scene.seed]
     )
     if shift.axis == "camera":
-        return _with_look(scene, _shift_camera(scene.appearance, CAMERA_LEVELS[shift.level], rng))
+        return _with_appearance(
+            scene, _shift_camera(scene.appearance, CAMERA_LEVELS[shift.level], rng)
+        )
     if shift.axis == "light":
-        return _with_look(scene, _shift_light(scene.appearance, LIGHT_LEVELS[shift.level], rng))
+        return _with_appearance(
+            scene, _shift_light(scene.appearance, LIGHT_LEVELS[shift.level], rng)
+        )
     if shift.axis == "background":
-        return _with_look(scene, _shift_background(scene.appearance, shift.level, rng))
+        return _with_appearance(scene, _shift_background(scene.appearance, shift.level, rng))
     if shift.axis == "layout":
         kinds = DISTRACTORS if shift.level == 1 else TASK_FREE_KINDS
         kinds = _without_task_objects(scene, kinds)
@@ -168,15 +172,17 @@ def shift_scene(scene: SceneSpec, shift: Shift) -> SceneSpec:
     if shift.axis == "robot":
         return dataclasses.replace(
             scene,
-            ee_position=_shift_start_position(shift.level, rng),
-            ee_rotation=_shift_start_rotation(shift.level, rng),
+            ee_position=_draw_start_position(shift.level, rng),
+            ee_rotation=_draw_start_rotation(shift.level, rng),
         )
     if shift.axis == "language":
-        return dataclasses.replace(scene, instruction=_shift_words(scene, shift.level, rng))
+        return dataclasses.replace(
+            scene, instruction=_draw_unseen_instruction(scene, shift.level, rng)
+        )
     return scene
 
 
-def _with_look(scene: SceneSpec, appearance: SceneAppearance) -> SceneSpec:
+def _with_appearance(scene: SceneSpec, appearance: SceneAppearance) -> SceneSpec:
     """Return the scene with another appearance."""
     return dataclasses.replace(scene, appearance=appearance)
 
@@ -188,7 +194,7 @@ def _shift_camera(
     orbit = CameraOrbit.of(appearance)
     elevation_deg = orbit.elevation_deg + rng.uniform(-level.elevation_deg, level.elevation_deg)
     log_factor = math.log(level.distance_factor)
-    moved = CameraOrbit(
+    moved_orbit = CameraOrbit(
         target=orbit.target,
         azimuth_deg=orbit.azimuth_deg + rng.uniform(-level.azimuth_deg, level.azimuth_deg),
         elevation_deg=float(
@@ -198,7 +204,7 @@ def _shift_camera(
     )
     return dataclasses.replace(
         appearance,
-        camera=moved.position(),
+        camera=moved_orbit.position(),
         fovy_deg=EXTERNAL_CAMERA_FOV_Y_DEG + float(rng.uniform(-level.fovy_deg, level.fovy_deg)),
         has_four_walls=True,
     )
@@ -245,7 +251,7 @@ def _without_task_objects(scene: SceneSpec, kinds: Sequence[str]) -> tuple[str, 
     return tuple(kind for kind in kinds if kind not in task_kinds)
 
 
-def _shift_start_position(level: int, rng: np.random.Generator) -> tuple[float, float, float]:
+def _draw_start_position(level: int, rng: np.random.Generator) -> tuple[float, float, float]:
     """Draw a start position (m) outside of the box in which training's start positions are.
 
     An outer box is larger than training's box by the level's distance on each side. The position is
@@ -262,14 +268,14 @@ def _shift_start_position(level: int, rng: np.random.Generator) -> tuple[float, 
     return float(x), float(y), max(float(z), MIN_START_HEIGHT_M)
 
 
-def _shift_start_rotation(level: int, rng: np.random.Generator) -> Quat:
+def _draw_start_rotation(level: int, rng: np.random.Generator) -> Quat:
     """Draw a start orientation: pointing down, with a larger yaw than in training."""
     extra_deg = rng.uniform(0, START_TURN_DEG[level])
     yaw = math.radians(TRAINING_YAW_DEG + extra_deg) * float(rng.choice([-1.0, 1.0]))
     return math.cos(yaw / 2), 0.0, 0.0, math.sin(yaw / 2)
 
 
-def _shift_words(scene: SceneSpec, level: int, rng: np.random.Generator) -> str:
+def _draw_unseen_instruction(scene: SceneSpec, level: int, rng: np.random.Generator) -> str:
     """Draw an instruction with words that training does not have.
 
     Level 1 has unseen templates, level 2 also unseen synonyms and polite phrases. Level 3 also

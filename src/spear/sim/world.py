@@ -61,14 +61,14 @@ _GEOM_TYPES = {
 class Body:
     """An object of the scene.
 
-    kind   the object's kind.
-    index  the object's body id in the model.
-    low    [3], lower corner of the axis-aligned box around the visible parts, object's frame, m.
-    high   [3], upper corner of this box.
+    kind     the object's kind.
+    body_id  the object's body id in the model.
+    low      [3], lower corner of the axis-aligned box around the visible parts, object's frame, m.
+    high     [3], upper corner of this box.
     """
 
     kind: ObjectKind
-    index: int
+    body_id: int
     low: Floats
     high: Floats
 
@@ -109,7 +109,7 @@ class World:
         """Return the array `instance_of_geom`."""
         instance_of_body = np.zeros(self.model.nbody, np.int32)
         for instance, body in enumerate(self.bodies, 1):
-            instance_of_body[body.index] = instance
+            instance_of_body[body.body_id] = instance
         for name in ("hand", "finger1", "finger2"):
             instance_of_body[self.model.body(name).id] = len(self.bodies) + 1
         background = np.int32(0)
@@ -122,12 +122,12 @@ class World:
         self.servo.set_pose(np.array(spec.ee_position), np.array(spec.ee_rotation), spec.opening)
         mujoco.mj_forward(self.model, self.data)
         if spec.family == "clutter":
-            self._pose_clutter()
+            self._pose_gripper_in_clutter()
         else:
             mujoco.mj_step(self.model, self.data, PHYSICS_STEPS_PER_CONTROL_STEP)
         self.start_positions = self.object_positions()
 
-    def _pose_clutter(self) -> None:
+    def _pose_gripper_in_clutter(self) -> None:
         """Lift the gripper until it touches nothing; then put the held object, if any, into it."""
         position, rotation = self.servo.measure_pose()
         for _ in range(NUM_CLUTTER_LIFTS):
@@ -157,26 +157,26 @@ class World:
         mujoco.mju_quat2Mat(matrix, ee_rotation)
         object_position = ee_position - (matrix.reshape(3, 3) * center).sum(1)
         # The object's pose in `qpos`: position [3], then quaternion [4].
-        object_joint = self.model.body_jntadr[body.index]
+        object_joint = self.model.body_jntadr[body.body_id]
         start = self.model.jnt_qposadr[object_joint]
         self.data.qpos[start : start + 7] = np.concatenate([object_position, ee_rotation])
         mujoco.mj_forward(self.model, self.data)
 
     def object_position(self, index: int) -> Floats:
         """The position [3] of object `index`."""
-        return self.data.xpos[self.bodies[index].index].copy()
+        return self.data.xpos[self.bodies[index].body_id].copy()
 
     def object_positions(self) -> Floats:
         """The positions [num_objects, 3] of all objects."""
-        return self.data.xpos[[body.index for body in self.bodies]]
+        return self.data.xpos[[body.body_id for body in self.bodies]]
 
     def object_rotation(self, index: int) -> Floats:
         """The orientation of object `index`: a matrix [3, 3], its columns are the object's axes."""
-        return self.data.xmat[self.bodies[index].index].reshape(3, 3).copy()
+        return self.data.xmat[self.bodies[index].body_id].reshape(3, 3).copy()
 
     def count_touching_fingers(self, index: int) -> int:
         """Return how many of the two fingers touch object `index`."""
-        body_id = self.bodies[index].index
+        body_id = self.bodies[index].body_id
         return sum(self.are_touching(body_id, finger) for finger in self._fingers)
 
     def are_touching(self, first_body: int, second_body: int) -> bool:
@@ -211,7 +211,7 @@ def measure_milestones(world: World) -> dict[str, bool]:
     other_displacements_m = np.linalg.norm(displacement[2:], axis=1)
 
     # The index of the source's velocity in `qvel`: three numbers in m/s, then three in rad/s.
-    first_velocity = world.model.body_dofadr[world.bodies[SOURCE_INDEX].index]
+    first_velocity = world.model.body_dofadr[world.bodies[SOURCE_INDEX].body_id]
     speed_m_s = euclidean_norm(world.data.qvel[first_velocity : first_velocity + 3])
     is_resting = num_touching == 0 and speed_m_s < MAX_REST_SPEED_M_S
     is_lifted = displacement[SOURCE_INDEX, 2] > MIN_LIFT_M
@@ -232,7 +232,7 @@ def is_source_on_target(world: World) -> bool:
     # The vertical component of the target's z axis is the cosine of its tilt. Up to a tilt of 18°
     # the target counts as upright.
     is_upright = axes[2, 2] >= 0.95
-    if not is_upright or not world.are_touching(source.index, target.index):
+    if not is_upright or not world.are_touching(source.body_id, target.body_id):
         return False
     offset = world.object_position(SOURCE_INDEX) - world.object_position(TARGET_INDEX)
     # The offset along the target's axes: the product of the matrix `axes.T` and `offset`, [3] m.

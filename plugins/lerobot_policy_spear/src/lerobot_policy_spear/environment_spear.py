@@ -30,8 +30,8 @@ def make_tabletop(family: str) -> gymnasium.Env[Any, Any]:
         def observe(self) -> dict[str, Any]:
             return _rename_keys(super().observe())
 
-        def _make_info(self, is_unreachable: bool) -> dict[str, Any]:
-            info = super()._make_info(is_unreachable)
+        def _update_info(self, is_unreachable: bool) -> dict[str, Any]:
+            info = super()._update_info(is_unreachable)
             return {**info, "is_success": info["success"]}
 
     env = LeRobotTabletop(family)
