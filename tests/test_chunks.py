@@ -386,7 +386,7 @@ def test_async_goes_on_although_the_gripper_is_to_open_or_close_at_every_action(
         executor.next_action()
 
     # A chunk arrives one tick after it is asked for. The arm moves in over a third of the ticks.
-    num_ticks_with_motion = sum(step is not None for step in executor._executed)
+    num_ticks_with_motion = sum(step is not None for step in executor._executed_steps)
     assert num_ticks_with_motion > 40 // 3
 
 
@@ -462,7 +462,9 @@ def test_rtc_has_no_jump_when_it_joins_a_late_chunk() -> None:
 
     # No action is longer than the chunk's longest: the joined actions were spread over more ticks.
     assert -61 < min(x_mm(actions)) < -50
-    assert {step.fraction for step in executor._planned} == {1}  # each counts as a whole action
+    assert {step.fraction for step in executor._planned_steps} == {
+        1
+    }  # each counts as a whole action
 
 
 # what it accepts

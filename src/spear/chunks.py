@@ -161,10 +161,10 @@ class ChunkExecutor:
         self.max_committed = max_committed
         self.gripper = gripper
         self.tick = 0
-        self._arriving: list[_Chunk] = []  # chunks that were added but have not arrived yet
-        self._planned: list[_Step] = []  # the steps of the next ticks, one per tick
+        self._arriving_chunks: list[_Chunk] = []  # chunks that were added but have not arrived yet
+        self._planned_steps: list[_Step] = []  # the steps of the next ticks, one per tick
         # The steps of the last ticks, one per tick; None for a tick without a planned step.
-        self._executed: deque[_Step | None] = deque(maxlen=NUM_REMEMBERED_TICKS)
+        self._executed_steps: deque[_Step | None] = deque(maxlen=NUM_REMEMBERED_TICKS)
         # The tick that followed the last opening or closing of the gripper; -1 if there was none.
         self._gripper_change_tick = -1
         self._last_observed_tick = -replan_interval  # so that the first tick needs a chunk
@@ -183,15 +183,15 @@ class ChunkExecutor:
         if self._last_observed_tick == self.tick:
             return False
         self._adopt_arrived_chunks()
-        if self._arriving:
+        if self._arriving_chunks:
             return False
         if self.mode == "sync":
-            return not self._planned
+            return not self._planned_steps
         has_interval_passed = self.tick - self._last_observed_tick >= self.replan_interval
         # During inference the robot executes planned steps. If so few are left that they would run
         # out during an inference as long as the last one, inference has to start now.
         num_needed_for_inference = min(self._delay_ticks, self._horizon - 1)
-        return has_interval_passed or len(self._planned) <= num_needed_for_inference
+        return has_interval_passed or len(self._planned_steps) <= num_needed_for_inference
 
     def committed_actions(self) -> dict[str, Array]:
         """Return the entry of the present observation that tells the policy the committed prefix.
@@ -206,7 +206,7 @@ class ChunkExecutor:
         if self.mode != "rtc":
             return {}
         num_committed = min(self._delay_ticks, self.max_committed)
-        actions = [step.action for step in self._planned[:num_committed]]
+        actions = [step.action for step in self._planned_steps[:num_committed]]
         return {"committed": np.stack(actions)} if actions else {}
 
     def add_chunk(
@@ -229,7 +229,7 @@ class ChunkExecutor:
         if arrival_tick is None:
             arrival_tick = self.tick
         chunk = _Chunk(actions, observed_tick, arrival_tick)
-        self._arriving.append(chunk)
+        self._arriving_chunks.append(chunk)
         self._last_observed_tick = max(self._last_observed_tick, observed_tick)
         self._delay_ticks = chunk.delay_ticks
 
@@ -243,8 +243,8 @@ class ChunkExecutor:
         """
         self._adopt_arrived_chunks()
         self.tick += 1
-        step = self._planned.pop(0) if self._planned else None
-        self._executed.append(step)
+        step = self._planned_steps.pop(0) if self._planned_steps else None
+        self._executed_steps.append(step)
         if step is None:
             return np.array([0, 0, 0, 1, 0, 0, 0, self.gripper], np.float32)
         is_gripper_change = self._find_gripper_change([step.action]) is not None
@@ -255,17 +255,19 @@ class ChunkExecutor:
 
     def _adopt_arrived_chunks(self) -> None:
         """Plan the next ticks by the chunks that have arrived; the last chunk replaces the plan."""
-        for chunk in self._arriving:
+        for chunk in self._arriving_chunks:
             if chunk.arrival_tick > self.tick:
                 continue
             self._horizon = len(chunk.actions)
             if self.mode == "sync":
                 actions = chunk.actions[: self.replan_interval]
-                self._planned = [_Step(action, 1.0) for action in actions]
+                self._planned_steps = [_Step(action, 1.0) for action in actions]
             elif self.mode == "rtc" or chunk.observed_tick >= self._gripper_change_tick:
-                self._planned = self._plan_steps(chunk)
+                self._planned_steps = self._plan_steps(chunk)
             # Otherwise async drops the chunk: it does not know that the gripper has acted.
-        self._arriving = [chunk for chunk in self._arriving if chunk.arrival_tick > self.tick]
+        self._arriving_chunks = [
+            chunk for chunk in self._arriving_chunks if chunk.arrival_tick > self.tick
+        ]
 
     def _plan_steps(self, chunk: _Chunk) -> list[_Step]:
         """Plan the next ticks: a chunk's remaining actions, joined to the executed ones.
@@ -286,11 +288,11 @@ class ChunkExecutor:
         gripper_change = None
         if self.mode == "async":
             gripper_change = self._find_gripper_change(chunk.actions[num_finished:])
-        actions = _join(chunk.actions, executed_actions, num_executed, gripper_change)
+        actions = _join_to_executed(chunk.actions, executed_actions, num_executed, gripper_change)
 
         # The largest translation (m) and rotation (rad) of an action before joining, [2].
-        longest = _measure_lengths(np.stack([*chunk.actions, *executed_actions])).max(axis=0)
-        longest = np.maximum(longest, (MIN_LONGEST_STEP_M, MIN_LONGEST_TURN_RAD))
+        max_lengths = _measure_lengths(np.stack([*chunk.actions, *executed_actions])).max(axis=0)
+        max_lengths = np.maximum(max_lengths, (MIN_LONGEST_STEP_M, MIN_LONGEST_TURN_RAD))
 
         steps = []
         gripper = self.gripper
@@ -303,7 +305,7 @@ class ChunkExecutor:
             num_ticks = 1
             if gripper_change is not None and 0 < gripper_change - index <= NUM_SLOW_ACTIONS:
                 num_ticks = max(1, round(fraction * (1 + chunk.delay_ticks)))
-            relative_length = (_measure_lengths(action) / longest).max()
+            relative_length = (_measure_lengths(action) / max_lengths).max()
             # Rounding errors of up to a thousandth do not cost a tick.
             num_ticks = max(num_ticks, math.ceil(relative_length - 1e-3))
 
@@ -320,11 +322,11 @@ class ChunkExecutor:
     def _list_executed_since(self, tick: int) -> list[_Step]:
         """The steps executed since the start of a tick; ticks without a planned step are left out.
 
-        `_executed` ends with the tick before `self.tick`, and forgets the oldest ticks.
+        `_executed_steps` ends with the tick before `self.tick`, and forgets the oldest ticks.
         """
         num_ticks = self.tick - tick
-        first_index = max(0, len(self._executed) - num_ticks)
-        return [step for step in list(self._executed)[first_index:] if step is not None]
+        first_index = max(0, len(self._executed_steps) - num_ticks)
+        return [step for step in list(self._executed_steps)[first_index:] if step is not None]
 
     def _find_gripper_change(self, actions: Iterable[Array]) -> int | None:
         """The index of the first of `actions` that opens or closes the gripper; None if none does.
@@ -538,7 +540,7 @@ def validate_chunk(actions: Array) -> Array:
     return actions
 
 
-def _join(
+def _join_to_executed(
     actions: Array, executed: Sequence[Array], num_executed: float, gripper_change: int | None
 ) -> Array:
     """Join a chunk to the actions that the robot executed since the observation of the chunk.
@@ -589,8 +591,8 @@ def _join(
         positions[:-1], rotations[:-1], positions[1:], rotations[1:]
     )
     gripper = actions[first:, 7:]
-    joined = np.concatenate([translation.numpy(), rotation.numpy(), gripper], axis=1)
-    return joined.astype(np.float32)
+    new_actions = np.concatenate([translation.numpy(), rotation.numpy(), gripper], axis=1)
+    return new_actions.astype(np.float32)
 
 
 def _measure_lengths(actions: Array) -> Array:

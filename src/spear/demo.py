@@ -84,7 +84,7 @@ def write_report(out: Path, data: Path | None = None) -> Path:
     # Find a missing encoder of films, or mistakes in the data, before minutes of work.
     film.import_encoder()
     if data is not None:
-        _split_episodes(data, out)
+        _prepare_and_split_episodes(data, out)
 
     vlm = load_vlm("nano-vlm")
     policy = Spear1Policy.load("nano")
@@ -160,10 +160,10 @@ def evaluate_policy(policy: Spear1Policy) -> Values:
     The scripted expert is an upper bound, and an agent that does nothing a lower one.
     """
     agent = PolicyAgent(policy, "SPEAR-1 nano")
-    options = TabletopOptions(SCENES, videos=1, tasks=FAMILIES)
+    options = TabletopOptions(num_scenes=SCENES, videos=1, tasks=FAMILIES)
     result, films = closed_loop.evaluate_tabletop(agent, options)
     results = [result]
-    without_films = TabletopOptions(SCENES, videos=0, tasks=FAMILIES)
+    without_films = TabletopOptions(num_scenes=SCENES, videos=0, tasks=FAMILIES)
     for other_agent in (ExpertAgent(), IdleAgent()):
         other_result, _ = closed_loop.evaluate_tabletop(other_agent, without_films)
         results.append(other_result)
@@ -212,7 +212,7 @@ def fine_tune(out: Path, data: Path | None) -> Values:
     """
     if data is None:
         return {"source": None}
-    training, held_out = _split_episodes(data, out)
+    training, held_out = _prepare_and_split_episodes(data, out)
     sampling_weight = 1.0
     inputs = TrainingInputs(episodes=[(data.name, training, sampling_weight)], init=locate("nano"))
     recipe = get_recipe("nano-post").with_changes(steps=FINE_TUNE_STEPS)
@@ -258,10 +258,11 @@ def _fine_tuning_folder(out: Path, training: EpisodeStore) -> Path:
     return out / f"fine-tuned-{key}"
 
 
-def _split_episodes(source: Path, out: Path) -> tuple[EpisodeStore, EpisodeStore]:
-    """Return a dataset's first episodes for training, and its last ones, which are held out.
+def _prepare_and_split_episodes(source: Path, out: Path) -> tuple[EpisodeStore, EpisodeStore]:
+    """Prepare a dataset's episodes in the folder `out`, unless an earlier call has done so.
 
-    The episodes are prepared in the folder `out`, unless an earlier call has prepared them there.
+    Returns:
+        The first episodes, for training, and the last ones, which are held out.
     """
     split, num_in_split = next(iter(count_episodes(source).items()))  # the first split
     num_used = min(MAX_EPISODES, num_in_split)

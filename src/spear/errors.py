@@ -21,6 +21,7 @@ _OBEYED_BY_TERMINALS = re.compile(
 )
 """Matches characters that a terminal would obey instead of show."""
 _SHORT_ESCAPES = {"\n": r"\n", "\r": r"\r", "\t": r"\t"}
+MIN_SIMILARITY = 0.7  # of a name that a message suggests, 0 to 1, by difflib (our choice)
 MAX_LISTED_NAMES = 6
 """The largest number of names that a message lists."""
 
@@ -90,7 +91,7 @@ def unknown_name_error(
             candidate for candidate in known_names if name and candidate.startswith(name)
         ][:1]
         if not similar_names:
-            similar_names = difflib.get_close_matches(name, known_names, n=1, cutoff=0.7)
+            similar_names = difflib.get_close_matches(name, known_names, n=1, cutoff=MIN_SIMILARITY)
     message = f"unknown {kind} {name!r}"
     if location:
         message += f" in {location}"
@@ -273,5 +274,5 @@ def notice(message: str) -> bool:
     """
     should_warn = _are_notices_enabled.get() and is_first_process()
     if should_warn:
-        warnings.warn(message, Notice, stacklevel=3)
+        warnings.warn(message, Notice, stacklevel=3)  # 1 is this function, 2 is its caller
     return should_warn

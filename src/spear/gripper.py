@@ -144,9 +144,9 @@ def _find_last_rest_while_closing(opening: Array, rate_hz: float) -> int:
     for step in range(num_rest_steps, len(opening)):
         recent_openings = opening[step - num_rest_steps : step + 1]
         is_resting = np.ptp(recent_openings) < MAX_STILL_CHANGE
-        closed_before = opening[0] - opening[step]
-        closes_after = opening[step] - opening[step:].min()
-        if is_resting and min(closed_before, closes_after) >= MIN_STROKE:
+        narrowing_before = opening[0] - opening[step]
+        narrowing_after = opening[step] - opening[step:].min()
+        if is_resting and min(narrowing_before, narrowing_after) >= MIN_STROKE:
             last_rest_step = step
     return last_rest_step
 
@@ -171,7 +171,7 @@ def binarize_commands(command: Array, rate_hz: float) -> Array:
     Returns:
         [T] commands 0 or 1, float32.
     """
-    passes_both_thresholds = command.min() < CLOSED_BELOW and command.max() > OPEN_ABOVE  # 0.4, 0.6
+    passes_both_thresholds = command.min() < CLOSED_BELOW and command.max() > OPEN_ABOVE
     if np.ptp(command) >= MIN_STROKE and not passes_both_thresholds:
         openings = np.append(command[:1], command)  # [T + 1], as if each step reached its command
         return infer_commands_from_motion(openings, rate_hz)

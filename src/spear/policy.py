@@ -488,7 +488,8 @@ class Spear1Policy:
         """Convert observations to the network's arguments.
 
         An observation that is not yet a `CheckedObservation` is checked first. The drift monitor
-        compares every observation with the training distribution.
+        compares every observation with the training distribution. The noise is drawn here, so that
+        observations without a seed count for the noise of later ones (`seed`).
 
         Args:
             observations: observations with the keys of `spear.types.Policy`.
@@ -510,6 +511,7 @@ class Spear1Policy:
         committed = self._prepare_committed([o.get("committed", ()) for o in checked])
 
         device = self.model.device
+        # Only a view that some observations lack needs a mask.
         view_masks = {
             view: torch.tensor(is_present[view], device=device)
             for view in pixels
