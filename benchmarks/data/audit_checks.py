@@ -64,7 +64,7 @@ def read_recordings(folder: Path) -> list[Recording]:
     return recordings
 
 
-def weightiest_verdict(recordings: Sequence[Recording]) -> str:
+def find_weightiest_verdict(recordings: Sequence[Recording]) -> str:
     """The most serious verdict of the gripper's checks."""
     verdicts = {check.verdict for check in check_gripper(recordings)}
     return next(verdict for verdict in VERDICTS_BY_WEIGHT if verdict in verdicts)
@@ -80,7 +80,7 @@ def count_verdicts(
     counts: Counter[str] = Counter()
     for _ in range(NUM_DRAWS):
         indices = rng.choice(len(recordings), size, replace=False)
-        counts[weightiest_verdict([damage(recordings[i]) for i in indices])] += 1
+        counts[find_weightiest_verdict([damage(recordings[i]) for i in indices])] += 1
     return counts
 
 

@@ -33,7 +33,7 @@ def main(
     seed: int = 0,
     quick: bool = False,
 ) -> None:
-    """Change folders of each kind so often; exit with an error if one does what it must not."""
+    """Change folders of each kind; exit with an error if one does what it must not."""
     num_changes = 20 if quick else changes
     kinds = OWN_KINDS if quick and not shared.is_dir() else kinds
     num_findings = 0

@@ -30,6 +30,8 @@ NUM_CORES = 2
 RECORDED_HZ = 10.0
 MAX_SHIFT_PX = 100  # of the moving image
 NUM_BARE_BATCHES = 4  # that are decoded per order, so that handing them over costs nothing
+ORDER = "decode"  # what a decoding process gets
+DONE = "done"  # what it answers
 TIME_TOLERANCE_S = 1e-3
 OBJECTS = ("carrot", "spoon", "mug", "sponge")
 INSTRUCTIONS = [f"put the {name} on the plate" for name in OBJECTS]
@@ -168,10 +170,10 @@ def decode_in_memory(mixture: Mixture, store: EpisodeStore, batch_size: int) -> 
 
     # One order is always waiting, so that no core does.
     for pipe in pipes:
-        pipe.send(True)
+        pipe.send(ORDER)
     while True:
         for pipe in pipes:
-            pipe.send(True)
+            pipe.send(ORDER)
         for pipe in pipes:
             pipe.recv()
         yield len(images) // len(VIEWS)
@@ -196,4 +198,4 @@ def _decode_on_order(pipe: Any, images: list[tuple[bytes, tuple[int, int]]]) -> 
         pipe.recv()
         for encoded, (height, width) in images:
             fit_image(decode_image(encoded), height, width)
-        pipe.send(True)
+        pipe.send(DONE)

@@ -46,16 +46,16 @@ def write_dataset(
     max_episodes = max(1, MAX_SHARD_MIB * 2**20 // (step_bytes * episode_steps))
     num_episodes = max(1, round(num_frames / episode_steps))
     folder.mkdir(parents=True)
-    written: dict[int, Path] = {}  # number of episodes in a shard -> a shard with so many
+    shard_by_num_episodes: dict[int, Path] = {}  # shards that can be copied
     for shard, first in enumerate(range(0, num_episodes, max_episodes)):
         shard_episodes = min(max_episodes, num_episodes - first)
         path = folder / f"episodes-{shard:05d}.arrow"
-        if shard_episodes in written:
-            shutil.copyfile(written[shard_episodes], path)
+        if shard_episodes in shard_by_num_episodes:
+            shutil.copyfile(shard_by_num_episodes[shard_episodes], path)
         else:
             episodes = _make_episodes(number, shard_episodes, episode_steps, step_bytes)
             write_shard(path, episodes, {})
-            written[shard_episodes] = path
+            shard_by_num_episodes[shard_episodes] = path
         with open(path.with_suffix(".images"), "wb") as file:
             file.truncate(shard_episodes * episode_steps * step_bytes)
 
@@ -127,6 +127,7 @@ def print_sizes(root: Path, num_frames: int, num_datasets: int) -> None:
     """Print how large the files are, and how much of the disk they take."""
     file_stats = [path.stat() for path in root.glob("*/episodes-*")]
     size_gb = sum(stat.st_size for stat in file_stats) / 1e9
+    # `st_blocks` counts blocks of 512 bytes.
     disk_gb = sum(512 * stat.st_blocks for stat in file_stats) / 1e9
     print(
         f"{num_frames} frames in {num_datasets} datasets, {len(file_stats)} files: "

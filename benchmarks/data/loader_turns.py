@@ -110,7 +110,7 @@ def measure_group_processor_s() -> float:
             text = file.read_text()
         except OSError:  # the process has ended
             continue
-        # From the third field on: state, parent, group, …
+        # From the third field on: state, parent, group, …; the 14th and 15th are processor times.
         fields = text.rpartition(")")[2].split()
         if fields[2] == group:
             user_ticks = int(fields[11])

@@ -38,7 +38,8 @@ from spear.sim.env import MAX_STEPS, TabletopEnv
 from spear.sim.scene import FAMILIES
 from spear.types import Array
 
-HALF = np.sqrt(0.5)
+ROOT_HALF = np.sqrt(0.5)  # cosine and sine of 45°
+ONE_M_ALONG_X = np.eye(8)[0]  # a change of the state
 EXCHANGE_X_AND_Y = [1, 0, 2, 3, 4, 5, 6, 7]
 NUM_STARTS = 10
 SEEDS_PER_START = 16
@@ -49,7 +50,7 @@ ObservationChange = Callable[[Array, Array], tuple[Array, Array]]
 
 def turn_ee_frame(state: Array) -> Array:
     """Turn the end-effector frame by 90° about its z axis."""
-    quarter_turn = torch.tensor([HALF, 0.0, 0.0, HALF], dtype=torch.float64)
+    quarter_turn = torch.tensor([ROOT_HALF, 0.0, 0.0, ROOT_HALF], dtype=torch.float64)
     rotation = quat_multiply(torch.tensor(state[3:7]), quarter_turn)
     return np.concatenate([state[:3], rotation.numpy(), state[7:]])
 
@@ -63,7 +64,7 @@ OBSERVATION_CHANGES: dict[str, ObservationChange] = {
     "image flipped upside down": lambda state, image: (state, image[::-1]),
     "quaternion x y z w": lambda state, image: (state[[0, 1, 2, 4, 5, 6, 3, 7]], image),
     "end-effector frame turned by 90° about z": lambda state, image: (turn_ee_frame(state), image),
-    "base frame 0.5 m further back": lambda state, image: (state + 0.5 * np.eye(8)[0], image),
+    "base frame 0.5 m further back": lambda state, image: (state + 0.5 * ONE_M_ALONG_X, image),
     "x and y exchanged": lambda state, image: (state[EXCHANGE_X_AND_Y], image),
     "decimeters": lambda state, image: (state * [10, 10, 10, 1, 1, 1, 1, 1], image),
 }

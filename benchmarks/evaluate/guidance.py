@@ -81,6 +81,7 @@ class GuidedPolicy(Spear1Policy):
         position = torch.arange(is_committed.shape[1], device=is_committed.device)
         num_committed = is_committed.sum(-1, keepdim=True)
         num_fading = (num_committed - self.delay + 1).clamp_min(1)
+        # The paper's soft mask: it falls along the fading actions, and is 0 after the last one.
         c = ((num_committed - position) / num_fading).clamp(0, 1)
         fading = c * c.expm1() / (torch.e - 1)
         return torch.where(position < self.delay, 1.0, fading) * is_committed

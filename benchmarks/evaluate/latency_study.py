@@ -55,9 +55,10 @@ ROWS: dict[str, tuple[ExecutionMode, int]] = {
     "rtc/1": ("rtc", 1),
     "guided/1": ("rtc", 1),
 }
-"""The execution mode and the replan interval. full is async without care for the gripper. The first
-is the default of `spear evaluate`, the third executes whole chunks. With async the next inference
-never waits longer than the replan interval, and starts as early as the last one allows."""
+"""Row -> the execution mode and the replan interval. The row full/1 is async without care for the
+gripper. The row sync/1 is the default of `spear evaluate`, and sync/5 executes whole chunks. With
+async the next inference never waits longer than the replan interval, and starts as early as the
+last one allows."""
 SEAMS_FILE = "seams.txt"
 STILL_FILE = "still.txt"
 RECORDED_FILE = "recorded.txt"  # the episodes whose seams are written
@@ -88,7 +89,8 @@ class RecordingExecutor(ChunkExecutor):
     def next_action(self) -> np.ndarray:
         """As `ChunkExecutor.next_action`; records a seam where another chunk takes over."""
         action = super().next_action()
-        chunk = None if self._executed[-1] is None else self._planned
+        # Each chunk that is adopted makes a new list of steps, so the list identifies the chunk.
+        chunk = None if self._executed_steps[-1] is None else self._planned_steps
         if self._last_motion is not None and chunk is not self._last_chunk:
             self.seams.append(float(np.linalg.norm(action[:3] - self._last_motion) * 1000))
         if self._last_motion is not None or chunk is not None:  # nothing before the first motion
@@ -100,9 +102,9 @@ class RecordingExecutor(ChunkExecutor):
         return None if self.ignores_gripper_change else super()._find_gripper_change(actions)
 
     def committed_actions(self) -> dict[str, Any]:
-        rows = [step.action for step in self._planned]
-        if self.commits_whole_chunk and rows:
-            return {"committed": np.stack(rows)}
+        actions = [step.action for step in self._planned_steps]
+        if self.commits_whole_chunk and actions:
+            return {"committed": np.stack(actions)}
         return super().committed_actions()
 
 
@@ -115,20 +117,20 @@ def make_recorded_outcome(
     ended may be run again with others; its seams are not written twice.
     """
     outcome = make_outcome(scene)
-    if not is_recorded_before(outcome):
+    if mark_as_recorded(outcome):
         record_seams(scene)
     return outcome
 
 
-def is_recorded_before(outcome: Outcome) -> bool:
-    """Whether the seams of an episode are written already; from now on they are."""
+def mark_as_recorded(outcome: Outcome) -> bool:
+    """Note that the seams of an episode are written. Return False if that was noted before."""
     recorded_file = RecordingExecutor.seams_file.with_name(RECORDED_FILE)
     episode = f"{outcome.family}-{outcome.seed}"
     if recorded_file.is_file() and episode in recorded_file.read_text().split():
-        return True
+        return False
     with recorded_file.open("a") as file:
         file.write(f"{episode}\n")
-    return False
+    return True
 
 
 def record_seams(scene: Any) -> None:
@@ -136,10 +138,11 @@ def record_seams(scene: Any) -> None:
     with RecordingExecutor.seams_file.open("a") as file:
         file.writelines(f"{seam:.3f}\n" for seam in scene.executor.seams)
     with RecordingExecutor.seams_file.with_name(STILL_FILE).open("a") as file:
-        is_still = [action is None for action in scene.executor._executed]
+        is_still = [action is None for action in scene.executor._executed_steps]
         file.write(f"{np.mean(is_still)}\n")
 
 
+# From now on, evaluations in this process record seams.
 setattr(closed_loop, "ChunkExecutor", RecordingExecutor)  # noqa: B010
 setattr(closed_loop, "_make_outcome", make_recorded_outcome)  # noqa: B010
 

@@ -95,7 +95,7 @@ def fit_open3d_boxes(points: Array) -> list[Box3D] | None:
     if it fails."""
     import open3d
 
-    # It calls its own boxes invalid
+    # Otherwise Open3D warns that its own boxes are invalid.
     open3d.utility.set_verbosity_level(open3d.utility.VerbosityLevel.Error)
     cloud = open3d.geometry.PointCloud(open3d.utility.Vector3dVector(points.astype(np.float64)))
     cloud, _ = cloud.remove_statistical_outlier(nb_neighbors=20, std_ratio=2.0)
@@ -252,6 +252,7 @@ def print_comparison(worlds: Sequence[World]) -> None:
     unaided = [dataclasses.replace(frame, extrinsics=None) for frame in frames]
     noisy = [make_wrong_depth(frame, i) for i, frame in enumerate(unaided)]
     truth = GroundTruth()
+    # Name of the row, frames to label, segmenter, whether masks and depth are known to be exact
     conditions: tuple[tuple[str, list[Frame], Any, bool], ...] = (
         ("true, true, known to be", unaided, truth, True),
         ("true, true", unaided, truth, False),

@@ -1,8 +1,10 @@
 """How true boxes stay where masks leak, depth is noisy and things stand in front, measured by ray
 casting.
 
-    python benchmarks/labels/leaks.py                # compared with Open3D's boxes, if it is
-    installed python benchmarks/labels/leaks.py --rows rows.csv
+    python benchmarks/labels/leaks.py
+    python benchmarks/labels/leaks.py --rows rows.csv
+
+If Open3D is installed, its boxes are compared, too.
 
 Every image shows one box or cylinder, whose depth, mask and true box are exact:
 
@@ -65,7 +67,13 @@ MAX_POINTS = 1500  # that the other methods get
 
 
 class Row(NamedTuple):
-    """The conditions of a row of the results."""
+    """The conditions of a row of the results.
+
+    scene   one of `SCENES`.
+    leak    by how much masks leak, px.
+    noise   standard deviation of the depth, mm.
+    hidden  how much of the object is behind something nearer, percent.
+    """
 
     scene: str
     leak: int
@@ -83,8 +91,11 @@ class CastImage(NamedTuple):
 
 
 @lru_cache(maxsize=128)
-def cast(scene: str, seed: int) -> CastImage:
-    """Cast the rays of an image of a kind of scene."""
+def cast_image(scene: str, seed: int) -> CastImage:
+    """Draw a scene of one of the kinds `SCENES`, and cast the rays of its image.
+
+    The ranges of all random numbers are our choice, m and degrees.
+    """
     # Camera and object
     rng = np.random.default_rng((0, SCENES.index(scene), seed))
     pitch_range_deg = (8, 22) if scene in ("wall", "floating") else (25, 55)
@@ -187,13 +198,13 @@ def cover(mask: Array, hidden_percent: int, is_sideways: bool) -> Array:
     """The pixels [h, w] of a post from the left, or a board from below, that hides a part of the
     mask."""
     rows, columns = np.nonzero(mask)
-    along = columns if is_sideways else -rows
+    along = columns if is_sideways else -rows  # grows from the left, or from below
     limit = int(np.quantile(along, hidden_percent / 100))
     covered = np.zeros_like(mask)
     if is_sideways:
         covered[:, :limit] = True
     else:
-        covered[1 - limit :] = True
+        covered[1 - limit :] = True  # the rows below row -limit
     return covered
 
 
@@ -202,7 +213,7 @@ def make_images(row: Row, count: int) -> Iterator[tuple[Frame, list[Box3D]]]:
     num_images = 0
     number = 0
     while num_images < count:
-        depth, mask, boxes = cast(row.scene, number)
+        depth, mask, boxes = cast_image(row.scene, number)
         rng = np.random.default_rng((1, SCENES.index(row.scene), number))
         number += 1
         is_at_edge = mask[[0, -1]].any() or mask[:, [0, -1]].any()
@@ -212,6 +223,7 @@ def make_images(row: Row, count: int) -> Iterator[tuple[Frame, list[Box3D]]]:
         is_sideways = rng.random() < 0.5
         if row.hidden:
             covered = cover(mask, row.hidden, is_sideways)
+            # What hides the object is nearer than all of the object.
             depth = np.where(covered, 0.85 * float(depth[mask].min()), depth)
             mask = mask & ~covered
         mask = add_leak(mask, row.leak, rng)

@@ -1,10 +1,10 @@
 """A flow step's few tokens through the expert's layers on a GPU: our Triton kernels against
 PyTorch's, as CUDA graphs.
 
-    python benchmarks/models/few_rows.py                                    # on a GPU, spear1,
-                                                                            bfloat16
-    TRITON_INTERPRET=1 python benchmarks/models/few_rows.py --device cpu    # small, only compared
+    python benchmarks/models/few_rows.py                                    # on a GPU
+    TRITON_INTERPRET=1 python benchmarks/models/few_rows.py --device cpu    # only compared
 
+The GPU runs spear1's expert in bfloat16, the interpreter a small one in float32.
 The roofline is the bytes of the weights over the bandwidth measured here. Triton is needed; its
 interpreter needs NumPy before 2.4.
 """
@@ -48,7 +48,14 @@ Implementation = Callable[[Inputs], Tensor]
 
 @dataclass(frozen=True)
 class FlowStep:
-    """What a flow step reads: embeddings, rotations, the mask of padding, and a filled cache."""
+    """What a flow step reads.
+
+    x          embeddings of the state and the actions.
+    rotations  of their positions.
+    bias       the mask of padding.
+    cache      the KV cache, filled up to the end of the prefix.
+    prefix     number of tokens of the prefix.
+    """
 
     x: Tensor
     rotations: tuple[Tensor, ...]
@@ -62,6 +69,7 @@ class FlowStep:
         end = self.prefix + length
         copy = stack.allocate_cache(batch, end, self.x.dtype, self.x.device)
         copy.buffer.copy_(self.cache.buffer)
+        # The state sees the prefix and itself; the actions see everything.
         blocks = [(1, self.prefix + 1), (length - 1, end)]
         return copy, copy.make_window(self.prefix, blocks)
 
@@ -107,7 +115,7 @@ def main(
     with torch.device(device), torch.no_grad():
         model = make_expert(device, dtype)
         stack = LayerStack(model, compiled=is_gpu)
-        stack.few_rows = None
+        stack.few_rows = None  # so that `stack` computes with PyTorch's kernels
         few_rows = FewRows(stack.layers, stack.num_heads, stack.head_dim, stack.eps, stack.scale)
         num_tokens = 1 + PRESETS["spear1"].horizon  # the state and the actions
         x = torch.randn(batch, num_tokens, model.config.hidden_size, dtype=dtype)

@@ -32,7 +32,8 @@ from pi0_pair import (
 )
 from spear.cli import run_reporting_errors
 from spear.models.presets import Preset
-from spear.types import Action
+from spear.models.spear1 import NUM_STATE_FEATURES
+from spear.types import ACTION_DIM, Action
 from timing import format_header, format_row
 
 LAPTOP_LAYERS = {"nano": 99, "small": 2, "mid": 2, "spear1": 1}
@@ -87,8 +88,8 @@ def make_flow_inputs(size: Preset) -> FlowInputs:
     side_px = size.vision["image_size"]
     return FlowInputs(
         images=torch.randint(0, 256, (BATCH, 2, 3, side_px, side_px), dtype=torch.uint8),
-        state=torch.randn(BATCH, 10),
-        noise=torch.randn(BATCH, size.horizon, 8),
+        state=torch.randn(BATCH, NUM_STATE_FEATURES),
+        noise=torch.randn(BATCH, size.horizon, ACTION_DIM),
         tau=torch.full((BATCH,), TAU),
     )
 

@@ -2,8 +2,9 @@
 machine.
 
     python benchmarks/models/policy_latency.py --presets nano small --dtypes float32 bfloat16
-    python benchmarks/models/policy_latency.py --device cuda --presets spear1 --dtypes bfloat16
-    --compiled python benchmarks/models/policy_latency.py --openpi openpi-venv/bin/python
+    python benchmarks/models/policy_latency.py --device cuda --presets spear1 --dtypes bfloat16 \\
+        --compiled
+    python benchmarks/models/policy_latency.py --openpi openpi-venv/bin/python
 
 All have the same geometry and random weights, 10 flow steps, square images, a prompt of 48 tokens,
 and no MoGe, because π0 has none (`--moge` adds SPEAR-1 whole, with MoGe and its own image sizes).
@@ -153,6 +154,7 @@ def compute_roofline_ms(
 
     # Encoders, whose views do not see each other.
     vlm = model.vlm
+    # Encoder, projector, config, and the number of tokens besides those of the image's patches
     encoders: list[tuple[nn.Module, nn.Module, Any, int]] = [
         (vlm.vision_tower, vlm.multi_modal_projector, config.vision_config, 0)
     ]

@@ -22,6 +22,7 @@ as it was meant, everything else refused in one line.
 from __future__ import annotations
 
 import asyncio
+import math
 import sys
 import time
 from collections import Counter
@@ -330,7 +331,8 @@ def main(
     quick: bool = False,
 ) -> None:
     """Send so many frames; exit with an error at the first that is not answered as it must be."""
-    num_frames = 320 if quick else NUM_CLIENTS * -(-frames // NUM_CLIENTS)
+    # Every client sends as many frames as the others.
+    num_frames = 320 if quick else NUM_CLIENTS * math.ceil(frames / NUM_CLIENTS)
     fuzz = Fuzz(embodiments.load(embodiment))
     check_structures(fuzz, 1000 if quick else structures, seed)
 

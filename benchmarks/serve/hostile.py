@@ -21,6 +21,7 @@ import io
 import itertools
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -164,7 +165,9 @@ async def send_without_reading(target: Target, first: bytes, repeated: bytes) ->
 async def floods(target: Target) -> None:
     """Texts, nonsense and pings without end, from clients that never read."""
     frames = [TEXT_FRAME, BINARY_FRAME, PING_FRAME] * 4
-    await run_together([send_without_reading(target, b"", 1000 * frame) for frame in frames])
+    await run_together(
+        [send_without_reading(target, first=b"", repeated=1000 * frame) for frame in frames]
+    )
 
 
 async def bombs(target: Target) -> None:
@@ -199,7 +202,7 @@ async def silent_readers(target: Target) -> None:
     """Good observations without end, from clients that never read an answer."""
     message = encode_observation()
     frame = make_frame_head(len(message)) + message
-    await run_together([send_without_reading(target, b"", frame) for _ in range(2)])
+    await run_together([send_without_reading(target, first=b"", repeated=frame) for _ in range(2)])
 
 
 async def huge_images(target: Target) -> None:
@@ -225,7 +228,7 @@ async def huge_images(target: Target) -> None:
             repeat_message(target, promised),
             repeat_message(target, promised),
             repeat_job(target, send_to_page, "/ui"),
-            send_without_reading(target, make_frame_head(300_000_000), bytes(MIB)),
+            send_without_reading(target, first=make_frame_head(300_000_000), repeated=bytes(MIB)),
         ]
     )
 
@@ -251,7 +254,9 @@ async def large_messages(target: Target) -> None:
 async def half_messages(target: Target) -> None:
     """Sixty-four clients that send 15 of 16 MiB and stop."""
     unfinished = make_frame_head(BOMB_BYTES) + bytes(15 * MIB)
-    await run_together([send_without_reading(target, unfinished, b"") for _ in range(64)])
+    await run_together(
+        [send_without_reading(target, first=unfinished, repeated=b"") for _ in range(64)]
+    )
 
 
 async def flood_with_requests(target: Target, request: bytes) -> None:
@@ -399,7 +404,7 @@ def run_honest_clients(url: str, seconds: float) -> dict[str, Any]:
 
 
 class Measurement(NamedTuple):
-    """Of the honest clients under one attack, and of the server's memory."""
+    """What the honest clients measured under one attack, and the server's memory."""
 
     attack: str
     p99_ms: float
@@ -430,7 +435,7 @@ def watch_memory(server: ServerProcess) -> Iterator[list[float]]:
 def measure_attack(
     server: ServerProcess, name: str | None, seconds: float, undisturbed_p99_ms: float | None
 ) -> Measurement:
-    """Measure one attack, and print it as a row of the table."""
+    """Measure one attack, or the undisturbed server (`name` None), and print a row of the table."""
     with watch_memory(server) as memory_mib, attack_in_background(name, server.url):
         result = run_honest_clients(server.url, seconds)
     time.sleep(RECOVERY_S)
@@ -484,9 +489,10 @@ def stop_under_attack(server: ServerProcess, attack: str) -> float:
     """Send SIGTERM during an attack; returns the seconds until the server has ended."""
     with attack_in_background(attack, server.url):
         started = time.monotonic()
-        os.kill(server.pid, 15)
+        os.kill(server.pid, signal.SIGTERM)
         status_file = Path(f"/proc/{server.pid}/status")
         with contextlib.suppress(FileNotFoundError):
+            # An ended process is a zombie (Z) until its parent asks for the exit code.
             while "\nState:\tZ" not in status_file.read_text():
                 time.sleep(0.05)
         return time.monotonic() - started
@@ -511,7 +517,7 @@ def main(
     print("| attack | p50 (ms) | p99 (ms) | × undisturbed | answered | MiB during | MiB after |")
     print("|---|---|---|---|---|---|---|", flush=True)
     with run_server(policy, "--ui", "--token", TOKEN) as server:
-        load_before = measure_attack(server, None, seconds, None)
+        load_before = measure_attack(server, None, seconds, undisturbed_p99_ms=None)
         attacked = [measure_attack(server, name, seconds, load_before.p99_ms) for name in only]
         load_after = measure_attack(server, None, seconds, load_before.p99_ms)
         stop_s = stop_under_attack(server, only[0])

@@ -114,7 +114,7 @@ class MessageMaker:
         self.is_legal = True
         self.num_values = 0
         self.depth = 0
-        message = self._make_map(-1, illegal_probability)
+        message = self._make_map(-1, illegal_probability)  # so that its values have depth 0
         data = message.data
         if self.rng.random() < illegal_probability / 2:
             is_cut = self.rng.random() < 0.5
@@ -313,7 +313,8 @@ class MessageMaker:
 def check_message(maker: MessageMaker) -> str:
     """Make a message and decode it; return "refused" or "accepted".
 
-    Raises AssertionError if it had to be the other one, or was understood as something else.
+    Raises AssertionError if a legal message is refused, if an illegal one is accepted, or if the
+    decoded message is another one than was made.
     """
     message = maker.make_message()
     try:

@@ -46,6 +46,7 @@ class BareSimulator:
         self.data = world.data
         width, height = image_sizes["external"]
         wrist_width, wrist_height = image_sizes["wrist"]
+        self.camera_ids = [self.model.camera(name).id for name in ("external", "wrist")]
         self.rectangles = [
             mujoco.MjrRect(0, 0, width, height),
             mujoco.MjrRect(width, 0, wrist_width, wrist_height),
@@ -75,7 +76,7 @@ class BareSimulator:
         """Move towards the joint angles, then draw both cameras."""
         self.data.ctrl[:] = joint_command
         mujoco.mj_step(self.model, self.data, control.PHYSICS_STEPS_PER_CONTROL_STEP)
-        self.camera.fixedcamid = 0
+        self.camera.fixedcamid = self.camera_ids[0]
         mujoco.mjv_updateScene(
             self.model,
             self.data,
@@ -86,7 +87,7 @@ class BareSimulator:
             self.scene,
         )
         mujoco.mjr_render(self.rectangles[0], self.scene, self.context)
-        self.camera.fixedcamid = 1
+        self.camera.fixedcamid = self.camera_ids[1]
         mujoco.mjv_updateCamera(self.model, self.data, self.camera, self.scene)
         mujoco.mjr_render(self.rectangles[1], self.scene, self.context)
         viewport = mujoco.MjrRect(0, 0, self.pixels.shape[1], self.pixels.shape[0])
@@ -97,7 +98,7 @@ class BareSimulator:
 class StepTimes:
     """Seconds of processor time per control step."""
 
-    spear_fps: list[float] = field(default_factory=list)
+    ours: list[float] = field(default_factory=list)
     bare: list[float] = field(default_factory=list)
     without_images: list[float] = field(default_factory=list)
 
@@ -118,10 +119,11 @@ def measure_scene(
         bare.copy_state(env.world)
         results: list[Any] = []
 
+        # The default values bind this iteration's action and list.
         def step_ours(action: np.ndarray = action, results: list[Any] = results) -> None:
             results.append(env.step(action))
 
-        times.spear_fps.append(measure_processor_seconds(step_ours))
+        times.ours.append(measure_processor_seconds(step_ours))
         times.bare.append(measure_processor_seconds(partial(bare.step, env.world.data.ctrl)))
         step_without_images = partial(env_without_images.step, action)
         times.without_images.append(measure_processor_seconds(step_without_images))
@@ -166,9 +168,9 @@ def main() -> None:
     times = StepTimes()
     for seed in range(args.scenes):
         measure_scene(FAMILIES[seed % len(FAMILIES)], seed, image_sizes, times)
-    ratio = np.sum(times.spear_fps) / np.sum(times.bare)
+    ratio = np.sum(times.ours) / np.sum(times.bare)
     print(
-        f"steps with two cameras: {1 / np.mean(times.spear_fps):.0f}/s of processor time,"
+        f"steps with two cameras: {1 / np.mean(times.ours):.0f}/s of processor time,"
         f" bare {1 / np.mean(times.bare):.0f}/s"
     )
     print(
