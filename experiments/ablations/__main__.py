@@ -36,8 +36,8 @@ def run_ablations(options: AblationOptions) -> None:
     Raises `SpearError` at the end for trainings that failed.
     """
     # A mistake in the options is found before any data are made.
-    start = planning.pretrained(options.init, options.init_depth_encoder)
-    expected_plan = planning.make_plan(options, planning.expected(options), start)
+    start = planning.find_pretrained_weights(options.init, options.init_depth_encoder)
+    expected_plan = planning.make_plan(options, planning.find_expected_data(options), start)
     if options.dry_run:
         finished = [job for job in expected_plan.jobs if is_done(options.out, job)]
         print(planning.describe(expected_plan, finished))
@@ -53,7 +53,7 @@ def run_ablations(options: AblationOptions) -> None:
     check_trainings(expected_plan, options)
 
     say = functools.partial(print, file=sys.stderr, flush=True)
-    data = planning.obtain(options, say)
+    data = planning.make_missing_data(options, say)
     plan = planning.make_plan(options, data, start)
 
     def write_tables() -> list[object]:

@@ -80,8 +80,8 @@ def read_data(labels: Path, episodes: Path) -> Data:
     return Data(labels, episodes, num_images, key, labels_key)
 
 
-def obtain(options: AblationOptions, say: Callable[[str], None] = print) -> Data:
-    """The given data, or data made in OUT as for the bundled weights.
+def make_missing_data(options: AblationOptions, say: Callable[[str], None] = print) -> Data:
+    """The given data; those not given are made in OUT, as for the bundled weights, if missing.
 
     One process makes them, while the others wait.
     """
@@ -95,7 +95,7 @@ def obtain(options: AblationOptions, say: Callable[[str], None] = print) -> Data
         complete = labels / "complete"
         if options.labels is None and not complete.is_file():
             say(f"labelling {NUM_LABELED_SCENES:,} scenes into {labels}")
-            label_scenes(labels, NUM_LABELED_SCENES, image_sizes, FIRST_LABELED_SEED, 2)
+            label_scenes(labels, NUM_LABELED_SCENES, image_sizes, FIRST_LABELED_SEED, workers=2)
             complete.touch()
         if options.episodes is None and not episodes.is_dir():
             say(f"recording {NUM_DEMONSTRATIONS:,} demonstrations of each family into {episodes}")
@@ -109,8 +109,8 @@ def obtain(options: AblationOptions, say: Callable[[str], None] = print) -> Data
         return read_data(labels, episodes)
 
 
-def expected(options: AblationOptions) -> Data:
-    """The data that `obtain` returns, as far as they can be known without making anything."""
+def find_expected_data(options: AblationOptions) -> Data:
+    """What `make_missing_data` returns, as far as it can be known without making anything."""
     labels, episodes = _find_folders(options)
     if options.labels or (labels / "complete").is_file():
         return read_data(labels, episodes)
@@ -186,7 +186,8 @@ class Scoring:
     """A trained policy to score.
 
     previous  the policy's training, which must be done first.
-    scenes    of each task family.
+    scenes    number of scenes of each task family.
+    families  task families.
     """
 
     previous: Training
@@ -195,7 +196,7 @@ class Scoring:
 
     @property
     def key(self) -> str:
-        """As of a training, among all jobs."""
+        """Identifies it among all jobs, as a training's key does."""
         return f"score-{self.previous.key}"
 
     @property
@@ -224,7 +225,7 @@ class Plan:
 
     @property
     def trainings(self) -> list[Training]:
-        """All of them, once each."""
+        """The jobs that are trainings; one that several rows share is there once."""
         return [job for job in self.jobs if isinstance(job, Training)]
 
     def scoring(self, row: str, seed: int) -> Scoring:
@@ -233,7 +234,9 @@ class Plan:
         return Scoring(policy, self.scenes, self.families)
 
 
-def pretrained(vlm: str = "nano-vlm-0", depth: str = "nano-depth") -> tuple[Weights, Weights]:
+def find_pretrained_weights(
+    vlm: str = "nano-vlm-0", depth: str = "nano-depth"
+) -> tuple[Weights, Weights]:
     """What stands for PaliGemma's weights and for MoGe's in all rows, by names or folders.
 
     Raises `SpearError` if they are not there.

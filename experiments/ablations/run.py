@@ -1,7 +1,7 @@
 """Carries out a plan. Killed at any moment, it resumes; started several times, it shares the work.
 
-OUT/stages/RECIPE-KEY/   a training: log, TensorBoard events, `final` (checkpoints only while it
-runs) OUT/scores/KEY/          the journal of a policy's episodes
+OUT/stages/RECIPE-KEY/   a training: log, TensorBoard events, `final`; checkpoints while it runs
+OUT/scores/KEY/          the journal of a policy's episodes
 OUT/locks/               which process works on what
 """
 
@@ -149,7 +149,7 @@ class _Worker:
         agent = load_agent(str(final_folder(self.out, policy)), device="cpu")
         agent.name = policy.folder  # the folder may be moved
         journal = self.out / "scores" / policy.key
-        options = TabletopOptions(job.scenes, out=journal, tasks=tuple(job.families))
+        options = TabletopOptions(num_scenes=job.scenes, out=journal, tasks=tuple(job.families))
         evaluate_tabletop(agent, options)
 
     def _train(self, job: Training) -> None:
@@ -158,7 +158,7 @@ class _Worker:
 
         self.say(f"training {job.folder}, seed {job.seed}, {format_count(job.steps, 'steps')}")
         folder = self.out / "stages" / job.folder
-        options = RunOptions(job.seed, self.num_loaders if job.steps else 0)
+        options = RunOptions(seed=job.seed, workers=self.num_loaders if job.steps else 0)
         train(job.recipe, folder, self._find_inputs(job), options)
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)
 

@@ -10,6 +10,7 @@ them in float32, more than a core's own caches hold.
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -85,7 +86,7 @@ def main(
     print("|" + "---|" * (len(rows) + 2))
     for dtype in dtypes:
         for in_width, out_width in WEIGHT_SHAPES:
-            num_weights = -(-NUM_WEIGHT_ELEMENTS // (in_width * out_width))
+            num_weights = math.ceil(NUM_WEIGHT_ELEMENTS / (in_width * out_width))
             weights = []
             for _ in range(num_weights):
                 weights.append(torch.randn(out_width, in_width).to(getattr(torch, dtype)))

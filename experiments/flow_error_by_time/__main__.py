@@ -13,6 +13,7 @@ policies get the same steps and noise.
 
 from __future__ import annotations
 
+import math
 import sys
 from pathlib import Path
 
@@ -112,7 +113,7 @@ def measure(policy: Spear1Policy, store: EpisodeStore, num_steps: int) -> dict[s
     mixture = Mixture([("unseen", store, 1.0)])
     samples = TrainingSamples(mixture, image_shapes, policy.model.config.horizon)
     errors: dict[str, list[Tensor]] = {}
-    num_batches = -(-num_steps // BATCH_SIZE)
+    num_batches = math.ceil(num_steps / BATCH_SIZE)
     for number in range(num_batches):
         measure_batch(policy, samples, number, errors)
     return {name: torch.cat(batches) for name, batches in errors.items()}

@@ -27,9 +27,9 @@ from experiments.ablations.plan import (
     Scoring,
     Weights,
     describe,
-    expected,
+    find_expected_data,
+    find_pretrained_weights,
     make_plan,
-    pretrained,
     read_data,
 )
 from experiments.ablations.report import write_report
@@ -85,7 +85,7 @@ def plan_tiny(
         "pretraining": 1e-9,  # so small a part of the steps is rounded up to one step
         "set": changes,
     }
-    return plan_rows(*names, data=data, start=pretrained(), **tiny_options, **options)
+    return plan_rows(*names, data=data, start=find_pretrained_weights(), **tiny_options, **options)
 
 
 def find_row(name: str) -> Row:
@@ -401,7 +401,7 @@ def test_a_fraction_of_the_images_limits_every_stage() -> None:
 def test_demonstrations_of_some_families_have_their_own_folder(
     families: tuple[str, ...], name: str, tmp_path: Path
 ) -> None:
-    data = expected(AblationOptions(out=tmp_path, tasks=families))
+    data = find_expected_data(AblationOptions(out=tmp_path, tasks=families))
 
     assert data.episodes.name == name
 
@@ -615,7 +615,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Data:
 
 def test_a_plan_knows_the_labels_before_there_are_episodes(data: Data, tmp_path: Path) -> None:
     """Trainings on labels alone then have the same keys before and after recording episodes."""
-    expected_data = expected(AblationOptions(labels=data.labels, out=tmp_path))
+    expected_data = find_expected_data(AblationOptions(labels=data.labels, out=tmp_path))
 
     assert expected_data.labels_key == data.labels_key
     assert expected_data.num_images == data.num_images

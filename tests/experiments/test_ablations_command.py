@@ -30,7 +30,7 @@ def test_a_mistake_is_found_before_any_data_are_made(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(planning, "obtain", None)  # calling it, to make the data, would fail
+    monkeypatch.setattr(planning, "make_missing_data", None)  # calling it would fail
     out = tmp_path / "run"
 
     code = main([*args, "--out", str(out)])

@@ -56,7 +56,7 @@ class Spear1Config(PreTrainedConfig):
     """A SPEAR-1, how it is trained, and how it reads the robot.
 
     checkpoint  Where it starts from: a name that ships with spear, or a folder of spear's.
-    recipe      Of `spear recipes`: what learns, the optimizer, draws of noise per observation.
+    recipe      One of `spear recipes`: what learns, the optimizer, draws of noise per observation.
     lr          Peak learning rate; the recipe's by default.
     fps         Frames per second of the dataset and of the robot's loop: a multiple of 5, SPEAR-1's
                 rate.
@@ -66,7 +66,7 @@ class Spear1Config(PreTrainedConfig):
     urdf        For joint angles: the arm's URDF.
     tip         For joint angles: the URDF's link that is the end-effector.
     steps       Euler steps of the flow; the model's by default.
-    seed        Of the noise that actions come from.
+    seed        Random seed of the noise that actions come from.
     state_names           What the state's numbers are; LeRobot sets them from the dataset.
     action_feature_names  What the action's numbers are; LeRobot sets them from the dataset.
     """

@@ -199,7 +199,7 @@ class Spear1Policy(PreTrainedPolicy):
         if self.is_demonstrated is not None:
             index = _to_numpy(batch["index"]).reshape(-1)
             action_mask &= find_demonstrated_actions(self.is_demonstrated, index)
-        images = self._images(batch)
+        images = self._read_images(batch)
         return {
             "position": np.float32(state[:, :3]),
             "rotation": np.float32(state[:, 3:7]),
@@ -222,7 +222,7 @@ class Spear1Policy(PreTrainedPolicy):
             self._mean_initial_opening = None
             self._batches = []
 
-    def _state(self, batch: dict[str, Any]) -> Tensor:
+    def _read_state(self, batch: dict[str, Any]) -> Tensor:
         """The robots' numbers [B, d].
 
         Raises SpearError if they are not as many as the policy was trained on.
@@ -237,7 +237,7 @@ class Spear1Policy(PreTrainedPolicy):
             )
         return state
 
-    def _images(self, batch: dict[str, Any]) -> dict[str, Array]:
+    def _read_images(self, batch: dict[str, Any]) -> dict[str, Array]:
         """View → images [B, h, w, 3].
 
         The wrist camera may be missing, as with spear's own commands.
@@ -261,9 +261,9 @@ class Spear1Policy(PreTrainedPolicy):
 
         last: [B, d] the commands before.
         """
-        state = self._state(batch)
+        state = self._read_state(batch)
         values = _to_numpy(state)
-        images = self._images(batch)
+        images = self._read_images(batch)
         tasks = batch["task"]
         if isinstance(tasks, str):
             tasks = [tasks] * len(values)
@@ -297,7 +297,7 @@ class Spear1Policy(PreTrainedPolicy):
             chunk = self.predict_action_chunk(batch, last)
             return chunk[:, :num_commands].transpose(0, 1)
 
-        is_single_robot = len(self._state(batch)) == 1
+        is_single_robot = len(self._read_state(batch)) == 1
         return self._pacer.next_command(predict, is_single_robot)
 
 

@@ -57,7 +57,7 @@ class Pose(NamedTuple):
 
     position  [3] m, base frame.
     rotation  [4] unit quaternion (w, x, y, z), base frame.
-    opening   Of the gripper, 0 closed … 1 open.
+    opening   gripper opening, 0 closed … 1 open.
     """
 
     position: Array
@@ -77,7 +77,7 @@ class CommandPacer:
         self._due_s = -math.inf
         self._handed_out_s = math.inf
         self._commands: deque[Tensor] = deque()
-        self._last: Tensor | None = None
+        self._last_command: Tensor | None = None
 
     def next_command(
         self,
@@ -93,9 +93,9 @@ class CommandPacer:
         if is_single_robot:
             self.wait_until_due()
         if not self._commands:
-            self._commands.extend(predict(self._last))
+            self._commands.extend(predict(self._last_command))
         command = self._commands.popleft()
-        self._last = command
+        self._last_command = command
         self._handed_out_s = time.monotonic()
         return command
 
@@ -106,7 +106,7 @@ class CommandPacer:
         """
         if time.monotonic() - self._handed_out_s > MAX_PAUSE_S:
             self._commands.clear()
-            self._last = None
+            self._last_command = None
         early_s = self._due_s - time.monotonic()
         if early_s > 0:
             if early_s > EARLY_FRACTION_OF_NOTICE * self.period_s:
