@@ -216,10 +216,10 @@ def test_real_episodes_are_learned_and_scored(shared: Path, tmp_path: Path) -> N
 
 def test_real_episodes_are_prepared_once(shared: Path, tmp_path: Path) -> None:
     data = shared / "data/bridge_v2_sample"
-    demo._split_episodes(data, tmp_path)
+    demo._prepare_and_split_episodes(data, tmp_path)
     files = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()}
 
-    training, held_out = demo._split_episodes(data, tmp_path)
+    training, held_out = demo._prepare_and_split_episodes(data, tmp_path)
 
     assert len(training) == 19
     assert len(held_out) == 6
