@@ -277,10 +277,8 @@ def fit_faces(points: Array, axes: Array, turn_axis: Array | None = None) -> Vis
         weighted = (jacobian * weight[:, None]).T
         normal_matrix = weighted @ jacobian
         diagonal = slice(None, None, len(normal_matrix) + 1)  # of the flat matrix
-        normal_matrix.flat[diagonal] += 1e-6 * normal_matrix.trace()  # never singular then
-        change = np.linalg.solve(
-            normal_matrix, -weighted @ error
-        )  # of the turn, and [-3:] positions
+        normal_matrix.flat[diagonal] += 1e-6 * normal_matrix.trace()  # not singular
+        change = np.linalg.solve(normal_matrix, -weighted @ error)  # [-3:] of the positions
         turn = free_turns @ change[:-3]
         turn *= min(1.0, MAX_TURN_RAD / max(math.sqrt(turn @ turn), 1e-9))
         axes = _rotation_matrix(turn) @ axes
