@@ -578,12 +578,11 @@ class Spear1Policy:
         distribution = self.training_distribution
         # `red_minus_blue` has an entry for each camera of the training data.
         is_trained_view = distribution is None or view in distribution.red_minus_blue
-        trained_without = "the policy was trained without that camera"
         if is_trained_view and not all(is_present):
-            self._monitor.report(
-                key, f"observations have no {key}. Send it, unless {trained_without}."
-            )
+            advice = "Send it, unless your robot or the training lacks that camera."
+            self._monitor.report(key, f"observations have no {key}. {advice}")
         elif not is_trained_view and any(is_present):
+            trained_without = "the policy was trained without that camera"
             self._monitor.report(
                 key, f"observations have {key}, but {trained_without}. Leave it out."
             )

@@ -20,6 +20,7 @@ from spear import embodiments
 from spear.data.readers.build_episode import build_episode
 from spear.data.readers.dataset_layout import REGISTRY
 from spear.embodiments import Embodiment, droid
+from spear.embodiments.observations import remove_padding
 from spear.errors import suppress_notices
 from spear.policy import Spear1Policy
 from spear.serve.options import EMBODIMENTS
@@ -528,7 +529,16 @@ def test_bands_that_padding_does_not_make_are_left(height: int, width: int) -> N
         np.roll(padded, 2, (0, 1)),  # bands of unequal sizes
     ]
     for image in other_images:
-        assert droid.remove_padding(image) is image
+        assert remove_padding(image) is image
+
+
+def test_what_openpi_pads_is_cut_off_for_robots_with_one_camera() -> None:
+    robot = embodiments.load("widowx")
+    padded = fit_image(make_photo(480, 640), 224, 224)
+
+    checked = robot.read({**robot.example(), "observation/image": padded})
+
+    assert checked["observation/image"].shape == (168, 224, 3)  # 4:3, as the camera's image
 
 
 # Tests of datasets and of files.

@@ -9,10 +9,6 @@ Facts about the platform (droid-dataset/droid, robot_ik_solver.py and franka/rob
 - Cartesian positions are poses of the flange (the end of the last link), with its orientation as
   roll, pitch, yaw (R = Rz Ry Rx).
 
-openpi's client scales images into a square of 224 pixels with black bands. `remove_padding` cuts
-the bands off, because the model's input gets its own black bars. With both, the scene would be
-smaller than in training.
-
 Our choices: the end-effector frame is at the point between the closed pads of DROID's Robotiq
 2F-85, 0.1548 m from the flange, and its y axis is the one along which the fingers close
 (`ROBOTIQ`). Policies that learned the first version of DROID's frames act in this first version:
@@ -26,7 +22,6 @@ target pose as it can.
 """
 
 import functools
-import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -38,12 +33,14 @@ from torch import Tensor
 from spear.embodiments import Control, Embodiment, Observation
 from spear.embodiments.actions import compute_target_poses
 from spear.embodiments.observations import (
+    OPENPI_SIDE_PX,
     REQUIRED_KEYS,
     make_example_image,
     make_state,
     read_image,
     read_numbers,
     read_prompt,
+    remove_padding,
     validate_opening,
     validate_radians,
 )
@@ -61,10 +58,6 @@ RATE_HZ = 15.0
 ROWS_PER_ACTION = 3  # rows at 15 Hz in an action at 5 Hz
 UNIT_VELOCITY_STEP_RAD = 0.2  # how far a joint velocity of 1 turns a joint in one row
 JOINT_LIMIT_TOLERANCE_RAD = 0.05  # a joint may be read this far beyond its limit without a notice
-PADDED_SIDE_PX = 224  # width and height of the image that openpi's client sends
-PADDED_CONTENT_SIDES_PX = (125, 126, 168)
-"""Heights of the camera's image within the padded square: 126 for 16:9 (125 for the ZED camera's
-672 x 376 pixels), and 168 for 4:3. For an upright image, these are its widths."""
 
 
 @dataclass(frozen=True)
@@ -157,35 +150,6 @@ def observe(
         "observation/state": make_state(position, rotation, opening=1 - gripper_position),
         "prompt": read_prompt(observation),
     }
-
-
-def remove_padding(image: Array) -> Array:
-    """Cut off the bands with which openpi's client padded an image.
-
-    Bands are cut off only if all their pixels are black (0), and if they are exactly as high or
-    wide as padding makes them. Any other image is returned unchanged.
-
-    Args:
-        image: [h, w, 3] uint8.
-    """
-    is_padded_size = image.shape[:2] == (PADDED_SIDE_PX, PADDED_SIDE_PX)
-    is_corner_black = not image[0, 0].any()
-    if not is_padded_size or not is_corner_black:
-        return image
-
-    # Bands may be above and below the content (axis 0), or to its left and right (axis 1).
-    for axis, content_side_px in itertools.product((0, 1), PADDED_CONTENT_SIDES_PX):
-        start = (PADDED_SIDE_PX - content_side_px) // 2
-        end = start + content_side_px
-        band_before, content, band_after = np.split(image, (start, end), axis)
-        are_bands_black = band_before.max() == 0 and band_after.max() == 0
-        # If the content's first or last line were black, too, the bands would be wider than this.
-        first_line = content.take(0, axis)
-        last_line = content.take(-1, axis)
-        has_content_at_bands = first_line.max() > 0 and last_line.max() > 0
-        if are_bands_black and has_content_at_bands:
-            return content
-    return image
 
 
 def convert_to_joint_position_rows(
@@ -378,8 +342,8 @@ def make_embodiment(
 def make_example() -> dict[str, Any]:
     """Make an observation as openpi's client sends it, with images of its size."""
     return {
-        EXTERIOR_IMAGE_KEY: make_example_image(PADDED_SIDE_PX, PADDED_SIDE_PX),
-        WRIST_IMAGE_KEY: make_example_image(PADDED_SIDE_PX, PADDED_SIDE_PX),
+        EXTERIOR_IMAGE_KEY: make_example_image(OPENPI_SIDE_PX, OPENPI_SIDE_PX),
+        WRIST_IMAGE_KEY: make_example_image(OPENPI_SIDE_PX, OPENPI_SIDE_PX),
         # Franka's home posture: multiples of 45°, rad.
         JOINTS_KEY: np.array([0.0, -0.785, 0.0, -2.356, 0.0, 1.571, 0.785]),
         GRIPPER_KEY: np.array([0.0]),

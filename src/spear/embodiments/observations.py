@@ -8,6 +8,7 @@ whose values are not checked again on their way to the network.
 A policy calls the images of one camera a view: "external", "wrist" or another name.
 """
 
+import itertools
 import re
 from collections.abc import Collection, Hashable, Mapping
 from typing import Any, TypeVar
@@ -44,6 +45,10 @@ DEFAULT_IMAGE_SIZES: Mapping[str, tuple[int, int]] = {"external": (280, 210), "w
 MIN_IMAGE_SIDE_PX = 16
 MAX_IMAGE_SIDE_PX = 4096
 MAX_ASPECT_RATIO = 8  # the longer side of an image divided by the shorter side
+OPENPI_SIDE_PX = 224  # width and height of the images that openpi's clients send
+OPENPI_CONTENT_SIDES_PX = (125, 126, 168)
+"""Heights of the camera's image within openpi's padded square: 126 for 16:9 (125 for 672 x 376
+pixels, as of a ZED camera), and 168 for 4:3. For an upright image, these are its widths."""
 MAX_REACH_M = 10.0  # no arm reaches further from its base
 MAX_PROMPT_CHARS = 1000  # more than the model reads: its own limit, in tokens, is lower
 MAX_GRIPPER_OVERSHOOT = 0.1  # a reading at most this far beyond 0 … 1 is noise and gets clipped
@@ -199,6 +204,38 @@ def read_image(observation: Observation, key: str) -> Array:
             f"{key} has {width} x {height} pixels. Send sides of {MIN_IMAGE_SIDE_PX} … "
             f"{MAX_IMAGE_SIDE_PX} pixels, none more than {MAX_ASPECT_RATIO} times the other."
         )
+    return image
+
+
+def remove_padding(image: Array) -> Array:
+    """Cut off the black bands with which a client of openpi padded an image to a square.
+
+    The model's input gets its own black bars. With both, the scene would be smaller than in
+    training.
+
+    Bands are cut off only if all their pixels are black (0), and if they are exactly as high or
+    wide as padding makes them. Any other image is returned unchanged.
+
+    Args:
+        image: [h, w, 3] uint8.
+    """
+    is_padded_size = image.shape[:2] == (OPENPI_SIDE_PX, OPENPI_SIDE_PX)
+    is_corner_black = not image[0, 0].any()
+    if not is_padded_size or not is_corner_black:
+        return image
+
+    # Bands may be above and below the content (axis 0), or to its left and right (axis 1).
+    for axis, content_side_px in itertools.product((0, 1), OPENPI_CONTENT_SIDES_PX):
+        start = (OPENPI_SIDE_PX - content_side_px) // 2
+        end = start + content_side_px
+        band_before, content, band_after = np.split(image, (start, end), axis)
+        are_bands_black = band_before.max() == 0 and band_after.max() == 0
+        # If the content's first or last line were black, too, the bands would be wider than this.
+        first_line = content.take(0, axis)
+        last_line = content.take(-1, axis)
+        has_content_at_bands = first_line.max() > 0 and last_line.max() > 0
+        if are_bands_black and has_content_at_bands:
+            return content
     return image
 
 
@@ -366,7 +403,7 @@ def read_arm(
         SpearError: a value is wrong. The message names its key.
     """
     last_index = len(values) - 1
-    image = read_image(observation, image_key)
+    image = remove_padding(read_image(observation, image_key))
     position = validate_position(values[:3], f"{state_key}[0:3]")
     opening = validate_opening(values[last_index], f"{state_key}[{last_index}]")
     rotation_name = f"{state_key}[3:{last_index}]"
