@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from spear.evaluate.vqa.classifier import Classifier, load_examples
+from spear.evaluate.vqa.skeleton import MODEL_NAMES
 from spear.evaluate.vqa.wording import ParsedQuestion, understand_question
 from spear.labels.questions.templates import KEYPOINT_NAMES
 
@@ -71,9 +72,10 @@ def is_right(listed: ListedQuestion, taught_types: Collection[str], understand: 
     ):
         return False
     names = [name.casefold() for name in parsed.names]
+    listed_names = [MODEL_NAMES.get(name, name) for name in listed.names]
     if listed.question_type == "chain_of_thought":  # the order of its objects does not matter
-        return set(names) == set(listed.names)
-    return names == list(listed.names) and parsed.pixel == listed.pixel
+        return set(names) == set(listed_names)
+    return names == listed_names and parsed.pixel == listed.pixel
 
 
 def find_misses(

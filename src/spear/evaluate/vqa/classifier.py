@@ -16,7 +16,15 @@ from typing import Any
 
 import numpy as np
 
-from spear.evaluate.vqa.skeleton import CUES, PIXEL, UNEXPLAINED, WORDS, Skeleton, read_question
+from spear.evaluate.vqa.skeleton import (
+    ACTION,
+    CUES,
+    PIXEL,
+    UNEXPLAINED,
+    WORDS,
+    Skeleton,
+    read_question,
+)
 from spear.labels.questions.types import PROMPT_TEMPLATES
 from spear.types import Array
 
@@ -117,6 +125,8 @@ class Classifier:
         likely_classes = sorted(zip(-scores, self.classes, strict=True))
         for _, name in likely_classes:
             if name == NO_TYPE:
+                return NO_TYPE
+            if ACTION in skeleton.words and name != "offset":  # "push the mug away from you"
                 return NO_TYPE
             if NUM_OBJECTS[name] == skeleton.num_objects and (name in PIXEL_TYPES) == has_pixel:
                 return name

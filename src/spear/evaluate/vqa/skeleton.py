@@ -19,6 +19,14 @@ PHRASES: dict[str, str] = _DATA["phrases"]
 """Phrase → what it is read as."""
 SPELLINGS: dict[str, str] = _DATA["spellings"]
 """Word → the word that it is read as."""
+VERBS: dict[str, str] = _DATA["verbs"]
+"""Verb → the word that it is read as, if no determiner stands before it."""
+MODEL_NAMES: dict[str, str] = _DATA["names"]
+"""Name of an object → the name by which models know it."""
+PATTERNS = [
+    (re.compile(pattern), replacement) for pattern, replacement in _DATA["patterns"].items()
+]
+"""Regular expressions, and what each is read as."""
 WORDS = {group: frozenset(words) for group, words in _DATA["words"].items()}
 """Group of words → the words. They do not tell what a question asks."""
 CUES = {group: frozenset(words) for group, words in _DATA["cues"].items()}
@@ -31,17 +39,25 @@ VOCABULARY = CUE_WORDS.union(*(WORDS[group] for group in WORDS.keys() - _GROUPS_
 
 _WORDS_IN_NO_NAME = WORDS["untaught"] | CUES["solid"] | CUES["corners"] | CUES["center"]
 
+_WORDS_OF_SENTENCES = WORDS["subordinators"] | {
+    *("are", "be", "do", "does", "how", "is", "it", "was", "were"),
+    *("what", "where", "whether", "which", "who", "why"),
+}
+"""These are in no name of one object: "detect whether the gripper is closed"."""
+
 NAME = "NAME"  # stands for an object in a skeleton
 PIXEL = "PIXEL"  # stands for the coordinates of a pixel in a skeleton
+ACTION = "act"  # stands for a verb that moves or changes an object: "push", "rotate"
 PROPERTY = "untaught"  # stands for a property or a part of an object, which no model is taught
 UNEXPLAINED = "?"  # stands for an unexplained word in a skeleton
 
 MIN_TYPO_LETTERS = 4  # a shorter word resembles too many others
-TYPO_SIMILARITY = 0.85  # of difflib; "cornres" and "corners" have 0.857
+TYPO_SIMILARITY = 0.83  # of difflib; "camara" and "camera" have 0.833
 _TYPO_TARGETS = sorted(
     word for word in CUE_WORDS | WORDS["often_misspelled"] if len(word) >= MIN_TYPO_LETTERS
 )
 _MIN_ADVERB_LETTERS = 6  # "nearly", but not "ugly"
+_MIN_PARTICIPLE_LETTERS = 7  # "leading", but not "spring"
 
 _QUOTATION_MARKS = re.compile(r"(?<!\w)'|'(?!\w)|[\"“”‘*_]")  # also the apostrophe of plurals
 _PHRASES = re.compile(
@@ -56,6 +72,8 @@ _AFTER_VERBS = WORDS["determiners"] | {"i", "it", "out", "them", "up", "we", "yo
 
 _CUES_AFTER_NAMES = CUE_WORDS - CUES["naming"] - CUES["finding"] - {"away"}
 """The words before these may be a name without an article: "mug distance"."""
+_NOUNS_AFTER_NAMES = CUES["distance"] | CUES["position"] | CUES["center"] | CUES["corners"]
+"""The words before these are certainly no verbs."""
 
 _NUMBER = r"(\d+(?:\.\d+)?)"
 _ROW_AND_COLUMN = re.compile(rf"row\s+{_NUMBER}\s*,?\s*(?:and\s+)?col(?:umn)?\s+{_NUMBER}")
@@ -142,7 +160,11 @@ class QuestionReading:
             return True
         others_name_object = any(sibling.has_cues and sibling.names for sibling in self.clauses)
         is_aside = clause.has_bare_names and others_name_object  # as in "for grasp planning, …"
-        return UNEXPLAINED not in clause.words and not is_aside
+        is_in_list = clause.words == [NAME] and clause is not self.clauses[0]
+        if is_in_list:  # as in "distance sponge, towel"
+            return True
+        is_unrelated = UNEXPLAINED in clause.words or ACTION in clause.words
+        return not is_unrelated and not is_aside
 
 
 def read_question(question: str) -> QuestionReading:
@@ -151,13 +173,16 @@ def read_question(question: str) -> QuestionReading:
     text = question.casefold().replace("’", "'")
     text = _QUOTATION_MARKS.sub(" ", text)
     text = _PHRASES.sub(lambda match: PHRASES[match[0]], text)
+    for pattern, replacement in PATTERNS:
+        text = pattern.sub(replacement, text)
     text, pixel = _cut_pixel(text)
 
     clauses: list[Skeleton] = []
     tokens: list[str] = []
     for token in [*_split_words(text), "."]:
         if token not in _ENDS_OF_CLAUSES:
-            tokens.append(_correct_spelling(token))
+            is_noun = tokens and tokens[-1] in WORDS["determiners"]
+            tokens.append(_correct_spelling(token if is_noun else VERBS.get(token, token)))
         elif tokens:
             clauses.append(_Clause(tokens, capitalized).read_skeleton())
             tokens = []
@@ -172,6 +197,13 @@ def is_name(text: str, question: str) -> bool:
     """
     *other_words, last_word = text.casefold().split()
     if not _WORDS_IN_NO_NAME.isdisjoint(other_words):
+        return False
+    if last_word in WORDS["times"]:
+        return False
+    if other_words and SPELLINGS.get(last_word, last_word) in CUES["center"]:
+        return False
+    first_word = text.casefold().split()[0]
+    if first_word in CUES["motion"] or not _WORDS_OF_SENTENCES.isdisjoint(other_words):
         return False
     has_article = re.search(rf"\b(?:the|an?) {re.escape(text)}", question, re.IGNORECASE)
     if not has_article and re.match("[A-Z][a-z]", text):
@@ -306,6 +338,8 @@ class _Clause:
         """Return what a word that is no name adds to the skeleton."""
         if token in WORDS["determiners"] or token == "'s" or token.isdigit():
             return []
+        if token in "=~#+":
+            return []
         is_known = token in VOCABULARY or token == PIXEL or _is_adverb(token)
         return [token] if is_known else [UNEXPLAINED]
 
@@ -321,6 +355,13 @@ class _Clause:
 
     def _is_after_determiner(self, index: int) -> bool:
         return self._token_at(index - 1) in WORDS["determiners"]
+
+    def _is_participle(self, index: int) -> bool:
+        """Return whether a word is no name but a participle: "vector leading from x to y"."""
+        token = self._token_at(index)
+        is_before_preposition = self._token_at(index + 1) in WORDS["name_prepositions"]
+        has_ending = token.endswith("ing") and len(token) >= _MIN_PARTICIPLE_LETTERS
+        return has_ending and is_before_preposition and not self._is_after_determiner(index)
 
     def _find_end_of_name(self, start: int) -> int:
         """Find the index behind the words from `start` on that may be a name.
@@ -355,10 +396,14 @@ class _Clause:
         """Return whether "can" at `end`, after tokens[start:end], belongs to a name."""
         next_token = self._token_at(end + 1)
         if end > start or self._is_after_determiner(start):
-            return next_token not in WORDS["references"] | WORDS["determiners"] | {"be"}
-        is_named = self._token_at(start - 1) in WORDS["name_prepositions"] | {"distance"}
+            verbs_follow = WORDS["references"] | WORDS["determiners"] | {"be"}
+            return next_token == "that" or next_token not in verbs_follow
+        words_before_names = WORDS["name_prepositions"] | CUES["difference"] | {"distance"}
+        is_named = self._token_at(start - 1) in words_before_names
         if is_named and next_token in _CUES_AFTER_NAMES:
             return True  # "camera to can distance"
+        if start == 0 and next_token in _NOUNS_AFTER_NAMES:
+            return True  # "can depth"
         return next_token in ("", "to", "or", "and", "in", "from", "'s")
 
     def _is_noun_box(self, start: int, end: int) -> bool:
@@ -394,16 +439,20 @@ class _Clause:
         is_infinitive = previous_token == "to" and (
             next_token == "to" or first_word.endswith("ing")
         )
-        if next_token in _AFTER_VERBS or is_infinitive:
+        is_in_choice = (
+            previous_token == "or" and self._token_at(end + 1) in CUES["comparative"]
+        )  # "is mug or bowl the closest"
+        if (next_token in _AFTER_VERBS and not is_in_choice) or is_infinitive:
             return False
         is_after_adjective = previous_token in WORDS["common"] | CUES["superlative"]
         if previous_token == "that" or (
             is_after_adjective and self._is_after_determiner(start - 1)
         ):
             return True
-        if first_word in self.capitalized:
+        if first_word in self.capitalized or self._is_participle(start):
             return False
         is_before_cue = next_token in _CUES_AFTER_NAMES or next_token == "'s"
+        is_before_cue |= self.tokens[end : end + 2] == ["away", "from"]
         if previous_token == "":
             return is_before_cue or next_token in ("", "against", "and", "or", "to", "is", "in")
         if (

@@ -12,7 +12,15 @@ from dataclasses import dataclass
 
 from spear.errors import SpearError
 from spear.evaluate.vqa.classifier import Classifier, fit_classifier
-from spear.evaluate.vqa.skeleton import NAME, Skeleton, is_name, read_question
+from spear.evaluate.vqa.skeleton import (
+    CUES,
+    MODEL_NAMES,
+    NAME,
+    PROPERTY,
+    Skeleton,
+    is_name,
+    read_question,
+)
 from spear.labels.questions.templates import KEYPOINT_NAMES, UNIT_TEMPLATES, with_article
 from spear.labels.questions.types import PROMPT_TEMPLATES
 from spear.question_types import ANSWER_FORMS
@@ -27,6 +35,10 @@ KEYPOINT_OF_WORD = {
 }
 """Word of a question → keypoint, a key of `KEYPOINT_NAMES`."""
 
+_BEFORE_START = frozenset(
+    ("am", "compared", "from", "minus", "relative", "stand", "standing", "terms", "with")
+)
+"""Words between the names y and x in questions for the offset from x to y."""
 _PIXEL = r"(?:<loc\d{4}>){2}"  # an image point in PaliGemma's tokens: one per coordinate
 
 
@@ -86,6 +98,8 @@ def understand_question(
     reading = read_question(question)
     classifier = classifier or fit_classifier()
     for skeleton in reading.list_readings():
+        if PROPERTY in skeleton.words:
+            return None
         likely_type = classifier.classify(skeleton)
         if likely_type in known_types:
             return _parse_skeleton(skeleton, likely_type, reading.pixel, image_size)
@@ -99,7 +113,7 @@ def _parse_skeleton(
     image_size: tuple[int, int] | None,
 ) -> ParsedQuestion:
     """Put a question in a taught wording of its type."""
-    names = _order_names(skeleton, question_type)
+    names = [MODEL_NAMES.get(name, name) for name in _order_names(skeleton, question_type)]
     # Gap → name; a question about one object has no y.
     gaps = dict(zip("xy", [with_article(name) for name in names], strict=False))
     point = _choose_keypoint(skeleton.words)
@@ -179,7 +193,8 @@ def _order_names(skeleton: Skeleton, question_type: str) -> list[str]:
     words_between = skeleton.words[first + 1 : second]
     if not {"connecting", "connects", "subtract"}.isdisjoint(words_before):
         return names  # "what connects x with y", "subtract x from y"
-    if not {"relative", "from", "minus", "with"}.isdisjoint(words_between):
+    is_viewpoint = "are" in words_between and not {"we", "you"}.isdisjoint(words_between)
+    if is_viewpoint or not _BEFORE_START.isdisjoint(words_between):
         return names[::-1]
     if "origin" in skeleton.words[second:]:  # "where would y be if x was the origin"
         return names[::-1]
@@ -192,6 +207,9 @@ def _choose_keypoint(words: Sequence[str]) -> str:
     for word in words:
         if word in KEYPOINT_OF_WORD:
             return KEYPOINT_NAMES[KEYPOINT_OF_WORD[word]][0]
+    if "first" in words and not CUES["touching"].isdisjoint(words):
+        # "which point would the camera touch first"
+        return KEYPOINT_NAMES["closest"][0]
     return KEYPOINT_NAMES["centre"][0]
 
 
