@@ -1,7 +1,7 @@
 """Classify questions by their skeletons: which type of question is it, if any that models learn?
 
 A linear classifier gives each type a score. It is fitted to the questions of example_questions.toml
-and to the prompt templates by ridge regression. This takes about a second, so no weights are
+and to the prompt templates by ridge regression. This takes a second or two, so no weights are
 stored. To teach it another wording, add the question to example_questions.toml.
 """
 
