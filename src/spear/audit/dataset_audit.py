@@ -63,6 +63,7 @@ from spear.data.readers.formats import (
     open_store_split,
     read_layout_steps,
 )
+from spear.data.readers.joint_angles import compute_joint_poses
 from spear.data.readers.rotation_formats import ROTATION_FORMATS, to_quaternion
 from spear.data.store.episode_store import EpisodeStore
 from spear.errors import SpearError
@@ -76,7 +77,7 @@ TRUSTED_FORMATS = (*RECORDED_ONLY, "euler_ZYX")
 
 The audit takes the layout's word for them, and converts such orientations to quaternions first.
 """
-UNMISTAKABLE_FORMATS = ("franka_joints", "matrix4_columns", "matrix4_rows")
+UNMISTAKABLE_FORMATS = ("franka_joints", "urdf_joints", "matrix4_columns", "matrix4_rows")
 """Formats whose numbers show that they are of this format. The audit does not check whether the
 layout names the right format if it names one of these."""
 ROTATION_WIDTHS = sorted({encoding.num_components for encoding in ROTATION_FORMATS.values()})
@@ -259,6 +260,10 @@ def _audit_numbers(path: str | Path, split: str, layout: DatasetLayout) -> Repor
     trusted_layout = layout
     if layout.rotation_format in TRUSTED_FORMATS:
         trusted_layout = replace(layout, rotation_format="quat_wxyz")
+    if layout.logged_rotation_format == "urdf_joints":  # converted, too
+        trusted_layout = replace(
+            trusted_layout, logged_rotation_format="quat_wxyz", length_unit="m"
+        )
     report = audit_recordings(
         recordings, list_layout_answers(trusted_layout), str(path), list_logged_units(layout)
     )
@@ -499,6 +504,8 @@ def make_recording(steps: Steps, layout: DatasetLayout, source: str) -> Recordin
     steps, rows = drop_bad_rows(steps, layout, source)
     logged_translation = _read_optional(steps, translation_column, source)
     logged_rotation = _read_optional(steps, rotation_column, source)
+    if layout.logged_rotation_format == "urdf_joints" and logged_rotation is not None:
+        logged_translation, logged_rotation = compute_joint_poses(logged_rotation, layout, source)
     position, rotation, rotation_format = read_pose(steps, layout, source)
     opening, command = _read_moving_gripper(steps, layout_with_command, source)
     is_valid = np.ones(len(position), bool)

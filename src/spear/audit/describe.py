@@ -15,6 +15,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from spear.audit.dataset_audit import MAX_UNEXPLAINED, MIN_MARGIN
+from spear.audit.describe_joints import (
+    describe_joints,
+    describe_lerobot_gripper,
+    find_joint_columns,
+    list_state_joints,
+)
 from spear.audit.hypotheses import (
     UNIT_QUATERNION,
     Fit,
@@ -82,6 +88,7 @@ COLUMNS_WITHOUT_STATE = (
     "index",
     "task_index",
 )
+JOINT_ADVICE = "give it with --urdf FILE --tip LINK (docs/howto/describe.md)"
 PREFERRED_ANSWERS = ("delta", "base", "+++", "0", "euler_xyz", "m", "rad")
 """The answers of hypotheses that are preferred to others that fit as well."""
 
@@ -159,17 +166,22 @@ class _Proposal:
         return {**self.fields, "facts": self.facts}
 
 
-def propose_layout(path: str | Path) -> dict[str, Any]:
+def propose_layout(
+    path: str | Path, urdf: Path | None = None, tip: str | None = None
+) -> dict[str, Any]:
     """Propose the contents of `spear.json` for a dataset.
 
     Args:
         path: the dataset's folder.
+        urdf: for joint angles, the URDF of the arm.
+        tip: for joint angles, the URDF's link between the finger tips.
 
     Returns:
         The proposal. Its `facts` say why each value is proposed or left open.
 
     Raises:
-        SpearError: the folder needs no description, or no episode of it can be used.
+        SpearError: the folder needs no description, no episode of it can be used, or it does not
+            have the joints of the URDF.
     """
     folder = open_dataset(path)
     if isinstance(folder, EpisodeStore):
@@ -198,6 +210,9 @@ def propose_layout(path: str | Path) -> dict[str, Any]:
 
     columns = _drop_columns_and_episodes_with_nan(_find_signal_columns(episodes))
     joint_names = _make_joint_name_finder(folder)
+    if urdf is not None and tip is not None:
+        _propose_joints(columns, folder, urdf, tip, proposal)
+        return proposal.to_dict()
     used_ranges = _propose_motion(columns, rate_hz, joint_names, proposal)
     if isinstance(folder, LeRobotFolder):
         rotation_format = folder.find_quaternion_format(str(proposal.fields["rotation"]))
@@ -208,6 +223,24 @@ def propose_layout(path: str | Path) -> dict[str, Any]:
     unused_numbers = _find_unused_numbers(columns, used_ranges, joint_names)
     _propose_gripper(columns, unused_numbers, rate_hz, proposal)
     return proposal.to_dict()
+
+
+def _propose_joints(
+    columns: Columns, folder: Dataset, urdf: Path, tip: str, proposal: _Proposal
+) -> None:
+    """Propose the columns of the joint angles of an arm, and of its gripper."""
+    joint_columns = find_joint_columns(columns, folder, urdf, tip)
+    fields, facts = describe_joints(columns, joint_columns, urdf, tip)
+    proposal.fields |= fields
+    proposal.facts |= facts
+
+    gripper = describe_lerobot_gripper(columns, folder, joint_columns)
+    if gripper:
+        proposal.fields |= gripper
+        proposal.facts["gripper"] = "by its name; LeRobot's 0 is closed, and 100 open"
+        return
+    proposal.fields |= dict.fromkeys(("gripper", "gripper_range"))
+    proposal.facts["gripper"] = "no number is named gripper: name it yourself"
 
 
 def _make_own_layout(folder: LeRobotFolder) -> dict[str, Any]:
@@ -252,6 +285,15 @@ def _summarize_columns(episode: Mapping[str, Any]) -> frozenset[Any]:
         shape_of_step = getattr(values, "shape", ())[1:]
         signature.add((name, type(values), shape_of_step))
     return frozenset(signature)
+
+
+def find_joints_without_pose(path: str | Path, proposal: Mapping[str, Any]) -> list[str]:
+    """Find the names of joints in the states of a dataset for which no position was proposed."""
+    folder = open_dataset(path)
+    if proposal.get("position") is not None or not isinstance(folder, LeRobotFolder):
+        return []
+    columns = [name.replace(".", "/") for name in folder.info.features]
+    return list_state_joints(columns, folder)
 
 
 def _propose_success(episodes: Sequence[Mapping[str, Any]], proposal: _Proposal) -> None:
@@ -479,7 +521,7 @@ def _propose_motion(
         proposal.facts["position"] = (
             "no column but joints leads to the next state by any action: name it yourself; joint "
             "angles of a Franka are rotation_format franka_joints (docs/reference/spear-json.md), "
-            "those of another arm need its URDF (docs/howto/lerobot.md, --policy.urdf)"
+            f"those of another arm need its URDF: {JOINT_ADVICE}"
         )
         return []
 

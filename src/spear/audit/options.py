@@ -19,6 +19,10 @@ class DescribeOptions(Options):
     path: DatasetFolder
     out: OptionalFile = None
     """Write it to this new file, instead of showing it; it is found as FOLDER/spear.json."""
+    urdf: OptionalFile = None
+    """For joint angles: the URDF of the arm. With --out, it is copied beside that file."""
+    tip: Annotated[str | None, arg(metavar="LINK")] = None
+    """For joint angles: the URDF's link between the finger tips."""
 
 
 class AuditOptions(Options):

@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING, TextIO
 from spear.audit.options import AuditOptions, DescribeOptions, InspectOptions
 from spear.data.options import Conversion, ExportOptions, PrepareOptions
 from spear.errors import (
+    MAX_LISTED_NAMES,
     SpearError,
     UndecidedError,
     check_known,
     escape_control_characters,
     format_count,
 )
-from spear.util.files import write_text
+from spear.util.files import write_bytes, write_text
 
 if TYPE_CHECKING:
     from spear.data.readers.splits import EpisodeRange
@@ -60,14 +61,21 @@ def describe(options: DescribeOptions) -> None:
     Examples:
         spear data describe my_robot
         spear data describe my_robot --out my_robot/spear.json
+        spear data describe so101 --urdf so101.urdf --tip gripper_frame_link --out so101/spear.json
     """
-    from spear.audit.describe import propose_layout
+    from spear.audit.describe import find_joints_without_pose, propose_layout
     from spear.data.readers.dataset_layout import LAYOUT_FILE
     from spear.data.readers.formats import open_dataset
 
     if options.out is not None and options.out.exists():
         raise SpearError(f"--out {options.out} exists already. Correct it, or give another name.")
-    text = json.dumps(propose_layout(options.path), indent=2, ensure_ascii=False)
+    if (options.urdf is None) != (options.tip is None):
+        raise SpearError(
+            "joint angles need both --urdf and --tip. Give the arm's URDF, and its link between "
+            "the finger tips."
+        )
+    proposal = propose_layout(options.path, options.urdf, options.tip)
+    text = json.dumps(proposal, indent=2, ensure_ascii=False)
     # An RLDS dataset has a folder per version, and the layout belongs into that folder.
     file = open_dataset(options.path).path / LAYOUT_FILE
     advice = f"{file} should contain this, once you have corrected it"
@@ -77,8 +85,34 @@ def describe(options: DescribeOptions) -> None:
     if options.out is None:
         print(escape_control_characters(text, keep_newlines=True))
     else:
+        if options.urdf is not None:
+            _copy_urdf(options.urdf, options.out.parent)
         write_text(options.out, text + "\n")
+
+    joints = find_joints_without_pose(options.path, proposal)
+    if joints:
+        names = ", ".join(joints[:MAX_LISTED_NAMES])
+        print(
+            f"the states of {options.path} are joints ({names}), which are no pose: run `spear "
+            f"data describe {options.path} --urdf FILE --tip LINK` with the URDF of the arm "
+            "(docs/howto/lerobot.md)",
+            file=sys.stderr,
+        )
+        return
     print(f"{advice}; then run `spear data audit {options.path}`", file=sys.stderr)
+
+
+def _copy_urdf(urdf: Path, folder: Path) -> None:
+    """Copy a URDF into the folder of the layout that names it, unless it is there already.
+
+    Raises SpearError if another file is there under its name.
+    """
+    target = folder / urdf.name
+    content = urdf.read_bytes()
+    if target.exists() and target.read_bytes() != content:
+        raise SpearError(f"{target} exists already, and differs from {urdf}. Rename one of them.")
+    if not target.exists():
+        write_bytes(target, content)
 
 
 def prepare(options: PrepareOptions) -> None:

@@ -43,6 +43,10 @@ LATER_FIELDS = (
     "tool_offset",
     "autonomous",
     "autonomous_value",
+    "urdf",
+    "tip",
+    "joints",
+    "arm",
     *UNHASHED_FIELDS,
 )
 """Fields of a layout that are hashed only if they differ from their defaults. Earlier versions of

@@ -36,6 +36,7 @@ from spear.data.readers.dataset_layout import (
     DatasetLayout,
     RotationFormat,
 )
+from spear.data.readers.joint_angles import compute_joint_poses
 from spear.data.readers.rotation_formats import mark_rotations, to_quaternion
 from spear.embodiments.kinematics import compute_franka_pose
 from spear.errors import SpearError
@@ -246,8 +247,8 @@ def read_pose(
 
     Returns:
         Positions [T, 3] (m), orientations [T, d] (angles in rad), and the format of the
-        orientations, which determines d. Poses that are recorded as joint angles of a Franka are
-        converted, and their orientations are quaternions.
+        orientations, which determines d. Poses that are recorded as joint angles are computed, and
+        their orientations are quaternions.
     """
     assert layout.position is not None
     assert layout.rotation is not None
@@ -257,6 +258,9 @@ def read_pose(
     if layout.rotation_format == "franka_joints":
         joint_angles_rad = position_column * radians_per_unit  # [T, 7]
         position_m, quaternion = compute_franka_pose(joint_angles_rad, source)
+        return position_m, quaternion, "quat_wxyz"
+    if layout.rotation_format == "urdf_joints":
+        position_m, quaternion = compute_joint_poses(position_column, layout, source)
         return position_m, quaternion, "quat_wxyz"
 
     rotation = read_numbers(steps, layout.rotation, source)

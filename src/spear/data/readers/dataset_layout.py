@@ -24,8 +24,10 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import AfterValidator, ConfigDict, Field, ValidationError
 from pydantic.dataclasses import dataclass
 
+from spear.embodiments.urdf import UrdfArm, check_joint_names, read_urdf_arm
 from spear.errors import SpearError, check_known, summarize_error, unknown_name_error
 from spear.util.files import read_json
+from spear.util.foreign_paths import join_inside
 
 AngleFormat = Literal["euler_xyz", "euler_XYZ", "euler_ZYX", "rotation_vector"]
 LoggedFormat = (
@@ -43,7 +45,7 @@ quat_wxyz, quat_xyzw   unit quaternion, scalar first or last.
 6d_columns, 6d_rows    the first two columns, or rows, of the matrix, one after the other.
 matrix4_columns, matrix4_rows   the 16 numbers of a homogeneous pose, by columns or by rows.
 """
-RecordedOnly = Literal["euler_zxy", "franka_joints"]
+RecordedOnly = Literal["euler_zxy", "franka_joints", "urdf_joints"]
 """Formats that only recorded orientations have, not logged rotations.
 
 The audit, which compares the columns of a dataset with each other, does not test these formats. No
@@ -53,11 +55,15 @@ frame with other axes, and rotations alone cannot decide between the two.
 euler_zxy        angles about the fixed axes z, x, y in that order (R = Ry Rx Rz).
 franka_joints    a Franka's seven joint angles, in one column for positions and rotations
                  (`compute_franka_pose`).
+urdf_joints      joint angles of an arm that a URDF describes, in one column for positions and
+                 rotations (`spear.data.readers.joint_angles`). Logged targets may be joint angles
+                 of the same arm, too.
 """
 RotationFormat = LoggedFormat | RecordedOnly
 RECORDED_ONLY: tuple[str, ...] = get_args(RecordedOnly)
 ANGLE_FORMATS = (*get_args(AngleFormat), *RECORDED_ONLY)
 """Formats whose numbers are angles, in rad or degrees (`DatasetLayout.angle_unit`)."""
+URDF_JOINTS = "urdf_joints"
 LAYOUT_FILE = "spear.json"
 REGISTRY_FILE = "oxe.toml"
 UNIT_NORM_TOLERANCE = 1e-3  # how far the norm of a layout's quaternion may be from 1
@@ -104,6 +110,12 @@ class DatasetLayout:
     position         column of the end-effector position, base frame (x forward, y left, z up).
     rotation         column of the end-effector orientation, base frame.
     rotation_format  format of the numbers in the column `rotation`.
+    urdf             file of the URDF of the arm, in the folder of the layout file, if the numbers
+                     are joint angles ("urdf_joints").
+    tip              link of the URDF whose poses are meant: the one between the finger tips.
+    joints           names of the URDF's joints in the order of the numbers. Without them, the
+                     dataset's metadata name the numbers, or their order is from base to tip.
+    arm              the joints from the base to the tip, as `find_layout` reads them from the URDF.
     length_unit      unit of positions. It is also the unit of logged translations, unless
                      `logged_translation_unit` is given.
     angle_unit       unit of the numbers in `rotation`, if they are angles. It is also the unit of
@@ -158,6 +170,10 @@ class DatasetLayout:
     position: str | None = None
     rotation: str | None = None
     rotation_format: RotationFormat | None = None
+    urdf: str | None = None
+    tip: str | None = None
+    joints: tuple[str, ...] | None = None
+    arm: UrdfArm | None = None
     length_unit: Literal["m", "cm", "mm"] = "m"
     angle_unit: Literal["rad", "deg"] = "rad"
     tool_rotation: Quaternion = IDENTITY_ROTATION
@@ -171,7 +187,7 @@ class DatasetLayout:
     rate_hz: Positive | None = None
     logged_translation: str | None = None
     logged_rotation: str | None = None
-    logged_rotation_format: LoggedFormat | None = None
+    logged_rotation_format: LoggedFormat | Literal["urdf_joints"] | None = None
     logged_kind: Literal["delta", "absolute", "velocity"] | None = None
     logged_frame: Literal["base", "ee"] | None = None
     logged_rotation_frame: Literal["base", "ee", "angles"] | None = None
@@ -282,7 +298,36 @@ def find_layout(
     missing_fields = find_missing_fields(layout)
     if missing_fields:
         raise _missing_fields_error(missing_fields, layout, path)
-    return layout
+    return _add_arm(layout, path)
+
+
+def _add_arm(layout: DatasetLayout, path: Path) -> DatasetLayout:
+    """Add the arm whose URDF a layout file names, if the dataset has joint angles.
+
+    Args:
+        layout: The layout.
+        path: The layout file. The URDF is in its folder: a dataset that others wrote must not name
+            any file of this computer.
+
+    Raises:
+        SpearError: If the URDF cannot be used, or a key about the joints is missing or wrong.
+    """
+    if URDF_JOINTS not in (layout.rotation_format, layout.logged_rotation_format):
+        return layout
+    if layout.rotation_format != URDF_JOINTS or layout.position != layout.rotation:
+        raise SpearError(
+            f"position and rotation in {path} are not the same column of {URDF_JOINTS}. Name the "
+            f"column of the joint angles for both, and {URDF_JOINTS} as rotation_format."
+        )
+    if layout.urdf is None or layout.tip is None:
+        raise SpearError(
+            f"{path} has joint angles, but no {'tip' if layout.urdf else 'urdf'}. Give the file of "
+            "the arm's URDF as urdf, and its link between the finger tips as tip."
+        )
+    arm = read_urdf_arm(join_inside(path.parent, layout.urdf), layout.tip)
+    if layout.joints is not None:
+        check_joint_names(arm, layout.joints, "the key joints", str(path))
+    return dataclasses.replace(layout, arm=arm)
 
 
 def _missing_fields_error(fields: list[str], layout: DatasetLayout, path: Path) -> SpearError:
@@ -315,7 +360,7 @@ def read_layout_file(
     fields = read_json(path, "give a file like spear.json")
     like_name = fields.pop("like", None)
     known_keys = {field.name for field in dataclasses.fields(DatasetLayout)} | {"like"}
-    known_keys.remove("weight")  # `--sampling-weights` sets it
+    known_keys -= {"weight", "arm"}  # `--sampling-weights` and `find_layout` set these
     check_known(
         "key",
         known_keys,

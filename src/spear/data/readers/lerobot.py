@@ -14,6 +14,7 @@ replaces dots by slashes: "observation.state" becomes the column "observation/st
 """
 
 import contextlib
+import dataclasses
 import functools
 import re
 from collections.abc import Collection, Iterable, Mapping
@@ -33,6 +34,7 @@ from spear.data.readers.dataset_layout import DatasetLayout, Positive, find_layo
 from spear.data.readers.parquet_rows import read_episode_rows
 from spear.data.readers.splits import parse_split
 from spear.data.readers.video import read_frames
+from spear.embodiments.urdf import check_joint_names
 from spear.errors import SpearError, format_count, notice, summarize_error
 from spear.types import Array
 from spear.util.files import advise_on_read_error, refuse_lfs_pointer
@@ -42,6 +44,7 @@ from spear.util.json_text import parse_json_as, read_json_lines, read_utf8
 
 INFO_FILE = "meta/info.json"
 TASK_COLUMN = "task"  # our name of the column of instructions
+MOTOR_SUFFIX = ".pos"  # of the names that LeRobot's robots give to the positions of their motors
 TIME_TOLERANCE_STEPS = 0.25  # how far the time of a row or frame may be from where fps puts it
 MAX_RATE_ERROR = 0.05  # how much the mean step may differ from 1 / fps, as a fraction of 1 / fps
 MAX_CACHED_FOLDERS = 4  # the number of folders whose metadata stay in memory
@@ -199,7 +202,9 @@ class LeRobotFolder:
                 f"rate_hz in the layout of {self.path} is {layout.rate_hz}, but its {INFO_FILE} "
                 f"says {self.info.fps} fps. Leave rate_hz out of the layout."
             )
-        if layout.rotation_format != "franka_joints":
+        if layout.rotation_format == "urdf_joints":
+            layout = self._add_joint_names(layout)
+        elif layout.rotation_format != "franka_joints":
             self._check_no_joints("position", str(layout.position))
             self._check_no_joints("rotation", str(layout.rotation))
 
@@ -211,6 +216,19 @@ class LeRobotFolder:
                 "is wrong."
             )
         return layout
+
+    def _add_joint_names(self, layout: DatasetLayout) -> DatasetLayout:
+        """Add the names of the joints that the metadata give, unless the layout names them.
+
+        Raises SpearError if they are not those of the layout's arm.
+        """
+        column = str(layout.position)
+        names = [name.removesuffix(MOTOR_SUFFIX) for name in self.component_names(column)]
+        if layout.joints is not None or not names:
+            return layout
+        assert layout.arm is not None
+        check_joint_names(layout.arm, names, column, f"{self.path / INFO_FILE}")
+        return dataclasses.replace(layout, joints=tuple(names))
 
     def _check_no_joints(self, key: str, column: str) -> None:
         """Raise SpearError if the column that a layout names as `key` has names of joints."""

@@ -87,7 +87,8 @@ ROTATION_FORMATS: Mapping[str, RotationEncoding] = {
     "matrix4_columns": RotationEncoding(16, _make_quaternion_conversion("matrix4_columns")),
     "matrix4_rows": RotationEncoding(16, _make_quaternion_conversion("matrix4_rows")),
 }
-"""Format → its encoding. "franka_joints" is missing, as `compute_franka_pose` converts it."""
+"""Format → its encoding. The joint angles are missing: `compute_franka_pose` and
+`compute_joint_poses` convert them."""
 
 
 def to_quaternion(values: Array, rotation_format: RotationFormat, source: str = "") -> Array:
@@ -130,7 +131,7 @@ def mark_rotations(values: Array, rotation_format: RotationFormat) -> Array:
 
     Args:
         values: [T, d] orientations in the dataset's format.
-        rotation_format: Any format, also "franka_joints".
+        rotation_format: Any format, also one of joint angles.
 
     Returns:
         [T] bool. If d does not match the format, all are True, and `to_quaternion` will refuse the

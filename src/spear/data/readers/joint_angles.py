@@ -1,0 +1,67 @@
+"""Converts recorded joint angles of an arm to end-effector poses, as a layout's URDF says."""
+
+import numpy as np
+
+from spear.data.readers.dataset_layout import DatasetLayout
+from spear.embodiments.urdf import TURN_RAD, UrdfArm, compute_urdf_pose
+from spear.errors import SpearError
+from spear.types import Array
+from spear.util.units import ANGLE_UNITS, LENGTH_UNITS
+
+NORMALIZED_LIMIT = 100.0
+"""LeRobot's value of a joint at the end of its range, if the robot does not give degrees."""
+
+
+def compute_joint_poses(joints: Array, layout: DatasetLayout, source: str) -> tuple[Array, Array]:
+    """Compute the poses of the tip of a layout's arm, in the frame of its base.
+
+    Args:
+        joints: [T, d] joint angles, in the units of the layout.
+        layout: The layout, with an `arm`.
+        source: The name of the episode, for error messages.
+
+    Returns:
+        Positions [T, 3] (m) and canonical unit quaternions [T, 4] (w, x, y, z), float64.
+
+    Raises:
+        SpearError: If the number of joints is not the arm's, or the angles have another unit.
+    """
+    assert layout.arm is not None
+    joints = joints.reshape(len(joints), -1)
+    names = layout.joints or layout.arm.joint_names
+    if joints.shape[1] == len(names):  # otherwise `compute_urdf_pose` refuses them
+        is_angle = _mark_angles(layout.arm, names)
+        if layout.angle_unit == "deg":
+            check_is_in_degrees(joints[:, is_angle], source)
+        factors = np.where(
+            is_angle, ANGLE_UNITS[layout.angle_unit], LENGTH_UNITS[layout.length_unit]
+        )
+        joints = joints * factors
+    return compute_urdf_pose(layout.arm, joints, layout.joints, source)
+
+
+def _mark_angles(arm: UrdfArm, names: list[str] | tuple[str, ...]) -> Array:
+    """Mark the numbers [d] that are angles; the others are distances of prismatic joints."""
+    joint_type = {joint.name: joint.joint_type for joint in arm.moving_joints}
+    return np.array([joint_type[name] != "prismatic" for name in names])
+
+
+def check_is_in_degrees(angles: Array, source: str) -> None:
+    """Raise SpearError for numbers [T, d] that are hardly degrees.
+
+    LeRobot's numbers of a joint's range end at 100, and a folded arm reaches an end of its range.
+    Degrees that end at exactly 100 are improbable, and so is an arm of which no joint turns by more
+    than the radians of a whole turn.
+    """
+    largest = np.abs(angles).max(initial=0)
+    if largest == NORMALIZED_LIMIT:
+        raise SpearError(
+            f"the joints of {source} end at exactly 100, so their numbers are -100 … 100 of each "
+            "joint's range instead of degrees. Record with use_degrees=true, or convert them "
+            "(docs/howto/lerobot.md)."
+        )
+    if 0 < largest < TURN_RAD:
+        raise SpearError(
+            f"the joints of {source} turn by {largest:.3g} at most, which are hardly degrees. If "
+            "they are radians, set angle_unit to rad in spear.json."
+        )
