@@ -6,6 +6,7 @@ numbers: position or translation, roll pitch yaw, gripper.
 """
 
 import json
+import re
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -18,7 +19,9 @@ import pytest
 from scipy.spatial.transform import Rotation
 
 from data_tiny import copy_dataset, edit_json
-from refusals import refuses
+from joint_datasets import TIP, write_joint_and_pose_datasets, write_pose_layout
+from joint_datasets import write_layout as write_joint_layout
+from refusals import Command, refuses
 from spear.audit.dataset_audit import audit_dataset
 from spear.audit.describe import propose_layout
 from spear.audit.inspect import describe_dataset
@@ -354,7 +357,7 @@ def test_numbers_that_the_metadata_call_joints_are_no_pose(shared: Path, tmp_pat
     proposal = propose_layout(copy)
 
     assert proposal["position"] is None
-    assert "--policy.urdf" in proposal["facts"]["position"]
+    assert "--urdf FILE --tip LINK" in proposal["facts"]["position"]
     assert proposal["gripper"] == "observation/state[5]"  # which the metadata call "gripper"
 
 
@@ -403,3 +406,93 @@ def test_the_command_overwrites_nothing(
     assert json.loads(layout.read_text())["facts"]
     assert f"{layout} should contain this" in capsys.readouterr().err
     assert second_exit_code == 2
+
+
+def test_joints_without_a_urdf_are_answered_with_the_command_that_takes_one(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    joints, _ = write_joint_and_pose_datasets(tmp_path, 2)
+
+    exit_code = main(["data", "describe", str(joints)])
+
+    output = capsys.readouterr()
+    assert exit_code == 0
+    assert "shoulder_pan.pos" in output.err
+    assert "--urdf FILE --tip LINK" in output.err
+    assert "spear data audit" not in output.err
+
+
+def test_joints_are_described_with_a_urdf_and_audited(tmp_path: Path) -> None:
+    joints, _ = write_joint_and_pose_datasets(tmp_path, 3)
+    urdf = (joints / "arm.urdf").rename(tmp_path / "arm.urdf")
+    layout_file = joints / "spear.json"
+    command = ["data", "describe", str(joints), "--out", str(layout_file)]
+
+    exit_code = main([*command, "--urdf", str(urdf), "--tip", TIP])
+
+    layout = json.loads(layout_file.read_text())
+    report = audit_dataset(joints)
+    assert exit_code == 0
+    assert (joints / "arm.urdf").read_bytes() == urdf.read_bytes()
+    assert layout["position"] == "observation/state[0:5]"
+    assert layout["angle_unit"] == "deg"
+    assert layout["gripper_range"] == [0.0, 100.0]
+    assert {part.verdict for part in report.action_parts} == {"agrees"}
+    assert [check.verdict for check in report.checks if check.name == "joints"] == ["agrees"]
+
+
+def test_joints_outside_their_limits_leave_the_audit_undecided(tmp_path: Path) -> None:
+    joints, _ = write_joint_and_pose_datasets(tmp_path, 2)
+    write_joint_layout(joints)
+    urdf = joints / "arm.urdf"
+    urdf.write_text(urdf.read_text().replace('lower="-2" upper="2"', 'lower="-2" upper="0"'))
+
+    report = audit_dataset(joints)
+
+    (check,) = [check for check in report.checks if check.name == "joints"]
+    assert check.verdict == "cannot tell"
+    assert "elbow_flex goes from" in check.words
+
+
+def test_a_urdf_without_its_tip_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    joints, _ = write_joint_and_pose_datasets(tmp_path, 1)
+
+    exit_code = main(["data", "describe", str(joints), "--urdf", str(joints / "arm.urdf")])
+
+    assert exit_code == 2
+    assert "both --urdf and --tip" in capsys.readouterr().err
+
+
+def test_a_urdf_of_other_joints_is_refused(tmp_path: Path) -> None:
+    joints, _ = write_joint_and_pose_datasets(tmp_path, 1)
+    urdf = joints / "arm.urdf"
+    urdf.write_text(urdf.read_text().replace("elbow_flex", "elbow"))
+
+    refuses("no column .* has the joints .*elbow", propose_layout, joints, urdf, TIP)
+
+
+@pytest.mark.slow
+def test_a_policy_trained_on_joints_has_the_same_errors_on_their_poses(
+    tmp_path: Path, run_command: Command
+) -> None:
+    joints, poses = write_joint_and_pose_datasets(tmp_path, 3)
+    write_joint_layout(joints)
+    write_pose_layout(poses)
+    policy = str(tmp_path / "policy")
+    training = ["train", "nano-post", "--init", "nano", "--steps", "2", "--out", policy]
+    run_command(*training, "--episodes", str(joints), "--split", "train[:2]")
+
+    def evaluate(folder: Path) -> list[float]:
+        """Return the numbers of the table of errors."""
+        splits = ["--split", "train[2:]", "--train-split", "train[:2]"]
+        arguments = ["--policy", policy, "--episodes", str(folder), *splits]
+        table = run_command("evaluate", "data", *arguments)
+        return [float(number) for number in re.findall(r"\d+\.\d+", table)]
+
+    joint_errors = evaluate(joints)
+    pose_errors = evaluate(poses)
+
+    assert len(joint_errors) >= 12  # four rows of three columns
+    np.testing.assert_allclose(joint_errors, pose_errors, atol=2e-3)  # mm, printed to 0.001

@@ -29,7 +29,7 @@ def test_a_planar_arm_is_where_trigonometry_puts_it(tmp_path: Path) -> None:
     x = 0.3 * np.cos(first) + 0.2 * np.cos(heading)
     y = 0.3 * np.sin(first) + 0.2 * np.sin(heading)
     np.testing.assert_allclose(position, np.c_[x, y, np.full(20, 0.1)], atol=1e-12)
-    expected = Rotation.from_euler("z", heading)
+    expected = Rotation.from_rotvec(heading[:, None] * np.array([0, 0, 1]))
     actual = Rotation.from_quat(rotation, scalar_first=True)
     assert (actual.inv() * expected).magnitude().max() < 1e-7
 

@@ -34,6 +34,7 @@ from spear.audit.hypotheses import (
     fit_translations,
     list_state_formats,
 )
+from spear.audit.joint_limits import check_joint_limits
 from spear.checks.cameras import View, check_cameras, summarize_view
 from spear.checks.gripper import check_gripper
 from spear.checks.recording import Recording
@@ -246,10 +247,15 @@ def audit_dataset(
     report = _audit_numbers(path, split, layout)
     cameras = check_cameras(summarize_cameras(path, split, layout))
     texts = check_instruction_and_success(path, split, layout)
+    joints = []
+    if layout.arm is not None:
+        folder = open_dataset(path)
+        assert not isinstance(folder, EpisodeStore)  # stores have poses
+        joints = check_joint_limits(folder, split, layout)
     return replace(
         report,
         fitting_formats=_find_fitting_formats(path, split, layout, report),
-        checks=[*report.checks, *cameras, *texts],
+        checks=[*report.checks, *joints, *cameras, *texts],
     )
 
 

@@ -1,5 +1,7 @@
 """Converts recorded joint angles of an arm to end-effector poses, as a layout's URDF says."""
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from spear.data.readers.dataset_layout import DatasetLayout
@@ -27,20 +29,29 @@ def compute_joint_poses(joints: Array, layout: DatasetLayout, source: str) -> tu
         SpearError: If the number of joints is not the arm's, or the angles have another unit.
     """
     assert layout.arm is not None
+    return compute_urdf_pose(
+        layout.arm, convert_joints(joints, layout, source), layout.joints, source
+    )
+
+
+def convert_joints(joints: Array, layout: DatasetLayout, source: str) -> Array:
+    """Convert joint angles [T, d] from the units of a layout to rad (m for a prismatic joint).
+
+    Numbers of another width than the arm's stay unchanged, and `compute_urdf_pose` refuses them.
+    """
+    assert layout.arm is not None
     joints = joints.reshape(len(joints), -1)
     names = layout.joints or layout.arm.joint_names
-    if joints.shape[1] == len(names):  # otherwise `compute_urdf_pose` refuses them
-        is_angle = _mark_angles(layout.arm, names)
-        if layout.angle_unit == "deg":
-            check_is_in_degrees(joints[:, is_angle], source)
-        factors = np.where(
-            is_angle, ANGLE_UNITS[layout.angle_unit], LENGTH_UNITS[layout.length_unit]
-        )
-        joints = joints * factors
-    return compute_urdf_pose(layout.arm, joints, layout.joints, source)
+    if joints.shape[1] != len(names):
+        return joints
+    is_angle = _mark_angles(layout.arm, names)
+    if layout.angle_unit == "deg":
+        check_is_in_degrees(joints[:, is_angle], source)
+    factors = np.where(is_angle, ANGLE_UNITS[layout.angle_unit], LENGTH_UNITS[layout.length_unit])
+    return np.asarray(joints * factors)
 
 
-def _mark_angles(arm: UrdfArm, names: list[str] | tuple[str, ...]) -> Array:
+def _mark_angles(arm: UrdfArm, names: Sequence[str]) -> Array:
     """Mark the numbers [d] that are angles; the others are distances of prismatic joints."""
     joint_type = {joint.name: joint.joint_type for joint in arm.moving_joints}
     return np.array([joint_type[name] != "prismatic" for name in names])
