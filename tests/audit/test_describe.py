@@ -438,6 +438,8 @@ def test_joints_are_described_with_a_urdf_and_audited(tmp_path: Path) -> None:
     assert layout["angle_unit"] == "deg"
     assert layout["gripper_range"] == [0.0, 100.0]
     assert {part.verdict for part in report.action_parts} == {"agrees"}
+    questions = {finding.question for part in report.action_parts for finding in part.findings}
+    assert not questions & {"state_format", "action_format"}  # nobody wrote quaternions
     assert [check.verdict for check in report.checks if check.name == "joints"] == ["agrees"]
 
 

@@ -273,6 +273,8 @@ def _audit_numbers(path: str | Path, split: str, layout: DatasetLayout) -> Repor
     report = audit_recordings(
         recordings, list_layout_answers(trusted_layout), str(path), list_logged_units(layout)
     )
+    if layout.logged_rotation_format == "urdf_joints":
+        report = _drop_format_findings(report)
 
     checks = [*report.checks, *check_gripper(recordings)]
     if not report.state_problems:
@@ -280,6 +282,19 @@ def _audit_numbers(path: str | Path, split: str, layout: DatasetLayout) -> Repor
     if layout.rotation_format not in UNMISTAKABLE_FORMATS:
         checks += _check_rotation_format(report, str(layout.rotation_format))
     return replace(report, skipped=skipped.reasons, checks=checks)
+
+
+def _drop_format_findings(report: Report) -> Report:
+    """Drop the findings about formats of rotations, which were computed from joints."""
+    action_parts = []
+    for action_part in report.action_parts:
+        findings = [
+            finding
+            for finding in action_part.findings
+            if finding.question not in ("state_format", "action_format")
+        ]
+        action_parts.append(replace(action_part, findings=findings))
+    return replace(report, action_parts=action_parts)
 
 
 def _read_first_recordings(
