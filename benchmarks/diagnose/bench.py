@@ -1,12 +1,13 @@
 """How often `spear diagnose` names planted faults, and how often it accuses faultless robots.
 
     python benchmarks/diagnose/bench.py --out runs/diagnose
-    python benchmarks/diagnose/bench.py --out runs/diagnose --quick
     python benchmarks/diagnose/bench.py --out runs/diagnose --only camera-bgr clean
+    python benchmarks/diagnose/bench.py --out runs/diagnose \\
+        --one-strength --num-runs 1 --num-clean 40 --num-pairs 10
 
 `nano` acts in the embedded simulator, with faults planted between the policy and the robot
-(`faults.toml`), and each run is recorded as `spear serve --record` does. Then `spear diagnose`
-looks at the policy, at training episodes, and at the recording. OUT gets these:
+(`faults.toml`), and each run is recorded as `spear serve --record` does. Then the functions of
+`spear diagnose` look at the policy, at training episodes, and at the recording. OUT gets these:
 
     episodes/        the training episodes
     policies/        policies with a fault
@@ -22,15 +23,14 @@ its last digits, because the policy answers several robots together.
 
 from __future__ import annotations
 
+import functools
 import json
 import shutil
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import redirect_stdout
 from dataclasses import dataclass
-from io import StringIO
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -38,7 +38,7 @@ from typing import Any
 import torch
 import tyro
 
-from cases import Case, list_cases
+from cases import Case, Plan, list_cases
 from fault_table import Planting
 from plant_policies import (
     POLICY_CHANGES,
@@ -48,9 +48,11 @@ from plant_policies import (
 )
 from robot import Recording, Robot, record
 from score import summarize, write_table
-from spear.cli import main as run_command
 from spear.cli import run_reporting_errors
 from spear.data.store.episode_store import EpisodeStore, write_episodes
+from spear.diagnose.diagnosis import diagnose, write_json
+from spear.diagnose.load import add_rollout, load_policy_case
+from spear.diagnose.policy_case import PolicyCase
 from spear.policy import Spear1Policy
 from spear.sim.record import record_episodes
 from spear.sim.scene import FAMILIES
@@ -60,8 +62,6 @@ POLICY = "nano"
 NUM_TRAINING_EPISODES = 400
 FIRST_EPISODE_SEED = FIRST_TRAIN_SEED + 50_000
 NUM_RECORDED_TOGETHER = 6  # runs
-QUICK_CLEAN_RUNS = 20
-QUICK_PAIRS = 10
 
 
 @dataclass
@@ -80,8 +80,14 @@ class Options:
     """Pairs of faults"""
     num_runs: int = 2
     """Runs of each strength of each fault"""
-    quick: bool = False
-    """Make one run of each strength, 20 clean runs and 10 pairs"""
+    first_clean: int = 0
+    """Number of the first clean run; runs of other numbers have other scenes"""
+    first_pair: int = 0
+    """Number of the first pair"""
+    first_run: int = 0
+    """Number of the first run of each strength"""
+    one_strength: bool = False
+    """Plant each fault at one strength only, which the number of the run chooses"""
     workers: int = 2
     """Processes that diagnose"""
     record_only: bool = False
@@ -136,23 +142,35 @@ def prepare_subject(plant: Planting | None, out: Path) -> Subject:
     return Subject(str(folder), episodes)
 
 
-def record_cases(cases: Sequence[Case], out: Path) -> None:
-    """Record the rollouts that are not there yet, those of one policy together.
+def group_cases(cases: Sequence[Case]) -> list[list[Case]]:
+    """Group runs that are recorded together: a few of the same policy.
 
     Policies that have to be trained come last.
     """
     cases_of_policy: dict[Planting | None, list[Case]] = {}
     for case in cases:
-        if not (out / "rollouts" / case.name).is_dir():
-            cases_of_policy.setdefault(case.policy_fault, []).append(case)
+        cases_of_policy.setdefault(case.policy_fault, []).append(case)
     is_trained = {plant: plant is not None and plant.is_trained for plant in cases_of_policy}
+    groups = []
     for plant in sorted(cases_of_policy, key=is_trained.__getitem__):
-        subject = prepare_subject(plant, out)
-        policy = Spear1Policy.load(subject.policy)
-        for first in range(0, len(cases_of_policy[plant]), NUM_RECORDED_TOGETHER):
-            group = cases_of_policy[plant][first : first + NUM_RECORDED_TOGETHER]
-            _record_group(policy, Path(subject.policy).name, group, out)
-            print(f"recorded {', '.join(case.name for case in group)}", flush=True)
+        same_policy = cases_of_policy[plant]
+        for first in range(0, len(same_policy), NUM_RECORDED_TOGETHER):
+            groups.append(same_policy[first : first + NUM_RECORDED_TOGETHER])
+    return groups
+
+
+def record_cases(cases: Sequence[Case], subject: Subject, out: Path) -> None:
+    """Record the runs of one policy that are not recorded yet, all at once."""
+    missing = [case for case in cases if not (out / "rollouts" / case.name).is_dir()]
+    if missing:
+        _record_group(load_policy(subject.policy), Path(subject.policy).name, missing, out)
+        print(f"recorded {', '.join(case.name for case in missing)}", flush=True)
+
+
+@functools.lru_cache(maxsize=1)
+def load_policy(name: str) -> Spear1Policy:
+    """Load a policy once."""
+    return Spear1Policy.load(name)
 
 
 def _record_group(policy: Spear1Policy, name: str, cases: Sequence[Case], out: Path) -> None:
@@ -177,22 +195,23 @@ def _record_group(policy: Spear1Policy, name: str, cases: Sequence[Case], out: P
 # --- Diagnoses ---
 
 
+@functools.lru_cache(maxsize=2)
+def load_subject(subject: Subject) -> PolicyCase:
+    """Load a policy and its training episodes, once for all of its runs."""
+    return load_policy_case(subject.policy, subject.episodes)
+
+
 def diagnose_case(case: Case, subject: Subject, out: Path) -> dict[str, Any]:
-    """Run `spear diagnose` on a run's recording, and return the run's result."""
-    findings_file = out / "findings" / f"{case.name}.json"
+    """Diagnose a run as `spear diagnose` does, and return the run's result."""
+    policy_case = load_subject(subject)
     rollout = out / "rollouts" / case.name
-    arguments = ["diagnose", "--policy", subject.policy, "--episodes", str(subject.episodes)]
-    arguments += ["--rollout", str(rollout), "--json", str(findings_file)]
     started_s = time.perf_counter()
     started_processor_s = time.process_time()
-    with redirect_stdout(StringIO()):
-        exit_code = run_command(arguments)
+    diagnosis = diagnose(add_rollout(policy_case, rollout))
     seconds = time.perf_counter() - started_s
     processor_s = time.process_time() - started_processor_s
 
-    result: dict[str, Any] = {"verdict": "error", "findings": []}
-    if findings_file.is_file():
-        result = json.loads(findings_file.read_text("utf-8"))
+    write_json(diagnosis, out / "findings" / f"{case.name}.json")
     store = EpisodeStore(rollout)
     rollout_s = float((store.lengths / store.rates_hz).sum())
     outcome = json.loads((out / "outcomes" / f"{case.name}.json").read_text("utf-8"))
@@ -201,9 +220,8 @@ def diagnose_case(case: Case, subject: Subject, out: Path) -> dict[str, Any]:
         "kind": case.kind,
         "faults": case.faults,
         "strengths": [plant.strength for plant in case.plants],
-        "verdict": result["verdict"],
-        "named": [finding["fault"] for finding in result["findings"]],
-        "exit_code": exit_code,
+        "verdict": diagnosis.verdict,
+        "named": [ranked.check.fault for ranked in diagnosis.findings],
         "seconds": round(seconds, 2),
         "processor_s": round(processor_s, 2),
         "rollout_s": round(rollout_s, 1),
@@ -211,18 +229,21 @@ def diagnose_case(case: Case, subject: Subject, out: Path) -> dict[str, Any]:
     }
 
 
+def start_workers(count: int) -> ProcessPoolExecutor:
+    """Start processes that diagnose, each with an equal part of two cores."""
+    num_threads = max(1, min(2, torch.get_num_threads()) // count)
+    context = get_context("spawn")
+    return ProcessPoolExecutor(count, context, torch.set_num_threads, (num_threads,))
+
+
 def diagnose_cases(
-    jobs: Sequence[tuple[Case, Subject]], out: Path, workers: int
+    jobs: Sequence[tuple[Case, Subject]], out: Path, executor: ProcessPoolExecutor
 ) -> Iterator[dict[str, Any]]:
-    """Diagnose runs in processes, each with an equal part of two cores; yield their results."""
+    """Diagnose runs in the executor's processes; yield their results in order."""
     (out / "findings").mkdir(exist_ok=True)
-    num_threads = max(1, 2 // workers)
-    with ProcessPoolExecutor(
-        workers, get_context("spawn"), torch.set_num_threads, (num_threads,)
-    ) as executor:
-        futures = [executor.submit(diagnose_case, case, subject, out) for case, subject in jobs]
-        for future in futures:
-            yield future.result()
+    futures = [executor.submit(diagnose_case, case, subject, out) for case, subject in jobs]
+    for future in futures:
+        yield future.result()
 
 
 def read_results(file: Path) -> list[dict[str, Any]]:
@@ -234,38 +255,42 @@ def read_results(file: Path) -> list[dict[str, Any]]:
 
 def select_cases(options: Options) -> list[Case]:
     """List the runs that the options ask for."""
-    if options.quick:
-        cases = list_cases(QUICK_CLEAN_RUNS, 1, QUICK_PAIRS, options.num_scenes)
-    else:
-        cases = list_cases(
-            options.num_clean, options.num_runs, options.num_pairs, options.num_scenes
-        )
+    plan = Plan(
+        clean_runs=range(options.first_clean, options.first_clean + options.num_clean),
+        repetitions=range(options.first_run, options.first_run + options.num_runs),
+        pairs=range(options.first_pair, options.first_pair + options.num_pairs),
+        has_all_strengths=not options.one_strength,
+        num_scenes=options.num_scenes,
+    )
+    cases = list_cases(plan)
     if not options.only:
         return cases
     return [case for case in cases if {case.kind, *case.faults} & set(options.only)]
 
 
 def main(options: Options) -> None:
-    """Record the rollouts, diagnose them, and write the table."""
+    """Record and diagnose the runs, a few at a time, and write the table."""
     out = options.out
     out.mkdir(parents=True, exist_ok=True)
     record_training_episodes(out / "episodes", options.workers)
-    cases = select_cases(options)
-    record_cases(cases, out)
-    if options.record_only:
-        return
-
     results_file = out / "results.jsonl"
     finished_names = {result["name"] for result in read_results(results_file)}
-    open_cases = [case for case in cases if case.name not in finished_names]
-    jobs = [(case, prepare_subject(case.policy_fault, out)) for case in open_cases]
-    with results_file.open("a", encoding="utf-8") as file:
-        for result in diagnose_cases(jobs, out, options.workers):
-            file.write(json.dumps(result) + "\n")
-            file.flush()
-            print(f"{result['name']}: {', '.join(result['named']) or result['verdict']}")
-    rows = summarize(read_results(results_file))
-    write_table(rows, out / "diagnose.csv")
+    open_cases = [case for case in select_cases(options) if case.name not in finished_names]
+    with (
+        start_workers(options.workers) as executor,
+        results_file.open("a", encoding="utf-8") as file,
+    ):
+        for group in group_cases(open_cases):
+            subject = prepare_subject(group[0].policy_fault, out)
+            record_cases(group, subject, out)
+            if options.record_only:
+                continue
+            for result in diagnose_cases([(case, subject) for case in group], out, executor):
+                file.write(json.dumps(result) + "\n")
+                file.flush()
+                named = ", ".join(result["named"]) or result["verdict"]
+                print(f"{result['name']}: {named}", flush=True)
+    write_table(summarize(read_results(results_file)), out / "diagnose.csv")
 
 
 if __name__ == "__main__":

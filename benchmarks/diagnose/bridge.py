@@ -27,7 +27,7 @@ import torch
 import tyro
 from tyro.conf import Positional
 
-from bench import Subject, diagnose_cases, read_results
+from bench import Subject, diagnose_cases, read_results, start_workers
 from cases import Case, list_plantings
 from fault_table import Planting
 from planted import PlantedFault
@@ -203,8 +203,12 @@ def main(options: Options) -> None:
 
     subject = Subject(str(policy.folder), out / "episodes")
     results_file = out / "results.jsonl"
-    with results_file.open("w", encoding="utf-8") as file:
-        for result in diagnose_cases([(case, subject) for case in cases], out, options.workers):
+    with (
+        start_workers(options.workers) as executor,
+        results_file.open("w", encoding="utf-8") as file,
+    ):
+        jobs = [(case, subject) for case in cases]
+        for result in diagnose_cases(jobs, out, executor):
             file.write(json.dumps(result) + "\n")
             print(f"{result['name']}: {', '.join(result['named']) or result['verdict']}")
     write_table(summarize(read_results(results_file)), out / "diagnose.csv")

@@ -108,29 +108,47 @@ class Case:
         return robots
 
 
-def list_cases(num_clean: int, num_runs: int, num_pairs: int, num_scenes: int) -> list[Case]:
-    """List the runs.
+@dataclass(frozen=True)
+class Plan:
+    """Which runs there are. The number of a run determines its scenes.
 
-    Args:
-        num_clean: number of clean runs.
-        num_runs: number of runs of each strength of each fault.
-        num_pairs: number of pairs of faults, one run each.
-        num_scenes: number of episodes of a run.
+    clean_runs         numbers of the clean runs.
+    repetitions        numbers of the runs of each strength of each fault.
+    pairs              numbers of the pairs of faults, one run each.
+    has_all_strengths  whether every strength of a fault is planted; otherwise one, which the
+                       number of the repetition chooses.
+    num_scenes         number of episodes of a run.
     """
+
+    clean_runs: range
+    repetitions: range
+    pairs: range
+    has_all_strengths: bool = True
+    num_scenes: int = 4
+
+
+def list_cases(plan: Plan) -> list[Case]:
+    """List the runs of a plan."""
     cases = []
-    for number in range(num_clean):
-        scenes = _choose_scenes(FIRST_CLEAN_SEED, FIRST_FAULTY_SEED, number, num_scenes)
+    for number in plan.clean_runs:
+        scenes = _choose_scenes(FIRST_CLEAN_SEED, FIRST_FAULTY_SEED, number, plan.num_scenes)
         habits = _draw_habits(number)
         cases.append(Case(f"clean-{number:03d}", "clean", (), scenes, habits, number))
 
     plantings = list_plantings()
-    for number in range(num_runs * len(plantings)):
-        repetition, index = divmod(number, len(plantings))
-        cases.append(
-            _make_faulty_case("single", (plantings[index],), repetition, number, num_scenes)
-        )
-    for index, pair in enumerate(draw_pairs(num_pairs)):
-        cases.append(_make_faulty_case("pair", pair, 0, FIRST_PAIR_NUMBER + index, num_scenes))
+    for repetition in plan.repetitions:
+        for index, planting in enumerate(plantings):
+            num_strengths = len(STRENGTHS[planting.fault])
+            if not plan.has_all_strengths and planting.strength != repetition % num_strengths:
+                continue
+            number = repetition * len(plantings) + index
+            cases.append(
+                _make_faulty_case("single", (planting,), repetition, number, plan.num_scenes)
+            )
+    for index, pair in enumerate(draw_pairs(plan.pairs.stop)):
+        if index in plan.pairs:
+            number = FIRST_PAIR_NUMBER + index
+            cases.append(_make_faulty_case("pair", pair, 0, number, plan.num_scenes))
     return cases
 
 

@@ -18,7 +18,6 @@ COLUMNS = (
     "named",
     "95 % interval (%)",
     "named instead",
-    "processor s per minute",
 )
 
 
@@ -69,7 +68,6 @@ def _make_row(group: str, results: Sequence[Result]) -> dict[str, Any]:
         is_right = result["kind"] != "clean" and is_named_first(result)
         if result["named"] and not is_right:
             wrong_names[result["named"][0]] += 1
-    rates = [60 * result["processor_s"] / max(result["rollout_s"], 1e-9) for result in results]
     return {
         "group": group,
         "runs": len(results),
@@ -77,7 +75,6 @@ def _make_row(group: str, results: Sequence[Result]) -> dict[str, Any]:
         "named": num_named,
         "95 % interval (%)": f"{100 * estimate.low:.1f} … {100 * estimate.high:.1f}",
         "named instead": ", ".join(f"{name} {count}" for name, count in wrong_names.most_common(3)),
-        "processor s per minute": f"{sum(rates) / len(rates):.1f}",
     }
 
 

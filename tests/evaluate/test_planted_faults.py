@@ -151,7 +151,7 @@ def test_faults_of_scenes_change_only_their_part(bench: ModuleType) -> None:
 
 
 def test_no_scene_is_used_twice(bench: ModuleType) -> None:
-    cases = bench.list_cases(num_clean=300, num_runs=2, num_pairs=40, num_scenes=4)
+    cases = bench.list_cases(bench.Plan(range(300), range(2), range(40)))
 
     scenes = [scene for case in cases for scene in case.scenes]
 
@@ -160,13 +160,20 @@ def test_no_scene_is_used_twice(bench: ModuleType) -> None:
 
 
 def test_a_run_keeps_its_scenes_in_smaller_benches(bench: ModuleType) -> None:
-    large = {
-        case.name: case
-        for case in bench.list_cases(num_clean=40, num_runs=2, num_pairs=20, num_scenes=4)
-    }
-    small = bench.list_cases(num_clean=10, num_runs=1, num_pairs=5, num_scenes=4)
+    large_plan = bench.Plan(range(40), range(2), range(20))
+    small_plan = bench.Plan(range(30, 40), range(1, 2), range(15, 20), has_all_strengths=False)
+    large = {case.name: case for case in bench.list_cases(large_plan)}
+    small = bench.list_cases(small_plan)
 
     assert all(large[case.name] == case for case in small)
+
+
+def test_a_plan_of_one_strength_has_each_fault_once(bench: ModuleType) -> None:
+    plan = bench.Plan(range(0), range(1, 2), range(0), has_all_strengths=False)
+
+    faults = [case.faults[0] for case in bench.list_cases(plan)]
+
+    assert len(set(faults)) == len(faults) == len(bench.STRENGTHS)
 
 
 def test_a_rollout_is_recorded_with_the_faults_in_it(

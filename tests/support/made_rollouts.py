@@ -16,6 +16,7 @@ NUM_STEPS = 30
 NOISE_M = 0.0005  # with which the arm follows
 INSTRUCTIONS = ("put the red mug on the plate", "put the spoon on the towel")
 PICTURE_SHAPE = (24, 32, 3)
+PIXELS_PER_METER = 60.0
 
 
 def follow(action: Array, rotation: Array) -> Array:
@@ -136,14 +137,29 @@ def _make_turn(vector: Sequence[float]) -> torch.Tensor:
 
 
 def _make_pictures(rng: np.random.Generator, position: Array) -> dict[str, CameraPictures]:
-    """Make pictures of two cameras: a fixed colored scene per camera, objects, and noise."""
+    """Make pictures of two cameras: a fixed colored scene per camera, objects, and noise.
+
+    The external camera sees the arm as a bright spot.
+    """
     pictures = {}
     for number, camera in enumerate(("external", "wrist")):
         scene = np.random.default_rng(number + 7).uniform(40, 200, (6, 8, 3))
         scene = np.kron(scene, np.ones((4, 4, 1)))  # [24, 32, 3], blocks
         objects = np.kron(rng.uniform(-30, 30, (6, 8, 3)), np.ones((4, 4, 1)))
         frames = scene + objects + rng.normal(0, 5, (len(position), *PICTURE_SHAPE))
+        if camera == "external":
+            frames += _draw_arm(position)
         pictures[camera] = CameraPictures(
             np.clip(frames, 0, 255).astype(np.uint8), np.arange(len(position)), (320, 240)
         )
     return pictures
+
+
+def _draw_arm(position: Array) -> Array:
+    """Draw bright spots [T, h, w, 1] where the arm is."""
+    height, width, _ = PICTURE_SHAPE
+    rows, columns = np.mgrid[:height, :width]
+    center_x = width / 2 + PIXELS_PER_METER * position[:, 1, None, None]
+    center_y = height / 2 + PIXELS_PER_METER * (position[:, 0, None, None] - 0.4)
+    squares = (columns - center_x) ** 2 + (rows - center_y) ** 2
+    return 100 * np.exp(-squares / 8)[..., None]

@@ -69,15 +69,33 @@ def exchange_pictures(observations: Sequence[Observation]) -> list[Observation]:
 
 
 def exchange_instructions(
-    observations: Sequence[Observation], instructions: Sequence[str]
+    observations: Sequence[Observation], instructions: Sequence[str], policy: Spear1Policy
 ) -> list[Observation]:
-    """Give each observation another instruction."""
+    """Give each observation another instruction, of the same number of tokens if there is one.
+
+    Even a policy that reads no word answers differently to a longer instruction, because the
+    number of tokens shifts the positions of all that follow.
+    """
     exchanged = []
+    lengths = dict(zip(instructions, count_tokens(instructions, policy), strict=True))
+    prompts = [observation["prompt"] for observation in observations]
+    prompt_lengths = count_tokens(prompts, policy)
     for number, observation in enumerate(observations):
-        candidates = [text for text in instructions if text != observation["prompt"]]
+        distances = {}
+        for text, length in lengths.items():
+            if text != observation["prompt"]:
+                distances[text] = abs(length - prompt_lengths[number])
+        smallest = min(distances.values())
+        candidates = [text for text, distance in distances.items() if distance == smallest]
         prompt = candidates[number % len(candidates)]
         exchanged.append({**observation, "prompt": prompt})
     return exchanged
+
+
+def count_tokens(instructions: Sequence[str], policy: Spear1Policy) -> list[int]:
+    """Count the tokens of each instruction."""
+    mask = policy.processor.encode_instructions(list(instructions), True)["attention_mask"]
+    return [int(count) for count in mask.sum(1)]
 
 
 def mean_distance_m(first: Array, second: Array) -> float:

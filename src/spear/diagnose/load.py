@@ -2,12 +2,13 @@
 
 import zlib
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
 from spear.checks.rollout.episode import CameraPictures, RecordedEpisode, ServedTimes
-from spear.checks.rollout.pictures import PICTURE_WIDTH_PX
+from spear.checks.rollout.pictures import PICTURE_WIDTH_PX, PictureReferences
 from spear.data.actions import canonicalize_actions
 from spear.data.readers.formats import find_format
 from spear.data.store.episode_store import EpisodeStore
@@ -131,6 +132,16 @@ def load_case(
     """
     if robot is not None:
         load_embodiment(robot)  # raises an error for an unknown name
+    return add_rollout(load_policy_case(policy_name, episodes, device, norm_stats), rollout, robot)
+
+
+def load_policy_case(
+    policy_name: str, episodes: Path | None, device: str = "auto", norm_stats: str | None = None
+) -> PolicyCase:
+    """Load a policy and its training episodes, to which several rollouts may be added.
+
+    The arguments are those of `load_case`.
+    """
     policy = Spear1Policy.load(policy_name, choose_device(device), dataset=norm_stats)
     training = None
     demonstrations: list[RecordedEpisode] = []
@@ -141,20 +152,25 @@ def load_case(
         indices = range(len(training))
         texts = [training.without_images(index).instruction for index in indices]
         instructions = list(dict.fromkeys(texts))
-    rollout_store = None
-    rollout_episodes: list[RecordedEpisode] = []
-    if rollout is not None:
-        rollout_store = EpisodeStore(rollout)
-        rollout_episodes = read_rollout(rollout_store, policy.image_sizes)
-        robot = robot or _read_robot(rollout_store)
     return PolicyCase(
-        rollout=rollout_episodes,
         demonstrations=demonstrations,
         instructions=instructions,
+        references=PictureReferences(demonstrations),
         policy=policy,
         training=training,
-        rollout_store=rollout_store,
-        robot=robot,
+    )
+
+
+def add_rollout(case: PolicyCase, rollout: Path | None, robot: str | None = None) -> PolicyCase:
+    """Return a case with a rollout, which shares all that does not depend on the rollout."""
+    if rollout is None:
+        return replace(case, robot=robot)
+    store = EpisodeStore(rollout)
+    return replace(
+        case,
+        rollout=read_rollout(store, case.get_policy().image_sizes),
+        rollout_store=store,
+        robot=robot or _read_robot(store),
     )
 
 

@@ -12,12 +12,13 @@ from spear.checks.rollout.camera_bgr import CameraBgrCheck
 from spear.checks.rollout.camera_cropped import CameraCroppedCheck
 from spear.checks.rollout.camera_exposure import CameraExposureCheck
 from spear.checks.rollout.camera_frozen import CameraFrozenCheck
+from spear.checks.rollout.camera_late import CameraLateCheck
 from spear.checks.rollout.camera_mirrored import CameraMirroredCheck
 from spear.checks.rollout.camera_missing import CameraMissingCheck
 from spear.checks.rollout.camera_stretched import CameraStretchedCheck
 from spear.checks.rollout.camera_turned import CameraTurnedCheck
 from spear.checks.rollout.cameras_exchanged import CamerasExchangedCheck
-from spear.checks.rollout.case import Finding, RolloutCheck
+from spear.checks.rollout.case import Case, Finding, RolloutCheck
 from spear.checks.rollout.episode import RecordedEpisode
 from spear.checks.rollout.padding_bars import PaddingBarsCheck
 from spear.types import Array
@@ -31,6 +32,7 @@ CHECKS: tuple[RolloutCheck, ...] = (
     CameraBgrCheck(),
     CameraExposureCheck(),
     CameraFrozenCheck(),
+    CameraLateCheck(),
     CameraMissingCheck(),
     PaddingBarsCheck(),
 )
@@ -60,6 +62,14 @@ def freeze(episode: RecordedEpisode) -> RecordedEpisode:
     return replace(episode, pictures={**episode.pictures, "external": frozen})
 
 
+def delay(episode: RecordedEpisode) -> RecordedEpisode:
+    """Send the pictures of three steps ago."""
+    external = episode.pictures["external"]
+    steps = np.maximum(np.arange(len(episode)) - 3, 0)
+    late = replace(external, small=external.small[steps], fingerprint=steps)
+    return replace(episode, pictures={**episode.pictures, "external": late})
+
+
 def remove_wrist(episode: RecordedEpisode) -> RecordedEpisode:
     """Send no pictures of the wrist camera."""
     return replace(episode, pictures={"external": episode.pictures["external"]})
@@ -86,6 +96,7 @@ PLANTED = {
     "camera-bgr": change_external("with red and blue exchanged"),
     "camera-exposure": change_external("exposed for half as long"),
     "camera-frozen": freeze,
+    "camera-late": delay,
     "camera-missing": remove_wrist,
     "padding-bars": add_bars,
 }
@@ -112,3 +123,65 @@ def test_pictures_like_those_of_training_have_no_fault() -> None:
 
     for check in CHECKS:
         assert check.examine(case) is None, check.fault
+
+
+def show_own_table(episode: RecordedEpisode) -> RecordedEpisode:
+    """Show a table of the episode's own pattern, which moves through the wrist's pictures."""
+    rng = np.random.default_rng(int(1e6 * episode.position[0, 0]))
+    table = np.kron(rng.uniform(40, 200, (60, 60)), np.ones((4, 4)))
+    for axis in (0, 1):  # smooth the pattern
+        table = (np.roll(table, 2, axis) + table + np.roll(table, -2, axis)) / 3
+    corners = np.rint(100 + 100 * (episode.position[:, :2] - [0.4, 0.0])).astype(int)
+    corners = np.clip(corners, 0, 200)
+    views = [table[row : row + 24, column : column + 32] for row, column in corners]
+    small = np.repeat(np.stack(views)[..., None], 3, axis=-1).astype(np.uint8)
+    return change_pictures(episode, "wrist", lambda before: small)
+
+
+def keep_orientation(episode: RecordedEpisode) -> RecordedEpisode:
+    """Report one orientation in all steps."""
+    rotation = np.tile([1.0, 0.0, 0.0, 0.0], (len(episode), 1))
+    return replace(episode, rotation=rotation)
+
+
+@pytest.mark.parametrize("is_mirrored", [False, True])
+def test_a_mirrored_camera_is_recognized_by_how_its_pictures_move(is_mirrored: bool) -> None:
+    case = make_case(num_demonstrations=16)
+    demonstrations = [show_own_table(keep_orientation(e)) for e in case.demonstrations]
+    rollout = [show_own_table(keep_orientation(e)) for e in case.rollout]
+    if is_mirrored:
+        rollout = [change_pictures(e, "wrist", lambda small: small[:, :, ::-1]) for e in rollout]
+
+    result = CameraMirroredCheck().examine(Case(rollout, demonstrations))
+
+    assert isinstance(result, Finding) == is_mirrored
+    if isinstance(result, Finding):
+        assert "camera wrist" in result.evidence
+        assert "left to right" in result.evidence
+
+
+def warm(episode: RecordedEpisode) -> RecordedEpisode:
+    """Give both cameras the same color cast, another one in each episode."""
+    warmth = np.random.default_rng(int(1e6 * episode.position[0, 0])).normal(0, 40)
+    cast = np.array([warmth / 2, 0, -warmth / 2])
+    for camera in ("external", "wrist"):
+        # A gray scene shows the cast only.
+        episode = change_pictures(
+            episode, camera, lambda small: np.clip(small.mean(-1, keepdims=True) + cast, 0, 255)
+        )
+    return episode
+
+
+@pytest.mark.parametrize("is_exchanged", [False, True])
+def test_a_camera_whose_colors_contradict_another_camera_sends_bgr(is_exchanged: bool) -> None:
+    case = make_case(num_demonstrations=16)
+    demonstrations = [warm(episode) for episode in case.demonstrations]
+    rollout = [warm(episode) for episode in case.rollout]
+    if is_exchanged:
+        rollout = [change_pictures(e, "wrist", lambda small: small[..., ::-1]) for e in rollout]
+
+    result = CameraBgrCheck().examine(Case(rollout, demonstrations))
+
+    assert isinstance(result, Finding) == is_exchanged
+    if isinstance(result, Finding):
+        assert "different colors of the same scene" in result.evidence

@@ -107,6 +107,11 @@ PLANTED = {
     "60 %": (MadeRobot(scale_translation(0.6)), "controller-short"),
     "everything twice": (MadeRobot(scale_translation(2.0)), "actions-repeated"),
     "some twice": (MadeRobot(move_sometimes(0.25, 2.0)), "actions-repeated"),
+    "everything twice, in twice the time": (
+        MadeRobot(scale_translation(2.0), action_s=0.4),
+        "actions-repeated",
+    ),
+    "most never": (MadeRobot(move_sometimes(0.6, 0.0)), "actions-dropped"),
     "some never": (MadeRobot(move_sometimes(0.25, 0.0)), "actions-dropped"),
 }
 

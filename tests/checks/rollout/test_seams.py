@@ -26,3 +26,25 @@ def test_chunks_that_begin_elsewhere_jump() -> None:
 
 def test_chunks_that_continue_each_other_do_not_jump() -> None:
     assert SeamJumpsCheck().examine(make_case(MadeRobot(num_executed=3))) is None
+
+
+def go_back(episode: RecordedEpisode) -> RecordedEpisode:
+    """Begin each chunk at the pose of two actions before its observation."""
+    assert episode.served is not None
+    chunks = episode.served.chunks[:, :, :3].astype(np.float64)
+    position = [episode.position[0]]
+    for step in range(len(episode) - 1):
+        move = chunks[step, :4].sum(0)
+        if step > 0:
+            move = move - chunks[step - 1, 2:4].sum(0)
+        position.append(position[-1] + move)
+    return replace(episode, position=np.array(position))
+
+
+def test_an_arm_that_goes_back_at_each_chunk_jumps() -> None:
+    case = make_case(MadeRobot(num_executed=4), change=go_back)
+
+    result = SeamJumpsCheck().examine(case)
+
+    assert isinstance(result, Finding)
+    assert "last 2 actions" in result.evidence

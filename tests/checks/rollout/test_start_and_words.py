@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from made_rollouts import make_case
-from spear.checks.rollout.case import Doubt, Finding
+from spear.checks.rollout.case import Case, Doubt, Finding
 from spear.checks.rollout.episode import RecordedEpisode
 from spear.checks.rollout.euler_order import EulerOrderCheck
 from spear.checks.rollout.quaternion_order import QuaternionOrderCheck
@@ -60,6 +60,19 @@ def test_angles_in_another_order_are_recognized() -> None:
     assert "angles xyz read as XYZ" in result.evidence
 
 
+def test_angles_in_another_order_are_recognized_by_the_moves() -> None:
+    def exchange_roll_and_yaw(episode: RecordedEpisode) -> RecordedEpisode:
+        angles = quat_to_euler(torch.as_tensor(episode.rotation), "xyz").flip(-1)
+        return replace(episode, rotation=euler_to_quat(angles, "xyz").numpy())
+
+    rollout = make_case(change=exchange_roll_and_yaw).rollout
+
+    result = EulerOrderCheck().examine(Case(rollout))
+
+    assert isinstance(result, Finding)
+    assert "measures its orientation" in result.evidence
+
+
 def test_orientations_like_those_of_training_have_no_fault() -> None:
     case = make_case()
 
@@ -72,6 +85,26 @@ def test_a_start_far_from_training_is_outside() -> None:
 
     assert isinstance(result, Finding)
     assert result.confidence > 0.9
+
+
+def test_a_start_where_training_passes_later_is_less_sure() -> None:
+    case = make_case(num_demonstrations=5)
+    far = np.array([0.0, 0.3, 0.0])
+    demonstrations = []
+    for episode in case.demonstrations:
+        position = episode.position + far * np.linspace(0, 1, len(episode))[:, None]
+        demonstrations.append(replace(episode, position=position))
+    starts = [episode.position[-1] for episode in demonstrations]
+    rollout = []
+    for episode, demonstration, start in zip(case.rollout, demonstrations, starts, strict=False):
+        position = episode.position - episode.position[0] + start
+        rotation = np.tile(demonstration.rotation[-1], (len(episode), 1))
+        rollout.append(replace(episode, position=position, rotation=rotation))
+
+    result = StartOutsideCheck().examine(Case(rollout, demonstrations))
+
+    assert isinstance(result, Finding)
+    assert result.confidence <= 0.7
 
 
 def test_a_start_like_those_of_training_is_not_outside() -> None:

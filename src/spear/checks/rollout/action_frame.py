@@ -4,8 +4,9 @@ from typing import ClassVar
 
 import numpy as np
 
-from spear.checks.rollout.case import Case, Doubt, Finding, Result, RolloutCheck
-from spear.checks.rollout.motion import MIN_MOVES, PLAIN
+from spear.checks.rollout.case import Finding, Result
+from spear.checks.rollout.motion import PLAIN, CommandedMotion
+from spear.checks.rollout.motion_check import MotionCheck
 from spear.checks.rollout.motion_figures import (
     compare_readings,
     compare_turn_readings,
@@ -15,20 +16,17 @@ from spear.checks.rollout.motion_figures import (
 ROBOT_FILE = "the convert function of your robot's file (see examples/my_robot.py)"
 
 
-class ActionFrameCheck(RolloutCheck):
+class ActionFrameCheck(MotionCheck):
     """Finds translations that are executed in the tool's frame."""
 
     fault = "action-frame"
     title = "the robot moves along other axes than those of the base"
     causes: ClassVar[frozenset[str]] = frozenset({"controller-short", "latency"})
 
-    def examine(self, case: Case) -> Result:
-        motion = case.motion
-        if motion.num_moving < MIN_MOVES:
-            return Doubt(f"only {motion.num_moving} moves are long enough")
+    def examine_motion(self, motion: CommandedMotion) -> Result:
         better = motion.better_reading
         if better is None or better.reading.frame == "base":
-            return self._examine_rotations(case)
+            return self._examine_rotations(motion)
         plain = motion.fit_of(PLAIN)
         return Finding(
             confidence=0.95,
@@ -42,9 +40,8 @@ class ActionFrameCheck(RolloutCheck):
             figure=compare_readings(motion, better.reading),
         )
 
-    def _examine_rotations(self, case: Case) -> Result:
+    def _examine_rotations(self, motion: CommandedMotion) -> Result:
         """Look for rotations about the axes of the base."""
-        motion = case.motion
         if motion.better_turn_reading != "about the base":
             return None
         errors = motion.turn_errors

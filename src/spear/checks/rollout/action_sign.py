@@ -5,25 +5,23 @@ from typing import ClassVar
 import numpy as np
 
 from spear.checks.rollout.action_frame import ROBOT_FILE
-from spear.checks.rollout.case import Case, Doubt, Finding, Result, RolloutCheck
-from spear.checks.rollout.motion import MIN_MOVES, PLAIN, SIGNS
+from spear.checks.rollout.case import Finding, Result
+from spear.checks.rollout.motion import PLAIN, SIGNS, CommandedMotion
+from spear.checks.rollout.motion_check import MotionCheck
 from spear.checks.rollout.motion_figures import compare_readings, compare_turn_readings
 
 
-class ActionSignCheck(RolloutCheck):
+class ActionSignCheck(MotionCheck):
     """Finds axes along which the arm moves against its commands."""
 
     fault = "action-sign"
     title = "the robot moves against the actions along some axis"
     causes: ClassVar[frozenset[str]] = frozenset({"controller-short", "latency"})
 
-    def examine(self, case: Case) -> Result:
-        motion = case.motion
-        if motion.num_moving < MIN_MOVES:
-            return Doubt(f"only {motion.num_moving} moves are long enough")
+    def examine_motion(self, motion: CommandedMotion) -> Result:
         better = motion.better_reading
         if better is None:
-            return self._examine_rotations(case)
+            return self._examine_rotations(motion)
         if better.reading.frame != "base":
             return None
         signs = zip("xyz", better.reading.signs, strict=True)
@@ -40,9 +38,8 @@ class ActionSignCheck(RolloutCheck):
             figure=compare_readings(motion, better.reading),
         )
 
-    def _examine_rotations(self, case: Case) -> Result:
+    def _examine_rotations(self, motion: CommandedMotion) -> Result:
         """Look for rotations that are reversed about some axis."""
-        motion = case.motion
         signs = motion.better_turn_reading
         if signs not in SIGNS:
             return None

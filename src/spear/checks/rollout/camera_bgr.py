@@ -10,10 +10,13 @@ from spear.checks.rollout.camera_checks import (
     show_pictures,
 )
 from spear.checks.rollout.case import Case, Finding, Material, Result, RolloutCheck
-from spear.checks.rollout.pictures import PRIOR, VersionOdds
+from spear.checks.rollout.color_relations import ColorRelation, relate_colors
+from spear.checks.rollout.odds import PRIOR, VersionOdds
+from spear.types import Array
 
 VERSION = "with red and blue exchanged"
 CURE = "send RGB: convert what OpenCV reads with image[..., ::-1]"
+MAX_LISTED_EPISODES = 4
 MIN_COMBINED_LOG_ODDS = 1.2  # of all cameras; their scenes, too, may be of unusual colors
 INDEPENDENT_SHARE = 0.8  # of the evidence of each camera, as two cameras see the same scene
 
@@ -29,12 +32,49 @@ class CameraBgrCheck(RolloutCheck):
         of_one = find_picture_version(case, (VERSION,), "sends BGR", CURE, is_color=True)
         if isinstance(of_one, Finding):
             return of_one
+        return self._compare_cameras(case) or self._examine_all(case) or of_one
+
+    def _compare_cameras(self, case: Case) -> Finding | None:
+        """Look for a camera whose colors are not those that another camera sees."""
+        relations = relate_colors(case.rollout, case.demonstrations, case.cameras)
+        if not relations:
+            return None
+        relation = max(relations, key=lambda entry: entry.log_ratio)
+        log_odds = relation.log_ratio + float(np.log(PRIOR))
+        if log_odds < MIN_COMBINED_LOG_ODDS:
+            return None
+        camera = self._choose_camera(case, relation)
+        first, second = relation.cameras
+        return Finding(
+            confidence=_make_confidence(log_odds),
+            evidence=(
+                f"cameras {first} and {second} see different colors of the same scene: red minus "
+                f"blue is {_list_levels(relation.warmth[:, 0])} and "
+                f"{_list_levels(relation.warmth[:, 1])} gray levels in the first episodes. In "
+                f"training the two agree. Probably {camera} sends BGR"
+            ),
+            cure=CURE,
+            file=CAMERA_FILE,
+            figure=show_pictures(case, camera),
+        )
+
+    def _choose_camera(self, case: Case, relation: ColorRelation) -> str:
+        """Return that one of two cameras whose own colors are less like those of training."""
+        odds_by_camera = self._collect_odds(case)
+        ratios = {}
+        for camera in relation.cameras:
+            odds = odds_by_camera.get(camera)
+            ratios[camera] = 0.0 if odds is None else odds.log_ratio
+        return max(ratios, key=lambda camera: ratios[camera])
+
+    def _examine_all(self, case: Case) -> Finding | None:
+        """Look for all cameras together."""
         odds_by_camera = self._collect_odds(case)
         # One program reads all cameras, so mostly all of them are wrong, and add to the evidence.
         log_ratio = sum(INDEPENDENT_SHARE * odds.log_ratio for odds in odds_by_camera.values())
         log_odds = log_ratio + float(np.log(PRIOR))
         if len(odds_by_camera) < 2 or log_odds < MIN_COMBINED_LOG_ODDS:
-            return of_one
+            return None
         words = []
         for camera, odds in odds_by_camera.items():
             words.append(
@@ -42,7 +82,7 @@ class CameraBgrCheck(RolloutCheck):
                 f"{odds.plain:+.1f})"
             )
         return Finding(
-            confidence=round(float(min(1 / (1 + np.exp(-log_odds)), 0.97)), 3),
+            confidence=_make_confidence(log_odds),
             evidence=(
                 "with red and blue exchanged, all cameras fit training better, by a log likelihood "
                 f"per picture of {', '.join(words)}"
@@ -61,3 +101,13 @@ class CameraBgrCheck(RolloutCheck):
                 if odds.version == VERSION:
                     odds_by_camera[camera] = odds
         return odds_by_camera
+
+
+def _make_confidence(log_odds: float) -> float:
+    """Turn log odds into a confidence."""
+    return round(float(min(1 / (1 + np.exp(-log_odds)), 0.97)), 3)
+
+
+def _list_levels(warmth: Array) -> str:
+    """List the warmth of the first episodes."""
+    return ", ".join(f"{level:+.0f}" for level in warmth[:MAX_LISTED_EPISODES])

@@ -5,11 +5,12 @@ from collections.abc import Collection
 import numpy as np
 
 from spear.checks.rollout.case import Case, Doubt, Figure, Finding, Result
-from spear.checks.rollout.pictures import VersionOdds
+from spear.checks.rollout.odds import VersionOdds
 from spear.types import Array
 
 CAMERA_FILE = "observe in your robot's file, where it reads the cameras"
 MIN_CONFIDENCE_LOG_ODDS = 0.5  # below it, a version is only a suspicion
+TOO_FEW_PICTURES = "too few training pictures to compare with"
 MAX_SHOWN_PICTURES = 4  # of the rollout, and as many of the training
 
 
@@ -40,9 +41,10 @@ def find_picture_version(
         if best.log_odds < MIN_CONFIDENCE_LOG_ODDS:
             suspicion = f"camera {camera} may be {best.version}"
             continue
+        is_by_flow = best in (comparison.flow_odds(camera) or ())
         return Finding(
             confidence=round(float(min(1 / (1 + np.exp(-best.log_odds)), 0.97)), 3),
-            evidence=f"camera {camera} {words}: {_describe_odds(best)}",
+            evidence=f"camera {camera} {words}: {_describe_odds(best, is_by_flow)}",
             cure=cure,
             file=CAMERA_FILE,
             figure=show_pictures(case, camera),
@@ -50,14 +52,17 @@ def find_picture_version(
     if suspicion:
         return Doubt(suspicion, is_suspicion=True)
     if not num_compared:
-        return Doubt("too few training pictures to compare with")
+        return Doubt(TOO_FEW_PICTURES)
     return None
 
 
-def _describe_odds(best: VersionOdds) -> str:
+def _describe_odds(best: VersionOdds, is_by_flow: bool) -> str:
     """Say how much better a version fits than the plain pictures."""
+    subject = "its pictures fit those of training as"
+    if is_by_flow:
+        subject = "its pictures move with the arm as in training if they are taken for"
     return (
-        f"its pictures fit those of training as {best.version} "
+        f"{subject} {best.version} "
         f"(log likelihood {best.margin:+.1f} per picture; training pictures so changed "
         f"{best.expected:+.1f}, unchanged {best.plain:+.1f})"
     )

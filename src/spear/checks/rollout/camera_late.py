@@ -7,6 +7,7 @@ import numpy as np
 from spear.checks.rollout.camera_checks import (
     CAMERA_FILE,
     MIN_CONFIDENCE_LOG_ODDS,
+    TOO_FEW_PICTURES,
     show_pictures,
 )
 from spear.checks.rollout.case import Case, Doubt, Finding, Material, Result, RolloutCheck
@@ -36,12 +37,13 @@ class CameraLateCheck(RolloutCheck):
             return Finding(
                 confidence=round(float(min(1 / (1 + np.exp(-log_odds)), 0.95)), 3),
                 evidence=(
-                    f"the pictures of camera {camera} show the arm where it was earlier: they fit "
-                    f"best {best.version} (log likelihood {best.margin:+.2f} per picture; training "
-                    f"pictures so delayed {best.expected:+.2f}, in time {best.plain:+.2f})"
+                    f"the pictures of camera {camera} change {best.version}: the correlation of "
+                    f"their changes with the motion of the arm is then {best.margin:+.2f} higher "
+                    f"(training pictures so delayed {best.expected:+.2f}, in time "
+                    f"{best.plain:+.2f})"
                 ),
                 cure="read the newest picture: empty the camera's buffer before each observation",
                 file=CAMERA_FILE,
                 figure=show_pictures(case, camera),
             )
-        return None if num_compared else Doubt("too few training pictures to compare with")
+        return None if num_compared else Doubt(TOO_FEW_PICTURES)

@@ -10,7 +10,7 @@ import numpy as np
 from spear.checks.rollout.episode import RecordedEpisode
 from spear.checks.rollout.gripper import GripperUse
 from spear.checks.rollout.motion import CommandedMotion
-from spear.checks.rollout.pictures import PictureComparison
+from spear.checks.rollout.pictures import PictureComparison, PictureReferences
 from spear.types import Array
 
 Material = Literal["rollout", "demonstrations", "policy"]
@@ -25,11 +25,13 @@ class Case:
     demonstrations  training episodes; empty if unknown.
     instructions    the different instructions of all training episodes; by default those of
                     `demonstrations`, which may be fewer.
+    references      what the pictures of the demonstrations say, if another case has computed it.
     """
 
     rollout: Sequence[RecordedEpisode] = ()
     demonstrations: Sequence[RecordedEpisode] = ()
     instructions: Sequence[str] = ()
+    references: PictureReferences | None = None
 
     @property
     def training_instructions(self) -> Sequence[str]:
@@ -51,7 +53,8 @@ class Case:
     @cached_property
     def comparison(self) -> PictureComparison:
         """The rollout's pictures, compared with those of the demonstrations."""
-        return PictureComparison.from_episodes(self.rollout, self.demonstrations)
+        references = self.references or PictureReferences(self.demonstrations)
+        return PictureComparison(self.rollout, references)
 
     @property
     def cameras(self) -> list[str]:

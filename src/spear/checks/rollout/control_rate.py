@@ -4,12 +4,13 @@ from typing import ClassVar
 
 import numpy as np
 
-from spear.checks.rollout.case import Case, Curve, Doubt, Figure, Finding, Result, RolloutCheck
-from spear.checks.rollout.motion import MIN_MOVES
+from spear.checks.rollout.case import Curve, Doubt, Figure, Finding, Result
+from spear.checks.rollout.motion import CommandedMotion
+from spear.checks.rollout.motion_check import MotionCheck
 from spear.types import CONTROL_RATE_HZ
 
 
-class ControlRateCheck(RolloutCheck):
+class ControlRateCheck(MotionCheck):
     """Finds actions that last longer or shorter than in training."""
 
     fault = "control-rate"
@@ -18,10 +19,7 @@ class ControlRateCheck(RolloutCheck):
         {"actions-repeated", "latency", "controller-short"}
     )
 
-    def examine(self, case: Case) -> Result:
-        motion = case.motion
-        if motion.num_moving < MIN_MOVES:
-            return Doubt(f"only {motion.num_moving} moves are long enough")
+    def examine_motion(self, motion: CommandedMotion) -> Result:
         if not np.isfinite(motion.seconds).all():
             return Doubt("the rollout has no times")
         rate = motion.executed_at_other_rate

@@ -4,14 +4,13 @@ import numpy as np
 
 from spear.checks.rollout.action_frame import ROBOT_FILE
 from spear.checks.rollout.case import (
-    Case,
     Doubt,
     Finding,
     Result,
-    RolloutCheck,
     confidence_of_margin,
 )
-from spear.checks.rollout.motion import MIN_MOVES
+from spear.checks.rollout.motion import CommandedMotion
+from spear.checks.rollout.motion_check import MotionCheck
 from spear.checks.rollout.motion_figures import draw_step_gains
 from spear.checks.rollout.translation_unit import MAX_UNIT_GAIN
 
@@ -25,16 +24,13 @@ MAX_QUARTILE_RANGE = 0.35  # of the achieved shares; an arm that is blocked at t
 FULL_GAIN = 0.9  # a move that achieves more than this is not short
 
 
-class ControllerShortCheck(RolloutCheck):
+class ControllerShortCheck(MotionCheck):
     """Finds arms that move in the commanded direction, but less far."""
 
     fault = "controller-short"
     title = "the controller does not reach what it is commanded"
 
-    def examine(self, case: Case) -> Result:
-        motion = case.motion
-        if motion.num_moving < MIN_MOVES:
-            return Doubt(f"only {motion.num_moving} moves are long enough")
+    def examine_motion(self, motion: CommandedMotion) -> Result:
         gains = motion.step_gains[motion.is_moving]
         gain = float(np.median(gains))
         if motion.better_reading is not None or gain > MAX_DOUBTFUL_GAIN or gain < MAX_UNIT_GAIN:

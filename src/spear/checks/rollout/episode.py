@@ -5,6 +5,8 @@ from dataclasses import dataclass, field
 
 from spear.types import Array
 
+MIN_PICTURE_EPISODES = 8  # training episodes with a camera; with fewer it is not compared
+
 
 @dataclass(frozen=True)
 class CameraPictures:

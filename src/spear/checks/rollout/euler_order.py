@@ -4,7 +4,12 @@ from typing import ClassVar
 
 from spear.checks.rollout.case import Case, Material, Result, RolloutCheck
 from spear.checks.rollout.orientation import EULER_VARIANTS
-from spear.checks.rollout.orientation_finding import find_orientation_variant
+from spear.checks.rollout.orientation_finding import (
+    find_orientation_variant,
+    find_turn_variant,
+)
+
+CURE = "make the quaternion of the angles in the order in which your robot means them"
 
 
 class EulerOrderCheck(RolloutCheck):
@@ -12,7 +17,7 @@ class EulerOrderCheck(RolloutCheck):
 
     fault = "euler-order"
     title = "the angles of the orientation are taken in another order"
-    needs: ClassVar[frozenset[Material]] = frozenset({"rollout", "demonstrations"})
+    needs: ClassVar[frozenset[Material]] = frozenset({"rollout"})
     causes: ClassVar[frozenset[str]] = frozenset(
         {
             "action-frame",
@@ -25,5 +30,5 @@ class EulerOrderCheck(RolloutCheck):
     )
 
     def examine(self, case: Case) -> Result:
-        cure = "make the quaternion of the angles in the order in which your robot means them"
-        return find_orientation_variant(case, EULER_VARIANTS, cure)
+        by_moves = find_turn_variant(case, EULER_VARIANTS, CURE)
+        return by_moves or find_orientation_variant(case, EULER_VARIANTS, CURE)

@@ -20,6 +20,12 @@ import numpy as np
 import torch
 
 from spear.checks.rollout.episode import RecordedEpisode
+from spear.checks.rollout.orientation import (
+    EULER_VARIANTS,
+    QUATERNION_VARIANTS,
+    apply_variant,
+    undo_variant,
+)
 from spear.geometry import (
     quat_canonical,
     quat_conjugate,
@@ -51,6 +57,10 @@ MAX_COUNT_GAIN = 1.15
 MIN_COUNT_ADVANTAGE = 0.05  # by how much another number of actions must explain the motion better
 NUM_RESAMPLES = 200  # draws of the bootstrap over moves
 SMALL_QUANTILE = 0.05  # the end of the bootstrap's interval that must exceed the limit
+
+COMMANDS = "commands:"
+STATES = "states:"
+"""How names of readings of rotations begin, of which a variant of orientations follows."""
 
 SIGNS = {"".join(signs): signs for signs in product("+-", repeat=3)}
 
@@ -236,11 +246,14 @@ class CommandedMotion:
         """How far each reading of the rotations is off: name → [M] rad, for M turning moves.
 
         "plain" is the right reading. By "about the base" the robot rotates about the axes of its
-        base; by "x y z w" it takes the quaternion's first number for x.
+        base; by "x y z w" it takes the quaternion's first number for x. Names of variants (module
+        `orientation`) begin with "commands" if the robot executes rotations so, and with "states"
+        if it measures its orientation so.
         """
         command = torch.as_tensor(self.turn_quats[:, self._count - 1][self.is_turning])
         orientation = torch.as_tensor(self.orientation[self.is_turning])
         achieved = quat_exp(torch.as_tensor(self.turn[self.is_turning]))
+        next_orientation = quat_multiply(orientation, achieved)
         about_base = quat_multiply(quat_conjugate(orientation), quat_multiply(command, orientation))
         readings = {
             "plain": command,
@@ -251,7 +264,16 @@ class CommandedMotion:
             if name != PLAIN.signs:
                 factors = torch.tensor([1.0, *(float(f"{sign}1") for sign in signs)])
                 readings[name] = command * factors
-        return {name: quat_distance(quats, achieved).numpy() for name, quats in readings.items()}
+        errors = {name: quat_distance(quats, achieved).numpy() for name, quats in readings.items()}
+        for variant in EULER_VARIANTS:
+            executed = torch.as_tensor(apply_variant(command.numpy(), variant))
+            errors[f"{COMMANDS} {variant}"] = quat_distance(executed, achieved).numpy()
+        for variant in (*QUATERNION_VARIANTS, *EULER_VARIANTS):
+            start_quats = torch.as_tensor(undo_variant(orientation.numpy(), variant))
+            end_quats = torch.as_tensor(undo_variant(next_orientation.numpy(), variant))
+            turned = quat_multiply(quat_conjugate(start_quats), end_quats)
+            errors[f"{STATES} {variant}"] = quat_distance(command, turned).numpy()
+        return errors
 
     @cached_property
     def better_turn_reading(self) -> str | None:

@@ -82,6 +82,15 @@ def undo_variant(rotation: Array, variant: str) -> Array:
     return quats.numpy()
 
 
+def apply_variant(rotation: Array, variant: str) -> Array:
+    """Return what rotations [T, 4] become by a mistake with angles, one of `EULER_VARIANTS`."""
+    euler_variant = EULER_VARIANTS[variant]
+    angles = quat_to_euler(torch.as_tensor(np.asarray(rotation)), euler_variant.written)
+    if euler_variant.is_reversed:
+        angles = angles.flip(-1)
+    return euler_to_quat(angles, euler_variant.read).numpy()
+
+
 def fit_orientations(
     rollout: Sequence[RecordedEpisode], demonstrations: Sequence[RecordedEpisode]
 ) -> list[OrientationFit]:

@@ -6,6 +6,8 @@ import numpy as np
 
 from spear.checks.rollout.action_frame import ROBOT_FILE
 from spear.checks.rollout.case import Case, Doubt, Figure, Finding, Result
+from spear.checks.rollout.motion import COMMANDS, STATES
+from spear.checks.rollout.motion_figures import compare_turn_readings
 from spear.checks.rollout.orientation import find_likely_variant, fit_orientations
 
 
@@ -33,4 +35,30 @@ def find_orientation_variant(case: Case, variants: Collection[str], cure: str) -
         cure=cure,
         file=f"observe in your robot's file, and {ROBOT_FILE}",
         figure=Figure("distance to the nearest orientation of training", bars=bars),
+    )
+
+
+def find_turn_variant(case: Case, variants: Collection[str], cure: str) -> Finding | None:
+    """Look for moves that rotate as commanded, if orientations are in one of some variants."""
+    motion = case.motion
+    reading = motion.better_turn_reading
+    if reading is None or not reading.startswith((COMMANDS, STATES)):
+        return None
+    prefix, variant = reading.split(" ", 1)
+    if variant not in variants:
+        return None
+    errors = motion.turn_errors
+    subject = "the robot executes rotations as"
+    if prefix == STATES:
+        subject = "the robot measures its orientation as"
+    return Finding(
+        confidence=0.94,
+        evidence=(
+            f"{subject} {variant}: then the moves differ from their commands by "
+            f"{np.degrees(errors[reading].mean()):.1f}°, otherwise by "
+            f"{np.degrees(errors['plain'].mean()):.1f}°"
+        ),
+        cure=cure,
+        file=f"observe in your robot's file, and {ROBOT_FILE}",
+        figure=compare_turn_readings(motion),
     )

@@ -8,35 +8,27 @@ averaged over an episode.
 
 Half of the training episodes fit this model. The other half, changed in the same ways, say how far
 the scores of two versions differ if the pictures are, or are not, of this version. So a version
-that the training pictures cannot tell from the plain one is never accused: a wrist camera that
-sees two equal fingers on a plain table, for example, cannot say whether it is mirrored.
+that the training pictures cannot tell from the plain one is never accused. How pictures move with
+the arm (`flow`) decides between a picture and its mirror images.
 """
 
 import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import NamedTuple
 
 import numpy as np
 
-from spear.checks.rollout.episode import RecordedEpisode
+from spear.checks.rollout.delays import DelayReference, compute_delay_odds
+from spear.checks.rollout.episode import MIN_PICTURE_EPISODES, RecordedEpisode
+from spear.checks.rollout.flow import FLOW_SIGNS, FlowReference, compute_flow_odds
+from spear.checks.rollout.odds import VersionOdds, compute_version_odds, select_likely
 from spear.types import Array
 
 PICTURE_WIDTH_PX = 32  # width to which pictures are reduced
 FEATURE_WIDTH = 16  # columns of cells that the model sees; as many rows as the aspect makes
-MIN_EPISODES = 8  # training episodes with a camera; with fewer its pictures are not compared
 STATE_QUANTILES = (0.02, 0.98)  # of the state features of training, to which others are clipped
-TIE_SHARE = 0.1  # versions whose scores differ by less, as a share of what they should, are tied
 RIDGE = 0.1  # added to the covariance, as a share of its mean diagonal
-PRIOR = 0.02  # probability of each version before the pictures are seen
-SHIFT_SHARE = 0.2  # standard deviation, as a share of the difference between two versions, by
-# which all scores of a rollout may differ from those of training, because the scene is another one
-DELAY_STEPS = (0, 1, 2, 3, 5)  # delays that are compared
-MAX_DELAY = DELAY_STEPS[-1]
-MIN_DELAY_STEPS = 12  # shorter episodes do not show a delay
-POSITION_RIDGE = 0.3  # of the regression from pictures to positions, as a share of the mean square
-MAX_LOG_RATIO = 30.0  # so that odds stay finite
 
 Transform = Callable[[Array], Array]
 """A change of pictures [N, h, w, 3] float32."""
@@ -130,25 +122,6 @@ COLOR_VERSIONS: dict[str, Transform] = {
 """Changes of the colors; they are compared with colors and brightness."""
 
 
-class VersionOdds(NamedTuple):
-    """How likely a version of a camera's pictures is, compared with the plain one.
-
-    version    the version.
-    log_odds   logarithm of its probability over that of the plain version.
-    log_ratio  the same, before the small prior probability of any version is counted.
-    margin     mean difference of the scores, over the episodes of the rollout.
-    expected   the same for training pictures that were changed to this version.
-    plain      the same for training pictures that were not changed (negative).
-    """
-
-    version: str
-    log_odds: float
-    log_ratio: float
-    margin: float
-    expected: float
-    plain: float
-
-
 @dataclass(frozen=True)
 class _VersionModel:
     """Linear discriminant analysis of the versions of one camera's pictures.
@@ -233,7 +206,7 @@ class VersionReference:
         """
         cameras = {camera, *other_cameras}
         training = [episode for episode in demonstrations if cameras <= set(episode.pictures)]
-        if len(training) < MIN_EPISODES:
+        if len(training) < MIN_PICTURE_EPISODES:
             return None
         height = training[0].pictures[camera].small.shape[1]
 
@@ -269,6 +242,14 @@ class VersionReference:
         states = _state_features(episode)
         return self.model.score(states, features, self.model.coefficients)
 
+    def compute_odds(self, rollout: Sequence[RecordedEpisode]) -> list[VersionOdds]:
+        """Return the odds of each version of a rollout's pictures, the best one first."""
+        scores = [self.score(episode) for episode in rollout]
+        odds = []
+        for version, changed_scores in self.changed_scores.items():
+            odds.append(compute_version_odds(version, scores, self.plain_scores, changed_scores))
+        return sorted(odds, key=lambda entry: -entry.margin)
+
 
 def _read_pictures(episode: RecordedEpisode, camera: str, height: int) -> Array:
     """Return the small pictures [T, height, w, 3] of a camera as float32."""
@@ -284,150 +265,18 @@ def _extract_features(kind: str, pictures: Array) -> Array:
 
 
 @dataclass(frozen=True)
-class _PositionModel:
-    """Predicts the arm's position from a picture.
+class PictureReferences:
+    """What the pictures of demonstrations say. Each is computed once, when it is asked for.
 
-    weights    [D + 1, 3] linear function of the features.
-    precision  [3, 3] inverse covariance of its errors.
-    """
+    Several rollouts of a policy may share it.
 
-    weights: Array
-    precision: Array
-
-    @staticmethod
-    def fit(episodes: Sequence[RecordedEpisode], camera: str) -> "_PositionModel":
-        """Fit a model by ridge regression."""
-        features = np.concatenate([_position_features(episode, camera) for episode in episodes])
-        positions = np.concatenate([_centered_position(episode) for episode in episodes])
-        gram = features.T @ features
-        ridge = POSITION_RIDGE * np.trace(gram) / len(gram)
-        weights = np.linalg.solve(gram + ridge * np.eye(len(gram)), features.T @ positions)
-        errors = positions - features @ weights
-        covariance = errors.T @ errors / len(errors) + 1e-8 * np.eye(3)
-        return _PositionModel(weights, np.linalg.inv(covariance))
-
-    def score(
-        self, episode: RecordedEpisode, camera: str, height: int, delay: int = 0
-    ) -> dict[str, float]:
-        """Return the mean log likelihood of the positions, if the pictures are so late.
-
-        Args:
-            episode: the episode.
-            camera: the camera.
-            height: rows of the pictures that the model was fitted to.
-            delay: by how many steps to delay the pictures first.
-        """
-        features = _position_features(episode, camera, height)
-        steps = np.arange(len(episode))
-        features = features[np.maximum(steps - delay, 0)]
-        predicted = features @ self.weights
-        positions = np.asarray(episode.position, np.float64)
-        scores = {}
-        for tested_delay in DELAY_STEPS:
-            # The first steps of an episode have no earlier position.
-            errors = (
-                predicted[MAX_DELAY:] - positions[np.maximum(steps - tested_delay, 0)][MAX_DELAY:]
-            )
-            # Scenes differ, so only the motion within an episode counts.
-            errors = errors - errors.mean(0)
-            name = "plain" if tested_delay == 0 else _name_delay(tested_delay)
-            scores[name] = float(-0.5 * ((errors @ self.precision) * errors).sum(1).mean())
-        return scores
-
-
-def _name_delay(delay: int) -> str:
-    """Name pictures that are some steps late."""
-    return f"late by {delay} steps" if delay > 1 else "late by 1 step"
-
-
-def _centered_position(episode: RecordedEpisode) -> Array:
-    """Return positions [T, 3], relative to their mean."""
-    position = np.asarray(episode.position, np.float64)
-    return position - position.mean(0)
-
-
-def _position_features(episode: RecordedEpisode, camera: str, height: int | None = None) -> Array:
-    """Return features [T, D] of pictures, relative to their mean in the episode."""
-    rows = episode.pictures[camera].small.shape[1] if height is None else height
-    pictures = _read_pictures(episode, camera, rows)
-    features = np.concatenate([_shape_features(pictures), _color_features(pictures)], axis=1)
-    return features - features.mean(0)
-
-
-@dataclass(frozen=True)
-class PictureComparison:
-    """The pictures of a rollout and of demonstrations, camera by camera.
-
-    rollout         the episodes of the rollout.
     demonstrations  the training episodes.
-    references      (camera, "shape" or "color") → what the demonstrations say, once computed.
     """
 
-    rollout: Sequence[RecordedEpisode]
     demonstrations: Sequence[RecordedEpisode]
-    references: dict[tuple[str, str], VersionReference | None] = field(default_factory=dict)
-    _odds: dict[tuple[str, str], list[VersionOdds] | None] = field(default_factory=dict)
-
-    @staticmethod
-    def from_episodes(
-        rollout: Sequence[RecordedEpisode], demonstrations: Sequence[RecordedEpisode]
-    ) -> "PictureComparison":
-        """Compare two groups of episodes."""
-        return PictureComparison(rollout, demonstrations)
-
-    def best_shape(self, camera: str) -> VersionOdds | None:
-        """Return the version of `shape_odds` that fits best, if it is likelier than plain."""
-        return _select_likely(self.shape_odds(camera))
-
-    def best_color(self, camera: str) -> VersionOdds | None:
-        """Return the version of `color_odds` that fits best, if it is likelier than plain."""
-        return _select_likely(self.color_odds(camera))
-
-    def shape_odds(self, camera: str) -> list[VersionOdds] | None:
-        """Return the odds of `SHAPE_VERSIONS` and of an exchange; None without enough pictures."""
-        return self._find_odds(camera, "shape")
-
-    def color_odds(self, camera: str) -> list[VersionOdds] | None:
-        """Return the odds of `COLOR_VERSIONS`; None without enough pictures."""
-        return self._find_odds(camera, "color")
-
-    def delay_odds(self, camera: str) -> list[VersionOdds] | None:
-        """Return the odds of pictures that are some steps late; None without enough pictures.
-
-        The arm's position is learned as a linear function of a picture. If the pictures are late,
-        what they show are the positions of earlier steps.
-        """
-        key = (camera, "delay")
-        if key not in self._odds:
-            self._odds[key] = self._compute_delay_odds(camera)
-        return self._odds[key]
-
-    def best_delay(self, camera: str) -> VersionOdds | None:
-        """Return the delay that fits best, if it is likelier than none."""
-        return _select_likely(self.delay_odds(camera))
-
-    def _compute_delay_odds(self, camera: str) -> list[VersionOdds] | None:
-        training = [episode for episode in self.demonstrations if camera in episode.pictures]
-        rollout = [
-            episode
-            for episode in self.rollout
-            if camera in episode.pictures and len(episode) >= MIN_DELAY_STEPS
-        ]
-        if len(training) < MIN_EPISODES or not rollout:
-            return None
-        height = training[0].pictures[camera].small.shape[1]
-        model = _PositionModel.fit(training[::2], camera)
-        held_out = [episode for episode in training[1::2] if len(episode) >= MIN_DELAY_STEPS]
-        if not held_out:
-            return None
-        rollout_scores = [model.score(episode, camera, height) for episode in rollout]
-        plain_scores = [model.score(episode, camera, height) for episode in held_out]
-        odds = []
-        for delay in DELAY_STEPS[1:]:
-            late_scores = [model.score(episode, camera, height, delay) for episode in held_out]
-            version = _name_delay(delay)
-            odds.append(_compute_version_odds(version, rollout_scores, plain_scores, late_scores))
-        return sorted(odds, key=lambda entry: -entry.margin)
+    _versions: dict[tuple[str, str], VersionReference | None] = field(default_factory=dict)
+    _delays: dict[str, DelayReference | None] = field(default_factory=dict)
+    _flows: dict[str, FlowReference | None] = field(default_factory=dict)
 
     @cached_property
     def training_cameras(self) -> list[str]:
@@ -438,8 +287,94 @@ class PictureComparison:
                 names[camera] = names.get(camera, 0) + 1
         return [name for name, count in names.items() if count > 0.95 * len(self.demonstrations)]
 
+    def get_versions(self, camera: str, kind: str) -> VersionReference | None:
+        """Return what they say about a camera's versions; `kind` is "shape" or "color"."""
+        key = (camera, kind)
+        if key not in self._versions:
+            other_cameras = []
+            if kind == "shape":
+                other_cameras = [name for name in self.training_cameras if name != camera]
+            self._versions[key] = VersionReference.fit(
+                self.demonstrations, camera, kind, other_cameras
+            )
+        return self._versions[key]
+
+    def get_delays(self, camera: str) -> DelayReference | None:
+        """Return what they say about late pictures."""
+        if camera not in self._delays:
+            self._delays[camera] = DelayReference.fit(self.demonstrations, camera)
+        return self._delays[camera]
+
+    def get_flows(self, camera: str) -> FlowReference | None:
+        """Return what they say about how pictures move with the arm."""
+        if camera not in self._flows:
+            self._flows[camera] = FlowReference.fit(self.demonstrations, camera)
+        return self._flows[camera]
+
+
+@dataclass(frozen=True)
+class PictureComparison:
+    """The pictures of a rollout and of demonstrations, camera by camera.
+
+    rollout     the episodes of the rollout.
+    references  what the demonstrations say.
+    """
+
+    rollout: Sequence[RecordedEpisode]
+    references: PictureReferences
+    _odds: dict[tuple[str, str], list[VersionOdds] | None] = field(default_factory=dict)
+
+    @property
+    def training_cameras(self) -> list[str]:
+        """The cameras that nearly all demonstrations have."""
+        return self.references.training_cameras
+
+    def best_shape(self, camera: str) -> VersionOdds | None:
+        """Return the version that fits best by single pictures and their motion, if one is likely.
+
+        The motion decides between a picture, its mirror images, and the picture turned by 180°,
+        because single pictures may be nearly symmetric.
+        """
+        by_content = select_likely(self.shape_odds(camera))
+        flow_odds = self.flow_odds(camera)
+        if flow_odds is None:
+            return by_content
+        by_flow = select_likely(flow_odds)
+        if by_content is None or (by_flow is not None and by_content.version in FLOW_SIGNS):
+            return by_flow
+        if by_content.version not in FLOW_SIGNS:
+            return by_content
+        # The motion speaks for unchanged pictures. Which of the two is surer?
+        flow_ratio = next(o.log_ratio for o in flow_odds if o.version == by_content.version)
+        total = by_content.log_odds + flow_ratio
+        return by_content._replace(log_odds=total) if total > 0 else None
+
+    def best_color(self, camera: str) -> VersionOdds | None:
+        """Return the version of `color_odds` that fits best, if it is likelier than plain."""
+        return select_likely(self.color_odds(camera))
+
+    def shape_odds(self, camera: str) -> list[VersionOdds] | None:
+        """Return the odds of `SHAPE_VERSIONS` and of an exchange; None without enough pictures."""
+        return self._find_odds(camera, "shape")
+
+    def color_odds(self, camera: str) -> list[VersionOdds] | None:
+        """Return the odds of `COLOR_VERSIONS`; None without enough pictures."""
+        return self._find_odds(camera, "color")
+
+    def delay_odds(self, camera: str) -> list[VersionOdds] | None:
+        """Return the odds of pictures that are some steps late; None without enough pictures."""
+        return self._find_odds(camera, "delay")
+
+    def flow_odds(self, camera: str) -> list[VersionOdds] | None:
+        """Return the odds of mirrored and turned pictures, by how they move with the arm."""
+        return self._find_odds(camera, "flow")
+
+    def best_delay(self, camera: str) -> VersionOdds | None:
+        """Return the delay that fits best, if it is likelier than none."""
+        return select_likely(self.delay_odds(camera))
+
     def _find_odds(self, camera: str, kind: str) -> list[VersionOdds] | None:
-        """Compute the odds of the versions of a camera once; `kind` is "shape" or "color"."""
+        """Compute the odds of a kind ("shape", "color", "delay" or "flow") of a camera once."""
         key = (camera, kind)
         if key not in self._odds:
             self._odds[key] = self._compute_odds(camera, kind)
@@ -447,67 +382,16 @@ class PictureComparison:
 
     def _compute_odds(self, camera: str, kind: str) -> list[VersionOdds] | None:
         rollout = [episode for episode in self.rollout if camera in episode.pictures]
-        reference_key = (camera, kind)
-        if reference_key not in self.references:
-            other_cameras = []
-            if kind == "shape":
-                other_cameras = [name for name in self.training_cameras if name != camera]
-            self.references[reference_key] = VersionReference.fit(
-                self.demonstrations, camera, kind, other_cameras
-            )
-        reference = self.references[reference_key]
-        if reference is None or not rollout:
+        if not rollout:
             return None
-        scores = [reference.score(episode) for episode in rollout]
-        odds = []
-        for version, changed_scores in reference.changed_scores.items():
-            plain_scores = reference.plain_scores
-            odds.append(_compute_version_odds(version, scores, plain_scores, changed_scores))
-        return sorted(odds, key=lambda entry: -entry.margin)
-
-
-def _select_likely(odds: list[VersionOdds] | None) -> VersionOdds | None:
-    """Return the version with the highest score, if its log odds are positive."""
-    if not odds or odds[0].log_odds <= 0:
-        return None
-    best = odds[0]
-    # A view that is nearly symmetric does not tell a turn from a mirror image. A turned camera is
-    # the more frequent mistake.
-    for entry in odds[1:]:
-        is_tied = best.margin - entry.margin < TIE_SHARE * (best.expected - best.plain)
-        if is_tied and entry.version == "turned by 180°":
-            return entry
-    return best
-
-
-def _compute_version_odds(
-    version: str,
-    rollout: Sequence[Mapping[str, float]],
-    plain: Sequence[Mapping[str, float]],
-    changed: Sequence[Mapping[str, float]],
-) -> VersionOdds:
-    """Compare the scores of the rollout with those of plain and of changed training pictures.
-
-    The mean margin of a rollout's episodes is taken to be normally distributed around that of
-    the training episodes. Its variance has two parts: the variance between episodes, which more
-    episodes make smaller, and a shift of the whole rollout (`SHIFT_SHARE`).
-    """
-    margins = np.array([scores[version] - scores["plain"] for scores in rollout])
-    plain_margins = np.array([scores[version] - scores["plain"] for scores in plain])
-    changed_margins = np.array([scores[version] - scores["plain"] for scores in changed])
-    plain_mean = float(plain_margins.mean())
-    changed_mean = float(changed_margins.mean())
-    shift = SHIFT_SHARE * abs(changed_mean - plain_mean)
-    spread = max(float(plain_margins.std()), float(changed_margins.std()), 1e-6)
-    variance = spread**2 / len(margins) + shift**2
-    # Beyond the two means, a margin speaks for the nearer version, and not more and more.
-    margin = float(margins.mean())
-    low, high = sorted((plain_mean, changed_mean))
-    bounded = float(np.clip(margin, low, high))
-    log_ratio = ((bounded - plain_mean) ** 2 - (bounded - changed_mean) ** 2) / (2 * variance)
-    log_ratio = float(np.clip(log_ratio, -MAX_LOG_RATIO, MAX_LOG_RATIO))
-    log_odds = log_ratio + float(np.log(PRIOR))
-    return VersionOdds(version, log_odds, log_ratio, margin, changed_mean, plain_mean)
+        if kind == "delay":
+            delays = self.references.get_delays(camera)
+            return None if delays is None else compute_delay_odds(rollout, delays, camera)
+        if kind == "flow":
+            flows = self.references.get_flows(camera)
+            return None if flows is None else compute_flow_odds(rollout, flows, camera)
+        versions = self.references.get_versions(camera, kind)
+        return None if versions is None else versions.compute_odds(rollout)
 
 
 def _state_features(episode: RecordedEpisode) -> Array:

@@ -8,7 +8,12 @@ from spear.checks.rollout.action_frame import ROBOT_FILE
 from spear.checks.rollout.case import Case, Finding, Material, Result, RolloutCheck
 from spear.checks.rollout.motion_figures import compare_turn_readings
 from spear.checks.rollout.orientation import QUATERNION_VARIANTS
-from spear.checks.rollout.orientation_finding import find_orientation_variant
+from spear.checks.rollout.orientation_finding import (
+    find_orientation_variant,
+    find_turn_variant,
+)
+
+CURE = "send the orientation as w x y z, with the scalar first"
 
 
 class QuaternionOrderCheck(RolloutCheck):
@@ -43,6 +48,5 @@ class QuaternionOrderCheck(RolloutCheck):
                 file=ROBOT_FILE,
                 figure=compare_turn_readings(motion),
             )
-        return find_orientation_variant(
-            case, QUATERNION_VARIANTS, "send the orientation as w x y z, with the scalar first"
-        )
+        by_moves = find_turn_variant(case, QUATERNION_VARIANTS, CURE)
+        return by_moves or find_orientation_variant(case, QUATERNION_VARIANTS, CURE)

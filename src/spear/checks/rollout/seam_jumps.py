@@ -1,5 +1,8 @@
 """The motion jumps from one chunk to the next."""
 
+from collections.abc import Sequence
+from typing import NamedTuple
+
 import numpy as np
 
 from spear.checks.rollout.case import (
@@ -12,7 +15,7 @@ from spear.checks.rollout.case import (
     RolloutCheck,
     confidence_of_margin,
 )
-from spear.checks.rollout.motion import MIN_MOVES
+from spear.checks.rollout.motion import MIN_MOVES, CommandedMotion, surely_better
 from spear.types import Array
 
 # Mean difference of a chunk's first action from what the chunk before it planned for that time,
@@ -20,6 +23,11 @@ from spear.types import Array
 # 0.6, 0.8 and 1.6 for the replan intervals 1, 2 and 4.
 MIN_JUMP_RATIO = 3.0
 CERTAIN_JUMP_RATIO = 5.0
+# A return to where the arm was, as a factor on what the last actions commanded: -1 is all of it.
+MIN_RETURN_FACTOR = -2.0
+MAX_RETURN_FACTOR = -0.4
+MIN_RETURN_ADVANTAGE = 0.1  # share of the motion that the return must explain
+MIN_RETURN_GAIN = 0.5  # an arm that achieves less of its chunks has another fault
 
 
 class SeamJumpsCheck(RolloutCheck):
@@ -29,6 +37,36 @@ class SeamJumpsCheck(RolloutCheck):
     title = "the motion jumps from chunk to chunk"
 
     def examine(self, case: Case) -> Result:
+        return self._examine_returns(case.motion) or self._examine_plans(case)
+
+    def _examine_returns(self, motion: CommandedMotion) -> Finding | None:
+        """Look for an arm that goes back at the beginning of each chunk."""
+        if motion.num_moving < MIN_MOVES or motion.better_reading is not None:
+            return None
+        best_return = find_return(motion)
+        if best_return is None:
+            return None
+        return Finding(
+            confidence=0.85,
+            evidence=(
+                f"with each chunk the arm goes back {-best_return.factor:.0%} of what the last "
+                f"{best_return.num_actions} actions of the chunk before it commanded: that "
+                f"explains all but {best_return.error:.0%} of the motion, the chunks alone all but "
+                f"{best_return.plain_error:.0%}"
+            ),
+            cure="add each chunk to the pose of its own observation, not to an older one",
+            file="where your robot's client turns actions into target poses",
+            figure=Figure(
+                "motion that stays unexplained",
+                bars=[
+                    ("chunks alone", best_return.plain_error, f"{best_return.plain_error:.0%}"),
+                    ("with a return", best_return.error, f"{best_return.error:.0%}"),
+                ],
+            ),
+        )
+
+    def _examine_plans(self, case: Case) -> Result:
+        """Look for answers that do not continue the ones before them."""
         num_executed = case.motion.executed_count or case.motion.typical_executed
         jumps_m: list[Array] = []
         changes_m: list[Array] = []
@@ -67,3 +105,53 @@ class SeamJumpsCheck(RolloutCheck):
                 ],
             ),
         )
+
+
+class ReturnFit(NamedTuple):
+    """How well a return at the beginning of each chunk explains the moves.
+
+    num_actions  how many of the last actions are undone.
+    factor       how much of them; -1 is all.
+    error        share of the motion that stays unexplained.
+    plain_error  the same without a return.
+    """
+
+    num_actions: int
+    factor: float
+    error: float
+    plain_error: float
+
+
+def find_return(motion: CommandedMotion) -> ReturnFit | None:
+    """Return the return that surely explains the moves better than the chunks alone, if any."""
+    num_executed = motion.typical_executed
+    is_next = motion.episode[1:] == motion.episode[:-1]
+    if is_next.sum() < MIN_MOVES:
+        return None
+    commanded = motion.commanded[1:, num_executed - 1][is_next]
+    achieved = motion.achieved[1:][is_next]
+    previous = motion.commanded[:-1][is_next]
+    lengths_m = np.linalg.norm(achieved, axis=1)
+    _, plain_m = _fit_factors(achieved, [commanded])
+    best = None
+    for num_actions in range(1, num_executed + 1):
+        last_actions = previous[:, num_executed - 1]
+        if num_actions < num_executed:
+            last_actions = last_actions - previous[:, num_executed - num_actions - 1]
+        (gain, factor), errors_m = _fit_factors(achieved, [commanded, last_actions])
+        error = float(errors_m.mean() / max(lengths_m.mean(), 1e-9))
+        if best is not None and error >= best.error:
+            continue
+        is_return = MIN_RETURN_FACTOR < factor < MAX_RETURN_FACTOR and gain > MIN_RETURN_GAIN
+        if is_return and surely_better(plain_m, errors_m, lengths_m, MIN_RETURN_ADVANTAGE):
+            plain_error = float(plain_m.mean() / max(lengths_m.mean(), 1e-9))
+            best = ReturnFit(num_actions, float(factor), error, plain_error)
+    return best
+
+
+def _fit_factors(achieved: Array, components: Sequence[Array]) -> tuple[Array, Array]:
+    """Fit factors on the components [N, 3] of a motion [N, 3]; return them and errors [N]."""
+    columns = np.stack([part.ravel() for part in components], axis=1)
+    factors = np.linalg.lstsq(columns, achieved.ravel(), rcond=None)[0]
+    errors = np.linalg.norm(achieved - (columns @ factors).reshape(-1, 3), axis=1)
+    return factors, errors

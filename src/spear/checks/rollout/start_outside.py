@@ -18,15 +18,19 @@ from spear.checks.rollout.case import (
 from spear.types import Array
 
 MIN_EPISODES = 5  # demonstrations; with fewer their starts are no measure
-MARGIN_M = 0.05  # a start is outside if it is farther from all training states than any start of
-# training is from the other episodes, plus this margin
-CERTAIN_MARGIN_M = 0.15
-MARGIN_RAD = np.radians(25)  # the same for orientations
-CERTAIN_MARGIN_RAD = np.radians(60)
+# Starts are outside if they are farther from those of training than any of these is from the other
+# ones, plus a margin: a robot resets to within a centimeter, or some degrees, of its start.
+MARGIN_M = 0.01
+CERTAIN_MARGIN_M = 0.08
+MARGIN_RAD = np.radians(10)
+CERTAIN_MARGIN_RAD = np.radians(40)
+NEAR_PATH_M = 0.02  # from a later state of training
+NEAR_PATH_RAD = np.radians(10)
+MAX_PATH_CONFIDENCE = 0.7  # of a start from where training passes later: it may well be learned
 
 
 class StartOutsideCheck(RolloutCheck):
-    """Finds start poses that are far from all poses of training."""
+    """Finds start poses that are far from all start poses of training."""
 
     fault = "start-outside"
     title = "the robot starts outside what the policy has learned"
@@ -36,19 +40,15 @@ class StartOutsideCheck(RolloutCheck):
         demonstrations = case.demonstrations
         if len(demonstrations) < MIN_EPISODES:
             return Doubt("too few demonstrations to know the usual starts")
-        positions = [np.asarray(e.position, np.float64) for e in demonstrations]
-        rotations = [np.asarray(e.rotation, np.float64) for e in demonstrations]
+        positions = np.stack([np.asarray(e.position[0], np.float64) for e in demonstrations])
+        rotations = np.stack([np.asarray(e.rotation[0], np.float64) for e in demonstrations])
         usual_m = []
         usual_rad = []
         for index in range(len(demonstrations)):
-            other_positions = np.concatenate(positions[:index] + positions[index + 1 :])
-            other_rotations = np.concatenate(rotations[:index] + rotations[index + 1 :])
-            usual_m.append(_distance_m(positions[index][0], other_positions))
-            usual_rad.append(_angle_rad(rotations[index][0], other_rotations))
-        all_positions = np.concatenate(positions)
-        all_rotations = np.concatenate(rotations)
-        starts_m = [_distance_m(e.position[0], all_positions) for e in case.rollout]
-        starts_rad = [_angle_rad(e.rotation[0], all_rotations) for e in case.rollout]
+            usual_m.append(_distance_m(positions[index], np.delete(positions, index, axis=0)))
+            usual_rad.append(_angle_rad(rotations[index], np.delete(rotations, index, axis=0)))
+        starts_m = [_distance_m(e.position[0], positions) for e in case.rollout]
+        starts_rad = [_angle_rad(e.rotation[0], rotations) for e in case.rollout]
         extra_m = float(np.median(starts_m)) - max(usual_m)
         extra_rad = float(np.median(starts_rad)) - max(usual_rad)
         confidence = max(
@@ -57,18 +57,34 @@ class StartOutsideCheck(RolloutCheck):
         )
         if extra_m < MARGIN_M and extra_rad < MARGIN_RAD:
             return None
+        if self._is_on_path(case):
+            confidence = min(confidence, MAX_PATH_CONFIDENCE)
         return Finding(
             confidence=confidence,
             evidence=(
                 f"the starts are {np.median(starts_m):.2f} m and "
-                f"{np.degrees(np.median(starts_rad)):.0f}° from the nearest state of training; "
-                f"training starts at most {max(usual_m):.2f} m and "
-                f"{np.degrees(max(usual_rad)):.0f}° from other episodes"
+                f"{np.degrees(np.median(starts_rad)):.0f}° from the nearest start of training; "
+                f"these are at most {max(usual_m):.2f} m and {np.degrees(max(usual_rad)):.0f}° "
+                "from each other's nearest"
             ),
             cure="move the arm to a start of the demonstrations, or record some from this start",
             file="the reset of your robot",
-            figure=_draw_starts(case, all_positions),
+            figure=_draw_starts(case, positions),
         )
+
+    @staticmethod
+    def _is_on_path(case: Case) -> bool:
+        """Return whether most starts are near states through which training passes later."""
+        path_m = np.concatenate([np.asarray(e.position, np.float64) for e in case.demonstrations])
+        path_rad = np.concatenate([np.asarray(e.rotation, np.float64) for e in case.demonstrations])
+        num_near = 0
+        for episode in case.rollout:
+            distances_m = np.linalg.norm(path_m - np.asarray(episode.position[0]), axis=1)
+            is_near = distances_m < NEAR_PATH_M
+            if is_near.any():
+                angle_rad = _angle_rad(episode.rotation[0], path_rad[is_near])
+                num_near += angle_rad < NEAR_PATH_RAD
+        return num_near > len(case.rollout) / 2
 
 
 def _distance_m(position: Array, references: Array) -> float:

@@ -5,8 +5,9 @@ from typing import ClassVar
 import numpy as np
 
 from spear.checks.rollout.action_frame import ROBOT_FILE
-from spear.checks.rollout.case import Case, Doubt, Finding, Result, RolloutCheck
-from spear.checks.rollout.motion import MAX_READING_ERROR, MIN_MOVES
+from spear.checks.rollout.case import Finding, Result
+from spear.checks.rollout.motion import MAX_READING_ERROR, CommandedMotion
+from spear.checks.rollout.motion_check import MotionCheck
 from spear.checks.rollout.motion_figures import draw_step_gains
 
 # Factors between commanded and achieved displacements. In rollouts of nano they are 0.98 to 1.03.
@@ -15,7 +16,7 @@ MAX_UNIT_GAIN = 0.2  # a controller that is short achieves more
 UPPER_QUANTILE = 0.8  # of the gains, which must be small for an arm that hardly moves
 
 
-class TranslationUnitCheck(RolloutCheck):
+class TranslationUnitCheck(MotionCheck):
     """Finds translations that are executed many times too far, or hardly at all."""
 
     fault = "translation-unit"
@@ -31,10 +32,7 @@ class TranslationUnitCheck(RolloutCheck):
         }
     )
 
-    def examine(self, case: Case) -> Result:
-        motion = case.motion
-        if motion.num_moving < MIN_MOVES:
-            return Doubt(f"only {motion.num_moving} moves are long enough")
+    def examine_motion(self, motion: CommandedMotion) -> Result:
         is_too_near = np.nanquantile(motion.step_gains, UPPER_QUANTILE) < MAX_UNIT_GAIN
         lengths = np.linalg.norm(motion.achieved[motion.is_moving], axis=1)
         commanded = np.linalg.norm(motion.command[motion.is_moving], axis=1)

@@ -1,7 +1,10 @@
 """The instruction is unlike all instructions of training."""
 
+import functools
 import re
-from collections.abc import Collection, Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
 from spear.checks.rollout.case import Case, Figure, Finding, Material, Result, RolloutCheck
@@ -36,40 +39,91 @@ class UnseenInstructionCheck(RolloutCheck):
     needs: ClassVar[frozenset[Material]] = frozenset({"rollout", "demonstrations"})
 
     def examine(self, case: Case) -> Result:
-        trained = case.training_instructions[:MAX_COMPARED_TEXTS]
-        trained_words = {split_words(text) for text in case.training_instructions}
+        vocabulary = Vocabulary.of_texts(case.training_instructions)
         unknown_limit = MIN_UNKNOWN_SHARE
         similarity_limit = MAX_SIMILARITY
-        if len(trained) >= MIN_TEXTS:
-            usual = []
-            for index, text in enumerate(trained):
-                usual.append(measure_novelty(text, [*trained[:index], *trained[index + 1 :]]))
-            unknown_limit = max([unknown_limit] + [novelty.unknown_share for novelty in usual])
-            similarity_limit = min([similarity_limit] + [novelty.similarity for novelty in usual])
+        if len(case.training_instructions) >= MIN_TEXTS:
+            # How new is each instruction of training, compared with all others?
+            for text in case.training_instructions[:MAX_COMPARED_TEXTS]:
+                novelty = vocabulary.without(text).measure_novelty(text)
+                unknown_limit = max(unknown_limit, novelty.unknown_share)
+                similarity_limit = min(similarity_limit, novelty.similarity)
         for text in dict.fromkeys(episode.instruction for episode in case.rollout):
             words = split_words(text)
-            if not words or words in trained_words:
+            if not words or words in vocabulary.words_of_texts.values():
                 continue
-            novelty = measure_novelty(text, case.training_instructions)
+            novelty = vocabulary.measure_novelty(text)
             has_new_words = novelty.unknown_share > unknown_limit
             if not has_new_words and novelty.similarity >= similarity_limit:
                 continue
-            return _make_finding(text, novelty, case.training_instructions)
+            return _make_finding(text, novelty, vocabulary)
         return None
 
 
-def _make_finding(text: str, novelty: Novelty, trained: Sequence[str]) -> Finding:
+@dataclass(frozen=True)
+class Vocabulary:
+    """The words of some instructions.
+
+    words_of_texts  instruction → its words.
+    counts          word → how many of the instructions have it.
+    """
+
+    words_of_texts: Mapping[str, frozenset[str]]
+    counts: Mapping[str, int]
+
+    @staticmethod
+    def of_texts(texts: Sequence[str]) -> "Vocabulary":
+        """Collect the words of instructions."""
+        words_of_texts = {text: split_words(text) for text in texts}
+        counts: Counter[str] = Counter()
+        for words in words_of_texts.values():
+            counts.update(words)
+        return Vocabulary(words_of_texts, counts)
+
+    def without(self, text: str) -> "Vocabulary":
+        """Return the words of all other instructions."""
+        other_texts = {
+            other: words for other, words in self.words_of_texts.items() if other != text
+        }
+        counts = Counter(self.counts)
+        counts.subtract(self.words_of_texts[text])
+        return Vocabulary(other_texts, +counts)
+
+    def find_unknown(self, text: str) -> list[str]:
+        """Return the words of a text that no instruction has."""
+        return sorted(word for word in split_words(text) if word not in self.counts)
+
+    def measure_novelty(self, text: str) -> Novelty:
+        """Compare a text with the instructions."""
+        words = split_words(text)
+        nearest = ""
+        similarity = -1.0
+        for other_text, other_words in self.words_of_texts.items():
+            other_similarity = _similarity(words, other_words)
+            if other_similarity > similarity:
+                nearest = other_text
+                similarity = other_similarity
+        unknown_share = len(self.find_unknown(text)) / max(len(words), 1)
+        return Novelty(unknown_share, similarity, nearest)
+
+
+def _make_finding(text: str, novelty: Novelty, vocabulary: Vocabulary) -> Finding:
     """Make the finding about an instruction."""
-    vocabulary = set().union(*(split_words(other_text) for other_text in trained))
-    unknown = sorted(split_words(text) - vocabulary)
+    unknown = vocabulary.find_unknown(text)
     reason = f"it has {novelty.similarity:.0%} of its words in common with the nearest one"
     if unknown:
         reason = f"training never had the words {', '.join(unknown)}"
-    similarities = [(other_text, _similarity(text, other_text)) for other_text in trained]
+    words = split_words(text)
+    similarities = []
+    for other_text, other_words in vocabulary.words_of_texts.items():
+        similarities.append((other_text, _similarity(words, other_words)))
     bars = sorted(similarities, key=lambda item: -item[1])[:5]
     return Finding(
         confidence=0.9 if novelty.unknown_share > MIN_UNKNOWN_SHARE else 0.7,
-        evidence=f"“{text}”: {reason}; the nearest of {len(trained)} is “{novelty.nearest}”",
+        evidence=(
+            f"“{text}”: {reason}; the nearest of {len(vocabulary.words_of_texts)} is "
+            f"“{novelty.nearest}”"
+        ),
         cure="use the words of training, or add demonstrations with this instruction",
         file="the prompt that your robot sends",
         figure=Figure(
@@ -79,15 +133,7 @@ def _make_finding(text: str, novelty: Novelty, trained: Sequence[str]) -> Findin
     )
 
 
-def measure_novelty(text: str, trained: Sequence[str]) -> Novelty:
-    """Compare an instruction with those of training."""
-    words = split_words(text)
-    vocabulary = set().union(*(split_words(other_text) for other_text in trained))
-    nearest = max(trained, key=lambda other_text: _similarity(text, other_text))
-    unknown_share = len(words - vocabulary) / max(len(words), 1)
-    return Novelty(unknown_share, _similarity(text, nearest), nearest)
-
-
+@functools.lru_cache(maxsize=4096)
 def split_words(text: str) -> frozenset[str]:
     """Return the words of a text, in lower case.
 
@@ -97,9 +143,6 @@ def split_words(text: str) -> frozenset[str]:
     return frozenset(re.findall(r"[\w']+", text.lower()))
 
 
-def _similarity(first: str, second: str) -> float:
-    """Return which share of the words of both texts are words of each."""
-    first_words: Collection[str] = split_words(first)
-    second_words: Collection[str] = split_words(second)
-    union = set(first_words) | set(second_words)
-    return len(set(first_words) & set(second_words)) / max(len(union), 1)
+def _similarity(first: frozenset[str], second: frozenset[str]) -> float:
+    """Return which share of the words of either set both have."""
+    return len(first & second) / max(len(first | second), 1)

@@ -3,35 +3,33 @@
 from typing import ClassVar
 
 from spear.checks.rollout.case import (
-    Case,
     Figure,
     Finding,
     Material,
     Result,
-    RolloutCheck,
     confidence_of_margin,
 )
 from spear.diagnose.policy_case import PolicyCase
+from spear.diagnose.policy_check import PolicyCheck
 
 # Our choice: also a single task at a fixed place takes some tens of demonstrations.
 MAX_FEW_EPISODES = 10
 CERTAIN_FEW_EPISODES = 4
 
 
-class FewDemonstrationsCheck(RolloutCheck):
+class FewDemonstrationsCheck(PolicyCheck):
     """Counts the training episodes."""
 
     fault = "few-demonstrations"
     title = "there are too few demonstrations"
     needs: ClassVar[frozenset[Material]] = frozenset({"demonstrations"})
 
-    def examine(self, case: Case) -> Result:
-        assert isinstance(case, PolicyCase)
-        assert case.training is not None
-        num_episodes = len(case.training)
+    def examine_policy(self, case: PolicyCase) -> Result:
+        training = case.get_training()
+        num_episodes = len(training)
         if num_episodes > MAX_FEW_EPISODES:
             return None
-        num_steps = int(case.training.num_known_actions.sum())
+        num_steps = int(training.num_known_actions.sum())
         counts: dict[str, int] = {}
         for episode in case.demonstrations:
             counts[episode.instruction] = counts.get(episode.instruction, 0) + 1

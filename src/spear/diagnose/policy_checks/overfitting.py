@@ -6,19 +6,18 @@ from typing import ClassVar
 import numpy as np
 
 from spear.checks.rollout.case import (
-    Case,
     Doubt,
     Figure,
     Finding,
     Material,
     Result,
-    RolloutCheck,
     confidence_of_margin,
 )
 from spear.data.actions import canonicalize_actions
 from spear.data.store.episode_store import EpisodeStore
 from spear.diagnose.answers import build_observation
 from spear.diagnose.policy_case import PolicyCase
+from spear.diagnose.policy_check import PolicyCheck
 from spear.errors import suppress_notices
 from spear.models.weights.folders import read_provenance
 from spear.policy import Spear1Policy
@@ -32,29 +31,27 @@ MIN_ERROR_RATIO = 2.0
 CERTAIN_ERROR_RATIO = 4.0
 
 
-class OverfittingCheck(RolloutCheck):
+class OverfittingCheck(PolicyCheck):
     """Compares open-loop errors on episodes that the policy has, and has not, learned."""
 
     fault = "overfitting"
     title = "the policy knows its training episodes by heart"
     needs: ClassVar[frozenset[Material]] = frozenset({"policy", "demonstrations"})
 
-    def examine(self, case: Case) -> Result:
-        assert isinstance(case, PolicyCase)
-        assert case.policy is not None
-        assert case.training is not None
-        store = case.training
-        if case.policy.folder is None:
+    def examine_policy(self, case: PolicyCase) -> Result:
+        policy = case.get_policy()
+        store = case.get_training()
+        if policy.folder is None:
             return Doubt("the policy has no folder")
-        learned = set(read_provenance(case.policy.folder).get("learned", "").split())
+        learned = set(read_provenance(policy.folder).get("learned", "").split())
         fingerprints = store.episode_fingerprints()
         if len(fingerprints) != len(store):
             return Doubt("some training episodes are empty")
         is_learned = np.array([fingerprint in learned for fingerprint in fingerprints])
         if min(is_learned.sum(), (~is_learned).sum()) < MIN_EPISODES:
             return Doubt("--episodes needs episodes that the policy has learned, and others")
-        learned_m = _measure_error_m(case.policy, store, np.flatnonzero(is_learned).tolist())
-        other_m = _measure_error_m(case.policy, store, np.flatnonzero(~is_learned).tolist())
+        learned_m = _measure_error_m(policy, store, np.flatnonzero(is_learned).tolist())
+        other_m = _measure_error_m(policy, store, np.flatnonzero(~is_learned).tolist())
         ratio = other_m / max(learned_m, 1e-6)
         if ratio < MIN_ERROR_RATIO:
             return None

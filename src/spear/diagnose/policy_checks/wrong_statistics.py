@@ -5,16 +5,15 @@ from typing import ClassVar
 import numpy as np
 
 from spear.checks.rollout.case import (
-    Case,
     Doubt,
     Figure,
     Finding,
     Material,
     Result,
-    RolloutCheck,
     confidence_of_margin,
 )
 from spear.diagnose.policy_case import PolicyCase
+from spear.diagnose.policy_check import PolicyCheck
 
 # The largest ratio between the policy's scale of an axis and that of the training episodes. nano's
 # statistics and 120 demonstrations that it did not learn from differ by at most a factor of 1.3.
@@ -32,19 +31,17 @@ NAMES = (
 )
 
 
-class WrongStatisticsCheck(RolloutCheck):
+class WrongStatisticsCheck(PolicyCheck):
     """Compares the policy's normalization statistics with those of the training episodes."""
 
     fault = "wrong-statistics"
     title = "the policy has the statistics of another dataset"
     needs: ClassVar[frozenset[Material]] = frozenset({"demonstrations", "policy"})
 
-    def examine(self, case: Case) -> Result:
-        assert isinstance(case, PolicyCase)
-        assert case.policy is not None
-        if case.training is None or not case.training.num_known_actions.sum():
+    def examine_policy(self, case: PolicyCase) -> Result:
+        if not case.get_training().num_known_actions.sum():
             return Doubt("the training episodes have no actions")
-        policy = case.policy.normalizer
+        policy = case.get_policy().normalizer
         fitted = case.fitted_normalizer
         policy_scales = np.array([*policy.translation_scale, *policy.position_scale])
         scales = np.array([*fitted.translation_scale, *fitted.position_scale])
@@ -72,6 +69,6 @@ class WrongStatisticsCheck(RolloutCheck):
                 f"and {scales[worst]:.3g} m"
             ),
             cure="take the normalizer.json of this training, or name its dataset by --norm-stats",
-            file=f"{case.policy.folder}/normalizer.json",
+            file=f"{case.get_policy().folder}/normalizer.json",
             figure=Figure("scale of each axis, m", bars=bars),
         )

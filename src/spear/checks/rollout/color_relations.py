@@ -1,0 +1,77 @@
+"""Do two cameras agree about the colors? Both mostly see the same table.
+
+The *warmth* of a camera in an episode is the median of red minus blue over all its pixels. Training
+says how the warmth of one camera follows that of another one. If red and blue of one of the two are
+exchanged, its warmth has the opposite sign, whatever the color of the table is.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import combinations
+
+import numpy as np
+
+from spear.checks.rollout.episode import MIN_PICTURE_EPISODES, RecordedEpisode
+from spear.types import Array
+
+MIN_DEVIATION = 3.0  # gray levels; rounding, and compression of pictures, cause as much
+OUTLIER_PROBABILITY = 0.05  # of an episode whose two cameras see different things
+OUTLIER_DENSITY = 1 / 256  # per gray level, of its warmth
+
+
+@dataclass(frozen=True)
+class ColorRelation:
+    """What the warmth of two cameras says about exchanged colors.
+
+    cameras    the two cameras.
+    warmth     [N, 2] their warmth in each episode of the rollout, gray levels.
+    log_ratio  logarithm of the likelihood that one of the two is exchanged, over that of none.
+    """
+
+    cameras: tuple[str, str]
+    warmth: Array
+    log_ratio: float
+
+
+def relate_colors(
+    rollout: Sequence[RecordedEpisode],
+    demonstrations: Sequence[RecordedEpisode],
+    cameras: Sequence[str],
+) -> list[ColorRelation]:
+    """Compare the colors of all pairs of cameras that both groups of episodes have."""
+    relations = []
+    for pair in combinations(cameras, 2):
+        warmth = _measure_warmth(rollout, pair)
+        usual = _measure_warmth(demonstrations, pair)
+        if len(warmth) and len(usual) >= MIN_PICTURE_EPISODES:
+            relations.append(ColorRelation(pair, warmth, _compare(warmth, usual)))
+    return relations
+
+
+def _measure_warmth(episodes: Sequence[RecordedEpisode], cameras: tuple[str, str]) -> Array:
+    """Return the warmth [N, 2] of two cameras in the episodes that have both."""
+    rows = []
+    for episode in episodes:
+        if set(cameras) <= set(episode.pictures):
+            pictures = [episode.pictures[camera].small.astype(np.float32) for camera in cameras]
+            rows.append([np.median(p[..., 0] - p[..., 2]) for p in pictures])
+    return np.array(rows).reshape(-1, 2)
+
+
+def _compare(warmth: Array, usual: Array) -> float:
+    """Return the log likelihood ratio of exchanged colors, over all episodes [N, 2]."""
+    slope, offset = np.polyfit(usual[:, 0], usual[:, 1], 1)
+    errors = usual[:, 1] - slope * usual[:, 0] - offset
+    # Some demonstrations may be outliers, too, so the deviation is that of the nearer two thirds.
+    deviation = max(float(np.quantile(np.abs(errors), 0.68)), MIN_DEVIATION)
+    plain = _log_likelihood(warmth[:, 1] - slope * warmth[:, 0] - offset, deviation)
+    second = _log_likelihood(-warmth[:, 1] - slope * warmth[:, 0] - offset, deviation)
+    first = _log_likelihood(warmth[:, 1] + slope * warmth[:, 0] - offset, deviation)
+    return float(max(first, second) - plain)
+
+
+def _log_likelihood(errors: Array, deviation: float) -> float:
+    """Return the log likelihood of errors that are normal, or those of outliers."""
+    normal = np.exp(-0.5 * (errors / deviation) ** 2) / (np.sqrt(2 * np.pi) * deviation)
+    mixed = (1 - OUTLIER_PROBABILITY) * normal + OUTLIER_PROBABILITY * OUTLIER_DENSITY
+    return float(np.log(mixed).sum())

@@ -1,0 +1,126 @@
+"""Are a camera's pictures late? When they change is compared with when the arm moves.
+
+Two pictures of one episode differ the more, the farther the arm moved between them. If pictures are
+late by some steps, their differences belong to what the arm did so many steps earlier. So the
+*score* of a delay is the correlation, over pairs of steps that are near each other, of the
+logarithms of the two distances. It needs no knowledge of what the pictures show. The scores of
+training pictures, and of the same pictures delayed on purpose, say what to expect.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from spear.checks.rollout.episode import MIN_PICTURE_EPISODES, RecordedEpisode
+from spear.checks.rollout.odds import VersionOdds, compute_version_odds
+from spear.types import Array
+
+DELAYS = (1, 2, 3, 4, 5)  # in steps, that are compared
+MAX_TRAINING_EPISODES = 40  # more of them change the expected scores little
+MIN_STEPS = 12  # shorter episodes do not show a delay
+MAX_STEPS_APART = 3  # pairs that are farther apart change little from one delay to the next
+MIN_DISTANCE_M = 0.003  # added to distances: what pictures of 32 columns do not show
+MIN_DIFFERENCE = 1.0  # gray levels, added to differences of pictures: noise
+OPENING_M = 0.05  # how far the fingers move from closed to open, about
+
+
+@dataclass(frozen=True)
+class DelayReference:
+    """What training pictures of one camera say about delays.
+
+    plain_scores  scores of each training episode.
+    late_scores   delay in steps → scores of each training episode whose pictures are delayed.
+    """
+
+    plain_scores: Sequence[Mapping[str, float]]
+    late_scores: Mapping[int, Sequence[Mapping[str, float]]]
+
+    @staticmethod
+    def fit(demonstrations: Sequence[RecordedEpisode], camera: str) -> "DelayReference | None":
+        """Score training episodes; None with too few."""
+        training = _select_long(demonstrations, camera)[:MAX_TRAINING_EPISODES]
+        if len(training) < MIN_PICTURE_EPISODES:
+            return None
+        plain_scores = [_score_delays(episode, camera, 0, DELAYS) for episode in training]
+        late_scores = {}
+        for delay in DELAYS:
+            late_scores[delay] = [_score_delays(e, camera, delay, (delay,)) for e in training]
+        return DelayReference(plain_scores, late_scores)
+
+
+def compute_delay_odds(
+    rollout: Sequence[RecordedEpisode], reference: DelayReference, camera: str
+) -> list[VersionOdds] | None:
+    """Return the odds of each delay of a camera, the best one first; None with too few steps."""
+    long_rollout = _select_long(rollout, camera)
+    if not long_rollout:
+        return None
+    scores = [_score_delays(episode, camera, 0, DELAYS) for episode in long_rollout]
+    odds = []
+    for delay, late_scores in reference.late_scores.items():
+        version = _name_delay(delay)
+        odds.append(compute_version_odds(version, scores, reference.plain_scores, late_scores))
+    return sorted(odds, key=lambda entry: -entry.margin)
+
+
+def _select_long(episodes: Sequence[RecordedEpisode], camera: str) -> list[RecordedEpisode]:
+    """Select the episodes that are long enough, and whose pictures change."""
+    selected = []
+    for episode in episodes:
+        if len(episode) < MIN_STEPS or camera not in episode.pictures:
+            continue
+        if len(np.unique(episode.pictures[camera].fingerprint)) > 1:
+            selected.append(episode)
+    return selected
+
+
+def _score_delays(
+    episode: RecordedEpisode, camera: str, added_delay: int, delays: Sequence[int]
+) -> dict[str, float]:
+    """Return the scores of "plain" and of some delays of an episode's pictures.
+
+    Args:
+        episode: the episode.
+        camera: the camera.
+        added_delay: by how many steps to delay the pictures first.
+        delays: the delays.
+    """
+    num_steps = len(episode)
+    steps = np.arange(num_steps)
+    small = episode.pictures[camera].small[:, ::2, ::2].astype(np.float32)
+    pictures = small.reshape(num_steps, -1)[np.maximum(steps - added_delay, 0)]
+    opening_m = OPENING_M * np.asarray(episode.opening)[:, None]
+    states_m = np.concatenate([episode.position, opening_m], axis=1)
+    earlier, later = _list_pairs(num_steps)
+    differences = np.sqrt(((pictures[later] - pictures[earlier]) ** 2).mean(1))
+    log_differences = np.log(differences + MIN_DIFFERENCE)
+    scores = {}
+    for delay in (0, *delays):
+        delayed_m = states_m[np.maximum(steps - delay, 0)]
+        distances_m = np.linalg.norm(delayed_m[later] - delayed_m[earlier], axis=1)
+        name = "plain" if delay == 0 else _name_delay(delay)
+        scores[name] = _correlate(log_differences, np.log(distances_m + MIN_DISTANCE_M))
+    return scores
+
+
+def _list_pairs(num_steps: int) -> tuple[Array, Array]:
+    """Return the earlier and the later step of all pairs that are near each other."""
+    earlier = []
+    later = []
+    for distance in range(1, MAX_STEPS_APART + 1):
+        earlier.append(np.arange(num_steps - distance))
+        later.append(np.arange(distance, num_steps))
+    return np.concatenate(earlier), np.concatenate(later)
+
+
+def _correlate(first: Array, second: Array) -> float:
+    """Return the correlation; 0 if one of the two is constant."""
+    if min(first.std(), second.std()) < 1e-6:
+        return 0.0
+    return float(np.corrcoef(first, second)[0, 1])
+
+
+def _name_delay(delay: int) -> str:
+    """Name pictures that are some steps late."""
+    return f"late by {delay} steps" if delay > 1 else "late by 1 step"

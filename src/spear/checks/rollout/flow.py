@@ -1,0 +1,174 @@
+"""Are a camera's pictures mirrored or turned? How they move is compared with how the arm moves.
+
+A wrist camera that sees two equal fingers on a plain table shows the same picture if it is
+mirrored. But when the gripper moves to its left, the table moves through the picture in a direction
+that mirroring reverses. The *flow* of two pictures in a row is the shift, scaling and turn that
+turns one into the other (Lucas and Kanade's method on the whole picture). Training pictures say
+how the flow follows the motion of the arm, linearly.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from spear.checks.rollout.episode import MIN_PICTURE_EPISODES, RecordedEpisode
+from spear.checks.rollout.odds import VersionOdds, compute_version_odds
+from spear.geometry import quat_canonical, quat_conjugate, quat_log, quat_multiply, quat_rotate
+from spear.types import Array
+
+CELL_PX = 2  # side of the cells over which small pictures are averaged before their flow
+NOISE_GRADIENT = 5.0  # added to the squared gradient of each cell: below it there is only noise
+MOTION_RIDGE = 0.01  # of the regression from motions to flows
+MAX_SQUARED_ERROR = 9.0  # of a flow parameter, in squared deviations; more is an outlier
+METERS_PER_UNIT = 0.02  # a usual move, and rotation, of one step, so that all columns are near 1
+RADIANS_PER_UNIT = 0.1
+
+FLOW_SIGNS: Mapping[str, tuple[int, int, int, int]] = {
+    "mirrored left to right": (-1, 1, 1, -1),
+    "mirrored upside down": (1, -1, 1, -1),
+    "turned by 180°": (-1, -1, 1, 1),
+}
+"""Version → the signs that it gives the shift to the right, the shift down, the scaling and the
+turn of a flow."""
+
+
+@dataclass(frozen=True)
+class FlowReference:
+    """What training pictures of one camera say about flows.
+
+    model           how flows follow the motion, by one half of the training episodes.
+    plain_scores    scores of each episode of the other half.
+    changed_scores  version → scores of the same episodes, changed to this version.
+    """
+
+    model: "_FlowModel"
+    plain_scores: Sequence[Mapping[str, float]]
+    changed_scores: Mapping[str, Sequence[Mapping[str, float]]]
+
+    @staticmethod
+    def fit(demonstrations: Sequence[RecordedEpisode], camera: str) -> "FlowReference | None":
+        """Fit the model, and score the other half; None with too few episodes."""
+        training = [_measure(e, camera) for e in demonstrations if _has_flow(e, camera)]
+        if len(training) < MIN_PICTURE_EPISODES:
+            return None
+        model = _FlowModel.fit(training[::2])
+        plain_scores = [model.score(measured) for measured in training[1::2]]
+        changed_scores = {}
+        for version, signs in FLOW_SIGNS.items():
+            changed = [MeasuredFlow(m.flows * np.array(signs), m.motions) for m in training[1::2]]
+            changed_scores[version] = [model.score(measured) for measured in changed]
+        return FlowReference(model, plain_scores, changed_scores)
+
+
+def compute_flow_odds(
+    rollout: Sequence[RecordedEpisode], reference: FlowReference, camera: str
+) -> list[VersionOdds] | None:
+    """Return the odds of mirrored and turned pictures, the best first; None without moves."""
+    scores = [reference.model.score(_measure(e, camera)) for e in rollout if _has_flow(e, camera)]
+    if not scores:
+        return None
+    odds = []
+    for version, changed_scores in reference.changed_scores.items():
+        odds.append(compute_version_odds(version, scores, reference.plain_scores, changed_scores))
+    return sorted(odds, key=lambda entry: -entry.margin)
+
+
+@dataclass(frozen=True)
+class MeasuredFlow:
+    """The M moves of an episode.
+
+    flows    [M, 4] shift to the right and down, scaling and turn of the picture.
+    motions  [M, 7] translation and rotation of the tool in its own frame, and of the fingers.
+    """
+
+    flows: Array
+    motions: Array
+
+
+@dataclass(frozen=True)
+class _FlowModel:
+    """Predicts flows from motions.
+
+    weights    [7, 4] linear function of the motion.
+    deviation  [4] standard deviation of its errors.
+    """
+
+    weights: Array
+    deviation: Array
+
+    @staticmethod
+    def fit(episodes: Sequence[MeasuredFlow]) -> "_FlowModel":
+        motions = np.concatenate([episode.motions for episode in episodes])
+        flows = np.concatenate([episode.flows for episode in episodes])
+        gram = motions.T @ motions + MOTION_RIDGE * np.eye(motions.shape[1])
+        weights = np.linalg.solve(gram, motions.T @ flows)
+        deviation = (flows - motions @ weights).std(0)
+        return _FlowModel(weights, np.maximum(deviation, 1e-6))
+
+    def score(self, measured: MeasuredFlow) -> dict[str, float]:
+        """Return the mean log likelihood of an episode's flows, by each version."""
+        predicted = measured.motions @ self.weights
+        scores = {}
+        for version, signs in {"plain": (1, 1, 1, 1), **FLOW_SIGNS}.items():
+            errors = (measured.flows - predicted * np.array(signs)) / self.deviation
+            squares = np.minimum(errors**2, MAX_SQUARED_ERROR)
+            scores[version] = float(-0.5 * squares.sum(1).mean())
+        return scores
+
+
+def _has_flow(episode: RecordedEpisode, camera: str) -> bool:
+    return len(episode) > 1 and camera in episode.pictures
+
+
+def _measure(episode: RecordedEpisode, camera: str) -> MeasuredFlow:
+    """Measure flows and motions of an episode of at least two steps."""
+    orientation = torch.as_tensor(np.asarray(episode.rotation, np.float64))
+    to_tool = quat_conjugate(orientation[:-1])
+    moved = torch.as_tensor(np.diff(np.asarray(episode.position, np.float64), axis=0))
+    translation = quat_rotate(to_tool, moved).numpy()
+    turn = quat_log(quat_canonical(quat_multiply(to_tool, orientation[1:]))).numpy()
+    opened = np.diff(np.asarray(episode.opening, np.float64))[:, None]
+    motions = [translation / METERS_PER_UNIT, turn / RADIANS_PER_UNIT, opened]
+    flows = measure_flows(episode.pictures[camera].small)
+    return MeasuredFlow(flows, np.concatenate(motions, axis=1))
+
+
+def measure_flows(small: Array) -> Array:
+    """Return the flow [T - 1, 4] from each picture to the next, of pictures [T, h, w, 3]."""
+    brightness = _blur(_average_cells(small.astype(np.float64).mean(-1)))
+    gradient_y, gradient_x = np.gradient(brightness, axis=(1, 2))
+    gradient_x = (gradient_x[:-1] + gradient_x[1:]) / 2
+    gradient_y = (gradient_y[:-1] + gradient_y[1:]) / 2
+    num, height, width = gradient_x.shape
+    y, x = np.mgrid[-1 : 1 : height * 1j, -1 : 1 : width * 1j]
+    # What a small shift, scaling and turn each add to the later picture.
+    effects = np.stack(
+        [
+            gradient_x,
+            gradient_y,
+            gradient_x * x + gradient_y * y,
+            gradient_y * x - gradient_x * y,
+        ],
+        axis=-1,
+    ).reshape(num, -1, 4)
+    changes = -np.diff(brightness, axis=0).reshape(num, -1)
+    gram = effects.transpose(0, 2, 1) @ effects + NOISE_GRADIENT * height * width * np.eye(4)
+    moments = effects.transpose(0, 2, 1) @ changes[..., None]
+    return np.linalg.solve(gram, moments)[..., 0]
+
+
+def _average_cells(brightness: Array) -> Array:
+    """Average pictures [T, h, w] over cells of `CELL_PX` pixels."""
+    num, height, width = brightness.shape
+    rows = height // CELL_PX
+    columns = width // CELL_PX
+    cut = brightness[:, : rows * CELL_PX, : columns * CELL_PX]
+    return cut.reshape(num, rows, CELL_PX, columns, CELL_PX).mean((2, 4))
+
+
+def _blur(brightness: Array) -> Array:
+    """Blur pictures [T, h, w] with the weights 1, 2, 1 along both axes; they lose their border."""
+    rows = (brightness[:, :-2] + 2 * brightness[:, 1:-1] + brightness[:, 2:]) / 4
+    return (rows[:, :, :-2] + 2 * rows[:, :, 1:-1] + rows[:, :, 2:]) / 4

@@ -1,0 +1,18 @@
+"""`MotionCheck`: what the checks of commanded and achieved motion share."""
+
+from spear.checks.rollout.case import Case, Doubt, Result, RolloutCheck
+from spear.checks.rollout.motion import MIN_MOVES, CommandedMotion
+
+
+class MotionCheck(RolloutCheck):
+    """A check of how the arm moves, which needs `MIN_MOVES` moves that are long enough."""
+
+    def examine(self, case: Case) -> Result:
+        motion = case.motion
+        if motion.num_moving < MIN_MOVES:
+            return Doubt(f"only {motion.num_moving} moves are long enough")
+        return self.examine_motion(motion)
+
+    def examine_motion(self, motion: CommandedMotion) -> Result:
+        """Look for the fault in enough moves."""
+        raise NotImplementedError

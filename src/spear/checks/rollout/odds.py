@@ -1,0 +1,75 @@
+"""How likely it is that something happened to a camera's pictures, by scores of whole episodes."""
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+TIE_SHARE = 0.1  # versions whose scores differ by less, as a share of what they should, are tied
+PRIOR = 0.02  # probability of each version before the pictures are seen
+SHIFT_SHARE = 0.2  # standard deviation, as a share of the difference between two versions, by
+# which all scores of a rollout may differ from those of training, because the scene is another one
+MAX_LOG_RATIO = 30.0  # so that odds stay finite
+
+
+class VersionOdds(NamedTuple):
+    """How likely a version of a camera's pictures is, compared with the plain one.
+
+    version    the version.
+    log_odds   logarithm of its probability over that of the plain version.
+    log_ratio  the same, before the small prior probability of any version is counted.
+    margin     mean difference of the scores, over the episodes of the rollout.
+    expected   the same for training pictures that were changed to this version.
+    plain      the same for training pictures that were not changed (negative).
+    """
+
+    version: str
+    log_odds: float
+    log_ratio: float
+    margin: float
+    expected: float
+    plain: float
+
+
+def select_likely(odds: list[VersionOdds] | None) -> VersionOdds | None:
+    """Return the version with the highest score, if its log odds are positive."""
+    if not odds or odds[0].log_odds <= 0:
+        return None
+    best = odds[0]
+    # A view that is nearly symmetric does not tell a turn from a mirror image. A turned camera is
+    # the more frequent mistake.
+    for entry in odds[1:]:
+        is_tied = best.margin - entry.margin < TIE_SHARE * (best.expected - best.plain)
+        if is_tied and entry.version == "turned by 180°":
+            return entry
+    return best
+
+
+def compute_version_odds(
+    version: str,
+    rollout: Sequence[Mapping[str, float]],
+    plain: Sequence[Mapping[str, float]],
+    changed: Sequence[Mapping[str, float]],
+) -> VersionOdds:
+    """Compare the scores of the rollout with those of plain and of changed training pictures.
+
+    The mean margin of a rollout's episodes is taken to be normally distributed around that of
+    the training episodes. Its variance has two parts: the variance between episodes, which more
+    episodes make smaller, and a shift of the whole rollout (`SHIFT_SHARE`).
+    """
+    margins = np.array([scores[version] - scores["plain"] for scores in rollout])
+    plain_margins = np.array([scores[version] - scores["plain"] for scores in plain])
+    changed_margins = np.array([scores[version] - scores["plain"] for scores in changed])
+    plain_mean = float(plain_margins.mean())
+    changed_mean = float(changed_margins.mean())
+    shift = SHIFT_SHARE * abs(changed_mean - plain_mean)
+    spread = max(float(plain_margins.std()), float(changed_margins.std()), 1e-6)
+    variance = spread**2 / len(margins) + shift**2
+    # Beyond the two means, a margin speaks for the nearer version, and not more and more.
+    margin = float(margins.mean())
+    low, high = sorted((plain_mean, changed_mean))
+    bounded = float(np.clip(margin, low, high))
+    log_ratio = ((bounded - plain_mean) ** 2 - (bounded - changed_mean) ** 2) / (2 * variance)
+    log_ratio = float(np.clip(log_ratio, -MAX_LOG_RATIO, MAX_LOG_RATIO))
+    log_odds = log_ratio + float(np.log(PRIOR))
+    return VersionOdds(version, log_odds, log_ratio, margin, changed_mean, plain_mean)
