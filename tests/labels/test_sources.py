@@ -82,7 +82,14 @@ def test_another_episode_changes_the_stamp_of_all_and_the_content_of_its_frames(
 
 
 @pytest.mark.parametrize(
-    "prefix", ["sim:", "sim/clutter/", "simpler:", "simpler/PutCarrotOnPlateInScene-v1/"]
+    "prefix",
+    [
+        "sim:",
+        "sim/clutter/",
+        "simpler:",
+        "simpler/PutCarrotOnPlateInScene-v1/",
+        "libero/libero_goal-3/",
+    ],
 )
 def test_a_scene_is_held_out_by_its_seed(prefix: str) -> None:
     assert is_held_out(f"{prefix}9999")

@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from spear.labels.models.resources import Resources
     from spear.types import LabeledImage
 
-SIMPLER_PREFIX = "simpler:"  # PHOTOS that begin with this are scenes of SIMPLER
+BENCHMARK_PREFIXES = ("simpler:", "libero:")
+"""PHOTOS that begin with one of these are scenes of a benchmark, labeled from its ground truth."""
 DEFAULT_PLANNED_SIZE_PX = 840
 """Longer side of an image in the plan of --dry-run, if no --max-size limits the photos' sizes."""
 DEFAULT_PLANNED_NAMES = 8
@@ -36,7 +37,8 @@ def label(options: LabelOptions) -> None:
 
     With --num-scenes instead of PHOTOS, scenes of the simulator are labeled from its ground truth,
     in the layout that `spear train` reads. So are scenes of SIMPLER's four tasks, with
-    simpler:SEED-SEED (docs/howto/simpler.md).
+    simpler:SEED-SEED (docs/howto/simpler.md), and of LIBERO's forty tasks, with libero:SEED-SEED
+    (docs/howto/libero.md).
 
     Examples:
         spear label photos/ --dry-run
@@ -44,13 +46,14 @@ def label(options: LabelOptions) -> None:
         spear label film.mp4 --detector owlv2 --vocabulary "mug, spoon, bowl" --out runs/my_labels
         spear label --num-scenes 1000 --out runs/labels
         spear label simpler:10000-10255 --out runs/simpler-labels
+        spear label libero:10000-10024 --out runs/libero-labels
     """
-    is_simpler = any(photo.startswith(SIMPLER_PREFIX) for photo in options.photos)
-    _check_label_options(options, is_simpler)
+    is_benchmark = any(photo.startswith(BENCHMARK_PREFIXES) for photo in options.photos)
+    _check_label_options(options, is_benchmark)
     if options.dry_run:
         _print_plan(options)
-    elif is_simpler:
-        _label_simpler_scenes(options)
+    elif is_benchmark:
+        _label_benchmark_scenes(options)
     elif options.photos:
         _label_photos(options)
     else:
@@ -59,16 +62,17 @@ def label(options: LabelOptions) -> None:
         ask_about(QuestionOptions(options.out, options.seed))
 
 
-def _check_label_options(options: LabelOptions, is_simpler: bool) -> None:
+def _check_label_options(options: LabelOptions, is_benchmark: bool) -> None:
     """Check that something is to be labeled, and that every option has an effect on it."""
     if not options.photos and options.scene.num_scenes is None:
         raise SpearError(
             "there is nothing to label. Name the PHOTOS, or give --num-scenes 1000 to label scenes "
             "of the simulator."
         )
-    if is_simpler and (len(options.photos) > 1 or options.dry_run):
+    if is_benchmark and (len(options.photos) > 1 or options.dry_run):
+        prefixes = "SEED-SEED and ".join(BENCHMARK_PREFIXES)
         raise SpearError(
-            f"{SIMPLER_PREFIX}SEED-SEED does not go with other options or images, because these "
+            f"{prefixes}SEED-SEED do not go with other options or images, because these "
             "scenes are labeled without networks. Give it alone, without --dry-run."
         )
 
@@ -77,9 +81,9 @@ def _check_label_options(options: LabelOptions, is_simpler: bool) -> None:
         unused_options += list_changed_options(
             options.scene, "num_scenes", "first_seed", "world", "no_robot"
         )
-        if not is_simpler:
+        if not is_benchmark:
             unused_options += list_changed_options(options.scene, "preset")
-    if is_simpler or not options.photos:
+    if is_benchmark or not options.photos:
         unused_options += list_changed_options(
             options,
             "detector",
@@ -143,15 +147,23 @@ def _label_simulated_scenes(options: LabelOptions) -> None:
     _print_labeled_scenes(num_images, options.out)
 
 
-def _label_simpler_scenes(options: LabelOptions) -> None:
-    """Label scenes of SIMPLER's tasks from the simulator's ground truth."""
-    from spear.evaluate.simpler.record import label_tasks
+def _label_benchmark_scenes(options: LabelOptions) -> None:
+    """Label scenes of SIMPLER's or LIBERO's tasks from the simulator's ground truth."""
     from spear.labels.sources import parse_scene_seeds
     from spear.models.presets import get_preset
 
-    seeds = parse_scene_seeds(options.photos[0], "simpler")
+    argument = options.photos[0]
+    benchmark, _, _ = argument.partition(":")
+    seeds = parse_scene_seeds(argument, benchmark)
     size = get_preset(options.scene.preset).image_sizes["external"]
-    num_images = label_tasks(options.out, seeds, size, options.work.workers)
+    if benchmark == "simpler":
+        from spear.evaluate.simpler.record import label_tasks as label_simpler_tasks
+
+        num_images = label_simpler_tasks(options.out, seeds, size, options.work.workers)
+    else:
+        from spear.evaluate.libero.label import label_tasks as label_libero_tasks
+
+        num_images = label_libero_tasks(options.out, seeds, size, options.work.workers)
     _print_labeled_scenes(num_images, options.out)
 
 

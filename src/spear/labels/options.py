@@ -60,7 +60,7 @@ class SceneOptions(Options):
 class LabelOptions(Options):
     photos: Annotated[Positional[tuple[str, ...]], arg(metavar="[PHOTOS ...]")] = ()
     """What to label: images, folders, patterns, tar shards, Parquet files, videos, EgoExo4D takes,
-    robot episodes, rgbd:FOLDER, sim:SEED-SEED or simpler:SEED-SEED."""
+    robot episodes, rgbd:FOLDER, sim:SEED-SEED, simpler:SEED-SEED or libero:SEED-SEED."""
     out: Path = Path("runs/labels")
     """Folder to write to."""
     scene: SceneOptions = SceneOptions()

@@ -5,12 +5,12 @@ import re
 
 FIRST_TRAIN_SEED = 10_000  # scenes of smaller seeds are held out
 
-_SCENE_SOURCE = re.compile(r"sim(?:pler)?[:/](?:[^/]+/)?(\d+)")
+_SCENE_SOURCE = re.compile(r"(?:sim|simpler|libero)[:/](?:[^/]+/)?(\d+)")
 """Matches the sources of simulated scenes: "sim:SEED", "simpler/TASK/SEED" and the like."""
 
 
 def is_held_out(source: str) -> bool:
-    """Return whether a labeled image shows a held-out scene of one of the two simulators.
+    """Return whether a labeled image shows a held-out scene of one of the simulators.
 
     Args:
         source: The source of the labeled image.

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from refusals import refuses
 from spear.errors import SpearError
@@ -23,6 +24,7 @@ from spear.evaluate.libero.starts import MARGIN_M, measure_margin
 from spear.evaluate.libero.suites import PROTOCOLS, find_original_suite, get_max_steps
 from spear.evaluate.options import LiberoOptions
 from spear.evaluate.results import Outcome, Results
+from spear.geometry import quat_exp, quat_rotate
 from spear.types import Array
 
 DOWN = [1.0, 0.0, 0.0, 0.0]
@@ -60,6 +62,21 @@ def make_moment(
         finger_speed=0.0,
         success=False,
         steps=0,
+    )
+
+
+def open_drawer_above_bowl(moment: LiberoMoment) -> LiberoMoment:
+    """A cabinet whose top drawer stands out until above the bowl, 13 cm high."""
+    turned = [0.0, 0.0, 0.0, 1.0]  # half a turn about the vertical: the drawer opens towards +y
+    cabinet = Box(
+        np.array([0.6, -0.26, 0, *turned]), np.array([-0.12, -0.11, 0]), np.array([0.12, 0.11, 0.2])
+    )
+    drawer = Region(np.array([0.6, -0.12, 0.17, *turned]), np.full(3, 0.05))
+    return dataclasses.replace(
+        moment,
+        objects={**moment.objects, "cabinet_1": cabinet},
+        regions={**moment.regions, "cabinet_1_top_region": drawer},
+        joints={"cabinet_1_top_level": -0.14},
     )
 
 
@@ -151,6 +168,26 @@ class TestOracle:
 
     def test_it_opens_when_it_has_closed_on_nothing(self) -> None:
         assert choose(make_moment((0.5, 0.05, 0.04), is_open=False))[7] == 1
+
+    def test_it_leans_away_from_an_open_drawer_above_a_bowl(self) -> None:
+        moment = open_drawer_above_bowl(make_moment((0.3, -0.2, 0.2)))
+
+        (grasp,) = oracle.find_grasps("bowl_1", moment)
+
+        # The drawer comes from -y, so the hand takes the rim at +y and leans farther there.
+        hand_axis = quat_rotate(quat_exp(torch.from_numpy(grasp.lean)), oracle.VERTICAL).numpy()
+        assert grasp.position[1] > 0.03
+        assert hand_axis[1] > 0.3
+
+    def test_it_moves_a_bowl_out_from_under_a_drawer_before_it_lifts_it(self) -> None:
+        moment = make_moment((0.5, 0.05, 0.04), is_open=False, gripped_objects=("bowl_1",))
+
+        action = oracle.choose_action(
+            [["in", "bowl_1", "cabinet_1_top_region"]], open_drawer_above_bowl(moment)
+        )
+
+        assert action[1] > 0.03
+        assert action[2] < 0.025
 
     def test_it_puts_a_bottle_on_the_slope_of_a_rack(self) -> None:
         """The z axis of the rack's region points up the slope, 60° from the vertical."""

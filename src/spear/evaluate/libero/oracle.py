@@ -12,7 +12,7 @@ frame, m. All numbers are our choice.
 import itertools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -56,6 +56,9 @@ HAND_REACH_M = 0.105  # from the middle of the hand to either end, along the clo
 HAND_HALF_WIDTH_M = 0.035  # of the hand, across the closing direction
 ENOUGH_ROOM_M = 0.03  # grasps of a rim with this much room are equally good
 MAX_ROOM_M = 1.0  # of a grasp without any obstacle near
+LEAN_RAD = 0.45
+"""By how much the hand leans away from what stands over a bowl."""
+MAX_UPRIGHT_RAD = 0.2  # a gripper that leans more does so on purpose
 
 # The gripper descends only if it is within this horizontal distance and this angle of the grasp.
 MAX_GRASP_OFFSET_M = 0.01
@@ -83,7 +86,13 @@ KNOB_TILT_RAD = 0.5  # near the base the arm cannot point straight down
 MAX_KNOB_OFFSET_M = 0.02  # the gripper goes down beside the knob from at most this far aside
 ON_ANGLE_RAD = 0.55  # a stove is on if its knob is turned farther
 OPEN_DRAWER_M = 0.145  # a drawer counts as open if it is pulled out farther
-ENOUGH_DRAWER_M = 0.13  # an object goes into a drawer that is open by this much
+ENOUGH_DRAWER_M = 0.125  # an object goes into a drawer that is open by this much
+FILLED_DRAWER_M = 0.14
+"""By how much a drawer is opened to put something in. A drawer that is open farther hides more of
+what stands on the table."""
+MIN_COVER_M = 0.05  # a drawer that is open by less hides nothing
+COVER_MARGIN_M = 0.01  # between a lifted object and the drawer above it
+OPEN_GRIPPER = 0.5  # a gripper that is open farther has let go of a handle
 MAX_SIDEWAYS_RAD = 0.8  # a gripper turned farther from pointing down is at a handle
 DRAWER_HALF_HEIGHT_M = 0.035
 DRAWER_WALL_M = 0.015  # thickness of a drawer's walls, and room for a finger
@@ -118,10 +127,12 @@ class Grasp:
 
     position  [3] of the end-effector, m.
     yaw       of the end-effector frame, along whose y axis the fingers close, rad.
+    lean      [3] rotation vector in the base frame, by which the gripper is turned afterwards, rad.
     """
 
     position: Array
     yaw: float
+    lean: Array = field(default_factory=lambda: np.zeros(3))
 
 
 @dataclass(frozen=True)
@@ -131,12 +142,14 @@ class Outline:
     center     [2] its middle.
     axes       [2, 2] the directions of its sides, one a column.
     half_size  [2] half of its size along each axis, m.
+    bottom     height of its lowest point, m.
     top        height of its highest point, m.
     """
 
     center: Array
     axes: Array
     half_size: Array
+    bottom: float
     top: float
 
     def measure_distance(self, points: Array) -> Array:
@@ -148,6 +161,17 @@ class Outline:
         """The horizontal distances [n] of points [n, 2] inside the box from its nearest side;
         negative outside."""
         return -self._measure_excess(points).max(axis=-1)
+
+    def measure_signed_distance(self, points: Array) -> Array:
+        """The horizontal distances [n] of points [n, 2]; inside negative, to the nearest side."""
+        inside = np.minimum(-self.measure_distance_to_sides(points), 0)
+        return self.measure_distance(points) + inside
+
+    def find_way_out(self, point: Array) -> Array:
+        """The direction [2] in which a point leaves the box soonest."""
+        side = int(np.argmax(self._measure_excess(point)))
+        axis = self.axes[:, side]
+        return axis * np.sign((point - self.center) @ axis)
 
     def _measure_excess(self, points: Array) -> Array:
         """How far points lie beyond the sides, along each axis: [n, 2], negative inside."""
@@ -212,9 +236,11 @@ def _prepare_drawer(region: str, moment: LiberoMoment) -> Array | None:
     """
     joint, cabinet = _find_drawer(region)
     if moment.joints[joint] > -ENOUGH_DRAWER_M:
-        return _open_drawer(region, moment)
+        return _open_drawer(region, moment, FILLED_DRAWER_M)
     offset = moment.pose[:3] - _find_handle(region, moment)
     is_sideways = _angle_between(DOWN, moment.pose[3:]) > MAX_SIDEWAYS_RAD
+    if is_sideways and moment.opening < OPEN_GRIPPER:  # let go first, so that the drawer stays
+        return _move_posed(moment, moment.commanded[:3], moment.commanded[3:], is_open=True)
     if is_sideways and np.linalg.norm(offset) < MIN_LEFT_FRONT_M:
         goal = moment.commanded[:3] + DRAWER_STEP_M * _find_outward(moment.objects[cabinet])
         return _move_posed(moment, goal, moment.commanded[3:], is_open=True)
@@ -302,8 +328,36 @@ def _find_rim_grasps(name: str, moment: LiberoMoment) -> list[Grasp]:
         grasp = Grasp(np.array([*point, rim_height - depth]), angle - math.pi / 2)
         grasps.append(grasp)
         rooms.append(_measure_room(grasp, center[:2], obstacles))
+    if max(rooms) < 0 and _list_open_drawers(moment):
+        return [_find_leaning_grasp(grasps, center[:2], moment)]
     enough = min(ENOUGH_ROOM_M, max(rooms))  # compared with a margin for rounding errors
     return [grasp for grasp, room in zip(grasps, rooms, strict=True) if room >= enough - 1e-9]
+
+
+def _find_leaning_grasp(grasps: Sequence[Grasp], center: Array, moment: LiberoMoment) -> Grasp:
+    """Of a bowl that stands partly under an open drawer, the grasp of the rim whose hand is
+    farthest from the drawer. The hand leans outward.
+
+    center: [2] the bowl's middle.
+    """
+    covers = _list_open_drawers(moment)
+    best_grasp = grasps[0]
+    best_room = -math.inf
+    for grasp in grasps:
+        point = grasp.position[:2]
+        outward = (point - center) / np.linalg.norm(point - center)
+        across = np.array([-outward[1], outward[0]])
+        middle = point + PALM_HEIGHT_M * math.sin(LEAN_RAD) * outward
+        reaches = HAND_REACH_M * math.cos(LEAN_RAD) * np.linspace(-1, 1, 9)
+        hand_line = middle + reaches[:, None] * outward
+        edge = HAND_HALF_WIDTH_M * across
+        hand_points = np.concatenate([hand_line - edge, hand_line + edge])
+        room = min(float(cover.measure_signed_distance(hand_points).min()) for cover in covers)
+        if room > best_room:
+            best_room = room
+            lean = LEAN_RAD * np.array([-outward[1], outward[0], 0])
+            best_grasp = Grasp(grasp.position, grasp.yaw, lean)
+    return best_grasp
 
 
 def _measure_room(grasp: Grasp, center: Array, obstacles: Sequence[Outline]) -> float:
@@ -323,7 +377,10 @@ def _measure_room(grasp: Grasp, center: Array, obstacles: Sequence[Outline]) -> 
     room = MAX_ROOM_M
     for obstacle in obstacles:
         if obstacle.top > grasp.position[2] - RIM_CLEARANCE_M:
-            if obstacle.measure_distance(center) == 0:
+            is_around = (
+                obstacle.bottom < grasp.position[2] and obstacle.measure_distance(center) == 0
+            )
+            if is_around:
                 distance = obstacle.measure_distance_to_sides(outer_finger) - DRAWER_WALL_M
             else:
                 distance = obstacle.measure_distance(outer_finger)
@@ -344,26 +401,49 @@ def _approach(name: str, moment: LiberoMoment) -> Array:
         return turn + DISTANCE_WEIGHT_RAD_PER_M * distance
 
     best = min(find_grasps(name, moment), key=measure_effort)
-    yaw = _nearest_yaw(best.yaw, current_yaw)
+    facing = _face_grasp(best, moment)
     goal = best.position.copy()
     offset = float(np.linalg.norm(moment.pose[:2] - goal[:2]))
-    turn = abs(_wrap(yaw - _yaw(moment.pose)))
+    is_leaning = bool(np.any(best.lean))
+    if is_leaning:
+        turn = _angle_between(facing, moment.pose[3:])
+    else:
+        turn = abs(_wrap(_nearest_yaw(best.yaw, current_yaw) - _yaw(moment.pose)))
     is_aligned = offset < MAX_GRASP_OFFSET_M and turn < MAX_GRASP_TURN_RAD
     if not is_aligned:
         hover = goal[2] + HOVER_M
-        if offset > FAR_OFFSET_M:
+        if offset > FAR_OFFSET_M or is_leaning:
             hover = max(hover, _height_to_clear(moment, goal, [name]) + CLEARANCE_M)
-        return _move_over(moment, goal, hover, yaw, is_open=True)
+        return _move_over(moment, goal, hover, facing, is_open=True)
     is_at_grasp = np.linalg.norm(moment.pose[:3] - goal) < MAX_ARM_OFFSET_M
     is_low = moment.pose[2] < goal[2] + MAX_BLOCKED_HEIGHT_M
     is_blocked = moment.speed < STILL_SPEED_M_S and is_low
     should_close = is_at_grasp or is_blocked
-    return _move_towards(moment, goal, yaw, is_open=not should_close)
+    return _move_posed(moment, goal, facing, is_open=not should_close)
+
+
+def _face_grasp(grasp: Grasp, moment: LiberoMoment) -> Array:
+    """The orientation [4] of the gripper at a grasp. Of the two equal ones, half a turn apart, the
+    one nearer to the present."""
+    if not np.any(grasp.lean):
+        return _face_down(_nearest_yaw(grasp.yaw, _yaw(moment.commanded)))
+    lean = quat_exp(torch.from_numpy(grasp.lean))
+    candidates = []
+    for yaw in (grasp.yaw, grasp.yaw + math.pi):
+        upright = torch.from_numpy(_face_down(yaw))
+        candidates.append(quat_multiply(lean, upright).numpy())
+    return min(candidates, key=lambda facing: _angle_between(facing, moment.commanded[3:]))
 
 
 def _carry(name: str, target_position: Array, moment: LiberoMoment) -> Array:
     """Carry the object up, across and down, then open the gripper."""
     box = moment.objects[name]
+    facing = _face_down(_yaw(moment.commanded))
+    if _angle_between(facing, moment.commanded[3:]) > MAX_UPRIGHT_RAD:
+        facing = moment.commanded[3:]  # the object would be turned, too
+    way_out = _find_way_out(box, moment)
+    if way_out is not None:
+        return _move_posed(moment, moment.pose[:3] + way_out, facing, is_open=False)
     offset = target_position[:2] - box.pose[:2]
     distance = float(np.linalg.norm(offset))
     goal = moment.pose[:3].copy()
@@ -372,13 +452,27 @@ def _carry(name: str, target_position: Array, moment: LiberoMoment) -> Array:
     if distance > MAX_PLACE_OFFSET_M:
         height = _height_to_clear(moment, goal, [name]) + CLEARANCE_M + hanging
         height = max(height, moment.pose[2] + target_position[2] - box.pose[2] + CARRY_MARGIN_M)
-        return _move_over(moment, goal, height, _yaw(moment.commanded), is_open=False)
+        return _move_over(moment, goal, height, facing, is_open=False)
     goal[2] = moment.pose[2] + target_position[2] + RELEASE_M - box.pose[2]
     is_placed = box.pose[2] < target_position[2] + RELEASE_M + RELEASE_MARGIN_M
     is_low = box.pose[2] < target_position[2] + MAX_BLOCKED_PLACE_HEIGHT_M
     is_blocked = moment.speed < STILL_SPEED_M_S and is_low
     should_open = is_placed or is_blocked
-    return _move_towards(moment, goal, _yaw(moment.commanded), is_open=should_open)
+    return _move_posed(moment, goal, facing, is_open=should_open)
+
+
+def _find_way_out(box: Box, moment: LiberoMoment) -> Array | None:
+    """How a held object moves out from under an open drawer, [3] m; None if there is none above."""
+    outline = _outline(box)
+    radius = float(outline.half_size.max())
+    for cover in _list_open_drawers(moment):
+        room_above = cover.bottom - outline.top
+        is_beside = cover.measure_distance(outline.center) > radius + COVER_MARGIN_M
+        if room_above < 0 or is_beside:
+            continue
+        lift = float(np.clip(room_above - COVER_MARGIN_M, 0, MAX_STEP_M / 2))
+        return np.append(MAX_STEP_M * cover.find_way_out(outline.center), lift)
+    return None
 
 
 def _push(name: str, region: Region, moment: LiberoMoment) -> Array:
@@ -388,17 +482,18 @@ def _push(name: str, region: Region, moment: LiberoMoment) -> Array:
     distance = float(np.linalg.norm(displacement))
     direction_2d = displacement / max(distance, 1e-6)
     yaw = _nearest_yaw(math.atan2(direction_2d[1], direction_2d[0]), _yaw(moment.commanded))
+    facing = _face_down(yaw)
     low = moment.objects[name].pose[2] + PUSH_HEIGHT_M
 
     is_inside = np.linalg.norm(moment.pose[:2] - center[:2]) < INSIDE_PLATE_M
     if moment.pose[2] > low + PUSH_HEIGHT_MARGIN_M or not is_inside:
         if np.linalg.norm(moment.pose[:2] - center[:2]) > MAX_PUSH_START_OFFSET_M:
             height = max(low + HOVER_M, _height_to_clear(moment, center, [name]) + CLEARANCE_M)
-            return _move_over(moment, center, height, yaw, is_open=False)
-        return _move_towards(moment, np.array([*center[:2], low]), yaw, is_open=False)
+            return _move_over(moment, center, height, facing, is_open=False)
+        return _move_posed(moment, np.array([*center[:2], low]), facing, is_open=False)
     # The fingers meet the rim ahead, and take the plate as far as it has to go.
     goal = moment.pose[:2] + min(distance, MAX_PUSH_STEP_M) * direction_2d
-    return _move_towards(moment, np.array([*goal, low]), yaw, is_open=False)
+    return _move_posed(moment, np.array([*goal, low]), facing, is_open=False)
 
 
 def _turn_on(name: str, moment: LiberoMoment) -> Array:
@@ -424,9 +519,9 @@ def _turn_on(name: str, moment: LiberoMoment) -> Array:
     return _move_posed(moment, np.array([*goal, low]), facing, is_open=False)
 
 
-def _open_drawer(region: str, moment: LiberoMoment) -> Array:
-    """Take a drawer by its handle, from in front, and pull."""
-    _, cabinet = _find_drawer(region)
+def _open_drawer(region: str, moment: LiberoMoment, target_m: float = math.inf) -> Array:
+    """Take a drawer by its handle, from in front, and pull until it is open by `target_m`."""
+    joint, cabinet = _find_drawer(region)
     outward = _find_outward(moment.objects[cabinet])
     handle = _find_handle(region, moment)
     facing = _face_sideways(math.atan2(outward[1], outward[0]), moment)
@@ -458,7 +553,11 @@ def _open_drawer(region: str, moment: LiberoMoment) -> Array:
         return _move_posed(moment, stay, facing, is_open=False)
     if has_lost_handle:
         return _move_posed(moment, stay, facing, is_open=True)
-    return _move_posed(moment, pull, facing, is_open=False)
+    ahead = float((moment.commanded[:3] - moment.pose[:3]) @ outward)
+    # The joint is negative when the drawer is open. Friction may keep the arm behind its command.
+    missing = target_m + moment.joints[joint] - ahead / 2
+    step = float(np.clip(missing, 0, DRAWER_STEP_M))
+    return _move_posed(moment, moment.commanded[:3] + step * outward, facing, is_open=False)
 
 
 def _is_drawer(place_name: str, moment: LiberoMoment) -> bool:
@@ -515,16 +614,19 @@ def _angle_between(first: Array, second: Array) -> float:
 def _retreat(moment: LiberoMoment) -> Array:
     """Rise with open fingers."""
     goal = moment.commanded[:3] + np.array([0, 0, RETREAT_M])
-    return _move_towards(moment, goal, _yaw(moment.commanded), is_open=True)
+    return _move_posed(moment, goal, _face_down(_yaw(moment.commanded)), is_open=True)
 
 
 def _wait(moment: LiberoMoment, is_open: bool) -> Array:
     """Move the fingers only."""
-    return _move_towards(moment, moment.commanded[:3], _yaw(moment.commanded), is_open)
+    facing = _face_down(_yaw(moment.commanded))
+    if _angle_between(facing, moment.commanded[3:]) > MAX_UPRIGHT_RAD:
+        facing = moment.commanded[3:]
+    return _move_posed(moment, moment.commanded[:3], facing, is_open)
 
 
 def _move_over(
-    moment: LiberoMoment, goal: Array, height: float, yaw: float, is_open: bool
+    moment: LiberoMoment, goal: Array, height: float, facing: Array, is_open: bool
 ) -> Array:
     """Rise straight up to a height, then move across at this height to above `goal`."""
     missing_height = height - moment.pose[2]
@@ -532,7 +634,7 @@ def _move_over(
         target = np.array([*moment.commanded[:2], height])
     else:
         target = np.array([goal[0], goal[1], height])
-    return _move_towards(moment, target, yaw, is_open)
+    return _move_posed(moment, target, facing, is_open)
 
 
 def _height_to_clear(moment: LiberoMoment, goal: Array, ignored: Sequence[str]) -> float:
@@ -550,34 +652,50 @@ def _height_to_clear(moment: LiberoMoment, goal: Array, ignored: Sequence[str]) 
 
 
 def _list_obstacles(moment: LiberoMoment, ignored: Sequence[str]) -> list[Outline]:
-    """List the outlines of everything that stands in the way: objects, fixtures and drawers.
-
-    The box of a drawer reaches from the drawer's front, which may be pulled out, to the back of the
-    cabinet.
-    """
+    """List the outlines of everything that stands in the way: objects, fixtures and drawers."""
     boxes = {name: box for name, box in moment.objects.items() if name not in ignored}
     drawers = []
     for region in moment.regions:
         if not _is_drawer(region, moment):
             continue
-        joint, cabinet = _find_drawer(region)
+        _, cabinet = _find_drawer(region)
         box = moment.objects[cabinet]
-        height = moment.regions[region].pose[2] - box.pose[2]
-        # A drawer slides along the cabinet's -y axis, and its joint is negative when it is open.
-        front = box.low[1] + moment.joints[joint]
-        low = np.array([box.low[0], front, height - DRAWER_HALF_HEIGHT_M])
-        high = np.array([box.high[0], box.high[1], height + DRAWER_HALF_HEIGHT_M])
-        drawers.append(Box(box.pose, low, high))
+        drawers.append(_find_drawer_box(region, moment))
         # The cabinet's box includes the handles of closed drawers. They move with the drawers.
         without_handles = box.low + np.array([0, HANDLE_DEPTH_M, 0])
         boxes[cabinet] = Box(box.pose, without_handles, box.high)
     return [_outline(box) for box in [*boxes.values(), *drawers]]
 
 
-def _move_towards(moment: LiberoMoment, goal: Array, yaw: float, is_open: bool) -> Array:
-    """Make the action that moves the commanded pose towards a position [3], pointing down."""
-    facing = quat_exp(torch.tensor([0.0, 0.0, yaw], dtype=torch.float64)).numpy()
-    return _move_posed(moment, goal, facing, is_open)
+def _list_open_drawers(moment: LiberoMoment) -> list[Outline]:
+    """The drawers that stand out of their cabinets, without handles."""
+    outlines = []
+    for region in moment.regions:
+        if not _is_drawer(region, moment):
+            continue
+        joint, _ = _find_drawer(region)
+        if moment.joints[joint] < -MIN_COVER_M:
+            box = _find_drawer_box(region, moment)
+            without_handle = box.low + np.array([0, HANDLE_DEPTH_M, 0])
+            outlines.append(_outline(Box(box.pose, without_handle, box.high)))
+    return outlines
+
+
+def _find_drawer_box(region: str, moment: LiberoMoment) -> Box:
+    """The box from a drawer's handle, wherever that is, to the back of its cabinet."""
+    joint, cabinet = _find_drawer(region)
+    box = moment.objects[cabinet]
+    height = moment.regions[region].pose[2] - box.pose[2]
+    # A drawer slides along the cabinet's -y axis, and its joint is negative when it is open.
+    front = box.low[1] + moment.joints[joint]
+    low = np.array([box.low[0], front, height - DRAWER_HALF_HEIGHT_M])
+    high = np.array([box.high[0], box.high[1], height + DRAWER_HALF_HEIGHT_M])
+    return Box(box.pose, low, high)
+
+
+def _face_down(yaw: float) -> Array:
+    """The orientation [4] of a gripper that points down."""
+    return quat_exp(torch.tensor([0.0, 0.0, yaw], dtype=torch.float64)).numpy()
 
 
 def _move_posed(moment: LiberoMoment, goal: Array, facing: Array, is_open: bool) -> Array:
@@ -612,7 +730,8 @@ def _outline(box: Box) -> Outline:
     across = np.array([-along[1], along[0]])
     axes = np.stack([along, across], axis=1)
     half_size = np.abs((corners[:, :2] - center) @ axes).max(axis=0)
-    return Outline(center, axes, half_size, top=float(corners[:, 2].max()))
+    heights = corners[:, 2]
+    return Outline(center, axes, half_size, bottom=float(heights.min()), top=float(heights.max()))
 
 
 def _nearest_yaw(yaw: float, current: float) -> float:

@@ -153,6 +153,11 @@ class LiberoProcess:
         pictures: dict[str, Array] = self._call("render", size)
         return pictures
 
+    def render_ground_truth(self, size: int, changes: Mapping[str, Any]) -> dict[str, Any]:
+        """Render the external camera, with the ground truth (see worker.py)."""
+        frame: dict[str, Any] = self._call("render_ground_truth", size, changes)
+        return frame
+
     def close(self) -> None:
         self._connection.close()
         self._process.wait()

@@ -17,6 +17,8 @@ MAX_STEPS = {
 }
 """Controller steps (20 Hz) after which an episode ends (openpi's LIBERO client). A
 perturbed suite has the limit of the suite that its name begins with."""
+LABELED_SUITES = ("libero_spatial", "libero_object", "libero_goal", "libero_10")
+"""The suites whose scenes `spear label libero:` shows."""
 
 
 @dataclass(frozen=True)

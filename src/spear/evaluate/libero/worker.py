@@ -15,6 +15,7 @@ import io
 import os
 import sys
 import traceback
+from collections.abc import Iterator
 from multiprocessing.connection import Client, Connection
 from typing import Any
 
@@ -37,6 +38,8 @@ CAMERAS = {"external": "agentview", "wrist": "robot0_eye_in_hand"}
 EE_FROM_HAND = np.diag([1.0, -1.0, -1.0])
 """Rotation from our end-effector frame to robosuite's `right_hand`, whose z axis points out of the
 gripper."""
+CAMERA_AXES = np.diag([1.0, -1.0, -1.0])
+"""Rotation from the frame of a camera whose z axis points at the scene to MuJoCo's."""
 
 
 class LiberoTask:
@@ -52,7 +55,7 @@ class LiberoTask:
 
     def __init__(self, suite: str, task_index: int, seed: int, fast_rendering: bool) -> None:
         from libero.libero import benchmark, get_libero_path
-        from libero.libero.envs import OffScreenRenderEnv
+        from libero.libero.envs.env_wrapper import ControlEnv
 
         benchmarks = benchmark.get_benchmark_dict()
         if suite not in benchmarks:
@@ -65,17 +68,20 @@ class LiberoTask:
         task = tasks.get_task(task_index)
         self._states = np.asarray(tasks.get_task_init_states(task_index))
         self._instruction = task.language
-        self._env = OffScreenRenderEnv(
+        self._env = ControlEnv(
             bddl_file_name=os.path.join(
                 get_libero_path("bddl_files"), task.problem_folder, task.bddl_file
             ),
-            use_camera_obs=False,  # pictures are rendered when somebody asks for one
+            # The renderer takes longer to open than the scene. It is opened for the first picture.
+            use_camera_obs=False,
+            has_offscreen_renderer=False,
         )
         self._env.seed(seed)
         self._seed = seed
         self._num_resets = 0  # since the environment was seeded
         self._fast_rendering = fast_rendering
         self._is_prepared = False
+        self._has_renderer = False
         self._commanded = np.zeros(7)
         self._num_steps = 0
         self._has_succeeded = False
@@ -175,11 +181,138 @@ class LiberoTask:
 
     def render(self, size: int) -> dict[str, Array]:
         """Pictures of both cameras, upright: view → uint8 [size, size, 3]."""
+        self._open_renderer()
         pictures = {}
         for view, camera in CAMERAS.items():
             raw_picture = self._env.sim.render(width=size, height=size, camera_name=camera)
             pictures[view] = np.ascontiguousarray(raw_picture[::-1])  # OpenGL's first row is below
         return pictures
+
+    def render_ground_truth(self, size: int, changes: dict[str, Any]) -> dict[str, Any]:
+        """Render the external camera, with the ground truth.
+
+        Args:
+            size: side of the square picture, px.
+            changes: how the scene looks in this picture only, see `_changed_appearance`.
+
+        Returns:
+            "image"       uint8 [size, size, 3], upright.
+            "depth"       float32 [size, size] along the camera's z axis, m.
+            "instances"   int32 [size, size], the number of the object at each pixel, 0 for none.
+            "names"       number → name of the object; "" for the gripper.
+            "intrinsics"  [3, 3], px.
+            "extrinsics"  [4, 4], from the camera's frame to that of the robot's base.
+        """
+        self._open_renderer()
+        sim = self._env.sim
+        camera = CAMERAS["external"]
+        camera_index = sim.model.camera_name2id(camera)
+        with self._changed_appearance(camera_index, changes):
+            image, depth = sim.render(width=size, height=size, camera_name=camera, depth=True)
+            geoms = self._render_geoms(camera_index, size)
+            model = sim.model._model
+            focal_length = 0.5 * size / np.tan(np.radians(model.cam_fovy[camera_index]) / 2)
+            camera_rotation = sim.data.cam_xmat[camera_index].reshape(3, 3) @ CAMERA_AXES
+            pose = self._to_base_frame(sim.data.cam_xpos[camera_index], camera_rotation)
+
+        far = model.vis.map.zfar * model.stat.extent
+        near = model.vis.map.znear * model.stat.extent
+        depth_m = near / (1 - depth * (1 - near / far))
+        instances, names = self._number_objects(geoms)
+        extrinsics = np.eye(4)
+        extrinsics[:3, :3] = quaternion_to_matrix(pose[3:])
+        extrinsics[:3, 3] = pose[:3]
+        return {
+            "image": np.ascontiguousarray(image[::-1]),  # OpenGL's first row is below
+            "depth": np.ascontiguousarray(depth_m[::-1]).astype(np.float32),
+            "instances": np.ascontiguousarray(instances[::-1]),
+            "names": names,
+            "intrinsics": np.array(
+                [[focal_length, 0, size / 2], [0, focal_length, size / 2], [0, 0, 1]]
+            ),
+            "extrinsics": extrinsics,
+        }
+
+    @contextlib.contextmanager
+    def _changed_appearance(self, camera_index: int, changes: dict[str, Any]) -> Iterator[None]:
+        """Move a camera and change the light for a while.
+
+        changes:
+            "camera": (translation [3] in the world (m), rotation vector [3] in the camera's frame).
+            "light": factors [3] on the light's red, green and blue.
+        """
+        model = self._env.sim.model._model
+        originals = (
+            model.cam_pos.copy(),
+            model.cam_quat.copy(),
+            model.light_diffuse.copy(),
+            np.array(model.vis.headlight.ambient),
+            np.array(model.vis.headlight.diffuse),
+        )
+        try:
+            if "camera" in changes:
+                translation, rotation_vector = changes["camera"]
+                turn = rotation_vector_to_quaternion(np.asarray(rotation_vector))
+                model.cam_pos[camera_index] += translation
+                model.cam_quat[camera_index] = multiply_quaternions(
+                    model.cam_quat[camera_index], turn
+                )
+            factors = np.asarray(changes.get("light", (1.0, 1.0, 1.0)))
+            model.light_diffuse[:] *= factors
+            model.vis.headlight.ambient[:] *= factors
+            model.vis.headlight.diffuse[:] *= factors
+            self._env.sim.forward()
+            yield
+        finally:
+            model.cam_pos[:] = originals[0]
+            model.cam_quat[:] = originals[1]
+            model.light_diffuse[:] = originals[2]
+            model.vis.headlight.ambient[:] = originals[3]
+            model.vis.headlight.diffuse[:] = originals[4]
+            self._env.sim.forward()
+
+    def _render_geoms(self, camera_index: int, size: int) -> Array:
+        """Number of the geom at each pixel [size, size], -1 for none, OpenGL's first row below.
+
+        robosuite has such a function, which fails with the NumPy of this environment.
+        """
+        import mujoco
+
+        context = self._env.sim._render_context_offscreen
+        context.render(width=size, height=size, camera_id=camera_index, segmentation=True)
+        colors = np.empty((size, size, 3), np.uint8)
+        viewport = mujoco.MjrRect(0, 0, size, size)
+        mujoco.mjr_readPixels(rgb=colors, depth=None, viewport=viewport, con=context.con)
+        segments = colors.astype(np.int64) @ [1, 2**8, 2**16]  # 0 is the background
+
+        geom_of_segment = np.full(context.scn.ngeom + 1, -1)
+        for index in range(context.scn.ngeom):
+            drawn = context.scn.geoms[index]
+            if drawn.segid != -1 and drawn.objtype == mujoco.mjtObj.mjOBJ_GEOM:
+                geom_of_segment[drawn.segid + 1] = drawn.objid
+        return geom_of_segment[np.minimum(segments, context.scn.ngeom)]
+
+    def _number_objects(self, geoms: Array) -> tuple[Array, dict[int, str]]:
+        """Number the objects, fixtures and the gripper from 1 on.
+
+        Args:
+            geoms: [h, w] number of the geom at each pixel, -1 for none.
+
+        Returns:
+            The number of the object at each pixel, [h, w] int32; number → name, "" for the gripper.
+        """
+        environment = self._env.env
+        model = self._env.sim.model._model
+        roots = {name: environment.obj_body_id[name] for name in self._boxes}
+        roots[""] = self._env.sim.model.body_name2id(environment.robots[0].gripper.root_body)
+        instances = np.zeros(geoms.shape, np.int32)
+        names = {}
+        for number, (name, root) in enumerate(roots.items(), 1):
+            names[number] = name
+            for geom in np.unique(geoms[geoms >= 0]):
+                if self._is_part_of(model, int(model.geom_bodyid[geom]), root):
+                    instances[geoms == geom] = number
+        return instances, names
 
     def _reset_environment(self) -> None:
         """Reset robosuite's environment.
@@ -193,16 +326,17 @@ class LiberoTask:
         self._env.env.robots[0].gripper.current_action[:] = 0
         if not self._is_prepared:
             self._is_prepared = True
-            if self._fast_rendering:
-                self._simplify_rendering()
             self._boxes = self._measure_boxes()
 
-    def _simplify_rendering(self) -> None:
-        """Replace the renderer by one without multisampling and reflections."""
-        model = self._env.sim.model._model
-        model.vis.quality.offsamples = 0
-        model.mat_reflectance[:] = 0
-        self._env.env.sim._render_context_offscreen = None
+    def _open_renderer(self) -> None:
+        """Open the renderer, without multisampling and reflections if that was asked for."""
+        if self._has_renderer:
+            return
+        self._has_renderer = True
+        if self._fast_rendering:
+            model = self._env.sim.model._model
+            model.vis.quality.offsamples = 0
+            model.mat_reflectance[:] = 0
         from robosuite.utils.binding_utils import MjRenderContextOffscreen
 
         context = MjRenderContextOffscreen(self._env.sim, device_id=-1)
@@ -434,6 +568,17 @@ def matrix_to_quaternion(matrix: Array) -> Array:
         quaternion[1 + k] = matrix[i, k] + matrix[k, i]
     quaternion = quaternion / np.linalg.norm(quaternion)
     return -quaternion if quaternion[0] < 0 else quaternion
+
+
+def quaternion_to_matrix(quaternion: Array) -> Array:
+    """The rotation matrix [3, 3] of a unit quaternion [4], scalar first."""
+    axes = []
+    for axis in np.eye(3):
+        rotated = multiply_quaternions(
+            multiply_quaternions(quaternion, np.append(0, axis)), conjugate_quaternion(quaternion)
+        )
+        axes.append(rotated[1:])
+    return np.stack(axes, axis=1)
 
 
 def serve(connection: Connection) -> None:

@@ -1,0 +1,139 @@
+"""Labeled images of LIBERO's tasks, from the simulator's ground truth.
+
+The images show starts of demonstrations (`starts.py`), which differ from all official states, in
+other light. Half of them are taken from another camera pose.
+"""
+
+import contextlib
+import math
+import re
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from spear.evaluate.libero.environment import REQUIREMENTS, find_python
+from spear.evaluate.libero.process import LiberoProcess
+from spear.evaluate.libero.record import PROTOCOL, begin_at_resting_start
+from spear.evaluate.libero.suites import LABELED_SUITES, NUM_TASKS, format_task, parse_task
+from spear.evaluate.simpler.frames import fit_frame
+from spear.sim.world import GRIPPER_NAME
+from spear.sim_data.label_scenes import SceneJob, SceneSource, label_scene_jobs, split_into_jobs
+from spear.types import Frame
+
+VIEW = "external"  # the only labeled view
+SCENES_PER_JOB = 32  # that one process renders
+RENDERED_SIZE_PX = 512
+"""Side of the pictures before they are scaled to the policy's size. Masks need pictures without
+multisampling, whose edges become smooth by the scaling."""
+CAMERA_POSITION_STD_M = 0.04  # noise of a moved camera along each axis
+CAMERA_TURN_STD_RAD = math.radians(4)  # noise of a moved camera about each axis
+LIGHT_FACTOR = (0.5, 1.3)  # range of the factor on the brightness
+LIGHT_TINT = 0.05  # largest change of a single color channel
+
+OBJECT_NAMES = {
+    "akita_black_bowl": "black bowl",
+    "cookies": "cookie box",
+    "flat_stove": "stove",
+    "glazed_rim_porcelain_ramekin": "ramekin",
+    "new_salad_dressing": "salad dressing",
+    "porcelain_mug": "white mug",
+    "red_coffee_mug": "red mug",
+    "white_yellow_mug": "yellow and white mug",
+}
+"""LIBERO's name of a kind of object → its name in instructions. Kinds that are not listed keep
+their names."""
+
+
+def label_tasks(out: Path, seeds: range, size: tuple[int, int], workers: int = 2) -> int:
+    """Label scenes of all tasks of the original suites (see `label_scene_jobs`).
+
+    Args:
+        out: Output folder.
+        seeds: Seeds of the scenes of each task.
+        size: (width, height) of the images, px.
+        workers: Number of processes that run at once.
+
+    Returns:
+        The number of images.
+
+    Raises:
+        SpearError: LIBERO's environment is missing.
+    """
+    find_python()  # a missing environment is reported before the folder is written
+    jobs: list[SceneJob] = []
+    for suite in LABELED_SUITES:
+        for index in range(NUM_TASKS):
+            jobs += split_into_jobs(format_task(suite, index), seeds, SCENES_PER_JOB)
+    source = SceneSource(
+        render=partial(_render_frames, size),
+        views=[VIEW],
+        settings={
+            "scenes": len(seeds),
+            "first_seed": seeds[0],
+            "size": size,
+            "simulator": " ".join(REQUIREMENTS),
+        },
+        collect_instructions=_collect_instructions,
+    )
+    return label_scene_jobs(out, jobs, source, workers)
+
+
+def render_labeled_frame(
+    process: LiberoProcess, task: str, seed: int, size: tuple[int, int]
+) -> Frame:
+    """Render the scene of a seed, with its ground truth, at the policy's size."""
+    begin_at_resting_start(process, seed)
+    values = process.render_ground_truth(RENDERED_SIZE_PX, sample_appearance(seed))
+    frame = Frame(
+        image=values["image"],
+        depth=values["depth"],
+        instances=values["instances"],
+        names={number: name_object(name) for number, name in values["names"].items()},
+        intrinsics=values["intrinsics"],
+        extrinsics=values["extrinsics"],
+    )
+    return fit_frame(frame, size, f"libero/{task}/{seed}")
+
+
+def sample_appearance(seed: int) -> dict[str, Any]:
+    """Sample light and, for half of the seeds, a moved camera.
+
+    Returns:
+        The changes for `LiberoTask.render_ground_truth` in worker.py.
+    """
+    rng = np.random.default_rng([seed, 100])  # attempts at a start have the numbers 0, 1, …
+    brightness = rng.uniform(*LIGHT_FACTOR)
+    changes: dict[str, Any] = {"light": brightness + rng.uniform(-LIGHT_TINT, LIGHT_TINT, 3)}
+    if rng.random() < 0.5:
+        translation = rng.normal(0, CAMERA_POSITION_STD_M, 3)
+        changes["camera"] = (translation, rng.normal(0, CAMERA_TURN_STD_RAD, 3))
+    return changes
+
+
+def name_object(libero_name: str) -> str:
+    """Return an object's name in words.
+
+    >>> name_object("akita_black_bowl_1"), name_object("moka_pot_2"), name_object("")
+    ('black bowl', 'moka pot', 'robot gripper')
+    """
+    if not libero_name:
+        return GRIPPER_NAME
+    kind = re.sub(r"_\d+$", "", libero_name)
+    return OBJECT_NAMES.get(kind, kind.replace("_", " "))
+
+
+def _collect_instructions() -> list[str]:
+    """List the names of the objects that have other names in LIBERO, each with "the"."""
+    return sorted({f"the {name}" for name in OBJECT_NAMES.values()})
+
+
+def _render_frames(size: tuple[int, int], job: SceneJob) -> Iterator[tuple[str, list[Frame]]]:
+    """Render the frames of one job in a process of its own."""
+    task, seeds = job
+    suite, index = parse_task(task)
+    process = LiberoProcess(suite, index, PROTOCOL.seed, fast_rendering=True)
+    with contextlib.closing(process):
+        yield VIEW, [render_labeled_frame(process, task, seed, size) for seed in seeds]
