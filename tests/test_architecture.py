@@ -51,7 +51,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "serve": BASIC | {"data", "chunks", "embodiments"},
     "train": LOW | {"data", "models", "labels", "monitor"},
     "evaluate": MIDDLE | {"sim_data", "policy", "chunks", "embodiments", "serve"},
-    "audit": BASIC | {"checks", "data"},
+    "audit": BASIC | {"checks", "data", "embodiments"},
     "diagnose": HIGH | {"checks"},
     "report": HIGH | {"audit", "checks", "diagnose"},
     "ui": HIGH,
