@@ -328,7 +328,7 @@ def prediction_to_velocity(
         return replace(prediction, rotation=v_rotation - radial * q_tau)
 
     remaining = _broadcast_time(1 - tau, state).clamp_min(_MIN_REMAINING)
-    q_hat = _clean_rotation(prediction.rotation, config)
+    q_hat = _extract_clean_quaternion(prediction.rotation, config)
     if config.rotation == "s3":
         # The data that the network learns have w >= 0, so its prediction means that sign.
         displacement = sphere_log(q_tau, quat_canonical(q_hat))
@@ -366,13 +366,13 @@ def compute_loss(
     - Translation and gripper have the mean squared error.
     - The rotation's cosine loss is 1 - ⟨q̂, q⟩². With `rotation_loss="mse"` the loss is the squared
       angle between the two rotations (rad²).
-    - The geodesic loss is min(‖q - q̂‖, ‖q + q̂‖), about half the angle. The gradient of this loss
-      does not fade for small angles, as the gradients of the other two do. But where several
+    - The geodesic loss is min(‖q - q̂‖, ‖q + q̂‖), about half the angle. The gradients of the
+      other two fade for small angles; the gradient of this loss does not. But where several
       rotations are possible, this loss teaches their median; if most steps do not rotate, the
       median is no rotation.
 
-    With `rotation="linear"`, the rotation's losses for velocities and for clean actions both have
-    the velocities' formulas, in R⁴.
+    With `rotation="linear"`, the rotation's loss is that of a velocity in R⁴, also for clean
+    actions. The geodesic loss stays as it is.
 
     Args:
         prediction: [..., H, ·], a velocity or a clean action, as `config.prediction` says.
@@ -400,7 +400,7 @@ def compute_loss(
     if config.prediction == "clean":
         predicted = prediction
         target = data
-        q_hat = _clean_rotation(prediction.rotation, config)
+        q_hat = _extract_clean_quaternion(prediction.rotation, config)
         q = quat_canonical(data.rotation)
         rotation_errors = _clean_rotation_error(q_hat, q, config)
     else:
@@ -529,7 +529,7 @@ def _step_towards_clean(
     This is the Euler step with the velocity that `prediction_to_velocity` derives from the clean
     action. Interpolating directly, without a division by 1 - τ, takes a fifth of the time.
     """
-    q_hat = _clean_rotation(clean.rotation, config)
+    q_hat = _extract_clean_quaternion(clean.rotation, config)
     if config.rotation == "s3":
         rotation = sphere_slerp(state.rotation, quat_canonical(q_hat), fraction)
     else:
@@ -539,9 +539,11 @@ def _step_towards_clean(
     return Action(translation, rotation, gripper)
 
 
-def _clean_rotation(predicted: Tensor, config: FlowConfig) -> Tensor:
-    """The quaternion q̂ that a clean prediction means: normalized, unless the loss teaches its
-    length."""
+def _extract_clean_quaternion(predicted: Tensor, config: FlowConfig) -> Tensor:
+    """The quaternion q̂ of a predicted clean action.
+
+    It is normalized, unless the loss teaches the network its length.
+    """
     loss_teaches_length = config.rotation == "linear" and config.rotation_loss == "mse"
     return predicted if loss_teaches_length else quat_normalize(predicted)
 

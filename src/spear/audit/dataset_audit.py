@@ -835,7 +835,7 @@ def _judge_layout(
 
 
 def _draw_resample_counts(num_units: int) -> Array:
-    """Draw how often each draw of the bootstrap contains each unit of resampling.
+    """Draw, for each resample of the bootstrap, how often it contains each unit of resampling.
 
     Returns:
         [NUM_RESAMPLES, num_units] counts, the same in every run.

@@ -91,9 +91,13 @@ def _read_vectors(episode: RecordedEpisode, source: str) -> Array:
 
 
 def _measure_limit(vectors: Sequence[Array], source: str) -> float:
-    """Return the largest distance from one half of the training episodes to the other one."""
+    """Return the largest distance from one half of the training episodes to the other one.
+
+    A single episode is compared with itself, so its limit is 0.
+    """
     first_half = _thin_out(np.concatenate(vectors[::2]))
-    second_half = _thin_out(np.concatenate(vectors[1::2] or vectors))
+    other_episodes = vectors[1::2] if len(vectors) > 1 else vectors
+    second_half = _thin_out(np.concatenate(other_episodes))
     return float(_nearest(second_half, first_half, source).max())
 
 

@@ -36,8 +36,8 @@ class AgentOptions(Options):
 
     policy: str = "nano"
     """Who acts: nano (comes with this package), a folder with a trained policy, the ws:// address
-    of `spear serve --embodiment generic`, expert (a script that knows the true state; oracle for
-    SIMPLER) or nothing."""
+    of `spear serve --embodiment generic`, "expert" (a script that knows the true state; "oracle"
+    for SIMPLER) or "nothing" (the arm stays where it is)."""
     device: Device = "auto"
     dtype: Dtype = "float32"
     quantize: Quantize = None

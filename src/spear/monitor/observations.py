@@ -109,6 +109,7 @@ def check_color_order(
     expected: TrainingDistribution, camera: str, pixels: Array
 ) -> Iterator[Finding]:
     """Report images [B, 3, h, w] whose colors match training only with red and blue exchanged."""
+    # Without a mean, exchanging red and blue makes no difference, so nothing is reported.
     mean_difference, std_difference = expected.red_minus_blue.get(camera, (0.0, 0.0))
     spread = max(std_difference, MIN_COLOR_SPREAD)  # one standard deviation
     red = pixels[:, 0].mean(dtype=np.float64)

@@ -19,7 +19,7 @@ class Exchange:
     inference_s  how long the policy computed.
     observation  what the policy observed.
     actions      [H, 8] the policy's action chunk.
-    rows         [N, n] the commands that the robot got.
+    rows         [number of commands, numbers per command] the commands that the robot got.
     num_bytes    the size of the client's message, which stays in memory as long as its images do.
     """
 

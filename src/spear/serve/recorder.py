@@ -222,7 +222,10 @@ class RecordingWriter:
             self.end_episode(client)
 
     def save_outdated(self, now_s: float) -> None:
-        """Save the episodes with steps older than `SAVE_INTERVAL_S`; `now_s` is monotonic."""
+        """Save the episodes that have new steps and were last saved `SAVE_INTERVAL_S` ago.
+
+        `now_s` is the present time by the monotonic clock.
+        """
         for episode in self._open_episodes.values():
             if episode.has_unsaved_steps and now_s - episode.last_saved_s > SAVE_INTERVAL_S:
                 self._save(episode, is_complete=False)

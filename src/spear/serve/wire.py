@@ -142,7 +142,7 @@ def _decode_array(packed: dict[Any, Any], path: str) -> np.ndarray[Any, Any]:
         )
     try:
         return np.frombuffer(data, dtype).reshape(shape)
-    except ValueError as error:  # an empty array with absurd other sizes
+    except ValueError as error:  # a size is 0, and NumPy cannot hold another one, as in [0, 2**70]
         raise SpearError(
             f"{path} is an array of shape {quote(shape)} ({error}). Pack it as openpi-client does."
         ) from error

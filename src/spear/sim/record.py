@@ -225,7 +225,7 @@ class ArmDisturber:
         # The expert closes the gripper in order to grasp, and keeps it closed while it holds.
         is_holding = bool(action[7] < 0.5)
         if self.num_steps_left == 0 and step > 0:
-            self._begin_at_random(is_holding)
+            self._maybe_begin_disturbance(is_holding)
         if self.num_steps_left == 0:
             return action, False
 
@@ -234,7 +234,7 @@ class ArmDisturber:
             return self.policy.act(self.policy.folder, observation, seed, step), True
         return self._draw_pushed_action(action, is_holding), True
 
-    def _begin_at_random(self, is_holding: bool) -> None:
+    def _maybe_begin_disturbance(self, is_holding: bool) -> None:
         """Begin a push, or a turn of the policy, with its probability."""
         rng = self.rng
         if self.policy is not None:

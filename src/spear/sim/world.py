@@ -151,7 +151,7 @@ class World:
         self.servo.set_pose(position, rotation, float(half[1]) / FINGER_TRAVEL_M)
 
         # The box's center has to be at the end-effector. The sum is the product of the matrix and
-        # the vector `center`.
+        # the vector `center`; unlike `@`, it rounds alike on every processor.
         ee_position, ee_rotation = self.servo.measure_pose()
         matrix = np.empty(9)
         mujoco.mju_quat2Mat(matrix, ee_rotation)

@@ -51,6 +51,7 @@ class RowStats:
             "min": np.array([sketch.low for sketch in sketches]).astype(self._dtype),
             "max": np.array([sketch.high for sketch in sketches]).astype(self._dtype),
             "mean": np.array([sketch.mean for sketch in sketches]),
+            # `squares` is the sum of the squared deviations from the mean.
             "std": np.array([np.sqrt(sketch.squares / sketch.count) for sketch in sketches]),
             "count": np.array([sketches[0].count]),
         }

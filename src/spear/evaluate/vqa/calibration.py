@@ -77,8 +77,9 @@ class Trust:
     The measurement is stored next to the model's weights.
 
     measured_on    what the images are, in words.
-    factors        question type → factor. An interval of ± factor · spread around the median of the
-                   distribution contains `TRUSTED_COVERAGE` of the true numbers.
+    factors        question type → factor. The model predicts a distribution for each number of an
+                   answer. The interval of ± factor · (width of the distribution) around its median
+                   contains `TRUSTED_COVERAGE` of the true numbers.
     names_present  rate at which the model confirms objects that are in the image. For each object,
                    the model is asked to point at the object, and then what is at this point. It
                    confirms the object if it gives the object's name.

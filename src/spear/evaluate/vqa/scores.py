@@ -139,6 +139,7 @@ class Scores:
             path: The file.
             run_settings: Keys and values to write before the scores.
         """
+        # `asdict` has no properties, so they are added.
         readings = {}
         for question_type, reading in self.readings.items():
             readings[question_type] = {**asdict(reading), "best": reading.best}
@@ -291,7 +292,8 @@ def summarize(
 
     Args:
         answers: Every question with its answer.
-        free_grammar: Question type → whether each free answer was grammatical.
+        free_grammar: Question type → whether each answer was grammatical when the model wrote it
+            freely, without being held to the grammar of the question type.
         labels: The labeled images.
         decode: How the scored numbers were read.
         trust: How far the model can be trusted. If given, its intervals are scored, too.

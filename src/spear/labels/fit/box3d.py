@@ -80,7 +80,7 @@ MIN_ON_FACE_FRACTION = 0.85
 """An object is round if a smaller fraction of its points lies on those faces of its box that the
 camera sees."""
 MAX_HIDDEN_DEPTH_FRACTION = 0.6
-"""The hidden back of a round object is at most this fraction of its visible depth deep."""
+"""The largest depth of a round object's hidden back, as a fraction of its visible depth."""
 ALIGNMENT_PER_RAD = 0.05
 """What a misalignment between an upright box and the camera costs. The box with the smallest
 footprint wins, but a footprint counts as larger by this fraction for each radian of

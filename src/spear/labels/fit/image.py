@@ -40,7 +40,8 @@ def unproject(depth: Array, intrinsics: Array) -> Array:
         Points [h, w, 3] float32 in the camera frame, in the unit of the depth.
     """
     height, width = depth.shape
-    rays = _compute_rays(height, width, np.asarray(intrinsics, np.float64).tobytes())
+    matrix_bytes = np.asarray(intrinsics, np.float64).tobytes()  # bytes can be keys of a cache
+    rays = _compute_rays(height, width, matrix_bytes)
     return rays * np.asarray(depth, np.float32)[..., None]
 
 

@@ -139,6 +139,7 @@ class GeminiDetector:
             results = list(threads.map(self._detect_in_frame, frames))
         failures = [result for result in results if isinstance(result, SpearError)]
         if not failures:
+            # All results are detections; the condition tells the type checker so.
             return [result for result in results if not isinstance(result, SpearError)]
         # After an error the pipeline calls `detect` again, image by image. Keep the results for it,
         # so that no image is requested twice.
