@@ -1,7 +1,7 @@
 """Classify questions by their skeletons: which type of question is it, if any that models learn?
 
 A linear classifier gives each type a score. It is fitted to the questions of example_questions.toml
-and to the prompt templates by ridge regression. This takes a second or two, so no weights are
+and to the prompt templates by ridge regression. This takes two or three seconds, so no weights are
 stored. To teach it another wording, add the question to example_questions.toml.
 """
 
@@ -46,7 +46,7 @@ PIXEL_TYPES = frozenset(
 )
 """The types whose questions give the coordinates of a pixel."""
 RIDGE_PENALTY = 0.1  # chosen by cross-validation among 0.1, 0.5 and 2
-SOLVER_TOLERANCE = 1e-7  # of the least-squares solver; scores are wrong by less than 0.001
+SOLVER_TOLERANCE = 1e-5  # of the least-squares solver; scores are wrong by less than 0.001
 _UNTAUGHT_WORDS = WORDS["untaught"] | WORDS["adjectives"]
 
 _UNIT = "(?:meters|centimeters|millimeters|feet|inches|yards)"
@@ -57,6 +57,8 @@ PATTERNS = {
     "an object moves": r"NAME .*\b(?:move|moved|moving|reach|reaching|travel|walk)\b",
     "one object and another": r"NAME (?:and|or)(?: \w+)* NAME",
     "room between": r"\b(?:room|space) .*between",
+    "an object is the origin": r"NAME (?:be|is|was|were|as)(?: at)? (?:origin|zero)",
+    "the origin is at an object": r"\borigin \w+(?: \w+)? NAME",
     "from one object to another": r"\b(?:how|what|which)\b.* from NAME .*\bto\b.* NAME",
 }
 """Name of a cue → the skeletons that have it. These cues are no single words."""
@@ -64,10 +66,30 @@ PATTERNS = {
 
 @dataclass(frozen=True)
 class Example:
-    """A question whose type is known; `NO_TYPE` if no model is taught to answer it."""
+    """A question whose type is known.
+
+    Attributes:
+        question: the question.
+        question_type: its type; `NO_TYPE` if no model is taught to answer it.
+        names: the names of its objects, if it is of a taught type.
+    """
 
     question: str
     question_type: str
+    names: tuple[str, ...] = ()
+
+    def list_readings(self) -> list[Skeleton]:
+        """List the skeletons from which a classifier learns.
+
+        Of a taught question, it is the first with the right objects. An untaught question should be
+        refused in any reading.
+        """
+        readings = read_question(self.question).list_readings()
+        if self.question_type == NO_TYPE:
+            return readings
+        names = {name.casefold() for name in self.names}
+        right_readings = [reading for reading in readings if set(reading.names) == names]
+        return [*right_readings, *readings][:1]
 
 
 def load_examples() -> list[Example]:
@@ -75,12 +97,13 @@ def load_examples() -> list[Example]:
     tables: Mapping[str, Any] = tomllib.loads(EXAMPLES_FILE.read_text(encoding="utf-8"))
     examples = [Example(question, NO_TYPE) for question in tables["untaught"]]
     for row in (*tables["paraphrases"], *tables["absent"]):
-        examples.append(Example(row["ask"], row["type"]))
+        examples.append(Example(row["ask"], row["type"], tuple(row["objects"])))
     for question_type, templates in PROMPT_TEMPLATES.items():
         point = "(80, 40)" if question_type in PIXEL_TYPES else "closest"
         for template in templates:
             question = template.format(x="the mug", y="the bowl", p=point)
-            examples.append(Example(question, question_type))
+            names = ("mug", "bowl")[: NUM_OBJECTS[question_type]]
+            examples.append(Example(question, question_type, names))
     return examples
 
 
@@ -104,8 +127,9 @@ class Classifier:
         feature_sets: list[frozenset[str]] = []
         types: list[str] = []
         for example in examples:
-            feature_sets.append(_read_features(example.question))
-            types.append(example.question_type)
+            for features_of_reading in _read_features(example):
+                feature_sets.append(features_of_reading)
+                types.append(example.question_type)
         features = sorted(frozenset[str]().union(*feature_sets))
         feature_indices = {feature: index for index, feature in enumerate(features)}
         classes = sorted(set(types))
@@ -124,21 +148,44 @@ class Classifier:
             weights[:, index] = solution[0]
         return cls(feature_indices, classes, weights)
 
-    def classify(self, skeleton: Skeleton) -> str:
-        """Return the type of a question, or `NO_TYPE`."""
+    def classify(self, readings: Iterable[Skeleton]) -> tuple[Skeleton, str] | None:
+        """Find the likeliest reading of a question, and its type.
+
+        Returns:
+            The reading and the type; None if no model is taught to answer the question.
+        """
+        best_margin = 0.0
+        best: tuple[Skeleton, str] | None = None
+        for skeleton in readings:
+            question_type, margin = self.score(skeleton)
+            if margin > best_margin:
+                best = skeleton, question_type
+                best_margin = margin
+        return best
+
+    def score(self, skeleton: Skeleton) -> tuple[str, float]:
+        """Return the likeliest type of a skeleton, and by how much it is likelier than `NO_TYPE`.
+
+        A type is possible only if the skeleton names as many objects and pixels as its questions.
+        """
         if not _UNTAUGHT_WORDS.isdisjoint(skeleton.words):
-            return NO_TYPE
-        scores = _to_vector(list_features(skeleton), self.feature_indices) @ self.weights
+            return NO_TYPE, 0.0
+        vector = _to_vector(list_features(skeleton), self.feature_indices)
+        scores = dict(zip(self.classes, (vector @ self.weights).tolist(), strict=True))
         has_pixel = PIXEL in skeleton.words
-        likely_classes = sorted(zip(-scores, self.classes, strict=True))
-        for _, name in likely_classes:
-            if name == NO_TYPE:
-                return NO_TYPE
-            if ACTION in skeleton.words and name != "offset":  # "push the mug away from you"
-                return NO_TYPE
-            if NUM_OBJECTS[name] == skeleton.num_objects and (name in PIXEL_TYPES) == has_pixel:
-                return name
-        return NO_TYPE
+        possible_types = [
+            name
+            for name in self.classes
+            if name != NO_TYPE
+            and NUM_OBJECTS[name] == skeleton.num_objects
+            and (name in PIXEL_TYPES) == has_pixel
+        ]
+        if ACTION in skeleton.words:  # "push the mug away from you"
+            possible_types = [name for name in possible_types if name == "offset"]
+        if not possible_types:
+            return NO_TYPE, 0.0
+        likeliest_type = max(possible_types, key=lambda name: scores[name])
+        return likeliest_type, scores[likeliest_type] - scores.get(NO_TYPE, 0.0)
 
 
 @lru_cache(1)
@@ -148,9 +195,10 @@ def fit_classifier() -> Classifier:
 
 
 @lru_cache(None)
-def _read_features(question: str) -> frozenset[str]:
+def _read_features(example: Example) -> list[frozenset[str]]:
     """Read the features of an example. They are kept for the next fit of a cross-validation."""
-    return frozenset(list_features(read_question(question).list_readings()[0]))
+    features = [frozenset(list_features(reading)) for reading in example.list_readings()]
+    return list(dict.fromkeys(features))
 
 
 def list_features(skeleton: Skeleton) -> set[str]:

@@ -32,7 +32,7 @@ WORDS = {group: frozenset(words) for group, words in _DATA["words"].items()}
 CUES = {group: frozenset(words) for group, words in _DATA["cues"].items()}
 """Group of words → the words. They tell what a question asks."""
 CUE_WORDS = frozenset().union(*CUES.values())
-_GROUPS_OF_NAMES = frozenset(("kinds_of_boxes", "look_alikes", "movers", "surfaces"))
+_GROUPS_OF_NAMES = frozenset(("kinds_of_boxes", "look_alikes", "movers", "no_objects", "surfaces"))
 _MAX_OBJECTS = 2  # that a taught question names
 VOCABULARY = CUE_WORDS.union(*(WORDS[group] for group in WORDS.keys() - _GROUPS_OF_NAMES))
 """The words of questions, which are no names."""
@@ -59,7 +59,8 @@ _TYPO_TARGETS = sorted(
 _MIN_ADVERB_LETTERS = 6  # "nearly", but not "ugly"
 _MIN_PARTICIPLE_LETTERS = 7  # "leading", but not "spring"
 
-_QUOTATION_MARKS = re.compile(r"(?<!\w)'|'(?!\w)|[\"“”‘*_]")  # also the apostrophe of plurals
+# Also the apostrophe of plurals, and "*" unless a number follows.
+_QUOTATION_MARKS = re.compile(r"(?<!\w)'|'(?!\w)|[\"“”‘_]|\*(?! ?\d)")
 _PHRASES = re.compile(
     rf"(?<!\w)(?:{'|'.join(map(re.escape, sorted(PHRASES, key=len, reverse=True)))})(?!\w)"
 )
@@ -67,19 +68,40 @@ _CAPITALIZED = re.compile(r"(?<=[\w,] )[A-Z][a-z]+")  # although no sentence beg
 # A token is 's, a word (perhaps with hyphens), or a single punctuation mark.
 _TOKENS = re.compile(r"'s\b|[^\W_]+(?:-[^\W_]+)*|[^\s\w]")
 _ENDS_OF_CLAUSES = frozenset(",.;:?!()[]–—-") | WORDS["subordinators"]
+_ENDS_OF_SENTENCES = frozenset(".;:?!")
 _AFTER_VERBS = WORDS["determiners"] | {"i", "it", "out", "them", "up", "we", "you"}
 """The words before these are no name, but a verb: "pick up", "grasp the mug"."""
 
 _CUES_AFTER_NAMES = CUE_WORDS - CUES["naming"] - CUES["finding"] - {"away"}
 """The words before these may be a name without an article: "mug distance"."""
+_AFTER_FIRST_NAMES = frozenset(("", "against", "and", "from", "in", "is", "its", "or", "to"))
+_BEFORE_BOXES = frozenset(("after", "enclosing", "that"))
+"""After these, besides prepositions, "the box" may be the name of an object."""
 _NOUNS_AFTER_NAMES = CUES["distance"] | CUES["position"] | CUES["center"] | CUES["corners"]
 """The words before these are certainly no verbs."""
 
 _NUMBER = r"(\d+(?:\.\d+)?)"
-_ROW_AND_COLUMN = re.compile(rf"row\s+{_NUMBER}\s*,?\s*(?:and\s+)?col(?:umn)?\s+{_NUMBER}")
+_PIXELS_RIGHT = r"(?:pixels? )?(?:across|(?:to the )?right|from the left)"
+_PIXELS_DOWN = r"(?:pixels? )?(?:down|from the top)"
+_NTH = rf"(?:{_NUMBER}(?:st|nd|rd|th)?)"
+_ROWS_AND_COLUMNS = tuple(
+    re.compile(pattern)
+    for pattern in (
+        rf"row\s+{_NUMBER}\s*,?\s*(?:and\s+)?col(?:umn)?\s+{_NUMBER}",
+        rf"{_NTH} row,? (?:and )?(?:the )?{_NTH} col(?:umn)?",
+    )
+)
+"""Match the coordinates of a pixel, y before x."""
 _PIXELS = tuple(
     re.compile(pattern)
     for pattern in (
+        rf"col(?:umn)?\s+{_NUMBER}\s*,?\s*(?:and\s+)?row\s+{_NUMBER}",
+        rf"{_NTH} col(?:umn)?,? (?:and )?(?:the )?{_NTH} row",
+        rf"horizontal coordinate {_NUMBER},? (?:and )?(?:the )?vertical coordinate {_NUMBER}",
+        rf"{_NUMBER} {_PIXELS_RIGHT},? (?:and )?{_NUMBER} {_PIXELS_DOWN}",
+        rf"(?<=coordinates ){_NUMBER} (?:and|by) {_NUMBER}",
+        rf"(?<=pixel ){_NUMBER} (?:and|by) {_NUMBER}",
+        rf"(?<=integers, ){_NUMBER} and {_NUMBER}",
         rf"[(\[]?\b[xu]\s*[=:]?\s*{_NUMBER}\s*[,;]?\s*(?:and\s+)?[yv]\s*[=:]?\s*{_NUMBER}[)\]]?",
         rf"[(\[]\s*{_NUMBER}\s*[,;/ ]\s*{_NUMBER}\s*[)\]]",
         rf"(?<![\w.]){_NUMBER}\s*[,/ ]\s*{_NUMBER}(?!\w)",
@@ -97,11 +119,13 @@ class Skeleton:
             coordinates of a pixel, and `UNEXPLAINED` for an unexplained word.
         names: the names of the objects, in the order of the words `NAME`.
         has_bare_names: whether a name stands without an article.
+        definite_names: the names that stand after "the" or "this".
     """
 
     words: list[str] = field(default_factory=list)
     names: list[str] = field(default_factory=list)
     has_bare_names: bool = False
+    definite_names: set[str] = field(default_factory=set)
 
     @property
     def num_objects(self) -> int:
@@ -120,10 +144,12 @@ class QuestionReading:
 
     Attributes:
         clauses: the skeletons of its clauses.
+        sentences: for each sentence, the indices of its clauses.
         pixel: (x, y) of the pixel that it mentions, px; None if it mentions none.
     """
 
     clauses: list[Skeleton]
+    sentences: list[range]
     pixel: tuple[float, float] | None
 
     def list_readings(self) -> list[Skeleton]:
@@ -152,7 +178,28 @@ class QuestionReading:
             )
         if any(clause.names for clause in last_reading):
             readings.append(_join_clauses(last_reading))
+        readings += self._list_sentences()
+        for reading in tuple(readings):
+            readings += _drop_asides(reading)
         return readings
+
+    def _list_sentences(self) -> list[Skeleton]:
+        """List the skeletons of the sentences that may ask the whole question.
+
+        Others tell what the question is about: "My tape measure is too short. How far is the mug?".
+        """
+        if len(self.sentences) <= 1:
+            return []
+        parts = [self.clauses[sentence.start :] for sentence in self.sentences[1:]]
+        words = _join_clauses(parts[-1]).words
+        if (WORDS["untaught"] | WORDS["adjectives"]).isdisjoint(words):
+            parts += [self.clauses[sentence.start : sentence.stop] for sentence in self.sentences]
+            parts += [self.clauses[: sentence.stop] for sentence in self.sentences[1:]]
+        skeletons = [_join_clauses(part) for part in parts]
+        skeletons = [skeleton for skeleton in skeletons if skeleton.has_cues]
+        if any(PIXEL in clause.words for clause in self.clauses):
+            return [skeleton for skeleton in skeletons if PIXEL in skeleton.words]
+        return [skeleton for skeleton in skeletons if skeleton.names]
 
     def _is_essential(self, clause: Skeleton) -> bool:
         """Return whether a clause says what is asked."""
@@ -178,15 +225,20 @@ def read_question(question: str) -> QuestionReading:
     text, pixel = _cut_pixel(text)
 
     clauses: list[Skeleton] = []
+    sentences: list[range] = []
     tokens: list[str] = []
     for token in [*_split_words(text), "."]:
         if token not in _ENDS_OF_CLAUSES:
             is_noun = tokens and tokens[-1] in WORDS["determiners"]
             tokens.append(_correct_spelling(token if is_noun else VERBS.get(token, token)))
         elif tokens:
+            tokens = _replace_possessives(tokens)
             clauses.append(_Clause(tokens, capitalized).read_skeleton())
             tokens = []
-    return QuestionReading(clauses, pixel)
+        first_clause = sentences[-1].stop if sentences else 0
+        if token in _ENDS_OF_SENTENCES and first_clause < len(clauses):
+            sentences.append(range(first_clause, len(clauses)))
+    return QuestionReading(clauses, sentences, pixel)
 
 
 def is_name(text: str, question: str) -> bool:
@@ -220,6 +272,7 @@ def _join_clauses(clauses: Sequence[Skeleton]) -> Skeleton:
     """
     words = [word for clause in clauses for word in clause.words]
     names = [name for clause in clauses for name in clause.names]
+    definite_names = {name for clause in clauses for name in clause.definite_names}
     for index, name in enumerate(names):
         longer_names = [longer_name for longer_name in names if longer_name.endswith(f" {name}")]
         if longer_names:
@@ -229,7 +282,29 @@ def _join_clauses(clauses: Sequence[Skeleton]) -> Skeleton:
         words, names = _drop_names(words, names, WORDS["surfaces"])
     if len(set(names)) > _MAX_OBJECTS:
         words, names = _drop_names(words, names, WORDS["movers"])
-    return Skeleton(words, names)
+    return Skeleton(words, names, definite_names=definite_names)
+
+
+def _drop_asides(skeleton: Skeleton) -> list[Skeleton]:
+    """List the readings of a skeleton without what may not be asked about.
+
+    These are the names without "the", if there are others, as in "My robot needs a number, how far
+    is the mug?"; the names, if a pixel is asked about; and the pixel, if an object is.
+    """
+    readings: list[Skeleton] = []
+    names = set(skeleton.names)
+    asides = names - skeleton.definite_names
+    if not skeleton.definite_names:
+        asides = {name for name in names if name.split()[-1] in WORDS["no_objects"]}
+    if asides and asides != names:
+        readings.append(Skeleton(*_drop_names(skeleton.words, skeleton.names, asides)))
+    is_choice = f"{NAME} or {NAME}" in " ".join(skeleton.words)
+    if PIXEL in skeleton.words and skeleton.names and not is_choice:
+        readings.append(Skeleton([word for word in skeleton.words if word != NAME]))
+    if PIXEL in skeleton.words and skeleton.definite_names:
+        words = [word for word in skeleton.words if word != PIXEL]
+        readings.append(Skeleton(words, skeleton.names))
+    return readings
 
 
 def _drop_names(
@@ -246,11 +321,11 @@ def _drop_names(
 
 def _cut_pixel(text: str) -> tuple[str, tuple[float, float] | None]:
     """Replace the coordinates of a pixel by `PIXEL`. Return the text and (x, y)."""
-    match = _ROW_AND_COLUMN.search(text)
-    if match:
-        row, column = match.groups()
-        pixel = (float(column), float(row))
-        return _replace_match(text, match), pixel
+    for pattern in _ROWS_AND_COLUMNS:
+        match = pattern.search(text)
+        if match:
+            row, column = match.groups()
+            return _replace_match(text, match), (float(column), float(row))
     for pattern in _PIXELS:
         match = pattern.search(text)
         if match:
@@ -272,6 +347,17 @@ def _split_words(text: str) -> list[str]:
         is_one_word = token in VOCABULARY or VOCABULARY.isdisjoint(subwords)
         tokens += [token] if is_one_word else [subword for subword in subwords if subword]
     return tokens
+
+
+def _replace_possessives(tokens: Sequence[str]) -> list[str]:
+    """Write "grandma's mug" as "his mug"."""
+    words: list[str] = []
+    for token in tokens:
+        if token == "'s" and words and words[-1] in WORDS["speakers"]:
+            words[-1] = "his"
+        else:
+            words.append(token)
+    return words
 
 
 def _correct_spelling(token: str) -> str:
@@ -318,7 +404,9 @@ class _Clause:
         index = 0
         while index < len(self.tokens):
             end = self._find_end_of_name(index)
-            if end == index:
+            if self._token_at(end) in WORDS["speakers"]:
+                index = end + 1  # "my boss", "the safety officer"
+            elif end == index:
                 skeleton.words += self._read_word(self.tokens[index])
                 index += 1
             elif self._is_in_place_of_name(index, end):
@@ -338,7 +426,7 @@ class _Clause:
         """Return what a word that is no name adds to the skeleton."""
         if token in WORDS["determiners"] or token == "'s" or token.isdigit():
             return []
-        if token in "=~#+":
+        if token in "=~#+{}|" or token in WORDS["speaking"]:
             return []
         is_known = token in VOCABULARY or token == PIXEL or _is_adverb(token)
         return [token] if is_known else [UNEXPLAINED]
@@ -351,10 +439,18 @@ class _Clause:
             words.pop()
             skeleton.words.append(UNEXPLAINED)
         skeleton.names.append(" ".join(words))
+        if self._is_definite(start) and words[-1] not in WORDS["no_objects"]:
+            skeleton.definite_names.add(skeleton.names[-1])
         skeleton.has_bare_names |= not self._is_after_determiner(start)
 
     def _is_after_determiner(self, index: int) -> bool:
         return self._token_at(index - 1) in WORDS["determiners"]
+
+    def _is_definite(self, index: int) -> bool:
+        """Return whether "the" or the like stands before a name, as in "the whole bottle"."""
+        if self._token_at(index - 1) in WORDS["common"]:
+            index -= 1
+        return self._token_at(index - 1) in WORDS["definite"]
 
     def _is_participle(self, index: int) -> bool:
         """Return whether a word is no name but a participle: "vector leading from x to y"."""
@@ -396,6 +492,8 @@ class _Clause:
         """Return whether "can" at `end`, after tokens[start:end], belongs to a name."""
         next_token = self._token_at(end + 1)
         if end > start or self._is_after_determiner(start):
+            if self._token_at(start - 2) == "let":
+                return True  # "let the can be the origin"
             verbs_follow = WORDS["references"] | WORDS["determiners"] | {"be"}
             return next_token == "that" or next_token not in verbs_follow
         words_before_names = WORDS["name_prepositions"] | CUES["difference"] | {"distance"}
@@ -421,9 +519,19 @@ class _Clause:
         if end > start:
             other_cues = CUES["corners"] | CUES["solid"] | CUES["projecting"]
             return other_cues.isdisjoint(self.tokens)
-        is_after_preposition = self._token_at(start - 2) in WORDS["name_prepositions"]
-        is_end = next_token in ("", "and", "or", "from", "is", "than", "to", "'s")
-        return is_after_determiner and is_after_preposition and is_end
+        is_end = next_token in ("", "and", "or", "from", "is", "over", "than", "to", "'s")
+        if not is_after_determiner:  # "hammer to box"
+            return start > 1 and self._token_at(start - 1) == "to" and next_token == ""
+        no_boxes = CUES["corners"] | CUES["bounding"] | CUES["solid"] | {"around"}
+        if next_token == "or":
+            return True
+        if not CUES["comparative"].isdisjoint(self.tokens) and no_boxes.isdisjoint(self.tokens):
+            return True
+        if next_token == "in" and not CUES["center"].isdisjoint(self.tokens[:start]):
+            return True  # "the 3D center of the box in meters"
+        before_names = WORDS["name_prepositions"] | WORDS["speaking"]
+        is_after_preposition = self._token_at(start - 2) in before_names | _BEFORE_BOXES
+        return is_after_preposition and is_end
 
     def _is_in_place_of_name(self, start: int, end: int) -> bool:
         """Return whether tokens[start:end] stand where questions name objects.
@@ -442,7 +550,9 @@ class _Clause:
         is_in_choice = (
             previous_token == "or" and self._token_at(end + 1) in CUES["comparative"]
         )  # "is mug or bowl the closest"
-        if (next_token in _AFTER_VERBS and not is_in_choice) or is_infinitive:
+        is_before_its = previous_token == "" and next_token == "its"  # "mug, its center"
+        is_verb = next_token in _AFTER_VERBS and not is_in_choice and not is_before_its
+        if is_verb or is_infinitive:
             return False
         is_after_adjective = previous_token in WORDS["common"] | CUES["superlative"]
         if previous_token == "that" or (
@@ -454,7 +564,7 @@ class _Clause:
         is_before_cue = next_token in _CUES_AFTER_NAMES or next_token == "'s"
         is_before_cue |= self.tokens[end : end + 2] == ["away", "from"]
         if previous_token == "":
-            return is_before_cue or next_token in ("", "against", "and", "or", "to", "is", "in")
+            return is_before_cue or next_token in _AFTER_FIRST_NAMES
         if (
             previous_token in CUE_WORDS - CUES["image"]
             or previous_token in WORDS["name_prepositions"]

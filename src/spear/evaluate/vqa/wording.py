@@ -16,6 +16,7 @@ from spear.evaluate.vqa.skeleton import (
     CUES,
     MODEL_NAMES,
     NAME,
+    PIXEL,
     PROPERTY,
     Skeleton,
     is_name,
@@ -32,6 +33,9 @@ KEYPOINT_OF_WORD = {
     "nearest": "closest",
     "farthest": "furthest",
     "furthest": "furthest",
+    "last": "furthest",
+    "maximum": "furthest",
+    "minimum": "closest",
 }
 """Word of a question → keypoint, a key of `KEYPOINT_NAMES`."""
 
@@ -39,7 +43,7 @@ _BEFORE_START = frozenset(
     ("am", "compared", "from", "minus", "relative", "stand", "standing", "terms", "with")
 )
 """Words between the names y and x in questions for the offset from x to y."""
-_PIXEL = r"(?:<loc\d{4}>){2}"  # an image point in PaliGemma's tokens: one per coordinate
+_IMAGE_POINT = r"(?:<loc\d{4}>){2}"  # an image point in PaliGemma's tokens: one per coordinate
 
 
 @dataclass(frozen=True)
@@ -97,13 +101,15 @@ def understand_question(
 
     reading = read_question(question)
     classifier = classifier or fit_classifier()
-    for skeleton in reading.list_readings():
-        if PROPERTY in skeleton.words:
-            return None
-        likely_type = classifier.classify(skeleton)
-        if likely_type in known_types:
-            return _parse_skeleton(skeleton, likely_type, reading.pixel, image_size)
-    return None
+    readings = reading.list_readings()
+    likeliest = classifier.classify(readings)
+    if likeliest is None or PROPERTY in readings[0].words:
+        return None
+    skeleton, question_type = likeliest
+    if question_type not in known_types:
+        return None
+    pixel = reading.pixel if PIXEL in skeleton.words else None
+    return _parse_skeleton(skeleton, question_type, pixel, image_size)
 
 
 def _parse_skeleton(
@@ -169,7 +175,7 @@ def _to_pattern(prompt: str, question_type: str) -> str:
     keypoints: list[str] = []
     for words in KEYPOINT_NAMES.values():
         keypoints += [re.escape(word) for word in words]
-    point = "|".join(keypoints) if question_type == "keypoint" else _PIXEL
+    point = "|".join(keypoints) if question_type == "keypoint" else _IMAGE_POINT
     pattern = re.escape(prompt.rstrip("?"))
     pattern = pattern.replace(r"\{p\}", f"(?:{point})")
     # After its article, a name goes on until a comma, or until words such as " and the" that
@@ -193,6 +199,10 @@ def _order_names(skeleton: Skeleton, question_type: str) -> list[str]:
     words_between = skeleton.words[first + 1 : second]
     if not {"connecting", "connects", "subtract"}.isdisjoint(words_before):
         return names  # "what connects x with y", "subtract x from y"
+    if "coincide" in words_between:  # "move x so that it coincides with y"
+        return names
+    if "reach" in words_before and not {"begin", "start", "starting"}.isdisjoint(words_between):
+        return names[::-1]  # "to reach y if I start at x"
     is_viewpoint = "are" in words_between and not {"we", "you"}.isdisjoint(words_between)
     if is_viewpoint or not _BEFORE_START.isdisjoint(words_between):
         return names[::-1]
