@@ -25,6 +25,6 @@ WORDS='"chain_of_thought","what_at","centre_2d"'
     "$BIN/python" -m experiments.nano.exchange nano vlm "$RUNS/vlm-colorful/final" . "$RUNS/nano-exchanged"
 "$BIN/spear" train nano-vla --labels "$RUNS/labels-colorful" "$RUNS/labels-default" \
     --episodes "$RUNS/episodes-colorful" "$RUNS/episodes-varied" "$RUNS/episodes-default" \
-    --sampling-weights 0.5 0.15 0.35 --init "$RUNS/nano-exchanged" --out "$RUNS/vla-colorful" --steps 4800 \
+    --sampling-weights 0.5 0.15 0.35 --init "$RUNS/nano-exchanged" --out "$RUNS/vla-colorful" --steps 3600 \
     --set lr=4e-4 warmup=200 'lr_scale={"vlm":0.4,"vlm.vision_tower":0.15}' 'frozen=["vlm.moge"]'
 "$BIN/spear" evaluate --policy "$RUNS/vla-colorful" --num-scenes 10 --shift all --videos 0 --out "$RUNS/shifts-colorful"

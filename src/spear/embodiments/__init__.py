@@ -16,7 +16,14 @@ from spear.errors import SpearError, check_known
 
 __all__ = ["Control", "Embodiment", "Observation", "list_names", "load"]
 
-_SHARED_MODULES = {"actions", "interface", "inverse_kinematics", "kinematics", "observations"}
+_SHARED_MODULES = {
+    "actions",
+    "interface",
+    "inverse_kinematics",
+    "kinematics",
+    "observations",
+    "urdf",
+}
 """Modules of this folder that are no embodiments."""
 
 

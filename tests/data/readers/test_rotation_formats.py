@@ -30,7 +30,7 @@ def test_a_layout_can_name_every_format() -> None:
     for literal in get_args(RotationFormat):
         named_formats.update(get_args(literal))
 
-    assert named_formats == {*ROTATION_WRITERS, "franka_joints"}
+    assert named_formats == {*ROTATION_WRITERS, "franka_joints", "urdf_joints"}
     assert set(ROTATION_FORMATS) == set(ROTATION_WRITERS)
 
 

@@ -24,7 +24,7 @@ from spear.models.weights.folders import BUNDLED_WEIGHTS, locate, read_provenanc
 from spear.policy import Spear1Policy, load_vlm
 from spear.train.recipes import RECIPES
 
-NAMES = ["nano", "nano-vlm", "nano-vlm-0", "nano-depth"]
+NAMES = ["nano", "nano-colorful", "nano-vlm", "nano-vlm-0", "nano-depth"]
 MAX_FOLDER_BYTES = 20e6
 NUM_HELD_OUT_FRAMES = 12
 FIRST_HELD_OUT_SEED = 500  # training has the seeds from 10,000 on
@@ -111,6 +111,16 @@ def test_the_policy_succeeds(nano: Spear1Policy, tmp_path: Path) -> None:
     options = TabletopOptions(num_scenes=4, tasks=("put_on",), out=tmp_path)
 
     results, _ = closed_loop.evaluate_tabletop(PolicyAgent(nano, name="nano"), options)
+
+    assert results.mean_success().value > 0.4
+
+
+def test_another_policy_succeeds_on_tables_of_any_color(tmp_path: Path) -> None:
+    """The policy nano-colorful succeeds in at least two of four rollouts."""
+    policy = Spear1Policy.load("nano-colorful")
+    options = TabletopOptions(num_scenes=4, tasks=("put_on",), shift="background:2", out=tmp_path)
+
+    results, _ = closed_loop.evaluate_tabletop(PolicyAgent(policy, name="nano-colorful"), options)
 
     assert results.mean_success().value > 0.4
 
