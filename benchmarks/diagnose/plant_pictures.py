@@ -82,8 +82,10 @@ def crop_camera(camera: str, fraction: float) -> PlantedFault:
     def crop(image: Array) -> Array:
         height, width = image.shape[:2]
         top = round((1 - fraction) / 2 * height)
-        left = round((1 - fraction) / 2 * width)
-        return _resize(image[top : height - top, left : width - left], width, height)
+        first_column = round((1 - fraction) / 2 * width)
+        return _resize(
+            image[top : height - top, first_column : width - first_column], width, height
+        )
 
     return _change_images(camera, crop)
 
@@ -113,9 +115,9 @@ def add_bars(camera: str, recorded_width: float) -> PlantedFault:
         scale = min(1.0, usual_width / width)
         scaled = _resize(image, round(scale * width), round(scale * height))
         top = (height - scaled.shape[0]) // 2
-        left = (usual_width - scaled.shape[1]) // 2
+        first_column = (usual_width - scaled.shape[1]) // 2
         fitted = np.zeros((height, usual_width, 3), np.uint8)
-        fitted[top : top + scaled.shape[0], left : left + scaled.shape[1]] = scaled
+        fitted[top : top + scaled.shape[0], first_column : first_column + scaled.shape[1]] = scaled
         return fitted
 
     return _widen_then(camera, recorded_width, fit)

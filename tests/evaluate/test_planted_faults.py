@@ -47,9 +47,9 @@ def make_observation() -> dict[str, Any]:
     }
 
 
-def find_changes(before: dict[str, Any], after: dict[str, Any]) -> set[str]:
+def find_changes(old: dict[str, Any], new: dict[str, Any]) -> set[str]:
     """The keys whose values differ."""
-    return {key for key in before if not np.array_equal(before[key], after.get(key))}
+    return {key for key in old if not np.array_equal(old[key], new.get(key))}
 
 
 def list_plants(bench: ModuleType, *prefixes: str) -> list[Any]:
@@ -98,12 +98,12 @@ def test_wide_pictures_come_back_to_the_usual_size(bench: ModuleType) -> None:
 
 
 def test_faults_of_commands_change_one_part_of_the_action(bench: ModuleType) -> None:
-    parts = {
+    numbers_of_faults = {
         TRANSLATION_FAULTS: slice(0, 3),
         ROTATION_FAULTS: slice(3, 7),
         GRIPPER_FAULTS: slice(7, 8),
     }
-    for faults, part in parts.items():
+    for faults, numbers in numbers_of_faults.items():
         for plant in list_plants(bench, *faults):
             fault = plant.make()
             is_state_fault = plant.settings.get("quantity") == "state"
@@ -112,8 +112,8 @@ def test_faults_of_commands_change_one_part_of_the_action(bench: ModuleType) -> 
             opposite_action = np.append(ACTION[:7], np.float32(1 - ACTION[7]))
             second_action = fault.change_action(opposite_action, STATE)
 
-            rest = np.delete(np.arange(8), part)
-            assert np.allclose(first_action[rest], ACTION[rest]), plant
+            other_numbers = np.delete(np.arange(8), numbers)
+            assert np.allclose(first_action[other_numbers], ACTION[other_numbers]), plant
             is_same = np.allclose(first_action, ACTION)
             is_later_same = np.allclose(second_action, opposite_action)
             assert (is_same and is_later_same) == is_state_fault, plant

@@ -120,12 +120,12 @@ def sample_actions_of_both(
     state = torch.randn(BATCH, NUM_STATE_FEATURES)
     noise = torch.randn(BATCH, our_model.config.horizon, ACTION_DIM)
 
-    ours = our_model.sample_actions(
+    our_actions = our_model.sample_actions(
         **our_inputs, state=state, steps=4, noise=Action.from_vector(noise)
     )
-    theirs = Action.from_vector(
+    their_actions = Action.from_vector(
         their_model.sample_actions(state=state, noise=noise, num_steps=4, **their_inputs)
     )
-    unit = torch.nn.functional.normalize(theirs.rotation, dim=-1)
+    unit = torch.nn.functional.normalize(their_actions.rotation, dim=-1)
     canonical = unit * torch.where(unit[..., :1] < 0, -1.0, 1.0)
-    return ours, replace(theirs, rotation=canonical)
+    return our_actions, replace(their_actions, rotation=canonical)

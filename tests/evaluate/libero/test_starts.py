@@ -22,33 +22,35 @@ from spear.types import Array
 NUM_STATES = 50
 
 
-def make_official(**places: tuple[float, float, float]) -> dict[str, Array]:
-    """Official states, in which each object is within 1 cm of its place."""
+def make_official(**position_of_object: tuple[float, float, float]) -> dict[str, Array]:
+    """Official states, in which each object is within 1 cm of its position."""
     rng = np.random.default_rng(0)
     official = {}
-    for name, place in places.items():
+    for name, position in position_of_object.items():
         wobble = rng.uniform(-0.01, 0.01, (NUM_STATES, 3)) * (1, 1, 0)
-        official[name] = np.array(place) + wobble
+        official[name] = np.array(position) + wobble
     return official
 
 
 TABLE = make_official(bowl=(0.0, 0.0, 0.0), plate=(0.2, 0.1, 0.0), mug=(-0.2, 0.1, 0.0))
 
 
-def find_places(official: dict[str, Array], seed: int) -> dict[str, Array]:
+def find_positions(official: dict[str, Array], seed: int) -> dict[str, Array]:
     """Object → [2], where it is in the start of a seed."""
     start = sample_start(official, seed)
-    places = {}
+    position_of_object = {}
     for name, (x, y, _) in start.changes["objects"].items():
-        places[name] = official[name][start.state_index, :2] + (x, y)
-    return places
+        position_of_object[name] = official[name][start.state_index, :2] + (x, y)
+    return position_of_object
 
 
 def test_a_start_differs_from_every_official_state() -> None:
     for seed in range(10_000, 10_100):
-        places = find_places(TABLE, seed)
+        position_of_object = find_positions(TABLE, seed)
         for state in range(NUM_STATES):
-            distances = [np.linalg.norm(places[name] - TABLE[name][state, :2]) for name in TABLE]
+            distances = [
+                np.linalg.norm(position_of_object[name] - TABLE[name][state, :2]) for name in TABLE
+            ]
             assert max(distances) > MARGIN_M
 
 
@@ -61,21 +63,22 @@ def test_the_margin_is_to_the_most_similar_state() -> None:
 
 
 def test_the_same_seed_gives_the_same_start_and_another_attempt_another_one() -> None:
-    first, again = sample_start(TABLE, 10_001), sample_start(TABLE, 10_001)
-    other = sample_start(TABLE, 10_001, attempt=1)
+    first = sample_start(TABLE, 10_001)
+    repeated = sample_start(TABLE, 10_001)
+    other_attempt = sample_start(TABLE, 10_001, attempt=1)
 
-    assert first.changes["objects"] == again.changes["objects"]
-    assert first.changes["objects"] != other.changes["objects"]
-    assert first.state_index == other.state_index == 10_001 % NUM_STATES
+    assert first.changes["objects"] == repeated.changes["objects"]
+    assert first.changes["objects"] != other_attempt.changes["objects"]
+    assert first.state_index == other_attempt.state_index == 10_001 % NUM_STATES
 
 
 def test_objects_keep_their_gaps() -> None:
     close = make_official(bowl=(0.0, 0.0, 0.0), mug=(0.13, 0.0, 0.0))
 
     for seed in range(10_000, 10_050):
-        places = find_places(close, seed)
+        position_of_object = find_positions(close, seed)
         before = np.linalg.norm(close["bowl"][seed % NUM_STATES] - close["mug"][seed % NUM_STATES])
-        gap = np.linalg.norm(places["bowl"] - places["mug"])
+        gap = np.linalg.norm(position_of_object["bowl"] - position_of_object["mug"])
         assert gap >= min(before, MIN_GAP_M) - 1e-9
 
 
@@ -109,7 +112,7 @@ def test_a_task_whose_objects_cannot_move_is_refused() -> None:
     angles = np.arange(7) * 2 * np.pi / 7
     crowded = {}
     for number, angle in enumerate(angles):
-        place = 0.08 * np.array([np.cos(angle), np.sin(angle), 0])
-        crowded[f"mug_{number}"] = np.tile(place, (NUM_STATES, 1))
+        position = 0.08 * np.array([np.cos(angle), np.sin(angle), 0])
+        crowded[f"mug_{number}"] = np.tile(position, (NUM_STATES, 1))
 
     refuses("--tasks", sample_start, crowded, 10_000)

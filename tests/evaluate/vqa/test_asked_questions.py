@@ -22,6 +22,7 @@ from spear.policy import load_vlm
 VALIDATION_FILE = Path(__file__).with_name("validation_questions.toml")
 EXAMPLES = load_list(EXAMPLES_FILE)
 VALIDATION = load_list(VALIDATION_FILE)
+EARLIER = load_list(Path(__file__).with_name("earlier_questions.toml"))
 HELD_OUT = load_list(Path(__file__).with_name("held_out_questions.toml"))
 TAUGHT_TYPES = frozenset(read_taught_questions(BUNDLED_WEIGHTS / "nano-vlm") or ())
 GROUPS = ("taught", "untaught", "absent")
@@ -51,7 +52,9 @@ def test_the_examples_are_understood_when_they_are_cross_validated(
     assert compute_right_fraction(EXAMPLES, example_misses, group) >= MIN_RIGHT
 
 
-@pytest.mark.parametrize("questions", [VALIDATION, HELD_OUT], ids=["validation", "held out"])
+@pytest.mark.parametrize(
+    "questions", [VALIDATION, EARLIER, HELD_OUT], ids=["validation", "earlier", "held out"]
+)
 @pytest.mark.parametrize("group", GROUPS)
 def test_questions_of_other_lists_are_understood(
     group: str, questions: list[ListedQuestion]
@@ -62,7 +65,7 @@ def test_questions_of_other_lists_are_understood(
 
 
 def test_what_no_model_is_taught_is_refused() -> None:
-    misses = find_misses(VALIDATION + HELD_OUT, TAUGHT_TYPES)
+    misses = find_misses(VALIDATION + EARLIER + HELD_OUT, TAUGHT_TYPES)
 
     assert [listed.question for listed in misses if listed.group(TAUGHT_TYPES) == "untaught"] == []
 

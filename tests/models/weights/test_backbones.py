@@ -300,16 +300,16 @@ class TestPolicyWithPi0:
 
     @torch.no_grad()
     def test_predicts_the_same_velocity(self, models: tuple[Any, Any], inputs: Pi0Inputs) -> None:
-        ours, theirs = predict_velocities_of_both(*models, inputs)
+        predicted, expected = predict_velocities_of_both(*models, inputs)
 
-        assert relative_error(ours, theirs) < MAX_ERROR
+        assert relative_error(predicted, expected) < MAX_ERROR
 
     def test_samples_the_same_actions(self, models: tuple[Any, Any], inputs: Pi0Inputs) -> None:
-        ours, theirs = sample_actions_of_both(*models, inputs)
+        predicted, expected = sample_actions_of_both(*models, inputs)
 
-        assert relative_error(ours.translation, theirs.translation) < MAX_ERROR
-        assert relative_error(ours.rotation, theirs.rotation) < MAX_ERROR
-        assert relative_error(ours.gripper, theirs.gripper) < MAX_ERROR
+        assert relative_error(predicted.translation, expected.translation) < MAX_ERROR
+        assert relative_error(predicted.rotation, expected.rotation) < MAX_ERROR
+        assert relative_error(predicted.gripper, expected.gripper) < MAX_ERROR
 
 
 class TestPi0OfAnotherRobot:

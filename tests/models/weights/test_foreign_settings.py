@@ -80,15 +80,16 @@ def test_a_setting_that_no_file_has_is_not_found(release: Path) -> None:
 def test_our_values_are_those_of_the_full_size_preset() -> None:
     preset = get_preset("spear1")
     file = Path(foreign_settings.__file__).with_name("names_spear1_franka.toml")
-    ours = {
-        setting["name"]: setting["ours"] for setting in tomllib.loads(file.read_text())["settings"]
+    our_values = {
+        setting["name"]: setting["our_value"]
+        for setting in tomllib.loads(file.read_text())["settings"]
     }
 
-    assert ours["prompt tokens"] == str(preset.prompt_tokens)
-    assert ours["actions per chunk"] == str(preset.horizon)
-    assert ours["flow steps"] == str(FlowConfig(**preset.flow).steps)
+    assert our_values["prompt tokens"] == str(preset.prompt_tokens)
+    assert our_values["actions per chunk"] == str(preset.horizon)
+    assert our_values["flow steps"] == str(FlowConfig(**preset.flow).steps)
     for view, (width, height) in preset.image_sizes.items():
-        assert f"{view} {width} × {height}" in ours["image size, px"]
+        assert f"{view} {width} × {height}" in our_values["image size, px"]
 
 
 def test_a_folder_without_settings_is_refused(tmp_path: Path) -> None:

@@ -96,14 +96,14 @@ STACKS = {
 def disguise_names(shapes: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
     """Give weights names that say nothing but which of them belong to one stack and layer."""
     disguised = {}
-    numbers: dict[str, int] = {}  # the rest of a name, after stack and layer -> a number
+    numbers: dict[str, int] = {}  # the end of a name, after stack and layer -> a number
     for name, shape in shapes.items():
         stack = next((stack for stack in STACKS if name.startswith(stack)), None)
         if stack is None:
             disguised[f"x{len(disguised)}"] = shape
             continue
-        layer, _, rest = name.removeprefix(stack).partition(".")
-        number = numbers.setdefault(rest, len(numbers))
+        layer, _, end_of_name = name.removeprefix(stack).partition(".")
+        number = numbers.setdefault(end_of_name, len(numbers))
         disguised[f"{STACKS[stack]}{layer}.w_{number}"] = shape
     return disguised
 
@@ -155,7 +155,7 @@ def test_queries_keys_and_values_in_one_weight_are_recognized() -> None:
 
     joined = next(role for role in roles if role.group.name.endswith("qkv.weight"))
     assert joined.evidence == "joined shapes and position"
-    assert [part.name.split(".")[-2] for part in joined.candidates] == [
+    assert [group.name.split(".")[-2] for group in joined.candidates] == [
         "q_proj",
         "k_proj",
         "v_proj",

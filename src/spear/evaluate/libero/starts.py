@@ -61,9 +61,9 @@ def sample_start(official: Mapping[str, Array], seed: int, attempt: int = 0) -> 
     names = sorted(official)
     positions = np.stack([official[name] for name in names], axis=1)  # [S, objects, 3]
     state_index = seed % len(positions)
-    before = positions[state_index]
-    group_of_object = _find_groups(before)
-    heights = before[:, 2] - before[:, 2].min()
+    old_positions = positions[state_index]
+    group_of_object = _find_groups(old_positions)
+    heights = old_positions[:, 2] - old_positions[:, 2].min()
 
     rng = np.random.default_rng([seed, attempt])
     for _ in range(MAX_TRIES):
@@ -73,9 +73,9 @@ def sample_start(official: Mapping[str, Array], seed: int, attempt: int = 0) -> 
             members = np.equal(group_of_object, group)  # [objects] bool
             if heights[members].min() > RAISED_M:
                 shifts[members] *= MAX_RAISED_SHIFT_M / MAX_SHIFT_M
-        after = before[:, :2] + shifts
-        is_far = measure_margin(positions[:, :, :2], after) > MARGIN_M
-        if is_far and _has_gaps(before[:, :2], after, group_of_object):
+        new_positions = old_positions[:, :2] + shifts
+        is_far = measure_margin(positions[:, :, :2], new_positions) > MARGIN_M
+        if is_far and _has_gaps(old_positions[:, :2], new_positions, group_of_object):
             joints = rng.uniform(-MAX_JOINT_TURN_RAD, MAX_JOINT_TURN_RAD, 7)
             objects = {}
             for name, (x, y) in zip(names, shifts, strict=True):
@@ -122,13 +122,13 @@ def _find_groups(positions: Array) -> list[int]:
     return group_of_object
 
 
-def _has_gaps(before: Array, after: Array, group_of_object: list[int]) -> bool:
+def _has_gaps(old_positions: Array, new_positions: Array, group_of_object: list[int]) -> bool:
     """Whether objects of different groups have not come too close to each other."""
-    for first, second in itertools.combinations(range(len(after)), 2):
+    for first, second in itertools.combinations(range(len(new_positions)), 2):
         if group_of_object[first] == group_of_object[second]:
             continue
-        old_distance = float(np.linalg.norm(before[first] - before[second]))
-        new_distance = float(np.linalg.norm(after[first] - after[second]))
+        old_distance = float(np.linalg.norm(old_positions[first] - old_positions[second]))
+        new_distance = float(np.linalg.norm(new_positions[first] - new_positions[second]))
         if new_distance < min(old_distance, MIN_GAP_M):
             return False
     return True

@@ -190,12 +190,13 @@ class QuestionReading:
         """
         if len(self.sentences) <= 1:
             return []
-        parts = [self.clauses[sentence.start :] for sentence in self.sentences[1:]]
-        words = _join_clauses(parts[-1]).words
+        readings = [self.clauses[sentence.start :] for sentence in self.sentences[1:]]
+        words = _join_clauses(readings[-1]).words
         if (WORDS["untaught"] | WORDS["adjectives"]).isdisjoint(words):
-            parts += [self.clauses[sentence.start : sentence.stop] for sentence in self.sentences]
-            parts += [self.clauses[: sentence.stop] for sentence in self.sentences[1:]]
-        skeletons = [_join_clauses(part) for part in parts]
+            for sentence in self.sentences:
+                readings.append(self.clauses[sentence.start : sentence.stop])
+            readings += [self.clauses[: sentence.stop] for sentence in self.sentences[1:]]
+        skeletons = [_join_clauses(clauses) for clauses in readings]
         skeletons = [skeleton for skeleton in skeletons if skeleton.has_cues]
         if any(PIXEL in clause.words for clause in self.clauses):
             return [skeleton for skeleton in skeletons if PIXEL in skeleton.words]

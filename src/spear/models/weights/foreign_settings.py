@@ -38,8 +38,8 @@ class Setting:
 
     name: str
     keys: str
-    ours: str
-    known: str
+    our_value: str
+    known_of_theirs: str
     agrees: str | None = None
 
 
@@ -77,12 +77,19 @@ class Comparison:
     def to_row(self) -> list[str]:
         """The setting, the checkpoint's value and where it is, our value, the verdict, a note."""
         value = "–"
-        place = "–"
+        location = "–"
         if self.foreign is not None:
             value = _shorten(self.foreign.value)
-            place = f"{self.foreign.file}: {'.'.join(self.foreign.path)}"
+            location = f"{self.foreign.file}: {'.'.join(self.foreign.path)}"
         setting = self.setting
-        return [setting.name, value, place, setting.ours, self.verdict, setting.known]
+        return [
+            setting.name,
+            value,
+            location,
+            setting.our_value,
+            self.verdict,
+            setting.known_of_theirs,
+        ]
 
 
 def compare_settings(folder: Path, source: str = "spear1_franka") -> list[Comparison]:

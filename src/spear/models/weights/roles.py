@@ -50,8 +50,8 @@ class WeightGroup:
 
         None, if the names have no number.
         """
-        before, star, _ = self.name.partition("*")
-        return before if star else None
+        stack_name, star, _ = self.name.partition("*")
+        return stack_name if star else None
 
 
 @dataclass(frozen=True)
@@ -210,14 +210,16 @@ def _find_joined(
     """Return the groups of a stack that, row after row, have the shape of `group` together."""
     for layers in JOINED_LAYERS:
         for kind in ("weight", "bias"):
-            parts = []
+            row_groups = []
             for layer in layers:
-                parts += [part for part in stack_groups if part.name.endswith(f".{layer}.{kind}")]
-            if len(parts) < len(layers):
+                row_groups += [
+                    member for member in stack_groups if member.name.endswith(f".{layer}.{kind}")
+                ]
+            if len(row_groups) < len(layers):
                 continue
-            num_rows = sum(part.shape[0] for part in parts)
-            if (num_rows, *parts[0].shape[1:]) == group.shape:
-                return tuple(parts)
+            num_rows = sum(member.shape[0] for member in row_groups)
+            if (num_rows, *row_groups[0].shape[1:]) == group.shape:
+                return tuple(row_groups)
     return ()
 
 
@@ -278,9 +280,14 @@ def format_mapping(roles: Sequence[Role], source: str) -> str:
     ]
     lines += [_format_entry(role, role.candidates[0].name) for role in settled]
     lines += ["", "[joined] # name in the checkpoint -> our names, row after row"]
-    lines += [_format_entry(role, [part.name for part in role.candidates]) for role in joined]
+    lines += [
+        _format_entry(role, [candidate.name for candidate in role.candidates]) for role in joined
+    ]
     lines += ["", "[open] # several candidates, or one of another shape: choose"]
-    lines += [_format_entry(role, [part.name for part in role.candidates]) for role in open_roles]
+    lines += [
+        _format_entry(role, [candidate.name for candidate in role.candidates])
+        for role in open_roles
+    ]
     lines += ["", "[unknown] # SPEAR-1 has no such name or shape: the shape"]
     lines += [_format_entry(role, list(role.group.shape)) for role in unknown]
     return "\n".join(lines) + "\n"
