@@ -257,16 +257,13 @@ def _varied_look(appearance: SceneAppearance, rng: np.random.Generator) -> Scene
     )
     brightness = math.exp(rng.uniform(-math.log(2.5), math.log(2.5)))
     warmth = rng.uniform(-0.4, 0.4)
-    tint = brightness * np.array([1 + warmth, 1.0, 1 - warmth])
-    diffuse = np.clip(np.array(appearance.diffuse) * tint, 0, 1)
-    ambient = np.clip(np.array(appearance.ambient) * tint, 0, 1)
     return dataclasses.replace(
         wild,
         camera=camera.position(),
         target=camera.target,
         fovy_deg=EXTERNAL_CAMERA_FOV_Y_DEG + float(share * rng.uniform(-15, 15)),
-        diffuse=(float(diffuse[0]), float(diffuse[1]), float(diffuse[2])),
-        ambient=(float(ambient[0]), float(ambient[1]), float(ambient[2])),
+        diffuse=_tint(appearance.diffuse, brightness, warmth),
+        ambient=_tint(appearance.ambient, brightness, warmth),
         fill_lights=(),
     )
 
@@ -295,19 +292,23 @@ def _colorful_look(appearance: SceneAppearance, rng: np.random.Generator) -> Sce
 
     brightness = math.exp(rng.uniform(-math.log(2), math.log(2)))
     warmth = rng.uniform(-0.3, 0.3)
-    tint = brightness * np.array([1 + warmth, 1.0, 1 - warmth])
-    diffuse = np.clip(np.array(appearance.diffuse) * tint, 0, 1)
-    ambient = np.clip(np.array(appearance.ambient) * tint, 0, 1)
     return dataclasses.replace(
         appearance,
         camera=camera.position(),
         fovy_deg=EXTERNAL_CAMERA_FOV_Y_DEG + float(share * rng.uniform(-8, 8)),
         surfaces=surfaces,
         light=light_from_above(rng),
-        diffuse=(float(diffuse[0]), float(diffuse[1]), float(diffuse[2])),
-        ambient=(float(ambient[0]), float(ambient[1]), float(ambient[2])),
+        diffuse=_tint(appearance.diffuse, brightness, warmth),
+        ambient=_tint(appearance.ambient, brightness, warmth),
         has_four_walls=True,
     )
+
+
+def _tint(color: Color, brightness: float, warmth: float) -> Color:
+    """Multiply a light's color by `brightness`, with more red and less blue if warmth > 0."""
+    tint = brightness * np.array([1 + warmth, 1.0, 1 - warmth])
+    red, green, blue = np.clip(np.array(color) * tint, 0, 1)
+    return float(red), float(green), float(blue)
 
 
 def _lab_look(appearance: SceneAppearance, rng: np.random.Generator) -> SceneAppearance:

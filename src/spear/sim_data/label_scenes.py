@@ -155,6 +155,46 @@ def split_into_jobs(kind: str, seeds: range, max_scenes: int) -> list[SceneJob]:
     return [(kind, seeds[i : i + max_scenes]) for i in range(0, len(seeds), max_scenes)]
 
 
+def make_task_settings(seeds: range, size: Size, simulator: str) -> dict[str, Any]:
+    """Return the settings of labels of a benchmark's tasks.
+
+    Args:
+        seeds: Seeds of the scenes of each task.
+        size: Width and height of the images, px.
+        simulator: The simulator's packages, with their versions.
+    """
+    return {
+        "scenes": len(seeds),
+        "first_seed": seeds[0],
+        "size": size,
+        "simulator": simulator,
+    }
+
+
+def label_benchmark_tasks(
+    out: Path,
+    jobs: Sequence[SceneJob],
+    render: RenderScenes,
+    settings: Mapping[str, Any],
+    object_names: Iterable[str],
+    workers: int,
+) -> int:
+    """Label scenes of a benchmark's tasks, seen by the external camera (see `label_scene_jobs`).
+
+    Args:
+        out: Folder to write to.
+        jobs: The scenes.
+        render: Renders the scenes of one job.
+        settings: Everything that the labels depend on.
+        object_names: Names of the benchmark's objects, which are written with "the" as its
+            instructions.
+        workers: Number of processes that label.
+    """
+    instructions = sorted({f"the {name}" for name in object_names})
+    source = SceneSource(render, ["external"], settings, lambda: instructions)
+    return label_scene_jobs(out, jobs, source, workers)
+
+
 def label_scene_jobs(
     out: Path,
     jobs: Sequence[SceneJob],

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from spear.checks.rollout.episode import MIN_PICTURE_EPISODES, RecordedEpisode
-from spear.checks.rollout.odds import VersionOdds, compute_version_odds
+from spear.checks.rollout.odds import VersionOdds, compute_odds
 from spear.types import Array
 
 DELAYS = (1, 2, 3, 4, 5)  # in steps, that are compared
@@ -30,11 +30,11 @@ class DelayReference:
     """What training pictures of one camera say about delays.
 
     plain_scores  scores of each training episode.
-    late_scores   delay in steps → scores of each training episode whose pictures are delayed.
+    late_scores   name of a delay → scores of each training episode whose pictures are delayed.
     """
 
     plain_scores: Sequence[Mapping[str, float]]
-    late_scores: Mapping[int, Sequence[Mapping[str, float]]]
+    late_scores: Mapping[str, Sequence[Mapping[str, float]]]
 
     @staticmethod
     def fit(demonstrations: Sequence[RecordedEpisode], camera: str) -> "DelayReference | None":
@@ -45,7 +45,8 @@ class DelayReference:
         plain_scores = [_score_delays(episode, camera, 0, DELAYS) for episode in training]
         late_scores = {}
         for delay in DELAYS:
-            late_scores[delay] = [_score_delays(e, camera, delay, (delay,)) for e in training]
+            scores = [_score_delays(episode, camera, delay, (delay,)) for episode in training]
+            late_scores[_name_delay(delay)] = scores
         return DelayReference(plain_scores, late_scores)
 
 
@@ -57,11 +58,7 @@ def compute_delay_odds(
     if not long_rollout:
         return None
     scores = [_score_delays(episode, camera, 0, DELAYS) for episode in long_rollout]
-    odds = []
-    for delay, late_scores in reference.late_scores.items():
-        version = _name_delay(delay)
-        odds.append(compute_version_odds(version, scores, reference.plain_scores, late_scores))
-    return sorted(odds, key=lambda entry: -entry.margin)
+    return compute_odds(scores, reference.plain_scores, reference.late_scores)
 
 
 def _select_long(episodes: Sequence[RecordedEpisode], camera: str) -> list[RecordedEpisode]:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from spear.types import Array
 
 MIN_PICTURE_EPISODES = 8  # training episodes with a camera; with fewer it is not compared
+CELL_PX = 2  # side of the cells over which small pictures are averaged
 
 
 @dataclass(frozen=True)
@@ -21,6 +22,15 @@ class CameraPictures:
     small: Array
     fingerprint: Array
     size: tuple[int, int]
+
+
+def average_cells(pictures: Array) -> Array:
+    """Average pictures [N, h, w] or [N, h, w, 3] over cells of `CELL_PX` pixels."""
+    num, height, width, *channels = pictures.shape
+    rows = height // CELL_PX
+    columns = width // CELL_PX
+    cut = pictures[:, : rows * CELL_PX, : columns * CELL_PX]
+    return cut.reshape(num, rows, CELL_PX, columns, CELL_PX, *channels).mean((2, 4))
 
 
 @dataclass(frozen=True)

@@ -13,12 +13,11 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from spear.checks.rollout.episode import MIN_PICTURE_EPISODES, RecordedEpisode
-from spear.checks.rollout.odds import VersionOdds, compute_version_odds
+from spear.checks.rollout.episode import MIN_PICTURE_EPISODES, RecordedEpisode, average_cells
+from spear.checks.rollout.odds import VersionOdds, compute_odds
 from spear.geometry import quat_canonical, quat_conjugate, quat_log, quat_multiply, quat_rotate
 from spear.types import Array
 
-CELL_PX = 2  # side of the cells over which small pictures are averaged before their flow
 NOISE_GRADIENT = 5.0  # added to the squared gradient of each cell: below it there is only noise
 MOTION_RIDGE = 0.01  # of the regression from motions to flows
 MAX_SQUARED_ERROR = 9.0  # of a flow parameter, in squared deviations; more is an outlier
@@ -69,10 +68,7 @@ def compute_flow_odds(
     scores = [reference.model.score(_measure(e, camera)) for e in rollout if _has_flow(e, camera)]
     if not scores:
         return None
-    odds = []
-    for version, changed_scores in reference.changed_scores.items():
-        odds.append(compute_version_odds(version, scores, reference.plain_scores, changed_scores))
-    return sorted(odds, key=lambda entry: -entry.margin)
+    return compute_odds(scores, reference.plain_scores, reference.changed_scores)
 
 
 @dataclass(frozen=True)
@@ -137,7 +133,7 @@ def _measure(episode: RecordedEpisode, camera: str) -> MeasuredFlow:
 
 def measure_flows(small: Array) -> Array:
     """Return the flow [T - 1, 4] from each picture to the next, of pictures [T, h, w, 3]."""
-    brightness = _blur(_average_cells(small.astype(np.float64).mean(-1)))
+    brightness = _blur(average_cells(small.astype(np.float64).mean(-1)))
     gradient_y, gradient_x = np.gradient(brightness, axis=(1, 2))
     gradient_x = (gradient_x[:-1] + gradient_x[1:]) / 2
     gradient_y = (gradient_y[:-1] + gradient_y[1:]) / 2
@@ -157,15 +153,6 @@ def measure_flows(small: Array) -> Array:
     gram = effects.transpose(0, 2, 1) @ effects + NOISE_GRADIENT * height * width * np.eye(4)
     moments = effects.transpose(0, 2, 1) @ changes[..., None]
     return np.linalg.solve(gram, moments)[..., 0]
-
-
-def _average_cells(brightness: Array) -> Array:
-    """Average pictures [T, h, w] over cells of `CELL_PX` pixels."""
-    num, height, width = brightness.shape
-    rows = height // CELL_PX
-    columns = width // CELL_PX
-    cut = brightness[:, : rows * CELL_PX, : columns * CELL_PX]
-    return cut.reshape(num, rows, CELL_PX, columns, CELL_PX).mean((2, 4))
 
 
 def _blur(brightness: Array) -> Array:

@@ -45,7 +45,25 @@ def select_likely(odds: list[VersionOdds] | None) -> VersionOdds | None:
     return best
 
 
-def compute_version_odds(
+def compute_odds(
+    rollout: Sequence[Mapping[str, float]],
+    plain: Sequence[Mapping[str, float]],
+    changed: Mapping[str, Sequence[Mapping[str, float]]],
+) -> list[VersionOdds]:
+    """Return the odds of each version, the one with the largest margin first.
+
+    Args:
+        rollout: for each episode of the rollout, version → score.
+        plain: the same for training episodes.
+        changed: version → the same for training episodes whose pictures were changed to it.
+    """
+    odds = []
+    for version, changed_scores in changed.items():
+        odds.append(_compute_version_odds(version, rollout, plain, changed_scores))
+    return sorted(odds, key=lambda entry: -entry.margin)
+
+
+def _compute_version_odds(
     version: str,
     rollout: Sequence[Mapping[str, float]],
     plain: Sequence[Mapping[str, float]],

@@ -20,9 +20,13 @@ from functools import cached_property
 import numpy as np
 
 from spear.checks.rollout.delays import DelayReference, compute_delay_odds
-from spear.checks.rollout.episode import MIN_PICTURE_EPISODES, RecordedEpisode
+from spear.checks.rollout.episode import (
+    MIN_PICTURE_EPISODES,
+    RecordedEpisode,
+    average_cells,
+)
 from spear.checks.rollout.flow import FLOW_SIGNS, FlowReference, compute_flow_odds
-from spear.checks.rollout.odds import VersionOdds, compute_version_odds, select_likely
+from spear.checks.rollout.odds import VersionOdds, compute_odds, select_likely
 from spear.types import Array
 
 PICTURE_WIDTH_PX = 32  # width to which pictures are reduced
@@ -245,10 +249,7 @@ class VersionReference:
     def compute_odds(self, rollout: Sequence[RecordedEpisode]) -> list[VersionOdds]:
         """Return the odds of each version of a rollout's pictures, the best one first."""
         scores = [self.score(episode) for episode in rollout]
-        odds = []
-        for version, changed_scores in self.changed_scores.items():
-            odds.append(compute_version_odds(version, scores, self.plain_scores, changed_scores))
-        return sorted(odds, key=lambda entry: -entry.margin)
+        return compute_odds(scores, self.plain_scores, self.changed_scores)
 
 
 def _read_pictures(episode: RecordedEpisode, camera: str, height: int) -> Array:
@@ -408,23 +409,14 @@ def _state_features(episode: RecordedEpisode) -> Array:
     return np.stack(columns, 1)
 
 
-def _reduce(pictures: Array) -> Array:
-    """Average pictures [N, h, w, 3] over cells of 2 x 2 pixels."""
-    num, height, width, _ = pictures.shape
-    rows = height // 2
-    columns = width // 2
-    cells = pictures[:, : 2 * rows, : 2 * columns].reshape(num, rows, 2, columns, 2, 3)
-    return cells.mean((2, 4))
-
-
 def _shape_features(pictures: Array) -> Array:
     """Return the brightness of each cell, with mean 0 and deviation 1 in each picture: [N, D]."""
-    brightness = _reduce(pictures).mean(-1).reshape(len(pictures), -1)
+    brightness = average_cells(pictures).mean(-1).reshape(len(pictures), -1)
     centered = brightness - brightness.mean(1, keepdims=True)
     return centered / np.maximum(centered.std(1, keepdims=True), 1.0)
 
 
 def _color_features(pictures: Array) -> Array:
     """Return the colors of cells of 4 x 4 pixels, around the middle gray: [N, D]."""
-    cells = _reduce(_reduce(pictures))
+    cells = average_cells(average_cells(pictures))
     return (cells.reshape(len(pictures), -1) - 127.5) / 64.0

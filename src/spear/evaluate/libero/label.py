@@ -20,7 +20,12 @@ from spear.evaluate.libero.record import PROTOCOL, begin_at_resting_start
 from spear.evaluate.libero.suites import LABELED_SUITES, NUM_TASKS, format_task, parse_task
 from spear.evaluate.simpler.frames import fit_frame
 from spear.sim.world import GRIPPER_NAME
-from spear.sim_data.label_scenes import SceneJob, SceneSource, label_scene_jobs, split_into_jobs
+from spear.sim_data.label_scenes import (
+    SceneJob,
+    label_benchmark_tasks,
+    make_task_settings,
+    split_into_jobs,
+)
 from spear.types import Frame
 
 VIEW = "external"  # the only labeled view
@@ -67,18 +72,9 @@ def label_tasks(out: Path, seeds: range, size: tuple[int, int], workers: int = 2
     for suite in LABELED_SUITES:
         for index in range(NUM_TASKS):
             jobs += split_into_jobs(format_task(suite, index), seeds, SCENES_PER_JOB)
-    source = SceneSource(
-        render=partial(_render_frames, size),
-        views=[VIEW],
-        settings={
-            "scenes": len(seeds),
-            "first_seed": seeds[0],
-            "size": size,
-            "simulator": " ".join(REQUIREMENTS),
-        },
-        collect_instructions=_collect_instructions,
-    )
-    return label_scene_jobs(out, jobs, source, workers)
+    settings = make_task_settings(seeds, size, " ".join(REQUIREMENTS))
+    render = partial(_render_frames, size)
+    return label_benchmark_tasks(out, jobs, render, settings, OBJECT_NAMES.values(), workers)
 
 
 def render_labeled_frame(
@@ -123,11 +119,6 @@ def name_object(libero_name: str) -> str:
         return GRIPPER_NAME
     kind = re.sub(r"_\d+$", "", libero_name)
     return OBJECT_NAMES.get(kind, kind.replace("_", " "))
-
-
-def _collect_instructions() -> list[str]:
-    """List the names of the objects that have other names in LIBERO, each with "the"."""
-    return sorted({f"the {name}" for name in OBJECT_NAMES.values()})
 
 
 def _render_frames(size: tuple[int, int], job: SceneJob) -> Iterator[tuple[str, list[Frame]]]:

@@ -30,7 +30,12 @@ from spear.sim.record import (
     format_episode_source,
 )
 from spear.sim_data.demonstrations import check_training_seed, record_successes
-from spear.sim_data.label_scenes import SceneJob, SceneSource, label_scene_jobs, split_into_jobs
+from spear.sim_data.label_scenes import (
+    SceneJob,
+    label_benchmark_tasks,
+    make_task_settings,
+    split_into_jobs,
+)
 from spear.types import CONTROL_RATE_HZ, Episode, Frame
 from spear.util.images import fit_image
 from spear.util.processes import map_in_order
@@ -201,23 +206,9 @@ def label_tasks(out: Path, seeds: range, size: tuple[int, int], workers: int = 2
     jobs: list[SceneJob] = []
     for task in TASKS:
         jobs += split_into_jobs(task, seeds, SCENES_PER_JOB)
-    source = SceneSource(
-        render=partial(_render_frames, size, assets),
-        views=[VIEW],
-        settings={
-            "scenes": len(seeds),
-            "first_seed": seeds[0],
-            "size": size,
-            "simulator": describe_simulator(assets),
-        },
-        collect_instructions=_collect_instructions,
-    )
-    return label_scene_jobs(out, jobs, source, workers)
-
-
-def _collect_instructions() -> list[str]:
-    """List the names of all objects, each with "the"."""
-    return sorted({f"the {name}" for name in OBJECT_NAMES.values()})
+    settings = make_task_settings(seeds, size, describe_simulator(assets))
+    render = partial(_render_frames, size, assets)
+    return label_benchmark_tasks(out, jobs, render, settings, OBJECT_NAMES.values(), workers)
 
 
 def _render_frames(

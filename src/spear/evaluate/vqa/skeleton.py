@@ -223,7 +223,7 @@ def read_question(question: str) -> QuestionReading:
     text = _PHRASES.sub(lambda match: PHRASES[match[0]], text)
     for pattern, replacement in PATTERNS:
         text = pattern.sub(replacement, text)
-    text, pixel = _cut_pixel(text)
+    text, pixel = _replace_pixel(text)
 
     clauses: list[Skeleton] = []
     sentences: list[range] = []
@@ -320,7 +320,7 @@ def _drop_names(
     return kept_words, [name for name in names if name not in dropped]
 
 
-def _cut_pixel(text: str) -> tuple[str, tuple[float, float] | None]:
+def _replace_pixel(text: str) -> tuple[str, tuple[float, float] | None]:
     """Replace the coordinates of a pixel by `PIXEL`. Return the text and (x, y)."""
     for pattern in _ROWS_AND_COLUMNS:
         match = pattern.search(text)
@@ -410,7 +410,7 @@ class _Clause:
             elif end == index:
                 skeleton.words += self._read_word(self.tokens[index])
                 index += 1
-            elif self._is_in_place_of_name(index, end):
+            elif self._neighbors_suggest_name(index, end):
                 self._read_name(index, end, skeleton)
                 index = end
             else:
@@ -534,7 +534,7 @@ class _Clause:
         is_after_preposition = self._token_at(start - 2) in before_names | _BEFORE_BOXES
         return is_after_preposition and is_end
 
-    def _is_in_place_of_name(self, start: int, end: int) -> bool:
+    def _neighbors_suggest_name(self, start: int, end: int) -> bool:
         """Return whether tokens[start:end] stand where questions name objects.
 
         Such a place is after an article, a preposition or a cue ("distance mug"). Another one is
