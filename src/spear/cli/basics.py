@@ -228,8 +228,8 @@ class RecordLiberoOptions(DemonstrationOptions):
     tasks: tuple[int, ...] = ()
     """Numbers of the tasks of each suite, from 0. Default: all ten."""
     fast_rendering: bool = False
-    """Render pictures without multisampling and reflections, several times as fast. They differ
-    from the official ones."""
+    """Render pictures without multisampling and reflections, of simplified meshes, several times as
+    fast. They differ from the official ones."""
 
 
 def record_libero(options: RecordLiberoOptions) -> None:

@@ -121,8 +121,8 @@ class LiberoOptions(EpisodeOptions):
     protocol: Literal["openpi", "oft", "lerobot"] = "openpi"
     """Whose seed of the environment and limits of steps to use."""
     fast_rendering: bool = False
-    """Render pictures without multisampling and reflections, several times as fast. They differ
-    from the official ones."""
+    """Render pictures without multisampling and reflections, of simplified meshes, several times as
+    fast. They differ from the official ones."""
     batch_size: Annotated[int | None, Range(1), arg(metavar="N")] = None
     """Scenes that run at once, each in its own process of 2 GB. Default: the number of cores."""
 

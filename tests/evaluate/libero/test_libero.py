@@ -7,8 +7,11 @@ missing.
 import contextlib
 import dataclasses
 import math
+import os
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,11 +20,12 @@ import torch
 from refusals import refuses
 from spear.errors import SpearError
 from spear.evaluate.libero import environment, oracle
-from spear.evaluate.libero.process import Box, LiberoMoment, LiberoProcess, Region
+from spear.evaluate.libero.process import WORKER, Box, LiberoMoment, LiberoProcess, Region
 from spear.evaluate.libero.record import RecordingSettings, begin_at_resting_start, record_episode
 from spear.evaluate.libero.run import Libero, OracleAgent, summarize_suites
 from spear.evaluate.libero.starts import MARGIN_M, measure_margin
 from spear.evaluate.libero.suites import PROTOCOLS, find_original_suite, get_max_steps
+from spear.evaluate.libero.worker import simplify_meshes
 from spear.evaluate.options import LiberoOptions
 from spear.evaluate.results import Outcome, Results
 from spear.geometry import quat_exp, quat_rotate
@@ -119,6 +123,28 @@ class TestSuites:
         suites = summarize_suites(results)
 
         assert suites["libero_goal"].value == 0.5
+
+
+def test_fast_rendering_removes_triangles_that_are_too_small_to_be_seen() -> None:
+    """A square of two triangles, one of whose sides is divided at a point within a cell."""
+    model = SimpleNamespace(
+        nmesh=1,
+        mesh_vertadr=np.array([0]),
+        mesh_vertnum=np.array([5]),
+        mesh_vert=np.array([[0, 0, 0], [0.1, 0, 0], [0.1, 0.1, 0], [0, 0.1, 0], [0.1, 1e-4, 0]]),
+        mesh_faceadr=np.array([0]),
+        mesh_facenum=np.array([3]),
+        mesh_face=np.array([[0, 1, 4], [0, 4, 2], [0, 2, 3]]),
+        mesh_facenormal=np.array([[0, 0, 0], [1, 1, 1], [2, 2, 2]]),
+        mesh_facetexcoord=np.array([[0, 1, 4], [0, 4, 2], [0, 2, 3]]),
+    )
+
+    simplify_meshes(model)
+
+    assert model.mesh_facenum == [2]
+    np.testing.assert_array_equal(model.mesh_face[:2], [[0, 1, 2], [0, 2, 3]])
+    np.testing.assert_array_equal(model.mesh_facenormal[:2], [[1, 1, 1], [2, 2, 2]])
+    np.testing.assert_array_equal(model.mesh_facetexcoord[:2], [[0, 4, 2], [0, 2, 3]])
 
 
 def test_a_missing_environment_is_reported_with_the_command(
@@ -234,14 +260,32 @@ def process() -> Iterator[LiberoProcess]:
 @pytest.mark.slow
 class TestLibero:
     def test_a_reset_gives_the_same_again(self, process: LiberoProcess) -> None:
-        first = process.reset(3)
+        first_moment = process.reset(3)
         process.run(np.array([[0.03, 0, 0, 0, 0, 0, 1.0]] * 3), max_steps=100)
 
-        second = process.reset(3)
+        second_moment = process.reset(3)
 
-        np.testing.assert_array_equal(second.pose, first.pose)
-        for name, box in first.objects.items():
-            np.testing.assert_array_equal(second.objects[name].pose, box.pose)
+        np.testing.assert_array_equal(second_moment.pose, first_moment.pose)
+        for name, box in first_moment.objects.items():
+            np.testing.assert_array_equal(second_moment.objects[name].pose, box.pose)
+
+    def test_a_step_gives_the_same_as_that_of_libero(self) -> None:
+        script = Path(__file__).with_name("compare_steps.py")
+        environment_variables = {
+            **os.environ,
+            "LIBERO_CONFIG_PATH": str(environment.find_folder() / "config"),
+        }
+        environment_variables.pop("PYTHONPATH", None)  # packages of another Python
+
+        result = subprocess.run(
+            [str(environment.find_python()), str(script), str(WORKER)],
+            env=environment_variables,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+
+        assert float(result.stdout) == 0.0
 
     def test_the_number_of_resets_fixes_where_furniture_stands(self) -> None:
         with contextlib.closing(

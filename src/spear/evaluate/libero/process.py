@@ -27,6 +27,8 @@ from spear.types import Array
 
 IMAGE_SIZE_PX = 256
 """Side of both pictures, as in openpi's and OpenVLA-OFT's protocols."""
+FAST_RENDERING = "no multisampling, no reflections, simplified meshes"
+"""What results and demonstrations say if their pictures were rendered fast."""
 WORKER = Path(__file__).with_name("worker.py")
 MAX_START_S = 120.0
 """How long the process may take to start, s. It imports MuJoCo first."""
@@ -112,7 +114,8 @@ class LiberoProcess:
         suite: name of the suite.
         task_index: number of the task, from 0.
         seed: seed of the environment, see `Protocol`.
-        fast_rendering: whether pictures are rendered without multisampling and reflections.
+        fast_rendering: whether pictures are rendered without multisampling and reflections, and
+            of simplified meshes.
 
     Raises:
         SpearError: LIBERO's environment is missing, or it does not know the task.

@@ -19,7 +19,7 @@ import numpy as np
 from spear import embodiments
 from spear.evaluate.libero import oracle
 from spear.evaluate.libero.environment import REQUIREMENTS
-from spear.evaluate.libero.process import LiberoMoment, LiberoProcess
+from spear.evaluate.libero.process import FAST_RENDERING, LiberoMoment, LiberoProcess
 from spear.evaluate.libero.run import CONTROL, ROBOT
 from spear.evaluate.libero.starts import sample_start
 from spear.evaluate.libero.suites import (
@@ -59,7 +59,7 @@ class RecordingSettings:
     sizes           view → (width, height) of the images, px. Whole pictures are scaled to fit, with
                     black bars.
     workers         number of processes that run at once.
-    fast_rendering  whether pictures have no multisampling and no reflections.
+    fast_rendering  whether pictures have no multisampling, no reflections and fewer triangles.
     policy          a policy that takes turns with the oracle. The steps that it takes are masked,
                     so that they are no training targets (`spear.sim.record`).
     """
@@ -100,7 +100,7 @@ def record_demonstrations(
     check_training_seed(seeds.start)
     simulator = " ".join(REQUIREMENTS)
     if settings.fast_rendering:
-        simulator += ", no multisampling, no reflections"
+        simulator += f", {FAST_RENDERING}"
     counts = {}
     for suite in suites:
         for index in task_indices or range(NUM_TASKS):

@@ -24,7 +24,12 @@ from spear.evaluate import film as video
 from spear.evaluate.agents import Agent
 from spear.evaluate.libero import oracle
 from spear.evaluate.libero.environment import REQUIREMENTS
-from spear.evaluate.libero.process import LiberoMoment, LiberoProcess, make_blank_pictures
+from spear.evaluate.libero.process import (
+    FAST_RENDERING,
+    LiberoMoment,
+    LiberoProcess,
+    make_blank_pictures,
+)
 from spear.evaluate.libero.suites import (
     NUM_TASKS,
     PROTOCOLS,
@@ -70,7 +75,7 @@ def evaluate_libero(agent: Agent, options: LiberoOptions) -> tuple[Results, list
         "weights": agent.weights,
     }
     if options.fast_rendering:
-        settings["rendering"] = "no multisampling, no reflections"
+        settings["rendering"] = FAST_RENDERING
 
     task_indices = options.tasks or tuple(range(NUM_TASKS))
     seeds = range(options.first_seed, options.first_seed + options.num_scenes)

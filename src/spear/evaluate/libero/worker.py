@@ -15,7 +15,7 @@ import io
 import os
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from multiprocessing.connection import Client, Connection
 from typing import Any
 
@@ -33,6 +33,9 @@ NUM_SETTLING_STEPS = 10
 """Controller steps after an official state is set, in which objects come to rest."""
 SETTLING_COMMAND = [0.0] * 6 + [-1.0]
 """The arm stays where it is, the gripper opens."""
+MESH_CELL_M = 0.004
+"""Side of the cells within which fast rendering joins the vertices of a mesh, m. A pixel of the
+external camera shows about as much of the table."""
 CAMERAS = {"external": "agentview", "wrist": "robot0_eye_in_hand"}
 """The policy's view → LIBERO's camera."""
 EE_FROM_HAND = np.diag([1.0, -1.0, -1.0])
@@ -50,7 +53,8 @@ class LiberoTask:
         task_index: number of the task in its suite, from 0.
         seed: seed of the environment. It draws where the cabinet and the stove stand, which the
             official states do not contain.
-        fast_rendering: whether pictures are rendered without multisampling and without reflections.
+        fast_rendering: whether pictures are rendered without multisampling and without reflections,
+            and of meshes with fewer triangles.
     """
 
     def __init__(self, suite: str, task_index: int, seed: int, fast_rendering: bool) -> None:
@@ -139,7 +143,7 @@ class LiberoTask:
         if changes is not None:
             self._change_state(changes)
         for _ in range(NUM_SETTLING_STEPS):
-            self._env.step(SETTLING_COMMAND)
+            self._step(SETTLING_COMMAND)
 
         self._commanded = self._read_ee_pose()
         self._num_steps = 0
@@ -162,10 +166,8 @@ class LiberoTask:
             for _ in range(CONTROLLER_STEPS_PER_ACTION):
                 if self._has_succeeded or self._num_steps >= max_steps:
                     return self._make_moment()
-                command = self._compute_command(row[6])
-                _, _, is_done, _ = self._env.step(command)
+                self._has_succeeded = self._step(self._compute_command(row[6]))
                 self._num_steps += 1
-                self._has_succeeded = bool(is_done)
         return self._make_moment()
 
     def run_controller(self, commands: Array, max_steps: int) -> dict[str, Any]:
@@ -173,9 +175,8 @@ class LiberoTask:
         for command in np.asarray(commands, np.float64):
             if self._has_succeeded or self._num_steps >= max_steps:
                 break
-            _, _, is_done, _ = self._env.step(command)
+            self._has_succeeded = self._step(command)
             self._num_steps += 1
-            self._has_succeeded = bool(is_done)
         self._commanded = self._read_ee_pose()
         return self._make_moment()
 
@@ -328,8 +329,39 @@ class LiberoTask:
             self._is_prepared = True
             self._boxes = self._measure_boxes()
 
+    def _step(self, command: Sequence[float] | Array) -> bool:
+        """Execute one command of the controller. Returns whether the task is fulfilled.
+
+        This gives the same as LIBERO's own `step`, to the bit, in half the time. That one computes
+        everything that follows from positions and speeds three times in each physics step, and
+        observations that nobody reads.
+        """
+        import mujoco
+
+        environment = self._env.env
+        sim = environment.sim
+        model = sim.model._model
+        data = sim.data._data
+        environment.timestep += 1
+        # The controller would call this once more. What it computes is known by then.
+        sim.forward = lambda: None
+        try:
+            num_physics_steps = int(environment.control_timestep / environment.model_timestep)
+            for index in range(num_physics_steps):
+                mujoco.mj_step1(model, data)
+                environment._pre_action(command, policy_step=index == 0)
+                mujoco.mj_step2(model, data)
+        finally:
+            del sim.forward  # the method of the class is back
+        environment.cur_time += environment.control_timestep
+        environment._post_action(command)
+        return bool(environment._check_success())
+
     def _open_renderer(self) -> None:
-        """Open the renderer, without multisampling and reflections if that was asked for."""
+        """Open the renderer, for simpler pictures if that was asked for.
+
+        Those are pictures without multisampling and reflections, of meshes with fewer triangles.
+        """
         if self._has_renderer:
             return
         self._has_renderer = True
@@ -337,6 +369,7 @@ class LiberoTask:
             model = self._env.sim.model._model
             model.vis.quality.offsamples = 0
             model.mat_reflectance[:] = 0
+            simplify_meshes(model)
         from robosuite.utils.binding_utils import MjRenderContextOffscreen
 
         context = MjRenderContextOffscreen(self._env.sim, device_id=-1)
@@ -505,6 +538,36 @@ def _sample_geom(model: Any, geom: int) -> Array:
     half_size = model.geom_aabb[geom, 3:]
     center = model.geom_aabb[geom, :3]
     return np.stack([center - half_size, center + half_size])
+
+
+def simplify_meshes(model: Any) -> None:
+    """Remove the triangles of a MuJoCo model's meshes that are too small to be seen.
+
+    Vertices within the same cell of a grid become one vertex. Triangles that have no area then are
+    removed. Physics does not change, because it does not use triangles.
+    """
+    for mesh in range(model.nmesh):
+        first_vertex = model.mesh_vertadr[mesh]
+        vertices = model.mesh_vert[first_vertex : first_vertex + model.mesh_vertnum[mesh]]
+        cells = np.floor(vertices / MESH_CELL_M).astype(np.int64)
+        _, vertex_of_cell, cell_of_vertex = np.unique(
+            cells, axis=0, return_index=True, return_inverse=True
+        )
+        first_face = model.mesh_faceadr[mesh]
+        faces = slice(first_face, first_face + model.mesh_facenum[mesh])
+        corners = vertex_of_cell[cell_of_vertex[model.mesh_face[faces]]]  # [triangles, 3]
+        has_area = (
+            (corners[:, 0] != corners[:, 1])
+            & (corners[:, 1] != corners[:, 2])
+            & (corners[:, 2] != corners[:, 0])
+        )
+        num_left = int(has_area.sum())
+        left = slice(first_face, first_face + num_left)
+        # Normals and texture coordinates stay those of the original corners.
+        model.mesh_facenormal[left] = model.mesh_facenormal[faces][has_area]
+        model.mesh_facetexcoord[left] = model.mesh_facetexcoord[faces][has_area]
+        model.mesh_face[left] = corners[has_area]
+        model.mesh_facenum[mesh] = num_left
 
 
 def multiply_quaternions(first: Array, second: Array) -> Array:
