@@ -44,8 +44,11 @@ from spear.util.processes import map_in_order
 PROTOCOL = PROTOCOLS["openpi"]
 """Whose seed of the environment and limits of steps demonstrations have."""
 SHARD_SIZE = 16  # number of demonstrations in a file: a few minutes of recording
-DISTURBANCE = Disturbance(translation=0.02, rotation=math.radians(6), twist=math.radians(20))
-"""Disturbances of the arm (m, rad), as in SIMPLER's demonstrations."""
+DISTURBANCE = Disturbance(
+    start=0.08, translation=0.02, rotation=math.radians(3), twist=math.radians(8)
+)
+"""Disturbances of the arm (m, rad). Larger turns take the arm to the limits of its joints, from
+where it does not come back in time."""
 MAX_STARTS = 10  # starts that are tried for a seed, before the last one is used anyway
 MAX_SETTLED_OFFSET_M = 0.02
 """An object that comes to rest farther from where it was put has fallen, or was pushed away."""

@@ -550,8 +550,10 @@ def simplify_meshes(model: Any) -> None:
         first_vertex = model.mesh_vertadr[mesh]
         vertices = model.mesh_vert[first_vertex : first_vertex + model.mesh_vertnum[mesh]]
         cells = np.floor(vertices / MESH_CELL_M).astype(np.int64)
+        cells -= cells.min(axis=0)
+        cell_numbers = np.ravel_multi_index(tuple(cells.T), tuple(cells.max(axis=0) + 1))
         _, vertex_of_cell, cell_of_vertex = np.unique(
-            cells, axis=0, return_index=True, return_inverse=True
+            cell_numbers, return_index=True, return_inverse=True
         )
         first_face = model.mesh_faceadr[mesh]
         faces = slice(first_face, first_face + model.mesh_facenum[mesh])
