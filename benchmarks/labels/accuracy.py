@@ -23,17 +23,13 @@ import tyro
 from scipy import ndimage
 
 from spear.cli import run_reporting_errors
+from spear.labels.fit.accuracy import compare_labels, compute_box_errors, find_instance
 from spear.labels.fit.box3d import make_box, make_box_from_vertices
 from spear.labels.fit.masks import decode_mask
-from spear.labels.fit.quality import (
-    compare_labels,
-    compute_box_errors,
-    find_failed_scores,
-    find_instance,
-)
 from spear.labels.models.ground_truth import GroundTruth
 from spear.labels.models.protocols import Detection, PointMapResult
 from spear.labels.pipeline import label_images, label_with_ground_truth
+from spear.labels.questions.generate import find_failed_scores
 from spear.sim.render import render_frame
 from spear.sim.scene import sample_clutter_scene
 from spear.sim.world import GRIPPER_NAME, World

@@ -45,9 +45,9 @@ from spear.labels.fit.box3d import (
 )
 from spear.labels.fit.image import unproject
 from spear.labels.fit.points import subsample
-from spear.labels.fit.quality import find_failed_scores
 from spear.labels.models.ground_truth import GroundTruth
 from spear.labels.pipeline import label_images
+from spear.labels.questions.generate import find_failed_scores
 from spear.types import Array, Box3D, Frame, LabeledImage
 from spear.util import processes
 

@@ -36,11 +36,12 @@ from tyro.extras import SubcommandApp
 
 from spear.cli import run_reporting_errors
 from spear.errors import SpearError
+from spear.labels.fit.accuracy import compare_labels
 from spear.labels.fit.image import clip_boxes
-from spear.labels.fit.quality import MIN_VISIBLE, compare_labels
 from spear.labels.models.ground_truth import GroundTruth
 from spear.labels.models.protocols import Detection, PointMapResult
 from spear.labels.pipeline import label_images, label_with_ground_truth
+from spear.labels.questions.generate import MIN_VISIBLE
 from spear.labels.store import read_labels
 from spear.models.presets import get_preset
 from spear.sim.render import render_clutter_frame

@@ -22,7 +22,7 @@ from spear.evaluate.options import QuestionOptions, TabletopOptions
 from spear.evaluate.results import Results
 from spear.evaluate.vqa import run as vqa
 from spear.evaluate.vqa.ask import render_held_out_frames
-from spear.labels.fit.quality import compare_labels
+from spear.labels.fit.accuracy import compare_labels
 from spear.labels.pipeline import label_with_ground_truth
 from spear.policy import Spear1Policy, VlmBundle, load_vlm, locate
 from spear.report.comparison import describe_ending, draw_open_loop_charts

@@ -18,7 +18,7 @@ from rgbd_folders import write_scannet
 from spear.cli import main
 from spear.doctor import MachineSpeed
 from spear.labels import model_factories
-from spear.labels.fit.quality import compare_labels
+from spear.labels.fit.accuracy import compare_labels
 from spear.labels.models import resources
 from spear.labels.questions.store import read_questions
 from spear.labels.store import read_labels

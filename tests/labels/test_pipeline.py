@@ -16,11 +16,15 @@ import pytest
 from labels_scenes import TRUTH, make_random_frame, render_blocks
 from refusals import refuses
 from spear.labels.engine import STAGES, LabeledBatch, fit_packed_boxes
+from spear.labels.fit.accuracy import compare_labels
 from spear.labels.fit.image import project, unproject
-from spear.labels.fit.quality import compare_labels, find_failed_scores
 from spear.labels.models.ground_truth import GroundTruth
 from spear.labels.pipeline import admit_frame, label_images, label_with_ground_truth
-from spear.labels.questions.generate import find_exclusion_reasons, generate_questions
+from spear.labels.questions.generate import (
+    find_exclusion_reasons,
+    find_failed_scores,
+    generate_questions,
+)
 from spear.types import Array, Frame, LabeledImage
 
 

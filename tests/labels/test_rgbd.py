@@ -19,8 +19,8 @@ from labels_scenes import make_random_frame
 from refusals import refuses
 from rgbd_folders import to_millimeter_image, write_plain, write_scannet
 from spear.errors import Notice
+from spear.labels.fit.accuracy import compare_labels
 from spear.labels.fit.image import unproject
-from spear.labels.fit.quality import compare_labels
 from spear.labels.inputs import read_contents
 from spear.labels.pipeline import label_with_ground_truth
 from spear.labels.rgbd import RgbdScene, align_depth, read_matrix

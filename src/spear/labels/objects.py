@@ -13,7 +13,7 @@ from functools import partial
 
 import numpy as np
 
-from spear.labels.fit.box3d import find_keypoints, fit_box
+from spear.labels.fit.box3d import compute_vertex_error, find_keypoints, fit_box
 from spear.labels.fit.image import compute_iou_2d, compute_tight_box
 from spear.labels.fit.masks import (
     clean_points,
@@ -24,7 +24,6 @@ from spear.labels.fit.masks import (
     snap_outline,
 )
 from spear.labels.fit.points import TOUCHING_FRACTION, Plane, find_inliers, subsample
-from spear.labels.fit.quality import compute_planarity, compute_stability
 from spear.labels.models.protocols import Detection, PointMapResult
 from spear.types import Array, Box3D, LabeledObject
 
@@ -109,9 +108,10 @@ def label_object(detection: Detection, mask: Array, image: ImageGeometry) -> Lab
         - "edge", the fraction of its outline that the image's edge cuts;
         - "known", the fraction of its pixels with depth;
         - "whole", the IoU of the detected 2D box and the tight box around the mask;
-        - only for objects with a 3D box: "planarity" and "stability" (see `quality`), and
-          "compact", how wide the object appears in comparison with the depth of its box
-          (`_compute_compactness`).
+        - only for objects with a 3D box: "planarity", how flat the seen points are
+          (`compute_planarity`); "stability", how little the box changes with its points
+          (`compute_stability`); and "compact", how wide the object appears in comparison with the
+          depth of its box (`_compute_compactness`).
     """
     tight_box = compute_tight_box(mask)
     box2d = np.asarray(detection.box2d, np.float32)
@@ -227,6 +227,39 @@ def _choose_fit(
         support = _find_support_height(cloud, points_beside, image.support_plane)
     margin = MARGIN_PX * _compute_distance(cloud) / image.focal_px  # pixels → unit of the points
     return partial(fit_box, up=up, support=support, margin=margin, noise=image.noise)
+
+
+def compute_planarity(points: Array) -> float:
+    """How flat the seen points [n >= 3, 3] are: 1 for a square sheet, 0 for a line and for a ball.
+
+    The planarity is (σ2 - σ3) / σ1, where σ1 ≥ σ2 ≥ σ3 are the standard deviations of the points
+    along their principal axes.
+    """
+    eigenvalues = np.linalg.eigvalsh(np.cov(points.T))  # [3] variances, smallest first
+    sigma3, sigma2, sigma1 = np.sqrt(np.maximum(eigenvalues, 0))
+    return float((sigma2 - sigma3) / sigma1) if sigma1 > 0 else 0.0
+
+
+def compute_stability(points: Array, box: Box3D, fit: Callable[[Array], Box3D]) -> float:
+    """How little a box changes when it is fitted to only half of its points.
+
+    The points are divided at random (with a fixed seed) into two halves, and a box is fitted to
+    each half. The error of such a box is the mean distance of its vertices from those of `box`, up
+    to the box's symmetries (`compute_vertex_error`). The stability is 1 minus the mean of both
+    errors, as a fraction of half the diagonal of `box`, and at least 0.
+
+    Args:
+        points: [n >= 8, 3] the points to which `box` was fitted.
+        box: The box of all points.
+        fit: Fits a box to points [n, 3].
+    """
+    order = np.random.default_rng(0).permutation(len(points))
+    middle = len(order) // 2
+    errors = []
+    for half in (order[:middle], order[middle:]):
+        errors.append(compute_vertex_error(fit(points[half]).vertices, box.vertices))
+    half_diagonal = 0.5 * float(np.linalg.norm(box.size))
+    return max(0.0, 1.0 - float(np.mean(errors)) / half_diagonal)
 
 
 def _compute_compactness(inside: Array, cloud: Array, box: Box3D, focal_px: float) -> float:

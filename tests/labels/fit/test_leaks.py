@@ -14,11 +14,12 @@ from scipy import ndimage
 from scipy.spatial.transform import Rotation
 
 from labels_scenes import make_camera, render_blocks, sample_visible_sides
+from spear.labels.fit.accuracy import compare_labels
 from spear.labels.fit.box3d import compute_iou_3d, fit_box, make_box
-from spear.labels.fit.quality import compare_labels, find_failed_scores
 from spear.labels.models.ground_truth import GroundTruth
 from spear.labels.models.protocols import Detection
 from spear.labels.pipeline import label_images
+from spear.labels.questions.generate import find_failed_scores
 from spear.types import Array, Box3D, Frame
 
 seeds = st.integers(0, 2**32 - 1)

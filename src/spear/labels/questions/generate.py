@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 
 from spear.errors import SpearError, check_known
-from spear.labels.fit.quality import find_failed_scores
 from spear.labels.questions.interface import QuestionScene, draw_one
 from spear.labels.questions.positions import project_to_pixels
 from spear.labels.questions.templates import KEYPOINT_NAMES, UNIT_TEMPLATES, is_a, with_article
@@ -23,6 +22,25 @@ from spear.labels.questions.types import PROMPT_TEMPLATES, QUESTION_TYPE_BY_NAME
 from spear.question_types import QUESTION_TYPES
 from spear.types import Array, LabeledImage, LabeledObject, Pixel, Question, Segments, Unit
 
+MIN_VISIBLE = 0.7
+"""3D questions are about objects whose "visible" score is at least this: the fraction of the
+object's outline at which neither the image's edge nor something in front cuts it off. For objects
+with a lower score, the median error of the box's center is three times as large (our choice,
+measured by benchmarks/labels/accuracy.py)."""
+MAX_EDGE = 0.05
+"""3D questions are about objects whose "edge" score is at most this: the fraction of the object's
+outline that the image's edge cuts off. How far such an object continues outside the image is not
+known."""
+MIN_SCORES = {
+    "visible": MIN_VISIBLE,
+    "points": 30.0,  # number (not a fraction) of points to which the box is fitted
+    "known": 0.8,  # fraction of the object's pixels that have depth
+    "whole": 0.5,  # IoU of the detected 2D box and the tight box around the mask
+    "stability": 0.6,  # how little the box changes with its points, see `label_object`
+    "compact": 0.4,  # how wide the object is seen, as a fraction of the box's extent in depth
+}
+"""Name → lowest score of objects that 3D questions may be about (our choice). Objects with lower
+scores stay in the labels, with their scores."""
 MIN_VISIBLE_2D = 0.6
 """2D questions are about objects of whose outline at least this fraction is visible, by their score
 "visible" (our choice)."""
@@ -49,6 +67,17 @@ def find_exclusion_reasons(label: LabeledImage) -> list[tuple[str, ...]]:
             reasons += find_failed_scores(o.scores)
         reasons_of_objects.append(tuple(reasons))
     return reasons_of_objects
+
+
+def find_failed_scores(scores: Mapping[str, float]) -> tuple[str, ...]:
+    """The names of the scores that exclude an object from questions.
+
+    A missing score excludes nothing.
+    """
+    failed_scores = [name for name, limit in MIN_SCORES.items() if scores.get(name, limit) < limit]
+    if scores.get("edge", 0.0) > MAX_EDGE:
+        failed_scores.append("edge")
+    return tuple(failed_scores)
 
 
 def _is_name_unique(o: LabeledObject, label: LabeledImage) -> bool:

@@ -8,7 +8,7 @@ import pytest
 
 from labels_scenes import render_blocks
 from spear.labels.fit.box3d import fit_box
-from spear.labels.fit.quality import compute_planarity, compute_stability
+from spear.labels.objects import compute_planarity, compute_stability
 from spear.labels.pipeline import label_with_ground_truth
 from spear.labels.questions.generate import (
     find_askable_objects,
