@@ -4,10 +4,10 @@ Sampling has two parts. First the VLM runs the prefix (images and instruction) o
 keys and values into static buffers. Then the action expert runs once per flow step: its tokens (one
 for the robot's state, one for each action) attend to these keys and values.
 
-The result is that of `flow.integrate` around `Spear1ForActionPrediction.predict`, up to rounding.
-Two pieces of work are skipped, because their results are not needed. The VLM's last layer computes
-only its keys and values. The state token runs through the expert in the first flow step only,
-because its keys and values do not depend on the actions.
+The result is that of `Spear1ForActionPrediction.sample_plain`, up to rounding. Two pieces of work
+are skipped, because their results are not needed. The VLM's last layer computes only its keys and
+values. The state token runs through the expert in the first flow step only, because its keys and
+values do not depend on the actions.
 
 `sample_actions` is the entrance. It calls `sample_fast`. For the first sample of each kind of
 inputs it also calls `sample_plain`, which runs the network as in training, and compares the two.
@@ -122,18 +122,21 @@ def sample_actions(model: Any, inputs: Inputs, steps: int) -> Tensor:
     return sample_plain(model, inputs, steps)
 
 
-@torch.no_grad()
 def sample_plain(model: Any, inputs: Inputs, steps: int) -> Tensor:
-    """Sample like `sample_actions`, by the same functions of the network as in training."""
+    """Sample like `sample_actions`, by `Spear1ForActionPrediction.sample_plain`."""
     pixels, present = split_image_inputs(inputs)
-    prefix = model.encode_prefix(pixels, inputs["input_ids"], inputs.get("attention_mask"), present)
-
-    def predict(a_tau: Action, tau: Tensor) -> Action:
-        return model.predict(prefix, inputs["state"], a_tau, tau)
-
-    noise = Action.from_vector(inputs["noise"])
-    actions = flow.integrate(predict, noise, steps, model.flow_config, _unpack_committed(inputs))
-    return actions.to_vector()
+    actions = model.sample_plain(
+        pixels,
+        inputs["input_ids"],
+        inputs.get("attention_mask"),
+        inputs["state"],
+        Action.from_vector(inputs["noise"]),
+        steps,
+        view_mask=present,
+        committed=_unpack_committed(inputs),
+    )
+    vector: Tensor = actions.to_vector()
+    return vector
 
 
 def _input_kind(inputs: Inputs, is_autocast: bool) -> Hashable:

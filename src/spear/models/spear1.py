@@ -316,7 +316,10 @@ class Spear1ForActionPrediction(PreTrainedModel):
         view_mask: Mapping[str, Tensor] | None = None,
         committed: flow.CommittedPrefix | None = None,
     ) -> Action:
-        """Integrate v_θ from noise (τ = 0) to actions (τ = 1) by Euler steps.
+        """Compute actions from noise, images, instruction and state.
+
+        The actions are those of `sample_plain` up to rounding. `spear.models.sampling` computes
+        them in less time.
 
         Args:
             pixel_values: View -> [B, 3, h, w] uint8.
@@ -347,6 +350,32 @@ class Spear1ForActionPrediction(PreTrainedModel):
         if steps is None:
             steps = self.flow_config.steps
         return Action.from_vector(sample_actions(self, inputs, steps))
+
+    @torch.no_grad()
+    def sample_plain(  # noqa: PLR0913  the inputs of the network
+        self,
+        pixel_values: Mapping[str, Tensor],
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        state: Tensor,
+        noise: Action,
+        steps: int | None = None,
+        view_mask: Mapping[str, Tensor] | None = None,
+        committed: flow.CommittedPrefix | None = None,
+    ) -> Action:
+        """Integrate v_θ from noise (τ = 0) to actions (τ = 1) by Euler steps.
+
+        This runs the same functions of the network as `forward`. Arguments and result are those of
+        `sample_actions`.
+        """
+        prefix = self.encode_prefix(pixel_values, input_ids, attention_mask, view_mask)
+
+        def predict(a_tau: Action, tau: Tensor) -> Action:
+            return self.predict(prefix, state, a_tau, tau)
+
+        if steps is None:
+            steps = self.flow_config.steps
+        return flow.integrate(predict, noise, steps, self.flow_config, committed)
 
 
 def load_inner_vlm(
