@@ -24,11 +24,11 @@ import pytest
 from data_tiny import copy_dataset, edit_json, make_episode, write_store
 from labels_stand_ins import make_engine, write_photos
 from spear import embodiments
-from spear.chunks import validate_chunk
 from spear.cli import main
 from spear.data.mixture import Mixture
 from spear.data.store.episode_store import EpisodeStore
 from spear.data.store.lerobot_write import write_lerobot
+from spear.embodiments.actions import validate_chunk
 from spear.errors import SpearError, import_optional
 from spear.labels.inputs import list_images
 from spear.labels.options import WorkOptions

@@ -39,6 +39,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 import torch
 
+from spear.embodiments.actions import measure_lengths, validate_chunk
 from spear.errors import SpearError, check_known, notice
 from spear.geometry import (
     action_between_poses,
@@ -46,13 +47,9 @@ from spear.geometry import (
     quat_log,
     quat_multiply,
     quat_normalize,
-    validate_unit_quat,
 )
 from spear.types import (
-    ACTION_DIM,
     CONTROL_RATE_HZ,
-    MAX_EE_SPEED_M_S,
-    MAX_EE_TURN_RAD_S,
     Array,
     Policy,
 )
@@ -74,8 +71,6 @@ MIN_LONGEST_STEP_M = 2e-3
 MIN_LONGEST_TURN_RAD = 2e-2  # the same for rotations
 
 MAX_PAUSE_S = 1.0  # after a longer pause the plan is outdated, because the robot may have moved
-MAX_ACTION_LENGTH_M = MAX_EE_SPEED_M_S / CONTROL_RATE_HZ  # longer actions are implausible
-MAX_ACTION_TURN_RAD = MAX_EE_TURN_RAD_S / CONTROL_RATE_HZ  # larger rotations are implausible
 
 # Number of executed steps that are stored, from which the motion since an observation is computed.
 NUM_REMEMBERED_TICKS = 256
@@ -291,7 +286,7 @@ class ChunkExecutor:
         actions = _join_to_executed(chunk.actions, executed_actions, num_executed, gripper_change)
 
         # The largest translation (m) and rotation (rad) of an action before joining, [2].
-        max_lengths = _measure_lengths(np.stack([*chunk.actions, *executed_actions])).max(axis=0)
+        max_lengths = measure_lengths(np.stack([*chunk.actions, *executed_actions])).max(axis=0)
         max_lengths = np.maximum(max_lengths, (MIN_LONGEST_STEP_M, MIN_LONGEST_TURN_RAD))
 
         steps = []
@@ -305,7 +300,7 @@ class ChunkExecutor:
             num_ticks = 1
             if gripper_change is not None and 0 < gripper_change - index <= NUM_SLOW_ACTIONS:
                 num_ticks = max(1, round(fraction * (1 + chunk.delay_ticks)))
-            relative_length = (_measure_lengths(action) / max_lengths).max()
+            relative_length = (measure_lengths(action) / max_lengths).max()
             # Rounding errors of up to a thousandth do not cost a tick.
             num_ticks = max(num_ticks, math.ceil(relative_length - 1e-3))
 
@@ -502,44 +497,6 @@ def check_replan_interval(replan_interval: int, horizon: int | None = None) -> N
     )
 
 
-def validate_chunk(actions: Array) -> Array:
-    """Check a policy's chunk before a robot executes it.
-
-    Args:
-        actions: what the policy returned as its action chunk.
-
-    Returns:
-        The chunk as an array [H, 8]: translation (m, base frame), rotation (unit quaternion,
-        end-effector frame), gripper opening.
-
-    Raises:
-        SpearError: if it is not [H, 8] finite numbers with unit quaternions, or if one of its
-            actions is longer than `MAX_ACTION_LENGTH_M` or turns by more than
-            `MAX_ACTION_TURN_RAD`.
-
-    Example:
-        >>> still = np.tile([0.0, 0, 0, 1, 0, 0, 0, 1], (5, 1))
-        >>> validate_chunk(still).shape
-        (5, 8)
-    """
-    actions = np.asarray(actions)
-    if actions.ndim != 2 or actions.shape[1] != ACTION_DIM or not np.isfinite(actions).all():
-        raise SpearError(
-            f"the actions, of shape {list(actions.shape)}, are not finite or not [H, 8], so the "
-            "robot must not move. Check the policy's weights, and that a server of it has "
-            "--embodiment generic."
-        )
-    # [2] the length (m) and the turn (rad) of the longest actions
-    max_length_m, max_turn_rad = _measure_lengths(actions).max(axis=0, initial=0)
-    if max_length_m > MAX_ACTION_LENGTH_M or max_turn_rad > MAX_ACTION_TURN_RAD:
-        raise SpearError(
-            f"the policy wants to go {max_length_m:.2g} m, or turn by {max_turn_rad:.2g} rad, "
-            "in one step, so the robot must not move. Check the policy with `spear doctor`."
-        )
-    validate_unit_quat(torch.from_numpy(np.float64(actions[:, 3:7])), "actions[3:7]")
-    return actions
-
-
 def _join_to_executed(
     actions: Array, executed: Sequence[Array], num_executed: float, gripper_change: int | None
 ) -> Array:
@@ -593,24 +550,6 @@ def _join_to_executed(
     gripper = actions[first:, 7:]
     new_actions = np.concatenate([translation.numpy(), rotation.numpy(), gripper], axis=1)
     return new_actions.astype(np.float32)
-
-
-def _measure_lengths(actions: Array) -> Array:
-    """Length of the translation (m) and angle of the rotation (rad) of actions.
-
-    Args:
-        actions: [..., 8].
-
-    Returns:
-        [..., 2], the length first.
-    """
-    translation, real, imaginary, _ = np.split(np.float64(actions), (3, 4, 7), axis=-1)
-    length_m = np.linalg.norm(translation, axis=-1)
-    # The quaternion of a rotation by an angle α has real part cos(α/2), and the norm of its
-    # imaginary part is sin(α/2). Computed here, because `quat_log` would take half a millisecond.
-    sine = np.linalg.norm(imaginary, axis=-1)
-    turn_rad = 2 * np.arctan2(sine, np.abs(real[..., 0]))
-    return np.stack([length_m, turn_rad], axis=-1)
 
 
 def _scale_action(action: Array, fraction: float) -> Array:

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from spear import flow
-from spear.chunks import validate_chunk
 from spear.data.frames import Frames, resolve_frames
 from spear.data.normalize import Normalizer
+from spear.embodiments.actions import validate_chunk
 from spear.embodiments.observations import (
     CheckedObservation,
     camera_key,

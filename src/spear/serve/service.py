@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 
 import spear
-from spear.chunks import validate_chunk
 from spear.embodiments import Embodiment
+from spear.embodiments.actions import validate_chunk
 from spear.embodiments.interface import keep_actions
 from spear.embodiments.observations import (
     COMMITTED_KEY,
