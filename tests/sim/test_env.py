@@ -12,7 +12,8 @@ import pytest
 from gymnasium.utils.env_checker import check_env
 
 from refusals import refuses
-from spear.sim import expert
+from spear.embodiments.observations import is_camera_key
+from spear.sim import expert, world
 from spear.sim.env import MAX_STEPS, TabletopEnv
 from spear.sim.scene import FAMILIES
 from spear.sim.world import is_source_on_target
@@ -31,6 +32,30 @@ def test_keeps_gymnasiums_contract() -> None:
     check_env(
         TabletopEnv("put_on", {"external": (64, 48), "wrist": (32, 32)}), skip_render_check=True
     )
+
+
+@pytest.mark.usefixtures("renderer")
+def test_only_the_cameras_that_are_asked_for_are_rendered() -> None:
+    env = TabletopEnv("put_on", {"external": (64, 48), "ceiling": (32, 32)})
+
+    observation, _ = env.reset(seed=1)
+
+    camera_keys = [key for key in observation if is_camera_key(key)]
+    assert camera_keys == ["observation/image"]  # there is no camera called ceiling
+
+
+@pytest.mark.usefixtures("renderer")
+def test_a_camera_that_is_added_to_the_world_is_rendered(monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = world.build_base_spec().copy()
+    spec.worldbody.add_camera(name="ceiling", pos=(0.4, 0, 1.5))  # looks down
+    monkeypatch.setattr(world, "build_base_spec", lambda: spec)
+    env = TabletopEnv("put_on", {**IMAGE_SIZES, "ceiling": (40, 24)})
+
+    observation, _ = env.reset(seed=1)
+
+    image = observation["observation/ceiling_image"]
+    assert image.shape == (24, 40, 3)
+    assert image.std() > 5  # it shows something
 
 
 class TestRegisteredEnvironment:

@@ -63,8 +63,10 @@ def load(name: str) -> Embodiment:
 
     path = Path(name)
     if not path.is_file():
-        names = ", ".join(list_names())
-        raise SpearError(f"there is no embodiment {path}. Give a Python file, or one of {names}.")
+        raise SpearError(
+            f"there is no file {path}. Give the path of a Python file, or the name of a robot, "
+            "which `spear serve --help` lists."
+        )
     try:
         module = runpy.run_path(str(path))
     except Exception as error:

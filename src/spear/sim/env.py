@@ -14,9 +14,9 @@ from numpy.typing import NDArray
 
 from spear.embodiments.observations import DEFAULT_IMAGE_SIZES, camera_key
 from spear.sim.control import split_action
-from spear.sim.render import CAMERAS, ImageSize, get_thread_renderer
+from spear.sim.render import ImageSize, get_thread_renderer
 from spear.sim.scene import sample_scene
-from spear.sim.world import World, measure_milestones
+from spear.sim.world import World, list_cameras, measure_milestones
 from spear.sim.worlds import place_in_world, validate_world
 from spear.types import CONTROL_RATE_HZ
 from spear.util.held_out import FIRST_TRAIN_SEED
@@ -53,8 +53,8 @@ class TabletopEnv(gymnasium.Env[Observation, NDArray[np.floating]]):
 
     Args:
         family: the task family, one of `spear.sim.scene.FAMILIES`.
-        image_sizes: camera → (width, height) of its images in pixels, for each of
-            `spear.sim.render.CAMERAS`.
+        image_sizes: camera → (width, height) of its images in pixels. Observations have images of
+            those cameras that the world has (`spear.sim.world.list_cameras`).
         images: whether observations have images. Without them no rendering library is needed.
         render_mode: "rgb_array" or None, as Gymnasium defines it.
         world: the surroundings of the scenes, see `spear.sim.worlds`.
@@ -81,7 +81,9 @@ class TabletopEnv(gymnasium.Env[Observation, NDArray[np.floating]]):
         self.images = images
         self.render_mode = render_mode
         self.world_name = validate_world(world)
-        self.image_sizes = {camera: image_sizes[camera] for camera in CAMERAS}
+        self.image_sizes = {
+            camera: image_sizes[camera] for camera in list_cameras() if camera in image_sizes
+        }
 
         spaces: dict[str, gymnasium.Space[Any]] = {
             "observation/state": gymnasium.spaces.Box(-10.0, 10.0, (8,), np.float32),

@@ -21,7 +21,7 @@ from spear.embodiments.inverse_kinematics import euclidean_norm
 from spear.embodiments.observations import DEFAULT_IMAGE_SIZES, camera_key
 from spear.sim import expert
 from spear.sim.env import MAX_STEPS, TabletopEnv
-from spear.sim.render import CAMERAS, ImageSize
+from spear.sim.render import ImageSize
 from spear.types import CONTROL_RATE_HZ, Array, Episode
 from spear.util import processes
 from spear.util.images import encode_jpeg
@@ -130,7 +130,7 @@ def record_episode(
     while env.steps < MAX_STEPS + NUM_EXTRA_STEPS and not info["success"]:
         expert_action = expert.act(env.world)
         action, is_pushed = disturber(expert_action, env.steps, observation, seed)
-        images = {camera: observation[camera_key(camera)] for camera in CAMERAS}
+        images = {camera: observation[camera_key(camera)] for camera in env.image_sizes}
         recorder.add(images, observation["observation/state"], action, is_pushed)
         info = env.physics_step(action)
         observation = env.observe()

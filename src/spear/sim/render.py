@@ -23,12 +23,11 @@ from numpy.typing import NDArray
 from spear.errors import SpearError, check_known
 from spear.sim.control import HIDDEN_GROUP
 from spear.sim.scene import sample_clutter_scene
-from spear.sim.world import GRIPPER_NAME, World, build_base_spec, half_extent
+from spear.sim.world import GRIPPER_NAME, World, build_base_spec, half_extent, list_cameras
 from spear.types import Frame
 
 ImageSize = tuple[int, int]
 """Width and height, pixels."""
-CAMERAS = ("external", "wrist")  # of every world
 MIN_PIXELS = 8
 """An object with fewer visible pixels is not among a frame's instances."""
 INITIAL_BUFFER_PX = (560, 420)  # (width, height); the buffer grows if larger images are requested
@@ -225,10 +224,10 @@ def render_frame(world: World, camera: str, size: ImageSize) -> Frame:
 
     Args:
         world: the world in its present state.
-        camera: "external" or "wrist".
+        camera: one of `list_cameras()`.
         size: (width, height), pixels.
     """
-    check_known("camera", CAMERAS, camera)
+    check_known("camera", list_cameras(), camera)
     image, depth_m, geom_ids = get_thread_renderer().render_layers(world, camera, size)
     instances = world.instance_of_geom[geom_ids]  # [h, w]; geom id -1 is the last entry, 0
     ids, num_pixels = np.unique(instances, return_counts=True)

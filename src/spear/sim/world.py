@@ -321,6 +321,11 @@ def build_base_spec() -> mujoco.MjSpec:
     return spec
 
 
+def list_cameras() -> list[str]:
+    """Return the names of the cameras of every world: those of world.xml, then those of the arm."""
+    return [camera.name for camera in build_base_spec().cameras]
+
+
 def _draw_task_textures() -> dict[str, Any]:
     """Return the textures of scenes in the default world: name -> brightness [n, n], around 0.9.
 
