@@ -4,10 +4,14 @@
 This module reads from the words of a prompt what is asked, as a person would. It then computes the
 answer from the label: it rebuilds the boxes from their centers, sizes and axes, and projects points
 without NumPy.
+
+`CHECKED_TYPES`, at the end, has an entry for each question type.
 """
 
 import math
 import re
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from spear.types import LabeledImage, LabeledObject, Pixel, Question
@@ -41,7 +45,28 @@ MIN_SCORES = {
 MAX_EDGE_SCORE = 0.05
 MIN_RELATIVE_DIFFERENCE = 0.05
 """Which of two objects is closer is asked only if their distances differ by this fraction."""
-TYPES_ABOUT_TWO_OBJECTS = ("offset", "chain_of_thought")
+
+ComputeAnswer = Callable[[LabeledImage, list[LabeledObject], str], list[Any]]
+"""The label, the objects in the order of their mention and the prompt -> the segments of the right
+answer. A segment is a text, a number (float) or a location in the image (tuple x, y)."""
+
+
+@dataclass(frozen=True)
+class CheckedType:
+    """How the questions of a type are recognized and answered.
+
+    Attributes:
+        wording: a regular expression that is found in prompts of the type.
+        compute_answer: computes the right answer.
+        num_objects: how many objects a prompt names.
+        has_numbers: whether the answer has lengths, whose unit the prompt has to say if they are
+            relative.
+    """
+
+    wording: str
+    compute_answer: ComputeAnswer
+    num_objects: int = 1
+    has_numbers: bool = True
 
 
 def find_answer_errors(label: LabeledImage, question: Question) -> list[str]:
@@ -51,10 +76,10 @@ def find_answer_errors(label: LabeledImage, question: Question) -> list[str]:
     if question_type != question.question_type:
         return [f"reads like {question_type}, is {question.question_type}: {prompt}"]
 
+    checked_type = CHECKED_TYPES[question_type]
     objects = _find_named_objects(label, prompt)
     names = [o.name for o in objects]
-    expected_num_objects = 2 if question_type in TYPES_ABOUT_TWO_OBJECTS else 1
-    if len(objects) != expected_num_objects:
+    if len(objects) != checked_type.num_objects:
         return [f"names {names}: {prompt}"]
 
     errors = []
@@ -62,12 +87,12 @@ def find_answer_errors(label: LabeledImage, question: Question) -> list[str]:
         errors.append(f"is said to be about {question.objects}: {prompt}")
     for o in objects:
         errors += [f"{o.name}: {reason}" for reason in _find_unfit_reasons(label, o)]
-    if not _is_unit_right(label, question, question_type):
+    if not _is_unit_right(label, question, checked_type):
         errors.append(f"unit {label.unit}: {prompt}")
     if question_type == "chain_of_thought" and _is_near_tie(objects):
         errors.append(f"a near-tie: {[_distance(o) for o in objects]}")
 
-    expected_segments = _compute_answer(label, question_type, objects, prompt)
+    expected_segments = checked_type.compute_answer(label, objects, prompt)
     segments = list(question.segments)
     if len(segments) != len(expected_segments):
         return [*errors, f"{len(segments)} segments instead of {len(expected_segments)}"]
@@ -77,14 +102,13 @@ def find_answer_errors(label: LabeledImage, question: Question) -> list[str]:
     return errors
 
 
-def _is_unit_right(label: LabeledImage, question: Question, question_type: str) -> bool:
+def _is_unit_right(label: LabeledImage, question: Question, checked_type: CheckedType) -> bool:
     """Return whether the prompt and the question name the label's unit.
 
     The prompt must say that lengths are relative, exactly if they are and the answer has lengths.
     """
-    has_numbers = question_type != "back_projection"
     says_relative = "relative" in question.prompt or "scale" in question.prompt
-    should_say_relative = label.unit == "relative" and has_numbers
+    should_say_relative = label.unit == "relative" and checked_type.has_numbers
     return (
         says_relative == should_say_relative
         and "metre" not in question.prompt
@@ -99,10 +123,7 @@ def _is_near_tie(objects: list[LabeledObject]) -> bool:
 
 
 def _is_same_segment(segment: Any, expected: Any) -> bool:
-    """Return whether a segment of an answer equals the expected one.
-
-    An expected segment is a text, a number (float) or a location in the image (tuple x, y).
-    """
+    """Return whether a segment of an answer equals the expected one (see `ComputeAnswer`)."""
     if isinstance(expected, float):
         return isinstance(segment, float) and math.isclose(
             segment, expected, rel_tol=1e-4, abs_tol=1e-5
@@ -116,18 +137,12 @@ def _is_same_segment(segment: Any, expected: Any) -> bool:
 
 
 def _read_question_type(prompt: str) -> str:
-    """Return the question type that the words of a prompt suggest."""
-    if "closer" in prompt:
-        return "chain_of_thought"
-    if re.search(r"image\b(?! is unknown)|pixels|2D", prompt):
-        return "back_projection"
-    if re.search(r"3D box|bounding box|box that encloses", prompt):
-        return "box_vertices"
-    if re.search(r"(est|visible|cent(re|er)) point", prompt):
-        return "keypoint"
-    if re.search(r"x, y|offset", prompt):
-        return "offset"
-    return "distance"
+    """Return the first of `CHECKED_TYPES` whose wording is found in a prompt."""
+    return next(
+        name
+        for name, checked_type in CHECKED_TYPES.items()
+        if re.search(checked_type.wording, prompt)
+    )
 
 
 def _find_named_objects(label: LabeledImage, prompt: str) -> list[LabeledObject]:
@@ -192,40 +207,6 @@ def _split_name(name: str) -> tuple[list[str], str]:
     return words, addition
 
 
-def _compute_answer(
-    label: LabeledImage, question_type: str, objects: list[LabeledObject], prompt: str
-) -> list[Any]:
-    """Return the segments of the right answer; locations in the image are tuples (x, y)."""
-    first = objects[0]
-    if question_type == "box_vertices":
-        coordinates = []
-        for corner in _compute_corners(first):
-            coordinates += corner
-        return coordinates
-    if question_type == "keypoint":
-        return [float(c) for c in first.keypoints[_read_keypoint(prompt)]]
-    if question_type == "back_projection":
-        return [_project(label, corner) for corner in _compute_corners(first)]
-    if question_type == "distance":
-        return [_distance(first)]
-
-    second = objects[1]
-    if question_type == "offset":
-        # In "how far is Y from X" the start is X, which comes after "from" and is mentioned last.
-        is_reversed = re.search(r"How far is .* from", prompt)
-        start, end = (second, first) if is_reversed else (first, second)
-        pairs = zip(_compute_center(start), _compute_center(end), strict=True)
-        return [end_coordinate - start_coordinate for start_coordinate, end_coordinate in pairs]
-    closer = first if _distance(first) < _distance(second) else second
-    return [
-        f"the {first.name} is ",
-        _distance(first),
-        f" and the {second.name} is ",
-        _distance(second),
-        f" so the {closer.name} is closer",
-    ]
-
-
 def _read_keypoint(prompt: str) -> str:
     """Return the key, in the label, of the keypoint that a prompt asks for."""
     before_point = prompt.split(" point ")[0]
@@ -277,3 +258,69 @@ def _project(label: LabeledImage, point: list[float]) -> tuple[float, float]:
     u_px = focal_x * x / z + skew * y / z + center_x
     v_px = focal_y * y / z + center_y
     return u_px / label.width, v_px / label.height
+
+
+def _list_vertices(label: LabeledImage, objects: list[LabeledObject], prompt: str) -> list[Any]:
+    """Return the coordinates of the corners of an object's box."""
+    (o,) = objects
+    coordinates = []
+    for corner in _compute_corners(o):
+        coordinates += corner
+    return coordinates
+
+
+def _find_keypoint(label: LabeledImage, objects: list[LabeledObject], prompt: str) -> list[Any]:
+    """Return the coordinates of the keypoint of an object that the prompt asks for."""
+    (o,) = objects
+    return [float(c) for c in o.keypoints[_read_keypoint(prompt)]]
+
+
+def _project_corners(label: LabeledImage, objects: list[LabeledObject], prompt: str) -> list[Any]:
+    """Return where in the image the corners of an object's box are."""
+    (o,) = objects
+    return [_project(label, corner) for corner in _compute_corners(o)]
+
+
+def _measure_distance(label: LabeledImage, objects: list[LabeledObject], prompt: str) -> list[Any]:
+    """Return the distance of an object from the camera."""
+    (o,) = objects
+    return [_distance(o)]
+
+
+def _compute_offset(label: LabeledImage, objects: list[LabeledObject], prompt: str) -> list[Any]:
+    """Return the displacement from one object to another.
+
+    In "how far is Y from X" the start is X, which comes after "from" and is mentioned last.
+    """
+    start, end = objects
+    if re.search(r"How far is .* from", prompt):
+        start, end = end, start
+    pairs = zip(_compute_center(start), _compute_center(end), strict=True)
+    return [end_coordinate - start_coordinate for start_coordinate, end_coordinate in pairs]
+
+
+def _compare_distances(label: LabeledImage, objects: list[LabeledObject], prompt: str) -> list[Any]:
+    """Return a sentence with the distances of two objects and the name of the closer one."""
+    first, second = objects
+    closer = first if _distance(first) < _distance(second) else second
+    return [
+        f"the {first.name} is ",
+        _distance(first),
+        f" and the {second.name} is ",
+        _distance(second),
+        f" so the {closer.name} is closer",
+    ]
+
+
+CHECKED_TYPES = {
+    "chain_of_thought": CheckedType("closer", _compare_distances, num_objects=2),
+    "back_projection": CheckedType(
+        r"image\b(?! is unknown)|pixels|2D", _project_corners, has_numbers=False
+    ),
+    "box_vertices": CheckedType(r"3D box|bounding box|box that encloses", _list_vertices),
+    "keypoint": CheckedType(r"(est|visible|cent(re|er)) point", _find_keypoint),
+    "offset": CheckedType(r"x, y|offset", _compute_offset, num_objects=2),
+    "distance": CheckedType("", _measure_distance),  # all other prompts, so it stays the last one
+}
+"""Question type -> how its questions are checked. A prompt is of the first type whose wording is
+found in it."""

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from answer_checker import CHECKED_TYPES
 from labels_boxes import make_labeled_image
 from refusals import Command, refuses
 from spear.errors import Notice
@@ -39,6 +40,7 @@ from spear.labels.questions.types.chain_of_thought import find_closer_named
 from spear.labels.store import write_labels
 from spear.models.readout import Distribution
 from spear.policy import Answer
+from spear.question_types import ANSWER_FORMS
 from spear.report.draw import PREDICTION_COLOR, TRUTH_COLOR
 from spear.report.vqa import draw_figure, make_vqa_page
 from spear.tokens import CoordinateTokenizer
@@ -262,11 +264,14 @@ def test_question_types_that_no_image_allows_are_named(
     labels: list[LabeledImage], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     one_object = replace(labels[0], objects=labels[0].objects[:1])
+    types_about_two_objects = [
+        name for name in vqa.QUESTION_TYPES if CHECKED_TYPES[name].num_objects == 2
+    ]
 
-    with pytest.warns(Notice, match="offset, chain_of_thought"):  # these need two objects
+    with pytest.warns(Notice, match=", ".join(types_about_two_objects)):
         scores = ask_oracle(OracleModel(), [one_object], monkeypatch)
 
-    assert len(scores.type_scores) == len(vqa.QUESTION_TYPES) - 2
+    assert set(scores.type_scores) == set(vqa.QUESTION_TYPES) - set(types_about_two_objects)
 
 
 def test_an_unknown_question_type_is_refused(labels: list[LabeledImage]) -> None:
@@ -492,7 +497,7 @@ def certain_scores(monkeypatch: pytest.MonkeyPatch) -> Scores:
 
 def test_ways_of_reading_numbers_are_compared(certain_scores: Scores) -> None:
     assert certain_scores.decode == "median"
-    question_types = set(vqa.QUESTION_TYPES) - {"back_projection"}  # which has no numbers
+    question_types = {name for name in vqa.QUESTION_TYPES if ANSWER_FORMS[name].num_numbers > 0}
     assert set(certain_scores.readings) == set(certain_scores.calibration) == question_types
     for question_type, readings in certain_scores.readings.items():
         median_error = certain_scores.type_scores[question_type].measures["relative"].value

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.spatial.transform import Rotation
 
-from answer_checker import find_answer_errors
+from answer_checker import CHECKED_TYPES, find_answer_errors
 from spear.labels.fit.box3d import make_box
 from spear.labels.questions.generate import generate_questions
 from spear.labels.questions.templates import UNIT_TEMPLATES, is_a
@@ -143,7 +143,7 @@ def test_questions_in_relative_units_say_so_in_one_of_the_templates(
             for template, pattern in patterns.items():
                 if re.fullmatch(pattern, question.prompt):
                     matching_templates.append(template)
-            has_numbers = question.question_type != "back_projection"
+            has_numbers = CHECKED_TYPES[question.question_type].has_numbers
             num_expected = 1 if has_numbers else 0
             assert len(matching_templates) == num_expected
             assert question.unit == "relative"
