@@ -96,6 +96,7 @@ def make_embodiment(
             ENDPOINT_KEY: '"infer"; or "reset", which needs nothing else',
             "observation/cartesian_position": "not looked at: the pose is that of the joints",
             "session_id": "not looked at",
+            **robot.optional,
         },
         observe=functools.partial(observe, tool=tool),
         controls={
