@@ -42,7 +42,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "embodiments": BASIC,
     "sim": BASIC | {"embodiments"},
     "data": BASIC | {"checks", "embodiments"},
-    "monitor": BASIC | {"data"},
+    "monitor": BASIC | {"checks", "data"},
     "models": LOW,
     "labels": LOW | {"data", "models"},
     "sim_data": BASIC | {"sim", "data", "labels"},

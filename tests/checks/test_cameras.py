@@ -3,7 +3,7 @@
 import numpy as np
 
 from refusals import refuses
-from spear.checks.cameras import View, check_cameras, summarize_view
+from spear.checks.cameras import View, are_blank, check_cameras, summarize_view
 from spear.util.images import encode_jpeg
 
 NUM_STEPS = 8
@@ -90,3 +90,11 @@ def test_an_episode_too_short_to_compare_images_tells_nothing() -> None:
     view = summarize_view(images, make_positions(4), 30.0, "made")
 
     assert np.isnan(view.changing_share)
+
+
+def test_pictures_without_contrast_show_nothing() -> None:
+    noise = np.random.default_rng(0).integers(0, 5, (24, 32, 3))
+    covered = np.array([200, 40, 90]) + noise
+    scene = make_background()[:24, :32]
+
+    assert are_blank(np.stack([covered, scene])).tolist() == [True, False]

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
+from spear.checks.frozen import find_frozen_steps
 from spear.checks.result import Check
 from spear.errors import SpearError, format_count
 from spear.types import CONTROL_RATE_HZ, Array
@@ -18,7 +19,7 @@ from spear.util.images import decode_image
 MIN_ARM_SPEED_M_S = 0.05  # an arm that is faster counts as moving
 MIN_PIXEL_CHANGE = 4  # a pixel that changes by more gray levels (of 255) than this has changed
 COMPARED_SIZE_PX = (32, 24)  # width and height to which images are reduced
-MIN_FROZEN_MOTION_M = 0.05  # if the arm moves farther and all images are equal, they are frozen
+MAX_BLANK_CONTRAST = 8  # gray levels of 255; a picture of less contrast shows nothing
 MIN_EPISODES = 5  # in which both cameras can be compared; with fewer, there is no verdict
 MIN_CHANGE_RATIO = 1.5  # the wrist view changes by this factor more than the external view
 MIN_SHARE = 0.8  # share of the compared episodes that must agree for a verdict
@@ -28,8 +29,7 @@ MIN_SHARE = 0.8  # share of the compared episodes that must agree for a verdict
 class View:
     """What one camera shows in one episode.
 
-    is_blank        whether all images have one and the same color, or are all the same image while
-                    the arm moves.
+    is_blank        whether all images show nothing, or are all the same image while the arm moves.
     changing_share  share of the pixels (0 … 1) that change within 0.2 s while the arm moves, median
                     over the steps; NaN if the arm does not move.
     """
@@ -72,14 +72,22 @@ def summarize_view(images: Sequence[bytes], position: Array, rate_hz: float, con
     changing_share = float("nan")
     if len(shares_while_moving):
         changing_share = float(np.median(shares_while_moving))
-    is_one_color = bool(np.ptp(frames) == 0)
-    return View(is_one_color or is_frozen(images, position), changing_share)
+    shows_nothing = bool(are_blank(frames[..., None]).all())
+    return View(shows_nothing or is_frozen(images, position), changing_share)
 
 
 def _reduce_image(encoded: bytes, context: str) -> Array:
     """Return a small gray version of an encoded image, [h, w] float32."""
     image = Image.fromarray(decode_image(encoded, context)).convert("L")
     return np.asarray(image.resize(COMPARED_SIZE_PX, Image.Resampling.BOX), np.float32)
+
+
+def are_blank(pictures: Array) -> Array:
+    """Return [N] whether pictures [N, h, w, channels] show nothing, such as those of a covered
+    camera.
+    """
+    contrast = np.ptp(np.asarray(pictures, np.float32), axis=(1, 2)).max(-1)  # [N]
+    return contrast < MAX_BLANK_CONTRAST
 
 
 def is_frozen(images: Sequence[bytes], position: Array) -> bool:
@@ -89,8 +97,8 @@ def is_frozen(images: Sequence[bytes], position: Array) -> bool:
         images: [T] encoded images.
         position: [T, 3] positions of the end effector, m.
     """
-    has_moved = np.ptp(position, axis=0).max() > MIN_FROZEN_MOTION_M
-    return bool(has_moved) and len(set(images)) == 1
+    is_one_image = len(set(images)) == 1
+    return is_one_image and bool(find_frozen_steps(images, position).any())
 
 
 def check_cameras(views: Mapping[str, Sequence[View | None]]) -> list[Check]:

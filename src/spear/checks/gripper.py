@@ -25,6 +25,7 @@ MAX_DELAY_S = 0.8  # longest time between a command and the opening that follows
 MIN_EPISODES = 3  # in which the gripper moves; with fewer, there is no verdict
 MIN_SPREAD_RATIO = 3.0  # factor by which closed resting openings differ more than open ones
 MIN_SHARE = 0.8  # share of episodes, or of command changes, that must agree for a verdict
+OPPOSITE_OPENING = 0.75  # openings that differ by more are opposite: one is open, one closed
 
 
 class Following(NamedTuple):
@@ -188,6 +189,11 @@ def check_command_timing(episodes: Sequence[tuple[Array, Array]]) -> Check | Non
         "leave command out, the opening tells it better"
     )
     return Check("gripper command", "wrong", words)
+
+
+def are_opposite(openings: Array | float, others: Array | float) -> Array:
+    """Return whether openings (0 closed … 1 open) are the opposite of others, or of commands."""
+    return np.abs(np.asarray(openings) - others) > OPPOSITE_OPENING
 
 
 def correlate_commands(

@@ -10,7 +10,7 @@ import numpy as np
 
 from spear.checks.recording import Recording, are_degrees
 from spear.checks.result import Check, Verdict
-from spear.types import MAX_EE_SPEED_M_S, Episode
+from spear.types import MAX_EE_SPEED_M_S, Array, Episode
 from spear.util.units import LENGTH_UNITS
 
 MIN_REACH_M = 0.03  # every arm moves its end effector farther from its base than this
@@ -25,19 +25,9 @@ def find_implausible_states(recordings: Sequence[Recording | Episode]) -> list[s
     Positions are taken for meters, and angles for radians, as the layout says.
     """
     remarks = []
-    distances_m = np.linalg.norm(np.concatenate([r.position for r in recordings]), axis=1)
-    reach_m = float(np.quantile(distances_m, 0.95))
-    if reach_m > MAX_REACH_M:
-        unit = plausible_length_unit(reach_m) or "another unit"
-        remarks.append(
-            f"positions are up to {reach_m:.4g} from the base, which are not meters, but {unit} "
-            "(length_unit)"
-        )
-    elif reach_m < MIN_REACH_M:
-        remarks.append(
-            f"positions are up to {reach_m:.2g} m from the base, which may be steps, or another "
-            "unit (length_unit)"
-        )
+    position_remark = find_implausible_positions([r.position for r in recordings])
+    if position_remark is not None:
+        remarks.append(f"{position_remark} (length_unit)")
     rotation = np.concatenate([r.rotation for r in recordings])
     if are_degrees(rotation):
         remarks.append(
@@ -45,6 +35,25 @@ def find_implausible_states(recordings: Sequence[Recording | Episode]) -> list[s
             "layout has radians (angle_unit)"
         )
     return remarks
+
+
+def find_implausible_positions(positions: Sequence[Array]) -> str | None:
+    """Return what is wrong with positions if they are taken for meters; None if they may be.
+
+    Args:
+        positions: [T, 3] end-effector positions of each episode, base frame.
+    """
+    distances_m = np.linalg.norm(np.concatenate(positions), axis=1)
+    reach_m = float(np.quantile(distances_m, 0.95))
+    if reach_m > MAX_REACH_M:
+        unit = plausible_length_unit(reach_m) or "another unit"
+        return f"positions are up to {reach_m:.4g} from the base, which are not meters, but {unit}"
+    if reach_m < MIN_REACH_M:
+        return (
+            f"positions are up to {reach_m:.2g} m from the base, which may be steps, or another "
+            "unit"
+        )
+    return None
 
 
 def plausible_length_unit(reach: float) -> str | None:

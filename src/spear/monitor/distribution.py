@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from pydantic import ConfigDict, Field, TypeAdapter
 
+from spear.checks.gripper import are_opposite
 from spear.data.mixture import TrainingSamples
 from spear.geometry import quat_distance
 from spear.types import Array
@@ -24,7 +25,6 @@ NUM_SAMPLES = 512  # at least so many steps are summarized, in the order in whic
 THUMBNAIL_SIZE = 8  # rows and columns of a thumbnail
 # The policy relies on a camera if more than this share of the steps has its image.
 MIN_CONSTANT_CAMERA_SHARE = 0.95
-OPPOSITE_OPENING = 0.75  # an opening (0 … 1) that is farther from its command is its opposite
 
 VIEW_TRANSFORMS = {
     "turned by 180°": (-1, -1),
@@ -237,7 +237,7 @@ def _compute_mean_quaternion(rotation: Array) -> Array:
 def _is_gripper_opposite(batch: Mapping[str, Any]) -> Array:
     """Return [B] whether each step's gripper opening is the opposite of its command."""
     first_command = batch["action"][:, 0, 7]  # the gripper value of each chunk's first action
-    return np.abs(first_command - batch["gripper"]) > OPPOSITE_OPENING
+    return are_opposite(batch["gripper"], first_command)
 
 
 def _compute_camera_shares(

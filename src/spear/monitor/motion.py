@@ -9,11 +9,11 @@ from collections.abc import Iterator, Mapping
 
 import numpy as np
 
-from spear.monitor.distribution import OPPOSITE_OPENING
+from spear.checks.frozen import MIN_FROZEN_MOTION_M, RepeatedPicture
+from spear.checks.gripper import are_opposite
 from spear.monitor.observations import Finding
 from spear.types import Array
 
-FROZEN_DISTANCE_M = 0.05  # over a longer motion, neither images nor states can stay the very same
 NUM_STEPS = 64  # observations after which the gripper, and the axes of the motion, are judged
 MAX_OPPOSITE_SHARE = 0.5  # a gripper that is the opposite of more commands than this is inverted
 # An arm that moved farther than its longest possible path · ratio + margin did not move by its
@@ -28,8 +28,7 @@ class FrozenCameraCheck:
     """Finds a camera whose image stays the very same while the arm moves."""
 
     def __init__(self) -> None:
-        # Camera → checksum of its latest image, and state [8] when that image first came.
-        self._last_images: dict[str, tuple[int, Array]] = {}
+        self._cameras: dict[str, RepeatedPicture] = {}
 
     def check(self, state: Array, images: Mapping[str, Array]) -> Iterator[Finding]:
         """Check one observation.
@@ -39,13 +38,9 @@ class FrozenCameraCheck:
             images: camera → image as the model sees it.
         """
         for camera, pixels in images.items():
-            checksum = zlib.crc32(pixels.data)
-            last_checksum, last_state = self._last_images.get(camera, (None, state))
-            if checksum != last_checksum:
-                self._last_images[camera] = checksum, state.copy()
-                continue
-            distance_m = float(np.linalg.norm(state[:3] - last_state[:3]))
-            if distance_m > FROZEN_DISTANCE_M:
+            repeated_picture = self._cameras.setdefault(camera, RepeatedPicture())
+            distance_m = repeated_picture.update(zlib.crc32(pixels.data), state[:3])
+            if distance_m > MIN_FROZEN_MOTION_M:
                 yield Finding(
                     f"frozen {camera}",
                     f"camera {camera!r} sends the very same picture after {distance_m:.2f} m of "
@@ -75,7 +70,7 @@ class FrozenStateCheck:
         else:
             self._commanded_m = 0.0
         # Report once, when the sum passes the limit.
-        if previous_m <= FROZEN_DISTANCE_M < self._commanded_m:
+        if previous_m <= MIN_FROZEN_MOTION_M < self._commanded_m:
             yield Finding(
                 "state",
                 f"the state has not changed, though actions of {self._commanded_m:.2f} m were "
@@ -96,7 +91,7 @@ class GripperCheck:
         is_one_command = np.ptp(commands) < 0.5  # commands are near 0 or near 1
         if not is_one_command or len(self._were_opposite) == NUM_STEPS:
             return
-        self._were_opposite.append(bool(abs(commands.mean() - opening) > OPPOSITE_OPENING))
+        self._were_opposite.append(bool(are_opposite(opening, commands.mean())))
         is_complete = len(self._were_opposite) == NUM_STEPS
         if is_complete and sum(self._were_opposite) > MAX_OPPOSITE_SHARE * NUM_STEPS:
             yield Finding(

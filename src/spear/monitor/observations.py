@@ -6,9 +6,10 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from spear.checks.cameras import are_blank
+from spear.checks.gripper import are_opposite
 from spear.geometry import quat_distance
 from spear.monitor.distribution import (
-    OPPOSITE_OPENING,
     TrainingDistribution,
     compute_thumbnails,
     match_transforms,
@@ -41,7 +42,7 @@ def check_first_state(expected: TrainingDistribution, state: Array) -> Iterator[
     """
     opening = state[7]
     mean_opening = expected.mean_initial_opening
-    if abs(opening - mean_opening) > OPPOSITE_OPENING:
+    if are_opposite(opening, mean_opening):
         yield Finding(
             "gripper",
             f"the gripper begins at {opening:.2f}, in training at {mean_opening:.2f} in the mean. "
@@ -66,7 +67,7 @@ def check_observations(
     yield from check_rotations(expected, states[:, 3:7])
     for camera, pixels in images.items():
         yield from check_color_order(expected, camera, pixels)
-        if np.ptp(pixels) < MIN_COLOR_SPREAD:
+        if are_blank(np.moveaxis(pixels, 1, -1)).all():
             message = f"camera {camera!r} shows nothing. Check that it is on and not covered."
             yield Finding(camera, message)
         else:

@@ -1,6 +1,7 @@
 """Each way to misunderstand actions has its own name, and a robot without faults has none."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from spear.checks.rollout.angle_unit import AngleUnitCheck
 from spear.checks.rollout.case import Doubt, Finding, RolloutCheck
 from spear.checks.rollout.control_rate import ControlRateCheck
 from spear.checks.rollout.controller_short import ControllerShortCheck
+from spear.checks.rollout.episode import RecordedEpisode
 from spear.checks.rollout.latency import LatencyCheck
 from spear.checks.rollout.quaternion_order import QuaternionOrderCheck
 from spear.checks.rollout.translation_unit import TranslationUnitCheck
@@ -144,6 +146,17 @@ def test_a_robot_that_does_what_it_is_told_has_no_fault(
 
     assert not isinstance(result, Finding)
     assert num_executed > 1 or result is None
+
+
+def test_a_state_in_millimeters_is_told_from_a_command_in_another_unit() -> None:
+    def send_millimeters(episode: RecordedEpisode) -> RecordedEpisode:
+        return replace(episode, position=1000 * episode.position)
+
+    result = TranslationUnitCheck().examine(make_case(change=send_millimeters))
+
+    assert isinstance(result, Finding)
+    assert "not meters, but mm" in result.evidence
+    assert result.cure == "send positions in meters as the state"
 
 
 def test_a_base_that_is_turned_by_a_quarter_is_another_frame() -> None:

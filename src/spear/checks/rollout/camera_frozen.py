@@ -4,6 +4,7 @@ from typing import ClassVar
 
 import numpy as np
 
+from spear.checks.frozen import find_frozen_steps
 from spear.checks.rollout.camera_checks import CAMERA_FILE, show_pictures
 from spear.checks.rollout.case import Case, Finding, Result, RolloutCheck, confidence_of_margin
 
@@ -20,7 +21,7 @@ class CameraFrozenCheck(RolloutCheck):
 
     fault = "camera-frozen"
     title = "a camera sends the same picture again and again"
-    causes: ClassVar[frozenset[str]] = frozenset({"camera-late"})
+    causes: ClassVar[frozenset[str]] = frozenset({"camera-late", "object-not-in-view"})
 
     def examine(self, case: Case) -> Result:
         for camera in case.cameras:
@@ -31,9 +32,10 @@ class CameraFrozenCheck(RolloutCheck):
                     continue
                 distance_m = np.linalg.norm(np.diff(episode.position, axis=0), axis=1)
                 is_moving = distance_m > MIN_MOTION_M
-                is_same = np.diff(episode.pictures[camera].fingerprint) == 0
+                fingerprint = episode.pictures[camera].fingerprint.tolist()
+                is_frozen = find_frozen_steps(fingerprint, episode.position, MIN_MOTION_M)
                 num_moving += int(is_moving.sum())
-                num_same += int((is_moving & is_same).sum())
+                num_same += int((is_moving & is_frozen[1:]).sum())
             if num_moving < MIN_MOVING_STEPS:
                 continue
             share = num_same / num_moving

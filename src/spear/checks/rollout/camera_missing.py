@@ -2,12 +2,10 @@
 
 from typing import ClassVar
 
-import numpy as np
-
+from spear.checks.cameras import are_blank
 from spear.checks.rollout.camera_checks import CAMERA_FILE, show_pictures
 from spear.checks.rollout.case import Case, Finding, Material, Result, RolloutCheck
 
-MAX_BLANK_SPREAD = 8.0  # gray levels of 255 between the darkest and brightest cell
 MIN_BLANK_SHARE = 0.5  # share of the steps without content
 
 
@@ -18,7 +16,13 @@ class CameraMissingCheck(RolloutCheck):
     title = "a camera of training is missing"
     needs: ClassVar[frozenset[Material]] = frozenset({"rollout", "demonstrations"})
     causes: ClassVar[frozenset[str]] = frozenset(
-        {"camera-exposure", "camera-frozen", "camera-bgr", "cameras-exchanged"}
+        {
+            "camera-exposure",
+            "camera-frozen",
+            "camera-bgr",
+            "cameras-exchanged",
+            "object-not-in-view",
+        }
     )
 
     def examine(self, case: Case) -> Result:
@@ -30,9 +34,7 @@ class CameraMissingCheck(RolloutCheck):
                 if camera not in episode.pictures:
                     num_blank += len(episode)
                     continue
-                pictures = episode.pictures[camera].small.reshape(len(episode), -1)
-                spread = np.ptp(pictures.astype(int), axis=1)
-                num_blank += int((spread < MAX_BLANK_SPREAD).sum())
+                num_blank += int(are_blank(episode.pictures[camera].small).sum())
             if num_blank < MIN_BLANK_SHARE * num_steps:
                 continue
             return Finding(

@@ -2,14 +2,10 @@
 
 import numpy as np
 
-from spear.checks.gripper import MIN_CORRELATION
+from spear.checks.gripper import MIN_CORRELATION, are_opposite
 from spear.checks.rollout.action_frame import ROBOT_FILE
 from spear.checks.rollout.case import Case, Doubt, Finding, Result, RolloutCheck
 from spear.checks.rollout.gripper_figures import draw_gripper
-
-MAX_OPPOSITE_START = (
-    0.25  # an opening that differs from the usual start by 1 minus this is opposite
-)
 
 
 class GripperInvertedCheck(RolloutCheck):
@@ -26,7 +22,7 @@ class GripperInvertedCheck(RolloutCheck):
         if len(gripper.first_before) and len(gripper.first_openings):
             usual = float(np.median(gripper.first_before))
             start = float(np.median(gripper.first_openings))
-            starts_opposite = abs(start - usual) > 1 - MAX_OPPOSITE_START
+            starts_opposite = bool(are_opposite(start, usual))
             start_evidence = f"it begins at {start:.2f}, in training at {usual:.2f}"
         is_against = following is not None and following.correlation <= -MIN_CORRELATION
         follows = following is not None and following.correlation >= MIN_CORRELATION

@@ -1,14 +1,16 @@
 """The robot takes translations in another unit."""
 
+from dataclasses import replace
 from typing import ClassVar
 
 import numpy as np
 
 from spear.checks.rollout.action_frame import ROBOT_FILE
-from spear.checks.rollout.case import Finding, Result
+from spear.checks.rollout.case import Case, Finding, Result
 from spear.checks.rollout.motion import MAX_READING_ERROR, CommandedMotion
 from spear.checks.rollout.motion_check import MotionCheck
 from spear.checks.rollout.motion_figures import draw_step_gains
+from spear.checks.states import find_implausible_positions
 
 # Factors between commanded and achieved displacements. In rollouts of nano they are 0.98 to 1.03.
 MIN_UNIT_GAIN = 2.6  # actions that are executed twice have 2
@@ -29,8 +31,23 @@ class TranslationUnitCheck(MotionCheck):
             "control-rate",
             "gripper-late",
             "seam-jumps",
+            "start-outside",
         }
     )
+
+    def examine(self, case: Case) -> Result:
+        result = super().examine(case)
+        if not isinstance(result, Finding):
+            return result
+        remark = find_implausible_positions([episode.position for episode in case.rollout])
+        if remark is None:
+            return result
+        return replace(
+            result,
+            evidence=f"{result.evidence}; {remark}",
+            cure="send positions in meters as the state",
+            file=f"observe in your robot's file, and {ROBOT_FILE}",
+        )
 
     def examine_motion(self, motion: CommandedMotion) -> Result:
         is_too_near = np.nanquantile(motion.step_gains, UPPER_QUANTILE) < MAX_UNIT_GAIN
