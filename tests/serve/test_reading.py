@@ -3,6 +3,7 @@
 The first tests call the budgets with a time of their own. The last one runs a server.
 """
 
+import math
 import threading
 import time
 from contextlib import closing
@@ -16,7 +17,7 @@ from spear.serve import wire
 from spear.serve.admission import TokenBucket
 from spear.serve.client import RemotePolicy
 from spear.serve.connection import ConnectionLimits
-from spear.serve.reading import ReadingBudgets, ReadingLimits
+from spear.serve.reading import TURN_BYTES, ReadingBudgets, ReadingLimits
 
 GENERIC = load("generic")
 ROBOT = "192.0.2.1"
@@ -52,18 +53,63 @@ def test_a_budget_never_holds_more_than_its_burst() -> None:
 def test_an_address_does_not_pay_for_another() -> None:
     budgets = ReadingBudgets(SMALL)
 
-    assert budgets.spend(HEAVY[0], 30, now_s=0.0) == pytest.approx(1.0)
-    assert budgets.spend(ROBOT, 5, now_s=0.0) == 0
+    assert budgets.spend("heavy", HEAVY[0], 30, now_s=0.0) == pytest.approx(1.0)
+    assert budgets.spend("robot", ROBOT, 5, now_s=0.0) == 0
 
 
-def test_when_all_read_too_much_only_heavy_addresses_wait() -> None:
+def test_when_all_read_too_much_only_connections_above_an_equal_share_wait() -> None:
     budgets = ReadingBudgets(SMALL)
     for address in HEAVY:
-        last_wait_s = budgets.spend(address, 20, now_s=0.0)
+        last_wait_s = budgets.spend(address, address, 20, now_s=0.0)
 
-    # Together they have sent 60 bytes, 20 more than all may send at once.
+    # Together they have sent 60 bytes, 20 more than all may send at once. An equal share of 20
+    # bytes per second is 5 for each of four.
     assert last_wait_s == pytest.approx(1.0)
-    assert budgets.spend(ROBOT, 5, now_s=0.0) == 0
+    assert budgets.spend("robot", ROBOT, 5, now_s=0.0) == 0
+    assert budgets.spend("robot", ROBOT, 1, now_s=0.0) > 0
+
+
+def test_connections_that_wait_are_let_in_one_after_the_other() -> None:
+    limits = ReadingLimits(
+        bytes_per_s_and_address=math.inf, bytes_per_s=TURN_BYTES, burst_bytes=TURN_BYTES
+    )
+    budgets = ReadingBudgets(limits)
+
+    waits_s = [budgets.spend(f"client {k}", HEAVY[0], TURN_BYTES, now_s=0.0) for k in range(4)]
+
+    # The first one uses the burst. Each of the others waits until what was sent before is paid,
+    # and the turns of those who wait already: a second for each.
+    assert waits_s == [0, pytest.approx(1), pytest.approx(3), pytest.approx(5)]
+
+
+def test_a_connection_in_its_turn_has_paid_already() -> None:
+    limits = ReadingLimits(
+        bytes_per_s_and_address=math.inf, bytes_per_s=TURN_BYTES, burst_bytes=TURN_BYTES
+    )
+    budgets = ReadingBudgets(limits)
+    budgets.spend("client", HEAVY[0], TURN_BYTES, now_s=0.0)
+
+    waits_s = []
+    now_s = 0.0
+    for _ in range(5):
+        waits_s.append(budgets.spend("client", HEAVY[0], TURN_BYTES, now_s))
+        now_s += waits_s[-1]
+
+    # One turn per second is just the rate of the shared budget.
+    assert waits_s == pytest.approx([1, 1, 1, 1, 1])
+
+
+def test_a_connection_that_ends_frees_the_turn_that_it_waited_for() -> None:
+    limits = ReadingLimits(
+        bytes_per_s_and_address=math.inf, bytes_per_s=TURN_BYTES, burst_bytes=TURN_BYTES
+    )
+    budgets = ReadingBudgets(limits)
+    budgets.spend("gone", HEAVY[0], 2 * TURN_BYTES, now_s=0.0)
+
+    budgets.forget("gone", now_s=0.0)
+
+    # One turn over the burst is still to be paid, and the two of the new connection.
+    assert budgets.spend("new", HEAVY[0], 2 * TURN_BYTES, now_s=0.0) == pytest.approx(3)
 
 
 def send_without_end(url: str, message: bytes, stop: threading.Event, count: list[int]) -> None:

@@ -15,7 +15,6 @@ from spear.serve.listener import has_gone
 from spear.serve.reading import ReadingBudgets, ReadingLimits
 
 MIB = 2**20
-MAX_PAUSE_S = 1.0  # without reading, until the server looks whether the client is still there
 FRAME_HEADER_BYTES = 14  # the longest header of a websocket frame
 
 
@@ -151,6 +150,7 @@ class LimitedConnection(ServerConnection):
     def connection_lost(self, exc: Exception | None) -> None:
         """Leave the peers."""
         self._peers.pop(self, None)
+        self._budgets.forget(self, self.loop.time())
         super().connection_lost(exc)
         # The connection itself stays until Python collects its cycles of references.
         self.protocol.reader.buffer.clear()
@@ -159,7 +159,7 @@ class LimitedConnection(ServerConnection):
 
     def data_received(self, data: bytes) -> None:
         """Read data that has arrived, and check the limits in bytes."""
-        wait_s = self._budgets.spend(self._address, len(data), self.loop.time())
+        wait_s = self._budgets.spend(self, self._address, len(data), self.loop.time())
         self._pause_reading(wait_s)
         # The data is parsed in pieces, so that a flood of small frames is noticed before all of
         # them are parsed. Pieces double in size as long as they have no small frames.
@@ -192,7 +192,7 @@ class LimitedConnection(ServerConnection):
         self.transport.pause_reading()
         if not self._is_reading_paused:
             self._is_reading_paused = True
-            self.loop.call_later(min(wait_s, MAX_PAUSE_S), self._resume_reading)
+            self.loop.call_later(wait_s, self._resume_reading)
 
     def _resume_reading(self) -> None:
         """Read again after a pause, unless the library has its own pause or the client has gone.

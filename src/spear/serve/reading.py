@@ -6,12 +6,16 @@ that has used up its bytes, until it has new ones. What it does not read waits i
 nothing is lost, and a client that sends less than its share never waits.
 """
 
+import math
+from collections.abc import Hashable
 from dataclasses import dataclass
 
 from spear.serve.admission import TokenBucket
 
 MIB = 2**20
 MAX_ADDRESSES = 1024  # when so many addresses are remembered, those without a debt are forgotten
+TURN_BYTES = 2**18  # what asyncio reads of a connection at once
+RATE_MEMORY_S = 1.0  # what a connection sent so long ago counts 1/e for its rate
 
 
 @dataclass(frozen=True)
@@ -27,38 +31,73 @@ class ReadingLimits:
     burst_bytes_of_address: float = 64 * MIB
     """Bytes that one address may send at once."""
     bytes_per_s: float = 64 * MIB
-    """Bytes per second from all addresses together, once the burst is used up. Then only addresses
-    that have used more than half of their own burst have to wait."""
+    """Bytes per second from all addresses together, once the burst is used up. Then connections
+    that send more than an equal share of them wait for their turn."""
     burst_bytes: float = 128 * MIB
     """Bytes that all addresses together may send at once."""
 
 
+@dataclass
+class _Sender:
+    """What is known of one connection."""
+
+    rate: float = 0.0  # bytes per second of late
+    updated_s: float = -math.inf  # when it last sent something
+    num_reserved_bytes: int = 0  # that the shared budget has paid for already
+
+
 class ReadingBudgets:
-    """The budgets of all addresses, and the one that they share; a token is a byte."""
+    """The budgets of all addresses, and the one that they share; a token is a byte.
+
+    When the shared budget is used up, connections take turns: one after the other may send
+    `TURN_BYTES`, at the rate of the shared budget. If all were let in when the debt is paid, their
+    messages would arrive, and have to be answered, at the same moment.
+    """
 
     def __init__(self, limits: ReadingLimits) -> None:
         self._limits = limits
         self._shared = TokenBucket(limits.bytes_per_s, limits.burst_bytes)
         self._budget_by_address: dict[str, TokenBucket] = {}
+        self._senders: dict[Hashable, _Sender] = {}
 
-    def spend(self, address: str, num_bytes: int, now_s: float) -> float:
-        """Count bytes that were read from an address.
+    def spend(self, connection: Hashable, address: str, num_bytes: int, now_s: float) -> float:
+        """Count bytes that were read from a connection.
 
         Args:
-            address: the address, or the network that counts as one.
+            connection: the connection.
+            address: its address, or the network that counts as one.
             num_bytes: how many bytes were read.
             now_s: the time, from any fixed moment on.
 
         Returns:
-            For how long to read nothing more from this address, s.
+            For how long to read nothing more from this connection, s.
         """
-        budget = self._find_budget(address)
-        wait_s = budget.spend(num_bytes, now_s)
-        shared_wait_s = self._shared.spend(num_bytes, now_s)
-        # An address with more than half of its burst left does not wait for the others.
-        if budget.num_tokens > budget.capacity / 2:
-            return wait_s
-        return max(wait_s, shared_wait_s)
+        sender = self._senders.setdefault(connection, _Sender())
+        memory = math.exp((sender.updated_s - now_s) / RATE_MEMORY_S)
+        sender.rate = memory * sender.rate + num_bytes / RATE_MEMORY_S
+        sender.updated_s = now_s
+
+        address_wait_s = self._find_budget(address).spend(num_bytes, now_s)
+        shared_wait_s = self._shared.spend(num_bytes - sender.num_reserved_bytes, now_s)
+        sender.num_reserved_bytes = 0
+        if shared_wait_s == 0 or sender.rate <= self._compute_equal_share(now_s):
+            return address_wait_s
+        # Its turn comes when all is paid that was read or reserved before. Whoever waits next has
+        # to wait for this turn, too.
+        sender.num_reserved_bytes = TURN_BYTES
+        self._shared.spend(TURN_BYTES, now_s)
+        return max(address_wait_s, shared_wait_s)
+
+    def forget(self, connection: Hashable, now_s: float) -> None:
+        """Forget a connection that has ended; the turn that it waited for is free again."""
+        sender = self._senders.pop(connection, None)
+        if sender is not None:
+            self._shared.spend(-sender.num_reserved_bytes, now_s)
+
+    def _compute_equal_share(self, now_s: float) -> float:
+        """Return the bytes per second that each connection has if all that send now have equal."""
+        num_active = sum(now_s - sender.updated_s < 1 for sender in self._senders.values())
+        return self._limits.bytes_per_s / num_active
 
     def _find_budget(self, address: str) -> TokenBucket:
         """Return the budget of an address; a new one is full."""
