@@ -104,6 +104,7 @@ def test_labels_are_shown_with_point_clouds(
         ),
         ("--num-scenes 2 --engine ray", "--engine"),
         ("simpler:10000 --detector owlv2", "--detector"),
+        ("simpler:10000 --suites libero_object", "--suites"),
         ("--num-scenes 2 --retry-skipped", "--retry-skipped"),
         ("photos --seed 3", "--questions"),
         ("photos --detector gemni", "Did you mean 'gemini'"),

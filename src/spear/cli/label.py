@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from spear.labels.models.resources import Resources
     from spear.types import LabeledImage
 
-BENCHMARK_PREFIXES = ("simpler:", "libero:")
+LIBERO_PREFIX = "libero:"
+BENCHMARK_PREFIXES = ("simpler:", LIBERO_PREFIX)
 """PHOTOS that begin with one of these are scenes of a benchmark, labeled from its ground truth."""
 DEFAULT_PLANNED_SIZE_PX = 840
 """Longer side of an image in the plan of --dry-run, if no --max-size limits the photos' sizes."""
@@ -83,6 +84,8 @@ def _check_label_options(options: LabelOptions, is_benchmark: bool) -> None:
         )
         if not is_benchmark:
             unused_options += list_changed_options(options.scene, "preset")
+    if not any(photo.startswith(LIBERO_PREFIX) for photo in options.photos):
+        unused_options += list_changed_options(options.scene, "suites")
     if is_benchmark or not options.photos:
         unused_options += list_changed_options(
             options,
@@ -163,7 +166,9 @@ def _label_benchmark_scenes(options: LabelOptions) -> None:
     else:
         from spear.evaluate.libero.label import label_tasks as label_libero_tasks
 
-        num_images = label_libero_tasks(options.out, seeds, size, options.work.workers)
+        num_images = label_libero_tasks(
+            options.out, options.scene.suites, seeds, size, options.work.workers
+        )
     _print_labeled_scenes(num_images, options.out)
 
 

@@ -55,6 +55,9 @@ class SceneOptions(Options):
     are spread over K laboratories)."""
     no_robot: bool = False
     """Leave the robot's arm out of the scenes."""
+    suites: tuple[str, ...] = ()
+    """LIBERO's suites whose tasks libero:SEED-SEED shows. Default: libero_spatial, libero_object,
+    libero_goal and libero_10."""
 
 
 class LabelOptions(Options):

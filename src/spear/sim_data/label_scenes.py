@@ -41,6 +41,7 @@ MAX_SCENES_PER_JOB = 32  # and so, labels in a shard
 OPTION_OF_SETTING = {
     "first_seed": "--first-seed",
     "sizes": "--preset, by its image sizes,",
+    "suites": "--suites",
     "world": "--world",
 }
 """Key of the settings -> the option that sets it, for messages."""

@@ -5,17 +5,20 @@ import contextlib
 import numpy as np
 import pytest
 
+from refusals import refuses
 from spear.errors import SpearError
 from spear.evaluate.libero import environment
 from spear.evaluate.libero.label import (
     LIGHT_FACTOR,
     LIGHT_TINT,
+    list_jobs,
     name_object,
     render_labeled_frame,
     sample_appearance,
 )
 from spear.evaluate.libero.process import LiberoProcess
 from spear.evaluate.libero.record import PROTOCOL
+from spear.evaluate.libero.suites import NUM_TASKS
 from spear.labels.fit.image import unproject
 from spear.sim.world import GRIPPER_NAME
 
@@ -41,6 +44,18 @@ def has_libero() -> bool:
 )
 def test_objects_have_the_names_of_instructions(libero_name: str, name: str) -> None:
     assert name_object(libero_name) == name
+
+
+def test_only_the_tasks_of_the_named_suites_are_labeled() -> None:
+    jobs = list_jobs(["libero_object"], range(10_000, 10_040))
+
+    assert len({task for task, _ in jobs}) == NUM_TASKS
+    assert all(task.startswith("libero_object-") for task, _ in jobs)
+    assert sum(len(seeds) for _, seeds in jobs) == NUM_TASKS * 40
+
+
+def test_an_unknown_suite_is_refused() -> None:
+    refuses("libero_space", list_jobs, ["libero_space"], range(10_000, 10_001))
 
 
 def test_about_half_of_the_images_have_another_camera() -> None:

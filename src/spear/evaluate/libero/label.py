@@ -7,7 +7,7 @@ other light. Half of them are taken from another camera pose.
 import contextlib
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,13 @@ import numpy as np
 from spear.evaluate.libero.environment import REQUIREMENTS, find_python
 from spear.evaluate.libero.process import LiberoProcess
 from spear.evaluate.libero.record import PROTOCOL, begin_at_resting_start
-from spear.evaluate.libero.suites import LABELED_SUITES, NUM_TASKS, format_task, parse_task
+from spear.evaluate.libero.suites import (
+    LABELED_SUITES,
+    NUM_TASKS,
+    find_original_suite,
+    format_task,
+    parse_task,
+)
 from spear.evaluate.simpler.frames import fit_frame
 from spear.sim.world import GRIPPER_NAME
 from spear.sim_data.label_scenes import (
@@ -52,11 +58,14 @@ OBJECT_NAMES = {
 their names."""
 
 
-def label_tasks(out: Path, seeds: range, size: tuple[int, int], workers: int = 2) -> int:
-    """Label scenes of all tasks of the original suites (see `label_scene_jobs`).
+def label_tasks(
+    out: Path, suites: Sequence[str], seeds: range, size: tuple[int, int], workers: int = 2
+) -> int:
+    """Label scenes of all tasks of some suites (see `label_scene_jobs`).
 
     Args:
         out: Output folder.
+        suites: Names of the suites; an empty sequence for `LABELED_SUITES`.
         seeds: Seeds of the scenes of each task.
         size: (width, height) of the images, px.
         workers: Number of processes that run at once.
@@ -65,16 +74,29 @@ def label_tasks(out: Path, seeds: range, size: tuple[int, int], workers: int = 2
         The number of images.
 
     Raises:
-        SpearError: LIBERO's environment is missing.
+        SpearError: LIBERO's environment is missing, or a suite is unknown.
     """
     find_python()  # a missing environment is reported before the folder is written
-    jobs: list[SceneJob] = []
-    for suite in LABELED_SUITES:
-        for index in range(NUM_TASKS):
-            jobs += split_into_jobs(format_task(suite, index), seeds, SCENES_PER_JOB)
+    jobs = list_jobs(suites or LABELED_SUITES, seeds)
     settings = make_task_settings(seeds, size, " ".join(REQUIREMENTS))
+    if suites:  # the default is not recorded, so that folders of older versions can be continued
+        settings["suites"] = list(suites)
     render = partial(_render_frames, size)
     return label_benchmark_tasks(out, jobs, render, settings, OBJECT_NAMES.values(), workers)
+
+
+def list_jobs(suites: Sequence[str], seeds: range) -> list[SceneJob]:
+    """List the jobs that label the scenes of these seeds in all tasks of the suites.
+
+    Raises:
+        SpearError: A suite is unknown.
+    """
+    jobs: list[SceneJob] = []
+    for suite in suites:
+        find_original_suite(suite)  # raises the error
+        for index in range(NUM_TASKS):
+            jobs += split_into_jobs(format_task(suite, index), seeds, SCENES_PER_JOB)
+    return jobs
 
 
 def render_labeled_frame(
