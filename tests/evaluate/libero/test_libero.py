@@ -186,6 +186,18 @@ class TestOracle:
 
         assert choose(moment)[7] == 0
 
+    def test_it_grasps_an_object_that_stands_on_a_corner(self) -> None:
+        moment = make_moment((0.5, 0, 0.3))
+        turn = math.acos(3**-0.5) * np.array([1, -1, 0]) / math.sqrt(2)  # all axes as steep
+        milk = Box(
+            np.array([0.5, 0, 0, *quat_exp(torch.from_numpy(turn)).numpy()]),
+            np.full(3, -0.03),
+            np.full(3, 0.03),
+        )
+        tipping = dataclasses.replace(moment, objects={**moment.objects, "milk_1": milk})
+
+        assert oracle.find_grasps("milk_1", tipping)
+
     def test_it_lifts_what_it_holds(self) -> None:
         action = choose(make_moment((0.5, 0.05, 0.04), is_open=False, gripped_objects=("bowl_1",)))
 

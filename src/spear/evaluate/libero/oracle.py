@@ -293,8 +293,10 @@ def find_grasps(name: str, moment: LiberoMoment) -> list[Grasp]:
     # [3, 3], one of the object's own axes per row
     axes = quat_rotate(torch.from_numpy(box.pose[3:]), torch.eye(3, dtype=torch.float64)).numpy()
     size = box.high - box.low
-    # The fingers close along the level axis in whose direction the object is narrowest.
-    level_axes = [k for k in range(3) if abs(axes[k][2]) < MAX_LEVEL_SLOPE]
+    # The fingers close along the level axis in whose direction the object is narrowest. While an
+    # object tips over, it may have no level axis; then the most level one is taken.
+    slopes = np.abs(axes[:, 2])
+    level_axes = [k for k in range(3) if slopes[k] <= max(MAX_LEVEL_SLOPE, slopes.min())]
     min_width = min(size[k] for k in level_axes)
     grasps = []
     for axis in level_axes:
