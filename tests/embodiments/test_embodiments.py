@@ -27,7 +27,9 @@ from spear.serve.options import EMBODIMENTS
 from spear.types import Array
 from spear.util.images import encode_jpeg, fit_image
 
-EXAMPLE_FILE = Path(__file__).parents[2] / "examples" / "my_robot.py"
+ROOT = Path(__file__).parents[2]
+EXAMPLE_FILE = ROOT / "examples" / "my_robot.py"
+SERVE_PAGE = ROOT / "docs" / "howto" / "serve.md"
 NAMES = embodiments.list_names()
 LINK_IN_EE = np.array([[0, 0, 1], [0, 1, 0], [-1, 0, 0]])
 """Orientation of the WidowX's gripper link in our end-effector frame."""
@@ -614,3 +616,15 @@ def test_a_file_without_a_robot_is_refused(content: str | None, words: str, tmp_
 def test_the_command_line_knows_every_robot() -> None:
     """The command line has its own list, so that `--help` need not import the embodiments."""
     assert set(EMBODIMENTS) == set(NAMES)
+
+
+@EVERY_NAME
+def test_the_page_on_serving_lists_the_robot_with_its_controls(name: str) -> None:
+    robot = embodiments.load(name)
+    default_control = next(iter(robot.controls.values()))
+
+    (row,) = re.findall(rf"^\| `{name}` .*", SERVE_PAGE.read_text("utf-8"), re.MULTILINE)
+
+    _, _, _, controls, actions, _ = row.split("|")
+    assert re.findall(r"`(\w+)`", controls) == list(robot.controls)
+    assert actions.strip().endswith(f" at {default_control.rate_hz:g} Hz")
