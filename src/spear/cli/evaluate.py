@@ -1,7 +1,7 @@
 """Evaluating policies and SPEAR-VLMs, and comparing the results of two policies."""
 
 from collections.abc import Sequence
-from dataclasses import field
+from dataclasses import field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Annotated, Any
@@ -39,6 +39,8 @@ if TYPE_CHECKING:
     from spear.data.store.episode_store import EpisodeStore
     from spear.evaluate.agents import Agent
     from spear.evaluate.open_loop import OpenLoopErrors
+    from spear.evaluate.vqa.scores import Scores
+    from spear.policy import VlmBundle
     from spear.types import LabeledImage
 
 MIN_CALIBRATION_IMAGES = 100  # number of images that --calibrate needs (our choice)
@@ -347,6 +349,9 @@ class EvaluateVqaOptions(Options):
     dtype: Dtype = "float32"
     out: Path = Path("runs/evaluate-vqa")
     """Write the results of this model and these questions to this folder."""
+    shift: Annotated[str | None, arg(metavar="AXIS[:LEVEL]")] = None
+    """With --labels sim: shift the scenes along one axis, camera, light, background, layout, robot
+    or noise, by level 1, 2 (default) or 3; or all, for every axis and level."""
     calibrate: bool = False
     """Also write calibration.json beside the model's weights, from which `spear ask` says how
     certain an answer is, and what is not in the picture. Evaluate on other images afterwards."""
@@ -360,25 +365,90 @@ def evaluate_vqa(options: EvaluateVqaOptions) -> None:
     numbers from the model's probabilities is best; and how well these are calibrated. Writes
     OUT/scores.json and a page, index.html.
 
+    With --shift all, the same scenes are asked about as they are and with every shift of the
+    pictures, and a table and shifts.html compare the errors. The same command continues.
+
     Examples:
         spear evaluate vqa --model nano-vlm --labels sim --num-images 100
         spear evaluate vqa --model runs/nano-vlm-2 --labels runs/labels-held-out --decode mode
         spear evaluate vqa --model runs/nano-vlm-2 --labels sim:1000 --num-images 200 --calibrate
+        spear evaluate vqa --model nano-vlm --labels sim --shift all --num-images 100 --out shifts
+    """
+    from spear.policy import load_vlm
+
+    if options.shift == "all":
+        _evaluate_vqa_shifts(options)
+        return
+    _check_vqa_run(options)
+    bundle = load_vlm(options.model, options.device, options.dtype)
+    labels, scores = _ask_and_save(options, bundle)
+    for table in scores.tables():
+        show(table)
+    print(f"page: {options.out / 'index.html'}")
+    if options.calibrate:
+        from spear.evaluate.vqa import run
+        from spear.policy import locate
+
+        measured_trust = run.measure_trust(bundle, labels, scores, options.labels)
+        print(f"calibration: {measured_trust.save(locate(options.model))}")
+
+
+def _evaluate_vqa_shifts(options: EvaluateVqaOptions) -> None:
+    """Ask about the scenes with every shift, print one table, and write a page with one figure."""
+    from spear.evaluate.shift_suite import list_shifts, name_folder
+    from spear.evaluate.vqa.shift_suite import (
+        PICTURE_AXES,
+        build_error_table,
+        read_shifted_errors,
+    )
+    from spear.policy import load_vlm
+    from spear.report.shifts import write_error_page
+
+    shifts = list_shifts(PICTURE_AXES)
+    shifted_options = []  # one per shift
+    for shift in shifts:
+        shift_text = None if shift is None else str(shift)
+        out = options.out / name_folder(shift)
+        shifted_options.append(replace(options, shift=shift_text, out=out))
+    for shifted in shifted_options:
+        _check_vqa_run(shifted)
+
+    bundle = load_vlm(options.model, options.device, options.dtype)
+    results = []
+    for shift, shifted in zip(shifts, shifted_options, strict=True):
+        scores_file = shifted.out / "scores.json"
+        if not scores_file.is_file():  # otherwise an earlier call has asked these questions
+            print("no shift" if shift is None else f"shift {shift}", flush=True)
+            _ask_and_save(shifted, bundle)
+        content = read_json(scores_file, advice="remove it, and run the same command again")
+        results.append(read_shifted_errors(shift, content))
+    show(build_error_table(results, options.model))
+    page = options.out / "shifts.html"
+    write_error_page(results, options.model, page)
+    print(f"page: {page}")
+
+
+def _ask_and_save(
+    options: EvaluateVqaOptions, bundle: "VlmBundle"
+) -> "tuple[list[LabeledImage], Scores]":
+    """Ask the questions, and write their scores and a page.
+
+    Returns:
+        The labeled images, and the scores.
     """
     from spear.evaluate.vqa import run
     from spear.evaluate.vqa.ask import load_labeled_images
     from spear.evaluate.vqa.calibration import Trust
-    from spear.policy import load_vlm, locate
+    from spear.evaluate.vqa.shift_suite import parse_picture_shift
+    from spear.policy import locate
     from spear.report.vqa import make_vqa_page
 
-    scores_file = options.out / "scores.json"
-    settings = _describe_vqa_run(options)
-    _check_vqa_run(options, scores_file, settings)
-
-    # Ask the questions.
-    bundle = load_vlm(options.model, options.device, options.dtype)
     labels = load_labeled_images(
-        options.labels, options.num_images, options.query.view, bundle.processor
+        options.labels,
+        options.num_images,
+        options.query.view,
+        bundle.processor,
+        None if options.shift is None else parse_picture_shift(options.shift),
     )
     if options.calibrate and len(labels) < MIN_CALIBRATION_IMAGES:
         raise SpearError(
@@ -390,20 +460,17 @@ def evaluate_vqa(options: EvaluateVqaOptions) -> None:
     trust = None if options.calibrate else Trust.load(locate(options.model))
     scores = run.evaluate_vqa(bundle, labels, options.query, trust)
 
-    # Save and print the scores.
-    scores.save(scores_file, settings)
-    page = options.out / "index.html"
-    write_text(page, make_vqa_page(scores, options.model, options.labels))
-    for table in scores.tables():
-        show(table)
-    print(f"page: {page}")
-    if options.calibrate:
-        measured_trust = run.measure_trust(bundle, labels, scores, options.labels)
-        print(f"calibration: {measured_trust.save(locate(options.model))}")
+    scores.save(options.out / "scores.json", _describe_vqa_run(options))
+    asked_about = options.labels if options.shift is None else f"{options.labels}, {options.shift}"
+    page = make_vqa_page(scores, options.model, asked_about)
+    write_text(options.out / "index.html", page)
+    return labels, scores
 
 
 def _describe_vqa_run(options: EvaluateVqaOptions) -> dict[str, Any]:
     """Return the settings that the scores depend on, by their keys in scores.json."""
+    from spear.evaluate.vqa.shift_suite import parse_picture_shift
+
     value_of_option = {
         "--questions-per-image": options.query.questions_per_image,
         "--question-types": options.query.question_types,
@@ -414,19 +481,29 @@ def _describe_vqa_run(options: EvaluateVqaOptions) -> dict[str, Any]:
         "--labels": options.labels,
         "--num-images": options.num_images,
     }
+    if options.shift is not None:
+        value_of_option["--shift"] = str(parse_picture_shift(options.shift))
     return {
         KEY_OF_RENAMED_OPTION.get(option, option): value
         for option, value in value_of_option.items()
     }
 
 
-def _check_vqa_run(
-    options: EvaluateVqaOptions, scores_file: Path, settings: dict[str, Any]
-) -> None:
+def _check_vqa_run(options: EvaluateVqaOptions) -> None:
     """Check that the options agree, and that the folder is writable and has no other scores."""
+    from spear.evaluate.vqa.ask import is_simulator
     from spear.evaluate.vqa.calibration import CALIBRATION_FILE
     from spear.policy import locate
 
+    scores_file = options.out / "scores.json"
+    settings = _describe_vqa_run(options)
+    if options.shift is not None and not is_simulator(options.labels):
+        raise SpearError(
+            f"--shift needs scenes of the built-in simulator, and --labels {options.labels} is a "
+            "folder. Give --labels sim."
+        )
+    if options.shift is not None and options.calibrate:
+        raise SpearError("--calibrate measures trust in scenes as they are. Leave out --shift.")
     if options.calibrate and (options.query.question_types or options.query.view != "external"):
         raise SpearError(
             "--calibrate measures everything that `spear ask` may be asked. Leave out "

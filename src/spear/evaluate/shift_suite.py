@@ -4,7 +4,7 @@ A shift (`spear.sim.shifts`) changes one aspect of the scenes, its axis (for exa
 one of three levels.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -48,8 +48,7 @@ def evaluate_shifts(agent: Agent, options: TabletopOptions) -> Iterator[ShiftRes
         The result of each shift as soon as it is known.
     """
     for shift in list_shifts():
-        name = UNSHIFTED if shift is None else f"{shift.axis}-{shift.level}"
-        out = None if options.out is None else Path(options.out) / name
+        out = None if options.out is None else Path(options.out) / name_folder(shift)
         shifted = replace(options, shift=None if shift is None else str(shift), out=out)
         results, _ = evaluate_tabletop(agent, shifted)
         if out is not None:
@@ -57,10 +56,15 @@ def evaluate_shifts(agent: Agent, options: TabletopOptions) -> Iterator[ShiftRes
         yield ShiftResult(shift, results.mean_success())
 
 
-def list_shifts() -> list[Shift | None]:
-    """List all shifts of the suite. The first entry is None: no shift."""
+def name_folder(shift: Shift | None) -> str:
+    """Return the name of the folder of a shift's results."""
+    return UNSHIFTED if shift is None else f"{shift.axis}-{shift.level}"
+
+
+def list_shifts(axes: Sequence[str] = AXES) -> list[Shift | None]:
+    """List all shifts of some axes. The first entry is None: no shift."""
     shifts: list[Shift | None] = [None]
-    for axis in AXES:
+    for axis in axes:
         shifts += [Shift(axis, level) for level in LEVELS]
     return shifts
 

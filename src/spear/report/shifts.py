@@ -1,16 +1,25 @@
-"""Makes the page about shifts: bars of a policy's success rate in scenes that differ from training.
+"""Makes the pages about shifts: bars of success rates or errors in scenes unlike those of training.
 
 A shift changes the scenes along an axis (camera, light, …), by one of three levels.
 """
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
-from spear.evaluate.shift_suite import ShiftResult
+from spear.evaluate.shift_suite import UNSHIFTED, ShiftResult
+from spear.evaluate.vqa.measures import format_measure
+from spear.evaluate.vqa.shift_suite import ShiftedErrors, name_error
 from spear.report.page import render
-from spear.report.plot import draw_bars, make_rate_bars
+from spear.report.plot import Bar, draw_bars, make_rate_bars
 from spear.sim.shifts import AXES
 from spear.util.files import write_text
+
+RATE_CAPTION = (
+    "The same scenes, changed along one axis at a time. Bars are success rates, with 95 % "
+    'intervals; "none" is the scenes as they are.'
+)
+ERROR_CAPTION = "median error, with 95 % intervals; a short bar is good."
 
 
 def write_shift_page(results: Sequence[ShiftResult], policy: str, out: Path) -> None:
@@ -27,5 +36,43 @@ def write_shift_page(results: Sequence[ShiftResult], policy: str, out: Path) -> 
             if result.shift is not None and result.shift.axis == axis:
                 rates.append((f"level {result.shift.level}", result.success))
         groups.append((axis, make_rate_bars(rates)))
-    html = render("shifts.html", title=f"Shifts: {policy}", facts=[], bars=draw_bars(groups))
+    html = render(
+        "shifts.html",
+        title=f"Shifts: {policy}",
+        charts=[(RATE_CAPTION, draw_bars(groups))],
+        facts=[],
+    )
     write_text(out, html)
+
+
+def write_error_page(results: Sequence[ShiftedErrors], model: str, out: Path) -> None:
+    """Write the page about a SPEAR-VLM's errors to the file `out`: a chart per question type.
+
+    Raises:
+        SpearError: the file cannot be written.
+    """
+    charts = []
+    for question_type in results[0].errors:
+        caption = f"{question_type.replace('_', ' ').capitalize()}: {ERROR_CAPTION}"
+        charts.append((caption, _draw_errors(results, question_type)))
+    html = render("shifts.html", title=f"Shifts: {model}", charts=charts, facts=[])
+    write_text(out, html)
+
+
+def _draw_errors(results: Sequence[ShiftedErrors], question_type: str) -> str:
+    """Draw the errors of a question type under each shift."""
+    bars_by_axis: dict[str, list[Bar]] = {}
+    longest = 0.0
+    for result in results:
+        error = result.errors.get(question_type)
+        if error is None:
+            continue
+        axis, name = (UNSHIFTED, UNSHIFTED)
+        if result.shift is not None:
+            axis, name = (result.shift.axis, f"level {result.shift.level}")
+        text = format_measure(name_error(question_type), error)
+        low, high = error.low, error.high
+        interval = (None, None) if math.isnan(low) else (low, high)
+        bars_by_axis.setdefault(axis, []).append(Bar(name, error.value, text, *interval))
+        longest = max(longest, error.value, 0.0 if math.isnan(high) else high)
+    return draw_bars(list(bars_by_axis.items()), ends=(0.0, longest or 1.0))

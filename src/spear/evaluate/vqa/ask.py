@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from spear.errors import SpearError, check_known
+from spear.evaluate.noise import NOISE_LEVELS, degrade_picture
 from spear.evaluate.vqa.calibration import TRUSTED_COVERAGE, Trust
 from spear.evaluate.vqa.wording import ParsedQuestion, describe_untaught, understand_question
 from spear.labels.pipeline import label_with_ground_truth
@@ -18,6 +19,7 @@ from spear.models.processing import Processor
 from spear.models.readout import DecodeMethod, Distribution, replace_numbers
 from spear.policy import Answer, VlmBundle
 from spear.question_types import QUESTION_TYPES
+from spear.sim.shifts import Shift
 from spear.types import Array, Frame, LabeledImage
 from spear.util.images import load_image
 
@@ -248,7 +250,7 @@ def format_reply(answer: Answer, image: Array) -> str:
 
 
 def load_labeled_images(
-    source: str, num_images: int, view: str, processor: Processor
+    source: str, num_images: int, view: str, processor: Processor, shift: Shift | None = None
 ) -> list[LabeledImage]:
     """Load at most `num_images` labeled images, as one camera of a model sees them.
 
@@ -259,16 +261,16 @@ def load_labeled_images(
         num_images: Maximum number of images.
         view: The camera that took the images.
         processor: The model's processor.
+        shift: How the scenes are shifted; only scenes can be.
 
     Raises:
         SpearError: The view is unknown; the folder has no labels; the labels have another unit than
             the model's numbers; or the seeds are not held out.
     """
     check_known("view", processor.image_sizes, view)
-    is_scene = source == "sim" or source.startswith("sim:")
-    if is_scene and not Path(source).exists():
+    if is_simulator(source):
         size = processor.image_sizes[view]
-        frames = render_held_out_frames(num_images, parse_sim_seed(source), size, view)
+        frames = render_held_out_frames(num_images, parse_sim_seed(source), size, view, shift)
         labels = list(label_with_ground_truth(frames))
     else:
         folder = Path(source)
@@ -287,6 +289,11 @@ def load_labeled_images(
     return labels
 
 
+def is_simulator(source: str) -> bool:
+    """Return whether "sim" or "sim:SEED" stands for scenes, and is not the name of a folder."""
+    return (source == "sim" or source.startswith("sim:")) and not Path(source).exists()
+
+
 def parse_sim_seed(source: str) -> int:
     """Return the seed in "sim:SEED", or 0 for "sim". Raises `SpearError` if it is no number."""
     seed = source.partition(":")[2] or "0"
@@ -298,7 +305,11 @@ def parse_sim_seed(source: str) -> int:
 
 
 def render_held_out_frames(
-    num_scenes: int, first_seed: int, size: tuple[int, int], camera: str = "external"
+    num_scenes: int,
+    first_seed: int,
+    size: tuple[int, int],
+    camera: str = "external",
+    shift: Shift | None = None,
 ) -> Iterator[Frame]:
     """Render scenes first_seed, first_seed + 1, … with their ground truth.
 
@@ -307,12 +318,22 @@ def render_held_out_frames(
         first_seed: The seed of the first scene.
         size: (width, height), px.
         camera: "external" or "wrist".
+        shift: How the scenes, or their images, are shifted.
 
     Raises:
         SpearError: Training uses these seeds (10,000 and above).
     """
-    from spear.sim.render import render_clutter_frame
-    from spear.sim.scene import held_out_seeds
+    from spear.sim.render import render_frame
+    from spear.sim.scene import held_out_seeds, sample_clutter_scene
+    from spear.sim.shifts import shift_scene
+    from spear.sim.world import World
 
     for seed in held_out_seeds(first_seed, num_scenes):
-        yield render_clutter_frame(seed, camera, size)
+        scene = sample_clutter_scene(seed)
+        if shift is not None:
+            scene = shift_scene(scene, shift)
+        frame = render_frame(World(scene), camera, size)
+        if shift is not None and shift.axis == "noise":
+            image = degrade_picture(frame.image, NOISE_LEVELS[shift.level], seed)
+            frame = replace(frame, image=image)
+        yield frame
