@@ -161,7 +161,7 @@ def measure_acting(policy: Spear1Policy) -> None:
 def iterate_observations(data: str, split: str) -> Iterator[dict[str, Any]]:
     """The observations of all steps of a dataset, with the external camera."""
     with TemporaryDirectory() as scratch:
-        store, _ = open_or_prepare_store(Path(data), Path(scratch), split)
+        store = open_or_prepare_store(Path(data), Path(scratch), split).store
         for episode in store:
             yield from build_observations(episode, ["external"])
 

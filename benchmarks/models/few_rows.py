@@ -27,7 +27,7 @@ from spear.cli import run_reporting_errors
 from spear.doctor import measure_machine
 from spear.models.fast.cuda_graphs import CudaGraphCache, Inputs
 from spear.models.fast.few_rows import FewRows
-from spear.models.fast.kv_cache import CacheWindow, StaticKVCache
+from spear.models.fast.kv_cache import CacheWindow, StaticKVCache, TokenBlock
 from spear.models.fast.stack import LayerStack
 from spear.models.layers import build_language_model
 from spear.models.presets import PRESETS, SPECIAL_TOKEN_IDS
@@ -70,7 +70,10 @@ class FlowStep:
         copy = stack.allocate_cache(batch, end, self.x.dtype, self.x.device)
         copy.buffer.copy_(self.cache.buffer)
         # The state sees the prefix and itself; the actions see everything.
-        blocks = [(1, self.prefix + 1), (length - 1, end)]
+        blocks = [
+            TokenBlock(num_tokens=1, visible_end=self.prefix + 1),
+            TokenBlock(num_tokens=length - 1, visible_end=end),
+        ]
         return copy, copy.make_window(self.prefix, blocks)
 
 

@@ -272,6 +272,6 @@ def _prepare_and_split_episodes(source: Path, out: Path) -> tuple[EpisodeStore, 
         raise SpearError(
             f"the split {split!r} of {source} has too few episodes ({num_used}). Give at least 2."
         )
-    training, _ = open_or_prepare_store(source, out, f"{split}[:{num_training}]")
-    held_out, _ = open_or_prepare_store(source, out, f"{split}[{num_training}:{num_used}]")
+    training = open_or_prepare_store(source, out, f"{split}[:{num_training}]").store
+    held_out = open_or_prepare_store(source, out, f"{split}[{num_training}:{num_used}]").store
     return training.select_demonstrations(), held_out.select_demonstrations()

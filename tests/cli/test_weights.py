@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from published_checkpoints import (
-    NUM_ROWS,
+    NUM_PUBLISHED_TOKENS,
     TINY14,
     make_paligemma,
     make_pi0,
@@ -124,7 +124,7 @@ class TestFromBackbonesToAPolicy:
     ) -> None:
         for folder in (vlm, policy):
             processor = Processor.load(folder)
-            assert processor.coordinate_ids.start == NUM_ROWS
+            assert processor.coordinate_ids.start == NUM_PUBLISHED_TOKENS
             assert dict(processor.image_sizes) == dict(TINY14.image_sizes)
             assert json.loads((folder / "recipe.json").read_text())["converted"]
             assert (folder / "README.md").read_text().startswith("---\nlicense: gemma\n")
@@ -177,7 +177,7 @@ class TestWholePi0:
     ) -> None:
         run_command(command, "--tokenizer", tokenizer)
 
-        assert Processor.load(policy).coordinate_ids.start == NUM_ROWS
+        assert Processor.load(policy).coordinate_ids.start == NUM_PUBLISHED_TOKENS
         sources = json.loads((policy / "recipe.json").read_text())["converted"]
         assert list(sources) == ["π0", "MoGe", "tokenizer"]
         assert sources["tokenizer"] == tokenizer

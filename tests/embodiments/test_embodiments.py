@@ -517,7 +517,7 @@ def test_the_model_sees_what_openpi_pads_as_the_camera_saw_it(
 
 
 @CAMERA_SIZES
-def test_bands_that_padding_does_not_make_are_left(height: int, width: int) -> None:
+def test_only_bands_of_padding_are_cut_off(height: int, width: int) -> None:
     photo = make_photo(height, width)
     padded = fit_image(photo, 224, 224)
     not_quite_black = padded.copy()

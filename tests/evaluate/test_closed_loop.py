@@ -254,6 +254,18 @@ class RepeatingExpert(ExpertAgent):
         return [np.repeat(chunk, 5, axis=0) for chunk in super().act(envs, observations)]
 
 
+def test_the_image_sizes_of_all_cameras_are_recorded() -> None:
+    """Results with different sizes of a camera are results of different evaluations."""
+    agent = IdleAgent()
+    agent.image_sizes = {**SMALL_IMAGES, "shoulder": (64, 48)}
+
+    settings = evaluate(agent, 1).settings
+
+    assert settings["image_size"] == [48, 32]
+    assert settings["wrist_size"] == [24, 24]
+    assert settings["shoulder_size"] == [64, 48]
+
+
 def test_latency_costs_steps() -> None:
     """In sync mode, the robot waits for one step (200 ms) at each inference, that is before every
     action. So episodes take about twice as many steps.

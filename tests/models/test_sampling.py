@@ -27,6 +27,7 @@ from refusals import no_warning
 from spear import flow
 from spear.errors import Notice
 from spear.models import sampling
+from spear.models.fast.kv_cache import TokenBlock
 from spear.models.fast.linear import FastLinear, FusedLinear, linear
 from spear.models.fast.stack import LayerStack
 from spear.models.presets import build_spear1_config, build_vlm_config
@@ -467,8 +468,10 @@ class TestCompiledStack:
             positions = torch.arange(7).expand(2, 7)
             cache = stack.allocate_cache(2, 7, x.dtype, x.device)
             rotations = stack.compute_rotations(positions, x.dtype)
-            # Per block: the number of its tokens, and the number of tokens that they see.
-            blocks = [(3, 3), (4, 7)]
+            blocks = [
+                TokenBlock(num_tokens=3, visible_end=3),
+                TokenBlock(num_tokens=4, visible_end=7),
+            ]
             window = cache.make_window(0, blocks)
             output = stack(x, rotations, window)
             return [output, torch.stack(cache.layers)]

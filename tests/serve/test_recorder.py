@@ -260,7 +260,7 @@ def test_an_endless_session_is_cut_into_episodes(
 
 
 @pytest.mark.parametrize(
-    ("interval_s", "num_executed"),
+    ("interval_s", "num_executed"),  # (interval_s - 0.05 s) / 0.2 s, rounded, 1 … 5
     [(0.06, 1), (0.26, 1), (0.46, 2), (1.05, 5), (3.0, 5)],
 )
 def test_the_action_of_a_step_is_all_that_the_robot_executes_until_the_next_one(
@@ -268,8 +268,8 @@ def test_the_action_of_a_step_is_all_that_the_robot_executes_until_the_next_one(
 ) -> None:
     """A robot gets an answer after 0.05 s, and executes the five equal actions of its chunk.
 
-    An action takes 0.2 s, so the robot executes as many actions as fit between an answer and the
-    next observation, at least one and at most all five.
+    An action takes 0.2 s, so the robot executes as many actions as fit best between an answer and
+    the next observation, at least one and at most all five.
     """
     for step in range(4):
         writer.add(make_exchange(step, interval_s))

@@ -21,7 +21,7 @@ from spear.models.processing import train_tokenizer
 from spear.models.spear1 import NUM_STATE_FEATURES
 from spear.types import ACTION_DIM
 
-NUM_ROWS = 1312  # number of token embeddings
+NUM_PUBLISHED_TOKENS = 1312  # to which our conversion adds the 3D tokens
 IMAGE_TOKEN = 1311  # id of the token that stands for a patch of the image
 PALIGEMMA_LAYOUTS = ("2024", "2025", "now")
 """The Hub's layout of 2024, that of Transformers 4.52 (2025), and that of Transformers now."""
@@ -47,7 +47,7 @@ TINY14 = dataclasses.replace(
     vision=VISION_SIZES,
     moge={**(TINY.moge or {}), "patch_size": 14},
     image_sizes={"external": (56, 42), "wrist": (28, 28)},
-    vocabulary_size=NUM_ROWS,
+    vocabulary_size=NUM_PUBLISHED_TOKENS,
 )
 """The preset "tiny14": patches of 14 pixels, as published encoders have."""
 LINEAR14 = dataclasses.replace(TINY14, flow={**TINY14.flow, "rotation": "linear"})
@@ -64,7 +64,9 @@ def register_tiny_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
 # --- PaliGemma ---
 
 
-def make_paligemma_config(text_type: str = "gemma", num_rows: int = NUM_ROWS) -> PaliGemmaConfig:
+def make_paligemma_config(
+    text_type: str = "gemma", num_rows: int = NUM_PUBLISHED_TOKENS
+) -> PaliGemmaConfig:
     """Make PaliGemma's config, or PaliGemma 2's if the text model is "gemma2".
 
     PaliGemma 2 limits its logits by soft caps, which are so low here that they change the results.
@@ -94,7 +96,7 @@ def make_paligemma_config(text_type: str = "gemma", num_rows: int = NUM_ROWS) ->
 
 
 def make_paligemma(
-    text_type: str = "gemma", seed: int = 0, num_rows: int = NUM_ROWS
+    text_type: str = "gemma", seed: int = 0, num_rows: int = NUM_PUBLISHED_TOKENS
 ) -> PaliGemmaForConditionalGeneration:
     """Make a PaliGemma whose weights are random, including those of norms and biases."""
     torch.manual_seed(seed)

@@ -128,12 +128,12 @@ def test_mistakes_are_found_before_data_are_made(
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize(("rank", "printed"), [("0", "trained: it\n"), ("1", "")])
+@pytest.mark.parametrize(("rank", "printed"), [("0", "trained: runs/final\n"), ("1", "")])
 def test_only_the_first_process_says_that_the_training_is_done(
     rank: str, printed: str, tmp_path: Path, run_command: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_episodes([make_episode(0)], tmp_path / "store")
-    monkeypatch.setattr("spear.train.run.train", lambda *_: "it")
+    monkeypatch.setattr("spear.train.run.train", lambda *_: "runs/final")
     monkeypatch.setenv("RANK", rank)
 
     output = run_command(
@@ -154,6 +154,7 @@ def refused_vlm(tmp_path: Path, run_refused_command: Command) -> Callable[[str],
     return lambda words: run_refused_command("train", words.split(), "--labels", str(labels))
 
 
+# Without MoGe, the factor on its learning rate in `lr_scale` of nano-vlm-2 would be refused, too.
 @pytest.mark.parametrize("recipe", ["nano-vlm-0", "nano-vlm-2 --set moge=false lr_scale={}"])
 def test_a_recipe_without_moge_does_not_begin_with_a_vlm_that_has_it(
     recipe: str, refused_vlm: Callable[[str], str]

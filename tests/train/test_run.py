@@ -459,7 +459,7 @@ def test_datasets_whose_folders_have_the_same_name_are_not_mixed_up(tmp_path: Pa
         folder = tmp_path / name / "1.0.0"
         folder.parent.mkdir()
         write_lerobot([make_episode(number)], folder)
-        store, _ = open_or_prepare_store(folder, tmp_path / "work")
+        store = open_or_prepare_store(folder, tmp_path / "work").store
         sources.append(store.source(0))
         assert get_dataset_name(folder) == name
 

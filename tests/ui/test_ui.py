@@ -679,6 +679,17 @@ def test_nano_answers_in_meters(shared_model: SharedModel) -> None:
     assert shared_model.describe()["unit"] == "metre"
 
 
+def test_the_page_names_the_cameras_that_it_does_not_show(
+    shared_model: SharedModel, policy: Spear1Policy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    description = shared_model.describe()["model"]
+    image_sizes = {**policy.image_sizes, "shoulder": (96, 96)}
+    monkeypatch.setattr(Spear1Policy, "image_sizes", image_sizes)
+
+    assert description == shared_model.name
+    assert "also sees shoulder" in shared_model.describe()["model"]
+
+
 @pytest.mark.usefixtures("relative_unit")
 def test_boxes_in_relative_units_have_no_errors_in_meters(
     tab: Tab, shared_model: SharedModel

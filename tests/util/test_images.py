@@ -202,14 +202,15 @@ def test_an_image_beyond_the_pixel_limit_is_refused_before_it_is_decoded() -> No
 
 
 @pytest.mark.parametrize("mode", ["RGB", "RGBA", "P", "L", "1", "I;16"])
-def test_bands_of_an_image_are_put_together(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_strips_of_rows_are_put_together(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    # At least 128, because times 256 this needs all 16 bits: darker 16-bit images are refused.
     gray = Image.fromarray(NOISE[..., 0] | 128)
     image = Image.fromarray(np.asarray(gray).astype(np.uint16) * 256)
     if mode != "I;16":
         image = gray.convert(mode)
     whole = load_image(encode(image))
 
-    monkeypatch.setattr("spear.util.images._BAND_PIXELS", 300)  # 7 of 40 rows
+    monkeypatch.setattr("spear.util.images._STRIP_PIXELS", 300)  # strips of 7 of the 40 rows
 
     assert (load_image(encode(image)) == whole).all()
 

@@ -621,8 +621,8 @@ def _select_best_candidates(candidates: Sequence[_Candidate]) -> list[_Candidate
     limit = min(candidate.unexplained for candidate in candidates) + MIN_MARGIN
     tied = [candidate for candidate in candidates if candidate.unexplained <= limit]
     tied.sort(key=lambda candidate: (candidate.position.first, candidate.action_translation.first))
-    # Unit vectors (see `_find_orientations_near`) are certainly orientations; any three numbers are
-    # only perhaps one.
+    # A candidate of more than three numbers consists of unit vectors (`_find_orientations_near`
+    # checks this), so it is certainly an orientation. Three numbers may be anything.
     with_certain_rotation = []
     for candidate in tied:
         if candidate.rotation is not None and candidate.rotation.width > 3:

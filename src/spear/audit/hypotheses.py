@@ -403,7 +403,7 @@ def fit_translations(
     rotation = np.concatenate([r.rotation for r in recordings])
     quaternions, _ = convert_to_quaternions(rotation)
     logged = _concatenate_logged(r.translation for r in recordings)
-    recorded = _summarize_recorded_translations(position, stretches)
+    recorded = _arrange_recorded_positions(position, stretches)
 
     rms_step_m = _measure_rms_step_m(position, stretches)
     step_s = 1 / recordings[0].rate_hz
@@ -451,9 +451,7 @@ class _RecordedTranslations(NamedTuple):
     motion: Array
 
 
-def _summarize_recorded_translations(
-    position: Array, stretches: Stretches
-) -> _RecordedTranslations:
+def _arrange_recorded_positions(position: Array, stretches: Stretches) -> _RecordedTranslations:
     """Arrange recorded positions [N, 3] (m) by stretch."""
     start = position[stretches.rows[:, :1]]  # [n, 1, 3]
     displacement = position[stretches.rows[:, 1:]] - start  # [n, L, 3]

@@ -330,7 +330,7 @@ def open_or_prepare_episodes(path: Path, out: Path, split: str = "train") -> "Ep
     """
     from spear.data.store.prepare import open_or_prepare_store
 
-    store, reasons = open_or_prepare_store(path, out, split)
-    if reasons:
-        _print_written_and_skipped(len(store), path, reasons, sys.stderr)
-    return store
+    opened = open_or_prepare_store(path, out, split)
+    if opened.skip_reasons:
+        _print_written_and_skipped(len(opened.store), path, opened.skip_reasons, sys.stderr)
+    return opened.store

@@ -586,7 +586,7 @@ def compare(options: CompareOptions) -> None:
         unshared_count = format_count(comparison.num_unshared, "episodes")
         print(f"not compared: {unshared_count} whose scene only one of the two saw")
 
-    named_results = [(comparison.first, first), (comparison.second, second)]
+    named_results = [(comparison.first_name, first), (comparison.second_name, second)]
     references = find_matching_references(first)
     for reference_table in references:
         show(reference_table.to_table(named_results))

@@ -129,6 +129,9 @@ class Embodiment:
     def with_frames(self, frames: Mapping[str, int] | None) -> "Embodiment":
         """Return the embodiment with the version of the frame in which a policy acts.
 
+        The end-effector frame of some robots was corrected once, and a policy that was trained
+        before acts in the frame of that time (`spear.data.frames`).
+
         Args:
             frames: name of a robot or dataset → version that the policy learned; None for a policy
                 that was made before versions were recorded, which acts in the first version.

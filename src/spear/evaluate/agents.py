@@ -192,8 +192,8 @@ def _connect_agent(address: str) -> PolicyAgent:
     weights = server.metadata.get("weights")
     if weights is None:
         notice(
-            f"{address} does not say which weights it has. Give the results of each weights "
-            "another --out."
+            f"{address} does not say which weights it has. Use another --out for each set of "
+            "weights."
         )
     return PolicyAgent(server, address, weights)
 

@@ -13,7 +13,7 @@ import mujoco
 
 from spear.chunks import NUM_SLOW_ACTIONS, ChunkExecutor
 from spear.errors import check_known
-from spear.evaluate import film as video
+from spear.evaluate import film
 from spear.evaluate.agents import Agent
 from spear.evaluate.noise import NOISE_LEVELS, degrade_observation
 from spear.evaluate.options import TabletopOptions
@@ -49,8 +49,7 @@ def evaluate_tabletop(agent: Agent, options: TabletopOptions) -> tuple[Results, 
     settings = {
         "simulator": SIMULATOR_VERSION,
         "replan": options.replan_steps,
-        "image_size": list(agent.image_sizes["external"]),
-        "wrist_size": list(agent.image_sizes["wrist"]),
+        **_describe_image_sizes(agent.image_sizes),
         "execution": options.execution,
         "latency_ms": options.latency_ms,
         "weights": agent.weights,
@@ -62,6 +61,18 @@ def evaluate_tabletop(agent: Agent, options: TabletopOptions) -> tuple[Results, 
     if options.shift is not None:
         settings["shift"] = str(Shift.parse(options.shift))
     return run_evaluation(_Tabletop(agent, options), agent, scenes, settings, options)
+
+
+def _describe_image_sizes(image_sizes: Mapping[str, tuple[int, int]]) -> dict[str, list[int]]:
+    """Name the size of each camera's images as the settings of results do.
+
+    The external camera's size has always been "image_size" there.
+    """
+    sizes = {}
+    for camera, size in image_sizes.items():
+        name = "image_size" if camera == "external" else f"{camera}_size"
+        sizes[name] = list(size)
+    return sizes
 
 
 @dataclass
@@ -162,20 +173,21 @@ class _Tabletop:
     def film(self, outcome: Outcome, track: Sequence[Array]) -> Iterator[Array]:
         """Replay an episode's joint positions and render a frame of the film at each step.
 
-        The images are larger than the policy's, with the same aspect ratio.
+        A film shows the external and the wrist camera, whatever cameras the policy has. The images
+        are larger than the policy's, with the same aspect ratio.
         """
         world = World(self._sample_scene(outcome.family, outcome.seed))
         width, height = self._image_sizes["external"]
         views = [
-            ("external", (round(video.HEIGHT_PX * width / height), video.HEIGHT_PX)),
-            ("wrist", (video.HEIGHT_PX, video.HEIGHT_PX)),
+            ("external", (round(film.HEIGHT_PX * width / height), film.HEIGHT_PX)),
+            ("wrist", (film.HEIGHT_PX, film.HEIGHT_PX)),
         ]
         for step, pose in enumerate(track):
             world.data.qpos[:] = pose
             mujoco.mj_forward(world.model, world.data)
             is_last = step == len(track) - 1
             external, wrist = get_thread_renderer().images(world, views)
-            yield video.compose_frame(
+            yield film.compose_frame(
                 external,
                 wrist,
                 outcome.instruction,

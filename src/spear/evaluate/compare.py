@@ -51,16 +51,16 @@ class Row:
 class Comparison:
     """Two results, paired by scene.
 
-    first         name of the first results.
-    second        name of the second results.
+    first_name    name of the first results.
+    second_name   name of the second results.
     rows          one row per family, and a last one for their mean.
     pairs         both outcomes of each shared scene.
     num_unshared  how many scenes are in only one of the results.
     settings      the settings that differ, in words.
     """
 
-    first: str
-    second: str
+    first_name: str
+    second_name: str
     rows: Sequence[Row]
     pairs: Sequence[Pair]
     num_unshared: int
@@ -76,21 +76,25 @@ class Comparison:
         difference = self.mean.difference
         chance = f"p {format_p_value(self.mean.p)}, n = {difference.n}"
         if self.mean.p >= SIGNIFICANCE_LEVEL:
-            names = f"{self.first} and {self.second}"
+            names = f"{self.first_name} and {self.second_name}"
             return f"No difference shown between {names}: {format_points(difference)}, {chance}."
         if difference.value > 0:
             return (
-                f"{self.first} is better than {self.second}: {format_points(difference)}, {chance}."
+                f"{self.first_name} is better than {self.second_name}: "
+                f"{format_points(difference)}, {chance}."
             )
         # second - first: the ends of the interval exchange their places.
         gap = Estimate(-difference.value, -difference.high, -difference.low, difference.n)
-        return f"{self.second} is better than {self.first}: {format_points(gap)}, {chance}."
+        return (
+            f"{self.second_name} is better than {self.first_name}: {format_points(gap)}, {chance}."
+        )
 
     def to_table(self) -> Table:
         """Format the rows for a terminal."""
         num_scenes = format_count(len(self.pairs), "shared scenes")
-        title = f"{self.first} against {self.second}, {num_scenes}"
-        headers = ["family", "n", self.first, self.second, "difference [95 %]", "p", "won : lost"]
+        title = f"{self.first_name} against {self.second_name}, {num_scenes}"
+        names = [self.first_name, self.second_name]
+        headers = ["family", "n", *names, "difference [95 %]", "p", "won : lost"]
         rows = [format_row(row) for row in self.rows]
         return build_terminal_table(title, headers, rows, mean_last=True)
 

@@ -12,7 +12,7 @@ from typing import Any, Generic, Protocol, TypeVar
 
 from spear.data.readers.formats import check_holds_no_input
 from spear.errors import SpearError, format_count
-from spear.evaluate import film as video
+from spear.evaluate import film
 from spear.evaluate.agents import Agent
 from spear.evaluate.options import EpisodeOptions
 from spear.evaluate.results import Journal, Outcome, Results, ScenesByFamily, parse_shard
@@ -99,7 +99,7 @@ def run_evaluation(
     shard = parse_shard(options.shard)
     shard_scenes = select_shard(scenes, shard)
     if options.videos:
-        video.import_encoder()  # raises now, before any episode runs, if there is no encoder
+        film.import_encoder()  # raises now, before any episode runs, if there is no encoder
 
     with contextlib.ExitStack() as stack:
         # Open the journal, which has the outcomes of earlier runs.
@@ -294,10 +294,10 @@ class _Evaluation(Generic[Track]):
                 without_track.append(outcome.seed)
                 continue
             frames = self.simulator.film(outcome, tracks[outcome.seed])
-            film = Film(outcome, video.encode_film(frames, CONTROL_RATE_HZ))
-            self._films[name] = film
+            new_film = Film(outcome, film.encode_film(frames, CONTROL_RATE_HZ))
+            self._films[name] = new_film
             if self.options.out:
-                write_bytes(self.options.out / name, film.data)
+                write_bytes(self.options.out / name, new_film.data)
         return without_track
 
     def _select_filmed(self, ended: Sequence[Outcome]) -> list[Outcome]:

@@ -111,7 +111,7 @@ class RgbdScene:
 
     def __getitem__(self, index: int) -> Frame:
         color, depth_path = self._pairs[index]
-        image, is_turned = load_image_and_orientation(color, stored=True)
+        image, is_turned = load_image_and_orientation(color, keep_stored_orientation=True)
         depth = read_depth(depth_path)
         height, width = image.shape[:2]
         if self._size not in ((None, None), (width, height)):

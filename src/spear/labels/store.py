@@ -411,10 +411,10 @@ DepthImages = list[tuple[bytes, Array]]
 meters."""
 
 
-def write_images_with_depth(images: Iterable[tuple[bytes, Array | None]], path: Path) -> None:
+def write_images_with_depth(images: Iterable[tuple[bytes, Array]], path: Path) -> None:
     """Write images with depth to a Parquet file. A small depth encoder is pretrained on such files.
 
-    Only every `DEPTH_STRIDE_PX`-th row and column of the depth is stored.
+    Of the depth, only every `DEPTH_STRIDE_PX`-th row and column is written.
 
     Args:
         images: Pairs of an encoded image and its depth [h, w] in meters, 0 where unknown.
@@ -426,7 +426,6 @@ def write_images_with_depth(images: Iterable[tuple[bytes, Array | None]], path: 
     rows = []
     middle = DEPTH_STRIDE_PX // 2
     for image, depth in images:
-        assert depth is not None
         # The middle pixel of each square of DEPTH_STRIDE_PX × DEPTH_STRIDE_PX pixels
         coarse = depth[middle::DEPTH_STRIDE_PX, middle::DEPTH_STRIDE_PX]
         coarse = np.ascontiguousarray(coarse, np.float16)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from spear.errors import SpearError, format_count
 from spear.models.fast.cuda_graphs import Inputs
+from spear.models.fast.kv_cache import TokenBlock
 from spear.models.fast.small import SmallLayerStack, get_small_stack
 from spear.models.fast.stack import (
     LayerStack,
@@ -67,7 +68,7 @@ class LogitRecorder:
     The last logits are those of the last step that has a choice, because later steps compute
     nothing.
 
-    ids     The ids whose logits are collected.
+    ids     The range of the ids whose logits are collected.
     logits  [N, number of ids] float32 per step, for N answers.
     """
 
@@ -189,7 +190,8 @@ def _decode(
     tokens: list[Tensor] = []
     for step, (first, end) in enumerate(ranges):
         if recorder is not None and step <= last_choice:
-            recorder.logits.append(vlm.compute_logits(hidden, *recorder.ids).float())
+            first_id, end_id = recorder.ids
+            recorder.logits.append(vlm.compute_logits(hidden, first_id, end_id).float())
 
         if end - first == 1:
             token = torch.full_like(prefix.next_positions, first)
@@ -204,11 +206,11 @@ def _decode(
         if free_text is not None and free_text.has_ended():
             break
 
-        # Run the chosen token through the layers, to predict the next one. The window has one
-        # block, the token, which sees the prefix and the answer up to itself.
+        # Run the chosen token through the layers, to predict the next one.
         embedded = vlm.embed_text(token[:, None])
         step_rotations = tuple(rotation[:, step : step + 1] for rotation in rotations)
-        window = cache.make_window(start + step, [(1, start + step + 1)])
+        place = start + step  # of the token, which sees the prefix and the answer up to itself
+        window = cache.make_window(place, [TokenBlock(num_tokens=1, visible_end=place + 1)])
         output = layers(embedded.to(dtype), step_rotations, window, bias)  # [N, 1, D]
         hidden = output[:, 0].to(embedded.dtype)
 

@@ -24,6 +24,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from spear import flow
 from spear.errors import notice, summarize_error
 from spear.models.fast.cuda_graphs import Inputs
+from spear.models.fast.kv_cache import TokenBlock
 from spear.models.fast.linear import (
     FusedLinear,
     LayerEvents,
@@ -410,13 +411,14 @@ class _ExpertFlow:
 
         # The first step runs two blocks of tokens: the state, which sees the prefix and itself, and
         # the actions, which see everything. Later steps run the actions alone, and overwrite the
-        # keys and values of the step before. Per block, the window gets the number of tokens, and
-        # the place at which the keys that they see end.
+        # keys and values of the step before.
+        state_block = TokenBlock(num_tokens=1, visible_end=start + 1)
+        action_block = TokenBlock(num_tokens=horizon, visible_end=end)
         self.window = replace(
-            cache.make_window(start, [(1, start + 1), (horizon, end)]),
+            cache.make_window(start, [state_block, action_block]),
             await_events=prefix.write_events,
         )
-        self.action_window = cache.make_window(start + 1, [(horizon, end)])
+        self.action_window = cache.make_window(start + 1, [action_block])
         self.time_embeddings = sampler.time_embeddings(steps).unbind(0)
         state = inputs["state"].to(sampler.dtype)
         self.state_token = model.state_proj(state).to(expert.dtype)[:, None]

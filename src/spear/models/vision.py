@@ -170,7 +170,7 @@ class _WithStem:
 
         The stem is a `PatchConv` if `config.stem` is "patch", and a `ConvStem` if it is "conv".
         With a `ConvStem`, the position embeddings [..., tokens, width] get the initial values of
-        `make_sinusoidal_positions`.
+        `make_initial_positions`.
         """
         if getattr(self.config, "stem", "patch") == "patch":
             getattr(owner, name).__class__ = PatchConv
@@ -181,7 +181,7 @@ class _WithStem:
             return
         # DINOv2 has a class token before the side² patches, SigLIP has none.
         num_tokens, width = positions.shape[-2:]
-        waves = make_sinusoidal_positions(math.isqrt(num_tokens), width)
+        waves = make_initial_positions(math.isqrt(num_tokens), width)
         num_class_tokens = num_tokens - len(waves)
         waves = nn.functional.pad(waves, (0, 0, num_class_tokens, 0))
         init.copy_(positions, waves.expand_as(positions))
@@ -190,12 +190,11 @@ class _WithStem:
 # Position embeddings
 
 
-def make_sinusoidal_positions(side: int, width: int) -> Tensor:
-    """Sines and cosines of rows and columns, with a root mean square of 0.7: [side², width].
+def make_initial_positions(side: int, width: int) -> Tensor:
+    """Make the initial values [side², width] of position embeddings after a `ConvStem`.
 
-    These are the initial values of position embeddings after a `ConvStem`. In large models the
-    initial values are near zero instead, but with those, small models hardly learn where things
-    are.
+    They are sines and cosines of rows and columns, with a root mean square of 0.7. In large models
+    they are near zero instead, but with such values small models hardly learn where things are.
     """
     position = torch.arange(side, dtype=torch.float32)
     # Frequencies from 0.5π down to 0.5π / 8 rad per patch have wavelengths of 4 to 32 patches.

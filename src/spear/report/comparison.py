@@ -76,7 +76,7 @@ def make_comparison_page(
     rows = comparison.rows
     rate_groups = []
     for row in rows:
-        rates = [(comparison.first, row.first), (comparison.second, row.second)]
+        rates = [(comparison.first_name, row.first), (comparison.second_name, row.second)]
         rate_groups.append((replace_underscores(row.name), make_rate_bars(rates)))
     table_rows = []
     for row in rows:
@@ -85,7 +85,7 @@ def make_comparison_page(
     pairs = select_filmed_pairs(comparison, folders, max_films)
     return render(
         "comparison.html",
-        title=f"{comparison.first} against {comparison.second}",
+        title=f"{comparison.first_name} against {comparison.second_name}",
         facts=_list_facts(comparison),
         comparison=comparison,
         alpha=SIGNIFICANCE_LEVEL,
@@ -103,7 +103,8 @@ def _list_facts(comparison: Comparison) -> list[tuple[str, str]]:
     """Return the large numbers at the page's top, each with its meaning."""
     mean = comparison.mean
     facts = []
-    for name, rate in ((comparison.first, mean.first), (comparison.second, mean.second)):
+    named_rates = ((comparison.first_name, mean.first), (comparison.second_name, mean.second))
+    for name, rate in named_rates:
         words = f"{name}: mean success [{rate.low:.0%}, {rate.high:.0%}]"
         facts.append((f"{rate.value:.1%}", words))
     # "+35.0" is the large number, and "points [+20.1, +47.2]" its meaning.
@@ -218,7 +219,7 @@ def _make_scene_section(
 
     The ending comes with the data of the film; None if there is no film.
     """
-    names = (comparison.first, comparison.second)
+    names = (comparison.first_name, comparison.second_name)
     runs = []
     for name, outcome, folder in zip(names, pair, folders, strict=True):
         path = folder / outcome.film_name

@@ -11,6 +11,7 @@ from spear.labels.fit.box3d import BOX_EDGES
 from spear.labels.fit.image import project
 from spear.labels.fit.masks import decode_mask, erode
 from spear.labels.questions.measures import extract_image_points, extract_numbers
+from spear.labels.questions.types import QUESTION_TYPE_BY_NAME
 from spear.types import Array, LabeledImage, Segments
 from spear.util.images import decode_image
 
@@ -131,8 +132,10 @@ def draw_answer(
         SpearError: the answer has nothing to draw, or is in 3D and the image's camera is unknown.
     """
     height, width = image.shape[:2]
-    # The three numbers of an offset are a vector between two objects, not a point.
-    is_displacement = question_type == "offset"
+    # The three numbers of a displacement lead from one object to another, and are no point.
+    is_displacement = (
+        question_type is not None and QUESTION_TYPE_BY_NAME[question_type].is_displacement
+    )
     has_place = find_pixels(answer, width, height, intrinsics) is not None
     if has_place and not is_displacement:
         return draw_answers(image, intrinsics, [(answer, PREDICTION_COLOR)], ANSWER_SCALE)

@@ -127,6 +127,7 @@ class Batcher:
                     queued.result.set_exception(ClientGoneError())
 
     async def _answer_batch(self) -> None:
+        """Compute the results of `self._batch` in the worker thread, and deliver them."""
         requests = [queued.request for queued in self._batch]
         clients = [queued.client for queued in self._batch]
         results = await asyncio.get_running_loop().run_in_executor(

@@ -79,7 +79,7 @@ class LimitedConnection(ServerConnection):
         self._budgets = budgets
         self._limits = limits
         self._address = ""  # whose budget this connection uses
-        self._is_reading_paused = False  # until the budget has bytes again
+        self._is_reading_paused = False  # True until the budget has bytes again
         self.unanswered_bytes = 0  # received, and not answered yet
         self._current_message_bytes = 0
         self._unread_frames: deque[Frame] = deque()  # of messages that `recv` has not returned yet

@@ -120,13 +120,13 @@ class _Reader:
         raise ValueError(f"a value that begins with the byte {head:#x}")
 
     def _read_list(self, num_entries: int) -> list[Any]:
-        self._enter(num_entries)
+        self._begin_container(num_entries)
         entries = [self.read_value() for _ in range(num_entries)]
         self._depth -= 1
         return entries
 
     def _read_map(self, num_entries: int) -> dict[str | bytes, Any]:
-        self._enter(num_entries)
+        self._begin_container(num_entries)
         entries: dict[str | bytes, Any] = {}
         for _ in range(num_entries):
             key = self._read_key()
@@ -138,8 +138,11 @@ class _Reader:
         self._depth -= 1
         return entries
 
-    def _enter(self, num_entries: int) -> None:
-        """Count the values of a list or a map before they are read."""
+    def _begin_container(self, num_entries: int) -> None:
+        """Count the entries of a list or a map before they are read, and go one level deeper.
+
+        The caller goes back up when it has read the entries. The keys of a map are not counted.
+        """
         self._num_values += 1 + num_entries
         if self._num_values > MAX_VALUES:
             raise ValueError(f"more than {MAX_VALUES} values in lists and maps")

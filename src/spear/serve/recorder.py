@@ -237,7 +237,7 @@ class RecordingWriter:
             began += timedelta(microseconds=1)
         source = f"serve/{self._robot}/{exchange.address}/{began:%Y-%m-%dT%H:%M:%SZ}"
         shard = GrowingShard(self.folder / name)
-        episode = _OpenEpisode(shard, source, last_saved_s=time.monotonic())
+        episode = _OpenEpisode(shard, source)
         self._open_episodes[exchange.client] = episode
         return episode
 
@@ -288,28 +288,28 @@ class _OpenEpisode:
     Args:
         shard: the episode's files.
         source: the episode's source.
-        last_saved_s: the time of beginning, on the monotonic clock.
     """
 
-    def __init__(self, shard: GrowingShard, source: str, last_saved_s: float) -> None:
+    def __init__(self, shard: GrowingShard, source: str) -> None:
         self.shard = shard
         self.exchanges: list[Exchange] = []
-        self.last_saved_s = last_saved_s
+        # When the episode was last saved, or began, by the monotonic clock.
+        self.last_saved_s = time.monotonic()
         self.has_unsaved_steps = False
         self._source = source
 
     def add(self, exchange: Exchange) -> None:
         """Append an exchange."""
         images: dict[str, bytes] = {}
-        numbers = CheckedObservation()
+        without_images = CheckedObservation()
         for key, value in exchange.observation.items():
             if is_camera_key(key):
                 images[camera_view(key)] = encode_jpeg(value)
-                numbers[key] = None
+                without_images[key] = None  # `_get_episode_key` compares the cameras' keys
             elif key in (STATE_KEY, PROMPT_KEY, COMMITTED_KEY):
-                numbers[key] = value
+                without_images[key] = value
         self.shard.append_images(images)
-        self.exchanges.append(dataclasses.replace(exchange, observation=numbers))
+        self.exchanges.append(dataclasses.replace(exchange, observation=without_images))
         self.has_unsaved_steps = True
 
     def save(self, note: Mapping[str, str], is_complete: bool) -> None:

@@ -317,9 +317,13 @@ def _label_job(
     index, job = numbered_job
     for view, frames in render(job):
         labels = list(label_frames(iter(frames)))
-        pairs = zip(labels, frames, strict=True)
-        depth = [(label.image, frame.depth) for label, frame in pairs]
-        write_images_with_depth(depth, out / "depth" / view / f"depth-{index:05d}.parquet")
+        images_with_depth = []
+        for label, frame in zip(labels, frames, strict=True):
+            assert frame.depth is not None  # the simulator renders it
+            images_with_depth.append((label.image, frame.depth))
+        write_images_with_depth(
+            images_with_depth, out / "depth" / view / f"depth-{index:05d}.parquet"
+        )
         # Write the labels last, because a job with labels counts as finished.
         write_labels(labels, _get_shard(out, view, index))
     _, seeds = job

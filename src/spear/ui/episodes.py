@@ -40,8 +40,9 @@ PageState = dict[str, Any]
 """A part of what the page shows, as plain JSON."""
 
 SHOWN_WIDTHS_PX = {"external": 576, "wrist": 224}
-"""About how wide the page shows the images of a simulated camera. The images that the policy gets
-are smaller."""
+"""The cameras that the page shows, and about how wide it shows their images if they are simulated.
+The images that the policy gets are smaller. If the policy has further cameras, the page only names
+them."""
 MAX_SHOWN_SIZE_PX = (1152, 864)  # larger images of recordings and photos are scaled down
 MAX_TRACK_STEPS = 1000
 """Number of steps in the page's chart of a recording; longer recordings are thinned out."""

@@ -13,9 +13,14 @@ from typing import Any
 import numpy as np
 
 from spear.embodiments.actions import compute_target_poses
-from spear.embodiments.observations import MAX_IMAGE_SIDE_PX, read_image, read_prompt
+from spear.embodiments.observations import (
+    MAX_IMAGE_SIDE_PX,
+    get_image_sizes,
+    read_image,
+    read_prompt,
+)
 from spear.errors import SpearError
-from spear.evaluate import film as video
+from spear.evaluate import film
 from spear.evaluate.vqa import ask
 from spear.evaluate.vqa.calibration import Trust
 from spear.labels.fit.box3d import BOX_EDGES
@@ -24,6 +29,7 @@ from spear.policy import Spear1Policy, VlmBundle
 from spear.sim.scene import EXTERNAL_CAMERA_FOV_Y_DEG, FAMILIES, NOMINAL_START_POSITION_M
 from spear.types import Array
 from spear.ui.episodes import (
+    SHOWN_WIDTHS_PX,
     Episode,
     EpisodeFolder,
     PageState,
@@ -82,7 +88,7 @@ class SharedModel:
         measured = {"missed": 1 - self.trust.names_present} if self.trust else None
         episodes = self.episode_folder.describe() if self.episode_folder else {}
         return {
-            "model": self.name,
+            "model": self._describe_model(),
             "unit": self.vlm.processor.coordinates.unit,
             "families": list(FAMILIES),
             "edges": [list(edge) for edge in BOX_EDGES],
@@ -90,6 +96,14 @@ class SharedModel:
             "measured": measured,
             **episodes,
         }
+
+    def _describe_model(self) -> str:
+        """Return the model's name, and which of its cameras the page does not show."""
+        cameras = get_image_sizes(self.policy)
+        hidden_cameras = [camera for camera in cameras if camera not in SHOWN_WIDTHS_PX]
+        if not hidden_cameras:
+            return self.name
+        return f"{self.name} (also sees {', '.join(hidden_cameras)}, not shown here)"
 
 
 class Tab:
@@ -175,8 +189,8 @@ class Tab:
     def predict_chunk(self, request: Request) -> PageState:
         """Show the chunk of actions that the policy would execute."""
         episode, step = self._find_episode_and_step(request)
-        _, chunk = self._infer(episode.observation_at(step), step)
-        return {"step": step, "chunk": chunk}
+        _, drawn_chunk = self._infer(episode.observation_at(step), step)
+        return {"step": step, "chunk": drawn_chunk}
 
     def execute_step(self, _: Request) -> PageState:
         """Execute one action, which takes 0.2 s. If a new chunk is needed, infer it first."""
@@ -190,7 +204,8 @@ class Tab:
         executor = episode.executor
         if executor.needs_chunk():
             observation = {**episode.observation_at(step), **executor.committed_actions()}
-            actions, view["chunk"] = self._infer(observation, step)
+            actions, drawn_chunk = self._infer(observation, step)
+            view["chunk"] = drawn_chunk
             # A simulated latency lets the chunk arrive some steps later.
             executor.add_chunk(actions, arrival_tick=executor.tick + episode.num_latency_steps)
             self._chunk_instruction = self._instruction
@@ -303,9 +318,9 @@ class Tab:
     def make_film(self, _: Request) -> PageState:
         """Make a film of all steps so far."""
         episode, newest_step = self._find_episode_and_step({})
-        video.import_encoder()
+        film.import_encoder()
         frames = self._compose_film_frames(episode, newest_step)
-        data = video.encode_film(frames, episode.rate_hz)
+        data = film.encode_film(frames, episode.rate_hz)
         encoded_data = base64.b64encode(data).decode()
         return {"film": {"name": f"{episode.name}.mp4", "data": encoded_data}}
 
@@ -323,7 +338,7 @@ class Tab:
             instruction = view["told"] or ""
             outcome = view["outcome"]  # None before the last step
             is_success = None if outcome is None else outcome == "success"
-            yield video.compose_frame(external_image, wrist_image, instruction, success=is_success)
+            yield film.compose_frame(external_image, wrist_image, instruction, success=is_success)
 
     def _switch_to_episode(self, episode: Episode) -> PageState:
         """Replace the tab's episode by another one, and return the view of its first step."""

@@ -50,7 +50,7 @@ MAX_PIXELS = 2**26
 """Larger images are refused before they are decoded. A photo of 64 million pixels passes, and none
 takes more than about 0.6 GiB of memory while it is read."""
 
-_BAND_PIXELS = 2**22  # images are converted in bands of about this size, which saves memory
+_STRIP_PIXELS = 2**22  # images are converted in strips of about this size, which saves memory
 
 _MAX_12_BIT = 4095
 """Largest value of 12 bits. A 16-bit image without a brighter pixel is refused. It may be a dark
@@ -87,7 +87,7 @@ def decode_image(encoded: bytes, name: str = "an image", out: Array | None = Non
                 return np.asarray(simplejpeg.decode_jpeg(encoded))
         except ValueError as error:
             _raise_if_data_are_lost(error, name)
-    return load_image(encoded, name, stored=True, keep_transparent_colors=True)
+    return load_image(encoded, name, keep_stored_orientation=True, keep_transparent_colors=True)
 
 
 def check_jpeg_is_complete(encoded: bytes, name: str) -> None:
@@ -274,7 +274,7 @@ def load_image(
     source: str | Path | bytes,
     name: str = "",
     longest: int | None = None,
-    stored: bool = False,
+    keep_stored_orientation: bool = False,
     keep_transparent_colors: bool = False,
 ) -> Array:
     """Load an image file as [h, w, 3] uint8 RGB, turned upright by its EXIF orientation.
@@ -291,8 +291,8 @@ def load_image(
         name: the image's name in messages; by default the path.
         longest: the maximal length of a side in pixels; it is checked before the pixels are
             decoded.
-        stored: whether to ignore the EXIF orientation, because depth, intrinsics or other views
-            belong to the pixels as they are stored.
+        keep_stored_orientation: whether to ignore the EXIF orientation, because depth, intrinsics
+            or other views belong to the pixels as they are stored.
         keep_transparent_colors: whether to drop transparency instead of laying the image on white.
 
     Raises:
@@ -300,7 +300,9 @@ def load_image(
             enormous by its header (it has more than `MAX_PIXELS`); or the brightness of its
             pixels is not known (floating point, more than 16 bits, or few of 16 bits used).
     """
-    image, _ = load_image_and_orientation(source, name, longest, stored, keep_transparent_colors)
+    image, _ = load_image_and_orientation(
+        source, name, longest, keep_stored_orientation, keep_transparent_colors
+    )
     return image
 
 
@@ -308,7 +310,7 @@ def load_image_and_orientation(
     source: str | Path | bytes,
     name: str = "",
     longest: int | None = None,
-    stored: bool = False,
+    keep_stored_orientation: bool = False,
     keep_transparent_colors: bool = False,
 ) -> tuple[Array, bool]:
     """Load an image, with the arguments and errors of `load_image`, and whether EXIF turns it.
@@ -334,7 +336,7 @@ def load_image_and_orientation(
                 raise SpearError(
                     f"{name} has {width} x {height} pixels. Send sides of at most {longest}."
                 )
-            return _read_pixels(image, name, stored, keep_transparent_colors)
+            return _read_pixels(image, name, keep_stored_orientation, keep_transparent_colors)
     except SpearError:
         raise
     except Exception as error:  # decoders raise errors of many types for broken files
@@ -356,7 +358,7 @@ def check_num_pixels(image: Image.Image, name: str) -> None:
 
 
 def _read_pixels(
-    image: Image.Image, name: str, stored: bool, keep_transparent_colors: bool
+    image: Image.Image, name: str, keep_stored_orientation: bool, keep_transparent_colors: bool
 ) -> tuple[Array, bool]:
     """Return what `load_image_and_orientation` returns, of an opened image."""
     # The bits of the file are known only before the pixels are loaded, and for PNG, reading the
@@ -365,14 +367,9 @@ def _read_pixels(
     orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
     image.load()
 
-    # Pillow turns TIFF files upright when it loads them, and then changes their orientation.
-    orientation_after_loading = image.getexif().get(ExifTags.Base.Orientation, 1)
-    was_turned_by_pillow = orientation_after_loading != orientation
-    if stored and was_turned_by_pillow:  # let `exif_transpose` turn the pixels back
-        inverse = _INVERSE_ORIENTATION.get(orientation, orientation)
-        image.getexif()[ExifTags.Base.Orientation] = inverse
-        ImageOps.exif_transpose(image, in_place=True)
-    elif not stored:
+    if keep_stored_orientation:
+        _undo_turn_by_pillow(image, orientation)
+    else:
         ImageOps.exif_transpose(image, in_place=True)
 
     rgb = _to_rgb(image, name, keep_transparent_colors)
@@ -385,6 +382,24 @@ def _read_pixels(
         is_square = image.width == image.height
         is_turned_invisibly = orientation in _EXCHANGED_SIZE_ORIENTATIONS and is_square
     return rgb, is_turned_invisibly
+
+
+def _undo_turn_by_pillow(image: Image.Image, orientation: int) -> None:
+    """Turn an image's pixels back if Pillow turned them upright when it loaded them.
+
+    Pillow does so with TIFF files, and then changes their EXIF orientation.
+
+    Args:
+        image: the loaded image.
+        orientation: the EXIF orientation before the image was loaded.
+    """
+    orientation_after_loading = image.getexif().get(ExifTags.Base.Orientation, 1)
+    if orientation_after_loading == orientation:
+        return
+    # `exif_transpose` turns by the orientation that the image claims to have.
+    inverse = _INVERSE_ORIENTATION.get(orientation, orientation)
+    image.getexif()[ExifTags.Base.Orientation] = inverse
+    ImageOps.exif_transpose(image, in_place=True)
 
 
 def _has_16_bits_in_file(image: Image.Image) -> bool:
@@ -405,28 +420,28 @@ def _to_rgb(image: Image.Image, name: str, keep_transparent_colors: bool) -> Arr
     has_deep_gray = image.mode == "I" or image.mode.startswith("I;16")
     gray_divisor = _find_gray_divisor(image, name) if has_deep_gray else 1
     rgb = np.empty((image.height, image.width, 3), np.uint8)
-    for rows, band in _iterate_bands(image):
+    for rows, strip in _iterate_strips(image):
         if has_deep_gray:
-            band = Image.fromarray((np.asarray(band) // gray_divisor).astype(np.uint8))
-        rgb[rows] = np.asarray(_band_to_rgb(band, keep_transparent_colors))
+            strip = Image.fromarray((np.asarray(strip) // gray_divisor).astype(np.uint8))
+        rgb[rows] = np.asarray(_strip_to_rgb(strip, keep_transparent_colors))
     return rgb
 
 
-def _iterate_bands(image: Image.Image) -> Iterator[tuple[slice, Image.Image]]:
-    """Yield an image in horizontal bands, each with its rows."""
-    num_rows = max(1, _BAND_PIXELS // image.width)
+def _iterate_strips(image: Image.Image) -> Iterator[tuple[slice, Image.Image]]:
+    """Yield an image in strips of rows, each with its rows."""
+    num_rows = max(1, _STRIP_PIXELS // image.width)
     for top in range(0, image.height, num_rows):
         bottom = min(top + num_rows, image.height)
         yield slice(top, bottom), image.crop((0, top, image.width, bottom))
 
 
-def _band_to_rgb(band: Image.Image, keep_transparent_colors: bool) -> Image.Image:
-    if band.has_transparency_data:
-        band = band.convert("RGBA")
+def _strip_to_rgb(strip: Image.Image, keep_transparent_colors: bool) -> Image.Image:
+    if strip.has_transparency_data:
+        strip = strip.convert("RGBA")
         if not keep_transparent_colors:
-            white = Image.new("RGBA", band.size, "white")
-            band = Image.alpha_composite(white, band)
-    return band.convert("RGB")
+            white = Image.new("RGBA", strip.size, "white")
+            strip = Image.alpha_composite(white, strip)
+    return strip.convert("RGB")
 
 
 def _find_gray_divisor(image: Image.Image, name: str) -> int:
@@ -438,8 +453,8 @@ def _find_gray_divisor(image: Image.Image, name: str) -> int:
     lowest = 0
     brightest = 0
     num_bits = 0
-    for _, band in _iterate_bands(image):
-        values = np.asarray(band)
+    for _, strip in _iterate_strips(image):
+        values = np.asarray(strip)
         lowest = min(lowest, int(values.min()))
         brightest = max(brightest, int(values.max()))
         num_bits = 8 * values.itemsize

@@ -212,6 +212,7 @@ OptionalName = Annotated[str | None, arg(metavar="NAME")]
 OptionalInt = Annotated[int | None, arg(metavar="INT")]
 Preset = Annotated[str, arg(metavar="{nano,small,spear1}")]
 OptionalPreset = Annotated[str | None, arg(metavar="{nano,small,spear1}")]
+# The help names the cameras of the presets. The commands accept every camera of the model.
 CameraView = Annotated[str, arg(metavar="{external,wrist}")]
 Seed = Annotated[int, Range(0), arg(help="The same seed gives the same result.")]
 Device = Annotated[

@@ -240,10 +240,10 @@ def test_images_are_read_back(source_episodes: list[Episode], our_folder: Path, 
 def test_an_export_is_prepared_for_training(
     source_episodes: list[Episode], our_folder: Path, tmp_path: Path, kind: str
 ) -> None:
-    store, reasons = open_or_prepare_store(our_folder, tmp_path)
+    store, skip_reasons = open_or_prepare_store(our_folder, tmp_path)
 
     assert len(store) == 8
-    assert not reasons
+    assert not skip_reasons
     assert store.source(3) == source_episodes[3].source
     (prepared,) = tmp_path.glob(f"v3.0_{kind}-*")
     assert len(EpisodeStore(prepared)) == 8

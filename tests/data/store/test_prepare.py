@@ -126,8 +126,8 @@ def test_the_result_is_a_store(prepared: Path) -> None:
 
 
 def test_only_a_subset_of_a_store_is_not_complete(prepared: Path, tmp_path: Path) -> None:
-    store, _ = open_or_prepare_store(prepared, tmp_path)
-    partial_store, _ = open_or_prepare_store(prepared, tmp_path, "train[1:]")
+    store = open_or_prepare_store(prepared, tmp_path).store
+    partial_store = open_or_prepare_store(prepared, tmp_path, "train[1:]").store
 
     assert store.is_complete
     assert not store.subset([0]).is_complete
@@ -395,7 +395,7 @@ def test_one_preparation_at_a_time(recorded: Path, unfinished: Path) -> None:
 
 
 def test_a_store_is_opened_without_preparing_it(prepared: Path, tmp_path: Path) -> None:
-    store, _ = open_or_prepare_store(prepared, tmp_path / "unused")
+    store = open_or_prepare_store(prepared, tmp_path / "unused").store
 
     assert store.path == prepared
     assert not (tmp_path / "unused").exists()

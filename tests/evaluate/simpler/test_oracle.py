@@ -113,7 +113,7 @@ class IdealRobot:
 
     def execute(self, command: Array) -> None:
         """Execute a command [7]: translation, rotation (Euler angles), gripper (1 is open)."""
-        assert np.linalg.norm(command[:3]) <= oracle.MAX_STEP + 1e-6
+        assert np.linalg.norm(command[:3]) <= oracle.MAX_STEP_M + 1e-6
         self.ee_position = self.ee_position + command[:3]
         self.link_rotation = Rotation.from_euler("XYZ", command[3:6]) * self.link_rotation
         opens = bool(command[6] > 0)

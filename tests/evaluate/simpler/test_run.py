@@ -209,15 +209,16 @@ def test_a_demonstration_starts_off_the_grid(process: SimplerProcess) -> None:
     official = [process.reset(start, image=False).truth for start in range(TASKS[TASK].num_starts)]
     recorded = process.reset(10_001, image=False, is_off_grid=True).truth
 
-    # Distances [m] from each official start, of the object that is farther from its place there.
+    # From each official start, the larger one of the two objects' distances.
     recorded_pair = np.stack([recorded.source[:2], recorded.goal[:2]])
     distances_m = []
     for truth in official:
         official_pair = np.stack([truth.source[:2], truth.goal[:2]])
         distances_m.append(np.linalg.norm(recorded_pair - official_pair, axis=1).max())
-    half_grid_m = np.ptp([truth.goal[:2] for truth in official], axis=0) / 2
     # Half of the offset, because objects still move when they settle.
     assert min(distances_m) > MIN_START_OFFSET_M / 2
+    # Starts are drawn from an area that is larger than the grid on each side.
+    half_grid_m = np.ptp([truth.goal[:2] for truth in official], axis=0) / 2
     assert (half_grid_m + MIN_START_OFFSET_M < TASKS[TASK].max_offset_m).all()
     arm_offset_m = np.linalg.norm(recorded.measured[:3] - official[0].measured[:3])
     assert arm_offset_m > 1e-3

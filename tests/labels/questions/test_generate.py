@@ -388,6 +388,7 @@ def test_the_answer_is_the_point_that_the_pixel_shows(
     """The depth is written and read as in training."""
     rng = np.random.default_rng(0)
     frame = make_random_frame(rng, width=width, height=height)
+    assert frame.depth is not None
     image = encode_jpeg(frame.image)
     label = make_label(frame, image)
     write_images_with_depth([(image, frame.depth)], tmp_path / "depth/external/depth-00000.parquet")
@@ -435,6 +436,7 @@ def two_folders(tmp_path: Path) -> tuple[list[Path], dict[tuple[str, int], bytes
     images = {}
     for view, number in (("external", 0), ("wrist", 0), ("external", 1)):
         frame = make_random_frame(np.random.default_rng(len(images)))
+        assert frame.depth is not None
         image = encode_jpeg(frame.image)
         images[view, number] = image
         folder = tmp_path / f"{number}"

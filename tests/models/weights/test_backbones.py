@@ -27,7 +27,7 @@ from parity import (
 )
 from published_checkpoints import (
     IMAGE_TOKEN,
-    NUM_ROWS,
+    NUM_PUBLISHED_TOKENS,
     PALIGEMMA_LAYOUTS,
     PI0_LAYOUTS,
     TINY14,
@@ -49,7 +49,7 @@ from spear.tokens import init_new_embeddings
 
 WIDTH_PX, HEIGHT_PX = 280, 210
 MAX_ERROR = 1e-5  # relative to the largest value
-NEW_END = NUM_ROWS + TINY14.bins  # the first id after the 3D tokens
+NEW_END = NUM_PUBLISHED_TOKENS + TINY14.bins  # the first id after the 3D tokens
 # A weight that a π0.5 has, and a π0 has not.
 PI05_WEIGHT = "model.paligemma_with_expert.gemma_expert.model.layers.0.input_layernorm.dense.weight"
 SECOND_SHARD = "model-00002-of-00002.safetensors"
@@ -97,7 +97,7 @@ class TestPaliGemmaWithoutMoge:
         eager_logits, _ = compute_logits_of_both(our_model, their_model, WIDTH_PX, HEIGHT_PX)
 
         assert logits.shape[-1] == NEW_END
-        published_logits = logits[:, :NUM_ROWS]  # without the 3D tokens
+        published_logits = logits[:, :NUM_PUBLISHED_TOKENS]  # without the 3D tokens
         assert relative_error(published_logits, expected) < MAX_ERROR
         assert relative_error(eager_logits, logits) < MAX_ERROR
 
@@ -152,7 +152,7 @@ class TestReport:
         report = plan_backbones(folder, moge, "tiny14").report
 
         assert sorted(entry.name for entry in report.select_by_status("new")) == [
-            f"{EMBEDDINGS}[{NUM_ROWS}:{NEW_END}]",
+            f"{EMBEDDINGS}[{NUM_PUBLISHED_TOKENS}:{NEW_END}]",
             "moge_projector.linear.bias",
             "moge_projector.linear.weight",
         ]
@@ -162,14 +162,16 @@ class TestReport:
 class TestCoordinateTokens:
     """The 3D tokens follow the tokenizer's tokens, and overwrite the rows of the embeddings there.
 
-    The tokenizer always has NUM_ROWS tokens. The embeddings have as many rows, or 64 more, or one
-    row less (without the image token, which is never embedded).
+    The tokenizer always has `NUM_PUBLISHED_TOKENS` tokens. The embeddings have as many rows, or 64
+    more, or one row less (without the image token, which is never embedded).
     """
 
-    @pytest.fixture(params=[NUM_ROWS, NUM_ROWS + 64, NUM_ROWS - 1])
+    @pytest.fixture(
+        params=[NUM_PUBLISHED_TOKENS, NUM_PUBLISHED_TOKENS + 64, NUM_PUBLISHED_TOKENS - 1]
+    )
     def num_rows_and_start(self, request: pytest.FixtureRequest) -> tuple[int, int]:
         """The number of published embeddings, and the id of the first 3D token."""
-        first_id_after_tokenizer = NUM_ROWS
+        first_id_after_tokenizer = NUM_PUBLISHED_TOKENS
         return request.param, first_id_after_tokenizer
 
     @pytest.fixture
@@ -582,8 +584,8 @@ class TestVocabulariesThatDoNotFitAreRefused:
         return publish_paligemma(make_paligemma(), tmp_path / "paligemma")
 
     def test_fewer_embeddings_than_tokens(self, tmp_path: Path) -> None:
-        """The tokenizer has NUM_ROWS = 1312 tokens."""
-        published = make_paligemma(num_rows=NUM_ROWS - 40)
+        """The tokenizer has NUM_PUBLISHED_TOKENS = 1312 tokens."""
+        published = make_paligemma(num_rows=NUM_PUBLISHED_TOKENS - 40)
         folder = publish_paligemma(published, tmp_path / "short")
 
         message = "tokenizer in .* has 1312 tokens, its embeddings 1272 rows"

@@ -24,7 +24,7 @@ from parity import (
 )
 from published_checkpoints import (
     IMAGE_TOKEN,
-    NUM_ROWS,
+    NUM_PUBLISHED_TOKENS,
     PI0_LAYOUTS,
     TINY14,
     make_paligemma,
@@ -51,7 +51,7 @@ ROBOT_LAYERS = {
     "action_out_proj.weight",
     "action_out_proj.bias",
 }
-NEW_EMBEDDINGS = f"{EMBEDDINGS}[{NUM_ROWS}:{NUM_ROWS + TINY14.bins}]"
+NEW_EMBEDDINGS = f"{EMBEDDINGS}[{NUM_PUBLISHED_TOKENS}:{NUM_PUBLISHED_TOKENS + TINY14.bins}]"
 NEW_WEIGHTS = {
     NEW_EMBEDDINGS,
     "vlm.moge_projector.linear.weight",
@@ -317,8 +317,8 @@ def test_3d_tokens_follow_the_tokens_of_paligemmas_tokenizer(
 
     plan = plan_pi0(pi0_folder, None, "tiny14", tokenizer)
 
-    assert plan.tokenizer.convert_tokens_to_ids("<3d0000>") == NUM_ROWS
-    assert plan.config.vlm_config.coordinate_start == NUM_ROWS
+    assert plan.tokenizer.convert_tokens_to_ids("<3d0000>") == NUM_PUBLISHED_TOKENS
+    assert plan.config.vlm_config.coordinate_start == NUM_PUBLISHED_TOKENS
 
 
 def test_of_a_tokenizer_on_the_hub_no_weights_are_downloaded(

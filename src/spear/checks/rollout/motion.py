@@ -46,7 +46,7 @@ SMALL_COMMAND_QUANTILE = 0.33  # the shortest third of the commands is not cut b
 MIN_BASE_ANGLE_RAD = np.radians(15)  # a base that is turned by less is not turned (nano: 1°)
 ROTATED_PENALTY = 0.05  # share of the motion by which a turned base must explain more
 MAX_READING_ERROR = 0.5  # a reading that leaves more of the motion unexplained is not believed
-MIN_READING_GAIN = 0.2  # a reading must explain so much more of the motion than the plain one
+MIN_READING_ADVANTAGE = 0.2  # share of the motion that a reading must explain beyond the plain one
 # An action lasts for another time than in training if its rate differs by more than this factor.
 MIN_RATE_RATIO = 1.4
 CERTAIN_RATE_RATIO = 1.8
@@ -225,7 +225,7 @@ class CommandedMotion:
     def better_reading(self) -> ReadingFit | None:
         """The reading that explains the motion surely better than the plain one; None if none does.
 
-        The gain in error must exceed `MIN_READING_GAIN` in 95 % of the draws of a bootstrap.
+        Its advantage must exceed `MIN_READING_ADVANTAGE` in 95 % of the draws of a bootstrap.
         """
         if self.is_free.sum() < MIN_MOVES:
             return None
@@ -238,7 +238,7 @@ class CommandedMotion:
         plain_error = _unexplained(achieved, plain_fit.gain * plain_predicted)
         best_error = _unexplained(achieved, best.gain * best_predicted)
         lengths = np.linalg.norm(achieved, axis=1)
-        is_better = surely_better(plain_error, best_error, lengths, MIN_READING_GAIN)
+        is_better = surely_better(plain_error, best_error, lengths, MIN_READING_ADVANTAGE)
         return best if is_better else None
 
     @cached_property
@@ -285,7 +285,7 @@ class CommandedMotion:
         lengths = np.linalg.norm(self.turn[self.is_turning], axis=1)
         if best == "plain" or errors[best].mean() > MAX_READING_ERROR * lengths.mean():
             return None
-        is_better = surely_better(errors["plain"], errors[best], lengths, MIN_READING_GAIN)
+        is_better = surely_better(errors["plain"], errors[best], lengths, MIN_READING_ADVANTAGE)
         return best if is_better else None
 
     @cached_property
@@ -410,19 +410,19 @@ class CommandedMotion:
         return self.achieved[self.is_free], self._predictions[reading][self.is_free]
 
 
-def surely_better(plain: Array, better: Array, lengths: Array, min_gain: float) -> bool:
+def surely_better(plain: Array, better: Array, lengths: Array, min_advantage: float) -> bool:
     """Return whether errors are surely smaller, by a share of the motion.
 
     Args:
         plain: [N] error of each move by the plain reading.
         better: [N] error of each move by the other reading.
         lengths: [N] size of each move.
-        min_gain: the share of the motion by which the errors must differ, in 95 % of the draws of
-            a bootstrap over moves.
+        min_advantage: the share of the motion by which the errors must differ, in 95 % of the draws
+            of a bootstrap over moves.
     """
     draws = np.random.default_rng(0).integers(0, len(lengths), (NUM_RESAMPLES, len(lengths)))
-    gains = (plain - better)[draws].sum(1) / np.maximum(lengths[draws].sum(1), 1e-9)
-    return bool(np.quantile(gains, SMALL_QUANTILE) > min_gain)
+    advantages = (plain - better)[draws].sum(1) / np.maximum(lengths[draws].sum(1), 1e-9)
+    return bool(np.quantile(advantages, SMALL_QUANTILE) > min_advantage)
 
 
 def _moves_while_waiting(episode: RecordedEpisode) -> bool:

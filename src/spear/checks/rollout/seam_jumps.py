@@ -23,11 +23,15 @@ from spear.types import Array
 # 0.6, 0.8 and 1.6 for the replan intervals 1, 2 and 4.
 MIN_JUMP_RATIO = 3.0
 CERTAIN_JUMP_RATIO = 5.0
-# A return to where the arm was, as a factor on what the last actions commanded: -1 is all of it.
+# With each chunk, an arm may first go back by what the last actions of the chunk before commanded,
+# times a factor: at -1 it goes back all of it. A factor in this range is a return.
 MIN_RETURN_FACTOR = -2.0
 MAX_RETURN_FACTOR = -0.4
-MIN_RETURN_ADVANTAGE = 0.1  # share of the motion that the return must explain
-MIN_RETURN_GAIN = 0.5  # an arm that achieves less of its chunks has another fault
+# Share of the motion that chunks with a return must explain more than chunks alone.
+MIN_RETURN_ADVANTAGE = 0.1
+# Achieved displacement divided by commanded displacement, without the return. An arm with a smaller
+# quotient has another fault.
+MIN_RETURN_GAIN = 0.5
 
 
 class SeamJumpsCheck(RolloutCheck):
@@ -41,6 +45,8 @@ class SeamJumpsCheck(RolloutCheck):
 
     def _examine_returns(self, motion: CommandedMotion) -> Finding | None:
         """Look for an arm that goes back at the beginning of each chunk."""
+        # If the arm follows another reading of the commands, `action_frame` or `translation_unit`
+        # names that fault, and a fit of the right reading would mean nothing.
         if motion.num_moving < MIN_MOVES or motion.better_reading is not None:
             return None
         best_return = find_return(motion)

@@ -38,8 +38,8 @@ LoggedFormat = (
 """The formats of logged rotations, that is, of the rotations in a dataset's own actions.
 
 euler_xyz        roll, pitch, yaw: angles about the fixed axes x, y, z (R = Rz Ry Rx).
-euler_ZYX        yaw, pitch, roll: euler_xyz with its columns in reverse order (not SciPy's "zyx").
 euler_XYZ        angles about the moving axes x, y, z (R = Rx Ry Rz).
+euler_ZYX        yaw, pitch, roll: the same rotation as euler_xyz, with its angles in reverse order.
 rotation_vector  axis times angle.
 quat_wxyz, quat_xyzw   unit quaternion, scalar first or last.
 6d_columns, 6d_rows    the first two columns, or rows, of the matrix, one after the other.

@@ -108,6 +108,19 @@ class PreparedBlock(NamedTuple):
     repairs: Repairs
 
 
+class OpenedStore(NamedTuple):
+    """What `open_or_prepare_store` returns.
+
+    Attributes:
+        store: The episodes.
+        skip_reasons: For each episode that was skipped in preparing, the reason. Empty if the
+            folder already was a store, and in processes that waited for the first one.
+    """
+
+    store: EpisodeStore
+    skip_reasons: list[str]
+
+
 class PreparationPlan(NamedTuple):
     """What `prepare` will do.
 
@@ -240,6 +253,7 @@ def plan_preparation(path: Path, out: Path, split: str, conversion: Conversion) 
         "shard_mb": MAX_SHARD_MIB,
     }
     _check_out_folder(out, request)
+    # A store has no layout, so its gripper openings are checked as those of a foreign dataset are.
     has_commands = layout is not None and layout.command is not None
     has_canonical_actions = layout is not None and layout.action is not None
     return PreparationPlan(request, blocks, has_commands, has_canonical_actions)
@@ -539,26 +553,22 @@ def _convert_images(episode: Episode, camera: str, conversion: Conversion) -> li
 
 def open_or_prepare_store(
     path: str | Path, work_dir: str | Path, split: str = "train"
-) -> tuple[EpisodeStore, list[str]]:
+) -> OpenedStore:
     """Open the episodes of a split as a store, whatever the format of the folder.
 
     If the folder is a store, it is opened unchanged. Any other dataset is first prepared into a
     folder in `work_dir`, whose name depends on path and split, unless an earlier call did so. If
     training runs in several processes, the first one prepares the dataset, and the others wait.
-
-    Returns:
-        The store, and for each episode that was skipped in preparing, the reason. In processes that
-        waited, the reasons are empty.
     """
     if isinstance(formats.open_dataset(path), EpisodeStore):
-        return formats.open_store_split(path, split), []
+        return OpenedStore(formats.open_store_split(path, split), skip_reasons=[])
 
     source = Path(path).resolve()
     suffix = hash_text(f"{source} {split}")[:8]
     target = Path(work_dir) / f"{source.name}-{suffix}"
-    reasons: list[str] = []
+    skip_reasons: list[str] = []
     if is_first_process():
-        _, reasons = prepare(path, target, split)
+        _, skip_reasons = prepare(path, target, split)
     while not target.is_dir():
         time.sleep(POLL_INTERVAL_S)
-    return EpisodeStore(target), reasons
+    return OpenedStore(EpisodeStore(target), skip_reasons)

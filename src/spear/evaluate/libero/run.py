@@ -20,7 +20,7 @@ from spear.chunks import check_replan_interval
 from spear.embodiments.libero import CONTROLLER_STEPS_PER_ACTION
 from spear.embodiments.observations import CheckedObservation
 from spear.errors import check_known
-from spear.evaluate import film as video
+from spear.evaluate import film
 from spear.evaluate.agents import Agent
 from spear.evaluate.libero import oracle
 from spear.evaluate.libero.environment import REQUIREMENTS
@@ -47,9 +47,10 @@ from spear.types import Array
 ROBOT = "libero"
 CONTROL = "pose_steps"
 REACHED_DISTANCE_M = 0.06
-"""An object counts as reached from this distance of the end-effector's on (our choice)."""
+"""An object counts as reached if the end-effector was nearer to it than this (our choice)."""
 MIN_MOVED_M = 0.03
-"""An object that no condition names counts as moved from this distance on (our choice)."""
+"""An object that no condition of the goal names counts as moved if it is farther than this from
+where it was at the start (our choice)."""
 
 
 def evaluate_libero(agent: Agent, options: LiberoOptions) -> tuple[Results, list[Film]]:
@@ -227,7 +228,7 @@ class Libero:
             is_last = step == len(track) - 1
             success = outcome.success if is_last else None
             frames.append(
-                video.compose_frame(
+                film.compose_frame(
                     pictures["external"], pictures["wrist"], outcome.instruction, success=success
                 )
             )

@@ -509,8 +509,9 @@ class LiberoTask:
         for geom in range(model.ngeom):
             if not self._is_part_of(model, int(model.geom_bodyid[geom]), root):
                 continue
+            # Group 0 has the collision shapes. Those of meshes are convex hulls, and not visible.
             if model.geom_group[geom] == 0 and model.geom_type[geom] == _MESH:
-                continue  # collision shapes of meshes are their hulls
+                continue
             in_geom = _sample_geom(model, geom)
             rotation = data.geom_xmat[geom].reshape(3, 3)
             in_world = in_geom @ rotation.T + data.geom_xpos[geom]

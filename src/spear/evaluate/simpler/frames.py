@@ -87,7 +87,7 @@ def render_labeled_frame(env: Any, task: Task, official: tuple[Array, Array], se
         images["rgb"] = env._green_sceen_rgb(images["rgb"], images["segmentation"], photograph)
 
     segment_ids = images["segmentation"][0].numpy()[..., 0]  # [480, 640]
-    instances, names = _name_instances(segment_ids, _find_segments(env, clutter_names))
+    instances, names = _name_instances(segment_ids, _find_foreground_segments(env, clutter_names))
     camera = sensor.get_params()
     camera_from_world = np.vstack([camera["extrinsic_cv"][0].numpy(), [0, 0, 0, 1]])
     depth_mm = images["depth"][0].numpy()[..., 0]
@@ -107,7 +107,7 @@ def _build_scene_with_clutter(env: Any, start: Start, rng: np.random.Generator) 
     foreground_names = list(env.objects_excluded_from_greenscreening)
     other_names = [name for name in OBJECT_NAMES if name not in task_names]
     positions, clutter_names = sample_clutter(start.positions, other_names, rng)
-    turns = []  # quaternions (w x y z) of rotations about the vertical by twice the angle
+    turns = []  # quaternions (w x y z) of rotations about the vertical by 2 * half_angle
     for half_angle in rng.uniform(0, math.pi, len(clutter_names)):
         turns.append([math.cos(half_angle), 0, 0, math.sin(half_angle)])
 
@@ -154,7 +154,7 @@ def _move_camera_sometimes(env: Any, rng: np.random.Generator) -> bool:
     return is_moved
 
 
-def _find_segments(env: Any, clutter_names: Sequence[str]) -> dict[str, list[int]]:
+def _find_foreground_segments(env: Any, clutter_names: Sequence[str]) -> dict[str, list[int]]:
     """Find the ids in ManiSkill's segmentation of everything that is in front of the photograph.
 
     Returns:

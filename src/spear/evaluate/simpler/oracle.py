@@ -26,27 +26,29 @@ from spear.geometry import (
 )
 from spear.types import Array
 
-MAX_STEP = 0.03  # longest translation of an action, m
-MAX_TURN = 0.3  # largest rotation of an action, rad
+MAX_STEP_M = 0.03  # longest translation of an action
+MAX_TURN_RAD = 0.3  # largest rotation of an action
 HOVER_M = 0.06  # height above the grasp at which the gripper moves until it is above the object
 CARRY_M = 0.06  # height above its place at which the object is carried
 RETREAT_M = 0.1  # height above the placed object to which the gripper retreats
 MIN_HEIGHT_M = 0.016  # lowest end-effector height: at 0.0145 m the finger tips touch the table
-MIN_HELD_OPENING = 0.12  # a closed gripper with a larger opening has something between its fingers
+# A closed gripper with a larger opening (1 is open) has something between its fingers.
+MIN_HELD_OPENING = 0.12
 
 # The gripper descends and closes only if it is within this horizontal distance and this angle of
 # the grasp.
 MAX_GRASP_OFFSET_M = 0.012
 MAX_GRASP_TURN_RAD = 0.1
-MAX_COMMAND_OFFSET_M = 1e-3  # distance within which the commanded pose has reached its target
-MAX_ARM_OFFSET_M = 0.006  # distance within which the arm has reached its target, or its command
+MAX_COMMAND_OFFSET_M = 1e-3  # from commanded pose to target, if the command has reached the target
+MAX_TARGET_OFFSET_M = 0.006  # from measured pose to target, if the arm has reached the target
+MAX_LAG_M = 0.006  # from measured to commanded pose, if nothing blocks an arm that stands still
 MAX_ABOVE_OFFSET_M = 0.015  # horizontal distance within which a carried object is above its place
 MAX_PLACE_OFFSET_M = 0.008  # horizontal distance within which a carried object may be released
 # Horizontal and vertical distance within which a released object lies in its place.
 MAX_PLACED_OFFSET_M = 0.03
 MAX_PLACED_HEIGHT_M = 0.02
 MAX_BLOCKED_HEIGHT_M = 0.03  # an object that is stopped below this height rests on something
-ACROSS_MARGIN_M = 0.02  # an object moves across from `CARRY_M` minus this margin on
+ACROSS_MARGIN_M = 0.02  # an object moves across once it is higher than CARRY_M minus this margin
 RELEASE_MARGIN_M = 0.004  # an object is released up to so far above the task's release height
 
 
@@ -113,7 +115,7 @@ def _approach(truth: Truth, task: Task) -> Array:
     if not is_aligned:
         target[2] += HOVER_M
     is_commanded = np.linalg.norm(truth.commanded[:3] - target) < MAX_COMMAND_OFFSET_M
-    is_near = np.linalg.norm(truth.measured[:3] - target) < MAX_ARM_OFFSET_M
+    is_near = np.linalg.norm(truth.measured[:3] - target) < MAX_TARGET_OFFSET_M
     should_close = is_aligned and is_commanded and (is_near or truth.is_still)
     return _move_towards(truth, target, yaw, opened=not should_close)
 
@@ -141,8 +143,8 @@ def _carry(truth: Truth, task: Task, rest_position: Array, offset: float) -> Arr
     target[2] = truth.measured[2] - height + target_height
 
     # Something blocks the object if the arm stands still far from its command.
-    lag = float(np.linalg.norm(truth.commanded[:3] - truth.measured[:3]))
-    is_blocked = truth.is_still and lag > MAX_ARM_OFFSET_M and height < MAX_BLOCKED_HEIGHT_M
+    lag_m = float(np.linalg.norm(truth.commanded[:3] - truth.measured[:3]))
+    is_blocked = truth.is_still and lag_m > MAX_LAG_M and height < MAX_BLOCKED_HEIGHT_M
     is_placed = offset < MAX_PLACE_OFFSET_M and height < task.release_height_m + RELEASE_MARGIN_M
     should_open = is_placed or (is_above and is_blocked)
     return _move_towards(truth, target, _yaw(truth.commanded), opened=should_open)
@@ -166,8 +168,8 @@ def _move_towards(truth: Truth, target: Array, yaw: float, opened: bool) -> Arra
         position, orientation, torch.from_numpy(target), target_orientation
     )
     turn = quat_log(rotation)  # rotation vector [3]
-    translation = translation * min(1.0, MAX_STEP / max(float(translation.norm()), 1e-9))
-    turn = turn * min(1.0, MAX_TURN / max(float(turn.norm()), 1e-9))
+    translation = translation * min(1.0, MAX_STEP_M / max(float(translation.norm()), 1e-9))
+    turn = turn * min(1.0, MAX_TURN_RAD / max(float(turn.norm()), 1e-9))
     action = np.concatenate([translation, quat_canonical(quat_exp(turn)), [float(opened)]])
     return action.astype(np.float32)
 

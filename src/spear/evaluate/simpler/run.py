@@ -18,7 +18,7 @@ import numpy as np
 from spear import embodiments
 from spear.chunks import check_replan_interval
 from spear.errors import check_known
-from spear.evaluate import film as video
+from spear.evaluate import film
 from spear.evaluate.agents import Agent
 from spear.evaluate.options import SimplerOptions
 from spear.evaluate.results import Outcome, Results
@@ -188,7 +188,7 @@ class Simpler:
         for step, picture in enumerate(track):
             is_last = step == len(track) - 1
             success = outcome.success if is_last else None
-            frames.append(video.compose_frame(picture, None, outcome.instruction, success=success))
+            frames.append(film.compose_frame(picture, None, outcome.instruction, success=success))
         return frames
 
     def close(self) -> None:

@@ -28,23 +28,12 @@ from spear.evaluate.vqa.skeleton import (
     Skeleton,
     read_question,
 )
-from spear.labels.questions.types import PROMPT_TEMPLATES
+from spear.labels.questions.types import QUESTION_TYPE_BY_NAME
 from spear.types import Array
 
 EXAMPLES_FILE = Path(__file__).with_name("example_questions.toml")
 NO_TYPE = "untaught"
 """The class of the questions that no model is taught to answer."""
-NUM_OBJECTS = {
-    question_type: sum(gap in templates[0] for gap in ("{x}", "{y}"))
-    for question_type, templates in PROMPT_TEMPLATES.items()
-}
-"""Question type → how many objects its questions name."""
-PIXEL_TYPES = frozenset(
-    question_type
-    for question_type, templates in PROMPT_TEMPLATES.items()
-    if "{p}" in templates[0] and not NUM_OBJECTS[question_type]
-)
-"""The types whose questions give the coordinates of a pixel."""
 RIDGE_PENALTY = 0.1  # chosen by cross-validation among 0.1, 0.5 and 2
 SOLVER_TOLERANCE = 1e-5  # of the least-squares solver; scores are wrong by less than 0.001
 _UNTAUGHT_WORDS = WORDS["untaught"] | WORDS["adjectives"]
@@ -98,12 +87,12 @@ def load_examples() -> list[Example]:
     examples = [Example(question, NO_TYPE) for question in tables["untaught"]]
     for row in (*tables["paraphrases"], *tables["absent"]):
         examples.append(Example(row["ask"], row["type"], tuple(row["objects"])))
-    for question_type, templates in PROMPT_TEMPLATES.items():
-        point = "(80, 40)" if question_type in PIXEL_TYPES else "closest"
-        for template in templates:
+    for name, question_type in QUESTION_TYPE_BY_NAME.items():
+        point = "(80, 40)" if question_type.is_about_pixel else "closest"
+        object_names = ("mug", "bowl")[: question_type.num_objects]
+        for template in question_type.prompts:
             question = template.format(x="the mug", y="the bowl", p=point)
-            names = ("mug", "bowl")[: NUM_OBJECTS[question_type]]
-            examples.append(Example(question, question_type, names))
+            examples.append(Example(question, name, object_names))
     return examples
 
 
@@ -172,20 +161,25 @@ class Classifier:
             return NO_TYPE, 0.0
         vector = _to_vector(list_features(skeleton), self.feature_indices)
         scores = dict(zip(self.classes, (vector @ self.weights).tolist(), strict=True))
-        has_pixel = PIXEL in skeleton.words
-        possible_types = [
-            name
-            for name in self.classes
-            if name != NO_TYPE
-            and NUM_OBJECTS[name] == skeleton.num_objects
-            and (name in PIXEL_TYPES) == has_pixel
-        ]
-        if ACTION in skeleton.words:  # "push the mug away from you"
-            possible_types = [name for name in possible_types if name == "offset"]
+        possible_types = [name for name in self.classes if _is_possible(name, skeleton)]
         if not possible_types:
             return NO_TYPE, 0.0
         likeliest_type = max(possible_types, key=lambda name: scores[name])
         return likeliest_type, scores[likeliest_type] - scores.get(NO_TYPE, 0.0)
+
+
+def _is_possible(type_name: str, skeleton: Skeleton) -> bool:
+    """Return whether a question with this skeleton may be of a type, by what it names."""
+    if type_name == NO_TYPE:
+        return False
+    question_type = QUESTION_TYPE_BY_NAME[type_name]
+    if question_type.num_objects != skeleton.num_objects:
+        return False
+    if question_type.is_about_pixel != (PIXEL in skeleton.words):
+        return False
+    # With an action, only a displacement can be asked for: "how far must I push the mug to reach
+    # the bowl", but not "push the mug away from you", which names one object.
+    return question_type.is_displacement or ACTION not in skeleton.words
 
 
 @lru_cache(1)

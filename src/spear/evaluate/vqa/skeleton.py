@@ -87,7 +87,9 @@ _NTH = rf"(?:{_NUMBER}(?:st|nd|rd|th)?)"
 _ROWS_AND_COLUMNS = tuple(
     re.compile(pattern)
     for pattern in (
+        # "row 40, column 80"
         rf"row\s+{_NUMBER}\s*,?\s*(?:and\s+)?col(?:umn)?\s+{_NUMBER}",
+        # "the 40th row and the 80th column"
         rf"{_NTH} row,? (?:and )?(?:the )?{_NTH} col(?:umn)?",
     )
 )
@@ -95,19 +97,28 @@ _ROWS_AND_COLUMNS = tuple(
 _PIXELS = tuple(
     re.compile(pattern)
     for pattern in (
+        # "column 80, row 40"
         rf"col(?:umn)?\s+{_NUMBER}\s*,?\s*(?:and\s+)?row\s+{_NUMBER}",
+        # "the 80th column and the 40th row"
         rf"{_NTH} col(?:umn)?,? (?:and )?(?:the )?{_NTH} row",
         rf"horizontal coordinate {_NUMBER},? (?:and )?(?:the )?vertical coordinate {_NUMBER}",
+        # "80 pixels to the right and 40 down"
         rf"{_NUMBER} {_PIXELS_RIGHT},? (?:and )?{_NUMBER} {_PIXELS_DOWN}",
+        # "the point with coordinates 80 and 40"
         rf"(?<=coordinates ){_NUMBER} (?:and|by) {_NUMBER}",
+        # "pixel 80 by 40"
         rf"(?<=pixel ){_NUMBER} (?:and|by) {_NUMBER}",
+        # "two integers, 80 and 40"
         rf"(?<=integers, ){_NUMBER} and {_NUMBER}",
+        # "x=80 y=40", "(u: 80, v: 40)"
         rf"[(\[]?\b[xu]\s*[=:]?\s*{_NUMBER}\s*[,;]?\s*(?:and\s+)?[yv]\s*[=:]?\s*{_NUMBER}[)\]]?",
+        # "(80, 40)", "[80 40]"
         rf"[(\[]\s*{_NUMBER}\s*[,;/ ]\s*{_NUMBER}\s*[)\]]",
+        # "80, 40"
         rf"(?<![\w.]){_NUMBER}\s*[,/ ]\s*{_NUMBER}(?!\w)",
     )
 )
-"""Match the coordinates of a pixel, x before y: "x=60 y=110", "(60, 110)", "60, 110"."""
+"""Match the coordinates of a pixel, x before y."""
 
 
 @dataclass
@@ -351,10 +362,10 @@ def _split_words(text: str) -> list[str]:
 
 
 def _replace_possessives(tokens: Sequence[str]) -> list[str]:
-    """Write "grandma's mug" as "his mug"."""
+    """Write "grandma's mug" as "his mug", for owners that are people or programs."""
     words: list[str] = []
     for token in tokens:
-        if token == "'s" and words and words[-1] in WORDS["speakers"]:
+        if token == "'s" and words and words[-1] in WORDS["people_and_programs"]:
             words[-1] = "his"
         else:
             words.append(token)
@@ -405,7 +416,7 @@ class _Clause:
         index = 0
         while index < len(self.tokens):
             end = self._find_end_of_name(index)
-            if self._token_at(end) in WORDS["speakers"]:
+            if self._token_at(end) in WORDS["people_and_programs"]:
                 index = end + 1  # "my boss", "the safety officer"
             elif end == index:
                 skeleton.words += self._read_word(self.tokens[index])

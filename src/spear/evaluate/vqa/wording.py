@@ -23,7 +23,7 @@ from spear.evaluate.vqa.skeleton import (
     read_question,
 )
 from spear.labels.questions.templates import KEYPOINT_NAMES, UNIT_TEMPLATES, with_article
-from spear.labels.questions.types import PROMPT_TEMPLATES
+from spear.labels.questions.types import PROMPT_TEMPLATES, QUESTION_TYPE_BY_NAME
 from spear.question_types import ANSWER_FORMS
 from spear.types import Pixel
 
@@ -175,7 +175,8 @@ def _to_pattern(prompt: str, question_type: str) -> str:
     keypoints: list[str] = []
     for words in KEYPOINT_NAMES.values():
         keypoints += [re.escape(word) for word in words]
-    point = "|".join(keypoints) if question_type == "keypoint" else _IMAGE_POINT
+    is_about_keypoint = QUESTION_TYPE_BY_NAME[question_type].is_about_keypoint
+    point = "|".join(keypoints) if is_about_keypoint else _IMAGE_POINT
     pattern = re.escape(prompt.rstrip("?"))
     pattern = pattern.replace(r"\{p\}", f"(?:{point})")
     # After its article, a name goes on until a comma, or until words such as " and the" that
@@ -187,11 +188,11 @@ def _to_pattern(prompt: str, question_type: str) -> str:
 def _order_names(skeleton: Skeleton, question_type: str) -> list[str]:
     """Order the names as the gaps {x} and {y} of the type's templates.
 
-    An offset leads from x to y. Questions such as "where is y relative to x", "how far is y from x"
-    and "how far is y to x" name y first.
+    A displacement leads from x to y. Questions such as "where is y relative to x", "how far is y
+    from x" and "how far is y to x" name y first.
     """
     names = list(dict.fromkeys(skeleton.names))  # each name once
-    if question_type != "offset":
+    if not QUESTION_TYPE_BY_NAME[question_type].is_displacement:
         return names
     name_indices = [index for index, word in enumerate(skeleton.words) if word == NAME]
     first, second = (name_indices[skeleton.names.index(name)] for name in names)

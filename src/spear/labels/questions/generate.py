@@ -197,9 +197,9 @@ def abbreviate_unit(unit: Unit) -> str:
 def _fill_prompt_templates(words: Mapping[str, str]) -> Iterator[str]:
     """Fill every prompt template with these words, and with every word for a keypoint."""
     keypoint_words = list(chain.from_iterable(KEYPOINT_NAMES.values()))
-    for question_type, templates in PROMPT_TEMPLATES.items():
-        fillings = keypoint_words if question_type == "keypoint" else [""]
-        for template in templates:
+    for question_type in QUESTION_TYPE_BY_NAME.values():
+        fillings = keypoint_words if question_type.is_about_keypoint else [""]
+        for template in question_type.prompts:
             for filling in fillings:
                 yield template.format_map({**words, "p": filling})
 

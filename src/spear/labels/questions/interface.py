@@ -105,8 +105,11 @@ class QuestionType:
 
     Attributes:
         prompts: Prompt templates with the gaps {x} and {y} for objects, {p} for a keypoint or
-            pixel. The first one is used where only one wording is needed.
+            pixel. The first one is used where only one wording is needed. The gap {p} stands for a
+            keypoint if the template also has a gap for an object, and for a pixel otherwise.
         draft: Draws what to ask about, and computes the answer from the label.
+        is_displacement: Whether the numbers of an answer lead from object {x} to object {y}. If
+            not, three numbers are a point in the camera frame, which can be drawn in the image.
         needs_masks: Whether `draft` needs the masks of objects, which take long to read from files.
         measure: Scores an answer; None if answers of this type are not scored.
         compute_error_scales: To which distance the errors of numbers are relative; None if answers
@@ -124,6 +127,7 @@ class QuestionType:
 
     prompts: tuple[str, ...]
     draft: Drafter
+    is_displacement: bool = False
     needs_masks: bool = False
     measure: MeasureAnswer | None = None
     compute_error_scales: ComputeErrorScales | None = None
@@ -132,6 +136,21 @@ class QuestionType:
     facts: tuple[tuple[str, str], ...] = ()
     num_figures: int = 0
     answer_texts: tuple[str, ...] = ()
+
+    @property
+    def num_objects(self) -> int:
+        """How many objects a question names."""
+        return sum(gap in self.prompts[0] for gap in ("{x}", "{y}"))
+
+    @property
+    def is_about_keypoint(self) -> bool:
+        """Whether a question is about a keypoint of an object."""
+        return "{p}" in self.prompts[0] and self.num_objects > 0
+
+    @property
+    def is_about_pixel(self) -> bool:
+        """Whether a question is about a pixel, whatever object it shows."""
+        return "{p}" in self.prompts[0] and self.num_objects == 0
 
 
 def draw_one(items: Sequence[T], rng: Random) -> T:

@@ -7,11 +7,23 @@ that all see the same places.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from spear.models.fast.linear import LayerEvents
+
+
+class TokenBlock(NamedTuple):
+    """A block of new tokens.
+
+    num_tokens   Number of its tokens.
+    visible_end  All its tokens see the places before this one.
+    """
+
+    num_tokens: int
+    visible_end: int
 
 
 class StaticKVCache:
@@ -41,20 +53,20 @@ class StaticKVCache:
         # views in the form that a batched matrix product takes.
         self._keys_and_values = [layer.flatten(1, 2).unbind(0) for layer in self.layers]
 
-    def make_window(self, start: int, blocks: Sequence[tuple[int, int]]) -> "CacheWindow":
+    def make_window(self, start: int, blocks: Sequence[TokenBlock]) -> "CacheWindow":
         """Return views for new tokens from place `start` on; see `CacheWindow`.
 
         Args:
             start: The place of the first new token.
-            blocks: (number of tokens, end) per block of new tokens. The tokens of a block see all
-                places before `end`.
+            blocks: The blocks that the new tokens form, one after the other.
         """
-        block_lengths = [length for length, _ in blocks]
+        block_lengths = [block.num_tokens for block in blocks]
         end_of_window = start + sum(block_lengths)
         new_key_values = [layer[:, :, :, start:end_of_window] for layer in self.layers]
         visible = []
         for keys, values in self._keys_and_values:
-            visible.append([(keys[:, :end], values[:, :end]) for _, end in blocks])
+            ends = [block.visible_end for block in blocks]
+            visible.append([(keys[:, :end], values[:, :end]) for end in ends])
         return CacheWindow(new_key_values, block_lengths, visible)
 
 

@@ -28,7 +28,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from transformers import Gemma2Model, GemmaModel
 from transformers.activations import GELUTanh
 
-from spear.models.fast.kv_cache import CacheWindow, StaticKVCache
+from spear.models.fast.kv_cache import CacheWindow, StaticKVCache, TokenBlock
 from spear.models.fast.linear import MAX_CACHED_ELEMENTS, ModuleCache, is_plain_linear
 from spear.models.fast.stack import LayerStack, compute_norm_scale
 
@@ -44,7 +44,7 @@ TWICE_GELU_FACTOR = torch.tensor(2 * GELU_FACTOR, device="cpu", dtype=torch.floa
 class PairedKVCache(StaticKVCache):
     """A `StaticKVCache` in which the two numbers of a rotated pair are neighbors."""
 
-    def make_window(self, start: int, blocks: Sequence[tuple[int, int]]) -> CacheWindow:
+    def make_window(self, start: int, blocks: Sequence[TokenBlock]) -> CacheWindow:
         """Make a window whose `new_key_values` are complex, [2, B, tokens, kv heads, d / 2]."""
         window = super().make_window(start, blocks)
         complex_views = []

@@ -21,7 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from transformers import Gemma2Model, GemmaModel
 
 from spear.models.fast.cuda_graphs import CudaGraphCache
-from spear.models.fast.kv_cache import CacheWindow, StaticKVCache
+from spear.models.fast.kv_cache import CacheWindow, StaticKVCache, TokenBlock
 from spear.models.fast.linear import FusedLinear, LayerEvents, ModuleCache
 from spear.models.layers import compute_position_ids, mask_to_bias
 
@@ -441,7 +441,8 @@ def prefill(  # noqa: PLR0913  the layers, their inputs and masks, and what to c
         write_events=write_events,
     )
     # One block with all tokens of the prefix, which see all of these tokens.
-    window = replace(cache.make_window(0, [(length, length)]), write_events=write_events)
+    block = TokenBlock(num_tokens=length, visible_end=length)
+    window = replace(cache.make_window(0, [block]), write_events=write_events)
     rotations = layers.compute_rotations(positions, x.dtype)
     bias = prefix.make_bias(0, layers.num_kv_heads, x.dtype)
     if keys_only:

@@ -40,6 +40,7 @@ def _measure(question: Question, answer: Segments, label: LabeledImage) -> dict[
 QUESTION_TYPE = QuestionType(
     prompts=PROMPTS,
     draft=about_two_objects("objects_3d", _answer),
+    is_displacement=True,
     measure=_measure,
     compute_error_scales=_compute_error_scales,
 )
