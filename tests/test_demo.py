@@ -22,9 +22,9 @@ from spear.policy import locate
 @pytest.fixture
 def small_demo(monkeypatch: pytest.MonkeyPatch) -> None:
     """Makes the demo as small as it can be: few scenes, short episodes, small films."""
-    monkeypatch.setattr(demo, "SCENES", 1)
-    monkeypatch.setattr(demo, "QUESTION_SCENES", 1)
-    monkeypatch.setattr(demo, "LABEL_SCENES", 2)
+    monkeypatch.setattr(demo, "NUM_SCENES", 1)
+    monkeypatch.setattr(demo, "NUM_QUESTION_SCENES", 1)
+    monkeypatch.setattr(demo, "NUM_LABEL_SCENES", 2)
     monkeypatch.setattr(demo, "FINE_TUNE_STEPS", 1)
     monkeypatch.setattr(demo, "FAMILIES", ("put_on",))
     monkeypatch.setattr(closed_loop, "MAX_STEPS", 3)

@@ -139,7 +139,7 @@ def describe_rounding(
         f"{np.median(relative_errors):.2f} %",
         f"{np.mean(overlaps):.2f}",
         f"{usage.evenness:.2f}",
-        f"{usage.outside}",
+        f"{usage.num_outside}",
     ]
     return f"| {' | '.join(cells)} |"
 

@@ -38,11 +38,11 @@ from spear.types import CONTROL_RATE_HZ
 from spear.util.files import write_text
 from spear.util.images import to_jpeg_data_uri
 
-SCENES = 40
+NUM_SCENES = 40
 """Closed-loop scenes per task family. A success rate then has an interval of ± 15 points, and the
 evaluation takes a few minutes."""
-QUESTION_SCENES = 60  # SPEAR-VLM is asked about the scenes 0, 1, … 59
-LABEL_SCENES = 30  # number of scenes that are labeled
+NUM_QUESTION_SCENES = 60  # SPEAR-VLM is asked about the scenes 0, 1, … 59
+NUM_LABEL_SCENES = 30  # number of scenes that are labeled
 FIRST_LABEL_SCENE = 100  # seed of the first labeled scene
 LABEL_SIZE = (240, 160)  # width and height of the labeled images, in pixels
 NUM_LABEL_PICTURES = 4  # labeled images on the page
@@ -115,7 +115,7 @@ def write_report(out: Path, data: Path | None = None) -> Path:
 
 def label_scenes() -> Values:
     """(a) Label scenes with the pipeline, and compare its boxes with the simulator's true ones."""
-    frames = list(render_held_out_frames(LABEL_SCENES, FIRST_LABEL_SCENE, LABEL_SIZE))
+    frames = list(render_held_out_frames(NUM_LABEL_SCENES, FIRST_LABEL_SCENE, LABEL_SIZE))
     labels = list(label_with_ground_truth(iter(frames)))
 
     pictures = []
@@ -125,14 +125,14 @@ def label_scenes() -> Values:
     return {
         "pictures": pictures,
         "accuracy": compare_labels(labels, frames),
-        "scenes": LABEL_SCENES,
+        "scenes": NUM_LABEL_SCENES,
     }
 
 
 def ask_questions(vlm: VlmBundle) -> Values:
     """(b) Ask SPEAR-VLM questions, and compare its answers with the true ones."""
     size = vlm.processor.image_sizes["external"]
-    frames = render_held_out_frames(QUESTION_SCENES, first_seed=0, size=size)
+    frames = render_held_out_frames(NUM_QUESTION_SCENES, first_seed=0, size=size)
     labels = list(label_with_ground_truth(frames))
     scores = vqa.evaluate_vqa(vlm, labels, QuestionOptions())
 
@@ -160,10 +160,10 @@ def evaluate_policy(policy: Spear1Policy) -> Values:
     The scripted expert is an upper bound, and an agent that does nothing a lower one.
     """
     agent = PolicyAgent(policy, "SPEAR-1 nano")
-    options = TabletopOptions(num_scenes=SCENES, videos=1, tasks=FAMILIES)
+    options = TabletopOptions(num_scenes=NUM_SCENES, videos=1, tasks=FAMILIES)
     result, films = closed_loop.evaluate_tabletop(agent, options)
     results = [result]
-    without_films = TabletopOptions(num_scenes=SCENES, videos=0, tasks=FAMILIES)
+    without_films = TabletopOptions(num_scenes=NUM_SCENES, videos=0, tasks=FAMILIES)
     for other_agent in (ExpertAgent(), IdleAgent()):
         other_result, _ = closed_loop.evaluate_tabletop(other_agent, without_films)
         results.append(other_result)
@@ -185,7 +185,7 @@ def evaluate_policy(policy: Spear1Policy) -> Values:
     success = result.summarize().success
     description = f"mean success [{success.low:.0%}, {success.high:.0%}], n = {success.n}"
     return {
-        "scenes": SCENES,
+        "scenes": NUM_SCENES,
         "rates": draw_bars(rates),
         "rows": [_format_family_row(result, family) for family in FAMILIES],
         "films": captioned_films,

@@ -15,20 +15,20 @@ def skipped() -> SkippedItems:
 def test_unfinished_work_goes_on_while_few_items_have_been_seen(skipped: SkippedItems) -> None:
     skipped("broken: 1")
 
-    skipped.check_limit(good=0)
+    skipped.check_limit(num_good=0)
 
 
 def test_finished_work_is_judged_however_few_items_it_had(skipped: SkippedItems) -> None:
     skipped("broken: 1")
 
-    refuses("1 of 1", skipped.check_limit, good=0, finished=True)
+    refuses("1 of 1", skipped.check_limit, num_good=0, is_finished=True)
 
 
 def test_as_many_bad_items_as_the_limit_allows_are_skipped(skipped: SkippedItems) -> None:
     skipped("broken: 1")
     skipped("broken: 2")
 
-    skipped.check_limit(good=2)
+    skipped.check_limit(num_good=2)
 
 
 def test_the_most_frequent_reasons_are_counted(skipped: SkippedItems) -> None:
@@ -60,4 +60,4 @@ def test_too_many_bad_items_stop_the_work_once_enough_are_seen(skipped: SkippedI
     skipped("broken: 2")
     skipped("broken: 3")
 
-    refuses("3 of 5", skipped.check_limit, good=2)
+    refuses("3 of 5", skipped.check_limit, num_good=2)

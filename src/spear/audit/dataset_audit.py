@@ -421,7 +421,7 @@ def summarize_cameras(
         for camera in layout.images:
             views[camera].append(_summarize_camera(steps, layout, camera, position, source))
     num_viewed = max((len(episodes) for episodes in views.values()), default=0)
-    skipped.check_limit(num_viewed, finished=True)
+    skipped.check_limit(num_viewed, is_finished=True)
     return {camera: episodes for camera, episodes in views.items() if episodes}
 
 

@@ -75,7 +75,7 @@ DEFAULT_RATE_HZ = 5.0  # if the dataset names no rate; only ratios of rates matt
 
 WRIST_WORDS = ("wrist", "hand", "gripper", "eye_in")
 """Parts of the names of wrist cameras."""
-MIN_WRIST_RATIO = 2.0  # factor by which more of a wrist view changes than of any other view
+MIN_WRIST_RATIO = 2.0  # changed share of a wrist view divided by that of any other view
 TEXT_WORDS = ("annotation", "description", "instruction", "language", "task")
 """Parts of the names of columns that tell what the robot should do."""
 # Names (behind the last "/") of columns that are no measurement or command.
@@ -405,15 +405,15 @@ def _find_unused_numbers(
     columns: Columns, used_ranges: Sequence[ColumnRange], joint_names: JointNames
 ) -> list[ColumnRange]:
     """List the single numbers that are neither joints nor used for positions and rotations."""
-    used = set()  # (column, index)
+    used_numbers = set()  # (column, index)
     for used_range in used_ranges:
         for index in range(used_range.first, used_range.end):
-            used.add((used_range.column, index))
+            used_numbers.add((used_range.column, index))
     unused_numbers = []
     for name, episodes in columns.items():
         for index in range(episodes[0].shape[1]):
             number = ColumnRange(name, index, index + 1)
-            if (name, index) not in used and not joint_names(number.name(columns)):
+            if (name, index) not in used_numbers and not joint_names(number.name(columns)):
                 unused_numbers.append(number)
     return unused_numbers
 

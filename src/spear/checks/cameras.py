@@ -21,7 +21,7 @@ MIN_PIXEL_CHANGE = 4  # a pixel that changes by more gray levels (of 255) than t
 COMPARED_SIZE_PX = (32, 24)  # width and height to which images are reduced
 MAX_BLANK_CONTRAST = 8  # gray levels of 255; a picture of less contrast shows nothing
 MIN_EPISODES = 5  # in which both cameras can be compared; with fewer, there is no verdict
-MIN_CHANGE_RATIO = 1.5  # the wrist view changes by this factor more than the external view
+MIN_CHANGE_RATIO = 1.5  # changed share of the wrist view divided by that of the external view
 MIN_SHARE = 0.8  # share of the compared episodes that must agree for a verdict
 
 

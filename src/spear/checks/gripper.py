@@ -20,10 +20,10 @@ from spear.types import Array
 # Openings run from 0 (closed) to 1 (open).
 MIN_MOTION = 0.1  # in an episode whose opening changes by more, the gripper counts as moving
 MAX_REST_CHANGE = 0.02  # an opening that changes by less from step to step is at rest
-MIN_CORRELATION = 0.6  # from this correlation on, the opening follows the command
+MIN_CORRELATION = 0.6  # an opening follows the command if they correlate at least this much
 MAX_DELAY_S = 0.8  # longest time between a command and the opening that follows it
 MIN_EPISODES = 3  # in which the gripper moves; with fewer, there is no verdict
-MIN_SPREAD_RATIO = 3.0  # factor by which closed resting openings differ more than open ones
+MIN_SPREAD_RATIO = 3.0  # spread of closed resting openings divided by the spread of open ones
 MIN_SHARE = 0.8  # share of episodes, or of command changes, that must agree for a verdict
 OPPOSITE_OPENING = 0.75  # openings that differ by more are opposite: one is open, one closed
 

@@ -517,9 +517,9 @@ def _check_vqa_run(options: EvaluateVqaOptions) -> None:
         return
 
     # Compare with the settings of the scores in the folder, by the options' present names.
-    recorded = read_json(scores_file, advice="remove it, or give another --out")
+    recorded_scores = read_json(scores_file, advice="remove it, or give another --out")
     option_of_key = {key: option for option, key in KEY_OF_RENAMED_OPTION.items()}
-    recorded_values = {option_of_key.get(key, key): recorded.get(key) for key in settings}
+    recorded_values = {option_of_key.get(key, key): recorded_scores.get(key) for key in settings}
     values = {option_of_key.get(key, key): value for key, value in settings.items()}
     differences = describe_difference(recorded_values, values)
     if differences:
@@ -532,8 +532,8 @@ def _note_learned_images(model: str, labels: "Sequence[LabeledImage]") -> None:
     """Give a notice if the model was trained on some of the images."""
     from spear.labels.inputs import hash_content
 
-    learned = _read_learned_fingerprints(model)
-    num_learned = sum(hash_content(label.image) in learned for label in labels)
+    learned_fingerprints = _read_learned_fingerprints(model)
+    num_learned = sum(hash_content(label.image) in learned_fingerprints for label in labels)
     if num_learned:
         notice(
             f"{model} was trained on {num_learned} of {len(labels)} evaluated images. Hold other "

@@ -92,21 +92,21 @@ def merge_frame_versions(sources: Iterable[tuple[str, Frames]]) -> dict[str, int
     return merged
 
 
-def resolve_frames(recorded: Frames | None, is_simulator_only: bool) -> Frames | None:
+def resolve_frames(recorded_frames: Frames | None, is_simulator_only: bool) -> Frames | None:
     """Find the frames in which a policy acts.
 
     Args:
-        recorded: The frames that its statistics record; None if the statistics were made before
-            versions were recorded.
+        recorded_frames: The frames that its statistics record; None if the statistics were made
+            before versions were recorded.
         is_simulator_only: Whether the policy learned from the built-in simulator only, whose frames
             never changed.
 
     Returns:
         The frames. None means the first version of the frames of every dataset.
     """
-    if recorded is None and is_simulator_only:
+    if recorded_frames is None and is_simulator_only:
         return {}
-    return recorded
+    return recorded_frames
 
 
 def read_store_frame_versions(request: Mapping[str, Any]) -> Frames:

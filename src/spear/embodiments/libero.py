@@ -57,7 +57,7 @@ about x, so that its z axis points down."""
 TABLE_BASE_M = (-0.66, 0.0, 0.912)  # in scenes with a table
 LIVING_ROOM_BASE_M = (-0.51, 0.0, 0.42)  # in scenes with a low table
 FLOOR_BASE_M = (-0.6, 0.0, 0.0)  # in scenes without a table
-# From this height of the end-effector on (in the world), the scene is taken to have this table.
+# If the end-effector is at least this high in the world, the scene is taken to have this table.
 MIN_TABLE_HEIGHT_M = 0.86
 MIN_LIVING_ROOM_HEIGHT_M = 0.40
 

@@ -79,12 +79,12 @@ def _describe_image_sizes(image_sizes: Mapping[str, tuple[int, int]]) -> dict[st
 class _RunningScene:
     """A scene in which the agent acts.
 
-    env          the environment that simulates the scene.
-    executor     executes the agent's chunks in the execution mode of the options.
-    poses        the joint positions at each step so far, from which a film can be made.
-    info         what the environment returned about the last step.
-    unreachable  number of control steps whose target the arm could not reach.
-    started      start of the episode, in seconds of `time.perf_counter`.
+    env           the environment that simulates the scene.
+    executor      executes the agent's chunks in the execution mode of the options.
+    poses         the joint positions at each step so far, from which a film can be made.
+    info          what the environment returned about the last step.
+    unreachable   number of control steps whose target the arm could not reach.
+    start_time_s  start of the episode, by `time.perf_counter`.
     """
 
     env: TabletopEnv
@@ -92,7 +92,7 @@ class _RunningScene:
     poses: list[Array]
     info: Mapping[str, Any] = field(default_factory=dict)
     unreachable: int = 0
-    started: float = field(default_factory=time.perf_counter)
+    start_time_s: float = field(default_factory=time.perf_counter)
 
 
 class _Tabletop:
@@ -142,7 +142,7 @@ class _Tabletop:
                 scene.executor.add_chunk(chunk, arrival_tick=arrival_tick)
                 has_ended = _step_until_inference_or_end(scene)
                 if has_ended:
-                    seconds = time.perf_counter() - scene.started
+                    seconds = time.perf_counter() - scene.start_time_s
                     yield _make_outcome(scene), seconds, scene.poses
                 else:
                     running.append(scene)

@@ -18,8 +18,8 @@ HEIGHT_PX = 420
 BAR_HEIGHT_PX = 44  # of the caption bar
 MARGIN_PX = 14  # distance of text from the sides of the film
 BADGE_WIDTH_PX = 120  # room for the outcome at the right end of the caption bar
-MIN_FONT_SIZE = 11  # px, for the longest captions
-MAX_FONT_SIZE = 24  # px
+MIN_FONT_PX = 11  # for the longest captions
+MAX_FONT_PX = 24
 
 # Colors as (red, green, blue).
 GREEN = (88, 214, 141)
@@ -77,7 +77,7 @@ def compose_frame(
         badge = "success" if success else "failure"
         color = GREEN if success else RED
         position = (frame.width - MARGIN_PX, BAR_HEIGHT_PX // 2)
-        draw.text(position, badge, color, _load_font(MAX_FONT_SIZE), anchor="rm")
+        draw.text(position, badge, color, _load_font(MAX_FONT_PX), anchor="rm")
     return np.asarray(frame)
 
 
@@ -123,11 +123,11 @@ def _scale_to_height(image: Array) -> Array:
 
 def _fit_font(text: str, width_px: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
     """Return the largest font in which a text fits into a width; the smallest font if none does."""
-    for size in range(MAX_FONT_SIZE, MIN_FONT_SIZE, -1):
+    for size in range(MAX_FONT_PX, MIN_FONT_PX, -1):
         font = _load_font(size)
         if font.getlength(text) <= width_px:
             return font
-    return _load_font(MIN_FONT_SIZE)
+    return _load_font(MIN_FONT_PX)
 
 
 @functools.cache

@@ -84,10 +84,10 @@ def degrade_observation(
         seed: The scene's seed.
         step: The step in the episode. The same seed and step always give the same noise.
     """
-    result = dict(observation)
+    degraded = dict(observation)
     for index, key in enumerate(sorted(observation)):
         value = observation[key]
         if isinstance(value, np.ndarray) and value.ndim == 3:
             rng = np.random.default_rng([_STREAM, seed, step, index])
-            result[key] = degrade_image(value, level, rng)
-    return result
+            degraded[key] = degrade_image(value, level, rng)
+    return degraded

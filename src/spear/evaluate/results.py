@@ -79,8 +79,8 @@ class Outcome:
     @property
     def film_name(self) -> str:
         """The name of the file with this episode's film."""
-        result = "success" if self.success else "failure"
-        return f"{self.family}-{result}-{self.seed}.mp4"
+        ending = "success" if self.success else "failure"
+        return f"{self.family}-{ending}-{self.seed}.mp4"
 
 
 @dataclass(frozen=True)

@@ -110,13 +110,13 @@ def run_evaluation(
             )
 
         # Run the missing scenes, one family after another.
-        started = time.perf_counter()
+        start_time_s = time.perf_counter()
         evaluation = _Evaluation(simulator, agent, options, journal)
         outcomes: list[Outcome] = []
         for family, seeds in shard_scenes.items():
             outcomes += evaluation.run_family(family, seeds)
 
-    results = Results(agent.name, settings, outcomes, time.perf_counter() - started)
+    results = Results(agent.name, settings, outcomes, time.perf_counter() - start_time_s)
     return results, evaluation.films
 
 

@@ -292,7 +292,7 @@ def label_folder(
     return LabelingProgress(
         num_total=num_total,
         num_before=num_before,
-        num_done=monitor.bar.done,
+        num_done=monitor.bar.num_done,
         num_skipped=monitor.num_skipped,
         num_retryable=sum(image.retryable for image in skipped),
         rate=monitor.bar.format_rate(),
@@ -306,7 +306,7 @@ class _RunMonitor:
         num_total: Number of images in the input.
         num_before: Number of images that earlier commands labeled or skipped.
         num_skipped: Number of images that were skipped so far, by all commands.
-        bar: The progress bar; `bar.done` is the number of images that are done by now.
+        bar: The progress bar; `bar.num_done` is the number of images that are done by now.
     """
 
     def __init__(self, num_total: int, num_before: int, num_skipped: int) -> None:
@@ -330,9 +330,9 @@ class _RunMonitor:
                 has_source = source in reason
                 # Calling `SkippedItems` adds the failure to it.
                 self._failures(reason if has_source else f"in {source}, {reason}")
-        self.bar.update(self.bar.done + num_images, f"{self.num_skipped:,} skipped")
-        num_good = self.bar.done - self.num_before - len(self._failures.reasons)
-        self._failures.check_limit(num_good, finished=self.bar.done == self.num_total)
+        self.bar.update(self.bar.num_done + num_images, f"{self.num_skipped:,} skipped")
+        num_good = self.bar.num_done - self.num_before - len(self._failures.reasons)
+        self._failures.check_limit(num_good, is_finished=self.bar.num_done == self.num_total)
 
 
 def _label_shard(

@@ -22,10 +22,11 @@ MIN_COLOR_SPREAD = 3.0  # gray levels of 255; a smaller difference between color
 # Red minus blue is unlike training beyond 4 standard deviations, and like training within 2.
 MIN_UNLIKE_DEVIATIONS = 4
 MAX_LIKE_DEVIATIONS = 2
-# An image is reported as transformed if the transform makes its correlation with the mean image of
-# training at least this high, and increases it by more than that of any image of training plus a
-# margin.
+# An image is reported as transformed if, once the transform is undone, it correlates this much with
+# the mean image of training.
 MIN_CORRELATION = 0.6
+# Undoing the transform must also raise the correlation more than it does for any image of training,
+# by at least this.
 MIN_CORRELATION_GAIN = 0.2
 
 

@@ -187,9 +187,9 @@ def _summarize_token_use(questions_by_source: QuestionsBySource) -> dict[str, An
     fitted_numbers: list[float] = []
     counted_numbers: list[float] = []
     for index, questions in enumerate(questions_by_source.values()):
-        numbers = fitted_numbers if index % 2 == 0 else counted_numbers
+        numbers_of_image_group = fitted_numbers if index % 2 == 0 else counted_numbers
         for question in questions:
-            numbers += question.values
+            numbers_of_image_group += question.values
     if len(set(fitted_numbers)) < 2:
         return None
 

@@ -31,10 +31,10 @@ CALIBRATION_CHART_SIZE_PX = (460, 340)
 
 def make_vqa_page(scores: Scores, checkpoint: str, questions: str) -> str:
     """Make one self-contained page about an evaluation of `checkpoint` on `questions`."""
-    drawn = []
+    figures_by_type = []
     for name, question_type in QUESTION_TYPE_BY_NAME.items():
         if question_type.num_figures > 0 and name in scores.type_scores:
-            drawn.append((name, _draw_extremes(scores, name, question_type.num_figures)))
+            figures_by_type.append((name, _draw_extremes(scores, name, question_type.num_figures)))
     return render(
         "vqa.html",
         title=f"3D questions: {checkpoint}",
@@ -42,7 +42,7 @@ def make_vqa_page(scores: Scores, checkpoint: str, questions: str) -> str:
         scores=scores,
         checkpoint=checkpoint,
         questions=questions,
-        drawn=drawn,
+        figures_by_type=figures_by_type,
         charts=_draw_calibration(scores) if scores.calibration else [],
         in_words=_list_answers(scores),
     )

@@ -92,9 +92,9 @@ def is_authorized(request: Request, token: str | None) -> bool:
     headers = request.headers.get_all("Authorization")
     if len(headers) != 1:
         return False
-    sent = headers[0].encode(errors="surrogateescape")
+    sent_header = headers[0].encode(errors="surrogateescape")
     # This comparison takes the same time for all wrong tokens, so its time reveals nothing.
-    return hmac.compare_digest(sent, f"Api-Key {token}".encode())
+    return hmac.compare_digest(sent_header, f"Api-Key {token}".encode())
 
 
 def _is_private_host(host: str) -> bool:

@@ -232,10 +232,10 @@ class RecordingWriter:
 
     def _begin_episode(self, exchange: Exchange) -> "_OpenEpisode":
         """Begin a client's episode, with files that are named for its time."""
-        began = datetime.fromtimestamp(exchange.arrival_s, UTC)
-        while (name := format_shard_name(began)) in self._sizes:
-            began += timedelta(microseconds=1)
-        source = f"serve/{self._robot}/{exchange.address}/{began:%Y-%m-%dT%H:%M:%SZ}"
+        start_time = datetime.fromtimestamp(exchange.arrival_s, UTC)
+        while (name := format_shard_name(start_time)) in self._sizes:
+            start_time += timedelta(microseconds=1)
+        source = f"serve/{self._robot}/{exchange.address}/{start_time:%Y-%m-%dT%H:%M:%SZ}"
         shard = GrowingShard(self.folder / name)
         episode = _OpenEpisode(shard, source)
         self._open_episodes[exchange.client] = episode
@@ -243,10 +243,10 @@ class RecordingWriter:
 
     def _continues(self, episode: "_OpenEpisode", exchange: Exchange) -> bool:
         """Return whether an exchange continues its client's episode."""
-        previous = episode.exchanges[-1]
+        previous_exchange = episode.exchanges[-1]
         return (
-            _get_episode_key(exchange) == _get_episode_key(previous)
-            and exchange.arrival_s - previous.answer_s <= MAX_PAUSE_S
+            _get_episode_key(exchange) == _get_episode_key(previous_exchange)
+            and exchange.arrival_s - previous_exchange.answer_s <= MAX_PAUSE_S
             and len(episode.exchanges) < MAX_EPISODE_STEPS
             and episode.shard.num_image_bytes < MAX_EPISODE_SHARE * self._max_bytes
         )
@@ -391,7 +391,7 @@ def collect_answer_columns(exchanges: Sequence[Exchange]) -> dict[str, Array]:
     }
 
 
-def format_shard_name(began: datetime) -> str:
+def format_shard_name(start_time: datetime) -> str:
     """Name the Arrow file of an episode for the time at which it began.
 
     The names sort by time. The other shards of an episode store end with their number, and readers
@@ -402,7 +402,7 @@ def format_shard_name(began: datetime) -> str:
         >>> format_shard_name(datetime(2026, 11, 30, 6, 50, 12, 345678))
         'episodes-20261130T065012-345678Z.arrow'
     """
-    return f"episodes-{began:%Y%m%dT%H%M%S}-{began:%f}Z.arrow"
+    return f"episodes-{start_time:%Y%m%dT%H%M%S}-{start_time:%f}Z.arrow"
 
 
 def round_up_file_sizes(*file_sizes: int) -> int:

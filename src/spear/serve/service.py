@@ -108,7 +108,7 @@ class Service:
             says what is wrong with it. The timing, in ms, is that of the whole batch.
         """
         # Read and check the observations. `checked` has the valid ones by their index.
-        started = time.perf_counter()
+        start_time_s = time.perf_counter()
         readings = [_try(self.embodiment.read, observation) for observation in observations]
         checked: dict[int, CheckedObservation] = {}
         for index, reading in enumerate(readings):
@@ -116,9 +116,9 @@ class Service:
                 checked[index] = select_cameras(self.policy, reading)
                 checked[index].robot = robots[index] if robots else None
 
-        inference_started = time.perf_counter()
+        inference_start_s = time.perf_counter()
         predictions = self._infer(list(checked.values())) if checked else []
-        inference_ended = time.perf_counter()
+        inference_end_s = time.perf_counter()
 
         # Wrong observations keep their errors. The others get rows of commands, or an error of the
         # policy or of the conversion.
@@ -130,8 +130,8 @@ class Service:
                     self._convert, prediction, checked[index], observations[index]
                 )
 
-        inference_s = inference_ended - inference_started
-        embodiment_s = time.perf_counter() - started - inference_s
+        inference_s = inference_end_s - inference_start_s
+        embodiment_s = time.perf_counter() - start_time_s - inference_s
         timing = {"infer_ms": 1000 * inference_s, "embodiment_ms": 1000 * embodiment_s}
         for result in results:
             if not isinstance(result, SpearError):

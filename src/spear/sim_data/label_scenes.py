@@ -259,7 +259,7 @@ def label_scene_jobs(
             processes.open_worker_pool(num_processes, preload=__name__, advice=advice) as pool,
         ):
             for num_labeled in processes.map_in_order(pool, label_job, open_jobs, workers):
-                bar.update(bar.done + num_labeled)
+                bar.update(bar.num_done + num_labeled)
 
     return sum(count_labels(out / view) for view in views)
 

@@ -499,8 +499,8 @@ def _merge_frame_versions(init: Path | None, episodes: NamedStores) -> dict[str,
     sources = [(name, store.frames) for name, store, _ in episodes]
     normalizer_file = None if init is None else init / "normalizer.json"
     if init is not None and normalizer_file is not None and normalizer_file.is_file():
-        recorded = Normalizer.load(normalizer_file).frames
-        init_frames = resolve_frames(recorded, is_simulator_only(init))
+        recorded_frames = Normalizer.load(normalizer_file).frames
+        init_frames = resolve_frames(recorded_frames, is_simulator_only(init))
         if init_frames is None:
             _check_frames_are_old(init, sources)
             init_frames = {}

@@ -115,7 +115,7 @@ class Checkpoints:
         # The process group of the background threads; None in a single process.
         self._group = dist.new_group(backend="gloo") if parallel.get_world_size() > 1 else None
         self._writer = ThreadPoolExecutor(1, "checkpoint")
-        self._pending: Future[None] | None = None
+        self._pending_write: Future[None] | None = None
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -142,16 +142,16 @@ class Checkpoints:
         self.wait()
         copies = self._copy_own_tensors()
         state = {**state, "step": step, "counts": self._count_updates()}
-        self._pending = self._writer.submit(self._write, step, copies, state)
+        self._pending_write = self._writer.submit(self._write, step, copies, state)
 
     def wait(self) -> None:
         """Wait until the last checkpoint is written. Raises `SpearError` if writing it failed."""
-        pending = self._pending
-        self._pending = None
-        if pending is None:
+        pending_write = self._pending_write
+        self._pending_write = None
+        if pending_write is None:
             return
         try:
-            pending.result()
+            pending_write.result()
         except _STORAGE_ERRORS as error:
             raise SpearError(
                 f"a checkpoint cannot be written to {self._folder} ({_last_line(error)}). Free "
@@ -170,11 +170,11 @@ class Checkpoints:
         """
         try:
             reader = HuggingFaceStorageReader(str(path))
-            stored = reader.read_metadata().state_dict_metadata
+            stored_tensors = reader.read_metadata().state_dict_metadata
             self._create_moments(counts)
             tensors = self._collect_tensors()
             for key, tensor in tensors.items():
-                if key not in stored or stored[key].size != tensor.shape:  # type: ignore[union-attr]
+                if key not in stored_tensors or stored_tensors[key].size != tensor.shape:  # type: ignore[union-attr]
                     raise SpearError(
                         f"checkpoint {path} is of another model or other settings ({key}). "
                         "Use a new --out folder."
@@ -251,8 +251,8 @@ class Checkpoints:
             shutil.rmtree(final, ignore_errors=True)
             os.replace(unfinished, final)
             all_checkpoints = sorted(self._folder.glob(_FOLDER_PATTERN))
-            for old in all_checkpoints[:-NUM_KEPT]:
-                shutil.rmtree(old, ignore_errors=True)
+            for old_checkpoint in all_checkpoints[:-NUM_KEPT]:
+                shutil.rmtree(old_checkpoint, ignore_errors=True)
 
     def _collect_tensors(self) -> dict[str, torch.Tensor]:
         """Return the stepper's tensors: parameters and buffers, EMA weights, moments.

@@ -285,9 +285,9 @@ def load_batches(
         device: the device on which the batches will be used. For a GPU the batches are put in
             pinned memory, from which the GPU copies while it computes.
     """
-    numbers: list[int] = []
+    piece_numbers: list[int] = []
     for step in range(first_step, end_step):
-        numbers.extend(parallel.get_piece_numbers(step, accumulate))
+        piece_numbers.extend(parallel.get_piece_numbers(step, accumulate))
 
     is_pinned = device.type == "cuda"
     # Workers pass pieces to this process through slots of shared memory, which are used again. A
@@ -296,7 +296,7 @@ def load_batches(
     slots_per_worker = 0 if is_pinned else NUM_BATCHES_AHEAD + 2 * accumulate
     slots = SharedBatchSlots(workers, slots_per_worker)
     loader: Any = torch.utils.data.DataLoader(
-        numbers,  # type: ignore[arg-type]  # PyTorch accepts a list as a dataset
+        piece_numbers,  # type: ignore[arg-type]  # PyTorch accepts a list as a dataset
         batch_size=None,
         collate_fn=functools.partial(_make_batch, task, slots),
         num_workers=workers,
@@ -346,7 +346,7 @@ def _catch_stop_signal() -> Iterator[list[int]]:
     A second signal has the effect that it had before this call, and so ends the process at once. In
     a thread other than the main one no signal is caught, because Python does not allow it there.
     """
-    received: list[int] = []
+    received_signals: list[int] = []
     handlers = {}
     if threading.current_thread() is threading.main_thread():
         for signal_number in STOP_SIGNALS:
@@ -357,14 +357,14 @@ def _catch_stop_signal() -> Iterator[list[int]]:
             signal.signal(signal_number, handler)
 
     def catch(signal_number: int, _frame: Any) -> None:
-        received.append(signal_number)
+        received_signals.append(signal_number)
         restore_handlers()
 
     for signal_number, handler in handlers.items():
         if handler is not signal.SIG_IGN:
             signal.signal(signal_number, catch)
     try:
-        yield received
+        yield received_signals
     finally:
         restore_handlers()
 
@@ -522,9 +522,9 @@ def _save_suspects(
 
     `pieces` are all pieces of this process in this step.
     """
-    numbers = parallel.get_piece_numbers(step, len(pieces))
+    piece_numbers = parallel.get_piece_numbers(step, len(pieces))
     for index in problem.suspect_pieces:
-        save_batch(out, step, numbers[index], seed, pieces[index])
+        save_batch(out, step, piece_numbers[index], seed, pieces[index])
 
 
 def _report_skip_or_end_run(

@@ -294,8 +294,8 @@ class Stepper:
         # in the loss of questions, which looks for the answers' tokens.
         means = parallel.average_over_processes(torch.stack(piece_values).mean(0))
         grad_norm = parallel.gather(grad_norm).float().reshape(1)
-        numbers = torch.cat([means, grad_norm]).tolist()
-        step_values = dict(zip([*names, "grad_norm"], numbers, strict=True))
+        mean_values = torch.cat([means, grad_norm]).tolist()
+        step_values = dict(zip([*names, "grad_norm"], mean_values, strict=True))
 
         # The update.
         self._check_finite(step_values, piece_values)

@@ -489,13 +489,13 @@ def collect_answers(
     The questions are about at most `max_labels` labels, drawn at random, and have the given types.
     """
     rng = np.random.default_rng(seed)
-    numbers: list[float] = []
+    answer_numbers: list[float] = []
     for index in rng.permutation(len(labels))[:max_labels]:
         for question in generate_questions(
             labels[index], rng, QUESTIONS_PER_FITTED_LABEL, question_types
         ):
-            numbers.extend(question.values)
-    return np.array(numbers)
+            answer_numbers.extend(question.values)
+    return np.array(answer_numbers)
 
 
 class VlmTask:

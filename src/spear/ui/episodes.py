@@ -221,11 +221,11 @@ class SimulatedEpisode:
         The two may differ if the evaluation ran on another processor.
         """
         descriptions = [words for key, words in STATUS_WORDS.items() if info.get(key)]
-        recorded = self._recorded_outcome
-        if outcome and recorded:
-            has_same_length = self._env.steps == recorded.steps
+        recorded_outcome = self._recorded_outcome
+        if outcome and recorded_outcome:
+            has_same_length = self._env.steps == recorded_outcome.steps
             has_same_milestones = all(
-                bool(info[key]) == getattr(recorded, key) for key in MILESTONES
+                bool(info[key]) == getattr(recorded_outcome, key) for key in MILESTONES
             )
             is_same = has_same_length and has_same_milestones
             descriptions.append("as recorded" if is_same else "not as recorded")

@@ -168,9 +168,11 @@ class Page:
         return f"spear_{port}={value}"
 
 
-def _is_same_secret(sent: str, expected: str) -> bool:
+def _is_same_secret(sent_secret: str, expected_secret: str) -> bool:
     """Compare two secrets, in a time that does not show how many characters are equal."""
-    return hmac.compare_digest(sent.encode(errors="surrogateescape"), expected.encode())
+    return hmac.compare_digest(
+        sent_secret.encode(errors="surrogateescape"), expected_secret.encode()
+    )
 
 
 def _make_response(

@@ -33,7 +33,7 @@ class ProgressBar:
         self.unit = unit
         self.total = total
         self.num_done_before = num_done_before
-        self.done = num_done_before
+        self.num_done = num_done_before
         self._info = ""
         self._num_lines = 0
         self._start_time_s = time.monotonic()
@@ -61,13 +61,13 @@ class ProgressBar:
             self._log_line()  # the last line shows where the work ended
         self._bar.stop()
 
-    def update(self, done: int, info: str = "") -> None:
+    def update(self, num_done: int, info: str = "") -> None:
         """Set the number of finished items, and a text that is shown after the count."""
-        self.done = done
+        self.num_done = num_done
         self._info = info
         is_terminal = not self._bar.disable
         if is_terminal:
-            self._bar.update(self._task, completed=done, description=self.format_line())
+            self._bar.update(self._task, completed=num_done, description=self.format_line())
         elif time.monotonic() - self._last_line_time_s > LOG_INTERVAL_S:
             self._log_line()
 
@@ -82,7 +82,7 @@ class ProgressBar:
     def format_line(self) -> str:
         """Return a line such as "training: 100 of 1,000 steps, 5.0 steps/s, 0:03:00 left"."""
         phrases = [
-            f"{self.name}: {self.done:,} of {format_count(self.total, self.unit)}",
+            f"{self.name}: {self.num_done:,} of {format_count(self.total, self.unit)}",
             self.format_rate(),
             self._format_remaining_time(),
             self._info,
@@ -101,9 +101,9 @@ class ProgressBar:
     def _format_remaining_time(self) -> str:
         """Return the remaining time, such as "0:03:00 left"; "" if it is not known."""
         rate_hz = self._rate_hz()
-        if self.done >= self.total or not rate_hz:
+        if self.num_done >= self.total or not rate_hz:
             return ""
-        remaining_s = round((self.total - self.done) / rate_hz)
+        remaining_s = round((self.total - self.num_done) / rate_hz)
         minutes, seconds = divmod(remaining_s, 60)
         hours, minutes = divmod(minutes, 60)
         return f"{hours}:{minutes:02d}:{seconds:02d} left"
@@ -111,7 +111,7 @@ class ProgressBar:
     def _rate_hz(self) -> float:
         """Return the number of items that this command finishes per second."""
         elapsed_s = time.monotonic() - self._start_time_s
-        return (self.done - self.num_done_before) / max(elapsed_s, 1e-9)
+        return (self.num_done - self.num_done_before) / max(elapsed_s, 1e-9)
 
     def _log_line(self) -> None:
         """Write the present state as a line."""
@@ -123,6 +123,6 @@ class ProgressBar:
 def track_progress(items: Iterable[T], bar: ProgressBar) -> Iterator[T]:
     """Yield the items, and count each one when the next is asked for."""
     with bar:
-        for num_done, item in enumerate(items, bar.done + 1):
+        for num_done, item in enumerate(items, bar.num_done + 1):
             yield item
             bar.update(num_done)

@@ -25,15 +25,15 @@ def to_plain_json(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def describe_difference(
-    recorded: Mapping[str, Any],
-    current: Mapping[str, Any],
+    recorded_settings: Mapping[str, Any],
+    current_settings: Mapping[str, Any],
     option_names: Mapping[str, str] = MappingProxyType({}),
 ) -> str:
     """Describe in which keys two settings differ; the empty string if they are equal.
 
     Args:
-        recorded: the settings of earlier work.
-        current: the settings of this command.
+        recorded_settings: the settings of earlier work.
+        current_settings: the settings of this command.
         option_names: key -> what the description calls it, such as the option that sets it.
 
     Example:
@@ -44,13 +44,13 @@ def describe_difference(
         >>> describe_difference({"data": "0" * 32}, {"data": "1" * 32})
         'data is not what it was'
     """
-    recorded = to_plain_json(recorded)
-    current = to_plain_json(current)
+    recorded_settings = to_plain_json(recorded_settings)
+    current_settings = to_plain_json(current_settings)
 
     differences = []
-    for key in sorted({*recorded, *current}):
-        recorded_value = recorded.get(key)
-        current_value = current.get(key)
+    for key in sorted({*recorded_settings, *current_settings}):
+        recorded_value = recorded_settings.get(key)
+        current_value = current_settings.get(key)
         if recorded_value == current_value:
             continue
         values = f"{_to_text(recorded_value)} there, {_to_text(current_value)} here"
@@ -86,8 +86,8 @@ def record_or_check_settings(
     if not is_resuming:
         write_text(path, json.dumps(to_plain_json(settings), indent=2) + "\n")
         return
-    recorded = read_json(path, advice="choose another folder")
-    difference = describe_difference(recorded, settings, option_names)
+    recorded_settings = read_json(path, advice="choose another folder")
+    difference = describe_difference(recorded_settings, settings, option_names)
     if difference:
         raise SpearError(
             f"{path.parent} was begun with other settings ({difference}). Use the same ones, or "

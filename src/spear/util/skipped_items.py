@@ -29,19 +29,19 @@ class SkippedItems:
         """Record that one item is skipped."""
         self.reasons.append(str(reason))
 
-    def check_limit(self, good: int, finished: bool = False) -> None:
+    def check_limit(self, num_good: int, is_finished: bool = False) -> None:
         """Raise `SpearError` if the skipped items are a larger fraction of all than `limit`.
 
         Args:
-            good: number of items that were not skipped.
-            finished: whether the work is done. Unfinished work is judged only after `patience`
+            num_good: number of items that were not skipped.
+            is_finished: whether the work is done. Unfinished work is judged only after `patience`
                 items.
         """
         num_bad = len(self.reasons)
-        num_seen = good + num_bad
+        num_seen = num_good + num_bad
         if num_bad <= self.limit * num_seen:
             return
-        if finished or num_seen >= self.patience:
+        if is_finished or num_seen >= self.patience:
             raise SpearError(
                 f"too many bad {self.unit}, {num_bad} of {num_seen} (more than "
                 f"{self.limit:.0%}). {self.summarize()}. Correct the input, or leave them out."

@@ -109,8 +109,8 @@ def test_bins_that_were_fitted_to_values_contain_equally_many_of_them(
     usage = compute_token_usage(values, tokens)
 
     assert sum(usage.counts) == len(values)
-    assert usage.unused == 0
-    assert usage.outside == 0
+    assert usage.num_unused == 0
+    assert usage.num_outside == 0
     assert usage.evenness > 0.95
 
 
@@ -136,7 +136,7 @@ def test_values_outside_all_bins_count_for_the_first_and_the_last_one(
 
     usage = compute_token_usage([1e3, -1e3], tokens)
 
-    assert usage.outside == 2
+    assert usage.num_outside == 2
     assert usage.counts[0] == 1
     assert usage.counts[-1] == 1
-    assert usage.unused == NUM_BINS - 2
+    assert usage.num_unused == NUM_BINS - 2

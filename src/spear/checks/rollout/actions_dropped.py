@@ -15,12 +15,12 @@ from spear.types import Array
 
 MAX_DROPPED_GAIN = 0.15  # a move that achieves less than this share was not executed
 FULL_GAIN = 0.8  # a move that achieves more than this share was executed
-# How often a move that is executed comes before one or more that are not, and another one that is,
-# as a share of the moves. In rollouts of nano it is below 0.03.
+# How often the arm stops and goes on (`_count_stops`), divided by the number of moves. In rollouts
+# of nano it is below 0.03.
 MIN_DROPPED_SHARE = 0.08
 CERTAIN_DROPPED_SHARE = 0.2
-MIN_FULL_SHARE = 0.25  # share of the moves that must be executed fully; of the others,
-MAX_PARTIAL_SHARE = 0.3  # as a share of all, at most these are neither executed nor dropped
+MIN_FULL_SHARE = 0.25  # at least this share of the moves must have been executed
+MAX_PARTIAL_SHARE = 0.3  # at most this share may be neither executed nor dropped
 
 
 class ActionsDroppedCheck(MotionCheck):
@@ -69,18 +69,18 @@ def _count_stops(is_full: Array, is_dropped: Array, episode: Array) -> int:
         episode: [N] the index of the episode.
     """
     num_stops = 0
-    has_begun = False  # whether only dropped moves came after a full one
-    num_dropped = 0
+    can_be_stop = False  # whether a full move came, and since then only dropped ones
+    num_dropped = 0  # since the full move
     for index in range(len(episode)):
         is_new_episode = index > 0 and episode[index] != episode[index - 1]
         if is_new_episode:
-            has_begun = False
+            can_be_stop = False
         if is_full[index]:
-            num_stops += has_begun and num_dropped > 0
-            has_begun = True
+            num_stops += can_be_stop and num_dropped > 0
+            can_be_stop = True
             num_dropped = 0
         elif is_dropped[index]:
             num_dropped += 1
         else:
-            has_begun = False
+            can_be_stop = False
     return num_stops

@@ -23,12 +23,15 @@ from spear.checks.rollout.motion_figures import draw_step_gains
 # A move that achieves between these multiples of its command was executed twice.
 MIN_TWICE_GAIN = 1.7
 MAX_TWICE_GAIN = 2.3
-FULL_GAIN = (0.8, 1.2)  # a move between these multiples was executed once
+# A move that achieves between these multiples was executed once.
+MIN_ONCE_GAIN = 0.8
+MAX_ONCE_GAIN = 1.2
 # Share of the moves that are executed twice; below 0.01 in rollouts of nano.
 MIN_REPEATED_SHARE = 0.08
 CERTAIN_REPEATED_SHARE = 0.2
-# By how much the first action twice must explain moves of two actions' time better than the first
-# two actions, as a share of the motion. Robots without faults leave 0.06 unexplained.
+# In a move that takes two actions' time, the arm executes the first two actions, or the first one
+# twice. The latter must explain this share of the motion more than the former. (The first two
+# actions of robots without faults leave a share of 0.06 unexplained.)
 MIN_TWICE_ADVANTAGE = 0.1
 MIN_EXPLAINED_SHARE = 0.7  # share of the moves that are executed once or twice
 
@@ -52,7 +55,7 @@ class ActionsRepeatedCheck(MotionCheck):
             return None  # another unit, whose longer moves the robot cuts
         gains = motion.step_gains[motion.is_moving]
         repeated_share = np.mean((gains > MIN_TWICE_GAIN) & (gains < MAX_TWICE_GAIN))
-        once_share = np.mean((gains > FULL_GAIN[0]) & (gains < FULL_GAIN[1]))
+        once_share = np.mean((gains > MIN_ONCE_GAIN) & (gains < MAX_ONCE_GAIN))
         if repeated_share < MIN_REPEATED_SHARE:
             return None
         if repeated_share + once_share < MIN_EXPLAINED_SHARE:

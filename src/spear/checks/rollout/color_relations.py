@@ -16,7 +16,7 @@ from spear.types import Array
 
 MIN_DEVIATION = 3.0  # gray levels; rounding, and compression of pictures, cause as much
 OUTLIER_PROBABILITY = 0.05  # of an episode whose two cameras see different things
-OUTLIER_DENSITY = 1 / 256  # per gray level, of its warmth
+OUTLIER_DENSITY = 1 / 256  # probability density of an outlier's warmth, per gray level
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from spear.checks.rollout.translation_unit import MAX_UNIT_GAIN
 # The median share of commanded displacements that the arm achieves. In rollouts of nano in the
 # simulator it is 0.98 to 1.01.
 MAX_SHORT_GAIN = 0.85  # below it, the controller is short
-CERTAIN_SHORT_GAIN = 0.6  # from here on down, surely
+CERTAIN_SHORT_GAIN = 0.6  # at this and below it, the controller is surely short
 MAX_DOUBTFUL_GAIN = 0.92  # between this and `MAX_SHORT_GAIN` there is no verdict
 MIN_TYPICAL_SHARE = 0.4  # share of moves that must be short; otherwise single actions are lost
 MAX_QUARTILE_RANGE = 0.35  # of the achieved shares; an arm that is blocked at times has more

@@ -16,12 +16,14 @@ from spear.checks.rollout.episode import MIN_PICTURE_EPISODES, RecordedEpisode
 from spear.checks.rollout.odds import VersionOdds, compute_odds
 from spear.types import Array
 
-DELAYS = (1, 2, 3, 4, 5)  # in steps, that are compared
+DELAYS_STEPS = (1, 2, 3, 4, 5)  # that are compared
 MAX_TRAINING_EPISODES = 40  # more of them change the expected scores little
 MIN_STEPS = 12  # shorter episodes do not show a delay
-MAX_STEPS_APART = 3  # pairs that are farther apart change little from one delay to the next
-MIN_DISTANCE_M = 0.003  # added to distances: what pictures of 32 columns do not show
-MIN_DIFFERENCE = 1.0  # gray levels, added to differences of pictures: noise
+# The steps of a pair are at most this far from each other. For pairs that are farther apart, one
+# step of delay hardly changes how far the arm moved between them.
+MAX_STEPS_APART = 3
+MIN_DISTANCE_M = 0.003  # added to distances, because pictures of 32 columns do not show less
+MIN_DIFFERENCE_LEVELS = 1.0  # gray levels of noise, added to differences of pictures
 OPENING_M = 0.05  # how far the fingers move from closed to open, about
 
 
@@ -42,9 +44,9 @@ class DelayReference:
         training = _select_long(demonstrations, camera)[:MAX_TRAINING_EPISODES]
         if len(training) < MIN_PICTURE_EPISODES:
             return None
-        plain_scores = [_score_delays(episode, camera, 0, DELAYS) for episode in training]
+        plain_scores = [_score_delays(episode, camera, 0, DELAYS_STEPS) for episode in training]
         late_scores = {}
-        for delay in DELAYS:
+        for delay in DELAYS_STEPS:
             scores = [_score_delays(episode, camera, delay, (delay,)) for episode in training]
             late_scores[_name_delay(delay)] = scores
         return DelayReference(plain_scores, late_scores)
@@ -57,19 +59,19 @@ def compute_delay_odds(
     long_rollout = _select_long(rollout, camera)
     if not long_rollout:
         return None
-    scores = [_score_delays(episode, camera, 0, DELAYS) for episode in long_rollout]
+    scores = [_score_delays(episode, camera, 0, DELAYS_STEPS) for episode in long_rollout]
     return compute_odds(scores, reference.plain_scores, reference.late_scores)
 
 
 def _select_long(episodes: Sequence[RecordedEpisode], camera: str) -> list[RecordedEpisode]:
     """Select the episodes that are long enough, and whose pictures change."""
-    selected = []
+    long_episodes = []
     for episode in episodes:
         if len(episode) < MIN_STEPS or camera not in episode.pictures:
             continue
         if len(np.unique(episode.pictures[camera].fingerprint)) > 1:
-            selected.append(episode)
-    return selected
+            long_episodes.append(episode)
+    return long_episodes
 
 
 def _score_delays(
@@ -89,13 +91,13 @@ def _score_delays(
     pictures = small.reshape(num_steps, -1)[np.maximum(steps - added_delay, 0)]
     opening_m = OPENING_M * np.asarray(episode.opening)[:, None]
     states_m = np.concatenate([episode.position, opening_m], axis=1)
-    earlier, later = _list_pairs(num_steps)
-    differences = np.sqrt(((pictures[later] - pictures[earlier]) ** 2).mean(1))
-    log_differences = np.log(differences + MIN_DIFFERENCE)
+    earlier_steps, later_steps = _list_pairs(num_steps)
+    differences = np.sqrt(((pictures[later_steps] - pictures[earlier_steps]) ** 2).mean(1))
+    log_differences = np.log(differences + MIN_DIFFERENCE_LEVELS)
     scores = {}
     for delay in (0, *delays):
         delayed_m = states_m[np.maximum(steps - delay, 0)]
-        distances_m = np.linalg.norm(delayed_m[later] - delayed_m[earlier], axis=1)
+        distances_m = np.linalg.norm(delayed_m[later_steps] - delayed_m[earlier_steps], axis=1)
         name = "plain" if delay == 0 else _name_delay(delay)
         scores[name] = _correlate(log_differences, np.log(distances_m + MIN_DISTANCE_M))
     return scores
@@ -103,12 +105,12 @@ def _score_delays(
 
 def _list_pairs(num_steps: int) -> tuple[Array, Array]:
     """Return the earlier and the later step of all pairs that are near each other."""
-    earlier = []
-    later = []
+    earlier_steps = []
+    later_steps = []
     for distance in range(1, MAX_STEPS_APART + 1):
-        earlier.append(np.arange(num_steps - distance))
-        later.append(np.arange(distance, num_steps))
-    return np.concatenate(earlier), np.concatenate(later)
+        earlier_steps.append(np.arange(num_steps - distance))
+        later_steps.append(np.arange(distance, num_steps))
+    return np.concatenate(earlier_steps), np.concatenate(later_steps)
 
 
 def _correlate(first: Array, second: Array) -> float:

@@ -53,11 +53,13 @@ class FlowReference:
         if len(training) < MIN_PICTURE_EPISODES:
             return None
         model = _FlowModel.fit(training[::2])
-        plain_scores = [model.score(measured) for measured in training[1::2]]
+        plain_scores = [model.score(moves) for moves in training[1::2]]
         changed_scores = {}
         for version, signs in FLOW_SIGNS.items():
-            changed = [MeasuredFlow(m.flows * np.array(signs), m.motions) for m in training[1::2]]
-            changed_scores[version] = [model.score(measured) for measured in changed]
+            changed_moves = [
+                MeasuredFlow(m.flows * np.array(signs), m.motions) for m in training[1::2]
+            ]
+            changed_scores[version] = [model.score(moves) for moves in changed_moves]
         return FlowReference(model, plain_scores, changed_scores)
 
 
@@ -103,12 +105,12 @@ class _FlowModel:
         deviation = (flows - motions @ weights).std(0)
         return _FlowModel(weights, np.maximum(deviation, 1e-6))
 
-    def score(self, measured: MeasuredFlow) -> dict[str, float]:
+    def score(self, moves: MeasuredFlow) -> dict[str, float]:
         """Return the mean log likelihood of an episode's flows, by each version."""
-        predicted = measured.motions @ self.weights
+        predicted = moves.motions @ self.weights
         scores = {}
         for version, signs in {"plain": (1, 1, 1, 1), **FLOW_SIGNS}.items():
-            errors = (measured.flows - predicted * np.array(signs)) / self.deviation
+            errors = (moves.flows - predicted * np.array(signs)) / self.deviation
             squares = np.minimum(errors**2, MAX_SQUARED_ERROR)
             scores[version] = float(-0.5 * squares.sum(1).mean())
         return scores
@@ -122,11 +124,11 @@ def _measure(episode: RecordedEpisode, camera: str) -> MeasuredFlow:
     """Measure flows and motions of an episode of at least two steps."""
     orientation = torch.as_tensor(np.asarray(episode.rotation, np.float64))
     to_tool = quat_conjugate(orientation[:-1])
-    moved = torch.as_tensor(np.diff(np.asarray(episode.position, np.float64), axis=0))
-    translation = quat_rotate(to_tool, moved).numpy()
+    displacement = torch.as_tensor(np.diff(np.asarray(episode.position, np.float64), axis=0))
+    translation = quat_rotate(to_tool, displacement).numpy()
     turn = quat_log(quat_canonical(quat_multiply(to_tool, orientation[1:]))).numpy()
-    opened = np.diff(np.asarray(episode.opening, np.float64))[:, None]
-    motions = [translation / METERS_PER_UNIT, turn / RADIANS_PER_UNIT, opened]
+    opening_change = np.diff(np.asarray(episode.opening, np.float64))[:, None]
+    motions = [translation / METERS_PER_UNIT, turn / RADIANS_PER_UNIT, opening_change]
     flows = measure_flows(episode.pictures[camera].small)
     return MeasuredFlow(flows, np.concatenate(motions, axis=1))
 

@@ -5,7 +5,9 @@ from spear.checks.rollout.action_frame import ROBOT_FILE
 from spear.checks.rollout.case import Case, Doubt, Finding, Result, RolloutCheck
 from spear.checks.rollout.gripper_figures import draw_gripper
 
-USUAL_DELAY_S = 0.2  # without demonstrations; one step, because states precede their commands
+# The delay of training that is assumed if there are no demonstrations: one step, because states
+# precede their commands.
+USUAL_DELAY_S = 0.2
 MIN_EXTRA_DELAY_S = 0.35  # beyond the delay of training (nano: 0)
 
 

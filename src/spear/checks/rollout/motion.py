@@ -40,11 +40,13 @@ from spear.types import CONTROL_RATE_HZ, Array
 MIN_MOVES = 20  # with fewer commanded moves there is no verdict
 MIN_COMMAND_M = 0.004  # a shorter commanded displacement has no reliable direction
 MIN_COMMAND_RAD = np.radians(1.0)  # the same for rotations
-FREE_QUANTILE = 0.9  # of achieved per commanded lengths: what the arm does if nothing blocks it
-MIN_FREE_SHARE = 0.5  # of this; a move that achieves less was blocked
+# This quantile of (achieved length / commanded length) is what the arm does if nothing blocks it. A
+# move that achieves a smaller share of it than MIN_FREE_SHARE was blocked.
+FREE_QUANTILE = 0.9
+MIN_FREE_SHARE = 0.5
 SMALL_COMMAND_QUANTILE = 0.33  # the shortest third of the commands is not cut by limits
 MIN_BASE_ANGLE_RAD = np.radians(15)  # a base that is turned by less is not turned (nano: 1°)
-ROTATED_PENALTY = 0.05  # share of the motion by which a turned base must explain more
+ROTATED_PENALTY = 0.05  # share of the motion that a turned base must explain more than others
 MAX_READING_ERROR = 0.5  # a reading that leaves more of the motion unexplained is not believed
 MIN_READING_ADVANTAGE = 0.2  # share of the motion that a reading must explain beyond the plain one
 # An action lasts for another time than in training if its rate differs by more than this factor.
@@ -52,9 +54,13 @@ MIN_RATE_RATIO = 1.4
 CERTAIN_RATE_RATIO = 1.8
 MAX_SECONDS_SPREAD = 0.25  # times of a steady rate vary by less (quartiles, as a share)
 MAX_PLAUSIBLE_SPEED_M_S = 1.0  # no arm is mostly faster: then a simulator does not run in real time
-MIN_COUNT_GAIN = 0.85  # the arm must do at least this share of what so many actions command
+# The arm may have executed a number of actions if the displacement that it achieved is between
+# these multiples of the one that so many actions command.
+MIN_COUNT_GAIN = 0.85
 MAX_COUNT_GAIN = 1.15
-MIN_COUNT_ADVANTAGE = 0.05  # by how much another number of actions must explain the motion better
+# Share of the motion that another number of actions must explain more than the one that the times
+# of the observations suggest.
+MIN_COUNT_ADVANTAGE = 0.05
 NUM_RESAMPLES = 200  # draws of the bootstrap over moves
 SMALL_QUANTILE = 0.05  # the end of the bootstrap's interval that must exceed the limit
 

@@ -5,10 +5,13 @@ from typing import NamedTuple
 
 import numpy as np
 
-TIE_SHARE = 0.1  # versions whose scores differ by less, as a share of what they should, are tied
+# Two versions are tied if their margins differ by less than this share of (margin of training
+# pictures that were changed - margin of those that were not).
+TIE_SHARE = 0.1
 PRIOR = 0.02  # probability of each version before the pictures are seen
-SHIFT_SHARE = 0.2  # standard deviation, as a share of the difference between two versions, by
-# which all scores of a rollout may differ from those of training, because the scene is another one
+# All margins of a rollout may differ from those of training, because the scene is another one: by
+# this standard deviation, as a share of the same difference.
+SHIFT_SHARE = 0.2
 MAX_LOG_RATIO = 30.0  # so that odds stay finite
 
 

@@ -56,7 +56,7 @@ for _written, _read, _is_reversed in product(CONVENTIONS, CONVENTIONS, (False, T
 class OrientationFit:
     """How near orientations are to those of training, in one variant.
 
-    variant      how the orientation may have been sent; "plain" is the right variant.
+    variant   how the orientation may have been sent; "plain" is the right variant.
     distance  median angle to the nearest orientation of training, rad.
     typical   the same between training episodes, rad.
     """
@@ -101,16 +101,17 @@ def fit_orientations(
     if len(demonstrations) < MIN_EPISODES or not rollout:
         return []
     # Later states depend on what the policy made of the first ones.
-    sent = np.concatenate([episode.rotation[:NUM_FIRST_STEPS] for episode in rollout])
-    trained = np.concatenate([episode.rotation for episode in demonstrations])
-    stride = -(-len(trained) // MAX_COMPARED_ROTATIONS)
+    sent_rotations = np.concatenate([episode.rotation[:NUM_FIRST_STEPS] for episode in rollout])
+    training_rotations = np.concatenate([episode.rotation for episode in demonstrations])
+    stride = -(-len(training_rotations) // MAX_COMPARED_ROTATIONS)
     first_half = np.concatenate([e.rotation for e in demonstrations[::2]])[::stride]
     second_half = np.concatenate([e.rotation for e in demonstrations[1::2]])[::stride]
     typical = float(np.median(_nearest_angle(first_half, second_half)))
     fits = []
     for variant in ("plain", *QUATERNION_VARIANTS, *EULER_VARIANTS):
-        distance = float(np.median(_nearest_angle(undo_variant(sent, variant), trained[::stride])))
-        fits.append(OrientationFit(variant, distance, typical))
+        meant_rotations = undo_variant(sent_rotations, variant)
+        distances = _nearest_angle(meant_rotations, training_rotations[::stride])
+        fits.append(OrientationFit(variant, float(np.median(distances)), typical))
     return sorted(fits, key=lambda fit: fit.distance)
 
 

@@ -33,16 +33,17 @@ class PaddingBarsCheck(RolloutCheck):
                 continue
             num_compared += 1
             shares = measure_bars(np.concatenate(pictures))
-            usual = measure_bars(np.concatenate(training))
-            extra = shares - usual
-            if extra.max() < MIN_EXTRA_SHARE or np.concatenate(pictures).max() < MAX_BAR_LEVEL:
+            training_shares = measure_bars(np.concatenate(training))
+            extra_shares = shares - training_shares
+            is_all_black = np.concatenate(pictures).max() < MAX_BAR_LEVEL
+            if extra_shares.max() < MIN_EXTRA_SHARE or is_all_black:
                 continue
-            sides = "left and right" if extra[1] > extra[0] else "top and bottom"
+            sides = "left and right" if extra_shares[1] > extra_shares[0] else "top and bottom"
             return Finding(
                 confidence=0.96,
                 evidence=(
-                    f"camera {camera} has black bars at {sides}, {extra.max():.0%} of the picture; "
-                    "training has none there"
+                    f"camera {camera} has black bars at {sides}, {extra_shares.max():.0%} of the "
+                    "picture; training has none there"
                 ),
                 cure="send pictures without bars, in the aspect of training",
                 file=CAMERA_FILE,

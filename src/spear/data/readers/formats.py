@@ -231,9 +231,10 @@ def check_enough_good(num_good: int, skipped: SkippedItems, path: str | Path, sp
         split: The split, for the message.
     """
     has_good_episode = num_good > 0
-    # `check_limit` raises if too many episodes were bad. With `finished=False` it does so only if
-    # there were many episodes. Few episodes that are all bad get the more detailed message below.
-    skipped.check_limit(num_good, finished=has_good_episode)
+    # `check_limit` raises if too many episodes were bad. With `is_finished=False` it does so only
+    # if there were many episodes. Few episodes that are all bad get the more detailed message
+    # below.
+    skipped.check_limit(num_good, is_finished=has_good_episode)
     if not has_good_episode:
         if not skipped.reasons:
             raise SpearError(f"the split {split!r} of {path} is empty. Choose a larger one.")

@@ -542,8 +542,8 @@ def _read_metadata(folder: Path, info: Info) -> LeRobotFolder:
     return LeRobotFolder(folder, folder.resolve().name, info, splits, dict(tasks), episodes)
 
 
-def _has_duplicates(numbers: list[int]) -> bool:
-    return len(set(numbers)) < len(numbers)
+def _has_duplicates(indices: list[int]) -> bool:
+    return len(set(indices)) < len(indices)
 
 
 def _parse_splits(info: Info, num_episodes: int) -> dict[str, tuple[int, int]]:

@@ -340,7 +340,7 @@ def _write_shards(
             skipped.reasons += prepared.skip_reasons
             repairs.add(prepared.repairs)
             skipped.check_limit(num_good)
-            bar.update(bar.done + block.num_episodes, f"{len(skipped.reasons)} skipped")
+            bar.update(bar.num_done + block.num_episodes, f"{len(skipped.reasons)} skipped")
 
             # End the shard, with a note from which another call can continue.
             is_last_block = num_done_blocks == len(blocks)

@@ -43,11 +43,11 @@ class OverfittingCheck(PolicyCheck):
         store = case.get_training()
         if policy.folder is None:
             return Doubt("the policy has no folder")
-        learned = set(read_provenance(policy.folder).get("learned", "").split())
+        learned_fingerprints = set(read_provenance(policy.folder).get("learned", "").split())
         fingerprints = store.episode_fingerprints()
         if len(fingerprints) != len(store):
             return Doubt("some training episodes are empty")
-        is_learned = np.array([fingerprint in learned for fingerprint in fingerprints])
+        is_learned = np.array([fingerprint in learned_fingerprints for fingerprint in fingerprints])
         if min(is_learned.sum(), (~is_learned).sum()) < MIN_EPISODES:
             return Doubt("--episodes needs episodes that the policy has learned, and others")
         learned_m = _measure_error_m(policy, store, np.flatnonzero(is_learned).tolist())

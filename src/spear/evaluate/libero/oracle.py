@@ -48,9 +48,9 @@ RELEASE_MARGIN_M = 0.006  # an object is released up to so far above this height
 RETREAT_M = 0.1  # by which the gripper rises in an action when nothing is left to do
 NUM_RIM_DIRECTIONS = 16  # from which a grasp of a bowl's rim is considered
 NUM_HAND_POINTS = 9  # along the hand, whose distances from obstacles are measured
-WALL_M = 0.004  # half the thickness of a bowl's wall
+WALL_HALF_THICKNESS_M = 0.004  # of a bowl's wall
 OUTER_FINGER_M = 0.035  # from the middle between open fingers to the outer one
-RIM_CLEARANCE_M = 0.012  # things whose top is lower than this below the fingers do not matter
+RIM_CLEARANCE_M = 0.012  # things whose top is farther than this below the fingers do not matter
 PALM_HEIGHT_M = 0.045  # of the hand above the end-effector
 HAND_REACH_M = 0.105  # from the middle of the hand to either end, along the closing direction
 HAND_HALF_WIDTH_M = 0.035  # of the hand, across the closing direction
@@ -317,7 +317,7 @@ def _find_rim_grasps(name: str, moment: LiberoMoment) -> list[Grasp]:
     center = corners.mean(axis=0)
     rim_height = corners[:, 2].max()
     bottom = corners[:, 2].min()
-    radius = float(np.min(box.high[:2] - box.low[:2])) / 2 - WALL_M
+    radius = float(np.min(box.high[:2] - box.low[:2])) / 2 - WALL_HALF_THICKNESS_M
     depth = min(RIM_DEPTH_M, rim_height - bottom - MIN_GRASP_HEIGHT_M)
     obstacles = _list_obstacles(moment, [name])
 
@@ -557,8 +557,8 @@ def _open_drawer(region: str, moment: LiberoMoment, target_m: float = math.inf) 
         return _move_posed(moment, stay, facing, is_open=True)
     ahead = float((moment.commanded[:3] - moment.pose[:3]) @ outward)
     # The joint is negative when the drawer is open. Friction may keep the arm behind its command.
-    missing = target_m + moment.joints[joint] - ahead / 2
-    step = float(np.clip(missing, 0, DRAWER_STEP_M))
+    missing_m = target_m + moment.joints[joint] - ahead / 2
+    step = float(np.clip(missing_m, 0, DRAWER_STEP_M))
     return _move_posed(moment, moment.commanded[:3] + step * outward, facing, is_open=False)
 
 

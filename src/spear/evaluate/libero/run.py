@@ -102,7 +102,7 @@ class LiberoScene:
     reached                 whether the gripper has been at an object that the goal names.
     grasped                 whether the gripper has held such an object.
     has_moved_wrong_object  whether another object has moved.
-    started                 start of the episode, in seconds of `time.perf_counter`.
+    start_time_s            start of the episode, by `time.perf_counter`.
     """
 
     task: str
@@ -115,7 +115,7 @@ class LiberoScene:
     reached: bool = False
     grasped: bool = False
     has_moved_wrong_object: bool = False
-    started: float = field(default_factory=time.perf_counter)
+    start_time_s: float = field(default_factory=time.perf_counter)
 
     @property
     def steps(self) -> int:
@@ -215,7 +215,7 @@ class Libero:
                 running = []
                 for scene, is_over in zip(scenes, has_ended, strict=True):
                     if is_over:
-                        seconds = time.perf_counter() - scene.started
+                        seconds = time.perf_counter() - scene.start_time_s
                         yield scene.make_outcome(), seconds, scene.track
                         free_processes.append(scene.process)
                     else:

@@ -288,9 +288,9 @@ class LiberoTask:
 
         geom_of_segment = np.full(context.scn.ngeom + 1, -1)
         for index in range(context.scn.ngeom):
-            drawn = context.scn.geoms[index]
-            if drawn.segid != -1 and drawn.objtype == mujoco.mjtObj.mjOBJ_GEOM:
-                geom_of_segment[drawn.segid + 1] = drawn.objid
+            drawn_geom = context.scn.geoms[index]
+            if drawn_geom.segid != -1 and drawn_geom.objtype == mujoco.mjtObj.mjOBJ_GEOM:
+                geom_of_segment[drawn_geom.segid + 1] = drawn_geom.objid
         return geom_of_segment[np.minimum(segments, context.scn.ngeom)]
 
     def _number_objects(self, geoms: Array) -> tuple[Array, dict[int, str]]:

@@ -296,17 +296,17 @@ def _find_visible_instances(
         inner_width: Width without the borders, px.
         inner_height: Height without the borders, px.
     """
-    numbers, counts = np.unique(instances, return_counts=True)
+    instance_numbers, counts = np.unique(instances, return_counts=True)
     # An instance with a pixel in an outermost row or column of the image touches the border. Its
     # count is set to 0, so that it is dropped below.
     if left_px:
         outermost_columns = instances[:, [left_px, left_px + inner_width - 1]]
-        counts[np.isin(numbers, outermost_columns)] = 0
+        counts[np.isin(instance_numbers, outermost_columns)] = 0
     elif top_px:
         outermost_rows = instances[[top_px, top_px + inner_height - 1]]
-        counts[np.isin(numbers, outermost_rows)] = 0
+        counts[np.isin(instance_numbers, outermost_rows)] = 0
     visible = []
-    for number, count in zip(numbers, counts, strict=True):
+    for number, count in zip(instance_numbers, counts, strict=True):
         if number > 0 and count >= MIN_PIXELS:
             visible.append(int(number))
     return visible

@@ -77,21 +77,21 @@ def choose_action(task_name: str, truth: Truth) -> Array:
 
     has_object = truth.opening > MIN_HELD_OPENING
     if truth.is_closing and has_object:
-        return _wait(truth, opened=False)
+        return _wait(truth, should_open=False)
     if not has_object:
-        return _wait(truth, opened=True)
+        return _wait(truth, should_open=True)
     return _carry(truth, task, rest_position, offset)
 
 
 def _retreat(truth: Truth, rest_position: Array) -> Array:
     """Move straight up, away from the placed object."""
     position = np.array([truth.commanded[0], truth.commanded[1], rest_position[2] + RETREAT_M])
-    return _move_towards(truth, position, _yaw(truth.commanded), opened=True)
+    return _move_towards(truth, position, _yaw(truth.commanded), should_open=True)
 
 
-def _wait(truth: Truth, opened: bool) -> Array:
+def _wait(truth: Truth, should_open: bool) -> Array:
     """Move only the fingers."""
-    return _move_towards(truth, truth.commanded[:3], _yaw(truth.commanded), opened=opened)
+    return _move_towards(truth, truth.commanded[:3], _yaw(truth.commanded), should_open=should_open)
 
 
 def _approach(truth: Truth, task: Task) -> Array:
@@ -117,7 +117,7 @@ def _approach(truth: Truth, task: Task) -> Array:
     is_commanded = np.linalg.norm(truth.commanded[:3] - target) < MAX_COMMAND_OFFSET_M
     is_near = np.linalg.norm(truth.measured[:3] - target) < MAX_TARGET_OFFSET_M
     should_close = is_aligned and is_commanded and (is_near or truth.is_still)
-    return _move_towards(truth, target, yaw, opened=not should_close)
+    return _move_towards(truth, target, yaw, should_open=not should_close)
 
 
 def _carry(truth: Truth, task: Task, rest_position: Array, offset: float) -> Array:
@@ -147,17 +147,17 @@ def _carry(truth: Truth, task: Task, rest_position: Array, offset: float) -> Arr
     is_blocked = truth.is_still and lag_m > MAX_LAG_M and height < MAX_BLOCKED_HEIGHT_M
     is_placed = offset < MAX_PLACE_OFFSET_M and height < task.release_height_m + RELEASE_MARGIN_M
     should_open = is_placed or (is_above and is_blocked)
-    return _move_towards(truth, target, _yaw(truth.commanded), opened=should_open)
+    return _move_towards(truth, target, _yaw(truth.commanded), should_open=should_open)
 
 
-def _move_towards(truth: Truth, target: Array, yaw: float, opened: bool) -> Array:
+def _move_towards(truth: Truth, target: Array, yaw: float, should_open: bool) -> Array:
     """Compute an action that moves the commanded pose towards a target, by at most one step.
 
     Args:
         truth: The true state.
         target: [3] the target's position, m.
         yaw: The target's rotation about the vertical, rad. The gripper points down.
-        opened: Whether the gripper should be open.
+        should_open: Whether the gripper should be open.
 
     Returns:
         [8] float32.
@@ -170,7 +170,7 @@ def _move_towards(truth: Truth, target: Array, yaw: float, opened: bool) -> Arra
     turn = quat_log(rotation)  # rotation vector [3]
     translation = translation * min(1.0, MAX_STEP_M / max(float(translation.norm()), 1e-9))
     turn = turn * min(1.0, MAX_TURN_RAD / max(float(turn.norm()), 1e-9))
-    action = np.concatenate([translation, quat_canonical(quat_exp(turn)), [float(opened)]])
+    action = np.concatenate([translation, quat_canonical(quat_exp(turn)), [float(should_open)]])
     return action.astype(np.float32)
 
 

@@ -88,7 +88,7 @@ class SimplerScene:
     process          the simulator of the scene.
     pictures         the camera's image at each step so far, if a film may be made.
     fulfilled_since  the step since which the task has been fulfilled; None while it is not.
-    started          start of the episode, in seconds of `time.perf_counter`.
+    start_time_s     start of the episode, by `time.perf_counter`.
     """
 
     task: str
@@ -97,7 +97,7 @@ class SimplerScene:
     process: SimplerProcess
     pictures: list[Array]
     fulfilled_since: int | None = None
-    started: float = field(default_factory=time.perf_counter)
+    start_time_s: float = field(default_factory=time.perf_counter)
 
     @property
     def steps(self) -> int:
@@ -175,7 +175,7 @@ class Simpler:
                 running = []
                 for scene, is_over in zip(scenes, are_over, strict=True):
                     if is_over:
-                        seconds = time.perf_counter() - scene.started
+                        seconds = time.perf_counter() - scene.start_time_s
                         yield _make_outcome(scene), seconds, scene.pictures
                         free_processes.append(scene.process)
                     else:

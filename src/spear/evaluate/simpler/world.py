@@ -411,7 +411,7 @@ class SimplerProcess:
         self._worker = ProcessPoolExecutor(1, context, initializer=follow_parent_process)
         with block_interrupts():
             # A job that does nothing. It fails if the process does not start.
-            self._started = self._worker.submit(int)
+            self._worker_start = self._worker.submit(int)
 
     def reset(self, start: int, image: bool, is_off_grid: bool = False) -> Moment:
         """Build the scene of one start, see `SimplerWorld.reset`."""
@@ -433,7 +433,7 @@ class SimplerProcess:
         try:
             return self._worker.submit(_call_world, self._task, method, arguments).result()
         except BrokenProcessPool:
-            if self._started.exception():  # the process did not even start
+            if self._worker_start.exception():  # the process did not even start
                 raise SpearError(NO_WORKER_STARTED) from None
             raise NoRenderer(
                 "its process crashed; if it was out of memory, run fewer at once"

@@ -165,7 +165,7 @@ def _ask_questions(
                     )
                     free_segments = free_answers[position].segments
                     free_grammar[question_type].append(is_grammatical(question, free_segments))
-                bar.update(bar.done + len(batch), question_type)
+                bar.update(bar.num_done + len(batch), question_type)
     return answered, free_grammar
 
 

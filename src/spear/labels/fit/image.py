@@ -170,9 +170,10 @@ def suppress_overlaps(boxes: Array, scores: Array, max_overlap: float) -> Array:
     Returns:
         The indices [k] of the remaining boxes, best score first.
     """
-    chosen: list[int] = []
+    chosen_indices: list[int] = []
     best_first = np.argsort(-np.asarray(scores), kind="stable").tolist()
     for i in best_first:
-        if not chosen or float(compute_iou_2d(boxes[chosen], boxes[i]).max()) <= max_overlap:
-            chosen.append(i)
-    return np.array(chosen, np.intp)
+        overlaps = compute_iou_2d(boxes[chosen_indices], boxes[i])
+        if (overlaps <= max_overlap).all():
+            chosen_indices.append(i)
+    return np.array(chosen_indices, np.intp)

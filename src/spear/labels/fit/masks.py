@@ -468,9 +468,9 @@ def _continue_values(
     Returns:
         The values [n] of the targets; NaN out of reach.
     """
-    result = np.full(len(targets), np.nan)
+    target_values = np.full(len(targets), np.nan)
     if not source.any():
-        return result
+        return target_values
     # Distance [h, w] to the nearest source pixel, and that pixel's row and column [2, h, w]
     distance, nearest = ndimage.distance_transform_edt(~source, return_indices=True)
     is_in_reach = distance[targets[:, 0], targets[:, 1]] <= reach_px
@@ -486,5 +486,5 @@ def _continue_values(
     is_mirror_in_source = source[mirror_pixel[:, 0], mirror_pixel[:, 1]]
     step = np.where(is_mirror_in_source, change, 0.0)
     max_step = TOUCHING_FRACTION * base
-    result[is_in_reach] = base + np.clip(step, -max_step, max_step)
-    return result
+    target_values[is_in_reach] = base + np.clip(step, -max_step, max_step)
+    return target_values

@@ -40,15 +40,15 @@ class TokenUsage(NamedTuple):
 
     Attributes:
         counts: How many numbers of the answers are in each bin.
-        unused: How many bins contain no number.
-        outside: How many numbers of the answers are outside all bins.
+        num_unused: How many bins contain no number.
+        num_outside: How many numbers of the answers are outside all bins.
         evenness: exp(entropy) / number of bins. It is 1 if all bins contain equally many numbers,
             and 1 / number of bins if one bin contains all numbers.
     """
 
     counts: Sequence[int]
-    unused: int
-    outside: int
+    num_unused: int
+    num_outside: int
     evenness: float
 
 
@@ -147,8 +147,8 @@ def compute_token_usage(values: Sequence[float], coordinates: "CoordinateTokeniz
         evenness = float(np.exp(entropy) / coordinates.num_bins)
     return TokenUsage(
         counts=counts.tolist(),
-        unused=int((counts == 0).sum()),
-        outside=int((numbers != clipped).sum()),
+        num_unused=int((counts == 0).sum()),
+        num_outside=int((numbers != clipped).sum()),
         evenness=evenness,
     )
 

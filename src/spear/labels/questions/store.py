@@ -110,10 +110,10 @@ def write_questions(
                     counts[question.question_type] += 1
                     rows.append(_question_to_row(label.source, question))
             writer.write(pa.Table.from_pylist(rows, _SCHEMA))
-            bar.update(bar.done + len(batch))
+            bar.update(bar.num_done + len(batch))
         writer.commit()
     write_dataset_card(folder)
-    return bar.done, counts
+    return bar.num_done, counts
 
 
 def read_questions(folder: Path) -> Iterator[tuple[str, Question]]:

@@ -69,13 +69,13 @@ class CudaGraphCache:
             while len(self._graphs) > MAX_GRAPHS:
                 self._graphs.popitem(last=False)
 
-            recorded = self._graphs[key]
-            if recorded is None:
+            recorded_graph = self._graphs[key]
+            if recorded_graph is None:
                 return function(inputs)
             for name, tensor in inputs.items():
-                recorded.input_buffers[name].copy_(tensor)
-            recorded.graph.replay()
-            return recorded.result_buffer.clone()
+                recorded_graph.input_buffers[name].copy_(tensor)
+            recorded_graph.graph.replay()
+            return recorded_graph.result_buffer.clone()
 
 
 def _try_to_record(function: Callable[[Inputs], Tensor], inputs: Inputs) -> RecordedGraph | None:

@@ -163,12 +163,12 @@ class ConversionReport:
                 parameter_count.add(entry)
 
         counts = {**modules, "SPEAR-VLM": vlm}
-        if expert.loaded or expert.new:
+        if expert.num_loaded or expert.num_new:
             counts |= {"action expert": expert, "all": total}
         rows = [("module", "parameters", "loaded", "new")]
         for name, parameter_count in counts.items():
-            num_loaded = parameter_count.loaded
-            num_new = parameter_count.new
+            num_loaded = parameter_count.num_loaded
+            num_new = parameter_count.num_new
             rows.append((name, f"{num_loaded + num_new:,}", f"{num_loaded:,}", f"{num_new:,}"))
         return _format_columns(rows, right_aligned=(1, 2, 3))
 
@@ -191,15 +191,15 @@ class ConversionReport:
 class _ParameterCount:
     """Numbers of parameters that are loaded and new."""
 
-    loaded: int = 0
-    new: int = 0
+    num_loaded: int = 0
+    num_new: int = 0
 
     def add(self, entry: WeightStatus) -> None:
         """Count the parameters of a weight that is loaded or new."""
         if entry.status == "new":
-            self.new += math.prod(entry.shape)
+            self.num_new += math.prod(entry.shape)
         else:
-            self.loaded += math.prod(entry.shape)
+            self.num_loaded += math.prod(entry.shape)
 
 
 @dataclass(frozen=True)

@@ -130,11 +130,11 @@ def name_in_layer(group: WeightGroup, stored_name: str) -> str:
     >>> name_in_layer(WeightGroup("expert.layers.*.norm", (4,), 18), "blocks.7.n")
     'expert.layers.7.norm'
     """
-    numbers = _NUMBER.findall(stored_name)
-    if group.name.count("*") != len(numbers):
+    numbers_in_name = _NUMBER.findall(stored_name)
+    if group.name.count("*") != len(numbers_in_name):
         return group.name
     name = group.name
-    for number in numbers:
+    for number in numbers_in_name:
         name = name.replace("*", number, 1)
     return name
 
