@@ -26,7 +26,7 @@ from labels_stand_ins import make_engine, write_photos
 from spear import embodiments
 from spear.cli import main
 from spear.data.mixture import Mixture
-from spear.data.store.episode_store import EpisodeStore
+from spear.data.store.episode_store import EpisodeStore, WeightedStore
 from spear.data.store.lerobot_write import write_lerobot
 from spear.embodiments.actions import validate_chunk
 from spear.errors import SpearError, import_optional
@@ -281,7 +281,7 @@ def skip_most_episodes() -> None:
 
 def mix_rates() -> None:
     fast = write_store([make_episode(0, rate_hz=10.0)], Path("fast"))
-    Mixture([("fast", fast, 1.0)])
+    Mixture([WeightedStore("fast", fast, 1.0)])
 
 
 def truncate_a_shard() -> None:

@@ -52,7 +52,7 @@ from loader_turns import CommandLoader, ForkedLoader, Loader, format_table, meas
 from spear.cli import run_reporting_errors
 from spear.data.mixture import Mixture
 from spear.data.options import Conversion
-from spear.data.store.episode_store import EpisodeStore, write_episodes
+from spear.data.store.episode_store import EpisodeStore, WeightedStore, write_episodes
 from spear.data.store.lerobot_write import write_lerobot
 from spear.data.store.prepare import prepare
 from spear.train import loop
@@ -215,7 +215,7 @@ def main(
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         make_data(root, episodes, steps)
-        mixture = Mixture([("made", EpisodeStore(root / "prepared"), 1.0)])
+        mixture = Mixture([WeightedStore("made", EpisodeStore(root / "prepared"), 1.0)])
         if memory_samples:
             watch_memory(OurTask(mixture, batch_size), memory_samples)
             return

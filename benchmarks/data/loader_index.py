@@ -28,7 +28,7 @@ from spear.cli import run_reporting_errors
 from spear.data.actions import HORIZON
 from spear.data.mixture import Mixture
 from spear.data.normalize import NUM_AXES, Normalizer, write_sketches
-from spear.data.store.episode_store import EpisodeStore
+from spear.data.store.episode_store import EpisodeStore, WeightedStore
 from spear.data.store.prepare import MAX_SHARD_MIB
 from spear.data.store.shard import write_shard
 from spear.data.store.stats import QuantileSketch
@@ -105,11 +105,11 @@ def measure_start(root: Path) -> dict[str, float]:
     with measure_time(measurements, "all"):
         with measure_time(measurements, "open"):
             folders = sorted(root.iterdir())
-            sources = [(folder.name, EpisodeStore(folder), 1.0) for folder in folders]
+            sources = [WeightedStore(folder.name, EpisodeStore(folder), 1.0) for folder in folders]
         with measure_time(measurements, "mixture"):
             mixture = Mixture(sources)
         with measure_time(measurements, "normalization"):
-            Normalizer.fit([(store, weight) for _, store, weight in sources])
+            Normalizer.fit([(source.store, source.weight) for source in sources])
         with measure_time(measurements, "first batch"):
             for sample in mixture.draw(0, BATCH_SIZE):
                 mixture.read_arrays(sample, HORIZON)

@@ -19,7 +19,7 @@ import tyro
 from torch.utils.flop_counter import FlopCounterMode
 
 from spear.cli import run_reporting_errors
-from spear.data.store.episode_store import EpisodeStore
+from spear.data.store.episode_store import EpisodeStore, WeightedStore
 from spear.train.build import build
 from spear.train.optimize import Stepper
 from spear.train.options import TrainingInputs
@@ -33,7 +33,7 @@ STAGE_WITHOUT_3D = "nano-vla-no-3d"
 def count_operations_per_step(name: str, labels: Path, episodes: Path, num_batches: int) -> float:
     """Return the mean number of floating-point operations of a recipe's training step."""
     recipe = get_recipe(name)
-    stores = [("sim", EpisodeStore(episodes), 1.0)] if recipe.kind == "vla" else []
+    stores = [WeightedStore("sim", EpisodeStore(episodes), 1.0)] if recipe.kind == "vla" else []
     _, task, _ = build(recipe, TrainingInputs([labels], stores))
     stepper = Stepper(task, recipe.optimization, seed=0)
 

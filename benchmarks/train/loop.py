@@ -27,7 +27,7 @@ import torch
 import tyro
 
 from spear.cli import run_reporting_errors
-from spear.data.store.episode_store import EpisodeStore
+from spear.data.store.episode_store import EpisodeStore, WeightedStore
 from spear.train import loop
 from spear.train.build import build
 from spear.train.log import Logger
@@ -119,7 +119,7 @@ def main(
     if labels is None:
         recipe = recipe.with_changes(question_images=0)
     label_folders = [] if labels is None else [labels]
-    inputs = TrainingInputs(label_folders, [("sim", EpisodeStore(episodes), 1.0)])
+    inputs = TrainingInputs(label_folders, [WeightedStore("sim", EpisodeStore(episodes), 1.0)])
     _, task, _ = build(recipe, inputs)
     stepper = Stepper(task, recipe.optimization, seed=0)
     for _ in range(NUM_WARM_UP_STEPS):

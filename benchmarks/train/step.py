@@ -24,7 +24,7 @@ import torch
 import tyro
 
 from spear.cli import run_reporting_errors
-from spear.data.store.episode_store import EpisodeStore, write_episodes
+from spear.data.store.episode_store import EpisodeStore, WeightedStore, write_episodes
 from spear.models.devices import keep_freed_memory
 from spear.models.presets import PRESETS
 from spear.policy import locate
@@ -56,7 +56,7 @@ def measure_steps(root: Path, name: str, precision: str, num_steps: int) -> list
     needs_labels = not is_policy or recipe.question_images > 0
     inputs = TrainingInputs(
         labels=[root / "labels"] if needs_labels else [],
-        episodes=[("made", EpisodeStore(root / "episodes"), 1.0)] if is_policy else [],
+        episodes=[WeightedStore("made", EpisodeStore(root / "episodes"), 1.0)] if is_policy else [],
         init=locate("nano") if is_policy else None,
     )
     _, task, _ = build(recipe, inputs)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from experiments.ablations.plan import Data, Job, Plan, Scoring, Training, Weights
-from spear.data.store.episode_store import EpisodeStore
+from spear.data.store.episode_store import EpisodeStore, WeightedStore
 from spear.errors import SpearError, format_count
 from spear.evaluate.options import TabletopOptions
 from spear.evaluate.results import Results, find_journals, merge_results, read_journal
@@ -172,5 +172,7 @@ class _Worker:
         is_policy = job.recipe.kind == "vla"
         asks_questions = not is_policy or job.recipe.question_images or init is None
         labels = [self.data.labels] if asks_questions else []
-        episodes = [("sim", EpisodeStore(self.data.episodes), 1.0)] if is_policy else []
+        episodes = (
+            [WeightedStore("sim", EpisodeStore(self.data.episodes), 1.0)] if is_policy else []
+        )
         return TrainingInputs(labels, episodes, init, job.moge.folder if job.moge else None)

@@ -26,7 +26,7 @@ from tyro.conf import Positional
 from spear import flow
 from spear.cli import run_reporting_errors
 from spear.data.mixture import Mixture, TrainingSamples
-from spear.data.store.episode_store import EpisodeStore
+from spear.data.store.episode_store import EpisodeStore, WeightedStore
 from spear.geometry import quat_distance, quat_log, sphere_exp
 from spear.policy import Spear1Policy
 from spear.train.tasks import encode_robot_batch
@@ -110,7 +110,7 @@ def measure(policy: Spear1Policy, store: EpisodeStore, num_steps: int) -> dict[s
     image_shapes = {}
     for view, (width, height) in policy.processor.image_sizes.items():
         image_shapes[view] = (height, width)
-    mixture = Mixture([("unseen", store, 1.0)])
+    mixture = Mixture([WeightedStore("unseen", store, 1.0)])
     samples = TrainingSamples(mixture, image_shapes, policy.model.config.horizon)
     errors: dict[str, list[Tensor]] = {}
     num_batches = math.ceil(num_steps / BATCH_SIZE)

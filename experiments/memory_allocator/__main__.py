@@ -25,7 +25,7 @@ import torch
 import tyro
 
 from spear.cli import run_reporting_errors
-from spear.data.store.episode_store import EpisodeStore
+from spear.data.store.episode_store import EpisodeStore, WeightedStore
 from spear.models.devices import keep_freed_memory
 from spear.train.build import build
 from spear.train.optimize import Stepper
@@ -58,7 +58,7 @@ def measure(episodes: Path, labels: Path, batch_size: int, steps: int) -> Measur
     """Measure so many steps, after as many that are not measured."""
     torch.set_num_threads(1)
     recipe = get_recipe("nano-vla").with_changes(batch_size=batch_size)
-    inputs = TrainingInputs([labels], [("sim", EpisodeStore(episodes), 1.0)])
+    inputs = TrainingInputs([labels], [WeightedStore("sim", EpisodeStore(episodes), 1.0)])
     _, task, _ = build(recipe, inputs)
     stepper = Stepper(task, recipe.optimization, seed=0)
     for number in range(steps):

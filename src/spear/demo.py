@@ -13,7 +13,7 @@ from rich.console import Console
 from transformers.utils.logging import disable_progress_bar
 
 from spear.data.readers.formats import count_episodes, get_dataset_name
-from spear.data.store.episode_store import EpisodeStore
+from spear.data.store.episode_store import EpisodeStore, WeightedStore
 from spear.data.store.prepare import open_or_prepare_store
 from spear.errors import SpearError
 from spear.evaluate import closed_loop, film, open_loop
@@ -213,8 +213,8 @@ def fine_tune(out: Path, data: Path | None) -> Values:
     if data is None:
         return {"source": None}
     training, held_out = _prepare_and_split_episodes(data, out)
-    sampling_weight = 1.0
-    inputs = TrainingInputs(episodes=[(data.name, training, sampling_weight)], init=locate("nano"))
+    dataset = WeightedStore(data.name, training, weight=1.0)
+    inputs = TrainingInputs(episodes=[dataset], init=locate("nano"))
     recipe = get_recipe("nano-post").with_changes(steps=FINE_TUNE_STEPS)
     final = train(recipe, _fine_tuning_folder(out, training), inputs)
 

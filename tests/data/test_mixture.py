@@ -16,7 +16,7 @@ from data_tiny import make_episode, make_png, write_store
 from refusals import refuses
 from spear.data.actions import canonicalize_actions
 from spear.data.mixture import Mixture, Sample, TrainingSamples, jitter_colors
-from spear.data.store.episode_store import EpisodeStore
+from spear.data.store.episode_store import EpisodeStore, WeightedStore
 from spear.train import loop
 from spear.types import Episode
 
@@ -75,7 +75,7 @@ def mixture(tmp_path_factory: pytest.TempPathFactory) -> Mixture:
     folder = tmp_path_factory.mktemp("mixture")
     store_a = make_store(folder / "a", "a", num_episodes=5, has_wrist=True)
     store_b = make_store(folder / "b", "b", num_episodes=2, has_wrist=False)
-    return Mixture([("a", store_a, 3.0), ("b", store_b, 1.0)], seed=7)
+    return Mixture([WeightedStore("a", store_a, 3.0), WeightedStore("b", store_b, 1.0)], seed=7)
 
 
 @pytest.fixture(scope="module")
@@ -193,7 +193,7 @@ def test_a_store_at_another_rate_is_refused(tmp_path: Path) -> None:
     )
 
     message = r"dataset 'fast' \(fast 0\) has 10 Hz"
-    refuses(message, Mixture, [("fast", fast_store, 1.0)])
+    refuses(message, Mixture, [WeightedStore("fast", fast_store, 1.0)])
 
 
 def draw_store(data: st.DataObject, lengths: list[int], folder: Path) -> EpisodeStore:
@@ -250,10 +250,10 @@ def test_the_order_depends_on_seed_and_step_alone(
         data: Draws further values.
     """
     folder = tmp_path_factory.mktemp("mixture")
-    sources: list[tuple[str, EpisodeStore, float]] = []
+    sources: list[WeightedStore] = []
     for number, store_lengths in enumerate(lengths):
         store = draw_store(data, store_lengths, folder / str(number))
-        sources.append((f"set {number}", store, data.draw(st.floats(0.01, 100))))
+        sources.append(WeightedStore(f"set {number}", store, data.draw(st.floats(0.01, 100))))
     training_steps = list(range(first, first + 6))
 
     mixture = Mixture(sources, seed)

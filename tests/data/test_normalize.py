@@ -17,7 +17,7 @@ from scipy.spatial.transform import Rotation
 from data_tiny import make_episode, write_store
 from refusals import refuses
 from spear.data.normalize import STATE_VECTOR_DIM, Mode, Normalizer
-from spear.data.store.episode_store import EpisodeStore
+from spear.data.store.episode_store import EpisodeStore, WeightedStore
 from spear.data.store.stats import QuantileSketch
 from spear.train.tasks import encode_robot_batch
 from spear.types import Action
@@ -222,7 +222,9 @@ def large_store(tmp_path: Path) -> EpisodeStore:
 @pytest.fixture
 def per_dataset(small_store: EpisodeStore, large_store: EpisodeStore) -> Normalizer:
     """Statistics of both stores, each with its own."""
-    return Normalizer.fit_per_dataset([("small", small_store, 1.0), ("large", large_store, 1.0)])
+    return Normalizer.fit_per_dataset(
+        [WeightedStore("small", small_store, 1.0), WeightedStore("large", large_store, 1.0)]
+    )
 
 
 def test_each_dataset_has_its_own_statistics(
@@ -267,7 +269,7 @@ def test_an_unknown_dataset_is_refused_with_a_suggestion(per_dataset: Normalizer
 def test_datasets_of_the_same_name_are_refused(
     small_store: EpisodeStore, large_store: EpisodeStore
 ) -> None:
-    sources = [("a", small_store, 1.0), ("a", large_store, 1.0)]
+    sources = [WeightedStore("a", small_store, 1.0), WeightedStore("a", large_store, 1.0)]
 
     refuses("same name", Normalizer.fit_per_dataset, sources)
 
@@ -473,6 +475,8 @@ def test_statistics_without_frames_are_saved_as_before(
     flat_store: EpisodeStore, tmp_path: Path
 ) -> None:
     """The file has no key "frames", so that it is the one that earlier versions wrote."""
-    Normalizer.fit_per_dataset([("it", flat_store, 1.0)]).save(tmp_path / "normalizer.json")
+    Normalizer.fit_per_dataset([WeightedStore("it", flat_store, 1.0)]).save(
+        tmp_path / "normalizer.json"
+    )
 
     assert "frames" not in (tmp_path / "normalizer.json").read_text()

@@ -11,6 +11,7 @@ from scipy.spatial.transform import Rotation
 from data_tiny import make_episode, write_store
 from refusals import refuses
 from spear.data.mixture import Mixture, TrainingSamples
+from spear.data.store.episode_store import WeightedStore
 from spear.monitor.distribution import TrainingDistribution
 
 NUM_EPISODES = 3
@@ -21,7 +22,9 @@ def distribution(tmp_path_factory: pytest.TempPathFactory) -> TrainingDistributi
     """A summary of three small episodes (`make_episode`), drawn with image augmentation."""
     folder = tmp_path_factory.mktemp("episodes")
     store = write_store([make_episode(index) for index in range(NUM_EPISODES)], folder)
-    samples = TrainingSamples(Mixture([("it", store, 1.0)]), {"external": (40, 50)}, augment=1.0)
+    samples = TrainingSamples(
+        Mixture([WeightedStore("it", store, 1.0)]), {"external": (40, 50)}, augment=1.0
+    )
     return TrainingDistribution.from_samples(samples, batch_size=32)
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from models_tiny import FIRST_COORDINATE_ID, TINY, draw_actions, draw_pixels, draw_text, make_spear1
-from spear.data.store.episode_store import EpisodeStore
+from spear.data.store.episode_store import EpisodeStore, WeightedStore
 from spear.errors import SpearError
 from spear.models.presets import build_spear1_config, build_vlm_config
 from spear.models.processing import Processor, train_tokenizer
@@ -71,7 +71,7 @@ def run_recipe(
     inputs = TrainingInputs(
         labels=[] if labels is None else [labels],
         # (name, store, sampling weight) of each dataset.
-        episodes=[] if store is None else [("made", store, 1.0)],
+        episodes=[] if store is None else [WeightedStore("made", store, 1.0)],
         init=init,
         init_depth_encoder=moge,
     )

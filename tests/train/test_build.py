@@ -21,7 +21,7 @@ from data_tiny import edit_json, make_episode, write_store
 from labels_boxes import make_labeled_image
 from refusals import no_warning, refuses
 from spear.data.normalize import Normalizer
-from spear.data.store.episode_store import EpisodeStore
+from spear.data.store.episode_store import EpisodeStore, WeightedStore
 from spear.embodiments import load
 from spear.errors import Notice
 from spear.flow import FlowConfig
@@ -206,7 +206,7 @@ def test_an_action_expert_is_as_deep_as_the_vlm_that_the_policy_begins_with(
     SpearVLMForConditionalGeneration(config).save_pretrained(tmp_path / "vlm")
     processor.save(tmp_path / "vlm")
     store = write_store([make_episode(0)], tmp_path / "mine")
-    inputs = TrainingInputs(episodes=[("it", store, 1.0)], init=tmp_path / "vlm")
+    inputs = TrainingInputs(episodes=[WeightedStore("it", store, 1.0)], init=tmp_path / "vlm")
 
     with pytest.warns(Notice, match="random weights"):
         model, task, _ = build(POLICY_RECIPE, inputs)
@@ -238,7 +238,7 @@ def test_a_policy_keeps_its_normalization_unless_the_recipe_has_another(
     Nano's would at first be three times as long.
     """
     store = write_store([make_episode(0, num_steps=9)], tmp_path / "mine")
-    inputs = TrainingInputs(episodes=[("it", store, 1.0)], init=locate(init))
+    inputs = TrainingInputs(episodes=[WeightedStore("it", store, 1.0)], init=locate(init))
 
     # The same notice about images is printed when the policy acts.
     with pytest.warns(Notice, match="'external' .* black bars"):
@@ -262,7 +262,7 @@ def make_store_with_frames(folder: Path, frames: dict[str, int] | None) -> Episo
 @pytest.mark.filterwarnings("ignore:.*black bars")
 def test_a_policy_records_the_frames_of_its_episodes(tmp_path: Path) -> None:
     store = make_store_with_frames(tmp_path / "new", {"droid": 2})
-    inputs = TrainingInputs(episodes=[("new", store, 1.0)], init=locate("nano"))
+    inputs = TrainingInputs(episodes=[WeightedStore("new", store, 1.0)], init=locate("nano"))
 
     _, task, _ = build(POLICY_RECIPE, inputs)
 
@@ -272,7 +272,7 @@ def test_a_policy_records_the_frames_of_its_episodes(tmp_path: Path) -> None:
 @pytest.mark.filterwarnings("ignore:.*black bars")
 def test_episodes_of_earlier_frames_are_learned_with_a_notice(tmp_path: Path) -> None:
     store = make_store_with_frames(tmp_path / "old", None)
-    inputs = TrainingInputs(episodes=[("old", store, 1.0)], init=locate("nano"))
+    inputs = TrainingInputs(episodes=[WeightedStore("old", store, 1.0)], init=locate("nano"))
 
     with pytest.warns(Notice, match="learns version 1 of the frames of droid"):
         _, task, _ = build(POLICY_RECIPE, inputs)
@@ -284,7 +284,7 @@ def test_episodes_of_earlier_frames_are_learned_with_a_notice(tmp_path: Path) ->
 def test_episodes_of_two_versions_of_frames_are_not_mixed(tmp_path: Path) -> None:
     old = make_store_with_frames(tmp_path / "old", {"droid": 1})
     new = make_store_with_frames(tmp_path / "new", {"droid": 2})
-    episodes = [("old", old, 1.0), ("new", new, 1.0)]
+    episodes = [WeightedStore("old", old, 1.0), WeightedStore("new", new, 1.0)]
     inputs = TrainingInputs(episodes=episodes, init=locate("nano"))
 
     message = "old has version 1 of the frames of droid, but new has version 2"
@@ -305,7 +305,7 @@ def test_a_policy_of_earlier_frames_does_not_go_on_with_new_ones(tmp_path: Path)
     init = copy_nano_with_frames(tmp_path / "init", {"droid": 1})
     store = make_store_with_frames(tmp_path / "new", {"droid": 2})
 
-    inputs = TrainingInputs(episodes=[("new", store, 1.0)], init=init)
+    inputs = TrainingInputs(episodes=[WeightedStore("new", store, 1.0)], init=init)
     refuses("new has version 2 of the frames of droid, but .*init", build, POLICY_RECIPE, inputs)
 
 
@@ -316,7 +316,7 @@ def test_a_policy_without_recorded_frames_does_not_go_on_with_changed_ones(
     init = copy_nano_with_frames(tmp_path / "init", None)
     store = make_store_with_frames(tmp_path / "new", {"fractal20220817_data": 2})
 
-    inputs = TrainingInputs(episodes=[("new", store, 1.0)], init=init)
+    inputs = TrainingInputs(episodes=[WeightedStore("new", store, 1.0)], init=init)
     refuses('made before frames had versions.*"frames": {}', build, POLICY_RECIPE, inputs)
 
 
@@ -393,7 +393,7 @@ def test_the_depth_encoder_learns_from_wrist_images_alone() -> None:
 def policy_inputs(tmp_path: Path) -> TrainingInputs:
     """One episode, and the shipped policy."""
     store = write_store([make_episode(0)], tmp_path / "mine")
-    return TrainingInputs(episodes=[("it", store, 1.0)], init=locate("nano"))
+    return TrainingInputs(episodes=[WeightedStore("it", store, 1.0)], init=locate("nano"))
 
 
 @pytest.mark.slow

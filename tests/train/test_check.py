@@ -18,7 +18,7 @@ import torch
 from data_tiny import make_episode
 from labels_boxes import make_labeled_image
 from refusals import Command, refuses
-from spear.data.store.episode_store import write_episodes
+from spear.data.store.episode_store import WeightedStore, write_episodes
 from spear.data.store.lerobot_write import write_lerobot
 from spear.labels.store import write_labels
 from spear.policy import locate
@@ -225,7 +225,7 @@ def test_inputs_that_are_missing_or_without_effect_are_named(
 ) -> None:
     values: dict[str, Any] = {word: Path(word) for word in inputs.split()}
     if "episodes" in values:
-        values["episodes"] = [("mine", None, 1.0)]  # name, store, sampling weight
+        values["episodes"] = [WeightedStore("mine", Mock(), weight=1.0)]
 
     words = f"recipe {name} .*{option}"
     refuses(words, check_inputs, get_recipe(name), TrainingInputs(**values))

@@ -24,7 +24,7 @@ from refusals import refuses
 from spear import embodiments
 from spear.data.readers.dataset_layout import REGISTRY
 from spear.data.readers.formats import get_dataset_name
-from spear.data.store.episode_store import EpisodeStore
+from spear.data.store.episode_store import EpisodeStore, WeightedStore
 from spear.data.store.lerobot_write import write_lerobot
 from spear.data.store.prepare import open_or_prepare_store
 from spear.errors import Notice
@@ -290,7 +290,7 @@ def test_a_run_continues_with_a_renamed_folder_of_the_same_episodes(
 ) -> None:
     renamed = shutil.copytree(finished.three_episodes.path, tmp_path / "renamed")
     store = EpisodeStore(renamed).subset([0, 1])
-    inputs = TrainingInputs(episodes=[("renamed", store, 1.0)], init=finished.init)
+    inputs = TrainingInputs(episodes=[WeightedStore("renamed", store, 1.0)], init=finished.init)
     recipe = get_recipe("nano-post").with_changes(**ONE_STEP)
     options = RunOptions(workers=0, log_every=1)
 
@@ -404,7 +404,7 @@ def test_a_result_without_checkpoints_is_not_continued(finished: SimpleNamespace
 def one_episode(tiny: Path, tmp_path: Path) -> TrainingInputs:
     """Inputs with one episode, and the tiny policy to start from."""
     store = write_store([make_episode(0)], tmp_path / "store")
-    return TrainingInputs(episodes=[("made", store, 1.0)], init=tiny)
+    return TrainingInputs(episodes=[WeightedStore("made", store, 1.0)], init=tiny)
 
 
 def test_settings_without_effect_are_noted(one_episode: TrainingInputs, tmp_path: Path) -> None:
@@ -429,7 +429,7 @@ def test_the_result_lists_its_files_and_episodes(
 
     origin = read_origin(final)
     assert origin["files"].keys() >= {"model.safetensors", "normalizer.json", "tokenizer.json"}
-    _, store, _ = one_episode.episodes[0]
+    store = one_episode.episodes[0].store
     assert origin["learned"].split() == store.episode_fingerprints()
 
 

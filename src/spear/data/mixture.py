@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from spear.data.actions import HORIZON, extract_chunk, find_first
-from spear.data.store.episode_store import EpisodeStore
+from spear.data.store.episode_store import EpisodeStore, WeightedStore
 from spear.errors import SpearError
 from spear.types import CONTROL_RATE_HZ, Array, Episode
 from spear.util.images import compute_placement, decode_image, fit_image
@@ -52,7 +52,7 @@ class Mixture:
     """A weighted mixture of stores.
 
     Args:
-        sources: (name, store, sampling weight) of each dataset. Weights need not sum to one.
+        sources: The datasets. Weights need not sum to one.
         seed: The seed of all random numbers.
 
     Raises:
@@ -60,16 +60,16 @@ class Mixture:
             5 Hz.
     """
 
-    def __init__(self, sources: Sequence[tuple[str, EpisodeStore, float]], seed: int = 0) -> None:
+    def __init__(self, sources: Sequence[WeightedStore], seed: int = 0) -> None:
         if not sources:
             raise SpearError("the mixture is empty. Give at least one dataset.")
-        for name, store, weight in sources:
-            _check_source(name, store, weight)
+        for source in sources:
+            _check_source(source.name, source.store, source.weight)
 
-        self.names = [name for name, _, _ in sources]
-        self.stores = [store for _, store, _ in sources]
+        self.names = [source.name for source in sources]
+        self.stores = [source.store for source in sources]
         self.seed = seed
-        weights = np.array([weight for _, _, weight in sources], np.float64)
+        weights = np.array([source.weight for source in sources], np.float64)
         self.weights = weights / weights.sum()
 
         # The valid steps of a dataset with E episodes have indices through all its episodes. For

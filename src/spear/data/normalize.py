@@ -27,7 +27,7 @@ from torch import Tensor
 
 from spear.data.action_reference import measure_from_observed, measure_from_previous
 from spear.data.actions import HORIZON, extract_chunk
-from spear.data.store.episode_store import EpisodeStore
+from spear.data.store.episode_store import EpisodeStore, WeightedStore
 from spear.data.store.stats import QuantileSketch, weighted_quantile
 from spear.errors import SpearError, check_known, suppress_notices
 from spear.geometry import quat_to_6d
@@ -93,7 +93,7 @@ class Normalizer:
 
     @staticmethod
     def fit_per_dataset(
-        stores: Sequence[tuple[str, EpisodeStore, float]],
+        stores: Sequence[WeightedStore],
         mode: Mode = "quantile",
         bounds_m: Triple | None = None,
         action_reference: ActionReference = "previous",
@@ -102,13 +102,13 @@ class Normalizer:
         """Fit statistics over a mixture, and separate statistics of each dataset.
 
         Args:
-            stores: (name, store, sampling weight) of each dataset, as in `Mixture`.
+            stores: The datasets, as in `Mixture`.
             mode: See `fit`, also for the other arguments.
             bounds_m: See `fit`.
             action_reference: See `fit`.
             horizon: See `fit`.
         """
-        names = [name for name, _, _ in stores]
+        names = [dataset.name for dataset in stores]
         if len(set(names)) < len(names):
             raise SpearError(
                 f"several datasets have the same name ({', '.join(names)}). Give each folder "
@@ -118,9 +118,9 @@ class Normalizer:
         def fit(weighted_stores: Sequence[tuple[EpisodeStore, float]]) -> Normalizer:
             return Normalizer.fit(weighted_stores, mode, bounds_m, action_reference, horizon)
 
-        over_mixture = fit([(store, weight) for _, store, weight in stores])
+        over_mixture = fit([(dataset.store, dataset.weight) for dataset in stores])
         # The weight of a single dataset has no effect, so any weight will do.
-        per_dataset = {name: fit([(store, 1.0)]) for name, store, _ in stores}
+        per_dataset = {dataset.name: fit([(dataset.store, 1.0)]) for dataset in stores}
         return replace(over_mixture, datasets=per_dataset)
 
     def for_dataset(self, dataset: str | None) -> "Normalizer":

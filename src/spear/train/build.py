@@ -28,7 +28,7 @@ from spear.data.frames import (
 )
 from spear.data.mixture import Mixture, TrainingSamples
 from spear.data.normalize import Mode, Normalizer
-from spear.data.store.episode_store import EpisodeStore
+from spear.data.store.episode_store import WeightedStore
 from spear.errors import SpearError, check_known, notice
 from spear.flow import FlowConfig
 from spear.labels.questions.generate import iterate_tokenizer_texts
@@ -53,8 +53,6 @@ from spear.util.images import decode_image
 EMBEDDINGS = "language_model.embed_tokens.weight"  # the VLM's parameter with the token embeddings
 LabelsByView = dict[str, list[LabeledImage]]
 """View (camera) -> its labeled images, as `tasks.load_labels` returns them."""
-NamedStores = Sequence[tuple[str, EpisodeStore, float]]
-"""Name, store and sampling weight of each dataset."""
 
 
 class _Built(NamedTuple):
@@ -427,8 +425,8 @@ def _build_vla(recipe: Recipe, preset: Preset, inputs: TrainingInputs, seed: int
     # has sizes as (width, height), the samples take (height, width).
     views = {view: (height, width) for view, (width, height) in processor.image_sizes.items()}
     episodes = [
-        (name, store.select_episodes_with_cameras(views), weight)
-        for name, store, weight in inputs.episodes
+        dataset._replace(store=dataset.store.select_episodes_with_cameras(views))
+        for dataset in inputs.episodes
     ]
     _note_image_fitting(episodes, processor)
     frames = _merge_frame_versions(inputs.init, episodes)
@@ -472,12 +470,13 @@ def _add_action_expert(vlm: SpearVLM, preset: Preset) -> Spear1ForActionPredicti
     return model
 
 
-def _note_image_fitting(episodes: NamedStores, processor: Processor) -> None:
+def _note_image_fitting(episodes: Sequence[WeightedStore], processor: Processor) -> None:
     """Prepare one image per dataset and view, so that the processor prints its notices now.
 
     The notices say what the processor cuts from the images to fit them to the network.
     """
-    for _, store, _ in episodes:
+    for dataset in episodes:
+        store = dataset.store
         for view in processor.image_sizes:
             encoded = store.image(index=0, step=0, camera=view)
             if encoded:
@@ -485,7 +484,7 @@ def _note_image_fitting(episodes: NamedStores, processor: Processor) -> None:
                 processor.prepare_image(image, view)
 
 
-def _merge_frame_versions(init: Path | None, episodes: NamedStores) -> dict[str, int]:
+def _merge_frame_versions(init: Path | None, episodes: Sequence[WeightedStore]) -> dict[str, int]:
     """Merge the versions of frames of the demonstrations with those of the policy in `init`.
 
     A version says in which base frame and end-effector frame the poses of a dataset or robot are
@@ -496,7 +495,7 @@ def _merge_frame_versions(init: Path | None, episodes: NamedStores) -> dict[str,
     Returns:
         Name of a dataset or robot → version of its frames.
     """
-    sources = [(name, store.frames) for name, store, _ in episodes]
+    sources = [(dataset.name, dataset.store.frames) for dataset in episodes]
     normalizer_file = None if init is None else init / "normalizer.json"
     if init is not None and normalizer_file is not None and normalizer_file.is_file():
         recorded_frames = Normalizer.load(normalizer_file).frames
@@ -536,17 +535,23 @@ def _check_frames_are_old(init: Path, sources: Sequence[tuple[str, Mapping[str, 
                 )
 
 
-def _fit_normalizer(recipe: Recipe, horizon: int, episodes: NamedStores) -> Normalizer:
+def _fit_normalizer(recipe: Recipe, horizon: int, episodes: Sequence[WeightedStore]) -> Normalizer:
     """Fit the normalization to the datasets: one for all of them, or one for each.
 
     The recipe is one of `resolve_normalization`, and `horizon` the number of actions per chunk.
     """
     assert recipe.normalization is not None
     assert recipe.action_reference is not None
-    settings = (recipe.normalization, recipe.bounds_m, recipe.action_reference, horizon)
+    settings: dict[str, Any] = {
+        "mode": recipe.normalization,
+        "bounds_m": recipe.bounds_m,
+        "action_reference": recipe.action_reference,
+        "horizon": horizon,
+    }
     if recipe.normalize_each:
-        return Normalizer.fit_per_dataset(episodes, *settings)
-    return Normalizer.fit([(store, weight) for _, store, weight in episodes], *settings)
+        return Normalizer.fit_per_dataset(episodes, **settings)
+    weighted_stores = [(dataset.store, dataset.weight) for dataset in episodes]
+    return Normalizer.fit(weighted_stores, **settings)
 
 
 def _make_question_samples(

@@ -37,7 +37,7 @@ from spear.util.options import (
 )
 
 if TYPE_CHECKING:
-    from spear.data.store.episode_store import EpisodeStore
+    from spear.data.store.episode_store import WeightedStore
 
 Kind = Literal["depth", "naming", "vlm", "vla"]
 Precision = Literal["bf16", "fp32"]
@@ -335,13 +335,13 @@ class TrainingInputs:
 
     labels    folders of labeled images ("depth", "naming" and "vlm" recipes; in "vla" recipes,
               the images that the questions are about).
-    episodes  (name, store, sampling weight) of each dataset of robot demonstrations ("vla").
+    episodes  the datasets of robot demonstrations ("vla").
     init      the `final` folder of an earlier training; None starts from random weights.
     init_depth_encoder  the `final` folder of a "depth" recipe, whose encoder joins SPEAR-VLM.
     """
 
     labels: Sequence[Path] = ()
-    episodes: "Sequence[tuple[str, EpisodeStore, float]]" = ()
+    episodes: "Sequence[WeightedStore]" = ()
     init: Path | None = None
     init_depth_encoder: Path | None = None
 

@@ -23,7 +23,7 @@ import torch
 import spear
 from spear.data.readers.dataset_layout import REGISTRY
 from spear.data.readers.formats import check_holds_no_input, get_dataset_name
-from spear.data.store.episode_store import EpisodeStore
+from spear.data.store.episode_store import EpisodeStore, WeightedStore
 from spear.errors import is_first_process, notice
 from spear.models.devices import choose_device, keep_freed_memory
 from spear.models.weights.folders import (
@@ -188,7 +188,7 @@ def _has_same_episodes(inputs: TrainingInputs, checkpoint: Checkpoint | None) ->
 def _drop_failed_episodes(inputs: TrainingInputs) -> TrainingInputs:
     """Return the inputs without the episodes that are known to have failed."""
     episodes = [
-        (name, store.select_demonstrations(), weight) for name, store, weight in inputs.episodes
+        dataset._replace(store=dataset.store.select_demonstrations()) for dataset in inputs.episodes
     ]
     return dataclasses.replace(inputs, episodes=episodes)
 
@@ -241,7 +241,7 @@ def _list_episode_settings(inputs: TrainingInputs) -> dict[str, Any]:
         datasets.append(
             [name, f"{len(store)} episodes ({store.fingerprint()[:12]}), share {weight:g}"]
         )
-    contents_hashes = [store.content_fingerprint()[:12] for _, store, _ in inputs.episodes]
+    contents_hashes = [dataset.store.content_fingerprint()[:12] for dataset in inputs.episodes]
     return {EPISODES_KEY: datasets, EPISODE_CONTENT_KEY: contents_hashes}
 
 
@@ -329,8 +329,8 @@ def _join_learned_fingerprints(
     by spaces, each once.
     """
     fingerprints = (init_origin or {}).get("learned", "").split()
-    for _, store, _ in inputs.episodes:
-        fingerprints.extend(store.episode_fingerprints())
+    for dataset in inputs.episodes:
+        fingerprints.extend(dataset.store.episode_fingerprints())
     questions = getattr(task, "questions", None)
     if questions is not None:
         fingerprints.extend(questions.fingerprints())
@@ -346,7 +346,8 @@ def _is_simulator_only(inputs: TrainingInputs) -> bool:
     for folder in inputs.labels:
         for shard in list_files_recursively(folder, "labels*.parquet"):
             sources.extend(pq.read_table(shard, columns=["source"])["source"].to_pylist())
-    for _, store, _ in inputs.episodes:
+    for dataset in inputs.episodes:
+        store = dataset.store
         sources.extend(store.source(index) for index in range(len(store)))
     # Labels of the simulator's scenes have sources such as "sim:42", its episodes "sim/put_on/42".
     if not all(source.startswith(("sim:", "sim/")) for source in sources):
@@ -438,7 +439,7 @@ def _copy_added_files(source: Path, target: Path) -> None:
 
 def weigh_datasets(
     folders: Sequence[Path], stores: Sequence[EpisodeStore], weights: Sequence[float]
-) -> list[tuple[str, EpisodeStore, float]]:
+) -> list[WeightedStore]:
     """Give datasets their names and sampling weights, in the form of `TrainingInputs.episodes`.
 
     If there are several datasets, they are listed on stderr with their fractions of each batch.
@@ -454,7 +455,10 @@ def weigh_datasets(
     if len(stores) > 1 and is_first_process():
         _print_mixture(names, weights)
         _note_repeated_episodes(stores)
-    return list(zip(names, stores, weights, strict=True))
+    return [
+        WeightedStore(name, store, weight)
+        for name, store, weight in zip(names, stores, weights, strict=True)
+    ]
 
 
 def _choose_default_weights(stores: Sequence[EpisodeStore]) -> list[float]:

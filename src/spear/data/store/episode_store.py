@@ -15,7 +15,7 @@ import os
 import uuid
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -421,3 +421,17 @@ class EpisodeStore:
             text = f"{length} {rounded_poses.tolist()}"
             fingerprints.append(hashlib.sha256(text.encode()).hexdigest()[:12])
         return fingerprints
+
+
+class WeightedStore(NamedTuple):
+    """A dataset among those that are trained on together.
+
+    Attributes:
+        name: The dataset's name.
+        store: Its episodes.
+        weight: Its sampling weight: how often it is drawn, relative to the other datasets.
+    """
+
+    name: str
+    store: EpisodeStore
+    weight: float
