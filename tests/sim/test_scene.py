@@ -42,7 +42,7 @@ def test_other_seeds_give_other_scenes(family: str) -> None:
 
 @pytest.mark.parametrize("family", [*FAMILIES, "clutter"])
 def test_objects_lie_inside_the_workspace(family: str) -> None:
-    """`WORKSPACE` is 0.37 … 0.63 m along x and -0.23 … 0.23 m along y, here with 1 cm more."""
+    """The workspace is 0.37 … 0.63 m along x and -0.23 … 0.23 m along y, here with 1 cm more."""
     for seed in range(12):
         for item in sample(family, seed).objects:
             assert 0.36 < item.position[0] < 0.64

@@ -36,6 +36,7 @@ from spear.checks.gripper import (
     MIN_CORRELATION,
     MIN_EPISODES,
     MIN_MOTION,
+    CommandedGripper,
     correlate_commands,
     judge_open_end,
 )
@@ -901,7 +902,7 @@ def _propose_gripper(
     for state, command in itertools.product(states, commands):
         episodes = []
         for openings, commanded in zip(values[state], values[command], strict=True):
-            episodes.append((openings, commanded, rate_hz))
+            episodes.append(CommandedGripper(openings, commanded, rate_hz))
         correlations = [following.correlation for following in correlate_commands(episodes)]
         pairs.append((max(correlations, key=abs), state, command))
     if not pairs:

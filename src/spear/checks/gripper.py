@@ -35,8 +35,8 @@ class Following(NamedTuple):
     correlation: float
 
 
-class _Commanded(NamedTuple):
-    """A moving gripper in one episode.
+class CommandedGripper(NamedTuple):
+    """A gripper in one episode.
 
     opening  [T] measured openings.
     command  [T] commanded openings.
@@ -71,7 +71,7 @@ def check_gripper(recordings: Sequence[Recording]) -> list[Check]:
     for recording in moving:
         if recording.command is not None:
             opening = np.asarray(recording.opening)
-            commanded.append(_Commanded(opening, recording.command, recording.rate_hz))
+            commanded.append(CommandedGripper(opening, recording.command, recording.rate_hz))
     range_problem = check_range(openings, [episode.command for episode in commanded])
     if not commanded:
         return [range_problem or Check("gripper", verdict, words)]
@@ -79,7 +79,7 @@ def check_gripper(recordings: Sequence[Recording]) -> list[Check]:
 
 
 def _check_commands(
-    commanded: Sequence[_Commanded],
+    commanded: Sequence[CommandedGripper],
     openings: Sequence[Array],
     open_end: Check,
     range_problem: Check | None,
@@ -197,27 +197,26 @@ def are_opposite(openings: Array | float, others: Array | float) -> Array:
 
 
 def correlate_commands(
-    episodes: Sequence[tuple[Array, Array, float]], max_delay_s: float = MAX_DELAY_S
+    episodes: Sequence[CommandedGripper], max_delay_s: float = MAX_DELAY_S
 ) -> list[Following]:
     """Correlate commands with the openings some steps later, for every delay up to a longest one.
 
     Args:
-        episodes: (openings [T], commands [T], steps per second) of each episode.
+        episodes: the gripper in each episode, all at the same rate.
         max_delay_s: the longest delay.
 
     Returns:
         One result per delay, from 0 steps on. The correlation is 0 if commands or openings never
         change.
     """
-    rate_hz = episodes[0][2]
     results = []
-    max_delay_steps = round(max_delay_s * rate_hz)
+    max_delay_steps = round(max_delay_s * episodes[0].rate_hz)
     for delay in range(max_delay_steps + 1):
         pairs = []  # [2, T - delay] of each episode: commands, and openings `delay` steps later
-        for opening, command, _ in episodes:
-            num_pairs = len(opening) - delay
+        for episode in episodes:
+            num_pairs = len(episode.opening) - delay
             if num_pairs > 0:
-                pairs.append(np.stack([command[:num_pairs], opening[delay:]]))
+                pairs.append(np.stack([episode.command[:num_pairs], episode.opening[delay:]]))
         if not pairs:
             break
         commands, openings = np.concatenate(pairs, axis=1)

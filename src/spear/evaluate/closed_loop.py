@@ -152,6 +152,7 @@ class _Tabletop:
         return TabletopEnv(family, self._image_sizes, images=agent.needs_images)
 
     def _start_scene(self, agent: Agent, env: TabletopEnv, seed: int) -> _RunningScene:
+        """Load the scene of a seed into an environment, with an executor for the agent's chunks."""
         env.load(World(self._sample_scene(env.family, seed)))
         executor = ChunkExecutor(
             self._options.execution, self._options.replan_steps, max_committed=agent.max_committed

@@ -196,6 +196,7 @@ class _Listing:
             yield from list_video_frames(path, self.rate)
 
     def _list_folder(self, path: str) -> Iterator[Item]:
+        """List the images in a folder and its subfolders, each folder once."""
         real_path = os.path.realpath(path)
         if real_path in self.entered_folders:
             return

@@ -381,6 +381,7 @@ def _write_skipped(path: Path, skipped: Sequence[SkippedImage]) -> None:
 
 
 def _hash_keys(items: Sequence[Item]) -> str:
+    """Hash the keys of items, so that another list of images can be noticed."""
     return hashlib.sha256("\0".join(item.key for item in items).encode()).hexdigest()
 
 

@@ -45,6 +45,7 @@ class MemoryMeter(TorchDispatchMode):
         return tensor
 
     def _forget(self, key: int, num_bytes: int) -> None:
+        """Subtract a storage that was freed."""
         self._counted_storages.discard(key)
         self.live -= num_bytes
 

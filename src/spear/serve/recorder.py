@@ -136,6 +136,7 @@ class SessionRecorder:
             notice(f"{self._writer.folder} lacks {num_dropped} that were answered.")
 
     def _count_dropped(self) -> None:
+        """Count an observation that is not recorded. The first one gives a notice."""
         self.num_dropped += 1
         if self.num_dropped == 1 and not self._has_failed:
             notice(
@@ -252,11 +253,13 @@ class RecordingWriter:
         )
 
     def _save(self, episode: "_OpenEpisode", is_complete: bool) -> None:
+        """Write all steps of an episode up to now."""
         with report_write_errors(self.folder):
             episode.save(self._note, is_complete)
             self._update_size(episode)
 
     def _update_size(self, episode: "_OpenEpisode") -> None:
+        """Set the size of an episode's files in `_sizes`."""
         shard = episode.shard
         self._sizes[shard.path.name] = round_up_file_sizes(
             shard.num_table_bytes, shard.num_image_bytes

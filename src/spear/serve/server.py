@@ -129,12 +129,14 @@ class PolicyServer:
                 self.page.close()
 
     def _stop_on_signals(self) -> None:
+        """Let SIGTERM and SIGINT stop the server."""
         # Outside of the main thread there are no signal handlers; `stop` ends the server there.
         with contextlib.suppress(ValueError, RuntimeError):
             for number in (signal.SIGTERM, signal.SIGINT):
                 asyncio.get_running_loop().add_signal_handler(number, self.stop)
 
     async def _listen(self) -> Server:
+        """Open the port, with all limits of connections, and serve each client that connects."""
         try:
             listener = LimitedListener(
                 await open_listeners(self.options.host, self.options.port),
@@ -314,7 +316,8 @@ class PolicyServer:
         status = http.HTTPStatus
         refusal = self._find_refusal(request)
         if refusal:
-            return connection.respond(*refusal)
+            refusal_status, refusal_text = refusal
+            return connection.respond(refusal_status, refusal_text)
         if request.path == "/healthz":
             return connection.respond(status.OK, "ok\n")
 

@@ -20,8 +20,8 @@ from spear.util.held_out import FIRST_TRAIN_SEED
 FAMILIES = ("put_on", "put_in_basket", "spoon_on_towel", "stack_cube")
 TARGET_INDEX = 0  # index of the target in the objects of a scene with a task
 SOURCE_INDEX = 1  # index of the source
-WORKSPACE = ((0.37, 0.63), (-0.23, 0.23))
-"""Where objects lie: x and y ranges on the table, m, base frame."""
+WORKSPACE_X_M = (0.37, 0.63)  # range of x on the table where objects lie, base frame
+WORKSPACE_Y_M = (-0.23, 0.23)  # the same for y
 EXTERNAL_CAMERA_FOV_Y_DEG = 36.5
 """The external camera's vertical view angle. It is the same in all scenes, as a real robot has one
 camera. If the angle varied by a degree, distances would be ambiguous by 13 mm, because a wider view
@@ -203,7 +203,7 @@ def sample_clutter_scene(seed: int) -> SceneSpec:
         for index, scene_object in enumerate(objects)
         if OBJECT_KINDS[scene_object.kind].grasp is not None
     ]
-    xy = np.array([rng.uniform(*WORKSPACE[0]), rng.uniform(*WORKSPACE[1])])
+    xy = np.array([rng.uniform(*WORKSPACE_X_M), rng.uniform(*WORKSPACE_Y_M)])
     if graspable and rng.random() < 0.7:
         approached_object = objects[int(rng.choice(graspable))]
         xy = np.array(approached_object.position[:2]) + rng.normal(0, 0.03, 2)
@@ -346,7 +346,8 @@ def _try_to_place_one(
     Returns None if `NUM_PLACING_ATTEMPTS` places were too near to the neighbors.
     """
     kind = OBJECT_KINDS[name]
-    (min_x, max_x), (min_y, max_y) = WORKSPACE
+    min_x, max_x = WORKSPACE_X_M
+    min_y, max_y = WORKSPACE_Y_M
     # An object reaches at most 8 cm beyond the border of the workspace (our choice). So the middle
     # of a larger object stays away from the border.
     inset = max(0.0, kind.radius - MAX_OVERHANG_M)

@@ -54,7 +54,7 @@ so that no two draw the same random numbers."""
 
 CLUTTER_AREA_M = ((0.22, 0.80), (-0.40, 0.40))
 """Where clutter may lie: x and y ranges on the table, m, base frame. This area is larger than
-`spear.sim.scene.WORKSPACE`, where the objects of tasks lie."""
+workspace of `spear.sim.scene`, where the objects of tasks lie."""
 CLUTTER_GAP_M = 0.015
 """The smallest gap between clutter and other objects, m."""
 

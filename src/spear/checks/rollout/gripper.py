@@ -8,7 +8,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from spear.checks.gripper import MIN_CORRELATION, Following, correlate_commands
+from spear.checks.gripper import (
+    MIN_CORRELATION,
+    CommandedGripper,
+    Following,
+    correlate_commands,
+)
 from spear.checks.rollout.episode import RecordedEpisode
 from spear.types import Array
 
@@ -23,8 +28,7 @@ OPEN_COMMAND = 0.5  # a command above it opens
 class GripperUse:
     """What a gripper does.
 
-    rollout           (openings [T], commands [T], steps per second) of each episode of the rollout
-                      that changes its command.
+    rollout           the gripper in each episode of the rollout that changes its command.
     following         the delay at which openings follow commands best in the rollout; None if the
                       commands never change.
     following_before  the same in the demonstrations.
@@ -35,7 +39,7 @@ class GripperUse:
     open_before       the same in the demonstrations.
     """
 
-    rollout: Sequence[tuple[Array, Array, float]]
+    rollout: Sequence[CommandedGripper]
     following: Following | None
     following_before: Following | None
     first_openings: Array
@@ -60,17 +64,18 @@ class GripperUse:
         )
 
 
-def _select_changing(episodes: Sequence[RecordedEpisode]) -> list[tuple[Array, Array, float]]:
-    """Select openings, commands and rates of the episodes whose command changes."""
+def _select_changing(episodes: Sequence[RecordedEpisode]) -> list[CommandedGripper]:
+    """Select the gripper of the episodes whose command changes."""
     changing = []
     for episode in episodes:
         command = np.asarray(episode.action[:, 7], np.float64)
         if np.ptp(command) > MIN_COMMAND_CHANGE:
-            changing.append((np.asarray(episode.opening, np.float64), command, episode.rate_hz))
+            opening = np.asarray(episode.opening, np.float64)
+            changing.append(CommandedGripper(opening, command, episode.rate_hz))
     return changing
 
 
-def _find_delay(episodes: Sequence[tuple[Array, Array, float]]) -> Following | None:
+def _find_delay(episodes: Sequence[CommandedGripper]) -> Following | None:
     """Find the delay with the largest correlation, positive or negative.
 
     Long delays are tried only if no usual one explains the openings, because a gripper that opens

@@ -446,6 +446,7 @@ def _moves_while_waiting(episode: RecordedEpisode) -> bool:
 
 
 def _horizon(episode: RecordedEpisode) -> int:
+    """Return how many actions a recorded answer has; 1 if no answers were recorded."""
     return 1 if episode.served is None else episode.served.chunks.shape[1]
 
 

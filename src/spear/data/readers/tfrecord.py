@@ -63,6 +63,7 @@ def read_records(
 def _read_records(
     file: IO[bytes], path: Path, start: int, stop: int, num_expected: int | None
 ) -> Iterator[tuple[int, bytes | SpearError]]:
+    """Yield what `read_records` yields, from an opened file."""
     file_bytes = path.stat().st_size
     for index in range(stop):
         header = file.read(HEADER_BYTES)

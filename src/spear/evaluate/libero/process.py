@@ -166,6 +166,7 @@ class LiberoProcess:
         self._process.wait()
 
     def _call(self, method: str, *arguments: Any) -> Any:
+        """Call a method of the task in the worker process, and wait for its result."""
         try:
             self._connection.send((method, arguments))
             is_fine, result = self._connection.recv()
@@ -189,6 +190,7 @@ def make_blank_pictures() -> dict[str, Array]:
 
 
 def _start_worker() -> tuple[subprocess.Popen[bytes], Connection]:
+    """Start worker.py in LIBERO's own Python. Return the process and the connection to it."""
     python = find_python()
     key = secrets.token_bytes(32)
     with tempfile.TemporaryDirectory() as folder:
@@ -221,6 +223,7 @@ def _start_worker() -> tuple[subprocess.Popen[bytes], Connection]:
 
 
 def _read_moment(values: Mapping[str, Any]) -> LiberoMoment:
+    """Make a moment from what the worker sends of its state."""
     fingers = values["fingers"]
     opening = float(np.clip((fingers[0] - fingers[1]) / (2 * FINGER_TRAVEL_M), 0, 1))
     return LiberoMoment(

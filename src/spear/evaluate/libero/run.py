@@ -259,6 +259,7 @@ class Libero:
     def _start(
         self, task: str, process: LiberoProcess, seed: int, needs_pictures: bool
     ) -> LiberoScene:
+        """Put a process in the official state of a seed, and return the scene that begins there."""
         state_index = seed % process.num_states
         # Other projects go through the states in their order, with one reset before each. That
         # number fixes where cabinet and stove stand, also in an evaluation that was continued.
@@ -275,6 +276,7 @@ class Libero:
         )
 
     def _observe(self, scene: LiberoScene) -> CheckedObservation:
+        """Return what the policy sees of a scene now, through the robot's adapter."""
         observation = scene.moment.make_observation(scene.process.instruction, scene.pictures)
         return self._robot.read(observation)
 

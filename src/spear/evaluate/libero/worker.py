@@ -401,6 +401,7 @@ class LiberoTask:
         self._env.env.robots[0].controller.reset_goal()
 
     def _move_commanded_pose(self, row: Array) -> None:
+        """Move the commanded pose by a row: translation and rotation vector, base frame."""
         self._commanded[:3] += row[:3]
         turn = rotation_vector_to_quaternion(row[3:6])
         rotation = multiply_quaternions(turn, self._commanded[3:])

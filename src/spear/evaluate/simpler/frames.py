@@ -53,22 +53,24 @@ LIGHT_FACTOR = (0.3, 2.0)  # range of the factor on the brightness
 LIGHT_TINT = 0.05  # largest change of a single color channel
 
 
-def render_labeled_frame(env: Any, task: Task, official: tuple[Array, Array], seed: int) -> Frame:
+def render_labeled_frame(
+    env: Any, task: Task, official_positions: Array, official_turns: Array, seed: int
+) -> Frame:
     """Render a scene that differs from the official starts, as the task's camera sees it.
 
     Args:
         env: ManiSkill's environment of this task. It keeps the new scene until the next
             `rebuild_scene`.
         task: The task.
-        official: Positions [n, 2, 3] and orientations [m, 2, 4] of the official starts, see
-            `sample_off_grid_start`.
+        official_positions: [n, 2, 3], see `sample_off_grid_start`.
+        official_turns: [m, 2, 4] official orientations.
         seed: The seed of the scene.
 
     Returns:
         The image [480, 640, 3], its depth [480, 640], and the ground truth.
     """
     rng = np.random.default_rng([seed, 3])  # 3: see `sample_off_grid_start`
-    start = sample_off_grid_start(task, seed, *official)
+    start = sample_off_grid_start(task, seed, official_positions, official_turns)
 
     # The order of these calls must stay, because it is the order in which `rng` draws numbers.
     clutter_names = _build_scene_with_clutter(env, start, rng)

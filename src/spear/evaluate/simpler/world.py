@@ -135,11 +135,12 @@ class SimplerWorld:
         self._task = TASKS[task]
         # Positions [n, 2, 3] and orientations [m, 2, 4] of the official starts, as ManiSkill's
         # tensors, from which `rebuild_scene` builds scenes
-        self._official_tensors = (self._env.xyz_configs, self._env.quat_configs)
-        positions, turns = self._official_tensors
+        self._position_tensor = self._env.xyz_configs
+        self._turn_tensor = self._env.quat_configs
         # The same as float64 arrays, which `sample_off_grid_start` uses
-        self._official_arrays = (np.asarray(positions, np.float64), np.asarray(turns, np.float64))
-        num_starts = len(positions) * len(turns)
+        self._official_positions = np.asarray(self._position_tensor, np.float64)
+        self._official_turns = np.asarray(self._turn_tensor, np.float64)
+        num_starts = len(self._official_positions) * len(self._official_turns)
         if num_starts != self._task.num_starts:
             raise SpearError(f"SIMPLER's {task} has {num_starts} starts. Say so in its Task.")
 
@@ -154,7 +155,7 @@ class SimplerWorld:
         if is_off_grid:
             self._reset_off_grid(start)
         else:
-            rebuild_scene(self._env, *self._official_tensors, start)
+            rebuild_scene(self._env, self._position_tensor, self._turn_tensor, number=start)
         self._unreachable = 0
         self._steps = 0
         self._success = False
@@ -167,7 +168,9 @@ class SimplerWorld:
 
     def _reset_off_grid(self, seed: int) -> None:
         """Build the scene of a start off the grid, and change the arm's posture."""
-        start = sample_off_grid_start(self._task, seed, *self._official_arrays)
+        start = sample_off_grid_start(
+            self._task, seed, self._official_positions, self._official_turns
+        )
         rebuild_scene(
             self._env, torch.from_numpy(start.positions)[None], torch.from_numpy(start.turns)[None]
         )
@@ -209,7 +212,9 @@ class SimplerWorld:
             seed: The seed of the scene.
             size: (width, height) of the image, px.
         """
-        frame = render_labeled_frame(self._env, self._task, self._official_arrays, seed)
+        frame = render_labeled_frame(
+            self._env, self._task, self._official_positions, self._official_turns, seed
+        )
         return fit_frame(frame, size, f"simpler/{self._name}/{seed}")
 
     def render_picture(self) -> Array:

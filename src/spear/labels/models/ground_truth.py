@@ -96,6 +96,7 @@ class GroundTruth:
 
 
 def _detect_instances(frame: Frame) -> list[Detection]:
+    """Return a detection for each instance of which enough pixels are visible."""
     detections = []
     for instance, box in sorted(find_instance_boxes(frame).items()):
         if np.count_nonzero(frame.instances == instance) >= MIN_VISIBLE_PIXELS:
@@ -126,6 +127,7 @@ def _match_instance(detection: Detection, frame: Frame, boxes: Mapping[int, Arra
 
 
 def _unproject_frame(frame: Frame) -> PointMapResult:
+    """Make the point map of a frame from its true depth and intrinsics."""
     if frame.depth is None or frame.intrinsics is None:
         raise _missing_error(frame, "depth or no intrinsics")
     is_known = np.isfinite(frame.depth) & (frame.depth > 0)

@@ -91,6 +91,7 @@ def _try_to_record(function: Callable[[Inputs], Tensor], inputs: Inputs) -> Reco
 
 
 def _record(function: Callable[[Inputs], Tensor], inputs: Inputs) -> RecordedGraph:
+    """Record a graph of what `function` does with copies of the inputs."""
     input_buffers = {name: tensor.clone() for name, tensor in inputs.items()}
     # We record on the GPU of the inputs. The thread's current GPU may be another one, on which the
     # function launches nothing, and the graph would be empty.

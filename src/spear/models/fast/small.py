@@ -86,6 +86,7 @@ class SmallLayerStack(LayerStack):
         self._eps_length = torch.tensor(sqrt_width * math.sqrt(self.eps), dtype=torch.float32)
 
     def _prepare_weights(self, layer: Any) -> LayerWeights:
+        """Copy a layer's weights, with the scales of norms and attention multiplied into them."""
         attention = layer.self_attn
         mlp = layer.mlp
         query = _get_weight(attention.q_proj)

@@ -315,6 +315,7 @@ class Conversion(Generic[ModelT]):
         return model
 
     def _check_disk_space(self, partial_folder: Path, dtype: torch.dtype) -> None:
+        """Raise `SpearError` if the disk of `partial_folder` has no room for the weights."""
         needed_bytes = self.report.count_parameters() * dtype.itemsize
         free_bytes = shutil.disk_usage(partial_folder).free
         if free_bytes < needed_bytes:
@@ -332,6 +333,7 @@ class Conversion(Generic[ModelT]):
         seed: int,
         save_more: Callable[[Path], Any] | None,
     ) -> None:
+        """Write weights, tokenizer, provenance and model card of a model called `name`."""
         with quiet_transformers():
             model.save_pretrained(partial_folder, max_shard_size=MAX_SHARD_SIZE)
         if self.tokenizer is not None:
