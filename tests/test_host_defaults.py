@@ -63,7 +63,9 @@ def test_a_spear_vlm_gives_the_same_answer(change_defaults: Callable[[], None]) 
     assert answer.segments == expected.segments
 
 
-def test_noise_and_flow_times_are_the_same(change_defaults: Callable[[], None]) -> None:
+def test_noise_and_flow_times_do_not_depend_on_the_defaults(
+    change_defaults: Callable[[], None],
+) -> None:
     def draw() -> tuple[torch.Tensor, torch.Tensor]:
         noise = sample_noise((2, 5), FlowConfig(), torch.Generator("cpu").manual_seed(0))
         tau = sample_time(4, FlowConfig(), torch.Generator("cpu").manual_seed(0))
@@ -94,7 +96,7 @@ def execute_two_chunks() -> np.ndarray:
     return np.array(actions)
 
 
-def test_chunks_are_joined_alike(change_defaults: Callable[[], None]) -> None:
+def test_joined_chunks_do_not_depend_on_the_defaults(change_defaults: Callable[[], None]) -> None:
     expected = execute_two_chunks()
 
     change_defaults()

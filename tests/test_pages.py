@@ -130,7 +130,7 @@ def test_a_block_has_its_mark_and_its_output(tmp_path: Path) -> None:
         ("open …/page.html", "open /tmp/x/page.html"),
     ],
 )
-def test_outputs_that_say_the_same(page_text: str, printed: str) -> None:
+def test_outputs_with_small_differences_agree(page_text: str, printed: str) -> None:
     assert find_difference(page_text, printed, max_relative_error=0.05) is None
 
 

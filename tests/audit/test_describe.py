@@ -96,7 +96,7 @@ def test_the_single_camera_of_the_real_sample_is_external(shared: Path, name: st
 
 
 @pytest.mark.parametrize("name", ["bridge_v2_sample", "lerobot/v3.0_image"])
-def test_the_open_end_of_the_gripper_is_right(shared: Path, name: str) -> None:
+def test_the_larger_reading_of_the_gripper_is_proposed_as_open(shared: Path, name: str) -> None:
     closed, opened = describe_once(shared / "data" / name)["gripper_range"]
 
     assert closed < opened
@@ -138,7 +138,9 @@ def round_units(states: np.ndarray, actions: np.ndarray) -> tuple[np.ndarray, np
     return np.rint(states * factors).astype(int), actions
 
 
-def test_whole_numbers_are_measurements_too(shared: Path, tmp_path: Path) -> None:
+def test_columns_of_whole_numbers_are_proposed_as_measurements(
+    shared: Path, tmp_path: Path
+) -> None:
     proposal = propose_layout(rewrite_sample(shared, tmp_path, round_units))
 
     assert proposal["position"] == "observation/state[0:3]"

@@ -60,7 +60,7 @@ class TestObservations:
         expected = np.subtract(recorded["eef_pos"], recorded["base"])
         np.testing.assert_allclose(state[:3], expected, atol=1e-6)
 
-    def test_a_client_that_does_not_send_the_base_gets_the_same(
+    def test_the_base_of_a_client_that_does_not_send_it_is_found(
         self, recorded: dict[str, Any]
     ) -> None:
         observation = make_observation(recorded)
@@ -143,6 +143,7 @@ class TestCommands:
 
         lag_m = np.linalg.norm(final_position - expected[-1])
         way_m = np.linalg.norm(expected[-1] - state[:3])
+        # Seen in the recorded motions: up to a third of the way, and some millimeters.
         assert lag_m < 0.35 * way_m + 0.005
 
     def test_the_predicted_motion_solves_the_equation_of_the_controller(self) -> None:

@@ -136,7 +136,7 @@ def test_the_card_counts_images_and_objects(whole_run: Path) -> None:
     assert "3 images were skipped (`skipped.parquet`)" in card
 
 
-def test_it_opens_as_a_hugging_face_dataset_with_images(whole_run: Path, tmp_path: Path) -> None:
+def test_labels_open_as_a_hugging_face_dataset_with_images(whole_run: Path, tmp_path: Path) -> None:
     datasets = pytest.importorskip("datasets")
 
     labels = datasets.load_dataset(str(whole_run), cache_dir=str(tmp_path))["train"]
@@ -258,7 +258,7 @@ def label_in_a_process(source: str, out: str, workers: int) -> None:
     run(Path(source), Path(out), workers, detector=(0.02, "00017.png"))
 
 
-def test_killed_again_and_again_it_loses_nothing(
+def test_a_run_that_is_killed_again_and_again_loses_nothing(
     source: Path, whole_run: Path, tmp_path: Path
 ) -> None:
     """The run is killed at least six times, until it has finished a shard."""

@@ -304,7 +304,7 @@ Policy = HomingPolicy
 
 
 @pytest.mark.slow
-def test_a_server_without_open_files_says_it_once_and_goes_on() -> None:
+def test_a_server_without_free_file_handles_logs_it_once_and_answers_open_connections() -> None:
     with (
         tempfile.TemporaryFile() as stderr,
         run_server_process(FEW_FILES_CODE, stderr=stderr) as (_, port, _),

@@ -165,7 +165,7 @@ def test_the_gripper_stays_over_the_table_and_reports_it() -> None:
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_wild_actions_never_make_it_unstable_nor_leave_the_limits(seed: int) -> None:
+def test_wild_actions_never_make_the_arm_unstable_nor_leave_its_limits(seed: int) -> None:
     """Random actions of about half a meter keep the joints within their speeds and angles."""
     rng = np.random.default_rng([3, seed])
     world = World(sample_scene("put_in_basket", seed))

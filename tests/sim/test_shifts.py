@@ -58,7 +58,7 @@ def find_differing_fields(first: object, second: object) -> set[str]:
 
 @pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("axis", AXES)
-def test_an_axis_changes_only_what_it_says(axis: str, level: int) -> None:
+def test_a_shift_changes_only_what_its_axis_names(axis: str, level: int) -> None:
     scene = sample_scene("put_on", 5)
 
     shifted = shift_scene(scene, Shift(axis, level))

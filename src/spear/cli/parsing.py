@@ -216,6 +216,7 @@ def _simplify_complaint(reason: str, args: Sequence[str]) -> str:
 
     Complaints that concern no option's value are returned as they are.
     """
+    # The option in "error parsing --steps: …", for example.
     match = re.search(r"(?:argument '|parsing )(--[\w-]+)", reason)
     if match is None:
         return reason

@@ -289,7 +289,7 @@ class _FreeTextState:
             self.is_after_word = torch.zeros_like(self.is_done)
 
     def choose(self, logits: Tensor) -> Tensor:
-        """Choose the likeliest allowed tokens [N] from logits [N, vocabulary].
+        """Choose the likeliest allowed tokens [N] from logits [N, vocabulary], and track them.
 
         An answer that has ended gets padding.
         """

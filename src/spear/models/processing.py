@@ -30,7 +30,7 @@ LOCATION_FORMAT = "<loc{:04d}>"
 """The text of one of PaliGemma's 1,024 location tokens. Each stands for a step of the image's
 height or width. A pixel is two of them, first y, then x."""
 
-_LOCATION_TOKEN = r"<loc(0\d{3}|10[01]\d|102[0-3])>"
+_LOCATION_TOKEN = r"<loc(0\d{3}|10[01]\d|102[0-3])>"  # <loc0000> … <loc1023>
 _PIXEL_TOKENS = re.compile(_LOCATION_TOKEN * 2)
 _NO_BRACKETS = r"[^<[]+"  # characters other than "<" and "["
 _BRACKET_BEFORE_SPACE = r"[<[](?!\S)"  # a "<" or "[" before a space, or at the end of the text

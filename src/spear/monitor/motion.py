@@ -56,7 +56,7 @@ class FrozenStateCheck:
         self._commanded_m: float | np.floating = 0.0
 
     def check(self, is_same_state: bool, chunk: Array) -> Iterator[Finding]:
-        """Check whether the state changed after a chunk was sent.
+        """Check whether the state changed after a chunk was sent, and add up the commanded motion.
 
         Args:
             is_same_state: whether the new state equals the state before the chunk.
@@ -85,7 +85,10 @@ class GripperCheck:
         self._were_opposite: list[bool] = []  # one entry per compared opening
 
     def check(self, opening: float, chunk: Array) -> Iterator[Finding]:
-        """Check the gripper opening after the robot executed some actions of a chunk [H, 8]."""
+        """Collect the gripper opening after the robot executed some actions of a chunk [H, 8].
+
+        The first `NUM_STEPS` openings are judged together.
+        """
         commands = chunk[:, 7]
         # Which of the commands were executed is unknown, so chunks that change it are not compared.
         is_one_command = np.ptp(commands) < 0.5  # commands are near 0 or near 1
@@ -112,7 +115,9 @@ class MotionAxesCheck:
         self._direction_products: list[Array] = []  # d ⊗ c, [3, 3] each
 
     def check(self, displacement: Array, paths: Array) -> Iterator[Finding]:
-        """Check in which direction the arm moved.
+        """Collect in which direction the arm moved.
+
+        The first `NUM_STEPS` motions are judged together.
 
         Args:
             displacement: [3] how far the arm moved between two observations, m.
@@ -189,7 +194,10 @@ class MotionChecks:
         self._chunk = None if chunk is None else chunk.copy()
 
     def check(self, state: Array) -> list[Finding]:
-        """Compare the robot's state [8] with the chunk that the robot was sent last."""
+        """Compare the robot's state [8] with the chunk that the robot was sent last.
+
+        The state is remembered for the next comparison, and the chunk is forgotten.
+        """
         chunk = self._chunk
         displacement = state[:3] - self._last_state[:3]
         is_same_state = bool((state == self._last_state).all())

@@ -196,7 +196,7 @@ class RemotePolicy:
         return greeting
 
     def _check_same_server(self, greeting: bytes) -> None:
-        """Raise `SpearError` if the server's greeting differs from that of the first connection."""
+        """Remember the server's first greeting, and raise `SpearError` if a later one differs."""
         if not self._greeting:
             self._greeting = greeting
         if greeting != self._greeting:

@@ -42,8 +42,8 @@ VARIED = "varied"
 COLORFUL = "colorful"
 _WORLDS_OF_SCENES = (DEFAULT, WILD, VARIED, COLORFUL)
 """The worlds whose surroundings are drawn for each scene. Laboratories are the other worlds."""
-_LAB = re.compile(r"lab:(\d{1,6})")
-_LABS = re.compile(r"labs:([1-9]\d{0,5})")
+_LAB = re.compile(r"lab:(\d{1,6})")  # "lab:7", one laboratory
+_LABS = re.compile(r"labs:([1-9]\d{0,5})")  # "labs:20", each scene in one of 20 laboratories
 
 _WILD_STREAM = 101
 _LAB_STREAM = 102
@@ -54,7 +54,7 @@ so that no two draw the same random numbers."""
 
 CLUTTER_AREA_M = ((0.22, 0.80), (-0.40, 0.40))
 """Where clutter may lie: x and y ranges on the table, m, base frame. This area is larger than
-workspace of `spear.sim.scene`, where the objects of tasks lie."""
+the workspace of `spear.sim.scene`, where the objects of tasks lie."""
 CLUTTER_GAP_M = 0.015
 """The smallest gap between clutter and other objects, m."""
 

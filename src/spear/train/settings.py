@@ -51,7 +51,8 @@ def _read_meanings(owner: type) -> dict[str, str]:
     """Return what the docstring of the class `owner` says about each field, by the field's name.
 
     An entry of the docstring consists of a field's name (or several, separated by ", "), spaces,
-    and the meaning. Further lines of a meaning are indented.
+    and the meaning: "lr, warmup  peak learning rate, and steps until it". Further lines of a
+    meaning are indented.
     """
     names = [field.name for field in dataclasses.fields(owner)]
     # Longer names come first, so that a name is not taken for the beginning of a longer one.

@@ -216,7 +216,7 @@ class Tab:
         return view
 
     def find_boxes(self, request: Request) -> PageState:
-        """Ask SPEAR-VLM for the 3D boxes of several objects at once.
+        """Ask SPEAR-VLM for the 3D boxes of several objects at once, and remember their names.
 
         In the simulator the view has the error of each box's center ("error_mm"), if the model's
         unit is meters. If the model was calibrated, the view also has the half width of the

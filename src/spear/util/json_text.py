@@ -22,10 +22,10 @@ take integers of up to 308 digits."""
 
 UTF_16_MARKS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 
-_MANY_DIGITS = re.compile(rb"\d{%d,}" % (MAX_INTEGER_DIGITS + 1))
+_MANY_DIGITS = re.compile(rb"\d{%d,}" % (MAX_INTEGER_DIGITS + 1))  # too many for an integer
 _STRING_OR_NUMBER = re.compile(
     rb'"[^"\\]*(?:\\.[^"\\]*)*"'  # a string, in which digits do not matter
-    rb"|-?\d+(?P<fraction>\.\d+)?(?P<exponent>[eE][+-]?\d+)?",
+    rb"|-?\d+(?P<fraction>\.\d+)?(?P<exponent>[eE][+-]?\d+)?",  # -12, 3.5 or 1e-4
     re.DOTALL,
 )
 

@@ -135,7 +135,9 @@ def test_info_describes_features_in_the_same_way(their_folder: Path, our_folder:
 
 
 @pytest.mark.parametrize("file", [DATA_FILE, EPISODES_FILE, TASKS_FILE])
-def test_parquet_schemas_are_the_same(their_folder: Path, our_folder: Path, file: str) -> None:
+def test_parquet_schemas_are_those_of_lerobot(
+    their_folder: Path, our_folder: Path, file: str
+) -> None:
     their_types = {
         our_name(field.name): field.type for field in pq.read_schema(their_folder / file)
     }
@@ -160,7 +162,7 @@ def test_tasks_are_the_index_of_a_pandas_table(their_folder: Path, our_folder: P
         assert table.loc["put carrot on plate"].task_index == 3
 
 
-def test_statistics_are_the_same(their_folder: Path, our_folder: Path) -> None:
+def test_statistics_are_those_of_lerobot(their_folder: Path, our_folder: Path) -> None:
     their_stats = read_json_file(their_folder / "meta/stats.json")
     our_stats = read_json_file(our_folder / "meta/stats.json")
 
@@ -183,7 +185,7 @@ def test_statistics_are_the_same(their_folder: Path, our_folder: Path) -> None:
             )
 
 
-def test_the_rows_of_episodes_are_the_same(their_folder: Path, our_folder: Path) -> None:
+def test_the_rows_of_episodes_are_those_of_lerobot(their_folder: Path, our_folder: Path) -> None:
     their_rows = pq.read_table(their_folder / EPISODES_FILE).to_pylist()
     our_rows = pq.read_table(our_folder / EPISODES_FILE).to_pylist()
 
@@ -344,7 +346,7 @@ def test_a_dataset_without_episodes_is_refused(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_folder_with_files_stays(tmp_path: Path) -> None:
+def test_an_export_into_a_folder_with_files_is_refused_and_leaves_them(tmp_path: Path) -> None:
     (tmp_path / "set").mkdir()
     (tmp_path / "set/mine.txt").write_text("do not touch")
 

@@ -256,7 +256,7 @@ def test_episodes_that_all_failed_are_prepared_with_one_notice(tmp_path: Path) -
     refuses("failed", EpisodeStore(tmp_path / "out").select_demonstrations)
 
 
-def test_any_number_of_workers_writes_the_same(
+def test_two_workers_write_the_same_bytes_as_none(
     recorded: Path, prepared: Path, tmp_path: Path
 ) -> None:
     run_prepare(recorded, tmp_path / "arm", workers=2)

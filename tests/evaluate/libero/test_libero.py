@@ -224,8 +224,8 @@ class TestOracle:
             [["in", "bowl_1", "cabinet_1_top_region"]], open_drawer_above_bowl(moment)
         )
 
-        assert action[1] > 0.03
-        assert action[2] < 0.025
+        assert action[1] > 0.03  # out, away from the drawer
+        assert action[2] < 0.025  # and less far up
 
     def test_it_puts_a_bottle_on_the_slope_of_a_rack(self) -> None:
         """The z axis of the rack's region points up the slope, 60° from the vertical."""

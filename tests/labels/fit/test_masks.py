@@ -90,7 +90,7 @@ def test_a_wrong_outline_is_corrected(
         assert compute_overlap(snapped, true_mask) > compute_overlap(mask, true_mask)
 
 
-def test_a_mask_too_thin_to_have_an_inside_stays(frame: Frame, points: Array) -> None:
+def test_a_mask_too_thin_to_have_an_inside_is_not_changed(frame: Frame, points: Array) -> None:
     thin_mask = np.zeros(frame.depth.shape, bool)
     thin_mask[60, 40:80] = True
     occupied = np.zeros_like(thin_mask)
@@ -144,7 +144,9 @@ def test_among_few_points_none_is_an_outlier() -> None:
     assert find_inliers(np.concatenate([points, distant_points])).all()
 
 
-def test_flying_pixels_come_back_and_the_inside_stays(frame: Frame, points: Array) -> None:
+def test_flying_pixels_get_the_depth_of_the_object_and_the_inside_keeps_its_own(
+    frame: Frame, points: Array
+) -> None:
     mask = frame.instances == 2
     border = mask & ~erode(mask, 1)
     mask_rows = np.flatnonzero(mask.any(axis=1))
@@ -163,7 +165,7 @@ def test_flying_pixels_come_back_and_the_inside_stays(frame: Frame, points: Arra
     assert (error_m[erode(mask, 1)] < 1e-6).all()
 
 
-def test_exact_points_stay(frame: Frame, points: Array) -> None:
+def test_exact_points_are_not_moved(frame: Frame, points: Array) -> None:
     mask = frame.instances == 2
 
     assert (clean(mask, points, erosion_px=0, noise=0.0) == points).all()

@@ -164,7 +164,7 @@ def test_one_unusable_object_makes_the_answer_unusable(
         [0, 0.2, 0.5, 0.9],  # in fractions
     ],
 )
-def test_after_an_unusable_box_it_asks_again_and_caches_the_second_answer(
+def test_after_an_unusable_box_the_detector_asks_again_and_caches_the_second_answer(
     server: Server, tmp_path: Path, box: list[float]
 ) -> None:
     server.replies = [make_boxes_reply(CUP, ("red cup", box)), make_boxes_reply(CUP)]
@@ -349,7 +349,7 @@ FATAL = [
 
 @pytest.mark.parametrize(("reply", "reason"), UNUSABLE)
 @pytest.mark.filterwarnings("ignore:.*is not a valid")
-def test_after_an_unusable_answer_it_asks_once_more(
+def test_after_an_unusable_answer_the_detector_asks_once_more(
     server: Server, reply: Reply, reason: str
 ) -> None:
     server.replies = [reply, make_boxes_reply(CUP)]

@@ -23,6 +23,7 @@ RawEpisodes = Iterator[tuple[str, Steps | SpearError]]
 """(source, steps) of each episode of a dataset. If the episode cannot be read, an error replaces
 its steps."""
 
+# "state", "state[3]" (one number of each row) or "state[0:7]" (the first seven).
 _COLUMN = re.compile(r"^(?P<path>[^\[\]]+)(\[(?P<first>\d+)(:(?P<end>\d+))?\])?$")
 MIN_RAW_IMAGE_SIDE_PX = 8  # smaller uint8 arrays are measurements, for example of touch
 _DEPTH_PNG_HEADER = b"PNG\x10\x00"  # signature, then 16 bits per channel, then one channel

@@ -59,12 +59,14 @@ _TYPO_TARGETS = sorted(
 _MIN_ADVERB_LETTERS = 6  # "nearly", but not "ugly"
 _MIN_PARTICIPLE_LETTERS = 7  # "leading", but not "spring"
 
-# Also the apostrophe of plurals, and "*" unless a number follows.
+# The marks in "'mug'", in "the mugs' handles", and the "*" in "*mug*", but not in "2 * 3".
 _QUOTATION_MARKS = re.compile(r"(?<!\w)'|'(?!\w)|[\"“”‘_]|\*(?! ?\d)")
+# Any key of PHRASES as whole words, the longest that fits.
 _PHRASES = re.compile(
     rf"(?<!\w)(?:{'|'.join(map(re.escape, sorted(PHRASES, key=len, reverse=True)))})(?!\w)"
 )
-_CAPITALIZED = re.compile(r"(?<=[\w,] )[A-Z][a-z]+")  # although no sentence begins there
+# "Mug" in "where is the Mug?": a capitalized word although no sentence begins there.
+_CAPITALIZED = re.compile(r"(?<=[\w,] )[A-Z][a-z]+")
 # A token is 's, a word (perhaps with hyphens), or a single punctuation mark.
 _TOKENS = re.compile(r"'s\b|[^\W_]+(?:-[^\W_]+)*|[^\s\w]")
 _ENDS_OF_CLAUSES = frozenset(",.;:?!()[]–—-") | WORDS["subordinators"]

@@ -128,7 +128,8 @@ def decode_run_lengths(text: str) -> list[int]:
     Raises:
         SpearError: The text is no such string, or a truncated one.
     """
-    remainder = re.sub(r"^([P-o]*[0-O])*", "", text)
+    # A number is any number of letters with the sixth bit (P to o), and one without it (0 to O).
+    remainder = re.sub(r"^([P-o]*[0-O])*", "", text)  # what follows the last whole number
     if remainder:
         raise SpearError(
             f"a compressed mask is cut off, or is none ({remainder[:20]!r}). Give the whole string."

@@ -269,6 +269,8 @@ class GeminiDetector:
     def _choose_wait(self, error: Any, reason: str, source: str, default_wait_s: float) -> float:
         """Choose how many seconds to wait after an error of the service.
 
+        If the service says how long to wait, the requests for other images wait as long.
+
         Args:
             error: The error of Google's client.
             reason: The error in words.
@@ -401,7 +403,7 @@ def parse_detections(text: str, height: int, width: int) -> list[Detection]:
             name or no usable box. The whole answer is unusable then. If only that object were left
             out, say one of two cups, questions could be asked about "the cup".
     """
-    # Some answers are in a Markdown code block.
+    # Some answers are in a Markdown code block, between ```json and ```.
     fenced = re.search(r"```(?:json)?\s(.*?)```", text, re.DOTALL)
     try:
         answer = _ANSWER.validate_json(fenced[1] if fenced else text)

@@ -166,6 +166,7 @@ def count_skip_reasons(folder: Path) -> Counter[str]:
         reasons = pq.read_table(path)["reason"].to_pylist()
     summaries = Counter[str]()
     for reason in reasons:
+        # "a/1.jpg has 3 x 4 pixels (broken)" becomes "… has N x N pixels …".
         without_details = re.sub(r"\([^()]*\)|\S*/\S*|'[^']*'", "…", reason)
         without_numbers = re.sub(r"\d+(\.\d+)?", "N", without_details)
         summaries[without_numbers[:MAX_REASON_LENGTH]] += 1

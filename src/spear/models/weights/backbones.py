@@ -309,7 +309,10 @@ def _read_paligemma_config(stored: StoredCheckpoint) -> Any:
 def _find_vocabulary(
     stored: StoredCheckpoint, stored_names: dict[str, str], published_config: Any
 ) -> _StoredVocabulary:
-    """Find the token embeddings, and remove the head from `stored_names`."""
+    """Find the token embeddings, and remove the head from `stored_names`.
+
+    If the embeddings were saved under the head's name, `stored_names` gets an entry for them.
+    """
     head_name = stored_names.pop(HEAD, None)
     if head_name is not None and EMBEDDINGS not in stored_names:
         # The embeddings and the head are one matrix, which was saved under the head's name.

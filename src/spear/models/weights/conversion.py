@@ -42,7 +42,7 @@ MAX_SHARD_SIZE = "5GB"
 EXPERT_PREFIXES = ("expert", "state_proj", "action_")
 """Beginnings of the names of weights that belong to the action expert."""
 
-_NUMBER = re.compile(r"\b\d+\b")
+_NUMBER = re.compile(r"\b\d+\b")  # "7" in "layers.7.norm2"
 
 
 @dataclass(frozen=True)

@@ -22,13 +22,14 @@ Verdict = Literal["agrees", "differs", "compare", "not found"]
 
 MAX_FILE_BYTES = 2**20  # a tokenizer or an index of weights is larger, and has no settings
 SUFFIXES = (".json", ".yaml", ".yml", ".py")
+# Names of files without settings, such as "tokenizer_config.json" or "model.index.json".
 SKIPPED_NAMES = re.compile(r"(tokenizer|vocab|special_tokens|added_tokens|.*\.index|merges).*")
 MAX_VALUE_LENGTH = 100  # characters of a value in the table
 
 COLUMNS = ["setting", "theirs", "place", "ours", "verdict", "known of theirs"]
 """The columns of `Comparison.to_row`."""
 
-_CAPITAL_INSIDE = re.compile(r"(?<=[a-z0-9])(?=[A-Z])")
+_CAPITAL_INSIDE = re.compile(r"(?<=[a-z0-9])(?=[A-Z])")  # the place before "S" in "numSteps"
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ MIN_COMMON_SHAPES = 0.5
 JOINED_LAYERS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 """Layers with the same input, which some networks store as one weight, row after row."""
 
-_NUMBER = re.compile(r"\b\d+\b")
+_NUMBER = re.compile(r"\b\d+\b")  # "7" in "layers.7.norm2"
 
 
 @dataclass(frozen=True)
