@@ -328,13 +328,17 @@ def test_new_embeddings_have_the_mean_and_covariance_of_the_existing_ones() -> N
     mixing = torch.randn(6, 6, generator=generator)  # makes the columns depend on each other
     existing = standard_normals @ mixing + torch.arange(6)
 
-    new = init_new_embeddings(existing, 50_000, generator)
+    new_embeddings = init_new_embeddings(existing, 50_000, generator)
 
     covariance = torch.cov(existing.T)
     max_variance = float(covariance.diag().max())
     max_deviation = max_variance**0.5
-    torch.testing.assert_close(new.mean(0), existing.mean(0), atol=0.03 * max_deviation, rtol=0)
-    torch.testing.assert_close(torch.cov(new.T), covariance, atol=0.03 * max_variance, rtol=0)
+    torch.testing.assert_close(
+        new_embeddings.mean(0), existing.mean(0), atol=0.03 * max_deviation, rtol=0
+    )
+    torch.testing.assert_close(
+        torch.cov(new_embeddings.T), covariance, atol=0.03 * max_variance, rtol=0
+    )
 
 
 def test_the_same_generator_draws_the_same_embeddings() -> None:
@@ -351,12 +355,12 @@ def test_new_embeddings_of_a_singular_covariance_stay_in_its_subspace() -> None:
     # Three embeddings lie in a plane, so their covariance has the rank 2.
     existing = torch.randn(3, 16, generator=generator).bfloat16()
 
-    new = init_new_embeddings(existing, 8, generator)
+    new_embeddings = init_new_embeddings(existing, 8, generator)
 
-    assert new.dtype == torch.bfloat16
-    assert new.shape == (8, 16)
+    assert new_embeddings.dtype == torch.bfloat16
+    assert new_embeddings.shape == (8, 16)
     plane_basis = torch.linalg.svd((existing - existing.mean(0)).float()).Vh[:2]  # [2, 16]
-    offset = new.float() - existing.float().mean(0)
+    offset = new_embeddings.float() - existing.float().mean(0)
     offset_in_plane = offset @ plane_basis.T @ plane_basis
     assert float((offset - offset_in_plane).abs().max()) < 0.02
 
@@ -364,9 +368,9 @@ def test_new_embeddings_of_a_singular_covariance_stay_in_its_subspace() -> None:
 def test_new_embeddings_of_equal_ones_are_the_same() -> None:
     existing = torch.full((10, 4), 0.5)
 
-    new = init_new_embeddings(existing, 2, torch.Generator().manual_seed(0))
+    new_embeddings = init_new_embeddings(existing, 2, torch.Generator().manual_seed(0))
 
-    torch.testing.assert_close(new, existing[:2])
+    torch.testing.assert_close(new_embeddings, existing[:2])
 
 
 @pytest.fixture(scope="module")

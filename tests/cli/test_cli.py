@@ -39,10 +39,10 @@ def test_the_overview_names_all_commands_without_heavy_modules() -> None:
         "assert not heavy & set(sys.modules)"
     )
 
-    done = run_python(code)
+    process = run_python(code)
 
     for name in COMMANDS:
-        assert f"spear {name}" in done.stdout
+        assert f"spear {name}" in process.stdout
 
 
 def test_the_list_of_recipes_and_mistakes_need_no_heavy_modules() -> None:
@@ -52,10 +52,10 @@ def test_the_list_of_recipes_and_mistakes_need_no_heavy_modules() -> None:
         "assert not {'torch', 'transformers', 'mujoco'} & set(sys.modules)"
     )
 
-    done = run_python(code)
+    process = run_python(code)
 
-    assert "nano-vlm-2" in done.stdout
-    assert len(done.stderr.splitlines()) == 1
+    assert "nano-vlm-2" in process.stdout
+    assert len(process.stderr.splitlines()) == 1
 
 
 @pytest.mark.parametrize("name", COMMANDS)
@@ -284,19 +284,19 @@ def test_a_reader_that_has_read_enough_is_no_error(argv: list[str]) -> None:
     os.close(reader)
 
     with open(writer, "wb") as closed_pipe:
-        done = run_spear(argv, closed_pipe)
+        process = run_spear(argv, closed_pipe)
 
-    assert done.returncode == 0
-    assert done.stderr == ""
+    assert process.returncode == 0
+    assert process.stderr == ""
 
 
 @OUTPUTS
 def test_output_that_cannot_be_written_is_one_line(argv: list[str]) -> None:
     with open("/dev/full", "wb") as full_disk:  # every write to this device fails
-        done = run_spear(argv, full_disk)
+        process = run_spear(argv, full_disk)
 
-    assert done.returncode == 2
-    assert done.stderr.count("\n") == 1
+    assert process.returncode == 2
+    assert process.stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize("stdout", [None, io.TextIOWrapper(io.BytesIO(), "ascii")])

@@ -62,9 +62,9 @@ def describe_without_facts(exported: Path, run_command: Command) -> dict[str, An
 def test_a_description_of_exported_episodes_is_that_of_the_export(
     exported: Path, run_command: Command
 ) -> None:
-    written = json.loads((exported / "spear.json").read_text())
+    layout = json.loads((exported / "spear.json").read_text())
 
-    assert describe_without_facts(exported, run_command) == written
+    assert describe_without_facts(exported, run_command) == layout
 
 
 @pytest.mark.parametrize("frames", [{"droid": 1}, {"droid": 2, "kuka": 1}])
@@ -81,10 +81,10 @@ def test_recorded_demonstrations_are_exported_described_and_prepared_without_a_n
     tmp_path: Path, run_command: Command
 ) -> None:
     """As the tutorial on fine-tuning does it."""
-    recorded = tmp_path / "recorded"
+    recorded_folder = tmp_path / "recorded"
     exported = tmp_path / "exported"
-    run_command("record", "--num-episodes", "3", "--tasks", "put_on", "--out", str(recorded))
-    run_command("data", "export", str(recorded), "--out", str(exported))
+    run_command("record", "--num-episodes", "3", "--tasks", "put_on", "--out", str(recorded_folder))
+    run_command("data", "export", str(recorded_folder), "--out", str(exported))
 
     with no_warning():
         run_command("data", "describe", str(exported), "--out", str(tmp_path / "spear.json"))

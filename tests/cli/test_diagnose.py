@@ -64,21 +64,21 @@ def make_check(result: Result, kind: type[MadeCheck] = MadeCheck) -> RolloutChec
 def test_a_clean_case_exits_with_0(
     diagnose: Callable[..., tuple[int, dict[str, object]]], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    code, written = diagnose(make_check(None))
+    code, report = diagnose(make_check(None))
 
     assert code == 0
-    assert written == {"verdict": "nothing found", "findings": []}
+    assert report == {"verdict": "nothing found", "findings": []}
     assert "examined and not found: action-frame" in capsys.readouterr().out
 
 
 def test_a_fault_exits_with_1_and_is_explained(
     diagnose: Callable[..., tuple[int, dict[str, object]]], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    code, written = diagnose(make_check(FINDING))
+    code, report = diagnose(make_check(FINDING))
 
     assert code == 1
-    assert written["verdict"] == "found"
-    assert written["findings"] == [
+    assert report["verdict"] == "found"
+    assert report["findings"] == [
         {
             "fault": "action-frame",
             "confidence": 0.9,
@@ -102,10 +102,10 @@ def test_a_fault_exits_with_1_and_is_explained(
 def test_a_suspicion_is_undecided_and_exits_with_3(
     result: Result, diagnose: Callable[..., tuple[int, dict[str, object]]]
 ) -> None:
-    code, written = diagnose(make_check(result))
+    code, report = diagnose(make_check(result))
 
     assert code == 3
-    assert written == {"verdict": "undecided", "findings": []}
+    assert report == {"verdict": "undecided", "findings": []}
 
 
 def test_nothing_examined_is_undecided(
@@ -129,9 +129,9 @@ def test_findings_are_ranked_and_causes_explain_their_effects(
     finding = Finding(0.95, evidence="far away", cure="go", file="file")
     effect = make_check(finding, DependentCheck)
 
-    _, written = diagnose(effect, cause)
+    _, report = diagnose(effect, cause)
 
-    findings = written["findings"]
+    findings = report["findings"]
     assert isinstance(findings, list)
     assert [entry["fault"] for entry in findings] == ["action-frame"]
     assert "explained by action-frame: start-outside" in capsys.readouterr().out

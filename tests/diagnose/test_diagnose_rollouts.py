@@ -46,7 +46,7 @@ def test_a_rollout_of_nano_is_diagnosed(
 
     code = main(f"diagnose {folders} {files} --device cpu".split())
 
-    written = json.loads((tmp_path / "diagnosis.json").read_text())
-    assert [finding["fault"] for finding in written["findings"]] == expected
+    report = json.loads((tmp_path / "diagnosis.json").read_text())
+    assert [finding["fault"] for finding in report["findings"]] == expected
     assert code == exit_code
     assert "<video" in (tmp_path / "page.html").read_text()

@@ -35,64 +35,75 @@ def compute_rotation_vector(quaternion_xyzw: list[float]) -> Array:
     return angle * np.array([x, y, z]) / np.sqrt(1 - w * w)
 
 
-def make_observation(recorded: dict[str, Any]) -> dict[str, Any]:
+def make_observation(recorded_observation: dict[str, Any]) -> dict[str, Any]:
     """What openpi's LIBERO client sends, with a picture whose left half is white."""
     picture = np.zeros((32, 32, 3), np.uint8)
     picture[:, :16] = 255
-    vector = compute_rotation_vector(recorded["eef_quat_xyzw"])
+    vector = compute_rotation_vector(recorded_observation["eef_quat_xyzw"])
     return {
         "observation/image": picture,
         "observation/wrist_image": picture,
         "observation/state": np.concatenate(
-            [recorded["eef_pos"], vector, recorded["gripper_qpos"]]
+            [recorded_observation["eef_pos"], vector, recorded_observation["gripper_qpos"]]
         ),
         "prompt": "put the bowl on the plate",
     }
 
 
-@pytest.mark.parametrize("recorded", RECORDED["observations"])
+@pytest.mark.parametrize("recorded_observation", RECORDED["observations"])
 class TestObservations:
-    def test_the_position_is_in_the_frame_of_the_base(self, recorded: dict[str, Any]) -> None:
-        observation = {**make_observation(recorded), BASE_POSITION_KEY: recorded["base"]}
+    def test_the_position_is_in_the_frame_of_the_base(
+        self, recorded_observation: dict[str, Any]
+    ) -> None:
+        observation = {
+            **make_observation(recorded_observation),
+            BASE_POSITION_KEY: recorded_observation["base"],
+        }
 
         state = ROBOT.read(observation)["observation/state"]
 
-        expected = np.subtract(recorded["eef_pos"], recorded["base"])
+        expected = np.subtract(recorded_observation["eef_pos"], recorded_observation["base"])
         np.testing.assert_allclose(state[:3], expected, atol=1e-6)
 
     def test_the_base_of_a_client_that_does_not_send_it_is_found(
-        self, recorded: dict[str, Any]
+        self, recorded_observation: dict[str, Any]
     ) -> None:
-        observation = make_observation(recorded)
+        observation = make_observation(recorded_observation)
 
-        with_base = ROBOT.read({**observation, BASE_POSITION_KEY: recorded["base"]})
+        with_base = ROBOT.read({**observation, BASE_POSITION_KEY: recorded_observation["base"]})
         without_base = ROBOT.read(observation)
 
         np.testing.assert_allclose(
             without_base["observation/state"], with_base["observation/state"], atol=1e-6
         )
 
-    def test_the_z_axis_points_from_the_fingers_to_the_hand(self, recorded: dict[str, Any]) -> None:
-        state = ROBOT.read(make_observation(recorded))["observation/state"]
+    def test_the_z_axis_points_from_the_fingers_to_the_hand(
+        self, recorded_observation: dict[str, Any]
+    ) -> None:
+        state = ROBOT.read(make_observation(recorded_observation))["observation/state"]
 
         z_axis = quat_to_matrix(torch.from_numpy(np.float64(state[3:7])))[:, 2].numpy()
 
-        to_hand = np.subtract(recorded["hand"], recorded["eef_pos"])
+        to_hand = np.subtract(recorded_observation["hand"], recorded_observation["eef_pos"])
         np.testing.assert_allclose(z_axis, to_hand / np.linalg.norm(to_hand), atol=2e-3)
 
-    def test_the_fingers_close_along_the_y_axis(self, recorded: dict[str, Any]) -> None:
-        state = ROBOT.read(make_observation(recorded))["observation/state"]
+    def test_the_fingers_close_along_the_y_axis(self, recorded_observation: dict[str, Any]) -> None:
+        state = ROBOT.read(make_observation(recorded_observation))["observation/state"]
 
         rotation = quat_to_matrix(torch.from_numpy(np.float64(state[3:7]))).numpy()
 
-        between = np.subtract(recorded["left_finger"], recorded["right_finger"])
+        between = np.subtract(
+            recorded_observation["left_finger"], recorded_observation["right_finger"]
+        )
         in_ee_frame = rotation.T @ between
         np.testing.assert_allclose(in_ee_frame[[0, 2]], 0, atol=1e-3)  # m
 
-    def test_the_opening_is_the_distance_of_the_fingers(self, recorded: dict[str, Any]) -> None:
-        state = ROBOT.read(make_observation(recorded))["observation/state"]
+    def test_the_opening_is_the_distance_of_the_fingers(
+        self, recorded_observation: dict[str, Any]
+    ) -> None:
+        state = ROBOT.read(make_observation(recorded_observation))["observation/state"]
 
-        left, right = recorded["gripper_qpos"]
+        left, right = recorded_observation["gripper_qpos"]
         widest = 0.08  # m, between open fingers
         assert state[7] == pytest.approx((left - right) / widest, abs=1e-6)
 

@@ -62,13 +62,13 @@ def test_written_questions_are_those_that_were_generated(
 
     num_images, counts = write_questions(folder, seed=3, question_types=question_types)
 
-    written = list(read_questions(folder))
+    written_questions = list(read_questions(folder))
     assert num_images == NUM_LABELS
-    assert counts.total() == len(written)
-    assert len(written) > NUM_LABELS
+    assert counts.total() == len(written_questions)
+    assert len(written_questions) > NUM_LABELS
     assert set(counts) == set(question_types)
-    assert [source for source, _ in written] == [source for source, _ in expected]
-    for (_, question), (_, expected_question) in zip(written, expected, strict=True):
+    assert [source for source, _ in written_questions] == [source for source, _ in expected]
+    for (_, question), (_, expected_question) in zip(written_questions, expected, strict=True):
         assert question.question_type == expected_question.question_type
         assert question.prompt == expected_question.prompt
         assert question.unit == expected_question.unit

@@ -232,9 +232,9 @@ def test_the_commands_of_the_docs_evaluate_nano(tmp_path: Path) -> None:
                 break
         else:
             pytest.fail("the server ended")
-        done = subprocess.run(evaluate, text=True, capture_output=True, env=environment)
+        process = subprocess.run(evaluate, text=True, capture_output=True, env=environment)
 
-    assert done.returncode == 0, done.stdout + done.stderr
+    assert process.returncode == 0, process.stdout + process.stderr
     [result_file] = (tmp_path / "out").rglob("*_aggregate.json")
     [task] = json.loads(result_file.read_text())["tasks"]
     for episode in task["episodes"]:

@@ -89,9 +89,9 @@ def run_client(python: Path, port: str, observation_file: Path, out: Path) -> di
         if not name.startswith("PYTHON"):
             environment[name] = value
     command = [str(python), "-c", CLIENT, port, str(observation_file), str(out)]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-    assert done.returncode == 0, done.stderr
-    printed: dict[str, Any] = json.loads(done.stdout)
+    process = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert process.returncode == 0, process.stderr
+    printed: dict[str, Any] = json.loads(process.stdout)
     return printed
 
 

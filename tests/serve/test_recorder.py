@@ -136,11 +136,11 @@ def test_images_are_those_that_were_sent_up_to_jpeg(tmp_path: Path) -> None:
 
     (episode,) = EpisodeStore(tmp_path / "new")
     for camera, key in (("external", "image"), ("wrist", "wrist_image")):
-        sent = observation[f"observation/{key}"].astype(int)
-        recorded = decode_image(episode.images[camera][0])
+        sent_image = observation[f"observation/{key}"].astype(int)
+        recorded_image = decode_image(episode.images[camera][0])
         # JPEG changes a single level of 255 by less than 16, and levels by less than 2 on average.
-        assert np.abs(recorded - sent).max() < 16
-        assert np.abs(recorded - sent).mean() < 2
+        assert np.abs(recorded_image - sent_image).max() < 16
+        assert np.abs(recorded_image - sent_image).mean() < 2
 
 
 def test_answers_and_times_are_kept(tmp_path: Path) -> None:

@@ -63,9 +63,9 @@ class TestUndisturbedEpisode:
         assert episode.action is not None
         orientations = Rotation.from_quat(episode.rotation, scalar_first=True)
         expected = Rotation.from_quat(episode.action[:-1, 3:7], scalar_first=True)
-        measured = orientations[:-1].inv() * orientations[1:]
+        measured_turns = orientations[:-1].inv() * orientations[1:]
 
-        error_rad = (expected.inv() * measured).magnitude()
+        error_rad = (expected.inv() * measured_turns).magnitude()
 
         assert np.median(error_rad) < np.radians(0.5)
 

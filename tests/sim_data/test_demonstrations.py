@@ -43,16 +43,16 @@ def get_modification_times(folder: Path, pattern: str = "*") -> dict[Path, int]:
     return {path: path.stat().st_mtime_ns for path in folder.glob(pattern)}
 
 
-def copy_episodes(recorded: Path, out: Path, indices: list[int]) -> Path:
+def copy_episodes(recorded_folder: Path, out: Path, indices: list[int]) -> Path:
     """Make a folder with the settings and some of the demonstrations of a recording."""
-    store = EpisodeStore(recorded)
+    store = EpisodeStore(recorded_folder)
     write_episodes([store[index] for index in indices], out)
-    shutil.copy(recorded / SETTINGS_FILE, out)
+    shutil.copy(recorded_folder / SETTINGS_FILE, out)
     return out
 
 
 @pytest.fixture(scope="module")
-def recorded(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def recorded_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished recording of four demonstrations, all of which succeeded."""
     out = tmp_path_factory.mktemp("demonstrations")
     assert record(out) == (4, 4)
@@ -60,24 +60,26 @@ def recorded(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_stopped_recording_continues_behind_its_last_shard(
-    recorded: Path, tmp_path: Path
+    recorded_folder: Path, tmp_path: Path
 ) -> None:
-    out = copy_episodes(recorded, tmp_path / "stopped", [0, 1, 2])
+    out = copy_episodes(recorded_folder, tmp_path / "stopped", [0, 1, 2])
     times_before = get_modification_times(out, SHARD_GLOB)
     (out / "episodes-00001.images").touch()  # stopped before the shard's other file was written
 
     assert record(out) == (4, 4)
 
     assert (out / "episodes-00001.arrow").is_file()
-    for episode, expected in zip(EpisodeStore(out), EpisodeStore(recorded), strict=True):
+    for episode, expected in zip(EpisodeStore(out), EpisodeStore(recorded_folder), strict=True):
         assert_same(episode, expected)
     times_after = get_modification_times(out, SHARD_GLOB)
     for path, time_before in times_before.items():
         assert times_after[path] == time_before
 
 
-def test_a_complete_recording_continues_with_more_episodes(recorded: Path, tmp_path: Path) -> None:
-    out = copy_episodes(recorded, tmp_path / "complete", [0, 1, 2, 3])
+def test_a_complete_recording_continues_with_more_episodes(
+    recorded_folder: Path, tmp_path: Path
+) -> None:
+    out = copy_episodes(recorded_folder, tmp_path / "complete", [0, 1, 2, 3])
 
     assert record(out) == (4, 4)
     assert record(out, episodes=3) == (6, 6)
@@ -87,16 +89,18 @@ def test_a_complete_recording_continues_with_more_episodes(recorded: Path, tmp_p
     assert store.source(5) == "sim/spoon_on_towel/10002"
 
 
-def test_a_recording_of_another_simulator_is_not_continued(recorded: Path, tmp_path: Path) -> None:
-    out = copy_episodes(recorded, tmp_path / "complete", [0, 1, 2, 3])
+def test_a_recording_of_another_simulator_is_not_continued(
+    recorded_folder: Path, tmp_path: Path
+) -> None:
+    out = copy_episodes(recorded_folder, tmp_path / "complete", [0, 1, 2, 3])
     edit_json(out / SETTINGS_FILE, lambda settings: settings.update(simulator="MuJoCo 3.7.0"))
 
     refuses("simulator is", record, out, episodes=3)
 
 
-def test_a_failed_demonstration_is_not_tried_again(recorded: Path, tmp_path: Path) -> None:
+def test_a_failed_demonstration_is_not_tried_again(recorded_folder: Path, tmp_path: Path) -> None:
     """The second demonstration is not in the folder. Since later ones are, it was tried before."""
-    out = copy_episodes(recorded, tmp_path / "failed", [0, 2, 3])
+    out = copy_episodes(recorded_folder, tmp_path / "failed", [0, 2, 3])
 
     assert record(out) == (3, 4)
 
@@ -111,20 +115,20 @@ def test_a_failed_demonstration_is_not_tried_again(recorded: Path, tmp_path: Pat
     ],
 )
 def test_a_folder_with_other_demonstrations_stays_unchanged(
-    recorded: Path, changed: dict[str, object], message: str
+    recorded_folder: Path, changed: dict[str, object], message: str
 ) -> None:
-    times_before = get_modification_times(recorded)
+    times_before = get_modification_times(recorded_folder)
 
-    refuses(message, record, recorded, **changed)
+    refuses(message, record, recorded_folder, **changed)
 
-    assert get_modification_times(recorded) == times_before
+    assert get_modification_times(recorded_folder) == times_before
 
 
-def test_one_recording_at_a_time(recorded: Path) -> None:
-    with hold_lock(recorded / ".lock"):
-        refuses("another process is recording", record, recorded, episodes=3)
+def test_one_recording_at_a_time(recorded_folder: Path) -> None:
+    with hold_lock(recorded_folder / ".lock"):
+        refuses("another process is recording", record, recorded_folder, episodes=3)
 
-    assert len(EpisodeStore(recorded)) == 4
+    assert len(EpisodeStore(recorded_folder)) == 4
 
 
 def stand_still(folder: Path, observation: object, seed: int, step: int) -> Any:

@@ -63,11 +63,11 @@ def slurm_job(tmp_path: Path) -> dict[str, str]:
 
 
 def test_slurm_starts_the_command_on_all_nodes(slurm_job: dict[str, str], tmp_path: Path) -> None:
-    done = run_slurm(slurm_job, tmp_path)
+    process = run_slurm(slurm_job, tmp_path)
 
-    assert done.returncode == 0, done.stderr
+    assert process.returncode == 0, process.stderr
     # The port depends on the job's id, 40123, so that jobs on one node have different ports.
-    assert done.stdout.splitlines() == [
+    assert process.stdout.splitlines() == [
         "--nnodes=2",
         "--nproc-per-node=8",
         "--rdzv-backend=c10d",
@@ -94,9 +94,9 @@ def test_slurm_queues_a_job_again_that_is_out_of_time(tmp_path: Path) -> None:
         tmp_path / "bin", scontrol='echo "$@"', srun=out_of_time, torchrun="true"
     )
 
-    done = run_slurm(environment, tmp_path)
+    process = run_slurm(environment, tmp_path)
 
-    assert done.stdout.splitlines()[-1] == "requeue 40123"
+    assert process.stdout.splitlines()[-1] == "requeue 40123"
 
 
 @pytest.fixture

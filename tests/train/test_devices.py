@@ -122,11 +122,11 @@ def test_waiting_threads_soon_sleep_unless_the_user_says_otherwise(
         environment["GOMP_SPINCOUNT"] = user_value
     code = "import os, spear; print(os.environ['GOMP_SPINCOUNT'])"
 
-    done = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "-c", code], env=environment, capture_output=True, text=True
     )
 
-    assert done.stdout.strip() == expected
+    assert process.stdout.strip() == expected
 
 
 @pytest.fixture

@@ -193,14 +193,14 @@ def check_cuda(root: Path) -> None:
 def test_training_keeps_to_its_device(check: str, tmp_path: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
 
-    done = subprocess.run(
+    process = subprocess.run(
         [sys.executable, __file__, check, str(tmp_path)],
         env=environment,
         capture_output=True,
         text=True,
     )
 
-    assert done.returncode == 0, done.stderr
+    assert process.returncode == 0, process.stderr
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 The first half trains every stage for two steps (fixture `walked`): labels and demonstrations from
 the simulator, a depth encoder, a VLM in three stages, and SPEAR-1. The second half trains a policy
-of a tiny preset (fixtures `finished`, `one_episode` and `learn`). A run is a folder with
+of a tiny preset (fixtures `finished_run`, `one_episode` and `learn`). A run is a folder with
 checkpoints; its result is the folder `final` in it.
 """
 
@@ -241,7 +241,7 @@ def finished_once(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
 
 
 @pytest.fixture
-def finished(
+def finished_run(
     finished_once: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> SimpleNamespace:
     """A copy of the run of `finished_once`, which a test may change; `final` is its result."""
@@ -250,24 +250,24 @@ def finished(
     return SimpleNamespace(**{**vars(finished_once), "out": out, "final": out / "final"})
 
 
-def continue_finished(finished: SimpleNamespace, **changes: Any) -> Path:
+def continue_finished(finished_run: SimpleNamespace, **changes: Any) -> Path:
     """Run the same recipe into the finished folder, with other inputs or settings."""
-    inputs = {"store": finished.store, "init": finished.init}
-    return run_recipe("nano-post", finished.out, **{**inputs, **ONE_STEP, **changes})
+    inputs = {"store": finished_run.store, "init": finished_run.init}
+    return run_recipe("nano-post", finished_run.out, **{**inputs, **ONE_STEP, **changes})
 
 
-def check_refused_and_unchanged(finished: SimpleNamespace, words: str, **changes: Any) -> None:
+def check_refused_and_unchanged(finished_run: SimpleNamespace, words: str, **changes: Any) -> None:
     """Check that continuing with changes is refused with these words, and writes no file."""
-    times = {p: p.stat().st_mtime_ns for p in finished.out.rglob("*") if p.is_file()}
+    times = {p: p.stat().st_mtime_ns for p in finished_run.out.rglob("*") if p.is_file()}
 
-    refuses(words, continue_finished, finished, **changes)
+    refuses(words, continue_finished, finished_run, **changes)
 
     assert {path: path.stat().st_mtime_ns for path in times} == times
 
 
-def test_a_checkpoint_records_what_the_run_is_made_from(finished: SimpleNamespace) -> None:
+def test_a_checkpoint_records_what_the_run_is_made_from(finished_run: SimpleNamespace) -> None:
     """The checkpoint also records that there were no labels, so that a run with labels differs."""
-    (path,) = finished.out.glob("checkpoints/*/state.json")
+    (path,) = finished_run.out.glob("checkpoints/*/state.json")
 
     run_settings = json.loads(path.read_text())["settings"]["about"]
 
@@ -276,62 +276,64 @@ def test_a_checkpoint_records_what_the_run_is_made_from(finished: SimpleNamespac
     assert run_settings["--moge"] is None
 
 
-def test_other_episodes_are_refused(finished: SimpleNamespace) -> None:
-    other_two = finished.three_episodes.subset([1, 2])
-    check_refused_and_unchanged(finished, "another --episodes", store=other_two)
+def test_other_episodes_are_refused(finished_run: SimpleNamespace) -> None:
+    other_two = finished_run.three_episodes.subset([1, 2])
+    check_refused_and_unchanged(finished_run, "another --episodes", store=other_two)
 
-    first = finished.store.subset([0])
+    first = finished_run.store.subset([0])
     words = "another --episodes .*2 episodes.* not .*1 episodes"
-    check_refused_and_unchanged(finished, words, store=first)
+    check_refused_and_unchanged(finished_run, words, store=first)
 
 
 def test_a_run_continues_with_a_renamed_folder_of_the_same_episodes(
-    finished: SimpleNamespace, tmp_path: Path
+    finished_run: SimpleNamespace, tmp_path: Path
 ) -> None:
-    renamed = shutil.copytree(finished.three_episodes.path, tmp_path / "renamed")
+    renamed = shutil.copytree(finished_run.three_episodes.path, tmp_path / "renamed")
     store = EpisodeStore(renamed).subset([0, 1])
-    inputs = TrainingInputs(episodes=[WeightedStore("renamed", store, 1.0)], init=finished.init)
+    inputs = TrainingInputs(episodes=[WeightedStore("renamed", store, 1.0)], init=finished_run.init)
     recipe = get_recipe("nano-post").with_changes(**ONE_STEP)
     options = RunOptions(workers=0, log_every=1)
 
-    final = train(recipe, finished.out, inputs, options, "cpu")
+    final = train(recipe, finished_run.out, inputs, options, "cpu")
 
-    assert final == finished.final
+    assert final == finished_run.final
 
 
 def test_other_instructions_of_the_same_episodes_are_refused(
-    finished: SimpleNamespace, tmp_path: Path
+    finished_run: SimpleNamespace, tmp_path: Path
 ) -> None:
     episodes = [make_episode(i, instruction="pull it") for i in range(2)]
     store = write_store(episodes, tmp_path / "pull")
 
-    check_refused_and_unchanged(finished, "images or instructions of --episodes", store=store)
+    check_refused_and_unchanged(finished_run, "images or instructions of --episodes", store=store)
 
 
 def test_an_init_with_another_tokenizer_is_refused(
-    finished: SimpleNamespace, tmp_path: Path
+    finished_run: SimpleNamespace, tmp_path: Path
 ) -> None:
     """The error calls the tokenizer's files, of which coordinates.json is one, the words."""
-    other_words = shutil.copytree(finished.init, tmp_path / "words")
+    other_words = shutil.copytree(finished_run.init, tmp_path / "words")
     coordinates = other_words / "coordinates.json"
     coordinates.write_text(coordinates.read_text() + " ")
-    check_refused_and_unchanged(finished, "words of --init", init=other_words)
+    check_refused_and_unchanged(finished_run, "words of --init", init=other_words)
 
 
-def test_an_init_with_other_weights_is_refused(finished: SimpleNamespace, tmp_path: Path) -> None:
+def test_an_init_with_other_weights_is_refused(
+    finished_run: SimpleNamespace, tmp_path: Path
+) -> None:
     """Hashes of large files cover only their ends, so the run also compares the weights.
 
     The tensor that differs here lies in the middle of the file.
     """
-    other_weights = shutil.copytree(finished.init, tmp_path / "weights")
+    other_weights = shutil.copytree(finished_run.init, tmp_path / "weights")
     tensors = load_file(other_weights / "model.safetensors")
     tensors["vlm.multi_modal_projector.linear.weight"] += 1
     save_file(tensors, other_weights / "model.safetensors", {"format": "pt"})
-    check_refused_and_unchanged(finished, "weights of --init", init=other_weights)
+    check_refused_and_unchanged(finished_run, "weights of --init", init=other_weights)
 
 
-def test_another_init_is_refused(finished: SimpleNamespace) -> None:
-    check_refused_and_unchanged(finished, "another --init", init=finished.final)
+def test_another_init_is_refused(finished_run: SimpleNamespace) -> None:
+    check_refused_and_unchanged(finished_run, "another --init", init=finished_run.final)
 
 
 @pytest.mark.parametrize(
@@ -342,62 +344,62 @@ def test_another_init_is_refused(finished: SimpleNamespace) -> None:
     ],
 )
 def test_other_modules_or_normalization_are_refused(
-    changes: dict[str, Any], words: str, finished: SimpleNamespace
+    changes: dict[str, Any], words: str, finished_run: SimpleNamespace
 ) -> None:
-    check_refused_and_unchanged(finished, words, **changes)
+    check_refused_and_unchanged(finished_run, words, **changes)
 
 
-def test_the_result_records_settings_that_changed(finished: SimpleNamespace) -> None:
-    final = continue_finished(finished, lr=1e-5)
+def test_the_result_records_settings_that_changed(finished_run: SimpleNamespace) -> None:
+    final = continue_finished(finished_run, lr=1e-5)
     # The recipe's own learning rate is 3e-4. Step 1 was done with it.
     assert read_origin(final)["earlier"] == [{"until_step": 1, "lr": 3e-4}]
 
-    final = continue_finished(finished, lr=1e-5, steps=2, batch_size=1)
+    final = continue_finished(finished_run, lr=1e-5, steps=2, batch_size=1)
     assert read_origin(final)["earlier"] == [
         {"until_step": 1, "steps": 1, "lr": 3e-4, "batch_size": 2}
     ]
 
 
 def test_a_result_with_other_weights_replaces_the_one_before(
-    finished: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+    finished_run: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The old result is replaced even if `hash_files` sees no difference.
 
     It reads only a part of large files; here it is made to return the same hash for all folders.
     """
-    original = (finished.final / "model.safetensors").read_bytes()
+    original = (finished_run.final / "model.safetensors").read_bytes()
     monkeypatch.setattr("spear.train.run.hash_files", lambda folder: {"model.safetensors": ""})
 
-    final = continue_finished(finished, steps=2)
+    final = continue_finished(finished_run, steps=2)
 
     assert (final / "model.safetensors").read_bytes() != original
 
 
-def test_a_result_keeps_files_that_users_added(finished: SimpleNamespace) -> None:
-    (finished.final / "README.md").write_text("mine")
+def test_a_result_keeps_files_that_users_added(finished_run: SimpleNamespace) -> None:
+    (finished_run.final / "README.md").write_text("mine")
 
     # The result is replaced by another model.
-    final = continue_finished(finished, steps=2)
+    final = continue_finished(finished_run, steps=2)
     assert (final / "README.md").read_text() == "mine"
 
     # The result is the same model.
-    continue_finished(finished, steps=2)
+    continue_finished(finished_run, steps=2)
     assert (final / "README.md").read_text() == "mine"
 
 
-def test_a_result_that_is_older_than_its_checkpoint_is_noted(finished: SimpleNamespace) -> None:
+def test_a_result_that_is_older_than_its_checkpoint_is_noted(finished_run: SimpleNamespace) -> None:
     """A run that was continued and then stopped has checkpoints of more steps than its result."""
-    (checkpoint,) = finished.out.glob("checkpoints/step-*")
+    (checkpoint,) = finished_run.out.glob("checkpoints/step-*")
     shutil.copytree(checkpoint, checkpoint.with_name("step-00000003"))
 
     with pytest.warns(Notice, match="step 1"):
-        assert locate(finished.out) == finished.final
+        assert locate(finished_run.out) == finished_run.final
 
 
-def test_a_result_without_checkpoints_is_not_continued(finished: SimpleNamespace) -> None:
-    shutil.rmtree(finished.out / "checkpoints")
+def test_a_result_without_checkpoints_is_not_continued(finished_run: SimpleNamespace) -> None:
+    shutil.rmtree(finished_run.out / "checkpoints")
 
-    refuses("checkpoints", continue_finished, finished, steps=2)
+    refuses("checkpoints", continue_finished, finished_run, steps=2)
 
 
 @pytest.fixture

@@ -279,12 +279,12 @@ def test_an_episode_begins_without_a_chunk(tab: Tab) -> None:
 
 
 def test_every_step_can_be_looked_at_again(tab: Tab, passed_views: list[dict[str, Any]]) -> None:
-    for step, passed in enumerate(passed_views):
+    for step, passed_view in enumerate(passed_views):
         view = tab.ask("look", step=step)
 
-        assert passed["step"] == step
+        assert passed_view["step"] == step
         for key in ("images", "gripper", "things", "arm"):
-            assert view[key] == passed[key]
+            assert view[key] == passed_view[key]
 
 
 def test_boxes_can_be_asked_for_at_an_earlier_step(tab: Tab) -> None:
@@ -357,7 +357,7 @@ def test_a_rollout_that_is_stopped_sends_each_step_that_it_made(
 
 
 @pytest.fixture
-def recorded(
+def recorded_episodes(
     shared_model: SharedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> list[Episode]:
     """Three recorded episodes of 4, 5 and 6 steps, which the page offers.
@@ -372,53 +372,63 @@ def recorded(
     return recorded_episodes
 
 
-def test_a_recorded_episode_is_opened_with_its_track(tab: Tab, recorded: list[Episode]) -> None:
+def test_a_recorded_episode_is_opened_with_its_track(
+    tab: Tab, recorded_episodes: list[Episode]
+) -> None:
     view = tab.ask("open", episode=1)
 
     assert view["source"] == "recording"
     assert view["limit"] == 4  # the last of 5 steps
     assert view["outcome"] is None  # only the last step has one
-    np.testing.assert_allclose(view["track"]["position"], recorded[1].position, atol=1e-4)
-    np.testing.assert_allclose(view["track"]["opening"], recorded[1].gripper, atol=1e-4)
+    np.testing.assert_allclose(view["track"]["position"], recorded_episodes[1].position, atol=1e-4)
+    np.testing.assert_allclose(view["track"]["opening"], recorded_episodes[1].gripper, atol=1e-4)
 
 
-def test_the_last_step_of_a_recording_shows_its_outcome(tab: Tab, recorded: list[Episode]) -> None:
+def test_the_last_step_of_a_recording_shows_its_outcome(
+    tab: Tab, recorded_episodes: list[Episode]
+) -> None:
     tab.ask("open", episode=1)
 
     view = tab.ask("look", step=4)
 
     assert view["outcome"] == "failure"
-    original = decode_image(recorded[1].images["external"][4])
+    original = decode_image(recorded_episodes[1].images["external"][4])
     # The mean difference, of 255, that compressing the image again may cause.
     assert np.abs(decode_external(view).astype(float) - original).mean() < 6
 
 
-def test_a_chunk_is_predicted_from_a_recorded_step(tab: Tab, recorded: list[Episode]) -> None:
+def test_a_chunk_is_predicted_from_a_recorded_step(
+    tab: Tab, recorded_episodes: list[Episode]
+) -> None:
     tab.ask("open", episode=1)
 
     chunk = tab.ask("predict", step=2)["chunk"]
 
     assert chunk["step"] == 2
-    np.testing.assert_allclose(chunk["positions"][0], recorded[1].position[2], atol=1e-5)
+    np.testing.assert_allclose(chunk["positions"][0], recorded_episodes[1].position[2], atol=1e-5)
 
 
-def test_a_recording_does_not_move(tab: Tab, recorded: list[Episode]) -> None:
+def test_a_recording_does_not_move(tab: Tab, recorded_episodes: list[Episode]) -> None:
     tab.ask("open", episode=1)
 
     assert "recording" in tab.fail("step")
 
 
-def test_an_episode_that_is_not_there_is_refused(tab: Tab, recorded: list[Episode]) -> None:
+def test_an_episode_that_is_not_there_is_refused(
+    tab: Tab, recorded_episodes: list[Episode]
+) -> None:
     assert "episode 3" in tab.fail("open", episode=3)
 
 
-def test_a_recording_is_filmed(tab: Tab, recorded: list[Episode]) -> None:
+def test_a_recording_is_filmed(tab: Tab, recorded_episodes: list[Episode]) -> None:
     tab.ask("open", episode=1)
 
     assert len(tab.make_film()) == 5 + NUM_LAST_FRAMES
 
 
-def test_a_tab_may_be_dragged_through_a_recording(tab: Tab, recorded: list[Episode]) -> None:
+def test_a_tab_may_be_dragged_through_a_recording(
+    tab: Tab, recorded_episodes: list[Episode]
+) -> None:
     """A tab asks for more steps than the server accepts messages per second."""
     tab.ask("open", episode=1)
 
@@ -427,7 +437,10 @@ def test_a_tab_may_be_dragged_through_a_recording(tab: Tab, recorded: list[Episo
 
 
 def test_the_film_of_a_closed_tab_is_given_up(
-    server: PolicyServer, tab: Tab, recorded: list[Episode], monkeypatch: pytest.MonkeyPatch
+    server: PolicyServer,
+    tab: Tab,
+    recorded_episodes: list[Episode],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     num_composed = 0
     has_begun = threading.Event()

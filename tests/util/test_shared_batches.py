@@ -51,11 +51,11 @@ def put_by_a_fork_and_take() -> dict[str, Any]:
 
 
 def test_a_batch_put_by_a_fork_is_taken_unchanged() -> None:
-    taken, structure = tree_flatten(put_by_a_fork_and_take())
+    taken_batch, structure = tree_flatten(put_by_a_fork_and_take())
 
     expected, expected_structure = tree_flatten(BATCH)
     assert structure == expected_structure  # keys are in the same order, too
-    for leaf, expected_leaf in zip(taken, expected, strict=True):
+    for leaf, expected_leaf in zip(taken_batch, expected, strict=True):
         assert type(leaf) is type(expected_leaf)
         if isinstance(leaf, torch.Tensor):
             assert leaf.dtype == expected_leaf.dtype
@@ -65,9 +65,9 @@ def test_a_batch_put_by_a_fork_is_taken_unchanged() -> None:
 
 
 def test_strides_of_tensors_are_kept() -> None:
-    taken = put_by_a_fork_and_take()
+    taken_batch = put_by_a_fork_and_take()
 
-    assert taken["pixels"]["external"].stride() == BATCH["pixels"]["external"].stride()
+    assert taken_batch["pixels"]["external"].stride() == BATCH["pixels"]["external"].stride()
 
 
 def test_a_slot_is_free_when_the_last_tensor_of_its_batch_is_gone() -> None:

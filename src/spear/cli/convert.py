@@ -183,8 +183,8 @@ def convert_roles(options: RolesOptions) -> None:
     from spear.models.weights.name_rules import read_name_rules
     from spear.models.weights.roles import format_mapping, guess_roles, mask_numbers
 
-    stored = StoredCheckpoint.open(options.checkpoint, "checkpoint")
-    shapes = {name: tensor.shape for name, tensor in stored.weights.items()}
+    checkpoint = StoredCheckpoint.open(options.checkpoint, "checkpoint")
+    shapes = {name: tensor.shape for name, tensor in checkpoint.weights.items()}
     roles = guess_roles(shapes, options.preset, read_name_rules("spear1_franka").renamed)
     if options.per_tensor:
         role_of_group = {(role.group.name, role.group.shape): role for role in roles}

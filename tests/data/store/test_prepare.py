@@ -58,7 +58,7 @@ def make_recorded_episode(number: int) -> Episode:
 
 
 @pytest.fixture(scope="module")
-def recorded(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def recorded_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The recording: a store of 11 episodes."""
     folder = tmp_path_factory.mktemp("recorded") / "arm"
     write_episodes([make_recorded_episode(number) for number in range(NUM_RECORDED)], folder)
@@ -75,13 +75,13 @@ def shards_of_one_block() -> Iterator[None]:
 
 
 def run_prepare(
-    recorded: Path,
+    recorded_folder: Path,
     out: Path,
     size: tuple[str, ...] = ("48x40", "wrist=24x24"),
     **options: Any,
 ) -> tuple[int, list[str]]:
     """Prepare a recording with images of `NEW_SIZES`, or of another `size`."""
-    return prepare(recorded, out, conversion=Conversion(image_size=size), **options)
+    return prepare(recorded_folder, out, conversion=Conversion(image_size=size), **options)
 
 
 def read_files(folder: Path) -> dict[str, bytes]:
@@ -94,10 +94,10 @@ def read_files(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.fixture(scope="module")
-def prepared(recorded: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def prepared(recorded_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The recording, prepared: six shards."""
     out = tmp_path_factory.mktemp("prepared") / "arm"
-    run_prepare(recorded, out)
+    run_prepare(recorded_folder, out)
     return out
 
 
@@ -107,8 +107,10 @@ def prepared_copy(prepared: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(prepared, tmp_path / "copy"))
 
 
-def test_an_episode_without_the_cameras_is_skipped_by_name(recorded: Path, tmp_path: Path) -> None:
-    num_prepared, reasons = run_prepare(recorded, tmp_path / "arm")
+def test_an_episode_without_the_cameras_is_skipped_by_name(
+    recorded_folder: Path, tmp_path: Path
+) -> None:
+    num_prepared, reasons = run_prepare(recorded_folder, tmp_path / "arm")
 
     assert num_prepared == NUM_PREPARED
     assert len(reasons) == 1
@@ -134,20 +136,20 @@ def test_only_a_subset_of_a_store_is_not_complete(prepared: Path, tmp_path: Path
     assert not partial_store.is_complete
 
 
-def resampled_sources(recorded: Path) -> list[Episode]:
+def resampled_sources(recorded_folder: Path) -> list[Episode]:
     """The good episodes of the recording at 5 Hz, with their original images."""
     return [
         resample_episode(episode)
-        for episode in read_episodes(recorded)
+        for episode in read_episodes(recorded_folder)
         if episode.source != "made#4"
     ]
 
 
 def test_prepared_states_and_actions_are_the_canonical_ones_at_5_hz(
-    recorded: Path, prepared: Path
+    recorded_folder: Path, prepared: Path
 ) -> None:
     store = EpisodeStore(prepared)
-    for index, source in enumerate(resampled_sources(recorded)):
+    for index, source in enumerate(resampled_sources(recorded_folder)):
         action, mask = canonicalize_actions(source)
         expected = dataclasses.replace(source, images={}, action=action, action_mask=mask)
 
@@ -157,14 +159,14 @@ def test_prepared_states_and_actions_are_the_canonical_ones_at_5_hz(
 
 
 def test_prepared_images_are_jpegs_that_a_model_sees_as_before(
-    recorded: Path, prepared: Path
+    recorded_folder: Path, prepared: Path
 ) -> None:
     """A model that takes images upright or sideways sees almost the same as in the recording.
 
     The mean difference is less than 1.5 levels, because JPEG loses a little.
     """
     store = EpisodeStore(prepared)
-    for index, source in enumerate(resampled_sources(recorded)):
+    for index, source in enumerate(resampled_sources(recorded_folder)):
         for camera, (width, height) in NEW_SIZES.items():
             for step, source_image in enumerate(source.images[camera]):
                 encoded = store.image(index, step, camera)
@@ -245,11 +247,13 @@ def test_sketches_of_fewer_shards_are_not_used(prepared_copy: Path) -> None:
 
 def test_episodes_that_all_failed_are_prepared_with_one_notice(tmp_path: Path) -> None:
     """They can be looked at and evaluated, although nothing can be learned from them."""
-    recorded = tmp_path / "arm"
-    write_episodes([make_episode(number, success=False) for number in range(3)], recorded)
+    recorded_folder = tmp_path / "arm"
+    write_episodes([make_episode(number, success=False) for number in range(3)], recorded_folder)
 
-    with pytest.warns(Notice, match=f"no episode of the 3 in {recorded} succeeded") as notices:
-        assert prepare(recorded, tmp_path / "out") == (3, [])
+    with pytest.warns(
+        Notice, match=f"no episode of the 3 in {recorded_folder} succeeded"
+    ) as notices:
+        assert prepare(recorded_folder, tmp_path / "out") == (3, [])
 
     assert len(notices) == 1
     assert not (tmp_path / "out" / SKETCHES_FILE).exists()
@@ -257,14 +261,14 @@ def test_episodes_that_all_failed_are_prepared_with_one_notice(tmp_path: Path) -
 
 
 def test_two_workers_write_the_same_bytes_as_none(
-    recorded: Path, prepared: Path, tmp_path: Path
+    recorded_folder: Path, prepared: Path, tmp_path: Path
 ) -> None:
-    run_prepare(recorded, tmp_path / "arm", workers=2)
+    run_prepare(recorded_folder, tmp_path / "arm", workers=2)
 
     assert read_files(tmp_path / "arm") == read_files(prepared)
 
 
-def prepare_until_killed(recorded: Path, out: Path, num_steps: int) -> None:
+def prepare_until_killed(recorded_folder: Path, out: Path, num_steps: int) -> None:
     """Prepare the recording in a process that kills itself before step `num_steps` + 1.
 
     A step is something that other processes can see, such as renaming a file. Writing a shard takes
@@ -286,12 +290,12 @@ def prepare_until_killed(recorded: Path, out: Path, num_steps: int) -> None:
     os.link = count_and_kill(os.link)
     preparing.make_and_write_sketches = count_and_kill(preparing.make_and_write_sketches)
     Path.replace = count_and_kill(Path.replace)  # type: ignore[method-assign]
-    run_prepare(recorded, out)
+    run_prepare(recorded_folder, out)
 
 
 @pytest.mark.parametrize("num_steps", [0, 2, 3, 11, 24, 25])
 def test_a_killed_run_ends_the_same_and_repeats_no_block(
-    recorded: Path,
+    recorded_folder: Path,
     prepared: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -303,7 +307,7 @@ def test_a_killed_run_ends_the_same_and_repeats_no_block(
     shard, when all shards are written, and when the sketches are made, too.
     """
     out = tmp_path / "arm"
-    run_in_process(-signal.SIGKILL, lambda: prepare_until_killed(recorded, out, num_steps))
+    run_in_process(-signal.SIGKILL, lambda: prepare_until_killed(recorded_folder, out, num_steps))
     assert not out.exists()
     num_finished_shards = len(list((tmp_path / ".arm.part/dataset").glob("episodes-*.arrow")))
     assert num_finished_shards == min(NUM_BLOCKS, num_steps // 4)
@@ -316,7 +320,7 @@ def test_a_killed_run_ends_the_same_and_repeats_no_block(
         return real_prepare_block(path, conversion, split)
 
     monkeypatch.setattr(preparing, "prepare_block", record_block)
-    num_prepared, reasons = run_prepare(recorded, out)
+    num_prepared, reasons = run_prepare(recorded_folder, out)
 
     assert len(prepared_blocks) == NUM_BLOCKS - num_finished_shards
     assert num_prepared == NUM_PREPARED
@@ -348,50 +352,52 @@ def nearly_full_disk(prepared: Path) -> Iterator[Callable[[], None]]:
 
 
 def test_a_full_disk_leaves_nothing_half_written(
-    recorded: Path, prepared: Path, tmp_path: Path, nearly_full_disk: Callable[[], None]
+    recorded_folder: Path, prepared: Path, tmp_path: Path, nearly_full_disk: Callable[[], None]
 ) -> None:
     """Once there is room, the same call ends as it would have without the full disk."""
     out = tmp_path / "arm"
     make_room = nearly_full_disk
 
-    refuses(r"\.arm\.part/dataset cannot be written", run_prepare, recorded, out)
+    refuses(r"\.arm\.part/dataset cannot be written", run_prepare, recorded_folder, out)
     make_room()
 
     assert not out.exists()
     assert not list(tmp_path.rglob(".episodes-*"))
-    run_prepare(recorded, out)
+    run_prepare(recorded_folder, out)
     assert read_files(out) == read_files(prepared)
 
 
 @pytest.fixture
-def unfinished(recorded: Path, tmp_path: Path) -> Path:
+def unfinished(recorded_folder: Path, tmp_path: Path) -> Path:
     """The output folder of a preparation that was killed before its end."""
     out = tmp_path / "arm"
 
     def prepare_and_die() -> None:
         preparing.make_and_write_sketches = lambda folder: os.kill(os.getpid(), signal.SIGKILL)
-        run_prepare(recorded, out)
+        run_prepare(recorded_folder, out)
 
     run_in_process(-signal.SIGKILL, prepare_and_die)
     return out
 
 
 def test_an_unfinished_preparation_of_other_settings_is_not_replaced(
-    recorded: Path, unfinished: Path
+    recorded_folder: Path, unfinished: Path
 ) -> None:
     other_size = r"\.arm\.part was begun with other settings \(--image-size is"
-    refuses(other_size, run_prepare, recorded, unfinished, size=("40x40",))
-    refuses(r"other settings \(--split is", run_prepare, recorded, unfinished, split="train[:4]")
+    refuses(other_size, run_prepare, recorded_folder, unfinished, size=("40x40",))
+    refuses(
+        r"other settings \(--split is", run_prepare, recorded_folder, unfinished, split="train[:4]"
+    )
 
-    num_prepared, _ = run_prepare(recorded, unfinished)
+    num_prepared, _ = run_prepare(recorded_folder, unfinished)
     assert num_prepared == NUM_PREPARED
 
 
-def test_one_preparation_at_a_time(recorded: Path, unfinished: Path) -> None:
+def test_one_preparation_at_a_time(recorded_folder: Path, unfinished: Path) -> None:
     """The test holds the lock, as another process would."""
     with open(unfinished.with_name(".arm.part") / ".lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        refuses("another process is preparing", run_prepare, recorded, unfinished)
+        refuses("another process is preparing", run_prepare, recorded_folder, unfinished)
 
 
 def test_a_store_is_opened_without_preparing_it(prepared: Path, tmp_path: Path) -> None:
@@ -440,7 +446,9 @@ def test_a_truncated_shard_is_named(prepared_copy: Path, fraction_kept: float) -
     refuses(message, EpisodeStore, prepared_copy)
 
 
-def test_missing_shards_are_noticed_the_last_one_too(recorded: Path, prepared_copy: Path) -> None:
+def test_missing_shards_are_noticed_the_last_one_too(
+    recorded_folder: Path, prepared_copy: Path
+) -> None:
     """First shard 1 with two episodes is removed, then the last shard with one episode."""
     for number, num_left, num_missing in ((1, 8, 1), (5, 7, 2)):
         (prepared_copy / f"episodes-{number:05d}.arrow").unlink()
@@ -448,21 +456,21 @@ def test_missing_shards_are_noticed_the_last_one_too(recorded: Path, prepared_co
         with pytest.warns(Notice, match=f"{num_missing} of its shards"):
             store = EpisodeStore(prepared_copy)
         with pytest.warns(Notice, match=f"{num_missing} of its shards"):
-            num_prepared, _ = run_prepare(recorded, prepared_copy)
+            num_prepared, _ = run_prepare(recorded_folder, prepared_copy)
 
         assert len(store) == num_left
         assert num_prepared == num_left
 
 
 def test_missing_shards_are_noticed_without_a_recorded_number_of_shards(
-    recorded: Path, prepared_copy: Path
+    recorded_folder: Path, prepared_copy: Path
 ) -> None:
     """Earlier versions did not record the number. The gap in the shards' numbers is noticed."""
     (prepared_copy / "episodes-00001.arrow").unlink()
     edit_json(prepared_copy / "request.json", lambda request: request.pop("shards"))
 
     with pytest.warns(Notice, match="1 of its shards"):
-        num_prepared, _ = run_prepare(recorded, prepared_copy)
+        num_prepared, _ = run_prepare(recorded_folder, prepared_copy)
 
     assert num_prepared == NUM_PREPARED - 2
 
@@ -598,8 +606,8 @@ def test_an_episode_that_shows_nothing_is_skipped_by_name(tmp_path: Path) -> Non
     assert "made#2" in reasons[0]
 
 
-def test_the_fingerprint_depends_on_the_episodes_of_the_store(recorded: Path) -> None:
-    store = EpisodeStore(recorded)
+def test_the_fingerprint_depends_on_the_episodes_of_the_store(recorded_folder: Path) -> None:
+    store = EpisodeStore(recorded_folder)
 
     assert store.subset(range(3)).fingerprint() != store.subset(range(1, 4)).fingerprint()
     assert store.subset(range(NUM_RECORDED)).fingerprint() == store.fingerprint()

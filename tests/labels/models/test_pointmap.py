@@ -36,15 +36,17 @@ def metric_model(shared: Path) -> MogePointMapModel:
 def test_point_maps_have_the_sizes_of_their_images(small_v1: MogePointMapModel) -> None:
     frames = [make_noise_frame(0), make_noise_frame(1, height=56, width=42), make_noise_frame(2)]
 
-    results = small_v1.predict(frames)
+    point_maps = small_v1.predict(frames)
 
-    assert [result.points.shape for result in results] == [frame.image.shape for frame in frames]
-    assert [result.mask.shape for result in results] == [(40, 60), (56, 42), (40, 60)]
-    for result in results:
-        assert result.points.dtype == np.float32
-        assert result.mask.dtype == bool
-        assert result.mask.all()
-        assert result.unit == "relative"
+    assert [point_map.points.shape for point_map in point_maps] == [
+        frame.image.shape for frame in frames
+    ]
+    assert [point_map.mask.shape for point_map in point_maps] == [(40, 60), (56, 42), (40, 60)]
+    for point_map in point_maps:
+        assert point_map.points.dtype == np.float32
+        assert point_map.mask.dtype == bool
+        assert point_map.mask.all()
+        assert point_map.unit == "relative"
 
 
 def test_an_image_in_a_batch_gets_the_points_that_it_gets_alone(
@@ -52,11 +54,11 @@ def test_an_image_in_a_batch_gets_the_points_that_it_gets_alone(
 ) -> None:
     frames = [make_noise_frame(0), make_noise_frame(1, height=56, width=42), make_noise_frame(2)]
 
-    results = small_v1.predict(frames)
+    point_maps = small_v1.predict(frames)
 
-    for frame, result in zip(frames, results, strict=True):
+    for frame, point_map in zip(frames, point_maps, strict=True):
         (single_result,) = small_v1.predict([frame])
-        np.testing.assert_allclose(result.points, single_result.points, rtol=1e-3, atol=1e-3)
+        np.testing.assert_allclose(point_map.points, single_result.points, rtol=1e-3, atol=1e-3)
 
 
 def test_no_images_give_no_point_maps(small_v1: MogePointMapModel) -> None:
@@ -64,37 +66,37 @@ def test_no_images_give_no_point_maps(small_v1: MogePointMapModel) -> None:
 
 
 def test_points_lie_on_the_rays_of_their_pixels(small_v1: MogePointMapModel) -> None:
-    (result,) = small_v1.predict([make_noise_frame(0)])
+    (point_map,) = small_v1.predict([make_noise_frame(0)])
 
     y, x = np.mgrid[:40, :60] + 0.5
     pixel_centers = np.stack([x, y], -1)
-    pixels = project(result.points, result.intrinsics)
+    pixels = project(point_map.points, point_map.intrinsics)
     np.testing.assert_allclose(pixels, pixel_centers, atol=1e-2)
-    assert result.intrinsics[0, 2] == 30  # the center of the image
-    assert result.intrinsics[1, 2] == 20
+    assert point_map.intrinsics[0, 2] == 30  # the center of the image
+    assert point_map.intrinsics[1, 2] == 20
 
 
 def test_moge_2_gives_the_metric_points_of_its_network(metric_model: MogePointMapModel) -> None:
     frame = make_noise_frame(0)
 
-    (result,) = metric_model.predict([frame])
+    (point_map,) = metric_model.predict([frame])
 
     pixels = torch.from_numpy(frame.image).permute(2, 0, 1)[None]
     geometry = infer_geometry(metric_model.model, pixels)
-    expected = geometry.points[0].numpy()[result.mask]
-    np.testing.assert_allclose(result.points[result.mask], expected, rtol=1e-5)
-    assert result.unit == "metre"
+    expected = geometry.points[0].numpy()[point_map.mask]
+    np.testing.assert_allclose(point_map.points[point_map.mask], expected, rtol=1e-5)
+    assert point_map.unit == "metre"
     assert metric_model.name == "moge-2 reference-v2.pt"
 
 
 def test_unknown_points_are_zero_and_known_ones_in_front_of_the_camera(
     metric_model: MogePointMapModel,
 ) -> None:
-    (result,) = metric_model.predict([make_noise_frame(0)])
+    (point_map,) = metric_model.predict([make_noise_frame(0)])
 
-    assert 0 < result.mask.mean() < 1
-    assert not result.points[~result.mask].any()
-    assert (result.points[result.mask][:, 2] > 0).all()
+    assert 0 < point_map.mask.mean() < 1
+    assert not point_map.points[~point_map.mask].any()
+    assert (point_map.points[point_map.mask][:, 2] > 0).all()
 
 
 def get_last_layer(model: MogeV1) -> torch.nn.Conv2d:

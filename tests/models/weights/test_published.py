@@ -57,8 +57,8 @@ def test_all_tensors_of_paligemma_are_loaded(name: str, monkeypatch: pytest.Monk
         text_config=dict(network.config),
         projection_dim=network.config["hidden_size"],
     )
-    stored = make_stored_checkpoint(tensors, config)
-    monkeypatch.setattr(StoredCheckpoint, "open", lambda *_: stored)
+    checkpoint = make_stored_checkpoint(tensors, config)
+    monkeypatch.setattr(StoredCheckpoint, "open", lambda *_: checkpoint)
 
     # The folder does not exist, because `StoredCheckpoint.open` is replaced. There is no MoGe.
     report = backbones.plan_backbones("nowhere", None).report
@@ -92,8 +92,8 @@ def test_all_tensors_of_pi0_and_its_vlm_but_those_of_its_robot_are_loaded(
 ) -> None:
     tensors = PUBLISHED["pi0"].list_tensors()
     # A file of LeRobot, whose config says nothing about the networks.
-    stored = make_stored_checkpoint(tensors)
-    monkeypatch.setattr(StoredCheckpoint, "open", lambda *_: stored)
+    checkpoint = make_stored_checkpoint(tensors)
+    monkeypatch.setattr(StoredCheckpoint, "open", lambda *_: checkpoint)
 
     # The folder does not exist, because `StoredCheckpoint.open` is replaced. There is no MoGe.
     plan = plan_pi0("nowhere", None)
@@ -110,8 +110,8 @@ def test_all_tensors_of_pi0_and_its_vlm_but_those_of_its_robot_are_loaded(
 def test_sizes_of_pi0_are_those_of_the_preset(monkeypatch: pytest.MonkeyPatch) -> None:
     """A file of LeRobot does not say them, so they follow from the shapes of its weights."""
     preset = PRESETS["spear1"]
-    stored = make_stored_checkpoint(PUBLISHED["pi0"].list_tensors())
-    monkeypatch.setattr(StoredCheckpoint, "open", lambda *_: stored)
+    checkpoint = make_stored_checkpoint(PUBLISHED["pi0"].list_tensors())
+    monkeypatch.setattr(StoredCheckpoint, "open", lambda *_: checkpoint)
 
     config = plan_pi0("nowhere", None).config
 

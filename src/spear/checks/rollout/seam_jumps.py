@@ -116,8 +116,9 @@ class SeamJumpsCheck(RolloutCheck):
 class ReturnFit(NamedTuple):
     """How well a return at the beginning of each chunk explains the moves.
 
-    num_actions  how many of the last actions are undone.
-    factor       how much of them; -1 is all.
+    num_actions  how many of the last actions of the chunk before are undone.
+    factor       displacement of the return divided by what these actions commanded; at -1 the arm
+                 goes back all of it.
     error        share of the motion that stays unexplained.
     plain_error  the same without a return.
     """
@@ -129,7 +130,7 @@ class ReturnFit(NamedTuple):
 
 
 def find_return(motion: CommandedMotion) -> ReturnFit | None:
-    """Return the return that surely explains the moves better than the chunks alone, if any."""
+    """Find the return that surely explains the moves better than the chunks alone, if any."""
     num_executed = motion.typical_executed
     is_next = motion.episode[1:] == motion.episode[:-1]
     if is_next.sum() < MIN_MOVES:

@@ -22,8 +22,9 @@ class Novelty(NamedTuple):
     """How new an instruction is.
 
     unknown_share  share of its words that no instruction of training has.
-    similarity     that of the nearest instruction of training.
-    nearest        this instruction.
+    similarity     words that it shares with the nearest instruction of training, as a share of the
+                   words that either has.
+    nearest        the nearest instruction of training.
     """
 
     unknown_share: float

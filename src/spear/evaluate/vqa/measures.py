@@ -163,11 +163,11 @@ def guess_from_depth(
 
 
 def _guess_in_units(questions: Sequence[Question], units: Sequence[float]) -> list[Segments]:
-    """Answer all questions with the median of their true numbers, each in its own unit.
+    """Answer all questions with the median of their true numbers, measured in own units.
 
     Args:
         questions: Questions of one type.
-        units: The unit of each question's numbers, as a factor.
+        units: For each question, the length that is the unit for its numbers.
     """
     pairs = list(zip(questions, units, strict=True))
     # [questions, numbers]

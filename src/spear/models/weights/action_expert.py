@@ -88,7 +88,7 @@ def plan_policy(
     pi0 = None
     if expert is not None:
         pi0 = Pi0Checkpoint.open(expert)
-        sources["action expert"] = describe_source(expert, pi0.stored.folder)
+        sources["action expert"] = describe_source(expert, pi0.checkpoint.folder)
     config = make_policy_config(size, vlm_config, pi0)
 
     # The weights that the new model needs. On the meta device they have only shapes.
@@ -114,19 +114,19 @@ def plan_policy(
         entries += expert_entries
         # The pattern "" matches every name: all weights of π0's VLM are left out.
         unused = {"": f"{pi0.title}'s own VLM, which SPEAR-VLM replaces"}
-        entries += report_unused_weights(pi0.map_vlm_names(), pi0.stored, unused, "SPEAR-1")
+        entries += report_unused_weights(pi0.map_vlm_names(), pi0.checkpoint, unused, "SPEAR-1")
         readers += expert_readers
     report = ConversionReport(entries)
     return Conversion(Spear1ForActionPrediction, config, report, readers, dtype, sources)
 
 
-def _read_config_of_vlm(stored: StoredCheckpoint) -> SpearVLMConfig:
+def _read_config_of_vlm(checkpoint: StoredCheckpoint) -> SpearVLMConfig:
     """Return the config of a SPEAR-VLM. Raise `SpearError` if it is another model."""
-    architecture = str(stored.config.get("model_type"))
+    architecture = str(checkpoint.config.get("model_type"))
     check_known(
-        "architecture", [SpearVLMConfig.model_type], architecture, location=str(stored.folder)
+        "architecture", [SpearVLMConfig.model_type], architecture, location=str(checkpoint.folder)
     )
-    return stored.read_config(SpearVLMConfig)
+    return checkpoint.read_config(SpearVLMConfig)
 
 
 def make_policy_config(
@@ -139,8 +139,8 @@ def make_policy_config(
     expert_fields = pi0.read_expert_fields(vlm_config.text_config.head_dim)
     config = build_spear1_config(preset, vlm_config, expert_fields)
     for name in ("min_period", "max_period"):
-        if name in pi0.stored.config:
-            config.update({name: pi0.stored.config[name]})
+        if name in pi0.checkpoint.config:
+            config.update({name: pi0.checkpoint.config[name]})
     return config
 
 
@@ -160,7 +160,7 @@ def plan_expert(
     """
     new_names = _find_new_weights(expected_weights, pi0, config)
     wanted_of_pi0 = {name: w for name, w in expected_weights.items() if name not in new_names}
-    entries, loaded_names = match_weights(wanted_of_pi0, pi0.stored, pi0.names, pi0.title)
+    entries, loaded_names = match_weights(wanted_of_pi0, pi0.checkpoint, pi0.names, pi0.title)
 
     # The output layer is negated.
     output_names: dict[str, str] = {}
@@ -171,8 +171,8 @@ def plan_expert(
         target[our_name] = stored_name
     entries = [_note_negation(entry) if entry.name in output_names else entry for entry in entries]
     readers = [
-        make_weight_reader(pi0.stored, other_names),
-        make_weight_reader(pi0.stored, output_names, factor=-1.0),
+        make_weight_reader(pi0.checkpoint, other_names),
+        make_weight_reader(pi0.checkpoint, output_names, factor=-1.0),
     ]
 
     # Layers for other states or actions are new, and π0's weights of these layers are not read.
@@ -184,7 +184,7 @@ def plan_expert(
             leftover_names[our_name] = stored_name
     robot_layers = dict.fromkeys(ROBOT_LAYERS, "its states and actions mean other numbers")
     unused = {**pi0.rules.unused, **robot_layers}
-    entries += report_unused_weights(leftover_names, pi0.stored, unused, "the action expert")
+    entries += report_unused_weights(leftover_names, pi0.checkpoint, unused, "the action expert")
     return entries, readers
 
 
@@ -212,7 +212,7 @@ def _find_new_layers(pi0: Pi0Checkpoint, config: Spear1Config) -> set[str]:
         stored_name = pi0.names.get(f"{name}.weight")
         if stored_name is None:
             continue
-        if pi0.stored.weights[stored_name].shape[layer.axis] != layer.size:
+        if pi0.checkpoint.weights[stored_name].shape[layer.axis] != layer.size:
             new_layers.add(name)
     return new_layers
 

@@ -69,7 +69,7 @@ class StoredPaliGemma:
 
     title             What reports call it.
     source            Its path or name, for messages and the model card.
-    stored            The checkpoint that contains it.
+    checkpoint        The checkpoint that contains it.
     names             Our name of each of its weights -> the name in the checkpoint.
     config            Its `PaliGemmaConfig`.
     tokenizer_folder  The folder of its tokenizer, which may have none.
@@ -77,7 +77,7 @@ class StoredPaliGemma:
 
     title: str
     source: str
-    stored: StoredCheckpoint
+    checkpoint: StoredCheckpoint
     names: Mapping[str, str]
     config: Any
     tokenizer_folder: Path
@@ -135,14 +135,14 @@ def plan_backbones(
         SpearError: A checkpoint is missing, incomplete, broken or of another architecture; a weight
             is not floating point; or the vocabulary does not fit.
     """
-    stored = StoredCheckpoint.open(paligemma, "PaliGemma")
+    checkpoint = StoredCheckpoint.open(paligemma, "PaliGemma")
     published = StoredPaliGemma(
         title="PaliGemma",
-        source=describe_source(paligemma, stored.folder),
-        stored=stored,
-        names=stored.map_names(read_name_rules("paligemma").renamed),
-        config=_read_paligemma_config(stored),
-        tokenizer_folder=stored.folder,
+        source=describe_source(paligemma, checkpoint.folder),
+        checkpoint=checkpoint,
+        names=checkpoint.map_names(read_name_rules("paligemma").renamed),
+        config=_read_paligemma_config(checkpoint),
+        tokenizer_folder=checkpoint.folder,
     )
     return plan_vlm(published, moge, get_preset(size))
 
@@ -164,9 +164,9 @@ def plan_vlm(
             is zero, and SigLIP's is doubled. Otherwise MoGe's projection is random.
     """
     # PaliGemma's vocabulary, MoGe, and the new model's config.
-    stored = published.stored
+    checkpoint = published.checkpoint
     stored_names = dict(published.names)
-    vocabulary = _find_vocabulary(stored, stored_names, published.config)
+    vocabulary = _find_vocabulary(checkpoint, stored_names, published.config)
     tokenizer, first_new_id = _extend_tokenizer(
         published.tokenizer_folder, vocabulary.num_rows, preset.bins
     )
@@ -187,12 +187,12 @@ def plan_vlm(
         if not name.startswith("moge") and name != EMBEDDINGS
     }
     entries, loaded_names = match_weights(
-        wanted_of_paligemma, stored, stored_names, published.title
+        wanted_of_paligemma, checkpoint, stored_names, published.title
     )
     entries += _report_vocabulary(published, vocabulary, new_tokens)
     is_doubled = keeps_visual_tokens and moge is not None
-    readers = [_make_vocabulary_reader(stored, vocabulary, new_tokens)]
-    readers += _make_network_readers(stored, loaded_names, is_doubled)
+    readers = [_make_vocabulary_reader(checkpoint, vocabulary, new_tokens)]
+    readers += _make_network_readers(checkpoint, loaded_names, is_doubled)
     if is_doubled:
         entries = [_note_doubling(entry) for entry in entries]
     sources = {published.title: published.source}
@@ -207,24 +207,24 @@ def plan_vlm(
             readers.append(make_zero_reader(_moge_projector_shapes(expected_weights)))
         sources["MoGe"] = describe_source(str(moge), encoder_checkpoint.path.parent)
 
-    entries += _report_left_out(stored, stored_names, vocabulary, expected_weights)
+    entries += _report_left_out(checkpoint, stored_names, vocabulary, expected_weights)
     return Conversion(
         model_class=SpearVLMForConditionalGeneration,
         config=config,
         report=ConversionReport(_sort_like_model(entries, expected_weights)),
         readers=readers,
-        dtype=stored.find_common_dtype([vocabulary.name, *loaded_names.values()]),
+        dtype=checkpoint.find_common_dtype([vocabulary.name, *loaded_names.values()]),
         sources=sources,
         tokenizer=tokenizer,
     )
 
 
 def _make_network_readers(
-    stored: StoredCheckpoint, loaded_names: Mapping[str, str], is_doubled: bool
+    checkpoint: StoredCheckpoint, loaded_names: Mapping[str, str], is_doubled: bool
 ) -> list[WeightReader]:
     """Return readers of PaliGemma's networks. `is_doubled` doubles SigLIP's projection."""
     if not is_doubled:
-        return [make_weight_reader(stored, loaded_names)]
+        return [make_weight_reader(checkpoint, loaded_names)]
     projector_names: dict[str, str] = {}
     other_names: dict[str, str] = {}
     for our_name, stored_name in loaded_names.items():
@@ -232,8 +232,8 @@ def _make_network_readers(
         target = projector_names if is_projector else other_names
         target[our_name] = stored_name
     return [
-        make_weight_reader(stored, other_names),
-        make_weight_reader(stored, projector_names, factor=2.0),
+        make_weight_reader(checkpoint, other_names),
+        make_weight_reader(checkpoint, projector_names, factor=2.0),
     ]
 
 
@@ -245,7 +245,7 @@ def _note_doubling(entry: WeightStatus) -> WeightStatus:
 
 
 def _report_left_out(
-    stored: StoredCheckpoint,
+    checkpoint: StoredCheckpoint,
     stored_names: Mapping[str, str],
     vocabulary: _StoredVocabulary,
     expected_weights: Mapping[str, Tensor],
@@ -253,14 +253,14 @@ def _report_left_out(
     """Report the weights of PaliGemma that the new model does not have."""
     entries = []
     if vocabulary.head_name is not None:
-        head_shape = stored.weights[vocabulary.head_name].shape
+        head_shape = checkpoint.weights[vocabulary.head_name].shape
         reason = "tied to the token embeddings"
         entries.append(WeightStatus(vocabulary.head_name, head_shape, "left out", reason))
     leftover_names = {
         our: name for our, name in stored_names.items() if our not in expected_weights
     }
     unused = read_name_rules("paligemma").unused
-    entries += report_unused_weights(leftover_names, stored, unused, "SPEAR-VLM")
+    entries += report_unused_weights(leftover_names, checkpoint, unused, "SPEAR-VLM")
     return entries
 
 
@@ -281,24 +281,24 @@ def _sort_like_model(
 # --- PaliGemma ---
 
 
-def _read_paligemma_config(stored: StoredCheckpoint) -> Any:
+def _read_paligemma_config(checkpoint: StoredCheckpoint) -> Any:
     """Return the `PaliGemmaConfig` of a folder.
 
     Raises:
         SpearError: The folder contains no PaliGemma that can be converted to a SPEAR-VLM.
     """
-    model_type = stored.config.get("model_type")
-    file = stored.folder / "config.json"
+    model_type = checkpoint.config.get("model_type")
+    file = checkpoint.folder / "config.json"
     if model_type != PaliGemmaConfig.model_type:
         raise SpearError(
             f"{file} is of the architecture {model_type!r}. Give a PaliGemma 1 or 2 folder "
             "('paligemma')."
         )
-    config: Any = stored.read_config(PaliGemmaConfig)
+    config: Any = checkpoint.read_config(PaliGemmaConfig)
     text_type = config.text_config.model_type
     if text_type not in ("gemma", "gemma2"):
         raise SpearError(f"the language model of {file} is {text_type!r}. Give a PaliGemma 1 or 2.")
-    if stored.config.get("tie_word_embeddings") is False:
+    if checkpoint.config.get("tie_word_embeddings") is False:
         raise SpearError(
             f"the head of {file} is not tied to its embeddings, as SPEAR-VLM's is. Give a "
             "PaliGemma 1 or 2."
@@ -307,7 +307,7 @@ def _read_paligemma_config(stored: StoredCheckpoint) -> Any:
 
 
 def _find_vocabulary(
-    stored: StoredCheckpoint, stored_names: dict[str, str], published_config: Any
+    checkpoint: StoredCheckpoint, stored_names: dict[str, str], published_config: Any
 ) -> _StoredVocabulary:
     """Find the token embeddings, and remove the head from `stored_names`.
 
@@ -319,13 +319,13 @@ def _find_vocabulary(
         stored_names[EMBEDDINGS] = head_name
         head_name = None
     if EMBEDDINGS not in stored_names:
-        raise SpearError(f"{stored.folder} has no token embeddings. Copy it again.")
+        raise SpearError(f"{checkpoint.folder} has no token embeddings. Copy it again.")
     name = stored_names[EMBEDDINGS]
-    num_rows = stored.weights[name].shape[0]
+    num_rows = checkpoint.weights[name].shape[0]
     num_tokens = published_config.text_config.vocab_size
     if num_rows != num_tokens:
         raise SpearError(
-            f"the config of {stored.folder} says {num_tokens} tokens, its embeddings have "
+            f"the config of {checkpoint.folder} says {num_tokens} tokens, its embeddings have "
             f"{num_rows} rows. Take both from the same checkpoint."
         )
     return _StoredVocabulary(name, head_name, num_rows)
@@ -397,7 +397,7 @@ def _report_vocabulary(
 ) -> list[WeightStatus]:
     """Report the embeddings in parts: loaded rows, new rows of 3D tokens, and loaded rows after
     these, if there are any."""
-    num_rows, width = published.stored.weights[vocabulary.name].shape
+    num_rows, width = published.checkpoint.weights[vocabulary.name].shape
     end = new_tokens.end
     num_known = min(num_rows, new_tokens.start)
     source = f"{published.title}: {vocabulary.name}"
@@ -415,17 +415,17 @@ def _report_vocabulary(
 
 
 def _make_vocabulary_reader(
-    stored: StoredCheckpoint, vocabulary: _StoredVocabulary, new_tokens: _CoordinateTokens
+    checkpoint: StoredCheckpoint, vocabulary: _StoredVocabulary, new_tokens: _CoordinateTokens
 ) -> WeightReader:
     """Return a reader that reads the known rows of the embeddings and draws the new ones."""
-    num_rows, width = stored.weights[vocabulary.name].shape
+    num_rows, width = checkpoint.weights[vocabulary.name].shape
     end = new_tokens.end
     num_known = min(num_rows, new_tokens.start)
 
     def read(dtype: torch.dtype, generator: torch.Generator) -> dict[str, Tensor]:
         embeddings = torch.empty(max(num_rows, end), width, dtype=dtype)
-        stored.read_into(vocabulary.name, embeddings[:num_rows])
-        _check_head(stored, vocabulary, embeddings[:num_rows])
+        checkpoint.read_into(vocabulary.name, embeddings[:num_rows])
+        _check_head(checkpoint, vocabulary, embeddings[:num_rows])
         known_rows = embeddings[:num_known]
         embeddings[num_known:end] = init_new_embeddings(known_rows, end - num_known, generator)
         return {EMBEDDINGS: embeddings}
@@ -434,22 +434,22 @@ def _make_vocabulary_reader(
 
 
 def _check_head(
-    stored: StoredCheckpoint, vocabulary: _StoredVocabulary, embeddings: Tensor
+    checkpoint: StoredCheckpoint, vocabulary: _StoredVocabulary, embeddings: Tensor
 ) -> None:
     """Raise `SpearError` if the output head, a copy of the embeddings, differs from them."""
     head_name = vocabulary.head_name
     if head_name is None:
         return
-    is_equal = stored.weights[head_name].shape == embeddings.shape
+    is_equal = checkpoint.weights[head_name].shape == embeddings.shape
     if is_equal:
         is_equal = all(
             torch.equal(piece.to(embeddings.dtype), embeddings[row_range])
-            for row_range, piece in stored.read_pieces(head_name)
+            for row_range, piece in checkpoint.read_pieces(head_name)
         )
     if not is_equal:
         raise SpearError(
-            f"{head_name} in {stored.folder} differs from {vocabulary.name}, but SPEAR-VLM ties "
-            "both. Give a PaliGemma's own."
+            f"{head_name} in {checkpoint.folder} differs from {vocabulary.name}, but SPEAR-VLM "
+            "ties both. Give a PaliGemma's own."
         )
 
 

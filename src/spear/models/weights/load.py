@@ -147,9 +147,9 @@ def read_compatible_config(cls: type[PreTrainedModel], folder: Path) -> PreTrain
             "train … --init`."
         )
     check_known("architecture", [expected], architecture, location=str(folder / "config.json"))
-    stored = StoredCheckpoint.open(folder, expected)
-    stored.find_common_dtype(stored.weights)  # raises SpearError for quantized weights
-    return stored.read_config(cls.config_class)
+    checkpoint = StoredCheckpoint.open(folder, expected)
+    checkpoint.find_common_dtype(checkpoint.weights)  # raises SpearError for quantized weights
+    return checkpoint.read_config(cls.config_class)
 
 
 def read_architecture(folder: Path) -> str:
@@ -260,7 +260,7 @@ class StoredCheckpoint:
             SpearError: Two weights get the same name.
         """
         # If two weights get the same name, the second replaces the first in `stored_names`.
-        stored_names = {rename_prefixes(stored, rules): stored for stored in self.weights}
+        stored_names = {rename_prefixes(name, rules): name for name in self.weights}
         replaced = self.weights.keys() - stored_names.values()
         if replaced:
             first = min(replaced)
@@ -382,18 +382,18 @@ generator."""
 
 
 def make_weight_reader(
-    stored: StoredCheckpoint, names: Mapping[str, str], factor: float = 1.0
+    checkpoint: StoredCheckpoint, names: Mapping[str, str], factor: float = 1.0
 ) -> WeightReader:
     """Return a reader of weights under new names.
 
     Args:
-        stored: The checkpoint.
+        checkpoint: The checkpoint.
         names: New name -> stored name.
         factor: A number that all weights are multiplied by.
     """
 
     def file_and_name(new_name: str) -> tuple[str, str]:
-        return str(stored.weights[names[new_name]].file), new_name
+        return str(checkpoint.weights[names[new_name]].file), new_name
 
     # Read one file after the other.
     new_names = sorted(names, key=file_and_name)
@@ -402,8 +402,8 @@ def make_weight_reader(
         weights = {}
         for new_name in new_names:
             stored_name = names[new_name]
-            buffer = torch.empty(stored.weights[stored_name].shape, dtype=dtype)
-            weights[new_name] = stored.read_into(stored_name, buffer)
+            buffer = torch.empty(checkpoint.weights[stored_name].shape, dtype=dtype)
+            weights[new_name] = checkpoint.read_into(stored_name, buffer)
         if factor == 1.0:
             return weights
         return {name: factor * weight for name, weight in weights.items()}

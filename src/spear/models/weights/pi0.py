@@ -32,13 +32,13 @@ NUM_KEY_VALUE_HEADS = 1
 class Pi0Checkpoint:
     """A π0 or π0.5 whose weights have been listed, not read.
 
-    stored   The checkpoint's weights and config.
-    names    Our name of each weight -> the name in the checkpoint.
-    rules    The rules that made our names.
-    is_pi05  Whether it is a π0.5.
+    checkpoint  Its weights and config.
+    names       Our name of each weight -> the name in the checkpoint.
+    rules       The rules that made our names.
+    is_pi05     Whether it is a π0.5.
     """
 
-    stored: StoredCheckpoint
+    checkpoint: StoredCheckpoint
     names: Mapping[str, str]
     rules: NameRules
     is_pi05: bool
@@ -50,15 +50,15 @@ class Pi0Checkpoint:
         Raises:
             SpearError: The checkpoint is not found, incomplete, broken, or no π0.
         """
-        stored = StoredCheckpoint.open(name, "π0")
-        is_pi05 = any(_belongs_to_pi05(stored_name) for stored_name in stored.weights)
+        checkpoint = StoredCheckpoint.open(name, "π0")
+        is_pi05 = any(_belongs_to_pi05(stored_name) for stored_name in checkpoint.weights)
         rules = read_name_rules("pi05" if is_pi05 else "pi0")
-        names = stored.map_names(rules.renamed)
+        names = checkpoint.map_names(rules.renamed)
         if "expert.layers.0.self_attn.q_proj.weight" not in names:
             raise SpearError(
-                f"{stored.folder} contains no action expert. Give a π0 (lerobot/pi0_base)."
+                f"{checkpoint.folder} contains no action expert. Give a π0 (lerobot/pi0_base)."
             )
-        return Pi0Checkpoint(stored, names, rules, is_pi05)
+        return Pi0Checkpoint(checkpoint, names, rules, is_pi05)
 
     @property
     def title(self) -> str:
@@ -79,7 +79,7 @@ class Pi0Checkpoint:
         Raises:
             SpearError: The config is broken, or a weight is missing whose shape is needed.
         """
-        vlm_config = self.stored.config.get("vlm_config")
+        vlm_config = self.checkpoint.config.get("vlm_config")
         if vlm_config is None:
             vlm_config = {
                 "vision_config": self._read_siglip_fields(),
@@ -94,7 +94,7 @@ class Pi0Checkpoint:
             return PaliGemmaConfig.from_dict(vlm_config)
         except Exception as error:  # any kind, such as the errors of the decorator `strict`
             reason = summarize_error(error.__cause__ or error)
-            file = self.stored.folder / "config.json"
+            file = self.checkpoint.folder / "config.json"
             raise SpearError(
                 f"vlm_config in {file} is broken ({reason}). Copy it again."
             ) from error
@@ -106,7 +106,7 @@ class Pi0Checkpoint:
         checkpoint's own config has. `head_dim` is that of the VLM, which the expert shares.
         """
         fields: dict[str, Any] = {}
-        expert_config = self.stored.config.get("dit_config") or {}
+        expert_config = self.checkpoint.config.get("dit_config") or {}
         for name in ("rms_norm_eps", "rope_parameters", "hidden_act"):
             if name in expert_config:
                 fields[name] = expert_config[name]
@@ -166,8 +166,8 @@ class Pi0Checkpoint:
     def _shape(self, our_name: str) -> tuple[int, ...]:
         """Return the shape of a weight."""
         if our_name not in self.names:
-            raise SpearError(f"{self.stored.folder} has no {our_name}. Copy it again.")
-        return self.stored.weights[self.names[our_name]].shape
+            raise SpearError(f"{self.checkpoint.folder} has no {our_name}. Copy it again.")
+        return self.checkpoint.weights[self.names[our_name]].shape
 
 
 def _belongs_to_pi05(stored_name: str) -> bool:

@@ -47,21 +47,21 @@ def plan_pi0(
         SpearError: A checkpoint is missing, incomplete, broken or of another architecture, or the
             vocabulary does not fit.
     """
-    checkpoint = Pi0Checkpoint.open(pi0)
-    tokenizer_folder = checkpoint.stored.folder
+    pi0_checkpoint = Pi0Checkpoint.open(pi0)
+    tokenizer_folder = pi0_checkpoint.checkpoint.folder
     if tokenizer is not None:
         tokenizer_folder = find_tokenizer(tokenizer)
     paligemma = StoredPaliGemma(
-        title=checkpoint.title,
-        source=describe_source(pi0, checkpoint.stored.folder),
-        stored=checkpoint.stored,
-        names=checkpoint.map_vlm_names(),
-        config=checkpoint.read_paligemma_config(),
+        title=pi0_checkpoint.title,
+        source=describe_source(pi0, pi0_checkpoint.checkpoint.folder),
+        checkpoint=pi0_checkpoint.checkpoint,
+        names=pi0_checkpoint.map_vlm_names(),
+        config=pi0_checkpoint.read_paligemma_config(),
         tokenizer_folder=tokenizer_folder,
     )
     vlm_plan = plan_vlm(paligemma, moge, get_preset(size), keeps_visual_tokens=True)
     vlm_config: Any = vlm_plan.config
-    config = make_policy_config(size, vlm_config, checkpoint)
+    config = make_policy_config(size, vlm_config, pi0_checkpoint)
 
     # The weights that the expert needs. On the meta device they have only shapes.
     with torch.device("meta"):
@@ -70,7 +70,7 @@ def plan_pi0(
     for name, weight in model.state_dict().items():
         if not name.startswith(VLM_PREFIX):
             expected_of_expert[name] = weight
-    expert_entries, expert_readers = plan_expert(expected_of_expert, checkpoint, config)
+    expert_entries, expert_readers = plan_expert(expected_of_expert, pi0_checkpoint, config)
 
     vlm_entries = _add_prefix(vlm_plan.report.entries)
     vlm_readers = [add_prefix_to_reader(reader, VLM_PREFIX) for reader in vlm_plan.readers]

@@ -78,12 +78,14 @@ class Role:
 
 
 def guess_roles(
-    stored: Mapping[str, Shape], size: str = "spear1", renamed: Sequence[tuple[str, str]] = ()
+    stored_shapes: Mapping[str, Shape],
+    size: str = "spear1",
+    renamed: Sequence[tuple[str, str]] = (),
 ) -> list[Role]:
     """Guess what the weights of a checkpoint are in a SPEAR-1 of the preset `size`.
 
     Args:
-        stored: Name -> shape of each weight in the checkpoint.
+        stored_shapes: Name -> shape of each weight in the checkpoint.
         size: The preset.
         renamed: Rules (old prefix, new prefix) that are applied to the names before they are
             compared, as in `names_SOURCE.toml`.
@@ -95,7 +97,7 @@ def guess_roles(
         model = Spear1ForActionPrediction(build_spear1_config(get_preset(size)))
     expected_shapes = {name: tuple(weight.shape) for name, weight in model.state_dict().items()}
     expected_groups = group_weights(expected_shapes)
-    groups = group_weights(stored)
+    groups = group_weights(stored_shapes)
     expected_stacks = _match_stacks(groups, expected_groups)
 
     roles = []
