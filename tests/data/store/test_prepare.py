@@ -1,6 +1,6 @@
 """Preparing writes a store of episodes: complete or not at all, and always the same bytes.
 
-Most tests prepare the same recording of 11 episodes (`recorded`). One of them is skipped, because
+Most tests prepare the same recording of 11 episodes (`recorded_folder`). One of them is skipped, because
 it lacks a camera.
 """
 
