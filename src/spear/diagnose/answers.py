@@ -94,7 +94,7 @@ def exchange_instructions(
 
 def count_tokens(instructions: Sequence[str], policy: Spear1Policy) -> list[int]:
     """Count the tokens of each instruction."""
-    mask = policy.processor.encode_instructions(list(instructions), True)["attention_mask"]
+    mask = policy.processor.encode_instructions(list(instructions), cut=True)["attention_mask"]
     return [int(count) for count in mask.sum(1)]
 
 

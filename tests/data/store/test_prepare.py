@@ -1,7 +1,7 @@
 """Preparing writes a store of episodes: complete or not at all, and always the same bytes.
 
-Most tests prepare the same recording of 11 episodes (`recorded_folder`). One of them is skipped, because
-it lacks a camera.
+Most tests prepare the same recording of 11 episodes (`recorded_folder`). One of them is skipped,
+because it lacks a camera.
 """
 
 import dataclasses

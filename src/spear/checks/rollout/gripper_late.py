@@ -24,7 +24,7 @@ class GripperLateCheck(RolloutCheck):
             return Doubt("the gripper's command never changes")
         if following.correlation < MIN_CORRELATION:
             return None
-        rate_hz = gripper.rollout[0][2]
+        rate_hz = gripper.rollout[0].rate_hz
         delay_s = following.delay_steps / rate_hz
         usual_s = USUAL_DELAY_S
         usual = gripper.following_before

@@ -126,7 +126,7 @@ def _parse_skeleton(
     if pixel is not None:
         point = _format_pixel(pixel, image_size)
     prompt = PROMPT_TEMPLATES[question_type][0].format(p=point, **gaps)
-    return ParsedQuestion(question_type, names, prompt, False, pixel)
+    return ParsedQuestion(question_type, names, prompt, is_taught_wording=False, pixel=pixel)
 
 
 def _format_pixel(pixel: tuple[float, float], image_size: tuple[int, int] | None) -> str:
