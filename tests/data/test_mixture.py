@@ -184,7 +184,7 @@ def test_an_empty_mixture_is_refused() -> None:
 
 @pytest.mark.parametrize("weight", [0.0, -1.0, float("nan")])
 def test_a_weight_that_is_not_positive_is_refused(mixture: Mixture, weight: float) -> None:
-    refuses("the sampling weight", Mixture, [("a", mixture.stores[0], weight)])
+    refuses("the sampling weight", Mixture, [WeightedStore("a", mixture.stores[0], weight)])
 
 
 def test_a_store_at_another_rate_is_refused(tmp_path: Path) -> None:
