@@ -420,7 +420,7 @@ STREAMS: dict[str, Callable[[np.random.Generator, int], np.ndarray]] = {
 }
 """Name of a distribution -> a function that draws `count` values from it."""
 CAPACITY = 256  # of a buffer of the sketch
-MAX_LEVELS = 6  # a sketch of 6000 values has at most so many buffers: 6000 / 256 < 2^5
+MAX_LEVELS = 6  # a sketch of 6000 values has at most this many buffers: 6000 / 256 < 2^5
 
 
 @settings(max_examples=25)

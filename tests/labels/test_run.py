@@ -54,7 +54,7 @@ def run(
         workers: Number of worker processes.
         detector: Arguments of the detector.
         shard_size: Number of photos in a shard.
-        stop_after: After so many batches the user interrupts the run (KeyboardInterrupt).
+        stop_after: After this many batches the user interrupts the run (KeyboardInterrupt).
         retry_skipped: Whether shards with photos that are worth a retry are made again.
     """
 

@@ -133,7 +133,7 @@ class FolderFuzz:
         read(folder)  # the folder is good, and what is imported now opens no files later
 
     def run(self, num_changes: int, seed: int = 0) -> FuzzReport:
-        """Make so many changes, one at a time, and read each changed folder."""
+        """Make this many changes, one at a time, and read each changed folder."""
         report = FuzzReport()
         for index in range(num_changes):
             rng = np.random.default_rng([seed, index])

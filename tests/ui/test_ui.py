@@ -56,7 +56,7 @@ from spear.ui.tab import SharedModel
 
 MAX_MESSAGE_BYTES = 2**20  # larger than every message of these tests
 TIMEOUT_S = 240  # so long that only a server that hangs exceeds it
-NUM_LAST_FRAMES = 5  # a film shows its last step for so many more frames
+NUM_LAST_FRAMES = 5  # a film shows its last step for this many more frames
 
 
 @pytest.fixture(scope="module")

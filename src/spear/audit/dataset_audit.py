@@ -92,9 +92,9 @@ STORE_LAYOUT = DatasetLayout(
 )
 """The layout of episode stores, without cameras and rate."""
 
-MAX_EPISODES = 50  # the audit reads at most so many episodes
-MAX_STEPS = 3000  # the audit reads no further episode after so many steps
-MAX_VIEWED_EPISODES = 12  # the images of the first so many episodes are decoded
+MAX_EPISODES = 50  # the audit reads at most this many episodes
+MAX_STEPS = 3000  # the audit reads no further episode after this many steps
+MAX_VIEWED_EPISODES = 12  # the images of this many episodes are decoded, the first ones
 # If a larger share of the episodes is unreadable, the rest says little about the dataset: give up.
 MAX_BAD_SHARE = 0.5
 # A hypothesis is worse than the best one if its relative error (error ÷ motion) is larger by this.
@@ -103,7 +103,7 @@ MAX_UNEXPLAINED = 1 / 3  # if even the best hypothesis has a larger relative err
 MIN_MOTION = {"translation": 2e-3, "rotation": np.radians(0.5)}
 """Mean motion since the start of a stretch (m, rad) below which there is too little to judge."""
 ODD_EPISODE_FACTOR = 10
-"""An episode is odd if its relative error is above so many times the median of all episodes."""
+"""An episode is odd if its relative error is above this many times the median of all episodes."""
 MIN_ODD_EPISODE_LIMIT = 0.5
 """An episode with a smaller relative error is not odd, however small the median is."""
 MAX_ODD_EPISODE_LIMIT = 1.0

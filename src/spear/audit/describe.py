@@ -66,11 +66,11 @@ from spear.util.files import read_json
 from spear.util.images import IMAGE_MAGIC_BYTES
 from spear.util.units import ANGLE_UNITS, LENGTH_UNITS, unit_factor
 
-MAX_EPISODES = 30  # at most so many episodes are read
-MAX_SEARCH_EPISODES = 8  # columns of positions and rotations are sought in so many episodes
-MAX_VIEWED_EPISODES = 5  # the images of so many episodes are decoded
+MAX_EPISODES = 30  # at most this many episodes are read
+MAX_SEARCH_EPISODES = 8  # columns of positions and rotations are sought in this many episodes
+MAX_VIEWED_EPISODES = 5  # the images of this many episodes are decoded
 MAX_NUMBERS = 32  # a column with more numbers per step is no measurement or command
-MAX_CANDIDATES = 8  # rotations are sought for so many of the best columns of positions
+MAX_CANDIDATES = 8  # rotations are sought for this many of the best columns of positions
 UNEXPLAINED_WITHOUT_ROTATIONS = 1  # relative error of rotations for which no column was found
 DEFAULT_RATE_HZ = 5.0  # if the dataset names no rate; only ratios of rates matter here
 

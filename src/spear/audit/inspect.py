@@ -34,10 +34,10 @@ from spear.types import Array
 from spear.util.images import IMAGE_MAGIC_BYTES, decode_image
 from spear.util.skipped_items import SkippedItems
 
-MAX_INSTRUCTIONS = 5  # so many instructions are shown, the most frequent ones first
-MAX_REASONS = 5  # for so many skipped episodes, the reason is shown
-MAX_AXES = 16  # up to so many numbers of a column are shown one by one
-MAX_EPISODES = 50  # so many episodes are read, because reading all may take hours
+MAX_INSTRUCTIONS = 5  # this many instructions are shown, the most frequent ones first
+MAX_REASONS = 5  # for this many skipped episodes, the reason is shown
+MAX_AXES = 16  # up to this many numbers of a column are shown one by one
+MAX_EPISODES = 50  # at most this many episodes are read, because reading all may take hours
 
 
 def describe_dataset(path: str | Path) -> str:

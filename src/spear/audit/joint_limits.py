@@ -14,7 +14,7 @@ from spear.embodiments.urdf import UrdfJoint, compute_urdf_pose
 from spear.errors import SpearError
 from spear.types import Array
 
-MAX_EPISODES = 12  # the joints of the first so many episodes are read
+MAX_EPISODES = 12  # the joints of this many episodes are read, the first ones
 MAX_EXCESS_RAD = 0.26  # 15°: a calibration puts the zero of a joint a few degrees off
 
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from spear.tokens import CoordinateTokenizer
 
 
-MAX_CANDIDATES = 4  # `spear convert roles` names at most so many for one group of weights
+MAX_CANDIDATES = 4  # `spear convert roles` names at most this many for one group of weights
 
 
 class ConvertOptions(Options, kw_only=True):

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from spear.data.readers.splits import EpisodeRange
     from spear.data.store.episode_store import EpisodeStore
 
-MAX_SHOWN_REASONS = 5  # for at most so many skipped episodes, the reason is printed
+MAX_SHOWN_REASONS = 5  # for at most this many skipped episodes, the reason is printed
 
 
 def inspect(options: InspectOptions) -> None:

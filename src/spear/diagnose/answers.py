@@ -12,7 +12,7 @@ from spear.policy import Spear1Policy
 from spear.types import Array
 from spear.util.images import decode_image
 
-NUM_OBSERVATIONS = 16  # of different episodes, as far as there are so many
+NUM_OBSERVATIONS = 16  # of different episodes, if there are that many
 SEED = 0  # of the noise of every answer, so that only the observations differ
 
 Observation = dict[str, Any]

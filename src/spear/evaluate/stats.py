@@ -97,7 +97,7 @@ def estimate_mean_proportion(counts: Sequence[tuple[int, int]]) -> Estimate:
 
     The interval is Wilson's interval of a single proportion with an effective number of samples
     (our choice). For F proportions, this number is F² / Σ 1/n. If all proportions are 0.5, which is
-    where they vary most, a single proportion of so many samples has the same variance as the mean.
+    where they vary most, a single proportion of as many samples has the same variance as the mean.
     If all n are equal, the interval is that of all samples together. Such an interval is never too
     narrow, because the mean of different proportions varies less than one proportion of all
     samples. With very unequal n, the interval can be slightly too narrow.

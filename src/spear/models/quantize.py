@@ -29,8 +29,8 @@ MIN_SCALE = 1e-12  # so that a row of zeros is not divided by 0
 MIN_QUANTIZED_ELEMENTS = 2**12  # of a weight; a smaller one stays (our choice)
 
 MAX_FEW_ROWS = 16
-"""PyTorch's product of bfloat16 inputs and 8-bit weights is faster than converting the weights for
-up to about so many rows. For 372 rows it takes six times as long (measured on a Xeon with AMX)."""
+"""Up to about this many rows, PyTorch's product of bfloat16 inputs and 8-bit weights is faster than
+converting the weights. For 372 rows it takes six times as long (measured on a Xeon with AMX)."""
 
 
 class QuantizedLinear(nn.Module):

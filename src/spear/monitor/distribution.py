@@ -21,7 +21,7 @@ from spear.geometry import quat_distance
 from spear.types import Array
 from spear.util.files import read_json_as, write_text
 
-NUM_SAMPLES = 512  # at least so many steps are summarized, in the order in which training draws
+NUM_SAMPLES = 512  # at least this many steps are summarized, in the order in which training draws
 THUMBNAIL_SIZE = 8  # rows and columns of a thumbnail
 # The policy relies on a camera if more than this share of the steps has its image.
 MIN_CONSTANT_CAMERA_SHARE = 0.95

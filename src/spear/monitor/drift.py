@@ -17,8 +17,8 @@ from spear.monitor.motion import MAX_OPPOSITE_SHARE, FrozenCameraCheck, MotionCh
 from spear.monitor.observations import Finding, check_first_state, check_observations
 from spear.types import Array
 
-NUM_FIRST_OBSERVATIONS = 64  # so many first observations of each robot are compared with training
-OBSERVATION_INTERVAL = 16  # of the later observations, one in so many is compared with training
+NUM_FIRST_OBSERVATIONS = 64  # first observations of each robot that are compared with training
+OBSERVATION_INTERVAL = 16  # of the later observations, one in this many is compared with training
 MAX_ROBOTS = 1024  # with more, the robot whose last observation is oldest is forgotten
 # Clients that connect again and again count as new robots, and would fill the log.
 MAX_NOTICES = 50  # about robots, within the following time

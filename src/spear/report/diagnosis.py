@@ -26,7 +26,7 @@ from spear.util.images import decode_image, to_jpeg_data_uri
 
 MAX_FILM_STEPS = 75  # 15 s at 5 Hz
 MAX_STILLS = 4  # steps of the rollout that are shown beside training pictures
-MAX_CHART_STEPS = 150  # a chart shows the first so many steps or moves
+MAX_CHART_STEPS = 150  # steps or moves in a chart, the first ones
 NUM_OPEN_LOOP_EPISODES = 3  # training episodes on which the policy's errors are measured
 STILL_HEIGHT_PX = 144
 MM_PER_M = 1000

@@ -15,7 +15,7 @@ Connection = TypeVar("Connection")
 # Addresses with the same first 64 bits count as one, because a provider gives each customer at
 # least a network of that size.
 IPV6_NETWORK_BITS = 64
-MAX_BUCKETS = 1024  # when so many addresses have buckets, full buckets are forgotten
+MAX_BUCKETS = 1024  # when this many addresses have buckets, full buckets are forgotten
 
 
 @dataclass(frozen=True)

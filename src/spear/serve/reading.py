@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from spear.serve.admission import TokenBucket
 
 MIB = 2**20
-MAX_ADDRESSES = 1024  # when so many addresses are remembered, those without a debt are forgotten
+MAX_ADDRESSES = 1024  # when this many addresses are remembered, those without a debt are forgotten
 TURN_BYTES = 2**18  # what asyncio reads of a connection at once
 RATE_MEMORY_S = 1.0  # what a connection sent so long ago counts 1/e for its rate
 

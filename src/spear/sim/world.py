@@ -38,7 +38,8 @@ REACHED_DISTANCE_M = 0.045  # the source is reached if the end-effector is neare
 MIN_LIFT_M = 0.02  # a source between both fingers is grasped if it has been lifted by more
 
 MAX_CONTACT_GAP_M = 0.0005  # bodies with a smaller gap touch
-# In a scene without a task the gripper is raised by this, up to so many times, until it is free.
+# In a scene without a task the gripper is raised by CLUTTER_LIFT_M until it is free, at most
+# NUM_CLUTTER_LIFTS times.
 CLUTTER_LIFT_M = 0.02
 NUM_CLUTTER_LIFTS = 20
 TEXTURE_SIDE_PX = 128

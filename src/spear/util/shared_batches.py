@@ -92,7 +92,7 @@ class SharedBatchSlots:
             worker: the worker's number.
         """
         tensors = [leaf for leaf in tree_leaves(batch) if isinstance(leaf, torch.Tensor)]
-        # The bytes of the batch in a slot are at most so many, as each tensor is aligned.
+        # The bytes of the batch in a slot are at most this many, as each tensor is aligned.
         max_bytes = sum(tensor.nbytes + ALIGNMENT_BYTES for tensor in tensors)
         if max_bytes > SLOT_BYTES or self._is_taken[worker].all():
             return batch

@@ -1,7 +1,7 @@
 """Are a camera's pictures late? When they change is compared with when the arm moves.
 
 Two pictures of one episode differ the more, the farther the arm moved between them. If pictures are
-late by some steps, their differences belong to what the arm did so many steps earlier. So the
+late by some steps, their differences belong to what the arm did as many steps earlier. So the
 *score* of a delay is the correlation, over pairs of steps that are near each other, of the
 logarithms of the two distances. It needs no knowledge of what the pictures show. The scores of
 training pictures, and of the same pictures delayed on purpose, say what to expect.

@@ -55,7 +55,7 @@ CERTAIN_RATE_RATIO = 1.8
 MAX_SECONDS_SPREAD = 0.25  # times of a steady rate vary by less (quartiles, as a share)
 MAX_PLAUSIBLE_SPEED_M_S = 1.0  # no arm is mostly faster: then a simulator does not run in real time
 # The arm may have executed a number of actions if the displacement that it achieved is between
-# these multiples of the one that so many actions command.
+# these multiples of the one that this number of actions commands.
 MIN_COUNT_GAIN = 0.85
 MAX_COUNT_GAIN = 1.15
 # Share of the motion that another number of actions must explain more than the one that the times

@@ -26,7 +26,7 @@ from spear.util.files import notice_missing_shards, read_json, report_write_erro
 
 SHARD_GLOB = "episodes-*.arrow"
 REQUEST_FILE = "request.json"  # in a prepared folder, says what made it and its number of shards
-MAX_HASHED_EPISODES = 1000  # the fingerprints of a store read the steps of so many episodes
+MAX_HASHED_EPISODES = 1000  # the fingerprints of a store read the steps of this many episodes
 POSE_DECIMALS = 4  # to which an episode's fingerprint rounds poses, so that float noise is ignored
 
 

@@ -68,7 +68,7 @@ from spear.util.skipped_items import SkippedItems
 BLOCK_SIZE = 16  # the number of episodes that a worker prepares at a time
 MAX_SHARD_MIB = 100  # when a shard has images of this size, the next shard begins
 MAX_BAD_SHARE = 0.5  # if a larger fraction of the episodes is bad, preparing stops
-NUM_CHECKED_EPISODES = 100  # at the end, the states and grippers of so many episodes are checked
+NUM_CHECKED_EPISODES = 100  # at the end, the states and grippers of this many episodes are checked
 POLL_INTERVAL_S = 0.5  # how often waiting processes look for the prepared folder
 JPEG_START = b"\xff\xd8"  # the first bytes of every JPEG
 SKIPPED_FILE = "skipped.json"

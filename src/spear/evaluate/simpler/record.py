@@ -41,7 +41,7 @@ from spear.util.images import fit_image
 from spear.util.processes import map_in_order
 
 SHARD_SIZE = 16  # number of demonstrations in a file: a minute or two of recording
-# After success, a demonstration goes on for so many steps, because a policy has to learn to leave
+# After success, a demonstration goes on for this many steps, because a policy has to learn to leave
 # the task fulfilled.
 NUM_STEPS_AFTER_SUCCESS = 5
 DISTURBANCE = Disturbance(translation=0.02, rotation=math.radians(6), twist=math.radians(20))

@@ -74,7 +74,7 @@ def generate_questions_by_type(
     Args:
         labels: The labeled images.
         question_types: The types of questions.
-        per_image: Number of questions of each type about each image, if the image allows so many.
+        per_image: Number of questions of each type about each image, if the image allows that many.
         seed: Seed of the random choices. The questions about an image do not depend on how many
             images follow.
 

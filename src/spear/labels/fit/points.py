@@ -16,7 +16,7 @@ TOUCHING_FRACTION = 0.02
 """The points of two neighboring pixels belong to touching surfaces when the distance between the
 points is less than this fraction of their distance from the camera (our choice)."""
 
-MAX_PLANE_POINTS = 600  # so many points of a background are enough to find its plane (our choice)
+MAX_PLANE_POINTS = 600  # this many points are enough to find the background's plane (our choice)
 MIN_PLANE_POINTS = 30  # with fewer background points no plane is searched
 MIN_PLANE_FRACTION = 0.2  # a support plane contains at least this fraction of the points
 NUM_PLANE_CANDIDATES = 128  # planes that RANSAC tries
@@ -26,11 +26,11 @@ STEEP_PLANE_WEIGHT = 0.4
 """How much a point on a plane that is not level counts. Such a plane needs 2.5 times as many points
 as a level one to win."""
 
-NUM_NEIGHBORS = 8  # a point's distances to so many neighbors decide whether it is an outlier
+NUM_NEIGHBORS = 8  # a point's distances to this many neighbors decide whether it is an outlier
 MAX_OUTLIER_STD = 3.0
 """A point is an outlier when its mean distance to its neighbors is larger than the average by more
 than this many standard deviations."""
-MAX_NOISE_ROWS = 256  # about so many rows of an image are enough to measure its noise
+MAX_NOISE_ROWS = 256  # about this many rows of an image are enough to measure its noise
 MAD_TO_STD = 1.4826  # median absolute deviation of a normal distribution → its standard deviation
 
 _GOLDEN_RATIO = (np.sqrt(5.0) - 1.0) / 2.0

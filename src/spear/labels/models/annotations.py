@@ -37,7 +37,7 @@ MIN_BOX_IOU = 0.25  # an annotated box must overlap the tight box of its mask at
 MAX_BOX_ERROR_PX = 2.0
 """An annotated box that differs by at most this from the tight box of its mask always passes. The
 fractions above would be too strict for very small objects."""
-MAX_NAMED_ENTRIES = 3  # a notice names at most so many unusable entries, and counts the others
+MAX_NAMED_ENTRIES = 3  # a notice names at most this many unusable entries, and counts the others
 
 _ENTRY_ERRORS = (LookupError, TypeError, ValueError, AttributeError, OverflowError)
 """The errors that reading a malformed entry of a file raises."""

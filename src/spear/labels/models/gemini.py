@@ -48,11 +48,11 @@ IMAGE_TOKENS = 1120  # largest number of tokens of an image (Gemini 3 at its def
 CHARACTERS_PER_TOKEN = 4  # Google's rule of thumb for text
 MAX_CONCURRENT_REQUESTS = 8
 TIMEOUT_S = 120.0  # of one request
-MAX_ATTEMPTS = 6  # so many requests are made for one image, also while the service is overloaded
+MAX_ATTEMPTS = 6  # requests that are made for one image, also while the service is overloaded
 MAX_UNUSABLE_ANSWERS = 2  # per image; fewer than attempts, because answers cost money
 FIRST_WAIT_S = 1.0  # wait after the first failure; it doubles with each further failure
 MAX_WAIT_S = 120.0  # if the service asks for a longer wait, the quota is used up
-MAX_REASON_LENGTH = 200  # longer messages of the service are shortened to so many characters
+MAX_REASON_LENGTH = 200  # longer messages of the service are shortened to this many characters
 MAX_OVERSHOOT = 50  # thousandths by which a box may extend beyond the image, before it is clipped
 DUPLICATE_IOU = 0.9  # two boxes with the same name and a higher IoU are one object
 

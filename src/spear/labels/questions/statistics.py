@@ -32,7 +32,7 @@ SCORES = (
     "compact",
 )
 """The scores of labeled objects (`objects.label_object`) whose distributions are computed."""
-MAX_REASON_LENGTH = 120  # summaries shorten reasons for skipping to so many characters
+MAX_REASON_LENGTH = 120  # summaries shorten reasons for skipping to this many characters
 
 
 class TokenUsage(NamedTuple):

@@ -21,8 +21,8 @@ BUNDLED_WEIGHTS = Path(__file__).parents[2] / "weights"
 
 HASHED_BLOCK_BYTES = 2**16  # length of one hashed block of a file
 MAX_HASHED_BLOCKS = 64
-"""About how many blocks of a file are hashed. Of a larger file we hash its size and so many blocks,
-which are spread evenly over the file, because hashing all of it would take long."""
+"""About how many blocks of a file are hashed. Of a larger file we hash its size and this many
+blocks, which are spread evenly over the file, because hashing all of it would take long."""
 
 NOT_HASHED = ("recipe.json", "README.md", "calibration.json")
 """Files of a checkpoint that are written after the hashing, or edited by hand."""

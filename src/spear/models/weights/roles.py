@@ -18,8 +18,8 @@ from spear.models.weights.load import rename_prefixes
 Shape = tuple[int, ...]
 
 MIN_COMMON_PARTS = 2
-"""Names that end with the same so many parts, such as "q_proj.weight", probably mean the same. One
-part is too few, because nearly all names end with "weight" or "bias"."""
+"""Two names probably mean the same if at least this many of their last parts are equal, such as
+"q_proj.weight". One part is too few, because nearly all names end with "weight" or "bias"."""
 
 MIN_COMMON_SHAPES = 0.5
 """Two stacks are taken for the same network if at least this fraction of their shapes is common
