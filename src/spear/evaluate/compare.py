@@ -150,12 +150,13 @@ def _check_same_scenes(
     first: Results, second: Results, pairs: Sequence[Pair], first_name: str, second_name: str
 ) -> None:
     """Raise `SpearError` if paired outcomes are of different scenes."""
-    for a, b in pairs:
-        if a.instruction != b.instruction:
+    for first_outcome, second_outcome in pairs:
+        if first_outcome.instruction != second_outcome.instruction:
             raise SpearError(
-                f"scene {a.seed} of {a.family} is {a.instruction!r} for {first_name} and "
-                f"{b.instruction!r} for {second_name}, because the simulator changed. Evaluate "
-                "the older one again."
+                f"scene {first_outcome.seed} of {first_outcome.family} is "
+                f"{first_outcome.instruction!r} for {first_name} and "
+                f"{second_outcome.instruction!r} for {second_name}, because the simulator "
+                "changed. Evaluate the older one again."
             )
     first_starts = first.settings.get("starts", "the official ones")
     second_starts = second.settings.get("starts", "the official ones")

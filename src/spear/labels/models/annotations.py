@@ -195,16 +195,18 @@ class FileDetector:
 
     Args:
         annotations: The file.
-        second: Detector for images that the file lacks. Without it, such images raise
+        second_detector: Detector for images that the file lacks. Without it, such images raise
             `SpearError`.
     """
 
-    def __init__(self, annotations: Annotations, second: Detector | None = None) -> None:
+    def __init__(self, annotations: Annotations, second_detector: Detector | None = None) -> None:
         self.annotations = annotations
-        self.second_detector = second
-        self.name = _join_names(annotations, second)
+        self.second_detector = second_detector
+        self.name = _join_names(annotations, second_detector)
         # Only a detector that costs money has the method `describe_costs`.
-        self._describe_costs: Callable[[], str] | None = getattr(second, "describe_costs", None)
+        self._describe_costs: Callable[[], str] | None = getattr(
+            second_detector, "describe_costs", None
+        )
 
     def describe_costs(self) -> str:
         """What the second detector has cost, in words; "" if it costs nothing."""
@@ -262,14 +264,14 @@ class FileSegmenter:
 
     Args:
         annotations: The file.
-        second: Segmenter for detections without an annotated mask. Without it, such detections
-            raise `SpearError`.
+        second_segmenter: Segmenter for detections without an annotated mask. Without it, such
+            detections raise `SpearError`.
     """
 
-    def __init__(self, annotations: Annotations, second: Segmenter | None = None) -> None:
+    def __init__(self, annotations: Annotations, second_segmenter: Segmenter | None = None) -> None:
         self.annotations = annotations
-        self.second_segmenter = second
-        self.name = _join_names(annotations, second)
+        self.second_segmenter = second_segmenter
+        self.name = _join_names(annotations, second_segmenter)
 
     def segment(
         self, frames: Sequence[Frame], detections: Sequence[Sequence[Detection]]
@@ -372,10 +374,10 @@ def _match(
     return matches
 
 
-def _join_names(annotations: Annotations, second: Detector | Segmenter | None) -> str:
-    if second is None:
+def _join_names(annotations: Annotations, second_model: Detector | Segmenter | None) -> str:
+    if second_model is None:
         return annotations.name
-    return f"{annotations.name}, otherwise {second.name}"
+    return f"{annotations.name}, otherwise {second_model.name}"
 
 
 def open_annotations(path: str | Path) -> Annotations:
