@@ -24,6 +24,7 @@ from spear.evaluate.vqa.ask import format_reply
 from spear.evaluate.vqa.calibration import (
     Calibration,
     Certainty,
+    ScoredAnswer,
     calibrate,
     compute_spread_factor,
     compute_uncertainty,
@@ -415,8 +416,8 @@ def simulate_calibration(overconfidence: float) -> Calibration:
         distribution = make_distribution(prediction, sigma / overconfidence)
         certainty = Certainty.of(distribution, truth, scales=np.full(3, 0.5))
         relative_error_percent = float(100 * certainty.relative_error.mean())
-        answers.append((image, certainty, relative_error_percent))
-    factor = compute_spread_factor([certainty for _, certainty, _ in answers[:150]])
+        answers.append(ScoredAnswer(image, certainty, relative_error_percent))
+    factor = compute_spread_factor([answer.certainty for answer in answers[:150]])
     return calibrate(answers, factor)
 
 

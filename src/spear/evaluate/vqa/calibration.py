@@ -13,6 +13,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from pydantic import ConfigDict, NonNegativeFloat
@@ -210,18 +211,29 @@ class Calibration:
         return float(np.mean(np.abs(np.subtract(self.curve, CURVE_LEVELS))))
 
 
-def calibrate(
-    answers: Sequence[tuple[int, Certainty, float]], trust_factor: float | None = None
-) -> Calibration:
+class ScoredAnswer(NamedTuple):
+    """An answer whose certainty is compared with its error.
+
+    image           the index of the image that the question is about.
+    certainty       how sure the model was of the answer's numbers.
+    relative_error  the answer's error relative to the object's distance, percent.
+    """
+
+    image: int
+    certainty: Certainty
+    relative_error: float
+
+
+def calibrate(answers: Sequence[ScoredAnswer], trust_factor: float | None = None) -> Calibration:
     """Compute the calibration of a question type.
 
     Args:
-        answers: (index of the image, certainty, relative error in percent) of each answer.
+        answers: The answers.
         trust_factor: The question type's factor in `Trust`; None if it was not measured.
     """
-    image_indices = [index for index, _, _ in answers]
-    certainties = [certainty for _, certainty, _ in answers]
-    errors = np.array([error for _, _, error in answers])
+    image_indices = [answer.image for answer in answers]
+    certainties = [answer.certainty for answer in answers]
+    errors = np.array([answer.relative_error for answer in answers])
 
     probability_below = np.concatenate([c.probability_below for c in certainties])
     curve = [float(_is_inside(probability_below, level).mean()) for level in CURVE_LEVELS]

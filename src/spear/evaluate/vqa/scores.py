@@ -16,7 +16,14 @@ from rich.table import Table
 
 from spear.evaluate.results import build_terminal_table
 from spear.evaluate.stats import Estimate, bootstrap
-from spear.evaluate.vqa.calibration import Calibration, Certainty, Trust, calibrate, group_by_image
+from spear.evaluate.vqa.calibration import (
+    Calibration,
+    Certainty,
+    ScoredAnswer,
+    Trust,
+    calibrate,
+    group_by_image,
+)
 from spear.evaluate.vqa.measures import (
     MEASURES,
     format_measure,
@@ -306,15 +313,17 @@ def summarize(
         type_answers = [a for a in answers if a.question.question_type == question_type]
         scores[question_type] = _score_question_type(type_answers, are_free_grammatical)
         answers_with_certainty = []
-        certainties = []  # (index of the image, certainty, relative error in percent)
+        scored_answers = []
         for answered in type_answers:
             if answered.certainty is not None:
                 answers_with_certainty.append(answered)
                 relative_error = answered.measures["relative"]
-                certainties.append((answered.image, answered.certainty, relative_error))
-        if certainties:
+                scored_answers.append(
+                    ScoredAnswer(answered.image, answered.certainty, relative_error)
+                )
+        if scored_answers:
             readings[question_type] = _compare_readings(answers_with_certainty)
-            calibrations[question_type] = calibrate(certainties, factors.get(question_type))
+            calibrations[question_type] = calibrate(scored_answers, factors.get(question_type))
     return Scores(labels[0].unit, decode, len(labels), scores, readings, calibrations, answers)
 
 
