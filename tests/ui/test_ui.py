@@ -31,7 +31,7 @@ from spear.chunks import DEFAULT_REPLAN_INTERVAL
 from spear.data.store.episode_store import write_episodes
 from spear.embodiments import load
 from spear.errors import Notice
-from spear.evaluate import film as video
+from spear.evaluate import film
 from spear.evaluate.agents import PolicyAgent
 from spear.evaluate.options import TabletopOptions
 from spear.evaluate.vqa import ask
@@ -125,8 +125,8 @@ class Tab:
     def make_film(self) -> list[Array]:
         """Let the server make a film, and return its frames [h, w, 3]."""
         data = base64.b64decode(self.ask("film")["film"]["data"])
-        with av.open(io.BytesIO(data)) as film:
-            return [frame.to_ndarray(format="rgb24") for frame in film.decode(video=0)]
+        with av.open(io.BytesIO(data)) as container:
+            return [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
 
 
 @contextmanager
@@ -314,19 +314,19 @@ def test_a_chunk_predicted_again_has_the_same_noise(
 def test_the_film_shows_every_step_with_its_instruction(
     tab: Tab, passed_views: list[dict[str, Any]]
 ) -> None:
-    """A frame of the film has a caption `video.BAR_HEIGHT_PX` high, and the images below it."""
+    """A frame of the film has a caption `film.BAR_HEIGHT_PX` high, and the images below it."""
     frames = tab.make_film()
 
     assert len(frames) == len(passed_views) + NUM_LAST_FRAMES
-    captions = [frame[: video.BAR_HEIGHT_PX].astype(float) for frame in frames]
+    captions = [frame[: film.BAR_HEIGHT_PX].astype(float) for frame in frames]
     assert np.abs(captions[2] - captions[0]).mean() < 2  # the same instruction
     assert np.abs(captions[3] - captions[0]).mean() > 2  # another one
 
     shown_image = Image.fromarray(decode_external(passed_views[1]))
     aspect = shown_image.width / shown_image.height
     assert aspect == passed_views[1]["camera"]["aspect"]
-    expected_image = shown_image.resize((round(video.HEIGHT_PX * aspect), video.HEIGHT_PX))
-    filmed_image = frames[1][video.BAR_HEIGHT_PX :, : expected_image.width].astype(float)
+    expected_image = shown_image.resize((round(film.HEIGHT_PX * aspect), film.HEIGHT_PX))
+    filmed_image = frames[1][film.BAR_HEIGHT_PX :, : expected_image.width].astype(float)
     assert np.abs(filmed_image - expected_image).mean() < 6  # of 255, for the film's compression
 
 
@@ -455,7 +455,7 @@ def test_the_film_of_a_closed_tab_is_given_up(
         return external
 
     tab.ask("open", episode=1)
-    monkeypatch.setattr(video, "compose_frame", close_tab_and_compose)
+    monkeypatch.setattr(film, "compose_frame", close_tab_and_compose)
     tab.socket.send(json.dumps({"do": "film"}))
     assert has_begun.wait(TIMEOUT_S)
 

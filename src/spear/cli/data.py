@@ -218,7 +218,7 @@ def export(options: ExportOptions) -> None:
 
     _check_layout_option(options.path, options.layout)
     ranges = parse_split(count_episodes(options.path), options.split, options.path)
-    total = sum(end - first for _, first, end in ranges)  # ranges are (split, first, end)
+    total = sum(episode_range.end - episode_range.first for episode_range in ranges)
     bar = ProgressBar("writing", total, "episodes")
     skipped = SkippedItems(MAX_BAD_SHARE)
     episodes = read_good_episodes(options.path, options.split, options.layout, skipped)

@@ -228,10 +228,10 @@ def plan_preparation(path: Path, out: Path, split: str, conversion: Conversion) 
     """
     dataset = formats.open_dataset(path)
     blocks: list[Block] = []
-    for name, start, end in parse_split(formats.count_episodes(dataset), split, path):
-        for block_start in range(start, end, BLOCK_SIZE):
-            block_end = min(block_start + BLOCK_SIZE, end)
-            block_split = f"{name}[{block_start}:{block_end}]"
+    for episode_range in parse_split(formats.count_episodes(dataset), split, path):
+        for block_start in range(episode_range.first, episode_range.end, BLOCK_SIZE):
+            block_end = min(block_start + BLOCK_SIZE, episode_range.end)
+            block_split = f"{episode_range.split}[{block_start}:{block_end}]"
             blocks.append(Block(block_split, num_episodes=block_end - block_start))
 
     layout = None  # a store of episodes needs none
@@ -320,9 +320,9 @@ def _write_shards(
     remaining_blocks = blocks[num_done_blocks:]
     bar = ProgressBar(
         f"preparing {path.name}",
-        sum(block.num_episodes for block in blocks),
-        "episodes",
-        sum(block.num_episodes for block in done_blocks),
+        total=sum(block.num_episodes for block in blocks),
+        unit="episodes",
+        num_done_before=sum(block.num_episodes for block in done_blocks),
     )
     advice = "use fewer --workers, and run the same command again: it continues"
     with bar, processes.open_worker_pool(workers, preload=__name__, advice=advice) as pool:

@@ -222,7 +222,9 @@ class Libero:
                         running.append(scene)
                 scenes = running
 
-    def film(self, outcome: Outcome, track: Sequence[Mapping[str, Array]]) -> Iterable[Array]:
+    def render_film(
+        self, outcome: Outcome, track: Sequence[Mapping[str, Array]]
+    ) -> Iterable[Array]:
         frames = []
         for step, pictures in enumerate(track):
             is_last = step == len(track) - 1
@@ -247,13 +249,13 @@ class Libero:
         suite, index = parse_task(task)
         num_missing = count - len(self._processes)
         with ThreadPoolExecutor(max(num_missing, 1)) as threads:
-            opening = [
+            new_processes = [
                 threads.submit(
                     LiberoProcess, suite, index, self._protocol.seed, self._options.fast_rendering
                 )
                 for _ in range(num_missing)
             ]
-            self._processes += [process.result() for process in opening]
+            self._processes += [process.result() for process in new_processes]
         return self._processes[:count]
 
     def _start(
