@@ -79,6 +79,7 @@ def held_out(stores: tuple[EpisodeStore, EpisodeStore]) -> EpisodeStore:
     return held_out_store
 
 
+# A `ReplayPolicy` with an error also inverts the gripper, so that no command is right.
 @pytest.mark.parametrize(("error_m", "accuracy"), [(0.0, 1), (0.002, 0)])
 def test_a_known_mistake_is_measured(
     held_out: EpisodeStore, error_m: float, accuracy: float

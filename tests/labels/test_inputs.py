@@ -383,6 +383,7 @@ def test_sound_that_lasts_longer_does_not_add_frames(
 
     values = read_values(list(list_images(str(tmp_path / "film.mkv"), rate=1.0)))
 
+    # At 1 Hz every fourth frame is read, and frame i has the gray value 20 i.
     assert_near(values, [20 * index for index in range(0, len(times_ms), 4)])
 
 
