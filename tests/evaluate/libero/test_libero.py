@@ -354,6 +354,15 @@ class TestLibero:
         assert episode.action is not None
         assert np.isfinite(episode.action).all()
 
+    def test_a_reworded_suite_has_instructions_of_its_own(self, process: LiberoProcess) -> None:
+        seed = PROTOCOLS["openpi"].seed
+
+        with contextlib.closing(
+            LiberoProcess("libero_object_lan", task_index=0, seed=seed, fast_rendering=True)
+        ) as reworded:
+            assert reworded.instruction == "grab alphabet soup and put it into basket"
+        assert process.instruction == "pick up the alphabet soup and place it in the basket"
+
     def test_an_unknown_task_is_an_error_that_names_it(self) -> None:
         refuses(
             "no task with number 99",

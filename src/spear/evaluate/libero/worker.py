@@ -41,6 +41,10 @@ CAMERAS = {"external": "agentview", "wrist": "robot0_eye_in_hand"}
 EE_FROM_HAND = np.diag([1.0, -1.0, -1.0])
 """Rotation from our end-effector frame to robosuite's `right_hand`, whose z axis points out of the
 gripper."""
+REWORDED_SUITES = ("_lan", "_task")
+"""Ends of the names of LIBERO-PRO's suites with other instructions. The package reads instructions
+from the names of the tasks' files, which these suites share with the original ones. Their own
+instructions are in the files."""
 CAMERA_AXES = np.diag([1.0, -1.0, -1.0])
 """Rotation from the frame of a camera whose z axis points at the scene to MuJoCo's."""
 
@@ -71,7 +75,6 @@ class LiberoTask:
             )
         task = tasks.get_task(task_index)
         self._states = np.asarray(tasks.get_task_init_states(task_index))
-        self._instruction = task.language
         self._env = ControlEnv(
             bddl_file_name=os.path.join(
                 get_libero_path("bddl_files"), task.problem_folder, task.bddl_file
@@ -80,6 +83,9 @@ class LiberoTask:
             use_camera_obs=False,
             has_offscreen_renderer=False,
         )
+        self._instruction = task.language
+        if suite.endswith(REWORDED_SUITES):
+            self._instruction = self._env.language_instruction
         self._env.seed(seed)
         self._seed = seed
         self._num_resets = 0  # since the environment was seeded
