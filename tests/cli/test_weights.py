@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from published_checkpoints import (
     NUM_PUBLISHED_TOKENS,
@@ -24,8 +25,9 @@ from published_checkpoints import (
 )
 from refusals import Command
 from spear.cli import main
+from spear.models.presets import build_spear1_config
 from spear.models.processing import Processor
-from spear.models.spear1 import load_inner_vlm
+from spear.models.spear1 import Spear1ForActionPrediction, load_inner_vlm
 from spear.models.weights import conversion
 from spear.models.weights.folders import BUNDLED_WEIGHTS
 from spear.models.weights.published import PUBLISHED
@@ -275,6 +277,57 @@ class TestWithoutTokenizer:
         output = capsys.readouterr()
         assert "is there already" in output.err
         assert not output.out
+
+
+class TestMapped:
+    """`spear convert mapped`: all names of the checkpoint begin with "policy."."""
+
+    @pytest.fixture
+    def command(self, tmp_path: Path) -> list[str]:
+        """The command, with everything but a tokenizer."""
+        model = Spear1ForActionPrediction(build_spear1_config(TINY14))
+        weights = {f"policy.{name}": weight for name, weight in model.state_dict().items()}
+        folder = tmp_path / "theirs"
+        folder.mkdir()
+        save_file(weights, folder / "model.safetensors")
+        mapping = tmp_path / "names.toml"
+        mapping.write_text('renamed = [["policy.", ""]]')
+        return ["convert", "mapped", str(folder), "--mapping", str(mapping), *SIZE]
+
+    def test_a_dry_run_prints_what_becomes_of_each_weight(
+        self, run_command: Command, command: list[str]
+    ) -> None:
+        output = run_command(command, "--dry-run")
+
+        rows = [line.split() for line in output.splitlines()]
+        row = ["loaded", "expert.norm.weight", "16", "1", "SPEAR-1:", "policy.expert.norm.weight"]
+        assert row in rows
+        assert "nothing written" in output
+        assert "Nobody has verified names.toml" in output
+
+    def test_the_policy_has_a_processor_and_says_what_it_was_made_from(
+        self, run_command: Command, command: list[str], tmp_path: Path
+    ) -> None:
+        coordinates = save_coordinates(tmp_path / "coordinates.json")
+        tokenizer = str(publish_paligemma(make_paligemma(), tmp_path / "paligemma"))
+        out = tmp_path / "out"
+
+        run_command(
+            command, "--tokenizer", tokenizer, "--coordinates", coordinates, "--out", str(out)
+        )
+
+        assert Processor.load(out).coordinate_ids.start == NUM_PUBLISHED_TOKENS
+        sources = json.loads((out / "recipe.json").read_text())["converted"]
+        assert list(sources) == ["SPEAR-1", "mapping", "tokenizer"]
+
+    def test_coordinates_need_a_tokenizer(
+        self, run_refused_command: Command, command: list[str], tmp_path: Path
+    ) -> None:
+        coordinates = save_coordinates(tmp_path / "coordinates.json")
+
+        message = run_refused_command(command, "--coordinates", coordinates, "--dry-run")
+
+        assert "need a tokenizer" in message
 
 
 class TestExpected:

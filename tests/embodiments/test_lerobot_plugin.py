@@ -363,6 +363,28 @@ class TestCommandPacer:
 
         assert last_commands == [None, 11, None]
 
+    def test_drops_commands_that_are_not_yet_handed_out(self, clock: FakeClock) -> None:
+        """LeRobot 0.7 clears the queue when the task changes, and keeps the rest of the episode.
+
+        The new prediction continues from the last command that was handed out.
+        """
+        pacer = robots.CommandPacer(self.fps)
+        last_commands = []
+
+        def predict(last_command: int | None) -> list[int]:
+            last_commands.append(last_command)
+            return [10, 11, 12]
+
+        pacer.next_command(predict)
+        num_commands = len(pacer)
+        pacer.clear()
+        num_commands_after_clear = len(pacer)
+        pacer.next_command(predict)
+
+        assert num_commands == 2
+        assert num_commands_after_clear == 0
+        assert last_commands == [None, 10]
+
 
 class TestExportedRobot:
     """The numbers of our own exports are states and canonical actions already, at 5 Hz."""

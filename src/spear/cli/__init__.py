@@ -58,6 +58,7 @@ COMMANDS: dict[str, str] = {
     "convert backbones": "convert:convert_backbones",
     "convert vlm": "convert:convert_vlm",
     "convert pi0": "convert:convert_pi0",
+    "convert mapped": "convert:convert_mapped",
     "convert expected": "convert:convert_expected",
     "convert roles": "convert:convert_roles",
     "export onnx": "export:export_onnx",

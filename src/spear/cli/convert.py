@@ -158,6 +158,47 @@ def convert_vlm(options: PolicyOptions) -> None:
     _report_and_save(plan, processor, options)
 
 
+class MappedOptions(ConvertOptions, kw_only=True):
+    checkpoint: Annotated[Positional[str], arg(metavar="CHECKPOINT")]
+    """Folder of safetensors, or its name on the Hugging Face Hub."""
+    mapping: OptionalFile = None
+    """Which name of the checkpoint is which of ours (TOML, written by `spear convert roles
+    --save-names`); by default the unverified mapping of the authors' release."""
+    out: Path = Path("runs/spear1")
+    tokenizer: OptionalName = None
+    """Folder of PaliGemma's tokenizer, or its name on the Hub."""
+    coordinates: CoordinatesPath = None
+    preset: Preset = "spear1"
+    """Preset whose networks the checkpoint has (spear1 is the paper's)."""
+
+
+def convert_mapped(options: MappedOptions) -> None:
+    """Make a SPEAR-1 policy from one that another program has saved under other names.
+
+    Prints where each weight comes from, and the parameters per part.
+
+    Examples:
+        spear convert mapped ./spear1-franka --mapping names.toml --dry-run
+        spear convert mapped ./spear1-franka --mapping names.toml --out runs/spear1-franka
+    """
+    from spear.models.weights.mapping import AUTHORS_MAPPING, plan_mapped, read_mapping
+
+    mapping_file = options.mapping or AUTHORS_MAPPING
+    plan = plan_mapped(options.checkpoint, mapping_file, options.preset, options.tokenizer)
+    processor = _make_processor(
+        plan,
+        options,
+        "the 3D tokens need a tokenizer. Give PaliGemma's, for example --tokenizer "
+        "google/paligemma-3b-pt-224.",
+    )
+    _report_and_save(plan, processor, options)
+    if not read_mapping(mapping_file).verified:
+        print(
+            f"Nobody has verified {mapping_file.name}. Compare the policy's actions with those of"
+            " the program that saved the weights before a robot moves."
+        )
+
+
 class RolesOptions(Options):
     checkpoint: Annotated[Positional[str], arg(metavar="CHECKPOINT")]
     """Folder of safetensors, or its name on the Hugging Face Hub."""
@@ -217,12 +258,13 @@ def _describe_role(role: "Role", stored_name: str = "") -> str:
         stored_name: the name of one of these weights. Candidates are then named with the number of
             its layer. Otherwise they are named with "*", which stands for all layers.
     """
-    from spear.models.weights.roles import name_in_layer
+    from spear.models.weights.roles import insert_numbers
 
     if not role.candidates:
         return "unknown"
     names = [
-        name_in_layer(candidate, stored_name) for candidate in role.candidates[:MAX_CANDIDATES]
+        insert_numbers(candidate.name, stored_name)
+        for candidate in role.candidates[:MAX_CANDIDATES]
     ]
     num_more = len(role.candidates) - len(names)
     more = f" or one of {num_more} more" if num_more > 0 else ""
@@ -272,7 +314,9 @@ def _moge_or_none(name: str) -> str | None:
 
 
 def _make_processor(
-    plan: "Conversion[Any]", options: BackbonesOptions | Pi0Options, problem: str
+    plan: "Conversion[Any]",
+    options: BackbonesOptions | Pi0Options | MappedOptions,
+    problem: str,
 ) -> "Processor | None":
     """Return the processor for a model with new 3D tokens, or None without --coordinates.
 

@@ -11,8 +11,8 @@ from spear.models.weights.roles import (
     format_mapping,
     group_weights,
     guess_roles,
+    insert_numbers,
     mask_numbers,
-    name_in_layer,
 )
 
 
@@ -175,9 +175,7 @@ def test_rules_for_names_are_applied_before_names_are_compared() -> None:
 
 
 def test_a_candidate_gets_the_number_of_the_weights_layer() -> None:
-    (group,) = group_weights({"expert.layers.0.norm": (4,), "expert.layers.1.norm": (4,)})
-
-    assert name_in_layer(group, "blocks.17.n") == "expert.layers.17.norm"
+    assert insert_numbers("expert.layers.*.norm", "blocks.17.n") == "expert.layers.17.norm"
     assert mask_numbers("blocks.17.n") == "blocks.*.n"
 
 
@@ -193,3 +191,11 @@ def test_the_first_mapping_is_unverified_and_says_what_is_open() -> None:
     keys_or_values = [names for names in mapping["open"].values() if len(names) == 2]
     assert any(names[0].endswith("k_proj.weight") for names in keys_or_values)
     assert mapping["unknown"] == {'odd "name"': [7, 7, 7]}
+
+
+def test_names_that_differ_only_in_numbers_but_not_in_shape_are_mapped_one_by_one() -> None:
+    """The convolutions of nano's image encoders have numbers, and a shape each."""
+    mapping = tomllib.loads(format_mapping(guess_roles(list_shapes(), "nano"), "./nano"))
+
+    name = "vlm.vision_tower.embeddings.patch_embedding.convs.1.weight"
+    assert mapping["settled"][name] == name

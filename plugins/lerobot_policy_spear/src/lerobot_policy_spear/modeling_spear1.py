@@ -24,6 +24,7 @@ from spear.embodiments.observations import camera_key
 from spear.errors import SpearError, notice
 from spear.monitor.distribution import NUM_SAMPLES, TrainingDistribution
 from spear.train.optimize import apply_freeze, make_optimizer
+from spear.train.parallel import gather, get_rank
 from spear.train.tasks import encode_robot_batch
 from spear.types import Action, Array
 
@@ -123,15 +124,27 @@ class Spear1Policy(PreTrainedPolicy):
     def _save_pretrained(
         self, save_directory: Path, state_dict: dict[str, Tensor] | None = None
     ) -> None:
-        """state_dict: The weights, if they are spread over several processes (FSDP)."""
+        """Write the policy.
+
+        LeRobot 0.6 calls this in the main process, with the weights that it has gathered from all
+        processes. LeRobot 0.7 calls it in all processes, without weights, and the main one writes.
+
+        Args:
+            save_directory: The folder to write to.
+            state_dict: All weights, if LeRobot has gathered them from several processes.
+        """
+        weights = {}
+        for key, weight in (state_dict or self.state_dict()).items():
+            # Every process has to gather, also one that does not write.
+            weights[key.removeprefix("model.")] = gather(weight)
+        if get_rank() > 0:
+            return
         self.config._save_pretrained(save_directory)
         folder = save_directory / CHECKPOINT_FOLDER
-        weights = None
-        if state_dict:
-            weights = {key.removeprefix("model."): weight for key, weight in state_dict.items()}
         self.model.save_pretrained(folder, state_dict=weights)
         self.spear.processor.save(folder)
-        self.spear.normalizer.save(folder / "normalizer.json")
+        normalizer = dataclasses.replace(self.spear.normalizer, frames=self.spear.frames)
+        normalizer.save(folder / "normalizer.json")
         distribution = self._summarize_training()
         if distribution is not None:
             distribution.save(folder / "seen.json")
@@ -155,7 +168,9 @@ class Spear1Policy(PreTrainedPolicy):
 
     def reset(self) -> None:
         """Begin a new episode: forget the commands that are left, and restart the noise."""
-        self._pacer = CommandPacer(self.config.fps)
+        # By this name LeRobot 0.7 finds the commands that are not yet handed out. It clears them
+        # when the task changes in the middle of an episode.
+        self._action_queue = CommandPacer(self.config.fps)
         self.spear.reset()
 
     def forward(
@@ -298,7 +313,7 @@ class Spear1Policy(PreTrainedPolicy):
             return chunk[:, :num_commands].transpose(0, 1)
 
         is_single_robot = len(self._read_state(batch)) == 1
-        return self._pacer.next_command(predict, is_single_robot)
+        return self._action_queue.next_command(predict, is_single_robot)
 
 
 def fit_statistics(

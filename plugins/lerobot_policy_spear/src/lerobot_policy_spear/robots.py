@@ -99,13 +99,24 @@ class CommandPacer:
         self._handed_out_s = time.monotonic()
         return command
 
+    def __len__(self) -> int:
+        """How many commands are predicted and not yet handed out."""
+        return len(self._commands)
+
+    def clear(self) -> None:
+        """Forget the commands that are not yet handed out.
+
+        The next prediction continues from the last command that was handed out.
+        """
+        self._commands.clear()
+
     def wait_until_due(self) -> None:
         """Wait until the next command is due; a notice says so if the robot asks much too fast.
 
         After a pause, the remaining commands and the one before are forgotten.
         """
         if time.monotonic() - self._handed_out_s > MAX_PAUSE_S:
-            self._commands.clear()
+            self.clear()
             self._last_command = None
         early_s = self._due_s - time.monotonic()
         if early_s > 0:

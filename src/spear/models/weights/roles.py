@@ -6,8 +6,9 @@ The result is a guess for people who write rules for names (`names_SOURCE.toml`)
 import json
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -35,14 +36,19 @@ _NUMBER = re.compile(r"\b\d+\b")  # "7" in "layers.7.norm2"
 class WeightGroup:
     """Weights of one shape, whose names differ only in numbers, as those of all layers do.
 
-    name   The names, with * for each number.
-    shape  Their shape.
-    count  How many weights these are.
+    name     The names, with * for each number.
+    shape    Their shape.
+    members  The whole names.
     """
 
     name: str
     shape: Shape
-    count: int
+    members: tuple[str, ...]
+
+    @property
+    def count(self) -> int:
+        """How many weights these are."""
+        return len(self.members)
 
     @property
     def stack(self) -> str | None:
@@ -114,11 +120,10 @@ def guess_roles(
 
 def group_weights(shapes: Mapping[str, Shape]) -> list[WeightGroup]:
     """Group weights, given as name -> shape, by shape and by name without its numbers."""
-    counts: dict[tuple[str, Shape], int] = {}
+    members: dict[tuple[str, Shape], list[str]] = {}
     for name, shape in shapes.items():
-        key = (mask_numbers(name), shape)
-        counts[key] = counts.get(key, 0) + 1
-    return [WeightGroup(name, shape, count) for (name, shape), count in counts.items()]
+        members.setdefault((mask_numbers(name), shape), []).append(name)
+    return [WeightGroup(name, shape, tuple(names)) for (name, shape), names in members.items()]
 
 
 def mask_numbers(name: str) -> str:
@@ -126,19 +131,20 @@ def mask_numbers(name: str) -> str:
     return _NUMBER.sub("*", name)
 
 
-def name_in_layer(group: WeightGroup, stored_name: str) -> str:
-    """Return the name that a group of SPEAR-1 has in the layer of a stored weight.
+def insert_numbers(pattern: str, stored_name: str) -> str:
+    """Return a name of ours, with the numbers of a stored weight's name for each * in it.
 
-    >>> name_in_layer(WeightGroup("expert.layers.*.norm", (4,), 18), "blocks.7.n")
+    Without as many * in the pattern as numbers in the name, the pattern is returned as it is.
+
+    >>> insert_numbers("expert.layers.*.norm", "blocks.7.n")
     'expert.layers.7.norm'
     """
     numbers_in_name = _NUMBER.findall(stored_name)
-    if group.name.count("*") != len(numbers_in_name):
-        return group.name
-    name = group.name
+    if pattern.count("*") != len(numbers_in_name):
+        return pattern
     for number in numbers_in_name:
-        name = name.replace("*", number, 1)
-    return name
+        pattern = pattern.replace("*", number, 1)
+    return pattern
 
 
 # --- Stacks of layers ---
@@ -272,6 +278,8 @@ def format_mapping(roles: Sequence[Role], source: str) -> str:
     unknown = [role for role in roles if not role.candidates]
     settled_or_joined_or_unknown = [*settled, *joined, *unknown]
     open_roles = [role for role in roles if role not in settled_or_joined_or_unknown]
+    num_groups_by_name = Counter(role.group.name for role in roles)
+    ambiguous_names = {name for name, count in num_groups_by_name.items() if count > 1}
 
     lines = [
         f"# A first mapping of the names in {json.dumps(source)}, by `spear convert roles`.",
@@ -279,23 +287,38 @@ def format_mapping(roles: Sequence[Role], source: str) -> str:
         "verified = false",
         "",
         "[settled] # name in the checkpoint -> our name: one candidate",
+        *_format_entries(settled, ambiguous_names),
+        "",
+        "[joined] # name in the checkpoint -> our names, row after row",
+        *_format_entries(joined, ambiguous_names),
+        "",
+        "[open] # several candidates, or one of another shape: choose one, and move it to settled",
+        *_format_entries(open_roles, ambiguous_names),
+        "",
+        "[unknown] # SPEAR-1 has no such name or shape: the shape",
+        *_format_entries(unknown, ambiguous_names),
+        "",
+        "[unused] # pattern of names -> why SPEAR-1 needs no such weights",
     ]
-    lines += [_format_entry(role, role.candidates[0].name) for role in settled]
-    lines += ["", "[joined] # name in the checkpoint -> our names, row after row"]
-    lines += [
-        _format_entry(role, [candidate.name for candidate in role.candidates]) for role in joined
-    ]
-    lines += ["", "[open] # several candidates, or one of another shape: choose"]
-    lines += [
-        _format_entry(role, [candidate.name for candidate in role.candidates])
-        for role in open_roles
-    ]
-    lines += ["", "[unknown] # SPEAR-1 has no such name or shape: the shape"]
-    lines += [_format_entry(role, list(role.group.shape)) for role in unknown]
     return "\n".join(lines) + "\n"
 
 
-def _format_entry(role: Role, value: str | list[str] | list[int]) -> str:
-    """Format one line of the mapping file. JSON's strings and lists are valid TOML."""
-    text = f"{json.dumps(role.group.name)} = {json.dumps(value)}"
-    return f"{text} # by {role.evidence}" if role.evidence else text
+def _format_entries(roles: Sequence[Role], ambiguous_names: Collection[str]) -> list[str]:
+    """Format the lines of a part of the mapping file. JSON's strings and lists are valid TOML.
+
+    A group has one line for all its weights. If other groups have the same name, each weight of the
+    group has its own.
+    """
+    lines = []
+    for role in roles:
+        stored_names = [role.group.name]
+        if role.group.name in ambiguous_names:
+            stored_names = list(role.group.members)
+        for stored_name in stored_names:
+            our_names = [insert_numbers(group.name, stored_name) for group in role.candidates]
+            value: Any = our_names or list(role.group.shape)
+            if role.is_settled:
+                value = our_names[0]
+            line = f"{json.dumps(stored_name)} = {json.dumps(value)}"
+            lines.append(f"{line} # by {role.evidence}" if role.evidence else line)
+    return lines
