@@ -9,6 +9,7 @@ lerobot-rollout.
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import itertools
 import json
 import os
@@ -131,7 +132,12 @@ def check_incomplete_observations(policy: Any, preprocess: Any, frame: Frame) ->
 
 
 def check_gathered_weights(policy: Any, folder: Path) -> None:
-    """Weights that were gathered from several processes are saved as others are."""
+    """Weights that LeRobot 0.6 has gathered from several processes are saved as others are.
+
+    LeRobot 0.7 passes no weights, because the policy gathers them itself.
+    """
+    if "state_dict" not in inspect.signature(policy.save_pretrained).parameters:
+        return
     gathered = {key: weight * 2 for key, weight in policy.state_dict().items()}
     policy.save_pretrained(folder, state_dict=gathered)
     loaded = type(policy).from_pretrained(folder, config=policy.config)
