@@ -276,7 +276,7 @@ def skip_most_episodes() -> None:
     skipped = SkippedItems(limit=0.5)
     for number in range(3):
         skipped(f"set#{number} has no steps. Leave the episode out.")
-    skipped.check_limit(good=1, finished=True)
+    skipped.check_limit(num_good=1, is_finished=True)
 
 
 def mix_rates() -> None:
