@@ -10,5 +10,7 @@ export OMP_NUM_THREADS=1
 "$BIN/spear" record libero --suites libero_object --fast-rendering --num-episodes 12 --workers 1 \
     --out "$RUNS/libero-episodes"
 "$BIN/spear" train nano-libero --init nano-colorful --episodes "$RUNS"/libero-episodes/* --out "$RUNS/nano-libero"
-"$BIN/spear" evaluate libero --policy "$RUNS/nano-libero" --replan-steps 3 --suites libero_object libero_object_swap \
-    --fast-rendering --num-scenes 5 --batch-size 1 --videos failures --out "$RUNS/evaluate-libero"
+"$BIN/spear" evaluate libero --policy "$RUNS/nano-libero" --replan-steps 3 --suites libero_object --num-scenes 5 \
+    --batch-size 1 --videos failures --out "$RUNS/evaluate-libero"
+"$BIN/spear" evaluate libero --policy "$RUNS/nano-libero" --replan-steps 3 --suites libero_object_swap \
+    --fast-rendering --num-scenes 2 --batch-size 1 --videos failures --out "$RUNS/evaluate-libero-swap"
