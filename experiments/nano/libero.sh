@@ -13,4 +13,4 @@ export OMP_NUM_THREADS=1
 "$BIN/spear" evaluate libero --policy "$RUNS/nano-libero" --replan-steps 3 --suites libero_object --num-scenes 5 \
     --batch-size 1 --videos failures --out "$RUNS/evaluate-libero"
 "$BIN/spear" evaluate libero --policy "$RUNS/nano-libero" --replan-steps 3 --suites libero_object_swap \
-    --fast-rendering --num-scenes 2 --batch-size 1 --videos failures --out "$RUNS/evaluate-libero-swap"
+    libero_object_lan --fast-rendering --num-scenes 2 --batch-size 1 --videos failures --out "$RUNS/evaluate-libero-pro"
