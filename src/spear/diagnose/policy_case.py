@@ -14,6 +14,7 @@ from spear.diagnose.answers import (
     predict_path_ends,
     sample_observations,
 )
+from spear.diagnose.sight import TrainingSight
 from spear.policy import Spear1Policy
 from spear.types import Array
 
@@ -45,6 +46,8 @@ class PolicyCase(Case):
     robot          the embodiment's name, or the path of the robot's file; None if unknown.
     results        fault → result of a check that looks at the policy and its training only.
                    Cases of several rollouts share it.
+    sight          what the policy's SPEAR-VLM sees in training episodes. Cases of several rollouts
+                   share it.
     """
 
     policy: Spear1Policy | None = None
@@ -52,6 +55,7 @@ class PolicyCase(Case):
     rollout_store: EpisodeStore | None = None
     robot: str | None = None
     results: dict[str, Result] = field(default_factory=dict)
+    sight: TrainingSight = field(default_factory=TrainingSight)
 
     def get_policy(self) -> Spear1Policy:
         """Return the policy of a case that has one."""

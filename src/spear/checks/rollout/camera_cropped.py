@@ -12,6 +12,7 @@ class CameraCroppedCheck(RolloutCheck):
     fault = "camera-cropped"
     title = "a camera whose pictures are cropped"
     needs: ClassVar[frozenset[Material]] = frozenset({"rollout", "demonstrations"})
+    causes: ClassVar[frozenset[str]] = frozenset({"object-not-in-view"})
 
     def examine(self, case: Case) -> Result:
         versions = ("cropped",)

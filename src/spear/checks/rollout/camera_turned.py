@@ -11,7 +11,9 @@ class CameraTurnedCheck(RolloutCheck):
 
     fault = "camera-turned"
     title = "a camera whose pictures are turned"
-    causes: ClassVar[frozenset[str]] = frozenset({"padding-bars", "camera-exposure"})
+    causes: ClassVar[frozenset[str]] = frozenset(
+        {"padding-bars", "camera-exposure", "object-not-in-view"}
+    )
     needs: ClassVar[frozenset[Material]] = frozenset({"rollout", "demonstrations"})
 
     def examine(self, case: Case) -> Result:

@@ -21,6 +21,7 @@ class CamerasExchangedCheck(RolloutCheck):
             "camera-cropped",
             "camera-stretched",
             "camera-late",
+            "object-not-in-view",
         }
     )
     needs: ClassVar[frozenset[Material]] = frozenset({"rollout", "demonstrations"})

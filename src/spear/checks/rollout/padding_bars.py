@@ -19,7 +19,7 @@ class PaddingBarsCheck(RolloutCheck):
     title = "pictures have black bars"
     needs: ClassVar[frozenset[Material]] = frozenset({"rollout", "demonstrations"})
     causes: ClassVar[frozenset[str]] = frozenset(
-        {"camera-exposure", "camera-stretched", "camera-cropped"}
+        {"camera-exposure", "camera-stretched", "camera-cropped", "object-not-in-view"}
     )
 
     def examine(self, case: Case) -> Result:

@@ -203,8 +203,8 @@ def find_absent_objects(
 ) -> dict[str, str]:
     """Find the objects that the model does not see in an image.
 
-    The model first points at each object, and then names what is at that point. If this is another
-    name, the object is absent. This works only with a model that learned both tasks well enough
+    If the model gives another name to what is at the point of an object (`name_at_points`), the
+    object is absent. This works only with a model that learned to point and to name well enough
     (`Trust.tells_absent`).
 
     Args:
@@ -216,7 +216,28 @@ def find_absent_objects(
     Returns:
         Name of each absent object → what the model sees instead.
     """
-    images = [image] * len(names)
+    absent = {}
+    seen_names = name_at_points(model, [image] * len(names), names, view)
+    for name, seen_name in zip(names, seen_names, strict=True):
+        if not is_a(seen_name, name) and not is_a(name, seen_name):
+            absent[name] = seen_name
+    return absent
+
+
+def name_at_points(
+    model: VlmBundle, images: Sequence[Array], names: Sequence[str], view: str = "external"
+) -> list[str]:
+    """Let the model point at an object in each image, and then name what is at that point.
+
+    Args:
+        model: SPEAR-VLM with its processor.
+        images: Images, each [h, w, 3] uint8.
+        names: The name of an object for each image.
+        view: The camera that took the images.
+
+    Returns:
+        What the model sees at each point.
+    """
     location_template = PROMPT_TEMPLATES["centre_2d"][0]
     location_prompts = [location_template.format(x=with_article(name)) for name in names]
     points = model.answer(images, location_prompts, "centre_2d", view)
@@ -224,13 +245,7 @@ def find_absent_objects(
     name_template = PROMPT_TEMPLATES["what_at"][0]
     name_prompts = [name_template.format(p=answer.segments[0]) for answer in points]
     answers = model.answer(images, name_prompts, "what_at", view, max_new_tokens=MAX_NAME_TOKENS)
-
-    absent = {}
-    for name, answer in zip(names, answers, strict=True):
-        seen_name = format_reply(answer, image)
-        if not is_a(seen_name, name) and not is_a(name, seen_name):
-            absent[name] = seen_name
-    return absent
+    return [format_reply(answer, image) for answer, image in zip(answers, images, strict=True)]
 
 
 def format_reply(answer: Answer, image: Array) -> str:

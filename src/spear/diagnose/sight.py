@@ -1,0 +1,151 @@
+"""Does the SPEAR-VLM inside a policy see the objects of an instruction?
+
+The model points at each object, and then names what is at that point. If it gives another name in
+every picture of an episode that is tried, the object is *missed*. How often the model misses an
+object that is in view is measured on training episodes, because their tasks were done.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from spear.data.store.episode_store import EpisodeStore
+from spear.evaluate.vqa.ask import name_at_points
+from spear.labels.questions.templates import is_a
+from spear.policy import VlmBundle
+from spear.types import Array
+from spear.util.images import decode_image
+
+CAMERA = "external"  # trust in what a model sees is measured with this camera
+PICTURE_TIMES = (0.0, 0.25, 0.5)  # of the pictures of an episode that are tried, as shares of it
+EPISODES_PER_NAME = 6  # training episodes whose instruction has the name
+MIN_EPISODES_PER_NAME = 3  # with fewer, nothing is known about the name
+MAX_MISSED_SHARE = 0.2  # names that the model misses more often in training are not judged
+
+_DETERMINERS = {"a", "an", "another", "his", "its", "my", "some", "that", "the", "this", "your"}
+# Words after which the name of an object has ended.
+_ENDS = {
+    *("above", "across", "against", "and", "around", "at", "away", "before", "behind", "belongs"),
+    *("below", "beside", "between", "by", "carefully", "down", "for", "from", "gently", "goes"),
+    *("in", "inside", "into", "is", "it", "left", "near", "next", "of", "off", "on", "onto", "or"),
+    *("out", "over", "please", "right", "should", "then", "through", "to", "toward", "towards"),
+    *("under", "up", "upside", "using", "which", "with", "within"),
+}
+
+
+def list_names(instruction: str) -> list[str]:
+    """List the objects that an instruction names: what follows its articles.
+
+    >>> list_names("Pick up the red block and put it on top of the green block.")
+    ['red block', 'green block']
+    """
+    names: list[str] = []
+    name: list[str] | None = None  # the words of the present name; None outside of a name
+    for word in [*re.findall(r"[\w'-]+", instruction.lower()), "."]:
+        is_end = word == "." or word in _DETERMINERS or word in _ENDS
+        if is_end and name:
+            names.append(" ".join(name))
+        if word in _DETERMINERS:
+            name = []
+        elif is_end:
+            name = None
+        elif name is not None:
+            name.append(word)
+    return list(dict.fromkeys(names))
+
+
+def find_missed_names(
+    model: VlmBundle, episodes: Sequence[tuple[EpisodeStore, int]], names: Sequence[str]
+) -> list[bool]:
+    """Find out which objects a model sees in no picture of their episodes.
+
+    Args:
+        model: the SPEAR-VLM.
+        episodes: store and index of the episode of each name.
+        names: the name of an object for each of these episodes.
+
+    Returns:
+        Whether each object is missed.
+    """
+    is_missed = [True] * len(names)
+    for time in PICTURE_TIMES:
+        rows = [row for row, missed in enumerate(is_missed) if missed]
+        images = [_read_picture(*episodes[row], time) for row in rows]
+        tried_names = [names[row] for row in rows]
+        for row, seen_name in zip(
+            rows, name_at_points(model, images, tried_names, CAMERA), strict=True
+        ):
+            name = names[row]
+            is_missed[row] = not is_a(seen_name, name) and not is_a(name, seen_name)
+    return is_missed
+
+
+def _read_picture(store: EpisodeStore, index: int, time: float) -> Array:
+    """Read the picture at a time of an episode, given as a share of its length."""
+    step = int(time * (int(store.lengths[index]) - 1))
+    encoded = store.image(index, step, CAMERA)
+    assert encoded is not None  # the callers choose episodes with this camera
+    return decode_image(encoded, f"{store.source(index)} step {step}")
+
+
+@dataclass
+class TrainingSight:
+    """How often a model misses objects in training episodes; each name is tried once.
+
+    missed  name → whether the model misses it in each of some training episodes.
+    """
+
+    missed: dict[str, list[bool]] = field(default_factory=dict)
+
+    def measure(self, model: VlmBundle, training: EpisodeStore, names: Sequence[str]) -> None:
+        """Measure those of some names that are not measured yet."""
+        new_names = [name for name in dict.fromkeys(names) if name not in self.missed]
+        if not new_names:
+            return
+        episodes_by_name = _find_episodes(training, new_names)
+        episodes = []
+        tried_names = []
+        for name, indices in episodes_by_name.items():
+            episodes += [(training, index) for index in indices]
+            tried_names += [name] * len(indices)
+            self.missed[name] = []
+        if not episodes:
+            return
+        for name, missed in zip(
+            tried_names, find_missed_names(model, episodes, tried_names), strict=True
+        ):
+            self.missed[name].append(missed)
+
+    def can_judge(self, name: str) -> bool:
+        """Return whether the model mostly sees the objects of this name in training."""
+        missed = self.missed[name]
+        is_known = len(missed) >= MIN_EPISODES_PER_NAME
+        return is_known and float(np.mean(missed)) <= MAX_MISSED_SHARE
+
+    @property
+    def missed_share(self) -> float:
+        """How often the model misses an object in view whose name it knows.
+
+        One miss is added to those that were measured, so that the share is never 0.
+        """
+        results = [self.missed[name] for name in self.missed if self.can_judge(name)]
+        all_missed = [missed for of_name in results for missed in of_name]
+        return (sum(all_missed) + 1) / (len(all_missed) + 2)
+
+
+def _find_episodes(training: EpisodeStore, names: Sequence[str]) -> Mapping[str, Sequence[int]]:
+    """Find training episodes for each name, spread over the store."""
+    indices_by_name: dict[str, list[int]] = {name: [] for name in names}
+    for index in range(len(training)):
+        if training.image(index, 0, CAMERA) is None:
+            continue
+        for name in list_names(training.without_images(index).instruction):
+            if name in indices_by_name:
+                indices_by_name[name].append(index)
+    chosen = {}
+    for name, indices in indices_by_name.items():
+        count = min(len(indices), EPISODES_PER_NAME)
+        chosen[name] = [indices[int(i)] for i in np.linspace(0, len(indices) - 1, count)]
+    return chosen
