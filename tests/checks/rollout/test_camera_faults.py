@@ -118,6 +118,16 @@ def test_a_planted_fault_is_named_and_no_other_one_is_surer(fault: str) -> None:
     assert all(findings[fault][0] < confidence for fault in unexplained)
 
 
+@pytest.mark.parametrize("axis", ["width", "height"])
+def test_a_wider_picture_that_is_squeezed_is_stretched(axis: str) -> None:
+    case = make_case(change=change_external(f"squeezed in {axis}"), num_demonstrations=16)
+
+    result = CameraStretchedCheck().examine(case)
+
+    assert isinstance(result, Finding)
+    assert f"squeezed in {axis}" in result.evidence
+
+
 def test_pictures_like_those_of_training_have_no_fault() -> None:
     case = make_case(num_demonstrations=16)
 

@@ -21,7 +21,7 @@ class CameraFrozenCheck(RolloutCheck):
 
     fault = "camera-frozen"
     title = "a camera sends the same picture again and again"
-    causes: ClassVar[frozenset[str]] = frozenset({"camera-late", "object-not-in-view"})
+    causes: ClassVar[frozenset[str]] = frozenset({"camera-late"})
 
     def examine(self, case: Case) -> Result:
         for camera in case.cameras:

@@ -14,6 +14,6 @@ class CameraStretchedCheck(RolloutCheck):
     needs: ClassVar[frozenset[Material]] = frozenset({"rollout", "demonstrations"})
 
     def examine(self, case: Case) -> Result:
-        versions = ("stretched",)
+        versions = ("stretched", "squeezed")
         cure = "send pictures in their own aspect; the policy fits them without stretching"
         return find_picture_version(case, versions, "is stretched", cure)

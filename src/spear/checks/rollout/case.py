@@ -9,6 +9,7 @@ import numpy as np
 
 from spear.checks.rollout.episode import RecordedEpisode
 from spear.checks.rollout.gripper import GripperUse
+from spear.checks.rollout.meant_states import restore_meant_states
 from spear.checks.rollout.motion import CommandedMotion
 from spear.checks.rollout.pictures import PictureComparison, PictureReferences
 from spear.types import Array
@@ -54,7 +55,8 @@ class Case:
     def comparison(self) -> PictureComparison:
         """The rollout's pictures, compared with those of the demonstrations."""
         references = self.references or PictureReferences(self.demonstrations)
-        return PictureComparison(self.rollout, references)
+        rollout = restore_meant_states(self.rollout, self.demonstrations, self.motion, self.gripper)
+        return PictureComparison(rollout, references)
 
     @property
     def cameras(self) -> list[str]:

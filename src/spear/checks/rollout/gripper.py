@@ -12,6 +12,7 @@ from spear.checks.gripper import (
     MIN_CORRELATION,
     CommandedGripper,
     Following,
+    are_opposite,
     correlate_commands,
 )
 from spear.checks.rollout.episode import RecordedEpisode
@@ -22,6 +23,10 @@ MAX_DELAY_S = 2.4  # longest delay of a gripper that is looked for
 MIN_OPENINGS = 5  # steps with a command to open, with fewer nothing is compared
 SETTLING_STEPS = 2  # steps after a change of the command that are not compared
 OPEN_COMMAND = 0.5  # a command above it opens
+# Median opening while the gripper is commanded to be open, as a share of the one of training. In
+# rollouts of nano it is 1.00.
+MAX_SCALE = 0.7
+MIN_USUAL_OPENING = 0.5  # in training; an open gripper below it is no measure
 
 
 @dataclass(frozen=True)
@@ -46,6 +51,48 @@ class GripperUse:
     first_before: Array
     open_level: float
     open_before: float
+
+    @property
+    def is_against(self) -> bool:
+        """Whether openings are opposed to their commands."""
+        return self.following is not None and self.following.correlation <= -MIN_CORRELATION
+
+    @property
+    def follows(self) -> bool:
+        """Whether openings follow their commands."""
+        return self.following is not None and self.following.correlation >= MIN_CORRELATION
+
+    @property
+    def starts_opposite(self) -> bool:
+        """Whether the episodes begin with the opposite opening of those of training."""
+        if not len(self.first_before) or not len(self.first_openings):
+            return False
+        usual = float(np.median(self.first_before))
+        return bool(are_opposite(float(np.median(self.first_openings)), usual))
+
+    @property
+    def is_state_inverted(self) -> bool:
+        """Whether the measured openings are inverted, and not the commands."""
+        return self.is_against and self.starts_opposite
+
+    @property
+    def scale(self) -> float:
+        """Opening of the open gripper, as a share of training; NaN if it is never open."""
+        if not self.open_before >= MIN_USUAL_OPENING:  # NaN, too
+            return float("nan")
+        return self.open_level / self.open_before
+
+    @property
+    def is_state_scaled(self) -> bool:
+        """Whether the measured openings are scaled, and not the commands.
+
+        Then the gripper measures less than in training also before its first command.
+        """
+        is_scaled = 0 < self.scale <= MAX_SCALE  # False for NaN
+        if not is_scaled or self.following is None or self.is_against:
+            return False
+        usual_start = float(np.median(self.first_before))
+        return float(np.median(self.first_openings)) <= MAX_SCALE * usual_start
 
     @staticmethod
     def from_episodes(

@@ -2,7 +2,6 @@
 
 import numpy as np
 
-from spear.checks.gripper import MIN_CORRELATION, are_opposite
 from spear.checks.rollout.action_frame import ROBOT_FILE
 from spear.checks.rollout.case import Case, Doubt, Finding, Result, RolloutCheck
 from spear.checks.rollout.gripper_figures import draw_gripper
@@ -17,32 +16,28 @@ class GripperInvertedCheck(RolloutCheck):
     def examine(self, case: Case) -> Result:
         gripper = case.gripper
         following = gripper.following
-        starts_opposite = False
         start_evidence = ""
-        if len(gripper.first_before) and len(gripper.first_openings):
+        if gripper.starts_opposite:
             usual = float(np.median(gripper.first_before))
             start = float(np.median(gripper.first_openings))
-            starts_opposite = bool(are_opposite(start, usual))
             start_evidence = f"it begins at {start:.2f}, in training at {usual:.2f}"
-        is_against = following is not None and following.correlation <= -MIN_CORRELATION
-        follows = following is not None and following.correlation >= MIN_CORRELATION
-        if is_against:
+        if gripper.is_against:
             assert following is not None
             return Finding(
                 confidence=0.97,
                 evidence=(
                     f"openings and commands have a correlation of {following.correlation:.2f}"
-                    + (f"; {start_evidence}" if starts_opposite else "")
+                    + (f"; {start_evidence}" if gripper.starts_opposite else "")
                 ),
                 cure=(
                     "send 1 for open and 0 for closed as the state"
-                    if starts_opposite
+                    if gripper.is_state_inverted
                     else "1 means open and 0 closed: invert the commands for your gripper"
                 ),
                 file=ROBOT_FILE,
                 figure=draw_gripper(case),
             )
-        if starts_opposite and not follows:
+        if gripper.starts_opposite and not gripper.follows:
             return Finding(
                 confidence=0.75,
                 evidence=f"the gripper seems inverted: {start_evidence}",

@@ -4,7 +4,6 @@ from typing import ClassVar
 
 import numpy as np
 
-from spear.checks.gripper import MIN_CORRELATION
 from spear.checks.rollout.action_frame import ROBOT_FILE
 from spear.checks.rollout.case import (
     Case,
@@ -15,13 +14,10 @@ from spear.checks.rollout.case import (
     RolloutCheck,
     confidence_of_margin,
 )
+from spear.checks.rollout.gripper import MAX_SCALE, MIN_USUAL_OPENING
 from spear.checks.rollout.gripper_figures import draw_gripper
 
-# Median opening while the gripper is commanded to be open, as a share of the one of training. In
-# rollouts of nano it is 1.00.
-MAX_SCALE = 0.7
-CERTAIN_SCALE = 0.4
-MIN_USUAL_OPENING = 0.5  # in training; an open gripper below it is no measure
+CERTAIN_SCALE = 0.4  # from this scale on down, it is sure; the limit is `MAX_SCALE`
 
 
 class GripperScaleCheck(RolloutCheck):
@@ -33,17 +29,16 @@ class GripperScaleCheck(RolloutCheck):
 
     def examine(self, case: Case) -> Result:
         gripper = case.gripper
-        following = gripper.following
         if not np.isfinite([gripper.open_level, gripper.open_before]).all():
             return Doubt("the gripper is never commanded to stay open")
-        if following is not None and following.correlation <= -MIN_CORRELATION:
+        if gripper.is_against:
             return None  # inverted
         if gripper.open_before < MIN_USUAL_OPENING:
             return Doubt("the gripper is hardly open in training")
-        scale = gripper.open_level / gripper.open_before
+        scale = gripper.scale
         if scale > MAX_SCALE:
             return None
-        if following is None:
+        if gripper.following is None:
             return Doubt(f"the open gripper measures {scale:.0%} of training, and never moves")
         return Finding(
             confidence=confidence_of_margin(-scale, -MAX_SCALE, -CERTAIN_SCALE),

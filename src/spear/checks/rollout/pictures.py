@@ -74,6 +74,21 @@ def _interpolation_matrix(old_size: int, new_size: int) -> Array:
     return matrix
 
 
+def _squeeze(pictures: Array, share_x: float, share_y: float) -> Array:
+    """Squeeze pictures [N, h, w, 3] in their middle; what a wider view adds is taken to be like
+    their border.
+    """
+    height, width = pictures.shape[1:3]
+    inner_width = max(1, round(width * share_x))
+    inner_height = max(1, round(height * share_y))
+    squeezed = _resize(pictures, inner_width, inner_height)
+    left_px = (width - inner_width) // 2
+    top_px = (height - inner_height) // 2
+    rows = (top_px, height - inner_height - top_px)
+    columns = (left_px, width - inner_width - left_px)
+    return np.pad(squeezed, ((0, 0), rows, columns, (0, 0)), mode="edge")
+
+
 def _turn_quarter(pictures: Array, num_quarters: int) -> Array:
     """Turn pictures [N, h, w, 3] by quarters of a turn, fitted into their size without bars."""
     height, width = pictures.shape[1:3]
@@ -108,7 +123,11 @@ SHAPE_VERSIONS: dict[str, Transform] = {
     "cropped to 80 %": lambda pictures: _zoom(pictures, 0.8, 0.8),
     "cropped to 60 %": lambda pictures: _zoom(pictures, 0.6, 0.6),
     "stretched in width": lambda pictures: _zoom(pictures, 0.7, 1.0),
+    "stretched in width, slightly": lambda pictures: _zoom(pictures, 0.87, 1.0),
     "stretched in height": lambda pictures: _zoom(pictures, 1.0, 0.7),
+    "stretched in height, slightly": lambda pictures: _zoom(pictures, 1.0, 0.87),
+    "squeezed in width": lambda pictures: _squeeze(pictures, 0.75, 1.0),
+    "squeezed in height": lambda pictures: _squeeze(pictures, 1.0, 0.75),
 }
 """Changes that move the content of a picture; they are compared without colors and brightness."""
 
