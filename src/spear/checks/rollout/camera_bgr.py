@@ -27,6 +27,8 @@ class CameraBgrCheck(RolloutCheck):
     fault = "camera-bgr"
     title = "a camera whose red and blue are exchanged"
     needs: ClassVar[frozenset[Material]] = frozenset({"rollout", "demonstrations"})
+    # Names of objects may have colors.
+    causes: ClassVar[frozenset[str]] = frozenset({"object-not-in-view"})
 
     def examine(self, case: Case) -> Result:
         of_one = find_picture_version(case, (VERSION,), "sends BGR", CURE, is_color=True)
