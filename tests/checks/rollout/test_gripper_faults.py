@@ -49,6 +49,15 @@ def test_an_opening_that_is_sent_inverted_is_inverted() -> None:
     assert "begins at 0.00" in result.evidence
 
 
+def test_a_gripper_whose_commands_and_openings_are_inverted_is_inverted() -> None:
+    result = GripperInvertedCheck().examine(
+        make_case(MadeRobot(invert_command), change=invert_opening)
+    )
+
+    assert isinstance(result, Finding)
+    assert "begins at 0.00" in result.evidence
+
+
 def test_an_opening_in_another_unit_is_scaled() -> None:
     case = make_case(change=scale_opening)
 

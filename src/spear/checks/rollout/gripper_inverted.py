@@ -37,11 +37,16 @@ class GripperInvertedCheck(RolloutCheck):
                 file=ROBOT_FILE,
                 figure=draw_gripper(case),
             )
-        if gripper.starts_opposite and not gripper.follows:
+        if gripper.starts_opposite:
+            # If both commands and openings are inverted, openings follow. So they do if the gripper
+            # only begins so.
             return Finding(
-                confidence=0.75,
+                confidence=0.6 if gripper.follows else 0.75,
                 evidence=f"the gripper seems inverted: {start_evidence}",
-                cure="send 1 for open and 0 for closed, and take the commands alike",
+                cure=(
+                    "send 1 for open and 0 for closed, and take the commands alike; or begin with "
+                    "the opening of training"
+                ),
                 file=ROBOT_FILE,
                 figure=draw_gripper(case),
             )

@@ -14,6 +14,7 @@ from spear.checks.states import find_implausible_positions
 
 # Factors between commanded and achieved displacements. In rollouts of nano they are 0.98 to 1.03.
 MIN_UNIT_GAIN = 2.6  # actions that are executed twice have 2
+MIN_TYPICAL_GAIN = 1.5  # of the median move
 MAX_UNIT_GAIN = 0.2  # a controller that is short achieves more
 UPPER_QUANTILE = 0.8  # of the gains, which must be small for an arm that hardly moves
 
@@ -57,7 +58,11 @@ class TranslationUnitCheck(MotionCheck):
         fit = motion.better_reading or motion.fits[0]
         is_explained = fit.error < MAX_READING_ERROR
         gain = motion.small_gain if motion.better_reading is None else fit.gain
-        is_too_far = is_explained and gain > MIN_UNIT_GAIN
+        # Limits cut moves, but another unit still makes most of them too long.
+        is_mostly_too_far = np.nanmedian(motion.step_gains) > MIN_TYPICAL_GAIN
+        if motion.better_reading is not None:
+            is_mostly_too_far = True  # the gains are those of the plain reading
+        is_too_far = is_explained and is_mostly_too_far and gain > MIN_UNIT_GAIN
         if not is_too_far and not (is_too_near and is_still):
             return None
         return Finding(
