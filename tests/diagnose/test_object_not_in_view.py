@@ -49,16 +49,16 @@ def make_store(folder: Path, levels: Sequence[int]) -> EpisodeStore:
     """Write an episode of one gray level for each of some levels."""
     episodes = []
     for seed, level in enumerate(levels):
-        made = make_episode(seed)
+        numbers = make_episode(seed)
         episode = Episode(
-            images={"external": [make_png(level)] * len(made)},
-            position=made.position,
-            rotation=made.rotation,
-            gripper=made.opening,
+            images={"external": [make_png(level)] * len(numbers)},
+            position=numbers.position,
+            rotation=numbers.rotation,
+            gripper=numbers.opening,
             instruction=INSTRUCTION,
             rate_hz=5.0,
-            source=made.source,
-            action=made.action.astype(np.float32),
+            source=numbers.source,
+            action=numbers.action.astype(np.float32),
         )
         episodes.append(episode)
     return write_store(episodes, folder)

@@ -50,6 +50,6 @@ def find_frozen_steps(
     """
     camera = RepeatedPicture()
     distances_m = [
-        camera.update(picture, place) for picture, place in zip(pictures, position, strict=True)
+        camera.update(picture, xyz_m) for picture, xyz_m in zip(pictures, position, strict=True)
     ]
     return np.array(distances_m) > min_motion_m

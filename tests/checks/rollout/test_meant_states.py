@@ -42,11 +42,11 @@ def restore(case: Case) -> list[RecordedEpisode]:
 def test_states_become_those_that_are_meant(
     send: Callable[[RecordedEpisode], RecordedEpisode],
 ) -> None:
-    meant = make_case().rollout
+    correct_rollout = make_case().rollout
 
     restored = restore(make_case(change=send))
 
-    for episode, expected in zip(restored, meant, strict=True):
+    for episode, expected in zip(restored, correct_rollout, strict=True):
         np.testing.assert_allclose(episode.rotation, expected.rotation, atol=1e-6)
         np.testing.assert_allclose(episode.opening, expected.opening, atol=1e-6)
 
