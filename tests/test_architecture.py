@@ -23,7 +23,7 @@ def _get_module_name(path: Path) -> str:
 MODULES = {_get_module_name(path): path for path in sorted(SOURCE.rglob("*.py"))}
 """The name of each module of this package -> its file."""
 
-# Sets of rooms that many rooms may import.
+# A room is a file or a folder directly in `src/spear`. Many rooms may import these sets of rooms.
 BASIC = {"errors", "types", "util", "geometry", "gripper"}
 LOW = BASIC | {"flow", "tokens", "question_types"}
 MIDDLE = LOW | {"sim", "data", "models", "labels"}
@@ -62,8 +62,6 @@ MAY_IMPORT: dict[str, set[str]] = {
 """Room -> the rooms of this package that it may import.
 
 The order is that of docs/explanation/architecture.md.
-
-A room is a file or a folder directly in `src/spear`.
 """
 
 OPTIONAL_MODULES = (

@@ -112,7 +112,7 @@ def test_before_the_first_chunk_there_is_no_motion_and_the_gripper_is_open() -> 
 
 def test_without_actions_the_gripper_stays_as_last_commanded() -> None:
     executor = ChunkExecutor("sync")
-    half_closed = make_chunk(0, 1)
+    half_closed = make_chunk(0, horizon=1)
     half_closed[:, 7] = 0.25
     executor.add_chunk(half_closed)
 

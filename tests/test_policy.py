@@ -141,7 +141,7 @@ def test_acting_reads_an_observation_as_training_reads_a_step(nano: Spear1Policy
         images[view] = fit_image(observation[key], height, width)[None]
     training_step = {  # a batch of one step, as the mixture draws it
         "images": images,
-        "views": {},
+        "views": {},  # camera → [1] bool, whether the step has its image; not compared below
         "position": state[None, :3],
         "rotation": state[None, 3:7],
         "gripper": state[7:],

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from spear.evaluate.vqa.classifier import Classifier, load_examples
+from spear.evaluate.vqa.classifier import QuestionTypeClassifier, load_examples
 from spear.evaluate.vqa.skeleton import MODEL_NAMES
 from spear.evaluate.vqa.wording import ParsedQuestion, understand_question
 from spear.labels.questions.templates import KEYPOINT_NAMES
@@ -98,11 +98,13 @@ def find_cross_validated_misses(
     for fold in range(NUM_FOLDS):
         judged = questions[fold::NUM_FOLDS]
         hidden = {listed.question for listed in judged}
-        classifier = Classifier.fit(
+        classifier = QuestionTypeClassifier.fit(
             example for example in examples if example.question not in hidden
         )
 
-        def understand(question: str, classifier: Classifier = classifier) -> ParsedQuestion | None:
+        def understand(
+            question: str, classifier: QuestionTypeClassifier = classifier
+        ) -> ParsedQuestion | None:
             return understand_question(question, taught_types, classifier=classifier)
 
         misses += [listed for listed in judged if not is_right(listed, taught_types, understand)]

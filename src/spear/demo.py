@@ -93,7 +93,10 @@ def write_report(out: Path, data: Path | None = None) -> Path:
     # Name of a section in the template -> its title in the terminal, and what makes its values.
     sections: dict[str, tuple[str, Callable[[], Values]]] = {
         "labels": ("a. labeling a scene in 3D", label_scenes),
-        "answers": ("b. asking SPEAR-VLM about held-out scenes", lambda: ask_questions(vlm)),
+        "answers": (
+            "b. asking SPEAR-VLM about held-out scenes",
+            lambda: ask_and_score_questions(vlm),
+        ),
         "acting": ("c. SPEAR-1 acting in held-out scenes", lambda: evaluate_policy(policy)),
         "real": ("d. fine-tuning on real robot episodes", lambda: fine_tune(out, data)),
     }
@@ -129,8 +132,8 @@ def label_scenes() -> Values:
     }
 
 
-def ask_questions(vlm: VlmBundle) -> Values:
-    """(b) Ask SPEAR-VLM questions, and compare its answers with the true ones."""
+def ask_and_score_questions(vlm: VlmBundle) -> Values:
+    """(b) Ask SPEAR-VLM questions, and score its answers by the true ones."""
     size = vlm.processor.image_sizes["external"]
     frames = render_held_out_frames(NUM_QUESTION_SCENES, first_seed=0, size=size)
     labels = list(label_with_ground_truth(frames))
@@ -234,7 +237,7 @@ def fine_tune(out: Path, data: Path | None) -> Values:
     fine_tuned_summary, mean_action_summary, *_ = summaries
     error_mm = fine_tuned_summary["translation_mm"].value
     mean_action_mm = mean_action_summary["translation_mm"].value
-    fact = f"error per step on real held-out episodes; mean action {mean_action_mm:.1f} mm"
+    description = f"error per step on real held-out episodes; mean action {mean_action_mm:.1f} mm"
     return {
         "source": get_dataset_name(data),
         "learned": len(training),
@@ -243,7 +246,7 @@ def fine_tune(out: Path, data: Path | None) -> Values:
         "headers": ["mean error [95 %]", *(score.name for score in scores)],
         "rows": rows,
         "charts": draw_open_loop_charts(fine_tuned_errors, mean_action_errors),
-        "fact": (f"{error_mm:.1f} mm", fact),
+        "fact": (f"{error_mm:.1f} mm", description),
     }
 
 

@@ -80,11 +80,13 @@ def test_a_mean_weighs_families_equally_whatever_their_size() -> None:
         (estimate_paired_difference, ([([0.2], [0.9])],)),  # no booleans
         (estimate_paired_difference, ([([True], [True, False])],)),  # other numbers of scenes
         (bootstrap, ([np.array([])],)),  # no values
+        # The strata (task families) of these two functions are arrays [seeds, scenes].
         (estimate_mean_over_seeds, ([],)),  # no strata
         (estimate_mean_over_seeds, ([np.full((2, 4), np.nan)],)),  # no booleans
         (estimate_mean_over_seeds, ([np.zeros((0, 4))],)),  # no seeds
-        # Other numbers of seeds, and other numbers of scenes.
+        # 2 seeds in one stratum, 3 in the other
         (estimate_mean_over_seeds, ([np.zeros((2, 4)), np.zeros((3, 4))],)),
+        # 4 scenes for the first policy, 5 for the second
         (estimate_difference_over_seeds, ([np.zeros((2, 4))], [np.zeros((2, 5))])),
     ],
 )

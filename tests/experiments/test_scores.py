@@ -51,7 +51,7 @@ def test_a_published_success_rate_is_that_of_the_kept_episodes(
 
     rate = estimate_mean_over_seeds(success_tables).to_text(".1f", scale=100)
     assert f"| {rate} |" in line
-    assert sum(table.size for table in success_tables) >= 200  # episodes
+    assert sum(successes.size for successes in success_tables) >= 200  # episodes
 
 
 @pytest.mark.parametrize(("table", "number"), LINES)

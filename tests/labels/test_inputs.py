@@ -303,7 +303,8 @@ def test_a_time_after_the_end_of_a_video_is_refused(tmp_path: Path) -> None:
     write_film(tmp_path / "film.mp4")
     items = list(list_images(str(tmp_path / "film.mp4")))
 
-    _, reason = read_values([items[-1], items[0]._replace(location=99.0)])
+    item_after_end = items[0]._replace(location=99.0)  # the location in a video is a time in s
+    _, reason = read_values([items[-1], item_after_end])
 
     assert "ends before 99.00 s" in str(reason)
 

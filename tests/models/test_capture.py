@@ -95,6 +95,8 @@ class CaptureMonitor(TorchDispatchMode):
         name = str(func)
         kwargs = kwargs or {}
         device = torch.device(kwargs.get("device") or self.device)
+        # A graph can record neither work that depends on values, nor a new tensor on another
+        # device.
         if _depends_on_values(func, name, args) or device.type != self.device:
             self.forbidden.append(name)
 

@@ -525,7 +525,7 @@ def test_a_recording_says_the_versions_of_its_frames(tmp_path: Path) -> None:
         policy.infer(embodiments.load("droid").example())
 
     droid = embodiments.load("droid")
-    assert EpisodeStore(tmp_path / "new").frames == {droid.frame: droid.frame_version}
+    assert EpisodeStore(tmp_path / "new").frame_versions == {droid.frame: droid.frame_version}
 
 
 def test_data_inspect_describes_a_recording(tmp_path: Path, writer: RecordingWriter) -> None:

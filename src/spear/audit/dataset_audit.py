@@ -323,12 +323,12 @@ def _read_first_recordings(
 def _find_fitting_formats(
     path: str | Path, split: str, layout: DatasetLayout, report: Report
 ) -> list[str]:
-    """Find the formats of the recorded orientations by which all that looks wrong would be right.
+    """Find other formats of the recorded orientations with which the audit finds nothing wrong.
 
-    If the states are written in another format than the layout says, frames and signs of the
-    logged rotations look wrong, too. So the audit is repeated with every other format of as many
-    numbers. This is not necessary if the rotations agree, or if the audit already found that the
-    state format is wrong.
+    If the states are written in another format than the layout says, the audit may also find wrong
+    frames and signs of the logged rotations. So this function repeats the audit with every other
+    format that has as many numbers. It returns no formats if the logged rotations agree with the
+    states, or if the audit already found that the state format is wrong.
     """
     findings: list[Finding] = []  # about the logged rotations, if these do not agree
     for action_part in report.action_parts:

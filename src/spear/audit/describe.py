@@ -10,7 +10,7 @@ import itertools
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -25,8 +25,8 @@ from spear.audit.hypotheses import (
     UNIT_QUATERNION,
     Fit,
     Stretches,
-    convert_to_quaternions,
     find_formats_that_turn_otherwise,
+    find_recorded_unit,
     fit_rotations,
     fit_translations,
     round_to_known_unit,
@@ -37,7 +37,7 @@ from spear.checks.gripper import (
     MIN_EPISODES,
     MIN_MOTION,
     CommandedGripper,
-    correlate_commands,
+    correlate_commands_by_delay,
     judge_open_end,
 )
 from spear.checks.instructions import looks_like_identifier
@@ -95,7 +95,7 @@ PREFERRED_ANSWERS = ("delta", "base", "+++", "0", "euler_xyz", "m", "rad")
 
 Columns = Mapping[str, Sequence[Array]]
 """Column → its values [T, d] in each episode."""
-JointNames = Callable[[str], Sequence[str]]
+JointNameFinder = Callable[[str], Sequence[str]]
 """A function from a column, or a range of it, to the names of the joints that it contains.
 
 Such names come from a dataset's metadata (see `LeRobotFolder.find_joint_names`) and from the
@@ -129,7 +129,7 @@ class ColumnRange(NamedTuple):
 
 
 class _Candidate(NamedTuple):
-    """Numbers that may be positions, orientations, and the actions that lead from one to the next.
+    """Numbers that may be positions, orientations, and actions that lead from a pose to the next.
 
     unexplained         relative error of the translations, rounded to two digits, plus relative
                         error of the rotations, each by the best hypothesis. Without
@@ -210,18 +210,18 @@ def propose_layout(
         proposal.facts["rate_hz"] = "not in the metadata: write how many steps a second has"
 
     columns = _drop_columns_and_episodes_with_nan(_find_signal_columns(episodes))
-    joint_names = _make_joint_name_finder(folder)
+    find_joint_names = _make_joint_name_finder(folder)
     if urdf is not None and tip is not None:
         _propose_joints(columns, folder, urdf, tip, proposal)
         return proposal.to_dict()
-    used_ranges = _propose_motion(columns, rate_hz, joint_names, proposal)
+    used_ranges = _propose_motion(columns, rate_hz, find_joint_names, proposal)
     if isinstance(folder, LeRobotFolder):
         rotation_format = folder.find_quaternion_format(str(proposal.fields["rotation"]))
         if rotation_format:
             proposal.fields["rotation_format"] = rotation_format
             proposal.facts["rotation_format"] = "by the names of its components"
 
-    unused_numbers = _find_unused_numbers(columns, used_ranges, joint_names)
+    unused_numbers = _find_unused_numbers(columns, used_ranges, find_joint_names)
     _propose_gripper(columns, unused_numbers, rate_hz, proposal)
     return proposal.to_dict()
 
@@ -390,7 +390,7 @@ def _drop_columns_and_episodes_with_nan(columns: Columns) -> dict[str, list[Arra
     }
 
 
-def _make_joint_name_finder(folder: Dataset) -> JointNames:
+def _make_joint_name_finder(folder: Dataset) -> JointNameFinder:
     """Make a function that finds names of joints in the dataset's metadata and columns' names."""
 
     def find_joint_names(column: str) -> list[str]:
@@ -403,7 +403,7 @@ def _make_joint_name_finder(folder: Dataset) -> JointNames:
 
 
 def _find_unused_numbers(
-    columns: Columns, used_ranges: Sequence[ColumnRange], joint_names: JointNames
+    columns: Columns, used_ranges: Sequence[ColumnRange], find_joint_names: JointNameFinder
 ) -> list[ColumnRange]:
     """List the single numbers that are neither joints nor used for positions and rotations."""
     used_numbers = set()  # (column, index)
@@ -414,7 +414,7 @@ def _find_unused_numbers(
     for name, episodes in columns.items():
         for index in range(episodes[0].shape[1]):
             number = ColumnRange(name, index, index + 1)
-            if (name, index) not in used_numbers and not joint_names(number.name(columns)):
+            if (name, index) not in used_numbers and not find_joint_names(number.name(columns)):
                 unused_numbers.append(number)
     return unused_numbers
 
@@ -501,14 +501,14 @@ def _choose_cameras(changing_shares: Mapping[str, float]) -> dict[str, str]:
 
 
 def _propose_motion(
-    columns: Columns, rate_hz: float, joint_names: JointNames, proposal: _Proposal
+    columns: Columns, rate_hz: float, find_joint_names: JointNameFinder, proposal: _Proposal
 ) -> list[ColumnRange]:
     """Propose the columns of positions, orientations, and logged translations and rotations.
 
     Args:
         columns: the columns that may be measurements or commands.
         rate_hz: steps per second.
-        joint_names: finds names of joints in a range.
+        find_joint_names: finds names of joints in a range.
         proposal: the proposal to be completed.
 
     Returns:
@@ -517,7 +517,7 @@ def _propose_motion(
     # These keys are open (None) until a value is found, here or in `_propose_gripper`.
     keys = ("position", "rotation", "rotation_format", "gripper", "gripper_range")
     proposal.fields |= dict.fromkeys(keys)
-    candidates = _find_candidates(columns, rate_hz, joint_names)
+    candidates = _find_candidates(columns, rate_hz, find_joint_names)
     if not candidates:
         proposal.facts["position"] = (
             "no column but joints leads to the next state by any action: name it yourself; joint "
@@ -531,7 +531,8 @@ def _propose_motion(
     translation_fit = _propose_position(best, tied, columns, rate_hz, proposal)
     if best.rotation is None or best.action_rotation is None:
         proposal.facts["rotation"] = (
-            "no numbers beside them lead from one to the next: name them yourself"
+            "no numbers of an action lead from one orientation to the next: name the columns of "
+            "orientations and logged rotations yourself"
         )
         return [best.position, best.action_translation]
     rotation_fits = _find_best_fits(
@@ -539,7 +540,7 @@ def _propose_motion(
     )
     proposal.fields["rotation"] = best.rotation.name(columns)
     proposal.facts["rotation"] = _explain_choice(
-        best.action_rotation.name(columns), rotation_fits[0]
+        best.action_rotation.name(columns), "orientation", rotation_fits[0]
     )
     _propose_rotation_format(
         best.rotation.values(columns), rotation_fits, translation_fit, proposal
@@ -550,24 +551,26 @@ def _propose_motion(
     return [best.position, best.action_translation, best.rotation, best.action_rotation]
 
 
-def _list_triples(columns: Columns, joint_names: JointNames) -> list[ColumnRange]:
+def _list_triples(columns: Columns, find_joint_names: JointNameFinder) -> list[ColumnRange]:
     """List every three neighboring numbers of a column that are not joints."""
     triples = []
     for name, episodes in columns.items():
         for first in range(episodes[0].shape[1] - 2):
             triple = ColumnRange(name, first, first + 3)
-            if not joint_names(triple.name(columns)):
+            if not find_joint_names(triple.name(columns)):
                 triples.append(triple)
     return triples
 
 
-def _find_candidates(columns: Columns, rate_hz: float, joint_names: JointNames) -> list[_Candidate]:
-    """List candidates for positions and actions that lead from one to the next.
+def _find_candidates(
+    columns: Columns, rate_hz: float, find_joint_names: JointNameFinder
+) -> list[_Candidate]:
+    """List candidates for positions, and for actions that lead from one position to the next.
 
     Orientations and the actions that rotate are only sought for the best candidates of positions,
     because trying all combinations would take too long.
     """
-    triples = _list_triples(columns, joint_names)
+    triples = _list_triples(columns, find_joint_names)
     translations = [triple for triple in triples if "action" in triple.column]
     positions = [triple for triple in triples if "action" not in triple.column]
     few_episodes = {name: episodes[:MAX_SEARCH_EPISODES] for name, episodes in columns.items()}
@@ -577,7 +580,7 @@ def _find_candidates(columns: Columns, rate_hz: float, joint_names: JointNames) 
     candidates = []
     for position, translation in itertools.product(positions, translations):
         rotations: list[ColumnRange | None] = []
-        rotations += _find_orientations_near(position, columns, joint_names)
+        rotations += _find_orientations_near(position, columns, find_joint_names)
         if not rotations:
             rotations = [None]  # a candidate without orientations
         for rotation in rotations:
@@ -585,6 +588,8 @@ def _find_candidates(columns: Columns, rate_hz: float, joint_names: JointNames) 
                 fit_translations, position, rotation, translation, few_episodes, rate_hz
             )
             if fits:
+                # Candidates are ranked by the sum of two relative errors. That of the rotations is
+                # not known yet.
                 unexplained = round(fits[0].relative_error, 2) + UNEXPLAINED_WITHOUT_ROTATIONS
                 candidates.append(_Candidate(unexplained, position, translation, rotation))
 
@@ -593,7 +598,7 @@ def _find_candidates(columns: Columns, rate_hz: float, joint_names: JointNames) 
         if candidate.rotation is None:
             continue
         action_rotations = _find_orientations_near(
-            candidate.action_translation, columns, joint_names
+            candidate.action_translation, columns, find_joint_names
         )
         for action_rotation in action_rotations:
             fits = _find_best_fits(
@@ -671,7 +676,7 @@ def _propose_position(
         proposal.fields["logged_translation_unit"] = round_to_known_unit(
             meters_per_logged_unit, LENGTH_UNITS
         )
-    fact = _explain_choice(best.action_translation.name(columns), fit)
+    fact = _explain_choice(best.action_translation.name(columns), "position", fit)
     rivals = {candidate.position.name(columns) for candidate in tied}
     rivals.remove(best.position.name(columns))
     if rivals:
@@ -695,7 +700,7 @@ def _propose_rotation_format(
         proposal: the proposal to be completed.
     """
     best = fits[0].hypothesis
-    _, state_unit = convert_to_quaternions(np.concatenate(orientations))
+    state_unit = find_recorded_unit(np.concatenate(orientations))
     # If the states have no angles, the layout's unit of angles is that of the actions.
     angle_unit = state_unit if best.state_format in ANGLE_FORMATS else best.unit
     proposal.fields["rotation_format"] = best.state_format
@@ -724,24 +729,25 @@ def _propose_logged_frame(rotation_fit: Fit, translation_fit: Fit, proposal: _Pr
         proposal.fields["logged_rotation_frame"] = rotation_frame
 
 
-def _explain_choice(name: str, fit: Fit) -> str:
+def _explain_choice(name: str, moved: Literal["position", "orientation"], fit: Fit) -> str:
     """Say in words why logged actions were chosen.
 
     Args:
         name: the column of the logged actions.
+        moved: what the actions change.
         fit: the fit of the best hypothesis about them.
     """
     hypothesis = fit.hypothesis
     doubt = ": too much to rely on" if fit.relative_error > MAX_UNEXPLAINED else ""
     return (
-        f"{name} leads from one to the next but for {fit.relative_error:.0%} of the motion{doubt} "
-        f"({hypothesis.kind}, {hypothesis.frame} frame, {hypothesis.unit}, {hypothesis.signs}, "
-        f"{hypothesis.delay_steps} late)"
+        f"{name} leads from one {moved} to the next except for {fit.relative_error:.0%} of the "
+        f"motion{doubt} ({hypothesis.kind}, {hypothesis.frame} frame, {hypothesis.unit}, "
+        f"{hypothesis.signs}, {hypothesis.delay_steps} late)"
     )
 
 
 def _find_orientations_near(
-    near: ColumnRange, columns: Columns, joint_names: JointNames
+    near: ColumnRange, columns: Columns, find_joint_names: JointNameFinder
 ) -> list[ColumnRange]:
     """Find where orientations may be if positions, or logged translations, are at `near`.
 
@@ -761,7 +767,8 @@ def _find_orientations_near(
     # vector. The first size with results decides.
     for size in (16, 6, 4, 3):
         starts = [(near.column, near.end), (near.column, near.first - size)]
-        # A pose in column order ends with its translation and a 1.
+        # A pose of 16 numbers in column order ends with its translation and a 1, so it begins 15
+        # numbers before the translation ends. Smaller sizes are sought there, too.
         starts.append((near.column, near.end - 15))
         starts += [(name, 0) for name in other_columns]
         orientations = []
@@ -769,7 +776,7 @@ def _find_orientations_near(
             if not 0 <= first <= widths[name] - size:
                 continue
             candidate = ColumnRange(name, first, first + size)
-            if joint_names(candidate.name(columns)):
+            if find_joint_names(candidate.name(columns)):
                 continue
             values = np.concatenate(candidate.values(columns))
             if size == 3 or _are_unit_vectors(values):
@@ -903,7 +910,9 @@ def _propose_gripper(
         episodes = []
         for openings, commanded in zip(values[state], values[command], strict=True):
             episodes.append(CommandedGripper(openings, commanded, rate_hz))
-        correlations = [following.correlation for following in correlate_commands(episodes)]
+        correlations = [
+            following.correlation for following in correlate_commands_by_delay(episodes)
+        ]
         pairs.append((max(correlations, key=abs), state, command))
     if not pairs:
         proposal.facts["gripper"] = (

@@ -235,23 +235,29 @@ def list_state_formats(values: Array) -> list[str]:
     return [name for name in _list_possible_formats(values) if name != "euler_ZYX"]
 
 
-def convert_to_quaternions(rotation: Array) -> tuple[dict[str, Array], str]:
-    """Convert recorded orientations [N, d] to quaternions in every format that is possible.
+def find_recorded_unit(rotation: Array) -> str:
+    """Find the unit of recorded orientations [N, d]: "deg", "rad" or `UNIT_QUATERNION`.
 
     Three numbers may be angles. They are taken for degrees if some go beyond a whole turn in
-    radians (2π), and for radians otherwise.
+    radians (2π), and for radians otherwise. More numbers have no unit, like unit quaternions.
+    """
+    if rotation.shape[1] != 3:
+        return UNIT_QUATERNION
+    return "deg" if are_degrees(rotation) else "rad"
+
+
+def convert_to_quaternions(rotation: Array) -> dict[str, Array]:
+    """Convert recorded orientations [N, d] to quaternions in every format that is possible.
 
     Returns:
-        Format → quaternions [N, 4]; and the unit: "deg", "rad" or `UNIT_QUATERNION`.
+        Format → quaternions [N, 4].
     """
-    unit = UNIT_QUATERNION
-    if rotation.shape[1] == 3:
-        unit = "deg" if are_degrees(rotation) else "rad"
+    unit = find_recorded_unit(rotation)
     values = _to_tensor(rotation * ANGLE_UNITS.get(unit, 1.0))
     quaternions = {}
     for name in _list_possible_formats(rotation):
         quaternions[name] = _to_quaternions(name, values).numpy()
-    return quaternions, unit
+    return quaternions
 
 
 def can_tell_euler_order(translation: Hypothesis | None, rotation: Hypothesis | None) -> bool:
@@ -295,7 +301,7 @@ def find_formats_that_turn_otherwise(
     if is_euler_possible and not can_tell_euler_order(translation, rotation):
         other_formats.append("euler_ZYX")
 
-    quaternions, _ = convert_to_quaternions(np.concatenate(rotations))
+    quaternions = convert_to_quaternions(np.concatenate(rotations))
     episode_ends = np.cumsum([len(values) for values in rotations])[:-1]
     layout_turns = _compute_turns_within_episodes(quaternions[layout_format], episode_ends)
     # The scalar part of a rotation's quaternion is its scalar product with "no rotation".
@@ -401,7 +407,7 @@ def fit_translations(
     """
     position = np.concatenate([r.position for r in recordings]).astype(np.float64)
     rotation = np.concatenate([r.rotation for r in recordings])
-    quaternions, _ = convert_to_quaternions(rotation)
+    quaternions = convert_to_quaternions(rotation)
     logged = _concatenate_logged(r.translation for r in recordings)
     recorded = _arrange_recorded_positions(position, stretches)
 
@@ -552,7 +558,7 @@ def integrate_translations(recording: Recording, fit: Fit) -> Array:
         path[1:] = np.where(is_known[:, None], logged, path[1:])
         return path
     if hypothesis.frame == "ee":
-        quaternions, _ = convert_to_quaternions(recording.rotation)
+        quaternions = convert_to_quaternions(recording.rotation)
         orientation = _to_tensor(quaternions[hypothesis.state_format][:-1])
         logged = quat_rotate(orientation, _to_tensor(logged)).numpy()
     known_displacements = logged * is_known[:, None]
@@ -581,7 +587,7 @@ class _RecordedRotations(NamedTuple):
 
 def _summarize_recorded_rotations(rotation: Array, stretches: Stretches) -> _RecordedRotations:
     """Read recorded orientations [N, d] in every possible format, and arrange them by stretch."""
-    quaternions, _ = convert_to_quaternions(rotation)
+    quaternions = convert_to_quaternions(rotation)
     formats = list_state_formats(rotation)
     orientation = torch.stack([_to_tensor(quaternions[name][stretches.rows]) for name in formats])
     inverse_start = quat_conjugate(orientation[:, :, :1])
@@ -775,7 +781,7 @@ def _fit_added_angles(
     Yields:
         One fit per scale, state format and choice of signs.
     """
-    _, state_unit = convert_to_quaternions(rotation)
+    state_unit = find_recorded_unit(rotation)
     angles = rotation * ANGLE_UNITS[state_unit]  # [N, 3] rad
     start = angles[stretches.rows[:, :1]]  # [n, 1, 3]
     steps = logged[stretches.action_rows(delay)] * stretches.is_step[..., None]  # [n, L, 3]

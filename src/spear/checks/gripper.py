@@ -92,7 +92,9 @@ def _check_commands(
         open_end: the check of which end of the range is open.
         range_problem: the problem that `check_range` found, if any.
     """
-    strongest = max(correlate_commands(commanded), key=lambda result: abs(result.correlation))
+    strongest = max(
+        correlate_commands_by_delay(commanded), key=lambda result: abs(result.correlation)
+    )
     delay = format_count(strongest.delay_steps, "steps")
     evidence = (
         f"the correlation of command and opening, {delay} later, is {strongest.correlation:.2f}"
@@ -125,7 +127,7 @@ def _check_commands(
         words = f"{evidence}; exchange the two readings in {range_keys}"
         return [Check("gripper command", "wrong", words)]
 
-    # `correlate_commands` returns exactly 0 if the commands never change.
+    # `correlate_commands_by_delay` returns exactly 0 if the commands never change.
     is_command_constant = strongest.correlation == 0
     if range_problem and is_command_constant:
         return [range_problem]
@@ -196,7 +198,7 @@ def are_opposite(openings: Array | float, others: Array | float) -> Array:
     return np.abs(np.asarray(openings) - others) > OPPOSITE_OPENING
 
 
-def correlate_commands(
+def correlate_commands_by_delay(
     episodes: Sequence[CommandedGripper], max_delay_s: float = MAX_DELAY_S
 ) -> list[Following]:
     """Correlate commands with the openings some steps later, for every delay up to a longest one.

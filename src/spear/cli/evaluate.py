@@ -226,7 +226,7 @@ def evaluate_data(options: EvaluateDataOptions) -> None:
         held_out_store = open_or_prepare_episodes(
             options.episodes, Path(scratch) / "held-out", options.split
         )
-        held_out_frames = (str(options.episodes), held_out_store.frames)
+        held_out_frames = (str(options.episodes), held_out_store.frame_versions)
         # Raises an error if the policy learned another version of the robot's frames.
         merge_frame_versions([(options.policy, policy.frames or {}), held_out_frames])
         held_out = held_out_store.select_demonstrations()

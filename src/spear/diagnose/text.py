@@ -24,14 +24,14 @@ def format_diagnosis(diagnosis: Diagnosis) -> str:
         lines += [f"   {fault}: {reason}" for fault, reason in diagnosis.suspicions.items()]
     if diagnosis.unknown:
         lines += ["", "not examined:"]
-        lines += _group_by_reason(diagnosis)
+        lines += _format_unexamined_faults(diagnosis)
     if diagnosis.clean:
         lines += ["", f"examined and not found: {', '.join(diagnosis.clean)}"]
     return "\n".join(lines)
 
 
-def _group_by_reason(diagnosis: Diagnosis) -> list[str]:
-    """Return a line per reason for not examining, with its faults."""
+def _format_unexamined_faults(diagnosis: Diagnosis) -> list[str]:
+    """Return a line for each reason why faults were not examined, with these faults."""
     faults_by_reason: dict[str, list[str]] = {}
     for fault, reason in diagnosis.unknown.items():
         faults_by_reason.setdefault(reason, []).append(fault)

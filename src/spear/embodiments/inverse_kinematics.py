@@ -36,8 +36,8 @@ _ARM_DATA_LOCK = threading.RLock()  # a server solves for several robots in diff
 
 _DAMPING = 0.02  # λ of the damped least squares, which keeps steps small near singular poses
 _DAMPING_PER_SQUARED_ERROR = 1e3
-"""λ² is multiplied by the squared error times this factor, if that is less than 1. So the damping
-becomes smaller once the error (m and rad) is below 1000^-½ = 0.03."""
+"""The damping of an iteration is λ² · min(1, 1e3 · error²). So it becomes smaller once the error
+(the norm of six numbers in m and rad) is below 1000^-½ = 0.03."""
 _MIN_PIVOT = 1e-12  # the least diagonal entry with which MuJoCo factorizes a matrix
 _POSTURE_GAIN = 0.05  # the fraction of the way to the preferred posture that one iteration goes
 _JOINT_LIMIT_MARGIN_RAD = 0.01  # solutions stay so far inside the joint limits

@@ -125,9 +125,9 @@ def _make_model(entry: ModelEntry, name: str, model: str | None, options: LabelO
 
     Args:
         entry: How to make the model.
-        name: The model's name, a key of `MODELS_BY_ROLE`.
-        model: The weights that the description names: a name on the Hub or a folder. With None, a
-            network in `PUBLISHED` gets its published weights.
+        name: The model's name: a key of one of the dicts in `MODELS_BY_ROLE`.
+        model: The weights that the user's description names after "=": a name on the Hub or a
+            folder. With None, a network in `PUBLISHED` gets its published weights.
         options: Options of the command.
     """
     # Check the weights before the import of the network, which takes longer.
@@ -137,7 +137,7 @@ def _make_model(entry: ModelEntry, name: str, model: str | None, options: LabelO
             raise SpearError(
                 f'--detector {name} needs names to look for. Add --vocabulary "mug, spoon".'
             )
-        check_available_on_hub(model, f"a folder or file that holds it, as in {name}=PATH")
+        check_available_on_hub(model, instead=f"a folder or file that holds it, as in {name}=PATH")
     values = {
         "model": model,
         "vocabulary": options.vocabulary_names,

@@ -312,7 +312,10 @@ made again."""
 def sample_fast(
     model: Any, sampler: Sampler, inputs: Inputs, steps: int, use_graph: bool = True
 ) -> Tensor:
-    """Sample like `sample_actions`, but without a comparison with `sample_plain`.
+    """Sample with the fast layers of a `Sampler`.
+
+    `sample_actions` calls this function, and compares the first result for each kind of inputs with
+    that of `sample_plain`. This function itself compares nothing.
 
     Args:
         model: A `Spear1ForActionPrediction`.
@@ -341,11 +344,13 @@ def _sample(model: Any, sampler: Sampler, inputs: Inputs, steps: int) -> Tensor:
     features, image_valid = model.vlm.encode_images(pixels, present)
     text = model.vlm.embed_text(inputs["input_ids"])
 
-    # While a CUDA graph is recorded, the first flow step may begin before the prefix has ended: its
-    # layer n needs only the keys and values of the VLM's layer n, whose completion is an event. But
-    # if the expert has another precision, it reads a converted copy, which is made after the last
-    # layer.
+    # In a CUDA graph, the first flow step may begin before the prefill has ended, because layer n
+    # of the expert needs only the keys and values of the VLM's layer n. If the two have different
+    # precisions, this is not possible: the expert then reads a converted copy of the keys and
+    # values, which is made after the VLM's last layer.
     may_overlap = is_capturing_graph() and text.dtype == sampler.expert.dtype
+    # To a list, `prefill` appends one event per layer, for which the same layer of the expert
+    # waits. With None there are no events, and the flow begins after the prefill.
     write_events: LayerEvents = [] if may_overlap else None
     prefix = prefill(
         sampler.vlm,

@@ -80,7 +80,7 @@ def build(
         SpearError: for inputs that are missing, or that do not fit the recipe or each other.
     """
     check_inputs(recipe, inputs)
-    recipe, preset = check(recipe, inputs)
+    recipe_of_piece, preset = check(recipe, inputs)
     torch.manual_seed(seed)
     builders = {
         "depth": _build_depth,
@@ -88,7 +88,7 @@ def build(
         "vlm": _build_vlm,
         "vla": _build_vla,
     }
-    built = builders[recipe.kind](recipe, preset, inputs, seed)
+    built = builders[recipe.kind](recipe_of_piece, preset, inputs, seed)
 
     adapters = None
     if recipe.lora_rank:
@@ -112,10 +112,10 @@ def check(recipe: Recipe, inputs: TrainingInputs) -> tuple[Recipe, Preset]:
     """Check a recipe and its inputs without reading weights or demonstrations.
 
     Returns:
-        The recipe, whose batch sizes are now those of one piece of a batch (a step's batch is
-        divided among processes and gradient accumulation, see `spear.train.parallel`); and the
-        recipe's preset, with the recipe's flow settings, and without MoGe if the recipe has no
-        MoGe.
+        The recipe of one piece of a batch: the given recipe with its batch sizes divided by the
+        number of pieces (a step's batch is divided among processes and gradient accumulation, see
+        `spear.train.parallel`). And the recipe's preset, with the recipe's flow settings, and
+        without MoGe if the recipe has no MoGe.
 
     Raises:
         SpearError: for the first mistake in the recipe or its inputs.
@@ -149,7 +149,8 @@ def check(recipe: Recipe, inputs: TrainingInputs) -> tuple[Recipe, Preset]:
     elif recipe.kind == "vla":
         vlm = build_vlm_config(preset) if init_config is None else _get_vlm_config(init_config)
         build_empty_model(recipe, build_spear1_config(preset, vlm))
-    return recipe.with_changes(**sizes_per_piece), preset
+    recipe_of_piece = recipe.with_changes(**sizes_per_piece)
+    return recipe_of_piece, preset
 
 
 def _build_preset(recipe: Recipe) -> Preset:
@@ -495,7 +496,7 @@ def _merge_frame_versions(init: Path | None, episodes: Sequence[WeightedStore]) 
     Returns:
         Name of a dataset or robot → version of its frames.
     """
-    sources = [(dataset.name, dataset.store.frames) for dataset in episodes]
+    sources = [(dataset.name, dataset.store.frame_versions) for dataset in episodes]
     normalizer_file = None if init is None else init / "normalizer.json"
     if init is not None and normalizer_file is not None and normalizer_file.is_file():
         recorded_frames = Normalizer.load(normalizer_file).frames

@@ -137,7 +137,8 @@ class Checkpoints:
 
         Args:
             step: number of steps that the run has done.
-            state: the other entries of `CheckpointState`, except "counts" and "files".
+            state: the entries of `CheckpointState`, without "step", "counts" and "files", which
+                are added here.
         """
         self.wait()
         copies = self._copy_own_tensors()

@@ -68,14 +68,14 @@ def three_records(tmp_path: Path) -> Path:
     return write_records(tmp_path / "a.tfrecord", [b"zero", b"one", b"two"])
 
 
-LENGTH_OF_RECORD_1 = HEADER_BYTES + len(b"zero") + CHECKSUM_BYTES
+LENGTH_POSITION_OF_RECORD_1 = HEADER_BYTES + len(b"zero") + CHECKSUM_BYTES
 """Position in the file of the first byte of the length of record 1: it follows record 0."""
-BODY_OF_RECORD_1 = LENGTH_OF_RECORD_1 + HEADER_BYTES
+BODY_POSITION_OF_RECORD_1 = LENGTH_POSITION_OF_RECORD_1 + HEADER_BYTES
 """Position in the file of the first byte of the body of record 1."""
 
 
 def test_a_broken_record_is_named_and_the_next_one_is_read(three_records: Path) -> None:
-    flip_bit(three_records, BODY_OF_RECORD_1)
+    flip_bit(three_records, BODY_POSITION_OF_RECORD_1)
 
     record_0, record_1, record_2 = read_records(three_records, start=0, stop=3)
 
@@ -85,13 +85,13 @@ def test_a_broken_record_is_named_and_the_next_one_is_read(three_records: Path) 
 
 
 def test_a_broken_record_before_the_range_does_not_matter(three_records: Path) -> None:
-    flip_bit(three_records, BODY_OF_RECORD_1)
+    flip_bit(three_records, BODY_POSITION_OF_RECORD_1)
 
     assert list(read_records(three_records, start=2, stop=3)) == [(2, b"two")]
 
 
 def test_nothing_behind_a_broken_length_can_be_found(three_records: Path) -> None:
-    flip_bit(three_records, LENGTH_OF_RECORD_1)
+    flip_bit(three_records, LENGTH_POSITION_OF_RECORD_1)
 
     record_0, (index_1, error_1), (index_2, error_2) = read_records(three_records, start=0, stop=3)
 
@@ -103,7 +103,7 @@ def test_nothing_behind_a_broken_length_can_be_found(three_records: Path) -> Non
 
 
 def test_a_broken_length_before_the_range_loses_the_range(three_records: Path) -> None:
-    flip_bit(three_records, LENGTH_OF_RECORD_1)
+    flip_bit(three_records, LENGTH_POSITION_OF_RECORD_1)
 
     ((index, error),) = read_records(three_records, start=2, stop=3)
 

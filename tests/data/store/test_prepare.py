@@ -768,7 +768,7 @@ def prepare_bridge(shared: Path, folder: Path) -> Path:
 def test_a_prepared_store_records_the_versions_of_its_frames(shared: Path, tmp_path: Path) -> None:
     store = EpisodeStore(prepare_bridge(shared, tmp_path / "bridge"))
 
-    assert store.frames == {"bridge_dataset": 1}
+    assert store.frame_versions == {"bridge_dataset": 1}
 
 
 def test_a_store_of_earlier_frames_is_not_continued(shared: Path, tmp_path: Path) -> None:
@@ -790,8 +790,8 @@ def test_a_store_without_recorded_frames_stays_valid(shared: Path, tmp_path: Pat
 def test_an_export_carries_the_frames_of_its_store(shared: Path, tmp_path: Path) -> None:
     """Preparing the export gives a store with the same version of frames."""
     store = EpisodeStore(prepare_bridge(shared, tmp_path / "bridge"))
-    write_lerobot(list(store), tmp_path / "exported", frames=store.frames)
+    write_lerobot(list(store), tmp_path / "exported", frames=store.frame_versions)
 
     prepare(tmp_path / "exported", tmp_path / "again")
 
-    assert EpisodeStore(tmp_path / "again").frames == {"bridge_dataset": 1}
+    assert EpisodeStore(tmp_path / "again").frame_versions == {"bridge_dataset": 1}

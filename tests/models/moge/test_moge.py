@@ -51,12 +51,14 @@ MAX_MASK_FLIPS = 13  # the pixels within 1e-4 of the threshold
 MAX_MASK_FLIPS_HALF = 40  # in half precision, about a thousandth of the pixels
 
 
-def cut_into_patches(model: MogeV1 | MogeV2, image: torch.Tensor, num_tokens: int) -> torch.Tensor:
+def resize_and_normalize(
+    model: MogeV1 | MogeV2, image: torch.Tensor, num_tokens: int
+) -> torch.Tensor:
     """The input of a model's encoder."""
     if isinstance(model, MogeV1):
-        patches, _ = model.cut_into_patches(image, num_tokens)
+        patches, _ = model.resize_and_normalize(image, num_tokens)
         return patches
-    return model.cut_into_patches(image, num_tokens)
+    return model.resize_and_normalize(image, num_tokens)
 
 
 def get_subsampled(
@@ -82,7 +84,7 @@ def test_features_are_the_references(shared: Path, version: int, case: str) -> N
     recorded_layers = [8, 9, 10, 11] if version == 1 else [5, 11]
 
     image = torch.tensor(expected["image"])[None]
-    patches = cut_into_patches(model, image, settings["num_tokens"])
+    patches = resize_and_normalize(model, image, settings["num_tokens"])
     layers = torch.cat(model.encoder.layers(patches, recorded_layers))
 
     assert list(patches.shape[2:]) == settings["image_14_hw"]
@@ -119,7 +121,7 @@ def test_projected_features_of_moge2_are_the_references(shared: Path) -> None:
     num_tokens = load_description(shared, 2)["cases"][case]["forward"]["num_tokens"]
 
     image = torch.tensor(expected["image"])[None]
-    projected, _ = model.encode(cut_into_patches(model, image, num_tokens))
+    projected, _ = model.encode(resize_and_normalize(model, image, num_tokens))
 
     assert relative_error(projected[0], expected["features.projected"]) < 1e-5
 

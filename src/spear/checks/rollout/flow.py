@@ -135,7 +135,7 @@ def _measure(episode: RecordedEpisode, camera: str) -> MeasuredFlow:
 
 def measure_flows(small: Array) -> Array:
     """Return the flow [T - 1, 4] from each picture to the next, of pictures [T, h, w, 3]."""
-    brightness = _blur(average_cells(small.astype(np.float64).mean(-1)))
+    brightness = _blur_stack(average_cells(small.astype(np.float64).mean(-1)))
     gradient_y, gradient_x = np.gradient(brightness, axis=(1, 2))
     gradient_x = (gradient_x[:-1] + gradient_x[1:]) / 2
     gradient_y = (gradient_y[:-1] + gradient_y[1:]) / 2
@@ -157,7 +157,11 @@ def measure_flows(small: Array) -> Array:
     return np.linalg.solve(gram, moments)[..., 0]
 
 
-def _blur(brightness: Array) -> Array:
-    """Blur pictures [T, h, w] with the weights 1, 2, 1 along both axes; they lose their border."""
+def _blur_stack(brightness: Array) -> Array:
+    """Blur pictures [T, h, w] with the weights 1, 2, 1 along both axes.
+
+    Returns:
+        [T, h - 2, w - 2]: the pixels at the border are left out, because they lack neighbors.
+    """
     rows = (brightness[:, :-2] + 2 * brightness[:, 1:-1] + brightness[:, 2:]) / 4
     return (rows[:, :, :-2] + 2 * rows[:, :, 1:-1] + rows[:, :, 2:]) / 4

@@ -13,7 +13,7 @@ from spear.checks.gripper import (
     CommandedGripper,
     Following,
     are_opposite,
-    correlate_commands,
+    correlate_commands_by_delay,
 )
 from spear.checks.rollout.episode import RecordedEpisode
 from spear.types import Array
@@ -130,10 +130,12 @@ def _find_delay(episodes: Sequence[CommandedGripper]) -> Following | None:
     """
     if not episodes:
         return None
-    usual = max(correlate_commands(episodes), key=lambda result: abs(result.correlation))
+    usual = max(correlate_commands_by_delay(episodes), key=lambda result: abs(result.correlation))
     if abs(usual.correlation) >= MIN_CORRELATION:
         return usual
-    longest = max(correlate_commands(episodes, MAX_DELAY_S), key=lambda result: result.correlation)
+    longest = max(
+        correlate_commands_by_delay(episodes, MAX_DELAY_S), key=lambda result: result.correlation
+    )
     return longest if longest.correlation >= MIN_CORRELATION else usual
 
 

@@ -184,9 +184,9 @@ def _mark_usable_actions(
     return is_before_next_row & is_demonstrated
 
 
-def _add_derived_actions(episode: Episode, command: Array) -> Episode:
+def _add_derived_actions(episode: Episode, gripper_command: Array) -> Episode:
     """Add actions that consist of the motions between states and of gripper commands [T]."""
-    action = derive_actions(episode.position, episode.rotation, command)
+    action = derive_actions(episode.position, episode.rotation, gripper_command)
     last_step = len(episode) - 1
     is_known = np.arange(len(episode)) < last_step  # [T]; no state follows the last step
     if episode.action_mask is not None:
@@ -379,7 +379,8 @@ def _select_steps(episode: Episode, steps: list[int]) -> Episode:
     """
     action_mask = episode.action_mask
     if action_mask is not None:
-        # For each selected step, the conjunction over the steps before the next selected one.
+        # An action is usable only if the actions of all steps on its way are: from its selected
+        # step to the one before the next selected step.
         action_mask = np.logical_and.reduceat(action_mask, steps)  # [len(steps)]
     return dataclasses.replace(
         episode,
@@ -441,7 +442,7 @@ def read_success(steps: Steps, layout: DatasetLayout, source: str) -> bool | Non
         return outcomes == {"success"} if outcomes else None
 
     numbers = read_numbers(steps, column, source).reshape(-1)
-    if not len(numbers) or numbers[-1] < 0:
+    if not len(numbers) or numbers[-1] < 0:  # -1: not known
         return None
     return bool(numbers[-1])
 

@@ -277,7 +277,7 @@ def find_frame_versions(path: str | Path, layout_file: Path | None = None) -> Ma
     """Find the versions of the frames of a folder's poses (`spear.data.frames`)."""
     folder = open_dataset(path)
     if isinstance(folder, EpisodeStore):
-        return folder.frames
+        return folder.frame_versions
     return folder.load_layout(layout_file).frames
 
 

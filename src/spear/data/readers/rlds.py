@@ -80,6 +80,7 @@ class RldsFolder:
         if layout.newest is None:
             return layout
         if _version_numbers(self.version) > _version_numbers(layout.newest):
+            # `facts` say how we know each field: here, what is wrong with later versions.
             reason = layout.facts.get("newest", "")
             raise SpearError(
                 f"version {self.version} in {self.path} is broken ({reason}). Use version "

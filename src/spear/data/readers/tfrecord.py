@@ -43,10 +43,14 @@ def read_records(
             if they state none.
 
     Yields:
-        (index, body) of each record. A SpearError that names file and record replaces the body of
-        a record whose checksum is wrong, of the record whose length is broken, and of all records
-        behind that one or behind the file's end. If the file has more than `num_expected` records,
-        an error for the first of these is yielded as well.
+        (index, body) of each record. A SpearError that names file and record replaces the body in
+        these cases:
+
+        - The checksum of the body is wrong.
+        - The length of the record is broken, or that of a record before it.
+        - The record is behind the end of the file.
+        - The record is the first that the metadata do not count. It is yielded only if `stop` is
+          `num_expected` and the file has more records.
 
     Raises:
         SpearError: If the file cannot be opened.

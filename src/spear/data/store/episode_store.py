@@ -170,10 +170,10 @@ class EpisodeStore:
         return read_json(request_file, "copy this small file, or prepare the folder, again")
 
     @property
-    def frames(self) -> Mapping[str, int]:
-        """The versions of the frames of the store's poses (`spear.data.frames`).
+    def frame_versions(self) -> Mapping[str, int]:
+        """Name of a dataset or robot → version of the frames of its poses (`spear.data.frames`).
 
-        They are empty for a recorded store.
+        The mapping is empty for a recorded store.
         """
         # Imported here, because few callers need it, and it loads pydantic.
         from spear.data.frames import read_store_frame_versions

@@ -247,6 +247,7 @@ class _Writer:
         for name in self.row_stats:
             values = columns[name]
             rows = values.reshape(len(values), -1)  # [T, d]
+            # A new `RowStats` of this episode alone: `self.row_stats` are those of all episodes.
             stats[name] = RowStats().add(rows).total()
         for camera in self.image_sizes:
             stats[feature_name(camera)] = samples[camera].stats()

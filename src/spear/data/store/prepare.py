@@ -236,7 +236,7 @@ def plan_preparation(path: Path, out: Path, split: str, conversion: Conversion) 
 
     layout = None  # a store of episodes needs none
     if isinstance(dataset, EpisodeStore):
-        frames = dataset.frames
+        frames = dataset.frame_versions
     else:
         layout = dataset.load_layout(conversion.layout)
         frames = layout.frames

@@ -555,9 +555,12 @@ def _open_drawer(region: str, moment: LiberoMoment, target_m: float = math.inf) 
         return _move_posed(moment, stay, facing, is_open=False)
     if has_lost_handle:
         return _move_posed(moment, stay, facing, is_open=True)
-    ahead = float((moment.commanded[:3] - moment.pose[:3]) @ outward)
-    # The joint is negative when the drawer is open. Friction may keep the arm behind its command.
-    missing_m = target_m + moment.joints[joint] - ahead / 2
+    opening_m = -moment.joints[joint]  # the joint is negative when the drawer is open
+    lag_m = float((moment.commanded[:3] - moment.pose[:3]) @ outward)
+    # The arm will catch up with its command and open the drawer farther, but friction may hold it
+    # back. If we subtracted the whole lag, a drawer with friction would stop before the target; if
+    # we subtracted nothing, a drawer without friction would go beyond it. So we subtract half.
+    missing_m = target_m - opening_m - lag_m / 2
     step = float(np.clip(missing_m, 0, DRAWER_STEP_M))
     return _move_posed(moment, moment.commanded[:3] + step * outward, facing, is_open=False)
 

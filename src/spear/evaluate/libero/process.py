@@ -98,7 +98,8 @@ class LiberoMoment:
         vector = quat_log(hand).numpy()
         state = np.concatenate([self.pose[:3] + self.base, vector, fingers])
         return {
-            # Other projects' clients send mirrored pictures.
+            # Mirror left and right, as in the pictures that other projects' clients send: LIBERO
+            # renders upside down, and these clients turn its pictures by 180°.
             IMAGE_KEY: np.ascontiguousarray(pictures["external"][:, ::-1]),
             WRIST_IMAGE_KEY: np.ascontiguousarray(pictures["wrist"][:, ::-1]),
             OBSERVED_STATE_KEY: state.astype(np.float32),

@@ -97,8 +97,8 @@ def load_examples() -> list[Example]:
 
 
 @dataclass(frozen=True)
-class Classifier:
-    """A linear classifier of skeletons.
+class QuestionTypeClassifier:
+    """A linear classifier that finds the question type of a skeleton.
 
     Attributes:
         feature_indices: feature → its row in `weights`.
@@ -111,7 +111,7 @@ class Classifier:
     weights: Array
 
     @classmethod
-    def fit(cls, examples: Iterable[Example]) -> "Classifier":
+    def fit(cls, examples: Iterable[Example]) -> "QuestionTypeClassifier":
         """Fit a classifier to examples by ridge regression."""
         feature_sets: list[frozenset[str]] = []
         types: list[str] = []
@@ -183,9 +183,9 @@ def _is_possible(type_name: str, skeleton: Skeleton) -> bool:
 
 
 @lru_cache(1)
-def fit_classifier() -> Classifier:
+def fit_classifier() -> QuestionTypeClassifier:
     """Fit the classifier to all examples, once per process."""
-    return Classifier.fit(load_examples())
+    return QuestionTypeClassifier.fit(load_examples())
 
 
 @lru_cache(None)

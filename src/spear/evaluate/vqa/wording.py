@@ -11,7 +11,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from spear.errors import SpearError
-from spear.evaluate.vqa.classifier import Classifier, fit_classifier
+from spear.evaluate.vqa.classifier import QuestionTypeClassifier, fit_classifier
 from spear.evaluate.vqa.skeleton import (
     CUES,
     MODEL_NAMES,
@@ -69,7 +69,7 @@ def understand_question(
     question: str,
     taught_types: Collection[str] | None = None,
     image_size: tuple[int, int] | None = None,
-    classifier: Classifier | None = None,
+    classifier: QuestionTypeClassifier | None = None,
 ) -> ParsedQuestion | None:
     """Find out what a question asks.
 

@@ -67,6 +67,11 @@ class Annotation:
     decode_outline: OutlineDecoder | None
     score: float = 1.0
 
+    @property
+    def has_outline(self) -> bool:
+        """Whether the object's mask was annotated, and not only its box."""
+        return self.decode_outline is not None
+
     def box_in(self, height: int, width: int) -> Array:
         """The box [4] float32 in pixels of an image of this size, clipped to the image.
 
@@ -291,19 +296,20 @@ class FileSegmenter:
             self._complete_masks(incomplete_images)  # changes arrays in `masks_of_frames`
         return masks_of_frames
 
-    def _complete_masks(self, images: Sequence["_IncompleteMasks"]) -> None:
+    def _complete_masks(self, incomplete_images: Sequence["_IncompleteMasks"]) -> None:
         """Fill in the missing masks of images, in place, with the second segmenter."""
         if self.second_segmenter is None:
-            image = images[0]
+            first = incomplete_images[0]
             raise SpearError(
-                f"{self.annotations.name} has no mask of {image.detections[0].name!r} in "
-                f"{image.frame.source}. Add a segmenter for objects without one."
+                f"{self.annotations.name} has no mask of {first.missing_detections[0].name!r} in "
+                f"{first.frame.source}. Add a segmenter for objects without one."
             )
         second_masks = self.second_segmenter.segment(
-            [image.frame for image in images], [image.detections for image in images]
+            [incomplete.frame for incomplete in incomplete_images],
+            [incomplete.missing_detections for incomplete in incomplete_images],
         )
-        for image, masks in zip(images, second_masks, strict=True):
-            image.masks[image.indices] = masks
+        for incomplete, masks in zip(incomplete_images, second_masks, strict=True):
+            incomplete.masks[incomplete.missing_indices] = masks
 
     def _read_masks(self, frame: Frame, detections: Sequence[Detection]) -> tuple[Array, list[int]]:
         """Read the masks of a frame's n detections from the file.
@@ -316,7 +322,7 @@ class FileSegmenter:
         masks = np.zeros((len(detections), height, width), bool)
         annotations = []
         for annotation in self.annotations.find_in_frame(frame) or ():
-            if annotation.decode_outline is not None:
+            if annotation.has_outline:
                 annotations.append(annotation)
         matches = _match(detections, annotations, height, width)
         for detection_index, annotation_index in matches.items():
@@ -333,14 +339,14 @@ class _IncompleteMasks(NamedTuple):
     Attributes:
         frame: The image.
         masks: [n, h, w] bool, the masks of all its n detections.
-        indices: The indices of the detections whose masks are missing.
-        detections: The detections with these indices.
+        missing_indices: The indices of the detections whose masks are missing.
+        missing_detections: The detections with these indices.
     """
 
     frame: Frame
     masks: Array
-    indices: list[int]
-    detections: list[Detection]
+    missing_indices: list[int]
+    missing_detections: list[Detection]
 
 
 def _match(

@@ -251,7 +251,9 @@ class MogeV1(nn.Module):
         """
         super().__init__()
         # Where a config does not name `remap_output`, it is "linear", which is not supported.
-        check_supported("", {"remap_output": "linear", **config}, _SUPPORTED_V1)
+        check_supported(
+            prefix="", config={"remap_output": "linear", **config}, supported=_SUPPORTED_V1
+        )
         num_tokens_range = config.get("num_tokens_range", (1200, 2500))
         self.max_tokens = int(num_tokens_range[1])
         if "trained_area_range" in config:  # an older field of the released checkpoint, in pixels
@@ -263,8 +265,10 @@ class MogeV1(nn.Module):
         self.feature_layers = range(num_layers - num_feature_layers, num_layers)
         self.head = MogeV1Head(config, encoder_config.hidden_size)
 
-    def cut_into_patches(self, images: Tensor, num_tokens: int) -> tuple[Tensor, tuple[int, int]]:
-        """Resize images so that they consist of about `num_tokens` patches.
+    def resize_and_normalize(
+        self, images: Tensor, num_tokens: int
+    ) -> tuple[Tensor, tuple[int, int]]:
+        """Resize and normalize images, so that they consist of about `num_tokens` patches.
 
         Args:
             images: [B, 3, h, w], values from 0 to 1.
@@ -295,8 +299,8 @@ class MogeV1(nn.Module):
         return patches, head_size
 
     def forward(self, images: Tensor, num_tokens: int) -> MogeOutput:
-        """Points and mask of images, whose arguments are those of `cut_into_patches`."""
-        patches, head_size = self.cut_into_patches(images, num_tokens)
+        """Points and mask of images, whose arguments are those of `resize_and_normalize`."""
+        patches, head_size = self.resize_and_normalize(images, num_tokens)
         layers = self.encoder.layers(patches, self.feature_layers)
         features = [to_feature_map(layer, patches) for layer in layers]
         raw_points, raw_mask = self.head(features, head_size)
@@ -388,7 +392,11 @@ class MogeV2(nn.Module):
         """
         super().__init__()
         # Where a config does not name `remap_output`, it is "linear", which is not supported.
-        check_supported("", {"remap_output": "linear", **config}, {"remap_output": "exp"})
+        check_supported(
+            prefix="",
+            config={"remap_output": "linear", **config},
+            supported={"remap_output": "exp"},
+        )
         num_tokens_range = config.get("num_tokens_range", (1200, 3600))
         self.max_tokens = int(num_tokens_range[1])
 
@@ -415,8 +423,8 @@ class MogeV2(nn.Module):
             layers += [nn.Linear(in_width, out_width), nn.ReLU()]
         self.scale_head = nn.Sequential(*layers[:-1])  # no ReLU at the end
 
-    def cut_into_patches(self, images: Tensor, num_tokens: int) -> Tensor:
-        """Resize images so that they consist of about `num_tokens` patches.
+    def resize_and_normalize(self, images: Tensor, num_tokens: int) -> Tensor:
+        """Resize and normalize images, so that they consist of about `num_tokens` patches.
 
         Args:
             images: [B, 3, h, w], values from 0 to 1.
@@ -455,8 +463,8 @@ class MogeV2(nn.Module):
         return torch.stack(projected).sum(dim=0), class_token
 
     def forward(self, images: Tensor, num_tokens: int) -> MogeOutput:
-        """Points, mask and scale of images, whose arguments are those of `cut_into_patches`."""
-        features, class_token = self.encode(self.cut_into_patches(images, num_tokens))
+        """Points, mask and scale of images, whose arguments are those of `resize_and_normalize`."""
+        features, class_token = self.encode(self.resize_and_normalize(images, num_tokens))
         batch, _, rows, columns = features.shape
         height, width = images.shape[2:]
         aspect = width / height
@@ -496,7 +504,9 @@ class ConvStack(nn.Module):
         super().__init__()
         # The values that these fields have where a config does not name them.
         norm_defaults = {"res_block_in_norm": "layer_norm", "res_block_hidden_norm": "group_norm"}
-        check_supported(f"{name}.", {**norm_defaults, **config}, _SUPPORTED_STACK)
+        check_supported(
+            prefix=f"{name}.", config={**norm_defaults, **config}, supported=_SUPPORTED_STACK
+        )
 
         widths = config["dim_res_blocks"]
         num_levels = len(widths)

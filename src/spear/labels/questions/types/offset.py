@@ -25,15 +25,15 @@ def _answer(a: LabeledObject, b: LabeledObject, label: LabeledImage) -> Segments
     return (get_box(b).center - get_box(a).center).tolist()
 
 
-def _compute_error_scales(question: Question, label: LabeledImage) -> Array:
-    """The mean distance of the two objects from the camera, for all 3 numbers."""
+def _compute_distance_scales(question: Question, label: LabeledImage) -> Array:
+    """Return the mean distance of both objects from the camera, [3]: the same for all numbers."""
     distances = {o.name: compute_distance(o) for o in label.objects if o.box3d is not None}
     return np.full(3, np.mean([distances[name] for name in question.objects]))
 
 
 def _measure(question: Question, answer: Segments, label: LabeledImage) -> dict[str, float]:
     """Measure the distance between the ends of the answered and the true displacement."""
-    distance = float(_compute_error_scales(question, label)[0])  # the same for all numbers
+    distance = float(_compute_distance_scales(question, label)[0])  # the same for all numbers
     return measure_mean_point(question, answer, label, distance)
 
 
@@ -42,5 +42,5 @@ QUESTION_TYPE = QuestionType(
     draft=about_two_objects("objects_3d", _answer),
     is_displacement=True,
     measure=_measure,
-    compute_error_scales=_compute_error_scales,
+    compute_error_scales=_compute_distance_scales,
 )
