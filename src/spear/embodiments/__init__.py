@@ -23,6 +23,7 @@ _SHARED_MODULES = {
     "kinematics",
     "observations",
     "urdf",
+    "urdf_inverse_kinematics",
 }
 """Modules of this folder that are no embodiments."""
 
