@@ -24,7 +24,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModel
 
 import spear
-from spear.errors import SpearError, summarize_error
+from spear.errors import SpearError, VerdictError, summarize_error
 from spear.flow import FlowConfig, sample_noise
 from spear.models.devices import is_bfloat16_fast
 from spear.models.fast.cuda_graphs import Inputs
@@ -122,7 +122,7 @@ class MachineSpeed:
         return total_s
 
 
-class DisagreementError(SpearError):
+class DisagreementError(VerdictError):
     """On this machine an implementation computes other actions than the plain network."""
 
     code = 1

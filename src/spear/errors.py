@@ -43,7 +43,15 @@ class SpearError(Exception):
     code = 2
 
 
-class UndecidedError(SpearError):
+class VerdictError(SpearError):
+    """A command did its work, and what it found is no success.
+
+    The command line prints the message without "error:", because nothing failed, and exits with
+    `code`.
+    """
+
+
+class UndecidedError(VerdictError):
     """A check has neither found something wrong nor shown that all is right."""
 
     code = 3

@@ -8,10 +8,12 @@ from typing import ClassVar
 
 import pytest
 
-from data_tiny import make_episode
+from data_tiny import copy_dataset, make_episode
 from spear.checks.rollout.case import Case, Doubt, Finding, Result, RolloutCheck
 from spear.cli import main
 from spear.data.store.episode_store import write_episodes
+from spear.diagnose.load import load_case, load_policy_case
+from spear.errors import SpearError
 
 
 class MadeCheck(RolloutCheck):
@@ -89,7 +91,7 @@ def test_a_fault_exits_with_1_and_is_explained(
     ]
     printed = capsys.readouterr()
     assert "evidence in numbers" in printed.out
-    assert "Change it in my_robot.py" in printed.err
+    assert printed.err == "found: begin with action-frame (90% sure): turn it.\n"
 
 
 @pytest.mark.parametrize(
@@ -148,19 +150,58 @@ def test_the_page_has_the_finding(
     assert "object-not-in-view" in page
 
 
-def test_the_advice_names_the_file_of_the_robot(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("robot", "place"),
+    [
+        ("widowx", "your robot's client"),
+        ("examples/my_robot.py", "observe in examples/my_robot.py"),
+    ],
+)
+def test_the_advice_names_the_file_that_the_user_wrote(
+    robot: str,
+    place: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     write_episodes([make_episode(0)], tmp_path / "rollout")
     finding = replace(FINDING, file="observe in your robot's file")
     monkeypatch.setattr("spear.diagnose.diagnosis.find_checks", lambda: (make_check(finding),))
 
-    main(f"diagnose --rollout {tmp_path}/rollout --robot widowx --out None".split())
+    main(f"diagnose --rollout {tmp_path}/rollout --robot {robot} --out None".split())
 
-    assert "observe in src/spear/embodiments/widowx.py" in capsys.readouterr().out
+    assert place in capsys.readouterr().out
 
 
 def test_an_unknown_robot_is_bad_input(tmp_path: Path) -> None:
     write_episodes([make_episode(0)], tmp_path / "rollout")
 
     assert main(f"diagnose --rollout {tmp_path}/rollout --robot widow --out None".split()) == 2
+
+
+def test_the_data_folder_of_a_run_stands_for_its_only_dataset(tmp_path: Path) -> None:
+    write_episodes([make_episode(0)], tmp_path / "data" / "kitchen")
+    write_episodes([make_episode(0)], tmp_path / "rollout")
+
+    case = load_case("nano", tmp_path / "data", tmp_path / "rollout", "cpu")
+
+    assert case.get_training().path == tmp_path / "data" / "kitchen"
+
+
+def test_the_data_folder_of_a_run_with_several_datasets_is_refused_with_their_names(
+    tmp_path: Path,
+) -> None:
+    write_episodes([make_episode(0)], tmp_path / "kitchen")
+    write_episodes([make_episode(0)], tmp_path / "office")
+
+    with pytest.raises(SpearError, match=r"2 prepared datasets .*/kitchen or .*/office\."):
+        load_policy_case("nano", tmp_path, "cpu")
+
+
+def test_episodes_that_are_not_prepared_are_refused_with_the_command(
+    shared: Path, tmp_path: Path
+) -> None:
+    raw = copy_dataset(shared / "data/bridge_v2_sample/1.0.0", tmp_path / "raw")
+
+    with pytest.raises(SpearError, match=r"spear data prepare .* --out prepared"):
+        load_policy_case("nano", raw, "cpu")

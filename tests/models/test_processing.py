@@ -1,6 +1,7 @@
 """Images are fitted without being stretched, and text, numbers and pixels survive a round trip
 through tokens."""
 
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
+from data_tiny import edit_json
 from refusals import refuses
 from spear.errors import Notice
 from spear.models import processing
@@ -24,6 +26,7 @@ TEXTS = [
     "where is the bowl",
     "the mug is  and the cup is  so the mug is closer",
 ]
+VIEW = "external"
 SPEAR1_SIZE = (280, 210)  # width and height of the external view of the preset spear1
 
 
@@ -73,6 +76,19 @@ def test_the_visible_window_includes_the_padding() -> None:
 @pytest.mark.parametrize("size", [(560, 420), (561, 420), (240, 180)])
 def test_images_that_lose_next_to_nothing_are_not_described(size: tuple[int, int]) -> None:
     assert describe_fit(source=size, target=SPEAR1_SIZE) is None
+
+
+def test_bars_that_training_had_are_not_described(processor: Processor, tmp_path: Path) -> None:
+    """A robot that sends what its policy was trained with gets no advice to change it."""
+    processor.save(tmp_path)
+    edit_json(tmp_path / "processor.json", lambda it: it.update(training_aspects={VIEW: [85 / 64]}))
+    loaded = Processor.load(tmp_path)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        loaded.prepare_image(np.zeros((480, 640, 3), np.uint8), VIEW)
+    with pytest.warns(Notice, match=r"black bars .* images of training had width / height 1\.33"):
+        loaded.prepare_image(np.zeros((360, 640, 3), np.uint8), VIEW)
 
 
 # A square fills 210 of the 280 columns. An image of 16:9 fills 157.5 of the 210 rows.

@@ -27,6 +27,7 @@ from spear.errors import Notice
 from spear.flow import FlowConfig
 from spear.labels.store import write_images_with_depth, write_labels
 from spear.models.presets import build_vlm_config, get_preset
+from spear.models.processing import Processor
 from spear.models.vlm import SpearVLMForConditionalGeneration
 from spear.policy import Spear1Policy, load_vlm, locate
 from spear.tokens import init_new_embeddings
@@ -35,6 +36,7 @@ from spear.train.optimize import set_weight_precision
 from spear.train.options import TrainingInputs
 from spear.train.recipes import get_recipe
 from spear.train.tasks import DepthTask, load_labels
+from spear.util.images import decode_image
 
 
 def example_observation() -> dict[str, Any]:
@@ -247,6 +249,21 @@ def test_a_policy_keeps_its_normalization_unless_the_recipe_has_another(
     expected = Normalizer.fit([(store, 1.0)], mode)
     # Neither the made episode nor nano has frames of a known robot.
     assert task.normalizer == dataclasses.replace(expected, frames={})
+
+
+@pytest.mark.filterwarnings("ignore:.*black bars")
+def test_the_aspects_of_the_training_images_are_recorded(tmp_path: Path) -> None:
+    """A policy that acts says nothing of black bars that its training images had, too."""
+    store = write_store([make_episode(0, num_steps=9)], tmp_path / "mine")
+    inputs = TrainingInputs(episodes=[WeightedStore("it", store, 1.0)], init=locate("nano"))
+
+    _, _, save = build(POLICY_RECIPE, inputs)
+    save(tmp_path / "trained")
+
+    image = store[0].images["external"][0]
+    height, width = decode_image(image, "the first image").shape[:2]
+    trained = Processor.load(tmp_path / "trained")
+    assert trained.training_aspects["external"] == [pytest.approx(width / height, abs=1e-4)]
 
 
 def make_store_with_frames(folder: Path, frames: dict[str, int] | None) -> EpisodeStore:

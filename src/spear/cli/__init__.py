@@ -24,6 +24,7 @@ from spear.cli.parsing import parse_options
 from spear.errors import (
     Notice,
     SpearError,
+    VerdictError,
     escape_control_characters,
     is_first_process,
     missing_extra_message,
@@ -132,7 +133,8 @@ def run_reporting_errors(work: Callable[[], object]) -> int:
                 raise
             if not is_first_process():
                 time.sleep(SECONDS_FOR_FIRST_PROCESS)
-            print(f"error: {escape_control_characters(message)}", file=sys.stderr)
+            label = "" if isinstance(error, VerdictError) else "error: "
+            print(f"{label}{escape_control_characters(message)}", file=sys.stderr)
             return getattr(error, "code", 2)
 
 

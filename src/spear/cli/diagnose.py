@@ -2,7 +2,13 @@
 
 from pathlib import Path
 
-from spear.errors import SpearError, UndecidedError, escape_control_characters, notice
+from spear.errors import (
+    SpearError,
+    UndecidedError,
+    VerdictError,
+    escape_control_characters,
+    notice,
+)
 from spear.util.options import (
     DatasetName,
     Device,
@@ -14,7 +20,7 @@ from spear.util.options import (
 )
 
 
-class FaultFoundError(SpearError):
+class FaultFoundError(VerdictError):
     """A diagnosis has found what is wrong."""
 
     code = 1
@@ -23,7 +29,7 @@ class FaultFoundError(SpearError):
 class DiagnoseOptions(Options):
     policy: PolicyName = "nano"
     episodes: OptionalFolder = None
-    """Folder of training episodes, with which the rollout is compared."""
+    """Folder of prepared training episodes, with which the rollout is compared."""
     rollout: OptionalFolder = None
     """Folder of a recorded rollout (spear serve --record)."""
     robot: OptionalName = None
@@ -78,11 +84,11 @@ def diagnose(options: DiagnoseOptions) -> None:
     if diagnosis.verdict == "found":
         first = diagnosis.findings[0]
         raise FaultFoundError(
-            f"{first.check.title} ({first.check.fault}, {first.finding.confidence:.0%} sure). "
-            f"Change it in {first.finding.file}."
+            f"found: begin with {first.check.fault} ({first.finding.confidence:.0%} sure): "
+            f"{first.finding.cure}."
         )
     if diagnosis.verdict == "undecided":
         raise UndecidedError(
-            "the data do not decide what is wrong. Record more episodes with --record, and give "
-            "--episodes with the training data."
+            "undecided: the data do not decide what is wrong. Record more episodes with --record, "
+            "and give --episodes with the training data."
         )

@@ -15,6 +15,7 @@ Verdict = Literal["nothing found", "found", "undecided"]
 
 ANY_ROBOT_FILE = "your robot's file"
 ROBOT_FILE_WITH_EXAMPLE = f"{ANY_ROBOT_FILE} (see examples/my_robot.py)"
+CLIENT = "your robot's client, which sends the observations and executes the actions"
 MIN_CONFIDENCE = 0.5  # a finding of less confidence only makes the diagnosis undecided
 
 
@@ -99,18 +100,17 @@ def diagnose(case: PolicyCase) -> Diagnosis:
 def name_robot_file(location: str, robot: str | None) -> str:
     """Name the robot's file in a text that says where to change something.
 
+    >>> name_robot_file("observe in your robot's file", "robot.py")
+    'observe in robot.py'
     >>> name_robot_file("observe in your robot's file", "widowx")
-    'observe in src/spear/embodiments/widowx.py'
+    "your robot's client, which sends the observations and executes the actions"
     """
-    if robot is None:
+    if robot is None or ANY_ROBOT_FILE not in location:
         return location
     if robot.endswith(".py"):
-        file = robot
-    elif robot == "generic":  # its observations and commands are ours, so nothing converts them
-        file = "the program of your robot that talks to the server"
-    else:
-        file = f"src/spear/embodiments/{robot}.py"
-    return location.replace(ROBOT_FILE_WITH_EXAMPLE, file).replace(ANY_ROBOT_FILE, file)
+        return location.replace(ROBOT_FILE_WITH_EXAMPLE, robot).replace(ANY_ROBOT_FILE, robot)
+    # The robots that the package knows were converted correctly before, so their clients differ.
+    return CLIENT
 
 
 def list_material(case: PolicyCase) -> frozenset[Material]:

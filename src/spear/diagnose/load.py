@@ -10,7 +10,7 @@ import numpy as np
 from spear.checks.rollout.episode import CameraPictures, RecordedEpisode, ServedTimes
 from spear.checks.rollout.pictures import PICTURE_WIDTH_PX, PictureReferences
 from spear.data.actions import canonicalize_actions
-from spear.data.readers.formats import find_format
+from spear.data.readers.formats import find_format, find_prepared_stores, open_dataset
 from spear.data.store.episode_store import EpisodeStore
 from spear.diagnose.policy_case import PolicyCase
 from spear.embodiments import load as load_embodiment
@@ -181,10 +181,18 @@ def _read_robot(store: EpisodeStore) -> str | None:
 
 
 def _open_training(path: Path) -> EpisodeStore:
-    """Open training episodes; those in another format than ours are refused with advice."""
-    if find_format(path) != "store":
+    """Open a store of training episodes, or the only store in the folder `data` of a run.
+
+    Raises:
+        SpearError: the folder contains several stores, or episodes in another format than ours.
+    """
+    if find_format(path) is None:
+        stores = find_prepared_stores(path)
+        path = stores[0] if len(stores) == 1 else path
+    if not isinstance(open_dataset(path), EpisodeStore):
         raise SpearError(
-            f"{path} is no store of episodes. Prepare it first: spear data prepare {path}."
+            f"{path} is not prepared yet. Run spear data prepare {path} --out prepared, and give "
+            "--episodes prepared."
         )
     with suppress_notices():
         return EpisodeStore(path).select_demonstrations()

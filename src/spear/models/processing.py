@@ -15,7 +15,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from spear.errors import SpearError, check_known, notice
+from spear.errors import SpearError, check_known, list_alternatives, notice
 from spear.models import vlm
 from spear.models.decode import FreeTextGrammar
 from spear.models.presets import SPECIAL_TOKEN_IDS, Preset
@@ -53,6 +53,8 @@ MAX_CACHED_TEXTS = 2**14  # texts whose tokens a processor keeps
 # `describe_fit` does not mention smaller bars and enlargements.
 MIN_BAR_FRACTION = 0.01  # of the fitted image's width or height
 MIN_ENLARGEMENT = 1.25  # pixels of the fitted image per pixel of the source
+
+MAX_ASPECT_DIFFERENCE = 0.02  # relative; small images have rounded sides (85×64 for 4:3)
 
 
 def visible_window(source: Size, target: Size) -> tuple[float, float, float, float]:
@@ -96,11 +98,12 @@ def map_pixel(pixel: Pixel, source: Size, target: Size, inverse: bool = False) -
     return Pixel(min(max(x, 0.0), below_one), min(max(y, 0.0), below_one))
 
 
-def describe_fit(source: Size, target: Size) -> str | None:
+def describe_fit(source: Size, target: Size, are_bars_expected: bool = False) -> str | None:
     """Describe what an image loses when it is fitted into the target size; None if almost nothing.
 
     If the aspects differ, black bars take some of the target. If the image is enlarged, the model
-    sees less detail than in an image recorded at the target size.
+    sees less detail than in an image recorded at the target size. With `are_bars_expected` the bars
+    are not mentioned.
     """
     width, height = source
     target_width, target_height = target
@@ -110,7 +113,7 @@ def describe_fit(source: Size, target: Size) -> str | None:
     enlargement = target_width / window_width
 
     losses = []
-    if max(side_bars, top_bars) >= MIN_BAR_FRACTION:
+    if max(side_bars, top_bars) >= MIN_BAR_FRACTION and not are_bars_expected:
         position = "left and right" if side_bars > top_bars else "above and below"
         fraction = max(side_bars, top_bars)
         losses.append(f"with black bars {position} ({fraction:.0%} of the area)")
@@ -124,6 +127,9 @@ def describe_fit(source: Size, target: Size) -> str | None:
 Count = Annotated[int, Field(strict=True, gt=0, le=4096)]
 """A number of pixels or tokens in processor.json; a larger one must be a mistake (our choice)."""
 
+Aspect = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+"""Width / height of an image in processor.json."""
+
 
 @dataclass(frozen=True)
 class _SavedProcessor:
@@ -131,10 +137,12 @@ class _SavedProcessor:
 
     image_sizes    (view, width, height) of each view, in pixels.
     prompt_tokens  The longest prompt accepted, in tokens.
+    training_aspects  View -> width / height of the images of training; {} if unknown.
     """
 
     image_sizes: list[tuple[str, Count, Count]]
     prompt_tokens: Count
+    training_aspects: dict[str, list[Aspect]] = field(default_factory=dict)
 
 
 @dataclass
@@ -147,6 +155,7 @@ class Processor:
     prompt_tokens   The longest prompt accepted, in tokens.
     coordinate_ids  The ids of the 3D tokens.
     location_start  The id of the first location token.
+    training_aspects  View -> width / height of the images of training; {} if unknown.
     """
 
     tokenizer: Any
@@ -155,6 +164,7 @@ class Processor:
     prompt_tokens: int = 64
     coordinate_ids: range = field(init=False)
     location_start: int = field(init=False)
+    training_aspects: dict[str, list[float]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         first_id = extend_tokenizer(self.tokenizer, self.coordinates.num_bins)
@@ -175,7 +185,8 @@ class Processor:
         """Fit an image [h, w, 3] uint8 of any size into a view: [3, height, width] uint8.
 
         The image is padded if its aspect differs from the view's. Once per view and image size, a
-        `Notice` says what the image loses (`describe_fit`).
+        `Notice` says what the image loses (`describe_fit`). Bars that the images of training had,
+        too, are no loss.
         """
         check_known("view", self.image_sizes, view)
         width, height = self.image_sizes[view]
@@ -185,15 +196,29 @@ class Processor:
 
         size = (image.shape[1], image.shape[0])
         if (view, size) not in self._notified and len(self._notified) < MAX_NOTIFIED_SIZES:
-            loss = describe_fit(size, (width, height))
-            message = (
-                f"images of view {view!r} {loss}. Give images of that aspect and size to lose "
-                "nothing."
-            )
+            is_aspect_of_training = self._is_aspect_of_training(size, view)
+            loss = describe_fit(size, (width, height), are_bars_expected=is_aspect_of_training)
+            message = f"images of view {view!r} {loss}. {self._advise_on_fit(view)}"
             # `notice` returns whether it warned. While notices are suppressed, the size stays open.
             if loss is None or notice(message):
                 self._notified.add((view, size))
         return pixels.permute(2, 0, 1).clone(memory_format=torch.contiguous_format)
+
+    def _is_aspect_of_training(self, size: Size, view: str) -> bool:
+        """Whether images of training had the aspect of this size."""
+        aspect = size[0] / size[1]
+        known_aspects = self.training_aspects.get(view, [])
+        return any(abs(aspect / known - 1) <= MAX_ASPECT_DIFFERENCE for known in known_aspects)
+
+    def _advise_on_fit(self, view: str) -> str:
+        """Say which images lose nothing, and are like those of training."""
+        known_aspects = self.training_aspects.get(view)
+        if known_aspects is None:
+            return (
+                "Images of that aspect and size would lose nothing, in training and on the robot."
+            )
+        aspects = list_alternatives([f"{aspect:.2f}" for aspect in known_aspects])
+        return f"The images of training had width / height {aspects}; send such ones, unchanged."
 
     def map_text_pixels(self, text: str, size: Size, view: str) -> str:
         """Map the pixels in a text from an image of this size to the fitted image of the view.
@@ -420,7 +445,9 @@ class Processor:
         self.tokenizer.save_pretrained(folder)
         self.coordinates.save(folder / "coordinates.json")
         sizes = [[view, width, height] for view, (width, height) in self.image_sizes.items()]
-        content = {"image_sizes": sizes, "prompt_tokens": self.prompt_tokens}
+        content: dict[str, Any] = {"image_sizes": sizes, "prompt_tokens": self.prompt_tokens}
+        if self.training_aspects:  # a SPEAR-VLM has none
+            content["training_aspects"] = self.training_aspects
         (folder / "processor.json").write_text(json.dumps(content, indent=1), encoding="utf-8")
 
     @staticmethod
@@ -440,7 +467,13 @@ class Processor:
             _SavedProcessor, folder / "processor.json", "save it again", "contains no processor"
         )
         sizes = {view: (width, height) for view, width, height in saved.image_sizes}
-        processor = Processor(tokenizer, coordinates, sizes, saved.prompt_tokens)
+        processor = Processor(
+            tokenizer,
+            coordinates,
+            sizes,
+            saved.prompt_tokens,
+            training_aspects=saved.training_aspects,
+        )
         if config is not None:
             processor._check_fits(config, folder)
         return processor

@@ -429,7 +429,7 @@ def _build_vla(recipe: Recipe, preset: Preset, inputs: TrainingInputs, seed: int
         dataset._replace(store=dataset.store.select_episodes_with_cameras(views))
         for dataset in inputs.episodes
     ]
-    _note_image_fitting(episodes, processor)
+    _fit_first_images(episodes, processor)
     frames = _merge_frame_versions(inputs.init, episodes)
     normalizer = _fit_normalizer(recipe, model.config.horizon, episodes)
     normalizer = dataclasses.replace(normalizer, frames=frames)
@@ -471,11 +471,14 @@ def _add_action_expert(vlm: SpearVLM, preset: Preset) -> Spear1ForActionPredicti
     return model
 
 
-def _note_image_fitting(episodes: Sequence[WeightedStore], processor: Processor) -> None:
-    """Prepare one image per dataset and view, so that the processor prints its notices now.
+def _fit_first_images(episodes: Sequence[WeightedStore], processor: Processor) -> None:
+    """Prepare one image per dataset and view, and record their aspects in the processor.
 
-    The notices say what the processor cuts from the images to fit them to the network.
+    So the processor prints its notices now, which say what images lose when they are fitted to the
+    network. A policy that acts later says nothing of bars that its training had, too.
     """
+    processor.training_aspects = {}  # those of an earlier training do not count
+    aspects: dict[str, list[float]] = {}
     for dataset in episodes:
         store = dataset.store
         for view in processor.image_sizes:
@@ -483,6 +486,11 @@ def _note_image_fitting(episodes: Sequence[WeightedStore], processor: Processor)
             if encoded:
                 image = decode_image(encoded, f"{store.path}: camera {view!r}")
                 processor.prepare_image(image, view)
+                height, width = image.shape[:2]
+                aspect = round(width / height, 4)
+                if aspect not in aspects.setdefault(view, []):
+                    aspects[view].append(aspect)
+    processor.training_aspects = aspects
 
 
 def _merge_frame_versions(init: Path | None, episodes: Sequence[WeightedStore]) -> dict[str, int]:

@@ -1,7 +1,7 @@
 """`MotionCheck`: what the checks of commanded and achieved motion share."""
 
 from spear.checks.rollout.case import Case, Doubt, Result, RolloutCheck
-from spear.checks.rollout.motion import MIN_MOVES, CommandedMotion
+from spear.checks.rollout.motion import MIN_COMMAND_M, MIN_MOVES, CommandedMotion
 
 
 class MotionCheck(RolloutCheck):
@@ -10,7 +10,10 @@ class MotionCheck(RolloutCheck):
     def examine(self, case: Case) -> Result:
         motion = case.motion
         if motion.num_moving < MIN_MOVES:
-            return Doubt(f"only {motion.num_moving} moves are long enough")
+            return Doubt(
+                f"only {motion.num_moving} moves were commanded to be longer than "
+                f"{1000 * MIN_COMMAND_M:.0f} mm; {MIN_MOVES} are needed"
+            )
         return self.examine_motion(motion)
 
     def examine_motion(self, motion: CommandedMotion) -> Result:

@@ -15,7 +15,7 @@ from spear.data.readers.rlds import RldsFolder, find_rlds_folders, open_rlds
 from spear.data.readers.splits import parse_split
 from spear.data.readers.tfrecord import read_checksums
 from spear.data.store.episode_store import SHARD_GLOB, EpisodeStore, list_shards
-from spear.errors import SpearError, list_alternatives
+from spear.errors import SpearError, format_count, list_alternatives
 from spear.types import Episode
 from spear.util.fingerprints import hash_file_ends
 from spear.util.skipped_items import SkippedItems
@@ -83,6 +83,11 @@ def find_format(path: str | Path) -> str | None:
     return None
 
 
+def find_prepared_stores(folder: Path) -> list[Path]:
+    """Find the stores of episodes in a folder, as `spear train` prepares them in `RUN/data`."""
+    return sorted(child for child in folder.glob("[!.]*") if list_shards(child))
+
+
 def check_holds_no_input(out: Path, action: str) -> None:
     """Raise SpearError if an output folder contains robot data, a model or labels.
 
@@ -120,6 +125,12 @@ def open_dataset(path: str | Path) -> Dataset | EpisodeStore:
 
     format_name = find_format(path)
     if format_name is None:
+        stores = find_prepared_stores(path)
+        if stores:
+            raise SpearError(
+                f"{path} contains {format_count(len(stores), 'prepared datasets')} in a folder "
+                f"below it. Give {list_alternatives([str(store) for store in stores])}."
+            )
         titles = list_alternatives([data_format.title for data_format in FORMATS.values()])
         raise SpearError(f"{path} contains no robot data. Give {titles}.")
     return FORMATS[format_name].open(path)
