@@ -165,6 +165,23 @@ def test_an_arm_far_from_its_last_command_continues_where_it_is(robot: Embodimen
     np.testing.assert_allclose(rows[:, :5], np.tile(example["joints"][:5], (30, 1)), atol=0.01)
 
 
+def test_a_tool_rotation_turns_the_state_and_is_undone_in_commands(
+    robot: Embodiment, folder: Path
+) -> None:
+    file = folder / "so101.py"
+    half_turn = "[0.0, 0.7071, 0.7071, 0]"
+    file.write_text(file.read_text().replace("[1.0, 0, 0, 0]", half_turn))
+    turned_robot = embodiments.load(str(file))
+    example = robot.example()
+
+    rows = convert(turned_robot, make_chunk([0.0, 0.0, 0.0]), example)
+
+    state = robot.read(example)["observation/state"]
+    turned_state = turned_robot.read(example)["observation/state"]
+    assert abs(state[3:7] @ turned_state[3:7]) < 0.01  # half a turn apart
+    np.testing.assert_allclose(rows[:, :5], np.tile(example["joints"][:5], (30, 1)), atol=0.05)
+
+
 def test_without_the_urdf_the_message_names_the_file(folder: Path) -> None:
     (folder / "so101_new_calib.urdf").unlink()
 
