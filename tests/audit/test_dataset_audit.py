@@ -250,7 +250,7 @@ def test_an_arm_that_follows_late_is_consistent_and_its_delay_is_mentioned() -> 
     report = audit_recordings(only("translation", Mistakes(delay_steps=1)), answers)
 
     assert report.outcome == "consistent"
-    assert "(not in the layout; 1 fits best)" in conclude(report)
+    assert "(1 fits best; spear.json has no key for it)" in conclude(report)
 
 
 def test_a_report_about_the_first_episodes_says_so() -> None:

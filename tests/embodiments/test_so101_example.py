@@ -8,9 +8,16 @@ from typing import Any
 import numpy as np
 import pytest
 
-from joint_datasets import TIP, write_urdf
+from joint_datasets import (
+    TIP,
+    make_joint_angles,
+    write_joint_and_pose_datasets,
+    write_layout,
+    write_urdf,
+)
 from refusals import refuses
 from spear import embodiments
+from spear.data.readers.formats import read_episodes
 from spear.embodiments import Embodiment
 from spear.embodiments.actions import compute_target_poses
 from spear.embodiments.urdf import UrdfArm, compute_urdf_pose, read_urdf_arm
@@ -62,6 +69,21 @@ def test_the_state_is_the_pose_of_the_tip(robot: Embodiment, arm: UrdfArm) -> No
     np.testing.assert_allclose(state[:3], positions[0], atol=1e-6)
     np.testing.assert_allclose(state[3:7], rotations[0], atol=1e-6)
     assert state[7] == pytest.approx(example["joints"][5] / 100)
+
+
+def test_the_robot_and_a_dataset_of_its_joints_mean_the_same_pose(
+    robot: Embodiment, tmp_path: Path
+) -> None:
+    dataset, _ = write_joint_and_pose_datasets(tmp_path / "datasets", num_episodes=1)
+    write_layout(dataset)
+    (episode,) = read_episodes(dataset, "train")
+    first_joints = np.append(np.degrees(make_joint_angles(0)[0]), 50.0)
+
+    state = robot.read({**robot.example(), "joints": first_joints})["observation/state"]
+
+    np.testing.assert_allclose(state[:3], episode.position[0], atol=1e-5)
+    np.testing.assert_allclose(state[3:7], episode.rotation[0], atol=1e-5)
+    assert state[7] == pytest.approx(episode.gripper[0])
 
 
 @pytest.mark.parametrize(

@@ -152,8 +152,10 @@ def _list_open_questions(report: Report, findings: list[_NamedFinding]) -> list[
         # "0" can only be the answer about the delay, and the layout need not mention a delay of 0.
         fits_without_delay = "0" in finding.tied_answers
         if finding.verdict == "not said" and not fits_without_delay:
-            answer = finding.best_answer
-            open_questions.append(f"the {name} (not in the layout; {answer} fits best)")
+            reason = f"not in the layout; {finding.best_answer} fits best"
+            if finding.question == "delay_steps":
+                reason = f"{finding.best_answer} fits best; spear.json has no key for it"
+            open_questions.append(f"the {name} ({reason})")
     for action_part in report.action_parts:
         if action_part.note:
             open_questions.append(f"the {action_part.name}s ({action_part.note})")
