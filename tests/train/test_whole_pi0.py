@@ -63,9 +63,11 @@ def test_post_training_changes_what_the_pi0_brought_and_moges_projection(
         ["--out", str(out), "--steps", "3", "--batch-size", "4", "--warmup-steps", "1", *SIZE],
     )
 
-    before = load_file(converted / "model.safetensors")
-    after = load_file(out / "final" / "model.safetensors")
-    changed = {name for name, weight in after.items() if not weight.equal(before[name])}
+    weights_before = load_file(converted / "model.safetensors")
+    weights_after = load_file(out / "final" / "model.safetensors")
+    changed = {
+        name for name, weight in weights_after.items() if not weight.equal(weights_before[name])
+    }
     assert "vlm.moge_projector.linear.weight" in changed
     assert "vlm.language_model.layers.0.mlp.up_proj.weight" in changed
     assert "expert.layers.0.mlp.up_proj.weight" in changed
@@ -83,7 +85,7 @@ def test_lora_is_merged_and_saved_beside_the_policy(
     )
 
     assert (out / "final" / "adapter" / "adapter_model.safetensors").is_file()
-    before = load_file(converted / "model.safetensors")
-    after = load_file(out / "final" / "model.safetensors")
+    weights_before = load_file(converted / "model.safetensors")
+    weights_after = load_file(out / "final" / "model.safetensors")
     query = "vlm.language_model.layers.0.self_attn.q_proj.weight"
-    assert not after[query].equal(before[query])
+    assert not weights_after[query].equal(weights_before[query])

@@ -59,6 +59,10 @@ def test_a_shifted_scene_is_the_same_every_time() -> None:
     assert np.array_equal(render(Shift("noise", 3)).image, render(Shift("noise", 3)).image)
 
 
+def list_names(label: LabeledImage) -> list[str]:
+    return [labeled_object.name for labeled_object in label.objects]
+
+
 def test_labels_of_a_shifted_scene_show_the_shift() -> None:
     processor = load_vlm("nano-vlm").processor
 
@@ -66,9 +70,10 @@ def test_labels_of_a_shifted_scene_show_the_shift() -> None:
         (label,) = load_labeled_images("sim:7", 1, "external", processor, shift)
         return label
 
-    usual, shifted = load(None), load(Shift("background", 3))
+    usual = load(None)
+    shifted = load(Shift("background", 3))
 
-    assert [thing.name for thing in usual.objects] == [thing.name for thing in shifted.objects]
+    assert list_names(usual) == list_names(shifted)
     assert not np.array_equal(decode_image(usual.image), decode_image(shifted.image))
 
 
@@ -80,10 +85,10 @@ def test_questions_have_no_instruction_that_could_shift() -> None:
 def test_scores_of_one_shift_are_not_replaced_by_those_of_another(
     tmp_path: Path, run_command: Command, run_refused_command: Command
 ) -> None:
-    run_command(*ASK, "--shift", "light", "--out", str(tmp_path))
+    run_command(ASK, "--shift", "light", "--out", str(tmp_path))
 
     assert json.loads((tmp_path / "scores.json").read_text())["--shift"] == "light:2"
-    message = run_refused_command(*ASK, "--shift", "light:3", "--out", str(tmp_path))
+    message = run_refused_command(ASK, "--shift", "light:3", "--out", str(tmp_path))
     assert '--shift is "light:2" there, "light:3" here' in message
 
 
@@ -91,12 +96,12 @@ def test_scores_of_one_shift_are_not_replaced_by_those_of_another(
 def test_all_shifts_make_one_table_and_one_page_and_are_not_asked_again(
     tmp_path: Path, run_command: Command
 ) -> None:
-    output = run_command(*ASK, "--shift", "all", "--out", str(tmp_path))
+    output = run_command(ASK, "--shift", "all", "--out", str(tmp_path))
     written = (tmp_path / "noise-3" / "scores.json").stat().st_mtime_ns
-    again = run_command(*ASK, "--shift", "all", "--out", str(tmp_path))
+    second_output = run_command(ASK, "--shift", "all", "--out", str(tmp_path))
 
     assert "median error" in output
     assert "shift camera:3" in output
     assert "Distance: median error" in (tmp_path / "shifts.html").read_text()
-    assert "shift camera:3" not in again  # the line that is printed before it is asked
+    assert "shift camera:3" not in second_output  # the line that is printed before it is asked
     assert (tmp_path / "noise-3" / "scores.json").stat().st_mtime_ns == written
