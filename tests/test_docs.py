@@ -5,6 +5,7 @@ import re
 import runpy
 import shlex
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 
 from spear.cli import COMMANDS, find_command, load_command
 from spear.cli.parsing import get_options_class, parse_options
+from spear.data.readers.dataset_layout import find_layout
 from spear.util.options import list_option_names
 
 ROOT = Path(__file__).parents[1]
@@ -205,6 +207,22 @@ def test_the_page_of_the_datasets_repeats_the_facts_of_their_layouts() -> None:
     names = runpy.run_path(str(ROOT / "scripts" / "datasets_page.py"))
 
     assert names["PAGE"].read_text("utf-8") == names["format_page"]()
+
+
+def test_the_tutorial_shows_the_whole_layout_that_like_bridge_dataset_stands_for(
+    tmp_path: Path,
+) -> None:
+    page = (ROOT / "docs" / "tutorials" / "widowx.md").read_text("utf-8")
+    (json_text,) = re.findall(r"^```json\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
+    (tmp_path / "shown.json").write_text(json_text)
+    (tmp_path / "like.json").write_text('{"like": "bridge_dataset"}')
+
+    shown = find_layout("mine", tmp_path, tmp_path / "shown.json")
+    like = find_layout("mine", tmp_path, tmp_path / "like.json")
+
+    # Facts and frames say how the layout is known, and the weight is that of the paper's mixture.
+    origin = {"facts": {}, "frames": {}, "weight": None}
+    assert replace(shown, **origin) == replace(like, **origin)
 
 
 def list_message_headings() -> list[str]:

@@ -198,7 +198,7 @@ class Processor:
         if (view, size) not in self._notified and len(self._notified) < MAX_NOTIFIED_SIZES:
             is_aspect_of_training = self._is_aspect_of_training(size, view)
             loss = describe_fit(size, (width, height), are_bars_expected=is_aspect_of_training)
-            message = f"images of view {view!r} {loss}. {self._advise_on_fit(view)}"
+            message = f"images of view {view!r} {loss}. {self._advise_on_fit(size, view)}"
             # `notice` returns whether it warned. While notices are suppressed, the size stays open.
             if loss is None or notice(message):
                 self._notified.add((view, size))
@@ -210,13 +210,15 @@ class Processor:
         known_aspects = self.training_aspects.get(view, [])
         return any(abs(aspect / known - 1) <= MAX_ASPECT_DIFFERENCE for known in known_aspects)
 
-    def _advise_on_fit(self, view: str) -> str:
-        """Say which images lose nothing, and are like those of training."""
+    def _advise_on_fit(self, size: Size, view: str) -> str:
+        """Say which images lose nothing, or are like those of training."""
         known_aspects = self.training_aspects.get(view)
         if known_aspects is None:
             return (
                 "Images of that aspect and size would lose nothing, in training and on the robot."
             )
+        if self._is_aspect_of_training(size, view):
+            return "The images of training had this aspect, too."
         aspects = list_alternatives([f"{aspect:.2f}" for aspect in known_aspects])
         return f"The images of training had width / height {aspects}; send such ones, unchanged."
 

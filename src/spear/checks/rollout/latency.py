@@ -53,7 +53,10 @@ class LatencyCheck(RolloutCheck):
                 f"answers take {1000 * median:.0f} ms (median), one in ten longer than "
                 f"{1000 * slow:.0f} ms; an action lasts {1000 * STEP_S:.0f} ms"
             ),
-            cure="use a faster machine or a nearer one, or execute in the mode rtc or async",
+            cure=(
+                "use a faster machine or a nearer one, or execute in the mode async, as "
+                "spear.chunks.Pilot does"
+            ),
             file="--device of spear serve, and the execution mode of your robot's client",
             figure=Figure(
                 "time from observation to answer, s",
