@@ -93,6 +93,8 @@ evaluate vqa
 evaluate vqa --model nano-vlm --labels nowhere
 evaluate simpler --policy expert
 evaluate data --policy nano --episodes nowhere
+evaluate data --policy nano runs/mine --episodes arm
+data datasets all
 ask absent.png 'how far is the mug?'
 ask notes.txt 'how far is the mug?'
 ask sim:7

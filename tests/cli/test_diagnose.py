@@ -147,7 +147,15 @@ def test_the_page_has_the_finding(
     page = (tmp_path / "page.html").read_text()
     assert "evidence in numbers" in page
     assert "commanded" in page
-    assert "object-not-in-view" in page
+
+
+def test_the_page_says_what_was_not_examined(
+    diagnose: Callable[..., tuple[int, dict[str, object]]], tmp_path: Path
+) -> None:
+    diagnose(make_check(Doubt("the rollout is too short")), out=str(tmp_path / "page.html"))
+
+    page = (tmp_path / "page.html").read_text()
+    assert "was not examined: the rollout is too short" in page
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,8 @@ NO_DEFAULTS = ("None", "", "''", "False")
 and a flag that is not set."""
 MISSING = "missing: "
 """The beginning of tyro's complaint about missing arguments, after `_extract_complaint`."""
+TOO_MANY = "Unrecognized options: "
+"""The beginning of tyro's complaint about words that belong to no option."""
 PYTHON_TYPES = {"int()": "a whole number", "to float": "a number"}
 """Words in tyro's complaint about a value of the wrong type -> what the user should give."""
 
@@ -216,6 +218,8 @@ def _simplify_complaint(reason: str, args: Sequence[str]) -> str:
 
     Complaints that concern no option's value are returned as they are.
     """
+    if reason.startswith(TOO_MANY):
+        return _explain_extra_word(reason.removeprefix(TOO_MANY).split(), args)
     # The option in "error parsing --steps: …", for example.
     match = re.search(r"(?:argument '|parsing )(--[\w-]+)", reason)
     if match is None:
@@ -237,6 +241,16 @@ def _simplify_complaint(reason: str, args: Sequence[str]) -> str:
     values = " ".join(_values_of(option, args))
     distinct_alternatives = dict.fromkeys(alternatives)
     return f"{option} cannot be {values}. Give {' or '.join(distinct_alternatives)}"
+
+
+def _explain_extra_word(words: Sequence[str], args: Sequence[str]) -> str:
+    """Say which word belongs to nothing, and to which option before it a user meant to give it."""
+    word = words[0] if words else ""
+    words_before = args[: args.index(word)] if word in args else []
+    options = [word_before for word_before in words_before if word_before.startswith("--")]
+    if not options:
+        return f"the word {word} is not expected"
+    return f"{options[-1]} does not take as many values, and {word} is one too many"
 
 
 def _values_of(option: str, args: Sequence[str]) -> list[str]:
