@@ -27,7 +27,8 @@ RECORDS = [
 ]
 """Pages of studies and benchmarks. Their commands run the scripts of their folders."""
 
-# A command in a page: at the beginning of a line, in backticks, or behind a shell's assignment.
+# "spear …" in a page: at the beginning of a line (maybe after "$"), after a backtick, a folder
+# (".venv/bin/spear …") or the assignment of a variable ("HF_HUB_OFFLINE=1 spear …").
 COMMAND = re.compile(r"(?:^[ $]*|`|\.venv/bin/|=\S+ )spear ([a-z][^`#\n]*)", re.MULTILINE)
 NAMED_FILE = re.compile(
     r"(?<![\w/])((?:benchmarks|experiments|docs|tests|scripts|examples|src)/[\w./-]+\.\w+)"

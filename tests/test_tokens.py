@@ -102,8 +102,8 @@ def test_repeated_values_count_as_often_as_they_occur() -> None:
     edges = CoordinateTokenizer.fit(values, bins=64).bin_edges
 
     for i, edge in enumerate(edges[1:-1], start=1):
-        # `fit` spreads the occurrences of a value over the gap of 0.1 below it. So the edge lies
-        # in the gap below the next larger multiple of 0.1.
+        # `fit` spreads the occurrences of a value over the gap between it and the next smaller
+        # value. So the edge lies in the gap below `value`, which is the edge rounded up to 0.1.
         value = np.ceil(edge * 10 - 1e-9) / 10
         fraction_below = (values < value - 0.01).mean()
         fraction_up_to = (values < value + 0.01).mean()

@@ -215,7 +215,7 @@ def label_with_gemini(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callab
     return label
 
 
-# No name of a photo ends in "none", and all of them end in ".png".
+# Names of photos end in ".png", and none ends in "none". So Gemini is reached for all or no photos.
 @pytest.mark.parametrize(("unreached", "exit_code"), [("none", 0), (".png", 2)])
 def test_the_bill_is_printed_however_the_work_ends(
     unreached: str,
@@ -223,18 +223,18 @@ def test_the_bill_is_printed_however_the_work_ends(
     label_with_gemini: Callable[..., int],
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    assert label_with_gemini(unreached, "gemini") == exit_code
+    assert label_with_gemini(unreached=unreached, detector="gemini") == exit_code
 
-    assert "3 requests" in capsys.readouterr().out
+    assert "3 requests" in capsys.readouterr().out  # the bill of `BillingDetector`
 
 
 def test_the_bill_is_printed_where_gemini_completes_a_file(
     label_with_gemini: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    boxes = tmp_path / "boxes.json"
+    boxes = tmp_path / "boxes.json"  # has no photo, so that Gemini finds the objects in all of them
     boxes.write_text('{"images": [], "annotations": [], "categories": []}')
 
-    assert label_with_gemini("none", f"file:{boxes}+gemini") == 0
+    assert label_with_gemini(unreached="none", detector=f"file:{boxes}+gemini") == 0
 
     assert "3 requests" in capsys.readouterr().out
 

@@ -28,7 +28,9 @@ def follow(action: Array, rotation: Array) -> Array:
 class MadeRobot:
     """How a made robot acts.
 
-    execute          (action [8], orientation [4]) -> the action that it really executes.
+    execute          (action [8], orientation [4]) -> the action that it really executes. Both
+                     actions translate along the base's axes and turn about the tool's. The
+                     orientation is that of the tool before the action, in the base frame.
     num_executed     how many actions of a chunk it executes.
     answer_s         seconds from each observation to its answer.
     action_s         seconds that an action lasts.
@@ -76,6 +78,8 @@ def make_episode(
         position=rows[:, :3],
         rotation=rows[:, 3:7],
         opening=rows[:, 7],
+        # The last executed action of each answer. Checks read the gripper command of these, but
+        # motions from the whole answers (`served`).
         action=chunks[:, robot.num_executed - 1],
         is_known=np.ones(NUM_STEPS, bool),
         pictures=_make_pictures(rng, rows[:, :3]),

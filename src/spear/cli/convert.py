@@ -173,7 +173,7 @@ class MappedOptions(ConvertOptions, kw_only=True):
 
 
 def convert_mapped(options: MappedOptions) -> None:
-    """Make a SPEAR-1 policy from one that another program has saved under other names.
+    """Make a SPEAR-1 policy from one whose weights another program saved under other names.
 
     Prints where each weight comes from, and the parameters per part.
 

@@ -46,8 +46,8 @@ def derive_actions(position: Array, rotation: Array, command: Array) -> Array:
         command: [T] gripper commands.
 
     Returns:
-        [T, 8] actions, float32. The last action is no motion, because the next pose is not known.
-        The caller should mask it.
+        [T, 8] actions, float32. The last row has its gripper command, but no motion, because the
+        next pose is not known. The caller should mask it.
     """
     actions = np.zeros((len(position), ACTION_DIM), np.float32)
     actions[:, 3] = 1  # the real part of the identity quaternion

@@ -134,11 +134,13 @@ def read_store_frame_versions(request: Mapping[str, Any]) -> Frames:
 
 
 def _hash_layout_with_first_frames(name: str, folder_name: str) -> str:
-    """Hash the layout of a known dataset with the first version of its frames.
+    """Hash a known dataset's layout as it was before its frames were corrected.
+
+    That layout did not convert frames: its `FRAME_FIELDS` had their defaults.
 
     Args:
         name: The known dataset.
-        folder_name: The name under which its layout was used.
+        folder_name: The layout's name in the hash, which may be that of the dataset's folder.
     """
     first_frame_fields = {field: LAYOUT_DEFAULTS[field] for field in FRAME_FIELDS}
     first_layout = dataclasses.replace(REGISTRY[name], name=folder_name, **first_frame_fields)

@@ -146,9 +146,9 @@ def camera_view(key: str) -> str:
 
 
 def get_image_sizes(policy: Policy) -> Mapping[str, tuple[int, int]]:
-    """Return the sizes of the images that a policy takes: view → (width, height).
+    """Return the sizes of the images that a policy takes: view → (width, height) in pixels.
 
-    If the policy has no attribute `image_sizes`, they are `DEFAULT_IMAGE_SIZES`.
+    They are `DEFAULT_IMAGE_SIZES` if the policy's `image_sizes` is missing or empty.
     """
     return getattr(policy, "image_sizes", None) or DEFAULT_IMAGE_SIZES
 

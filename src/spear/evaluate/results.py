@@ -193,7 +193,7 @@ class Results:
             "mean_success": self.mean_success().value,
             "summary": {family: asdict(self.summarize(family)) for family in self.families},
             "outcomes": [asdict(outcome) for outcome in self.outcomes],
-            "wanted": sorted(self.wanted),
+            "wanted": sorted(self.wanted),  # all scenes, those without an outcome included
         }
         write_text(path, json.dumps(content, indent=1))
 

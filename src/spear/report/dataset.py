@@ -40,8 +40,9 @@ NUMBERS_PER_CHART = 3  # lines in a chart of a column that has several numbers p
 MAX_NUMBERS = 24  # of a column with more numbers per step, only the first are drawn
 MAX_LISTED_STEPS = 8  # the words about a bool column list its first true steps
 NUM_DRAWN_FRAMES = 5  # poses whose axes are drawn along a path
-DRAWN_AXIS_SHARE = 0.14  # a drawn axis is this share of the path's extent long: axes stay apart
-MIN_PATH_EXTENT_M = 1e-3  # a shorter path counts as so long, so that its axes have a length
+# Length of a drawn axis, as a share of the path's extent: so short that axes stay apart.
+DRAWN_AXIS_SHARE = 0.14
+MIN_PATH_EXTENT_M = 1e-3  # a smaller extent counts as this one, so that axes have a length
 PATH_SIZE_PX = (360, 260)  # width and height of a chart of a path
 TIME_AXIS = Axis("seconds")
 

@@ -192,7 +192,7 @@ class RemotePolicy:
             view: (width, height)
             for view, (width, height) in self.metadata.get("image_sizes", {}).items()
         }
-        self.committed = int(self.metadata.get("committed", 0))
+        self.committed = int(self.metadata.get("committed", 0))  # actions at most
         return greeting
 
     def _check_same_server(self, greeting: bytes) -> None:

@@ -136,7 +136,12 @@ class PolicyServer:
                 asyncio.get_running_loop().add_signal_handler(number, self.stop)
 
     async def _listen(self) -> Server:
-        """Open the port, with all limits of connections, and serve each client that connects."""
+        """Open the port, with all limits of connections, and serve each client that connects.
+
+        If a connection's first bytes arrive before it is admitted, `_answer_plain_request` may
+        answer them. Otherwise `_process_request` gets the connection's first request: it answers
+        the request, or lets a websocket connection begin, which `_serve_client` serves.
+        """
         try:
             listener = LimitedListener(
                 await open_listeners(self.options.host, self.options.port),

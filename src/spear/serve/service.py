@@ -79,6 +79,7 @@ class Service:
     def _make_metadata(self, name: str, robot: str, control_name: str) -> dict[str, Any]:
         """Return what clients are told about the policy and the robot."""
         image_sizes = getattr(self.policy, "image_sizes", {})
+        # How many committed actions, with which a chunk must begin, an observation may have.
         takes_committed = COMMITTED_KEY in self.embodiment.optional
         max_committed = getattr(self.policy, "committed", 0) if takes_committed else 0
         return {
@@ -237,7 +238,8 @@ def _try(call: Callable[..., dict[str, Any]], *arguments: Any) -> Result:
 def _fit_frames(embodiment: Embodiment, policy: Policy, name: str) -> Embodiment:
     """Return the embodiment with the version of its end-effector frame in which the policy acts.
 
-    A notice tells the user if that version is not the newest one.
+    The policy acts in the version of the data on which it was trained (see
+    `Embodiment.with_frames`). A notice tells the user if that version is not the newest one.
     """
     frames = getattr(policy, "frames", {})
     fitted = embodiment.with_frames(frames)

@@ -115,6 +115,7 @@ def _expand_part(row: dict[str, Any]) -> list[Primitive]:
         pitch = row.pop("pitch", 0.0)
         yaw = row.pop("yaw", 0.0)
         fields = {**row, "shape": "capsule"}
+        # MuJoCo's capsules lie along z. A quarter turn about y (rad) brings z to the x axis.
         return [Primitive(**fields, euler=(0.0, math.pi / 2 + pitch, yaw), solid=False)]
     if row["shape"] == "ring":
         return _expand_ring(row)

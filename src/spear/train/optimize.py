@@ -116,10 +116,10 @@ def add_adapters(model: torch.nn.Module, rank: int, alpha: float) -> Any:
 
 
 def set_weight_precision(model: torch.nn.Module, opt: Optimization) -> None:
-    """Convert the weights in place: to float32, or frozen matrices to `opt.frozen_precision`.
+    """Convert the weights in place: to float32, but some frozen ones to `opt.frozen_precision`.
 
-    Only the weights of linear layers and token embeddings may be in bfloat16. All other weights are
-    so small that bfloat16 would save nothing.
+    These are the frozen matrices of linear layers and token embeddings. All other frozen weights
+    are so small that bfloat16 would save nothing.
     """
     module: Any
     for module in model.modules():

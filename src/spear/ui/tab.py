@@ -372,6 +372,7 @@ class Tab:
             The actions [H, 8], and the chunk for the page, which draws it as H + 1 poses: the
             present pose of the gripper and its pose after each action.
         """
+        # `read_prompt` refuses an instruction that has no words or is too long.
         observation["prompt"] = read_prompt({"prompt": self._instruction})
         start_s = time.perf_counter()
         actions = self._shared_model.policy.infer(observation)["actions"]

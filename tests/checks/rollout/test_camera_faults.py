@@ -39,7 +39,7 @@ CHECKS: tuple[RolloutCheck, ...] = (
 
 
 def change_external(version: str) -> Callable[[RecordedEpisode], RecordedEpisode]:
-    """Change the pictures of the external camera to a version."""
+    """Make a function that changes an episode's external pictures to a version."""
     versions = {**picture_versions.SHAPE_VERSIONS, **picture_versions.COLOR_VERSIONS}
     transform = versions[version]
     return lambda episode: change_pictures(
@@ -57,7 +57,7 @@ def exchange(episode: RecordedEpisode) -> RecordedEpisode:
 def freeze(episode: RecordedEpisode) -> RecordedEpisode:
     """Send the first picture again and again."""
     external = episode.pictures["external"]
-    first = np.zeros(len(episode), int)
+    first = np.zeros(len(episode), int)  # step → index of the picture that is sent
     frozen = replace(external, small=external.small[first], fingerprint=first)
     return replace(episode, pictures={**episode.pictures, "external": frozen})
 
@@ -65,6 +65,7 @@ def freeze(episode: RecordedEpisode) -> RecordedEpisode:
 def delay(episode: RecordedEpisode) -> RecordedEpisode:
     """Send the pictures of three steps ago."""
     external = episode.pictures["external"]
+    # Step → index of the picture that is sent; the first one until there are older ones.
     steps = np.maximum(np.arange(len(episode)) - 3, 0)
     late = replace(external, small=external.small[steps], fingerprint=steps)
     return replace(episode, pictures={**episode.pictures, "external": late})

@@ -273,15 +273,15 @@ class TestPolicyWithPi0:
 
     @pytest.fixture(params=PI0_LAYOUTS)
     def layout(self, request: pytest.FixtureRequest) -> str:
-        """Where the names of weights in the published folder are from."""
+        """Which of `PI0_LAYOUTS` the published folder has."""
         return request.param
 
     @pytest.fixture
     def models(self, tmp_path: Path, layout: str) -> tuple[Any, Any]:
         """The SPEAR-1 and the π0."""
         their_model = make_pi0()
-        # Only the folders of two layouts have Transformers' config. Its field `rms_norm_eps`
-        # differs from the default, so that a conversion that ignores the field fails.
+        # Only the folders of two layouts have Transformers' config. For these, the field
+        # `rms_norm_eps` is not the default, so that a conversion that ignores the field fails.
         has_config = layout in ("transformers", "saved")
         their_model.config.dit_config.rms_norm_eps = 1e-2 if has_config else 1e-6
         paligemma = make_paligemma()
@@ -290,8 +290,8 @@ class TestPolicyWithPi0:
         plan_backbones(folder, None, "tiny14").save(tmp_path / "vlm")
         expert = publish_pi0(their_model, tmp_path / "pi0", layout)
         our_model = plan_policy(tmp_path / "vlm", expert, "linear14").run()
-        # The layers of `their_model` were made before `rms_norm_eps` changed. Layers that are made
-        # from the published config have the changed value.
+        # The layers of `their_model` still have the old `rms_norm_eps`, because they were made
+        # before it changed. So the π0 is read from the folder, whose config has the new value.
         if has_config:
             their_model = Pi0.from_pretrained(expert).eval()
         return our_model, their_model

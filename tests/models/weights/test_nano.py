@@ -118,6 +118,7 @@ def test_the_policy_succeeds(nano: Spear1Policy, tmp_path: Path) -> None:
 def test_another_policy_succeeds_on_tables_of_any_color(tmp_path: Path) -> None:
     """The policy nano-colorful succeeds in at least two of four rollouts."""
     policy = Spear1Policy.load("nano-colorful")
+    # At level 2 of this shift, table, floor and wall have any colors.
     options = TabletopOptions(num_scenes=4, tasks=("put_on",), shift="background:2", out=tmp_path)
 
     results, _ = closed_loop.evaluate_tabletop(PolicyAgent(policy, name="nano-colorful"), options)

@@ -77,8 +77,10 @@ def compute_flow_odds(
 class MeasuredFlow:
     """The M moves of an episode.
 
-    flows    [M, 4] shift to the right and down, scaling and turn of the picture.
-    motions  [M, 7] translation and rotation of the tool in its own frame, and of the fingers.
+    flows    [M, 4] shift to the right, shift down, scaling and turn of the picture. Shifts are in
+             cells of `average_cells`, as are scaling and turn: by how much they shift the border.
+    motions  [M, 7] translation (3) and rotation (3) of the tool in its own frame, in
+             `METERS_PER_UNIT` and `RADIANS_PER_UNIT`, and change of the gripper opening (1).
     """
 
     flows: Array
@@ -106,7 +108,10 @@ class _FlowModel:
         return _FlowModel(weights, np.maximum(deviation, 1e-6))
 
     def score(self, moves: MeasuredFlow) -> dict[str, float]:
-        """Return the mean log likelihood of an episode's flows, by each version."""
+        """Return version of the pictures → mean log likelihood of an episode's flows.
+
+        The versions are "plain" and those of `FLOW_SIGNS`.
+        """
         predicted = moves.motions @ self.weights
         scores = {}
         for version, signs in {"plain": (1, 1, 1, 1), **FLOW_SIGNS}.items():

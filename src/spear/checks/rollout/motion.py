@@ -88,14 +88,14 @@ class Reading(NamedTuple):
         return self.frame.startswith("base turned")
 
 
-PLAIN = Reading("base", "+++")
+PLAIN = Reading(frame="base", signs="+++")
 
 
 class OtherRate(NamedTuple):
     """A rate at which actions are executed that is not the one of training.
 
     num_actions  how many actions the arm executes between two observations.
-    seconds      median time of these.
+    seconds      from an answer to the next observation, while they execute: median of the moves.
     rate_hz      actions per second.
     confidence   how sure this is.
     """

@@ -308,7 +308,16 @@ class PictureReferences:
         return [name for name, count in names.items() if count > 0.95 * len(self.demonstrations)]
 
     def get_versions(self, camera: str, kind: str) -> VersionReference | None:
-        """Return what they say about a camera's versions; `kind` is "shape" or "color"."""
+        """Return a model of a camera's pictures and their versions, fitted to the demonstrations.
+
+        Args:
+            camera: the camera.
+            kind: "shape" for `SHAPE_VERSIONS` and an exchange with another camera; "color" for
+                `COLOR_VERSIONS`.
+
+        Returns:
+            The model and its scores; None with too few pictures.
+        """
         key = (camera, kind)
         if key not in self._versions:
             other_cameras = []

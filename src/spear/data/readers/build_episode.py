@@ -104,7 +104,8 @@ def build_episode(steps: Steps, layout: DatasetLayout, source: str) -> Episode:
 
     episode = _convert_to_our_frames(episode, layout)
 
-    # Canonical actions of the dataset, or actions derived from states and gripper commands.
+    # Canonical actions of the dataset, or actions derived from states and gripper commands. Layouts
+    # with canonical actions have no `drop_idle` (`dataset_layout.DEPENDENT_FIELDS`).
     if layout.action is not None:
         return _add_canonical_actions(episode, steps, layout, source)
     if command is not None:
@@ -131,7 +132,8 @@ def drop_bad_rows(steps: Steps, layout: DatasetLayout, source: str) -> tuple[Ste
     if len(rotation) == num_rows:  # otherwise building the episode refuses the columns
         pose_columns = [position.reshape(num_rows, -1), rotation.reshape(num_rows, -1)]
         pose = np.concatenate(pose_columns, axis=1)  # [T, d]
-        pose_without_nan = np.nan_to_num(pose, nan=np.inf)  # a missing number is no zero
+        # With infinity for a missing number, its row counts neither as zero nor as near zero.
+        pose_without_nan = np.nan_to_num(pose, nan=np.inf)
         is_good &= ~mark_zero_poses(pose_without_nan)
         assert layout.rotation_format is not None
         is_good &= mark_rotations(rotation, layout.rotation_format)

@@ -51,7 +51,7 @@ def _pose_from_6d_rows(values: Tensor) -> Tensor:
 
 
 def _pose_from_16_rows(values: Tensor) -> Tensor:
-    """Arrange the numbers of homogeneous poses, [..., 16] row after row, as [..., 4, 4]."""
+    """Arrange poses [..., 16], which are matrices row after row, as matrices [..., 4, 4]."""
     return values.unflatten(-1, (4, 4))
 
 

@@ -508,7 +508,10 @@ class LiberoTask:
         return boxes
 
     def _collect_points(self, root: int) -> Array:
-        """Points [n, 3] that span the visible shapes of a body and its parts, in its own frame."""
+        """Points [n, 3] that span the shapes of a body and its parts, in its own frame.
+
+        Meshes that only collide do not count.
+        """
         model = self._env.sim.model._model
         data = self._env.sim.data._data
         root_rotation = data.xmat[root].reshape(3, 3)
@@ -516,7 +519,8 @@ class LiberoTask:
         for geom in range(model.ngeom):
             if not self._is_part_of(model, int(model.geom_bodyid[geom]), root):
                 continue
-            # Group 0 has the collision shapes. Those of meshes are convex hulls, and not visible.
+            # Group 0 has the collision shapes, which are not visible. Meshes among them are convex
+            # hulls and left out; boxes, cylinders and the like count.
             if model.geom_group[geom] == 0 and model.geom_type[geom] == _MESH:
                 continue
             in_geom = _sample_geom(model, geom)

@@ -158,6 +158,7 @@ def _ask_questions(
                 free_answers = model.answer(
                     batch_images, prompts, question_type=None, view=options.view
                 )
+                # `position` is the question's in the batch; `index` is its image's in `images`.
                 for position, (index, question) in enumerate(batch):
                     answer = constrained_answers[position]
                     answered.append(

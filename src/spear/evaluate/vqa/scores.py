@@ -237,11 +237,16 @@ class Scores:
         return headers, rows
 
     def reading_rows(self) -> TableRows:
-        """Return headers and cells of the comparison of the ways of reading numbers."""
+        """Return headers and cells of the comparison of the ways of reading numbers.
+
+        The last two columns say which share of the mode's mean error the mean and the median
+        save.
+        """
         headers = ["question", *DECODE_METHODS, "best", "mean error saved by mean", "by median"]
         rows = []
         for question_type, reading in self.readings.items():
             errors = [f"{reading.error[method]:.2f} %" for method in DECODE_METHODS]
+            # Two texts, of "mean" and of "median". Gains are fractions, and errors are in percent.
             gains = [gain.to_text("+.1f", scale=100, unit=" %") for gain in reading.gain.values()]
             rows.append([_to_words(question_type), *errors, reading.best, *gains])
         return headers, rows
@@ -267,6 +272,7 @@ class Scores:
                     _to_words(question_type),
                     str(calibration.n),
                     *coverage,
+                    # `miss` is a difference of fractions. The two errors are in percent already.
                     f"{100 * calibration.miss:.0f} points",
                     f"{calibration.surer:.1f} %",
                     f"{calibration.less_sure:.1f} %",

@@ -556,7 +556,7 @@ class _Clause:
         previous_token = self._token_at(start - 1)
         next_token = self._token_at(end)
         if self._is_after_determiner(start) and previous_token != "that":
-            return True
+            return True  # "the [mug]"
         first_word = self.tokens[start]
         is_infinitive = previous_token == "to" and (
             next_token == "to" or first_word.endswith("ing")
@@ -567,25 +567,28 @@ class _Clause:
         is_before_its = previous_token == "" and next_token == "its"  # "mug, its center"
         is_verb = next_token in _AFTER_VERBS and not is_in_choice and not is_before_its
         if is_verb or is_infinitive:
-            return False
+            return False  # "to [crop] a photo", "to [reach] to the mug"
         is_after_adjective = previous_token in WORDS["common"] | CUES["superlative"]
         if previous_token == "that" or (
             is_after_adjective and self._is_after_determiner(start - 1)
         ):
-            return True
+            return True  # "is that [mug]", "the whole [bottle]"
         if first_word in self.capitalized or self._is_participle(start):
-            return False
+            return False  # "the offset [leading] from the mug"
         is_before_cue = next_token in _CUES_AFTER_NAMES or next_token == "'s"
         is_before_cue |= self.tokens[end : end + 2] == ["away", "from"]
         if previous_token == "":
+            # "[mug] distance" and "[mug] or bowl", but not "[count] all bowls"
             return is_before_cue or next_token in _AFTER_FIRST_NAMES
         if (
             previous_token in CUE_WORDS - CUES["image"]
             or previous_token in WORDS["name_prepositions"]
         ):
-            return True
+            return True  # "distance [mug]", "from [bowl]"
         if previous_token in WORDS["references"]:
+            # "distance camera [mug]", but not "the camera [rolled] forward"
             return is_before_cue or next_token == ""
+        # "compute [bottle] position", but not "how many [steps]"
         return is_before_cue and previous_token in WORDS["common"]
 
     def _ends_with_verb(self, start: int, end: int) -> bool:

@@ -184,7 +184,8 @@ def _find_right_down_away(axes: Array) -> tuple[list[int], Array]:
     """Find which columns of `axes` [3, 3] are the box's right, down and away axes.
 
     Returns:
-        The indices of the three columns, and the signs [3] by which to multiply these columns.
+        The indices of the right, down and away columns, and the signs [3], each 1 or -1, by which
+        to multiply them in this order.
     """
     vertical = int(np.argmax(np.abs(UP_PRIOR @ axes)))
     # The columns of the two level axes. The three indices 0, 1 and 2 add up to 3.

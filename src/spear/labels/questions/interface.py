@@ -111,12 +111,14 @@ class QuestionType:
         is_displacement: Whether the numbers of an answer lead from object {x} to object {y}. If
             not, three numbers are a point in the camera frame, which can be drawn in the image.
         needs_masks: Whether `draft` needs the masks of objects, which take long to read from files.
-        measure: Scores an answer; None if answers of this type are not scored.
+        measure: Scores one answer: computes its value of each measure. None if answers of this type
+            are not scored.
         compute_error_scales: To which distance the errors of numbers are relative; None if answers
             are not scored or have no numbers.
-        measures: The measures that only this type has, with their names. All types have "relative"
-            and "error".
-        conclude: Chooses the words of a baseline's guess; None if answers have no words.
+        measures: Name → how to summarize and write this measure, for the measures that only this
+            type has. All types also have "relative" and "error".
+        conclude: Replaces the words of a baseline's guess by words that the baseline chooses,
+            because the guess still has those of the true answer. With None, these words stay.
         facts: (name of a measure, its meaning in words) for the large numbers at the top of the
             report of `spear evaluate vqa`.
         num_figures: How many of the worst, the median and the best answers this report draws, each.

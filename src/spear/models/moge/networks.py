@@ -476,7 +476,13 @@ class MogeV2(nn.Module):
         for level in range(1, len(self.neck.input_blocks)):
             upsampling = 2**level
             pyramid.append(
-                make_uv_channels(batch, upsampling * columns, upsampling * rows, aspect, features)
+                make_uv_channels(
+                    batch,
+                    width=upsampling * columns,
+                    height=upsampling * rows,
+                    aspect=aspect,
+                    template=features,
+                )
             )
         levels = self.neck(pyramid)
 
