@@ -155,9 +155,9 @@ def test_files_that_are_named_exist() -> None:
 def test_files_of_the_ways_through_the_code_exist() -> None:
     page = ROOT / "docs" / "explanation" / "architecture.md"
     _, _, rest_of_page = page.read_text().partition("## Three ways through the code")
-    ways, _, _ = rest_of_page.partition("## To change something")
+    section, _, _ = rest_of_page.partition("## To change something")
 
-    paths = re.findall(r"`([\w/]+/[\w.]+\.(?:py|toml))`", ways)
+    paths = re.findall(r"`([\w/]+/[\w.]+\.(?:py|toml))`", section)
 
     assert len(paths) > 40
     for path in paths:
@@ -218,12 +218,12 @@ def test_the_tutorial_shows_the_whole_layout_that_like_bridge_dataset_stands_for
     (tmp_path / "shown.json").write_text(json_text)
     (tmp_path / "like.json").write_text('{"like": "bridge_dataset"}')
 
-    shown = find_layout("mine", tmp_path, tmp_path / "shown.json")
-    like = find_layout("mine", tmp_path, tmp_path / "like.json")
+    shown_layout = find_layout("mine", tmp_path, tmp_path / "shown.json")
+    meant_layout = find_layout("mine", tmp_path, tmp_path / "like.json")
 
     # Facts and frames say how the layout is known, and the weight is that of the paper's mixture.
     origin = {"facts": {}, "frames": {}, "weight": None}
-    assert replace(shown, **origin) == replace(like, **origin)
+    assert replace(shown_layout, **origin) == replace(meant_layout, **origin)
 
 
 def list_message_headings() -> list[str]:
