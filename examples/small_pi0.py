@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import GemmaConfig, PaliGemmaConfig, PI0Config, PI0ForConditionalGeneration
 
-from spear.models.moge.checkpoint import IMAGE_STATISTICS, NAME_PREFIXES, to_published_name
+from spear.models.moge.checkpoint import to_published_weights
 from spear.models.moge.networks import MogeV1
 from spear.models.processing import train_tokenizer
 from spear.tokens import CoordinateTokenizer
@@ -96,13 +96,7 @@ def rename_for_lerobot(name: str) -> str:
 def write_moge(file: Path) -> None:
     """Write a MoGe v1 with the smallest published encoder (ViT-S) and random weights."""
     config = {"encoder": "dinov2_vits14", "remap_output": "exp"}
-    weights: dict[str, torch.Tensor] = {}
-    for our_name, weight in MogeV1(config).state_dict().items():
-        # MoGe stores queries, keys and values as one weight.
-        name = to_published_name(our_name, NAME_PREFIXES[1])
-        weights[name] = torch.cat([weights[name], weight]) if name in weights else weight
-    for name, values in IMAGE_STATISTICS.items():
-        weights[name] = torch.tensor(values).view(1, 3, 1, 1)
+    weights = to_published_weights(MogeV1(config).state_dict(), version=1)
     torch.save({"model_config": config, "model": weights}, file)
 
 

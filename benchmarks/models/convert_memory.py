@@ -25,7 +25,7 @@ from safetensors.torch import save_file
 from transformers import PaliGemmaConfig, PaliGemmaForConditionalGeneration
 
 from spear.cli import run_reporting_errors
-from spear.models.moge.checkpoint import IMAGE_STATISTICS, NAME_PREFIXES, to_published_name
+from spear.models.moge.checkpoint import to_published_weights
 from spear.models.moge.networks import MogeV1
 from spear.models.weights.backbones import plan_backbones
 from timing import format_header, format_row
@@ -144,12 +144,7 @@ def write_moge(path: Path, size: str) -> None:
     names."""
     encoder = "dinov2_vitl14" if size == "full" else "dinov2_vits14"
     config = {"encoder": encoder, "remap_output": "exp"}
-    weights: dict[str, torch.Tensor] = {}
-    for our_name, weight in MogeV1(config).state_dict().items():
-        name = to_published_name(our_name, NAME_PREFIXES[1])
-        weights[name] = torch.cat([weights[name], weight]) if name in weights else weight
-    for name, values in IMAGE_STATISTICS.items():
-        weights[name] = torch.tensor(values).view(1, 3, 1, 1)
+    weights = to_published_weights(MogeV1(config).state_dict(), version=1)
     torch.save({"model_config": config, "model": weights}, path)
 
 

@@ -107,13 +107,7 @@ def write_moge(path: Path) -> Path:
         "dim_upsample": [32, 32, 32],
         "last_conv_channels": 32,
     }
-    weights: dict[str, Tensor] = {}
-    for our_name, weight in MogeV1(config).state_dict().items():
-        name = moge_checkpoint.to_published_name(our_name, moge_checkpoint.NAME_PREFIXES[1])
-        # Queries, keys and values are one weight there.
-        weights[name] = torch.cat([weights[name], weight]) if name in weights else weight
-    for name, values in moge_checkpoint.IMAGE_STATISTICS.items():
-        weights[name] = torch.tensor(values).view(1, 3, 1, 1)
+    weights = moge_checkpoint.to_published_weights(MogeV1(config).state_dict(), version=1)
     torch.save({"model_config": config, "model": weights}, path)
     return path
 

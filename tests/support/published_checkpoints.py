@@ -171,20 +171,12 @@ def publish_moge(path: Path, seed: int = 0) -> Path:
         "num_res_blocks": 1,
         "last_conv_channels": 32,
     }
-    version = 1
-    prefixes = moge_checkpoint.NAME_PREFIXES[version]
-    weights: dict[str, torch.Tensor] = {}
-    for our_name, weight in MogeV1(config).state_dict().items():
-        # Noise, because the initial ones and zeros of norms and biases would hide mistakes.
-        value = weight + 0.1 * torch.randn_like(weight)
-        # Queries, keys and values have the same published name, and come in this order.
-        name = moge_checkpoint.to_published_name(our_name, prefixes)
-        if name in weights:
-            weights[name] = torch.cat([weights[name], value])
-        else:
-            weights[name] = value
-    for name, channel_values in moge_checkpoint.IMAGE_STATISTICS.items():
-        weights[name] = torch.tensor(channel_values).view(1, 3, 1, 1)
+    # Noise, because the initial ones and zeros of norms and biases would hide mistakes.
+    our_weights = {
+        name: weight + 0.1 * torch.randn_like(weight)
+        for name, weight in MogeV1(config).state_dict().items()
+    }
+    weights = moge_checkpoint.to_published_weights(our_weights, version=1)
     # A weight of the published file that MoGe does not use, and that a conversion leaves out.
     width, _, _ = MOGE_ENCODER
     weights["backbone.mask_token"] = torch.zeros(1, width)

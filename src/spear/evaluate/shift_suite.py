@@ -33,7 +33,7 @@ class ShiftResult:
 
     @property
     def name(self) -> str:
-        return UNSHIFTED if self.shift is None else str(self.shift)
+        return name_shift(self.shift)
 
 
 def evaluate_shifts(agent: Agent, options: TabletopOptions) -> Iterator[ShiftResult]:
@@ -56,9 +56,14 @@ def evaluate_shifts(agent: Agent, options: TabletopOptions) -> Iterator[ShiftRes
         yield ShiftResult(shift, results.mean_success())
 
 
+def name_shift(shift: Shift | None) -> str:
+    """Return the name of a shift in tables, such as "camera:2"; "none" for no shift."""
+    return UNSHIFTED if shift is None else str(shift)
+
+
 def name_folder(shift: Shift | None) -> str:
     """Return the name of the folder of a shift's results."""
-    return UNSHIFTED if shift is None else f"{shift.axis}-{shift.level}"
+    return name_shift(shift).replace(":", "-")
 
 
 def list_shifts(axes: Sequence[str] = AXES) -> list[Shift | None]:

@@ -24,7 +24,7 @@ from spear.labels.questions.measures import extract_image_points, extract_number
 from spear.labels.questions.types import QUESTION_TYPE_BY_NAME
 from spear.models.readout import replace_numbers
 from spear.question_types import ANSWER_FORMS
-from spear.types import Array, LabeledImage, Pixel, Question, Segments
+from spear.types import Array, LabeledImage, Pixel, Question, Segments, Unit
 
 
 def _collect_measures() -> dict[str, Measure]:
@@ -39,6 +39,18 @@ def _collect_measures() -> dict[str, Measure]:
 
 MEASURES: Mapping[str, Measure] = _collect_measures()
 """Name of each measure → how it is summarized and written."""
+
+
+def choose_main_measure(question_type: str, unit: Unit) -> str:
+    """Return the measure of a question type that has the most useful unit: px, mm, or %.
+
+    Args:
+        question_type: The question type.
+        unit: The unit of the labels.
+    """
+    if ANSWER_FORMS[question_type].num_pixels > 0:
+        return "pixels"
+    return "error" if unit == "metre" else "relative"
 
 
 def format_measure(name: str, value: float | Estimate) -> str:

@@ -26,6 +26,7 @@ from spear.evaluate.vqa.calibration import (
 )
 from spear.evaluate.vqa.measures import (
     MEASURES,
+    choose_main_measure,
     format_measure,
     guess_constants,
     guess_from_depth,
@@ -33,7 +34,6 @@ from spear.evaluate.vqa.measures import (
     measure_answer,
 )
 from spear.models.readout import DECODE_METHODS, DecodeMethod
-from spear.question_types import ANSWER_FORMS
 from spear.types import Array, LabeledImage, Question, Segments, Unit
 from spear.util.files import write_text
 
@@ -196,7 +196,7 @@ class Scores:
         ]
         rows = []
         for question_type, score in self.type_scores.items():
-            measure = self._choose_main_measure(question_type)
+            measure = choose_main_measure(question_type, self.unit)
             rows.append(
                 [
                     _to_words(question_type),
@@ -210,12 +210,6 @@ class Scores:
                 ]
             )
         return headers, rows
-
-    def _choose_main_measure(self, question_type: str) -> str:
-        """Return the measure of a question type that has the most useful unit: px, mm, or %."""
-        if ANSWER_FORMS[question_type].num_pixels > 0:
-            return "pixels"
-        return "error" if self.unit == "metre" else "relative"
 
     def detail_rows(self) -> TableRows:
         """Return headers and cells of the measures that only some question types have."""

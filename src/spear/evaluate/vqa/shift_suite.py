@@ -13,10 +13,9 @@ from rich.table import Table
 
 from spear.errors import SpearError
 from spear.evaluate.results import build_terminal_table
-from spear.evaluate.shift_suite import UNSHIFTED
+from spear.evaluate.shift_suite import name_shift
 from spear.evaluate.stats import Estimate
-from spear.evaluate.vqa.measures import format_measure
-from spear.question_types import ANSWER_FORMS
+from spear.evaluate.vqa.measures import choose_main_measure, format_measure
 from spear.sim.shifts import AXES, Shift
 
 PICTURE_AXES = tuple(axis for axis in AXES if axis != "language")
@@ -37,7 +36,7 @@ class ShiftedErrors:
 
     @property
     def name(self) -> str:
-        return UNSHIFTED if self.shift is None else str(self.shift)
+        return name_shift(self.shift)
 
 
 def parse_picture_shift(text: str) -> Shift:
@@ -64,8 +63,8 @@ def read_shifted_errors(shift: Shift | None, scores: Mapping[str, Any]) -> Shift
 
 
 def name_error(question_type: str) -> str:
-    """Return the measure (`measures.MEASURES`) that is a question type's error."""
-    return "pixels" if ANSWER_FORMS[question_type].num_pixels > 0 else "error"
+    """Return the measure (`measures.MEASURES`) that is a question type's error in scenes."""
+    return choose_main_measure(question_type, unit="metre")
 
 
 def build_error_table(results: Sequence[ShiftedErrors], model: str) -> Table:

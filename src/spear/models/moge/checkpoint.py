@@ -228,6 +228,25 @@ def to_published_name(name: str, prefixes: Prefixes) -> str:
     return rename_prefixes(name, prefixes)
 
 
+def to_published_weights(weights: Mapping[str, Tensor], version: int) -> dict[str, Tensor]:
+    """The weights of a checkpoint by its own names, image statistics included.
+
+    This is the inverse of reading a checkpoint, for checkpoints that tests and examples make up.
+
+    Args:
+        weights: Our name → weight, in the order of a model's `state_dict`.
+        version: MoGe's version, 1 or 2.
+    """
+    published: dict[str, Tensor] = {}
+    for our_name, weight in weights.items():
+        name = to_published_name(our_name, NAME_PREFIXES[version])
+        # Queries, keys and values have the same published name, and come in this order.
+        published[name] = torch.cat([published[name], weight]) if name in published else weight
+    for constant, values in IMAGE_STATISTICS.items():
+        published[_constant_name(constant, version)] = torch.tensor(values).view(1, 3, 1, 1)
+    return published
+
+
 def get_published_shapes(
     model: nn.Module, version: int, prefixes: Prefixes | None = None
 ) -> dict[str, tuple[int, ...]]:
