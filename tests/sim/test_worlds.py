@@ -15,7 +15,7 @@ from spear.sim.world import GRIPPER_NAME, World
 from spear.sim.worlds import CameraOrbit, lab_of_scene, place_in_world, without_robot
 
 
-@pytest.mark.parametrize("world", ["wild", "varied", "colorful", "lab:3"])
+@pytest.mark.parametrize("world", ["wild", "varied", "colorful", "lab:3", "colorful-lab:3"])
 def test_a_world_keeps_the_task(world: str) -> None:
     scene = sample_scene("put_on", 7)
 
@@ -33,17 +33,18 @@ def test_the_default_world_changes_nothing() -> None:
     assert place_in_world(scene, "default") is scene
 
 
-@pytest.mark.parametrize("world", ["wild", "varied", "colorful", "lab:3"])
+@pytest.mark.parametrize("world", ["wild", "varied", "colorful", "lab:3", "colorful-lab:3"])
 def test_the_same_seed_gives_the_same_world(world: str) -> None:
     scene = sample_scene("put_on", 7)
 
     assert place_in_world(scene, world) == place_in_world(scene, world)
 
 
-def test_all_scenes_of_a_lab_look_alike() -> None:
-    first = place_in_world(sample_scene("put_on", 7), "lab:3").appearance
-    second = place_in_world(sample_scene("stack_cube", 8), "lab:3").appearance
-    other_lab = place_in_world(sample_scene("put_on", 7), "lab:4").appearance
+@pytest.mark.parametrize("kind", ["lab", "colorful-lab"])
+def test_all_scenes_of_a_lab_look_alike(kind: str) -> None:
+    first = place_in_world(sample_scene("put_on", 7), f"{kind}:3").appearance
+    second = place_in_world(sample_scene("stack_cube", 8), f"{kind}:3").appearance
+    other_lab = place_in_world(sample_scene("put_on", 7), f"{kind}:4").appearance
 
     assert first == second
     assert first != other_lab
@@ -143,6 +144,14 @@ def test_scenes_are_spread_over_the_labs() -> None:
     labs = {lab_of_scene(seed, num_labs=4) for seed in range(10_000, 10_040)}
 
     assert labs == {"lab:0", "lab:1", "lab:2", "lab:3"}
+
+
+def test_scenes_are_spread_over_colorful_labs_in_the_same_way() -> None:
+    scene = sample_scene("put_on", 1_007)
+
+    placed = place_in_world(scene, "colorful-labs:4")
+
+    assert placed == place_in_world(scene, "colorful-lab:3")
 
 
 def test_an_unknown_world_is_refused() -> None:

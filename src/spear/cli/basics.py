@@ -150,8 +150,8 @@ class RecordOptions(DemonstrationOptions):
     tasks: tuple[str, ...] = ()
     """Task families; default: all."""
     world: str = "default"
-    """Surroundings of the scenes: default, colorful, varied, wild, lab:N (laboratory number N)
-    or labs:K (the scenes are spread over K laboratories)."""
+    """Surroundings of the scenes: default, colorful, varied, wild, lab:N (laboratory number N),
+    labs:K (the scenes are spread over K laboratories), colorful-lab:N or colorful-labs:K."""
 
 
 def record(options: RecordOptions) -> None:

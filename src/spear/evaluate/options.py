@@ -84,8 +84,8 @@ class TabletopOptions(EpisodeOptions):
     so the latency counts in whole steps of 200 ms, rounded up."""
     world: str = "default"
     """Surroundings of the scenes: default, colorful, varied or wild (other ones in every scene,
-    from near the default ones to far from them), lab:N (laboratory number N) or labs:K (the scenes
-    are spread over K laboratories)."""
+    from near the default ones to far from them), lab:N (laboratory number N), labs:K (the scenes
+    are spread over K laboratories), colorful-lab:N or colorful-labs:K."""
     shift: Annotated[str | None, arg(metavar="AXIS[:LEVEL]")] = None
     """Shift the scenes along one axis: camera, light, background, layout, robot, language or noise,
     by level 1, 2 (default) or 3; or all, for every axis and level."""

@@ -51,8 +51,8 @@ class SceneOptions(Options):
     """Model size whose cameras are used for scenes."""
     world: str = "default"
     """Surroundings of the scenes: default, colorful, varied or wild (other ones in every scene,
-    from near the default ones to far from them), lab:N (laboratory number N) or labs:K (the scenes
-    are spread over K laboratories)."""
+    from near the default ones to far from them), lab:N (laboratory number N), labs:K (the scenes
+    are spread over K laboratories), colorful-lab:N or colorful-labs:K."""
     no_robot: bool = False
     """Leave the robot's arm out of the scenes."""
     suites: tuple[str, ...] = ()

@@ -11,6 +11,8 @@
              from it in few, and the light changes more.
     colorful the table and floor of the default world, with any colors and often other textures,
              another light, a camera moved by up to 30°, and clutter.
+    colorful-lab:N, colorful-labs:K
+             laboratories that look like colorful scenes, without clutter.
 
 A world changes only the surroundings. The objects of the task, their places and the instruction
 stay the ones of the scene's seed, so that two worlds can be compared on the same tasks.
@@ -33,6 +35,7 @@ from spear.sim.scene import (
     SceneAppearance,
     SceneObject,
     SceneSpec,
+    sample_clutter_scene,
 )
 from spear.sim.textures import WILD_TEXTURES
 
@@ -42,13 +45,14 @@ VARIED = "varied"
 COLORFUL = "colorful"
 _WORLDS_OF_SCENES = (DEFAULT, WILD, VARIED, COLORFUL)
 """The worlds whose surroundings are drawn for each scene. Laboratories are the other worlds."""
-_LAB = re.compile(r"lab:(\d{1,6})")  # "lab:7", one laboratory
-_LABS = re.compile(r"labs:([1-9]\d{0,5})")  # "labs:20", each scene in one of 20 laboratories
+_LAB = re.compile(r"(colorful-)?lab:(\d{1,6})")  # "lab:7", one laboratory
+_LABS = re.compile(r"(colorful-)?labs:([1-9]\d{0,6})")  # "labs:20", each scene in one of 20
 
 _WILD_STREAM = 101
 _LAB_STREAM = 102
 _VARIED_STREAM = 104  # like `spear.evaluate.noise`, but its seeds have fewer numbers
 _COLORFUL_STREAM = 105
+_COLORFUL_LAB_STREAM = 106
 """First numbers of the random generators' seeds in this file. Other files use other first numbers,
 so that no two draw the same random numbers."""
 
@@ -105,7 +109,7 @@ def validate_world(name: str) -> str:
         return name
     raise SpearError(
         f"There is no world {name!r}. Choose default, wild, varied, colorful, lab:N (laboratory"
-        " number N) or labs:K (K laboratories)."
+        " number N), labs:K (K laboratories), colorful-lab:N or colorful-labs:K."
     )
 
 
@@ -123,7 +127,8 @@ def place_in_world(scene: SceneSpec, name: str) -> SceneSpec:
 
     Args:
         scene: a scene of `spear.sim.scene.sample_scene` or `sample_clutter_scene`.
-        name: "default", "wild", "varied", "colorful", "lab:N" or "labs:K".
+        name: "default", "wild", "varied", "colorful", "lab:N", "labs:K", "colorful-lab:N" or
+            "colorful-labs:K".
 
     Returns:
         The scene with other surroundings. The same scene and name always give the same result.
@@ -137,11 +142,17 @@ def place_in_world(scene: SceneSpec, name: str) -> SceneSpec:
 
     labs = _LABS.fullmatch(name)
     if labs:
-        name = lab_of_scene(scene.seed, int(labs[1]))
+        kind = labs[1] or ""  # "" or "colorful-"
+        name = kind + lab_of_scene(scene.seed, int(labs[2]))
     lab = _LAB.fullmatch(name)
     if lab:
-        rng = np.random.default_rng([_LAB_STREAM, int(lab[1])])
-        return dataclasses.replace(scene, appearance=_lab_look(scene.appearance, rng))
+        number = int(lab[2])
+        if lab[1]:
+            appearance = _colorful_lab_look(number)
+        else:
+            rng = np.random.default_rng([_LAB_STREAM, number])
+            appearance = _lab_look(scene.appearance, rng)
+        return dataclasses.replace(scene, appearance=appearance)
 
     if name == VARIED:
         rng = np.random.default_rng([_VARIED_STREAM, *scene.family.encode(), scene.seed])
@@ -302,6 +313,12 @@ def _colorful_look(appearance: SceneAppearance, rng: np.random.Generator) -> Sce
         ambient=_tint(appearance.ambient, brightness, warmth),
         has_four_walls=True,
     )
+
+
+def _colorful_lab_look(number: int) -> SceneAppearance:
+    """The appearance of a colorful laboratory: a scene of the default world, changed moderately."""
+    rng = np.random.default_rng([_COLORFUL_LAB_STREAM, number])
+    return _colorful_look(sample_clutter_scene(number).appearance, rng)
 
 
 def _tint(color: Color, brightness: float, warmth: float) -> Color:
