@@ -89,6 +89,7 @@ def predict_and_pack(images: list[PendingImage], point_map_model: PointMapModel)
     predict_point_maps(images, point_map_model)
     for image in images:
         if image.error is not None or image.frame is None or image.masks is None:
+            # A skipped image needs no arrays any more.
             image.frame = None
             image.masks = None
             image.point_map = None
@@ -165,13 +166,15 @@ def run_local(
     Raises:
         SpearError: A model cannot be made, or a worker was killed.
     """
+    # What the error says when a worker is killed, most often because memory ran out
     advice = "use fewer --workers or a smaller --batch-size, and run the same command again"
     models = [make_model() for make_model in factories]
     num_ahead = workers + 1  # number of batches that are in progress at once, per stage
-    read = partial(read_images, max_side_px=max_side_px)
+    read_batch = partial(read_images, max_side_px=max_side_px)
     try:
         with processes.open_worker_pool(workers, __name__, advice) as pool:
-            pending = processes.map_in_order(pool, read, batches, num_ahead)
+            # A chain of generators: each one draws its batches from the one before.
+            pending = processes.map_in_order(pool, read_batch, batches, num_ahead)
             for stage, model in zip(STAGES, models, strict=True):
                 pending = _run_stage_on_all(stage, model, pending)
             yield from processes.map_in_order(pool, fit_packed_boxes, pending, num_ahead)
@@ -188,6 +191,7 @@ def _print_bill(model: Any) -> None:
 
 
 def _run_stage(stage: Stage, model: Any, images: list[PendingImage]) -> list[PendingImage]:
+    """Run a stage, which changes the images of a batch, and return the same images."""
     stage(images, model)
     return images
 
@@ -195,6 +199,7 @@ def _run_stage(stage: Stage, model: Any, images: list[PendingImage]) -> list[Pen
 def _run_stage_on_all(
     stage: Stage, model: Any, batches: Iterable[list[PendingImage]]
 ) -> Iterator[list[PendingImage]]:
+    """Run a stage on each batch, when the batch is needed."""
     for images in batches:
         yield _run_stage(stage, model, images)
 
@@ -243,7 +248,8 @@ def run_ray(
         actors_of_stages = _start_actors(ray, factories, work)
         reader = ray.remote(read_images)
         finisher = ray.remote(fit_packed_boxes)
-        # Keep all CPUs and actors busy, and bound the number of batches in memory.
+        # Keep all CPUs and actors busy (an actor has one batch in work and one waiting), and bound
+        # the number of batches in memory.
         num_cpus = int(ray.cluster_resources().get("CPU", 1))
         max_ahead = num_cpus + 2 * sum(work.replicas)
         results: deque[Any] = deque()  # futures of labeled batches, in order
@@ -258,7 +264,7 @@ def run_ray(
         while results:
             yield ray.get(results.popleft())
     except ray.exceptions.RayTaskError as error:
-        raise error.cause from error
+        raise error.cause from error  # the error that a stage raised in its process
     finally:
         if is_started_here:
             ray.shutdown()
@@ -274,6 +280,7 @@ def _start_actors(ray: Any, factories: ModelFactories, work: WorkOptions) -> lis
     stages = zip(factories, STAGES, work.replicas, work.gpus, strict=True)
     for make_model, stage, num_replicas, num_gpus in stages:
         # Reserve no CPUs for the actors: three actors would leave a small machine none for tasks.
+        # -1 restarts an actor, and repeats its call, as often as needed.
         actor_class = ray.remote(
             num_cpus=0, num_gpus=num_gpus, max_restarts=-1, max_task_retries=-1
         )(_NetworkActor)

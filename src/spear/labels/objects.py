@@ -340,25 +340,25 @@ def _trace_outline(
 
     # The outline between pixels. A point outside the mask that is nearer to the camera than its
     # neighbor in the mask occludes the object. If both points are close together, they touch.
-    length = 0
+    outline_length = 0
     num_occluded = 0
-    touching = []
+    touching_points = []
     lower = np.s_[1:]
     upper = np.s_[:-1]
     right = np.s_[:, 1:]
     left = np.s_[:, :-1]
     for inner, outer in ((lower, upper), (upper, lower), (right, left), (left, right)):
-        border = inside[inner] & ~inside[outer]
-        length += int(np.count_nonzero(border))
-        border &= is_known[inner] & is_known[outer]
-        object_points = points[inner][border]  # [k, 3]
-        outer_points = points[outer][border]  # [k, 3]
-        limit = TOUCHING_FRACTION * object_points[:, 2]
-        is_in_front = outer_points[:, 2] < object_points[:, 2] - limit
+        is_border = inside[inner] & ~inside[outer]
+        outline_length += int(np.count_nonzero(is_border))
+        is_border &= is_known[inner] & is_known[outer]
+        object_points = points[inner][is_border]  # [k, 3]
+        outer_points = points[outer][is_border]  # [k, 3]
+        touching_distance = TOUCHING_FRACTION * object_points[:, 2]
+        is_in_front = outer_points[:, 2] < object_points[:, 2] - touching_distance
         num_occluded += int(np.count_nonzero(is_in_front))
         gap = outer_points - object_points
         squared_gap = np.einsum("ij,ij->i", gap, gap)
-        touching.append(outer_points[squared_gap < limit * limit])
+        touching_points.append(outer_points[squared_gap < touching_distance * touching_distance])
 
     # The outline along the image's edge: the mask's pixels in the first and last row and column
     num_cut = 0
@@ -366,9 +366,9 @@ def _trace_outline(
         line_lengths = np.count_nonzero(inside, axis=1 - axis)  # mask pixels per row (or column)
         ends_in_window = ends[(ends >= 0) & (ends < len(line_lengths))]
         num_cut += int(line_lengths[ends_in_window].sum())
-    length += num_cut
-    visible = float(1.0 - (num_occluded + num_cut) / length)
-    return visible, float(num_cut / length), np.concatenate(touching)
+    outline_length += num_cut
+    visible = float(1.0 - (num_occluded + num_cut) / outline_length)
+    return visible, float(num_cut / outline_length), np.concatenate(touching_points)
 
 
 def _find_support_height(cloud: Array, points_beside: Array, plane: Plane) -> float | None:
@@ -391,7 +391,8 @@ def _find_support_height(cloud: Array, points_beside: Array, plane: Plane) -> fl
     low, high = np.quantile(heights, (0.05, 1.0))  # the lowest point, but for outliers, and the top
     touching_distance = TOUCHING_FRACTION * _compute_distance(cloud)
 
-    # Points that touch the object in the lowest part of its visible height, and below its top
+    # Points that touch the object in the lowest part of its visible height, and are clearly below
+    # its top, however flat it is
     heights_beside = points_beside @ plane.up
     visible_height = high - low
     max_contact_height = min(
@@ -401,7 +402,8 @@ def _find_support_height(cloud: Array, points_beside: Array, plane: Plane) -> fl
     if len(contact_heights) >= MIN_CONTACT_POINTS:
         # If enough of them are on the support plane, so is the object. Otherwise it is on a plate,
         # or on another object.
-        is_on_plane = np.abs(contact_heights - plane.height) < 0.25 * touching_distance
+        max_plane_distance = 0.25 * touching_distance  # our choice
+        is_on_plane = np.abs(contact_heights - plane.height) < max_plane_distance
         if np.mean(is_on_plane) > MIN_ON_PLANE_FRACTION:
             return plane.height
         return float(np.median(contact_heights))
@@ -410,11 +412,11 @@ def _find_support_height(cloud: Array, points_beside: Array, plane: Plane) -> fl
     # object's visible height and, as far as the camera looks down, with its width.
     middle = cloud.mean(axis=0)
     steepness = float(middle @ plane.up) ** 2 / float(middle @ middle)  # 0 level, 1 straight down
-    level = cloud - heights[:, None] * plane.up  # [n, 3] projected on to the plane
+    level_cloud = cloud - heights[:, None] * plane.up  # [n, 3] projected on to the plane
     # Of the three variances along principal axes, the smallest is that along `up`, nearly 0. The
     # middle one belongs to the shorter level side. A uniform distribution over a side has 1/12 of
     # the squared side as its variance.
-    variance = np.linalg.eigvalsh(np.cov(level.T))[1]
+    variance = np.linalg.eigvalsh(np.cov(level_cloud.T))[1]
     width = WIDTH_MARGIN * float(np.sqrt(max(12 * variance, 0)))
     hidden_height = low - plane.height
     max_hidden_height = max(MAX_HIDDEN_HEIGHT_FRACTION * visible_height, steepness * width)

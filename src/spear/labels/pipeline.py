@@ -33,7 +33,7 @@ from spear.labels.objects import ImageGeometry, label_object
 from spear.types import Array, Frame, LabeledImage
 from spear.util.images import encode_jpeg, load_image_and_orientation
 
-T = TypeVar("T")
+T = TypeVar("T")  # what a model returns for one image
 
 MIN_SIDE_PX = 16  # images with a shorter side are too small to label
 BATCH_SIZE = 8  # number of images that `label_images` hands to a model at a time
@@ -237,7 +237,7 @@ def predict_point_maps(images: Sequence[PendingImage], point_map_model: PointMap
 
 def _apply_model(
     images: Sequence[PendingImage],
-    call: Callable[[Sequence[PendingImage], Sequence[Frame]], list[T]],
+    call_model: Callable[[Sequence[PendingImage], Sequence[Frame]], list[T]],
 ) -> list[tuple[PendingImage, T]]:
     """Call a model with the images that are not skipped, and pair each of them with its result.
 
@@ -246,22 +246,22 @@ def _apply_model(
 
     Args:
         images: The batch.
-        call: Calls the model with the images that are not skipped and with their frames. It returns
-            one result per image.
+        call_model: Calls the model with the images that are not skipped and with their frames. It
+            returns one result per image.
     """
     active_images = [image for image in images if image.error is None]
     if not active_images:
         return []
     frames = [image.frame for image in active_images if image.frame is not None]
     try:
-        return list(zip(active_images, call(active_images, frames), strict=True))
+        return list(zip(active_images, call_model(active_images, frames), strict=True))
     except SpearError as error:
         if len(active_images) == 1:
             active_images[0].error = error
             return []
     pairs = []
     for image in active_images:
-        pairs += _apply_model([image], call)
+        pairs += _apply_model([image], call_model)
     return pairs
 
 

@@ -22,7 +22,7 @@ from spear.types import Array, Box3D
 seeds = st.integers(0, 2**32 - 1)
 
 
-def random_box(rng: np.random.Generator) -> Box3D:
+def make_random_box(rng: np.random.Generator) -> Box3D:
     """A box of random size and rotation, about 1 m in front of the camera."""
     rotation = Rotation.from_quat(rng.normal(size=4)).as_matrix()
     center = rng.normal((0, 0, 1), 0.1, 3)
@@ -48,7 +48,7 @@ def make_vertices_on_table(size: Array, yaw_rad: float, pitch: float = 40.0) -> 
 @given(seeds)
 def test_order_does_not_depend_on_the_order_given(seed: int) -> None:
     rng = np.random.default_rng(seed)
-    box = random_box(rng)
+    box = make_random_box(rng)
     shuffled = box.vertices[rng.permutation(8)]
     ordered = order_vertices(box.vertices)
 
@@ -59,7 +59,7 @@ def test_order_does_not_depend_on_the_order_given(seed: int) -> None:
 @given(seeds)
 def test_a_box_is_made_from_its_vertices_in_any_order(seed: int) -> None:
     rng = np.random.default_rng(seed)
-    box = random_box(rng)
+    box = make_random_box(rng)
 
     box_again = make_box_from_vertices(box.vertices[rng.permutation(8)])
 
@@ -152,7 +152,7 @@ def test_iou_of_a_box_with_itself_shifted_or_shrunk(
     shift: float, shrink: float, expected: float, seed: int
 ) -> None:
     """The shift is a fraction of the box's size along its first axis."""
-    box = random_box(np.random.default_rng(seed))
+    box = make_random_box(np.random.default_rng(seed))
     displacement = shift * box.size[0] * box.rotation[:, 0]
     changed_box = make_box(box.center + displacement, box.size / shrink, box.rotation)
 
@@ -171,7 +171,7 @@ def test_iou_of_a_cube_with_itself_turned_by_45_degrees() -> None:
 
 @given(seeds)
 def test_vertex_error_ignores_a_relabeling_of_the_vertices(seed: int) -> None:
-    box = random_box(np.random.default_rng(seed))
+    box = make_random_box(np.random.default_rng(seed))
     relabeled_signs = VERTEX_SIGNS[:, [2, 0, 1]] * [1, -1, 1]  # permuted axes, one mirrored
     relabeled = box.center + (relabeled_signs * box.size / 2) @ box.rotation.T
 
@@ -181,7 +181,7 @@ def test_vertex_error_ignores_a_relabeling_of_the_vertices(seed: int) -> None:
 @given(seeds)
 def test_vertex_error_of_a_shifted_box_is_the_shift(seed: int) -> None:
     rng = np.random.default_rng(seed)
-    box = random_box(rng)
+    box = make_random_box(rng)
     shift = rng.normal(size=3) * 1e-3  # small, so that no other symmetry is nearer
 
     error = compute_vertex_error(box.vertices + shift, box.vertices)
@@ -203,6 +203,7 @@ def test_upright_fit_reaches_the_support(seed: int, yaw_rad: float) -> None:
     with_support = fit_box(upper_points, up, support=support)
     without_support = fit_box(upper_points, up)
 
+    # Without the support, the box ends at the lowest visible point, at half the true height.
     assert compute_iou_3d(with_support, true) > 0.85
     assert compute_iou_3d(without_support, true) < 0.6
 
@@ -231,7 +232,7 @@ def test_the_hidden_back_of_a_ball_is_part_of_its_box(radius: float) -> None:
 @given(seeds)
 def test_full_fit_finds_a_box_in_any_orientation(seed: int) -> None:
     rng = np.random.default_rng(seed)
-    true = random_box(rng)
+    true = make_random_box(rng)
     # The camera does not look along any of the box's faces.
     assume(np.abs(true.center @ true.rotation).min() > 0.1)
     local_points = rng.uniform(-0.5, 0.5, (3000, 3)) * true.size  # everywhere in the box

@@ -79,7 +79,7 @@ def test_a_leaking_mask_does_not_move_the_box(center_height_m: float, leak_px: i
 def test_a_leak_that_is_not_corrected_lowers_a_score(
     leak_px: int, failed_scores: tuple[str, ...]
 ) -> None:
-    frame = render_block(center_height_m=0.18)
+    frame = render_block(center_height_m=0.18)  # the block hovers above the table
     truth = GroundTruth()
 
     # `exact` masks are not corrected.
@@ -96,7 +96,7 @@ def put_on_table(turn: Rotation, size: Array) -> tuple[Box3D, Array, float]:
         the component of its points along up.
     """
     _, pose = make_camera(pitch=40.0)
-    up = pose[2, :3]
+    up = pose[2, :3]  # the base's z axis, in the camera frame
     axes = pose[:3, :3].T @ turn.as_matrix()
     # The lowest vertex is this far below the center: the vertical parts of the three half axes.
     bottom = np.abs(turn.as_matrix()[2]) @ size / 2

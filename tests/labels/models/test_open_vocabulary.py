@@ -163,7 +163,7 @@ def test_owlv2_scores_do_not_depend_on_the_other_names(
 ) -> None:
     # All boxes are detections, however low their score and however much they overlap.
     monkeypatch.setattr(Owlv2Detector, "threshold", 0.0)
-    monkeypatch.setattr(Owlv2Detector, "overlap", 1.0)
+    monkeypatch.setattr(Owlv2Detector, "max_overlap", 1.0)
     frame = make_noise_frame(0)
 
     (detections_of_two_names,) = Owlv2Detector(owl, vocabulary=["cup", "forks"]).detect([frame])

@@ -47,6 +47,7 @@ def test_answers_about_scenes(labels: list[LabeledImage], unit: Unit) -> None:
             assert find_errors(label_in_unit, questions) == []
             counts.update(question.question_type for question in questions)
 
+    # Each question type was asked, and so checked, several times.
     assert min(counts[question_type] for question_type in QUESTION_TYPES) > 5
 
 

@@ -95,15 +95,16 @@ def find_object(label: LabeledImage, name: str) -> LabeledObject:
     return o
 
 
-def find_middle(label: LabeledImage, name: str) -> float:
-    """The x coordinate of the middle of an object, as a fraction of the image's width."""
-    return float(find_object(label, name).box2d[::2].mean()) / label.width
-
-
 def find_relative_box(label: LabeledImage, name: str) -> list[float]:
     """The 2D box x0, y0, x1, y1 of an object, as fractions of the image's width and height."""
     size = [label.width, label.height, label.width, label.height]
     return (find_object(label, name).box2d / size).tolist()
+
+
+def find_middle_x(label: LabeledImage, name: str) -> float:
+    """The x coordinate of the middle of an object, as a fraction of the image's width."""
+    x0, _, x1, _ = find_relative_box(label, name)
+    return (x0 + x1) / 2
 
 
 def read_location(prompt: str) -> tuple[float, float]:
@@ -140,9 +141,9 @@ def answer_again(label: LabeledImage, question: Question) -> list[str | Pixel]:
         case "count":
             return [str(names.count(question.objects[0]))]
         case "which_side":
-            return ["left" if find_middle(label, question.objects[0]) < 0.5 else "right"]
+            return ["left" if find_middle_x(label, question.objects[0]) < 0.5 else "right"]
         case "left_or_right":
-            first, second = (find_middle(label, name) for name in question.objects)
+            first, second = (find_middle_x(label, name) for name in question.objects)
             return ["left" if first < second else "right"]
         case "list":
             from_left = sorted(label.objects, key=lambda o: o.box2d[0] + o.box2d[2])

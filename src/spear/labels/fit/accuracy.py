@@ -41,7 +41,8 @@ def find_instance(o: LabeledObject, label: LabeledImage, frame: Frame) -> int:
     assert frame.instances is not None
     mask = decode_mask(o.mask_runs, label.height, label.width)
     covered = frame.instances[mask]  # [n] instance ids, 0 for background
-    return int(np.bincount(covered[covered > 0], minlength=1).argmax())
+    num_pixels = np.bincount(covered[covered > 0], minlength=1)  # index: instance id
+    return int(num_pixels.argmax())
 
 
 def compute_box_errors(box: Box3D, true_box: Box3D) -> tuple[float, float, float]:
@@ -75,7 +76,7 @@ def compare_labels(
     Raises:
         SpearError: A frame has no instance map or no true boxes, or there is nothing to compare.
     """
-    errors: list[tuple[float, ...]] = []
+    errors: list[tuple[float, ...]] = []  # of all boxes, as `compute_box_errors` returns them
     num_missed = 0
     for label, frame in zip(labels, frames, strict=True):
         if frame.instances is None or frame.boxes is None:
@@ -99,5 +100,5 @@ def compare_labels(
 
     if not errors:
         raise SpearError("No labeled box has a true box. Give frames with instances and boxes.")
-    center, vertex, overlap = np.median(errors, axis=0).tolist()
-    return BoxAccuracy(len(errors), center, vertex, overlap, num_missed)
+    center, vertex, iou = np.median(errors, axis=0).tolist()
+    return BoxAccuracy(len(errors), center, vertex, iou, num_missed)

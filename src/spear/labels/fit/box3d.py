@@ -279,16 +279,17 @@ def fit_faces(points: Array, axes: Array, turn_axis: Array | None = None) -> Vis
         normal_matrix = weighted @ jacobian
         diagonal = slice(None, None, len(normal_matrix) + 1)  # of the flat matrix
         normal_matrix.flat[diagonal] += 1e-6 * normal_matrix.trace()  # not singular
-        change = np.linalg.solve(normal_matrix, -weighted @ error)  # [-3:] of the positions
+        change = np.linalg.solve(normal_matrix, -weighted @ error)  # of the turn, then 3 positions
         turn = free_turns @ change[:-3]
         turn *= min(1.0, MAX_TURN_RAD / max(math.sqrt(turn @ turn), 1e-9))
         axes = _rotation_matrix(turn) @ axes
         positions = positions + change[-3:]
         along = centered @ axes
 
-    fraction = np.bincount(nearest, minlength=3) / len(points)  # [3] of the points, per face
-    is_believed = is_visible & (fraction >= MIN_FACE_FRACTION)
-    positions = np.where(is_believed, positions + middle @ axes, np.nan)
+    # A face counts as seen only if enough points are nearest to it.
+    point_fractions = np.bincount(nearest, minlength=3) / len(points)  # [3] per face
+    is_seen = is_visible & (point_fractions >= MIN_FACE_FRACTION)
+    positions = np.where(is_seen, positions + middle @ axes, np.nan)
     return VisibleFaces(axes, positions, side, misfit=float(np.abs(error).mean()))
 
 
@@ -473,7 +474,7 @@ def _measure_round_back(
         return np.zeros(2), np.zeros(2)
 
     # Along one level axis, the object's width is its size along the other level axis.
-    width = size[1::-1]
+    width = size[[1, 0]]
     depth = np.minimum(width, size[2])
     missing_depth = np.clip(depth - size[:2], 0, MAX_HIDDEN_DEPTH_FRACTION * size[:2])
     # The squared components of a unit vector add up to 1. An axis at a right angle to the line of
@@ -532,8 +533,8 @@ def _compute_footprints(flat: Array, angles: Array) -> Array:
     sin = np.sin(angles)
     first_axes = np.stack([cos, sin], axis=1)  # [a, 2]
     second_axes = np.stack([-sin, cos], axis=1)  # [a, 2]
-    turns = np.concatenate([first_axes, second_axes])
-    sides = np.ptp(turns @ flat, axis=-1)  # [..., 2a]
+    directions = np.concatenate([first_axes, second_axes])  # [2a, 2]
+    sides = np.ptp(directions @ flat, axis=-1)  # [..., 2a]
     return sides[..., : len(angles)] * sides[..., len(angles) :]
 
 

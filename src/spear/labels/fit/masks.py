@@ -214,10 +214,10 @@ def keep_main_part(mask: Array, points: Array, is_known: Array, limit: float) ->
     furthest_depth = main_depth.max() * (1 + limit)
     median_depth = ndimage.median(node_depth, part_of_node, np.arange(len(sizes)))  # [parts]
     is_large = sizes >= MIN_PART_FRACTION * sizes[main_part]
-    is_as_far = (median_depth > nearest_depth) & (median_depth < furthest_depth)
-    stays = is_large & is_as_far  # [parts]
+    is_at_main_depth = (median_depth > nearest_depth) & (median_depth < furthest_depth)
+    is_retained = is_large & is_at_main_depth  # [parts]
     result = np.zeros_like(mask)
-    result[is_usable] = stays[part_of_node]
+    result[is_usable] = is_retained[part_of_node]
     return result
 
 
@@ -239,25 +239,27 @@ def remove_support(
     Returns:
         The new mask [h, w].
     """
-    on_object = mask & is_known
-    if not on_object.any():
+    is_on_object = mask & is_known
+    if not is_on_object.any():
         return mask
     # The pixels beside the object, at most 4 pixels away, show the support near the object.
     is_near_mask = ndimage.binary_dilation(mask, iterations=4)
     is_beside = is_known & ~mask & ~occupied & is_near_mask
-    height = points @ plane.up - _estimate_level(points[is_beside], plane)  # [h, w]
+    level = _estimate_level(points[is_beside], plane)
+    height = points @ plane.up - level  # [h, w] above the support
 
     # Average the heights over 3 × 3 pixels, of which only the object's pixels count. The filter
     # divides both sums by 9, so their quotient is the mean over the object's pixels.
-    object_share = ndimage.uniform_filter(on_object.astype(np.float64), 3)
-    height_sum = ndimage.uniform_filter(np.where(on_object, height, 0.0), 3)
-    mean_height = height_sum / np.maximum(object_share, 1e-9)
-    limit = max(ON_SUPPORT_FRACTION, noise) * float(np.median(points[on_object][:, 2]))
-    on_support = on_object & (mean_height < limit)
-    trimmed: Array = mask & ~on_support
+    object_fraction = ndimage.uniform_filter(is_on_object.astype(np.float64), 3)
+    height_sum = ndimage.uniform_filter(np.where(is_on_object, height, 0.0), 3)
+    mean_height = height_sum / np.maximum(object_fraction, 1e-9)
+    limit = max(ON_SUPPORT_FRACTION, noise) * float(np.median(points[is_on_object][:, 2]))
+    is_on_support = is_on_object & (mean_height < limit)
+    trimmed: Array = mask & ~is_on_support
 
-    # `not … >` instead of `<=`: if a value is NaN, the mask stays.
-    is_flat = not np.median(height[on_object]) > 2 * limit
+    # A comparison with NaN is False. Written as `not … >` and not as `<=`, both conditions are then
+    # True, so the mask stays.
+    is_flat = not np.median(height[is_on_object]) > 2 * limit
     is_mostly_gone = not trimmed.sum() > MIN_OFF_SUPPORT_FRACTION * mask.sum()
     return mask if is_flat or is_mostly_gone else trimmed
 
@@ -325,16 +327,18 @@ def snap_outline(
     if plane is not None:
         # The pixels at most 3 pixels outside the band show the support near the object.
         is_beside = outside & ~occupied & ndimage.binary_dilation(surroundings, iterations=3)
-        height = points @ plane.up - _estimate_level(points[is_beside], plane)  # [h, w]
+        level = _estimate_level(points[is_beside], plane)
+        height = points @ plane.up - level  # [h, w] above the support
         # 2.5 standard deviations of noise (our choice), as a length at the object's distance
         limit = max(ON_SUPPORT_FRACTION, 2.5 * noise) * float(np.median(points[core][:, 2]))
         # If the object is as flat as the error of its height, heights decide nothing.
         if np.median(height[core]) > 2 * limit:
             is_candidate = mask | ~occupied  # pixels of other objects stay theirs
-            meets = band & ~is_separate & np.isfinite(object_inverse) & is_candidate
-            result[meets] = height[meets] > limit
+            is_contact = band & ~is_separate & np.isfinite(object_inverse) & is_candidate
+            result[is_contact] = height[is_contact] > limit
 
-    # Rule 1, where depth tells object and background apart
+    # Rule 1, where depth tells object and background apart. It is applied last because it has
+    # precedence over rule 2.
     result[is_separate] = is_object[is_separate]
     return result
 

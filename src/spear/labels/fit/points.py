@@ -144,8 +144,8 @@ def fit_support_plane(points: Array, up: Array | None = None) -> Plane | None:
 
     # The cosine of each normal's angle to up. A normal's sign is arbitrary, so the one that faces
     # the camera (the origin) is taken.
-    direction = UP_PRIOR if up is None else np.asarray(up, np.float64)
-    cosines = -np.sign(heights) * (normals @ direction)  # [candidates]
+    up_direction = UP_PRIOR if up is None else np.asarray(up, np.float64)
+    cosines = -np.sign(heights) * (normals @ up_direction)  # [candidates]
 
     # A candidate gets a vote from each of its points, less (or nothing) if it is not level. A steep
     # plane can win only without `up`, and only if its visible side does not face down.

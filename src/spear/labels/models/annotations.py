@@ -428,31 +428,32 @@ class _CocoIndex:
 
     def __init__(self, content: Mapping[str, Any], file: str) -> None:
         self.file = file
+        # Name of the image file → (folders and name of the file, image id) of all such images
         self._images_by_name: dict[str, list[tuple[list[str], Any]]] = defaultdict(list)
-        self._file_names: dict[Any, str] = {}
-        self._sizes: dict[Any, tuple[int, int]] = {}
-        self._annotations: dict[Any, list[Annotation]] = {}
+        self._file_names: dict[Any, str] = {}  # image id → its `file_name`
+        self._sizes: dict[Any, tuple[int, int]] = {}  # image id → (height, width)
+        self._annotations: dict[Any, list[Annotation]] = {}  # image id → its annotations
         self._problems: dict[Any, str] = {}  # image id → why the image cannot be used
         self._sources: dict[Any, str] = {}  # image id → the source for which it was found
 
         names = _read_category_names(content["categories"])
-        stray_entries = []  # why entries that belong to no image cannot be used
+        stray_problems = []  # why entries that belong to no image cannot be used
         for index, entry in enumerate(_validate_list(content["images"])):
             try:
                 self._add_image(entry)
             except _ENTRY_ERRORS as error:
-                stray_entries.append(f"{_name_entry('image', entry, index)} {_explain(error)}")
-        if stray_entries and not self._annotations:
-            raise ValueError(stray_entries[0])
+                stray_problems.append(f"{_name_entry('image', entry, index)} {_explain(error)}")
+        if stray_problems and not self._annotations:  # no image entry can be used
+            raise ValueError(stray_problems[0])
         for index, entry in enumerate(_validate_list(content["annotations"])):
             entry_name = _name_entry("annotation", entry, index)
             try:
                 image_id = self._find_image_id(entry)
             except _ENTRY_ERRORS as error:
-                stray_entries.append(f"{entry_name} {_explain(error)}")
+                stray_problems.append(f"{entry_name} {_explain(error)}")
                 continue
             self._add_annotation(image_id, entry, entry_name, names)
-        self._notify(stray_entries)
+        self._notify(stray_problems)
 
     def _add_image(self, entry: Mapping[str, Any]) -> None:
         """Add an image entry, or note why the image cannot be used."""
@@ -504,9 +505,9 @@ class _CocoIndex:
         else:
             self._annotations[image_id].append(annotation)
 
-    def _notify(self, stray_entries: Sequence[str]) -> None:
+    def _notify(self, stray_problems: Sequence[str]) -> None:
         """Give a notice of the entries that cannot be used, with the first ones' names."""
-        problems = [*self._problems.values(), *stray_entries]
+        problems = [*self._problems.values(), *stray_problems]
         if not problems:
             return
         examples = "; ".join(problems[:MAX_NAMED_ENTRIES])
@@ -797,7 +798,7 @@ def decompress_lz_string(text: str) -> str:
         raise _broken_lz_string_error()
     bits = chain.from_iterable(f"{_VALUES[letter]:06b}" for letter in text)
     words = ["", "", ""]  # indices 0, 1 and 2 are no words
-    output = [""]
+    output = [""]  # the words of the text, after an empty one that stands for "no previous word"
     while (code := _read_number(bits, len(words).bit_length())) != _END:
         if code in (_NEW_8_BIT_LETTER, _NEW_16_BIT_LETTER):
             num_bits = 8 if code == _NEW_8_BIT_LETTER else 16

@@ -83,7 +83,7 @@ class GroundTruth:
             for mask, detection in zip(masks, frame_detections, strict=True):
                 instance = _match_instance(detection, frame, boxes)
                 if instance is not None:
-                    mask[:] = frame.instances == instance
+                    mask[:] = frame.instances == instance  # fills in its part of `masks`
             masks_of_frames.append(masks)
         return masks_of_frames
 

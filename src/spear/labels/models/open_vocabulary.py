@@ -44,7 +44,7 @@ class _OpenVocabularyDetector:
     """The mark that ends each name in a prompt with several names."""
     threshold: float
     """Boxes with a lower score are no detections."""
-    overlap = 0.7
+    max_overlap = 0.7
     """Two boxes with a higher IoU count as one object, and only the better one is a detection."""
 
     def __init__(self, model: str, *, vocabulary: Sequence[str], device: str = "auto") -> None:
@@ -61,7 +61,7 @@ class _OpenVocabularyDetector:
         # The label's provenance gets everything on which the detections depend.
         prompts = ", ".join(self.prompt.format(name) for name in self._names)
         prompts_hash = hashlib.sha256(prompts.encode()).hexdigest()[:8]
-        settings = f"threshold {self.threshold:g}, overlap {self.overlap:g}"
+        settings = f"threshold {self.threshold:g}, overlap {self.max_overlap:g}"
         self.name = f"{self.kind} {model} ({len(self._names)} names {prompts_hash}, {settings})"
 
     def _fits_in_prompt(self, prompt: str) -> bool:
@@ -119,7 +119,9 @@ class GroundingDinoDetector(_OpenVocabularyDetector):
                 for index, result in zip(indices, results, strict=True):
                     detections[index] += result
             for index in indices:
-                detections[index] = clean_detections(detections[index], height, width, self.overlap)
+                detections[index] = clean_detections(
+                    detections[index], height, width, self.max_overlap
+                )
         return detections
 
     def _read_outputs(
@@ -167,7 +169,7 @@ class GroundingDinoDetector(_OpenVocabularyDetector):
         """
         tokenizer = self._processor.tokenizer
         separators = {tokenizer.convert_tokens_to_ids("."), *tokenizer.all_special_ids}
-        separators -= {tokenizer.unk_token_id}
+        separators -= {tokenizer.unk_token_id}  # stands for an unknown piece of a name
         runs = groupby(range(len(tokens)), lambda position: tokens[position] in separators)
         return [list(positions) for is_separator, positions in runs if not is_separator]
 
@@ -206,8 +208,10 @@ class Owlv2Detector(_OpenVocabularyDetector):
         )
         detections = []
         for result, (height, width) in zip(results, sizes, strict=True):
-            raw = _make_detections(result["boxes"], result["scores"], result["text_labels"])
-            detections.append(clean_detections(raw, height, width, self.overlap))
+            raw_detections = _make_detections(
+                result["boxes"], result["scores"], result["text_labels"]
+            )
+            detections.append(clean_detections(raw_detections, height, width, self.max_overlap))
         return detections
 
 
@@ -252,7 +256,7 @@ def _clean_vocabulary(vocabulary: Sequence[str], kind: str) -> list[str]:
     """
     if isinstance(vocabulary, str):
         raise SpearError(f"the vocabulary of {kind} is one text. Give a list of names.")
-    names: dict[str, None] = {}
+    names: dict[str, None] = {}  # a set that keeps its order
     for name in vocabulary:
         words = name.lower().replace(".", " ").replace("?", " ").split()
         if words:

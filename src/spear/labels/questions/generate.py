@@ -82,7 +82,8 @@ def find_failed_scores(scores: Mapping[str, float]) -> tuple[str, ...]:
 
 def _is_name_unique(o: LabeledObject, label: LabeledImage) -> bool:
     """Whether an object's name fits no other object of the image."""
-    return sum(is_a(neighbor.name, o.name) for neighbor in label.objects) == 1
+    # The sum counts the object itself, too.
+    return sum(is_a(other.name, o.name) for other in label.objects) == 1
 
 
 def find_askable_objects(label: LabeledImage) -> list[LabeledObject]:

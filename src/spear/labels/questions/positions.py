@@ -23,6 +23,7 @@ def project_to_pixels(points: Array, label: LabeledImage) -> list[Pixel | None]:
     (fx, skew, cx), (_, fy, cy), _ = label.intrinsics.tolist()
     pixels: list[Pixel | None] = []
     for x, y, z in points.tolist():
+        # As fractions of the image; -1, which is outside, for a point behind the camera
         u = (fx * x + skew * y + cx * z) / (z * label.width) if z > 0 else -1.0
         v = (fy * y + cy * z) / (z * label.height) if z > 0 else -1.0
         is_inside = 0 <= u < 1 and 0 <= v < 1

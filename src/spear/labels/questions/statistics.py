@@ -43,7 +43,7 @@ class TokenUsage(NamedTuple):
         num_unused: How many bins contain no number.
         num_outside: How many numbers of the answers are outside all bins.
         evenness: exp(entropy) / number of bins. It is 1 if all bins contain equally many numbers,
-            and 1 / number of bins if one bin contains all numbers.
+            and 1 / number of bins if one bin contains all numbers. It is 0 without numbers.
     """
 
     counts: Sequence[int]

@@ -29,6 +29,7 @@ def _draft(scene: QuestionScene, rng: Random) -> Draft | None:
     names_with_x.sort(key=_get_x)
     if not names_with_x:
         return None
+    # Neighbors may be twice as near to each other as two objects that a question compares.
     for (x, _), (next_x, _) in pairwise(names_with_x):
         if next_x - x < MIN_RELATIVE_GAP / 2:
             return None
