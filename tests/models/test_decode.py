@@ -19,6 +19,7 @@ NUMBER = (FIRST_COORDINATE_ID, FIRST_COORDINATE_ID + TINY.bins)
 VOCABULARY_SIZE = NUMBER[1]
 END = 1  # the id of the end token
 PAD = 0  # the id of the padding token
+# 64 bins, fitted to random coordinates of 0.2 ± 0.5 m.
 COORDINATES = CoordinateTokenizer.fit(np.random.default_rng(0).normal(0.2, 0.5, 20_000), bins=64)
 
 
@@ -167,7 +168,8 @@ def test_an_answer_that_would_be_cut_off_is_refused(
 class TestCertainDistribution:
     """A distribution of two numbers: the first is surely in bin 3, the second surely in bin 40.
 
-    `low` and `high` are the edges of these bins.
+    A row of the unit matrix has the probability 1 in one bin. `low` and `high` are the lower and
+    upper edges of the two bins.
     """
 
     distribution = Distribution(np.eye(64, dtype=np.float32)[[3, 40]], COORDINATES)

@@ -58,6 +58,7 @@ class TestFitImage:
         white = np.full((100, 200, 3), 255, np.uint8)
         fitted = fit_image(white, height=100, width=100)
         is_row_lit = fitted.any(axis=(1, 2)).tolist()
+        # The image is scaled to 100 × 50, and 25 of the 100 rows are left on either side.
         assert is_row_lit == [False] * 25 + [True] * 50 + [False] * 25
 
     def test_returns_an_image_of_the_right_size_unchanged(self) -> None:
@@ -79,7 +80,11 @@ def test_images_that_lose_next_to_nothing_are_not_described(size: tuple[int, int
 
 
 def test_bars_that_training_had_are_not_described(processor: Processor, tmp_path: Path) -> None:
-    """A robot that sends what its policy was trained with gets no advice to change it."""
+    """A robot that sends what its policy was trained with gets no advice to change it.
+
+    The images of training were 85 × 64 pixels, which is 4:3 up to rounding. The robot sends 4:3,
+    then 16:9.
+    """
     processor.save(tmp_path)
     edit_json(tmp_path / "processor.json", lambda it: it.update(training_aspects={VIEW: [85 / 64]}))
     loaded = Processor.load(tmp_path)
@@ -152,7 +157,7 @@ class TestAnswers:
 
     def test_a_location_token_without_a_partner_stays_text(self, processor: Processor) -> None:
         y_token = processor.encode_answer([Pixel(0.5, 0.5)])[:1]
-        assert processor.decode_answer(y_token) == ["<loc0512>"]
+        assert processor.decode_answer(y_token) == ["<loc0512>"]  # step 512 of 1,024
 
     def test_no_tokens_are_no_segments(self, processor: Processor) -> None:
         assert processor.decode_answer([]) == []

@@ -80,7 +80,7 @@ def test_integers_are_multiplied_exactly() -> None:
     layer = QuantizedLinear(make_layer(), "int8-dynamic")
     generator = torch.Generator().manual_seed(0)
     x = torch.randint(-126, 127, (3, layer.in_features), generator=generator).float()
-    x[:, 0] = 127
+    x[:, 0] = 127  # the largest input of each row, so that the row's scale is 1
 
     output = layer(x)
 
@@ -160,7 +160,7 @@ def test_a_processor_whose_products_overflow_is_refused(monkeypatch: pytest.Monk
 def test_results_of_quantized_policies_do_not_mix_with_others() -> None:
     identities = {load_agent("nano", quantize=name).weights for name in (None, *QUANTIZATIONS)}
 
-    assert len(identities) == 4
+    assert len(identities) == 1 + len(QUANTIZATIONS)  # no two are equal
 
 
 def test_an_unknown_quantization_and_a_device_without_it_are_refused() -> None:

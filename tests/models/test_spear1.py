@@ -126,7 +126,7 @@ class TestInformationFlow:
     ) -> None:
         last_layer = f"expert.layers.{len(model.expert.layers) - 1}"
         for changed in (after_other_action, after_other_state):
-            for position in range(1, 1 + H):
+            for position in range(1, 1 + H):  # position 0 is the state
                 is_unchanged = torch.equal(
                     baseline[last_layer][:, position], changed[last_layer][:, position]
                 )

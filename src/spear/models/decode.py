@@ -179,7 +179,7 @@ def _decode(
 
     # Values that all steps share. The answer's tokens have the places after the prefix in the
     # cache.
-    start = prefix.valid.shape[1]
+    prefix_length = prefix.valid.shape[1]
     dtype = cache.buffer.dtype
     bias = prefix.make_bias(num_steps, layers.num_kv_heads, dtype)
     positions = prefix.next_positions[:, None] + torch.arange(num_steps, device=hidden.device)
@@ -193,7 +193,8 @@ def _decode(
             first_id, end_id = recorder.ids
             recorder.logits.append(vlm.compute_logits(hidden, first_id, end_id).float())
 
-        if end - first == 1:
+        has_choice = end - first > 1
+        if not has_choice:
             token = torch.full_like(prefix.next_positions, first)
         else:
             logits = vlm.compute_logits(hidden, first, end).float()
@@ -209,7 +210,9 @@ def _decode(
         # Run the chosen token through the layers, to predict the next one.
         embedded = vlm.embed_text(token[:, None])
         step_rotations = tuple(rotation[:, step : step + 1] for rotation in rotations)
-        place = start + step  # of the token, which sees the prefix and the answer up to itself
+        place = (
+            prefix_length + step
+        )  # of the token, which sees the prefix and the answer up to itself
         window = cache.make_window(place, [TokenBlock(num_tokens=1, visible_end=place + 1)])
         output = layers(embedded.to(dtype), step_rotations, window, bias)  # [N, 1, D]
         hidden = output[:, 0].to(embedded.dtype)

@@ -35,7 +35,7 @@ from spear.models.vlm import Prefix
 from spear.types import Action, Array, FlowConfig
 from spear.util.files import read_json_as, write_text
 
-FEATURE = "the export of a policy"
+FEATURE = "the export of a policy"  # named in the error if a package is not installed
 OPSET = 18  # the ONNX version of the graphs; TensorRT 10, onnxruntime and OpenVINO read it
 GRAPHS = ("prefix", "flow_step")
 MAX_DIFFERENCE = 1e-4
@@ -415,5 +415,6 @@ def quantize_graphs(folder: Path) -> None:
                 op_types_to_quantize=["MatMul", "Gemm"],
                 per_channel=True,
                 weight_type=quantization.QuantType.QInt8,
+                # Only products with weights. The products of attention have no constant factor.
                 extra_options={"MatMulConstBOnly": True},
             )

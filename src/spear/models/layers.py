@@ -350,7 +350,8 @@ def set_gradient_checkpointing(model: nn.Module, enabled: bool = True) -> None:
 def _run_checkpointed(forward: Any, *args: Any, **kwargs: Any) -> Any:
     """Run one layer checkpointed, and put its keys and values into the cache once.
 
-    The recomputation in the backward pass writes to a temporary cache instead.
+    The layer runs a second time in the backward pass. Both runs write their keys and values to a
+    temporary cache, and those of the first run are copied to the real one.
     """
     cache: KVCache | None = kwargs.get(CACHE_ARGUMENT)
     if not torch.is_grad_enabled():
@@ -387,8 +388,8 @@ class FastRMSNorm(GemmaRMSNorm):
     """Gemma's RMSNorm, x / rms(x) · (1 + weight), with few passes over memory for float32 on a CPU.
 
     Under autocast the norm returns the lower precision in which the next linear layers compute, so
-    that its result is cast once, and not once by each of these layers. At [11264, 256], forward and
-    backward take 2.6 ms instead of 15 ms.
+    that its result is cast once, and not once by each of these layers. For 11,264 tokens of width
+    256, forward and backward take 2.6 ms instead of 15 ms.
     """
 
     def forward(self, x: Tensor) -> Tensor:

@@ -36,7 +36,7 @@ class MemoryMeter(TorchDispatchMode):
     def _count(self, tensor: Tensor) -> Tensor:
         """Count the tensor's storage once, and subtract it when the storage is freed."""
         storage = tensor.untyped_storage()
-        key = storage._cdata
+        key = storage._cdata  # an address, by which PyTorch identifies the storage
         if key not in self._counted_storages:
             self._counted_storages.add(key)
             self.live += storage.nbytes()

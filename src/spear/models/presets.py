@@ -201,8 +201,8 @@ def build_vlm_config(
         vocabulary_size: Number of tokens of the tokenizer, 3D tokens included.
         coordinate_start: The id of `<3d0000>`. By default the 3D tokens follow the preset's text
             vocabulary.
-        networks: `vision_config`, `text_config` and `moge_config` of networks that exist. By
-            default they are the preset's.
+        networks: `vision_config`, `text_config` and `moge_config` of existing networks, such as
+            published ones. By default they are the preset's.
     """
     # Imported here, so that a preset can be looked up without importing PyTorch.
     from spear.models.vlm import SpearVLMConfig
@@ -237,7 +237,7 @@ def build_spear1_config(
     Args:
         size: The preset.
         vlm: The config of the VLM inside SPEAR-1. By default it is the preset's.
-        expert: Config fields of an action expert that exists. By default the action expert is as
+        expert: Config fields of an existing action expert. By default the action expert is as
             wide as the preset's, and as deep as the VLM.
     """
     from spear.models.spear1 import SHARED_WITH_VLM, Spear1Config
@@ -247,10 +247,11 @@ def build_spear1_config(
         if vlm is not None:
             for name in SHARED_WITH_VLM:
                 expert[name] = getattr(vlm.text_config, name)
+    # The expert gets no text, so it has no special tokens and the smallest vocabulary.
+    no_special_tokens = dict.fromkeys(SPECIAL_TOKEN_IDS)  # the id of each is None
     return Spear1Config(
         vlm_config=vlm or build_vlm_config(size),
-        # The expert gets no text, so it has no special tokens and the smallest vocabulary.
-        expert_config={**expert, "vocab_size": 1, **dict.fromkeys(SPECIAL_TOKEN_IDS)},
+        expert_config={**expert, "vocab_size": 1, **no_special_tokens},
         horizon=size.horizon,
         flow=dict(size.flow),
     )

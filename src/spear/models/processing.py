@@ -54,7 +54,9 @@ MAX_CACHED_TEXTS = 2**14  # texts whose tokens a processor keeps
 MIN_BAR_FRACTION = 0.01  # of the fitted image's width or height
 MIN_ENLARGEMENT = 1.25  # pixels of the fitted image per pixel of the source
 
-MAX_ASPECT_DIFFERENCE = 0.02  # relative; small images have rounded sides (85×64 for 4:3)
+# Two aspects (width / height) count as the same up to this relative difference. It is not 0,
+# because small images have rounded sides: 85×64 pixels for an aspect of 4:3.
+MAX_ASPECT_DIFFERENCE = 0.02
 
 
 def visible_window(source: Size, target: Size) -> tuple[float, float, float, float]:
@@ -104,6 +106,9 @@ def describe_fit(source: Size, target: Size, are_bars_expected: bool = False) ->
     If the aspects differ, black bars take some of the target. If the image is enlarged, the model
     sees less detail than in an image recorded at the target size. With `are_bars_expected` the bars
     are not mentioned.
+
+    Returns:
+        The rest of a sentence that begins with "images": "of 640×480 are fitted into …".
     """
     width, height = source
     target_width, target_height = target
@@ -197,18 +202,21 @@ class Processor:
         size = (image.shape[1], image.shape[0])
         if (view, size) not in self._notified and len(self._notified) < MAX_NOTIFIED_SIZES:
             is_aspect_of_training = self._is_aspect_of_training(size, view)
-            loss = describe_fit(size, (width, height), are_bars_expected=is_aspect_of_training)
-            message = f"images of view {view!r} {loss}. {self._advise_on_fit(size, view)}"
+            fit = describe_fit(size, (width, height), are_bars_expected=is_aspect_of_training)
+            message = f"images of view {view!r} {fit}. {self._advise_on_fit(size, view)}"
             # `notice` returns whether it warned. While notices are suppressed, the size stays open.
-            if loss is None or notice(message):
+            if fit is None or notice(message):
                 self._notified.add((view, size))
         return pixels.permute(2, 0, 1).clone(memory_format=torch.contiguous_format)
 
     def _is_aspect_of_training(self, size: Size, view: str) -> bool:
         """Whether images of training had the aspect of this size."""
         aspect = size[0] / size[1]
-        known_aspects = self.training_aspects.get(view, [])
-        return any(abs(aspect / known - 1) <= MAX_ASPECT_DIFFERENCE for known in known_aspects)
+        for training_aspect in self.training_aspects.get(view, []):
+            relative_difference = abs(aspect / training_aspect - 1)
+            if relative_difference <= MAX_ASPECT_DIFFERENCE:
+                return True
+        return False
 
     def _advise_on_fit(self, size: Size, view: str) -> str:
         """Say which images lose nothing, or are like those of training."""

@@ -114,10 +114,11 @@ def sample_actions(model: Any, inputs: Inputs, steps: int) -> Tensor:
     packed = not is_autocast  # autocast cannot cast packed weights
     sampler = get_sampler(model, packed)
     kind = _input_kind(inputs, is_autocast)
+    # Fake tensors, which only measure memory, have no values that could be compared.
     has_values = not isinstance(inputs["noise"], FakeTensor)
     if kind not in sampler.agreements and has_values:
         return _sample_and_compare(model, sampler, kind, inputs, steps)
-    is_fast_right = sampler.agreements.get(kind, True)
+    is_fast_right = sampler.agreements.get(kind, True)  # True also for what cannot be compared
     if is_fast_right:
         return sample_fast(model, sampler, inputs, steps)
     return sample_plain(model, inputs, steps)
@@ -362,6 +363,7 @@ def _sample(model: Any, sampler: Sampler, inputs: Inputs, steps: int) -> Tensor:
         keys_only=True,
         write_events=write_events,
     )
+    # With events, the flow runs in a second stream; with None, in the current one.
     with parallel_branch(prefix.write_events):
         return _integrate(model, sampler, inputs, steps, prefix)
 
@@ -402,13 +404,12 @@ class _ExpertFlow:
         horizon = noise.shape[1]
         expert = sampler.expert
         cache = expert.adopt_cache(prefix.cache)
-        start = prefix.valid.shape[1]  # S
-        end = start + 1 + horizon
+        prefix_length = prefix.valid.shape[1]  # S
         # Added to attention scores, so that padding of the prefix is not seen.
         self.bias = prefix.make_bias(1 + horizon, expert.num_kv_heads, expert.dtype)
 
-        # The rotary embeddings of the state token and of the actions, whose positions follow those
-        # of the prefix.
+        # The rotary embeddings (cosines and sines) of the state token and of the actions, whose
+        # positions follow those of the prefix.
         offsets = torch.arange(1 + horizon, device=noise.device)
         positions = prefix.next_positions[:, None] + offsets  # [B, 1 + H]
         self.rotations = expert.compute_rotations(positions, expert.dtype)
@@ -417,13 +418,14 @@ class _ExpertFlow:
         # The first step runs two blocks of tokens: the state, which sees the prefix and itself, and
         # the actions, which see everything. Later steps run the actions alone, and overwrite the
         # keys and values of the step before.
-        state_block = TokenBlock(num_tokens=1, visible_end=start + 1)
-        action_block = TokenBlock(num_tokens=horizon, visible_end=end)
-        self.window = replace(
-            cache.make_window(start, [state_block, action_block]),
+        state_end = prefix_length + 1
+        state_block = TokenBlock(num_tokens=1, visible_end=state_end)
+        action_block = TokenBlock(num_tokens=horizon, visible_end=state_end + horizon)
+        self.first_window = replace(
+            cache.make_window(prefix_length, [state_block, action_block]),
             await_events=prefix.write_events,
         )
-        self.action_window = cache.make_window(start + 1, [action_block])
+        self.action_window = cache.make_window(state_end, [action_block])
         self.time_embeddings = sampler.time_embeddings(steps).unbind(0)
         state = inputs["state"].to(sampler.dtype)
         self.state_token = model.state_proj(state).to(expert.dtype)[:, None]
@@ -441,7 +443,8 @@ class _ExpertFlow:
         tokens = sampler.embed(a_tau.to_vector(), time_embedding)
         if self.step == 0:
             tokens = torch.cat([self.state_token, tokens], dim=1)
-            hidden = sampler.expert(tokens, self.rotations, self.window, self.bias)[:, 1:]
+            hidden = sampler.expert(tokens, self.rotations, self.first_window, self.bias)
+            hidden = hidden[:, 1:]  # without the state token
         else:
             hidden = sampler.expert(tokens, self.action_rotations, self.action_window, self.bias)
         self.step += 1

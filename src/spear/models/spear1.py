@@ -162,7 +162,7 @@ class Spear1ForActionPrediction(PreTrainedModel):
         """
         features, valid = self.vlm.encode_images(pixel_values, view_mask)
         prefix = self.vlm.run_language_model(features, valid, input_ids, attention_mask)
-        prefix.cache.frozen = True
+        prefix.cache.frozen = True  # the expert only reads these keys and values
         return prefix
 
     def predict(self, prefix: Prefix, state: Tensor, a_tau: Action, tau: Tensor) -> Action:
@@ -183,7 +183,7 @@ class Spear1ForActionPrediction(PreTrainedModel):
         vector = a_tau.to_vector().to(dtype)
         batch = vector.shape[0]
         horizon = vector.shape[-2]
-        num_chunks = vector.shape[:-2].numel() // batch
+        num_chunks = vector.shape[:-2].numel() // batch  # K, or 1 if `a_tau` is [B, H, ·]
 
         # The suffix: one state token, then the action tokens of all chunks.
         chunks = vector.reshape(batch, num_chunks, horizon, ACTION_DIM)
@@ -266,18 +266,18 @@ class Spear1ForActionPrediction(PreTrainedModel):
             noise = flow.sample_noise(
                 (batch, num_chunks, horizon), self.flow_config, generator, device=device
             )
-        shape = noise.translation.shape[:3]  # [B, K, H]
-        copies = actions.to_vector()[:, None].expand(*shape, ACTION_DIM)
+        chunks_shape = noise.translation.shape[:3]  # [B, K, H]
+        copies = actions.to_vector()[:, None].expand(*chunks_shape, ACTION_DIM)
         data = Action.from_vector(copies)
         if action_mask is not None:
-            action_mask = action_mask[:, None].expand(shape)
+            action_mask = action_mask[:, None].expand(chunks_shape)
 
         # Flow time τ, one per chunk [B, K]. With committed actions, one per action [B, K, H], which
         # is 1 for committed ones.
         if tau is None:
-            num_draws = shape[:2].numel()
+            num_draws = chunks_shape[:2].numel()  # B · K
             tau = flow.sample_time(num_draws, self.flow_config, generator, device=device)
-            tau = tau.view(batch, -1)
+            tau = tau.view(batch, -1)  # [B, K]
             if self.config.committed:
                 is_committed = flow.sample_committed(
                     (*tau.shape, horizon), self.config.committed, generator, device
@@ -294,7 +294,8 @@ class Spear1ForActionPrediction(PreTrainedModel):
 
         # The loss of translation (R³), rotation (S³) and gripper, over all actions that are neither
         # masked nor committed.
-        if tau.dim() == 3:
+        has_tau_per_action = tau.dim() == 3
+        if has_tau_per_action:
             is_not_committed = tau < 1
             if action_mask is None:
                 action_mask = is_not_committed

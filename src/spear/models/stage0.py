@@ -71,20 +71,20 @@ class MogeForDepth(PreTrainedModel):
         columns = pixels.shape[3] // patch
 
         # The prediction, as an image of cells: [B, rows · cells, columns · cells].
-        cells_per_patch = self.head(self.moge(pixels)).float()  # [B, rows · columns, cells²]
-        grid = cells_per_patch.view(-1, rows, columns, cells, cells)
+        patch_log_depth = self.head(self.moge(pixels)).float()  # [B, rows · columns, cells²]
+        grid = patch_log_depth.view(-1, rows, columns, cells, cells)
         log_depth = grid.transpose(2, 3).reshape(-1, rows * cells, columns * cells)
 
         # The target: the mean log depth over the known pixels of each cell. A mean over all pixels,
-        # in which unknown ones are 0, is divided by the fraction of known pixels.
-        # The log of an unknown depth is set to 0.
+        # in which unknown ones are 0, is divided by the fraction of known pixels. An unknown depth
+        # becomes 1, whose log is 0.
         known_mask = (torch.isfinite(depth) & (depth > 0)).float()[:, None]  # [B, 1, h, w]
-        known_depth = torch.where(
+        depth_or_one = torch.where(
             known_mask > 0, depth[:, None].float(), torch.ones_like(known_mask)
         )
         size = log_depth.shape[1:]
         known_fraction = nn.functional.adaptive_avg_pool2d(known_mask, size)[:, 0]
-        known_log_depth = known_depth.log() * known_mask
+        known_log_depth = depth_or_one.log() * known_mask
         mean_log_depth = nn.functional.adaptive_avg_pool2d(known_log_depth, size)[:, 0]
         target = mean_log_depth / known_fraction.clamp_min(1e-6)
 

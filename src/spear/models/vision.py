@@ -227,7 +227,7 @@ def resample_positions(
     side = math.isqrt(len(table))
     if num_rows == num_columns == side:
         return table
-    can_cache = not isinstance(table, FakeTensor)  # under torch.compile, tensors have no values
+    can_cache = not isinstance(table, FakeTensor)  # fake tensors have no values to keep
     row_weights = _interpolation_weights(side, num_rows, offset, table.device, can_cache)
     column_weights = _interpolation_weights(side, num_columns, offset, table.device, can_cache)
     resampled_rows = row_weights @ table.double().view(side, -1)  # [num_rows, side · D]
@@ -235,24 +235,24 @@ def resample_positions(
     return grid.flatten(0, 1).to(table.dtype)
 
 
-# (side, count, offset, device) -> the result of `_interpolation_weights`.
+# (side, num_resampled, offset, device) -> the result of `_interpolation_weights`.
 _interpolation_cache: dict[Hashable, Tensor] = {}
 
 
 def _interpolation_weights(
-    side: int, count: int, offset: float, device: torch.device, can_cache: bool
+    side: int, num_resampled: int, offset: float, device: torch.device, can_cache: bool
 ) -> Tensor:
-    """The weight of each of `side` positions in each of `count` resampled ones, [count, side]."""
-    key = (side, count, offset, device)
+    """The weight of each of `side` positions in each resampled one, [num_resampled, side]."""
+    key = (side, num_resampled, offset, device)
     if key in _interpolation_cache and can_cache:
         return _interpolation_cache[key]
 
-    size_arguments: dict[str, Any] = {"size": (count, 1)}
+    size_arguments: dict[str, Any] = {"size": (num_resampled, 1)}
     if offset:
         # With an offset, MoGe gives PyTorch a scale instead of a size, and the weights depend on
-        # which of the two is given. PyTorch computes the size as side · scale = count + offset, and
-        # rounds it down to `count`.
-        size_arguments = {"scale_factor": ((count + offset) / side, 1.0)}
+        # which of the two is given. PyTorch computes the size as side · scale, which is
+        # num_resampled + offset, and rounds it down to `num_resampled`.
+        size_arguments = {"scale_factor": ((num_resampled + offset) / side, 1.0)}
     with torch.inference_mode(False), torch.no_grad():
         # Column i of the identity is an image [side, 1] that is 1 at position i. Resampled, it has
         # the weights of position i.

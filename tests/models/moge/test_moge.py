@@ -56,8 +56,8 @@ def resize_and_normalize(
 ) -> torch.Tensor:
     """The input of a model's encoder."""
     if isinstance(model, MogeV1):
-        patches, _ = model.resize_and_normalize(image, num_tokens)
-        return patches
+        encoder_input, _ = model.resize_and_normalize(image, num_tokens)
+        return encoder_input
     return model.resize_and_normalize(image, num_tokens)
 
 
@@ -84,12 +84,13 @@ def test_features_are_the_references(shared: Path, version: int, case: str) -> N
     recorded_layers = [8, 9, 10, 11] if version == 1 else [5, 11]
 
     image = torch.tensor(expected["image"])[None]
-    patches = resize_and_normalize(model, image, settings["num_tokens"])
-    layers = torch.cat(model.encoder.layers(patches, recorded_layers))
+    encoder_input = resize_and_normalize(model, image, settings["num_tokens"])
+    layers = torch.cat(model.encoder.layers(encoder_input, recorded_layers))
 
-    assert list(patches.shape[2:]) == settings["image_14_hw"]
+    # The reference calls the encoder's input `image_14`, after its patches of 14 pixels.
+    assert list(encoder_input.shape[2:]) == settings["image_14_hw"]
     if "features.image_14" in expected:
-        assert relative_error(patches[0], expected["features.image_14"]) < 5e-6
+        assert relative_error(encoder_input[0], expected["features.image_14"]) < 5e-6
     # The first token of a layer is the class token, the others are those of patches.
     assert relative_error(layers[:, 0], expected["features.cls"]) < 5e-6
     patch_features, step = get_subsampled(expected, "features.patch", {"": 1, "_s37": 37})
@@ -189,8 +190,8 @@ class TestVlmEncoder:
         fill_encoder(encoder, make_checkpoint(shared, version))
         expected = load_arrays(shared, case)
 
-        patches = torch.tensor(expected["features.image_14"])[None]
-        outputs = encoder.layers(patches, range(8, 12))
+        encoder_input = torch.tensor(expected["features.image_14"])[None]
+        outputs = encoder.layers(encoder_input, range(8, 12))  # the last four of 12 layers
         layers = [output[:, 1:] for output in outputs]  # without the class token
         features = torch.cat(layers, -1)
 

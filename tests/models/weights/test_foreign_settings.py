@@ -9,7 +9,7 @@ import pytest
 from refusals import Command, refuses
 from spear.models.presets import get_preset
 from spear.models.weights import foreign_settings
-from spear.models.weights.foreign_settings import Comparison, compare_settings
+from spear.models.weights.foreign_settings import COLUMNS, Comparison, compare_settings
 from spear.types import FlowConfig
 
 CONFIG = {
@@ -67,14 +67,16 @@ def test_a_value_is_found_and_compared(release: Path, name: str, value: str, ver
 def test_the_place_of_a_value_is_named(release: Path) -> None:
     order = find(compare_settings(release), "quaternion order")
 
-    assert order.to_row()[2] == "processing_spear.py: RotationConfig.quat_order"
+    assert (
+        order.to_row()[COLUMNS.index("place")] == "processing_spear.py: RotationConfig.quat_order"
+    )
 
 
 def test_a_setting_that_no_file_has_is_not_found(release: Path) -> None:
     flow_steps = find(compare_settings(release), "flow steps")
 
     assert flow_steps.verdict == "not found"
-    assert flow_steps.to_row()[1] == "–"
+    assert flow_steps.to_row()[COLUMNS.index("theirs")] == "–"
 
 
 def test_our_values_are_those_of_the_full_size_preset() -> None:

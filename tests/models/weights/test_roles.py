@@ -109,7 +109,8 @@ def disguise_names(shapes: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, .
 
 
 def test_names_that_say_nothing_are_placed_by_the_shapes_of_their_stack_at_full_size() -> None:
-    """All 87 layers are found, and in them each weight whose shape occurs once per layer."""
+    """All four stacks are found, which have 27, 24, 18 and 18 layers, and in them each weight whose
+    shape occurs once per layer."""
     roles = guess_roles(disguise_names(list_shapes("spear1")), "spear1")
 
     by_position = [role for role in roles if role.evidence == "shape and position"]
@@ -120,6 +121,7 @@ def test_names_that_say_nothing_are_placed_by_the_shapes_of_their_stack_at_full_
         "vlm.language_model.",
         "expert.",
     }
+    # The expert has 18 layers of width 1,024, with MLPs of width 4,096.
     down = next(r for r in by_position if r.group.shape == (1024, 4096) and r.group.count == 18)
     assert [candidate.name for candidate in down.candidates] == [
         "expert.layers.*.mlp.down_proj.weight"

@@ -159,13 +159,13 @@ class _LayerKernels:
         window: Any,
         bias: Tensor | None,
     ) -> None:
-        batch, length, depth = x.shape
+        batch, length, width = x.shape  # B, S, D
         self.cos, self.sin = rotations
         self.bias = bias
         self.scale = model.scale
         self.batch = batch
         self.length = length
-        self.depth = depth
+        self.width = width
         self.num_heads = model.num_heads
         self.head_dim = model.head_dim
         self.num_rows = batch * length
@@ -212,14 +212,14 @@ class _LayerKernels:
         each program writes one part of `squares`. So the number of parts is also the number of
         programs.
         """
-        self.num_square_parts = self.depth // OUTPUTS_PER_PROGRAM.value
-        self.scaled = x.new_empty(self.num_rows, self.depth)
+        self.num_square_parts = self.width // OUTPUTS_PER_PROGRAM.value
+        self.scaled = x.new_empty(self.num_rows, self.width)
         self.squares = x.new_empty(self.num_square_parts, self.padded_rows, dtype=torch.float32)
         self.norm_arguments = {
             "scaled_ptr": self.scaled,
             "squares_ptr": self.squares,
             "num_rows": self.num_rows,
-            "depth": self.depth,
+            "width": self.width,
             "eps": eps,
             "num_square_parts": self.num_square_parts,
             "PADDED_SQUARE_PARTS": triton.next_power_of_2(self.num_square_parts),
@@ -235,7 +235,7 @@ class _LayerKernels:
             scaled_ptr=self.scaled,
             squares_ptr=self.squares,
             num_rows=self.num_rows,
-            depth=self.depth,
+            width=self.width,
             PADDED_ROWS=self.padded_rows,
         )
 
@@ -327,7 +327,7 @@ class _LayerKernels:
             squares_ptr=self.squares,
             num_rows=self.num_rows,
             in_width=x.shape[1],
-            out_width=self.depth,
+            out_width=self.width,
             PADDED_ROWS=self.padded_rows,
             num_stages=NUM_STAGES_ADD_PRODUCT,
             **self.launch_options,
@@ -389,31 +389,31 @@ def _wait_for_previous_kernel(LAUNCHES_EARLY: tl.constexpr):
 
 
 @triton.jit
-def _load_inputs(x_ptr, begin, num_rows, depth, PADDED_ROWS: tl.constexpr):
-    """Load columns begin … begin + INPUTS_PER_STEP - 1 of the rows x [num_rows, depth].
+def _load_inputs(x_ptr, begin, num_rows, width, PADDED_ROWS: tl.constexpr):
+    """Load columns begin … begin + INPUTS_PER_STEP - 1 of the rows x [num_rows, width].
 
     The result is [NUM_WARPS, PADDED_ROWS, INPUTS_PER_WARP]: each warp has its share of the columns.
     """
     warp = tl.arange(0, NUM_WARPS)[:, None, None]
     row = tl.arange(0, PADDED_ROWS)[None, :, None]
     column = begin + warp * INPUTS_PER_WARP + tl.arange(0, INPUTS_PER_WARP)[None, None, :]
-    return tl.load(x_ptr + row * depth + column, mask=row < num_rows, other=0.0)
+    return tl.load(x_ptr + row * width + column, mask=row < num_rows, other=0.0)
 
 
 @triton.jit
-def _load_weights(weight_ptr, out_column, begin, depth):
+def _load_weights(weight_ptr, out_column, begin, width):
     """Load the weights of the same input columns for N outputs, [NUM_WARPS, INPUTS_PER_WARP, N].
 
-    The weight is [out, depth], and `out_column` [N] has the indices of the outputs.
+    The weight is [out, width], and `out_column` [N] has the indices of the outputs.
     """
     warp = tl.arange(0, NUM_WARPS)[:, None, None]
     in_column = begin + warp * INPUTS_PER_WARP + tl.arange(0, INPUTS_PER_WARP)[None, :, None]
-    return tl.load(weight_ptr + out_column[None, None, :] * depth + in_column)
+    return tl.load(weight_ptr + out_column[None, None, :] * width + in_column)
 
 
 @triton.jit
 def _store_for_norm(
-    x, scale_ptr, column, scaled_ptr, squares_ptr, num_rows, depth, PADDED_ROWS: tl.constexpr
+    x, scale_ptr, column, scaled_ptr, squares_ptr, num_rows, width, PADDED_ROWS: tl.constexpr
 ):
     """Store the inputs of the next norm, for x [PADDED_ROWS, N], which has N columns of all rows.
 
@@ -422,7 +422,7 @@ def _store_for_norm(
     `column` [N] has the indices of the columns.
     """
     row = tl.arange(0, PADDED_ROWS)
-    offset = row[:, None] * depth + column[None, :]
+    offset = row[:, None] * width + column[None, :]
     scaled = x * tl.load(scale_ptr + column)[None, :]
     tl.store(scaled_ptr + offset, scaled.to(scaled_ptr.dtype.element_ty), row[:, None] < num_rows)
     tl.store(squares_ptr + tl.program_id(0) * PADDED_ROWS + row, tl.sum(x * x, 1))
@@ -431,7 +431,7 @@ def _store_for_norm(
 @triton.jit
 def _multiply_normalized(
     scaled_ptr, squares_ptr, first_weight_ptr, second_weight_ptr, column,
-    num_rows, depth, eps, num_square_parts,
+    num_rows, width, eps, num_square_parts,
     PADDED_SQUARE_PARTS: tl.constexpr, PADDED_ROWS: tl.constexpr, LAUNCHES_EARLY: tl.constexpr,
 ):  # fmt: skip
     """Multiply the normalized rows with N rows of W₁ and N rows of W₂, both [out, D].
@@ -457,12 +457,12 @@ def _multiply_normalized(
     # the end. The warps are the first axis: `inputs` is [NUM_WARPS, PADDED_ROWS, INPUTS_PER_WARP].
     first_sums = tl.zeros([NUM_WARPS, PADDED_ROWS, PAIRED_OUTPUTS_PER_PROGRAM], tl.float32)
     second_sums = tl.zeros([NUM_WARPS, PADDED_ROWS, PAIRED_OUTPUTS_PER_PROGRAM], tl.float32)
-    for begin in range(0, depth, INPUTS_PER_STEP):
-        inputs = _load_inputs(scaled_ptr, begin, num_rows, depth, PADDED_ROWS)
-        first_sums += tl.dot(inputs, _load_weights(first_weight_ptr, column, begin, depth))
-        second_sums += tl.dot(inputs, _load_weights(second_weight_ptr, column, begin, depth))
+    for begin in range(0, width, INPUTS_PER_STEP):
+        inputs = _load_inputs(scaled_ptr, begin, num_rows, width, PADDED_ROWS)
+        first_sums += tl.dot(inputs, _load_weights(first_weight_ptr, column, begin, width))
+        second_sums += tl.dot(inputs, _load_weights(second_weight_ptr, column, begin, width))
 
-    inverse_rms = tl.rsqrt(tl.sum(squares, 0) / depth + eps)[:, None]
+    inverse_rms = tl.rsqrt(tl.sum(squares, 0) / width + eps)[:, None]
     return tl.sum(first_sums, 0) * inverse_rms, tl.sum(second_sums, 0) * inverse_rms
 
 
@@ -471,7 +471,7 @@ def _multiply_normalized(
 
 @triton.jit
 def _prepare_norm_kernel(
-    x_ptr, scale_ptr, scaled_ptr, squares_ptr, num_rows, depth, PADDED_ROWS: tl.constexpr
+    x_ptr, scale_ptr, scaled_ptr, squares_ptr, num_rows, width, PADDED_ROWS: tl.constexpr
 ):
     """Store the inputs of the first norm, whose rows are x [R, D]: see `_store_for_norm`.
 
@@ -481,8 +481,8 @@ def _prepare_norm_kernel(
     """
     row = tl.arange(0, PADDED_ROWS)[:, None]
     column = tl.program_id(0) * OUTPUTS_PER_PROGRAM + tl.arange(0, OUTPUTS_PER_PROGRAM)
-    x = tl.load(x_ptr + row * depth + column[None, :], row < num_rows, other=0.0).to(tl.float32)
-    _store_for_norm(x, scale_ptr, column, scaled_ptr, squares_ptr, num_rows, depth, PADDED_ROWS)
+    x = tl.load(x_ptr + row * width + column[None, :], row < num_rows, other=0.0).to(tl.float32)
+    _store_for_norm(x, scale_ptr, column, scaled_ptr, squares_ptr, num_rows, width, PADDED_ROWS)
 
 
 @triton.jit
@@ -490,7 +490,7 @@ def _project_qkv_kernel(
     scaled_ptr, squares_ptr, weight_ptr, cos_ptr, sin_ptr, query_ptr, cache_ptr,
     length, rotation_batch_stride, rotation_token_stride, cache_kind_stride, cache_batch_stride,
     NUM_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr,
-    num_rows, depth, eps, num_square_parts,
+    num_rows, width, eps, num_square_parts,
     PADDED_SQUARE_PARTS: tl.constexpr, PADDED_ROWS: tl.constexpr, LAUNCHES_EARLY: tl.constexpr,
 ):  # fmt: skip
     """Project the normalized rows to queries, keys and values, and rotate queries and keys.
@@ -514,11 +514,11 @@ def _project_qkv_kernel(
         0, PAIRED_OUTPUTS_PER_PROGRAM
     )
     half = HEAD_DIM // 2
-    first_weight_ptr = weight_ptr + head * HEAD_DIM * depth
-    second_weight_ptr = first_weight_ptr + half * depth
+    first_weight_ptr = weight_ptr + head * HEAD_DIM * width
+    second_weight_ptr = first_weight_ptr + half * width
     first_half, second_half = _multiply_normalized(
         scaled_ptr, squares_ptr, first_weight_ptr, second_weight_ptr, column,
-        num_rows, depth, eps, num_square_parts, PADDED_SQUARE_PARTS, PADDED_ROWS, LAUNCHES_EARLY,
+        num_rows, width, eps, num_square_parts, PADDED_SQUARE_PARTS, PADDED_ROWS, LAUNCHES_EARLY,
     )  # fmt: skip
 
     # Rotate. Head NUM_HEADS is the key head, NUM_HEADS + 1 the value head. Row r is token
@@ -687,7 +687,7 @@ def _add_product_kernel(
 @triton.jit
 def _gate_up_kernel(
     scaled_ptr, squares_ptr, weight_ptr, out_ptr, mlp_width,
-    num_rows, depth, eps, num_square_parts,
+    num_rows, width, eps, num_square_parts,
     PADDED_SQUARE_PARTS: tl.constexpr, PADDED_ROWS: tl.constexpr, LAUNCHES_EARLY: tl.constexpr,
 ):  # fmt: skip
     """The first half of the MLP, with GELU by its tanh approximation.
@@ -704,10 +704,10 @@ def _gate_up_kernel(
     column = tl.program_id(0) * PAIRED_OUTPUTS_PER_PROGRAM + tl.arange(
         0, PAIRED_OUTPUTS_PER_PROGRAM
     )
-    up_weight_ptr = weight_ptr + mlp_width * depth
+    up_weight_ptr = weight_ptr + mlp_width * width
     gate, up = _multiply_normalized(
         scaled_ptr, squares_ptr, weight_ptr, up_weight_ptr, column,
-        num_rows, depth, eps, num_square_parts, PADDED_SQUARE_PARTS, PADDED_ROWS, LAUNCHES_EARLY,
+        num_rows, width, eps, num_square_parts, PADDED_SQUARE_PARTS, PADDED_ROWS, LAUNCHES_EARLY,
     )  # fmt: skip
     row = tl.arange(0, PADDED_ROWS)[:, None]
     # GELU(gate) = gate · σ(2u), where 1.5957691216057308 is 2 √(2/π).

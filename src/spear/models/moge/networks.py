@@ -197,19 +197,19 @@ def upsample_output(raw_points: Tensor, raw_mask: Tensor, images: Tensor) -> tup
         return torch.cat([xy_over_z * z, z], dim=-1), mask[:, 0]
 
 
-def to_feature_map(layer: Tensor, patches: Tensor) -> Tensor:
+def to_feature_map(layer_output: Tensor, encoder_input: Tensor) -> Tensor:
     """Reshape a layer's output to an image of patches, without the class token.
 
     Args:
-        layer: The output [B, 1 + rows · columns, width].
-        patches: The encoder's input [B, 3, 14 · rows, 14 · columns], of which the size is read.
+        layer_output: [B, 1 + rows · columns, width].
+        encoder_input: [B, 3, 14 · rows, 14 · columns], of which only the size is read.
 
     Returns:
         [B, width, rows, columns].
     """
-    rows = patches.shape[2] // PATCH_SIZE_PX
-    columns = patches.shape[3] // PATCH_SIZE_PX
-    patch_features = layer[:, 1:]  # [B, rows · columns, width]
+    rows = encoder_input.shape[2] // PATCH_SIZE_PX
+    columns = encoder_input.shape[3] // PATCH_SIZE_PX
+    patch_features = layer_output[:, 1:]  # [B, rows · columns, width]
     return patch_features.mT.unflatten(2, (rows, columns))
 
 
@@ -293,16 +293,16 @@ class MogeV1(nn.Module):
         )
         # The largest size in whole patches.
         input_size = [side // PATCH_SIZE_PX * PATCH_SIZE_PX for side in head_size]
-        patches = nn.functional.interpolate(
+        encoder_input = nn.functional.interpolate(
             standardize(resized), input_size, mode="bilinear", antialias=True, align_corners=False
         )
-        return patches, head_size
+        return encoder_input, head_size
 
     def forward(self, images: Tensor, num_tokens: int) -> MogeOutput:
         """Points and mask of images, whose arguments are those of `resize_and_normalize`."""
-        patches, head_size = self.resize_and_normalize(images, num_tokens)
-        layers = self.encoder.layers(patches, self.feature_layers)
-        features = [to_feature_map(layer, patches) for layer in layers]
+        encoder_input, head_size = self.resize_and_normalize(images, num_tokens)
+        layer_outputs = self.encoder.layers(encoder_input, self.feature_layers)
+        features = [to_feature_map(output, encoder_input) for output in layer_outputs]
         raw_points, raw_mask = self.head(features, head_size)
         points, mask = upsample_output(raw_points, raw_mask, images)
         return MogeOutput(points, mask)
@@ -448,18 +448,18 @@ class MogeV2(nn.Module):
         )
         return standardize(resized)
 
-    def encode(self, patches: Tensor) -> tuple[Tensor, Tensor]:
+    def encode(self, encoder_input: Tensor) -> tuple[Tensor, Tensor]:
         """Encode normalized images [B, 3, 14 · rows, 14 · columns].
 
         Returns:
             The features [B, project width, rows, columns], which are the sum over the layers
             `feature_layers`; and the class token [B, width] of the last of these layers.
         """
-        layers = self.encoder.layers(patches, self.feature_layers)
+        layer_outputs = self.encoder.layers(encoder_input, self.feature_layers)
         projected = []
-        for projection, layer in zip(self.output_projections, layers, strict=True):
-            projected.append(projection(to_feature_map(layer, patches)))
-        class_token = layers[-1][:, 0]
+        for projection, output in zip(self.output_projections, layer_outputs, strict=True):
+            projected.append(projection(to_feature_map(output, encoder_input)))
+        class_token = layer_outputs[-1][:, 0]
         return torch.stack(projected).sum(dim=0), class_token
 
     def forward(self, images: Tensor, num_tokens: int) -> MogeOutput:

@@ -34,8 +34,15 @@ _CAPITAL_INSIDE = re.compile(r"(?<=[a-z0-9])(?=[A-Z])")  # the place before "S" 
 
 @dataclass(frozen=True)
 class Setting:
-    """A setting that a source's checkpoint may have; `names_spear1_franka.toml` has the meaning of
-    the fields."""
+    """A setting that a source's checkpoint may have, as `names_SOURCE.toml` describes it.
+
+    name             What the table calls it.
+    keys             Pattern that the whole name of the setting must match, in lower case.
+    our_value        Our value at full size.
+    known_of_theirs  What is known of the source's value.
+    agrees           Pattern that the whole value must match to agree with ours, as JSON in lower
+                     case. None if a person has to compare.
+    """
 
     name: str
     keys: str

@@ -12,7 +12,17 @@ from spear.models.presets import build_spear1_config, build_vlm_config, get_pres
 
 @dataclass(frozen=True)
 class Published:
-    """A network on the Hugging Face Hub. The file `published.toml` explains the fields."""
+    """A network on the Hugging Face Hub, from `published.toml`.
+
+    repository  Its name on the Hub.
+    revision    The commit of the repository.
+    files       Names of the files that are read, separated by commas, for people.
+    kind        The class that `build` makes: "MogeV1" or "MogeV2" (ours), "Pi0" or "PaliGemma"
+                (parts of a SPEAR-1), or the name of a class of Transformers.
+    config      The sizes of the network, in the form that its class takes.
+    names       Rules (our prefix, the files' prefix), which turn our names into those in the files.
+    shapes      Name in the files -> shape, of the tensors whose shapes differ from ours.
+    """
 
     repository: str
     revision: str
