@@ -504,7 +504,7 @@ def test_bad_input_is_named(tmp_path: Path, name: str, part_of_message: str) -> 
 @pytest.mark.parametrize(
     ("change", "cure"),
     [
-        (lambda data: data[:5700], "interrupted. Repeat it"),
+        (lambda data: data[:5700], "interrupted. Repeat it"),  # ends within the second header
         (gzip.compress, "compressed, so unpack it"),
         (bz2.compress, "compressed, so unpack it"),
     ],

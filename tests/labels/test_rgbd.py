@@ -208,7 +208,7 @@ def test_a_changed_file_changes_the_stamp_of_its_frame_only(
     scene = RgbdScene(folder)
     old_stamps = [scene.compute_stamp(i) for i in range(3)]
 
-    shutil.copy(folder / name.replace("1", "2"), folder / name)
+    shutil.copy(folder / name.replace("1", "2"), folder / name)  # the file of frame 2
 
     new_stamps = [scene.compute_stamp(i) for i in range(3)]
     assert new_stamps[0] == old_stamps[0]
@@ -250,29 +250,29 @@ WIDE_CAMERA = np.array([[80.0, 0, 33], [0, 82, 24], [0, 0, 1]])  # of 64 × 48 p
 NARROW_CAMERA = np.array([[150.0, 0, 47], [0, 140, 40], [0, 0, 1]])  # of 100 × 80 pixels
 
 
-def see_slanted_plane(camera: Array, width: int, height: int) -> Array:
+def compute_surface_depth(camera: Array, width: int, height: int) -> Array:
     """The depth [height, width] of a smooth surface that a camera sees."""
     rays = unproject(np.ones((height, width)), camera)  # [height, width, 3] at depth 1
     return (2 + 0.5 * rays[..., 0] + 0.3 * rays[..., 1]).astype(np.float32)
 
 
 def test_align_depth_looks_along_the_same_ray() -> None:
-    depth = see_slanted_plane(WIDE_CAMERA, 64, 48)
+    depth = compute_surface_depth(WIDE_CAMERA, 64, 48)
 
     aligned = align_depth(depth, k_depth=WIDE_CAMERA, k_image=NARROW_CAMERA, height=80, width=100)
 
     # Half a pixel of the wide camera is up to 0.5 / 80 of a ray's x and y, so depth is off by up to
     # (0.5 + 0.3) · 0.5 / 80 = 0.005.
-    expected = see_slanted_plane(NARROW_CAMERA, 100, 80)
+    expected = compute_surface_depth(NARROW_CAMERA, 100, 80)
     np.testing.assert_allclose(aligned, expected, atol=0.006)
 
 
 def test_align_depth_is_zero_outside_the_view_of_the_depth_camera() -> None:
-    depth = see_slanted_plane(NARROW_CAMERA, 64, 48)
+    depth = compute_surface_depth(NARROW_CAMERA, 64, 48)  # the first 64 × 48 pixels only
 
     aligned = align_depth(depth, k_depth=NARROW_CAMERA, k_image=WIDE_CAMERA, height=80, width=100)
 
-    assert aligned[0, 0] == 0
+    assert aligned[0, 0] == 0  # the corner of the wide view is outside the narrow one
 
 
 def test_a_frame_without_a_tracked_pose_has_no_extrinsics(

@@ -140,6 +140,7 @@ def _is_image_of_other_suffix(path: str) -> bool:
 
 
 def _make_file_item(path: str) -> Item:
+    # A broken link has no stamp. An error follows when its item is read.
     stamp = compute_stamp(path) if os.path.isfile(path) else None
     return Item(path, read_file, path, stamp=stamp)
 
@@ -181,7 +182,7 @@ class _Listing:
         A file whose suffix is not supported has no items.
         """
         suffix = os.path.splitext(path)[1].lower()
-        # Which images can be read depends on this machine, so a suffix may be in both.
+        # Which images can be read depends on this machine, so a suffix may be in both lists.
         if suffix not in IMAGE_SUFFIXES and UNSUPPORTED_SUFFIX.fullmatch(suffix):
             self.num_unsupported[suffix] += 1
         if os.path.isdir(path):
@@ -304,11 +305,11 @@ def list_parquet(path: str) -> Iterator[Item]:
         file = pq.ParquetFile(path)
     column = _find_image_column(file.schema_arrow, path)
     stamp = compute_stamp(path)
-    number = 0
+    image_number = 0
     for group in range(file.num_row_groups):
         for row in range(file.metadata.row_group(group).num_rows):
-            yield Item(f"{path}#{number}", read_parquet, path, (column, group, row), stamp)
-            number += 1
+            yield Item(f"{path}#{image_number}", read_parquet, path, (column, group, row), stamp)
+            image_number += 1
 
 
 def read_parquet(path: str, locations: Sequence[tuple[str, int, int]]) -> Iterator[Content]:
@@ -375,9 +376,9 @@ def list_video_frames(path: str, rate: float) -> Iterator[Item]:
     if not num_frames:
         raise SpearError(f"{path} does not say how long the video is. Remux it to .mp4.")
     stamp = compute_stamp(path)
-    # The numbers of the frames that are shown at these times; `groupby` drops repeated numbers.
-    # Adding 1e-6 corrects the rounding of products that should be integers.
-    indices = (int(number / rate * video_rate + 1e-6) for number in count())
+    # The indices of the frames that are shown at time_number / rate seconds; `groupby` drops
+    # repeated indices. Adding 1e-6 corrects the rounding of products that should be integers.
+    indices = (int(time_number / rate * video_rate + 1e-6) for time_number in count())
     for index, _ in groupby(indices):
         if index >= num_frames:
             return
@@ -403,12 +404,12 @@ def _measure_duration_s(container: Any, stream: Any) -> float:
     return float((end - start) * stream.time_base)
 
 
-def read_video_frames(path: str, times: Sequence[float]) -> Iterator[Array]:
+def read_video_frames(path: str, times_s: Sequence[float]) -> Iterator[Array]:
     """Read the frames of a video that are shown at some times, each decoded once.
 
     Args:
         path: The video.
-        times: Times in seconds from the start of the video, in rising order.
+        times_s: Times in seconds from the start of the video, in rising order.
 
     Yields:
         For each time, the frame [h, w, 3] uint8 RGB.
@@ -416,11 +417,11 @@ def read_video_frames(path: str, times: Sequence[float]) -> Iterator[Array]:
     Raises:
         SpearError: A time is after the last frame, or the video is broken there.
     """
-    remaining_times = list(times)
+    remaining_times_s = list(times_s)
     with open_video(path) as (container, stream):
         start_s = float((stream.start_time or 0) * stream.time_base)
         half_frame_s = 0.5 / float(stream.average_rate or 1000)  # half a ms if the rate is unknown
-        first_timestamp = int((start_s + remaining_times[0]) / stream.time_base)
+        first_timestamp = int((start_s + remaining_times_s[0]) / stream.time_base)
         container.seek(first_timestamp, stream=stream)  # to the last key frame before it
 
         # A frame is yielded for all times before the next frame starts, half a frame less, because
@@ -433,13 +434,13 @@ def read_video_frames(path: str, times: Sequence[float]) -> Iterator[Array]:
                 end_s = max(last_end_s, frame.time + 3 * half_frame_s)
             else:
                 end_s = next_frame.time - half_frame_s
-            while remaining_times and remaining_times[0] < end_s - start_s:
+            while remaining_times_s and remaining_times_s[0] < end_s - start_s:
                 yield _to_pixels(frame, stream)
-                remaining_times.pop(0)
-            if not remaining_times:
+                remaining_times_s.pop(0)
+            if not remaining_times_s:
                 return
     raise SpearError(
-        f"{path} ends before {remaining_times[0]:.2f} s, earlier than its header says. Write its "
+        f"{path} ends before {remaining_times_s[0]:.2f} s, earlier than its header says. Write its "
         "header again with `ffmpeg -i FILE -c copy NEW_FILE`, or leave it out."
     )
 

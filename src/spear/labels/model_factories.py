@@ -87,24 +87,24 @@ def resolve_factory(role: str, description: str, options: LabelOptions) -> Calla
         SpearError: The description is wrong, or its file does not exist.
     """
     first, plus, second = description.partition("+")
-    name, argument = parse_description(first)
+    name, weights_or_file = parse_description(first)
     check_known(role, MODELS_BY_ROLE[role], name)
     entry = MODELS_BY_ROLE[role][name]
     if name == "file":
-        if not argument or not Path(argument).is_file():
+        if not weights_or_file or not Path(weights_or_file).is_file():
             raise SpearError(f"{role} {first} names no existing file. Write file:PATH.")
         make_second = resolve_factory(role, second, options) if plus else None
-        return partial(_make_file_model, entry.location, argument, make_second)
+        return partial(_make_file_model, entry.location, weights_or_file, make_second)
     if plus:
         raise SpearError(
             f"{role} {description} is not possible, because only file:PATH leaves the rest to "
             f"another. Give {first} alone."
         )
-    if argument and "model" not in entry.arguments:
+    if weights_or_file and "model" not in entry.arguments:
         raise SpearError(
             f"{role} {first} names weights, but {name} has none. Leave out what follows its name."
         )
-    return partial(_make_model, entry, name, argument, options)
+    return partial(_make_model, entry, name, weights_or_file, options)
 
 
 def _make_file_model(location: str, path: str, make_second: Callable[[], Any] | None) -> Any:
@@ -190,15 +190,15 @@ def resolve_factories(options: LabelOptions) -> ModelFactories:
 def _check_options_have_effect(options: LabelOptions) -> None:
     """Raise `SpearError` if an option was set that none of the chosen models uses."""
     descriptions = (options.detector, options.segmenter, options.pointmap)
-    used = set[str]()
+    used_options = set[str]()
     for role, description in zip(MODELS_BY_ROLE, descriptions, strict=True):
         # After "+", if there is one: models that read files use none of these options.
         last_description = description.rpartition("+")[2]
         name, _ = parse_description(last_description)
-        used.update(MODELS_BY_ROLE[role][name].arguments)
-    unused = list_changed_options(options, *(OPTIONS_OF_SOME_MODELS - used))
-    if unused:
+        used_options.update(MODELS_BY_ROLE[role][name].arguments)
+    unused_options = list_changed_options(options, *(OPTIONS_OF_SOME_MODELS - used_options))
+    if unused_options:
         raise SpearError(
-            f"{min(unused)} has no effect on {', '.join(descriptions)}. Leave it out, or choose "
-            "a model that takes it."
+            f"{min(unused_options)} has no effect on {', '.join(descriptions)}. Leave it out, or "
+            "choose a model that takes it."
         )

@@ -76,7 +76,9 @@ class RgbdScene:
         self.folder = Path(folder)
         self._pairs, self.num_without_depth = _find_pairs(self.folder)
         self.sources = [str(color) for color, _ in self._pairs]
-        # Only scans have a depth camera with intrinsics of its own, and names of instances.
+        # `_camera` is [3, 3], the intrinsics of the color camera; `_size` is the (width, height) of
+        # its images, or (None, None) if the file does not contain them. Only scans have a depth
+        # camera with intrinsics of its own, and names of instances by number.
         self._depth_camera: Array | None = None
         self._names: dict[int, str] | None = None
         calibration = self.folder / "intrinsic"

@@ -262,7 +262,7 @@ def label_folder(
         if len(skipped_by_shard) < len(shards):
             remove_outdated_questions(out)
 
-        # Label the other shards.
+        # Label the other shards. `open_shards` maps their numbers to their items in batches.
         num_total = sum(len(shard) for shard in shards)
         num_before = sum(len(shards[number]) for number in skipped_by_shard)
         num_skipped_before = sum(len(skipped) for skipped in skipped_by_shard.values())

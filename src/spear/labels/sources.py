@@ -185,7 +185,7 @@ def read_episodes(folder: str, locations: Sequence[tuple[str, int, int, int]]) -
         if camera not in episode.images:
             camera = min(episode.images)
         # Spread the frames evenly: the first is at step 0, the last at the last step.
-        num_intervals = max(min(per_episode, num_steps) - 1, 1)
+        num_intervals = max(min(per_episode, num_steps) - 1, 1)  # between the frames
         step = number * (num_steps - 1) // num_intervals
         yield bytes(episode.images[camera][step])
 

@@ -331,6 +331,7 @@ def _read_group(
 
 
 def _flatten(values: Any) -> Array:
+    """Make a flat float32 array of an array, row by row."""
     return np.array(values, np.float32).ravel()
 
 

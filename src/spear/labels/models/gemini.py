@@ -429,20 +429,20 @@ def _to_pixel_box(item: _AnswerObject, height: int, width: int) -> Array:
             pixel wide or high.
     """
     y0, x0, y1, x1 = item.box_2d
-    box = f"the box {item.box_2d} of {item.label!r}"
+    box_text = f"the box {item.box_2d} of {item.label!r}"
     if y1 < y0 or x1 < x0:
-        raise UnusableAnswerError(f"{box} ends before it begins")
+        raise UnusableAnswerError(f"{box_text} ends before it begins")
     lowest = min(x0, y0)
     highest = max(x1, y1)
     is_in_range = lowest >= -MAX_OVERSHOOT and highest <= 1000 + MAX_OVERSHOOT
     is_fraction = highest <= 1  # of the image, instead of thousandths
     if not is_in_range or is_fraction:
-        raise UnusableAnswerError(f"{box} is not in thousandths of the image")
+        raise UnusableAnswerError(f"{box_text} is not in thousandths of the image")
 
     fractions = np.clip(np.array([x0, y0, x1, y1]) / 1000, 0, 1)
     x0, y0, x1, y1 = fractions * (width, height, width, height)
     if min(x1 - x0, y1 - y0) < 1:
-        raise UnusableAnswerError(f"{box} is less than a pixel wide or high")
+        raise UnusableAnswerError(f"{box_text} is less than a pixel wide or high")
     return np.array([x0, y0, x1, y1], np.float32)
 
 
@@ -471,10 +471,12 @@ def extract_text(response: Any, source: str) -> str:
         raise SpearError(
             f"Gemini blocked {source} ({feedback.block_reason.value}). Leave the image out."
         )
-    end = response.candidates[0].finish_reason if response.candidates else None
-    if end not in ("STOP", "MAX_TOKENS", "MALFORMED_RESPONSE", None):
-        raise SpearError(f"Gemini refused to answer {source} ({end.value}). Leave the image out.")
-    if end == "MAX_TOKENS":
+    finish_reason = response.candidates[0].finish_reason if response.candidates else None
+    if finish_reason not in ("STOP", "MAX_TOKENS", "MALFORMED_RESPONSE", None):
+        raise SpearError(
+            f"Gemini refused to answer {source} ({finish_reason.value}). Leave the image out."
+        )
+    if finish_reason == "MAX_TOKENS":
         raise UnusableAnswerError("cut off at the limit of tokens")
     if not response.text:
         raise UnusableAnswerError("empty")
