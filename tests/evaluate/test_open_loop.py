@@ -16,7 +16,7 @@ from spear.data.store.episode_store import EpisodeStore, write_episodes
 from spear.data.store.lerobot_write import write_lerobot
 from spear.evaluate.open_loop import (
     build_observations,
-    mean_action,
+    compute_mean_action,
     score_last_action,
     score_mean_action,
     score_policy,
@@ -126,9 +126,9 @@ def test_the_mean_rotation_is_the_same_for_both_signs() -> None:
     flipped_actions = actions.copy()
     flipped_actions[1, 3:7] *= -1
 
-    mean = mean_action(actions)
+    mean = compute_mean_action(actions)
 
-    np.testing.assert_allclose(mean, mean_action(flipped_actions), atol=1e-7)
+    np.testing.assert_allclose(mean, compute_mean_action(flipped_actions), atol=1e-7)
     mean_turn = Rotation.from_quat(mean[3:7], scalar_first=True)
     assert mean_turn.magnitude() == pytest.approx((0.2 + 0.5) / 2)
 

@@ -31,7 +31,7 @@ IDLE_ACTION = np.array([0, 0, 0, 1, 0, 0, 0, 1], np.float32)
 class Agent(Protocol):
     """Chooses actions for several running scenes at once.
 
-    name           the name that results have.
+    name           the name under which its results are saved and shown.
     weights        identity of the trained weights (`Spear1Policy.identity`); None for a baseline,
                    or if a server does not send the identity.
     needs_images   whether `act` uses the cameras; if not, no images are rendered for it.
@@ -157,7 +157,7 @@ def load_agent(policy: str, **loading: Any) -> Agent:
     """
     is_remote = policy.startswith(("ws://", "wss://"))
     if is_remote or policy in BASELINES:
-        _check_not_given(policy, loading)
+        _check_loading_options_are_default(policy, loading)
     if policy == "expert":
         return ExpertAgent()
     if policy == "nothing":
@@ -167,7 +167,7 @@ def load_agent(policy: str, **loading: Any) -> Agent:
     return _load_policy_agent(AgentOptions(policy, **loading))
 
 
-def _check_not_given(policy: str, loading: Mapping[str, Any]) -> None:
+def _check_loading_options_are_default(policy: str, loading: Mapping[str, Any]) -> None:
     """Raise `SpearError` if an option of loading has another value than its default."""
     for field, value in loading.items():
         if value != getattr(AgentOptions, field):

@@ -24,7 +24,7 @@ from spear.sim.render import get_thread_renderer
 from spear.sim.scene import FAMILIES, SceneSpec, held_out_seeds, sample_scene
 from spear.sim.shifts import Shift, shift_scene
 from spear.sim.world import SIMULATOR_VERSION, World
-from spear.sim.worlds import DEFAULT, place_in_world, validate_world
+from spear.sim.worlds import DEFAULT_WORLD, place_in_world, validate_world
 from spear.types import CONTROL_RATE_HZ, Array
 
 
@@ -56,7 +56,7 @@ def evaluate_tabletop(agent: Agent, options: TabletopOptions) -> tuple[Results, 
     }
     if options.execution == "async":
         settings["slow_actions"] = NUM_SLOW_ACTIONS
-    if options.world != DEFAULT:
+    if options.world != DEFAULT_WORLD:
         settings["world"] = validate_world(options.world)
     if options.shift is not None:
         settings["shift"] = str(Shift.parse(options.shift))
@@ -81,7 +81,8 @@ class _RunningScene:
 
     env           the environment that simulates the scene.
     executor      executes the agent's chunks in the execution mode of the options.
-    poses         the joint positions at each step so far, from which a film can be made.
+    track         the joint positions (MuJoCo's qpos, of the arm and of all objects) at each step so
+                  far, from which a film can be made.
     info          what the environment returned about the last step.
     unreachable   number of control steps whose target the arm could not reach.
     start_time_s  start of the episode, by `time.perf_counter`.
@@ -89,7 +90,7 @@ class _RunningScene:
 
     env: TabletopEnv
     executor: ChunkExecutor
-    poses: list[Array]
+    track: list[Array]
     info: Mapping[str, Any] = field(default_factory=dict)
     unreachable: int = 0
     start_time_s: float = field(default_factory=time.perf_counter)
@@ -143,7 +144,7 @@ class _Tabletop:
                 has_ended = _step_until_inference_or_end(scene)
                 if has_ended:
                     seconds = time.perf_counter() - scene.start_time_s
-                    yield _make_outcome(scene), seconds, scene.poses
+                    yield _make_outcome(scene), seconds, scene.track
                 else:
                     running.append(scene)
             scenes = running
@@ -183,8 +184,8 @@ class _Tabletop:
             ("external", (round(film.HEIGHT_PX * width / height), film.HEIGHT_PX)),
             ("wrist", (film.HEIGHT_PX, film.HEIGHT_PX)),
         ]
-        for step, pose in enumerate(track):
-            world.data.qpos[:] = pose
+        for step, joint_positions in enumerate(track):
+            world.data.qpos[:] = joint_positions
             mujoco.mj_forward(world.model, world.data)
             is_last = step == len(track) - 1
             external, wrist = get_thread_renderer().images(world, views)
@@ -210,7 +211,7 @@ def _step_until_inference_or_end(scene: _RunningScene) -> bool:
     """
     while not scene.executor.needs_chunk():
         scene.info = scene.env.physics_step(scene.executor.next_action())
-        scene.poses.append(scene.env.world.data.qpos.copy())
+        scene.track.append(scene.env.world.data.qpos.copy())
         scene.unreachable += scene.info["unreachable"]
         if scene.info["success"] or scene.env.steps >= MAX_STEPS:
             return True

@@ -56,7 +56,7 @@ class Comparison:
     rows          one row per family, and a last one for their mean.
     pairs         both outcomes of each shared scene.
     num_unshared  how many scenes are in only one of the results.
-    settings      the settings that differ, in words.
+    settings      the settings that differ, and warnings of unfinished results, in words.
     """
 
     first_name: str
@@ -173,10 +173,11 @@ def _describe_differing_settings(first: Results, second: Results) -> list[str]:
     for key in {**first.settings, **second.settings}:
         if key in IGNORED_SETTINGS:
             continue
-        a = first.settings.get(key, "not said")
-        b = second.settings.get(key, "not said")
-        if a != b:
-            differences.append(f"{key.replace('_', ' ')} {a} and {b}")
+        first_setting = first.settings.get(key, "not said")
+        second_setting = second.settings.get(key, "not said")
+        if first_setting != second_setting:
+            name = key.replace("_", " ")
+            differences.append(f"{name} {first_setting} and {second_setting}")
     return differences
 
 
@@ -185,21 +186,23 @@ def _make_row(name: str, strata: Sequence[Sequence[Pair]]) -> Row:
 
     Args:
         name: The row's name.
-        strata: The pairs of outcomes of each family.
+        strata: The pairs of outcomes of each family: one entry for the row of a family, several for
+            the row of their mean.
     """
     successes = []  # per family: success of each scene in the first and in the second results
     first_counts = []  # per family: (number of successes, number of scenes)
     second_counts = []
-    only_first = 0
+    only_first = 0  # scenes that succeeded only in the first results
     only_second = 0
     for pairs in strata:
-        first = [a.success for a, _ in pairs]
-        second = [b.success for _, b in pairs]
+        first = [first_outcome.success for first_outcome, _ in pairs]
+        second = [second_outcome.success for _, second_outcome in pairs]
         successes.append((first, second))
         first_counts.append((sum(first), len(first)))
         second_counts.append((sum(second), len(second)))
-        only_first += sum(a and not b for a, b in zip(first, second, strict=True))
-        only_second += sum(b and not a for a, b in zip(first, second, strict=True))
+        for has_first_succeeded, has_second_succeeded in zip(first, second, strict=True):
+            only_first += has_first_succeeded and not has_second_succeeded
+            only_second += has_second_succeeded and not has_first_succeeded
     difference, p = estimate_paired_difference(successes)
     return Row(
         name=name,
@@ -213,8 +216,11 @@ def _make_row(name: str, strata: Sequence[Sequence[Pair]]) -> Row:
 
 
 def format_row(row: Row) -> list[str]:
-    """Format a row: name, n, both rates, difference with interval, p, and on how many scenes only
-    the first and only the second succeeded.
+    """Format a row as the cells of a table.
+
+    Returns:
+        Name, n, both rates, the difference with its interval, the p-value, and "a : b" if only the
+        first succeeded on a scenes and only the second on b scenes.
     """
     return [
         row.name,

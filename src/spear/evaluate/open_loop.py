@@ -123,8 +123,8 @@ def score_policy(name: str, policy: Policy, store: EpisodeStore, batch: int = 32
     return _score_predictions(name, predict())
 
 
-def mean_action(actions: Array) -> Array:
-    """Return the action [8] that is nearest to many actions [N, 8].
+def compute_mean_action(actions: Array) -> Array:
+    """Compute the mean action [8] of many actions [N, 8].
 
     It has their mean translation and gripper value, and their chordal mean rotation. The chordal
     mean on S³ is the eigenvector of Σ q qᵀ with the largest eigenvalue, which does not depend on
@@ -153,11 +153,11 @@ def score_mean_action(
     for episode in _read_without_images(train):
         actions, is_known = canonicalize_actions(episode)
         known_actions.append(actions[is_known])
-    constant = mean_action(np.concatenate(known_actions))
+    mean_action = compute_mean_action(np.concatenate(known_actions))
 
     predictions = []
     for episode in _read_without_images(held_out):
-        chunks = np.tile(constant, (len(episode), horizon, 1))  # [T, H, 8]
+        chunks = np.tile(mean_action, (len(episode), horizon, 1))  # [T, H, 8]
         predictions.append((episode, chunks))
     return _score_predictions("mean action", predictions)
 

@@ -166,7 +166,9 @@ class Results:
 
     def summarize(self, family: str | None = None) -> Summary:
         """Summarize one family, or all episodes together if `family` is None."""
-        outcomes = [outcome for outcome in self.outcomes if family in (None, outcome.family)]
+        outcomes = self.outcomes
+        if family is not None:
+            outcomes = [outcome for outcome in outcomes if outcome.family == family]
         rates = {}
         for milestone in MILESTONES:
             num_true = sum(getattr(outcome, milestone) for outcome in outcomes)
@@ -378,9 +380,9 @@ class Journal:
             )
 
         # The scenes that no journal announces yet.
-        missing: set[SceneId] = set()
+        unannounced: set[SceneId] = set()
         for family, seeds in scenes.items():
-            missing |= {(family, seed) for seed in seeds}
+            unannounced |= {(family, seed) for seed in seeds}
         for path in journals:
             results = read_journal(path)
             difference = describe_difference(_to_header(results), {"policy": policy, **settings})
@@ -390,7 +392,7 @@ class Journal:
                     "remove it."
                 )
             self.outcomes |= {outcome.scene: outcome for outcome in results.outcomes}
-            missing -= results.wanted
+            unannounced -= results.wanted
 
         self._path = folder / f"episodes-{shard[0]}-of-{shard[1]}.jsonl"
         if self._path.is_file():
@@ -401,7 +403,7 @@ class Journal:
         self._header_lines: list[Any] = [
             {"policy": policy, "settings": to_plain_json(settings)},
         ]
-        if missing:
+        if unannounced:
             all_scenes = {family: list(seeds) for family, seeds in scenes.items()}
             self._header_lines.append({"scenes": all_scenes})
 

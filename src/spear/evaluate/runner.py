@@ -174,12 +174,12 @@ class _Evaluation(Generic[Track]):
 
     @property
     def records_tracks(self) -> bool:
-        """Whether tracks are recorded of all episodes.
+        """Whether the tracks of all episodes are recorded when the episodes run for the first time.
 
-        They are if all failures or all episodes are filmed ("failures", "all"), or if recording
-        them costs hardly any time.
+        They are recorded if all failures or all episodes are filmed ("failures", "all"). If only a
+        number of films is wanted, they are recorded if that costs hardly any time.
         """
-        films = self.options.videos
+        films = self.options.videos  # "failures", "all", or a number of films
         if isinstance(films, str):
             return True
         return films > 0 and self.simulator.has_cheap_tracks
@@ -188,9 +188,9 @@ class _Evaluation(Generic[Track]):
     def films_at_once(self) -> bool:
         """Whether each film is made when its episode ends, so that its track can be deleted.
 
-        So it is if `videos` is "all" or "failures": whether an episode is filmed is then known when
-        it ends. Tracks of many episodes would need much memory, because in SIMPLER a track has the
-        image of each step.
+        This is possible if `videos` is "all" or "failures", because an episode's outcome then says
+        whether it is filmed. Tracks of many episodes would need much memory, because in SIMPLER a
+        track has the image of each step.
         """
         return isinstance(self.options.videos, str)
 
@@ -209,8 +209,8 @@ class _Evaluation(Generic[Track]):
         with ProgressBar(title, len(seeds), "scenes", num_done_before=len(outcomes)) as bar:
             tracks = self._run_episodes(family, seeds, outcomes, bar)
             ended = [outcomes[seed] for seed in seeds]
-            without_track = self._make_films(ended, tracks)
-            self._film_again(family, seeds, without_track, outcomes, bar)
+            seeds_without_track = self._make_films(ended, tracks)
+            self._film_again(family, seeds, seeds_without_track, outcomes, bar)
         return ended
 
     def _run_episodes(
@@ -284,25 +284,25 @@ class _Evaluation(Generic[Track]):
         Returns:
             The seeds of selected episodes that have no track.
         """
-        without_track = []
+        seeds_without_track = []
         for outcome in self._select_filmed(ended):
             name = outcome.film_name
             is_on_disk = self.options.out is not None and (self.options.out / name).is_file()
             if name in self._films or is_on_disk:
                 continue
             if outcome.seed not in tracks:
-                without_track.append(outcome.seed)
+                seeds_without_track.append(outcome.seed)
                 continue
             frames = self.simulator.render_film(outcome, tracks[outcome.seed])
             new_film = Film(outcome, film.encode_film(frames, CONTROL_RATE_HZ))
             self._films[name] = new_film
             if self.options.out:
                 write_bytes(self.options.out / name, new_film.data)
-        return without_track
+        return seeds_without_track
 
     def _select_filmed(self, ended: Sequence[Outcome]) -> list[Outcome]:
         """Select the episodes that the options want to be filmed."""
-        films = self.options.videos
+        films = self.options.videos  # "failures", "all", or a number of successes and of failures
         successes = [outcome for outcome in ended if outcome.success]
         failures = [outcome for outcome in ended if not outcome.success]
         if isinstance(films, int):

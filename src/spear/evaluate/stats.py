@@ -157,9 +157,10 @@ def estimate_paired_difference(
     n = 0
     num_added = 1 / len(strata)  # scenes added in each stratum to each side
     for first, second in strata:
-        a = np.asarray(first)
+        a = np.asarray(first)  # [scenes] bool, whether the first succeeded
         b = np.asarray(second)
-        if a.dtype != bool or b.dtype != bool or a.shape != b.shape or not a.size:
+        has_success_values = a.dtype == bool and b.dtype == bool and a.size > 0
+        if not has_success_values or a.shape != b.shape:
             raise ValueError(f"{a.dtype} {a.shape} cannot be compared with {b.dtype} {b.shape}")
         num_scenes = a.size + 2 * num_added  # with the added ones
         num_only_first = (a & ~b).sum()
@@ -236,18 +237,18 @@ def estimate_difference_over_seeds(first: Sequence[Array], second: Sequence[Arra
         second: Success in the same shapes. Entries with the same index are of the same scene; the
             seeds are paired by their order.
     """
-    a = _to_success_tables(first)
-    b = _to_success_tables(second)
-    shapes_a = [table.shape for table in a]
-    shapes_b = [table.shape for table in b]
-    if shapes_a != shapes_b:
-        raise ValueError(f"{shapes_a} cannot be compared with {shapes_b}")
+    first_tables = _to_success_tables(first)
+    second_tables = _to_success_tables(second)
+    first_shapes = [table.shape for table in first_tables]
+    second_shapes = [table.shape for table in second_tables]
+    if first_shapes != second_shapes:
+        raise ValueError(f"{first_shapes} cannot be compared with {second_shapes}")
 
     differences = []  # [seeds, scenes] of -1, 0 and 1 per family
-    pairs = []
-    for table_a, table_b in zip(a, b, strict=True):
-        differences.append(table_a.astype(float) - table_b)
-        pairs.append((table_a.ravel().tolist(), table_b.ravel().tolist()))
+    pairs = []  # per family: success of all episodes in `first` and in `second`
+    for first_table, second_table in zip(first_tables, second_tables, strict=True):
+        differences.append(first_table.astype(float) - second_table)
+        pairs.append((first_table.ravel().tolist(), second_table.ravel().tolist()))
     mean, half_width = _crossed_interval(differences)
     independent, _ = estimate_paired_difference(pairs)
     return _widen(mean, half_width, independent, lower_bound=-1.0)

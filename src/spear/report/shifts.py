@@ -9,7 +9,7 @@ from pathlib import Path
 
 from spear.evaluate.shift_suite import UNSHIFTED, ShiftResult
 from spear.evaluate.vqa.measures import format_measure
-from spear.evaluate.vqa.shift_suite import ShiftedErrors, name_error
+from spear.evaluate.vqa.shift_suite import ShiftedErrors, choose_error_measure
 from spear.report.page import render
 from spear.report.plot import Bar, draw_bars, make_rate_bars
 from spear.sim.shifts import AXES
@@ -70,7 +70,7 @@ def _draw_errors(results: Sequence[ShiftedErrors], question_type: str) -> str:
         axis, name = (UNSHIFTED, UNSHIFTED)
         if result.shift is not None:
             axis, name = (result.shift.axis, f"level {result.shift.level}")
-        text = format_measure(name_error(question_type), error)
+        text = format_measure(choose_error_measure(question_type), error)
         low, high = error.low, error.high
         interval = (None, None) if math.isnan(low) else (low, high)
         bars_by_axis.setdefault(axis, []).append(Bar(name, error.value, text, *interval))

@@ -107,7 +107,9 @@ class Servo:
         target_position, target_rotation, is_too_low = self._add_to_target(translation, rotation)
         joints = solve_joints(self._joint_command, target_position, target_rotation)
         reached_position, reached_rotation = compute_ee_pose(joints)
-        is_missed = _is_far(reached_position, reached_rotation, target_position, target_rotation)
+        is_missed = _is_target_missed(
+            reached_position, reached_rotation, target_position, target_rotation
+        )
 
         # If a joint would be too fast, all joints make a shorter step in the same direction.
         control_step_s = PHYSICS_STEPS_PER_CONTROL_STEP * self._model.opt.timestep
@@ -190,10 +192,10 @@ def split_action(action: NDArray[np.floating]) -> tuple[Floats, Floats, float]:
     return values[:3], values[3:7] / norm, float(values[7])
 
 
-def _is_far(
+def _is_target_missed(
     position: Floats, rotation: Floats, target_position: Floats, target_rotation: Floats
 ) -> bool:
-    """Return whether a pose misses a target by more than the tolerance."""
+    """Return whether a pose is farther from a target than the tolerance."""
     distance_m = euclidean_norm(position - target_position)
     angle_rad = euclidean_norm(rotation_vector_between(rotation, target_rotation))
     return distance_m > REACHED_TOLERANCE_M or angle_rad > REACHED_TOLERANCE_RAD

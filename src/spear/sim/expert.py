@@ -251,13 +251,14 @@ def _find_grasp(world: World) -> _Grasp:
     if kind.round:
         # If the object stands, any yaw fits. If it lies, the fingers close across its axis.
         axis = axes[:, 2]
-        is_standing = abs(axis[2]) > 0.8
+        is_standing = abs(axis[2]) > 0.8  # at most 37° from the vertical
         yaws = None if is_standing else [math.atan2(axis[1], axis[0])]
         return _Grasp(point, yaws, 2 * float(half[0]))
 
     # The axes of the box along which the fingers can close: about horizontal, and short enough.
     closing_axes = []
     for i in range(3):
+        # A vertical component of 0.4 is 24° from the horizontal.
         if abs(axes[2, i]) < 0.4 and half[i] < MAX_GRASP_HALF_WIDTH_M:
             closing_axes.append(i)
     if not closing_axes:
@@ -277,7 +278,12 @@ def _nearest_yaw(yaw: float, fitting_yaws: list[float] | None) -> float:
     # After half a turn the gripper grasps in the same way, so each yaw fits in two directions.
     choices = [yaw + _wrap(fitting_yaw - yaw, math.pi) for fitting_yaw in fitting_yaws]
     choices += [choice - math.copysign(math.pi, choice) for choice in choices]
-    return min(choices, key=lambda choice: (abs(choice) > MAX_YAW_RAD, abs(choice - yaw)))
+
+    def measure_effort(choice: float) -> tuple[bool, float]:
+        """A yaw beyond the limit loses against any within it; otherwise the nearer yaw wins."""
+        return abs(choice) > MAX_YAW_RAD, abs(choice - yaw)
+
+    return min(choices, key=measure_effort)
 
 
 def _measure_yaw_and_tilt(rotation: Floats) -> tuple[float, float]:

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from spear.errors import SpearError, check_known
 from spear.sim.control import HIDDEN_GROUP
 from spear.sim.scene import sample_clutter_scene
-from spear.sim.world import GRIPPER_NAME, World, build_base_spec, half_extent, list_cameras
+from spear.sim.world import GRIPPER_NAME, World, build_base_spec, compute_half_extent, list_cameras
 from spear.types import Frame
 
 ImageSize = tuple[int, int]
@@ -204,9 +204,11 @@ def _make_gl_context(width: int, height: int) -> Any:
 def _to_meters(depth_buffer: NDArray[np.float32], world: World) -> NDArray[np.float32]:
     """Convert a depth buffer, which is 1 at the near and 0 at the far plane, to meters."""
     extent = world.model.stat.extent
-    near = world.model.vis.map.znear * extent
-    far = world.model.vis.map.zfar * extent
-    return (near * far / (near + depth_buffer * (far - near))).astype(np.float32)
+    near_m = world.model.vis.map.znear * extent
+    far_m = world.model.vis.map.zfar * extent
+    # The buffer is linear in 1 / depth.
+    depth_m = near_m * far_m / (near_m + depth_buffer * (far_m - near_m))
+    return depth_m.astype(np.float32)
 
 
 def get_thread_renderer() -> Renderer:
@@ -318,8 +320,8 @@ def _compute_gripper_box(world: World) -> NDArray[np.float64]:
     high = np.full(3, -np.inf)
     for geom in np.flatnonzero(world.instance_of_geom == gripper_instance):
         rotation = axes.T @ data.geom_xmat[geom].reshape(3, 3)
-        half = half_extent(model.geom_type[geom], model.geom_size[geom], rotation)
+        half_size = compute_half_extent(model.geom_type[geom], model.geom_size[geom], rotation)
         center = axes.T @ (data.geom_xpos[geom] - origin)
-        low = np.minimum(low, center - half)
-        high = np.maximum(high, center + half)
+        low = np.minimum(low, center - half_size)
+        high = np.maximum(high, center + half_size)
     return (low + _UNIT_CORNERS * (high - low)) @ axes.T + origin

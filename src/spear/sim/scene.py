@@ -198,18 +198,18 @@ def sample_clutter_scene(seed: int) -> SceneSpec:
 
     # The gripper: in half of the scenes fully open; in most over an object that it could grasp.
     opening = float(rng.choice([1.0, rng.uniform(0.0, 1.0)]))
-    graspable = [
+    graspable_indices = [
         index
         for index, scene_object in enumerate(objects)
         if OBJECT_KINDS[scene_object.kind].grasp is not None
     ]
     xy = np.array([rng.uniform(*WORKSPACE_X_M), rng.uniform(*WORKSPACE_Y_M)])
-    if graspable and rng.random() < 0.7:
-        approached_object = objects[int(rng.choice(graspable))]
+    if graspable_indices and rng.random() < 0.7:
+        approached_object = objects[int(rng.choice(graspable_indices))]
         xy = np.array(approached_object.position[:2]) + rng.normal(0, 0.03, 2)
     held_object = None
-    if graspable and rng.random() < 0.25:
-        held_object = int(rng.choice(graspable))
+    if graspable_indices and rng.random() < 0.25:
+        held_object = int(rng.choice(graspable_indices))
     # In half of the scenes low over the table, and in half nearly straight down
     height = float(rng.choice([rng.uniform(0.02, 0.12), rng.uniform(0.06, 0.32)]))
     max_tilt_deg = float(rng.choice([3.0, 20.0]))

@@ -50,6 +50,8 @@ TRAINING_START_RANGE_M = 0.08
 `NOMINAL_START_POSITION_M`, m."""
 TRAINING_YAW_DEG = 30.0
 """The largest angle by which the gripper is turned at the start in training, degrees."""
+MIN_LATERAL_GAP_M = 0.03
+"""An object is left or right of another one if it is by more than this in the camera's image, m."""
 MIN_START_HEIGHT_M = 0.12
 """The gripper never starts lower than this, because it would touch objects."""
 
@@ -281,7 +283,8 @@ def _draw_unseen_instruction(scene: SceneSpec, level: int, rng: np.random.Genera
     Level 1 has unseen templates, level 2 also unseen synonyms and polite phrases. Level 3 also
     describes the source by where it lies instead of by name, if that is unambiguous.
     """
-    source, target = scene.objects[SOURCE_INDEX], scene.objects[TARGET_INDEX]
+    source = scene.objects[SOURCE_INDEX]
+    target = scene.objects[TARGET_INDEX]
     is_in_bowl = scene.family == "put_on" and target.kind == "bowl"
     template = _pick_word(UNSEEN_TEMPLATES["put_in_bowl" if is_in_bowl else scene.family], rng)
     if level == 1:
@@ -307,19 +310,18 @@ def describe_by_relation(scene: SceneSpec, index: int) -> str | None:
         For example "thing left of the plate"; None if every description fits several objects.
     """
     lateral_m = _measure_lateral_offsets(scene)
-    candidates = [
+    graspable_indices = [
         i for i, scene_object in enumerate(scene.objects) if scene_object.kind in GRASPABLE
     ]
     anchors = [i for i in range(len(scene.objects)) if i != index]
     for anchor in anchors:
         for word, sign in (("left", -1), ("right", 1)):
-            # An object counts as left or right of the anchor if it is by more than 3 cm.
-            matching = [
-                i
-                for i in candidates
-                if i != anchor and sign * (lateral_m[i] - lateral_m[anchor]) > 0.03
-            ]
-            if matching == [index]:
+            matching_indices = []
+            for candidate in graspable_indices:
+                gap_m = sign * (lateral_m[candidate] - lateral_m[anchor])  # the anchor's own is 0
+                if gap_m > MIN_LATERAL_GAP_M:
+                    matching_indices.append(candidate)
+            if matching_indices == [index]:
                 return f"thing {word} of the {scene.objects[anchor].kind}"
     return None
 

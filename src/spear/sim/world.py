@@ -148,8 +148,8 @@ class World:
         assert body.kind.grasp is not None
         # Center and half-sizes of the box to grasp, in the object's frame.
         center = np.array(body.kind.grasp[0])
-        half = np.array(body.kind.grasp[1])
-        self.servo.set_pose(position, rotation, float(half[1]) / FINGER_TRAVEL_M)
+        half_size = np.array(body.kind.grasp[1])
+        self.servo.set_pose(position, rotation, float(half_size[1]) / FINGER_TRAVEL_M)
 
         # The box's center has to be at the end-effector. The sum is the product of the matrix and
         # the vector `center`; unlike `@`, it rounds alike on every processor.
@@ -159,8 +159,8 @@ class World:
         object_position = ee_position - (matrix.reshape(3, 3) * center).sum(1)
         # The object's pose in `qpos`: position [3], then quaternion [4].
         object_joint = self.model.body_jntadr[body.body_id]
-        start = self.model.jnt_qposadr[object_joint]
-        self.data.qpos[start : start + 7] = np.concatenate([object_position, ee_rotation])
+        first_qpos = self.model.jnt_qposadr[object_joint]
+        self.data.qpos[first_qpos : first_qpos + 7] = np.concatenate([object_position, ee_rotation])
         mujoco.mj_forward(self.model, self.data)
 
     def object_position(self, index: int) -> Floats:
@@ -265,15 +265,15 @@ def _measure_extent(kind: ObjectKind) -> tuple[Floats, Floats]:
         if not primitive.visible:
             continue
         mujoco.mju_quat2Mat(rotation, _euler_to_quaternion(primitive.euler))
-        half = half_extent(
+        half_size = compute_half_extent(
             _GEOM_TYPES[primitive.shape], np.array(primitive.size), rotation.reshape(3, 3)
         )
-        lows.append(np.array(primitive.pos) - half)
-        highs.append(np.array(primitive.pos) + half)
+        lows.append(np.array(primitive.pos) - half_size)
+        highs.append(np.array(primitive.pos) + half_size)
     return np.min(lows, axis=0), np.max(highs, axis=0)
 
 
-def half_extent(shape: int, size: Floats, rotation: Floats) -> Floats:
+def compute_half_extent(shape: int, size: Floats, rotation: Floats) -> Floats:
     """Return half the extent [3] of a rotated primitive along the axes of another frame.
 
     Args:
@@ -337,21 +337,25 @@ def _draw_task_textures() -> dict[str, Any]:
     side = TEXTURE_SIDE_PX
     x, y = np.meshgrid(np.arange(side) / side, np.arange(side) / side)
 
+    # Wood: bands across x, and fibers along x that bend a little.
     wave: Any = 0
     for frequency, phase in ((3, 0.1), (7, 0.4), (17, 0.8), (31, 0.3)):
         wave = wave + np.sin(2 * math.pi * (frequency * x + phase)) / frequency
     fiber = np.sin(2 * math.pi * (2 * y + 0.2 * np.sin(2 * math.pi * 2 * x)))
     wood = 0.86 + 0.07 * wave + 0.03 * fiber
 
+    # Planks: wood with dark gaps, and another brightness for each of the four planks.
     gap = 1 - 0.25 * ((x * 4) % 1 < 0.04)
     plank_brightness = 0.92 + 0.08 * rng.random(4)[(x * 4).astype(int)]
     planks = wood * gap * plank_brightness
 
+    # Cloth: crossing threads, with noise.
     threads_x = np.sign(np.sin(2 * math.pi * 32 * x))
     threads_y = np.sign(np.sin(2 * math.pi * 32 * y))
     cloth = 0.90 + 0.05 * threads_x * threads_y
     cloth = cloth + rng.normal(0, 0.02, (side, side))
 
+    # Tiles: two by two, with dark joints and noise.
     is_joint = ((x * 2) % 1 < 0.03) | ((y * 2) % 1 < 0.03)
     tiles = 0.95 - 0.20 * is_joint + rng.normal(0, 0.008, (side, side))
     return {"wood": wood, "planks": planks, "cloth": cloth, "tiles": tiles}

@@ -39,11 +39,11 @@ from spear.sim.scene import (
 )
 from spear.sim.textures import WILD_TEXTURES
 
-DEFAULT = "default"
+DEFAULT_WORLD = "default"
 WILD = "wild"
 VARIED = "varied"
 COLORFUL = "colorful"
-_WORLDS_OF_SCENES = (DEFAULT, WILD, VARIED, COLORFUL)
+_WORLDS_OF_SCENES = (DEFAULT_WORLD, WILD, VARIED, COLORFUL)
 """The worlds whose surroundings are drawn for each scene. Laboratories are the other worlds."""
 _LAB = re.compile(r"(colorful-)?lab:(\d{1,6})")  # "lab:7", one laboratory
 _LABS = re.compile(r"(colorful-)?labs:([1-9]\d{0,6})")  # "labs:20", each scene in one of 20
@@ -137,7 +137,7 @@ def place_in_world(scene: SceneSpec, name: str) -> SceneSpec:
         SpearError: there is no such world.
     """
     validate_world(name)
-    if name == DEFAULT:
+    if name == DEFAULT_WORLD:
         return scene
 
     labs = _LABS.fullmatch(name)
@@ -219,6 +219,7 @@ def light_from_above(rng: np.random.Generator) -> Vec3:
 def _wild_look(appearance: SceneAppearance, rng: np.random.Generator) -> SceneAppearance:
     """Draw the appearance of a wild world, with a camera around the one of `appearance`."""
     orbit = CameraOrbit.of(appearance)
+    # The target is moved by up to 6 cm along x and y, and by up to 3 cm along z.
     center = np.array(appearance.target) + rng.uniform(-0.06, 0.06, 3) * (1, 1, 0.5)
     camera = CameraOrbit(
         target=(float(center[0]), float(center[1]), float(center[2])),

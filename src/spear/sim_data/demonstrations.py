@@ -19,7 +19,7 @@ from spear.sim.record import InterveningPolicy, format_episode_source, record_ep
 from spear.sim.render import ImageSize
 from spear.sim.scene import FAMILIES
 from spear.sim.world import SIMULATOR_VERSION
-from spear.sim.worlds import DEFAULT, validate_world
+from spear.sim.worlds import DEFAULT_WORLD, validate_world
 from spear.types import Episode
 from spear.util.files import check_no_foreign_files
 from spear.util.fingerprints import fingerprint_checkpoint
@@ -98,7 +98,9 @@ def record_demonstrations(  # noqa: PLR0913  the options of its command
             world=world,
         )
 
-    simulator = SIMULATOR_VERSION if world == DEFAULT else f"{SIMULATOR_VERSION}, world {world}"
+    simulator = (
+        SIMULATOR_VERSION if world == DEFAULT_WORLD else f"{SIMULATOR_VERSION}, world {world}"
+    )
     return record_successes(out, sources, record_from, image_sizes, policy, simulator)
 
 
@@ -140,13 +142,13 @@ def record_successes(
     with acquire_run_lock(out, "recording into", SETTINGS_FILE):
         remove_unfinished_shards(out)
         progress = _Progress(num_recorded=0, num_tried=0)
-        if list_shards(out):
+        has_episodes = bool(list_shards(out))
+        if has_episodes:
             progress = _read_progress(out, sources, image_sizes)
         settings = {
             "simulator": simulator_version,
             "policy": None if policy is None else fingerprint_checkpoint(policy.folder),
         }
-        has_episodes = bool(list_shards(out))
         record_or_check_settings(out / SETTINGS_FILE, settings, is_resuming=has_episodes)
 
         bar = ProgressBar(

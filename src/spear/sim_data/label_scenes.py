@@ -131,12 +131,12 @@ def label_scenes(  # noqa: PLR0913  the options of its command
             settings.
     """
     from spear.sim.world import SIMULATOR_VERSION
-    from spear.sim.worlds import DEFAULT, validate_world
+    from spear.sim.worlds import DEFAULT_WORLD, validate_world
 
     validate_world(world)
     # Defaults are not recorded, so that folders of older versions can be continued.
     settings = {"first_seed": first_seed, "sizes": dict(sizes), "simulator": SIMULATOR_VERSION}
-    if world != DEFAULT:
+    if world != DEFAULT_WORLD:
         settings["world"] = world
     if not shows_robot:
         settings["shows_robot"] = False
@@ -253,7 +253,7 @@ def label_scene_jobs(
         num_finished = num_scenes - _count_scenes(job for _, job in open_jobs)
         bar = ProgressBar("labelling", num_scenes, "scenes", num_done_before=num_finished)
         label_job = partial(_label_job, out, simulator.render, label_frames)
-        num_processes = workers if workers > 1 else 0
+        num_processes = workers if workers > 1 else 0  # with 0, this process labels
         with (
             bar,
             processes.open_worker_pool(num_processes, preload=__name__, advice=advice) as pool,

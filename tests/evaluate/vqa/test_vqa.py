@@ -414,7 +414,7 @@ def simulate_calibration(overconfidence: float) -> Calibration:
         truth = rng.normal(0.4, 0.1, 3)
         prediction = truth + rng.normal(0, sigma, 3)
         distribution = make_distribution(prediction, sigma / overconfidence)
-        certainty = Certainty.of(distribution, truth, scales=np.full(3, 0.5))
+        certainty = Certainty.measure(distribution, truth, scales=np.full(3, 0.5))
         relative_error_percent = float(100 * certainty.relative_error.mean())
         answers.append(ScoredAnswer(image, certainty, relative_error_percent))
     factor = compute_spread_factor([answer.certainty for answer in answers[:150]])

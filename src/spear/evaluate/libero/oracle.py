@@ -197,15 +197,16 @@ def is_fulfilled(condition: Sequence[str], moment: LiberoMoment) -> bool:
 
     An object that has to be put somewhere must be there, and the gripper must have let go of it.
     """
-    if condition[0] == "turnon":
-        return moment.joints[f"{condition[1]}_button"] > ON_ANGLE_RAD
-    if condition[0] == "open":
-        joint, _ = _find_drawer(condition[1])
+    predicate, name, *place_names = condition
+    if predicate == "turnon":
+        return moment.joints[f"{name}_button"] > ON_ANGLE_RAD
+    if predicate == "open":
+        joint, _ = _find_drawer(name)
         return moment.joints[joint] < -OPEN_DRAWER_M
-    if condition[0] not in ("on", "in"):
+    if predicate not in ("on", "in"):
         return False  # the oracle knows no other conditions, and waits
-    source = moment.objects[condition[1]]
-    target_position = find_rest_position(source, condition[2], moment)
+    source = moment.objects[name]
+    target_position = find_rest_position(source, place_names[0], moment)
     offset = np.linalg.norm(source.pose[:2] - target_position[:2])
     is_low = source.pose[2] < target_position[2] + MAX_PLACED_HEIGHT_M
     return bool(moment.is_commanded_open and is_low and offset < MAX_PLACED_OFFSET_M)
@@ -213,19 +214,21 @@ def is_fulfilled(condition: Sequence[str], moment: LiberoMoment) -> bool:
 
 def pursue(condition: Sequence[str], moment: LiberoMoment) -> Array:
     """Choose the next action towards a condition that is not fulfilled."""
-    if condition[0] == "turnon":
-        return _turn_on(condition[1], moment)
-    if condition[0] == "open":
-        return _open_drawer(condition[1], moment)
-    if condition[0] not in ("on", "in"):
+    predicate, name, *place_names = condition
+    if predicate == "turnon":
+        return _turn_on(name, moment)
+    if predicate == "open":
+        return _open_drawer(name, moment)
+    if predicate not in ("on", "in"):
         return _wait(moment, is_open=True)  # the oracle knows no other conditions
-    if condition[1].startswith("plate"):
-        return _push(condition[1], moment.regions[condition[2]], moment)
-    if _is_drawer(condition[2], moment):
-        opening_action = _prepare_drawer(condition[2], moment)
+    place_name = place_names[0]
+    if name.startswith("plate"):
+        return _push(name, moment.regions[place_name], moment)
+    if _is_drawer(place_name, moment):
+        opening_action = _prepare_drawer(place_name, moment)
         if opening_action is not None:
             return opening_action
-    return _pick_and_place(condition, moment)
+    return _pick_and_place(name, place_name, moment)
 
 
 def _prepare_drawer(region: str, moment: LiberoMoment) -> Array | None:
@@ -247,36 +250,36 @@ def _prepare_drawer(region: str, moment: LiberoMoment) -> Array | None:
     return None
 
 
-def _pick_and_place(condition: Sequence[str], moment: LiberoMoment) -> Array:
+def _pick_and_place(name: str, place_name: str, moment: LiberoMoment) -> Array:
     """Approach an object with open fingers, wait until they hold it, and carry it to its place.
 
     Fingers that have closed without holding the object open again.
     """
-    source = moment.objects[condition[1]]
-    target_position = find_rest_position(source, condition[2], moment)
     if moment.is_commanded_open:
-        return _approach(condition[1], moment)
-    if condition[1] in moment.gripped_objects and moment.finger_speed < STILL_FINGER_SPEED_M_S:
-        return _carry(condition[1], target_position, moment)
-    if moment.finger_speed >= STILL_FINGER_SPEED_M_S:
+        return _approach(name, moment)
+    are_fingers_moving = moment.finger_speed >= STILL_FINGER_SPEED_M_S
+    if are_fingers_moving:
         return _wait(moment, is_open=False)
-    return _wait(moment, is_open=True)
+    if name not in moment.gripped_objects:
+        return _wait(moment, is_open=True)
+    target_position = find_rest_position(moment.objects[name], place_name, moment)
+    return _carry(name, target_position, moment)
 
 
 def find_rest_position(source: Box, place_name: str, moment: LiberoMoment) -> Array:
-    """Compute where an object's origin should come to rest [3]."""
-    below_origin = source.pose[2] - _corners(source)[:, 2].min()
+    """Compute where an object's origin should come to rest: [3] in the base frame, m."""
+    origin_height = source.pose[2] - _corners(source)[:, 2].min()  # above its lowest point
     if place_name in moment.regions:
         region = moment.regions[place_name]
         z_axis = quat_rotate(torch.from_numpy(region.pose[3:]), VERTICAL).numpy()
         if SLOPE_COSINES[0] < z_axis[2] < SLOPE_COSINES[1]:
             # The region is the lower end of a rack's slope, and its z axis points up the slope.
-            return region.pose[:3] + SLOPE_DISTANCE_M * z_axis + np.array([0, 0, below_origin])
-        return np.array([*region.pose[:2], region.pose[2] + below_origin])
+            return region.pose[:3] + SLOPE_DISTANCE_M * z_axis + np.array([0, 0, origin_height])
+        return np.array([*region.pose[:2], region.pose[2] + origin_height])
     target = moment.objects[place_name]
     center = _corners(target).mean(axis=0)
     # A plate or a bowl is hollow: what is put there sinks below its rim.
-    return np.array([center[0], center[1], target.pose[2] + HOLLOW_DEPTH_M + below_origin])
+    return np.array([center[0], center[1], target.pose[2] + HOLLOW_DEPTH_M + origin_height])
 
 
 def find_grasps(name: str, moment: LiberoMoment) -> list[Grasp]:
@@ -289,6 +292,7 @@ def find_grasps(name: str, moment: LiberoMoment) -> list[Grasp]:
     center = corners.mean(axis=0)
     top = corners[:, 2].max()
     bottom = corners[:, 2].min()
+    # In the middle, but not so low that the palm or the fingertips would meet something.
     height = max((top + bottom) / 2, top - FINGER_LENGTH_M, bottom + MIN_GRASP_HEIGHT_M)
     # [3, 3], one of the object's own axes per row
     axes = quat_rotate(torch.from_numpy(box.pose[3:]), torch.eye(3, dtype=torch.float64)).numpy()
@@ -337,10 +341,14 @@ def _find_rim_grasps(name: str, moment: LiberoMoment) -> list[Grasp]:
 
 
 def _find_leaning_grasp(grasps: Sequence[Grasp], center: Array, moment: LiberoMoment) -> Grasp:
-    """Of a bowl that stands partly under an open drawer, the grasp of the rim whose hand is
-    farthest from the drawer. The hand leans outward.
+    """Find the grasp of a bowl's rim at which the hand is farthest from any open drawer.
 
-    center: [2] the bowl's middle.
+    The bowl stands partly under a drawer, so the hand leans outward, away from the bowl's middle.
+
+    Args:
+        grasps: Upright grasps around the rim.
+        center: [2] the bowl's middle.
+        moment: The true state, with at least one open drawer.
     """
     covers = _list_open_drawers(moment)
     best_grasp = grasps[0]
@@ -425,8 +433,11 @@ def _approach(name: str, moment: LiberoMoment) -> Array:
 
 
 def _face_grasp(grasp: Grasp, moment: LiberoMoment) -> Array:
-    """The orientation [4] of the gripper at a grasp. Of the two equal ones, half a turn apart, the
-    one nearer to the present."""
+    """Return the orientation [4] of the gripper at a grasp.
+
+    The gripper grasps in the same way after half a turn. Of these two orientations, the one nearer
+    to the commanded orientation is returned.
+    """
     if not np.any(grasp.lean):
         return _face_down(_nearest_yaw(grasp.yaw, _yaw(moment.commanded)))
     lean = quat_exp(torch.from_numpy(grasp.lean))
@@ -485,17 +496,18 @@ def _push(name: str, region: Region, moment: LiberoMoment) -> Array:
     direction_2d = displacement / max(distance, 1e-6)
     yaw = _nearest_yaw(math.atan2(direction_2d[1], direction_2d[0]), _yaw(moment.commanded))
     facing = _face_down(yaw)
-    low = moment.objects[name].pose[2] + PUSH_HEIGHT_M
+    push_height = moment.objects[name].pose[2] + PUSH_HEIGHT_M
 
     is_inside = np.linalg.norm(moment.pose[:2] - center[:2]) < INSIDE_PLATE_M
-    if moment.pose[2] > low + PUSH_HEIGHT_MARGIN_M or not is_inside:
+    if moment.pose[2] > push_height + PUSH_HEIGHT_MARGIN_M or not is_inside:
         if np.linalg.norm(moment.pose[:2] - center[:2]) > MAX_PUSH_START_OFFSET_M:
-            height = max(low + HOVER_M, _height_to_clear(moment, center, [name]) + CLEARANCE_M)
+            clear_height = _height_to_clear(moment, center, [name]) + CLEARANCE_M
+            height = max(push_height + HOVER_M, clear_height)
             return _move_over(moment, center, height, facing, is_open=False)
-        return _move_posed(moment, np.array([*center[:2], low]), facing, is_open=False)
+        return _move_posed(moment, np.array([*center[:2], push_height]), facing, is_open=False)
     # The fingers meet the rim ahead, and take the plate as far as it has to go.
     goal = moment.pose[:2] + min(distance, MAX_PUSH_STEP_M) * direction_2d
-    return _move_posed(moment, np.array([*goal, low]), facing, is_open=False)
+    return _move_posed(moment, np.array([*goal, push_height]), facing, is_open=False)
 
 
 def _turn_on(name: str, moment: LiberoMoment) -> Array:
@@ -507,9 +519,8 @@ def _turn_on(name: str, moment: LiberoMoment) -> Array:
     knob = box.pose[:2]
     angle = moment.joints[f"{name}_button"]
     along_handle = np.array([math.cos(angle), math.sin(angle)])
-    push_direction = np.array(
-        [-along_handle[1], along_handle[0]]
-    )  # turns the knob to a larger angle
+    # A push in this direction turns the knob to a larger angle.
+    push_direction = np.array([-along_handle[1], along_handle[0]])
     start = knob + KNOB_LEVER_M * along_handle - KNOB_ROOM_M * push_direction
     low = box.pose[2] + KNOB_HEIGHT_M
     facing = quat_exp(torch.tensor([0.0, KNOB_TILT_RAD, 0.0], dtype=torch.float64)).numpy()
@@ -527,8 +538,8 @@ def _open_drawer(region: str, moment: LiberoMoment, target_m: float = math.inf) 
     outward = _find_outward(moment.objects[cabinet])
     handle = _find_handle(region, moment)
     facing = _face_sideways(math.atan2(outward[1], outward[0]), moment)
-    stay = moment.commanded[:3]
-    pull = moment.commanded[:3] + DRAWER_STEP_M * outward
+    present_goal = moment.commanded[:3]
+    outward_goal = present_goal + DRAWER_STEP_M * outward  # away from the cabinet
 
     # Where the gripper is, seen from the handle
     offset = moment.pose[:3] - handle
@@ -543,18 +554,18 @@ def _open_drawer(region: str, moment: LiberoMoment, target_m: float = math.inf) 
     # With open fingers: away from the cabinet, then in front of the handle, to the handle, close.
     if moment.is_commanded_open:
         if is_at_handle:
-            return _move_posed(moment, stay, facing, is_open=False)
+            return _move_posed(moment, present_goal, facing, is_open=False)
         if is_facing_handle:
             return _move_posed(moment, handle, facing, is_open=True)
         if could_meet_handle:
-            return _move_posed(moment, pull, facing, is_open=True)
+            return _move_posed(moment, outward_goal, facing, is_open=True)
         return _move_posed(moment, handle + FRONT_M * outward, facing, is_open=True)
 
     # With closed fingers: wait until they have stopped. Then pull, or open if they lost the handle.
     if moment.finger_speed >= STILL_FINGER_SPEED_M_S:
-        return _move_posed(moment, stay, facing, is_open=False)
+        return _move_posed(moment, present_goal, facing, is_open=False)
     if has_lost_handle:
-        return _move_posed(moment, stay, facing, is_open=True)
+        return _move_posed(moment, present_goal, facing, is_open=True)
     opening_m = -moment.joints[joint]  # the joint is negative when the drawer is open
     lag_m = float((moment.commanded[:3] - moment.pose[:3]) @ outward)
     # The arm will catch up with its command and open the drawer farther, but friction may hold it
@@ -562,7 +573,7 @@ def _open_drawer(region: str, moment: LiberoMoment, target_m: float = math.inf) 
     # we subtracted nothing, a drawer without friction would go beyond it. So we subtract half.
     missing_m = target_m - opening_m - lag_m / 2
     step = float(np.clip(missing_m, 0, DRAWER_STEP_M))
-    return _move_posed(moment, moment.commanded[:3] + step * outward, facing, is_open=False)
+    return _move_posed(moment, present_goal + step * outward, facing, is_open=False)
 
 
 def _is_drawer(place_name: str, moment: LiberoMoment) -> bool:

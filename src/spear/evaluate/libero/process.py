@@ -36,8 +36,12 @@ MAX_START_S = 120.0
 
 @dataclass(frozen=True)
 class Box:
-    """An object or a fixture: its pose [7] in the base frame, and the corners [3] of the box around
-    it, in its own frame, m."""
+    """The box around an object or a fixture.
+
+    pose  [7] of the object in the base frame.
+    low   [3] smallest x, y and z of the box in the object's own frame, m.
+    high  [3] largest x, y and z of the box in the object's own frame, m.
+    """
 
     pose: Array
     low: Array
@@ -92,11 +96,12 @@ class LiberoMoment:
             instruction: the task in words.
             pictures: view → uint8 [h, w, 3], upright; black ones where none was rendered.
         """
+        position_in_world = self.pose[:3] + self.base
         hand = quat_multiply(torch.from_numpy(np.float64(self.pose[3:])), HAND_ROTATION)
-        finger = self.opening * FINGER_TRAVEL_M
-        fingers = np.array([finger, -finger])
-        vector = quat_log(hand).numpy()
-        state = np.concatenate([self.pose[:3] + self.base, vector, fingers])
+        rotation_vector = quat_log(hand).numpy()
+        finger_m = self.opening * FINGER_TRAVEL_M
+        finger_positions = np.array([finger_m, -finger_m])
+        state = np.concatenate([position_in_world, rotation_vector, finger_positions])  # [8]
         return {
             # Mirror left and right, as in the pictures that other projects' clients send: LIBERO
             # renders upside down, and these clients turn its pictures by 180°.
@@ -110,6 +115,10 @@ class LiberoMoment:
 
 class LiberoProcess:
     """A task in a process of its own. Calls block; to run several, use a thread for each.
+
+    instruction  the task in words.
+    num_states   how many official states the task has.
+    goal         the conditions of the task, for example ["on", object, place].
 
     Args:
         suite: name of the suite.

@@ -42,7 +42,7 @@ from spear.util.images import fit_image
 from spear.util.processes import map_in_order
 
 PROTOCOL = PROTOCOLS["openpi"]
-"""Whose seed of the environment and limits of steps demonstrations have."""
+"""Demonstrations have this protocol's seed of the environment and limits of steps."""
 SHARD_SIZE = 16  # number of demonstrations in a file: a few minutes of recording
 DISTURBANCE = Disturbance(
     start=0.08, translation=0.02, rotation=math.radians(3), twist=math.radians(8)
@@ -205,7 +205,7 @@ def _is_at_rest_where_put(
     Args:
         unchanged: the official state, after things have come to rest.
         moment: the same with the objects moved.
-        shifts: object → by how much it was moved: x, y (m) and yaw.
+        shifts: object → by how much it was moved: x (m), y (m) and yaw (rad).
     """
     for name, (x, y, _) in shifts.items():
         if name not in moment.objects:
@@ -213,8 +213,9 @@ def _is_at_rest_where_put(
         shift = np.array([x, y, 0.0])
         moved_by = moment.objects[name].pose[:3] - unchanged.objects[name].pose[:3]
         offset = moved_by - shift
-        is_shifted = np.linalg.norm(offset[:2]) > MAX_SETTLED_OFFSET_M
-        if is_shifted or abs(offset[2]) > MAX_SETTLED_HEIGHT_M:
+        has_slid = np.linalg.norm(offset[:2]) > MAX_SETTLED_OFFSET_M
+        has_changed_height = abs(offset[2]) > MAX_SETTLED_HEIGHT_M
+        if has_slid or has_changed_height:
             return False
     return True
 

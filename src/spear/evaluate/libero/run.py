@@ -123,7 +123,7 @@ class LiberoScene:
         return self.moment.steps // CONTROLLER_STEPS_PER_ACTION
 
     def update_milestones(self) -> None:
-        """Set `reached`, `grasped` and `has_moved_wrong_object` if that holds at this moment."""
+        """Set `reached`, `grasped` and `has_moved_wrong_object` to True if so at this moment."""
         goal_names = set[str]()  # of objects and places
         for _, *names in self.process.goal:  # a condition is ["on", object, place], for example
             goal_names.update(names)
@@ -189,14 +189,15 @@ class Libero:
         """Run all seeds through a few processes; one whose episode ends takes the next seed."""
         needs_pictures = agent.needs_images or filming
         waiting_seeds = list(reversed(seeds))
-        free_processes = self._open(family, min(self._num_processes, len(seeds)))
+        free_processes = self._open_processes(family, min(self._num_processes, len(seeds)))
         scenes: list[LiberoScene] = []
         with ThreadPoolExecutor(self._num_processes) as threads:
             while waiting_seeds or scenes:
                 # Begin new episodes in the processes that are free.
                 starting = []
                 while free_processes and waiting_seeds:
-                    process, seed = free_processes.pop(), waiting_seeds.pop()
+                    process = free_processes.pop()
+                    seed = waiting_seeds.pop()
                     starting.append(
                         threads.submit(self._start, family, process, seed, needs_pictures)
                     )
@@ -241,8 +242,11 @@ class Libero:
             process.close()
         self._processes = []
 
-    def _open(self, task: str, count: int) -> list[LiberoProcess]:
-        """Return `count` processes of a task. Processes of another task end."""
+    def _open_processes(self, task: str, count: int) -> list[LiberoProcess]:
+        """Open processes of a task until there are `count` of them, and return these.
+
+        Processes of another task end.
+        """
         if task != self._task:
             self.close()
             self._task = task

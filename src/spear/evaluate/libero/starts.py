@@ -70,16 +70,16 @@ def sample_start(official: Mapping[str, Array], seed: int, attempt: int = 0) -> 
         shift_of_group = {group: _draw_shift(rng) for group in sorted(set(group_of_object))}
         shifts = np.stack([shift_of_group[group] for group in group_of_object])  # [objects, 2]
         for group in set(group_of_object):
-            members = np.equal(group_of_object, group)  # [objects] bool
-            if heights[members].min() > RAISED_M:
-                shifts[members] *= MAX_RAISED_SHIFT_M / MAX_SHIFT_M
+            is_member = np.equal(group_of_object, group)  # [objects] bool
+            if heights[is_member].min() > RAISED_M:
+                shifts[is_member] *= MAX_RAISED_SHIFT_M / MAX_SHIFT_M
         new_positions = old_positions[:, :2] + shifts
-        is_far = measure_margin(positions[:, :, :2], new_positions) > MARGIN_M
-        if is_far and _has_gaps(old_positions[:, :2], new_positions, group_of_object):
+        is_new = measure_margin(positions[:, :, :2], new_positions) > MARGIN_M
+        if is_new and _has_gaps(old_positions[:, :2], new_positions, group_of_object):
             joints = rng.uniform(-MAX_JOINT_TURN_RAD, MAX_JOINT_TURN_RAD, 7)
             objects = {}
             for name, (x, y) in zip(names, shifts, strict=True):
-                objects[name] = (float(x), float(y), 0.0)
+                objects[name] = (float(x), float(y), 0.0)  # no turn about the vertical
             return Start(state_index, {"objects": objects, "joints": joints})
     raise SpearError(
         f"no start of seed {seed} was found that differs by {MARGIN_M * 1000:.0f} mm from all "
@@ -88,9 +88,10 @@ def sample_start(official: Mapping[str, Array], seed: int, attempt: int = 0) -> 
 
 
 def measure_margin(official: Array, start: Array) -> float:
-    """How much a start differs from the most similar official state, m.
+    """Measure how much a start differs from the most similar official state, m.
 
-    That is the distance of the object that is moved most.
+    The difference of two states is the distance between the two positions of the object that is
+    moved most.
 
     Args:
         official: [S, objects, 2] positions in all official states, m.
@@ -108,7 +109,14 @@ def _draw_shift(rng: np.random.Generator) -> Array:
 
 
 def _find_groups(positions: Array) -> list[int]:
-    """Give each object the number of its group: objects that stand on or in each other."""
+    """Group objects that stand on or in each other.
+
+    Args:
+        positions: [objects, 3], m.
+
+    Returns:
+        The number of each object's group.
+    """
     group_of_object = list(range(len(positions)))
     for first, second in itertools.combinations(range(len(positions)), 2):
         distance = np.linalg.norm(positions[first, :2] - positions[second, :2])

@@ -117,10 +117,11 @@ class LiberoTask:
         model = self._env.sim.model
         positions = {}
         for name, loose_object in self._env.env.objects_dict.items():
-            first, _ = model.get_joint_qpos_addr(loose_object.joints[-1])
+            first_qpos, _ = model.get_joint_qpos_addr(loose_object.joints[-1])
             # A state is the time, then all positions of joints, then their speeds. The first three
             # numbers of a loose object's joint are x, y and z.
-            positions[name] = self._states[:, 1 + first : 4 + first]
+            x_column = 1 + first_qpos
+            positions[name] = self._states[:, x_column : x_column + 3]
         return positions
 
     def reset(
@@ -215,16 +216,19 @@ class LiberoTask:
         camera = CAMERAS["external"]
         camera_index = sim.model.camera_name2id(camera)
         with self._changed_appearance(camera_index, changes):
-            image, depth = sim.render(width=size, height=size, camera_name=camera, depth=True)
+            image, depth_buffer = sim.render(
+                width=size, height=size, camera_name=camera, depth=True
+            )
             geoms = self._render_geoms(camera_index, size)
             model = sim.model._model
             focal_length = 0.5 * size / np.tan(np.radians(model.cam_fovy[camera_index]) / 2)
             camera_rotation = sim.data.cam_xmat[camera_index].reshape(3, 3) @ CAMERA_AXES
             pose = self._to_base_frame(sim.data.cam_xpos[camera_index], camera_rotation)
 
-        far = model.vis.map.zfar * model.stat.extent
-        near = model.vis.map.znear * model.stat.extent
-        depth_m = near / (1 - depth * (1 - near / far))
+        # OpenGL's depth buffer is linear in 1 / depth: 0 at the near and 1 at the far plane.
+        far_m = model.vis.map.zfar * model.stat.extent
+        near_m = model.vis.map.znear * model.stat.extent
+        depth_m = near_m / (1 - depth_buffer * (1 - near_m / far_m))
         instances, names = self._number_objects(geoms)
         extrinsics = np.eye(4)
         extrinsics[:3, :3] = quaternion_to_matrix(pose[3:])
@@ -249,13 +253,11 @@ class LiberoTask:
             "light": factors [3] on the light's red, green and blue.
         """
         model = self._env.sim.model._model
-        originals = (
-            model.cam_pos.copy(),
-            model.cam_quat.copy(),
-            model.light_diffuse.copy(),
-            np.array(model.vis.headlight.ambient),
-            np.array(model.vis.headlight.diffuse),
-        )
+        original_positions = model.cam_pos.copy()
+        original_rotations = model.cam_quat.copy()
+        original_lights = model.light_diffuse.copy()
+        original_ambient = np.array(model.vis.headlight.ambient)
+        original_headlight = np.array(model.vis.headlight.diffuse)
         try:
             if "camera" in changes:
                 translation, rotation_vector = changes["camera"]
@@ -271,16 +273,17 @@ class LiberoTask:
             self._env.sim.forward()
             yield
         finally:
-            model.cam_pos[:] = originals[0]
-            model.cam_quat[:] = originals[1]
-            model.light_diffuse[:] = originals[2]
-            model.vis.headlight.ambient[:] = originals[3]
-            model.vis.headlight.diffuse[:] = originals[4]
+            model.cam_pos[:] = original_positions
+            model.cam_quat[:] = original_rotations
+            model.light_diffuse[:] = original_lights
+            model.vis.headlight.ambient[:] = original_ambient
+            model.vis.headlight.diffuse[:] = original_headlight
             self._env.sim.forward()
 
     def _render_geoms(self, camera_index: int, size: int) -> Array:
-        """Number of the geom at each pixel [size, size], -1 for none, OpenGL's first row below.
+        """Render the number of the geom (MuJoCo's shape) at each pixel, [size, size]; -1 for none.
 
+        As always in OpenGL, the first row is the lowest one of the picture.
         robosuite has such a function, which fails with the NumPy of this environment.
         """
         import mujoco
@@ -290,6 +293,7 @@ class LiberoTask:
         colors = np.empty((size, size, 3), np.uint8)
         viewport = mujoco.MjrRect(0, 0, size, size)
         mujoco.mjr_readPixels(rgb=colors, depth=None, viewport=viewport, con=context.con)
+        # The color of a pixel is the number of its segment, with red as the lowest byte.
         segments = colors.astype(np.int64) @ [1, 2**8, 2**16]  # 0 is the background
 
         geom_of_segment = np.full(context.scn.ngeom + 1, -1)
@@ -575,13 +579,14 @@ def simplify_meshes(model: Any) -> None:
             & (corners[:, 1] != corners[:, 2])
             & (corners[:, 2] != corners[:, 0])
         )
-        num_left = int(has_area.sum())
-        left = slice(first_face, first_face + num_left)
+        # The remaining triangles move to the beginning of the mesh's part of MuJoCo's arrays.
+        num_remaining = int(has_area.sum())
+        remaining = slice(first_face, first_face + num_remaining)
         # Normals and texture coordinates stay those of the original corners.
-        model.mesh_facenormal[left] = model.mesh_facenormal[faces][has_area]
-        model.mesh_facetexcoord[left] = model.mesh_facetexcoord[faces][has_area]
-        model.mesh_face[left] = corners[has_area]
-        model.mesh_facenum[mesh] = num_left
+        model.mesh_facenormal[remaining] = model.mesh_facenormal[faces][has_area]
+        model.mesh_facetexcoord[remaining] = model.mesh_facetexcoord[faces][has_area]
+        model.mesh_face[remaining] = corners[has_area]
+        model.mesh_facenum[mesh] = num_remaining
 
 
 def multiply_quaternions(first: Array, second: Array) -> Array:
@@ -621,10 +626,11 @@ def quaternion_to_rotation_vector(quaternion: Array) -> Array:
 
 def matrix_to_quaternion(matrix: Array) -> Array:
     """The unit quaternion [4] of a rotation matrix, scalar first and not negative."""
-    # The largest of the four squared components is at least 1/4, so that its root is safe.
+    # Each case divides by one component of the quaternion, so the largest one is chosen. It belongs
+    # to the largest of these four numbers, each of which grows with the square of its component.
     trace = np.trace(matrix)
-    squares = np.array([trace, *np.diag(matrix)])
-    largest = int(np.argmax(squares))
+    component_sizes = np.array([trace, *np.diag(matrix)])
+    largest = int(np.argmax(component_sizes))
     if largest == 0:
         quaternion = np.array(
             [

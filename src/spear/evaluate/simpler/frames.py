@@ -116,7 +116,8 @@ def _build_scene_with_clutter(env: Any, start: Start, rng: np.random.Generator) 
     # ManiSkill builds the objects that these attributes of the environment list.
     env.obj_names = [*task_names, *clutter_names]
     env.objects_excluded_from_greenscreening = [*foreground_names, *clutter_names]
-    # An empty entry is enough for a model that has none; its density is then that of water.
+    # ManiSkill needs an entry in `model_db` for every model. An empty entry is enough; the model's
+    # density is then that of water.
     empty_entries: dict[str, Any] = {name: {} for name in clutter_names}
     env.model_db = {**empty_entries, **env.model_db}
     try:

@@ -176,6 +176,7 @@ def record_episode(
         else:
             num_fulfilled_steps = 0
 
+    # At the time limit it is enough that the task is fulfilled in the last step.
     success = num_fulfilled_steps >= NUM_STEPS_AFTER_SUCCESS or moment.success
     instruction = str(moment.observation["prompt"])
     source = _format_source(task, seed, policy)

@@ -237,21 +237,21 @@ class SimplerWorld:
         This cannot wait for the last step of a `run`, because a grasp, for example, may have begun
         and ended before. A milestone stays reached until the next reset.
         """
-        source = self._env.source_obj_name
+        source_name = self._env.source_obj_name
         positions = self._read_object_positions()
         moved_m = {}  # object → horizontal distance from its first position
         for name, position in positions.items():
             x, y, _ = position - self._first_positions[name]
             moved_m[name] = float(np.hypot(x, y))
-        source_moved_m = moved_m.pop(source)
+        source_moved_m = moved_m.pop(source_name)
         # See `Moment.wrong_object_moved`.
         for distance in moved_m.values():
             self._wrong_object_moved |= distance > max(MIN_MOVED_M, source_moved_m)
 
         link_position = self._env.agent.controller.controllers["arm"].ee_link.pose.p[0].numpy()
-        link_distance = np.linalg.norm(link_position - positions[source])
+        link_distance = np.linalg.norm(link_position - positions[source_name])
         self._reached |= bool(link_distance < REACHED_DISTANCE_M)
-        self._grasped |= bool(self._env.agent.is_grasping(self._env.objs[source]))
+        self._grasped |= bool(self._env.agent.is_grasping(self._env.objs[source_name]))
 
     def _make_moment(self, image: bool, pictures: list[Array]) -> Moment:
         """Return the present state.
@@ -304,8 +304,8 @@ class SimplerWorld:
             is_still = is_at_rest(self._last_truth, measured, opening)
             is_closing = opening < self._last_truth.opening - STILL_OPENING
 
-        source = env.source_obj_name
-        goal = env.target_obj_name
+        source_name = env.source_obj_name
+        goal_name = env.target_obj_name
         return Truth(
             commanded=_to_ee_pose(_read_pose(arm._target_pose)),
             measured=measured,
@@ -313,10 +313,10 @@ class SimplerWorld:
             is_commanded_open=is_commanded_open,
             is_still=is_still,
             is_closing=is_closing,
-            source=to_base_frame(base, _read_pose(env.objs[source].pose)),
-            source_size=_read_size(env.model_db[source]),
-            goal=to_base_frame(base, _read_pose(env.objs[goal].pose)),
-            goal_size=_read_size(env.model_db[goal]),
+            source=to_base_frame(base, _read_pose(env.objs[source_name].pose)),
+            source_size=_read_size(env.model_db[source_name]),
+            goal=to_base_frame(base, _read_pose(env.objs[goal_name].pose)),
+            goal_size=_read_size(env.model_db[goal_name]),
         )
 
 

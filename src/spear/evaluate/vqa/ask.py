@@ -189,7 +189,7 @@ def _describe_certainty(
         )
     if question_type not in trust.factors:
         return "how sure this is, was not measured for this kind of question"
-    low, high = trust.interval(question_type, distribution)
+    low, high = trust.compute_intervals(question_type, distribution)
     if len(low) > 3:  # a box: too many numbers to list
         mean_half_width = float((high - low).mean()) / 2
         intervals = f"each number ± {mean_half_width:.3f}"

@@ -55,7 +55,7 @@ class Certainty:
     relative_error: Array
 
     @staticmethod
-    def of(distribution: Distribution, truth: Array, scales: Array) -> "Certainty":
+    def measure(distribution: Distribution, truth: Array, scales: Array) -> "Certainty":
         """Compare an answer's distribution with the truth.
 
         Args:
@@ -140,7 +140,9 @@ class Trust:
             and self.names_absent <= MAX_RATE_NAMED_ABSENT
         )
 
-    def interval(self, question_type: str, distribution: Distribution) -> tuple[Array, Array]:
+    def compute_intervals(
+        self, question_type: str, distribution: Distribution
+    ) -> tuple[Array, Array]:
         """Compute the intervals of an answer's numbers: their lower and upper ends, [numbers]."""
         median = distribution.read_numbers("median")
         half_width = self.factors[question_type] * compute_uncertainty(distribution)

@@ -39,7 +39,7 @@ SOLVER_TOLERANCE = 1e-5  # of the least-squares solver; scores are wrong by less
 _UNTAUGHT_WORDS = WORDS["untaught"] | WORDS["adjectives"]
 
 _UNIT = "(?:meters|centimeters|millimeters|feet|inches|yards)"
-PATTERNS = {
+CUE_PATTERNS = {
     "closer to an object": r"\b(?:closer|nearer|closest|nearest|further|farther) (?:to|from) NAME",
     "how many objects": rf"\b(?:how many|count|number of) (?!{_UNIT})",
     "how many meters": rf"\b(?:how many|number of) {_UNIT}",
@@ -50,7 +50,7 @@ PATTERNS = {
     "the origin is at an object": r"\borigin \w+(?: \w+)? NAME",
     "from one object to another": r"\b(?:how|what|which)\b.* from NAME .*\bto\b.* NAME",
 }
-"""Name of a cue → the skeletons that have it. These cues are no single words."""
+"""Name of a cue → pattern of the skeletons that have the cue. These cues are no single words."""
 
 
 @dataclass(frozen=True)
@@ -70,15 +70,18 @@ class Example:
     def list_readings(self) -> list[Skeleton]:
         """List the skeletons from which a classifier learns.
 
-        Of a taught question, it is the first with the right objects. An untaught question should be
-        refused in any reading.
+        From a taught question it learns one skeleton: the first with the right objects, or the
+        first of all if none has them. From an untaught question it learns all skeletons, because
+        such a question should be refused in any reading.
         """
         readings = read_question(self.question).list_readings()
         if self.question_type == NO_TYPE:
             return readings
         names = {name.casefold() for name in self.names}
-        right_readings = [reading for reading in readings if set(reading.names) == names]
-        return [*right_readings, *readings][:1]
+        for reading in readings:
+            if set(reading.names) == names:
+                return [reading]
+        return [readings[0]]
 
 
 def load_examples() -> list[Example]:
@@ -216,7 +219,7 @@ def _find_cues(skeleton: Skeleton) -> list[str]:
     """Find the cues of a skeleton: groups of words that it uses, and patterns; sorted."""
     cues = [group for group, words in CUES.items() if not words.isdisjoint(skeleton.words)]
     text = " ".join(skeleton.words)
-    cues += [cue for cue, pattern in PATTERNS.items() if re.search(pattern, text)]
+    cues += [cue for cue, pattern in CUE_PATTERNS.items() if re.search(pattern, text)]
     return sorted(cues)
 
 

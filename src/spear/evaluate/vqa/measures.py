@@ -128,8 +128,11 @@ def measure_answer(question: Question, answer: Segments, label: LabeledImage) ->
             f"question type {question.question_type} has no measures. Ask a type of 3D question."
         )
     if not is_grammatical(question, answer):
-        measures = question_type.measures.items()
-        return {name: 0.0 for name, measure in measures if measure.statistic == "rate"}
+        rates = {}
+        for name, measure in question_type.measures.items():
+            if measure.statistic == "rate":
+                rates[name] = 0.0
+        return rates
     return question_type.measure(question, answer, label)
 
 
@@ -169,8 +172,11 @@ def guess_from_depth(
         return None
     depths = []
     for label in labels:
-        boxes = [o.box3d for o in label.objects if o.box3d is not None]
-        depths.append(float(np.median([box.center[2] for box in boxes])))
+        center_depths = []
+        for labeled_object in label.objects:
+            if labeled_object.box3d is not None:
+                center_depths.append(labeled_object.box3d.center[2])
+        depths.append(float(np.median(center_depths)))
     return _guess_in_units(questions, depths)
 
 

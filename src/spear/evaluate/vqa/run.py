@@ -150,7 +150,7 @@ def _ask_questions(
         for question_type, members in questions.items():
             for start in range(0, len(members), options.batch_size):
                 batch = members[start : start + options.batch_size]
-                batch_images: list[Array] = [images[index] for index, _ in batch]
+                batch_images: list[Array] = [images[image_index] for image_index, _ in batch]
                 prompts = [question.prompt for _, question in batch]
                 constrained_answers = model.answer(
                     batch_images, prompts, question_type, options.view, distributions=True
@@ -158,11 +158,11 @@ def _ask_questions(
                 free_answers = model.answer(
                     batch_images, prompts, question_type=None, view=options.view
                 )
-                # `position` is the question's in the batch; `index` is its image's in `images`.
-                for position, (index, question) in enumerate(batch):
+                for position, (image_index, question) in enumerate(batch):
+                    label = labels[image_index]
                     answer = constrained_answers[position]
                     answered.append(
-                        _read_answer(index, labels[index], question, answer, options.decode)
+                        _read_answer(image_index, label, question, answer, options.decode)
                     )
                     free_segments = free_answers[position].segments
                     free_grammar[question_type].append(is_grammatical(question, free_segments))
@@ -193,7 +193,7 @@ def _read_answer(
     certainty = None
     if len(distribution) and is_grammatical(question, answer.segments):
         truth = extract_numbers(question.segments)
-        certainty = Certainty.of(distribution, truth, compute_error_scales(question, label))
+        certainty = Certainty.measure(distribution, truth, compute_error_scales(question, label))
     return AnsweredQuestion(image, label, question, readings[decode], readings, certainty)
 
 

@@ -54,15 +54,16 @@ def read_shifted_errors(shift: Shift | None, scores: Mapping[str, Any]) -> Shift
     """Take the errors out of the content of a file scores.json."""
     errors = {}
     for question_type, score in scores["families"].items():
-        error = score["measures"].get(name_error(question_type))
+        error = score["measures"].get(choose_error_measure(question_type))
         if error is not None:
-            # An interval that is not known is null in the file.
-            low, high = (math.nan if end is None else end for end in (error["low"], error["high"]))
+            # An end of an interval that is not known is null in the file.
+            low = math.nan if error["low"] is None else error["low"]
+            high = math.nan if error["high"] is None else error["high"]
             errors[question_type] = Estimate(error["value"], low, high, error["n"])
     return ShiftedErrors(shift, errors)
 
 
-def name_error(question_type: str) -> str:
+def choose_error_measure(question_type: str) -> str:
     """Return the measure (`measures.MEASURES`) that is a question type's error in scenes."""
     return choose_main_measure(question_type, unit="metre")
 
@@ -76,7 +77,9 @@ def build_error_table(results: Sequence[ShiftedErrors], model: str) -> Table:
         cells = []
         for question_type in question_types:
             error = result.errors.get(question_type)
-            text = "–" if error is None else format_measure(name_error(question_type), error)
+            text = (
+                "–" if error is None else format_measure(choose_error_measure(question_type), error)
+            )
             cells.append(text)
         rows.append([result.name, *cells])
     return build_terminal_table(f"{model}: median error by shift", headers, rows)

@@ -168,10 +168,13 @@ class QuestionReading:
     def list_readings(self) -> list[Skeleton]:
         """List the skeletons that the whole question may have, the likeliest first.
 
-        The first reading is without the clauses that say nothing about what is asked, as "I want to
-        grasp the mug" in "I want to grasp the mug, how far is it?". If there are any, the second
-        reading has the names in them. The last reading is without the clauses that have no cues, as
-        "For my thesis"; if the others name no object, only without such clauses before them.
+        1. The question without the clauses that say nothing about what is asked, such as "I want to
+           grasp the mug" in "I want to grasp the mug, how far is it?".
+        2. The same with the names in those clauses, if there are any.
+        3. The question without the clauses that have no cues, such as "For my thesis". If the other
+           clauses name no object, only the clauses before the first cue are left out.
+        4. Single sentences of the question, see `_list_sentences`.
+        5. Each of these readings without what may not be asked about, see `_drop_asides`.
         """
         first_reading: list[Skeleton] = []
         second_reading: list[Skeleton] = []
@@ -184,13 +187,13 @@ class QuestionReading:
         readings = [_join_clauses(first_reading)]
         if len(first_reading) < len(self.clauses):
             readings.append(_join_clauses(second_reading))
-        last_reading = [clause for clause in self.clauses if clause.has_cues]
-        if not any(clause.names for clause in last_reading):  # "which is closer, x or y"
-            last_reading = list(
+        third_reading = [clause for clause in self.clauses if clause.has_cues]
+        if not any(clause.names for clause in third_reading):  # "which is closer, x or y"
+            third_reading = list(
                 itertools.dropwhile(lambda clause: not clause.has_cues, self.clauses)
             )
-        if any(clause.names for clause in last_reading):
-            readings.append(_join_clauses(last_reading))
+        if any(clause.names for clause in third_reading):
+            readings.append(_join_clauses(third_reading))
         readings += self._list_sentences()
         for reading in tuple(readings):
             readings += _drop_asides(reading)
@@ -203,9 +206,11 @@ class QuestionReading:
         """
         if len(self.sentences) <= 1:
             return []
+        # From each later sentence to the end
         readings = [self.clauses[sentence.start :] for sentence in self.sentences[1:]]
-        words = _join_clauses(readings[-1]).words
-        if (WORDS["untaught"] | WORDS["adjectives"]).isdisjoint(words):
+        words_of_last_sentence = _join_clauses(readings[-1]).words
+        if (WORDS["untaught"] | WORDS["adjectives"]).isdisjoint(words_of_last_sentence):
+            # Each sentence alone, and from the beginning to each sentence
             for sentence in self.sentences:
                 readings.append(self.clauses[sentence.start : sentence.stop])
             readings += [self.clauses[: sentence.stop] for sentence in self.sentences[1:]]
@@ -244,7 +249,8 @@ def read_question(question: str) -> QuestionReading:
     for token in [*_split_words(text), "."]:
         if token not in _ENDS_OF_CLAUSES:
             is_noun = tokens and tokens[-1] in WORDS["determiners"]
-            tokens.append(_correct_spelling(token if is_noun else VERBS.get(token, token)))
+            word = token if is_noun else VERBS.get(token, token)
+            tokens.append(_correct_spelling(word))
         elif tokens:
             tokens = _replace_possessives(tokens)
             clauses.append(_Clause(tokens, capitalized).read_skeleton())
@@ -325,12 +331,13 @@ def _drop_names(
     words: Sequence[str], names: Sequence[str], dropped: Collection[str]
 ) -> tuple[list[str], list[str]]:
     """Drop some names, and the words `NAME` that stand for them."""
-    remaining_names = iter(names)
-    kept_words: list[str] = []
+    names_in_order = iter(names)  # the n-th word `NAME` stands for the n-th name
+    remaining_words: list[str] = []
     for word in words:
-        if word != NAME or next(remaining_names) not in dropped:
-            kept_words.append(word)
-    return kept_words, [name for name in names if name not in dropped]
+        is_dropped = word == NAME and next(names_in_order) in dropped
+        if not is_dropped:
+            remaining_words.append(word)
+    return remaining_words, [name for name in names if name not in dropped]
 
 
 def _replace_pixel(text: str) -> tuple[str, tuple[float, float] | None]:
@@ -358,8 +365,10 @@ def _split_words(text: str) -> list[str]:
     tokens: list[str] = []
     for token in _TOKENS.findall(text):
         subwords = token.split("-")
-        is_one_word = token in VOCABULARY or VOCABULARY.isdisjoint(subwords)
-        tokens += [token] if is_one_word else [subword for subword in subwords if subword]
+        if token in VOCABULARY or VOCABULARY.isdisjoint(subwords):
+            tokens.append(token)
+        else:
+            tokens += [subword for subword in subwords if subword]
     return tokens
 
 
@@ -526,11 +535,11 @@ class _Clause:
         next_token = self._token_at(end + 1)
         is_after_determiner = self._is_after_determiner(start)
         if end > start and self._token_at(end - 1) in WORDS["kinds_of_boxes"]:
-            return True
-        if end > start and is_after_determiner:
+            return True  # "cardboard box"
+        if end > start and is_after_determiner:  # "the red box", but not "the mug box corners"
             other_cues = CUES["projecting"] | CUES["corners"]
             return next_token not in CUES["corners"] and other_cues.isdisjoint(self.tokens)
-        if end > start:
+        if end > start:  # "red box"
             other_cues = CUES["corners"] | CUES["solid"] | CUES["projecting"]
             return other_cues.isdisjoint(self.tokens)
         is_end = next_token in ("", "and", "or", "from", "is", "over", "than", "to", "'s")
@@ -538,7 +547,8 @@ class _Clause:
             return start > 1 and self._token_at(start - 1) == "to" and next_token == ""
         no_boxes = CUES["corners"] | CUES["bounding"] | CUES["solid"] | {"around"}
         if next_token == "or":
-            return True
+            return True  # "the box or the mug"
+        # "is the box closer than the mug", but not "which box around the mug is closer"
         if not CUES["comparative"].isdisjoint(self.tokens) and no_boxes.isdisjoint(self.tokens):
             return True
         if next_token == "in" and not CUES["center"].isdisjoint(self.tokens[:start]):

@@ -209,8 +209,12 @@ def _order_names(skeleton: Skeleton, question_type: str) -> list[str]:
         return names[::-1]
     if "origin" in skeleton.words[second:]:  # "where would y be if x was the origin"
         return names[::-1]
-    is_y_to_x = words_before[-1:] in (["is"], ["are"]) or {"relative", "of"} <= set(words_before)
-    return names[::-1] if is_y_to_x and "to" in words_between else names
+    # "how far is y to x", "where relative to the position of y ..."
+    is_after_verb = words_before[-1:] in (["is"], ["are"])
+    is_relative_position = {"relative", "of"} <= set(words_before)
+    if "to" in words_between and (is_after_verb or is_relative_position):
+        return names[::-1]
+    return names
 
 
 def _choose_keypoint(words: Sequence[str]) -> str:
