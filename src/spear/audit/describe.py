@@ -42,7 +42,7 @@ from spear.checks.gripper import (
 )
 from spear.checks.instructions import looks_like_identifier
 from spear.checks.recording import Recording
-from spear.checks.states import plausible_length_unit
+from spear.checks.states import find_plausible_length_unit
 from spear.data.readers.columns import (
     RawEpisodes,
     are_raw_images,
@@ -664,7 +664,7 @@ def _propose_position(
     proposal.fields |= {
         "position": best.position.name(columns),
         "logged_translation": best.action_translation.name(columns),
-        "length_unit": plausible_length_unit(reach) or "m",
+        "length_unit": find_plausible_length_unit(reach) or "m",
         "logged_kind": fit.hypothesis.kind,
     }
     # The hypotheses take recorded positions for meters, so their unit "m" is the positions' unit.

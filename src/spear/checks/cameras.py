@@ -85,8 +85,13 @@ def _reduce_image(encoded: bytes, context: str) -> Array:
 
 
 def are_blank(pictures: Array) -> Array:
-    """Return [N] whether pictures [N, h, w, channels] show nothing, such as those of a covered
-    camera.
+    """Return whether pictures show nothing, such as those of a covered camera.
+
+    Args:
+        pictures: [N, h, w, channels], 0 … 255.
+
+    Returns:
+        [N] bool.
     """
     contrast = np.ptp(np.asarray(pictures, np.float32), axis=(1, 2)).max(-1)  # [N]
     return contrast < MAX_BLANK_CONTRAST

@@ -145,22 +145,20 @@ def check_range(openings: Sequence[Array], commands: Sequence[Array]) -> Check |
     measured = np.concatenate(openings)
     # A gripper that closes on large objects need not reach 0. If it opens and has commands, these
     # must span the range instead.
-    values = measured
-    if commands and measured.max() > OPEN_ABOVE:
-        values = np.concatenate(commands)
+    judges_commands = bool(commands) and measured.max() > OPEN_ABOVE
+    values = np.concatenate(commands) if judges_commands else measured
     if values.min() < CLOSED_BELOW and values.max() > OPEN_ABOVE:
         return None
+
     # Something is wrong. If the measured openings do not reach the closed end, they are the ones to
     # report, not the commands.
-    if measured.min() >= CLOSED_BELOW:
-        values = measured
-
-    if values is measured:
-        name = "gripper"
-        key = "gripper_range"
-    else:
+    if judges_commands and measured.min() < CLOSED_BELOW:
         name = "gripper command"
         key = "command_range"
+    else:
+        values = measured
+        name = "gripper"
+        key = "gripper_range"
     words = (
         f"it runs from {values.min():.2f} to {values.max():.2f} of 0 (closed) … 1 (open): "
         f"correct {key}"
@@ -239,7 +237,7 @@ def judge_open_end(openings: Sequence[Array]) -> tuple[Verdict, str]:
         The verdict, and its reasons in words.
     """
     middles = [(opening.min() + opening.max()) / 2 for opening in openings]
-    begins_open = [o[0] > middle for o, middle in zip(openings, middles, strict=True)]
+    begins_open = [opening[0] > middle for opening, middle in zip(openings, middles, strict=True)]
     share_begins_open = float(np.mean(begins_open))
 
     # At which openings the gripper rests in each episode: when closed, and when open.

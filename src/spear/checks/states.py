@@ -46,7 +46,7 @@ def find_implausible_positions(positions: Sequence[Array]) -> str | None:
     distances_m = np.linalg.norm(np.concatenate(positions), axis=1)
     reach_m = float(np.quantile(distances_m, 0.95))
     if reach_m > MAX_REACH_M:
-        unit = plausible_length_unit(reach_m) or "another unit"
+        unit = find_plausible_length_unit(reach_m) or "another unit"
         return f"positions are up to {reach_m:.4g} from the base, which are not meters, but {unit}"
     if reach_m < MIN_REACH_M:
         return (
@@ -56,8 +56,8 @@ def find_implausible_positions(positions: Sequence[Array]) -> str | None:
     return None
 
 
-def plausible_length_unit(reach: float) -> str | None:
-    """Return the first length unit by which an arm can go `reach` from its base.
+def find_plausible_length_unit(reach: float) -> str | None:
+    """Find the first length unit by which an arm can go `reach` from its base.
 
     Args:
         reach: distance from the base, in the unit that is sought.

@@ -15,7 +15,7 @@ from spear.checks.rollout.motion import (
     MIN_COMMAND_M,
     MIN_MOVES,
     CommandedMotion,
-    surely_better,
+    is_surely_better,
 )
 from spear.checks.rollout.motion_check import MotionCheck
 from spear.checks.rollout.motion_figures import draw_step_gains
@@ -88,13 +88,14 @@ class ActionsRepeatedCheck(MotionCheck):
             return None
         achieved = motion.achieved[is_double]
         lengths_m = np.linalg.norm(achieved, axis=1)
-        of_two_m = np.linalg.norm(achieved - motion.commanded[is_double, 1], axis=1)
-        of_twice_m = np.linalg.norm(achieved - 2 * first[is_double], axis=1)
-        twice_error = of_twice_m.mean() / max(lengths_m.mean(), 1e-9)
-        is_twice = surely_better(of_two_m, of_twice_m, lengths_m, MIN_TWICE_ADVANTAGE)
+        # How far each move is from the first two actions, and from the first action twice
+        two_errors_m = np.linalg.norm(achieved - motion.commanded[is_double, 1], axis=1)
+        twice_errors_m = np.linalg.norm(achieved - 2 * first[is_double], axis=1)
+        twice_error = twice_errors_m.mean() / max(lengths_m.mean(), 1e-9)
+        is_twice = is_surely_better(two_errors_m, twice_errors_m, lengths_m, MIN_TWICE_ADVANTAGE)
         if not is_twice or twice_error > MAX_READING_ERROR:
             return None
-        two_error = of_two_m.mean() / max(lengths_m.mean(), 1e-9)
+        two_error = two_errors_m.mean() / max(lengths_m.mean(), 1e-9)
         return Finding(
             confidence=0.95,
             evidence=(

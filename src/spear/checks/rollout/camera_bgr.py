@@ -31,14 +31,14 @@ class CameraBgrCheck(RolloutCheck):
     causes: ClassVar[frozenset[str]] = frozenset({"object-not-in-view"})
 
     def examine(self, case: Case) -> Result:
-        of_one = find_picture_version(case, (VERSION,), "sends BGR", CURE, is_color=True)
-        if isinstance(of_one, Finding):
-            return of_one
+        single_result = find_picture_version(case, (VERSION,), "sends BGR", CURE, is_color=True)
+        if isinstance(single_result, Finding):
+            return single_result
         for camera in case.cameras:
             best = case.comparison.best_color(camera)
             if best is not None and best.version != VERSION:
-                return of_one  # another exposure changes colors, too, where it clips them
-        return self._compare_cameras(case) or self._examine_all(case) or of_one
+                return single_result  # another exposure changes colors, too, where it clips them
+        return self._compare_cameras(case) or self._examine_together(case) or single_result
 
     def _compare_cameras(self, case: Case) -> Finding | None:
         """Look for a camera whose colors are not those that another camera sees."""
@@ -73,8 +73,8 @@ class CameraBgrCheck(RolloutCheck):
             ratios[camera] = 0.0 if odds is None else odds.log_ratio
         return max(ratios, key=lambda camera: ratios[camera])
 
-    def _examine_all(self, case: Case) -> Finding | None:
-        """Look for all cameras together."""
+    def _examine_together(self, case: Case) -> Finding | None:
+        """Add up the evidence of all cameras, in case red and blue are exchanged in all of them."""
         odds_by_camera = self._collect_odds(case)
         # One program reads all cameras, so mostly all of them are wrong, and add to the evidence.
         log_ratio = sum(INDEPENDENT_SHARE * odds.log_ratio for odds in odds_by_camera.values())

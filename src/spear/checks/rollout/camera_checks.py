@@ -71,14 +71,17 @@ def _describe_odds(best: VersionOdds, is_by_flow: bool) -> str:
 def show_pictures(case: Case, camera: str) -> Figure:
     """Show pictures of the rollout, and the training pictures of the nearest arm positions."""
     pictures: list[tuple[str, Array]] = []
-    training = [e for e in case.demonstrations if camera in e.pictures]
-    positions = np.concatenate([e.position for e in training]) if training else None
-    small = [e.pictures[camera].small for e in training]
+    training = [episode for episode in case.demonstrations if camera in episode.pictures]
+    training_positions = None
+    training_pictures = None
+    if training:
+        training_positions = np.concatenate([episode.position for episode in training])
+        training_pictures = np.concatenate([e.pictures[camera].small for e in training])
     for episode in case.rollout[:MAX_SHOWN_PICTURES]:
         if camera not in episode.pictures:
             continue
         pictures.append(("rollout", episode.pictures[camera].small[0]))
-        if positions is not None:
-            distances = np.linalg.norm(positions - episode.position[0], axis=1)
-            pictures.append(("nearest in training", np.concatenate(small)[distances.argmin()]))
+        if training_positions is not None and training_pictures is not None:
+            distances = np.linalg.norm(training_positions - episode.position[0], axis=1)
+            pictures.append(("nearest in training", training_pictures[distances.argmin()]))
     return Figure(f"camera {camera}", pictures=pictures)

@@ -64,10 +64,13 @@ def _compare(warmth: Array, usual: Array) -> float:
     errors = usual[:, 1] - slope * usual[:, 0] - offset
     # Some demonstrations may be outliers, too, so the deviation is that of the nearer two thirds.
     deviation = max(float(np.quantile(np.abs(errors), 0.68)), MIN_DEVIATION)
-    plain = _log_likelihood(warmth[:, 1] - slope * warmth[:, 0] - offset, deviation)
-    second = _log_likelihood(-warmth[:, 1] - slope * warmth[:, 0] - offset, deviation)
-    first = _log_likelihood(warmth[:, 1] + slope * warmth[:, 0] - offset, deviation)
-    return float(max(first, second) - plain)
+    # Exchanging red and blue of a camera changes the sign of its warmth.
+    first = warmth[:, 0]
+    second = warmth[:, 1]
+    plain = _log_likelihood(second - slope * first - offset, deviation)
+    with_second_exchanged = _log_likelihood(-second - slope * first - offset, deviation)
+    with_first_exchanged = _log_likelihood(second + slope * first - offset, deviation)
+    return float(max(with_first_exchanged, with_second_exchanged) - plain)
 
 
 def _log_likelihood(errors: Array, deviation: float) -> float:

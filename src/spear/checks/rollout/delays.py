@@ -22,8 +22,9 @@ MIN_STEPS = 12  # shorter episodes do not show a delay
 # The steps of a pair are at most this far from each other. For pairs that are farther apart, one
 # step of delay hardly changes how far the arm moved between them.
 MAX_STEPS_APART = 3
-MIN_DISTANCE_M = 0.003  # added to distances, because pictures of 32 columns do not show less
-MIN_DIFFERENCE_LEVELS = 1.0  # gray levels of noise, added to differences of pictures
+# Added before logarithms are taken, so that distances and differences near 0 count alike.
+ADDED_DISTANCE_M = 0.003  # pictures of 32 columns do not show a shorter motion
+ADDED_LEVELS = 1.0  # gray levels of noise in pictures
 OPENING_M = 0.05  # how far the fingers move from closed to open, about
 
 
@@ -44,10 +45,16 @@ class DelayReference:
         training = _select_long(demonstrations, camera)[:MAX_TRAINING_EPISODES]
         if len(training) < MIN_PICTURE_EPISODES:
             return None
-        plain_scores = [_score_delays(episode, camera, 0, DELAYS_STEPS) for episode in training]
+        plain_scores = [
+            _score_delays(episode, camera, added_delay=0, delays=DELAYS_STEPS)
+            for episode in training
+        ]
         late_scores = {}
         for delay in DELAYS_STEPS:
-            scores = [_score_delays(episode, camera, delay, (delay,)) for episode in training]
+            scores = [
+                _score_delays(episode, camera, added_delay=delay, delays=(delay,))
+                for episode in training
+            ]
             late_scores[_name_delay(delay)] = scores
         return DelayReference(plain_scores, late_scores)
 
@@ -59,7 +66,10 @@ def compute_delay_odds(
     long_rollout = _select_long(rollout, camera)
     if not long_rollout:
         return None
-    scores = [_score_delays(episode, camera, 0, DELAYS_STEPS) for episode in long_rollout]
+    scores = [
+        _score_delays(episode, camera, added_delay=0, delays=DELAYS_STEPS)
+        for episode in long_rollout
+    ]
     return compute_odds(scores, reference.plain_scores, reference.late_scores)
 
 
@@ -83,23 +93,24 @@ def _score_delays(
         episode: the episode.
         camera: the camera.
         added_delay: by how many steps to delay the pictures first.
-        delays: the delays.
+        delays: the delays, in steps.
     """
     num_steps = len(episode)
     steps = np.arange(num_steps)
+    # Every second row and column is enough.
     small = episode.pictures[camera].small[:, ::2, ::2].astype(np.float32)
-    pictures = small.reshape(num_steps, -1)[np.maximum(steps - added_delay, 0)]
+    pictures = small.reshape(num_steps, -1)[np.maximum(steps - added_delay, 0)]  # [T, values]
     opening_m = OPENING_M * np.asarray(episode.opening)[:, None]
-    states_m = np.concatenate([episode.position, opening_m], axis=1)
+    states_m = np.concatenate([episode.position, opening_m], axis=1)  # [T, 4]
     earlier_steps, later_steps = _list_pairs(num_steps)
     differences = np.sqrt(((pictures[later_steps] - pictures[earlier_steps]) ** 2).mean(1))
-    log_differences = np.log(differences + MIN_DIFFERENCE_LEVELS)
+    log_differences = np.log(differences + ADDED_LEVELS)
     scores = {}
     for delay in (0, *delays):
         delayed_m = states_m[np.maximum(steps - delay, 0)]
         distances_m = np.linalg.norm(delayed_m[later_steps] - delayed_m[earlier_steps], axis=1)
         name = "plain" if delay == 0 else _name_delay(delay)
-        scores[name] = _correlate(log_differences, np.log(distances_m + MIN_DISTANCE_M))
+        scores[name] = _correlate(log_differences, np.log(distances_m + ADDED_DISTANCE_M))
     return scores
 
 

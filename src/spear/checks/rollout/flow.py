@@ -49,17 +49,22 @@ class FlowReference:
     @staticmethod
     def fit(demonstrations: Sequence[RecordedEpisode], camera: str) -> "FlowReference | None":
         """Fit the model, and score the other half; None with too few episodes."""
-        training = [_measure(e, camera) for e in demonstrations if _has_flow(e, camera)]
+        training = [
+            _measure_moves(episode, camera)
+            for episode in demonstrations
+            if _has_flow(episode, camera)
+        ]
         if len(training) < MIN_PICTURE_EPISODES:
             return None
         model = _FlowModel.fit(training[::2])
         plain_scores = [model.score(moves) for moves in training[1::2]]
         changed_scores = {}
         for version, signs in FLOW_SIGNS.items():
-            changed_moves = [
-                MeasuredFlow(m.flows * np.array(signs), m.motions) for m in training[1::2]
-            ]
-            changed_scores[version] = [model.score(moves) for moves in changed_moves]
+            scores = []
+            for moves in training[1::2]:
+                changed_moves = MeasuredFlow(moves.flows * np.array(signs), moves.motions)
+                scores.append(model.score(changed_moves))
+            changed_scores[version] = scores
         return FlowReference(model, plain_scores, changed_scores)
 
 
@@ -67,7 +72,10 @@ def compute_flow_odds(
     rollout: Sequence[RecordedEpisode], reference: FlowReference, camera: str
 ) -> list[VersionOdds] | None:
     """Return the odds of mirrored and turned pictures, the best first; None without moves."""
-    scores = [reference.model.score(_measure(e, camera)) for e in rollout if _has_flow(e, camera)]
+    scores = []
+    for episode in rollout:
+        if _has_flow(episode, camera):
+            scores.append(reference.model.score(_measure_moves(episode, camera)))
     if not scores:
         return None
     return compute_odds(scores, reference.plain_scores, reference.changed_scores)
@@ -125,7 +133,7 @@ def _has_flow(episode: RecordedEpisode, camera: str) -> bool:
     return len(episode) > 1 and camera in episode.pictures
 
 
-def _measure(episode: RecordedEpisode, camera: str) -> MeasuredFlow:
+def _measure_moves(episode: RecordedEpisode, camera: str) -> MeasuredFlow:
     """Measure flows and motions of an episode of at least two steps."""
     orientation = torch.as_tensor(np.asarray(episode.rotation, np.float64))
     to_tool = quat_conjugate(orientation[:-1])
@@ -145,8 +153,10 @@ def measure_flows(small: Array) -> Array:
     gradient_x = (gradient_x[:-1] + gradient_x[1:]) / 2
     gradient_y = (gradient_y[:-1] + gradient_y[1:]) / 2
     num, height, width = gradient_x.shape
+    # Coordinates of the cells, from -1 at one border to 1 at the other. NumPy takes the imaginary
+    # numbers for how many there are.
     y, x = np.mgrid[-1 : 1 : height * 1j, -1 : 1 : width * 1j]
-    # What a small shift, scaling and turn each add to the later picture.
+    # What a small shift to the right, shift down, scaling and turn each add to the later picture.
     effects = np.stack(
         [
             gradient_x,

@@ -33,24 +33,24 @@ MIN_USUAL_OPENING = 0.5  # in training; an open gripper below it is no measure
 class GripperUse:
     """What a gripper does.
 
-    rollout           the gripper in each episode of the rollout that changes its command.
-    following         the delay at which openings follow commands best in the rollout; None if the
-                      commands never change.
-    following_before  the same in the demonstrations.
-    first_openings    the opening at the start of each episode of the rollout.
-    first_before      the same in the demonstrations.
-    open_level        median opening of the rollout while it is commanded to be open; NaN if it
-                      hardly ever is.
-    open_before       the same in the demonstrations.
+    rollout                  the gripper in each episode of the rollout that changes its command.
+    following                the delay at which openings follow commands best in the rollout; None
+                             if the commands never change.
+    training_following       the same in the demonstrations.
+    first_openings           the opening at the start of each episode of the rollout.
+    training_first_openings  the same in the demonstrations.
+    open_level               median opening of the rollout while it is commanded to be open; NaN if
+                             it hardly ever is.
+    training_open_level      the same in the demonstrations.
     """
 
     rollout: Sequence[CommandedGripper]
     following: Following | None
-    following_before: Following | None
+    training_following: Following | None
     first_openings: Array
-    first_before: Array
+    training_first_openings: Array
     open_level: float
-    open_before: float
+    training_open_level: float
 
     @property
     def is_against(self) -> bool:
@@ -65,9 +65,9 @@ class GripperUse:
     @property
     def starts_opposite(self) -> bool:
         """Whether the episodes begin with the opposite opening of those of training."""
-        if not len(self.first_before) or not len(self.first_openings):
+        if not len(self.training_first_openings) or not len(self.first_openings):
             return False
-        usual = float(np.median(self.first_before))
+        usual = float(np.median(self.training_first_openings))
         return bool(are_opposite(float(np.median(self.first_openings)), usual))
 
     @property
@@ -78,9 +78,10 @@ class GripperUse:
     @property
     def scale(self) -> float:
         """Opening of the open gripper, as a share of training; NaN if it is never open."""
-        if not self.open_before >= MIN_USUAL_OPENING:  # NaN, too
+        is_measure = self.training_open_level >= MIN_USUAL_OPENING  # False for NaN
+        if not is_measure:
             return float("nan")
-        return self.open_level / self.open_before
+        return self.open_level / self.training_open_level
 
     @property
     def is_state_scaled(self) -> bool:
@@ -91,7 +92,7 @@ class GripperUse:
         is_scaled = 0 < self.scale <= MAX_SCALE  # False for NaN
         if not is_scaled or self.following is None or self.is_against:
             return False
-        usual_start = float(np.median(self.first_before))
+        usual_start = float(np.median(self.training_first_openings))
         return float(np.median(self.first_openings)) <= MAX_SCALE * usual_start
 
     @staticmethod
@@ -103,11 +104,11 @@ class GripperUse:
         return GripperUse(
             rollout=changing,
             following=_find_delay(changing),
-            following_before=_find_delay(_select_changing(demonstrations)),
+            training_following=_find_delay(_select_changing(demonstrations)),
             first_openings=np.array([episode.opening[0] for episode in rollout]),
-            first_before=np.array([episode.opening[0] for episode in demonstrations]),
+            training_first_openings=np.array([episode.opening[0] for episode in demonstrations]),
             open_level=_measure_open_level(rollout),
-            open_before=_measure_open_level(demonstrations),
+            training_open_level=_measure_open_level(demonstrations),
         )
 
 

@@ -18,7 +18,7 @@ class GripperInvertedCheck(RolloutCheck):
         following = gripper.following
         start_evidence = ""
         if gripper.starts_opposite:
-            usual = float(np.median(gripper.first_before))
+            usual = float(np.median(gripper.training_first_openings))
             start = float(np.median(gripper.first_openings))
             start_evidence = f"it begins at {start:.2f}, in training at {usual:.2f}"
         if gripper.is_against:
@@ -38,8 +38,8 @@ class GripperInvertedCheck(RolloutCheck):
                 figure=draw_gripper(case),
             )
         if gripper.starts_opposite:
-            # If both commands and openings are inverted, openings follow. So they do if the gripper
-            # only begins so.
+            # Openings that follow their commands make this less sure: either both are inverted, or
+            # the gripper only begins with another opening than in training.
             return Finding(
                 confidence=0.6 if gripper.follows else 0.75,
                 evidence=f"the gripper seems inverted: {start_evidence}",

@@ -27,7 +27,7 @@ class GripperLateCheck(RolloutCheck):
         rate_hz = gripper.rollout[0].rate_hz
         delay_s = following.delay_steps / rate_hz
         usual_s = USUAL_DELAY_S
-        usual = gripper.following_before
+        usual = gripper.training_following
         if usual is not None and usual.correlation >= MIN_CORRELATION:
             usual_s = usual.delay_steps / case.demonstrations[0].rate_hz
         # A step of the rollout may be longer than one of training; one step is no delay.

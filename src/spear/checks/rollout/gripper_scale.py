@@ -29,11 +29,11 @@ class GripperScaleCheck(RolloutCheck):
 
     def examine(self, case: Case) -> Result:
         gripper = case.gripper
-        if not np.isfinite([gripper.open_level, gripper.open_before]).all():
+        if not np.isfinite([gripper.open_level, gripper.training_open_level]).all():
             return Doubt("the gripper is never commanded to stay open")
         if gripper.is_against:
             return None  # inverted
-        if gripper.open_before < MIN_USUAL_OPENING:
+        if gripper.training_open_level < MIN_USUAL_OPENING:
             return Doubt("the gripper is hardly open in training")
         scale = gripper.scale
         if scale > MAX_SCALE:
@@ -44,7 +44,7 @@ class GripperScaleCheck(RolloutCheck):
             confidence=confidence_of_margin(-scale, -MAX_SCALE, -CERTAIN_SCALE),
             evidence=(
                 f"commanded to be open, the gripper measures {gripper.open_level:.2f}, in training "
-                f"{gripper.open_before:.2f}"
+                f"{gripper.training_open_level:.2f}"
             ),
             cure="divide the measured opening by that of the open gripper, so that open is 1",
             file=f"observe in your robot's file, and {ROBOT_FILE}",

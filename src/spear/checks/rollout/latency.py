@@ -37,21 +37,22 @@ class LatencyCheck(RolloutCheck):
         if not served:
             return Doubt("the rollout has no times")
         # The first answer of an episode may include warming up.
-        seconds = np.concatenate([(s.answer_s - s.arrival_s)[1:] for s in served])
+        seconds = np.concatenate([(times.answer_s - times.arrival_s)[1:] for times in served])
         if len(seconds) < MIN_ANSWERS:
             return Doubt("the rollout has too few answers")
-        median, slow = np.quantile(seconds, [0.5, 0.9])
+        median_s, slow_s = np.quantile(seconds, [0.5, 0.9])
+        spread_s = slow_s - median_s
         confidence = max(
-            confidence_of_margin(median / STEP_S, MIN_LATENCY_STEPS, CERTAIN_LATENCY_STEPS),
-            confidence_of_margin((slow - median) / STEP_S, MIN_SPREAD_STEPS, CERTAIN_SPREAD_STEPS),
+            confidence_of_margin(median_s / STEP_S, MIN_LATENCY_STEPS, CERTAIN_LATENCY_STEPS),
+            confidence_of_margin(spread_s / STEP_S, MIN_SPREAD_STEPS, CERTAIN_SPREAD_STEPS),
         )
-        if median < MIN_LATENCY_STEPS * STEP_S and slow - median < MIN_SPREAD_STEPS * STEP_S:
+        if median_s < MIN_LATENCY_STEPS * STEP_S and spread_s < MIN_SPREAD_STEPS * STEP_S:
             return None
         return Finding(
             confidence=confidence,
             evidence=(
-                f"answers take {1000 * median:.0f} ms (median), one in ten longer than "
-                f"{1000 * slow:.0f} ms; an action lasts {1000 * STEP_S:.0f} ms"
+                f"answers take {1000 * median_s:.0f} ms (median), one in ten longer than "
+                f"{1000 * slow_s:.0f} ms; an action lasts {1000 * STEP_S:.0f} ms"
             ),
             cure=(
                 "use a faster machine or a nearer one, or execute in the mode async, as "

@@ -68,7 +68,10 @@ COMMANDS = "commands:"
 STATES = "states:"
 """How names of readings of rotations begin, of which a variant of orientations follows."""
 
-SIGNS = {"".join(signs): signs for signs in product("+-", repeat=3)}
+SIGNS: dict[str, tuple[float, float, float]] = {}
+"""Signs of x, y and z, such as "+-+" → the factors 1 or -1 of the three numbers."""
+for _x, _y, _z in product((1.0, -1.0), repeat=3):
+    SIGNS["".join("+" if factor > 0 else "-" for factor in (_x, _y, _z))] = (_x, _y, _z)
 
 
 class Reading(NamedTuple):
@@ -147,11 +150,11 @@ class CommandedMotion:
     @staticmethod
     def from_episodes(episodes: Sequence[RecordedEpisode]) -> "CommandedMotion":
         """Collect the moves of some episodes."""
-        horizon = min((_horizon(episode) for episode in episodes), default=1)
+        horizon = min((_get_horizon(episode) for episode in episodes), default=1)
         moves_of_episodes = []
         for number, episode in enumerate(episodes):
             if len(episode) > 1 and not _moves_while_waiting(episode):
-                moves_of_episodes.append(_moves_of_episode(episode, number, horizon))
+                moves_of_episodes.append(_collect_moves(episode, number, horizon))
         if not moves_of_episodes:
             return CommandedMotion(
                 achieved=np.zeros((0, 3)),
@@ -164,13 +167,10 @@ class CommandedMotion:
                 num_executed=np.zeros(0, int),
                 episode=np.zeros(0, int),
             )
-        names = CommandedMotion.__dataclass_fields__
-        return CommandedMotion(
-            **{
-                name: np.concatenate([getattr(moves, name) for moves in moves_of_episodes])
-                for name in names
-            }
-        )
+        joined = {}
+        for name in CommandedMotion.__dataclass_fields__:
+            joined[name] = np.concatenate([getattr(moves, name) for moves in moves_of_episodes])
+        return CommandedMotion(**joined)
 
     @cached_property
     def typical_executed(self) -> int:
@@ -180,10 +180,10 @@ class CommandedMotion:
     @cached_property
     def command(self) -> Array:
         """[N, 3] commanded displacement of the actions that were executed, m."""
-        return self.commanded[:, self._count - 1]
+        return self.commanded[:, self._assumed_count - 1]
 
     @property
-    def _count(self) -> int:
+    def _assumed_count(self) -> int:
         """How many actions are taken to be executed: by the motion, or else by the times."""
         return self.executed_count or self.typical_executed
 
@@ -218,7 +218,7 @@ class CommandedMotion:
         for reading in self._predictions:
             achieved, predicted = self._pair(reading)
             gain = _fit_gain(achieved, predicted)
-            error = _unexplained(achieved, gain * predicted).mean() / _mean_length(achieved)
+            error = _measure_unexplained(achieved, gain * predicted).mean() / _mean_length(achieved)
             fits.append(ReadingFit(reading, gain, float(error)))
         # A rotated base explains what the others do, too, so it must do it better.
         return sorted(fits, key=lambda fit: fit.error + ROTATED_PENALTY * fit.reading.is_rotated)
@@ -241,10 +241,10 @@ class CommandedMotion:
         plain_fit = self.fit_of(PLAIN)
         achieved, plain_predicted = self._pair(PLAIN)
         _, best_predicted = self._pair(best.reading)
-        plain_error = _unexplained(achieved, plain_fit.gain * plain_predicted)
-        best_error = _unexplained(achieved, best.gain * best_predicted)
+        plain_error = _measure_unexplained(achieved, plain_fit.gain * plain_predicted)
+        best_error = _measure_unexplained(achieved, best.gain * best_predicted)
         lengths = np.linalg.norm(achieved, axis=1)
-        is_better = surely_better(plain_error, best_error, lengths, MIN_READING_ADVANTAGE)
+        is_better = is_surely_better(plain_error, best_error, lengths, MIN_READING_ADVANTAGE)
         return best if is_better else None
 
     @cached_property
@@ -256,7 +256,7 @@ class CommandedMotion:
         `orientation`) begin with "commands" if the robot executes rotations so, and with "states"
         if it measures its orientation so.
         """
-        command = torch.as_tensor(self.turn_quats[:, self._count - 1][self.is_turning])
+        command = torch.as_tensor(self.turn_quats[:, self._assumed_count - 1][self.is_turning])
         orientation = torch.as_tensor(self.orientation[self.is_turning])
         achieved = quat_exp(torch.as_tensor(self.turn[self.is_turning]))
         next_orientation = quat_multiply(orientation, achieved)
@@ -268,8 +268,7 @@ class CommandedMotion:
         }
         for name, signs in SIGNS.items():
             if name != PLAIN.signs:
-                factors = torch.tensor([1.0, *(float(f"{sign}1") for sign in signs)])
-                readings[name] = command * factors
+                readings[name] = command * torch.tensor([1.0, *signs])  # of w, x, y and z
         errors = {name: quat_distance(quats, achieved).numpy() for name, quats in readings.items()}
         for variant in EULER_VARIANTS:
             executed = torch.as_tensor(apply_variant(command.numpy(), variant))
@@ -291,7 +290,7 @@ class CommandedMotion:
         lengths = np.linalg.norm(self.turn[self.is_turning], axis=1)
         if best == "plain" or errors[best].mean() > MAX_READING_ERROR * lengths.mean():
             return None
-        is_better = surely_better(errors["plain"], errors[best], lengths, MIN_READING_ADVANTAGE)
+        is_better = is_surely_better(errors["plain"], errors[best], lengths, MIN_READING_ADVANTAGE)
         return best if is_better else None
 
     @cached_property
@@ -324,7 +323,7 @@ class CommandedMotion:
         for count in range(1, self.commanded.shape[1] + 1):
             predicted = self.commanded[is_moving, count - 1]
             gains[count] = _fit_gain(achieved, predicted)
-            unexplained = _unexplained(achieved, gains[count] * predicted)
+            unexplained = _measure_unexplained(achieved, gains[count] * predicted)
             errors[count] = unexplained.mean() / _mean_length(achieved)
         candidates = [
             count for count, gain in gains.items() if MIN_COUNT_GAIN < gain < MAX_COUNT_GAIN
@@ -369,7 +368,7 @@ class CommandedMotion:
     @cached_property
     def command_turn(self) -> Array:
         """[N, 3] commanded rotation vector of the executed actions, end-effector frame, rad."""
-        quats = torch.as_tensor(self.turn_quats[:, self._count - 1])
+        quats = torch.as_tensor(self.turn_quats[:, self._assumed_count - 1])
         return quat_log(quat_canonical(quats)).numpy()
 
     @cached_property
@@ -397,9 +396,8 @@ class CommandedMotion:
             predictions[Reading(frame, PLAIN.signs)] = turned
         for frame, displacement in in_frames.items():
             for name, signs in SIGNS.items():
-                factors = np.array([float(f"{sign}1") for sign in signs])
                 # Signs apply to the robot's own axes: those of the base.
-                predictions[Reading(frame, name)] = displacement * factors
+                predictions[Reading(frame, name)] = displacement * np.array(signs)
         return predictions
 
     @property
@@ -416,7 +414,7 @@ class CommandedMotion:
         return self.achieved[self.is_free], self._predictions[reading][self.is_free]
 
 
-def surely_better(plain: Array, better: Array, lengths: Array, min_advantage: float) -> bool:
+def is_surely_better(plain: Array, better: Array, lengths: Array, min_advantage: float) -> bool:
     """Return whether errors are surely smaller, by a share of the motion.
 
     Args:
@@ -445,12 +443,12 @@ def _moves_while_waiting(episode: RecordedEpisode) -> bool:
     return bool(np.median(pauses_s) < 0.5 * action_s and np.median(cycles_s) > 1.5 * action_s)
 
 
-def _horizon(episode: RecordedEpisode) -> int:
+def _get_horizon(episode: RecordedEpisode) -> int:
     """Return how many actions a recorded answer has; 1 if no answers were recorded."""
     return 1 if episode.served is None else episode.served.chunks.shape[1]
 
 
-def _moves_of_episode(episode: RecordedEpisode, number: int, horizon: int) -> CommandedMotion:
+def _collect_moves(episode: RecordedEpisode, number: int, horizon: int) -> CommandedMotion:
     """Collect the moves of one episode of at least two steps."""
     orientation = torch.as_tensor(np.asarray(episode.rotation, np.float64))
     turn_quats = quat_multiply(quat_conjugate(orientation[:-1]), orientation[1:])
@@ -463,7 +461,7 @@ def _moves_of_episode(episode: RecordedEpisode, number: int, horizon: int) -> Co
         seconds = episode.served.arrival_s[1:] - episode.served.answer_s[:-1]
         rounded = np.round(seconds * CONTROL_RATE_HZ)
         num_executed = np.clip(rounded, 1, horizon).astype(int)
-    rotations = [torch.as_tensor(chunks[:, 0, 3:7])]
+    rotations = [torch.as_tensor(chunks[:, 0, 3:7])]  # of the first 1, 2, … H actions
     for step in range(1, chunks.shape[1]):
         rotations.append(quat_multiply(rotations[-1], torch.as_tensor(chunks[:, step, 3:7])))
     is_known = episode.is_known[:-1]
@@ -492,7 +490,7 @@ def _fit_gain(achieved: Array, predicted: Array) -> float:
     return max(float(np.median((achieved * predicted).sum(1) / squared_length)), 0.0)
 
 
-def _unexplained(achieved: Array, predicted: Array) -> Array:
+def _measure_unexplained(achieved: Array, predicted: Array) -> Array:
     """Return the distances [N] between achieved and predicted displacements [N, 3]."""
     return np.linalg.norm(achieved - predicted, axis=1)
 

@@ -41,10 +41,10 @@ def select_likely(odds: list[VersionOdds] | None) -> VersionOdds | None:
     best = odds[0]
     # A view that is nearly symmetric does not tell a turn from a mirror image. A turned camera is
     # the more frequent mistake.
-    for entry in odds[1:]:
-        is_tied = best.margin - entry.margin < TIE_SHARE * (best.expected - best.plain)
-        if is_tied and entry.version == "turned by 180°":
-            return entry
+    for other in odds[1:]:
+        is_tied = best.margin - other.margin < TIE_SHARE * (best.expected - best.plain)
+        if is_tied and other.version == "turned by 180°":
+            return other
     return best
 
 

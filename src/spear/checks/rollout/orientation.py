@@ -3,6 +3,7 @@
 Thresholds are chosen on rollouts and demonstrations of nano in the simulator.
 """
 
+import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from itertools import product
@@ -42,14 +43,22 @@ class EulerVariant(NamedTuple):
 
 CONVENTIONS: tuple[EulerConvention, ...] = ("xyz", "XYZ")
 
-EULER_VARIANTS: dict[str, EulerVariant] = {}
-"""Every mistake with angles, in words."""
-for _written, _read, _is_reversed in product(CONVENTIONS, CONVENTIONS, (False, True)):
-    if _written != _read or _is_reversed:
-        _name = f"angles {_written} read as {_read}"
-        if _is_reversed:
-            _name += " in reverse order"
-        EULER_VARIANTS[_name] = EulerVariant(_written, _read, _is_reversed)
+
+def _list_euler_variants() -> dict[str, EulerVariant]:
+    """List every mistake with angles, by its name in words."""
+    variants = {}
+    for written, read, is_reversed in product(CONVENTIONS, CONVENTIONS, (False, True)):
+        is_mistake = written != read or is_reversed
+        if is_mistake:
+            name = f"angles {written} read as {read}"
+            if is_reversed:
+                name += " in reverse order"
+            variants[name] = EulerVariant(written, read, is_reversed)
+    return variants
+
+
+EULER_VARIANTS = _list_euler_variants()
+"""Every mistake with angles, by its name in words."""
 
 
 @dataclass(frozen=True)
@@ -103,7 +112,7 @@ def fit_orientations(
     # Later states depend on what the policy made of the first ones.
     sent_rotations = np.concatenate([episode.rotation[:NUM_FIRST_STEPS] for episode in rollout])
     training_rotations = np.concatenate([episode.rotation for episode in demonstrations])
-    stride = -(-len(training_rotations) // MAX_COMPARED_ROTATIONS)
+    stride = math.ceil(len(training_rotations) / MAX_COMPARED_ROTATIONS)
     first_half = np.concatenate([e.rotation for e in demonstrations[::2]])[::stride]
     second_half = np.concatenate([e.rotation for e in demonstrations[1::2]])[::stride]
     typical = float(np.median(_nearest_angle(first_half, second_half)))

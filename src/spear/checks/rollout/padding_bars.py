@@ -1,11 +1,13 @@
 """Pictures have black bars that those of training do not have."""
 
+from collections.abc import Sequence
 from typing import ClassVar
 
 import numpy as np
 
 from spear.checks.rollout.camera_checks import CAMERA_FILE, show_pictures
 from spear.checks.rollout.case import Case, Doubt, Finding, Material, Result, RolloutCheck
+from spear.checks.rollout.episode import RecordedEpisode
 from spear.types import Array
 
 MAX_BAR_LEVEL = 12  # gray levels of 255; a border that is nowhere brighter, in any step, is a bar
@@ -25,20 +27,19 @@ class PaddingBarsCheck(RolloutCheck):
     def examine(self, case: Case) -> Result:
         num_compared = 0
         for camera in case.cameras:
-            pictures = [e.pictures[camera].small for e in case.rollout if camera in e.pictures]
-            training = [
-                e.pictures[camera].small for e in case.demonstrations if camera in e.pictures
-            ]
+            pictures = _collect_pictures(case.rollout, camera)
+            training = _collect_pictures(case.demonstrations, camera)
             if not pictures or not training:
                 continue
             num_compared += 1
             shares = measure_bars(np.concatenate(pictures))
             training_shares = measure_bars(np.concatenate(training))
             extra_shares = shares - training_shares
+            extra_height, extra_width = extra_shares
             is_all_black = np.concatenate(pictures).max() < MAX_BAR_LEVEL
             if extra_shares.max() < MIN_EXTRA_SHARE or is_all_black:
                 continue
-            sides = "left and right" if extra_shares[1] > extra_shares[0] else "top and bottom"
+            sides = "left and right" if extra_width > extra_height else "top and bottom"
             return Finding(
                 confidence=0.96,
                 evidence=(
@@ -52,19 +53,33 @@ class PaddingBarsCheck(RolloutCheck):
         return None if num_compared else Doubt("no training pictures to compare with")
 
 
+def _collect_pictures(episodes: Sequence[RecordedEpisode], camera: str) -> list[Array]:
+    """Return the small pictures [T, h, w, 3] of each episode that has the camera."""
+    return [episode.pictures[camera].small for episode in episodes if camera in episode.pictures]
+
+
 def measure_bars(pictures: Array) -> Array:
-    """Return which share of the height, and of the width, black bars take in pictures [N, h, w, 3].
+    """Measure which share of the height, and which of the width, black bars take.
 
     A row or column belongs to a bar if it is black in every picture.
+
+    Args:
+        pictures: [N, h, w, 3], 0 … 255.
+
+    Returns:
+        [2] share of the height that bars take at top and bottom, and share of the width that they
+        take at the left and right.
     """
     brightest = pictures.max(axis=(0, 3))  # [h, w]
+    brightest_of_rows = brightest.max(axis=1)
+    brightest_of_columns = brightest.max(axis=0)
     shares = []
-    for lines in (brightest.max(axis=1), brightest.max(axis=0)):
-        is_lit = lines > MAX_BAR_LEVEL
+    for levels in (brightest_of_rows, brightest_of_columns):
+        is_lit = levels > MAX_BAR_LEVEL
         if not is_lit.any():
             shares.append(1.0)
             continue
-        first = int(is_lit.argmax())
-        last = int(is_lit[::-1].argmax())
-        shares.append((first + last) / len(lines))
+        num_black_before = int(is_lit.argmax())  # before the first lit row or column
+        num_black_after = int(is_lit[::-1].argmax())
+        shares.append((num_black_before + num_black_after) / len(levels))
     return np.array(shares)

@@ -44,8 +44,8 @@ def _zoom(pictures: Array, share_x: float, share_y: float) -> Array:
     crop_width = max(1, round(width * share_x))
     crop_height = max(1, round(height * share_y))
     left_px = (width - crop_width) // 2
-    top = (height - crop_height) // 2
-    cropped = pictures[:, top : top + crop_height, left_px : left_px + crop_width]
+    top_px = (height - crop_height) // 2
+    cropped = pictures[:, top_px : top_px + crop_height, left_px : left_px + crop_width]
     return _resize(cropped, width, height)
 
 
@@ -75,8 +75,9 @@ def _interpolation_matrix(old_size: int, new_size: int) -> Array:
 
 
 def _squeeze(pictures: Array, share_x: float, share_y: float) -> Array:
-    """Squeeze pictures [N, h, w, 3] in their middle; what a wider view adds is taken to be like
-    their border.
+    """Squeeze pictures [N, h, w, 3] into their middle, as a wider view shows them.
+
+    What the wider view adds at the sides is taken to be like the border of the pictures.
     """
     height, width = pictures.shape[1:3]
     inner_width = max(1, round(width * share_x))
@@ -232,6 +233,7 @@ class VersionReference:
         if len(training) < MIN_PICTURE_EPISODES:
             return None
         height = training[0].pictures[camera].small.shape[1]
+        transforms = SHAPE_VERSIONS if kind == "shape" else COLOR_VERSIONS
 
         def read(episode: RecordedEpisode, version: str) -> Array:
             """Return the features of an episode's pictures, changed to a version."""
@@ -242,27 +244,32 @@ class VersionReference:
                 pictures = transforms[version](_read_pictures(episode, camera, height))
             return _extract_features(kind, pictures)
 
-        transforms = SHAPE_VERSIONS if kind == "shape" else COLOR_VERSIONS
+        # Fit the model to every second episode.
+        fitted = training[::2]
         versions = [*transforms, *(f"{EXCHANGED}{name}" for name in other_cameras)]
         features = {}
         for version in versions:
-            features[version] = np.concatenate([read(e, version) for e in training[::2]])
-        states = np.concatenate([_state_features(episode) for episode in training[::2]])
+            features[version] = np.concatenate([read(episode, version) for episode in fitted])
+        states = np.concatenate([_extract_state_features(episode) for episode in fitted])
         model = _VersionModel.fit(states, features)
 
-        held_out = [(episode, _state_features(episode)) for episode in training[1::2]]
-        plain_scores = [model.score(s, read(e, "plain"), versions) for e, s in held_out]
-        changed_scores = {}
-        for version in versions[1:]:
-            pair = ("plain", version)
-            changed_scores[version] = [model.score(s, read(e, version), pair) for e, s in held_out]
+        # Score the other episodes, as they are and changed to each version but the first, "plain".
+        plain_scores: list[dict[str, float]] = []
+        changed_scores: dict[str, list[dict[str, float]]] = {name: [] for name in versions[1:]}
+        for episode in training[1::2]:
+            episode_states = _extract_state_features(episode)
+            plain_scores.append(model.score(episode_states, read(episode, "plain"), versions))
+            for version, scores in changed_scores.items():
+                changed_features = read(episode, version)
+                pair = ("plain", version)
+                scores.append(model.score(episode_states, changed_features, pair))
         return VersionReference(camera, kind, height, model, plain_scores, changed_scores)
 
     def score(self, episode: RecordedEpisode) -> dict[str, float]:
         """Return the mean log likelihood of an episode's pictures by each version."""
         pictures = _read_pictures(episode, self.camera, self.height)
         features = _extract_features(self.kind, pictures)
-        states = _state_features(episode)
+        states = _extract_state_features(episode)
         return self.model.score(states, features, self.model.coefficients)
 
     def compute_odds(self, rollout: Sequence[RecordedEpisode]) -> list[VersionOdds]:
@@ -329,13 +336,13 @@ class PictureReferences:
         return self._versions[key]
 
     def get_delays(self, camera: str) -> DelayReference | None:
-        """Return what they say about late pictures."""
+        """Return what the demonstrations say about late pictures; None with too few of them."""
         if camera not in self._delays:
             self._delays[camera] = DelayReference.fit(self.demonstrations, camera)
         return self._delays[camera]
 
     def get_flows(self, camera: str) -> FlowReference | None:
-        """Return what they say about how pictures move with the arm."""
+        """Return how the demonstrations' pictures move with the arm; None with too few of them."""
         if camera not in self._flows:
             self._flows[camera] = FlowReference.fit(self.demonstrations, camera)
         return self._flows[camera]
@@ -369,12 +376,16 @@ class PictureComparison:
         if flow_odds is None:
             return by_content
         by_flow = select_likely(flow_odds)
-        if by_content is None or (by_flow is not None and by_content.version in FLOW_SIGNS):
+        if by_content is None:
             return by_flow
         if by_content.version not in FLOW_SIGNS:
-            return by_content
-        # The motion speaks for unchanged pictures. Which of the two is surer?
-        flow_ratio = next(o.log_ratio for o in flow_odds if o.version == by_content.version)
+            return by_content  # the motion cannot tell such a version
+        if by_flow is not None:
+            return by_flow
+        # The content speaks for a change, the motion for unchanged pictures. Which one is surer?
+        flow_ratio = next(
+            odds.log_ratio for odds in flow_odds if odds.version == by_content.version
+        )
         total = by_content.log_odds + flow_ratio
         return by_content._replace(log_odds=total) if total > 0 else None
 
@@ -410,6 +421,7 @@ class PictureComparison:
         return self._odds[key]
 
     def _compute_odds(self, camera: str, kind: str) -> list[VersionOdds] | None:
+        """Compute the odds of a kind; None without enough pictures."""
         rollout = [episode for episode in self.rollout if camera in episode.pictures]
         if not rollout:
             return None
@@ -423,8 +435,12 @@ class PictureComparison:
         return None if versions is None else versions.compute_odds(rollout)
 
 
-def _state_features(episode: RecordedEpisode) -> Array:
-    """Return what pictures may depend on linearly, [T, S]: position, orientation and opening."""
+def _extract_state_features(episode: RecordedEpisode) -> Array:
+    """Return what pictures may depend on linearly, [T, S]: position, orientation and opening.
+
+    The position is in decimeters, so that all features have about the same size. The orientation is
+    the direction of the end-effector's x axis.
+    """
     w, x, y, z = np.asarray(episode.rotation, np.float64).T
     columns = [
         np.ones(len(episode)),

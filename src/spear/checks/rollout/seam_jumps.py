@@ -15,7 +15,7 @@ from spear.checks.rollout.case import (
     RolloutCheck,
     confidence_of_margin,
 )
-from spear.checks.rollout.motion import MIN_MOVES, CommandedMotion, surely_better
+from spear.checks.rollout.motion import MIN_MOVES, CommandedMotion, is_surely_better
 from spear.types import Array
 
 # Mean difference of a chunk's first action from what the chunk before it planned for that time,
@@ -32,6 +32,7 @@ MIN_RETURN_ADVANTAGE = 0.1
 # Achieved displacement divided by commanded displacement, without the return. An arm with a smaller
 # quotient has another fault.
 MIN_RETURN_GAIN = 0.5
+MAX_DRAWN_SEAMS = 150  # seams that the figure shows
 
 
 class SeamJumpsCheck(RolloutCheck):
@@ -92,7 +93,7 @@ class SeamJumpsCheck(RolloutCheck):
         ratio = jump_m / max(change_m, 1e-6)
         if ratio < MIN_JUMP_RATIO:
             return None
-        all_jumps_mm = 1000 * np.concatenate(jumps_m)[:150]
+        all_jumps_mm = 1000 * np.concatenate(jumps_m)[:MAX_DRAWN_SEAMS]
         seams = np.arange(len(all_jumps_mm))
         return Finding(
             confidence=confidence_of_margin(ratio, MIN_JUMP_RATIO, CERTAIN_JUMP_RATIO),
@@ -132,25 +133,30 @@ class ReturnFit(NamedTuple):
 def find_return(motion: CommandedMotion) -> ReturnFit | None:
     """Find the return that surely explains the moves better than the chunks alone, if any."""
     num_executed = motion.typical_executed
-    is_next = motion.episode[1:] == motion.episode[:-1]
-    if is_next.sum() < MIN_MOVES:
+    # Compare each move with the chunk of the move before it, in the same episode: M pairs.
+    is_pair = motion.episode[1:] == motion.episode[:-1]
+    if is_pair.sum() < MIN_MOVES:
         return None
-    commanded = motion.commanded[1:, num_executed - 1][is_next]
-    achieved = motion.achieved[1:][is_next]
-    previous = motion.commanded[:-1][is_next]
+    commanded = motion.commanded[1:, num_executed - 1][is_pair]  # [M, 3]
+    achieved = motion.achieved[1:][is_pair]  # [M, 3]
+    # [M, H, 3] displacement of the first 1, 2, … H actions of the chunk before
+    previous = motion.commanded[:-1][is_pair]
     lengths_m = np.linalg.norm(achieved, axis=1)
     _, plain_m = _fit_factors(achieved, [commanded])
     best = None
     for num_actions in range(1, num_executed + 1):
+        # The displacement of the last `num_actions` executed actions: that of all executed ones,
+        # without that of the earlier ones.
         last_actions = previous[:, num_executed - 1]
-        if num_actions < num_executed:
-            last_actions = last_actions - previous[:, num_executed - num_actions - 1]
+        num_earlier = num_executed - num_actions
+        if num_earlier > 0:
+            last_actions = last_actions - previous[:, num_earlier - 1]
         (gain, factor), errors_m = _fit_factors(achieved, [commanded, last_actions])
         error = float(errors_m.mean() / max(lengths_m.mean(), 1e-9))
         if best is not None and error >= best.error:
             continue
         is_return = MIN_RETURN_FACTOR < factor < MAX_RETURN_FACTOR and gain > MIN_RETURN_GAIN
-        if is_return and surely_better(plain_m, errors_m, lengths_m, MIN_RETURN_ADVANTAGE):
+        if is_return and is_surely_better(plain_m, errors_m, lengths_m, MIN_RETURN_ADVANTAGE):
             plain_error = float(plain_m.mean() / max(lengths_m.mean(), 1e-9))
             best = ReturnFit(num_actions, float(factor), error, plain_error)
     return best
@@ -158,7 +164,7 @@ def find_return(motion: CommandedMotion) -> ReturnFit | None:
 
 def _fit_factors(achieved: Array, components: Sequence[Array]) -> tuple[Array, Array]:
     """Fit factors on the components [N, 3] of a motion [N, 3]; return them and errors [N]."""
-    columns = np.stack([part.ravel() for part in components], axis=1)
+    columns = np.stack([component.ravel() for component in components], axis=1)
     factors = np.linalg.lstsq(columns, achieved.ravel(), rcond=None)[0]
     errors = np.linalg.norm(achieved - (columns @ factors).reshape(-1, 3), axis=1)
     return factors, errors

@@ -45,10 +45,14 @@ class StartOutsideCheck(RolloutCheck):
         usual_m = []
         usual_rad = []
         for index in range(len(demonstrations)):
-            usual_m.append(_distance_m(positions[index], np.delete(positions, index, axis=0)))
-            usual_rad.append(_angle_rad(rotations[index], np.delete(rotations, index, axis=0)))
-        starts_m = [_distance_m(e.position[0], positions) for e in case.rollout]
-        starts_rad = [_angle_rad(e.rotation[0], rotations) for e in case.rollout]
+            usual_m.append(
+                _measure_distance_m(positions[index], np.delete(positions, index, axis=0))
+            )
+            usual_rad.append(
+                _measure_angle_rad(rotations[index], np.delete(rotations, index, axis=0))
+            )
+        starts_m = [_measure_distance_m(e.position[0], positions) for e in case.rollout]
+        starts_rad = [_measure_angle_rad(e.rotation[0], rotations) for e in case.rollout]
         extra_m = float(np.median(starts_m)) - max(usual_m)
         extra_rad = float(np.median(starts_rad)) - max(usual_rad)
         confidence = max(
@@ -82,28 +86,33 @@ class StartOutsideCheck(RolloutCheck):
             distances_m = np.linalg.norm(path_m - np.asarray(episode.position[0]), axis=1)
             is_near = distances_m < NEAR_PATH_M
             if is_near.any():
-                angle_rad = _angle_rad(episode.rotation[0], path_rad[is_near])
+                angle_rad = _measure_angle_rad(episode.rotation[0], path_rad[is_near])
                 num_near += angle_rad < NEAR_PATH_RAD
         return num_near > len(case.rollout) / 2
 
 
-def _distance_m(position: Array, references: Array) -> float:
+def _measure_distance_m(position: Array, references: Array) -> float:
+    """Return the distance from a position [3] to the nearest of `references` [N, 3], m."""
     return float(np.linalg.norm(references - position, axis=1).min())
 
 
-def _angle_rad(rotation: Array, references: Array) -> float:
+def _measure_angle_rad(rotation: Array, references: Array) -> float:
+    """Return the angle from an orientation [4] to the nearest of `references` [N, 4], rad."""
     cosine = np.abs(references @ np.asarray(rotation, np.float64)).max()
     return float(2 * np.arccos(min(cosine, 1.0)))
 
 
-def _draw_starts(case: Case, trained: Array) -> Figure:
-    """Draw x and y of the start of each episode, and the range of training."""
+def _draw_starts(case: Case, training_positions: Array) -> Figure:
+    """Draw x, y and z of the start of each episode, and the range of training.
+
+    training_positions: [N, 3] the starts of training, m.
+    """
     curves = []
     for axis, name in enumerate("xyz"):
         starts = np.array([episode.position[0][axis] for episode in case.rollout])
         episodes = np.arange(len(starts))
         curves.append(Curve(f"{name} of the start", episodes, starts))
-        low, high = np.quantile(trained[:, axis], [0.01, 0.99])
+        low, high = np.quantile(training_positions[:, axis], [0.01, 0.99])
         curves.append(Curve(f"{name} of training, low", episodes, np.full(len(starts), low)))
         curves.append(Curve(f"{name} of training, high", episodes, np.full(len(starts), high)))
     return Figure("start positions, m", "episode of the rollout", curves)

@@ -51,17 +51,23 @@ class TranslationUnitCheck(MotionCheck):
         )
 
     def examine_motion(self, motion: CommandedMotion) -> Result:
+        # Does the arm hardly move, both along its commands and in any direction?
         is_too_near = np.nanquantile(motion.step_gains, UPPER_QUANTILE) < MAX_UNIT_GAIN
-        lengths = np.linalg.norm(motion.achieved[motion.is_moving], axis=1)
-        commanded = np.linalg.norm(motion.command[motion.is_moving], axis=1)
-        is_still = np.quantile(lengths / commanded, UPPER_QUANTILE) < MAX_UNIT_GAIN
-        fit = motion.better_reading or motion.fits[0]
+        achieved_m = np.linalg.norm(motion.achieved[motion.is_moving], axis=1)
+        commanded_m = np.linalg.norm(motion.command[motion.is_moving], axis=1)
+        is_still = np.quantile(achieved_m / commanded_m, UPPER_QUANTILE) < MAX_UNIT_GAIN
+
+        # Or does it move too far? Limits cut moves, but another unit still makes most of them too
+        # long.
+        if motion.better_reading is None:
+            fit = motion.fits[0]
+            gain = motion.small_gain
+            is_mostly_too_far = np.nanmedian(motion.step_gains) > MIN_TYPICAL_GAIN
+        else:
+            fit = motion.better_reading
+            gain = fit.gain
+            is_mostly_too_far = True  # not judged, because `step_gains` are of the plain reading
         is_explained = fit.error < MAX_READING_ERROR
-        gain = motion.small_gain if motion.better_reading is None else fit.gain
-        # Limits cut moves, but another unit still makes most of them too long.
-        is_mostly_too_far = np.nanmedian(motion.step_gains) > MIN_TYPICAL_GAIN
-        if motion.better_reading is not None:
-            is_mostly_too_far = True  # the gains are those of the plain reading
         is_too_far = is_explained and is_mostly_too_far and gain > MIN_UNIT_GAIN
         if not is_too_far and not (is_too_near and is_still):
             return None

@@ -15,6 +15,7 @@ MIN_TEXTS = 5  # with fewer, they do not say how much instructions of training d
 # training differ from each other. Chosen on the four task families of the simulator, each of which
 # was compared with the other three, and on unseen objects of the same families.
 MIN_UNKNOWN_SHARE = 0.3  # share of the words that training never had
+MAX_SHOWN_TEXTS = 5  # the nearest instructions of training, in the figure
 MAX_SIMILARITY = 0.5  # words that both have, as a share of the words that either has
 
 
@@ -88,7 +89,7 @@ class Vocabulary:
         }
         counts = Counter(self.counts)
         counts.subtract(self.words_of_texts[text])
-        return Vocabulary(other_texts, +counts)
+        return Vocabulary(other_texts, +counts)  # "+" drops the words whose count is now 0
 
     def find_unknown(self, text: str) -> list[str]:
         """Return the words of a text that no instruction has."""
@@ -100,7 +101,7 @@ class Vocabulary:
         nearest = ""
         similarity = -1.0
         for other_text, other_words in self.words_of_texts.items():
-            other_similarity = _similarity(words, other_words)
+            other_similarity = _measure_similarity(words, other_words)
             if other_similarity > similarity:
                 nearest = other_text
                 similarity = other_similarity
@@ -117,8 +118,8 @@ def _make_finding(text: str, novelty: Novelty, vocabulary: Vocabulary) -> Findin
     words = split_words(text)
     similarities = []
     for other_text, other_words in vocabulary.words_of_texts.items():
-        similarities.append((other_text, _similarity(words, other_words)))
-    bars = sorted(similarities, key=lambda item: -item[1])[:5]
+        similarities.append((other_text, _measure_similarity(words, other_words)))
+    bars = sorted(similarities, key=lambda item: -item[1])[:MAX_SHOWN_TEXTS]
     return Finding(
         confidence=0.9 if novelty.unknown_share > MIN_UNKNOWN_SHARE else 0.7,
         evidence=(
@@ -144,6 +145,6 @@ def split_words(text: str) -> frozenset[str]:
     return frozenset(re.findall(r"[\w']+", text.lower()))
 
 
-def _similarity(first: frozenset[str], second: frozenset[str]) -> float:
+def _measure_similarity(first: frozenset[str], second: frozenset[str]) -> float:
     """Return which share of the words of either set both have."""
     return len(first & second) / max(len(first | second), 1)
