@@ -772,7 +772,7 @@ def _judge_part(name: str, fits: Sequence[Fit], answers: Mapping[str, str | None
 
     def agrees(fit: Fit, question: str) -> bool:
         """Return whether a hypothesis gives the layout's answer, or gives none ("-")."""
-        return _answer(fit, question) in (answers[question], "-")
+        return _get_answer(fit, question) in (answers[question], "-")
 
     def rank(fit: Fit) -> tuple[float, int]:
         """Sort better fits first, and equal ones by how many of the layout's answers they give."""
@@ -858,7 +858,7 @@ def _explain_undecidable(name: str, best: Fit) -> str:
     return ""
 
 
-def _answer(fit: Fit, question: str) -> str:
+def _get_answer(fit: Fit, question: str) -> str:
     """Return the answer of a fit's hypothesis to one question."""
     return str(getattr(fit.hypothesis, question))
 
@@ -880,10 +880,10 @@ def _judge_question(
         is_undecidable: whether the data are not enough to judge.
     """
     best = ranked[0]
-    best_answer = _answer(best, question)
+    best_answer = _get_answer(best, question)
     answers: dict[str, tuple[Fit, Margin]] = {}
     for fit in ranked:
-        answer = _answer(fit, question)
+        answer = _get_answer(fit, question)
         if answer == "-" and fit is not best:  # the question has no influence on this hypothesis
             continue
         if answer not in answers:  # the first fit with an answer is the best with that answer

@@ -146,6 +146,7 @@ def describe_lerobot_gripper(
     Returns:
         Key → value; empty if there is no such name, or the readings do not look like percent.
     """
+    # Of the state, and of the action if there is one.
     keys = (("gripper", "gripper_range"), ("command", "command_range"))
     fields: dict[str, Any] = {}
     for (key, range_key), (column, _) in zip(keys, joint_columns.list_ranges(), strict=False):

@@ -43,8 +43,8 @@ MIN_TURN_DIFFERENCE = 0.1
 
 SIGNS: dict[str, Array] = {}
 """Signs of the x, y and z components, such as "+-+" → their factors, such as (1, -1, 1)."""
-for _signs in itertools.product("+-", repeat=3):
-    SIGNS["".join(_signs)] = np.array([float(f"{sign}1") for sign in _signs])
+for _factors in itertools.product((1.0, -1.0), repeat=3):
+    SIGNS["".join("+" if factor > 0 else "-" for factor in _factors)] = np.array(_factors)
 SIGN_FACTORS = np.stack(list(SIGNS.values()))  # [8, 3]
 
 UNIT_QUATERNION = "unit quaternion"
@@ -655,16 +655,20 @@ def fit_rotations(
                 )
                 fits.append(Fit(hypothesis, errors[s, k], recorded.motion_size[s], num_steps))
 
-    changes = [i for i, h in enumerate(hypotheses) if h.kind != "absolute"]
-    targets = [i for i, h in enumerate(hypotheses) if h.kind == "absolute"]
+    # Indices in `hypotheses`: by which logged rotations are changes, and by which they are targets.
+    change_indices = []
+    target_indices = []
+    for index, hypothesis in enumerate(hypotheses):
+        indices = target_indices if hypothesis.kind == "absolute" else change_indices
+        indices.append(index)
     for delay in DELAYS:
         action_rows = stretches.action_rows(delay)
-        deltas = logged_quaternions[changes][:, action_rows]  # [K, n, L, 4]
+        deltas = logged_quaternions[change_indices][:, action_rows]  # [K, n, L, 4]
         about_ee, about_base = _integrate_rotations(deltas)
-        add_fits(about_ee, recorded.motion_ee, "ee", changes, delay)
-        add_fits(about_base, recorded.motion_base, "base", changes, delay)
-        target = logged_quaternions[targets][:, action_rows]  # [K, n, L, 4]
-        add_fits(target, recorded.orientation[:, :, 1:], "base", targets, delay)
+        add_fits(about_ee, recorded.motion_ee, "ee", change_indices, delay)
+        add_fits(about_base, recorded.motion_base, "base", change_indices, delay)
+        target = logged_quaternions[target_indices][:, action_rows]  # [K, n, L, 4]
+        add_fits(target, recorded.orientation[:, :, 1:], "base", target_indices, delay)
         has_angles = rotation.shape[1] == 3 and logged.shape[1] == 3
         if has_angles:
             fits += _fit_added_angles(rotation, logged, recorded, scales, stretches, delay)

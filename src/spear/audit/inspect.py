@@ -129,8 +129,8 @@ def _describe_foreign_dataset(folder: Dataset) -> str:
             texts.extend(episode.tasks)
         cameras = _list_lerobot_cameras(folder)
         axes = {
-            _to_column_name(n): feature.component_names
-            for n, feature in folder.info.features.items()
+            _to_column_name(name): feature.component_names
+            for name, feature in folder.info.features.items()
         }
     else:
         title = f"an RLDS dataset, {folder.name} {folder.version}".rstrip()
@@ -362,8 +362,10 @@ def _format_range(lengths: Array | Sequence[int]) -> str:
 def _format_axes(values: Array) -> str:
     """Format the range of x, y and z, each without the lowest and highest 1 % of values [N, 3]."""
     low, high = np.quantile(values, [0.01, 0.99], axis=0)
-    axes = [f"{axis} {a:.4g} … {b:.4g}" for axis, a, b in zip("xyz", low, high, strict=True)]
-    return ", ".join(axes) + " (98 %)"
+    ranges = []
+    for index, axis in enumerate("xyz"):
+        ranges.append(f"{axis} {low[index]:.4g} … {high[index]:.4g}")
+    return ", ".join(ranges) + " (98 %)"
 
 
 def _format_instructions(texts: Iterable[str]) -> list[str]:

@@ -98,6 +98,6 @@ def count_tokens(instructions: Sequence[str], policy: Spear1Policy) -> list[int]
     return [int(count) for count in mask.sum(1)]
 
 
-def mean_distance_m(first: Array, second: Array) -> float:
+def compute_mean_distance_m(first: Array, second: Array) -> float:
     """Return the mean distance between path ends [B, 3]."""
     return float(np.linalg.norm(first - second, axis=1).mean())

@@ -4,6 +4,7 @@ A distance is that to the nearest state of training. A step departs where its di
 than the largest distance of a training episode to all others.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -52,6 +53,7 @@ def measure_departures(
     instructions: Sequence[str],
 ) -> Departures:
     """Measure how far each step of a rollout is from training."""
+    # Name of a quantity → what `_read_vectors` reads: a part of the state, or a camera.
     quantities = {"position, m": "position", "orientation, degrees": "rotation"}
     cameras = set(rollout[0].pictures)
     for episode in [*rollout, *demonstrations]:
@@ -68,7 +70,9 @@ def measure_departures(
         references = _thin_out(np.concatenate(vectors))
         values = []
         for number, episode in enumerate(rollout):
-            distance = _nearest(_read_vectors(episode, source), references, source)
+            distance = _measure_nearest_distances(
+                _read_vectors(episode, source), references, source
+            )
             values.append(distance)
             is_outside = distance > limits[quantity]
             if is_outside.any():
@@ -77,7 +81,8 @@ def measure_departures(
                 first.append(Departure(number, step, quantity, amount))
         distances[quantity] = np.concatenate(values)
     first += _find_new_words(rollout, instructions)
-    return Departures(distances, limits, sorted(first, key=lambda d: (d.episode, d.step)))
+    first.sort(key=lambda departure: (departure.episode, departure.step))
+    return Departures(distances, limits, first)
 
 
 def _read_vectors(episode: RecordedEpisode, source: str) -> Array:
@@ -86,6 +91,7 @@ def _read_vectors(episode: RecordedEpisode, source: str) -> Array:
         return np.asarray(episode.position, np.float32)
     if source == "rotation":
         return np.asarray(episode.rotation, np.float32)
+    # Every second row and column is enough.
     pictures = episode.pictures[source].small[:, ::2, ::2].astype(np.float32)
     return pictures.reshape(len(episode), -1)
 
@@ -98,19 +104,25 @@ def _measure_limit(vectors: Sequence[Array], source: str) -> float:
     first_half = _thin_out(np.concatenate(vectors[::2]))
     other_episodes = vectors[1::2] if len(vectors) > 1 else vectors
     second_half = _thin_out(np.concatenate(other_episodes))
-    return float(_nearest(second_half, first_half, source).max())
+    return float(_measure_nearest_distances(second_half, first_half, source).max())
 
 
 def _thin_out(vectors: Array) -> Array:
-    stride = -(-len(vectors) // MAX_REFERENCES)
+    """Keep at most `MAX_REFERENCES` of the vectors, spread over all."""
+    stride = math.ceil(len(vectors) / MAX_REFERENCES)
     return vectors[::stride]
 
 
-def _nearest(vectors: Array, references: Array, source: str) -> Array:
-    """Return the distance from each vector [T, D] to the nearest reference [N, D]."""
+def _measure_nearest_distances(vectors: Array, references: Array, source: str) -> Array:
+    """Return the distance from each vector [T, D] to the nearest reference [N, D].
+
+    Distances are in meters for positions, in degrees for orientations, and for pictures in gray
+    levels (root mean square over the pixels).
+    """
     if source == "rotation":
         cosines = np.abs(vectors @ references.T).max(1)
         return np.degrees(2 * np.arccos(np.minimum(cosines, 1.0)))
+    # |v - r|² = |v|² + |r|² - 2 v r, for every pair: [T, N]
     squares = (vectors**2).sum(1)[:, None] + (references**2).sum(1) - 2 * vectors @ references.T
     distances = np.sqrt(np.maximum(squares.min(1), 0.0))
     if source == "position":

@@ -10,7 +10,7 @@ from spear.data.normalize import Normalizer
 from spear.data.store.episode_store import EpisodeStore
 from spear.diagnose.answers import (
     Observation,
-    mean_distance_m,
+    compute_mean_distance_m,
     predict_path_ends,
     sample_observations,
 )
@@ -33,7 +33,7 @@ class SampledAnswers:
     @property
     def mean_difference_m(self) -> float:
         """How far apart the answers to different observations are, in the mean."""
-        return mean_distance_m(self.path_ends, np.roll(self.path_ends, 1, axis=0))
+        return compute_mean_distance_m(self.path_ends, np.roll(self.path_ends, 1, axis=0))
 
 
 @dataclass(frozen=True)

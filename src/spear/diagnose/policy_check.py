@@ -12,7 +12,7 @@ from spear.checks.rollout.case import (
     RolloutCheck,
     confidence_of_margin,
 )
-from spear.diagnose.answers import Observation, mean_distance_m, predict_path_ends
+from spear.diagnose.answers import Observation, compute_mean_distance_m, predict_path_ends
 from spear.diagnose.policy_case import PolicyCase
 
 MIN_DIFFERENCE_M = 0.002  # if all answers are nearer than this, the policy always does the same
@@ -67,7 +67,7 @@ class ExchangeCheck(PolicyCheck):
         if isinstance(exchanged, Doubt):
             return exchanged
         path_ends = predict_path_ends(case.get_policy(), exchanged)
-        by_quantity_m = mean_distance_m(case.sampled.path_ends, path_ends)
+        by_quantity_m = compute_mean_distance_m(case.sampled.path_ends, path_ends)
         by_all_m = case.sampled.mean_difference_m
         share = by_quantity_m / max(by_all_m, 1e-9)
         if by_all_m < MIN_DIFFERENCE_M:

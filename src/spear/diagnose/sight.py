@@ -74,9 +74,8 @@ def find_missed_names(
         rows = [row for row, missed in enumerate(is_missed) if missed]
         images = [_read_picture(*episodes[row], time) for row in rows]
         tried_names = [names[row] for row in rows]
-        for row, seen_name in zip(
-            rows, name_at_points(model, images, tried_names, CAMERA), strict=True
-        ):
+        seen_names = name_at_points(model, images, tried_names, CAMERA)
+        for row, seen_name in zip(rows, seen_names, strict=True):
             name = names[row]
             is_missed[row] = not is_a(seen_name, name) and not is_a(name, seen_name)
     return is_missed
@@ -113,9 +112,8 @@ class TrainingSight:
             self.missed[name] = []
         if not episodes:
             return
-        for name, missed in zip(
-            tried_names, find_missed_names(model, episodes, tried_names), strict=True
-        ):
+        is_missed = find_missed_names(model, episodes, tried_names)
+        for name, missed in zip(tried_names, is_missed, strict=True):
             self.missed[name].append(missed)
 
     def can_judge(self, name: str) -> bool:
@@ -128,11 +126,14 @@ class TrainingSight:
     def missed_share(self) -> float:
         """How often the model misses an object in view whose name it knows.
 
-        One miss is added to those that were measured, so that the share is never 0.
+        One missed and one seen object are added to the measured ones, so that the share is neither
+        0 nor 1.
         """
-        results = [self.missed[name] for name in self.missed if self.can_judge(name)]
-        all_missed = [missed for of_name in results for missed in of_name]
-        return (sum(all_missed) + 1) / (len(all_missed) + 2)
+        is_missed: list[bool] = []
+        for name, results in self.missed.items():
+            if self.can_judge(name):
+                is_missed += results
+        return (sum(is_missed) + 1) / (len(is_missed) + 2)
 
 
 def _find_episodes(training: EpisodeStore, names: Sequence[str]) -> Mapping[str, Sequence[int]]:

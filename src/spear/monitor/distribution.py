@@ -5,6 +5,7 @@ A *thumbnail* is the brightness of one image in 8 x 8 cells, with mean 0 and len
 scalar product of two thumbnails is the correlation of their images.
 """
 
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -85,7 +86,7 @@ class TrainingDistribution:
     def from_samples(samples: TrainingSamples, batch_size: int) -> "TrainingDistribution":
         """Summarize the first batches of a training, without image augmentation."""
         plain = replace(samples, augment=0.0)
-        num_batches = -(-NUM_SAMPLES // batch_size)  # rounded up
+        num_batches = math.ceil(NUM_SAMPLES / batch_size)
         initial_openings = []
         for step in range(num_batches):
             for sample in plain.mixture.draw(step, batch_size):

@@ -107,7 +107,7 @@ class DriftMonitor:
             pixels: camera → [B, 3, h, w] uint8 images as the model sees them.
             is_present: camera → [B], whether each observation has that camera's image.
         """
-        robots = _robots_of(observations)
+        robots = _list_robots(observations)
         monitors = {}
         for robot, state in zip(robots, states, strict=True):
             monitor = self._find_or_add_robot(robot)
@@ -131,7 +131,7 @@ class DriftMonitor:
 
     def record_commands(self, observations: Sequence[Mapping[str, Any]], chunks: Array) -> None:
         """Remember the action chunks [B, H, 8] that answer a batch of observations."""
-        robots = _robots_of(observations)
+        robots = _list_robots(observations)
         for robot, chunk in zip(robots, chunks, strict=True):
             monitor = self._robots.get(robot)
             if monitor is not None:
@@ -207,6 +207,6 @@ def _is_comparison_due(num_observations: int, num_new: int) -> bool:
     return num_since_multiple < num_new
 
 
-def _robots_of(observations: Sequence[Mapping[str, Any]]) -> list[Hashable]:
+def _list_robots(observations: Sequence[Mapping[str, Any]]) -> list[Hashable]:
     """Return which robot sent each observation; None for an observation that names no robot."""
     return [getattr(observation, "robot", None) for observation in observations]

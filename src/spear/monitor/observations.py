@@ -38,9 +38,7 @@ class Finding(NamedTuple):
 
 
 def check_first_state(expected: TrainingDistribution, state: Array) -> Iterator[Finding]:
-    """Compare the gripper opening of a robot's first state [8] with that in which the episodes of
-    training begin.
-    """
+    """Compare the gripper opening of a robot's first state [8] with the first ones of training."""
     opening = state[7]
     mean_opening = expected.mean_initial_opening
     if are_opposite(opening, mean_opening):
@@ -93,8 +91,9 @@ def check_positions(expected: TrainingDistribution, positions: Array) -> Iterato
 
 
 def check_rotations(expected: TrainingDistribution, rotations: Array) -> Iterator[Finding]:
-    """Report orientations [B, 4] that are much farther from the mean orientation than any of
-    training.
+    """Report orientations that are much farther from the mean orientation than any of training.
+
+    rotations: [B, 4], of which only the farthest one is reported.
     """
     angles = quat_distance(torch.from_numpy(rotations), torch.tensor(expected.mean_rotation))
     max_angle = float(angles.max())

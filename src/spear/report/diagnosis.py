@@ -123,12 +123,12 @@ def _compose_frames(store: EpisodeStore) -> Iterator[Array]:
     for index in range(len(store)):
         episode = store.without_images(index)
         for step in range(len(episode)):
-            wrist = store.image(index, step, "wrist")
-            main = store.image(index, step, "external") or wrist
-            if not main:
+            encoded_wrist = store.image(index, step, "wrist")
+            encoded_main = store.image(index, step, "external") or encoded_wrist
+            if not encoded_main:
                 continue
-            main_view = decode_image(main, episode.source)
-            wrist_view = decode_image(wrist, episode.source) if wrist else None
+            main_view = decode_image(encoded_main, episode.source)
+            wrist_view = decode_image(encoded_wrist, episode.source) if encoded_wrist else None
             yield compose_frame(main_view, wrist_view, episode.instruction)
 
 

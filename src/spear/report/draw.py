@@ -257,7 +257,8 @@ def _draw_names(canvas: Image.Image, boxes: Sequence[_NamedBox], font_size: int)
             continue
 
         left, top = tag_position
-        right, bottom = left + width, top + height
+        right = left + width
+        bottom = top + height
         tags.append((left, top, right, bottom))
 
         # Connect the anchor with the nearest point on the tag's upper or lower edge.

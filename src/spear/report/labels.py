@@ -87,6 +87,7 @@ def write_label_page(folder: Path, shown_labels: Sequence[LabeledImage], out: Pa
         names=_format_counts(statistics.names)[:MAX_LISTED_NAMES],
         reasons=_format_counts(statistics.reasons),
         question_types=question_type_rows,
+        # One pair of name and count each, or none if there are no questions.
         most=num_by_name[:1],
         least=num_by_name[-1:],
         tokens=_summarize_token_use(questions_by_source),

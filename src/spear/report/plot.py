@@ -326,7 +326,8 @@ def _make_scale(
     """
     low, high = ends
     if is_log:
-        low, high = log10(low), log10(high)
+        low = log10(low)
+        high = log10(high)
 
     def to_px(value: float) -> float:
         """Return the position of a value in pixels."""

@@ -5,6 +5,7 @@ A shift changes the scenes along an axis (camera, light, …), by one of three l
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from spear.evaluate.shift_suite import UNSHIFTED, ShiftResult
@@ -67,12 +68,17 @@ def _draw_errors(results: Sequence[ShiftedErrors], question_type: str) -> str:
         error = result.errors.get(question_type)
         if error is None:
             continue
-        axis, name = (UNSHIFTED, UNSHIFTED)
+        axis = UNSHIFTED
+        name = UNSHIFTED
         if result.shift is not None:
-            axis, name = (result.shift.axis, f"level {result.shift.level}")
+            axis = result.shift.axis
+            name = f"level {result.shift.level}"
         text = format_measure(choose_error_measure(question_type), error)
-        low, high = error.low, error.high
-        interval = (None, None) if math.isnan(low) else (low, high)
-        bars_by_axis.setdefault(axis, []).append(Bar(name, error.value, text, *interval))
-        longest = max(longest, error.value, 0.0 if math.isnan(high) else high)
+        bar = Bar(name, error.value, text)
+        longest = max(longest, error.value)
+        has_interval = not math.isnan(error.low)
+        if has_interval:
+            bar = replace(bar, low=error.low, high=error.high)
+            longest = max(longest, error.high)
+        bars_by_axis.setdefault(axis, []).append(bar)
     return draw_bars(list(bars_by_axis.items()), ends=(0.0, longest or 1.0))

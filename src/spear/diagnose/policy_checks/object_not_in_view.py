@@ -17,7 +17,7 @@ from spear.policy import VlmBundle
 # How often the model misses some object of an episode if one of them is out of view in most
 # episodes: nearly always, but in some episodes it may be in view.
 EXPECTED_MISSED_SHARE = 0.9
-MAX_LISTED = 4  # episodes in the evidence
+MAX_LISTED_EPISODES = 4  # in the evidence
 
 
 class ObjectNotInViewCheck(RolloutCheck):
@@ -58,8 +58,8 @@ class ObjectNotInViewCheck(RolloutCheck):
             confidence=round(float(min(1 / (1 + np.exp(-log_odds)), 0.95)), 3),
             evidence=(
                 f"in {num_missed} of {len(missed_by_episode)} episodes, the policy's SPEAR-VLM "
-                f"sees no {', no '.join(descriptions[:MAX_LISTED])}; in training it misses "
-                f"{case.sight.missed_share:.0%} of the objects"
+                f"sees no {', no '.join(descriptions[:MAX_LISTED_EPISODES])}; in training it "
+                f"misses {case.sight.missed_share:.0%} of the objects"
             ),
             cure="put the objects of the instruction where the camera sees them",
             file="the scene in front of the robot, and the direction of its camera",
@@ -119,6 +119,7 @@ def _compute_log_odds(
     """Compute the log odds of an object out of view in most episodes, over none in any."""
     log_odds = float(np.log(PRIOR))
     for index, names_of_episode in names.items():
+        # How often the model misses at least one of these objects if all of them are in view.
         usual_share = 1 - (1 - case.sight.missed_share) ** len(names_of_episode)
         if missed[index]:
             log_odds += np.log(EXPECTED_MISSED_SHARE / usual_share)

@@ -72,19 +72,26 @@ class OverfittingCheck(PolicyCheck):
 
 
 def _measure_error_m(policy: Spear1Policy, store: EpisodeStore, indices: Sequence[int]) -> float:
-    """Return the mean distance between predicted and recorded translations of some steps."""
+    """Return the mean distance between predicted and recorded translations of some steps.
+
+    Args:
+        policy: the policy.
+        store: the episodes.
+        indices: the episodes of the store that count. Some of them are tried, spread over all.
+    """
     spread = np.linspace(0, len(indices) - 1, min(len(indices), MAX_EPISODES)).astype(int)
     observations = []
     targets = []
-    for index in [indices[number] for number in spread]:
+    for episode_number in spread:
+        index = indices[episode_number]
         episode = store.without_images(index)
         actions, is_known = canonicalize_actions(episode)
         known_steps = np.flatnonzero(is_known)
         if not len(known_steps):
             continue
         count = min(len(known_steps), STEPS_PER_EPISODE)
-        for number in np.linspace(0, len(known_steps) - 1, count).astype(int):
-            step = int(known_steps[number])
+        for step_number in np.linspace(0, len(known_steps) - 1, count).astype(int):
+            step = int(known_steps[step_number])
             observations.append(build_observation(store, policy, index, step))
             targets.append(actions[step, :3])
     with suppress_notices():

@@ -41,15 +41,16 @@ class WrongStatisticsCheck(PolicyCheck):
     def examine_policy(self, case: PolicyCase) -> Result:
         if not case.get_training().num_known_actions.sum():
             return Doubt("the training episodes have no actions")
-        policy = case.get_policy().normalizer
+        # Statistics of x, y and z of the translations, then of the positions
+        used = case.get_policy().normalizer
         fitted = case.fitted_normalizer
-        policy_scales = np.array([*policy.translation_scale, *policy.position_scale])
+        policy_scales = np.array([*used.translation_scale, *used.position_scale])
         scales = np.array([*fitted.translation_scale, *fitted.position_scale])
-        policy_offsets = np.array([*policy.translation_offset, *policy.position_offset])
+        policy_offsets = np.array([*used.translation_offset, *used.position_offset])
         offsets = np.array([*fitted.translation_offset, *fitted.position_offset])
         ratios = np.maximum(policy_scales / scales, scales / policy_scales)
         shifts = np.abs(policy_offsets - offsets) / np.maximum(policy_scales, scales)
-        if policy.mode == "bounds":  # the user has chosen the bounds of translations
+        if used.mode == "bounds":  # the user has chosen the bounds of translations
             ratios[:3] = 1.0
             shifts[:3] = 0.0
         if ratios.max() < MAX_SCALE_RATIO and shifts.max() < MAX_OFFSET_SHIFT:
