@@ -178,7 +178,7 @@ def log_actions(
     return translation, turn
 
 
-def only(action_part: str, mistakes: Mistakes = Mistakes()) -> list[Recording]:
+def make_partial_recordings(action_part: str, mistakes: Mistakes = Mistakes()) -> list[Recording]:
     """Make recordings with only logged translations or only logged rotations, to save time.
 
     Args:
@@ -247,16 +247,17 @@ def test_an_arm_that_follows_late_is_consistent_and_its_delay_is_mentioned() -> 
     """A layout of logged actions does not say a delay, so no delay contradicts it."""
     answers = list_layout_answers(REGISTRY["bridge_dataset"])
 
-    report = audit_recordings(only("translation", Mistakes(delay_steps=1)), answers)
+    report = audit_recordings(
+        make_partial_recordings("translation", Mistakes(delay_steps=1)), answers
+    )
 
     assert report.outcome == "consistent"
     assert "(1 fits best; spear.json has no key for it)" in conclude(report)
 
 
 def test_a_report_about_the_first_episodes_says_so() -> None:
-    report = audit_recordings(
-        2 * only("translation"), RIGHT_ANSWERS
-    )  # 12 episodes: all that there are
+    all_recordings = 2 * make_partial_recordings("translation")  # 12 episodes
+    report = audit_recordings(all_recordings, RIGHT_ANSWERS)
     cut_report = dataclasses.replace(report, num_episodes=50)  # as many as an audit reads
 
     assert "of the first" not in conclude(report)
@@ -265,7 +266,7 @@ def test_a_report_about_the_first_episodes_says_so() -> None:
 
 def test_a_single_episode_that_was_recorded_otherwise_is_noticed() -> None:
     """Its x and y have the opposite signs. Odd episodes are sought among eight or more."""
-    recordings = 2 * only("translation")
+    recordings = 2 * make_partial_recordings("translation")
     mirrored = dataclasses.replace(recordings[0], position=recordings[0].position * [-1, -1, 1])
 
     report = audit_recordings([mirrored, *recordings[1:]], RIGHT_ANSWERS)
@@ -295,7 +296,7 @@ def test_a_single_episode_that_was_recorded_otherwise_is_noticed() -> None:
 def test_each_planted_mistake_is_named(
     mistakes: Mistakes, action_part: str, question: str, truth: str
 ) -> None:
-    report = audit_recordings(only(action_part, mistakes), RIGHT_ANSWERS)
+    report = audit_recordings(make_partial_recordings(action_part, mistakes), RIGHT_ANSWERS)
 
     assert find_verdict(report, action_part, question) == (truth, "wrong")
     assert report.outcome == "contradiction"
@@ -314,7 +315,7 @@ def test_a_corrected_layout_agrees(mistakes: Mistakes, question: str, truth: str
     corrected = {**RIGHT_ANSWERS["translation"], question: truth}
     answers = {**RIGHT_ANSWERS, "translation": corrected}
 
-    report = audit_recordings(only("translation", mistakes), answers)
+    report = audit_recordings(make_partial_recordings("translation", mistakes), answers)
 
     assert find_part(report, "translation").verdict == "agrees"
 
@@ -322,7 +323,7 @@ def test_a_corrected_layout_agrees(mistakes: Mistakes, question: str, truth: str
 def test_an_unknown_unit_is_measured() -> None:
     """Some controllers take actions of -1 … 1, where 1 may stand for 0.05 m."""
     report = audit_recordings(
-        only("translation", Mistakes(translation_factor=1 / 0.05)), RIGHT_ANSWERS
+        make_partial_recordings("translation", Mistakes(translation_factor=1 / 0.05)), RIGHT_ANSWERS
     )
 
     unit, verdict = find_verdict(report, "translation", "unit")
@@ -337,7 +338,7 @@ def test_a_unit_of_a_controller_that_the_layout_names_is_judged(
 ) -> None:
     """The controller's true unit is 0.05 m."""
     layout = dataclasses.replace(REGISTRY["bridge_dataset"], logged_translation_unit=unit_m)
-    recordings = only("translation", Mistakes(translation_factor=1 / 0.05))
+    recordings = make_partial_recordings("translation", Mistakes(translation_factor=1 / 0.05))
 
     report = audit_recordings(
         recordings, list_layout_answers(layout), units=list_logged_units(layout)
@@ -355,7 +356,7 @@ def test_a_unit_of_logged_rotations_that_the_layout_names_is_judged(
     layout = dataclasses.replace(
         REGISTRY["bridge_dataset"], logged_rotation_unit=unit_rad, logged_rotation_frame="ee"
     )
-    recordings = only("rotation", Mistakes(rotation_factor=1 / 0.5))
+    recordings = make_partial_recordings("rotation", Mistakes(rotation_factor=1 / 0.5))
 
     report = audit_recordings(
         recordings, list_layout_answers(layout), units=list_logged_units(layout)
@@ -369,7 +370,7 @@ def test_positions_in_millimeters_are_named() -> None:
     """States and actions are both in millimeters, so they do not contradict each other."""
     mistakes = Mistakes(position_factor=1000, translation_factor=1000)
 
-    report = audit_recordings(only("translation", mistakes), RIGHT_ANSWERS)
+    report = audit_recordings(make_partial_recordings("translation", mistakes), RIGHT_ANSWERS)
 
     assert "not meters, but mm" in conclude(report)
 
@@ -386,7 +387,7 @@ def test_orientations_in_degrees_are_named() -> None:
 
 def test_an_arm_that_hardly_moves_tells_nothing() -> None:
     (action_part,) = audit_recordings(
-        only("translation", Mistakes(is_still=True)), RIGHT_ANSWERS
+        make_partial_recordings("translation", Mistakes(is_still=True)), RIGHT_ANSWERS
     ).action_parts
 
     assert action_part.verdict == "cannot tell"
@@ -395,7 +396,7 @@ def test_an_arm_that_hardly_moves_tells_nothing() -> None:
 
 def test_actions_that_nothing_explains_tell_nothing() -> None:
     (action_part,) = audit_recordings(
-        only("translation", Mistakes(noise=1.0)), RIGHT_ANSWERS
+        make_partial_recordings("translation", Mistakes(noise=1.0)), RIGHT_ANSWERS
     ).action_parts
 
     assert action_part.verdict == "cannot tell"
@@ -405,7 +406,7 @@ def test_actions_that_nothing_explains_tell_nothing() -> None:
 
 def test_an_arm_that_never_tilts_does_not_tell_the_frame() -> None:
     """If the orientation is always that of the base, both frames have the same axes."""
-    recordings = only("translation")
+    recordings = make_partial_recordings("translation")
     upright = [dataclasses.replace(r, rotation=np.zeros_like(r.rotation)) for r in recordings]
 
     frame = find_finding(audit_recordings(upright, RIGHT_ANSWERS), "translation", "frame")
@@ -538,7 +539,9 @@ def test_the_last_line_says_what_is_undecided_and_what_would_decide_it(
 
 def test_an_arm_that_does_not_follow_needs_slower_motions() -> None:
     """With noise of 1 m, no hypothesis explains the states."""
-    report = audit_recordings(only("translation", Mistakes(noise=1.0)), RIGHT_ANSWERS, "my_robot")
+    report = audit_recordings(
+        make_partial_recordings("translation", Mistakes(noise=1.0)), RIGHT_ANSWERS, "my_robot"
+    )
 
     advice = advise(report)
 
@@ -549,7 +552,7 @@ def test_an_arm_that_does_not_follow_needs_slower_motions() -> None:
 def test_a_layout_that_says_nothing_needs_a_line() -> None:
     unsaid = {**RIGHT_ANSWERS["translation"], "frame": None}
     report = audit_recordings(
-        only("translation"), {**RIGHT_ANSWERS, "translation": unsaid}, "my_robot"
+        make_partial_recordings("translation"), {**RIGHT_ANSWERS, "translation": unsaid}, "my_robot"
     )
 
     assert "Write the missing keys into spear.json" in advise(report)

@@ -34,7 +34,7 @@ Change = Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]
 """A function from states [T, 7] and actions [T, 7] to changed states and actions."""
 
 describe_once = cache(propose_layout)
-"""`describe`, for folders that no test changes."""
+"""`propose_layout`, for folders that no test changes."""
 
 
 def rewrite_sample(shared: Path, folder: Path, change: Change) -> Path:
@@ -57,8 +57,7 @@ def replace_column(table: pa.Table, name: str, values: np.ndarray) -> pa.Table:
     return table.set_column(table.column_names.index(name), name, pa.array(list(rows)))
 
 
-def keep(states: np.ndarray, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Change nothing."""
+def change_nothing(states: np.ndarray, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return states, actions
 
 
@@ -318,7 +317,7 @@ def test_targets_leave_the_audit_undecided(
 
 def copy_with_joint_columns(shared: Path, folder: Path) -> Path:
     """Copy the sample, and add two columns of joints with the same numbers as the state."""
-    copy = rewrite_sample(shared, folder, keep)
+    copy = rewrite_sample(shared, folder, change_nothing)
     (file,) = copy.glob("data/*/*.parquet")
     table = pq.read_table(file)
     for name in ("observation.joint_position", "action.joint_position"):
@@ -372,7 +371,7 @@ def test_a_layout_that_takes_joints_for_a_pose_is_refused(shared: Path, tmp_path
 
 
 def test_a_column_of_success_is_proposed(shared: Path, tmp_path: Path) -> None:
-    copy = rewrite_sample(shared, tmp_path, keep)
+    copy = rewrite_sample(shared, tmp_path, change_nothing)
     without_success = propose_layout(copy)
     (file,) = copy.glob("data/*/*.parquet")
     table = pq.read_table(file)

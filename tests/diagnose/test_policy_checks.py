@@ -40,7 +40,8 @@ class WordCounter:
 
 @dataclass
 class StandInPolicy:
-    """Moves along x by the first pixel, along y by the number of an instruction, and along z.
+    """Moves by what it observes: along x by the first pixel, along y by the number of the
+    instruction, and along z by the state's first number.
 
     picture_factor  how much pictures matter.
     word_factor     how much words matter.
@@ -59,10 +60,11 @@ class StandInPolicy:
         results = []
         for observation in observations:
             level = float(observation["observation/image"][0, 0, 0]) / 255
-            word = INSTRUCTIONS.index(observation["prompt"])
+            instruction_number = INSTRUCTIONS.index(observation["prompt"])
             x = 0.02 * self.picture_factor * level
-            y = 0.02 * self.word_factor * word
-            action = np.array([x, y, 0.01 * observation["observation/state"][0], 1, 0, 0, 0, 1])
+            y = 0.02 * self.word_factor * instruction_number
+            z = 0.01 * observation["observation/state"][0]
+            action = np.array([x, y, z, 1, 0, 0, 0, 1])
             results.append({"actions": np.tile(action, (HORIZON, 1)).astype(np.float32)})
         return results
 

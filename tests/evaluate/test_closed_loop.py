@@ -128,10 +128,22 @@ def test_a_policy_with_one_camera_sees_that_one_only(view: str) -> None:
     assert policy.image_shapes == {(height, width, 3)}
 
 
+def test_the_image_sizes_of_all_cameras_are_recorded() -> None:
+    """Results with different sizes of a camera are results of different evaluations."""
+    agent = IdleAgent()
+    agent.image_sizes = {**SMALL_IMAGES, "shoulder": (64, 48)}
+
+    settings = evaluate(agent, 1).settings
+
+    assert settings["image_size"] == [48, 32]
+    assert settings["wrist_size"] == [24, 24]
+    assert settings["shoulder_size"] == [64, 48]
+
+
 # ---- Films and resumption.
 
 
-def num_frames(data: bytes) -> int:
+def count_frames(data: bytes) -> int:
     """Count the frames of an MP4 file."""
     with av.open(io.BytesIO(data)) as container:
         return sum(1 for _ in container.decode(video=0))
@@ -151,7 +163,7 @@ def test_a_success_and_a_failure_are_filmed_step_by_step(filmed_options: Tableto
     assert [film.outcome for film in films] == results.outcomes
     for film in films:
         num_states = film.outcome.steps + 1  # the start, and the state after each step
-        assert num_frames(film.data) == num_states + SECOND_STEPS
+        assert count_frames(film.data) == num_states + SECOND_STEPS
 
 
 def test_only_missing_films_are_made_again(filmed_options: TabletopOptions, tmp_path: Path) -> None:
@@ -254,18 +266,6 @@ class RepeatingExpert(ExpertAgent):
         return [np.repeat(chunk, 5, axis=0) for chunk in super().act(envs, observations)]
 
 
-def test_the_image_sizes_of_all_cameras_are_recorded() -> None:
-    """Results with different sizes of a camera are results of different evaluations."""
-    agent = IdleAgent()
-    agent.image_sizes = {**SMALL_IMAGES, "shoulder": (64, 48)}
-
-    settings = evaluate(agent, 1).settings
-
-    assert settings["image_size"] == [48, 32]
-    assert settings["wrist_size"] == [24, 24]
-    assert settings["shoulder_size"] == [64, 48]
-
-
 def test_latency_costs_steps() -> None:
     """In sync mode, the robot waits for one step (200 ms) at each inference, that is before every
     action. So episodes take about twice as many steps.
@@ -330,9 +330,10 @@ def test_seams_of_an_episode_run_again_count_once(study: Any, tmp_path: Path) ->
         (seams_file,) = out.rglob("seams.txt")
         return sorted(seams_file.read_text().split())
 
-    seams = run_cell(tmp_path / "uninterrupted", max_calls=99)
+    more_than_enough = 99  # calls; the idle scene has one in each of its 60 steps
+    seams = run_cell(tmp_path / "uninterrupted", max_calls=more_than_enough)
     run_cell(tmp_path / "resumed", max_calls=30)  # stopped while one of two scenes runs
-    resumed_seams = run_cell(tmp_path / "resumed", max_calls=99)
+    resumed_seams = run_cell(tmp_path / "resumed", max_calls=more_than_enough)
 
     assert len(seams) > TIME_LIMIT_STEPS  # the idle scene alone has that many steps
     assert resumed_seams == seams

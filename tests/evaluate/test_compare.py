@@ -184,6 +184,7 @@ def test_the_page_shows_films_side_by_side(
     assert html.count("<video") == 9  # five pairs, one of which has only one film
     assert "side by side: 5 of 5" in html
     assert html.count("second: failure, not filmed") == 1
+    # The paired test is an approximation, so the page must not call it an exact test.
     assert "exact" not in html.replace("exactly", "")
     assert not re.search(r'(src|href)="(?!data:)', html)  # the page needs no other file
 

@@ -15,10 +15,12 @@ from spear.sim.render import Renderer
 from spear.sim.scene import SceneSpec, sample_scene
 
 RNG = np.random.default_rng(0)
-HALF = np.sqrt(0.5)
-STATE = np.array([0.5, 0.1, 0.2, HALF, 0.0, 0.5, 0.5, 0.9], np.float32)
+# Position or translation (m), quaternion (w x y z), gripper. No two axes are alike, and the gripper
+# is neither quite open nor quite closed, so that a fault changes some number.
+STATE = np.array([0.5, 0.1, 0.2, np.sqrt(0.5), 0.0, 0.5, 0.5, 0.9], np.float32)
 ACTION = np.array([0.01, 0.02, -0.03, 0.99, 0.08, 0.06, 0.02, 0.2], np.float32)
 ACTION[3:7] /= np.linalg.norm(ACTION[3:7])
+IMAGE_KEYS = {"external": "observation/image", "wrist": "observation/wrist_image"}
 PICTURE_FAULTS = ("camera", "padding")
 ROTATION_FAULTS = ("angle-unit", "quaternion-order", "euler-order")
 GRIPPER_FAULTS = ("gripper-inverted", "gripper-scale", "gripper-late")
@@ -53,7 +55,7 @@ def find_changes(old: dict[str, Any], new: dict[str, Any]) -> set[str]:
 
 
 def list_plants(bench: ModuleType, *prefixes: str) -> list[Any]:
-    """All strengths of the faults whose names begin like this."""
+    """List the faults whose names begin with one of these prefixes, at all of their strengths."""
     return [plant for plant in bench.list_plantings() if plant.fault.startswith(prefixes)]
 
 
@@ -66,11 +68,10 @@ def test_there_are_thirty_kinds_of_faults_that_can_be_made(bench: ModuleType) ->
 
 
 def test_faults_of_pictures_change_only_the_pictures_of_their_cameras(bench: ModuleType) -> None:
-    keys = {"external": "observation/image", "wrist": "observation/wrist_image"}
     for plant in list_plants(bench, *PICTURE_FAULTS):
         fault = plant.make()
         camera = plant.settings.get("camera", "both")
-        expected = {keys[view] for view in ("external", "wrist") if camera in (view, "both")}
+        expected = {IMAGE_KEYS[view] for view in IMAGE_KEYS if camera in (view, "both")}
 
         changes = set()
         for _ in range(12):  # some faults show only after some observations
@@ -84,12 +85,10 @@ def test_faults_of_pictures_change_only_the_pictures_of_their_cameras(bench: Mod
 def test_wide_pictures_come_back_to_the_usual_size(bench: ModuleType) -> None:
     for plant in list_plants(bench, "camera-stretched", "padding-bars"):
         fault = plant.make()
-        width, height = fault.change_image_sizes({"external": (192, 128), "wrist": (96, 96)})[
-            plant.settings["camera"]
-        ]
-        key = {"external": "observation/image", "wrist": "observation/wrist_image"}[
-            plant.settings["camera"]
-        ]
+        camera = plant.settings["camera"]
+        changed_sizes = fault.change_image_sizes({"external": (192, 128), "wrist": (96, 96)})
+        width, height = changed_sizes[camera]
+        key = IMAGE_KEYS[camera]
         usual = make_observation()
 
         wide = {**usual, key: RNG.integers(1, 255, (height, width, 3), np.uint8)}
@@ -151,7 +150,9 @@ def test_faults_of_scenes_change_only_their_part(bench: ModuleType) -> None:
 
 
 def test_no_scene_is_used_twice(bench: ModuleType) -> None:
-    cases = bench.list_cases(bench.Plan(range(300), range(2), range(40)))
+    cases = bench.list_cases(
+        bench.Plan(clean_runs=range(300), repetitions=range(2), pairs=range(40))
+    )
 
     scenes = [scene for case in cases for scene in case.scenes]
 
@@ -160,8 +161,13 @@ def test_no_scene_is_used_twice(bench: ModuleType) -> None:
 
 
 def test_a_run_keeps_its_scenes_in_smaller_benches(bench: ModuleType) -> None:
-    large_plan = bench.Plan(range(40), range(2), range(20))
-    small_plan = bench.Plan(range(30, 40), range(1, 2), range(15, 20), has_all_strengths=False)
+    large_plan = bench.Plan(clean_runs=range(40), repetitions=range(2), pairs=range(20))
+    small_plan = bench.Plan(
+        clean_runs=range(30, 40),
+        repetitions=range(1, 2),
+        pairs=range(15, 20),
+        has_all_strengths=False,
+    )
     large = {case.name: case for case in bench.list_cases(large_plan)}
     small = bench.list_cases(small_plan)
 
@@ -169,7 +175,9 @@ def test_a_run_keeps_its_scenes_in_smaller_benches(bench: ModuleType) -> None:
 
 
 def test_a_plan_of_one_strength_has_each_fault_once(bench: ModuleType) -> None:
-    plan = bench.Plan(range(0), range(1, 2), range(0), has_all_strengths=False)
+    plan = bench.Plan(
+        clean_runs=range(0), repetitions=range(1, 2), pairs=range(0), has_all_strengths=False
+    )
 
     faults = [case.faults[0] for case in bench.list_cases(plan)]
 
@@ -182,7 +190,11 @@ def test_a_rollout_is_recorded_with_the_faults_in_it(
     """The recording shows the actions that the policy sent, and the motion that the arm made."""
     robot = importlib.import_module("robot")
     monkeypatch.setattr(robot, "MAX_ACTIONS", 5)
-    plants = [None, bench.Planting("action-sign", 0), bench.Planting("control-rate", 0)]
+    plants = [
+        None,
+        bench.Planting("action-sign", strength=0),
+        bench.Planting("control-rate", strength=0),
+    ]
     recordings = []
     for index, plant in enumerate(plants):
         faults = [] if plant is None else [plant.make()]
@@ -195,12 +207,13 @@ def test_a_rollout_is_recorded_with_the_faults_in_it(
     robot.record(HomingPolicy(), recordings, "test")
 
     clean, inverted, fast = (EpisodeStore(recording.folder) for recording in recordings)
-    clean_motion, inverted_motion = (
-        store[0].position[1, 0] - store[0].position[0, 0] for store in (clean, inverted)
-    )
+    # Motion along x in the first step
+    clean_motion = clean[0].position[1, 0] - clean[0].position[0, 0]
+    inverted_motion = inverted[0].position[1, 0] - inverted[0].position[0, 0]
     assert np.sign(inverted_motion) == -np.sign(clean_motion)
-    intervals_s = [np.diff(store.served_steps(0).arrival_s).mean() for store in (clean, fast)]
-    assert intervals_s[1] < 0.7 * intervals_s[0]
+    clean_interval_s = np.diff(clean.served_steps(0).arrival_s).mean()
+    fast_interval_s = np.diff(fast.served_steps(0).arrival_s).mean()
+    assert fast_interval_s < 0.7 * clean_interval_s
 
 
 def test_states_of_a_recorded_episode_follow_the_faulty_commands(bench: ModuleType) -> None:

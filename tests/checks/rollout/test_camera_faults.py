@@ -136,12 +136,21 @@ def test_pictures_like_those_of_training_have_no_fault() -> None:
         assert check.examine(case) is None, check.fault
 
 
+def make_rng_of(episode: RecordedEpisode) -> np.random.Generator:
+    """Make a generator of random numbers that differs between episodes, by their first x."""
+    return np.random.default_rng(int(1e6 * episode.position[0, 0]))
+
+
 def show_own_table(episode: RecordedEpisode) -> RecordedEpisode:
-    """Show a table of the episode's own pattern, which moves through the wrist's pictures."""
-    rng = np.random.default_rng(int(1e6 * episode.position[0, 0]))
+    """Show a table of the episode's own pattern, which moves through the wrist's pictures.
+
+    The table has 240 x 240 pixels, and 1 cm on it is 1 pixel. Pictures have 24 x 32 pixels.
+    """
+    rng = make_rng_of(episode)
     table = np.kron(rng.uniform(40, 200, (60, 60)), np.ones((4, 4)))
     for axis in (0, 1):  # smooth the pattern
         table = (np.roll(table, 2, axis) + table + np.roll(table, -2, axis)) / 3
+    # The upper left corner of each picture on the table, [T, 2]
     corners = np.rint(100 + 100 * (episode.position[:, :2] - [0.4, 0.0])).astype(int)
     corners = np.clip(corners, 0, 200)
     views = [table[row : row + 24, column : column + 32] for row, column in corners]
@@ -173,7 +182,7 @@ def test_a_mirrored_camera_is_recognized_by_how_its_pictures_move(is_mirrored: b
 
 def warm(episode: RecordedEpisode) -> RecordedEpisode:
     """Give both cameras the same color cast, another one in each episode."""
-    warmth = np.random.default_rng(int(1e6 * episode.position[0, 0])).normal(0, 40)
+    warmth = make_rng_of(episode).normal(0, 40)  # red minus blue, gray levels
     cast = np.array([warmth / 2, 0, -warmth / 2])
     for camera in ("external", "wrist"):
         # A gray scene shows the cast only.

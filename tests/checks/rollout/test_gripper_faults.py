@@ -65,7 +65,9 @@ def test_an_opening_in_another_unit_is_scaled() -> None:
 
     assert isinstance(result, Finding)
     assert "0.08" in result.evidence
-    assert GripperInvertedCheck().examine(case) is None or result.confidence > 0.9
+    # An opening of 0.08 begins nearly closed, so it may seem inverted, too. That must be less sure.
+    inverted = GripperInvertedCheck().examine(case)
+    assert inverted is None or result.confidence > 0.9
 
 
 def test_a_gripper_that_acts_four_steps_later_is_late() -> None:

@@ -145,7 +145,8 @@ def test_a_robot_that_does_what_it_is_told_has_no_fault(
     result = check.examine(case)
 
     assert not isinstance(result, Finding)
-    assert num_executed > 1 or result is None
+    if num_executed == 1:  # with several actions per observation, some checks cannot tell
+        assert result is None
 
 
 def test_a_state_in_millimeters_is_told_from_a_command_in_another_unit() -> None:

@@ -88,16 +88,16 @@ def test_a_start_far_from_training_is_outside() -> None:
 
 
 def test_a_start_where_training_passes_later_is_less_sure() -> None:
+    """Demonstrations drift away by 30 cm, and the rollout starts where they end."""
     case = make_case(num_demonstrations=5)
-    far = np.array([0.0, 0.3, 0.0])
+    drift_m = np.array([0.0, 0.3, 0.0])
     demonstrations = []
     for episode in case.demonstrations:
-        position = episode.position + far * np.linspace(0, 1, len(episode))[:, None]
+        position = episode.position + drift_m * np.linspace(0, 1, len(episode))[:, None]
         demonstrations.append(replace(episode, position=position))
-    starts = [episode.position[-1] for episode in demonstrations]
     rollout = []
-    for episode, demonstration, start in zip(case.rollout, demonstrations, starts, strict=False):
-        position = episode.position - episode.position[0] + start
+    for episode, demonstration in zip(case.rollout, demonstrations, strict=False):
+        position = episode.position - episode.position[0] + demonstration.position[-1]
         rotation = np.tile(demonstration.rotation[-1], (len(episode), 1))
         rollout.append(replace(episode, position=position, rotation=rotation))
 

@@ -177,12 +177,9 @@ class TestOracle:
         grasp = oracle.find_grasps("bowl_1", make_moment((0.5, 0, 0.3)))[0]
         x, y, z = grasp.position
         moment = make_moment((x, y, z))
-        moment.pose[3:] = moment.commanded[3:] = [
-            math.cos(grasp.yaw / 2),
-            0,
-            0,
-            math.sin(grasp.yaw / 2),
-        ]
+        facing_grasp = [math.cos(grasp.yaw / 2), 0, 0, math.sin(grasp.yaw / 2)]
+        moment.pose[3:] = facing_grasp
+        moment.commanded[3:] = facing_grasp
 
         assert choose(moment)[7] == 0
 

@@ -159,7 +159,7 @@ def test_an_action_moves_the_commanded_pose_as_it_says(process: SimplerProcess) 
     assert float(quat_distance(commanded_rotation, expected_rotation)) < 1e-3
     np.testing.assert_allclose(settled.measured[:3], expected_position.numpy(), atol=3e-3)
     assert float(quat_distance(settled_rotation, expected_rotation)) < 0.02
-    assert not moved.open
+    assert not moved.is_commanded_open
     assert moment.truth.opening > 0.98
     assert settled.opening < 0.02
 
