@@ -656,8 +656,8 @@ def fit_rotations(
                 fits.append(Fit(hypothesis, errors[s, k], recorded.motion_size[s], num_steps))
 
     # Indices in `hypotheses`: by which logged rotations are changes, and by which they are targets.
-    change_indices = []
-    target_indices = []
+    change_indices: list[int] = []
+    target_indices: list[int] = []
     for index, hypothesis in enumerate(hypotheses):
         indices = target_indices if hypothesis.kind == "absolute" else change_indices
         indices.append(index)

@@ -296,7 +296,8 @@ class Tab:
             return None
         if not self._shared_model.is_metric or answer.distribution is None:
             return None
-        low, high = trust.interval(BOX_QUESTION_TYPE, answer.distribution)  # [24] each, in meters
+        # [24] each, in meters
+        low, high = trust.compute_intervals(BOX_QUESTION_TYPE, answer.distribution)
         mean_width_m = float((high - low).mean())
         return MM_PER_M * mean_width_m / 2
 
