@@ -147,7 +147,8 @@ def place_in_world(scene: SceneSpec, name: str) -> SceneSpec:
     lab = _LAB.fullmatch(name)
     if lab:
         number = int(lab[2])
-        if lab[1]:
+        is_colorful = lab[1] is not None
+        if is_colorful:
             appearance = _colorful_lab_look(number)
         else:
             rng = np.random.default_rng([_LAB_STREAM, number])

@@ -41,10 +41,10 @@ def select_likely(odds: list[VersionOdds] | None) -> VersionOdds | None:
     best = odds[0]
     # A view that is nearly symmetric does not tell a turn from a mirror image. A turned camera is
     # the more frequent mistake.
-    for other in odds[1:]:
-        is_tied = best.margin - other.margin < TIE_SHARE * (best.expected - best.plain)
-        if is_tied and other.version == "turned by 180°":
-            return other
+    for version_odds in odds[1:]:
+        is_tied = best.margin - version_odds.margin < TIE_SHARE * (best.expected - best.plain)
+        if is_tied and version_odds.version == "turned by 180°":
+            return version_odds
     return best
 
 

@@ -591,14 +591,14 @@ def simplify_meshes(model: Any) -> None:
 
 def multiply_quaternions(first: Array, second: Array) -> Array:
     """The product of two quaternions [4], scalar first."""
-    a, b, c, d = first
-    e, f, g, h = second
+    w1, x1, y1, z1 = first
+    w2, x2, y2, z2 = second
     return np.array(
         [
-            a * e - b * f - c * g - d * h,
-            a * f + b * e + c * h - d * g,
-            a * g - b * h + c * e + d * f,
-            a * h + b * g - c * f + d * e,
+            w1 * w2 - x1 * x2 - y1 * y2 - z1 * z2,
+            w1 * x2 + x1 * w2 + y1 * z2 - z1 * y2,
+            w1 * y2 - x1 * z2 + y1 * w2 + z1 * x2,
+            w1 * z2 + x1 * y2 - y1 * x2 + z1 * w2,
         ]
     )
 
